@@ -1,0 +1,84 @@
+/**
+ * The canonical adapter: what every reader (PEFT, and later others) makes of its files and what extraction consumes.
+ * Scales are already folded into B, orientation and naming differences are gone, and nothing that was in the file has
+ * been dropped: what cannot be said here is refused by the reader.
+ *
+ * Tensors are read on demand, one module at a time, so that packing many adapters holds one module's stack in memory.
+ */
+
+/**
+ * How the base checkpoint stores an adapted weight:
+ * `out-in` [out, in] (Linear), `in-out` [in, out] (Conv1D of GPT-2), `conv` [out, in/groups, k…] read as [out, in·k…],
+ * `embedding` [vocabulary, dimension], where `in` is the vocabulary and `out` the dimension.
+ */
+export type Layout = "out-in" | "in-out" | "conv" | "embedding";
+
+/** One adapted module: ΔW [out, in] = B · A, read lazily. */
+export interface AdapterModule {
+  /** Name as in the adapter, without PEFT's prefix: "bert.encoder.layer.0.attention.self.query". */
+  readonly name: string;
+  readonly out: number;
+  /** For convolutions input channels times kernel size. */
+  readonly in: number;
+  readonly rank: number;
+  readonly layout: Layout;
+  /** Kernel size of a convolution, for instance [3, 3]. */
+  readonly kernel?: readonly number[];
+  /** Reads and checks the factors. @throws AdapterError naming file and tensor for NaN or infinity */
+  read(): Promise<Factors>;
+}
+
+/** The factors of one module of one adapter, scale in B. */
+export interface Factors {
+  /** [rank, in], row-major. */
+  A: Float32Array;
+  /** B transposed: [rank, out], row-major, multiplied by the adapter's scale. */
+  Bt: Float32Array;
+  /** DoRA's magnitude [out]. */
+  magnitude?: Float32Array;
+}
+
+/**
+ * A tensor of the base model that the task brings along, by parameter name ("classifier.weight").
+ * `saved` replaces the whole parameter (modules_to_save). `bias` replaces a bias vector. `bias-delta` [out] is added to a
+ * bias. `rows` replaces the rows `indices` of an embedding [vocabulary, dimension].
+ */
+export interface SavedTensor {
+  readonly name: string;
+  readonly role: "saved" | "bias" | "bias-delta" | "rows";
+  /** For `rows` [indices.length, dimension]. */
+  readonly shape: readonly number[];
+  readonly indices?: readonly number[];
+  /** Reads and checks the values, as f32. @throws AdapterError for NaN or infinity */
+  read(): Promise<Float32Array>;
+}
+
+/** What is known about a task beside its numbers. Kept in the pack as it is. */
+export interface TaskMetadata {
+  /** Class names of a classifier, in the order of its rows. */
+  labels?: string[];
+  license?: string;
+  /** Where the adapter came from. */
+  origin?: string;
+  /** Other plain values: strings, numbers, booleans, null, arrays and objects of these. */
+  [key: string]: unknown;
+}
+
+/** One trained adapter. */
+export interface Adapter {
+  /** Task id: the name of the folder or file. */
+  readonly id: string;
+  /** Path, for messages. */
+  readonly file: string;
+  /** Size of the tensor file in bytes. */
+  readonly byteLength: number;
+  /** `base_model_name_or_path` of the configuration. */
+  readonly baseModel: string | undefined;
+  /** By name, sorted. */
+  readonly modules: ReadonlyMap<string, AdapterModule>;
+  readonly saved: readonly SavedTensor[];
+  readonly metadata: TaskMetadata;
+  /** What a person should know before trusting the result. */
+  readonly warnings: readonly string[];
+  close(): Promise<void>;
+}

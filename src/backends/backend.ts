@@ -1,0 +1,96 @@
+/**
+ * The interface that every backend implements: memory in blocks, and four operations on slices of blocks. A backend
+ * knows nothing of packs, tasks, modules or hosts. CPU backends run an operation when it is called; a GPU backend records
+ * it, and `finish` submits the whole switch at once.
+ *
+ * All matrices are row-major. Factors are stored by rank: A as [rank, in] and B transposed, Bᵀ as [rank, out], so that
+ * both sides expand from their bases in the same way and either orientation of a weight folds with the same loop.
+ */
+import type { FloatType, TensorType } from "../dtypes.ts";
+
+/** Whose bytes they are, as `runtime.memory()` reports them. */
+export type Owner = "basis" | "coefficients" | "pristine" | "active" | "scratch";
+
+/** Memory held by a backend. Opaque but for its size. */
+export interface Block {
+  readonly byteLength: number;
+}
+
+/** A place in a block. Byte offsets are multiples of 4 for f32, of 2 for f16 and bf16, of 4 for encoded tensors. */
+export interface Slice {
+  readonly block: Block;
+  readonly byteOffset: number;
+}
+
+/** out[i, :] = Σ_k coefficients[i, k] · basis[k, :], for i < rank and k < rows. */
+export interface ExpandJob {
+  /** f32 [rank, width]; overwritten. */
+  out: Slice;
+  /** f32 [rank, rows]. A mean is the basis' last row with coefficient 1. */
+  coefficients: Slice;
+  /** One encoded tensor [rows, width] (`dtypes.ts`): scales first where the type has them, then rows of packed values. */
+  basis: Slice;
+  type: TensorType;
+  rank: number;
+  rows: number;
+  width: number;
+}
+
+/** weight[i, j] = (base[i, j] + Σ_k left[k, i] · right[k, j]) · rowScale[i] · columnScale[j], computed in f32, rounded once. */
+export interface FoldJob {
+  /** [rows, columns] of `type`, rows `stride` elements apart. May be exactly `base`; must not overlap it otherwise. */
+  out: Slice;
+  /** [rows, columns] of `type`, rows `stride` elements apart. */
+  base: Slice;
+  type: FloatType;
+  rows: number;
+  columns: number;
+  /** Elements from one row to the next, ≥ columns. */
+  stride: number;
+  /** f32 [rank, rows]. */
+  left: Slice;
+  /** f32 [rank, columns]. */
+  right: Slice;
+  /** ≥ 0; 0 copies base to out (times the scales). */
+  rank: number;
+  /** f32 [rows]; absent: ones. */
+  rowScale?: Slice | undefined;
+  /** f32 [columns]; absent: ones. */
+  columnScale?: Slice | undefined;
+}
+
+/**
+ * DoRA's scale of one axis: out[i] = magnitude[i] / ‖(base + leftᵀ·right)[i, :]‖₂ for axis "rows", over [:, j] for
+ * "columns". Squares are accumulated in f64 where the backend has it. A zero norm gives 0.
+ */
+export interface ScaleJob extends Omit<FoldJob, "out" | "rowScale" | "columnScale"> {
+  /** f32 [rows] or [columns]. */
+  out: Slice;
+  /** f32, as long as `out`. */
+  magnitude: Slice;
+  axis: "rows" | "columns";
+}
+
+/** One way to hold and compute weights. Made by `createBackend`; freed by `dispose`. */
+export interface Backend {
+  readonly name: "js" | "wasm" | "webgpu";
+  /** Which build runs: "scalar", "simd", "relaxed-simd"; for js "js". */
+  readonly variant: string;
+  /** Zeroed memory, 16-byte aligned, counted under `owner` until freed. @throws BackendError when there is none left. */
+  allocate(byteLength: number, owner: Owner): Block;
+  free(block: Block): void;
+  /** Copies `bytes` into the block. */
+  upload(to: Slice, bytes: Uint8Array): void;
+  /** Copies `byteLength` bytes from one place to another (they do not overlap). */
+  copy(from: Slice, to: Slice, byteLength: number): void;
+  /** Bytes as they lie in memory now. Valid until the next `allocate`; CPU backends only. */
+  view(at: Slice, byteLength: number): Uint8Array;
+  expand(job: ExpandJob): void;
+  fold(job: FoldJob): void;
+  scale(job: ScaleJob): void;
+  /** Resolves when all operations so far have taken effect. CPU backends return nothing. */
+  finish(): Promise<void> | void;
+  /** Live bytes by owner, and `reserved`: bytes held beyond them (allocator slack, wasm pages of code and stack). */
+  memory(): Record<Owner, number> & { reserved: number };
+  dispose(): void;
+}
