@@ -1,0 +1,43 @@
+/**
+ * Platform glue for Node, Deno and Bun: strings that are not URLs are paths. Not a public module: it is what `#platform`
+ * resolves to where the `node` condition is set.
+ */
+import { open } from "node:fs/promises";
+import { SourceError } from "../src/errors.ts";
+import type { ByteSource } from "../src/source.ts";
+
+/**
+ * Opens a file for ranged reads. The handle stays open until `close`.
+ * @throws SourceError when the path is not a readable file
+ */
+export const openPath: ((path: string) => Promise<ByteSource>) | undefined = async (path) => {
+  const handle = await open(path, "r").catch((cause: unknown) => {
+    throw new SourceError(`cannot be opened: ${(cause as Error).message}`, { file: path, cause });
+  });
+  const stat = await handle.stat();
+  if (!stat.isFile()) {
+    await handle.close();
+    throw new SourceError("is not a file", { file: path });
+  }
+  return {
+    name: path,
+    byteLength: stat.size,
+    async read(offset, length, options) {
+      options?.signal?.throwIfAborted();
+      const bytes = new Uint8Array(length);
+      for (let done = 0; done < length; ) {
+        const { bytesRead } = await handle.read(bytes, done, length - done, offset + done);
+        if (bytesRead === 0) {
+          throw new SourceError(
+            `ends at byte ${offset + done}, but bytes ${offset} to ${offset + length} are needed: the file is truncated`,
+            { file: path },
+          );
+        }
+        done += bytesRead;
+      }
+      options?.signal?.throwIfAborted();
+      return bytes;
+    },
+    close: () => handle.close(),
+  };
+};
