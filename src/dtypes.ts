@@ -45,23 +45,24 @@ export function align4(n: number): number {
 }
 
 const word = new DataView(new ArrayBuffer(4));
+const bits = new Uint32Array(1);
+const float = new Float32Array(bits.buffer);
 
 /** The f32 value of an IEEE half. Exact. */
 export function f16ToF32(half: number): number {
-  const sign = half & 0x8000 ? -1 : 1;
-  const exponent = (half >> 10) & 31;
-  const fraction = half & 1023;
-  if (exponent === 0) return sign * fraction * 2 ** -24;
-  if (exponent === 31) return fraction ? NaN : sign * Infinity;
-  return sign * (1 + fraction / 1024) * 2 ** (exponent - 15);
+  if ((half & 0x7c00) === 0x7c00) return half & 1023 ? NaN : half & 0x8000 ? -Infinity : Infinity;
+  // The half's fields placed in an f32 give the value times 2⁻¹¹², for normal and subnormal halves alike.
+  bits[0] = (half & 0x7fff) << 13;
+  const magnitude = float[0]! * 2 ** 112;
+  return half & 0x8000 ? -magnitude : magnitude;
 }
 
 /** The half nearest to an f32 value, ties to even; beyond 65519 infinity. NaN stays NaN. */
 export function f32ToF16(value: number): number {
   word.setFloat32(0, value);
-  const bits = word.getUint32(0);
-  const sign = (bits >>> 16) & 0x8000;
-  const magnitude = bits & 0x7fffffff;
+  const pattern = word.getUint32(0);
+  const sign = (pattern >>> 16) & 0x8000;
+  const magnitude = pattern & 0x7fffffff;
   if (magnitude > 0x7f800000) return sign | 0x7e00;
   if (magnitude >= 0x477ff000) return sign | 0x7c00;
   if (magnitude < 0x38800000) {
@@ -82,9 +83,9 @@ export function bf16ToF32(half: number): number {
 /** The bfloat16 nearest to an f32 value, ties to even. NaN stays NaN. */
 export function f32ToBf16(value: number): number {
   word.setFloat32(0, value);
-  const bits = word.getUint32(0);
-  if ((bits & 0x7fffffff) > 0x7f800000) return (bits >>> 16) | 0x40;
-  return (bits + 0x7fff + ((bits >>> 16) & 1)) >>> 16;
+  const pattern = word.getUint32(0);
+  if ((pattern & 0x7fffffff) > 0x7f800000) return (pattern >>> 16) | 0x40;
+  return (pattern + 0x7fff + ((pattern >>> 16) & 1)) >>> 16;
 }
 
 /**

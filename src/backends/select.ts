@@ -1,0 +1,44 @@
+/**
+ * Picks a backend. The fast ones arrive by dynamic import, so that a bundle for an engine without WebAssembly carries only
+ * the plain-JS one.
+ */
+import { BackendError } from "../errors.ts";
+import type { Backend } from "./backend.ts";
+import { createJsBackend } from "./js.ts";
+
+export interface BackendOptions {
+  /** "auto" tries wasm, then js. */
+  backend?: "auto" | "wasm" | "js" | undefined;
+  wasm?:
+    | {
+        /** Instead of the best build that this engine validates. */
+        variant?: "scalar" | "simd" | "relaxed-simd";
+        /** A precompiled build, for engines that do not compile at run time (`eigenlora/wasm/simd.wasm`). */
+        module?: WebAssembly.Module;
+      }
+    | undefined;
+}
+
+/**
+ * @returns the backend, and why those before it in the order were passed over
+ * @throws BackendError when the backend asked for by name cannot start
+ */
+export async function createBackend(options: BackendOptions = {}): Promise<{ backend: Backend; passedOver: string[] }> {
+  const { backend = "auto" } = options;
+  if (!["auto", "wasm", "js"].includes(backend)) {
+    throw new RangeError(`backend: expected "auto", "wasm" or "js", got ${JSON.stringify(backend)}`);
+  }
+  if (backend === "js") return { backend: createJsBackend(), passedOver: [] };
+  try {
+    const { createWasmBackend } = await import("./wasm.ts");
+    return { backend: await createWasmBackend(options.wasm), passedOver: [] };
+  } catch (cause) {
+    const reason = `wasm: ${(cause as Error).message}`;
+    if (backend === "auto") return { backend: createJsBackend(), passedOver: [reason] };
+    throw new BackendError(`the wasm backend cannot start: ${(cause as Error).message}`, {
+      backend: "wasm",
+      reasons: [reason],
+      cause,
+    });
+  }
+}

@@ -1,0 +1,28 @@
+/**
+ * `eigenlora/build`: from adapters to packs and back. Not for run-time bundles.
+ */
+export type { Adapter, AdapterModule, Factors, SavedTensor } from "./adapters/adapter.ts";
+export { peftFiles, type Exportable } from "./adapters/export.ts";
+export { readPeft } from "./adapters/peft.ts";
+export { extractModule, measureModule, openModule, projectModule } from "./extract/extract.ts";
+export type {
+  ExtractOptions,
+  Gauge,
+  ModuleExtraction,
+  ModuleMember,
+  ModuleStack,
+  Selection,
+} from "./extract/extract.ts";
+export {
+  breakEven,
+  buildPack,
+  projectAdapter,
+  type BuildOptions,
+  type BuildReport,
+  type ProjectedAdapter,
+  type StorageTypes,
+} from "./pack/build.ts";
+export { encodeTaskFile } from "./pack/encode.ts";
+export { expandTerm, taskAdapter } from "./pack/expand.ts";
+export { layoutAppend, layoutFresh, type Append, type TaskToWrite } from "./pack/layout.ts";
+export { openSafetensors, writeSafetensors, type SafetensorsEntry, type SafetensorsFile } from "./safetensors.ts";

@@ -1,0 +1,97 @@
+/**
+ * Files of the command line: written beside the target and renamed, or appended so that a crash at any byte leaves the old
+ * content (SPEC.md, section 8). The only code of the package that writes to disk.
+ */
+import { open, rename, unlink } from "node:fs/promises";
+import { dirname } from "node:path";
+import { SourceError } from "../errors.ts";
+import type { Append } from "../pack/layout.ts";
+
+type Chunks = Iterable<Uint8Array> | AsyncIterable<Uint8Array>;
+
+/**
+ * Writes a file as a whole or not at all.
+ * @returns its size in bytes
+ * @throws SourceError when it cannot be written; an existing file is then untouched
+ */
+export async function writeWhole(path: string, chunks: Chunks): Promise<number> {
+  const beside = `${path}.${process.pid}.tmp`;
+  let bytes = 0;
+  try {
+    const file = await open(beside, "wx");
+    try {
+      for await (const chunk of chunks) {
+        await file.writeFile(chunk);
+        bytes += chunk.length;
+      }
+      await file.sync();
+    } finally {
+      await file.close();
+    }
+    await rename(beside, path);
+    await syncFolder(path);
+    return bytes;
+  } catch (cause) {
+    await unlink(beside).catch(() => undefined);
+    if ((cause as NodeJS.ErrnoException).code === undefined) throw cause;
+    throw new SourceError(`cannot be written: ${(cause as Error).message}`, { file: path, cause });
+  }
+}
+
+/** A rename is durable once its folder is; some file systems cannot sync a folder, and then there is nothing to do. */
+async function syncFolder(path: string): Promise<void> {
+  const folder = await open(dirname(path), "r").catch(() => undefined);
+  await folder?.sync().catch(() => undefined);
+  await folder?.close();
+}
+
+/**
+ * Appends to a pack. The superblock goes last, behind a flush: until it is written the file reads as before.
+ * @param plan reads the pack and says what to write; called while no other append can run
+ * @throws SourceError when the disk is full or another append is under way; the pack is then as it was
+ */
+export async function append<T extends Append>(path: string, plan: () => Promise<T>): Promise<T> {
+  const lock = `${path}.lock`;
+  const held = await open(lock, "wx").catch((cause: NodeJS.ErrnoException) => {
+    const why = cause.code === "EEXIST" ? `another append is under way; if none is, delete ${lock}` : cause.message;
+    throw new SourceError(`cannot be appended to: ${why}`, { file: path, cause });
+  });
+  try {
+    const planned = await plan();
+    await carryOut(path, planned);
+    return planned;
+  } finally {
+    await held.close();
+    await unlink(lock).catch(() => undefined);
+  }
+}
+
+async function carryOut(path: string, { offset, body, superblock, superblockOffset }: Append): Promise<void> {
+  const file = await open(path, "r+").catch((cause: Error) => {
+    throw new SourceError(`cannot be appended to: ${cause.message}`, { file: path, cause });
+  });
+  try {
+    let at = offset;
+    try {
+      for (const chunk of body) {
+        for (let done = 0; done < chunk.length; ) {
+          done += (await file.write(chunk, done, chunk.length - done, at + done)).bytesWritten;
+        }
+        at += chunk.length;
+      }
+      await file.sync();
+    } catch (cause) {
+      await file.truncate(offset).catch(() => undefined);
+      throw new SourceError(`cannot be appended to: ${(cause as Error).message}; it is as it was before`, {
+        file: path,
+        cause,
+      });
+    }
+    // What lies behind the new end was left by an append that never finished.
+    await file.truncate(at);
+    await file.write(superblock, 0, superblock.length, superblockOffset);
+    await file.sync();
+  } finally {
+    await file.close();
+  }
+}

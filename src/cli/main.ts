@@ -1,0 +1,189 @@
+#!/usr/bin/env node
+/**
+ * The command line: `eigenlora COMMAND …`. Exits 0, 1 (failed) or 2 (usage).
+ */
+import { spawnSync } from "node:child_process";
+import { existsSync } from "node:fs";
+import { fileURLToPath } from "node:url";
+import { EigenLoraError } from "../errors.ts";
+import { nearest } from "../names.ts";
+import { VERSION } from "../version.ts";
+import { parse, UsageError, type Arguments, type OptionTable } from "./args.ts";
+import { createOutput, type Output } from "./output.ts";
+import { addCommand, inspectCommand, packCommand, removeCommand, verifyCommand, type Result } from "./packs.ts";
+import { exportCommand, foldCommand } from "./weights.ts";
+
+interface Command {
+  usage: string;
+  does: string;
+  options: OptionTable;
+  positionals: [min: number, max: number];
+  run(args: Arguments, out: Output): Promise<Result>;
+}
+
+const output = (value: string, help: string): OptionTable => ({ output: { value, short: "o", help } });
+const as: OptionTable = { as: { value: "OLD=NEW", multiple: true, help: "call the task of a folder OLD NEW" } };
+const task: OptionTable = { task: { value: "ID", help: "which task" } };
+
+const COMMANDS = new Map<string, Command>([
+  [
+    "pack",
+    {
+      usage: "pack ADAPTER_OR_FOLDER... -o FILE",
+      does: "adapters → pack, with a report",
+      options: {
+        ...output("FILE", "the pack to write"),
+        mode: { value: "column", help: "how the basis is shared" },
+        gauge: { value: "as-trained|balanced", help: "rewrite each pair as U√S, √SVᵀ first" },
+        centering: { value: "keep|none", help: "store the mean of the rows, or do without" },
+        k: { value: "N", help: "so many components per module and side" },
+        energy: { value: "P", help: "components that keep this share of the squared singular values (0.9)" },
+        error: { value: "E", help: "fewest bytes for which no task's ΔW error exceeds E" },
+        dtype: { value: "TYPE", help: "f32, f16 (default), bf16, int8, int4, int3; or basis=…,coefficients=…,head=…" },
+        base: { value: "MODEL.safetensors", help: "store fingerprints of this base model" },
+        ...as,
+      },
+      positionals: [1, Infinity],
+      run: packCommand,
+    },
+  ],
+  [
+    "inspect",
+    {
+      usage: "inspect FILE",
+      does: "sections, tasks, components, explained variance, bytes, break-even",
+      options: {},
+      positionals: [1, 1],
+      run: inspectCommand,
+    },
+  ],
+  [
+    "verify",
+    {
+      usage: "verify FILE [--against ADAPTER_OR_FOLDER]...",
+      does: "checksums and limits; with adapters: ΔW error per task",
+      options: { against: { value: "PATH", multiple: true, help: "adapters the tasks were made of" }, ...as },
+      positionals: [1, 1],
+      run: verifyCommand,
+    },
+  ],
+  [
+    "add",
+    {
+      usage: "add FILE ADAPTER_OR_FOLDER...",
+      does: "project onto the existing basis and append; other tasks' bytes stay",
+      options: as,
+      positionals: [2, Infinity],
+      run: addCommand,
+    },
+  ],
+  [
+    "remove",
+    {
+      usage: "remove FILE TASK...",
+      does: "drop tasks; the others' bytes stay",
+      options: {},
+      positionals: [2, Infinity],
+      run: removeCommand,
+    },
+  ],
+  [
+    "export",
+    {
+      usage: "export FILE --task ID -o DIR",
+      does: "back to an adapter that PEFT loads",
+      options: { ...task, format: { value: "peft", help: "layout of the files" }, ...output("DIR", "the folder to write") },
+      positionals: [1, 1],
+      run: exportCommand,
+    },
+  ],
+  [
+    "fold",
+    {
+      usage: "fold FILE --task ID --base MODEL.safetensors -o OUT.safetensors",
+      does: "merged weights",
+      options: {
+        ...task,
+        base: { value: "MODEL.safetensors", help: "the base model" },
+        ...output("OUT.safetensors", "the file to write"),
+      },
+      positionals: [1, 1],
+      run: foldCommand,
+    },
+  ],
+]);
+
+const BENCHMARKS = ["memory", "switch", "fold", "pack"];
+
+function help(): string {
+  const lines = [...COMMANDS.values()].map(({ usage, does, options }) => {
+    const details = Object.entries(options).map(
+      ([name, o]) => `      --${name}${o.value ? ` ${o.value}` : ""}${o.short ? `, -${o.short}` : ""}: ${o.help}`,
+    );
+    return [`  eigenlora ${usage}`, `      ${does}`, ...details].join("\n");
+  });
+  return [
+    `eigenlora ${VERSION}: many LoRA adapters on one base model`,
+    "",
+    ...lines,
+    `  eigenlora bench ${BENCHMARKS.join("|")}`,
+    "      the benchmarks, in a checkout of the repository",
+    "",
+    "Every command takes --json (one object on stdout) and --help. Exit codes: 0, 1 failed, 2 usage.",
+  ].join("\n");
+}
+
+/** Benchmarks need the repository's data and peers, so they are not in the package; this starts them from a checkout. */
+function bench(args: readonly string[]): number {
+  const [name = "", ...rest] = args;
+  if (!BENCHMARKS.includes(name)) throw new UsageError(`bench ${name}: expected ${BENCHMARKS.join(", ")}`);
+  const script = fileURLToPath(new URL(`../../../benchmarks/${name}.js`, import.meta.url));
+  if (!existsSync(script)) {
+    throw new UsageError("the benchmarks come with the repository, not with the package: clone it and run this there");
+  }
+  return spawnSync(process.execPath, ["--expose-gc", script, ...rest], { stdio: "inherit" }).status ?? 1;
+}
+
+async function main(argv: readonly string[]): Promise<number> {
+  const json = argv.includes("--json");
+  try {
+    const [name, ...rest] = argv;
+    if (name === "--version") {
+      process.stdout.write(`${VERSION}\n`);
+      return 0;
+    }
+    if (name === undefined || name === "--help" || name === "help" || rest.includes("--help")) {
+      process.stdout.write(`${help()}\n`);
+      return name === undefined ? 2 : 0;
+    }
+    if (name === "bench") return bench(rest);
+    const command = COMMANDS.get(name);
+    if (!command) {
+      const close = nearest(name, COMMANDS.keys());
+      throw new UsageError(`unknown command "${name}"${close.length ? `; did you mean ${close[0]}?` : ""}`);
+    }
+    const table = { ...command.options, json: { help: "print one JSON object" } };
+    const result = await command.run(parse(rest, table, ...command.positionals), createOutput(json));
+    process.stdout.write(json ? `${JSON.stringify(result.json)}\n` : `${result.text}\n`);
+    return result.exitCode ?? 0;
+  } catch (error) {
+    return fail(error, json);
+  }
+}
+
+function fail(error: unknown, json: boolean): number {
+  const usage = error instanceof UsageError;
+  const known = usage || error instanceof EigenLoraError || error instanceof RangeError || error instanceof TypeError;
+  const { message } = error as Error;
+  if (json) {
+    const fields = error instanceof EigenLoraError ? error.toJSON() : {};
+    const tag = usage ? "usage" : error instanceof EigenLoraError ? error.tag : "failed";
+    process.stdout.write(`${JSON.stringify({ error: { ...fields, tag, message } })}\n`);
+  } else {
+    process.stderr.write(`eigenlora: ${known ? message : ((error as Error).stack ?? message)}\n`);
+    if (usage) process.stderr.write("See eigenlora --help.\n");
+  }
+  return usage ? 2 : 1;
+}
+
+process.exitCode = await main(process.argv.slice(2));

@@ -1,0 +1,45 @@
+/**
+ * What the command line prints: one JSON object on stdout, or text for people; progress on stderr while someone watches.
+ */
+
+/** Where a command's output goes. */
+export interface Output {
+  json: boolean;
+  /** Shows how far a long piece of work is; nothing when nobody watches. */
+  progress(what: string, done: number, of: number): void;
+  warn(message: string): void;
+}
+
+export function createOutput(json: boolean): Output {
+  const live = process.stderr.isTTY && !json;
+  const started = Date.now();
+  return {
+    json,
+    progress(what, done, of) {
+      if (!live || (Date.now() - started < 500 && done < of)) return;
+      process.stderr.write(`\r\u001b[K${done < of ? `${what} ${done} of ${of}` : ""}`);
+    },
+    warn(message) {
+      if (!json) process.stderr.write(`warning: ${message}\n`);
+    },
+  };
+}
+
+/** Bytes as people read them; 1 kB = 1000 B. */
+export function bytes(n: number): string {
+  if (n < 1000) return `${n} B`;
+  const unit = n < 1e6 ? "kB" : n < 1e9 ? "MB" : "GB";
+  const value = n / (n < 1e6 ? 1e3 : n < 1e9 ? 1e6 : 1e9);
+  return `${value.toFixed(value < 10 ? 2 : 1)} ${unit}`;
+}
+
+/** Rows as a text table; the first row is the head. Columns of numbers are aligned right. */
+export function table(rows: readonly (readonly (string | number)[])[]): string {
+  const text = rows.map((row) => row.map(String));
+  const widths = text[0]!.map((_, c) => Math.max(...text.map((row) => row[c]!.length)));
+  const right = text[0]!.map((_, c) => text.slice(1).every((row) => /^[-+]?[\d.,]+( ?[a-zA-Z%×]*)?$/.test(row[c]!)));
+  const line = (row: string[]): string =>
+    row.map((cell, c) => (right[c] ? cell.padStart(widths[c]!) : cell.padEnd(widths[c]!))).join("  ").trimEnd();
+  const [head, ...body] = text;
+  return [line(head!), widths.map((w) => "-".repeat(w)).join("  "), ...body.map(line)].join("\n");
+}

@@ -1,0 +1,361 @@
+/**
+ * Commands on packs: pack, inspect, verify, add, remove. Each takes parsed arguments and returns the object that `--json`
+ * prints and the text that a person reads.
+ */
+import { readAdapters } from "../adapters/folder.ts";
+import type { Adapter } from "../adapters/adapter.ts";
+import type { TensorType } from "../dtypes.ts";
+import { AdapterError, TaskError } from "../errors.ts";
+import { deltaError, relative } from "../extract/error.ts";
+import { measureModule, openModule, type Gauge } from "../extract/extract.ts";
+import { breakEven, buildPack, projectAdapter, storageTypes, storedModule, type StorageTypes } from "../pack/build.ts";
+import { basisId } from "../pack/encode.ts";
+import { expandTerm } from "../pack/expand.ts";
+import { hex, SECTION_FREE, WINDOW_BYTES, type TaskBlob } from "../pack/format.ts";
+import { layoutAppend, layoutFresh } from "../pack/layout.ts";
+import { openPack, type Pack } from "../pack/pack.ts";
+import { openHost } from "../runtime/host.ts";
+import { openSource } from "../source.ts";
+import { choice, renames, required, selection, storage, UsageError, type Arguments } from "./args.ts";
+import { append, writeWhole } from "./files.ts";
+import { bytes, table, type Output } from "./output.ts";
+
+/** What a command gives back. */
+export interface Result {
+  json: Record<string, unknown>;
+  text: string;
+  /** 1 when the command ran but its verdict is bad. */
+  exitCode?: number;
+}
+
+const percent = (share: number): string => `${(100 * share).toFixed(1)} %`;
+
+function typeName({ basis, coefficients, head }: StorageTypes): string {
+  if (basis === coefficients && basis === head) return basis;
+  return `basis=${basis},coefficients=${coefficients},head=${head}`;
+}
+
+async function closeAll(adapters: readonly Adapter[]): Promise<void> {
+  for (const adapter of adapters) await adapter.close();
+}
+
+/** `pack ADAPTER_OR_FOLDER... -o FILE` */
+export async function packCommand(args: Arguments, out: Output): Promise<Result> {
+  const started = performance.now();
+  const file = required(args, "output");
+  const options = {
+    gauge: choice(args, "gauge", ["as-trained", "balanced"] as const, "as-trained"),
+    centering: choice(args, "centering", ["keep", "none"] as const, "keep"),
+    select: selection(args),
+    types: storage(args.text("dtype")),
+  };
+  choice(args, "mode", ["column"] as const, "column");
+  const adapters = await readAdapters(args.positionals, { rename: renames(args) });
+  const basePath = args.text("base");
+  const base = basePath === undefined ? undefined : await openHost(basePath);
+  try {
+    const { chunks, report } = await buildPack(adapters, {
+      ...options,
+      ...(base ? { base } : {}),
+      onProgress: (done, of) => out.progress("module", done, of),
+    });
+    await writeWhole(file, chunks);
+    for (const warning of report.warnings) out.warn(warning);
+    const { types, ...rest } = report;
+    const seconds = (performance.now() - started) / 1000;
+    const peakMemoryBytes = process.resourceUsage().maxRSS * 1024;
+    const even = report.breakEvenTasks;
+    return {
+      json: { file, mode: "column", dtype: typeName(types), ...rest, seconds, peakMemoryBytes },
+      text: [
+        `${file}: ${report.tasks} tasks, ${report.modules} modules, ${bytes(report.bytes)}`,
+        table([
+          ["", "adapters", "pack"],
+          ["size", bytes(report.adapterBytes), `${bytes(report.bytes)} (${report.ratio.toFixed(1)}× smaller)`],
+          ["ΔW error, mean / largest", "0", `${percent(report.error.mean)} / ${percent(report.error.max)}`],
+          ["components per side", "", `${report.components.min} to ${report.components.max}`],
+        ]),
+        report.ratio < 1
+          ? `The pack is larger than its adapters: sharing pays from ${even ?? "no number of"} tasks on.`
+          : `Sharing pays from ${even ?? "no number of"} tasks on.`,
+        `${seconds.toFixed(2)} s`,
+      ].join("\n"),
+    };
+  } finally {
+    await base?.close?.();
+    await closeAll(adapters);
+  }
+}
+
+/** `inspect FILE` */
+export async function inspectCommand(args: Arguments): Promise<Result> {
+  const pack = await openPack(args.positionals[0]!, { bases: "later" });
+  try {
+    const { directory, window } = pack;
+    const { superblock } = window;
+    const sections = [
+      { name: "window", offset: 0, bytes: WINDOW_BYTES },
+      { name: "directory", offset: superblock.directoryOffset, bytes: superblock.directoryLength },
+      { name: "bases", offset: superblock.basesOffset, bytes: superblock.basesLength },
+      ...directory.tasks.map((t) => ({ name: `task ${t.id}`, offset: t.section.offset, bytes: t.section.length })),
+      ...directory.sections
+        .filter((s) => s.kind === SECTION_FREE)
+        .map((s) => ({ name: "free", offset: s.offset, bytes: s.length })),
+    ].sort((a, b) => a.offset - b.offset);
+    const modules = pack.modules.map((m) => ({
+      name: m.name,
+      out: m.out,
+      in: m.in,
+      componentsA: m.A?.K ?? 0,
+      componentsB: m.B?.K ?? 0,
+      explainedA: m.A?.explained ?? 0,
+      explainedB: m.B?.explained ?? 0,
+    }));
+    const tasks = directory.tasks.map((t) => ({ id: t.id, bytes: t.section.length, metadata: t.metadata }));
+    const size = superblock.committed;
+    const even = breakEven(size, tasks.map((t) => t.bytes), directory.tasks.map((t) => t.adapterBytes));
+    const { mode, gauge, centering, producer, baseModel } = directory.basis;
+    const dtype = [...new Set(pack.modules.flatMap((m) => [m.A?.tensor.type, m.B?.tensor.type]))].filter(Boolean).join(",");
+    const json = {
+      version: pack.version,
+      bytes: size,
+      mode,
+      gauge,
+      centering,
+      dtype,
+      producer,
+      baseModel: baseModel ?? null,
+      basisId: pack.basisId,
+      basisBytes: superblock.basesLength,
+      tasks,
+      modules,
+      sections,
+      breakEvenTasks: even,
+    };
+    const text = [
+      `${pack.name}: version ${pack.version}, ${bytes(size)}, ${mode}, ${gauge}, centring ${centering}, ${dtype}`,
+      table([["section", "offset", "bytes"], ...sections.map((s) => [s.name, s.offset, s.bytes])]),
+      "",
+      table([
+        ["module", "out", "in", "K of A", "K of B", "explained A", "explained B"],
+        ...modules.map((m) => [
+          m.name,
+          m.out,
+          m.in,
+          m.componentsA,
+          m.componentsB,
+          percent(m.explainedA),
+          percent(m.explainedB),
+        ]),
+      ]),
+      "",
+      `${tasks.length} tasks; sharing pays from ${even ?? "an unknown number of"} tasks on`,
+    ].join("\n");
+    return { json, text };
+  } finally {
+    await pack.close();
+  }
+}
+
+/** `verify FILE [--against ADAPTER]...` */
+export async function verifyCommand(args: Arguments, out: Output): Promise<Result> {
+  const path = args.positionals[0]!;
+  const checks: { name: string; ok: boolean; detail: string }[] = [];
+  // Opening checks window, directory, tiling, limits and the bases' place; a pack that fails these is an error, exit 1.
+  const pack = await openPack(path, { bases: "later" });
+  try {
+    checks.push({ name: "window, directory and sections", ok: true, detail: `version ${pack.version}` });
+    const bases = await pack.takeBases();
+    checks.push({ name: "bases", ok: true, detail: `${bases.length} bytes` });
+    const blobs = new Map<string, TaskBlob>();
+    for (const [i, id] of [...pack.tasks.keys()].entries()) {
+      blobs.set(id, await pack.load(id));
+      out.progress("task", i + 1, pack.tasks.size);
+    }
+    checks.push({ name: "tasks", ok: true, detail: `${blobs.size} blobs` });
+    checks.push(await basisIdCheck(pack, bases), await paddingCheck(path, pack));
+    const trailing = (await sizeOf(path)) - pack.window.superblock.committed;
+    checks.push({ name: "bytes behind the end", ok: true, detail: `${trailing} (ignored)` });
+    const tasks: Record<string, unknown>[] = [...blobs.keys()].map((id) => ({ id }));
+    const lines: (string | number)[][] = [];
+    const against = args.list("against");
+    if (against.length > 0) {
+      const adapters = await readAdapters(against, { rename: renames(args) });
+      for (const adapter of adapters) {
+        const blob = blobs.get(adapter.id);
+        if (!blob) throw new TaskError(`${adapter.file}: no task "${adapter.id}" in ${path}; say --as`, { task: adapter.id });
+        const figures = await compare(pack, bases, blob, adapter);
+        Object.assign(tasks.find((t) => t["id"] === adapter.id)!, figures);
+        const { error, delta, bound } = figures;
+        lines.push([adapter.id, percent(error.mean), percent(error.max), delta.A.toFixed(3), delta.B.toFixed(3), bound.toFixed(3)]);
+      }
+      await closeAll(adapters);
+    }
+    const ok = checks.every((c) => c.ok);
+    const text = [
+      table([["check", "", ""], ...checks.map((c) => [c.name, c.ok ? "ok" : "FAILED", c.detail])]),
+      ...(lines.length ? ["", table([["task", "ΔW error", "largest", "δ of A", "δ of B", "bound"], ...lines])] : []),
+    ].join("\n");
+    return { json: { ok, checks, tasks }, text, exitCode: ok ? 0 : 1 };
+  } finally {
+    await pack.close();
+  }
+}
+
+async function sizeOf(path: string): Promise<number> {
+  const source = await openSource(path);
+  await source.close?.();
+  return source.byteLength ?? 0;
+}
+
+async function basisIdCheck(pack: Pack, bases: Uint8Array): Promise<{ name: string; ok: boolean; detail: string }> {
+  const found = hex(await basisId(pack.directory.basisBytes, bases));
+  return { name: "basis id", ok: found === pack.basisId, detail: found.slice(0, 16) };
+}
+
+/** SPEC.md, section 1: bytes between sections are zero. */
+async function paddingCheck(path: string, pack: Pack): Promise<{ name: string; ok: boolean; detail: string }> {
+  const { superblock } = pack.window;
+  const parts = [
+    { offset: superblock.directoryOffset, length: superblock.directoryLength },
+    ...pack.directory.sections,
+  ].sort((a, b) => a.offset - b.offset);
+  const source = await openSource(path);
+  try {
+    let end = WINDOW_BYTES;
+    for (const { offset, length } of parts) {
+      const gap = await source.read(end, offset - end);
+      if (gap.some((b) => b !== 0)) return { name: "padding", ok: false, detail: `not zero between ${end} and ${offset}` };
+      end = offset + length;
+    }
+    return { name: "padding", ok: true, detail: "zero" };
+  } finally {
+    await source.close?.();
+  }
+}
+
+/** ΔW error, δ and bound of a task against the adapter it was made of. */
+async function compare(
+  pack: Pack,
+  bases: Uint8Array,
+  blob: TaskBlob,
+  adapter: Adapter,
+): Promise<{ error: { mean: number; max: number }; delta: { A: number; B: number }; bound: number }> {
+  const errors: number[] = [];
+  const delta = { A: 0, B: 0 };
+  let bound = 0;
+  for (const term of blob.terms) {
+    const module = pack.modules[term.module]!;
+    const source = adapter.modules.get(module.name);
+    if (!source) {
+      throw new AdapterError(`it does not adapt "${module.name}", the task of the pack does`, {
+        file: adapter.file,
+        field: module.name,
+      });
+    }
+    const { A, Bt } = await source.read();
+    const member = { id: adapter.id, rank: source.rank, A, Bt };
+    if (term.A && term.B && term.q === 0 && module.A?.kind === "column" && module.B?.kind === "column") {
+      const gauge: Gauge = pack.directory.basis.gauge === "balanced" ? "balanced" : "as-trained";
+      const bytesOf = ({ byteOffset, byteLength }: { byteOffset: number; byteLength: number }): Uint8Array =>
+        blob.bytes.subarray(byteOffset, byteOffset + byteLength);
+      const task = { rank: term.rank, alphaA: bytesOf(term.A.tensor), alphaB: bytesOf(term.B.tensor) };
+      const space = openModule(storedModule(module, bases, adapter));
+      const figures = measureModule(space, member, task, { gauge, coefficientType: term.A.tensor.type });
+      errors.push(figures.error);
+      delta.A = Math.max(delta.A, figures.deltaA);
+      delta.B = Math.max(delta.B, figures.deltaB);
+      bound = Math.max(bound, figures.bound);
+      continue;
+    }
+    const stored = expandTerm(blob, term, module, bases);
+    const pair = (rank: number, a: Float32Array, b: Float32Array) => ({
+      rank,
+      A: Float64Array.from(a),
+      Bt: Float64Array.from(b),
+    });
+    const found = deltaError(pair(member.rank, A, Bt), pair(stored.rank, stored.A, stored.Bt));
+    errors.push(relative(found.difference, found.norm));
+    bound = Math.max(bound, relative(found.bound, found.norm));
+  }
+  const mean = errors.reduce((a, b) => a + b, 0) / Math.max(errors.length, 1);
+  return { error: { mean, max: Math.max(0, ...errors) }, delta, bound };
+}
+
+/** `add FILE ADAPTER...` */
+export async function addCommand(args: Arguments, out: Output): Promise<Result> {
+  const [file = "", ...paths] = args.positionals;
+  const adapters = await readAdapters(paths, { rename: renames(args) });
+  try {
+    const done = await append(file, async () => {
+      const pack = await openPack(file);
+      try {
+        for (const { id } of adapters) {
+          if (!pack.tasks.has(id)) continue;
+          throw new TaskError(`${file} has a task "${id}" already; rename the new one: --as ${id}=NEW`, { task: id });
+        }
+        const types = await storedTypes(pack);
+        const bases = await pack.takeBases();
+        const tasks = [];
+        for (const [i, adapter] of adapters.entries()) {
+          tasks.push(await projectAdapter(pack, bases, adapter, types));
+          out.progress("adapter", i + 1, adapters.length);
+        }
+        const { superblock } = pack.window;
+        return { ...layoutAppend(pack.directory, superblock, tasks), residual: tasks.map((t) => t.residual), before: superblock.committed };
+      } finally {
+        await pack.close();
+      }
+    });
+    for (const adapter of adapters) for (const warning of adapter.warnings) out.warn(`${adapter.id}: ${warning}`);
+    const bytesAfter = done.offset + done.body.reduce((sum, c) => sum + c.length, 0);
+    const json = { file, added: adapters.map((a) => a.id), bytesBefore: done.before, bytesAfter, residual: done.residual };
+    const text = [
+      `${file}: ${adapters.length} tasks added, ${bytes(done.before)} → ${bytes(bytesAfter)}`,
+      table([
+        ["task", "ΔW error", "largest"],
+        ...done.residual.map((r) => [r.id, percent(r.mean), percent(r.max)]),
+      ]),
+    ].join("\n");
+    return { json, text };
+  } finally {
+    await closeAll(adapters);
+  }
+}
+
+/** The types a pack's tasks are stored with, so that new ones are stored alike. */
+async function storedTypes(pack: Pack): Promise<StorageTypes> {
+  const first = pack.tasks.keys().next().value;
+  if (first === undefined) return storageTypes();
+  const { terms, parameters } = await pack.load(first);
+  const head = parameters.find((p) => p.shape.length > 1);
+  const coefficients: TensorType | undefined = terms.find((t) => t.A)?.A?.tensor.type;
+  return storageTypes({ ...(coefficients ? { coefficients } : {}), ...(head ? { head: head.tensor.type } : {}) });
+}
+
+/** `remove FILE TASK...` */
+export async function removeCommand(args: Arguments): Promise<Result> {
+  const [file = "", ...ids] = args.positionals;
+  const pack = await openPack(file);
+  try {
+    for (const id of ids) pack.removeTask(id);
+    if (pack.tasks.size === 0) {
+      throw new UsageError(`that would remove every task of ${file}; delete the file instead`);
+    }
+    const bytesBefore = pack.window.superblock.committed;
+    const bases = await pack.takeBases();
+    const tasks = [];
+    for (const { id, adapterBytes, metadata } of pack.tasks.values()) {
+      tasks.push({ entry: { id, adapterBytes, metadata }, blob: (await pack.load(id)).bytes });
+    }
+    const id = Uint8Array.from(pack.basisId.match(/../g)!, (h) => parseInt(h, 16));
+    const fresh = layoutFresh({ description: pack.directory.basisBytes, bases, basisId: id, tasks });
+    const bytesAfter = await writeWhole(file, fresh);
+    return {
+      json: { file, removed: ids, bytesBefore, bytesAfter },
+      text: `${file}: ${ids.length} tasks removed, ${bytes(bytesBefore)} → ${bytes(bytesAfter)}`,
+    };
+  } finally {
+    await pack.close();
+  }
+}

@@ -1,0 +1,29 @@
+/**
+ * `eigenlora`: open a pack, put it on a base model, switch tasks. The run-time half; packing is `eigenlora/build`.
+ */
+export { openPack, Pack, type OpenOptions, type TaskInfo } from "./pack/pack.ts";
+export type { PackModule } from "./pack/format.ts";
+export {
+  createRuntime,
+  Runtime,
+  type MemoryReport,
+  type RuntimeOptions,
+  type Selection,
+  type SwitchOptions,
+  type SwitchReport,
+  type Term,
+} from "./runtime/runtime.ts";
+export type { BaseInput, DeviceBuffer, Parameter, Tensor, Transaction, View, WeightHost } from "./runtime/host.ts";
+export type { ByteSource, FetchOptions, ReadOptions, SourceInput } from "./source.ts";
+export type { Layout, TaskMetadata } from "./adapters/adapter.ts";
+export type { FloatType, TensorType } from "./dtypes.ts";
+export {
+  AdapterError,
+  BackendError,
+  BaseMismatchError,
+  EigenLoraError,
+  FormatError,
+  SourceError,
+  TaskError,
+} from "./errors.ts";
+export { VERSION } from "./version.ts";

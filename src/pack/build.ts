@@ -1,0 +1,366 @@
+/**
+ * From adapters to a pack: module by module, read, extract, encode. Holds one module's stack and what goes into the pack,
+ * never all adapters. No file system: adapters are read through their sources, the result is a list of chunks.
+ */
+import type { Adapter, SavedTensor } from "../adapters/adapter.ts";
+import { encodeTensor, isQuantized, type TensorType } from "../dtypes.ts";
+import { AdapterError } from "../errors.ts";
+import {
+  extractModule,
+  openModule,
+  projectModule,
+  type ExtractOptions,
+  type Gauge,
+  type ModuleExtraction,
+  type ModuleMember,
+  type Selection,
+  type TaskCoefficients,
+} from "../extract/extract.ts";
+import { fingerprint } from "../runtime/fingerprint.ts";
+import type { WeightHost } from "../runtime/host.ts";
+import { Locator } from "../runtime/locate.ts";
+import { VERSION } from "../version.ts";
+import { basisId, encodeBasis, encodeTask, type ModuleInput, type ParameterInput, type TermInput } from "./encode.ts";
+import type { PackModule, TaskEntry } from "./format.ts";
+import { layoutFresh, type TaskToWrite } from "./layout.ts";
+import type { Pack } from "./pack.ts";
+
+/** Number formats of what is stored. */
+export interface StorageTypes {
+  basis: TensorType;
+  coefficients: TensorType;
+  /** Saved modules; vectors of one dimension are stored as f16 where this is an integer type. */
+  head: TensorType;
+}
+
+export interface BuildOptions {
+  gauge?: Gauge;
+  centering?: "keep" | "none";
+  /** How many components. 90 % of the squared singular values per module and side unless given. */
+  select?: Selection;
+  types?: Partial<StorageTypes>;
+  /** The base model, for fingerprints and an early check of names and shapes. */
+  base?: WeightHost;
+  /** Called after each module. */
+  onProgress?: (done: number, of: number) => void;
+  signal?: AbortSignal;
+}
+
+/** What a pack is made of and what its tasks lost. */
+export interface BuildReport {
+  tasks: number;
+  modules: number;
+  gauge: Gauge;
+  centering: "keep" | "none";
+  types: StorageTypes;
+  bytes: number;
+  /** Components per module and side. */
+  components: { min: number; mean: number; max: number };
+  /** Size of the adapter files. */
+  adapterBytes: number;
+  /** adapterBytes / bytes. */
+  ratio: number;
+  /** From how many tasks of this kind on the pack is smaller than the adapters; null: never. */
+  breakEvenTasks: number | null;
+  /** ‖ΔW − ΔW'‖ / ‖ΔW‖ over tasks and modules. */
+  error: { mean: number; max: number; worstTask: string; worstModule: string };
+  warnings: string[];
+}
+
+/**
+ * Packs adapters.
+ * @throws AdapterError when adapters do not agree about a module or a tensor cannot be stored
+ * @throws BaseMismatchError when the base given does not have the adapted modules
+ * @returns the pack as consecutive chunks, and what became of the adapters
+ */
+export async function buildPack(
+  adapters: readonly Adapter[],
+  options: BuildOptions = {},
+): Promise<{ chunks: Uint8Array[]; report: BuildReport }> {
+  if (adapters.length === 0) throw new RangeError("buildPack: no adapters");
+  const { gauge = "as-trained", centering = "keep", select = { kind: "energy", share: 0.9 } } = options;
+  const types = storageTypes(options.types);
+  const extraction = { gauge, centering, select, basisType: types.basis, coefficientType: types.coefficients };
+  const names = [...new Set(adapters.flatMap((a) => [...a.modules.keys()]))].sort();
+  const fingerprints = options.base && (await readFingerprints(options.base, names, adapters));
+  const modules: ModuleInput[] = [];
+  const terms = adapters.map((): TermInput[] => []);
+  const errors = new ErrorTally();
+  for (const [index, name] of names.entries()) {
+    options.signal?.throwIfAborted();
+    const owners = adapters.filter((a) => a.modules.has(name));
+    const first = owners[0]!.modules.get(name)!;
+    for (const owner of owners) checkSame(owners[0]!, owner, name);
+    const { module, magnitudes } = await extractFrom(owners, name, extraction);
+    for (const [i, task] of module.tasks.entries()) {
+      errors.add(task.id, name, task.error);
+      const term = encodeTerm(index, task, module.A.mean, module.B.mean, magnitudes[i], owners[i]!, types);
+      terms[adapters.indexOf(owners[i]!)]!.push(term);
+    }
+    modules.push({
+      name,
+      out: first.out,
+      in: first.in,
+      layout: first.layout,
+      kernel: first.kernel,
+      A: sideInput(module.A),
+      B: sideInput(module.B),
+      fingerprint: fingerprints?.get(name),
+    });
+    options.onProgress?.(index + 1, names.length);
+  }
+  const warnings = adapters.flatMap((a) => a.warnings.map((w) => `${a.id}: ${w}`));
+  if (!options.base) warnings.push("packed without a base model: the runtime can check shapes only, not which model it is");
+  const baseModels = [...new Set(adapters.map((a) => a.baseModel).filter((b) => b !== undefined))];
+  if (baseModels.length > 1) warnings.push(`the adapters name different base models: ${baseModels.join(", ")}`);
+  const { description, bases } = encodeBasis({
+    producer: `eigenlora ${VERSION}`,
+    mode: "column",
+    gauge,
+    centering,
+    baseModel: baseModels[0],
+    modules,
+  });
+  const tasks: TaskToWrite[] = [];
+  for (const [i, adapter] of adapters.entries()) {
+    const parameters = await encodeParameters(adapter, types.head);
+    tasks.push({ entry: entryOf(adapter), blob: encodeTask(terms[i]!, parameters) });
+  }
+  const chunks = layoutFresh({ description, bases, basisId: await basisId(description, bases), tasks });
+  const bytes = chunks.reduce((sum, c) => sum + c.length, 0);
+  const adapterBytes = adapters.reduce((sum, a) => sum + a.byteLength, 0);
+  const counts = modules.flatMap((m) => [m.A!.K, m.B!.K]);
+  const report: BuildReport = {
+    tasks: adapters.length,
+    modules: modules.length,
+    gauge,
+    centering,
+    types,
+    bytes,
+    components: {
+      min: Math.min(...counts),
+      mean: counts.reduce((a, b) => a + b, 0) / counts.length,
+      max: Math.max(...counts),
+    },
+    adapterBytes,
+    ratio: adapterBytes / bytes,
+    breakEvenTasks: breakEven(bytes, tasks.map((t) => t.blob.length), tasks.map((t) => t.entry.adapterBytes)),
+    error: errors.summary(),
+    warnings,
+  };
+  return { chunks, report };
+}
+
+/**
+ * From how many tasks on a pack is smaller than the adapters it was made of, at their mean sizes.
+ * @param bytes of the whole pack
+ * @returns null when a blob is no smaller than an adapter, or the adapters' sizes are unknown
+ */
+export function breakEven(bytes: number, blobs: readonly number[], adapters: readonly number[]): number | null {
+  const mean = (v: readonly number[]): number => v.reduce((a, b) => a + b, 0) / v.length;
+  if (blobs.length === 0 || adapters.some((a) => a === 0)) return null;
+  const shared = bytes - blobs.reduce((a, b) => a + b, 0);
+  const saved = mean(adapters) - mean(blobs);
+  return saved > 0 ? Math.ceil(shared / saved) : null;
+}
+
+/** A task made for an existing basis, and what it lost. */
+export interface ProjectedAdapter extends TaskToWrite {
+  residual: { id: string; mean: number; max: number };
+}
+
+/**
+ * Projects an adapter onto the basis of a pack (DESIGN 2.10a), in the pack's gauge.
+ * @param bases of the pack, as `pack.takeBases()` gives them
+ * @throws AdapterError when it adapts a module that the pack does not have, or of another shape
+ */
+export async function projectAdapter(
+  pack: Pack,
+  bases: Uint8Array,
+  adapter: Adapter,
+  types: StorageTypes,
+): Promise<ProjectedAdapter> {
+  const gauge: Gauge = pack.directory.basis.gauge === "balanced" ? "balanced" : "as-trained";
+  const known = new Map(pack.modules.map((m, i) => [m.name, i]));
+  const missing = [...adapter.modules.keys()].filter((name) => !known.has(name));
+  if (missing.length > 0) {
+    throw new AdapterError(
+      `it adapts ${missing.length} modules that ${pack.name} has no basis for (${missing.slice(0, 3).join(", ")}` +
+        `${missing.length > 3 ? ", …" : ""}): pack all adapters again, with this one`,
+      { file: adapter.file, field: missing[0]! },
+    );
+  }
+  const terms: TermInput[] = [];
+  const errors = new ErrorTally();
+  for (const [name, module] of adapter.modules) {
+    const index = known.get(name)!;
+    const stored = pack.modules[index]!;
+    if (stored.out !== module.out || stored.in !== module.in || stored.layout !== module.layout) {
+      throw new AdapterError(
+        `"${name}" is [${module.out}, ${module.in}] ${module.layout}, the pack's is [${stored.out}, ${stored.in}] ` +
+          `${stored.layout}: it was trained on another model`,
+        { file: adapter.file, field: name },
+      );
+    }
+    const factors = await module.read();
+    const member = { id: adapter.id, rank: module.rank, A: factors.A, Bt: factors.Bt };
+    const space = openModule(storedModule(stored, bases, adapter));
+    const task = projectModule(space, member, { gauge, coefficientType: types.coefficients });
+    errors.add(adapter.id, name, task.error);
+    terms.push(encodeTerm(index, task, stored.A!.mean, stored.B!.mean, factors.magnitude, adapter, types));
+  }
+  terms.sort((a, b) => a.module - b.module);
+  const blob = encodeTask(terms, await encodeParameters(adapter, types.head));
+  const { mean, max } = errors.summary();
+  return { entry: entryOf(adapter), blob, residual: { id: adapter.id, mean, max } };
+}
+
+/** Both sides of a module of a pack, as extraction takes them. */
+export function storedModule(
+  module: PackModule,
+  bases: Uint8Array,
+  adapter: Adapter,
+): Parameters<typeof openModule>[0] {
+  const side = (which: "A" | "B"): Parameters<typeof openModule>[0]["A"] => {
+    const basis = module[which];
+    if (basis?.kind !== "column") {
+      throw new AdapterError(`"${module.name}" has no column basis in the pack: pack all adapters again`, {
+        file: adapter.file,
+        field: module.name,
+      });
+    }
+    const { type, width, byteOffset, byteLength } = basis.tensor;
+    const encoded = bases.subarray(byteOffset, byteOffset + byteLength);
+    return { type, components: basis.K, width, mean: basis.mean, encoded };
+  };
+  return { A: side("A"), B: side("B") };
+}
+
+/** f16 where nothing else is asked for. */
+export function storageTypes(types: Partial<StorageTypes> = {}): StorageTypes {
+  return { basis: types.basis ?? "f16", coefficients: types.coefficients ?? "f16", head: types.head ?? "f16" };
+}
+
+async function extractFrom(
+  owners: readonly Adapter[],
+  name: string,
+  options: ExtractOptions,
+): Promise<{ module: ModuleExtraction; magnitudes: (Float32Array | undefined)[] }> {
+  const { out, in: inputs } = owners[0]!.modules.get(name)!;
+  const members: ModuleMember[] = [];
+  const magnitudes: (Float32Array | undefined)[] = [];
+  for (const owner of owners) {
+    const { rank } = owner.modules.get(name)!;
+    const { A, Bt, magnitude } = await owner.modules.get(name)!.read();
+    members.push({ id: owner.id, rank, A, Bt });
+    magnitudes.push(magnitude);
+  }
+  return { module: extractModule({ name, out, in: inputs, members }, options), magnitudes };
+}
+
+function encodeTerm(
+  module: number,
+  { rank, alphaA, alphaB }: TaskCoefficients,
+  meanA: boolean,
+  meanB: boolean,
+  magnitude: Float32Array | undefined,
+  adapter: Adapter,
+  types: StorageTypes,
+): TermInput {
+  const side = { kind: "column", type: types.coefficients } as const;
+  return {
+    module,
+    rank,
+    A: { ...side, mean: meanA, encoded: alphaA },
+    B: { ...side, mean: meanB, encoded: alphaB },
+    magnitude: magnitude && vector(magnitude, types.coefficients, adapter, "a DoRA magnitude"),
+  };
+}
+
+function sideInput(side: ModuleExtraction["A"]): NonNullable<ModuleInput["A"]> {
+  const { components: K, mean, type, explained, encoded } = side;
+  return { kind: "column", K, mean, type, explained, encoded };
+}
+
+function checkSame(a: Adapter, b: Adapter, name: string): void {
+  const [x, y] = [a.modules.get(name)!, b.modules.get(name)!];
+  if (x.out === y.out && x.in === y.in && x.layout === y.layout && String(x.kernel) === String(y.kernel)) return;
+  throw new AdapterError(
+    `"${name}" is [${y.out}, ${y.in}] ${y.layout} here, but [${x.out}, ${x.in}] ${x.layout} in ${a.file}: adapters of ` +
+      "different base models cannot share a pack",
+    { file: b.file, field: name },
+  );
+}
+
+async function readFingerprints(
+  base: WeightHost,
+  names: readonly string[],
+  adapters: readonly Adapter[],
+): Promise<Map<string, Float32Array>> {
+  const locator = new Locator(base);
+  const prints = new Map<string, Float32Array>();
+  for (const name of names) {
+    const module = adapters.find((a) => a.modules.has(name))!.modules.get(name)!;
+    const located = locator.locate(module);
+    const view = await base.read(located.name);
+    const bytes = (view.data as Uint8Array).subarray(view.byteOffset);
+    prints.set(name, fingerprint(name, bytes, located.dtype, module.out, module.in, located.transposed));
+  }
+  return prints;
+}
+
+function entryOf({ id, byteLength, metadata }: Adapter): TaskEntry {
+  return { id, adapterBytes: byteLength, metadata };
+}
+
+async function encodeParameters(adapter: Adapter, type: TensorType): Promise<ParameterInput[]> {
+  const parameters: ParameterInput[] = [];
+  for (const saved of adapter.saved) {
+    const { name, role, shape, indices } = saved;
+    const values = await saved.read();
+    if (shape.length === 1) {
+      parameters.push({ name, role, shape, ...vector(values, type, adapter, `"${name}"`) });
+      continue;
+    }
+    const rows = shape[0]!;
+    const encoded = stored(adapter, saved, () => encodeTensor(type, values, rows, values.length / rows));
+    parameters.push({ name, role, type, shape, indices, encoded });
+  }
+  return parameters;
+}
+
+/** A vector: f16 where matrices are packed integers, since one scale for all of it would be coarse and save nothing. */
+function vector(values: Float32Array, type: TensorType, adapter: Adapter, name: string): Pick<ParameterInput, "type" | "encoded"> {
+  const own = isQuantized(type) ? "f16" : type;
+  return { type: own, encoded: stored(adapter, { name }, () => encodeTensor(own, values, 1, values.length)) };
+}
+
+function stored<T>(adapter: Adapter, { name }: Pick<SavedTensor, "name">, encode: () => T): T {
+  try {
+    return encode();
+  } catch (cause) {
+    throw new AdapterError(`${name} cannot be stored: ${(cause as Error).message}`, {
+      file: adapter.file,
+      field: name,
+      cause,
+    });
+  }
+}
+
+/** Mean and worst of errors by task and module. */
+class ErrorTally {
+  #sum = 0;
+  #count = 0;
+  #worst = { error: 0, task: "", module: "" };
+
+  add(task: string, module: string, error: number): void {
+    this.#sum += error;
+    this.#count++;
+    if (error >= this.#worst.error) this.#worst = { error, task, module };
+  }
+
+  summary(): BuildReport["error"] {
+    const { error, task, module } = this.#worst;
+    return { mean: this.#count ? this.#sum / this.#count : 0, max: error, worstTask: task, worstModule: module };
+  }
+}

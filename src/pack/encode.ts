@@ -1,0 +1,262 @@
+/**
+ * SPEC.md as code, the writing half: values in, bytes out. No I/O. What is written here, `format.ts` must be able to read;
+ * limits are checked there, so a writer ends by parsing what it wrote.
+ */
+import { Packr } from "msgpackr/pack";
+import { align4, TENSOR_TYPES, type TensorType } from "../dtypes.ts";
+import type { Layout, SavedTensor } from "../adapters/adapter.ts";
+import { crc32c } from "./crc32c.ts";
+import {
+  align64,
+  DIRECTORY_HEAD_BYTES,
+  LAYOUTS,
+  MAGIC,
+  ROLES,
+  SECTION_ENTRY_BYTES,
+  TASK_BLOB_MAGIC,
+  TASK_FILE_MAGIC,
+  WINDOW_BYTES,
+  type Section,
+  type Superblock,
+  type TaskEntry,
+} from "./format.ts";
+
+type Bytes = Uint8Array<ArrayBuffer>;
+
+const packr = new Packr({ useRecords: false, variableMapSize: true });
+
+/** MessagePack of a value, keys with undefined left out. */
+function pack(value: unknown): Bytes {
+  return Uint8Array.from(packr.pack(value));
+}
+
+/** One side of one module, ready to be written. */
+export interface SideInput {
+  kind: "column" | "flat";
+  K: number;
+  rank?: number;
+  mean: boolean;
+  type: TensorType;
+  explained: number;
+  /** Encoded tensor: K rows, then the mean when there is one. */
+  encoded: Uint8Array;
+}
+
+export interface ModuleInput {
+  name: string;
+  out: number;
+  in: number;
+  layout: Layout;
+  kernel?: readonly number[] | undefined;
+  A?: SideInput | undefined;
+  B?: SideInput | undefined;
+  /** 64 weights of the base at the module's fingerprint positions. */
+  fingerprint?: Float32Array | undefined;
+}
+
+export interface BasisInput {
+  producer: string;
+  mode: string;
+  gauge: string;
+  centering: string;
+  baseModel?: string | undefined;
+  modules: readonly ModuleInput[];
+}
+
+/** An encoded tensor and its type. */
+export interface TensorInput {
+  type: TensorType;
+  encoded: Uint8Array;
+}
+
+export interface TermInput {
+  module: number;
+  rank: number;
+  A?: (TensorInput & { kind: "column" | "flat"; mean: boolean }) | undefined;
+  B?: (TensorInput & { kind: "column" | "flat"; mean: boolean }) | undefined;
+  /** Private factors: A [q, in] and Bᵀ [q, out], of one type. */
+  private?: { q: number; type: TensorType; A: Uint8Array; Bt: Uint8Array } | undefined;
+  magnitude?: TensorInput | undefined;
+}
+
+export interface ParameterInput extends TensorInput {
+  name: string;
+  role: SavedTensor["role"];
+  shape: readonly number[];
+  indices?: readonly number[] | undefined;
+}
+
+/** The bases section and the description that goes with it (SPEC.md, sections 4.2 and 4.4). */
+export function encodeBasis(basis: BasisInput): { description: Bytes; bases: Bytes } {
+  const tensors: { at: number; bytes: Uint8Array }[] = [];
+  let end = 0;
+  const place = (bytes: Uint8Array): void => {
+    const at = Math.ceil(end / 16) * 16;
+    tensors.push({ at, bytes });
+    end = at + bytes.length;
+  };
+  const side = (s: SideInput | undefined): object | null => {
+    if (!s) return null;
+    place(s.encoded);
+    const { K, mean, explained } = s;
+    const rank = s.kind === "flat" ? { rank: s.rank } : {};
+    return { kind: s.kind === "column" ? 1 : 2, K, ...rank, mean, type: TENSOR_TYPES.indexOf(s.type), explained };
+  };
+  const modules = basis.modules.map((m) => {
+    const sides = { A: side(m.A), B: side(m.B) };
+    if (m.fingerprint) {
+      const bytes = new Uint8Array(4 * m.fingerprint.length);
+      const view = new DataView(bytes.buffer);
+      m.fingerprint.forEach((v, i) => view.setFloat32(4 * i, v, true));
+      place(bytes);
+    }
+    return {
+      name: m.name,
+      out: m.out,
+      in: m.in,
+      layout: LAYOUTS.indexOf(m.layout),
+      ...(m.kernel ? { kernel: [...m.kernel] } : {}),
+      ...sides,
+      ...(m.fingerprint ? { fingerprint: true } : {}),
+    };
+  });
+  const { producer, mode, gauge, centering } = basis;
+  const description = pack({ producer, mode, gauge, centering, baseModel: basis.baseModel ?? null, modules });
+  const bases = new Uint8Array(end);
+  for (const { at, bytes } of tensors) bases.set(bytes, at);
+  return { description, bases };
+}
+
+/** SHA-256 of description and bases: what ties a task file to its basis (SPEC.md, section 2). */
+export async function basisId(description: Uint8Array, bases: Uint8Array): Promise<Bytes> {
+  const both = new Uint8Array(description.length + bases.length);
+  both.set(description);
+  both.set(bases, description.length);
+  return new Uint8Array(await crypto.subtle.digest("SHA-256", both));
+}
+
+/** A task blob (SPEC.md, section 6). Terms must be sorted by module. */
+export function encodeTask(terms: readonly TermInput[], parameters: readonly ParameterInput[]): Bytes {
+  const tensors: Uint8Array[] = [];
+  const code = (type: TensorType): number => TENSOR_TYPES.indexOf(type);
+  const head = pack([
+    terms.map((t) => {
+      const side = (s: TermInput["A"]): number | null => {
+        if (!s) return null;
+        tensors.push(s.encoded);
+        return (s.kind === "column" ? 1 : 2) + (s.mean ? 4 : 0) + 8 * code(s.type);
+      };
+      const [A, B] = [side(t.A), side(t.B)];
+      if (t.private) tensors.push(t.private.A, t.private.Bt);
+      if (t.magnitude) tensors.push(t.magnitude.encoded);
+      const type = t.private ? code(t.private.type) : 0;
+      return [t.module, t.rank, A, B, t.private?.q ?? 0, type, t.magnitude ? code(t.magnitude.type) : null];
+    }),
+    parameters.map((p) => {
+      tensors.push(p.encoded);
+      const fields = [p.name, ROLES.indexOf(p.role), code(p.type), [...p.shape]];
+      return p.indices ? [...fields, [...p.indices]] : fields;
+    }),
+  ]);
+  let end = 8 + head.length;
+  const places = tensors.map((bytes) => {
+    const at = align4(end);
+    end = at + bytes.length;
+    return at;
+  });
+  const blob = new Uint8Array(end);
+  const view = new DataView(blob.buffer);
+  view.setUint32(0, TASK_BLOB_MAGIC, true);
+  view.setUint32(4, head.length, true);
+  blob.set(head, 8);
+  tensors.forEach((bytes, i) => blob.set(bytes, places[i]!));
+  return blob;
+}
+
+/** The directory (SPEC.md, section 4). `sections` must be sorted by offset, tasks in the order of their sections. */
+export function encodeDirectory(sections: readonly Section[], description: Uint8Array, tasks: Uint8Array): Bytes {
+  const bytes = new Uint8Array(directoryBytes(sections.length, description, tasks));
+  const view = new DataView(bytes.buffer);
+  view.setUint32(0, sections.length, true);
+  view.setUint32(4, description.length, true);
+  view.setUint32(8, tasks.length, true);
+  sections.forEach((s, i) => {
+    const at = DIRECTORY_HEAD_BYTES + i * SECTION_ENTRY_BYTES;
+    view.setUint32(at, s.kind, true);
+    view.setUint32(at + 4, s.required ? 1 : 0, true);
+    setU64(view, at + 8, s.offset);
+    setU64(view, at + 16, s.length);
+    view.setUint32(at + 24, s.crc, true);
+  });
+  const start = DIRECTORY_HEAD_BYTES + sections.length * SECTION_ENTRY_BYTES;
+  bytes.set(description, start);
+  bytes.set(tasks, start + description.length);
+  return bytes;
+}
+
+/** Size of a directory: known before the offsets in it are. */
+export function directoryBytes(sections: number, description: Uint8Array, tasks: Uint8Array): number {
+  return DIRECTORY_HEAD_BYTES + sections * SECTION_ENTRY_BYTES + description.length + tasks.length;
+}
+
+/** The task list (SPEC.md, section 4.3). */
+export function encodeTaskList(tasks: readonly TaskEntry[]): Bytes {
+  return pack(tasks.map(entryMap));
+}
+
+function entryMap({ id, adapterBytes, metadata }: TaskEntry): object {
+  return Object.keys(metadata).length > 0 ? { id, adapterBytes, metadata } : { id, adapterBytes };
+}
+
+/** The window of a file with a single superblock. */
+export function encodeWindow(id: Uint8Array, superblock: Superblock): Bytes {
+  const bytes = new Uint8Array(WINDOW_BYTES);
+  const view = new DataView(bytes.buffer);
+  bytes.set(MAGIC);
+  view.setUint16(8, 1, true);
+  view.setUint32(12, WINDOW_BYTES, true);
+  bytes.set(id, 16);
+  view.setUint32(48, crc32c(bytes.subarray(0, 48)), true);
+  bytes.set(encodeSuperblock(superblock), superblockOffset(superblock.generation));
+  return bytes;
+}
+
+/** Where the superblock of a generation lies. */
+export function superblockOffset(generation: number): number {
+  return 512 * (1 + (generation % 2));
+}
+
+export function encodeSuperblock(s: Superblock): Bytes {
+  const bytes = new Uint8Array(64);
+  const view = new DataView(bytes.buffer);
+  [s.generation, s.committed, s.directoryOffset, s.directoryLength, s.basesOffset, s.basesLength].forEach((v, i) =>
+    setU64(view, 8 * i, v),
+  );
+  view.setUint32(48, s.directoryCrc, true);
+  view.setUint32(60, crc32c(bytes.subarray(0, 60)), true);
+  return bytes;
+}
+
+/** One task as a file of its own (SPEC.md, section 7). */
+export function encodeTaskFile(entry: TaskEntry, id: Uint8Array, blob: Uint8Array): Bytes {
+  const map = pack(entryMap(entry));
+  const start = align64(64 + map.length);
+  const bytes = new Uint8Array(start + blob.length);
+  const view = new DataView(bytes.buffer);
+  bytes.set(TASK_FILE_MAGIC);
+  view.setUint16(8, 1, true);
+  view.setUint32(12, map.length, true);
+  bytes.set(id, 16);
+  view.setUint32(48, blob.length, true);
+  view.setUint32(52, crc32c(map), true);
+  view.setUint32(56, crc32c(blob), true);
+  view.setUint32(60, crc32c(bytes.subarray(0, 60)), true);
+  bytes.set(map, 64);
+  bytes.set(blob, start);
+  return bytes;
+}
+
+function setU64(view: DataView, at: number, value: number): void {
+  view.setUint32(at, value >>> 0, true);
+  view.setUint32(at + 4, Math.floor(value / 2 ** 32), true);
+}

@@ -1,0 +1,96 @@
+/**
+ * A task of a pack as a canonical adapter: the way back from coefficients to factors, in plain JS with f64 sums. Reads every
+ * kind of term. For export, verification and tests; the runtime has kernels of its own.
+ */
+import type { Adapter, AdapterModule, SavedTensor } from "../adapters/adapter.ts";
+import { decodeTensor } from "../dtypes.ts";
+import type { Coefficients, PackModule, Side, TaskBlob, TaskTerm, TensorRef } from "./format.ts";
+import type { Pack } from "./pack.ts";
+
+/** Factors of one term: A [rank, in], Bᵀ [rank, out]; rank counts shared and private rows. */
+export interface ExpandedTerm {
+  rank: number;
+  A: Float32Array;
+  Bt: Float32Array;
+  magnitude: Float32Array | undefined;
+}
+
+/** Expands one term of a task. */
+export function expandTerm(blob: TaskBlob, term: TaskTerm, module: PackModule, bases: Uint8Array): ExpandedTerm {
+  const rank = term.rank + term.q;
+  const side = (coefficients: Coefficients | undefined, basis: Side | undefined, own: TensorRef | undefined, width: number) => {
+    const out = new Float32Array(rank * width);
+    if (coefficients && basis) out.set(expandSide(blob, coefficients, basis, bases));
+    if (own) out.set(decode(blob.bytes, own), term.rank * width);
+    return out;
+  };
+  return {
+    rank,
+    A: side(term.A, module.A, term.privateA, module.in),
+    Bt: side(term.B, module.B, term.privateBt, module.out),
+    magnitude: term.magnitude && decode(blob.bytes, term.magnitude),
+  };
+}
+
+function expandSide(blob: TaskBlob, { mean, tensor }: Coefficients, { K, tensor: basis }: Side, bases: Uint8Array): Float32Array {
+  const components = decode(bases, basis);
+  const alpha = decode(blob.bytes, tensor);
+  const out = new Float32Array(tensor.rows * basis.width);
+  const sums = new Float64Array(basis.width);
+  for (let row = 0; row < tensor.rows; row++) {
+    for (let i = 0; i < basis.width; i++) sums[i] = mean ? components[K * basis.width + i]! : 0;
+    for (let k = 0; k < K; k++) {
+      const a = alpha[row * K + k]!;
+      for (let i = 0; i < basis.width; i++) sums[i]! += a * components[k * basis.width + i]!;
+    }
+    out.set(sums, row * basis.width);
+  }
+  return out;
+}
+
+function decode(section: Uint8Array, { type, rows, width, byteOffset, byteLength }: TensorRef): Float32Array {
+  return decodeTensor(type, section.subarray(byteOffset, byteOffset + byteLength), rows, width);
+}
+
+/**
+ * A task as an adapter, as the readers of adapter files give them.
+ * @param bases of the pack, as `pack.takeBases()` gives them
+ */
+export function taskAdapter(pack: Pack, bases: Uint8Array, id: string, blob: TaskBlob): Adapter {
+  const modules = new Map<string, AdapterModule>();
+  for (const term of blob.terms) {
+    const module = pack.modules[term.module]!;
+    const { name, out, in: inputs, layout, kernel } = module;
+    modules.set(name, {
+      name,
+      out,
+      in: inputs,
+      rank: term.rank + term.q,
+      layout,
+      ...(kernel ? { kernel } : {}),
+      async read() {
+        const { A, Bt, magnitude } = expandTerm(blob, term, module, bases);
+        return { A, Bt, ...(magnitude ? { magnitude } : {}) };
+      },
+    });
+  }
+  const saved = blob.parameters.map(({ name, role, shape, indices, tensor }): SavedTensor => ({
+    name,
+    role,
+    shape,
+    ...(indices ? { indices } : {}),
+    read: async () => decode(blob.bytes, tensor),
+  }));
+  const info = pack.tasks.get(id);
+  return {
+    id,
+    file: pack.name,
+    byteLength: info?.adapterBytes ?? 0,
+    baseModel: pack.directory.basis.baseModel,
+    modules,
+    saved,
+    metadata: info?.metadata ?? {},
+    warnings: [],
+    close: async () => undefined,
+  };
+}

@@ -1,0 +1,127 @@
+/**
+ * Where the parts of a pack go: a fresh file as a stream of chunks, and an append as a list of writes. Pure; the file
+ * system is the caller's (SPEC.md, section 8).
+ */
+import { crc32c } from "./crc32c.ts";
+import {
+  directoryBytes,
+  encodeDirectory,
+  encodeSuperblock,
+  encodeTaskList,
+  encodeWindow,
+  superblockOffset,
+} from "./encode.ts";
+import {
+  align64,
+  SECTION_BASES,
+  SECTION_FREE,
+  SECTION_TASK,
+  WINDOW_BYTES,
+  type Directory,
+  type Section,
+  type Superblock,
+  type TaskEntry,
+} from "./format.ts";
+
+/** A task to be written. */
+export interface TaskToWrite {
+  entry: TaskEntry;
+  blob: Uint8Array;
+}
+
+/** The parts of a fresh pack. */
+export interface FreshPack {
+  /** Basis description, MessagePack. */
+  description: Uint8Array;
+  bases: Uint8Array;
+  /** 32 bytes. */
+  basisId: Uint8Array;
+  tasks: readonly TaskToWrite[];
+}
+
+/** A fresh pack as consecutive chunks: window, directory, bases, blobs. */
+export function layoutFresh({ description, bases, basisId, tasks }: FreshPack): Uint8Array[] {
+  const list = encodeTaskList(tasks.map((t) => t.entry));
+  const directoryLength = directoryBytes(1 + tasks.length, description, list);
+  const basesOffset = align64(WINDOW_BYTES + directoryLength);
+  let end = basesOffset + bases.length;
+  const sections: Section[] = [
+    { kind: SECTION_BASES, required: true, offset: basesOffset, length: bases.length, crc: crc32c(bases) },
+  ];
+  for (const { blob } of tasks) {
+    sections.push(taskSection(align64(end), blob));
+    end = align64(end) + blob.length;
+  }
+  const directory = encodeDirectory(sections, description, list);
+  const superblock: Superblock = {
+    generation: 1,
+    committed: end,
+    directoryOffset: WINDOW_BYTES,
+    directoryLength,
+    basesOffset,
+    basesLength: bases.length,
+    directoryCrc: crc32c(directory),
+  };
+  const parts = [encodeWindow(basisId, superblock), directory, bases, ...tasks.map((t) => t.blob)];
+  return padded(parts, 0);
+}
+
+/** What an append writes: `body` at `offset`, flush, then `superblock` at `superblockOffset`, flush. */
+export interface Append {
+  offset: number;
+  body: Uint8Array[];
+  superblock: Uint8Array;
+  superblockOffset: number;
+}
+
+/** Plans an append. The ids of `tasks` must be new and unique. */
+export function layoutAppend(directory: Directory, current: Superblock, tasks: readonly TaskToWrite[]): Append {
+  const entries = [...directory.tasks.map(({ id, adapterBytes, metadata }) => ({ id, adapterBytes, metadata }))];
+  const added: Section[] = [];
+  let end = current.committed;
+  for (const { entry, blob } of tasks) {
+    entries.push(entry);
+    added.push(taskSection(align64(end), blob));
+    end = align64(end) + blob.length;
+  }
+  const superseded: Section = {
+    kind: SECTION_FREE,
+    required: false,
+    offset: current.directoryOffset,
+    length: current.directoryLength,
+    crc: 0,
+  };
+  const sections = [...directory.sections, superseded, ...added].sort((a, b) => a.offset - b.offset);
+  const bytes = encodeDirectory(sections, directory.basisBytes, encodeTaskList(entries));
+  const superblock: Superblock = {
+    ...current,
+    generation: current.generation + 1,
+    committed: align64(end) + bytes.length,
+    directoryOffset: align64(end),
+    directoryLength: bytes.length,
+    directoryCrc: crc32c(bytes),
+  };
+  return {
+    offset: current.committed,
+    body: padded([...tasks.map((t) => t.blob), bytes], current.committed),
+    superblock: encodeSuperblock(superblock),
+    superblockOffset: superblockOffset(superblock.generation),
+  };
+}
+
+function taskSection(offset: number, blob: Uint8Array): Section {
+  return { kind: SECTION_TASK, required: true, offset, length: blob.length, crc: crc32c(blob) };
+}
+
+/** The parts with zeros in front of each, so that all start at multiples of 64 when the first byte lands at `offset`. */
+function padded(parts: readonly Uint8Array[], offset: number): Uint8Array[] {
+  const chunks: Uint8Array[] = [];
+  let end = offset;
+  for (const part of parts) {
+    const gap = align64(end) - end;
+    if (gap > 0) chunks.push(new Uint8Array(gap));
+    chunks.push(part);
+    end += gap + part.length;
+  }
+  return chunks;
+}

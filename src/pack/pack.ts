@@ -1,0 +1,311 @@
+/**
+ * An open pack: which tasks and modules it has, and their bytes when they are wanted. Plans reads, checks what arrives and
+ * keeps task blobs. It computes nothing; that is the runtime's part.
+ */
+import { FormatError, TaskError } from "../errors.ts";
+import type { TaskMetadata } from "../adapters/adapter.ts";
+import { nearest } from "../names.ts";
+import { openSource, type ByteSource, type FetchOptions, type ReadOptions, type SourceInput } from "../source.ts";
+import { crc32c } from "./crc32c.ts";
+import {
+  align64,
+  checkFinite,
+  isTaskId,
+  parseDirectory,
+  parseTask,
+  parseTaskFile,
+  parseWindow,
+  WINDOW_BYTES,
+  type Directory,
+  type PackModule,
+  type Section,
+  type TaskBlob,
+  type Window,
+} from "./format.ts";
+
+export interface OpenOptions extends FetchOptions {
+  signal?: AbortSignal;
+  /**
+   * `now` reads the bases together with the directory, so that a first task costs three requests. `later` reads the
+   * directory only; the runtime fetches the bases when it starts. `now` unless given.
+   */
+  bases?: "now" | "later";
+  /** Most bytes of task blobs to keep; those used least recently go first. No limit unless given. */
+  maxResidentBytes?: number;
+}
+
+/** A task of the pack. */
+export interface TaskInfo {
+  readonly id: string;
+  /** Size of its blob. */
+  readonly bytes: number;
+  /** Size of the adapter it was made of, 0 when unknown. */
+  readonly adapterBytes: number;
+  readonly metadata: TaskMetadata;
+  /** Whether a switch to it needs no request. */
+  readonly resident: boolean;
+}
+
+interface TaskSlot {
+  id: string;
+  bytes: number;
+  adapterBytes: number;
+  metadata: TaskMetadata;
+  /** Undefined for tasks added at run time, which are always resident. */
+  section: Section | undefined;
+  blob: TaskBlob | undefined;
+  loading: Promise<TaskBlob> | undefined;
+}
+
+/**
+ * Opens a pack. Reads the window, then directory and bases (one request where they are adjacent, as in a fresh pack).
+ * @param input path, URL (read by HTTP ranges), Blob, ArrayBuffer or any ByteSource
+ * @throws SourceError when bytes cannot be had, FormatError when they are not a whole pack of a known version
+ * @example
+ * const pack = await openPack("tasks.eigen");
+ * console.log([...pack.tasks.keys()]);
+ */
+export async function openPack(input: SourceInput, options: OpenOptions = {}): Promise<Pack> {
+  const inner = await openSource(input, options);
+  try {
+    const reads = { requests: 0, bytes: 0 };
+    const source: ByteSource = {
+      name: inner.name,
+      get byteLength() {
+        return inner.byteLength;
+      },
+      async read(offset, length, readOptions) {
+        reads.requests++;
+        const bytes = await inner.read(offset, length, readOptions);
+        reads.bytes += bytes.length;
+        return bytes;
+      },
+      close: async () => inner.close?.(),
+    };
+    const signal = options.signal;
+    // A file shorter than the window still has to be told apart from a file of another kind.
+    const head = Math.min(WINDOW_BYTES, inner.byteLength ?? WINDOW_BYTES);
+    const window = parseWindow(await source.read(0, head, { signal }), source.name, inner.byteLength);
+    const { directoryOffset, directoryLength, basesOffset, basesLength, committed } = window.superblock;
+    const size = inner.byteLength;
+    if (size !== undefined && size < committed) {
+      throw new FormatError(`truncated: ${size} bytes of ${committed}; fetch it again`, { file: source.name, part: "window" });
+    }
+    const together = options.bases !== "later" && basesOffset === align64(directoryOffset + directoryLength);
+    const length = together ? basesOffset + basesLength - directoryOffset : directoryLength;
+    const bytes = await source.read(directoryOffset, length, { signal });
+    const directory = parseDirectory(bytes.subarray(0, directoryLength), window.superblock, source.name);
+    const pack = new Pack(source, reads, window, directory, options.maxResidentBytes ?? Infinity);
+    if (together) pack.keepBases(bytes.subarray(basesOffset - directoryOffset));
+    return pack;
+  } catch (error) {
+    await inner.close?.();
+    throw error;
+  }
+}
+
+/** An open pack. Made by `openPack`. */
+export class Pack {
+  /** Path or URL. */
+  readonly name: string;
+  /** "1.0" */
+  readonly version: string;
+  /** Hexadecimal SHA-256 that ties task files to this basis. */
+  readonly basisId: string;
+  /** Adapted modules, in the order of the bases. */
+  readonly modules: readonly PackModule[];
+  /** Everything the file says about itself; read-only. */
+  readonly directory: Directory;
+  /** The window as read; read-only. */
+  readonly window: Window;
+  /** Requests made and bytes read so far. */
+  readonly reads: Readonly<{ requests: number; bytes: number }>;
+
+  readonly #source: ByteSource;
+  readonly #slots = new Map<string, TaskSlot>();
+  readonly #maxResidentBytes: number;
+  /** Resident blobs that could be read again, least recently used first. */
+  readonly #recent = new Set<TaskSlot>();
+  #bases: Uint8Array | undefined;
+
+  constructor(
+    source: ByteSource,
+    reads: { requests: number; bytes: number },
+    window: Window,
+    directory: Directory,
+    maxResidentBytes: number,
+  ) {
+    this.#source = source;
+    this.#maxResidentBytes = maxResidentBytes;
+    this.name = source.name;
+    this.reads = reads;
+    this.window = window;
+    this.version = window.version;
+    this.basisId = window.basisId;
+    this.directory = directory;
+    this.modules = directory.basis.modules;
+    for (const { id, adapterBytes, metadata, section } of directory.tasks) {
+      const slot = { id, bytes: section.length, adapterBytes, metadata, section, blob: undefined, loading: undefined };
+      this.#slots.set(id, slot);
+    }
+  }
+
+  /** The tasks by id, in the order of the file. A snapshot. */
+  get tasks(): ReadonlyMap<string, TaskInfo> {
+    const infos = new Map<string, TaskInfo>();
+    for (const [key, { id, bytes, adapterBytes, metadata, blob }] of this.#slots) {
+      infos.set(key, { id, bytes, adapterBytes, metadata, resident: blob !== undefined });
+    }
+    return infos;
+  }
+
+  /** Bytes held by this object: task blobs, and the bases until a runtime takes them. */
+  get residentBytes(): { coefficients: number; basis: number } {
+    let coefficients = 0;
+    for (const { blob } of this.#slots.values()) coefficients += blob?.bytes.length ?? 0;
+    return { coefficients, basis: this.#bases?.length ?? 0 };
+  }
+
+  /**
+   * Reads task blobs ahead, so that switching to them needs no request.
+   * @throws TaskError for an id that is not there
+   */
+  async prefetch(ids: Iterable<string>, options: ReadOptions = {}): Promise<void> {
+    await Promise.all([...ids].map((id) => this.load(id, options)));
+  }
+
+  /**
+   * The blob of a task, from memory or in one request.
+   * @throws TaskError naming the nearest ids when there is no such task
+   */
+  async load(id: string, options: ReadOptions = {}): Promise<TaskBlob> {
+    const slot = this.#slots.get(id);
+    if (!slot) throw this.#unknown(id);
+    options.signal?.throwIfAborted();
+    if (slot.blob) {
+      if (this.#recent.delete(slot)) this.#recent.add(slot);
+      return slot.blob;
+    }
+    // Callers share one request. A caller's signal ends its own wait only, since the others still want the bytes.
+    slot.loading ??= this.#fetch(slot).finally(() => (slot.loading = undefined));
+    return unlessAborted(slot.loading, options.signal);
+  }
+
+  async #fetch(slot: TaskSlot): Promise<TaskBlob> {
+    const blob = parseTask(await this.#section(slot.section!, `task "${slot.id}"`), this.modules, this.name, slot.id);
+    this.#checkFinite(blob, slot.id);
+    slot.blob = blob;
+    this.#recent.add(slot);
+    let held = 0;
+    for (const other of this.#recent) held += other.blob!.bytes.length;
+    for (const other of this.#recent) {
+      if (held <= this.#maxResidentBytes || other === slot) break;
+      held -= other.blob!.bytes.length;
+      other.blob = undefined;
+      this.#recent.delete(other);
+    }
+    return blob;
+  }
+
+  #checkFinite(blob: TaskBlob, id: string): void {
+    const part = `task "${id}"`;
+    for (const term of blob.terms) {
+      const name = this.modules[term.module]!.name;
+      const tensors = { A: term.A?.tensor, B: term.B?.tensor, "private A": term.privateA, "private B": term.privateBt };
+      for (const [what, tensor] of Object.entries({ ...tensors, magnitude: term.magnitude })) {
+        if (tensor) checkFinite(blob.bytes, tensor, this.name, part, `${what} of "${name}"`);
+      }
+    }
+    for (const { name, tensor } of blob.parameters) checkFinite(blob.bytes, tensor, this.name, part, `"${name}"`);
+  }
+
+  /**
+   * The bases section, checked. Handed over: the pack forgets it, so that the components are held once, by the runtime. A
+   * second call reads it again.
+   */
+  async takeBases(options: ReadOptions = {}): Promise<Uint8Array> {
+    const bases = this.#bases ?? (await this.#section(this.directory.bases, "bases", options));
+    this.#bases = undefined;
+    for (const { name, A, B } of this.modules) {
+      if (A) checkFinite(bases, A.tensor, this.name, "bases", `basis A of "${name}"`);
+      if (B) checkFinite(bases, B.tensor, this.name, "bases", `basis B of "${name}"`);
+    }
+    return bases;
+  }
+
+  /** @internal Bases that were read together with the directory. */
+  keepBases(bytes: Uint8Array): void {
+    this.#checkCrc(bytes, this.directory.bases, "bases");
+    this.#bases = bytes;
+  }
+
+  async #section(section: Section, part: string, options: ReadOptions = {}): Promise<Uint8Array> {
+    const bytes = await this.#source.read(section.offset, section.length, options);
+    this.#checkCrc(bytes, section, part);
+    return bytes;
+  }
+
+  #checkCrc(bytes: Uint8Array, section: Section, part: string): void {
+    if (crc32c(bytes) === section.crc) return;
+    throw new FormatError("its checksum does not match: the file is damaged, fetch it again", { file: this.name, part });
+  }
+
+  /**
+   * Adds a task that came as a file of its own (SPEC.md, section 7), for this open pack only; nothing is written.
+   * @throws FormatError when the file is damaged, TaskError when it belongs to another basis or the id is taken
+   */
+  async addTask(id: string, file: SourceInput): Promise<void> {
+    const source = await openSource(file);
+    try {
+      if (source.byteLength === undefined) await source.read(0, 64);
+      const task = parseTaskFile(await source.read(0, source.byteLength ?? 0), source.name);
+      if (task.basisId !== this.basisId) {
+        throw new TaskError(
+          `${source.name} belongs to a pack with the basis ${task.basisId}, this pack has ${this.basisId}: its ` +
+            "coefficients mean nothing here",
+          { task: id },
+        );
+      }
+      if (!isTaskId(id)) throw new TaskError(`${JSON.stringify(id)} cannot name a task`, { task: id });
+      if (this.#slots.has(id)) throw new TaskError(`there is a task "${id}" already; choose another id`, { task: id });
+      const blob = parseTask(task.blob, this.modules, source.name, id);
+      this.#checkFinite(blob, id);
+      const { adapterBytes, metadata } = task;
+      const bytes = task.blob.length;
+      this.#slots.set(id, { id, bytes, adapterBytes, metadata, section: undefined, blob, loading: undefined });
+    } finally {
+      await source.close?.();
+    }
+  }
+
+  /**
+   * Forgets a task of this open pack; the file is not changed.
+   * @throws TaskError when there is no such task
+   */
+  removeTask(id: string): void {
+    const slot = this.#slots.get(id);
+    if (!slot) throw this.#unknown(id);
+    this.#recent.delete(slot);
+    this.#slots.delete(id);
+  }
+
+  #unknown(id: string): TaskError {
+    const close = nearest(id, this.#slots.keys());
+    const hint = close.length ? `; the nearest are ${close.map((n) => `"${n}"`).join(", ")}` : "";
+    return new TaskError(`no task "${id}" in ${this.name}${hint}`, { task: id, nearest: close });
+  }
+
+  /** Closes the file. Resident tasks stay usable. */
+  async close(): Promise<void> {
+    await this.#source.close?.();
+  }
+}
+
+function unlessAborted<T>(promise: Promise<T>, signal: AbortSignal | undefined): Promise<T> {
+  if (!signal) return promise;
+  return new Promise<T>((resolve, reject) => {
+    const abort = (): void => reject(signal.reason as Error);
+    signal.addEventListener("abort", abort, { once: true });
+    promise.then(resolve, reject).finally(() => signal.removeEventListener("abort", abort));
+  });
+}

@@ -1,0 +1,185 @@
+/**
+ * The base model's weights as the runtime sees them: who lists them, hands them out and, where they live in the user's
+ * memory, takes the folded ones. Hosts know nothing of packs.
+ */
+import type { FloatType } from "../dtypes.ts";
+import { BaseMismatchError, SourceError } from "../errors.ts";
+import type { Layout } from "../adapters/adapter.ts";
+import { openSafetensors, type SafetensorsFile } from "../safetensors.ts";
+import { openSource, type FetchOptions, type ReadOptions, type SourceInput } from "../source.ts";
+
+/** A GPU buffer, by structure, so that published types do not depend on WebGPU's. */
+export interface DeviceBuffer {
+  readonly size: number;
+  readonly label: string;
+  destroy(): void;
+}
+
+/** A tensor as it lies in memory: little-endian, row-major, `shape` elements of `dtype` from `byteOffset` of `data`. */
+export interface View {
+  dtype: FloatType;
+  shape: readonly number[];
+  data: Uint8Array | DeviceBuffer;
+  byteOffset: number;
+}
+
+/** A parameter of the base model. */
+export interface Parameter {
+  /** As in the checkpoint: "encoder.layer.0.attention.self.query.weight". */
+  name: string;
+  shape: readonly number[];
+  dtype: FloatType;
+  /** How a weight is stored. Absent: as the checkpoint the adapters were trained on stores it. */
+  layout?: Layout;
+}
+
+/** Changes to a host that take effect together. */
+export interface Transaction {
+  /**
+   * New value of a parameter, or null to remove one that a task had added. `view` is valid during the call only: copy it.
+   */
+  write(name: string, view: View | null): void | Promise<void>;
+  /** After it resolves, readers see all writes. */
+  commit(): void | Promise<void>;
+  /** After it resolves, readers see what was there before `begin`. */
+  rollback(): void | Promise<void>;
+}
+
+/** Holds the weights of a base model. */
+export interface WeightHost {
+  list(): Iterable<Parameter>;
+  /** The parameter's bytes, in `into` when given. Called before any write, so what it returns is pristine. */
+  read(name: string, into?: Uint8Array, options?: ReadOptions): Promise<View>;
+  /** The parameter as it is now, where it lies in memory. */
+  view?(name: string): View;
+  /** Absent: the host cannot be written. The runtime then keeps the folded weights; take them from `runtime.weight`. */
+  begin?(): Transaction;
+  close?(): Promise<void>;
+}
+
+/** A weight in the user's memory. Typed arrays are taken as they are; the runtime folds into them in place. */
+export interface Tensor {
+  dtype: FloatType;
+  shape: readonly number[];
+  data: Float32Array | Uint16Array | Uint8Array;
+  layout?: Layout;
+}
+
+/** Whatever can serve as the base model: a host, tensors by parameter name, or a safetensors file. */
+export type BaseInput = WeightHost | Map<string, Tensor> | SourceInput;
+
+/** @throws TypeError when `base` is none of the accepted kinds; SourceError, FormatError when the file cannot be read */
+export async function openHost(base: BaseInput, options: FetchOptions & ReadOptions = {}): Promise<WeightHost> {
+  if (base instanceof Map) return memoryHost(base);
+  if (typeof (base as WeightHost).list === "function") return base as WeightHost;
+  const source = await openSource(base as SourceInput, options);
+  try {
+    return safetensorsHost(await openSafetensors(source, { signal: options.signal }), async () => source.close?.());
+  } catch (error) {
+    await source.close?.();
+    throw error;
+  }
+}
+
+const DTYPES = new Map<string, FloatType>([
+  ["F32", "f32"],
+  ["F16", "f16"],
+  ["BF16", "bf16"],
+]);
+
+/** The float tensors of a safetensors file. Read-only. */
+export function safetensorsHost(file: SafetensorsFile, close?: () => Promise<void>): WeightHost {
+  const host: WeightHost = {
+    *list() {
+      for (const [name, { dtype, shape }] of file.tensors) {
+        const type = DTYPES.get(dtype);
+        if (type) yield { name, shape, dtype: type };
+      }
+    },
+    async read(name, into, options) {
+      const tensor = file.tensors.get(name);
+      const dtype = DTYPES.get(tensor?.dtype ?? "");
+      if (!tensor || !dtype) throw new SourceError(`has no float tensor "${name}"`, { file: file.name });
+      const bytes = await file.read(name, options);
+      return { dtype, shape: tensor.shape, data: fill(into, bytes), byteOffset: 0 };
+    },
+  };
+  if (close) host.close = close;
+  return host;
+}
+
+function fill(into: Uint8Array | undefined, bytes: Uint8Array): Uint8Array {
+  if (!into) return bytes;
+  into.set(bytes);
+  return into;
+}
+
+function bytesOf({ data }: Tensor): Uint8Array {
+  return new Uint8Array(data.buffer, data.byteOffset, data.byteLength);
+}
+
+const SIZE: Record<FloatType, number> = { f32: 4, f16: 2, bf16: 2 };
+
+/**
+ * Tensors in the user's memory, written in place. Added parameters become new entries of the map.
+ * @throws BaseMismatchError when a tensor's data is not as long as its shape says, for instance because it was transferred
+ */
+export function memoryHost(tensors: Map<string, Tensor>): WeightHost {
+  const checkSizes = (): void => {
+    for (const [name, { dtype, shape, data }] of tensors) {
+      const bytes = shape.reduce((a, b) => a * b, SIZE[dtype]);
+      if (data.byteLength === bytes) continue;
+      throw new BaseMismatchError(
+        `base tensor "${name}": ${dtype} [${shape.join(", ")}] needs ${bytes} bytes, its data has ${data.byteLength}`,
+        { module: name, expected: bytes, found: data.byteLength },
+      );
+    }
+  };
+  checkSizes();
+  const view = (name: string): View & { data: Uint8Array } => {
+    const tensor = tensors.get(name);
+    if (!tensor) throw new RangeError(`the base has no tensor "${name}"`);
+    return { dtype: tensor.dtype, shape: tensor.shape, data: bytesOf(tensor), byteOffset: 0 };
+  };
+  return {
+    *list() {
+      for (const [name, { dtype, shape, layout }] of tensors) yield { name, dtype, shape, ...(layout ? { layout } : {}) };
+    },
+    async read(name, into) {
+      const { dtype, shape, data } = view(name);
+      return { dtype, shape, data: fill(into, data), byteOffset: 0 };
+    },
+    view,
+    begin() {
+      // The one way a write in place can fail is an array that was transferred away: find it before the first write.
+      checkSizes();
+      const undo: (() => void)[] = [];
+      return {
+        write(name, view) {
+          const old = tensors.get(name);
+          if (view === null) {
+            tensors.delete(name);
+            undo.push(() => old && tensors.set(name, old));
+            return;
+          }
+          const bytes = view.data as Uint8Array;
+          if (old && old.dtype === view.dtype && old.data.byteLength === bytes.length && sameShape(old.shape, view.shape)) {
+            bytesOf(old).set(bytes);
+            return;
+          }
+          const { dtype, shape } = view;
+          tensors.set(name, { dtype, shape: [...shape], data: bytes.slice() });
+          undo.push(() => (old ? tensors.set(name, old) : tensors.delete(name)));
+        },
+        commit() {},
+        rollback() {
+          for (const step of undo.reverse()) step();
+        },
+      };
+    },
+  };
+}
+
+export function sameShape(a: readonly number[], b: readonly number[]): boolean {
+  return a.length === b.length && a.every((v, i) => v === b[i]);
+}

@@ -1,0 +1,59 @@
+/**
+ * Which weight of the base model an adapted module is, and which way round it is stored. Used when packing (fingerprints)
+ * and when a runtime attaches.
+ */
+import type { AdapterModule } from "../adapters/adapter.ts";
+import { BaseMismatchError } from "../errors.ts";
+import { NameMatcher } from "../names.ts";
+import { sameShape, type Parameter, type WeightHost } from "./host.ts";
+
+/** A weight of the base that a module adapts. */
+export interface Located extends Parameter {
+  /** Stored as [in, out]. */
+  transposed: boolean;
+  byteLength: number;
+}
+
+/** The parameters of a host, found by an adapter's names. */
+export class Locator {
+  readonly parameters: ReadonlyMap<string, Parameter>;
+  readonly names: NameMatcher;
+
+  constructor(host: WeightHost | undefined) {
+    const parameters = new Map<string, Parameter>();
+    for (const parameter of host?.list() ?? []) parameters.set(parameter.name, parameter);
+    this.parameters = parameters;
+    this.names = new NameMatcher(parameters.keys());
+  }
+
+  /**
+   * @param byHand names of weights by module name, before anything else
+   * @throws BaseMismatchError when the weight is missing, ambiguous or of another shape
+   */
+  locate(
+    module: Pick<AdapterModule, "name" | "out" | "in" | "layout">,
+    byHand?: ReadonlyMap<string, string>,
+  ): Located {
+    const found = this.names.find(byHand?.get(module.name) ?? `${module.name}.weight`);
+    if (!("name" in found)) {
+      throw new BaseMismatchError(
+        `the adapted module "${module.name}" ${found.ambiguous ? "matches several weights" : "is not"} in the base; ` +
+          `candidates: ${found.candidates.join(", ") || "none"}. If the names differ, map them with the option \`names\``,
+        { module: module.name, candidates: found.candidates },
+      );
+    }
+    const parameter = this.parameters.get(found.name)!;
+    const { shape, dtype, layout = module.layout } = parameter;
+    const transposed = layout === "in-out" || layout === "embedding";
+    const matrix = [shape[0] ?? 0, shape.slice(1).reduce((a, b) => a * b, 1)];
+    const expected = transposed ? [module.in, module.out] : [module.out, module.in];
+    if (!sameShape(expected, matrix)) {
+      throw new BaseMismatchError(
+        `the adapted module "${module.name}" is [out ${module.out}, in ${module.in}], but the base's "${found.name}" is ` +
+          `[${shape.join(", ")}]${transposed ? " (stored as [in, out])" : ""}: the adapters are of another model`,
+        { module: module.name, expected, found: shape },
+      );
+    }
+    return { ...parameter, transposed, byteLength: matrix[0]! * matrix[1]! * (dtype === "f32" ? 4 : 2) };
+  }
+}

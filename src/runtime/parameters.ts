@@ -1,0 +1,204 @@
+/**
+ * The rest of a task: classifier heads, biases and token rows, whole parameters that change with the task without being
+ * adapted modules. Computed in plain JS, since they are small; the result is the list of parameters that differ from the
+ * base.
+ */
+import { decodeTensor, encodeTensor, type FloatType } from "../dtypes.ts";
+import { BaseMismatchError, TaskError } from "../errors.ts";
+import type { TaskMetadata } from "../adapters/adapter.ts";
+import type { TaskParameter } from "../pack/format.ts";
+import { sameShape, type View, type WeightHost } from "./host.ts";
+import type { Locator } from "./locate.ts";
+import type { Part } from "./stage.ts";
+
+/** A parameter of the active task that differs from the base's. */
+export interface Replacement {
+  view: View & { data: Uint8Array };
+  /** The base has no such parameter. */
+  added: boolean;
+}
+
+interface Change {
+  part: Part;
+  parameter: TaskParameter;
+}
+
+/** Parameters of the base that tasks touch, pristine, and the active task's versions of them. */
+export class Parameters {
+  /** By the base's names. */
+  active: Map<string, Replacement> = new Map();
+  readonly #host: WeightHost | undefined;
+  readonly #base: Locator;
+  readonly #pristine = new Map<string, View & { data: Uint8Array }>();
+
+  constructor(host: WeightHost | undefined, base: Locator) {
+    this.#host = host;
+    this.#base = base;
+  }
+
+  /** The base's value of a parameter that a task has touched. */
+  pristine(name: string): (View & { data: Uint8Array }) | undefined {
+    return this.#pristine.get(name);
+  }
+
+  get pristineBytes(): number {
+    return sum(this.#pristine.values());
+  }
+
+  get activeBytes(): number {
+    return sum([...this.active.values()].map((r) => r.view));
+  }
+
+  /**
+   * The replacements that make `parts` active; nothing changes until the caller assigns them to `active`.
+   * @param head whose saved modules to take, where several tasks have some
+   * @throws TaskError when heads cannot be blended, BaseMismatchError when a parameter does not fit the base
+   */
+  async resolve(
+    parts: readonly Part[],
+    metadata: ReadonlyMap<string, TaskMetadata>,
+    head: string | undefined,
+    signal: AbortSignal | undefined,
+  ): Promise<Map<string, Replacement>> {
+    const changes = new Map<string, Change[]>();
+    for (const part of parts) {
+      for (const parameter of part.blob.parameters) {
+        if (parameter.role === "saved" && head !== undefined && head !== part.id) continue;
+        const name = this.#baseName(parameter, part.id, parts.length === 1 && part.weight === 1);
+        const list = changes.get(name);
+        if (list) list.push({ part, parameter });
+        else changes.set(name, [{ part, parameter }]);
+      }
+    }
+    const out = new Map<string, Replacement>();
+    for (const [name, list] of changes) {
+      const base = this.#base.parameters.get(name);
+      if (base && !this.#pristine.has(name)) {
+        const view = await this.#host!.read(name, undefined, { signal });
+        // A writable host reads its live memory: what is pristine now must be copied.
+        const data = this.#host!.begin ? (view.data as Uint8Array).slice() : (view.data as Uint8Array);
+        this.#pristine.set(name, { ...view, data });
+      }
+      const saved = list.filter((c) => c.parameter.role === "saved");
+      out.set(name, saved.length > 0 ? this.#saved(name, saved, metadata) : this.#difference(name, list));
+    }
+    return out;
+  }
+
+  /** @param alone whether the task is the only one, at strength 1: then a whole bias needs no base */
+  #baseName(parameter: TaskParameter, task: string, alone: boolean): string {
+    const { name, role } = parameter;
+    const found = this.#base.names.find(name);
+    if ("name" in found) return found.name;
+    if (role === "saved" && !found.ambiguous) return name;
+    if (!this.#host && role === "bias" && alone) return name;
+    if (!this.#host) {
+      throw new TaskError(`task "${task}" changes "${name}" (${role}), which needs the base's values: pass \`base\``, {
+        task,
+      });
+    }
+    throw new BaseMismatchError(
+      `task "${task}" changes the parameter "${name}" (${role}), which ` +
+        (found.ambiguous ? "several parameters of the base match" : "the base does not have") +
+        `; candidates: ${found.candidates.join(", ") || "none"}`,
+      { module: name, candidates: found.candidates },
+    );
+  }
+
+  /** A saved module: one task's, or the weighted mean of several with the same labels. Strength never scales a head. */
+  #saved(name: string, changes: readonly Change[], metadata: ReadonlyMap<string, TaskMetadata>): Replacement {
+    const first = changes[0]!;
+    const labels = JSON.stringify(metadata.get(first.part.id)?.labels ?? null);
+    for (const { part, parameter } of changes.slice(1)) {
+      const same = JSON.stringify(metadata.get(part.id)?.labels ?? null) === labels;
+      if (same && sameShape(parameter.shape, first.parameter.shape)) continue;
+      throw new TaskError(
+        `"${first.part.id}" and "${part.id}" have different labels, so their "${name}" cannot be blended; say whose to ` +
+          `use: switchTask(…, { head: "${first.part.id}" })`,
+        { task: part.id },
+      );
+    }
+    const values = decodeParameter(first);
+    const total = changes.reduce((s, c) => s + c.part.weight, 0);
+    if (changes.length > 1) {
+      if (!(total > 0)) {
+        throw new TaskError(`the strengths of tasks with a "${name}" add up to ${total}; say whose to use: { head: id }`, {
+          task: first.part.id,
+        });
+      }
+      const share = (c: Change): number => c.part.weight / total;
+      for (let i = 0; i < values.length; i++) values[i]! *= share(first);
+      for (const change of changes.slice(1)) {
+        decodeParameter(change).forEach((v, i) => (values[i]! += share(change) * v));
+      }
+    }
+    const base = this.#base.parameters.get(name);
+    return this.#replacement(name, values, first.parameter.shape, base?.dtype ?? "f32", !base);
+  }
+
+  /** Biases and token rows: base + Σ strength · (task − base); exactly the task's values for one task at strength 1. */
+  #difference(name: string, changes: readonly Change[]): Replacement {
+    const base = this.#pristine.get(name);
+    const shape = base?.shape ?? changes[0]!.parameter.shape;
+    const count = shape.reduce((a, b) => a * b, 1);
+    const width = shape[shape.length - 1]!;
+    const original = base ? decodeTensor(base.dtype, viewBytes(base), 1, count) : new Float32Array(count);
+    const values = original.slice();
+    for (const change of changes) {
+      const { part, parameter } = change;
+      const { indices } = parameter;
+      const fits = indices
+        ? parameter.shape[1] === width && shape.length === 2 && indices[indices.length - 1]! < shape[0]!
+        : sameShape(parameter.shape, shape);
+      if (!fits) {
+        throw new BaseMismatchError(
+          `task "${part.id}" brings "${name}" (${parameter.role}) of shape [${parameter.shape}], which does not fit the ` +
+            `base's [${shape}]`,
+          { module: name, expected: shape, found: parameter.shape },
+        );
+      }
+      decodeParameter(change).forEach((v, i) => {
+        const at = indices ? indices[Math.floor(i / width)]! * width + (i % width) : i;
+        if (parameter.role === "bias-delta") values[at]! += part.weight * v;
+        else if (part.weight === 1 && changes.length === 1) values[at] = v;
+        else values[at]! += part.weight * (v - original[at]!);
+      });
+    }
+    return this.#replacement(name, values, shape, base?.dtype ?? "f32", false);
+  }
+
+  #replacement(
+    name: string,
+    values: Float32Array,
+    shape: readonly number[],
+    dtype: FloatType,
+    added: boolean,
+  ): Replacement {
+    try {
+      const data = encodeTensor(dtype, values, 1, values.length).subarray(0, values.length * (dtype === "f32" ? 4 : 2));
+      return { view: { dtype, shape, data, byteOffset: 0 }, added };
+    } catch (cause) {
+      throw new TaskError(`"${name}" does not fit the base's ${dtype}: ${(cause as Error).message}`, { task: name, cause });
+    }
+  }
+}
+
+function decodeParameter({ part, parameter: { tensor } }: Change): Float32Array {
+  const bytes = part.blob.bytes.subarray(tensor.byteOffset, tensor.byteOffset + tensor.byteLength);
+  return decodeTensor(tensor.type, bytes, tensor.rows, tensor.width);
+}
+
+/** The bytes of a view, padded to a multiple of 4 for the decoder where they are not. */
+function viewBytes(view: View & { data: Uint8Array }): Uint8Array {
+  const bytes = view.data.subarray(view.byteOffset);
+  if (bytes.length % 4 === 0) return bytes;
+  const padded = new Uint8Array(bytes.length + (4 - (bytes.length % 4)));
+  padded.set(bytes);
+  return padded;
+}
+
+function sum(views: Iterable<View & { data: Uint8Array }>): number {
+  let bytes = 0;
+  for (const { data } of views) bytes += data.byteLength;
+  return bytes;
+}

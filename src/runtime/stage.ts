@@ -1,0 +1,128 @@
+/**
+ * From task blobs to numbers: decodes the coefficients of the tasks of one switch into one f32 array, strengths applied,
+ * and says for every module which pieces its factors are made of. Pure: no backend, no host. The staged array is all that
+ * a switch uploads.
+ */
+import { decodeTensor } from "../dtypes.ts";
+import type { Coefficients, PackModule, Side, TaskBlob, TensorRef } from "../pack/format.ts";
+
+/** A task of a switch and its strength. */
+export interface Part {
+  id: string;
+  weight: number;
+  blob: TaskBlob;
+}
+
+/** Rows of a factor that expand from a basis. */
+export interface Expansion {
+  /** First f32 of the coefficients [rows, basis rows] in the staged array. */
+  at: number;
+  /** Rows of coefficients: the rank (column) or 1 (flat). */
+  rows: number;
+  basis: Side;
+  /** First row of the factor that is made. */
+  row: number;
+}
+
+/** Rows of a factor that the task brings itself. */
+export interface Private {
+  /** First f32 of the rows in the staged array. */
+  at: number;
+  row: number;
+  q: number;
+}
+
+/** What a switch does to one module: factors A [rank, in] and Bᵀ [rank, out], piece by piece. */
+export interface ModulePlan {
+  module: number;
+  rank: number;
+  A: { shared: Expansion[]; private: Private[] };
+  B: { shared: Expansion[]; private: Private[] };
+  /** First f32 of DoRA's magnitudes [out] in the staged array. */
+  magnitude: number | undefined;
+}
+
+/** A growing f32 array that is used again by each switch. */
+export class Staging {
+  values: Float32Array<ArrayBuffer> = new Float32Array(0);
+  used = 0;
+
+  /** Room for `count` more values; returns where they begin. */
+  reserve(count: number): number {
+    const at = this.used;
+    this.used += count;
+    if (this.used > this.values.length) {
+      const grown = new Float32Array(this.used);
+      grown.set(this.values);
+      this.values = grown;
+    }
+    return at;
+  }
+}
+
+/** Plans, by module, of the tasks of one switch. Strengths multiply B, whose factors carry the adapter's scale already. */
+export function stage(parts: readonly Part[], modules: readonly PackModule[], staging: Staging): ModulePlan[] {
+  staging.used = 0;
+  const plans = new Map<number, ModulePlan>();
+  for (const { blob, weight } of parts) {
+    for (const term of blob.terms) {
+      const module = modules[term.module]!;
+      let plan = plans.get(term.module);
+      if (!plan) {
+        const [A, B] = [side(), side()];
+        plans.set(term.module, (plan = { module: term.module, rank: 0, A, B, magnitude: undefined }));
+      }
+      if (term.A && term.B) {
+        plan.A.shared.push(expansion(blob, term.A, module.A!, 1, plan.rank, staging));
+        plan.B.shared.push(expansion(blob, term.B, module.B!, weight, plan.rank, staging));
+        plan.rank += term.rank;
+      }
+      if (term.privateA && term.privateBt) {
+        plan.A.private.push({ at: values(blob, term.privateA, 1, staging), row: plan.rank, q: term.q });
+        plan.B.private.push({ at: values(blob, term.privateBt, weight, staging), row: plan.rank, q: term.q });
+        plan.rank += term.q;
+      }
+      if (term.magnitude) plan.magnitude = values(blob, term.magnitude, 1, staging);
+    }
+  }
+  return [...plans.values()];
+}
+
+function side(): ModulePlan["A"] {
+  return { shared: [], private: [] };
+}
+
+function expansion(
+  blob: TaskBlob,
+  coefficients: Coefficients,
+  basis: Side,
+  weight: number,
+  row: number,
+  staging: Staging,
+): Expansion {
+  const { rows, width: K } = coefficients.tensor;
+  if (!basis.mean) return { at: values(blob, coefficients.tensor, weight, staging), rows, basis, row };
+  // The mean is the basis' last row: one more coefficient per row, 1 (times the strength) where the task uses it.
+  const at = staging.reserve(rows * (K + 1));
+  const out = staging.values;
+  decode(blob, coefficients.tensor, out.subarray(at, at + rows * K));
+  for (let i = rows - 1; i >= 0; i--) {
+    for (let k = K - 1; k >= 0; k--) out[at + i * (K + 1) + k] = out[at + i * K + k]! * weight;
+    out[at + i * (K + 1) + K] = coefficients.mean ? weight : 0;
+  }
+  return { at, rows, basis, row };
+}
+
+function values(blob: TaskBlob, tensor: TensorRef, weight: number, staging: Staging): number {
+  const count = tensor.rows * tensor.width;
+  const at = staging.reserve(count);
+  const out = staging.values.subarray(at, at + count);
+  decode(blob, tensor, out);
+  if (weight !== 1) for (let i = 0; i < count; i++) out[i]! *= weight;
+  return at;
+}
+
+function decode(blob: TaskBlob, tensor: TensorRef, out: Float32Array): void {
+  const bytes = blob.bytes.subarray(tensor.byteOffset, tensor.byteOffset + tensor.byteLength);
+  decodeTensor(tensor.type, bytes, tensor.rows, tensor.width, out);
+}
