@@ -45,7 +45,10 @@ export interface FetchOptions {
  */
 export async function openSource(input: SourceInput, options: FetchOptions = {}): Promise<ByteSource> {
   if (input instanceof ArrayBuffer) return bufferSource(new Uint8Array(input), "ArrayBuffer");
-  if (input instanceof Uint8Array) return bufferSource(input, "Uint8Array");
+  if (input instanceof Uint8Array) {
+    // A plain view: Node's Buffer is a Uint8Array whose `slice` does not copy.
+    return bufferSource(new Uint8Array(input.buffer, input.byteOffset, input.byteLength), "Uint8Array");
+  }
   if (typeof Blob !== "undefined" && input instanceof Blob) return blobSource(input);
   if (typeof input === "string" || input instanceof URL) {
     const text = String(input);

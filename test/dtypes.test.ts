@@ -1,0 +1,63 @@
+import t from "tap";
+import fc from "fast-check";
+import { readFile } from "node:fs/promises";
+import * as d from "../dist/src/dtypes.js";
+import { openSafetensors } from "../dist/src/safetensors.js";
+import { openSource } from "../dist/src/source.js";
+import { data } from "./packs.ts";
+
+t.test("f16 and bf16 agree with numpy and torch", async (t) => {
+  const file = await openSafetensors(await openSource(await readFile(data("goldens/dtypes.safetensors"))));
+  const half = await file.readF32("half");
+  for (let i = 0; i < 65536; i++) {
+    if (!Object.is(d.f16ToF32(i), half[i])) t.fail(`half ${i}: ${d.f16ToF32(i)} instead of ${half[i]}`);
+  }
+  const values = await file.readF32("values");
+  const bits = async (name: string): Promise<Uint16Array> => new Uint16Array((await file.read(name)).slice().buffer);
+  const [f16, bf16] = [await bits("f16"), await bits("bf16")];
+  let wrong = 0;
+  values.forEach((v, i) => {
+    if (d.f32ToF16(v) !== f16[i]) wrong++;
+    if (d.f32ToBf16(v) !== bf16[i]) wrong++;
+    if (d.bf16ToF32(bf16[i]!) !== Number(new Float32Array(new Uint32Array([bf16[i]! << 16]).buffer)[0])) wrong++;
+  });
+  t.ok(values.length > 10_000);
+  t.equal(wrong, 0);
+  t.ok(Number.isNaN(d.f16ToF32(d.f32ToF16(NaN))));
+  t.ok(Number.isNaN(d.bf16ToF32(d.f32ToBf16(NaN))));
+});
+
+t.test("encode and decode: quantised values within half a step, floats within their rounding", async (t) => {
+  const steps: Record<d.TensorType, number> = { f32: 2 ** -24, f16: 2 ** -11, bf16: 2 ** -8, int8: 0.5 / 127, int4: 0.5 / 7, int3: 0.5 / 3 };
+  t.doesNotThrow(() => fc.assert(
+    fc.property(
+      fc.constantFrom(...d.TENSOR_TYPES),
+      fc.integer({ min: 0, max: 5 }),
+      fc.integer({ min: 1, max: 19 }),
+      fc.infiniteStream(fc.float({ min: -100, max: 100, noNaN: true })),
+      (type, rows, width, stream) => {
+        const values = Float32Array.from({ length: rows * width }, () => stream.next().value);
+        const bytes = d.encodeTensor(type, values, rows, width);
+        if (bytes.length !== d.tensorBytes(type, rows, width)) return false;
+        const back = d.decodeTensor(type, bytes, rows, width);
+        for (let r = 0; r < rows; r++) {
+          const row = values.subarray(r * width, (r + 1) * width);
+          const peak = row.reduce((p, v) => Math.max(p, Math.abs(v)), 0);
+          // The f16 scale is rounded up by at most 2⁻¹⁰ of itself, or by a subnormal's step.
+          const allowed = d.isQuantized(type) ? peak * steps[type] * 1.002 + 2 ** -23 * 127 : peak * steps[type] + 2 ** -24;
+          if (row.some((v, i) => Math.abs(v - back[r * width + i]!) > allowed)) return false;
+        }
+        return true;
+      },
+    ),
+    { seed: 1, numRuns: 600 },
+  ));
+});
+
+t.test("SPEC.md's example, and what does not fit", async (t) => {
+  t.same([...d.encodeTensor("int3", [0.5, -0.5, 1.5], 1, 3)], [0x00, 0x38, 0, 0, 0xf9, 0x00, 0, 0]);
+  t.throws(() => d.encodeTensor("f16", [70000], 1, 1), /too large for f16; use f32/);
+  t.throws(() => d.encodeTensor("f32", [NaN], 1, 1), /value 0 is NaN/);
+  t.throws(() => d.encodeTensor("int4", [1e9], 1, 1), /too large for f16; use f32/);
+  t.throws(() => d.decodeTensor("int8", new Uint8Array(3), 1, 4), /needs 8 bytes, got 3/);
+});

@@ -1,0 +1,258 @@
+import t from "tap";
+import fc from "fast-check";
+import { readFile } from "node:fs/promises";
+import { decodeTensor } from "../dist/src/dtypes.js";
+import { EigenLoraError, FormatError } from "../dist/src/errors.js";
+import { crc32c } from "../dist/src/pack/crc32c.js";
+import { encodeSuperblock } from "../dist/src/pack/encode.js";
+import { expandTerm } from "../dist/src/pack/expand.js";
+import { layoutAppend } from "../dist/src/pack/layout.js";
+import { openPack, type Pack } from "../dist/src/pack/pack.js";
+import { concat, data, packOf, relativeDifference, tensorsOf } from "./packs.ts";
+
+const golden = new Uint8Array(await readFile(data("goldens/pack/every-kind.eigen")));
+const goldenTask = new Uint8Array(await readFile(data("goldens/pack/every-kind.task")));
+
+/** ΔW [out, in] of a term, by plain arithmetic. */
+function delta({ rank, A, Bt }: { rank: number; A: Float32Array; Bt: Float32Array }): Float64Array {
+  const [inputs, out] = [A.length / rank, Bt.length / rank];
+  const w = new Float64Array(out * inputs);
+  for (let k = 0; k < rank; k++) {
+    for (let o = 0; o < out; o++) for (let i = 0; i < inputs; i++) w[o * inputs + i]! += Bt[k * out + o]! * A[k * inputs + i]!;
+  }
+  return w;
+}
+
+t.test("CRC-32C", async (t) => {
+  t.equal(crc32c(new TextEncoder().encode("123456789")), 0xe3069283);
+  const bytes = Uint8Array.from({ length: 1000 }, (_, i) => i * 7);
+  for (const cut of [0, 1, 7, 8, 9, 500, 999]) {
+    t.equal(crc32c(bytes.subarray(cut), crc32c(bytes.subarray(0, cut))), crc32c(bytes), `in two parts at ${cut}`);
+  }
+});
+
+t.test("a pack written from SPEC.md alone: every number format, every kind of term", async (t) => {
+  const expected = await tensorsOf(data("goldens/pack/every-kind.safetensors"));
+  const pack = await openPack(golden);
+  const bases = await pack.takeBases();
+  const seen = new Set<string>();
+  for (const id of pack.tasks.keys()) {
+    const blob = await pack.load(id);
+    for (const term of blob.terms) {
+      const { name } = pack.modules[term.module]!;
+      const found = expandTerm(blob, term, pack.modules[term.module]!, bases);
+      t.ok(relativeDifference(delta(found), expected.get(`${id}/${name}/delta`)!.values) < 1e-6, `${id}/${name}`);
+      seen.add(`${id}/${name}/delta`);
+      if (!found.magnitude) continue;
+      t.same(found.magnitude, expected.get(`${id}/${name}/magnitude`)!.values);
+      seen.add(`${id}/${name}/magnitude`);
+    }
+    for (const { name, shape, tensor } of blob.parameters) {
+      const bytes = blob.bytes.subarray(tensor.byteOffset, tensor.byteOffset + tensor.byteLength);
+      t.same(decodeTensor(tensor.type, bytes, tensor.rows, tensor.width), expected.get(`${id}/${name}`)!.values);
+      t.same(shape, expected.get(`${id}/${name}`)!.shape);
+      seen.add(`${id}/${name}`);
+    }
+  }
+  t.same([...expected.keys()].filter((k) => !seen.has(k)), [], "every golden value was reached");
+  const { metadata } = pack.tasks.get("mixed")!;
+  t.same(metadata.labels, ["ja", "nein"]);
+  t.ok(Object.hasOwn(metadata["nested"] as object, "__proto__"), "a key called __proto__ is a key like any other");
+  t.same(pack.tasks.get("all")!.metadata, {});
+});
+
+t.test("task files", async (t) => {
+  const pack = await openPack(golden);
+  await t.rejects(pack.addTask("parameters", goldenTask), /already/);
+  await pack.addTask("again", goldenTask);
+  t.same((await pack.load("again")).bytes, (await pack.load("parameters")).bytes);
+  t.equal(pack.tasks.get("again")!.resident, true);
+  const other = goldenTask.slice();
+  other[20]! ^= 1;
+  new DataView(other.buffer).setUint32(60, crc32c(other.subarray(0, 60)), true);
+  await t.rejects(pack.addTask("x", other), { tag: "task", message: /another basis|belongs to a pack/ });
+  for (let at = 0; at < goldenTask.length; at++) {
+    const broken = goldenTask.slice();
+    broken[at]! ^= 0x10;
+    const result = await pack.addTask(`bit ${at}`, broken).catch((e: unknown) => e);
+    if (at !== 10 && at !== 11 && !(result instanceof EigenLoraError)) t.fail(`byte ${at} changed unnoticed`);
+  }
+  for (let cut = 0; cut < goldenTask.length; cut += 7) {
+    await t.rejects(pack.addTask("cut", goldenTask.slice(0, cut)), FormatError, `cut at ${cut}`);
+  }
+});
+
+/** Opens, and reads everything; what a reader could be made to believe. */
+async function readAll(bytes: Uint8Array): Promise<Pack> {
+  const pack = await openPack(bytes);
+  await pack.takeBases();
+  for (const id of pack.tasks.keys()) await pack.load(id);
+  return pack;
+}
+
+t.test("the packer's files are read back, and say what they say", async (t) => {
+  const { bytes, report } = await packOf(["adapters/own-seed/debtags-role", "adapters/own-seed/sections-0"]);
+  const pack = await readAll(bytes);
+  t.equal(bytes.length, report.bytes);
+  t.equal(pack.window.superblock.committed, bytes.length);
+  t.same([...pack.tasks.keys()], ["debtags-role", "sections-0"]);
+  t.equal(pack.modules.length, 12);
+  t.equal(pack.tasks.get("debtags-role")!.metadata.labels?.length, 8);
+});
+
+t.test("truncation at every length is refused", async (t) => {
+  for (let length = 0; length < golden.length; length++) {
+    const result = await readAll(golden.slice(0, length)).catch((e: unknown) => e);
+    if (!(result instanceof FormatError)) t.fail(`${length} bytes: ${String(result)}`);
+  }
+  t.match(await openPack(golden.slice(0, 5000)).catch((e: Error) => e.message), /truncated/);
+});
+
+t.test("bytes behind the committed end are ignored", async (t) => {
+  await readAll(concat([golden, new Uint8Array(1000).fill(7)]));
+});
+
+t.test("20 000 mutants: an error of ours, or the same content", { timeout: 120_000 }, async (t) => {
+  const { bytes: real } = await packOf(["adapters/own-seed/debtags-game"], { select: { kind: "k", k: 2 } });
+  let seed = 12345;
+  const random = (n: number): number => {
+    seed ^= seed << 13;
+    seed ^= seed >>> 17;
+    seed ^= seed << 5;
+    return (seed >>> 0) % n;
+  };
+  let refused = 0;
+  let harmless = 0;
+  for (let i = 0; i < 20_000; i++) {
+    const source = i % 4 === 0 ? real : golden;
+    let mutant = source.slice();
+    const kind = random(6);
+    // Half of the damage goes where the structure is, the rest anywhere.
+    const spot = (): number => random(random(2) ? Math.min(4000, mutant.length) : mutant.length);
+    if (kind === 0) mutant[spot()]! ^= 1 << random(8);
+    else if (kind === 1) mutant[spot()] = random(256);
+    else if (kind === 2) mutant = mutant.slice(0, random(mutant.length));
+    else if (kind === 3) for (let k = 0; k < 4; k++) mutant[spot()] = [0, 255, 127, 128][k]!;
+    else if (kind === 4) mutant.copyWithin(spot(), spot(), spot());
+    else new DataView(mutant.buffer).setUint32(spot() & ~3 % mutant.length, random(2 ** 32), true);
+    // Every third mutant has its checksums made right again, so that the checks behind them are what is tested.
+    if (i % 3 === 0) repairChecksums(mutant);
+    try {
+      await readAll(mutant);
+      harmless++;
+    } catch (error) {
+      if (!(error instanceof EigenLoraError)) t.fail(`mutant ${i}: ${(error as Error).stack}`);
+      refused++;
+    }
+  }
+  t.equal(refused + harmless, 20_000);
+  t.ok(refused > 12_000, `${refused} were refused`);
+  t.comment(`${refused} refused, ${harmless} harmless`);
+});
+
+/** Makes the checksums of a damaged pack right again, as far as its structure allows. */
+function repairChecksums(bytes: Uint8Array): void {
+  if (bytes.length < 1536) return;
+  const view = new DataView(bytes.buffer);
+  view.setUint32(48, crc32c(bytes.subarray(0, 48)), true);
+  const sb = 1024;
+  const [offset, length] = [view.getUint32(sb + 16, true), view.getUint32(sb + 24, true)];
+  const directory = bytes.subarray(offset, offset + length);
+  if (directory.length === length && length >= 16) {
+    const count = view.getUint32(offset, true);
+    for (let i = 0; i < count && 48 + 32 * i <= length; i++) {
+      const entry = offset + 16 + 32 * i;
+      const [at, size] = [view.getUint32(entry + 8, true), view.getUint32(entry + 16, true)];
+      view.setUint32(entry + 24, crc32c(bytes.subarray(at, at + size)), true);
+    }
+    view.setUint32(sb + 48, crc32c(directory), true);
+  }
+  view.setUint32(sb + 60, crc32c(bytes.subarray(sb, sb + 60)), true);
+}
+
+t.test("lies that checksums cannot catch", async (t) => {
+  const cases: [string, (view: DataView) => void, RegExp][] = [
+    ["committed beyond the file", (v) => v.setUint32(1024 + 8, 1e9, true), /truncated/],
+    ["a directory of 4 GB", (v) => v.setUint32(1024 + 24, 0xffffffff, true), /outside the file/],
+    ["an offset beyond 2^53", (v) => v.setUint32(1024 + 20, 0xffffffff, true), /2\^53/],
+    ["a directory in the window", (v) => v.setUint32(1024 + 16, 64, true), /outside the file/],
+    ["a billion sections", (v) => v.setUint32(1536, 1e9, true), /sections, at most/],
+    ["overlapping sections", (v) => v.setUint32(1536 + 16 + 32 + 8, 1536, true), /starts at/],
+    ["a hole", (v) => v.setUint32(1536 + 16 + 32 + 8, v.getUint32(1536 + 16 + 32 + 8, true) + 64, true), /starts at/],
+    ["no bases", (v) => v.setUint32(1536 + 16, 99, true), /kind 99/],
+    ["version 2", (v) => v.setUint16(8, 2, true), /version 2.0.*update/],
+    ["a superblock in the wrong place", (v) => v.setUint32(1024, 2, true), /neither superblock/],
+  ];
+  for (const [name, lie, expected] of cases) {
+    const bytes = golden.slice();
+    lie(new DataView(bytes.buffer));
+    repairChecksums(bytes);
+    const error = await readAll(bytes).catch((e: unknown) => e);
+    t.ok(error instanceof FormatError, name);
+    t.match((error as Error).message, expected, name);
+  }
+  const optional = golden.slice();
+  const entry = 1536 + 16 + 32 * 3;
+  new DataView(optional.buffer).setUint32(entry, 77, true);
+  new DataView(optional.buffer).setUint32(entry + 4, 0, true);
+  repairChecksums(optional);
+  await t.rejects(readAll(optional), /3 tasks are listed, but there are 2 task blobs/, "an unknown optional section is skipped");
+});
+
+t.test("NaN and infinity are named", async (t) => {
+  const bytes = golden.slice();
+  const pack = await openPack(bytes);
+  const at = pack.directory.bases.offset + pack.modules[0]!.A!.tensor.byteOffset;
+  new DataView(bytes.buffer).setFloat32(at + 4 * 13, NaN, true);
+  repairChecksums(bytes);
+  await t.rejects((await openPack(bytes)).takeBases(), /basis A of "layers.0.f32": value 3 of row 1 is NaN or infinite/);
+});
+
+t.test("an append leaves a readable pack at every byte of the way", async (t) => {
+  const pack = await openPack(golden);
+  const blob = (await pack.load("mixed")).bytes;
+  const tasks = ["one", "two"].map((id) => ({ entry: { id, adapterBytes: 7, metadata: { labels: [id] } }, blob }));
+  const plan = layoutAppend(pack.directory, pack.window.superblock, tasks);
+  const body = concat(plan.body);
+  const grown = concat([golden, body]);
+  for (let written = 0; written <= body.length; written += written % 64 === 0 ? 1 : 13) {
+    t.same([...(await readAll(grown.slice(0, golden.length + written))).tasks.keys()], ["all", "mixed", "parameters"]);
+  }
+  for (let written = 0; written < 64; written++) {
+    const torn = grown.slice();
+    torn.set(plan.superblock.subarray(0, written), plan.superblockOffset);
+    t.same([...(await readAll(torn)).tasks.keys()], ["all", "mixed", "parameters"], `superblock torn at ${written}`);
+  }
+  grown.set(plan.superblock, plan.superblockOffset);
+  const after = await readAll(grown);
+  t.same([...after.tasks.keys()], ["all", "mixed", "parameters", "one", "two"]);
+  t.equal(after.basisId, pack.basisId);
+  t.same(after.tasks.get("two")!.metadata, { labels: ["two"] });
+  for (const id of pack.tasks.keys()) t.same((await after.load(id)).bytes, (await pack.load(id)).bytes, `${id} is untouched`);
+  const again = layoutAppend(after.directory, after.window.superblock, [{ ...tasks[0]!, entry: { ...tasks[0]!.entry, id: "three" } }]);
+  const twice = concat([grown, ...again.body]);
+  twice.set(again.superblock, again.superblockOffset);
+  t.not(again.superblockOffset, plan.superblockOffset, "superblocks take turns");
+  t.equal((await readAll(twice)).tasks.size, 6);
+});
+
+t.test("superblocks: the newest whole one counts", async (t) => {
+  fc.assert(
+    fc.property(fc.integer({ min: 0, max: 59 }), fc.integer({ min: 1, max: 255 }), (at, flip) => {
+      const block = encodeSuperblock({
+        generation: 1,
+        committed: 2 ** 40 + 5,
+        directoryOffset: 1536,
+        directoryLength: 10,
+        basesOffset: 1600,
+        basesLength: 0,
+        directoryCrc: 1,
+      });
+      const crc = new DataView(block.buffer).getUint32(60, true);
+      block[at]! ^= flip;
+      return crc32c(block.subarray(0, 60)) !== crc;
+    }),
+    { seed: 2 },
+  );
+  t.pass("a changed byte always shows");
+});

@@ -1,0 +1,824 @@
+/**
+ * PEFT adapters: every golden case, the fields and names PEFT's format allows, folders on disk, and the way back. The
+ * judge of the goldens is PEFT's own merge; of exported adapters PEFT itself, where Python has it.
+ */
+import { execFileSync } from "node:child_process";
+import { cpSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { basename, join } from "node:path";
+import { fileURLToPath } from "node:url";
+import t, { type Test } from "tap";
+import type { Adapter, AdapterModule, SavedTensor } from "../dist/src/adapters/adapter.js";
+import { peftFiles, type Exportable } from "../dist/src/adapters/export.js";
+import { findAdapters, readAdapters } from "../dist/src/adapters/folder.js";
+import { readPeft } from "../dist/src/adapters/peft.js";
+import { f32ToBf16, f32ToF16 } from "../dist/src/dtypes.js";
+import { AdapterError, EigenLoraError, FormatError } from "../dist/src/errors.js";
+import { openSafetensors, writeSafetensors, type SafetensorsEntry } from "../dist/src/safetensors.js";
+import { openSource } from "../dist/src/source.js";
+
+const data = fileURLToPath(new URL("./data", import.meta.url));
+const goldens = join(data, "goldens/peft");
+
+interface Tensor {
+  shape: readonly number[];
+  data: ArrayLike<number>;
+}
+
+async function loadTensors(path: string): Promise<Map<string, Tensor>> {
+  const file = await openSafetensors(await openSource(new Uint8Array(readFileSync(path))));
+  const tensors = new Map<string, Tensor>();
+  for (const [name, { shape }] of file.tensors) tensors.set(name, { shape, data: await file.readF32(name) });
+  return tensors;
+}
+
+/** The golden base's name for a parameter of an adapter. */
+function baseName(parameter: string, base: ReadonlyMap<string, Tensor>): string {
+  const names = [...base.keys()].filter((name) => `.${name}`.endsWith(`.${parameter}`) || `.${parameter}`.endsWith(`.${name}`));
+  if (names.length !== 1) throw new Error(`${parameter} is ${names.length} parameters of the base`);
+  return names[0]!;
+}
+
+/** W0 + B·A with everything an adapter can carry, by the definitions and in f64. Only what the adapter touches. */
+async function apply(adapter: Adapter, base: ReadonlyMap<string, Tensor>): Promise<Map<string, number[]>> {
+  const merged = new Map<string, number[]>();
+  for (const { name, role, indices, read } of adapter.saved) {
+    const parameter = baseName(name, base);
+    const before = Array.from(base.get(parameter)!.data);
+    const values = Array.from(await read());
+    if (role === "bias-delta") merged.set(parameter, before.map((value, i) => value + values[i]!));
+    else if (role === "rows") {
+      const width = base.get(parameter)!.shape[1]!;
+      indices!.forEach((row, i) => before.splice(row * width, width, ...values.slice(i * width, (i + 1) * width)));
+      merged.set(parameter, before);
+    } else merged.set(parameter, values);
+  }
+  for (const module of adapter.modules.values()) {
+    const parameter = baseName(`${module.name}.weight`, base);
+    merged.set(parameter, await applyModule(module, base.get(parameter)!));
+  }
+  return merged;
+}
+
+async function applyModule(module: AdapterModule, { shape, data }: Tensor): Promise<number[]> {
+  const { out, in: width, rank, layout, kernel } = module;
+  const { A, Bt, magnitude } = await module.read();
+  if (A.length !== rank * width || Bt.length !== rank * out) throw new Error(`${module.name}: wrong sizes`);
+  const transposed = layout === "in-out" || layout === "embedding";
+  const expected = transposed ? [width, out] : [out, width];
+  const found = layout === "conv" ? [shape[0]!, shape.slice(1).reduce((a, b) => a * b, 1)] : shape;
+  if (expected.join() !== found.join() || (layout === "conv" && kernel!.join() !== shape.slice(2).join())) {
+    throw new Error(`${module.name}: ${layout} [${expected.join()}] does not fit [${shape.join()}]`);
+  }
+  const at = (i: number, j: number): number => (transposed ? j * out + i : i * width + j);
+  const weight = Array.from(data);
+  for (let i = 0; i < out; i++) {
+    let square = 0;
+    for (let j = 0; j < width; j++) {
+      for (let k = 0; k < rank; k++) weight[at(i, j)]! += Bt[k * out + i]! * A[k * width + j]!;
+      square += weight[at(i, j)]! ** 2;
+    }
+    if (magnitude) for (let j = 0; j < width; j++) weight[at(i, j)]! *= magnitude[i]! / Math.sqrt(square);
+  }
+  return weight;
+}
+
+/** Largest difference over the largest |expected|. */
+function difference(found: ArrayLike<number>, expected: ArrayLike<number>): number {
+  if (found.length !== expected.length) return Infinity;
+  let worst = 0;
+  let largest = 0;
+  for (let i = 0; i < expected.length; i++) {
+    worst = Math.max(worst, Math.abs(found[i]! - expected[i]!));
+    largest = Math.max(largest, Math.abs(expected[i]!));
+  }
+  return worst / largest;
+}
+
+async function readAll(adapter: Adapter): Promise<void> {
+  for (const module of adapter.modules.values()) await module.read();
+  for (const tensor of adapter.saved) await tensor.read();
+}
+
+/** Reads everything under a path and says how that ended. */
+async function failureOf(paths: string[]): Promise<unknown> {
+  let adapters: Adapter[] = [];
+  try {
+    adapters = await readAdapters(paths);
+    for (const adapter of adapters) await readAll(adapter);
+    return undefined;
+  } catch (error) {
+    return error;
+  } finally {
+    for (const adapter of adapters) await adapter.close();
+  }
+}
+
+/** What the message must name, for the cases that are refused or warned about. */
+const NAMED: ReadonlyMap<string, string> = new Map([
+  ["refuse-other-type", "peft_type"],
+  ["refuse-parameters", "target_parameters"],
+  ["refuse-replication", "layer_replication"],
+  ["refuse-alora", "alora_invocation_tokens"],
+  ["refuse-qalora", "use_qalora"],
+  ["refuse-bdlora", "use_bdlora"],
+  ["refuse-arrow", "arrow_config"],
+  ["refuse-kasa", "kasa_config"],
+  ["refuse-velora", "velora_config"],
+  ["refuse-monteclora", "monteclora_config"],
+  ["refuse-bin", "safe_serialization=True"],
+  ["refuse-nan", "layer.0.attention.self.query.lora_B.weight [48, 4]: element 3"],
+  ["refuse-truncated", "adapter_model.safetensors, tensors: end at byte 7248, but the file has 7148; truncated"],
+  ["pissa-trained", "init_lora_weights"],
+]);
+
+const cases = readdirSync(goldens).sort();
+t.ok(cases.length >= 36, "the goldens are there");
+
+for (const name of cases) {
+  t.test(`golden ${name}`, async (t) => {
+    const folder = join(goldens, name);
+    const { expect, changed, added = [] } = JSON.parse(readFileSync(join(folder, "case.json"), "utf8"));
+    if (expect === "refuse") {
+      const error = await failureOf([join(folder, "adapter")]);
+      t.ok(error instanceof AdapterError || error instanceof FormatError, "an AdapterError or FormatError");
+      const { message } = error as Error;
+      t.ok(message.includes(NAMED.get(name) ?? "no expectation written"), message);
+      t.match(message, /train|convert|merge|pack the|download|checkpoint/i, "says what to do");
+      if (error instanceof AdapterError && error.field !== undefined) t.ok(message.includes(error.field));
+      return;
+    }
+    const [adapter, ...others] = await readAdapters([join(folder, "adapter")]);
+    t.same(others, []);
+    t.equal(adapter!.id, name === "sub-folder" ? "style" : "adapter");
+    t.equal(adapter!.baseModel, "tiny-random");
+    if (expect === "warn") t.ok(adapter!.warnings.some((warning) => warning.includes(NAMED.get(name)!)));
+    else t.same(adapter!.warnings, []);
+    t.same([...adapter!.modules.keys()], [...adapter!.modules.keys()].sort(), "modules are sorted");
+
+    const base = await loadTensors(join(folder, "base.safetensors"));
+    const expected = await loadTensors(join(folder, "merged.safetensors"));
+    for (const key of added) expected.set(key, (await loadTensors(join(folder, "added.safetensors"))).get(key)!);
+    const merged = await apply(adapter!, base);
+    t.same([...merged.keys()].sort(), [...changed, ...added].sort(), "reaches exactly what PEFT changes");
+    for (const [key, { data }] of expected) {
+      const error = difference(merged.get(key)!, data);
+      t.ok(error <= 1e-6, `${key}: ${error}`);
+    }
+    await adapter!.close();
+  });
+}
+
+for (const [suite, count] of [["own-seed", 20], ["shared-seed", 20], ["hub", 53]] as const) {
+  t.test(`real adapters: ${suite}`, async (t) => {
+    const adapters = await readAdapters([join(data, "adapters", suite)]);
+    t.equal(adapters.length, count);
+    t.same(adapters.map(({ id }) => id), readdirSync(join(data, "adapters", suite)).sort());
+    for (const adapter of adapters) {
+      const labels = adapter.metadata.labels ?? [];
+      const shapes = new Set([...adapter.modules.values()].map((m) => [m.out, m.in, m.rank, m.layout].join()));
+      const saved = adapter.saved.map((tensor) => [tensor.name, tensor.role, tensor.shape.join()].join(" "));
+      const size = readFileSync(join(adapter.file, "adapter_model.safetensors")).length;
+      const seen = {
+        warnings: adapter.warnings,
+        modules: adapter.modules.size,
+        shapes: [...shapes],
+        saved,
+        base: adapter.baseModel,
+        type: adapter.metadata.task_type,
+        size: adapter.byteLength,
+      };
+      t.same(
+        seen,
+        {
+          warnings: [],
+          modules: 12,
+          shapes: ["384,384,8,out-in"],
+          saved: [`classifier.bias saved ${labels.length}`, `classifier.weight saved ${labels.length},384`],
+          base: "sentence-transformers/all-MiniLM-L6-v2",
+          type: "SEQ_CLS",
+          size,
+        },
+        adapter.id,
+      );
+      await readAll(adapter);
+      await adapter.close();
+    }
+  });
+}
+
+/** A small adapter to bend: two linear modules of rank 2, alpha 4. Tensors are [shape, first value]; values count up. */
+type Spec = Record<string, [shape: number[], start?: number, dtype?: "F32" | "F16" | "BF16" | "F64" | "I64"]>;
+const PLAIN: Spec = {
+  "base_model.model.enc.q.lora_A.weight": [[2, 3], 1],
+  "base_model.model.enc.q.lora_B.weight": [[4, 2], 2],
+  "base_model.model.enc.v.lora_A.weight": [[2, 3], 3],
+  "base_model.model.enc.v.lora_B.weight": [[4, 2], 4],
+};
+const CONFIG = { peft_type: "LORA", r: 2, lora_alpha: 4 };
+
+function entry(name: string, [shape, start = 1, dtype = "F32"]: Spec[string]): SafetensorsEntry {
+  const count = shape.reduce((a, b) => a * b, 1);
+  const values = Array.from({ length: count }, (_, i) => start + i);
+  const read = (): Uint8Array => {
+    if (dtype === "F16") return new Uint8Array(Uint16Array.from(values, f32ToF16).buffer);
+    if (dtype === "BF16") return new Uint8Array(Uint16Array.from(values, f32ToBf16).buffer);
+    if (dtype === "F64") return new Uint8Array(Float64Array.from(values).buffer);
+    if (dtype === "I64") return new Uint8Array(8 * count);
+    return new Uint8Array(Float32Array.from(values).buffer);
+  };
+  return { name, dtype, shape, read };
+}
+
+async function bytesOf(entries: SafetensorsEntry[]): Promise<Uint8Array> {
+  const chunks: Uint8Array[] = [];
+  for await (const chunk of writeSafetensors(entries)) chunks.push(chunk);
+  return new Uint8Array(Buffer.concat(chunks));
+}
+
+async function read(config: unknown, spec: Spec = PLAIN, task?: unknown): Promise<Adapter> {
+  const source = await openSource(await bytesOf(Object.entries(spec).map(([name, tensor]) => entry(name, tensor))));
+  return readPeft({ id: "one", file: "folder/one", config, tensors: { ...source, name: "one.safetensors" }, task });
+}
+
+async function refuses(t: Test, message: RegExp, config: object, spec: Spec = PLAIN): Promise<void> {
+  const error = await read({ ...CONFIG, ...config }, spec).catch((e: unknown) => e);
+  t.ok(error instanceof AdapterError, String(error));
+  t.match((error as Error).message, message);
+}
+
+const prefixed = (spec: Spec): Spec =>
+  Object.fromEntries(Object.entries(spec).map(([name, tensor]) => [`base_model.model.${name}`, tensor]));
+
+/** What one module's factors became of start values 1, 2, … for A and B, by the definition. */
+async function scaleOf(adapter: Adapter, name: string, firstB: number): Promise<number> {
+  return (await adapter.modules.get(name)!.read()).Bt[0]! / firstB;
+}
+
+t.test("factors: A as it is, B transposed and scaled", async (t) => {
+  const adapter = await read(CONFIG);
+  const { A, Bt, magnitude } = await adapter.modules.get("enc.q")!.read();
+  t.same([...A], [1, 2, 3, 4, 5, 6]);
+  t.same([...Bt], [2, 4, 6, 8, 3, 5, 7, 9].map((value) => 2 * value));
+  t.equal(magnitude, undefined);
+  t.equal(adapter.file, "folder/one");
+});
+
+t.test("scales", async (t) => {
+  t.equal(await scaleOf(await read({ peft_type: "LORA", r: 2 }), "enc.q", 2), 4, "lora_alpha is 8 unless given");
+  t.equal(await scaleOf(await read({ ...CONFIG, use_rslora: true }), "enc.q", 2), Math.fround(8 / Math.SQRT2) / 2);
+  t.equal(await scaleOf(await read({ ...CONFIG, lora_alpha: 0.5 }), "enc.q", 2), 0.25);
+  t.equal(await scaleOf(await read({ ...CONFIG, lora_alpha: 0 }), "enc.q", 2), 0);
+  const eight = await read({ peft_type: "LORA", lora_alpha: 4 }, {
+    "q.lora_A.weight": [[8, 3]],
+    "q.lora_B.weight": [[4, 8], 2],
+  });
+  t.equal(await scaleOf(eight, "q", 2), 0.5, "r is 8 unless given");
+});
+
+t.test("patterns match from the start, at a dot, to the end; the first one counts", async (t) => {
+  const scales = async (alpha_pattern: object, config: object = {}): Promise<number[]> => {
+    const adapter = await read({ ...CONFIG, ...config, alpha_pattern });
+    return [await scaleOf(adapter, "enc.q", 2), await scaleOf(adapter, "enc.v", 4)];
+  };
+  t.same(await scales({ q: 6 }), [3, 2]);
+  t.same(await scales({ "enc.q": 6 }), [3, 2]);
+  t.same(await scales({ "nc.q": 6 }), [2, 2], "only at a dot");
+  t.same(await scales({ enc: 6 }), [2, 2], "only to the end");
+  t.same(await scales({ "^enc\\.v": 6 }), [2, 3]);
+  t.same(await scales({ "^q": 6 }), [2, 2], "an anchor leaves nothing in front");
+  t.same(await scales({ "[qv]": 6, q: 10 }), [3, 3], "the first match");
+  t.same(await scales({ "enc\\.\\w": 6 }), [3, 3]);
+  t.same(await scales({ "q|v": 6 }), [3, 3]);
+  t.same(await scales({ q: 6 }, { r: 7, rank_pattern: { "q|v": 2 } }), [3, 2]);
+  for (const pattern of ["(?P<x>q)", "\\Aq", "q\\Z", "(?i)q", "(", "*"]) {
+    await refuses(t, /alpha_pattern has the pattern .* only Python/, { alpha_pattern: { [pattern]: 6 } });
+  }
+  await refuses(t, /rank_pattern gives 2.5 for "q", expected a positive integer/, { rank_pattern: { q: 2.5 } });
+  await refuses(t, /alpha_pattern gives null/, { alpha_pattern: { q: null } });
+  await refuses(t, /rank_pattern is \["q"\]/, { rank_pattern: ["q"] });
+});
+
+t.test("a rank other than the configuration's is refused, as PEFT does", async (t) => {
+  await refuses(t, /module enc.q: r and rank_pattern give rank 4, but .*enc.q.lora_A.weight has 2/, { r: 4 });
+  await refuses(t, /module enc.v: r and rank_pattern give rank 1/, { rank_pattern: { v: 1 } });
+});
+
+t.test("fields of the wrong type are named", async (t) => {
+  const wrong: [string, unknown][] = [
+    ["r", 0],
+    ["r", "2"],
+    ["r", 1.5],
+    ["lora_alpha", "4"],
+    ["use_rslora", "yes"],
+    ["fan_in_fan_out", 1],
+    ["use_dora", "true"],
+    ["lora_bias", 1],
+    ["bias", "some"],
+    ["modules_to_save", "classifier"],
+    ["modules_to_save", [""]],
+    ["task_type", 3],
+    ["base_model_name_or_path", {}],
+    ["revision", 1],
+    ["trainable_token_indices", "all"],
+    ["trainable_token_indices", [-1]],
+    ["trainable_token_indices", [1, 1]],
+    ["trainable_token_indices", { emb: 3 }],
+    ["ensure_weight_tying", "yes"],
+  ];
+  for (const [field, value] of wrong) await refuses(t, new RegExp(`adapter_config.json: ${field} `), { [field]: value });
+  for (const config of [null, [], "{}", 3]) {
+    await t.rejects(read(config), { tag: "adapter", message: /folder.one.adapter_config.json: is not a JSON object/ });
+  }
+  for (const config of [{}, { peft_type: null }, { peft_type: "lora" }, { peft_type: "ADALORA" }]) {
+    await t.rejects(read({ r: 2, ...config }), { tag: "adapter", field: "peft_type", message: /expected "LORA"; convert/ });
+  }
+});
+
+t.test("refused fields are off when Python takes them as false, on with an empty sub-configuration", async (t) => {
+  const fields = ["target_parameters", "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora"];
+  for (const field of [...fields, "arrow_config", "kasa_config", "velora_config", "monteclora_config"]) {
+    for (const off of [null, false, [], 0, ""]) t.same((await read({ ...CONFIG, [field]: off })).warnings, [], field);
+    await refuses(t, new RegExp(`${field} is set`), { [field]: {} });
+  }
+});
+
+t.test("unknown fields are warned about by name, when set", async (t) => {
+  const { warnings } = await read({ ...CONFIG, use_novelty: { beta: 2 }, other: null, more: [], less: false });
+  t.equal(warnings.length, 1);
+  t.match(warnings[0], /^use_novelty is {"beta":2}/);
+  const harmless = { lora_dropout: 0.1, loftq_config: {}, megatron_core: "megatron.core", target_modules: ["q"] };
+  t.same((await read({ ...CONFIG, ...harmless, layers_to_transform: [0], exclude_modules: "x" })).warnings, []);
+});
+
+t.test("initialisations that changed the base", async (t) => {
+  for (const init of ["pissa", "pissa_niter_16", "olora", "corda", "lora_ga"]) {
+    const { warnings } = await read({ ...CONFIG, init_lora_weights: init });
+    t.match(warnings, [new RegExp(`init_lora_weights is "${init}".*path_initial_model_for_weight_conversion`)]);
+  }
+  t.match((await read({ ...CONFIG, init_lora_weights: "loftq" })).warnings, [/loftq.*quantised base/]);
+  t.match((await read({ ...CONFIG, init_lora_weights: "brandnew" })).warnings, [/"brandnew", which PEFT/]);
+  for (const init of [true, false, null, "gaussian", "eva", "orthogonal", "mica"]) {
+    t.same((await read({ ...CONFIG, init_lora_weights: init })).warnings, []);
+  }
+  t.match((await read({ ...CONFIG, ensure_weight_tying: true })).warnings, [/ensure_weight_tying/]);
+});
+
+t.test("names: prefix, adapter names, wrappers", async (t) => {
+  const adapter = await read(
+    { ...CONFIG, task_type: "SEQ_CLS", bias: "all" },
+    {
+      "enc.q.lora_A.style.weight": [[2, 3], 1],
+      "base_model.model.enc.q.lora_B.style.weight": [[4, 2], 2],
+      ...prefixed({
+        "enc.q.base_layer.bias": [[4], 10],
+        "enc.norm.bias": [[4], 20],
+        "enc.relative_attention_bias.weight": [[2, 2], 30],
+        "classifier.dense.weight": [[4, 4], 40],
+        "classifier.dense.bias": [[4], 50],
+        "classifier.modules_to_save.style.dense.bias": [[4], 60],
+        "classifier.modules_to_save.style.out.bias": [[2], 70],
+        "classifier.modules_to_save.out.weight": [[2, 4], 80],
+        "classifier.original_module.dense.bias": [[4], 90],
+      }),
+    },
+  );
+  t.same([...adapter.modules.keys()], ["enc.q"]);
+  const saved = await Promise.all(adapter.saved.map(async ({ name, role, read }) => [name, role, (await read())[0]]));
+  t.same(saved, [
+    ["classifier.dense.bias", "saved", 50],
+    ["classifier.dense.weight", "saved", 40],
+    ["classifier.out.bias", "saved", 70],
+    ["classifier.out.weight", "saved", 80],
+    ["enc.norm.bias", "bias", 20],
+    ["enc.q.bias", "bias", 10],
+    ["enc.relative_attention_bias.weight", "saved", 30],
+  ]);
+  t.same(adapter.warnings, []);
+});
+
+t.test("modules_to_save: whole modules by the end of their name, and the heads of old files", async (t) => {
+  const spec = { ...PLAIN, ...prefixed({ "head.dense.weight": [[2, 2]], "head.out.bias": [[2]] }) };
+  const names = async (config: object, more: Spec): Promise<string[]> =>
+    (await read({ ...CONFIG, ...config }, { ...PLAIN, ...more })).saved.map(({ name }) => name);
+  t.same(await names({ modules_to_save: ["head"] }, spec), ["head.dense.weight", "head.out.bias"]);
+  t.same(await names({ modules_to_save: ["ead"] }, spec), ["head.dense.weight", "head.out.bias"], "as PEFT matches");
+  await refuses(t, /accounts for .*head.dense.weight.*modules_to_save/, { modules_to_save: ["out"] }, spec);
+  t.same(await names({ task_type: "TOKEN_CLS" }, prefixed({ "score.weight": [[2, 2]] })), ["score.weight"]);
+  t.same(await names({ task_type: "QUESTION_ANS" }, prefixed({ "qa_outputs.weight": [[2, 2]] })), ["qa_outputs.weight"]);
+  await refuses(t, /accounts for base_model.model.score.weight/, {}, { ...PLAIN, ...prefixed({ "score.weight": [[2, 2]] }) });
+  await refuses(
+    t,
+    /enc.q.weight replaces weights of enc.q, which is also adapted/,
+    { modules_to_save: ["enc.q"] },
+    { ...PLAIN, ...prefixed({ "enc.q.weight": [[4, 3]] }) },
+  );
+});
+
+t.test("embeddings that PEFT saves of its own accord", async (t) => {
+  const resized = await read(CONFIG, { ...PLAIN, ...prefixed({ "lm_head.weight": [[5, 3]] }) });
+  t.same(resized.saved.map(({ name, role }) => [name, role]), [["lm_head.weight", "saved"]]);
+  t.match(resized.warnings, [/base_model.model.lm_head.weight: not in modules_to_save/]);
+  const targeted = await read(CONFIG, {
+    ...PLAIN,
+    ...prefixed({
+      "lm_head.lora_A.weight": [[2, 3]],
+      "lm_head.lora_B.weight": [[5, 2]],
+      "lm_head.base_layer.weight": [[5, 3]],
+      "lm_head.base_layer.bias": [[5]],
+    }),
+  });
+  t.same(targeted.saved, []);
+  t.match(targeted.warnings, [/lm_head.base_layer.weight, base_model.model.lm_head.base_layer.bias: copies of the base/]);
+});
+
+t.test("every tensor is accounted for", async (t) => {
+  const leftovers = [
+    "enc.q.bias",
+    "enc.q.base_layer.weight.extra",
+    "enc.x.base_layer.weight",
+    "enc.x.base_layer.bias",
+    "enc.q.lora_C.weight",
+    "enc.q.lora_A.bias",
+    "enc.q.lora_diag",
+    "enc.x.lora_magnitude_vector",
+    "enc.x.lora_B.bias",
+    "enc.q.hada_w1_a",
+    "enc.q.weight",
+    "classifier.original_module.weight",
+    "classifier.modules_to_save.weight",
+    "emb.token_adapter.base_layer.lora_embedding_A",
+    "lora_A.weight",
+    "mlx.q.lora_a",
+  ];
+  for (const name of leftovers) {
+    const spec = { ...PLAIN, ...prefixed({ [name]: [[2]] }) };
+    await refuses(t, new RegExp(`accounts for base_model.model.${name}\\. List`), {}, spec);
+  }
+  const many = Object.fromEntries(Array.from({ length: 9 }, (_, i) => [`m${i}.weight`, [[1]] as Spec[string]]));
+  await refuses(t, /m4.weight, and 4 more/, {}, { ...PLAIN, ...many });
+  await refuses(t, /holds no lora_A and lora_B/, { bias: "all" }, { "enc.bias": [[2]] });
+  await refuses(t, /holds no lora_A and lora_B/, {}, {});
+  await refuses(t, /torch.nn.MultiheadAttention/, {}, {
+    ...PLAIN,
+    "attn.base_layer.out_proj.lora_A.weight": [[2, 3]],
+    "attn.base_layer.out_proj.lora_B.weight": [[3, 2]],
+  });
+  await refuses(t, /tensor extra.weight is I64, expected F32/, {}, { ...PLAIN, "extra.weight": [[1], 0, "I64"] });
+});
+
+t.test("factors that do not fit each other", async (t) => {
+  const pair = (a: number[], b: number[]): Spec => ({ "q.lora_A.weight": [a], "q.lora_B.weight": [b] });
+  await refuses(t, /q.lora_A.weight is \[2, 3\] and q.lora_B.weight is \[4, 3\]: ranks 2 and 3 differ/, {}, pair([2, 3], [4, 3]));
+  await refuses(t, /incomplete.*DeepSpeed/, {}, pair([0, 3], [4, 0]));
+  await refuses(t, /incomplete.*DeepSpeed/, {}, pair([6], [8]));
+  await refuses(t, /expected \[r, in\] and \[out, r\]/, {}, pair([2, 3, 3], [4, 2]));
+  await refuses(t, /expected \[r, in\] and \[out, r\]/, {}, pair([2, 3, 3, 3], [4, 2, 3, 3]));
+  await refuses(t, /expected \[r, in\] and \[out, r\]/, {}, pair([2, 3, 1, 1, 1, 1], [4, 2, 1, 1, 1, 1]));
+  await refuses(t, /grouped convolution \(2 groups\)/, {}, pair([2, 6, 3, 3], [4, 1, 1, 1]));
+  await refuses(t, /has q.lora_A.weight but no factor B/, {}, { ...PLAIN, "q.lora_A.weight": [[2, 3]] });
+  await refuses(t, /has q.lora_embedding_B but no factor A/, {}, { ...PLAIN, "q.lora_embedding_B": [[2, 3]] });
+  await refuses(t, /both lora_A or lora_B and lora_embedding/, {}, { ...PLAIN, "enc.q.lora_embedding_B": [[2, 3]] });
+  await refuses(t, /expected \[r, in\]/, {}, { "e.lora_embedding_A": [[2, 3, 1]], "e.lora_embedding_B": [[4, 2, 1]] });
+  for (const twin of ["enc.q.lora_A.weight", "base_model.model.enc.q.lora_A.other.weight"]) {
+    await refuses(t, /are the same one of two adapters/, {}, { ...PLAIN, [twin]: [[2, 3]] });
+  }
+});
+
+t.test("layouts and kernels", async (t) => {
+  const adapter = await read(
+    { ...CONFIG, fan_in_fan_out: true },
+    {
+      "lin.lora_A.weight": [[2, 3]],
+      "lin.lora_B.weight": [[4, 2]],
+      "one.lora_A.weight": [[2, 3, 5]],
+      "one.lora_B.weight": [[4, 2, 1]],
+      "three.lora_A.weight": [[2, 3, 1, 2, 3]],
+      "three.lora_B.weight": [[4, 2, 1, 1, 1]],
+      "emb.lora_embedding_A": [[2, 7]],
+      "emb.lora_embedding_B.default": [[4, 2]],
+    },
+  );
+  const shapes = [...adapter.modules.values()].map((m) => [m.name, m.layout, m.out, m.in, m.kernel?.join()]);
+  t.same(shapes, [
+    ["emb", "embedding", 4, 7, undefined],
+    ["lin", "in-out", 4, 3, undefined],
+    ["one", "conv", 4, 15, "5"],
+    ["three", "conv", 4, 18, "1,2,3"],
+  ]);
+});
+
+t.test("DoRA and lora_bias: switch and tensors agree", async (t) => {
+  const one: Spec = { "q.lora_A.weight": [[2, 3]], "q.lora_B.weight": [[4, 2]] };
+  const dora = { use_dora: true };
+  for (const name of ["q.lora_magnitude_vector", "q.lora_magnitude_vector.default.weight", "q.lora_magnitude_vector.weight"]) {
+    const adapter = await read({ ...CONFIG, ...dora }, { ...one, [name]: [[4], 5] });
+    t.same([...(await adapter.modules.get("q")!.read()).magnitude!], [5, 6, 7, 8], name);
+  }
+  await refuses(t, /use_dora is true, but the file has no lora_magnitude_vector/, dora, one);
+  await refuses(t, /use_dora is false, but the file has q.lora_magnitude_vector/, {}, { ...one, "q.lora_magnitude_vector": [[4]] });
+  await refuses(t, /q.lora_magnitude_vector is \[3\], expected \[4\]/, dora, { ...one, "q.lora_magnitude_vector": [[3]] });
+  await refuses(t, /is \[4, 4\], expected \[4\]/, dora, { ...one, "q.lora_magnitude_vector": [[4, 4]] });
+
+  const biased: Spec = { ...one, "q.lora_B.bias": [[4], 1] };
+  const delta = (await read({ ...CONFIG, lora_bias: true }, biased)).saved;
+  t.same(delta.map(({ name, role, shape }) => [name, role, shape]), [["q.bias", "bias-delta", [4]]]);
+  t.same([...(await delta[0]!.read())], [2, 4, 6, 8], "times the scale");
+  const both = (await read({ ...CONFIG, lora_bias: true, bias: "lora_only" }, { ...biased, "q.base_layer.bias": [[4], 100] })).saved;
+  t.same(both.map(({ name, role, shape }) => [name, role, shape]), [["q.bias", "bias", [4]]]);
+  t.same([...(await both[0]!.read())], [102, 105, 108, 111]);
+  await refuses(t, /lora_bias is true, but the file has no lora_B.bias/, { lora_bias: true }, one);
+  await refuses(t, /lora_bias is false, but the file has q.lora_B.bias/, {}, biased);
+  await refuses(t, /q.lora_B.bias is \[3\], expected \[4\]/, { lora_bias: true }, { ...one, "q.lora_B.bias": [[3]] });
+  await refuses(t, /q.base_layer.bias is \[3\], expected \[4\]/, { bias: "all" }, { ...one, "q.base_layer.bias": [[3]] });
+});
+
+t.test("token rows", async (t) => {
+  const spec: Spec = { ...PLAIN, "a.emb.token_adapter.trainable_tokens_delta": [[2, 3], 7] };
+  for (const indices of [[5, 1], { emb: [5, 1] }, { "b.emb": [1], "a.emb": [5, 1], emb: [9] }]) {
+    const { saved } = await read({ ...CONFIG, trainable_token_indices: indices }, spec);
+    t.same(saved.map(({ name, role, shape, indices }) => [name, role, shape, indices]), [["a.emb.weight", "rows", [2, 3], [5, 1]]]);
+    t.same([...(await saved[0]!.read())], [7, 8, 9, 10, 11, 12]);
+  }
+  for (const indices of [null, [5], { other: [5, 1] }]) {
+    await refuses(t, /\[2, 3\], but trainable_token_indices names (no|1) rows of a.emb/, { trainable_token_indices: indices }, spec);
+  }
+  await refuses(t, /there is no trainable_tokens_delta/, { trainable_token_indices: [1] });
+  const adapted = { ...PLAIN, "enc.q.token_adapter.trainable_tokens_delta": [[1, 3]] } as Spec;
+  await refuses(t, /which is also adapted/, { trainable_token_indices: [1] }, adapted);
+});
+
+t.test("NaN and infinity, in any dtype, are named where they are read", async (t) => {
+  const values = [["F32", NaN], ["F16", Infinity], ["BF16", -Infinity], ["F64", NaN], ["F64", 1e300]] as const;
+  for (const [dtype, start] of values) {
+    const bad = await read(
+      { ...CONFIG, modules_to_save: ["head"] },
+      {
+        ...PLAIN,
+        "base_model.model.enc.q.lora_A.weight": [[2, 3], start, dtype],
+        "base_model.model.head.weight": [[2], start, dtype],
+      },
+    );
+    await t.rejects(bad.modules.get("enc.q")!.read(), {
+      tag: "adapter",
+      file: "one.safetensors",
+      field: "base_model.model.enc.q.lora_A.weight",
+      message: /tensor base_model.model.enc.q.lora_A.weight \[2, 3\]: element 0 is (NaN|-?Infinity)/,
+    });
+    await t.rejects(bad.saved[0]!.read(), { tag: "adapter", message: /tensor base_model.model.head.weight/ });
+    await bad.modules.get("enc.v")!.read();
+  }
+  const overflow = await read({ ...CONFIG, lora_alpha: 1e39 });
+  await t.rejects(overflow.modules.get("enc.q")!.read(), { message: /element 0 times the scale 5e\+38 is Infinity/ });
+});
+
+t.test("metadata: task.json and the configuration's identity", async (t) => {
+  const metadata = async (task: unknown, config: object = {}): Promise<unknown> =>
+    (await read({ ...CONFIG, ...config }, PLAIN, task)).metadata;
+  t.same(await metadata(undefined), {});
+  const task = { labels: ["no", "yes"], license: "MIT", deep: { list: [1, null, true] } };
+  t.same(await metadata(task, { task_type: "SEQ_CLS", revision: "main" }), { ...task, task_type: "SEQ_CLS", revision: "main" });
+  t.same(await metadata({ task_type: "mine" }, { task_type: "CAUSAL_LM" }), { task_type: "CAUSAL_LM" });
+  let deep: unknown = 1;
+  for (let i = 0; i < 40; i++) deep = [deep];
+  const bad: [unknown, RegExp][] = [
+    [[], /task.json: is not a JSON object/],
+    [null, /task.json: is not a JSON object/],
+    [{ labels: "yes" }, /labels is not an array of strings/],
+    [{ labels: [1] }, /labels is not an array of strings/],
+    [{ license: 1 }, /license is not a string/],
+    [{ origin: {} }, /origin is not a string/],
+    [{ x: 1 / 0 }, /x is not plain JSON/],
+    [{ x: deep }, /x is not plain JSON/],
+    [{ x: "é".repeat(40_000) }, /has \d+ bytes, 65536 at most/],
+  ];
+  for (const [task, message] of bad) await t.rejects(metadata(task), { tag: "adapter", message });
+});
+
+/** A folder with the files of the plain golden. */
+function makeAdapter(folder: string): string {
+  mkdirSync(folder, { recursive: true });
+  cpSync(join(goldens, "plain/adapter"), folder, { recursive: true });
+  return folder;
+}
+
+t.test("folders: what is found", async (t) => {
+  const root = t.testdir();
+  for (const name of ["zeta", "Beta", "alpha"]) makeAdapter(join(root, "many", name));
+  makeAdapter(join(root, "many/named/style"));
+  makeAdapter(join(root, "many/alpha/checkpoint-500"));
+  makeAdapter(join(root, "many/.hidden"));
+  mkdirSync(join(root, "many/notes"));
+  writeFileSync(join(root, "many/README.md"), "");
+  const ids = async (...paths: string[]): Promise<string[]> =>
+    (await findAdapters(paths.map((path) => join(root, path)))).map(({ id }) => id);
+  t.same(await ids("many"), ["Beta", "alpha", "style", "zeta"]);
+  t.same(await ids("many/zeta", "many/alpha"), ["alpha", "zeta"]);
+  t.same(await ids("many/zeta/", "many/zeta", "many/zeta/adapter_model.safetensors", "many/zeta/adapter_config.json"), ["zeta"]);
+  t.same(await ids("many/named"), ["style"]);
+  t.same(await ids("many", "many/alpha/checkpoint-500"), ["Beta", "alpha", "checkpoint-500", "style", "zeta"]);
+  t.same(await findAdapters([join(root, "many/zeta")]), [{ id: "zeta", folder: join(root, "many/zeta") }]);
+
+  const adapters = await readAdapters([join(root, "many")], {
+    rename: new Map([["zeta", "first"], [join(root, "many/alpha"), "zeta"]]),
+  });
+  t.same(adapters.map(({ id, file }) => [id, basename(file)]), [["Beta", "Beta"], ["first", "zeta"], ["style", "style"], ["zeta", "alpha"]]);
+  for (const adapter of adapters) await adapter.close();
+});
+
+t.test("folders: more adapters than files may be open", async (t) => {
+  const root = t.testdir();
+  for (let i = 0; i < 70; i++) makeAdapter(join(root, `task-${String(i).padStart(2, "0")}`));
+  const adapters = await readAdapters([root]);
+  t.equal(adapters.length, 70);
+  const name = [...adapters[0]!.modules.keys()][0]!;
+  const [first, last] = [await adapters[0]!.modules.get(name)!.read(), await adapters[69]!.modules.get(name)!.read()];
+  t.same(last, first);
+  for (const adapter of adapters) await adapter.close();
+  rmSync(join(root, "task-69/adapter_model.safetensors"));
+  await t.rejects(adapters[69]!.modules.get(name)!.read(), {
+    tag: "source",
+    file: join(root, "task-69/adapter_model.safetensors"),
+    message: /cannot be opened/,
+  });
+});
+
+t.test("folders: what is refused", async (t) => {
+  const root = t.testdir({ empty: {}, "a.safetensors": "", "model.pt": "" });
+  const at = (path: string): string => join(root, path);
+  const without = (name: string, file: string): void => rmSync(join(makeAdapter(at(name)), file));
+  without("no-tensors", "adapter_model.safetensors");
+  without("no-config", "adapter_config.json");
+  writeFileSync(join(makeAdapter(at("bad-json")), "adapter_config.json"), '{"r": 4,}');
+  writeFileSync(join(makeAdapter(at("bad-task")), "task.json"), "[1");
+  makeAdapter(at("x/same"));
+  makeAdapter(at("y/same"));
+  makeAdapter(at(`ctrl/a\u0007b`));
+
+  type Expected = { message: RegExp; [field: string]: unknown };
+  const fails = async (paths: string[], expected: Expected, rename?: [string, string][]): Promise<void> => {
+    await t.rejects(readAdapters(paths.map(at), { rename: new Map(rename) }), expected);
+  };
+  await fails(["missing"], { tag: "adapter", file: at("missing"), message: /does not exist/ });
+  await fails(["empty"], { tag: "adapter", file: at("empty"), message: /holds no adapter; looked for adapter_config.json and/ });
+  await fails(["a.safetensors"], { tag: "adapter", message: /expected adapter_model.safetensors with adapter_config.json/ });
+  await fails(["model.pt"], { tag: "adapter", message: /pickle.*save_pretrained/ });
+  await fails(["no-tensors"], { tag: "adapter", message: /has no adapter_model.safetensors beside adapter_config.json/ });
+  await fails(["no-config"], { tag: "adapter", message: /has no adapter_config.json beside adapter_model.safetensors/ });
+  await fails(["no-config/adapter_model.safetensors"], { tag: "adapter", message: /has no adapter_config.json/ });
+  await fails(["bad-json"], { tag: "adapter", file: at("bad-json/adapter_config.json"), message: /is not JSON: .*position 8/ });
+  await fails(["bad-task"], { tag: "adapter", file: at("bad-task/task.json"), message: /is not JSON/ });
+  const both = new RegExp(`${at("x/same")} and ${at("y/same")} are both called same; rename one with --as ${at("y/same")}=NEW`);
+  await fails(["x", "y"], { tag: "task", task: "same", message: both });
+  await fails(["x", "y"], { tag: "task", message: /--as same=other: means several; use a path/ }, [["same", "other"]]);
+  await fails(["x"], { tag: "task", nearest: ["same"], message: /--as sane=other: no adapter has this id/ }, [["sane", "other"]]);
+  await fails(["x"], { tag: "task", message: /cannot be a task's id/ }, [["same", ""]]);
+  await fails(["x"], { tag: "task", message: /cannot be a task's id/ }, [["same", "é".repeat(128)]]);
+  await fails(["ctrl"], { tag: "task", message: /"a\\u0007b" cannot be a task's id/ });
+  const renamed = await readAdapters([at("x"), at("y")], { rename: new Map([[at("y/same"), "é".repeat(127)]]) });
+  t.equal(renamed.length, 2);
+  for (const adapter of renamed) await adapter.close();
+});
+
+/** Writes an adapter as PEFT's two files. */
+async function exportTo(folder: string, adapter: Exportable): Promise<void> {
+  const { config, tensors } = await peftFiles(adapter);
+  mkdirSync(folder, { recursive: true });
+  writeFileSync(join(folder, "adapter_config.json"), JSON.stringify(config, null, 2));
+  writeFileSync(join(folder, "adapter_model.safetensors"), await bytesOf(tensors));
+}
+
+async function contents(adapter: Exportable): Promise<unknown> {
+  const modules = [];
+  for (const module of adapter.modules.values()) modules.push([{ ...module, read: null }, await module.read()]);
+  const saved = [];
+  for (const tensor of adapter.saved) saved.push([{ ...tensor, read: null }, await tensor.read()]);
+  return { modules, saved, base: adapter.baseModel };
+}
+
+const loadable = cases.filter((name) => !name.startsWith("refuse-"));
+
+t.test("export and read again: the same adapter, to the bit", async (t) => {
+  const root = t.testdir();
+  for (const name of loadable) {
+    const [before] = await readAdapters([join(goldens, name, "adapter")]);
+    await exportTo(join(root, name), before!);
+    const [after] = await readAdapters([join(root, name)]);
+    t.same(await contents(after!), await contents(before!), name);
+    t.same(after!.metadata, before!.metadata, name);
+    t.same(after!.warnings, [], name);
+    await before!.close();
+    await after!.close();
+  }
+});
+
+t.test("PEFT loads what was exported and merges it to the golden weights", async (t) => {
+  t.setTimeout(120_000);
+  const root = t.testdir();
+  for (const name of loadable) {
+    const [adapter] = await readAdapters([join(goldens, name, "adapter")]);
+    await exportTo(join(root, name), adapter!);
+    await adapter!.close();
+  }
+  const python = process.env.PYTHON ?? "python3";
+  let output: string;
+  try {
+    output = execFileSync(python, [join(data, "../peft-oracle.py"), goldens, root], { encoding: "utf8", stdio: "pipe" });
+  } catch (error) {
+    const { status, stderr, message } = error as Error & { status: number | null; stderr?: string };
+    const absent = status === 3 || (error as NodeJS.ErrnoException).code === "ENOENT";
+    if (!absent) throw error;
+    const reason = `${python} has no PEFT: ${stderr || message}`;
+    if (process.env.EIGENLORA_REQUIRE?.includes("peft")) t.fail(reason);
+    else t.pass("PEFT loads the exported adapters", { skip: reason });
+    return;
+  }
+  const differences = new Map<string, unknown>(Object.entries(JSON.parse(output)));
+  t.same([...differences.keys()].sort(), loadable);
+  for (const [name, found] of differences) t.ok(typeof found === "number" && found <= 1e-6, `${name}: ${found}`);
+});
+
+/** A canonical adapter made by hand. */
+function made(modules: Partial<AdapterModule>[], saved: Partial<SavedTensor>[] = [], metadata = {}): Exportable {
+  const complete = modules.map((given): [string, AdapterModule] => {
+    const module = { name: "m", out: 4, in: 6, rank: 2, layout: "out-in" as const, ...given };
+    const { rank } = module;
+    const read = async () => ({ A: new Float32Array(rank * module.in).fill(1), Bt: new Float32Array(rank * module.out).fill(2) });
+    return [module.name, { read, ...module }];
+  });
+  const tensors = saved.map((given) => {
+    const tensor = { name: "m.weight", role: "saved" as const, shape: [2], ...given };
+    return { read: async () => new Float32Array(tensor.shape.reduce((a, b) => a * b, 1)), ...tensor };
+  });
+  return { id: "made", baseModel: undefined, modules: new Map(complete), saved: tensors, metadata };
+}
+
+const configOf = async (adapter: Exportable): Promise<Record<string, unknown>> =>
+  (await peftFiles(adapter)).config as Record<string, unknown>;
+
+t.test("export: one rank for most, patterns that match one module only", async (t) => {
+  const adapter = made([
+    { name: "a", rank: 3 },
+    { name: "b", rank: 3 },
+    { name: "x.a", rank: 1 },
+    { name: "c+(d)", rank: 5 },
+  ]);
+  const config = await configOf(adapter);
+  t.same([config.r, config.lora_alpha], [3, 3]);
+  t.same(config.rank_pattern, { "^x\\.a": 1, "^c\\+\\(d\\)": 5 });
+  t.same(config.alpha_pattern, config.rank_pattern);
+  t.same(config.target_modules, ["a", "b", "x.a", "c+(d)"]);
+  const root = t.testdir();
+  await exportTo(join(root, "one"), adapter);
+  const [back] = await readAdapters([join(root, "one")]);
+  t.same([...back!.modules.values()].map(({ name, rank }) => [name, rank]), [["a", 3], ["b", 3], ["c+(d)", 5], ["x.a", 1]]);
+  for (const module of back!.modules.values()) t.equal((await module.read()).Bt[0], 2);
+  await back!.close();
+});
+
+t.test("export: a module without rank gets one of zeros", async (t) => {
+  const { config, tensors } = await peftFiles(made([{ rank: 0 }]));
+  t.equal((config as { r: number }).r, 1);
+  t.same(tensors.map(({ name, shape }) => [name, shape]), [
+    ["base_model.model.m.lora_A.weight", [1, 6]],
+    ["base_model.model.m.lora_B.weight", [4, 1]],
+  ]);
+  t.same(new Set(await tensors[1]!.read()), new Set([0]));
+});
+
+t.test("export: heads, task types, biases", async (t) => {
+  const head = ["classifier.dense.weight", "classifier.out.bias"].map((name) => ({ name }));
+  t.match(await configOf(made([{}], head)), { task_type: "SEQ_CLS", modules_to_save: ["classifier"] });
+  const generic = await configOf(made([{}], head, { task_type: "FEATURE_EXTRACTION" }));
+  t.match(generic, { task_type: "FEATURE_EXTRACTION", modules_to_save: ["classifier.dense", "classifier.out"] });
+  const nested = ["top.weight", "top.inner.weight"].map((name) => ({ name }));
+  t.match(await configOf(made([{}], nested)), { task_type: null, modules_to_save: ["top"] });
+  t.match(await configOf(made([{}])), { bias: "none", modules_to_save: null, trainable_token_indices: null });
+  t.match(await configOf(made([{}], [{ name: "m.bias", role: "bias" }])), { bias: "lora_only" });
+  const all = [{ name: "m.bias", role: "bias" as const }, { name: "norm.bias", role: "bias" as const }];
+  t.match(await configOf(made([{}], all)), { bias: "all" });
+});
+
+t.test("export: what PEFT has one switch for", async (t) => {
+  const refused = async (adapter: Exportable, message: RegExp): Promise<void> => {
+    await t.rejects(peftFiles(adapter), { tag: "adapter", file: "made", message });
+  };
+  const dora = async () => ({ A: new Float32Array(12), Bt: new Float32Array(8), magnitude: new Float32Array(4) });
+  const delta = { name: "m.bias", role: "bias-delta" as const, shape: [4] };
+  await refused(made([{ name: "a" }, { name: "b", layout: "in-out" }]), /fan_in_fan_out is one switch.*b is \[in, out\] and a/);
+  await refused(made([{ name: "a", read: dora }, { name: "b" }]), /use_dora is one switch.*but b does not/);
+  await refused(made([{}, { name: "b" }], [delta]), /lora_bias is one switch.*but b does not/);
+  await refused(made([{ read: dora }], [delta]), /does not combine lora_bias with use_dora/);
+  await refused(made([{}], [{ ...delta, name: "other.bias" }]), /other.bias: PEFT has no place/);
+});
+
+t.test("a reader's error is one of the package's, whatever the configuration holds", async (t) => {
+  const values = [null, true, 0, -1, "x", [], {}, ["a"], { a: 1 }, [[1]], 1e308];
+  const plain = JSON.parse(readFileSync(join(goldens, "plain/adapter/adapter_config.json"), "utf8"));
+  for (const field of Object.keys(plain)) {
+    for (const value of values) {
+      const error = await read({ ...plain, ...CONFIG, [field]: value }).then(readAll).catch((e: unknown) => e);
+      if (error !== undefined && !(error instanceof EigenLoraError)) t.fail(`${field} = ${JSON.stringify(value)}: ${error}`);
+    }
+  }
+  t.pass();
+});

@@ -1,0 +1,70 @@
+/**
+ * One honest HTTP/1.1 range server over files in memory, which also misbehaves on demand. Real sockets, real `fetch`.
+ */
+import { createServer, type Server, type ServerResponse } from "node:http";
+import type { AddressInfo } from "node:net";
+
+/** How an answer departs from the protocol. */
+export type Fault = "whole" | "short" | "long" | "cut" | "416" | "etag" | "slow" | "stall" | "shifted" | "404" | "grown";
+
+export interface RangeServer {
+  url(path: string): string;
+  /** [start, end) of every range asked for. */
+  readonly ranges: [number, number][];
+  /** Faults of the next answers, first one first; undefined entries are honest. */
+  faults: (Fault | undefined)[];
+  close(): Promise<void>;
+}
+
+export async function serve(files: Map<string, Uint8Array>): Promise<RangeServer> {
+  const ranges: [number, number][] = [];
+  const handle: RangeServer = {
+    url: (path) => `http://127.0.0.1:${(server.address() as AddressInfo).port}/${path}`,
+    ranges,
+    faults: [],
+    close: () => new Promise((resolve) => { server.closeAllConnections(); server.close(() => resolve()); }),
+  };
+  const server: Server = createServer((request, response) => {
+    const bytes = files.get((request.url ?? "").slice(1));
+    const fault = handle.faults.shift();
+    if (!bytes || fault === "404") return void response.writeHead(404).end("not here");
+    const match = /^bytes=(\d+)-(\d+)$/.exec(request.headers.range ?? "");
+    if (!match || fault === "whole") return void response.writeHead(200, { "content-length": bytes.length }).end(bytes);
+    const [start, end] = [Number(match[1]), Math.min(Number(match[2]) + 1, bytes.length)];
+    ranges.push([start, Number(match[2]) + 1]);
+    if (start >= bytes.length || fault === "416") {
+      return void response.writeHead(416, { "content-range": `bytes */${bytes.length}` }).end();
+    }
+    answer(response, bytes, start, end, fault);
+  });
+  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+  return handle;
+}
+
+function answer(response: ServerResponse, bytes: Uint8Array, start: number, end: number, fault: Fault | undefined): void {
+  const body = bytes.subarray(start, end);
+  const shift = fault === "shifted" ? 1 : 0;
+  const size = bytes.length + (fault === "grown" ? 64 : 0);
+  const headers = {
+    "content-range": `bytes ${start + shift}-${end - 1 + shift}/${size}`,
+    etag: fault === "etag" ? '"other"' : '"first"',
+  };
+  if (fault === "short") return void response.writeHead(206, { ...headers, "content-length": body.length - 1 }).end(body.subarray(1));
+  if (fault === "long") return void response.writeHead(206, headers).end(Buffer.concat([body, body]));
+  response.writeHead(206, { ...headers, "content-length": body.length });
+  if (fault === "cut") {
+    response.write(body.subarray(0, body.length >> 1));
+    return void setTimeout(() => response.destroy(), 20);
+  }
+  if (fault === "stall") return void response.write(body.subarray(0, 1));
+  if (fault !== "slow") return void response.end(body);
+  let at = 0;
+  const step = Math.ceil(body.length / 8);
+  const timer = setInterval(() => {
+    response.write(body.subarray(at, (at += step)));
+    if (at >= body.length) {
+      clearInterval(timer);
+      response.end();
+    }
+  }, 10);
+}

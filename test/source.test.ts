@@ -1,0 +1,137 @@
+import t from "tap";
+import { mkdtemp, open, readFile, rm, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { SourceError } from "../dist/src/errors.js";
+import { openPack } from "../dist/src/pack/pack.js";
+import { openSource } from "../dist/src/source.js";
+import { data } from "./packs.ts";
+import { serve, type Fault } from "./range-server.ts";
+
+const path = data("goldens/pack/every-kind.eigen");
+const golden = new Uint8Array(await readFile(path));
+
+t.test("every kind of source gives the same pack, and counts its requests", async (t) => {
+  const server = await serve(new Map([["a.eigen", golden]]));
+  t.teardown(() => server.close());
+  const sources = {
+    path,
+    "file URL": new URL(`file://${path}`),
+    Blob: new Blob([golden]),
+    ArrayBuffer: golden.slice().buffer,
+    Uint8Array: golden,
+    Buffer: Buffer.from(golden),
+    "http string": server.url("a.eigen"),
+    "http URL": new URL(server.url("a.eigen")),
+  };
+  for (const [name, source] of Object.entries(sources)) {
+    const pack = await openPack(source);
+    t.equal(pack.reads.requests, 2, `${name}: opened in two requests`);
+    await pack.takeBases();
+    await pack.load("mixed");
+    t.equal(pack.reads.requests, 3, `${name}: three to the first task`);
+    await pack.load("all");
+    t.equal(pack.reads.requests, 4, `${name}: one per further task`);
+    await pack.load("mixed");
+    await pack.prefetch(["all", "mixed"]);
+    t.equal(pack.reads.requests, 4, `${name}: none when resident`);
+    await pack.close();
+  }
+  t.same(server.ranges.slice(0, 1), [[0, 1536]], "the window is what SPEC.md says");
+});
+
+t.test("callers of one task share one request; an abort ends only its own wait", async (t) => {
+  const server = await serve(new Map([["a.eigen", golden]]));
+  t.teardown(() => server.close());
+  const pack = await openPack(server.url("a.eigen"));
+  const before = server.ranges.length;
+  const aborted = new AbortController();
+  server.faults = ["slow"];
+  const first = pack.load("mixed", { signal: aborted.signal });
+  const second = pack.load("mixed");
+  setTimeout(() => aborted.abort(new Error("changed my mind")), 15);
+  await t.rejects(first, { message: "changed my mind" });
+  t.ok((await second).bytes.length > 0);
+  t.equal(server.ranges.length - before, 1);
+  await t.rejects(pack.load("all", { signal: AbortSignal.abort(new Error("before")) }), { message: "before" });
+});
+
+t.test("the least recently used blobs go first", async (t) => {
+  const pack = await openPack(path, { maxResidentBytes: 1200 });
+  await pack.load("mixed");
+  await pack.load("parameters");
+  await pack.load("mixed");
+  await pack.load("all");
+  t.ok(pack.residentBytes.coefficients <= 1200 || pack.residentBytes.coefficients === pack.tasks.get("all")!.bytes);
+  t.equal(pack.tasks.get("all")!.resident, true);
+  t.equal(pack.tasks.get("parameters")!.resident, false);
+  const { requests } = pack.reads;
+  await pack.load("parameters");
+  t.equal(pack.reads.requests, requests + 1, "an evicted task is read again");
+  await pack.close();
+});
+
+t.test("a server that misbehaves is found out, whatever it does", async (t) => {
+  const server = await serve(new Map([["a.eigen", golden]]));
+  t.teardown(() => server.close());
+  const faults: [Fault, RegExp][] = [
+    ["whole", /ignores ranges.*status 200.*fetch it yourself/s],
+    ["short", /connection ended after|cannot be fetched|bytes arrived of/],
+    ["long", /more than the \d+ bytes|cannot be fetched/],
+    ["cut", /connection ended after|cannot be fetched/],
+    ["416", /status 416.*truncated/],
+    ["404", /answered 404/],
+    ["shifted", /asked for bytes/],
+  ];
+  for (const [fault, expected] of faults) {
+    for (const good of [0, 1, 2]) {
+      server.faults = [...Array<undefined>(good).fill(undefined), fault];
+      const error = await openPack(server.url("a.eigen")).then((p) => p.load("mixed")).catch((e: unknown) => e);
+      t.ok(error instanceof SourceError, `${fault} at request ${good + 1}: ${String(error)}`);
+      t.match((error as Error).message, expected);
+    }
+  }
+  for (const fault of ["etag", "grown"] as const) {
+    server.faults = [undefined, fault];
+    await t.rejects(openPack(server.url("a.eigen")), { tag: "source", message: /changed between two reads/ }, fault);
+  }
+  server.faults = ["slow", "slow", "slow"];
+  t.ok(await openPack(server.url("a.eigen")).then((p) => p.load("mixed")), "slow is not wrong");
+  server.faults = ["stall"];
+  await t.rejects(openPack(server.url("a.eigen"), { timeout: 50 }), /no byte arrived for 50 ms/);
+  server.faults = ["stall"];
+  await t.rejects(openPack(server.url("a.eigen"), { signal: AbortSignal.timeout(50) }), { name: "TimeoutError" });
+  const pack = await openPack(server.url("a.eigen"));
+  server.faults = ["cut"];
+  await t.rejects(pack.load("all"), SourceError);
+  t.ok((await pack.load("all")).bytes.length > 0, "a failed read can be tried again");
+});
+
+t.test("no server, no file, no bytes", async (t) => {
+  const server = await serve(new Map());
+  const url = server.url("a.eigen");
+  await server.close();
+  await t.rejects(openPack(url), { tag: "source", message: /cannot be fetched/ });
+  await t.rejects(openPack("/nowhere/at/all.eigen"), { tag: "source", message: /cannot be opened/ });
+  await t.rejects(openPack("/"), { tag: "source", message: /is not a file/ });
+  await t.rejects(openPack(new ArrayBuffer(0)), { tag: "format", message: /0 bytes/ });
+  await t.rejects(openSource(5 as never), TypeError);
+  const options = { headers: { authorization: "me" }, fetch: (async (_: unknown, init: RequestInit) => {
+    t.equal((init.headers as Record<string, string>)["authorization"], "me");
+    throw new TypeError("no network");
+  }) as typeof fetch };
+  await t.rejects(openPack("http://127.0.0.1:1/x", options), { tag: "source", message: /no network/ });
+});
+
+t.test("a file that shrinks under us is an error, not a hang", async (t) => {
+  const folder = await mkdtemp(join(tmpdir(), "eigenlora-"));
+  t.teardown(() => rm(folder, { recursive: true }));
+  const file = join(folder, "a.eigen");
+  await writeFile(file, golden);
+  const pack = await openPack(file);
+  const handle = await open(file, "r+");
+  await handle.truncate(2000);
+  await handle.close();
+  await t.rejects(pack.load("all"), { tag: "source", message: /truncated/ });
+  await pack.close();
+});
