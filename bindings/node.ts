@@ -3,14 +3,16 @@
  * resolves to where the `node` condition is set.
  */
 import { open } from "node:fs/promises";
+import { fileURLToPath } from "node:url";
 import { SourceError } from "../src/errors.ts";
 import type { ByteSource } from "../src/source.ts";
 
 /**
- * Opens a file for ranged reads. The handle stays open until `close`.
+ * Opens a file, by path or file: URL, for ranged reads. The handle stays open until `close`.
  * @throws SourceError when the path is not a readable file
  */
-export const openPath: ((path: string) => Promise<ByteSource>) | undefined = async (path) => {
+export const openPath: ((path: string) => Promise<ByteSource>) | undefined = async (pathOrUrl) => {
+  const path = /^file:/i.test(pathOrUrl) ? fileURLToPath(pathOrUrl) : pathOrUrl;
   const handle = await open(path, "r").catch((cause: unknown) => {
     throw new SourceError(`cannot be opened: ${(cause as Error).message}`, { file: path, cause });
   });

@@ -78,7 +78,7 @@ t.test("task files", async (t) => {
     if (at !== 10 && at !== 11 && !(result instanceof EigenLoraError)) t.fail(`byte ${at} changed unnoticed`);
   }
   for (let cut = 0; cut < goldenTask.length; cut += 7) {
-    await t.rejects(pack.addTask("cut", goldenTask.slice(0, cut)), FormatError, `cut at ${cut}`);
+    await t.rejects(pack.addTask("cut", goldenTask.slice(0, cut)), { tag: "format" }, `cut at ${cut}`);
   }
 });
 

@@ -1,0 +1,303 @@
+// ONNX models as bases: parameters found and named, values equal to the checkpoint's, damaged files refused. The models
+// and the digests of what their parameters are were made by PyTorch (test/data/onnx/make.py, test/data/minilm/weights.py).
+import { createHash } from "node:crypto";
+import { readdirSync, readFileSync } from "node:fs";
+import { resolve } from "node:path";
+import { pathToFileURL } from "node:url";
+import { toBinary } from "@bufbuild/protobuf";
+import fc from "fast-check";
+import t from "tap";
+import { EigenLoraError, FormatError, SourceError } from "../dist/src/errors.js";
+import { openOnnxHost } from "../dist/src/onnx/host.js";
+import { parseModel } from "../dist/src/onnx/model.js";
+import { findParameters } from "../dist/src/onnx/modules.js";
+import { ModelProtoSchema } from "../dist/src/onnx/onnx_pb.js";
+import { Locator } from "../dist/src/runtime/locate.js";
+
+const DATA = resolve("test/data/onnx");
+const MINILM = resolve("test/data/minilm");
+const EXPORTS = readdirSync(DATA).filter((file) => file.endsWith(".onnx")).map((file) => file.slice(0, -5));
+
+type Digests = Record<string, [shape: number[], sha256: string]>;
+
+const digestsOf = (file: string): Digests => JSON.parse(readFileSync(file, "utf8"));
+const modelOf = (name: string): Uint8Array => new Uint8Array(readFileSync(`${DATA}/${name}.onnx`));
+const sha256 = (bytes: Uint8Array): string => createHash("sha256").update(bytes).digest("hex");
+
+/** The bytes of the transposed matrix. */
+function turned(bytes: Uint8Array, [rows, columns]: readonly number[]): Uint8Array {
+  const size = bytes.length / (rows! * columns!);
+  const out = new Uint8Array(bytes.length);
+  for (let i = 0; i < rows!; i++) {
+    for (let j = 0; j < columns!; j++) {
+      const from = (i * columns! + j) * size;
+      out.set(bytes.subarray(from, from + size), (j * rows! + i) * size);
+    }
+  }
+  return out;
+}
+
+/** Names of `digests` that the host lacks, or has with other values, up to the layout that it states. */
+async function differences(host: Awaited<ReturnType<typeof openOnnxHost>>, digests: Digests): Promise<string[]> {
+  const locator = new Locator(host);
+  const wrong: string[] = [];
+  for (const [name, [shape, sha]] of Object.entries(digests)) {
+    const found = locator.names.find(name);
+    if (!("name" in found)) {
+      wrong.push(`${name} is missing`);
+      continue;
+    }
+    const { layout } = locator.parameters.get(found.name)!;
+    const view = await host.read(found.name);
+    const bytes = view.data as Uint8Array;
+    // The checkpoint has "out-in" for Linear and "in-out" for Conv1D, so for a square matrix both are tried.
+    const asStored = view.shape.join() === shape.join() && sha256(bytes) === sha;
+    const asTurned = view.shape.toReversed().join() === shape.join() && sha256(turned(bytes, view.shape)) === sha;
+    if (!asStored && !(layout === "in-out" && asTurned)) wrong.push(`${name} differs (${layout} [${view.shape.join(", ")}])`);
+  }
+  return wrong;
+}
+
+t.test("the f16 export of MiniLM has every parameter of the checkpoint", async (t) => {
+  const digests = digestsOf(`${MINILM}/weights.json`);
+  const host = await openOnnxHost(`${MINILM}/model_fp16.onnx`);
+  t.equal(Object.keys(digests).length, 103);
+  t.strictSame(await differences(host, digests), []);
+  const layouts = new Map([...host.list()].map(({ name, layout }) => [name, layout]));
+  t.equal(layouts.get("bert.encoder.layer.3.output.dense.weight"), "in-out");
+  t.equal(layouts.get("bert.pooler.dense.weight"), "out-in");
+  t.equal(layouts.get("bert.embeddings.word_embeddings.weight"), "embedding");
+  t.equal(layouts.get("bert.embeddings.LayerNorm.weight"), undefined);
+
+  const locator = new Locator(host);
+  for (let i = 0; i < 6; i++) {
+    for (const part of ["query", "value"]) {
+      const name = `bert.encoder.layer.${i}.attention.self.${part}`;
+      const found = locator.locate({ name, out: 384, in: 384, layout: "out-in" });
+      t.match(found, { name: `${name}.weight`, transposed: true, dtype: "f16", byteLength: 384 * 384 * 2 });
+      t.equal(locator.locate({ name: name.slice("bert.".length), out: 384, in: 384, layout: "out-in" }).name, found.name);
+    }
+  }
+});
+
+t.test("every parameter of the PyTorch model is found in its export", async (t) => {
+  for (const name of EXPORTS) {
+    const host = await openOnnxHost(`${DATA}/${name}.onnx`);
+    t.strictSame(await differences(host, digestsOf(`${DATA}/${name}.json`)), [], name);
+    await host.close?.();
+  }
+});
+
+t.test("layouts", async (t) => {
+  const layoutsOf = (name: string): Record<string, unknown> =>
+    Object.fromEntries(findParameters(parseModel(modelOf(name), name)).map(({ name, layout }) => [name, layout]));
+  t.strictSame(layoutsOf("gemms"), {
+    "up.weight": "out-in",
+    "up.bias": undefined,
+    "down.weight": "in-out",
+    "down.bias": undefined,
+  });
+  t.match(layoutsOf("convs"), { "features.0.weight": "conv", "features.2.weight": "conv", "head.weight": "out-in" });
+  t.match(layoutsOf("tied-torchscript"), { "embed.weight": "embedding", "head.weight": "in-out", "layer.weight": "in-out" });
+  t.match(layoutsOf("tied-dynamo-unfolded"), { "embed.weight": "embedding", "head.weight": "out-in", mix: "in-out" });
+  t.match(layoutsOf("by-hand"), { "cast.weight": "in-out", "turned.weight": "out-in", "branch.weight": "in-out" });
+});
+
+t.test("merged parameters have all their names and say what they share", (t) => {
+  const parameters = findParameters(parseModel(modelOf("bert-torchscript"), "model"));
+  const query = parameters.find(({ name }) => name === "bert.encoder.layer.1.attention.self.query.bias")!;
+  t.equal(query.initializer, "bert.embeddings.LayerNorm.bias");
+  t.ok(query.sharedBy.includes("bert.pooler.dense.bias"));
+  t.notOk(query.sharedBy.includes(query.name));
+  t.strictSame(query.uses.map(({ node }) => node.name), ["/bert/encoder/layer.1/attention/self/query/Add"]);
+  const weight = parameters.find(({ name }) => name === "bert.encoder.layer.1.attention.self.query.weight")!;
+  t.strictSame(weight.sharedBy, []);
+
+  for (const name of ["tied-torchscript-unfolded", "tied-dynamo-unfolded"]) {
+    const tied = findParameters(parseModel(modelOf(name), name));
+    const shared = tied.filter(({ sharedBy }) => sharedBy.length > 0).map(({ name, sharedBy }) => [name, ...sharedBy]);
+    t.strictSame(shared, [["embed.weight", "head.weight"], ["head.weight", "embed.weight"]], name);
+  }
+  t.end();
+});
+
+t.test("a layer that runs twice is one parameter with two uses", (t) => {
+  for (const name of EXPORTS.filter((name) => name.startsWith("tied"))) {
+    const layer = findParameters(parseModel(modelOf(name), name)).filter(({ name }) => name.startsWith("layer"));
+    t.strictSame(layer.map(({ name, uses }) => [name, uses.length]).sort(), [["layer.bias", 2], ["layer.weight", 2]], name);
+  }
+  t.end();
+});
+
+t.test("quantised weights are parameters, but nothing that a host can read as numbers", async (t) => {
+  const parameters = findParameters(parseModel(modelOf("by-hand"), "model"));
+  const { dtype, layout, shape } = parameters.find(({ name }) => name === "dequantised.weight")!;
+  t.strictSame({ dtype, layout, shape }, { dtype: "other", layout: "in-out", shape: [4, 4] });
+  const host = await openOnnxHost(modelOf("by-hand"));
+  t.notOk([...host.list()].some(({ name }) => name === "dequantised.weight"));
+  await t.rejects(host.read("dequantised.weight"), { tag: "source", message: /no float parameter/ });
+});
+
+t.test("weights in a branch are found there", (t) => {
+  const model = parseModel(modelOf("by-hand"), "model");
+  const { uses } = findParameters(model).find(({ name }) => name === "branch.weight")!;
+  t.strictSame(uses.map(({ graph }) => graph.name), ["then", "else"]);
+  t.notOk(uses.some(({ graph }) => graph === model.graph.proto));
+  t.end();
+});
+
+t.test("without node names and metadata, a linear layer is known by its bias", async (t) => {
+  const model = parseModel(modelOf("bert-dynamo"), "model");
+  for (const node of model.proto.graph!.node) {
+    node.name = "";
+    node.metadataProps = [];
+  }
+  const host = await openOnnxHost(toBinary(ModelProtoSchema, model.proto));
+  t.strictSame(await differences(host, digestsOf(`${DATA}/bert-dynamo.json`)), []);
+});
+
+t.test("values are views of the file's bytes, and fill a buffer when one is given", async (t) => {
+  const file = modelOf("bert-dynamo");
+  const host = await openOnnxHost(file);
+  const view = await host.read("bert.pooler.dense.weight");
+  t.equal((view.data as Uint8Array).buffer, file.buffer);
+  const into = new Uint8Array((view.data as Uint8Array).length);
+  t.equal((await host.read("bert.pooler.dense.weight", into)).data, into);
+  t.strictSame(into, new Uint8Array(view.data as Uint8Array));
+  t.notOk(host.begin, "read-only");
+});
+
+t.test("what the schema leaves out survives writing", (t) => {
+  for (const name of EXPORTS) {
+    const file = modelOf(name);
+    const written = toBinary(ModelProtoSchema, parseModel(file, name).proto);
+    // Fields may change places, so compare the bytes as a multiset: with the length, any lost or altered field shows.
+    t.strictSame(written.toSorted(), file.toSorted(), name);
+  }
+  t.end();
+});
+
+t.test("external data", async (t) => {
+  const digests = digestsOf(`${DATA}/external.json`);
+  const values = new Uint8Array(readFileSync(`${DATA}/external.onnx.data`));
+  const asked: string[] = [];
+  const given = await openOnnxHost(modelOf("external"), { external: (location) => (asked.push(location), values) });
+  t.strictSame(asked, [], "nothing is read before a weight is");
+  t.strictSame(await differences(given, digests), []);
+  t.strictSame(asked, ["external.onnx.data"], "opened once");
+  t.equal(((await given.read("up.weight")).data as Uint8Array).buffer, values.buffer, "a view");
+
+  const bytes = await openOnnxHost(modelOf("external"));
+  t.equal([...bytes.list()].length, 4, "shapes need no data");
+  const missing = await bytes.read("up.weight").catch((error: unknown) => error);
+  t.ok(missing instanceof SourceError);
+  t.match(missing, { message: /"external\.onnx\.data".*option `external`/ });
+
+  const short = await openOnnxHost(modelOf("external"), { external: () => values.subarray(0, 100) });
+  await t.rejects(short.read("up.weight"), { tag: "source", message: /truncated/ });
+  let fails = true;
+  const later = await openOnnxHost(modelOf("external"), {
+    external: () => (fails ? Promise.reject(new SourceError("is not there", { file: "x" })) : values),
+  });
+  await t.rejects(later.read("up.weight"), { message: /is not there/ });
+  fails = false;
+  t.ok(await later.read("up.weight"), "a failure is not kept");
+
+  const alter = (key: string, value: string): Uint8Array => {
+    const { proto } = parseModel(modelOf("external"), "model");
+    for (const { externalData } of proto.graph!.initializer) externalData.find((entry) => entry.key === key)!.value = value;
+    return toBinary(ModelProtoSchema, proto);
+  };
+  for (const [key, value] of [["offset", "-4"], ["offset", "0x"], ["length", "1e300"], ["length", "8"], ["location", ""]] as const) {
+    const host = await openOnnxHost(alter(key, value), { external: () => values });
+    await t.rejects(host.read("up.weight"), { tag: "format", part: "initializer up.weight" }, `${key} ${value}`);
+  }
+  const beyond = await openOnnxHost(alter("offset", "99999"), { external: () => values });
+  await t.rejects(beyond.read("up.weight"), { tag: "source" });
+});
+
+t.test("files beside the model are found, files elsewhere are not touched", async (t) => {
+  const evil = (location: string): Uint8Array => {
+    const { proto } = parseModel(modelOf("external"), "model");
+    for (const { externalData } of proto.graph!.initializer) externalData[0]!.value = location;
+    return toBinary(ModelProtoSchema, proto);
+  };
+  for (const location of ["../onnx/external.onnx.data", "/etc/hostname", "a/../../b", "C:\\b", "http://x.example/b", "..\\b"]) {
+    const folder = t.testdir({ "model.onnx": Buffer.from(evil(location)) });
+    const host = await openOnnxHost(`${folder}/model.onnx`);
+    await t.rejects(host.read("up.weight"), { tag: "format", message: /outside the model's folder/ }, location);
+  }
+  const requests: string[] = [];
+  const fetcher = (async (url: string, { headers }: { headers: { Range: string } }) => {
+    requests.push(url);
+    const [, from, to] = /bytes=(\d+)-(\d+)/.exec(headers.Range)!;
+    const file = readFileSync(`${DATA}/${new URL(url).pathname.split("/").at(-1)}`);
+    const range = `bytes ${from}-${to}/${file.length}`;
+    return new Response(file.subarray(Number(from), Number(to) + 1), { status: 206, headers: { "content-range": range } });
+  }) as unknown as typeof fetch;
+  const remote = await openOnnxHost("https://host.example/models/external.onnx?v=2", { fetch: fetcher });
+  t.strictSame(await differences(remote, digestsOf(`${DATA}/external.json`)), []);
+  t.equal(requests.at(-1), "https://host.example/models/external.onnx.data");
+});
+
+t.test("damaged files", async (t) => {
+  for (const name of EXPORTS) {
+    const file = modelOf(name);
+    for (let i = 0; i < 40; i++) {
+      const end = Math.floor((i * file.length) / 40);
+      t.throws(() => parseModel(file.subarray(0, end), "model"), { tag: "format", file: "model" }, `${name} cut at ${end}`);
+    }
+  }
+  const text = new TextEncoder().encode("<!doctype html><html><body>404 Not Found</body></html>");
+  t.throws(() => parseModel(text, "page.onnx"), FormatError);
+  t.throws(() => parseModel(new Uint8Array(4096), "zeros"), FormatError);
+  t.throws(() => parseModel(new Uint8Array(0), "empty"), { message: /empty, model: holds no graph/ });
+  await t.rejects(openOnnxHost(text), { tag: "format" });
+  await t.rejects(openOnnxHost(`${DATA}/none.onnx`), { tag: "source" });
+  await t.rejects(openOnnxHost(pathToFileURL(`${DATA}/none.onnx`)), { tag: "source" });
+
+  const { proto } = parseModel(modelOf("gemms"), "model");
+  const { node, initializer } = proto.graph!;
+  const changed = (change: () => void, back: () => void): Uint8Array => {
+    change();
+    const bytes = toBinary(ModelProtoSchema, proto);
+    back();
+    return bytes;
+  };
+  const { dims } = initializer[0]!;
+  const negative = changed(() => (initializer[0]!.dims = [-1n, 6n]), () => (initializer[0]!.dims = dims));
+  t.throws(() => findParameters(parseModel(negative, "model")), { tag: "format", message: /impossible shape \[-1, 6\]/ });
+  const huge = changed(() => (initializer[0]!.dims = [1n << 40n, 1n << 40n]), () => (initializer[0]!.dims = dims));
+  t.throws(() => findParameters(parseModel(huge, "model")), { tag: "format", message: /impossible shape/ });
+  const longer = await openOnnxHost(changed(() => (initializer[0]!.dims = [11n, 6n]), () => (initializer[0]!.dims = dims)));
+  await t.rejects(longer.read("up.weight"), { tag: "format", message: /f32 \[11, 6\] needs 264 bytes, found 240/ });
+  const { output } = node[0]!;
+  const twice = changed(() => (node[0]!.output = node.at(-1)!.output), () => (node[0]!.output = output));
+  t.throws(() => parseModel(twice, "model"), { tag: "format", message: /two origins/ });
+  const noOpset = changed(() => (proto.opsetImport[0]!.domain = "com.microsoft"), () => (proto.opsetImport[0]!.domain = ""));
+  t.throws(() => parseModel(noOpset, "model"), { tag: "format", part: "opset" });
+});
+
+t.test("no bytes make it fail otherwise than with its own errors", async (t) => {
+  const files = ["gemms", "by-hand", "tied-dynamo", "external"].map(modelOf);
+  const hostile = fc.tuple(fc.constantFrom(...files), fc.array(fc.tuple(fc.nat(), fc.nat(255)), { maxLength: 8 }));
+  await fc.assert(
+    fc.asyncProperty(hostile, async ([file, changes]) => {
+      const bytes = file.slice();
+      for (const [at, value] of changes) bytes[at % bytes.length] = value;
+      try {
+        const host = await openOnnxHost(bytes);
+        for (const { name } of host.list()) await host.read(name);
+      } catch (error) {
+        if (!(error instanceof EigenLoraError)) throw error;
+      }
+    }),
+    { numRuns: 2000 },
+  );
+  // Branches that name their values as the graph around them does.
+  const { proto } = parseModel(modelOf("by-hand"), "model");
+  const branch = proto.graph!.node.at(-1)!.attribute[0]!.g!;
+  const node = proto.graph!.node.find(({ opType }) => opType === "Cast")!;
+  branch.node.push({ ...node, input: ["branch"], output: ["loop.a"] }, { ...node, input: ["loop.a"], output: ["branch"] });
+  t.ok(findParameters(parseModel(toBinary(ModelProtoSchema, proto), "model")));
+});
