@@ -27,8 +27,9 @@ export const openPath: ((path: string) => Promise<ByteSource>) | undefined = asy
     async read(offset, length, options) {
       options?.signal?.throwIfAborted();
       const bytes = new Uint8Array(length);
+      // One read of Node is limited to 2 GiB.
       for (let done = 0; done < length; ) {
-        const { bytesRead } = await handle.read(bytes, done, length - done, offset + done);
+        const { bytesRead } = await handle.read(bytes, done, Math.min(length - done, 2 ** 30), offset + done);
         if (bytesRead === 0) {
           throw new SourceError(
             `ends at byte ${offset + done}, but bytes ${offset} to ${offset + length} are needed: the file is truncated`,

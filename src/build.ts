@@ -2,6 +2,7 @@
  * `eigenlora/build`: from adapters to packs and back. Not for run-time bundles.
  */
 export type { Adapter, AdapterModule, Factors, SavedTensor } from "./adapters/adapter.ts";
+export { findAdapters, readAdapters, type AdapterLocation } from "./adapters/folder.ts";
 export { peftFiles, type Exportable } from "./adapters/export.ts";
 export { readPeft } from "./adapters/peft.ts";
 export { extractModule, measureModule, openModule, projectModule } from "./extract/extract.ts";

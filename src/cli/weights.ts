@@ -27,7 +27,7 @@ export async function exportCommand(args: Arguments): Promise<Result> {
     const { config, tensors } = await peftFiles(adapter);
     await mkdir(directory, { recursive: true });
     const text = (value: object): Uint8Array[] => [new TextEncoder().encode(`${JSON.stringify(value, null, 2)}\n`)];
-    const size = await writeWhole(join(directory, "adapter_model.safetensors"), writeSafetensors(tensors));
+    const size = await writeWhole(join(directory, "adapter_model.safetensors"), writeSafetensors(tensors, new Map([["format", "pt"]])));
     await writeWhole(join(directory, "adapter_config.json"), text(config));
     if (Object.keys(adapter.metadata).length > 0) await writeWhole(join(directory, "task.json"), text(adapter.metadata));
     const modules = adapter.modules.size;

@@ -64,6 +64,8 @@ export interface BuildReport {
   breakEvenTasks: number | null;
   /** ‖ΔW − ΔW'‖ / ‖ΔW‖ over tasks and modules. */
   error: { mean: number; max: number; worstTask: string; worstModule: string };
+  /** The same over the modules of each task. */
+  errors: { id: string; mean: number; max: number }[];
   warnings: string[];
 }
 
@@ -146,6 +148,7 @@ export async function buildPack(
     ratio: adapterBytes / bytes,
     breakEvenTasks: breakEven(bytes, tasks.map((t) => t.blob.length), tasks.map((t) => t.entry.adapterBytes)),
     error: errors.summary(),
+    errors: errors.byTask(),
     warnings,
   };
   return { chunks, report };
@@ -349,18 +352,24 @@ function stored<T>(adapter: Adapter, { name }: Pick<SavedTensor, "name">, encode
 
 /** Mean and worst of errors by task and module. */
 class ErrorTally {
-  #sum = 0;
-  #count = 0;
-  #worst = { error: 0, task: "", module: "" };
+  readonly #errors: { task: string; module: string; error: number }[] = [];
 
   add(task: string, module: string, error: number): void {
-    this.#sum += error;
-    this.#count++;
-    if (error >= this.#worst.error) this.#worst = { error, task, module };
+    this.#errors.push({ task, module, error });
   }
 
   summary(): BuildReport["error"] {
-    const { error, task, module } = this.#worst;
-    return { mean: this.#count ? this.#sum / this.#count : 0, max: error, worstTask: task, worstModule: module };
+    const worst = this.#errors.reduce((a, b) => (b.error > a.error ? b : a), { task: "", module: "", error: 0 });
+    return { ...figures(this.#errors), worstTask: worst.task, worstModule: worst.module };
   }
+
+  byTask(): BuildReport["errors"] {
+    const ids = [...new Set(this.#errors.map((e) => e.task))];
+    return ids.map((id) => ({ id, ...figures(this.#errors.filter((e) => e.task === id)) }));
+  }
+}
+
+function figures(errors: readonly { error: number }[]): { mean: number; max: number } {
+  const sum = errors.reduce((s, e) => s + e.error, 0);
+  return { mean: errors.length ? sum / errors.length : 0, max: errors.reduce((m, e) => Math.max(m, e.error), 0) };
 }

@@ -1,0 +1,18 @@
+/**
+ * The backends that tests run on. One that this engine cannot start is left out; test/backends.test.ts says so by name and
+ * fails where EIGENLORA_REQUIRE lists it.
+ */
+import { setFlagsFromString } from "node:v8";
+import type { BackendOptions } from "../dist/src/backends/select.js";
+
+// Node 20 has relaxed SIMD behind a flag; later versions have it anyway.
+setFlagsFromString("--experimental-wasm-relaxed-simd");
+
+export function backends(): BackendOptions[] {
+  return [
+    { backend: "js" },
+    { backend: "wasm", wasm: { variant: "scalar" } },
+    { backend: "wasm", wasm: { variant: "simd" } },
+    { backend: "wasm", wasm: { variant: "relaxed-simd" } },
+  ];
+}

@@ -1,0 +1,368 @@
+import t from "tap";
+import { readdir, readFile } from "node:fs/promises";
+import { readAdapters } from "../dist/src/adapters/folder.js";
+import { buildPack } from "../dist/src/pack/build.js";
+import { openPack } from "../dist/src/pack/pack.js";
+import { memoryHost, openHost, type Tensor, type View, type WeightHost } from "../dist/src/runtime/host.js";
+import { createRuntime, type Runtime } from "../dist/src/runtime/runtime.js";
+import { decodeTensor } from "../dist/src/dtypes.js";
+import { backends } from "./backend-list.ts";
+import { concat, data, packOf, relativeDifference, tensorsOf } from "./packs.ts";
+
+function floats(view: View): Float32Array {
+  const bytes = (view.data as Uint8Array).slice(view.byteOffset);
+  const count = view.shape.reduce((a, b) => a * b, 1);
+  const padded = new Uint8Array(Math.ceil(bytes.length / 4) * 4);
+  padded.set(bytes);
+  return decodeTensor(view.dtype, padded, 1, count);
+}
+
+function bytesOf(view: View): Buffer {
+  return Buffer.from((view.data as Uint8Array).slice(view.byteOffset));
+}
+
+const LOSSLESS = { select: { kind: "energy", share: 1 }, types: { basis: "f32", coefficients: "f32", head: "f32" } } as const;
+
+t.test("PEFT's goldens through pack and runtime", async (t) => {
+  const cases = await readdir(data("goldens/peft"));
+  let checked = 0;
+  for (const name of cases) {
+    const folder = data(`goldens/peft/${name}`);
+    const { expect, changed, added = [] } = JSON.parse(await readFile(`${folder}/case.json`, "utf8"));
+    if (expect === "refuse") continue;
+    const [adapter] = await readAdapters([`${folder}/adapter`]);
+    const base = await openHost(`${folder}/base.safetensors`);
+    const { chunks } = await buildPack([adapter!], { ...LOSSLESS, base });
+    const pack = await openPack(concat(chunks));
+    const merged = await tensorsOf(`${folder}/merged.safetensors`);
+    const extra = added.length ? await tensorsOf(`${folder}/added.safetensors`) : new Map();
+    for (const options of backends()) {
+      const runtime = await createRuntime(pack, { ...options, base: `${folder}/base.safetensors` });
+      await runtime.switchTask(adapter!.id);
+      for (const weight of changed as string[]) {
+        const expected = merged.get(weight)!;
+        const difference = relativeDifference(floats(runtime.weight(weight)), expected.values);
+        if (!(difference <= 1e-6)) t.fail(`${name}, ${runtime.backend}, ${weight}: off by ${difference}`);
+        checked++;
+      }
+      for (const [weight, { values }] of extra) {
+        if (!/classifier|score/.test(weight)) continue;
+        t.ok(relativeDifference(floats(runtime.weight(weight)), values) <= 1e-6, `${name}: ${weight} was added`);
+      }
+      await runtime.switchTask(null);
+      const pristine = await openHost(`${folder}/base.safetensors`);
+      for (const weight of changed as string[]) {
+        if (!bytesOf(runtime.weight(weight)).equals(bytesOf(await pristine.read(weight)))) {
+          t.fail(`${name}, ${runtime.backend}, ${weight}: not the base's bits at null`);
+        }
+      }
+      await pristine.close?.();
+      await runtime.dispose();
+    }
+    await base.close?.();
+    await adapter!.close();
+  }
+  t.ok(checked > 200, `${checked} weights`);
+});
+
+const TASKS = ["debtags-role", "debtags-game", "sections-1", "debtags-use"];
+
+/** A base of the right names and shapes in memory, seeded; f32, f16 or bf16. */
+function fakeBase(modules: readonly { name: string; out: number; in: number }[], dtype: "f32" | "f16" | "bf16"): Map<string, Tensor> {
+  let seed = 9;
+  const random = (): number => ((seed = (Math.imul(seed, 1103515245) + 12345) >>> 0) / 2 ** 32 - 0.5) / 8;
+  return new Map(
+    modules.map(({ name, out, in: inputs }) => {
+      const values = Float32Array.from({ length: out * inputs }, random);
+      // The upper half of an f32 is a bf16; an f16 of exponent 0x3000 is a small normal number.
+      const data =
+        dtype === "f32" ? values : Uint16Array.from(values, (v) => (dtype === "bf16" ? 0x3d00 : 0x2c00) ^ Math.round(Math.abs(v) * 4096));
+      return [`${name.replace("bert.", "")}.weight`, { dtype, shape: [out, inputs], data }];
+    }),
+  );
+}
+
+const { bytes: packBytes } = await packOf(TASKS.map((n) => `adapters/own-seed/${n}`));
+
+for (const options of backends()) {
+  const label = options.wasm?.variant ?? options.backend;
+  t.test(`${label}: 500 random switches end and pass through null without drift`, async (t) => {
+    for (const dtype of ["f32", "f16", "bf16"] as const) {
+      const pack = await openPack(packBytes);
+      const base = fakeBase(pack.modules, dtype);
+      const before = new Map([...base].map(([k, v]) => [k, Buffer.from(new Uint8Array(v.data.buffer).slice())]));
+      const runtime = await createRuntime(pack, { ...options, base });
+      const same = (): boolean => [...base].every(([k, v]) => before.get(k)?.equals(new Uint8Array(v.data.buffer, v.data.byteOffset, v.data.byteLength)));
+      const seen = new Map<string, Buffer>();
+      let seed = 5;
+      let nulls = 0;
+      for (let i = 0; i < (dtype === "f32" ? 500 : 60); i++) {
+        seed = (Math.imul(seed, 1664525) + 1013904223) >>> 0;
+        const task = [...TASKS, null][(seed >>> 8) % 5]!;
+        const report = await runtime.switchTask(task);
+        if (task === null) {
+          nulls++;
+          if (!same()) return t.fail(`${dtype}: drift at switch ${i}`);
+          if (base.has("classifier.weight")) return t.fail("the classifier stayed at null");
+          continue;
+        }
+        const now = Buffer.concat([...base.values()].map((v) => new Uint8Array(v.data.buffer, v.data.byteOffset, v.data.byteLength)));
+        const earlier = seen.get(task);
+        if (earlier && !earlier.equals(now)) return t.fail(`${dtype}: ${task} is not what it was, at switch ${i}`);
+        if (earlier && report.allocated > 0) return t.fail(`${dtype}: a warm switch allocated ${report.allocated} bytes`);
+        if (earlier && report.requests > 0) return t.fail("a resident task was read again");
+        seen.set(task, now);
+      }
+      await runtime.switchTask(null);
+      t.ok(same(), `${dtype}: pristine at the end, after ${nulls} nulls`);
+      t.equal(seen.size, 4);
+      await runtime.dispose();
+    }
+  });
+
+  t.test(`${label}: blends, strengths and unfolded terms are one arithmetic`, async (t) => {
+    const pack = await openPack(packBytes);
+    const base = fakeBase(pack.modules, "f32");
+    const name = pack.modules[3]!.name;
+    const weight = `${name.replace("bert.", "")}.weight`;
+    const w0 = Float32Array.from(base.get(weight)!.data);
+    const folded = await createRuntime(pack, { ...options, base });
+    const change = async (selection: Parameters<Runtime["switchTask"]>[0]): Promise<Float64Array> => {
+      await folded.switchTask(selection, typeof selection === "object" && selection ? { head: Object.keys(selection)[0]! } : {});
+      return Float64Array.from(base.get(weight)!.data, (v, i) => v - w0[i]!);
+    };
+    const a = await change("debtags-role");
+    const b = await change("debtags-game");
+    const blend = await change({ "debtags-role": 0.7, "debtags-game": -0.4 });
+    const peak = a.reduce((p, v) => Math.max(p, Math.abs(v)), 0);
+    const off = blend.reduce((p, v, i) => Math.max(p, Math.abs(v - 0.7 * a[i]! + 0.4 * b[i]!)), 0);
+    t.ok(off / peak < 1e-5, `blend off by ${off / peak}`);
+    t.same(await change({ "debtags-role": 1 }), a, "strength 1 is the task itself");
+    for (const mode of ["core", "factors"] as const) {
+      const unfolded = await createRuntime(pack, { ...options, mode });
+      for (const [selection, expected] of [["debtags-role", a], [{ "debtags-role": 0.7, "debtags-game": -0.4 }, blend]] as const) {
+        await unfolded.switchTask(selection, typeof selection === "object" ? { head: "debtags-role" } : {});
+        const term = unfolded.term(name)!;
+        const got = await termDelta(term, pack, name);
+        const worst = got.reduce((p, v, i) => Math.max(p, Math.abs(v - expected[i]!)), 0);
+        t.ok(worst / peak < 2e-6, `${mode}: off by ${worst / peak}`);
+        t.ok(term.A.shape[0]! >= 1);
+        if (mode === "core") t.ok(term.core);
+      }
+      await unfolded.switchTask(null);
+      t.equal(unfolded.term(name), undefined);
+      await unfolded.dispose();
+    }
+    await folded.dispose();
+  });
+}
+
+/** ΔW of a term: Bᵀ·A, and the components on both sides of the core. */
+async function termDelta(term: NonNullable<ReturnType<Runtime["term"]>>, pack: Awaited<ReturnType<typeof openPack>>, name: string): Promise<Float64Array> {
+  const module = pack.modules.find((m) => m.name === name)!;
+  const out = new Float64Array(module.out * module.in);
+  const [A, B] = [floats(term.A), floats(term.B)];
+  const q = term.A.shape[0]!;
+  for (let o = 0; o < module.out; o++) {
+    for (let k = 0; k < q; k++) for (let i = 0; i < module.in; i++) out[o * module.in + i]! += B[o * q + k]! * A[k * module.in + i]!;
+  }
+  if (!term.core) return out;
+  const bases = await pack.takeBases();
+  const rows = (side: "A" | "B"): Float32Array => {
+    const { type, rows: n, width, byteOffset, byteLength } = module[side]!.tensor;
+    return decodeTensor(type, bases.subarray(byteOffset, byteOffset + byteLength), n, width);
+  };
+  const [EA, EB, core] = [rows("A"), rows("B"), floats(term.core)];
+  const [ka, kb] = term.core.shape as [number, number];
+  for (let a = 0; a < ka; a++) {
+    for (let b = 0; b < kb; b++) {
+      const s = core[a * kb + b]!;
+      for (let o = 0; o < module.out; o++) {
+        const x = s * EB[b * module.out + o]!;
+        for (let i = 0; i < module.in; i++) out[o * module.in + i]! += x * EA[a * module.in + i]!;
+      }
+    }
+  }
+  return out;
+}
+
+t.test("every kind of term of the golden pack folds to its ΔW, on every backend", async (t) => {
+  const expected = await tensorsOf(data("goldens/pack/every-kind.safetensors"));
+  for (const options of backends()) {
+    const pack = await openPack(data("goldens/pack/every-kind.eigen"));
+    const shape = (m: { layout: string; out: number; in: number; kernel: readonly number[] | undefined }): number[] =>
+      m.layout === "in-out" || m.layout === "embedding" ? [m.in, m.out] : m.kernel ? [m.out, m.in / 4, 2, 2] : [m.out, m.in];
+    const base = new Map<string, Tensor>(
+      pack.modules.map((m, n) => [
+        `${m.name}.weight`,
+        { dtype: "f32", shape: shape(m), data: Float32Array.from({ length: m.out * m.in }, (_, i) => Math.sin(i + n)) },
+      ]),
+    );
+    for (const m of pack.modules.slice(0, 2)) base.set(`${m.name}.bias`, { dtype: "f32", shape: [13], data: new Float32Array(13).fill(0.5) });
+    const w0 = new Map([...base].map(([k, v]) => [k, Float32Array.from(v.data)]));
+    const runtime = await createRuntime(pack, { ...options, base });
+    for (const id of ["all", "mixed", "parameters"]) {
+      await runtime.switchTask(id);
+      for (const m of pack.modules) {
+        const delta = expected.get(`${id}/${m.name}/delta`)?.values ?? new Float32Array(m.out * m.in);
+        const magnitude = expected.get(`${id}/${m.name}/magnitude`)?.values;
+        const transposed = m.layout === "in-out" || m.layout === "embedding";
+        const at = (o: number, i: number): number => (transposed ? i * m.out + o : o * m.in + i);
+        const start = w0.get(`${m.name}.weight`)!;
+        const want = new Float64Array(start.length);
+        for (let o = 0; o < m.out; o++) {
+          let norm = 0;
+          for (let i = 0; i < m.in; i++) norm += (want[at(o, i)] = start[at(o, i)]! + delta[o * m.in + i]!) ** 2;
+          if (magnitude) for (let i = 0; i < m.in; i++) want[at(o, i)]! *= magnitude[o]! / Math.sqrt(norm);
+        }
+        if (id === "parameters" && m.layout === "embedding") {
+          expected.get(`${id}/embeddings.word.weight`)!.values.forEach((v, i) => (want[[3, 17][Math.floor(i / 6)]! * 6 + (i % 6)] = v));
+        }
+        const off = relativeDifference(base.get(`${m.name}.weight`)!.data, want);
+        if (!(off < 1e-6)) t.fail(`${runtime.backend}, ${id}, ${m.name}: off by ${off}`);
+      }
+    }
+    t.same(base.get("layers.0.f32.bias")!.data, expected.get("parameters/layers.0.f32.bias")!.values, "a bias is replaced");
+    const delta = expected.get("parameters/layers.1.f16.bias")!.values;
+    t.same(base.get("layers.1.f16.bias")!.data, delta.map((v) => 0.5 + v), "a bias delta is added");
+    t.same(base.get("head.weight")!.shape, [3, 2, 5], "a saved module is added");
+    await t.rejects(runtime.switchTask({ mixed: 0.5 }), { tag: "task", message: /DoRA.*cannot be blended or scaled/s });
+    t.equal(runtime.task, "parameters");
+    await runtime.switchTask("mixed");
+    t.notOk(base.has("head.weight"));
+    t.same(base.get("classifier.weight")!.shape, [4, 8]);
+    await runtime.switchTask(null);
+    for (const [k, v] of w0) t.same(base.get(k)!.data, v, `${k} is pristine`);
+    t.equal(base.size, w0.size);
+    await runtime.dispose();
+  }
+});
+
+t.test("heads: blended with equal labels, else one is named", async (t) => {
+  const pack = await openPack(packBytes);
+  const base = fakeBase(pack.modules, "f32");
+  const runtime = await createRuntime(pack, { backend: "js", base });
+  await t.rejects(runtime.switchTask({ "debtags-role": 0.5, "debtags-game": 0.5 }), { tag: "task", message: /different labels.*head/s });
+  t.equal(runtime.task, null);
+  const report = await runtime.switchTask({ "debtags-role": 0.5, "debtags-game": 0.5 }, { head: "debtags-game" });
+  t.same(report.added, ["classifier.bias", "classifier.weight"]);
+  const game = runtime.weight("classifier.weight");
+  t.equal(game.shape[0], pack.tasks.get("debtags-game")!.metadata.labels!.length);
+  await t.rejects(runtime.switchTask({ "debtags-role": 1 }, { head: "debtags-game" }), /is not one of the tasks/);
+  await runtime.dispose();
+});
+
+t.test("a switch fails as a whole", async (t) => {
+  const pack = await openPack(packBytes);
+  const tensors = fakeBase(pack.modules, "f32");
+  const inner = memoryHost(tensors);
+  let failAt = Infinity;
+  let rolledBack = 0;
+  const staged = new Map<string, View | null>();
+  // A host that stages, as a database or a worker would.
+  const host: WeightHost = {
+    list: () => inner.list(),
+    read: (name, into, options) => inner.read(name, into, options),
+    begin() {
+      staged.clear();
+      return {
+        async write(name, view) {
+          if (staged.size === failAt) throw new Error("disk on fire");
+          staged.set(name, view && { ...view, data: (view.data as Uint8Array).slice() });
+        },
+        async commit() {
+          const transaction = inner.begin!();
+          for (const [name, view] of staged) await transaction.write(name, view);
+          await transaction.commit();
+        },
+        async rollback() {
+          rolledBack++;
+        },
+      };
+    },
+  };
+  const runtime = await createRuntime(pack, { backend: "js", base: host });
+  await runtime.switchTask("debtags-role");
+  const role = Float32Array.from(tensors.get("encoder.layer.0.attention.self.query.weight")!.data);
+  failAt = 5;
+  await t.rejects(runtime.switchTask("debtags-game"), /disk on fire/);
+  t.equal(rolledBack, 1);
+  t.equal(runtime.task, "debtags-role");
+  t.same(tensors.get("encoder.layer.0.attention.self.query.weight")!.data, role, "the previous task is whole");
+  failAt = Infinity;
+  await t.rejects(runtime.switchTask("debtags-roles"), { tag: "task", nearest: ["debtags-role"], message: /nearest/ });
+  await t.rejects(runtime.switchTask("debtags-game", { signal: AbortSignal.abort() }), { name: "AbortError" });
+  t.equal(runtime.task, "debtags-role");
+  await t.rejects(runtime.switchTask({}), RangeError);
+  await t.rejects(runtime.switchTask({ "debtags-game": NaN }), /strength of "debtags-game" is NaN/);
+  const order: unknown[] = [];
+  await Promise.all(
+    ["debtags-game", null, "sections-1"].map(async (task) => order.push((await runtime.switchTask(task)).task)),
+  );
+  t.same(order, ["debtags-game", null, "sections-1"], "calls are queued");
+  const last = runtime.switchTask("debtags-use");
+  await runtime.dispose();
+  t.equal((await last).task, "debtags-use", "dispose waits for what was asked before");
+  await t.rejects(runtime.switchTask(null), { tag: "backend", message: /disposed/ });
+  t.throws(() => runtime.weight("x"), /disposed/);
+});
+
+t.test("an array that was transferred away is found before anything is written", async (t) => {
+  const pack = await openPack(packBytes);
+  const tensors = fakeBase(pack.modules, "f32");
+  const runtime = await createRuntime(pack, { backend: "js", base: tensors });
+  const first = tensors.get("encoder.layer.0.attention.self.query.weight")!;
+  const before = Float32Array.from(first.data);
+  structuredClone(0, { transfer: [tensors.get("encoder.layer.3.attention.self.value.weight")!.data.buffer as ArrayBuffer] });
+  await t.rejects(runtime.switchTask("debtags-role"), { tag: "base", message: /its data has 0/ });
+  t.same(first.data, before);
+  await runtime.dispose();
+});
+
+t.test("the wrong base is named", async (t) => {
+  const right = fakeBase((await openPack(packBytes)).modules, "f32");
+  const adapters = await readAdapters([data("adapters/own-seed/debtags-role")]);
+  const { chunks } = await buildPack(adapters, { base: memoryHost(right) });
+  const marked = concat(chunks);
+  const attach = async (base: Map<string, Tensor>, more = {}): Promise<Runtime> => createRuntime(await openPack(marked), { backend: "js", base, ...more });
+  t.ok(await attach(right));
+  const other = fakeBase((await openPack(packBytes)).modules, "f32");
+  for (const tensor of other.values()) tensor.data = Float32Array.from(tensor.data).reverse();
+  await t.rejects(attach(other), { tag: "base", message: /fingerprints correlate by/ });
+  t.ok(await attach(other, { anyBase: true }));
+  const halved = new Map([...right].map(([k, v]) => [k, { ...v, dtype: "bf16" as const, data: Uint16Array.from(new Uint32Array((v.data as Float32Array).slice().buffer), (b) => b >>> 16) }]));
+  t.ok(await attach(halved), "the same model as bf16 is the same model");
+  const missing = new Map([...right].slice(1));
+  await t.rejects(attach(missing), { tag: "base", message: /is not in the base; candidates: .*option `names`/s });
+  const renamed = new Map([...right].map(([k, v]) => [k.replace("query", "q"), v]));
+  await t.rejects(attach(renamed), { tag: "base" });
+  const names = new Map((await openPack(marked)).modules.map((m) => [m.name, `${m.name.replace("bert.", "").replace("query", "q")}.weight`]));
+  t.ok(await attach(renamed, { names }));
+  const twice = new Map([...right, ...[...right].map(([k, v]) => [`a.bert.${k}`, v] as const), ...[...right].map(([k, v]) => [`b.bert.${k}`, v] as const)]);
+  await t.rejects(attach(twice), { tag: "base", message: /matches several weights/ });
+  const wide = new Map([...right].map(([k, v]) => [k, { ...v, shape: [192, 768] }]));
+  await t.rejects(attach(wide), { tag: "base", message: /\[out 384, in 384\].*\[192, 768\]/s });
+  await t.rejects(createRuntime(await openPack(packBytes), { mode: "folded" }), /needs a base/);
+  await t.rejects(createRuntime(await openPack(packBytes), { backend: "cuda" as never }), RangeError);
+});
+
+t.test("policy reload: half the memory, the same bits", async (t) => {
+  const folder = data("goldens/peft/plain");
+  const [adapter] = await readAdapters([`${folder}/adapter`]);
+  const { chunks } = await buildPack([adapter!], LOSSLESS);
+  const base = `${folder}/base.safetensors`;
+  const pack = await openPack(concat(chunks));
+  const copy = await createRuntime(pack, { base });
+  const reload = await createRuntime(pack, { base, policy: "reload" });
+  for (const task of ["adapter", null, "adapter"]) {
+    await copy.switchTask(task);
+    await reload.switchTask(task);
+    for (const { name } of pack.modules) t.ok(bytesOf(copy.weight(name)).equals(bytesOf(reload.weight(name))), `${task}: ${name}`);
+  }
+  t.equal(reload.memory().pristine, 0);
+  t.equal(copy.memory().pristine, copy.memory().active);
+  await t.rejects(createRuntime(pack, { base: fakeBase(pack.modules, "f32"), policy: "reload" }), /read from a file/);
+  await copy.dispose();
+  await reload.dispose();
+  await adapter!.close();
+});
