@@ -1,17 +1,18 @@
-// ONNX models as bases: parameters found and named, values equal to the checkpoint's, damaged files refused. The models
-// and the digests of what their parameters are were made by PyTorch (test/data/onnx/make.py, test/data/minilm/weights.py).
+/**
+ * ONNX models as bases: parameters found and named, values equal to the checkpoint's, damaged files refused. The models
+ * and the digests of their parameters were made by PyTorch (test/data/onnx/make.py, test/data/minilm/weights.py).
+ */
 import { createHash } from "node:crypto";
 import { readdirSync, readFileSync } from "node:fs";
 import { resolve } from "node:path";
-import { pathToFileURL } from "node:url";
 import { toBinary } from "@bufbuild/protobuf";
 import fc from "fast-check";
 import t from "tap";
-import { EigenLoraError, FormatError, SourceError } from "../dist/src/errors.js";
+import { EigenLoraError, SourceError } from "../dist/src/errors.js";
 import { openOnnxHost } from "../dist/src/onnx/host.js";
 import { parseModel } from "../dist/src/onnx/model.js";
 import { findParameters } from "../dist/src/onnx/modules.js";
-import { ModelProtoSchema } from "../dist/src/onnx/onnx_pb.js";
+import { ModelProtoSchema, type GraphProto, type ModelProto } from "../dist/src/onnx/onnx_pb.js";
 import { Locator } from "../dist/src/runtime/locate.js";
 
 const DATA = resolve("test/data/onnx");
@@ -50,10 +51,10 @@ async function differences(host: Awaited<ReturnType<typeof openOnnxHost>>, diges
     const { layout } = locator.parameters.get(found.name)!;
     const view = await host.read(found.name);
     const bytes = view.data as Uint8Array;
-    // The checkpoint has "out-in" for Linear and "in-out" for Conv1D, so for a square matrix both are tried.
+    // The checkpoint's own layout is not known here: "in-out" for Conv1D, "out-in" for Linear.
     const asStored = view.shape.join() === shape.join() && sha256(bytes) === sha;
     const asTurned = view.shape.toReversed().join() === shape.join() && sha256(turned(bytes, view.shape)) === sha;
-    if (!asStored && !(layout === "in-out" && asTurned)) wrong.push(`${name} differs (${layout} [${view.shape.join(", ")}])`);
+    if (!asStored && !(layout === "in-out" && asTurned)) wrong.push(`${name} differs as ${layout} [${view.shape}]`);
   }
   return wrong;
 }
@@ -75,7 +76,8 @@ t.test("the f16 export of MiniLM has every parameter of the checkpoint", async (
       const name = `bert.encoder.layer.${i}.attention.self.${part}`;
       const found = locator.locate({ name, out: 384, in: 384, layout: "out-in" });
       t.match(found, { name: `${name}.weight`, transposed: true, dtype: "f16", byteLength: 384 * 384 * 2 });
-      t.equal(locator.locate({ name: name.slice("bert.".length), out: 384, in: 384, layout: "out-in" }).name, found.name);
+      const headless = { name: name.slice("bert.".length), out: 384, in: 384, layout: "out-in" } as const;
+      t.equal(locator.locate(headless).name, found.name);
     }
   }
 });
@@ -98,7 +100,7 @@ t.test("layouts", async (t) => {
     "down.bias": undefined,
   });
   t.match(layoutsOf("convs"), { "features.0.weight": "conv", "features.2.weight": "conv", "head.weight": "out-in" });
-  t.match(layoutsOf("tied-torchscript"), { "embed.weight": "embedding", "head.weight": "in-out", "layer.weight": "in-out" });
+  t.match(layoutsOf("tied-torchscript"), { "embed.weight": "embedding", "head.weight": "in-out", mix: "in-out" });
   t.match(layoutsOf("tied-dynamo-unfolded"), { "embed.weight": "embedding", "head.weight": "out-in", mix: "in-out" });
   t.match(layoutsOf("by-hand"), { "cast.weight": "in-out", "turned.weight": "out-in", "branch.weight": "in-out" });
 });
@@ -124,7 +126,8 @@ t.test("merged parameters have all their names and say what they share", (t) => 
 t.test("a layer that runs twice is one parameter with two uses", (t) => {
   for (const name of EXPORTS.filter((name) => name.startsWith("tied"))) {
     const layer = findParameters(parseModel(modelOf(name), name)).filter(({ name }) => name.startsWith("layer"));
-    t.strictSame(layer.map(({ name, uses }) => [name, uses.length]).sort(), [["layer.bias", 2], ["layer.weight", 2]], name);
+    const uses = Object.fromEntries(layer.map(({ name, uses }) => [name, uses.length]));
+    t.strictSame(uses, { "layer.bias": 2, "layer.weight": 2 }, name);
   }
   t.end();
 });
@@ -141,7 +144,7 @@ t.test("quantised weights are parameters, but nothing that a host can read as nu
 t.test("weights in a branch are found there", (t) => {
   const model = parseModel(modelOf("by-hand"), "model");
   const { uses } = findParameters(model).find(({ name }) => name === "branch.weight")!;
-  t.strictSame(uses.map(({ graph }) => graph.name), ["then", "else"]);
+  t.strictSame(uses.map(({ graph }) => graph.name).sort(), ["else", "then"]);
   t.notOk(uses.some(({ graph }) => graph === model.graph.proto));
   t.end();
 });
@@ -205,15 +208,18 @@ t.test("external data", async (t) => {
 
   const alter = (key: string, value: string): Uint8Array => {
     const { proto } = parseModel(modelOf("external"), "model");
-    for (const { externalData } of proto.graph!.initializer) externalData.find((entry) => entry.key === key)!.value = value;
+    for (const entry of proto.graph!.initializer.flatMap(({ externalData }) => externalData)) {
+      if (entry.key === key) entry.value = value;
+    }
     return toBinary(ModelProtoSchema, proto);
   };
-  for (const [key, value] of [["offset", "-4"], ["offset", "0x"], ["length", "1e300"], ["length", "8"], ["location", ""]] as const) {
+  for (const wrong of ["offset=-4", "offset=0x", "length=1e300", "length=8", "location="]) {
+    const [key, value] = wrong.split("=") as [string, string];
     const host = await openOnnxHost(alter(key, value), { external: () => values });
-    await t.rejects(host.read("up.weight"), { tag: "format", part: "initializer up.weight" }, `${key} ${value}`);
+    await t.rejects(host.read("up.weight"), { tag: "format", message: /initializer up\.weight/ }, wrong);
   }
   const beyond = await openOnnxHost(alter("offset", "99999"), { external: () => values });
-  await t.rejects(beyond.read("up.weight"), { tag: "source" });
+  await t.rejects(beyond.read("up.weight"), { tag: "source", message: /truncated/ });
 });
 
 t.test("files beside the model are found, files elsewhere are not touched", async (t) => {
@@ -222,7 +228,7 @@ t.test("files beside the model are found, files elsewhere are not touched", asyn
     for (const { externalData } of proto.graph!.initializer) externalData[0]!.value = location;
     return toBinary(ModelProtoSchema, proto);
   };
-  for (const location of ["../onnx/external.onnx.data", "/etc/hostname", "a/../../b", "C:\\b", "http://x.example/b", "..\\b"]) {
+  for (const location of ["../b", "/etc/hostname", "a/../../b", "C:\\b", "http://host.example/b", "..\\b"]) {
     const folder = t.testdir({ "model.onnx": Buffer.from(evil(location)) });
     const host = await openOnnxHost(`${folder}/model.onnx`);
     await t.rejects(host.read("up.weight"), { tag: "format", message: /outside the model's folder/ }, location);
@@ -232,8 +238,8 @@ t.test("files beside the model are found, files elsewhere are not touched", asyn
     requests.push(url);
     const [, from, to] = /bytes=(\d+)-(\d+)/.exec(headers.Range)!;
     const file = readFileSync(`${DATA}/${new URL(url).pathname.split("/").at(-1)}`);
-    const range = `bytes ${from}-${to}/${file.length}`;
-    return new Response(file.subarray(Number(from), Number(to) + 1), { status: 206, headers: { "content-range": range } });
+    const answer = { "content-range": `bytes ${from}-${to}/${file.length}` };
+    return new Response(file.subarray(Number(from), Number(to) + 1), { status: 206, headers: answer });
   }) as unknown as typeof fetch;
   const remote = await openOnnxHost("https://host.example/models/external.onnx?v=2", { fetch: fetcher });
   t.strictSame(await differences(remote, digestsOf(`${DATA}/external.json`)), []);
@@ -245,37 +251,33 @@ t.test("damaged files", async (t) => {
     const file = modelOf(name);
     for (let i = 0; i < 40; i++) {
       const end = Math.floor((i * file.length) / 40);
-      t.throws(() => parseModel(file.subarray(0, end), "model"), { tag: "format", file: "model" }, `${name} cut at ${end}`);
+      const cut = file.subarray(0, end);
+      t.throws(() => parseModel(cut, "model"), { tag: "format", message: /^model, / }, `${name} cut at ${end}`);
     }
   }
   const text = new TextEncoder().encode("<!doctype html><html><body>404 Not Found</body></html>");
-  t.throws(() => parseModel(text, "page.onnx"), FormatError);
-  t.throws(() => parseModel(new Uint8Array(4096), "zeros"), FormatError);
+  t.throws(() => parseModel(text, "page.onnx"), { tag: "format", message: /^page\.onnx, model: .*no ONNX model/ });
+  t.throws(() => parseModel(new Uint8Array(4096), "zeros"), { tag: "format", message: /no ONNX model/ });
   t.throws(() => parseModel(new Uint8Array(0), "empty"), { message: /empty, model: holds no graph/ });
-  await t.rejects(openOnnxHost(text), { tag: "format" });
-  await t.rejects(openOnnxHost(`${DATA}/none.onnx`), { tag: "source" });
-  await t.rejects(openOnnxHost(pathToFileURL(`${DATA}/none.onnx`)), { tag: "source" });
+  await t.rejects(openOnnxHost(text), { tag: "format", message: /no ONNX model/ });
+  await t.rejects(openOnnxHost(`${DATA}/none.onnx`), { tag: "source", message: /none\.onnx/ });
 
-  const { proto } = parseModel(modelOf("gemms"), "model");
-  const { node, initializer } = proto.graph!;
-  const changed = (change: () => void, back: () => void): Uint8Array => {
-    change();
-    const bytes = toBinary(ModelProtoSchema, proto);
-    back();
-    return bytes;
+  /** The model after a change to its protobuf. */
+  const changed = (change: (proto: ModelProto, graph: GraphProto) => void): Uint8Array => {
+    const { proto } = parseModel(modelOf("gemms"), "model");
+    change(proto, proto.graph!);
+    return toBinary(ModelProtoSchema, proto);
   };
-  const { dims } = initializer[0]!;
-  const negative = changed(() => (initializer[0]!.dims = [-1n, 6n]), () => (initializer[0]!.dims = dims));
-  t.throws(() => findParameters(parseModel(negative, "model")), { tag: "format", message: /impossible shape \[-1, 6\]/ });
-  const huge = changed(() => (initializer[0]!.dims = [1n << 40n, 1n << 40n]), () => (initializer[0]!.dims = dims));
-  t.throws(() => findParameters(parseModel(huge, "model")), { tag: "format", message: /impossible shape/ });
-  const longer = await openOnnxHost(changed(() => (initializer[0]!.dims = [11n, 6n]), () => (initializer[0]!.dims = dims)));
+  for (const dims of [[-1n, 6n], [1n << 40n, 1n << 40n]]) {
+    const model = parseModel(changed((_, { initializer }) => (initializer[0]!.dims = dims)), "model");
+    t.throws(() => findParameters(model), { tag: "format", message: `impossible shape [${dims.join(", ")}]` });
+  }
+  const longer = await openOnnxHost(changed((_, { initializer }) => (initializer[0]!.dims = [11n, 6n])));
   await t.rejects(longer.read("up.weight"), { tag: "format", message: /f32 \[11, 6\] needs 264 bytes, found 240/ });
-  const { output } = node[0]!;
-  const twice = changed(() => (node[0]!.output = node.at(-1)!.output), () => (node[0]!.output = output));
+  const twice = changed((_, { node }) => (node[0]!.output = node.at(-1)!.output));
   t.throws(() => parseModel(twice, "model"), { tag: "format", message: /two origins/ });
-  const noOpset = changed(() => (proto.opsetImport[0]!.domain = "com.microsoft"), () => (proto.opsetImport[0]!.domain = ""));
-  t.throws(() => parseModel(noOpset, "model"), { tag: "format", part: "opset" });
+  const noOpset = changed(({ opsetImport }) => (opsetImport[0]!.domain = "com.microsoft"));
+  t.throws(() => parseModel(noOpset, "model"), { tag: "format", message: /opset/ });
 });
 
 t.test("no bytes make it fail otherwise than with its own errors", async (t) => {
@@ -298,6 +300,7 @@ t.test("no bytes make it fail otherwise than with its own errors", async (t) => 
   const { proto } = parseModel(modelOf("by-hand"), "model");
   const branch = proto.graph!.node.at(-1)!.attribute[0]!.g!;
   const node = proto.graph!.node.find(({ opType }) => opType === "Cast")!;
-  branch.node.push({ ...node, input: ["branch"], output: ["loop.a"] }, { ...node, input: ["loop.a"], output: ["branch"] });
+  branch.node.push({ ...node, input: ["branch"], output: ["there"] });
+  branch.node.push({ ...node, input: ["there"], output: ["branch"] });
   t.ok(findParameters(parseModel(toBinary(ModelProtoSchema, proto), "model")));
 });

@@ -15,13 +15,15 @@ export function concat(chunks: readonly Uint8Array[]): Uint8Array<ArrayBuffer> {
   return new Uint8Array(Buffer.concat(chunks));
 }
 
-/** A pack of some adapters of a suite, in memory. */
+/** A pack of some adapters of a suite, or of some of their modules, in memory. */
 export async function packOf(
   paths: readonly string[],
   options: BuildOptions = {},
+  only: (module: string) => boolean = () => true,
 ): Promise<{ bytes: Uint8Array<ArrayBuffer>; report: BuildReport }> {
   const adapters = await readAdapters(paths.map(data));
-  const { chunks, report } = await buildPack(adapters, options);
+  const some = adapters.map((a) => ({ ...a, modules: new Map([...a.modules].filter(([name]) => only(name))) }));
+  const { chunks, report } = await buildPack(some, options);
   for (const adapter of adapters) await adapter.close();
   return { bytes: concat(chunks), report };
 }

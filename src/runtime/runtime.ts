@@ -235,15 +235,15 @@ export class Runtime {
     for (const slot of this.#slots) {
       const keep = this.mode === "folded";
       if (!keep && (anyBase || slot.module.fingerprint === undefined)) continue;
+      // Both before the read: memory that grows would detach the view that is read into.
       const pristine = keep && this.policy === "copy" ? this.#allocate(slot.weight.byteLength, "pristine") : undefined;
+      if (keep && !this.#host!.begin) slot.active = this.#allocate(slot.weight.byteLength, "active");
       const into = pristine && this.#backend.view({ block: pristine, byteOffset: 0 }, slot.weight.byteLength);
       const view = await this.#host!.read(slot.weight.name, into, { signal });
       const bytes = (view.data as Uint8Array).subarray(view.byteOffset, view.byteOffset + slot.weight.byteLength);
       if (!anyBase) checkFingerprint(slot, bytes, bases);
       slot.pristine = pristine;
-      if (!keep || this.#host!.begin) continue;
-      slot.active = this.#allocate(slot.weight.byteLength, "active");
-      this.#backend.upload({ block: slot.active, byteOffset: 0 }, bytes);
+      if (slot.active) this.#backend.upload({ block: slot.active, byteOffset: 0 }, bytes);
     }
   }
 

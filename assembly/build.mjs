@@ -1,0 +1,34 @@
+/**
+ * Builds the kernels: dist/wasm/*.wasm for tools that want a file or a precompiled module, and beside each a module
+ * with the same bytes in base64, which every bundler takes without being told about assets. Nothing is compiled at
+ * import time. Fails when the kernels outgrow their budget.
+ */
+import { mkdirSync, writeFileSync } from "node:fs";
+import { gzipSync } from "node:zlib";
+import { compile } from "./compile.mjs";
+
+/** Budget of all three binaries together, gzipped. */
+const MAX_BYTES = 10_000;
+
+const out = new URL("../dist/wasm/", import.meta.url);
+mkdirSync(out, { recursive: true });
+
+let total = 0;
+for (const [name, variant] of /** @type {const} */ ([
+  ["scalar", "scalar"],
+  ["simd", "simd"],
+  ["relaxed", "relaxed-simd"],
+])) {
+  const bytes = await compile(name, variant);
+  const gzipped = gzipSync(bytes, { level: 9 }).byteLength;
+  total += gzipped;
+  writeFileSync(new URL(`${name}.wasm`, out), bytes);
+  writeFileSync(new URL(`${name}.js`, out), `export default "${Buffer.from(bytes).toString("base64")}";\n`);
+  writeFileSync(new URL(`${name}.d.ts`, out), "declare const base64: string;\nexport default base64;\n");
+  console.log(`wasm ${name}: ${bytes.byteLength} bytes, ${gzipped} gzipped`);
+}
+if (total > MAX_BYTES) {
+  console.error(`The wasm binaries are ${total} bytes gzipped; the budget is ${MAX_BYTES}. Make the kernels smaller.`);
+  process.exit(1);
+}
+console.log(`wasm together: ${total} bytes gzipped, budget ${MAX_BYTES}`);

@@ -1,0 +1,41 @@
+/**
+ * One call of the AssemblyScript compiler with the flags that every kernel of this package needs. Used by the build
+ * and, for a kernel that is not shipped, by the benchmarks.
+ */
+import asc from "assemblyscript/asc";
+import { fileURLToPath } from "node:url";
+
+/** Compiler switches of each build, by the variant's name. */
+export const FEATURES = {
+  scalar: [],
+  simd: ["--enable", "simd"],
+  "relaxed-simd": ["--enable", "simd", "--enable", "relaxed-simd"],
+};
+
+/**
+ * Compiles one entry of this folder.
+ * Memory is imported, so that the caller decides when it grows; there is no garbage collector and no static data.
+ * @param {string} entry name of the file without ".ts"
+ * @param {keyof typeof FEATURES} variant
+ * @returns {Promise<Uint8Array<ArrayBuffer>>} the module's bytes
+ * @throws {Error} with the compiler's own output
+ */
+export async function compile(entry, variant) {
+  /** @type {Uint8Array | undefined} */
+  let wasm;
+  const { error, stderr } = await asc.main(
+    [
+      `${entry}.ts`,
+      ...["--baseDir", fileURLToPath(new URL(".", import.meta.url)), "--outFile", "out.wasm"],
+      ...["-O3", "--converge", "--noAssert", "--runtime", "stub", "--importMemory", "--noExportMemory"],
+      ...FEATURES[variant],
+    ],
+    {
+      writeFile(name, contents) {
+        if (name === "out.wasm" && typeof contents !== "string") wasm = contents;
+      },
+    },
+  );
+  if (error || !wasm) throw new Error(`assembly/${entry}.ts does not compile:\n${stderr.toString()}`, { cause: error });
+  return Uint8Array.from(wasm);
+}

@@ -1,0 +1,200 @@
+/**
+ * The operations of a backend on linear memory: expand, fold and scale as `src/backends/backend.ts` defines them.
+ * Loops over pointers: no objects, no checks; the caller has checked every range.
+ */
+import { decode, encode, packedBytes, rowBytes, scaleBytes } from "./convert";
+import { bytes, multiply, spread } from "./lanes";
+import { F32, PANEL, PANEL_VALUES, SUMS } from "./layout";
+import { multiplyAdd } from "./multiply";
+
+/** Columns of the basis that are decoded at a time: whole bytes in every type, whole tiles in every build. */
+// @ts-ignore: decorator
+@inline
+const BASIS_COLUMNS: i32 = 32;
+
+/** Rows and columns of a weight that are decoded at a time where it is not added to in place. */
+// @ts-ignore: decorator
+@inline
+const ROWS: i32 = 16;
+// @ts-ignore: decorator
+@inline
+const COLUMNS: i32 = 512;
+
+/**
+ * out[i, :] = Σ_k coefficients[i, k]·basis[k, :], i < rank, k < rows. The basis is decoded once, a panel of 32 columns
+ * at a time; bases of more than 256 rows are summed in parts of 256.
+ */
+export function expand(
+  type: i32, out: usize, coefficients: usize, basis: usize, rank: i32, rows: i32, width: i32,
+): void {
+  const stride = rowBytes(type, width);
+  const values = basis + scaleBytes(type, rows);
+  memory.fill(out, 0, (<usize>rank * <usize>width) << 2);
+  for (let j = 0; j < width; j += BASIS_COLUMNS) {
+    const columns = min(BASIS_COLUMNS, width - j);
+    const at = out + (<usize>j << 2);
+    for (let k = 0; k < rows; k += PANEL_VALUES / BASIS_COLUMNS) {
+      const part = min(PANEL_VALUES / BASIS_COLUMNS, rows - k);
+      let from = values + <usize>k * stride + packedBytes(type, j);
+      let to = PANEL;
+      for (let row = k; row < k + part; row++) {
+        decode(type, from, basis + 2 * <usize>row, to, columns);
+        from += stride;
+        to += 4 * BASIS_COLUMNS;
+      }
+      multiplyAdd(
+        at, <usize>width << 2, at, <usize>width << 2, coefficients + (<usize>k << 2), <usize>rows << 2, 4,
+        PANEL, 4 * BASIS_COLUMNS, part, rank, columns,
+      );
+    }
+  }
+}
+
+/** Decodes base[i.., j..] into the panel and adds the product there: [rows, columns] f32, COLUMNS apart. */
+function updatePanel(
+  type: i32, base: usize, stride: usize, left: usize, leftStep: usize, right: usize, rightStep: usize, rank: i32,
+  rows: i32, columns: i32,
+): void {
+  let to = PANEL;
+  for (let i = 0; i < rows; i++) {
+    decode(type, base, 0, to, columns);
+    base += stride;
+    to += 4 * COLUMNS;
+  }
+  multiplyAdd(PANEL, 4 * COLUMNS, PANEL, 4 * COLUMNS, left, 4, leftStep, right, rightStep, rank, rows, columns);
+}
+
+/** values[j] = values[j]·row·columns[j]; a null pointer stands for ones. */
+function scaleRow<V>(values: usize, row: usize, columns: usize, from: i32, count: i32): i32 {
+  const step = <i32>(bytes<V>() / 4);
+  let j = from;
+  for (; j + step <= count; j += step) {
+    const at = <usize>j << 2;
+    let value = load<V>(values + at);
+    if (row) value = multiply<V>(value, spread<V>(row));
+    if (columns) value = multiply<V>(value, load<V>(columns + at));
+    store<V>(values + at, value);
+  }
+  return j;
+}
+
+/**
+ * out[i, j] = (base[i, j] + Σ_k left[k, i]·right[k, j])·rowScale[i]·columnScale[j], rounded to `type` once. `stride` in
+ * elements. Null scales stand for ones; with rank 0 and no scales bytes are copied as they are.
+ */
+export function fold(
+  type: i32, out: usize, base: usize, stride: i32, rows: i32, columns: i32, left: usize, right: usize, rank: i32,
+  rowScale: usize, columnScale: usize,
+): void {
+  const step = packedBytes(type, stride);
+  const leftStep = <usize>rows << 2, rightStep = <usize>columns << 2;
+  if (!rowScale && !columnScale) {
+    if (rank == 0) {
+      if (out == base) return;
+      const length = packedBytes(type, columns);
+      if (step == length) memory.copy(out, base, length * <usize>rows);
+      else for (let i = 0; i < rows; i++, out += step, base += step) memory.copy(out, base, length);
+      return;
+    }
+    if (type == F32) {
+      return multiplyAdd(out, step, base, step, left, 4, leftStep, right, rightStep, rank, rows, columns);
+    }
+  }
+  for (let i = 0; i < rows; i += ROWS) {
+    const m = min(ROWS, rows - i);
+    for (let j = 0; j < columns; j += COLUMNS) {
+      const n = min(COLUMNS, columns - j);
+      const at = <usize>i * step + packedBytes(type, j);
+      updatePanel(
+        type, base + at, step, left + (<usize>i << 2), leftStep, right + (<usize>j << 2), rightStep, rank, m, n,
+      );
+      for (let row = 0; row < m; row++) {
+        const values = PANEL + <usize>(row * 4 * COLUMNS);
+        if (rowScale || columnScale) {
+          const r = rowScale ? rowScale + (<usize>(i + row) << 2) : 0;
+          const c = columnScale ? columnScale + (<usize>j << 2) : 0;
+          const done = ASC_FEATURE_SIMD ? scaleRow<v128>(values, r, c, 0, n) : 0;
+          scaleRow<f32>(values, r, c, done, n);
+        }
+        encode(type, values, out + at + <usize>row * step, n);
+      }
+    }
+  }
+}
+
+/** out[i] = magnitude[i] / √sums[i], 0 where the sum is 0. */
+function finishScale(out: usize, magnitude: usize, count: i32): void {
+  for (let i = 0; i < count; i++) {
+    const at = <usize>i << 2;
+    const sum = load<f64>(SUMS + 2 * at);
+    store<f32>(out + at, sum == 0 ? 0 : <f32>(<f64>load<f32>(magnitude + at) / Math.sqrt(sum)));
+  }
+}
+
+/** The sum of squares of `count` f32. Four sums, so that additions need not wait for one another. */
+function squares(values: usize, count: i32): f64 {
+  let a: f64 = 0, b: f64 = 0, c: f64 = 0, d: f64 = 0, j = 0;
+  for (; j + 4 <= count; j += 4, values += 16) {
+    const w = <f64>load<f32>(values), x = <f64>load<f32>(values, 4);
+    const y = <f64>load<f32>(values, 8), z = <f64>load<f32>(values, 12);
+    a += w * w;
+    b += x * x;
+    c += y * y;
+    d += z * z;
+  }
+  for (; j < count; j++, values += 4) a += <f64>load<f32>(values) * <f64>load<f32>(values);
+  return a + b + (c + d);
+}
+
+/** out[i] = magnitude[i] / ‖(base + leftᵀ·right)[i, :]‖. */
+export function scaleRows(
+  type: i32, out: usize, magnitude: usize, base: usize, stride: i32, rows: i32, columns: i32, left: usize, right: usize,
+  rank: i32,
+): void {
+  const step = packedBytes(type, stride);
+  const leftStep = <usize>rows << 2, rightStep = <usize>columns << 2;
+  for (let i = 0; i < rows; i += ROWS) {
+    const m = min(ROWS, rows - i), at = <usize>i << 2;
+    memory.fill(SUMS, 0, 8 * ROWS);
+    for (let j = 0; j < columns; j += COLUMNS) {
+      const n = min(COLUMNS, columns - j);
+      updatePanel(
+        type, base + <usize>i * step + packedBytes(type, j), step, left + at, leftStep, right + (<usize>j << 2),
+        rightStep, rank, m, n,
+      );
+      for (let row = 0; row < m; row++) {
+        const sum = SUMS + <usize>(row * 8);
+        store<f64>(sum, load<f64>(sum) + squares(PANEL + <usize>(row * 4 * COLUMNS), n));
+      }
+    }
+    finishScale(out + at, magnitude + at, m);
+  }
+}
+
+/** out[j] = magnitude[j] / ‖(base + leftᵀ·right)[:, j]‖. */
+export function scaleColumns(
+  type: i32, out: usize, magnitude: usize, base: usize, stride: i32, rows: i32, columns: i32, left: usize, right: usize,
+  rank: i32,
+): void {
+  const step = packedBytes(type, stride);
+  const leftStep = <usize>rows << 2, rightStep = <usize>columns << 2;
+  for (let j = 0; j < columns; j += COLUMNS) {
+    const n = min(COLUMNS, columns - j), at = <usize>j << 2;
+    memory.fill(SUMS, 0, 8 * COLUMNS);
+    for (let i = 0; i < rows; i += ROWS) {
+      const m = min(ROWS, rows - i);
+      updatePanel(
+        type, base + <usize>i * step + packedBytes(type, j), step, left + (<usize>i << 2), leftStep, right + at,
+        rightStep, rank, m, n,
+      );
+      for (let row = 0; row < m; row++) {
+        let value = PANEL + <usize>(row * 4 * COLUMNS), sum = SUMS;
+        for (let column = 0; column < n; column++, value += 4, sum += 8) {
+          const x = <f64>load<f32>(value);
+          store<f64>(sum, load<f64>(sum) + x * x);
+        }
+      }
+    }
+    finishScale(out + at, magnitude + at, n);
+  }
+}

@@ -1,0 +1,86 @@
+/**
+ * Arithmetic on "one or four": every loop is written once over a type V that is f32 or v128 (for sums in double
+ * precision f64 or v128), and compiled for both. The SIMD builds run it on vectors and use the scalar form for what is
+ * left over at the edges. The three builds differ in these few functions and in the number conversions only.
+ */
+
+/** Bytes of V. */
+// @ts-ignore: decorator
+@inline
+export function bytes<V>(): usize {
+  return isVector<V>() ? 16 : sizeof<V>();
+}
+
+/** The f32 at `at` in every lane. */
+// @ts-ignore: decorator
+@inline
+export function spread<V>(at: usize): V {
+  if (isVector<V>()) return v128.load_splat<f32>(at);
+  return <V>load<f32>(at);
+}
+
+// @ts-ignore: decorator
+@inline
+export function zero<V>(): V {
+  if (isVector<V>()) return f32x4.splat(0);
+  return <V>0;
+}
+
+// @ts-ignore: decorator
+@inline
+export function add<V>(a: V, b: V): V {
+  if (isVector<V>()) return v128.add<f32>(a, b);
+  return a + b;
+}
+
+// @ts-ignore: decorator
+@inline
+export function multiply<V>(a: V, b: V): V {
+  if (isVector<V>()) return v128.mul<f32>(a, b);
+  return a * b;
+}
+
+/** sum + a·b, rounded after each step, or once where the relaxed build's machine fuses them. */
+// @ts-ignore: decorator
+@inline
+export function accumulate<V>(sum: V, a: V, b: V): V {
+  if (isVector<V>()) {
+    if (ASC_FEATURE_RELAXED_SIMD) return f32x4.relaxed_madd(a, b, sum);
+    return v128.add<f32>(sum, v128.mul<f32>(a, b));
+  }
+  return sum + a * b;
+}
+
+// @ts-ignore: decorator
+@inline
+export function zeroWide<V>(): V {
+  if (isVector<V>()) return f64x2.splat(0);
+  return <V>0;
+}
+
+/** One or two f32 at `at`, as f64. */
+// @ts-ignore: decorator
+@inline
+export function loadWide<V>(at: usize): V {
+  if (isVector<V>()) return f64x2.promote_low_f32x4(v128.load64_zero(at));
+  return <V>(<f64>load<f32>(at));
+}
+
+/** `accumulate` in f64. */
+// @ts-ignore: decorator
+@inline
+export function accumulateWide<V>(sum: V, a: V, b: V): V {
+  if (isVector<V>()) {
+    if (ASC_FEATURE_RELAXED_SIMD) return f64x2.relaxed_madd(a, b, sum);
+    return v128.add<f64>(sum, v128.mul<f64>(a, b));
+  }
+  return sum + a * b;
+}
+
+/** The sum of the f64 lanes. */
+// @ts-ignore: decorator
+@inline
+export function totalWide<V>(a: V): f64 {
+  if (isVector<V>()) return f64x2.extract_lane(a, 0) + f64x2.extract_lane(a, 1);
+  return <f64>a;
+}

@@ -1,0 +1,32 @@
+/**
+ * What lies where in the first 64 KiB of linear memory. Blocks of the backend begin after it, and there is no static
+ * data, so nothing else is ever there. Also the codes shared with `src/backends/wasm.ts`.
+ */
+
+/** Eight tables of 256 words for CRC-32C, made on first use. Address 0 stays free: it means "absent". */
+// @ts-ignore: decorator
+@inline export const CRC_TABLES: usize = 1024;
+
+/** Partial sums in f64: one per row or column of a panel. */
+// @ts-ignore: decorator
+@inline export const SUMS: usize = 16384;
+
+/** f32 panel of decoded values, 32 KiB: small enough to stay in a first-level cache. */
+// @ts-ignore: decorator
+@inline export const PANEL: usize = 32768;
+// @ts-ignore: decorator
+@inline export const PANEL_VALUES: i32 = 8192;
+
+/** Tensor types: index in TENSOR_TYPES of `src/dtypes.ts`. */
+// @ts-ignore: decorator
+@inline export const F32: i32 = 0;
+// @ts-ignore: decorator
+@inline export const F16: i32 = 1;
+// @ts-ignore: decorator
+@inline export const BF16: i32 = 2;
+// @ts-ignore: decorator
+@inline export const INT8: i32 = 3;
+// @ts-ignore: decorator
+@inline export const INT4: i32 = 4;
+// @ts-ignore: decorator
+@inline export const INT3: i32 = 5;

@@ -1,0 +1,2 @@
+/** The build for engines without SIMD. Exports: see `exports.ts`. */
+export * from "./exports";

@@ -1,0 +1,164 @@
+/**
+ * The way back: a canonical adapter as the two files that PEFT loads, giving the same weights. Scales stay in B, so
+ * every module's alpha equals its rank. Makes the contents only; writing them is up to the caller.
+ */
+import { encodeTensor } from "../dtypes.ts";
+import { AdapterError } from "../errors.ts";
+import type { SafetensorsEntry } from "../safetensors.ts";
+import type { Adapter, AdapterModule } from "./adapter.ts";
+import { headsOf } from "./peft-config.ts";
+
+/** What is needed of an adapter to write it. A task of a pack can be given in this form. */
+export type Exportable = Pick<Adapter, "id" | "baseModel" | "modules" | "saved" | "metadata">;
+
+const PREFIX = "base_model.model.";
+
+/**
+ * Contents of adapter_config.json and of adapter_model.safetensors (f32), for `writeSafetensors` with the metadata
+ * `format: "pt"` that PyTorch's tools expect. Holds one adapter in memory.
+ * @throws AdapterError when PEFT's format, which has one switch per adapter for DoRA, `lora_bias` and the orientation
+ * of weights, cannot say what this adapter holds; and whatever the adapter's `read` throws
+ */
+export async function peftFiles(adapter: Exportable): Promise<{ config: object; tensors: SafetensorsEntry[] }> {
+  const modules = [...adapter.modules.values()];
+  const refuse = (field: string, message: string): AdapterError =>
+    new AdapterError(`${message}; fold it into its base instead`, { file: adapter.id, field });
+  const tensors: SafetensorsEntry[] = [];
+  const add = (name: string, shape: readonly number[], values: Float32Array): void => {
+    const bytes = encodeTensor("f32", values, 1, values.length);
+    tensors.push({ name: PREFIX + name, dtype: "F32", shape: [...shape], read: () => bytes });
+  };
+
+  const dora: string[] = [];
+  for (const module of modules) if (await addModule(module, add)) dora.push(module.name);
+
+  const taskType = taskTypeOf(adapter);
+  const biased: string[] = [];
+  const deltas: string[] = [];
+  const heads = new Set<string>();
+  const rows: [string, readonly number[]][] = [];
+  for (const tensor of adapter.saved) {
+    const { name, role, shape } = tensor;
+    const owner = name.slice(0, Math.max(0, name.lastIndexOf(".")));
+    const adapted = adapter.modules.has(owner);
+    let key = name;
+    if (role === "saved") heads.add(headModule(owner, taskType));
+    else if (role === "rows") {
+      rows.push([owner, tensor.indices ?? []]);
+      key = `${owner}.token_adapter.trainable_tokens_delta`;
+    } else if (role === "bias") {
+      biased.push(owner);
+      if (adapted) key = `${owner}.base_layer.bias`;
+    } else {
+      if (!adapted) throw refuse(name, `${name}: PEFT has no place for a bias delta of a module that is not adapted`);
+      deltas.push(owner);
+      key = `${owner}.lora_B.bias`;
+    }
+    add(key, shape, await tensor.read());
+  }
+
+  const all = (what: string, some: readonly string[]): boolean => {
+    const those = new Set(some);
+    const without = modules.find(({ name }) => !those.has(name));
+    if (those.size > 0 && without !== undefined) {
+      throw refuse(what, `${what} is one switch for all modules in PEFT, but ${without.name} does not have it`);
+    }
+    return those.size > 0;
+  };
+  const inOut = modules.filter(({ layout }) => layout === "in-out").map(({ name }) => name);
+  const outIn = modules.find(({ layout }) => layout === "out-in");
+  if (inOut.length > 0 && outIn !== undefined) {
+    const both = `${inOut[0]} is [in, out] and ${outIn.name} [out, in]`;
+    throw refuse("fan_in_fan_out", `fan_in_fan_out is one switch for all modules in PEFT, but ${both}`);
+  }
+  const useDora = all("use_dora", dora);
+  const loraBias = all("lora_bias", deltas);
+  if (useDora && loraBias) throw refuse("lora_bias", "PEFT does not combine lora_bias with use_dora");
+
+  const rank = commonRank(modules);
+  const odd = modules.filter((module) => rankOf(module) !== rank);
+  const pattern = Object.fromEntries(odd.map((module) => [exactly(module.name), rankOf(module)]));
+  const onlyAdapted = biased.every((owner) => adapter.modules.has(owner));
+  const config = {
+    peft_type: "LORA",
+    task_type: taskType ?? null,
+    base_model_name_or_path: adapter.baseModel ?? null,
+    revision: adapter.metadata.revision ?? null,
+    inference_mode: true,
+    r: rank,
+    lora_alpha: rank,
+    lora_dropout: 0,
+    rank_pattern: pattern,
+    alpha_pattern: pattern,
+    target_modules: modules.map(({ name }) => name),
+    fan_in_fan_out: inOut.length > 0,
+    bias: biased.length === 0 ? "none" : onlyAdapted ? "lora_only" : "all",
+    use_dora: useDora,
+    use_rslora: false,
+    lora_bias: loraBias,
+    init_lora_weights: true,
+    modules_to_save: heads.size > 0 ? outermost(heads) : null,
+    trainable_token_indices: rows.length > 0 ? Object.fromEntries(rows) : null,
+  };
+  return { config, tensors };
+}
+
+/** PEFT has no rank 0: a module whose update is zero gets one component of zeros. */
+function rankOf({ rank }: AdapterModule): number {
+  return Math.max(1, rank);
+}
+
+/** Adds one module's tensors. @returns whether it has a magnitude */
+async function addModule(
+  module: AdapterModule,
+  add: (name: string, shape: readonly number[], values: Float32Array) => void,
+): Promise<boolean> {
+  const { name, out, in: inputs, layout, kernel = [] } = module;
+  const { A, Bt, magnitude } = await module.read();
+  const rank = rankOf(module);
+  const b = new Float32Array(out * rank);
+  for (let k = 0; k < module.rank; k++) for (let i = 0; i < out; i++) b[i * rank + k] = Bt[k * out + i]!;
+  const ones = kernel.map(() => 1);
+  const channels = inputs / kernel.reduce((product, size) => product * size, 1);
+  const [keyA, keyB] =
+    layout === "embedding" ? ["lora_embedding_A", "lora_embedding_B"] : ["lora_A.weight", "lora_B.weight"];
+  add(`${name}.${keyA}`, [rank, channels, ...kernel], module.rank === 0 ? new Float32Array(inputs) : A);
+  add(`${name}.${keyB}`, [out, rank, ...ones], b);
+  if (magnitude === undefined) return false;
+  add(`${name}.lora_magnitude_vector`, layout === "conv" ? [1, out, ...ones] : [out], magnitude);
+  return true;
+}
+
+function taskTypeOf({ metadata, saved }: Exportable): string | undefined {
+  if (typeof metadata.task_type === "string") return metadata.task_type;
+  const head = saved.find(({ name, role }) => role === "saved" && /(^|\.)(classifier|score)\./.test(name));
+  return head === undefined ? undefined : "SEQ_CLS";
+}
+
+/**
+ * The module PEFT must save whole to hold a parameter of `owner`: the head around it where the task type has one, since
+ * PEFT wraps that head anyway, else `owner` itself.
+ */
+function headModule(owner: string, taskType: string | undefined): string {
+  const heads = headsOf(taskType);
+  const path = owner.split(".");
+  const depth = path.findIndex((_, i) => heads.some((head) => path.slice(0, i + 1).join(".").endsWith(head)));
+  return depth < 0 ? owner : path.slice(0, depth + 1).join(".");
+}
+
+/** Without the modules that lie inside another: PEFT saves a module with its children. */
+function outermost(modules: ReadonlySet<string>): string[] {
+  return [...modules].filter((name) => ![...modules].some((other) => name.startsWith(`${other}.`))).sort();
+}
+
+/** The rank of most modules, the smaller on a tie; what is left needs fewest patterns. */
+function commonRank(modules: readonly AdapterModule[]): number {
+  const counts = new Map<number, number>();
+  for (const module of modules) counts.set(rankOf(module), (counts.get(rankOf(module)) ?? 0) + 1);
+  return [...counts].sort((a, b) => b[1] - a[1] || a[0] - b[0])[0]?.[0] ?? 1;
+}
+
+/** A pattern of PEFT's that matches one module only: the anchor leaves nothing for PEFT's `(.*\.)?` in front. */
+function exactly(name: string): string {
+  return `^${name.replaceAll(/[\\^$.*+?()[\]{}|]/g, "\\$&")}`;
+}

@@ -1,0 +1,230 @@
+/**
+ * `adapter_config.json` of PEFT: every field is honoured, known to be harmless, or refused by name. Reads no tensors.
+ * Field meanings follow peft/tuners/lora/config.py and layer.py of PEFT 0.21; absent fields have PEFT's defaults, since
+ * older versions did not write them.
+ */
+import { AdapterError } from "../errors.ts";
+
+/** What a configuration says about the tensors beside it. */
+export interface PeftConfig {
+  readonly baseModel: string | undefined;
+  readonly revision: string | undefined;
+  readonly taskType: string | undefined;
+  /** Base weights are [in, out] (Conv1D of GPT-2). */
+  readonly fanInFanOut: boolean;
+  /** Whether base biases belong to the adapter. */
+  readonly bias: "none" | "all" | "lora_only";
+  readonly loraBias: boolean;
+  readonly dora: boolean;
+  /** A module is saved when its name ends in one of these. Includes the heads that PEFT saves for the task type. */
+  readonly modulesToSave: readonly string[];
+  /** Rows replaced by trainable_token_indices: [ending of the embedding's name, indices]; "" matches any. */
+  readonly tokenRows: readonly (readonly [ending: string, indices: readonly number[]])[];
+  /** The rank and the scale that PEFT gives the module of this name. */
+  forModule(name: string): { rank: number; scale: number };
+  readonly warnings: readonly string[];
+}
+
+const PLAIN = "Train a plain LoRA, or merge it with PEFT and use the merged model";
+
+/** Fields that change what the tensors mean in ways a low-rank term cannot say, with the reason. */
+const REFUSED: ReadonlyMap<string, string> = new Map([
+  ["target_parameters", `puts LoRA on bare parameters (mixture of experts), which are not modules. ${PLAIN}`],
+  ["layer_replication", `makes several layers from one base layer, so a module has no weight of its own. ${PLAIN}`],
+  ["alora_invocation_tokens", "applies the update after some tokens only (aLoRA): no weight can. Train a plain LoRA"],
+  ["use_qalora", `pools the input before lora_A (QALoRA), so lora_A does not fit the base weight. ${PLAIN}`],
+  ["use_bdlora", `splits the factors into blocks (BD-LoRA). ${PLAIN}`],
+  ["arrow_config", "routes each token to other adapters (Arrow). Pack the adapters it routes to, each as a task"],
+  ["kasa_config", `truncates the base weight and adds a diagonal between the factors (KaSA). ${PLAIN}`],
+  ["velora_config", "projects lora_A's input while training (VeLoRA). Train a plain LoRA"],
+  ["monteclora_config", "samples the factors at random (MonteCLoRA). Train a plain LoRA"],
+]);
+
+/** Fields that say how the adapter was trained, where it came from, or what the tensors' names say anyway. */
+const HARMLESS: ReadonlySet<string> = new Set([
+  "auto_mapping", "corda_config", "eva_config", "exclude_modules", "inference_mode", "layers_pattern",
+  "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core",
+  "peft_version", "qalora_group_size", "runtime_config", "target_modules",
+]);
+
+const HONOURED: ReadonlySet<string> = new Set([
+  "alpha_pattern", "base_model_name_or_path", "bias", "ensure_weight_tying", "fan_in_fan_out", "init_lora_weights",
+  "lora_alpha", "lora_bias", "modules_to_save", "peft_type", "r", "rank_pattern", "revision", "task_type",
+  "trainable_token_indices", "use_dora", "use_rslora",
+]);
+
+/** Heads that PEFT saves without being asked (peft_model.py); its early versions did not list them in the file. */
+const HEADS: ReadonlyMap<string, readonly string[]> = new Map([
+  ["SEQ_CLS", ["classifier", "score"]],
+  ["TOKEN_CLS", ["classifier", "score"]],
+  ["QUESTION_ANS", ["qa_outputs"]],
+]);
+
+/** The modules PEFT saves by itself for a task type. */
+export function headsOf(taskType: string | undefined): readonly string[] {
+  return HEADS.get(taskType ?? "") ?? [];
+}
+
+/** Initialisations that change the base's weights before training: the update alone does not give the model. */
+const MUTATING = /^(pissa|corda|olora$|lora_ga$)/;
+const UNTOUCHED: ReadonlySet<unknown> = new Set([
+  undefined, null, true, false, "gaussian", "eva", "orthogonal", "mica",
+]);
+
+/**
+ * Checks a parsed adapter_config.json.
+ * @param file its path, for messages
+ * @throws AdapterError naming the field that is refused or not what it must be
+ */
+export function readPeftConfig(config: unknown, file: string): PeftConfig {
+  if (!isObject(config)) throw new AdapterError("is not a JSON object; expected PEFT's adapter_config.json", { file });
+  const refuse = (field: string, message: string): AdapterError =>
+    new AdapterError(`${field} ${message}`, { file, field });
+  const wrong = (field: string, expected: string, advice = "correct it in the file"): AdapterError =>
+    refuse(field, `is ${show(config[field])}, expected ${expected}; ${advice}`);
+
+  if (config.peft_type !== "LORA") {
+    throw wrong("peft_type", `"LORA"`, "convert the adapter to LoRA, or train one");
+  }
+  const warnings: string[] = [];
+  for (const [field, value] of Object.entries(config)) {
+    if (HONOURED.has(field) || HARMLESS.has(field) || isOff(value)) continue;
+    const reason = REFUSED.get(field);
+    if (reason !== undefined) throw refuse(field, `is set: it ${reason}`);
+    warnings.push(`${field} is ${show(value)}: an unknown field, ignored; check that it does not change the maths`);
+  }
+
+  const flag = (field: string): boolean => {
+    const value = config[field] ?? false;
+    if (typeof value !== "boolean") throw wrong(field, "true or false");
+    return value;
+  };
+  const text = (field: string): string | undefined => {
+    const value = config[field] ?? undefined;
+    if (value !== undefined && typeof value !== "string") throw wrong(field, "a string or null");
+    return value;
+  };
+  const numbers = (field: string, isValid: (value: unknown) => value is number, what: string): [RegExp, number][] => {
+    const value = config[field] ?? {};
+    if (!isObject(value)) throw wrong(field, `an object of ${what}s by pattern`);
+    return Object.entries(value).map(([pattern, number]) => {
+      if (!isValid(number)) throw refuse(field, `gives ${show(number)} for ${show(pattern)}, expected a ${what}`);
+      const expression = patternOf(pattern);
+      if (expression === undefined) {
+        throw refuse(field, `has the pattern ${show(pattern)}, which only Python understands; write module names`);
+      }
+      return [expression, number];
+    });
+  };
+
+  const r = config.r ?? 8;
+  if (!isRank(r)) throw wrong("r", "a positive integer");
+  const alpha = config.lora_alpha ?? 8;
+  if (!isFinite(alpha)) throw wrong("lora_alpha", "a number");
+  const rankPattern = numbers("rank_pattern", isRank, "positive integer");
+  const alphaPattern = numbers("alpha_pattern", isFinite, "number");
+  const rslora = flag("use_rslora");
+
+  const bias = config.bias ?? "none";
+  if (bias !== "none" && bias !== "all" && bias !== "lora_only") throw wrong("bias", `"none", "all" or "lora_only"`);
+
+  const modulesToSave = config.modules_to_save ?? [];
+  if (!Array.isArray(modulesToSave) || !modulesToSave.every((name) => typeof name === "string" && name !== "")) {
+    throw wrong("modules_to_save", "an array of module names");
+  }
+  const taskType = text("task_type");
+
+  warnings.push(...initWarnings(config.init_lora_weights));
+  if (flag("ensure_weight_tying")) {
+    warnings.push(
+      "ensure_weight_tying is set: a layer tied to the embedding follows it where the base stores one weight for both",
+    );
+  }
+
+  return {
+    baseModel: text("base_model_name_or_path"),
+    revision: text("revision"),
+    taskType,
+    fanInFanOut: flag("fan_in_fan_out"),
+    bias,
+    loraBias: flag("lora_bias"),
+    dora: flag("use_dora"),
+    modulesToSave: [...new Set([...modulesToSave, ...headsOf(taskType)])],
+    tokenRows: tokenRows(config.trainable_token_indices, (message) => refuse("trainable_token_indices", message)),
+    forModule(name) {
+      const rank = rankPattern.find(([pattern]) => pattern.test(name))?.[1] ?? r;
+      const numerator = alphaPattern.find(([pattern]) => pattern.test(name))?.[1] ?? alpha;
+      return { rank, scale: numerator / (rslora ? Math.sqrt(rank) : rank) };
+    },
+    warnings,
+  };
+}
+
+function isObject(value: unknown): value is Record<string, unknown> {
+  return typeof value === "object" && value !== null && !Array.isArray(value);
+}
+
+function isFinite(value: unknown): value is number {
+  return Number.isFinite(value);
+}
+
+function isRank(value: unknown): value is number {
+  return Number.isSafeInteger(value) && (value as number) > 0;
+}
+
+/** What Python takes as false. An empty object counts as set: PEFT makes a configuration with defaults of it. */
+function isOff(value: unknown): boolean {
+  return !value || (Array.isArray(value) && value.length === 0);
+}
+
+function show(value: unknown): string {
+  const text = JSON.stringify(value) ?? "missing";
+  return text.length > 80 ? `${text.slice(0, 80)}…` : text;
+}
+
+/**
+ * The expression PEFT matches a module's name with, from its start (`get_pattern_key`): `(.*\.)?(pattern)$`. Undefined
+ * when the pattern is not an expression, or uses one of the few constructs that JavaScript reads differently.
+ */
+function patternOf(pattern: string): RegExp | undefined {
+  const foreign = /\\(?![bBdDsSwWnrtfv\d]|[^A-Za-z])|\(\?(?![:=!]|<[=!])/;
+  if (foreign.test(pattern.replaceAll("\\\\", ""))) return undefined;
+  try {
+    return new RegExp(`^(.*\\.)?(${pattern})$`);
+  } catch {
+    return undefined;
+  }
+}
+
+function initWarnings(init: unknown): string[] {
+  if (UNTOUCHED.has(init)) return [];
+  const name = String(init).toLowerCase();
+  if (MUTATING.test(name)) {
+    return [
+      `init_lora_weights is ${show(init)}: the adapter was trained against a modified base and does not fit the ` +
+        "original. Convert it in PEFT: save_pretrained(path, path_initial_model_for_weight_conversion=initial_adapter)",
+    ];
+  }
+  if (name === "loftq") {
+    return [
+      "init_lora_weights is \"loftq\": the adapter was trained against the quantised base that LoftQ made. " +
+        "Use it with that base, not with the original weights",
+    ];
+  }
+  return [`init_lora_weights is ${show(init)}, which PEFT 0.21 does not know: check that it leaves the base as it was`];
+}
+
+function tokenRows(value: unknown, refuse: (message: string) => AdapterError): [string, number[]][] {
+  if (value === undefined || value === null) return [];
+  if (!Array.isArray(value) && !isObject(value)) {
+    throw refuse(`is ${show(value)}, expected an array of row numbers, or an object of such by embedding name`);
+  }
+  const entries = Array.isArray(value) ? ([["", value]] as const) : Object.entries(value);
+  return entries.map(([ending, rows]) => {
+    if (!Array.isArray(rows) || !rows.every((row) => Number.isSafeInteger(row) && row >= 0)) {
+      throw refuse(`has ${show(rows)}${ending && ` for ${show(ending)}`}, expected an array of row numbers ≥ 0`);
+    }
+    if (new Set(rows).size !== rows.length) throw refuse("names a row twice, which has no defined result; train again");
+    return [ending, rows as number[]];
+  });
+}

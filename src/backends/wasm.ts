@@ -1,0 +1,262 @@
+/**
+ * The WebAssembly backend: the kernels of `assembly/` on a linear memory of their own. One thread; operations run when
+ * called. Which of the three builds runs is decided by `WebAssembly.validate` on the binary itself.
+ */
+import { TENSOR_TYPES, type TensorType } from "../dtypes.ts";
+import { BackendError } from "../errors.ts";
+import type { Backend, Block, ExpandJob, FoldJob, Owner, ScaleJob, Slice } from "./backend.ts";
+import { checkApart, checkCount, checkExpand, checkFold, checkScale, checkSlice } from "./checks.ts";
+import { createHeap, type Heap } from "./wasm-memory.ts";
+
+/** The builds, best last; a build's index is the value of its export `variant`. */
+export const WASM_VARIANTS = ["scalar", "simd", "relaxed-simd"] as const;
+export type WasmVariant = (typeof WASM_VARIANTS)[number];
+
+export interface WasmOptions {
+  /** Insist on one build. Default: the best that this engine accepts. */
+  variant?: WasmVariant;
+  /**
+   * One of the package's `wasm/*.wasm`, compiled by the caller, for engines that refuse to compile bytes at run time
+   * (workerd: `import module from "eigenlora/wasm/simd.wasm"`).
+   */
+  module?: WebAssembly.Module;
+}
+
+/** Exports of `assembly/exports.ts`. Addresses and counts are 32-bit, unsigned; 0 stands for an absent address. */
+interface WasmKernels {
+  variant: WebAssembly.Global;
+  crc32c(at: number, length: number, crc: number): number;
+  gram(x: number, rows: number, width: number, out: number): void;
+  expand(
+    type: number, out: number, coefficients: number, basis: number, rank: number, rows: number, width: number,
+  ): void;
+  fold(
+    type: number, out: number, base: number, stride: number, rows: number, columns: number, left: number,
+    right: number, rank: number, rowScale: number, columnScale: number,
+  ): void;
+  scaleRows: ScaleKernel;
+  scaleColumns: ScaleKernel;
+}
+
+type ScaleKernel = (
+  type: number, out: number, magnitude: number, base: number, stride: number, rows: number, columns: number,
+  left: number, right: number, rank: number,
+) => void;
+
+interface Instance {
+  variant: WasmVariant;
+  kernels: WasmKernels;
+  memory: WebAssembly.Memory;
+  heap: Heap;
+}
+
+/** The kernels keep tables and panels in the first page (`assembly/layout.ts`); blocks begin after it. */
+const RESERVED_BYTES = 65536;
+const RESERVED_PAGES = 1;
+
+/** Checksums are taken through a window of this many bytes, so that a large file is not held twice. */
+const CRC_CHUNK = 1 << 20;
+
+/** Literal specifiers, so that bundlers see them; three, so that only the build that runs is loaded. */
+const BINARIES: Record<WasmVariant, () => Promise<{ default: string }>> = {
+  scalar: () => import("#wasm/scalar"),
+  simd: () => import("#wasm/simd"),
+  "relaxed-simd": () => import("#wasm/relaxed"),
+};
+
+/**
+ * A backend with its own linear memory.
+ * @throws BackendError when the engine has no WebAssembly, refuses the variant asked for, or refuses the module
+ */
+export async function createWasmBackend(options: WasmOptions = {}): Promise<Backend> {
+  const instance = await instantiate(options);
+  const { variant, kernels, memory, heap } = instance;
+  const blocks = new Map<Block, { address: number; owner: Owner }>();
+
+  function address(name: string, slice: Slice): number {
+    const block = blocks.get(slice.block);
+    if (block === undefined) throw new TypeError(`${name}.block is not held by this backend; was it freed?`);
+    return block.address + slice.byteOffset;
+  }
+
+  function bytes(name: string, slice: Slice, byteLength: number): Uint8Array {
+    checkSlice(name, slice, byteLength);
+    return new Uint8Array(memory.buffer, address(name, slice), byteLength);
+  }
+
+  return {
+    name: "wasm",
+    variant,
+
+    allocate(byteLength: number, owner: Owner): Block {
+      const start = claim(instance, byteLength, owner);
+      const block: Block = { byteLength };
+      blocks.set(block, { address: start, owner });
+      return block;
+    },
+
+    free(block: Block): void {
+      const held = blocks.get(block);
+      if (held === undefined) return;
+      blocks.delete(block);
+      heap.free(held.address, block.byteLength);
+    },
+
+    upload(to: Slice, source: Uint8Array): void {
+      bytes("to", to, source.byteLength).set(source);
+    },
+
+    copy(from: Slice, to: Slice, byteLength: number): void {
+      const source = bytes("from", from, byteLength);
+      const target = bytes("to", to, byteLength);
+      checkApart("to", to, byteLength, "from", from, byteLength);
+      target.set(source);
+    },
+
+    view(at: Slice, byteLength: number): Uint8Array {
+      return bytes("at", at, byteLength);
+    },
+
+    expand(job: ExpandJob): void {
+      checkExpand(job);
+      kernels.expand(
+        code(job.type), address("out", job.out), address("coefficients", job.coefficients), address("basis", job.basis),
+        job.rank, job.rows, job.width,
+      );
+    },
+
+    fold(job: FoldJob): void {
+      checkFold(job);
+      kernels.fold(
+        code(job.type), address("out", job.out), address("base", job.base), job.stride, job.rows, job.columns,
+        address("left", job.left), address("right", job.right), job.rank,
+        job.rowScale ? address("rowScale", job.rowScale) : 0,
+        job.columnScale ? address("columnScale", job.columnScale) : 0,
+      );
+    },
+
+    scale(job: ScaleJob): void {
+      checkScale(job);
+      const kernel = job.axis === "rows" ? kernels.scaleRows : kernels.scaleColumns;
+      kernel(
+        code(job.type), address("out", job.out), address("magnitude", job.magnitude), address("base", job.base),
+        job.stride, job.rows, job.columns, address("left", job.left), address("right", job.right), job.rank,
+      );
+    },
+
+    finish(): void {},
+
+    memory(): Record<Owner, number> & { reserved: number } {
+      const reserved = memory.buffer.byteLength;
+      const total = { basis: 0, coefficients: 0, pristine: 0, active: 0, scratch: 0, reserved };
+      for (const [{ byteLength }, { owner }] of blocks) {
+        total[owner] += byteLength;
+        total.reserved -= byteLength;
+      }
+      return total;
+    },
+
+    dispose(): void {
+      for (const [block, held] of blocks) heap.free(held.address, block.byteLength);
+      blocks.clear();
+    },
+  };
+}
+
+/** The kernels that need no backend. Data is copied in and out; the memory stays as large as the largest call needs. */
+export interface WasmCore {
+  readonly variant: WasmVariant;
+  /** X·Xᵀ [rows, rows] of X f32 [rows, width], accumulated in f64. @throws BackendError when memory is short */
+  gram(x: Float32Array, rows: number, width: number): Float64Array;
+  /** CRC-32C of `bytes`, continuing from `crc`. @throws BackendError when memory is short */
+  crc32c(bytes: Uint8Array, crc?: number): number;
+}
+
+/**
+ * Gram matrices for extraction and checksums.
+ * @throws BackendError as `createWasmBackend`
+ */
+export async function createWasmCore(options: WasmOptions = {}): Promise<WasmCore> {
+  const instance = await instantiate(options);
+  const { variant, kernels, memory, heap } = instance;
+
+  function scratch<T>(byteLength: number, use: (address: number) => T): T {
+    const start = claim(instance, byteLength, "scratch");
+    try {
+      return use(start);
+    } finally {
+      heap.free(start, byteLength);
+    }
+  }
+
+  return {
+    variant,
+
+    gram(x: Float32Array, rows: number, width: number): Float64Array {
+      checkCount("rows", rows);
+      checkCount("width", width);
+      if (x.length !== rows * width) throw new RangeError(`x must be [${rows}, ${width}], got ${x.length} values`);
+      const bytes = 8 * rows * rows;
+      return scratch(bytes + x.byteLength, (out) => {
+        new Float32Array(memory.buffer, out + bytes, x.length).set(x);
+        kernels.gram(out + bytes, rows, width, out);
+        return new Float64Array(memory.buffer, out, rows * rows).slice();
+      });
+    },
+
+    crc32c(bytes: Uint8Array, crc = 0): number {
+      return scratch(Math.min(bytes.byteLength, CRC_CHUNK), (at) => {
+        for (let start = 0; start < bytes.byteLength; start += CRC_CHUNK) {
+          const chunk = bytes.subarray(start, start + CRC_CHUNK);
+          new Uint8Array(memory.buffer, at, chunk.byteLength).set(chunk);
+          crc = kernels.crc32c(at, chunk.byteLength, crc);
+        }
+        return crc >>> 0;
+      });
+    },
+  };
+}
+
+function code(type: TensorType): number {
+  return TENSOR_TYPES.indexOf(type);
+}
+
+/** Address of `byteLength` zeroed bytes. @throws BackendError when there are none */
+function claim({ heap, memory }: Instance, byteLength: number, owner: Owner): number {
+  checkCount("byteLength", byteLength, Number.MAX_SAFE_INTEGER);
+  const start = heap.allocate(byteLength);
+  if (start !== undefined) return start;
+  throw new BackendError(
+    `wasm: no memory for ${byteLength} bytes (${owner}); ${memory.buffer.byteLength} are held, and the limit is ` +
+      "4 GiB or what the device has left. Load fewer tasks, or use the fold policy that keeps no copy",
+    { backend: "wasm" },
+  );
+}
+
+async function instantiate(options: WasmOptions): Promise<Instance> {
+  if (typeof WebAssembly === "undefined") {
+    throw new BackendError("wasm: this engine has no WebAssembly; use the js backend", { backend: "wasm" });
+  }
+  const module = options.module ?? (await compile(options.variant));
+  const memory = new WebAssembly.Memory({ initial: RESERVED_PAGES });
+  let kernels: WasmKernels;
+  try {
+    kernels = (await WebAssembly.instantiate(module, { env: { memory } })).exports as unknown as WasmKernels;
+  } catch (cause) {
+    throw new BackendError(`wasm: the module is not one of eigenlora's: ${String(cause)}`, { backend: "wasm", cause });
+  }
+  const variant = WASM_VARIANTS[kernels.variant.value as number]!;
+  return { variant, kernels, memory, heap: createHeap(memory, RESERVED_BYTES) };
+}
+
+/** The build asked for, or the best that validates. */
+async function compile(variant: WasmVariant | undefined): Promise<WebAssembly.Module> {
+  const reasons: string[] = [];
+  for (const candidate of variant === undefined ? WASM_VARIANTS.toReversed() : [variant]) {
+    const { default: base64 } = await BINARIES[candidate]();
+    const bytes = Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
+    if (WebAssembly.validate(bytes)) return WebAssembly.compile(bytes);
+    reasons.push(`${candidate}: not supported by this engine`);
+  }
+  throw new BackendError(`wasm: ${reasons.join("; ")}`, { backend: "wasm", reasons });
+}

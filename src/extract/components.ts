@@ -1,0 +1,178 @@
+/**
+ * Principal components of a stack of rows (Algorithm 1 of the paper): mean, singular values, right singular vectors, as
+ * many as asked but never a direction that is only rounding error. In f64, from whichever Gram matrix is smaller. Knows
+ * nothing of tasks, gauges or stored types.
+ */
+import { symmetricEigen, type Eigen } from "./eigen.ts";
+import { addScaled, dot, gram, rowSquares, scale, timesTransposed, transpose, type Products } from "./linalg.ts";
+
+/** The singular value decomposition of a stack as far as it was asked for. */
+export interface Components {
+  /** How many components there are: at most as many as were asked for. */
+  count: number;
+  /** [count, width], orthonormal within 1e-8, strongest first, the largest entry of each positive. */
+  vectors: Float64Array;
+  /**
+   * All min(rows, width) singular values, descending. Those below 1e-7 of the largest are rounding errors unless the
+   * components asked for go down to them.
+   */
+  singular: Float64Array;
+  /** ‖X‖², the sum of the squared singular values; 0 where no row is above its floor. */
+  total: number;
+}
+
+/**
+ * A row is represented when what is left of it is below this share of its length: one step of f32, which is what storing
+ * components and coefficients in f32 loses anyway. What lies below is the rounding error of trained weights, not a
+ * direction.
+ */
+export const ROUNDING: number = 2 ** -23;
+
+/**
+ * Squared singular values below this share of the largest are not taken from a Gram matrix: squaring leaves of them
+ * fewer than six digits. They are found in a second Gram matrix, of the stack without its strong directions.
+ */
+const RESOLVED = 2 ** -33;
+
+/** Components weaker than this share of the strongest are orthogonalised again; stronger ones come out to 1e-8. */
+const WEAK = 1e-3;
+
+/**
+ * Column means of rows [rows, width], rounded to f32, so that a pack in f32 stores exactly the mean that was subtracted
+ * and identical rows become exactly zero.
+ */
+export function columnMeans(x: Float64Array, rows: number, width: number): Float64Array {
+  const mean = new Float64Array(width);
+  for (let i = 0; i < rows; i++) addScaled(1, x, i * width, mean, 0, width);
+  return mean.map((sum) => Math.fround(sum / rows));
+}
+
+/** A copy of rows [rows, width] without `mean`; just a copy where that is undefined. */
+export function centred(x: Float64Array, rows: number, width: number, mean: Float64Array | undefined): Float64Array {
+  const out = x.slice();
+  if (mean) for (let i = 0; i < rows; i++) addScaled(-1, mean, 0, out, i * width, width);
+  return out;
+}
+
+/**
+ * The strongest components of X [rows, width].
+ *
+ * Numerical rank: the fewest components with which every row is represented (`ROUNDING`). It is judged row by row
+ * and not by the largest singular value, so that an adapter a thousand times smaller than its neighbours still counts.
+ *
+ * @param floors per row, the length below which what is left of it is rounding error: `ROUNDING` times its own size
+ * @param choose how many components are wanted, given all singular values and their sum of squares; clipped to the
+ *   numerical rank
+ * @param products what multiplies, in place of `timesTransposed`
+ */
+export function principalComponents(
+  x: Float64Array,
+  rows: number,
+  width: number,
+  floors: Float64Array,
+  choose: (singular: Float64Array, total: number) => number,
+  products: Products = timesTransposed,
+): Components {
+  const limit = Math.min(rows, width);
+  const singular = new Float64Array(limit);
+  const vectors = new Float64Array(limit * width);
+  let rest = x;
+  let count = 0;
+  let total = 0;
+  let wanted = 0;
+  for (let level = 0; ; level++) {
+    const squares = rowSquares(rest, rows, width);
+    if (level === 0) total = squares.reduce((sum, square) => sum + square, 0);
+    if (squares.every((square, i) => Math.sqrt(square) <= floors[i]!)) {
+      if (level === 0) total = 0;
+      break;
+    }
+    const eigen = gramEigen(rest, rows, width, products);
+    const strongest = eigen.values[0]!;
+    let resolved = 0;
+    for (let i = 0; count + i < limit; i++) {
+      const value = Math.max(0, eigen.values[i]!);
+      singular[count + i] = Math.sqrt(value);
+      if (value > RESOLVED * strongest) resolved++;
+    }
+    if (level === 0) wanted = Math.min(limit, choose(singular, total));
+    const take = Math.min(wanted - count, resolved);
+    if (take <= 0) break;
+    vectors.set(eigen.vectors(take), count * width);
+    orthonormalize(vectors, count, take, width, singular);
+    if (count + take === wanted && level === 0) {
+      count = wanted;
+      break;
+    }
+    const added = vectors.subarray(count * width, (count + take) * width);
+    const along = products(rest, added, rows, take, width);
+    rest = without(rest, products(along, transpose(added, take, width), rows, width, take));
+    if (level === 0) count += take;
+    else {
+      const kept = needed(rowSquares(rest, rows, width), along, take, floors);
+      count += kept;
+      if (kept < take) break;
+    }
+    if (count === wanted) break;
+  }
+  fixSigns(vectors, count, width);
+  return { count, vectors: vectors.slice(0, count * width), singular: singular.sort().reverse(), total };
+}
+
+/** Eigenvalues of the smaller Gram matrix of X, with vectors in the row space either way. */
+function gramEigen(x: Float64Array, rows: number, width: number, products: Products): Eigen {
+  const columns = transpose(x, rows, width);
+  if (rows > width) return symmetricEigen(gram(columns, width, rows, products), width);
+  const eigen = symmetricEigen(gram(x, rows, width, products), rows);
+  return {
+    values: eigen.values,
+    vectors(count) {
+      const out = products(eigen.vectors(count), columns, count, width, rows);
+      for (let k = 0; k < count; k++) scale(1 / Math.sqrt(eigen.values[k]!), out, k * width, width);
+      return out;
+    },
+  };
+}
+
+/** Makes vectors `from` to `from + count` unit vectors, the weak ones orthogonal to all before them (twice is enough). */
+function orthonormalize(v: Float64Array, from: number, count: number, width: number, singular: Float64Array): void {
+  for (let k = from; k < from + count; k++) {
+    const weak = singular[k]! < WEAK * singular[0]!;
+    for (let pass = 0; pass < (weak ? 2 : 0); pass++) {
+      for (let j = 0; j < k; j++) {
+        addScaled(-dot(v, j * width, v, k * width, width), v, j * width, v, k * width, width);
+      }
+    }
+    scale(1 / Math.sqrt(dot(v, k * width, v, k * width, width)), v, k * width, width);
+  }
+}
+
+/** X − Y in a new array. */
+function without(x: Float64Array, y: Float64Array): Float64Array {
+  return x.map((value, i) => value - y[i]!);
+}
+
+/** How many of the last `count` components every row needs, given the squares left of the rows with all. */
+function needed(rest: Float64Array, along: Float64Array, count: number, floors: Float64Array): number {
+  for (let k = count; k > 0; k--) {
+    for (let i = 0; i < rest.length; i++) {
+      rest[i]! += along[i * count + k - 1]! ** 2;
+      if (Math.sqrt(rest[i]!) > floors[i]!) return k;
+    }
+  }
+  return 0;
+}
+
+/** Signs of singular vectors are arbitrary. The largest entry (the first of equals) is made positive. */
+function fixSigns(vectors: Float64Array, count: number, width: number): void {
+  for (let k = 0; k < count; k++) {
+    if (dominant(vectors, k * width, width) < 0) scale(-1, vectors, k * width, width);
+  }
+}
+
+/** The entry of largest magnitude among `count` values from `at`, the first of equals. */
+export function dominant(x: Float64Array, at: number, count: number): number {
+  let peak = 0;
+  for (let k = at; k < at + count; k++) if (Math.abs(x[k]!) > Math.abs(peak)) peak = x[k]!;
+  return peak;
+}

@@ -1,0 +1,363 @@
+/**
+ * Extraction in column mode: the adapters of one module become two bases, stored once, and coefficients per task (paper,
+ * Algorithm 1; DESIGN.md section 2). Also the way of one more adapter onto an existing basis. Works on one module at a
+ * time, on arrays only: no files, no pack.
+ */
+import { decodeTensor, encodeTensor, type TensorType } from "../dtypes.ts";
+import { centred, columnMeans, principalComponents, ROUNDING, type Components } from "./components.ts";
+import { deltaError, pairError, relative, type SideError } from "./error.ts";
+import { alignSigns, alignTo, balance, type Pair } from "./gauge.ts";
+import { rowSquares, type Products } from "./linalg.ts";
+import { pairsWithin } from "./search.ts";
+import {
+  expand,
+  largestSine,
+  lossOf,
+  openSubspace,
+  rounded,
+  solve,
+  targetsOf,
+  type StoredBasis,
+  type Subspace,
+  type Target,
+} from "./subspace.ts";
+
+/** One adapter's factors of one module: ΔW [out, in] = Btᵀ·A. */
+export interface ModuleMember {
+  /** Task id. */
+  id: string;
+  rank: number;
+  /** [rank, in], row-major. */
+  A: Float32Array;
+  /** B transposed [rank, out], the adapter's scale folded in. */
+  Bt: Float32Array;
+}
+
+/** All adapters that adapt one module. Ranks may differ. */
+export interface ModuleStack {
+  name: string;
+  out: number;
+  in: number;
+  members: readonly ModuleMember[];
+}
+
+/** Whether factors are taken as they come or rewritten as B = U·√S, A = √S·Vᵀ first (DESIGN.md 2.2). */
+export type Gauge = "as-trained" | "balanced";
+
+/**
+ * How many components a side keeps, never more than its numerical rank:
+ * `k` that many; `energy` the fewest with that share of the squared singular values, 1 for all of them; `error` per
+ * module the numbers of fewest stored bytes for which no task's ΔW error, after rounding, is above `max`.
+ */
+export type Selection = { kind: "k"; k: number } | { kind: "energy"; share: number } | { kind: "error"; max: number };
+
+export interface ExtractOptions {
+  gauge: Gauge;
+  /** Whether the mean of the rows is subtracted and stored, or not used at all. */
+  centering: "keep" | "none";
+  select: Selection;
+  basisType: TensorType;
+  coefficientType: TensorType;
+  /** What multiplies large matrices, in place of the plain loop: half the time of an extraction is spent there. */
+  products?: Products;
+}
+
+/** One side's basis, ready to be written, and what is known of the stack it came from. */
+export interface SideBasis extends StoredBasis {
+  /** Singular values of the (centred) stack, descending, min(rows, width) of them; the smallest may be rounding. */
+  singular: Float64Array;
+  /** Share of the squared singular values that the components hold; 1 where there are none to hold. */
+  explained: number;
+}
+
+/** What a task loses in one module. */
+export interface TaskError {
+  /**
+   * ‖ΔW − ΔW'‖ / ‖ΔW‖ with ΔW' as stored; 0 where ΔW is zero. Extraction measures a balanced pair against itself, without
+   * what its rank trim dropped: below 1e-6 of ‖ΔW‖.
+   */
+  error: number;
+  /** (‖B − B'‖·‖A‖ + ‖B'‖·‖A − A'‖) / ‖ΔW‖, an upper bound of `error`. */
+  bound: number;
+  /** Theorem 1's δ of the task's rows of A: the largest sine between a centred row and the stored span. */
+  deltaA: number;
+  /** The same of B. */
+  deltaB: number;
+}
+
+/** A task's coefficients of one module. */
+export interface TaskCoefficients {
+  /** Rows of the coefficients: the adapter's rank, or less where the balanced gauge trimmed it. */
+  rank: number;
+  /** Encoded [rank, K_A]. */
+  alphaA: Uint8Array;
+  /** Encoded [rank, K_B]. */
+  alphaB: Uint8Array;
+}
+
+/** One adapter on a basis. */
+export interface ProjectedTask extends TaskCoefficients, TaskError {
+  id: string;
+}
+
+/** Everything a pack stores of one module, and its errors. */
+export interface ModuleExtraction {
+  name: string;
+  out: number;
+  in: number;
+  A: SideBasis;
+  B: SideBasis;
+  /** In the order of the stack. */
+  tasks: ProjectedTask[];
+  /** Theorem 1's δ per side: the largest of the tasks'. */
+  delta: { A: number; B: number };
+}
+
+/** Both sides' bases of a module, opened once and used for many adapters. */
+export interface ModuleSpace {
+  A: Subspace;
+  B: Subspace;
+}
+
+/** How an adapter is brought onto a basis. */
+export type ProjectOptions = Pick<ExtractOptions, "gauge" | "coefficientType">;
+
+/**
+ * Extracts one module.
+ * @throws RangeError for wrong shapes, NaN or infinity, options out of range, values that do not fit the stored types,
+ *   and an `error` selection that the stored types cannot reach
+ */
+export function extractModule(stack: ModuleStack, options: ExtractOptions): ModuleExtraction {
+  const { select } = options;
+  checkSelection(select);
+  if (stack.members.length === 0) throw new RangeError(`${stack.name}: no adapter adapts this module`);
+  const given = stack.members.map((member) => toPair(member, stack.out, stack.in));
+  const pairs = options.gauge === "balanced" ? given.map((pair) => balance(pair, stack.out, stack.in)) : given;
+  // Without a mean a sign cancels between component and coefficient; with one it decides what the mean is.
+  if (options.gauge === "balanced" && options.centering === "keep") alignSigns(pairs, stack.out, stack.in);
+  const found: Found = {
+    stack,
+    options,
+    ranks: pairs.map((pair) => pair.rank),
+    A: decompose(pairs.map((pair) => pair.A), stack.in, options),
+    B: decompose(pairs.map((pair) => pair.Bt), stack.out, options),
+  };
+  const { A, B, ranks } = found;
+  if (select.kind !== "error") return store(found, A.components.count, B.components.count);
+
+  const all = encodeModule(found, A.components.count, B.components.count);
+  const space = openModule(all, options.products);
+  const sideA = { space: space.A, targets: targetsOf(space.A, A.rows, ranks) };
+  const sideB = { space: space.B, targets: targetsOf(space.B, B.rows, ranks) };
+  try {
+    for (const [kA, kB] of pairsWithin(select.max, sideA, sideB, options)) {
+      const result = store(found, kA, kB);
+      // The last digits differ between a basis cut short and one computed short.
+      if (result.tasks.every((task) => task.error <= select.max)) return result;
+    }
+  } catch (cause) {
+    throw cause instanceof RangeError ? new RangeError(`${stack.name}: ${cause.message}`, { cause }) : cause;
+  }
+  throw new RangeError(`${stack.name}: an error of ${select.max} is just out of reach of the stored types; allow more`);
+}
+
+/** Opens both bases of a module for `projectModule` and `measureModule`. */
+export function openModule(basis: { A: StoredBasis; B: StoredBasis }, products?: Products): ModuleSpace {
+  return { A: openSubspace(basis.A, products), B: openSubspace(basis.B, products) };
+}
+
+/**
+ * Brings one more adapter onto a stored basis: its coefficients, and what it loses.
+ * @throws RangeError for factors that are not of the basis' widths, NaN, infinity, or too large for the type
+ */
+export function projectModule(space: ModuleSpace, member: ModuleMember, options: ProjectOptions): ProjectedTask {
+  const pair = gauged(toPair(member, space.B.width, space.A.width), space, options.gauge);
+  const [a] = targetsOf(space.A, pair.A, [pair.rank]);
+  const [b] = targetsOf(space.B, pair.Bt, [pair.rank]);
+  return { id: member.id, ...project(space, a!, b!, options.coefficientType) };
+}
+
+/**
+ * What a stored task loses against the adapter it was made from.
+ * @param task its coefficients, as they lie in the pack
+ * @throws RangeError as `projectModule`
+ */
+export function measureModule(
+  space: ModuleSpace,
+  member: ModuleMember,
+  task: TaskCoefficients,
+  options: ProjectOptions,
+): TaskError {
+  const given = toPair(member, space.B.width, space.A.width);
+  const pair = gauged(given, space, options.gauge);
+  const rows = (encoded: Uint8Array, side: Subspace): Float64Array => {
+    const alpha = decodeTensor(options.coefficientType, encoded, task.rank, side.components);
+    return expand(side, Float64Array.from(alpha), task.rank);
+  };
+  const stored = { rank: task.rank, A: rows(task.alphaA, space.A), Bt: rows(task.alphaB, space.B) };
+  const { difference, norm } = deltaError(given, stored);
+  return {
+    error: relative(difference, norm),
+    bound: relative(deltaError(pair, stored).bound, norm),
+    deltaA: largestSine(space.A, targetsOf(space.A, pair.A, [pair.rank])[0]!),
+    deltaB: largestSine(space.B, targetsOf(space.B, pair.Bt, [pair.rank])[0]!),
+  };
+}
+
+/** One side of a stack, decomposed. */
+interface Side {
+  width: number;
+  /** All tasks' rows, stacked [Σ ranks, width]. */
+  rows: Float64Array;
+  mean: Float64Array | undefined;
+  components: Components;
+}
+
+/** A module on its way to being stored. */
+interface Found {
+  stack: ModuleStack;
+  options: ExtractOptions;
+  /** Of the tasks, in the gauge asked for. */
+  ranks: readonly number[];
+  A: Side;
+  B: Side;
+}
+
+function decompose(factors: readonly Float64Array[], width: number, options: ExtractOptions): Side {
+  const rows = new Float64Array(factors.reduce((sum, factor) => sum + factor.length, 0));
+  let at = 0;
+  for (const factor of factors) {
+    rows.set(factor, at);
+    at += factor.length;
+  }
+  const count = rows.length / width;
+  const own = rowSquares(rows, count, width).map(Math.sqrt);
+  if (options.gauge === "balanced") {
+    // Row i counts in ΔW by its square, s_i, and carries the rounding errors of all of ΔW, s_1, magnified by √s_i.
+    at = 0;
+    for (const factor of factors) {
+      const first = own[at]!;
+      for (const end = at + factor.length / width; at < end; at++) own[at] = own[at]! > 0 ? first ** 2 / own[at]! : 0;
+    }
+  }
+  const mean = options.centering === "keep" ? columnMeans(rows, count, width) : undefined;
+  const x = centred(rows, count, width, mean);
+  // A row is as large as what is stored of it: coefficients for the centred row, the mean for the rest.
+  const left = rowSquares(x, count, width);
+  const floors = own.map((size, i) => ROUNDING * Math.max(size, Math.sqrt(left[i]!)));
+  const components = principalComponents(
+    x,
+    count,
+    width,
+    floors,
+    (singular, total) => wanted(options.select, singular, total),
+    options.products,
+  );
+  return { width, rows, mean, components };
+}
+
+/** How many components a selection asks for, given the singular values; an error is judged on all of them later. */
+function wanted(select: Selection, singular: Float64Array, total: number): number {
+  if (select.kind === "k") return select.k;
+  if (select.kind === "error" || select.share === 1) return singular.length;
+  let held = 0;
+  let k = 0;
+  while (k < singular.length && held < select.share * total) held += singular[k++]! ** 2;
+  return k;
+}
+
+function encodeBasis(side: Side, count: number, type: TensorType): SideBasis {
+  const { width, mean } = side;
+  const { vectors, singular, total } = side.components;
+  const rows = count + (mean ? 1 : 0);
+  const values = new Float64Array(rows * width);
+  values.set(vectors.subarray(0, count * width));
+  if (mean) values.set(mean, count * width);
+  let held = 0;
+  for (let k = 0; k < count; k++) held += singular[k]! ** 2;
+  return {
+    type,
+    components: count,
+    width,
+    mean: mean !== undefined,
+    encoded: encodeTensor(type, values, rows, width),
+    singular,
+    explained: total > 0 ? Math.min(1, held / total) : 1,
+  };
+}
+
+function encodeModule({ A, B, options }: Found, kA: number, kB: number): { A: SideBasis; B: SideBasis } {
+  return { A: encodeBasis(A, kA, options.basisType), B: encodeBasis(B, kB, options.basisType) };
+}
+
+function store(found: Found, kA: number, kB: number): ModuleExtraction {
+  const { stack, options, ranks } = found;
+  const basis = encodeModule(found, kA, kB);
+  const space = openModule(basis, options.products);
+  const a = targetsOf(space.A, found.A.rows, ranks);
+  const b = targetsOf(space.B, found.B.rows, ranks);
+  const tasks = stack.members.map(({ id }, i) => ({ id, ...project(space, a[i]!, b[i]!, options.coefficientType) }));
+  const delta = {
+    A: Math.max(...tasks.map((task) => task.deltaA)),
+    B: Math.max(...tasks.map((task) => task.deltaB)),
+  };
+  return { name: stack.name, out: stack.out, in: stack.in, ...basis, tasks, delta };
+}
+
+function project(space: ModuleSpace, a: Target, b: Target, type: TensorType): TaskCoefficients & TaskError {
+  const A = projectSide(space.A, a, type);
+  const B = projectSide(space.B, b, type);
+  const { difference, norm, bound } = pairError(A.loss, B.loss);
+  return {
+    rank: a.rank,
+    alphaA: A.encoded,
+    alphaB: B.encoded,
+    error: relative(difference, norm),
+    bound: relative(bound, norm),
+    deltaA: largestSine(space.A, a),
+    deltaB: largestSine(space.B, b),
+  };
+}
+
+function projectSide(
+  space: Subspace,
+  target: Target,
+  type: TensorType,
+): { encoded: Uint8Array; loss: SideError } {
+  const { components } = space;
+  const { encoded, values } = rounded(type, solve(space, target, components), target.rank, components);
+  return { encoded, loss: lossOf(space, target, values, components) };
+}
+
+/** The pair in the gauge of a pack, its signs along the stored mean where there is one. */
+function gauged(given: Pair, space: ModuleSpace, gauge: Gauge): Pair {
+  if (gauge === "as-trained") return given;
+  const pair = balance(given, space.B.width, space.A.width);
+  if (space.A.mean && space.B.mean) alignTo(pair, space.A.mean, space.B.mean);
+  return pair;
+}
+
+function toPair(member: ModuleMember, outputs: number, inputs: number): Pair {
+  const { id, rank } = member;
+  const side = (name: string, values: Float32Array, width: number): Float64Array => {
+    if (!Number.isInteger(rank) || rank < 1 || values.length !== rank * width) {
+      throw new RangeError(`adapter ${id}: ${name} holds ${values.length} values, expected rank ${rank} times ${width}`);
+    }
+    const bad = values.findIndex((value) => !Number.isFinite(value));
+    if (bad >= 0) throw new RangeError(`adapter ${id}: value ${bad} of ${name} is ${values[bad]}`);
+    return Float64Array.from(values);
+  };
+  return { rank, A: side("A", member.A, inputs), Bt: side("Bt", member.Bt, outputs) };
+}
+
+function checkSelection(select: Selection): void {
+  if (select.kind === "k" && !(Number.isInteger(select.k) && select.k >= 1)) {
+    throw new RangeError(`select.k must be a whole number from 1, got ${select.k}`);
+  }
+  if (select.kind === "energy" && !(select.share > 0 && select.share <= 1)) {
+    throw new RangeError(`select.share must be above 0 and at most 1, got ${select.share}`);
+  }
+  if (select.kind === "error" && !(select.max > 0)) {
+    throw new RangeError(`select.max must be above 0, got ${select.max}`);
+  }
+}

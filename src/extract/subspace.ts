@@ -1,0 +1,168 @@
+/**
+ * A stored basis opened for projection: what the reader of a pack will see, decoded to f64, with all that least squares
+ * against it needs. Quantised components are no longer orthonormal, so coefficients are always solved for, never read off
+ * by products (DESIGN.md 2.5).
+ *
+ * The Cholesky factor L of the components' Gram matrix turns coefficients α into coordinates α·L on an orthonormal basis
+ * whose first k vectors span the first k components. In these coordinates errors are sums of squares, for any number of
+ * components at once, and no row is ever expanded.
+ */
+import { decodeTensor, encodeTensor, type TensorType } from "../dtypes.ts";
+import { centred, ROUNDING } from "./components.ts";
+import type { SideError } from "./error.ts";
+import { addScaled, backwardSolve, cholesky, dot, forwardSolve, gram, timesTransposed, transpose, type Products } from "./linalg.ts";
+
+/** One side's basis as it lies in a pack. */
+export interface StoredBasis {
+  type: TensorType;
+  /** K. */
+  components: number;
+  width: number;
+  /** Whether a mean follows the components as the last row. */
+  mean: boolean;
+  /** Encoded tensor [K + (mean ? 1 : 0), width]. */
+  encoded: Uint8Array;
+}
+
+/** A stored basis, decoded and factored. */
+export interface Subspace {
+  components: number;
+  width: number;
+  /** M [width]; undefined where the basis has none. */
+  mean: Float64Array | undefined;
+  /** E [components, width]. */
+  vectors: Float64Array;
+  /** L, E·Eᵀ = L·Lᵀ (`cholesky` of linalg.ts: components that depend on earlier ones are left out). */
+  factor: Float64Array;
+  /** M in the orthonormal coordinates [components]; zeros where there is no mean. */
+  meanAt: Float64Array;
+  /** What multiplies the large matrices. */
+  products: Products;
+}
+
+/** Rows that are to be approximated on a subspace, x = rows − M. */
+export interface Target {
+  rank: number;
+  /** rows·rowsᵀ. */
+  rows: Float64Array;
+  /** x·xᵀ. */
+  squares: Float64Array;
+  /** x·M [rank]; zeros where there is no mean. */
+  alongMean: Float64Array;
+  /** x in the orthonormal coordinates [rank, components]. */
+  at: Float64Array;
+}
+
+/** Decodes and factors a basis. */
+export function openSubspace(stored: StoredBasis, products: Products = timesTransposed): Subspace {
+  const { components, width } = stored;
+  const values = Float64Array.from(
+    decodeTensor(stored.type, stored.encoded, components + (stored.mean ? 1 : 0), width),
+  );
+  const vectors = values.subarray(0, components * width);
+  const mean = stored.mean ? values.subarray(components * width) : undefined;
+  const factor = cholesky(gram(vectors, components, width, products), components);
+  const meanAt = mean ? timesTransposed(mean, vectors, 1, components, width) : new Float64Array(components);
+  forwardSolve(factor, components, meanAt, 1);
+  return { components, width, mean, vectors, factor, meanAt, products };
+}
+
+/**
+ * Takes the stacked rows [Σ ranks, width] of tasks as targets, one for each rank. All at once, because one large product
+ * costs less than many small ones.
+ */
+export function targetsOf(space: Subspace, rows: Float64Array, ranks: readonly number[]): Target[] {
+  const { components, width, mean } = space;
+  const total = ranks.reduce((sum, rank) => sum + rank, 0);
+  const x = centred(rows, total, width, mean);
+  const at = space.products(x, space.vectors, total, components, width);
+  forwardSolve(space.factor, components, at, total);
+  const alongMean = mean ? timesTransposed(x, mean, total, 1, width) : new Float64Array(total);
+  let from = 0;
+  return ranks.map((rank) => {
+    const to = from + rank;
+    const target = {
+      rank,
+      rows: gram(rows.subarray(from * width, to * width), rank, width),
+      squares: gram(x.subarray(from * width, to * width), rank, width),
+      alongMean: alongMean.subarray(from, to),
+      at: at.subarray(from * components, to * components),
+    };
+    from = to;
+    return target;
+  });
+}
+
+/** Least squares coefficients [rank, k] of a target on the first k components as stored, about the mean as stored. */
+export function solve(space: Subspace, target: Target, k: number): Float64Array {
+  const { components } = space;
+  const out = new Float64Array(target.rank * k);
+  for (let i = 0; i < target.rank; i++) out.set(target.at.subarray(i * components, i * components + k), i * k);
+  backwardSolve(space.factor, components, k, out, target.rank);
+  return out;
+}
+
+/** Theorem 1's δ: the largest sine of the angle between a row of x and the span; 0 for rows that are the mean. */
+export function largestSine(space: Subspace, target: Target): number {
+  const { components } = space;
+  const { rank, at } = target;
+  let largest = 0;
+  for (let i = 0; i < rank; i++) {
+    const square = target.squares[i * rank + i]!;
+    if (square <= ROUNDING ** 2 * target.rows[i * rank + i]!) continue;
+    largest = Math.max(largest, 1 - dot(at, i * components, at, i * components, components) / square);
+  }
+  return Math.sqrt(largest);
+}
+
+/**
+ * What coefficients α [rank, k] make of a target: the part outside the span, which no coefficients reach, and what
+ * α·L misses inside it. The part outside is a difference of squares: where it is below the rounding of an f32
+ * (`ROUNDING`) it cannot be told from zero and counts as zero.
+ */
+export function lossOf(space: Subspace, target: Target, coefficients: Float64Array, k: number): SideError {
+  const { components, factor, meanAt } = space;
+  const { rank, rows, squares, alongMean, at } = target;
+  const stored = new Float64Array(rank * k);
+  const missed = new Float64Array(rank * k);
+  const left = new Float64Array(rank);
+  for (let i = 0; i < rank; i++) {
+    for (let n = 0; n < k; n++) addScaled(coefficients[i * k + n]!, factor, n * components, stored, i * k, n + 1);
+    for (let n = 0; n < k; n++) missed[i * k + n] = at[i * components + n]! - stored[i * k + n]!;
+    const square = squares[i * rank + i]!;
+    left[i] = square - dot(at, i * components, at, i * components, k);
+    if (left[i]! <= ROUNDING ** 2 * square) left[i] = 0;
+  }
+  const lost = new Float64Array(rank * rank);
+  const cross = new Float64Array(rank * rank);
+  for (let j = 0; j < rank; j++) {
+    const mean = alongMean[j]! - dot(meanAt, 0, stored, j * k, k);
+    for (let i = 0; i < rank; i++) {
+      const ij = i * rank + j;
+      const outside = left[i] && left[j] ? squares[ij]! - dot(at, i * components, at, j * components, k) : 0;
+      lost[ij] = outside + dot(missed, i * k, missed, j * k, k);
+      cross[ij] = outside + dot(at, i * components, missed, j * k, k) + mean;
+    }
+  }
+  return { rank, rows, lost, cross };
+}
+
+/** α·E + M: the rows [rank, width] that coefficients [rank, components] stand for. */
+export function expand(space: Subspace, coefficients: Float64Array, rank: number): Float64Array {
+  const { components, width, mean } = space;
+  const columns = transpose(space.vectors, components, width);
+  const rows = space.products(coefficients, columns, rank, width, components);
+  if (mean) for (let i = 0; i < rows.length; i++) rows[i]! += mean[i % width]!;
+  return rows;
+}
+
+/** Values [rows, width] as a tensor of `type` and as its reader will see them. */
+export function rounded(
+  type: TensorType,
+  values: Float64Array,
+  rows: number,
+  width: number,
+): { encoded: Uint8Array<ArrayBuffer>; values: Float64Array } {
+  const encoded = encodeTensor(type, values, rows, width);
+  return { encoded, values: Float64Array.from(decodeTensor(type, encoded, rows, width)) };
+}

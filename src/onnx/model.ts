@@ -1,0 +1,113 @@
+/**
+ * An ONNX model in memory: the whole protobuf, parsed once, and an index of its graph. Tensor data are views of the
+ * file's bytes, never copies. Not an executor, and no shape inference: what a value is, only the runtime knows.
+ */
+import { fromBinary } from "@bufbuild/protobuf";
+import { FormatError } from "../errors.ts";
+import type { AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto } from "./onnx_pb.ts";
+import { ModelProtoSchema } from "./onnx_pb.ts";
+
+/** Where a value enters a node. */
+export interface Use {
+  readonly node: NodeProto;
+  /** Which of the node's inputs. */
+  readonly input: number;
+  /** The graph that holds the node: the model's, or one nested in an attribute (a branch of `If`, a body of `Loop`). */
+  readonly graph: GraphProto;
+}
+
+/** A graph's values by name. Made by `indexGraph`; it does not follow later changes of `proto`. */
+export interface Graph {
+  readonly proto: GraphProto;
+  readonly initializers: ReadonlyMap<string, TensorProto>;
+  /** The node that makes a value. Without nested graphs. */
+  readonly producers: ReadonlyMap<string, NodeProto>;
+  /** The nodes that read a value, nested graphs' nodes included. */
+  readonly consumers: ReadonlyMap<string, readonly Use[]>;
+}
+
+/** A parsed model. */
+export interface OnnxModel {
+  /** Path or URL, for messages. */
+  readonly name: string;
+  readonly proto: ModelProto;
+  readonly graph: Graph;
+  /** Version of the standard operators. */
+  readonly opset: number;
+}
+
+/**
+ * Parses a model. `bytes` stay in use: tensors with embedded data are views of them.
+ * @param name of the file, for messages
+ * @throws FormatError when the bytes are truncated, are no ONNX model, or the model lacks what every model has
+ */
+export function parseModel(bytes: Uint8Array, name: string): OnnxModel {
+  let proto: ModelProto;
+  try {
+    proto = fromBinary(ModelProtoSchema, bytes);
+  } catch (cause) {
+    const why = (cause as Error).message;
+    throw new FormatError(`its ${bytes.length} bytes are truncated or no ONNX model (${why}); fetch it again`, {
+      file: name,
+      part: "model",
+      cause,
+    });
+  }
+  if (!proto.graph) {
+    throw new FormatError("holds no graph: truncated, or no ONNX model", { file: name, part: "model" });
+  }
+  const opset = proto.opsetImport.find(({ domain }) => domain === "" || domain === "ai.onnx")?.version;
+  if (opset === undefined || opset < 1n || opset > 1000n) {
+    const found = opset === undefined ? "none" : String(opset);
+    throw new FormatError(`expected a version of the standard operators, found ${found}: damaged, export it again`, {
+      file: name,
+      part: "opset",
+    });
+  }
+  return { name, proto, graph: indexGraph(proto.graph, name), opset: Number(opset) };
+}
+
+/**
+ * @param file for messages
+ * @throws FormatError when a value has two origins
+ */
+export function indexGraph(proto: GraphProto, file: string): Graph {
+  const initializers = new Map<string, TensorProto>();
+  const producers = new Map<string, NodeProto>();
+  const consumers = new Map<string, Use[]>();
+  const twice = (value: string): FormatError =>
+    new FormatError(`the value "${value}" has two origins: damaged, export the model again`, { file, part: "graph" });
+  for (const tensor of proto.initializer) {
+    if (initializers.has(tensor.name)) throw twice(tensor.name);
+    initializers.set(tensor.name, tensor);
+  }
+  for (const node of proto.node) {
+    for (const output of node.output) {
+      // An optional output that is left out has an empty name.
+      if (output === "") continue;
+      if (producers.has(output) || initializers.has(output)) throw twice(output);
+      producers.set(output, node);
+    }
+  }
+  const visit = (graph: GraphProto): void => {
+    for (const node of graph.node) {
+      for (const [input, value] of node.input.entries()) {
+        if (value === "") continue;
+        const uses = consumers.get(value);
+        if (uses) uses.push({ node, input, graph });
+        else consumers.set(value, [{ node, input, graph }]);
+      }
+      for (const { g, graphs } of node.attribute) {
+        if (g) visit(g);
+        graphs.forEach(visit);
+      }
+    }
+  };
+  visit(proto);
+  return { proto, initializers, producers, consumers };
+}
+
+/** The attribute, or undefined when the node has none of this name. */
+export function attribute(node: NodeProto, name: string): AttributeProto | undefined {
+  return node.attribute.find((candidate) => candidate.name === name);
+}

@@ -1,0 +1,133 @@
+/**
+ * The values of an initializer, wherever ONNX lets them lie: `raw_data`, the typed lists, or a file beside the model.
+ * Bytes come out as they would lie in `raw_data`: little-endian, row-major. Values are not converted.
+ */
+import type { FloatType } from "../dtypes.ts";
+import { FormatError, SourceError } from "../errors.ts";
+import type { ByteSource, ReadOptions } from "../source.ts";
+import type { TensorProto } from "./onnx_pb.ts";
+
+/** `TensorProto.DataType` of the types in which this package reads weights. */
+const FLOATS: ReadonlyMap<number, FloatType> = new Map([
+  [1, "f32"],
+  [10, "f16"],
+  [16, "bf16"],
+]);
+const BYTES: Record<FloatType, number> = { f32: 4, f16: 2, bf16: 2 };
+
+/** `TensorProto.DataLocation.EXTERNAL`. */
+const EXTERNAL = 1;
+
+/** What an initializer is, without its values. */
+export interface TensorType {
+  /** "other" for integers, quantised and all further types. */
+  readonly dtype: FloatType | "other";
+  readonly shape: readonly number[];
+}
+
+/** An initializer and its bytes: a view of the model's or of the external file's where these hold them as they are. */
+export interface TensorBytes extends TensorType {
+  readonly data: Uint8Array;
+}
+
+/** Opens the file that an initializer's `location` names. */
+export type OpenExternal = (location: string) => Promise<ByteSource>;
+
+const partOf = (tensor: TensorProto): string => `initializer ${tensor.name}`;
+
+/**
+ * @param file name of the model, for messages
+ * @throws FormatError when the dimensions are negative or their product is no safe integer
+ */
+export function tensorType(tensor: TensorProto, file: string): TensorType {
+  const shape = tensor.dims.map(Number);
+  let count = 1;
+  for (const size of shape) {
+    count *= size;
+    if (!(size >= 0 && Number.isSafeInteger(4 * count))) {
+      const message = `has the impossible shape [${shape.join(", ")}]: damaged, export the model again`;
+      throw new FormatError(message, { file, part: partOf(tensor) });
+    }
+  }
+  return { dtype: FLOATS.get(tensor.dataType) ?? "other", shape };
+}
+
+/**
+ * An initializer's bytes. For "other" types their number is not checked.
+ * @param file name of the model, for messages
+ * @param external for values that lie in a file beside the model
+ * @throws FormatError when there are more or fewer bytes than the shape needs, or an "other" type lies in a typed list
+ * @throws SourceError when the external file cannot be had or is too short
+ */
+export async function readTensor(
+  tensor: TensorProto,
+  file: string,
+  external?: OpenExternal,
+  options?: ReadOptions,
+): Promise<TensorBytes> {
+  const type = tensorType(tensor, file);
+  const expected = type.dtype === "other" ? undefined : type.shape.reduce((a, b) => a * b, BYTES[type.dtype]);
+  const checkLength = (found: number): void => {
+    if (expected === undefined || found === expected) return;
+    const what = `${type.dtype} [${type.shape.join(", ")}]`;
+    throw new FormatError(`${what} needs ${expected} bytes, found ${found}: damaged, export the model again`, {
+      file,
+      part: partOf(tensor),
+    });
+  };
+  if (tensor.dataLocation !== EXTERNAL) {
+    const data = embedded(tensor, file, type);
+    checkLength(data.length);
+    return { ...type, data };
+  }
+  const { location, offset, length } = placeOf(tensor, file, expected);
+  checkLength(length);
+  if (!external) {
+    const message = `${partOf(tensor)} lies in the file "${location}"; give that with the option \`external\``;
+    throw new SourceError(message, { file });
+  }
+  const source = await external(location);
+  return { ...type, data: await source.read(offset, length, options) };
+}
+
+function embedded(tensor: TensorProto, file: string, { dtype, shape }: TensorType): Uint8Array {
+  const { rawData, floatData, int32Data } = tensor;
+  if (rawData.length > 0 || shape.includes(0)) return rawData;
+  if (dtype === "other") {
+    const message = `its data type ${tensor.dataType} is read from raw_data only; save the model with ONNX's tools`;
+    throw new FormatError(message, { file, part: partOf(tensor) });
+  }
+  const list = dtype === "f32" ? floatData : int32Data;
+  const data = new Uint8Array(list.length * BYTES[dtype]);
+  const view = new DataView(data.buffer);
+  for (const [i, value] of list.entries()) {
+    if (dtype === "f32") view.setFloat32(4 * i, value, true);
+    // The low 16 bits of an int32 are those of the half.
+    else view.setUint16(2 * i, value, true);
+  }
+  return data;
+}
+
+/** Where external data lie; without a length they are as long as the tensor. */
+function placeOf(
+  tensor: TensorProto,
+  file: string,
+  expected: number | undefined,
+): { location: string; offset: number; length: number } {
+  const entries = new Map(tensor.externalData.map(({ key, value }) => [key, value]));
+  const location = entries.get("location") ?? "";
+  const offset = Number(entries.get("offset") ?? 0);
+  const length = Number(entries.get("length") ?? expected);
+  if (location === "" || !isSize(offset) || !isSize(length)) {
+    const found = [...entries].map(([key, value]) => `${key} "${value}"`).join(", ") || "nothing";
+    throw new FormatError(`its external data need a location, an offset ≥ 0 and a length ≥ 0, found ${found}`, {
+      file,
+      part: partOf(tensor),
+    });
+  }
+  return { location, offset, length };
+}
+
+function isSize(value: number): boolean {
+  return Number.isSafeInteger(value) && value >= 0;
+}

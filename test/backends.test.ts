@@ -1,0 +1,183 @@
+/** The backend suite on every CPU backend, and what only some of them have: agreement, allocator, Gram, checksums. */
+import { setFlagsFromString } from "node:v8";
+import fc from "fast-check";
+import t, { type Test } from "tap";
+import type { Backend } from "../dist/src/backends/backend.js";
+import { createJsBackend } from "../dist/src/backends/js.js";
+import { createHeap } from "../dist/src/backends/wasm-memory.js";
+import { createWasmBackend, createWasmCore, WASM_VARIANTS, type WasmVariant } from "../dist/src/backends/wasm.js";
+import { encodeTensor, type FloatType } from "../dist/src/dtypes.js";
+import { crc32c } from "../dist/src/pack/crc32c.js";
+import { backendSuite, generator, values } from "./backend-suite.ts";
+
+// Node 20 has relaxed SIMD behind a flag; later versions have it anyway and do not know the flag.
+if (process.versions.node.startsWith("20.")) setFlagsFromString("--experimental-wasm-relaxed-simd");
+
+const required = new Set((process.env["EIGENLORA_REQUIRE"] ?? "").split(",").filter((name) => name !== ""));
+
+/** Variants that this engine accepts. The others are skipped by name, or fail where EIGENLORA_REQUIRE lists them. */
+const available: WasmVariant[] = [];
+for (const variant of WASM_VARIANTS) {
+  try {
+    (await createWasmBackend({ variant })).dispose();
+    available.push(variant);
+  } catch (error) {
+    const reason = `this engine refuses it: ${(error as Error).message}`;
+    if (required.has(variant)) t.fail(`${variant} is required by EIGENLORA_REQUIRE, but ${reason}`);
+    else t.test(variant, { skip: reason }, () => {});
+  }
+}
+
+t.test("js", (t) => (backendSuite(t, createJsBackend), t.end()));
+for (const variant of available) {
+  t.test(variant, (t) => (backendSuite(t, () => createWasmBackend({ variant })), t.end()));
+}
+
+t.test("without a wish the best variant runs", async (t) => {
+  const backend = await createWasmBackend();
+  t.equal(backend.name, "wasm");
+  t.equal(backend.variant, available.at(-1));
+});
+
+/** One fold or expand with the same seeded input on any backend; the bytes of its result. */
+function run(backend: Backend, type: FloatType, rank: number): Uint8Array {
+  const [rows, columns] = [37, 531];
+  const random = generator(11);
+  const put = (bytes: Uint8Array): { block: ReturnType<Backend["allocate"]>; byteOffset: number } => {
+    const block = backend.allocate(bytes.byteLength, "scratch");
+    backend.upload({ block, byteOffset: 0 }, bytes);
+    return { block, byteOffset: 0 };
+  };
+  const floats = (length: number) => put(new Uint8Array(values(length, random).buffer));
+  const base = put(encodeTensor(type, values(rows * columns, random), 1, rows * columns));
+  const right = floats(rank * columns);
+  backend.expand({
+    ...{ out: right, coefficients: floats(rank * 50), type: "int4", rank, rows: 50, width: columns },
+    basis: put(encodeTensor("int4", values(50 * columns, random), 50, columns)),
+  });
+  const left = floats(rank * rows);
+  const rowScale = type === "f32" ? undefined : floats(rows);
+  backend.fold({ out: base, base, type, rows, columns, stride: columns, left, right, rank, rowScale });
+  return backend.view(base, base.block.byteLength).slice();
+}
+
+t.test("js, scalar and simd agree to the bit, relaxed within 1e-6 of the largest element", async (t) => {
+  for (const type of ["f32", "f16", "bf16"] as const) {
+    for (const rank of [1, 8, 16]) {
+      const expected = run(createJsBackend(), type, rank);
+      for (const variant of available) {
+        const found = run(await createWasmBackend({ variant }), type, rank);
+        if (variant !== "relaxed-simd") {
+          t.ok(Buffer.compare(found, expected) === 0, `${variant} ${type} rank ${rank}`);
+        } else if (type === "f32") {
+          const [a, b] = [new Float32Array(found.buffer), new Float32Array(expected.buffer)];
+          const largest = b.reduce((most, x) => Math.max(most, Math.abs(x)), 0);
+          const apart = a.reduce((most, x, i) => Math.max(most, Math.abs(x - b[i]!)), 0);
+          t.ok(apart <= 1e-6 * largest, `${variant} rank ${rank}: ${apart / largest} of the largest element`);
+        }
+      }
+    }
+  }
+});
+
+t.test("heap: first fit, coalescing, growth by what is missing", (t) => {
+  const memory = new WebAssembly.Memory({ initial: 1, maximum: 8 });
+  const heap = createHeap(memory, 65536);
+  const [a, b, c] = [heap.allocate(100)!, heap.allocate(16)!, heap.allocate(65000)!];
+  t.strictSame([a, b, c], [65536, 65536 + 112, 65536 + 128]);
+  t.equal(memory.buffer.byteLength, 2 * 65536, "one page was enough");
+  heap.free(a, 100);
+  heap.free(b, 16);
+  t.equal(heap.allocate(128), a, "two freed neighbours are one range");
+  heap.free(c, 65000);
+  t.equal(heap.allocate(2 * 65536), c, "the freed end is the beginning of a larger block");
+  t.equal(memory.buffer.byteLength, 4 * 65536);
+  t.equal(heap.allocate(5 * 65536), undefined, "beyond the maximum");
+  t.equal(memory.buffer.byteLength, 4 * 65536, "a refused block takes nothing");
+  t.ok(heap.allocate(3 * 65536), "a smaller one still fits");
+  t.end();
+});
+
+t.test("heap: a random walk that ends empty ends in one range", (t) => {
+  fc.assert(
+    fc.property(fc.array(fc.nat(5000), { minLength: 1, maxLength: 60 }), fc.integer(), (sizes, seed) => {
+      const random = generator(seed);
+      const memory = new WebAssembly.Memory({ initial: 1 });
+      const heap = createHeap(memory, 65536);
+      const live: [number, number][] = [];
+      for (const size of sizes) {
+        const at = heap.allocate(size)!;
+        for (const [start, length] of live) {
+          if (at < start + Math.max(16, length) && start < at + Math.max(16, size)) throw new Error("overlap");
+        }
+        if (at % 16 !== 0 || at + size > memory.buffer.byteLength) throw new Error(`bad address ${at}`);
+        live.push([at, size]);
+        if (random() < 0.4) heap.free(...live.splice(Math.floor(random() * live.length), 1)[0]!);
+      }
+      for (const [at, size] of live) heap.free(at, size);
+      const held = memory.buffer.byteLength;
+      if (heap.allocate(held - 65536) !== 65536) throw new Error("freed memory is not one range");
+      if (memory.buffer.byteLength !== held) throw new Error("memory grew though all of it was free");
+    }),
+    { seed: 5, numRuns: 200 },
+  );
+  t.end();
+});
+
+t.test("memory() is the linear memory, by owner", async (t) => {
+  const backend = await createWasmBackend({ variant: "scalar" });
+  backend.allocate(1_000_000, "basis");
+  const active = backend.allocate(500_001, "active");
+  const { basis, coefficients, pristine, active: bytes, scratch, reserved } = backend.memory();
+  t.strictSame([basis, coefficients, pristine, bytes, scratch], [1_000_000, 0, 0, 500_001, 0]);
+  t.ok(reserved >= 65536 && reserved < 3 * 65536, "kernel page, rounding and the rest of the last page");
+  backend.free(active);
+  t.equal(backend.memory().reserved, reserved + 500_001, "freed bytes stay reserved");
+  t.throws(() => backend.allocate(5 * 2 ** 30, "pristine"), {
+    tag: "backend",
+    message: /5368709120 bytes \(pristine\); \d+ are held/,
+  });
+});
+
+t.test("a foreign module is refused", async (t) => {
+  const module = new WebAssembly.Module(Uint8Array.of(0, 97, 115, 109, 1, 0, 0, 0));
+  await t.rejects(createWasmBackend({ module }), { tag: "backend", message: /not one of eigenlora's/ });
+});
+
+for (const variant of available) {
+  t.test(`${variant}: gram equals the sum in f64`, async (t) => {
+    const core = await createWasmCore({ variant });
+    t.equal(core.variant, variant);
+    for (const rows of [0, 1, 2, 3, 4, 5, 6, 9, 16, 31]) {
+      for (const width of [0, 1, 2, 7, 64, 385]) {
+        const x = values(rows * width, generator(rows * 1000 + width));
+        const g = core.gram(x, rows, width);
+        t.equal(g.length, rows * rows);
+        let worst = 0;
+        for (let i = 0; i < rows; i++) {
+          for (let j = 0; j < rows; j++) {
+            let sum = 0;
+            for (let k = 0; k < width; k++) sum += x[i * width + k]! * x[j * width + k]!;
+            worst = Math.max(worst, Math.abs(g[i * rows + j]! - sum));
+            if (g[i * rows + j] !== g[j * rows + i]) t.fail(`[${i}, ${j}] and its mirror differ`);
+          }
+        }
+        t.ok(worst <= 1e-12 * Math.max(1, width), `[${rows}, ${width}]: ${worst}`);
+      }
+    }
+    t.throws(() => core.gram(new Float32Array(5), 2, 3), RangeError);
+  });
+
+  t.test(`${variant}: crc32c`, async (t: Test) => {
+    const core = await createWasmCore({ variant });
+    t.equal(core.crc32c(new TextEncoder().encode("123456789")), 0xe3069283, "the check value of the CRC catalogue");
+    t.equal(core.crc32c(new Uint8Array(0)), 0);
+    // RFC 3720, B.4.
+    t.equal(core.crc32c(new Uint8Array(32)), 0x8a9136aa);
+    t.equal(core.crc32c(new Uint8Array(32).fill(0xff)), 0x62a8ab43);
+    const random = generator(1);
+    const large = Uint8Array.from({ length: 2_100_003 }, () => random() * 256);
+    t.equal(core.crc32c(large), crc32c(large), "more than one window");
+    t.equal(core.crc32c(large.subarray(13), core.crc32c(large.subarray(0, 13))), crc32c(large), "continued");
+  });
+}

@@ -1,0 +1,733 @@
+/**
+ * Extraction against numpy's f64 values on real adapters (data/goldens/extract, made by make_extract_goldens.py), and
+ * against its own definitions on generated stacks: ΔW is formed here, which the package never does.
+ */
+import { readFileSync, readdirSync } from "node:fs";
+import t from "tap";
+import fc from "fast-check";
+import { decodeTensor, tensorBytes, type TensorType } from "../dist/src/dtypes.js";
+import { deltaError } from "../dist/src/extract/error.js";
+import {
+  extractModule,
+  measureModule,
+  openModule,
+  projectModule,
+  type ExtractOptions,
+  type ModuleExtraction,
+  type ModuleMember,
+  type ModuleStack,
+  type SideBasis,
+} from "../dist/src/extract/extract.js";
+import { alignSigns, balance, type Pair } from "../dist/src/extract/gauge.js";
+import { timesTransposed } from "../dist/src/extract/linalg.js";
+
+const DATA = new URL("data/", import.meta.url);
+
+const F32: ExtractOptions = {
+  gauge: "as-trained",
+  centering: "keep",
+  select: { kind: "energy", share: 1 },
+  basisType: "f32",
+  coefficientType: "f32",
+};
+
+// ---- reading ----------------------------------------------------------------------------------------------------
+
+interface Tensor {
+  shape: number[];
+  data: Float32Array;
+}
+
+/** f32 tensors of a safetensors file that is known to be good. */
+function readTensors(path: string): Map<string, Tensor> {
+  const file = readFileSync(new URL(path, DATA));
+  const end = 8 + Number(file.readBigUInt64LE(0));
+  const header = JSON.parse(file.toString("utf8", 8, end)) as Record<string, { shape: number[]; data_offsets: number[] }>;
+  const tensors = new Map<string, Tensor>();
+  for (const [name, { shape, data_offsets: at }] of Object.entries(header)) {
+    if (name === "__metadata__") continue;
+    const bytes = new Uint8Array(file.subarray(end + at[0]!, end + at[1]!));
+    tensors.set(name, { shape, data: new Float32Array(bytes.buffer) });
+  }
+  return tensors;
+}
+
+/** The stacks of real adapters, alpha / r = 2 folded into B. */
+function readStacks(tasks: readonly string[]): ModuleStack[] {
+  const stacks = new Map<string, ModuleMember[]>();
+  for (const id of tasks) {
+    const tensors = readTensors(`adapters/own-seed/${id}/adapter_model.safetensors`);
+    for (const [key, A] of tensors) {
+      if (!key.endsWith("lora_A.weight")) continue;
+      const name = key.slice("base_model.model.".length, -".lora_A.weight".length);
+      const B = tensors.get(key.replace("lora_A", "lora_B"))!;
+      const [out, rank] = B.shape as [number, number];
+      const Bt = Float32Array.from(B.data, (_, i) => 2 * B.data[(i % out) * rank + Math.floor(i / out)]!);
+      const members = stacks.get(name) ?? [];
+      stacks.set(name, members);
+      members.push({ id, rank, A: A.data, Bt });
+    }
+  }
+  return [...stacks].map(([name, members]) => {
+    const [{ rank, A, Bt }] = members as [ModuleMember];
+    return { name, out: Bt.length / rank, in: A.length / rank, members };
+  });
+}
+
+// ---- slow, obvious definitions --------------------------------------------------------------------------------------
+
+/** Btᵀ·A [out, in]. */
+function product(A: ArrayLike<number>, Bt: ArrayLike<number>, rank: number): Float64Array {
+  const inputs = A.length / rank;
+  const outputs = Bt.length / rank;
+  const out = new Float64Array(outputs * inputs);
+  for (let k = 0; k < rank; k++) {
+    for (let i = 0; i < outputs; i++) {
+      const b = Bt[k * outputs + i]!;
+      for (let j = 0; j < inputs; j++) out[i * inputs + j]! += b * A[k * inputs + j]!;
+    }
+  }
+  return out;
+}
+
+function norm(x: Float64Array): number {
+  return Math.sqrt(x.reduce((sum, value) => sum + value * value, 0));
+}
+
+function difference(x: Float64Array, y: Float64Array): Float64Array {
+  return x.map((value, i) => value - y[i]!);
+}
+
+/** Decoded rows of a basis, the mean last. */
+function decoded(basis: SideBasis): { E: Float64Array[]; mean: Float64Array | undefined } {
+  const rows = basis.components + (basis.mean ? 1 : 0);
+  const values = Float64Array.from(decodeTensor(basis.type, basis.encoded, rows, basis.width));
+  const all = Array.from({ length: rows }, (_, i) => values.subarray(i * basis.width, (i + 1) * basis.width));
+  return { E: all.slice(0, basis.components), mean: basis.mean ? all[basis.components] : undefined };
+}
+
+/** α·E + M for each row. */
+function rowsOf(basis: SideBasis, alpha: ArrayLike<number>, rank: number): Float64Array {
+  const { E, mean } = decoded(basis);
+  const out = new Float64Array(rank * basis.width);
+  for (let i = 0; i < rank; i++) {
+    for (let j = 0; j < basis.width; j++) {
+      let sum = mean?.[j] ?? 0;
+      for (let k = 0; k < E.length; k++) sum += alpha[i * E.length + k]! * E[k]![j]!;
+      out[i * basis.width + j] = sum;
+    }
+  }
+  return out;
+}
+
+/** ‖ΔW − ΔW'‖ / ‖ΔW‖ of a stored task, from what is stored. */
+function storedError(result: ModuleExtraction, member: ModuleMember, type: TensorType): number {
+  const task = result.tasks.find(({ id }) => id === member.id)!;
+  const A = rowsOf(result.A, decodeTensor(type, task.alphaA, task.rank, result.A.components), task.rank);
+  const Bt = rowsOf(result.B, decodeTensor(type, task.alphaB, task.rank, result.B.components), task.rank);
+  const exact = product(member.A, member.Bt, member.rank);
+  const length = norm(exact);
+  return length > 0 ? norm(difference(exact, product(A, Bt, task.rank))) / length : 0;
+}
+
+/** ‖E·Eᵀ − I‖_max of what is stored. */
+function orthonormality(basis: SideBasis): number {
+  const { E } = decoded(basis);
+  let worst = 0;
+  E.forEach((x, i) => {
+    E.forEach((y, j) => {
+      const entry = x.reduce((sum, value, n) => sum + value * y[n]!, i === j ? -1 : 0);
+      worst = Math.max(worst, Math.abs(entry));
+    });
+  });
+  return worst;
+}
+
+/** EᵀE [width, width]: the same for every basis of one subspace. */
+function projector(basis: SideBasis): Float64Array {
+  const { E } = decoded(basis);
+  const out = new Float64Array(basis.width ** 2);
+  for (const row of E) {
+    for (let i = 0; i < basis.width; i++) {
+      for (let j = 0; j < basis.width; j++) out[i * basis.width + j]! += row[i]! * row[j]!;
+    }
+  }
+  return out;
+}
+
+function largest(x: ArrayLike<number>, y?: ArrayLike<number>): number {
+  let peak = 0;
+  for (let i = 0; i < x.length; i++) peak = Math.max(peak, Math.abs(x[i]! - (y?.[i] ?? 0)));
+  return peak;
+}
+
+// ---- generated stacks ---------------------------------------------------------------------------------------------
+
+function generator(seed: number): () => number {
+  let state = seed >>> 0;
+  return () => {
+    state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
+    return state / 2 ** 31 - 1;
+  };
+}
+
+/** Adapters of the given ranks that share a few directions, as trained ones do. */
+function makeStack(seed: number, ranks: readonly number[], outputs: number, inputs: number): ModuleStack {
+  const random = generator(seed);
+  const side = (width: number): (() => Float32Array) => {
+    const shared = Array.from({ length: 3 }, () => Float64Array.from({ length: width }, random));
+    return () => {
+      const weights = shared.map(() => 2 * random());
+      return Float32Array.from({ length: width }, (_, j) =>
+        shared.reduce((sum, row, k) => sum + weights[k]! * row[j]!, 0.2 * random()),
+      );
+    };
+  };
+  const rowA = side(inputs);
+  const rowB = side(outputs);
+  const rows = (make: () => Float32Array, rank: number): Float32Array =>
+    Float32Array.from(Array.from({ length: rank }, () => [...make()]).flat());
+  return {
+    name: "layer",
+    out: outputs,
+    in: inputs,
+    members: ranks.map((rank, i) => ({ id: `task ${i}`, rank, A: rows(rowA, rank), Bt: rows(rowB, rank) })),
+  };
+}
+
+const stacks = fc
+  .record({
+    seed: fc.nat(),
+    ranks: fc.array(fc.integer({ min: 1, max: 5 }), { minLength: 1, maxLength: 5 }),
+    outputs: fc.integer({ min: 2, max: 24 }),
+    inputs: fc.integer({ min: 2, max: 24 }),
+  })
+  .map(({ seed, ranks, outputs, inputs }) => makeStack(seed, ranks, outputs, inputs));
+
+const gauges = fc.constantFrom("as-trained" as const, "balanced" as const);
+const centerings = fc.constantFrom("keep" as const, "none" as const);
+
+// ---- golden values ------------------------------------------------------------------------------------------------
+
+interface Golden {
+  tasks: string[];
+  modules: string[];
+  settings: Record<
+    string,
+    {
+      error: Record<string, Record<string, number>>;
+      modules: Record<string, { delta_A?: number; delta_B?: number }>;
+    }
+  >;
+}
+
+const golden = JSON.parse(readFileSync(new URL("goldens/extract/golden.json", DATA), "utf8")) as Golden;
+const values = readTensors("goldens/extract/column.safetensors");
+const real = readStacks(golden.tasks);
+const TRIMMED =
+  "balanced none, ranks trimmed to 8 4 6 2 8 3 in task order, error against the trimmed adapters, K=12";
+
+/** The first `ranks[i]` balanced pairs of each adapter, as adapters of their own. */
+function trimmed(stack: ModuleStack, ranks: readonly number[]): ModuleStack {
+  const members = stack.members.map((member, i): ModuleMember => {
+    const pair = balance(toPair(member), stack.out, stack.in);
+    const rank = ranks[i]!;
+    return {
+      id: member.id,
+      rank,
+      A: Float32Array.from(pair.A.subarray(0, rank * stack.in)),
+      Bt: Float32Array.from(pair.Bt.subarray(0, rank * stack.out)),
+    };
+  });
+  return { ...stack, members };
+}
+
+function toPair({ rank, A, Bt }: ModuleMember): Pair {
+  return { rank, A: Float64Array.from(A), Bt: Float64Array.from(Bt) };
+}
+
+const settings: [string, Partial<ExtractOptions>, (stack: ModuleStack) => ModuleStack][] = [
+  ["column keep K=16", { select: { kind: "k", k: 16 } }, (stack) => stack],
+  ["column none K=16", { select: { kind: "k", k: 16 }, centering: "none" }, (stack) => stack],
+  ["balanced none K=16", { select: { kind: "k", k: 16 }, centering: "none", gauge: "balanced" }, (stack) => stack],
+  [TRIMMED, { select: { kind: "k", k: 12 }, centering: "none" }, (stack) => trimmed(stack, [8, 4, 6, 2, 8, 3])],
+  [TRIMMED, { select: { kind: "k", k: 12 }, centering: "none", gauge: "balanced" }, (s) => trimmed(s, [8, 4, 6, 2, 8, 3])],
+];
+
+for (const [name, options, prepare] of settings) {
+  t.test(`golden: ${name}, ${options.gauge ?? "as-trained"}`, async () => {
+    const expected = golden.settings[name]!;
+    t.same(real.map((stack) => stack.name).sort(), golden.modules);
+    for (const stack of real) {
+      const result = extractModule(prepare(stack), { ...F32, ...options });
+      for (const task of result.tasks) {
+        const error = expected.error[task.id]![stack.name]!;
+        t.ok(Math.abs(task.error - error) <= 1e-5, `${stack.name} ${task.id}: ${task.error}, numpy ${error}`);
+        t.ok(task.bound >= task.error, "the bound is one");
+      }
+      const { delta_A: deltaA, delta_B: deltaB } = expected.modules[stack.name]!;
+      if (deltaA === undefined || deltaB === undefined) continue;
+      t.ok(Math.abs(result.delta.A - deltaA) <= 1e-5, `delta A ${result.delta.A}, numpy ${deltaA}`);
+      t.ok(Math.abs(result.delta.B - deltaB) <= 1e-5, `delta B ${result.delta.B}, numpy ${deltaB}`);
+    }
+  });
+}
+
+t.test("golden: means, singular values and projectors", async () => {
+  let projectors = 0;
+  for (const stack of real) {
+    const result = extractModule(stack, { ...F32, select: { kind: "k", k: 16 } });
+    for (const side of ["A", "B"] as const) {
+      const basis = result[side];
+      const key = `${stack.name}.${side}`;
+      const mean = values.get(`${key}.mean`)!.data;
+      t.ok(largest(decoded(basis).mean!, mean) <= 1e-5 * largest(mean), `${key}: mean`);
+      const singular = values.get(`${key}.singular`)!.data;
+      t.equal(basis.singular.length, singular.length);
+      t.ok(largest(basis.singular, singular) <= 1e-5 * singular[0]!, `${key}: singular values`);
+      const squares = singular.map((value) => value * value);
+      const explained = sum(squares.subarray(0, 16)) / sum(squares);
+      t.ok(Math.abs(basis.explained - explained) <= 1e-5, `${key}: explained`);
+      const expected = values.get(`${key}.projector_of_16`)?.data;
+      if (!expected || (singular[15]! - singular[16]!) / singular[0]! <= 1e-3) continue;
+      projectors++;
+      t.ok(largest(projector(basis), expected) <= 1e-5, `${key}: projector`);
+    }
+  }
+  t.ok(projectors > 0, "a gap allowed a projector to be compared");
+});
+
+function sum(x: Float32Array): number {
+  return x.reduce((total, value) => total + value, 0);
+}
+
+t.test("real adapters: all 20, three ways to choose K", async () => {
+  const tasks = readdirSync(new URL("adapters/own-seed/", DATA)).sort();
+  const [stack] = readStacks(tasks) as [ModuleStack];
+  for (const gauge of ["as-trained", "balanced"] as const) {
+    const lossless = extractModule(stack, { ...F32, gauge });
+    for (const member of stack.members) {
+      const { error } = lossless.tasks.find(({ id }) => id === member.id)!;
+      const measured = storedError(lossless, member, "f32");
+      t.ok(error <= 1e-6 && measured <= 1e-6, `${gauge} ${member.id}: reported ${error}, measured ${measured}`);
+    }
+    t.ok(lossless.delta.A <= 1e-6 && lossless.delta.B <= 1e-6);
+    t.ok(orthonormality(lossless.A) <= 1e-6 && orthonormality(lossless.B) <= 1e-6);
+  }
+  for (const type of ["f16", "bf16", "int8", "int4", "int3"] as const) {
+    const options = { ...F32, basisType: type, coefficientType: type, select: { kind: "energy", share: 0.9 } } as const;
+    const result = extractModule(stack, options);
+    for (const side of [result.A, result.B]) {
+      const squares = side.singular.map((value) => value * value);
+      const total = squares.reduce((a, b) => a + b, 0);
+      const held = (k: number): number => squares.subarray(0, k).reduce((a, b) => a + b, 0);
+      t.ok(held(side.components) >= 0.9 * total && held(side.components - 1) < 0.9 * total, "fewest with that share");
+    }
+    const [member] = stack.members as [ModuleMember];
+    const measured = storedError(result, member, type);
+    t.ok(Math.abs(result.tasks[0]!.error - measured) <= 1e-7, `${type}: ${result.tasks[0]!.error}, measured ${measured}`);
+  }
+});
+
+// ---- properties -----------------------------------------------------------------------------------------------------
+
+t.test("components are orthonormal and energy 1 is lossless", async () => {
+  fc.assert(
+    fc.property(stacks, gauges, centerings, (stack, gauge, centering) => {
+      const result = extractModule(stack, { ...F32, gauge, centering });
+      const lossless = stack.members.every((member, i) => {
+        const measured = storedError(result, member, "f32");
+        return measured <= 1e-6 && Math.abs(result.tasks[i]!.error - measured) <= 5e-7;
+      });
+      const clean = orthonormality(result.A) <= 1e-6 && orthonormality(result.B) <= 1e-6;
+      return lossless && clean && result.tasks.every((task) => task.bound >= task.error - 1e-7);
+    }),
+    { seed: 1, numRuns: 200 },
+  );
+});
+
+t.test("reported errors are those of what is stored", async () => {
+  const types = fc.constantFrom<TensorType>("f32", "f16", "bf16", "int8", "int4", "int3");
+  fc.assert(
+    fc.property(
+      stacks,
+      gauges,
+      centerings,
+      types,
+      types,
+      fc.integer({ min: 1, max: 8 }),
+      (stack, gauge, centering, basisType, coefficientType, k) => {
+        const options: ExtractOptions = { gauge, centering, basisType, coefficientType, select: { kind: "k", k } };
+        const result = extractModule(stack, options);
+        const space = openModule(result);
+        return stack.members.every((member, i) => {
+          const task = result.tasks[i]!;
+          const measured = storedError(result, member, coefficientType);
+          const again = measureModule(space, member, task, options);
+          return (
+            Math.abs(task.error - measured) <= 1e-6 * (1 + task.bound) &&
+            Math.abs(again.error - measured) <= 1e-7 * (1 + task.bound)
+          );
+        });
+      },
+    ),
+    { seed: 2, numRuns: 200 },
+  );
+});
+
+t.test("no coefficients of a task are better than those found", async () => {
+  const types = fc.constantFrom<TensorType>("f32", "int8", "int4", "int3");
+  fc.assert(
+    fc.property(stacks, centerings, types, fc.nat(), (stack, centering, basisType, seed) => {
+      const options: ExtractOptions = { ...F32, centering, basisType, select: { kind: "k", k: 4 } };
+      const result = extractModule(stack, options);
+      const random = generator(seed);
+      const [member] = stack.members as [ModuleMember];
+      const { rank, alphaA } = result.tasks[0]!;
+      const alpha = Float64Array.from(decodeTensor("f32", alphaA, rank, result.A.components));
+      const exact = Float64Array.from(member.A);
+      const error = norm(difference(exact, rowsOf(result.A, alpha, rank)));
+      for (const step of [1e-3, 1e-1]) {
+        const moved = alpha.map((value) => value + step * random());
+        if (norm(difference(exact, rowsOf(result.A, moved, rank))) < error * (1 - 1e-6)) return false;
+      }
+      return true;
+    }),
+    { seed: 3, numRuns: 200 },
+  );
+});
+
+t.test("an error selection is honoured, and no pair of fewer bytes would do", async () => {
+  fc.assert(
+    fc.property(
+      stacks,
+      gauges,
+      centerings,
+      fc.constantFrom<TensorType>("f32", "f16", "int8"),
+      fc.double({ min: 0.05, max: 0.8, noNaN: true }),
+      (stack, gauge, centering, type, max) => {
+        const options: ExtractOptions = {
+          gauge,
+          centering,
+          basisType: type,
+          coefficientType: type,
+          select: { kind: "error", max },
+        };
+        const result = extractModule(stack, options);
+        if (stack.members.some((member) => storedError(result, member, type) > max + 1e-7)) return false;
+        const ranks = result.tasks.map((task) => task.rank);
+        const bytes = (kA: number, kB: number): number =>
+          tensorBytes(type, kA + (centering === "keep" ? 1 : 0), stack.in) +
+          tensorBytes(type, kB + (centering === "keep" ? 1 : 0), stack.out) +
+          ranks.reduce((all, rank) => all + tensorBytes(type, rank, kA) + tensorBytes(type, rank, kB), 0);
+        const spent = bytes(result.A.components, result.B.components);
+        const full = extractModule(stack, { ...options, select: { kind: "energy", share: 1 } });
+        // Every pair of fewer bytes, or of as many with a smaller K_A, brought onto bases cut from the full ones.
+        for (let kA = 0; kA <= full.A.components; kA++) {
+          for (let kB = 0; kB <= full.B.components; kB++) {
+            const cost = bytes(kA, kB);
+            if (cost > spent || (cost === spent && kA >= result.A.components)) continue;
+            const space = openModule({ A: cut(full.A, kA), B: cut(full.B, kB) });
+            const fits = stack.members.every(
+              (member) => projectModule(space, member, { gauge, coefficientType: type }).error <= max - 1e-9,
+            );
+            if (fits) return false;
+          }
+        }
+        return true;
+      },
+    ),
+    { seed: 4, numRuns: 60 },
+  );
+});
+
+/** The first k components of a basis and its mean, in bytes of their own. */
+function cut(basis: SideBasis, k: number): SideBasis {
+  const { components, width, type, encoded } = basis;
+  const rows = k + (basis.mean ? 1 : 0);
+  const scales = type === "int8" ? 2 : 0;
+  const row = type === "f32" ? 4 * width : type === "f16" ? 2 * width : width;
+  const out = new Uint8Array(tensorBytes(type, rows, width));
+  const fromRows = Math.ceil((scales * (components + (basis.mean ? 1 : 0))) / 4) * 4;
+  const toRows = Math.ceil((scales * rows) / 4) * 4;
+  const order = [...Array.from({ length: k }, (_, i) => i), ...(basis.mean ? [components] : [])];
+  order.forEach((from, to) => {
+    out.set(encoded.subarray(scales * from, scales * from + scales), scales * to);
+    out.set(encoded.subarray(fromRows + row * from, fromRows + row * (from + 1)), toRows + row * to);
+  });
+  return { ...basis, components: k, encoded: out };
+}
+
+t.test("an error that the stored types cannot reach is refused with what can be reached", async () => {
+  const stack = makeStack(5, [3, 3, 3], 12, 16);
+  const options: ExtractOptions = { ...F32, basisType: "int4", coefficientType: "int4", select: { kind: "error", max: 1e-3 } };
+  t.throws(() => extractModule(stack, options), { message: /layer.*0\.001.*int4.*f32/s });
+  t.throws(() => extractModule(stack, { ...F32, select: { kind: "error", max: 1e-12 } }), RangeError);
+  const reached = extractModule(stack, { ...F32, select: { kind: "error", max: 1e-6 } });
+  t.ok(reached.tasks.every((task) => task.error <= 1e-6));
+});
+
+t.test("ΔW does not depend on the gauge, nor the balanced pack on the gauge it came in", async () => {
+  fc.assert(
+    fc.property(stacks, centerings, fc.nat(), (stack, centering, seed) => {
+      const random = generator(seed);
+      const members = stack.members.map((member): ModuleMember => {
+        // Another gauge: rows mixed by a unit lower triangular R, and B by its inverse.
+        const A = Float64Array.from(member.A);
+        const Bt = Float64Array.from(member.Bt);
+        for (let i = 1; i < member.rank; i++) {
+          const factor = random();
+          for (let j = 0; j < stack.in; j++) A[i * stack.in + j]! += factor * A[(i - 1) * stack.in + j]!;
+          for (let j = 0; j < stack.out; j++) Bt[(i - 1) * stack.out + j]! -= factor * Bt[i * stack.out + j]!;
+        }
+        return { ...member, A: Float32Array.from(A), Bt: Float32Array.from(Bt) };
+      });
+      const options: ExtractOptions = { ...F32, gauge: "balanced", centering, select: { kind: "k", k: 3 } };
+      const one = extractModule(stack, options);
+      const other = extractModule({ ...stack, members }, options);
+      return one.tasks.every((task, i) => Math.abs(task.error - other.tasks[i]!.error) <= 1e-3);
+    }),
+    { seed: 5, numRuns: 100 },
+  );
+  for (const stack of real.slice(0, 2)) {
+    for (const member of stack.members) {
+      const pair = balance(toPair(member), stack.out, stack.in);
+      const { difference: lost, norm: length } = deltaError(toPair(member), pair);
+      t.ok(lost <= 1e-6 * length, "balancing keeps ΔW");
+      const formed = norm(difference(product(member.A, member.Bt, 8), product(pair.A, pair.Bt, pair.rank)));
+      t.ok(formed <= 1e-6 * length, "formed");
+      const rows = timesTransposed(pair.A, pair.A, pair.rank, pair.rank, stack.in);
+      const columns = timesTransposed(pair.Bt, pair.Bt, pair.rank, pair.rank, stack.out);
+      t.ok(largest(rows, columns) <= 1e-12 * rows[0]!, "A·Aᵀ = Bᵀ·B");
+      t.ok(rows.every((value, i) => i % (pair.rank + 1) === 0 || Math.abs(value) <= 1e-12 * rows[0]!), "diagonal");
+    }
+  }
+});
+
+t.test("signs of balanced pairs point along the mean, whatever the order and the signs they came in", async () => {
+  const [stack] = real as [ModuleStack];
+  const balanced = (): Pair[] => stack.members.map((member) => balance(toPair(member), stack.out, stack.in));
+  const meanOf = (pairs: readonly Pair[]): Float64Array => {
+    const mean = new Float64Array(stack.in + stack.out);
+    for (const { A, Bt } of pairs) {
+      A.forEach((value, i) => (mean[i % stack.in]! += value / 48));
+      Bt.forEach((value, i) => (mean[stack.in + (i % stack.out)]! += value / 48));
+    }
+    return mean;
+  };
+  const pairs = balanced();
+  const before = norm(meanOf(pairs));
+  alignSigns(pairs, stack.out, stack.in);
+  const mean = meanOf(pairs);
+  t.ok(norm(mean) > 1.15 * before, "a longer mean");
+  const random = generator(1);
+  const shuffled = balanced().reverse();
+  for (const pair of shuffled) {
+    for (let i = 0; i < pair.rank; i++) {
+      if (random() < 0) continue;
+      for (let j = 0; j < stack.in; j++) pair.A[i * stack.in + j]! *= -1;
+      for (let j = 0; j < stack.out; j++) pair.Bt[i * stack.out + j]! *= -1;
+    }
+  }
+  alignSigns(shuffled, stack.out, stack.in);
+  const again = meanOf(shuffled);
+  const sign = Math.sign(mean.reduce((all, value, i) => all + value * again[i]!, 0));
+  t.ok(largest(mean, again.map((value) => sign * value)) <= 1e-12 * norm(mean), "the same mean, but for one sign");
+});
+
+t.test("the order of the adapters does not matter", async () => {
+  for (const stack of real.slice(0, 3)) {
+    for (const gauge of ["as-trained", "balanced"] as const) {
+      const options: ExtractOptions = { ...F32, gauge, select: { kind: "k", k: 16 } };
+      const one = extractModule(stack, options);
+      const other = extractModule({ ...stack, members: [...stack.members].reverse() }, options);
+      for (const side of ["A", "B"] as const) {
+        t.ok(largest(projector(one[side]), projector(other[side])) <= 1e-5, "the same subspace");
+        t.ok(largest(one[side].singular, other[side].singular) <= 1e-7 * one[side].singular[0]!);
+      }
+      for (const task of one.tasks) {
+        const twin = other.tasks.find(({ id }) => id === task.id)!;
+        t.ok(Math.abs(task.error - twin.error) <= 1e-6, `${task.id}: the same error`);
+      }
+    }
+  }
+});
+
+t.test("an adapter of the stack, brought onto the stored basis again, gets the same coefficients", async () => {
+  for (const [gauge, coefficientType] of [["as-trained", "f16"], ["balanced", "f16"], ["balanced", "f32"]] as const) {
+    const stack = real[1]!;
+    const result = extractModule(stack, { ...F32, gauge, coefficientType, select: { kind: "k", k: 12 } });
+    const space = openModule(result);
+    stack.members.forEach((member, i) => {
+      const again = projectModule(space, member, { gauge, coefficientType });
+      t.same(again, result.tasks[i]);
+      const measured = measureModule(space, member, again, { gauge, coefficientType });
+      for (const key of ["error", "bound", "deltaA", "deltaB"] as const) {
+        t.ok(Math.abs(measured[key] - again[key]) <= 1e-7, `${gauge} ${coefficientType} ${key}`);
+      }
+    });
+  }
+});
+
+// ---- hard cases -------------------------------------------------------------------------------------------------------
+
+t.test("identical adapters", async () => {
+  const { out, in: inputs, members } = makeStack(7, [3], 20, 30);
+  const copies = ["a", "b", "c", "d"].map((id) => ({ ...members[0]!, id }));
+  const stack = { name: "layer", out, in: inputs, members: copies };
+  for (const [centering, components] of [["keep", 2], ["none", 3]] as const) {
+    const result = extractModule(stack, { ...F32, centering });
+    t.equal(result.A.components, components, `${centering}: no direction that is only rounding`);
+    t.equal(result.B.components, components);
+    t.ok(result.tasks.every((task) => task.error <= 1e-6));
+  }
+  // Rank 1: every row is the mean, nothing is left for components.
+  const single = makeStack(8, [1], 20, 30).members[0]!;
+  const same = { ...stack, members: ["a", "b", "c"].map((id) => ({ ...single, id })) };
+  for (const select of [{ kind: "k", k: 5 }, { kind: "energy", share: 0.9 }, { kind: "error", max: 0.01 }] as const) {
+    const result = extractModule(same, { ...F32, select });
+    t.equal(result.A.components, 0);
+    t.equal(result.A.explained, 1);
+    t.equal(result.A.encoded.length, tensorBytes("f32", 1, 30));
+    t.same(result.delta, { A: 0, B: 0 });
+    t.ok(result.tasks.every((task) => task.error <= 1e-7 && task.alphaA.length === 0));
+  }
+});
+
+t.test("one adapter alone", async () => {
+  const stack = makeStack(9, [4], 20, 30);
+  const result = extractModule(stack, F32);
+  t.equal(result.A.components, 3, "the mean is one of four dimensions");
+  t.ok(result.tasks[0]!.error <= 1e-6);
+  t.equal(extractModule(stack, { ...F32, centering: "none" }).A.components, 4);
+  t.equal(extractModule(stack, { ...F32, select: { kind: "k", k: 100 } }).A.components, 3, "never more than the rank");
+});
+
+t.test("rank-deficient stacks", async () => {
+  const random = generator(11);
+  const rows = Array.from({ length: 2 }, () => Float64Array.from({ length: 40 }, random));
+  const members = ["a", "b", "c", "d"].map((id): ModuleMember => {
+    const mixed = (): Float32Array =>
+      Float32Array.from(
+        Array.from({ length: 4 }, () => {
+          const [x, y] = [random(), random()];
+          return [...rows[0]!.map((value, j) => x * value + y * rows[1]![j]!)];
+        }).flat(),
+      );
+    return { id, rank: 4, A: mixed(), Bt: mixed() };
+  });
+  const stack = { name: "layer", out: 40, in: 40, members };
+  for (const gauge of ["as-trained", "balanced"] as const) {
+    const result = extractModule(stack, { ...F32, gauge, centering: "none" });
+    t.equal(result.A.components, 2, "two directions and no rounding errors");
+    t.equal(result.B.components, 2);
+    t.ok(result.tasks.every((task) => task.error <= 1e-6 && task.rank === (gauge === "balanced" ? 2 : 4)));
+  }
+});
+
+t.test("an adapter of zeros has error 0 and stays what it is", async () => {
+  const stack = makeStack(12, [2, 2], 10, 14);
+  const zero = { id: "zero", rank: 2, A: new Float32Array(28), Bt: new Float32Array(20) };
+  const untrained = { id: "untrained", rank: 2, A: stack.members[0]!.A, Bt: new Float32Array(20) };
+  for (const gauge of ["as-trained", "balanced"] as const) {
+    for (const centering of ["keep", "none"] as const) {
+      for (const select of [{ kind: "k", k: 1 }, { kind: "energy", share: 1 }, { kind: "error", max: 0.2 }] as const) {
+        const options: ExtractOptions = { ...F32, gauge, centering, select };
+        const result = extractModule({ ...stack, members: [...stack.members, zero, untrained] }, options);
+        for (const task of result.tasks.slice(2)) {
+          t.equal(task.error, 0);
+          t.equal(task.bound, 0);
+          t.ok(task.rank >= 1 && Number.isFinite(task.deltaA) && Number.isFinite(task.deltaB));
+        }
+        const alone = extractModule({ ...stack, members: [zero] }, options);
+        t.equal(alone.A.components, 0);
+        t.ok(largest(rowsOf(alone.A, [], 1)) === 0);
+      }
+    }
+  }
+});
+
+t.test("one adapter a thousand times larger does not swallow the others", async () => {
+  const stack = makeStack(13, [4, 4, 4], 40, 50);
+  const members = stack.members.map((member, i) =>
+    i > 0 ? member : { ...member, A: member.A.map((x) => 1000 * x), Bt: member.Bt.map((x) => 1000 * x) },
+  );
+  for (const gauge of ["as-trained", "balanced"] as const) {
+    const result = extractModule({ ...stack, members }, { ...F32, gauge, centering: "none" });
+    t.equal(result.A.components, 12);
+    t.ok(orthonormality(result.A) <= 1e-6);
+    for (const member of members) t.ok(storedError(result, member, "f32") <= 1e-6, member.id);
+    // With the large rows in the mean, coefficients of the small ones are as large as it, and so is their rounding.
+    const kept = extractModule({ ...stack, members }, { ...F32, gauge });
+    for (const member of members) t.ok(storedError(kept, member, "f32") <= 1e-3, member.id);
+  }
+});
+
+t.test("more rows than columns, ranks above the width", async () => {
+  const stack = makeStack(14, [6, 6, 6, 6], 5, 9);
+  for (const gauge of ["as-trained", "balanced"] as const) {
+    const result = extractModule(stack, { ...F32, gauge });
+    t.equal(result.A.singular.length, 9);
+    t.ok(result.A.components <= 9 && result.B.components <= 5);
+    for (const member of stack.members) t.ok(storedError(result, member, "f32") <= 1e-6);
+  }
+});
+
+t.test("the error of two pairs: tiny differences, other gauges, other ranks", async () => {
+  const [member] = makeStack(15, [4], 30, 40).members as [ModuleMember];
+  const pair = toPair(member);
+  t.same(deltaError(pair, pair).difference, 0);
+  const exact = product(pair.A, pair.Bt, 4);
+  for (const size of [1e-3, 1e-7, 1e-11]) {
+    const random = generator(16);
+    const near = { ...pair, A: pair.A.map((x) => x * (1 + size * random())), Bt: pair.Bt.map((x) => x + size * random()) };
+    const formed = norm(difference(exact, product(near.A, near.Bt, 4)));
+    const found = deltaError(pair, near);
+    t.ok(Math.abs(found.difference / formed - 1) <= 1e-3, `${size}: ${found.difference}, formed ${formed}`);
+    t.ok(found.bound >= found.difference);
+    t.ok(Math.abs(found.norm / norm(exact) - 1) <= 1e-13);
+  }
+  const short = { rank: 2, A: pair.A.slice(0, 80), Bt: pair.Bt.slice(0, 60) };
+  const formed = norm(difference(exact, product(short.A, short.Bt, 2)));
+  t.ok(Math.abs(deltaError(pair, short).difference / formed - 1) <= 1e-12);
+  t.throws(() => deltaError(pair, { rank: 1, A: new Float64Array(3), Bt: new Float64Array(30) }), RangeError);
+});
+
+t.test("another product gives the same result", async () => {
+  let calls = 0;
+  const products: typeof timesTransposed = (...given) => {
+    calls++;
+    return timesTransposed(...given);
+  };
+  const stack = makeStack(17, [3, 3], 12, 16);
+  for (const select of [{ kind: "k", k: 3 }, { kind: "error", max: 0.1 }] as const) {
+    t.same(extractModule(stack, { ...F32, select, products }), extractModule(stack, { ...F32, select }));
+  }
+  t.ok(calls > 0);
+});
+
+t.test("wrong input is refused", async () => {
+  const stack = makeStack(18, [2, 2], 6, 8);
+  const [member] = stack.members as [ModuleMember];
+  const refuses = (broken: Partial<ModuleMember>, message: RegExp): void => {
+    t.throws(() => extractModule({ ...stack, members: [{ ...member, ...broken }] }, F32), { name: "RangeError", message });
+  };
+  refuses({ rank: 3 }, /task 0.*A.*rank 3 times 8/);
+  refuses({ rank: 0 }, /rank 0/);
+  refuses({ Bt: new Float32Array(3) }, /task 0.*Bt/);
+  refuses({ A: member.A.map((x, i) => (i === 5 ? NaN : x)) }, /task 0: value 5 of A is NaN/);
+  refuses({ Bt: member.Bt.map((x, i) => (i === 1 ? Infinity : x)) }, /value 1 of Bt is Infinity/);
+  t.throws(() => extractModule({ ...stack, members: [] }, F32), RangeError);
+  for (const select of [
+    { kind: "k", k: 0 },
+    { kind: "k", k: 1.5 },
+    { kind: "energy", share: 0 },
+    { kind: "energy", share: 1.01 },
+    { kind: "error", max: 0 },
+    { kind: "error", max: NaN },
+  ] as const) {
+    t.throws(() => extractModule(stack, { ...F32, select }), RangeError, JSON.stringify(select));
+  }
+  const space = openModule(extractModule(stack, F32));
+  t.throws(() => projectModule(space, { ...member, A: new Float32Array(6) }, F32), RangeError);
+});
