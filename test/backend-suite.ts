@@ -14,7 +14,7 @@ const SEED = 20260115;
 /** Byte that fills whatever an operation must not touch. */
 const GUARD = 0xa5;
 
-/** Runs the whole suite on backends made by `create`; `view` is what differs where memory is not the CPU's. */
+/** Runs the whole suite on backends made by `create`. Only `download` assumes memory that the CPU can view. */
 export function backendSuite(t: Test, create: () => Promise<Backend> | Backend): void {
   /** Bytes at a slice once all operations have taken effect. */
   async function download(backend: Backend, at: Slice, byteLength: number): Promise<Uint8Array> {

@@ -42,7 +42,8 @@ interface Tensor {
 function readTensors(path: string): Map<string, Tensor> {
   const file = readFileSync(new URL(path, DATA));
   const end = 8 + Number(file.readBigUInt64LE(0));
-  const header = JSON.parse(file.toString("utf8", 8, end)) as Record<string, { shape: number[]; data_offsets: number[] }>;
+  type Header = Record<string, { shape: number[]; data_offsets: number[] }>;
+  const header = JSON.parse(file.toString("utf8", 8, end)) as Header;
   const tensors = new Map<string, Tensor>();
   for (const [name, { shape, data_offsets: at }] of Object.entries(header)) {
     if (name === "__metadata__") continue;
@@ -246,12 +247,13 @@ function toPair({ rank, A, Bt }: ModuleMember): Pair {
   return { rank, A: Float64Array.from(A), Bt: Float64Array.from(Bt) };
 }
 
+const RANKS = [8, 4, 6, 2, 8, 3];
 const settings: [string, Partial<ExtractOptions>, (stack: ModuleStack) => ModuleStack][] = [
   ["column keep K=16", { select: { kind: "k", k: 16 } }, (stack) => stack],
   ["column none K=16", { select: { kind: "k", k: 16 }, centering: "none" }, (stack) => stack],
   ["balanced none K=16", { select: { kind: "k", k: 16 }, centering: "none", gauge: "balanced" }, (stack) => stack],
-  [TRIMMED, { select: { kind: "k", k: 12 }, centering: "none" }, (stack) => trimmed(stack, [8, 4, 6, 2, 8, 3])],
-  [TRIMMED, { select: { kind: "k", k: 12 }, centering: "none", gauge: "balanced" }, (s) => trimmed(s, [8, 4, 6, 2, 8, 3])],
+  [TRIMMED, { select: { kind: "k", k: 12 }, centering: "none" }, (stack) => trimmed(stack, RANKS)],
+  [TRIMMED, { select: { kind: "k", k: 12 }, centering: "none", gauge: "balanced" }, (stack) => trimmed(stack, RANKS)],
 ];
 
 for (const [name, options, prepare] of settings) {
@@ -325,7 +327,8 @@ t.test("real adapters: all 20, three ways to choose K", async () => {
     }
     const [member] = stack.members as [ModuleMember];
     const measured = storedError(result, member, type);
-    t.ok(Math.abs(result.tasks[0]!.error - measured) <= 1e-7, `${type}: ${result.tasks[0]!.error}, measured ${measured}`);
+    const { error } = result.tasks[0]!;
+    t.ok(Math.abs(error - measured) <= 1e-7, `${type}: ${error}, measured ${measured}`);
   }
 });
 
@@ -460,7 +463,8 @@ function cut(basis: SideBasis, k: number): SideBasis {
 
 t.test("an error that the stored types cannot reach is refused with what can be reached", async () => {
   const stack = makeStack(5, [3, 3, 3], 12, 16);
-  const options: ExtractOptions = { ...F32, basisType: "int4", coefficientType: "int4", select: { kind: "error", max: 1e-3 } };
+  const select = { kind: "error", max: 1e-3 } as const;
+  const options: ExtractOptions = { ...F32, basisType: "int4", coefficientType: "int4", select };
   t.throws(() => extractModule(stack, options), { message: /layer.*0\.001.*int4.*f32/s });
   t.throws(() => extractModule(stack, { ...F32, select: { kind: "error", max: 1e-12 } }), RangeError);
   const reached = extractModule(stack, { ...F32, select: { kind: "error", max: 1e-6 } });
@@ -569,7 +573,8 @@ t.test("an adapter of the stack, brought onto the stored basis again, gets the s
   }
 });
 
-// ---- hard cases -------------------------------------------------------------------------------------------------------
+// ---- hard cases
+// -------------------------------------------------------------------------------------------------------
 
 t.test("identical adapters", async () => {
   const { out, in: inputs, members } = makeStack(7, [3], 20, 30);
@@ -680,7 +685,8 @@ t.test("the error of two pairs: tiny differences, other gauges, other ranks", as
   const exact = product(pair.A, pair.Bt, 4);
   for (const size of [1e-3, 1e-7, 1e-11]) {
     const random = generator(16);
-    const near = { ...pair, A: pair.A.map((x) => x * (1 + size * random())), Bt: pair.Bt.map((x) => x + size * random()) };
+    const A = pair.A.map((x) => x * (1 + size * random()));
+    const near = { rank: 4, A, Bt: pair.Bt.map((x) => x + size * random()) };
     const formed = norm(difference(exact, product(near.A, near.Bt, 4)));
     const found = deltaError(pair, near);
     t.ok(Math.abs(found.difference / formed - 1) <= 1e-3, `${size}: ${found.difference}, formed ${formed}`);
@@ -710,7 +716,8 @@ t.test("wrong input is refused", async () => {
   const stack = makeStack(18, [2, 2], 6, 8);
   const [member] = stack.members as [ModuleMember];
   const refuses = (broken: Partial<ModuleMember>, message: RegExp): void => {
-    t.throws(() => extractModule({ ...stack, members: [{ ...member, ...broken }] }, F32), { name: "RangeError", message });
+    const members = [{ ...member, ...broken }];
+    t.throws(() => extractModule({ ...stack, members }, F32), { name: "RangeError", message });
   };
   refuses({ rank: 3 }, /task 0.*A.*rank 3 times 8/);
   refuses({ rank: 0 }, /rank 0/);

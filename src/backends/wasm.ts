@@ -239,14 +239,16 @@ async function instantiate(options: WasmOptions): Promise<Instance> {
   }
   const module = options.module ?? (await compile(options.variant));
   const memory = new WebAssembly.Memory({ initial: RESERVED_PAGES });
-  let kernels: WasmKernels;
   try {
-    kernels = (await WebAssembly.instantiate(module, { env: { memory } })).exports as unknown as WasmKernels;
+    const kernels = (await WebAssembly.instantiate(module, { env: { memory } })).exports as unknown as WasmKernels;
+    const variant = WASM_VARIANTS[kernels.variant.value as number]!;
+    return { variant, kernels, memory, heap: createHeap(memory, RESERVED_BYTES) };
   } catch (cause) {
-    throw new BackendError(`wasm: the module is not one of eigenlora's: ${String(cause)}`, { backend: "wasm", cause });
+    throw new BackendError(`wasm: the module is none of eigenlora/wasm/*.wasm: ${String(cause)}`, {
+      backend: "wasm",
+      cause,
+    });
   }
-  const variant = WASM_VARIANTS[kernels.variant.value as number]!;
-  return { variant, kernels, memory, heap: createHeap(memory, RESERVED_BYTES) };
 }
 
 /** The build asked for, or the best that validates. */

@@ -172,7 +172,7 @@ export async function verifyCommand(args: Arguments, out: Output): Promise<Resul
       blobs.set(id, await pack.load(id));
       out.progress("task", i + 1, pack.tasks.size);
     }
-    checks.push({ name: "tasks", ok: true, detail: `${blobs.size} blobs` });
+    checks.push({ name: "tasks", ok: true, detail: [...blobs.keys()].join(", ") });
     checks.push(await basisIdCheck(pack, bases), await paddingCheck(path, pack));
     const trailing = (await sizeOf(path)) - pack.window.superblock.committed;
     checks.push({ name: "bytes behind the end", ok: true, detail: `${trailing} (ignored)` });

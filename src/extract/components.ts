@@ -22,9 +22,9 @@ export interface Components {
 }
 
 /**
- * A row is represented when what is left of it is below this share of its length: one step of f32, which is what storing
- * components and coefficients in f32 loses anyway. What lies below is the rounding error of trained weights, not a
- * direction.
+ * A row is represented when what is left of it is below this share of its length: one step of f32, which is what
+ * storing components and coefficients in f32 loses anyway. What lies below is the rounding error of trained weights,
+ * not a direction.
  */
 export const ROUNDING: number = 2 ** -23;
 
@@ -100,7 +100,8 @@ export function principalComponents(
     if (take <= 0) break;
     vectors.set(eigen.vectors(take), count * width);
     orthonormalize(vectors, count, take, width, singular);
-    if (count + take === wanted && level === 0) {
+    if (level === 0 && take === wanted) {
+      // What a first Gram matrix resolves is far above rounding: no need to look at what is left.
       count = wanted;
       break;
     }
@@ -134,7 +135,9 @@ function gramEigen(x: Float64Array, rows: number, width: number, products: Produ
   };
 }
 
-/** Makes vectors `from` to `from + count` unit vectors, the weak ones orthogonal to all before them (twice is enough). */
+/**
+ * Makes vectors `from` to `from + count` unit vectors, the weak ones orthogonal to all before them (twice is enough).
+ */
 function orthonormalize(v: Float64Array, from: number, count: number, width: number, singular: Float64Array): void {
   for (let k = from; k < from + count; k++) {
     const weak = singular[k]! < WEAK * singular[0]!;

@@ -1,8 +1,8 @@
 /**
- * The symmetric eigenproblem for extraction, in f64: all eigenvalues, but eigenvectors of the largest ones only, since a
- * pack keeps a fraction of the components. Householder tridiagonalisation, implicit QL for the values, inverse iteration
- * for the vectors (Golub & Van Loan, "Matrix Computations", 8.3 and 8.2.2). Not a general eigensolver: no generalised
- * or complex problems.
+ * The symmetric eigenproblem for extraction, in f64: all eigenvalues, but eigenvectors of the largest ones only, since
+ * a pack keeps a fraction of the components. Householder tridiagonalisation, implicit QL for the values, inverse
+ * iteration for the vectors (Golub & Van Loan, "Matrix Computations", 8.3 and 8.2.2). Not a general eigensolver: no
+ * generalised or complex problems.
  */
 import { addScaled, dot, EPSILON, reflect, reflector, scale } from "./linalg.ts";
 
@@ -46,8 +46,8 @@ interface Tridiagonal {
 }
 
 /**
- * Reduces A to tridiagonal form: H₀·A·H₀, and so on, one row at a time. Reads and writes the upper triangle only, two rows
- * at a time, because this loop is bound by loads and stores.
+ * Reduces A to tridiagonal form: H₀·A·H₀, and so on, one row at a time. Reads and writes the upper triangle only, two
+ * rows at a time, because this loop is bound by loads and stores.
  */
 function tridiagonalize(a: Float64Array, n: number): Tridiagonal {
   const diagonal = new Float64Array(n);
@@ -173,8 +173,8 @@ function tridiagonalValues(t: Tridiagonal): Float64Array {
 }
 
 /**
- * Eigenvectors nearer than this (as a share of ‖T‖) are orthogonalised against each other; others come out orthogonal to
- * EPSILON / 1e-4 by themselves.
+ * Eigenvectors nearer than this (as a share of ‖T‖) are orthogonalised against each other; others come out orthogonal
+ * to EPSILON / 1e-4 by themselves.
  */
 const CLUSTER = 1e-4;
 

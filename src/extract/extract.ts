@@ -1,7 +1,7 @@
 /**
- * Extraction in column mode: the adapters of one module become two bases, stored once, and coefficients per task (paper,
- * Algorithm 1; DESIGN.md section 2). Also the way of one more adapter onto an existing basis. Works on one module at a
- * time, on arrays only: no files, no pack.
+ * Extraction in column mode: the adapters of one module become two bases, stored once, and coefficients per task
+ * (paper, Algorithm 1; DESIGN.md section 2). Also the way of one more adapter onto an existing basis. Works on one
+ * module at a time, on arrays only: no files, no pack.
  */
 import { decodeTensor, encodeTensor, type TensorType } from "../dtypes.ts";
 import { centred, columnMeans, principalComponents, ROUNDING, type Components } from "./components.ts";
@@ -73,8 +73,8 @@ export interface SideBasis extends StoredBasis {
 /** What a task loses in one module. */
 export interface TaskError {
   /**
-   * ‖ΔW − ΔW'‖ / ‖ΔW‖ with ΔW' as stored; 0 where ΔW is zero. Extraction measures a balanced pair against itself, without
-   * what its rank trim dropped: below 1e-6 of ‖ΔW‖.
+   * ‖ΔW − ΔW'‖ / ‖ΔW‖ with ΔW' as stored; 0 where ΔW is zero. Extraction measures a balanced pair against itself,
+   * without what its rank trim dropped: below 1e-6 of ‖ΔW‖.
    */
   error: number;
   /** (‖B − B'‖·‖A‖ + ‖B'‖·‖A − A'‖) / ‖ΔW‖, an upper bound of `error`. */
@@ -319,11 +319,7 @@ function project(space: ModuleSpace, a: Target, b: Target, type: TensorType): Ta
   };
 }
 
-function projectSide(
-  space: Subspace,
-  target: Target,
-  type: TensorType,
-): { encoded: Uint8Array; loss: SideError } {
+function projectSide(space: Subspace, target: Target, type: TensorType): { encoded: Uint8Array; loss: SideError } {
   const { components } = space;
   const { encoded, values } = rounded(type, solve(space, target, components), target.rank, components);
   return { encoded, loss: lossOf(space, target, values, components) };
@@ -341,7 +337,9 @@ function toPair(member: ModuleMember, outputs: number, inputs: number): Pair {
   const { id, rank } = member;
   const side = (name: string, values: Float32Array, width: number): Float64Array => {
     if (!Number.isInteger(rank) || rank < 1 || values.length !== rank * width) {
-      throw new RangeError(`adapter ${id}: ${name} holds ${values.length} values, expected rank ${rank} times ${width}`);
+      throw new RangeError(
+        `adapter ${id}: ${name} holds ${values.length} values, expected rank ${rank} times ${width}`,
+      );
     }
     const bad = values.findIndex((value) => !Number.isFinite(value));
     if (bad >= 0) throw new RangeError(`adapter ${id}: value ${bad} of ${name} is ${values[bad]}`);

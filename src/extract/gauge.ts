@@ -46,9 +46,9 @@ interface Direction {
  * a·M_A + b·M_B ≥ 0. With signs left to chance the rows would cancel and the mean would be noise: on the 20 own-seed
  * adapters it holds 3.4 % of the stack's squares this way, 0.9 % with the largest entry of each row made positive.
  *
- * Rows are turned until none changes. Each round lengthens their sum S (Σ σ'·x·S ≥ Σ σ·x·S = ‖S‖²), so it ends. It starts
- * from the direction that most rows share, found by power iteration from the longest row, which does not depend on the
- * order of the adapters or on the signs they came in.
+ * Rows are turned until none changes. Each round lengthens their sum S (Σ σ'·x·S ≥ Σ σ·x·S = ‖S‖²), so it ends. It
+ * starts from the direction that most rows share, found by power iteration from the longest row, which does not depend
+ * on the order of the adapters or on the signs they came in.
  */
 export function alignSigns(pairs: readonly Pair[], outputs: number, inputs: number): void {
   let direction = longest(pairs, outputs, inputs);
@@ -67,9 +67,9 @@ export function alignSigns(pairs: readonly Pair[], outputs: number, inputs: numb
 }
 
 /**
- * Turns the rows of a balanced pair to point along a mean M_A [in], M_B [out]; says whether any was turned. The same rule
- * as `alignSigns`, for an adapter that comes later. Rows at right angles to the mean, as rows of one adapter are to each
- * other, stay as they are: there the sign would be that of a rounding error.
+ * Turns the rows of a balanced pair to point along a mean M_A [in], M_B [out]; says whether any was turned. The same
+ * rule as `alignSigns`, for an adapter that comes later. Rows at right angles to the mean, as rows of one adapter are
+ * to each other, stay as they are: there the sign would be that of a rounding error.
  */
 export function alignTo(pair: Pair, meanA: Float64Array, meanB: Float64Array): boolean {
   const mean = { A: meanA, Bt: meanB };

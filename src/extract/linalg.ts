@@ -1,7 +1,7 @@
 /**
  * Dense linear algebra in f64 for extraction: products of row-major matrices, LQ, a small SVD, Cholesky. Nothing here
- * knows of adapters. Eigenproblems are in `eigen.ts`. Every matrix is a flat row-major Float64Array; a "row" is a vector
- * of the space we work in, so products are taken between rows, which lie contiguous in memory.
+ * knows of adapters. Eigenproblems are in `eigen.ts`. Every matrix is a flat row-major Float64Array; a "row" is a
+ * vector of the space we work in, so products are taken between rows, which lie contiguous in memory.
  */
 
 /** Spacing of doubles at 1. */
@@ -74,7 +74,9 @@ export function timesTransposed(
   return out;
 }
 
-/** The signature of `timesTransposed`, in which extraction spends half its time: give a faster one where there is one. */
+/**
+ * The signature of `timesTransposed`, in which extraction spends half its time: give a faster one where there is one.
+ */
 export type Products = typeof timesTransposed;
 
 /** X·Xᵀ [rows, rows] of X [rows, width]: symmetric to the bit. */
@@ -154,8 +156,8 @@ export function reflector(x: Float64Array, at: number, count: number): { tau: nu
 }
 
 /**
- * Applies H = I − tau·v·vᵀ to `rows` vectors of `length` values, the first at `at`, `stride` apart. Four at a time share
- * the reads of v.
+ * Applies H = I − tau·v·vᵀ to `rows` vectors of `length` values, the first at `at`, `stride` apart. Four at a time
+ * share the reads of v.
  */
 export function reflect(
   tau: number,
@@ -249,7 +251,8 @@ export function svd(c: Float64Array, m: number, n: number): SVD {
   const w = c.slice();
   const u = new Float64Array(m * m);
   for (let i = 0; i < m; i++) u[i * m + i] = 1;
-  // Convergence is quadratic, 5 to 8 sweeps in practice; the cap only rules out an endless loop between rounding errors.
+  // Convergence is quadratic, 5 to 8 sweeps in practice; the cap only rules out an endless loop between rounding
+  // errors.
   for (let sweep = 0, turned = true; turned && sweep < 60; sweep++) {
     turned = false;
     for (let p = 0; p < m; p++) {

@@ -20,15 +20,17 @@ export interface StoredTypes {
   coefficientType: TensorType;
 }
 
-/** Pairs this far above the allowed error before coefficients are rounded are still tried: rounding can help a little. */
+/**
+ * Pairs this far above the allowed error before coefficients are rounded are still tried: rounding can help a little.
+ */
 const SLACK = 1 + 1 / 256;
 
 /**
  * Pairs [K_A, K_B] in the order of their stored bytes, the smaller K_A first among equals, whose largest error over all
  * tasks is at most `allowed` with everything rounded to the stored types.
  *
- * Before coefficients are rounded, the least K_B for each K_A is found on a staircase: it falls as K_A grows. From there
- * on pairs are tried in byte order with coefficients rounded.
+ * Before coefficients are rounded, the least K_B for each K_A is found on a staircase: it falls as K_A grows. From
+ * there on pairs are tried in byte order with coefficients rounded.
  *
  * @throws RangeError when all components together miss the allowed error
  */
@@ -45,8 +47,8 @@ export function* pairsWithin(
   const floor = Math.max(...a.targets.map((_, task) => share(errorA(task, limitA), errorB(task, limitB))));
   if (floor > allowed) {
     throw new RangeError(
-      `an error of ${allowed} cannot be reached: all components together leave ${floor.toPrecision(4)} after rounding ` +
-        `to ${types.basisType} components and ${types.coefficientType} coefficients; allow that much or store f32`,
+      `an error of ${allowed} cannot be reached: all components together leave ${floor.toPrecision(4)} after ` +
+        `rounding to ${types.basisType} components and ${types.coefficientType} coefficients; allow that much or store f32`,
     );
   }
   const least = staircase(allowed * SLACK, a, b);
@@ -103,7 +105,9 @@ function sideBytes(side: SearchSide, types: StoredTypes): number[] {
   );
 }
 
-/** For each K_A the least K_B within `allowed` before coefficients are rounded; one more than there are where none is. */
+/**
+ * For each K_A the least K_B within `allowed` before coefficients are rounded; one more than there are where none is.
+ */
 function staircase(allowed: number, a: SearchSide, b: SearchSide): number[] {
   const limitB = b.space.components;
   const walkA = walk(a);
@@ -126,7 +130,9 @@ function staircase(allowed: number, a: SearchSide, b: SearchSide): number[] {
   return least;
 }
 
-/** The errors of one side with exact coefficients, at a number of components that goes up and down by one, from zero. */
+/**
+ * The errors of one side with exact coefficients, at a number of components that goes up and down by one, from zero.
+ */
 interface Walk {
   count: number;
   error: TaskErrors;

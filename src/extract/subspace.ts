@@ -1,16 +1,26 @@
 /**
  * A stored basis opened for projection: what the reader of a pack will see, decoded to f64, with all that least squares
- * against it needs. Quantised components are no longer orthonormal, so coefficients are always solved for, never read off
- * by products (DESIGN.md 2.5).
+ * against it needs. Quantised components are no longer orthonormal, so coefficients are always solved for, never read
+ * off by products (DESIGN.md 2.5).
  *
- * The Cholesky factor L of the components' Gram matrix turns coefficients α into coordinates α·L on an orthonormal basis
- * whose first k vectors span the first k components. In these coordinates errors are sums of squares, for any number of
- * components at once, and no row is ever expanded.
+ * The Cholesky factor L of the components' Gram matrix turns coefficients α into coordinates α·L on an orthonormal
+ * basis whose first k vectors span the first k components. In these coordinates errors are sums of squares, for any
+ * number of components at once, and no row is ever expanded.
  */
 import { decodeTensor, encodeTensor, type TensorType } from "../dtypes.ts";
 import { centred, ROUNDING } from "./components.ts";
 import type { SideError } from "./error.ts";
-import { addScaled, backwardSolve, cholesky, dot, forwardSolve, gram, timesTransposed, transpose, type Products } from "./linalg.ts";
+import {
+  addScaled,
+  backwardSolve,
+  cholesky,
+  dot,
+  forwardSolve,
+  gram,
+  timesTransposed,
+  transpose,
+  type Products,
+} from "./linalg.ts";
 
 /** One side's basis as it lies in a pack. */
 export interface StoredBasis {
@@ -68,8 +78,8 @@ export function openSubspace(stored: StoredBasis, products: Products = timesTran
 }
 
 /**
- * Takes the stacked rows [Σ ranks, width] of tasks as targets, one for each rank. All at once, because one large product
- * costs less than many small ones.
+ * Takes the stacked rows [Σ ranks, width] of tasks as targets, one for each rank. All at once, because one large
+ * product costs less than many small ones.
  */
 export function targetsOf(space: Subspace, rows: Float64Array, ranks: readonly number[]): Target[] {
   const { components, width, mean } = space;

@@ -1,0 +1,223 @@
+import t from "tap";
+import { spawnSync } from "node:child_process";
+import * as fs from "node:fs/promises";
+import { cp, copyFile, mkdir, mkdtemp, readdir, readFile, rm, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { fileURLToPath } from "node:url";
+import { layoutAppend } from "../dist/src/pack/layout.js";
+import { openPack } from "../dist/src/pack/pack.js";
+import { openSafetensors } from "../dist/src/safetensors.js";
+import { openSource } from "../dist/src/source.js";
+import { data, relativeDifference, tensorsOf } from "./packs.ts";
+
+const main = fileURLToPath(new URL("../dist/src/cli/main.js", import.meta.url));
+const folder = await mkdtemp(join(tmpdir(), "eigenlora-cli-"));
+t.teardown(() => rm(folder, { recursive: true }));
+const own = data("adapters/own-seed");
+
+function run(...args: string[]): { status: number | null; stdout: string; stderr: string } {
+  return spawnSync(process.execPath, [main, ...args], { encoding: "utf8", cwd: folder });
+}
+
+/** Runs with --json; exactly one object on stdout, nothing on stderr. */
+function json(status: number, ...args: string[]): Record<string, any> {
+  const result = run(...args, "--json");
+  if (result.status !== status) throw new Error(`${args.join(" ")}: exit ${result.status}\n${result.stdout}${result.stderr}`);
+  if (result.stderr !== "") throw new Error(`stderr: ${result.stderr}`);
+  return JSON.parse(result.stdout);
+}
+
+const keys = (object: object, ...names: string[]): boolean => names.every((name) => name in object);
+
+t.test("pack, inspect, verify: the keys of the contract, and figures that agree", async (t) => {
+  const packed = json(0, "pack", own, "-o", "own.eigen", "--k", "16");
+  t.ok(
+    keys(packed, "file", "bytes", "tasks", "modules", "mode", "gauge", "centering", "dtype", "components", "adapterBytes") &&
+      keys(packed, "ratio", "breakEvenTasks", "error", "seconds", "peakMemoryBytes", "warnings"),
+  );
+  t.match(packed, { tasks: 20, modules: 12, mode: "column", gauge: "as-trained", dtype: "f16", components: { min: 16, max: 16 } });
+  const size = (await readFile(join(folder, "own.eigen"))).length;
+  t.equal(packed["bytes"], size);
+  t.equal(packed["warnings"].length, 1, "packed without a base");
+  const inspected = json(0, "inspect", "own.eigen");
+  t.ok(keys(inspected, "version", "bytes", "mode", "dtype", "basisBytes", "tasks", "modules", "sections", "breakEvenTasks"));
+  t.equal(inspected["bytes"], size);
+  t.equal(inspected["breakEvenTasks"], packed["breakEvenTasks"]);
+  t.match(inspected["modules"][0], { out: 384, in: 384, componentsA: 16, componentsB: 16 });
+  const verified = json(0, "verify", "own.eigen", "--against", own);
+  t.equal(verified["ok"], true);
+  t.equal(verified["tasks"].length, 20);
+  const worst = Math.max(...verified["tasks"].map((x: any) => x.error.max));
+  t.ok(Math.abs(worst - packed["error"].max) < 1e-6, "packer and verifier agree");
+  for (const task of verified["tasks"]) t.ok(task.bound >= task.error.max && task.delta.A <= 1 && task.delta.B > 0);
+  for (const command of ["inspect", "verify"]) t.match(run(command, "own.eigen").stdout, /debtags-role/);
+});
+
+t.test("--error is kept by every task; --energy 1 with f32 is lossless", async (t) => {
+  const some = ["debtags-role", "sections-0", "sections-1"].map((n) => join(own, n));
+  const limited = json(0, "pack", ...some, "-o", "e.eigen", "--error", "0.1");
+  t.ok(limited["error"].max <= 0.1 && limited["error"].max > 0.05, `${limited["error"].max}`);
+  const lossless = json(0, "pack", ...some, "-o", "l.eigen", "--energy", "1", "--dtype", "f32");
+  t.ok(lossless["error"].max < 1e-6, `${lossless["error"].max}`);
+  t.ok(lossless["ratio"] < 1.2, "below break-even a lossless pack is about as large as the adapters");
+});
+
+t.test("every number format can be packed", async (t) => {
+  let last = Infinity;
+  for (const dtype of ["f32", "f16", "int8", "int4", "int3"]) {
+    const packed = json(0, "pack", join(own, "debtags-role"), join(own, "debtags-use"), "-o", `${dtype}.eigen`, "--k", "12", "--dtype", dtype);
+    t.ok(packed["bytes"] < last, dtype);
+    last = packed["bytes"];
+    t.equal(json(0, "verify", `${dtype}.eigen`)["ok"], true);
+  }
+  t.match(json(0, "pack", own, "-o", "m.eigen", "--k", "4", "--dtype", "basis=int8,head=f32"), { dtype: "basis=int8,coefficients=f16,head=f32" });
+});
+
+t.test("add appends, remove drops, and the others' bytes stay", async (t) => {
+  const names = (await readdir(own)).sort();
+  const bytesBefore = json(0, "pack", ...names.slice(0, 10).map((n) => join(own, n)), "-o", "grow.eigen", "--k", "24")["bytes"];
+  const blob = async (id: string): Promise<string> => {
+    const { sections } = json(0, "inspect", "grow.eigen");
+    const { offset, bytes } = sections.find((s: any) => s.name === `task ${id}`);
+    return (await readFile(join(folder, "grow.eigen"))).subarray(offset, offset + bytes).toString("hex");
+  };
+  const before = await blob(names[3]!);
+  const added = json(0, "add", "grow.eigen", join(own, names[10]!), join(own, names[11]!));
+  t.match(added, { added: [names[10], names[11]], bytesBefore });
+  t.equal(added["residual"].length, 2);
+  t.ok(added["residual"][0].mean > 0 && added["residual"][0].max < 1.5);
+  t.equal(added["bytesAfter"], (await readFile(join(folder, "grow.eigen"))).length);
+  t.equal(await blob(names[3]!), before);
+  const projected = json(0, "verify", "grow.eigen", "--against", join(own, names[10]!))["tasks"].find((x: any) => x.error);
+  t.ok(Math.abs(projected.error.mean - added["residual"][0].mean) < 1e-9);
+  t.match(json(1, "add", "grow.eigen", join(own, names[10]!)), { error: { tag: "task", message: /--as/ } });
+  json(0, "add", "grow.eigen", join(own, names[10]!), "--as", `${names[10]}=again`);
+  const removed = json(0, "remove", "grow.eigen", names[0]!, "again");
+  t.match(removed, { removed: [names[0], "again"] });
+  t.ok(removed["bytesAfter"] < removed["bytesBefore"]);
+  t.equal(await blob(names[3]!), before);
+  t.equal(json(0, "verify", "grow.eigen")["ok"], true);
+  t.match(json(1, "remove", "grow.eigen", "debtag-role"), { error: { tag: "task", nearest: ["debtags-role"] } });
+  t.same((await readdir(folder)).filter((n) => /tmp|lock/.test(n)), [], "nothing is left behind");
+});
+
+t.test("a full disk leaves the pack as it was, wherever it strikes", async (t) => {
+  json(0, "pack", join(own, "debtags-role"), join(own, "debtags-use"), "-o", "full.eigen", "--k", "8");
+  const path = join(folder, "full.eigen");
+  const before = await readFile(path);
+  const pack = await openPack(before);
+  const blob = (await pack.load("debtags-role")).bytes;
+  const tasks = ["a", "b", "c"].map((id) => ({ entry: { id, adapterBytes: 0, metadata: {} }, blob }));
+  const plan = layoutAppend(pack.directory, pack.window.superblock, tasks);
+  const size = plan.body.reduce((sum, c) => sum + c.length, 0);
+  // The disk is a mock, since a real one that fills up needs a mount: it takes `room` bytes, then says ENOSPC.
+  let room = 0;
+  const files = await t.mockImport<typeof import("../dist/src/cli/files.js")>("../dist/src/cli/files.js", {
+    "node:fs/promises": {
+      ...fs,
+      async open(...args: Parameters<typeof fs.open>) {
+        const handle = await fs.open(...args);
+        const full = (): never => {
+          throw Object.assign(new Error("ENOSPC: no space left on device, write"), { code: "ENOSPC" });
+        };
+        const write = handle.write.bind(handle) as (...a: unknown[]) => Promise<{ bytesWritten: number }>;
+        const limited = async (bytes: Uint8Array, start = 0, length = bytes.length - start, at: number | null = null) => {
+          const fits = Math.min(length, room);
+          if (fits === 0 && length > 0) full();
+          room -= fits;
+          return write(bytes, start, fits, at);
+        };
+        const writeFile = async (bytes: Uint8Array): Promise<void> => {
+          for (let done = 0; done < bytes.length; ) done += (await limited(bytes, done)).bytesWritten;
+        };
+        return Object.assign(handle, { write: limited, writeFile });
+      },
+    },
+  });
+  for (let limit = 0; limit < size; limit += Math.ceil(size / 23)) {
+    room = limit;
+    await t.rejects(files.append(path, async () => plan), { tag: "source", message: /ENOSPC.*as it was before/ });
+    t.ok((await readFile(path)).equals(before), `after ${limit} of ${size} bytes`);
+    room = limit;
+    await t.rejects(files.writeWhole(join(folder, "never.eigen"), plan.body), { tag: "source", message: /cannot be written/ });
+  }
+  t.notOk((await readdir(folder)).some((n) => n.startsWith("never") || n.endsWith(".lock")), "no half-written file");
+  room = Infinity;
+  await files.append(path, async () => plan);
+  t.equal(json(0, "verify", "full.eigen")["tasks"].length, 5);
+  await writeFile(`${path}.lock`, "");
+  t.match(json(1, "add", "full.eigen", join(own, "debtags-game")), { error: { tag: "source", message: /another append/ } });
+});
+
+t.test("fold and export give PEFT's weights back", async (t) => {
+  for (const name of ["plain", "modules-to-save", "dora", "conv", "token-rows", "fan-in-fan-out"]) {
+    const golden = data(`goldens/peft/${name}`);
+    await mkdir(join(folder, name), { recursive: true });
+    await cp(join(golden, "adapter"), join(folder, name, "task"), { recursive: true });
+    const base = join(golden, "base.safetensors");
+    json(0, "pack", join(name, "task"), "-o", "one.eigen", "--energy", "1", "--dtype", "f32", "--base", base);
+    const folded = json(0, "fold", "one.eigen", "--task", "task", "--base", base, "-o", `${name}.safetensors`);
+    t.equal(folded["file"], `${name}.safetensors`);
+    const merged = await tensorsOf(join(golden, "merged.safetensors"));
+    const found = await tensorsOf(join(folder, `${name}.safetensors`));
+    for (const [weight, { values, shape }] of merged) {
+      t.same(found.get(weight)?.shape, shape, weight);
+      t.ok(relativeDifference(found.get(weight)!.values, values) <= 1e-6, `${name}: ${weight}`);
+    }
+    json(0, "export", "one.eigen", "--task", "task", "-o", `${name}-back`);
+    json(0, "pack", `${name}-back`, "-o", "two.eigen", "--as", `${name}-back=task`, "--energy", "1", "--dtype", "f32");
+    json(0, "fold", "two.eigen", "--task", "task", "--base", base, "-o", "again.safetensors");
+    const again = await tensorsOf(join(folder, "again.safetensors"));
+    for (const [weight, { values }] of merged) t.ok(relativeDifference(again.get(weight)!.values, values) <= 1e-6, `${name}-back: ${weight}`);
+  }
+  t.match(json(1, "fold", "one.eigen", "--task", "task", "--base", data("goldens/peft/all-linear/base.safetensors"), "-o", "x"), {
+    error: { tag: "base", message: /is not in the base/ },
+  });
+  const file = await openSafetensors(await openSource(join(folder, "plain.safetensors")));
+  t.ok(file.tensors.size > 0);
+});
+
+t.test("bad input: what, where, and what to do; exit 1, or 2 for usage", async (t) => {
+  await mkdir(join(folder, "empty"), { recursive: true });
+  await mkdir(join(folder, "other"), { recursive: true });
+  await cp(join(own, "debtags-role"), join(folder, "other", "debtags-role"), { recursive: true });
+  await cp(data("goldens/peft/refuse-bin/adapter"), join(folder, "pickle"), { recursive: true });
+  await cp(data("goldens/peft/plain/adapter"), join(folder, "tiny"), { recursive: true });
+  await writeFile(join(folder, "noise.eigen"), "not a pack at all, but long enough to be read as one?");
+  await copyFile(join(folder, "own.eigen"), join(folder, "cut.eigen"));
+  await writeFile(join(folder, "cut.eigen"), (await readFile(join(folder, "own.eigen"))).subarray(0, 100_000));
+  const failures: [string[], object][] = [
+    [["pack", "empty", "-o", "x"], { tag: "adapter" }],
+    [["pack", "nowhere", "-o", "x"], { tag: "adapter", message: /nowhere/ }],
+    [["pack", own, "other", "-o", "x"], { tag: "task", message: /--as/ }],
+    [["pack", "pickle", "-o", "x"], { tag: "adapter", message: /safe_serialization/ }],
+    [["pack", "other", "-o", "x", "--base", data("goldens/peft/plain/base.safetensors")], { tag: "base" }],
+    [["pack", own, "-o", "no/such/folder/x"], { tag: "source", message: /cannot be written/ }],
+    [["inspect", "noise.eigen"], { tag: "format", message: /not an EigenLoRA pack/ }],
+    [["inspect", "cut.eigen"], { tag: "format", message: /truncated: 100000 bytes of/ }],
+    [["inspect", "missing.eigen"], { tag: "source" }],
+    [["verify", "own.eigen", "--against", "tiny"], { tag: "task" }],
+    [["add", "own.eigen", "tiny"], { tag: "adapter", message: /pack's is|no basis/ }],
+    [["export", "own.eigen", "--task", "debtags-rule", "-o", "x"], { tag: "task", nearest: ["debtags-role"] }],
+  ];
+  for (const [args, error] of failures) t.match(json(1, ...args), { error }, args.join(" "));
+  const usage: [string[], RegExp][] = [
+    [["pack", own], /--output is missing/],
+    [["pack", "-o", "x"], /at least 1 arguments, got 0/],
+    [["pack", own, "-o", "x", "--k", "3", "--energy", "0.5"], /exclude each other/],
+    [["pack", own, "-o", "x", "--k", "0"], /whole number/],
+    [["pack", own, "-o", "x", "--error", "2"], /between 0 and 1/],
+    [["pack", own, "-o", "x", "--dtype", "f8"], /f8/],
+    [["pack", own, "-o", "x", "--mode", "cubic"], /--mode cubic/],
+    [["pack", own, "-o", "x", "--gage", "balanced"], /gage/],
+    [["inspekt", "own.eigen"], /did you mean inspect/],
+    [["remove", "own.eigen"], /at least 2/],
+    [["bench", "everything"], /expected memory/],
+  ];
+  for (const [args, message] of usage) t.match(json(2, ...args), { error: { tag: "usage", message } }, args.join(" "));
+  t.equal(run().status, 2);
+  t.equal(run("--help").status, 0);
+  t.match(run("--version").stdout, /^\d+\.\d+\.\d+\n$/);
+  t.match(run("inspect", "missing.eigen").stderr, /^eigenlora: .*missing.eigen/);
+});
