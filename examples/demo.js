@@ -93,7 +93,7 @@ try {
 async function errorAgainstMerge(adapter, weights, base) {
   let sum = 0;
   for (const module of adapter.modules.values()) {
-    const name = `${module.name.replace(/^bert\./, "")}.weight`;
+    const name = `${module.name}.weight`;
     const tensor = /** @type {import("eigenlora").Tensor} */ (weights.get(name));
     const view = await base.read(name);
     const w0 = widen(/** @type {Uint8Array} */ (view.data), view.dtype);

@@ -14,10 +14,8 @@ export type TensorType = FloatType | QuantizedType;
 /** File code of a type is its index here. */
 export const TENSOR_TYPES: readonly TensorType[] = ["f32", "f16", "bf16", "int8", "int4", "int3"];
 
-const BITS: Record<TensorType, number> = { f32: 32, f16: 16, bf16: 16, int8: 8, int4: 4, int3: 3 };
-
-/** Largest integer a quantised type stores; the smallest is its negative, so that 0 is exact and the range symmetric. */
-export const QUANTIZED_MAX: Record<QuantizedType, number> = { int8: 127, int4: 7, int3: 3 };
+/** Bits of one value. */
+export const BITS: Record<TensorType, number> = { f32: 32, f16: 16, bf16: 16, int8: 8, int4: 4, int3: 3 };
 
 /** Whether rows of this type carry an f16 scale. */
 export function isQuantized(type: TensorType): type is QuantizedType {
@@ -137,57 +135,21 @@ export function quantizedAt(bytes: Uint8Array, type: QuantizedType, byteOffset: 
 }
 
 /**
- * Encodes f32 values [rows, width] as a tensor of `type`. Quantised rows use scale = max|row| / QUANTIZED_MAX rounded up
- * to an f16, so that no value is clipped.
+ * Encodes values as f32, f16 or bf16, rounded to nearest even: the values only, without a tensor's final padding.
  * @throws RangeError when a value is not finite or does not fit the type
  */
-export function encodeTensor(
-  type: TensorType,
-  values: ArrayLike<number>,
-  rows: number,
-  width: number,
-): Uint8Array<ArrayBuffer> {
-  const bytes = new Uint8Array(tensorBytes(type, rows, width));
-  const view = new DataView(bytes.buffer);
-  const count = rows * width;
-  for (let i = 0; i < count; i++) {
-    if (!Number.isFinite(values[i])) throw new RangeError(`encodeTensor: value ${i} is ${values[i]}`);
-  }
-  if (isQuantized(type)) {
-    const max = QUANTIZED_MAX[type];
-    const start = scaleBytes(type, rows);
-    const stride = rowBytes(type, width);
-    const bits = BITS[type];
-    for (let row = 0; row < rows; row++) {
-      let peak = 0;
-      for (let i = 0; i < width; i++) peak = Math.max(peak, Math.abs(values[row * width + i]!));
-      const half = scaleToF16(peak / max);
-      view.setUint16(2 * row, half, true);
-      const scale = f16ToF32(half);
-      if (scale === 0) continue;
-      for (let i = 0; i < width; i++) {
-        const q = Math.max(-max, Math.min(max, Math.round(values[row * width + i]! / scale)));
-        const bit = i * bits;
-        const at = start + row * stride + (bit >> 3);
-        const field = (q & ((1 << bits) - 1)) << (bit & 7);
-        bytes[at]! |= field;
-        if (field > 255) bytes[at + 1]! |= field >> 8;
-      }
-    }
-    return bytes;
-  }
-  for (let i = 0; i < count; i++) {
+export function encodeFloats(type: FloatType, values: ArrayLike<number>, out?: Uint8Array<ArrayBuffer>): Uint8Array<ArrayBuffer> {
+  const bytes = out ?? new Uint8Array(rowBytes(type, values.length));
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  for (let i = 0; i < values.length; i++) {
     const value = values[i]!;
+    // The least magnitudes that round to infinity.
+    if (!(Math.abs(value) < (type === "f16" ? 65520 : type === "bf16" ? 3.396e38 : 3.4028235e38))) {
+      const why = Number.isFinite(value) ? `too large for ${type}; use f32` : "not a finite number";
+      throw new RangeError(`value ${i} is ${value}, ${why}`);
+    }
     if (type === "f32") view.setFloat32(4 * i, value, true);
     else view.setUint16(2 * i, type === "f16" ? f32ToF16(value) : f32ToBf16(value), true);
-    const fits = type === "f16" ? Math.abs(value) < 65520 : Number.isFinite(Math.fround(value));
-    if (!fits) throw new RangeError(`encodeTensor: value ${i} is ${value}, too large for ${type}; use f32`);
   }
   return bytes;
-}
-
-function scaleToF16(scale: number): number {
-  if (scale >= 65504) throw new RangeError(`encodeTensor: a row needs the scale ${scale}, too large for f16; use f32`);
-  const half = f32ToF16(scale);
-  return f16ToF32(half) < scale ? half + 1 : half;
 }

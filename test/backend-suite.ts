@@ -5,7 +5,8 @@
 import fc from "fast-check";
 import type { Test } from "tap";
 import type { Backend, Block, FoldJob, Slice } from "../dist/src/backends/backend.js";
-import { encodeTensor, type FloatType, type TensorType } from "../dist/src/dtypes.js";
+import type { FloatType, TensorType } from "../dist/src/dtypes.js";
+import { encodeTensor } from "../dist/src/encode.js";
 
 const FLOATS: FloatType[] = ["f32", "f16", "bf16"];
 const TENSORS: TensorType[] = ["f32", "f16", "bf16", "int8", "int4", "int3"];

@@ -6,7 +6,8 @@ import type { Backend } from "../dist/src/backends/backend.js";
 import { createJsBackend } from "../dist/src/backends/js.js";
 import { createHeap } from "../dist/src/backends/wasm-memory.js";
 import { createWasmBackend, createWasmCore, WASM_VARIANTS, type WasmVariant } from "../dist/src/backends/wasm.js";
-import { encodeTensor, type FloatType } from "../dist/src/dtypes.js";
+import type { FloatType } from "../dist/src/dtypes.js";
+import { encodeTensor } from "../dist/src/encode.js";
 import { crc32c } from "../dist/src/pack/crc32c.js";
 import { backendSuite, generator, values } from "./backend-suite.ts";
 

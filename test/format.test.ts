@@ -78,7 +78,7 @@ t.test("task files", async (t) => {
     if (at !== 10 && at !== 11 && !(result instanceof EigenLoraError)) t.fail(`byte ${at} changed unnoticed`);
   }
   for (let cut = 0; cut < goldenTask.length; cut += 7) {
-    await t.rejects(pack.addTask("cut", goldenTask.slice(0, cut)), { tag: "format" }, `cut at ${cut}`);
+    await t.rejects(pack.addTask("cut", goldenTask.slice(0, cut)), { tag: "format", message: /./ });
   }
 });
 
@@ -109,7 +109,7 @@ t.test("truncation at every length is refused", async (t) => {
 });
 
 t.test("bytes behind the committed end are ignored", async (t) => {
-  await readAll(concat([golden, new Uint8Array(1000).fill(7)]));
+  t.equal((await readAll(concat([golden, new Uint8Array(1000).fill(7)]))).tasks.size, 3);
 });
 
 t.test("20 000 mutants: an error of ours, or the same content", { timeout: 120_000 }, async (t) => {

@@ -2,7 +2,7 @@
  * The way back: a canonical adapter as the two files that PEFT loads, giving the same weights. Scales stay in B, so
  * every module's alpha equals its rank. Makes the contents only; writing them is up to the caller.
  */
-import { encodeTensor } from "../dtypes.ts";
+import { encodeTensor } from "../encode.ts";
 import { AdapterError } from "../errors.ts";
 import type { SafetensorsEntry } from "../safetensors.ts";
 import type { Adapter, AdapterModule } from "./adapter.ts";

@@ -1,10 +1,8 @@
 /**
- * Picks a backend. The fast ones arrive by dynamic import, so that a bundle for an engine without WebAssembly carries only
- * the plain-JS one.
+ * Picks a backend. Each arrives by dynamic import, so that an app loads the one it runs.
  */
 import { BackendError } from "../errors.ts";
 import type { Backend } from "./backend.ts";
-import { createJsBackend } from "./js.ts";
 
 export interface BackendOptions {
   /** "auto" tries wasm, then js. */
@@ -28,13 +26,14 @@ export async function createBackend(options: BackendOptions = {}): Promise<{ bac
   if (!["auto", "wasm", "js"].includes(backend)) {
     throw new RangeError(`backend: expected "auto", "wasm" or "js", got ${JSON.stringify(backend)}`);
   }
-  if (backend === "js") return { backend: createJsBackend(), passedOver: [] };
+  const js = async (): Promise<Backend> => (await import("./js.ts")).createJsBackend();
+  if (backend === "js") return { backend: await js(), passedOver: [] };
   try {
     const { createWasmBackend } = await import("./wasm.ts");
     return { backend: await createWasmBackend(options.wasm), passedOver: [] };
   } catch (cause) {
     const reason = `wasm: ${(cause as Error).message}`;
-    if (backend === "auto") return { backend: createJsBackend(), passedOver: [reason] };
+    if (backend === "auto") return { backend: await js(), passedOver: [reason] };
     throw new BackendError(`the wasm backend cannot start: ${(cause as Error).message}`, {
       backend: "wasm",
       reasons: [reason],

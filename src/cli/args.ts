@@ -24,7 +24,7 @@ export interface Arguments {
 }
 
 /** @throws UsageError for an unknown option, a missing value, or more or fewer positionals than allowed */
-export function parse(args: readonly string[], table: OptionTable, min: number, max = min): Arguments {
+export function parse(args: readonly string[], table: OptionTable, min: number, max: number = min): Arguments {
   const options = Object.fromEntries(
     Object.entries(table).map(([name, { value, short, multiple }]) => [
       name,

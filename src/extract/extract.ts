@@ -3,7 +3,8 @@
  * (paper, Algorithm 1; DESIGN.md section 2). Also the way of one more adapter onto an existing basis. Works on one
  * module at a time, on arrays only: no files, no pack.
  */
-import { decodeTensor, encodeTensor, type TensorType } from "../dtypes.ts";
+import { decodeTensor, type TensorType } from "../dtypes.ts";
+import { encodeTensor } from "../encode.ts";
 import { centred, columnMeans, principalComponents, ROUNDING, type Components } from "./components.ts";
 import { deltaError, pairError, relative, type SideError } from "./error.ts";
 import { alignSigns, alignTo, balance, type Pair } from "./gauge.ts";

@@ -2,10 +2,9 @@
  * An ONNX model in memory: the whole protobuf, parsed once, and an index of its graph. Tensor data are views of the
  * file's bytes, never copies. Not an executor, and no shape inference: what a value is, only the runtime knows.
  */
-import { fromBinary } from "@bufbuild/protobuf";
 import { FormatError } from "../errors.ts";
 import type { AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto } from "./onnx_pb.ts";
-import { ModelProtoSchema } from "./onnx_pb.ts";
+import { fromBinary, ModelProtoSchema } from "./protobuf.ts";
 
 /** Where a value enters a node. */
 export interface Use {

@@ -3,7 +3,8 @@
  * never all adapters. No file system: adapters are read through their sources, the result is a list of chunks.
  */
 import type { Adapter, SavedTensor } from "../adapters/adapter.ts";
-import { encodeTensor, isQuantized, type TensorType } from "../dtypes.ts";
+import { isQuantized, type TensorType } from "../dtypes.ts";
+import { encodeTensor } from "../encode.ts";
 import { AdapterError } from "../errors.ts";
 import {
   extractModule,

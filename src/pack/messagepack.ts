@@ -1,8 +1,8 @@
 /**
- * Plain MessagePack, read with suspicion: the bytes are walked and checked before the decoder, which allocates what counts
- * say, sees them; the result is a `Value` that names its place in every mismatch. Not a general decoder: SPEC.md, section 1.
+ * Plain MessagePack, read with suspicion: no count is believed before it is held against the bytes that follow, and the
+ * result is a `Value` that names its place in every mismatch. Not a general decoder (SPEC.md, section 1): msgpackr, which
+ * writes packs, allocates what counts say, compiles code at run time, and alone would take a quarter of the bundle's budget.
  */
-import { Unpackr } from "msgpackr/unpack";
 import { FormatError } from "../errors.ts";
 
 /** @throws FormatError with `message()` when the condition does not hold */
@@ -10,58 +10,99 @@ export function check(condition: boolean, file: string, part: string, message: (
   if (!condition) throw new FormatError(message(), { file, part });
 }
 
-const unpackr = new Unpackr({ useRecords: false, mapsAsObjects: false, int64AsType: "number" });
-
-/** Decodes one value that fills `bytes` exactly. @throws FormatError when it is malformed or not plain */
+/** Decodes one value that fills `bytes` exactly; maps become `Map`s. @throws FormatError when it is malformed or not plain */
 export function decode(bytes: Uint8Array, file: string, part: string): unknown {
+  const reader = new Reader(bytes);
   try {
-    const end = skipValue(bytes, 0, 16);
-    if (end !== bytes.length) throw new RangeError(`${bytes.length - end} bytes are left over`);
-    return unpackr.unpack(bytes);
+    const value = reader.value(16);
+    if (reader.at !== bytes.length) throw new RangeError(`${bytes.length - reader.at} bytes are left over`);
+    return value;
   } catch (cause) {
     throw new FormatError(`its MessagePack is malformed: ${(cause as Error).message}`, { file, part, cause });
   }
 }
 
-/** Walks one MessagePack value and returns the offset behind it. Throws on anything SPEC.md, section 1, does not allow. */
-function skipValue(b: Uint8Array, at: number, depth: number): number {
-  const size = (from: number, n: number): number => {
-    let value = 0;
-    for (let i = 0; i < n; i++) value = value * 256 + (b[from + i] ?? 0);
-    return value;
-  };
-  const code = b[at];
-  if (code === undefined) throw new RangeError("it ends in the middle of a value");
-  if (depth < 0) throw new RangeError("it is nested deeper than 16 levels");
-  let next = at + 1;
-  let items = -1;
-  let map = false;
-  if (code <= 0x7f || code >= 0xe0 || code === 0xc0 || code === 0xc2 || code === 0xc3) return next;
-  if (code <= 0x8f) [items, map] = [code & 15, true];
-  else if (code <= 0x9f) items = code & 15;
-  else if (code <= 0xbf) next += code & 31;
-  else if (code >= 0xc4 && code <= 0xc6) next += (1 << (code - 0xc4)) + size(next, 1 << (code - 0xc4));
-  else if (code === 0xca) next += 4;
-  else if (code === 0xcb) next += 8;
-  else if (code >= 0xcc && code <= 0xcf) next += 1 << (code - 0xcc);
-  else if (code >= 0xd0 && code <= 0xd3) next += 1 << (code - 0xd0);
-  else if (code >= 0xd9 && code <= 0xdb) next += (1 << (code - 0xd9)) + size(next, 1 << (code - 0xd9));
-  else if (code >= 0xdc) {
-    const width = code & 1 ? 4 : 2;
-    [items, map] = [size(next, width), code >= 0xde];
-    next += width;
-  } else throw new RangeError(`it uses an extension type (0x${code.toString(16)})`);
-  if (next > b.length) throw new RangeError("it ends in the middle of a value");
-  if (items > b.length - next) throw new RangeError(`it declares ${items} items with ${b.length - next} bytes left`);
-  for (let i = 0; i < items; i++) {
-    if (map) {
-      const key = b[next] ?? 0;
-      if (!((key >= 0xa0 && key <= 0xbf) || (key >= 0xd9 && key <= 0xdb))) throw new RangeError("a key is not a string");
-      next = skipValue(b, next, depth - 1);
-    }
-    next = skipValue(b, next, depth - 1);
+/** Reads values one after the other. A DataView does the bounds checks; counts are held against the bytes that are left. */
+class Reader {
+  at = 0;
+  readonly #bytes: Uint8Array;
+  readonly #view: DataView;
+
+  constructor(bytes: Uint8Array) {
+    this.#bytes = bytes;
+    this.#view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
   }
-  return next;
+
+  /** @param depth levels of nesting still allowed */
+  value(depth: number): unknown {
+    if (depth < 0) throw new RangeError("it is nested deeper than 16 levels");
+    const code = this.#number(1);
+    if (code <= 0x7f) return code;
+    if (code <= 0x8f) return this.#map(code & 15, depth);
+    if (code <= 0x9f) return this.#array(code & 15, depth);
+    if (code <= 0xbf) return this.#string(code & 31);
+    if (code >= 0xe0) return code - 256;
+    // From 0xcc on, and for lengths, the low bits of the code say how many bytes follow: 1, 2, 4, 8.
+    if (code >= 0xcc && code <= 0xcf) return this.#number(1 << (code & 3));
+    if (code >= 0xd0 && code <= 0xd3) return this.#signed(1 << (code & 3));
+    if (code >= 0xd9 && code <= 0xdb) return this.#string(this.#number(1 << (code - 0xd9)));
+    if (code >= 0xdc) {
+      const items = this.#number(2 << (code & 1));
+      return code < 0xde ? this.#array(items, depth) : this.#map(items, depth);
+    }
+    if (code === 0xc0) return null;
+    if (code === 0xc2 || code === 0xc3) return code === 0xc3;
+    if (code === 0xca) return this.#view.getFloat32(this.#skip(4));
+    if (code === 0xcb) return this.#view.getFloat64(this.#skip(8));
+    throw new RangeError(`it uses bytes or an extension type (0x${code.toString(16)})`);
+  }
+
+  #skip(count: number): number {
+    const start = this.at;
+    if (count > this.#bytes.length - start) throw new RangeError("it ends in the middle of a value");
+    this.at += count;
+    return start;
+  }
+
+  #number(width: number): number {
+    let value = 0;
+    for (let at = this.#skip(width), end = at + width; at < end; at++) value = value * 256 + this.#bytes[at]!;
+    return value;
+  }
+
+  #signed(width: number): number {
+    const start = this.#skip(width);
+    if (width === 1) return this.#view.getInt8(start);
+    if (width === 2) return this.#view.getInt16(start);
+    const high = this.#view.getInt32(start);
+    return width === 4 ? high : high * 2 ** 32 + this.#view.getUint32(start + 4);
+  }
+
+  #string(length: number): string {
+    const at = this.#skip(length);
+    return new TextDecoder("utf-8", { fatal: true }).decode(this.#bytes.subarray(at, at + length));
+  }
+
+  /** Every item takes a byte or more, so a count can be checked before anything is made of it. */
+  #count(items: number): number {
+    const left = this.#bytes.length - this.at;
+    if (items > left) throw new RangeError(`it declares ${items} items with ${left} bytes left`);
+    return items;
+  }
+
+  #array(items: number, depth: number): unknown[] {
+    return Array.from({ length: this.#count(items) }, () => this.value(depth - 1));
+  }
+
+  #map(items: number, depth: number): Map<string, unknown> {
+    const map = new Map<string, unknown>();
+    for (let i = this.#count(items); i > 0; i--) {
+      const key = this.value(depth - 1);
+      if (typeof key !== "string") throw new RangeError("a key is not a string");
+      map.set(key, this.value(depth - 1));
+    }
+    return map;
+  }
 }
 
 /** A decoded MessagePack value that knows where it stands, so that every mismatch names its place. */

@@ -5,7 +5,7 @@
 import type { FloatType } from "../dtypes.ts";
 import { BaseMismatchError, SourceError } from "../errors.ts";
 import type { Layout } from "../adapters/adapter.ts";
-import { openSafetensors, type SafetensorsFile } from "../safetensors.ts";
+import type { SafetensorsFile } from "../safetensors.ts";
 import { openSource, type FetchOptions, type ReadOptions, type SourceInput } from "../source.ts";
 
 /** A GPU buffer, by structure, so that published types do not depend on WebGPU's. */
@@ -74,6 +74,8 @@ export async function openHost(base: BaseInput, options: FetchOptions & ReadOpti
   if (typeof (base as WeightHost).list === "function") return base as WeightHost;
   const source = await openSource(base as SourceInput, options);
   try {
+    // Apps whose weights belong to a framework need no file reader.
+    const { openSafetensors } = await import("../safetensors.ts");
     return safetensorsHost(await openSafetensors(source, { signal: options.signal }), async () => source.close?.());
   } catch (error) {
     await source.close?.();

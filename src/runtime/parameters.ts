@@ -3,7 +3,7 @@
  * adapted modules. Computed in plain JS, since they are small; the result is the list of parameters that differ from the
  * base.
  */
-import { decodeTensor, encodeTensor, type FloatType } from "../dtypes.ts";
+import { decodeTensor, encodeFloats, type FloatType } from "../dtypes.ts";
 import { BaseMismatchError, TaskError } from "../errors.ts";
 import type { TaskMetadata } from "../adapters/adapter.ts";
 import type { TaskParameter } from "../pack/format.ts";
@@ -175,7 +175,7 @@ export class Parameters {
     added: boolean,
   ): Replacement {
     try {
-      const data = encodeTensor(dtype, values, 1, values.length).subarray(0, values.length * (dtype === "f32" ? 4 : 2));
+      const data = encodeFloats(dtype, values);
       return { view: { dtype, shape, data, byteOffset: 0 }, added };
     } catch (cause) {
       throw new TaskError(`"${name}" does not fit the base's ${dtype}: ${(cause as Error).message}`, { task: name, cause });

@@ -1,0 +1,66 @@
+/**
+ * Writes encoded tensors (SPEC.md, section 5). The reading half is `dtypes.ts`; a run-time bundle does without this one.
+ */
+import {
+  BITS,
+  encodeFloats,
+  f16ToF32,
+  f32ToF16,
+  isQuantized,
+  rowBytes,
+  scaleBytes,
+  tensorBytes,
+  type QuantizedType,
+  type TensorType,
+} from "./dtypes.ts";
+
+/** Largest integer a quantised type stores; the smallest is its negative, so that 0 is exact and the range symmetric. */
+const LARGEST: Record<QuantizedType, number> = { int8: 127, int4: 7, int3: 3 };
+
+/**
+ * Encodes f32 values [rows, width] as a tensor of `type`. Quantised rows use scale = max|row| / largest integer, rounded up
+ * to an f16, so that no value is clipped.
+ * @throws RangeError when a value is not finite or does not fit the type
+ */
+export function encodeTensor(
+  type: TensorType,
+  values: ArrayLike<number>,
+  rows: number,
+  width: number,
+): Uint8Array<ArrayBuffer> {
+  const bytes = new Uint8Array(tensorBytes(type, rows, width));
+  if (values.length !== rows * width) {
+    throw new RangeError(`encodeTensor: ${values.length} values, expected ${rows} rows of ${width}`);
+  }
+  if (!isQuantized(type)) return encodeFloats(type, values, bytes);
+  const view = new DataView(bytes.buffer);
+  const largest = LARGEST[type];
+  const bits = BITS[type];
+  for (let row = 0; row < rows; row++) {
+    let peak = 0;
+    for (let i = 0; i < width; i++) {
+      const value = Math.abs(values[row * width + i]!);
+      if (!Number.isFinite(value)) throw new RangeError(`value ${row * width + i} is ${values[row * width + i]}, not a finite number`);
+      peak = Math.max(peak, value);
+    }
+    const half = scaleToF16(peak / largest);
+    view.setUint16(2 * row, half, true);
+    const scale = f16ToF32(half);
+    if (scale === 0) continue;
+    const start = scaleBytes(type, rows) + row * rowBytes(type, width);
+    for (let i = 0; i < width; i++) {
+      const q = Math.max(-largest, Math.min(largest, Math.round(values[row * width + i]! / scale)));
+      const bit = i * bits;
+      const field = (q & ((1 << bits) - 1)) << (bit & 7);
+      bytes[start + (bit >> 3)]! |= field;
+      if (field > 255) bytes[start + (bit >> 3) + 1]! |= field >> 8;
+    }
+  }
+  return bytes;
+}
+
+function scaleToF16(scale: number): number {
+  if (scale >= 65504) throw new RangeError(`a row needs the scale ${scale}, too large for f16; use f32`);
+  const half = f32ToF16(scale);
+  return f16ToF32(half) < scale ? half + 1 : half;
+}

@@ -1,0 +1,82 @@
+import t from "tap";
+import { build } from "esbuild";
+import { spawnSync } from "node:child_process";
+import { readFile } from "node:fs/promises";
+import { fileURLToPath } from "node:url";
+import { gzipSync } from "node:zlib";
+
+const root = fileURLToPath(new URL("..", import.meta.url));
+const manifest = JSON.parse(await readFile(new URL("../package.json", import.meta.url), "utf8"));
+
+/** Budgets of README and DESIGN, in bytes after gzip; 1 kB = 1000 B. */
+const BUDGET = { js: 20_000, wasm: 10_000 };
+
+/** Loaded only when they are used: the kernels, the reader of safetensors files, the backend without WebAssembly. */
+const LAZY = /^#wasm\/|\/safetensors\.js$|\/js\.js$/;
+
+/** One minified file for a browser; what `apart` matches is left out. */
+async function bundle(code: string, apart: RegExp): Promise<{ text: string; gzip: number }> {
+  const { outputFiles } = await build({
+    stdin: { contents: code, resolveDir: root },
+    bundle: true,
+    minify: true,
+    format: "esm",
+    platform: "browser",
+    write: false,
+    logLevel: "silent",
+    plugins: [
+      { name: "apart", setup: (b) => b.onResolve({ filter: apart }, ({ path }) => ({ path, external: true })) },
+    ],
+  });
+  return { text: outputFiles[0]!.text, gzip: gzipSync(outputFiles[0]!.contents, { level: 9 }).length };
+}
+
+t.test("the run-time bundle for a browser keeps its budget", async (t) => {
+  const code = 'import { openPack, createRuntime } from "eigenlora"; globalThis.x = [openPack, createRuntime];';
+  const js = await bundle(code, LAZY);
+  const all = await bundle(code, /^#wasm\//);
+  let wasm = 0;
+  for (const name of ["scalar", "simd", "relaxed"]) {
+    wasm += gzipSync(await readFile(new URL(`../dist/wasm/${name}.wasm`, import.meta.url)), { level: 9 }).length;
+  }
+  t.comment(`JS ${js.gzip} B of ${BUDGET.js}; ${all.gzip} B with what is loaded on demand; WASM ${wasm} B of ${BUDGET.wasm}`);
+  t.ok(js.gzip <= BUDGET.js, `${js.gzip} B of JS`);
+  t.ok(wasm <= BUDGET.wasm, `${wasm} B of WASM, all three builds together`);
+  t.notMatch(all.text, /node:|readAdapters|extractModule/, "neither Node nor the build half");
+  t.notMatch(js.text, /AGFzbQ/, "no kernel is compiled or even loaded before it is chosen");
+});
+
+t.test("what is published", async (t) => {
+  const { stdout } = spawnSync("npm", ["pack", "--dry-run", "--json", "--ignore-scripts"], { cwd: root, encoding: "utf8" });
+  const [{ files }] = JSON.parse(stdout) as [{ files: { path: string }[] }];
+  const paths = files.map((f) => f.path);
+  for (const path of ["dist/src/index.js", "dist/src/cli/main.js", "dist/wasm/simd.wasm", "SPEC.md", "README.md", "LICENSE"]) {
+    t.ok(paths.includes(path), path);
+  }
+  t.same(paths.filter((p) => /^(test|examples|benchmarks|src|assembly)\//.test(p)), [], "no sources, tests or data");
+  for (const path of paths.filter((p) => p.endsWith(".d.ts") && !/onnx_pb|protobuf/.test(p))) {
+    const text = await readFile(new URL(`../${path}`, import.meta.url), "utf8");
+    t.notMatch(text, /@webgpu\/types|\bGPUDevice\b/, path);
+  }
+});
+
+t.test("names the package exports", async (t) => {
+  const { VERSION, ...runtime } = await import("eigenlora");
+  t.equal(VERSION, manifest.version);
+  t.same(Object.keys(runtime).sort(), [
+    "AdapterError",
+    "BackendError",
+    "BaseMismatchError",
+    "EigenLoraError",
+    "FormatError",
+    "Pack",
+    "Runtime",
+    "SourceError",
+    "TaskError",
+    "createRuntime",
+    "openPack",
+  ]);
+  t.ok("buildPack" in (await import("eigenlora/build")));
+  t.ok("openOnnxHost" in (await import("eigenlora/onnx")));
+  t.same(Object.keys(manifest.dependencies), ["msgpackr"], "one run-time dependency");
+});
