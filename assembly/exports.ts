@@ -1,7 +1,6 @@
 /** The export list of every build. `WasmKernels` in `src/backends/wasm.ts` is its TypeScript twin. */
-export { crc32c } from "./crc32c";
-export { gram } from "./gram";
 export { expand, fold, scaleColumns, scaleRows } from "./kernels";
+export { products } from "./products";
 
 /** Which build this is: 0 scalar, 1 simd, 2 relaxed-simd. */
 export const variant: i32 = ASC_FEATURE_RELAXED_SIMD ? 2 : ASC_FEATURE_SIMD ? 1 : 0;

@@ -50,37 +50,3 @@ export function accumulate<V>(sum: V, a: V, b: V): V {
   }
   return sum + a * b;
 }
-
-// @ts-ignore: decorator
-@inline
-export function zeroWide<V>(): V {
-  if (isVector<V>()) return f64x2.splat(0);
-  return <V>0;
-}
-
-/** One or two f32 at `at`, as f64. */
-// @ts-ignore: decorator
-@inline
-export function loadWide<V>(at: usize): V {
-  if (isVector<V>()) return f64x2.promote_low_f32x4(v128.load64_zero(at));
-  return <V>(<f64>load<f32>(at));
-}
-
-/** `accumulate` in f64. */
-// @ts-ignore: decorator
-@inline
-export function accumulateWide<V>(sum: V, a: V, b: V): V {
-  if (isVector<V>()) {
-    if (ASC_FEATURE_RELAXED_SIMD) return f64x2.relaxed_madd(a, b, sum);
-    return v128.add<f64>(sum, v128.mul<f64>(a, b));
-  }
-  return sum + a * b;
-}
-
-/** The sum of the f64 lanes. */
-// @ts-ignore: decorator
-@inline
-export function totalWide<V>(a: V): f64 {
-  if (isVector<V>()) return f64x2.extract_lane(a, 0) + f64x2.extract_lane(a, 1);
-  return <f64>a;
-}

@@ -137,7 +137,8 @@ export function backendSuite(t: Test, create: () => Promise<Backend> | Backend):
         for (let i = 0; i < rows; i++) {
           for (let j = 0; j < columns; j++) {
             const at = i * stride + j;
-            const allowed = 1e-6 * largest * Math.max(1, Math.sqrt(rank) / 4) + unit * Math.abs(expected[at]!) + 2 ** -25;
+            const sums = 1e-6 * largest * Math.max(1, Math.sqrt(rank) / 4);
+            const allowed = sums + unit * Math.abs(expected[at]!) + 2 ** -25;
             if (!(Math.abs(found[at]! - expected[at]!) <= allowed)) {
               throw new Error(`[${i}, ${j}] is ${found[at]}, expected ${expected[at]} ± ${allowed}`);
             }
@@ -149,7 +150,9 @@ export function backendSuite(t: Test, create: () => Promise<Backend> | Backend):
           else assertGuard(gapBytes);
         }
         assertGuard(await surroundings(backend, out, length * size));
-        for (const slice of [from, job.left, job.right, job.rowScale, job.columnScale]) slice && backend.free(slice.block);
+        for (const slice of [from, job.left, job.right, job.rowScale, job.columnScale]) {
+          if (slice) backend.free(slice.block);
+        }
         if (!inPlace) backend.free(out.block);
       }),
       { seed: SEED, numRuns: 250 },
@@ -194,7 +197,8 @@ export function backendSuite(t: Test, create: () => Promise<Backend> | Backend):
       [0, 0x0000], [-0, 0x0000], [1, 0x3c00], [-2, 0xc000], [65504, 0x7bff],
       [1 + 2 ** -11, 0x3c00], [1 + 3 * 2 ** -11, 0x3c02], [1 + 2 ** -11 + 2 ** -20, 0x3c01], [-(1 + 2 ** -11), 0xbc00],
       [2 ** -14, 0x0400], [2 ** -14 - 2 ** -25, 0x0400], [2 ** -14 - 3 * 2 ** -25, 0x03fe], [1023 * 2 ** -24, 0x03ff],
-      [2 ** -24, 0x0001], [2 ** -25, 0x0000], [2 ** -25 + 2 ** -40, 0x0001], [3 * 2 ** -25, 0x0002], [-(2 ** -26), 0x8000],
+      [2 ** -24, 0x0001], [2 ** -25, 0x0000], [2 ** -25 + 2 ** -40, 0x0001], [3 * 2 ** -25, 0x0002],
+      [-(2 ** -26), 0x8000],
       [65519.996, 0x7bff], [65520, 0x7c00], [1e30, 0x7c00], [Infinity, 0x7c00], [-Infinity, 0xfc00],
     ];
     const bf16: [number, number][] = [
@@ -233,7 +237,7 @@ export function backendSuite(t: Test, create: () => Promise<Backend> | Backend):
       backend.expand({ out, coefficients, basis: place(backend, bytes, 0), type, rank: 1, rows: 1, width: 65536 });
       const found = new Float32Array((await download(backend, out, 4 * 65536)).buffer);
       const expected = decode(type, bytes, 1, 65536);
-      const wrong = expected.findIndex((value, i) => !(value === found[i] || (value !== value && found[i] !== found[i])));
+      const wrong = expected.findIndex((value, i) => value !== found[i] && !(isNaN(value) && isNaN(found[i]!)));
       t.equal(wrong, -1, `${type}: first wrong half`);
     }
   });
@@ -385,7 +389,7 @@ export function backendSuite(t: Test, create: () => Promise<Backend> | Backend):
     backend.expand({ ...expand, type: "int3" });
     t.throws(() => backend.expand({ ...expand, type: "f32", rows: 40 }), { message: /^basis / });
     t.throws(() => backend.expand({ ...expand, type: "int4", rank: 65 }), { message: /^out / });
-    t.throws(() => backend.expand({ ...expand, type: "int4", coefficients: at(64) }), { message: /^out overlaps coef/ });
+    t.throws(() => backend.expand({ ...expand, type: "int4", coefficients: at(64) }), { message: /^out overlaps c/ });
     const scale = { ...fold, magnitude: at(512), out: at(768), axis: "columns" } as const;
     backend.scale(scale);
     t.throws(() => backend.scale({ ...scale, out: at(4090) }), { message: /^out.byteOffset / });
@@ -395,7 +399,7 @@ export function backendSuite(t: Test, create: () => Promise<Backend> | Backend):
     t.throws(() => backend.upload(at(4000), new Uint8Array(97)), { name: "RangeError", message: /^to / });
     t.throws(() => backend.copy(at(0), at(50), 60), { name: "RangeError", message: /^to overlaps from/ });
     t.throws(() => backend.allocate(-1, "active"), { name: "RangeError", message: /^byteLength / });
-    t.throws(() => backend.allocate(2 ** 45, "active"), { name: "Error", tag: "backend", message: /35184372088832 bytes/ });
+    t.throws(() => backend.allocate(2 ** 45, "active"), { tag: "backend", message: /35184372088832 bytes/ });
   });
 }
 

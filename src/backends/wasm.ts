@@ -25,8 +25,7 @@ export interface WasmOptions {
 /** Exports of `assembly/exports.ts`. Addresses and counts are 32-bit, unsigned; 0 stands for an absent address. */
 interface WasmKernels {
   variant: WebAssembly.Global;
-  crc32c(at: number, length: number, crc: number): number;
-  gram(x: number, rows: number, width: number, out: number): void;
+  products(x: number, y: number, m: number, n: number, width: number, lower: number, out: number): void;
   expand(
     type: number, out: number, coefficients: number, basis: number, rank: number, rows: number, width: number,
   ): void;
@@ -53,9 +52,6 @@ interface Instance {
 /** The kernels keep tables and panels in the first page (`assembly/layout.ts`); blocks begin after it. */
 const RESERVED_BYTES = 65536;
 const RESERVED_PAGES = 1;
-
-/** Checksums are taken through a window of this many bytes, so that a large file is not held twice. */
-const CRC_CHUNK = 1 << 20;
 
 /** Literal specifiers, so that bundlers see them; three, so that only the build that runs is loaded. */
 const BINARIES: Record<WasmVariant, () => Promise<{ default: string }>> = {
@@ -163,57 +159,36 @@ export async function createWasmBackend(options: WasmOptions = {}): Promise<Back
   };
 }
 
-/** The kernels that need no backend. Data is copied in and out; the memory stays as large as the largest call needs. */
-export interface WasmCore {
-  readonly variant: WasmVariant;
-  /** X·Xᵀ [rows, rows] of X f32 [rows, width], accumulated in f64. @throws BackendError when memory is short */
-  gram(x: Float32Array, rows: number, width: number): Float64Array;
-  /** CRC-32C of `bytes`, continuing from `crc`. @throws BackendError when memory is short */
-  crc32c(bytes: Uint8Array, crc?: number): number;
-}
-
 /**
- * Gram matrices for extraction and checksums.
- * @throws BackendError as `createWasmBackend`
+ * The products of extraction (`timesTransposed` in `src/extract/linalg.ts`) in WebAssembly. Data is copied in and out; the
+ * memory stays as large as the largest call needs.
+ * @returns a function (x [m, width], y [n, width], m, n, width, lower) → X·Yᵀ [m, n]
+ * @throws BackendError as `createWasmBackend`; the function when memory is short
  */
-export async function createWasmCore(options: WasmOptions = {}): Promise<WasmCore> {
+export async function createWasmProducts(
+  options: WasmOptions = {},
+): Promise<
+  (x: Float64Array, y: Float64Array, m: number, n: number, width: number, lower?: boolean) => Float64Array
+> {
   const instance = await instantiate(options);
-  const { variant, kernels, memory, heap } = instance;
-
-  function scratch<T>(byteLength: number, use: (address: number) => T): T {
-    const start = claim(instance, byteLength, "scratch");
-    try {
-      return use(start);
-    } finally {
-      heap.free(start, byteLength);
+  const { kernels, memory, heap } = instance;
+  return (x, y, m, n, width, lower = false) => {
+    if (x.length < m * width || y.length < n * width) {
+      throw new RangeError(`products: [${m}, ${width}] and [${n}, ${width}] do not fit ${x.length} and ${y.length} values`);
     }
-  }
-
-  return {
-    variant,
-
-    gram(x: Float32Array, rows: number, width: number): Float64Array {
-      checkCount("rows", rows);
-      checkCount("width", width);
-      if (x.length !== rows * width) throw new RangeError(`x must be [${rows}, ${width}], got ${x.length} values`);
-      const bytes = 8 * rows * rows;
-      return scratch(bytes + x.byteLength, (out) => {
-        new Float32Array(memory.buffer, out + bytes, x.length).set(x);
-        kernels.gram(out + bytes, rows, width, out);
-        return new Float64Array(memory.buffer, out, rows * rows).slice();
-      });
-    },
-
-    crc32c(bytes: Uint8Array, crc = 0): number {
-      return scratch(Math.min(bytes.byteLength, CRC_CHUNK), (at) => {
-        for (let start = 0; start < bytes.byteLength; start += CRC_CHUNK) {
-          const chunk = bytes.subarray(start, start + CRC_CHUNK);
-          new Uint8Array(memory.buffer, at, chunk.byteLength).set(chunk);
-          crc = kernels.crc32c(at, chunk.byteLength, crc);
-        }
-        return crc >>> 0;
-      });
-    },
+    const counts = [m * n, m * width, x === y ? 0 : n * width] as const;
+    const byteLength = 8 * (counts[0] + counts[1] + counts[2]);
+    const out = claim(instance, byteLength, "scratch");
+    try {
+      const xAt = out + 8 * counts[0];
+      const yAt = x === y ? xAt : xAt + 8 * counts[1];
+      new Float64Array(memory.buffer, xAt, counts[1]).set(x.subarray(0, counts[1]));
+      if (x !== y) new Float64Array(memory.buffer, yAt, counts[2]).set(y.subarray(0, counts[2]));
+      kernels.products(xAt, yAt, m, n, width, lower ? 1 : 0, out);
+      return new Float64Array(memory.buffer, out, counts[0]).slice();
+    } finally {
+      heap.free(out, byteLength);
+    }
   };
 }
 
