@@ -13,23 +13,35 @@ export interface RangeServer {
   readonly ranges: [number, number][];
   /** Faults of the next answers, first one first; undefined entries are honest. */
   faults: (Fault | undefined)[];
+  /** Resolves with the body of the next POST. */
+  posted(): Promise<string>;
   close(): Promise<void>;
 }
 
 export async function serve(files: Map<string, Uint8Array>): Promise<RangeServer> {
   const ranges: [number, number][] = [];
+  let receive = (_: string): void => {};
   const handle: RangeServer = {
     url: (path) => `http://127.0.0.1:${(server.address() as AddressInfo).port}/${path}`,
     ranges,
     faults: [],
+    posted: () => new Promise((resolve) => (receive = resolve)),
     close: () => new Promise((resolve) => { server.closeAllConnections(); server.close(() => resolve()); }),
   };
   const server: Server = createServer((request, response) => {
+    if (request.method === "POST") {
+      const parts: Buffer[] = [];
+      request.on("data", (part: Buffer) => parts.push(part));
+      return void request.on("end", () => {
+        response.end();
+        receive(Buffer.concat(parts).toString());
+      });
+    }
     const bytes = files.get((request.url ?? "").slice(1));
     const fault = handle.faults.shift();
     if (!bytes || fault === "404") return void response.writeHead(404).end("not here");
     const match = /^bytes=(\d+)-(\d+)$/.exec(request.headers.range ?? "");
-    if (!match || fault === "whole") return void response.writeHead(200, { "content-length": bytes.length }).end(bytes);
+    if (!match || fault === "whole") return void response.writeHead(200, { "content-length": bytes.length, ...typeOf(request.url) }).end(bytes);
     const [start, end] = [Number(match[1]), Math.min(Number(match[2]) + 1, bytes.length)];
     ranges.push([start, Number(match[2]) + 1]);
     if (start >= bytes.length || fault === "416") {
@@ -67,4 +79,10 @@ function answer(response: ServerResponse, bytes: Uint8Array, start: number, end:
       response.end();
     }
   }, 10);
+}
+
+/** Browsers refuse modules of another type. */
+function typeOf(url = ""): Record<string, string> {
+  const type = url.endsWith(".js") ? "text/javascript" : url.endsWith(".html") ? "text/html" : undefined;
+  return type ? { "content-type": type } : {};
 }

@@ -1,0 +1,106 @@
+import t, { type Test } from "tap";
+import { build } from "esbuild";
+import { execFile, spawn } from "node:child_process";
+import { existsSync } from "node:fs";
+import { cp, mkdir, mkdtemp, rm, symlink, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { fileURLToPath } from "node:url";
+import { promisify } from "node:util";
+import { packOf } from "./packs.ts";
+import { serve } from "./range-server.ts";
+
+/**
+ * The built package, by its name, in every runtime that is here. EIGENLORA_RUNTIMES names a folder with `node_modules/.bin`
+ * where Deno, Bun and newer Nodes may be (`npm install deno bun node@22` there); a runtime that is missing is skipped by
+ * name, and fails when EIGENLORA_REQUIRE lists it.
+ */
+const run = promisify(execFile);
+const root = fileURLToPath(new URL("..", import.meta.url));
+const required = (process.env["EIGENLORA_REQUIRE"] ?? "").split(/[\s,]+/);
+const bin = (name: string): string | undefined => {
+  const folder = process.env["EIGENLORA_RUNTIMES"];
+  return folder && existsSync(join(folder, "node_modules/.bin", name)) ? join(folder, "node_modules/.bin", name) : undefined;
+};
+
+const { bytes } = await packOf(["adapters/own-seed/debtags-game", "adapters/own-seed/debtags-role"], { select: { kind: "k", k: 8 } }, (m) =>
+  m.includes("layer.0."),
+);
+const files = new Map([["tasks.eigen", bytes as Uint8Array]]);
+const server = await serve(files);
+t.teardown(() => server.close());
+
+/** A project that has installed the package: node_modules/eigenlora, and this test's script beside it. */
+const project = await mkdtemp(join(tmpdir(), "eigenlora-runtimes-"));
+t.teardown(() => rm(project, { recursive: true, maxRetries: 5, retryDelay: 200 }));
+await mkdir(join(project, "node_modules", "eigenlora"), { recursive: true });
+for (const part of ["dist", "package.json"]) await cp(join(root, part), join(project, "node_modules/eigenlora", part), { recursive: true });
+await symlink(join(root, "node_modules/msgpackr"), join(project, "node_modules/msgpackr"));
+for (const script of ["smoke.js", "smoke-main.js"]) await cp(join(root, "test", script), join(project, script));
+await writeFile(join(project, "package.json"), '{"type":"module"}');
+
+interface Smoke {
+  backend: string;
+  sums: number[];
+  identical: boolean;
+  requests: number;
+}
+
+/** What this Node finds; the others must find the same. */
+const expected = JSON.parse((await run(process.execPath, ["smoke-main.js", server.url("tasks.eigen")], { cwd: project })).stdout) as Smoke[];
+
+function check(t: Test, found: Smoke[]): void {
+  t.same(found.map((f) => f.backend.split(" ")[0]), ["js", "wasm"]);
+  for (const [i, { sums, identical, requests }] of found.entries()) {
+    t.ok(identical, "back to the bit");
+    t.equal(requests, 4, "window, directory with bases, one per task");
+    sums.forEach((sum, k) => t.ok(Math.abs(sum / expected[i]!.sums[k]! - 1) < 1e-6, `${found[i]!.backend}: ${sum}`));
+  }
+}
+
+const commands: [string, string | undefined, string[]][] = [
+  ["node", process.execPath, []],
+  ["node22", bin("node"), []],
+  ["deno", bin("deno"), ["run", "--allow-all", "--node-modules-dir=manual"]],
+  ["bun", bin("bun"), ["run"]],
+];
+for (const [name, command, args] of commands) {
+  const skip = !command && !required.includes(name) && `${name} is not here; see EIGENLORA_RUNTIMES in this file`;
+  t.test(name, { skip }, async (t) => {
+    if (!command) throw new Error(`${name} is required but not installed`);
+    const { stdout } = await run(command, [...args, "smoke-main.js", server.url("tasks.eigen")], { cwd: project });
+    const found = JSON.parse(stdout) as Smoke[];
+    check(t, found);
+    t.comment(`${name}: ${found.map((f) => f.backend).join(", ")}`);
+  });
+}
+
+const chromium = ["/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome"].find((p) => existsSync(p));
+for (const where of ["window", "worker"]) {
+  const skip = !chromium && !required.includes("chromium") && "chromium is not here";
+  t.test(`chromium, ${where}`, { skip }, async (t) => {
+    if (!chromium) throw new Error("chromium is required but not installed");
+    const code =
+      where === "window"
+        ? 'import { smokeAll } from "./smoke.js"; smokeAll("/tasks.eigen").then(show, show);'
+        : `const worker = new Worker("/worker.js", { type: "module" }); worker.onmessage = ({ data }) => show(data); worker.onerror = (e) => show(e.message);`;
+    const show = 'const show = (x) => fetch("/result", { method: "POST", body: JSON.stringify(x instanceof Error ? x.stack : x) });';
+    const bundle = async (contents: string): Promise<Uint8Array> => {
+      const options = { bundle: true, format: "esm", platform: "browser", write: false } as const;
+      return (await build({ ...options, stdin: { contents, resolveDir: project } })).outputFiles[0]!.contents;
+    };
+    files.set("worker.js", await bundle('import { smokeAll } from "./smoke.js"; smokeAll("/tasks.eigen").then(postMessage, (e) => postMessage(e.stack));'));
+    files.set("page.js", await bundle(`${show}\n${code}`));
+    files.set("page.html", new TextEncoder().encode('<!doctype html><body><script type="module" src="/page.js"></script>'));
+    const flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"];
+    const browser = spawn(chromium, [...flags, `--user-data-dir=${join(project, `chromium-${where}`)}`, server.url("page.html")]);
+    const exited = new Promise<string>((_, reject) => browser.once("exit", (code) => reject(new Error(`chromium exited: ${code}`))));
+    const text = await Promise.race([server.posted(), exited]);
+    exited.catch(() => undefined);
+    browser.kill();
+    const found = JSON.parse(text) as Smoke[];
+    if (typeof found === "string") throw new Error(found);
+    check(t, found);
+    t.comment(found.map((f) => f.backend).join(", "));
+  });
+}
