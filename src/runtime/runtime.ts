@@ -3,18 +3,19 @@
  * each of them happen as a whole or not at all. The arithmetic is the backend's, the bytes are the pack's, the weights are
  * the host's.
  */
-import type { Backend, Block, FoldJob, Owner, Slice } from "../backends/backend.ts";
+import type { Owner } from "../backends/backend.ts";
 import { createBackend, type BackendOptions } from "../backends/select.ts";
-import { BackendError, BaseMismatchError, TaskError } from "../errors.ts";
+import { BackendError, TaskError } from "../errors.ts";
 import { nearest, type NameMatcher } from "../names.ts";
-import type { PackModule } from "../pack/format.ts";
 import type { Pack } from "../pack/pack.ts";
 import type { FetchOptions } from "../source.ts";
-import { correlation, fingerprint, SAME_FLOAT } from "./fingerprint.ts";
 import { openHost, type BaseInput, type View, type WeightHost } from "./host.ts";
-import { Locator, type Located } from "./locate.ts";
+import { Locator } from "./locate.ts";
 import { Parameters, type Replacement } from "./parameters.ts";
-import { stage, Staging, type ModulePlan, type Part } from "./stage.ts";
+import { findSlots, loadSlots, readWeight, type Slot } from "./slots.ts";
+import { stage, type ModulePlan, type Part } from "./stage.ts";
+import { unfold, type Unfolded } from "./unfold.ts";
+import { at, Workbench } from "./workbench.ts";
 
 /** What is active: a task, null for the pristine base, or tasks with strengths. */
 export type Selection = string | null | Readonly<Record<string, number>>;
@@ -85,23 +86,6 @@ export interface MemoryReport extends Record<Owner, number> {
   total: number;
 }
 
-/** An adapted weight of the base. */
-interface Slot {
-  module: PackModule;
-  weight: Located;
-  pristine: Block | undefined;
-  active: Block | undefined;
-}
-
-/** The unfolded form of one module of the active task. */
-interface Unfolded {
-  rank: number;
-  core: Float32Array | undefined;
-  A: Float32Array;
-  B: Float32Array;
-  rowScale: Float32Array | undefined;
-}
-
 /**
  * Loads the bases, finds the adapted weights in the base model and checks that it is the right one.
  * @throws BaseMismatchError when a module is missing, ambiguous, of another shape or of another model
@@ -128,11 +112,11 @@ export async function createRuntime(pack: Pack, options: RuntimeOptions = {}): P
     const locator = new Locator(host);
     const slots = host ? findSlots(pack.modules, locator, options.names) : [];
     const bases = await pack.takeBases({ signal });
-    const basis = backend.allocate(Math.max(bases.length, 16), "basis");
-    backend.upload({ block: basis, byteOffset: 0 }, bases);
-    const runtime = new Runtime({ pack, backend, passedOver, mode, policy, host, basis, slots, locator, closeHost });
-    await runtime.attach(bases, options.anyBase ?? false, signal);
-    return runtime;
+    const bench = new Workbench(backend, pack.modules, bases);
+    const folded = mode === "folded";
+    const keep = { pristine: folded && policy === "copy", active: folded && !host?.begin };
+    if (host) await loadSlots(slots, host, bench, bases, keep, { signal, anyBase: options.anyBase ?? false });
+    return new Runtime({ pack, bench, passedOver, mode, policy, host, slots, locator, closeHost });
   } catch (error) {
     backend.dispose();
     await closeHost?.();
@@ -140,34 +124,13 @@ export async function createRuntime(pack: Pack, options: RuntimeOptions = {}): P
   }
 }
 
-function findSlots(
-  modules: readonly PackModule[],
-  locator: Locator,
-  byHand: ReadonlyMap<string, string> | undefined,
-): Slot[] {
-  const owners = new Map<string, string>();
-  return modules.map((module) => {
-    const weight = locator.locate(module, byHand);
-    const other = owners.get(weight.name);
-    if (other !== undefined) {
-      throw new BaseMismatchError(`the modules "${other}" and "${module.name}" both match the weight "${weight.name}"`, {
-        module: module.name,
-        candidates: [weight.name],
-      });
-    }
-    owners.set(weight.name, module.name);
-    return { module, weight, pristine: undefined, active: undefined };
-  });
-}
-
 interface RuntimeParts {
   pack: Pack;
-  backend: Backend;
+  bench: Workbench;
   passedOver: readonly string[];
   mode: Runtime["mode"];
   policy: Runtime["policy"];
   host: WeightHost | undefined;
-  basis: Block;
   slots: readonly Slot[];
   locator: Locator;
   closeHost: (() => Promise<void>) | undefined;
@@ -183,37 +146,32 @@ export class Runtime {
   /** Why backends before it were not used. */
   readonly passedOver: readonly string[];
 
-  readonly #backend: Backend;
+  readonly #bench: Workbench;
   readonly #host: WeightHost | undefined;
-  readonly #basis: Block;
   readonly #slots: readonly Slot[];
   readonly #slotsByName = new Map<string, Slot>();
   readonly #parameters: Parameters;
   readonly #closeHost: (() => Promise<void>) | undefined;
   readonly #names: NameMatcher;
-  readonly #staging = new Staging();
-  readonly #scratch = new Map<string, Block>();
   /** Modules, by index, that are not pristine now. */
   #changed = new Set<number>();
   #unfolded = new Map<number, Unfolded>();
   #task: Selection = null;
   #queue: Promise<unknown> = Promise.resolve();
-  #allocated = 0;
-  #dispatches = 0;
   #disposed = false;
 
   /** Use `createRuntime`. */
   constructor(parts: RuntimeParts) {
-    const { backend, host, locator, slots } = parts;
+    const { host, locator, slots } = parts;
+    const { backend } = parts.bench;
     this.pack = parts.pack;
     this.backend = backend.name === "js" ? "js" : `${backend.name} (${backend.variant})`;
     this.passedOver = parts.passedOver;
     this.mode = parts.mode;
     this.policy = parts.policy;
-    this.#backend = backend;
+    this.#bench = parts.bench;
     this.#host = host;
     this.#closeHost = parts.closeHost;
-    this.#basis = parts.basis;
     this.#slots = slots;
     this.#names = locator.names;
     this.#parameters = new Parameters(host, locator);
@@ -228,23 +186,6 @@ export class Runtime {
   /** The active task. */
   get task(): Selection {
     return this.#task;
-  }
-
-  /** @internal Reads the adapted weights, checks fingerprints and allocates what stays. */
-  async attach(bases: Uint8Array, anyBase: boolean, signal: AbortSignal | undefined): Promise<void> {
-    for (const slot of this.#slots) {
-      const keep = this.mode === "folded";
-      if (!keep && (anyBase || slot.module.fingerprint === undefined)) continue;
-      // Both before the read: memory that grows would detach the view that is read into.
-      const pristine = keep && this.policy === "copy" ? this.#allocate(slot.weight.byteLength, "pristine") : undefined;
-      if (keep && !this.#host!.begin) slot.active = this.#allocate(slot.weight.byteLength, "active");
-      const into = pristine && this.#backend.view({ block: pristine, byteOffset: 0 }, slot.weight.byteLength);
-      const view = await this.#host!.read(slot.weight.name, into, { signal });
-      const bytes = (view.data as Uint8Array).subarray(view.byteOffset, view.byteOffset + slot.weight.byteLength);
-      if (!anyBase) checkFingerprint(slot, bytes, bases);
-      slot.pristine = pristine;
-      if (slot.active) this.#backend.upload({ block: slot.active, byteOffset: 0 }, bytes);
-    }
   }
 
   /**
@@ -277,17 +218,17 @@ export class Runtime {
     const infos = this.pack.tasks;
     const metadata = new Map(parts.map(({ id }) => [id, infos.get(id)?.metadata ?? {}]));
     const replacements = await this.#parameters.resolve(parts, metadata, head, signal);
-    const plans = stage(parts, this.pack.modules, this.#staging);
+    const plans = stage(parts, this.pack.modules, this.#bench.staging);
     const touched = new Set([...this.#changed, ...plans.map((p) => p.module)]);
     const pristine = await this.#readPristine(plans, touched, signal);
     const read = performance.now();
     signal?.throwIfAborted();
 
-    this.#allocated = 0;
-    this.#dispatches = 0;
+    this.#bench.allocated = 0;
+    this.#bench.dispatches = 0;
     if (this.mode === "folded") await this.#fold(plans, touched, pristine, replacements);
-    else this.#unfolded = this.#unfold(plans, pristine);
-    await this.#backend.finish();
+    else this.#unfold(plans, this.mode, pristine);
+    await this.#bench.backend.finish();
     this.#parameters.active = replacements;
     this.#changed = new Set(plans.map((p) => p.module));
     this.#task = typeof selection === "object" && selection !== null ? { ...selection } : selection;
@@ -297,8 +238,8 @@ export class Runtime {
       bytesRead: this.pack.reads.bytes - before.bytes,
       requests: this.pack.reads.requests - before.requests,
       modules: touched.size,
-      dispatches: this.#dispatches,
-      allocated: this.#allocated,
+      dispatches: this.#bench.dispatches,
+      allocated: this.#bench.allocated,
       added: [...replacements].filter(([, r]) => r.added).map(([name]) => name),
       replaced: [...replacements].filter(([, r]) => !r.added).map(([name]) => name),
       milliseconds: { read: read - started, compute: done - read, total: done - started },
@@ -337,9 +278,7 @@ export class Runtime {
     const scaled = plans.filter((p) => p.magnitude !== undefined).map((p) => p.module);
     for (const index of this.mode === "folded" ? touched : scaled) {
       const slot = this.#slots[index]!;
-      if (slot.pristine) continue;
-      const view = await this.#host!.read(slot.weight.name, undefined, { signal });
-      read.set(index, (view.data as Uint8Array).subarray(view.byteOffset, view.byteOffset + slot.weight.byteLength));
+      if (!slot.pristine) read.set(index, await readWeight(this.#host!, slot, undefined, { signal }));
     }
     return read;
   }
@@ -351,28 +290,27 @@ export class Runtime {
     read: ReadonlyMap<number, Uint8Array>,
     replacements: ReadonlyMap<string, Replacement>,
   ): Promise<void> {
-    this.#reserveFactors(plans);
-    const largest = Math.max(0, ...[...touched].map((i) => (this.#slots[i]!.active ? 0 : this.#slots[i]!.weight.byteLength)));
-    if (largest > 0) this.#reserve("weight", largest);
-    this.#uploadStaged();
+    const bench = this.#bench;
+    bench.prepare(plans);
+    const passing = [...touched].map((i) => this.#slots[i]!).filter((slot) => !slot.active);
+    const passage = bench.reserve("weight", Math.max(0, ...passing.map((slot) => slot.weight.byteLength)));
     const planOf = new Map(plans.map((p) => [p.module, p]));
     const transaction = this.#host!.begin?.();
     // From here on every touched weight counts as changed, so that the next switch repairs what a failure leaves behind.
     this.#changed = new Set(touched);
     try {
       for (const index of touched) {
-        const slot = this.#slots[index]!;
-        const out = at(slot.active ?? this.#scratch.get("weight")!);
+        const { weight, pristine, active } = this.#slots[index]!;
+        const out = active ? at(active) : passage;
         const fresh = read.get(index);
-        if (fresh) this.#backend.upload(out, fresh);
-        const base = fresh ? out : at(slot.pristine!);
+        if (fresh) bench.backend.upload(out, fresh);
+        const base = fresh ? out : at(pristine!);
         const plan = planOf.get(index);
-        if (plan) this.#foldOne(plan, slot, base, out);
-        else if (!fresh) this.#backend.copy(base, out, slot.weight.byteLength);
-        this.#dispatches++;
+        if (plan) bench.fold(plan, weight, base, out);
+        else if (!fresh) bench.copy(base, out, weight.byteLength);
         if (!transaction) continue;
-        const data = this.#backend.view(out, slot.weight.byteLength);
-        const written = transaction.write(slot.weight.name, { dtype: slot.weight.dtype, shape: slot.weight.shape, data, byteOffset: 0 });
+        const { name, dtype, shape, byteLength } = weight;
+        const written = transaction.write(name, { dtype, shape, data: bench.backend.view(out, byteLength), byteOffset: 0 });
         if (written) await written;
       }
       if (!transaction) return;
@@ -388,153 +326,18 @@ export class Runtime {
     }
   }
 
-  #foldOne(plan: ModulePlan, slot: Slot, base: Slice, out: Slice): void {
-    const { module } = slot;
-    const { transposed, dtype: type } = slot.weight;
-    const [A, B] = this.#expand(plan, module);
-    const job: Omit<FoldJob, "out"> = {
-      base,
-      type,
-      rows: transposed ? module.in : module.out,
-      columns: transposed ? module.out : module.in,
-      stride: transposed ? module.out : module.in,
-      left: transposed ? A : B,
-      right: transposed ? B : A,
-      rank: plan.rank,
-    };
-    if (plan.magnitude === undefined) return this.#backend.fold({ ...job, out });
-    const scale = this.#scale(plan, slot, job);
-    this.#backend.fold({ ...job, out, ...(transposed ? { columnScale: scale } : { rowScale: scale }) });
-  }
-
-  /** DoRA's row scale [out] of the plan. */
-  #scale(plan: ModulePlan, slot: Slot, job: Omit<FoldJob, "out">): Slice {
-    const out = at(this.#scratch.get("scale")!);
-    const magnitude = at(this.#scratch.get("coefficients")!, 4 * plan.magnitude!);
-    this.#backend.scale({ ...job, out, magnitude, axis: slot.weight.transposed ? "columns" : "rows" });
-    this.#dispatches++;
-    return out;
-  }
-
-  /** A [rank, in] and Bᵀ [rank, out] of a plan, in scratch memory. */
-  #expand(plan: ModulePlan, module: PackModule): [Slice, Slice] {
-    const staged = this.#scratch.get("coefficients")!;
-    return (["A", "B"] as const).map((side): Slice => {
-      const block = this.#scratch.get(side)!;
-      const width = side === "A" ? module.in : module.out;
-      for (const { at: first, rows, basis, row } of plan[side].shared) {
-        this.#backend.expand({
-          out: at(block, 4 * row * width),
-          coefficients: at(staged, 4 * first),
-          basis: at(this.#basis, basis.tensor.byteOffset),
-          type: basis.tensor.type,
-          rank: rows,
-          rows: basis.tensor.rows,
-          width: basis.tensor.width,
-        });
-        this.#dispatches++;
-      }
-      for (const { at: first, row, q } of plan[side].private) {
-        this.#backend.copy(at(staged, 4 * first), at(block, 4 * row * width), 4 * q * width);
-        this.#dispatches++;
-      }
-      return at(block);
-    }) as [Slice, Slice];
-  }
-
-  #unfold(plans: readonly ModulePlan[], read: ReadonlyMap<number, Uint8Array>): Map<number, Unfolded> {
-    this.#reserveFactors(plans);
-    for (const index of read.keys()) this.#reserve("weight", this.#slots[index]!.weight.byteLength);
-    this.#uploadStaged();
-    const unfolded = new Map<number, Unfolded>();
+  #unfold(plans: readonly ModulePlan[], mode: "core" | "factors", read: ReadonlyMap<number, Uint8Array>): void {
+    const bench = this.#bench;
+    bench.prepare(plans);
+    const base = bench.reserve("weight", Math.max(0, ...[...read.values()].map((bytes) => bytes.length)));
+    this.#unfolded = unfold(plans, bench, this.pack.modules, mode, this.#unfolded);
     for (const plan of plans) {
-      const module = this.pack.modules[plan.module]!;
-      const column = plan.A.shared.every((p) => p.basis.kind === "column") && plan.B.shared.every((p) => p.basis.kind === "column");
-      const core = this.mode === "core" && column && plan.A.shared.length > 0;
-      const own = plan.A.private.reduce((q, p) => q + p.q, 0);
-      const rank = core ? own : plan.rank;
-      const old = this.#unfolded.get(plan.module);
-      const rows = Math.max(rank, 1);
-      const [rowsA, rowsB] = [plan.A.shared[0]?.basis.tensor.rows ?? 0, plan.B.shared[0]?.basis.tensor.rows ?? 0];
-      const term: Unfolded = {
-        rank: rows,
-        core: core ? zeros(old?.core, rowsA * rowsB) : undefined,
-        A: zeros(old?.A, rows * module.in),
-        B: zeros(old?.B, module.out * rows),
-        rowScale: undefined,
-      };
-      if (term.core) addCore(term.core, plan, this.#staging.values, rowsA, rowsB);
-      if (!core || plan.magnitude !== undefined) {
-        const [A, B] = this.#expand(plan, module);
-        if (!core) {
-          term.A.set(this.#floats(A, plan.rank * module.in));
-          transposeFactor(this.#floats(B, plan.rank * module.out), term.B, rows, module.out);
-        }
-        if (plan.magnitude !== undefined) term.rowScale = this.#rowScale(plan, A, B, read.get(plan.module)!);
-      }
-      if (core && own > 0) this.#copyPrivate(plan, module, term);
-      unfolded.set(plan.module, term);
+      if (plan.magnitude === undefined) continue;
+      const { module, weight } = this.#slots[plan.module]!;
+      bench.backend.upload(base, read.get(plan.module)!);
+      const scale = bench.floats(bench.rowScale(plan, weight, base), module.out);
+      this.#unfolded.get(plan.module)!.rowScale = scale.slice();
     }
-    return unfolded;
-  }
-
-  #rowScale(plan: ModulePlan, A: Slice, B: Slice, weight: Uint8Array): Float32Array {
-    const slot = this.#slots[plan.module]!;
-    const { module } = slot;
-    const { transposed, dtype: type } = slot.weight;
-    const base = at(this.#scratch.get("weight")!);
-    this.#backend.upload(base, weight);
-    const [rows, columns] = transposed ? [module.in, module.out] : [module.out, module.in];
-    const [left, right] = transposed ? [A, B] : [B, A];
-    const job = { base, type, rows, columns, stride: columns, left, right, rank: plan.rank };
-    return this.#floats(this.#scale(plan, slot, job), module.out).slice();
-  }
-
-  #copyPrivate(plan: ModulePlan, module: PackModule, term: Unfolded): void {
-    let row = 0;
-    plan.A.private.forEach(({ at: first, q }, i) => {
-      const values = this.#staging.values;
-      const b = plan.B.private[i]!.at;
-      term.A.set(values.subarray(first, first + q * module.in), row * module.in);
-      for (let k = 0; k < q; k++) {
-        for (let o = 0; o < module.out; o++) term.B[o * term.rank + row + k] = values[b + k * module.out + o]!;
-      }
-      row += q;
-    });
-  }
-
-  #floats(slice: Slice, count: number): Float32Array {
-    const bytes = this.#backend.view(slice, 4 * count);
-    return new Float32Array(bytes.buffer, bytes.byteOffset, count);
-  }
-
-  #reserveFactors(plans: readonly ModulePlan[]): void {
-    const most = (size: (plan: ModulePlan, module: PackModule) => number): number =>
-      Math.max(0, ...plans.map((plan) => size(plan, this.pack.modules[plan.module]!)));
-    this.#reserve("coefficients", 4 * this.#staging.used);
-    this.#reserve("A", 4 * most((plan, module) => plan.rank * module.in));
-    this.#reserve("B", 4 * most((plan, module) => plan.rank * module.out));
-    const scaled = most((plan, module) => (plan.magnitude === undefined ? 0 : module.out));
-    if (scaled > 0) this.#reserve("scale", 4 * scaled);
-  }
-
-  #uploadStaged(): void {
-    const { values, used } = this.#staging;
-    this.#backend.upload(at(this.#scratch.get("coefficients")!), new Uint8Array(values.buffer, 0, 4 * used));
-  }
-
-  /** Scratch memory of at least `bytes`, kept from switch to switch. */
-  #reserve(name: string, bytes: number): void {
-    const held = this.#scratch.get(name);
-    if (held && held.byteLength >= bytes) return;
-    if (held) this.#backend.free(held);
-    this.#scratch.delete(name);
-    this.#scratch.set(name, this.#allocate(Math.max(bytes, 16), "scratch"));
-  }
-
-  #allocate(bytes: number, owner: Owner): Block {
-    this.#allocated += bytes;
-    return this.#backend.allocate(bytes, owner);
   }
 
   /**
@@ -557,7 +360,7 @@ export class Runtime {
       throw new TypeError("weight: the weights live in the host this runtime was given; read them there");
     }
     if (slot) {
-      const data = this.#backend.view(at(slot.active!), slot.weight.byteLength);
+      const data = this.#bench.backend.view(at(slot.active!), slot.weight.byteLength);
       return { dtype: slot.weight.dtype, shape: slot.weight.shape, data, byteOffset: 0 };
     }
     const pristine = this.#parameters.pristine(parameter);
@@ -612,7 +415,7 @@ export class Runtime {
 
   /** Resident bytes by owner. Memory of the caller's own (a map of tensors, a host) is not counted. */
   memory(): MemoryReport {
-    const { basis, coefficients, pristine, active, scratch, reserved } = this.#backend.memory();
+    const { basis, coefficients, pristine, active, scratch, reserved } = this.#bench.backend.memory();
     const held = this.pack.residentBytes;
     let unfolded = 0;
     for (const { core, A, B, rowScale } of this.#unfolded.values()) {
@@ -623,7 +426,7 @@ export class Runtime {
       coefficients: coefficients + held.coefficients,
       pristine: pristine + this.#parameters.pristineBytes,
       active: active + this.#parameters.activeBytes + unfolded,
-      scratch: scratch + this.#staging.values.byteLength,
+      scratch: scratch + this.#bench.staging.values.byteLength,
       reserved,
     };
     return { ...report, total: Object.values(report).reduce((a, b) => a + b, 0) };
@@ -634,26 +437,13 @@ export class Runtime {
     await this.#queue;
     if (this.#disposed) return;
     this.#disposed = true;
-    this.#backend.dispose();
+    this.#bench.backend.dispose();
     await this.#closeHost?.();
   }
 
   #live(): void {
     if (this.#disposed) throw new BackendError("this runtime is disposed; make a new one", { backend: this.backend });
   }
-}
-
-function checkFingerprint({ module, weight }: Slot, bytes: Uint8Array, bases: Uint8Array): void {
-  const { name, dtype, transposed } = weight;
-  if (module.fingerprint === undefined) return;
-  const stored = new Float32Array(bases.slice(module.fingerprint, module.fingerprint + 256).buffer);
-  const found = correlation(stored, fingerprint(module.name, bytes, dtype, module.out, module.in, transposed));
-  if (found >= SAME_FLOAT) return;
-  throw new BaseMismatchError(
-    `the base's "${name}" is not the weight that "${module.name}" was trained on: their fingerprints correlate by ` +
-      `${found.toFixed(4)}, at least ${SAME_FLOAT} is expected. Use the base of the adapters, or pass anyBase: true`,
-    { module: module.name, expected: SAME_FLOAT, found },
-  );
 }
 
 function toStrengths(selection: Selection): [string, number][] {
@@ -668,34 +458,6 @@ function toStrengths(selection: Selection): [string, number][] {
   return strengths;
 }
 
-function at(block: Block, byteOffset = 0): Slice {
-  return { block, byteOffset };
-}
-
 function f32View(values: Float32Array, shape: readonly number[]): View {
   return { dtype: "f32", shape, data: new Uint8Array(values.buffer, values.byteOffset, values.byteLength), byteOffset: 0 };
-}
-
-/** `old` cleared when it has the right length, else a new array: a warm switch allocates nothing. */
-function zeros(old: Float32Array | undefined, length: number): Float32Array {
-  return old?.length === length ? old.fill(0) : new Float32Array(length);
-}
-
-/** core[a, b] += Σ_r α_A[r, a] · α_B[r, b] for every task of the plan. */
-function addCore(core: Float32Array, plan: ModulePlan, staged: Float32Array, rowsA: number, rowsB: number): void {
-  plan.A.shared.forEach(({ at: a0, rows }, i) => {
-    const b0 = plan.B.shared[i]!.at;
-    for (let r = 0; r < rows; r++) {
-      for (let a = 0; a < rowsA; a++) {
-        const x = staged[a0 + r * rowsA + a]!;
-        for (let b = 0; b < rowsB; b++) core[a * rowsB + b]! += x * staged[b0 + r * rowsB + b]!;
-      }
-    }
-  });
-}
-
-/** [rank, out] → [out, rank]. */
-function transposeFactor(from: Float32Array, to: Float32Array, rank: number, out: number): void {
-  const rows = from.length / out;
-  for (let k = 0; k < rows; k++) for (let o = 0; o < out; o++) to[o * rank + k] = from[k * out + o]!;
 }

@@ -1,0 +1,100 @@
+/**
+ * The adapted weights of a base model: found, held against the pack's fingerprints, and the copies of them that stay.
+ */
+import type { Block } from "../backends/backend.ts";
+import { BaseMismatchError } from "../errors.ts";
+import type { PackModule } from "../pack/format.ts";
+import type { ReadOptions } from "../source.ts";
+import { correlation, fingerprint, SAME_FLOAT } from "./fingerprint.ts";
+import type { WeightHost } from "./host.ts";
+import type { Located, Locator } from "./locate.ts";
+import { at, type Workbench } from "./workbench.ts";
+
+/** An adapted weight of the base. */
+export interface Slot {
+  module: PackModule;
+  weight: Located;
+  /** The weight as loaded, with policy "copy". */
+  pristine: Block | undefined;
+  /** The weight as the active task has it, where the host cannot be written. */
+  active: Block | undefined;
+}
+
+/** @throws BaseMismatchError when a module is missing, ambiguous or of another shape, or two match one weight */
+export function findSlots(
+  modules: readonly PackModule[],
+  locator: Locator,
+  byHand: ReadonlyMap<string, string> | undefined,
+): Slot[] {
+  const owners = new Map<string, string>();
+  return modules.map((module) => {
+    const weight = locator.locate(module, byHand);
+    const other = owners.get(weight.name);
+    if (other !== undefined) {
+      throw new BaseMismatchError(`the modules "${other}" and "${module.name}" both match the weight "${weight.name}"`, {
+        module: module.name,
+        candidates: [weight.name],
+      });
+    }
+    owners.set(weight.name, module.name);
+    return { module, weight, pristine: undefined, active: undefined };
+  });
+}
+
+/**
+ * Reads the adapted weights, checks that they are the right model's and makes the copies that stay.
+ * @param keep which copies: none when nothing is folded
+ * @throws BaseMismatchError when a fingerprint differs
+ */
+export async function loadSlots(
+  slots: readonly Slot[],
+  host: WeightHost,
+  bench: Workbench,
+  bases: Uint8Array,
+  keep: { pristine: boolean; active: boolean },
+  options: ReadOptions & { anyBase: boolean },
+): Promise<void> {
+  for (const slot of slots) {
+    const { byteLength } = slot.weight;
+    const check = !options.anyBase && slot.module.fingerprint !== undefined;
+    if (!check && !keep.pristine && !keep.active) continue;
+    // Both before the read: memory that grows would detach the view that is read into.
+    if (keep.pristine) slot.pristine = bench.allocate(byteLength, "pristine");
+    if (keep.active) slot.active = bench.allocate(byteLength, "active");
+    const into = slot.pristine && bench.backend.view(at(slot.pristine), byteLength);
+    const bytes = await readWeight(host, slot, into, options);
+    if (check) checkFingerprint(slot, bytes, bases);
+    // A host need not read into what it is offered.
+    if (slot.pristine && bytes.buffer !== into?.buffer) bench.backend.upload(at(slot.pristine), bytes);
+    if (slot.active) bench.backend.upload(at(slot.active), bytes);
+  }
+}
+
+/** @throws BaseMismatchError when the host gives fewer bytes than the weight has */
+export async function readWeight(
+  host: WeightHost,
+  { module, weight }: Slot,
+  into: Uint8Array | undefined,
+  { signal }: ReadOptions,
+): Promise<Uint8Array> {
+  const view = await host.read(weight.name, into, { signal });
+  const bytes = (view.data as Uint8Array).subarray(view.byteOffset, view.byteOffset + weight.byteLength);
+  if (bytes.length === weight.byteLength) return bytes;
+  throw new BaseMismatchError(`the base gave ${bytes.length} bytes for "${weight.name}", which has ${weight.byteLength}`, {
+    module: module.name,
+    expected: weight.byteLength,
+    found: bytes.length,
+  });
+}
+
+function checkFingerprint({ module, weight }: Slot, bytes: Uint8Array, bases: Uint8Array): void {
+  const { name, dtype, transposed } = weight;
+  const stored = new Float32Array(bases.slice(module.fingerprint!, module.fingerprint! + 256).buffer);
+  const found = correlation(stored, fingerprint(module.name, bytes, dtype, module.out, module.in, transposed));
+  if (found >= SAME_FLOAT) return;
+  throw new BaseMismatchError(
+    `the base's "${name}" is not the weight that "${module.name}" was trained on: their fingerprints correlate by ` +
+      `${found.toFixed(4)}, at least ${SAME_FLOAT} is expected. Use the base of the adapters, or pass anyBase: true`,
+    { module: module.name, expected: SAME_FLOAT, found },
+  );
+}

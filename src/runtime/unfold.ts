@@ -1,0 +1,95 @@
+/**
+ * The unfolded forms of a task, for models that add the low-rank term themselves: expanded factors, or the core between the
+ * components on either side (README, "Switch tasks").
+ */
+import type { PackModule } from "../pack/format.ts";
+import type { ModulePlan } from "./stage.ts";
+import type { Workbench } from "./workbench.ts";
+
+/** What the active task does to one module, as f32 arrays. */
+export interface Unfolded {
+  /** Rows of A, ≥ 1. */
+  rank: number;
+  /** [rows of A's basis, rows of B's basis] */
+  core: Float32Array | undefined;
+  /** [rank, in] */
+  A: Float32Array;
+  /** [out, rank] */
+  B: Float32Array;
+  /** [out] */
+  rowScale: Float32Array | undefined;
+}
+
+/**
+ * Terms of the plans, by module.
+ * @param old the terms before, whose arrays are used again where they fit
+ */
+export function unfold(
+  plans: readonly ModulePlan[],
+  bench: Workbench,
+  modules: readonly PackModule[],
+  mode: "core" | "factors",
+  old: ReadonlyMap<number, Unfolded>,
+): Map<number, Unfolded> {
+  const terms = new Map<number, Unfolded>();
+  for (const plan of plans) {
+    const module = modules[plan.module]!;
+    const { shared } = plan.A;
+    const core = mode === "core" && shared.length > 0 && [...shared, ...plan.B.shared].every((p) => p.basis.kind === "column");
+    const own = plan.A.private.reduce((q, p) => q + p.q, 0);
+    const rank = Math.max(core ? own : plan.rank, 1);
+    const before = old.get(plan.module);
+    const term: Unfolded = {
+      rank,
+      core: core ? zeros(before?.core, shared[0]!.basis.tensor.rows * plan.B.shared[0]!.basis.tensor.rows) : undefined,
+      A: zeros(before?.A, rank * module.in),
+      B: zeros(before?.B, module.out * rank),
+      rowScale: undefined,
+    };
+    if (term.core) {
+      addCore(term.core, plan, bench.staging.values);
+      addPrivate(term, plan, module, bench.staging.values);
+    } else {
+      const { A, B } = bench.expand(plan);
+      term.A.set(bench.floats(A, plan.rank * module.in));
+      transpose(bench.floats(B, plan.rank * module.out), term.B, plan.rank, module.out, rank, 0);
+    }
+    terms.set(plan.module, term);
+  }
+  return terms;
+}
+
+/** `old` cleared when it has the right length, else a new array: a warm switch allocates nothing. */
+function zeros(old: Float32Array | undefined, length: number): Float32Array {
+  return old?.length === length ? old.fill(0) : new Float32Array(length);
+}
+
+/** core[a, b] += Σ_r α_A[r, a] · α_B[r, b] for every task of the plan. */
+function addCore(core: Float32Array, plan: ModulePlan, staged: Float32Array): void {
+  plan.A.shared.forEach(({ at: a0, rows, basis }, i) => {
+    const { at: b0, basis: basisB } = plan.B.shared[i]!;
+    const [rowsA, rowsB] = [basis.tensor.rows, basisB.tensor.rows];
+    for (let r = 0; r < rows; r++) {
+      for (let a = 0; a < rowsA; a++) {
+        const x = staged[a0 + r * rowsA + a]!;
+        for (let b = 0; b < rowsB; b++) core[a * rowsB + b]! += x * staged[b0 + r * rowsB + b]!;
+      }
+    }
+  });
+}
+
+/** The private factors of every task of the plan, one below the other. */
+function addPrivate(term: Unfolded, plan: ModulePlan, { in: inputs, out }: PackModule, staged: Float32Array): void {
+  let row = 0;
+  plan.A.private.forEach(({ at: a0, q }, i) => {
+    const b0 = plan.B.private[i]!.at;
+    term.A.set(staged.subarray(a0, a0 + q * inputs), row * inputs);
+    transpose(staged.subarray(b0, b0 + q * out), term.B, q, out, term.rank, row);
+    row += q;
+  });
+}
+
+/** from [rows, out] into columns `column`, `column` + 1, … of to [out, rank]. */
+function transpose(from: Float32Array, to: Float32Array, rows: number, out: number, rank: number, column: number): void {
+  for (let k = 0; k < rows; k++) for (let o = 0; o < out; o++) to[o * rank + column + k] = from[k * out + o]!;
+}
