@@ -100,6 +100,13 @@ t.test("the packer's files are read back, and say what they say", async (t) => {
   t.equal(pack.tasks.get("debtags-role")!.metadata.labels?.length, 8);
 });
 
+t.test("the same adapters give the same bytes", async (t) => {
+  const paths = ["adapters/own-seed/debtags-role", "adapters/own-seed/sections-0"];
+  for (const options of [{}, { gauge: "balanced", select: { kind: "error", max: 0.5 } }] as const) {
+    t.ok(Buffer.from((await packOf(paths, options)).bytes).equals((await packOf([...paths].reverse(), options)).bytes));
+  }
+});
+
 t.test("truncation at every length is refused", async (t) => {
   for (let length = 0; length < golden.length; length++) {
     const result = await readAll(golden.slice(0, length)).catch((e: unknown) => e);
@@ -229,6 +236,10 @@ t.test("an append leaves a readable pack at every byte of the way", async (t) =>
   t.equal(after.basisId, pack.basisId);
   t.same(after.tasks.get("two")!.metadata, { labels: ["two"] });
   for (const id of pack.tasks.keys()) t.same((await after.load(id)).bytes, (await pack.load(id)).bytes, `${id} is untouched`);
+  const cold = await openPack(grown);
+  await cold.takeBases();
+  await cold.load("two");
+  t.equal(cold.reads.requests, 4, "after an append directory and bases are two reads");
   const again = layoutAppend(after.directory, after.window.superblock, [{ ...tasks[0]!, entry: { ...tasks[0]!.entry, id: "three" } }]);
   const twice = concat([grown, ...again.body]);
   twice.set(again.superblock, again.superblockOffset);
