@@ -26,4 +26,5 @@ export {
 export { encodeTaskFile } from "./pack/encode.ts";
 export { expandTerm, taskAdapter } from "./pack/expand.ts";
 export { layoutAppend, layoutFresh, type Append, type TaskToWrite } from "./pack/layout.ts";
-export { openSafetensors, writeSafetensors, type SafetensorsEntry, type SafetensorsFile } from "./safetensors.ts";
+export { writeSafetensors, type SafetensorsEntry } from "./safetensors-writer.ts";
+export { openSafetensors, type SafetensorsFile } from "./safetensors.ts";

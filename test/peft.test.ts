@@ -13,7 +13,8 @@ import { findAdapters, readAdapters } from "../dist/src/adapters/folder.js";
 import { readPeft } from "../dist/src/adapters/peft.js";
 import { f32ToBf16, f32ToF16 } from "../dist/src/dtypes.js";
 import { AdapterError, EigenLoraError, FormatError } from "../dist/src/errors.js";
-import { openSafetensors, writeSafetensors, type SafetensorsEntry } from "../dist/src/safetensors.js";
+import { writeSafetensors, type SafetensorsEntry } from "../dist/src/safetensors-writer.js";
+import { openSafetensors } from "../dist/src/safetensors.js";
 import { openSource } from "../dist/src/source.js";
 
 const data = fileURLToPath(new URL("./data", import.meta.url));

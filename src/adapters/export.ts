@@ -4,7 +4,7 @@
  */
 import { encodeTensor } from "../encode.ts";
 import { AdapterError } from "../errors.ts";
-import type { SafetensorsEntry } from "../safetensors.ts";
+import type { SafetensorsEntry } from "../safetensors-writer.ts";
 import type { Adapter, AdapterModule } from "./adapter.ts";
 import { headsOf } from "./peft-config.ts";
 
