@@ -8,7 +8,13 @@ export abstract class EigenLoraError extends Error {
   /** Which of the six kinds this is. */
   abstract readonly tag: "adapter" | "format" | "source" | "base" | "task" | "backend";
 
-  /** The typed fields of the error without `message`, as the command line prints them with `--json`. */
+  constructor(message: string, { cause, ...fields }: Readonly<Record<string, unknown>>) {
+    super(message, cause === undefined ? undefined : { cause });
+    // Fields are declared by the subclasses, not defined: a definition would overwrite what is assigned here.
+    for (const [name, value] of Object.entries(fields)) if (value !== undefined) Object.assign(this, { [name]: value });
+  }
+
+  /** The typed fields of the error and its message, as the command line prints them with `--json`. */
   toJSON(): Record<string, unknown> {
     return { ...(this as object), tag: this.tag, message: this.message };
   }
@@ -18,14 +24,12 @@ export abstract class EigenLoraError extends Error {
 export class AdapterError extends EigenLoraError {
   readonly tag = "adapter";
   /** Path or name of the offending file. */
-  readonly file: string;
+  declare readonly file: string;
   /** The tensor or configuration field at fault, where there is one. */
-  readonly field?: string;
+  declare readonly field?: string;
 
   constructor(message: string, at: { file: string; field?: string; cause?: unknown }) {
-    super(`${at.file}: ${message}`, at.cause === undefined ? undefined : { cause: at.cause });
-    this.file = at.file;
-    if (at.field !== undefined) this.field = at.field;
+    super(`${at.file}: ${message}`, at);
   }
 }
 
@@ -33,14 +37,12 @@ export class AdapterError extends EigenLoraError {
 export class FormatError extends EigenLoraError {
   readonly tag = "format";
   /** Name of the source that was read. */
-  readonly file: string;
+  declare readonly file: string;
   /** The part of the file at fault: "window", "directory", "bases", "task sst2", … */
-  readonly part: string;
+  declare readonly part: string;
 
   constructor(message: string, at: { file: string; part: string; cause?: unknown }) {
-    super(`${at.file}, ${at.part}: ${message}`, at.cause === undefined ? undefined : { cause: at.cause });
-    this.file = at.file;
-    this.part = at.part;
+    super(`${at.file}, ${at.part}: ${message}`, at);
   }
 }
 
@@ -48,14 +50,12 @@ export class FormatError extends EigenLoraError {
 export class SourceError extends EigenLoraError {
   readonly tag = "source";
   /** Name of the source: path or URL. */
-  readonly file: string;
+  declare readonly file: string;
   /** HTTP status, where the source is a URL that answered. */
-  readonly status?: number;
+  declare readonly status?: number;
 
   constructor(message: string, at: { file: string; status?: number; cause?: unknown }) {
-    super(`${at.file}: ${message}`, at.cause === undefined ? undefined : { cause: at.cause });
-    this.file = at.file;
-    if (at.status !== undefined) this.status = at.status;
+    super(`${at.file}: ${message}`, at);
   }
 }
 
@@ -63,47 +63,39 @@ export class SourceError extends EigenLoraError {
 export class BaseMismatchError extends EigenLoraError {
   readonly tag = "base";
   /** The adapted module at fault. */
-  readonly module: string;
-  readonly expected?: unknown;
-  readonly found?: unknown;
+  declare readonly module: string;
+  declare readonly expected?: unknown;
+  declare readonly found?: unknown;
   /** Nearest names in the base, where the name was at fault. */
-  readonly candidates?: readonly string[];
+  declare readonly candidates?: readonly string[];
 
   constructor(
     message: string,
     at: { module: string; expected?: unknown; found?: unknown; candidates?: readonly string[] },
   ) {
-    super(message);
-    this.module = at.module;
-    if (at.expected !== undefined) this.expected = at.expected;
-    if (at.found !== undefined) this.found = at.found;
-    if (at.candidates !== undefined) this.candidates = at.candidates;
+    super(message, at);
   }
 }
 
 /** A task cannot be used as asked: unknown id, duplicate id, a blend its kind does not allow. The active task stays. */
 export class TaskError extends EigenLoraError {
   readonly tag = "task";
-  readonly task: string;
+  declare readonly task: string;
   /** Ids of the tasks most like the one asked for, nearest first. */
-  readonly nearest?: readonly string[];
+  declare readonly nearest?: readonly string[];
 
   constructor(message: string, at: { task: string; nearest?: readonly string[]; cause?: unknown }) {
-    super(message, at.cause === undefined ? undefined : { cause: at.cause });
-    this.task = at.task;
-    if (at.nearest !== undefined) this.nearest = at.nearest;
+    super(message, at);
   }
 }
 
 /** No backend could start, or the one in use failed. `reasons` says what each one tried said. */
 export class BackendError extends EigenLoraError {
   readonly tag = "backend";
-  readonly backend: string;
-  readonly reasons: readonly string[];
+  declare readonly backend: string;
+  declare readonly reasons: readonly string[];
 
-  constructor(message: string, at: { backend: string; reasons?: readonly string[]; cause?: unknown }) {
-    super(message, at.cause === undefined ? undefined : { cause: at.cause });
-    this.backend = at.backend;
-    this.reasons = at.reasons ?? [];
+  constructor(message: string, { reasons = [], ...at }: { backend: string; reasons?: readonly string[]; cause?: unknown }) {
+    super(message, { ...at, reasons });
   }
 }

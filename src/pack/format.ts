@@ -204,6 +204,10 @@ class Fields {
     this.check(found === this.u32(at), () => `its checksum does not match: the file is damaged, fetch it again`);
   }
 
+  limit(found: number, most: number, what: string): void {
+    this.check(found <= most, () => `${found} ${what}, at most ${most} are allowed`);
+  }
+
   check(condition: boolean, message: () => string): asserts condition {
     check(condition, this.file, this.part, message);
   }
@@ -262,9 +266,9 @@ export function parseDirectory(bytes: Uint8Array, superblock: Superblock, file: 
   f.check(crc32c(bytes) === superblock.directoryCrc, () => "its checksum does not match: the file is damaged");
   f.check(bytes.length >= DIRECTORY_HEAD_BYTES, () => `${bytes.length} bytes are too few`);
   const [count, basisLength, tasksLength] = [f.u32(0), f.u32(4), f.u32(8)];
-  f.check(count <= 1_048_576, () => `${count} sections, at most 1048576 are allowed`);
-  f.check(basisLength <= 67_108_864, () => `a basis description of ${basisLength} bytes, at most 67108864 are allowed`);
-  f.check(tasksLength <= 268_435_456, () => `a task list of ${tasksLength} bytes, at most 268435456 are allowed`);
+  f.limit(count, 1_048_576, "sections");
+  f.limit(basisLength, 67_108_864, "bytes of basis description");
+  f.limit(tasksLength, 268_435_456, "bytes of task list");
   const described = DIRECTORY_HEAD_BYTES + count * SECTION_ENTRY_BYTES + basisLength + tasksLength;
   f.check(described === bytes.length, () => `${bytes.length} bytes, but its parts add up to ${described}`);
   const sections: Section[] = [];

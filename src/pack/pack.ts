@@ -159,6 +159,11 @@ export class Pack {
     return infos;
   }
 
+  /** Metadata of a task, or nothing when there is no such task. */
+  metadata(id: string): TaskMetadata | undefined {
+    return this.#slots.get(id)?.metadata;
+  }
+
   /** Bytes held by this object: task blobs, and the bases until a runtime takes them. */
   get residentBytes(): { coefficients: number; basis: number } {
     let coefficients = 0;
@@ -261,8 +266,7 @@ export class Pack {
       const task = parseTaskFile(await source.read(0, source.byteLength ?? 0), source.name);
       if (task.basisId !== this.basisId) {
         throw new TaskError(
-          `${source.name} belongs to a pack with the basis ${task.basisId}, this pack has ${this.basisId}: its ` +
-            "coefficients mean nothing here",
+          `${source.name} belongs to the basis ${task.basisId}, this pack has ${this.basisId}`,
           { task: id },
         );
       }

@@ -5,8 +5,8 @@
  */
 import { decodeTensor, encodeFloats, type FloatType } from "../dtypes.ts";
 import { BaseMismatchError, TaskError } from "../errors.ts";
-import type { TaskMetadata } from "../adapters/adapter.ts";
 import type { TaskParameter } from "../pack/format.ts";
+import type { Pack } from "../pack/pack.ts";
 import { sameShape, type View, type WeightHost } from "./host.ts";
 import type { Locator } from "./locate.ts";
 import type { Part } from "./stage.ts";
@@ -56,7 +56,7 @@ export class Parameters {
    */
   async resolve(
     parts: readonly Part[],
-    metadata: ReadonlyMap<string, TaskMetadata>,
+    pack: Pack,
     head: string | undefined,
     signal: AbortSignal | undefined,
   ): Promise<Map<string, Replacement>> {
@@ -80,7 +80,7 @@ export class Parameters {
         this.#pristine.set(name, { ...view, data });
       }
       const saved = list.filter((c) => c.parameter.role === "saved");
-      out.set(name, saved.length > 0 ? this.#saved(name, saved, metadata) : this.#difference(name, list));
+      out.set(name, saved.length > 0 ? this.#saved(name, saved, pack) : this.#difference(name, list));
     }
     return out;
   }
@@ -106,11 +106,11 @@ export class Parameters {
   }
 
   /** A saved module: one task's, or the weighted mean of several with the same labels. Strength never scales a head. */
-  #saved(name: string, changes: readonly Change[], metadata: ReadonlyMap<string, TaskMetadata>): Replacement {
+  #saved(name: string, changes: readonly Change[], pack: Pack): Replacement {
     const first = changes[0]!;
-    const labels = JSON.stringify(metadata.get(first.part.id)?.labels ?? null);
+    const labels = JSON.stringify(pack.metadata(first.part.id)?.labels ?? null);
     for (const { part, parameter } of changes.slice(1)) {
-      const same = JSON.stringify(metadata.get(part.id)?.labels ?? null) === labels;
+      const same = JSON.stringify(pack.metadata(part.id)?.labels ?? null) === labels;
       if (same && sameShape(parameter.shape, first.parameter.shape)) continue;
       throw new TaskError(
         `"${first.part.id}" and "${part.id}" have different labels, so their "${name}" cannot be blended; say whose to ` +

@@ -215,9 +215,7 @@ export class Runtime {
       strengths.map(async ([id, weight]) => ({ id, weight, blob: await this.pack.load(id, { signal }) })),
     );
     this.#checkBlend(parts, head);
-    const infos = this.pack.tasks;
-    const metadata = new Map(parts.map(({ id }) => [id, infos.get(id)?.metadata ?? {}]));
-    const replacements = await this.#parameters.resolve(parts, metadata, head, signal);
+    const replacements = await this.#parameters.resolve(parts, this.pack, head, signal);
     const plans = stage(parts, this.pack.modules, this.#bench.staging);
     const touched = new Set([...this.#changed, ...plans.map((p) => p.module)]);
     const pristine = await this.#readPristine(plans, touched, signal);
@@ -357,7 +355,7 @@ export class Runtime {
     const host = this.#host!;
     if (host.begin) {
       if (host.view) return host.view(slot?.weight.name ?? parameter);
-      throw new TypeError("weight: the weights live in the host this runtime was given; read them there");
+      throw new TypeError("weight: the weights are in the host you passed; read them there");
     }
     if (slot) {
       const data = this.#bench.backend.view(at(slot.active!), slot.weight.byteLength);
