@@ -126,11 +126,12 @@ export async function buildPack(
     baseModel: baseModels[0],
     modules,
   });
-  const tasks: TaskToWrite[] = [];
-  for (const [i, adapter] of adapters.entries()) {
-    const parameters = await encodeParameters(adapter, types.head);
-    tasks.push({ entry: entryOf(adapter), blob: encodeTask(terms[i]!, parameters) });
-  }
+  const tasks = await Promise.all(
+    adapters.map(async (adapter, i): Promise<TaskToWrite> => {
+      const parameters = await encodeParameters(adapter, types.head);
+      return { entry: entryOf(adapter), blob: encodeTask(terms[i]!, parameters) };
+    }),
+  );
   const chunks = layoutFresh({ description, bases, basisId: await basisId(description, bases), tasks });
   const bytes = chunks.reduce((sum, c) => sum + c.length, 0);
   const adapterBytes = adapters.reduce((sum, a) => sum + a.byteLength, 0);
