@@ -65,7 +65,7 @@ export interface SwitchReport {
   milliseconds: { read: number; compute: number; total: number };
 }
 
-/** What the active task does to one module, for a model that adds it itself (DESIGN of the unfolded forms: README). */
+/** What the active task does to one module, for a model that adds it itself (docs/runtime.md, "Unfolded"). */
 export interface Term {
   /** Mode "core": [K_A + mean, K_B + mean] with ΔW = E_B'ᵀ · coreᵀ · E_A', components first, mean last. */
   core?: View;

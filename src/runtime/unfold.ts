@@ -1,6 +1,6 @@
 /**
  * The unfolded forms of a task, for models that add the low-rank term themselves: expanded factors, or the core between the
- * components on either side (README, "Switch tasks").
+ * components on either side (docs/runtime.md, "Unfolded").
  */
 import type { PackModule } from "../pack/format.ts";
 import type { ModulePlan } from "./stage.ts";
