@@ -65,7 +65,7 @@ for (const [name, backend] of variants) {
     await pack.prefetch(pack.tasks.keys());
     const runtime = await createRuntime(pack, { ...backend, ...(await options()) }).catch((/** @type {Error} */ e) => e.message);
     if (typeof runtime === "string") {
-      if (how.startsWith("folded, r")) rows.push({ name, how: `not run: ${runtime.slice(0, 60)}` });
+      if (how.startsWith("folded, r")) rows.push({ name, how: `not run: ${runtime.slice(0, 80)}` });
       continue;
     }
     const times = [];

@@ -13,11 +13,6 @@ export abstract class EigenLoraError extends Error {
     // Fields are declared by the subclasses, not defined: a definition would overwrite what is assigned here.
     for (const [name, value] of Object.entries(fields)) if (value !== undefined) Object.assign(this, { [name]: value });
   }
-
-  /** The typed fields of the error and its message, as the command line prints them with `--json`. */
-  toJSON(): Record<string, unknown> {
-    return { ...(this as object), tag: this.tag, message: this.message };
-  }
 }
 
 /** An adapter cannot be represented as a canonical adapter. Fix the file named, or convert it as the message says. */

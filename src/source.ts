@@ -146,8 +146,7 @@ function urlSource(url: string, options: FetchOptions): ByteSource {
     const { status } = response;
     if (status === 200) {
       fail(
-        "the server ignores ranges and would send the whole file (status 200). Serve it from a host that supports range " +
-          "requests, or fetch it yourself and pass its bytes",
+        "the server ignores ranges (status 200); use one that supports them, or fetch it yourself and pass the bytes",
         { status },
       );
     }

@@ -1,7 +1,6 @@
 /**
  * Picks a backend. Each arrives by dynamic import, so that an app loads the one it runs.
  */
-import { BackendError } from "../errors.ts";
 import type { Backend } from "./backend.ts";
 
 export interface BackendOptions {
@@ -32,12 +31,7 @@ export async function createBackend(options: BackendOptions = {}): Promise<{ bac
     const { createWasmBackend } = await import("./wasm.ts");
     return { backend: await createWasmBackend(options.wasm), passedOver: [] };
   } catch (cause) {
-    const reason = `wasm: ${(cause as Error).message}`;
-    if (backend === "auto") return { backend: await js(), passedOver: [reason] };
-    throw new BackendError(`the wasm backend cannot start: ${(cause as Error).message}`, {
-      backend: "wasm",
-      reasons: [reason],
-      cause,
-    });
+    if (backend === "wasm") throw cause;
+    return { backend: await js(), passedOver: [(cause as Error).message] };
   }
 }

@@ -176,7 +176,7 @@ function fail(error: unknown, json: boolean): number {
   const known = usage || error instanceof EigenLoraError || error instanceof RangeError || error instanceof TypeError;
   const { message } = error as Error;
   if (json) {
-    const fields = error instanceof EigenLoraError ? error.toJSON() : {};
+    const fields = error instanceof EigenLoraError ? { ...error } : {};
     const tag = usage ? "usage" : error instanceof EigenLoraError ? error.tag : "failed";
     process.stdout.write(`${JSON.stringify({ error: { ...fields, tag, message } })}\n`);
   } else {

@@ -159,11 +159,6 @@ export class Pack {
     return infos;
   }
 
-  /** Metadata of a task, or nothing when there is no such task. */
-  metadata(id: string): TaskMetadata | undefined {
-    return this.#slots.get(id)?.metadata;
-  }
-
   /** Bytes held by this object: task blobs, and the bases until a runtime takes them. */
   get residentBytes(): { coefficients: number; basis: number } {
     let coefficients = 0;

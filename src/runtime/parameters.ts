@@ -3,7 +3,7 @@
  * adapted modules. Computed in plain JS, since they are small; the result is the list of parameters that differ from the
  * base.
  */
-import { decodeTensor, encodeFloats, type FloatType } from "../dtypes.ts";
+import { decodeTensor, encodeFloats, rowBytes, type FloatType } from "../dtypes.ts";
 import { BaseMismatchError, TaskError } from "../errors.ts";
 import type { TaskParameter } from "../pack/format.ts";
 import type { Pack } from "../pack/pack.ts";
@@ -13,7 +13,7 @@ import type { Part } from "./stage.ts";
 
 /** A parameter of the active task that differs from the base's. */
 export interface Replacement {
-  view: View & { data: Uint8Array };
+  view: View & { data: Uint8Array<ArrayBuffer> };
   /** The base has no such parameter. */
   added: boolean;
 }
@@ -25,8 +25,13 @@ interface Change {
 
 /** Parameters of the base that tasks touch, pristine, and the active task's versions of them. */
 export class Parameters {
-  /** By the base's names. */
-  active: Map<string, Replacement> = new Map();
+  /** Bytes of new memory since the last `activate`. */
+  allocated = 0;
+  #active = new Map<string, Replacement>();
+  /** Memory of earlier tasks' parameters, by length: what `resolve` fills while the active ones must stay whole. */
+  readonly #pool = new Map<number, Uint8Array<ArrayBuffer>[]>();
+  /** Decoded values on their way from a blob to a parameter. */
+  #values = new Float32Array(0);
   readonly #host: WeightHost | undefined;
   readonly #base: Locator;
   readonly #pristine = new Map<string, View & { data: Uint8Array }>();
@@ -36,21 +41,41 @@ export class Parameters {
     this.#base = base;
   }
 
+  /** Parameters of the active task, by the base's names. */
+  get active(): ReadonlyMap<string, Replacement> {
+    return this.#active;
+  }
+
+  /** Makes what `resolve` returned the active parameters. */
+  activate(replacements: Map<string, Replacement>): void {
+    for (const { view } of this.#active.values()) {
+      const { data } = view;
+      this.#pool.set(data.length, [...(this.#pool.get(data.length) ?? []), data]);
+    }
+    this.#active = replacements;
+    this.allocated = 0;
+  }
+
   /** The base's value of a parameter that a task has touched. */
   pristine(name: string): (View & { data: Uint8Array }) | undefined {
     return this.#pristine.get(name);
   }
 
   get pristineBytes(): number {
-    return sum(this.#pristine.values());
+    let bytes = 0;
+    for (const { data } of this.#pristine.values()) bytes += data.length;
+    return bytes;
   }
 
   get activeBytes(): number {
-    return sum([...this.active.values()].map((r) => r.view));
+    let bytes = this.#values.byteLength;
+    for (const [length, pooled] of this.#pool) bytes += length * pooled.length;
+    for (const { view } of this.#active.values()) bytes += view.data.length;
+    return bytes;
   }
 
   /**
-   * The replacements that make `parts` active; nothing changes until the caller assigns them to `active`.
+   * The replacements that make `parts` active; nothing changes until they are given to `activate`.
    * @param head whose saved modules to take, where several tasks have some
    * @throws TaskError when heads cannot be blended, BaseMismatchError when a parameter does not fit the base
    */
@@ -108,32 +133,35 @@ export class Parameters {
   /** A saved module: one task's, or the weighted mean of several with the same labels. Strength never scales a head. */
   #saved(name: string, changes: readonly Change[], pack: Pack): Replacement {
     const first = changes[0]!;
-    const labels = JSON.stringify(pack.metadata(first.part.id)?.labels ?? null);
-    for (const { part, parameter } of changes.slice(1)) {
-      const same = JSON.stringify(pack.metadata(part.id)?.labels ?? null) === labels;
-      if (same && sameShape(parameter.shape, first.parameter.shape)) continue;
-      throw new TaskError(
-        `"${first.part.id}" and "${part.id}" have different labels, so their "${name}" cannot be blended; say whose to ` +
-          `use: switchTask(…, { head: "${first.part.id}" })`,
-        { task: part.id },
-      );
-    }
-    const values = decodeParameter(first);
-    const total = changes.reduce((s, c) => s + c.part.weight, 0);
-    if (changes.length > 1) {
-      if (!(total > 0)) {
-        throw new TaskError(`the strengths of tasks with a "${name}" add up to ${total}; say whose to use: { head: id }`, {
-          task: first.part.id,
-        });
-      }
-      const share = (c: Change): number => c.part.weight / total;
-      for (let i = 0; i < values.length; i++) values[i]! *= share(first);
-      for (const change of changes.slice(1)) {
-        decodeParameter(change).forEach((v, i) => (values[i]! += share(change) * v));
-      }
-    }
+    const values = this.#decode(first);
+    if (changes.length > 1) this.#blend(name, values, changes, pack);
     const base = this.#base.parameters.get(name);
     return this.#replacement(name, values, first.parameter.shape, base?.dtype ?? "f32", !base);
+  }
+
+  /** values = Σ share · task's values, where `values` are the first task's. */
+  #blend(name: string, values: Float32Array, changes: readonly Change[], pack: Pack): void {
+    const first = changes[0]!;
+    const { tasks } = pack;
+    const labels = ({ part }: Change): string => JSON.stringify(tasks.get(part.id)?.metadata.labels ?? null);
+    for (const change of changes) {
+      if (labels(change) === labels(first) && sameShape(change.parameter.shape, first.parameter.shape)) continue;
+      throw new TaskError(
+        `"${first.part.id}" and "${change.part.id}" have different labels: say whose "${name}" to use, ` +
+          `{ head: "${first.part.id}" }`,
+        { task: change.part.id },
+      );
+    }
+    const total = changes.reduce((s, c) => s + c.part.weight, 0);
+    if (!(total > 0)) {
+      throw new TaskError(`the strengths add up to ${total}: say whose "${name}" to use, { head: id }`, {
+        task: first.part.id,
+      });
+    }
+    for (let i = 0; i < values.length; i++) values[i]! *= first.part.weight / total;
+    for (const change of changes.slice(1)) {
+      decodeParameter(change).forEach((v, i) => (values[i]! += (change.part.weight / total) * v));
+    }
   }
 
   /** Biases and token rows: base + Σ strength · (task − base); exactly the task's values for one task at strength 1. */
@@ -152,8 +180,7 @@ export class Parameters {
         : sameShape(parameter.shape, shape);
       if (!fits) {
         throw new BaseMismatchError(
-          `task "${part.id}" brings "${name}" (${parameter.role}) of shape [${parameter.shape}], which does not fit the ` +
-            `base's [${shape}]`,
+          `task "${part.id}" brings "${name}" (${parameter.role}) of [${parameter.shape}], the base's is [${shape}]`,
           { module: name, expected: shape, found: parameter.shape },
         );
       }
@@ -167,6 +194,17 @@ export class Parameters {
     return this.#replacement(name, values, shape, base?.dtype ?? "f32", false);
   }
 
+  /** In memory that the next call uses again. */
+  #decode({ part, parameter: { tensor } }: Change): Float32Array {
+    const { type, rows, width, byteOffset, byteLength } = tensor;
+    if (this.#values.length < rows * width) {
+      this.#values = new Float32Array(rows * width);
+      this.allocated += this.#values.byteLength;
+    }
+    decodeTensor(type, part.blob.bytes.subarray(byteOffset, byteOffset + byteLength), rows, width, this.#values);
+    return this.#values.subarray(0, rows * width);
+  }
+
   #replacement(
     name: string,
     values: Float32Array,
@@ -175,14 +213,17 @@ export class Parameters {
     added: boolean,
   ): Replacement {
     try {
-      const data = encodeFloats(dtype, values);
-      return { view: { dtype, shape, data, byteOffset: 0 }, added };
+      const length = rowBytes(dtype, values.length);
+      const pooled = this.#pool.get(length)?.pop();
+      if (!pooled) this.allocated += length;
+      return { view: { dtype, shape, data: encodeFloats(dtype, values, pooled), byteOffset: 0 }, added };
     } catch (cause) {
       throw new TaskError(`"${name}" does not fit the base's ${dtype}: ${(cause as Error).message}`, { task: name, cause });
     }
   }
 }
 
+/** In new memory. */
 function decodeParameter({ part, parameter: { tensor } }: Change): Float32Array {
   const bytes = part.blob.bytes.subarray(tensor.byteOffset, tensor.byteOffset + tensor.byteLength);
   return decodeTensor(tensor.type, bytes, tensor.rows, tensor.width);
@@ -195,10 +236,4 @@ function viewBytes(view: View & { data: Uint8Array }): Uint8Array {
   const padded = new Uint8Array(bytes.length + (4 - (bytes.length % 4)));
   padded.set(bytes);
   return padded;
-}
-
-function sum(views: Iterable<View & { data: Uint8Array }>): number {
-  let bytes = 0;
-  for (const { data } of views) bytes += data.byteLength;
-  return bytes;
 }

@@ -56,7 +56,7 @@ export interface SwitchReport {
   modules: number;
   /** Operations handed to the backend. */
   dispatches: number;
-  /** Bytes of new memory the backend had to allocate; 0 once warm. */
+  /** Bytes of new memory for weights, factors and parameters; 0 once warm. */
   allocated: number;
   /** Parameters the task brings that the base lacks. */
   added: string[];
@@ -227,7 +227,8 @@ export class Runtime {
     if (this.mode === "folded") await this.#fold(plans, touched, pristine, replacements);
     else this.#unfold(plans, this.mode, pristine);
     await this.#bench.backend.finish();
-    this.#parameters.active = replacements;
+    const allocated = this.#bench.allocated + this.#parameters.allocated;
+    this.#parameters.activate(replacements);
     this.#changed = new Set(plans.map((p) => p.module));
     this.#task = typeof selection === "object" && selection !== null ? { ...selection } : selection;
     const done = performance.now();
@@ -237,7 +238,7 @@ export class Runtime {
       requests: this.pack.reads.requests - before.requests,
       modules: touched.size,
       dispatches: this.#bench.dispatches,
-      allocated: this.#bench.allocated,
+      allocated,
       added: [...replacements].filter(([, r]) => r.added).map(([name]) => name),
       replaced: [...replacements].filter(([, r]) => !r.added).map(([name]) => name),
       milliseconds: { read: read - started, compute: done - read, total: done - started },
@@ -259,7 +260,7 @@ export class Runtime {
         );
       }
       if (!this.#host) {
-        throw new TaskError(`task "${id}" uses DoRA on "${name}", which needs the base's weights: pass \`base\``, {
+        throw new TaskError(`task "${id}" uses DoRA on "${name}": pass \`base\``, {
           task: id,
         });
       }
