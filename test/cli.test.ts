@@ -51,6 +51,14 @@ t.test("pack, inspect, verify: the keys of the contract, and figures that agree"
   const worst = Math.max(...verified["tasks"].map((x: any) => x.error.max));
   t.ok(Math.abs(worst - packed["error"].max) < 1e-6, "packer and verifier agree");
   for (const task of verified["tasks"]) t.ok(task.bound >= task.error.max && task.delta.A <= 1 && task.delta.B > 0);
+  const damaged = await readFile(join(folder, "own.eigen"));
+  for (const { name, offset } of inspected["sections"]) if (/task (debtags-game|sections-2)|bases/.test(name)) damaged[offset + 20]! ^= 1;
+  await writeFile(join(folder, "damaged.eigen"), damaged);
+  const found = json(1, "verify", "damaged.eigen", "--against", own);
+  t.equal(found["ok"], false);
+  const bad = found["checks"].filter((c: any) => !c.ok);
+  t.same(bad.map((c: any) => c.name), ["bases", "task debtags-game", "task sections-2"], "every damaged section is named");
+  for (const { detail } of bad) t.match(detail, /checksum does not match/);
   for (const command of ["inspect", "verify"]) t.match(run(command, "own.eigen").stdout, /debtags-role/);
 });
 

@@ -247,7 +247,7 @@ t.test("an append leaves a readable pack at every byte of the way", async (t) =>
   t.equal((await readAll(twice)).tasks.size, 6);
 });
 
-t.test("superblocks: the newest whole one counts", async (t) => {
+t.test("superblocks: a changed byte always shows in the checksum", async (t) => {
   fc.assert(
     fc.property(fc.integer({ min: 0, max: 59 }), fc.integer({ min: 1, max: 255 }), (at, flip) => {
       const block = encodeSuperblock({

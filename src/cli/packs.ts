@@ -5,7 +5,7 @@
 import { readAdapters } from "../adapters/folder.ts";
 import type { Adapter } from "../adapters/adapter.ts";
 import type { TensorType } from "../dtypes.ts";
-import { AdapterError, TaskError } from "../errors.ts";
+import { AdapterError, FormatError, TaskError } from "../errors.ts";
 import { deltaError, relative } from "../extract/error.ts";
 import { measureModule, openModule, type Gauge } from "../extract/extract.ts";
 import { breakEven, buildPack, projectAdapter, storageTypes, storedModule, type StorageTypes } from "../pack/build.ts";
@@ -165,21 +165,33 @@ export async function verifyCommand(args: Arguments, out: Output): Promise<Resul
   const pack = await openPack(path, { bases: "later" });
   try {
     checks.push({ name: "window, directory and sections", ok: true, detail: `version ${pack.version}` });
-    const bases = await pack.takeBases();
-    checks.push({ name: "bases", ok: true, detail: `${bases.length} bytes` });
+    /** What a section holds; a damaged one is reported, and the others are checked all the same. */
+    const checked = async <T>(name: string, read: () => Promise<T>): Promise<T | undefined> => {
+      try {
+        const value = await read();
+        checks.push({ name, ok: true, detail: "" });
+        return value;
+      } catch (error) {
+        if (!(error instanceof FormatError)) throw error;
+        checks.push({ name, ok: false, detail: error.message });
+        return undefined;
+      }
+    };
+    const bases = await checked("bases", () => pack.takeBases());
     const blobs = new Map<string, TaskBlob>();
     for (const [i, id] of [...pack.tasks.keys()].entries()) {
-      blobs.set(id, await pack.load(id));
+      const blob = await checked(`task ${id}`, () => pack.load(id));
+      if (blob) blobs.set(id, blob);
       out.progress("task", i + 1, pack.tasks.size);
     }
-    checks.push({ name: "tasks", ok: true, detail: [...blobs.keys()].join(", ") });
-    checks.push(await basisIdCheck(pack, bases), await paddingCheck(path, pack));
+    if (bases) checks.push(await basisIdCheck(pack, bases));
+    checks.push(await paddingCheck(path, pack));
     const trailing = (await sizeOf(path)) - pack.window.superblock.committed;
     checks.push({ name: "bytes behind the end", ok: true, detail: `${trailing} (ignored)` });
-    const tasks: Record<string, unknown>[] = [...blobs.keys()].map((id) => ({ id }));
+    const tasks: Record<string, unknown>[] = [...pack.tasks.keys()].map((id) => ({ id }));
     const lines: (string | number)[][] = [];
     const against = args.list("against");
-    if (against.length > 0) {
+    if (against.length > 0 && bases && checks.every((c) => c.ok)) {
       const adapters = await readAdapters(against, { rename: renames(args) });
       for (const adapter of adapters) {
         const blob = blobs.get(adapter.id);
