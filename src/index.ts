@@ -8,11 +8,11 @@ export {
   Runtime,
   type MemoryReport,
   type RuntimeOptions,
-  type Selection,
   type SwitchOptions,
   type SwitchReport,
   type Term,
 } from "./runtime/runtime.ts";
+export type { Selection } from "./runtime/selection.ts";
 export type { BaseInput, DeviceBuffer, Parameter, Tensor, Transaction, View, WeightHost } from "./runtime/host.ts";
 export type { ByteSource, FetchOptions, ReadOptions, SourceInput } from "./source.ts";
 export type { Layout, TaskMetadata } from "./adapters/adapter.ts";

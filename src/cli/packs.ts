@@ -357,9 +357,7 @@ export async function removeCommand(args: Arguments): Promise<Result> {
     const bytesBefore = pack.window.superblock.committed;
     const bases = await pack.takeBases();
     const tasks = [];
-    for (const { id, adapterBytes, metadata } of pack.tasks.values()) {
-      tasks.push({ entry: { id, adapterBytes, metadata }, blob: (await pack.load(id)).bytes });
-    }
+    for (const entry of pack.tasks.values()) tasks.push({ entry, blob: (await pack.load(entry.id)).bytes });
     const id = Uint8Array.from(pack.basisId.match(/../g)!, (h) => parseInt(h, 16));
     const fresh = layoutFresh({ description: pack.directory.basisBytes, bases, basisId: id, tasks });
     const bytesAfter = await writeWhole(file, fresh);

@@ -1,5 +1,6 @@
 /**
  * `eigenlora/onnx`: ONNX models as base models. Reading only; running them is the bindings' part.
  */
-export { openOnnxHost, type OnnxHostOptions } from "./host.ts";
+export { openOnnxHost } from "./host.ts";
+export type { ModelOptions } from "./read.ts";
 export type { Parameter, View, WeightHost } from "../runtime/host.ts";

@@ -65,7 +65,7 @@ export function findParameters(model: OnnxModel): OnnxParameter[] {
   const claims: Claim[] = [];
   for (const [initializer, tensor] of graph.initializers) {
     const type = tensorType(tensor, model.name);
-    if (type.dtype === "other" && !QUANTISED.has(tensor.dataType)) continue;
+    if (type.dtype === "other" && !QUANTISED.has(tensor.dataType) && !isDequantised(graph, initializer)) continue;
     types.set(initializer, type);
     for (const claim of claimsOf(graph, initializer, type)) claims.push(claim);
   }
@@ -80,6 +80,12 @@ export function findParameters(model: OnnxModel): OnnxParameter[] {
     }
   }
   return parameters;
+}
+
+/** Whether integers are a parameter's: a bias of a quantised layer is int32, as much else is. */
+function isDequantised(graph: Graph, initializer: string): boolean {
+  const uses = graph.consumers.get(initializer) ?? [];
+  return uses.some(({ node, input }) => node.opType === "DequantizeLinear" && input === 0);
 }
 
 /** The claims that stand, by initializer: of those to one name the best founded, or none where two are equally so. */
@@ -116,7 +122,7 @@ function claimsOf(graph: Graph, initializer: string, { shape }: TensorType): Cla
     found.layout ??= layout;
     if (use) found.uses.push(use);
   };
-  const stem = initializer.replace(/_(quantized|fp16|f16|bf16)$/, "");
+  const stem = initializer.replace(/(_(quantized|fp16|f16|bf16|Transposed|Q[248](G\d+)?))+$/, "");
   const own = isParameterName(stem) ? stem : undefined;
   const reached = reach(graph, initializer, own);
   for (const { use, name, transposed } of reached) {

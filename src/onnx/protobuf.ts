@@ -2,5 +2,5 @@
  * The protobuf runtime (@bufbuild/protobuf, Apache-2.0) and ONNX's schema, as one module: the build bundles the library into
  * it, so that the package has no second dependency and users of `eigenlora/onnx` load only what is used.
  */
-export { fromBinary } from "@bufbuild/protobuf";
-export { ModelProtoSchema } from "./onnx_pb.ts";
+export { create, fromBinary, toBinary } from "@bufbuild/protobuf";
+export { GraphProtoSchema, ModelProtoSchema, NodeProtoSchema, TensorProtoSchema, ValueInfoProtoSchema } from "./onnx_pb.ts";

@@ -15,6 +15,15 @@ const FLOATS: ReadonlyMap<number, FloatType> = new Map([
 ]);
 const BYTES: Record<FloatType, number> = { f32: 4, f16: 2, bf16: 2 };
 
+/** Element sizes of integers that may lie in `int32_data`: uint8, int8, uint16, int16, int32. */
+const INTEGER_BYTES: ReadonlyMap<number, number> = new Map([
+  [2, 1],
+  [3, 1],
+  [4, 2],
+  [5, 2],
+  [6, 4],
+]);
+
 /** `TensorProto.DataLocation.EXTERNAL`. */
 const EXTERNAL = 1;
 
@@ -91,19 +100,22 @@ export async function readTensor(
 }
 
 function embedded(tensor: TensorProto, file: string, { dtype, shape }: TensorType): Uint8Array {
-  const { rawData, floatData, int32Data } = tensor;
+  const { rawData, floatData, int32Data, dataType } = tensor;
   if (rawData.length > 0 || shape.includes(0)) return rawData;
-  if (dtype === "other") {
-    const message = `its data type ${tensor.dataType} is read from raw_data only; save the model with ONNX's tools`;
+  const size = dtype === "other" ? INTEGER_BYTES.get(dataType) : BYTES[dtype];
+  if (size === undefined) {
+    const message = `its data type ${dataType} is read from raw_data only; save the model with ONNX's tools`;
     throw new FormatError(message, { file, part: partOf(tensor) });
   }
   const list = dtype === "f32" ? floatData : int32Data;
-  const data = new Uint8Array(list.length * BYTES[dtype]);
+  const data = new Uint8Array(list.length * size);
   const view = new DataView(data.buffer);
   for (const [i, value] of list.entries()) {
     if (dtype === "f32") view.setFloat32(4 * i, value, true);
-    // The low 16 bits of an int32 are those of the half.
-    else view.setUint16(2 * i, value, true);
+    // The low bits of an int32 are those of the smaller integer and of the half.
+    else if (size === 1) view.setUint8(i, value);
+    else if (size === 2) view.setUint16(2 * i, value, true);
+    else view.setInt32(4 * i, value, true);
   }
   return data;
 }

@@ -18,7 +18,7 @@ import {
   type Selection,
   type TaskCoefficients,
 } from "../extract/extract.ts";
-import { fingerprint } from "../runtime/fingerprint.ts";
+import { fingerprint, weightAt } from "../runtime/fingerprint.ts";
 import type { WeightHost } from "../runtime/host.ts";
 import { Locator } from "../runtime/locate.ts";
 import { VERSION } from "../version.ts";
@@ -129,7 +129,7 @@ export async function buildPack(
   const tasks = await Promise.all(
     adapters.map(async (adapter, i): Promise<TaskToWrite> => {
       const parameters = await encodeParameters(adapter, types.head);
-      return { entry: entryOf(adapter), blob: encodeTask(terms[i]!, parameters) };
+      return { entry: entryOf(adapter, terms[i]!, names), blob: encodeTask(terms[i]!, parameters) };
     }),
   );
   const chunks = layoutFresh({ description, bases, basisId: await basisId(description, bases), tasks });
@@ -220,7 +220,8 @@ export async function projectAdapter(
   terms.sort((a, b) => a.module - b.module);
   const blob = encodeTask(terms, await encodeParameters(adapter, types.head));
   const { mean, max } = errors.summary();
-  return { entry: entryOf(adapter), blob, residual: { id: adapter.id, mean, max } };
+  const names = pack.modules.map((m) => m.name);
+  return { entry: entryOf(adapter, terms, names), blob, residual: { id: adapter.id, mean, max } };
 }
 
 /** Both sides of a module of a pack, as extraction takes them. */
@@ -316,13 +317,19 @@ async function readFingerprints(
     const located = locator.locate(module);
     const view = await base.read(located.name);
     const bytes = (view.data as Uint8Array).subarray(view.byteOffset);
-    prints.set(name, fingerprint(name, bytes, located.dtype, module.out, module.in, located.transposed));
+    const values = weightAt(bytes, located.dtype, module.out, module.in, located.transposed);
+    prints.set(name, fingerprint(name, module.out, module.in, values));
   }
   return prints;
 }
 
-function entryOf({ id, byteLength, metadata }: Adapter): TaskEntry {
-  return { id, adapterBytes: byteLength, metadata };
+function entryOf(adapter: Adapter, terms: readonly TermInput[], names: readonly string[]): TaskEntry {
+  const { id, byteLength, metadata, saved } = adapter;
+  const brings = [
+    ...saved.map(({ role, name }) => `${role} ${name}`),
+    ...terms.filter((t) => t.magnitude).map((t) => `magnitude ${names[t.module]}`),
+  ];
+  return { id, adapterBytes: byteLength, metadata, brings: brings.sort() };
 }
 
 async function encodeParameters(adapter: Adapter, type: TensorType): Promise<ParameterInput[]> {

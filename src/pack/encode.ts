@@ -201,11 +201,20 @@ export function directoryBytes(sections: number, description: Uint8Array, tasks:
 
 /** The task list (SPEC.md, section 4.3). */
 export function encodeTaskList(tasks: readonly TaskEntry[]): Bytes {
-  return pack(tasks.map(entryMap));
+  const first = new Map<string, number>();
+  return pack(
+    tasks.map((task, i) => {
+      const list = JSON.stringify(task.brings);
+      const earlier = task.brings && first.get(list);
+      if (earlier !== undefined) return { ...entryMap(task), brings: earlier };
+      first.set(list, i);
+      return entryMap(task);
+    }),
+  );
 }
 
-function entryMap({ id, adapterBytes, metadata }: TaskEntry): object {
-  return Object.keys(metadata).length > 0 ? { id, adapterBytes, metadata } : { id, adapterBytes };
+function entryMap({ id, adapterBytes, metadata, brings }: TaskEntry): object {
+  return { id, adapterBytes, ...(Object.keys(metadata).length > 0 ? { metadata } : {}), ...(brings ? { brings } : {}) };
 }
 
 /** The window of a file with a single superblock. */

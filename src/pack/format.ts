@@ -95,6 +95,8 @@ export interface TaskEntry {
   id: string;
   adapterBytes: number;
   metadata: TaskMetadata;
+  /** What the task changes beside its terms, as "role name": see SPEC.md, section 4.3. Undefined when not said. */
+  brings?: readonly string[] | undefined;
 }
 
 export interface Directory {
@@ -299,13 +301,15 @@ export function parseDirectory(bytes: Uint8Array, superblock: Superblock, file: 
   const start = DIRECTORY_HEAD_BYTES + count * SECTION_ENTRY_BYTES;
   const basisBytes = bytes.subarray(start, start + basisLength);
   const basis = parseBasis(basisBytes, bases.length, file);
-  const entries = new Value(decode(bytes.subarray(start + basisLength), file, "task list"), file, "task list", "tasks");
+  const root = new Value(decode(bytes.subarray(start + basisLength), file, "task list"), file, "task list", "tasks");
   const blobs = sections.filter((s) => s.kind === SECTION_TASK);
-  const list = entries.array(1_048_576);
+  const list = root.array(1_048_576);
   f.check(list.length === blobs.length, () => `${list.length} tasks are listed, but there are ${blobs.length} task blobs`);
   const seen = new Set<string>();
+  const entries: TaskEntry[] = [];
   const tasks = list.map((value, i) => {
-    const entry = parseEntry(value);
+    const entry = parseEntry(value, entries);
+    entries.push(entry);
     f.check(!seen.has(entry.id), () => `two tasks are named "${entry.id}"`);
     seen.add(entry.id);
     return { ...entry, section: blobs[i]! };
@@ -390,14 +394,22 @@ function parseSide(
   return { kind, K, rank, mean, explained, tensor: tensor(type, K + (mean ? 1 : 0), dimension * (rank ?? 1)) };
 }
 
-function parseEntry(value: Value): TaskEntry {
+/** @param earlier entries of the list before this one */
+function parseEntry(value: Value, earlier: readonly TaskEntry[]): TaskEntry {
   const id = value.get("id").string(255);
   value.check(isTaskId(id), () => `the task id ${JSON.stringify(id)} is empty or has control characters`);
   return {
     id,
     adapterBytes: value.get("adapterBytes").integer(0, Number.MAX_SAFE_INTEGER),
     metadata: value.get("metadata").plain() as TaskMetadata,
+    brings: parseBrings(value.get("brings"), earlier),
   };
+}
+
+function parseBrings(value: Value, earlier: readonly TaskEntry[]): readonly string[] | undefined {
+  if (value.absent) return undefined;
+  if (typeof value.value === "number") return earlier[value.integer(0, earlier.length - 1)]!.brings;
+  return value.array(65_536).map((name) => name.string(1024));
 }
 
 /** Whether a string may name a task: 1 to 255 bytes of UTF-8, no control characters. */
@@ -531,7 +543,7 @@ export function parseTaskFile(bytes: Uint8Array, file: string): TaskFile {
   f.check(bytes.subarray(64 + entry.length, start).every((b) => b === 0), () => "its padding is not zero: it is damaged");
   const blob = bytes.subarray(start);
   f.check(crc32c(entry) === f.u32(52) && crc32c(blob) === f.u32(56), () => "its checksum does not match: it is damaged");
-  const parsed = parseEntry(new Value(decode(entry, file, f.part), file, f.part, "entry"));
+  const parsed = parseEntry(new Value(decode(entry, file, f.part), file, f.part, "entry"), []);
   return { ...parsed, basisId: hex(bytes.subarray(16, 48)), blob };
 }
 

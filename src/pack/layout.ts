@@ -76,7 +76,7 @@ export interface Append {
 
 /** Plans an append. The ids of `tasks` must be new and unique. */
 export function layoutAppend(directory: Directory, current: Superblock, tasks: readonly TaskToWrite[]): Append {
-  const entries = [...directory.tasks.map(({ id, adapterBytes, metadata }) => ({ id, adapterBytes, metadata }))];
+  const entries = [...directory.tasks] as TaskEntry[];
   const added: Section[] = [];
   let end = current.committed;
   for (const { entry, blob } of tasks) {

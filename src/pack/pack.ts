@@ -42,6 +42,11 @@ export interface TaskInfo {
   /** Size of the adapter it was made of, 0 when unknown. */
   readonly adapterBytes: number;
   readonly metadata: TaskMetadata;
+  /**
+   * What the task changes beside its terms, as "role name" (SPEC.md, section 4.3), for instance "saved classifier.weight".
+   * Undefined in packs that do not say.
+   */
+  readonly brings: readonly string[] | undefined;
   /** Whether a switch to it needs no request. */
   readonly resident: boolean;
 }
@@ -51,6 +56,7 @@ interface TaskSlot {
   bytes: number;
   adapterBytes: number;
   metadata: TaskMetadata;
+  brings?: readonly string[] | undefined;
   /** Undefined for tasks added at run time, which are always resident. */
   section: Section | undefined;
   blob: TaskBlob | undefined;
@@ -144,17 +150,16 @@ export class Pack {
     this.basisId = window.basisId;
     this.directory = directory;
     this.modules = directory.basis.modules;
-    for (const { id, adapterBytes, metadata, section } of directory.tasks) {
-      const slot = { id, bytes: section.length, adapterBytes, metadata, section, blob: undefined, loading: undefined };
-      this.#slots.set(id, slot);
+    for (const task of directory.tasks) {
+      this.#slots.set(task.id, { ...task, bytes: task.section.length, blob: undefined, loading: undefined });
     }
   }
 
   /** The tasks by id, in the order of the file. A snapshot. */
   get tasks(): ReadonlyMap<string, TaskInfo> {
     const infos = new Map<string, TaskInfo>();
-    for (const [key, { id, bytes, adapterBytes, metadata, blob }] of this.#slots) {
-      infos.set(key, { id, bytes, adapterBytes, metadata, resident: blob !== undefined });
+    for (const [key, { id, bytes, adapterBytes, metadata, brings, blob }] of this.#slots) {
+      infos.set(key, { id, bytes, adapterBytes, metadata, brings, resident: blob !== undefined });
     }
     return infos;
   }
@@ -269,9 +274,7 @@ export class Pack {
       if (this.#slots.has(id)) throw new TaskError(`there is a task "${id}" already; choose another id`, { task: id });
       const blob = parseTask(task.blob, this.modules, source.name, id);
       this.#checkFinite(blob, id);
-      const { adapterBytes, metadata } = task;
-      const bytes = task.blob.length;
-      this.#slots.set(id, { id, bytes, adapterBytes, metadata, section: undefined, blob, loading: undefined });
+      this.#slots.set(id, { ...task, id, bytes: task.blob.length, section: undefined, blob, loading: undefined });
     } finally {
       await source.close?.();
     }

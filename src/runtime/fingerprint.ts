@@ -3,25 +3,34 @@
  * another model from the same one in another number format, by correlation. It is no proof against intent.
  */
 import { bf16ToF32, f16ToF32, type FloatType } from "../dtypes.ts";
-import { FINGERPRINT_SIZE } from "../pack/format.ts";
+import { BaseMismatchError } from "../errors.ts";
+import { FINGERPRINT_SIZE, type PackModule } from "../pack/format.ts";
 
 /** Correlation from which two float models are the same. */
 export const SAME_FLOAT = 0.999;
 
+/** Correlation from which a quantised model is the same as a float one. */
+export const SAME_QUANTIZED = 0.95;
+
+/** The value of a weight at output o and input n. */
+export type WeightAt = (o: number, n: number) => number;
+
 /**
- * The fingerprint of a weight.
- * @param bytes the weight as stored, any alignment
+ * The values of a weight as it is stored.
+ * @param bytes of any alignment
  * @param transposed whether it is stored as [in, out]
  */
-export function fingerprint(
-  name: string,
-  bytes: Uint8Array,
-  type: FloatType,
-  out: number,
-  inputs: number,
-  transposed: boolean,
-): Float32Array {
+export function weightAt(bytes: Uint8Array, type: FloatType, out: number, inputs: number, transposed: boolean): WeightAt {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  return (o, n) => {
+    const at = transposed ? n * out + o : o * inputs + n;
+    if (type === "f32") return view.getFloat32(4 * at, true);
+    return (type === "f16" ? f16ToF32 : bf16ToF32)(view.getUint16(2 * at, true));
+  };
+}
+
+/** The fingerprint of a module's weight. */
+export function fingerprint(name: string, out: number, inputs: number, at: WeightAt): Float32Array {
   let x = 0x811c9dc5;
   for (const byte of new TextEncoder().encode(name)) x = Math.imul(x ^ byte, 0x01000193);
   if (x === 0) x = 1;
@@ -33,12 +42,26 @@ export function fingerprint(
   };
   const values = new Float32Array(FINGERPRINT_SIZE);
   for (let i = 0; i < values.length; i++) {
-    const [o, n] = [draw(out), draw(inputs)];
-    const at = transposed ? n * out + o : o * inputs + n;
-    if (type === "f32") values[i] = view.getFloat32(4 * at, true);
-    else values[i] = (type === "f16" ? f16ToF32 : bf16ToF32)(view.getUint16(2 * at, true));
+    const o = draw(out);
+    values[i] = at(o, draw(inputs));
   }
   return values;
+}
+
+/**
+ * @param least correlation to accept
+ * @param name of the weight in the base
+ * @throws BaseMismatchError when the weight is not the one that the pack's fingerprint was taken of
+ */
+export function checkFingerprint(module: PackModule, name: string, at: WeightAt, bases: Uint8Array, least: number): void {
+  const stored = new Float32Array(bases.slice(module.fingerprint!, module.fingerprint! + 4 * FINGERPRINT_SIZE).buffer);
+  const found = correlation(stored, fingerprint(module.name, module.out, module.in, at));
+  if (found >= least) return;
+  throw new BaseMismatchError(
+    `the base's "${name}" is not the weight that "${module.name}" was trained on: their fingerprints correlate by ` +
+      `${found.toFixed(4)}, at least ${least} is expected. Use the base of the adapters, or pass anyBase: true`,
+    { module: module.name, expected: least, found },
+  );
 }
 
 /** Pearson correlation; 1 for equal lists, and 0 where one list is constant and they differ. */

@@ -14,6 +14,21 @@ export interface Located extends Parameter {
   byteLength: number;
 }
 
+/**
+ * The base's name of a module's weight.
+ * @param byHand names of weights by module name, before anything else
+ * @throws BaseMismatchError when the weight is missing or ambiguous
+ */
+export function findWeight(names: NameMatcher, module: string, byHand?: ReadonlyMap<string, string>): string {
+  const found = names.find(byHand?.get(module) ?? `${module}.weight`);
+  if ("name" in found) return found.name;
+  throw new BaseMismatchError(
+    `the adapted module "${module}" ${found.ambiguous ? "matches several weights" : "is not"} in the base; ` +
+      `candidates: ${found.candidates.join(", ") || "none"}. If the names differ, map them with the option \`names\``,
+    { module, candidates: found.candidates },
+  );
+}
+
 /** The parameters of a host, found by an adapter's names. */
 export class Locator {
   readonly parameters: ReadonlyMap<string, Parameter>;
@@ -34,22 +49,15 @@ export class Locator {
     module: Pick<AdapterModule, "name" | "out" | "in" | "layout">,
     byHand?: ReadonlyMap<string, string>,
   ): Located {
-    const found = this.names.find(byHand?.get(module.name) ?? `${module.name}.weight`);
-    if (!("name" in found)) {
-      throw new BaseMismatchError(
-        `the adapted module "${module.name}" ${found.ambiguous ? "matches several weights" : "is not"} in the base; ` +
-          `candidates: ${found.candidates.join(", ") || "none"}. If the names differ, map them with the option \`names\``,
-        { module: module.name, candidates: found.candidates },
-      );
-    }
-    const parameter = this.parameters.get(found.name)!;
+    const weight = findWeight(this.names, module.name, byHand);
+    const parameter = this.parameters.get(weight)!;
     const { shape, dtype, layout = module.layout } = parameter;
     const transposed = layout === "in-out" || layout === "embedding";
     const matrix = [shape[0] ?? 0, shape.slice(1).reduce((a, b) => a * b, 1)];
     const expected = transposed ? [module.in, module.out] : [module.out, module.in];
     if (!sameShape(expected, matrix)) {
       throw new BaseMismatchError(
-        `the adapted module "${module.name}" is [out ${module.out}, in ${module.in}], but the base's "${found.name}" is ` +
+        `the adapted module "${module.name}" is [out ${module.out}, in ${module.in}], but the base's "${weight}" is ` +
           `[${shape.join(", ")}]${transposed ? " (stored as [in, out])" : ""}: the adapters are of another model`,
         { module: module.name, expected, found: shape },
       );

@@ -5,7 +5,7 @@
  */
 import type { Owner } from "../backends/backend.ts";
 import { createBackend, type BackendOptions } from "../backends/select.ts";
-import { BackendError, TaskError } from "../errors.ts";
+import { BackendError } from "../errors.ts";
 import { nearest, type NameMatcher } from "../names.ts";
 import type { Pack } from "../pack/pack.ts";
 import type { FetchOptions } from "../source.ts";
@@ -13,12 +13,10 @@ import { openHost, type BaseInput, type View, type WeightHost } from "./host.ts"
 import { Locator } from "./locate.ts";
 import { Parameters, type Replacement } from "./parameters.ts";
 import { findSlots, loadSlots, readWeight, type Slot } from "./slots.ts";
-import { stage, type ModulePlan, type Part } from "./stage.ts";
+import { copySelection, loadParts, refuseMagnitudes, type Selection } from "./selection.ts";
+import { stage, type ModulePlan } from "./stage.ts";
 import { unfold, type Unfolded } from "./unfold.ts";
 import { at, Workbench } from "./workbench.ts";
-
-/** What is active: a task, null for the pristine base, or tasks with strengths. */
-export type Selection = string | null | Readonly<Record<string, number>>;
 
 export interface RuntimeOptions extends BackendOptions, FetchOptions {
   /** The base model's weights. Needed for mode "folded"; in the others only for DoRA and for biases. */
@@ -210,11 +208,8 @@ export class Runtime {
     this.#live();
     signal?.throwIfAborted();
     const before = { ...this.pack.reads };
-    const strengths = toStrengths(selection);
-    const parts: Part[] = await Promise.all(
-      strengths.map(async ([id, weight]) => ({ id, weight, blob: await this.pack.load(id, { signal }) })),
-    );
-    this.#checkBlend(parts, head);
+    const parts = await loadParts(this.pack, selection, head, signal);
+    if (!this.#host) refuseMagnitudes(parts, this.pack, () => true, "pass `base`");
     const replacements = await this.#parameters.resolve(parts, this.pack, head, signal);
     const plans = stage(parts, this.pack.modules, this.#bench.staging);
     const touched = new Set([...this.#changed, ...plans.map((p) => p.module)]);
@@ -230,7 +225,7 @@ export class Runtime {
     const allocated = this.#bench.allocated + this.#parameters.allocated;
     this.#parameters.activate(replacements);
     this.#changed = new Set(plans.map((p) => p.module));
-    this.#task = typeof selection === "object" && selection !== null ? { ...selection } : selection;
+    this.#task = copySelection(selection);
     const done = performance.now();
     return {
       task: this.#task,
@@ -243,28 +238,6 @@ export class Runtime {
       replaced: [...replacements].filter(([, r]) => !r.added).map(([name]) => name),
       milliseconds: { read: read - started, compute: done - read, total: done - started },
     };
-  }
-
-  #checkBlend(parts: readonly Part[], head: string | undefined): void {
-    if (head !== undefined && !parts.some((p) => p.id === head)) {
-      throw new TaskError(`head "${head}" is not one of the tasks switched to`, { task: head });
-    }
-    for (const { id, weight, blob } of parts) {
-      const scaled = blob.terms.find((t) => t.magnitude);
-      if (!scaled) continue;
-      const name = this.pack.modules[scaled.module]!.name;
-      if (parts.length > 1 || weight !== 1) {
-        throw new TaskError(
-          `task "${id}" uses DoRA on "${name}", whose change is not additive: it cannot be blended or scaled`,
-          { task: id },
-        );
-      }
-      if (!this.#host) {
-        throw new TaskError(`task "${id}" uses DoRA on "${name}": pass \`base\``, {
-          task: id,
-        });
-      }
-    }
   }
 
   /** Pristine weights that a switch needs and memory does not hold, all of them read before anything is changed. */
@@ -443,18 +416,6 @@ export class Runtime {
   #live(): void {
     if (this.#disposed) throw new BackendError("this runtime is disposed; make a new one", { backend: this.backend });
   }
-}
-
-function toStrengths(selection: Selection): [string, number][] {
-  if (selection === null) return [];
-  if (typeof selection === "string") return [[selection, 1]];
-  const strengths = Object.entries(selection);
-  if (strengths.length === 0) throw new RangeError("switchTask: a blend without tasks; use null for the base");
-  for (const [id, weight] of strengths) {
-    if (Number.isFinite(weight)) continue;
-    throw new RangeError(`switchTask: the strength of "${id}" is ${String(weight)}, expected a finite number`);
-  }
-  return strengths;
 }
 
 function f32View(values: Float32Array, shape: readonly number[]): View {

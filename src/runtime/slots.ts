@@ -5,7 +5,7 @@ import type { Block } from "../backends/backend.ts";
 import { BaseMismatchError } from "../errors.ts";
 import type { PackModule } from "../pack/format.ts";
 import type { ReadOptions } from "../source.ts";
-import { correlation, fingerprint, SAME_FLOAT } from "./fingerprint.ts";
+import { checkFingerprint, SAME_FLOAT, weightAt } from "./fingerprint.ts";
 import type { WeightHost } from "./host.ts";
 import type { Located, Locator } from "./locate.ts";
 import { at, type Workbench } from "./workbench.ts";
@@ -63,7 +63,11 @@ export async function loadSlots(
     if (keep.active) slot.active = bench.allocate(byteLength, "active");
     const into = slot.pristine && bench.backend.view(at(slot.pristine), byteLength);
     const bytes = await readWeight(host, slot, into, options);
-    if (check) checkFingerprint(slot, bytes, bases);
+    if (check) {
+      const { name, dtype, transposed } = slot.weight;
+      const values = weightAt(bytes, dtype, slot.module.out, slot.module.in, transposed);
+      checkFingerprint(slot.module, name, values, bases, SAME_FLOAT);
+    }
     // A host need not read into what it is offered.
     if (slot.pristine && bytes.buffer !== into?.buffer) bench.backend.upload(at(slot.pristine), bytes);
     if (slot.active) bench.backend.upload(at(slot.active), bytes);
@@ -85,16 +89,4 @@ export async function readWeight(
     expected: weight.byteLength,
     found: bytes.length,
   });
-}
-
-function checkFingerprint({ module, weight }: Slot, bytes: Uint8Array, bases: Uint8Array): void {
-  const { name, dtype, transposed } = weight;
-  const stored = new Float32Array(bases.slice(module.fingerprint!, module.fingerprint! + 256).buffer);
-  const found = correlation(stored, fingerprint(module.name, bytes, dtype, module.out, module.in, transposed));
-  if (found >= SAME_FLOAT) return;
-  throw new BaseMismatchError(
-    `the base's "${name}" is not the weight that "${module.name}" was trained on: their fingerprints correlate by ` +
-      `${found.toFixed(4)}, at least ${SAME_FLOAT} is expected. Use the base of the adapters, or pass anyBase: true`,
-    { module: module.name, expected: SAME_FLOAT, found },
-  );
 }

@@ -1,0 +1,223 @@
+/**
+ * The values of quantised weights, as the operators that use them understand the bytes: MatMulNBits, DequantizeLinear,
+ * MatMulInteger after DynamicQuantizeLinear, QLinearMatMul. For fingerprints and for the base's heads; the product itself
+ * is the runtime's.
+ */
+import { bf16ToF32, f16ToF32 } from "../dtypes.ts";
+import { FormatError } from "../errors.ts";
+import { weightAt, type WeightAt } from "../runtime/fingerprint.ts";
+import type { ReadOptions } from "../source.ts";
+import { matrixShape, producer } from "./linear.ts";
+import { attribute, type OnnxModel, type Use } from "./model.ts";
+import type { OnnxParameter } from "./modules.ts";
+import type { NodeProto } from "./onnx_pb.ts";
+import type { ModelFile } from "./read.ts";
+import { readTensor } from "./tensors.ts";
+
+/** Element i of a tensor, row-major. */
+type Values = (i: number) => number;
+
+/** Bits and signedness of `TensorProto.DataType`: uint8, int8, uint16, int16, int32, uint4, int4. */
+const INTEGERS: ReadonlyMap<number, { bits: number; signed: boolean }> = new Map([
+  [2, { bits: 8, signed: false }],
+  [3, { bits: 8, signed: true }],
+  [4, { bits: 16, signed: false }],
+  [5, { bits: 16, signed: true }],
+  [6, { bits: 32, signed: true }],
+  [21, { bits: 4, signed: false }],
+  [22, { bits: 4, signed: true }],
+]);
+
+/** A weight of a linear layer, float or quantised. */
+export interface ReadWeight {
+  readonly at: WeightAt;
+  readonly quantized: boolean;
+}
+
+/**
+ * @throws FormatError when the weight is quantised in a way that is not read here, or its tensors do not fit each other
+ * @throws SourceError when a file beside the model cannot be read
+ */
+export async function readLinearWeight(file: ModelFile, parameter: OnnxParameter, options?: ReadOptions): Promise<ReadWeight> {
+  const { model } = file;
+  const [out, inputs] = matrixShape(parameter) ?? [0, 0];
+  const transposed = parameter.layout === "in-out";
+  const tensor = model.graph.initializers.get(parameter.initializer)!;
+  if (parameter.dtype !== "other") {
+    const { data } = await readTensor(tensor, model.name, file.external, options);
+    return { at: weightAt(data, parameter.dtype, out, inputs, transposed), quantized: false };
+  }
+  const reader = new TensorReader(file, options);
+  const use = parameter.uses[0];
+  const packed = use?.node.opType === "MatMulNBits";
+  const at = packed ? await nBits(reader, use.node) : await affine(reader, model, parameter, use, transposed, out, inputs);
+  if (at) return { at, quantized: true };
+  const how = use ? `${use.node.opType} "${use.node.name}"` : "no node";
+  throw new FormatError(`"${parameter.name}" is quantised in a way that is not known here (used by ${how})`, {
+    file: model.name,
+    part: `initializer ${parameter.initializer}`,
+  });
+}
+
+/**
+ * A vector as f32, float or behind a DequantizeLinear.
+ * @throws FormatError, SourceError as `readLinearWeight`
+ */
+export async function readVector(file: ModelFile, { name, initializer }: OnnxParameter, options?: ReadOptions): Promise<Float32Array> {
+  const { model } = file;
+  const reader = new TensorReader(file, options);
+  const values = await reader.values(initializer);
+  const node = model.graph.consumers.get(initializer)?.find((use) => use.node.opType === "DequantizeLinear")?.node;
+  const scales = values?.integer ? await reader.values(node?.input[1]) : undefined;
+  const zeros = await reader.values(node?.input[2]);
+  const [count = 1] = values?.shape ?? [];
+  if (!values || (values.integer && !scales)) {
+    const message = `"${name}" is of a type that is not read here; tasks that change it need a model where it is float`;
+    throw new FormatError(message, { file: model.name, part: `initializer ${initializer}` });
+  }
+  const one = (of: TensorValues | undefined, i: number, otherwise: number): number =>
+    of ? of.at(of.shape.length === 0 || of.shape[0] === 1 ? 0 : i) : otherwise;
+  return Float32Array.from({ length: count }, (_, i) => (values.at(i) - one(zeros, i, 0)) * one(scales, i, 1));
+}
+
+interface TensorValues {
+  at: Values;
+  shape: readonly number[];
+  bytes: Uint8Array;
+  integer: boolean;
+}
+
+class TensorReader {
+  readonly #file: ModelFile;
+  readonly #options: ReadOptions | undefined;
+
+  constructor(file: ModelFile, options: ReadOptions | undefined) {
+    this.#file = file;
+    this.#options = options;
+  }
+
+  /** The values of an initializer; undefined when there is none of this name or of a type that is not read. */
+  async values(name: string | undefined): Promise<TensorValues | undefined> {
+    const { model, external } = this.#file;
+    const tensor = name ? model.graph.initializers.get(name) : undefined;
+    if (!tensor) return undefined;
+    const { data, dtype, shape } = await readTensor(tensor, model.name, external, this.#options);
+    const view = new DataView(data.buffer, data.byteOffset, data.byteLength);
+    const integer = INTEGERS.get(tensor.dataType);
+    const count = shape.reduce((a, b) => a * b, 1);
+    const needed = Math.ceil((count * (integer?.bits ?? (dtype === "f32" ? 32 : 16))) / 8);
+    if (data.length < needed) {
+      throw new FormatError(`needs ${needed} bytes, found ${data.length}: damaged, export the model again`, {
+        file: model.name,
+        part: `initializer ${name}`,
+      });
+    }
+    if (integer) return { at: integers(view, integer.bits, integer.signed), shape, bytes: data, integer: true };
+    if (dtype === "other") return undefined;
+    const at: Values =
+      dtype === "f32"
+        ? (i) => view.getFloat32(4 * i, true)
+        : (i) => (dtype === "f16" ? f16ToF32 : bf16ToF32)(view.getUint16(2 * i, true));
+    return { at, shape, bytes: data, integer: false };
+  }
+}
+
+/** Packed integers, low bits first. */
+function integers(view: DataView, bits: number, signed: boolean): Values {
+  if (bits === 32) return (i) => view.getInt32(4 * i, true);
+  if (bits === 16) return (i) => (signed ? view.getInt16(2 * i, true) : view.getUint16(2 * i, true));
+  const half = 2 ** (bits - 1);
+  return (i) => {
+    const bit = i * bits;
+    const value = (view.getUint8(bit >> 3) >> (bit & 7)) & (2 ** bits - 1);
+    return signed && value >= half ? value - 2 * half : value;
+  };
+}
+
+/** B [N, blocks, block_size · bits / 8], scales [N · blocks], zero points packed by row, 2^(bits - 1) where there are none. */
+async function nBits(reader: TensorReader, node: NodeProto): Promise<WeightAt | undefined> {
+  const number = (name: string, otherwise: number): number => Number(attribute(node, name)?.i ?? otherwise);
+  const [inputs, bits, size] = [number("K", 0), number("bits", 4), number("block_size", 0)];
+  const packed = await reader.values(node.input[1]);
+  const scales = await reader.values(node.input[2]);
+  const zeros = await reader.values(node.input[3]);
+  if (!packed || !scales || ![2, 4, 8].includes(bits) || size < 16 || node.input[4]) return undefined;
+  const blocks = Math.ceil(inputs / size);
+  const values = integers(viewOf(packed.bytes), bits, false);
+  // A row of zero points is padded to whole bytes.
+  const rowOfZeros = (Math.ceil((blocks * bits) / 8) * 8) / bits;
+  const zeroValues = zeros?.integer ? integers(viewOf(zeros.bytes), bits, false) : undefined;
+  return (o, n) => {
+    const block = Math.floor(n / size);
+    const scale = scales.at(o * blocks + block);
+    const zero = zeroValues ? zeroValues(o * rowOfZeros + block) : zeros ? zeros.at(o * blocks + block) : 2 ** (bits - 1);
+    return (values((o * blocks + block) * size + (n % size)) - zero) * scale;
+  };
+}
+
+function viewOf(bytes: Uint8Array): DataView {
+  return new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+}
+
+/** Integers with scales and zero points: one for all, one per column or row, or blocks along one axis. */
+async function affine(
+  reader: TensorReader,
+  model: OnnxModel,
+  { initializer, shape }: OnnxParameter,
+  use: Use | undefined,
+  transposed: boolean,
+  out: number,
+  inputs: number,
+): Promise<WeightAt | undefined> {
+  const quantization = scalesOf(model, initializer, use);
+  const values = await reader.values(initializer);
+  const scales = await reader.values(quantization?.scale);
+  if (!quantization || !values || !scales || out * inputs === 0) return undefined;
+  const zeros = await reader.values(quantization.zero);
+  const { axis, block } = quantization;
+  const [rows, columns] = shape as [number, number];
+  const count = scales.shape.reduce((a, b) => a * b, 1);
+  const place = (row: number, column: number): number => {
+    if (count === 1) return 0;
+    if (block === 0) return axis === 0 ? row : column;
+    return axis === 0 ? Math.floor(row / block) * columns + column : row * Math.ceil(columns / block) + Math.floor(column / block);
+  };
+  const expected = block === 0 ? [1, axis === 0 ? rows : columns] : [place(rows - 1, columns - 1) + 1];
+  if (!expected.includes(count)) return undefined;
+  return (o, n) => {
+    const [row, column] = transposed ? [n, o] : [o, n];
+    const at = place(row, column);
+    return (values.at(row * columns + column) - (zeros ? zeros.at(zeros.shape.length === 0 ? 0 : at) : 0)) * scales.at(at);
+  };
+}
+
+interface Quantization {
+  scale: string | undefined;
+  zero: string | undefined;
+  axis: number;
+  /** 0: not in blocks. */
+  block: number;
+}
+
+/** Where the scales of an integer weight are. */
+function scalesOf(model: OnnxModel, initializer: string, use: Use | undefined): Quantization | undefined {
+  const direct = model.graph.consumers.get(initializer)?.find(({ node }) => node.opType === "DequantizeLinear")?.node;
+  if (direct) {
+    const axis = Number(attribute(direct, "axis")?.i ?? 1);
+    const block = Number(attribute(direct, "block_size")?.i ?? 0);
+    return { scale: direct.input[1], zero: direct.input[2], axis: axis < 0 ? axis + 2 : axis, block };
+  }
+  if (!use) return undefined;
+  const { node } = use;
+  if (node.opType === "QLinearMatMul") return { scale: node.input[4], zero: node.input[5], axis: 1, block: 0 };
+  if (node.opType === "DynamicQuantizeMatMul") return { scale: node.input[2], zero: node.input[3], axis: 1, block: 0 };
+  if (node.opType !== "MatMulInteger") return undefined;
+  // MatMulInteger → Cast → Mul by (scale of x · scale of the weight), which another Mul has made.
+  const next = (made: NodeProto): NodeProto | undefined => model.graph.consumers.get(made.output[0]!)?.[0]?.node;
+  const cast = next(node);
+  const scaled = cast && next(cast);
+  const factors = scaled?.input.find((value) => value !== cast?.output[0]);
+  const product = factors === undefined ? undefined : producer(model, use.graph, factors);
+  const scale = product?.input.find((value) => model.graph.initializers.has(value));
+  return { scale, zero: node.input[3], axis: 1, block: 0 };
+}

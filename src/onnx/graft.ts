@@ -1,0 +1,413 @@
+/**
+ * Graph surgery: gives a model small extra inputs that carry a task. The weights stay as they are; beside each adapted
+ * layer the low-rank term is computed and added. Knows graphs and shapes, not packs; reads no weight.
+ *
+ * Every task input has a leading dimension `tasks`, 1 or the batch size: rows of a batch belong to tasks in order. With
+ * x [n, in] the rows that enter a layer (all leading dimensions flattened, batch first):
+ *
+ *     xs = reshape(x·E_Aᵀ, [tasks, n / tasks, K_A]) · core        core [tasks, K_A, K_B]
+ *     d  = xs·E_B + (reshape(x, [tasks, n / tasks, in]) · A) · B  A [tasks, in, q], B [tasks, q, out]
+ *     y' = y + reshape(d, shape of y)
+ */
+import { FormatError } from "../errors.ts";
+import { FLOAT, FLOAT16, INT64, type Linear } from "./linear.ts";
+import type { OnnxModel } from "./model.ts";
+import type { GraphProto, NodeProto } from "./onnx_pb.ts";
+import { create, NodeProtoSchema, TensorProtoSchema, ValueInfoProtoSchema } from "./protobuf.ts";
+
+/** The first word of every value and node that is added. */
+export const PREFIX = "eigenlora";
+
+/** The least opset in which the operators that are added mean what is meant here. */
+const LEAST_OPSET = 11;
+
+/** Components of one module, as initializers of the graph. */
+export interface Components {
+  /** E_Aᵀ [in, K_A], the mean as last column where there is one. */
+  readonly At: Float32Array;
+  /** E_B [K_B, out]. */
+  readonly B: Float32Array;
+  readonly KA: number;
+  readonly KB: number;
+}
+
+/** An adapted layer. */
+export interface GraftModule {
+  readonly name: string;
+  readonly in: number;
+  readonly out: number;
+  readonly linears: readonly Linear[];
+  /** Absent: the task comes as expanded factors only. */
+  readonly components?: Components | undefined;
+  /** Whether tasks scale the rows of W + ΔW (DoRA). */
+  readonly rowScale: boolean;
+}
+
+/** A bias that tasks change, of any layer: the change is added to what the node makes. */
+export interface GraftBias {
+  /** Of the parameter. */
+  readonly name: string;
+  readonly size: number;
+  readonly type: number;
+  readonly places: readonly { graph: GraphProto; node: NodeProto }[];
+}
+
+/**
+ * Rows of an embedding that tasks replace. Where an index is met, y' = (1 − s)·y + s·row, with the strength s behind the
+ * values of the row: so the base's rows need not be known.
+ */
+export interface GraftRows {
+  /** Of the parameter. */
+  readonly name: string;
+  readonly width: number;
+  readonly type: number;
+  /** Gather nodes. */
+  readonly places: readonly { graph: GraphProto; node: NodeProto }[];
+}
+
+/** A layer that each task brings whole, with a number of outputs of its own. */
+export interface GraftHead {
+  /** Of the module. */
+  readonly name: string;
+  readonly in: number;
+  readonly out: number;
+  readonly bias: boolean;
+  /** `end` makes the layer's result, bias included. */
+  readonly places: readonly { linear: Linear; end: NodeProto }[];
+}
+
+export interface Graft {
+  readonly modules: readonly GraftModule[];
+  readonly biases: readonly GraftBias[];
+  readonly rows: readonly GraftRows[];
+  readonly heads: readonly GraftHead[];
+}
+
+/** An input that was added: f32, or int64 for `indices`. A string in `dims` is a free dimension. */
+export interface TaskInput {
+  readonly name: string;
+  /** Module or parameter that it belongs to. */
+  readonly of: string;
+  readonly kind: "core" | "A" | "B" | "scale" | "bias" | "indices" | "rows" | "headWeight" | "headBias";
+  readonly dims: readonly (number | string)[];
+}
+
+/** A tensor that was added to the graph; its bytes are held back until the model is written. */
+export interface Added {
+  readonly name: string;
+  readonly dims: readonly number[];
+  readonly data: Float32Array;
+}
+
+/** What `graft` made of the model. */
+export interface Grafted {
+  readonly inputs: readonly TaskInput[];
+  readonly initializers: readonly Added[];
+  /** Of the first adapted layer in the main graph: what enters it and the term, as graph outputs for a probe. */
+  readonly probe: Probe | undefined;
+}
+
+/** Values of one adapted layer that are outputs of the graph: x, f32 [n, in], and the term, f32 [tasks, n / tasks, out]. */
+export interface Probe {
+  readonly module: string;
+  readonly x: string;
+  readonly term: string;
+}
+
+/**
+ * Changes `model.proto` in place.
+ * @throws FormatError when the model's opset is too old, or the model has been grafted before
+ */
+export function graft(model: OnnxModel, { modules, biases, rows, heads }: Graft): Grafted {
+  if (model.opset < LEAST_OPSET) {
+    const message = `opset ${model.opset}: at least ${LEAST_OPSET} is needed; export it again with opset_version=17`;
+    throw new FormatError(message, { file: model.name, part: "opset" });
+  }
+  if (model.graph.proto.input.some(({ name }) => name.startsWith(`${PREFIX}.`))) {
+    throw new FormatError("has task inputs already; pass the model as it was before", { file: model.name, part: "graph" });
+  }
+  const grafter = new Grafter(model);
+  // A bias is added behind what DoRA scales, so before the term that goes between.
+  for (const bias of biases) grafter.bias(bias);
+  for (const table of rows) grafter.rows(table);
+  for (const module of modules) grafter.module(module);
+  for (const head of heads) grafter.head(head);
+  return grafter.finish(heads);
+}
+
+class Grafter {
+  readonly #model: OnnxModel;
+  readonly #main: GraphProto;
+  readonly #inputs: TaskInput[] = [];
+  readonly #added: Added[] = [];
+  /** Nodes that every place shares; they depend on a task input only and go first. */
+  readonly #first: NodeProto[] = [];
+  readonly #shared = new Set<string>();
+  #probe: Probe | undefined;
+  #count = 0;
+
+  constructor(model: OnnxModel) {
+    this.#model = model;
+    this.#main = model.graph.proto;
+  }
+
+  module({ name, in: inputs, out, linears, components, rowScale }: GraftModule): void {
+    const core = components && this.#input(name, "core", [components.KA, components.KB]);
+    const A = this.#input(name, "A", [inputs, "q"]);
+    const B = this.#input(name, "B", ["q", out]);
+    const scale = rowScale ? this.#input(name, "scale", [1, out]) : undefined;
+    if (components) {
+      this.#added.push({ name: `${PREFIX}/${name}/E_A`, dims: [inputs, components.KA], data: components.At });
+      this.#added.push({ name: `${PREFIX}/${name}/E_B`, dims: [components.KB, out], data: components.B });
+    }
+    for (const linear of linears) {
+      const place = new Place(linear.graph, linear.node, `${PREFIX}/${name}/${this.#count++}`, linear.type);
+      const x = place.op("Flatten", [place.up(linear.x)], { axis: -1 });
+      let term = place.op("MatMul", [place.op("MatMul", [this.#rowsOf(place, x, inputs), A]), B]);
+      if (core) {
+        const projected = place.op("MatMul", [x, `${PREFIX}/${name}/E_A`]);
+        const mixed = place.op("MatMul", [this.#rowsOf(place, projected, components.KA), core]);
+        term = place.op("Add", [place.op("MatMul", [mixed, `${PREFIX}/${name}/E_B`]), term]);
+      }
+      if (linear.graph === this.#main) this.#probe ??= { module: name, x, term };
+      const bias = scale && linear.addsBias ? linear.node.input[2]! : undefined;
+      // y without its bias: DoRA scales it.
+      if (bias !== undefined) linear.node.input.length = 2;
+      let y = place.begin();
+      if (scale) {
+        const whole = place.op("Add", [this.#rowsOf(place, place.up(y), out), term]);
+        y = place.op("Reshape", [place.op("Mul", [whole, scale]), place.op("Shape", [y])]);
+        if (bias !== undefined) y = place.op("Add", [y, place.up(bias)]);
+        place.end(place.down(y));
+      } else {
+        place.end(place.op("Add", [y, place.down(place.op("Reshape", [term, place.op("Shape", [y])]))]));
+      }
+    }
+  }
+
+  bias({ name, size, type, places }: GraftBias): void {
+    const change = this.#input(name, "bias", [1, size]);
+    for (const { graph, node } of places) {
+      const place = new Place(graph, node, `${PREFIX}/${name}/${this.#count++}`, type);
+      const y = place.begin();
+      const sum = place.op("Add", [this.#rowsOf(place, place.up(y), size), change]);
+      place.end(place.down(place.op("Reshape", [sum, place.op("Shape", [y])])));
+    }
+  }
+
+  rows({ name, width, type, places }: GraftRows): void {
+    const indices = this.#input(name, "indices", [1, "rows"]);
+    const change = this.#input(name, "rows", ["rows", width + 1]);
+    for (const { graph, node } of places) {
+      const place = new Place(graph, node, `${PREFIX}/${name}/${this.#count++}`, type);
+      const y = place.begin();
+      const ids = this.#rowsOf(place, place.op("Cast", [node.input[1]!], { to: INT64 }), 1);
+      const met = place.op("Cast", [place.op("Equal", [ids, indices])], { to: FLOAT });
+      const found = place.op("MatMul", [met, change]);
+      const part = (from: number, to: number): string =>
+        place.op("Slice", [found, this.#ints([from]), this.#ints([to]), this.#ints([-1])]);
+      const old = this.#rowsOf(place, place.up(y), width);
+      const left = place.op("Sub", [old, place.op("Mul", [old, part(width, width + 1)])]);
+      const sum = place.op("Add", [left, part(0, width)]);
+      place.end(place.down(place.op("Reshape", [sum, place.op("Shape", [y])])));
+    }
+  }
+
+  head({ name, in: inputs, bias: hasBias, places }: GraftHead): void {
+    const weight = this.#input(name, "headWeight", [inputs, "labels"]);
+    const bias = hasBias ? this.#input(name, "headBias", [1, "labels"]) : undefined;
+    const labels = this.#once("labels", "Slice", ["Shape", weight], [2, 3]);
+    for (const { linear, end } of places) {
+      const place = new Place(linear.graph, end, `${PREFIX}/${name}/${this.#count++}`, linear.type);
+      const x = place.op("Flatten", [place.up(linear.x)], { axis: -1 });
+      let y = place.op("MatMul", [this.#rowsOf(place, x, inputs), weight]);
+      if (bias !== undefined) y = place.op("Add", [y, bias]);
+      const leading = place.op("Slice", [place.op("Shape", [linear.x]), this.#ints([0]), this.#ints([-1])]);
+      const shape = place.op("Concat", [leading, labels], { axis: 0 });
+      place.replace(place.down(place.op("Reshape", [y, shape])));
+    }
+  }
+
+  /** rows [n, width] as [tasks, n / tasks, width]. */
+  #rowsOf(place: Place, value: string, width: number): string {
+    return place.op("Reshape", [value, this.#taskRows(width)]);
+  }
+
+  /** The shape [tasks, -1, width] as a value. */
+  #taskRows(width: number): string {
+    const name = `${PREFIX}/rows/${width}`;
+    if (!this.#shared.has(name)) {
+      this.#shared.add(name);
+      const tasks = this.#once("tasks", "Slice", ["Shape", this.#inputs[0]!.name], [0, 1]);
+      this.#first.push(makeNode("Concat", name, [tasks, this.#ints([-1, width])], name, { axis: 0 }));
+    }
+    return name;
+  }
+
+  /** shape(value)[from:to], made once. */
+  #once(name: string, op: "Slice", [, value]: readonly ["Shape", string], [from, to]: readonly [number, number]): string {
+    const out = `${PREFIX}/${name}/${value}`;
+    if (!this.#shared.has(out)) {
+      this.#shared.add(out);
+      this.#first.push(makeNode("Shape", `${out}/shape`, [value], `${out}/shape`));
+      this.#first.push(makeNode(op, out, [`${out}/shape`, this.#ints([from]), this.#ints([to])], out));
+    }
+    return out;
+  }
+
+  /** A constant int64 vector. */
+  #ints(values: readonly number[]): string {
+    const name = `${PREFIX}/ints/${values.join(",")}`;
+    if (!this.#shared.has(name)) {
+      this.#shared.add(name);
+      const rawData = new Uint8Array(BigInt64Array.from(values, BigInt).buffer);
+      this.#main.initializer.push(create(TensorProtoSchema, { name, dims: [BigInt(values.length)], dataType: INT64, rawData }));
+    }
+    return name;
+  }
+
+  #input(of: string, kind: TaskInput["kind"], dims: readonly (number | string)[]): string {
+    const suffix = { headWeight: "weight", headBias: "bias", bias: "change" }[kind as string] ?? kind;
+    const name = `${PREFIX}.${of}.${suffix}`;
+    this.#inputs.push({ name, of, kind, dims: ["tasks", ...dims] });
+    return name;
+  }
+
+  finish(heads: readonly GraftHead[]): Grafted {
+    const main = this.#main;
+    // In front, so that what uses them comes later, as ONNX asks.
+    main.node.unshift(...this.#first);
+    for (const { name, kind, dims } of this.#inputs) {
+      const dim = dims.map((d) => ({
+        value:
+          typeof d === "number"
+            ? { case: "dimValue" as const, value: BigInt(d) }
+            : d === "tasks"
+              ? { case: "dimParam" as const, value: `${PREFIX}.tasks` }
+              : { case: undefined },
+      }));
+      const elemType = kind === "indices" ? INT64 : FLOAT;
+      const type = { value: { case: "tensorType" as const, value: { elemType, shape: { dim } } } };
+      main.input.push(create(ValueInfoProtoSchema, { name, type }));
+    }
+    for (const value of this.#probe ? [this.#probe.x, this.#probe.term] : []) {
+      const type = { value: { case: "tensorType" as const, value: { elemType: FLOAT } } };
+      main.output.push(create(ValueInfoProtoSchema, { name: value, type }));
+    }
+    if (heads.length > 0) this.#freeLabels(heads);
+    dropUnused(this.#model);
+    return { inputs: this.#inputs, initializers: this.#added, probe: this.#probe };
+  }
+
+  /** Shapes written into the file that hold the base's number of labels no longer hold. */
+  #freeLabels(heads: readonly GraftHead[]): void {
+    const labels = new Set(heads.map(({ out }) => BigInt(out)));
+    for (const { type } of this.#main.output) {
+      const dims = type?.value.case === "tensorType" ? (type.value.value.shape?.dim ?? []) : [];
+      const last = dims.at(-1);
+      if (last?.value.case === "dimValue" && labels.has(last.value.value)) last.value = { case: undefined };
+    }
+    this.#main.valueInfo.length = 0;
+  }
+}
+
+/** Nodes that are added behind one node, in order. */
+class Place {
+  readonly #graph: GraphProto;
+  readonly #node: NodeProto;
+  readonly #name: string;
+  readonly #type: number;
+  readonly #nodes: NodeProto[] = [];
+  #result = "";
+
+  /** @param type of the values of the model there; what is added computes in f32 */
+  constructor(graph: GraphProto, node: NodeProto, name: string, type: number) {
+    this.#graph = graph;
+    this.#node = node;
+    this.#name = name;
+    this.#type = type;
+  }
+
+  op(opType: string, input: readonly string[], attributes: Readonly<Record<string, number>> = {}): string {
+    const name = `${this.#name}/${opType}_${this.#nodes.length}`;
+    this.#nodes.push(makeNode(opType, name, input, name, attributes));
+    return name;
+  }
+
+  /** A value of the model as f32. */
+  up(value: string): string {
+    return this.#type === FLOAT16 ? this.op("Cast", [value], { to: FLOAT }) : value;
+  }
+
+  /** An f32 value in the model's type. */
+  down(value: string): string {
+    return this.#type === FLOAT16 ? this.op("Cast", [value], { to: FLOAT16 }) : value;
+  }
+
+  /** Takes the node's result out of the model; `end` puts another in its place. */
+  begin(): string {
+    this.#result = this.#node.output[0]!;
+    this.#node.output[0] = `${this.#name}/base`;
+    return this.#node.output[0];
+  }
+
+  end(value: string): void {
+    this.#insert(value, this.#result);
+  }
+
+  /** The node goes, `value` takes its place. */
+  replace(value: string): void {
+    this.#insert(value, this.#node.output[0]!);
+    this.#graph.node.splice(this.#graph.node.indexOf(this.#node), 1);
+  }
+
+  #insert(value: string, result: string): void {
+    const last = this.#nodes.at(-1)!;
+    if (last.output[0] !== value) throw new Error(`${value} is not made last`);
+    last.output[0] = result;
+    this.#graph.node.splice(this.#graph.node.indexOf(this.#node) + 1, 0, ...this.#nodes);
+  }
+}
+
+function makeNode(
+  opType: string,
+  name: string,
+  input: readonly string[],
+  output: string,
+  attributes: Readonly<Record<string, number>> = {},
+): NodeProto {
+  // AttributeProto.AttributeType.INT
+  const attribute = Object.entries(attributes).map(([key, value]) => ({ name: key, i: BigInt(value), type: 2 }));
+  return create(NodeProtoSchema, { opType, name, input: [...input], output: [output], attribute });
+}
+
+/** Removes nodes and initializers of the main graph that a replaced head leaves without use. */
+function dropUnused(model: OnnxModel): void {
+  const main = model.graph.proto;
+  const outputs = new Set(main.output.map(({ name }) => name));
+  for (;;) {
+    const used = usedValues(main, outputs);
+    const keep = main.node.filter((node) => node.output.some((value) => used.has(value)));
+    if (keep.length === main.node.length) {
+      const tensors = main.initializer.filter(({ name }) => used.has(name));
+      main.initializer.splice(0, main.initializer.length, ...tensors);
+      return;
+    }
+    main.node.splice(0, main.node.length, ...keep);
+  }
+}
+
+function usedValues(graph: GraphProto, used: Set<string>): Set<string> {
+  const all = new Set(used);
+  const visit = ({ node }: GraphProto): void => {
+    for (const { input, attribute } of node) {
+      for (const value of input) all.add(value);
+      for (const { g, graphs } of attribute) for (const nested of g ? [g, ...graphs] : graphs) {
+        visit(nested);
+        for (const { name } of nested.output) all.add(name);
+      }
+    }
+  };
+  visit(graph);
+  return all;
+}

@@ -1,0 +1,144 @@
+/**
+ * Where a model applies a weight: which value enters a linear layer and which comes out of it, whatever operators the
+ * exporter or a quantiser made of the layer. Names and operators only; nothing here reads a value.
+ */
+import { attribute, type OnnxModel, type Use } from "./model.ts";
+import type { OnnxParameter } from "./modules.ts";
+import type { GraphProto, NodeProto } from "./onnx_pb.ts";
+
+/** `TensorProto.DataType`. */
+export const FLOAT = 1;
+export const FLOAT16 = 10;
+export const INT64 = 7;
+
+/** One application of a linear layer: y = x · Wᵀ, with the bias where the same node adds it. */
+export interface Linear {
+  /** The graph that holds the nodes. */
+  readonly graph: GraphProto;
+  /** Makes y, its first output. */
+  readonly node: NodeProto;
+  /** The float value that enters, rows of [in]. */
+  readonly x: string;
+  /** `FLOAT` or `FLOAT16`: of x and y. */
+  readonly type: number;
+  /** Whether `node` adds the bias, as its third input. */
+  readonly addsBias: boolean;
+}
+
+/** Why a use of a weight is no linear layer whose result could be added to. */
+export class NotLinear {
+  readonly reason: string;
+
+  constructor(reason: string) {
+    this.reason = reason;
+  }
+}
+
+/** [out, in] of a parameter that is the weight of a linear layer; undefined when its dimensions do not tell. */
+export function matrixShape({ shape, layout, uses }: OnnxParameter): readonly [out: number, inputs: number] | undefined {
+  const packed = uses.find(({ node }) => node.opType === "MatMulNBits")?.node;
+  if (packed) return [Number(attribute(packed, "N")?.i ?? 0), Number(attribute(packed, "K")?.i ?? 0)];
+  const [rows, columns] = shape;
+  if (shape.length !== 2 || rows === undefined || columns === undefined) return undefined;
+  return layout === "in-out" ? [columns, rows] : [rows, columns];
+}
+
+/** The linear layer that a use of a weight belongs to. */
+export function linearOf(model: OnnxModel, use: Use): Linear | NotLinear {
+  const { node, graph, input } = use;
+  const refuse = (why: string): NotLinear => new NotLinear(`${node.opType} "${node.name}" ${why}`);
+  const simple = (type: number, addsBias = false): Linear => {
+    const end = requantized(model, node) ?? node;
+    return { graph, node: end, x: node.input[0]!, type, addsBias };
+  };
+  switch (node.opType) {
+    case "MatMul":
+      if (input !== 1) return refuse("multiplies the weight from the left");
+      return simple(typeOf(model, graph, node.input[1]!));
+    case "Gemm":
+      if (input !== 1 || attribute(node, "transA")?.i) return refuse("multiplies from the left or transposed");
+      return simple(typeOf(model, graph, node.input[1]!), (node.input[2] ?? "") !== "");
+    case "MatMulNBits":
+      return simple(typeOf(model, graph, node.input[2]!));
+    case "DynamicQuantizeMatMul":
+      return simple(FLOAT);
+    case "MatMulInteger":
+      return dynamic(model, use) ?? refuse("is not the dynamic quantisation that onnxruntime writes");
+    case "QLinearMatMul":
+      return quantized(model, use) ?? refuse("does not lie between QuantizeLinear and DequantizeLinear");
+    default:
+      return refuse(`is none of MatMul, Gemm, MatMulNBits, MatMulInteger, QLinearMatMul`);
+  }
+}
+
+/**
+ * The DequantizeLinear of a QuantizeLinear → DequantizeLinear pair right behind a node. What is added comes after it, since
+ * the pair's range was measured without a task and would clip one.
+ */
+function requantized(model: OnnxModel, node: NodeProto): NodeProto | undefined {
+  const quantize = onlyConsumer(model, node);
+  const dequantize = quantize?.opType === "QuantizeLinear" ? onlyConsumer(model, quantize) : undefined;
+  return dequantize?.opType === "DequantizeLinear" ? dequantize : undefined;
+}
+
+/** DynamicQuantizeLinear → MatMulInteger → Cast → Mul by the scales. */
+function dynamic(model: OnnxModel, { node, graph }: Use): Linear | undefined {
+  const before = producer(model, graph, node.input[0]!);
+  const cast = onlyConsumer(model, node);
+  const scaled = cast?.opType === "Cast" ? onlyConsumer(model, cast) : undefined;
+  if (before?.opType !== "DynamicQuantizeLinear" || scaled?.opType !== "Mul") return undefined;
+  const type = Number(attribute(cast!, "to")?.i ?? FLOAT);
+  return { graph, node: scaled, x: before.input[0]!, type, addsBias: false };
+}
+
+/** QuantizeLinear → QLinearMatMul → DequantizeLinear. */
+function quantized(model: OnnxModel, { node, graph }: Use): Linear | undefined {
+  const before = producer(model, graph, node.input[0]!);
+  const after = onlyConsumer(model, node);
+  if (before?.opType !== "QuantizeLinear" || after?.opType !== "DequantizeLinear") return undefined;
+  return { graph, node: after, x: before.input[0]!, type: FLOAT, addsBias: false };
+}
+
+/** The Add behind a linear layer whose other input `isBias` accepts: the node whose output is the layer's whole result. */
+export function biasedBy(model: OnnxModel, linear: Linear, isBias: (value: string) => boolean): NodeProto | undefined {
+  const next = onlyConsumer(model, linear.node);
+  if (next?.opType !== "Add") return undefined;
+  const [a, b] = next.input;
+  return isBias(a === linear.node.output[0] ? b! : a!) ? next : undefined;
+}
+
+/** The node that makes a value, in the graph itself or in the main one around it. */
+export function producer(model: OnnxModel, graph: GraphProto, value: string): NodeProto | undefined {
+  const main = model.graph.producers.get(value);
+  return main ?? (graph === model.graph.proto ? undefined : graph.node.find((node) => node.output.includes(value)));
+}
+
+function onlyConsumer(model: OnnxModel, node: NodeProto): NodeProto | undefined {
+  const uses = model.graph.consumers.get(node.output[0]!) ?? [];
+  return uses.length === 1 ? uses[0]!.node : undefined;
+}
+
+/** Element type of a weight where it enters a product, as far as the nodes before it tell; f32 where they do not. */
+function typeOf(model: OnnxModel, graph: GraphProto, value: string): number {
+  const seen = new Set<string>();
+  for (let at = value; !seen.has(at); ) {
+    seen.add(at);
+    const tensor = model.graph.initializers.get(at) ?? graph.initializer.find(({ name }) => name === at);
+    if (tensor) return tensor.dataType;
+    const node = producer(model, graph, at);
+    if (!node) return FLOAT;
+    switch (node.opType) {
+      case "Cast":
+        return Number(attribute(node, "to")?.i ?? FLOAT);
+      case "CastLike":
+      case "DequantizeLinear":
+        at = node.input[1]!;
+        break;
+      case "Constant":
+        return attribute(node, "value")?.t?.dataType ?? FLOAT;
+      default:
+        at = node.input[0] ?? "";
+    }
+  }
+  return FLOAT;
+}

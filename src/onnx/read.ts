@@ -1,0 +1,87 @@
+/**
+ * An ONNX model and the files beside it, as bytes. Reading and finding files only; what the bytes mean is `model.ts`.
+ */
+import { FormatError, SourceError } from "../errors.ts";
+import { openSource, type ByteSource, type FetchOptions, type ReadOptions, type SourceInput } from "../source.ts";
+import { parseModel, type OnnxModel } from "./model.ts";
+import type { OpenExternal } from "./tensors.ts";
+
+/** How the model and the files beside it are read. */
+export interface ModelOptions extends FetchOptions, ReadOptions {
+  /**
+   * The file that the model calls `location` ("model.onnx_data"). When the model is given as a path or URL, the file of
+   * that name beside it, unless this says otherwise.
+   */
+  external?: ((location: string) => SourceInput | Promise<SourceInput>) | undefined;
+}
+
+/** A model in memory. */
+export interface ModelFile {
+  readonly model: OnnxModel;
+  /** The whole file; the model's tensors are views of it. */
+  readonly bytes: Uint8Array;
+  /** Opens a file beside the model, once. Undefined when there is no telling where those lie. */
+  readonly external: OpenExternal | undefined;
+  /** Closes the files beside the model. */
+  close(): Promise<void>;
+}
+
+/**
+ * Reads and parses a model.
+ * @throws FormatError when the file is truncated or is no ONNX model
+ * @throws SourceError when the file cannot be read
+ */
+export async function readModel(input: SourceInput, options: ModelOptions = {}): Promise<ModelFile> {
+  const source = await openSource(input, options);
+  const bytes = await readAll(source, options).finally(() => source.close?.());
+  const model = parseModel(bytes, source.name);
+  const locate = options.external ?? besides(input, source.name);
+  const files = new Map<string, Promise<ByteSource>>();
+  const external = (location: string): Promise<ByteSource> => {
+    let file = files.get(location);
+    if (!file) {
+      file = Promise.resolve(locate!(location)).then((found) => openSource(found, options));
+      files.set(location, file);
+      // Not kept when it failed: the next read may find the file.
+      file.catch(() => files.delete(location));
+    }
+    return file;
+  };
+  return {
+    model,
+    bytes,
+    external: locate && external,
+    async close() {
+      const opened = await Promise.allSettled(files.values());
+      files.clear();
+      await Promise.all(opened.map((file) => file.status === "fulfilled" && file.value.close?.()));
+    },
+  };
+}
+
+/** @throws SourceError when the source cannot say how large it is */
+export async function readAll(source: ByteSource, options: ReadOptions = {}): Promise<Uint8Array> {
+  // A URL's size is known after the first read.
+  if (source.byteLength === undefined) await source.read(0, 1, options);
+  const { byteLength } = source;
+  if (byteLength === undefined) {
+    throw new SourceError("does not say its size after the first read; fetch it yourself and pass its bytes", {
+      file: source.name,
+    });
+  }
+  return source.read(0, byteLength, options);
+}
+
+/** Finds files beside a model that has a place; undefined for bytes, blobs and sources, which have none. */
+function besides(input: SourceInput, model: string): ((location: string) => SourceInput) | undefined {
+  if (!(typeof input === "string" || input instanceof URL) || /^(blob|data):/i.test(String(input))) return undefined;
+  return (location) => {
+    // The model's author says which file: it must not be one outside the model's folder.
+    if (/^[/\\]|^[a-z]+:|(^|[/\\])\.\.([/\\]|$)/i.test(location)) {
+      const message = `lie at "${location}", outside the model's folder; give them with the option \`external\``;
+      throw new FormatError(message, { file: model, part: "external data" });
+    }
+    const isUrl = input instanceof URL || /^https?:/i.test(input);
+    return isUrl ? new URL(encodeURI(location), input) : input.replace(/[^/\\]*$/, "") + location;
+  };
+}

@@ -1,0 +1,136 @@
+/**
+ * Models on their way to a runtime: the protobuf without its weights, and the files that hold those. Weights are never
+ * encoded into the protobuf again: what lies in the model's own file is pointed at there.
+ */
+import { FormatError } from "../errors.ts";
+import type { ReadOptions } from "../source.ts";
+import type { Added } from "./graft.ts";
+import { FLOAT } from "./linear.ts";
+import type { GraphProto, TensorProto } from "./onnx_pb.ts";
+import { create, ModelProtoSchema, TensorProtoSchema, toBinary } from "./protobuf.ts";
+import { readAll, type ModelFile } from "./read.ts";
+
+/** A file that the protobuf points into. */
+export interface DataFile {
+  readonly path: string;
+  readonly data: Uint8Array;
+}
+
+/** A model as a runtime takes it: the graph, and weights as views of memory that is there already. */
+export interface DetachedModel {
+  readonly bytes: Uint8Array;
+  readonly files: readonly DataFile[];
+}
+
+/** Tensors from this size on leave the protobuf; smaller ones are shapes and axes, which runtimes look at while loading. */
+const LEAST_DETACHED = 4096;
+const OWN_FILE = "eigenlora-model";
+const ADDED_FILE = "eigenlora-components";
+/** `TensorProto.DataLocation.EXTERNAL`. */
+const EXTERNAL = 1;
+
+/**
+ * Serialises a model without its weights. The tensors of `model.proto` keep their data.
+ * @param supplied files that the caller brings himself
+ * @throws SourceError when a file beside the model cannot be read
+ */
+export async function detachWeights(
+  file: ModelFile,
+  added: readonly Added[],
+  options: ReadOptions & { supplied?: readonly string[] } = {},
+): Promise<DetachedModel> {
+  const { model, bytes } = file;
+  const locations = new Set<string>();
+  const restore: (() => void)[] = [];
+  const visit = (graph: GraphProto): void => {
+    for (const tensor of graph.initializer) {
+      const { rawData } = tensor;
+      if (tensor.dataLocation === EXTERNAL) {
+        locations.add(locationOf(tensor, model.name));
+      } else if (rawData.length >= LEAST_DETACHED && rawData.buffer === bytes.buffer) {
+        point(tensor, OWN_FILE, rawData.byteOffset - bytes.byteOffset, rawData.length);
+        locations.add(OWN_FILE);
+        restore.push(() => embed(tensor, rawData));
+      }
+    }
+    for (const { attribute } of graph.node) {
+      for (const { g, graphs } of attribute) (g ? [g, ...graphs] : graphs).forEach(visit);
+    }
+  };
+  const { initializer } = model.graph.proto;
+  const own = initializer.length;
+  visit(model.graph.proto);
+  const { tensors, data } = pointAll(added);
+  initializer.push(...tensors);
+  let proto: Uint8Array;
+  try {
+    proto = toBinary(ModelProtoSchema, model.proto);
+  } finally {
+    initializer.length = own;
+    for (const step of restore) step();
+  }
+  const files: DataFile[] = added.length > 0 ? [{ path: ADDED_FILE, data }] : [];
+  if (locations.delete(OWN_FILE)) files.push({ path: OWN_FILE, data: bytes });
+  for (const path of options.supplied ?? []) locations.delete(path);
+  for (const path of locations) {
+    if (!file.external) {
+      const message = `some weights lie in the file "${path}"; give that with the option \`external\``;
+      throw new FormatError(message, { file: model.name, part: "external data" });
+    }
+    files.push({ path, data: await readAll(await file.external(path), options) });
+  }
+  return { bytes: proto, files };
+}
+
+/** Serialises a model with all that was embedded, and what was added, inside. */
+export function embedWeights({ model }: ModelFile, added: readonly Added[]): Uint8Array {
+  const { initializer } = model.graph.proto;
+  const own = initializer.length;
+  for (const { name, dims, data } of added) {
+    const rawData = new Uint8Array(data.buffer as ArrayBuffer, data.byteOffset, data.byteLength);
+    initializer.push(create(TensorProtoSchema, { name, dims: dims.map(BigInt), dataType: FLOAT, rawData }));
+  }
+  try {
+    return toBinary(ModelProtoSchema, model.proto);
+  } finally {
+    initializer.length = own;
+  }
+}
+
+/** Says that a tensor's bytes lie in a file. */
+export function point(tensor: TensorProto, location: string, offset: number, length: number): void {
+  const entries = { location, offset: String(offset), length: String(length) };
+  for (const [key, value] of Object.entries(entries)) tensor.externalData.push({ $typeName: "onnx.StringStringEntryProto", key, value });
+  tensor.dataLocation = EXTERNAL;
+  tensor.rawData = new Uint8Array(0);
+}
+
+function embed(tensor: TensorProto, rawData: Uint8Array): void {
+  tensor.externalData.length = 0;
+  tensor.dataLocation = 0;
+  tensor.rawData = rawData;
+}
+
+/** One file of all added tensors, each at a multiple of 64 bytes, as some runtimes map them. */
+function pointAll(added: readonly Added[]): { tensors: TensorProto[]; data: Uint8Array } {
+  let end = 0;
+  const places = added.map(({ data }) => {
+    const at = Math.ceil(end / 64) * 64;
+    end = at + data.byteLength;
+    return at;
+  });
+  const bytes = new Uint8Array(end);
+  const tensors = added.map(({ name, dims, data }, i) => {
+    bytes.set(new Uint8Array(data.buffer, data.byteOffset, data.byteLength), places[i]);
+    const tensor = create(TensorProtoSchema, { name, dims: dims.map(BigInt), dataType: FLOAT });
+    point(tensor, ADDED_FILE, places[i]!, data.byteLength);
+    return tensor;
+  });
+  return { tensors, data: bytes };
+}
+
+function locationOf(tensor: TensorProto, file: string): string {
+  const location = tensor.externalData.find(({ key }) => key === "location")?.value;
+  if (location) return location;
+  throw new FormatError("its external data have no location", { file, part: `initializer ${tensor.name}` });
+}

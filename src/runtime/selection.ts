@@ -1,0 +1,65 @@
+/**
+ * What a caller asks to be active, and the task blobs that make it up.
+ */
+import { TaskError } from "../errors.ts";
+import type { Pack } from "../pack/pack.ts";
+import type { Part } from "./stage.ts";
+
+/** What is active: a task, null for the pristine base, or tasks with strengths. */
+export type Selection = string | null | Readonly<Record<string, number>>;
+
+/** A selection that the caller's later changes do not reach. */
+export function copySelection(selection: Selection): Selection {
+  return typeof selection === "object" && selection !== null ? { ...selection } : selection;
+}
+
+/**
+ * Reads the tasks of a selection.
+ * @param head whose saved modules to take
+ * @throws TaskError for an unknown id, a head that is none of the tasks, a blend or strength with DoRA
+ */
+export async function loadParts(
+  pack: Pack,
+  selection: Selection,
+  head: string | undefined,
+  signal: AbortSignal | undefined,
+): Promise<Part[]> {
+  const parts: Part[] = await Promise.all(
+    toStrengths(selection).map(async ([id, weight]) => ({ id, weight, blob: await pack.load(id, { signal }) })),
+  );
+  if (head !== undefined && !parts.some((p) => p.id === head)) {
+    throw new TaskError(`head "${head}" is not one of the tasks switched to`, { task: head });
+  }
+  const additive = parts.length === 1 && parts[0]!.weight === 1;
+  if (!additive) refuseMagnitudes(parts, pack, () => true, "it cannot be blended or scaled, since its change is not additive");
+  return parts;
+}
+
+/**
+ * @param which modules, by index, whose magnitudes cannot be used
+ * @throws TaskError for a task that uses DoRA on one of them
+ */
+export function refuseMagnitudes(
+  parts: readonly Part[],
+  pack: Pack,
+  which: (module: number) => boolean,
+  why: string,
+): void {
+  for (const { id, blob } of parts) {
+    const scaled = blob.terms.find((term) => term.magnitude && which(term.module));
+    if (!scaled) continue;
+    throw new TaskError(`task "${id}" uses DoRA on "${pack.modules[scaled.module]!.name}": ${why}`, { task: id });
+  }
+}
+
+function toStrengths(selection: Selection): [string, number][] {
+  if (selection === null) return [];
+  if (typeof selection === "string") return [[selection, 1]];
+  const strengths = Object.entries(selection);
+  if (strengths.length === 0) throw new RangeError("switchTask: a blend without tasks; use null for the base");
+  for (const [id, weight] of strengths) {
+    if (Number.isFinite(weight)) continue;
+    throw new RangeError(`switchTask: the strength of "${id}" is ${String(weight)}, expected a finite number`);
+  }
+  return strengths;
+}

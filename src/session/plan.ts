@@ -1,0 +1,361 @@
+/**
+ * A pack and a model, held against each other: which layers of the graph are the pack's modules, what else the tasks
+ * change there, and which of it can be done without touching the weights. Checks that the model is the right one. Changes
+ * nothing.
+ */
+import { decodeTensor } from "../dtypes.ts";
+import { BaseMismatchError } from "../errors.ts";
+import { NameMatcher } from "../names.ts";
+import { readLinearWeight, readVector } from "../onnx/dequantize.ts";
+import type { Components, Graft, GraftBias, GraftHead, GraftModule, GraftRows } from "../onnx/graft.ts";
+import { biasedBy, FLOAT, linearOf, matrixShape, NotLinear, type Linear } from "../onnx/linear.ts";
+import type { Use } from "../onnx/model.ts";
+import { findParameters, type OnnxParameter } from "../onnx/modules.ts";
+import type { ModelFile } from "../onnx/read.ts";
+import type { PackModule } from "../pack/format.ts";
+import type { Pack } from "../pack/pack.ts";
+import { checkFingerprint, SAME_FLOAT, SAME_QUANTIZED } from "../runtime/fingerprint.ts";
+import { findWeight } from "../runtime/locate.ts";
+import type { ReadOptions } from "../source.ts";
+
+/** How a task reaches the model. */
+export type Mode = "core" | "factors" | "folded";
+
+export interface PlanOptions extends ReadOptions {
+  /** Unless given, or "auto": what fits the pack and the model best. */
+  mode?: Mode | "auto" | undefined;
+  /** Names of weights or initializers in the model, by module name of the pack, where they are not found. */
+  names?: ReadonlyMap<string, string> | undefined;
+  /** Accept a model whose weights differ from the fingerprints, for instance one that was trained further. */
+  anyBase?: boolean | undefined;
+  /** Parameters of the tasks, or modules with all of theirs, to leave out: `["classifier"]` on a model without one. */
+  ignore?: readonly string[] | undefined;
+}
+
+/** A head as the base has it: weight [in, labels], bias [labels]. */
+export interface BaseHead {
+  readonly weight: Float32Array;
+  readonly bias: Float32Array | undefined;
+  readonly labels: number;
+}
+
+/** What is to be done to the model. */
+export interface Plan {
+  readonly mode: Mode;
+  /** Why this mode, for people. */
+  readonly reason: string;
+  readonly graft: Graft;
+  /** By module name of the pack. */
+  readonly heads: ReadonlyMap<string, BaseHead>;
+  /** Values of the biases that tasks change, by the pack's name of the parameter. */
+  readonly biases: ReadonlyMap<string, Float32Array>;
+  /** Float weights of modules with DoRA, f32 [out, in], by module name. */
+  readonly weights: ReadonlyMap<string, Float32Array>;
+  /** Mode "folded": what changes inside the weights. */
+  readonly folded: readonly OnnxParameter[];
+  /** Parameters of tasks that are left out. */
+  readonly ignored: ReadonlySet<string>;
+}
+
+/** What a mode cannot do. */
+interface Obstacle {
+  /** Of the pack: a module or a parameter. */
+  module: string;
+  why: string;
+}
+
+/** A parameter that some task changes. */
+interface Brought {
+  role: string;
+  name: string;
+}
+
+/**
+ * @param bases of the pack, as `pack.takeBases()` gives them
+ * @throws BaseMismatchError when a module is missing, ambiguous, of another shape or of another model, or when the mode
+ *   asked for cannot do what the tasks bring; the message names another that can
+ */
+export async function planSession(file: ModelFile, pack: Pack, bases: Uint8Array, options: PlanOptions): Promise<Plan> {
+  const planner = new Planner(file, pack, bases, options);
+  return planner.plan();
+}
+
+class Planner {
+  readonly #file: ModelFile;
+  readonly #pack: Pack;
+  readonly #bases: Uint8Array;
+  readonly #options: PlanOptions;
+  readonly #parameters = new Map<string, OnnxParameter>();
+  readonly #names: NameMatcher;
+  /** Why a task cannot come unfolded, and why not folded. */
+  readonly #notUnfolded: Obstacle[] = [];
+  readonly #notFolded: Obstacle[] = [];
+
+  constructor(file: ModelFile, pack: Pack, bases: Uint8Array, options: PlanOptions) {
+    this.#file = file;
+    this.#pack = pack;
+    this.#bases = bases;
+    this.#options = options;
+    for (const parameter of findParameters(file.model)) this.#parameters.set(parameter.name, parameter);
+    this.#names = new NameMatcher(this.#parameters.keys());
+  }
+
+  async plan(): Promise<Plan> {
+    const found = this.#pack.modules.map((module) => this.#module(module));
+    this.#refuseTwice(found);
+    if (!this.#options.anyBase) for (const [i, parameter] of found.entries()) await this.#check(this.#pack.modules[i]!, parameter);
+    const brought = await this.#brought();
+    const ignored = new Set(brought.map(({ name }) => name).filter((name) => this.#isIgnored(name)));
+    const wanted = brought.filter(({ name }) => !ignored.has(name));
+    const scaled = new Set(wanted.filter(({ role }) => role === "magnitude").map(({ name }) => name));
+    const heads = this.#heads(wanted);
+    const headNames = new Set(heads.flatMap(({ weight, bias }) => [weight, ...(bias ? [bias] : [])]));
+    const rest = wanted.filter(({ role, name }) => role !== "magnitude" && !headNames.has(name));
+    const biases: GraftBias[] = [];
+    const rows: GraftRows[] = [];
+    for (const { role, name } of rest) {
+      const parameter = this.#parameter(name, role);
+      const bias = role === "saved" && !name.endsWith(".bias") ? undefined : this.#bias(name, parameter);
+      const table = role === "rows" ? this.#table(name, parameter) : undefined;
+      if (bias) biases.push(bias);
+      else if (table) rows.push(table);
+      else this.#notUnfolded.push({ module: name, why: `tasks bring "${name}" (${role}), no linear layer's head or bias` });
+    }
+    const modules = this.#pack.modules.map((module, i) => this.#graftModule(module, found[i]!, scaled.has(module.name)));
+    const { mode, reason } = this.#choose();
+    const baseHeads = new Map<string, BaseHead>();
+    for (const head of heads) baseHeads.set(head.graft.name, await this.#baseHead(head));
+    const graftHeads = heads.map(({ graft }) => graft);
+    const common = { mode, reason, heads: baseHeads, ignored };
+    if (mode === "folded") {
+      const graft = { modules: [], biases: [], rows: [], heads: graftHeads };
+      const folded = new Set([...found, ...rest.map(({ name, role }) => this.#parameter(name, role))]);
+      return { ...common, graft, biases: new Map(), weights: new Map(), folded: [...folded] };
+    }
+    const values = new Map<string, Float32Array>();
+    for (const { name } of biases) values.set(name, await readVector(this.#file, this.#parameter(name, "bias"), this.#options));
+    const weights = new Map<string, Float32Array>();
+    for (const [i, { name }] of this.#pack.modules.entries()) if (scaled.has(name)) weights.set(name, await this.#matrix(found[i]!));
+    const grafts = modules.filter((m) => m !== undefined);
+    const withComponents = mode === "core" ? grafts.map((m) => ({ ...m, components: this.#components(m.name) })) : grafts;
+    return { ...common, graft: { modules: withComponents, biases, rows, heads: graftHeads }, biases: values, weights, folded: [] };
+  }
+
+  #module(module: PackModule): OnnxParameter {
+    const byHand = this.#options.names?.get(module.name);
+    const name = findWeight(this.#names, module.name, byHand === undefined ? undefined : new Map([[module.name, byHand]]));
+    const parameter = this.#parameters.get(name)!;
+    const shape = matrixShape(parameter);
+    const table = parameter.layout === "embedding" || module.layout === "embedding";
+    const conv = parameter.shape.length > 2 && module.layout === "conv";
+    const expected = table ? [module.in, module.out] : [module.out, module.in];
+    const size = parameter.shape.slice(1).reduce((a, b) => a * b, 1);
+    const fits = conv ? parameter.shape[0] === module.out && size === module.in : shape?.every((n, i) => n === expected[i]);
+    if (fits) return parameter;
+    throw new BaseMismatchError(
+      `the adapted module "${module.name}" is [out ${module.out}, in ${module.in}], but the model's "${name}" is ` +
+        `[${(shape ?? parameter.shape).join(", ")}]: the adapters are of another model`,
+      { module: module.name, expected, found: shape ?? parameter.shape },
+    );
+  }
+
+  #refuseTwice(found: readonly OnnxParameter[]): void {
+    const owners = new Map<string, string>();
+    for (const [i, { name }] of found.entries()) {
+      const module = this.#pack.modules[i]!.name;
+      const other = owners.get(name);
+      if (other !== undefined) {
+        const message = `the modules "${other}" and "${module}" both match the weight "${name}"; map one with the option \`names\``;
+        throw new BaseMismatchError(message, { module, candidates: [name] });
+      }
+      owners.set(name, module);
+    }
+  }
+
+  async #check(module: PackModule, parameter: OnnxParameter): Promise<void> {
+    if (module.fingerprint === undefined || parameter.shape.length !== 2 && parameter.dtype !== "other") return;
+    const { at, quantized } = await readLinearWeight(this.#file, parameter, this.#options);
+    const turned = parameter.layout === "embedding" || module.layout === "embedding";
+    const value = turned ? (o: number, n: number): number => at(n, o) : at;
+    checkFingerprint(module, parameter.name, value, this.#bases, quantized ? SAME_QUANTIZED : SAME_FLOAT);
+  }
+
+  /** What the tasks change beside their terms. */
+  async #brought(): Promise<Brought[]> {
+    const all = new Set<string>();
+    for (const { id, brings } of this.#pack.tasks.values()) {
+      for (const one of brings ?? (await broughtBy(this.#pack, id, this.#options))) all.add(one);
+    }
+    return [...all].map((one) => ({ role: one.slice(0, one.indexOf(" ")), name: one.slice(one.indexOf(" ") + 1) }));
+  }
+
+  #isIgnored(name: string): boolean {
+    return (this.#options.ignore ?? []).some((ignored) => name === ignored || moduleOf(name) === ignored);
+  }
+
+  #parameter(name: string, role: string): OnnxParameter {
+    const found = this.#names.find(name);
+    if ("name" in found) return this.#parameters.get(found.name)!;
+    throw new BaseMismatchError(
+      `tasks change "${name}" (${role}), which ${found.ambiguous ? "several parameters of the model match" : "is not in the model"}; ` +
+        `candidates: ${found.candidates.join(", ") || "none"}. To use the tasks without it, pass ignore: ["${moduleOf(name)}"]`,
+      { module: name, candidates: found.candidates },
+    );
+  }
+
+  /** Saved linear layers: the weight and, where there is one, the bias behind it. */
+  #heads(brought: readonly Brought[]): { graft: GraftHead; weight: string; bias: string | undefined; parameter: OnnxParameter }[] {
+    const saved = new Set(brought.filter(({ role }) => role === "saved").map(({ name }) => name));
+    const heads = [];
+    for (const weight of saved) {
+      if (!weight.endsWith(".weight")) continue;
+      const parameter = this.#parameter(weight, "saved");
+      const shape = matrixShape(parameter);
+      const linears = linearsOf(this.#file, parameter);
+      if (!shape || linears instanceof NotLinear) continue;
+      const bias = saved.has(`${moduleOf(weight)}.bias`) ? `${moduleOf(weight)}.bias` : undefined;
+      const biasName = bias && this.#parameter(bias, "saved").initializer;
+      const places = linears.map((linear) => {
+        const isBias = (value: string): boolean => value === biasName || this.#passedOn(biasName, value);
+        const add = biasName === undefined || linear.addsBias ? undefined : biasedBy(this.#file.model, linear, isBias);
+        return { linear, end: add ?? linear.node };
+      });
+      heads.push({
+        graft: { name: moduleOf(weight), in: shape[1], out: shape[0], bias: bias !== undefined, places },
+        weight,
+        bias,
+        parameter,
+      });
+    }
+    return heads;
+  }
+
+  /** Whether a value is an initializer behind one Cast, Identity or DequantizeLinear. */
+  #passedOn(initializer: string | undefined, value: string): boolean {
+    return this.#file.model.graph.producers.get(value)?.input[0] === initializer;
+  }
+
+  async #baseHead({ graft, bias, parameter }: { graft: GraftHead; bias: string | undefined; parameter: OnnxParameter }): Promise<BaseHead> {
+    const { at } = await readLinearWeight(this.#file, parameter, this.#options);
+    const weight = new Float32Array(graft.in * graft.out);
+    for (let n = 0; n < graft.in; n++) for (let o = 0; o < graft.out; o++) weight[n * graft.out + o] = at(o, n);
+    return { weight, bias: bias === undefined ? undefined : await readVector(this.#file, this.#parameter(bias, "saved"), this.#options), labels: graft.out };
+  }
+
+  #bias(name: string, parameter: OnnxParameter): GraftBias | undefined {
+    const [size] = parameter.shape;
+    if (parameter.shape.length !== 1 || size === undefined || parameter.dtype === "other") return undefined;
+    const places = parameter.uses.filter(addsLastDimension);
+    if (places.length === 0 || places.length < parameter.uses.length) return undefined;
+    const type = parameter.dtype === "f16" && parameter.uses.every((use) => isDirect(use, parameter)) ? 10 : FLOAT;
+    return { name, size, type, places };
+  }
+
+  #table(name: string, parameter: OnnxParameter): GraftRows | undefined {
+    const places = parameter.uses.filter(({ node, input }) => node.opType === "Gather" && input === 0);
+    if (parameter.layout !== "embedding" || places.length === 0 || places.length < parameter.uses.length) return undefined;
+    const type = parameter.dtype === "f16" && parameter.uses.every((use) => isDirect(use, parameter)) ? 10 : FLOAT;
+    return { name, width: parameter.shape[1]!, type, places };
+  }
+
+  #graftModule(module: PackModule, parameter: OnnxParameter, rowScale: boolean): GraftModule | undefined {
+    if (parameter.dtype === "other") {
+      this.#notFolded.push({ module: module.name, why: `the weight of "${module.name}" is quantised` });
+    }
+    const linears = linearsOf(this.#file, parameter);
+    if (linears instanceof NotLinear) {
+      this.#notUnfolded.push({ module: module.name, why: `"${module.name}" cannot be added to: ${linears.reason}` });
+      return undefined;
+    }
+    if (rowScale && parameter.dtype === "other") {
+      const why = `"${module.name}" has DoRA tasks, which need the float weight, and the model's is quantised`;
+      this.#notUnfolded.push({ module: module.name, why });
+    }
+    return { name: module.name, in: module.in, out: module.out, linears, rowScale };
+  }
+
+  #choose(): { mode: Mode; reason: string } {
+    const { mode = "auto" } = this.#options;
+    const refuse = (obstacles: readonly Obstacle[], before: string, after: string): BaseMismatchError => {
+      const more = obstacles.length > 1 ? ` (and ${obstacles.length - 1} more)` : "";
+      return new BaseMismatchError(`${before}: ${obstacles[0]!.why}${more}${after}`, { module: obstacles[0]!.module });
+    };
+    const [unfolded, folded] = [this.#notUnfolded.length === 0, this.#notFolded.length === 0];
+    if (!unfolded && !folded) {
+      const neither = `; nor can it be folded: ${this.#notFolded[0]!.why}`;
+      throw refuse(this.#notUnfolded, "no mode can bring these tasks to this model", neither);
+    }
+    if (mode === "folded" && !folded) throw refuse(this.#notFolded, 'mode "folded"', '; use mode "core" or "factors"');
+    if (mode !== "auto" && mode !== "folded" && !unfolded) throw refuse(this.#notUnfolded, `mode "${mode}"`, '; use mode "folded"');
+    if (mode !== "auto") return { mode, reason: "asked for" };
+    if (!unfolded) return { mode: "folded", reason: this.#notUnfolded[0]!.why };
+    const why = folded ? "" : `; ${this.#notFolded[0]!.why}, which rules folding out`;
+    const columns = this.#pack.modules.filter((m) => m.A?.kind === "column" && m.B?.kind === "column");
+    if (columns.length === 0) return { mode: "factors", reason: `the pack has no components that a core could go between${why}` };
+    const K = Math.max(...columns.map((m) => Math.max(m.A!.tensor.rows, m.B!.tensor.rows)));
+    // Above it the products with the components cost more per token than they save per switch (benchmarks/switch.js --live).
+    const most = 96;
+    if (K > most) return { mode: "factors", reason: `up to ${K} components a side make the core dearer than factors${why}` };
+    return { mode: "core", reason: `${K} components a side at most: a switch moves the core alone${why}` };
+  }
+
+  #components(name: string): Components | undefined {
+    const { A, B, in: inputs, out } = this.#pack.modules.find((m) => m.name === name)!;
+    if (A?.kind !== "column" || B?.kind !== "column") return undefined;
+    const decode = ({ tensor: { type, rows, width, byteOffset, byteLength } }: typeof A): Float32Array =>
+      decodeTensor(type, this.#bases.subarray(byteOffset, byteOffset + byteLength), rows, width);
+    const [KA, KB] = [A.tensor.rows, B.tensor.rows];
+    if (KA === 0 || KB === 0) return undefined;
+    return { At: turn(decode(A), KA, inputs), B: decode(B).subarray(0, KB * out), KA, KB };
+  }
+
+  async #matrix(parameter: OnnxParameter): Promise<Float32Array> {
+    const [out, inputs] = matrixShape(parameter)!;
+    const { at } = await readLinearWeight(this.#file, parameter, this.#options);
+    return Float32Array.from({ length: out * inputs }, (_, i) => at(Math.floor(i / inputs), i % inputs));
+  }
+}
+
+/** `brings` of a task, from its blob. */
+export async function broughtBy(pack: Pack, id: string, options: ReadOptions): Promise<string[]> {
+  const { terms, parameters } = await pack.load(id, options);
+  return [
+    ...parameters.map(({ role, name }) => `${role} ${name}`),
+    ...terms.filter((term) => term.magnitude).map((term) => `magnitude ${pack.modules[term.module]!.name}`),
+  ];
+}
+
+/** "classifier" of "classifier.weight". */
+export function moduleOf(parameter: string): string {
+  return parameter.replace(/\.[^.]*$/, "");
+}
+
+/** [rows, columns] → [columns, rows] */
+export function turn(values: Float32Array, rows: number, columns: number): Float32Array {
+  const turned = new Float32Array(rows * columns);
+  for (let r = 0; r < rows; r++) for (let c = 0; c < columns; c++) turned[c * rows + r] = values[r * columns + c]!;
+  return turned;
+}
+
+function linearsOf(file: ModelFile, parameter: OnnxParameter): Linear[] | NotLinear {
+  if (parameter.uses.length === 0) return new NotLinear(`nothing in the graph uses "${parameter.initializer}"`);
+  const linears: Linear[] = [];
+  for (const use of parameter.uses) {
+    const linear = linearOf(file.model, use);
+    if (linear instanceof NotLinear) return linear;
+    linears.push(linear);
+  }
+  return linears;
+}
+
+/** Whether a vector is added to the last dimension of what the node makes. */
+function addsLastDimension({ node, input }: Use): boolean {
+  if (node.opType === "Add") return true;
+  const at = new Map([["Gemm", 2], ["LayerNormalization", 2], ["MatMulNBits", 5]]).get(node.opType);
+  return at === input;
+}
+
+/** Whether a parameter enters a node as it is, not behind a Cast. */
+function isDirect({ node, input }: Use, { initializer }: OnnxParameter): boolean {
+  return node.input[input] === initializer;
+}

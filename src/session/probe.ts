@@ -1,0 +1,154 @@
+/**
+ * The parity probe: two tiny runs right after a session is made, one as the base and one as a made-up task, held against
+ * plain arithmetic. Some providers take our inputs and ignore them without a word; better to know before the first answer.
+ */
+import { BackendError } from "../errors.ts";
+import type { GraftModule, Probe, TaskInput } from "../onnx/graft.ts";
+import { FLOAT, FLOAT16, INT64 } from "../onnx/linear.ts";
+import type { ValueInfoProto } from "../onnx/onnx_pb.ts";
+import type { InputValue } from "./values.ts";
+
+/** What the probe found out. */
+export interface ProbeReport {
+  /** "passed", or why nothing could be compared. */
+  readonly result: string;
+  /** Module whose term was compared, and the largest difference relative to the largest value. */
+  readonly module?: string;
+  readonly difference?: number;
+}
+
+/** A value as a runtime takes it, by `TensorProto.DataType`. */
+export interface ProbeFeed {
+  readonly dataType: number;
+  readonly dims: readonly number[];
+  readonly data: Float32Array | Uint16Array | BigInt64Array | Int32Array | Uint8Array;
+}
+
+/** Runs the model; gives the values of `fetches` as f32. */
+export type ProbeRun = (
+  feeds: ReadonlyMap<string, ProbeFeed>,
+  values: ReadonlyMap<string, InputValue>,
+  fetches: readonly string[],
+) => Promise<readonly (readonly number[] | Float32Array)[]>;
+
+/** How far a provider that computes in f16 may be off. */
+const TOLERANCE = 2e-2;
+
+const BOOL = 9;
+const INT32 = 6;
+
+/**
+ * Feeds of size two for any model, as far as its declared inputs tell: token ids 1, masks 1, no past.
+ * @returns undefined when an input is of a kind that cannot be guessed
+ */
+export function tinyFeeds(inputs: readonly ValueInfoProto[]): Map<string, ProbeFeed> | undefined {
+  const feeds = new Map<string, ProbeFeed>();
+  for (const { name, type } of inputs) {
+    if (type?.value.case !== "tensorType" || !type.value.value.shape) return undefined;
+    const { elemType, shape } = type.value.value;
+    const dims = shape.dim.map(({ value }) => {
+      if (value.case === "dimValue") return Number(value.value);
+      // A cache begins empty; what is as long as past and present together is as long as the present.
+      return value.case === "dimParam" && /past/.test(value.value) && !/\+|total/.test(value.value) ? 0 : 2;
+    });
+    const count = dims.reduce((a, b) => a * b, 1);
+    const ones: Record<number, () => ProbeFeed["data"]> = {
+      [FLOAT]: () => Float32Array.from({ length: count }, (_, i) => Math.sin(i + 1)),
+      [FLOAT16]: () => new Uint16Array(count).fill(0x3800),
+      [INT64]: () => new BigInt64Array(count).fill(/position/.test(name) ? 0n : 1n),
+      [INT32]: () => new Int32Array(count).fill(/position/.test(name) ? 0 : 1),
+      [BOOL]: () => new Uint8Array(count),
+    };
+    const data = ones[elemType]?.();
+    if (!data) return undefined;
+    feeds.set(name, { dataType: elemType, dims, data });
+  }
+  return feeds;
+}
+
+/**
+ * @param base values of the inputs without a task
+ * @param outputs of the model itself
+ * @throws BackendError when the provider ignores the inputs or computes something else
+ */
+export async function probeParity(
+  run: ProbeRun,
+  feeds: Map<string, ProbeFeed> | undefined,
+  base: ReadonlyMap<string, InputValue>,
+  inputs: readonly TaskInput[],
+  modules: readonly GraftModule[],
+  probe: Probe | undefined,
+  outputs: readonly string[],
+  provider: string,
+): Promise<ProbeReport> {
+  if (!feeds) return { result: "skipped: the model's inputs are of kinds that cannot be made up; pass `probe: feeds`" };
+  if (!probe && modules.length === 0) return { result: "skipped: no layer is adapted in the graph" };
+  const task = madeUp(base, inputs);
+  const fetches = [...(probe ? [probe.x, probe.term] : []), outputs[0]!];
+  let before: Awaited<ReturnType<ProbeRun>>;
+  try {
+    before = await run(feeds, base, fetches);
+  } catch (cause) {
+    return { result: `skipped: the model does not run on made-up inputs (${(cause as Error).message}); pass \`probe: feeds\`` };
+  }
+  const after = await run(feeds, task, fetches);
+  const fail = (what: string): never => {
+    throw new BackendError(`the provider ${provider} ${what}: results would be silently wrong. Use another provider`, {
+      backend: provider,
+    });
+  };
+  if (!probe) {
+    if (same(before[0]!, after[0]!)) fail(`gives the same "${outputs[0]}" with and without a task`);
+    return { result: "passed" };
+  }
+  const module = modules.find(({ name }) => name === probe.module)!;
+  if (before[1]!.some((v) => v !== 0)) fail(`adds a term to "${probe.module}" when there is no task`);
+  const expected = termOf(module, after[0]!, task);
+  const largest = expected.reduce((m, v) => Math.max(m, Math.abs(v)), 0);
+  const difference = expected.reduce((m, v, i) => Math.max(m, Math.abs(v - after[1]![i]!)), 0) / (largest || 1);
+  if (!(largest > 0)) return { result: `skipped: nothing enters "${probe.module}" on made-up inputs; pass \`probe: feeds\`` };
+  // Not ≤: NaN must fail.
+  if (!(difference < TOLERANCE)) fail(`is off by ${difference.toPrecision(2)} of the largest value in the term of "${probe.module}"`);
+  return { result: "passed", module: probe.module, difference };
+}
+
+/** Small values that differ everywhere, where the base has zeros. */
+function madeUp(base: ReadonlyMap<string, InputValue>, inputs: readonly TaskInput[]): Map<string, InputValue> {
+  const values = new Map(base);
+  for (const { name, kind } of inputs) {
+    if (kind !== "core" && kind !== "A" && kind !== "B") continue;
+    const { dims, data } = base.get(name)!;
+    values.set(name, { dims, data: Float32Array.from({ length: data.length }, (_, i) => 0.1 * Math.sin(1 + 1.7 * i)) });
+  }
+  return values;
+}
+
+/** x·E_Aᵀ·S·E_B + x·A·B in f64, for the rows of x. */
+function termOf({ name, in: inputs, out, components }: GraftModule, x: ArrayLike<number>, values: ReadonlyMap<string, InputValue>): Float64Array {
+  const rows = x.length / inputs;
+  const value = (kind: string): { data: ArrayLike<number>; columns: number } => {
+    const { data, dims } = values.get(`eigenlora.${name}.${kind}`)!;
+    return { data: data as Float32Array, columns: dims[1]! };
+  };
+  const [A, B] = [value("A"), value("B")];
+  const term = multiply(multiply(x, A.data, rows, inputs, A.columns), B.data, rows, A.columns, out);
+  if (!components) return term;
+  const { At, B: E, KA, KB } = components;
+  const mixed = multiply(multiply(x, At, rows, inputs, KA), value("core").data, rows, KA, KB);
+  multiply(mixed, E, rows, KB, out).forEach((v, i) => (term[i]! += v));
+  return term;
+}
+
+function multiply(a: ArrayLike<number>, b: ArrayLike<number>, rows: number, inner: number, columns: number): Float64Array {
+  const out = new Float64Array(rows * columns);
+  for (let r = 0; r < rows; r++) {
+    for (let k = 0; k < inner; k++) {
+      for (let c = 0; c < columns; c++) out[r * columns + c]! += a[r * inner + k]! * b[k * columns + c]!;
+    }
+  }
+  return out;
+}
+
+function same(a: ArrayLike<number>, b: ArrayLike<number>): boolean {
+  return a.length === b.length && Array.prototype.every.call(a, (v: number, i: number) => v === b[i]);
+}

@@ -1,0 +1,480 @@
+"""Tiny models as people export, quantise and optimise them, PEFT adapters for them, and what PyTorch and PEFT answer.
+
+README.md lists the files. Every model is one of four random PyTorch models: a BERT classifier, the same with equal
+query weights in both layers, the BERT without its classifier, an MLP. The answers are computed in f64 by PyTorch with
+PEFT's own layers, from the adapters as saved, and rounded. Where activations are quantised they depend on the kernels:
+there the answers are ONNX Runtime's, of a copy of the model into which PEFT's factors were wired, see `wired`.
+
+usage: python make.py    (torch 2.13, transformers 5.24, peft 0.21, onnx 1.23, onnxscript 0.7, onnxruntime 1.32,
+                          onnxconverter-common 1.16)
+"""
+import json, logging, math, pathlib, re, shutil, tempfile, warnings
+import numpy as np, onnx, onnxruntime, torch
+from onnx import TensorProto, helper, numpy_helper
+from onnxconverter_common.float16 import convert_float_to_float16
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
+from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+from onnxruntime.transformers.fusion_options import FusionOptions
+from onnxruntime.transformers.optimizer import optimize_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import BertConfig, BertModel, BertForSequenceClassification
+
+warnings.filterwarnings("ignore")
+logging.disable(logging.WARNING)
+HERE = pathlib.Path(__file__).parent
+SCRATCH = pathlib.Path(tempfile.mkdtemp())
+
+NAMES = ["input_ids", "attention_mask", "token_type_ids"]
+TOKENS = [1, 5, 9]
+IDS = torch.tensor([[2, 17, 5, 40, 9, 33, 3], [2, 1, 58, 3, 0, 0, 0], [2, 9, 21, 63, 1, 3, 0]])
+MASK = torch.tensor([[1] * 7, [1] * 4 + [0] * 3, [1] * 6 + [0]])
+TYPES = torch.tensor([[0, 0, 0, 0, 1, 1, 1], [0] * 7, [0, 0, 0, 1, 1, 1, 0]])
+FEEDS = dict(zip(NAMES, (IDS, MASK, TYPES)))
+X = torch.randn(3, 12, generator=torch.Generator().manual_seed(12))
+
+
+# ---- models
+
+def bert(labels=4, attention="sdpa"):
+    return BertForSequenceClassification(BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
+        max_position_embeddings=16, num_labels=labels, attn_implementation=attention)).eval()
+
+
+class Encoder(BertModel):
+    """The exporter would hand BertModel's optional arguments over, and be refused."""
+    def forward(self, input_ids, attention_mask, token_type_ids):
+        return super().forward(input_ids, attention_mask, token_type_ids).last_hidden_state
+
+
+class MLP(nn.Module):
+    def __init__(self, labels=4):
+        super().__init__()
+        self.up, self.mid, self.classifier = nn.Linear(12, 16), nn.Linear(16, 16), nn.Linear(16, labels)
+
+    def forward(self, x):
+        return self.classifier(self.mid(nn.functional.gelu(self.up(x))).tanh())
+
+
+def random_state(model, seed):
+    """Biases and embeddings too: what is zero or equal in a fresh model would be merged by the exporter."""
+    random = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        parameter.data = torch.randn(parameter.shape, generator=random) * 0.1 + name.endswith("LayerNorm.weight")
+    return model.state_dict()
+
+
+def with_state(model, state):
+    """A head of another size stays as it is: every task brings its own."""
+    own = model.state_dict()
+    model.load_state_dict({name: value if value.shape == own[name].shape else own[name]
+                           for name, value in state.items()})
+    return model
+
+
+QUERY = "bert.encoder.layer.{}.attention.self.query.weight"
+base = random_state(bert(), 0)
+tied = {name: value.clone() for name, value in random_state(bert(), 1).items()}
+tied[QUERY.format(1)] = tied[QUERY.format(0)].clone()
+# Larger, so that GELU and tanh matter.
+mlp = {name: value * 3 for name, value in random_state(MLP(), 2).items()}
+for name, state in (("base", base), ("base-tied", tied), ("base-mlp", mlp)):
+    save_file({key: value.contiguous() for key, value in state.items()}, HERE / f"{name}.safetensors")
+
+
+# ---- exports
+
+def save(name, model, metadata=("namespace", "pkg.torch.onnx.name_scopes"), **how):
+    """`metadata`: the keys to keep, or None for all but stack traces, which are large and tell the machine's paths."""
+    for node in model.graph.node:
+        node.doc_string = ""
+        keep = [p for p in node.metadata_props
+                if (p.key in metadata if metadata else p.key != "pkg.torch.onnx.stack_trace")]
+        del node.metadata_props[:]
+        node.metadata_props.extend(keep)
+    if metadata:
+        g = model.graph
+        for thing in [model, g, *g.input, *g.output, *g.value_info, *g.initializer]:
+            del thing.metadata_props[:]
+    if how:
+        (HERE / how["location"]).unlink(missing_ok=True)
+    onnx.save(model, HERE / f"{name}.onnx", **how)
+    return name
+
+
+def torchscript(name, module, args, inputs, outputs):
+    axes = {key: {0: "batch", 1: "sequence"} if key in NAMES or key == "last_hidden_state" else {0: "batch"}
+            for key in [*inputs, *outputs]}
+    torch.onnx.export(module, args, SCRATCH / "export.onnx", dynamo=False, opset_version=17, input_names=inputs,
+                      output_names=outputs, dynamic_axes=axes)
+    return save(name, onnx.load(SCRATCH / "export.onnx"))
+
+
+def dynamo(name, module, args, metadata, **how):
+    batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence")
+    torch.onnx.export(module, args, SCRATCH / "export.onnx", dynamo=True, external_data=False, verbose=False,
+                      input_names=NAMES, output_names=["logits"],
+                      dynamic_shapes={key: {0: batch, 1: sequence} for key in NAMES}, **how)
+    return save(name, onnx.load(SCRATCH / "export.onnx"), metadata)
+
+
+def load(name):
+    return onnx.load(HERE / f"{name}.onnx")
+
+
+def initializers(model):
+    return {tensor.name: tensor for tensor in model.graph.initializer}
+
+
+def halves(model):
+    """f16 initializers, each behind a Cast to f32."""
+    casts = []
+    for tensor in model.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT:
+            name = tensor.name
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), f"{name}_f16"))
+            casts.append(helper.make_node("Cast", [f"{name}_f16"], [name], f"{name}_cast", to=TensorProto.FLOAT))
+    nodes = [*casts, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return model
+
+
+def without_transB(model):
+    """Gemm as y = x·W + b, W stored [in, out] under its old name."""
+    weights = initializers(model)
+    for node in model.graph.node:
+        if node.op_type == "Gemm":
+            weight = weights[node.input[1]]
+            weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight).T.copy(), weight.name))
+            next(a for a in node.attribute if a.name == "transB").i = 0
+    return model
+
+
+def behind_transpose(model):
+    """Gemm as MatMul and Add, W stored [out, in] and turned by a node."""
+    nodes = []
+    for node in model.graph.node:
+        if node.op_type != "Gemm":
+            nodes.append(node)
+            continue
+        path, (x, weight, bias) = node.name.removesuffix("/Gemm"), node.input
+        turned, product = f"{path}/Transpose_output_0", f"{path}/MatMul_output_0"
+        nodes += [helper.make_node("Transpose", [weight], [turned], f"{path}/Transpose", perm=[1, 0]),
+                  helper.make_node("MatMul", [x, turned], [product], f"{path}/MatMul"),
+                  helper.make_node("Add", [bias, product], list(node.output), f"{path}/Add")]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return model
+
+
+class Calibration(CalibrationDataReader):
+    def __init__(self):
+        random = np.random.default_rng(3)
+        mask = (np.arange(7) < random.integers(3, 8, 8)[:, None]).astype(np.int64)
+        feeds = dict(zip(NAMES, (random.integers(1, 64, (8, 7)) * mask, mask, random.integers(0, 2, (8, 7)))))
+        self.batches = iter([feeds, {key: value.numpy() for key, value in FEEDS.items()}])
+
+    def get_next(self):
+        return next(self.batches, None)
+
+
+model = with_state(bert(), base)
+# Not the golden feeds' shape: what the exporter wrongly takes for a constant shows in the check below.
+trace = (IDS[1:, :5], MASK[1:, :5], TYPES[1:, :5])
+torchscript("torchscript", model, trace, NAMES, ["logits"])
+dynamo("dynamo", model, trace, ("namespace", "pkg.torch.onnx.name_scopes"), optimize=False)
+dynamo("dynamo-optimized", model, trace, None)
+save("external", load("torchscript"), save_as_external_data=True, location="external.onnx.data")
+save("f16", halves(load("torchscript")))
+save("half", convert_float_to_float16(load("torchscript"), keep_io_types=True))
+# 7-bit weights: with 8 bits the sums of some instruction sets saturate, and the results differ between machines.
+quantize_dynamic(HERE / "torchscript.onnx", HERE / "int8.onnx", weight_type=QuantType.QInt8, reduce_range=True)
+quantize_static(HERE / "torchscript.onnx", HERE / "qdq.onnx", Calibration(), quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=["MatMul", "Gemm"], per_channel=True, reduce_range=True)
+for name in ("int8", "qdq"):
+    save(name, load(name))
+quantizer = MatMulNBitsQuantizer(load("torchscript"), bits=4, block_size=16, is_symmetric=True)
+quantizer.process()
+save("q4", quantizer.model.model)
+torchscript("tied", with_state(bert(), tied), trace, NAMES, ["logits"])
+encoder = Encoder(model.config, add_pooling_layer=False).eval()
+encoder.load_state_dict({key.removeprefix("bert."): value for key, value in base.items() if "encoder" in key
+                         or "embeddings" in key})
+torchscript("encoder", encoder, trace, NAMES, ["last_hidden_state"])
+torchscript("gemm", with_state(MLP().eval(), mlp), (X[:2],), ["x"], ["logits"])
+save("gemm-nn", without_transB(load("gemm")))
+save("transposed", behind_transpose(load("gemm")))
+# Query, key and value in one Attention node. ONNX Runtime's patterns know the eager form only.
+torchscript("fused", with_state(bert(attention="eager"), base), trace, NAMES, ["logits"])
+fusions = FusionOptions("bert")
+fusions.enable_embed_layer_norm = False
+save("fused", optimize_model(str(HERE / "fused.onnx"), "bert", num_heads=2, hidden_size=32,
+                             optimization_options=fusions).model)
+
+for name, operator, count in (("int8", "MatMulInteger", 14), ("q4", "MatMulNBits", 12), ("fused", "Attention", 2)):
+    assert sum(node.op_type == operator for node in load(name).graph.node) == count
+queries = [node.input[1] for node in load("tied").graph.node if node.name.endswith("query/MatMul")]
+merged = {node.output[0]: node.input[0] for node in load("tied").graph.node if node.op_type == "Identity"}
+assert len({merged.get(name, name) for name in queries}) == 1, "the exporter kept equal weights apart"
+
+
+# ---- adapters
+
+def adapter(folder, labels, make=bert, state=base, seed=0, **config):
+    """A PEFT adapter whose trainable parameters are random, and large enough to matter."""
+    path = HERE / folder
+    shutil.rmtree(path, ignore_errors=True)
+    config = {"r": 4, "lora_alpha": 8, "target_modules": ["query", "value"]} | config
+    torch.manual_seed(seed)
+    model = get_peft_model(with_state(make(labels), state), LoraConfig(**config))
+    random = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad or "original_module" in name:
+            continue
+        noise = torch.randn(parameter.shape, generator=random)
+        if "lora_magnitude" in name:
+            parameter.data *= 1 + 0.5 * noise
+        elif "lora_A" in name or "lora_embedding_A" in name:
+            parameter.data = 0.3 * noise
+        elif "lora_B" in name or "lora_embedding_B" in name:
+            parameter.data = 0.1 * noise
+        else:  # heads, biases, rows, norms
+            parameter.data = parameter.data + 0.4 * noise
+    model.save_pretrained(path)
+    (path / "README.md").unlink()
+    file = path / "adapter_config.json"
+    saved = json.loads(file.read_text()) | {"base_model_name_or_path": "tiny-random"}
+    for key in ("target_modules", "modules_to_save"):
+        saved[key] = saved[key] and sorted(saved[key])
+    file.write_text(json.dumps(saved, indent=1, sort_keys=True) + "\n")
+    names = [f"{path.name} {i}" for i in range(labels)]
+    (path / "task.json").write_text(json.dumps({"labels": names}) + "\n")
+
+
+classifier = {"task_type": "SEQ_CLS"}
+adapter("adapters/two", 2, seed=10, **classifier)
+adapter("adapters/three", 3, seed=11, **classifier)
+adapter("adapters/five", 5, seed=12, r=3, use_rslora=True, **classifier)
+more = {
+    "dora": (3, {"use_dora": True}),
+    "bias": (2, {"bias": "all"}),
+    "bias-lora": (2, {"bias": "lora_only"}),
+    "dense": (3, {"target_modules": ["query", "key", "value", "dense"]}),
+    "tokens": (2, {"trainable_token_indices": TOKENS}),
+    "embedding": (2, {"target_modules": ["query", "value", "word_embeddings"]}),
+    # PEFT adds the classifier.
+    "norm": (2, {"modules_to_save": ["encoder.layer.1.output.LayerNorm"]}),
+}
+for seed, (name, (labels, config)) in enumerate(more.items(), 20):
+    adapter(f"adapters-more/{name}", labels, seed=seed, **classifier, **config)
+small = {"make": MLP, "state": mlp, "target_modules": ["up", "mid"], "modules_to_save": ["classifier"]}
+adapter("adapters-mlp/a", 2, seed=30, **small)
+adapter("adapters-mlp/b", 3, seed=31, r=2, **small)
+
+
+# ---- what PyTorch and PEFT answer
+
+@torch.no_grad()
+def answer(folder=None, make=bert, state=base, feeds=FEEDS, hidden=False):
+    """The logits, or the BERT's last hidden state, of the base or of an adapter, read from its folder."""
+    if folder is None:
+        inner = model = with_state(make(), state)
+    else:
+        labels = len(json.loads((HERE / folder / "task.json").read_text())["labels"])
+        model = PeftModel.from_pretrained(with_state(make(labels), state), HERE / folder)
+        inner = model.base_model.model
+    model.double().eval()
+    if make is MLP:
+        output = model(X.double())
+    else:
+        output = inner.bert(**feeds).last_hidden_state if hidden else model(**feeds).logits
+    return output.float().numpy()
+
+
+def tasks(folder):
+    return {path.name: f"{folder}/{path.name}" for path in sorted((HERE / folder).iterdir())}
+
+
+def answers(folders, **how):
+    return {"base": answer(**how)} | {name: answer(folder, **how) for name, folder in folders.items()}
+
+
+def checked_for_effect(folder, drop, **how):
+    """The answers differ clearly from those with the base's values in the tensors whose names match `drop`."""
+    path = SCRATCH / "reduced"
+    shutil.rmtree(path, ignore_errors=True)
+    shutil.copytree(HERE / folder, path)
+    tensors = load_file(path / "adapter_model.safetensors")
+    for key in [key for key in tensors if re.search(drop, key)]:
+        name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        if re.search("lora_(embedding_)?[AB]", key):
+            tensors[key] = torch.zeros_like(tensors[key])
+        elif "token_adapter" in key:
+            tensors[key] = base["bert.embeddings.word_embeddings.weight"][TOKENS].contiguous()
+        elif name in base:
+            tensors[key] = base[name].clone()
+        else:  # a magnitude, for which PEFT takes the base's
+            del tensors[key]
+    save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+    effect = np.abs(answer(folder, **how) - answer(path, **how)).max()
+    print(f"effect of {drop} in {folder}: {effect:.3f}")
+    assert effect > 0.05
+
+
+for folder in (*tasks("adapters").values(), *tasks("adapters-more").values()):
+    checked_for_effect(folder, "lora_(A|B)")
+for name, drop in (("dora", "magnitude"), ("bias", r"(?<!classifier)\.bias"), ("bias-lora", r"(?<!classifier)\.bias"),
+                   ("dense", r"dense\.lora"), ("tokens", "token_adapter"),
+                   ("embedding", "lora_embedding"), ("norm", "LayerNorm")):
+    checked_for_effect(f"adapters-more/{name}", drop)
+for folder in tasks("adapters-mlp").values():
+    checked_for_effect(folder, "lora_", make=MLP, state=mlp)
+
+
+def dequantised(model):
+    """`base` with the weights that MatMulNBits means: 4 bits, offset 8, low nibble first, a scale per 16 of a row."""
+    state, tensors = dict(base), initializers(model)
+    for node in model.graph.node:
+        if node.op_type == "MatMulNBits":
+            attributes = {a.name: a.i for a in node.attribute}
+            assert (attributes["bits"], attributes["block_size"], len(node.input)) == (4, 16, 3)
+            packed, scales = (numpy_helper.to_array(tensors[name]) for name in node.input[1:])
+            values = np.stack([packed & 15, packed >> 4], -1).reshape(*scales.shape, 16).astype(np.float64) - 8
+            weight = (values * scales[..., None]).reshape(attributes["N"], -1)[:, :attributes["K"]]
+            name = node.name.removeprefix("/").removesuffix("/MatMul_Q4").replace("/", ".") + ".weight"
+            assert np.abs(weight - base[name].numpy()).max() < 0.05
+            state[name] = torch.tensor(weight, dtype=torch.float32)
+    return state
+
+
+def wired(model, folder, integer):
+    """
+    A copy of a quantised model in which every query and value computes dequantised(x·W) + (x·Aᵀ)·Bᵀ·scale, x being the
+    float value that enters (what DynamicQuantizeLinear reads; what DequantizeLinear gives), and in which the classifier
+    is a float Gemm of the task, its output not quantised.
+    """
+    model = onnx.ModelProto.FromString(model.SerializeToString())
+    graph = model.graph
+    config = json.loads((HERE / folder / "adapter_config.json").read_text())
+    tensors = load_file(HERE / folder / "adapter_model.safetensors")
+    scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
+    nodes = {node.name: node for node in graph.node}
+    producers = {output: node for node in graph.node for output in node.output}
+
+    def constant(name, tensor):
+        graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(tensor.numpy()), name))
+        return name
+
+    def entering(name):
+        value = nodes[name].input[0]
+        return producers[value].input[0] if integer else value
+
+    added = []
+    for key in tensors:
+        if not key.endswith("lora_A.weight"):
+            continue
+        module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        node = "/" + re.sub(r"\.(?!\d)", "/", module) + "/MatMul"
+        A = constant(f"{module}.A", tensors[key].T)
+        B = constant(f"{module}.B", tensors[key.replace("lora_A", "lora_B")].T * scale)
+        y = f"{node}_output_0" + ("" if integer else "_DequantizeLinear_Output")
+        for consumer in graph.node:
+            consumer.input[:] = [f"{module}.sum" if value == y else value for value in consumer.input]
+        x = entering(node + ("_quant" if integer else ""))
+        added += [helper.make_node("MatMul", [x, A], [f"{module}.down"]),
+                  helper.make_node("MatMul", [f"{module}.down", B], [f"{module}.term"]),
+                  helper.make_node("Add", [y, f"{module}.term"], [f"{module}.sum"])]
+    assert len(added) == 12
+    head = [constant(f"task.{part}", tensors[f"base_model.model.classifier.{part}"]) for part in ("weight", "bias")]
+    x = entering("/classifier/Gemm" + ("_MatMul_quant" if integer else ""))
+    producers["logits"].output[0] = "old logits"
+    added.append(helper.make_node("Gemm", [x, *head], ["logits"], transB=1))
+    graph.output[0].type.tensor_type.shape.dim[1].dim_param = "labels"
+    # ONNX wants nodes in the order of computation.
+    nodes, known = [*graph.node, *added], {value.name for value in (*graph.input, *graph.initializer)} | {""}
+    del graph.node[:]
+    while nodes:
+        ready = [node for node in nodes if known.issuperset(node.input)]
+        graph.node.extend(ready)
+        known.update(output for node in ready for output in node.output)
+        nodes = [node for node in nodes if not known.issuperset(node.output)]
+    onnx.checker.check_model(model)
+    return model
+
+
+def run(model, feeds=FEEDS, optimise=True):
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    levels = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimise else levels.ORT_DISABLE_ALL
+    source = str(HERE / f"{model}.onnx") if isinstance(model, str) else model.SerializeToString()
+    session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    wanted = {value.name for value in session.get_inputs()}
+    return session.run(None, {key: value.numpy() for key, value in feeds.items() if key in wanted})[0]
+
+
+def quantised(name):
+    """Without ONNX Runtime's fusions, as ONNX defines the operators; with them, integers may round differently."""
+    models = {"base": load(name)}
+    models |= {task: wired(models["base"], folder, name == "int8") for task, folder in tasks("adapters").items()}
+    exact = {task: run(model, optimise=False) for task, model in models.items()}
+    for task, model in models.items():
+        float_answer = answer(None if task == "base" else f"adapters/{task}")
+        print(f"{name} {task}: fusions change {np.abs(run(model) - exact[task]).max():.2g}, "
+              f"quantisation {np.abs(float_answer - exact[task]).max():.2g}")
+    return exact
+
+
+f16 = {name: value.half().float() if value.is_floating_point() else value for name, value in base.items()}
+outputs = {
+    "base": answers(tasks("adapters") | tasks("adapters-more")),
+    "tied": answers({name: f"adapters/{name}" for name in ("two", "three")}, state=tied),
+    "encoder": answers({"two": "adapters/two"}, hidden=True),
+    "mlp": answers(tasks("adapters-mlp"), make=MLP, state=mlp),
+    "f16": answers(tasks("adapters"), state=f16),
+    "q4": answers(tasks("adapters"), state=dequantised(load("q4"))),
+    "int8": quantised("int8"),
+    "qdq": quantised("qdq"),
+}
+models = {
+    "torchscript": "base", "dynamo": "base", "dynamo-optimized": "base", "external": "base", "fused": "base",
+    "f16": "f16", "half": "f16", "q4": "q4", "int8": "int8", "qdq": "qdq", "tied": "tied", "encoder": "encoder",
+    "gemm": "mlp", "gemm-nn": "mlp", "transposed": "mlp",
+}
+
+# ONNX Runtime agrees with PyTorch on the base, and, where the answers are PyTorch's, at another shape.
+for name, key in models.items():
+    if not any(node.domain for node in load(name).graph.node):
+        onnx.checker.check_model(load(name))
+    error = np.abs(run(name, FEEDS | {"x": X}) - outputs[key]["base"]).max()
+    print(f"{name}: {error:.2g} off {key}")
+    assert error < {"half": 2e-2, "int8": 2e-2, "qdq": 2e-2}.get(name, 1e-4)
+    if key == "base":
+        other = {key: value[:1, :5] for key, value in FEEDS.items()}
+        assert np.abs(run(name, other) - answer(feeds=other)).max() < 1e-4
+
+
+def lines(value, indent=""):
+    """JSON with a line per name and array."""
+    if isinstance(value, dict):
+        inner = f"{indent} "
+        return "{\n" + ",\n".join(f'{inner}"{k}": {lines(v, inner)}' for k, v in value.items()) + f"\n{indent}}}"
+    if isinstance(value, str):
+        return json.dumps(value)
+    digits = lambda v: [digits(x) for x in v] if isinstance(v, list) else v if isinstance(v, int) else float(f"{v:.9g}")
+    return json.dumps(digits(value.tolist()), separators=(",", ":"))
+
+
+(HERE / "goldens.json").write_text(lines({"feeds": FEEDS | {"x": X}, "models": models, "outputs": outputs}) + "\n")
+total = 0
+for path in sorted(HERE.rglob("*")):
+    if path.is_file():
+        total += path.stat().st_size
+        print(f"{path.stat().st_size:8} {path.relative_to(HERE)}")
+        if path.name not in ("make.py", "README.md"):
+            assert not re.search(rb"site-packages|/tmp/|/home/|\.py\b", path.read_bytes()), path
+print(f"{total:8} in all")
+shutil.rmtree(SCRATCH)
