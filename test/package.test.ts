@@ -11,8 +11,8 @@ const manifest = JSON.parse(await readFile(new URL("../package.json", import.met
 /** Budgets of README and DESIGN, in bytes after gzip; 1 kB = 1000 B. */
 const BUDGET = { js: 20_000, wasm: 10_000 };
 
-/** Loaded only when they are used: the kernels, the reader of safetensors files, the backend without WebAssembly. */
-const LAZY = /^#wasm\/|\/safetensors\.js$|\/js\.js$/;
+/** Loaded only when they are used: the kernels, the readers of safetensors and task files, the backend without WebAssembly. */
+const LAZY = /^#wasm\/|\/safetensors\.js$|\/task-file\.js$|\/js\.js$/;
 
 /** One minified file for a browser; what `apart` matches is left out. */
 async function bundle(code: string, apart: RegExp): Promise<{ text: string; gzip: number }> {

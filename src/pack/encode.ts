@@ -6,8 +6,8 @@ import { Packr } from "msgpackr/pack";
 import { align4, TENSOR_TYPES, type TensorType } from "../dtypes.ts";
 import type { Layout, SavedTensor } from "../adapters/adapter.ts";
 import { crc32c } from "./crc32c.ts";
+import { align64 } from "./fields.ts";
 import {
-  align64,
   DIRECTORY_HEAD_BYTES,
   LAYOUTS,
   MAGIC,

@@ -1,12 +1,13 @@
 /**
  * SPEC.md as code, the reading half: bytes in, checked values out. No I/O, and no allocation of a size that the file
- * names before that size has been checked. Writing is `encode.ts`.
+ * names before that size has been checked. Here window and directory, and what all parts are made of; task blobs are
+ * `task.ts`, files of one task `task-file.ts`, writing `encode.ts`.
  */
-import { align4, isQuantized, TENSOR_TYPES, tensorBytes, type TensorType } from "../dtypes.ts";
-import { FormatError } from "../errors.ts";
+import { TENSOR_TYPES, tensorBytes, type TensorType } from "../dtypes.ts";
 import type { Layout, SavedTensor, TaskMetadata } from "../adapters/adapter.ts";
 import { crc32c } from "./crc32c.ts";
-import { check, decode, Value } from "./messagepack.ts";
+import { align64, Fields, hex } from "./fields.ts";
+import { decode, Value } from "./messagepack.ts";
 
 /** Bytes of the window: enough to plan the next read (SPEC.md, section 2). */
 export const WINDOW_BYTES = 1536;
@@ -148,71 +149,6 @@ export interface TaskBlob {
 export interface TaskFile extends TaskEntry {
   basisId: string;
   blob: Uint8Array;
-}
-
-/** Where the next section may start: the least multiple of 64 that is ≥ n. */
-export function align64(n: number): number {
-  return Math.ceil(n / 64) * 64;
-}
-
-export function hex(bytes: Uint8Array): string {
-  return Array.from(bytes, (b) => b.toString(16).padStart(2, "0")).join("");
-}
-
-/** Checked reads of little-endian fields of one part of one file. */
-class Fields {
-  readonly view: DataView;
-  readonly bytes: Uint8Array;
-  readonly file: string;
-  readonly part: string;
-
-  constructor(bytes: Uint8Array, file: string, part: string) {
-    this.view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
-    this.bytes = bytes;
-    this.file = file;
-    this.part = part;
-  }
-
-  u16(at: number): number {
-    return this.view.getUint16(at, true);
-  }
-
-  u32(at: number): number {
-    return this.view.getUint32(at, true);
-  }
-
-  u64(at: number): number {
-    const high = this.u32(at + 4);
-    this.check(high < 0x200000, () => `the number at byte ${at} is larger than 2^53`);
-    return high * 2 ** 32 + this.u32(at);
-  }
-
-  magic(expected: readonly number[], what: string): void {
-    const found = this.bytes.subarray(0, 8);
-    this.check(
-      expected.every((b, i) => found[i] === b),
-      () => `this is not ${what}: it begins with ${hex(found)}, expected ${hex(Uint8Array.from(expected))}`,
-    );
-  }
-
-  version(): string {
-    const major = this.u16(8);
-    this.check(major === 1, () => `version ${major}.${this.u16(10)}, but this reader knows version 1; update eigenlora`);
-    return `${major}.${this.u16(10)}`;
-  }
-
-  crc(at: number, length: number): void {
-    const found = crc32c(this.bytes.subarray(0, length));
-    this.check(found === this.u32(at), () => `its checksum does not match: the file is damaged, fetch it again`);
-  }
-
-  limit(found: number, most: number, what: string): void {
-    this.check(found <= most, () => `${found} ${what}, at most ${most} are allowed`);
-  }
-
-  check(condition: boolean, message: () => string): asserts condition {
-    check(condition, this.file, this.part, message);
-  }
 }
 
 /**
@@ -395,7 +331,7 @@ function parseSide(
 }
 
 /** @param earlier entries of the list before this one */
-function parseEntry(value: Value, earlier: readonly TaskEntry[]): TaskEntry {
+export function parseEntry(value: Value, earlier: readonly TaskEntry[]): TaskEntry {
   const id = value.get("id").string(255);
   value.check(isTaskId(id), () => `the task id ${JSON.stringify(id)} is empty or has control characters`);
   return {
@@ -415,155 +351,4 @@ function parseBrings(value: Value, earlier: readonly TaskEntry[]): readonly stri
 /** Whether a string may name a task: 1 to 255 bytes of UTF-8, no control characters. */
 export function isTaskId(id: string): boolean {
   return id.length > 0 && new TextEncoder().encode(id).length <= 255 && !/[\u0000-\u001f\u007f-\u009f]/.test(id);
-}
-
-/**
- * Checks a task blob against the basis it belongs to.
- * @param bytes the whole blob; kept by the result
- * @throws FormatError saying which rule of SPEC.md, section 6, does not hold
- */
-export function parseTask(bytes: Uint8Array, modules: readonly PackModule[], file: string, id: string): TaskBlob {
-  const f: Fields = new Fields(bytes, file, `task "${id}"`);
-  f.check(bytes.length >= 8 && f.u32(0) === TASK_BLOB_MAGIC, () => "this is not a task blob");
-  const headerLength = f.u32(4);
-  f.check(headerLength <= bytes.length - 8, () => `a header of ${headerLength} bytes in a blob of ${bytes.length}`);
-  const root = new Value(decode(bytes.subarray(8, 8 + headerLength), file, f.part), file, f.part, "header").array(8);
-  let end = 8 + headerLength;
-  const tensor = (code: Value, rows: number, width: number): TensorRef => {
-    const type = TENSOR_TYPES[code.integer(0, TENSOR_TYPES.length - 1)]!;
-    const byteOffset = align4(end);
-    const byteLength = tensorBytes(type, rows, width);
-    end = byteOffset + byteLength;
-    f.check(end <= bytes.length, () => `its tensors need ${end} bytes or more, the blob has ${bytes.length}`);
-    return { type, rows, width, byteOffset, byteLength };
-  };
-  f.check(root.length >= 2, () => "the header has no terms and parameters");
-  let last = -1;
-  const terms = root[0]!.array(65_536).map((term: Value) => {
-    const parsed = parseTerm(term, modules, tensor);
-    term.check(parsed.module > last, () => "terms are not sorted by module");
-    last = parsed.module;
-    return parsed;
-  });
-  const names = new Set<string>();
-  const parameters = root[1]!.array(65_536).map((parameter: Value) => {
-    const parsed = parseParameter(parameter, tensor);
-    const key = `${parsed.role} ${parsed.name}`;
-    parameter.check(!names.has(key), () => `"${parsed.name}" is there twice`);
-    names.add(key);
-    return parsed;
-  });
-  f.check(end === bytes.length, () => `its tensors end at ${end}, the blob has ${bytes.length} bytes`);
-  return { terms, parameters, bytes };
-}
-
-function parseTerm(
-  term: Value,
-  modules: readonly PackModule[],
-  tensor: (code: Value, rows: number, width: number) => TensorRef,
-): TaskTerm {
-  const items = term.array(16);
-  const item = (i: number): Value => items[i] ?? term.missing(i);
-  const index = item(0).integer(0, modules.length - 1);
-  const module = modules[index]!;
-  const rank = item(1).integer(0, 65_535);
-  const side = (value: Value, basis: Side | undefined): Coefficients | undefined => {
-    if (value.absent) return undefined;
-    const code = value.integer(0, 8 * TENSOR_TYPES.length - 1);
-    const kind = code & 3;
-    value.check(
-      basis !== undefined && kind === (basis.kind === "column" ? 1 : 2),
-      () => `coefficients of kind ${kind} for a basis of kind ${basis?.kind ?? "none"}`,
-    );
-    const mean = (code & 4) !== 0;
-    value.check(!mean || basis.mean, () => "a mean is asked for, but the basis has none");
-    value.check(
-      basis.rank === undefined ? rank > 0 : rank === basis.rank,
-      () => `rank ${rank}, but the basis is ${basis.kind}${basis.rank === undefined ? "" : ` of rank ${basis.rank}`}`,
-    );
-    const rows = basis.kind === "column" ? rank : 1;
-    return { mean, tensor: tensor(new Value(code >> 3, value.file, value.part, value.path), rows, basis.K) };
-  };
-  const A = side(item(2), module.A);
-  const B = side(item(3), module.B);
-  term.check((A === undefined) === (B === undefined), () => `"${module.name}" has coefficients on one side only`);
-  term.check(A !== undefined || rank === 0, () => `"${module.name}" has rank ${rank} but no coefficients`);
-  const q = item(4).integer(0, 65_535);
-  return {
-    module: index,
-    rank,
-    A,
-    B,
-    q,
-    privateA: q > 0 ? tensor(item(5), q, module.in) : undefined,
-    privateBt: q > 0 ? tensor(item(5), q, module.out) : undefined,
-    magnitude: item(6).absent ? undefined : tensor(item(6), 1, module.out),
-  };
-}
-
-function parseParameter(
-  parameter: Value,
-  tensor: (code: Value, rows: number, width: number) => TensorRef,
-): TaskParameter {
-  const items = parameter.array(16);
-  const item = (i: number): Value => items[i] ?? parameter.missing(i);
-  const name = item(0).string(1024);
-  const role = ROLES[item(1).integer(0, ROLES.length - 1)]!;
-  const shape = item(3).array(8).map((d) => d.integer(1, 2 ** 31 - 1));
-  parameter.check(shape.length > 0, () => `"${name}" has no shape`);
-  parameter.check(role !== "rows" || shape.length === 2, () => `"${name}" needs two dimensions, got [${shape}]`);
-  parameter.check(
-    (role !== "bias" && role !== "bias-delta") || shape.length === 1,
-    () => `"${name}" is a bias, expected one dimension, got [${shape}]`,
-  );
-  const rows = shape.length === 1 ? 1 : shape[0]!;
-  const width = shape.slice(shape.length === 1 ? 0 : 1).reduce((a, b) => a * b, 1);
-  parameter.check(Number.isSafeInteger(rows * width), () => `"${name}" is too large: [${shape}]`);
-  const indices = role === "rows" ? item(4).array(shape[0]!).map((i) => i.integer(0, 2 ** 31 - 1)) : undefined;
-  if (indices) {
-    parameter.check(indices.length === shape[0], () => `"${name}": ${indices.length} rows are named, ${shape[0]} stored`);
-    parameter.check(indices.every((v, i) => i === 0 || v > indices[i - 1]!), () => `"${name}": rows are not ascending`);
-  }
-  return { name, role, shape, indices, tensor: tensor(item(2), rows, width) };
-}
-
-/**
- * Checks a task file and cuts it into entry and blob.
- * @throws FormatError saying which rule of SPEC.md, section 7, does not hold
- */
-export function parseTaskFile(bytes: Uint8Array, file: string): TaskFile {
-  const f: Fields = new Fields(bytes, file, "task file");
-  f.check(bytes.length >= 64, () => `truncated: ${bytes.length} bytes, its head alone has 64`);
-  f.magic(TASK_FILE_MAGIC, "an EigenLoRA task file");
-  f.version();
-  f.crc(60, 60);
-  const start = align64(64 + f.u32(12));
-  f.check(start + f.u32(48) === bytes.length, () => `${bytes.length} bytes, expected ${start + f.u32(48)}; fetch it again`);
-  const entry = bytes.subarray(64, 64 + f.u32(12));
-  f.check(bytes.subarray(64 + entry.length, start).every((b) => b === 0), () => "its padding is not zero: it is damaged");
-  const blob = bytes.subarray(start);
-  f.check(crc32c(entry) === f.u32(52) && crc32c(blob) === f.u32(56), () => "its checksum does not match: it is damaged");
-  const parsed = parseEntry(new Value(decode(entry, file, f.part), file, f.part, "entry"), []);
-  return { ...parsed, basisId: hex(bytes.subarray(16, 48)), blob };
-}
-
-/**
- * Refuses NaN and infinity in a tensor: they would spread to the whole weight and no sum would show where from.
- * @throws FormatError naming the tensor
- */
-export function checkFinite(section: Uint8Array, tensor: TensorRef, file: string, part: string, name: string): void {
-  const { type, rows, width } = tensor;
-  const start = section.byteOffset + tensor.byteOffset;
-  const view = new DataView(section.buffer, start, tensor.byteLength);
-  const bad = (row: number, what: string): never => {
-    throw new FormatError(`${name}: ${what} of row ${row} is NaN or infinite`, { file, part });
-  };
-  if (isQuantized(type)) {
-    for (let i = 0; i < rows; i++) if ((view.getUint16(2 * i, true) & 0x7c00) === 0x7c00) bad(i, "the scale");
-    return;
-  }
-  const [step, exponent] = type === "f32" ? [4, 0x7f80] : [2, type === "f16" ? 0x7c00 : 0x7f80];
-  for (let i = 0, at = step - 2; i < rows * width; i++, at += step) {
-    if ((view.getUint16(at, true) & exponent) === exponent) bad(Math.floor(i / width), `value ${i % width}`);
-  }
 }

@@ -11,8 +11,8 @@ import {
   encodeWindow,
   superblockOffset,
 } from "./encode.ts";
+import { align64 } from "./fields.ts";
 import {
-  align64,
   SECTION_BASES,
   SECTION_FREE,
   SECTION_TASK,

@@ -7,13 +7,10 @@ import type { TaskMetadata } from "../adapters/adapter.ts";
 import { nearest } from "../names.ts";
 import { openSource, type ByteSource, type FetchOptions, type ReadOptions, type SourceInput } from "../source.ts";
 import { crc32c } from "./crc32c.ts";
+import { align64 } from "./fields.ts";
 import {
-  align64,
-  checkFinite,
   isTaskId,
   parseDirectory,
-  parseTask,
-  parseTaskFile,
   parseWindow,
   WINDOW_BYTES,
   type Directory,
@@ -22,6 +19,7 @@ import {
   type TaskBlob,
   type Window,
 } from "./format.ts";
+import { checkFinite, parseTask } from "./task.ts";
 
 export interface OpenOptions extends FetchOptions {
   signal?: AbortSignal;
@@ -263,6 +261,7 @@ export class Pack {
     const source = await openSource(file);
     try {
       if (source.byteLength === undefined) await source.read(0, 64);
+      const { parseTaskFile } = await import("./task-file.ts");
       const task = parseTaskFile(await source.read(0, source.byteLength ?? 0), source.name);
       if (task.basisId !== this.basisId) {
         throw new TaskError(

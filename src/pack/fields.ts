@@ -1,0 +1,70 @@
+/**
+ * Little-endian fields of one part of one file, read with checks, and what alignment the parts have.
+ */
+import { crc32c } from "./crc32c.ts";
+import { check } from "./messagepack.ts";
+
+/** Where the next section may start: the least multiple of 64 that is ≥ n. */
+export function align64(n: number): number {
+  return Math.ceil(n / 64) * 64;
+}
+
+export function hex(bytes: Uint8Array): string {
+  return Array.from(bytes, (b) => b.toString(16).padStart(2, "0")).join("");
+}
+
+/** Checked reads of little-endian fields of one part of one file. */
+export class Fields {
+  readonly view: DataView;
+  readonly bytes: Uint8Array;
+  readonly file: string;
+  readonly part: string;
+
+  constructor(bytes: Uint8Array, file: string, part: string) {
+    this.view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+    this.bytes = bytes;
+    this.file = file;
+    this.part = part;
+  }
+
+  u16(at: number): number {
+    return this.view.getUint16(at, true);
+  }
+
+  u32(at: number): number {
+    return this.view.getUint32(at, true);
+  }
+
+  u64(at: number): number {
+    const high = this.u32(at + 4);
+    this.check(high < 0x200000, () => `the number at byte ${at} is larger than 2^53`);
+    return high * 2 ** 32 + this.u32(at);
+  }
+
+  magic(expected: readonly number[], what: string): void {
+    const found = this.bytes.subarray(0, 8);
+    this.check(
+      expected.every((b, i) => found[i] === b),
+      () => `this is not ${what}: it begins with ${hex(found)}, expected ${hex(Uint8Array.from(expected))}`,
+    );
+  }
+
+  version(): string {
+    const major = this.u16(8);
+    this.check(major === 1, () => `version ${major}.${this.u16(10)}, but this reader knows version 1; update eigenlora`);
+    return `${major}.${this.u16(10)}`;
+  }
+
+  crc(at: number, length: number): void {
+    const found = crc32c(this.bytes.subarray(0, length));
+    this.check(found === this.u32(at), () => `its checksum does not match: the file is damaged, fetch it again`);
+  }
+
+  limit(found: number, most: number, what: string): void {
+    this.check(found <= most, () => `${found} ${what}, at most ${most} are allowed`);
+  }
+
+  check(condition: boolean, message: () => string): asserts condition {
+    check(condition, this.file, this.part, message);
+  }
+}

@@ -1,0 +1,27 @@
+/**
+ * A task as a file of its own (SPEC.md, section 7). Loaded when an app adds such a task.
+ */
+import { crc32c } from "./crc32c.ts";
+import { align64, Fields, hex } from "./fields.ts";
+import { parseEntry, TASK_FILE_MAGIC, type TaskFile } from "./format.ts";
+import { decode, Value } from "./messagepack.ts";
+
+/**
+ * Checks a task file and cuts it into entry and blob.
+ * @throws FormatError saying which rule of SPEC.md, section 7, does not hold
+ */
+export function parseTaskFile(bytes: Uint8Array, file: string): TaskFile {
+  const f: Fields = new Fields(bytes, file, "task file");
+  f.check(bytes.length >= 64, () => `truncated: ${bytes.length} bytes, its head alone has 64`);
+  f.magic(TASK_FILE_MAGIC, "an EigenLoRA task file");
+  f.version();
+  f.crc(60, 60);
+  const start = align64(64 + f.u32(12));
+  f.check(start + f.u32(48) === bytes.length, () => `${bytes.length} bytes, expected ${start + f.u32(48)}; fetch it again`);
+  const entry = bytes.subarray(64, 64 + f.u32(12));
+  f.check(bytes.subarray(64 + entry.length, start).every((b) => b === 0), () => "its padding is not zero: it is damaged");
+  const blob = bytes.subarray(start);
+  f.check(crc32c(entry) === f.u32(52) && crc32c(blob) === f.u32(56), () => "its checksum does not match: it is damaged");
+  const parsed = parseEntry(new Value(decode(entry, file, f.part), file, f.part, "entry"), []);
+  return { ...parsed, basisId: hex(bytes.subarray(16, 48)), blob };
+}
