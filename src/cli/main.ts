@@ -9,6 +9,7 @@ import { EigenLoraError } from "../errors.ts";
 import { nearest } from "../names.ts";
 import { VERSION } from "../version.ts";
 import { parse, UsageError, type Arguments, type OptionTable } from "./args.ts";
+import { attachCommand } from "./attach.ts";
 import { createOutput, type Output } from "./output.ts";
 import { addCommand, inspectCommand, packCommand, removeCommand, verifyCommand, type Result } from "./packs.ts";
 import { exportCommand, foldCommand } from "./weights.ts";
@@ -111,9 +112,26 @@ const COMMANDS = new Map<string, Command>([
       run: foldCommand,
     },
   ],
+  [
+    "attach",
+    {
+      usage: "attach MODEL.onnx PACK -o OUT.onnx",
+      does: "an ONNX model with the components inside, and small input files per task beside it",
+      options: {
+        ...output("OUT.onnx", "the model to write; OUT.base.safetensors and OUT.tasks/ID.safetensors come beside it"),
+        mode: { value: "auto|core|factors", help: "whether the inputs are cores between components, or expanded factors" },
+        task: { value: "ID", multiple: true, help: "write the inputs of this task only; may be given again" },
+        names: { value: "MODULE=WEIGHT", multiple: true, help: "the model's name for a module, where it is not found" },
+        ignore: { value: "NAME", multiple: true, help: "leave out a parameter or module of the tasks, such as classifier" },
+        "any-base": { help: "accept a model whose weights differ from the pack's fingerprints" },
+      },
+      positionals: [2, 2],
+      run: attachCommand,
+    },
+  ],
 ]);
 
-const BENCHMARKS = ["memory", "switch", "fold", "pack"];
+const BENCHMARKS = ["memory", "switch", "fold", "pack", "quality"];
 
 function help(): string {
   const lines = [...COMMANDS.values()].map(({ usage, does, options }) => {

@@ -8,11 +8,14 @@
  *     xs = reshape(x·E_Aᵀ, [tasks, n / tasks, K_A]) · core        core [tasks, K_A, K_B]
  *     d  = xs·E_B + (reshape(x, [tasks, n / tasks, in]) · A) · B  A [tasks, in, q], B [tasks, q, out]
  *     y' = y + reshape(d, shape of y)
+ *
+ * The usual x [batch, sequence, in] needs none of the reshapes. Every node costs: sessions take longer to create and to run.
  */
 import { FormatError } from "../errors.ts";
-import { FLOAT, FLOAT16, INT64, type Linear } from "./linear.ts";
+import { biasAdd, FLOAT, FLOAT16, INT64, type Linear } from "./linear.ts";
 import type { OnnxModel } from "./model.ts";
 import type { GraphProto, NodeProto } from "./onnx_pb.ts";
+import { Ranks } from "./rank.ts";
 import { create, NodeProtoSchema, TensorProtoSchema, ValueInfoProtoSchema } from "./protobuf.ts";
 
 /** The first word of every value and node that is added. */
@@ -37,8 +40,10 @@ export interface GraftModule {
   readonly in: number;
   readonly out: number;
   readonly linears: readonly Linear[];
-  /** Absent: the task comes as expanded factors only. */
+  /** For a core between them. */
   readonly components?: Components | undefined;
+  /** Whether tasks bring factors: expanded ones, or private ones beside a core. True without components. */
+  readonly factors: boolean;
   /** Whether tasks scale the rows of W + ΔW (DoRA). */
   readonly rowScale: boolean;
 }
@@ -107,18 +112,15 @@ export interface Grafted {
   readonly probe: Probe | undefined;
 }
 
-/** Values of one adapted layer that are outputs of the graph: x, f32 [n, in], and the term, f32 [tasks, n / tasks, out]. */
+/** Values of one adapted layer that are outputs of the graph: x, f32 rows of [in], and the term, f32 rows of [out]. */
 export interface Probe {
   readonly module: string;
   readonly x: string;
   readonly term: string;
 }
 
-/**
- * Changes `model.proto` in place.
- * @throws FormatError when the model's opset is too old, or the model has been grafted before
- */
-export function graft(model: OnnxModel, { modules, biases, rows, heads }: Graft): Grafted {
+/** @throws FormatError when the model's opset is too old, or the model has been grafted before */
+export function checkGraftable(model: OnnxModel): void {
   if (model.opset < LEAST_OPSET) {
     const message = `opset ${model.opset}: at least ${LEAST_OPSET} is needed; export it again with opset_version=17`;
     throw new FormatError(message, { file: model.name, part: "opset" });
@@ -126,7 +128,16 @@ export function graft(model: OnnxModel, { modules, biases, rows, heads }: Graft)
   if (model.graph.proto.input.some(({ name }) => name.startsWith(`${PREFIX}.`))) {
     throw new FormatError("has task inputs already; pass the model as it was before", { file: model.name, part: "graph" });
   }
-  const grafter = new Grafter(model);
+}
+
+/**
+ * Changes `model.proto` in place.
+ * @param options `probe: false` adds no outputs for a probe
+ * @throws FormatError as `checkGraftable`
+ */
+export function graft(model: OnnxModel, { modules, biases, rows, heads }: Graft, options: { probe?: boolean } = {}): Grafted {
+  checkGraftable(model);
+  const grafter = new Grafter(model, options.probe ?? true);
   // A bias is added behind what DoRA scales, so before the term that goes between.
   for (const bias of biases) grafter.bias(bias);
   for (const table of rows) grafter.rows(table);
@@ -138,49 +149,66 @@ export function graft(model: OnnxModel, { modules, biases, rows, heads }: Graft)
 class Grafter {
   readonly #model: OnnxModel;
   readonly #main: GraphProto;
+  readonly #ranks: Ranks;
   readonly #inputs: TaskInput[] = [];
   readonly #added: Added[] = [];
   /** Nodes that every place shares; they depend on a task input only and go first. */
   readonly #first: NodeProto[] = [];
   readonly #shared = new Set<string>();
+  readonly #wantsProbe: boolean;
   #probe: Probe | undefined;
   #count = 0;
 
-  constructor(model: OnnxModel) {
+  constructor(model: OnnxModel, wantsProbe: boolean) {
     this.#model = model;
+    this.#wantsProbe = wantsProbe;
     this.#main = model.graph.proto;
+    this.#ranks = new Ranks(model);
   }
 
-  module({ name, in: inputs, out, linears, components, rowScale }: GraftModule): void {
+  module({ name, in: inputs, out, linears, components, factors, rowScale }: GraftModule): void {
     const core = components && this.#input(name, "core", [components.KA, components.KB]);
-    const A = this.#input(name, "A", [inputs, "q"]);
-    const B = this.#input(name, "B", ["q", out]);
+    const A = factors ? this.#input(name, "A", [inputs, "q"]) : undefined;
+    const B = factors ? this.#input(name, "B", ["q", out]) : undefined;
     const scale = rowScale ? this.#input(name, "scale", [1, out]) : undefined;
     if (components) {
       this.#added.push({ name: `${PREFIX}/${name}/E_A`, dims: [inputs, components.KA], data: components.At });
       this.#added.push({ name: `${PREFIX}/${name}/E_B`, dims: [components.KB, out], data: components.B });
     }
     for (const linear of linears) {
-      const place = new Place(linear.graph, linear.node, `${PREFIX}/${name}/${this.#count++}`, linear.type);
-      const x = place.op("Flatten", [place.up(linear.x)], { axis: -1 });
-      let term = place.op("MatMul", [place.op("MatMul", [this.#rowsOf(place, x, inputs), A]), B]);
-      if (core) {
-        const projected = place.op("MatMul", [x, `${PREFIX}/${name}/E_A`]);
-        const mixed = place.op("MatMul", [this.#rowsOf(place, projected, components.KA), core]);
-        term = place.op("Add", [place.op("MatMul", [mixed, `${PREFIX}/${name}/E_B`]), term]);
+      // Behind the bias where that can be: runtimes fuse a product with its bias. DoRA scales what is in front of it.
+      const end = rowScale ? linear.node : (biasAdd(this.#model, linear) ?? linear.node);
+      const place = new Place(linear.graph, end, `${PREFIX}/${name}/${this.#count++}`, linear.type);
+      const rank = linear.graph === this.#main ? this.#ranks.of(linear.x) : undefined;
+      const rows = rank === 3 || rank === 2 ? place.up(linear.x) : place.op("Flatten", [place.up(linear.x)], { axis: -1 });
+      // [batch, sequence, in] multiplies with [tasks, …] as it is.
+      const byTask = (value: string, width: number): string => (rank === 3 ? value : this.#rowsOf(place, value, width));
+      const terms: string[] = [];
+      if (A !== undefined && B !== undefined) {
+        terms.push(place.op("MatMul", [place.op("MatMul", [byTask(rows, inputs), A]), B]));
       }
-      if (linear.graph === this.#main) this.#probe ??= { module: name, x, term };
+      if (core !== undefined && components) {
+        const projected = place.op("MatMul", [rows, `${PREFIX}/${name}/E_A`]);
+        const mixed = place.op("MatMul", [byTask(projected, components.KA), core]);
+        terms.push(place.op("MatMul", [mixed, `${PREFIX}/${name}/E_B`]));
+      }
+      const term = terms.length === 2 ? place.op("Add", terms) : terms[0]!;
+      if (this.#wantsProbe && linear.graph === this.#main) this.#probe ??= { module: name, x: rows, term };
       const bias = scale && linear.addsBias ? linear.node.input[2]! : undefined;
       // y without its bias: DoRA scales it.
       if (bias !== undefined) linear.node.input.length = 2;
       let y = place.begin();
+      const asY = (value: string): string => {
+        if (rank === 3) return value;
+        return place.op("Reshape", [value, rank === 2 ? this.#ints([-1, out]) : place.op("Shape", [y])]);
+      };
       if (scale) {
-        const whole = place.op("Add", [this.#rowsOf(place, place.up(y), out), term]);
-        y = place.op("Reshape", [place.op("Mul", [whole, scale]), place.op("Shape", [y])]);
+        const whole = place.op("Add", [byTask(place.up(y), out), term]);
+        y = asY(place.op("Mul", [whole, scale]));
         if (bias !== undefined) y = place.op("Add", [y, place.up(bias)]);
         place.end(place.down(y));
       } else {
-        place.end(place.op("Add", [y, place.down(place.op("Reshape", [term, place.op("Shape", [y])]))]));
+        place.end(place.op("Add", [y, place.down(asY(term))]));
       }
     }
   }

@@ -99,12 +99,19 @@ function quantized(model: OnnxModel, { node, graph }: Use): Linear | undefined {
   return { graph, node: after, x: before.input[0]!, type: FLOAT, addsBias: false };
 }
 
-/** The Add behind a linear layer whose other input `isBias` accepts: the node whose output is the layer's whole result. */
-export function biasedBy(model: OnnxModel, linear: Linear, isBias: (value: string) => boolean): NodeProto | undefined {
-  const next = onlyConsumer(model, linear.node);
+/**
+ * The Add that adds a linear layer's bias: the node whose output is the layer's whole result. Undefined when the layer has
+ * none, or its own node adds it.
+ */
+export function biasAdd(model: OnnxModel, { node }: Linear): NodeProto | undefined {
+  const next = onlyConsumer(model, node);
   if (next?.opType !== "Add") return undefined;
   const [a, b] = next.input;
-  return isBias(a === linear.node.output[0] ? b! : a!) ? next : undefined;
+  const other = a === node.output[0] ? b! : a!;
+  // Exporters put a Cast or DequantizeLinear between.
+  const { initializers, producers } = model.graph;
+  const bias = initializers.get(other) ?? initializers.get(producers.get(other)?.input[0] ?? "");
+  return bias?.dims.length === 1 ? next : undefined;
 }
 
 /** The node that makes a value, in the graph itself or in the main one around it. */

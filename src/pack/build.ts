@@ -328,6 +328,7 @@ function entryOf(adapter: Adapter, terms: readonly TermInput[], names: readonly 
   const brings = [
     ...saved.map(({ role, name }) => `${role} ${name}`),
     ...terms.filter((t) => t.magnitude).map((t) => `magnitude ${names[t.module]}`),
+    ...terms.filter((t) => t.private).map((t) => `private ${names[t.module]}`),
   ];
   return { id, adapterBytes: byteLength, metadata, brings: brings.sort() };
 }

@@ -8,11 +8,11 @@ import { BaseMismatchError } from "../errors.ts";
 import { NameMatcher } from "../names.ts";
 import { readLinearWeight, readVector } from "../onnx/dequantize.ts";
 import type { Components, Graft, GraftBias, GraftHead, GraftModule, GraftRows } from "../onnx/graft.ts";
-import { biasedBy, FLOAT, linearOf, matrixShape, NotLinear, type Linear } from "../onnx/linear.ts";
+import { biasAdd, FLOAT, linearOf, matrixShape, NotLinear, type Linear } from "../onnx/linear.ts";
 import type { Use } from "../onnx/model.ts";
 import { findParameters, type OnnxParameter } from "../onnx/modules.ts";
 import type { ModelFile } from "../onnx/read.ts";
-import type { PackModule } from "../pack/format.ts";
+import type { PackModule, TaskBlob, TaskTerm } from "../pack/format.ts";
 import type { Pack } from "../pack/pack.ts";
 import { checkFingerprint, SAME_FLOAT, SAME_QUANTIZED } from "../runtime/fingerprint.ts";
 import { findWeight } from "../runtime/locate.ts";
@@ -28,6 +28,11 @@ export interface PlanOptions extends ReadOptions {
   names?: ReadonlyMap<string, string> | undefined;
   /** Accept a model whose weights differ from the fingerprints, for instance one that was trained further. */
   anyBase?: boolean | undefined;
+  /**
+   * Whether the model takes private rank-1 terms beside the core though no task of the pack has any, for tasks that are
+   * added later. They cost a little in every run.
+   */
+  privateTerms?: boolean | undefined;
   /** Parameters of the tasks, or modules with all of theirs, to leave out: `["classifier"]` on a model without one. */
   ignore?: readonly string[] | undefined;
 }
@@ -107,10 +112,11 @@ class Planner {
     const brought = await this.#brought();
     const ignored = new Set(brought.map(({ name }) => name).filter((name) => this.#isIgnored(name)));
     const wanted = brought.filter(({ name }) => !ignored.has(name));
-    const scaled = new Set(wanted.filter(({ role }) => role === "magnitude").map(({ name }) => name));
+    const named = (of: string): Set<string> => new Set(wanted.filter(({ role }) => role === of).map(({ name }) => name));
+    const [scaled, ownTerms] = [named("magnitude"), named("private")];
     const heads = this.#heads(wanted);
     const headNames = new Set(heads.flatMap(({ weight, bias }) => [weight, ...(bias ? [bias] : [])]));
-    const rest = wanted.filter(({ role, name }) => role !== "magnitude" && !headNames.has(name));
+    const rest = wanted.filter(({ role, name }) => !["magnitude", "private"].includes(role) && !headNames.has(name));
     const biases: GraftBias[] = [];
     const rows: GraftRows[] = [];
     for (const { role, name } of rest) {
@@ -137,7 +143,10 @@ class Planner {
     const weights = new Map<string, Float32Array>();
     for (const [i, { name }] of this.#pack.modules.entries()) if (scaled.has(name)) weights.set(name, await this.#matrix(found[i]!));
     const grafts = modules.filter((m) => m !== undefined);
-    const withComponents = mode === "core" ? grafts.map((m) => ({ ...m, components: this.#components(m.name) })) : grafts;
+    const withComponents = grafts.map((m) => {
+      const components = mode === "core" ? this.#components(m.name) : undefined;
+      return { ...m, components, factors: !components || this.#options.privateTerms === true || ownTerms.has(m.name) };
+    });
     return { ...common, graft: { modules: withComponents, biases, rows, heads: graftHeads }, biases: values, weights, folded: [] };
   }
 
@@ -184,7 +193,7 @@ class Planner {
   async #brought(): Promise<Brought[]> {
     const all = new Set<string>();
     for (const { id, brings } of this.#pack.tasks.values()) {
-      for (const one of brings ?? (await broughtBy(this.#pack, id, this.#options))) all.add(one);
+      for (const one of brings ?? broughtBy(await this.#pack.load(id, this.#options), this.#pack.modules)) all.add(one);
     }
     return [...all].map((one) => ({ role: one.slice(0, one.indexOf(" ")), name: one.slice(one.indexOf(" ") + 1) }));
   }
@@ -214,12 +223,7 @@ class Planner {
       const linears = linearsOf(this.#file, parameter);
       if (!shape || linears instanceof NotLinear) continue;
       const bias = saved.has(`${moduleOf(weight)}.bias`) ? `${moduleOf(weight)}.bias` : undefined;
-      const biasName = bias && this.#parameter(bias, "saved").initializer;
-      const places = linears.map((linear) => {
-        const isBias = (value: string): boolean => value === biasName || this.#passedOn(biasName, value);
-        const add = biasName === undefined || linear.addsBias ? undefined : biasedBy(this.#file.model, linear, isBias);
-        return { linear, end: add ?? linear.node };
-      });
+      const places = linears.map((linear) => ({ linear, end: (bias && biasAdd(this.#file.model, linear)) || linear.node }));
       heads.push({
         graft: { name: moduleOf(weight), in: shape[1], out: shape[0], bias: bias !== undefined, places },
         weight,
@@ -228,11 +232,6 @@ class Planner {
       });
     }
     return heads;
-  }
-
-  /** Whether a value is an initializer behind one Cast, Identity or DequantizeLinear. */
-  #passedOn(initializer: string | undefined, value: string): boolean {
-    return this.#file.model.graph.producers.get(value)?.input[0] === initializer;
   }
 
   async #baseHead({ graft, bias, parameter }: { graft: GraftHead; bias: string | undefined; parameter: OnnxParameter }): Promise<BaseHead> {
@@ -271,7 +270,7 @@ class Planner {
       const why = `"${module.name}" has DoRA tasks, which need the float weight, and the model's is quantised`;
       this.#notUnfolded.push({ module: module.name, why });
     }
-    return { name: module.name, in: module.in, out: module.out, linears, rowScale };
+    return { name: module.name, in: module.in, out: module.out, linears, factors: true, rowScale };
   }
 
   #choose(): { mode: Mode; reason: string } {
@@ -316,12 +315,13 @@ class Planner {
   }
 }
 
-/** `brings` of a task, from its blob. */
-export async function broughtBy(pack: Pack, id: string, options: ReadOptions): Promise<string[]> {
-  const { terms, parameters } = await pack.load(id, options);
+/** What a blob brings beside its low-rank terms, as the pack's directory says it (SPEC.md, section 4.3). */
+export function broughtBy({ terms, parameters }: TaskBlob, modules: readonly PackModule[]): string[] {
+  const named = (role: string, which: readonly TaskTerm[]): string[] => which.map(({ module }) => `${role} ${modules[module]!.name}`);
   return [
     ...parameters.map(({ role, name }) => `${role} ${name}`),
-    ...terms.filter((term) => term.magnitude).map((term) => `magnitude ${pack.modules[term.module]!.name}`),
+    ...named("magnitude", terms.filter((term) => term.magnitude)),
+    ...named("private", terms.filter((term) => term.q > 0)),
   ];
 }
 

@@ -13,7 +13,7 @@ import { loadParts, type Selection } from "../runtime/selection.ts";
 import { stage, type Part } from "../runtime/stage.ts";
 import { unfold, type Unfolded } from "../runtime/unfold.ts";
 import type { Workbench } from "../runtime/workbench.ts";
-import { moduleOf, turn, type Plan } from "./plan.ts";
+import { broughtBy, moduleOf, turn, type Plan } from "./plan.ts";
 
 /** The value of one input for one task, without the leading dimension `tasks`. */
 export interface InputValue {
@@ -67,16 +67,21 @@ export class TaskEvaluator {
 
   /** A task that was added to the pack after the model was prepared may change more than the others. */
   #refuseUnprepared(parts: readonly Part[]): void {
-    const { ignored, mode } = this.#plan;
+    const { ignored, mode, heads } = this.#plan;
     if (mode === "folded") return;
-    const ready = new Set(this.#inputs.map(({ of, kind }) => (kind === "scale" ? `magnitude ${of}` : of)));
-    const isReady = (name: string): boolean => ready.has(name) || ignored.has(name) || this.#plan.heads.has(moduleOf(name));
+    const prefix = new Map([
+      ["scale", "magnitude "],
+      ["A", "private "],
+    ]);
+    const ready = new Set(this.#inputs.map(({ of, kind }) => (prefix.get(kind) ?? "") + of));
     for (const { id, blob } of parts) {
-      const scaled = blob.terms.filter((t) => t.magnitude).map((t) => `magnitude ${this.#pack.modules[t.module]!.name}`);
-      const unknown = [...blob.parameters.map(({ name }) => name), ...scaled].find((name) => !isReady(name));
-      if (unknown === undefined) continue;
-      const message = `task "${id}" changes "${unknown}", which no task of the pack did when this session was made; make a new one`;
-      throw new BaseMismatchError(message, { module: unknown });
+      for (const brought of broughtBy(blob, this.#pack.modules)) {
+        const [role, name] = [brought.slice(0, brought.indexOf(" ")), brought.slice(brought.indexOf(" ") + 1)];
+        if (ready.has(brought) || ready.has(name) || ignored.has(name) || heads.has(moduleOf(name))) continue;
+        const hint = role === "private" ? " with privateTerms: true" : "";
+        const message = `task "${id}" brings "${name}" (${role}), which no task did when this session was made; make a new one${hint}`;
+        throw new BaseMismatchError(message, { module: name });
+      }
     }
   }
 

@@ -33,6 +33,7 @@ MASK = torch.tensor([[1] * 7, [1] * 4 + [0] * 3, [1] * 6 + [0]])
 TYPES = torch.tensor([[0, 0, 0, 0, 1, 1, 1], [0] * 7, [0, 0, 0, 1, 1, 1, 0]])
 FEEDS = dict(zip(NAMES, (IDS, MASK, TYPES)))
 X = torch.randn(3, 12, generator=torch.Generator().manual_seed(12))
+DEEP = torch.tensor([False])
 
 
 # ---- models
@@ -56,6 +57,13 @@ class MLP(nn.Module):
 
     def forward(self, x):
         return self.classifier(self.mid(nn.functional.gelu(self.up(x))).tanh())
+
+
+class Twice(MLP):
+    """`mid` runs twice."""
+    def forward(self, x):
+        once = self.mid(nn.functional.gelu(self.up(x))).tanh()
+        return self.classifier(self.mid(once).tanh())
 
 
 def random_state(model, seed):
@@ -104,10 +112,10 @@ def save(name, model, metadata=("namespace", "pkg.torch.onnx.name_scopes"), **ho
     return name
 
 
-def torchscript(name, module, args, inputs, outputs):
+def torchscript(name, module, args, inputs, outputs, opset=17):
     axes = {key: {0: "batch", 1: "sequence"} if key in NAMES or key == "last_hidden_state" else {0: "batch"}
             for key in [*inputs, *outputs]}
-    torch.onnx.export(module, args, SCRATCH / "export.onnx", dynamo=False, opset_version=17, input_names=inputs,
+    torch.onnx.export(module, args, SCRATCH / "export.onnx", dynamo=False, opset_version=opset, input_names=inputs,
                       output_names=outputs, dynamic_axes=axes)
     return save(name, onnx.load(SCRATCH / "export.onnx"))
 
@@ -170,6 +178,36 @@ def behind_transpose(model):
     return model
 
 
+def with_branches(model):
+    """
+    The MLP with `mid` and tanh in the branches of an If: as Gemm in the one; in the other twice as MatMul, each time of
+    a weight that is turned in the branch itself.
+    """
+    nodes = {node.name: node for node in model.graph.node}
+    (x, weight, bias), end = nodes["/mid/Gemm"].input, nodes["/Tanh"].output[0]
+
+    def graph(name, nodes, output):
+        return helper.make_graph(nodes, name, [], [helper.make_tensor_value_info(output, TensorProto.FLOAT, None)])
+
+    def layer(path, x, y):
+        turned, product, sum = (f"{path}/{part}_output_0" for part in ("Transpose", "MatMul", "Add"))
+        return [helper.make_node("Transpose", [weight], [turned], f"{path}/Transpose", perm=[1, 0]),
+                helper.make_node("MatMul", [x, turned], [product], f"{path}/MatMul"),
+                helper.make_node("Add", [product, bias], [sum], f"{path}/Add"),
+                helper.make_node("Tanh", [sum], [y], f"{y}/Tanh")]
+
+    once = [helper.make_node("Gemm", [x, weight, bias], ["mid"], "/mid/Gemm", transB=1),
+            helper.make_node("Tanh", ["mid"], ["once"], "/Tanh")]
+    branch = helper.make_node("If", ["deep"], [end], "/If",
+                              then_branch=graph("deep", [*layer("/mid", x, "first"), *layer("/mid_1", "first", "twice")], "twice"),
+                              else_branch=graph("flat", once, "once"))
+    rest = [branch if node.name == "/mid/Gemm" else node for node in model.graph.node if node.name != "/Tanh"]
+    del model.graph.node[:]
+    model.graph.node.extend(rest)
+    model.graph.input.append(helper.make_tensor_value_info("deep", TensorProto.BOOL, [1]))
+    return model
+
+
 class Calibration(CalibrationDataReader):
     def __init__(self):
         random = np.random.default_rng(3)
@@ -207,6 +245,10 @@ torchscript("encoder", encoder, trace, NAMES, ["last_hidden_state"])
 torchscript("gemm", with_state(MLP().eval(), mlp), (X[:2],), ["x"], ["logits"])
 save("gemm-nn", without_transB(load("gemm")))
 save("transposed", behind_transpose(load("gemm")))
+# 11 is the oldest opset whose operators suffice.
+torchscript("twice", with_state(Twice().eval(), mlp), (X[:2],), ["x"], ["logits"], opset=11)
+torchscript("branches", with_state(MLP().eval(), mlp), (X[:2],), ["x"], ["logits"], opset=11)
+save("branches", with_branches(load("branches")))
 # Query, key and value in one Attention node. ONNX Runtime's patterns know the eager form only.
 torchscript("fused", with_state(bert(attention="eager"), base), trace, NAMES, ["logits"])
 fusions = FusionOptions("bert")
@@ -287,7 +329,7 @@ def answer(folder=None, make=bert, state=base, feeds=FEEDS, hidden=False):
         model = PeftModel.from_pretrained(with_state(make(labels), state), HERE / folder)
         inner = model.base_model.model
     model.double().eval()
-    if make is MLP:
+    if make in (MLP, Twice):
         output = model(X.double())
     else:
         output = inner.bert(**feeds).last_hidden_state if hidden else model(**feeds).logits
@@ -434,6 +476,7 @@ outputs = {
     "tied": answers({name: f"adapters/{name}" for name in ("two", "three")}, state=tied),
     "encoder": answers({"two": "adapters/two"}, hidden=True),
     "mlp": answers(tasks("adapters-mlp"), make=MLP, state=mlp),
+    "twice": answers(tasks("adapters-mlp"), make=Twice, state=mlp),
     "f16": answers(tasks("adapters"), state=f16),
     "q4": answers(tasks("adapters"), state=dequantised(load("q4"))),
     "int8": quantised("int8"),
@@ -443,18 +486,20 @@ models = {
     "torchscript": "base", "dynamo": "base", "dynamo-optimized": "base", "external": "base", "fused": "base",
     "f16": "f16", "half": "f16", "q4": "q4", "int8": "int8", "qdq": "qdq", "tied": "tied", "encoder": "encoder",
     "gemm": "mlp", "gemm-nn": "mlp", "transposed": "mlp",
+    "twice": "twice", "branches": "mlp",
 }
 
 # ONNX Runtime agrees with PyTorch on the base, and, where the answers are PyTorch's, at another shape.
 for name, key in models.items():
     if not any(node.domain for node in load(name).graph.node):
         onnx.checker.check_model(load(name))
-    error = np.abs(run(name, FEEDS | {"x": X}) - outputs[key]["base"]).max()
+    error = np.abs(run(name, FEEDS | {"x": X, "deep": DEEP}) - outputs[key]["base"]).max()
     print(f"{name}: {error:.2g} off {key}")
     assert error < {"half": 2e-2, "int8": 2e-2, "qdq": 2e-2}.get(name, 1e-4)
     if key == "base":
         other = {key: value[:1, :5] for key, value in FEEDS.items()}
         assert np.abs(run(name, other) - answer(feeds=other)).max() < 1e-4
+assert np.abs(run("branches", {"x": X, "deep": ~DEEP}) - outputs["twice"]["base"]).max() < 1e-4
 
 
 def lines(value, indent=""):
@@ -468,7 +513,7 @@ def lines(value, indent=""):
     return json.dumps(digits(value.tolist()), separators=(",", ":"))
 
 
-(HERE / "goldens.json").write_text(lines({"feeds": FEEDS | {"x": X}, "models": models, "outputs": outputs}) + "\n")
+(HERE / "goldens.json").write_text(lines({"feeds": FEEDS | {"x": X, "deep": DEEP}, "models": models, "outputs": outputs}) + "\n")
 total = 0
 for path in sorted(HERE.rglob("*")):
     if path.is_file():

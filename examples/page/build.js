@@ -1,0 +1,78 @@
+/**
+ * Builds the page into a folder of static files: script and worker as bundles, the runtime's binaries, the model, the
+ * tokenizer, a pack of all bundled adapters, and the sizes of what the pack stands for. Not a server (serve.js).
+ *
+ * node examples/page/build.js [FOLDER]
+ */
+import { build } from "esbuild";
+import { cp, mkdir, readFile, rm, stat, writeFile } from "node:fs/promises";
+import { join, resolve } from "node:path";
+import { fileURLToPath } from "node:url";
+import { buildPack, readAdapters } from "eigenlora/build";
+import { openOnnxHost } from "eigenlora/onnx";
+
+/** @param {string} path */
+const here = (path) => fileURLToPath(new URL(path, import.meta.url));
+/** @param {string} path */
+const data = (path) => here(`../../test/data/${path}`);
+
+/** The builds of onnxruntime-web that the worker imports: the smaller one runs on WASM only. */
+const RUNTIMES = ["ort-wasm-simd-threaded.wasm", "ort-wasm-simd-threaded.asyncify.wasm"];
+const MODEL = ["model_fp16.onnx", "tokenizer.json", "tokenizer_config.json"];
+/** Lines of each task's test set that the page offers. */
+const EXAMPLES = 12;
+
+/**
+ * @param {string} folder made anew
+ * @returns {Promise<import("eigenlora/build").BuildReport>} of the pack
+ */
+export async function buildPage(folder) {
+  await rm(folder, { recursive: true, force: true });
+  await mkdir(folder, { recursive: true });
+  await build({
+    entryPoints: [here("page.js"), here("worker.js")],
+    outdir: folder,
+    bundle: true,
+    splitting: true,
+    minify: true,
+    format: "esm",
+    target: "es2022",
+    chunkNames: "[name]-[hash]",
+    logLevel: "warning",
+  });
+  for (const file of ["index.html", "page.css"]) await cp(here(file), join(folder, file));
+  for (const file of MODEL) await cp(data(`minilm/${file}`), join(folder, file));
+  for (const file of RUNTIMES) await cp(fileURLToPath(import.meta.resolve(`onnxruntime-web/${file}`)), join(folder, file));
+
+  const adapters = await readAdapters([data("adapters/own-seed")]);
+  const base = await openOnnxHost(data("minilm/model_fp16.onnx"));
+  const { chunks, report } = await buildPack(adapters, { base, select: { kind: "k", k: 32 } });
+  await writeFile(join(folder, "tasks.eigen"), chunks);
+  for (const adapter of adapters) await adapter.close();
+
+  const model = (await stat(data("minilm/model_fp16.onnx"))).size;
+  const facts = {
+    model,
+    pack: report.bytes,
+    adapters: report.adapterBytes,
+    examples: Object.fromEntries(await Promise.all(adapters.map(async ({ id }) => [id, await examplesOf(id)]))),
+  };
+  await writeFile(join(folder, "facts.json"), JSON.stringify(facts));
+  return report;
+}
+
+/**
+ * Lines that the adapter was not trained on, with the label that Debian gives them.
+ * @param {string} task
+ * @returns {Promise<[text: string, label: string][]>}
+ */
+async function examplesOf(task) {
+  const { test, labels } = JSON.parse(await readFile(data(`tasks/${task}.json`), "utf8"));
+  return test.slice(0, EXAMPLES).map(([text, label]) => [text, labels[label]]);
+}
+
+if (process.argv[1] === fileURLToPath(import.meta.url)) {
+  const folder = resolve(process.argv[2] ?? here("../../dist/page"));
+  const { bytes, tasks } = await buildPage(folder);
+  console.log(`${folder}: ${tasks} tasks in a pack of ${bytes} bytes`);
+}

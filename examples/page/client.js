@@ -1,0 +1,55 @@
+/**
+ * Calls into the worker as promises. Knows nothing of what is called.
+ */
+
+/**
+ * @typedef {import("./worker.js").Calls} Calls
+ * @typedef {{ what: string, done?: number, total?: number }} Progress
+ */
+
+/** An error that the worker reports. `tag` is the kind of an EigenLoRA error, where it is one. */
+export class WorkerFailure extends Error {
+  /** @param {{ message: string, tag?: string }} error */
+  constructor({ message, tag }) {
+    super(message);
+    this.tag = tag;
+  }
+}
+
+/**
+ * Starts the worker.
+ * @param {string} url
+ * @param {(progress: Progress) => void} onProgress
+ */
+export function startWorker(url, onProgress) {
+  const worker = new Worker(url, { type: "module" });
+  /** @type {Map<number, { resolve(value: any): void, reject(error: Error): void }>} */
+  const waiting = new Map();
+  let next = 0;
+  worker.onmessage = ({ data }) => {
+    if (data.progress) return onProgress(data.progress);
+    const call = waiting.get(data.id);
+    waiting.delete(data.id);
+    if (data.error) call?.reject(new WorkerFailure(data.error));
+    else call?.resolve(data.value);
+  };
+  // The script itself failed to load or to start; no call will ever be answered.
+  worker.onerror = ({ message = "worker.js cannot be loaded" }) => {
+    for (const { reject } of waiting.values()) reject(new WorkerFailure({ message, tag: "worker" }));
+    waiting.clear();
+  };
+  return {
+    /**
+     * @template {keyof Calls} Name
+     * @param {Name} call
+     * @param {Parameters<Calls[Name]>} args
+     * @returns {ReturnType<Calls[Name]>}
+     */
+    call(call, ...args) {
+      const id = next++;
+      const answer = new Promise((resolve, reject) => waiting.set(id, { resolve, reject }));
+      worker.postMessage({ id, call, args });
+      return /** @type {ReturnType<Calls[Name]>} */ (answer);
+    },
+  };
+}

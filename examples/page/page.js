@@ -1,0 +1,318 @@
+/**
+ * The page's state and events: which sentence, which task, which provider, and what is asked of the worker when one of
+ * them changes. Drawing is in views.js, computing in worker.js.
+ */
+import { startWorker } from "./client.js";
+import {
+  byId,
+  drawCard,
+  drawFailure,
+  drawLabels,
+  drawMemory,
+  drawPicture,
+  drawProgress,
+  drawResident,
+  logCost,
+  makeCards,
+  nameOf,
+  percent,
+  size,
+  time,
+} from "./views.js";
+
+/** Rows of one batch of the overview: small enough that a key pressed meanwhile is answered soon. */
+const ROWS = 5;
+/** Milliseconds between two keys of one name or number. */
+const TYPE_AHEAD = 700;
+
+/** @type {HTMLTextAreaElement} */
+const sentence = byId("sentence");
+/** @type {HTMLInputElement} */
+const strength = byId("strength");
+/** @type {HTMLButtonElement} */
+const loadAll = byId("load-all");
+/** @type {HTMLButtonElement} */
+const example = byId("example");
+
+const worker = startWorker("worker.js", drawProgress);
+
+/** @type {import("./views.js").Facts} */
+let facts;
+/** @type {Map<string, import("./worker.js").Task>} */
+let tasks = new Map();
+/** Tasks read from the pack, and their coefficients. @type {Map<string, import("./worker.js").Coefficients>} */
+const resident = new Map();
+/** The sentence that each card answers. @type {Map<string, string>} */
+const answered = new Map();
+let active = "";
+let started = false;
+
+main().catch(fail);
+
+async function main() {
+  if (typeof WebAssembly === "undefined") throw Object.assign(new Error("WebAssembly is undefined"), { tag: "wasm" });
+  const response = await fetch("facts.json");
+  if (!response.ok) throw new Error(`facts.json: the server answered ${response.status}`);
+  facts = await response.json();
+  void offerWebGpu();
+  await start("wasm", decodeURIComponent(location.hash.slice(1)) || undefined);
+}
+
+async function offerWebGpu() {
+  const { adapter, reason } = await worker.call("webgpu");
+  /** @type {HTMLInputElement} */ (document.querySelector('[value="webgpu"]')).disabled = !adapter;
+  byId("providers").title = adapter ? `WebGPU: ${adapter}` : `WebGPU: ${reason}`;
+  byId("provider-note").textContent = adapter ? `WebGPU is available (${adapter}).` : `WebGPU is off: ${reason}.`;
+}
+
+/**
+ * @param {import("./worker.js").Provider} provider
+ * @param {string} [task]
+ */
+async function start(provider, task) {
+  setBusy(true);
+  drawProgress({ what: "starting" });
+  const begun = await worker.call("start", provider, task);
+  active = begun.task;
+  if (tasks.size === 0) {
+    tasks = new Map(begun.tasks.map((task) => [task.id, task]));
+    document.documentElement.style.setProperty("--label-rows", String(Math.max(...begun.tasks.map(({ labels }) => labels.length))));
+    const mean = begun.tasks.reduce((sum, { bytes }) => sum + bytes, 0) / tasks.size;
+    byId("promise").textContent = `${tasks.size} tasks of ${size(Math.round(mean))} each`;
+    byId("cold").textContent = `Cold start: ${begun.reads.requests} requests and ${size(begun.reads.bytes)} of a pack of ${size(facts.pack)}`;
+    makeCards(begun.tasks, active);
+  }
+  strength.value = "1";
+  keep([[active, begun.coefficients]], begun.memory);
+  showTask();
+  const name = provider === "wasm" ? "WASM" : "WebGPU";
+  logCost(`start on ${name}`, { ...begun.reads, milliseconds: begun.milliseconds });
+  byId("mode").textContent = `Runs on ${name}, mode ${begun.mode}: ${begun.reason}.`;
+  drawProgress(undefined);
+  setBusy(false);
+  await ask();
+}
+
+/** @param {boolean} busy */
+function setBusy(busy) {
+  started = !busy;
+  setAsking(busy);
+  strength.disabled = example.disabled = busy;
+  loadAll.disabled = busy || resident.size === tasks.size;
+}
+
+/**
+ * @param {Iterable<readonly [string, import("./worker.js").Coefficients]>} read
+ * @param {import("./worker.js").SessionMemory} memory
+ */
+function keep(read, memory) {
+  for (const [id, coefficients] of read) {
+    if (!resident.has(id)) drawResident(id, coefficients);
+    resident.set(id, coefficients);
+  }
+  drawMemory(facts, memory, tasks.size, resident.size);
+  const rest = [...tasks.values()].filter(({ id }) => !resident.has(id));
+  const bytes = rest.reduce((sum, task) => sum + task.bytes, 0);
+  loadAll.disabled = rest.length === 0;
+  loadAll.textContent = rest.length ? `Ask the other ${rest.length}: ${size(bytes)}` : `All ${tasks.size} answer`;
+}
+
+function showTask() {
+  const task = /** @type {import("./worker.js").Task} */ (tasks.get(active));
+  [byId("active-family").textContent, byId("active-name").textContent] = nameOf(active);
+  /** @type {HTMLInputElement} */ (document.querySelector(`#cards [value="${CSS.escape(active)}"]`)).checked = true;
+  drawLabels(task.labels, undefined);
+  drawPicture(/** @type {import("./worker.js").Coefficients} */ (resident.get(active)));
+  byId("strength-value").textContent = percent(Number(strength.value));
+  history.replaceState(null, "", `#${encodeURIComponent(active)}`);
+}
+
+/** The latest wish; calls while one is under way only replace it. */
+let wish = { task: "", strength: 1 };
+let switching = false;
+
+/**
+ * @param {string} task
+ * @param {number} [amount]
+ */
+async function switchTo(task, amount = 1) {
+  wish = { task, strength: amount };
+  if (switching || !started) return;
+  switching = true;
+  try {
+    for (let done; done !== wish; ) {
+      const goal = (done = wish);
+      const report = await worker.call("switchTask", goal.task, goal.strength);
+      active = goal.task;
+      strength.value = String(goal.strength);
+      keep([[active, report.coefficients]], report.memory);
+      showTask();
+      byId("switch-time").textContent = time(report.milliseconds);
+      byId("switch-bytes").textContent = size(report.bytes);
+      logCost(goal.strength === 1 ? active : `${active} at ${percent(goal.strength)}`, report);
+    }
+  } finally {
+    switching = false;
+  }
+  await ask();
+}
+
+let asking = false;
+let askAgain = false;
+
+/** @param {boolean} now */
+function setAsking(now) {
+  asking = now;
+  document.querySelector("main")?.setAttribute("aria-busy", String(now));
+}
+
+/** Brings the answer, then the cards, up to date with sentence and task; starts over when one of them changes meanwhile. */
+async function ask() {
+  askAgain = true;
+  if (asking || !started) return;
+  asking = true;
+  try {
+    while (askAgain && started) {
+      askAgain = false;
+      await askOnce(sentence.value.trim());
+    }
+  } finally {
+    asking = false;
+  }
+}
+
+/** @param {string} text */
+async function askOnce(text) {
+  const task = active;
+  const { labels } = /** @type {import("./worker.js").Task} */ (tasks.get(task));
+  const answer = await worker.call("classify", text);
+  if (task !== active) return;
+  drawLabels(labels, answer.probabilities);
+  byId("run-time").textContent = time(answer.milliseconds);
+  announce(task, labels, answer.probabilities);
+  const stale = [...resident.keys()].filter((id) => answered.get(id) !== text);
+  let spent = 0;
+  for (let at = 0; at < stale.length && !askAgain; at += ROWS) {
+    const { rows, milliseconds } = await worker.call("classifyRows", text, stale.slice(at, at + ROWS));
+    for (const { id, probabilities } of rows) {
+      const best = probabilities.indexOf(Math.max(...probabilities));
+      drawCard(id, tasks.get(id)?.labels[best] ?? "", probabilities[best]);
+      answered.set(id, text);
+    }
+    spent += milliseconds;
+  }
+  if (!askAgain && stale.length > 1) byId("tasks-note").textContent = `${stale.length} answers in ${time(spent)}, one task per row of a batch`;
+}
+
+/** @type {ReturnType<typeof setTimeout> | undefined} */
+let announcing;
+
+/**
+ * Tells screen readers, once the typing pauses.
+ * @param {string} task
+ * @param {readonly string[]} labels
+ * @param {readonly number[]} probabilities
+ */
+function announce(task, labels, probabilities) {
+  clearTimeout(announcing);
+  announcing = setTimeout(() => {
+    const best = probabilities.indexOf(Math.max(...probabilities));
+    byId("status").textContent = `${task} says ${labels[best]}, ${percent(probabilities[best])}`;
+  }, 400);
+}
+
+/** @param {unknown} error */
+function fail(error) {
+  const { message, tag } = /** @type {Error & { tag?: string }} */ (error);
+  drawProgress(undefined);
+  const [title, advice] = FAILURES.get(tag ?? "") ?? ["This did not work", "Reload the page. If it stays so, build it again."];
+  drawFailure(title, advice, message);
+}
+
+/** By tag: what happened and what to do. @type {Map<string, [title: string, advice: string]>} */
+const FAILURES = new Map([
+  ["wasm", ["This browser has no WebAssembly", "It may be switched off by a setting or a lockdown mode; allow it for this page, or use another browser."]],
+  ["worker", ["The worker did not start", "Open the page over HTTP with a recent browser: it needs module workers."]],
+  ["source", ["The pack cannot be read", "Check that the server is there and answers HTTP ranges; then reload the page."]],
+  ["format", ["The pack is damaged", "Build the page again, then reload it."]],
+  ["base", ["Pack and model do not belong together", "Build the page again: it packs the adapters for the model it ships."]],
+  ["backend", ["The model cannot run here", "Reload the page to go back to WASM, or try another browser."]],
+]);
+
+sentence.addEventListener("input", () => {
+  byId("truth").textContent = "";
+  ask().catch(fail);
+});
+sentence.addEventListener("keydown", (event) => {
+  if (event.key !== "Escape" && event.key !== "Enter") return;
+  event.preventDefault();
+  /** @type {HTMLElement | null} */ (document.querySelector("#cards :checked"))?.focus();
+});
+
+byId("cards").addEventListener("change", (event) => {
+  switchTo(/** @type {HTMLInputElement} */ (event.target).value).catch(fail);
+});
+
+strength.addEventListener("input", () => {
+  switchTo(active, Number(strength.value)).catch(fail);
+});
+
+let typed = "";
+let typedAt = 0;
+
+document.addEventListener("keydown", (event) => {
+  const { key, target, ctrlKey, metaKey, altKey, timeStamp } = event;
+  const writing = target instanceof HTMLTextAreaElement;
+  if (writing || ctrlKey || metaKey || altKey || !/^[a-z0-9:+-]$/i.test(key)) return;
+  typed = timeStamp - typedAt < TYPE_AHEAD ? typed + key.toLowerCase() : key.toLowerCase();
+  typedAt = timeStamp;
+  const ids = [...tasks.keys()];
+  const found = ids[Number(typed) - 1] ?? ids.find((id) => nameOf(id)[1].startsWith(typed)) ?? ids.find((id) => id.startsWith(typed));
+  if (found === undefined) return;
+  /** @type {HTMLElement | null} */ (document.querySelector(`#cards [value="${CSS.escape(found)}"]`))?.focus();
+  if (found !== active) switchTo(found).catch(fail);
+});
+
+loadAll.addEventListener("click", async () => {
+  loadAll.disabled = true;
+  try {
+    const ids = [...tasks.keys()].filter((id) => !resident.has(id));
+    const report = await worker.call("load", ids);
+    keep(report.coefficients, report.memory);
+    logCost(`${ids.length} tasks ahead`, report);
+    await ask();
+  } catch (error) {
+    fail(error);
+  }
+});
+
+let shown = 0;
+
+example.addEventListener("click", () => {
+  const lines = facts.examples[active] ?? [];
+  const line = lines[shown++ % lines.length];
+  if (!line) return;
+  sentence.value = line[0];
+  byId("truth").textContent = `Debian says: ${line[1]}`;
+  ask().catch(fail);
+});
+
+byId("providers").addEventListener("change", (event) => {
+  start(/** @type {any} */ (event.target).value, active).catch(fail);
+});
+
+const dark = matchMedia("(prefers-color-scheme: dark)");
+byId("theme").addEventListener("click", () => {
+  const { dataset } = document.documentElement;
+  const now = dataset["theme"] ?? (dark.matches ? "dark" : "light");
+  dataset["theme"] = now === "dark" ? "light" : "dark";
+  redraw();
+});
+dark.addEventListener("change", redraw);
+
+/** Pictures are pixels in the colours of the theme. */
+function redraw() {
+  for (const [id, coefficients] of resident) drawResident(id, coefficients);
+  const coefficients = resident.get(active);
+  if (coefficients) drawPicture(coefficients);
+}

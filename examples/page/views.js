@@ -1,0 +1,230 @@
+/**
+ * Draws what page.js knows into the document. No state, no events, no computing beyond units of measure.
+ */
+
+/**
+ * @typedef {import("./worker.js").Coefficients} Coefficients
+ * @typedef {import("./worker.js").Task} Task
+ * @typedef {{ model: number, pack: number, adapters: number, examples: Record<string, [string, string][]> }} Facts
+ */
+
+/**
+ * @template {HTMLElement} [E=HTMLElement]
+ * @param {string} id
+ */
+export const byId = (id) => /** @type {E} */ (document.getElementById(id));
+
+/** @param {number} bytes */
+export function size(bytes) {
+  if (bytes < 1e3) return `${bytes} B`;
+  if (bytes < 1e6) return `${(bytes / 1e3).toFixed(bytes < 1e5 ? 1 : 0)} kB`;
+  return `${(bytes / 1e6).toFixed(bytes < 1e8 ? 1 : 0)} MB`;
+}
+
+/** Browsers round their clocks to 0.1 ms. @param {number} milliseconds */
+export function time(milliseconds) {
+  if (milliseconds < 0.1) return "< 0.1 ms";
+  if (milliseconds < 1e3) return `${milliseconds.toFixed(milliseconds < 20 ? 1 : 0)} ms`;
+  return `${(milliseconds / 1e3).toFixed(1)} s`;
+}
+
+/** @param {number} share */
+export const percent = (share) => `${Math.round(100 * share)} %`;
+
+/** "debtags-role" belongs to the family "debtags". @param {string} id @returns {[family: string, name: string]} */
+export function nameOf(id) {
+  const at = id.indexOf("-");
+  return at < 0 ? ["", id] : [id.slice(0, at), id.slice(at + 1)];
+}
+
+/** @param {string} tag @param {string} [className] @param {string} [text] */
+function element(tag, className = "", text = "") {
+  const made = document.createElement(tag);
+  made.className = className;
+  made.textContent = text;
+  return made;
+}
+
+/**
+ * The labels of a task with their probabilities, in the order of the task so that nothing jumps while one types.
+ * @param {readonly string[]} labels
+ * @param {readonly number[] | undefined} probabilities undefined: not known yet
+ */
+export function drawLabels(labels, probabilities) {
+  const list = byId("labels");
+  const same = list.children.length === labels.length && labels.every((label, i) => list.children[i].firstChild?.textContent === label);
+  if (!same) list.replaceChildren(...labels.map(labelRow));
+  const top = probabilities ? Math.max(...probabilities) : NaN;
+  labels.forEach((_, i) => {
+    const row = /** @type {HTMLElement} */ (list.children[i]);
+    row.classList.toggle("top", probabilities?.[i] === top);
+    row.style.setProperty("--share", String(probabilities?.[i] ?? 0));
+    const value = /** @type {HTMLElement} */ (row.lastChild);
+    value.textContent = probabilities ? percent(probabilities[i]) : "";
+  });
+}
+
+/** @param {string} label */
+function labelRow(label) {
+  const row = element("li");
+  row.append(element("span", "name", label), element("span", "bar"), element("span", "value"));
+  return row;
+}
+
+/**
+ * A card per task, each a radio button.
+ * @param {readonly Task[]} tasks
+ * @param {string} active
+ */
+export function makeCards(tasks, active) {
+  const cards = tasks.map(({ id, bytes }, i) => {
+    const card = element("label", "card");
+    card.dataset["task"] = id;
+    const radio = document.createElement("input");
+    Object.assign(radio, { type: "radio", name: "task", value: id, checked: id === active });
+    const [family, name] = nameOf(id);
+    const head = element("span", "head");
+    head.append(element("span", "number", String(i + 1)), element("span", "family", family), element("span", "bytes", size(bytes)));
+    const said = element("span", "said");
+    said.append(element("b"), element("i"));
+    card.append(radio, head, element("span", "name", name), document.createElement("canvas"), said);
+    return card;
+  });
+  byId("cards").append(...cards);
+}
+
+/** @param {string} id */
+const card = (id) => /** @type {HTMLElement} */ (document.querySelector(`.card[data-task="${CSS.escape(id)}"]`));
+
+/**
+ * @param {string} id
+ * @param {string} label
+ * @param {number} probability
+ */
+export function drawCard(id, label, probability) {
+  const said = /** @type {HTMLElement} */ (card(id).querySelector(".said"));
+  said.style.setProperty("--share", String(probability));
+  said.children[0].textContent = label;
+  said.children[1].textContent = percent(probability);
+}
+
+/** Marks a task as read from the pack and draws its coefficients. @param {string} id @param {Coefficients} coefficients */
+export function drawResident(id, coefficients) {
+  card(id).classList.add("resident");
+  const rows = coefficients.rank;
+  const last = coefficients.values.subarray(coefficients.width * (coefficients.height - rows));
+  drawValues(/** @type {HTMLCanvasElement} */ (card(id).querySelector("canvas")), { ...coefficients, height: rows, values: last });
+}
+
+/** The whole task: a column per row of its matrices, a row per component. @param {Coefficients} coefficients */
+export function drawPicture({ values, width, height, rank }) {
+  const turned = new Float32Array(values.length);
+  for (let r = 0; r < height; r++) for (let k = 0; k < width; k++) turned[k * height + r] = values[r * width + k];
+  drawValues(byId("picture"), { width: height, height: width, values: turned, rank });
+  byId("picture-caption").textContent = `The whole task: ${values.length.toLocaleString("en")} coefficients`;
+}
+
+/** Positive values in the accent colour, negative ones in ink. @param {HTMLCanvasElement} canvas @param {Coefficients} coefficients */
+function drawValues(canvas, { width, height, values }) {
+  canvas.width = width;
+  canvas.height = height;
+  const context = /** @type {CanvasRenderingContext2D} */ (canvas.getContext("2d"));
+  const style = getComputedStyle(document.documentElement);
+  const [accent, ink] = ["--accent", "--ink"].map((name) => rgb(style.getPropertyValue(name)));
+  const image = context.createImageData(width, height);
+  // Few large values would leave the rest blank; three times the root mean square is full colour.
+  const full = 3 * Math.sqrt(values.reduce((sum, v) => sum + v * v, 0) / values.length);
+  values.forEach((value, i) => {
+    const alpha = Math.min(1, Math.sqrt(Math.abs(value) / full));
+    image.data.set([...(value > 0 ? accent : ink), 255 * alpha], 4 * i);
+  });
+  context.putImageData(image, 0, 0);
+}
+
+/** @param {string} hex "#rrggbb" */
+const rgb = (hex) => [1, 3, 5].map((at) => parseInt(hex.trim().slice(at, at + 2), 16));
+
+/** @typedef {{ what: string, bytes: number, parts?: [owner: string, bytes: number][] }} Weight */
+
+/**
+ * Bars on one scale each: with the model, and what the tasks alone add.
+ * @param {Facts} facts
+ * @param {import("./worker.js").SessionMemory} memory
+ * @param {number} tasks
+ * @param {number} resident
+ */
+export function drawMemory({ model, adapters }, memory, tasks, resident) {
+  /** @type {[string, number][]} */
+  const owners = [
+    ["components", memory.components],
+    ["coefficients", memory.coefficients],
+    ["active task", memory.active],
+    ["expansion", memory.expansion + memory.pristine],
+  ];
+  const used = owners.filter(([, bytes]) => bytes > 0);
+  byId("weights").replaceChildren(
+    bars("The tasks", [
+      { what: resident < tasks ? `this page, ${resident} of ${tasks} read` : `this page, all ${tasks}`, bytes: memory.total, parts: used },
+      { what: `${tasks} adapters`, bytes: adapters },
+    ]),
+    bars("With the model", [
+      { what: "this page", bytes: model + memory.total, parts: [["model", model], ...used] },
+      { what: `${tasks} adapters, one model`, bytes: model + adapters },
+      { what: `${tasks} models`, bytes: tasks * model },
+    ]),
+  );
+  /** @type {[string, number][]} */
+  const all = [["model", model], ...used];
+  byId("legend").replaceChildren(...all.map(([owner, bytes]) => {
+    const item = element("li");
+    const key = element("i");
+    key.dataset["owner"] = owner;
+    item.append(key, element("span", "", owner), element("b", "", size(bytes)));
+    return item;
+  }));
+}
+
+/** @param {string} title @param {Weight[]} weights */
+function bars(title, weights) {
+  const group = element("div", "bars");
+  const longest = Math.max(...weights.map(({ bytes }) => bytes));
+  group.append(element("h3", "", title), ...weights.map(({ what, bytes, parts }) => {
+    const row = element("p", parts ? "ours" : "");
+    const track = element("span", "track");
+    for (const [owner, part] of parts ?? [["", bytes]]) {
+      const piece = element("i");
+      piece.dataset["owner"] = String(owner);
+      piece.style.width = `${(100 * Number(part)) / longest}%`;
+      track.append(piece);
+    }
+    row.append(element("span", "what", what), track, element("b", "", size(bytes)));
+    return row;
+  }));
+  return group;
+}
+
+/** Newest first; older ones fall off the end. @param {string} what @param {{ milliseconds: number, requests: number, bytes: number }} cost */
+export function logCost(what, { milliseconds, requests, bytes }) {
+  const row = document.createElement("tr");
+  row.append(...[what, time(milliseconds), String(requests), size(bytes)].map((text) => element("td", "", text)));
+  const log = byId("log");
+  log.prepend(row);
+  while (log.children.length > 6) log.lastElementChild?.remove();
+}
+
+/** @param {import("./client.js").Progress | undefined} progress undefined: done */
+export function drawProgress(progress) {
+  const line = byId("progress");
+  line.classList.toggle("done", !progress);
+  if (!progress) return;
+  const { what, done, total } = progress;
+  line.style.setProperty("--share", String(done && total ? done / total : 1));
+  /** @type {HTMLElement} */ (line.lastElementChild).textContent = done && total ? `${what}, ${size(done)} of ${size(total)}` : what;
+}
+
+/** @param {string} title @param {string} advice @param {string} detail */
+export function drawFailure(title, advice, detail) {
+  const box = byId("failure");
+  box.hidden = false;
+  box.replaceChildren(element("b", "", title), element("p", "", advice), element("code", "", detail));
+}

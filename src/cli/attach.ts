@@ -1,0 +1,254 @@
+/**
+ * The command attach: an ONNX model that carries a pack's components and takes a task as small inputs, for runtimes that
+ * this package has no binding for (docs/attach.md). It prepares files and runs nothing. Tasks that need the weights
+ * themselves changed are refused.
+ */
+import { existsSync } from "node:fs";
+import { mkdir } from "node:fs/promises";
+import { dirname, join, resolve } from "node:path";
+import { createBackend } from "../backends/select.ts";
+import { BaseMismatchError, FormatError, SourceError } from "../errors.ts";
+import { nearest } from "../names.ts";
+import { checkGraftable, graft, PREFIX, type Grafted, type TaskInput } from "../onnx/graft.ts";
+import type { GraphProto } from "../onnx/onnx_pb.ts";
+import { readModel, type ModelFile } from "../onnx/read.ts";
+import { embedWeights } from "../onnx/write.ts";
+import { openPack, type Pack } from "../pack/pack.ts";
+import { Workbench } from "../runtime/workbench.ts";
+import { writeSafetensors, type SafetensorsEntry } from "../safetensors-writer.ts";
+import { planSession, type Plan } from "../session/plan.ts";
+import { stackValues, TaskEvaluator, type TaskValues } from "../session/values.ts";
+import { openSource, type ByteSource } from "../source.ts";
+import { choice, required, UsageError, type Arguments } from "./args.ts";
+import { writeWhole } from "./files.ts";
+import { bytes, type Output } from "./output.ts";
+import type { Result } from "./packs.ts";
+
+/** The most that protobuf allows, and so the most that runtimes load. */
+const MOST_MODEL_BYTES = 2 ** 31 - 1;
+/** Weights beside a model may be larger than memory: so much of them is copied at a time. */
+const CHUNK_BYTES = 2 ** 24;
+/** `TensorProto.DataLocation.EXTERNAL`. */
+const EXTERNAL = 1;
+
+/** `attach MODEL.onnx PACK -o OUT.onnx` */
+export async function attachCommand(args: Arguments, out: Output): Promise<Result> {
+  const [modelPath = "", packPath = ""] = args.positionals;
+  const target = required(args, "output");
+  if (args.text("mode") === "folded") {
+    throw new UsageError('--mode folded: weights are no inputs; use eigenlora fold, or createEigenSession with mode "folded"');
+  }
+  const mode = choice(args, "mode", ["auto", "core", "factors"] as const, "auto");
+  const names = namesByHand(args);
+  for (const path of [modelPath, packPath]) refuseOverwriting(target, path);
+  const pack = await openPack(packPath);
+  try {
+    for (const module of names.keys()) refuseUnknown(module, pack);
+    const file = await readModel(modelPath);
+    try {
+      checkGraftable(file.model);
+      const bases = await pack.takeBases();
+      const plan = await planSession(file, pack, bases, { mode, names, ignore: args.list("ignore"), anyBase: args.flag("any-base") });
+      refuseFolded(plan, pack);
+      const wanted = new Set(args.list("task"));
+      const ids = wanted.size > 0 ? [...wanted] : [...pack.tasks.keys()];
+      // An unknown or damaged task is found before anything is written.
+      await pack.prefetch(ids);
+      const grafted = graft(file.model, plan.graft, { probe: false });
+      // By these a program can tell whether a model and the inputs of a task belong together.
+      const marks = new Map([
+        [`${PREFIX}.basis`, pack.basisId],
+        [`${PREFIX}.mode`, plan.mode],
+      ]);
+      const model = serialise(file, grafted, marks, target);
+      const external = await writeExternal(file, target);
+      const written = await writeInputs({ pack, bases, plan, grafted, marks, target, ids }, out);
+      // Last: a model that is there has all that belongs to it.
+      const size = await writeWhole(target, [model]);
+      const { reason } = plan;
+      const modules = plan.graft.modules.length;
+      return {
+        json: { file: target, mode: plan.mode, reason, modules, bytes: size, external, inputs: grafted.inputs, ...written },
+        text: [
+          `${target}: ${modules} modules, ${bytes(size)}, mode ${plan.mode} (${reason})`,
+          ...external.map((path) => `  weights in ${path}`),
+          `${grafted.inputs.length} inputs carry a task: without one, ${written.base.file}, ${bytes(written.base.bytes)}`,
+          `  ${written.tasks.length} tasks in ${written.folder}, ${bytes(Math.max(...written.tasks.map((task) => task.bytes)))} at most`,
+        ].join("\n"),
+      };
+    } finally {
+      await file.close();
+    }
+  } finally {
+    await pack.close();
+  }
+}
+
+/** --names MODULE=WEIGHT, any number of times. @throws UsageError when one is not of this form */
+function namesByHand(args: Arguments): Map<string, string> {
+  return new Map(
+    args.list("names").map((text) => {
+      const cut = text.indexOf("=");
+      if (cut < 1 || cut === text.length - 1) throw new UsageError(`--names ${text}: expected MODULE=WEIGHT`);
+      return [text.slice(0, cut), text.slice(cut + 1)];
+    }),
+  );
+}
+
+function refuseOverwriting(target: string, path: string): void {
+  if (resolve(target) !== resolve(path)) return;
+  throw new UsageError(`--output ${target}: that would overwrite what it is made of; choose another name`);
+}
+
+function refuseUnknown(module: string, { modules, name }: Pack): void {
+  if (modules.some((known) => known.name === module)) return;
+  const close = nearest(module, modules.map((known) => known.name));
+  throw new UsageError(`--names ${module}=…: ${name} adapts no such module; the nearest are ${close.join(", ") || "none"}`);
+}
+
+/** @throws BaseMismatchError when the tasks need other weights */
+function refuseFolded({ mode, reason }: Plan, { name }: Pack): void {
+  if (mode !== "folded") return;
+  const message = `the tasks of ${name} cannot come as inputs: ${reason}. Merge one into the checkpoint with eigenlora fold`;
+  throw new BaseMismatchError(`${message}, or use createEigenSession, whose mode "folded" changes weights`, { module: reason });
+}
+
+/** @throws FormatError when it becomes too large for a single file */
+function serialise(file: ModelFile, { initializers }: Grafted, marks: ReadonlyMap<string, string>, target: string): Uint8Array {
+  const { metadataProps } = file.model.proto;
+  for (const [key, value] of marks) metadataProps.push({ $typeName: "onnx.StringStringEntryProto", key, value });
+  const model = embedWeights(file, initializers);
+  if (model.length <= MOST_MODEL_BYTES) return model;
+  const message = `needs ${model.length} bytes with the components inside, at most ${MOST_MODEL_BYTES} are allowed`;
+  throw new FormatError(`${message}; save the model with its weights in a file beside it (onnx.save, save_as_external_data)`, {
+    file: target,
+    part: "model",
+  });
+}
+
+/**
+ * Brings the files that hold weights of the model to where the new one looks for them.
+ * @returns their paths
+ * @throws SourceError when another file lies there
+ */
+async function writeExternal(file: ModelFile, target: string): Promise<string[]> {
+  const places = [...externalLocations(file.model.graph.proto)].map((location) => {
+    const path = join(dirname(target), location);
+    refuseOverwriting(target, path);
+    return { location, path };
+  });
+  for (const { location, path } of places) {
+    // The model was given as a path or URL, so there is telling where these files lie.
+    const source = await file.external!(location);
+    if (resolve(source.name) !== resolve(path)) await copyTo(path, source);
+  }
+  return places.map(({ path }) => path);
+}
+
+/** What the model's initializers call the files beside it. */
+function externalLocations(graph: GraphProto, found: Set<string> = new Set()): Set<string> {
+  for (const { dataLocation, externalData } of graph.initializer) {
+    const location = externalData.find(({ key }) => key === "location")?.value;
+    if (dataLocation === EXTERNAL && location !== undefined) found.add(location);
+  }
+  for (const { attribute } of graph.node) {
+    for (const { g, graphs } of attribute) for (const nested of g ? [g, ...graphs] : graphs) externalLocations(nested, found);
+  }
+  return found;
+}
+
+async function copyTo(path: string, source: ByteSource): Promise<void> {
+  // A URL's size is known after the first read.
+  if (source.byteLength === undefined) await source.read(0, 1);
+  if (existsSync(path)) {
+    if (await isSame(path, source)) return;
+    const message = `is there already and differs from the model's ${source.name}; choose another folder, or move it away`;
+    throw new SourceError(message, { file: path });
+  }
+  await mkdir(dirname(path), { recursive: true });
+  await writeWhole(path, chunksOf(source));
+}
+
+async function* chunksOf(source: ByteSource): AsyncGenerator<Uint8Array, void> {
+  const size = source.byteLength!;
+  for (let at = 0; at < size; at += CHUNK_BYTES) yield await source.read(at, Math.min(CHUNK_BYTES, size - at));
+}
+
+async function isSame(path: string, source: ByteSource): Promise<boolean> {
+  const there = await openSource(path);
+  try {
+    if (there.byteLength !== source.byteLength) return false;
+    let at = 0;
+    for await (const chunk of chunksOf(source)) {
+      if (Buffer.compare(chunk, await there.read(at, chunk.length)) !== 0) return false;
+      at += chunk.length;
+    }
+    return true;
+  } finally {
+    await there.close?.();
+  }
+}
+
+interface WrittenInputs {
+  folder: string;
+  base: { file: string; bytes: number };
+  tasks: { id: string; file: string; bytes: number }[];
+}
+
+/** The inputs of the base and of each task, one file each, beside the model. */
+async function writeInputs(
+  made: {
+    pack: Pack;
+    bases: Uint8Array;
+    plan: Plan;
+    grafted: Grafted;
+    marks: ReadonlyMap<string, string>;
+    target: string;
+    ids: readonly string[];
+  },
+  out: Output,
+): Promise<WrittenInputs> {
+  const { pack, bases, plan, marks, ids } = made;
+  const { inputs } = made.grafted;
+  const stem = made.target.replace(/\.onnx$/i, "");
+  const { backend } = await createBackend();
+  try {
+    const evaluator = new TaskEvaluator(pack, plan, inputs, new Workbench(backend, pack.modules, bases));
+    const file = `${stem}.base.safetensors`;
+    const base = { file, bytes: await writeValues(file, inputs, await evaluator.evaluate(null, {}), marks) };
+    const folder = `${stem}.tasks`;
+    await mkdir(folder, { recursive: true });
+    const tasks = [];
+    for (const [i, id] of ids.entries()) {
+      const path = join(folder, `${fileName(id)}.safetensors`);
+      const { metadata } = pack.tasks.get(id)!;
+      const described = new Map([...marks, [`${PREFIX}.task`, id]]);
+      // Values of this format's metadata are text.
+      for (const [key, value] of Object.entries(metadata)) described.set(key, JSON.stringify(value));
+      tasks.push({ id, file: path, bytes: await writeValues(path, inputs, await evaluator.evaluate(id, {}), described) });
+      out.progress("task", i + 1, ids.length);
+    }
+    return { folder, base, tasks };
+  } finally {
+    backend.dispose();
+  }
+}
+
+/** An id may hold any character; a file's name may not. What this leaves as it is may stand in names everywhere. */
+function fileName(id: string): string {
+  return encodeURIComponent(id).replaceAll("*", "%2A");
+}
+
+function writeValues(
+  path: string,
+  inputs: readonly TaskInput[],
+  values: TaskValues,
+  metadata: ReadonlyMap<string, string>,
+): Promise<number> {
+  const entries = inputs.map((input): SafetensorsEntry => {
+    const { dims, data } = stackValues(input, [values.inputs.get(input.name)!]);
+    const dtype = data instanceof BigInt64Array ? "I64" : "F32";
+    return { name: input.name, dtype, shape: dims, read: () => new Uint8Array(data.buffer, data.byteOffset, data.byteLength) };
+  });
+  return writeWhole(path, writeSafetensors(entries, metadata));
+}

@@ -1,0 +1,108 @@
+/**
+ * How many dimensions a value has, as far as the nodes before it tell. Not shape inference: one number, for the operators
+ * that lie between a transformer's inputs and its linear layers. Where it does not know, it says so.
+ */
+import { attribute, type OnnxModel } from "./model.ts";
+import type { NodeProto, ValueInfoProto } from "./onnx_pb.ts";
+
+/** Operators whose result has the dimensions of their first input. */
+const KEEPS = new Set([
+  ...["Cast", "Identity", "Relu", "Gelu", "Erf", "Tanh", "Sigmoid", "Softmax", "Sqrt", "Neg", "Dropout", "Transpose", "Clip"],
+  ...["LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "SkipLayerNormalization"],
+  ...["SkipSimplifiedLayerNormalization", "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "LeakyRelu"],
+  ...["QuickGelu", "FastGelu", "BiasGelu", "MatMulNBits", "Reciprocal", "Slice", "Concat", "Softplus", "Mod", "Abs"],
+]);
+
+/** Operators that broadcast their inputs. */
+const BROADCASTS = new Set(["Add", "Sub", "Mul", "Div", "Pow", "Where", "Max", "Min", "Sum"]);
+
+/** Ranks of the values of a model's main graph. */
+export class Ranks {
+  readonly #model: OnnxModel;
+  readonly #known = new Map<string, number | undefined>();
+
+  constructor(model: OnnxModel) {
+    this.#model = model;
+    const { input, valueInfo } = model.graph.proto;
+    for (const info of [...input, ...valueInfo]) {
+      const rank = declaredRank(info);
+      if (rank !== undefined) this.#known.set(info.name, rank);
+    }
+    for (const [name, { dims }] of model.graph.initializers) this.#known.set(name, dims.length);
+  }
+
+  /** Undefined where it cannot be told. */
+  of(value: string): number | undefined {
+    // A loop rather than recursion: models are thousands of nodes deep.
+    const pending = [value];
+    for (let name = pending.at(-1); name !== undefined; name = pending.at(-1)) {
+      if (this.#known.has(name)) {
+        pending.pop();
+        continue;
+      }
+      const node = this.#model.graph.producers.get(name);
+      const needed = node ? inputsOf(node).filter((input) => input !== "" && !this.#known.has(input)) : [];
+      // What is asked for a second time while it waits lies on a circle, which only a damaged file has.
+      const next = needed.find((input) => !pending.includes(input));
+      if (next !== undefined) {
+        pending.push(next);
+        continue;
+      }
+      this.#known.set(name, node && this.#rank(node));
+      pending.pop();
+    }
+    return this.#known.get(value);
+  }
+
+  #rank(node: NodeProto): number | undefined {
+    const ranks = inputsOf(node).map((input) => this.#known.get(input));
+    const [first, second] = ranks;
+    if (KEEPS.has(node.opType)) return first;
+    if (BROADCASTS.has(node.opType)) {
+      return ranks.some((rank) => rank === undefined) ? undefined : Math.max(...(ranks as number[]));
+    }
+    switch (node.opType) {
+      case "MatMul":
+      case "MatMulInteger":
+        if (first === undefined || second === undefined || first < 2 || second < 2) return undefined;
+        return Math.max(first, second);
+      case "Gemm":
+        return 2;
+      case "Gather":
+        return first === undefined || second === undefined ? undefined : first - 1 + second;
+      case "Reshape":
+        return this.#elements(node.input[1] ?? "");
+      default:
+        return undefined;
+    }
+  }
+
+  /** How many elements a shape has. */
+  #elements(value: string): number | undefined {
+    const { initializers, producers } = this.#model.graph;
+    const tensor = initializers.get(value);
+    if (tensor) return tensor.dims.length === 1 ? Number(tensor.dims[0]) : undefined;
+    const node = producers.get(value);
+    if (node?.opType === "Constant") {
+      const dims = attribute(node, "value")?.t?.dims;
+      return dims?.length === 1 ? Number(dims[0]) : undefined;
+    }
+    if (node?.opType !== "Concat") return undefined;
+    const parts = node.input.map((input) => {
+      const one = producers.get(input);
+      return one?.opType === "Unsqueeze" ? 1 : this.#elements(input);
+    });
+    return parts.some((part) => part === undefined) ? undefined : (parts as number[]).reduce((a, b) => a + b, 0);
+  }
+}
+
+/** The inputs that decide the rank. */
+function inputsOf({ opType, input }: NodeProto): readonly string[] {
+  if (BROADCASTS.has(opType)) return input;
+  if (opType === "Reshape" || opType === "Gemm") return [];
+  return KEEPS.has(opType) ? input.slice(0, 1) : input.slice(0, 2);
+}
+
+function declaredRank({ type }: ValueInfoProto): number | undefined {
+  return type?.value.case === "tensorType" ? type.value.value.shape?.dim.length : undefined;
+}

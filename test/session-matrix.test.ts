@@ -1,0 +1,118 @@
+/**
+ * Every tiny model of test/data/sessions in every mode on every runtime that runs in Node: it agrees with what PyTorch and
+ * PEFT answer, or is refused by name with a way out. Nothing in between. Prints the table.
+ */
+import t, { type Test } from "tap";
+import {
+  difference,
+  feeds,
+  folders,
+  golden,
+  GOLDENS,
+  model,
+  MODES,
+  open,
+  ORTS,
+  outputOf,
+  packBytes,
+  packFor,
+  refusal,
+  type Mode,
+  type Options,
+  type Ort,
+} from "./sessions.ts";
+import { openPack, type Pack } from "../dist/src/pack/pack.js";
+
+/** What cannot be, and what the message has to say. */
+const REFUSED: Record<string, { modes: readonly Mode[]; says: RegExp }> = {
+  q4: { modes: ["folded"], says: /quantised.*use mode "core" or "factors"/ },
+  int8: { modes: ["folded"], says: /quantised.*use mode "core" or "factors"/ },
+  qdq: { modes: ["folded"], says: /quantised.*use mode "core" or "factors"/ },
+  fused: { modes: MODES, says: /fused already \(Attention "Attention_0"\).*unoptimised export/ },
+};
+
+/** How far tasks may be from PyTorch: rounding of f32, of folded f16 weights, of arithmetic in f16. */
+function tolerance(name: string, mode: Mode): number {
+  if (name === "half") return 5e-3;
+  return name === "f16" && mode === "folded" ? 2e-3 : 1e-5;
+}
+
+/** The base of int8 and qdq has a quantised head; as a graph input it is float. */
+function baseTolerance(name: string, mode: Mode): number {
+  return name === "int8" || name === "qdq" ? 1e-2 : tolerance(name, mode);
+}
+
+const optionsOf = (name: string): Options => (name === "encoder" ? { ignore: ["classifier"] } : {});
+
+/** A line of the table: the largest difference over all tasks, or who refused. */
+async function check(t: Test, ort: Ort, name: string, pack: Pack, answers: string, mode: Mode): Promise<string> {
+  const what = `${name}, ${mode}`;
+  const refused = REFUSED[name];
+  if (refused?.modes.includes(mode)) {
+    const error = await refusal(() => open(ort, model(name), pack, { mode, ...optionsOf(name) }));
+    t.match(error, { tag: "base", message: refused.says, module: /encoder\.layer\.0/ }, what);
+    return "refused";
+  }
+  const session = await open(ort, model(name), pack, { mode, ...optionsOf(name) });
+  t.equal(session.mode, mode);
+  t.match(session.probe.result, mode === "folded" ? /^not needed/ : /^passed$/, `${what}: ${session.probe.result}`);
+  let worst = 0;
+  for (const task of [null, ...Object.keys(GOLDENS.outputs[answers]!).filter((id) => pack.tasks.has(id)), null]) {
+    await session.switchTask(task);
+    const off = difference(await outputOf(session, feeds(ort, session)), golden(answers, task));
+    const allowed = (task === null ? baseTolerance : tolerance)(name, mode);
+    t.ok(off <= allowed, `${what}, ${task}: off by ${off}`);
+    worst = Math.max(worst, off);
+  }
+  await session.release();
+  return worst.toExponential(0);
+}
+
+for (const { name: runtime, ort } of ORTS) {
+  t.test(`exports × modes on ${runtime}`, async (t) => {
+    t.comment(`${runtime}: largest difference from PyTorch over all tasks`);
+    t.comment(["model", ...MODES].map((cell) => cell.padEnd(18)).join(""));
+    for (const [name, answers] of Object.entries(GOLDENS.models)) {
+      const pack = await packFor(answers);
+      const cells = [name];
+      for (const mode of MODES) cells.push(await check(t, ort, name, pack, answers, mode));
+      t.comment(cells.map((cell) => cell.padEnd(18)).join(""));
+    }
+  });
+
+  t.test(`what tasks bring × modes on ${runtime}`, async (t) => {
+    /** What only weights can take: the module or parameter that says so. */
+    const foldedOnly: Record<string, string> = {
+      embedding: "bert.embeddings.word_embeddings",
+      norm: "bert.encoder.layer.1.output.LayerNorm.weight",
+    };
+    for (const name of folders("adapters-more")) {
+      const pack = await openPack(await packBytes([`adapters-more/${name}`], "base"));
+      const cells = [name];
+      const works = async (mode: Mode | "auto", expected: Mode): Promise<string> => {
+        const session = await open(ort, model("torchscript"), pack, { mode });
+        t.equal(session.mode, expected);
+        await session.switchTask(name);
+        const off = difference(await outputOf(session, feeds(ort, session)), golden("base", name));
+        t.ok(off <= 1e-5, `${name}, ${mode}: off by ${off}`);
+        await session.switchTask(null);
+        const left = difference(await outputOf(session, feeds(ort, session)), golden("base", null));
+        t.ok(left <= 1e-5, `${name}, ${mode}, back to the base: off by ${left}`);
+        await session.release();
+        return off.toExponential(0);
+      };
+      const only = foldedOnly[name];
+      for (const mode of ["auto", ...MODES] as const) {
+        if (only === undefined || mode === "folded" || mode === "auto") {
+          cells.push(await works(mode, mode === "auto" ? (only === undefined ? "core" : "folded") : mode));
+          continue;
+        }
+        const error = await refusal(() => open(ort, model("torchscript"), pack, { mode }));
+        t.match(error, { tag: "base", message: /use mode "folded"$/, module: only }, `${name}, ${mode}`);
+        t.match(error.message, only);
+        cells.push("refused");
+      }
+      t.comment(cells.map((cell) => cell.padEnd(18)).join(""));
+    }
+  });
+}

@@ -1,0 +1,155 @@
+/** Shared by the tests of sessions: the runtimes, the tiny models of test/data/sessions, packs for them, their answers. */
+import { readdirSync, readFileSync } from "node:fs";
+import type * as common from "onnxruntime-common";
+import * as node from "onnxruntime-node";
+import * as web from "onnxruntime-web";
+import { readAdapters } from "../dist/src/adapters/folder.js";
+import { createEigenSession, type EigenSession, type EigenSessionOptions } from "../dist/bindings/onnxruntime.js";
+import { buildPack, type BuildOptions } from "../dist/src/pack/build.js";
+import { openPack, type Pack } from "../dist/src/pack/pack.js";
+import { openHost } from "../dist/src/runtime/host.js";
+import { concat, data } from "./packs.ts";
+
+export type Ort = typeof common;
+export type Session = EigenSession<Ort>;
+export type Options = EigenSessionOptions<Ort>;
+export type Feeds = Record<string, common.Tensor>;
+export type Mode = "core" | "factors" | "folded";
+
+web.env.wasm.numThreads = 1;
+web.env.logLevel = "error";
+// Warnings about initializers that nothing uses are ours to make, not to read.
+node.env.logLevel = "error";
+
+export const ORTS: readonly { name: string; ort: Ort }[] = [
+  { name: "onnxruntime-node", ort: node },
+  { name: "onnxruntime-web", ort: web },
+];
+export const NODE: Ort = node;
+export const WEB: Ort = web;
+export const MODES: readonly Mode[] = ["core", "factors", "folded"];
+
+interface Goldens {
+  feeds: Record<string, number[][]> & { deep: boolean[] };
+  /** Key of `outputs` by model. */
+  models: Record<string, string>;
+  outputs: Record<string, Record<string, Nested>>;
+}
+type Nested = number | readonly Nested[];
+
+export const GOLDENS = JSON.parse(readFileSync(data("sessions/goldens.json"), "utf8")) as Goldens;
+
+/** Path of one of the tiny models. */
+export function model(name: string): string {
+  return data(`sessions/${name}.onnx`);
+}
+
+/** Its bytes. */
+export function modelBytes(name: string): Uint8Array<ArrayBuffer> {
+  return new Uint8Array(readFileSync(model(name)));
+}
+
+/** A task's answer, "base" for none: row-major values. */
+export function golden(answers: string, task: string | null): readonly number[] {
+  return [GOLDENS.outputs[answers]![task ?? "base"]!].flat(Infinity as 1) as number[];
+}
+
+/** One row of a task's answer. */
+export function goldenRow(answers: string, task: string | null, row: number): readonly number[] {
+  return [(GOLDENS.outputs[answers]![task ?? "base"] as readonly Nested[])[row]!].flat(Infinity as 1) as number[];
+}
+
+export const LOSSLESS = {
+  select: { kind: "energy", share: 1 },
+  types: { basis: "f32", coefficients: "f32", head: "f32" },
+} as const satisfies BuildOptions;
+
+/** Bytes of a pack of adapters under test/data/sessions, with the fingerprints of `base` there. */
+export async function packBytes(
+  adapters: readonly string[],
+  base?: string,
+  options: BuildOptions = LOSSLESS,
+): Promise<Uint8Array<ArrayBuffer>> {
+  const read = await readAdapters(adapters.map((path) => data(`sessions/${path}`)));
+  const host = base === undefined ? undefined : await openHost(data(`sessions/${base}.safetensors`));
+  const { chunks } = await buildPack(read, host ? { ...options, base: host } : options);
+  await host?.close?.();
+  for (const adapter of read) await adapter.close();
+  return concat(chunks);
+}
+
+/** The pack of each of the tiny models, by the key of its answers. */
+const PACKS: Record<string, readonly [adapters: readonly string[], base: string]> = {
+  base: [["adapters"], "base"],
+  f16: [["adapters"], "base"],
+  q4: [["adapters"], "base"],
+  int8: [["adapters"], "base"],
+  qdq: [["adapters"], "base"],
+  tied: [["adapters/two", "adapters/three"], "base-tied"],
+  encoder: [["adapters/two"], "base"],
+  mlp: [["adapters-mlp"], "base-mlp"],
+  twice: [["adapters-mlp"], "base-mlp"],
+};
+const made = new Map<string, Promise<Uint8Array<ArrayBuffer>>>();
+
+/** A pack of its own of all adapters that a model has answers for. */
+export async function packFor(answers: string): Promise<Pack> {
+  let bytes = made.get(answers);
+  if (!bytes) made.set(answers, (bytes = packBytes(...PACKS[answers]!)));
+  return openPack(await bytes);
+}
+
+/** The feeds of the goldens that a session takes; of some rows only, where asked. */
+export function feeds(ort: Ort, session: { inputNames: readonly string[] }, rows: readonly number[] = [0, 1, 2]): Feeds {
+  const made: Feeds = {};
+  for (const name of session.inputNames) {
+    if (name === "deep") {
+      made[name] = new ort.Tensor("bool", Uint8Array.from(GOLDENS.feeds.deep, Number), [1]);
+      continue;
+    }
+    const values = rows.map((row) => GOLDENS.feeds[name]![row]!);
+    const dims = [values.length, values[0]!.length];
+    const flat = values.flat();
+    made[name] =
+      name === "x"
+        ? new ort.Tensor("float32", Float32Array.from(flat), dims)
+        : new ort.Tensor("int64", BigInt64Array.from(flat, BigInt), dims);
+  }
+  return made;
+}
+
+export function open(ort: Ort, input: string | Uint8Array, pack: Pack, options: Options = {}): Promise<Session> {
+  return createEigenSession(ort, input, pack, options);
+}
+
+/** The first output of a run as numbers. */
+export async function outputOf(session: Session, run: Feeds, options?: { tasks: readonly (string | null)[] }): Promise<Float32Array> {
+  const results = await session.run(run, options);
+  return results[session.outputNames[0]!]!.data as Float32Array;
+}
+
+/** Largest absolute difference; infinite where the lengths differ or a number is none. */
+export function difference(found: ArrayLike<number>, expected: ArrayLike<number>): number {
+  if (found.length !== expected.length) return Infinity;
+  let largest = 0;
+  for (let i = 0; i < expected.length; i++) {
+    const off = Math.abs(found[i]! - expected[i]!);
+    if (!(off <= largest)) largest = Number.isNaN(off) ? Infinity : off;
+  }
+  return largest;
+}
+
+/** What an action is refused with. */
+export async function refusal(action: () => Promise<unknown>): Promise<Error & { tag?: string; module?: string }> {
+  try {
+    await action();
+  } catch (error) {
+    return error as Error;
+  }
+  throw new Error("not refused");
+}
+
+/** Names of the folders in one under test/data/sessions. */
+export function folders(path: string): string[] {
+  return readdirSync(data(`sessions/${path}`)).sort();
+}
