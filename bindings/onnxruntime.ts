@@ -49,7 +49,9 @@ export interface Ort {
 type Session<O extends Ort> = Awaited<ReturnType<O["InferenceSession"]["create"]>>;
 type Feeds<O extends Ort> = Parameters<Session<O>["run"]>[0];
 type Fetches<O extends Ort> = Parameters<Session<O>["run"]>[1];
-type SessionOptions<O extends Ort> = NonNullable<Parameters<O["InferenceSession"]["create"]>[1]>;
+type SessionOptions<O extends Ort> = O["InferenceSession"]["create"] extends (model: Uint8Array, options?: infer Options) => unknown
+  ? Options
+  : never;
 
 export interface EigenSessionOptions<O extends Ort = Ort> extends ModelOptions, PlanOptions {
   /** Passed to `InferenceSession.create`: `executionProviders`, `graphOptimizationLevel`, … */
@@ -208,8 +210,6 @@ export class EigenSession<O extends Ort = Ort> {
   readonly #components: number;
   #state: State<O>;
   #disposed = false;
-  /** onnxruntime-web runs one thing at a time. */
-  #serial: Promise<unknown> | undefined;
 
   private constructor(parts: Parts<O>, evaluator: TaskEvaluator, maker: Maker<O>, first: State<O>, probe: ProbeReport) {
     this.pack = parts.pack;
@@ -226,7 +226,6 @@ export class EigenSession<O extends Ort = Ort> {
     this.#state = first;
     this.#timeline = new Timeline(first);
     this.#components = parts.grafted.initializers.reduce((sum, { data }) => sum + data.byteLength, 0);
-    this.#serial = parts.ort.env.versions?.web === undefined ? undefined : Promise.resolve();
   }
 
   /** @internal */
@@ -251,7 +250,7 @@ export class EigenSession<O extends Ort = Ort> {
       return new EigenSession(parts, evaluator, maker, first, probe);
     } catch (error) {
       bench.backend.dispose();
-      await session.release();
+      await inTurn(ort, () => session.release());
       throw error;
     }
   }
@@ -263,7 +262,7 @@ export class EigenSession<O extends Ort = Ort> {
     const evaluator = new TaskEvaluator(pack, plan, grafted.inputs, new Workbench(backend, pack.modules, new Uint8Array(0)));
     const host = withoutHeads(onnxHost(file), plan);
     // The file is in memory anyway: no second copy of its weights.
-    const runtime = await createRuntime(pack, { base: host, policy: "reload", anyBase: true, names: options.names ?? new Map() });
+    const runtime = await createRuntime(pack, { base: host, policy: "reload", anyBase: true, names: plan.names });
     const make: Maker<O>["make"] = async (selection, how) => {
       const values = await evaluator.evaluate(selection, how);
       await runtime.switchTask(selection, { ...(how.signal && { signal: how.signal }), ...(how.head !== undefined && { head: how.head }) });
@@ -314,7 +313,7 @@ export class EigenSession<O extends Ort = Ort> {
         return made;
       },
       async (old) => {
-        if (old.session !== this.#state.session) await old.session.release();
+        if (old.session !== this.#state.session) await inTurn(this.#ort, () => old.session.release());
       },
     );
     const { task, bytesFed } = await change;
@@ -368,18 +367,14 @@ export class EigenSession<O extends Ort = Ort> {
     return tasks.map((task) => known.get(task)!);
   }
 
-  async #submit(
+  #submit(
     { session }: State<O>,
     feeds: Readonly<Record<string, OrtTensor>>,
     task: Readonly<Record<string, OrtTensor>>,
     fetches: unknown,
     options: object,
   ): Promise<object> {
-    const start = (): Promise<object> => call(session, { ...feeds, ...task }, fetches, options);
-    if (this.#serial === undefined) return start();
-    const run = this.#serial.then(start);
-    this.#serial = run.catch(() => undefined);
-    return run;
+    return inTurn(this.#ort, () => call(session, { ...feeds, ...task }, fetches, options));
   }
 
   /**
@@ -419,7 +414,7 @@ export class EigenSession<O extends Ort = Ort> {
     if (this.#disposed) return;
     this.#disposed = true;
     const { session } = await this.#timeline.end();
-    await session.release();
+    await inTurn(this.#ort, () => session.release());
     await this.#maker.dispose();
   }
 
@@ -441,7 +436,7 @@ async function createSession<O extends Ort>(
   const asked: { executionProviders?: unknown } = session ?? {};
   const all = { ...asked, externalData: [...files] };
   try {
-    return (await ort.InferenceSession.create(bytes, all as never)) as Session<O>;
+    return (await inTurn(ort, () => ort.InferenceSession.create(bytes, all as never))) as Session<O>;
   } catch (cause) {
     const providers = JSON.stringify(asked.executionProviders ?? "default");
     throw new BackendError(`onnxruntime cannot load the model (providers: ${providers}): ${(cause as Error).message}`, {
@@ -449,6 +444,19 @@ async function createSession<O extends Ort>(
       cause,
     });
   }
+}
+
+const queues = new WeakMap<object, Promise<unknown>>();
+
+/**
+ * onnxruntime-web overlaps nothing: in browsers a second run, creation or release fails with "Session already started", or
+ * hangs the page, even of another session. All that goes through here waits for its turn.
+ */
+function inTurn<T>(ort: Ort, work: () => Promise<T>): Promise<T> {
+  if (ort.env.versions?.web === undefined) return work();
+  const done = (queues.get(ort.InferenceSession) ?? Promise.resolve()).then(work);
+  queues.set(ort.InferenceSession, done.catch(() => undefined));
+  return done;
 }
 
 function call(session: OrtSession, feeds: object, fetches: unknown, options: object): Promise<object> {
@@ -495,7 +503,7 @@ async function runProbe<O extends Ort>(
     const tensors: Record<string, OrtTensor> = {};
     for (const [name, { data, dims }] of feeds) tensors[name] = makeTensor(ort, data, dims);
     for (const [name, { data, dims }] of values) tensors[name] = makeTensor(ort, data, [1, ...dims]);
-    const results = (await call(session, { ...tensors, ...given }, fetches, {})) as Record<string, OrtTensor>;
+    const results = (await inTurn(ort, () => call(session, { ...tensors, ...given }, fetches, {}))) as Record<string, OrtTensor>;
     return Promise.all(fetches.map(async (name) => ((await results[name]!.getData?.()) ?? results[name]!.data) as Float32Array));
   };
   const providers = (options.session as { executionProviders?: unknown } | undefined)?.executionProviders;

@@ -81,8 +81,14 @@ function answer(response: ServerResponse, bytes: Uint8Array, start: number, end:
   }, 10);
 }
 
-/** Browsers refuse modules of another type. */
+/** Browsers refuse modules and WebAssembly of another type. */
 function typeOf(url = ""): Record<string, string> {
-  const type = url.endsWith(".js") ? "text/javascript" : url.endsWith(".html") ? "text/html" : undefined;
+  const types = new Map([
+    ["js", "text/javascript"],
+    ["mjs", "text/javascript"],
+    ["wasm", "application/wasm"],
+    ["html", "text/html"],
+  ]);
+  const type = types.get(url.slice(url.lastIndexOf(".") + 1));
   return type ? { "content-type": type } : {};
 }

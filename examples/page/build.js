@@ -42,7 +42,9 @@ export async function buildPage(folder) {
   });
   for (const file of ["index.html", "page.css"]) await cp(here(file), join(folder, file));
   for (const file of MODEL) await cp(data(`minilm/${file}`), join(folder, file));
-  for (const file of RUNTIMES) await cp(fileURLToPath(import.meta.resolve(`onnxruntime-web/${file}`)), join(folder, file));
+  for (const file of RUNTIMES) {
+    await cp(fileURLToPath(import.meta.resolve(`onnxruntime-web/${file}`)), join(folder, file));
+  }
 
   const adapters = await readAdapters([data("adapters/own-seed")]);
   const base = await openOnnxHost(data("minilm/model_fp16.onnx"));
@@ -67,6 +69,7 @@ export async function buildPage(folder) {
  * @returns {Promise<[text: string, label: string][]>}
  */
 async function examplesOf(task) {
+  /** @type {{ test: [string, number][], labels: string[] }} */
   const { test, labels } = JSON.parse(await readFile(data(`tasks/${task}.json`), "utf8"));
   return test.slice(0, EXAMPLES).map(([text, label]) => [text, labels[label]]);
 }

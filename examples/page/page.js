@@ -76,10 +76,12 @@ async function start(provider, task) {
   active = begun.task;
   if (tasks.size === 0) {
     tasks = new Map(begun.tasks.map((task) => [task.id, task]));
-    document.documentElement.style.setProperty("--label-rows", String(Math.max(...begun.tasks.map(({ labels }) => labels.length))));
+    const rows = Math.max(...begun.tasks.map(({ labels }) => labels.length));
+    document.documentElement.style.setProperty("--label-rows", String(rows));
     const mean = begun.tasks.reduce((sum, { bytes }) => sum + bytes, 0) / tasks.size;
     byId("promise").textContent = `${tasks.size} tasks of ${size(Math.round(mean))} each`;
-    byId("cold").textContent = `Cold start: ${begun.reads.requests} requests and ${size(begun.reads.bytes)} of a pack of ${size(facts.pack)}`;
+    const { requests, bytes } = begun.reads;
+    byId("cold").textContent = `Cold start: ${requests} requests and ${size(bytes)} of a pack of ${size(facts.pack)}`;
     makeCards(begun.tasks, active);
   }
   strength.value = "1";
@@ -96,7 +98,7 @@ async function start(provider, task) {
 /** @param {boolean} busy */
 function setBusy(busy) {
   started = !busy;
-  setAsking(busy);
+  showBusy();
   strength.disabled = example.disabled = busy;
   loadAll.disabled = busy || resident.size === tasks.size;
 }
@@ -117,11 +119,27 @@ function keep(read, memory) {
   loadAll.textContent = rest.length ? `Ask the other ${rest.length}: ${size(bytes)}` : `All ${tasks.size} answer`;
 }
 
+/** The chosen card is that of the active task, whatever was clicked meanwhile. */
+function checkCard() {
+  radioOf(active).checked = true;
+}
+
+/**
+ * @param {string} id
+ * @returns {HTMLInputElement}
+ */
+function radioOf(id) {
+  return /** @type {HTMLInputElement} */ (document.querySelector(`#cards [value="${CSS.escape(id)}"]`));
+}
+
+/** @param {string} id */
+function labelsOf(id) {
+  return /** @type {import("./worker.js").Task} */ (tasks.get(id)).labels;
+}
+
 function showTask() {
-  const task = /** @type {import("./worker.js").Task} */ (tasks.get(active));
   [byId("active-family").textContent, byId("active-name").textContent] = nameOf(active);
-  /** @type {HTMLInputElement} */ (document.querySelector(`#cards [value="${CSS.escape(active)}"]`)).checked = true;
-  drawLabels(task.labels, undefined);
+  checkCard();
   drawPicture(/** @type {import("./worker.js").Coefficients} */ (resident.get(active)));
   byId("strength-value").textContent = percent(Number(strength.value));
   history.replaceState(null, "", `#${encodeURIComponent(active)}`);
@@ -139,20 +157,28 @@ async function switchTo(task, amount = 1) {
   wish = { task, strength: amount };
   if (switching || !started) return;
   switching = true;
+  showBusy();
   try {
     for (let done; done !== wish; ) {
       const goal = (done = wish);
       const report = await worker.call("switchTask", goal.task, goal.strength);
+      // Another strength of the same task moves the bars; another task has its own labels.
+      if (active !== goal.task) drawLabels(labelsOf(goal.task), undefined);
       active = goal.task;
       strength.value = String(goal.strength);
+      byId("failure").hidden = true;
       keep([[active, report.coefficients]], report.memory);
       showTask();
       byId("switch-time").textContent = time(report.milliseconds);
       byId("switch-bytes").textContent = size(report.bytes);
       logCost(goal.strength === 1 ? active : `${active} at ${percent(goal.strength)}`, report);
     }
+  } catch (error) {
+    checkCard();
+    throw error;
   } finally {
     switching = false;
+    showBusy();
   }
   await ask();
 }
@@ -160,17 +186,17 @@ async function switchTo(task, amount = 1) {
 let asking = false;
 let askAgain = false;
 
-/** @param {boolean} now */
-function setAsking(now) {
-  asking = now;
-  document.querySelector("main")?.setAttribute("aria-busy", String(now));
+/** Screen readers, and the test, wait for what is coming. */
+function showBusy() {
+  document.querySelector("main")?.setAttribute("aria-busy", String(!started || switching || asking));
 }
 
-/** Brings the answer, then the cards, up to date with sentence and task; starts over when one of them changes meanwhile. */
+/** Brings answer and cards up to date with sentence and task; starts over when one of them changes meanwhile. */
 async function ask() {
   askAgain = true;
   if (asking || !started) return;
   asking = true;
+  showBusy();
   try {
     while (askAgain && started) {
       askAgain = false;
@@ -178,13 +204,14 @@ async function ask() {
     }
   } finally {
     asking = false;
+    showBusy();
   }
 }
 
 /** @param {string} text */
 async function askOnce(text) {
   const task = active;
-  const { labels } = /** @type {import("./worker.js").Task} */ (tasks.get(task));
+  const labels = labelsOf(task);
   const answer = await worker.call("classify", text);
   if (task !== active) return;
   drawLabels(labels, answer.probabilities);
@@ -192,16 +219,17 @@ async function askOnce(text) {
   announce(task, labels, answer.probabilities);
   const stale = [...resident.keys()].filter((id) => answered.get(id) !== text);
   let spent = 0;
-  for (let at = 0; at < stale.length && !askAgain; at += ROWS) {
+  for (let at = 0; at < stale.length && started && !askAgain; at += ROWS) {
     const { rows, milliseconds } = await worker.call("classifyRows", text, stale.slice(at, at + ROWS));
     for (const { id, probabilities } of rows) {
       const best = probabilities.indexOf(Math.max(...probabilities));
-      drawCard(id, tasks.get(id)?.labels[best] ?? "", probabilities[best]);
+      drawCard(id, labelsOf(id)[best], probabilities[best]);
       answered.set(id, text);
     }
     spent += milliseconds;
   }
-  if (!askAgain && stale.length > 1) byId("tasks-note").textContent = `${stale.length} answers in ${time(spent)}, one task per row of a batch`;
+  if (askAgain || stale.length < 2) return;
+  byId("tasks-note").textContent = `${stale.length} answers in ${time(spent)}, one task per row of a batch`;
 }
 
 /** @type {ReturnType<typeof setTimeout> | undefined} */
@@ -225,17 +253,17 @@ function announce(task, labels, probabilities) {
 function fail(error) {
   const { message, tag } = /** @type {Error & { tag?: string }} */ (error);
   drawProgress(undefined);
-  const [title, advice] = FAILURES.get(tag ?? "") ?? ["This did not work", "Reload the page. If it stays so, build it again."];
+  const [title, advice] = FAILURES.get(tag ?? "") ?? ["This did not work", "Reload the page, or build it again."];
   drawFailure(title, advice, message);
 }
 
 /** By tag: what happened and what to do. @type {Map<string, [title: string, advice: string]>} */
 const FAILURES = new Map([
-  ["wasm", ["This browser has no WebAssembly", "It may be switched off by a setting or a lockdown mode; allow it for this page, or use another browser."]],
+  ["wasm", ["This browser has no WebAssembly", "A setting or a lockdown mode may block it; allow it here, or try another browser."]],
   ["worker", ["The worker did not start", "Open the page over HTTP with a recent browser: it needs module workers."]],
   ["source", ["The pack cannot be read", "Check that the server is there and answers HTTP ranges; then reload the page."]],
   ["format", ["The pack is damaged", "Build the page again, then reload it."]],
-  ["base", ["Pack and model do not belong together", "Build the page again: it packs the adapters for the model it ships."]],
+  ["base", ["Pack and model do not belong together", "Build the page again: it packs for the model it ships."]],
   ["backend", ["The model cannot run here", "Reload the page to go back to WASM, or try another browser."]],
 ]);
 
@@ -246,7 +274,7 @@ sentence.addEventListener("input", () => {
 sentence.addEventListener("keydown", (event) => {
   if (event.key !== "Escape" && event.key !== "Enter") return;
   event.preventDefault();
-  /** @type {HTMLElement | null} */ (document.querySelector("#cards :checked"))?.focus();
+  if (active) radioOf(active).focus();
 });
 
 byId("cards").addEventListener("change", (event) => {
@@ -267,9 +295,10 @@ document.addEventListener("keydown", (event) => {
   typed = timeStamp - typedAt < TYPE_AHEAD ? typed + key.toLowerCase() : key.toLowerCase();
   typedAt = timeStamp;
   const ids = [...tasks.keys()];
-  const found = ids[Number(typed) - 1] ?? ids.find((id) => nameOf(id)[1].startsWith(typed)) ?? ids.find((id) => id.startsWith(typed));
+  const begins = (/** @type {string} */ name) => name.startsWith(typed);
+  const found = ids[Number(typed) - 1] ?? ids.find((id) => begins(nameOf(id)[1])) ?? ids.find(begins);
   if (found === undefined) return;
-  /** @type {HTMLElement | null} */ (document.querySelector(`#cards [value="${CSS.escape(found)}"]`))?.focus();
+  radioOf(found).focus();
   if (found !== active) switchTo(found).catch(fail);
 });
 
@@ -298,8 +327,23 @@ example.addEventListener("click", () => {
 });
 
 byId("providers").addEventListener("change", (event) => {
-  start(/** @type {any} */ (event.target).value, active).catch(fail);
+  changeProvider(/** @type {HTMLInputElement} */ (event.target)).catch(fail);
 });
+
+/**
+ * Back to WASM where WebGPU fails, with what it said.
+ * @param {HTMLInputElement} radio
+ */
+async function changeProvider({ value }) {
+  try {
+    await start(value === "webgpu" ? "webgpu" : "wasm", active);
+  } catch (error) {
+    if (value === "wasm") throw error;
+    /** @type {HTMLInputElement} */ (document.querySelector('#providers [value="wasm"]')).checked = true;
+    byId("provider-note").textContent = `WebGPU failed here: ${/** @type {Error} */ (error).message}`;
+    await start("wasm", active);
+  }
+}
 
 const dark = matchMedia("(prefers-color-scheme: dark)");
 byId("theme").addEventListener("click", () => {

@@ -45,7 +45,9 @@ export async function serveFolder(folder, { port = 0, onAnswer } = {}) {
     // A visitor who leaves in the middle is no error.
     pipeline(createReadStream(join(folder, path), range), response, () => {});
   });
-  await new Promise((resolve, reject) => server.once("error", reject).listen(port, "127.0.0.1", () => resolve(undefined)));
+  await new Promise((resolve, reject) => {
+    server.once("error", reject).listen(port, "127.0.0.1", () => resolve(undefined));
+  });
   const address = /** @type {import("node:net").AddressInfo} */ (server.address());
   return {
     url: `http://127.0.0.1:${address.port}/`,
@@ -93,7 +95,8 @@ async function plan(folder, path, { method, headers: asked }) {
   const match = /^bytes=(\d*)-(\d*)$/.exec(asked.range ?? "");
   const stale = asked["if-range"] !== undefined && asked["if-range"] !== etag;
   if (!match || (match[1] === "" && match[2] === "") || stale) {
-    return { status: 200, headers: { ...headers, "content-length": size }, ...(size > 0 && { range: { start: 0, end: size - 1 } }) };
+    const range = { start: 0, end: size - 1 };
+    return { status: 200, headers: { ...headers, "content-length": size }, ...(size > 0 && { range }) };
   }
   const last = match[1] === "";
   const start = last ? Math.max(0, size - Number(match[2])) : Number(match[1]);

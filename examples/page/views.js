@@ -31,10 +31,14 @@ export function time(milliseconds) {
 /** @param {number} share */
 export const percent = (share) => `${Math.round(100 * share)} %`;
 
-/** "debtags-role" belongs to the family "debtags". @param {string} id @returns {[family: string, name: string]} */
+/**
+ * "debtags-role" is "role" of the family "debtags"; "sections-0" is a name.
+ * @param {string} id
+ * @returns {[family: string, name: string]}
+ */
 export function nameOf(id) {
-  const at = id.indexOf("-");
-  return at < 0 ? ["", id] : [id.slice(0, at), id.slice(at + 1)];
+  const [, family, name] = /^([^-]+)-([a-z].*)$/.exec(id) ?? ["", "", id];
+  return [family, name];
 }
 
 /** @param {string} tag @param {string} [className] @param {string} [text] */
@@ -52,8 +56,8 @@ function element(tag, className = "", text = "") {
  */
 export function drawLabels(labels, probabilities) {
   const list = byId("labels");
-  const same = list.children.length === labels.length && labels.every((label, i) => list.children[i].firstChild?.textContent === label);
-  if (!same) list.replaceChildren(...labels.map(labelRow));
+  const shown = Array.from(list.children, (row) => row.firstChild?.textContent);
+  if (shown.join("\n") !== labels.join("\n")) list.replaceChildren(...labels.map(labelRow));
   const top = probabilities ? Math.max(...probabilities) : NaN;
   labels.forEach((_, i) => {
     const row = /** @type {HTMLElement} */ (list.children[i]);
@@ -84,7 +88,8 @@ export function makeCards(tasks, active) {
     Object.assign(radio, { type: "radio", name: "task", value: id, checked: id === active });
     const [family, name] = nameOf(id);
     const head = element("span", "head");
-    head.append(element("span", "number", String(i + 1)), element("span", "family", family), element("span", "bytes", size(bytes)));
+    head.append(element("span", "number", String(i + 1)), element("span", "family", family));
+    head.append(element("span", "bytes", size(bytes)));
     const said = element("span", "said");
     said.append(element("b"), element("i"));
     card.append(radio, head, element("span", "name", name), document.createElement("canvas"), said);
@@ -108,24 +113,33 @@ export function drawCard(id, label, probability) {
   said.children[1].textContent = percent(probability);
 }
 
-/** Marks a task as read from the pack and draws its coefficients. @param {string} id @param {Coefficients} coefficients */
-export function drawResident(id, coefficients) {
+/**
+ * Marks a task as read from the pack and draws the coefficients of its last matrix.
+ * @param {string} id
+ * @param {Coefficients} coefficients
+ */
+export function drawResident(id, { width, height, values, rank }) {
   card(id).classList.add("resident");
-  const rows = coefficients.rank;
-  const last = coefficients.values.subarray(coefficients.width * (coefficients.height - rows));
-  drawValues(/** @type {HTMLCanvasElement} */ (card(id).querySelector("canvas")), { ...coefficients, height: rows, values: last });
+  const canvas = /** @type {HTMLCanvasElement} */ (card(id).querySelector("canvas"));
+  drawValues(canvas, width, rank, values.subarray(width * (height - rank)));
 }
 
 /** The whole task: a column per row of its matrices, a row per component. @param {Coefficients} coefficients */
-export function drawPicture({ values, width, height, rank }) {
+export function drawPicture({ values, width, height }) {
   const turned = new Float32Array(values.length);
   for (let r = 0; r < height; r++) for (let k = 0; k < width; k++) turned[k * height + r] = values[r * width + k];
-  drawValues(byId("picture"), { width: height, height: width, values: turned, rank });
+  drawValues(byId("picture"), height, width, turned);
   byId("picture-caption").textContent = `The whole task: ${values.length.toLocaleString("en")} coefficients`;
 }
 
-/** Positive values in the accent colour, negative ones in ink. @param {HTMLCanvasElement} canvas @param {Coefficients} coefficients */
-function drawValues(canvas, { width, height, values }) {
+/**
+ * A pixel per value: positive ones in the accent colour, negative ones in ink.
+ * @param {HTMLCanvasElement} canvas
+ * @param {number} width
+ * @param {number} height
+ * @param {Float32Array} values [height, width]
+ */
+function drawValues(canvas, width, height, values) {
   canvas.width = width;
   canvas.height = height;
   const context = /** @type {CanvasRenderingContext2D} */ (canvas.getContext("2d"));
@@ -163,8 +177,8 @@ export function drawMemory({ model, adapters }, memory, tasks, resident) {
   ];
   const used = owners.filter(([, bytes]) => bytes > 0);
   byId("weights").replaceChildren(
-    bars("The tasks", [
-      { what: resident < tasks ? `this page, ${resident} of ${tasks} read` : `this page, all ${tasks}`, bytes: memory.total, parts: used },
+    bars("Tasks alone", [
+      { what: `this page, ${resident < tasks ? `${resident} of` : "all"} ${tasks}`, bytes: memory.total, parts: used },
       { what: `${tasks} adapters`, bytes: adapters },
     ]),
     bars("With the model", [
@@ -203,7 +217,11 @@ function bars(title, weights) {
   return group;
 }
 
-/** Newest first; older ones fall off the end. @param {string} what @param {{ milliseconds: number, requests: number, bytes: number }} cost */
+/**
+ * Newest first; older ones fall off the end.
+ * @param {string} what
+ * @param {{ milliseconds: number, requests: number, bytes: number }} cost
+ */
 export function logCost(what, { milliseconds, requests, bytes }) {
   const row = document.createElement("tr");
   row.append(...[what, time(milliseconds), String(requests), size(bytes)].map((text) => element("td", "", text)));
@@ -219,7 +237,8 @@ export function drawProgress(progress) {
   if (!progress) return;
   const { what, done, total } = progress;
   line.style.setProperty("--share", String(done && total ? done / total : 1));
-  /** @type {HTMLElement} */ (line.lastElementChild).textContent = done && total ? `${what}, ${size(done)} of ${size(total)}` : what;
+  const text = /** @type {HTMLElement} */ (line.lastElementChild);
+  text.textContent = done && total ? `${what}, ${size(done)} of ${size(total)}` : what;
 }
 
 /** @param {string} title @param {string} advice @param {string} detail */

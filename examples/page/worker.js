@@ -38,9 +38,11 @@ const beside = (file) => new URL(file, self.location.href).href;
 
 /** @type {{ tokenizer: Tokenizer, pack: import("eigenlora").Pack } | undefined} */
 let files;
-/** @type {{ ort: typeof import("onnxruntime-web"), session: import("eigenlora/onnxruntime").EigenSession<typeof import("onnxruntime-web")> } | undefined} */
+/** @typedef {typeof import("onnxruntime-web")} Ort */
+/** @type {{ ort: Ort, session: import("eigenlora/onnxruntime").EigenSession<Ort> } | undefined} */
 let running;
 
+/** What the page may ask for. */
 const calls = {
   /** Whether WebGPU can be used here; a reason in plain words where it cannot. */
   async webgpu() {
@@ -64,7 +66,9 @@ const calls = {
     running = undefined;
     const [ort, model, { pack }] = await Promise.all([loadOrt(provider), fetchModel(), openFiles()]);
     progress("preparing the model");
-    const session = await createEigenSession(ort, model, pack, { session: { executionProviders: [provider] } });
+    // Errors only: it warns that WebGPU leaves shapes to the CPU, which is as it should be.
+    const options = /** @type {never} */ ({ executionProviders: [provider], logSeverityLevel: 3 });
+    const session = await createEigenSession(ort, model, pack, { session: options });
     running = { ort, session };
     const task = wanted !== undefined && pack.tasks.has(wanted) ? wanted : [...pack.tasks.keys()][0];
     await session.switchTask(task);
@@ -88,8 +92,9 @@ const calls = {
   async switchTask(task, strength) {
     const { session } = live();
     const report = await session.switchTask(strength === 1 ? task : { [task]: strength });
-    const { requests, bytesRead, bytesFed, milliseconds } = report;
-    return { requests, bytes: bytesRead, bytesFed, milliseconds, memory: session.memory(), coefficients: await coefficientsOf(task) };
+    const { requests, bytesRead, milliseconds } = report;
+    const coefficients = await coefficientsOf(task);
+    return { requests, bytes: bytesRead, milliseconds, memory: session.memory(), coefficients };
   },
 
   /**
@@ -150,6 +155,7 @@ function live() {
 /**
  * The build that can do what is asked: the one with WebGPU is twice as large.
  * @param {Provider} provider
+ * @returns {Promise<Ort>}
  */
 async function loadOrt(provider) {
   const webgpu = provider === "webgpu";
@@ -163,8 +169,9 @@ async function loadOrt(provider) {
 /** Tokenizer and pack, which outlive a session. */
 async function openFiles() {
   if (files) return files;
-  const [pack, ...json] = await Promise.all([openPack(beside("tasks.eigen")), getJson("tokenizer.json"), getJson("tokenizer_config.json")]);
-  return (files = { pack, tokenizer: new Tokenizer(json[0], json[1]) });
+  const json = ["tokenizer.json", "tokenizer_config.json"].map(getJson);
+  const [pack, tokens, config] = await Promise.all([openPack(beside("tasks.eigen")), ...json]);
+  return (files = { pack, tokenizer: new Tokenizer(tokens, config) });
 }
 
 /** @param {string} file */
@@ -186,7 +193,8 @@ async function fetchModel() {
   const response = await get("model_fp16.onnx");
   const total = Number(response.headers.get("content-length"));
   // Some hosts compress on the way and cannot say how long it will be.
-  if (!response.body || !total || response.headers.has("content-encoding")) return new Uint8Array(await response.arrayBuffer());
+  const known = response.body && total && !response.headers.has("content-encoding");
+  if (!response.body || !known) return new Uint8Array(await response.arrayBuffer());
   const bytes = new Uint8Array(total);
   let done = 0;
   const reader = response.body.getReader();
@@ -197,7 +205,7 @@ async function fetchModel() {
     done += value.length;
     progress("loading the model", done, total);
   }
-  if (done !== total) throw new Error(`model_fp16.onnx: the connection ended after ${done} of ${total} bytes; reload the page`);
+  if (done !== total) throw new Error(`model_fp16.onnx ended after ${done} of ${total} bytes; reload the page`);
   return bytes;
 }
 
@@ -212,7 +220,7 @@ function progress(what, done, total) {
 
 /**
  * The same line in each row of a batch.
- * @param {typeof import("onnxruntime-web")} ort
+ * @param {Ort} ort
  * @param {string} text
  * @param {number} rows
  */
@@ -222,7 +230,10 @@ function tokenize(ort, text, rows) {
   if (ids.length > MAX_TOKENS) ids.splice(MAX_TOKENS - 1, ids.length - MAX_TOKENS);
   const dims = [rows, ids.length];
   /** @param {(i: number) => number} value */
-  const tensor = (value) => new ort.Tensor("int64", BigInt64Array.from({ length: rows * ids.length }, (_, i) => BigInt(value(i % ids.length))), dims);
+  const tensor = (value) => {
+    const data = BigInt64Array.from({ length: rows * ids.length }, (_, i) => BigInt(value(i % ids.length)));
+    return new ort.Tensor("int64", data, dims);
+  };
   const feeds = { input_ids: tensor((i) => ids[i]), attention_mask: tensor(() => 1), token_type_ids: tensor(() => 0) };
   return { feeds, tokens: ids.length };
 }
@@ -278,9 +289,10 @@ function half(bits) {
 /** @type {Promise<unknown>} */
 let queue = Promise.resolve();
 self.onmessage = ({ data: { id, call, args } }) => {
+  const run = /** @type {Record<string, (...args: unknown[]) => Promise<unknown>>} */ (/** @type {unknown} */ (calls))[call];
   queue = queue.then(async () => {
     try {
-      const value = await /** @type {(...args: unknown[]) => Promise<unknown>} */ (calls[/** @type {keyof Calls} */ (call)])(...args);
+      const value = await run(...args);
       self.postMessage({ id, value });
     } catch (error) {
       const { message, tag } = /** @type {Error & { tag?: string }} */ (error);

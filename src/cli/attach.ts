@@ -1,15 +1,16 @@
 /**
- * The command attach: an ONNX model that carries a pack's components and takes a task as small inputs, for runtimes that
- * this package has no binding for (docs/attach.md). It prepares files and runs nothing. Tasks that need the weights
- * themselves changed are refused.
+ * The command attach: an ONNX model that carries a pack's components and takes a task as small inputs, for runtimes
+ * that this package has no binding for (docs/attach.md). It prepares files and runs nothing. Tasks that need the
+ * weights themselves changed are refused.
  */
 import { existsSync } from "node:fs";
 import { mkdir } from "node:fs/promises";
 import { dirname, join, resolve } from "node:path";
+import type { TaskMetadata } from "../adapters/adapter.ts";
 import { createBackend } from "../backends/select.ts";
 import { BaseMismatchError, FormatError, SourceError } from "../errors.ts";
 import { nearest } from "../names.ts";
-import { checkGraftable, graft, PREFIX, type Grafted, type TaskInput } from "../onnx/graft.ts";
+import { graft, PREFIX, type Grafted, type TaskInput } from "../onnx/graft.ts";
 import type { GraphProto } from "../onnx/onnx_pb.ts";
 import { readModel, type ModelFile } from "../onnx/read.ts";
 import { embedWeights } from "../onnx/write.ts";
@@ -31,49 +32,55 @@ const CHUNK_BYTES = 2 ** 24;
 /** `TensorProto.DataLocation.EXTERNAL`. */
 const EXTERNAL = 1;
 
+/** By these a program can tell whether a model and the inputs of a task belong together. */
+type Marks = ReadonlyMap<string, string>;
+
 /** `attach MODEL.onnx PACK -o OUT.onnx` */
 export async function attachCommand(args: Arguments, out: Output): Promise<Result> {
   const [modelPath = "", packPath = ""] = args.positionals;
   const target = required(args, "output");
   if (args.text("mode") === "folded") {
-    throw new UsageError('--mode folded: weights are no inputs; use eigenlora fold, or createEigenSession with mode "folded"');
+    const others = 'use eigenlora fold, or createEigenSession with mode "folded"';
+    throw new UsageError(`--mode folded: weights are no inputs; ${others}`);
   }
   const mode = choice(args, "mode", ["auto", "core", "factors"] as const, "auto");
   const names = namesByHand(args);
+  const options = { mode, names, ignore: args.list("ignore"), anyBase: args.flag("any-base") };
   for (const path of [modelPath, packPath]) refuseOverwriting(target, path);
   const pack = await openPack(packPath);
   try {
     for (const module of names.keys()) refuseUnknown(module, pack);
     const file = await readModel(modelPath);
     try {
-      checkGraftable(file.model);
       const bases = await pack.takeBases();
-      const plan = await planSession(file, pack, bases, { mode, names, ignore: args.list("ignore"), anyBase: args.flag("any-base") });
+      const plan = await planSession(file, pack, bases, options);
       refuseFolded(plan, pack);
       const wanted = new Set(args.list("task"));
       const ids = wanted.size > 0 ? [...wanted] : [...pack.tasks.keys()];
       // An unknown or damaged task is found before anything is written.
       await pack.prefetch(ids);
       const grafted = graft(file.model, plan.graft, { probe: false });
-      // By these a program can tell whether a model and the inputs of a task belong together.
-      const marks = new Map([
+      const marks: Marks = new Map([
         [`${PREFIX}.basis`, pack.basisId],
         [`${PREFIX}.mode`, plan.mode],
       ]);
       const model = serialise(file, grafted, marks, target);
       const external = await writeExternal(file, target);
-      const written = await writeInputs({ pack, bases, plan, grafted, marks, target, ids }, out);
+      const written = await writeInputs({ pack, bases, plan, inputs: grafted.inputs, marks }, ids, target, out);
       // Last: a model that is there has all that belongs to it.
       const size = await writeWhole(target, [model]);
       const { reason } = plan;
+      const { inputs } = grafted;
+      const { base, tasks, folder } = written;
       const modules = plan.graft.modules.length;
+      const largest = Math.max(0, ...tasks.map((task) => task.bytes));
       return {
-        json: { file: target, mode: plan.mode, reason, modules, bytes: size, external, inputs: grafted.inputs, ...written },
+        json: { file: target, mode: plan.mode, reason, modules, bytes: size, external, inputs, base, tasks },
         text: [
           `${target}: ${modules} modules, ${bytes(size)}, mode ${plan.mode} (${reason})`,
           ...external.map((path) => `  weights in ${path}`),
-          `${grafted.inputs.length} inputs carry a task: without one, ${written.base.file}, ${bytes(written.base.bytes)}`,
-          `  ${written.tasks.length} tasks in ${written.folder}, ${bytes(Math.max(...written.tasks.map((task) => task.bytes)))} at most`,
+          `${inputs.length} inputs carry a task: without one, ${base.file}, ${bytes(base.bytes)}`,
+          `  ${tasks.length} tasks in ${folder}, ${bytes(largest)} at most`,
         ].join("\n"),
       };
     } finally {
@@ -103,27 +110,31 @@ function refuseOverwriting(target: string, path: string): void {
 function refuseUnknown(module: string, { modules, name }: Pack): void {
   if (modules.some((known) => known.name === module)) return;
   const close = nearest(module, modules.map((known) => known.name));
-  throw new UsageError(`--names ${module}=…: ${name} adapts no such module; the nearest are ${close.join(", ") || "none"}`);
+  const found = close.length > 0 ? `; the nearest are ${close.join(", ")}` : "";
+  throw new UsageError(`--names ${module}=…: ${name} adapts no such module${found}`);
 }
 
 /** @throws BaseMismatchError when the tasks need other weights */
 function refuseFolded({ mode, reason }: Plan, { name }: Pack): void {
   if (mode !== "folded") return;
-  const message = `the tasks of ${name} cannot come as inputs: ${reason}. Merge one into the checkpoint with eigenlora fold`;
-  throw new BaseMismatchError(`${message}, or use createEigenSession, whose mode "folded" changes weights`, { module: reason });
+  throw new BaseMismatchError(
+    `the tasks of ${name} cannot come as inputs: ${reason}. Merge one into the checkpoint with eigenlora fold, ` +
+      'or use createEigenSession, whose mode "folded" changes weights',
+    { module: reason },
+  );
 }
 
 /** @throws FormatError when it becomes too large for a single file */
-function serialise(file: ModelFile, { initializers }: Grafted, marks: ReadonlyMap<string, string>, target: string): Uint8Array {
+function serialise(file: ModelFile, { initializers }: Grafted, marks: Marks, target: string): Uint8Array {
   const { metadataProps } = file.model.proto;
   for (const [key, value] of marks) metadataProps.push({ $typeName: "onnx.StringStringEntryProto", key, value });
   const model = embedWeights(file, initializers);
   if (model.length <= MOST_MODEL_BYTES) return model;
-  const message = `needs ${model.length} bytes with the components inside, at most ${MOST_MODEL_BYTES} are allowed`;
-  throw new FormatError(`${message}; save the model with its weights in a file beside it (onnx.save, save_as_external_data)`, {
-    file: target,
-    part: "model",
-  });
+  throw new FormatError(
+    `needs ${model.length} bytes with the components inside, at most ${MOST_MODEL_BYTES} are allowed; ` +
+      "save the model with its weights in a file beside it (onnx.save, save_as_external_data)",
+    { file: target, part: "model" },
+  );
 }
 
 /**
@@ -152,7 +163,9 @@ function externalLocations(graph: GraphProto, found: Set<string> = new Set()): S
     if (dataLocation === EXTERNAL && location !== undefined) found.add(location);
   }
   for (const { attribute } of graph.node) {
-    for (const { g, graphs } of attribute) for (const nested of g ? [g, ...graphs] : graphs) externalLocations(nested, found);
+    for (const { g, graphs } of attribute) {
+      for (const nested of g ? [g, ...graphs] : graphs) externalLocations(nested, found);
+    }
   }
   return found;
 }
@@ -162,11 +175,18 @@ async function copyTo(path: string, source: ByteSource): Promise<void> {
   if (source.byteLength === undefined) await source.read(0, 1);
   if (existsSync(path)) {
     if (await isSame(path, source)) return;
-    const message = `is there already and differs from the model's ${source.name}; choose another folder, or move it away`;
+    const message = `is there already and differs from the model's ${source.name}; choose another folder`;
     throw new SourceError(message, { file: path });
   }
-  await mkdir(dirname(path), { recursive: true });
+  await makeFolder(dirname(path));
   await writeWhole(path, chunksOf(source));
+}
+
+/** @throws SourceError when there cannot be one */
+async function makeFolder(path: string): Promise<void> {
+  await mkdir(path, { recursive: true }).catch((cause: Error) => {
+    throw new SourceError(`cannot be made a folder: ${cause.message}`, { file: path, cause });
+  });
 }
 
 async function* chunksOf(source: ByteSource): AsyncGenerator<Uint8Array, void> {
@@ -189,49 +209,53 @@ async function isSame(path: string, source: ByteSource): Promise<boolean> {
   }
 }
 
+/** What there is to say about the inputs of tasks. */
+interface Attached {
+  pack: Pack;
+  bases: Uint8Array;
+  plan: Plan;
+  inputs: readonly TaskInput[];
+  marks: Marks;
+}
+
 interface WrittenInputs {
-  folder: string;
   base: { file: string; bytes: number };
+  folder: string;
   tasks: { id: string; file: string; bytes: number }[];
 }
 
 /** The inputs of the base and of each task, one file each, beside the model. */
 async function writeInputs(
-  made: {
-    pack: Pack;
-    bases: Uint8Array;
-    plan: Plan;
-    grafted: Grafted;
-    marks: ReadonlyMap<string, string>;
-    target: string;
-    ids: readonly string[];
-  },
+  { pack, bases, plan, inputs, marks }: Attached,
+  ids: readonly string[],
+  target: string,
   out: Output,
 ): Promise<WrittenInputs> {
-  const { pack, bases, plan, marks, ids } = made;
-  const { inputs } = made.grafted;
-  const stem = made.target.replace(/\.onnx$/i, "");
+  const stem = target.replace(/\.onnx$/i, "");
   const { backend } = await createBackend();
   try {
     const evaluator = new TaskEvaluator(pack, plan, inputs, new Workbench(backend, pack.modules, bases));
+    const folder = `${stem}.tasks`;
+    await makeFolder(folder);
     const file = `${stem}.base.safetensors`;
     const base = { file, bytes: await writeValues(file, inputs, await evaluator.evaluate(null, {}), marks) };
-    const folder = `${stem}.tasks`;
-    await mkdir(folder, { recursive: true });
     const tasks = [];
     for (const [i, id] of ids.entries()) {
       const path = join(folder, `${fileName(id)}.safetensors`);
-      const { metadata } = pack.tasks.get(id)!;
-      const described = new Map([...marks, [`${PREFIX}.task`, id]]);
-      // Values of this format's metadata are text.
-      for (const [key, value] of Object.entries(metadata)) described.set(key, JSON.stringify(value));
-      tasks.push({ id, file: path, bytes: await writeValues(path, inputs, await evaluator.evaluate(id, {}), described) });
+      const metadata = new Map([...asText(pack.tasks.get(id)!.metadata), ...marks, [`${PREFIX}.task`, id]]);
+      const size = await writeValues(path, inputs, await evaluator.evaluate(id, {}), metadata);
+      tasks.push({ id, file: path, bytes: size });
       out.progress("task", i + 1, ids.length);
     }
-    return { folder, base, tasks };
+    return { base, folder, tasks };
   } finally {
     backend.dispose();
   }
+}
+
+/** Metadata of a safetensors file are text: each value as JSON. */
+function asText(metadata: TaskMetadata): [string, string][] {
+  return Object.entries(metadata).map(([key, value]) => [key, JSON.stringify(value)]);
 }
 
 /** An id may hold any character; a file's name may not. What this leaves as it is may stand in names everywhere. */
@@ -248,7 +272,8 @@ function writeValues(
   const entries = inputs.map((input): SafetensorsEntry => {
     const { dims, data } = stackValues(input, [values.inputs.get(input.name)!]);
     const dtype = data instanceof BigInt64Array ? "I64" : "F32";
-    return { name: input.name, dtype, shape: dims, read: () => new Uint8Array(data.buffer, data.byteOffset, data.byteLength) };
+    const read = (): Uint8Array => new Uint8Array(data.buffer, data.byteOffset, data.byteLength);
+    return { name: input.name, dtype, shape: dims, read };
   });
   return writeWhole(path, writeSafetensors(entries, metadata));
 }

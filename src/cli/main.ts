@@ -119,10 +119,10 @@ const COMMANDS = new Map<string, Command>([
       does: "an ONNX model with the components inside, and small input files per task beside it",
       options: {
         ...output("OUT.onnx", "the model to write; OUT.base.safetensors and OUT.tasks/ID.safetensors come beside it"),
-        mode: { value: "auto|core|factors", help: "whether the inputs are cores between components, or expanded factors" },
+        mode: { value: "auto|core|factors", help: "inputs are cores between the components, or expanded factors" },
         task: { value: "ID", multiple: true, help: "write the inputs of this task only; may be given again" },
         names: { value: "MODULE=WEIGHT", multiple: true, help: "the model's name for a module, where it is not found" },
-        ignore: { value: "NAME", multiple: true, help: "leave out a parameter or module of the tasks, such as classifier" },
+        ignore: { value: "NAME", multiple: true, help: "leave out a parameter or module of the tasks (classifier)" },
         "any-base": { help: "accept a model whose weights differ from the pack's fingerprints" },
       },
       positionals: [2, 2],

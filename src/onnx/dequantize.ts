@@ -53,7 +53,8 @@ export async function readLinearWeight(file: ModelFile, parameter: OnnxParameter
   const at = packed ? await nBits(reader, use.node) : await affine(reader, model, parameter, use, transposed, out, inputs);
   if (at) return { at, quantized: true };
   const how = use ? `${use.node.opType} "${use.node.name}"` : "no node";
-  throw new FormatError(`"${parameter.name}" is quantised in a way that is not known here (used by ${how})`, {
+  const message = `"${parameter.name}" is quantised in a way that is not known here (used by ${how})`;
+  throw new FormatError(`${message}; pass a model where it is float, or anyBase: true where it is read for its fingerprint only`, {
     file: model.name,
     part: `initializer ${parameter.initializer}`,
   });
@@ -137,7 +138,7 @@ function integers(view: DataView, bits: number, signed: boolean): Values {
 /** B [N, blocks, block_size · bits / 8], scales [N · blocks], zero points packed by row, 2^(bits - 1) where there are none. */
 async function nBits(reader: TensorReader, node: NodeProto): Promise<WeightAt | undefined> {
   const number = (name: string, otherwise: number): number => Number(attribute(node, name)?.i ?? otherwise);
-  const [inputs, bits, size] = [number("K", 0), number("bits", 4), number("block_size", 0)];
+  const [inputs, out, bits, size] = [number("K", 0), number("N", 0), number("bits", 4), number("block_size", 0)];
   const packed = await reader.values(node.input[1]);
   const scales = await reader.values(node.input[2]);
   const zeros = await reader.values(node.input[3]);
@@ -146,6 +147,9 @@ async function nBits(reader: TensorReader, node: NodeProto): Promise<WeightAt | 
   const values = integers(viewOf(packed.bytes), bits, false);
   // A row of zero points is padded to whole bytes.
   const rowOfZeros = (Math.ceil((blocks * bits) / 8) * 8) / bits;
+  const isWhole = packed.bytes.length * 8 >= out * blocks * size * bits && countOf(scales) >= out * blocks;
+  const isBased = !zeros || (zeros.integer ? zeros.bytes.length * 8 >= out * rowOfZeros * bits : countOf(zeros) >= out * blocks);
+  if (!isWhole || !isBased) return undefined;
   const zeroValues = zeros?.integer ? integers(viewOf(zeros.bytes), bits, false) : undefined;
   return (o, n) => {
     const block = Math.floor(n / size);
@@ -153,6 +157,10 @@ async function nBits(reader: TensorReader, node: NodeProto): Promise<WeightAt | 
     const zero = zeroValues ? zeroValues(o * rowOfZeros + block) : zeros ? zeros.at(o * blocks + block) : 2 ** (bits - 1);
     return (values((o * blocks + block) * size + (n % size)) - zero) * scale;
   };
+}
+
+function countOf({ shape }: TensorValues): number {
+  return shape.reduce((a, b) => a * b, 1);
 }
 
 function viewOf(bytes: Uint8Array): DataView {
@@ -176,7 +184,7 @@ async function affine(
   const zeros = await reader.values(quantization.zero);
   const { axis, block } = quantization;
   const [rows, columns] = shape as [number, number];
-  const count = scales.shape.reduce((a, b) => a * b, 1);
+  const count = countOf(scales);
   const place = (row: number, column: number): number => {
     if (count === 1) return 0;
     if (block === 0) return axis === 0 ? row : column;

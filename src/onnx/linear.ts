@@ -21,7 +21,7 @@ export interface Linear {
   readonly x: string;
   /** `FLOAT` or `FLOAT16`: of x and y. */
   readonly type: number;
-  /** Whether `node` adds the bias, as its third input. */
+  /** Whether `node` adds the bias itself. */
   readonly addsBias: boolean;
 }
 
@@ -48,7 +48,7 @@ export function linearOf(model: OnnxModel, use: Use): Linear | NotLinear {
   const { node, graph, input } = use;
   const refuse = (why: string): NotLinear => new NotLinear(`${node.opType} "${node.name}" ${why}`);
   const simple = (type: number, addsBias = false): Linear => {
-    const end = requantized(model, node) ?? node;
+    const end = requantized(model, use) ?? node;
     return { graph, node: end, x: node.input[0]!, type, addsBias };
   };
   switch (node.opType) {
@@ -57,11 +57,12 @@ export function linearOf(model: OnnxModel, use: Use): Linear | NotLinear {
       return simple(typeOf(model, graph, node.input[1]!));
     case "Gemm":
       if (input !== 1 || attribute(node, "transA")?.i) return refuse("multiplies from the left or transposed");
-      return simple(typeOf(model, graph, node.input[1]!), (node.input[2] ?? "") !== "");
+      if ((attribute(node, "alpha")?.f ?? 1) !== 1) return refuse("scales the product");
+      return simple(typeOf(model, graph, node.input[1]!), has(node, 2));
     case "MatMulNBits":
-      return simple(typeOf(model, graph, node.input[2]!));
+      return simple(typeOf(model, graph, node.input[2]!), has(node, 5));
     case "DynamicQuantizeMatMul":
-      return simple(FLOAT);
+      return simple(FLOAT, has(node, 4));
     case "MatMulInteger":
       return dynamic(model, use) ?? refuse("is not the dynamic quantisation that onnxruntime writes");
     case "QLinearMatMul":
@@ -75,17 +76,17 @@ export function linearOf(model: OnnxModel, use: Use): Linear | NotLinear {
  * The DequantizeLinear of a QuantizeLinear → DequantizeLinear pair right behind a node. What is added comes after it, since
  * the pair's range was measured without a task and would clip one.
  */
-function requantized(model: OnnxModel, node: NodeProto): NodeProto | undefined {
-  const quantize = onlyConsumer(model, node);
-  const dequantize = quantize?.opType === "QuantizeLinear" ? onlyConsumer(model, quantize) : undefined;
+function requantized(model: OnnxModel, { node, graph }: Use): NodeProto | undefined {
+  const quantize = onlyConsumer(model, graph, node);
+  const dequantize = quantize?.opType === "QuantizeLinear" ? onlyConsumer(model, graph, quantize) : undefined;
   return dequantize?.opType === "DequantizeLinear" ? dequantize : undefined;
 }
 
 /** DynamicQuantizeLinear → MatMulInteger → Cast → Mul by the scales. */
 function dynamic(model: OnnxModel, { node, graph }: Use): Linear | undefined {
   const before = producer(model, graph, node.input[0]!);
-  const cast = onlyConsumer(model, node);
-  const scaled = cast?.opType === "Cast" ? onlyConsumer(model, cast) : undefined;
+  const cast = onlyConsumer(model, graph, node);
+  const scaled = cast?.opType === "Cast" ? onlyConsumer(model, graph, cast) : undefined;
   if (before?.opType !== "DynamicQuantizeLinear" || scaled?.opType !== "Mul") return undefined;
   const type = Number(attribute(cast!, "to")?.i ?? FLOAT);
   return { graph, node: scaled, x: before.input[0]!, type, addsBias: false };
@@ -94,7 +95,7 @@ function dynamic(model: OnnxModel, { node, graph }: Use): Linear | undefined {
 /** QuantizeLinear → QLinearMatMul → DequantizeLinear. */
 function quantized(model: OnnxModel, { node, graph }: Use): Linear | undefined {
   const before = producer(model, graph, node.input[0]!);
-  const after = onlyConsumer(model, node);
+  const after = onlyConsumer(model, graph, node);
   if (before?.opType !== "QuantizeLinear" || after?.opType !== "DequantizeLinear") return undefined;
   return { graph, node: after, x: before.input[0]!, type: FLOAT, addsBias: false };
 }
@@ -103,8 +104,8 @@ function quantized(model: OnnxModel, { node, graph }: Use): Linear | undefined {
  * The Add that adds a linear layer's bias: the node whose output is the layer's whole result. Undefined when the layer has
  * none, or its own node adds it.
  */
-export function biasAdd(model: OnnxModel, { node }: Linear): NodeProto | undefined {
-  const next = onlyConsumer(model, node);
+export function biasAdd(model: OnnxModel, { node, graph }: Linear): NodeProto | undefined {
+  const next = onlyConsumer(model, graph, node);
   if (next?.opType !== "Add") return undefined;
   const [a, b] = next.input;
   const other = a === node.output[0] ? b! : a!;
@@ -114,15 +115,38 @@ export function biasAdd(model: OnnxModel, { node }: Linear): NodeProto | undefin
   return bias?.dims.length === 1 ? next : undefined;
 }
 
-/** The node that makes a value, in the graph itself or in the main one around it. */
-export function producer(model: OnnxModel, graph: GraphProto, value: string): NodeProto | undefined {
-  const main = model.graph.producers.get(value);
-  return main ?? (graph === model.graph.proto ? undefined : graph.node.find((node) => node.output.includes(value)));
+/**
+ * A node that holds the weights of several layers in one, as optimisers of graphs make them: none of these can be found or
+ * added to by itself.
+ */
+export function fusedNode(model: OnnxModel): NodeProto | undefined {
+  return model.graph.proto.node.find(({ domain, opType }) => domain === "com.microsoft" && /Attention$|MoE$/.test(opType));
 }
 
-function onlyConsumer(model: OnnxModel, node: NodeProto): NodeProto | undefined {
-  const uses = model.graph.consumers.get(node.output[0]!) ?? [];
-  return uses.length === 1 ? uses[0]!.node : undefined;
+/** The node that makes a value, and its graph: the one given or one around it. */
+export function origin(model: OnnxModel, graph: GraphProto, value: string): Pick<Use, "node" | "graph"> | undefined {
+  const { proto, producers, around } = model.graph;
+  for (let at: GraphProto | undefined = graph; at; at = around.get(at)) {
+    const node = at === proto ? producers.get(value) : at.node.find(({ output }) => output.includes(value));
+    if (node) return { node, graph: at };
+  }
+  return undefined;
+}
+
+/** The node that makes a value, in the graph itself or in one around it. */
+export function producer(model: OnnxModel, graph: GraphProto, value: string): NodeProto | undefined {
+  return origin(model, graph, value)?.node;
+}
+
+/** The node that alone reads what a node makes, if it lies in the same graph and the value is no output of that. */
+function onlyConsumer(model: OnnxModel, graph: GraphProto, { output: [value = ""] }: NodeProto): NodeProto | undefined {
+  const uses = model.graph.consumers.get(value) ?? [];
+  if (uses.length !== 1 || uses[0]!.graph !== graph || graph.output.some(({ name }) => name === value)) return undefined;
+  return uses[0]!.node;
+}
+
+function has({ input }: NodeProto, index: number): boolean {
+  return (input[index] ?? "") !== "";
 }
 
 /** Element type of a weight where it enters a product, as far as the nodes before it tell; f32 where they do not. */

@@ -23,6 +23,8 @@ export interface Graph {
   readonly producers: ReadonlyMap<string, NodeProto>;
   /** The nodes that read a value, nested graphs' nodes included. */
   readonly consumers: ReadonlyMap<string, readonly Use[]>;
+  /** The graph around each nested one. */
+  readonly around: ReadonlyMap<GraphProto, GraphProto>;
 }
 
 /** A parsed model. */
@@ -74,6 +76,7 @@ export function indexGraph(proto: GraphProto, file: string): Graph {
   const initializers = new Map<string, TensorProto>();
   const producers = new Map<string, NodeProto>();
   const consumers = new Map<string, Use[]>();
+  const around = new Map<GraphProto, GraphProto>();
   const twice = (value: string): FormatError =>
     new FormatError(`the value "${value}" has two origins: damaged, export the model again`, { file, part: "graph" });
   for (const tensor of proto.initializer) {
@@ -97,13 +100,15 @@ export function indexGraph(proto: GraphProto, file: string): Graph {
         else consumers.set(value, [{ node, input, graph }]);
       }
       for (const { g, graphs } of node.attribute) {
-        if (g) visit(g);
-        graphs.forEach(visit);
+        for (const nested of g ? [g, ...graphs] : graphs) {
+          around.set(nested, graph);
+          visit(nested);
+        }
       }
     }
   };
   visit(proto);
-  return { proto, initializers, producers, consumers };
+  return { proto, initializers, producers, consumers, around };
 }
 
 /** The attribute, or undefined when the node has none of this name. */

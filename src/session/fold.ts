@@ -2,9 +2,11 @@
  * Mode "folded": every parameter that tasks change gets a tensor of its own, all of them in one file, so that a switch is
  * a new content of that file and a new session on it.
  */
+import { BaseMismatchError } from "../errors.ts";
+import { origin } from "../onnx/linear.ts";
 import type { OnnxModel } from "../onnx/model.ts";
 import type { OnnxParameter } from "../onnx/modules.ts";
-import type { NodeProto } from "../onnx/onnx_pb.ts";
+import type { GraphProto } from "../onnx/onnx_pb.ts";
 import { create, NodeProtoSchema, TensorProtoSchema } from "../onnx/protobuf.ts";
 import { PREFIX } from "../onnx/graft.ts";
 import { point, type DataFile } from "../onnx/write.ts";
@@ -15,12 +17,18 @@ export const FOLDED_FILE = "eigenlora-folded";
 /** Where each changing parameter lies in the file. */
 export interface FoldedLayout {
   readonly byteLength: number;
-  readonly places: ReadonlyMap<string, { readonly offset: number; readonly byteLength: number }>;
+  readonly places: ReadonlyMap<string, FoldedPlace>;
+}
+
+interface FoldedPlace {
+  readonly offset: number;
+  readonly byteLength: number;
+  readonly shape: readonly number[];
 }
 
 /** Changes `model.proto`: the parameters' tensors point into the file. */
 export function layoutFolded(model: OnnxModel, parameters: readonly OnnxParameter[]): FoldedLayout {
-  const places = new Map<string, { offset: number; byteLength: number }>();
+  const places = new Map<string, FoldedPlace>();
   const main = model.graph.proto;
   let end = 0;
   for (const parameter of parameters) {
@@ -28,35 +36,35 @@ export function layoutFolded(model: OnnxModel, parameters: readonly OnnxParamete
     const byteLength = parameter.shape.reduce((a, b) => a * b, parameter.dtype === "f32" ? 4 : 2);
     const offset = Math.ceil(end / 64) * 64;
     end = offset + byteLength;
-    places.set(parameter.name, { offset, byteLength });
+    places.set(parameter.name, { offset, byteLength, shape: parameter.shape });
     const name = `${PREFIX}/folded/${parameter.name}`;
     const tensor = create(TensorProtoSchema, { name, dims: old.dims, dataType: old.dataType });
     point(tensor, FOLDED_FILE, offset, byteLength);
     main.initializer.push(tensor);
-    for (const { node, input } of parameter.uses) {
-      node.input[input] = copyChain(model, node.input[input]!, parameter.initializer, name);
+    for (const { node, input, graph } of parameter.uses) {
+      node.input[input] = copyChain(model, graph, node.input[input]!, parameter.initializer, name);
     }
   }
   return { byteLength: end, places };
 }
 
 /** The nodes between an initializer and its use once more, for another initializer: equal weights are merged on export. */
-function copyChain(model: OnnxModel, value: string, from: string, to: string): string {
+function copyChain(model: OnnxModel, graph: GraphProto, value: string, from: string, to: string): string {
   if (value === from) return to;
-  const node = model.graph.producers.get(value)!;
-  const before = copyChain(model, node.input[0]!, from, to);
-  const name = `${before}/${node.opType}`;
-  const main = model.graph.proto;
-  if (main.node.some((made) => made.name === name)) return name;
+  const { node, graph: home } = origin(model, graph, value)!;
+  const name = `${to}/${value}`;
+  if (home.node.some((made) => made.name === name)) return name;
+  const before = copyChain(model, home, node.input[0]!, from, to);
   const { opType, attribute, domain, input } = node;
-  const copy: NodeProto = create(NodeProtoSchema, { opType, domain, attribute, name, input: [before, ...input.slice(1)], output: [name] });
-  main.node.splice(main.node.indexOf(node) + 1, 0, copy);
+  const copy = create(NodeProtoSchema, { opType, domain, attribute, name, input: [before, ...input.slice(1)], output: [name] });
+  home.node.splice(home.node.indexOf(node) + 1, 0, copy);
   return name;
 }
 
 /**
  * The content of the file.
  * @param value of a parameter as the task has it
+ * @throws BaseMismatchError when it has another shape than the model's
  */
 export async function fillFolded(
   { byteLength, places }: FoldedLayout,
@@ -65,6 +73,10 @@ export async function fillFolded(
   const data = new Uint8Array(byteLength);
   for (const [name, place] of places) {
     const view = await value(name);
+    if (view.shape.join() !== place.shape.join()) {
+      const message = `a task brings "${name}" of [${view.shape.join(", ")}], the model's needs [${place.shape.join(", ")}]`;
+      throw new BaseMismatchError(message, { module: name, expected: place.shape, found: view.shape });
+    }
     data.set((view.data as Uint8Array).subarray(view.byteOffset, view.byteOffset + place.byteLength), place.offset);
   }
   return { path: FOLDED_FILE, data };

@@ -7,8 +7,16 @@ import { decodeTensor } from "../dtypes.ts";
 import { BaseMismatchError } from "../errors.ts";
 import { NameMatcher } from "../names.ts";
 import { readLinearWeight, readVector } from "../onnx/dequantize.ts";
-import type { Components, Graft, GraftBias, GraftHead, GraftModule, GraftRows } from "../onnx/graft.ts";
-import { biasAdd, FLOAT, linearOf, matrixShape, NotLinear, type Linear } from "../onnx/linear.ts";
+import {
+  checkGraftable,
+  type Components,
+  type Graft,
+  type GraftBias,
+  type GraftHead,
+  type GraftModule,
+  type GraftRows,
+} from "../onnx/graft.ts";
+import { biasAdd, FLOAT, fusedNode, linearOf, matrixShape, NotLinear, type Linear } from "../onnx/linear.ts";
 import type { Use } from "../onnx/model.ts";
 import { findParameters, type OnnxParameter } from "../onnx/modules.ts";
 import type { ModelFile } from "../onnx/read.ts";
@@ -24,7 +32,7 @@ export type Mode = "core" | "factors" | "folded";
 export interface PlanOptions extends ReadOptions {
   /** Unless given, or "auto": what fits the pack and the model best. */
   mode?: Mode | "auto" | undefined;
-  /** Names of weights or initializers in the model, by module name of the pack, where they are not found. */
+  /** Names of weights or of their initializers in the model, by module name of the pack, where they are not found. */
   names?: ReadonlyMap<string, string> | undefined;
   /** Accept a model whose weights differ from the fingerprints, for instance one that was trained further. */
   anyBase?: boolean | undefined;
@@ -50,6 +58,8 @@ export interface Plan {
   /** Why this mode, for people. */
   readonly reason: string;
   readonly graft: Graft;
+  /** The model's names of the adapted weights, by module name of the pack. */
+  readonly names: ReadonlyMap<string, string>;
   /** By module name of the pack. */
   readonly heads: ReadonlyMap<string, BaseHead>;
   /** Values of the biases that tasks change, by the pack's name of the parameter. */
@@ -69,6 +79,9 @@ interface Obstacle {
   why: string;
 }
 
+/** Roles that are no parameters of the model: they belong to the term of the module that they name. */
+const OF_TERMS: ReadonlySet<string> = new Set(["magnitude", "private"]);
+
 /** A parameter that some task changes. */
 interface Brought {
   role: string;
@@ -79,8 +92,11 @@ interface Brought {
  * @param bases of the pack, as `pack.takeBases()` gives them
  * @throws BaseMismatchError when a module is missing, ambiguous, of another shape or of another model, or when the mode
  *   asked for cannot do what the tasks bring; the message names another that can
+ * @throws FormatError when the model's opset is too old, or the model has been grafted before
  */
 export async function planSession(file: ModelFile, pack: Pack, bases: Uint8Array, options: PlanOptions): Promise<Plan> {
+  // First: what a graft has taken out of a model would be missed by another name.
+  checkGraftable(file.model);
   const planner = new Planner(file, pack, bases, options);
   return planner.plan();
 }
@@ -108,31 +124,36 @@ class Planner {
   async plan(): Promise<Plan> {
     const found = this.#pack.modules.map((module) => this.#module(module));
     this.#refuseTwice(found);
-    if (!this.#options.anyBase) for (const [i, parameter] of found.entries()) await this.#check(this.#pack.modules[i]!, parameter);
     const brought = await this.#brought();
-    const ignored = new Set(brought.map(({ name }) => name).filter((name) => this.#isIgnored(name)));
+    const parameters = brought.filter(({ role }) => !OF_TERMS.has(role));
+    const ignored = new Set(parameters.map(({ name }) => name).filter((name) => this.#isIgnored(name)));
     const wanted = brought.filter(({ name }) => !ignored.has(name));
     const named = (of: string): Set<string> => new Set(wanted.filter(({ role }) => role === of).map(({ name }) => name));
     const [scaled, ownTerms] = [named("magnitude"), named("private")];
     const heads = this.#heads(wanted);
     const headNames = new Set(heads.flatMap(({ weight, bias }) => [weight, ...(bias ? [bias] : [])]));
-    const rest = wanted.filter(({ role, name }) => !["magnitude", "private"].includes(role) && !headNames.has(name));
+    const rest = wanted.filter(({ role, name }) => !OF_TERMS.has(role) && !headNames.has(name));
     const biases: GraftBias[] = [];
     const rows: GraftRows[] = [];
     for (const { role, name } of rest) {
       const parameter = this.#parameter(name, role);
-      const bias = role === "saved" && !name.endsWith(".bias") ? undefined : this.#bias(name, parameter);
-      const table = role === "rows" ? this.#table(name, parameter) : undefined;
+      const quantised = parameter.dtype === "other";
+      if (quantised) this.#notFolded.push({ module: name, why: `"${name}" is quantised` });
+      const bias = quantised || (role === "saved" && !name.endsWith(".bias")) ? undefined : this.#bias(name, parameter);
+      const table = quantised || role !== "rows" ? undefined : this.#table(name, parameter);
+      const why = quantised ? "which is quantised here" : "no linear layer's head or bias";
       if (bias) biases.push(bias);
       else if (table) rows.push(table);
-      else this.#notUnfolded.push({ module: name, why: `tasks bring "${name}" (${role}), no linear layer's head or bias` });
+      else this.#notUnfolded.push({ module: name, why: `tasks bring "${name}" (${role}), ${why}` });
     }
     const modules = this.#pack.modules.map((module, i) => this.#graftModule(module, found[i]!, scaled.has(module.name)));
     const { mode, reason } = this.#choose();
+    if (!this.#options.anyBase) for (const [i, parameter] of found.entries()) await this.#check(this.#pack.modules[i]!, parameter);
     const baseHeads = new Map<string, BaseHead>();
     for (const head of heads) baseHeads.set(head.graft.name, await this.#baseHead(head));
     const graftHeads = heads.map(({ graft }) => graft);
-    const common = { mode, reason, heads: baseHeads, ignored };
+    const names = new Map(this.#pack.modules.map(({ name }, i) => [name, found[i]!.name]));
+    const common = { mode, reason, names, heads: baseHeads, ignored };
     if (mode === "folded") {
       const graft = { modules: [], biases: [], rows: [], heads: graftHeads };
       const folded = new Set([...found, ...rest.map(({ name, role }) => this.#parameter(name, role))]);
@@ -151,9 +172,8 @@ class Planner {
   }
 
   #module(module: PackModule): OnnxParameter {
-    const byHand = this.#options.names?.get(module.name);
-    const name = findWeight(this.#names, module.name, byHand === undefined ? undefined : new Map([[module.name, byHand]]));
-    const parameter = this.#parameters.get(name)!;
+    const parameter = this.#weight(module.name);
+    const { name } = parameter;
     const shape = matrixShape(parameter);
     const table = parameter.layout === "embedding" || module.layout === "embedding";
     const conv = parameter.shape.length > 2 && module.layout === "conv";
@@ -166,6 +186,20 @@ class Planner {
         `[${(shape ?? parameter.shape).join(", ")}]: the adapters are of another model`,
       { module: module.name, expected, found: shape ?? parameter.shape },
     );
+  }
+
+  #weight(module: string): OnnxParameter {
+    const byHand = this.#options.names?.get(module);
+    const held = [...this.#parameters.values()].filter(({ initializer }) => initializer === byHand);
+    if (held.length === 1) return held[0]!;
+    try {
+      return this.#parameters.get(findWeight(this.#names, module, this.#options.names))!;
+    } catch (error) {
+      const fused = fusedNode(this.#file.model);
+      if (!fused || !(error instanceof BaseMismatchError)) throw error;
+      const what = `the model is fused already (${fused.opType} "${fused.name}"): pass the unoptimised export`;
+      throw new BaseMismatchError(`${what}; ${error.message}`, { module, candidates: error.candidates ?? [] });
+    }
   }
 
   #refuseTwice(found: readonly OnnxParameter[]): void {
@@ -224,6 +258,8 @@ class Planner {
       if (!shape || linears instanceof NotLinear) continue;
       const bias = saved.has(`${moduleOf(weight)}.bias`) ? `${moduleOf(weight)}.bias` : undefined;
       const places = linears.map((linear) => ({ linear, end: (bias && biasAdd(this.#file.model, linear)) || linear.node }));
+      // A bias that is added somewhere else would be added to the task's own.
+      if (bias && places.some(({ linear, end }) => !linear.addsBias && end === linear.node)) continue;
       heads.push({
         graft: { name: moduleOf(weight), in: shape[1], out: shape[0], bias: bias !== undefined, places },
         weight,
@@ -243,7 +279,7 @@ class Planner {
 
   #bias(name: string, parameter: OnnxParameter): GraftBias | undefined {
     const [size] = parameter.shape;
-    if (parameter.shape.length !== 1 || size === undefined || parameter.dtype === "other") return undefined;
+    if (parameter.shape.length !== 1 || size === undefined) return undefined;
     const places = parameter.uses.filter(addsLastDimension);
     if (places.length === 0 || places.length < parameter.uses.length) return undefined;
     const type = parameter.dtype === "f16" && parameter.uses.every((use) => isDirect(use, parameter)) ? 10 : FLOAT;
@@ -281,7 +317,7 @@ class Planner {
     };
     const [unfolded, folded] = [this.#notUnfolded.length === 0, this.#notFolded.length === 0];
     if (!unfolded && !folded) {
-      const neither = `; nor can it be folded: ${this.#notFolded[0]!.why}`;
+      const neither = `; nor can they be folded: ${this.#notFolded[0]!.why}. Pass a float export of the model`;
       throw refuse(this.#notUnfolded, "no mode can bring these tasks to this model", neither);
     }
     if (mode === "folded" && !folded) throw refuse(this.#notFolded, 'mode "folded"', '; use mode "core" or "factors"');

@@ -95,7 +95,7 @@ export async function probeParity(
   try {
     after = await run(feeds, task, fetches);
   } catch (cause) {
-    return { result: `skipped: the model does not run on made-up inputs (${(cause as Error).message}); pass \`probe: feeds\`` };
+    return { result: `skipped: the model does not run on the inputs of the probe (${(cause as Error).message.trim()}); pass \`probe: feeds\`` };
   }
   if (!probe) {
     const before = await run(feeds, base, fetches);

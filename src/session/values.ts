@@ -73,7 +73,8 @@ export class TaskEvaluator {
       ["scale", "magnitude "],
       ["A", "private "],
     ]);
-    const ready = new Set(this.#inputs.map(({ of, kind }) => (prefix.get(kind) ?? "") + of));
+    const telling = this.#inputs.filter(({ kind }) => kind !== "core" && kind !== "B");
+    const ready = new Set(telling.map(({ of, kind }) => (prefix.get(kind) ?? "") + of));
     for (const { id, blob } of parts) {
       for (const brought of broughtBy(blob, this.#pack.modules)) {
         const [role, name] = [brought.slice(0, brought.indexOf(" ")), brought.slice(brought.indexOf(" ") + 1)];

@@ -2,7 +2,7 @@
 
 The folder is a local model of transformers.js: config, tokenizer, ONNX with its key-value cache as inputs and outputs,
 named as Optimum names them. The graph is TorchScript's, so that weights lose their names and nodes keep module paths.
-goldens.json is computed by PyTorch and PEFT in f64, without a cache and without the exported graph. Not a language model.
+goldens.json is computed by PyTorch and PEFT in f64, without cache and exported graph. Its text means nothing.
 
 usage: python make.py    (torch 2.13, transformers 5.24, peft 0.21, onnx 1.23, tokenizers 0.23)
 """

@@ -1,0 +1,37 @@
+/**
+ * The class names that answers have while a task is active. From the pack's directory alone; no model here.
+ */
+import type { Pack } from "../pack/pack.ts";
+import type { Selection } from "../runtime/selection.ts";
+import { broughtBy, moduleOf } from "./plan.ts";
+
+/** Names in the order of the head's rows; "numbered" for a head whose task has no names; "base" for the base's own. */
+export type Labels = readonly string[] | "numbered" | "base";
+
+/**
+ * @param head whose head a blend uses; without it, heads were blended, which takes equal labels
+ * @param ignore parameters of the tasks, or modules, that the model was made without
+ * @throws as `Pack.load`, for tasks whose pack does not say what they bring
+ */
+export async function labelsOf(
+  pack: Pack,
+  selection: Selection,
+  head: string | undefined,
+  ignore: readonly string[] = [],
+): Promise<Labels> {
+  const { tasks } = pack;
+  const active = typeof selection === "object" ? Object.keys(selection ?? {}) : [selection];
+  let labels: Labels = "base";
+  for (const id of head === undefined ? active : [head]) {
+    const task = tasks.get(id);
+    // The switch refuses it, in better words.
+    if (!task) continue;
+    const brings = task.brings ?? broughtBy(await pack.load(id), pack.modules);
+    const saved = brings.filter((one) => one.startsWith("saved ")).map((one) => one.slice("saved ".length));
+    const used = saved.filter((name) => !ignore.includes(name) && !ignore.includes(moduleOf(name)));
+    if (used.length > 0) return task.metadata.labels ?? "numbered";
+    // Adapters without a head of their own were trained on the base's; its classes may mean something else to them.
+    if (saved.length === 0 && labels === "base") labels = task.metadata.labels ?? "base";
+  }
+  return labels;
+}

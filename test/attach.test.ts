@@ -1,0 +1,316 @@
+import t, { type Test } from "tap";
+import { spawnSync } from "node:child_process";
+import { cp, mkdir, mkdtemp, readdir, readFile, rm, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { dirname, join } from "node:path";
+import { fileURLToPath } from "node:url";
+import * as ort from "onnxruntime-node";
+import { fromBinary, ModelProtoSchema, toBinary } from "../dist/src/onnx/protobuf.js";
+import { openSafetensors } from "../dist/src/safetensors.js";
+import { openSource } from "../dist/src/source.js";
+import { data, packOf } from "./packs.ts";
+
+/**
+ * `eigenlora attach`: what it writes, run by onnxruntime without anything of this package, against what PyTorch and
+ * PEFT answer (test/data/sessions). The Python part runs the code of docs/attach.md as it stands there.
+ */
+const main = fileURLToPath(new URL("../dist/src/cli/main.js", import.meta.url));
+const folder = await mkdtemp(join(tmpdir(), "eigenlora-attach-"));
+t.teardown(() => rm(folder, { recursive: true, maxRetries: 5, retryDelay: 200 }));
+const sessions = (name: string): string => data(`sessions/${name}`);
+const goldens = JSON.parse(await readFile(sessions("goldens.json"), "utf8")) as {
+  feeds: Record<string, number[][]>;
+  models: Record<string, string>;
+  outputs: Record<string, Record<string, number[][]>>;
+};
+const TOLERANCE = 1e-5;
+const LOWEST = -3.4028234663852886e38;
+
+type Report = Record<string, any>;
+
+/** Runs with --json, and expects this exit code. */
+function json(status: number, ...args: string[]): Report {
+  const result = spawnSync(process.execPath, [main, ...args, "--json"], { encoding: "utf8", cwd: folder });
+  const { stdout, stderr } = result;
+  if (result.status !== status) throw new Error(`${args.join(" ")}: exit ${result.status}\n${stdout}${stderr}`);
+  return JSON.parse(stdout);
+}
+
+/** A pack that keeps its adapters whole; its path. */
+async function pack(...adapters: string[]): Promise<string> {
+  const path = join(folder, `${adapters[0]!.replace("/", "-")}.eigen`);
+  const { bytes } = await packOf(
+    adapters.map((name) => `sessions/${name}`),
+    { select: { kind: "energy", share: 1 }, types: { basis: "f32", coefficients: "f32", head: "f32" } },
+  );
+  await writeFile(path, bytes);
+  return path;
+}
+
+/** The same with more to it. */
+const packed = (out: string, ...options: string[]): unknown =>
+  json(0, "pack", sessions("adapters"), "-o", out, "--energy", "1", "--dtype", "f32", ...options);
+
+const bert = await pack("adapters");
+const mlp = await pack("adapters-mlp");
+
+type Inputs = Map<string, ort.Tensor>;
+
+function tensorOf(isInteger: boolean, values: readonly (number | bigint)[], dims: readonly number[]): ort.Tensor {
+  if (isInteger) return new ort.Tensor("int64", BigInt64Array.from(values, BigInt), dims);
+  return new ort.Tensor("float32", Float32Array.from(values, Number), dims);
+}
+
+async function inputsOf(path: string): Promise<Inputs> {
+  const source = await openSource(join(folder, path));
+  const file = await openSafetensors(source);
+  const inputs: Inputs = new Map();
+  for (const [name, { dtype, shape }] of file.tensors) {
+    const { buffer } = Uint8Array.from(await file.read(name));
+    const values = dtype === "I64" ? new BigInt64Array(buffer) : new Float32Array(buffer);
+    inputs.set(name, tensorOf(dtype === "I64", [...values], shape));
+  }
+  await source.close?.();
+  return inputs;
+}
+
+const load = (path: string): Promise<ort.InferenceSession> =>
+  ort.InferenceSession.create(join(folder, path), { logSeverityLevel: 3, intraOpNumThreads: 1 });
+
+/** Rows of the first output. */
+async function run(session: ort.InferenceSession, task: Inputs): Promise<number[][]> {
+  const feeds: Record<string, ort.Tensor> = Object.fromEntries(task);
+  for (const [name, rows] of Object.entries(goldens.feeds)) {
+    if (!session.inputNames.includes(name)) continue;
+    feeds[name] = tensorOf(name !== "x", rows.flat(), [rows.length, rows[0]!.length]);
+  }
+  const { [session.outputNames[0]!]: output } = await session.run(feeds);
+  const [rows, columns] = output!.dims as [number, number];
+  const values = output!.data as Float32Array;
+  return Array.from({ length: rows }, (_, r) => Array.from(values.subarray(r * columns, (r + 1) * columns)));
+}
+
+function difference(found: readonly (readonly number[])[], expected: readonly (readonly number[])[]): number {
+  if (!found.every((row, r) => row.length === expected[r]?.length)) return Infinity;
+  return Math.max(...found.flatMap((row, r) => row.map((v, c) => Math.abs(v - expected[r]![c]!))));
+}
+
+/** One task per row, padded as docs/attach.md says. */
+function stack(tasks: readonly Inputs[]): Inputs {
+  const stacked: Inputs = new Map();
+  for (const [name, first] of tasks[0]!) {
+    const rows = tasks.map((task) => task.get(name)!);
+    const height = Math.max(...rows.map(({ dims }) => dims[1]!));
+    const width = Math.max(...rows.map(({ dims }) => dims[2]!));
+    const at = (tensor: ort.Tensor, i: number, j: number): number | bigint | undefined => {
+      const [, h = 0, w = 0] = tensor.dims;
+      return i < h && j < w ? (tensor.data as Float32Array)[i * w + j] : undefined;
+    };
+    const nothing = name.endsWith(".bias") ? LOWEST : first.type === "int64" ? -1n : 0;
+    const places = Array.from({ length: height * width }, (_, k) => [Math.floor(k / width), k % width] as const);
+    const values = rows.flatMap((row) => places.map(([i, j]) => at(row, i, j) ?? nothing));
+    stacked.set(name, tensorOf(first.type === "int64", values, [rows.length, height, width]));
+  }
+  return stacked;
+}
+
+/** All tasks, the base, and one task per row, on a model that is there with its inputs and nothing else. */
+async function checkAnswers(t: Test, report: Report, model: string, tasks: readonly string[]): Promise<void> {
+  const answers = goldens.outputs[goldens.models[model]!]!;
+  const session = await load(report["file"]);
+  t.same(session.outputNames, ["logits"], "no outputs but the model's own");
+  const base = await inputsOf(report["base"].file);
+  t.same([...base.keys()].sort(), report["inputs"].map((i: any) => i.name).sort());
+  t.same(session.inputNames.filter((name) => name.startsWith("eigenlora.")).sort(), [...base.keys()].sort());
+  const values = new Map([["base", base]]);
+  for (const { id, file } of report["tasks"]) values.set(id, await inputsOf(file));
+  t.same([...values.keys()].sort(), ["base", ...tasks].sort());
+  for (const [id, inputs] of values) {
+    t.ok(difference(await run(session, inputs), answers[id]!) < TOLERANCE, `${model}, ${id}`);
+  }
+  const rows = [tasks.at(-1)!, "base", tasks[0]!];
+  const mixed = await run(session, stack(rows.map((id) => values.get(id)!)));
+  const expected = rows.map((id, r) => answers[id]![r]!);
+  const own = mixed.map((row, r) => row.slice(0, expected[r]!.length));
+  t.ok(difference(own, expected) < TOLERANCE, `${model}, ${rows.join(" | ")}`);
+  const behind = mixed.flatMap((row, r) => row.slice(expected[r]!.length));
+  t.ok(behind.every((v) => v === LOWEST), "nothing behind");
+  await session.release();
+}
+
+for (const [model, tasks, ids, modes] of [
+  ["torchscript", bert, ["five", "three", "two"], ["core", "factors"]],
+  ["q4", bert, ["five", "three", "two"], ["core"]],
+  ["external", bert, ["five", "three", "two"], ["core"]],
+  ["gemm", mlp, ["a", "b"], ["core", "factors"]],
+] as const) {
+  for (const mode of modes) {
+    t.test(`${model}, mode ${mode}`, async (t) => {
+      const out = join(`${model}-${mode}`, "model.onnx");
+      await mkdir(join(folder, dirname(out)));
+      const report = json(0, "attach", sessions(`${model}.onnx`), tasks, "-o", out, "--mode", mode);
+      t.match(report, { file: out, mode, reason: "asked for", modules: model === "gemm" ? 2 : 4 });
+      t.equal(report["bytes"], (await readFile(join(folder, out))).length);
+      for (const { file, bytes } of [report["base"], ...report["tasks"]]) {
+        t.equal(bytes, (await readFile(join(folder, file))).length);
+      }
+      t.equal(report["inputs"].some((i: any) => i.kind === "core"), mode === "core");
+      for (const { dims } of report["inputs"]) t.equal(dims[0], "tasks");
+      t.same(report["external"], model === "external" ? [join(dirname(out), "external.onnx.data")] : []);
+      await checkAnswers(t, report, model, ids);
+    });
+  }
+}
+
+t.test("biases, token rows, DoRA, more layers: all in one model", async (t) => {
+  const tasks = ["bias", "bias-lora", "dense", "dora", "tokens"];
+  const more = await pack(...tasks.map((name) => `adapters-more/${name}`));
+  const report = json(0, "attach", sessions("torchscript.onnx"), more, "-o", "more.onnx");
+  const kinds = new Set<string>(report["inputs"].map((i: any) => i.kind));
+  t.same([...kinds].sort(), ["bias", "core", "headBias", "headWeight", "indices", "rows", "scale"]);
+  await checkAnswers(t, report, "torchscript", tasks);
+});
+
+t.test("names of files and what they say of themselves", async (t) => {
+  packed("odd.eigen", "--as", "two=base", "--as", "three=ä/..*b");
+  const command = ["attach", sessions("torchscript.onnx"), "odd.eigen", "-o", "odd.onnx"];
+  const report = json(0, ...command, "--task", "base", "--task", "ä/..*b");
+  t.match(report, { mode: "core", reason: /11 components/, base: { file: "odd.base.safetensors" } });
+  const written = ["odd.tasks/base.safetensors", "odd.tasks/%C3%A4%2F..%2Ab.safetensors"];
+  t.same(report["tasks"].map((task: any) => task.file), written);
+  t.same((await readdir(join(folder, "odd.tasks"))).length, 2, "some tasks only");
+  const session = await load("odd.onnx");
+  const answers = goldens.outputs["base"]!;
+  const files = { "odd.base": "base", "odd.tasks/base": "two", "odd.tasks/%C3%A4%2F..%2Ab": "three" };
+  for (const [file, id] of Object.entries(files)) {
+    const found = await run(session, await inputsOf(`${file}.safetensors`));
+    t.ok(difference(found, answers[id]!) < TOLERANCE, `${file} is ${id}`);
+  }
+  const bytes = await readFile(join(folder, report["tasks"][1].file));
+  const { metadata } = await openSafetensors(await openSource(bytes));
+  t.equal(metadata.get("eigenlora.task"), "ä/..*b");
+  t.same(JSON.parse(metadata.get("labels")!), ["three 0", "three 1", "three 2"]);
+  const { metadataProps } = fromBinary(ModelProtoSchema, await readFile(join(folder, "odd.onnx")));
+  for (const key of ["eigenlora.basis", "eigenlora.mode"]) {
+    t.equal(metadataProps.find((entry) => entry.key === key)?.value, metadata.get(key), key);
+  }
+  t.equal(metadata.get("eigenlora.basis"), json(0, "inspect", "odd.eigen")["basisId"]);
+  const people = spawnSync(process.execPath, [main, ...command], { encoding: "utf8", cwd: folder });
+  t.match(people.stdout, /4 modules.*mode core.*\n.*odd\.base\.safetensors.*\n.*3 tasks in odd\.tasks/);
+});
+
+t.test("weights in files beside the model", async (t) => {
+  await mkdir(join(folder, "source"));
+  for (const name of ["external.onnx", "external.onnx.data"]) await cp(sessions(name), join(folder, "source", name));
+  const weights = await readFile(sessions("external.onnx.data"));
+  const same = json(0, "attach", "source/external.onnx", bert, "-o", "source/same.onnx");
+  t.same(same["external"], [join("source", "external.onnx.data")]);
+  const beside = await readdir(join(folder, "source"));
+  t.same(beside.filter((name) => name.includes("data")), ["external.onnx.data"], "no copy");
+  await checkAnswers(t, same, "external", ["five", "three", "two"]);
+
+  await mkdir(join(folder, "target"));
+  const theirs = Uint8Array.from(weights).fill(1, 70_000);
+  await writeFile(join(folder, "target/external.onnx.data"), theirs);
+  const clash = json(1, "attach", "source/external.onnx", bert, "-o", "target/model.onnx");
+  t.match(clash["error"], { tag: "source", file: join("target", "external.onnx.data"), message: /differs/ });
+  t.same(new Uint8Array(await readFile(join(folder, "target/external.onnx.data"))), theirs, "untouched");
+  t.same(await readdir(join(folder, "target")), ["external.onnx.data"], "nothing is written");
+  await writeFile(join(folder, "target/external.onnx.data"), weights);
+  t.match(json(0, "attach", "source/external.onnx", bert, "-o", "target/model.onnx"), { tasks: { length: 3 } });
+  const over = json(2, "attach", "source/external.onnx", bert, "-o", "source/external.onnx.data");
+  t.match(over["error"], { tag: "usage", message: /overwrite/ });
+  t.same(await readFile(join(folder, "source/external.onnx.data")), weights);
+
+  // A file in a folder of its own keeps its relative name.
+  const model = fromBinary(ModelProtoSchema, await readFile(sessions("external.onnx")));
+  for (const { externalData } of model.graph!.initializer) {
+    for (const entry of externalData) if (entry.key === "location") entry.value = "parts/weights.bin";
+  }
+  await mkdir(join(folder, "source/parts"));
+  await writeFile(join(folder, "source/parts/weights.bin"), weights);
+  await writeFile(join(folder, "source/nested.onnx"), toBinary(ModelProtoSchema, model));
+  await mkdir(join(folder, "elsewhere"));
+  const report = json(0, "attach", "source/nested.onnx", bert, "-o", "elsewhere/nested.onnx");
+  t.same(report["external"], [join("elsewhere", "parts", "weights.bin")]);
+  await checkAnswers(t, report, "external", ["five", "three", "two"]);
+  await rm(join(folder, "source/parts"), { recursive: true });
+  const gone = json(1, "attach", "source/nested.onnx", bert, "-o", "elsewhere/again.onnx");
+  t.match(gone["error"], { tag: "source", message: /weights\.bin/ });
+});
+
+t.test("names by hand, parameters left out, other bases", async (t) => {
+  const attach = (status: number, model: string, tasks: string, ...more: string[]): Report =>
+    json(status, "attach", sessions(model), tasks, "-o", "options.onnx", ...more);
+  t.match(attach(1, "encoder.onnx", bert), { error: { tag: "base", message: /classifier/ } });
+  t.match(attach(0, "encoder.onnx", bert, "--ignore", "classifier"), { modules: 4, inputs: { length: 4 } });
+  const named = (status: number, text: string): unknown => attach(status, "gemm.onnx", mlp, "--names", text)["error"];
+  t.match(named(1, "mid=up.weight"), { tag: "base", message: /up\.weight/ });
+  t.match(named(2, "mud=up.weight"), { tag: "usage", message: /nearest are mid/ });
+  t.match(named(2, "mid"), { tag: "usage", message: /MODULE=WEIGHT/ });
+  packed("marked.eigen", "--base", sessions("base.safetensors"));
+  t.match(attach(0, "torchscript.onnx", "marked.eigen"), { modules: 4 });
+  t.match(attach(1, "tied.onnx", "marked.eigen"), { error: { tag: "base", message: /correlat/ } });
+  t.match(attach(0, "tied.onnx", "marked.eigen", "--any-base"), { modules: 4 });
+});
+
+t.test("what cannot be is refused, and nothing is written", async (t) => {
+  await mkdir(join(folder, "refused"));
+  const refuse = (status: number, ...args: string[]): unknown =>
+    json(status, "attach", ...args, "-o", "refused/out.onnx")["error"];
+  const torchscript = sessions("torchscript.onnx");
+  for (const name of ["norm", "embedding"]) {
+    const folded = await pack(`adapters-more/${name}`);
+    t.match(refuse(1, torchscript, folded), { tag: "base", message: /eigenlora fold.*mode "folded"/ });
+    t.match(refuse(1, torchscript, folded, "--mode", "core"), { tag: "base", message: /mode "folded"/ });
+  }
+  t.match(refuse(2, torchscript, bert, "--mode", "folded"), { tag: "usage", message: /eigenlora fold/ });
+  t.match(refuse(2, torchscript, bert, "--mode", "fast"), { tag: "usage", message: /core/ });
+  t.match(refuse(1, torchscript, bert, "--task", "too"), { tag: "task", nearest: ["two"] });
+  t.match(refuse(1, "more.onnx", bert), { tag: "format", message: /task inputs already/ });
+  t.match(refuse(1, bert, bert), { tag: "format", message: /no ONNX model/ });
+  t.match(refuse(1, torchscript, torchscript), { tag: "format" });
+  t.same(await readdir(join(folder, "refused")), []);
+  await writeFile(join(folder, "blocked.tasks"), "");
+  const blocked = json(1, "attach", torchscript, bert, "-o", "blocked.onnx")["error"];
+  t.match(blocked, { tag: "source", file: "blocked.tasks" });
+  t.same((await readdir(folder)).filter((name) => name.startsWith("blocked")), ["blocked.tasks"]);
+  t.match(json(2, "attach", torchscript, bert), { error: { message: /--output is missing/ } });
+  await cp(sessions("gemm.onnx"), join(folder, "own.onnx"));
+  t.match(json(2, "attach", "own.onnx", mlp, "-o", "./own.onnx"), { error: { tag: "usage", message: /overwrite/ } });
+  t.match(json(2, "attach", "own.onnx", mlp, "-o", mlp), { error: { tag: "usage", message: /overwrite/ } });
+  t.same(await readFile(join(folder, "own.onnx")), await readFile(sessions("gemm.onnx")));
+});
+
+t.test("onnxruntime in Python: the code of docs/attach.md, as it stands", async (t) => {
+  const python = process.env["PYTHON"] ?? "python3";
+  const check = spawnSync(python, ["-c", "import numpy, onnxruntime, safetensors.numpy"], { encoding: "utf8" });
+  if (check.status !== 0) {
+    const why = check.error?.message ?? check.stderr.trim().split("\n").at(-1);
+    const reason = `${python} lacks onnxruntime, numpy or safetensors: ${why}`;
+    if (process.env["EIGENLORA_REQUIRE"]?.includes("onnxruntime-python")) t.fail(reason);
+    else t.pass("Python runs attached models", { skip: reason });
+    return;
+  }
+  const text = await readFile(new URL("../docs/attach.md", import.meta.url), "utf8");
+  const [command = ""] = /(?<=npx eigenlora ).*/.exec(text) ?? [];
+  const code = [...text.matchAll(/```python\n(.*?)```/gs)].map(([, block]) => block).join("\n");
+  await mkdir(join(folder, "python"));
+  const inPython = (name: string): string => join(folder, "python", name);
+  const there = { encoding: "utf8", cwd: join(folder, "python") } as const;
+  const report = "\nprint(json.dumps([logits.tolist(), [row[:n].tolist() for row, n in zip(mixed, labels)]]))\n";
+  packed(inPython("tasks.eigen"), "--as", "two=spam", "--as", "three=topic");
+  const { input_ids, attention_mask, token_type_ids } = goldens.feeds;
+  await writeFile(inPython("feeds.json"), JSON.stringify({ input_ids, attention_mask, token_type_ids }));
+  for (const model of ["torchscript", "q4"]) {
+    await cp(sessions(`${model}.onnx`), inPython("model.onnx"));
+    const attached = spawnSync(process.execPath, [main, ...command.split(" ")], there);
+    t.equal(attached.status, 0, `${model}: ${command}`);
+    const ran = spawnSync(python, ["-c", code + report], there);
+    if (ran.status !== 0) throw new Error(ran.stderr);
+    const [logits, mixed] = JSON.parse(ran.stdout.trim().split("\n").at(-1)!) as [number[][], number[][]];
+    const { two, three } = goldens.outputs[goldens.models[model]!]! as Record<"two" | "three", number[][]>;
+    t.ok(difference(logits, two) < TOLERANCE, `${model}: one task`);
+    t.ok(difference(mixed, [two[0]!, three[1]!, two[2]!]) < TOLERANCE, `${model}: one task per row`);
+  }
+});

@@ -1,0 +1,67 @@
+/**
+ * Runs in a browser: sessions on every model and provider that the test names, held against the answers it hands over.
+ * Reports what works, what is refused and with which words.
+ */
+import { openPack } from "eigenlora";
+import { createEigenSession } from "eigenlora/onnxruntime";
+import * as ort from "onnxruntime-web/webgpu";
+
+ort.env.wasm.wasmPaths = "/ort/";
+ort.env.wasm.numThreads = 1;
+ort.env.logLevel = "error";
+
+/**
+ * @typedef {{ model: string, pack: string, ignore: string[], feeds: Record<string, { type: string, dims: number[], data: number[] }>, answers: Record<string, Record<string, number[]>> }} Case
+ * @param {{ cases: Case[], providers: Record<string, string[]>, modes: ("core" | "factors" | "folded")[] }} plan
+ */
+export async function matrix({ cases, providers, modes }) {
+  const adapter = await /** @type {any} */ (navigator).gpu?.requestAdapter();
+  const rows = [];
+  for (const [provider, models] of Object.entries(providers)) {
+    if (provider === "webgpu" && !adapter) {
+      rows.push({ provider, model: "", mode: "", result: "no adapter" });
+      continue;
+    }
+    for (const { model, pack, ignore, feeds, answers } of cases) {
+      if (!models.includes(model)) continue;
+      for (const mode of modes) {
+        rows.push({ provider, model, mode, ...(await one(provider, model, pack, ignore, feeds, answers[provider], mode)) });
+      }
+    }
+  }
+  return rows;
+}
+
+/**
+ * @param {string} provider
+ * @param {string} model
+ * @param {string} pack
+ * @param {string[]} ignore
+ * @param {Case["feeds"]} given
+ * @param {Record<string, number[]>} answers
+ * @param {"core" | "factors" | "folded"} mode
+ */
+async function one(provider, model, pack, ignore, given, answers, mode) {
+  try {
+    const options = { mode, ignore, session: { executionProviders: [provider] } };
+    const session = await createEigenSession(ort, `/${model}.onnx`, await openPack(`/${pack}.eigen`), options);
+    /** @type {Record<string, ort.Tensor>} */
+    const feeds = {};
+    for (const name of session.inputNames) {
+      const { type, dims, data } = given[name];
+      feeds[name] = type === "int64" ? new ort.Tensor("int64", BigInt64Array.from(data, BigInt), dims) : new ort.Tensor("float32", Float32Array.from(data), dims);
+    }
+    /** @type {Record<string, number>} */
+    const differences = {};
+    for (const [task, expected] of Object.entries(answers)) {
+      await session.switchTask(task === "base" ? null : task);
+      const results = await session.run(feeds);
+      const found = /** @type {Float32Array} */ (await results[session.outputNames[0]].getData());
+      differences[task] = found.length === expected.length ? Math.max(...expected.map((v, i) => Math.abs(v - found[i]))) : Infinity;
+    }
+    await session.release();
+    return { result: "works", differences, probe: session.probe.result };
+  } catch (error) {
+    return { result: "refused", why: String(/** @type {Error} */ (error).message) };
+  }
+}

@@ -1,0 +1,239 @@
+import t, { type Test } from "tap";
+import { existsSync } from "node:fs";
+import { mkdtemp, readFile, rm } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { chromium, type Browser, type Page } from "playwright-core";
+import { buildPage } from "../examples/page/build.js";
+import { serveFolder, type Answered } from "../examples/page/serve.js";
+
+/**
+ * The page as visitors get it: built, served by its own server, in a real Chromium. Skipped by name without one; fails when
+ * EIGENLORA_REQUIRE lists chromium.
+ */
+const required = (process.env["EIGENLORA_REQUIRE"] ?? "").split(/[\s,]+/).includes("chromium");
+const executablePath = ["/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome"].find((p) => existsSync(p));
+const skip = !executablePath && !required && "chromium is not here";
+
+const folder = await mkdtemp(join(tmpdir(), "eigenlora-page-"));
+const answers: Answered[] = [];
+await buildPage(folder);
+const server = await serveFolder(folder, { onAnswer: (answered) => answers.push(answered) });
+t.teardown(async () => {
+  await server.close();
+  await rm(folder, { recursive: true });
+});
+
+const data = async (path: string): Promise<any> => JSON.parse(await readFile(new URL(`data/${path}`, import.meta.url), "utf8"));
+const packReads = (): Answered[] => answers.filter(({ path }) => path === "/tasks.eigen");
+
+/** Opens the page, and collects what it complains of. */
+async function visit(browser: Browser, options: Parameters<Browser["newPage"]>[0] = {}, path = ""): Promise<{ page: Page; complaints: string[] }> {
+  const page = await browser.newPage(options);
+  const complaints: string[] = [];
+  page.on("console", (message) => void (["error", "warning"].includes(message.type()) && complaints.push(message.text())));
+  page.on("pageerror", (error) => complaints.push(error.message));
+  await page.goto(server.url + path);
+  return { page, complaints };
+}
+
+const settled = (page: Page): Promise<void> => page.locator('main[aria-busy="false"]').waitFor();
+const labelsOf = (page: Page): Promise<string[]> => page.locator("#labels .name").allTextContents();
+const topOf = async (page: Page): Promise<string | null> => page.locator("#labels .top .name").textContent();
+/** The newest row of the log: what, time, requests, bytes. */
+const lastCost = (page: Page): Promise<string[]> => page.locator("#log tr").first().locator("td").allTextContents();
+const cardOf = (page: Page, task: string) => page.locator(`.card[data-task="${task}"]`);
+
+async function choose(page: Page, task: string): Promise<void> {
+  await cardOf(page, task).click();
+  await page.locator("#log tr:first-child", { hasText: task }).waitFor();
+  await settled(page);
+}
+
+async function type(page: Page, text: string): Promise<void> {
+  await page.locator("#sentence").fill(text);
+  await settled(page);
+}
+
+async function launch(t: Test, args: string[] = []): Promise<Browser> {
+  if (!executablePath) throw new Error("chromium is required but not installed");
+  const browser = await chromium.launch({ executablePath, args: ["--no-sandbox", ...args] });
+  t.teardown(() => browser.close());
+  return browser;
+}
+
+t.test("sentence, tasks and their cost", { skip }, async (t) => {
+  const { page, complaints } = await visit(await launch(t));
+  await settled(page);
+  t.equal(packReads().length, 3, "window, directory with bases, one task");
+  t.ok(packReads().every(({ status, range }) => status === 206 && range), "all of them ranges");
+  t.match(await page.locator("#cold").textContent(), /^Cold start: 3 requests/);
+  t.equal(await page.locator(".card").count(), 20);
+  t.match(await page.locator("#promise").textContent(), /^20 tasks of [\d.]+ kB each$/);
+
+  t.test("a click switches, reads the task once, and its own labels answer", async (t) => {
+    const { labels } = await data("tasks/debtags-made-of.json");
+    await choose(page, "debtags-made-of");
+    t.same(await labelsOf(page), labels);
+    t.equal((await lastCost(page))[2], "1");
+    t.not((await lastCost(page))[3], "0 B");
+    await choose(page, "debtags-role");
+    await choose(page, "debtags-made-of");
+    t.same((await lastCost(page)).slice(2), ["0", "0 B"], "resident");
+    t.equal(await page.locator("#switch-bytes").textContent(), "0 B");
+    t.equal(packReads().length, 5);
+  });
+
+  t.test("predictions are PEFT's", async (t) => {
+    const reference = (await data("reference/predictions.json"))["own-seed"];
+    // Rows whose first label is far ahead, so that what a lossy pack loses does not matter.
+    for (const [task, rows] of [["debtags-made-of", [0, 1, 3]], ["debtags-implemented-in", [7, 16, 30, 33]]] as const) {
+      const { labels, test } = await data(`tasks/${task}.json`);
+      await choose(page, task);
+      for (const row of rows) {
+        await type(page, test[row][0]);
+        const expected = labels[reference[task].predictions[row]];
+        t.equal(await topOf(page), expected, `${task}: ${test[row][0]}`);
+        t.equal(await cardOf(page, task).locator(".said b").textContent(), expected, "the same in a batch of several tasks");
+      }
+    }
+  });
+
+  t.test("all tasks answer one sentence", async (t) => {
+    await page.locator("#load-all").click();
+    await page.locator(".card:not(.resident)").first().waitFor({ state: "detached" });
+    await settled(page);
+    t.equal(packReads().length, 2 + 20, "each task was read once");
+    for (const task of await page.locator(".card").evaluateAll((cards) => cards.map((card) => (card as HTMLElement).dataset["task"]!))) {
+      const { labels } = await data(`tasks/${task}.json`);
+      t.ok(labels.includes(await cardOf(page, task).locator(".said b").textContent()), task);
+    }
+    t.match(await page.locator("#weights .ours").first().textContent(), /all 20/);
+  });
+
+  t.test("keys", async (t) => {
+    await page.locator("#sentence").press("Escape");
+    const active = (): Promise<string> => page.locator("#cards :checked").inputValue();
+    t.equal(await active(), "debtags-implemented-in");
+    const next = async (keys: string[], task: string): Promise<void> => {
+      for (const key of keys) await page.keyboard.press(key);
+      await page.locator("#log tr:first-child", { hasText: task }).waitFor();
+      await settled(page);
+      t.equal(await active(), task, keys.join(" "));
+      t.same(await labelsOf(page), (await data(`tasks/${task}.json`)).labels);
+      t.ok(await cardOf(page, task).locator("input").evaluate((input) => input === document.activeElement), "focused");
+    };
+    await next(["ArrowRight"], "debtags-interface");
+    await next(["1", "2"], "debtags-security");
+    await page.waitForTimeout(750);
+    await next(["u", "s"], "debtags-use");
+    await page.waitForTimeout(750);
+    await next(["1", "7"], "sections-0");
+    t.equal(packReads().length, 22, "nothing is read again");
+  });
+
+  t.test("strength", async (t) => {
+    await choose(page, "debtags-made-of");
+    await type(page, "Irish (Gaeilge) dictionary words for /usr/share/dict");
+    const top = page.locator("#labels .top .value");
+    const full = parseInt((await top.textContent())!);
+    await page.locator("#strength").fill("0.2");
+    await page.locator("#log tr:first-child", { hasText: "at 20 %" }).waitFor();
+    await settled(page);
+    t.ok(parseInt((await top.textContent())!) < full, "less of the task, less sure");
+  });
+
+  t.same(complaints, []);
+});
+
+t.test("a small phone, in the dark, without motion", { skip }, async (t) => {
+  const options = { viewport: { width: 320, height: 640 }, colorScheme: "dark", reducedMotion: "reduce", hasTouch: true } as const;
+  const { page, complaints } = await visit(await launch(t), options, "#debtags-role");
+  const width = (): Promise<number> => page.evaluate(() => document.documentElement.scrollWidth);
+  t.equal(await width(), 320, "while it loads");
+  await settled(page);
+  t.equal(await page.locator("#cards :checked").inputValue(), "debtags-role", "the task of the address");
+  t.equal(await width(), 320);
+  await cardOf(page, "sections-3").tap();
+  await page.locator("#log tr:first-child", { hasText: "sections-3" }).waitFor();
+  await settled(page);
+  t.equal(await width(), 320);
+  const paper = (): Promise<string> => page.evaluate(() => getComputedStyle(document.body).backgroundColor);
+  const dark = await paper();
+  await page.locator("#theme").tap();
+  t.not(await paper(), dark, "the toggle wins over the system's wish");
+  t.same(complaints, []);
+});
+
+t.test("WebGPU", { skip }, async (t) => {
+  const { page, complaints } = await visit(await launch(t, ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"]), {}, "#debtags-made-of");
+  await settled(page);
+  await type(page, "Irish (Gaeilge) dictionary words for /usr/share/dict");
+  const onWasm = await page.locator("#labels .value").allTextContents();
+  const note = (await page.locator("#provider-note").textContent())!;
+  t.comment(note);
+  const toggle = page.locator('#providers [value="webgpu"]');
+  if (await toggle.isDisabled()) {
+    t.match(note, /WebGPU is off: .+/, "says why");
+    return;
+  }
+  await page.locator('#providers label:has([value="webgpu"])').click();
+  await page.locator("#mode", { hasText: "WebGPU" }).waitFor({ timeout: 60_000 });
+  await page.locator('main[aria-busy="false"]').waitFor({ timeout: 60_000 });
+  t.same(await page.locator("#labels .value").allTextContents(), onWasm, "the same answer");
+  t.same(complaints, []);
+});
+
+t.test("failures say what to do", { skip }, async (t) => {
+  const browser = await launch(t);
+  const failureOf = async (prepare: (page: Page) => Promise<unknown>): Promise<string> => {
+    const page = await browser.newPage();
+    await prepare(page);
+    await page.goto(server.url);
+    await page.locator("#failure").waitFor();
+    const text = (await page.locator("#failure").textContent())!;
+    await page.close();
+    return text;
+  };
+  const whole = await readFile(join(folder, "tasks.eigen"));
+  t.match(await failureOf((page) => page.route("**/tasks.eigen", (route) => route.fulfill({ body: whole }))), /answers HTTP ranges.*ignores ranges/);
+  t.match(await failureOf((page) => page.route("**/model_fp16.onnx", (route) => route.fulfill({ status: 404 }))), /answered 404/);
+  t.match(await failureOf((page) => page.addInitScript("delete globalThis.WebAssembly")), /has no WebAssembly/);
+
+  const { page } = await visit(browser);
+  await settled(page);
+  await page.route("**/tasks.eigen", (route) => route.abort());
+  await cardOf(page, "debtags-game").click();
+  await page.locator("#failure", { hasText: "The pack cannot be read" }).waitFor();
+  await settled(page);
+  t.equal(await page.locator("#cards :checked").inputValue(), "debtags-admin", "the task before stays");
+  await page.unroute("**/tasks.eigen");
+  await choose(page, "debtags-game");
+  t.same(await labelsOf(page), (await data("tasks/debtags-game.json")).labels, "and the next try works");
+  t.notOk(await page.locator("#failure").isVisible());
+});
+
+t.test("the server", async (t) => {
+  const get = (range?: string, more: Record<string, string> = {}) => fetch(`${server.url}page.css`, { headers: { ...(range && { range }), ...more } });
+  const whole = await get();
+  const bytes = new Uint8Array(await whole.arrayBuffer());
+  t.same([whole.status, whole.headers.get("content-type")], [200, "text/css; charset=utf-8"]);
+  const ranges = [
+    ["bytes=10-19", 10, 20],
+    [`bytes=${bytes.length - 5}-`, bytes.length - 5, bytes.length],
+    ["bytes=-7", bytes.length - 7, bytes.length],
+    [`bytes=0-${bytes.length + 100}`, 0, bytes.length],
+  ] as const;
+  for (const [range, start, end] of ranges) {
+    const part = await get(range);
+    t.same([part.status, part.headers.get("content-range")], [206, `bytes ${start}-${end - 1}/${bytes.length}`]);
+    t.same(new Uint8Array(await part.arrayBuffer()), bytes.slice(start, end));
+  }
+  const beyond = await get(`bytes=${bytes.length}-`);
+  t.same([beyond.status, beyond.headers.get("content-range")], [416, `bytes */${bytes.length}`]);
+  t.equal((await get(undefined, { "if-none-match": whole.headers.get("etag")! })).status, 304);
+  t.equal((await get("bytes=0-1", { "if-range": '"another"' })).status, 200);
+  t.equal((await fetch(`${server.url}..%2f..%2f..%2fetc%2fpasswd`)).status, 404, "nothing above the folder");
+  t.equal((await fetch(`${server.url}nothing`)).status, 404);
+  t.equal((await fetch(server.url, { method: "POST" })).status, 405);
+});

@@ -1,0 +1,121 @@
+/**
+ * Sessions in a real browser: onnxruntime-web's wasm and WebGPU providers on every export, against the answers of PyTorch
+ * and PEFT.
+ */
+import t from "tap";
+import { build } from "esbuild";
+import { spawn } from "node:child_process";
+import { existsSync } from "node:fs";
+import { mkdtemp, readFile, rm } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { fileURLToPath } from "node:url";
+import { serve } from "./range-server.ts";
+import { GOLDENS, golden, modelBytes, packBytes } from "./sessions.ts";
+
+const root = fileURLToPath(new URL("..", import.meta.url));
+const required = (process.env["EIGENLORA_REQUIRE"] ?? "").split(/[\s,]+/);
+const chromium = ["/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome"].find((p) => existsSync(p));
+const skip = !chromium && !required.includes("chromium") && "chromium is not here";
+
+/** Models by their exports' kinds, and how far a float answer may be off on them. */
+const MODELS: Record<string, number> = {
+  torchscript: 1e-5,
+  "dynamo-optimized": 1e-5,
+  gemm: 1e-5,
+  "gemm-nn": 1e-5,
+  tied: 1e-5,
+  encoder: 1e-5,
+  f16: 1e-5,
+  half: 5e-3,
+  q4: 1e-5,
+  int8: 2e-2,
+  qdq: 2e-2,
+};
+
+/** Software WebGPU is slow: one model of each kind. It has no f16 arithmetic, so "half" does not run there, task or not. */
+const ON_GPU = ["torchscript", "dynamo-optimized", "gemm", "gemm-nn", "q4", "int8"];
+const GPU_TOLERANCE = 1e-3;
+
+interface Row {
+  provider: string;
+  model: string;
+  mode: string;
+  result: string;
+  why?: string;
+  differences?: Record<string, number>;
+  probe?: string;
+}
+
+t.test("modes × providers × exports in Chromium", { skip, timeout: 240_000 }, async (t) => {
+  if (!chromium) throw new Error("chromium is required but not installed");
+  const files = new Map<string, Uint8Array>();
+  const packs = { main: packBytes(["adapters"], "base"), tied: packBytes(["adapters/two", "adapters/three"], "base-tied"), mlp: packBytes(["adapters-mlp"], "base-mlp") };
+  for (const [name, bytes] of Object.entries(packs)) files.set(`${name}.eigen`, await bytes);
+  const cases = Object.keys(MODELS).map((model) => {
+    files.set(`${model}.onnx`, modelBytes(model));
+    const answers = GOLDENS.models[`${model}.onnx`] ?? GOLDENS.models[model]!;
+    const tasks = Object.keys(GOLDENS.outputs[answers]!).filter((task) => ["base", "two", "three", "five", "a", "b"].includes(task));
+    const feeds: Record<string, { type: string; dims: number[]; data: number[] }> = {};
+    for (const [name, rows] of Object.entries(GOLDENS.feeds as Record<string, number[][]>)) {
+      if (!Array.isArray(rows[0])) continue;
+      feeds[name] = { type: name === "x" ? "float32" : "int64", dims: [rows.length, rows[0].length], data: rows.flat() };
+    }
+    // On the GPU one task: what is shown there is the graph.
+    const onGpu = tasks.filter((task) => ["base", "two", "a"].includes(task));
+    const pack = answers === "mlp" ? "mlp" : answers === "tied" ? "tied" : "main";
+    const ignore = answers === "encoder" ? ["classifier"] : [];
+    const of = (some: readonly string[]): object => Object.fromEntries(some.map((task) => [task, golden(answers, task)]));
+    return { model, pack, ignore, feeds, answers: { wasm: of(tasks), webgpu: of(onGpu) } };
+  });
+  const plan = { cases, providers: { wasm: Object.keys(MODELS), webgpu: ON_GPU }, modes: ["core", "factors", "folded"] };
+  const code = `import { matrix } from "./browser-matrix.js";
+    const show = (x) => fetch("/result", { method: "POST", body: JSON.stringify(x instanceof Error ? x.stack : x) });
+    matrix(await (await fetch("/plan.json")).json()).then(show, show);`;
+  const bundled = await build({
+    stdin: { contents: code, resolveDir: join(root, "test") },
+    bundle: true,
+    format: "esm",
+    platform: "browser",
+    write: false,
+    logLevel: "silent",
+  });
+  files.set("page.js", bundled.outputFiles[0]!.contents);
+  files.set("plan.json", new TextEncoder().encode(JSON.stringify(plan)));
+  files.set("page.html", new TextEncoder().encode('<!doctype html><body><script type="module" src="/page.js"></script>'));
+  for (const file of ["ort-wasm-simd-threaded.asyncify.mjs", "ort-wasm-simd-threaded.asyncify.wasm"]) {
+    files.set(`ort/${file}`, await readFile(join(root, "node_modules/onnxruntime-web/dist", file)));
+  }
+  const server = await serve(files);
+  t.teardown(() => server.close());
+  const profile = await mkdtemp(join(tmpdir(), "eigenlora-chromium-"));
+  t.teardown(() => rm(profile, { recursive: true, maxRetries: 5, retryDelay: 200 }));
+  const flags = ["--headless=new", "--no-sandbox", "--enable-unsafe-webgpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"];
+  const browser = spawn(chromium, [...flags, `--user-data-dir=${profile}`, server.url("page.html")]);
+  const exited = new Promise<string>((_, reject) => browser.once("exit", (code) => reject(new Error(`chromium exited: ${code}`))));
+  exited.catch(() => undefined);
+  const text = await Promise.race([server.posted(), exited]);
+  browser.kill();
+  const rows = JSON.parse(text) as Row[];
+  if (typeof rows === "string") throw new Error(rows);
+  for (const { provider, model, mode, result, why, differences, probe } of rows) {
+    const name = `${provider}, ${model}, ${mode}`;
+    if (result === "no adapter") {
+      if (required.includes("chromium")) t.fail(`${provider}: no adapter`);
+      else t.comment(`${provider}: no adapter, skipped`);
+      continue;
+    }
+    const worst = Math.max(...Object.values(differences ?? {}));
+    t.comment(`${name}: ${result} ${why ?? worst.toExponential(1)} ${probe ?? ""}`);
+    const quantised = ["q4", "int8", "qdq"].includes(model);
+    if (mode === "folded" && quantised) {
+      t.equal(result, "refused", name);
+      t.match(why, /quantised.*use mode "core" or "factors"/, name);
+      continue;
+    }
+    t.equal(result, "works", `${name}: ${why ?? ""}`);
+    const rounded = mode === "folded" && ["f16", "half"].includes(model) ? 5e-3 : 0;
+    t.ok(worst <= Math.max(MODELS[model]!, rounded, provider === "webgpu" ? GPU_TOLERANCE : 0), `${name}: off by ${worst}`);
+    if (mode !== "folded") t.equal(probe, "passed", name);
+  }
+});

@@ -1,0 +1,368 @@
+/**
+ * What sessions do to graphs and read from them: the graft keeps a model sound, adapted layers in branches and layers that
+ * run twice, and the values of quantised weights, held against what ONNX Runtime itself makes of them.
+ */
+import t from "tap";
+import { InferenceSession, Tensor } from "onnxruntime-node";
+import { readLinearWeight, readVector } from "../dist/src/onnx/dequantize.js";
+import { graft } from "../dist/src/onnx/graft.js";
+import { parseModel } from "../dist/src/onnx/model.js";
+import { findParameters } from "../dist/src/onnx/modules.js";
+import type { GraphProto, ModelProto, NodeProto, TensorProto } from "../dist/src/onnx/onnx_pb.js";
+import {
+  create,
+  fromBinary,
+  GraphProtoSchema,
+  ModelProtoSchema,
+  NodeProtoSchema,
+  TensorProtoSchema,
+  toBinary,
+  ValueInfoProtoSchema,
+} from "../dist/src/onnx/protobuf.js";
+import { readModel, type ModelFile } from "../dist/src/onnx/read.js";
+import { layoutFolded } from "../dist/src/session/fold.js";
+import { planSession } from "../dist/src/session/plan.js";
+import {
+  difference,
+  feeds,
+  golden,
+  GOLDENS,
+  model,
+  modelBytes,
+  MODES,
+  NODE,
+  open,
+  ORTS,
+  outputOf,
+  packFor,
+  refusal,
+} from "./sessions.ts";
+
+/** Graphs in attributes of nodes. */
+function nested({ node }: GraphProto): GraphProto[] {
+  return node.flatMap(({ attribute }) => attribute.flatMap(({ g, graphs }) => (g ? [g, ...graphs] : graphs)));
+}
+
+/** What is wrong with a graph: values that nobody has made yet, values made twice, nodes of one name. */
+function faults(graph: GraphProto, outer: ReadonlySet<string> = new Set(), nodes = new Set<string>()): string[] {
+  const found: string[] = [];
+  const known = new Set(outer);
+  const make = (value: string): void => {
+    if (value === "") return;
+    if (known.has(value)) found.push(`"${value}" is made twice`);
+    known.add(value);
+  };
+  for (const { name } of [...graph.input, ...graph.initializer]) make(name);
+  for (const node of graph.node) {
+    for (const value of node.input) if (value !== "" && !known.has(value)) found.push(`"${node.name}" reads "${value}" too early`);
+    if (node.name !== "" && nodes.has(node.name)) found.push(`two nodes are called "${node.name}"`);
+    nodes.add(node.name);
+    for (const inner of node.attribute.flatMap(({ g, graphs }) => (g ? [g, ...graphs] : graphs))) found.push(...faults(inner, known, nodes));
+    node.output.forEach(make);
+  }
+  for (const { name } of graph.output) if (!known.has(name)) found.push(`the output "${name}" is not made`);
+  return found;
+}
+
+t.test("a graft keeps a model sound", async (t) => {
+  for (const [name, answers] of Object.entries(GOLDENS.models)) {
+    if (name === "fused") continue;
+    for (const mode of MODES) {
+      if (mode === "folded" && ["q4", "int8", "qdq"].includes(name)) continue;
+      const pack = await packFor(answers);
+      const before = fromBinary(ModelProtoSchema, modelBytes(name)).graph!;
+      const file = await readModel(model(name));
+      const options = { mode, ...(answers === "encoder" && { ignore: ["classifier"] }) };
+      const plan = await planSession(file, pack, await pack.takeBases(), options);
+      if (mode === "folded") layoutFolded(file.model, plan.folded);
+      const grafted = graft(file.model, plan.graft);
+      const after = file.model.proto.graph!;
+      // As the writer places them.
+      const added = grafted.initializers.map(({ name: value }) => create(TensorProtoSchema, { name: value }));
+      const whole = { ...after, initializer: [...after.initializer, ...added] };
+      const was = faults(before);
+      t.same(faults(whole).filter((fault) => !was.includes(fault)), [], `${name}, ${mode}`);
+
+      const old = new Map(before.initializer.map((tensor) => [tensor.name, tensor]));
+      const kept = after.initializer.filter((tensor) => old.has(tensor.name));
+      const changed = kept.filter((tensor) => !Buffer.from(tensor.rawData).equals(old.get(tensor.name)!.rawData));
+      t.same(changed.map((tensor) => tensor.name), [], `${name}, ${mode}: initializers stay as they are`);
+      const read = new Set([after, ...nested(after)].flatMap(({ node }) => node.flatMap(({ input }) => input)));
+      t.same(kept.filter((tensor) => !read.has(tensor.name)).map((tensor) => tensor.name), [], "and what nothing reads is gone");
+
+      const inputs = after.input.map((input) => input.name).slice(before.input.length);
+      t.same(inputs, grafted.inputs.map((input) => input.name));
+      const outputs = before.output.map((output) => output.name);
+      const probes = grafted.probe ? [grafted.probe.x, grafted.probe.term] : [];
+      t.same(after.output.map((output) => output.name), [...outputs, ...probes]);
+      t.equal(grafted.probe === undefined, mode === "folded");
+      await file.close();
+    }
+  }
+});
+
+t.test("a layer in a branch, once or twice", async (t) => {
+  t.equal(parseModel(modelBytes("branches"), "branches").opset, 11);
+  t.equal(parseModel(modelBytes("twice"), "twice").opset, 11);
+  for (const { name, ort } of ORTS) {
+    for (const mode of MODES) {
+      const session = await open(ort, model("branches"), await packFor("mlp"), { mode });
+      for (const task of [null, "a", "b"]) {
+        await session.switchTask(task);
+        for (const deep of [false, true]) {
+          const run = { ...feeds(ort, session), deep: new ort.Tensor("bool", Uint8Array.of(Number(deep)), [1]) };
+          const off = difference(await outputOf(session, run), golden(deep ? "twice" : "mlp", task));
+          t.ok(off <= 1e-5, `${name}, ${mode}, ${task}, deep ${deep}: off by ${off}`);
+        }
+      }
+      if (mode !== "folded") {
+        const run = { ...feeds(ort, session, [2, 1, 0]), deep: new ort.Tensor("bool", Uint8Array.of(1), [1]) };
+        const mixed = await outputOf(session, run, { tasks: ["b", null, "a"] });
+        const [b, base, a] = ["b", null, "a"].map((task) => golden("twice", task));
+        const expected = [...b!.slice(6), ...base!.slice(4, 8), ...a!.slice(0, 2)];
+        const found = [...mixed.subarray(0, 3), ...mixed.subarray(4, 8), ...mixed.subarray(8, 10)];
+        t.ok(difference(found, expected) <= 1e-5, `${name}, ${mode}: a task per row inside a branch`);
+      }
+      await session.release();
+    }
+  }
+});
+
+/** One of the tiny models, changed. */
+function changed(name: string, change: (graph: GraphProto, proto: ModelProto) => void): Uint8Array {
+  const proto = fromBinary(ModelProtoSchema, modelBytes(name));
+  change(proto.graph!, proto);
+  return toBinary(ModelProtoSchema, proto);
+}
+
+t.test("what else reads a layer's result", async (t) => {
+  // The product itself is an output of the model: it too must be the task's.
+  const exposed = changed("transposed", (graph) => {
+    const type = { value: { case: "tensorType" as const, value: { elemType: 1 } } };
+    graph.output.push(create(ValueInfoProtoSchema, { name: "/mid/MatMul_output_0", type }));
+  });
+  const products: Float32Array[] = [];
+  for (const mode of MODES) {
+    const session = await open(NODE, exposed, await packFor("mlp"), { mode });
+    t.same(session.outputNames, ["logits", "/mid/MatMul_output_0"]);
+    await session.switchTask("b");
+    const results = await session.run(feeds(NODE, session));
+    t.ok(difference(results["logits"]!.data as Float32Array, golden("mlp", "b")) <= 1e-5);
+    products.push(results["/mid/MatMul_output_0"]!.data as Float32Array);
+    await session.release();
+  }
+  for (const product of products) t.ok(difference(product, products[2]!) <= 1e-5, "as folded weights give it");
+
+  // The head's bias comes where it is not seen: it must not be added to the task's own.
+  const apart = changed("transposed", (graph) => {
+    const at = graph.node.findIndex((node) => node.name === "/classifier/Add");
+    const add = graph.node[at]!;
+    add.input = add.input.map((value) => (value === "/classifier/MatMul_output_0" ? "apart" : value));
+    graph.node.splice(at, 0, create(NodeProtoSchema, { opType: "Identity", name: "apart", input: ["/classifier/MatMul_output_0"], output: ["apart"] }));
+  });
+  for (const mode of ["core", "factors"] as const) {
+    const error = await refusal(async () => open(NODE, apart, await packFor("mlp"), { mode }));
+    t.match(error, { tag: "base", module: "classifier.weight", message: /use mode "folded"$/ });
+  }
+  const session = await open(NODE, apart, await packFor("mlp"), { mode: "folded" });
+  const error = await refusal(() => session.switchTask("a"));
+  t.match(error, { tag: "base", module: /^classifier/, message: /brings "classifier\.(bias" of \[2\]|weight" of \[2, 16\])/ });
+  t.equal(session.task, null);
+  t.ok(difference(await outputOf(session, feeds(NODE, session)), golden("mlp", null)) <= 1e-5);
+  await session.release();
+
+  // A product that is scaled on its way has another change than the adapter's.
+  const scaled = changed("gemm", (graph) => {
+    const node = graph.node.find(({ name }) => name === "/mid/Gemm")!;
+    node.attribute.find(({ name }) => name === "alpha")!.f = 0.5;
+  });
+  t.match(await refusal(async () => open(NODE, scaled, await packFor("mlp"), { mode: "core" })), {
+    tag: "base",
+    message: /Gemm "\/mid\/Gemm" scales the product; use mode "folded"/,
+  });
+});
+
+// ---- quantised weights
+
+const [FLOAT, UINT8, INT8, INT32, FLOAT16, UINT4, INT4] = [1, 2, 3, 6, 10, 21, 22];
+
+let seed = 5;
+function random(count: number, least: number, most: number): number[] {
+  return Array.from({ length: count }, () => {
+    seed = (Math.imul(seed, 1664525) + 1013904223) >>> 0;
+    return least + ((seed >>> 8) / 2 ** 24) * (most - least);
+  });
+}
+const integers = (count: number, least: number, most: number): number[] => random(count, least, most + 1).map(Math.floor);
+
+/** An initializer; 4-bit values are packed low nibble first. */
+function tensor(name: string, dataType: number, dims: readonly number[], values: readonly number[]): TensorProto {
+  const raw = (): Uint8Array => {
+    if (dataType === FLOAT) return new Uint8Array(Float32Array.from(values).buffer);
+    if (dataType === INT32) return new Uint8Array(Int32Array.from(values).buffer);
+    if (dataType !== UINT4 && dataType !== INT4) return Uint8Array.from(values);
+    return Uint8Array.from({ length: Math.ceil(values.length / 2) }, (_, i) => (values[2 * i]! & 15) | ((values[2 * i + 1]! & 15) << 4));
+  };
+  return create(TensorProtoSchema, { name, dataType, dims: dims.map(BigInt), rawData: raw() });
+}
+
+function node(opType: string, name: string, input: string[], output: string, attributes: Record<string, number> = {}, domain = ""): NodeProto {
+  const attribute = Object.entries(attributes).map(([key, value]) => ({ name: key, i: BigInt(value), type: 2 }));
+  return create(NodeProtoSchema, { opType, name, input, output: [output], attribute, domain });
+}
+
+/** x [rows, K] → y */
+function layer(K: number, nodes: NodeProto[], initializer: TensorProto[]): Uint8Array {
+  const value = (name: string, dims: (number | undefined)[]) => {
+    const dim = dims.map((d) => ({ value: d === undefined ? { case: undefined } : { case: "dimValue" as const, value: BigInt(d) } }));
+    return create(ValueInfoProtoSchema, { name, type: { value: { case: "tensorType", value: { elemType: FLOAT, shape: { dim } } } } });
+  };
+  const graph = create(GraphProtoSchema, {
+    name: "layer",
+    node: nodes,
+    initializer,
+    input: [value("x", [undefined, K])],
+    output: [value("y", [undefined, undefined])],
+  });
+  const opsetImport = [{ domain: "", version: 21n }, { domain: "com.microsoft", version: 1n }];
+  return toBinary(ModelProtoSchema, create(ModelProtoSchema, { irVersion: 10n, opsetImport, graph }));
+}
+
+async function opened(bytes: Uint8Array): Promise<{ file: ModelFile; weight: ReturnType<typeof findParameters>[number] }> {
+  const file = await readModel(bytes);
+  return { file, weight: findParameters(file.model).find(({ initializer }) => initializer === "W")! };
+}
+
+/** Of a layer's weight [N, K], the largest difference between what is read here and what ONNX Runtime makes of the unit matrix. */
+async function disagreement(bytes: Uint8Array, N: number, K: number): Promise<number> {
+  const session = await InferenceSession.create(bytes);
+  const unit = Float32Array.from({ length: K * K }, (_, i) => Number(i % (K + 1) === 0));
+  const { y } = await session.run({ x: new Tensor("float32", unit, [K, K]) });
+  await session.release();
+  const { file, weight } = await opened(bytes);
+  const { at, quantized } = await readLinearWeight(file, weight);
+  if (!quantized) return Infinity;
+  const read = Float32Array.from({ length: N * K }, (_, i) => at(i % N, Math.floor(i / N)));
+  return difference(read, y!.data as Float32Array);
+}
+
+t.test("MatMulNBits is read as ONNX Runtime computes it", async (t) => {
+  const N = 6;
+  for (const [bits, size, K] of [[4, 16, 48], [4, 16, 40], [4, 32, 96], [8, 16, 48], [8, 32, 70]] as const) {
+    const blocks = Math.ceil(K / size);
+    const scales = tensor("scales", FLOAT, [N * blocks], random(N * blocks, 0.01, 0.2));
+    const packed = tensor("W", UINT8, [N, blocks, (size * bits) / 8], integers((N * blocks * size * bits) / 8, 0, 255));
+    const rowBytes = Math.ceil((blocks * bits) / 8);
+    const zeros: Record<string, TensorProto | undefined> = {
+      none: undefined,
+      packed: tensor("zeros", UINT8, [N * rowBytes], integers(N * rowBytes, 0, 255)),
+      float: tensor("zeros", FLOAT, [N * blocks], random(N * blocks, 0, 2 ** bits)),
+    };
+    for (const [kind, zero] of Object.entries(zeros)) {
+      // ONNX Runtime has no such kernel.
+      if (kind === "float" && bits === 8) continue;
+      const inputs = ["x", "W", "scales", ...(zero ? ["zeros"] : [])];
+      const attributes = { K, N, bits, block_size: size };
+      const product = node("MatMulNBits", "/layer/MatMul", inputs, "y", attributes, "com.microsoft");
+      const off = await disagreement(layer(K, [product], [packed, scales, ...(zero ? [zero] : [])]), N, K);
+      t.ok(off <= 1e-5, `${bits} bits, blocks of ${size}, K ${K}, zero points: ${kind}; off by ${off}`);
+    }
+  }
+});
+
+t.test("DequantizeLinear and MatMulInteger are read as ONNX Runtime computes them", async (t) => {
+  const [N, K] = [6, 8];
+  const ranges = { [UINT8]: [0, 255], [INT8]: [-128, 127], [UINT4]: [0, 15], [INT4]: [-8, 7] } as const;
+  for (const type of [UINT8, INT8, UINT4, INT4] as const) {
+    const values = (count: number): number[] => integers(count, ranges[type][0], ranges[type][1]);
+    // MatMul [in, out] and Gemm [out, in]; one scale, one per row, one per column, blocks along either axis.
+    for (const turned of [false, true]) {
+      const [rows, columns] = turned ? [N, K] : [K, N];
+      const layouts: [string, number[], Record<string, number>][] = [
+        ["one scale", [], {}],
+        ["a scale per row", [rows!], { axis: 0 }],
+        ["a scale per column", [columns!], { axis: -1 }],
+        ["blocks of rows", [rows! / 2, columns!], { axis: 0, block_size: 2 }],
+        ["blocks of columns", [rows!, columns! / 2], { axis: 1, block_size: 2 }],
+      ];
+      for (const [what, dims, attributes] of layouts) {
+        const count = dims.reduce((a, b) => a * b, 1);
+        for (const zero of [false, true]) {
+          const tensors = [tensor("W", type, [rows!, columns!], values(rows! * columns!)), tensor("s", FLOAT, dims, random(count, 0.01, 0.2))];
+          if (zero) tensors.push(tensor("z", type, dims, values(count)));
+          const dequantize = node("DequantizeLinear", "/layer/Dequantize", ["W", "s", ...(zero ? ["z"] : [])], "w", attributes);
+          const product = turned
+            ? node("Gemm", "/layer/Gemm", ["x", "w"], "y", { transB: 1 })
+            : node("MatMul", "/layer/MatMul", ["x", "w"], "y");
+          const off = await disagreement(layer(K, [dequantize, product], tensors), N, K);
+          t.ok(off <= 1e-5, `type ${type}, ${what}, turned ${turned}, zero points ${zero}: off by ${off}`);
+        }
+      }
+    }
+  }
+  // The unit matrix loses nothing when it is quantised.
+  for (const perColumn of [false, true]) {
+    const count = perColumn ? N : 1;
+    const dims = perColumn ? [N] : [];
+    const tensors = [
+      tensor("W", INT8, [K, N], integers(K * N, -128, 127)),
+      tensor("s", FLOAT, dims, random(count, 0.01, 0.2)),
+      tensor("z", INT8, dims, new Array<number>(count).fill(perColumn ? 0 : 3)),
+    ];
+    const nodes = [
+      create(NodeProtoSchema, { opType: "DynamicQuantizeLinear", name: "q", input: ["x"], output: ["xq", "xs", "xz"] }),
+      node("MatMulInteger", "/layer/MatMul_quant", ["xq", "W", "xz", "z"], "i"),
+      node("Cast", "cast", ["i"], "f", { to: 1 }),
+      node("Mul", "scales", ["xs", "s"], "ss"),
+      node("Mul", "scaled", ["f", "ss"], "y"),
+    ];
+    const off = await disagreement(layer(K, nodes, tensors), N, K);
+    t.ok(off <= 1e-5, `MatMulInteger, a scale per column ${perColumn}: off by ${off}`);
+  }
+});
+
+t.test("quantised vectors, and what cannot be read", async (t) => {
+  const values = integers(6, -1000, 1000);
+  const scales = random(6, 0.001, 0.01);
+  const gemm = node("Gemm", "/layer/Gemm", ["x", "layer.weight", "b"], "y", { transB: 1 });
+  const weight = tensor("layer.weight", FLOAT, [6, 8], random(48, -1, 1));
+  const bias = async (nodes: NodeProto[], tensors: TensorProto[]): Promise<Float32Array> => {
+    const file = await readModel(layer(8, nodes, [weight, ...tensors]));
+    return readVector(file, findParameters(file.model).find(({ initializer }) => initializer === "B")!);
+  };
+  const dequantize = (input: string[]): NodeProto => node("DequantizeLinear", "d", input, "b", { axis: 0 });
+  const each = await bias([dequantize(["B", "s"]), gemm], [tensor("B", INT32, [6], values), tensor("s", FLOAT, [6], scales)]);
+  t.ok(difference(each, values.map((v, i) => v * scales[i]!)) < 1e-6, "a scale each");
+  const bytes = integers(6, 0, 255);
+  const one = [tensor("B", UINT8, [6], bytes), tensor("s", FLOAT, [], [0.5]), tensor("z", UINT8, [], [100])];
+  t.same([...(await bias([dequantize(["B", "s", "z"]), gemm], one))], bytes.map((v) => (v - 100) * 0.5), "one for all");
+  const halves = tensor("B", FLOAT16, [6], []);
+  halves.rawData = new Uint8Array(Uint16Array.of(0x3c00, 0x4000, 0xbc00, 0x3800, 0, 0x4200).buffer);
+  const cast = node("Cast", "cast", ["B"], "b", { to: 1 });
+  t.same([...(await bias([cast, gemm], [halves]))], [1, 2, -1, 0.5, 0, 3], "f16");
+
+  const nBits = async (tensors: TensorProto[], inputs: string[], attributes: Record<string, number>): Promise<unknown> => {
+    const product = node("MatMulNBits", "/layer/MatMul", inputs, "y", attributes, "com.microsoft");
+    const { file, weight: found } = await opened(layer(32, [product], tensors));
+    return readLinearWeight(file, found);
+  };
+  const packed = tensor("W", UINT8, [4, 2, 8], integers(64, 0, 255));
+  const scale = tensor("s", FLOAT, [8], random(8, 0.1, 1));
+  const attributes = { K: 32, N: 4, bits: 4, block_size: 16 };
+  t.ok(await nBits([packed, scale], ["x", "W", "s"], attributes));
+  const order = tensor("g", INT32, [32], new Array<number>(32).fill(0));
+  const unknown = { tag: "format", part: "initializer W", message: /not known here \(used by MatMulNBits "\/layer\/MatMul"\).*anyBase/ };
+  t.match(await refusal(() => nBits([packed, scale, order], ["x", "W", "s", "", "g"], attributes)), unknown, "groups in another order");
+  t.match(await refusal(() => nBits([packed, scale], ["x", "W", "s"], { ...attributes, bits: 3 })), unknown, "3 bits");
+  t.match(await refusal(() => nBits([packed], ["x", "W", "s"], attributes)), unknown, "no scales");
+  const short = tensor("W", UINT8, [4, 2, 8], integers(60, 0, 255));
+  t.match(await refusal(() => nBits([short, scale], ["x", "W", "s"], attributes)), { tag: "format", message: /needs 64 bytes, found 60: damaged/ });
+  const few = tensor("s", FLOAT, [7], random(7, 0.1, 1));
+  t.match(await refusal(() => nBits([packed, few], ["x", "W", "s"], attributes)), unknown, "too few scales");
+  const fewer = tensor("z", UINT8, [3], integers(3, 0, 255));
+  t.match(await refusal(() => nBits([packed, scale, fewer], ["x", "W", "s", "z"], attributes)), unknown, "too few zero points");
+  const mismatched = [tensor("W", INT8, [8, 6], integers(48, -128, 127)), tensor("s", FLOAT, [5], random(5, 0.1, 1))];
+  const nodes = [node("DequantizeLinear", "d", ["W", "s"], "w", { axis: 1 }), node("MatMul", "/layer/MatMul", ["x", "w"], "y")];
+  const { file, weight: found } = await opened(layer(8, nodes, mismatched));
+  t.match(await refusal(() => readLinearWeight(file, found)), { tag: "format", message: /not known here/ }, "scales that do not fit");
+});

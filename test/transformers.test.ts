@@ -1,0 +1,587 @@
+/**
+ * Packs on pipelines of transformers.js, against PEFT's answers. EIGENLORA_RUNTIMES names a folder in which
+ * `npm install @huggingface/transformers@4.3.1` was run; what needs it is skipped by name without, and fails when
+ * EIGENLORA_REQUIRE lists "transformers".
+ */
+import t, { type Test } from "tap";
+import { build } from "esbuild";
+import { execFile, spawn } from "node:child_process";
+import { existsSync } from "node:fs";
+import { mkdir, mkdtemp, readdir, readFile, rm, symlink, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { fileURLToPath, pathToFileURL } from "node:url";
+import { promisify } from "node:util";
+import { attachPack, type AttachedPack, type AttachOptions } from "../dist/bindings/transformers.js";
+import { fromBinary, ModelProtoSchema, toBinary } from "../dist/src/onnx/protobuf.js";
+import { openPack } from "../dist/src/pack/pack.js";
+import { hold } from "../dist/src/session/hold.js";
+import { labelsOf } from "../dist/src/session/labels.js";
+import { Turns } from "../dist/src/session/turns.js";
+import { data, packOf } from "./packs.ts";
+import { serve } from "./range-server.ts";
+import { difference, golden, goldenRow, GOLDENS, LOSSLESS, model, modelBytes, packBytes, refusal } from "./sessions.ts";
+
+const root = fileURLToPath(new URL("..", import.meta.url));
+const required = (process.env["EIGENLORA_REQUIRE"] ?? "").split(/[\s,]+/);
+const runtimes = process.env["EIGENLORA_RUNTIMES"] ?? "";
+const folder = join(runtimes, "node_modules/@huggingface/transformers");
+const present = runtimes !== "" && existsSync(folder);
+const skip = !present && !required.includes("transformers") && "transformers is not here; see EIGENLORA_RUNTIMES in this file";
+
+/** Of transformers.js, as far as it is used here. */
+interface Tokens {
+  dims: number[];
+  data: ArrayLike<number>;
+  tolist(): (number | bigint)[][];
+}
+interface Answer {
+  label: string;
+  score: number;
+}
+interface Pipe {
+  (input: string | string[], options?: object): Promise<never>;
+  model: {
+    (inputs: object): Promise<Record<string, Tokens>>;
+    generate(options: object): Promise<Tokens>;
+    sessions: Record<string, object>;
+    config: { id2label?: Record<number, string>; label2id?: Record<string, number>; num_labels?: number };
+  };
+  tokenizer(texts: string | string[], options?: object): Record<string, Tokens>;
+  dispose(): Promise<void>;
+}
+interface Transformers {
+  env: { localModelPath: string; allowRemoteModels: boolean; logLevel: number };
+  pipeline(task: string, model: string, options?: object): Promise<Pipe>;
+  Tensor: new (type: string, data: unknown, dims: number[]) => Tokens;
+}
+interface Generation {
+  task: string;
+  prompt: string;
+  ids: number[];
+  logits: number[];
+}
+
+const [ROLE, GAME] = ["debtags-role", "debtags-game"] as const;
+const json = async (path: string): Promise<unknown> => JSON.parse(await readFile(data(path), "utf8"));
+const GENERATIONS = (await json("decoder/goldens.json")) as Generation[];
+const PROMPTS = [...new Set(GENERATIONS.map(({ prompt }) => prompt))];
+const REFERENCE = ((await json("reference/predictions.json")) as Record<string, Record<string, { predictions: number[] }>>)["own-seed"]!;
+interface Suite {
+  labels: string[];
+  test: [string, number][];
+}
+const SUITES = new Map([
+  [ROLE, (await json(`tasks/${ROLE}.json`)) as Suite],
+  [GAME, (await json(`tasks/${GAME}.json`)) as Suite],
+]);
+const BASE_LABELS = Array.from({ length: 8 }, (_, i) => `base ${i}`);
+
+/** A folder as transformers.js reads models from, and the packs for them. */
+const models = await mkdtemp(join(tmpdir(), "eigenlora-transformers-"));
+if (!process.env["KEEP"]) t.teardown(() => rm(models, { recursive: true, maxRetries: 5, retryDelay: 200 }));
+await makeModels();
+
+async function makeModels(): Promise<void> {
+  const write = async (path: string, content: string | Uint8Array): Promise<void> => writeFile(join(models, path), content);
+  await symlink(data("decoder"), join(models, "decoder"));
+  for (const name of ["minilm", "encoder", "external"]) await mkdir(join(models, name, "onnx"), { recursive: true });
+  for (const file of ["tokenizer.json", "tokenizer_config.json"]) await symlink(data(`minilm/${file}`), join(models, "minilm", file));
+  await symlink(data("minilm/model_fp16.onnx"), join(models, "minilm/onnx/model_fp16.onnx"));
+  const config = { model_type: "bert" };
+  await write("minilm/config.json", JSON.stringify({ ...config, id2label: { ...BASE_LABELS }, label2id: Object.fromEntries(BASE_LABELS.map((l, i) => [l, i])) }));
+  // One word per token of the tiny models: "w5" is token 5.
+  const vocab = Object.fromEntries(Array.from({ length: 64 }, (_, i) => [`w${i}`, i]));
+  const special = (id: number): object => ({ id, content: `w${id}`, special: true, single_word: false, lstrip: false, rstrip: false, normalized: false });
+  const around = [{ SpecialToken: { id: "w2", type_id: 0 } }, { Sequence: { id: "A", type_id: 0 } }, { SpecialToken: { id: "w3", type_id: 0 } }];
+  const named = { w2: { id: "w2", ids: [2], tokens: ["w2"] }, w3: { id: "w3", ids: [3], tokens: ["w3"] } };
+  const tokenizer = {
+    added_tokens: [special(0), special(2), special(3)],
+    normalizer: null,
+    pre_tokenizer: { type: "WhitespaceSplit" },
+    post_processor: { type: "TemplateProcessing", single: around, pair: around, special_tokens: named },
+    decoder: null,
+    model: { type: "WordLevel", vocab, unk_token: "w1" },
+  };
+  for (const name of ["encoder", "external"]) {
+    await write(`${name}/tokenizer.json`, JSON.stringify(tokenizer));
+    await write(`${name}/tokenizer_config.json`, JSON.stringify({ tokenizer_class: "PreTrainedTokenizerFast", pad_token: "w0", model_max_length: 64 }));
+  }
+  await write("encoder/config.json", JSON.stringify(config));
+  await symlink(model("encoder"), join(models, "encoder/onnx/model.onnx"));
+  await write("external/config.json", JSON.stringify({ ...config, "transformers.js_config": { use_external_data_format: true } }));
+  // transformers.js has the second file's name prescribed.
+  const proto = fromBinary(ModelProtoSchema, modelBytes("external"));
+  for (const { externalData } of proto.graph!.initializer) {
+    for (const entry of externalData) if (entry.key === "location") entry.value = "model.onnx_data";
+  }
+  await write("external/onnx/model.onnx", toBinary(ModelProtoSchema, proto));
+  await write("external/onnx/model.onnx_data", await readFile(data("sessions/external.onnx.data")));
+  await write("decoder.eigen", (await packOf(["decoder/adapters/upper", "decoder/adapters/lower"], LOSSLESS)).bytes);
+  await write("minilm.eigen", (await packOf([ROLE, GAME].map((task) => `adapters/own-seed/${task}`), LOSSLESS)).bytes);
+  await write("tiny.eigen", await packBytes(["adapters"], "base"));
+}
+
+let loaded: Transformers | undefined;
+async function load(): Promise<Transformers> {
+  if (loaded) return loaded;
+  if (!present) throw new Error("transformers is required but not installed");
+  const transformers = (await import(pathToFileURL(join(folder, "dist/transformers.node.mjs")).href)) as Transformers;
+  Object.assign(transformers.env, { localModelPath: models, allowRemoteModels: false });
+  return (loaded = transformers);
+}
+
+const pack = async (name: string) => openPack(await readFile(join(models, `${name}.eigen`)));
+async function attach(task: string, id: string, options: Partial<AttachOptions> = {}): Promise<{ pipe: Pipe; tasks: AttachedPack }> {
+  const { pipeline } = await load();
+  const pipe = await pipeline(task, id, { dtype: id === "minilm" ? "fp16" : "fp32" });
+  return { pipe, tasks: await attachPack(pipe, await pack(id === "encoder" || id === "external" ? "tiny" : id), { model: id, ...options }) };
+}
+const rows = (task: typeof ROLE | typeof GAME, count: number): string[] => SUITES.get(task)!.test.slice(0, count).map(([text]) => text);
+const expected = (task: typeof ROLE | typeof GAME, count: number): string[] =>
+  REFERENCE[task]!.predictions.slice(0, count).map((label) => SUITES.get(task)!.labels[label]!);
+
+t.test("text-classification answers as PEFT does, with each task's labels", { skip }, async (t) => {
+  const { pipe, tasks } = await attach("text-classification", "minilm");
+  t.same([...tasks.tasks.keys()].sort(), [GAME, ROLE]);
+  t.equal(tasks.session.probe.result, "passed");
+  t.equal(tasks.task, null);
+  const before = (await pipe(rows(ROLE, 3), { top_k: null })) as Answer[][];
+  t.ok(before.flat().every(({ label }) => BASE_LABELS.includes(label)), "the base's own names");
+  for (const task of [ROLE, GAME, ROLE] as const) {
+    const report = await tasks.switchTask(task);
+    t.equal(report.task, task);
+    t.equal(tasks.task, task);
+    const { labels } = SUITES.get(task)!;
+    t.same(pipe.model.config, { ...pipe.model.config, id2label: { ...labels }, num_labels: labels.length });
+    t.equal(pipe.model.config.label2id![labels[1]!], 1);
+    const texts = rows(task, 20);
+    const found = (await pipe(texts)) as Answer[];
+    t.same(found.map(({ label }) => label), expected(task, 20));
+    const all = (await pipe(texts, { top_k: null })) as Answer[][];
+    t.same(all.map(([first]) => first!.label), expected(task, 20));
+    for (const answers of all) {
+      t.same(answers.map(({ label }) => label).sort(), [...labels].sort(), "every label once");
+      t.ok(Math.abs(answers.reduce((sum, { score }) => sum + score, 0) - 1) < 1e-5);
+    }
+  }
+  t.ok(tasks.memory().total > 0);
+  await tasks.switchTask(null);
+  t.same(await pipe(rows(ROLE, 3), { top_k: null }), before, "the base's answers, to the bit");
+  await tasks.switchTask(GAME);
+  const ours = pipe.model.sessions["model"];
+  await tasks.detach();
+  t.not(pipe.model.sessions["model"], ours);
+  t.equal(pipe.model.sessions["model"]!.constructor.name, "InferenceSession");
+  t.notOk(Object.hasOwn(pipe, "_call") || Object.hasOwn(pipe.model, "_call") || Object.hasOwn(pipe.model, "generate"));
+  const after = (await pipe(rows(ROLE, 3), { top_k: null })) as Answer[][];
+  t.same(after.map((a) => a.map(({ label }) => label)), before.map((b) => b.map(({ label }) => label)));
+  t.ok(difference(after.flat().map(({ score }) => score), before.flat().map(({ score }) => score)) < 1e-6);
+  t.match(await refusal(() => tasks.switchTask(ROLE)), { tag: "backend", message: /released/ });
+  await tasks.detach();
+  const again = await attachPack(pipe, await pack("minilm"), { model: "minilm" });
+  await again.switchTask(ROLE);
+  t.same(((await pipe(rows(ROLE, 5))) as Answer[]).map(({ label }) => label), expected(ROLE, 5), "attached again");
+  await pipe.dispose();
+  t.match(await refusal(() => again.switchTask(ROLE)), { tag: "backend", message: /released/ });
+});
+
+t.test("an answer is wholly one task's while calls and switches overlap", { skip }, async (t) => {
+  const { pipe, tasks } = await attach("text-classification", "external");
+  const text = (i: number): string => `w${5 + i} w9 w${40 + i}`;
+  const choices = [null, "two", "three", "five"] as const;
+  const alone = new Map<string, Answer[]>();
+  for (const task of choices) {
+    await tasks.switchTask(task);
+    for (let i = 0; i < 4; i++) alone.set(`${task} ${i}`, await pipe(text(i), { top_k: null }));
+  }
+  t.equal(alone.get("five 0")!.length, 5);
+  t.equal(alone.get("two 0")![0]!.label.slice(0, 4), "two ");
+  t.match(alone.get("null 0")![0]!.label, /^LABEL_\d$/);
+  let seed = 11;
+  const random = (below: number): number => (seed = (Math.imul(seed, 1664525) + 1013904223) >>> 0) % 65536 % below;
+  let active: (typeof choices)[number] = choices[3];
+  const wrong: unknown[] = [];
+  const work: Promise<unknown>[] = [];
+  for (let step = 0; step < 400; step++) {
+    const dice = random(10);
+    if (dice < 3) {
+      active = choices[random(choices.length)]!;
+      work.push(tasks.switchTask(active));
+    } else if (dice === 3) {
+      // Neither of these changes anything.
+      work.push(refusal(() => tasks.switchTask("six")), refusal(() => tasks.switchTask("two", { signal: AbortSignal.abort() })));
+    } else {
+      const [task, i] = [active, random(4)];
+      const answer = pipe(text(i), { top_k: null }) as Promise<Answer[]>;
+      work.push(answer.then((found) => void (JSON.stringify(found) === JSON.stringify(alone.get(`${task} ${i}`)) || wrong.push({ task, i, found }))));
+    }
+    if (dice === 9) await new Promise((resolve) => setTimeout(resolve, random(3)));
+    if (dice === 8) await work[random(work.length)];
+  }
+  await Promise.all(work);
+  t.same(wrong, []);
+  t.equal(tasks.task, active);
+  await pipe.dispose();
+});
+
+t.test("another pipeline on the same model has the labels of its own run", { skip }, async (t) => {
+  const { pipe, tasks } = await attach("text-classification", "external");
+  // transformers.js reads the names some microtasks after the run of the model has settled.
+  const reads = async (): Promise<{ columns: number; names: number }> => {
+    const tokens = pipe.tokenizer("w5 w9");
+    const { logits } = await pipe.model(tokens);
+    for (let i = 0; i < 20; i++) await undefined;
+    return { columns: logits!.dims[1]!, names: pipe.model.config.num_labels! };
+  };
+  const all: Promise<{ columns: number; names: number }>[] = [];
+  await tasks.switchTask("two");
+  for (let i = 0; i < 12; i++) {
+    all.push(reads());
+    void tasks.switchTask(["five", "three", "two"][i % 3]!);
+  }
+  for (const { columns, names } of await Promise.all(all)) t.equal(names, columns);
+  await pipe.dispose();
+});
+
+t.test("feature-extraction", { skip }, async (t) => {
+  const { pipeline, Tensor } = await load();
+  const pipe = await pipeline("feature-extraction", "encoder", { dtype: "fp32" });
+  const own = pipe.model.sessions["model"];
+  const only = await openPack(await packBytes(["adapters/two"], "base"));
+  t.match(await refusal(() => attachPack(pipe, only, { model: "encoder" })), { tag: "base", message: /"classifier\.(weight|bias)".*pass ignore: \["classifier"\]/ });
+  t.equal(pipe.model.sessions["model"], own, "left as it was");
+  t.notOk(Object.hasOwn(pipe, "_call"));
+  const tasks = await attachPack(pipe, only, { model: "encoder", ignore: ["classifier"] });
+  const feeds = Object.fromEntries(
+    ["input_ids", "attention_mask", "token_type_ids"].map((name) => [name, new Tensor("int64", BigInt64Array.from(GOLDENS.feeds[name]!.flat(), BigInt), [3, 7])]),
+  );
+  for (const task of [null, "two", null]) {
+    await tasks.switchTask(task);
+    const { last_hidden_state: hidden } = await pipe.model(feeds);
+    // What stands at padded places is nobody's business, but PyTorch says that, too.
+    t.ok(difference(hidden!.data, golden("encoder", task)) < 1e-5, `${task}: all rows`);
+    // Row 1 of the goldens is two words between their marks, padded to 7 tokens of 32 features.
+    const row = goldenRow("encoder", task, 1).slice(0, 4 * 32);
+    const found = (await pipe("w1 w58")) as Tokens;
+    t.same(found.dims, [1, 4, 32]);
+    t.ok(difference(found.data, row) < 1e-5, `${task}: by its tokenizer`);
+    const mean = Array.from({ length: 32 }, (_, n) => (row[n]! + row[32 + n]! + row[64 + n]! + row[96 + n]!) / 4);
+    const length = Math.hypot(...mean);
+    const pooled = (await pipe("w1 w58", { pooling: "mean", normalize: true })) as Tokens;
+    t.ok(difference(pooled.data, mean.map((v) => v / length)) < 1e-5, `${task}: pooled`);
+  }
+  t.equal(pipe.model.config.id2label, undefined, "an ignored head brings no names");
+  await pipe.dispose();
+});
+
+t.test("text-generation keeps one task from its first token to its last", { skip }, async (t) => {
+  const { pipe, tasks } = await attach("text-generation", "decoder");
+  const generate = async (prompt: string): Promise<number[]> => {
+    const tokens = pipe.tokenizer(prompt);
+    const ids = await pipe.model.generate({ ...tokens, max_new_tokens: 12, do_sample: false });
+    return ids.tolist()[0]!.map(Number).slice(tokens["input_ids"]!.dims[1]);
+  };
+  const of = (task: string | null, prompt: string): Generation => GENERATIONS.find((g) => g.task === (task ?? "base") && g.prompt === prompt)!;
+  for (const task of [null, "upper", "lower", "upper", null, "lower"]) {
+    await tasks.switchTask(task);
+    for (const prompt of PROMPTS) {
+      t.same(await generate(prompt), of(task, prompt).ids, `${task}: ${prompt}`);
+      const { logits } = await pipe.model(pipe.tokenizer(prompt));
+      t.ok(difference(Array.from(logits!.data).slice(-96), of(task, prompt).logits) < 1e-4);
+    }
+  }
+  // Prompts of different lengths in one batch are padded on the left.
+  const options = { max_new_tokens: 12, do_sample: false, return_full_text: false };
+  const decode = (ids: number[]): string => ids.map((id) => (id === 0 ? "" : id === 95 ? " " : String.fromCharCode(32 + id))).join("");
+  for (const task of ["upper", null]) {
+    await tasks.switchTask(task);
+    const batch = (await pipe(PROMPTS, options)) as { generated_text: string }[][];
+    t.same(batch.map(([{ generated_text }]) => generated_text), PROMPTS.map((prompt) => decode(of(task, prompt).ids)), `${task}: batch`);
+  }
+  const work: Promise<void>[] = [];
+  let active: string | null = null;
+  for (let i = 0; i < 40; i++) {
+    if (i % 2 === 0) {
+      active = [null, "upper", "lower"][(i * 7) % 3]!;
+      void tasks.switchTask(active);
+    }
+    const [task, prompt] = [active, PROMPTS[i % PROMPTS.length]!];
+    work.push(generate(prompt).then((ids) => void t.same(ids, of(task, prompt).ids, `overlapping, ${task}`)));
+    if (i % 5 === 0) await new Promise((resolve) => setTimeout(resolve, 3));
+  }
+  await Promise.all(work);
+  await tasks.detach();
+  t.same(await generate(PROMPTS[0]!), of(null, PROMPTS[0]!).ids);
+  await pipe.dispose();
+});
+
+t.test("the model handed over, and what becomes of the pipeline's own session", { skip }, async (t) => {
+  const { pipeline } = await load();
+  const answers = async (pipe: Pipe, tasks: AttachedPack): Promise<void> => {
+    await tasks.switchTask("upper");
+    const tokens = pipe.tokenizer(PROMPTS[1]!);
+    const ids = (await pipe.model.generate({ ...tokens, max_new_tokens: 12, do_sample: false })).tolist()[0]!.map(Number);
+    t.same(ids.slice(6), GENERATIONS.find((g) => g.task === "upper" && g.prompt === PROMPTS[1])!.ids);
+  };
+  const path = join(models, "decoder/onnx/model.onnx");
+  for (const given of [path, await readFile(path), new Blob([await readFile(path)])]) {
+    const pipe = await pipeline("text-generation", "decoder", { dtype: "fp32" });
+    const own = pipe.model.sessions["model"] as { release(): Promise<void> };
+    const tasks = await attachPack(pipe, await pack("decoder"), { model: given });
+    await answers(pipe, tasks);
+    t.match(await refusal(() => own.release()), { message: /disposed/ }, "released");
+    const error = await refusal(() => tasks.detach());
+    t.match(error, { tag: "backend", message: /original: "keep"/ });
+    await answers(pipe, tasks);
+    await pipe.dispose();
+  }
+  const first = await attach("text-generation", "decoder", { original: "release-first", mode: "factors" });
+  t.equal(first.tasks.session.mode, "factors", "options pass through");
+  await answers(first.pipe, first.tasks);
+  await first.pipe.dispose();
+  const pipe = await pipeline("text-generation", "decoder", { dtype: "fp32" });
+  const own = pipe.model.sessions["model"] as { release(): Promise<void> };
+  const tasks = await attachPack(pipe, await pack("decoder"), { model: path, original: "keep" });
+  await answers(pipe, tasks);
+  await tasks.detach();
+  t.equal(pipe.model.sessions["model"], own);
+  const second = await attachPack(pipe, await pack("decoder"), { model: path, original: "keep", mode: "folded" });
+  await answers(pipe, second);
+  await pipe.dispose();
+  t.match(await refusal(() => own.release()), { message: /disposed/ }, "goes with the pipeline");
+});
+
+t.test("blends, tasks without names, tasks of the whole directory", { skip }, async (t) => {
+  const { pipe, tasks } = await attach("text-classification", "minilm");
+  const labels = async (): Promise<string[]> => ((await pipe("a game", { top_k: null })) as Answer[]).map(({ label }) => label).sort();
+  t.match(await refusal(() => tasks.switchTask({ [ROLE]: 0.5, [GAME]: 0.5 })), { tag: "task", message: /head/ });
+  t.same(await labels(), [...BASE_LABELS].sort());
+  await tasks.switchTask({ [ROLE]: 0.5, [GAME]: 0.5 }, { head: GAME });
+  t.same(await labels(), [...SUITES.get(GAME)!.labels].sort());
+  await tasks.switchTask({ [ROLE]: 0.7 });
+  t.same(await labels(), [...SUITES.get(ROLE)!.labels].sort());
+  await pipe.dispose();
+  const tiny = await attach("text-classification", "external");
+  delete tiny.tasks.tasks.get("five")!.metadata.labels;
+  await tiny.tasks.switchTask("five");
+  const found = (await tiny.pipe("w5 w9", { top_k: null })) as Answer[];
+  t.same(found.map(({ label }) => label).sort(), ["LABEL_0", "LABEL_1", "LABEL_2", "LABEL_3", "LABEL_4"]);
+  await tiny.pipe.dispose();
+});
+
+t.test("what cannot be is refused and leaves the pipeline as it was", { skip }, async (t) => {
+  const { pipeline } = await load();
+  const pipe = await pipeline("text-generation", "decoder", { dtype: "fp32" });
+  const own = pipe.model.sessions["model"];
+  const some = await pack("decoder");
+  const refused = async (options: object, given: unknown = pipe): Promise<Error> => refusal(() => attachPack(given as Pipe, some, options as AttachOptions));
+  t.match(await refused({}), { name: "TypeError", message: /pass { model }/ });
+  t.match(await refused({ model: "decoder" }, {}), { name: "TypeError", message: /must be a pipeline/ });
+  t.match(await refused({ model: "decoder", part: "encoder" }), { name: "TypeError", message: 'part: the model has the sessions "model", got "encoder"' });
+  t.match(await refused({ model: "decoder", original: "burn" }), { name: "RangeError" });
+  t.match(await refused({ model: "decodr" }), { tag: "source", file: "decodr", message: /does not find the model again.*Pass \{ model \}/s });
+  t.match(await refused({ model: "minilm", pretrained: { dtype: "fp16" } }), { tag: "base" }, "a model that the adapters do not fit");
+  t.match(await refused({ model: join(models, "nothing.onnx") }), { tag: "source" });
+  t.match(await refused({ model: "decoder", session: { executionProviders: ["nonsense"] } }), { tag: "backend", message: /nonsense/ });
+  const several = await pipeline("text-generation", "decoder", { dtype: "fp32" });
+  several.model.sessions["other"] = several.model.sessions["model"]!;
+  t.match(await refused({ model: "decoder" }, several), { name: "TypeError", message: /sessions "model", "other"; say which, \{ part \}/ });
+  delete several.model.sessions["other"];
+  await several.dispose();
+  const wordless = await pipeline("text-generation", "decoder", { dtype: "fp32" });
+  Object.assign(wordless, { tokenizer: null });
+  t.match(await refused({ model: "decoder" }, wordless), { name: "TypeError", message: /pass \{ Tensor \}/ });
+  const { Tensor } = await import("onnxruntime-common");
+  const given = await attachPack(wordless, await pack("decoder"), { model: "decoder", Tensor });
+  t.equal(given.session.probe.result, "passed");
+  await wordless.dispose();
+  t.equal(pipe.model.sessions["model"], own);
+  t.equal(((await pipe(PROMPTS[1]!, { max_new_tokens: 3, do_sample: false })) as { generated_text: string }[]).length, 1);
+  const [, second] = await Promise.all([
+    attachPack(pipe, some, { model: "decoder" }),
+    refused({ model: "decoder" }),
+    pipe(PROMPTS[1]!, { max_new_tokens: 3, do_sample: false }),
+  ]);
+  t.match(second, { name: "TypeError", message: /has a pack/ });
+  await pipe.dispose();
+  const other = await pipeline("text-classification", "external", { dtype: "fp32" });
+  t.match(
+    await refusal(async () => attachPack(other, await openPack(await packBytes(["adapters/two"], "base")), { model: model("encoder"), ignore: ["classifier"] })),
+    { name: "TypeError", message: /input_ids.* → last_hidden_state\) is not what the pipeline runs \(.* → logits\)/ },
+  );
+  await other.dispose();
+});
+
+t.test("several pipelines at once take their own files", { skip }, async (t) => {
+  const { pipeline } = await load();
+  const pipes = await Promise.all([1, 2, 3].map(() => pipeline("text-generation", "decoder", { dtype: "fp32" })));
+  const create = pipes[0]!.model.sessions["model"]!.constructor as unknown as { create: unknown };
+  const before = create.create;
+  const attached = await Promise.all(pipes.map(async (pipe) => attachPack(pipe, await pack("decoder"), { model: "decoder" })));
+  t.equal(create.create, before, "onnxruntime is left as it was");
+  await Promise.all(attached.map((tasks, i) => tasks.switchTask([null, "upper", "lower"][i]!)));
+  const ids = await Promise.all(
+    pipes.map(async (pipe) => (await pipe.model.generate({ ...pipe.tokenizer(PROMPTS[1]!), max_new_tokens: 12, do_sample: false })).tolist()[0]!.map(Number)),
+  );
+  for (const [i, task] of ["base", "upper", "lower"].entries()) {
+    t.same(ids[i]!.slice(6), GENERATIONS.find((g) => g.task === task && g.prompt === PROMPTS[1])!.ids);
+  }
+  await Promise.all(pipes.map((pipe) => pipe.dispose()));
+});
+
+interface Smoke {
+  generated: { task: string; prompt: string; ids: number[] }[];
+  labelled: { task: typeof ROLE | typeof GAME; text: string; label: string }[];
+  probe: string;
+  detached: string;
+  logits: number[];
+}
+
+const TEXTS = rows(ROLE, 8);
+const PLAN = { models, prompts: PROMPTS, texts: TEXTS, topics: [ROLE, GAME, ROLE] };
+
+function judge(t: Test, { generated, labelled, probe, detached, logits }: Smoke): void {
+  t.equal(generated.length, 15);
+  for (const { task, prompt, ids } of generated) t.same(ids, GENERATIONS.find((g) => g.task === task && g.prompt === prompt)!.ids, `${task}: ${prompt}`);
+  t.equal(labelled.length, 3 * TEXTS.length);
+  for (const { task, text, label } of labelled) {
+    if (task === ROLE) t.equal(label, expected(ROLE, TEXTS.length)[TEXTS.indexOf(text)], text);
+    else t.ok(SUITES.get(GAME)!.labels.includes(label), `${text}: ${label}`);
+  }
+  t.equal(probe, "passed");
+  t.ok(BASE_LABELS.includes(detached));
+  t.ok(difference(logits, goldenRow("base", "three", 0)) < 1e-5);
+}
+
+t.test("onnxruntime-web in Node", { skip }, async (t) => {
+  if (!present) throw new Error("transformers is required but not installed");
+  const plan = join(models, "plan.json");
+  // An external file's path is all that transformers.js gives in Node, and onnxruntime-web cannot open it; ours reads it.
+  await writeFile(plan, JSON.stringify({ ...PLAN, device: "auto" }));
+  const { stdout } = await promisify(execFile)(process.execPath, [join(root, "test/transformers-smoke-main.js"), folder, plan]);
+  judge(t, JSON.parse(stdout) as Smoke);
+});
+
+const chromium = ["/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome"].find((p) => existsSync(p));
+const noBrowser = !chromium && !required.includes("chromium") && "chromium is not here";
+t.test("Chromium", { skip: skip || noBrowser, timeout: 120_000 }, async (t) => {
+  if (!chromium || !present) throw new Error("chromium or transformers is required but not installed");
+  const files = new Map<string, Uint8Array>();
+  for (const name of ["decoder", "minilm", "external"]) {
+    for (const file of await readdir(join(models, name), { recursive: true })) {
+      if (/\.(json|onnx|onnx_data)$/.test(file)) files.set(`models/${name}/${file}`, await readFile(join(models, name, file)));
+    }
+  }
+  for (const name of ["decoder", "minilm", "tiny"]) files.set(`${name}.eigen`, await readFile(join(models, `${name}.eigen`)));
+  // The build that transformers.js 4 asks for. Where the version it pins is not hoisted, it lies below.
+  const dist = [join(folder, "node_modules"), join(runtimes, "node_modules")].map((n) => join(n, "onnxruntime-web/dist")).find((d) => existsSync(d))!;
+  for (const suffix of ["mjs", "wasm"]) files.set(`ort/ort-wasm-simd-threaded.asyncify.${suffix}`, await readFile(join(dist, `ort-wasm-simd-threaded.asyncify.${suffix}`)));
+  const contents = `import * as transformers from "@huggingface/transformers";
+    import { openPack } from "eigenlora";
+    import { attachPack } from "eigenlora/transformers";
+    import { smoke } from "./transformers-smoke.js";
+    const { env } = transformers;
+    Object.assign(env, { localModelPath: "/models/", allowLocalModels: true, allowRemoteModels: false });
+    env.backends.onnx.wasm.wasmPaths = location.origin + "/ort/";
+    env.backends.onnx.wasm.numThreads = 1;
+    const read = async (file) => new Uint8Array(await (await fetch("/" + file)).arrayBuffer());
+    const show = (x) => fetch("/result", { method: "POST", body: JSON.stringify(x instanceof Error ? x.stack : x) });
+    smoke(transformers, { openPack, attachPack }, { ...${JSON.stringify(PLAN)}, device: "wasm", read }).then(show, show);`;
+  const { outputFiles } = await build({
+    stdin: { contents, resolveDir: join(root, "test") },
+    nodePaths: [join(runtimes, "node_modules")],
+    bundle: true,
+    format: "esm",
+    platform: "browser",
+    write: false,
+    logLevel: "silent",
+  });
+  files.set("page.js", outputFiles[0]!.contents);
+  files.set("page.html", new TextEncoder().encode('<!doctype html><body><script type="module" src="/page.js"></script>'));
+  const server = await serve(files);
+  t.teardown(() => server.close());
+  const profile = await mkdtemp(join(tmpdir(), "eigenlora-chromium-"));
+  t.teardown(() => rm(profile, { recursive: true, maxRetries: 5, retryDelay: 200 }));
+  const flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"];
+  const browser = spawn(chromium, [...flags, `--user-data-dir=${profile}`, server.url("page.html")]);
+  const exited = new Promise<string>((_, reject) => browser.once("exit", (code) => reject(new Error(`chromium exited: ${code}`))));
+  exited.catch(() => undefined);
+  const text = await Promise.race([server.posted(), exited]);
+  browser.kill();
+  const found = JSON.parse(text) as Smoke;
+  if (typeof found === "string") throw new Error(found);
+  judge(t, found);
+});
+
+t.test("turns: a change waits for the calls before it and holds the calls after it", async (t) => {
+  const turns = new Turns();
+  const log: string[] = [];
+  const call = (name: string, ms: number): Promise<void> =>
+    turns.call(async () => {
+      log.push(`${name}(`);
+      await new Promise((resolve) => setTimeout(resolve, ms));
+      log.push(`)${name}`);
+      if (name === "b") throw new Error(name);
+    });
+  const change = (name: string): Promise<string> =>
+    turns.change(async () => {
+      log.push(name);
+      if (name === "Y") throw new Error(name);
+      return name;
+    });
+  const all = await Promise.allSettled([call("a", 20), call("b", 5), change("X"), change("Y"), call("c", 5), change("Z"), call("d", 1)]);
+  t.same(log, ["a(", "b(", ")b", ")a", "X", "Y", "c(", ")c", "Z", "d(", ")d"]);
+  t.same(all.map(({ status }) => status), ["fulfilled", "rejected", "fulfilled", "rejected", "fulfilled", "fulfilled", "fulfilled"]);
+  // However many microtasks the awaiting side takes, it is before the change.
+  const late = turns.call(async () => undefined).then(async () => {
+    for (let i = 0; i < 100; i++) await undefined;
+    log.push("late");
+  });
+  await Promise.all([late, change("W")]);
+  t.same(log.slice(-2), ["late", "W"]);
+});
+
+t.test("held methods", async (t) => {
+  class Machine {
+    name = "machine";
+    async outer(): Promise<string> {
+      return `${this.name} ${await this.inner()}`;
+    }
+    async inner(): Promise<string> {
+      return "inner";
+    }
+  }
+  const machine = new Machine();
+  let entered = 0;
+  const { inside, free } = hold(machine, ["outer", "inner", "absent"], (work) => (entered++, work()), { name: "other" });
+  t.equal(await machine.outer(), "other inner");
+  t.equal(entered, 1, "calls inside a call do not enter again");
+  inside.name = "set";
+  t.equal(machine.name, "set", "what is set inside is set outside");
+  t.equal(await inside.inner(), "inner");
+  t.equal(entered, 1);
+  const wrapped = machine.inner;
+  machine.inner = async () => `wrapped ${await wrapped()}`;
+  free();
+  t.notOk(Object.hasOwn(machine, "outer"));
+  t.equal(await machine.inner(), "wrapped inner", "a later wrapper stays");
+});
+
+t.test("labels of a selection", async (t) => {
+  const minilm = await pack("minilm");
+  const { labels } = SUITES.get(ROLE)!;
+  t.equal(await labelsOf(minilm, null, undefined), "base");
+  t.same(await labelsOf(minilm, ROLE, undefined), labels);
+  t.same(await labelsOf(minilm, { [GAME]: 1, [ROLE]: 1 }, ROLE), labels);
+  t.equal(await labelsOf(minilm, ROLE, undefined, ["classifier"]), "base", "the head is left out, and so are its names");
+  t.equal(await labelsOf(minilm, "unknown", undefined), "base");
+  const tiny = await pack("tiny");
+  t.same(await labelsOf(tiny, "two", undefined), ["two 0", "two 1"]);
+  delete tiny.tasks.get("five")!.metadata.labels;
+  t.equal(await labelsOf(tiny, "five", undefined), "numbered");
+  const decoder = await pack("decoder");
+  t.equal(await labelsOf(decoder, "upper", undefined), "base", "no head, no names");
+  decoder.tasks.get("upper")!.metadata.labels = ["yes", "no"];
+  t.same(await labelsOf(decoder, { lower: 1, upper: 1 }, undefined), ["yes", "no"], "names for the base's head");
+});
