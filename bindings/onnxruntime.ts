@@ -4,17 +4,17 @@
  */
 import { createBackend } from "../src/backends/select.ts";
 import { BackendError, TaskError } from "../src/errors.ts";
-import { graft, type Grafted } from "../src/onnx/graft.ts";
+import { graft, type Grafted, type TaskInput } from "../src/onnx/graft.ts";
 import { readModel, type ModelFile, type ModelOptions } from "../src/onnx/read.ts";
 import { detachWeights, type DetachedModel } from "../src/onnx/write.ts";
 import type { Pack, TaskInfo } from "../src/pack/pack.ts";
-import type { View, WeightHost } from "../src/runtime/host.ts";
+import type { View } from "../src/runtime/host.ts";
 import { createRuntime } from "../src/runtime/runtime.ts";
 import { copySelection, type Selection } from "../src/runtime/selection.ts";
 import { Workbench } from "../src/runtime/workbench.ts";
 import { onnxHost } from "../src/onnx/host.ts";
 import { fillFolded, FOLDED_FILE, layoutFolded, type FoldedLayout } from "../src/session/fold.ts";
-import { planSession, type Mode, type Plan, type PlanOptions } from "../src/session/plan.ts";
+import { planSession, type BaseValues, type Mode, type Plan, type PlanOptions } from "../src/session/plan.ts";
 import { probeParity, tinyFeeds, type ProbeFeed, type ProbeReport } from "../src/session/probe.ts";
 import { Timeline } from "../src/session/timeline.ts";
 import { stackValues, TaskEvaluator, type InputValue, type TaskValues } from "../src/session/values.ts";
@@ -91,7 +91,7 @@ export interface EigenRunOptions {
 export type RunResult<O extends Ort> = Awaited<ReturnType<Session<O>["run"]>> & {
   /**
    * After a run with `tasks`: how many columns of each row of a head's result are the task's own, by module name of the
-   * head. The columns behind them hold the lowest number. Not enumerable.
+   * head. The columns behind them hold the lowest number, or 0 where the head has no bias. Not enumerable.
    */
   readonly validColumns?: ReadonlyMap<string, readonly number[]>;
 };
@@ -115,7 +115,8 @@ interface State<O extends Ort> {
   readonly session: Session<O>;
   readonly task: Selection;
   readonly feeds: Readonly<Record<string, OrtTensor>>;
-  readonly bytesFed: number;
+  /** Of `feeds`. */
+  readonly bytes: number;
 }
 
 /**
@@ -160,7 +161,7 @@ export async function createEigenSession<O extends Ort>(
     }
     await file.close();
     // The core is made of coefficients alone; everything else expands from the bases.
-    const expands = plan.mode === "factors" || plan.weights.size > 0 || plan.graft.modules.some((m) => !m.components);
+    const expands = plan.mode === "factors" || plan.base.weights.size > 0 || plan.graft.modules.some((m) => !m.components);
     const { backend } = await createBackend(expands ? {} : { backend: "js" });
     const bench = new Workbench(backend, pack.modules, expands ? bases : new Uint8Array(0));
     const feeds = options.probe === false ? undefined : tinyFeeds(own);
@@ -185,6 +186,8 @@ interface Parts<O extends Ort> {
 /** Makes the state of a selection. */
 interface Maker<O extends Ort> {
   make(selection: Selection, options: SessionSwitchOptions, old: State<O> | undefined): Promise<State<O>>;
+  /** Of weights, at each switch. */
+  readonly bytesWritten: number;
   memory(): Pick<SessionMemory, "expansion" | "pristine">;
   dispose(): Promise<void>;
 }
@@ -202,8 +205,8 @@ export class EigenSession<O extends Ort = Ort> {
   readonly probe: ProbeReport;
 
   readonly #ort: O;
-  readonly #plan: Plan;
-  readonly #grafted: Grafted;
+  readonly #base: BaseValues;
+  readonly #inputs: readonly TaskInput[];
   readonly #evaluator: TaskEvaluator;
   readonly #maker: Maker<O>;
   readonly #timeline: Timeline<State<O>>;
@@ -219,8 +222,9 @@ export class EigenSession<O extends Ort = Ort> {
     this.outputNames = parts.outputs;
     this.probe = probe;
     this.#ort = parts.ort;
-    this.#plan = parts.plan;
-    this.#grafted = parts.grafted;
+    // Not the plan: its graph holds views of the whole model file.
+    this.#base = parts.plan.base;
+    this.#inputs = parts.grafted.inputs;
     this.#evaluator = evaluator;
     this.#maker = maker;
     this.#state = first;
@@ -232,16 +236,18 @@ export class EigenSession<O extends Ort = Ort> {
   static async unfolded<O extends Ort>(
     parts: Parts<O> & { bench: Workbench; feeds: Map<string, ProbeFeed> | undefined },
   ): Promise<EigenSession<O>> {
-    const { ort, pack, plan, grafted, bench, options } = parts;
-    const evaluator = new TaskEvaluator(pack, plan, grafted.inputs, bench);
+    const { ort, pack, plan, bench, options } = parts;
+    const { inputs } = parts.grafted;
+    const evaluator = new TaskEvaluator(pack, plan.base, inputs, bench);
     const session = await createSession(ort, parts.detached, options);
     try {
       const make: Maker<O>["make"] = async (selection, how) => {
         const values = await evaluator.evaluate(selection, how);
-        return { session, task: copySelection(selection), ...toFeeds(ort, grafted, [values]) };
+        return { session, task: copySelection(selection), ...toFeeds(ort, inputs, [values]) };
       };
       const maker: Maker<O> = {
         make,
+        bytesWritten: 0,
         memory: () => ({ expansion: sum(bench.backend.memory()) + bench.staging.values.byteLength, pristine: 0 }),
         dispose: async () => bench.backend.dispose(),
       };
@@ -257,31 +263,38 @@ export class EigenSession<O extends Ort = Ort> {
 
   /** @internal */
   static async folded<O extends Ort>(parts: Parts<O> & { layout: FoldedLayout; file: ModelFile }): Promise<EigenSession<O>> {
-    const { ort, pack, plan, grafted, options, layout, file, detached } = parts;
+    const { ort, pack, plan, options, layout, file, detached } = parts;
+    const { inputs } = parts.grafted;
+    const { base } = plan;
     const { backend } = await createBackend({ backend: "js" });
-    const evaluator = new TaskEvaluator(pack, plan, grafted.inputs, new Workbench(backend, pack.modules, new Uint8Array(0)));
-    const host = withoutHeads(onnxHost(file), plan);
+    const evaluator = new TaskEvaluator(pack, base, inputs, new Workbench(backend, pack.modules, new Uint8Array(0)));
+    const host = onnxHost(file);
+    // Heads come as inputs.
+    const ignore = [...base.ignored, ...[...base.heads.keys()].flatMap((head) => [`${head}.weight`, `${head}.bias`])];
     // The file is in memory anyway: no second copy of its weights.
-    const runtime = await createRuntime(pack, { base: host, policy: "reload", anyBase: true, names: plan.names });
+    const runtime = await createRuntime(pack, { base: host, policy: "reload", anyBase: true, names: plan.names, ignore });
     const make: Maker<O>["make"] = async (selection, how) => {
       const values = await evaluator.evaluate(selection, how);
       await runtime.switchTask(selection, { ...(how.signal && { signal: how.signal }), ...(how.head !== undefined && { head: how.head }) });
       const changed = runtime.changes();
       const folded = await fillFolded(layout, (name): View | Promise<View> => changed.get(name) ?? host.read(name));
       const session = await createSession(ort, { ...detached, files: [...detached.files, folded] }, options);
-      const feeds = toFeeds(ort, grafted, [values]);
-      return { session, task: copySelection(selection), ...feeds, bytesFed: feeds.bytesFed + layout.byteLength };
+      return { session, task: copySelection(selection), ...toFeeds(ort, inputs, [values]) };
     };
     const files = detached.files.reduce((sum, { data }) => sum + data.byteLength, detached.bytes.length);
     const maker: Maker<O> = {
       make,
+      bytesWritten: layout.byteLength,
       memory: () => ({ expansion: runtime.memory().total, pristine: files }),
       dispose: async () => {
         await runtime.dispose();
         await file.close();
       },
     };
-    const first = await make(null, {}, undefined);
+    const first = await make(null, {}, undefined).catch(async (error: unknown) => {
+      await maker.dispose();
+      throw error;
+    });
     return new EigenSession(parts, evaluator, maker, first, { result: "not needed: the weights themselves change" });
   }
 
@@ -316,12 +329,12 @@ export class EigenSession<O extends Ort = Ort> {
         if (old.session !== this.#state.session) await inTurn(this.#ort, () => old.session.release());
       },
     );
-    const { task, bytesFed } = await change;
+    const { task, bytes } = await change;
     return {
       task,
       bytesRead: this.pack.reads.bytes - before.bytes,
       requests: this.pack.reads.requests - before.requests,
-      bytesFed,
+      bytesFed: bytes + this.#maker.bytesWritten,
       milliseconds: performance.now() - started,
     };
   }
@@ -340,14 +353,14 @@ export class EigenSession<O extends Ort = Ort> {
     const { tasks, ...options } = (fetched ? third : (second as EigenRunOptions | undefined)) ?? {};
     const fetches = fetched ? second : this.outputNames;
     const own = feeds as Readonly<Record<string, OrtTensor>>;
-    for (const { name } of this.#grafted.inputs) {
+    for (const { name } of this.#inputs) {
       if (name in own) throw new TypeError(`feeds: "${name}" is the session's own input; switchTask feeds it`);
     }
     return this.#timeline.run(async (state) => {
       if (!tasks) return (await this.#submit(state, own, state.feeds, fetches, options)) as RunResult<O>;
       const values = await this.#rows(tasks, own);
-      const result = await this.#submit(state, own, toFeeds(this.#ort, this.#grafted, values).feeds, fetches, options);
-      const valid = new Map([...this.#plan.heads.keys()].map((head) => [head, values.map(({ labels }) => labels.get(head)!)]));
+      const result = await this.#submit(state, own, toFeeds(this.#ort, this.#inputs, values).feeds, fetches, options);
+      const valid = new Map([...this.#base.heads.keys()].map((head) => [head, values.map(({ labels }) => labels.get(head)!)]));
       Object.defineProperty(result, "validColumns", { value: valid, enumerable: false });
       return result as RunResult<O>;
     });
@@ -396,17 +409,13 @@ export class EigenSession<O extends Ort = Ort> {
 
   /** Resident bytes that come on top of what a plain session holds. */
   memory(): SessionMemory {
-    const { biases, heads, weights } = this.#plan;
-    let active = this.#state.bytesFed - (this.mode === "folded" ? this.#foldedBytes() : 0);
+    const { biases, heads, weights } = this.#base;
+    let active = this.#state.bytes;
     for (const values of [...biases.values(), ...weights.values()]) active += values.byteLength;
     for (const { weight, bias } of heads.values()) active += weight.byteLength + (bias?.byteLength ?? 0);
     const { coefficients } = this.pack.residentBytes;
     const report = { components: this.#components, coefficients, active, ...this.#maker.memory() };
     return { ...report, total: sum(report) };
-  }
-
-  #foldedBytes(): number {
-    return this.#plan.folded.reduce((sum, { shape, dtype }) => sum + shape.reduce((a, b) => a * b, dtype === "f32" ? 4 : 2), 0);
   }
 
   /** Waits for runs and switches under way, then frees everything. The pack stays open. */
@@ -466,17 +475,17 @@ function call(session: OrtSession, feeds: object, fetches: unknown, options: obj
 /** Tensors of the task inputs, for one task or one per row. */
 function toFeeds<O extends Ort>(
   ort: O,
-  { inputs }: Grafted,
+  inputs: readonly TaskInput[],
   rows: readonly TaskValues[],
-): { feeds: Record<string, OrtTensor>; bytesFed: number } {
+): { feeds: Record<string, OrtTensor>; bytes: number } {
   const feeds: Record<string, OrtTensor> = {};
-  let bytesFed = 0;
+  let bytes = 0;
   for (const input of inputs) {
     const { dims, data } = stackValues(input, rows.map((row) => row.inputs.get(input.name)!));
     feeds[input.name] = makeTensor(ort, data, dims);
-    bytesFed += data.byteLength;
+    bytes += data.byteLength;
   }
-  return { feeds, bytesFed };
+  return { feeds, bytes };
 }
 
 const TYPES = new Map<unknown, string>([
@@ -510,18 +519,6 @@ async function runProbe<O extends Ort>(
   const made = given ? new Map<string, ProbeFeed>() : tiny;
   const { modules } = plan.graft;
   return probeParity(run, made, base, grafted.inputs, modules, grafted.probe, outputs, JSON.stringify(providers ?? "default"));
-}
-
-/** The host without the heads, which come as inputs: what tasks bring of them is no business of the weights. */
-function withoutHeads(host: WeightHost, { heads }: Plan): WeightHost {
-  return {
-    ...host,
-    *list() {
-      for (const parameter of host.list()) {
-        if (![...heads.keys()].some((head) => parameter.name.startsWith(`${head}.`))) yield parameter;
-      }
-    },
-  };
 }
 
 function isFetches(value: unknown, outputs: readonly string[]): boolean {

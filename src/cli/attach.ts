@@ -234,7 +234,7 @@ async function writeInputs(
   const stem = target.replace(/\.onnx$/i, "");
   const { backend } = await createBackend();
   try {
-    const evaluator = new TaskEvaluator(pack, plan, inputs, new Workbench(backend, pack.modules, bases));
+    const evaluator = new TaskEvaluator(pack, plan.base, inputs, new Workbench(backend, pack.modules, bases));
     const folder = `${stem}.tasks`;
     await makeFolder(folder);
     const file = `${stem}.base.safetensors`;

@@ -419,6 +419,9 @@ function dropUnused(model: OnnxModel): void {
     if (keep.length === main.node.length) {
       const tensors = main.initializer.filter(({ name }) => used.has(name));
       main.initializer.splice(0, main.initializer.length, ...tensors);
+      // Old exporters list initializers among the inputs; without its values such an input would have to be fed.
+      const inputs = main.input.filter(({ name }) => used.has(name) || !model.graph.initializers.has(name));
+      main.input.splice(0, main.input.length, ...inputs);
       return;
     }
     main.node.splice(0, main.node.length, ...keep);

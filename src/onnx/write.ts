@@ -100,7 +100,8 @@ export function embedWeights({ model }: ModelFile, added: readonly Added[]): Uin
 /** Says that a tensor's bytes lie in a file. */
 export function point(tensor: TensorProto, location: string, offset: number, length: number): void {
   const entries = { location, offset: String(offset), length: String(length) };
-  for (const [key, value] of Object.entries(entries)) tensor.externalData.push({ $typeName: "onnx.StringStringEntryProto", key, value });
+  const $typeName = "onnx.StringStringEntryProto";
+  tensor.externalData = Object.entries(entries).map(([key, value]) => ({ $typeName, key, value }));
   tensor.dataLocation = EXTERNAL;
   tensor.rawData = new Uint8Array(0);
 }

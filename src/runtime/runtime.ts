@@ -35,6 +35,8 @@ export interface RuntimeOptions extends BackendOptions, FetchOptions {
   names?: ReadonlyMap<string, string>;
   /** Accept a base whose fingerprint differs, for instance one that was trained further. */
   anyBase?: boolean;
+  /** Parameters of tasks that are left out, by the pack's names: "classifier.weight". */
+  ignore?: Iterable<string>;
   signal?: AbortSignal;
 }
 
@@ -114,7 +116,8 @@ export async function createRuntime(pack: Pack, options: RuntimeOptions = {}): P
     const folded = mode === "folded";
     const keep = { pristine: folded && policy === "copy", active: folded && !host?.begin };
     if (host) await loadSlots(slots, host, bench, bases, keep, { signal, anyBase: options.anyBase ?? false });
-    return new Runtime({ pack, bench, passedOver, mode, policy, host, slots, locator, closeHost });
+    const ignored = new Set(options.ignore);
+    return new Runtime({ pack, bench, passedOver, mode, policy, host, slots, locator, ignored, closeHost });
   } catch (error) {
     backend.dispose();
     await closeHost?.();
@@ -131,6 +134,7 @@ interface RuntimeParts {
   host: WeightHost | undefined;
   slots: readonly Slot[];
   locator: Locator;
+  ignored: ReadonlySet<string>;
   closeHost: (() => Promise<void>) | undefined;
 }
 
@@ -149,6 +153,7 @@ export class Runtime {
   readonly #slots: readonly Slot[];
   readonly #slotsByName = new Map<string, Slot>();
   readonly #parameters: Parameters;
+  readonly #ignored: ReadonlySet<string>;
   readonly #closeHost: (() => Promise<void>) | undefined;
   readonly #names: NameMatcher;
   /** Modules, by index, that are not pristine now. */
@@ -169,6 +174,7 @@ export class Runtime {
     this.policy = parts.policy;
     this.#bench = parts.bench;
     this.#host = host;
+    this.#ignored = parts.ignored;
     this.#closeHost = parts.closeHost;
     this.#slots = slots;
     this.#names = locator.names;
@@ -208,7 +214,7 @@ export class Runtime {
     this.#live();
     signal?.throwIfAborted();
     const before = { ...this.pack.reads };
-    const parts = await loadParts(this.pack, selection, head, signal);
+    const parts = await loadParts(this.pack, selection, head, signal, this.#ignored);
     if (!this.#host) refuseMagnitudes(parts, this.pack, () => true, "pass `base`");
     const replacements = await this.#parameters.resolve(parts, this.pack, head, signal);
     const plans = stage(parts, this.pack.modules, this.#bench.staging);

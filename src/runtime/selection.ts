@@ -16,6 +16,7 @@ export function copySelection(selection: Selection): Selection {
 /**
  * Reads the tasks of a selection.
  * @param head whose saved modules to take
+ * @param ignored parameters that are left out of the tasks, by the pack's names
  * @throws TaskError for an unknown id, a head that is none of the tasks, a blend or strength with DoRA
  */
 export async function loadParts(
@@ -23,9 +24,14 @@ export async function loadParts(
   selection: Selection,
   head: string | undefined,
   signal: AbortSignal | undefined,
+  ignored: ReadonlySet<string>,
 ): Promise<Part[]> {
   const parts: Part[] = await Promise.all(
-    toStrengths(selection).map(async ([id, weight]) => ({ id, weight, blob: await pack.load(id, { signal }) })),
+    toStrengths(selection).map(async ([id, weight]) => {
+      const blob = await pack.load(id, { signal });
+      const parameters = blob.parameters.filter(({ name }) => !ignored.has(name));
+      return { id, weight, blob: { ...blob, parameters } };
+    }),
   );
   if (head !== undefined && !parts.some((p) => p.id === head)) {
     throw new TaskError(`head "${head}" is not one of the tasks switched to`, { task: head });

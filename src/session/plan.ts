@@ -52,24 +52,30 @@ export interface BaseHead {
   readonly labels: number;
 }
 
-/** What is to be done to the model. */
-export interface Plan {
+/** What is to be known of the model to evaluate tasks, once it is loaded. Holds nothing of the graph or the file. */
+export interface BaseValues {
   readonly mode: Mode;
-  /** Why this mode, for people. */
-  readonly reason: string;
-  readonly graft: Graft;
-  /** The model's names of the adapted weights, by module name of the pack. */
-  readonly names: ReadonlyMap<string, string>;
   /** By module name of the pack. */
   readonly heads: ReadonlyMap<string, BaseHead>;
   /** Values of the biases that tasks change, by the pack's name of the parameter. */
   readonly biases: ReadonlyMap<string, Float32Array>;
   /** Float weights of modules with DoRA, f32 [out, in], by module name. */
   readonly weights: ReadonlyMap<string, Float32Array>;
-  /** Mode "folded": what changes inside the weights. */
-  readonly folded: readonly OnnxParameter[];
   /** Parameters of tasks that are left out. */
   readonly ignored: ReadonlySet<string>;
+}
+
+/** What is to be done to the model. */
+export interface Plan {
+  readonly mode: Mode;
+  /** Why this mode, for people. */
+  readonly reason: string;
+  readonly base: BaseValues;
+  readonly graft: Graft;
+  /** The model's names of the adapted weights, by module name of the pack. */
+  readonly names: ReadonlyMap<string, string>;
+  /** Mode "folded": what changes inside the weights. */
+  readonly folded: readonly OnnxParameter[];
 }
 
 /** What a mode cannot do. */
@@ -153,22 +159,20 @@ class Planner {
     for (const head of heads) baseHeads.set(head.graft.name, await this.#baseHead(head));
     const graftHeads = heads.map(({ graft }) => graft);
     const names = new Map(this.#pack.modules.map(({ name }, i) => [name, found[i]!.name]));
-    const common = { mode, reason, names, heads: baseHeads, ignored };
+    const common = { mode, reason, names };
+    const base = { mode, heads: baseHeads, ignored, biases: new Map<string, Float32Array>(), weights: new Map<string, Float32Array>() };
     if (mode === "folded") {
-      const graft = { modules: [], biases: [], rows: [], heads: graftHeads };
       const folded = new Set([...found, ...rest.map(({ name, role }) => this.#parameter(name, role))]);
-      return { ...common, graft, biases: new Map(), weights: new Map(), folded: [...folded] };
+      return { ...common, base, graft: { modules: [], biases: [], rows: [], heads: graftHeads }, folded: [...folded] };
     }
-    const values = new Map<string, Float32Array>();
-    for (const { name } of biases) values.set(name, await readVector(this.#file, this.#parameter(name, "bias"), this.#options));
-    const weights = new Map<string, Float32Array>();
-    for (const [i, { name }] of this.#pack.modules.entries()) if (scaled.has(name)) weights.set(name, await this.#matrix(found[i]!));
+    for (const { name } of biases) base.biases.set(name, await readVector(this.#file, this.#parameter(name, "bias"), this.#options));
+    for (const [i, { name }] of this.#pack.modules.entries()) if (scaled.has(name)) base.weights.set(name, await this.#matrix(found[i]!));
     const grafts = modules.filter((m) => m !== undefined);
     const withComponents = grafts.map((m) => {
       const components = mode === "core" ? this.#components(m.name) : undefined;
       return { ...m, components, factors: !components || this.#options.privateTerms === true || ownTerms.has(m.name) };
     });
-    return { ...common, graft: { modules: withComponents, biases, rows, heads: graftHeads }, biases: values, weights, folded: [] };
+    return { ...common, base, graft: { modules: withComponents, biases, rows, heads: graftHeads }, folded: [] };
   }
 
   #module(module: PackModule): OnnxParameter {

@@ -13,7 +13,7 @@ import { loadParts, type Selection } from "../runtime/selection.ts";
 import { stage, type Part } from "../runtime/stage.ts";
 import { unfold, type Unfolded } from "../runtime/unfold.ts";
 import type { Workbench } from "../runtime/workbench.ts";
-import { broughtBy, moduleOf, turn, type Plan } from "./plan.ts";
+import { broughtBy, moduleOf, turn, type BaseValues } from "./plan.ts";
 
 /** The value of one input for one task, without the leading dimension `tasks`. */
 export interface InputValue {
@@ -34,14 +34,14 @@ const NO_LABEL = -3.4028234663852886e38;
 /** Makes the values of a plan's inputs. */
 export class TaskEvaluator {
   readonly #pack: Pack;
-  readonly #plan: Plan;
+  readonly #base: BaseValues;
   readonly #inputs: readonly TaskInput[];
   readonly #bench: Workbench;
   readonly #modules = new Map<string, { index: number; module: PackModule }>();
 
-  constructor(pack: Pack, plan: Plan, inputs: readonly TaskInput[], bench: Workbench) {
+  constructor(pack: Pack, base: BaseValues, inputs: readonly TaskInput[], bench: Workbench) {
     this.#pack = pack;
-    this.#plan = plan;
+    this.#base = base;
     this.#inputs = inputs;
     this.#bench = bench;
     for (const [index, module] of pack.modules.entries()) this.#modules.set(module.name, { index, module });
@@ -53,11 +53,11 @@ export class TaskEvaluator {
    */
   async evaluate(selection: Selection, options: { head?: string | undefined; signal?: AbortSignal | undefined }): Promise<TaskValues> {
     const { head, signal } = options;
-    const parts = await loadParts(this.#pack, selection, head, signal);
+    const parts = await loadParts(this.#pack, selection, head, signal, this.#base.ignored);
     this.#refuseUnprepared(parts);
     const heads = await this.#heads(parts, head, signal);
     signal?.throwIfAborted();
-    const terms = this.#plan.mode === "folded" ? new Map<number, Unfolded>() : this.#terms(parts);
+    const terms = this.#base.mode === "folded" ? new Map<number, Unfolded>() : this.#terms(parts);
     const inputs = new Map<string, InputValue>();
     const labels = new Map<string, number>();
     for (const input of this.#inputs) inputs.set(input.name, this.#value(input, parts, terms, heads));
@@ -67,7 +67,7 @@ export class TaskEvaluator {
 
   /** A task that was added to the pack after the model was prepared may change more than the others. */
   #refuseUnprepared(parts: readonly Part[]): void {
-    const { ignored, mode, heads } = this.#plan;
+    const { mode, heads } = this.#base;
     if (mode === "folded") return;
     const prefix = new Map([
       ["scale", "magnitude "],
@@ -78,7 +78,7 @@ export class TaskEvaluator {
     for (const { id, blob } of parts) {
       for (const brought of broughtBy(blob, this.#pack.modules)) {
         const [role, name] = [brought.slice(0, brought.indexOf(" ")), brought.slice(brought.indexOf(" ") + 1)];
-        if (ready.has(brought) || ready.has(name) || ignored.has(name) || heads.has(moduleOf(name))) continue;
+        if (ready.has(brought) || ready.has(name) || heads.has(moduleOf(name))) continue;
         const hint = role === "private" ? " with privateTerms: true" : "";
         const message = `task "${id}" brings "${name}" (${role}), which no task did when this session was made; make a new one${hint}`;
         throw new BaseMismatchError(message, { module: name });
@@ -89,7 +89,7 @@ export class TaskEvaluator {
   /** Saved modules of the selection, f32, by parameter name. */
   async #heads(parts: readonly Part[], head: string | undefined, signal: AbortSignal | undefined): Promise<Map<string, InputValue>> {
     const saved = parts.map((part) => {
-      const parameters = part.blob.parameters.filter((p) => p.role === "saved" && !this.#plan.ignored.has(p.name));
+      const parameters = part.blob.parameters.filter((p) => p.role === "saved");
       return { ...part, blob: { ...part.blob, parameters } };
     });
     // Memory of its own each time: values of earlier switches may still be on their way into a run.
@@ -105,11 +105,11 @@ export class TaskEvaluator {
     const bench = this.#bench;
     const plans = stage(parts, this.#pack.modules, bench.staging);
     bench.prepare(plans);
-    const terms = unfold(plans, bench, this.#pack.modules, this.#plan.mode === "core" ? "core" : "factors", new Map());
+    const terms = unfold(plans, bench, this.#pack.modules, this.#base.mode === "core" ? "core" : "factors", new Map());
     for (const plan of plans) {
       if (plan.magnitude === undefined) continue;
       const { name, in: inputs, out } = this.#pack.modules[plan.module]!;
-      const weight = this.#plan.weights.get(name)!;
+      const weight = this.#base.weights.get(name)!;
       const bytes = new Uint8Array(weight.buffer, weight.byteOffset, weight.byteLength);
       const located = { name, shape: [out, inputs], dtype: "f32" as const, transposed: false, byteLength: bytes.length };
       const base = bench.reserve("weight", bytes.length);
@@ -147,7 +147,7 @@ export class TaskEvaluator {
       case "rows":
         return this.#rows(of, kind, parts, zeros());
       case "headWeight": {
-        const base = this.#plan.heads.get(of)!;
+        const base = this.#base.heads.get(of)!;
         const head = heads.get(`${of}.weight`);
         const inputs = own[0] as number;
         if (!head) return { dims: [inputs, base.labels], data: base.weight };
@@ -156,7 +156,7 @@ export class TaskEvaluator {
         return { dims: [inputs, out], data: turn(head.data as Float32Array, out, inputs) };
       }
       case "headBias": {
-        const base = this.#plan.heads.get(of)!;
+        const base = this.#base.heads.get(of)!;
         const head = heads.get(`${of}.bias`);
         return { dims: [1, head?.dims[0] ?? base.labels], data: head?.data ?? base.bias! };
       }
@@ -165,7 +165,7 @@ export class TaskEvaluator {
 
   /** Σ strength · (the task's bias − the base's) */
   #change(name: string, parts: readonly Part[], size: number): Float32Array {
-    const base = this.#plan.biases.get(name)!;
+    const base = this.#base.biases.get(name)!;
     const change = new Float32Array(size);
     for (const { weight, blob } of parts) {
       for (const parameter of blob.parameters) {

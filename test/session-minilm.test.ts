@@ -1,0 +1,53 @@
+/**
+ * The real model with real adapters, packed without loss: the labels that PEFT predicts, and its logits. A sample of tasks
+ * and rows; `test/soak-session.js` takes all of them.
+ */
+import t from "tap";
+import { createEncoder, model, readReference, readTask } from "../examples/minilm.js";
+import { openOnnxHost } from "../dist/src/onnx/host.js";
+import { openPack } from "../dist/src/pack/pack.js";
+import { packOf } from "./packs.ts";
+import { difference, LOSSLESS, NODE, open, WEB, type Mode, type Ort } from "./sessions.ts";
+
+const TASKS = ["debtags-role", "debtags-game", "sections-0", "debtags-scope"];
+/** As many rows as the reference has logits of. */
+const WITH_LOGITS = 16;
+
+const base = await openOnnxHost(model);
+const { bytes } = await packOf(TASKS.map((task) => `adapters/own-seed/${task}`), { ...LOSSLESS, base });
+await base.close?.();
+const reference = await readReference("own-seed");
+
+async function check(ort: Ort, mode: Mode, tasks: readonly string[], rows: number): Promise<void> {
+  await t.test(`${mode} on ${ort === NODE ? "onnxruntime-node" : "onnxruntime-web"}`, async (t) => {
+    const session = await open(ort, model, await openPack(bytes), { mode });
+    const encode = await createEncoder(ort);
+    let largest = 0;
+    for (const task of tasks) {
+      const { test } = await readTask(task);
+      const { predictions, logits16 } = reference.get(task)!;
+      await session.switchTask(task);
+      const columns = session.tasks.get(task)!.metadata.labels!.length;
+      const found: number[] = [];
+      for (let from = 0; from < Math.min(rows, test.length); from += WITH_LOGITS) {
+        const texts = test.slice(from, Math.min(from + WITH_LOGITS, rows)).map(([text]) => text);
+        const { data, dims } = (await session.run(encode(texts)))["logits"]!;
+        t.same(dims, [texts.length, columns], `${task}: as many columns as labels`);
+        for (let row = 0; row < texts.length; row++) {
+          const values = [...(data as Float32Array).subarray(row * columns, (row + 1) * columns)];
+          found.push(values.indexOf(Math.max(...values)));
+        }
+        if (from === 0) largest = Math.max(largest, difference(data as Float32Array, logits16.slice(0, texts.length).flat()));
+      }
+      t.same(found, predictions.slice(0, found.length), `${task}: ${found.length} predictions as PEFT's`);
+    }
+    t.ok(largest <= 2e-3, `logits differ by ${largest} at most`);
+    t.comment(`${tasks.length} tasks, logits by ${largest.toExponential(1)} at most`);
+    await session.release();
+  });
+}
+
+await check(NODE, "core", TASKS, 64);
+await check(NODE, "factors", TASKS.slice(0, 1), 16);
+await check(NODE, "folded", TASKS.slice(0, 1), 16);
+await check(WEB, "core", TASKS.slice(0, 1), 16);
