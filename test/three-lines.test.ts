@@ -1,0 +1,111 @@
+/**
+ * The three lines of the README that put a pack on a model, run as they are written there: in Node, in a bundle of esbuild
+ * and in a build of Vite, the last two in Chromium.
+ */
+import t, { type Test } from "tap";
+import { build } from "esbuild";
+import { execFile, spawn } from "node:child_process";
+import { existsSync, readdirSync } from "node:fs";
+import { cp, mkdir, mkdtemp, readFile, rm, symlink, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { fileURLToPath } from "node:url";
+import { promisify } from "node:util";
+import { serve } from "./range-server.ts";
+import { difference, golden, GOLDENS, model, modelBytes, packBytes } from "./sessions.ts";
+
+const run = promisify(execFile);
+const root = fileURLToPath(new URL("..", import.meta.url));
+const required = (process.env["EIGENLORA_REQUIRE"] ?? "").split(/[\s,]+/);
+const chromium = ["/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome"].find((p) => existsSync(p));
+const vite = join(process.env["EIGENLORA_RUNTIMES"] ?? "", "node_modules/vite");
+
+/** The example of the README, for a task and files of this test. */
+const readme = await readFile(join(root, "README.md"), "utf8");
+const example = /```js\n(import \* as ort from "onnxruntime-web";[^`]*createEigenSession[^`]*)```/.exec(readme)?.[1];
+if (!example) throw new Error("README.md has no example with createEigenSession");
+const lines = example.replace("debtags-role", "two").split("\n");
+const imports = lines.filter((line) => line.startsWith("import "));
+const body = lines.filter((line) => !line.startsWith("import "));
+const module = `${imports.join("\n")}
+export async function main(model, makeFeeds) {
+  const feeds = makeFeeds(ort);
+${body.map((line) => `  ${line}`).join("\n")}
+  return [...logits.data];
+}`;
+const feeds = `(ort) => {
+  const make = ([name, rows]) => [name, new ort.Tensor("int64", BigInt64Array.from(rows.flat(), BigInt), [rows.length, rows[0].length])];
+  return Object.fromEntries(${JSON.stringify(["input_ids", "attention_mask", "token_type_ids"].map((name) => [name, GOLDENS.feeds[name]]))}.map(make));
+}`;
+
+/** A project that has installed both packages. */
+const project = await mkdtemp(join(tmpdir(), "eigenlora-three-lines-"));
+t.teardown(() => rm(project, { recursive: true, maxRetries: 5, retryDelay: 200 }));
+await mkdir(join(project, "node_modules/eigenlora"), { recursive: true });
+for (const part of ["dist", "package.json"]) await cp(join(root, part), join(project, "node_modules/eigenlora", part), { recursive: true });
+for (const name of ["msgpackr", "onnxruntime-web", "onnxruntime-common"]) {
+  await symlink(join(root, "node_modules", name), join(project, "node_modules", name));
+}
+await writeFile(join(project, "package.json"), '{"type":"module"}');
+await writeFile(join(project, "example.js"), module);
+const pack = await packBytes(["adapters"], "base");
+await writeFile(join(project, "tasks.eigen"), pack);
+
+function check(t: Test, found: number[]): void {
+  t.ok(difference(found, golden("base", "two")) < 1e-5, "PEFT's logits");
+}
+
+t.test("Node", async (t) => {
+  await writeFile(join(project, "main.js"), `import { main } from "./example.js"; console.log(JSON.stringify(await main(${JSON.stringify(model("torchscript"))}, ${feeds})));`);
+  const { stdout } = await run(process.execPath, ["main.js"], { cwd: project });
+  check(t, JSON.parse(stdout));
+});
+
+const page = `import { main } from "./example.js";
+const show = (x) => fetch("/result", { method: "POST", body: JSON.stringify(x instanceof Error ? x.stack : x) });
+main("model.onnx", ${feeds}).then(show, show);`;
+const skipBrowser = !chromium && !required.includes("chromium") && "chromium is not here";
+
+/** Opens a page with these files in Chromium; gives what it posts. */
+async function browse(files: Map<string, Uint8Array>, start: string): Promise<unknown> {
+  if (!chromium) throw new Error("chromium is required but not installed");
+  const server = await serve(new Map([...files, ["model.onnx", modelBytes("torchscript")], ["tasks.eigen", pack]]));
+  const profile = await mkdtemp(join(tmpdir(), "eigenlora-chromium-"));
+  const flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"];
+  const browser = spawn(chromium, [...flags, `--user-data-dir=${profile}`, server.url(start)]);
+  try {
+    const exited = new Promise<string>((_, reject) => browser.once("exit", (code) => reject(new Error(`chromium exited: ${code}`))));
+    exited.catch(() => undefined);
+    const found: unknown = JSON.parse(await Promise.race([server.posted(), exited]));
+    if (typeof found === "string") throw new Error(found);
+    return found;
+  } finally {
+    browser.kill();
+    await server.close();
+    await rm(profile, { recursive: true, maxRetries: 5, retryDelay: 200 });
+  }
+}
+
+t.test("a bundle of esbuild in Chromium", { skip: skipBrowser }, async (t) => {
+  const { outputFiles } = await build({ stdin: { contents: page, resolveDir: project }, bundle: true, format: "esm", platform: "browser", target: "es2022", write: false, outfile: "page.js" });
+  const files = new Map([["page.js", outputFiles[0]!.contents as Uint8Array]]);
+  files.set("index.html", new TextEncoder().encode('<!doctype html><script type="module" src="/page.js"></script>'));
+  // As onnxruntime-web's documentation says: its WebAssembly files lie beside the bundle.
+  const dist = join(root, "node_modules/onnxruntime-web/dist");
+  for (const file of readdirSync(dist)) if (file.endsWith(".wasm")) files.set(file, await readFile(join(dist, file)));
+  check(t, (await browse(files, "index.html")) as number[]);
+});
+
+const skipVite = skipBrowser || (!existsSync(vite) && !required.includes("vite") && "vite is not here; see EIGENLORA_RUNTIMES");
+t.test("a build of Vite in Chromium", { skip: skipVite }, async (t) => {
+  await writeFile(join(project, "page.js"), page);
+  await writeFile(join(project, "index.html"), '<!doctype html><script type="module" src="/page.js"></script>');
+  await run(process.execPath, [join(vite, "bin/vite.js"), "build", "--outDir", "built", "--logLevel", "error"], { cwd: project });
+  const files = new Map<string, Uint8Array>();
+  for (const file of readdirSync(join(project, "built"), { recursive: true, withFileTypes: true })) {
+    if (!file.isFile()) continue;
+    const path = join(file.parentPath, file.name);
+    files.set(path.slice(join(project, "built").length + 1), await readFile(path));
+  }
+  check(t, (await browse(files, "index.html")) as number[]);
+});
