@@ -14,6 +14,9 @@ const BUDGET = { js: 20_000, wasm: 10_000 };
 /** Loaded only when they are used: the kernels, the readers of safetensors and task files, the backend without WebAssembly. */
 const LAZY = /^#wasm\/|\/safetensors\.js$|\/task-file\.js$|\/js\.js$/;
 
+/** What an app that runs an ONNX model loads on top: the protobuf, the graph surgery, the session. */
+const SESSION_BUDGET = 65_000;
+
 /** One minified file for a browser; what `apart` matches is left out. */
 async function bundle(code: string, apart: RegExp): Promise<{ text: string; gzip: number }> {
   const { outputFiles } = await build({
@@ -46,6 +49,14 @@ t.test("the run-time bundle for a browser keeps its budget", async (t) => {
   t.notMatch(js.text, /AGFzbQ/, "no kernel is compiled or even loaded before it is chosen");
 });
 
+t.test("a session's bundle keeps its budget and brings no runtime of its own", async (t) => {
+  const code = 'import { openPack } from "eigenlora"; import { createEigenSession } from "eigenlora/onnxruntime"; globalThis.x = [openPack, createEigenSession];';
+  const { text, gzip } = await bundle(code, /^#wasm\//);
+  t.comment(`${gzip} B of JS of ${SESSION_BUDGET}`);
+  t.ok(gzip <= SESSION_BUDGET, `${gzip} B of JS`);
+  t.notOk(/node:|ort-wasm/.test(text), "neither Node nor a runtime");
+});
+
 t.test("what is published", async (t) => {
   const { stdout } = spawnSync("npm", ["pack", "--dry-run", "--json", "--ignore-scripts"], { cwd: root, encoding: "utf8" });
   const [{ files }] = JSON.parse(stdout) as [{ files: { path: string }[] }];
@@ -56,7 +67,7 @@ t.test("what is published", async (t) => {
   t.same(paths.filter((p) => /^(test|examples|benchmarks|src|assembly)\//.test(p)), [], "no sources, tests or data");
   for (const path of paths.filter((p) => p.endsWith(".d.ts") && !/onnx_pb|protobuf/.test(p))) {
     const text = await readFile(new URL(`../${path}`, import.meta.url), "utf8");
-    t.notMatch(text, /@webgpu\/types|\bGPUDevice\b/, path);
+    t.notMatch(text, /@webgpu\/types|\bGPUDevice\b|from "(onnxruntime|@huggingface)/, path);
   }
 });
 
@@ -78,5 +89,7 @@ t.test("names the package exports", async (t) => {
   ]);
   t.ok("buildPack" in (await import("eigenlora/build")));
   t.ok("openOnnxHost" in (await import("eigenlora/onnx")));
+  t.same(Object.keys(await import("eigenlora/onnxruntime")).sort(), ["EigenSession", "createEigenSession"]);
+  t.same(Object.keys(await import("eigenlora/transformers")).sort(), ["AttachedPack", "attachPack"]);
   t.same(Object.keys(manifest.dependencies), ["msgpackr"], "one run-time dependency");
 });

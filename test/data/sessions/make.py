@@ -474,7 +474,7 @@ f16 = {name: value.half().float() if value.is_floating_point() else value for na
 outputs = {
     "base": answers(tasks("adapters") | tasks("adapters-more")),
     "tied": answers({name: f"adapters/{name}" for name in ("two", "three")}, state=tied),
-    "encoder": answers({"two": "adapters/two"}, hidden=True),
+    "encoder": answers({"two": "adapters/two", "bias": "adapters-more/bias"}, hidden=True),
     "mlp": answers(tasks("adapters-mlp"), make=MLP, state=mlp),
     "twice": answers(tasks("adapters-mlp"), make=Twice, state=mlp),
     "f16": answers(tasks("adapters"), state=f16),
