@@ -6,9 +6,11 @@ import { EigenLoraError, FormatError } from "../dist/src/errors.js";
 import { crc32c } from "../dist/src/pack/crc32c.js";
 import { encodeSuperblock } from "../dist/src/pack/encode.js";
 import { expandTerm } from "../dist/src/pack/expand.js";
+import type { TaskEntry } from "../dist/src/pack/format.js";
 import { layoutAppend } from "../dist/src/pack/layout.js";
 import { openPack, type Pack } from "../dist/src/pack/pack.js";
 import { concat, data, packOf, relativeDifference, tensorsOf } from "./packs.ts";
+import { packBytes } from "./sessions.ts";
 
 const golden = new Uint8Array(await readFile(data("goldens/pack/every-kind.eigen")));
 const goldenTask = new Uint8Array(await readFile(data("goldens/pack/every-kind.task")));
@@ -245,6 +247,33 @@ t.test("an append leaves a readable pack at every byte of the way", async (t) =>
   twice.set(again.superblock, again.superblockOffset);
   t.not(again.superblockOffset, plan.superblockOffset, "superblocks take turns");
   t.equal((await readAll(twice)).tasks.size, 6);
+});
+
+t.test("what tasks bring is in the directory, equal lists once", async (t) => {
+  const bytes = await packBytes(["adapters/two", "adapters/three", "adapters-more/dora", "adapters-more/bias-lora"]);
+  const pack = await openPack(bytes);
+  const head = ["saved classifier.bias", "saved classifier.weight"];
+  const brings = (id: string): readonly string[] => pack.tasks.get(id)!.brings!.map((b) => b.replace(/ base_model\.model\./, " "));
+  t.same(brings("two"), head);
+  t.equal(pack.tasks.get("two")!.brings, pack.tasks.get("three")!.brings, "the same list, stored once");
+  t.equal(brings("dora").filter((b) => /^magnitude .*layer\.[01]\.attention\.self\.(query|value)$/.test(b)).length, 4);
+  t.ok(brings("bias-lora").some((b) => /^bias .*query\.bias$/.test(b)));
+  t.equal(pack.reads.requests, 2, "known before any blob is read");
+
+  const blob = (await pack.load("two")).bytes;
+  const grow = (entry: object): Promise<Pack> => {
+    const plan = layoutAppend(pack.directory, pack.window.superblock, [{ entry: entry as TaskEntry, blob }]);
+    const grown = concat([bytes, ...plan.body]);
+    grown.set(plan.superblock, plan.superblockOffset);
+    return openPack(grown);
+  };
+  const grown = await grow({ id: "four", adapterBytes: 0, metadata: {}, brings: head });
+  t.same(grown.tasks.get("dora")!.brings, pack.tasks.get("dora")!.brings, "an append keeps it");
+  t.same(grown.tasks.get("four")!.brings, head);
+  t.equal((await grow({ id: "four", adapterBytes: 0, metadata: {} })).tasks.get("four")!.brings, undefined, "optional");
+  for (const bad of [4, -1, 0.5, "x", [7]]) {
+    await t.rejects(grow({ id: "four", adapterBytes: 0, metadata: {}, brings: bad }), FormatError, String(bad));
+  }
 });
 
 t.test("superblocks: a changed byte always shows in the checksum", async (t) => {
