@@ -19,45 +19,25 @@ import { probeParity, tinyFeeds, type ProbeFeed, type ProbeReport } from "../src
 import { Timeline } from "../src/session/timeline.ts";
 import { stackValues, TaskEvaluator, type InputValue, type TaskValues } from "../src/session/values.ts";
 import type { SourceInput } from "../src/source.ts";
+import {
+  call,
+  inTurn,
+  makeTensor,
+  type Feeds,
+  type Fetches,
+  type Ort,
+  type OrtTensor,
+  type Session,
+  type SessionOptions,
+} from "./ort.ts";
 
-/** A tensor of onnxruntime, as far as it is needed here. */
-export interface OrtTensor {
-  readonly type: string;
-  readonly dims: readonly number[];
-  readonly data: unknown;
-  getData?(): Promise<unknown>;
-  dispose?(): void;
-}
-
-/** A session of onnxruntime, as far as it is needed here. */
-export interface OrtSession {
-  readonly inputNames: readonly string[];
-  readonly outputNames: readonly string[];
-  readonly inputMetadata?: readonly unknown[];
-  readonly outputMetadata?: readonly unknown[];
-  run(feeds: never, fetches: never, options?: never): Promise<unknown>;
-  release(): Promise<void>;
-}
-
-/** The module `onnxruntime-web`, `onnxruntime-web/webgpu`, `onnxruntime-node` or another with the same interface. */
-export interface Ort {
-  readonly InferenceSession: { create(model: Uint8Array, options?: never): Promise<OrtSession> };
-  readonly Tensor: abstract new (...args: never) => unknown;
-  readonly env: { readonly versions?: { readonly web?: string | undefined } };
-}
-
-type Session<O extends Ort> = Awaited<ReturnType<O["InferenceSession"]["create"]>>;
-type Feeds<O extends Ort> = Parameters<Session<O>["run"]>[0];
-type Fetches<O extends Ort> = Parameters<Session<O>["run"]>[1];
-type SessionOptions<O extends Ort> = O["InferenceSession"]["create"] extends (model: Uint8Array, options?: infer Options) => unknown
-  ? Options
-  : never;
+export type { Ort, OrtSession, OrtTensor } from "./ort.ts";
 
 export interface EigenSessionOptions<O extends Ort = Ort> extends ModelOptions, PlanOptions {
   /** Passed to `InferenceSession.create`: `executionProviders`, `graphOptimizationLevel`, … */
   session?: SessionOptions<O> | undefined;
   /**
-   * Two tiny runs that show whether the provider takes a task into account. `false` leaves them out; feeds of your own where
+   * A tiny run that shows whether the provider takes a task into account. `false` leaves them out; feeds of your own where
    * the model does not run on made-up ones.
    */
   probe?: boolean | Feeds<O> | undefined;
@@ -455,23 +435,6 @@ async function createSession<O extends Ort>(
   }
 }
 
-const queues = new WeakMap<object, Promise<unknown>>();
-
-/**
- * onnxruntime-web overlaps nothing: in browsers a second run, creation or release fails with "Session already started", or
- * hangs the page, even of another session. All that goes through here waits for its turn.
- */
-function inTurn<T>(ort: Ort, work: () => Promise<T>): Promise<T> {
-  if (ort.env.versions?.web === undefined) return work();
-  const done = (queues.get(ort.InferenceSession) ?? Promise.resolve()).then(work);
-  queues.set(ort.InferenceSession, done.catch(() => undefined));
-  return done;
-}
-
-function call(session: OrtSession, feeds: object, fetches: unknown, options: object): Promise<object> {
-  return session.run(feeds as never, fetches as never, options as never) as Promise<object>;
-}
-
 /** Tensors of the task inputs, for one task or one per row. */
 function toFeeds<O extends Ort>(
   ort: O,
@@ -486,19 +449,6 @@ function toFeeds<O extends Ort>(
     bytes += data.byteLength;
   }
   return { feeds, bytes };
-}
-
-const TYPES = new Map<unknown, string>([
-  [Float32Array, "float32"],
-  [BigInt64Array, "int64"],
-  [Int32Array, "int32"],
-  [Uint16Array, "float16"],
-  [Uint8Array, "bool"],
-]);
-
-function makeTensor(ort: Ort, data: ProbeFeed["data"], dims: readonly number[]): OrtTensor {
-  const Tensor = ort.Tensor as unknown as new (type: string, data: unknown, dims: readonly number[]) => OrtTensor;
-  return new Tensor(TYPES.get(data.constructor)!, data, dims);
 }
 
 async function runProbe<O extends Ort>(
