@@ -192,7 +192,7 @@ export class EigenSession<O extends Ort = Ort> {
   readonly #timeline: Timeline<State<O>>;
   readonly #components: number;
   #state: State<O>;
-  #disposed = false;
+  #released: Promise<void> | undefined;
 
   private constructor(parts: Parts<O>, evaluator: TaskEvaluator, maker: Maker<O>, first: State<O>, probe: ProbeReport) {
     this.pack = parts.pack;
@@ -265,7 +265,10 @@ export class EigenSession<O extends Ort = Ort> {
     const maker: Maker<O> = {
       make,
       bytesWritten: layout.byteLength,
-      memory: () => ({ expansion: runtime.memory().total, pristine: files }),
+      memory: () => {
+        const { total, coefficients } = runtime.memory();
+        return { expansion: total - coefficients, pristine: files };
+      },
       dispose: async () => {
         await runtime.dispose();
         await file.close();
@@ -399,9 +402,12 @@ export class EigenSession<O extends Ort = Ort> {
   }
 
   /** Waits for runs and switches under way, then frees everything. The pack stays open. */
-  async release(): Promise<void> {
-    if (this.#disposed) return;
-    this.#disposed = true;
+  release(): Promise<void> {
+    this.#released ??= this.#release();
+    return this.#released;
+  }
+
+  async #release(): Promise<void> {
     const { session } = await this.#timeline.end();
     await inTurn(this.#ort, () => session.release());
     await this.#maker.dispose();
@@ -413,7 +419,7 @@ export class EigenSession<O extends Ort = Ort> {
   }
 
   #live(): void {
-    if (this.#disposed) throw new BackendError("this session is released; make a new one", { backend: "onnxruntime" });
+    if (this.#released) throw new BackendError("this session is released; make a new one", { backend: "onnxruntime" });
   }
 }
 

@@ -1,136 +1,194 @@
 /**
- * The whole way on real parts: packs the bundled adapters, opens the pack, switches through all tasks on the real weights,
- * holds each against the adapter's own merge, goes back to the base and proves it bit-identical.
+ * The whole way on real parts: packs 20 LoRA adapters, puts them on the real model in onnxruntime-web (WebAssembly,
+ * nothing native), classifies sentences while switching tasks, holds the answers against PEFT's, and goes back to the
+ * base bit for bit. Exits 1 when that way back or the agreement with PEFT fails.
  *
- * Run with `npm run demo`. Everything it reads is in test/data.
+ * Run with `npm run demo`, or `npm run demo -- --all` for all test rows. Everything it reads is in test/data.
  */
-import { createHash } from "node:crypto";
-import { mkdtemp, rm, writeFile } from "node:fs/promises";
-import { tmpdir } from "node:os";
-import { join } from "node:path";
-import { fileURLToPath } from "node:url";
-import { createRuntime, openPack } from "eigenlora";
+import { stat } from "node:fs/promises";
+import * as ort from "onnxruntime-web";
+import { openPack } from "eigenlora";
 import { buildPack, readAdapters } from "eigenlora/build";
 import { openOnnxHost } from "eigenlora/onnx";
+import { createEigenSession } from "eigenlora/onnxruntime";
+import {
+  agreement,
+  createEncoder,
+  data,
+  labelOf,
+  model,
+  readReference,
+  readTask,
+  runBatches,
+  toBatches,
+} from "./minilm.js";
 
-/** @param {string} path */
-const data = (path) => fileURLToPath(new URL(`../test/data/${path}`, import.meta.url));
-/** @param {number} n */
-const kB = (n) => (n < 1e6 ? `${(n / 1e3).toFixed(1)} kB` : `${(n / 1e6).toFixed(2)} MB`);
-/** @param {number} share */
-const percent = (share) => `${(100 * share).toFixed(2)} %`;
-/** @param {(string | number)[][]} rows */
-const print = (rows) => {
-  const widths = rows[0].map((_, c) => Math.max(...rows.map((row) => String(row[c]).length)));
-  for (const row of rows) console.log(row.map((cell, c) => (c ? String(cell).padStart(widths[c]) : String(cell).padEnd(widths[c]))).join("   "));
-  console.log();
-};
+/** Of each task, unless `--all`. */
+const ROWS = process.argv.includes("--all") ? Infinity : 40;
+const SENTENCES = [
+  "a fast mail reader for the terminal",
+  "Python library to draw charts and plots",
+  "first-person shooter with network play",
+  "development files for reading and writing archives in C",
+];
+const TASKS = ["debtags-role", "debtags-use", "debtags-works-with", "debtags-implemented-in"];
+/** Bounds of what counts as agreement with PEFT: logits where nothing is lost, mean accuracy where something is. */
+const [MAX_LOGIT_DIFFERENCE, MAX_ACCURACY_LOST] = [2e-3, 0.05];
 
-const folder = await mkdtemp(join(tmpdir(), "eigenlora-demo-"));
-try {
-  const adapters = await readAdapters([data("adapters/own-seed")]);
-  const base = await openOnnxHost(data("minilm/model_fp16.onnx"));
-  const { chunks, report } = await buildPack(adapters, { base, select: { kind: "k", k: 32 } });
-  const file = join(folder, "tasks.eigen");
-  await writeFile(file, chunks);
+/** @typedef {import("eigenlora/build").BuildOptions} BuildOptions */
+/** @typedef {import("eigenlora/onnxruntime").EigenSession<typeof ort>} Session */
 
-  // The weights as f32 arrays of this program, the way an app would hold them.
-  /** @type {Map<string, import("eigenlora").Tensor>} */
-  const weights = new Map();
-  for (const { name, shape, dtype, layout } of base.list()) {
-    if (!/attention\.self\.(query|value)\.weight$/.test(name)) continue;
-    const view = await base.read(name);
-    const bytes = /** @type {Uint8Array} */ (view.data);
-    weights.set(name, { dtype: "f32", shape, data: widen(bytes, dtype), layout });
+ort.env.wasm.numThreads = 1;
+const encode = await createEncoder(ort);
+const reference = await readReference("own-seed");
+
+const adapters = await readAdapters([data("adapters/own-seed")]);
+const { chunks, report } = await buildPack(adapters, { base: await openOnnxHost(model), select: { kind: "k", k: 32 } });
+const pack = await openPack(new Blob(/** @type {BlobPart[]} */ (chunks)));
+const session = await createEigenSession(ort, model, pack);
+const base = await session.run(encode(SENTENCES));
+
+await pack.prefetch(pack.tasks.keys());
+await showSentences();
+const lost = await showAccuracy();
+await showMemory();
+
+await session.switchTask(null);
+const identical = sameBits(base.logits, (await session.run(encode(SENTENCES))).logits);
+await session.release();
+const { agree, difference } = await compareLossless();
+
+console.log(`back to the base: its logits are ${identical ? "bit-identical" : "NOT THE SAME"}`);
+console.log(
+  `packed without loss: ${percent(agree)} of the answers are PEFT's, logits within ${difference.toExponential(1)} ` +
+    `(the first 16 rows of each task)`,
+);
+const passed = identical && lost <= MAX_ACCURACY_LOST && agree === 1 && difference <= MAX_LOGIT_DIFFERENCE;
+if (!passed) {
+  console.error(
+    `FAILED: expected the same bits, the same answers, logits within ${MAX_LOGIT_DIFFERENCE} of PEFT's, and at most ` +
+      `${percent(MAX_ACCURACY_LOST)} of accuracy lost in the small pack`,
+  );
+  process.exitCode = 1;
+}
+
+/** What each of some tasks says about the sentences. */
+async function showSentences() {
+  const runtime = `onnxruntime-web ${ort.env.versions.web}`;
+  console.log(`${pack.tasks.size} tasks on MiniLM in ${runtime}, mode "${session.mode}": ${session.reason}\n`);
+  /** @type {string[][]} */
+  const answers = [];
+  for (const id of TASKS) {
+    await session.switchTask(id);
+    const labels = pack.tasks.get(id)?.metadata.labels ?? [];
+    const logits = await runBatches(session, toBatches(encode, SENTENCES));
+    answers.push(logits.map((row) => labels[labelOf(row)]));
   }
-  const pristine = digest(weights);
+  print([["sentence", ...TASKS], ...SENTENCES.map((sentence, s) => [sentence, ...answers.map((row) => row[s])])]);
+}
 
-  const pack = await openPack(file);
-  const runtime = await createRuntime(pack, { base: weights });
-  console.log(`${adapters.length} LoRA adapters (rank 8, MiniLM) in one pack, on the ${runtime.backend} backend\n`);
-
-  const rows = [["task", "blob", "ΔW error, as packed", "as measured on the weights", "switch, ms"]];
-  let disagreement = 0;
-  for (const adapter of adapters) {
-    await runtime.switchTask(adapter.id);
-    await runtime.switchTask(null);
-    const { milliseconds } = await runtime.switchTask(adapter.id);
-    const packed = report.errors.find(({ id }) => id === adapter.id)?.mean ?? NaN;
-    const measured = await errorAgainstMerge(adapter, weights, base);
-    disagreement = Math.max(disagreement, Math.abs(packed - measured));
-    const blob = pack.tasks.get(adapter.id)?.bytes ?? 0;
-    rows.push([adapter.id, kB(blob), percent(packed), percent(measured), milliseconds.total.toFixed(2)]);
+/** Accuracy of each task beside PEFT's on the same rows; returns the mean that is lost. */
+async function showAccuracy() {
+  const rows = [["task", "rows", "head only", "PEFT", "pack", "same answer", "blob", "switch", "run, per text"]];
+  /** @type {number[][]} */
+  const figures = [];
+  for (const id of pack.tasks.keys()) {
+    const test = (await readTask(id)).test.slice(0, ROWS);
+    const labels = test.map(([, label]) => label);
+    const peft = reference.get(id)?.predictions ?? [];
+    const batches = toBatches(encode, test.map(([text]) => text));
+    // A strength of 0 leaves the task's head on the base.
+    await session.switchTask({ [id]: 0 });
+    const headOnly = (await runBatches(session, batches)).map(labelOf);
+    const { milliseconds } = await session.switchTask(id);
+    const started = performance.now();
+    const found = (await runBatches(session, batches)).map(labelOf);
+    const perText = (performance.now() - started) / test.length;
+    const accuracies = [headOnly, peft, found].map((answers) => agreement(answers, labels));
+    const shares = [...accuracies, agreement(found, peft)];
+    figures.push([...shares, milliseconds, perText]);
+    const blob = pack.tasks.get(id)?.bytes ?? 0;
+    rows.push([id, String(test.length), ...shares.map(percent), kB(blob), ms(milliseconds), ms(perText)]);
   }
+  const means = figures[0].map((_, c) => figures.reduce((sum, row) => sum + row[c], 0) / figures.length);
+  const total = rows.slice(1).reduce((sum, row) => sum + Number(row[1]), 0);
+  rows.push(["mean", `of ${total}`, ...means.slice(0, 4).map(percent), "", ms(means[4]), ms(means[5])]);
   print(rows);
-  await runtime.switchTask(null);
-  const identical = digest(weights) === pristine;
+  return means[1] - means[2];
+}
 
+/** What is held beside the model, and what other ways to have these tasks would hold. */
+async function showMemory() {
   const blobs = [...pack.tasks.values()].map(({ bytes }) => bytes);
-  const mean = (/** @type {number[]} */ v) => v.reduce((a, b) => a + b, 0) / v.length;
+  const mean = (/** @type {number[]} */ values) => values.reduce((a, b) => a + b, 0) / values.length;
   print([
     ["", "adapters", "pack"],
     ["all tasks, on disk", kB(report.adapterBytes), `${kB(report.bytes)} (${report.ratio.toFixed(1)}× smaller)`],
     ["one more task", kB(mean(adapters.map((a) => a.byteLength))), kB(mean(blobs))],
     ["sharing pays from", "", `${report.breakEvenTasks} tasks on`],
   ]);
-  print([["memory of", ""], ...Object.entries(runtime.memory()).map(([owner, bytes]) => [owner, kB(bytes)])]);
-  console.log(`ΔW errors as packed and as measured differ by ${percent(disagreement)} at most`);
-  console.log(`the base after ${3 * adapters.length + 1} switches: ${identical ? "bit-identical" : "DRIFTED"}`);
-  await runtime.dispose();
-  await pack.close();
+  const { total, ...owners } = session.memory();
+  print([
+    ["in memory beside one model", ""],
+    ...Object.entries(owners).map(([owner, bytes]) => [`  ${owner}`, kB(bytes)]),
+    [`${blobs.length} tasks, this session`, kB(total)],
+    [`${blobs.length} separate adapters`, kB(report.adapterBytes)],
+    [`${blobs.length} separate models, ${blobs.length - 1} more`, kB((blobs.length - 1) * (await stat(model)).size)],
+  ]);
+}
+
+/** Packs all components as f32: what is left between us and PEFT is rounding. On the rows with PEFT's logits. */
+async function compareLossless() {
+  /** @type {BuildOptions} */
+  const lossless = { select: { kind: "energy", share: 1 }, types: { basis: "f32", coefficients: "f32", head: "f32" } };
+  const { chunks } = await buildPack(adapters, lossless);
   for (const adapter of adapters) await adapter.close();
-  if (!identical || disagreement > 1e-4) process.exitCode = 1;
-} finally {
-  await rm(folder, { recursive: true });
-}
-
-/**
- * ‖W − (W0 + B·A)‖ / ‖B·A‖ with the adapter's own factors, in f64, mean over its modules.
- * @param {import("eigenlora/build").Adapter} adapter
- * @param {Map<string, import("eigenlora").Tensor>} weights
- * @param {import("eigenlora").WeightHost} base
- */
-async function errorAgainstMerge(adapter, weights, base) {
-  let sum = 0;
-  for (const module of adapter.modules.values()) {
-    const name = `${module.name}.weight`;
-    const tensor = /** @type {import("eigenlora").Tensor} */ (weights.get(name));
-    const view = await base.read(name);
-    const w0 = widen(/** @type {Uint8Array} */ (view.data), view.dtype);
-    const { A, Bt } = await module.read();
-    let [off, size] = [0, 0];
-    for (let o = 0; o < module.out; o++) {
-      for (let i = 0; i < module.in; i++) {
-        let delta = 0;
-        for (let k = 0; k < module.rank; k++) delta += Bt[k * module.out + o] * A[k * module.in + i];
-        const at = tensor.layout === "in-out" ? i * module.out + o : o * module.in + i;
-        off += (tensor.data[at] - w0[at] - delta) ** 2;
-        size += delta ** 2;
-      }
+  const pack = await openPack(new Blob(/** @type {BlobPart[]} */ (chunks)));
+  const session = await createEigenSession(ort, model, pack);
+  /** @type {[number[], number[]]} */
+  const [found, expected] = [[], []];
+  let difference = 0;
+  for (const id of pack.tasks.keys()) {
+    const { logits16, predictions } = /** @type {import("./minilm.js").Reference} */ (reference.get(id));
+    await session.switchTask(id);
+    const texts = (await readTask(id)).test.slice(0, logits16.length).map(([text]) => text);
+    const logits = await runBatches(session, toBatches(encode, texts));
+    found.push(...logits.map(labelOf));
+    expected.push(...predictions.slice(0, logits.length));
+    for (const [r, row] of logits.entries()) {
+      for (const [c, value] of row.entries()) difference = Math.max(difference, Math.abs(value - logits16[r][c]));
     }
-    sum += Math.sqrt(off / size);
   }
-  return sum / adapter.modules.size;
+  await session.release();
+  return { agree: agreement(found, expected), difference };
 }
 
-/**
- * f16 (or f32) bytes as f32 values.
- * @param {Uint8Array} bytes
- * @param {string} dtype
- */
-function widen(bytes, dtype) {
-  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
-  if (dtype === "f32") return Float32Array.from({ length: bytes.length / 4 }, (_, i) => view.getFloat32(4 * i, true));
-  return Float32Array.from({ length: bytes.length / 2 }, (_, i) => {
-    const half = view.getUint16(2 * i, true);
-    const [exponent, fraction] = [(half >> 10) & 31, half & 1023];
-    return (half & 0x8000 ? -1 : 1) * (exponent ? (1 + fraction / 1024) * 2 ** (exponent - 15) : fraction * 2 ** -24);
-  });
+/** @param {ort.Tensor} a @param {ort.Tensor} b */
+function sameBits(a, b) {
+  const [x, y] = [a, b].map(({ data }) => new Uint32Array(/** @type {Float32Array} */ (data).slice().buffer));
+  return x.length === y.length && x.every((bits, i) => bits === y[i]);
 }
 
-/** @param {Map<string, import("eigenlora").Tensor>} weights */
-function digest(weights) {
-  const hash = createHash("sha256");
-  for (const [name, { data }] of weights) hash.update(name).update(new Uint8Array(data.buffer, data.byteOffset, data.byteLength));
-  return hash.digest("hex");
+/** @param {number} n */
+function kB(n) {
+  return n < 1e6 ? `${(n / 1e3).toFixed(1)} kB` : `${(n / 1e6).toFixed(2)} MB`;
+}
+
+/** @param {number} share */
+function percent(share) {
+  return `${(100 * share).toFixed(1)} %`;
+}
+
+/** @param {number} milliseconds */
+function ms(milliseconds) {
+  return `${milliseconds.toFixed(2)} ms`;
+}
+
+/** @param {string[][]} rows the first is the heading */
+function print(rows) {
+  const widths = rows[0].map((_, c) => Math.max(...rows.map((row) => row[c].length)));
+  for (const row of rows) {
+    console.log(row.map((cell, c) => (c ? cell.padStart(widths[c]) : cell.padEnd(widths[c]))).join("   ").trimEnd());
+  }
+  console.log();
 }

@@ -1,18 +1,32 @@
 /**
- * What the demo and the benchmarks share of the bundled model (test/data/README.md): its tokenizer, its inputs, the tasks
- * with their test rows, and what PEFT makes of them. Knows no pack and no session beyond `run`.
+ * What the demo and the benchmarks share about the bundled model and its tasks (test/data/README.md): the tokenizer,
+ * test rows as inputs, labels from outputs, and PEFT's answers. Nothing of this package is in here: any session that
+ * has `run` will do.
  */
 import { readFile } from "node:fs/promises";
 import { fileURLToPath } from "node:url";
 import { Tokenizer } from "@huggingface/tokenizers";
 
 /**
- * @typedef {{ task: string, labels: string[], train: [string, number][], test: [string, number][] }} Task
- *   texts with the index of their label
- * @typedef {{ accuracy: number, predictions: number[], logits16: number[][] }} Reference predictions for all of `test`
+ * @typedef {[text: string, label: number]} Row
+ * @typedef {{ task: string, labels: string[], train: Row[], test: Row[] }} Task
+ * @typedef {{ accuracy: number, predictions: number[], logits16: number[][] }} Reference
+ *   predictions of all rows of `test`, logits of the first 16
+ * @typedef {{ run(feeds: any): Promise<unknown> }} Session
+ * @typedef {{ logits: { dims: readonly number[], data: Float32Array } }} Outputs
  */
 
-/** As the adapters were trained and PEFT's answers were made. */
+/**
+ * @template T
+ * @typedef {(texts: readonly string[]) => Record<"input_ids" | "attention_mask" | "token_type_ids", T>} Encoder
+ */
+
+/**
+ * @template T
+ * @typedef {{ rows: number[], feeds: ReturnType<Encoder<T>> }} Batch which texts, and their inputs
+ */
+
+/** Special tokens included; as the adapters were trained and PEFT was asked. */
 const MAX_TOKENS = 32;
 
 /**
@@ -21,16 +35,16 @@ const MAX_TOKENS = 32;
  */
 export const data = (path) => fileURLToPath(new URL(`../test/data/${path}`, import.meta.url));
 
+export const model = data("minilm/model_fp16.onnx");
+
 /** @param {string} path under test/data */
 const readJson = async (path) => JSON.parse(await readFile(data(path), "utf8"));
-
-export const model = data("minilm/model_fp16.onnx");
 
 /** @param {string} id @returns {Promise<Task>} */
 export const readTask = (id) => readJson(`tasks/${id}.json`);
 
 /**
- * What PEFT answers with each adapter of a suite, by id.
+ * What PEFT answers with each adapter of a suite, by task, in f32.
  * @param {"own-seed" | "shared-seed" | "hub"} suite
  * @returns {Promise<Map<string, Reference>>}
  */
@@ -39,27 +53,84 @@ export async function readReference(suite) {
 }
 
 /**
- * Texts to inputs: cut at 32 tokens with the two special ones, padded to the longest of the batch.
+ * Makes the function from texts to inputs [texts, longest of them in tokens].
  * @template T
- * @param {{ Tensor: new (type: "int64", data: BigInt64Array, dims: number[]) => T }} ort
- * @returns {Promise<(texts: readonly string[]) => { input_ids: T, attention_mask: T, token_type_ids: T }>}
+ * @param {{ Tensor: new (type: "int64", data: BigInt64Array, dims: number[]) => T }} ort onnxruntime-web or -node
+ * @returns {Promise<Encoder<T>>}
  */
 export async function createEncoder(ort) {
-  const tokenizer = new Tokenizer(await readJson("minilm/tokenizer.json"), await readJson("minilm/tokenizer_config.json"));
+  const rules = await readJson("minilm/tokenizer.json");
+  const tokenizer = new Tokenizer(rules, await readJson("minilm/tokenizer_config.json"));
   return (texts) => {
-    const rows = texts.map((text) => {
+    const tokens = texts.map((text) => {
       const { ids } = tokenizer.encode(text);
-      // The last one ends the sentence, wherever it is cut.
+      // The last token closes the sentence, wherever it is cut.
       return ids.length > MAX_TOKENS ? [...ids.slice(0, MAX_TOKENS - 1), ids[ids.length - 1]] : ids;
     });
-    const dims = [rows.length, Math.max(...rows.map(({ length }) => length))];
-    const [ids, mask] = [new BigInt64Array(dims[0] * dims[1]), new BigInt64Array(dims[0] * dims[1])];
-    rows.forEach((row, r) => {
-      ids.set(row.map(BigInt), r * dims[1]);
-      mask.fill(1n, r * dims[1], r * dims[1] + row.length);
+    const width = Math.max(...tokens.map(({ length }) => length));
+    const dims = [texts.length, width];
+    const ids = new BigInt64Array(texts.length * width);
+    const mask = new BigInt64Array(texts.length * width);
+    tokens.forEach((row, r) => {
+      ids.set(row.map(BigInt), r * width);
+      mask.fill(1n, r * width, r * width + row.length);
     });
-    /** @param {BigInt64Array} values */
-    const tensor = (values) => new ort.Tensor("int64", values, dims);
-    return { input_ids: tensor(ids), attention_mask: tensor(mask), token_type_ids: tensor(new BigInt64Array(ids.length)) };
+    return {
+      input_ids: new ort.Tensor("int64", ids, dims),
+      attention_mask: new ort.Tensor("int64", mask, dims),
+      token_type_ids: new ort.Tensor("int64", new BigInt64Array(ids.length), dims),
+    };
   };
+}
+
+/**
+ * Texts in batches of similar length, since a batch is padded to its longest.
+ * @template T
+ * @param {Encoder<T>} encode
+ * @param {readonly string[]} texts
+ * @param {number} [size] of a batch
+ * @returns {Batch<T>[]}
+ */
+export function toBatches(encode, texts, size = 32) {
+  const order = [...texts.keys()].sort((a, b) => texts[a].length - texts[b].length);
+  /** @type {Batch<T>[]} */
+  const batches = [];
+  for (let at = 0; at < order.length; at += size) {
+    const rows = order.slice(at, at + size);
+    batches.push({ rows, feeds: encode(rows.map((row) => texts[row])) });
+  }
+  return batches;
+}
+
+/**
+ * Logits of each text, in the order of the texts.
+ * @param {Session} session
+ * @param {readonly Batch<unknown>[]} batches
+ */
+export async function runBatches(session, batches) {
+  /** @type {Float32Array[]} */
+  const logits = [];
+  for (const { rows, feeds } of batches) {
+    const { dims, data } = /** @type {Outputs} */ (await session.run(feeds)).logits;
+    rows.forEach((row, i) => (logits[row] = data.slice(i * dims[1], (i + 1) * dims[1])));
+  }
+  return logits;
+}
+
+/**
+ * The label with the largest logit.
+ * @param {Float32Array} logits of one text
+ */
+export const labelOf = (logits) => logits.indexOf(Math.max(...logits));
+
+/**
+ * Share of places at which two lists are equal, as long as the shorter.
+ * @param {readonly number[]} found
+ * @param {readonly number[]} expected
+ */
+export function agreement(found, expected) {
+  const length = Math.min(found.length, expected.length);
+  let equal = 0;
+  for (let i = 0; i < length; i++) if (found[i] === expected[i]) equal++;
+  return equal / length;
 }

@@ -7,7 +7,7 @@ import { InferenceSession, Tensor } from "onnxruntime-node";
 import { readLinearWeight, readVector } from "../dist/src/onnx/dequantize.js";
 import { graft } from "../dist/src/onnx/graft.js";
 import { parseModel } from "../dist/src/onnx/model.js";
-import { findParameters } from "../dist/src/onnx/modules.js";
+import { findParameters, type OnnxParameter } from "../dist/src/onnx/modules.js";
 import type { GraphProto, ModelProto, NodeProto, TensorProto } from "../dist/src/onnx/onnx_pb.js";
 import {
   create,
@@ -38,9 +38,9 @@ import {
   refusal,
 } from "./sessions.ts";
 
-/** Graphs in attributes of nodes. */
-function nested({ node }: GraphProto): GraphProto[] {
-  return node.flatMap(({ attribute }) => attribute.flatMap(({ g, graphs }) => (g ? [g, ...graphs] : graphs)));
+/** Graphs in the attributes of a node. */
+function nested({ attribute }: NodeProto): GraphProto[] {
+  return attribute.flatMap(({ g, graphs }) => (g ? [g, ...graphs] : graphs));
 }
 
 /** What is wrong with a graph: values that nobody has made yet, values made twice, nodes of one name. */
@@ -54,10 +54,11 @@ function faults(graph: GraphProto, outer: ReadonlySet<string> = new Set(), nodes
   };
   for (const { name } of [...graph.input, ...graph.initializer]) make(name);
   for (const node of graph.node) {
-    for (const value of node.input) if (value !== "" && !known.has(value)) found.push(`"${node.name}" reads "${value}" too early`);
+    const early = node.input.filter((value) => value !== "" && !known.has(value));
+    found.push(...early.map((value) => `"${node.name}" reads "${value}" too early`));
     if (node.name !== "" && nodes.has(node.name)) found.push(`two nodes are called "${node.name}"`);
     nodes.add(node.name);
-    for (const inner of node.attribute.flatMap(({ g, graphs }) => (g ? [g, ...graphs] : graphs))) found.push(...faults(inner, known, nodes));
+    for (const inner of nested(node)) found.push(...faults(inner, known, nodes));
     node.output.forEach(make);
   }
   for (const { name } of graph.output) if (!known.has(name)) found.push(`the output "${name}" is not made`);
@@ -87,8 +88,10 @@ t.test("a graft keeps a model sound", async (t) => {
       const kept = after.initializer.filter((tensor) => old.has(tensor.name));
       const changed = kept.filter((tensor) => !Buffer.from(tensor.rawData).equals(old.get(tensor.name)!.rawData));
       t.same(changed.map((tensor) => tensor.name), [], `${name}, ${mode}: initializers stay as they are`);
-      const read = new Set([after, ...nested(after)].flatMap(({ node }) => node.flatMap(({ input }) => input)));
-      t.same(kept.filter((tensor) => !read.has(tensor.name)).map((tensor) => tensor.name), [], "and what nothing reads is gone");
+      const graphs = [after, ...after.node.flatMap(nested)];
+      const read = new Set(graphs.flatMap(({ node }) => node.flatMap(({ input }) => input)));
+      const unread = kept.map((tensor) => tensor.name).filter((tensor) => !read.has(tensor));
+      t.same(unread, [], "and what nothing reads is gone");
 
       const inputs = after.input.map((input) => input.name).slice(before.input.length);
       t.same(inputs, grafted.inputs.map((input) => input.name));
@@ -158,7 +161,7 @@ t.test("what else reads a layer's result", async (t) => {
     const at = graph.node.findIndex((node) => node.name === "/classifier/Add");
     const add = graph.node[at]!;
     add.input = add.input.map((value) => (value === "/classifier/MatMul_output_0" ? "apart" : value));
-    graph.node.splice(at, 0, create(NodeProtoSchema, { opType: "Identity", name: "apart", input: ["/classifier/MatMul_output_0"], output: ["apart"] }));
+    graph.node.splice(at, 0, node("Identity", "apart", ["/classifier/MatMul_output_0"], "apart"));
   });
   for (const mode of ["core", "factors"] as const) {
     const error = await refusal(async () => open(NODE, apart, await packFor("mlp"), { mode }));
@@ -166,7 +169,8 @@ t.test("what else reads a layer's result", async (t) => {
   }
   const session = await open(NODE, apart, await packFor("mlp"), { mode: "folded" });
   const error = await refusal(() => session.switchTask("a"));
-  t.match(error, { tag: "base", module: /^classifier/, message: /brings "classifier\.(bias" of \[2\]|weight" of \[2, 16\])/ });
+  const message = /brings "classifier\.(bias" of \[2\]|weight" of \[2, 16\])/;
+  t.match(error, { tag: "base", module: /^classifier/, message });
   t.equal(session.task, null);
   t.ok(difference(await outputOf(session, feeds(NODE, session)), golden("mlp", null)) <= 1e-5);
   await session.release();
@@ -201,12 +205,20 @@ function tensor(name: string, dataType: number, dims: readonly number[], values:
     if (dataType === FLOAT) return new Uint8Array(Float32Array.from(values).buffer);
     if (dataType === INT32) return new Uint8Array(Int32Array.from(values).buffer);
     if (dataType !== UINT4 && dataType !== INT4) return Uint8Array.from(values);
-    return Uint8Array.from({ length: Math.ceil(values.length / 2) }, (_, i) => (values[2 * i]! & 15) | ((values[2 * i + 1]! & 15) << 4));
+    const length = Math.ceil(values.length / 2);
+    return Uint8Array.from({ length }, (_, i) => (values[2 * i]! & 15) | ((values[2 * i + 1]! & 15) << 4));
   };
   return create(TensorProtoSchema, { name, dataType, dims: dims.map(BigInt), rawData: raw() });
 }
 
-function node(opType: string, name: string, input: string[], output: string, attributes: Record<string, number> = {}, domain = ""): NodeProto {
+function node(
+  opType: string,
+  name: string,
+  input: string[],
+  output: string,
+  attributes: Record<string, number> = {},
+  domain = "",
+): NodeProto {
   const attribute = Object.entries(attributes).map(([key, value]) => ({ name: key, i: BigInt(value), type: 2 }));
   return create(NodeProtoSchema, { opType, name, input, output: [output], attribute, domain });
 }
@@ -214,8 +226,10 @@ function node(opType: string, name: string, input: string[], output: string, att
 /** x [rows, K] → y */
 function layer(K: number, nodes: NodeProto[], initializer: TensorProto[]): Uint8Array {
   const value = (name: string, dims: (number | undefined)[]) => {
-    const dim = dims.map((d) => ({ value: d === undefined ? { case: undefined } : { case: "dimValue" as const, value: BigInt(d) } }));
-    return create(ValueInfoProtoSchema, { name, type: { value: { case: "tensorType", value: { elemType: FLOAT, shape: { dim } } } } });
+    const fixed = (d: number) => ({ case: "dimValue" as const, value: BigInt(d) });
+    const dim = dims.map((d) => ({ value: d === undefined ? { case: undefined } : fixed(d) }));
+    const type = { value: { case: "tensorType" as const, value: { elemType: FLOAT, shape: { dim } } } };
+    return create(ValueInfoProtoSchema, { name, type });
   };
   const graph = create(GraphProtoSchema, {
     name: "layer",
@@ -228,12 +242,12 @@ function layer(K: number, nodes: NodeProto[], initializer: TensorProto[]): Uint8
   return toBinary(ModelProtoSchema, create(ModelProtoSchema, { irVersion: 10n, opsetImport, graph }));
 }
 
-async function opened(bytes: Uint8Array): Promise<{ file: ModelFile; weight: ReturnType<typeof findParameters>[number] }> {
+async function opened(bytes: Uint8Array): Promise<{ file: ModelFile; weight: OnnxParameter }> {
   const file = await readModel(bytes);
   return { file, weight: findParameters(file.model).find(({ initializer }) => initializer === "W")! };
 }
 
-/** Of a layer's weight [N, K], the largest difference between what is read here and what ONNX Runtime makes of the unit matrix. */
+/** How far what is read here of a layer's weight [N, K] is from what ONNX Runtime makes of the unit matrix, at most. */
 async function disagreement(bytes: Uint8Array, N: number, K: number): Promise<number> {
   const session = await InferenceSession.create(bytes);
   const unit = Float32Array.from({ length: K * K }, (_, i) => Number(i % (K + 1) === 0));
@@ -288,9 +302,11 @@ t.test("DequantizeLinear and MatMulInteger are read as ONNX Runtime computes the
       for (const [what, dims, attributes] of layouts) {
         const count = dims.reduce((a, b) => a * b, 1);
         for (const zero of [false, true]) {
-          const tensors = [tensor("W", type, [rows!, columns!], values(rows! * columns!)), tensor("s", FLOAT, dims, random(count, 0.01, 0.2))];
+          const weight = tensor("W", type, [rows!, columns!], values(rows! * columns!));
+          const tensors = [weight, tensor("s", FLOAT, dims, random(count, 0.01, 0.2))];
           if (zero) tensors.push(tensor("z", type, dims, values(count)));
-          const dequantize = node("DequantizeLinear", "/layer/Dequantize", ["W", "s", ...(zero ? ["z"] : [])], "w", attributes);
+          const inputs = ["W", "s", ...(zero ? ["z"] : [])];
+          const dequantize = node("DequantizeLinear", "/layer/Dequantize", inputs, "w", attributes);
           const product = turned
             ? node("Gemm", "/layer/Gemm", ["x", "w"], "y", { transB: 1 })
             : node("MatMul", "/layer/MatMul", ["x", "w"], "y");
@@ -331,7 +347,8 @@ t.test("quantised vectors, and what cannot be read", async (t) => {
     return readVector(file, findParameters(file.model).find(({ initializer }) => initializer === "B")!);
   };
   const dequantize = (input: string[]): NodeProto => node("DequantizeLinear", "d", input, "b", { axis: 0 });
-  const each = await bias([dequantize(["B", "s"]), gemm], [tensor("B", INT32, [6], values), tensor("s", FLOAT, [6], scales)]);
+  const own = [tensor("B", INT32, [6], values), tensor("s", FLOAT, [6], scales)];
+  const each = await bias([dequantize(["B", "s"]), gemm], own);
   t.ok(difference(each, values.map((v, i) => v * scales[i]!)) < 1e-6, "a scale each");
   const bytes = integers(6, 0, 255);
   const one = [tensor("B", UINT8, [6], bytes), tensor("s", FLOAT, [], [0.5]), tensor("z", UINT8, [], [100])];
@@ -351,18 +368,24 @@ t.test("quantised vectors, and what cannot be read", async (t) => {
   const attributes = { K: 32, N: 4, bits: 4, block_size: 16 };
   t.ok(await nBits([packed, scale], ["x", "W", "s"], attributes));
   const order = tensor("g", INT32, [32], new Array<number>(32).fill(0));
-  const unknown = { tag: "format", part: "initializer W", message: /not known here \(used by MatMulNBits "\/layer\/MatMul"\).*anyBase/ };
-  t.match(await refusal(() => nBits([packed, scale, order], ["x", "W", "s", "", "g"], attributes)), unknown, "groups in another order");
+  const message = /not known here \(used by MatMulNBits "\/layer\/MatMul"\).*anyBase/;
+  const unknown = { tag: "format", part: "initializer W", message };
+  const grouped = await refusal(() => nBits([packed, scale, order], ["x", "W", "s", "", "g"], attributes));
+  t.match(grouped, unknown, "groups in another order");
   t.match(await refusal(() => nBits([packed, scale], ["x", "W", "s"], { ...attributes, bits: 3 })), unknown, "3 bits");
   t.match(await refusal(() => nBits([packed], ["x", "W", "s"], attributes)), unknown, "no scales");
   const short = tensor("W", UINT8, [4, 2, 8], integers(60, 0, 255));
-  t.match(await refusal(() => nBits([short, scale], ["x", "W", "s"], attributes)), { tag: "format", message: /needs 64 bytes, found 60: damaged/ });
+  const cut = await refusal(() => nBits([short, scale], ["x", "W", "s"], attributes));
+  t.match(cut, { tag: "format", message: /needs 64 bytes, found 60: damaged/ });
   const few = tensor("s", FLOAT, [7], random(7, 0.1, 1));
   t.match(await refusal(() => nBits([packed, few], ["x", "W", "s"], attributes)), unknown, "too few scales");
   const fewer = tensor("z", UINT8, [3], integers(3, 0, 255));
-  t.match(await refusal(() => nBits([packed, scale, fewer], ["x", "W", "s", "z"], attributes)), unknown, "too few zero points");
+  const baseless = await refusal(() => nBits([packed, scale, fewer], ["x", "W", "s", "z"], attributes));
+  t.match(baseless, unknown, "too few zero points");
   const mismatched = [tensor("W", INT8, [8, 6], integers(48, -128, 127)), tensor("s", FLOAT, [5], random(5, 0.1, 1))];
-  const nodes = [node("DequantizeLinear", "d", ["W", "s"], "w", { axis: 1 }), node("MatMul", "/layer/MatMul", ["x", "w"], "y")];
+  const product = node("MatMul", "/layer/MatMul", ["x", "w"], "y");
+  const nodes = [node("DequantizeLinear", "d", ["W", "s"], "w", { axis: 1 }), product];
   const { file, weight: found } = await opened(layer(8, nodes, mismatched));
-  t.match(await refusal(() => readLinearWeight(file, found)), { tag: "format", message: /not known here/ }, "scales that do not fit");
+  const unfit = await refusal(() => readLinearWeight(file, found));
+  t.match(unfit, { tag: "format", message: /not known here/ }, "scales that do not fit");
 });

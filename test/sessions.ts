@@ -123,7 +123,11 @@ export function open(ort: Ort, input: string | Uint8Array, pack: Pack, options: 
 }
 
 /** The first output of a run as numbers. */
-export async function outputOf(session: Session, run: Feeds, options?: { tasks: readonly (string | null)[] }): Promise<Float32Array> {
+export async function outputOf(
+  session: Session,
+  run: Feeds,
+  options?: { tasks: readonly (string | null)[] },
+): Promise<Float32Array> {
   const results = await session.run(run, options);
   return results[session.outputNames[0]!]!.data as Float32Array;
 }
