@@ -31,6 +31,8 @@ import {
   type SessionOptions,
 } from "./ort.ts";
 
+export type { Mode } from "../src/session/plan.ts";
+export type { ProbeReport } from "../src/session/probe.ts";
 export type { Ort, OrtSession, OrtTensor } from "./ort.ts";
 
 export interface EigenSessionOptions<O extends Ort = Ort> extends ModelOptions, PlanOptions {

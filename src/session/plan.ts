@@ -332,8 +332,8 @@ class Planner {
     const columns = this.#pack.modules.filter((m) => m.A?.kind === "column" && m.B?.kind === "column");
     if (columns.length === 0) return { mode: "factors", reason: `the pack has no components that a core could go between${why}` };
     const K = Math.max(...columns.map((m) => Math.max(m.A!.tensor.rows, m.B!.tensor.rows)));
-    // Above it the products with the components cost more per token than they save per switch (benchmarks/switch.js --live).
-    const most = 96;
+    // Up to here a run costs 5 % more at most, beyond it more than factors do (`bench switch --live`).
+    const most = 48;
     if (K > most) return { mode: "factors", reason: `up to ${K} components a side make the core dearer than factors${why}` };
     return { mode: "core", reason: `${K} components a side at most: a switch moves the core alone${why}` };
   }
