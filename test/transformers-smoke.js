@@ -4,42 +4,61 @@
 
 /**
  * @param {any} transformers the module @huggingface/transformers, with `env` set up
- * @param {typeof import("../dist/src/index.js") & typeof import("../dist/bindings/transformers.js")} eigenlora
- * @param {{ device: string, read: (file: string) => Promise<Uint8Array>, prompts: string[], texts: string[], topics: string[] }} plan
+ * @param {Pick<typeof import("eigenlora"), "openPack"> & Pick<typeof import("eigenlora/transformers"), "attachPack">} eigenlora
+ * @param {{ device: string, browser: boolean, read: (file: string) => Promise<Uint8Array>, prompts: string[], texts: string[], topics: string[] }} plan
+ *   browser: only there does transformers.js give onnxruntime-web a model's second file, and have its runs take turns. They
+ *   overwrite each other's memory where they overlap
  */
-export async function smoke({ pipeline, Tensor }, { openPack, attachPack }, { device, read, prompts, texts, topics }) {
+export async function smoke({ pipeline, Tensor }, { openPack, attachPack }, { device, browser, read, prompts, texts, topics }) {
   const generator = await pipeline("text-generation", "decoder", { device, dtype: "fp32" });
   const writers = await attachPack(generator, await openPack(await read("decoder.eigen")), { model: "decoder" });
   const generated = [];
   for (const task of [null, "upper", "lower", "upper", null]) {
     await writers.switchTask(task);
     for (const prompt of prompts) {
-      const ids = await generator.model.generate({ ...generator.tokenizer(prompt), max_new_tokens: 12, do_sample: false });
-      generated.push({ task: task ?? "base", prompt, ids: ids.tolist()[0].map(Number).slice(generator.tokenizer(prompt).input_ids.dims[1]) });
+      const tokens = generator.tokenizer(prompt);
+      const ids = await generator.model.generate({ ...tokens, max_new_tokens: 12, do_sample: false });
+      generated.push({ task: task ?? "base", prompt, ids: ids.tolist()[0].map(Number).slice(tokens.input_ids.dims[1]) });
     }
   }
   await generator.dispose();
 
   const classifier = await pipeline("text-classification", "minilm", { device, dtype: "fp16" });
   const classes = await attachPack(classifier, await openPack(await read("minilm.eigen")), { model: "minilm" });
-  const answers = [];
+  /** @type {{ task: string, text: string, label: string }[]} */
+  const labelled = [];
+  const ask = async (/** @type {string} */ task, /** @type {string} */ text) => {
+    const [{ label }] = await classifier(text);
+    labelled.push({ task, text, label });
+  };
+  /** @type {Promise<unknown>[]} */
+  const work = [];
   for (const task of topics) {
-    // Calls and switches are not awaited one by one: each call must be of the task asked for before it.
-    const switched = classes.switchTask(task);
-    answers.push(...texts.map((text) => classifier(text).then(([{ label }]) => ({ task, text, label }))), switched.then(() => undefined));
+    // Each call must be of the task that was asked for before it, awaited or not.
+    work.push(classes.switchTask(task));
+    for (const text of texts) {
+      work.push(ask(task, text));
+      if (!browser) await Promise.all(work);
+    }
   }
-  const labelled = (await Promise.all(answers)).filter((answer) => answer !== undefined);
+  await Promise.all(work);
   const probe = classes.session.probe.result;
   await classes.detach();
   const [{ label: detached }] = await classifier(texts[0]);
   await classifier.dispose();
+  return { generated, labelled, probe, detached, logits: browser ? await external() : undefined };
 
-  const external = await pipeline("text-classification", "external", { device, dtype: "fp32" });
-  const tiny = await attachPack(external, await openPack(await read("tiny.eigen")), { model: "external" });
-  await tiny.switchTask("three");
-  /** @param {number[]} values */
-  const row = (...values) => new Tensor("int64", BigInt64Array.from(values, BigInt), [1, values.length]);
-  const { logits } = await external.model({ input_ids: row(2, 17, 5, 40, 9, 33, 3), attention_mask: row(1, 1, 1, 1, 1, 1, 1), token_type_ids: row(0, 0, 0, 0, 1, 1, 1) });
-  await external.dispose();
-  return { generated, labelled, probe, detached, logits: logits.tolist()[0] };
+  async function external() {
+    const pipe = await pipeline("text-classification", "external", { device, dtype: "fp32" });
+    const tasks = await attachPack(pipe, await openPack(await read("tiny.eigen")), { model: "external" });
+    await tasks.switchTask("three");
+    const row = (/** @type {number[]} */ ...values) => new Tensor("int64", BigInt64Array.from(values, BigInt), [1, values.length]);
+    const { logits } = await pipe.model({
+      input_ids: row(2, 17, 5, 40, 9, 33, 3),
+      attention_mask: row(1, 1, 1, 1, 1, 1, 1),
+      token_type_ids: row(0, 0, 0, 0, 1, 1, 1),
+    });
+    await pipe.dispose();
+    return logits.tolist()[0];
+  }
 }

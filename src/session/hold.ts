@@ -5,8 +5,8 @@
 /** An object whose methods are held. */
 export interface Held<Target extends object> {
   /**
-   * The same object with its methods as they were. Held methods have it as `this`: what a call does inside was let through
-   * with it, and would wait for itself otherwise.
+   * The same object with its methods as they were. Held methods have it as `this`: what a call does inside was let
+   * through with it, and would wait for itself otherwise.
    */
   readonly inside: Target;
   /** Puts the methods back. */
@@ -18,8 +18,8 @@ type Members = Record<PropertyKey, unknown>;
 
 /**
  * Replaces methods in place, so that whoever has the object has the held methods.
- * @param methods names; those that are none of the object's methods are passed over. A function that is called itself goes
- *   through its method `_call`, as callable objects of transformers.js do
+ * @param methods names; those that are none of the object's methods are passed over. A function that is called itself
+ *   goes through its method `_call`, as callable objects of transformers.js do
  * @param enter calls what it is given, now or later
  * @param others what `inside` has in place of some of the object's other properties
  */

@@ -1,5 +1,5 @@
 /**
- * The class names that answers have while a task is active. From the pack's directory alone; no model here.
+ * The class names that answers have while a task is active. From the pack alone; no model here.
  */
 import type { Pack } from "../pack/pack.ts";
 import type { Selection } from "../runtime/selection.ts";
@@ -9,6 +9,7 @@ import { broughtBy, moduleOf } from "./plan.ts";
 export type Labels = readonly string[] | "numbered" | "base";
 
 /**
+ * The names for a selection.
  * @param head whose head a blend uses; without it, heads were blended, which takes equal labels
  * @param ignore parameters of the tasks, or modules, that the model was made without
  * @throws as `Pack.load`, for tasks whose pack does not say what they bring

@@ -1,7 +1,7 @@
 /**
- * The order of calls and changes where a call is more than one run of a model: a pipeline that reads label names after its
- * run, a generation of many tokens. A change waits for the calls asked for before it, and calls asked for after it wait
- * for the change. Runs of a session have an order of their own: `timeline.ts`.
+ * The order of calls and changes where a call is more than one run of a model: a pipeline that reads label names after
+ * its run, a generation of many tokens. A change waits for the calls asked for before it, and calls asked for after it
+ * wait for the change. Runs of a session have an order of their own: `timeline.ts`.
  */
 export class Turns {
   #changed: Promise<unknown> = Promise.resolve();
