@@ -16,7 +16,7 @@ import {
   type GraftModule,
   type GraftRows,
 } from "../onnx/graft.ts";
-import { biasAdd, FLOAT, fusedNode, linearOf, matrixShape, NotLinear, type Linear } from "../onnx/linear.ts";
+import { biasAdd, FLOAT, FLOAT16, fusedNode, linearOf, matrixShape, NotLinear, type Linear } from "../onnx/linear.ts";
 import type { Use } from "../onnx/model.ts";
 import { findParameters, type OnnxParameter } from "../onnx/modules.ts";
 import type { ModelFile } from "../onnx/read.ts";
@@ -88,6 +88,14 @@ interface Obstacle {
 /** Roles that are no parameters of the model: they belong to the term of the module that they name. */
 const OF_TERMS: ReadonlySet<string> = new Set(["magnitude", "private"]);
 
+/** A linear layer that tasks bring whole, and the pack's names of its parameters. */
+interface Head {
+  graft: GraftHead;
+  weight: string;
+  bias: string | undefined;
+  parameter: OnnxParameter;
+}
+
 /** A parameter that some task changes. */
 interface Brought {
   role: string;
@@ -137,12 +145,39 @@ class Planner {
     const named = (of: string): Set<string> => new Set(wanted.filter(({ role }) => role === of).map(({ name }) => name));
     const [scaled, ownTerms] = [named("magnitude"), named("private")];
     const heads = this.#heads(wanted);
-    const headNames = new Set(heads.flatMap(({ weight, bias }) => [weight, ...(bias ? [bias] : [])]));
-    const rest = wanted.filter(({ role, name }) => !OF_TERMS.has(role) && !headNames.has(name));
+    const { biases, rows, others } = this.#beside(wanted, heads);
+    const modules = this.#pack.modules.map((module, i) => this.#graftModule(module, found[i]!, scaled.has(module.name)));
+    const { mode, reason } = this.#choose();
+    if (!this.#options.anyBase) for (const [i, parameter] of found.entries()) await this.#check(this.#pack.modules[i]!, parameter);
+
+    const base = { mode, ignored, heads: new Map<string, BaseHead>(), biases: new Map<string, Float32Array>(), weights: new Map<string, Float32Array>() };
+    for (const head of heads) base.heads.set(head.graft.name, await this.#baseHead(head));
+    const names = new Map(this.#pack.modules.map(({ name }, i) => [name, found[i]!.name]));
+    const graftHeads = heads.map(({ graft }) => graft);
+    if (mode === "folded") {
+      const graft = { modules: [], biases: [], rows: [], heads: graftHeads };
+      return { mode, reason, names, base, graft, folded: [...new Set([...found, ...others])] };
+    }
+    for (const { name } of biases) base.biases.set(name, await readVector(this.#file, this.#parameter(name, "bias"), this.#options));
+    for (const [i, { name }] of this.#pack.modules.entries()) if (scaled.has(name)) base.weights.set(name, await this.#matrix(found[i]!));
+    const grafts = modules.filter((module) => module !== undefined);
+    const filled = grafts.map((module) => {
+      const components = mode === "core" ? this.#components(module.name) : undefined;
+      return { ...module, components, factors: !components || this.#options.privateTerms === true || ownTerms.has(module.name) };
+    });
+    return { mode, reason, names, base, graft: { modules: filled, biases, rows, heads: graftHeads }, folded: [] };
+  }
+
+  /** What is neither a term nor a head: biases and token rows that can be added to, and all their parameters. */
+  #beside(wanted: readonly Brought[], heads: readonly Head[]): { biases: GraftBias[]; rows: GraftRows[]; others: OnnxParameter[] } {
+    const headNames = new Set(heads.flatMap(({ weight, bias }) => [weight, bias]));
     const biases: GraftBias[] = [];
     const rows: GraftRows[] = [];
-    for (const { role, name } of rest) {
+    const others: OnnxParameter[] = [];
+    for (const { role, name } of wanted) {
+      if (OF_TERMS.has(role) || headNames.has(name)) continue;
       const parameter = this.#parameter(name, role);
+      others.push(parameter);
       const quantised = parameter.dtype === "other";
       if (quantised) this.#notFolded.push({ module: name, why: `"${name}" is quantised` });
       const bias = quantised || (role === "saved" && !name.endsWith(".bias")) ? undefined : this.#bias(name, parameter);
@@ -152,27 +187,7 @@ class Planner {
       else if (table) rows.push(table);
       else this.#notUnfolded.push({ module: name, why: `tasks bring "${name}" (${role}), ${why}` });
     }
-    const modules = this.#pack.modules.map((module, i) => this.#graftModule(module, found[i]!, scaled.has(module.name)));
-    const { mode, reason } = this.#choose();
-    if (!this.#options.anyBase) for (const [i, parameter] of found.entries()) await this.#check(this.#pack.modules[i]!, parameter);
-    const baseHeads = new Map<string, BaseHead>();
-    for (const head of heads) baseHeads.set(head.graft.name, await this.#baseHead(head));
-    const graftHeads = heads.map(({ graft }) => graft);
-    const names = new Map(this.#pack.modules.map(({ name }, i) => [name, found[i]!.name]));
-    const common = { mode, reason, names };
-    const base = { mode, heads: baseHeads, ignored, biases: new Map<string, Float32Array>(), weights: new Map<string, Float32Array>() };
-    if (mode === "folded") {
-      const folded = new Set([...found, ...rest.map(({ name, role }) => this.#parameter(name, role))]);
-      return { ...common, base, graft: { modules: [], biases: [], rows: [], heads: graftHeads }, folded: [...folded] };
-    }
-    for (const { name } of biases) base.biases.set(name, await readVector(this.#file, this.#parameter(name, "bias"), this.#options));
-    for (const [i, { name }] of this.#pack.modules.entries()) if (scaled.has(name)) base.weights.set(name, await this.#matrix(found[i]!));
-    const grafts = modules.filter((m) => m !== undefined);
-    const withComponents = grafts.map((m) => {
-      const components = mode === "core" ? this.#components(m.name) : undefined;
-      return { ...m, components, factors: !components || this.#options.privateTerms === true || ownTerms.has(m.name) };
-    });
-    return { ...common, base, graft: { modules: withComponents, biases, rows, heads: graftHeads }, folded: [] };
+    return { biases, rows, others };
   }
 
   #module(module: PackModule): OnnxParameter {
@@ -251,7 +266,7 @@ class Planner {
   }
 
   /** Saved linear layers: the weight and, where there is one, the bias behind it. */
-  #heads(brought: readonly Brought[]): { graft: GraftHead; weight: string; bias: string | undefined; parameter: OnnxParameter }[] {
+  #heads(brought: readonly Brought[]): Head[] {
     const saved = new Set(brought.filter(({ role }) => role === "saved").map(({ name }) => name));
     const heads = [];
     for (const weight of saved) {
@@ -274,7 +289,7 @@ class Planner {
     return heads;
   }
 
-  async #baseHead({ graft, bias, parameter }: { graft: GraftHead; bias: string | undefined; parameter: OnnxParameter }): Promise<BaseHead> {
+  async #baseHead({ graft, bias, parameter }: Head): Promise<BaseHead> {
     const { at } = await readLinearWeight(this.#file, parameter, this.#options);
     const weight = new Float32Array(graft.in * graft.out);
     for (let n = 0; n < graft.in; n++) for (let o = 0; o < graft.out; o++) weight[n * graft.out + o] = at(o, n);
@@ -286,15 +301,13 @@ class Planner {
     if (parameter.shape.length !== 1 || size === undefined) return undefined;
     const places = parameter.uses.filter(addsLastDimension);
     if (places.length === 0 || places.length < parameter.uses.length) return undefined;
-    const type = parameter.dtype === "f16" && parameter.uses.every((use) => isDirect(use, parameter)) ? 10 : FLOAT;
-    return { name, size, type, places };
+    return { name, size, type: typeWhereUsed(parameter), places };
   }
 
   #table(name: string, parameter: OnnxParameter): GraftRows | undefined {
     const places = parameter.uses.filter(({ node, input }) => node.opType === "Gather" && input === 0);
     if (parameter.layout !== "embedding" || places.length === 0 || places.length < parameter.uses.length) return undefined;
-    const type = parameter.dtype === "f16" && parameter.uses.every((use) => isDirect(use, parameter)) ? 10 : FLOAT;
-    return { name, width: parameter.shape[1]!, type, places };
+    return { name, width: parameter.shape[1]!, type: typeWhereUsed(parameter), places };
   }
 
   #graftModule(module: PackModule, parameter: OnnxParameter, rowScale: boolean): GraftModule | undefined {
@@ -395,7 +408,7 @@ function addsLastDimension({ node, input }: Use): boolean {
   return at === input;
 }
 
-/** Whether a parameter enters a node as it is, not behind a Cast. */
-function isDirect({ node, input }: Use, { initializer }: OnnxParameter): boolean {
-  return node.input[input] === initializer;
+/** Of the values around a vector or table: its own, or f32 where it is stored as f16 behind a Cast. */
+function typeWhereUsed({ dtype, uses, initializer }: OnnxParameter): number {
+  return dtype === "f16" && uses.every(({ node, input }) => node.input[input] === initializer) ? FLOAT16 : FLOAT;
 }
