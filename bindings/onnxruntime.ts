@@ -15,7 +15,7 @@ import { Workbench } from "../src/runtime/workbench.ts";
 import { onnxHost } from "../src/onnx/host.ts";
 import { fillFolded, FOLDED_FILE, layoutFolded, type FoldedLayout } from "../src/session/fold.ts";
 import { planSession, type BaseValues, type Mode, type Plan, type PlanOptions } from "../src/session/plan.ts";
-import { probeParity, tinyFeeds, type ProbeFeed, type ProbeReport } from "../src/session/probe.ts";
+import { probeParity, probeRows, tinyFeeds, type ProbeFeed, type ProbeReport, type ProbeRun } from "../src/session/probe.ts";
 import { Timeline } from "../src/session/timeline.ts";
 import { stackValues, TaskEvaluator, type InputValue, type TaskValues } from "../src/session/values.ts";
 import type { SourceInput } from "../src/source.ts";
@@ -170,6 +170,8 @@ interface Maker<O extends Ort> {
   make(selection: Selection, options: SessionSwitchOptions, old: State<O> | undefined): Promise<State<O>>;
   /** Of weights, at each switch. */
   readonly bytesWritten: number;
+  /** Refuses a model that would mix the tasks of a batch. */
+  checkRows?(): Promise<void>;
   memory(): Pick<SessionMemory, "expansion" | "pristine">;
   dispose(): Promise<void>;
 }
@@ -195,6 +197,7 @@ export class EigenSession<O extends Ort = Ort> {
   readonly #components: number;
   #state: State<O>;
   #released: Promise<void> | undefined;
+  #rowsChecked: Promise<void> | undefined;
 
   private constructor(parts: Parts<O>, evaluator: TaskEvaluator, maker: Maker<O>, first: State<O>, probe: ProbeReport) {
     this.pack = parts.pack;
@@ -234,8 +237,12 @@ export class EigenSession<O extends Ort = Ort> {
         dispose: async () => bench.backend.dispose(),
       };
       const first = await make(null, {}, undefined);
-      const probe = await runProbe(parts, session, (await evaluator.evaluate(null, {})).inputs);
-      return new EigenSession(parts, evaluator, maker, first, probe);
+      const base = (await evaluator.evaluate(null, {})).inputs;
+      const probe = await runProbe(parts, session, base);
+      const { feeds, outputs } = parts;
+      const made = typeof options.probe === "object" ? undefined : feeds;
+      const checkRows = async (): Promise<void> => made && probeRows(probeRun(ort, session, inputs), made, base, inputs, outputs[0]!);
+      return new EigenSession(parts, evaluator, { ...maker, checkRows }, first, probe);
     } catch (error) {
       bench.backend.dispose();
       await inTurn(ort, () => session.release());
@@ -360,6 +367,7 @@ export class EigenSession<O extends Ort = Ort> {
     if (tasks.length === 0 || tasks.length !== batch) {
       throw new TypeError(`run: ${tasks.length} tasks for a batch of ${batch}; give one per row`);
     }
+    if (tasks.length > 1) await (this.#rowsChecked ??= this.#maker.checkRows?.());
     const known = new Map<string | null, TaskValues>();
     for (const task of tasks) if (!known.has(task)) known.set(task, await this.#evaluator.evaluate(task, {}));
     return tasks.map((task) => known.get(task)!);
@@ -459,20 +467,25 @@ function toFeeds<O extends Ort>(
   return { feeds, bytes };
 }
 
+/** Runs a session for the probes; `given` are feeds of the caller's own. */
+function probeRun<O extends Ort>(ort: O, session: Session<O>, inputs: readonly TaskInput[], given?: object): ProbeRun {
+  return async (feeds, tasks, fetches) => {
+    const tensors: Record<string, OrtTensor> = {};
+    for (const [name, { data, dims }] of feeds) tensors[name] = makeTensor(ort, data, dims);
+    const task = toFeeds(ort, inputs, tasks.map((values) => ({ inputs: values, labels: new Map() }))).feeds;
+    const results = (await inTurn(ort, () => call(session, { ...tensors, ...given, ...task }, fetches, {}))) as Record<string, OrtTensor>;
+    return Promise.all(fetches.map(async (name) => ((await results[name]!.getData?.()) ?? results[name]!.data) as Float32Array));
+  };
+}
+
 async function runProbe<O extends Ort>(
   { ort, plan, grafted, options, outputs, feeds: tiny }: Parts<O> & { feeds: Map<string, ProbeFeed> | undefined },
   session: Session<O>,
   base: ReadonlyMap<string, InputValue>,
 ): Promise<ProbeReport> {
   if (options.probe === false) return { result: "skipped: asked not to" };
-  const given = typeof options.probe === "object" ? (options.probe as unknown as Record<string, OrtTensor>) : undefined;
-  const run = async (feeds: ReadonlyMap<string, ProbeFeed>, values: ReadonlyMap<string, InputValue>, fetches: readonly string[]) => {
-    const tensors: Record<string, OrtTensor> = {};
-    for (const [name, { data, dims }] of feeds) tensors[name] = makeTensor(ort, data, dims);
-    for (const [name, { data, dims }] of values) tensors[name] = makeTensor(ort, data, [1, ...dims]);
-    const results = (await inTurn(ort, () => call(session, { ...tensors, ...given }, fetches, {}))) as Record<string, OrtTensor>;
-    return Promise.all(fetches.map(async (name) => ((await results[name]!.getData?.()) ?? results[name]!.data) as Float32Array));
-  };
+  const given = typeof options.probe === "object" ? options.probe : undefined;
+  const run = probeRun(ort, session, grafted.inputs, given);
   const providers = (options.session as { executionProviders?: unknown } | undefined)?.executionProviders;
   const made = given ? new Map<string, ProbeFeed>() : tiny;
   const { modules } = plan.graft;

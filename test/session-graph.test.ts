@@ -8,7 +8,14 @@ import { readLinearWeight, readVector } from "../dist/src/onnx/dequantize.js";
 import { graft } from "../dist/src/onnx/graft.js";
 import { parseModel } from "../dist/src/onnx/model.js";
 import { findParameters, type OnnxParameter } from "../dist/src/onnx/modules.js";
-import type { GraphProto, ModelProto, NodeProto, TensorProto } from "../dist/src/onnx/onnx_pb.js";
+import {
+  AttributeProtoSchema,
+  TensorShapeProto_DimensionSchema,
+  type GraphProto,
+  type ModelProto,
+  type NodeProto,
+  type TensorProto,
+} from "../dist/src/onnx/onnx_pb.js";
 import {
   create,
   fromBinary,
@@ -26,6 +33,7 @@ import {
   difference,
   feeds,
   golden,
+  goldenRow,
   GOLDENS,
   model,
   modelBytes,
@@ -184,6 +192,53 @@ t.test("what else reads a layer's result", async (t) => {
     tag: "base",
     message: /Gemm "\/mid\/Gemm" scales the product; use mode "folded"/,
   });
+});
+
+/** The MLP on x [batch, sequence, 12]; inside, the sequence may come first. */
+function sequences(first: "batch" | "sequence"): Uint8Array {
+  return changed("transposed", (graph) => {
+    const free = { value: { case: undefined } };
+    const { value } = graph.input[0]!.type!;
+    if (value.case === "tensorType") value.value.shape!.dim.splice(1, 0, create(TensorShapeProto_DimensionSchema, free));
+    delete (graph.output[0]!.type!.value.value as { shape?: unknown }).shape;
+    graph.valueInfo.length = 0;
+    if (first === "batch") return;
+    const turn = (from: string, to: string): NodeProto => {
+      const turned = node("Transpose", `turn/${from}`, [from], to);
+      turned.attribute.push(create(AttributeProtoSchema, { name: "perm", ints: [1n, 0n, 2n], type: 7 }));
+      return turned;
+    };
+    for (const one of graph.node) {
+      one.input = one.input.map((name) => (name === "x" ? "x/turned" : name));
+      one.output = one.output.map((name) => (name === "logits" ? "logits/turned" : name));
+    }
+    graph.node.unshift(turn("x", "x/turned"));
+    graph.node.push(turn("logits/turned", "logits"));
+  });
+}
+
+t.test("one task per row where the batch is not the first dimension is refused, not mixed up", async (t) => {
+  const x = new Tensor("float32", Float32Array.from(GOLDENS.feeds["x"]!.flat().slice(0, 24).concat(GOLDENS.feeds["x"]!.flat().slice(12, 36))), [2, 2, 12]);
+  for (const mode of ["core", "factors"] as const) {
+    const rows = await open(NODE, sequences("batch"), await packFor("mlp"), { mode });
+    const found = await outputOf(rows, { x }, { tasks: ["a", "b"] });
+    // Rows 0 and 1 of the goldens with a, which has two labels of three columns, rows 1 and 2 with b.
+    const columns = found.length / 4;
+    for (const [at, task, row] of [[0, "a", 0], [1, "a", 1], [2, "b", 1], [3, "b", 2]] as const) {
+      const expected = goldenRow("mlp", task, row);
+      t.ok(difference(found.subarray(at * columns, at * columns + expected.length), expected) <= 1e-5, `${mode}, ${task}`);
+    }
+    await rows.release();
+    const mixed = await open(NODE, sequences("sequence"), await packFor("mlp"), { mode });
+    for (const task of ["a", "b"]) {
+      await mixed.switchTask(task);
+      const alone = await outputOf(mixed, { x });
+      t.ok(difference(alone.subarray(0, alone.length / 4), goldenRow("mlp", task, 0)) <= 1e-5, `${mode}: ${task} alone`);
+    }
+    const error = await refusal(() => outputOf(mixed, { x }, { tasks: ["a", "b"] }));
+    t.match(error, { tag: "backend", message: /the batch is not the first dimension of some adapted layer; run them one by one/ });
+    await mixed.release();
+  }
 });
 
 // ---- quantised weights

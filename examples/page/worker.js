@@ -67,7 +67,7 @@ const calls = {
     const [ort, model, { pack }] = await Promise.all([loadOrt(provider), fetchModel(), openFiles()]);
     progress("preparing the model");
     // Errors only: it warns that WebGPU leaves shapes to the CPU, which is as it should be.
-    const options = /** @type {never} */ ({ executionProviders: [provider], logSeverityLevel: 3 });
+    const options = /** @type {import("onnxruntime-common").InferenceSession.SessionOptions} */ ({ executionProviders: [provider], logSeverityLevel: 3 });
     const session = await createEigenSession(ort, model, pack, { session: options });
     running = { ort, session };
     const task = wanted !== undefined && pack.tasks.has(wanted) ? wanted : [...pack.tasks.keys()][0];

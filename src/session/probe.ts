@@ -25,10 +25,10 @@ export interface ProbeFeed {
   readonly data: Float32Array | Uint16Array | BigInt64Array | Int32Array | Uint8Array;
 }
 
-/** Runs the model; gives the values of `fetches` as f32. */
+/** Runs the model on one task, or on one per row; gives the values of `fetches` as f32. */
 export type ProbeRun = (
   feeds: ReadonlyMap<string, ProbeFeed>,
-  values: ReadonlyMap<string, InputValue>,
+  tasks: readonly ReadonlyMap<string, InputValue>[],
   fetches: readonly string[],
 ) => Promise<readonly (readonly number[] | Float32Array)[]>;
 
@@ -93,12 +93,12 @@ export async function probeParity(
   const fetches = probe ? [probe.x, probe.term] : [outputs[0]!];
   let after: Awaited<ReturnType<ProbeRun>>;
   try {
-    after = await run(feeds, task, fetches);
+    after = await run(feeds, [task], fetches);
   } catch (cause) {
     return { result: `skipped: the model does not run on the inputs of the probe (${(cause as Error).message.trim()}); pass \`probe: feeds\`` };
   }
   if (!probe) {
-    const before = await run(feeds, base, fetches);
+    const before = await run(feeds, [base], fetches);
     if (same(before[0]!, after[0]!)) fail(`gives the same "${outputs[0]}" with and without a task`);
     return { result: "passed" };
   }
@@ -112,6 +112,39 @@ export async function probeParity(
     fail(`is off by ${difference.toPrecision(2)} of the largest value in the term of "${probe.module}" (it may ignore inputs)`);
   }
   return { result: "passed", module: probe.module, difference };
+}
+
+/**
+ * Whether a task per row reaches the rows it is meant for: of two equal rows one gets a made-up task and one none, and each
+ * must give what it gives alone. Where another dimension than the batch comes first, tasks would be mixed without a word.
+ * @param output of the model, batch first
+ * @throws BackendError when they are mixed
+ */
+export async function probeRows(
+  run: ProbeRun,
+  feeds: ReadonlyMap<string, ProbeFeed>,
+  base: ReadonlyMap<string, InputValue>,
+  inputs: readonly TaskInput[],
+  output: string,
+): Promise<void> {
+  const task = madeUp(base, inputs);
+  const found: ArrayLike<number>[] = [];
+  try {
+    for (const tasks of [[task], [base], [task, base]]) found.push((await run(feeds, tasks, [output]))[0]!);
+  } catch {
+    // Feeds that were made up prove nothing: the caller's own run will say what is wrong with it.
+    return;
+  }
+  const [alone, without, both] = found as [ArrayLike<number>, ArrayLike<number>, ArrayLike<number>];
+  let [effect, off] = [0, 0];
+  for (let i = 0; i < both.length; i++) {
+    effect = Math.max(effect, Math.abs(alone[i]! - without[i]!));
+    off = Math.max(off, Math.abs(both[i]! - (2 * i < both.length ? alone : without)[i]!));
+  }
+  // Rows of quantised models influence each other a little, whatever their tasks.
+  if (effect === 0 || off < effect / 4) return;
+  const message = `one task per row: tasks get into each other's rows of "${output}", so the batch is not the first dimension of some adapted layer; run them one by one`;
+  throw new BackendError(message, { backend: "onnxruntime" });
 }
 
 /** Small values that differ everywhere, where the base has zeros. */
