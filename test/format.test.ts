@@ -249,6 +249,11 @@ t.test("an append leaves a readable pack at every byte of the way", async (t) =>
   t.equal((await readAll(twice)).tasks.size, 6);
 });
 
+t.test("the directory keeps nothing else in memory", async (t) => {
+  const pack = await openPack(golden);
+  t.equal(pack.directory.basisBytes.buffer.byteLength, pack.window.superblock.directoryLength, "not the bases read with it");
+});
+
 t.test("what tasks bring is in the directory, equal lists once", async (t) => {
   const bytes = await packBytes(["adapters/two", "adapters/three", "adapters-more/dora", "adapters-more/bias-lora"]);
   const pack = await openPack(bytes);

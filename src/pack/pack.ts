@@ -98,7 +98,8 @@ export async function openPack(input: SourceInput, options: OpenOptions = {}): P
     const together = options.bases !== "later" && basesOffset === align64(directoryOffset + directoryLength);
     const length = together ? basesOffset + basesLength - directoryOffset : directoryLength;
     const bytes = await source.read(directoryOffset, length, { signal });
-    const directory = parseDirectory(bytes.subarray(0, directoryLength), window.superblock, source.name);
+    // A copy: as a view the directory would keep the bases in memory.
+    const directory = parseDirectory(bytes.slice(0, directoryLength), window.superblock, source.name);
     const pack = new Pack(source, reads, window, directory, options.maxResidentBytes ?? Infinity);
     if (together) pack.keepBases(bytes.subarray(basesOffset - directoryOffset));
     return pack;
