@@ -2,6 +2,7 @@
  * Platform glue for Node, Deno and Bun: strings that are not URLs are paths. Not a public module: it is what `#platform`
  * resolves to where the `node` condition is set.
  */
+/// <reference types="@webgpu/types" />
 import { open } from "node:fs/promises";
 import { fileURLToPath } from "node:url";
 import { SourceError } from "../src/errors.ts";
@@ -43,4 +44,18 @@ export const openPath: ((path: string) => Promise<ByteSource>) | undefined = asy
     },
     close: () => handle.close(),
   };
+};
+
+/**
+ * The system's WebGPU: the runtime's own (Deno, newer engines), else that of the optional package `webgpu`.
+ * @throws Error when neither is there
+ */
+export const openGpu: () => Promise<object> = async () => {
+  const own = (globalThis.navigator as Navigator | undefined)?.gpu;
+  if (own) return own;
+  try {
+    return (await import("webgpu")).create([]);
+  } catch (cause) {
+    throw new Error(`WebGPU needs the package "webgpu": npm install webgpu (${(cause as Error).message})`, { cause });
+  }
 };

@@ -13,7 +13,8 @@ export {
   type Term,
 } from "./runtime/runtime.ts";
 export type { Selection } from "./runtime/selection.ts";
-export type { BaseInput, DeviceBuffer, Parameter, Tensor, Transaction, View, WeightHost } from "./runtime/host.ts";
+export type { DeviceBuffer } from "./backends/backend.ts";
+export type { BaseInput, Parameter, Tensor, Transaction, View, WeightHost } from "./runtime/host.ts";
 export type { ByteSource, FetchOptions, ReadOptions, SourceInput } from "./source.ts";
 export type { Layout, TaskMetadata } from "./adapters/adapter.ts";
 export type { FloatType, TensorType } from "./dtypes.ts";

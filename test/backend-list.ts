@@ -4,9 +4,16 @@
  */
 import { setFlagsFromString } from "node:v8";
 import type { BackendOptions } from "../dist/src/backends/select.js";
+import { createWebgpuBackend } from "../dist/src/backends/webgpu.js";
 
 // Node 20 has relaxed SIMD behind a flag; later versions have it anyway.
 setFlagsFromString("--experimental-wasm-relaxed-simd");
+
+/** Why Dawn does not start here; undefined where it does. */
+export const dawnMissing: string | undefined = await createWebgpuBackend().then(
+  (backend) => backend.dispose(),
+  (error: Error) => error.message,
+) as string | undefined;
 
 export function backends(): BackendOptions[] {
   return [
@@ -14,5 +21,6 @@ export function backends(): BackendOptions[] {
     { backend: "wasm", wasm: { variant: "scalar" } },
     { backend: "wasm", wasm: { variant: "simd" } },
     { backend: "wasm", wasm: { variant: "relaxed-simd" } },
+    ...(dawnMissing === undefined ? [{ backend: "webgpu" } as const] : []),
   ];
 }

@@ -1,13 +1,16 @@
-/** The backend suite on every CPU backend, and what only some of them have: agreement, allocator, Gram, checksums. */
+/** The backend suite on every backend, and what only some of them have: agreement, allocator, Gram, checksums. */
 import { setFlagsFromString } from "node:v8";
 import fc from "fast-check";
 import t from "tap";
 import type { Backend } from "../dist/src/backends/backend.js";
 import { createJsBackend } from "../dist/src/backends/js.js";
 import { createHeap } from "../dist/src/backends/wasm-memory.js";
-import { createWasmBackend, createWasmProducts, WASM_VARIANTS, type WasmVariant } from "../dist/src/backends/wasm.js";
+import { createWasmProducts } from "../dist/src/backends/wasm-products.js";
+import { createWebgpuBackend } from "../dist/src/backends/webgpu.js";
+import { createWasmBackend, WASM_VARIANTS, type WasmVariant } from "../dist/src/backends/wasm.js";
 import type { FloatType } from "../dist/src/dtypes.js";
 import { encodeTensor } from "../dist/src/encode.js";
+import { dawnMissing } from "./backend-list.ts";
 import { backendSuite, generator, values } from "./backend-suite.ts";
 
 // Node 20 has relaxed SIMD behind a flag; later versions have it anyway and do not know the flag.
@@ -32,6 +35,9 @@ t.test("js", (t) => (backendSuite(t, createJsBackend), t.end()));
 for (const variant of available) {
   t.test(variant, (t) => (backendSuite(t, () => createWasmBackend({ variant })), t.end()));
 }
+if (dawnMissing === undefined) t.test("dawn", (t) => (backendSuite(t, () => createWebgpuBackend()), t.end()));
+else if (required.has("dawn")) t.fail(`dawn is required by EIGENLORA_REQUIRE, but ${dawnMissing}`);
+else t.test("dawn", { skip: dawnMissing }, () => {});
 
 t.test("without a wish the best variant runs", async (t) => {
   const backend = await createWasmBackend();
@@ -58,7 +64,7 @@ function run(backend: Backend, type: FloatType, rank: number): Uint8Array {
   const left = floats(rank * rows);
   const rowScale = type === "f32" ? undefined : floats(rows);
   backend.fold({ out: base, base, type, rows, columns, stride: columns, left, right, rank, rowScale });
-  return backend.view(base, base.block.byteLength).slice();
+  return backend.view!(base, base.block.byteLength).slice();
 }
 
 t.test("js, scalar and simd agree to the bit, relaxed within 1e-6 of the largest element", async (t) => {

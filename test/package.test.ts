@@ -11,8 +11,14 @@ const manifest = JSON.parse(await readFile(new URL("../package.json", import.met
 /** Budgets of README and DESIGN, in bytes after gzip; 1 kB = 1000 B. */
 const BUDGET = { js: 20_000, wasm: 10_000 };
 
-/** Loaded only when they are used: the kernels, the readers of safetensors and task files, the backend without WebAssembly. */
-const LAZY = /^#wasm\/|\/safetensors\.js$|\/task-file\.js$|\/js\.js$/;
+/**
+ * Loaded only when they are used: the kernels, the readers of safetensors and task files, the other backends, the
+ * unfolded modes.
+ */
+const LAZY = /^#wasm\/|\/safetensors\.js$|\/task-file\.js$|\/js\.js$|\/webgpu\.js$|\/unfold\.js$/;
+
+/** The WebGPU half with its shaders, on top of what every app loads. */
+const WEBGPU_BUDGET = 12_000;
 
 /** What an app that runs an ONNX model loads on top: the protobuf, the graph surgery, the session. */
 const SESSION_BUDGET = 65_000;
@@ -49,9 +55,17 @@ t.test("the run-time bundle for a browser keeps its budget", async (t) => {
   t.notMatch(js.text, /AGFzbQ/, "no kernel is compiled or even loaded before it is chosen");
 });
 
+t.test("the WebGPU half is loaded by itself and keeps its budget", async (t) => {
+  const code = 'import { createWebgpuBackend } from "./dist/src/backends/webgpu.js"; globalThis.x = createWebgpuBackend;';
+  const { text, gzip } = await bundle(code, /^#wasm\//);
+  t.comment(`${gzip} B of ${WEBGPU_BUDGET}, shaders included`);
+  t.ok(gzip <= WEBGPU_BUDGET, `${gzip} B`);
+  t.match(text, /fold_in_place/, "the shaders are in it");
+});
+
 t.test("a session's bundle keeps its budget and brings no runtime of its own", async (t) => {
   const code = 'import { openPack } from "eigenlora"; import { createEigenSession } from "eigenlora/onnxruntime"; globalThis.x = [openPack, createEigenSession];';
-  const { text, gzip } = await bundle(code, /^#wasm\//);
+  const { text, gzip } = await bundle(code, /^#wasm\/|\/webgpu\.js$/);
   t.comment(`${gzip} B of JS of ${SESSION_BUDGET}`);
   t.ok(gzip <= SESSION_BUDGET, `${gzip} B of JS`);
   t.notOk(/"node:|ort-wasm/.test(text), "neither Node nor a runtime");

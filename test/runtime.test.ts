@@ -41,18 +41,18 @@ t.test("PEFT's goldens through pack and runtime", async (t) => {
       await runtime.switchTask(adapter!.id);
       for (const weight of changed as string[]) {
         const expected = merged.get(weight)!;
-        const difference = relativeDifference(floats(runtime.weight(weight)), expected.values);
+        const difference = relativeDifference(floats(await runtime.readWeight(weight)), expected.values);
         if (!(difference <= 1e-6)) t.fail(`${name}, ${runtime.backend}, ${weight}: off by ${difference}`);
         checked++;
       }
       for (const [weight, { values }] of extra) {
         if (!/classifier|score/.test(weight)) continue;
-        t.ok(relativeDifference(floats(runtime.weight(weight)), values) <= 1e-6, `${name}: ${weight} was added`);
+        t.ok(relativeDifference(floats(await runtime.readWeight(weight)), values) <= 1e-6, `${name}: ${weight} was added`);
       }
       await runtime.switchTask(null);
       const pristine = await openHost(`${folder}/base.safetensors`);
       for (const weight of changed as string[]) {
-        if (!bytesOf(runtime.weight(weight)).equals(bytesOf(await pristine.read(weight)))) {
+        if (!bytesOf(await runtime.readWeight(weight)).equals(bytesOf(await pristine.read(weight)))) {
           t.fail(`${name}, ${runtime.backend}, ${weight}: not the base's bits at null`);
         }
       }

@@ -11,9 +11,17 @@ import type { FloatType, TensorType } from "../dtypes.ts";
 /** Whose bytes they are, as `runtime.memory()` reports them. */
 export type Owner = "basis" | "coefficients" | "pristine" | "active" | "scratch";
 
-/** Memory held by a backend. Opaque but for its size. */
+/** A GPU buffer, by structure, so that published types do not depend on WebGPU's. */
+export interface DeviceBuffer {
+  readonly size: number;
+  readonly label: string;
+  destroy(): void;
+}
+
+/** Memory held by a backend. Opaque but for its size and, on a device, the buffer that it is. */
 export interface Block {
   readonly byteLength: number;
+  readonly device?: DeviceBuffer;
 }
 
 /** A place in a block. Byte offsets are multiples of 4 for f32, of 2 for f16 and bf16, of 4 for encoded tensors. */
@@ -74,7 +82,7 @@ export interface ScaleJob extends Omit<FoldJob, "out" | "rowScale" | "columnScal
 /** One way to hold and compute weights. Made by `createBackend`; freed by `dispose`. */
 export interface Backend {
   readonly name: "js" | "wasm" | "webgpu";
-  /** Which build runs: "scalar", "simd", "relaxed-simd"; for js "js". */
+  /** Which build runs: "scalar", "simd", "relaxed-simd"; for js "js"; for webgpu the adapter's name. */
   readonly variant: string;
   /** Zeroed memory, 16-byte aligned, counted under `owner` until freed. @throws BackendError when there is none left. */
   allocate(byteLength: number, owner: Owner): Block;
@@ -83,8 +91,10 @@ export interface Backend {
   upload(to: Slice, bytes: Uint8Array): void;
   /** Copies `byteLength` bytes from one place to another (they do not overlap). */
   copy(from: Slice, to: Slice, byteLength: number): void;
-  /** Bytes as they lie in memory now. Valid until the next `allocate`; CPU backends only. */
-  view(at: Slice, byteLength: number): Uint8Array;
+  /** Bytes as they lie in memory now. Valid until the next `allocate`. CPU backends have it. */
+  view?(at: Slice, byteLength: number): Uint8Array;
+  /** A copy of bytes, once all operations so far have taken effect. Backends without `view` have it. */
+  read?(at: Slice, byteLength: number): Promise<Uint8Array>;
   expand(job: ExpandJob): void;
   fold(job: FoldJob): void;
   scale(job: ScaleJob): void;

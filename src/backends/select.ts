@@ -2,10 +2,17 @@
  * Picks a backend. Each arrives by dynamic import, so that an app loads the one it runs.
  */
 import type { Backend } from "./backend.ts";
+import type { DeviceHandle } from "./webgpu-device.ts";
 
 export interface BackendOptions {
-  /** "auto" tries wasm, then js. */
-  backend?: "auto" | "wasm" | "js" | undefined;
+  /** "auto" tries webgpu where a device is given, then wasm, then js. */
+  backend?: "auto" | "webgpu" | "wasm" | "js" | undefined;
+  webgpu?:
+    | {
+        /** The WebGPU device to use, for instance the one that the model runs on. Without one, the system's is requested. */
+        device?: DeviceHandle;
+      }
+    | undefined;
   wasm?:
     | {
         /** Instead of the best build that this engine validates. */
@@ -16,22 +23,30 @@ export interface BackendOptions {
     | undefined;
 }
 
+/** In the order of "auto". */
+const BACKENDS = {
+  webgpu: async ({ webgpu }: BackendOptions): Promise<Backend> => (await import("./webgpu.ts")).createWebgpuBackend(webgpu),
+  wasm: async ({ wasm }: BackendOptions): Promise<Backend> => (await import("./wasm.ts")).createWasmBackend(wasm),
+  js: async (): Promise<Backend> => (await import("./js.ts")).createJsBackend(),
+};
+
 /**
  * @returns the backend, and why those before it in the order were passed over
  * @throws BackendError when the backend asked for by name cannot start
  */
 export async function createBackend(options: BackendOptions = {}): Promise<{ backend: Backend; passedOver: string[] }> {
-  const { backend = "auto" } = options;
-  if (!["auto", "wasm", "js"].includes(backend)) {
-    throw new RangeError(`backend: expected "auto", "wasm" or "js", got ${JSON.stringify(backend)}`);
+  const { backend = "auto", webgpu } = options;
+  if (backend !== "auto" && !Object.hasOwn(BACKENDS, backend)) {
+    throw new RangeError(`backend: expected "auto", "webgpu", "wasm" or "js", got ${JSON.stringify(backend)}`);
   }
-  const js = async (): Promise<Backend> => (await import("./js.ts")).createJsBackend();
-  if (backend === "js") return { backend: await js(), passedOver: [] };
-  try {
-    const { createWasmBackend } = await import("./wasm.ts");
-    return { backend: await createWasmBackend(options.wasm), passedOver: [] };
-  } catch (cause) {
-    if (backend === "wasm") throw cause;
-    return { backend: await js(), passedOver: [(cause as Error).message] };
+  if (backend !== "auto") return { backend: await BACKENDS[backend](options), passedOver: [] };
+  const passedOver: string[] = [];
+  for (const start of [...(webgpu?.device ? [BACKENDS.webgpu] : []), BACKENDS.wasm]) {
+    try {
+      return { backend: await start(options), passedOver };
+    } catch (cause) {
+      passedOver.push((cause as Error).message);
+    }
   }
+  return { backend: await BACKENDS.js(), passedOver };
 }

@@ -23,7 +23,7 @@ export interface WasmOptions {
 }
 
 /** Exports of `assembly/exports.ts`. Addresses and counts are 32-bit, unsigned; 0 stands for an absent address. */
-interface WasmKernels {
+export interface WasmKernels {
   variant: WebAssembly.Global;
   products(x: number, y: number, m: number, n: number, width: number, lower: number, out: number): void;
   expand(
@@ -42,7 +42,8 @@ type ScaleKernel = (
   left: number, right: number, rank: number,
 ) => void;
 
-interface Instance {
+/** A build at work on its memory. */
+export interface Instance {
   variant: WasmVariant;
   kernels: WasmKernels;
   memory: WebAssembly.Memory;
@@ -159,45 +160,12 @@ export async function createWasmBackend(options: WasmOptions = {}): Promise<Back
   };
 }
 
-/**
- * The products of extraction (`timesTransposed` in `src/extract/linalg.ts`) in WebAssembly. Data is copied in and out; the
- * memory stays as large as the largest call needs.
- * @returns a function (x [m, width], y [n, width], m, n, width, lower) → X·Yᵀ [m, n]
- * @throws BackendError as `createWasmBackend`; the function when memory is short
- */
-export async function createWasmProducts(
-  options: WasmOptions = {},
-): Promise<
-  (x: Float64Array, y: Float64Array, m: number, n: number, width: number, lower?: boolean) => Float64Array
-> {
-  const instance = await instantiate(options);
-  const { kernels, memory, heap } = instance;
-  return (x, y, m, n, width, lower = false) => {
-    if (x.length < m * width || y.length < n * width) {
-      throw new RangeError(`products: [${m}, ${width}] and [${n}, ${width}] do not fit ${x.length} and ${y.length} values`);
-    }
-    const counts = [m * n, m * width, x === y ? 0 : n * width] as const;
-    const byteLength = 8 * (counts[0] + counts[1] + counts[2]);
-    const out = claim(instance, byteLength, "scratch");
-    try {
-      const xAt = out + 8 * counts[0];
-      const yAt = x === y ? xAt : xAt + 8 * counts[1];
-      new Float64Array(memory.buffer, xAt, counts[1]).set(x.subarray(0, counts[1]));
-      if (x !== y) new Float64Array(memory.buffer, yAt, counts[2]).set(y.subarray(0, counts[2]));
-      kernels.products(xAt, yAt, m, n, width, lower ? 1 : 0, out);
-      return new Float64Array(memory.buffer, out, counts[0]).slice();
-    } finally {
-      heap.free(out, byteLength);
-    }
-  };
-}
-
 function code(type: TensorType): number {
   return TENSOR_TYPES.indexOf(type);
 }
 
 /** Address of `byteLength` zeroed bytes. @throws BackendError when there are none */
-function claim({ heap, memory }: Instance, byteLength: number, owner: Owner): number {
+export function claim({ heap, memory }: Instance, byteLength: number, owner: Owner): number {
   checkCount("byteLength", byteLength, Number.MAX_SAFE_INTEGER);
   const start = heap.allocate(byteLength);
   if (start !== undefined) return start;
@@ -208,7 +176,7 @@ function claim({ heap, memory }: Instance, byteLength: number, owner: Owner): nu
   );
 }
 
-async function instantiate(options: WasmOptions): Promise<Instance> {
+export async function instantiate(options: WasmOptions): Promise<Instance> {
   if (typeof WebAssembly === "undefined") {
     throw new BackendError("wasm: this engine has no WebAssembly; use the js backend", { backend: "wasm" });
   }

@@ -5,7 +5,7 @@
 import type { Adapter, SavedTensor } from "../adapters/adapter.ts";
 import { isQuantized, type TensorType } from "../dtypes.ts";
 import { encodeTensor } from "../encode.ts";
-import { createWasmProducts } from "../backends/wasm.ts";
+import { createWasmProducts } from "../backends/wasm-products.ts";
 import { AdapterError } from "../errors.ts";
 import {
   extractModule,

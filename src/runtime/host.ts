@@ -4,16 +4,10 @@
  */
 import type { FloatType } from "../dtypes.ts";
 import { BaseMismatchError, SourceError } from "../errors.ts";
+import type { DeviceBuffer } from "../backends/backend.ts";
 import type { Layout } from "../adapters/adapter.ts";
 import type { SafetensorsFile } from "../safetensors.ts";
 import { openSource, type FetchOptions, type ReadOptions, type SourceInput } from "../source.ts";
-
-/** A GPU buffer, by structure, so that published types do not depend on WebGPU's. */
-export interface DeviceBuffer {
-  readonly size: number;
-  readonly label: string;
-  destroy(): void;
-}
 
 /** A tensor as it lies in memory: little-endian, row-major, `shape` elements of `dtype` from `byteOffset` of `data`. */
 export interface View {

@@ -3,7 +3,7 @@
  * each of them happen as a whole or not at all. The arithmetic is the backend's, the bytes are the pack's, the weights are
  * the host's.
  */
-import type { Owner } from "../backends/backend.ts";
+import type { Owner, Slice } from "../backends/backend.ts";
 import { createBackend, type BackendOptions } from "../backends/select.ts";
 import { BackendError } from "../errors.ts";
 import { nearest, type NameMatcher } from "../names.ts";
@@ -15,7 +15,7 @@ import { Parameters, type Replacement } from "./parameters.ts";
 import { findSlots, loadSlots, readWeight, type Slot } from "./slots.ts";
 import { copySelection, loadParts, refuseMagnitudes, type Selection } from "./selection.ts";
 import { stage, type ModulePlan } from "./stage.ts";
-import { unfold, type Unfolded } from "./unfold.ts";
+import type { Unfolded } from "./unfold.ts";
 import { at, Workbench } from "./workbench.ts";
 
 export interface RuntimeOptions extends BackendOptions, FetchOptions {
@@ -116,6 +116,8 @@ export async function createRuntime(pack: Pack, options: RuntimeOptions = {}): P
     const folded = mode === "folded";
     const keep = { pristine: folded && policy === "copy", active: folded && !host?.begin };
     if (host) await loadSlots(slots, host, bench, bases, keep, { signal, anyBase: options.anyBase ?? false });
+    // A device that has no memory left says so only now.
+    await backend.finish();
     const ignored = new Set(options.ignore);
     return new Runtime({ pack, bench, passedOver, mode, policy, host, slots, locator, ignored, closeHost });
   } catch (error) {
@@ -226,7 +228,7 @@ export class Runtime {
     this.#bench.allocated = 0;
     this.#bench.dispatches = 0;
     if (this.mode === "folded") await this.#fold(plans, touched, pristine, replacements);
-    else this.#unfold(plans, this.mode, pristine);
+    else await this.#unfold(plans, this.mode, pristine);
     await this.#bench.backend.finish();
     const allocated = this.#bench.allocated + this.#parameters.allocated;
     this.#parameters.activate(replacements);
@@ -273,22 +275,37 @@ export class Runtime {
     const passing = [...touched].map((i) => this.#slots[i]!).filter((slot) => !slot.active);
     const passage = bench.reserve("weight", Math.max(0, ...passing.map((slot) => slot.weight.byteLength)));
     const planOf = new Map(plans.map((p) => [p.module, p]));
+    const fold = (index: number): Slice => {
+      const { weight, pristine, active } = this.#slots[index]!;
+      const out = active ? at(active) : passage;
+      const fresh = read.get(index);
+      if (fresh) bench.backend.upload(out, fresh);
+      const base = fresh ? out : at(pristine!);
+      const plan = planOf.get(index);
+      if (plan) bench.fold(plan, weight, base, out);
+      else if (!fresh) bench.copy(base, out, weight.byteLength);
+      return out;
+    };
+    // A device is waited for before the host's weights change, which then happens without a pause.
+    const fetched = new Map<number, Uint8Array>();
+    if (this.#host!.begin && bench.backend.read) {
+      for (const index of touched) {
+        fetched.set(index, await bench.backend.read(fold(index), this.#slots[index]!.weight.byteLength));
+      }
+    }
     const transaction = this.#host!.begin?.();
     // From here on every touched weight counts as changed, so that the next switch repairs what a failure leaves behind.
     this.#changed = new Set(touched);
     try {
       for (const index of touched) {
-        const { weight, pristine, active } = this.#slots[index]!;
-        const out = active ? at(active) : passage;
-        const fresh = read.get(index);
-        if (fresh) bench.backend.upload(out, fresh);
-        const base = fresh ? out : at(pristine!);
-        const plan = planOf.get(index);
-        if (plan) bench.fold(plan, weight, base, out);
-        else if (!fresh) bench.copy(base, out, weight.byteLength);
-        if (!transaction) continue;
-        const { name, dtype, shape, byteLength } = weight;
-        const written = transaction.write(name, { dtype, shape, data: bench.backend.view(out, byteLength), byteOffset: 0 });
+        const { name, dtype, shape, byteLength } = this.#slots[index]!.weight;
+        let data = fetched.get(index);
+        if (!data) {
+          const out = fold(index);
+          if (!transaction) continue;
+          data = bench.backend.view!(out, byteLength);
+        }
+        const written = transaction!.write(name, { dtype, shape, data, byteOffset: 0 });
         if (written) await written;
       }
       if (!transaction) return;
@@ -304,22 +321,33 @@ export class Runtime {
     }
   }
 
-  #unfold(plans: readonly ModulePlan[], mode: "core" | "factors", read: ReadonlyMap<number, Uint8Array>): void {
+  /** The terms of the plans. Once the code is there, without a pause but on a device, so that nobody sees half of them. */
+  async #unfold(
+    plans: readonly ModulePlan[],
+    mode: "core" | "factors",
+    read: ReadonlyMap<number, Uint8Array>,
+  ): Promise<void> {
+    // Apps that fold do without.
+    const { fetchFactors, fetchFloats, unfold } = await import("./unfold.ts");
     const bench = this.#bench;
     bench.prepare(plans);
     const base = bench.reserve("weight", Math.max(0, ...[...read.values()].map((bytes) => bytes.length)));
-    this.#unfolded = unfold(plans, bench, this.pack.modules, mode, this.#unfolded);
+    const { modules } = this.pack;
+    const factors = bench.backend.view ? undefined : await fetchFactors(plans, bench, modules, mode);
+    this.#unfolded = unfold(plans, bench, modules, mode, this.#unfolded, factors);
     for (const plan of plans) {
       if (plan.magnitude === undefined) continue;
       const { module, weight } = this.#slots[plan.module]!;
       bench.backend.upload(base, read.get(plan.module)!);
-      const scale = bench.floats(bench.rowScale(plan, weight, base), module.out);
-      this.#unfolded.get(plan.module)!.rowScale = scale.slice();
+      const scale = bench.rowScale(plan, weight, base);
+      const values = bench.backend.view ? bench.floats(scale, module.out).slice() : await fetchFloats(bench, scale, module.out);
+      this.#unfolded.get(plan.module)!.rowScale = values;
     }
   }
 
   /**
-   * A parameter of the model as the active task has it. Valid until the next switch; copy what has to last.
+   * A parameter of the model as the active task has it. Valid until the next switch; copy what has to last. A weight that the
+   * runtime holds on a device is that device's buffer.
    * @param name of an adapted module ("encoder.layer.0.attention.self.query", with or without ".weight") or of a parameter
    *   that tasks bring ("classifier.weight")
    * @throws RangeError when no task of the pack changes such a parameter, or the active one does not have it
@@ -338,13 +366,25 @@ export class Runtime {
       throw new TypeError("weight: the weights are in the host you passed; read them there");
     }
     if (slot) {
-      const data = this.#bench.backend.view(at(slot.active!), slot.weight.byteLength);
+      const block = slot.active!;
+      const data = block.device ?? this.#bench.backend.view!(at(block), slot.weight.byteLength);
       return { dtype: slot.weight.dtype, shape: slot.weight.shape, data, byteOffset: 0 };
     }
     const pristine = this.#parameters.pristine(parameter);
     if (pristine) return pristine;
     const candidates = nearest(name, [...this.#slotsByName.keys(), ...this.#parameters.active.keys()]);
     throw new RangeError(`weight: "${name}" is not changed by the active task; nearest: ${candidates.join(", ") || "none"}`);
+  }
+
+  /**
+   * As `weight`, in the CPU's memory: what lies on a device is copied from there.
+   * @throws RangeError, TypeError as `weight`; BackendError when the device fails
+   */
+  async readWeight(name: string): Promise<View & { data: Uint8Array }> {
+    const view = this.weight(name);
+    const block = this.#slots.find(({ active }) => active?.device === view.data)?.active;
+    const data = block ? await this.#bench.backend.read!(at(block), block.byteLength) : view.data;
+    return { ...view, data: data as Uint8Array };
   }
 
   /**

@@ -61,7 +61,7 @@ export async function loadSlots(
     // Both before the read: memory that grows would detach the view that is read into.
     if (keep.pristine) slot.pristine = bench.allocate(byteLength, "pristine");
     if (keep.active) slot.active = bench.allocate(byteLength, "active");
-    const into = slot.pristine && bench.backend.view(at(slot.pristine), byteLength);
+    const into = slot.pristine && bench.backend.view?.(at(slot.pristine), byteLength);
     const bytes = await readWeight(host, slot, into, options);
     if (check) {
       const { name, dtype, transposed } = slot.weight;

@@ -2,6 +2,7 @@
  * The unfolded forms of a task, for models that add the low-rank term themselves: expanded factors, or the core between the
  * components on either side (docs/runtime.md, "Unfolded").
  */
+import type { Slice } from "../backends/backend.ts";
 import type { PackModule } from "../pack/format.ts";
 import type { ModulePlan } from "./stage.ts";
 import type { Workbench } from "./workbench.ts";
@@ -20,9 +21,16 @@ export interface Unfolded {
   rowScale: Float32Array | undefined;
 }
 
+/** A [rank, in] and Bᵀ [rank, out] of a plan. */
+interface Factors {
+  A: Float32Array;
+  B: Float32Array;
+}
+
 /**
  * Terms of the plans, by module.
  * @param old the terms before, whose arrays are used again where they fit
+ * @param fetched the factors, where the backend is a device (`fetchFactors`)
  */
 export function unfold(
   plans: readonly ModulePlan[],
@@ -30,12 +38,13 @@ export function unfold(
   modules: readonly PackModule[],
   mode: "core" | "factors",
   old: ReadonlyMap<number, Unfolded>,
+  fetched?: ReadonlyMap<number, Factors>,
 ): Map<number, Unfolded> {
   const terms = new Map<number, Unfolded>();
   for (const plan of plans) {
     const module = modules[plan.module]!;
     const { shared } = plan.A;
-    const core = mode === "core" && shared.length > 0 && [...shared, ...plan.B.shared].every((p) => p.basis.kind === "column");
+    const core = hasCore(plan, mode);
     const own = plan.A.private.reduce((q, p) => q + p.q, 0);
     const rank = Math.max(core ? own : plan.rank, 1);
     const before = old.get(plan.module);
@@ -52,13 +61,49 @@ export function unfold(
       addCore(term.core, plan, bench.staging.values);
       addPrivate(term, plan, module, bench.staging.values);
     } else {
-      const { A, B } = bench.expand(plan);
-      term.A.set(bench.floats(A, plan.rank * module.in));
-      transpose(bench.floats(B, plan.rank * module.out), term.B, plan.rank, module.out, rank, 0);
+      const { A, B } = fetched?.get(plan.module) ?? viewFactors(plan, bench, module);
+      term.A.set(A);
+      transpose(B, term.B, plan.rank, module.out, rank, 0);
     }
     terms.set(plan.module, term);
   }
   return terms;
+}
+
+/** Whether a module's term is handed out as a core. */
+function hasCore({ A, B }: ModulePlan, mode: "core" | "factors"): boolean {
+  return mode === "core" && A.shared.length > 0 && [...A.shared, ...B.shared].every((p) => p.basis.kind === "column");
+}
+
+function viewFactors(plan: ModulePlan, bench: Workbench, module: PackModule): Factors {
+  const { A, B } = bench.expand(plan);
+  return { A: bench.floats(A, plan.rank * module.in), B: bench.floats(B, plan.rank * module.out) };
+}
+
+/** The factors that `unfold` needs, by module, from a device. */
+export async function fetchFactors(
+  plans: readonly ModulePlan[],
+  bench: Workbench,
+  modules: readonly PackModule[],
+  mode: "core" | "factors",
+): Promise<Map<number, Factors>> {
+  const factors = new Map<number, Factors>();
+  for (const plan of plans) {
+    if (hasCore(plan, mode)) continue;
+    const module = modules[plan.module]!;
+    const { A, B } = bench.expand(plan);
+    factors.set(plan.module, {
+      A: await fetchFloats(bench, A, plan.rank * module.in),
+      B: await fetchFloats(bench, B, plan.rank * module.out),
+    });
+  }
+  return factors;
+}
+
+/** `count` f32 values from a device, once everything recorded before has taken effect. */
+export async function fetchFloats({ backend }: Workbench, slice: Slice, count: number): Promise<Float32Array> {
+  const { buffer, byteOffset } = await backend.read!(slice, 4 * count);
+  return new Float32Array(buffer, byteOffset, count);
 }
 
 /** `old` when it has the right length, else a new array: a warm switch allocates nothing. */

@@ -118,9 +118,9 @@ export class Workbench {
     this.dispatches++;
   }
 
-  /** f32 values as they lie in memory; valid until memory is allocated. */
+  /** f32 values as they lie in the CPU's memory; valid until memory is allocated. */
   floats(slice: Slice, count: number): Float32Array {
-    const bytes = this.backend.view(slice, 4 * count);
+    const bytes = this.backend.view!(slice, 4 * count);
     return new Float32Array(bytes.buffer, bytes.byteOffset, count);
   }
 }

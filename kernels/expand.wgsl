@@ -1,0 +1,101 @@
+// Factors from components: out[i, j] = Σ_k coefficients[i, k] · basis[k, j], for i < rank, j < width, k < rows.
+//
+//   coefficients  f32 [rank, rows]
+//   basis         one encoded tensor [rows, width] of SPEC.md section 5: f16 scales first where the type has them, then rows
+//   out           f32 [rank, width]
+//
+// An invocation makes one column of RANKS rows, so that a component is decoded once for all of them; neighbours read
+// neighbouring components. Sums run over k in order. Tensors begin at any word of their binding.
+
+// Code of the basis' type in the file: 0 f32, 1 f16, 2 bf16, 3 int8, 4 int4, 5 int3.
+override FORMAT: u32 = 0;
+override BITS: u32 = select(select(3u, 4u, FORMAT == 4u), 8u, FORMAT == 3u);
+
+const LANES = 64u;
+const RANKS = 8u;
+
+struct Job {
+  rank: u32,
+  rows: u32,
+  width: u32,
+  // First word of each tensor in its binding.
+  out: u32,
+  coefficients: u32,
+  basis: u32,
+  // Packed integers: first byte of the rows in the basis' binding, and bytes from one row to the next.
+  packed: u32,
+  row_bytes: u32,
+}
+
+@group(0) @binding(0) var<uniform> job: Job;
+@group(0) @binding(1) var<storage, read_write> out: array<f32>;
+@group(0) @binding(2) var<storage, read> coefficients: array<f32>;
+@group(0) @binding(3) var<storage, read> basis: array<u32>;
+
+// Exact, subnormal halves included: unpack2x16float may flush them.
+fn f16_value(half: u32) -> f32 {
+  let sign = (half & 0x8000u) << 16u;
+  let magnitude = half & 0x7fffu;
+  if (magnitude >= 0x7c00u) {
+    return bitcast<f32>(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13u));
+  }
+  if (magnitude >= 0x400u) {
+    return bitcast<f32>(sign | ((magnitude << 13u) + 0x38000000u));
+  }
+  return bitcast<f32>(sign | bitcast<u32>(f32(magnitude) * 5.9604644775390625e-8));
+}
+
+fn half_at(index: u32) -> u32 {
+  return (basis[index >> 1u] >> ((index & 1u) * 16u)) & 0xffffu;
+}
+
+// The integer of BITS bits at `column` of a packed row; it may reach into the next word.
+fn integer_at(row: u32, column: u32) -> f32 {
+  let bit = column * BITS;
+  let byte = job.packed + row * job.row_bytes + (bit >> 3u);
+  let shift = (byte & 3u) * 8u + (bit & 7u);
+  var pattern = basis[byte >> 2u] >> shift;
+  if (shift + BITS > 32u) {
+    pattern |= basis[(byte >> 2u) + 1u] << (32u - shift);
+  }
+  let unused = 32u - BITS;
+  return f32(bitcast<i32>(pattern << unused) >> unused);
+}
+
+fn component(row: u32, column: u32) -> f32 {
+  let index = row * job.width + column;
+  if (FORMAT == 0u) {
+    return bitcast<f32>(basis[job.basis + index]);
+  }
+  if (FORMAT == 1u) {
+    return f16_value(half_at(2u * job.basis + index));
+  }
+  if (FORMAT == 2u) {
+    return bitcast<f32>(half_at(2u * job.basis + index) << 16u);
+  }
+  return f16_value(half_at(2u * job.basis + row)) * integer_at(row, column);
+}
+
+@compute @workgroup_size(64)
+fn expand(
+  @builtin(workgroup_id) group: vec3u,
+  @builtin(num_workgroups) groups: vec3u,
+  @builtin(local_invocation_index) lane: u32,
+) {
+  let column = (group.y * groups.x + group.x) * LANES + lane;
+  if (column >= job.width) {
+    return;
+  }
+  let first = group.z * RANKS;
+  let ranks = min(RANKS, job.rank - first);
+  var sums: array<f32, RANKS>;
+  for (var k = 0u; k < job.rows; k++) {
+    let value = component(k, column);
+    for (var i = 0u; i < ranks; i++) {
+      sums[i] += coefficients[job.coefficients + (first + i) * job.rows + k] * value;
+    }
+  }
+  for (var i = 0u; i < ranks; i++) {
+    out[job.out + (first + i) * job.width + column] = sums[i];
+  }
+}

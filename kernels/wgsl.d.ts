@@ -1,0 +1,5 @@
+/** The text of kernels/*.wgsl, as `kernels/build.mjs` writes it to dist/kernels/wgsl.js. */
+export declare const copy: string;
+export declare const expand: string;
+export declare const fold: string;
+export declare const scale: string;

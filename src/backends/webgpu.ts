@@ -1,0 +1,260 @@
+/**
+ * The WebGPU backend: the kernels of `kernels/` on buffers of a device. Operations are recorded, and `finish` submits them
+ * at once. Blocks are buffers of their own; what crosses the bus is what is uploaded and read.
+ */
+/// <reference types="@webgpu/types" />
+import { align4, rowBytes, scaleBytes, tensorBytes, TENSOR_TYPES, type TensorType } from "../dtypes.ts";
+import { BackendError } from "../errors.ts";
+import type { Backend, Block, ExpandJob, FoldJob, Owner, ScaleJob, Slice } from "./backend.ts";
+import { checkApart, checkCount, checkExpand, checkFold, checkScale, checkSlice } from "./checks.ts";
+import { openDevice, type DeviceHandle } from "./webgpu-device.ts";
+import { createRecorder, type Binding, type Held } from "./webgpu-recorder.ts";
+
+export interface WebgpuOptions {
+  /** The device to compute on, for weights that another library reads there. Requested, and destroyed at the end, if absent. */
+  device?: DeviceHandle;
+  /** Most bytes that a kernel sees of one buffer, if less than the device allows: larger weights are folded in parts. */
+  bindingBytes?: number;
+}
+
+/** Of the kernels: columns or words of a workgroup; rows of a fold's tile; ranks of an expansion; columns of a norm. */
+const LANES = 64;
+const TILE_ROWS = 8;
+const RANKS = 8;
+const ACROSS = 16;
+
+/** What a kernel sees of a slice: a binding, and the slice's first byte in it. */
+interface Bound {
+  binding: Binding;
+  at: number;
+}
+
+/**
+ * A backend on the device given, or on one of the system's.
+ * @throws BackendError when there is no WebGPU, no adapter, no device, or a shader is refused
+ */
+export async function createWebgpuBackend(options: WebgpuOptions = {}): Promise<Backend> {
+  const { device, description, close } = await openDevice(options.device);
+  const { limits } = device as GPUDevice;
+  const bindingBytes = Math.min(options.bindingBytes ?? Infinity, limits.maxStorageBufferBindingSize);
+  const alignment = limits.minStorageBufferOffsetAlignment;
+  const recorder = await createRecorder(device);
+  const blocks = new Map<Block, Held & { owner: Owner }>();
+
+  function held(name: string, { block }: Slice): Held {
+    const found = blocks.get(block);
+    if (found === undefined) throw new TypeError(`${name}.block is not held by this backend; was it freed?`);
+    return found;
+  }
+
+  /** @param apart the result, if this is an input: where both share a buffer, the kernel gets a copy */
+  function bind(name: string, slice: Slice, byteLength: number, apart?: Slice): Bound {
+    const from = held(name, slice);
+    let { byteOffset } = slice;
+    // A binding cannot be empty.
+    if (byteLength === 0) byteOffset = 0;
+    const end = Math.max(align4(byteOffset + byteLength), 4);
+    if (apart?.block === slice.block) {
+      const start = byteOffset - (byteOffset % 4);
+      const copied = recorder.temporary(end - start);
+      recorder.copy(from, start, copied, 0, end - start);
+      return { binding: { held: copied, offset: 0, size: end - start }, at: byteOffset - start };
+    }
+    const offset = byteOffset - (byteOffset % alignment);
+    const size = end - offset;
+    if (size > bindingBytes) {
+      throw new BackendError(
+        `webgpu: ${name} has ${byteLength} bytes; a kernel of this device sees at most ${bindingBytes}. ` +
+          "Use a device with a larger maxStorageBufferBindingSize, or the wasm backend",
+        { backend: "webgpu" },
+      );
+    }
+    return { binding: { held: from, offset, size }, at: byteOffset - offset };
+  }
+
+  function copyBytes(from: Bound, to: Bound, byteLength: number): void {
+    recorder.dispatch({
+      shader: "copy",
+      entry: "copy",
+      bindings: [to.binding, from.binding],
+      job: [to.at, from.at, byteLength],
+      count: Math.ceil(((to.at % 4) + byteLength) / 4 / LANES),
+    });
+  }
+
+  /** Whether bytes can be written by whole words: up to a word's end, or into the padding at the block's. */
+  function wordwise({ byteOffset, block }: Slice, byteLength: number): boolean {
+    return byteOffset % 4 === 0 && (byteLength % 4 === 0 || byteOffset + byteLength === block.byteLength);
+  }
+
+  function foldRows(job: FoldJob, first: number, end: number): void {
+    const { type, rows, columns, stride, rank, out, base, rowScale, columnScale } = job;
+    const size = rowBytes(type, 1);
+    // The last word may hold the first element of one row more.
+    const bytes = ((Math.min(end + 1, rows) - first - 1) * stride + columns) * size;
+    const part = ({ block, byteOffset }: Slice): Slice => ({ block, byteOffset: byteOffset + first * stride * size });
+    const inPlace = out.block === base.block && out.byteOffset === base.byteOffset;
+    const target = bind("out", part(out), bytes);
+    const source = inPlace ? target : bind("base", part(base), bytes, out);
+    const left = bind("left", job.left, 4 * rank * rows, out);
+    const right = bind("right", job.right, 4 * rank * columns, out);
+    const scaleOfRow = rowScale ? bind("rowScale", rowScale, 4 * rows, out) : left;
+    const scaleOfColumn = columnScale ? bind("columnScale", columnScale, 4 * columns, out) : left;
+    const perWord = 4 / size;
+    const inputs = [left, right, scaleOfRow, scaleOfColumn, ...(inPlace ? [] : [source])];
+    recorder.dispatch({
+      shader: "fold",
+      entry: inPlace ? "fold_in_place" : "fold",
+      format: code(type),
+      bindings: [target, ...inputs].map(({ binding }) => binding),
+      job: [
+        ...[rows, columns, stride, rank, first, end, target.at / size, source.at / size, left.at / 4, right.at / 4],
+        ...[scaleOfRow.at / 4, scaleOfColumn.at / 4, (rowScale ? 1 : 0) + (columnScale ? 2 : 0)],
+      ],
+      count: Math.ceil((columns + perWord - 1) / (LANES * perWord)) * Math.ceil((end - first) / TILE_ROWS),
+    });
+  }
+
+  const backend: Backend = {
+    name: "webgpu",
+    variant: description,
+
+    allocate(byteLength: number, owner: Owner): Block {
+      checkCount("byteLength", byteLength, Number.MAX_SAFE_INTEGER);
+      const size = padded(byteLength);
+      if (size > limits.maxBufferSize) {
+        throw new BackendError(
+          `webgpu: no memory for ${byteLength} bytes (${owner}); a buffer of this device has at most ${limits.maxBufferSize}`,
+          { backend: "webgpu" },
+        );
+      }
+      const created = recorder.create(`eigenlora ${owner}`, size);
+      const block: Block = { byteLength, device: created.buffer };
+      blocks.set(block, { ...created, owner });
+      return block;
+    },
+
+    free(block: Block): void {
+      const found = blocks.get(block);
+      if (found === undefined) return;
+      blocks.delete(block);
+      recorder.destroy(found);
+    },
+
+    upload(to: Slice, bytes: Uint8Array): void {
+      const target = held("to", to);
+      checkSlice("to", to, bytes.byteLength);
+      if (bytes.byteLength === 0) return;
+      if (wordwise(to, bytes.byteLength)) return recorder.write(target, to.byteOffset, bytes);
+      const size = align4(bytes.byteLength);
+      const source = recorder.temporary(size);
+      recorder.write(source, 0, bytes);
+      copyBytes({ binding: { held: source, offset: 0, size }, at: 0 }, bind("to", to, bytes.byteLength), bytes.byteLength);
+    },
+
+    copy(from: Slice, to: Slice, byteLength: number): void {
+      const source = held("from", from);
+      const target = held("to", to);
+      checkSlice("from", from, byteLength);
+      checkSlice("to", to, byteLength);
+      checkApart("to", to, byteLength, "from", from, byteLength);
+      if (byteLength === 0) return;
+      if (from.byteOffset % 4 === 0 && from.block !== to.block && wordwise(to, byteLength)) {
+        return recorder.copy(source, from.byteOffset, target, to.byteOffset, align4(byteLength));
+      }
+      copyBytes(bind("from", from, byteLength, to), bind("to", to, byteLength), byteLength);
+    },
+
+    async read(at: Slice, byteLength: number): Promise<Uint8Array<ArrayBuffer>> {
+      const source = held("at", at);
+      checkSlice("at", at, byteLength);
+      return recorder.read(source, at.byteOffset, byteLength);
+    },
+
+    expand(job: ExpandJob): void {
+      checkExpand(job);
+      const { type, rank, rows, width } = job;
+      if (rank === 0 || width === 0) return;
+      const out = bind("out", job.out, 4 * rank * width);
+      const coefficients = bind("coefficients", job.coefficients, 4 * rank * rows, job.out);
+      const basis = bind("basis", job.basis, tensorBytes(type, rows, width), job.out);
+      const packed = basis.at + scaleBytes(type, rows);
+      recorder.dispatch({
+        shader: "expand",
+        entry: "expand",
+        format: code(type),
+        bindings: [out, coefficients, basis].map(({ binding }) => binding),
+        job: [rank, rows, width, out.at / 4, coefficients.at / 4, basis.at / 4, packed, rowBytes(type, width)],
+        count: Math.ceil(width / LANES),
+        layers: Math.ceil(rank / RANKS),
+      });
+    },
+
+    fold(job: FoldJob): void {
+      checkFold(job);
+      const { type, rows, columns, stride, rank, out, base } = job;
+      if (rows === 0 || columns === 0) return;
+      const rowSize = stride * rowBytes(type, 1);
+      if (rank === 0 && stride === columns && !job.rowScale && !job.columnScale) {
+        if (out.block !== base.block || out.byteOffset !== base.byteOffset) backend.copy(base, out, rows * rowSize);
+        return;
+      }
+      // An even number of rows, so that every part begins at the same half of a word; one row more is bound.
+      const most = 2 * Math.floor((bindingBytes - alignment - rowSize) / rowSize / 2);
+      const step = rows * rowSize + alignment <= bindingBytes ? rows : Math.max(2, most);
+      for (let first = 0; first < rows; first += step) foldRows(job, first, Math.min(rows, first + step));
+    },
+
+    scale(job: ScaleJob): void {
+      checkScale(job);
+      const { type, rows, columns, stride, rank, axis } = job;
+      const length = axis === "rows" ? rows : columns;
+      if (length === 0) return;
+      const size = rowBytes(type, 1);
+      const out = bind("out", job.out, 4 * length);
+      const base = bind("base", job.base, rows === 0 ? 0 : ((rows - 1) * stride + columns) * size, job.out);
+      const left = bind("left", job.left, 4 * rank * rows, job.out);
+      const right = bind("right", job.right, 4 * rank * columns, job.out);
+      const magnitude = bind("magnitude", job.magnitude, 4 * length, job.out);
+      recorder.dispatch({
+        shader: "scale",
+        entry: `scale_${axis}`,
+        format: code(type),
+        bindings: [out, left, right, magnitude, base].map(({ binding }) => binding),
+        job: [
+          ...[rows, columns, stride, rank],
+          ...[out.at / 4, base.at / size, left.at / 4, right.at / 4, magnitude.at / 4],
+        ],
+        count: axis === "rows" ? rows : Math.ceil(columns / ACROSS),
+      });
+    },
+
+    finish: () => recorder.finish(),
+
+    memory(): Record<Owner, number> & { reserved: number } {
+      const total = { basis: 0, coefficients: 0, pristine: 0, active: 0, scratch: 0, reserved: recorder.reserved };
+      for (const [{ byteLength }, { owner }] of blocks) {
+        total[owner] += byteLength;
+        total.reserved += padded(byteLength) - byteLength;
+      }
+      return total;
+    },
+
+    dispose(): void {
+      recorder.dispose();
+      for (const { buffer } of blocks.values()) buffer.destroy();
+      blocks.clear();
+      close();
+    },
+  };
+  return backend;
+}
+
+function code(type: TensorType): number {
+  return TENSOR_TYPES.indexOf(type);
+}
+
+/** Whole words, and at least one vector, so that no binding is empty. */
+function padded(byteLength: number): number {
+  return Math.max(16, align4(byteLength));
+}
