@@ -87,7 +87,9 @@ const { bytes: smallPack } = await packOf(TASKS.map((n) => `adapters/own-seed/${
 
 for (const options of backends()) {
   const label = options.wasm?.variant ?? options.backend;
-  t.test(`${label}: 500 random switches end and pass through null without drift`, async (t) => {
+  // A device reads everything back for a host that is written; webgpu.test.ts has 500 on weights that stay there.
+  const switches = options.backend === "webgpu" ? 60 : 500;
+  t.test(`${label}: ${switches} random switches end and pass through null without drift`, async (t) => {
     for (const dtype of ["f32", "f16", "bf16"] as const) {
       const pack = await openPack(smallPack);
       const base = fakeBase(pack.modules, dtype);
@@ -97,7 +99,7 @@ for (const options of backends()) {
       const seen = new Map<string, Buffer>();
       let seed = 5;
       let nulls = 0;
-      for (let i = 0; i < (dtype === "f32" ? 500 : 60); i++) {
+      for (let i = 0; i < (dtype === "f32" ? switches : 60); i++) {
         seed = (Math.imul(seed, 1664525) + 1013904223) >>> 0;
         const task = [...TASKS, null][(seed >>> 8) % 5]!;
         const report = await runtime.switchTask(task);

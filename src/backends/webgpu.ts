@@ -72,6 +72,12 @@ export async function createWebgpuBackend(options: WebgpuOptions = {}): Promise<
     return { binding: { held: from, offset, size }, at: byteOffset - offset };
   }
 
+  /** Ranges of `byteLength` bytes, each as long as a binding allows wherever it begins. */
+  function pieces(byteLength: number): [start: number, length: number][] {
+    const most = bindingBytes - alignment - 8;
+    return Array.from({ length: Math.ceil(byteLength / most) }, (_, i) => [i * most, Math.min(most, byteLength - i * most)]);
+  }
+
   function copyBytes(from: Bound, to: Bound, byteLength: number): void {
     recorder.dispatch({
       shader: "copy",
@@ -92,7 +98,7 @@ export async function createWebgpuBackend(options: WebgpuOptions = {}): Promise<
     const size = rowBytes(type, 1);
     // The last word may hold the first element of one row more.
     const bytes = ((Math.min(end + 1, rows) - first - 1) * stride + columns) * size;
-    const part = ({ block, byteOffset }: Slice): Slice => ({ block, byteOffset: byteOffset + first * stride * size });
+    const part = (slice: Slice): Slice => after(slice, first * stride * size);
     const inPlace = out.block === base.block && out.byteOffset === base.byteOffset;
     const target = bind("out", part(out), bytes);
     const source = inPlace ? target : bind("base", part(base), bytes, out);
@@ -146,10 +152,12 @@ export async function createWebgpuBackend(options: WebgpuOptions = {}): Promise<
       checkSlice("to", to, bytes.byteLength);
       if (bytes.byteLength === 0) return;
       if (wordwise(to, bytes.byteLength)) return recorder.write(target, to.byteOffset, bytes);
-      const size = align4(bytes.byteLength);
-      const source = recorder.temporary(size);
-      recorder.write(source, 0, bytes);
-      copyBytes({ binding: { held: source, offset: 0, size }, at: 0 }, bind("to", to, bytes.byteLength), bytes.byteLength);
+      for (const [start, length] of pieces(bytes.byteLength)) {
+        const size = align4(length);
+        const source = recorder.temporary(size);
+        recorder.write(source, 0, bytes.subarray(start, start + length));
+        copyBytes({ binding: { held: source, offset: 0, size }, at: 0 }, bind("to", after(to, start), length), length);
+      }
     },
 
     copy(from: Slice, to: Slice, byteLength: number): void {
@@ -162,7 +170,9 @@ export async function createWebgpuBackend(options: WebgpuOptions = {}): Promise<
       if (from.byteOffset % 4 === 0 && from.block !== to.block && wordwise(to, byteLength)) {
         return recorder.copy(source, from.byteOffset, target, to.byteOffset, align4(byteLength));
       }
-      copyBytes(bind("from", from, byteLength, to), bind("to", to, byteLength), byteLength);
+      for (const [start, length] of pieces(byteLength)) {
+        copyBytes(bind("from", after(from, start), length, to), bind("to", after(to, start), length), length);
+      }
     },
 
     async read(at: Slice, byteLength: number): Promise<Uint8Array<ArrayBuffer>> {
@@ -248,6 +258,10 @@ export async function createWebgpuBackend(options: WebgpuOptions = {}): Promise<
     },
   };
   return backend;
+}
+
+function after({ block, byteOffset }: Slice, bytes: number): Slice {
+  return { block, byteOffset: byteOffset + bytes };
 }
 
 function code(type: TensorType): number {
