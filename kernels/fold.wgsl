@@ -5,8 +5,9 @@
 //   left, right   f32 [rank, rows] and [rank, columns]
 //   scales        f32 [rows] and [columns]; each may be absent
 //
-// A workgroup makes a tile of HEIGHT rows by LANES words of out, with the factors' tiles in workgroup memory, DEPTH of the
-// rank at a time. Base is read once and out written once. Halves lie two to a word, so that no device feature is needed;
+// A workgroup makes a tile of HEIGHT rows by LANES words of out. An invocation makes one word of every row, so that an element
+// of right, once in a register, serves HEIGHT rows; neighbours read neighbouring elements, and all read the same of left. Base
+// is read once and out written once. Halves lie two to a word, so that no device feature is needed;
 // a word is written by one invocation only, and halves in it that are not the weight's keep their bits. Where two rows meet
 // in a word, it belongs to the upper row.
 
@@ -17,9 +18,6 @@ override PER_WORD: u32 = select(2u, 1u, FORMAT == 0u);
 
 const LANES = 64u;
 const HEIGHT = 8u;
-const DEPTH = 16u;
-// Columns of a tile, and one before it: a row that begins with the second half of a word reaches there.
-const SPAN = 2u * LANES + 1u;
 const ROW_SCALE = 1u;
 const COLUMN_SCALE = 2u;
 
@@ -50,8 +48,6 @@ struct Job {
 @group(0) @binding(5) var<storage, read> column_scale: array<f32>;
 @group(0) @binding(6) var<storage, read> base: array<u32>;
 
-var<workgroup> lefts: array<f32, DEPTH * HEIGHT>;
-var<workgroup> rights: array<f32, DEPTH * SPAN>;
 // Σ_k of the tile's rows, for the columns of this invocation's word.
 var<private> sums: array<vec2f, HEIGHT>;
 
@@ -141,33 +137,25 @@ fn tile_of(group: vec3u, groups: vec3u) -> Tile {
   return Tile(job.first + (index / across) * HEIGHT, (index % across) * LANES);
 }
 
-// Fills `sums`. Every invocation of the group takes part.
+// Fills `sums`.
 fn accumulate(tile: Tile, lane: u32) {
-  for (var start = 0u; start < job.rank; start += DEPTH) {
-    let depth = min(DEPTH, job.rank - start);
-    workgroupBarrier();
-    for (var index = lane; index < depth * HEIGHT; index += LANES) {
-      let row = tile.row + index % HEIGHT;
-      let k = start + index / HEIGHT;
-      lefts[index] = 0.0;
-      if (row < job.rows) {
-        lefts[index] = left[job.left + k * job.rows + row];
-      }
+  // Of a row that begins with a word; one that begins with a word's second half is a column behind.
+  let column = (tile.word + lane) * PER_WORD;
+  for (var k = 0u; k < job.rank; k++) {
+    let start = job.right + k * job.columns + column;
+    var near: vec3f;
+    if (PER_WORD == 2u && column > 0u && column <= job.columns) {
+      near.x = right[start - 1u];
     }
-    for (var index = lane; index < depth * SPAN; index += LANES) {
-      let column = tile.word * PER_WORD + index % SPAN;
-      let k = start + index / SPAN;
-      rights[index] = 0.0;
-      if (column > 0u && column <= job.columns) {
-        rights[index] = right[job.right + k * job.columns + column - 1u];
-      }
+    if (column < job.columns) {
+      near.y = right[start];
     }
-    workgroupBarrier();
+    if (PER_WORD == 2u && column + 1u < job.columns) {
+      near.z = right[start + 1u];
+    }
     for (var i = 0u; i < HEIGHT; i++) {
-      let at = lane * PER_WORD + 1u - skew(tile.row + i);
-      for (var k = 0u; k < depth; k++) {
-        sums[i] += lefts[k * HEIGHT + i] * vec2f(rights[k * SPAN + at], rights[k * SPAN + at + 1u]);
-      }
+      let row = min(tile.row + i, job.rows - 1u);
+      sums[i] += left[job.left + k * job.rows + row] * select(near.yz, near.xy, skew(row) == 1u);
     }
   }
 }
