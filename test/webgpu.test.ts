@@ -286,6 +286,15 @@ async function seededBase(modules: readonly { name: string; out: number; in: num
   return concat([length, text, ...chunks]);
 }
 
+t.test("a device that is none is passed over with the reason by auto, refused by name", async (t) => {
+  const device = { label: "", limits: {}, queue: {}, createBuffer: () => ({}) };
+  const { backend, passedOver } = await createBackend({ webgpu: { device } });
+  t.equal(backend.name, "wasm");
+  t.equal(passedOver.length, 1);
+  await t.rejects(createBackend({ backend: "webgpu", webgpu: { device } }), { name: "TypeError", message: /^webgpu\.device/ });
+  await t.rejects(createBackend({ backend: "gpu" as "webgpu" }), { name: "RangeError", message: /"webgpu", "wasm" or "js", got "gpu"/ });
+});
+
 t.test("a shader that does not compile is shown with label, line and source", { skip }, async (t) => {
   const { device } = await countingDevice();
   t.teardown(() => (device.destroy(), (entries.length = 0)));

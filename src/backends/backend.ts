@@ -11,7 +11,15 @@ import type { FloatType, TensorType } from "../dtypes.ts";
 /** Whose bytes they are, as `runtime.memory()` reports them. */
 export type Owner = "basis" | "coefficients" | "pristine" | "active" | "scratch";
 
-/** A GPU buffer, by structure, so that published types do not depend on WebGPU's. */
+/** A WebGPU device, by structure, so that published types do not depend on WebGPU's. */
+export interface DeviceHandle {
+  readonly label: string;
+  readonly limits: object;
+  readonly queue: object;
+  createBuffer(descriptor: never): object;
+}
+
+/** A GPU buffer, likewise. */
 export interface DeviceBuffer {
   readonly size: number;
   readonly label: string;

@@ -1,8 +1,7 @@
 /**
  * Picks a backend. Each arrives by dynamic import, so that an app loads the one it runs.
  */
-import type { Backend } from "./backend.ts";
-import type { DeviceHandle } from "./webgpu-device.ts";
+import type { Backend, DeviceHandle } from "./backend.ts";
 
 export interface BackendOptions {
   /** "auto" tries webgpu where a device is given, then wasm, then js. */

@@ -5,14 +5,7 @@
 /// <reference types="@webgpu/types" />
 import { openGpu } from "#platform";
 import { BackendError } from "../errors.ts";
-
-/** A WebGPU device, by structure, so that published types do not depend on WebGPU's. */
-export interface DeviceHandle {
-  readonly label: string;
-  readonly limits: object;
-  readonly queue: object;
-  createBuffer(descriptor: never): object;
-}
+import type { DeviceHandle } from "./backend.ts";
 
 export interface OpenDevice {
   device: DeviceHandle;
@@ -24,11 +17,12 @@ export interface OpenDevice {
 
 /**
  * @param given the user's device; one is requested when absent
- * @throws BackendError when there is no WebGPU, no adapter, or the adapter gives no device
+ * @throws BackendError when there is no WebGPU, no adapter, or the adapter gives no device; TypeError when `given` is none
  */
 export async function openDevice(given?: DeviceHandle): Promise<OpenDevice> {
   if (given) {
-    const { adapterInfo } = given as GPUDevice;
+    const { adapterInfo, createShaderModule } = given as GPUDevice;
+    if (typeof createShaderModule !== "function") throw new TypeError("webgpu.device: expected a WebGPU device");
     return { device: given, description: describe(adapterInfo), close() {} };
   }
   try {

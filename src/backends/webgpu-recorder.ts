@@ -5,7 +5,9 @@
 /// <reference types="@webgpu/types" />
 import * as shaders from "../../kernels/wgsl.js";
 import { align4 } from "../dtypes.ts";
-import { compile, Faults, type DeviceHandle } from "./webgpu-device.ts";
+import { BackendError } from "../errors.ts";
+import type { DeviceHandle } from "./backend.ts";
+import { compile, Faults } from "./webgpu-device.ts";
 
 /** A buffer and the number it goes by in keys. */
 export interface Held {
@@ -236,12 +238,14 @@ export class Recorder {
     try {
       this.#commands(from.id).copyBufferToBuffer(from.buffer, start, buffer, 0, whole);
       this.submit();
-      const mapped = await buffer.mapAsync(MAP_READ).then(
-        () => new Uint8Array(buffer.getMappedRange()).slice(offset - start, offset - start + size),
+      const refused = await buffer.mapAsync(MAP_READ).then(
         () => undefined,
+        (cause: Error) => new BackendError(`webgpu: bytes cannot be read: ${cause.message}`, { backend: "webgpu", cause }),
       );
+      // The fault behind a refusal is the better message.
       await this.#faults.settle();
-      return mapped!;
+      if (refused) throw refused;
+      return new Uint8Array(buffer.getMappedRange()).slice(offset - start, offset - start + size);
     } finally {
       buffer.destroy();
     }

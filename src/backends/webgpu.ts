@@ -5,9 +5,9 @@
 /// <reference types="@webgpu/types" />
 import { align4, rowBytes, scaleBytes, tensorBytes, TENSOR_TYPES, type TensorType } from "../dtypes.ts";
 import { BackendError } from "../errors.ts";
-import type { Backend, Block, ExpandJob, FoldJob, Owner, ScaleJob, Slice } from "./backend.ts";
+import type { Backend, Block, DeviceHandle, ExpandJob, FoldJob, Owner, ScaleJob, Slice } from "./backend.ts";
 import { checkApart, checkCount, checkExpand, checkFold, checkScale, checkSlice } from "./checks.ts";
-import { openDevice, type DeviceHandle } from "./webgpu-device.ts";
+import { openDevice } from "./webgpu-device.ts";
 import { createRecorder, type Binding, type Held } from "./webgpu-recorder.ts";
 
 export interface WebgpuOptions {
