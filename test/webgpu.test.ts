@@ -98,10 +98,25 @@ function decodeHalves(type: FloatType, bytes: Uint8Array): Float32Array {
   return decodeTensor(type, padded, 1, bytes.length / 2);
 }
 
+interface Case {
+  basis: TensorType;
+  type: FloatType;
+  rank: number;
+  /** Rows of the basis. */
+  K: number;
+  rows: number;
+  columns: number;
+  /** Elements between two rows. */
+  gap: number;
+  /** Where tensors begin in their blocks, in elements. */
+  skew: number;
+  seed: number;
+}
+
 /** One expansion and one fold with it, seeded. Returns the factor and the weight. */
 async function compute(
   backend: Backend,
-  job: { basis: TensorType; type: FloatType; rank: number; K: number; rows: number; columns: number; gap: number; skew: number; seed: number },
+  job: Case,
 ): Promise<{ factor: Float32Array; weight: Uint8Array }> {
   const { basis, type, rank, K, rows, columns, gap, skew, seed } = job;
   const random = generator(seed);

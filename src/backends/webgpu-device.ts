@@ -17,7 +17,8 @@ export interface OpenDevice {
 
 /**
  * @param given the user's device; one is requested when absent
- * @throws BackendError when there is no WebGPU, no adapter, or the adapter gives no device; TypeError when `given` is none
+ * @throws BackendError when there is no WebGPU, no adapter, or the adapter gives no device
+ * @throws TypeError when `given` is none
  */
 export async function openDevice(given?: DeviceHandle): Promise<OpenDevice> {
   if (given) {

@@ -11,7 +11,7 @@ import { openDevice } from "./webgpu-device.ts";
 import { createRecorder, type Binding, type Held } from "./webgpu-recorder.ts";
 
 export interface WebgpuOptions {
-  /** The device to compute on, for weights that another library reads there. Requested, and destroyed at the end, if absent. */
+  /** The device to compute on, which stays the caller's. Absent: one is requested, and destroyed by `dispose`. */
   device?: DeviceHandle;
   /** Most bytes that a kernel sees of one buffer, if less than the device allows: larger weights are folded in parts. */
   bindingBytes?: number;
@@ -75,7 +75,8 @@ export async function createWebgpuBackend(options: WebgpuOptions = {}): Promise<
   /** Ranges of `byteLength` bytes, each as long as a binding allows wherever it begins. */
   function pieces(byteLength: number): [start: number, length: number][] {
     const most = bindingBytes - alignment - 8;
-    return Array.from({ length: Math.ceil(byteLength / most) }, (_, i) => [i * most, Math.min(most, byteLength - i * most)]);
+    const starts = Array.from({ length: Math.ceil(byteLength / most) }, (_, i) => i * most);
+    return starts.map((start) => [start, Math.min(most, byteLength - start)]);
   }
 
   function copyBytes(from: Bound, to: Bound, byteLength: number): void {
@@ -130,7 +131,8 @@ export async function createWebgpuBackend(options: WebgpuOptions = {}): Promise<
       const size = padded(byteLength);
       if (size > limits.maxBufferSize) {
         throw new BackendError(
-          `webgpu: no memory for ${byteLength} bytes (${owner}); a buffer of this device has at most ${limits.maxBufferSize}`,
+          `webgpu: no memory for ${byteLength} bytes (${owner}); ` +
+            `a buffer of this device has at most ${limits.maxBufferSize}`,
           { backend: "webgpu" },
         );
       }

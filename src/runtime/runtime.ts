@@ -340,8 +340,9 @@ export class Runtime {
       const { module, weight } = this.#slots[plan.module]!;
       bench.backend.upload(base, read.get(plan.module)!);
       const scale = bench.rowScale(plan, weight, base);
-      const values = bench.backend.view ? bench.floats(scale, module.out).slice() : await fetchFloats(bench, scale, module.out);
-      this.#unfolded.get(plan.module)!.rowScale = values;
+      this.#unfolded.get(plan.module)!.rowScale = bench.backend.view
+        ? bench.floats(scale, module.out).slice()
+        : await fetchFloats(bench, scale, module.out);
     }
   }
 
