@@ -167,7 +167,7 @@ interface Parts<O extends Ort> {
 
 /** Makes the state of a selection. */
 interface Maker<O extends Ort> {
-  make(selection: Selection, options: SessionSwitchOptions, old: State<O> | undefined): Promise<State<O>>;
+  make(selection: Selection, options: SessionSwitchOptions): Promise<State<O>>;
   /** Of weights, at each switch. */
   readonly bytesWritten: number;
   /** Refuses a model that would mix the tasks of a batch. */
@@ -224,7 +224,10 @@ export class EigenSession<O extends Ort = Ort> {
     const { ort, pack, plan, bench, options } = parts;
     const { inputs } = parts.grafted;
     const evaluator = new TaskEvaluator(pack, plan.base, inputs, bench);
-    const session = await createSession(ort, parts.detached, options);
+    const session = await createSession(ort, parts.detached, options).catch((error: unknown) => {
+      bench.backend.dispose();
+      throw error;
+    });
     try {
       const make: Maker<O>["make"] = async (selection, how) => {
         const values = await evaluator.evaluate(selection, how);
@@ -236,8 +239,9 @@ export class EigenSession<O extends Ort = Ort> {
         memory: () => ({ expansion: sum(bench.backend.memory()) + bench.staging.values.byteLength, pristine: 0 }),
         dispose: async () => bench.backend.dispose(),
       };
-      const first = await make(null, {}, undefined);
-      const base = (await evaluator.evaluate(null, {})).inputs;
+      const none = await evaluator.evaluate(null, {});
+      const first = { session, task: null, ...toFeeds(ort, inputs, [none]) };
+      const base = none.inputs;
       const probe = await runProbe(parts, session, base);
       const { feeds, outputs } = parts;
       const made = typeof options.probe === "object" ? undefined : feeds;
@@ -283,7 +287,7 @@ export class EigenSession<O extends Ort = Ort> {
         await file.close();
       },
     };
-    const first = await make(null, {}, undefined).catch(async (error: unknown) => {
+    const first = await make(null, {}).catch(async (error: unknown) => {
       await maker.dispose();
       throw error;
     });
@@ -311,9 +315,9 @@ export class EigenSession<O extends Ort = Ort> {
     const started = performance.now();
     const before = { ...this.pack.reads };
     const change = this.#timeline.change(
-      async (old) => {
+      async () => {
         options.signal?.throwIfAborted();
-        const made = await this.#maker.make(selection, options, old);
+        const made = await this.#maker.make(selection, options);
         this.#state = made;
         return made;
       },

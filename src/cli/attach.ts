@@ -13,6 +13,7 @@ import { nearest } from "../names.ts";
 import { graft, PREFIX, type Grafted, type TaskInput } from "../onnx/graft.ts";
 import type { GraphProto } from "../onnx/onnx_pb.ts";
 import { readModel, type ModelFile } from "../onnx/read.ts";
+import { EXTERNAL } from "../onnx/tensors.ts";
 import { embedWeights } from "../onnx/write.ts";
 import { openPack, type Pack } from "../pack/pack.ts";
 import { Workbench } from "../runtime/workbench.ts";
@@ -29,8 +30,6 @@ import type { Result } from "./packs.ts";
 const MOST_MODEL_BYTES = 2 ** 31 - 1;
 /** Weights beside a model may be larger than memory: so much of them is copied at a time. */
 const CHUNK_BYTES = 2 ** 24;
-/** `TensorProto.DataLocation.EXTERNAL`. */
-const EXTERNAL = 1;
 
 /** By these a program can tell whether a model and the inputs of a task belong together. */
 type Marks = ReadonlyMap<string, string>;

@@ -323,6 +323,7 @@ class Grafter {
       main.output.push(create(ValueInfoProtoSchema, { name: value, type }));
     }
     if (heads.length > 0) this.#freeLabels(heads);
+    // Replaced heads, and the weights that folding has given a place of their own.
     dropUnused(this.#model);
     return { inputs: this.#inputs, initializers: this.#added, probe: this.#probe };
   }
@@ -409,7 +410,7 @@ function makeNode(
   return create(NodeProtoSchema, { opType, name, input: [...input], output: [output], attribute });
 }
 
-/** Removes nodes and initializers of the main graph that a replaced head leaves without use. */
+/** Removes nodes and initializers of the main graph that nothing uses any more. */
 function dropUnused(model: OnnxModel): void {
   const main = model.graph.proto;
   const outputs = new Set(main.output.map(({ name }) => name));

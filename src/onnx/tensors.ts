@@ -25,7 +25,7 @@ const INTEGER_BYTES: ReadonlyMap<number, number> = new Map([
 ]);
 
 /** `TensorProto.DataLocation.EXTERNAL`. */
-const EXTERNAL = 1;
+export const EXTERNAL = 1;
 
 /** What an initializer is, without its values. */
 export interface TensorType {

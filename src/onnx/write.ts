@@ -9,6 +9,7 @@ import { FLOAT } from "./linear.ts";
 import type { GraphProto, TensorProto } from "./onnx_pb.ts";
 import { create, ModelProtoSchema, TensorProtoSchema, toBinary } from "./protobuf.ts";
 import { readAll, type ModelFile } from "./read.ts";
+import { EXTERNAL } from "./tensors.ts";
 
 /** A file that the protobuf points into. */
 export interface DataFile {
@@ -26,8 +27,6 @@ export interface DetachedModel {
 const LEAST_DETACHED = 4096;
 const OWN_FILE = "eigenlora-model";
 const ADDED_FILE = "eigenlora-components";
-/** `TensorProto.DataLocation.EXTERNAL`. */
-const EXTERNAL = 1;
 
 /**
  * Serialises a model without its weights. The tensors of `model.proto` keep their data.

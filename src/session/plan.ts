@@ -209,7 +209,7 @@ class Planner {
 
   #weight(module: string): OnnxParameter {
     const byHand = this.#options.names?.get(module);
-    const held = [...this.#parameters.values()].filter(({ initializer }) => initializer === byHand);
+    const held = byHand === undefined ? [] : [...this.#parameters.values()].filter(({ initializer }) => initializer === byHand);
     if (held.length === 1) return held[0]!;
     try {
       return this.#parameters.get(findWeight(this.#names, module, this.#options.names))!;

@@ -103,7 +103,7 @@ export async function probeParity(
     return { result: "passed" };
   }
   const module = modules.find(({ name }) => name === probe.module)!;
-  const expected = termOf(module, after[0]!, task);
+  const expected = termOf(module, after[0]!, inputs, task);
   const largest = expected.reduce((m, v) => Math.max(m, Math.abs(v)), 0);
   if (!(largest > 0)) return { result: `skipped: nothing enters "${probe.module}" on made-up inputs; pass \`probe: feeds\`` };
   const difference = expected.reduce((m, v, i) => Math.max(m, Math.abs(v - after[1]![i]!)), 0) / largest;
@@ -159,20 +159,25 @@ function madeUp(base: ReadonlyMap<string, InputValue>, inputs: readonly TaskInpu
 }
 
 /** x·E_Aᵀ·S·E_B + x·A·B in f64, for the rows of x. */
-function termOf({ name, in: inputs, out, components, factors }: GraftModule, x: ArrayLike<number>, values: ReadonlyMap<string, InputValue>): Float64Array {
-  const rows = x.length / inputs;
+function termOf(
+  { name, in: width, out, components, factors }: GraftModule,
+  x: ArrayLike<number>,
+  inputs: readonly TaskInput[],
+  values: ReadonlyMap<string, InputValue>,
+): Float64Array {
+  const rows = x.length / width;
   const value = (kind: string): { data: ArrayLike<number>; columns: number } => {
-    const { data, dims } = values.get(`eigenlora.${name}.${kind}`)!;
+    const { data, dims } = values.get(inputs.find((input) => input.of === name && input.kind === kind)!.name)!;
     return { data: data as Float32Array, columns: dims[1]! };
   };
   const term = new Float64Array(rows * out);
   if (factors) {
     const [A, B] = [value("A"), value("B")];
-    multiply(multiply(x, A.data, rows, inputs, A.columns), B.data, rows, A.columns, out).forEach((v, i) => (term[i] = v));
+    multiply(multiply(x, A.data, rows, width, A.columns), B.data, rows, A.columns, out).forEach((v, i) => (term[i] = v));
   }
   if (!components) return term;
   const { At, B: E, KA, KB } = components;
-  const mixed = multiply(multiply(x, At, rows, inputs, KA), value("core").data, rows, KA, KB);
+  const mixed = multiply(multiply(x, At, rows, width, KA), value("core").data, rows, KA, KB);
   multiply(mixed, E, rows, KB, out).forEach((v, i) => (term[i]! += v));
   return term;
 }

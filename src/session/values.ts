@@ -38,6 +38,8 @@ export class TaskEvaluator {
   readonly #inputs: readonly TaskInput[];
   readonly #bench: Workbench;
   readonly #modules = new Map<string, { index: number; module: PackModule }>();
+  /** What there are inputs for, as packs say what a task brings. */
+  readonly #ready: ReadonlySet<string>;
 
   constructor(pack: Pack, base: BaseValues, inputs: readonly TaskInput[], bench: Workbench) {
     this.#pack = pack;
@@ -45,6 +47,12 @@ export class TaskEvaluator {
     this.#inputs = inputs;
     this.#bench = bench;
     for (const [index, module] of pack.modules.entries()) this.#modules.set(module.name, { index, module });
+    const prefix = new Map([
+      ["scale", "magnitude "],
+      ["A", "private "],
+    ]);
+    const telling = inputs.filter(({ kind }) => kind !== "core" && kind !== "B");
+    this.#ready = new Set(telling.map(({ of, kind }) => (prefix.get(kind) ?? "") + of));
   }
 
   /**
@@ -69,16 +77,10 @@ export class TaskEvaluator {
   #refuseUnprepared(parts: readonly Part[]): void {
     const { mode, heads } = this.#base;
     if (mode === "folded") return;
-    const prefix = new Map([
-      ["scale", "magnitude "],
-      ["A", "private "],
-    ]);
-    const telling = this.#inputs.filter(({ kind }) => kind !== "core" && kind !== "B");
-    const ready = new Set(telling.map(({ of, kind }) => (prefix.get(kind) ?? "") + of));
     for (const { id, blob } of parts) {
       for (const brought of broughtBy(blob, this.#pack.modules)) {
         const [role, name] = [brought.slice(0, brought.indexOf(" ")), brought.slice(brought.indexOf(" ") + 1)];
-        if (ready.has(brought) || ready.has(name) || heads.has(moduleOf(name))) continue;
+        if (this.#ready.has(brought) || this.#ready.has(name) || heads.has(moduleOf(name))) continue;
         const hint = role === "private" ? " with privateTerms: true" : "";
         const message = `task "${id}" brings "${name}" (${role}), which no task did when this session was made; make a new one${hint}`;
         throw new BaseMismatchError(message, { module: name });
