@@ -9,6 +9,7 @@ import { fromBinary, ModelProtoSchema, toBinary } from "../dist/src/onnx/protobu
 import { openSafetensors } from "../dist/src/safetensors.js";
 import { openSource } from "../dist/src/source.js";
 import { data, packOf } from "./packs.ts";
+import { required } from "./required.ts";
 
 /**
  * `eigenlora attach`: what it writes, run by onnxruntime without anything of this package, against what PyTorch and
@@ -288,7 +289,7 @@ t.test("onnxruntime in Python: the code of docs/attach.md, as it stands", async 
   if (check.status !== 0) {
     const why = check.error?.message ?? check.stderr.trim().split("\n").at(-1);
     const reason = `${python} lacks onnxruntime, numpy or safetensors: ${why}`;
-    if (process.env["EIGENLORA_REQUIRE"]?.includes("onnxruntime-python")) t.fail(reason);
+    if (required.has("onnxruntime-python")) t.fail(reason);
     else t.pass("Python runs attached models", { skip: reason });
     return;
   }

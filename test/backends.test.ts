@@ -12,11 +12,10 @@ import type { FloatType } from "../dist/src/dtypes.js";
 import { encodeTensor } from "../dist/src/encode.js";
 import { dawnMissing } from "./backend-list.ts";
 import { backendSuite, generator, values } from "./backend-suite.ts";
+import { required } from "./required.ts";
 
 // Node 20 has relaxed SIMD behind a flag; later versions have it anyway and do not know the flag.
 if (process.versions.node.startsWith("20.")) setFlagsFromString("--experimental-wasm-relaxed-simd");
-
-const required = new Set((process.env["EIGENLORA_REQUIRE"] ?? "").split(/[\s,]+/).filter((name) => name !== ""));
 
 /** Variants that this engine accepts. The others are skipped by name, or fail where EIGENLORA_REQUIRE lists them. */
 const available: WasmVariant[] = [];

@@ -1,19 +1,17 @@
 import t, { type Test } from "tap";
-import { existsSync } from "node:fs";
 import { mkdtemp, readFile, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { chromium, type Browser, type Page } from "playwright-core";
 import { buildPage } from "../examples/page/build.js";
 import { serveFolder, type Answered } from "../examples/page/serve.js";
+import { chromium as executablePath, required } from "./required.ts";
 
 /**
  * The page as visitors get it: built, served by its own server, in a real Chromium. Skipped by name without one; fails when
  * EIGENLORA_REQUIRE lists chromium.
  */
-const required = (process.env["EIGENLORA_REQUIRE"] ?? "").split(/[\s,]+/).includes("chromium");
-const executablePath = ["/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome"].find((p) => existsSync(p));
-const skip = !executablePath && !required && "chromium is not here";
+const skip = !executablePath && !required.has("chromium") && "chromium is not here";
 
 const folder = await mkdtemp(join(tmpdir(), "eigenlora-page-"));
 const answers: Answered[] = [];

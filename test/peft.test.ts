@@ -16,6 +16,7 @@ import { AdapterError, EigenLoraError, FormatError } from "../dist/src/errors.js
 import { writeSafetensors, type SafetensorsEntry } from "../dist/src/safetensors-writer.js";
 import { openSafetensors } from "../dist/src/safetensors.js";
 import { openSource } from "../dist/src/source.js";
+import { required } from "./required.ts";
 
 const data = fileURLToPath(new URL("./data", import.meta.url));
 const goldens = join(data, "goldens/peft");
@@ -751,7 +752,7 @@ t.test("PEFT loads what was exported and merges it to the golden weights", async
     const absent = status === 3 || (error as NodeJS.ErrnoException).code === "ENOENT";
     if (!absent) throw error;
     const reason = `${python} has no PEFT: ${stderr || message}`;
-    if (process.env.EIGENLORA_REQUIRE?.includes("peft")) t.fail(reason);
+    if (required.has("peft")) t.fail(reason);
     else t.pass("PEFT loads the exported adapters", { skip: reason });
     return;
   }

@@ -9,6 +9,7 @@ import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
 import { packOf } from "./packs.ts";
 import { serve } from "./range-server.ts";
+import { chromium, required } from "./required.ts";
 
 /**
  * The built package, by its name, in every runtime that is here. EIGENLORA_RUNTIMES names a folder with `node_modules/.bin`
@@ -17,7 +18,6 @@ import { serve } from "./range-server.ts";
  */
 const run = promisify(execFile);
 const root = fileURLToPath(new URL("..", import.meta.url));
-const required = (process.env["EIGENLORA_REQUIRE"] ?? "").split(/[\s,]+/);
 const bin = (name: string): string | undefined => {
   const folder = process.env["EIGENLORA_RUNTIMES"];
   return folder && existsSync(join(folder, "node_modules/.bin", name)) ? join(folder, "node_modules/.bin", name) : undefined;
@@ -65,7 +65,7 @@ const commands: [string, string | undefined, string[]][] = [
   ["bun", bin("bun"), ["run"]],
 ];
 for (const [name, command, args] of commands) {
-  const skip = !command && !required.includes(name) && `${name} is not here; see EIGENLORA_RUNTIMES in this file`;
+  const skip = !command && !required.has(name) && `${name} is not here; see EIGENLORA_RUNTIMES in this file`;
   t.test(name, { skip }, async (t) => {
     if (!command) throw new Error(`${name} is required but not installed`);
     const { stdout } = await run(command, [...args, "smoke-main.js", server.url("tasks.eigen")], { cwd: project });
@@ -75,9 +75,8 @@ for (const [name, command, args] of commands) {
   });
 }
 
-const chromium = ["/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome"].find((p) => existsSync(p));
 for (const where of ["window", "worker"]) {
-  const skip = !chromium && !required.includes("chromium") && "chromium is not here";
+  const skip = !chromium && !required.has("chromium") && "chromium is not here";
   t.test(`chromium, ${where}`, { skip }, async (t) => {
     if (!chromium) throw new Error("chromium is required but not installed");
     const code =

@@ -5,18 +5,16 @@
 import t from "tap";
 import { build } from "esbuild";
 import { spawn } from "node:child_process";
-import { existsSync } from "node:fs";
 import { mkdtemp, readFile, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { serve } from "./range-server.ts";
 import { GOLDENS, golden, modelBytes, packBytes } from "./sessions.ts";
+import { chromium, required } from "./required.ts";
 
 const root = fileURLToPath(new URL("..", import.meta.url));
-const required = (process.env["EIGENLORA_REQUIRE"] ?? "").split(/[\s,]+/);
-const chromium = ["/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome"].find((p) => existsSync(p));
-const skip = !chromium && !required.includes("chromium") && "chromium is not here";
+const skip = !chromium && !required.has("chromium") && "chromium is not here";
 
 /** Models by their exports' kinds, and how far a float answer may be off on them. */
 const MODELS: Record<string, number> = {
@@ -101,7 +99,7 @@ t.test("modes × providers × exports in Chromium", { skip, timeout: 240_000 }, 
   for (const { provider, model, mode, result, why, differences, probe } of rows) {
     const name = `${provider}, ${model}, ${mode}`;
     if (result === "no adapter") {
-      if (required.includes("chromium")) t.fail(`${provider}: no adapter`);
+      if (required.has("chromium")) t.fail(`${provider}: no adapter`);
       else t.comment(`${provider}: no adapter, skipped`);
       continue;
     }

@@ -13,11 +13,10 @@ import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
 import { serve } from "./range-server.ts";
 import { difference, golden, GOLDENS, model, modelBytes, packBytes } from "./sessions.ts";
+import { chromium, required } from "./required.ts";
 
 const run = promisify(execFile);
 const root = fileURLToPath(new URL("..", import.meta.url));
-const required = (process.env["EIGENLORA_REQUIRE"] ?? "").split(/[\s,]+/);
-const chromium = ["/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome"].find((p) => existsSync(p));
 const vite = join(process.env["EIGENLORA_RUNTIMES"] ?? "", "node_modules/vite");
 
 /** The example of the README, for a task and files of this test. */
@@ -64,7 +63,7 @@ t.test("Node", async (t) => {
 const page = `import { main } from "./example.js";
 const show = (x) => fetch("/result", { method: "POST", body: JSON.stringify(x instanceof Error ? x.stack : x) });
 main("model.onnx", ${feeds}).then(show, show);`;
-const skipBrowser = !chromium && !required.includes("chromium") && "chromium is not here";
+const skipBrowser = !chromium && !required.has("chromium") && "chromium is not here";
 
 /** Opens a page with these files in Chromium; gives what it posts. */
 async function browse(files: Map<string, Uint8Array>, start: string): Promise<unknown> {
@@ -96,7 +95,7 @@ t.test("a bundle of esbuild in Chromium", { skip: skipBrowser }, async (t) => {
   check(t, (await browse(files, "index.html")) as number[]);
 });
 
-const skipVite = skipBrowser || (!existsSync(vite) && !required.includes("vite") && "vite is not here; see EIGENLORA_RUNTIMES");
+const skipVite = skipBrowser || (!existsSync(vite) && !required.has("vite") && "vite is not here; see EIGENLORA_RUNTIMES");
 t.test("a build of Vite in Chromium", { skip: skipVite }, async (t) => {
   await writeFile(join(project, "page.js"), page);
   await writeFile(join(project, "index.html"), '<!doctype html><script type="module" src="/page.js"></script>');

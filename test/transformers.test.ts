@@ -21,13 +21,13 @@ import { Turns } from "../dist/src/session/turns.js";
 import { data, packOf } from "./packs.ts";
 import { serve } from "./range-server.ts";
 import { difference, golden, goldenRow, GOLDENS, LOSSLESS, model, modelBytes, packBytes, refusal } from "./sessions.ts";
+import { chromium, required } from "./required.ts";
 
 const root = fileURLToPath(new URL("..", import.meta.url));
-const required = (process.env["EIGENLORA_REQUIRE"] ?? "").split(/[\s,]+/);
 const runtimes = process.env["EIGENLORA_RUNTIMES"] ?? "";
 const folder = join(runtimes, "node_modules/@huggingface/transformers");
 const present = runtimes !== "" && existsSync(folder);
-const skip = !present && !required.includes("transformers") && "transformers is not here; see EIGENLORA_RUNTIMES in this file";
+const skip = !present && !required.has("transformers") && "transformers is not here; see EIGENLORA_RUNTIMES in this file";
 
 /** Of transformers.js, as far as it is used here. */
 interface Tokens {
@@ -462,8 +462,7 @@ t.test("onnxruntime-web in Node", { skip }, async (t) => {
   judge(t, JSON.parse(stdout) as Smoke);
 });
 
-const chromium = ["/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome"].find((p) => existsSync(p));
-const noBrowser = !chromium && !required.includes("chromium") && "chromium is not here";
+const noBrowser = !chromium && !required.has("chromium") && "chromium is not here";
 t.test("Chromium", { skip: skip || noBrowser, timeout: 120_000 }, async (t) => {
   if (!chromium || !present) throw new Error("chromium or transformers is required but not installed");
   const files = new Map<string, Uint8Array>();
