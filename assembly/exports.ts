@@ -1,5 +1,5 @@
 /** The export list of every build. `WasmKernels` in `src/backends/wasm.ts` is its TypeScript twin. */
-export { expand, fold, scaleColumns, scaleRows } from "./kernels";
+export { expand, fold, project, scaleColumns, scaleRows } from "./kernels";
 export { products } from "./products";
 
 /** Which build this is: 0 scalar, 1 simd, 2 relaxed-simd. */

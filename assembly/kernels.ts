@@ -1,9 +1,9 @@
 /**
- * The operations of a backend on linear memory: expand, fold and scale as `src/backends/backend.ts` defines them.
+ * The operations of a backend on linear memory: expand, project, fold and scale as `src/backends/backend.ts` defines them.
  * Loops over pointers: no objects, no checks; the caller has checked every range.
  */
 import { decode, encode, packedBytes, rowBytes, scaleBytes } from "./convert";
-import { bytes, multiply, spread } from "./lanes";
+import { accumulate, bytes, multiply, spread, total, zero } from "./lanes";
 import { F32, PANEL, PANEL_VALUES, SUMS } from "./layout";
 import { multiplyAdd } from "./multiply";
 
@@ -20,32 +20,77 @@ const ROWS: i32 = 16;
 @inline
 const COLUMNS: i32 = 512;
 
+/** Decodes basis[k.., j..] into the panel: [part, columns] f32, BASIS_COLUMNS apart. */
+function decodePanel(type: i32, basis: usize, rows: i32, width: i32, k: i32, j: i32, part: i32, columns: i32): void {
+  const stride = rowBytes(type, width);
+  let from = basis + scaleBytes(type, rows) + <usize>k * stride + packedBytes(type, j);
+  let to = PANEL;
+  for (let row = k; row < k + part; row++) {
+    decode(type, from, basis + 2 * <usize>row, to, columns);
+    from += stride;
+    to += 4 * BASIS_COLUMNS;
+  }
+}
+
 /**
- * out[i, :] = Σ_k coefficients[i, k]·basis[k, :], i < rank, k < rows. The basis is decoded once, a panel of 32 columns
- * at a time; bases of more than 256 rows are summed in parts of 256.
+ * out[i, :] = Σ_k coefficients[i, k]·basis[k, :], i < rank, k < rows, or that much more with `add`. The basis is decoded
+ * once, a panel of 32 columns at a time; bases of more than 256 rows are summed in parts of 256.
  */
 export function expand(
-  type: i32, out: usize, coefficients: usize, basis: usize, rank: i32, rows: i32, width: i32,
+  type: i32, out: usize, coefficients: usize, basis: usize, rank: i32, rows: i32, width: i32, add: bool,
 ): void {
-  const stride = rowBytes(type, width);
-  const values = basis + scaleBytes(type, rows);
-  memory.fill(out, 0, (<usize>rank * <usize>width) << 2);
+  if (!add) memory.fill(out, 0, (<usize>rank * <usize>width) << 2);
   for (let j = 0; j < width; j += BASIS_COLUMNS) {
     const columns = min(BASIS_COLUMNS, width - j);
     const at = out + (<usize>j << 2);
     for (let k = 0; k < rows; k += PANEL_VALUES / BASIS_COLUMNS) {
       const part = min(PANEL_VALUES / BASIS_COLUMNS, rows - k);
-      let from = values + <usize>k * stride + packedBytes(type, j);
-      let to = PANEL;
-      for (let row = k; row < k + part; row++) {
-        decode(type, from, basis + 2 * <usize>row, to, columns);
-        from += stride;
-        to += 4 * BASIS_COLUMNS;
-      }
+      decodePanel(type, basis, rows, width, k, j, part, columns);
       multiplyAdd(
         at, <usize>width << 2, at, <usize>width << 2, coefficients + (<usize>k << 2), <usize>rows << 2, 4,
         PANEL, 4 * BASIS_COLUMNS, part, rank, columns,
       );
+    }
+  }
+}
+
+/** Σ of `count` products of f32, as far as they fill whole V from `from` on. */
+// @ts-ignore: decorator
+@inline
+function dot<V>(x: usize, y: usize, from: i32, count: i32): f32 {
+  const step = <i32>(bytes<V>() / 4);
+  let sum = zero<V>();
+  for (let j = from; j + step <= count; j += step) {
+    const at = <usize>j << 2;
+    sum = accumulate<V>(sum, load<V>(x + at), load<V>(y + at));
+  }
+  return total<V>(sum);
+}
+
+/**
+ * out[i, k] = Σ_j x[i, j]·basis[k, j], i < count, k < rows, j < width. The basis is decoded once, in the panels of expand;
+ * sums are of 32 columns, then of panels.
+ */
+export function project(type: i32, out: usize, x: usize, basis: usize, count: i32, rows: i32, width: i32): void {
+  memory.fill(out, 0, (<usize>count * <usize>rows) << 2);
+  for (let j = 0; j < width; j += BASIS_COLUMNS) {
+    const columns = min(BASIS_COLUMNS, width - j);
+    const whole = ASC_FEATURE_SIMD ? columns & ~3 : 0;
+    for (let k = 0; k < rows; k += PANEL_VALUES / BASIS_COLUMNS) {
+      const part = min(PANEL_VALUES / BASIS_COLUMNS, rows - k);
+      decodePanel(type, basis, rows, width, k, j, part, columns);
+      for (let i = 0; i < count; i++) {
+        const values = x + ((<usize>i * <usize>width + <usize>j) << 2);
+        let to = out + ((<usize>i * <usize>rows + <usize>k) << 2);
+        let row = PANEL;
+        for (let p = 0; p < part; p++) {
+          let sum = dot<f32>(values, row, whole, columns);
+          if (ASC_FEATURE_SIMD) sum += dot<v128>(values, row, 0, whole);
+          store<f32>(to, load<f32>(to) + sum);
+          to += 4;
+          row += 4 * BASIS_COLUMNS;
+        }
+      }
     }
   }
 }

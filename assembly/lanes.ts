@@ -40,6 +40,17 @@ export function multiply<V>(a: V, b: V): V {
   return a * b;
 }
 
+/** The sum of the lanes. */
+// @ts-ignore: decorator
+@inline
+export function total<V>(a: V): f32 {
+  if (isVector<V>()) {
+    const pairs = v128.add<f32>(a, v128.shuffle<f32>(a, a, 2, 3, 0, 1));
+    return f32x4.extract_lane(pairs, 0) + f32x4.extract_lane(pairs, 1);
+  }
+  return <f32>a;
+}
+
 /** sum + a·b, rounded after each step, or once where the relaxed build's machine fuses them. */
 // @ts-ignore: decorator
 @inline

@@ -9,7 +9,7 @@ import { readModel, type ModelFile, type ModelOptions } from "../src/onnx/read.t
 import { detachWeights, type DetachedModel } from "../src/onnx/write.ts";
 import type { Pack, TaskInfo } from "../src/pack/pack.ts";
 import type { View } from "../src/runtime/host.ts";
-import { createRuntime } from "../src/runtime/runtime.ts";
+import { createRuntime } from "../src/runtime/create.ts";
 import { copySelection, type Selection } from "../src/runtime/selection.ts";
 import { Workbench } from "../src/runtime/workbench.ts";
 import { onnxHost } from "../src/onnx/host.ts";
@@ -144,7 +144,7 @@ export async function createEigenSession<O extends Ort>(
     await file.close();
     // The core is made of coefficients alone; everything else expands from the bases.
     const expands = plan.mode === "factors" || plan.base.weights.size > 0 || plan.graft.modules.some((m) => !m.components);
-    const { backend } = await createBackend(expands ? {} : { backend: "js" });
+    const { backend } = await createBackend(expands ? { webgpu: false } : { backend: "js" });
     const bench = new Workbench(backend, pack.modules, expands ? bases : new Uint8Array(0));
     const feeds = options.probe === false ? undefined : tinyFeeds(own);
     return await EigenSession.unfolded({ ...parts, bench, feeds });
@@ -265,7 +265,7 @@ export class EigenSession<O extends Ort = Ort> {
     // Heads come as inputs.
     const ignore = [...base.ignored, ...[...base.heads.keys()].flatMap((head) => [`${head}.weight`, `${head}.bias`])];
     // The file is in memory anyway: no second copy of its weights.
-    const runtime = await createRuntime(pack, { base: host, policy: "reload", anyBase: true, names: plan.names, ignore });
+    const runtime = await createRuntime(pack, { base: host, webgpu: false, policy: "reload", anyBase: true, names: plan.names, ignore });
     const make: Maker<O>["make"] = async (selection, how) => {
       const values = await evaluator.evaluate(selection, how);
       await runtime.switchTask(selection, { ...(how.signal && { signal: how.signal }), ...(how.head !== undefined && { head: how.head }) });

@@ -1,13 +1,15 @@
-// Factors from components: out[i, j] = Σ_k coefficients[i, k] · basis[k, j], for i < rank, j < width, k < rows.
+// Factors from components: out[i, j] = Σ_k coefficients[i, k] · basis[k, j], or that much more, for i < rank, j < width,
+// k < rows; any number of such jobs at once, none of which reads what another one writes.
 //
 //   coefficients  f32 [rank, rows]
 //   basis         one encoded tensor [rows, width] of SPEC.md section 5: f16 scales first where the type has them, then rows
 //   out           f32 [rank, width]
 //
-// An invocation makes one column of RANKS rows, so that a component is decoded once for all of them; neighbours read
-// neighbouring components. Sums run over k in order. Tensors begin at any word of their binding.
+// A workgroup makes LANES columns of RANKS rows of one job. An invocation makes one column, so that a component is decoded once
+// for all its rows; neighbours read neighbouring components. Sums run over k in order. Tensors begin at any word of their
+// binding.
 
-// Code of the basis' type in the file: 0 f32, 1 f16, 2 bf16, 3 int8, 4 int4, 5 int3.
+// Code of the bases' type in the file: 0 f32, 1 f16, 2 bf16, 3 int8, 4 int4, 5 int3.
 override FORMAT: u32 = 0;
 override BITS: u32 = select(select(3u, 4u, FORMAT == 4u), 8u, FORMAT == 3u);
 
@@ -15,6 +17,8 @@ const LANES = 64u;
 const RANKS = 8u;
 
 struct Job {
+  // Workgroups of this job and those before it.
+  end: u32,
   rank: u32,
   rows: u32,
   width: u32,
@@ -25,12 +29,16 @@ struct Job {
   // Packed integers: first byte of the rows in the basis' binding, and bytes from one row to the next.
   packed: u32,
   row_bytes: u32,
+  // Whether the sums are added to what out holds.
+  add: u32,
 }
 
-@group(0) @binding(0) var<uniform> job: Job;
+@group(0) @binding(0) var<storage, read> jobs: array<Job>;
 @group(0) @binding(1) var<storage, read_write> out: array<f32>;
 @group(0) @binding(2) var<storage, read> coefficients: array<f32>;
 @group(0) @binding(3) var<storage, read> basis: array<u32>;
+
+var<private> job: Job;
 
 // Exact, subnormal halves included: unpack2x16float may flush them.
 fn f16_value(half: u32) -> f32 {
@@ -76,17 +84,42 @@ fn component(row: u32, column: u32) -> f32 {
   return f16_value(half_at(2u * job.basis + row)) * integer_at(row, column);
 }
 
+// The first job whose end lies behind the workgroup; as many as there are jobs if none does.
+fn job_of(group: u32) -> u32 {
+  var low = 0u;
+  var high = arrayLength(&jobs);
+  while (low < high) {
+    let middle = (low + high) / 2u;
+    if (jobs[middle].end > group) {
+      high = middle;
+    } else {
+      low = middle + 1u;
+    }
+  }
+  return low;
+}
+
 @compute @workgroup_size(64)
 fn expand(
-  @builtin(workgroup_id) group: vec3u,
+  @builtin(workgroup_id) id: vec3u,
   @builtin(num_workgroups) groups: vec3u,
   @builtin(local_invocation_index) lane: u32,
 ) {
-  let column = (group.y * groups.x + group.x) * LANES + lane;
+  var group = id.y * groups.x + id.x;
+  let index = job_of(group);
+  if (index == arrayLength(&jobs)) {
+    return;
+  }
+  job = jobs[index];
+  if (index > 0u) {
+    group -= jobs[index - 1u].end;
+  }
+  let across = (job.width + LANES - 1u) / LANES;
+  let column = (group % across) * LANES + lane;
   if (column >= job.width) {
     return;
   }
-  let first = group.z * RANKS;
+  let first = (group / across) * RANKS;
   let ranks = min(RANKS, job.rank - first);
   var sums: array<f32, RANKS>;
   for (var k = 0u; k < job.rows; k++) {
@@ -96,6 +129,8 @@ fn expand(
     }
   }
   for (var i = 0u; i < ranks; i++) {
-    out[job.out + (first + i) * job.width + column] = sums[i];
+    let at = job.out + (first + i) * job.width + column;
+    // Last, so that a small sum is made at its own magnitude.
+    out[at] = select(sums[i], out[at] + sums[i], job.add != 0u);
   }
 }

@@ -2,4 +2,6 @@
 export declare const copy: string;
 export declare const expand: string;
 export declare const fold: string;
+export declare const fold_f16: string;
+export declare const project: string;
 export declare const scale: string;

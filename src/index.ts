@@ -3,18 +3,17 @@
  */
 export { openPack, Pack, type OpenOptions, type TaskInfo } from "./pack/pack.ts";
 export type { PackModule } from "./pack/format.ts";
+export { createRuntime, type RuntimeOptions } from "./runtime/create.ts";
 export {
-  createRuntime,
   Runtime,
   type MemoryReport,
-  type RuntimeOptions,
   type SwitchOptions,
   type SwitchReport,
   type Term,
 } from "./runtime/runtime.ts";
 export type { Selection } from "./runtime/selection.ts";
-export type { DeviceBuffer } from "./backends/backend.ts";
-export type { BaseInput, Parameter, Tensor, Transaction, View, WeightHost } from "./runtime/host.ts";
+export type { DeviceBuffer, DeviceHandle } from "./backends/backend.ts";
+export type { BaseInput, DeviceTensor, Parameter, Tensor, Transaction, View, WeightHost } from "./runtime/host.ts";
 export type { ByteSource, FetchOptions, ReadOptions, SourceInput } from "./source.ts";
 export type { Layout, TaskMetadata } from "./adapters/adapter.ts";
 export type { FloatType, TensorType } from "./dtypes.ts";

@@ -13,7 +13,7 @@ import { compile } from "../dist/src/backends/webgpu-device.js";
 import { decodeTensor, type FloatType, type TensorType } from "../dist/src/dtypes.js";
 import { encodeTensor } from "../dist/src/encode.js";
 import { openPack } from "../dist/src/pack/pack.js";
-import { createRuntime } from "../dist/src/runtime/runtime.js";
+import { createRuntime } from "../dist/src/runtime/create.js";
 import { dawnMissing } from "./backend-list.ts";
 import { generator, values } from "./backend-suite.ts";
 import { concat, data, packOf } from "./packs.ts";

@@ -1,7 +1,7 @@
 /**
- * The interface that every backend implements: memory in blocks, and four operations on slices of blocks. A backend
- * knows nothing of packs, tasks, modules or hosts. CPU backends run an operation when it is called; a GPU backend records
- * it, and `finish` submits the whole switch at once.
+ * The interface that every backend implements: memory in blocks, and a few operations on slices of blocks. A backend knows
+ * nothing of packs, tasks, modules or hosts. CPU backends run an operation when it is called; a GPU backend records it, and
+ * `finish` submits the whole switch at once. Either way operations take effect in the order of the calls.
  *
  * All matrices are row-major. Factors are stored by rank: A as [rank, in] and B transposed, Bᵀ as [rank, out], so that
  * both sides expand from their bases in the same way and either orientation of a weight folds with the same loop.
@@ -40,14 +40,30 @@ export interface Slice {
 
 /** out[i, :] = Σ_k coefficients[i, k] · basis[k, :], for i < rank and k < rows. */
 export interface ExpandJob {
-  /** f32 [rank, width]; overwritten. */
+  /** f32 [rank, width]; overwritten, or added to. */
   out: Slice;
+  /** Whether the sums are added to what `out` holds. */
+  add?: boolean | undefined;
   /** f32 [rank, rows]. A mean is the basis' last row with coefficient 1. */
   coefficients: Slice;
   /** One encoded tensor [rows, width] (`dtypes.ts`): scales first where the type has them, then rows of packed values. */
   basis: Slice;
   type: TensorType;
   rank: number;
+  rows: number;
+  width: number;
+}
+
+/** out[i, k] = Σ_j x[i, j] · basis[k, j], for i < count, k < rows and j < width. */
+export interface ProjectJob {
+  /** f32 [count, rows]; overwritten. */
+  out: Slice;
+  /** f32 [count, width]. */
+  x: Slice;
+  /** One encoded tensor [rows, width], as in `ExpandJob`. */
+  basis: Slice;
+  type: TensorType;
+  count: number;
   rows: number;
   width: number;
 }
@@ -95,6 +111,8 @@ export interface Backend {
   /** Zeroed memory, 16-byte aligned, counted under `owner` until freed. @throws BackendError when there is none left. */
   allocate(byteLength: number, owner: Owner): Block;
   free(block: Block): void;
+  /** The block that a buffer of the device is; one of the caller's stays the caller's. Backends on a device have it. */
+  adopt?(buffer: DeviceBuffer): Block;
   /** Copies `bytes` into the block. */
   upload(to: Slice, bytes: Uint8Array): void;
   /** Copies `byteLength` bytes from one place to another (they do not overlap). */
@@ -104,11 +122,16 @@ export interface Backend {
   /** A copy of bytes, once all operations so far have taken effect. Backends without `view` have it. */
   read?(at: Slice, byteLength: number): Promise<Uint8Array>;
   expand(job: ExpandJob): void;
+  project(job: ProjectJob): void;
   fold(job: FoldJob): void;
   scale(job: ScaleJob): void;
   /** Resolves when all operations so far have taken effect. CPU backends return nothing. */
   finish(): Promise<void> | void;
   /** Live bytes by owner, and `reserved`: bytes held beyond them (allocator slack, wasm pages of code and stack). */
   memory(): Record<Owner, number> & { reserved: number };
+  /** What it computes on. CPU backends do not have it. */
+  readonly device?: DeviceHandle;
+  /** Resolves, with the reason, when the backend's device is lost: its memory is gone. CPU backends do not have it. */
+  readonly lost?: Promise<Error>;
   dispose(): void;
 }

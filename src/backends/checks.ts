@@ -3,7 +3,7 @@
  * the backend's business. Sizes are checked as doubles: a product too large to be exact is too large for any block.
  */
 import { rowBytes, tensorBytes, TENSOR_TYPES, type TensorType } from "../dtypes.ts";
-import type { ExpandJob, FoldJob, ScaleJob, Slice } from "./backend.ts";
+import type { ExpandJob, FoldJob, ProjectJob, ScaleJob, Slice } from "./backend.ts";
 
 /** Counts are 32-bit in the kernels. */
 const MAX_COUNT = 0x7fffffff;
@@ -31,19 +31,36 @@ export function checkSlice(name: string, slice: Slice, byteLength: number, align
 }
 
 /** @throws RangeError naming the count or slice at fault; TypeError for an unknown type */
-export function checkExpand(job: ExpandJob): void {
-  checkType(job.type, TENSOR_TYPES);
-  checkCount("rank", job.rank);
-  checkCount("rows", job.rows);
-  checkCount("width", job.width);
-  const out = 4 * job.rank * job.width;
-  const coefficients = 4 * job.rank * job.rows;
-  const basis = tensorBytes(job.type, job.rows, job.width);
-  checkSlice("out", job.out, out, 4);
-  checkSlice("coefficients", job.coefficients, coefficients, 4);
-  checkSlice("basis", job.basis, basis, 4);
-  checkApart("out", job.out, out, "coefficients", job.coefficients, coefficients);
-  checkApart("out", job.out, out, "basis", job.basis, basis);
+export function checkExpand({ type, rank, rows, width, out, coefficients, basis }: ExpandJob): void {
+  checkProducts(type, { rank, rows, width }, out, rank * width, "coefficients", coefficients, rank * rows, basis);
+}
+
+/** @throws RangeError naming the count or slice at fault; TypeError for an unknown type */
+export function checkProject({ type, count, rows, width, out, x, basis }: ProjectJob): void {
+  checkProducts(type, { count, rows, width }, out, count * rows, "x", x, count * width, basis);
+}
+
+/** Products of f32 numbers with a tensor [rows, width]. */
+function checkProducts(
+  type: TensorType,
+  counts: { rows: number; width: number } & Record<string, number>,
+  out: Slice,
+  outLength: number,
+  numbersName: string,
+  numbers: Slice,
+  numbersLength: number,
+  basis: Slice,
+): void {
+  checkType(type, TENSOR_TYPES);
+  for (const [name, count] of Object.entries(counts)) checkCount(name, count);
+  checkSlice("out", out, 4 * outLength, 4);
+  for (const [name, slice, bytes] of [
+    [numbersName, numbers, 4 * numbersLength],
+    ["basis", basis, tensorBytes(type, counts.rows, counts.width)],
+  ] as const) {
+    checkSlice(name, slice, bytes, 4);
+    checkApart("out", out, 4 * outLength, name, slice, bytes);
+  }
 }
 
 /** @throws RangeError naming the count or slice at fault; TypeError for an unknown type */

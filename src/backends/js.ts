@@ -11,10 +11,11 @@ import {
   f32ToF16,
   tensorBytes,
   type FloatType,
+  type TensorType,
 } from "../dtypes.ts";
 import { BackendError } from "../errors.ts";
-import type { Backend, Block, ExpandJob, FoldJob, Owner, ScaleJob, Slice } from "./backend.ts";
-import { checkApart, checkCount, checkExpand, checkFold, checkScale, checkSlice } from "./checks.ts";
+import type { Backend, Block, ExpandJob, FoldJob, Owner, ProjectJob, ScaleJob, Slice } from "./backend.ts";
+import { checkApart, checkCount, checkExpand, checkFold, checkProject, checkScale, checkSlice } from "./checks.ts";
 
 const { fround } = Math;
 
@@ -26,8 +27,15 @@ interface JsBlock extends Block {
 /** A backend whose blocks are `ArrayBuffer`s. Operations run when called. */
 export function createJsBackend(): Backend {
   const blocks = new Map<Block, JsBlock>();
-  // The basis of the expansion that runs, decoded. Kept, so that a switch allocates nothing once the largest was seen.
+  // The basis at work, decoded. Kept, so that a switch allocates nothing once the largest was seen.
   let decoded = new Float32Array(0);
+
+  function decode(type: TensorType, basis: Slice, rows: number, width: number): Float32Array {
+    const encoded = bytes("basis", basis, tensorBytes(type, rows, width));
+    if (decoded.length < rows * width) decoded = new Float32Array(rows * width);
+    decodeTensor(type, encoded, rows, width, decoded);
+    return decoded;
+  }
 
   function held(name: string, slice: Slice): ArrayBuffer {
     const block = blocks.get(slice.block);
@@ -99,12 +107,28 @@ export function createJsBackend(): Backend {
       const { rank, rows, width } = job;
       const out = floats("out", job.out, rank * width);
       const coefficients = floats("coefficients", job.coefficients, rank * rows);
-      const encoded = bytes("basis", job.basis, tensorBytes(job.type, rows, width));
-      if (decoded.length < rows * width) decoded = new Float32Array(rows * width);
-      decodeTensor(job.type, encoded, rows, width, decoded);
+      const basis = decode(job.type, job.basis, rows, width);
+      const before = job.add ? out.slice() : undefined;
       out.fill(0);
       for (let i = 0; i < rank; i++) {
-        addProduct(out.subarray(i * width, (i + 1) * width), coefficients, i * rows, 1, decoded, rows);
+        addProduct(out.subarray(i * width, (i + 1) * width), coefficients, i * rows, 1, basis, rows);
+      }
+      // Last, so that a small sum is made at its own magnitude.
+      before?.forEach((value, i) => (out[i]! += value));
+    },
+
+    project(job: ProjectJob): void {
+      checkProject(job);
+      const { count, rows, width } = job;
+      const out = floats("out", job.out, count * rows);
+      const x = floats("x", job.x, count * width);
+      const basis = decode(job.type, job.basis, rows, width);
+      for (let i = 0; i < count; i++) {
+        for (let k = 0; k < rows; k++) {
+          let sum = 0;
+          for (let j = 0; j < width; j++) sum += x[i * width + j]! * basis[k * width + j]!;
+          out[i * rows + k] = sum;
+        }
       }
     },
 

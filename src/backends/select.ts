@@ -4,12 +4,24 @@
 import type { Backend, DeviceHandle } from "./backend.ts";
 
 export interface BackendOptions {
-  /** "auto" tries webgpu where a device is given, then wasm, then js. */
+  /**
+   * "auto" tries webgpu, then wasm, then js. It takes a GPU that is one, and only where results stay there: not for weights in
+   * the CPU's memory, nor for terms that are handed out.
+   */
   backend?: "auto" | "webgpu" | "wasm" | "js" | undefined;
+  /** `false`: "auto" leaves WebGPU out, so that weights are always in the CPU's memory. */
   webgpu?:
+    | false
     | {
         /** The WebGPU device to use, for instance the one that the model runs on. Without one, the system's is requested. */
-        device?: DeviceHandle;
+        device?: DeviceHandle | undefined;
+        /**
+         * What to do when the device is lost: get a new one, the system's or the one that the function makes, and bring the
+         * active task back.
+         */
+        recreate?: boolean | (() => Promise<DeviceHandle>);
+        /** Milliseconds to wait for the device before it counts as lost; 60 000 unless given. */
+        timeout?: number;
       }
     | undefined;
   wasm?:
@@ -22,25 +34,33 @@ export interface BackendOptions {
     | undefined;
 }
 
-/** In the order of "auto". */
 const BACKENDS = {
-  webgpu: async ({ webgpu }: BackendOptions): Promise<Backend> => (await import("./webgpu.ts")).createWebgpuBackend(webgpu),
+  webgpu: async ({ backend, webgpu }: BackendOptions): Promise<Backend> => {
+    const { createWebgpuBackend } = await import("./webgpu.ts");
+    // Software is slower than wasm: only who asks for it gets it.
+    return createWebgpuBackend({ hardware: backend !== "webgpu", ...(webgpu || {}) });
+  },
   wasm: async ({ wasm }: BackendOptions): Promise<Backend> => (await import("./wasm.ts")).createWasmBackend(wasm),
   js: async (): Promise<Backend> => (await import("./js.ts")).createJsBackend(),
 };
 
 /**
+ * @param onCpu why results are wanted in the CPU's memory, if they are: "auto" then takes a device only if one is given
  * @returns the backend, and why those before it in the order were passed over
  * @throws BackendError when the backend asked for by name cannot start
  */
-export async function createBackend(options: BackendOptions = {}): Promise<{ backend: Backend; passedOver: string[] }> {
+export async function createBackend(
+  options: BackendOptions = {},
+  onCpu?: string,
+): Promise<{ backend: Backend; passedOver: string[] }> {
   const { backend = "auto", webgpu } = options;
   if (backend !== "auto" && !Object.hasOwn(BACKENDS, backend)) {
     throw new RangeError(`backend: expected "auto", "webgpu", "wasm" or "js", got ${JSON.stringify(backend)}`);
   }
   if (backend !== "auto") return { backend: await BACKENDS[backend](options), passedOver: [] };
-  const passedOver: string[] = [];
-  for (const start of [...(webgpu?.device ? [BACKENDS.webgpu] : []), BACKENDS.wasm]) {
+  const why = webgpu === false ? "left out" : webgpu?.device ? undefined : onCpu;
+  const passedOver: string[] = why === undefined ? [] : [`webgpu: ${why}`];
+  for (const start of why === undefined ? [BACKENDS.webgpu, BACKENDS.wasm] : [BACKENDS.wasm]) {
     try {
       return { backend: await start(options), passedOver };
     } catch (cause) {

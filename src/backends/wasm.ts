@@ -4,8 +4,8 @@
  */
 import { TENSOR_TYPES, type TensorType } from "../dtypes.ts";
 import { BackendError } from "../errors.ts";
-import type { Backend, Block, ExpandJob, FoldJob, Owner, ScaleJob, Slice } from "./backend.ts";
-import { checkApart, checkCount, checkExpand, checkFold, checkScale, checkSlice } from "./checks.ts";
+import type { Backend, Block, ExpandJob, FoldJob, Owner, ProjectJob, ScaleJob, Slice } from "./backend.ts";
+import { checkApart, checkCount, checkExpand, checkFold, checkProject, checkScale, checkSlice } from "./checks.ts";
 import { createHeap, type Heap } from "./wasm-memory.ts";
 
 /** The builds, best last; a build's index is the value of its export `variant`. */
@@ -27,8 +27,9 @@ export interface WasmKernels {
   variant: WebAssembly.Global;
   products(x: number, y: number, m: number, n: number, width: number, lower: number, out: number): void;
   expand(
-    type: number, out: number, coefficients: number, basis: number, rank: number, rows: number, width: number,
+    type: number, out: number, coefficients: number, basis: number, rank: number, rows: number, width: number, add: number,
   ): void;
+  project(type: number, out: number, x: number, basis: number, count: number, rows: number, width: number): void;
   fold(
     type: number, out: number, base: number, stride: number, rows: number, columns: number, left: number,
     right: number, rank: number, rowScale: number, columnScale: number,
@@ -118,7 +119,15 @@ export async function createWasmBackend(options: WasmOptions = {}): Promise<Back
       checkExpand(job);
       kernels.expand(
         code(job.type), address("out", job.out), address("coefficients", job.coefficients), address("basis", job.basis),
-        job.rank, job.rows, job.width,
+        job.rank, job.rows, job.width, job.add ? 1 : 0,
+      );
+    },
+
+    project(job: ProjectJob): void {
+      checkProject(job);
+      kernels.project(
+        code(job.type), address("out", job.out), address("x", job.x), address("basis", job.basis),
+        job.count, job.rows, job.width,
       );
     },
 

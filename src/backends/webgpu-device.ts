@@ -7,6 +7,17 @@ import { openGpu } from "#platform";
 import { BackendError } from "../errors.ts";
 import type { DeviceHandle } from "./backend.ts";
 
+const ADVICE = "Make a new runtime, or let it come back by itself with webgpu: { recreate: true }";
+
+export interface DeviceOptions {
+  /** The device to compute on, which stays the caller's. Absent: one is requested, and destroyed by `close`. */
+  device?: DeviceHandle | undefined;
+  /** Refuse an adapter that computes on the CPU. */
+  hardware?: boolean | undefined;
+  /** Milliseconds to wait for the device, each time; 60 000 unless given. */
+  timeout?: number | undefined;
+}
+
 export interface OpenDevice {
   device: DeviceHandle;
   /** Of the adapter, for people. */
@@ -15,12 +26,14 @@ export interface OpenDevice {
   close(): void;
 }
 
+/** A device that has not answered by then is taken for lost. Software adapters need seconds for large weights. */
+const TIMEOUT = 60_000;
+
 /**
- * @param given the user's device; one is requested when absent
- * @throws BackendError when there is no WebGPU, no adapter, or the adapter gives no device
- * @throws TypeError when `given` is none
+ * @throws BackendError when there is no WebGPU, no adapter, the adapter gives no device, or does not answer
+ * @throws TypeError when the given device is none
  */
-export async function openDevice(given?: DeviceHandle): Promise<OpenDevice> {
+export async function openDevice({ device: given, hardware, timeout = TIMEOUT }: DeviceOptions): Promise<OpenDevice> {
   if (given) {
     const { adapterInfo, createShaderModule } = given as GPUDevice;
     if (typeof createShaderModule !== "function") throw new TypeError("webgpu.device: expected a WebGPU device");
@@ -28,14 +41,21 @@ export async function openDevice(given?: DeviceHandle): Promise<OpenDevice> {
   }
   try {
     let gpu: GPU | undefined = (await openGpu()) as GPU;
-    const adapter = await gpu.requestAdapter({ powerPreference: "high-performance" });
+    const asked = gpu.requestAdapter({ powerPreference: "high-performance" });
+    const adapter = await inTime(asked, timeout, "the adapter");
     if (!adapter) throw new Error("there is no adapter; a driver may be missing, or the browser may have WebGPU disabled");
-    // Above the defaults only what decides which weights fit: the size of a buffer, and how much of it a kernel sees.
+    if (hardware && adapter.info.isFallbackAdapter) {
+      throw new Error(`the adapter is software (${describe(adapter.info)}); ask for it with backend: "webgpu"`);
+    }
+    // Above the defaults only what decides which weights fit: the size of a buffer, and how much of it a kernel sees. Halves
+    // as elements spare the kernels the words they share.
     const { maxBufferSize, maxStorageBufferBindingSize } = adapter.limits;
-    const device = await adapter.requestDevice({
+    const requested = adapter.requestDevice({
       label: "eigenlora",
+      requiredFeatures: adapter.features.has("shader-f16") ? ["shader-f16"] : [],
       requiredLimits: { maxBufferSize, maxStorageBufferBindingSize },
     });
+    const device = await inTime(requested, timeout, "the device");
     return {
       device,
       description: describe(adapter.info),
@@ -54,23 +74,44 @@ function describe(info: GPUAdapterInfo | undefined): string {
   return info?.description || info?.architecture || info?.vendor || "unknown adapter";
 }
 
+/** @throws Error when `work` takes longer than `timeout` milliseconds */
+async function inTime<T>(work: Promise<T>, timeout: number, what: string): Promise<T> {
+  let timer: ReturnType<typeof setTimeout> | undefined;
+  const late = new Promise<never>((_, reject) => {
+    timer = setTimeout(() => reject(new Error(`${what} did not answer within ${timeout} ms`)), timeout);
+  });
+  try {
+    return await Promise.race([work, late]);
+  } finally {
+    clearTimeout(timer);
+  }
+}
+
 /** Collects errors of a device. Error scopes are opened and closed within one call, so that a user's own stay in order. */
 export class Faults {
+  /** Resolves when the device is lost, or has not answered in time. */
+  readonly lost: Promise<BackendError>;
   readonly #device: GPUDevice;
+  readonly #timeout: number;
   readonly #open = new Set<Promise<void>>();
   #first: BackendError | undefined;
-  #lost: BackendError | undefined;
+  #loss: BackendError | undefined;
+  #lose!: (loss: BackendError) => void;
 
-  constructor(device: DeviceHandle) {
+  constructor(device: DeviceHandle, timeout: number = TIMEOUT) {
     this.#device = device as GPUDevice;
+    this.#timeout = timeout;
+    this.lost = new Promise((resolve) => {
+      this.#lose = (loss) => resolve((this.#loss ??= loss));
+    });
     void this.#device.lost.then(({ reason, message }) => {
-      this.#lost = fault(`the device was lost (${reason || "unknown"}): ${message}. Make a new runtime`);
+      this.#lose(fault(`the device was lost (${reason || "unknown"}): ${message}. ${ADVICE}`));
     });
   }
 
   /** Runs `call` and listens for what the device thinks of it. @throws BackendError when the device is lost */
   guard<T>(what: string, call: () => T): T {
-    if (this.#lost) throw this.#lost;
+    if (this.#loss) throw this.#loss;
     const kinds = ["validation", "out-of-memory", "internal"] as const;
     for (const kind of kinds) this.#device.pushErrorScope(kind);
     try {
@@ -91,13 +132,24 @@ export class Faults {
     this.#open.add(heard);
   }
 
-  /** @throws BackendError, the first fault since the last call, or the loss of the device */
-  async settle(): Promise<void> {
-    await Promise.all(this.#open);
-    if (this.#lost) throw this.#lost;
-    const first = this.#first;
+  /**
+   * Waits for what the device was asked for. A device that is not done in time counts as lost from then on.
+   * @throws BackendError, the first fault since the last call, or the loss of the device
+   */
+  async wait(work: Promise<unknown>): Promise<void> {
+    let refused: BackendError | undefined;
+    const heard = work
+      .catch((cause: Error) => void (refused = fault(cause.message, cause)))
+      .then(() => Promise.all(this.#open));
+    try {
+      await inTime(Promise.race([heard, this.lost]), this.#timeout, "the device");
+    } catch (cause) {
+      this.#lose(fault(`${(cause as Error).message}. ${ADVICE}`, cause));
+    }
+    // The fault behind a refusal is the better message.
+    const found = this.#loss ?? this.#first ?? refused;
     this.#first = undefined;
-    if (first) throw first;
+    if (found) throw found;
   }
 }
 

@@ -5,7 +5,6 @@
 /// <reference types="@webgpu/types" />
 import * as shaders from "../../kernels/wgsl.js";
 import { align4 } from "../dtypes.ts";
-import { BackendError } from "../errors.ts";
 import type { DeviceHandle } from "./backend.ts";
 import { compile, Faults } from "./webgpu-device.ts";
 
@@ -29,11 +28,10 @@ export interface Dispatch {
   format?: number;
   /** By binding, from 1. */
   bindings: readonly Binding[];
-  /** The shader's `Job`: 32-bit words. */
+  /** The shader's `Job`, or several of them in a row: 32-bit words. */
   job: readonly number[];
-  /** Workgroups: `count` of them in x and y, `layers` in z. */
+  /** Workgroups. */
   count: number;
-  layers?: number;
 }
 
 interface Prepared {
@@ -43,15 +41,17 @@ interface Prepared {
   ids: readonly number[];
 }
 
+/** Where a job lies: in a buffer that many share, or, if it is long, in one of its own. */
 interface Slot {
   buffer: GPUBuffer;
   offset: number;
+  own: boolean;
 }
 
-/** Bytes of a slot, the alignment of uniform bindings; slots of a buffer. */
+/** Bytes of a slot, the alignment of bindings; slots of a buffer. */
 const SLOT_BYTES = 256;
 const SLOTS = 256;
-/** Dispatches that are remembered. One switch of 100 modules needs 300; more tasks than fit are prepared again. */
+/** Dispatches that are remembered. One switch of 100 modules needs 101; what does not fit is prepared again. */
 const MAX_PREPARED = 8192;
 const MAX_GROUPS = 65535;
 
@@ -70,6 +70,7 @@ export class Recorder {
   readonly #prepared = new Map<string, Prepared>();
   readonly #slots: Slot[] = [];
   readonly #slotBuffers: GPUBuffer[] = [];
+  #ownSlotBytes = 0;
   #nextId = 1;
   #encoder: GPUCommandEncoder | undefined;
   #pass: GPUComputePassEncoder | undefined;
@@ -79,20 +80,35 @@ export class Recorder {
   #temporaries: Held[] = [];
 
   /** Use `createRecorder`. */
-  constructor(device: DeviceHandle, modules: ReadonlyMap<string, GPUShaderModule>) {
+  constructor(device: DeviceHandle, modules: ReadonlyMap<string, GPUShaderModule>, timeout: number | undefined) {
     this.#device = device as GPUDevice;
-    this.#faults = new Faults(device);
+    this.#faults = new Faults(device, timeout);
     this.#modules = modules;
   }
 
-  /** Bytes of parameters. */
+  /** Resolves when the device is lost. */
+  get lost(): Promise<Error> {
+    return this.#faults.lost;
+  }
+
+  /** Whether the shader of that name can run on this device. */
+  has(shader: keyof typeof shaders): boolean {
+    return this.#modules.has(shader);
+  }
+
+  /** Bytes of jobs. */
   get reserved(): number {
-    return this.#slotBuffers.length * SLOTS * SLOT_BYTES;
+    return this.#slotBuffers.length * SLOTS * SLOT_BYTES + this.#ownSlotBytes;
   }
 
   /** A zeroed buffer of `size` bytes, a multiple of 4. Lack of memory is reported by `finish`. */
   create(label: string, size: number): Held {
     return { id: this.#nextId++, buffer: this.#buffer(label, size, STORAGE | COPY_SRC | COPY_DST) };
+  }
+
+  /** A buffer of the caller's. */
+  adopt(buffer: object): Held {
+    return { id: this.#nextId++, buffer: buffer as GPUBuffer };
   }
 
   /** As `create`, until the commands recorded next are submitted. */
@@ -108,12 +124,15 @@ export class Recorder {
 
   destroy({ id, buffer }: Held): void {
     if (this.#waiting.has(id)) this.submit();
-    for (const [key, { ids, slot }] of this.#prepared) {
-      if (!ids.includes(id)) continue;
-      this.#prepared.delete(key);
-      this.#slots.push(slot);
-    }
+    for (const [key, prepared] of this.#prepared) if (prepared.ids.includes(id)) this.#forget(key, prepared);
     buffer.destroy();
+  }
+
+  #forget(key: string, { slot }: Prepared): void {
+    this.#prepared.delete(key);
+    if (!slot.own) return void this.#slots.push(slot);
+    this.#ownSlotBytes -= slot.buffer.size;
+    slot.buffer.destroy();
   }
 
   /** Writes bytes at a multiple of 4, zero-padded to one, after everything recorded that uses the buffer. */
@@ -136,8 +155,8 @@ export class Recorder {
 
   /** Records a kernel. */
   dispatch(dispatch: Dispatch): void {
-    const { count, layers = 1 } = dispatch;
-    if (count === 0 || layers === 0) return;
+    const { count } = dispatch;
+    if (count === 0) return;
     const { pipeline, group, ids } = this.#prepare(dispatch);
     this.#encoder ??= this.#device.createCommandEncoder({ label: "eigenlora" });
     this.#pass ??= this.#encoder.beginComputePass({ label: "eigenlora" });
@@ -145,7 +164,7 @@ export class Recorder {
     const y = Math.ceil(count / MAX_GROUPS);
     this.#pass.setPipeline(pipeline);
     this.#pass.setBindGroup(0, group);
-    this.#pass.dispatchWorkgroups(Math.ceil(count / y), y, layers);
+    this.#pass.dispatchWorkgroups(Math.ceil(count / y), y);
   }
 
   #commands(...ids: readonly number[]): GPUCommandEncoder {
@@ -157,20 +176,19 @@ export class Recorder {
 
   #prepare({ shader, entry, format, bindings, job }: Dispatch): Prepared {
     const places = bindings.map(({ held, offset, size }) => `${held.id}+${offset}:${size}`);
-    const key = `${entry} ${format} ${places.join(" ")} ${job.join(" ")}`;
+    const key = `${shader} ${entry} ${format} ${places.join(" ")} ${job.join(" ")}`;
     const known = this.#prepared.get(key);
     if (known) return known;
     if (this.#prepared.size >= MAX_PREPARED) {
       this.submit();
-      for (const { slot } of this.#prepared.values()) this.#slots.push(slot);
-      this.#prepared.clear();
+      for (const [known, prepared] of this.#prepared) this.#forget(known, prepared);
     }
     const pipeline = this.#pipeline(shader, entry, format);
-    const slot = this.#slots.pop() ?? this.#moreSlots();
+    const slot = this.#slot(4 * job.length);
     this.#device.queue.writeBuffer(slot.buffer, slot.offset, Uint32Array.from(job));
     const label = `eigenlora ${entry}`;
     const entries = [
-      { buffer: slot.buffer, offset: slot.offset, size: SLOT_BYTES },
+      { buffer: slot.buffer, offset: slot.offset, size: 4 * job.length },
       ...bindings.map(({ held, offset, size }) => ({ buffer: held.buffer, offset, size })),
     ].map((resource, binding) => ({ binding, resource }));
     const group = this.#faults.guard(label, () =>
@@ -182,7 +200,7 @@ export class Recorder {
   }
 
   #pipeline(shader: string, entryPoint: string, format: number | undefined): GPUComputePipeline {
-    const label = `eigenlora ${entryPoint}${format === undefined ? "" : ` ${format}`}`;
+    const label = `eigenlora ${shader} ${entryPoint}${format === undefined ? "" : ` ${format}`}`;
     const known = this.#pipelines.get(label);
     if (known) return known;
     const pipeline = this.#faults.guard(label, () =>
@@ -200,11 +218,18 @@ export class Recorder {
     return pipeline;
   }
 
-  #moreSlots(): Slot {
-    const buffer = this.#buffer("eigenlora parameters", SLOTS * SLOT_BYTES, UNIFORM | COPY_DST);
-    this.#slotBuffers.push(buffer);
-    for (let i = SLOTS - 1; i > 0; i--) this.#slots.push({ buffer, offset: i * SLOT_BYTES });
-    return { buffer, offset: 0 };
+  #slot(bytes: number): Slot {
+    const usage = UNIFORM | STORAGE | COPY_DST;
+    if (bytes > SLOT_BYTES) {
+      this.#ownSlotBytes += bytes;
+      return { buffer: this.#buffer("eigenlora jobs", bytes, usage), offset: 0, own: true };
+    }
+    if (this.#slots.length === 0) {
+      const buffer = this.#buffer("eigenlora jobs", SLOTS * SLOT_BYTES, usage);
+      this.#slotBuffers.push(buffer);
+      for (let i = SLOTS - 1; i >= 0; i--) this.#slots.push({ buffer, offset: i * SLOT_BYTES, own: false });
+    }
+    return this.#slots.pop()!;
   }
 
   /** Hands everything recorded to the device, in one command buffer. */
@@ -224,9 +249,7 @@ export class Recorder {
   /** Submits, and resolves when the device is done. @throws BackendError with what went wrong since the last call */
   async finish(): Promise<void> {
     this.submit();
-    // On a lost device this may reject; the loss itself is the better message.
-    await this.#device.queue.onSubmittedWorkDone().catch(() => undefined);
-    await this.#faults.settle();
+    await this.#faults.wait(this.#device.queue.onSubmittedWorkDone());
   }
 
   /** `size` bytes from `offset`, after everything recorded. */
@@ -238,35 +261,34 @@ export class Recorder {
     try {
       this.#commands(from.id).copyBufferToBuffer(from.buffer, start, buffer, 0, whole);
       this.submit();
-      const refused = await buffer.mapAsync(MAP_READ).then(
-        () => undefined,
-        (cause: Error) => new BackendError(`webgpu: bytes cannot be read: ${cause.message}`, { backend: "webgpu", cause }),
-      );
-      // The fault behind a refusal is the better message.
-      await this.#faults.settle();
-      if (refused) throw refused;
+      await this.#faults.wait(buffer.mapAsync(MAP_READ));
       return new Uint8Array(buffer.getMappedRange()).slice(offset - start, offset - start + size);
     } finally {
       buffer.destroy();
     }
   }
 
-  /** Drops what is recorded and frees the parameters; the buffers are the caller's. */
+  /** Drops what is recorded and frees the jobs; other buffers are the caller's to free. */
   dispose(): void {
     this.#encoder = this.#pass = undefined;
     this.#waiting.clear();
     for (const { buffer } of this.#temporaries) buffer.destroy();
+    for (const [key, prepared] of this.#prepared) this.#forget(key, prepared);
     for (const buffer of this.#slotBuffers) buffer.destroy();
     this.#temporaries = [];
     this.#slotBuffers.length = this.#slots.length = 0;
-    this.#prepared.clear();
   }
 }
 
-/** @throws BackendError when the device refuses a shader */
-export async function createRecorder(device: DeviceHandle): Promise<Recorder> {
+/**
+ * @param timeout as in `DeviceOptions`
+ * @throws BackendError when the device refuses a shader
+ */
+export async function createRecorder(device: DeviceHandle, timeout: number | undefined): Promise<Recorder> {
+  const { features } = device as GPUDevice;
+  const usable = Object.entries(shaders).filter(([, code]) => features.has("shader-f16") || !code.includes("enable f16;"));
   const modules = await Promise.all(
-    Object.entries(shaders).map(async ([name, code]) => [name, await compile(device, `${name}.wgsl`, code)] as const),
+    usable.map(async ([name, code]) => [name, await compile(device, `${name}.wgsl`, code)] as const),
   );
-  return new Recorder(device, new Map(modules));
+  return new Recorder(device, new Map(modules), timeout);
 }

@@ -3,74 +3,38 @@
  * at once. Blocks are buffers of their own; what crosses the bus is what is uploaded and read.
  */
 /// <reference types="@webgpu/types" />
-import { align4, rowBytes, scaleBytes, tensorBytes, TENSOR_TYPES, type TensorType } from "../dtypes.ts";
-import { BackendError } from "../errors.ts";
-import type { Backend, Block, DeviceHandle, ExpandJob, FoldJob, Owner, ScaleJob, Slice } from "./backend.ts";
-import { checkApart, checkCount, checkExpand, checkFold, checkScale, checkSlice } from "./checks.ts";
-import { openDevice } from "./webgpu-device.ts";
-import { createRecorder, type Binding, type Held } from "./webgpu-recorder.ts";
+import { align4, rowBytes, tensorBytes, TENSOR_TYPES, type TensorType } from "../dtypes.ts";
+import type { Backend, DeviceBuffer, ExpandJob, FoldJob, ProjectJob, ScaleJob, Slice } from "./backend.ts";
+import { checkApart, checkExpand, checkFold, checkProject, checkScale, checkSlice } from "./checks.ts";
+import { Batch } from "./webgpu-batch.ts";
+import { Blocks, type Bound } from "./webgpu-blocks.ts";
+import { openDevice, type DeviceOptions } from "./webgpu-device.ts";
+import { createRecorder } from "./webgpu-recorder.ts";
 
-export interface WebgpuOptions {
-  /** The device to compute on, which stays the caller's. Absent: one is requested, and destroyed by `dispose`. */
-  device?: DeviceHandle;
+export interface WebgpuOptions extends DeviceOptions {
   /** Most bytes that a kernel sees of one buffer, if less than the device allows: larger weights are folded in parts. */
   bindingBytes?: number;
 }
 
-/** Of the kernels: columns or words of a workgroup; rows of a fold's tile; ranks of an expansion; columns of a norm. */
+/** Of the kernels: columns or words of a workgroup; rows of a fold's tile; rows of an expansion or projection; columns of a norm. */
 const LANES = 64;
 const TILE_ROWS = 8;
-const RANKS = 8;
+const ROWS = 8;
 const ACROSS = 16;
-
-/** What a kernel sees of a slice: a binding, and the slice's first byte in it. */
-interface Bound {
-  binding: Binding;
-  at: number;
-}
 
 /**
  * A backend on the device given, or on one of the system's.
  * @throws BackendError when there is no WebGPU, no adapter, no device, or a shader is refused
  */
 export async function createWebgpuBackend(options: WebgpuOptions = {}): Promise<Backend> {
-  const { device, description, close } = await openDevice(options.device);
+  const { device, description, close } = await openDevice(options);
   const { limits } = device as GPUDevice;
   const bindingBytes = Math.min(options.bindingBytes ?? Infinity, limits.maxStorageBufferBindingSize);
   const alignment = limits.minStorageBufferOffsetAlignment;
-  const recorder = await createRecorder(device);
-  const blocks = new Map<Block, Held & { owner: Owner }>();
-
-  function held(name: string, { block }: Slice): Held {
-    const found = blocks.get(block);
-    if (found === undefined) throw new TypeError(`${name}.block is not held by this backend; was it freed?`);
-    return found;
-  }
-
-  /** @param apart the result, if this is an input: where both share a buffer, the kernel gets a copy */
-  function bind(name: string, slice: Slice, byteLength: number, apart?: Slice): Bound {
-    const from = held(name, slice);
-    let { byteOffset } = slice;
-    // A binding cannot be empty.
-    if (byteLength === 0) byteOffset = 0;
-    const end = Math.max(align4(byteOffset + byteLength), 4);
-    if (apart?.block === slice.block) {
-      const start = byteOffset - (byteOffset % 4);
-      const copied = recorder.temporary(end - start);
-      recorder.copy(from, start, copied, 0, end - start);
-      return { binding: { held: copied, offset: 0, size: end - start }, at: byteOffset - start };
-    }
-    const offset = byteOffset - (byteOffset % alignment);
-    const size = end - offset;
-    if (size > bindingBytes) {
-      throw new BackendError(
-        `webgpu: ${name} has ${byteLength} bytes; a kernel of this device sees at most ${bindingBytes}. ` +
-          "Use a device with a larger maxStorageBufferBindingSize, or the wasm backend",
-        { backend: "webgpu" },
-      );
-    }
-    return { binding: { held: from, offset, size }, at: byteOffset - offset };
-  }
+  const recorder = await createRecorder(device, options.timeout);
+  const blocks = new Blocks(recorder, { bindingBytes, alignment, bufferBytes: limits.maxBufferSize });
+  const batch = new Batch(recorder, blocks);
+  const bind: Blocks["bind"] = (...of) => blocks.bind(...of);
 
   /** Ranges of `byteLength` bytes, each as long as a binding allows wherever it begins. */
   function pieces(byteLength: number): [start: number, length: number][] {
@@ -107,12 +71,13 @@ export async function createWebgpuBackend(options: WebgpuOptions = {}): Promise<
     const right = bind("right", job.right, 4 * rank * columns, out);
     const scaleOfRow = rowScale ? bind("rowScale", rowScale, 4 * rows, out) : left;
     const scaleOfColumn = columnScale ? bind("columnScale", columnScale, 4 * columns, out) : left;
-    const perWord = 4 / size;
+    const native = type === "f16" && recorder.has("fold_f16");
+    const perWord = native ? 1 : 4 / size;
     const inputs = [left, right, scaleOfRow, scaleOfColumn, ...(inPlace ? [] : [source])];
     recorder.dispatch({
-      shader: "fold",
+      shader: native ? "fold_f16" : "fold",
       entry: inPlace ? "fold_in_place" : "fold",
-      format: code(type),
+      ...(native ? {} : { format: code(type) }),
       bindings: [target, ...inputs].map(({ binding }) => binding),
       job: [
         ...[rows, columns, stride, rank, first, end, target.at / size, source.at / size, left.at / 4, right.at / 4],
@@ -126,33 +91,19 @@ export async function createWebgpuBackend(options: WebgpuOptions = {}): Promise<
     name: "webgpu",
     variant: description,
 
-    allocate(byteLength: number, owner: Owner): Block {
-      checkCount("byteLength", byteLength, Number.MAX_SAFE_INTEGER);
-      const size = padded(byteLength);
-      if (size > limits.maxBufferSize) {
-        throw new BackendError(
-          `webgpu: no memory for ${byteLength} bytes (${owner}); ` +
-            `a buffer of this device has at most ${limits.maxBufferSize}`,
-          { backend: "webgpu" },
-        );
-      }
-      const created = recorder.create(`eigenlora ${owner}`, size);
-      const block: Block = { byteLength, device: created.buffer };
-      blocks.set(block, { ...created, owner });
-      return block;
-    },
+    allocate: (byteLength, owner) => blocks.allocate(byteLength, owner),
+    adopt: (buffer: DeviceBuffer) => blocks.adopt(buffer),
 
-    free(block: Block): void {
-      const found = blocks.get(block);
-      if (found === undefined) return;
-      blocks.delete(block);
-      recorder.destroy(found);
+    free(block) {
+      batch.flush();
+      blocks.free(block);
     },
 
     upload(to: Slice, bytes: Uint8Array): void {
-      const target = held("to", to);
+      const target = blocks.held("to", to);
       checkSlice("to", to, bytes.byteLength);
       if (bytes.byteLength === 0) return;
+      batch.flush();
       if (wordwise(to, bytes.byteLength)) return recorder.write(target, to.byteOffset, bytes);
       for (const [start, length] of pieces(bytes.byteLength)) {
         const size = align4(length);
@@ -163,12 +114,13 @@ export async function createWebgpuBackend(options: WebgpuOptions = {}): Promise<
     },
 
     copy(from: Slice, to: Slice, byteLength: number): void {
-      const source = held("from", from);
-      const target = held("to", to);
+      const source = blocks.held("from", from);
+      const target = blocks.held("to", to);
       checkSlice("from", from, byteLength);
       checkSlice("to", to, byteLength);
       checkApart("to", to, byteLength, "from", from, byteLength);
       if (byteLength === 0) return;
+      batch.flush();
       if (from.byteOffset % 4 === 0 && from.block !== to.block && wordwise(to, byteLength)) {
         return recorder.copy(source, from.byteOffset, target, to.byteOffset, align4(byteLength));
       }
@@ -178,27 +130,35 @@ export async function createWebgpuBackend(options: WebgpuOptions = {}): Promise<
     },
 
     async read(at: Slice, byteLength: number): Promise<Uint8Array<ArrayBuffer>> {
-      const source = held("at", at);
+      const source = blocks.held("at", at);
       checkSlice("at", at, byteLength);
+      batch.flush();
       return recorder.read(source, at.byteOffset, byteLength);
     },
 
     expand(job: ExpandJob): void {
       checkExpand(job);
-      const { type, rank, rows, width } = job;
+      const { type, rank, rows, width, add } = job;
       if (rank === 0 || width === 0) return;
-      const out = bind("out", job.out, 4 * rank * width);
-      const coefficients = bind("coefficients", job.coefficients, 4 * rank * rows, job.out);
-      const basis = bind("basis", job.basis, tensorBytes(type, rows, width), job.out);
-      const packed = basis.at + scaleBytes(type, rows);
-      recorder.dispatch({
-        shader: "expand",
-        entry: "expand",
-        format: code(type),
-        bindings: [out, coefficients, basis].map(({ binding }) => binding),
-        job: [rank, rows, width, out.at / 4, coefficients.at / 4, basis.at / 4, packed, rowBytes(type, width)],
-        count: Math.ceil(width / LANES),
-        layers: Math.ceil(rank / RANKS),
+      batch.add({
+        ...{ shader: "expand", type, count: rank, rows, width, add },
+        out: { name: "out", slice: job.out, byteLength: 4 * rank * width },
+        numbers: { name: "coefficients", slice: job.coefficients, byteLength: 4 * rank * rows },
+        basis: { name: "basis", slice: job.basis, byteLength: tensorBytes(type, rows, width) },
+        workgroups: Math.ceil(width / LANES) * Math.ceil(rank / ROWS),
+      });
+    },
+
+    project(job: ProjectJob): void {
+      checkProject(job);
+      const { type, count, rows, width } = job;
+      if (count === 0 || rows === 0) return;
+      batch.add({
+        ...{ shader: "project", type, count, rows, width },
+        out: { name: "out", slice: job.out, byteLength: 4 * count * rows },
+        numbers: { name: "x", slice: job.x, byteLength: 4 * count * width },
+        basis: { name: "basis", slice: job.basis, byteLength: tensorBytes(type, rows, width) },
+        workgroups: rows * Math.ceil(count / ROWS),
       });
     },
 
@@ -206,6 +166,7 @@ export async function createWebgpuBackend(options: WebgpuOptions = {}): Promise<
       checkFold(job);
       const { type, rows, columns, stride, rank, out, base } = job;
       if (rows === 0 || columns === 0) return;
+      batch.flush();
       const rowSize = stride * rowBytes(type, 1);
       if (rank === 0 && stride === columns && !job.rowScale && !job.columnScale) {
         if (out.block !== base.block || out.byteOffset !== base.byteOffset) backend.copy(base, out, rows * rowSize);
@@ -222,6 +183,7 @@ export async function createWebgpuBackend(options: WebgpuOptions = {}): Promise<
       const { type, rows, columns, stride, rank, axis } = job;
       const length = axis === "rows" ? rows : columns;
       if (length === 0) return;
+      batch.flush();
       const size = rowBytes(type, 1);
       const out = bind("out", job.out, 4 * length);
       const base = bind("base", job.base, rows === 0 ? 0 : ((rows - 1) * stride + columns) * size, job.out);
@@ -241,21 +203,18 @@ export async function createWebgpuBackend(options: WebgpuOptions = {}): Promise<
       });
     },
 
-    finish: () => recorder.finish(),
-
-    memory(): Record<Owner, number> & { reserved: number } {
-      const total = { basis: 0, coefficients: 0, pristine: 0, active: 0, scratch: 0, reserved: recorder.reserved };
-      for (const [{ byteLength }, { owner }] of blocks) {
-        total[owner] += byteLength;
-        total.reserved += padded(byteLength) - byteLength;
-      }
-      return total;
+    async finish(): Promise<void> {
+      batch.flush();
+      await recorder.finish();
     },
+
+    memory: () => blocks.memory(),
+    device,
+    lost: recorder.lost,
 
     dispose(): void {
       recorder.dispose();
-      for (const { buffer } of blocks.values()) buffer.destroy();
-      blocks.clear();
+      blocks.dispose();
       close();
     },
   };
@@ -268,9 +227,4 @@ function after({ block, byteOffset }: Slice, bytes: number): Slice {
 
 function code(type: TensorType): number {
   return TENSOR_TYPES.indexOf(type);
-}
-
-/** Whole words, and at least one vector, so that no binding is empty. */
-function padded(byteLength: number): number {
-  return Math.max(16, align4(byteLength));
 }

@@ -231,7 +231,7 @@ async function writeInputs(
   out: Output,
 ): Promise<WrittenInputs> {
   const stem = target.replace(/\.onnx$/i, "");
-  const { backend } = await createBackend();
+  const { backend } = await createBackend({ webgpu: false });
   try {
     const evaluator = new TaskEvaluator(pack, plan.base, inputs, new Workbench(backend, pack.modules, bases));
     const folder = `${stem}.tasks`;

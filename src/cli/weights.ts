@@ -7,7 +7,7 @@ import { peftFiles } from "../adapters/export.ts";
 import { taskAdapter } from "../pack/expand.ts";
 import { openPack } from "../pack/pack.ts";
 import { safetensorsHost } from "../runtime/host.ts";
-import { createRuntime } from "../runtime/runtime.ts";
+import { createRuntime } from "../runtime/create.ts";
 import { writeSafetensors, type SafetensorsEntry } from "../safetensors-writer.ts";
 import { openSafetensors } from "../safetensors.ts";
 import { openSource } from "../source.ts";
@@ -51,7 +51,7 @@ export async function foldCommand(args: Arguments): Promise<Result> {
   const source = await openSource(required(args, "base"));
   try {
     const base = await openSafetensors(source);
-    const runtime = await createRuntime(pack, { base: safetensorsHost(base) });
+    const runtime = await createRuntime(pack, { base: safetensorsHost(base), webgpu: false });
     try {
       const report = await runtime.switchTask(task);
       const folded = runtime.changes();

@@ -39,7 +39,10 @@ export interface Transaction {
   rollback(): void | Promise<void>;
 }
 
-/** Holds the weights of a base model. */
+/**
+ * Holds the weights of a base model. Weights whose `view` is a buffer of a device are folded into in place, and `write` is not
+ * called for them; the transaction's `commit` says when they are whole.
+ */
 export interface WeightHost {
   list(): Iterable<Parameter>;
   /** The parameter's bytes, in `into` when given. Called before any write, so what it returns is pristine. */
@@ -59,8 +62,19 @@ export interface Tensor {
   layout?: Layout;
 }
 
+/** A weight on the WebGPU device that is given as `webgpu: { device }`. The runtime folds into the buffer in place. */
+export interface DeviceTensor {
+  dtype: FloatType;
+  shape: readonly number[];
+  /** With usage STORAGE | COPY_SRC | COPY_DST. */
+  buffer: DeviceBuffer;
+  /** First byte of the weight; 0 unless given. */
+  byteOffset?: number;
+  layout?: Layout;
+}
+
 /** Whatever can serve as the base model: a host, tensors by parameter name, or a safetensors file. */
-export type BaseInput = WeightHost | Map<string, Tensor> | SourceInput;
+export type BaseInput = WeightHost | Map<string, Tensor | DeviceTensor> | SourceInput;
 
 /** @throws TypeError when `base` is none of the accepted kinds; SourceError, FormatError when the file cannot be read */
 export async function openHost(base: BaseInput, options: FetchOptions & ReadOptions = {}): Promise<WeightHost> {
@@ -110,8 +124,21 @@ function fill(into: Uint8Array | undefined, bytes: Uint8Array): Uint8Array {
   return into;
 }
 
-function bytesOf({ data }: Tensor): Uint8Array {
-  return new Uint8Array(data.buffer, data.byteOffset, data.byteLength);
+/** Whether data lies on a device. */
+export function onDevice(data: View["data"]): data is DeviceBuffer {
+  return !ArrayBuffer.isView(data);
+}
+
+function viewOf(tensor: Tensor | DeviceTensor): View {
+  const { dtype, shape } = tensor;
+  if ("buffer" in tensor) return { dtype, shape, data: tensor.buffer, byteOffset: tensor.byteOffset ?? 0 };
+  const { buffer, byteOffset, byteLength } = tensor.data;
+  return { dtype, shape, data: new Uint8Array(buffer, byteOffset, byteLength), byteOffset: 0 };
+}
+
+/** Bytes of a parameter. */
+export function byteLengthOf({ dtype, shape }: { dtype: FloatType; shape: readonly number[] }): number {
+  return shape.reduce((a, b) => a * b, SIZE[dtype]);
 }
 
 const SIZE: Record<FloatType, number> = { f32: 4, f16: 2, bf16: 2 };
@@ -120,30 +147,32 @@ const SIZE: Record<FloatType, number> = { f32: 4, f16: 2, bf16: 2 };
  * Tensors in the user's memory, written in place. Added parameters become new entries of the map.
  * @throws BaseMismatchError when a tensor's data is not as long as its shape says, for instance because it was transferred
  */
-export function memoryHost(tensors: Map<string, Tensor>): WeightHost {
+export function memoryHost(tensors: Map<string, Tensor | DeviceTensor>): WeightHost {
   const checkSizes = (): void => {
-    for (const [name, { dtype, shape, data }] of tensors) {
-      const bytes = shape.reduce((a, b) => a * b, SIZE[dtype]);
-      if (data.byteLength === bytes) continue;
+    for (const [name, tensor] of tensors) {
+      const { dtype, shape } = tensor;
+      const bytes = byteLengthOf(tensor);
+      const found = "buffer" in tensor ? tensor.buffer.size - (tensor.byteOffset ?? 0) : tensor.data.byteLength;
+      if ("buffer" in tensor ? found >= bytes : found === bytes) continue;
       throw new BaseMismatchError(
-        `base tensor "${name}": ${dtype} [${shape.join(", ")}] needs ${bytes} bytes, its data has ${data.byteLength}`,
-        { module: name, expected: bytes, found: data.byteLength },
+        `base tensor "${name}": ${dtype} [${shape.join(", ")}] needs ${bytes} bytes, its data has ${found}`,
+        { module: name, expected: bytes, found },
       );
     }
   };
   checkSizes();
-  const view = (name: string): View & { data: Uint8Array } => {
+  const view = (name: string): View => {
     const tensor = tensors.get(name);
     if (!tensor) throw new RangeError(`the base has no tensor "${name}"`);
-    return { dtype: tensor.dtype, shape: tensor.shape, data: bytesOf(tensor), byteOffset: 0 };
+    return viewOf(tensor);
   };
   return {
     *list() {
       for (const [name, { dtype, shape, layout }] of tensors) yield { name, dtype, shape, ...(layout ? { layout } : {}) };
     },
     async read(name, into) {
-      const { dtype, shape, data } = view(name);
-      return { dtype, shape, data: fill(into, data), byteOffset: 0 };
+      const found = view(name);
+      return onDevice(found.data) ? found : { ...found, data: fill(into, found.data) };
     },
     view,
     begin() {
@@ -158,13 +187,13 @@ export function memoryHost(tensors: Map<string, Tensor>): WeightHost {
             undo.push(() => old && tensors.set(name, old));
             return;
           }
-          const bytes = view.data as Uint8Array;
-          if (old && old.dtype === view.dtype && old.data.byteLength === bytes.length && sameShape(old.shape, view.shape)) {
-            bytesOf(old).set(bytes);
+          const { dtype, shape, data, byteOffset } = view;
+          const before = old && viewOf(old).data;
+          if (before && !onDevice(before) && !onDevice(data) && old.dtype === dtype && sameShape(old.shape, shape)) {
+            before.set(data);
             return;
           }
-          const { dtype, shape } = view;
-          tensors.set(name, { dtype, shape: [...shape], data: bytes.slice() });
+          tensors.set(name, { dtype, shape: [...shape], ...(onDevice(data) ? { buffer: data, byteOffset } : { data: data.slice() }) });
           undo.push(() => (old ? tensors.set(name, old) : tensors.delete(name)));
         },
         commit() {},

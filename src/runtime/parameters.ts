@@ -7,7 +7,7 @@ import { decodeTensor, encodeFloats, rowBytes, type FloatType } from "../dtypes.
 import { BaseMismatchError, TaskError } from "../errors.ts";
 import type { TaskParameter } from "../pack/format.ts";
 import type { Pack } from "../pack/pack.ts";
-import { sameShape, type View, type WeightHost } from "./host.ts";
+import type { View, WeightHost } from "./host.ts";
 import type { Locator } from "./locate.ts";
 import type { Part } from "./stage.ts";
 
@@ -18,7 +18,8 @@ export interface Replacement {
   added: boolean;
 }
 
-interface Change {
+/** A task's version of a parameter. */
+export interface Change {
   part: Part;
   parameter: TaskParameter;
 }
@@ -32,12 +33,13 @@ export class Parameters {
   readonly #pool = new Map<number, Uint8Array<ArrayBuffer>[]>();
   /** Decoded values on their way from a blob to a parameter. */
   #values = new Float32Array(0);
-  readonly #host: WeightHost | undefined;
+  /** Where the base's values are read. */
+  host: WeightHost | undefined;
   readonly #base: Locator;
   readonly #pristine = new Map<string, View & { data: Uint8Array }>();
 
   constructor(host: WeightHost | undefined, base: Locator) {
-    this.#host = host;
+    this.host = host;
     this.#base = base;
   }
 
@@ -99,13 +101,19 @@ export class Parameters {
     for (const [name, list] of changes) {
       const base = this.#base.parameters.get(name);
       if (base && !this.#pristine.has(name)) {
-        const view = await this.#host!.read(name, undefined, { signal });
+        const view = await this.host!.read(name, undefined, { signal });
         // A writable host reads its live memory: what is pristine now must be copied.
-        const data = this.#host!.begin ? (view.data as Uint8Array).slice() : (view.data as Uint8Array);
+        const data = this.host!.begin ? (view.data as Uint8Array).slice() : (view.data as Uint8Array);
         this.#pristine.set(name, { ...view, data });
       }
       const saved = list.filter((c) => c.parameter.role === "saved");
-      out.set(name, saved.length > 0 ? this.#saved(name, saved, pack) : this.#difference(name, list));
+      if (saved.length > 0) out.set(name, await this.#saved(name, saved, pack));
+      else {
+        const pristine = this.#pristine.get(name);
+        // Biases and token rows.
+        const { values, shape } = (await import("./mixed.ts")).addDifferences(name, list, pristine);
+        out.set(name, this.#replacement(name, values, shape, pristine?.dtype ?? "f32", false));
+      }
     }
     return out;
   }
@@ -116,8 +124,8 @@ export class Parameters {
     const found = this.#base.names.find(name);
     if ("name" in found) return found.name;
     if (role === "saved" && !found.ambiguous) return name;
-    if (!this.#host && role === "bias" && alone) return name;
-    if (!this.#host) {
+    if (!this.host && role === "bias" && alone) return name;
+    if (!this.host) {
       throw new TaskError(`task "${task}" changes "${name}" (${role}), which needs the base's values: pass \`base\``, {
         task,
       });
@@ -131,67 +139,12 @@ export class Parameters {
   }
 
   /** A saved module: one task's, or the weighted mean of several with the same labels. Strength never scales a head. */
-  #saved(name: string, changes: readonly Change[], pack: Pack): Replacement {
+  async #saved(name: string, changes: readonly Change[], pack: Pack): Promise<Replacement> {
     const first = changes[0]!;
     const values = this.#decode(first);
-    if (changes.length > 1) this.#blend(name, values, changes, pack);
+    if (changes.length > 1) (await import("./mixed.ts")).blendHeads(name, values, changes, pack);
     const base = this.#base.parameters.get(name);
     return this.#replacement(name, values, first.parameter.shape, base?.dtype ?? "f32", !base);
-  }
-
-  /** values = Σ share · task's values, where `values` are the first task's. */
-  #blend(name: string, values: Float32Array, changes: readonly Change[], pack: Pack): void {
-    const first = changes[0]!;
-    const { tasks } = pack;
-    const labels = ({ part }: Change): string => JSON.stringify(tasks.get(part.id)?.metadata.labels ?? null);
-    for (const change of changes) {
-      if (labels(change) === labels(first) && sameShape(change.parameter.shape, first.parameter.shape)) continue;
-      throw new TaskError(
-        `"${first.part.id}" and "${change.part.id}" have different labels: say whose "${name}" to use, ` +
-          `{ head: "${first.part.id}" }`,
-        { task: change.part.id },
-      );
-    }
-    const total = changes.reduce((s, c) => s + c.part.weight, 0);
-    if (!(total > 0)) {
-      throw new TaskError(`the strengths add up to ${total}: say whose "${name}" to use, { head: id }`, {
-        task: first.part.id,
-      });
-    }
-    for (let i = 0; i < values.length; i++) values[i]! *= first.part.weight / total;
-    for (const change of changes.slice(1)) {
-      decodeParameter(change).forEach((v, i) => (values[i]! += (change.part.weight / total) * v));
-    }
-  }
-
-  /** Biases and token rows: base + Σ strength · (task − base); exactly the task's values for one task at strength 1. */
-  #difference(name: string, changes: readonly Change[]): Replacement {
-    const base = this.#pristine.get(name);
-    const shape = base?.shape ?? changes[0]!.parameter.shape;
-    const count = shape.reduce((a, b) => a * b, 1);
-    const width = shape[shape.length - 1]!;
-    const original = base ? decodeTensor(base.dtype, viewBytes(base), 1, count) : new Float32Array(count);
-    const values = original.slice();
-    for (const change of changes) {
-      const { part, parameter } = change;
-      const { indices } = parameter;
-      const fits = indices
-        ? parameter.shape[1] === width && shape.length === 2 && indices[indices.length - 1]! < shape[0]!
-        : sameShape(parameter.shape, shape);
-      if (!fits) {
-        throw new BaseMismatchError(
-          `task "${part.id}" brings "${name}" (${parameter.role}) of [${parameter.shape}], the base's is [${shape}]`,
-          { module: name, expected: shape, found: parameter.shape },
-        );
-      }
-      decodeParameter(change).forEach((v, i) => {
-        const at = indices ? indices[Math.floor(i / width)]! * width + (i % width) : i;
-        if (parameter.role === "bias-delta") values[at]! += part.weight * v;
-        else if (part.weight === 1 && changes.length === 1) values[at] = v;
-        else values[at]! += part.weight * (v - original[at]!);
-      });
-    }
-    return this.#replacement(name, values, shape, base?.dtype ?? "f32", false);
   }
 
   /** In memory that the next call uses again. */
@@ -221,19 +174,4 @@ export class Parameters {
       throw new TaskError(`"${name}" does not fit the base's ${dtype}: ${(cause as Error).message}`, { task: name, cause });
     }
   }
-}
-
-/** In new memory. */
-function decodeParameter({ part, parameter: { tensor } }: Change): Float32Array {
-  const bytes = part.blob.bytes.subarray(tensor.byteOffset, tensor.byteOffset + tensor.byteLength);
-  return decodeTensor(tensor.type, bytes, tensor.rows, tensor.width);
-}
-
-/** The bytes of a view, padded to a multiple of 4 for the decoder where they are not. */
-function viewBytes(view: View & { data: Uint8Array }): Uint8Array {
-  const bytes = view.data.subarray(view.byteOffset);
-  if (bytes.length % 4 === 0) return bytes;
-  const padded = new Uint8Array(bytes.length + (4 - (bytes.length % 4)));
-  padded.set(bytes);
-  return padded;
 }

@@ -3,42 +3,18 @@
  * each of them happen as a whole or not at all. The arithmetic is the backend's, the bytes are the pack's, the weights are
  * the host's.
  */
-import type { Owner, Slice } from "../backends/backend.ts";
-import { createBackend, type BackendOptions } from "../backends/select.ts";
+import type { DeviceHandle, Owner, Slice } from "../backends/backend.ts";
 import { BackendError } from "../errors.ts";
 import { nearest, type NameMatcher } from "../names.ts";
 import type { Pack } from "../pack/pack.ts";
-import type { FetchOptions } from "../source.ts";
-import { openHost, type BaseInput, type View, type WeightHost } from "./host.ts";
-import { Locator } from "./locate.ts";
+import { byteLengthOf, onDevice, type View, type WeightHost } from "./host.ts";
+import type { Locator } from "./locate.ts";
 import { Parameters, type Replacement } from "./parameters.ts";
-import { findSlots, loadSlots, readWeight, type Slot } from "./slots.ts";
+import { readWeight, type Slot } from "./slots.ts";
 import { copySelection, loadParts, refuseMagnitudes, type Selection } from "./selection.ts";
 import { stage, type ModulePlan } from "./stage.ts";
-import type { Unfolded } from "./unfold.ts";
-import { at, Workbench } from "./workbench.ts";
-
-export interface RuntimeOptions extends BackendOptions, FetchOptions {
-  /** The base model's weights. Needed for mode "folded"; in the others only for DoRA and for biases. */
-  base?: BaseInput;
-  /**
-   * `folded`: W0 + ΔW is written where the weights are. `factors`: A and B of the active task are handed out. `core`: the
-   * product of the coefficients is handed out, for a model that has the components built in. Folded when there is a base.
-   */
-  mode?: "folded" | "factors" | "core";
-  /**
-   * `copy` keeps the pristine weights in memory. `reload` reads them again at each switch: half the resident memory, for a
-   * base that is a file. `copy` unless given.
-   */
-  policy?: "copy" | "reload";
-  /** Names of weights in the base, by module name of the pack, where matching by suffix does not find them. */
-  names?: ReadonlyMap<string, string>;
-  /** Accept a base whose fingerprint differs, for instance one that was trained further. */
-  anyBase?: boolean;
-  /** Parameters of tasks that are left out, by the pack's names: "classifier.weight". */
-  ignore?: Iterable<string>;
-  signal?: AbortSignal;
-}
+import type { BaseWeight, Unfolded } from "./unfold.ts";
+import { at, type Workbench } from "./workbench.ts";
 
 export interface SwitchOptions {
   signal?: AbortSignal;
@@ -86,58 +62,24 @@ export interface MemoryReport extends Record<Owner, number> {
   total: number;
 }
 
-/**
- * Loads the bases, finds the adapted weights in the base model and checks that it is the right one.
- * @throws BaseMismatchError when a module is missing, ambiguous, of another shape or of another model
- * @throws BackendError when the backend asked for cannot start or there is not enough memory
- * @example
- * const runtime = await createRuntime(pack, { base: "model.safetensors" });
- * await runtime.switchTask("sst2");
- * const { data } = runtime.weight("encoder.layer.0.attention.self.query");
- */
-export async function createRuntime(pack: Pack, options: RuntimeOptions = {}): Promise<Runtime> {
-  const { base, mode = base ? "folded" : "core", policy = "copy", signal } = options;
-  if (!["folded", "factors", "core"].includes(mode)) throw new RangeError(`mode: got ${JSON.stringify(mode)}`);
-  if (!["copy", "reload"].includes(policy)) throw new RangeError(`policy: got ${JSON.stringify(policy)}`);
-  if (mode === "folded" && base === undefined) throw new TypeError('mode "folded" needs a base');
-  const { backend, passedOver } = await createBackend(options);
-  let closeHost: (() => Promise<void>) | undefined;
-  try {
-    const host = base === undefined ? undefined : await openHost(base, options);
-    // A host that the caller made is the caller's to close.
-    if (host !== base) closeHost = async () => host?.close?.();
-    if (policy === "reload" && host?.begin) {
-      throw new TypeError('policy "reload" needs a base that is read from a file; this host is written in place');
-    }
-    const locator = new Locator(host);
-    const slots = host ? findSlots(pack.modules, locator, options.names) : [];
-    const bases = await pack.takeBases({ signal });
-    const bench = new Workbench(backend, pack.modules, bases);
-    const folded = mode === "folded";
-    const keep = { pristine: folded && policy === "copy", active: folded && !host?.begin };
-    if (host) await loadSlots(slots, host, bench, bases, keep, { signal, anyBase: options.anyBase ?? false });
-    // A device that has no memory left says so only now.
-    await backend.finish();
-    const ignored = new Set(options.ignore);
-    return new Runtime({ pack, bench, passedOver, mode, policy, host, slots, locator, ignored, closeHost });
-  } catch (error) {
-    backend.dispose();
-    await closeHost?.();
-    throw error;
-  }
-}
-
-interface RuntimeParts {
-  pack: Pack;
+/** What lives and dies with a backend. */
+export interface Started {
   bench: Workbench;
   passedOver: readonly string[];
+  /** Parameters beside the adapted weights are read and written here. */
+  host: WeightHost | undefined;
+}
+
+export interface RuntimeParts extends Started {
+  pack: Pack;
   mode: Runtime["mode"];
   policy: Runtime["policy"];
-  host: WeightHost | undefined;
   slots: readonly Slot[];
   locator: Locator;
   ignored: ReadonlySet<string>;
   closeHost: (() => Promise<void>) | undefined;
+  /** Another backend in place of one whose device was lost. */
+  restart: (() => Promise<Started>) | undefined;
 }
 
 /** A pack at work. Made by `createRuntime`. */
@@ -145,32 +87,33 @@ export class Runtime {
   readonly pack: Pack;
   readonly mode: "folded" | "factors" | "core";
   readonly policy: "copy" | "reload";
-  /** Which backend runs, for instance "wasm (simd)". */
-  readonly backend: string;
-  /** Why backends before it were not used. */
+  /** Why backends before the one that runs were not used. */
   readonly passedOver: readonly string[];
 
-  readonly #bench: Workbench;
-  readonly #host: WeightHost | undefined;
+  #bench: Workbench;
+  #host: WeightHost | undefined;
   readonly #slots: readonly Slot[];
   readonly #slotsByName = new Map<string, Slot>();
   readonly #parameters: Parameters;
   readonly #ignored: ReadonlySet<string>;
   readonly #closeHost: (() => Promise<void>) | undefined;
+  readonly #restart: (() => Promise<Started>) | undefined;
   readonly #names: NameMatcher;
   /** Modules, by index, that are not pristine now. */
   #changed = new Set<number>();
   #unfolded = new Map<number, Unfolded>();
   #task: Selection = null;
+  /** Of the active task. */
+  #head: string | undefined;
+  /** Why the device is gone, until another one is at work. */
+  #loss: Error | undefined;
   #queue: Promise<unknown> = Promise.resolve();
   #disposed = false;
 
   /** Use `createRuntime`. */
   constructor(parts: RuntimeParts) {
     const { host, locator, slots } = parts;
-    const { backend } = parts.bench;
     this.pack = parts.pack;
-    this.backend = backend.name === "js" ? "js" : `${backend.name} (${backend.variant})`;
     this.passedOver = parts.passedOver;
     this.mode = parts.mode;
     this.policy = parts.policy;
@@ -178,6 +121,7 @@ export class Runtime {
     this.#host = host;
     this.#ignored = parts.ignored;
     this.#closeHost = parts.closeHost;
+    this.#restart = parts.restart;
     this.#slots = slots;
     this.#names = locator.names;
     this.#parameters = new Parameters(host, locator);
@@ -187,6 +131,42 @@ export class Runtime {
         this.#slotsByName.set(name.replace(/\.weight$/, ""), slot);
       }
     }
+    this.#watch();
+  }
+
+  /** Which backend runs, for instance "wasm (simd)". */
+  get backend(): string {
+    const { name, variant } = this.#bench.backend;
+    return name === "js" ? "js" : `${name} (${variant})`;
+  }
+
+  /** The WebGPU device that it runs on; another one after a loss, where `webgpu.recreate` asks for that. */
+  get device(): DeviceHandle | undefined {
+    return this.#bench.backend.device;
+  }
+
+  #watch(): void {
+    const { backend } = this.#bench;
+    void backend.lost?.then((reason) => {
+      if (this.#disposed || this.#bench.backend !== backend) return;
+      this.#loss = reason;
+      if (!this.#restart) return;
+      this.#queue = this.#queue.then(() => this.#recover()).catch(() => undefined);
+    });
+  }
+
+  /** Where the device is gone: gets another one and brings the active task back. @throws BackendError when it cannot */
+  async #recover(): Promise<void> {
+    if (!this.#loss || this.#disposed) return;
+    if (!this.#restart) throw this.#loss;
+    this.#bench.backend.dispose();
+    const { bench, host } = await this.#restart();
+    this.#bench = bench;
+    this.#host = this.#parameters.host = host;
+    this.#changed.clear();
+    this.#loss = undefined;
+    this.#watch();
+    await this.#switch(this.#task, this.#head === undefined ? {} : { head: this.#head });
   }
 
   /** The active task. */
@@ -214,6 +194,7 @@ export class Runtime {
   async #switch(selection: Selection, { signal, head }: SwitchOptions): Promise<SwitchReport> {
     const started = performance.now();
     this.#live();
+    if (this.#loss) await this.#recover();
     signal?.throwIfAborted();
     const before = { ...this.pack.reads };
     const parts = await loadParts(this.pack, selection, head, signal, this.#ignored);
@@ -234,6 +215,7 @@ export class Runtime {
     this.#parameters.activate(replacements);
     this.#changed = new Set(plans.map((p) => p.module));
     this.#task = copySelection(selection);
+    this.#head = head;
     const done = performance.now();
     return {
       task: this.#task,
@@ -277,7 +259,7 @@ export class Runtime {
     const planOf = new Map(plans.map((p) => [p.module, p]));
     const fold = (index: number): Slice => {
       const { weight, pristine, active } = this.#slots[index]!;
-      const out = active ? at(active) : passage;
+      const out = active ?? passage;
       const fresh = read.get(index);
       if (fresh) bench.backend.upload(out, fresh);
       const base = fresh ? out : at(pristine!);
@@ -286,29 +268,29 @@ export class Runtime {
       else if (!fresh) bench.copy(base, out, weight.byteLength);
       return out;
     };
-    // A device is waited for before the host's weights change, which then happens without a pause.
-    const fetched = new Map<number, Uint8Array>();
-    if (this.#host!.begin && bench.backend.read) {
-      for (const index of touched) {
-        fetched.set(index, await bench.backend.read(fold(index), this.#slots[index]!.weight.byteLength));
-      }
-    }
-    const transaction = this.#host!.begin?.();
     // From here on every touched weight counts as changed, so that the next switch repairs what a failure leaves behind.
     this.#changed = new Set(touched);
+    for (const index of touched) if (this.#slots[index]!.active) fold(index);
+    if (!this.#host!.begin) return;
+    // A device is waited for before the host's weights change, which then happens without a pause.
+    const fetched = new Map<number, Uint8Array>();
+    if (bench.backend.read) {
+      for (const index of touched) {
+        const { active, weight } = this.#slots[index]!;
+        if (!active) fetched.set(index, await bench.backend.read(fold(index), weight.byteLength));
+      }
+      await bench.backend.finish();
+    }
+    const transaction = this.#host!.begin();
     try {
       for (const index of touched) {
-        const { name, dtype, shape, byteLength } = this.#slots[index]!.weight;
-        let data = fetched.get(index);
-        if (!data) {
-          const out = fold(index);
-          if (!transaction) continue;
-          data = bench.backend.view!(out, byteLength);
-        }
-        const written = transaction!.write(name, { dtype, shape, data, byteOffset: 0 });
+        const { weight, active } = this.#slots[index]!;
+        if (active) continue;
+        const { name, dtype, shape, byteLength } = weight;
+        const data = fetched.get(index) ?? bench.backend.view!(fold(index), byteLength);
+        const written = transaction.write(name, { dtype, shape, data, byteOffset: 0 });
         if (written) await written;
       }
-      if (!transaction) return;
       for (const [name, { added }] of this.#parameters.active) {
         if (replacements.has(name)) continue;
         await transaction.write(name, added ? null : this.#parameters.pristine(name)!);
@@ -316,34 +298,18 @@ export class Runtime {
       for (const [name, { view }] of replacements) await transaction.write(name, view);
       await transaction.commit();
     } catch (error) {
-      await transaction?.rollback();
+      await transaction.rollback();
       throw error;
     }
   }
 
   /** The terms of the plans. Once the code is there, without a pause but on a device, so that nobody sees half of them. */
-  async #unfold(
-    plans: readonly ModulePlan[],
-    mode: "core" | "factors",
-    read: ReadonlyMap<number, Uint8Array>,
-  ): Promise<void> {
+  async #unfold(plans: readonly ModulePlan[], mode: "core" | "factors", read: ReadonlyMap<number, Uint8Array>): Promise<void> {
     // Apps that fold do without.
-    const { fetchFactors, fetchFloats, unfold } = await import("./unfold.ts");
-    const bench = this.#bench;
-    bench.prepare(plans);
-    const base = bench.reserve("weight", Math.max(0, ...[...read.values()].map((bytes) => bytes.length)));
-    const { modules } = this.pack;
-    const factors = bench.backend.view ? undefined : await fetchFactors(plans, bench, modules, mode);
-    this.#unfolded = unfold(plans, bench, modules, mode, this.#unfolded, factors);
-    for (const plan of plans) {
-      if (plan.magnitude === undefined) continue;
-      const { module, weight } = this.#slots[plan.module]!;
-      bench.backend.upload(base, read.get(plan.module)!);
-      const scale = bench.rowScale(plan, weight, base);
-      this.#unfolded.get(plan.module)!.rowScale = bench.backend.view
-        ? bench.floats(scale, module.out).slice()
-        : await fetchFloats(bench, scale, module.out);
-    }
+    const { unfold, unfoldOnDevice } = await import("./unfold.ts");
+    const weightOf = (module: number): BaseWeight => ({ weight: this.#slots[module]!.weight, bytes: read.get(module)! });
+    const all = [plans, this.#bench, this.pack.modules, mode, this.#unfolded, weightOf] as const;
+    this.#unfolded = this.#bench.backend.view ? unfold(...all) : await unfoldOnDevice(...all);
   }
 
   /**
@@ -367,9 +333,9 @@ export class Runtime {
       throw new TypeError("weight: the weights are in the host you passed; read them there");
     }
     if (slot) {
-      const block = slot.active!;
-      const data = block.device ?? this.#bench.backend.view!(at(block), slot.weight.byteLength);
-      return { dtype: slot.weight.dtype, shape: slot.weight.shape, data, byteOffset: 0 };
+      const { block, byteOffset } = slot.active!;
+      const data = block.device ?? this.#bench.backend.view!(slot.active!, slot.weight.byteLength);
+      return { dtype: slot.weight.dtype, shape: slot.weight.shape, data, byteOffset };
     }
     const pristine = this.#parameters.pristine(parameter);
     if (pristine) return pristine;
@@ -383,9 +349,11 @@ export class Runtime {
    */
   async readWeight(name: string): Promise<View & { data: Uint8Array }> {
     const view = this.weight(name);
-    const block = this.#slots.find(({ active }) => active?.device === view.data)?.active;
-    const data = block ? await this.#bench.backend.read!(at(block), block.byteLength) : view.data;
-    return { ...view, data: data as Uint8Array };
+    const { data, byteOffset } = view;
+    if (!onDevice(data)) return { ...view, data };
+    const { backend } = this.#bench;
+    const bytes = await backend.read!({ block: backend.adopt!(data), byteOffset }, byteLengthOf(view));
+    return { ...view, data: bytes, byteOffset: 0 };
   }
 
   /**

@@ -1,12 +1,12 @@
 /**
  * The adapted weights of a base model: found, held against the pack's fingerprints, and the copies of them that stay.
  */
-import type { Block } from "../backends/backend.ts";
+import type { Block, Slice } from "../backends/backend.ts";
 import { BaseMismatchError } from "../errors.ts";
 import type { PackModule } from "../pack/format.ts";
 import type { ReadOptions } from "../source.ts";
 import { checkFingerprint, SAME_FLOAT, weightAt } from "./fingerprint.ts";
-import type { WeightHost } from "./host.ts";
+import { onDevice, type WeightHost } from "./host.ts";
 import type { Located, Locator } from "./locate.ts";
 import { at, type Workbench } from "./workbench.ts";
 
@@ -16,8 +16,8 @@ export interface Slot {
   weight: Located;
   /** The weight as loaded, with policy "copy". */
   pristine: Block | undefined;
-  /** The weight as the active task has it, where the host cannot be written. */
-  active: Block | undefined;
+  /** The weight as the active task has it: where the host has it on the device, or where it cannot be written. */
+  active: Slice | undefined;
 }
 
 /** @throws BaseMismatchError when a module is missing, ambiguous or of another shape, or two match one weight */
@@ -43,7 +43,7 @@ export function findSlots(
 
 /**
  * Reads the adapted weights, checks that they are the right model's and makes the copies that stay.
- * @param keep which copies: none when nothing is folded
+ * @param keep which copies: none when nothing is folded; `active` where the host has the weight in the CPU's memory
  * @throws BaseMismatchError when a fingerprint differs
  */
 export async function loadSlots(
@@ -58,20 +58,33 @@ export async function loadSlots(
     const { byteLength } = slot.weight;
     const check = !options.anyBase && slot.module.fingerprint !== undefined;
     if (!check && !keep.pristine && !keep.active) continue;
-    // Both before the read: memory that grows would detach the view that is read into.
+    const { backend } = bench;
+    // Before the read: memory that grows would detach the view that is read into.
     if (keep.pristine) slot.pristine = bench.allocate(byteLength, "pristine");
-    if (keep.active) slot.active = bench.allocate(byteLength, "active");
-    const into = slot.pristine && bench.backend.view?.(at(slot.pristine), byteLength);
-    const bytes = await readWeight(host, slot, into, options);
-    if (check) {
-      const { name, dtype, transposed } = slot.weight;
-      const values = weightAt(bytes, dtype, slot.module.out, slot.module.in, transposed);
-      checkFingerprint(slot.module, name, values, bases, SAME_FLOAT);
+    const placed = placeOf(host, slot, bench);
+    slot.active = placed ?? (keep.active ? at(bench.allocate(byteLength, "active")) : undefined);
+    let bytes: Uint8Array | undefined;
+    if (placed) {
+      if (slot.pristine) backend.copy(placed, at(slot.pristine), byteLength);
+      if (check) bytes = await backend.read!(placed, byteLength);
+    } else {
+      const into = slot.pristine && backend.view?.(at(slot.pristine), byteLength);
+      bytes = await readWeight(host, slot, into, options);
+      // A host need not read into what it is offered.
+      if (slot.pristine && bytes.buffer !== into?.buffer) backend.upload(at(slot.pristine), bytes);
+      if (slot.active) backend.upload(slot.active, bytes);
     }
-    // A host need not read into what it is offered.
-    if (slot.pristine && bytes.buffer !== into?.buffer) bench.backend.upload(at(slot.pristine), bytes);
-    if (slot.active) bench.backend.upload(at(slot.active), bytes);
+    if (!check) continue;
+    const { name, dtype, transposed } = slot.weight;
+    const values = weightAt(bytes!, dtype, slot.module.out, slot.module.in, transposed);
+    checkFingerprint(slot.module, name, values, bases, SAME_FLOAT);
   }
+}
+
+/** The weight in the host's own memory on the backend's device, where it lies there. */
+function placeOf(host: WeightHost, { weight }: Slot, { backend }: Workbench): Slice | undefined {
+  const view = host.view?.(weight.name);
+  return view && onDevice(view.data) ? { block: backend.adopt!(view.data), byteOffset: view.byteOffset } : undefined;
 }
 
 /** @throws BaseMismatchError when the host gives fewer bytes than the weight has */

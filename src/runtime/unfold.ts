@@ -4,6 +4,7 @@
  */
 import type { Slice } from "../backends/backend.ts";
 import type { PackModule } from "../pack/format.ts";
+import type { Located } from "./locate.ts";
 import type { ModulePlan } from "./stage.ts";
 import type { Workbench } from "./workbench.ts";
 
@@ -27,12 +28,60 @@ interface Factors {
   B: Float32Array;
 }
 
+/** The pristine weight of a module. */
+export interface BaseWeight {
+  weight: Located;
+  bytes: Uint8Array;
+}
+
 /**
- * Terms of the plans, by module.
+ * Terms of the plans, by module, on a backend of the CPU.
  * @param old the terms before, whose arrays are used again where they fit
- * @param fetched the factors, where the backend is a device (`fetchFactors`)
+ * @param weightOf a module of a plan with magnitudes
  */
 export function unfold(
+  plans: readonly ModulePlan[],
+  bench: Workbench,
+  modules: readonly PackModule[],
+  mode: "core" | "factors",
+  old: ReadonlyMap<number, Unfolded>,
+  weightOf: (module: number) => BaseWeight,
+): Map<number, Unfolded> {
+  bench.prepare(plans);
+  const terms = assemble(plans, bench, modules, mode, old);
+  for (const [plan, scale] of scales(plans, bench, weightOf)) {
+    terms.get(plan.module)!.rowScale = bench.floats(scale, modules[plan.module]!.out).slice();
+  }
+  return terms;
+}
+
+/** The same on a device, from which factors and scales are read. */
+export async function unfoldOnDevice(...[plans, bench, modules, mode, old, weightOf]: Parameters<typeof unfold>): Promise<Map<number, Unfolded>> {
+  bench.prepare(plans);
+  const terms = assemble(plans, bench, modules, mode, old, await fetchFactors(bench, modules, mode));
+  for (const [plan, scale] of scales(plans, bench, weightOf)) {
+    terms.get(plan.module)!.rowScale = await fetchFloats(bench, scale, modules[plan.module]!.out);
+  }
+  return terms;
+}
+
+/** DoRA's scale of each plan that has magnitudes, in scratch memory until the next is asked for. */
+function* scales(
+  plans: readonly ModulePlan[],
+  bench: Workbench,
+  weightOf: (module: number) => BaseWeight,
+): Iterable<[plan: ModulePlan, scale: Slice]> {
+  for (const plan of plans) {
+    if (plan.magnitude === undefined) continue;
+    const { weight, bytes } = weightOf(plan.module);
+    const base = bench.reserve("weight", bytes.length);
+    bench.backend.upload(base, bytes);
+    yield [plan, bench.rowScale(plan, weight, base)];
+  }
+}
+
+/** @param fetched the factors, where the backend is a device */
+function assemble(
   plans: readonly ModulePlan[],
   bench: Workbench,
   modules: readonly PackModule[],
@@ -80,28 +129,30 @@ function viewFactors(plan: ModulePlan, bench: Workbench, module: PackModule): Fa
   return { A: bench.floats(A, plan.rank * module.in), B: bench.floats(B, plan.rank * module.out) };
 }
 
-/** The factors that `unfold` needs, by module, from a device. */
-export async function fetchFactors(
-  plans: readonly ModulePlan[],
+/** The factors that `unfold` needs of what is prepared, by module, from a device: one read a round. */
+async function fetchFactors(
   bench: Workbench,
   modules: readonly PackModule[],
   mode: "core" | "factors",
 ): Promise<Map<number, Factors>> {
   const factors = new Map<number, Factors>();
-  for (const plan of plans) {
-    if (hasCore(plan, mode)) continue;
-    const module = modules[plan.module]!;
-    const { A, B } = bench.expand(plan);
-    factors.set(plan.module, {
-      A: await fetchFloats(bench, A, plan.rank * module.in),
-      B: await fetchFloats(bench, B, plan.rank * module.out),
-    });
+  for (const round of bench.rounds) {
+    const wanted = round.filter((plan) => !hasCore(plan, mode));
+    if (wanted.length === 0) continue;
+    const places = wanted.map((plan) => bench.expand(plan));
+    const { block } = places[0]!.A;
+    const all = await fetchFloats(bench, { block, byteOffset: 0 }, Math.floor(block.byteLength / 4));
+    for (const [i, { module, rank }] of wanted.entries()) {
+      const { A, B } = places[i]!;
+      const part = ({ byteOffset }: Slice, width: number): Float32Array => all.subarray(byteOffset / 4, byteOffset / 4 + rank * width);
+      factors.set(module, { A: part(A, modules[module]!.in), B: part(B, modules[module]!.out) });
+    }
   }
   return factors;
 }
 
 /** `count` f32 values from a device, once everything recorded before has taken effect. */
-export async function fetchFloats({ backend }: Workbench, slice: Slice, count: number): Promise<Float32Array> {
+async function fetchFloats({ backend }: Workbench, slice: Slice, count: number): Promise<Float32Array> {
   const { buffer, byteOffset } = await backend.read!(slice, 4 * count);
   return new Float32Array(buffer, byteOffset, count);
 }

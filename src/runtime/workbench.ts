@@ -1,11 +1,24 @@
 /**
  * A backend as one runtime uses it: the bases, scratch memory that is kept from switch to switch, and the operations on
  * whole modules: expand, fold, DoRA's scale. It knows plans and weights, but neither tasks nor hosts.
+ *
+ * Factors live in one scratch block, for a round of modules at a time. A CPU expands one module after the other, so that its
+ * factors stay in a cache; a device expands as many as fit at once.
  */
 import type { Backend, Block, FoldJob, Owner, Slice } from "../backends/backend.ts";
 import type { PackModule } from "../pack/format.ts";
 import type { Located } from "./locate.ts";
 import { Staging, type ModulePlan } from "./stage.ts";
+
+/** Bytes of the factors of a round on a device. */
+const ROUND_BYTES = 32 * 2 ** 20;
+
+/** Where the factors of a plan lie in the scratch block, and in which round they are there. */
+interface Place {
+  A: number;
+  B: number;
+  round: number;
+}
 
 /** The beginning of a block, or a place in it. */
 export function at(block: Block, byteOffset = 0): Slice {
@@ -22,6 +35,11 @@ export class Workbench {
   readonly #modules: readonly PackModule[];
   readonly #basis: Block;
   readonly #scratch = new Map<string, Block>();
+  /** Prepared plans whose factors are there at the same time. */
+  rounds: readonly ModulePlan[][] = [];
+  readonly #places = new Map<ModulePlan, Place>();
+  /** Whose factors are there. */
+  #expanded = -1;
 
   /** Uploads the bases. */
   constructor(backend: Backend, modules: readonly PackModule[], bases: Uint8Array) {
@@ -37,7 +55,7 @@ export class Workbench {
   }
 
   /** Memory of at least `bytes` that lasts until the next call with this name asks for more. */
-  reserve(name: "coefficients" | "A" | "B" | "scale" | "weight", bytes: number): Slice {
+  reserve(name: "coefficients" | "factors" | "scale" | "weight", bytes: number): Slice {
     const held = this.#scratch.get(name);
     if (held && held.byteLength >= bytes) return at(held);
     if (held) this.backend.free(held);
@@ -49,40 +67,70 @@ export class Workbench {
 
   /** Everything that can fail before a switch changes anything: memory for its factors, and the upload of what is staged. */
   prepare(plans: readonly ModulePlan[]): void {
-    const most = (size: (plan: ModulePlan, module: PackModule) => number): number =>
-      Math.max(0, ...plans.map((plan) => size(plan, this.#modules[plan.module]!)));
     const { values, used } = this.staging;
     const staged = this.reserve("coefficients", 4 * used);
-    this.reserve("A", 4 * most((plan, module) => plan.rank * module.in));
-    this.reserve("B", 4 * most((plan, module) => plan.rank * module.out));
-    this.reserve("scale", 4 * most((plan, module) => (plan.magnitude === undefined ? 0 : module.out)));
+    this.reserve("factors", this.#layOut(plans));
+    const scaled = plans.filter((plan) => plan.magnitude !== undefined);
+    this.reserve("scale", 4 * Math.max(0, ...scaled.map((plan) => this.#modules[plan.module]!.out)));
     this.backend.upload(staged, new Uint8Array(values.buffer, 0, 4 * used));
   }
 
-  /** A [rank, in] and Bᵀ [rank, out] of a plan, in scratch memory. */
-  expand(plan: ModulePlan): { A: Slice; B: Slice } {
-    const module = this.#modules[plan.module]!;
-    return { A: this.#expandSide(plan, "A", module.in), B: this.#expandSide(plan, "B", module.out) };
+  /** Divides plans into rounds. Returns the bytes of the largest. */
+  #layOut(plans: readonly ModulePlan[]): number {
+    const most = this.backend.view ? 0 : ROUND_BYTES;
+    const rounds: ModulePlan[][] = [];
+    this.#places.clear();
+    this.#expanded = -1;
+    let [largest, used] = [0, 0];
+    for (const plan of plans) {
+      const module = this.#modules[plan.module]!;
+      const [bytesA, bytesB] = [align16(4 * plan.rank * module.in), align16(4 * plan.rank * module.out)];
+      if (rounds.length === 0 || used + bytesA + bytesB > most) {
+        rounds.push([]);
+        used = 0;
+      }
+      const round = rounds.length - 1;
+      rounds[round]!.push(plan);
+      this.#places.set(plan, { A: used, B: used + bytesA, round });
+      used += bytesA + bytesB;
+      largest = Math.max(largest, used);
+    }
+    this.rounds = rounds;
+    return largest;
   }
 
-  #expandSide(plan: ModulePlan, side: "A" | "B", width: number): Slice {
-    const { block } = this.reserve(side, 0);
-    const staged = this.reserve("coefficients", 0).block;
-    for (const { at: first, rows, basis, row } of plan[side].shared) {
-      const { type, rows: basisRows, width: basisWidth, byteOffset } = basis.tensor;
-      this.backend.expand({
-        out: at(block, 4 * row * width),
-        coefficients: at(staged, 4 * first),
-        basis: at(this.#basis, byteOffset),
-        type,
-        rank: rows,
-        rows: basisRows,
-        width: basisWidth,
-      });
-      this.dispatches++;
+  /** A [rank, in] and Bᵀ [rank, out] of a plan that was prepared, in scratch memory until another round's are asked for. */
+  expand(plan: ModulePlan): { A: Slice; B: Slice } {
+    const { A, B, round } = this.#places.get(plan)!;
+    const { block } = this.reserve("factors", 0);
+    if (this.#expanded !== round) {
+      this.#expanded = round;
+      // Copies first: a device then has all expansions in a row.
+      for (const part of ["private", "shared"] as const) this.#fill(block, this.rounds[round]!, part);
     }
-    for (const { at: first, row, q } of plan[side].private) this.copy(at(staged, 4 * first), at(block, 4 * row * width), 4 * q * width);
-    return at(block);
+    return { A: at(block, A), B: at(block, B) };
+  }
+
+  #fill(factors: Block, plans: readonly ModulePlan[], part: "private" | "shared"): void {
+    const staged = this.reserve("coefficients", 0).block;
+    for (const plan of plans) {
+      const module = this.#modules[plan.module]!;
+      for (const [side, width] of [["A", module.in], ["B", module.out]] as const) {
+        const start = this.#places.get(plan)![side];
+        for (const piece of plan[side][part]) {
+          const from = at(staged, 4 * piece.at);
+          const out = at(factors, start + 4 * piece.row * width);
+          if ("q" in piece) {
+            this.copy(from, out, 4 * piece.q * width);
+            continue;
+          }
+          const { type, rows, width: basisWidth, byteOffset } = piece.basis.tensor;
+          const basis = at(this.#basis, byteOffset);
+          this.backend.expand({ out, coefficients: from, basis, type, rank: piece.rows, rows, width: basisWidth });
+          this.dispatches++;
+        }
+      }
+    }
   }
 
   /** out = base + ΔW of the plan, rows scaled where the task has magnitudes; out may be base. */
@@ -123,4 +171,8 @@ export class Workbench {
     const bytes = this.backend.view!(slice, 4 * count);
     return new Float32Array(bytes.buffer, bytes.byteOffset, count);
   }
+}
+
+function align16(bytes: number): number {
+  return Math.ceil(bytes / 16) * 16;
 }

@@ -11,7 +11,7 @@ import { Locator } from "../runtime/locate.ts";
 import { Parameters } from "../runtime/parameters.ts";
 import { loadParts, type Selection } from "../runtime/selection.ts";
 import { stage, type Part } from "../runtime/stage.ts";
-import { unfold, type Unfolded } from "../runtime/unfold.ts";
+import { unfold, type BaseWeight, type Unfolded } from "../runtime/unfold.ts";
 import type { Workbench } from "../runtime/workbench.ts";
 import { broughtBy, moduleOf, turn, type BaseValues } from "./plan.ts";
 
@@ -106,19 +106,13 @@ export class TaskEvaluator {
   #terms(parts: readonly Part[]): Map<number, Unfolded> {
     const bench = this.#bench;
     const plans = stage(parts, this.#pack.modules, bench.staging);
-    bench.prepare(plans);
-    const terms = unfold(plans, bench, this.#pack.modules, this.#base.mode === "core" ? "core" : "factors", new Map());
-    for (const plan of plans) {
-      if (plan.magnitude === undefined) continue;
-      const { name, in: inputs, out } = this.#pack.modules[plan.module]!;
-      const weight = this.#base.weights.get(name)!;
-      const bytes = new Uint8Array(weight.buffer, weight.byteOffset, weight.byteLength);
-      const located = { name, shape: [out, inputs], dtype: "f32" as const, transposed: false, byteLength: bytes.length };
-      const base = bench.reserve("weight", bytes.length);
-      bench.backend.upload(base, bytes);
-      terms.get(plan.module)!.rowScale = bench.floats(bench.rowScale(plan, located, base), out).slice();
-    }
-    return terms;
+    const weightOf = (index: number): BaseWeight => {
+      const { name, in: inputs, out } = this.#pack.modules[index]!;
+      const { buffer, byteOffset, byteLength } = this.#base.weights.get(name)!;
+      const weight = { name, shape: [out, inputs], dtype: "f32" as const, transposed: false, byteLength };
+      return { weight, bytes: new Uint8Array(buffer, byteOffset, byteLength) };
+    };
+    return unfold(plans, bench, this.#pack.modules, this.#base.mode === "core" ? "core" : "factors", new Map(), weightOf);
   }
 
   #value(

@@ -1,0 +1,144 @@
+/**
+ * The blocks of the WebGPU backend: buffers of its own and of the caller's, whose bytes they count as, and how a kernel
+ * sees a part of one.
+ */
+/// <reference types="@webgpu/types" />
+import { align4 } from "../dtypes.ts";
+import { BackendError } from "../errors.ts";
+import type { Block, DeviceBuffer, Owner, Slice } from "./backend.ts";
+import { checkCount } from "./checks.ts";
+import type { Binding, Held, Recorder } from "./webgpu-recorder.ts";
+
+/** What a kernel sees of a slice: a binding, and the slice's first byte in it. */
+export interface Bound {
+  binding: Binding;
+  at: number;
+}
+
+export interface Limits {
+  /** Most bytes that a kernel sees of one buffer. */
+  bindingBytes: number;
+  /** Of a binding's first byte. */
+  alignment: number;
+  bufferBytes: number;
+}
+
+/** What kernels and copies need of a buffer: COPY_SRC, COPY_DST and STORAGE of GPUBufferUsage. */
+const USAGE = 4 | 8 | 128;
+
+export class Blocks {
+  readonly limits: Limits;
+  readonly #recorder: Recorder;
+  /** Those without an owner are the caller's. */
+  readonly #held = new Map<Block, Held & { owner: Owner | undefined }>();
+  readonly #byBuffer = new Map<DeviceBuffer, Block>();
+
+  constructor(recorder: Recorder, limits: Limits) {
+    this.#recorder = recorder;
+    this.limits = limits;
+  }
+
+  allocate(byteLength: number, owner: Owner): Block {
+    checkCount("byteLength", byteLength, Number.MAX_SAFE_INTEGER);
+    const size = padded(byteLength);
+    if (size > this.limits.bufferBytes) {
+      throw new BackendError(
+        `webgpu: no memory for ${byteLength} bytes (${owner}); ` +
+          `a buffer of this device has at most ${this.limits.bufferBytes}`,
+        { backend: "webgpu" },
+      );
+    }
+    const created = this.#recorder.create(`eigenlora ${owner}`, size);
+    return this.#keep({ ...created, owner }, byteLength);
+  }
+
+  #keep(held: Held & { owner: Owner | undefined }, byteLength: number): Block {
+    const block: Block = { byteLength, device: held.buffer };
+    this.#held.set(block, held);
+    this.#byBuffer.set(held.buffer, block);
+    return block;
+  }
+
+  /** The block that a buffer is, whoever's it is. @throws TypeError when kernels cannot use it */
+  adopt(buffer: DeviceBuffer): Block {
+    const known = this.#byBuffer.get(buffer);
+    if (known) return known;
+    const { size, usage, label } = buffer as GPUBuffer;
+    if (size % 4 !== 0 || (usage & USAGE) !== USAGE) {
+      throw new TypeError(
+        `webgpu: the buffer "${label}" cannot be folded into: it has ${size} bytes and usage ${usage}; ` +
+          "expected a multiple of 4 and STORAGE | COPY_SRC | COPY_DST",
+      );
+    }
+    return this.#keep({ ...this.#recorder.adopt(buffer), owner: undefined }, size);
+  }
+
+  free(block: Block): void {
+    const found = this.#held.get(block);
+    if (found?.owner === undefined) return;
+    this.#held.delete(block);
+    this.#byBuffer.delete(found.buffer);
+    this.#recorder.destroy(found);
+  }
+
+  /** @throws TypeError when the slice's block is none of these */
+  held(name: string, { block }: Slice): Held {
+    const found = this.#held.get(block);
+    if (found === undefined) throw new TypeError(`${name}.block is not held by this backend; was it freed?`);
+    return found;
+  }
+
+  /**
+   * @param apart the result, if this is an input: where both share a buffer, the kernel gets a copy
+   * @throws BackendError when the slice is longer than a kernel can see
+   */
+  bind(name: string, slice: Slice, byteLength: number, apart?: Slice): Bound {
+    const from = this.held(name, slice);
+    let { byteOffset } = slice;
+    // A binding cannot be empty.
+    if (byteLength === 0) byteOffset = 0;
+    const end = Math.max(align4(byteOffset + byteLength), 4);
+    if (apart?.block === slice.block) {
+      const start = byteOffset - (byteOffset % 4);
+      const copied = this.#recorder.temporary(end - start);
+      this.#recorder.copy(from, start, copied, 0, end - start);
+      return { binding: { held: copied, offset: 0, size: end - start }, at: byteOffset - start };
+    }
+    this.checkVisible(name, slice, byteLength);
+    const offset = byteOffset - (byteOffset % this.limits.alignment);
+    return { binding: { held: from, offset, size: end - offset }, at: byteOffset - offset };
+  }
+
+  /** @throws BackendError when the slice is longer than a kernel can see */
+  checkVisible(name: string, { byteOffset }: Slice, byteLength: number): void {
+    const { bindingBytes, alignment } = this.limits;
+    if (align4((byteOffset % alignment) + byteLength) <= bindingBytes) return;
+    throw new BackendError(
+      `webgpu: ${name} has ${byteLength} bytes; a kernel of this device sees at most ${bindingBytes}. ` +
+        "Use a device with a larger maxStorageBufferBindingSize, or the wasm backend",
+      { backend: "webgpu" },
+    );
+  }
+
+  /** Live bytes by owner; the caller's buffers are not counted. */
+  memory(): Record<Owner, number> & { reserved: number } {
+    const total = { basis: 0, coefficients: 0, pristine: 0, active: 0, scratch: 0, reserved: this.#recorder.reserved };
+    for (const [{ byteLength }, { owner }] of this.#held) {
+      if (owner === undefined) continue;
+      total[owner] += byteLength;
+      total.reserved += padded(byteLength) - byteLength;
+    }
+    return total;
+  }
+
+  dispose(): void {
+    for (const { buffer, owner } of this.#held.values()) if (owner !== undefined) buffer.destroy();
+    this.#held.clear();
+    this.#byBuffer.clear();
+  }
+}
+
+/** Whole words, and at least one vector, so that no binding is empty. */
+function padded(byteLength: number): number {
+  return Math.max(16, align4(byteLength));
+}

@@ -1,0 +1,99 @@
+/**
+ * Makes a runtime: opens the base, finds the adapted weights in it and picks the backend that they go to; and again, where the
+ * device of the first is lost.
+ */
+import { createBackend, type BackendOptions } from "../backends/select.ts";
+import type { Pack } from "../pack/pack.ts";
+import type { FetchOptions } from "../source.ts";
+import { onDevice, openHost, type BaseInput } from "./host.ts";
+import { Locator } from "./locate.ts";
+import { Runtime, type Started } from "./runtime.ts";
+import { findSlots, loadSlots } from "./slots.ts";
+import { Workbench } from "./workbench.ts";
+
+export interface RuntimeOptions extends BackendOptions, FetchOptions {
+  /** The base model's weights. Needed for mode "folded"; in the others only for DoRA and for biases. */
+  base?: BaseInput;
+  /**
+   * `folded`: W0 + ΔW is written where the weights are. `factors`: A and B of the active task are handed out. `core`: the
+   * product of the coefficients is handed out, for a model that has the components built in. Folded when there is a base.
+   */
+  mode?: "folded" | "factors" | "core";
+  /**
+   * `copy` keeps the pristine weights in memory. `reload` reads them again at each switch: half the resident memory, for a
+   * base that is a file. `copy` unless given.
+   */
+  policy?: "copy" | "reload";
+  /** Names of weights in the base, by module name of the pack, where matching by suffix does not find them. */
+  names?: ReadonlyMap<string, string>;
+  /** Accept a base whose fingerprint differs, for instance one that was trained further. */
+  anyBase?: boolean;
+  /** Parameters of tasks that are left out, by the pack's names: "classifier.weight". */
+  ignore?: Iterable<string>;
+  signal?: AbortSignal;
+}
+
+/**
+ * Loads the bases, finds the adapted weights in the base model and checks that it is the right one.
+ * @throws BaseMismatchError when a module is missing, ambiguous, of another shape or of another model
+ * @throws BackendError when the backend asked for cannot start or there is not enough memory
+ * @example
+ * const runtime = await createRuntime(pack, { base: "model.safetensors" });
+ * await runtime.switchTask("sst2");
+ * const { data } = runtime.weight("encoder.layer.0.attention.self.query");
+ */
+export async function createRuntime(pack: Pack, options: RuntimeOptions = {}): Promise<Runtime> {
+  const { base, mode = base ? "folded" : "core", policy = "copy", webgpu } = options;
+  if (!["folded", "factors", "core"].includes(mode)) throw new RangeError(`mode: got ${JSON.stringify(mode)}`);
+  if (!["copy", "reload"].includes(policy)) throw new RangeError(`policy: got ${JSON.stringify(policy)}`);
+  if (mode === "folded" && base === undefined) throw new TypeError('mode "folded" needs a base');
+  const host = base === undefined ? undefined : await openHost(base, options);
+  // A host that the caller made is the caller's to close.
+  const closeHost = host === base ? undefined : async () => host?.close?.();
+  try {
+    const locator = new Locator(host);
+    const placed = [...locator.parameters.keys()].find((name) => host?.view && onDevice(host.view(name).data));
+    if (policy === "reload" && (host?.begin || placed !== undefined)) {
+      throw new TypeError('policy "reload" needs a base that is read from a file; this host is written in place');
+    }
+    const device = placed !== undefined || (webgpu && webgpu.recreate) ? await import("./device-host.ts") : undefined;
+    device?.refuseHost(webgpu || {}, host, placed);
+    const slots = host ? findSlots(pack.modules, locator, options.names) : [];
+    const folded = mode === "folded";
+    const keep = { pristine: folded && policy === "copy", active: folded && !host?.begin };
+    const onCpu = !folded
+      ? "terms are handed out in the CPU's memory"
+      : host?.begin && placed === undefined
+        ? "the base's weights are in the CPU's memory"
+        : undefined;
+
+    async function start(how: BackendOptions, signal?: AbortSignal): Promise<Started> {
+      const { backend, passedOver } = await createBackend(how, onCpu);
+      try {
+        if (placed !== undefined && !backend.adopt) {
+          throw new TypeError(`the base's "${placed}" lies on a device; backend "${backend.name}" cannot fold there, "webgpu" can`);
+        }
+        const bases = await pack.takeBases({ signal });
+        const bench = new Workbench(backend, pack.modules, bases);
+        if (host) await loadSlots(slots, host, bench, bases, keep, { signal, anyBase: options.anyBase ?? false });
+        // A device that has no memory left says so only now.
+        await backend.finish();
+        return { bench, passedOver, host: placed === undefined ? host : device!.deviceHost(host!, backend) };
+      } catch (error) {
+        backend.dispose();
+        throw error;
+      }
+    }
+
+    const { device: _given, recreate = false, ...how } = webgpu || {};
+    const restart = async (): Promise<Started> => {
+      const renewed = typeof recreate === "function" ? { device: await recreate() } : {};
+      return start({ ...options, backend: "webgpu", webgpu: { ...how, ...renewed } });
+    };
+    const parts = { pack, mode, policy, slots, locator, ignored: new Set(options.ignore), closeHost };
+    return new Runtime({ ...parts, ...(await start(options, options.signal)), restart: recreate ? restart : undefined });
+  } catch (error) {
+    await closeHost?.();
+    throw error;
+  }
+}

@@ -1,0 +1,93 @@
+/**
+ * A host some of whose parameters lie on the runtime's device, as a host in the CPU's memory: heads, biases and token rows are
+ * computed there. Loaded where a base has such parameters. Adapted weights do not come through here: they are folded in place.
+ */
+import type { Backend, Block, DeviceBuffer, DeviceHandle, Slice } from "../backends/backend.ts";
+import { byteLengthOf, onDevice, type View, type WeightHost } from "./host.ts";
+
+/** Where a view lies, as the backend sees it. */
+export function sliceOf(backend: Backend, view: View): Slice {
+  return { block: backend.adopt!(view.data as DeviceBuffer), byteOffset: view.byteOffset };
+}
+
+/** @param host has `view` */
+export function deviceHost(host: WeightHost, backend: Backend): WeightHost {
+  /** Parameters that lie on the device, as they were before the first write. */
+  const originals = new Map<string, View>();
+  /** Buffers made for values that do not fit the original, for instance a head with other labels. */
+  const made = new Map<string, Block>();
+
+  const original = (name: string): View | undefined => {
+    const known = originals.get(name);
+    if (known) return known;
+    if (![...host.list()].some((parameter) => parameter.name === name)) return undefined;
+    const view = host.view!(name);
+    if (!onDevice(view.data)) return undefined;
+    originals.set(name, view);
+    return view;
+  };
+
+  return {
+    list: () => host.list(),
+    async read(name, into, options) {
+      const view = original(name);
+      if (!view) return host.read(name, into, options);
+      return { ...view, data: await backend.read!(sliceOf(backend, view), byteLengthOf(view)), byteOffset: 0 };
+    },
+    view: (name) => host.view!(name),
+    ...(host.begin && {
+      begin() {
+        const inner = host.begin!();
+        /** By name; undefined where the original takes the value. */
+        const fresh = new Map<string, Block | undefined>();
+        return {
+          async write(name: string, view: View | null) {
+            const place = original(name);
+            if (!place || !view) return inner.write(name, view);
+            const bytes = view.data as Uint8Array;
+            const fits = byteLengthOf(place) === bytes.length;
+            const block = fits ? undefined : backend.allocate(bytes.length, "active");
+            fresh.set(name, block);
+            backend.upload(block ? { block, byteOffset: 0 } : sliceOf(backend, place), bytes);
+            if (block) await inner.write(name, { ...view, data: block.device!, byteOffset: 0 });
+            else if (made.has(name)) await inner.write(name, place);
+          },
+          async commit() {
+            await inner.commit();
+            for (const [name, block] of fresh) {
+              const old = made.get(name);
+              if (old) backend.free(old);
+              if (block) made.set(name, block);
+              else made.delete(name);
+            }
+          },
+          async rollback() {
+            await inner.rollback();
+            for (const block of fresh.values()) if (block) backend.free(block);
+          },
+        };
+      },
+    }),
+    ...(host.close && { close: () => host.close!() }),
+  };
+}
+
+/**
+ * @param placed name of a parameter that lies on a device
+ * @throws TypeError where the host cannot be what the options ask of it
+ */
+export function refuseHost(
+  { device, recreate }: { device?: DeviceHandle | undefined; recreate?: unknown },
+  host: WeightHost | undefined,
+  placed: string | undefined,
+): void {
+  if (placed !== undefined && !device) {
+    throw new TypeError(`the base's "${placed}" lies on a device: pass that device, webgpu: { device }`);
+  }
+  if (placed !== undefined && recreate === true) {
+    throw new TypeError("webgpu.recreate: weights on a device are lost with it; pass a function that makes both again");
+  }
+  if (recreate && placed === undefined && host?.begin) {
+    throw new TypeError("webgpu.recreate needs a base that can be read again; this host holds the active task's weights");
+  }
+}
