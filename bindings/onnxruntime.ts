@@ -2,34 +2,22 @@
  * `eigenlora/onnxruntime`: a pack on a model that onnxruntime-web or onnxruntime-node runs. The module that runs it is the
  * caller's own import; types are structural, so that neither package is needed to compile against this one.
  */
-import { createBackend } from "../src/backends/select.ts";
 import { BackendError, TaskError } from "../src/errors.ts";
-import { graft, type Grafted, type TaskInput } from "../src/onnx/graft.ts";
-import { readModel, type ModelFile, type ModelOptions } from "../src/onnx/read.ts";
-import { detachWeights, type DetachedModel } from "../src/onnx/write.ts";
+import { graft, type TaskInput } from "../src/onnx/graft.ts";
+import { readModel, type ModelOptions } from "../src/onnx/read.ts";
+import { detachWeights } from "../src/onnx/write.ts";
 import type { Pack, TaskInfo } from "../src/pack/pack.ts";
-import type { View } from "../src/runtime/host.ts";
-import { createRuntime } from "../src/runtime/create.ts";
-import { copySelection, type Selection } from "../src/runtime/selection.ts";
-import { Workbench } from "../src/runtime/workbench.ts";
-import { onnxHost } from "../src/onnx/host.ts";
-import { fillFolded, FOLDED_FILE, layoutFolded, type FoldedLayout } from "../src/session/fold.ts";
-import { planSession, type BaseValues, type Mode, type Plan, type PlanOptions } from "../src/session/plan.ts";
-import { probeParity, probeRows, tinyFeeds, type ProbeFeed, type ProbeReport, type ProbeRun } from "../src/session/probe.ts";
+import type { Selection } from "../src/runtime/selection.ts";
+import { feedFolded, FOLDED_FILE, layoutFolded } from "../src/session/fold.ts";
+import { planSession, type BaseValues, type Mode, type PlanOptions } from "../src/session/plan.ts";
+import { tinyFeeds, type ProbeReport } from "../src/session/probe.ts";
 import { Timeline } from "../src/session/timeline.ts";
-import { stackValues, TaskEvaluator, type InputValue, type TaskValues } from "../src/session/values.ts";
+import type { TaskValues } from "../src/session/values.ts";
 import type { SourceInput } from "../src/source.ts";
-import {
-  call,
-  inTurn,
-  makeTensor,
-  type Feeds,
-  type Fetches,
-  type Ort,
-  type OrtTensor,
-  type Session,
-  type SessionOptions,
-} from "./ort.ts";
+import { call, inTurn, onWebgpu, type Feeds, type Fetches, type Ort, type OrtTensor, type Session, type SessionOptions } from "./ort.ts";
+import { toFeeds, type Carrier, type Parts, type State } from "./ort-carrier.ts";
+import { foldedCarrier } from "./ort-folded.ts";
+import { unfoldedCarrier } from "./ort-unfolded.ts";
 
 export type { Mode } from "../src/session/plan.ts";
 export type { ProbeReport } from "../src/session/probe.ts";
@@ -88,17 +76,11 @@ export interface SessionMemory {
   readonly active: number;
   /** Bases and scratch memory that expand coefficients; modes "factors" and "folded". */
   readonly expansion: number;
-  /** The model's file, kept to fold from; mode "folded". */
+  /** What is folded from: the model's file, on WebGPU the weights on the device; mode "folded". */
   readonly pristine: number;
+  /** The weights that the model reads; mode "folded" on WebGPU. */
+  readonly folded: number;
   readonly total: number;
-}
-
-interface State<O extends Ort> {
-  readonly session: Session<O>;
-  readonly task: Selection;
-  readonly feeds: Readonly<Record<string, OrtTensor>>;
-  /** Of `feeds`. */
-  readonly bytes: number;
 }
 
 /**
@@ -132,48 +114,27 @@ export async function createEigenSession<O extends Ort>(
     const plan = await planSession(file, pack, bases, options);
     const own = file.model.graph.proto.input.filter(({ name }) => !file.model.graph.initializers.has(name));
     const outputs = file.model.graph.proto.output.map(({ name }) => name);
-    const layout = plan.mode === "folded" ? layoutFolded(file.model, plan.folded) : undefined;
+    const folded = plan.mode === "folded";
+    const fed = folded && onWebgpu(options.session) ? feedFolded(file.model, plan.folded) : undefined;
+    const layout = folded && !fed ? layoutFolded(file.model, plan.folded) : undefined;
     const grafted = graft(file.model, plan.graft);
-    const supplied = layout ? [FOLDED_FILE] : [];
-    const detached = await detachWeights(file, grafted.initializers, { ...options, supplied });
-    const parts = { ort, pack, plan, grafted, detached, options, outputs, inputs: own.map(({ name }) => name) };
-    if (layout) {
-      pack.keepBases(bases);
-      return await EigenSession.folded({ ...parts, layout, file });
+    const detached = await detachWeights(file, grafted.initializers, { ...options, supplied: layout ? [FOLDED_FILE] : [] });
+    const inputs = own.map(({ name }) => name);
+    const feeds = options.probe === false ? undefined : tinyFeeds(own);
+    const parts: Parts<O> = { ort, pack, plan, grafted, detached, options, outputs, inputs, feeds };
+    // Folding takes the bases once more.
+    if (folded) pack.keepBases(bases);
+    if (layout) return new EigenSession(parts, await foldedCarrier(parts, file, layout));
+    if (fed) {
+      const { gpuCarrier } = await import("./ort-gpu.ts");
+      return new EigenSession(parts, await gpuCarrier(parts, file, fed));
     }
     await file.close();
-    // The core is made of coefficients alone; everything else expands from the bases.
-    const expands = plan.mode === "factors" || plan.base.weights.size > 0 || plan.graft.modules.some((m) => !m.components);
-    const { backend } = await createBackend(expands ? { webgpu: false } : { backend: "js" });
-    const bench = new Workbench(backend, pack.modules, expands ? bases : new Uint8Array(0));
-    const feeds = options.probe === false ? undefined : tinyFeeds(own);
-    return await EigenSession.unfolded({ ...parts, bench, feeds });
+    return new EigenSession(parts, await unfoldedCarrier(parts, bases));
   } catch (error) {
     await file.close();
     throw error;
   }
-}
-
-interface Parts<O extends Ort> {
-  ort: O;
-  pack: Pack;
-  plan: Plan;
-  grafted: Grafted;
-  detached: DetachedModel;
-  options: EigenSessionOptions<O>;
-  inputs: readonly string[];
-  outputs: readonly string[];
-}
-
-/** Makes the state of a selection. */
-interface Maker<O extends Ort> {
-  make(selection: Selection, options: SessionSwitchOptions): Promise<State<O>>;
-  /** Of weights, at each switch. */
-  readonly bytesWritten: number;
-  /** Refuses a model that would mix the tasks of a batch. */
-  checkRows?(): Promise<void>;
-  memory(): Pick<SessionMemory, "expansion" | "pristine">;
-  dispose(): Promise<void>;
 }
 
 /** A session of onnxruntime that switches tasks. Made by `createEigenSession`; has the shape of `InferenceSession`. */
@@ -191,107 +152,29 @@ export class EigenSession<O extends Ort = Ort> {
   readonly #ort: O;
   readonly #base: BaseValues;
   readonly #inputs: readonly TaskInput[];
-  readonly #evaluator: TaskEvaluator;
-  readonly #maker: Maker<O>;
+  readonly #carrier: Carrier<O>;
   readonly #timeline: Timeline<State<O>>;
   readonly #components: number;
   #state: State<O>;
   #released: Promise<void> | undefined;
   #rowsChecked: Promise<void> | undefined;
 
-  private constructor(parts: Parts<O>, evaluator: TaskEvaluator, maker: Maker<O>, first: State<O>, probe: ProbeReport) {
+  /** Use `createEigenSession`. */
+  constructor(parts: Parts<O>, carrier: Carrier<O>) {
     this.pack = parts.pack;
     this.mode = parts.plan.mode;
     this.reason = parts.plan.reason;
     this.inputNames = parts.inputs;
     this.outputNames = parts.outputs;
-    this.probe = probe;
+    this.probe = carrier.probe;
     this.#ort = parts.ort;
     // Not the plan: its graph holds views of the whole model file.
     this.#base = parts.plan.base;
     this.#inputs = parts.grafted.inputs;
-    this.#evaluator = evaluator;
-    this.#maker = maker;
-    this.#state = first;
-    this.#timeline = new Timeline(first);
+    this.#carrier = carrier;
+    this.#state = carrier.first;
+    this.#timeline = new Timeline(carrier.first);
     this.#components = parts.grafted.initializers.reduce((sum, { data }) => sum + data.byteLength, 0);
-  }
-
-  /** @internal */
-  static async unfolded<O extends Ort>(
-    parts: Parts<O> & { bench: Workbench; feeds: Map<string, ProbeFeed> | undefined },
-  ): Promise<EigenSession<O>> {
-    const { ort, pack, plan, bench, options } = parts;
-    const { inputs } = parts.grafted;
-    const evaluator = new TaskEvaluator(pack, plan.base, inputs, bench);
-    const session = await createSession(ort, parts.detached, options).catch((error: unknown) => {
-      bench.backend.dispose();
-      throw error;
-    });
-    try {
-      const make: Maker<O>["make"] = async (selection, how) => {
-        const values = await evaluator.evaluate(selection, how);
-        return { session, task: copySelection(selection), ...toFeeds(ort, inputs, [values]) };
-      };
-      const maker: Maker<O> = {
-        make,
-        bytesWritten: 0,
-        memory: () => ({ expansion: sum(bench.backend.memory()) + bench.staging.values.byteLength, pristine: 0 }),
-        dispose: async () => bench.backend.dispose(),
-      };
-      const none = await evaluator.evaluate(null, {});
-      const first = { session, task: null, ...toFeeds(ort, inputs, [none]) };
-      const base = none.inputs;
-      const probe = await runProbe(parts, session, base);
-      const { feeds, outputs } = parts;
-      const made = typeof options.probe === "object" ? undefined : feeds;
-      const checkRows = async (): Promise<void> => made && probeRows(probeRun(ort, session, inputs), made, base, inputs, outputs[0]!);
-      return new EigenSession(parts, evaluator, { ...maker, checkRows }, first, probe);
-    } catch (error) {
-      bench.backend.dispose();
-      await inTurn(ort, () => session.release());
-      throw error;
-    }
-  }
-
-  /** @internal */
-  static async folded<O extends Ort>(parts: Parts<O> & { layout: FoldedLayout; file: ModelFile }): Promise<EigenSession<O>> {
-    const { ort, pack, plan, options, layout, file, detached } = parts;
-    const { inputs } = parts.grafted;
-    const { base } = plan;
-    const { backend } = await createBackend({ backend: "js" });
-    const evaluator = new TaskEvaluator(pack, base, inputs, new Workbench(backend, pack.modules, new Uint8Array(0)));
-    const host = onnxHost(file);
-    // Heads come as inputs.
-    const ignore = [...base.ignored, ...[...base.heads.keys()].flatMap((head) => [`${head}.weight`, `${head}.bias`])];
-    // The file is in memory anyway: no second copy of its weights.
-    const runtime = await createRuntime(pack, { base: host, webgpu: false, policy: "reload", anyBase: true, names: plan.names, ignore });
-    const make: Maker<O>["make"] = async (selection, how) => {
-      const values = await evaluator.evaluate(selection, how);
-      await runtime.switchTask(selection, { ...(how.signal && { signal: how.signal }), ...(how.head !== undefined && { head: how.head }) });
-      const changed = runtime.changes();
-      const folded = await fillFolded(layout, (name): View | Promise<View> => changed.get(name) ?? host.read(name));
-      const session = await createSession(ort, { ...detached, files: [...detached.files, folded] }, options);
-      return { session, task: copySelection(selection), ...toFeeds(ort, inputs, [values]) };
-    };
-    const files = detached.files.reduce((sum, { data }) => sum + data.byteLength, detached.bytes.length);
-    const maker: Maker<O> = {
-      make,
-      bytesWritten: layout.byteLength,
-      memory: () => {
-        const { total, coefficients } = runtime.memory();
-        return { expansion: total - coefficients, pristine: files };
-      },
-      dispose: async () => {
-        await runtime.dispose();
-        await file.close();
-      },
-    };
-    const first = await make(null, {}).catch(async (error: unknown) => {
-      await maker.dispose();
-      throw error;
-    });
-    return new EigenSession(parts, evaluator, maker, first, { result: "not needed: the weights themselves change" });
   }
 
   /** What runs now belong to. */
@@ -317,7 +200,7 @@ export class EigenSession<O extends Ort = Ort> {
     const change = this.#timeline.change(
       async () => {
         options.signal?.throwIfAborted();
-        const made = await this.#maker.make(selection, options);
+        const made = await this.#carrier.make(selection, options);
         this.#state = made;
         return made;
       },
@@ -330,7 +213,7 @@ export class EigenSession<O extends Ort = Ort> {
       task,
       bytesRead: this.pack.reads.bytes - before.bytes,
       requests: this.pack.reads.requests - before.requests,
-      bytesFed: bytes + this.#maker.bytesWritten,
+      bytesFed: bytes + this.#carrier.bytesWritten,
       milliseconds: performance.now() - started,
     };
   }
@@ -371,9 +254,9 @@ export class EigenSession<O extends Ort = Ort> {
     if (tasks.length === 0 || tasks.length !== batch) {
       throw new TypeError(`run: ${tasks.length} tasks for a batch of ${batch}; give one per row`);
     }
-    if (tasks.length > 1) await (this.#rowsChecked ??= this.#maker.checkRows?.());
+    if (tasks.length > 1) await (this.#rowsChecked ??= this.#carrier.checkRows?.());
     const known = new Map<string | null, TaskValues>();
-    for (const task of tasks) if (!known.has(task)) known.set(task, await this.#evaluator.evaluate(task, {}));
+    for (const task of tasks) if (!known.has(task)) known.set(task, await this.#carrier.evaluator.evaluate(task, {}));
     return tasks.map((task) => known.get(task)!);
   }
 
@@ -411,7 +294,7 @@ export class EigenSession<O extends Ort = Ort> {
     for (const values of [...biases.values(), ...weights.values()]) active += values.byteLength;
     for (const { weight, bias } of heads.values()) active += weight.byteLength + (bias?.byteLength ?? 0);
     const { coefficients } = this.pack.residentBytes;
-    const report = { components: this.#components, coefficients, active, ...this.#maker.memory() };
+    const report = { components: this.#components, coefficients, active, ...this.#carrier.memory() };
     return { ...report, total: sum(report) };
   }
 
@@ -424,7 +307,7 @@ export class EigenSession<O extends Ort = Ort> {
   async #release(): Promise<void> {
     const { session } = await this.#timeline.end();
     await inTurn(this.#ort, () => session.release());
-    await this.#maker.dispose();
+    await this.#carrier.dispose();
   }
 
   /** The same as `release`. */
@@ -435,65 +318,6 @@ export class EigenSession<O extends Ort = Ort> {
   #live(): void {
     if (this.#released) throw new BackendError("this session is released; make a new one", { backend: "onnxruntime" });
   }
-}
-
-async function createSession<O extends Ort>(
-  ort: O,
-  { bytes, files }: DetachedModel,
-  { session }: EigenSessionOptions<O>,
-): Promise<Session<O>> {
-  const asked: { executionProviders?: unknown } = session ?? {};
-  const all = { ...asked, externalData: [...files] };
-  try {
-    return (await inTurn(ort, () => ort.InferenceSession.create(bytes, all as never))) as Session<O>;
-  } catch (cause) {
-    const providers = JSON.stringify(asked.executionProviders ?? "default");
-    throw new BackendError(`onnxruntime cannot load the model (providers: ${providers}): ${(cause as Error).message}`, {
-      backend: "onnxruntime",
-      cause,
-    });
-  }
-}
-
-/** Tensors of the task inputs, for one task or one per row. */
-function toFeeds<O extends Ort>(
-  ort: O,
-  inputs: readonly TaskInput[],
-  rows: readonly TaskValues[],
-): { feeds: Record<string, OrtTensor>; bytes: number } {
-  const feeds: Record<string, OrtTensor> = {};
-  let bytes = 0;
-  for (const input of inputs) {
-    const { dims, data } = stackValues(input, rows.map((row) => row.inputs.get(input.name)!));
-    feeds[input.name] = makeTensor(ort, data, dims);
-    bytes += data.byteLength;
-  }
-  return { feeds, bytes };
-}
-
-/** Runs a session for the probes; `given` are feeds of the caller's own. */
-function probeRun<O extends Ort>(ort: O, session: Session<O>, inputs: readonly TaskInput[], given?: object): ProbeRun {
-  return async (feeds, tasks, fetches) => {
-    const tensors: Record<string, OrtTensor> = {};
-    for (const [name, { data, dims }] of feeds) tensors[name] = makeTensor(ort, data, dims);
-    const task = toFeeds(ort, inputs, tasks.map((values) => ({ inputs: values, labels: new Map() }))).feeds;
-    const results = (await inTurn(ort, () => call(session, { ...tensors, ...given, ...task }, fetches, {}))) as Record<string, OrtTensor>;
-    return Promise.all(fetches.map(async (name) => ((await results[name]!.getData?.()) ?? results[name]!.data) as Float32Array));
-  };
-}
-
-async function runProbe<O extends Ort>(
-  { ort, plan, grafted, options, outputs, feeds: tiny }: Parts<O> & { feeds: Map<string, ProbeFeed> | undefined },
-  session: Session<O>,
-  base: ReadonlyMap<string, InputValue>,
-): Promise<ProbeReport> {
-  if (options.probe === false) return { result: "skipped: asked not to" };
-  const given = typeof options.probe === "object" ? options.probe : undefined;
-  const run = probeRun(ort, session, grafted.inputs, given);
-  const providers = (options.session as { executionProviders?: unknown } | undefined)?.executionProviders;
-  const made = given ? new Map<string, ProbeFeed>() : tiny;
-  const { modules } = plan.graft;
-  return probeParity(run, made, base, grafted.inputs, modules, grafted.probe, outputs, JSON.stringify(providers ?? "default"));
 }
 
 function isFetches(value: unknown, outputs: readonly string[]): boolean {

@@ -1,6 +1,8 @@
 /**
  * onnxruntime as it is seen from here: structural types of the caller's own module, and what is to be minded in calling it.
  */
+import type { DeviceBuffer, DeviceHandle } from "../src/backends/backend.ts";
+import { BackendError } from "../src/errors.ts";
 import type { ProbeFeed } from "../src/session/probe.ts";
 
 /** A tensor of onnxruntime, as far as it is needed here. */
@@ -26,7 +28,7 @@ export interface OrtSession {
 export interface Ort {
   readonly InferenceSession: { create(model: Uint8Array, options?: never): Promise<OrtSession> };
   readonly Tensor: abstract new (...args: never) => unknown;
-  readonly env: { readonly versions?: { readonly web?: string | undefined } };
+  readonly env: { readonly versions?: { readonly web?: string | undefined }; readonly webgpu?: object };
 }
 
 export type Session<O extends Ort> = Awaited<ReturnType<O["InferenceSession"]["create"]>>;
@@ -47,6 +49,27 @@ export function inTurn<T>(ort: Ort, work: () => Promise<T>): Promise<T> {
   const done = (queues.get(ort.InferenceSession) ?? Promise.resolve()).then(work);
   queues.set(ort.InferenceSession, done.catch(() => undefined));
   return done;
+}
+
+/** Whether a session's options put the model on WebGPU. */
+export function onWebgpu(session: unknown): boolean {
+  const [first] = (session as { executionProviders?: readonly unknown[] } | undefined)?.executionProviders ?? [];
+  return (typeof first === "string" ? first : (first as { name?: unknown } | undefined)?.name) === "webgpu";
+}
+
+/**
+ * The device that onnxruntime computes on, once a session is there. Not always the one that it was given: some builds ignore
+ * that without a word, and then give wrong numbers for buffers of the other.
+ */
+export async function deviceOf({ env }: Ort): Promise<DeviceHandle | undefined> {
+  return (await (env.webgpu as { device?: unknown } | undefined)?.device) as DeviceHandle | undefined;
+}
+
+/** A tensor that is a buffer of that device. */
+export function bufferTensor(ort: Ort, buffer: DeviceBuffer, dataType: "float32" | "float16", dims: readonly number[]): OrtTensor {
+  const { fromGpuBuffer } = ort.Tensor as unknown as { fromGpuBuffer?: (buffer: unknown, options: object) => OrtTensor };
+  if (!fromGpuBuffer) throw new BackendError("this build of onnxruntime takes no buffers of a device", { backend: "onnxruntime" });
+  return fromGpuBuffer.call(ort.Tensor, buffer, { dataType, dims });
 }
 
 /** Runs a session. */

@@ -48,22 +48,24 @@ export function backendSuite(t: Test, create: () => Promise<Backend> | Backend):
       rows: fc.constantFrom(0, 1, 2, 7, 16, 65, 300),
       width: fc.constantFrom(1, 3, 7, 8, 15, 16, 31, 32, 33, 64, 77, 200),
       skew: fc.integer({ min: 0, max: 7 }),
+      add: fc.boolean(),
       seed: fc.integer(),
     });
     await fc.assert(
-      fc.asyncProperty(cases, async ({ type, rank, rows, width, skew, seed }) => {
+      fc.asyncProperty(cases, async ({ type, rank, rows, width, skew, add, seed }) => {
         const random = generator(seed);
         const coefficients = values(rank * rows, random);
         const encoded = encodeTensor(type, values(rows * width, random), rows, width);
         const basis = decode(type, encoded, rows, width);
-        const out = place(backend, new Uint8Array(4 * rank * width).fill(0xff), 4 * skew);
+        const before = values(rank * width, random);
+        const out = place(backend, add ? bytesOf(before) : new Uint8Array(4 * rank * width).fill(0xff), 4 * skew);
         const slices = {
           coefficients: place(backend, bytesOf(coefficients), 4 * ((skew + 1) % 4)),
           basis: place(backend, encoded, 4 * ((skew + 2) % 4)),
         };
-        backend.expand({ out, ...slices, type, rank, rows, width });
+        backend.expand({ out, add, ...slices, type, rank, rows, width });
 
-        const expected = new Float64Array(rank * width);
+        const expected = add ? Float64Array.from(before) : new Float64Array(rank * width);
         for (let i = 0; i < rank; i++) {
           for (let k = 0; k < rows; k++) {
             for (let j = 0; j < width; j++) {
@@ -78,6 +80,68 @@ export function backendSuite(t: Test, create: () => Promise<Backend> | Backend):
       }),
       { seed: SEED, numRuns: 150 },
     );
+  });
+
+  t.test("project equals the sum in f64, for every tensor type", async (t) => {
+    const backend = await create();
+    t.teardown(() => backend.dispose());
+    const cases = fc.record({
+      type: fc.constantFrom(...TENSORS),
+      count: fc.constantFrom(0, 1, 2, 7, 8, 9, 17),
+      rows: fc.constantFrom(0, 1, 2, 7, 33, 300),
+      width: fc.constantFrom(0, 1, 3, 7, 8, 31, 32, 33, 64, 77, 200),
+      skew: fc.integer({ min: 0, max: 7 }),
+      seed: fc.integer(),
+    });
+    await fc.assert(
+      fc.asyncProperty(cases, async ({ type, count, rows, width, skew, seed }) => {
+        const random = generator(seed);
+        const x = values(count * width, random);
+        const encoded = encodeTensor(type, values(rows * width, random), rows, width);
+        const basis = decode(type, encoded, rows, width);
+        const out = place(backend, new Uint8Array(4 * count * rows).fill(0xff), 4 * skew);
+        const slices = { x: place(backend, bytesOf(x), 4 * ((skew + 1) % 4)), basis: place(backend, encoded, 4 * ((skew + 2) % 4)) };
+        backend.project({ out, ...slices, type, count, rows, width });
+
+        const expected = new Float64Array(count * rows);
+        for (let i = 0; i < count; i++) {
+          for (let k = 0; k < rows; k++) {
+            for (let j = 0; j < width; j++) expected[i * rows + k]! += x[i * width + j]! * basis[k * width + j]!;
+          }
+        }
+        const found = new Float32Array((await download(backend, out, 4 * count * rows)).buffer);
+        assertClose(found, expected, 1e-6 * Math.max(1, Math.sqrt(width)));
+        assertGuard(await surroundings(backend, out, 4 * count * rows));
+        for (const { block } of [out, slices.x, slices.basis]) backend.free(block);
+      }),
+      { seed: SEED, numRuns: 150 },
+    );
+  });
+
+  t.test("operations take effect in the order of the calls", async (t) => {
+    const backend = await create();
+    t.teardown(() => backend.dispose());
+    const block = backend.allocate(4096, "scratch");
+    const at = (float: number): Slice => ({ block, byteOffset: 4 * float });
+    const other = backend.allocate(4096, "scratch");
+    const on = (float: number): Slice => ({ block: other, byteOffset: 4 * float });
+    backend.upload(at(0), bytesOf(Float32Array.from({ length: 8 }, (_, i) => i + 1)));
+    backend.upload(at(8), bytesOf(Float32Array.of(2, 3)));
+    const shape = { type: "f32", rank: 1, rows: 1, width: 8 } as const;
+    // Two results side by side, one over the other, one that reads the first, an upload and a copy between them.
+    backend.expand({ out: on(0), coefficients: at(8), basis: at(0), ...shape });
+    backend.expand({ out: on(8), coefficients: at(9), basis: at(0), ...shape });
+    backend.expand({ out: on(0), add: true, coefficients: at(9), basis: at(0), ...shape });
+    backend.upload(at(9), bytesOf(Float32Array.of(10)));
+    backend.expand({ out: on(16), coefficients: at(9), basis: at(0), ...shape });
+    backend.expand({ out: at(64), coefficients: at(8), basis: on(8), ...shape });
+    backend.copy(at(64), on(24), 32);
+    backend.expand({ out: on(32), coefficients: at(8), basis: at(64), ...shape });
+    backend.project({ out: on(40), x: on(32), basis: on(0), type: "f32", count: 1, rows: 2, width: 8 });
+    const found = new Float32Array((await download(backend, on(0), 4 * 42)).buffer);
+    const expected = [5, 3, 10, 6, 12].flatMap((factor) => Array.from({ length: 8 }, (_, i) => factor * (i + 1)));
+    const squares = 204; // 1 + 4 + … + 64
+    t.strictSame([...found], [...expected, 12 * 5 * squares, 12 * 3 * squares]);
   });
 
   const weights = fc.record({
@@ -391,6 +455,12 @@ export function backendSuite(t: Test, create: () => Promise<Backend> | Backend):
     t.throws(() => backend.expand({ ...expand, type: "f32", rows: 40 }), { message: /^basis / });
     t.throws(() => backend.expand({ ...expand, type: "int4", rank: 65 }), { message: /^out / });
     t.throws(() => backend.expand({ ...expand, type: "int4", coefficients: at(64) }), { message: /^out overlaps c/ });
+    const project = { out: at(0), x: at(1024), basis: at(2048), type: "f32", count: 2, rows: 4, width: 16 } as const;
+    backend.project(project);
+    t.throws(() => backend.project({ ...project, count: -2 }), { message: /^count / });
+    t.throws(() => backend.project({ ...project, width: 40, rows: 40 }), { message: /^basis / });
+    t.throws(() => backend.project({ ...project, x: at(4092) }), { message: /^x / });
+    t.throws(() => backend.project({ ...project, out: at(2040) }), { message: /^out overlaps basis/ });
     const scale = { ...fold, magnitude: at(512), out: at(768), axis: "columns" } as const;
     backend.scale(scale);
     t.throws(() => backend.scale({ ...scale, out: at(4090) }), { message: /^out.byteOffset / });

@@ -65,7 +65,7 @@ t.test("the WebGPU half is loaded by itself and keeps its budget", async (t) => 
 
 t.test("a session's bundle keeps its budget and brings no runtime of its own", async (t) => {
   const code = 'import { openPack } from "eigenlora"; import { createEigenSession } from "eigenlora/onnxruntime"; globalThis.x = [openPack, createEigenSession];';
-  const { text, gzip } = await bundle(code, /^#wasm\/|\/webgpu\.js$/);
+  const { text, gzip } = await bundle(code, /^#wasm\/|\/webgpu\.js$|\/ort-gpu\.js$/);
   t.comment(`${gzip} B of JS of ${SESSION_BUDGET}`);
   t.ok(gzip <= SESSION_BUDGET, `${gzip} B of JS`);
   t.notOk(/"node:|ort-wasm/.test(text), "neither Node nor a runtime");

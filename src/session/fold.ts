@@ -1,13 +1,14 @@
 /**
- * Mode "folded": every parameter that tasks change gets a tensor of its own, all of them in one file, so that a switch is
- * a new content of that file and a new session on it.
+ * Mode "folded": every parameter that tasks change gets a tensor of its own. Either all of them lie in one file, so that a
+ * switch is a new content of that file and a new session on it; or each is an input, so that a switch writes the buffers that
+ * a run is given.
  */
 import { BaseMismatchError } from "../errors.ts";
-import { origin } from "../onnx/linear.ts";
-import type { OnnxModel } from "../onnx/model.ts";
+import { FLOAT, FLOAT16, origin } from "../onnx/linear.ts";
+import { attribute, type OnnxModel } from "../onnx/model.ts";
 import type { OnnxParameter } from "../onnx/modules.ts";
 import type { GraphProto } from "../onnx/onnx_pb.ts";
-import { create, NodeProtoSchema, TensorProtoSchema } from "../onnx/protobuf.ts";
+import { create, NodeProtoSchema, TensorProtoSchema, ValueInfoProtoSchema } from "../onnx/protobuf.ts";
 import { PREFIX } from "../onnx/graft.ts";
 import { point, type DataFile } from "../onnx/write.ts";
 import type { View } from "../runtime/host.ts";
@@ -48,13 +49,60 @@ export function layoutFolded(model: OnnxModel, parameters: readonly OnnxParamete
   return { byteLength: end, places };
 }
 
-/** The nodes between an initializer and its use once more, for another initializer: equal weights are merged on export. */
-function copyChain(model: OnnxModel, graph: GraphProto, value: string, from: string, to: string): string {
+/** A parameter that comes as an input. */
+export interface FoldedInput {
+  /** Of the parameter. */
+  readonly name: string;
+  /** Of the input. */
+  readonly input: string;
+  /** `f32` too where the model stores f16 or bf16 and computes in f32: no run casts it then, and nothing is rounded twice. */
+  readonly dtype: "f32" | "f16";
+  readonly shape: readonly number[];
+}
+
+/**
+ * Changes `model.proto`: the parameters are inputs.
+ * @throws BaseMismatchError for a bf16 parameter that the model uses as such
+ */
+export function feedFolded(model: OnnxModel, parameters: readonly OnnxParameter[]): FoldedInput[] {
+  return parameters.map((parameter) => {
+    const { name, shape, initializer, uses } = parameter;
+    const input = `${PREFIX}/folded/${name}`;
+    const cast = parameter.dtype !== "f32" && uses.every((use) => castsFirst(model, use.graph, use.node.input[use.input]!, initializer));
+    const dtype = parameter.dtype === "f32" || cast ? "f32" : "f16";
+    if (dtype === "f16" && parameter.dtype !== "f16") {
+      throw new BaseMismatchError(`"${name}" is ${parameter.dtype}, which cannot be an input; use mode "core" or "factors"`, { module: name });
+    }
+    const { dims } = model.graph.initializers.get(initializer)!;
+    const shapeProto = { dim: dims.map((d) => ({ value: { case: "dimValue" as const, value: d } })) };
+    const type = { value: { case: "tensorType" as const, value: { elemType: dtype === "f32" ? FLOAT : FLOAT16, shape: shapeProto } } };
+    model.graph.proto.input.push(create(ValueInfoProtoSchema, { name: input, type }));
+    for (const use of uses) {
+      use.node.input[use.input] = copyChain(model, use.graph, use.node.input[use.input]!, initializer, input, cast);
+    }
+    return { name, input, dtype, shape };
+  });
+}
+
+/** Whether the first node behind an initializer, on the way to a value, is a Cast to f32. */
+function castsFirst(model: OnnxModel, graph: GraphProto, value: string, from: string): boolean {
+  const made = value === from ? undefined : origin(model, graph, value);
+  if (!made) return false;
+  if (made.node.input[0] !== from) return castsFirst(model, made.graph, made.node.input[0]!, from);
+  return made.node.opType === "Cast" && Number(attribute(made.node, "to")?.i) === FLOAT;
+}
+
+/**
+ * The nodes between an initializer and its use once more, for another value: equal weights are merged on export.
+ * @param cast whether the other value has been cast already
+ */
+function copyChain(model: OnnxModel, graph: GraphProto, value: string, from: string, to: string, cast = false): string {
   if (value === from) return to;
   const { node, graph: home } = origin(model, graph, value)!;
+  if (cast && node.input[0] === from) return to;
   const name = `${to}/${value}`;
   if (home.node.some((made) => made.name === name)) return name;
-  const before = copyChain(model, home, node.input[0]!, from, to);
+  const before = copyChain(model, home, node.input[0]!, from, to, cast);
   const { opType, attribute, domain, input } = node;
   const copy = create(NodeProtoSchema, { opType, domain, attribute, name, input: [before, ...input.slice(1)], output: [name] });
   home.node.splice(home.node.indexOf(node) + 1, 0, copy);
