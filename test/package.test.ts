@@ -15,7 +15,7 @@ const BUDGET = { js: 20_000, wasm: 10_000 };
  * Loaded only when they are used: the kernels, the readers of safetensors and task files, the other backends, the
  * unfolded modes, weights on a device, blended heads and biases.
  */
-const LAZY = /^#wasm\/|\/safetensors\.js$|\/task-file\.js$|\/js\.js$|\/webgpu\.js$|\/unfold\.js$|\/device-host\.js$|\/mixed\.js$/;
+const LAZY = /^#wasm\/|\/safetensors\.js$|\/task-file\.js$|\/js\.js$|\/webgpu\.js$|\/unfold\.js$|\/device-host\.js$|\/apply\.js$|\/mixed\.js$/;
 
 /** The WebGPU half with its shaders, on top of what every app loads. */
 const WEBGPU_BUDGET = 12_000;

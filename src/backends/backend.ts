@@ -125,6 +125,8 @@ export interface Backend {
   project(job: ProjectJob): void;
   fold(job: FoldJob): void;
   scale(job: ScaleJob): void;
+  /** Hands what is recorded to the device and does not wait; what goes wrong is told by `finish`. CPU backends do not have it. */
+  submit?(): void;
   /** Resolves when all operations so far have taken effect. CPU backends return nothing. */
   finish(): Promise<void> | void;
   /** Live bytes by owner, and `reserved`: bytes held beyond them (allocator slack, wasm pages of code and stack). */

@@ -203,6 +203,11 @@ export async function createWebgpuBackend(options: WebgpuOptions = {}): Promise<
       });
     },
 
+    submit(): void {
+      batch.flush();
+      recorder.submit();
+    },
+
     async finish(): Promise<void> {
       batch.flush();
       await recorder.finish();

@@ -61,24 +61,19 @@ export async function createRuntime(pack: Pack, options: RuntimeOptions = {}): P
     const slots = host ? findSlots(pack.modules, locator, options.names) : [];
     const folded = mode === "folded";
     const keep = { pristine: folded && policy === "copy", active: folded && !host?.begin };
-    const onCpu = !folded
-      ? "terms are handed out in the CPU's memory"
-      : host?.begin && placed === undefined
-        ? "the base's weights are in the CPU's memory"
-        : undefined;
+    const stays = folded && (!host?.begin || placed !== undefined);
+    const onCpu = stays ? undefined : `${folded ? "weights" : "terms"} are wanted on the CPU`;
 
     async function start(how: BackendOptions, signal?: AbortSignal): Promise<Started> {
       const { backend, passedOver } = await createBackend(how, onCpu);
       try {
-        if (placed !== undefined && !backend.adopt) {
-          throw new TypeError(`the base's "${placed}" lies on a device; backend "${backend.name}" cannot fold there, "webgpu" can`);
-        }
+        const readable = placed === undefined ? host : device!.deviceHost(host!, backend);
         const bases = await pack.takeBases({ signal });
         const bench = new Workbench(backend, pack.modules, bases);
         if (host) await loadSlots(slots, host, bench, bases, keep, { signal, anyBase: options.anyBase ?? false });
         // A device that has no memory left says so only now.
         await backend.finish();
-        return { bench, passedOver, host: placed === undefined ? host : device!.deviceHost(host!, backend) };
+        return { bench, passedOver, host: readable };
       } catch (error) {
         backend.dispose();
         throw error;
@@ -90,8 +85,9 @@ export async function createRuntime(pack: Pack, options: RuntimeOptions = {}): P
       const renewed = typeof recreate === "function" ? { device: await recreate() } : {};
       return start({ ...options, backend: "webgpu", webgpu: { ...how, ...renewed } });
     };
-    const parts = { pack, mode, policy, slots, locator, ignored: new Set(options.ignore), closeHost };
-    return new Runtime({ ...parts, ...(await start(options, options.signal)), restart: recreate ? restart : undefined });
+    const started = await start(options, options.signal);
+    const ignored = new Set(options.ignore);
+    return new Runtime({ pack, mode, policy, slots, locator, ignored, closeHost, restart: recreate ? restart : undefined }, started);
   } catch (error) {
     await closeHost?.();
     throw error;

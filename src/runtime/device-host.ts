@@ -10,8 +10,12 @@ export function sliceOf(backend: Backend, view: View): Slice {
   return { block: backend.adopt!(view.data as DeviceBuffer), byteOffset: view.byteOffset };
 }
 
-/** @param host has `view` */
+/**
+ * @param host has `view`
+ * @throws TypeError when the backend computes elsewhere
+ */
 export function deviceHost(host: WeightHost, backend: Backend): WeightHost {
+  if (!backend.adopt) throw new TypeError(`the base lies on a device; backend "${backend.name}" cannot fold there, "webgpu" can`);
   /** Parameters that lie on the device, as they were before the first write. */
   const originals = new Map<string, View>();
   /** Buffers made for values that do not fit the original, for instance a head with other labels. */

@@ -2,7 +2,7 @@
  * The base model's weights as the runtime sees them: who lists them, hands them out and, where they live in the user's
  * memory, takes the folded ones. Hosts know nothing of packs.
  */
-import type { FloatType } from "../dtypes.ts";
+import { rowBytes, type FloatType } from "../dtypes.ts";
 import { BaseMismatchError, SourceError } from "../errors.ts";
 import type { DeviceBuffer } from "../backends/backend.ts";
 import type { Layout } from "../adapters/adapter.ts";
@@ -138,10 +138,8 @@ function viewOf(tensor: Tensor | DeviceTensor): View {
 
 /** Bytes of a parameter. */
 export function byteLengthOf({ dtype, shape }: { dtype: FloatType; shape: readonly number[] }): number {
-  return shape.reduce((a, b) => a * b, SIZE[dtype]);
+  return shape.reduce((a, b) => a * b, rowBytes(dtype, 1));
 }
-
-const SIZE: Record<FloatType, number> = { f32: 4, f16: 2, bf16: 2 };
 
 /**
  * Tensors in the user's memory, written in place. Added parameters become new entries of the map.

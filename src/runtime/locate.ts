@@ -5,7 +5,7 @@
 import type { AdapterModule } from "../adapters/adapter.ts";
 import { BaseMismatchError } from "../errors.ts";
 import { NameMatcher } from "../names.ts";
-import { sameShape, type Parameter, type WeightHost } from "./host.ts";
+import { byteLengthOf, sameShape, type Parameter, type WeightHost } from "./host.ts";
 
 /** A weight of the base that a module adapts. */
 export interface Located extends Parameter {
@@ -51,7 +51,7 @@ export class Locator {
   ): Located {
     const weight = findWeight(this.names, module.name, byHand);
     const parameter = this.parameters.get(weight)!;
-    const { shape, dtype, layout = module.layout } = parameter;
+    const { shape, layout = module.layout } = parameter;
     const transposed = layout === "in-out" || layout === "embedding";
     const matrix = [shape[0] ?? 0, shape.slice(1).reduce((a, b) => a * b, 1)];
     const expected = transposed ? [module.in, module.out] : [module.out, module.in];
@@ -62,6 +62,6 @@ export class Locator {
         { module: module.name, expected, found: shape },
       );
     }
-    return { ...parameter, transposed, byteLength: matrix[0]! * matrix[1]! * (dtype === "f32" ? 4 : 2) };
+    return { ...parameter, transposed, byteLength: byteLengthOf(parameter) };
   }
 }

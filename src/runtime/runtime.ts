@@ -5,10 +5,11 @@
  */
 import type { DeviceHandle, Owner, Slice } from "../backends/backend.ts";
 import { BackendError } from "../errors.ts";
-import { nearest, type NameMatcher } from "../names.ts";
+import { nearest } from "../names.ts";
 import type { Pack } from "../pack/pack.ts";
 import { byteLengthOf, onDevice, type View, type WeightHost } from "./host.ts";
 import type { Locator } from "./locate.ts";
+import type { Applied } from "./apply.ts";
 import { Parameters, type Replacement } from "./parameters.ts";
 import { readWeight, type Slot } from "./slots.ts";
 import { copySelection, loadParts, refuseMagnitudes, type Selection } from "./selection.ts";
@@ -70,7 +71,8 @@ export interface Started {
   host: WeightHost | undefined;
 }
 
-export interface RuntimeParts extends Started {
+/** What stays. */
+export interface RuntimeParts {
   pack: Pack;
   mode: Runtime["mode"];
   policy: Runtime["policy"];
@@ -92,16 +94,13 @@ export class Runtime {
 
   #bench: Workbench;
   #host: WeightHost | undefined;
-  readonly #slots: readonly Slot[];
   readonly #slotsByName = new Map<string, Slot>();
   readonly #parameters: Parameters;
-  readonly #ignored: ReadonlySet<string>;
-  readonly #closeHost: (() => Promise<void>) | undefined;
-  readonly #restart: (() => Promise<Started>) | undefined;
-  readonly #names: NameMatcher;
+  readonly #parts: RuntimeParts;
   /** Modules, by index, that are not pristine now. */
   #changed = new Set<number>();
   #unfolded = new Map<number, Unfolded>();
+  #applied: Applied | undefined;
   #task: Selection = null;
   /** Of the active task. */
   #head: string | undefined;
@@ -111,19 +110,15 @@ export class Runtime {
   #disposed = false;
 
   /** Use `createRuntime`. */
-  constructor(parts: RuntimeParts) {
-    const { host, locator, slots } = parts;
-    this.pack = parts.pack;
-    this.passedOver = parts.passedOver;
-    this.mode = parts.mode;
-    this.policy = parts.policy;
-    this.#bench = parts.bench;
+  constructor(parts: RuntimeParts, { bench, passedOver, host }: Started) {
+    const { pack, mode, policy, slots, locator } = parts;
+    this.pack = pack;
+    this.mode = mode;
+    this.policy = policy;
+    this.passedOver = passedOver;
+    this.#parts = parts;
+    this.#bench = bench;
     this.#host = host;
-    this.#ignored = parts.ignored;
-    this.#closeHost = parts.closeHost;
-    this.#restart = parts.restart;
-    this.#slots = slots;
-    this.#names = locator.names;
     this.#parameters = new Parameters(host, locator);
     for (const slot of slots) {
       for (const name of [slot.weight.name, slot.module.name]) {
@@ -150,20 +145,21 @@ export class Runtime {
     void backend.lost?.then((reason) => {
       if (this.#disposed || this.#bench.backend !== backend) return;
       this.#loss = reason;
-      if (!this.#restart) return;
-      this.#queue = this.#queue.then(() => this.#recover()).catch(() => undefined);
+      if (!this.#parts.restart) return;
+      this.#enqueue(() => this.#recover()).catch(() => undefined);
     });
   }
 
   /** Where the device is gone: gets another one and brings the active task back. @throws BackendError when it cannot */
   async #recover(): Promise<void> {
     if (!this.#loss || this.#disposed) return;
-    if (!this.#restart) throw this.#loss;
+    if (!this.#parts.restart) throw this.#loss;
     this.#bench.backend.dispose();
-    const { bench, host } = await this.#restart();
+    const { bench, host } = await this.#parts.restart();
     this.#bench = bench;
     this.#host = this.#parameters.host = host;
     this.#changed.clear();
+    this.#applied = undefined;
     this.#loss = undefined;
     this.#watch();
     await this.#switch(this.#task, this.#head === undefined ? {} : { head: this.#head });
@@ -186,7 +182,11 @@ export class Runtime {
    * await runtime.switchTask(null);
    */
   switchTask(selection: Selection, options: SwitchOptions = {}): Promise<SwitchReport> {
-    const run = this.#queue.then(() => this.#switch(selection, options));
+    return this.#enqueue(() => this.#switch(selection, options));
+  }
+
+  #enqueue<T>(work: () => Promise<T>): Promise<T> {
+    const run = this.#queue.then(work);
     this.#queue = run.catch(() => undefined);
     return run;
   }
@@ -197,7 +197,7 @@ export class Runtime {
     if (this.#loss) await this.#recover();
     signal?.throwIfAborted();
     const before = { ...this.pack.reads };
-    const parts = await loadParts(this.pack, selection, head, signal, this.#ignored);
+    const parts = await loadParts(this.pack, selection, head, signal, this.#parts.ignored);
     if (!this.#host) refuseMagnitudes(parts, this.pack, () => true, "pass `base`");
     const replacements = await this.#parameters.resolve(parts, this.pack, head, signal);
     const plans = stage(parts, this.pack.modules, this.#bench.staging);
@@ -217,6 +217,7 @@ export class Runtime {
     this.#task = copySelection(selection);
     this.#head = head;
     const done = performance.now();
+    const named = (added: boolean): string[] => [...replacements].filter(([, r]) => r.added === added).map(([name]) => name);
     return {
       task: this.#task,
       bytesRead: this.pack.reads.bytes - before.bytes,
@@ -224,8 +225,8 @@ export class Runtime {
       modules: touched.size,
       dispatches: this.#bench.dispatches,
       allocated,
-      added: [...replacements].filter(([, r]) => r.added).map(([name]) => name),
-      replaced: [...replacements].filter(([, r]) => !r.added).map(([name]) => name),
+      added: named(true),
+      replaced: named(false),
       milliseconds: { read: read - started, compute: done - read, total: done - started },
     };
   }
@@ -239,7 +240,7 @@ export class Runtime {
     const read = new Map<number, Uint8Array>();
     const scaled = plans.filter((p) => p.magnitude !== undefined).map((p) => p.module);
     for (const index of this.mode === "folded" ? touched : scaled) {
-      const slot = this.#slots[index]!;
+      const slot = this.#parts.slots[index]!;
       if (!slot.pristine) read.set(index, await readWeight(this.#host!, slot, undefined, { signal }));
     }
     return read;
@@ -253,12 +254,14 @@ export class Runtime {
     replacements: ReadonlyMap<string, Replacement>,
   ): Promise<void> {
     const bench = this.#bench;
+    const { slots } = this.#parts;
     bench.prepare(plans);
-    const passing = [...touched].map((i) => this.#slots[i]!).filter((slot) => !slot.active);
-    const passage = bench.reserve("weight", Math.max(0, ...passing.map((slot) => slot.weight.byteLength)));
+    // Weights that the host holds in the CPU's memory pass through here.
+    const passing = [...touched].filter((index) => !slots[index]!.active);
+    const passage = bench.reserve("weight", Math.max(0, ...passing.map((index) => slots[index]!.weight.byteLength)));
     const planOf = new Map(plans.map((p) => [p.module, p]));
     const fold = (index: number): Slice => {
-      const { weight, pristine, active } = this.#slots[index]!;
+      const { weight, pristine, active } = slots[index]!;
       const out = active ?? passage;
       const fresh = read.get(index);
       if (fresh) bench.backend.upload(out, fresh);
@@ -270,23 +273,18 @@ export class Runtime {
     };
     // From here on every touched weight counts as changed, so that the next switch repairs what a failure leaves behind.
     this.#changed = new Set(touched);
-    for (const index of touched) if (this.#slots[index]!.active) fold(index);
+    for (const index of touched) if (slots[index]!.active) fold(index);
     if (!this.#host!.begin) return;
     // A device is waited for before the host's weights change, which then happens without a pause.
     const fetched = new Map<number, Uint8Array>();
     if (bench.backend.read) {
-      for (const index of touched) {
-        const { active, weight } = this.#slots[index]!;
-        if (!active) fetched.set(index, await bench.backend.read(fold(index), weight.byteLength));
-      }
+      for (const index of passing) fetched.set(index, await bench.backend.read(fold(index), slots[index]!.weight.byteLength));
       await bench.backend.finish();
     }
     const transaction = this.#host!.begin();
     try {
-      for (const index of touched) {
-        const { weight, active } = this.#slots[index]!;
-        if (active) continue;
-        const { name, dtype, shape, byteLength } = weight;
+      for (const index of passing) {
+        const { name, dtype, shape, byteLength } = slots[index]!.weight;
         const data = fetched.get(index) ?? bench.backend.view!(fold(index), byteLength);
         const written = transaction.write(name, { dtype, shape, data, byteOffset: 0 });
         if (written) await written;
@@ -307,7 +305,7 @@ export class Runtime {
   async #unfold(plans: readonly ModulePlan[], mode: "core" | "factors", read: ReadonlyMap<number, Uint8Array>): Promise<void> {
     // Apps that fold do without.
     const { unfold, unfoldOnDevice } = await import("./unfold.ts");
-    const weightOf = (module: number): BaseWeight => ({ weight: this.#slots[module]!.weight, bytes: read.get(module)! });
+    const weightOf = (module: number): BaseWeight => ({ weight: this.#parts.slots[module]!.weight, bytes: read.get(module)! });
     const all = [plans, this.#bench, this.pack.modules, mode, this.#unfolded, weightOf] as const;
     this.#unfolded = this.#bench.backend.view ? unfold(...all) : await unfoldOnDevice(...all);
   }
@@ -322,7 +320,7 @@ export class Runtime {
   weight(name: string): View {
     this.#live();
     if (this.mode !== "folded") throw new TypeError(`weight: mode "${this.mode}" does not fold; use term("${name}")`);
-    const found = this.#names.find(name);
+    const found = this.#parts.locator.names.find(name);
     const parameter = "name" in found ? found.name : name;
     const replaced = this.#parameters.active.get(parameter) ?? this.#parameters.active.get(name);
     if (replaced) return replaced.view;
@@ -340,7 +338,7 @@ export class Runtime {
     const pristine = this.#parameters.pristine(parameter);
     if (pristine) return pristine;
     const candidates = nearest(name, [...this.#slotsByName.keys(), ...this.#parameters.active.keys()]);
-    throw new RangeError(`weight: "${name}" is not changed by the active task; nearest: ${candidates.join(", ") || "none"}`);
+    throw new RangeError(`weight: "${name}" is not changed by the active task; nearest: ${candidates.join(", ")}`);
   }
 
   /**
@@ -364,14 +362,9 @@ export class Runtime {
    */
   term(name: string): Term | undefined {
     this.#live();
-    if (this.mode === "folded") throw new TypeError('term: mode "folded" has no terms; use weight()');
-    const index = this.pack.modules.findIndex((m) => m.name === name);
-    if (index < 0) {
-      const candidates = nearest(name, this.pack.modules.map((m) => m.name));
-      throw new RangeError(`term: no module "${name}"; nearest: ${candidates.join(", ") || "none"}`);
-    }
+    const index = this.#indexOf(name);
     const module = this.pack.modules[index]!;
-    const found = this.#names.find(`${name}.bias`);
+    const found = this.#parts.locator.names.find(`${name}.bias`);
     const bias = this.#parameters.active.get("name" in found ? found.name : `${name}.bias`)?.view;
     const term = this.#unfolded.get(index);
     if (!term && !bias) return undefined;
@@ -385,6 +378,38 @@ export class Runtime {
     };
   }
 
+  /** Of a module, where its term stands beside the weight. */
+  #indexOf(name: string): number {
+    if (this.mode === "folded") throw new TypeError('mode "folded" has no terms; use weight()');
+    const index = this.pack.modules.findIndex((m) => m.name === name);
+    if (index >= 0) return index;
+    const candidates = nearest(name, this.pack.modules.map((m) => m.name));
+    throw new RangeError(`no module "${name}"; nearest: ${candidates.join(", ")}`);
+  }
+
+  /**
+   * y += x·ΔWᵀ, the low-rank term of a linear layer for a batch, of the active task or of one task per row. Arrays of the CPU
+   * are ready when it resolves; buffers of the runtime's device when what is submitted to it before is done. Biases and heads
+   * are not in it: `term(name).bias`, `changes()`.
+   * @param name module name as in `pack.modules`
+   * @param x f32 [rows, …, in]
+   * @param y f32 [rows, …, out], added to
+   * @param tasks by row; null leaves a row as it is
+   * @throws TaskError for an unknown task or one with DoRA on this module; TypeError, RangeError when shapes do not fit
+   * @example
+   * await runtime.apply("encoder.layer.0.attention.self.query", x, y, { tasks: ["sst2", null, "cola"] });
+   */
+  apply(name: string, x: View, y: View, { tasks }: { tasks?: readonly (string | null)[] } = {}): Promise<void> {
+    return this.#enqueue(async () => {
+      this.#live();
+      if (this.#loss) await this.#recover();
+      const index = this.#indexOf(name);
+      const { apply, partsOfRows } = await import("./apply.ts");
+      const rows = await partsOfRows(this.pack, tasks ?? [this.#task], index);
+      this.#applied = await apply(this.#bench, this.pack.modules, index, rows, x, y, this.#applied);
+    });
+  }
+
   /**
    * Every parameter in which the model of the active task differs from the base, by the base's names: folded weights (mode
    * "folded", where the runtime holds them), heads, biases, token rows. Valid until the next switch.
@@ -393,7 +418,7 @@ export class Runtime {
     this.#live();
     const views = new Map<string, View>();
     for (const index of this.mode === "folded" ? this.#changed : []) {
-      const { name } = this.#slots[index]!.weight;
+      const { name } = this.#parts.slots[index]!.weight;
       views.set(name, this.weight(name));
     }
     for (const [name, { view }] of this.#parameters.active) views.set(name, view);
@@ -425,7 +450,7 @@ export class Runtime {
     if (this.#disposed) return;
     this.#disposed = true;
     this.#bench.backend.dispose();
-    await this.#closeHost?.();
+    await this.#parts.closeHost?.();
   }
 
   #live(): void {

@@ -6,12 +6,15 @@
  * factors stay in a cache; a device expands as many as fit at once.
  */
 import type { Backend, Block, FoldJob, Owner, Slice } from "../backends/backend.ts";
-import type { PackModule } from "../pack/format.ts";
+import type { PackModule, Side } from "../pack/format.ts";
 import type { Located } from "./locate.ts";
 import { Staging, type ModulePlan } from "./stage.ts";
 
 /** Bytes of the factors of a round on a device. */
 const ROUND_BYTES = 32 * 2 ** 20;
+
+/** Scratch memory, by what it is for; the last four are `apply.ts`'s. */
+type Scratch = "coefficients" | "factors" | "scale" | "weight" | "applied" | "between" | "x" | "y";
 
 /** Where the factors of a plan lie in the scratch block, and in which round they are there. */
 interface Place {
@@ -54,8 +57,13 @@ export class Workbench {
     return this.backend.allocate(bytes, owner);
   }
 
+  /** Components of a side. */
+  basis({ tensor }: Side): Slice {
+    return at(this.#basis, tensor.byteOffset);
+  }
+
   /** Memory of at least `bytes` that lasts until the next call with this name asks for more. */
-  reserve(name: "coefficients" | "factors" | "scale" | "weight", bytes: number): Slice {
+  reserve(name: Scratch, bytes: number): Slice {
     const held = this.#scratch.get(name);
     if (held && held.byteLength >= bytes) return at(held);
     if (held) this.backend.free(held);
@@ -124,8 +132,8 @@ export class Workbench {
             this.copy(from, out, 4 * piece.q * width);
             continue;
           }
-          const { type, rows, width: basisWidth, byteOffset } = piece.basis.tensor;
-          const basis = at(this.#basis, byteOffset);
+          const { type, rows, width: basisWidth } = piece.basis.tensor;
+          const basis = this.basis(piece.basis);
           this.backend.expand({ out, coefficients: from, basis, type, rank: piece.rows, rows, width: basisWidth });
           this.dispatches++;
         }
