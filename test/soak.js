@@ -16,7 +16,7 @@ import { countingDevice } from "./counting-device.js";
 if (process.versions.node.startsWith("20.")) setFlagsFromString("--experimental-wasm-relaxed-simd");
 const data = (/** @type {string} */ path) => fileURLToPath(new URL(`data/${path}`, import.meta.url));
 const SWITCHES = Number(process.argv[2] ?? 10_000);
-const BACKENDS = process.argv.slice(3);
+const BACKENDS = process.argv.length > 3 ? process.argv.slice(3) : ["wasm", "js", "webgpu"];
 
 const adapters = await readAdapters([data("adapters/own-seed")]);
 const base = await openOnnxHost(data("minilm/model_fp16.onnx"));
@@ -43,7 +43,7 @@ for (const options of /** @type {import("eigenlora").RuntimeOptions[]} */ ([
   { backend: "js" },
   { backend: "webgpu", webgpu: { device: typeof gpu === "string" ? undefined : gpu.device } },
 ])) {
-  if (BACKENDS.length > 0 && !BACKENDS.includes(/** @type {string} */ (options.backend))) continue;
+  if (!BACKENDS.includes(/** @type {string} */ (options.backend))) continue;
   const device = options.backend === "webgpu" ? gpu : undefined;
   if (typeof device === "string") {
     if (/\bdawn\b/.test(process.env.EIGENLORA_REQUIRE ?? "")) throw new Error(`dawn is required by EIGENLORA_REQUIRE, but ${device}`);
