@@ -2,15 +2,16 @@
  * How fast is fold, W = W0 + B·A, on each CPU backend? Beside memory.copy of the same bytes, beside the least time the
  * machine could take (the larger of that copy and the multiply-adds at the peak of a loop on registers), and beside
  * torch.addmm. One thread; 24 matrices of 768×768, the attention and MLP weights of a small encoder.
+ * With `--backend webgpu` on a GPU instead: see `fold-webgpu.js`.
  *
- * node benchmarks/fold.js [--json] [--runs N]      after npm run build; PYTHON=… for the peer
+ * node benchmarks/fold.js [--backend webgpu] [--json] [--runs N]      after npm run build; PYTHON=… for the peer
  */
 import { setFlagsFromString } from "node:v8";
 import { compile } from "../assembly/compile.mjs";
 import { createJsBackend } from "../dist/src/backends/js.js";
 import { createWasmBackend, WASM_VARIANTS } from "../dist/src/backends/wasm.js";
 import { encodeTensor } from "../dist/src/encode.js";
-import { median, min, print, python } from "./report.js";
+import { median, min, option, print, python, uniform } from "./report.js";
 
 // Node 20 has relaxed SIMD behind a flag; later versions have it anyway and do not know the flag.
 if (process.versions.node.startsWith("20.")) setFlagsFromString("--experimental-wasm-relaxed-simd");
@@ -21,8 +22,8 @@ const RANKS = [8, 16];
 /** Rounds of the peak loops: some milliseconds. */
 const ROUNDS = 1_000_000;
 
-const at = process.argv.indexOf("--runs");
-const measured = at < 0 ? 15 : Number(process.argv[at + 1]);
+const runs = option("runs") === undefined ? undefined : Number(option("runs"));
+const measured = runs ?? 15;
 
 /** @typedef {import("../dist/src/backends/backend.js").Backend} Backend */
 /** @typedef {import("../dist/src/backends/wasm.js").WasmVariant} WasmVariant */
@@ -43,21 +44,6 @@ function time(run, { warmUp, runs } = { warmUp: 5, runs: measured }) {
     if (i >= 0) seconds.push((performance.now() - start) / 1000);
   }
   return { min: min(seconds), median: median(seconds) ?? NaN };
-}
-
-/**
- * mulberry32: numbers in [-0.05, 0.05) that are the same on every machine.
- * @param {number} length
- * @param {number} seed
- */
-function uniform(length, seed) {
-  let state = seed;
-  return Float32Array.from({ length }, () => {
-    state = (state + 0x6d2b79f5) >>> 0;
-    let x = Math.imul(state ^ (state >>> 15), 1 | state);
-    x ^= x + Math.imul(x ^ (x >>> 7), 61 | x);
-    return (((x ^ (x >>> 14)) >>> 0) / 2 ** 32 - 0.5) / 10;
-  });
 }
 
 /**
@@ -147,48 +133,60 @@ function addRow(name, rank, type, seconds, machine) {
   rows.push(row);
 }
 
-for (const variant of WASM_VARIANTS) {
-  /** @type {Backend} */
-  let backend;
-  try {
-    backend = await createWasmBackend({ variant });
-  } catch (error) {
-    peers.push({ name: `wasm ${variant}`, reason: /** @type {Error} */ (error).message });
-    continue;
-  }
-  const machine = await measureMachine(variant);
-  addRow(`memory.copy (${variant} run)`, 0, "f32", machine.copy);
-  for (const type of /** @type {const} */ (["f32", "f16"])) {
-    for (const rank of RANKS) addRow(`wasm ${variant}`, rank, type, measureFold(backend, type, rank), machine);
-  }
-  rows.push({
-    name: `peak (${variant})`,
-    type: "f32",
-    gigaMultiplyAdds: machine.peak / 1e9,
-    gigaMultiplyAddsChained: machine.peakChained / 1e9,
-  });
-  backend.dispose();
-}
-for (const type of /** @type {const} */ (["f32", "f16"])) {
-  for (const rank of RANKS) addRow("js", rank, type, measureFold(createJsBackend(), type, rank));
-}
-
-const peer = python("fold.py", ...[MATRICES, SIZE, measured, ...RANKS].map(String));
-if ("reason" in peer) {
-  peers.push({ name: "torch.addmm", reason: peer.reason });
+const backend = option("backend");
+if (backend === "webgpu") {
+  const { measureWebgpu } = await import("./fold-webgpu.js");
+  await measureWebgpu({ matrices: MATRICES, size: SIZE, ranks: RANKS, runs });
+} else if (backend === undefined) {
+  await measureCpu();
 } else {
-  const { version, capability, seconds } = peer.figures;
-  peers.push({ name: "torch.addmm, one thread", version: `${version} (${capability})` });
-  for (const rank of RANKS) addRow(`torch.addmm (${capability})`, rank, "f32", seconds[rank]);
+  throw new RangeError(`--backend: expected webgpu, or none for all of the CPU's, got ${backend}`);
 }
 
-print({
-  question: `How fast is fold of ${MATRICES} matrices of ${SIZE}×${SIZE}, one thread? GB/s: read and written.`,
-  rows,
-  peers,
-  notes: [
-    "floor: the larger of memory.copy of the same bytes and the multiply-adds at the rate of the faster of two loops",
-    "on registers (assembly/peak.ts). ratio: min over floor. ratioChained: the same with the loop s = s·x + y alone,",
-    "which waits for its own results where multiply and add are not fused.",
-  ],
-});
+async function measureCpu() {
+  for (const variant of WASM_VARIANTS) {
+    /** @type {Backend} */
+    let backend;
+    try {
+      backend = await createWasmBackend({ variant });
+    } catch (error) {
+      peers.push({ name: `wasm ${variant}`, reason: /** @type {Error} */ (error).message });
+      continue;
+    }
+    const machine = await measureMachine(variant);
+    addRow(`memory.copy (${variant} run)`, 0, "f32", machine.copy);
+    for (const type of /** @type {const} */ (["f32", "f16"])) {
+      for (const rank of RANKS) addRow(`wasm ${variant}`, rank, type, measureFold(backend, type, rank), machine);
+    }
+    rows.push({
+      name: `peak (${variant})`,
+      type: "f32",
+      gigaMultiplyAdds: machine.peak / 1e9,
+      gigaMultiplyAddsChained: machine.peakChained / 1e9,
+    });
+    backend.dispose();
+  }
+  for (const type of /** @type {const} */ (["f32", "f16"])) {
+    for (const rank of RANKS) addRow("js", rank, type, measureFold(createJsBackend(), type, rank));
+  }
+
+  const peer = python("fold.py", ...[MATRICES, SIZE, measured, ...RANKS].map(String));
+  if ("reason" in peer) {
+    peers.push({ name: "torch.addmm", reason: peer.reason });
+  } else {
+    const { version, capability, seconds } = peer.figures;
+    peers.push({ name: "torch.addmm, one thread", version: `${version} (${capability})` });
+    for (const rank of RANKS) addRow(`torch.addmm (${capability})`, rank, "f32", seconds[rank]);
+  }
+
+  print({
+    question: `How fast is fold of ${MATRICES} matrices of ${SIZE}×${SIZE}, one thread? GB/s: read and written.`,
+    rows,
+    peers,
+    notes: [
+      "floor: the larger of memory.copy of the same bytes and the multiply-adds at the rate of the faster of two loops",
+      "on registers (assembly/peak.ts). ratio: min over floor. ratioChained: the same with the loop s = s·x + y alone,",
+      "which waits for its own results where multiply and add are not fused.",
+    ],
+  });
+}

@@ -12,7 +12,7 @@ import { openPack } from "eigenlora";
 import { buildPack, readAdapters } from "eigenlora/build";
 import { createEigenSession } from "eigenlora/onnxruntime";
 import { model as modelPath } from "../examples/minilm.js";
-import { data, median, min, print } from "./report.js";
+import { data, median, min, option, printParts } from "./report.js";
 
 /**
  * @typedef {typeof import("onnxruntime-common")} Ort
@@ -22,7 +22,7 @@ import { data, median, min, print } from "./report.js";
  * @typedef {Session["mode"]} Mode
  * @typedef {import("./report.js").Row} Row
  * @typedef {{ name: string, ort: Ort, options: SessionOptions }} Provider
- * @typedef {{ question: string, rows: Row[], notes?: string[] }} Part
+ * @typedef {import("./report.js").Part} Part
  */
 
 const PROVIDERS = ["node cpu", "web wasm"];
@@ -36,8 +36,7 @@ const K = 32;
 const CREATIONS = 7;
 const SWITCHES = 200;
 
-const at = process.argv.indexOf("--runs");
-const RUNS = at < 0 ? 11 : Number(process.argv[at + 1]);
+const RUNS = Number(option("runs") ?? 11);
 
 const [, , what, provider = "", way = ""] = process.argv;
 if (what === "--hold") await hold(provider, /** @type {Mode | "plain"} */ (way));
@@ -99,13 +98,7 @@ async function compare() {
     }
   }
   const peers = [{ name: "plain InferenceSession", version: "1.30.0, the same file, in the same loops" }];
-  if (process.argv.includes("--json")) {
-    const notes = parts.flatMap((part) => part.notes ?? []);
-    const question = parts.map((part) => part.question).join(" ");
-    print({ question, rows: parts.flatMap(({ rows }) => rows), peers, notes });
-  } else {
-    for (const part of parts) print({ ...part, peers });
-  }
+  printParts(parts, peers);
 }
 
 /** @param {string} name @returns {Promise<Provider>} */

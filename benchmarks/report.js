@@ -9,6 +9,7 @@ import { fileURLToPath } from "node:url";
 /**
  * @typedef {Record<string, string | number | null>} Row
  * @typedef {{ name: string, version?: string, reason?: string }} Peer
+ * @typedef {{ question: string, rows: Row[], notes?: string[] }} Part
  */
 
 /**
@@ -16,6 +17,30 @@ import { fileURLToPath } from "node:url";
  * @param {string} path
  */
 export const data = (path) => fileURLToPath(new URL(`../test/data/${path}`, import.meta.url));
+
+/**
+ * The value after an option of the command line, for instance `--runs 15`.
+ * @param {string} name
+ */
+export function option(name) {
+  const at = process.argv.indexOf(`--${name}`);
+  return at < 0 ? undefined : process.argv[at + 1];
+}
+
+/**
+ * mulberry32: numbers in [-0.05, 0.05) that are the same on every machine.
+ * @param {number} length
+ * @param {number} seed
+ */
+export function uniform(length, seed) {
+  let state = seed;
+  return Float32Array.from({ length }, () => {
+    state = (state + 0x6d2b79f5) >>> 0;
+    let x = Math.imul(state ^ (state >>> 15), 1 | state);
+    x ^= x + Math.imul(x ^ (x >>> 7), 61 | x);
+    return (((x ^ (x >>> 14)) >>> 0) / 2 ** 32 - 0.5) / 10;
+  });
+}
 
 /** @param {readonly number[]} values */
 export function median(values) {
@@ -59,26 +84,44 @@ export function python(script, ...args) {
 
 /**
  * Prints a result: JSON with `--json`, else a table.
- * @param {{ question: string, environment?: object, rows: Row[], peers: Peer[], notes?: string[] }} result
+ * @param {Part & { peers: Peer[] }} result
  */
-export function print(result) {
-  const full = { question: result.question, environment: environment(), rows: result.rows, peers: result.peers, notes: result.notes ?? [] };
+export const print = (result) => printParts([result], result.peers);
+
+/**
+ * Prints a result of several tables. In JSON they are one.
+ * @param {Part[]} parts
+ * @param {Peer[]} peers
+ * @param {Row} [device] of the environment, beside the CPU
+ */
+export function printParts(parts, peers, device) {
+  const full = { ...environment(), ...device };
   if (process.argv.includes("--json")) {
-    console.log(JSON.stringify(full));
+    const question = parts.map((part) => part.question).join(" ");
+    const notes = parts.flatMap((part) => part.notes ?? []);
+    console.log(JSON.stringify({ question, environment: full, rows: parts.flatMap(({ rows }) => rows), peers, notes }));
     return;
   }
-  console.log(`${full.question}\n`);
-  const names = [...new Set(full.rows.flatMap((row) => Object.keys(row)))];
-  const cells = [names, ...full.rows.map((row) => names.map((n) => format(row[n])))];
+  for (const { question, rows, notes = [] } of parts) {
+    console.log(`${question}\n`);
+    if (rows.length > 0) printTable(rows);
+    for (const note of notes) console.log(note);
+    if (notes.length > 0) console.log();
+  }
+  for (const { name, version, reason } of peers) console.log(`peer ${name}: ${version ?? `not run (${reason})`}`);
+  console.log(Object.entries(full).map(([k, v]) => `${k} ${v}`).join(", "));
+}
+
+/** @param {Row[]} rows */
+function printTable(rows) {
+  const names = [...new Set(rows.flatMap((row) => Object.keys(row)))];
+  const cells = [names, ...rows.map((row) => names.map((n) => format(row[n])))];
   const widths = names.map((_, c) => Math.max(...cells.map((row) => row[c].length)));
   cells.forEach((row, i) => {
     console.log(row.map((cell, c) => (c && i ? cell.padStart(widths[c]) : cell.padEnd(widths[c]))).join("  ").trimEnd());
     if (i === 0) console.log(widths.map((w) => "-".repeat(w)).join("  "));
   });
   console.log();
-  for (const { name, version, reason } of full.peers) console.log(`peer ${name}: ${version ?? `not run (${reason})`}`);
-  for (const note of full.notes) console.log(note);
-  console.log(Object.entries(full.environment).map(([k, v]) => `${k} ${v}`).join(", "));
 }
 
 /** @param {string | number | null | undefined} value */
