@@ -18,9 +18,9 @@ import { openPack } from "../dist/src/pack/pack.js";
 import { hold } from "../dist/src/session/hold.js";
 import { labelsOf } from "../dist/src/session/labels.js";
 import { Turns } from "../dist/src/session/turns.js";
-import { data, packOf } from "./packs.ts";
+import { data, LOSSLESS, packOf } from "./packs.ts";
 import { serve } from "./range-server.ts";
-import { difference, golden, goldenRow, GOLDENS, LOSSLESS, model, modelBytes, packBytes, refusal } from "./sessions.ts";
+import { difference, golden, goldenRow, GOLDENS, model, modelBytes, packBytes, refusal } from "./sessions.ts";
 import { chromium, required } from "./required.ts";
 
 const root = fileURLToPath(new URL("..", import.meta.url));
