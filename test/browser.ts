@@ -17,11 +17,11 @@ export async function launch(t: Test, args: readonly string[] = []): Promise<Bro
   return browser;
 }
 
-/** A module of this folder and all it imports, for browsers. `nodePaths` are searched for packages too. */
-export async function bundle(contents: string, nodePaths: string[] = []): Promise<Uint8Array> {
+/** A module and all it imports, for browsers; as if it lay in this folder, or in `resolveDir`. */
+export async function bundle(contents: string, options: { resolveDir?: string; nodePaths?: string[] } = {}): Promise<Uint8Array> {
   const { outputFiles } = await build({
-    stdin: { contents, resolveDir: fileURLToPath(new URL(".", import.meta.url)), loader: "ts" },
-    nodePaths,
+    stdin: { contents, resolveDir: options.resolveDir ?? fileURLToPath(new URL(".", import.meta.url)) },
+    nodePaths: options.nodePaths ?? [],
     bundle: true,
     format: "esm",
     platform: "browser",
@@ -32,7 +32,7 @@ export async function bundle(contents: string, nodePaths: string[] = []): Promis
   return outputFiles[0]!.contents;
 }
 
-/** Opens `start` of these files; without such a file, a page that runs page.js. What nobody catches there fails the test. */
+/** Opens index.html of these files, or without one a page that runs page.js. What nobody catches there fails the test. */
 export async function openPage(t: Test, files: ReadonlyMap<string, Uint8Array>, args?: readonly string[]): Promise<Page> {
   const blank = new TextEncoder().encode('<!doctype html><body><script type="module" src="/page.js"></script>');
   const server = await serve(new Map([["index.html", blank], ...files]));

@@ -483,7 +483,7 @@ t.test("Chromium", { skip: skip || noChromium, timeout: 120_000 }, async (t) => 
     env.backends.onnx.wasm.numThreads = 1;
     const read = async (file) => new Uint8Array(await (await fetch("/" + file)).arrayBuffer());
     globalThis.answer = smoke(transformers, { openPack, attachPack }, { ...${JSON.stringify(PLAN)}, device: "wasm", browser: true, read });`;
-  files.set("page.js", await bundle(contents, [join(runtimes, "node_modules")]));
+  files.set("page.js", await bundle(contents, { nodePaths: [join(runtimes, "node_modules")] }));
   const found = (await answerOf(await openPage(t, files))) as Smoke;
   t.ok(found.logits, "a model with a second file");
   judge(t, found);
