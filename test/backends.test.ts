@@ -12,6 +12,7 @@ import type { FloatType } from "../dist/src/dtypes.js";
 import { encodeTensor } from "../dist/src/encode.js";
 import { dawnMissing } from "./backend-list.ts";
 import { backendSuite, generator, values } from "./backend-suite.ts";
+import { countingDevice } from "./counting-device.js";
 import { required } from "./required.ts";
 
 // Node 20 has relaxed SIMD behind a flag; later versions have it anyway and do not know the flag.
@@ -34,8 +35,15 @@ t.test("js", (t) => (backendSuite(t, createJsBackend), t.end()));
 for (const variant of available) {
   t.test(variant, (t) => (backendSuite(t, () => createWasmBackend({ variant })), t.end()));
 }
-if (dawnMissing === undefined) t.test("dawn", (t) => (backendSuite(t, () => createWebgpuBackend()), t.end()));
-else if (required.has("dawn")) t.fail(`dawn is required by EIGENLORA_REQUIRE, but ${dawnMissing}`);
+if (dawnMissing === undefined) {
+  t.test("dawn", (t) => (backendSuite(t, () => createWebgpuBackend()), t.end()));
+  t.test("dawn without shader-f16", async (t) => {
+    const { device, close } = await countingDevice();
+    t.teardown(close);
+    t.notOk(device.features.has("shader-f16"));
+    backendSuite(t, () => createWebgpuBackend({ device }));
+  });
+} else if (required.has("dawn")) t.fail(`dawn is required by EIGENLORA_REQUIRE, but ${dawnMissing}`);
 else t.test("dawn", { skip: dawnMissing }, () => {});
 
 t.test("without a wish the best variant runs", async (t) => {

@@ -9,7 +9,8 @@ import { layoutAppend } from "../dist/src/pack/layout.js";
 import { openPack } from "../dist/src/pack/pack.js";
 import { openSafetensors } from "../dist/src/safetensors.js";
 import { openSource } from "../dist/src/source.js";
-import { data, relativeDifference, tensorsOf } from "./packs.ts";
+import { relativeDifference, tensorsOf } from "./compare.ts";
+import { data } from "./packs.ts";
 
 const main = fileURLToPath(new URL("../dist/src/cli/main.js", import.meta.url));
 const folder = await mkdtemp(join(tmpdir(), "eigenlora-cli-"));

@@ -9,7 +9,8 @@ import { expandTerm } from "../dist/src/pack/expand.js";
 import type { TaskEntry } from "../dist/src/pack/format.js";
 import { layoutAppend } from "../dist/src/pack/layout.js";
 import { openPack, type Pack } from "../dist/src/pack/pack.js";
-import { concat, data, packOf, relativeDifference, tensorsOf } from "./packs.ts";
+import { relativeDifference, tensorsOf } from "./compare.ts";
+import { concat, data, packOf } from "./packs.ts";
 import { packBytes } from "./sessions.ts";
 
 const golden = new Uint8Array(await readFile(data("goldens/pack/every-kind.eigen")));

@@ -1,10 +1,13 @@
 /** Shared by the tests: the repository's real data, and packs made of it. */
-import { readFile } from "node:fs/promises";
+import { readdir, readFile } from "node:fs/promises";
 import { fileURLToPath } from "node:url";
 import { readAdapters } from "../dist/src/adapters/folder.js";
 import { buildPack, type BuildOptions, type BuildReport } from "../dist/src/pack/build.js";
-import { openSafetensors } from "../dist/src/safetensors.js";
-import { openSource } from "../dist/src/source.js";
+import { openHost } from "../dist/src/runtime/host.js";
+import type { Golden } from "./compare.ts";
+
+/** Everything an adapter has goes into the pack. */
+export const LOSSLESS = { select: { kind: "energy", share: 1 }, types: { basis: "f32", coefficients: "f32", head: "f32" } } as const;
 
 /** Absolute path of something under test/data. */
 export function data(path: string): string {
@@ -28,22 +31,19 @@ export async function packOf(
   return { bytes: concat(chunks), report };
 }
 
-/** Tensors of a safetensors file as f32, by name. */
-export async function tensorsOf(path: string): Promise<Map<string, { shape: readonly number[]; values: Float32Array }>> {
-  const file = await openSafetensors(await openSource(await readFile(path)));
-  const tensors = new Map<string, { shape: readonly number[]; values: Float32Array }>();
-  for (const [name, { shape }] of file.tensors) tensors.set(name, { shape, values: await file.readF32(name) });
-  return tensors;
-}
-
-/** Largest absolute difference divided by the largest absolute value of `expected`. */
-export function relativeDifference(found: ArrayLike<number>, expected: ArrayLike<number>): number {
-  let difference = 0;
-  let largest = 0;
-  for (let i = 0; i < expected.length; i++) {
-    difference = Math.max(difference, Math.abs(found[i]! - expected[i]!));
-    largest = Math.max(largest, Math.abs(expected[i]!));
-    if (Number.isNaN(found[i])) return Infinity;
+/** PEFT's golden pairs that load, each with a lossless pack of its adapter in memory. */
+export async function goldenPacks(): Promise<(Golden & { pack: Uint8Array<ArrayBuffer> })[]> {
+  const goldens: (Golden & { pack: Uint8Array<ArrayBuffer> })[] = [];
+  for (const name of await readdir(data("goldens/peft"))) {
+    const folder = data(`goldens/peft/${name}`);
+    const { expect, changed } = JSON.parse(await readFile(`${folder}/case.json`, "utf8"));
+    if (expect === "refuse") continue;
+    const [adapter] = await readAdapters([`${folder}/adapter`]);
+    const base = await openHost(`${folder}/base.safetensors`);
+    const { chunks } = await buildPack([adapter!], { ...LOSSLESS, base });
+    goldens.push({ name, folder, pack: concat(chunks), task: adapter!.id, changed });
+    await base.close?.();
+    await adapter!.close();
   }
-  return found.length === expected.length ? difference / (largest || 1) : Infinity;
+  return goldens;
 }

@@ -1,17 +1,17 @@
-import t, { type Test } from "tap";
+import t from "tap";
 import { mkdtemp, readFile, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { chromium, type Browser, type Page } from "playwright-core";
+import type { Browser, Page } from "playwright-core";
 import { buildPage } from "../examples/page/build.js";
 import { serveFolder, type Answered } from "../examples/page/serve.js";
-import { chromium as executablePath, required } from "./required.ts";
+import { launch, noChromium } from "./browser.ts";
 
 /**
  * The page as visitors get it: built, served by its own server, in a real Chromium. Skipped by name without one; fails when
  * EIGENLORA_REQUIRE lists chromium.
  */
-const skip = !executablePath && !required.has("chromium") && "chromium is not here";
+const skip = noChromium;
 
 const folder = await mkdtemp(join(tmpdir(), "eigenlora-page-"));
 const answers: Answered[] = [];
@@ -51,13 +51,6 @@ async function choose(page: Page, task: string): Promise<void> {
 async function type(page: Page, text: string): Promise<void> {
   await page.locator("#sentence").fill(text);
   await settled(page);
-}
-
-async function launch(t: Test, args: string[] = []): Promise<Browser> {
-  if (!executablePath) throw new Error("chromium is required but not installed");
-  const browser = await chromium.launch({ executablePath, args: ["--no-sandbox", ...args] });
-  t.teardown(() => browser.close());
-  return browser;
 }
 
 t.test("sentence, tasks and their cost", { skip }, async (t) => {

@@ -13,30 +13,18 @@ export interface RangeServer {
   readonly ranges: [number, number][];
   /** Faults of the next answers, first one first; undefined entries are honest. */
   faults: (Fault | undefined)[];
-  /** Resolves with the body of the next POST. */
-  posted(): Promise<string>;
   close(): Promise<void>;
 }
 
 export async function serve(files: Map<string, Uint8Array>): Promise<RangeServer> {
   const ranges: [number, number][] = [];
-  let receive = (_: string): void => {};
   const handle: RangeServer = {
     url: (path) => `http://127.0.0.1:${(server.address() as AddressInfo).port}/${path}`,
     ranges,
     faults: [],
-    posted: () => new Promise((resolve) => (receive = resolve)),
     close: () => new Promise((resolve) => { server.closeAllConnections(); server.close(() => resolve()); }),
   };
   const server: Server = createServer((request, response) => {
-    if (request.method === "POST") {
-      const parts: Buffer[] = [];
-      request.on("data", (part: Buffer) => parts.push(part));
-      return void request.on("end", () => {
-        response.end();
-        receive(Buffer.concat(parts).toString());
-      });
-    }
     const bytes = files.get((request.url ?? "").slice(1));
     const fault = handle.faults.shift();
     if (!bytes || fault === "404") return void response.writeHead(404).end("not here");

@@ -1,69 +1,19 @@
 import t from "tap";
-import { readdir, readFile } from "node:fs/promises";
 import { readAdapters } from "../dist/src/adapters/folder.js";
 import { buildPack } from "../dist/src/pack/build.js";
 import { openPack } from "../dist/src/pack/pack.js";
-import { memoryHost, openHost, type Tensor, type View, type WeightHost } from "../dist/src/runtime/host.js";
+import { memoryHost, type Tensor, type View, type WeightHost } from "../dist/src/runtime/host.js";
 import { createRuntime } from "../dist/src/runtime/create.js";
 import type { Runtime } from "../dist/src/runtime/runtime.js";
 import { decodeTensor } from "../dist/src/dtypes.js";
 import { backends } from "./backend-list.ts";
-import { concat, data, packOf, relativeDifference, tensorsOf } from "./packs.ts";
-
-function floats(view: View): Float32Array {
-  const bytes = (view.data as Uint8Array).slice(view.byteOffset);
-  const count = view.shape.reduce((a, b) => a * b, 1);
-  const padded = new Uint8Array(Math.ceil(bytes.length / 4) * 4);
-  padded.set(bytes);
-  return decodeTensor(view.dtype, padded, 1, count);
-}
-
-function bytesOf(view: View): Buffer {
-  return Buffer.from((view.data as Uint8Array).slice(view.byteOffset));
-}
-
-const LOSSLESS = { select: { kind: "energy", share: 1 }, types: { basis: "f32", coefficients: "f32", head: "f32" } } as const;
+import { bytesOf, checkGolden, floats, relativeDifference, tensorsOf } from "./compare.ts";
+import { concat, data, goldenPacks, LOSSLESS, packOf } from "./packs.ts";
 
 t.test("PEFT's goldens through pack and runtime", async (t) => {
-  const cases = await readdir(data("goldens/peft"));
-  let checked = 0;
-  for (const name of cases) {
-    const folder = data(`goldens/peft/${name}`);
-    const { expect, changed, added = [] } = JSON.parse(await readFile(`${folder}/case.json`, "utf8"));
-    if (expect === "refuse") continue;
-    const [adapter] = await readAdapters([`${folder}/adapter`]);
-    const base = await openHost(`${folder}/base.safetensors`);
-    const { chunks } = await buildPack([adapter!], { ...LOSSLESS, base });
-    const pack = await openPack(concat(chunks));
-    const merged = await tensorsOf(`${folder}/merged.safetensors`);
-    const extra = added.length ? await tensorsOf(`${folder}/added.safetensors`) : new Map();
-    for (const options of backends()) {
-      const runtime = await createRuntime(pack, { ...options, base: `${folder}/base.safetensors` });
-      await runtime.switchTask(adapter!.id);
-      for (const weight of changed as string[]) {
-        const expected = merged.get(weight)!;
-        const difference = relativeDifference(floats(await runtime.readWeight(weight)), expected.values);
-        if (!(difference <= 1e-6)) t.fail(`${name}, ${runtime.backend}, ${weight}: off by ${difference}`);
-        checked++;
-      }
-      for (const [weight, { values }] of extra) {
-        if (!/classifier|score/.test(weight)) continue;
-        t.ok(relativeDifference(floats(await runtime.readWeight(weight)), values) <= 1e-6, `${name}: ${weight} was added`);
-      }
-      await runtime.switchTask(null);
-      const pristine = await openHost(`${folder}/base.safetensors`);
-      for (const weight of changed as string[]) {
-        if (!bytesOf(await runtime.readWeight(weight)).equals(bytesOf(await pristine.read(weight)))) {
-          t.fail(`${name}, ${runtime.backend}, ${weight}: not the base's bits at null`);
-        }
-      }
-      await pristine.close?.();
-      await runtime.dispose();
-    }
-    await base.close?.();
-    await adapter!.close();
-  }
-  t.ok(checked > 200, `${checked} weights`);
+  const goldens = await goldenPacks();
+  t.ok(goldens.length >= 23, `${goldens.length} goldens`);
+  for (const golden of goldens) for (const options of backends()) await checkGolden(t, golden, options);
 });
 
 const TASKS = ["debtags-role", "debtags-game", "sections-1", "debtags-use"];
@@ -361,7 +311,7 @@ t.test("policy reload: half the memory, the same bits", async (t) => {
   for (const task of ["adapter", null, "adapter"]) {
     await copy.switchTask(task);
     await reload.switchTask(task);
-    for (const { name } of pack.modules) t.ok(bytesOf(copy.weight(name)).equals(bytesOf(reload.weight(name))), `${task}: ${name}`);
+    for (const { name } of pack.modules) t.strictSame(bytesOf(copy.weight(name)), bytesOf(reload.weight(name)), `${task}: ${name}`);
   }
   t.equal(reload.memory().pristine, 0);
   t.equal(copy.memory().pristine, copy.memory().active);

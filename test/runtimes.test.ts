@@ -1,15 +1,15 @@
 import t, { type Test } from "tap";
-import { build } from "esbuild";
-import { execFile, spawn } from "node:child_process";
+import { execFile } from "node:child_process";
 import { existsSync } from "node:fs";
 import { cp, mkdir, mkdtemp, rm, symlink, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
+import { answerOf, bundle, noChromium, openPage } from "./browser.ts";
 import { packOf } from "./packs.ts";
 import { serve } from "./range-server.ts";
-import { chromium, required } from "./required.ts";
+import { required } from "./required.ts";
 
 /**
  * The built package, by its name, in every runtime that is here. EIGENLORA_RUNTIMES names a folder with `node_modules/.bin`
@@ -76,29 +76,21 @@ for (const [name, command, args] of commands) {
 }
 
 for (const where of ["window", "worker"]) {
-  const skip = !chromium && !required.has("chromium") && "chromium is not here";
-  t.test(`chromium, ${where}`, { skip }, async (t) => {
-    if (!chromium) throw new Error("chromium is required but not installed");
+  t.test(`chromium, ${where}`, { skip: noChromium }, async (t) => {
+    const smoke = 'import { smokeAll } from "./smoke.js";';
     const code =
       where === "window"
-        ? 'import { smokeAll } from "./smoke.js"; smokeAll("/tasks.eigen").then(show, show);'
-        : `const worker = new Worker("/worker.js", { type: "module" }); worker.onmessage = ({ data }) => show(data); worker.onerror = (e) => show(e.message);`;
-    const show = 'const show = (x) => fetch("/result", { method: "POST", body: JSON.stringify(x instanceof Error ? x.stack : x) });';
-    const bundle = async (contents: string): Promise<Uint8Array> => {
-      const options = { bundle: true, format: "esm", platform: "browser", write: false } as const;
-      return (await build({ ...options, stdin: { contents, resolveDir: project } })).outputFiles[0]!.contents;
-    };
-    files.set("worker.js", await bundle('import { smokeAll } from "./smoke.js"; smokeAll("/tasks.eigen").then(postMessage, (e) => postMessage(e.stack));'));
-    files.set("page.js", await bundle(`${show}\n${code}`));
-    files.set("page.html", new TextEncoder().encode('<!doctype html><body><script type="module" src="/page.js"></script>'));
-    const flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"];
-    const browser = spawn(chromium, [...flags, `--user-data-dir=${join(project, `chromium-${where}`)}`, server.url("page.html")]);
-    const exited = new Promise<string>((_, reject) => browser.once("exit", (code) => reject(new Error(`chromium exited: ${code}`))));
-    const text = await Promise.race([server.posted(), exited]);
-    exited.catch(() => undefined);
-    browser.kill();
-    const found = JSON.parse(text) as Smoke[];
-    if (typeof found === "string") throw new Error(found);
+        ? `${smoke} globalThis.answer = smokeAll("/tasks.eigen");`
+        : `globalThis.answer = new Promise((resolve, reject) => {
+            const worker = new Worker("/worker.js", { type: "module" });
+            worker.onmessage = ({ data }) => (typeof data === "string" ? reject(new Error(data)) : resolve(data));
+            worker.onerror = ({ message }) => reject(new Error(message));
+          });`;
+    const page = new Map(files);
+    page.set("page.js", await bundle(code, { resolveDir: project }));
+    const worker = `${smoke} smokeAll("/tasks.eigen").then(postMessage, (error) => postMessage(error.stack));`;
+    page.set("worker.js", await bundle(worker, { resolveDir: project }));
+    const found = (await answerOf(await openPage(t, page))) as Smoke[];
     check(t, found);
     t.comment(found.map((f) => f.backend).join(", "));
   });

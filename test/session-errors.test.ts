@@ -26,12 +26,11 @@ import { buildPack, projectAdapter } from "../dist/src/pack/build.js";
 import { encodeTask, encodeTaskFile } from "../dist/src/pack/encode.js";
 import { openPack, type Pack } from "../dist/src/pack/pack.js";
 import { planSession } from "../dist/src/session/plan.js";
-import { concat, data } from "./packs.ts";
+import { concat, data, LOSSLESS } from "./packs.ts";
 import {
   difference,
   feeds,
   golden,
-  LOSSLESS,
   model,
   modelBytes,
   MODES,

@@ -6,8 +6,8 @@ import t from "tap";
 import { createEncoder, readReference, readTask } from "../examples/minilm.js";
 import { openOnnxHost } from "../dist/src/onnx/host.js";
 import { openPack } from "../dist/src/pack/pack.js";
-import { data, packOf } from "./packs.ts";
-import { difference, LOSSLESS, NODE, open, WEB, type Mode, type Ort } from "./sessions.ts";
+import { data, LOSSLESS, packOf } from "./packs.ts";
+import { difference, NODE, open, WEB, type Mode, type Ort } from "./sessions.ts";
 
 const model = data("minilm/model_fp16.onnx");
 const TASKS = ["debtags-role", "debtags-game", "sections-0", "debtags-scope"];

@@ -8,7 +8,7 @@ import { createEigenSession, type EigenSession, type EigenSessionOptions } from 
 import { buildPack, type BuildOptions } from "../dist/src/pack/build.js";
 import { openPack, type Pack } from "../dist/src/pack/pack.js";
 import { openHost } from "../dist/src/runtime/host.js";
-import { concat, data } from "./packs.ts";
+import { concat, data, LOSSLESS } from "./packs.ts";
 
 export type Ort = typeof common;
 export type Session = EigenSession<Ort>;
@@ -58,11 +58,6 @@ export function golden(answers: string, task: string | null): readonly number[] 
 export function goldenRow(answers: string, task: string | null, row: number): readonly number[] {
   return [(GOLDENS.outputs[answers]![task ?? "base"] as readonly Nested[])[row]!].flat(Infinity as 1) as number[];
 }
-
-export const LOSSLESS = {
-  select: { kind: "energy", share: 1 },
-  types: { basis: "f32", coefficients: "f32", head: "f32" },
-} as const satisfies BuildOptions;
 
 /** Bytes of a pack of adapters under test/data/sessions, with the fingerprints of `base` there. */
 export async function packBytes(

@@ -4,16 +4,16 @@
  */
 import t, { type Test } from "tap";
 import { build } from "esbuild";
-import { execFile, spawn } from "node:child_process";
+import { execFile } from "node:child_process";
 import { existsSync, readdirSync } from "node:fs";
 import { cp, mkdir, mkdtemp, readFile, rm, symlink, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
-import { serve } from "./range-server.ts";
+import { answerOf, noChromium, openPage } from "./browser.ts";
 import { difference, golden, GOLDENS, model, modelBytes, packBytes } from "./sessions.ts";
-import { chromium, required } from "./required.ts";
+import { required } from "./required.ts";
 
 const run = promisify(execFile);
 const root = fileURLToPath(new URL("..", import.meta.url));
@@ -61,41 +61,23 @@ t.test("Node", async (t) => {
 });
 
 const page = `import { main } from "./example.js";
-const show = (x) => fetch("/result", { method: "POST", body: JSON.stringify(x instanceof Error ? x.stack : x) });
-main("model.onnx", ${feeds}).then(show, show);`;
-const skipBrowser = !chromium && !required.has("chromium") && "chromium is not here";
+globalThis.answer = main("model.onnx", ${feeds});`;
 
-/** Opens a page with these files in Chromium; gives what it posts. */
-async function browse(files: Map<string, Uint8Array>, start: string): Promise<unknown> {
-  if (!chromium) throw new Error("chromium is required but not installed");
-  const server = await serve(new Map([...files, ["model.onnx", modelBytes("torchscript")], ["tasks.eigen", pack]]));
-  const profile = await mkdtemp(join(tmpdir(), "eigenlora-chromium-"));
-  const flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"];
-  const browser = spawn(chromium, [...flags, `--user-data-dir=${profile}`, server.url(start)]);
-  try {
-    const exited = new Promise<string>((_, reject) => browser.once("exit", (code) => reject(new Error(`chromium exited: ${code}`))));
-    exited.catch(() => undefined);
-    const found: unknown = JSON.parse(await Promise.race([server.posted(), exited]));
-    if (typeof found === "string") throw new Error(found);
-    return found;
-  } finally {
-    browser.kill();
-    await server.close();
-    await rm(profile, { recursive: true, maxRetries: 5, retryDelay: 200 });
-  }
+/** Opens a page of these files in Chromium; gives what the model says there. */
+async function browse(t: Test, files: ReadonlyMap<string, Uint8Array>): Promise<number[]> {
+  return (await answerOf(await openPage(t, new Map([...files, ["model.onnx", modelBytes("torchscript")], ["tasks.eigen", pack]])))) as number[];
 }
 
-t.test("a bundle of esbuild in Chromium", { skip: skipBrowser }, async (t) => {
+t.test("a bundle of esbuild in Chromium", { skip: noChromium }, async (t) => {
   const { outputFiles } = await build({ stdin: { contents: page, resolveDir: project }, bundle: true, format: "esm", platform: "browser", target: "es2022", write: false, outfile: "page.js" });
   const files = new Map([["page.js", outputFiles[0]!.contents as Uint8Array]]);
-  files.set("index.html", new TextEncoder().encode('<!doctype html><script type="module" src="/page.js"></script>'));
   // As onnxruntime-web's documentation says: its WebAssembly files lie beside the bundle.
   const dist = join(root, "node_modules/onnxruntime-web/dist");
   for (const file of readdirSync(dist)) if (file.endsWith(".wasm")) files.set(file, await readFile(join(dist, file)));
-  check(t, (await browse(files, "index.html")) as number[]);
+  check(t, await browse(t, files));
 });
 
-const skipVite = skipBrowser || (!existsSync(vite) && !required.has("vite") && "vite is not here; see EIGENLORA_RUNTIMES");
+const skipVite = noChromium || (!existsSync(vite) && !required.has("vite") && "vite is not here; see EIGENLORA_RUNTIMES");
 t.test("a build of Vite in Chromium", { skip: skipVite }, async (t) => {
   await writeFile(join(project, "page.js"), page);
   await writeFile(join(project, "index.html"), '<!doctype html><script type="module" src="/page.js"></script>');
@@ -106,5 +88,5 @@ t.test("a build of Vite in Chromium", { skip: skipVite }, async (t) => {
     const path = join(file.parentPath, file.name);
     files.set(path.slice(join(project, "built").length + 1), await readFile(path));
   }
-  check(t, (await browse(files, "index.html")) as number[]);
+  check(t, await browse(t, files));
 });

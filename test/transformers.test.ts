@@ -4,8 +4,7 @@
  * EIGENLORA_REQUIRE lists "transformers".
  */
 import t, { type Test } from "tap";
-import { build } from "esbuild";
-import { execFile, spawn } from "node:child_process";
+import { execFile } from "node:child_process";
 import { existsSync } from "node:fs";
 import { mkdir, mkdtemp, readdir, readFile, rm, symlink, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
@@ -18,10 +17,10 @@ import { openPack } from "../dist/src/pack/pack.js";
 import { hold } from "../dist/src/session/hold.js";
 import { labelsOf } from "../dist/src/session/labels.js";
 import { Turns } from "../dist/src/session/turns.js";
-import { data, packOf } from "./packs.ts";
-import { serve } from "./range-server.ts";
-import { difference, golden, goldenRow, GOLDENS, LOSSLESS, model, modelBytes, packBytes, refusal } from "./sessions.ts";
-import { chromium, required } from "./required.ts";
+import { answerOf, bundle, noChromium, openPage } from "./browser.ts";
+import { data, LOSSLESS, packOf } from "./packs.ts";
+import { difference, golden, goldenRow, GOLDENS, model, modelBytes, packBytes, refusal } from "./sessions.ts";
+import { required } from "./required.ts";
 
 const root = fileURLToPath(new URL("..", import.meta.url));
 const runtimes = process.env["EIGENLORA_RUNTIMES"] ?? "";
@@ -462,9 +461,8 @@ t.test("onnxruntime-web in Node", { skip }, async (t) => {
   judge(t, JSON.parse(stdout) as Smoke);
 });
 
-const noBrowser = !chromium && !required.has("chromium") && "chromium is not here";
-t.test("Chromium", { skip: skip || noBrowser, timeout: 120_000 }, async (t) => {
-  if (!chromium || !present) throw new Error("chromium or transformers is required but not installed");
+t.test("Chromium", { skip: skip || noChromium, timeout: 120_000 }, async (t) => {
+  if (!present) throw new Error("transformers is required but not installed");
   const files = new Map<string, Uint8Array>();
   for (const name of ["decoder", "minilm", "external"]) {
     for (const file of await readdir(join(models, name), { recursive: true })) {
@@ -484,31 +482,9 @@ t.test("Chromium", { skip: skip || noBrowser, timeout: 120_000 }, async (t) => {
     env.backends.onnx.wasm.wasmPaths = location.origin + "/ort/";
     env.backends.onnx.wasm.numThreads = 1;
     const read = async (file) => new Uint8Array(await (await fetch("/" + file)).arrayBuffer());
-    const show = (x) => fetch("/result", { method: "POST", body: JSON.stringify(x instanceof Error ? x.stack : x) });
-    smoke(transformers, { openPack, attachPack }, { ...${JSON.stringify(PLAN)}, device: "wasm", browser: true, read }).then(show, show);`;
-  const { outputFiles } = await build({
-    stdin: { contents, resolveDir: join(root, "test") },
-    nodePaths: [join(runtimes, "node_modules")],
-    bundle: true,
-    format: "esm",
-    platform: "browser",
-    write: false,
-    logLevel: "silent",
-  });
-  files.set("page.js", outputFiles[0]!.contents);
-  files.set("page.html", new TextEncoder().encode('<!doctype html><body><script type="module" src="/page.js"></script>'));
-  const server = await serve(files);
-  t.teardown(() => server.close());
-  const profile = await mkdtemp(join(tmpdir(), "eigenlora-chromium-"));
-  t.teardown(() => rm(profile, { recursive: true, maxRetries: 5, retryDelay: 200 }));
-  const flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"];
-  const browser = spawn(chromium, [...flags, `--user-data-dir=${profile}`, server.url("page.html")]);
-  const exited = new Promise<string>((_, reject) => browser.once("exit", (code) => reject(new Error(`chromium exited: ${code}`))));
-  exited.catch(() => undefined);
-  const text = await Promise.race([server.posted(), exited]);
-  browser.kill();
-  const found = JSON.parse(text) as Smoke;
-  if (typeof found === "string") throw new Error(found);
+    globalThis.answer = smoke(transformers, { openPack, attachPack }, { ...${JSON.stringify(PLAN)}, device: "wasm", browser: true, read });`;
+  files.set("page.js", await bundle(contents, { nodePaths: [join(runtimes, "node_modules")] }));
+  const found = (await answerOf(await openPage(t, files))) as Smoke;
   t.ok(found.logits, "a model with a second file");
   judge(t, found);
 });

@@ -224,7 +224,8 @@ t.test("a device of the user's: 500 switches, one submit each, nothing but coeff
     if (counts.submits > 1) throw new Error(`switch ${i} took ${counts.submits} submits`);
     if (counts.written > coefficientBytes(task) + 4096) throw new Error(`switch ${i} sent ${counts.written} bytes`);
     if (counts.live !== live) throw new Error(`switch ${i}: ${counts.live} bytes are live, ${live} were`);
-    if (counts.dispatches > 3 * pack.modules.length) throw new Error(`switch ${i} took ${counts.dispatches} dispatches`);
+    const expected = task === null ? 0 : pack.modules.length + 1;
+    if (counts.dispatches !== expected) throw new Error(`switch ${i} took ${counts.dispatches} dispatches, expected ${expected}`);
     // Heads of different tasks take turns in a few arrays of the CPU's until then.
     if (i > 100 && report.allocated !== 0) throw new Error(`switch ${i} allocated ${report.allocated} bytes`);
     if (i % 50 === 0 || (task === null && i % 5 === 0) || i === 499) {
@@ -232,9 +233,8 @@ t.test("a device of the user's: 500 switches, one submit each, nothing but coeff
     }
   }
   t.ok(seen.get(null)!.equals(await read()), "pristine at the end");
-  Object.assign(counts, { dispatches: 0, written: 0 });
+  counts.written = 0;
   await runtime.switchTask("sections-1");
-  t.ok(counts.dispatches > 0, "kernels ran");
   t.equal(counts.written, coefficientBytes("sections-1"), "a warm switch sends the coefficients");
   t.comment(`${counts.written} bytes written, ${live} live`);
   const { total, basis, coefficients, pristine, active, scratch, reserved } = runtime.memory();

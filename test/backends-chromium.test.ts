@@ -1,0 +1,130 @@
+/**
+ * The backend suite and PEFT's golden pairs in Chromium: js, every build of wasm, and WebGPU without `shader-f16`, each in
+ * a window and in a dedicated worker.
+ */
+import { readFile } from "node:fs/promises";
+import type { Page } from "playwright-core";
+import t from "tap";
+import type { BackendOptions } from "../dist/src/backends/select.js";
+import type { Entry } from "./backends-browser.ts";
+import type { Golden } from "./compare.ts";
+import { bundle, noChromium, openPage } from "./browser.ts";
+import { goldenPacks } from "./packs.ts";
+import { required } from "./required.ts";
+import { record, type Finding } from "./stand-in.ts";
+
+/** Where the entry's functions can be called. */
+interface Realm {
+  evaluate<R, A>(call: (argument: A) => R | Promise<R>, argument: A): Promise<R>;
+}
+
+const BACKENDS: readonly BackendOptions[] = [
+  { backend: "js" },
+  { backend: "wasm", wasm: { variant: "scalar" } },
+  { backend: "wasm", wasm: { variant: "simd" } },
+  { backend: "wasm", wasm: { variant: "relaxed-simd" } },
+  { backend: "webgpu" },
+];
+
+/** Of the page and of the worker. */
+const SCRIPT = `import { entry } from "./backends-browser.ts";
+  Object.assign(globalThis, entry);
+  if (!("document" in globalThis)) postMessage("ready");`;
+
+t.test("the stand-in for tap tells good from bad", async (t) => {
+  const error = new RangeError("rows are 7");
+  const findings = await record("outer", (t) => {
+    t.test("good", async (t) => {
+      t.teardown(() => t.pass("teardown"));
+      t.ok(1);
+      t.equal(NaN, NaN);
+      t.strictSame(Uint8Array.of(1, 2), Uint8Array.of(1, 2));
+      t.throws(() => { throw error; }, { name: "RangeError", message: /^rows / });
+      t.throws(() => { throw error; }, RangeError);
+      t.comment("a comment");
+      await t.rejects(Promise.reject(error), { message: /7$/ });
+    });
+    t.test("bad", (t) => {
+      t.ok(0);
+      t.fail("no");
+      t.equal(1, 2, "numbers");
+      t.equal("1", 1);
+      t.strictSame(Uint8Array.of(1, 2), Uint8Array.of(1, 3));
+      t.strictSame(Uint8Array.of(1), Uint8Array.of(1, 3));
+      t.strictSame([1], Uint8Array.of(1));
+      t.throws(() => {}, { message: /x/ });
+      t.throws(() => { throw error; }, { name: "RangeError", message: /^columns / });
+      t.throws(() => { throw error; }, TypeError);
+      void t.rejects(Promise.reject(error), { name: "TypeError", message: /7/ });
+      void t.rejects(Promise.resolve(), { name: "TypeError", message: /7/ });
+    });
+    t.test("ends badly", () => Promise.reject(error));
+    t.test("cannot be cleaned", (t) => t.teardown(() => { throw error; }));
+  });
+  const of = (name: string): Finding[] => findings.filter((finding) => finding.name.startsWith(`outer > ${name} > `));
+  t.equal(of("good").length, 9);
+  t.ok(of("good").every(({ fault }) => fault === undefined));
+  t.same(of("good").filter(({ kind }) => kind === "comment").map(({ name }) => name), ["outer > good > a comment"]);
+  t.equal(of("bad").length, 13);
+  t.ok(of("bad").every(({ kind, fault }) => (fault === undefined) === (kind === "end")));
+  t.match(of("bad").find(({ name }) => name.endsWith("numbers")), { name: "outer > bad > numbers", fault: "got 1, expected 2" });
+  for (const name of ["ends badly", "cannot be cleaned"]) t.match(of(name), [{ kind: "end", fault: /^rows are 7\n/ }]);
+});
+
+t.test("Chromium", { skip: noChromium }, async (t) => {
+  const files = new Map([["page.js", await bundle(SCRIPT)]]);
+  const goldens: Golden[] = [];
+  for (const golden of await goldenPacks()) {
+    const folder = `/goldens/${golden.name}`;
+    for (const file of ["base.safetensors", "merged.safetensors"]) {
+      files.set(`${folder.slice(1)}/${file}`, await readFile(`${golden.folder}/${file}`));
+    }
+    files.set(`${folder.slice(1)}/pack.eigen`, golden.pack);
+    goldens.push({ ...golden, folder, pack: `${folder}/pack.eigen` });
+  }
+  const page = await openPage(t, files, ["--enable-unsafe-webgpu"]);
+  const realms: [string, Realm][] = [["window", page], ["worker", await startWorker(page)]];
+  /** Assertions of each run: what one backend is asked, all are. */
+  const counts = { suite: new Set<number>(), goldens: new Set<number>() };
+
+  for (const [where, realm] of realms) {
+    const gpu = await realm.evaluate(() => (globalThis as unknown as Entry).adapter(), undefined);
+    if (gpu) {
+      t.comment(`${where}: ${gpu.description}: ${gpu.features.join(", ")}`);
+      t.notOk(gpu.plain.includes("shader-f16"), `${where}: WebGPU without shader-f16`);
+    }
+    for (const options of BACKENDS) {
+      const name = `${options.wasm?.variant ?? options.backend} in a ${where}`;
+      const skip = options.backend === "webgpu" && !gpu && !required.has("chromium") && "this Chromium has no WebGPU adapter";
+      for (const what of ["suite", "goldens"] as const) {
+        await t.test(`${what}: ${name}`, { skip }, async (t) => {
+          const findings = await realm.evaluate(
+            ({ what, name, options, goldens }) => (globalThis as unknown as Entry)[what](name, options, goldens),
+            { what, name, options, goldens },
+          );
+          for (const { kind, name, fault } of findings) {
+            if (fault !== undefined) t.fail(`${name}: ${fault}`);
+            else if (kind === "comment") t.comment(name);
+          }
+          const assertions = findings.filter(({ kind }) => kind !== "comment").length;
+          t.ok(assertions > 0, `${assertions} assertions`);
+          counts[what].add(assertions);
+        });
+      }
+    }
+  }
+  for (const [what, found] of Object.entries(counts)) t.equal(found.size, 1, `${what}: ${[...found].join(" or ")} assertions on each backend`);
+});
+
+async function startWorker(page: Page): Promise<Realm> {
+  const started = page.waitForEvent("worker");
+  await page.evaluate(
+    () =>
+      new Promise((resolve, reject) => {
+        const worker = new Worker("/page.js", { type: "module" });
+        worker.onmessage = resolve;
+        worker.onerror = ({ message }) => reject(new Error(message));
+      }).then(() => undefined),
+  );
+  return started;
+}

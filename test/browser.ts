@@ -1,0 +1,50 @@
+/** Chromium for tests: files over HTTP, a page of them, and what the page has to say. */
+import { build } from "esbuild";
+import { fileURLToPath } from "node:url";
+import { chromium, type Browser, type Page } from "playwright-core";
+import type { Test } from "tap";
+import { serve } from "./range-server.ts";
+import { chromium as executablePath, required } from "./required.ts";
+
+/** Why tests in Chromium are skipped; false where they run, or fail. */
+export const noChromium = !executablePath && !required.has("chromium") && "chromium is not here";
+
+/** A browser until the test ends. WebGPU needs `--enable-unsafe-webgpu`. @throws Error without Chromium */
+export async function launch(t: Test, args: readonly string[] = []): Promise<Browser> {
+  if (!executablePath) throw new Error("chromium is required but not installed");
+  const browser = await chromium.launch({ executablePath, args: ["--no-sandbox", ...args] });
+  t.teardown(() => browser.close());
+  return browser;
+}
+
+/** A module and all it imports, for browsers; as if it lay in this folder, or in `resolveDir`. */
+export async function bundle(contents: string, options: { resolveDir?: string; nodePaths?: string[] } = {}): Promise<Uint8Array> {
+  const { outputFiles } = await build({
+    stdin: { contents, resolveDir: options.resolveDir ?? fileURLToPath(new URL(".", import.meta.url)) },
+    nodePaths: options.nodePaths ?? [],
+    bundle: true,
+    format: "esm",
+    platform: "browser",
+    target: "es2022",
+    write: false,
+    logLevel: "silent",
+  });
+  return outputFiles[0]!.contents;
+}
+
+/** Opens index.html of these files, or without one a page that runs page.js. What nobody catches there fails the test. */
+export async function openPage(t: Test, files: ReadonlyMap<string, Uint8Array>, args?: readonly string[]): Promise<Page> {
+  const blank = new TextEncoder().encode('<!doctype html><body><script type="module" src="/page.js"></script>');
+  const server = await serve(new Map([["index.html", blank], ...files]));
+  t.teardown(() => server.close());
+  const page = await (await launch(t, args)).newPage();
+  page.on("pageerror", (error) => t.fail(`uncaught in the page: ${error.stack}`));
+  await page.goto(server.url("index.html"));
+  return page;
+}
+
+/** What the page has left, or promised, as `globalThis.answer`. */
+export async function answerOf(page: Page): Promise<unknown> {
+  await page.waitForFunction(() => "answer" in globalThis);
+  return page.evaluate(() => (globalThis as unknown as { answer: unknown }).answer);
+}
