@@ -16,8 +16,9 @@ import { openPack } from "../dist/src/pack/pack.js";
 import { createRuntime } from "../dist/src/runtime/create.js";
 import { dawnMissing } from "./backend-list.ts";
 import { generator, values } from "./backend-suite.ts";
+import { seededBase } from "./bases.ts";
 import { countingDevice } from "./counting-device.js";
-import { concat, data, packOf } from "./packs.ts";
+import { data, packOf } from "./packs.ts";
 
 const skip = dawnMissing ?? false;
 
@@ -245,23 +246,6 @@ t.test("a device of the user's: 500 switches, one submit each, nothing but coeff
   t.equal(counts.live, 0, "every buffer is destroyed");
   t.doesNotThrow(() => device.createCommandEncoder(), "a device that was given is left alone");
 });
-
-/** A base of the modules' shapes in a safetensors file, seeded. */
-async function seededBase(modules: readonly { name: string; out: number; in: number }[]): Promise<Uint8Array> {
-  const random = generator(77);
-  const header: Record<string, unknown> = {};
-  const chunks: Uint8Array[] = [];
-  let at = 0;
-  for (const { name, out, in: inputs } of modules) {
-    const bytes = bytesOf(values(out * inputs, random));
-    header[`${name}.weight`] = { dtype: "F32", shape: [out, inputs], data_offsets: [at, (at += bytes.length)] };
-    chunks.push(bytes);
-  }
-  const text = new TextEncoder().encode(JSON.stringify(header));
-  const length = new Uint8Array(8);
-  new DataView(length.buffer).setBigUint64(0, BigInt(text.length), true);
-  return concat([length, text, ...chunks]);
-}
 
 t.test("a device that is none is passed over with the reason by auto, refused by name", async (t) => {
   const device = { label: "", limits: {}, queue: {}, createBuffer: () => ({}) };
