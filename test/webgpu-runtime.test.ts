@@ -161,7 +161,8 @@ function hang(device: GPUDevice): void {
 }
 
 t.test("a lost device comes back with the active task, whole", { skip }, async (t) => {
-  const { device } = await countingDevice();
+  const { device, close } = await countingDevice();
+  t.teardown(close);
   const base = await seededBase(modules);
   const runtime = await createRuntime(await openPack(packBytes), { base, webgpu: { device, recreate: true } });
   t.teardown(() => runtime.dispose());
@@ -290,9 +291,13 @@ function limitMemory(device: GPUDevice, left: number): () => void {
     return error ?? (full ? ({ message: "Out of device memory" } as GPUError) : null);
   };
   device.createBuffer = (descriptor) => {
-    if (descriptor.size > left) scopes.findLast(({ kind }) => kind === "out-of-memory")!.full = true;
-    else left -= descriptor.size;
-    return createBuffer.call(device, descriptor);
+    const buffer = createBuffer.call(device, descriptor);
+    if (descriptor.size > left) {
+      scopes.findLast(({ kind }) => kind === "out-of-memory")!.full = true;
+      // As good as none.
+      buffer.destroy();
+    } else left -= descriptor.size;
+    return buffer;
   };
   return () => (left = Infinity);
 }

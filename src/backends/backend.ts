@@ -30,6 +30,8 @@ export interface DeviceBuffer {
 export interface Block {
   readonly byteLength: number;
   readonly device?: DeviceBuffer;
+  /** The device had no memory for it, as it said later: free it and allocate again. */
+  readonly refused?: boolean;
 }
 
 /** A place in a block. Byte offsets are multiples of 4 for f32, of 2 for f16 and bf16, of 4 for encoded tensors. */

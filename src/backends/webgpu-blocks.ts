@@ -48,12 +48,13 @@ export class Blocks {
         { backend: "webgpu" },
       );
     }
-    const created = this.#recorder.create(`eigenlora ${owner}`, size);
-    return this.#keep({ ...created, owner }, byteLength);
+    const state = { refused: false };
+    const created = this.#recorder.create(`eigenlora ${owner}`, size, () => (state.refused = true));
+    return this.#keep({ ...created, owner }, byteLength, state);
   }
 
-  #keep(held: Held & { owner: Owner | undefined }, byteLength: number): Block {
-    const block: Block = { byteLength, device: held.buffer };
+  #keep(held: Held & { owner: Owner | undefined }, byteLength: number, state: { refused: boolean } = { refused: false }): Block {
+    const block: Block = Object.assign(state, { byteLength, device: held.buffer });
     this.#held.set(block, held);
     this.#byBuffer.set(held.buffer, block);
     return block;

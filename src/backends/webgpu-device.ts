@@ -109,22 +109,28 @@ export class Faults {
     });
   }
 
-  /** Runs `call` and listens for what the device thinks of it. @throws BackendError when the device is lost */
-  guard<T>(what: string, call: () => T): T {
+  /**
+   * Runs `call` and listens for what the device thinks of it.
+   * @param refused called when it was refused
+   * @throws BackendError when the device is lost
+   */
+  guard<T>(what: string, call: () => T, refused?: () => void): T {
     if (this.#loss) throw this.#loss;
     const kinds = ["validation", "out-of-memory", "internal"] as const;
     for (const kind of kinds) this.#device.pushErrorScope(kind);
     try {
       return call();
     } finally {
-      for (const kind of kinds.toReversed()) this.#listen(`${what}, ${kind}`, this.#device.popErrorScope());
+      for (const kind of kinds.toReversed()) this.#listen(`${what}, ${kind}`, this.#device.popErrorScope(), refused);
     }
   }
 
-  #listen(what: string, scope: Promise<GPUError | null>): void {
+  #listen(what: string, scope: Promise<GPUError | null>, refused: (() => void) | undefined): void {
     const heard = scope
       .then((error) => {
-        if (error) this.#first ??= fault(`${what}: ${error.message}`, error);
+        if (!error) return;
+        this.#first ??= fault(`${what}: ${error.message}`, error);
+        refused?.();
       })
       // A lost device has no scopes; its loss is reported by itself.
       .catch(() => undefined)

@@ -68,8 +68,8 @@ export class Recorder {
   readonly #modules: ReadonlyMap<string, GPUShaderModule>;
   readonly #pipelines = new Map<string, GPUComputePipeline>();
   readonly #prepared = new Map<string, Prepared>();
-  readonly #slots: Slot[] = [];
-  readonly #slotBuffers: GPUBuffer[] = [];
+  #slots: Slot[] = [];
+  #slotBuffers: GPUBuffer[] = [];
   #ownSlotBytes = 0;
   #nextId = 1;
   #encoder: GPUCommandEncoder | undefined;
@@ -101,9 +101,9 @@ export class Recorder {
     return this.#slotBuffers.length * SLOTS * SLOT_BYTES + this.#ownSlotBytes;
   }
 
-  /** A zeroed buffer of `size` bytes, a multiple of 4. Lack of memory is reported by `finish`. */
-  create(label: string, size: number): Held {
-    return { id: this.#nextId++, buffer: this.#buffer(label, size, STORAGE | COPY_SRC | COPY_DST) };
+  /** A zeroed buffer of `size` bytes, a multiple of 4. Lack of memory is reported by `finish`, and to `refused`. */
+  create(label: string, size: number, refused?: () => void): Held {
+    return { id: this.#nextId++, buffer: this.#buffer(label, size, STORAGE | COPY_SRC | COPY_DST, refused) };
   }
 
   /** A buffer of the caller's. */
@@ -118,8 +118,8 @@ export class Recorder {
     return held;
   }
 
-  #buffer(label: string, size: number, usage: GPUBufferUsageFlags): GPUBuffer {
-    return this.#faults.guard(`${label} of ${size} bytes`, () => this.#device.createBuffer({ label, size, usage }));
+  #buffer(label: string, size: number, usage: GPUBufferUsageFlags, refused?: () => void): GPUBuffer {
+    return this.#faults.guard(`${label} of ${size} bytes`, () => this.#device.createBuffer({ label, size, usage }), refused);
   }
 
   destroy({ id, buffer }: Held): void {
@@ -219,17 +219,24 @@ export class Recorder {
   }
 
   #slot(bytes: number): Slot {
-    const usage = UNIFORM | STORAGE | COPY_DST;
-    if (bytes > SLOT_BYTES) {
+    const own = bytes > SLOT_BYTES;
+    if (!own && this.#slots.length > 0) return this.#slots.pop()!;
+    const size = own ? bytes : SLOTS * SLOT_BYTES;
+    const buffer = this.#buffer("eigenlora jobs", size, UNIFORM | STORAGE | COPY_DST, () => this.#dropSlots(buffer));
+    if (own) {
       this.#ownSlotBytes += bytes;
-      return { buffer: this.#buffer("eigenlora jobs", bytes, usage), offset: 0, own: true };
+      return { buffer, offset: 0, own };
     }
-    if (this.#slots.length === 0) {
-      const buffer = this.#buffer("eigenlora jobs", SLOTS * SLOT_BYTES, usage);
-      this.#slotBuffers.push(buffer);
-      for (let i = SLOTS - 1; i >= 0; i--) this.#slots.push({ buffer, offset: i * SLOT_BYTES, own: false });
-    }
-    return this.#slots.pop()!;
+    this.#slotBuffers.push(buffer);
+    for (let i = SLOTS - 1; i > 0; i--) this.#slots.push({ buffer, offset: i * SLOT_BYTES, own });
+    return { buffer, offset: 0, own };
+  }
+
+  /** The device had no memory for them. */
+  #dropSlots(buffer: GPUBuffer): void {
+    for (const [key, prepared] of this.#prepared) if (prepared.slot.buffer === buffer) this.#forget(key, prepared);
+    this.#slots = this.#slots.filter((slot) => slot.buffer !== buffer);
+    this.#slotBuffers = this.#slotBuffers.filter((one) => one !== buffer);
   }
 
   /** Hands everything recorded to the device, in one command buffer. */

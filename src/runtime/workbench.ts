@@ -65,7 +65,7 @@ export class Workbench {
   /** Memory of at least `bytes` that lasts until the next call with this name asks for more. */
   reserve(name: Scratch, bytes: number): Slice {
     const held = this.#scratch.get(name);
-    if (held && held.byteLength >= bytes) return at(held);
+    if (held && held.byteLength >= bytes && !held.refused) return at(held);
     if (held) this.backend.free(held);
     this.#scratch.delete(name);
     const block = this.allocate(Math.max(bytes, 16), "scratch");
