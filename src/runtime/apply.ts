@@ -126,36 +126,39 @@ function placeOf(bench: Workbench, name: "x" | "y", { data, byteOffset }: View, 
 
 /** Terms between components: y += ((x·E_Aᵀ)·α_Aᵀ·α_B)·E_B, the products with components once for all tasks. */
 function applyColumns(bench: Workbench, { A, B, in: inputs, out }: PackModule, runs: readonly Run[], x: Slice, y: Slice, count: number): void {
-  const columns = ({ plan }: Run): [Expansion, Expansion][] =>
-    (plan?.A.shared ?? []).flatMap((a, i) => (a.basis.kind === "column" ? [[a, plan!.B.shared[i]!]] : []));
-  if (A?.kind !== "column" || B?.kind !== "column" || !runs.some((run) => columns(run).length > 0)) return;
+  const pieces = runs.map(({ plan }) => {
+    const all = (plan?.A.shared ?? []).map((a, i): [Expansion, Expansion] => [a, plan!.B.shared[i]!]);
+    return all.filter(([a]) => a.basis.kind === "column");
+  });
+  const most = Math.max(...pieces.map(({ length }) => length));
+  if (most === 0 || !A || !B) return;
   const { backend } = bench;
   const [KA, KB] = [A.tensor.rows, B.tensor.rows];
-  const ranks = Math.max(...runs.flatMap((run) => columns(run).map(([{ rows }]) => rows)));
-  const { block } = bench.reserve("between", 4 * count * (KA + KB + ranks));
-  const floats = (first: number): Slice => at(block, 4 * first);
-  const [v, s] = [count * KA, count * (KA + KB)];
+  const ranks = Math.max(...pieces.flat().map(([{ rows }]) => rows));
+  const onA = bench.reserve("onA", 4 * count * KA);
+  const inner = bench.reserve("inner", 4 * count * ranks);
+  const onB = bench.reserve("onB", 4 * count * KB);
   const applied = bench.reserve("applied", 0).block;
   const coefficients = (run: Run, { at: first }: Expansion): Slice => at(applied, 4 * (run.start + first));
-  backend.project({ out: floats(0), x, basis: bench.basis(A), type: A.tensor.type, count, rows: KA, width: inputs });
+  backend.project({ out: onA, x, basis: bench.basis(A), type: A.tensor.type, count, rows: KA, width: inputs });
   // Piece by piece, so that a device does each step for all rows at once.
-  for (let piece = 0; piece < Math.max(1, ...runs.map((run) => columns(run).length)); piece++) {
-    for (const run of runs) {
-      const [a] = columns(run)[piece] ?? [];
+  for (let piece = 0; piece < most; piece++) {
+    for (const [i, run] of runs.entries()) {
+      const [a] = pieces[i]![piece] ?? [];
       if (!a) continue;
       const of = { count: run.count, rows: a.rows, width: KA };
-      backend.project({ out: floats(s + run.row * ranks), x: floats(run.row * KA), basis: coefficients(run, a), type: "f32", ...of });
+      backend.project({ out: after(inner, 4 * run.row * ranks), x: after(onA, 4 * run.row * KA), basis: coefficients(run, a), type: "f32", ...of });
     }
-    for (const run of runs) {
-      const [a, b] = columns(run)[piece] ?? [];
+    for (const [i, run] of runs.entries()) {
+      const [a, b] = pieces[i]![piece] ?? [];
       if (!a && piece > 0) continue;
       // No rows make zeros, for rows of the batch without a task.
       const of = { rank: run.count, rows: a?.rows ?? 0, width: KB, add: piece > 0 };
-      const from = b ? coefficients(run, b) : at(applied);
-      backend.expand({ out: floats(v + run.row * KB), coefficients: floats(s + run.row * ranks), basis: from, type: "f32", ...of });
+      const basis = b ? coefficients(run, b) : at(applied);
+      backend.expand({ out: after(onB, 4 * run.row * KB), coefficients: after(inner, 4 * run.row * ranks), basis, type: "f32", ...of });
     }
   }
-  backend.expand({ out: y, add: true, coefficients: floats(v), basis: bench.basis(B), type: B.tensor.type, rank: count, rows: KB, width: out });
+  backend.expand({ out: y, add: true, coefficients: onB, basis: bench.basis(B), type: B.tensor.type, rank: count, rows: KB, width: out });
 }
 
 /** Terms of factors, the task's own and flat ones: y += (x·Aᵀ)·B. */
@@ -169,7 +172,7 @@ function applyFactors(bench: Workbench, { in: inputs, out }: PackModule, run: Ru
   };
   run.plan!.A.private.forEach(({ at: a, q }, i) => {
     const b = run.plan!.B.private[i]!.at;
-    add(at(applied, 4 * (run.start + a)), at(applied, 4 * (run.start + b)), q, bench.reserve("between", 4 * run.count * q));
+    add(at(applied, 4 * (run.start + a)), at(applied, 4 * (run.start + b)), q, bench.reserve("inner", 4 * run.count * q));
   });
   run.plan!.A.shared.forEach((a, i) => {
     if (a.basis.kind === "column") return;
@@ -181,7 +184,7 @@ function applyFactors(bench: Workbench, { in: inputs, out }: PackModule, run: Ru
       const coefficients = at(applied, 4 * (run.start + piece.at));
       backend.expand({ out: at(factors, start), coefficients, basis: bench.basis(piece.basis), type, rank: 1, rows, width });
     }
-    add(at(factors), at(factors, 4 * rank * inputs), rank, bench.reserve("between", 4 * run.count * rank));
+    add(at(factors), at(factors, 4 * rank * inputs), rank, bench.reserve("inner", 4 * run.count * rank));
   });
 }
 

@@ -13,8 +13,10 @@ import { Staging, type ModulePlan } from "./stage.ts";
 /** Bytes of the factors of a round on a device. */
 const ROUND_BYTES = 32 * 2 ** 20;
 
-/** Scratch memory, by what it is for; the last four are `apply.ts`'s. */
-type Scratch = "coefficients" | "factors" | "scale" | "weight" | "applied" | "between" | "x" | "y";
+/** Scratch memory, by what it is for. The second line is `apply.ts`'s: each step's own, so that a device can do its parts at once. */
+type Scratch =
+  | ("coefficients" | "factors" | "scale" | "weight")
+  | ("applied" | "x" | "y" | "onA" | "inner" | "onB");
 
 /** Where the factors of a plan lie in the scratch block, and in which round they are there. */
 interface Place {
