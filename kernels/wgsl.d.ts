@@ -1,7 +1,6 @@
 /** The text of kernels/*.wgsl, as `kernels/build.mjs` writes it to dist/kernels/wgsl.js. */
+export declare const components: string;
 export declare const copy: string;
-export declare const expand: string;
 export declare const fold: string;
 export declare const fold_f16: string;
-export declare const project: string;
 export declare const scale: string;

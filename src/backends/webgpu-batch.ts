@@ -8,9 +8,9 @@ import type { Slice } from "./backend.ts";
 import type { Blocks } from "./webgpu-blocks.ts";
 import type { Recorder } from "./webgpu-recorder.ts";
 
-/** A job of `expand` or `project`: `count` rows of numbers and a tensor [rows, width] make `out`. */
+/** A job of kernels/components.wgsl: `count` rows of numbers and a tensor [rows, width] make `out`. */
 export interface BatchJob {
-  shader: "expand" | "project";
+  entry: "expand" | "project";
   type: TensorType;
   count: number;
   rows: number;
@@ -58,7 +58,7 @@ export class Batch {
   #widen(job: BatchJob): boolean {
     const covered = this.#covered;
     const first = this.#jobs[0];
-    if (!covered || !first || first.shader !== job.shader || first.type !== job.type) return false;
+    if (!covered || !first || first.entry !== job.entry || first.type !== job.type) return false;
     if (ROLES.some((role) => covered[role].slice.block !== job[role].slice.block)) return false;
     // Inputs that lie beside the result are copied when bound, as they are then; results go up, so that none meets another.
     const { block, byteOffset } = job.out.slice;
@@ -84,16 +84,15 @@ export class Batch {
     });
     let workgroups = 0;
     const words: number[] = [];
-    for (const { shader, type, count, rows, width, add, ...job } of jobs) {
+    for (const { type, count, rows, width, add, ...job } of jobs) {
       workgroups += job.workgroups;
       const starts = ROLES.map((role, i) => bound[i]!.blockStart + job[role].slice.byteOffset);
       const packed = starts[2]! + scaleBytes(type, rows);
-      words.push(workgroups, count, rows, width, ...starts.map((byte) => byte / 4), packed, rowBytes(type, width));
-      if (shader === "expand") words.push(add ? 1 : 0);
+      words.push(workgroups, count, rows, width, ...starts.map((byte) => byte / 4), packed, rowBytes(type, width), add ? 1 : 0);
     }
-    const { shader, type } = jobs[0]!;
+    const { entry, type } = jobs[0]!;
     const format = TENSOR_TYPES.indexOf(type);
-    this.#recorder.dispatch({ shader, entry: shader, format, bindings: bound.map((b) => b.binding), job: words, count: workgroups });
+    this.#recorder.dispatch({ shader: "components", entry, format, bindings: bound.map((b) => b.binding), job: words, count: workgroups });
   }
 }
 

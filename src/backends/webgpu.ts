@@ -141,7 +141,7 @@ export async function createWebgpuBackend(options: WebgpuOptions = {}): Promise<
       const { type, rank, rows, width, add } = job;
       if (rank === 0 || width === 0) return;
       batch.add({
-        ...{ shader: "expand", type, count: rank, rows, width, add },
+        ...{ entry: "expand", type, count: rank, rows, width, add },
         out: { name: "out", slice: job.out, byteLength: 4 * rank * width },
         numbers: { name: "coefficients", slice: job.coefficients, byteLength: 4 * rank * rows },
         basis: { name: "basis", slice: job.basis, byteLength: tensorBytes(type, rows, width) },
@@ -154,7 +154,7 @@ export async function createWebgpuBackend(options: WebgpuOptions = {}): Promise<
       const { type, count, rows, width } = job;
       if (count === 0 || rows === 0) return;
       batch.add({
-        ...{ shader: "project", type, count, rows, width },
+        ...{ entry: "project", type, count, rows, width },
         out: { name: "out", slice: job.out, byteLength: 4 * count * rows },
         numbers: { name: "x", slice: job.x, byteLength: 4 * count * width },
         basis: { name: "basis", slice: job.basis, byteLength: tensorBytes(type, rows, width) },

@@ -1,12 +1,14 @@
-// Factors from components: out[i, j] = Σ_k coefficients[i, k] · basis[k, j], or that much more, for i < rank, j < width,
-// k < rows; any number of such jobs at once, none of which reads what another one writes.
+// Products with components, in both directions; any number of jobs at once, none of which reads what another one writes.
 //
-//   coefficients  f32 [rank, rows]
+//   expand   out[i, j] = Σ_k numbers[i, k] · basis[k, j], or that much more: factors from coefficients. Sums run over k in order
+//   project  out[i, k] = Σ_j numbers[i, j] · basis[k, j]: vectors held against components
+//
 //   basis         one encoded tensor [rows, width] of SPEC.md section 5: f16 scales first where the type has them, then rows
-//   out           f32 [rank, width]
+//   numbers, out  f32, `count` rows of them: [count, rows] on the side of k, [count, width] on the side of j
 //
-// A workgroup makes LANES columns of RANKS rows of one job. An invocation makes one column, so that a component is decoded once
-// for all its rows; neighbours read neighbouring components. Sums run over k in order. Tensors begin at any word of their
+// A workgroup of expand makes LANES columns of COUNT rows; an invocation makes one column, so that a component is decoded once
+// for all its rows, and neighbours read neighbouring components. A workgroup of project makes one component's products with
+// COUNT vectors: its invocations sum every LANES-th product, then a tree adds their sums. Tensors begin at any word of their
 // binding.
 
 // Code of the bases' type in the file: 0 f32, 1 f16, 2 bf16, 3 int8, 4 int4, 5 int3.
@@ -14,31 +16,32 @@ override FORMAT: u32 = 0;
 override BITS: u32 = select(select(3u, 4u, FORMAT == 4u), 8u, FORMAT == 3u);
 
 const LANES = 64u;
-const RANKS = 8u;
+const COUNT = 8u;
 
 struct Job {
   // Workgroups of this job and those before it.
   end: u32,
-  rank: u32,
+  count: u32,
   rows: u32,
   width: u32,
   // First word of each tensor in its binding.
   out: u32,
-  coefficients: u32,
+  numbers: u32,
   basis: u32,
   // Packed integers: first byte of the rows in the basis' binding, and bytes from one row to the next.
   packed: u32,
   row_bytes: u32,
-  // Whether the sums are added to what out holds.
+  // Expand: whether the sums are added to what out holds.
   add: u32,
 }
 
 @group(0) @binding(0) var<storage, read> jobs: array<Job>;
 @group(0) @binding(1) var<storage, read_write> out: array<f32>;
-@group(0) @binding(2) var<storage, read> coefficients: array<f32>;
+@group(0) @binding(2) var<storage, read> numbers: array<f32>;
 @group(0) @binding(3) var<storage, read> basis: array<u32>;
 
 var<private> job: Job;
+var<workgroup> partial: array<f32, LANES>;
 
 // Exact, subnormal halves included: unpack2x16float may flush them.
 fn f16_value(half: u32) -> f32 {
@@ -119,18 +122,61 @@ fn expand(
   if (column >= job.width) {
     return;
   }
-  let first = (group / across) * RANKS;
-  let ranks = min(RANKS, job.rank - first);
-  var sums: array<f32, RANKS>;
+  let first = (group / across) * COUNT;
+  let count = min(COUNT, job.count - first);
+  var sums: array<f32, COUNT>;
   for (var k = 0u; k < job.rows; k++) {
     let value = component(k, column);
-    for (var i = 0u; i < ranks; i++) {
-      sums[i] += coefficients[job.coefficients + (first + i) * job.rows + k] * value;
+    for (var i = 0u; i < count; i++) {
+      sums[i] += numbers[job.numbers + (first + i) * job.rows + k] * value;
     }
   }
-  for (var i = 0u; i < ranks; i++) {
+  for (var i = 0u; i < count; i++) {
     let at = job.out + (first + i) * job.width + column;
     // Last, so that a small sum is made at its own magnitude.
     out[at] = select(sums[i], out[at] + sums[i], job.add != 0u);
+  }
+}
+
+@compute @workgroup_size(64)
+fn project(
+  @builtin(workgroup_id) id: vec3u,
+  @builtin(num_workgroups) groups: vec3u,
+  @builtin(local_invocation_index) lane: u32,
+) {
+  var group = id.y * groups.x + id.x;
+  let index = job_of(group);
+  // Workgroups behind the last job go along with it: barriers are for all invocations or none.
+  job = jobs[min(index, arrayLength(&jobs) - 1u)];
+  if (index > 0u) {
+    group -= jobs[index - 1u].end;
+  }
+  let row = group % max(job.rows, 1u);
+  let first = (group / max(job.rows, 1u)) * COUNT;
+  var count = min(COUNT, max(job.count, first) - first);
+  if (index == arrayLength(&jobs)) {
+    count = 0u;
+  }
+  var sums: array<f32, COUNT>;
+  if (count > 0u) {
+    for (var j = lane; j < job.width; j += LANES) {
+      let value = component(row, j);
+      for (var i = 0u; i < count; i++) {
+        sums[i] += numbers[job.numbers + (first + i) * job.width + j] * value;
+      }
+    }
+  }
+  for (var i = 0u; i < COUNT; i++) {
+    partial[lane] = sums[i];
+    for (var half = LANES / 2u; half > 0u; half /= 2u) {
+      workgroupBarrier();
+      if (lane < half) {
+        partial[lane] += partial[lane + half];
+      }
+    }
+    if (lane == 0u && i < count) {
+      out[job.out + (first + i) * job.rows + row] = partial[0];
+    }
+    workgroupBarrier();
   }
 }
