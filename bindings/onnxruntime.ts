@@ -4,6 +4,7 @@
  */
 import { createBackend } from "../src/backends/select.ts";
 import { BackendError, TaskError } from "../src/errors.ts";
+import { tinyFeeds, type Feed } from "../src/onnx/feeds.ts";
 import { graft, type Grafted, type TaskInput } from "../src/onnx/graft.ts";
 import { readModel, type ModelFile, type ModelOptions } from "../src/onnx/read.ts";
 import { detachWeights, type DetachedModel } from "../src/onnx/write.ts";
@@ -15,7 +16,7 @@ import { Workbench } from "../src/runtime/workbench.ts";
 import { onnxHost } from "../src/onnx/host.ts";
 import { fillFolded, FOLDED_FILE, layoutFolded, type FoldedLayout } from "../src/session/fold.ts";
 import { planSession, type BaseValues, type Mode, type Plan, type PlanOptions } from "../src/session/plan.ts";
-import { probeParity, probeRows, tinyFeeds, type ProbeFeed, type ProbeReport, type ProbeRun } from "../src/session/probe.ts";
+import { probeParity, probeRows, type ProbeReport, type ProbeRun } from "../src/session/probe.ts";
 import { Timeline } from "../src/session/timeline.ts";
 import { stackValues, TaskEvaluator, type InputValue, type TaskValues } from "../src/session/values.ts";
 import type { SourceInput } from "../src/source.ts";
@@ -219,7 +220,7 @@ export class EigenSession<O extends Ort = Ort> {
 
   /** @internal */
   static async unfolded<O extends Ort>(
-    parts: Parts<O> & { bench: Workbench; feeds: Map<string, ProbeFeed> | undefined },
+    parts: Parts<O> & { bench: Workbench; feeds: Map<string, Feed> | undefined },
   ): Promise<EigenSession<O>> {
     const { ort, pack, plan, bench, options } = parts;
     const { inputs } = parts.grafted;
@@ -483,7 +484,7 @@ function probeRun<O extends Ort>(ort: O, session: Session<O>, inputs: readonly T
 }
 
 async function runProbe<O extends Ort>(
-  { ort, plan, grafted, options, outputs, feeds: tiny }: Parts<O> & { feeds: Map<string, ProbeFeed> | undefined },
+  { ort, plan, grafted, options, outputs, feeds: tiny }: Parts<O> & { feeds: Map<string, Feed> | undefined },
   session: Session<O>,
   base: ReadonlyMap<string, InputValue>,
 ): Promise<ProbeReport> {
@@ -491,7 +492,7 @@ async function runProbe<O extends Ort>(
   const given = typeof options.probe === "object" ? options.probe : undefined;
   const run = probeRun(ort, session, grafted.inputs, given);
   const providers = (options.session as { executionProviders?: unknown } | undefined)?.executionProviders;
-  const made = given ? new Map<string, ProbeFeed>() : tiny;
+  const made = given ? new Map<string, Feed>() : tiny;
   const { modules } = plan.graft;
   return probeParity(run, made, base, grafted.inputs, modules, grafted.probe, outputs, JSON.stringify(providers ?? "default"));
 }

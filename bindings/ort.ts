@@ -1,7 +1,7 @@
 /**
  * onnxruntime as it is seen from here: structural types of the caller's own module, and what is to be minded in calling it.
  */
-import type { ProbeFeed } from "../src/session/probe.ts";
+import type { Feed } from "../src/onnx/feeds.ts";
 
 /** A tensor of onnxruntime, as far as it is needed here. */
 export interface OrtTensor {
@@ -62,7 +62,7 @@ const TYPES = new Map<unknown, string>([
   [Uint8Array, "bool"],
 ]);
 
-export function makeTensor(ort: Ort, data: ProbeFeed["data"], dims: readonly number[]): OrtTensor {
+export function makeTensor(ort: Ort, data: Feed["data"], dims: readonly number[]): OrtTensor {
   const Tensor = ort.Tensor as unknown as new (type: string, data: unknown, dims: readonly number[]) => OrtTensor;
   return new Tensor(TYPES.get(data.constructor)!, data, dims);
 }
