@@ -1,0 +1,140 @@
+/** Shared by the tests of learning: a runtime to look at shapes with, and PyTorch's gradients. */
+import { readdirSync, readFileSync } from "node:fs";
+import type * as common from "onnxruntime-common";
+import { readAdapters } from "../dist/src/adapters/folder.js";
+import { readLinearWeight, readVector } from "../dist/src/onnx/dequantize.js";
+import type { Feed } from "../dist/src/onnx/feeds.js";
+import { findParameters } from "../dist/src/onnx/modules.js";
+import { readModel, type ModelFile } from "../dist/src/onnx/read.js";
+import { detachWeights } from "../dist/src/onnx/write.js";
+import { openSafetensors } from "../dist/src/safetensors.js";
+import { openSource } from "../dist/src/source.js";
+import { NameMatcher } from "../dist/src/names.js";
+import type { Probe } from "../dist/src/learn/shapes.js";
+import type { TrainingGraph } from "../dist/src/learn/graph.js";
+import { data } from "./packs.ts";
+import type { Ort } from "./sessions.ts";
+
+export type Level = "disabled" | "basic" | "all";
+export type Tensors = Record<string, common.Tensor>;
+
+const TYPES: Record<number, string> = { 1: "float32", 6: "int32", 7: "int64", 9: "bool", 10: "float16" };
+
+export function tensor(ort: Ort, { dataType, dims, data: values }: Feed): common.Tensor {
+  return new ort.Tensor(TYPES[dataType] as "float32", values as Float32Array, [...dims]);
+}
+
+/** A probe that counts what it runs. */
+export function probeOf(ort: Ort): Probe & { runs: number } {
+  const probe = async (...[{ bytes, files }, feeds]: Parameters<Probe>): Promise<Awaited<ReturnType<Probe>>> => {
+    const session = await ort.InferenceSession.create(bytes, { externalData: [...files], graphOptimizationLevel: "disabled" });
+    try {
+      const results = [];
+      for (const feed of feeds) {
+        const tensors: Tensors = {};
+        for (const name of session.inputNames) tensors[name] = tensor(ort, feed.get(name)!);
+        results.push(await session.run(tensors));
+        counted.runs++;
+      }
+      return results;
+    } finally {
+      await session.release();
+    }
+  };
+  const counted = Object.assign(probe, { runs: 0 });
+  return counted;
+}
+
+/** A session of the training graph, the weights beside it. */
+export async function sessionOf(ort: Ort, file: ModelFile, graph: TrainingGraph, level: Level): Promise<common.InferenceSession> {
+  const { bytes, files } = await detachWeights(file, graph.initializers);
+  return ort.InferenceSession.create(bytes, { externalData: [...files], graphOptimizationLevel: level });
+}
+
+/** One case of test/data/goldens/gradients. */
+export interface Case {
+  readonly name: string;
+  readonly loss: number;
+  readonly head: string | undefined;
+  /** Without the targets and logits. */
+  readonly feeds: ReadonlyMap<string, Feed>;
+  /** [N, C] */
+  readonly targets: Feed;
+  /** Rank of every module. */
+  readonly modules: ReadonlyMap<string, { rank: number; A: Float32Array; B: Float32Array; scale: number }>;
+  /** Of lora_A [r, in] and lora_B [out, r], and of the head, by parameter name. */
+  readonly gradients: ReadonlyMap<string, Float32Array>;
+}
+
+const FOLDER = "goldens/gradients";
+
+export const CASES: readonly string[] = readdirSync(data(FOLDER)).sort();
+
+export function readCase(name: string): Promise<ModelFile> {
+  return readModel(data(`${FOLDER}/${name}/model.onnx`));
+}
+
+async function tensorsIn(path: string): Promise<Map<string, Feed>> {
+  const file = await openSafetensors(await openSource(readFileSync(path)));
+  const found = new Map<string, Feed>();
+  for (const [name, { dtype, shape }] of file.tensors) {
+    if (dtype === "F32") found.set(name, { dataType: 1, dims: shape, data: await file.readF32(name) });
+    else if (dtype === "I64") {
+      const bytes = Uint8Array.from(await file.read(name));
+      found.set(name, { dataType: 7, dims: shape, data: new BigInt64Array(bytes.buffer) });
+    } else throw new Error(`${name} is ${dtype}`);
+  }
+  return found;
+}
+
+export async function golden(name: string): Promise<Case> {
+  const folder = data(`${FOLDER}/${name}`);
+  const { loss, head, gradients } = JSON.parse(readFileSync(`${folder}/case.json`, "utf8"));
+  const { lora_alpha, r } = JSON.parse(readFileSync(`${folder}/adapter/adapter_config.json`, "utf8"));
+  const feeds = await tensorsIn(`${folder}/feeds.safetensors`);
+  const targets = feeds.get("targets")!;
+  const classes = targets.dims.at(-1)!;
+  for (const other of ["targets", "logits"]) feeds.delete(other);
+  const [adapter] = await readAdapters([`${folder}/adapter`]);
+  const modules = new Map();
+  for (const [module, one] of adapter!.modules) {
+    const { A, Bt } = await one.read();
+    modules.set(module, { rank: one.rank, A, B: Bt, scale: lora_alpha / r });
+  }
+  await adapter!.close();
+  const read = await tensorsIn(`${folder}/gradients.safetensors`);
+  if ([...read.keys()].sort().join() !== gradients.join()) throw new Error(`${name}: case.json and gradients.safetensors differ`);
+  return {
+    ...{ name, loss, head: head ?? undefined, feeds, modules },
+    targets: { ...targets, dims: [targets.data.length / classes, classes] },
+    gradients: new Map([...read].map(([key, { data }]) => [key, data as Float32Array])),
+  };
+}
+
+/** Weight [out, in] and bias of a linear layer; zeros where the exporter has dropped those. */
+export async function headOf(file: ModelFile, module: string): Promise<{ weight: Float32Array; bias: Float32Array; out: number; in: number }> {
+  const parameters = new Map(findParameters(file.model).map((parameter) => [parameter.name, parameter]));
+  const names = new NameMatcher(parameters.keys());
+  const [weight, bias] = ["weight", "bias"].map((role) => {
+    const found = names.find(`${module}.${role}`);
+    return "name" in found ? parameters.get(found.name) : undefined;
+  });
+  if (!weight) throw new Error(`${module} is not in the model`);
+  const [rows, columns] = weight.shape as [number, number];
+  const [out, inputs] = weight.layout === "in-out" ? [columns, rows] : [rows, columns];
+  const { at } = await readLinearWeight(file, weight);
+  const values = Float32Array.from({ length: out * inputs }, (_, i) => at(Math.floor(i / inputs), i % inputs));
+  return { weight: values, bias: bias ? await readVector(file, bias) : new Float32Array(out), out, in: inputs };
+}
+
+/** Relative to the expected values' norm; infinite where the lengths differ or a number is none. */
+export function relative(found: ArrayLike<number>, expected: ArrayLike<number>): number {
+  if (found.length !== expected.length) return Infinity;
+  let [off, norm] = [0, 0];
+  for (let i = 0; i < expected.length; i++) {
+    off += (found[i]! - expected[i]!) ** 2;
+    norm += expected[i]! ** 2;
+  }
+  const result = Math.sqrt(off / norm);
+  return Number.isNaN(result) ? Infinity : result;
+}
