@@ -6,7 +6,7 @@ import t from "tap";
 import type { GraftHead } from "../dist/src/onnx/graft.js";
 import { buildTrainingGraph } from "../dist/src/learn/graph.js";
 import { Layers } from "../dist/src/learn/layers.js";
-import { CASES, golden, headOf, probeOf, readCase, relative, sessionOf, tensor, type Case, type Tensors } from "./learning.ts";
+import { CASES, golden, headOf, namesByOrder, probeOf, readCase, relative, sessionOf, tensor, type Case, type Tensors } from "./learning.ts";
 import { NODE, ORTS, type Ort } from "./sessions.ts";
 
 const TOLERANCE = 2e-5;
@@ -15,7 +15,8 @@ const TOLERANCE = 2e-5;
 async function against(ort: Ort, level: "disabled" | "all", of: Case): Promise<{ loss: number; gradients: number; worst: string }> {
   const file = await readCase(of.name);
   const layers = new Layers(file.model);
-  const modules = [...of.modules].map(([module, { rank }]) => ({ ...layers.find(module), factors: rank }));
+  const names = of.name.endsWith("dynamo") ? namesByOrder(file, of.modules.keys()) : undefined;
+  const modules = [...of.modules].map(([module, { rank }]) => ({ ...layers.find(module, names), factors: rank }));
   const head = of.head && (await headOf(file, of.head));
   const heads: GraftHead[] = of.head ? [layers.findHead(of.head)] : [];
   const probe = probeOf(NODE);

@@ -127,6 +127,23 @@ export async function headOf(file: ModelFile, module: string): Promise<{ weight:
   return { weight: values, bias: bias ? await readVector(file, bias) : new Float32Array(out), out, in: inputs };
 }
 
+/**
+ * The goldens' dynamo exports have lost the names of their weights, and the metadata that would tell them. Layers multiply in a
+ * known order: query, key, value, output, then the two or three of the feed-forward part.
+ */
+export function namesByOrder(file: ModelFile, modules: Iterable<string>): Map<string, string> {
+  const { nodes, initializers } = { nodes: file.model.graph.proto.node, initializers: file.model.graph.initializers };
+  const weights = nodes.filter(({ opType, input }) => opType === "MatMul" && initializers.has(input[1]!)).map(({ input }) => input[1]!);
+  const names = new Map<string, string>();
+  for (const module of modules) {
+    const layer = Number(/\.(\d+)\./.exec(module)![1]);
+    const place = [/query|q_proj/, /key|k_proj/, /value|v_proj/, /o_proj/, /gate_proj/, /up_proj/, /down_proj/].findIndex((one) => one.test(module));
+    const each = module.startsWith("model.layers") ? 7 : 6;
+    names.set(module, weights[layer * each + place]!);
+  }
+  return names;
+}
+
 /** Relative to the expected values' norm; infinite where the lengths differ or a number is none. */
 export function relative(found: ArrayLike<number>, expected: ArrayLike<number>): number {
   if (found.length !== expected.length) return Infinity;
