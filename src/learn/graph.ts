@@ -14,10 +14,9 @@ import { create, GraphProtoSchema } from "../onnx/protobuf.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { Emitter } from "./emit.ts";
 import { crossEntropy } from "./loss.ts";
-import { findPath } from "./path.ts";
 import { Problems } from "./problems.ts";
-import { walkBack } from "./reverse.ts";
-import { checkFeeds, probeShapes, type Probe } from "./shapes.ts";
+import { differentiate } from "./reverse.ts";
+import { checkFeeds, type Probe } from "./shapes.ts";
 import { addTargets, PARAMETERS, type AddedTargets, type HeadNames, type Targets, type TrainedParameter } from "./targets.ts";
 
 export interface TrainingGraphOptions {
@@ -98,33 +97,20 @@ export async function buildTrainingGraph(file: ModelFile, targets: Targets, opti
   const added = addTargets(model, targets, problems);
   if (added.sources.length === 0) problems.add("nothing is trained: neither terms nor heads are asked for");
   if (!options.keepsInference) main.output.splice(0, Infinity, main.output.find(({ name }) => name === logits)!);
-  freeShapes(main.output);
+  if (targets.heads.length > 0) freeShapes(main.output);
   dropUnused(model);
   const grown: ModelFile = { ...file, model: { ...model, graph: indexGraph(main, model.name) } };
-  const path = findPath(grown.model, added.sources, logits, problems);
-
   const feeds = options.feeds ?? madeUp(own, problems);
   if (feeds) checkFeeds(feeds, own, problems);
-  // What follows needs a graph that runs.
-  if (model.opset < LEAST_OPSET || !feeds || feeds.some((feed) => own.some(({ name }) => !feed.has(name)))) problems.throwIfAny(model.name);
-  const values = path.nodes.flatMap(({ input, output }) => [...input, ...output]).filter((value) => value !== "");
-  const extended = feeds!.map((feed, i) => withTrained(feed, added, i));
-  let shapes;
-  try {
-    shapes = await probeShapes(grown, added.initializers, [...values, logits], extended, options.probe, problems);
-  } catch (error) {
-    // A model that does not run is the least of its problems where there are others.
-    problems.throwIfAny(model.name);
-    throw error;
-  }
-  for (const node of path.nodes) {
-    const type = node.output.filter((value) => path.active.has(value)).map((value) => shapes.type(value)).find((one) => one !== "float32");
-    if (type) problems.node(node, `computes in ${type}, whose gradients are not trained in (export in float32)`);
-  }
   const emit = new Emitter(main, model.opset);
-  const { loss, gradient: seed } = crossEntropy(emit, logits, TARGETS);
-  const gradients = walkBack(grown.model.graph, path, shapes, emit, logits, seed, problems);
-  problems.throwIfAny(model.name);
+  let loss = "";
+  const seed = (): string => {
+    const made = crossEntropy(emit, logits, TARGETS);
+    loss = made.loss;
+    return made.gradient;
+  };
+  const extended = feeds?.map((feed, i) => withTrained(feed, added, i));
+  const gradients = await differentiate(grown, added.sources, logits, seed, emit, problems, { ...options, ...added, feeds: extended });
 
   const of = (source: string): string => gradients.get(source)!;
   const flat = added.sources.slice(0, added.parameters.length).map((source) => emit.op("Reshape", [of(source), emit.ints([-1])]));

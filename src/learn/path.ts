@@ -2,7 +2,7 @@
  * Which nodes and values gradients flow through: those that lie on a way from a trained value to the loss, by the inputs
  * that an operator can be differentiated by. Operators and names only; no shapes.
  */
-import { attribute, type OnnxModel } from "../onnx/model.ts";
+import { attribute, type Graph } from "../onnx/model.ts";
 import type { GraphProto, NodeProto } from "../onnx/onnx_pb.ts";
 import type { Problems } from "./problems.ts";
 import { RULES, STOPS } from "./rules/index.ts";
@@ -20,12 +20,12 @@ export interface Path {
 }
 
 /**
- * @param model indexed as it is now
+ * @param graph indexed as it is now
  * @param sources trained values
  * @param end the value whose gradient is known
  * @param problems gets the operators that gradients cannot pass, and the sources that do not reach the end
  */
-export function findPath({ graph }: OnnxModel, sources: readonly string[], end: string, problems: Problems): Path {
+export function findPath(graph: Graph, sources: readonly string[], end: string, problems: Problems): Path {
   const nodes = graph.proto.node;
   const reached = new Set(sources);
   for (const node of nodes) {
