@@ -3,11 +3,19 @@
  * differences, what is refused and how.
  */
 import t from "tap";
-import type { GraftHead } from "../dist/src/onnx/graft.js";
-import { buildTrainingGraph } from "../dist/src/learn/graph.js";
+import type { InferenceSession } from "onnxruntime-common";
+import { buildTrainingGraph, type TrainingGraph, type TrainingGraphOptions } from "../dist/src/learn/graph.js";
 import { Layers } from "../dist/src/learn/layers.js";
-import { CASES, golden, headOf, namesByOrder, probeOf, readCase, relative, sessionOf, tensor, type Case, type Tensors } from "./learning.ts";
-import { NODE, ORTS, type Ort } from "./sessions.ts";
+import type { Targets } from "../dist/src/learn/targets.js";
+import type { Feed } from "../dist/src/onnx/feeds.js";
+import type { GraftHead } from "../dist/src/onnx/graft.js";
+import type { OnnxModel } from "../dist/src/onnx/model.js";
+import { makeNode, makeValue } from "../dist/src/onnx/nodes.js";
+import { ModelProtoSchema, toBinary } from "../dist/src/onnx/protobuf.js";
+import { readModel, type ModelFile } from "../dist/src/onnx/read.js";
+import { turn } from "../dist/src/session/plan.js";
+import { CASES, golden, headOf, namesByOrder, noise, probeOf, readCase, relative, sessionOf, tensor, type Case, type Tensors } from "./learning.ts";
+import { model, NODE, ORTS, refusal, type Ort } from "./sessions.ts";
 
 const TOLERANCE = 2e-5;
 
@@ -74,4 +82,339 @@ t.test("loss and gradients are PyTorch's", async (t) => {
       }
     }
   }
+});
+
+/** A session's results for values by input name. */
+async function run(session: InferenceSession, ort: Ort, feeds: ReadonlyMap<string, Feed>): Promise<Tensors> {
+  const tensors: Tensors = {};
+  for (const name of session.inputNames) tensors[name] = tensor(ort, feeds.get(name)!);
+  return (await session.run(tensors)) as Tensors;
+}
+
+const floats = (data: Float32Array, ...dims: number[]): Feed => ({ dataType: 1, dims, data });
+
+/** Feeds of a case for a graph that trains terms alone. */
+function feedsFor(of: Case, graph: TrainingGraph, parameters: Float32Array): Map<string, Feed> {
+  return new Map([...of.feeds, [graph.targetsInput, of.targets], [graph.parametersInput!, floats(parameters, graph.size)]]);
+}
+
+/** Loss and flat gradient. */
+async function learned(file: ModelFile, graph: TrainingGraph, feeds: ReadonlyMap<string, Feed>, ort: Ort = NODE): Promise<{ loss: number; gradient: Float32Array }> {
+  const session = await sessionOf(ort, file, graph, "all");
+  const results = await run(session, ort, feeds);
+  await session.release();
+  return { loss: Number(results[graph.lossOutput]!.data[0]), gradient: results[graph.gradientOutput!]!.data as Float32Array };
+}
+
+/** [rows, inner] · [inner, columns], with either turned before. */
+function product(a: Float32Array, b: Float32Array, rows: number, columns: number, turn: { a?: boolean; b?: boolean } = {}): Float32Array {
+  const inner = a.length / rows;
+  const out = new Float32Array(rows * columns);
+  for (let r = 0; r < rows; r++) {
+    for (let c = 0; c < columns; c++) {
+      let sum = 0;
+      for (let k = 0; k < inner; k++) sum += a[turn.a ? k * rows + r : r * inner + k]! * b[turn.b ? c * inner + k : k * columns + c]!;
+      out[r * columns + c] = sum;
+    }
+  }
+  return out;
+}
+
+t.test("a core's gradients follow from those of the factors it stands for", async (t) => {
+  const of = await golden("bert-eager-torchscript");
+  const [rank, KA, KB] = [3, 5, 4];
+  for (const [meanA, meanB, trainsComponents] of [[true, true, false], [true, false, false], [false, false, false], [true, true, true]] as const) {
+    const what = `mean of A: ${meanA}, of B: ${meanB}${trainsComponents ? ", components trained" : ""}`;
+    const files = [await readCase(of.name), await readCase(of.name)] as const;
+    const [cores, factors] = files.map(({ model }) => new Layers(model)) as [Layers, Layers];
+    const modules = [...of.modules.keys()].map((name, i) => {
+      const layer = cores.find(name);
+      const [E_A, E_B] = [noise(KA * layer.in, 100 + i), noise(KB * layer.out, 200 + i)];
+      const At = turn(E_A, KA, layer.in);
+      return { ...layer, E_A, E_B, core: { rank, components: { At, B: E_B, KA, KB }, mean: { A: meanA, B: meanB }, trainsComponents } };
+    });
+    const core = await buildTrainingGraph(files[0], { modules, heads: [] }, { probe: probeOf(NODE) });
+    const plain = await buildTrainingGraph(files[1], { modules: modules.map(({ name }) => ({ ...factors.find(name), factors: rank })), heads: [] }, { probe: probeOf(NODE) });
+    t.equal(core.initializers.length, trainsComponents ? 0 : 2 * modules.length, `${what}: components are constants, or trained`);
+
+    const parameters = noise(core.size, 21);
+    const part = (graph: TrainingGraph, values: Float32Array, module: string, kind: string): Float32Array => {
+      const { offset, dims } = graph.parameters.find((one) => one.module === module && one.kind === kind)!;
+      return values.subarray(offset, offset + dims[0] * dims[1]);
+    };
+    for (const { name, E_A, E_B } of trainsComponents ? modules : []) {
+      part(core, parameters, name, "componentsA").set(E_A);
+      part(core, parameters, name, "componentsB").set(E_B);
+    }
+    /** [alpha | 1] of one side. */
+    const whole = (module: string, kind: "alphaA" | "alphaB", K: number, mean: boolean): Float32Array => {
+      const alpha = part(core, parameters, module, kind);
+      return Float32Array.from({ length: rank * K }, (_, i) => (mean && i % K === K - 1 ? 1 : alpha[Math.floor(i / K) * (K - Number(mean)) + (i % K)]!));
+    };
+    const expanded = new Float32Array(plain.size);
+    for (const { name, in: inputs, out, E_A, E_B } of modules) {
+      part(plain, expanded, name, "A").set(product(whole(name, "alphaA", KA, meanA), E_A, rank, inputs));
+      part(plain, expanded, name, "B").set(product(whole(name, "alphaB", KB, meanB), E_B, rank, out));
+    }
+    const found = await learned(files[0], core, feedsFor(of, core, parameters));
+    const { loss, gradient } = await learned(files[1], plain, feedsFor(of, plain, expanded));
+    t.ok(Math.abs(found.loss - loss) < 1e-6 * loss, `${what}: one loss`);
+    for (const { name, E_A, E_B } of modules) {
+      for (const [side, K, E, mean] of [["A", KA, E_A, meanA], ["B", KB, E_B, meanB]] as const) {
+        const factor = part(plain, gradient, name, side);
+        const all = product(factor, E, rank, K, { b: true });
+        const expected = all.filter((_, i) => !mean || i % K < K - 1);
+        const off = relative(part(core, found.gradient, name, `alpha${side}`), expected);
+        t.ok(off < TOLERANCE, `${what}: alpha${side} of ${name} off by ${off.toExponential(1)}`);
+        if (!trainsComponents) continue;
+        const components = product(whole(name, `alpha${side}`, K, mean), factor, K, E.length / K, { a: true });
+        const offE = relative(part(core, found.gradient, name, `components${side}`), components);
+        t.ok(offE < TOLERANCE, `${what}: components${side} of ${name} off by ${offE.toExponential(1)}`);
+      }
+    }
+  }
+});
+
+t.test("core and free factors of one layer train together, a head beside them", async (t) => {
+  const of = await golden("bert-eager-torchscript");
+  const file = await readCase(of.name);
+  const layers = new Layers(file.model);
+  const modules = [...of.modules.keys()].map((name) => {
+    const layer = layers.find(name);
+    const components = { At: noise(layer.in * 4, 11), B: noise(3 * layer.out, 9), KA: 4, KB: 3 };
+    return { ...layer, core: { rank: 2, components, mean: { A: true, B: true } }, factors: 2 };
+  });
+  const graph = await buildTrainingGraph(file, { modules, heads: [layers.findHead("classifier")] }, { probe: probeOf(NODE) });
+  t.same(graph.parameters.slice(0, 4).map(({ kind, dims }) => [kind, dims]), [["alphaA", [2, 3]], ["alphaB", [2, 2]], ["A", [2, 48]], ["B", [2, 48]]]);
+  const session = await sessionOf(NODE, file, graph, "all");
+  // Other labels than the model's.
+  const labels = 3;
+  const targets = floats(Float32Array.from({ length: 5 * labels }, (_, i) => Number(i % labels === (i >> 2) % labels)), 5, labels);
+  const [head] = graph.heads;
+  const at = new Map<string, Feed>([
+    ...feedsFor(of, graph, noise(graph.size, 17)),
+    ...([[graph.targetsInput, targets], [head!.weight, floats(noise(labels * 48, 37), labels, 48)], [head!.bias!, floats(noise(labels, 3), labels)]] as const),
+  ]);
+  const gradients = { [graph.parametersInput!]: graph.gradientOutput!, [head!.weight]: head!.weightGradient, [head!.bias!]: head!.biasGradient! };
+  const results = await run(session, NODE, at);
+  for (const [input, output] of Object.entries(gradients)) {
+    const value = at.get(input)!;
+    const direction = noise(value.data.length, 53);
+    const slope = async (step: number): Promise<number> => {
+      const losses = [];
+      for (const by of [step, -step]) {
+        const moved = Float32Array.from(value.data as Float32Array, (v, i) => v + by * direction[i]!);
+        losses.push(Number((await run(session, NODE, new Map([...at, [input, { ...value, data: moved }]])))[graph.lossOutput]!.data[0]));
+      }
+      return (losses[0]! - losses[1]!) / (2 * step);
+    };
+    const expected = (4 * (await slope(0.02)) - (await slope(0.04))) / 3;
+    const found = (results[output]!.data as Float32Array).reduce((sum, g, i) => sum + g * direction[i]!, 0);
+    t.same(results[output]!.dims, value.dims, `${output} has the shape of its input`);
+    t.ok(Math.abs(found - expected) < 2e-3 * Math.abs(expected), `${output}: ${found} along a direction, ${expected} by differences`);
+  }
+  await session.release();
+});
+
+t.test("layers as Gemm, as Gemm of turned weights and as MatMul behind a Transpose have one gradient", async (t) => {
+  const gradients = [];
+  for (const name of ["gemm", "gemm-nn", "transposed"]) {
+    const file = await readModel(model(name));
+    const layers = new Layers(file.model);
+    const graph = await buildTrainingGraph(file, { modules: ["up", "mid"].map((module) => ({ ...layers.find(module), factors: 2 })), heads: [] }, { probe: probeOf(NODE) });
+    const feeds = new Map([["x", floats(noise(5 * 12, 8), 5, 12)], [graph.targetsInput, floats(noise(20, 2).map(Math.abs), 5, 4)], [graph.parametersInput!, floats(noise(graph.size, 19), graph.size)]]);
+    gradients.push((await learned(file, graph, feeds)).gradient);
+  }
+  t.ok(Math.hypot(...gradients[0]!) > 0.01);
+  for (const gradient of gradients.slice(1)) t.ok(relative(gradient, gradients[0]!) < 1e-6);
+});
+
+t.test("a row counts by the sum of its targets; one of zeros only in the mean", async (t) => {
+  const of = await golden("bert-eager-torchscript");
+  const build = async (): Promise<[ModelFile, TrainingGraph]> => {
+    const file = await readCase(of.name);
+    const layers = new Layers(file.model);
+    return [file, await buildTrainingGraph(file, { modules: [...of.modules.keys()].map((name) => ({ ...layers.find(name), factors: 4 })), heads: [] }, { probe: probeOf(NODE) })];
+  };
+  const [file, graph] = await build();
+  const feeds = feedsFor(of, graph, noise(graph.size, 17));
+  const weighted = (weights: readonly number[]): Map<string, Feed> =>
+    new Map([...feeds, [graph.targetsInput, { ...of.targets, data: Float32Array.from(of.targets.data as Float32Array, (v, i) => v * weights[Math.floor(i / 5)]!) }]]);
+  const one = await learned(file, graph, weighted([1, 0, 0, 0, 0]));
+  const other = await learned(file, graph, weighted([0, 0, 3, 0, 0]));
+  const both = await learned(file, graph, weighted([2, 0, 1.5, 0, 0]));
+  t.ok(Math.abs(both.loss - (2 * one.loss + other.loss / 2)) < 1e-5, "losses add up by weight");
+  t.ok(relative(both.gradient, one.gradient.map((g, i) => 2 * g + other.gradient[i]! / 2)) < 1e-5, "so do gradients");
+});
+
+t.test("later opsets give the same", async (t) => {
+  const of = await golden("bert-eager-torchscript");
+  const gradients = [];
+  for (const opset of [17, 18, 19, 20, 21]) {
+    const file = await changed("bert-eager-torchscript", ({ proto }) => (proto.opsetImport[0]!.version = BigInt(opset)));
+    const layers = new Layers(file.model);
+    const graph = await buildTrainingGraph(file, { modules: [...of.modules].map(([name, { rank }]) => ({ ...layers.find(name), factors: rank })), heads: [] }, { probe: probeOf(NODE) });
+    gradients.push((await learned(file, graph, feedsFor(of, graph, noise(graph.size, 17)))).gradient);
+  }
+  for (const gradient of gradients.slice(1)) t.ok(relative(gradient, gradients[0]!) < 1e-5);
+});
+
+/** A case's model after a change to its graph, as if it had been exported so. */
+async function changed(name: string, change: (model: OnnxModel) => void): Promise<ModelFile> {
+  const file = await readCase(name);
+  change(file.model);
+  return readModel(toBinary(ModelProtoSchema, file.model.proto));
+}
+
+t.test("one graph that learns and answers", async (t) => {
+  for (const { name: runtime, ort } of ORTS) {
+    for (const level of ["disabled", "all"] as const) {
+      const of = await golden("bert-eager-torchscript");
+      const build = async (keepsInference: boolean): Promise<[ModelFile, TrainingGraph]> => {
+        const file = await readCase(of.name);
+        const layers = new Layers(file.model);
+        const modules = [...of.modules].map(([name, { rank }]) => ({ ...layers.find(name), factors: rank }));
+        return [file, await buildTrainingGraph(file, { modules, heads: [layers.findHead("classifier")] }, { probe: probeOf(NODE), keepsInference })];
+      };
+      const what = `${runtime}, optimisations ${level}`;
+      const [file, graph] = await build(true);
+      const session = await sessionOf(ort, file, graph, level);
+      const [head] = graph.heads;
+      const feeds = new Map<string, Feed>([
+        ...feedsFor(of, graph, noise(graph.size, 17)),
+        ...([[head!.weight, floats(noise(5 * 48, 37), 5, 48)], [head!.bias!, floats(noise(5, 3), 5)]] as const),
+      ]);
+      const learn = (is: boolean): Map<string, Feed> => new Map([...feeds, [graph.learnInput!, { dataType: 9, dims: [], data: Uint8Array.of(Number(is)) }]]);
+      const [learning, answering] = [await run(session, ort, learn(true)), await run(session, ort, learn(false))];
+      const [alone, single] = await build(false);
+      const reference = await sessionOf(ort, alone, single, level);
+      const expected = await run(reference, ort, feeds);
+      for (const output of [graph.lossOutput, graph.gradientOutput!, head!.weightGradient, head!.biasGradient!]) {
+        t.ok(relative(learning[output]!.data as Float32Array, expected[output]!.data as Float32Array) < 1e-5, `${what}: ${output}`);
+      }
+      t.ok(relative(answering[graph.logitsOutput]!.data as Float32Array, learning[graph.logitsOutput]!.data as Float32Array) < 1e-6, `${what}: it answers alike`);
+      t.equal(answering[graph.gradientOutput!]!.data.length, 0, `${what}: no gradient unless it learns`);
+      // Once more, after the other branch.
+      t.ok(relative((await run(session, ort, learn(true)))[graph.gradientOutput!]!.data as Float32Array, expected[graph.gradientOutput!]!.data as Float32Array) < 1e-5, `${what}: again`);
+      await session.release();
+      await reference.release();
+    }
+  }
+});
+
+t.test("the graph is found out with two runs and written without the weights", async (t) => {
+  const of = await golden("vit-torchscript");
+  const file = await readCase(of.name);
+  const layers = new Layers(file.model);
+  const probe = probeOf(NODE);
+  const graph = await buildTrainingGraph(file, { modules: [...of.modules].map(([name, { rank }]) => ({ ...layers.find(name), factors: rank })), heads: [] }, { probe });
+  t.equal(probe.runs, 2);
+  for (const { opType, name, input } of file.model.graph.proto.node) {
+    if (opType === "Concat" && name.startsWith("eigenlora")) t.ok(input.length <= 6, `${name} has ${input.length} inputs`);
+    if (opType === "Transpose" && name.startsWith("eigenlora/learn")) t.notOk(file.model.graph.initializers.has(input[0]!), `${name} copies no weight`);
+  }
+  t.equal(graph.size, of.modules.size * 4 * 2 * 48);
+});
+
+t.test("refusals", async (t) => {
+  const adapted = async (file: ModelFile, names: readonly string[], head?: string): Promise<Targets> => {
+    const layers = new Layers(file.model);
+    return { modules: names.map((name) => ({ ...layers.find(name), factors: 2 })), heads: head ? [layers.findHead(head)] : [] };
+  };
+  const refused = async (file: ModelFile, targets: Targets, options: Partial<TrainingGraphOptions> = {}): Promise<string> => {
+    const error = await refusal(() => buildTrainingGraph(file, targets, { probe: probeOf(NODE), ...options }));
+    t.equal(error.tag, "format", error.message);
+    return error.message;
+  };
+  const [query, later] = ["bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.1.attention.self.value"];
+
+  await t.test("operators without a rule, of other domains, and what does not reach the loss, all at once", async (t) => {
+    const file = await changed("bert-eager-dynamo", ({ proto, graph: { proto: main } }) => {
+      main.node.find(({ opType }) => opType === "Tanh")!.opType = "Elu";
+      const gelu = main.node.find(({ opType }) => opType === "Gelu")!;
+      [gelu.opType, gelu.domain] = ["QuickGelu", "com.microsoft"];
+      proto.opsetImport.push({ $typeName: "onnx.OperatorSetIdProto", domain: "com.microsoft", version: 1n });
+    });
+    const names = new Map([[query, "val_87"]]);
+    const layers = new Layers(file.model);
+    const message = await refused(file, { modules: [{ ...layers.find(query, names), factors: 2 }], heads: [] });
+    t.match(message, /Elu has no rule for gradients: "[^"]+"/);
+    t.match(message, /QuickGelu is an operator of com\.microsoft, fused already \(pass the unoptimised export\): "[^"]+"/);
+  });
+
+  await t.test("a trained layer that does not reach the loss", async (t) => {
+    const file = await changed("bert-eager-torchscript", ({ graph: { proto: main } }) => {
+      const first = main.node.find(({ opType }) => opType === "LayerNormalization")!.output[0]!;
+      main.output.push(makeValue(first, 1));
+    });
+    const output = file.model.graph.proto.output[1]!.name;
+    const message = await refused(file, await adapted(file, [query, later]), { logits: output });
+    t.match(message, /what is trained does not reach the loss: "eigenlora\/bert\.encoder\.layer\.0.*query\/A".* and 1 more/);
+    const both = await readCase("bert-eager-torchscript");
+    t.match(await refused(both, await adapted(both, [query]), { logits: "logit" }), /has no output "logit", only "logits"/);
+  });
+
+  await t.test("quantised layers on the path", async (t) => {
+    for (const [name, operator] of [["q4", "MatMulNBits"], ["int8", "MatMulInteger"], ["qdq", "QuantizeLinear"]] as const) {
+      const file = await readModel(model(name));
+      t.match(await refused(file, await adapted(file, [query])), new RegExp(`${operator} is quantised, which gradients do not pass \\(pass a float export\\): "`));
+    }
+  });
+
+  await t.test("half precision", async (t) => {
+    const half = await readModel(model("half"));
+    t.match(await refused(half, await adapted(half, [query])), /MatMul computes in float16.*export in float32\): "\/bert\/encoder\/layer\.0/);
+    const between = await changed("bert-eager-torchscript", ({ graph: { proto: main } }) => {
+      const tanh = main.node.findIndex(({ opType }) => opType === "Tanh");
+      const { input } = main.node[tanh]!;
+      const [down, up] = [makeNode("Cast", "down", [input[0]!], "down", { to: 10 }), makeNode("Cast", "up", ["down"], "up", { to: 1 })];
+      input[0] = "up";
+      main.node.splice(tanh, 0, down, up);
+    });
+    t.match(await refused(between, await adapted(between, [query])), /Cast computes in float16, which is not trained in \(export in float32\): "down"/);
+  });
+
+  await t.test("control flow, an old opset", async (t) => {
+    const old = await readModel(model("branches"));
+    const message = await refused(old, await adapted(old, ["mid", "up"]));
+    t.match(message, /its opset is 11, at least 13 is needed/);
+    t.match(message, /Gemm is trained inside control flow/);
+    t.match(message, /If is control flow, which gradients do not pass/);
+  });
+
+  await t.test("probe feeds that tell nothing, or lack an input", async (t) => {
+    const of = await golden("bert-eager-torchscript");
+    const feedsOf = (batch: number, length: number): Map<string, Feed> =>
+      new Map([...of.feeds.keys()].map((name) => [name, { dataType: 7, dims: [batch, length], data: new BigInt64Array(batch * length).fill(1n) }]));
+    const attempt = async (...feeds: [Map<string, Feed>, Map<string, Feed>]): Promise<string> => {
+      const file = await readCase(of.name);
+      return refused(file, await adapted(file, [query]), { feeds });
+    };
+    t.match(await attempt(feedsOf(1, 5), feedsOf(3, 7)), /dimension of the probe feeds is 1.*: "batch_size"/);
+    t.match(await attempt(feedsOf(2, 5), feedsOf(3, 5)), /are equal \(5\).*: "sequence_length"/);
+    t.match(await attempt(feedsOf(2, 2), feedsOf(3, 7)), /are equal \(2\)/);
+    const lacking = feedsOf(3, 7);
+    lacking.delete("attention_mask");
+    t.match(await attempt(feedsOf(2, 5), lacking), /lack an input of the model: "attention_mask"/);
+    const file = await readCase(of.name);
+    const graph = await buildTrainingGraph(file, await adapted(file, [query]), { probe: probeOf(NODE), feeds: [feedsOf(4, 6), feedsOf(3, 8)] });
+    t.equal(graph.size, 2 * 2 * 48, "others do");
+  });
+
+  await t.test("nothing to train, a graph made before", async (t) => {
+    const file = await readCase("vit-dynamo");
+    t.match(await refused(file, { modules: [], heads: [] }), /nothing is trained/);
+    const twice = await readCase("bert-eager-torchscript");
+    await buildTrainingGraph(twice, await adapted(twice, [query]), { probe: probeOf(NODE) });
+    t.match(await refused(twice, await adapted(twice, [later])), /has task inputs already/);
+  });
+
+  await t.test("a runtime that cannot run the model says so itself", async (t) => {
+    const file = await readCase("bert-eager-torchscript");
+    const broken = async (): Promise<never> => {
+      throw new Error("out of memory");
+    };
+    const error = await refusal(async () => buildTrainingGraph(file, await adapted(file, [query]), { probe: broken }));
+    t.match(error.message, /out of memory/);
+  });
 });

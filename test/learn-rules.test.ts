@@ -15,7 +15,7 @@ import { AttributeProtoSchema, create, GraphProtoSchema, ModelProtoSchema, toBin
 import type { TensorProto } from "../dist/src/onnx/onnx_pb.js";
 import type { ModelFile } from "../dist/src/onnx/read.js";
 import { embedWeights } from "../dist/src/onnx/write.js";
-import { probeOf, tensor, type Level, type Tensors } from "./learning.ts";
+import { probeOf, random, tensor, type Level, type Tensors } from "./learning.ts";
 import { NODE } from "./sessions.ts";
 
 /** A dimension: fixed, or free by name. */
@@ -263,17 +263,6 @@ const CASES: Record<string, fc.Arbitrary<Case>> = {
   Gather: gather,
   Slice: fc.oneof(slice, freeSlice),
 };
-
-/** Numbers between 0 and 1 that are the same for the same seed. */
-function random(seed: number): () => number {
-  let state = seed | 0;
-  return () => {
-    state = (state + 0x6d2b79f5) | 0;
-    let x = Math.imul(state ^ (state >>> 15), 1 | state);
-    x = (x + Math.imul(x ^ (x >>> 7), 61 | x)) ^ x;
-    return ((x ^ (x >>> 14)) >>> 0) / 2 ** 32;
-  };
-}
 
 const sizeOf = (dims: Dims, sizes: Sizes): number[] => dims.map((d) => (typeof d === "number" ? d : sizes[d]));
 const count = (dims: readonly number[]): number => dims.reduce((a, b) => a * b, 1);

@@ -155,3 +155,20 @@ export function relative(found: ArrayLike<number>, expected: ArrayLike<number>):
   const result = Math.sqrt(off / norm);
   return Number.isNaN(result) ? Infinity : result;
 }
+
+/** Numbers between 0 and 1 that are the same for the same seed. */
+export function random(seed: number): () => number {
+  let state = seed | 0;
+  return () => {
+    state = (state + 0x6d2b79f5) | 0;
+    let x = Math.imul(state ^ (state >>> 15), 1 | state);
+    x = (x + Math.imul(x ^ (x >>> 7), 61 | x)) ^ x;
+    return ((x ^ (x >>> 14)) >>> 0) / 2 ** 32;
+  };
+}
+
+/** Numbers of either sign, the same for the same seed. */
+export function noise(many: number, seed: number): Float32Array {
+  const next = random(seed);
+  return Float32Array.from({ length: many }, () => 0.6 * next() - 0.3);
+}

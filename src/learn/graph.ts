@@ -95,7 +95,7 @@ export async function buildTrainingGraph(file: ModelFile, targets: Targets, opti
   const own = main.input.filter(({ name }) => !model.graph.initializers.has(name));
 
   const added = addTargets(model, targets, problems);
-  if (added.sources.length === 0) problems.add("nothing is trained: neither terms nor heads are asked for");
+  if (added.sources.length === 0 && !problems.any) problems.add("nothing is trained: neither terms nor heads are asked for");
   if (!options.keepsInference) main.output.splice(0, Infinity, main.output.find(({ name }) => name === logits)!);
   if (targets.heads.length > 0) freeShapes(main.output);
   dropUnused(model);

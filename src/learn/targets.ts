@@ -106,6 +106,7 @@ class Adder {
   }
 
   module({ name, in: inputs, out, linears, core, factors = 0 }: TrainedModule): void {
+    if (linears.map((linear) => this.#canAdd(linear)).includes(false)) return;
     /** The matrices that x is multiplied by, one after the other. */
     const chains: string[][] = [];
     if (core) chains.push(this.#core(name, inputs, out, core));
@@ -115,7 +116,6 @@ class Adder {
       chains.push([this.#before("Transpose", [A], { perm: [1, 0] }), B]);
     }
     for (const linear of linears) {
-      if (!this.#canAdd(linear)) continue;
       const end = biasAdd(this.#model, linear) ?? linear.node;
       const place = new Place(linear.graph, end, `${PREFIX}/${name}/${this.#count++}`, linear.type);
       const terms = chains.map((chain) => chain.reduce((value, matrix) => place.op("MatMul", [value, matrix]), linear.x));
@@ -144,12 +144,12 @@ class Adder {
   }
 
   head({ name, in: inputs, bias: hasBias, places }: GraftHead): void {
+    if (places.map(({ linear }) => this.#canAdd(linear)).includes(false)) return;
     const weight = `${PREFIX}.${name}.weight`;
     const bias = hasBias ? `${PREFIX}.${name}.bias` : undefined;
     this.#heads.push({ module: name, in: inputs, weight, bias });
     const turned = this.#before("Transpose", [weight], { perm: [1, 0] });
     for (const { linear, end } of places) {
-      if (!this.#canAdd(linear)) continue;
       const place = new Place(linear.graph, end, `${PREFIX}/${name}/${this.#count++}`, linear.type);
       const y = place.op("MatMul", [linear.x, turned]);
       place.replace(bias === undefined ? y : place.op("Add", [y, bias]));
