@@ -2,6 +2,10 @@
 import { readdirSync, readFileSync } from "node:fs";
 import type * as common from "onnxruntime-common";
 import { readAdapters } from "../dist/src/adapters/folder.js";
+import { buildTrainingGraph, type TrainingGraph, type TrainingGraphOptions } from "../dist/src/learn/graph.js";
+import { Layers } from "../dist/src/learn/layers.js";
+import type { Probe } from "../dist/src/learn/shapes.js";
+import { NameMatcher } from "../dist/src/names.js";
 import { readLinearWeight, readVector } from "../dist/src/onnx/dequantize.js";
 import type { Feed } from "../dist/src/onnx/feeds.js";
 import { findParameters } from "../dist/src/onnx/modules.js";
@@ -9,16 +13,13 @@ import { readModel, type ModelFile } from "../dist/src/onnx/read.js";
 import { detachWeights } from "../dist/src/onnx/write.js";
 import { openSafetensors } from "../dist/src/safetensors.js";
 import { openSource } from "../dist/src/source.js";
-import { NameMatcher } from "../dist/src/names.js";
-import type { Probe } from "../dist/src/learn/shapes.js";
-import type { TrainingGraph } from "../dist/src/learn/graph.js";
 import { data } from "./packs.ts";
-import type { Ort } from "./sessions.ts";
+import { NODE, type Ort } from "./sessions.ts";
 
 export type Level = "disabled" | "basic" | "all";
 export type Tensors = Record<string, common.Tensor>;
 
-const TYPES: Record<number, string> = { 1: "float32", 6: "int32", 7: "int64", 9: "bool", 10: "float16" };
+export const TYPES: Record<number, string> = { 1: "float32", 6: "int32", 7: "int64", 9: "bool", 10: "float16" };
 
 export function tensor(ort: Ort, { dataType, dims, data: values }: Feed): common.Tensor {
   return new ort.Tensor(TYPES[dataType] as "float32", values as Float32Array, [...dims]);
@@ -112,7 +113,7 @@ export async function golden(name: string): Promise<Case> {
 }
 
 /** Weight [out, in] and bias of a linear layer; zeros where the exporter has dropped those. */
-export async function headOf(file: ModelFile, module: string): Promise<{ weight: Float32Array; bias: Float32Array; out: number; in: number }> {
+async function headOf(file: ModelFile, module: string): Promise<{ weight: Float32Array; bias: Float32Array; out: number; in: number }> {
   const parameters = new Map(findParameters(file.model).map((parameter) => [parameter.name, parameter]));
   const names = new NameMatcher(parameters.keys());
   const [weight, bias] = ["weight", "bias"].map((role) => {
@@ -131,7 +132,7 @@ export async function headOf(file: ModelFile, module: string): Promise<{ weight:
  * The goldens' dynamo exports have lost the names of their weights, and the metadata that would tell them. Layers multiply in a
  * known order: query, key, value, output, then the two or three of the feed-forward part.
  */
-export function namesByOrder(file: ModelFile, modules: Iterable<string>): Map<string, string> {
+function namesByOrder(file: ModelFile, modules: Iterable<string>): Map<string, string> {
   const { nodes, initializers } = { nodes: file.model.graph.proto.node, initializers: file.model.graph.initializers };
   const weights = nodes.filter(({ opType, input }) => opType === "MatMul" && initializers.has(input[1]!)).map(({ input }) => input[1]!);
   const names = new Map<string, string>();
@@ -142,6 +143,67 @@ export function namesByOrder(file: ModelFile, modules: Iterable<string>): Map<st
     names.set(module, weights[layer * each + place]!);
   }
   return names;
+}
+
+/** A training graph of a case: PEFT's LoRA as trained factors, and the head. Its feeds give what the goldens were made with. */
+export async function prepare(of: Case, options: Partial<TrainingGraphOptions> = {}): Promise<{ file: ModelFile; graph: TrainingGraph; feeds: Map<string, Feed> }> {
+  const file = await readCase(of.name);
+  const layers = new Layers(file.model);
+  const names = of.name.endsWith("dynamo") ? namesByOrder(file, of.modules.keys()) : undefined;
+  const modules = [...of.modules].map(([module, { rank }]) => ({ ...layers.find(module, names), factors: rank }));
+  const head = of.head === undefined ? undefined : await headOf(file, of.head);
+  const heads = of.head === undefined ? [] : [layers.findHead(of.head)];
+  const graph = await buildTrainingGraph(file, { modules, heads }, { probe: probeOf(NODE), ...options });
+  const parameters = new Float32Array(graph.size);
+  for (const { module, kind, offset } of graph.parameters) parameters.set(of.modules.get(module)![kind as "A" | "B"], offset);
+  const feeds = new Map<string, Feed>([
+    ...of.feeds,
+    [graph.parametersInput!, { dataType: 1, dims: [graph.size], data: parameters }],
+    [graph.targetsInput, of.targets],
+  ]);
+  for (const { weight, bias } of graph.heads) {
+    feeds.set(weight, { dataType: 1, dims: [head!.out, head!.in], data: head!.weight });
+    feeds.set(bias!, { dataType: 1, dims: [head!.out], data: head!.bias });
+  }
+  return { file, graph, feeds };
+}
+
+/** Relative differences from PyTorch: of the loss, and the largest of those of the gradients. */
+export interface Differences {
+  loss: number;
+  gradients: number;
+  /** The parameter whose gradient is off most. */
+  worst: string;
+}
+
+/** @param values of the graph's outputs */
+export function compare(of: Case, graph: TrainingGraph, values: (output: string) => ArrayLike<number>): Differences {
+  const found = new Map<string, ArrayLike<number>>();
+  for (const { module, kind, dims: [rows, columns], offset } of graph.parameters) {
+    const gradient = Float32Array.from(values(graph.gradientOutput!)).subarray(offset, offset + rows * columns);
+    // lora_B is [out, r], and the graph's B is its transpose times the scale.
+    const { scale } = of.modules.get(module)!;
+    const turned = (): Float32Array => gradient.map((_, i) => scale * gradient[(i % rows) * columns + Math.floor(i / rows)]!);
+    found.set(`${module}.lora_${kind}.weight`, kind === "A" ? gradient : turned());
+  }
+  for (const { module, weightGradient, biasGradient } of graph.heads) {
+    found.set(`${module}.weight`, values(weightGradient));
+    found.set(`${module}.bias`, values(biasGradient!));
+  }
+  let [largest, worst] = [0, ""];
+  for (const [name, expected] of of.gradients) {
+    const off = relative(found.get(name) ?? [], expected);
+    if (off > largest) [largest, worst] = [off, name];
+  }
+  const loss = Math.abs(values(graph.lossOutput)[0]! - of.loss) / of.loss;
+  return { loss: Number.isNaN(loss) ? Infinity : loss, gradients: largest, worst };
+}
+
+/** A session's results for values by input name. */
+export async function run(session: common.InferenceSession, ort: Ort, feeds: ReadonlyMap<string, Feed>): Promise<Tensors> {
+  const tensors: Tensors = {};
+  for (const name of session.inputNames) tensors[name] = tensor(ort, feeds.get(name)!);
+  return (await session.run(tensors)) as Tensors;
 }
 
 /** Relative to the expected values' norm; infinite where the lengths differ or a number is none. */

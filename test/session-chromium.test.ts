@@ -3,18 +3,9 @@
  * and PEFT.
  */
 import t from "tap";
-import { build } from "esbuild";
-import { spawn } from "node:child_process";
-import { mkdtemp, readFile, rm } from "node:fs/promises";
-import { tmpdir } from "node:os";
-import { join } from "node:path";
-import { fileURLToPath } from "node:url";
-import { serve } from "./range-server.ts";
+import { inChromium, skip } from "./chromium.ts";
+import { required } from "./required.ts";
 import { GOLDENS, golden, modelBytes, packBytes } from "./sessions.ts";
-import { chromium, required } from "./required.ts";
-
-const root = fileURLToPath(new URL("..", import.meta.url));
-const skip = !chromium && !required.has("chromium") && "chromium is not here";
 
 /** Models by their exports' kinds, and how far a float answer may be off on them. */
 const MODELS: Record<string, number> = {
@@ -46,7 +37,6 @@ interface Row {
 }
 
 t.test("modes × providers × exports in Chromium", { skip, timeout: 240_000 }, async (t) => {
-  if (!chromium) throw new Error("chromium is required but not installed");
   const files = new Map<string, Uint8Array>();
   const packs = { main: packBytes(["adapters"], "base"), tied: packBytes(["adapters/two", "adapters/three"], "base-tied"), mlp: packBytes(["adapters-mlp"], "base-mlp") };
   for (const [name, bytes] of Object.entries(packs)) files.set(`${name}.eigen`, await bytes);
@@ -70,30 +60,8 @@ t.test("modes × providers × exports in Chromium", { skip, timeout: 240_000 }, 
   const code = `import { matrix } from "./browser-matrix.js";
     const show = (x) => fetch("/result", { method: "POST", body: JSON.stringify(x instanceof Error ? x.stack : x) });
     matrix(await (await fetch("/plan.json")).json()).then(show, show);`;
-  const bundled = await build({
-    stdin: { contents: code, resolveDir: join(root, "test") },
-    bundle: true,
-    format: "esm",
-    platform: "browser",
-    write: false,
-    logLevel: "silent",
-  });
-  files.set("page.js", bundled.outputFiles[0]!.contents);
   files.set("plan.json", new TextEncoder().encode(JSON.stringify(plan)));
-  files.set("page.html", new TextEncoder().encode('<!doctype html><body><script type="module" src="/page.js"></script>'));
-  for (const file of ["ort-wasm-simd-threaded.asyncify.mjs", "ort-wasm-simd-threaded.asyncify.wasm"]) {
-    files.set(`ort/${file}`, await readFile(join(root, "node_modules/onnxruntime-web/dist", file)));
-  }
-  const server = await serve(files);
-  t.teardown(() => server.close());
-  const profile = await mkdtemp(join(tmpdir(), "eigenlora-chromium-"));
-  t.teardown(() => rm(profile, { recursive: true, maxRetries: 5, retryDelay: 200 }));
-  const flags = ["--headless=new", "--no-sandbox", "--enable-unsafe-webgpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"];
-  const browser = spawn(chromium, [...flags, `--user-data-dir=${profile}`, server.url("page.html")]);
-  const exited = new Promise<string>((_, reject) => browser.once("exit", (code) => reject(new Error(`chromium exited: ${code}`))));
-  exited.catch(() => undefined);
-  const text = await Promise.race([server.posted(), exited]);
-  browser.kill();
+  const text = await inChromium(code, files, t);
   const rows = JSON.parse(text) as Row[];
   if (typeof rows === "string") throw new Error(rows);
   for (const { provider, model, mode, result, why, differences, probe } of rows) {
