@@ -381,3 +381,17 @@ for (const [op, cases] of Object.entries(CASES)) {
     t.pass(`off by ${worst.toExponential(1)} at most`);
   });
 }
+
+t.test("uses of an operator that gradients do not pass", async (t) => {
+  const uses: Record<string, [string, Case, RegExp]> = {
+    "a trained exponent": ["Pow", { opset: 17, inputs: [{ dims: ["n"], values: "positive" }, { dims: [] }] }, /Pow has a trained exponent, which gradients do not flow to: "Pow"/],
+    "several places": ["Gather", { opset: 17, inputs: [{ dims: [4, "n"] }, { constant: ints([0, 2]) }] }, /Gather takes several places at once.*: "Gather"/],
+    "strides": ["Slice", { opset: 17, inputs: [{ dims: [6] }, { constant: ints([0]) }, { constant: ints([6]) }, { constant: ints([0]) }, { constant: ints([2]) }] }, /Slice takes steps other than 1: "Slice"/],
+    "axes that are fed": ["ReduceSum", { opset: 17, inputs: [{ dims: ["n", 2] }, { index: { rank: 1, value: () => 1 } }] }, /ReduceSum reduces over axes that depend on the input: "ReduceSum"/],
+    "a second output": ["LayerNormalization", { opset: 17, inputs: [{ dims: ["n", 4] }, { dims: [4] }], outputs: 2, used: [1] }, /LayerNormalization is used by more than its first output.*: "LayerNormalization"/],
+  };
+  for (const [name, [op, one, message]] of Object.entries(uses)) {
+    const feeds = PROBED.map((sizes) => feedsOf(one, sizes, random(1)));
+    await t.rejects(differentiated(op, one, feeds), { tag: "format", message }, name);
+  }
+});
