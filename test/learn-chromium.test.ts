@@ -6,7 +6,7 @@ import type { TrainingGraph } from "../dist/src/learn/graph.js";
 import type { Feed } from "../dist/src/onnx/feeds.js";
 import { embedWeights } from "../dist/src/onnx/write.js";
 import { inChromium, skip } from "./chromium.ts";
-import { compare, golden, prepare, relative, TYPES, type Case } from "./learning.ts";
+import { asJson, compare, golden, prepare, relative, type Case } from "./learning.ts";
 import { required } from "./required.ts";
 
 /** One of each kind, the one with most gradients among them. */
@@ -33,7 +33,7 @@ t.test("training graphs × providers in Chromium", { skip, timeout: 240_000 }, a
     const { file, graph, feeds } = await prepare(of, { keepsInference: name === BOTH });
     files.set(`${name}.onnx`, embedWeights(file, graph.initializers));
     graphs.set(name, { of, graph });
-    const values = (all: Iterable<[string, Feed]>): object => Object.fromEntries([...all].map(([input, { dataType, dims, data }]) => [input, { type: TYPES[dataType], dims, data: Array.from(data as ArrayLike<number | bigint>, Number) }]));
+    const values = (all: Iterable<[string, Feed]>): object => Object.fromEntries([...all].map(([input, feed]) => [input, asJson(feed)]));
     const learn = graph.learnInput;
     const runs = learn === undefined ? [feeds] : [1, 0].map((is) => [...feeds, [learn, { dataType: 9, dims: [], data: Uint8Array.of(is) }]] as [string, Feed][]);
     plan.push({ name, feeds: runs.map(values) });

@@ -19,10 +19,15 @@ import { NODE, type Ort } from "./sessions.ts";
 export type Level = "disabled" | "basic" | "all";
 export type Tensors = Record<string, common.Tensor>;
 
-export const TYPES: Record<number, string> = { 1: "float32", 6: "int32", 7: "int64", 9: "bool", 10: "float16" };
+const TYPES: Record<number, string> = { 1: "float32", 6: "int32", 7: "int64", 9: "bool", 10: "float16" };
 
 export function tensor(ort: Ort, { dataType, dims, data: values }: Feed): common.Tensor {
   return new ort.Tensor(TYPES[dataType] as "float32", values as Float32Array, [...dims]);
+}
+
+/** A value for other programs. */
+export function asJson({ dataType, dims, data }: Feed): object {
+  return { type: TYPES[dataType], dims, data: Array.from(data as ArrayLike<number | bigint>, Number) };
 }
 
 /** A probe that counts what it runs. */

@@ -1,7 +1,7 @@
 /**
- * The training graph: from an inference model, one that also gives the loss and the gradients of what is trained, made of
- * standard operators only. ONNX Runtime can train nowhere but here, since it runs any graph. No runtime and no optimiser in
- * it: the caller lends a runtime to look at shapes, and takes the steps.
+ * The training graph: from an inference model, one that also gives the loss and the gradients of what is trained. It is
+ * made of standard operators, so that every build of ONNX Runtime runs it, those for the web too, which have no training
+ * of their own. No runtime and no optimiser in here: the caller lends the one to look at shapes, and takes the steps.
  */
 import { FormatError } from "../errors.ts";
 import { tinyFeeds, type Feed } from "../onnx/feeds.ts";
@@ -26,7 +26,7 @@ export interface TrainingGraphOptions {
   readonly probe: Probe;
   /**
    * Two feeds of the model's own inputs, for models that made-up ones do not fit. Free dimensions must differ within a feed
-   * and between the two, and be larger than 1: 2×5 and 3×7.
+   * and between the two, and be larger than 1: 2×5 and 3×7. What is equal in both, an empty cache say, is taken as fixed.
    */
   readonly feeds?: readonly [ReadonlyMap<string, Feed>, ReadonlyMap<string, Feed>] | undefined;
   /**
