@@ -7,6 +7,7 @@ import { spawnSync } from "node:child_process";
 import { mkdtemp, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { AdamW } from "../dist/src/learn/adamw.js";
 import { buildTrainingGraph, type TrainingGraph, type TrainingGraphOptions } from "../dist/src/learn/graph.js";
 import { Layers } from "../dist/src/learn/layers.js";
 import type { Targets } from "../dist/src/learn/targets.js";
@@ -276,6 +277,28 @@ t.test("one graph that learns and answers", async (t) => {
       await reference.release();
     }
   }
+});
+
+t.test("a head alone learns its targets", async (t) => {
+  const of = await golden("bert-eager-dynamo");
+  const file = await readCase(of.name);
+  const graph = await buildTrainingGraph(file, { modules: [], heads: [new Layers(file.model).findHead("classifier")] }, { probe: probeOf(NODE) });
+  t.same([graph.parametersInput, graph.gradientOutput, graph.size], [undefined, undefined, 0]);
+  const session = await sessionOf(NODE, file, graph, "all");
+  const [{ weight, bias, weightGradient, biasGradient }] = graph.heads as [TrainingGraph["heads"][0]];
+  const labels = 2;
+  const values = [noise(labels * 48, 1), new Float32Array(labels)] as const;
+  const optimizer = new AdamW(values.map((values) => ({ values, rate: 0.05 })), { steps: 40, warmup: 4 });
+  const targets = floats(Float32Array.from({ length: 5 * labels }, (_, i) => Number(i % labels === (i >> 1) % labels)), 5, labels);
+  const losses: number[] = [];
+  for (let step = 0; step < 40; step++) {
+    const feeds: Feed[] = [floats(values[0], labels, 48), floats(values[1], labels), targets];
+    const results = await run(session, NODE, new Map([...of.feeds, ...[weight, bias!, graph.targetsInput].map((name, i) => [name, feeds[i]!] as const)]));
+    losses.push(Number(results[graph.lossOutput]!.data[0]));
+    optimizer.step([weightGradient, biasGradient!].map((name) => results[name]!.data as Float32Array));
+  }
+  t.ok(losses.at(-1)! < 0.2 * losses[0]!, `from ${losses[0]!.toFixed(3)} to ${losses.at(-1)!.toFixed(3)}`);
+  await session.release();
 });
 
 t.test("Python's onnxruntime runs the file as well", async (t) => {
