@@ -3,6 +3,7 @@
  * caller's own import; types are structural, so that neither package is needed to compile against this one.
  */
 import { BackendError, TaskError } from "../src/errors.ts";
+import { tinyFeeds } from "../src/onnx/feeds.ts";
 import { graft, type TaskInput } from "../src/onnx/graft.ts";
 import { readModel, type ModelOptions } from "../src/onnx/read.ts";
 import { detachWeights } from "../src/onnx/write.ts";
@@ -10,7 +11,7 @@ import type { Pack, TaskInfo } from "../src/pack/pack.ts";
 import type { Selection } from "../src/runtime/selection.ts";
 import { feedFolded, FOLDED_FILE, layoutFolded } from "../src/session/fold.ts";
 import { planSession, type BaseValues, type Mode, type PlanOptions } from "../src/session/plan.ts";
-import { tinyFeeds, type ProbeReport } from "../src/session/probe.ts";
+import type { ProbeReport } from "../src/session/probe.ts";
 import { Timeline } from "../src/session/timeline.ts";
 import type { TaskValues } from "../src/session/values.ts";
 import type { SourceInput } from "../src/source.ts";

@@ -8,7 +8,8 @@ import type { DetachedModel } from "../src/onnx/write.ts";
 import type { Pack } from "../src/pack/pack.ts";
 import type { Selection } from "../src/runtime/selection.ts";
 import type { Plan } from "../src/session/plan.ts";
-import type { ProbeFeed, ProbeReport, ProbeRun } from "../src/session/probe.ts";
+import type { Feed } from "../src/onnx/feeds.ts";
+import type { ProbeReport, ProbeRun } from "../src/session/probe.ts";
 import { stackValues, type TaskEvaluator, type TaskValues } from "../src/session/values.ts";
 import { call, inTurn, makeTensor, type Feeds, type Ort, type OrtTensor, type Session, type SessionOptions } from "./ort.ts";
 
@@ -50,7 +51,7 @@ export interface Parts<O extends Ort> {
   readonly inputs: readonly string[];
   readonly outputs: readonly string[];
   /** Made-up feeds, as far as they can be. */
-  readonly feeds: Map<string, ProbeFeed> | undefined;
+  readonly feeds: Map<string, Feed> | undefined;
 }
 
 /** @throws BackendError when onnxruntime refuses the model or the provider */

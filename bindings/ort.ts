@@ -3,7 +3,7 @@
  */
 import type { DeviceBuffer, DeviceHandle } from "../src/backends/backend.ts";
 import { BackendError } from "../src/errors.ts";
-import type { ProbeFeed } from "../src/session/probe.ts";
+import type { Feed } from "../src/onnx/feeds.ts";
 
 /** A tensor of onnxruntime, as far as it is needed here. */
 export interface OrtTensor {
@@ -85,7 +85,7 @@ const TYPES = new Map<unknown, string>([
   [Uint8Array, "bool"],
 ]);
 
-export function makeTensor(ort: Ort, data: ProbeFeed["data"], dims: readonly number[]): OrtTensor {
+export function makeTensor(ort: Ort, data: Feed["data"], dims: readonly number[]): OrtTensor {
   const Tensor = ort.Tensor as unknown as new (type: string, data: unknown, dims: readonly number[]) => OrtTensor;
   return new Tensor(TYPES.get(data.constructor)!, data, dims);
 }

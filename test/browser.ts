@@ -1,5 +1,6 @@
 /** Chromium for tests: files over HTTP, a page of them, and what the page has to say. */
 import { build } from "esbuild";
+import { readFile } from "node:fs/promises";
 import { fileURLToPath } from "node:url";
 import { chromium, type Browser, type Page } from "playwright-core";
 import type { Test } from "tap";
@@ -30,6 +31,16 @@ export async function bundle(contents: string, options: { resolveDir?: string; n
     logLevel: "silent",
   });
   return outputFiles[0]!.contents;
+}
+
+/** Adds binaries of onnxruntime-web under ort/, by the names of its builds: "asyncify" (WebGPU), "jsep" (the older one). */
+export async function addRuntimes(files: Map<string, Uint8Array>, builds: readonly string[]): Promise<void> {
+  for (const build of builds) {
+    for (const end of ["mjs", "wasm"]) {
+      const file = `ort-wasm-simd-threaded.${build}.${end}`;
+      files.set(`ort/${file}`, await readFile(fileURLToPath(new URL(`../node_modules/onnxruntime-web/dist/${file}`, import.meta.url))));
+    }
+  }
 }
 
 /** Opens index.html of these files, or without one a page that runs page.js. What nobody catches there fails the test. */

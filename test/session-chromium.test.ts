@@ -3,14 +3,10 @@
  * and PEFT.
  */
 import t from "tap";
-import { readFile } from "node:fs/promises";
-import { join } from "node:path";
-import { fileURLToPath } from "node:url";
-import { answerOf, bundle, noChromium, openPage } from "./browser.ts";
+import { addRuntimes, answerOf, bundle, noChromium, openPage } from "./browser.ts";
 import { GOLDENS, golden, modelBytes, packBytes } from "./sessions.ts";
 import { required } from "./required.ts";
 
-const root = fileURLToPath(new URL("..", import.meta.url));
 
 /** Models by their exports' kinds, and how far a float answer may be off on them. */
 const MODELS: Record<string, number> = {
@@ -65,9 +61,7 @@ t.test("modes × providers × exports in Chromium", { skip: noChromium, timeout:
   files.set("plan.json", new TextEncoder().encode(JSON.stringify(plan)));
   files.set("page.js", await bundle(`import { matrix } from "./browser-matrix.js";
     globalThis.answer = fetch("/plan.json").then((response) => response.json()).then(matrix);`));
-  for (const file of ["ort-wasm-simd-threaded.asyncify.mjs", "ort-wasm-simd-threaded.asyncify.wasm"]) {
-    files.set(`ort/${file}`, await readFile(join(root, "node_modules/onnxruntime-web/dist", file)));
-  }
+  await addRuntimes(files, ["asyncify"]);
   const rows = (await answerOf(await openPage(t, files, ["--enable-unsafe-webgpu"]))) as Row[];
   for (const { provider, model, mode, result, why, differences, probe } of rows) {
     const name = `${provider}, ${model}, ${mode}`;

@@ -12,14 +12,11 @@
  * The usual x [batch, sequence, in] needs none of the reshapes. Every node costs: sessions take longer to create and to run.
  */
 import { FormatError } from "../errors.ts";
-import { biasAdd, FLOAT, FLOAT16, INT64, type Linear } from "./linear.ts";
+import { biasAdd, FLOAT, INT64, type Linear } from "./linear.ts";
 import type { OnnxModel } from "./model.ts";
+import { dropUnused, makeInts, makeNode, makeValue, Place, PREFIX } from "./nodes.ts";
 import type { GraphProto, NodeProto } from "./onnx_pb.ts";
 import { Ranks } from "./rank.ts";
-import { create, NodeProtoSchema, TensorProtoSchema, ValueInfoProtoSchema } from "./protobuf.ts";
-
-/** The first word of every value and node that is added. */
-export const PREFIX = "eigenlora";
 
 /** The least opset in which the operators that are added mean what is meant here. */
 const LEAST_OPSET = 11;
@@ -288,8 +285,7 @@ class Grafter {
     const name = `${PREFIX}/ints/${values.join(",")}`;
     if (!this.#shared.has(name)) {
       this.#shared.add(name);
-      const rawData = new Uint8Array(BigInt64Array.from(values, BigInt).buffer);
-      this.#main.initializer.push(create(TensorProtoSchema, { name, dims: [BigInt(values.length)], dataType: INT64, rawData }));
+      this.#main.initializer.push(makeInts(name, values));
     }
     return name;
   }
@@ -306,22 +302,10 @@ class Grafter {
     // In front, so that what uses them comes later, as ONNX asks.
     main.node.unshift(...this.#first);
     for (const { name, kind, dims } of this.#inputs) {
-      const dim = dims.map((d) => ({
-        value:
-          typeof d === "number"
-            ? { case: "dimValue" as const, value: BigInt(d) }
-            : d === "tasks"
-              ? { case: "dimParam" as const, value: `${PREFIX}.tasks` }
-              : { case: undefined },
-      }));
-      const elemType = kind === "indices" ? INT64 : FLOAT;
-      const type = { value: { case: "tensorType" as const, value: { elemType, shape: { dim } } } };
-      main.input.push(create(ValueInfoProtoSchema, { name, type }));
+      const free = dims.map((d) => (typeof d === "number" ? d : d === "tasks" ? `${PREFIX}.tasks` : ""));
+      main.input.push(makeValue(name, kind === "indices" ? INT64 : FLOAT, free));
     }
-    for (const value of this.#probe ? [this.#probe.x, this.#probe.term] : []) {
-      const type = { value: { case: "tensorType" as const, value: { elemType: FLOAT } } };
-      main.output.push(create(ValueInfoProtoSchema, { name: value, type }));
-    }
+    for (const value of this.#probe ? [this.#probe.x, this.#probe.term] : []) main.output.push(makeValue(value, FLOAT));
     if (heads.length > 0) this.#freeLabels(heads);
     // Replaced heads, and the weights that folding has given a place of their own.
     dropUnused(this.#model);
@@ -338,108 +322,4 @@ class Grafter {
     }
     this.#main.valueInfo.length = 0;
   }
-}
-
-/** Nodes that are added behind one node, in order. */
-class Place {
-  readonly #graph: GraphProto;
-  readonly #node: NodeProto;
-  readonly #name: string;
-  readonly #type: number;
-  readonly #nodes: NodeProto[] = [];
-  #result = "";
-
-  /** @param type of the values of the model there; what is added computes in f32 */
-  constructor(graph: GraphProto, node: NodeProto, name: string, type: number) {
-    this.#graph = graph;
-    this.#node = node;
-    this.#name = name;
-    this.#type = type;
-  }
-
-  op(opType: string, input: readonly string[], attributes: Readonly<Record<string, number>> = {}): string {
-    const name = `${this.#name}/${opType}_${this.#nodes.length}`;
-    this.#nodes.push(makeNode(opType, name, input, name, attributes));
-    return name;
-  }
-
-  /** A value of the model as f32. */
-  up(value: string): string {
-    return this.#type === FLOAT16 ? this.op("Cast", [value], { to: FLOAT }) : value;
-  }
-
-  /** An f32 value in the model's type. */
-  down(value: string): string {
-    return this.#type === FLOAT16 ? this.op("Cast", [value], { to: FLOAT16 }) : value;
-  }
-
-  /** Takes the node's result out of the model; `end` puts another in its place. */
-  begin(): string {
-    this.#result = this.#node.output[0]!;
-    this.#node.output[0] = `${this.#name}/base`;
-    return this.#node.output[0];
-  }
-
-  end(value: string): void {
-    this.#insert(value, this.#result);
-  }
-
-  /** The node goes, `value` takes its place. */
-  replace(value: string): void {
-    this.#insert(value, this.#node.output[0]!);
-    this.#graph.node.splice(this.#graph.node.indexOf(this.#node), 1);
-  }
-
-  #insert(value: string, result: string): void {
-    const last = this.#nodes.at(-1)!;
-    if (last.output[0] !== value) throw new Error(`${value} is not made last`);
-    last.output[0] = result;
-    this.#graph.node.splice(this.#graph.node.indexOf(this.#node) + 1, 0, ...this.#nodes);
-  }
-}
-
-function makeNode(
-  opType: string,
-  name: string,
-  input: readonly string[],
-  output: string,
-  attributes: Readonly<Record<string, number>> = {},
-): NodeProto {
-  // AttributeProto.AttributeType.INT
-  const attribute = Object.entries(attributes).map(([key, value]) => ({ name: key, i: BigInt(value), type: 2 }));
-  return create(NodeProtoSchema, { opType, name, input: [...input], output: [output], attribute });
-}
-
-/** Removes nodes and initializers of the main graph that nothing uses any more. */
-function dropUnused(model: OnnxModel): void {
-  const main = model.graph.proto;
-  const outputs = new Set(main.output.map(({ name }) => name));
-  for (;;) {
-    const used = usedValues(main, outputs);
-    const keep = main.node.filter((node) => node.output.some((value) => used.has(value)));
-    if (keep.length === main.node.length) {
-      const tensors = main.initializer.filter(({ name }) => used.has(name));
-      main.initializer.splice(0, main.initializer.length, ...tensors);
-      // Old exporters list initializers among the inputs; without its values such an input would have to be fed.
-      const inputs = main.input.filter(({ name }) => used.has(name) || !model.graph.initializers.has(name));
-      main.input.splice(0, main.input.length, ...inputs);
-      return;
-    }
-    main.node.splice(0, main.node.length, ...keep);
-  }
-}
-
-function usedValues(graph: GraphProto, used: Set<string>): Set<string> {
-  const all = new Set(used);
-  const visit = ({ node }: GraphProto): void => {
-    for (const { input, attribute } of node) {
-      for (const value of input) all.add(value);
-      for (const { g, graphs } of attribute) for (const nested of g ? [g, ...graphs] : graphs) {
-        visit(nested);
-        for (const { name } of nested.output) all.add(name);
-      }
-    }
-  };
-  visit(graph);
-  return all;
 }

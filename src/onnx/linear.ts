@@ -44,7 +44,7 @@ export function matrixShape({ shape, layout, uses }: OnnxParameter): readonly [o
 }
 
 /** The linear layer that a use of a weight belongs to. */
-export function linearOf(model: OnnxModel, use: Use): Linear | NotLinear {
+function linearOf(model: OnnxModel, use: Use): Linear | NotLinear {
   const { node, graph, input } = use;
   const refuse = (why: string): NotLinear => new NotLinear(`${node.opType} "${node.name}" ${why}`);
   const simple = (type: number, addsBias = false): Linear => {
@@ -70,6 +70,18 @@ export function linearOf(model: OnnxModel, use: Use): Linear | NotLinear {
     default:
       return refuse(`is none of MatMul, Gemm, MatMulNBits, MatMulInteger, QLinearMatMul`);
   }
+}
+
+/** All linear layers that a parameter is the weight of. */
+export function linearsOf(model: OnnxModel, { uses, initializer }: OnnxParameter): Linear[] | NotLinear {
+  if (uses.length === 0) return new NotLinear(`nothing in the graph uses "${initializer}"`);
+  const linears: Linear[] = [];
+  for (const use of uses) {
+    const linear = linearOf(model, use);
+    if (linear instanceof NotLinear) return linear;
+    linears.push(linear);
+  }
+  return linears;
 }
 
 /**

@@ -3,4 +3,11 @@
  * it, so that the package has no second dependency and users of `eigenlora/onnx` load only what is used.
  */
 export { create, fromBinary, toBinary } from "@bufbuild/protobuf";
-export { GraphProtoSchema, ModelProtoSchema, NodeProtoSchema, TensorProtoSchema, ValueInfoProtoSchema } from "./onnx_pb.ts";
+export {
+  AttributeProtoSchema,
+  GraphProtoSchema,
+  ModelProtoSchema,
+  NodeProtoSchema,
+  TensorProtoSchema,
+  ValueInfoProtoSchema,
+} from "./onnx_pb.ts";

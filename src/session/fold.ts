@@ -7,9 +7,9 @@ import { BaseMismatchError } from "../errors.ts";
 import { FLOAT, FLOAT16, origin } from "../onnx/linear.ts";
 import { attribute, type OnnxModel } from "../onnx/model.ts";
 import type { OnnxParameter } from "../onnx/modules.ts";
+import { PREFIX } from "../onnx/nodes.ts";
 import type { GraphProto } from "../onnx/onnx_pb.ts";
 import { create, NodeProtoSchema, TensorProtoSchema, ValueInfoProtoSchema } from "../onnx/protobuf.ts";
-import { PREFIX } from "../onnx/graft.ts";
 import { point, type DataFile } from "../onnx/write.ts";
 import type { View } from "../runtime/host.ts";
 

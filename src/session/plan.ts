@@ -16,7 +16,7 @@ import {
   type GraftModule,
   type GraftRows,
 } from "../onnx/graft.ts";
-import { biasAdd, FLOAT, FLOAT16, fusedNode, linearOf, matrixShape, NotLinear, type Linear } from "../onnx/linear.ts";
+import { biasAdd, FLOAT, FLOAT16, fusedNode, linearsOf, matrixShape, NotLinear } from "../onnx/linear.ts";
 import type { Use } from "../onnx/model.ts";
 import { findParameters, type OnnxParameter } from "../onnx/modules.ts";
 import type { ModelFile } from "../onnx/read.ts";
@@ -273,7 +273,7 @@ class Planner {
       if (!weight.endsWith(".weight")) continue;
       const parameter = this.#parameter(weight, "saved");
       const shape = matrixShape(parameter);
-      const linears = linearsOf(this.#file, parameter);
+      const linears = linearsOf(this.#file.model, parameter);
       if (!shape || linears instanceof NotLinear) continue;
       const bias = saved.has(`${moduleOf(weight)}.bias`) ? `${moduleOf(weight)}.bias` : undefined;
       const places = linears.map((linear) => ({ linear, end: (bias && biasAdd(this.#file.model, linear)) || linear.node }));
@@ -314,7 +314,7 @@ class Planner {
     if (parameter.dtype === "other") {
       this.#notFolded.push({ module: module.name, why: `the weight of "${module.name}" is quantised` });
     }
-    const linears = linearsOf(this.#file, parameter);
+    const linears = linearsOf(this.#file.model, parameter);
     if (linears instanceof NotLinear) {
       this.#notUnfolded.push({ module: module.name, why: `"${module.name}" cannot be added to: ${linears.reason}` });
       return undefined;
@@ -388,17 +388,6 @@ export function turn(values: Float32Array, rows: number, columns: number): Float
   const turned = new Float32Array(rows * columns);
   for (let r = 0; r < rows; r++) for (let c = 0; c < columns; c++) turned[c * rows + r] = values[r * columns + c]!;
   return turned;
-}
-
-function linearsOf(file: ModelFile, parameter: OnnxParameter): Linear[] | NotLinear {
-  if (parameter.uses.length === 0) return new NotLinear(`nothing in the graph uses "${parameter.initializer}"`);
-  const linears: Linear[] = [];
-  for (const use of parameter.uses) {
-    const linear = linearOf(file.model, use);
-    if (linear instanceof NotLinear) return linear;
-    linears.push(linear);
-  }
-  return linears;
 }
 
 /** Whether a vector is added to the last dimension of what the node makes. */

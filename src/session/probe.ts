@@ -4,9 +4,8 @@
  * Some providers take our inputs and ignore them without a word; better to know before the first answer.
  */
 import { BackendError } from "../errors.ts";
+import type { Feed } from "../onnx/feeds.ts";
 import type { GraftModule, Probe, TaskInput } from "../onnx/graft.ts";
-import { FLOAT, FLOAT16, INT64 } from "../onnx/linear.ts";
-import type { ValueInfoProto } from "../onnx/onnx_pb.ts";
 import type { InputValue } from "./values.ts";
 
 /** What the probe found out. */
@@ -18,54 +17,15 @@ export interface ProbeReport {
   readonly difference?: number;
 }
 
-/** A value as a runtime takes it, by `TensorProto.DataType`. */
-export interface ProbeFeed {
-  readonly dataType: number;
-  readonly dims: readonly number[];
-  readonly data: Float32Array | Uint16Array | BigInt64Array | Int32Array | Uint8Array;
-}
-
 /** Runs the model on one task, or on one per row; gives the values of `fetches` as f32. */
 export type ProbeRun = (
-  feeds: ReadonlyMap<string, ProbeFeed>,
+  feeds: ReadonlyMap<string, Feed>,
   tasks: readonly ReadonlyMap<string, InputValue>[],
   fetches: readonly string[],
 ) => Promise<readonly (readonly number[] | Float32Array)[]>;
 
 /** How far a provider that computes in f16 may be off. */
 const TOLERANCE = 2e-2;
-
-const BOOL = 9;
-const INT32 = 6;
-
-/**
- * Feeds of size two for any model, as far as its declared inputs tell: token ids 1, masks 1, no past.
- * @returns undefined when an input is of a kind that cannot be guessed
- */
-export function tinyFeeds(inputs: readonly ValueInfoProto[]): Map<string, ProbeFeed> | undefined {
-  const feeds = new Map<string, ProbeFeed>();
-  for (const { name, type } of inputs) {
-    if (type?.value.case !== "tensorType" || !type.value.value.shape) return undefined;
-    const { elemType, shape } = type.value.value;
-    const dims = shape.dim.map(({ value }) => {
-      if (value.case === "dimValue") return Number(value.value);
-      // A cache begins empty; what is as long as past and present together is as long as the present.
-      return value.case === "dimParam" && /past/.test(value.value) && !/\+|total/.test(value.value) ? 0 : 2;
-    });
-    const count = dims.reduce((a, b) => a * b, 1);
-    const ones: Record<number, () => ProbeFeed["data"]> = {
-      [FLOAT]: () => Float32Array.from({ length: count }, (_, i) => Math.sin(i + 1)),
-      [FLOAT16]: () => new Uint16Array(count).fill(0x3800),
-      [INT64]: () => new BigInt64Array(count).fill(/position/.test(name) ? 0n : 1n),
-      [INT32]: () => new Int32Array(count).fill(/position/.test(name) ? 0 : 1),
-      [BOOL]: () => new Uint8Array(count),
-    };
-    const data = ones[elemType]?.();
-    if (!data) return undefined;
-    feeds.set(name, { dataType: elemType, dims, data });
-  }
-  return feeds;
-}
 
 /**
  * @param base values of the inputs without a task
@@ -74,7 +34,7 @@ export function tinyFeeds(inputs: readonly ValueInfoProto[]): Map<string, ProbeF
  */
 export async function probeParity(
   run: ProbeRun,
-  feeds: Map<string, ProbeFeed> | undefined,
+  feeds: Map<string, Feed> | undefined,
   base: ReadonlyMap<string, InputValue>,
   inputs: readonly TaskInput[],
   modules: readonly GraftModule[],
@@ -122,7 +82,7 @@ export async function probeParity(
  */
 export async function probeRows(
   run: ProbeRun,
-  feeds: ReadonlyMap<string, ProbeFeed>,
+  feeds: ReadonlyMap<string, Feed>,
   base: ReadonlyMap<string, InputValue>,
   inputs: readonly TaskInput[],
   output: string,

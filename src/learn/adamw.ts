@@ -1,0 +1,134 @@
+/**
+ * AdamW (Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019) over plain vectors, with a schedule of the
+ * learning rate and clipping of the gradient. Knows neither graphs nor what the numbers mean.
+ *
+ * With g the gradient after clipping, t = 1, 2, …, and the rate r = rate · schedule(t):
+ *
+ *     p ← p · (1 − r · weightDecay)
+ *     m ← β₁·m + (1 − β₁)·g      v ← β₂·v + (1 − β₂)·g²
+ *     p ← p − r · (m / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) + ε)
+ *
+ * The schedule rises from 1/warmup to 1 over `warmup` steps, then falls to 0 at `steps`.
+ */
+
+/** Numbers that are trained alike. Parts of one vector are groups by `subarray`. */
+export interface ParameterGroup {
+  /** Changed by each step. */
+  readonly values: Float32Array;
+  /** Learning rate at the top of the schedule. */
+  readonly rate: number;
+  /** 0 unless given. */
+  readonly weightDecay?: number | undefined;
+}
+
+export interface AdamWOptions {
+  /** 0.9 unless given. */
+  readonly beta1?: number | undefined;
+  /** 0.999 unless given. */
+  readonly beta2?: number | undefined;
+  /** 1e-8 unless given. */
+  readonly epsilon?: number | undefined;
+  /** The largest norm of all groups' gradients together; longer ones are shortened to it. Unlimited unless given. */
+  readonly clip?: number | undefined;
+  /** Steps until the rate is reached; 0 unless given. */
+  readonly warmup?: number | undefined;
+  /** Steps in all, for `decay`; needed unless that is "none". */
+  readonly steps?: number | undefined;
+  /** How the rate falls after the warm-up: "none" unless `steps` are given, else "linear". */
+  readonly decay?: "none" | "linear" | "cosine" | undefined;
+}
+
+/** Every option with a value. */
+type Filled<T> = { readonly [K in keyof T]-?: NonNullable<T[K]> };
+
+/** What a step did. */
+export interface StepReport {
+  /** Of the gradient before clipping. */
+  readonly norm: number;
+  /** Part of the groups' rates that was used, 0 to 1. */
+  readonly schedule: number;
+  /** False when the gradient was not finite: then nothing has changed, the count of steps neither. */
+  readonly applied: boolean;
+}
+
+/**
+ * @example
+ * const optimizer = new AdamW([{ values: parameters, rate: 0.02 }, { values: head, rate: 0.02 }], { steps: 100, clip: 1 });
+ * const { norm } = optimizer.step([gradient, headGradient]);
+ */
+export class AdamW {
+  readonly #groups: readonly (Filled<ParameterGroup> & { m: Float32Array; v: Float32Array })[];
+  readonly #options: Filled<AdamWOptions>;
+  #count = 0;
+
+  /** @throws RangeError when an option is out of its range, naming it */
+  constructor(groups: readonly ParameterGroup[], options: AdamWOptions = {}) {
+    const { beta1 = 0.9, beta2 = 0.999, epsilon = 1e-8, clip = Infinity, warmup = 0, steps = Infinity } = options;
+    const { decay = steps === Infinity ? "none" : "linear" } = options;
+    this.#options = { beta1, beta2, epsilon, clip, warmup, steps, decay };
+    inRange("beta1", beta1, beta1 >= 0 && beta1 < 1);
+    inRange("beta2", beta2, beta2 >= 0 && beta2 < 1);
+    inRange("epsilon", epsilon, epsilon > 0);
+    inRange("clip", clip, clip > 0);
+    inRange("warmup", warmup, Number.isInteger(warmup) && warmup >= 0);
+    inRange("steps", steps, decay === "none" || (Number.isInteger(steps) && steps > warmup));
+    this.#groups = groups.map(({ values, rate, weightDecay = 0 }) => {
+      inRange("rate", rate, rate >= 0 && rate < Infinity);
+      inRange("weightDecay", weightDecay, weightDecay >= 0 && weightDecay < Infinity);
+      return { values, rate, weightDecay, m: new Float32Array(values.length), v: new Float32Array(values.length) };
+    });
+  }
+
+  /** Steps taken. */
+  get count(): number {
+    return this.#count;
+  }
+
+  /**
+   * @param gradients of each group, in order; not changed
+   * @throws RangeError when their number or lengths are others than the groups'
+   */
+  step(gradients: readonly Float32Array[]): StepReport {
+    let squares = 0;
+    inRange("gradients", gradients.length, gradients.length === this.#groups.length);
+    for (const [i, gradient] of gradients.entries()) {
+      inRange(`length of gradient ${i}`, gradient.length, gradient.length === this.#groups[i]!.values.length);
+      for (const g of gradient) squares += g * g;
+    }
+    const norm = Math.sqrt(squares);
+    const schedule = this.#schedule(this.#count + 1);
+    if (!Number.isFinite(norm)) return { norm, schedule, applied: false };
+    this.#count++;
+    const { beta1, beta2, epsilon, clip } = this.#options;
+    const scale = norm > clip ? clip / norm : 1;
+    const [unbias1, unbias2] = [1 - beta1 ** this.#count, 1 - beta2 ** this.#count];
+    for (const [i, { values, rate, weightDecay, m, v }] of this.#groups.entries()) {
+      const gradient = gradients[i]!;
+      const now = rate * schedule;
+      const [kept, by] = [1 - now * weightDecay, now / unbias1];
+      for (let at = 0; at < values.length; at++) {
+        const g = gradient[at]! * scale;
+        const mean = beta1 * m[at]! + (1 - beta1) * g;
+        const square = beta2 * v[at]! + (1 - beta2) * g * g;
+        m[at] = mean;
+        v[at] = square;
+        values[at] = values[at]! * kept - (by * mean) / (Math.sqrt(square / unbias2) + epsilon);
+      }
+    }
+    return { norm, schedule, applied: true };
+  }
+
+  /** @param t from 1 */
+  #schedule(t: number): number {
+    const { warmup, steps, decay } = this.#options;
+    if (t <= warmup) return t / warmup;
+    if (decay === "none") return 1;
+    // The last step is the last that moves anything.
+    const gone = Math.min(1, (t - 1 - warmup) / (steps - warmup));
+    return decay === "linear" ? 1 - gone : (1 + Math.cos(Math.PI * gone)) / 2;
+  }
+}
+
+function inRange(name: string, found: number, is: boolean): void {
+  if (!is) throw new RangeError(`AdamW: ${name}: got ${found}`);
+}

@@ -1,0 +1,155 @@
+/**
+ * Writes nodes of standard operators, in the spelling of the model's opset. What has been written once is not written
+ * again. No knowledge of gradients.
+ */
+import { FLOAT } from "../onnx/linear.ts";
+import { makeFloats, makeInts, makeNode, PREFIX, type Attributes } from "../onnx/nodes.ts";
+import type { GraphProto, NodeProto } from "../onnx/onnx_pb.ts";
+
+/** A value by name, or a number as a constant. */
+export type Operand = string | number;
+
+/**
+ * Most inputs of one Concat. WebGPU allows a shader eight storage buffers, and onnxruntime-web 1.30's older build does not
+ * check it: a Concat of 24 tensors gives garbage without an error.
+ */
+const CONCAT_INPUTS = 6;
+
+export class Emitter {
+  /** In the order in which they must run. */
+  readonly nodes: NodeProto[] = [];
+  readonly #constants: GraphProto;
+  readonly #opset: number;
+  readonly #made = new Map<string, string>();
+
+  /** @param constants graph that gets the constants as initializers */
+  constructor(constants: GraphProto, opset: number) {
+    this.#constants = constants;
+    this.#opset = opset;
+  }
+
+  op(opType: string, input: readonly Operand[], attributes: Attributes = {}): string {
+    const values = input.map((one) => (typeof one === "number" ? this.float(one) : one));
+    const key = JSON.stringify([opType, values, attributes]);
+    let made = this.#made.get(key);
+    if (made === undefined) {
+      made = `${PREFIX}/learn/${opType}_${this.nodes.length}`;
+      this.nodes.push(makeNode(opType, made, values, made, attributes));
+      this.#made.set(key, made);
+    }
+    return made;
+  }
+
+  add(a: Operand, b: Operand): string {
+    return this.op("Add", [a, b]);
+  }
+
+  sub(a: Operand, b: Operand): string {
+    return this.op("Sub", [a, b]);
+  }
+
+  mul(a: Operand, b: Operand): string {
+    return this.op("Mul", [a, b]);
+  }
+
+  div(a: Operand, b: Operand): string {
+    return this.op("Div", [a, b]);
+  }
+
+  neg(a: Operand): string {
+    return this.op("Neg", [a]);
+  }
+
+  /** [x, in] of [… , in]. */
+  rows(value: string): string {
+    return this.op("Flatten", [value], { axis: -1 });
+  }
+
+  shape(value: string): string {
+    return this.op("Shape", [value]);
+  }
+
+  /** `value` in the shape of `like`. */
+  reshapeAs(value: string, like: string): string {
+    return this.op("Reshape", [value, this.shape(like)]);
+  }
+
+  zerosLike(value: string): string {
+    return this.op("Expand", [0, this.shape(value)]);
+  }
+
+  /** Size of one dimension, an int64 scalar. */
+  size(value: string, axis: number): string {
+    return this.op("Gather", [this.shape(value), this.int(axis)], { axis: 0 });
+  }
+
+  toFloat(value: string): string {
+    return this.op("Cast", [value], { to: FLOAT });
+  }
+
+  unsqueeze(value: string, axes: readonly number[]): string {
+    return axes.length === 0 ? value : this.op("Unsqueeze", [value, this.ints(axes)]);
+  }
+
+  sum(value: string, axes: readonly number[], keepdims: boolean): string {
+    return axes.length === 0 ? value : this.op("ReduceSum", [value, this.ints(axes)], { keepdims: Number(keepdims) });
+  }
+
+  /** With the dimensions kept. */
+  mean(value: string, axes: readonly number[]): string {
+    return this.#reduce("ReduceMean", value, axes);
+  }
+
+  /** With the dimensions kept. */
+  max(value: string, axes: readonly number[]): string {
+    return this.#reduce("ReduceMax", value, axes);
+  }
+
+  #reduce(opType: string, value: string, axes: readonly number[]): string {
+    if (this.#opset >= 18) return this.op(opType, [value, this.ints(axes)], { keepdims: 1 });
+    return this.op(opType, [value], { axes, keepdims: 1 });
+  }
+
+  concat(values: readonly string[], axis: number): string {
+    let level = values;
+    while (level.length > 1) {
+      const next: string[] = [];
+      for (let i = 0; i < level.length; i += CONCAT_INPUTS) {
+        const part = level.slice(i, i + CONCAT_INPUTS);
+        next.push(part.length === 1 ? part[0]! : this.op("Concat", part, { axis }));
+      }
+      level = next;
+    }
+    return level[0]!;
+  }
+
+  /** value[from:to] along one axis. */
+  slice(value: string, axis: number, from: number, to: number): string {
+    return this.op("Slice", [value, this.ints([from]), this.ints([to]), this.ints([axis])]);
+  }
+
+  /** A constant int64 vector. */
+  ints(values: readonly number[]): string {
+    return this.#constant(`ints/${values.join(",")}`, (name) => makeInts(name, values));
+  }
+
+  /** A constant int64 scalar. */
+  int(value: number): string {
+    return this.#constant(`int/${value}`, (name) => makeInts(name, [value], []));
+  }
+
+  /** A constant f32 scalar. */
+  float(value: number): string {
+    return this.#constant(`float/${value}`, (name) => makeFloats(name, [value], []));
+  }
+
+  #constant(of: string, make: (name: string) => ReturnType<typeof makeInts>): string {
+    let name = this.#made.get(of);
+    if (name === undefined) {
+      name = `${PREFIX}/learn/${of}`;
+      this.#constants.initializer.push(make(name));
+      this.#made.set(of, name);
+    }
+    return name;
+  }
+}

@@ -1,0 +1,29 @@
+/**
+ * Cross entropy between the softmax of the logits and targets that are given as numbers: labels, smoothed or weighted
+ * ones, rows of zeros for padding, the answers of another model. N rows, C classes:
+ *
+ *     loss = −1/N · Σ targets · log softmax(logits)
+ *     dloss/dlogits = (softmax(logits) · Σ_C targets − targets) / N
+ *
+ * So a row counts by the sum of its targets, and one of zeros not at all, except in N.
+ */
+import type { Emitter } from "./emit.ts";
+
+/**
+ * @param logits [… , C], all leading dimensions are rows
+ * @param targets f32 [N, C]
+ */
+export function crossEntropy(emit: Emitter, logits: string, targets: string): { loss: string; gradient: string } {
+  const rows = emit.rows(logits);
+  // The largest is taken off first, so that no exponential overflows.
+  const shifted = emit.sub(rows, emit.max(rows, [1]));
+  const powers = emit.op("Exp", [shifted]);
+  const total = emit.sum(powers, [1], true);
+  const logs = emit.sub(shifted, emit.op("Log", [total]));
+  const count = emit.toFloat(emit.size(rows, 0));
+  const loss = emit.neg(emit.div(emit.sum(emit.mul(targets, logs), [0, 1], false), count));
+  const weights = emit.sum(targets, [1], true);
+  const expected = emit.mul(emit.div(powers, total), weights);
+  const gradient = emit.reshapeAs(emit.div(emit.sub(expected, targets), count), logits);
+  return { loss, gradient };
+}

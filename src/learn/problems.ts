@@ -1,0 +1,39 @@
+/**
+ * Why a model cannot be trained: collected while it is looked at, and told all at once.
+ */
+import { FormatError } from "../errors.ts";
+import type { NodeProto } from "../onnx/onnx_pb.ts";
+
+/** Names of nodes that a message spells out for each problem. */
+const NAMED = 3;
+
+export class Problems {
+  /** Names of what has the problem, by the problem. */
+  readonly #found = new Map<string, string[]>();
+
+  /** Of a node: an operator that does not do. */
+  node({ opType, name, output }: NodeProto, why: string): void {
+    this.add(`${opType} ${why}`, name === "" ? (output[0] ?? "") : name);
+  }
+
+  /** @param of a name that belongs to it, where there is one */
+  add(problem: string, of?: string): void {
+    const names = this.#found.get(problem) ?? [];
+    if (of !== undefined && !names.includes(of)) names.push(of);
+    this.#found.set(problem, names);
+  }
+
+  get any(): boolean {
+    return this.#found.size > 0;
+  }
+
+  /** @throws FormatError with everything that was found, if anything was */
+  throwIfAny(file: string): void {
+    if (!this.any) return;
+    const told = [...this.#found].map(([problem, names]) => {
+      const more = names.length > NAMED ? ` and ${names.length - NAMED} more` : "";
+      return names.length === 0 ? problem : `${problem}: ${names.slice(0, NAMED).map((name) => `"${name}"`).join(", ")}${more}`;
+    });
+    throw new FormatError(`no training graph can be made of it; ${told.join("; ")}`, { file, part: "graph" });
+  }
+}

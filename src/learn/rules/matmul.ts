@@ -1,0 +1,83 @@
+/**
+ * Products of matrices. The transpose of a weight is never written as a node of its own: runtimes would fold it into a
+ * second copy of the weight when they load the graph.
+ */
+import { attribute } from "../../onnx/model.ts";
+import type { Rule, Step } from "../step.ts";
+
+const matMul: Rule = {
+  backward(step) {
+    const { emit } = step;
+    let { g } = step;
+    let [a, b] = [step.x(0), step.x(1)];
+    let [aDims, bDims] = [step.dims(a), step.dims(b)];
+    if (aDims.length >= 2 && bDims.length === 2) {
+      // A matrix, and all rows of the other side as one: no batch to sum over.
+      const rows = aDims.length === 2 ? (value: string): string => value : (value: string): string => emit.rows(value);
+      const da = (): string => emit.op("Gemm", [rows(g), ...gemmOf(step, b)], { transB: turned(step, b) ? 0 : 1 });
+      if (step.wants(0)) aDims.length === 2 ? step.give(0, da()) : step.giveReshaped(0, da());
+      if (step.wants(1)) step.give(1, emit.op("Gemm", [rows(a), rows(g)], { transA: 1 }));
+      return;
+    }
+    // A vector is a matrix of one row or column.
+    if (aDims.length === 1) [a, aDims, g] = [emit.unsqueeze(a, [0]), [1, ...aDims], emit.unsqueeze(g, [-2])];
+    if (bDims.length === 1) [b, bDims, g] = [emit.unsqueeze(b, [1]), [...bDims, 1], emit.unsqueeze(g, [-1])];
+    const yDims = step.dims(step.y);
+    const vectors = (step.rank(step.x(0)) === 1 ? 1 : 0) + (step.rank(step.x(1)) === 1 ? 1 : 0);
+    const batch = yDims.slice(0, yDims.length - 2 + vectors);
+    const swapped = (value: string, rank: number): string => swapLast(step, value, rank);
+    const one = (input: number, product: string, to: typeof aDims): void => {
+      const summed = step.summed(product, [...batch, ...to.slice(-2)], to);
+      if (step.rank(step.x(input)) === 1) step.giveReshaped(input, summed);
+      else step.give(input, summed);
+    };
+    if (step.wants(0)) one(0, emit.op("MatMul", [g, swapped(b, bDims.length)]), aDims);
+    if (step.wants(1)) one(1, emit.op("MatMul", [swapped(a, aDims.length), g]), bDims);
+  },
+};
+
+const gemm: Rule = {
+  backward(step) {
+    const { emit, g } = step;
+    const [a, b] = [step.x(0), step.x(1)];
+    const [transA, transB] = [step.int("transA") ?? 0, step.int("transB") ?? 0];
+    const alpha = { float: step.float("alpha", 1) };
+    if (step.wants(0)) {
+      step.give(0, transA
+        ? emit.op("Gemm", [b, g], { alpha, transA: transB, transB: 1 })
+        : emit.op("Gemm", [g, b], { alpha, transB: transB ? 0 : 1 }));
+    }
+    if (step.wants(1)) {
+      step.give(1, transB
+        ? emit.op("Gemm", [g, a], { alpha, transA: 1, transB: transA })
+        : emit.op("Gemm", [a, g], { alpha, transA: transA ? 0 : 1 }));
+    }
+    const beta = step.float("beta", 1);
+    step.giveSummed(2, () => (beta === 1 ? g : emit.mul(g, beta)));
+  },
+};
+
+/** Whether a matrix is the Transpose of another, which then is used instead. */
+function turned({ graph }: Step, value: string): boolean {
+  const node = graph.producers.get(value);
+  return node?.opType === "Transpose" && attribute(node, "perm")?.ints.join() !== "0,1";
+}
+
+function gemmOf(step: Step, matrix: string): string[] {
+  return [turned(step, matrix) ? step.graph.producers.get(matrix)!.input[0]! : matrix];
+}
+
+/** The last two dimensions exchanged; joined with a Transpose that has made the value. */
+function swapLast({ emit, graph }: Step, value: string, rank: number): string {
+  const last = (axes: readonly number[]): number[] => [...axes.slice(0, -2), axes.at(-1)!, axes.at(-2)!];
+  const node = graph.producers.get(value);
+  const perm = node?.opType === "Transpose" ? attribute(node, "perm")?.ints.map(Number) : undefined;
+  if (!node || !perm) return emit.op("Transpose", [value], { perm: last([...Array(rank).keys()]) });
+  const joined = last(perm);
+  return joined.every((axis, i) => axis === i) ? node.input[0]! : emit.op("Transpose", [node.input[0]!], { perm: joined });
+}
+
+export const PRODUCTS: readonly (readonly [string, Rule])[] = [
+  ["MatMul", matMul],
+  ["Gemm", gemm],
+];

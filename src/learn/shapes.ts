@@ -1,0 +1,168 @@
+/**
+ * Ranks, types and fixed dimensions of the values of a graph, found by running it twice. No shape inference: what is the
+ * same for two feeds whose free dimensions all differ is fixed, and what differs is free.
+ */
+import type { Feed } from "../onnx/feeds.ts";
+import type { Added } from "../onnx/graft.ts";
+import type { Graph } from "../onnx/model.ts";
+import { makeNode, PREFIX } from "../onnx/nodes.ts";
+import type { ValueInfoProto } from "../onnx/onnx_pb.ts";
+import { create, ValueInfoProtoSchema } from "../onnx/protobuf.ts";
+import type { ModelFile } from "../onnx/read.ts";
+import { detachWeights, type DetachedModel } from "../onnx/write.ts";
+import type { Problems } from "./problems.ts";
+
+/** A tensor as onnxruntime gives it, as far as it is needed here. */
+export interface Probed {
+  /** "float32", "int64", … */
+  readonly type: string;
+  readonly dims: readonly number[];
+  readonly data: unknown;
+}
+
+/**
+ * Loads a model, runs each feed once, and gives all outputs of each run by name: what any runtime of ONNX models can do. The
+ * weights are files beside the graph (`externalData` of onnxruntime's options).
+ */
+export type Probe = (
+  model: DetachedModel,
+  feeds: readonly ReadonlyMap<string, Feed>[],
+) => Promise<readonly Readonly<Record<string, Probed>>[]>;
+
+/** Dimensions; undefined where they are free. */
+export type Dims = readonly (number | undefined)[];
+
+/** Constants of more elements are not compared. */
+const LARGEST_CONSTANT = 64;
+
+/**
+ * Refuses feeds that would tell nothing: free dimensions must differ within a feed and between the two, and never be 1.
+ * @param inputs that the model declares
+ */
+export function checkFeeds(
+  feeds: readonly ReadonlyMap<string, Feed>[],
+  inputs: readonly ValueInfoProto[],
+  problems: Problems,
+): void {
+  const equal = (size: number, dimension: string): void =>
+    problems.add(`free dimensions of the probe feeds are equal (${size}), so they cannot be told apart`, dimension);
+  const bySize = new Map<number, string>();
+  const before = new Map<string, number>();
+  for (const feed of feeds) {
+    const sizes = new Map<string, number>();
+    for (const { name, type } of inputs) {
+      const given = feed.get(name);
+      if (!given) {
+        problems.add("the probe feeds lack an input of the model", name);
+        continue;
+      }
+      const declared = type?.value.case === "tensorType" ? (type.value.value.shape?.dim ?? []) : [];
+      for (const [axis, { value }] of declared.entries()) {
+        const size = given.dims[axis];
+        // An empty cache stays empty.
+        if (value.case === "dimValue" || size === undefined || size === 0) continue;
+        const named = value.case === "dimParam" && value.value !== "";
+        const dimension = named ? value.value : `${name}, dimension ${axis}`;
+        if (size === 1) problems.add("a free dimension of the probe feeds is 1, which looks like broadcasting", dimension);
+        // One without a name may be the same as any other.
+        if (named) sizes.set(dimension, size);
+        else if (before.get(dimension) === size) equal(size, dimension);
+        before.set(dimension, size);
+      }
+    }
+    for (const [dimension, size] of sizes) {
+      if (bySize.has(size)) equal(size, dimension);
+      bySize.set(size, dimension);
+    }
+  }
+}
+
+/**
+ * Runs the model and looks at values of its main graph.
+ * @param feeds two, for every input
+ * @param problems gets free dimensions that became 1
+ */
+export async function probeShapes(
+  file: ModelFile,
+  added: readonly Added[],
+  values: Iterable<string>,
+  feeds: readonly ReadonlyMap<string, Feed>[],
+  probe: Probe,
+  problems: Problems,
+): Promise<Shapes> {
+  const { proto } = file.model.graph;
+  const fetches = [...new Set(values)].map((value, i) => ({ value, as: `${PREFIX}/probe/${i}` }));
+  const [outputs, nodes] = [[...proto.output], proto.node.length];
+  // Behind an Identity: runtimes do not like inputs and initializers as outputs.
+  for (const { value, as } of fetches) proto.node.push(makeNode("Identity", as, [value], as));
+  proto.output.splice(0, Infinity, ...fetches.map(({ as }) => create(ValueInfoProtoSchema, { name: as })));
+  let model: DetachedModel;
+  try {
+    model = await detachWeights(file, added);
+  } finally {
+    proto.node.length = nodes;
+    proto.output.splice(0, Infinity, ...outputs);
+  }
+  const runs = await probe(model, feeds);
+  const found = new Map<string, readonly Probed[]>();
+  for (const { value, as } of fetches) {
+    const probed = runs.map((run) => run[as]!);
+    const [first, second] = probed as [Probed, Probed];
+    if (first.dims.length !== second.dims.length) problems.add("the rank of a value depends on the input", value);
+    if (first.dims.some((size, axis) => size !== second.dims[axis] && (size === 1 || second.dims[axis] === 1))) {
+      problems.add("a free dimension becomes 1 on the probe feeds, which looks like broadcasting: pass larger ones", value);
+    }
+    found.set(value, probed);
+  }
+  return new Shapes(found, file.model.graph);
+}
+
+/** What is known of the probed values. */
+export class Shapes {
+  readonly #found: ReadonlyMap<string, readonly Probed[]>;
+  readonly #graph: Graph;
+  readonly #fixed = new Map<string, boolean>();
+
+  constructor(found: ReadonlyMap<string, readonly Probed[]>, graph: Graph) {
+    this.#found = found;
+    this.#graph = graph;
+  }
+
+  dims(value: string): Dims {
+    const [first, second] = this.#found.get(value) ?? [];
+    if (!first || !second) throw new Error(`"${value}" was not probed`);
+    return first.dims.map((size, axis) => (size === second.dims[axis] ? size : undefined));
+  }
+
+  type(value: string): string {
+    return this.#found.get(value)![0]!.type;
+  }
+
+  /** The elements of a value that no input changes; undefined for others. */
+  constant(value: string): readonly number[] | undefined {
+    const [first, second] = (this.#found.get(value) ?? []).map(({ data }) => Array.from(data as ArrayLike<number | bigint>, Number));
+    if (!first || !second || first.length > LARGEST_CONSTANT || first.length !== second.length) return undefined;
+    return first.every((one, i) => Object.is(one, second[i])) && this.#isFixed(value) ? first : undefined;
+  }
+
+  /** Whether a value is made of constants and shapes: what depends on the data of an input may be equal by chance. */
+  #isFixed(value: string): boolean {
+    // A loop rather than recursion: models are thousands of nodes deep.
+    const pending = [value];
+    while (pending.length > 0) {
+      const name = pending.at(-1)!;
+      const node = this.#graph.producers.get(name);
+      const needed = !node || node.opType === "Shape" || node.opType === "Size" ? [] : node.input.filter((input) => input !== "");
+      if (!this.#fixed.has(name)) {
+        // Until it is known otherwise; this ends circles, which only a damaged file has.
+        const opaque = node?.attribute.some(({ g, graphs }) => g !== undefined || graphs.length > 0) ?? false;
+        this.#fixed.set(name, node ? !opaque : this.#graph.initializers.has(name));
+        pending.push(...needed);
+      } else {
+        this.#fixed.set(name, this.#fixed.get(name)! && needed.every((input) => this.#fixed.get(input)));
+        pending.pop();
+      }
+    }
+    return this.#fixed.get(value)!;
+  }
+}

@@ -1,0 +1,138 @@
+/**
+ * One node on the way back: what a rule sees of it, and where it puts the gradients of the node's inputs.
+ */
+import { attribute, type Graph } from "../onnx/model.ts";
+import type { NodeProto } from "../onnx/onnx_pb.ts";
+import type { Emitter } from "./emit.ts";
+import type { Problems } from "./problems.ts";
+import type { Dims, Shapes } from "./shapes.ts";
+
+/** How one operator is differentiated. */
+export interface Rule {
+  /** The inputs that a gradient can flow to; all of them unless given. */
+  readonly inputs?: readonly number[];
+  /** Whether gradients of other outputs than the first are taken. */
+  readonly manyOutputs?: boolean;
+  /** Gives the gradients of the inputs that are wanted. */
+  readonly backward: (step: Step) => void;
+}
+
+/** What is known while walking back. */
+export interface Walk {
+  readonly graph: Graph;
+  readonly active: ReadonlySet<string>;
+  readonly shapes: Shapes;
+  readonly emit: Emitter;
+  readonly problems: Problems;
+  /** The gradient of a value so far. */
+  gradient(value: string): string | undefined;
+  /** Adds to the gradient of a value. */
+  add(value: string, gradient: string): void;
+}
+
+export class Step {
+  readonly node: NodeProto;
+  readonly emit: Emitter;
+  readonly #walk: Walk;
+
+  constructor(node: NodeProto, walk: Walk) {
+    this.node = node;
+    this.emit = walk.emit;
+    this.#walk = walk;
+  }
+
+  get graph(): Graph {
+    return this.#walk.graph;
+  }
+
+  /** The first output. */
+  get y(): string {
+    return this.node.output[0]!;
+  }
+
+  /** The gradient of the first output. */
+  get g(): string {
+    return this.#walk.gradient(this.y)!;
+  }
+
+  /** The gradient of any output, undefined where nothing came back. */
+  gradient(output: string): string | undefined {
+    return this.#walk.gradient(output);
+  }
+
+  x(input = 0): string {
+    return this.node.input[input]!;
+  }
+
+  has(input: number): boolean {
+    return (this.node.input[input] ?? "") !== "";
+  }
+
+  wants(input: number): boolean {
+    return this.has(input) && this.#walk.active.has(this.x(input));
+  }
+
+  dims(value: string): Dims {
+    return this.#walk.shapes.dims(value);
+  }
+
+  rank(value: string): number {
+    return this.dims(value).length;
+  }
+
+  /** The elements of a small value that no input changes. */
+  constant(value: string): readonly number[] | undefined {
+    return this.#walk.shapes.constant(value);
+  }
+
+  int(name: string): number | undefined {
+    const found = attribute(this.node, name);
+    return found && Number(found.i);
+  }
+
+  ints(name: string): readonly number[] | undefined {
+    return attribute(this.node, name)?.ints.map(Number);
+  }
+
+  float(name: string, otherwise: number): number {
+    return attribute(this.node, name)?.f ?? otherwise;
+  }
+
+  text(name: string): string {
+    return new TextDecoder().decode(attribute(this.node, name)?.s);
+  }
+
+  /** An axis of the attribute `axis`, counted from the front. */
+  axis(otherwise: number, rank: number): number {
+    const axis = this.int("axis") ?? otherwise;
+    return axis < 0 ? axis + rank : axis;
+  }
+
+  /** A gradient in the shape of the input. */
+  give(input: number, gradient: string): void {
+    if (this.wants(input)) this.#walk.add(this.x(input), gradient);
+  }
+
+  /** A gradient with the elements of the input in another shape. */
+  giveReshaped(input: number, gradient: string): void {
+    if (this.wants(input)) this.give(input, this.emit.reshapeAs(gradient, this.x(input)));
+  }
+
+  /** A gradient in a shape that the input was broadcast to: summed over what was repeated. */
+  giveSummed(input: number, gradient: () => string, dims: Dims = this.dims(this.y)): void {
+    if (this.wants(input)) this.give(input, this.summed(gradient(), dims, this.dims(this.x(input))));
+  }
+
+  /** Sums a value with dimensions `from` over what was repeated to get there from `to`. */
+  summed(value: string, from: Dims, to: Dims): string {
+    const more = from.length - to.length;
+    const leading = from.slice(0, more).map((_, axis) => axis);
+    const repeated = to.flatMap((size, axis) => (size === 1 && from[more + axis] !== 1 ? [axis] : []));
+    return this.emit.sum(this.emit.sum(value, leading, false), repeated, true);
+  }
+
+  /** This node cannot be differentiated as it is used here. */
+  refuse(why: string): void {
+    this.#walk.problems.node(this.node, why);
+  }
+}

@@ -1,0 +1,66 @@
+/**
+ * Training graphs in a real browser: onnxruntime-web's wasm provider and both of its WebGPU providers, against PyTorch.
+ */
+import t from "tap";
+import type { TrainingGraph } from "../dist/src/learn/graph.js";
+import type { Feed } from "../dist/src/onnx/feeds.js";
+import { embedWeights } from "../dist/src/onnx/write.js";
+import { addRuntimes, answerOf, bundle, noChromium, openPage } from "./browser.ts";
+import { asJson, compare, golden, prepare, relative, type Case } from "./learning.ts";
+import { required } from "./required.ts";
+
+/** One of each kind, the one with most gradients among them. */
+const CASES = ["bert-all-linear", "bert-sdpa-dynamo", "bert-opset13", "llama-torchscript", "llama-dynamo", "vit-dynamo"];
+const BOTH = "bert-eager-torchscript";
+
+/** How far gradients may be off; a GPU's functions are less exact. */
+const TOLERANCE: Record<string, number> = { wasm: 2e-5, webgpu: 1e-3 };
+
+interface Row {
+  build: string;
+  provider: string;
+  name: string;
+  why?: string;
+  runs?: Record<string, (number | null)[]>[];
+}
+
+t.test("training graphs × providers in Chromium", { skip: noChromium, timeout: 240_000 }, async (t) => {
+  const files = new Map<string, Uint8Array>();
+  const graphs = new Map<string, { of: Case; graph: TrainingGraph }>();
+  const plan = [];
+  for (const name of [...CASES, BOTH]) {
+    const of = await golden(name);
+    const { file, graph, feeds } = await prepare(of, { keepsInference: name === BOTH });
+    files.set(`${name}.onnx`, embedWeights(file, graph.initializers));
+    graphs.set(name, { of, graph });
+    const values = (all: Iterable<[string, Feed]>): object => Object.fromEntries([...all].map(([input, feed]) => [input, asJson(feed)]));
+    const learn = graph.learnInput;
+    const runs = learn === undefined ? [feeds] : [1, 0].map((is) => [...feeds, [learn, { dataType: 9, dims: [], data: Uint8Array.of(is) }]] as [string, Feed][]);
+    plan.push({ name, feeds: runs.map(values) });
+  }
+  files.set("plan.json", new TextEncoder().encode(JSON.stringify(plan)));
+  files.set("page.js", await bundle(`import { learn } from "./browser-learn.js";
+    globalThis.answer = fetch("/plan.json").then((response) => response.json()).then(learn);`));
+  await addRuntimes(files, ["asyncify", "jsep"]);
+  const rows = (await answerOf(await openPage(t, files, ["--enable-unsafe-webgpu"]))) as Row[];
+  for (const { build, provider, name, why, runs } of rows) {
+    const what = `${name}, ${build}, ${provider}`;
+    if (why === "no adapter") {
+      if (required.has("chromium")) t.fail(`${what}: no adapter`);
+      else t.comment(`${what}: no adapter, skipped`);
+      continue;
+    }
+    const { of, graph } = graphs.get(name)!;
+    if (!runs) {
+      t.fail(`${what}: ${why}`);
+      continue;
+    }
+    const [learning, answering] = runs.map((run) => (output: string): number[] => run[output]!.map((value) => value ?? NaN));
+    const { loss, gradients, worst } = compare(of, graph, learning!);
+    const most = TOLERANCE[provider]!;
+    t.ok(loss <= most && gradients <= most, `${what}: loss off by ${loss.toExponential(1)}, gradients by ${gradients.toExponential(1)} at most (${worst})`);
+    if (!answering) continue;
+    t.ok(relative(answering(graph.logitsOutput), learning!(graph.logitsOutput)) < most, `${what}: it answers alike`);
+    t.equal(answering(graph.gradientOutput!).length, 0, `${what}: no gradient unless it learns`);
+  }
+});

@@ -1,0 +1,241 @@
+/** Shared by the tests of learning: a runtime to look at shapes with, and PyTorch's gradients. */
+import { readdirSync, readFileSync } from "node:fs";
+import type * as common from "onnxruntime-common";
+import { readAdapters } from "../dist/src/adapters/folder.js";
+import { buildTrainingGraph, type TrainingGraph, type TrainingGraphOptions } from "../dist/src/learn/graph.js";
+import { Layers } from "../dist/src/learn/layers.js";
+import type { Probe } from "../dist/src/learn/shapes.js";
+import { NameMatcher } from "../dist/src/names.js";
+import { readLinearWeight, readVector } from "../dist/src/onnx/dequantize.js";
+import type { Feed } from "../dist/src/onnx/feeds.js";
+import { findParameters } from "../dist/src/onnx/modules.js";
+import { readModel, type ModelFile } from "../dist/src/onnx/read.js";
+import { detachWeights } from "../dist/src/onnx/write.js";
+import { openSafetensors } from "../dist/src/safetensors.js";
+import { openSource } from "../dist/src/source.js";
+import { data } from "./packs.ts";
+import { NODE, type Ort } from "./sessions.ts";
+
+export type Level = "disabled" | "basic" | "all";
+export type Tensors = Record<string, common.Tensor>;
+
+const TYPES: Record<number, string> = { 1: "float32", 6: "int32", 7: "int64", 9: "bool", 10: "float16" };
+
+export function tensor(ort: Ort, { dataType, dims, data: values }: Feed): common.Tensor {
+  return new ort.Tensor(TYPES[dataType] as "float32", values as Float32Array, [...dims]);
+}
+
+/** A value for other programs. */
+export function asJson({ dataType, dims, data }: Feed): object {
+  return { type: TYPES[dataType], dims, data: Array.from(data as ArrayLike<number | bigint>, Number) };
+}
+
+/** A probe that counts what it runs. */
+export function probeOf(ort: Ort): Probe & { runs: number } {
+  const probe = async (...[{ bytes, files }, feeds]: Parameters<Probe>): Promise<Awaited<ReturnType<Probe>>> => {
+    const session = await ort.InferenceSession.create(bytes, { externalData: [...files], graphOptimizationLevel: "disabled" });
+    try {
+      const results = [];
+      for (const feed of feeds) {
+        const tensors: Tensors = {};
+        for (const name of session.inputNames) tensors[name] = tensor(ort, feed.get(name)!);
+        results.push(await session.run(tensors));
+        counted.runs++;
+      }
+      return results;
+    } finally {
+      await session.release();
+    }
+  };
+  const counted = Object.assign(probe, { runs: 0 });
+  return counted;
+}
+
+/** A session of the training graph, the weights beside it. */
+export async function sessionOf(ort: Ort, file: ModelFile, graph: TrainingGraph, level: Level): Promise<common.InferenceSession> {
+  const { bytes, files } = await detachWeights(file, graph.initializers);
+  return ort.InferenceSession.create(bytes, { externalData: [...files], graphOptimizationLevel: level });
+}
+
+/** One case of test/data/goldens/gradients. */
+export interface Case {
+  readonly name: string;
+  readonly loss: number;
+  readonly head: string | undefined;
+  /** Without the targets and logits. */
+  readonly feeds: ReadonlyMap<string, Feed>;
+  /** [N, C] */
+  readonly targets: Feed;
+  /** Rank of every module. */
+  readonly modules: ReadonlyMap<string, { rank: number; A: Float32Array; B: Float32Array; scale: number }>;
+  /** Of lora_A [r, in] and lora_B [out, r], and of the head, by parameter name. */
+  readonly gradients: ReadonlyMap<string, Float32Array>;
+}
+
+const FOLDER = "goldens/gradients";
+
+export const CASES: readonly string[] = readdirSync(data(FOLDER)).sort();
+
+export function readCase(name: string): Promise<ModelFile> {
+  return readModel(data(`${FOLDER}/${name}/model.onnx`));
+}
+
+async function tensorsIn(path: string): Promise<Map<string, Feed>> {
+  const file = await openSafetensors(await openSource(readFileSync(path)));
+  const found = new Map<string, Feed>();
+  for (const [name, { dtype, shape }] of file.tensors) {
+    if (dtype === "F32") found.set(name, { dataType: 1, dims: shape, data: await file.readF32(name) });
+    else if (dtype === "I64") {
+      const bytes = Uint8Array.from(await file.read(name));
+      found.set(name, { dataType: 7, dims: shape, data: new BigInt64Array(bytes.buffer) });
+    } else throw new Error(`${name} is ${dtype}`);
+  }
+  return found;
+}
+
+export async function golden(name: string): Promise<Case> {
+  const folder = data(`${FOLDER}/${name}`);
+  const { loss, head, gradients } = JSON.parse(readFileSync(`${folder}/case.json`, "utf8"));
+  const { lora_alpha, r } = JSON.parse(readFileSync(`${folder}/adapter/adapter_config.json`, "utf8"));
+  const feeds = await tensorsIn(`${folder}/feeds.safetensors`);
+  const targets = feeds.get("targets")!;
+  const classes = targets.dims.at(-1)!;
+  for (const other of ["targets", "logits"]) feeds.delete(other);
+  const [adapter] = await readAdapters([`${folder}/adapter`]);
+  const modules = new Map();
+  for (const [module, one] of adapter!.modules) {
+    const { A, Bt } = await one.read();
+    modules.set(module, { rank: one.rank, A, B: Bt, scale: lora_alpha / r });
+  }
+  await adapter!.close();
+  const read = await tensorsIn(`${folder}/gradients.safetensors`);
+  if ([...read.keys()].sort().join() !== gradients.join()) throw new Error(`${name}: case.json and gradients.safetensors differ`);
+  return {
+    ...{ name, loss, head: head ?? undefined, feeds, modules },
+    targets: { ...targets, dims: [targets.data.length / classes, classes] },
+    gradients: new Map([...read].map(([key, { data }]) => [key, data as Float32Array])),
+  };
+}
+
+/** Weight [out, in] and bias of a linear layer; zeros where the exporter has dropped those. */
+async function headOf(file: ModelFile, module: string): Promise<{ weight: Float32Array; bias: Float32Array; out: number; in: number }> {
+  const parameters = new Map(findParameters(file.model).map((parameter) => [parameter.name, parameter]));
+  const names = new NameMatcher(parameters.keys());
+  const [weight, bias] = ["weight", "bias"].map((role) => {
+    const found = names.find(`${module}.${role}`);
+    return "name" in found ? parameters.get(found.name) : undefined;
+  });
+  if (!weight) throw new Error(`${module} is not in the model`);
+  const [rows, columns] = weight.shape as [number, number];
+  const [out, inputs] = weight.layout === "in-out" ? [columns, rows] : [rows, columns];
+  const { at } = await readLinearWeight(file, weight);
+  const values = Float32Array.from({ length: out * inputs }, (_, i) => at(Math.floor(i / inputs), i % inputs));
+  return { weight: values, bias: bias ? await readVector(file, bias) : new Float32Array(out), out, in: inputs };
+}
+
+/**
+ * The goldens' dynamo exports have lost the names of their weights, and the metadata that would tell them. Layers multiply in a
+ * known order: query, key, value, output, then the two or three of the feed-forward part.
+ */
+function namesByOrder(file: ModelFile, modules: Iterable<string>): Map<string, string> {
+  const { nodes, initializers } = { nodes: file.model.graph.proto.node, initializers: file.model.graph.initializers };
+  const weights = nodes.filter(({ opType, input }) => opType === "MatMul" && initializers.has(input[1]!)).map(({ input }) => input[1]!);
+  const names = new Map<string, string>();
+  for (const module of modules) {
+    const layer = Number(/\.(\d+)\./.exec(module)![1]);
+    const place = [/query|q_proj/, /key|k_proj/, /value|v_proj/, /o_proj/, /gate_proj/, /up_proj/, /down_proj/].findIndex((one) => one.test(module));
+    const each = module.startsWith("model.layers") ? 7 : 6;
+    names.set(module, weights[layer * each + place]!);
+  }
+  return names;
+}
+
+/** A training graph of a case: PEFT's LoRA as trained factors, and the head. Its feeds give what the goldens were made with. */
+export async function prepare(of: Case, options: Partial<TrainingGraphOptions> = {}): Promise<{ file: ModelFile; graph: TrainingGraph; feeds: Map<string, Feed> }> {
+  const file = await readCase(of.name);
+  const layers = new Layers(file.model);
+  const names = of.name.endsWith("dynamo") ? namesByOrder(file, of.modules.keys()) : undefined;
+  const modules = [...of.modules].map(([module, { rank }]) => ({ ...layers.find(module, names), factors: rank }));
+  const head = of.head === undefined ? undefined : await headOf(file, of.head);
+  const heads = of.head === undefined ? [] : [layers.findHead(of.head)];
+  const graph = await buildTrainingGraph(file, { modules, heads }, { probe: probeOf(NODE), ...options });
+  const parameters = new Float32Array(graph.size);
+  for (const { module, kind, offset } of graph.parameters) parameters.set(of.modules.get(module)![kind as "A" | "B"], offset);
+  const feeds = new Map<string, Feed>([
+    ...of.feeds,
+    [graph.parametersInput!, { dataType: 1, dims: [graph.size], data: parameters }],
+    [graph.targetsInput, of.targets],
+  ]);
+  for (const { weight, bias } of graph.heads) {
+    feeds.set(weight, { dataType: 1, dims: [head!.out, head!.in], data: head!.weight });
+    feeds.set(bias!, { dataType: 1, dims: [head!.out], data: head!.bias });
+  }
+  return { file, graph, feeds };
+}
+
+/** Relative differences from PyTorch: of the loss, and the largest of those of the gradients. */
+export interface Differences {
+  loss: number;
+  gradients: number;
+  /** The parameter whose gradient is off most. */
+  worst: string;
+}
+
+/** @param values of the graph's outputs */
+export function compare(of: Case, graph: TrainingGraph, values: (output: string) => ArrayLike<number>): Differences {
+  const found = new Map<string, ArrayLike<number>>();
+  for (const { module, kind, dims: [rows, columns], offset } of graph.parameters) {
+    const gradient = Float32Array.from(values(graph.gradientOutput!)).subarray(offset, offset + rows * columns);
+    // lora_B is [out, r], and the graph's B is its transpose times the scale.
+    const { scale } = of.modules.get(module)!;
+    const turned = (): Float32Array => gradient.map((_, i) => scale * gradient[(i % rows) * columns + Math.floor(i / rows)]!);
+    found.set(`${module}.lora_${kind}.weight`, kind === "A" ? gradient : turned());
+  }
+  for (const { module, weightGradient, biasGradient } of graph.heads) {
+    found.set(`${module}.weight`, values(weightGradient));
+    found.set(`${module}.bias`, values(biasGradient!));
+  }
+  let [largest, worst] = [0, ""];
+  for (const [name, expected] of of.gradients) {
+    const off = relative(found.get(name) ?? [], expected);
+    if (off > largest) [largest, worst] = [off, name];
+  }
+  const loss = Math.abs(values(graph.lossOutput)[0]! - of.loss) / of.loss;
+  return { loss: Number.isNaN(loss) ? Infinity : loss, gradients: largest, worst };
+}
+
+/** A session's results for values by input name. */
+export async function run(session: common.InferenceSession, ort: Ort, feeds: ReadonlyMap<string, Feed>): Promise<Tensors> {
+  const tensors: Tensors = {};
+  for (const name of session.inputNames) tensors[name] = tensor(ort, feeds.get(name)!);
+  return (await session.run(tensors)) as Tensors;
+}
+
+/** Relative to the expected values' norm; infinite where the lengths differ or a number is none. */
+export function relative(found: ArrayLike<number>, expected: ArrayLike<number>): number {
+  if (found.length !== expected.length) return Infinity;
+  let [off, norm] = [0, 0];
+  for (let i = 0; i < expected.length; i++) {
+    off += (found[i]! - expected[i]!) ** 2;
+    norm += expected[i]! ** 2;
+  }
+  const result = Math.sqrt(off / norm);
+  return Number.isNaN(result) ? Infinity : result;
+}
+
+/** Numbers between 0 and 1 that are the same for the same seed. */
+export function random(seed: number): () => number {
+  let state = seed | 0;
+  return () => {
+    state = (state + 0x6d2b79f5) | 0;
+    let x = Math.imul(state ^ (state >>> 15), 1 | state);
+    x = (x + Math.imul(x ^ (x >>> 7), 61 | x)) ^ x;
+    return ((x ^ (x >>> 14)) >>> 0) / 2 ** 32;
+  };
+}
+
+/** Numbers of either sign, the same for the same seed. */
+export function noise(many: number, seed: number): Float32Array {
+  const next = random(seed);
+  return Float32Array.from({ length: many }, () => 0.6 * next() - 0.3);
+}
