@@ -32,6 +32,15 @@ export interface EigenSessionOptions<O extends Ort = Ort> extends ModelOptions, 
    * the model does not run on made-up ones.
    */
   probe?: boolean | Feeds<O> | undefined;
+  /** Whether `eigenlora/learn` can train new tasks on it. The model is read again then; bytes must stay as they are. */
+  trainable?: boolean | undefined;
+}
+
+/** What a trainer makes its graph of. */
+export interface Trainable<O extends Ort> {
+  readonly ort: O;
+  readonly model: SourceInput;
+  readonly options: EigenSessionOptions<O>;
 }
 
 export interface SessionSwitchOptions {
@@ -112,7 +121,8 @@ export async function createEigenSession<O extends Ort>(
   const file = await readModel(model, options);
   try {
     const bases = await pack.takeBases(options);
-    const plan = await planSession(file, pack, bases, options);
+    // A task that is learned may have terms of its own.
+    const plan = await planSession(file, pack, bases, options.trainable ? { privateTerms: true, ...options } : options);
     const own = file.model.graph.proto.input.filter(({ name }) => !file.model.graph.initializers.has(name));
     const outputs = file.model.graph.proto.output.map(({ name }) => name);
     const folded = plan.mode === "folded";
@@ -123,15 +133,16 @@ export async function createEigenSession<O extends Ort>(
     const inputs = own.map(({ name }) => name);
     const feeds = options.probe === false ? undefined : tinyFeeds(own);
     const parts: Parts<O> = { ort, pack, plan, grafted, detached, options, outputs, inputs, feeds };
+    const trainable = options.trainable ? { ort, model, options } : undefined;
     // Folding takes the bases once more.
     if (folded) pack.keepBases(bases);
-    if (layout) return new EigenSession(parts, await foldedCarrier(parts, file, layout));
+    if (layout) return new EigenSession(parts, await foldedCarrier(parts, file, layout), trainable);
     if (fed) {
       const { gpuCarrier } = await import("./ort-gpu.ts");
-      return new EigenSession(parts, await gpuCarrier(parts, file, fed));
+      return new EigenSession(parts, await gpuCarrier(parts, file, fed), trainable);
     }
     await file.close();
-    return new EigenSession(parts, await unfoldedCarrier(parts, bases));
+    return new EigenSession(parts, await unfoldedCarrier(parts, bases), trainable);
   } catch (error) {
     await file.close();
     throw error;
@@ -149,6 +160,8 @@ export class EigenSession<O extends Ort = Ort> {
   readonly outputNames: readonly string[];
   /** What the parity probe found. */
   readonly probe: ProbeReport;
+  /** For `createTrainer`; undefined unless the session was made with `trainable`. */
+  readonly trainable: Trainable<O> | undefined;
 
   readonly #ort: O;
   readonly #base: BaseValues;
@@ -161,7 +174,8 @@ export class EigenSession<O extends Ort = Ort> {
   #rowsChecked: Promise<void> | undefined;
 
   /** Use `createEigenSession`. */
-  constructor(parts: Parts<O>, carrier: Carrier<O>) {
+  constructor(parts: Parts<O>, carrier: Carrier<O>, trainable: Trainable<O> | undefined) {
+    this.trainable = trainable;
     this.pack = parts.pack;
     this.mode = parts.plan.mode;
     this.reason = parts.plan.reason;

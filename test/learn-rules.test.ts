@@ -93,7 +93,8 @@ function normalization(least: number, biased: boolean): fc.Arbitrary<Case> {
     .map(([opset, leading, last, bias, fromEnd]) => ({
       opset,
       inputs: [{ dims: [...leading, ...last] }, { dims: last }, ...(bias && biased ? [{ dims: last }] : [])],
-      attributes: { axis: fromEnd ? -last.length : leading.length, epsilon: { float: 0.25 } }, // Large, so that rows of nearly equal values do not bend faster than finite differences follow.
+      // Large, so that rows of nearly equal values do not bend faster than finite differences follow.
+      attributes: { axis: fromEnd ? -last.length : leading.length, epsilon: { float: 0.25 } },
     }));
 }
 

@@ -1,0 +1,86 @@
+/**
+ * What is learned from: examples are checked whole before anything runs, some are held back to judge by, and each batch says
+ * what its rows ought to be. No model here.
+ */
+import { nearest } from "../names.ts";
+import { shuffle } from "./random.ts";
+
+/** One example. `Feeds` are a runtime's inputs for it, a batch of one. */
+export interface Example<Feeds = unknown> {
+  /** For the trainer's `encode`. */
+  readonly text?: string | undefined;
+  /** Instead of a text. */
+  readonly feeds?: Feeds | undefined;
+  /** A label by name, or its number. */
+  readonly label: string | number;
+  /** How much it counts; 1 unless given. */
+  readonly weight?: number | undefined;
+}
+
+/** A checked example. */
+export interface Row<Feeds = unknown> {
+  readonly text: string | undefined;
+  readonly feeds: Feeds | undefined;
+  readonly label: number;
+  readonly weight: number;
+}
+
+/**
+ * @param encodes whether texts can be encoded
+ * @throws RangeError for an unknown label, one label only, an empty text, a weight that is none
+ * @throws TypeError for an example without text or feeds, and for texts where nothing encodes them
+ */
+export function checkExamples<Feeds>(examples: readonly Example<Feeds>[], labels: readonly string[], encodes: boolean): Row<Feeds>[] {
+  const rows = examples.map(({ text, feeds, label, weight = 1 }, i): Row<Feeds> => {
+    const at = `example ${i}`;
+    const number = typeof label === "number" ? label : labels.indexOf(label);
+    if (labels[number] === undefined) {
+      const close = typeof label === "string" ? nearest(label, labels) : labels;
+      throw new RangeError(`${at}: the label ${JSON.stringify(label)} is none of the trainer's; nearest: ${close.join(", ")}`);
+    }
+    if (text === undefined && feeds === undefined) throw new TypeError(`${at}: has neither text nor feeds`);
+    if (feeds === undefined && text!.trim() === "") throw new RangeError(`${at}: its text is empty`);
+    if (feeds === undefined && !encodes) throw new TypeError(`${at}: is a text, and the trainer has no \`encode\``);
+    if (!(weight >= 0 && weight < Infinity)) throw new RangeError(`${at}: its weight is ${weight}, expected a number ≥ 0`);
+    return { text: feeds === undefined ? text : undefined, feeds, label: number, weight };
+  });
+  const seen = new Set(rows.filter(({ weight }) => weight > 0).map(({ label }) => label));
+  if (seen.size < 2) {
+    const which = seen.size === 0 ? "no label" : `one label only, "${labels[[...seen][0]!]}"`;
+    throw new RangeError(`the ${rows.length} examples have ${which}; two at least are needed to tell apart`);
+  }
+  return rows;
+}
+
+/**
+ * Holds back a share of every label's examples, but never the last two of a label.
+ * @param share from 0 to less than 1
+ */
+export function holdBack<T extends { label: number }>(rows: readonly T[], share: number, random: () => number): { train: T[]; held: T[] } {
+  const byLabel = new Map<number, T[]>();
+  for (const row of rows) byLabel.set(row.label, [...(byLabel.get(row.label) ?? []), row]);
+  const train: T[] = [];
+  const held: T[] = [];
+  for (const [, of] of [...byLabel].sort(([a], [b]) => a - b)) {
+    const count = Math.max(0, Math.min(Math.round(of.length * share), of.length - 2));
+    const shuffled = shuffle([...of], random);
+    held.push(...shuffled.slice(0, count));
+    train.push(...shuffled.slice(count));
+  }
+  return { train, held };
+}
+
+/**
+ * Targets [rows, labels] of a batch: rows sum to their weight, of which `smoothing` is spread over all labels. Weights are
+ * relative: those of a batch have the mean 1.
+ */
+export function targetsOf(rows: readonly Pick<Row, "label" | "weight">[], labels: number, smoothing: number): Float32Array<ArrayBuffer> {
+  const targets = new Float32Array(rows.length * labels);
+  const mean = rows.reduce((sum, { weight }) => sum + weight, 0) / rows.length || 1;
+  for (const [i, { label, weight }] of rows.entries()) {
+    const all = weight / mean;
+    targets.fill((all * smoothing) / labels, i * labels, (i + 1) * labels);
+    targets[i * labels + label]! += all * (1 - smoothing);
+  }
+  return targets;
+}

@@ -1,0 +1,66 @@
+/**
+ * What was learned, as a task file (SPEC.md, section 7): coefficients over the pack's components, free terms, the head.
+ */
+import type { TaskMetadata } from "../adapters/adapter.ts";
+import type { TensorType } from "../dtypes.ts";
+import { encodeTask, encodeTaskFile, type ParameterInput, type TermInput } from "../pack/encode.ts";
+import { encodeTensor } from "../encode.ts";
+import { parseTask } from "../pack/task.ts";
+import type { Pack } from "../pack/pack.ts";
+import type { TrainedParameter } from "./targets.ts";
+
+export interface Learned {
+  /** All parameters of terms, in one. */
+  readonly parameters: Float32Array;
+  readonly layout: readonly TrainedParameter[];
+  /** Weight [labels, in], bias [labels]. */
+  readonly head: { readonly module: string; readonly in: number; readonly weight: Float32Array; readonly bias: Float32Array } | undefined;
+}
+
+/**
+ * @param types of the coefficients and free terms, and of the head
+ * @throws FormatError when a value does not fit its type
+ */
+export function taskFile(
+  pack: Pack,
+  id: string,
+  { parameters, layout, head }: Learned,
+  types: { coefficients: TensorType; head: TensorType },
+  metadata: TaskMetadata,
+): Uint8Array<ArrayBuffer> {
+  const terms: TermInput[] = [];
+  for (const [module, { name, A, B }] of pack.modules.entries()) {
+    const of = (kind: TrainedParameter["kind"]): { rows: number; encoded: Uint8Array; type: TensorType } | undefined => {
+      const found = layout.find((parameter) => parameter.module === name && parameter.kind === kind);
+      if (!found) return undefined;
+      const [rows, width] = found.dims;
+      const values = parameters.subarray(found.offset, found.offset + rows * width);
+      return { rows, type: types.coefficients, encoded: encodeTensor(types.coefficients, values, rows, width) };
+    };
+    const [alphaA, alphaB, ownA, ownB] = [of("alphaA"), of("alphaB"), of("A"), of("B")];
+    const shared = alphaA && alphaB && A && B;
+    if (!shared && !ownA) continue;
+    terms.push({
+      module,
+      rank: shared ? alphaA.rows : 0,
+      ...(shared ? { A: { ...alphaA, kind: "column", mean: A.mean }, B: { ...alphaB, kind: "column", mean: B.mean } } : {}),
+      ...(ownA && ownB ? { private: { q: ownA.rows, type: types.coefficients, A: ownA.encoded, Bt: ownB.encoded } } : {}),
+    });
+  }
+  const saved = head ? headParameters(head, types.head) : [];
+  const blob = encodeTask(terms, saved);
+  // A writer ends by reading what it wrote.
+  parseTask(blob, pack.modules, "the trained task", id);
+  const own = terms.filter((term) => term.private).map(({ module }) => `private ${pack.modules[module]!.name}`);
+  const brings = [...saved.map(({ role, name }) => `${role} ${name}`), ...own];
+  const basis = Uint8Array.from(pack.basisId.match(/../g)!, (byte) => parseInt(byte, 16));
+  return encodeTaskFile({ id, adapterBytes: 0, metadata, brings }, basis, blob);
+}
+
+function headParameters({ module, in: inputs, weight, bias }: NonNullable<Learned["head"]>, type: TensorType): ParameterInput[] {
+  const labels = bias.length;
+  return [
+    { name: `${module}.weight`, role: "saved", shape: [labels, inputs], type, encoded: encodeTensor(type, weight, labels, inputs) },
+    { name: `${module}.bias`, role: "saved", shape: [labels], type, encoded: encodeTensor(type, bias, 1, labels) },
+  ];
+}

@@ -1,0 +1,122 @@
+/**
+ * Where training begins: coefficients of the tasks that a pack has say where useful ones lie. Their mean is a start for tasks
+ * trained from one seed, whose rows correspond; random ones of their spread are for tasks of their own seeds (the paper's
+ * zero-shot). All rows equal are no start: they would receive the same gradient for ever.
+ */
+import { decodeTensor } from "../dtypes.ts";
+import { TaskError } from "../errors.ts";
+import type { Coefficients, TaskBlob } from "../pack/format.ts";
+import type { Pack } from "../pack/pack.ts";
+import { normal } from "./random.ts";
+import type { TrainedParameter } from "./targets.ts";
+
+/** Kinds of starts; "auto" tries mean and random for a few steps and takes the better. */
+export type Start = "auto" | "mean" | "random" | { readonly task: string };
+
+/** Most tasks that the spread is taken of. */
+const MOST_DONORS = 64;
+
+/** Deviation of factors that begin free, and of heads: as PyTorch's. */
+const SMALL = 0.02;
+
+interface Moments {
+  /** By row and column: sums of the tasks' coefficients. */
+  readonly sums: Float64Array;
+  /** By column: sums and sums of squares over rows and tasks. */
+  readonly columns: Float64Array;
+  readonly squares: Float64Array;
+  count: number;
+  tasks: number;
+}
+
+/** Coefficients of the pack's tasks, for the parameters of a training graph. */
+export class Donors {
+  readonly #moments = new Map<TrainedParameter, Moments>();
+  readonly #pack: Pack;
+  readonly #parameters: readonly TrainedParameter[];
+
+  private constructor(pack: Pack, parameters: readonly TrainedParameter[]) {
+    this.#pack = pack;
+    this.#parameters = parameters;
+  }
+
+  /** Reads the pack's first tasks. */
+  static async of(pack: Pack, parameters: readonly TrainedParameter[], signal?: AbortSignal): Promise<Donors> {
+    const donors = new Donors(pack, parameters);
+    for (const id of [...pack.tasks.keys()].slice(0, MOST_DONORS)) donors.#add(await pack.load(id, { signal }));
+    return donors;
+  }
+
+  #add(blob: TaskBlob): void {
+    for (const parameter of this.#parameters) {
+      const found = this.#coefficients(blob, parameter);
+      if (!found) continue;
+      const { values, rows } = found;
+      const [rank, K] = parameter.dims;
+      let moments = this.#moments.get(parameter);
+      if (!moments) {
+        moments = { sums: new Float64Array(rank * K), columns: new Float64Array(K), squares: new Float64Array(K), count: 0, tasks: 0 };
+        this.#moments.set(parameter, moments);
+      }
+      moments.tasks++;
+      moments.count += rows;
+      for (let i = 0; i < rows * K; i++) {
+        const value = values[i]!;
+        if (i < rank * K) moments.sums[i]! += value;
+        moments.columns[i % K]! += value;
+        moments.squares[i % K]! += value * value;
+      }
+    }
+  }
+
+  #coefficients(blob: TaskBlob, { module, kind, dims }: TrainedParameter): { values: Float32Array; rows: number } | undefined {
+    if (kind !== "alphaA" && kind !== "alphaB") return undefined;
+    const index = this.#pack.modules.findIndex(({ name }) => name === module);
+    const term = blob.terms.find((one) => one.module === index);
+    const side: Coefficients | undefined = kind === "alphaA" ? term?.A : term?.B;
+    if (!side || side.tensor.width !== dims[1]) return undefined;
+    const { type, rows, width, byteOffset, byteLength } = side.tensor;
+    return { values: decodeTensor(type, blob.bytes.subarray(byteOffset, byteOffset + byteLength), rows, width), rows };
+  }
+
+  /**
+   * Writes the start of all parameters.
+   * @throws TaskError when the task to start from is not in the pack
+   */
+  async fill(start: Exclude<Start, "auto">, out: Float32Array, random: () => number): Promise<void> {
+    const blob = typeof start === "object" ? await this.#taskOf(start.task) : undefined;
+    for (const parameter of this.#parameters) {
+      const { kind, dims, offset } = parameter;
+      const values = out.subarray(offset, offset + dims[0] * dims[1]);
+      const own = blob && this.#coefficients(blob, parameter);
+      if (own) values.set(own.values.subarray(0, values.length));
+      else if (kind === "A") for (let i = 0; i < values.length; i++) values[i] = SMALL * normal(random);
+      else if (kind === "B") values.fill(0);
+      else this.#begin(parameter, start === "mean" ? "mean" : "random", values, random);
+    }
+  }
+
+  async #taskOf(id: string): Promise<TaskBlob> {
+    if (!this.#pack.tasks.has(id)) throw new TaskError(`there is no task "${id}" to start from`, { task: id });
+    return this.#pack.load(id);
+  }
+
+  #begin(parameter: TrainedParameter, start: "mean" | "random", values: Float32Array, random: () => number): void {
+    const moments = this.#moments.get(parameter);
+    const K = parameter.dims[1];
+    for (let i = 0; i < values.length; i++) {
+      if (!moments) values[i] = SMALL * normal(random);
+      else if (start === "mean") values[i] = moments.sums[i]! / moments.tasks;
+      else {
+        const mean = moments.columns[i % K]! / moments.count;
+        const variance = Math.max(0, moments.squares[i % K]! / moments.count - mean * mean);
+        values[i] = mean + Math.sqrt(variance) * normal(random);
+      }
+    }
+  }
+}
+
+/** Weight [labels, in] and bias [labels] of a new head. */
+export function newHead(labels: number, inputs: number, random: () => number): { weight: Float32Array<ArrayBuffer>; bias: Float32Array<ArrayBuffer> } {
+  return { weight: Float32Array.from({ length: labels * inputs }, () => SMALL * normal(random)), bias: new Float32Array(labels) };
+}

@@ -1,0 +1,330 @@
+/**
+ * The training loop: batches in, steps of AdamW, the best state kept. It knows parameters and examples; the model, and how a
+ * batch becomes numbers, are the machine's that it is given.
+ */
+import { BackendError, type EigenLoraError } from "../errors.ts";
+import type { TaskMetadata } from "../adapters/adapter.ts";
+import type { TensorType } from "../dtypes.ts";
+import type { Pack } from "../pack/pack.ts";
+import { AdamW, type AdamWOptions } from "./adamw.ts";
+import { checkExamples, holdBack, targetsOf, type Example, type Row } from "./examples.ts";
+import { normal, shuffle, uniform } from "./random.ts";
+import { taskFile } from "./result.ts";
+import { Donors, newHead, type Start } from "./start.ts";
+import type { TrainedParameter } from "./targets.ts";
+
+/** All numbers that are trained: parameters of terms in one, weight [labels, in] and bias [labels] of the head. */
+export interface State {
+  readonly parameters: Float32Array<ArrayBuffer>;
+  readonly weight: Float32Array<ArrayBuffer>;
+  readonly bias: Float32Array<ArrayBuffer>;
+}
+
+/** One run of a training graph. */
+export interface MachineStep {
+  readonly loss: number;
+  /** [rows, labels] */
+  readonly logits: Float32Array;
+  /** As the state. */
+  readonly gradients: State;
+}
+
+/** A model that can be trained. `Feeds` are one batch of its inputs. */
+export interface Machine<Feeds> {
+  readonly layout: readonly TrainedParameter[];
+  /** The layer that is trained whole; undefined where the model's own outputs are the logits. */
+  readonly head: { readonly module: string; readonly in: number } | undefined;
+  readonly encodes: boolean;
+  /** @throws TypeError when the rows cannot be put into one batch */
+  batch(rows: readonly Row<Feeds>[]): Promise<Feeds>;
+  /** @param targets [rows, labels] */
+  step(batch: Feeds, state: State, targets: Float32Array<ArrayBuffer>): Promise<MachineStep>;
+  dispose(): Promise<void>;
+}
+
+export interface TrainerOptions {
+  /** Names of the new task's labels, two at least. */
+  readonly labels: readonly string[];
+  /** Where coefficients begin; "auto" unless given. */
+  readonly init?: Start | undefined;
+  /** The same seed gives the same numbers on the same provider; 0 unless given. */
+  readonly seed?: number | undefined;
+}
+
+export interface FitOptions {
+  /** Passes over the examples; 8 unless given. */
+  readonly epochs?: number | undefined;
+  /** Examples of a step; 16 unless given. */
+  readonly batch?: number | undefined;
+  /** Share of each label's examples that is held back to judge each epoch; then the best epoch is kept. 0 unless given. */
+  readonly validation?: number | undefined;
+  /** Learning rates of terms and head; 0.02 each unless given. */
+  readonly rates?: { readonly terms?: number; readonly head?: number } | undefined;
+  /** Weight decay of both; 0 unless given. */
+  readonly weightDecay?: number | undefined;
+  /** Share of every target that is spread over all labels; 0 unless given. */
+  readonly smoothing?: number | undefined;
+  /** Largest norm of a gradient; 1 unless given. */
+  readonly clip?: number | undefined;
+  /** Steps until the full rate is reached; a tenth of all unless given. */
+  readonly warmup?: number | undefined;
+  readonly decay?: AdamWOptions["decay"];
+  /** Stops between two steps; what was learned so far stays. */
+  readonly signal?: AbortSignal | undefined;
+}
+
+/** What one step did. */
+export interface TrainingStep {
+  /** From 1, and how many there are. */
+  readonly step: number;
+  readonly steps: number;
+  readonly epoch: number;
+  readonly loss: number;
+  /** Of the gradient before clipping. */
+  readonly norm: number;
+  /** After the last step of an epoch, on what was held back. */
+  readonly validation?: { readonly loss: number; readonly accuracy: number };
+}
+
+/** Steps with which "auto" compares two starts. */
+const TRIAL_STEPS = 6;
+
+/** A loss that is so many times the first one's size is no training any more. */
+const EXPLODED = 20;
+
+/** Learns one task. Made by `createTrainer`. */
+export class Trainer<Feeds = unknown> {
+  readonly labels: readonly string[];
+  readonly #pack: Pack;
+  readonly #machine: Machine<Feeds>;
+  readonly #init: Start;
+  readonly #random: () => number;
+  #state: State | undefined;
+  #tested = false;
+  #busy = false;
+
+  /** @throws RangeError for fewer than two labels, or two alike */
+  constructor(pack: Pack, machine: Machine<Feeds>, { labels, init = "auto", seed = 0 }: TrainerOptions) {
+    if (labels.length < 2 || new Set(labels).size < labels.length) {
+      throw new RangeError(`labels: expected two at least, all different, got ${JSON.stringify(labels)}`);
+    }
+    this.labels = [...labels];
+    this.#pack = pack;
+    this.#machine = machine;
+    this.#init = init;
+    this.#random = uniform(seed);
+  }
+
+  /** How many numbers are trained, of terms and of the head. */
+  get size(): { readonly terms: number; readonly head: number } {
+    const { layout, head } = this.#machine;
+    const terms = layout.reduce((sum, { dims }) => sum + dims[0] * dims[1], 0);
+    return { terms, head: head ? this.labels.length * (head.in + 1) : 0 };
+  }
+
+  /**
+   * Trains, one step for each value. A later call goes on from where the one before ended. Leaving the loop, or aborting, keeps
+   * what was learned so far.
+   * @throws RangeError, TypeError when an example cannot be learned from, before anything runs
+   * @throws BackendError when gradients are wrong, or the loss is no number any more: the last good state is kept
+   * @example
+   * for await (const { step, steps, loss } of trainer.fit(examples, { epochs: 8 })) console.log(`${step}/${steps}: ${loss}`);
+   */
+  async *fit(examples: readonly Example<Feeds>[], options: FitOptions = {}): AsyncGenerator<TrainingStep, void, void> {
+    const { epochs = 8, batch = 16, validation = 0, smoothing = 0, signal } = options;
+    whole("epochs", epochs);
+    whole("batch", batch);
+    share("validation", validation);
+    share("smoothing", smoothing);
+    const rows = checkExamples(examples, this.labels, this.#machine.encodes);
+    if (this.#busy) throw new TypeError("fit: this trainer is at work; wait for its end");
+    this.#busy = true;
+    try {
+      const { train, held } = holdBack(rows, validation, this.#random);
+      const steps = epochs * Math.ceil(train.length / batch);
+      const state = (this.#state ??= await this.#start(train, batch, options));
+      if (!this.#tested) await this.#test(train.slice(0, batch), state, smoothing);
+      this.#tested = true;
+      const optimizer = this.#optimizer(state, steps, options);
+      let step = 0;
+      let first: number | undefined;
+      let best: { loss: number; state: State } | undefined;
+      for (let epoch = 1; epoch <= epochs; epoch++) {
+        const order = shuffle([...train], this.#random);
+        for (let at = 0; at < order.length; at += batch) {
+          signal?.throwIfAborted();
+          const some = order.slice(at, at + batch);
+          const before = copy(state);
+          const { loss, gradients } = await this.#machine.step(await this.#machine.batch(some), state, targetsOf(some, this.labels.length, smoothing));
+          first ??= loss;
+          const exploded = !(loss <= EXPLODED * (1 + first));
+          const { norm, applied } = exploded ? { norm: NaN, applied: false } : optimizer.step([gradients.parameters, gradients.weight, gradients.bias]);
+          if (!applied || !finite(state)) {
+            assign(state, best?.state ?? before);
+            throw stopped(`step ${step + 1}: the loss is ${loss}, it was ${first} at first: training has gone astray. Take smaller rates`);
+          }
+          step++;
+          const judged = held.length > 0 && at + batch >= order.length ? await this.#judge(held, batch, state) : undefined;
+          if (judged && judged.loss < (best?.loss ?? Infinity)) best = { loss: judged.loss, state: copy(state) };
+          yield { step, steps, epoch, loss, norm, ...(judged ? { validation: judged } : {}) };
+        }
+      }
+      if (best) assign(state, best.state);
+    } finally {
+      this.#busy = false;
+    }
+  }
+
+  #optimizer(state: State, steps: number, { rates = {}, weightDecay = 0, clip = 1, warmup = Math.floor(steps / 10), decay }: FitOptions): AdamW {
+    const { terms = 0.02, head = 0.02 } = rates;
+    const groups = [
+      { values: state.parameters, rate: terms, weightDecay },
+      { values: state.weight, rate: head, weightDecay },
+      { values: state.bias, rate: head },
+    ];
+    return new AdamW(groups, { steps, clip, warmup, decay });
+  }
+
+  /** Probabilities [labels] of each text or feed, as the task is now. */
+  async predict(examples: readonly Pick<Example<Feeds>, "text" | "feeds">[], { batch = 16 }: { batch?: number } = {}): Promise<Float32Array[]> {
+    const state = this.#learned();
+    const results: Float32Array[] = [];
+    for (let at = 0; at < examples.length; at += batch) {
+      const rows = examples.slice(at, at + batch).map(({ text, feeds }) => ({ text, feeds, label: 0, weight: 1 }));
+      const { logits } = await this.#machine.step(await this.#machine.batch(rows), state, targetsOf(rows, this.labels.length, 0));
+      rows.forEach((_, i) => results.push(softmax(logits.subarray(i * this.labels.length, (i + 1) * this.labels.length))));
+    }
+    return results;
+  }
+
+  async #judge(held: readonly Row<Feeds>[], batch: number, state: State): Promise<{ loss: number; accuracy: number }> {
+    let [loss, right] = [0, 0];
+    for (let at = 0; at < held.length; at += batch) {
+      const rows = held.slice(at, at + batch).map((row) => ({ ...row, weight: 1 }));
+      const made = await this.#machine.step(await this.#machine.batch(rows), state, targetsOf(rows, this.labels.length, 0));
+      loss += made.loss * rows.length;
+      rows.forEach(({ label }, i) => {
+        const logits = [...made.logits.subarray(i * this.labels.length, (i + 1) * this.labels.length)];
+        if (logits.indexOf(Math.max(...logits)) === label) right++;
+      });
+    }
+    return { loss: loss / held.length, accuracy: right / held.length };
+  }
+
+  /** A state to begin from; "auto" takes a few steps from each start and keeps the one whose loss is smaller. */
+  async #start(train: readonly Row<Feeds>[], batch: number, options: FitOptions): Promise<State> {
+    const { layout, head } = this.#machine;
+    const donors = await Donors.of(this.#pack, layout, options.signal);
+    const make = async (start: Exclude<Start, "auto">): Promise<State> => {
+      const parameters = new Float32Array(this.size.terms);
+      await donors.fill(start, parameters, this.#random);
+      return { parameters, ...newHead(head ? this.labels.length : 0, head?.in ?? 0, this.#random) };
+    };
+    if (this.#init !== "auto") return make(this.#init);
+    if (this.#pack.tasks.size === 0 || !layout.some(({ kind }) => kind === "alphaA")) return make("random");
+    let best: { loss: number; state: State } | undefined;
+    for (const start of ["mean", "random"] as const) {
+      const state = await make(start);
+      const trial = copy(state);
+      const optimizer = this.#optimizer(trial, TRIAL_STEPS, { ...options, warmup: 0, decay: "none" });
+      let loss = Infinity;
+      for (let i = 0; i < TRIAL_STEPS; i++) {
+        options.signal?.throwIfAborted();
+        const rows = Array.from({ length: Math.min(batch, train.length) }, (_, at) => train[(i * batch + at) % train.length]!);
+        const made = await this.#machine.step(await this.#machine.batch(rows), trial, targetsOf(rows, this.labels.length, 0));
+        loss = made.loss;
+        optimizer.step([made.gradients.parameters, made.gradients.weight, made.gradients.bias]);
+      }
+      if (loss < (best?.loss ?? Infinity)) best = { loss, state };
+    }
+    return best?.state ?? make("random");
+  }
+
+  /**
+   * Holds the gradient against the loss itself, in the direction of the gradient and a random one: some providers compute
+   * wrong numbers without a word.
+   */
+  async #test(rows: readonly Row<Feeds>[], state: State, smoothing: number): Promise<void> {
+    const batch = await this.#machine.batch(rows);
+    const targets = targetsOf(rows, this.labels.length, smoothing);
+    const { loss, gradients } = await this.#machine.step(batch, state, targets);
+    const norm = Math.hypot(...parts(gradients).map((part) => part.reduce((sum, g) => sum + g * g, 0) ** 0.5));
+    if (!(norm > 0)) {
+      if (Number.isFinite(loss) && norm === 0) return;
+      throw stopped(`the loss is ${loss} and its gradient ${norm} before the first step: the model or the examples give no numbers`);
+    }
+    const noise = uniform(7);
+    const along = parts(gradients).map((part) => part.map((g) => g / norm));
+    const aside = along.map((part) => part.map((d) => d + (0.5 * normal(noise)) / Math.sqrt(this.size.terms + this.size.head)));
+    for (const direction of [along, aside]) {
+      const slope = parts(gradients).reduce((sum, part, i) => sum + part.reduce((s, g, at) => s + g * direction[i]![at]!, 0), 0);
+      // So far that the loss moves well above the noise of f32, and hardly bends.
+      const step = Math.min(0.05, 0.01 / norm);
+      const at = async (by: number): Promise<number> => {
+        const moved = copy(state);
+        parts(moved).forEach((part, i) => direction[i]!.forEach((d, j) => (part[j]! += by * d)));
+        return (await this.#machine.step(batch, moved, targets)).loss;
+      };
+      const found = ((await at(step)) - (await at(-step))) / (2 * step);
+      if (Math.abs(found - slope) <= 0.1 * Math.abs(slope) + 1e-6 * (1 + loss) / step) continue;
+      throw stopped(`the loss changes by ${found.toPrecision(3)} where its gradient says ${slope.toPrecision(3)}: this provider computes gradients wrongly. Use another`);
+    }
+  }
+
+  /**
+   * The task as a file of its own: a few kilobytes, for `session.addTask`, `pack.addTask`, or to be sent.
+   * @param options `dtype` of coefficients and head, f16 unless given; `metadata` beside the labels, for instance a licence
+   */
+  async task(options: { id?: string; dtype?: TensorType; metadata?: TaskMetadata } = {}): Promise<Uint8Array<ArrayBuffer>> {
+    const { id = "task", dtype = "f16", metadata = {} } = options;
+    const { parameters, weight, bias } = this.#learned();
+    const { layout, head } = this.#machine;
+    const learned = { parameters, layout, head: head && { ...head, weight, bias } };
+    return taskFile(this.#pack, id, learned, { coefficients: dtype, head: dtype }, { labels: [...this.labels], ...metadata });
+  }
+
+  #learned(): State {
+    if (this.#state) return this.#state;
+    throw new TypeError("this trainer has learned nothing yet: call fit first");
+  }
+
+  /** Frees the training graph. What was learned stays readable. */
+  async dispose(): Promise<void> {
+    await this.#machine.dispose();
+  }
+}
+
+function stopped(message: string): EigenLoraError {
+  return new BackendError(`learn: ${message}`, { backend: "learn" });
+}
+
+function whole(name: string, value: number): void {
+  if (!Number.isInteger(value) || value < 1) throw new RangeError(`fit: ${name} must be a whole number ≥ 1, got ${value}`);
+}
+
+function share(name: string, value: number): void {
+  if (!(value >= 0 && value < 1)) throw new RangeError(`fit: ${name} must be from 0 to less than 1, got ${value}`);
+}
+
+function parts({ parameters, weight, bias }: State): Float32Array<ArrayBuffer>[] {
+  return [parameters, weight, bias];
+}
+
+function copy({ parameters, weight, bias }: State): State {
+  return { parameters: parameters.slice(), weight: weight.slice(), bias: bias.slice() };
+}
+
+function assign(to: State, from: State): void {
+  parts(to).forEach((part, i) => part.set(parts(from)[i]!));
+}
+
+function finite(state: State): boolean {
+  return parts(state).every((part) => part.every(Number.isFinite));
+}
+
+function softmax(logits: Float32Array): Float32Array {
+  const top = Math.max(...logits);
+  const exps = logits.map((value) => Math.exp(value - top));
+  const sum = exps.reduce((a, b) => a + b, 0);
+  return exps.map((value) => value / sum);
+}
