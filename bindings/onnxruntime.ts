@@ -163,7 +163,7 @@ export class EigenSession<O extends Ort = Ort> {
   constructor(parts: Parts<O>, carrier: Carrier<O>) {
     this.pack = parts.pack;
     this.mode = parts.plan.mode;
-    this.reason = parts.plan.reason;
+    this.reason = [parts.plan.reason, ...(carrier.note === undefined ? [] : [carrier.note])].join("; ");
     this.inputNames = parts.inputs;
     this.outputNames = parts.outputs;
     this.probe = carrier.probe;
@@ -267,7 +267,8 @@ export class EigenSession<O extends Ort = Ort> {
     fetches: unknown,
     options: object,
   ): Promise<object> {
-    return inTurn(this.#ort, () => call(session, { ...feeds, ...task }, fetches, options));
+    const run = (): Promise<object> => call(session, { ...feeds, ...task }, fetches, options);
+    return inTurn(this.#ort, () => this.#carrier.alive?.(run) ?? run());
   }
 
   /**

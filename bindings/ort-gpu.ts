@@ -13,8 +13,9 @@ import { copySelection, type Selection } from "../src/runtime/selection.ts";
 import type { FoldedInput } from "../src/session/fold.ts";
 import type { ProbeReport } from "../src/session/probe.ts";
 import type { InputValue } from "../src/session/values.ts";
-import { bufferTensor, deviceOf, inTurn, type Ort, type OrtTensor, type Session } from "./ort.ts";
+import { bufferTensor, inTurn, type Ort, type OrtTensor, type Session } from "./ort.ts";
 import { createSession, probeRun, providersOf, toFeeds, type Carrier, type Parts } from "./ort-carrier.ts";
+import { deviceOf, whileAlive } from "./ort-device.ts";
 import { headEvaluator, headParameters, switchOptions } from "./ort-folded.ts";
 
 /** STORAGE, COPY_SRC and COPY_DST of GPUBufferUsage, which is a global in browsers only. */
@@ -37,8 +38,7 @@ export async function gpuCarrier<O extends Ort>(parts: Parts<O>, file: ModelFile
     for (const { buffer } of tensors.values()) buffer.destroy();
   };
   try {
-    const device = (await deviceOf(ort)) as GPUDevice | undefined;
-    if (!device) throw new BackendError('onnxruntime does not tell its WebGPU device; use mode "core" or "factors"', { backend: "onnxruntime" });
+    const { device, ignored } = await deviceOf(ort, parts.options.session);
     await place(file, fed, device, tensors);
     await file.close();
     const own = new Map([...tensors].map(([name, { buffer }]) => [name, buffer]));
@@ -58,6 +58,8 @@ export async function gpuCarrier<O extends Ort>(parts: Parts<O>, file: ModelFile
       evaluator,
       first: { session, task: null, ...withHeads(ort, inputs, none, weights) },
       probe,
+      ...(ignored && { note: "onnxruntime does not use the device it was given; the weights are on its own" }),
+      alive: whileAlive(device),
       bytesWritten: bytes,
       async make(selection, how) {
         const values = await evaluator.evaluate(selection, how);
