@@ -62,7 +62,7 @@ function oneAddition(): Uint8Array {
 export function whileAlive(device: GPUDevice): <T>(work: () => Promise<T>) => Promise<T> {
   let loss: BackendError | undefined;
   const lost = device.lost.then(({ reason, message }) => {
-    const what = `onnxruntime's WebGPU device was lost (${reason}): ${message} Release this session and make a new one`;
+    const what = `onnxruntime's WebGPU device was lost (${reason}): ${message.replace(/\.+$/, "")}. Release this session and make a new one`;
     throw (loss = new BackendError(what, { backend: "onnxruntime" }));
   });
   lost.catch(() => undefined);

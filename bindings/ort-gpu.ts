@@ -54,18 +54,19 @@ export async function gpuCarrier<O extends Ort>(parts: Parts<O>, file: ModelFile
     const probe = await probeBuffers(parts, session, fed, weights, none.inputs, device);
     const bytes = [...tensors.values()].reduce((sum, { buffer }) => sum + buffer.size, 0);
     let active: Selection = null;
+    const alive = whileAlive(device);
     return {
       evaluator,
       first: { session, task: null, ...withHeads(ort, inputs, none, weights) },
       probe,
       ...(ignored && { note: "onnxruntime does not use the device it was given; the weights are on its own" }),
-      alive: whileAlive(device),
+      alive,
       bytesWritten: bytes,
       async make(selection, how) {
         const values = await evaluator.evaluate(selection, how);
         // Runs that were asked for before are through by then, and none begins meanwhile.
         await inTurn(ort, async () => {
-          await runtime.switchTask(selection, switchOptions(how));
+          await alive(() => runtime.switchTask(selection, switchOptions(how)));
           const misfit = fed.find(({ name }) => tensors.get(name)?.buffer !== own.get(name));
           if (misfit) {
             const { name, shape } = misfit;
