@@ -3,13 +3,14 @@
  * put on it.
  */
 /// <reference types="@webgpu/types" />
+import type { DeviceHandle } from "../src/backends/backend.ts";
 import { BackendError } from "../src/errors.ts";
 import { FLOAT } from "../src/onnx/linear.ts";
 import { create, GraphProtoSchema, ModelProtoSchema, NodeProtoSchema, toBinary, ValueInfoProtoSchema } from "../src/onnx/protobuf.ts";
 import { call, inTurn, makeTensor, type Ort, type OrtTensor, type SessionOptions } from "./ort.ts";
 
 export interface UsedDevice {
-  readonly device: GPUDevice;
+  readonly device: DeviceHandle;
   /** Given in the provider's options, and not used. */
   readonly ignored: boolean;
 }
@@ -21,9 +22,9 @@ export interface UsedDevice {
  */
 export async function deviceOf<O extends Ort>(ort: O, session: SessionOptions<O> | undefined): Promise<UsedDevice> {
   const [provider] = (session as unknown as { executionProviders: readonly unknown[] }).executionProviders;
-  const given = (provider as { device?: GPUDevice }).device;
-  if (given && (await computesOn(ort, given, provider))) return { device: given, ignored: false };
-  const device = (await (ort.env.webgpu as { device?: unknown } | undefined)?.device) as GPUDevice | undefined;
+  const given = (provider as { device?: DeviceHandle }).device;
+  if (given && (await computesOn(ort, given as GPUDevice, provider))) return { device: given, ignored: false };
+  const device = (await (ort.env.webgpu as { device?: unknown } | undefined)?.device) as DeviceHandle | undefined;
   if (device) return { device, ignored: given !== undefined };
   throw new BackendError('onnxruntime does not tell its WebGPU device; use mode "core" or "factors"', { backend: "onnxruntime" });
 }
@@ -59,9 +60,9 @@ function oneAddition(): Uint8Array {
  * Lets nothing begin on a device that is gone, nor anybody wait for it: onnxruntime would block the page, or never answer.
  * @returns runs work; what it returns throws BackendError once the device is lost
  */
-export function whileAlive(device: GPUDevice): <T>(work: () => Promise<T>) => Promise<T> {
+export function whileAlive(device: DeviceHandle): <T>(work: () => Promise<T>) => Promise<T> {
   let loss: BackendError | undefined;
-  const lost = device.lost.then(({ reason, message }) => {
+  const lost = (device as GPUDevice).lost.then(({ reason, message }) => {
     const what = `onnxruntime's WebGPU device was lost (${reason}): ${message.replace(/\.+$/, "")}. Release this session and make a new one`;
     throw (loss = new BackendError(what, { backend: "onnxruntime" }));
   });

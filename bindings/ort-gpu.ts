@@ -38,7 +38,8 @@ export async function gpuCarrier<O extends Ort>(parts: Parts<O>, file: ModelFile
     for (const { buffer } of tensors.values()) buffer.destroy();
   };
   try {
-    const { device, ignored } = await deviceOf(ort, parts.options.session);
+    const { device: used, ignored } = await deviceOf(ort, parts.options.session);
+    const device = used as GPUDevice;
     await place(file, fed, device, tensors);
     await file.close();
     const own = new Map([...tensors].map(([name, { buffer }]) => [name, buffer]));
