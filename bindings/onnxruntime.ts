@@ -178,7 +178,7 @@ export class EigenSession<O extends Ort = Ort> {
     this.trainable = trainable;
     this.pack = parts.pack;
     this.mode = parts.plan.mode;
-    this.reason = parts.plan.reason;
+    this.reason = [parts.plan.reason, ...(carrier.note === undefined ? [] : [carrier.note])].join("; ");
     this.inputNames = parts.inputs;
     this.outputNames = parts.outputs;
     this.probe = carrier.probe;
@@ -282,7 +282,8 @@ export class EigenSession<O extends Ort = Ort> {
     fetches: unknown,
     options: object,
   ): Promise<object> {
-    return inTurn(this.#ort, () => call(session, { ...feeds, ...task }, fetches, options));
+    const run = (): Promise<object> => call(session, { ...feeds, ...task }, fetches, options);
+    return inTurn(this.#ort, () => this.#carrier.alive?.(run) ?? run());
   }
 
   /**

@@ -27,10 +27,14 @@ export interface Carrier<O extends Ort> {
   /** The base. */
   readonly first: State<O>;
   readonly probe: ProbeReport;
+  /** What else is to be known of how tasks reach the model. */
+  readonly note?: string;
   /** Of weights, at each switch. */
   readonly bytesWritten: number;
   /** When it fails, the state before stays usable. */
   make(selection: Selection, options: { signal?: AbortSignal | undefined; head?: string | undefined }): Promise<State<O>>;
+  /** Goes around each run. @throws BackendError where the device is lost */
+  alive?<T>(run: () => Promise<T>): Promise<T>;
   /** Refuses a model that would mix the tasks of a batch. */
   checkRows?(): Promise<void>;
   /** Bytes that expand coefficients or fold, of pristine weights, and of folded ones. */

@@ -13,8 +13,9 @@ import { copySelection, type Selection } from "../src/runtime/selection.ts";
 import type { FoldedInput } from "../src/session/fold.ts";
 import type { ProbeReport } from "../src/session/probe.ts";
 import type { InputValue } from "../src/session/values.ts";
-import { bufferTensor, deviceOf, inTurn, type Ort, type OrtTensor, type Session } from "./ort.ts";
+import { bufferTensor, inTurn, type Ort, type OrtTensor, type Session } from "./ort.ts";
 import { createSession, probeRun, providersOf, toFeeds, type Carrier, type Parts } from "./ort-carrier.ts";
+import { deviceOf, whileAlive } from "./ort-device.ts";
 import { headEvaluator, headParameters, switchOptions } from "./ort-folded.ts";
 
 /** STORAGE, COPY_SRC and COPY_DST of GPUBufferUsage, which is a global in browsers only. */
@@ -37,8 +38,8 @@ export async function gpuCarrier<O extends Ort>(parts: Parts<O>, file: ModelFile
     for (const { buffer } of tensors.values()) buffer.destroy();
   };
   try {
-    const device = (await deviceOf(ort)) as GPUDevice | undefined;
-    if (!device) throw new BackendError('onnxruntime does not tell its WebGPU device; use mode "core" or "factors"', { backend: "onnxruntime" });
+    const { device: used, ignored } = await deviceOf(ort, parts.options.session);
+    const device = used as GPUDevice;
     await place(file, fed, device, tensors);
     await file.close();
     const own = new Map([...tensors].map(([name, { buffer }]) => [name, buffer]));
@@ -54,16 +55,19 @@ export async function gpuCarrier<O extends Ort>(parts: Parts<O>, file: ModelFile
     const probe = await probeBuffers(parts, session, fed, weights, none.inputs, device);
     const bytes = [...tensors.values()].reduce((sum, { buffer }) => sum + buffer.size, 0);
     let active: Selection = null;
+    const alive = whileAlive(device);
     return {
       evaluator,
       first: { session, task: null, ...withHeads(ort, inputs, none, weights) },
       probe,
+      ...(ignored && { note: "onnxruntime does not use the device it was given; the weights are on its own" }),
+      alive,
       bytesWritten: bytes,
       async make(selection, how) {
         const values = await evaluator.evaluate(selection, how);
         // Runs that were asked for before are through by then, and none begins meanwhile.
         await inTurn(ort, async () => {
-          await runtime.switchTask(selection, switchOptions(how));
+          await alive(() => runtime.switchTask(selection, switchOptions(how)));
           const misfit = fed.find(({ name }) => tensors.get(name)?.buffer !== own.get(name));
           if (misfit) {
             const { name, shape } = misfit;

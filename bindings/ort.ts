@@ -1,7 +1,7 @@
 /**
  * onnxruntime as it is seen from here: structural types of the caller's own module, and what is to be minded in calling it.
  */
-import type { DeviceBuffer, DeviceHandle } from "../src/backends/backend.ts";
+import type { DeviceBuffer } from "../src/backends/backend.ts";
 import { BackendError } from "../src/errors.ts";
 import type { Feed } from "../src/onnx/feeds.ts";
 
@@ -57,15 +57,7 @@ export function onWebgpu(session: unknown): boolean {
   return (typeof first === "string" ? first : (first as { name?: unknown } | undefined)?.name) === "webgpu";
 }
 
-/**
- * The device that onnxruntime computes on, once a session is there. Not always the one that it was given: some builds ignore
- * that without a word, and then give wrong numbers for buffers of the other.
- */
-export async function deviceOf({ env }: Ort): Promise<DeviceHandle | undefined> {
-  return (await (env.webgpu as { device?: unknown } | undefined)?.device) as DeviceHandle | undefined;
-}
-
-/** A tensor that is a buffer of that device. */
+/** A tensor that is a buffer of onnxruntime's device. */
 export function bufferTensor(ort: Ort, buffer: DeviceBuffer, dataType: "float32" | "float16", dims: readonly number[]): OrtTensor {
   const { fromGpuBuffer } = ort.Tensor as unknown as { fromGpuBuffer?: (buffer: unknown, options: object) => OrtTensor };
   if (!fromGpuBuffer) throw new BackendError("this build of onnxruntime takes no buffers of a device", { backend: "onnxruntime" });

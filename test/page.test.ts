@@ -13,6 +13,9 @@ import { launch, noChromium } from "./browser.ts";
  */
 const skip = noChromium;
 
+/** Of the model's smallest adapted weight, as it lies on the device: f32 [384, 384]. */
+const WEIGHT_BYTES = 4 * 384 * 384;
+
 const folder = await mkdtemp(join(tmpdir(), "eigenlora-page-"));
 const answers: Answered[] = [];
 await buildPage(folder);
@@ -156,10 +159,39 @@ t.test("a small phone, in the dark, without motion", { skip }, async (t) => {
   t.same(complaints, []);
 });
 
-t.test("WebGPU", { skip }, async (t) => {
+/** What the page's worker sends to the device from here on. @returns tells the bytes of it, and begins again */
+async function watchBus(page: Page): Promise<() => Promise<number>> {
+  const worker = page.workers()[0]!;
+  await worker.evaluate(() => {
+    const scope = globalThis as unknown as { sent: number };
+    scope.sent = 0;
+    const { writeBuffer } = GPUQueue.prototype;
+    const { createBuffer } = GPUDevice.prototype;
+    GPUQueue.prototype.writeBuffer = function (this: GPUQueue, buffer: GPUBuffer, at: number, source: ArrayBufferView<ArrayBuffer>, start = 0, size?: number) {
+      const element = "BYTES_PER_ELEMENT" in source ? Number(source.BYTES_PER_ELEMENT) : 1;
+      scope.sent += size === undefined ? source.byteLength - start * element : size * element;
+      return writeBuffer.call(this, buffer, at, source, start, size);
+    } as GPUQueue["writeBuffer"];
+    GPUDevice.prototype.createBuffer = function (descriptor: GPUBufferDescriptor) {
+      if (descriptor.mappedAtCreation) scope.sent += descriptor.size;
+      return createBuffer.call(this, descriptor);
+    };
+  });
+  return () => worker.evaluate(() => {
+    const scope = globalThis as unknown as { sent: number };
+    const { sent } = scope;
+    scope.sent = 0;
+    return sent;
+  });
+}
+
+t.test("WebGPU", { skip, timeout: 180_000 }, async (t) => {
   const { page, complaints } = await visit(await launch(t, ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"]), {}, "#debtags-made-of");
+  page.setDefaultTimeout(60_000);
   await settled(page);
-  await type(page, "Irish (Gaeilge) dictionary words for /usr/share/dict");
+  const reference = (await data("reference/predictions.json"))["own-seed"];
+  const cases = [["debtags-implemented-in", 7], ["debtags-made-of", 0], ["debtags-implemented-in", 16]] as const;
+  await type(page, (await data("tasks/debtags-made-of.json")).test[0][0]);
   const onWasm = await page.locator("#labels .value").allTextContents();
   const note = (await page.locator("#provider-note").textContent())!;
   t.comment(note);
@@ -169,9 +201,28 @@ t.test("WebGPU", { skip }, async (t) => {
     return;
   }
   await page.locator('#providers label:has([value="webgpu"])').click();
-  await page.locator("#mode", { hasText: "WebGPU" }).waitFor({ timeout: 60_000 });
-  await page.locator('main[aria-busy="false"]').waitFor({ timeout: 60_000 });
+  await page.locator("#mode", { hasText: "WebGPU, mode folded: a switch writes the task into the weights, which never leave the GPU." }).waitFor();
+  await settled(page);
   t.same(await page.locator("#labels .value").allTextContents(), onWasm, "the same answer");
+
+  const sentSince = await watchBus(page);
+  for (const [task, row] of cases) {
+    const { labels, test } = await data(`tasks/${task}.json`);
+    await choose(page, task);
+    await type(page, test[row][0]);
+    const expected = labels[reference[task].predictions[row]];
+    t.same([await topOf(page), await cardOf(page, task).locator(".said b").textContent()], [expected, expected], `${task}: ${test[row][0]}`);
+    // Of a switch there and back for each card too, and of the runs.
+    const sent = await sentSince();
+    t.comment(`${task}: ${sent} bytes to the device`);
+    t.ok(sent > 0 && sent < WEIGHT_BYTES, `${sent} bytes were sent: no weights`);
+  }
+  t.match(await page.locator("#tasks-note").textContent(), /^2 answers in .*, one task after the other$/);
+  t.equal(await page.locator("#cards :checked").inputValue(), "debtags-implemented-in");
+  const labels = await page.locator("#labels .value").allTextContents();
+  await type(page, "another sentence");
+  await type(page, (await data("tasks/debtags-implemented-in.json")).test[16][0]);
+  t.same(await page.locator("#labels .value").allTextContents(), labels, "back at the active task after the others had answered");
   t.same(complaints, []);
 });
 

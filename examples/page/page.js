@@ -20,7 +20,7 @@ import {
   time,
 } from "./views.js";
 
-/** Rows of one batch of the overview: small enough that a key pressed meanwhile is answered soon. */
+/** Tasks of one call for the overview: small enough that a key pressed meanwhile is answered soon. */
 const ROWS = 5;
 /** Milliseconds between two keys of one name or number. */
 const TYPE_AHEAD = 700;
@@ -89,7 +89,8 @@ async function start(provider, task) {
   showTask();
   const name = provider === "wasm" ? "WASM" : "WebGPU";
   logCost(`start on ${name}`, { ...begun.reads, milliseconds: begun.milliseconds });
-  byId("mode").textContent = `Runs on ${name}, mode ${begun.mode}: ${begun.reason}.`;
+  const folded = "a switch writes the task into the weights, which never leave the GPU";
+  byId("mode").textContent = `Runs on ${name}, mode ${begun.mode}: ${begun.mode === "folded" ? folded : begun.reason}.`;
   drawProgress(undefined);
   setBusy(false);
   await ask();
@@ -218,18 +219,19 @@ async function askOnce(text) {
   byId("run-time").textContent = time(answer.milliseconds);
   announce(task, labels, answer.probabilities);
   const stale = [...resident.keys()].filter((id) => answered.get(id) !== text);
-  let spent = 0;
+  let [spent, how] = [0, ""];
   for (let at = 0; at < stale.length && started && !askAgain; at += ROWS) {
-    const { rows, milliseconds } = await worker.call("classifyRows", text, stale.slice(at, at + ROWS));
+    const { rows, batch, milliseconds } = await worker.call("classifyAll", text, stale.slice(at, at + ROWS));
     for (const { id, probabilities } of rows) {
       const best = probabilities.indexOf(Math.max(...probabilities));
       drawCard(id, labelsOf(id)[best], probabilities[best]);
       answered.set(id, text);
     }
     spent += milliseconds;
+    how = batch ? "one task per row of a batch" : "one task after the other";
   }
   if (askAgain || stale.length < 2) return;
-  byId("tasks-note").textContent = `${stale.length} answers in ${time(spent)}, one task per row of a batch`;
+  byId("tasks-note").textContent = `${stale.length} answers in ${time(spent)}, ${how}`;
 }
 
 /** @type {ReturnType<typeof setTimeout> | undefined} */

@@ -173,7 +173,8 @@ export function drawMemory({ model, adapters }, memory, tasks, resident) {
     ["components", memory.components],
     ["coefficients", memory.coefficients],
     ["active task", memory.active],
-    ["expansion", memory.expansion + memory.pristine],
+    ["expansion", memory.expansion],
+    ["weights, twice", memory.pristine + memory.folded],
   ];
   const used = owners.filter(([, bytes]) => bytes > 0);
   byId("weights").replaceChildren(

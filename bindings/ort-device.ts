@@ -1,0 +1,74 @@
+/**
+ * The WebGPU device that onnxruntime computes on: which one it is, and whether it is still there. Loaded where weights are
+ * put on it.
+ */
+/// <reference types="@webgpu/types" />
+import type { DeviceHandle } from "../src/backends/backend.ts";
+import { BackendError } from "../src/errors.ts";
+import { FLOAT } from "../src/onnx/linear.ts";
+import { create, GraphProtoSchema, ModelProtoSchema, NodeProtoSchema, toBinary, ValueInfoProtoSchema } from "../src/onnx/protobuf.ts";
+import { call, inTurn, makeTensor, type Ort, type OrtTensor, type SessionOptions } from "./ort.ts";
+
+export interface UsedDevice {
+  readonly device: DeviceHandle;
+  /** Given in the provider's options, and not used. */
+  readonly ignored: boolean;
+}
+
+/**
+ * Call it once a session is there. Some builds ignore the device that they are given without a word, others do not tell that
+ * they use it, and may name that of another session; buffers of the wrong one would be read as zeros.
+ * @throws BackendError when onnxruntime does not tell its device
+ */
+export async function deviceOf<O extends Ort>(ort: O, session: SessionOptions<O> | undefined): Promise<UsedDevice> {
+  const [provider] = (session as unknown as { executionProviders: readonly unknown[] }).executionProviders;
+  const given = (provider as { device?: DeviceHandle }).device;
+  if (given && (await computesOn(ort, given as GPUDevice, provider))) return { device: given, ignored: false };
+  const device = (await (ort.env.webgpu as { device?: unknown } | undefined)?.device) as DeviceHandle | undefined;
+  if (device) return { device, ignored: given !== undefined };
+  throw new BackendError('onnxruntime does not tell its WebGPU device; use mode "core" or "factors"', { backend: "onnxruntime" });
+}
+
+/** Whether what onnxruntime computes with this provider lies on the device: asked of a session on a model of one addition. */
+async function computesOn(ort: Ort, device: GPUDevice, provider: unknown): Promise<boolean> {
+  const options = { executionProviders: [provider], preferredOutputLocation: "gpu-buffer" };
+  const session = await inTurn(ort, () => ort.InferenceSession.create(oneAddition(), options as never));
+  try {
+    const x = makeTensor(ort, new Float32Array(4), [4]);
+    const { y } = (await inTurn(ort, () => call(session, { x }, ["y"], {}))) as Record<string, OrtTensor & { gpuBuffer: GPUBuffer }>;
+    device.pushErrorScope("validation");
+    device.queue.writeBuffer(y!.gpuBuffer, 0, new Uint32Array(1));
+    const refused = await device.popErrorScope();
+    y!.dispose?.();
+    return refused === null;
+  } finally {
+    await inTurn(ort, () => session.release());
+  }
+}
+
+/** y = x + x of four numbers. */
+function oneAddition(): Uint8Array {
+  const shape = { dim: [{ value: { case: "dimValue" as const, value: 4n } }] };
+  const type = { value: { case: "tensorType" as const, value: { elemType: FLOAT, shape } } };
+  const [x, y] = ["x", "y"].map((name) => create(ValueInfoProtoSchema, { name, type }));
+  const node = create(NodeProtoSchema, { opType: "Add", input: ["x", "x"], output: ["y"] });
+  const graph = create(GraphProtoSchema, { name: "device", node: [node], input: [x!], output: [y!] });
+  return toBinary(ModelProtoSchema, create(ModelProtoSchema, { irVersion: 8n, graph, opsetImport: [{ domain: "", version: 13n }] }));
+}
+
+/**
+ * Lets nothing begin on a device that is gone, nor anybody wait for it: onnxruntime would block the page, or never answer.
+ * @returns runs work; what it returns throws BackendError once the device is lost
+ */
+export function whileAlive(device: DeviceHandle): <T>(work: () => Promise<T>) => Promise<T> {
+  let loss: BackendError | undefined;
+  const lost = (device as GPUDevice).lost.then(({ reason, message }) => {
+    const what = `onnxruntime's WebGPU device was lost (${reason}): ${message.replace(/\.+$/, "")}. Release this session and make a new one`;
+    throw (loss = new BackendError(what, { backend: "onnxruntime" }));
+  });
+  lost.catch(() => undefined);
+  return async (work) => {
+    if (loss) throw loss;
+    return Promise.race([work(), lost]);
+  };
+}

@@ -1,0 +1,256 @@
+/**
+ * Runs in a browser: sessions of mode "folded" on WebGPU, what their switches ask of the device, and what happens when it is
+ * another than the one given or goes away. Reports; what is right is the test's to say.
+ */
+/// <reference types="@webgpu/types" />
+import { openPack } from "eigenlora";
+import { createEigenSession } from "eigenlora/onnxruntime";
+import * as native from "onnxruntime-web/webgpu";
+import * as plain from "onnxruntime-web";
+
+/** The builds of onnxruntime-web that have WebGPU. */
+const BUILDS = { "onnxruntime-web/webgpu": native, "onnxruntime-web": /** @type {typeof native} */ (plain) };
+for (const { env } of Object.values(BUILDS)) {
+  Object.assign(env.wasm, { wasmPaths: "/ort/", numThreads: 1 });
+  env.logLevel = "error";
+}
+
+/** @typedef {string | null | Record<string, number>} Selection */
+/** @typedef {Record<string, { type: "int64", dims: number[], data: number[] }>} Feeds */
+/** @typedef {Awaited<ReturnType<typeof open>>} Session */
+
+/** Bytes of live buffers that are ours, by label; over all devices. */
+let live = 0;
+/** What is asked of devices now. @type {{ submits: number, written: number, coefficients: number } | undefined} */
+let counts;
+watchDevices();
+
+function watchDevices() {
+  const { createBuffer } = GPUDevice.prototype;
+  const { destroy } = GPUBuffer.prototype;
+  const { submit, writeBuffer } = GPUQueue.prototype;
+  /** @type {WeakSet<GPUBuffer>} */
+  const ours = new WeakSet();
+  GPUDevice.prototype.createBuffer = function (/** @type {GPUBufferDescriptor} */ descriptor) {
+    const buffer = createBuffer.call(this, descriptor);
+    if (descriptor.label?.startsWith("eigenlora")) {
+      live += buffer.size;
+      ours.add(buffer);
+    }
+    return buffer;
+  };
+  GPUBuffer.prototype.destroy = function () {
+    if (ours.delete(this)) live -= this.size;
+    return destroy.call(this);
+  };
+  GPUQueue.prototype.submit = function (/** @type {Iterable<GPUCommandBuffer>} */ commands) {
+    if (counts) counts.submits++;
+    return submit.call(this, commands);
+  };
+  /** @type {(this: GPUQueue, ...args: Parameters<GPUQueue["writeBuffer"]>) => undefined} */
+  const counted = function (buffer, at, source, start = 0, size) {
+    if (counts) {
+      // Start and size are in elements of a typed array, in bytes of others.
+      const element = "BYTES_PER_ELEMENT" in source ? Number(source.BYTES_PER_ELEMENT) : 1;
+      counts.written += size === undefined ? source.byteLength - start * element : size * element;
+      if (buffer.label === "eigenlora scratch") counts.coefficients++;
+    }
+    return writeBuffer.call(this, buffer, at, source, start, size);
+  };
+  GPUQueue.prototype.writeBuffer = /** @type {GPUQueue["writeBuffer"]} */ (counted);
+}
+
+/**
+ * @param {typeof native} ort
+ * @param {GPUDevice} [device]
+ */
+async function open(ort, device) {
+  const executionProviders = /** @type {any} */ ([device ? { name: "webgpu", device } : "webgpu"]);
+  return createEigenSession(ort, "/model.onnx", await openPack("/tasks.eigen"), { mode: "folded", session: { executionProviders } });
+}
+
+/**
+ * @param {typeof native} ort
+ * @param {Session} session
+ * @param {Feeds} feeds
+ * @returns {Promise<number[]>} the first output
+ */
+async function answer(ort, session, feeds) {
+  /** @type {Record<string, InstanceType<typeof ort.Tensor>>} */
+  const tensors = {};
+  for (const name of session.inputNames) tensors[name] = new ort.Tensor("int64", BigInt64Array.from(feeds[name].data, BigInt), feeds[name].dims);
+  return [.../** @type {Float32Array} */ ((await session.run(tensors))[session.outputNames[0]].data)];
+}
+
+/** @param {() => Promise<unknown>} work @returns {Promise<{ tag?: string, name: string, message: string } | "fulfilled">} */
+async function failure(work) {
+  try {
+    await work();
+    return "fulfilled";
+  } catch (error) {
+    const { tag, name, message } = /** @type {Error & { tag?: string }} */ (error);
+    return { ...(tag !== undefined && { tag }), name, message };
+  }
+}
+
+/**
+ * Many switches of one session.
+ * @param {Feeds} feeds
+ * @param {Selection[]} selections null first
+ * @param {number} switches
+ */
+export async function switching(feeds, selections, switches) {
+  const ort = native;
+  const { create } = ort.InferenceSession;
+  let created = 0;
+  ort.InferenceSession.create = /** @type {typeof create} */ ((...args) => (created++, /** @type {any} */ (create)(...args)));
+  const session = await open(ort);
+  const { pack } = session;
+  const ask = () => answer(ort, session, feeds);
+  /** @param {Selection} selection */
+  const change = async (selection) => {
+    counts = { submits: 0, written: 0, coefficients: 0 };
+    const { bytesFed } = await session.switchTask(selection, headOf(selection));
+    const asked = counts;
+    counts = undefined;
+    let values = 0;
+    for (const id of selection === null ? [] : typeof selection === "string" ? [selection] : Object.keys(selection)) {
+      for (const { A, B } of (await pack.load(id)).terms) for (const side of [A, B]) values += side ? side.tensor.rows * side.tensor.width : 0;
+    }
+    return { ...asked, bytesFed, bytesOfCoefficients: 4 * values };
+  };
+
+  const before = await ask();
+  // Afterwards everything that is kept is there: what grew for one selection is prepared again for those before it.
+  for (const selection of selections) await change(selection);
+  /** @type {number[][]} */
+  const known = [];
+  for (const selection of selections) {
+    await change(selection);
+    known.push(await ask());
+  }
+  const warm = live;
+  let state = 1;
+  const random = () => (state = (state * 48271) % 2147483647) % selections.length;
+  /** @type {Awaited<ReturnType<typeof change>>[]} */
+  const costs = [];
+  /** @type {string[]} */
+  const wrong = [];
+  const levels = new Set([warm]);
+  /** @param {number[]} found @param {number} at @param {string} when */
+  const check = (found, at, when) => {
+    if (!same(found, known[at])) wrong.push(`${when}: ${JSON.stringify(selections[at])}`);
+  };
+  for (let i = 0; i < switches; i++) {
+    const at = random();
+    costs.push(await change(selections[at]));
+    levels.add(live);
+    check(await ask(), at, `switch ${i}`);
+  }
+
+  // Nobody waits for anybody: each run answers for the switch that was asked for last before it.
+  await change(selections[1]);
+  let last = 1;
+  const all = [];
+  for (let i = 0; i < 20; i++) {
+    for (let caller = 0; caller < 3; caller++) {
+      const at = last;
+      all.push(ask().then((found) => check(found, at, `run ${caller} before switch ${i}`)));
+    }
+    all.push(session.switchTask(selections[(last = random())], headOf(selections[last])));
+  }
+  all.push(ask().then((found) => check(found, last, "run after the last switch")));
+  await Promise.all(all);
+
+  await change("two");
+  const two = await ask();
+  const aborting = new AbortController();
+  const failures = {
+    unknown: await failure(() => session.switchTask("too")),
+    aborted: await failure(() => session.switchTask("three", { signal: AbortSignal.abort() })),
+    abortedLater: await failure(() => {
+      const switched = session.switchTask("three", { signal: aborting.signal });
+      queueMicrotask(() => aborting.abort());
+      return switched;
+    }),
+    rows: await failure(() => session.run({}, { tasks: ["two"] })),
+  };
+  const afterFailures = { same: same(await ask(), two), task: session.task };
+  await change(null);
+  const { mode, reason, probe } = session;
+  const result = { mode, reason, probe, before, known, costs, wrong, levels: [...levels], created, failures, afterFailures, back: same(await ask(), before) };
+  const report = { ...result, memory: session.memory(), live };
+  await session.release();
+  ort.InferenceSession.create = create;
+  return { ...report, afterRelease: live, released: await failure(ask) };
+}
+
+/**
+ * A device of the caller's in the provider's options.
+ * @param {Feeds} feeds
+ * @param {keyof typeof BUILDS} build
+ */
+export async function given(feeds, build) {
+  const ort = BUILDS[build];
+  const adapter = /** @type {GPUAdapter} */ (await navigator.gpu.requestAdapter());
+  const device = await adapter.requestDevice();
+  // A session on onnxruntime's own device, which it then names as the one in use.
+  const other = await open(ort);
+  const session = await open(ort, device);
+  /** @type {Record<string, number[]>} */
+  const answers = {};
+  for (const task of ["base", "two"]) {
+    for (const one of [session, other]) await one.switchTask(task === "base" ? null : task);
+    answers[task] = await answer(ort, session, feeds);
+    answers[`${task}, other`] = await answer(ort, other, feeds);
+  }
+  const { reason, probe } = session;
+  await session.release();
+  // The one given is the caller's still.
+  device.pushErrorScope("validation");
+  device.createBuffer({ size: 16, usage: GPUBufferUsage.STORAGE }).destroy();
+  const usable = (await device.popErrorScope()) === null;
+  await other.release();
+  device.destroy();
+  return { answers, reason, otherReason: other.reason, probe, usable, live };
+}
+
+/**
+ * The device goes away under a run and a switch.
+ * @param {Feeds} feeds
+ * @param {keyof typeof BUILDS} build
+ */
+export async function lost(feeds, build) {
+  const ort = BUILDS[build];
+  // onnxruntime-web leaves a download that fails then to nobody.
+  addEventListener("unhandledrejection", (event) => event.reason.name === "AbortError" && event.preventDefault());
+  const session = await open(ort);
+  const device = /** @type {GPUDevice} */ (await ort.env.webgpu.device);
+  await session.switchTask("two");
+  await answer(ort, session, feeds);
+  const ask = () => answer(ort, session, feeds);
+  const under = [failure(ask), failure(() => session.switchTask("three")), failure(ask)];
+  device.destroy();
+  const [run, change, next] = await Promise.all(under);
+  const after = { run: await failure(ask), again: await failure(ask), switch: await failure(() => session.switchTask("three")) };
+  return { run, change, next, after, release: await failure(() => session.release()), live };
+}
+
+/** A new session after that. @param {Feeds} feeds */
+export async function again(feeds) {
+  const session = await open(native);
+  await session.switchTask("two");
+  const found = await answer(native, session, feeds);
+  await session.release();
+  return found;
+}
+
+/** Blends need to know whose labels they have. @param {Selection} selection */
+function headOf(selection) {
+  return selection !== null && typeof selection === "object" ? { head: Object.keys(selection)[0] } : {};
+}
+
+/** @param {number[]} a @param {number[]} b */
+function same(a, b) {
+  return a.length === b.length && a.every((v, i) => Object.is(v, b[i]));
+}

@@ -1,0 +1,113 @@
+/**
+ * Mode "folded" on WebGPU in a real browser: what a switch costs the bus and the device, that selections come back bit by
+ * bit, in which order runs and switches are, and devices that are not the one given or go away.
+ */
+import t, { type Test } from "tap";
+import { readFile } from "node:fs/promises";
+import { join } from "node:path";
+import { fileURLToPath } from "node:url";
+import { answerOf, bundle, noChromium, openPage } from "./browser.ts";
+import { required } from "./required.ts";
+import { difference, golden, GOLDENS, modelBytes, packBytes } from "./sessions.ts";
+
+const dist = fileURLToPath(new URL("../node_modules/onnxruntime-web/dist", import.meta.url));
+
+/** What a switch may send beside the coefficients. */
+const PARAMETER_BYTES = 4096;
+const TOLERANCE = 1e-5;
+
+/** Calls one function of browser-gpu.js after the other. @returns undefined where there is no adapter */
+async function inBrowser(t: Test, calls: readonly string[]): Promise<any[] | undefined> {
+  const feeds = Object.fromEntries(
+    Object.entries(GOLDENS.feeds as Record<string, number[][]>)
+      .filter(([name, rows]) => name !== "x" && Array.isArray(rows[0]))
+      .map(([name, rows]) => [name, { type: "int64", dims: [rows.length, rows[0]!.length], data: rows.flat() }]),
+  );
+  const files = new Map<string, Uint8Array>([
+    ["model.onnx", modelBytes("torchscript")],
+    ["tasks.eigen", await packBytes(["adapters"], "base")],
+    ["page.js", await bundle(`import { again, given, lost, switching } from "./browser-gpu.js";
+      const feeds = ${JSON.stringify(feeds)};
+      async function all() {
+        if (!(await navigator.gpu?.requestAdapter())) return "no adapter";
+        return [${calls.map((call) => `await ${call}`).join(", ")}];
+      }
+      globalThis.answer = all();`)],
+  ]);
+  for (const build of ["asyncify", "jsep"]) {
+    for (const kind of ["mjs", "wasm"]) {
+      const file = `ort-wasm-simd-threaded.${build}.${kind}`;
+      files.set(`ort/${file}`, await readFile(join(dist, file)));
+    }
+  }
+  const results = await answerOf(await openPage(t, files, ["--enable-unsafe-webgpu"]));
+  if (results !== "no adapter") return results as any[];
+  if (required.has("chromium")) t.fail("no adapter");
+  else t.comment("no adapter, skipped");
+  return undefined;
+}
+
+const options = { skip: noChromium, timeout: 240_000 };
+
+t.test("switches", options, async (t) => {
+  const selections = [null, "two", "three", "five", { two: 0.5, three: 0.5 }, { two: 1, five: -0.3 }, { three: 0.25 }];
+  const [found] = (await inBrowser(t, [`switching(feeds, ${JSON.stringify(selections)}, 120)`])) ?? [];
+  if (!found) return;
+  t.match(found, { mode: "folded", reason: "asked for", probe: { result: "passed" } });
+  t.equal(found.created, 1, "one InferenceSession");
+  ["base", "two", "three", "five"].forEach((task, i) => {
+    const off = difference(found.known[i], golden("base", task));
+    t.ok(off <= TOLERANCE, `${task}: off by ${off}`);
+  });
+  t.same(found.wrong, [], "a selection that comes back is the same bit by bit, whoever asks");
+  t.same(found.known[0], found.before, "null is what there was before the first switch");
+  t.ok(found.back, "and after the last");
+
+  for (const { submits, written, coefficients, bytesOfCoefficients, bytesFed } of found.costs) {
+    const idle = bytesOfCoefficients === 0;
+    if (submits > 1 || coefficients > 1 || (!idle && submits + coefficients < 2)) t.fail(`${submits} submits, ${coefficients} writes of coefficients`);
+    if (written > bytesOfCoefficients + PARAMETER_BYTES) t.fail(`${written} bytes written for ${bytesOfCoefficients} of coefficients`);
+    if (!(bytesFed >= found.memory.folded)) t.fail(`reports ${bytesFed} bytes`);
+  }
+  const most = Math.max(...found.costs.map(({ written }: { written: number }) => written));
+  t.comment(`${found.costs.length} switches, at most ${most} bytes each; ${found.memory.folded} bytes of weights, live ${found.live}`);
+  t.ok(most < found.memory.folded / 2, "no weights cross the bus");
+  t.equal(found.levels.length, 1, `live bytes are flat: ${found.levels.join(", ")}`);
+  const { components, folded, pristine, expansion } = found.memory;
+  t.same([components, pristine], [0, folded], "the weights that are read, and those that are folded from");
+  t.ok(found.live > folded + pristine && found.live <= folded + pristine + expansion, "memory() counts all live buffers of ours");
+
+  t.match(found.failures.unknown, { tag: "task", message: /"too".*two/ });
+  t.match(found.failures.aborted, { name: "AbortError" });
+  t.match(found.failures.abortedLater, { name: "AbortError" });
+  t.match(found.failures.rows, { name: "TypeError", message: /one task per row needs mode "core" or "factors"/ });
+  t.same(found.afterFailures, { same: true, task: "two" }, "the task before stays");
+  t.equal(found.afterRelease, 0, "no buffer of ours is left");
+  t.match(found.released, { tag: "backend", message: /is released/ });
+});
+
+t.test("a device of the caller's", options, async (t) => {
+  const builds = ["onnxruntime-web/webgpu", "onnxruntime-web"];
+  const results = await inBrowser(t, builds.map((build) => `given(feeds, "${build}")`));
+  if (!results) return;
+  results.forEach((found, i) => {
+    for (const [what, answer] of Object.entries(found.answers as Record<string, number[]>)) {
+      const off = difference(answer, golden("base", what.split(",")[0]!));
+      t.ok(off <= TOLERANCE, `${builds[i]}, ${what}: off by ${off}`);
+    }
+    t.match(found, { probe: { result: "passed" }, otherReason: "asked for", usable: true, live: 0 });
+    t.equal(found.reason, i === 0 ? "asked for" : "asked for; onnxruntime does not use the device it was given; the weights are on its own");
+  });
+});
+
+t.test("a device that is lost", options, async (t) => {
+  for (const build of ["onnxruntime-web/webgpu", "onnxruntime-web"]) {
+    const native = build === "onnxruntime-web/webgpu";
+    const [found, again] = (await inBrowser(t, [`lost(feeds, "${build}")`, ...(native ? ["again(feeds)"] : [])])) ?? [];
+    if (!found) return;
+    const gone = { tag: "backend", message: /device was lost/ };
+    t.match(found, { run: gone, change: gone, next: gone, after: { run: gone, again: gone, switch: gone } }, build);
+    t.match(found, { release: "fulfilled", live: 0 }, `${build}: released`);
+    if (native) t.ok(difference(again, golden("base", "two")) <= TOLERANCE, "a new session works");
+  }
+});
