@@ -105,7 +105,7 @@ export class Faults {
       this.#lose = (loss) => resolve((this.#loss ??= loss));
     });
     void this.#device.lost.then(({ reason, message }) => {
-      this.#lose(fault(`the device was lost (${reason || "unknown"}): ${message}. ${ADVICE}`));
+      this.#lose(fault(`the device was lost (${reason || "unknown"}): ${message.replace(/\.+$/, "")}. ${ADVICE}`));
     });
   }
 
