@@ -81,7 +81,7 @@ export class Donors {
 
   /**
    * Writes the start of all parameters.
-   * @throws TaskError when the task to start from is not in the pack
+   * @throws TaskError when the task to start from is not in the pack, or of another rank
    */
   async fill(start: Exclude<Start, "auto">, out: Float32Array, random: () => number): Promise<void> {
     const blob = typeof start === "object" ? await this.#taskOf(start.task) : undefined;
@@ -89,7 +89,11 @@ export class Donors {
       const { kind, dims, offset } = parameter;
       const values = out.subarray(offset, offset + dims[0] * dims[1]);
       const own = blob && this.#coefficients(blob, parameter);
-      if (own) values.set(own.values.subarray(0, values.length));
+      if (own && own.rows !== dims[0]) {
+        const task = (start as { task: string }).task;
+        throw new TaskError(`task "${task}" has rank ${own.rows} on "${parameter.module}", the trainer ${dims[0]}: leave \`rank\` out`, { task });
+      }
+      if (own) values.set(own.values);
       else if (kind === "A") for (let i = 0; i < values.length; i++) values[i] = SMALL * normal(random);
       else if (kind === "B") values.fill(0);
       else this.#begin(parameter, start === "mean" ? "mean" : "random", values, random);

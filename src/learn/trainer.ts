@@ -149,18 +149,20 @@ export class Trainer<Feeds = unknown> {
       let step = 0;
       let first: number | undefined;
       let best: { loss: number; state: State } | undefined;
+      /** The last state whose loss was one. */
+      let good = copy(state);
       for (let epoch = 1; epoch <= epochs; epoch++) {
         const order = shuffle([...train], this.#random);
         for (let at = 0; at < order.length; at += batch) {
           signal?.throwIfAborted();
           const some = order.slice(at, at + batch);
-          const before = copy(state);
           const { loss, gradients } = await this.#machine.step(await this.#machine.batch(some), state, targetsOf(some, this.labels.length, smoothing));
           first ??= loss;
           const exploded = !(loss <= EXPLODED * (1 + first));
+          if (!exploded) good = copy(state);
           const { norm, applied } = exploded ? { norm: NaN, applied: false } : optimizer.step([gradients.parameters, gradients.weight, gradients.bias]);
           if (!applied || !finite(state)) {
-            assign(state, best?.state ?? before);
+            assign(state, best?.state ?? good);
             throw stopped(`step ${step + 1}: the loss is ${loss}, it was ${first} at first: training has gone astray. Take smaller rates`);
           }
           step++;

@@ -1,0 +1,223 @@
+/**
+ * The trainer: a task learned on a tiny model and on the real one, its file, its guards. Gradients are learn-graph.test.ts's.
+ */
+import t from "tap";
+import { createTrainer, type BatchFeeds, type Example } from "../dist/bindings/learn.js";
+import { holdBack, targetsOf } from "../dist/src/learn/examples.js";
+import { uniform } from "../dist/src/learn/random.js";
+import { openPack } from "../dist/src/pack/pack.js";
+import { createEncoder, readTask } from "../examples/minilm.js";
+import { data, packOf } from "./packs.ts";
+import { difference, feeds, GOLDENS, model, NODE, open, outputOf, packFor, WEB, type Ort, type Session } from "./sessions.ts";
+
+const LABELS = ["odd", "even", "neither"];
+
+/** Rows of the tiny model's inputs: random ids; the label follows from the first. */
+function examples(ort: Ort, session: Session, count: number, seed: number): Example<BatchFeeds>[] {
+  const random = uniform(seed);
+  const like = feeds(ort, session, [0]);
+  const length = GOLDENS.feeds["input_ids"]![0]!.length;
+  return Array.from({ length: count }, () => {
+    const ids = Array.from({ length }, () => 1 + Math.floor(random() * 8));
+    const own = { ...like, input_ids: new ort.Tensor("int64", BigInt64Array.from(ids, BigInt), [1, length]) };
+    if ("attention_mask" in own) own["attention_mask"] = new ort.Tensor("int64", new BigInt64Array(length).fill(1n), [1, length]);
+    return { feeds: own as BatchFeeds, label: ids[0]! % 2 };
+  });
+}
+
+async function tiny(ort: Ort, more: Parameters<typeof open>[3] = {}): Promise<Session> {
+  return open(ort, model("torchscript"), await packFor("base"), { trainable: true, ...more });
+}
+
+for (const [name, ort] of [["onnxruntime-node", NODE], ["onnxruntime-web", WEB]] as const) {
+  t.test(`${name}: learns, and the session answers with the task as the trainer does`, async (t) => {
+    const session = await tiny(ort);
+    const trainer = await createTrainer(session, { labels: LABELS, seed: 3, terms: 1 });
+    t.teardown(async () => (await trainer.dispose(), session.release()));
+    const known = examples(ort, session, 48, 1);
+    const losses: number[] = [];
+    for await (const { loss, step, steps, epoch, norm } of trainer.fit(known, { epochs: 6, batch: 16 })) {
+      losses.push(loss);
+      t.ok(norm > 0 && step === losses.length && steps === 18 && epoch === Math.ceil(step / 3));
+    }
+    t.equal(losses.length, 18);
+    t.ok(losses.at(-1)! < 0.7 * losses[0]!, `loss ${losses[0]} → ${losses.at(-1)}`);
+
+    await session.addTask("mine", await trainer.task({ id: "mine", dtype: "f32", metadata: { origin: "a test" } }));
+    const added = session.tasks.get("mine")!;
+    t.same(added.metadata, { labels: LABELS, origin: "a test" });
+    t.ok(added.brings!.includes("saved classifier.weight") && added.brings!.some((one) => one.startsWith("private ")), String(added.brings));
+    await session.switchTask("mine");
+    const rows = known.slice(0, 5);
+    const probabilities = await trainer.predict(rows);
+    for (const [i, { feeds: own }] of rows.entries()) {
+      const logits = await outputOf(session, own as never);
+      const exps = [...logits].map(Math.exp);
+      const sum = exps.reduce((a, b) => a + b, 0);
+      t.ok(difference(Float32Array.from(exps, (v) => v / sum), [...probabilities[i]!]) < 1e-5, `row ${i}: ${probabilities[i]}`);
+    }
+    await session.switchTask(null);
+  });
+}
+
+t.test("the same seed gives the same bits, another one others", async (t) => {
+  const session = await tiny(NODE);
+  t.teardown(() => session.release());
+  const known = examples(NODE, session, 32, 2);
+  const files: Buffer[] = [];
+  for (const seed of [5, 5, 6]) {
+    const trainer = await createTrainer(session, { labels: LABELS, seed });
+    for await (const _ of trainer.fit(known, { epochs: 2, validation: 0.25 }));
+    files.push(Buffer.from(await trainer.task()));
+    await trainer.dispose();
+  }
+  t.ok(files[0]!.equals(files[1]!));
+  t.notOk(files[0]!.equals(files[2]!));
+});
+
+t.test("where it begins: mean, random, a task; a task of the pack is a start that is that task", async (t) => {
+  const session = await tiny(NODE);
+  t.teardown(() => session.release());
+  const [known] = [examples(NODE, session, 8, 4)];
+  const [task] = session.tasks.keys();
+  for (const init of ["mean", "random", { task: task! }] as const) {
+    const trainer = await createTrainer(session, { labels: LABELS, init });
+    t.teardown(() => trainer.dispose());
+    // Rates of 0 leave the start as it is.
+    for await (const _ of trainer.fit(known, { epochs: 1, rates: { terms: 0, head: 0 } }));
+    const id = `from ${JSON.stringify(init)}`;
+    await session.addTask(id, await trainer.task({ dtype: "f32" }));
+    const [ours, theirs] = [await session.pack.load(id), await session.pack.load(task!)];
+    const floats = (blob: typeof ours): Float32Array[] =>
+      blob.terms.flatMap(({ A, B }) => [A!, B!].map(({ tensor: { byteOffset, byteLength } }) => new Float32Array(blob.bytes.slice(byteOffset, byteOffset + byteLength).buffer)));
+    const same = floats(ours).every((values, i) => difference(values, [...floats(theirs)[i]!]) < 1e-6);
+    t.equal(same, typeof init === "object", id);
+  }
+  const other = await createTrainer(session, { labels: LABELS, init: { task: task! }, rank: 7 });
+  t.teardown(() => other.dispose());
+  await t.rejects(other.fit(known).next(), { tag: "task", message: /has rank \d+ on .*, the trainer 7/ });
+  const trainer = await createTrainer(session, { labels: LABELS, init: { task: "nobody" } });
+  t.teardown(() => trainer.dispose());
+  await t.rejects(trainer.fit(known).next(), { tag: "task", message: /"nobody"/ });
+});
+
+t.test("examples that cannot be learned from are refused before anything runs", async (t) => {
+  const session = await tiny(NODE);
+  t.teardown(() => session.release());
+  const trainer = await createTrainer(session, { labels: LABELS });
+  t.teardown(() => trainer.dispose());
+  const known = examples(NODE, session, 8, 1);
+  const fit = (all: Example<BatchFeeds>[], options = {}): Promise<unknown> => trainer.fit(all, options).next();
+  await t.rejects(fit(known.map((one) => ({ ...one, label: "even" }))), { name: "RangeError", message: /8 examples have one label only, "even"/ });
+  await t.rejects(fit([]), { name: "RangeError", message: /0 examples have no label/ });
+  await t.rejects(fit([...known, { ...known[0]!, label: "evn" }]), { name: "RangeError", message: /example 8: the label "evn".*nearest: even/ });
+  await t.rejects(fit([...known, { ...known[0]!, label: 3 }]), { message: /example 8: the label 3/ });
+  await t.rejects(fit([{ text: " ", label: 0 }]), { message: /example 0: its text is empty/ });
+  await t.rejects(fit([{ text: "a", label: 0 }]), { name: "TypeError", message: /no `encode`/ });
+  await t.rejects(fit([{ label: 0 }]), { name: "TypeError", message: /neither text nor feeds/ });
+  await t.rejects(fit([{ ...known[0]!, weight: NaN }]), { message: /example 0: its weight is NaN/ });
+  await t.rejects(fit(known, { epochs: 0 }), { name: "RangeError", message: /epochs/ });
+  await t.rejects(fit(known, { validation: 1 }), { name: "RangeError", message: /validation/ });
+  const short = { ...known[0]!, feeds: { ...known[0]!.feeds!, input_ids: new NODE.Tensor("int64", new BigInt64Array(2), [1, 2]) as never } };
+  await t.rejects(fit([...known, short], { batch: 9 }), { name: "TypeError", message: /the input "input_ids" of example \d+ is \[1, \d+\], another one's \[1, \d+\]/ });
+  await t.rejects(trainer.task(), { name: "TypeError", message: /call fit first/ });
+  await t.rejects(createTrainer(session, { labels: ["one"] }), { name: "RangeError", message: /labels/ });
+  await t.rejects(createTrainer(session, { labels: LABELS, rank: 0 }), { name: "RangeError", message: /rank/ });
+  await t.rejects(createTrainer(session, { labels: LABELS, head: "nothing" }), { tag: "base", message: /nothing/ });
+  const plain = await tiny(NODE, { trainable: false });
+  t.teardown(() => plain.release());
+  await t.rejects(createTrainer(plain, { labels: LABELS }), { name: "TypeError", message: /trainable: true/ });
+});
+
+t.test("aborting and leaving keep what was learned; a loss that explodes stops with the last good state", async (t) => {
+  const session = await tiny(NODE);
+  t.teardown(() => session.release());
+  const known = examples(NODE, session, 32, 9);
+  const trainer = await createTrainer(session, { labels: LABELS, seed: 2, init: "random" });
+  t.teardown(() => trainer.dispose());
+  const abort = new AbortController();
+  const run = async (): Promise<void> => {
+    for await (const { step } of trainer.fit(known, { epochs: 4, batch: 8, signal: abort.signal })) if (step === 3) abort.abort(new Error("enough"));
+  };
+  await t.rejects(run(), /enough/);
+  const kept = Buffer.from(await trainer.task());
+  for await (const _ of trainer.fit(known, { epochs: 1, batch: 8 })) break;
+  t.notOk(Buffer.from(await trainer.task()).equals(kept), "a loop that is left has taken its step");
+
+  const before = await trainer.predict(known.slice(0, 2));
+  const wild = async (): Promise<void> => {
+    for await (const _ of trainer.fit(known, { epochs: 20, batch: 8, rates: { terms: 1e20, head: 1e20 }, clip: Infinity, warmup: 0 }));
+  };
+  await t.rejects(wild(), { tag: "backend", message: /step \d+: the loss is .+ gone astray/ });
+  const after = await trainer.predict(known.slice(0, 2));
+  t.ok(after.flatMap((row) => [...row]).every(Number.isFinite), "no number is lost");
+  t.ok(before.length === after.length);
+});
+
+t.test("a provider whose gradients are wrong is found before the first step", async (t) => {
+  // No provider here is wrong on purpose, so its results are bent.
+  const bent: Ort = {
+    ...NODE,
+    InferenceSession: {
+      async create(...given: [never]) {
+        const session = await NODE.InferenceSession.create(...given);
+        const run = session.run.bind(session) as (...of: unknown[]) => Promise<Record<string, { data: Float32Array }>>;
+        session.run = (async (...of: unknown[]) => {
+          const results = await run(...of);
+          for (const [name, { data }] of Object.entries(results)) if (name.endsWith("gradient")) data.forEach((g, i) => (data[i] = i % 2 ? -g : g));
+          return results;
+        }) as never;
+        return session;
+      },
+    } as never,
+  };
+  const session = await tiny(bent);
+  const trainer = await createTrainer(session, { labels: LABELS, init: "random" });
+  t.teardown(async () => (await trainer.dispose(), session.release()));
+  await t.rejects(trainer.fit(examples(NODE, session, 16, 1)).next(), { tag: "backend", message: /computes gradients wrongly/ });
+});
+
+t.test("holding back keeps two of every label and takes a share of the rest", (t) => {
+  const rows = Array.from({ length: 43 }, (_, i) => ({ label: i < 3 ? 0 : 1, i }));
+  const { train, held } = holdBack(rows, 0.25, uniform(1));
+  t.equal(train.length + held.length, 43);
+  t.equal(held.filter(({ label }) => label === 0).length, 1);
+  t.equal(held.filter(({ label }) => label === 1).length, 10);
+  t.equal(new Set([...train, ...held].map(({ i }) => i)).size, 43);
+  t.same(holdBack(rows, 0, uniform(1)).held, []);
+  t.end();
+});
+
+t.test("targets: smoothing and weights, whose mean is 1", (t) => {
+  const rows = [{ label: 2, weight: 1 }, { label: 0, weight: 3 }, { label: 1, weight: 0 }];
+  const targets = targetsOf(rows, 4, 0.2);
+  t.ok(difference(targets, [0.0375, 0.0375, 0.6375, 0.0375, 1.9125, 0.1125, 0.1125, 0.1125, 0, 0, 0, 0]) < 1e-6, String(targets));
+  t.end();
+});
+
+t.test("the real model: a few lines for each of two labels, on a pack that has not seen the task", async (t) => {
+  const others = ["debtags-role", "debtags-game", "sections-0", "debtags-scope", "debtags-use", "debtags-interface"];
+  const { bytes } = await packOf(others.map((task) => `adapters/own-seed/${task}`), { select: { kind: "k", k: 16 } });
+  const session = await open(NODE, data("minilm/model_fp16.onnx"), await openPack(bytes), { trainable: true });
+  const encode = await createEncoder(NODE);
+  const { labels, train, test } = await readTask("debtags-devel");
+  const count = (label: number): number => train.filter(([, of]) => of === label).length;
+  const [a, b] = labels.map((_, i) => i).sort((x, y) => count(y) - count(x)) as [number, number];
+  const pick = (rows: readonly (readonly [string, number])[], label: number, most: number): Example<BatchFeeds>[] =>
+    rows.filter(([, of]) => of === label).slice(0, most).map(([text]) => ({ text, label: label === a ? 0 : 1 }));
+  const trainer = await createTrainer(session, { labels: [labels[a]!, labels[b]!], encode: encode as never, seed: 1 });
+  t.teardown(async () => (await trainer.dispose(), session.release()));
+  t.same(trainer.size, { terms: 12 * 8 * 2 * 16, head: 2 * 385 });
+  for await (const _ of trainer.fit([...pick(train, a, 24), ...pick(train, b, 24)], { epochs: 6 }));
+  const asked = [...pick(test, a, 40), ...pick(test, b, 40)];
+  const answers = await trainer.predict(asked);
+  const right = answers.filter(([first, second], i) => (first! > second! ? 0 : 1) === asked[i]!.label).length;
+  t.ok(right >= 0.75 * asked.length, `${right} of ${asked.length}`);
+  const file = await trainer.task();
+  t.ok(file.length < 10_000, `${file.length} bytes`);
+  await session.addTask("mine", file);
+  await session.switchTask("mine");
+  const { logits } = await session.run(encode(asked.slice(0, 8).map(({ text }) => text!)) as never);
+  const values = (logits as { data: Float32Array }).data;
+  asked.slice(0, 8).forEach((_, i) => t.equal(values[2 * i]! > values[2 * i + 1]!, answers[i]![0]! > answers[i]![1]!, `row ${i}`));
+});
