@@ -16,14 +16,13 @@ import type { PackModule, Side } from "../src/pack/format.ts";
 import { turn } from "../src/session/plan.ts";
 import type { EigenSession, Trainable } from "./onnxruntime.ts";
 import { call, inTurn, makeTensor, type Ort, type OrtTensor, type Session } from "./ort.ts";
+import { joinFeeds, toTensors, type BatchFeeds } from "./ort-batch.ts";
 import { createSession } from "./ort-carrier.ts";
 
 export { Trainer, type FitOptions, type TrainerOptions, type TrainingStep } from "../src/learn/trainer.ts";
 export type { Example } from "../src/learn/examples.ts";
 export type { Start } from "../src/learn/start.ts";
-
-/** Inputs of a batch by name: tensors of onnxruntime, or what has the fields of one (transformers.js). */
-export type BatchFeeds = Readonly<Record<string, { readonly type?: string; readonly dims: readonly number[]; readonly data: unknown }>>;
+export type { BatchFeeds } from "./ort-batch.ts";
 
 export interface CreateTrainerOptions extends TrainerOptions {
   /** Texts as the model's inputs, one row each: a tokenizer. Examples with feeds of their own do without. */
@@ -32,6 +31,8 @@ export interface CreateTrainerOptions extends TrainerOptions {
   readonly rank?: number | undefined;
   /** Free rank-1 terms of each module beside the coefficients, for what the components lack; 0 unless given. */
   readonly terms?: number | undefined;
+  /** The modules that are trained; all of the pack unless given. */
+  readonly modules?: readonly string[] | undefined;
   /** The layer that is trained whole; the one that the pack's tasks bring, unless given. `false`: none. */
   readonly head?: string | false | undefined;
   /** The model's output that holds the logits; "logits", or the only one. */
@@ -54,17 +55,20 @@ export async function createTrainer<O extends Ort>(session: EigenSession<O>, opt
   const { rank = await usualRank(session), terms = 0, head = headOf(session), init } = options;
   if (!(Number.isInteger(rank) && rank >= 1)) throw new RangeError(`rank: expected a whole number ≥ 1, got ${rank}`);
   if (!(Number.isInteger(terms) && terms >= 0)) throw new RangeError(`terms: expected a whole number ≥ 0, got ${terms}`);
+  const unknown = options.modules?.find((name) => !session.pack.modules.some((module) => module.name === name));
+  if (unknown !== undefined) throw new RangeError(`modules: the pack has no "${unknown}"`);
   const file = await readModel(source.model, source.options);
   try {
     const layers = new Layers(file.model);
     const bases = await session.pack.takeBases();
     const { pack } = session;
     const first = typeof init === "object" && options.rank === undefined && pack.tasks.has(init.task) ? await pack.load(init.task) : undefined;
-    const modules = pack.modules.map((module, index): TrainedModule => {
+    const modules = pack.modules.flatMap((module, index): TrainedModule[] => {
+      if (options.modules?.includes(module.name) === false) return [];
       const components = componentsOf(module, bases);
       const own = first?.terms.find((term) => term.module === index && term.A);
       const core = components && { rank: own?.rank ?? rank, components, mean: { A: module.A!.mean, B: module.B!.mean } };
-      return { ...layers.find(module.name, source.options.names), core, factors: core ? terms : Math.max(terms, rank) };
+      return [{ ...layers.find(module.name, source.options.names), core, factors: core ? terms : Math.max(terms, rank) }];
     });
     const heads = head === false ? [] : [layers.findHead(head, source.options.names)];
     const feeds = { probe: probeOf(source), logits: options.logits };
@@ -154,8 +158,7 @@ async function createMachine<O extends Ort>(
     },
 
     async step(batch, { parameters, weight, bias }, targets) {
-      const feeds: Record<string, OrtTensor> = {};
-      for (const [name, { type, dims, data }] of Object.entries(batch)) feeds[name] = ownTensor(ort, name, type, dims, data);
+      const feeds = toTensors(ort, batch);
       if (graph.parametersInput !== undefined) feeds[graph.parametersInput] = floats(parameters, parameters.length);
       if (head) {
         feeds[head.weight] = floats(weight, labels.length, head.in);
@@ -180,33 +183,4 @@ async function createMachine<O extends Ort>(
 
     dispose: () => inTurn(ort, () => session.release()),
   };
-}
-
-function ownTensor(ort: Ort, name: string, type: string | undefined, dims: readonly number[], data: unknown): OrtTensor {
-  if (!ArrayBuffer.isView(data) || !Array.isArray(dims)) throw new TypeError(`the input "${name}" of a batch is no tensor: expected { dims, data }`);
-  const Tensor = ort.Tensor as unknown as new (...of: unknown[]) => OrtTensor;
-  return type === undefined ? makeTensor(ort, data as Float32Array, dims) : new Tensor(type, data, dims);
-}
-
-/** One batch of several examples' feeds, joined along the first dimension. */
-function joinFeeds(all: readonly BatchFeeds[]): BatchFeeds {
-  const [first] = all;
-  if (all.length === 1) return first!;
-  const joined: Record<string, BatchFeeds[string]> = {};
-  for (const [name, { type, dims }] of Object.entries(first!)) {
-    const parts = all.map((feeds, i) => {
-      const part = feeds[name];
-      if (part && part.dims.slice(1).join() === dims.slice(1).join()) return part;
-      throw new TypeError(`the input "${name}" of example ${i} is [${part?.dims.join(", ") ?? "missing"}], another one's [${dims.join(", ")}]: pad them alike, or take batches of 1`);
-    });
-    const arrays = parts.map(({ data }) => data as Float32Array);
-    const data = new (arrays[0]!.constructor as Float32ArrayConstructor)(arrays.reduce((sum, { length }) => sum + length, 0));
-    let at = 0;
-    for (const array of arrays) {
-      data.set(array, at);
-      at += array.length;
-    }
-    joined[name] = { ...(type === undefined ? {} : { type }), dims: [parts.reduce((sum, part) => sum + part.dims[0]!, 0), ...dims.slice(1)], data };
-  }
-  return joined;
 }

@@ -12,7 +12,9 @@ export interface Example<Feeds = unknown> {
   /** Instead of a text. */
   readonly feeds?: Feeds | undefined;
   /** A label by name, or its number. */
-  readonly label: string | number;
+  readonly label?: string | number | undefined;
+  /** Instead of a label: the probability of each label, for instance another model's answer. */
+  readonly target?: ArrayLike<number> | undefined;
   /** How much it counts; 1 unless given. */
   readonly weight?: number | undefined;
 }
@@ -21,19 +23,23 @@ export interface Example<Feeds = unknown> {
 export interface Row<Feeds = unknown> {
   readonly text: string | undefined;
   readonly feeds: Feeds | undefined;
+  /** The most probable one, where there is a target. */
   readonly label: number;
+  readonly target?: ArrayLike<number> | undefined;
   readonly weight: number;
 }
 
 /**
  * @param encodes whether texts can be encoded
- * @throws RangeError for an unknown label, one label only, an empty text, a weight that is none
- * @throws TypeError for an example without text or feeds, and for texts where nothing encodes them
+ * @throws RangeError for an unknown label, probabilities that are none, one label only, an empty text, a weight that is none
+ * @throws TypeError for an example without text or feeds, or without label or target, and for texts where nothing encodes them
  */
 export function checkExamples<Feeds>(examples: readonly Example<Feeds>[], labels: readonly string[], encodes: boolean): Row<Feeds>[] {
-  const rows = examples.map(({ text, feeds, label, weight = 1 }, i): Row<Feeds> => {
+  const rows = examples.map(({ text, feeds, label, target, weight = 1 }, i): Row<Feeds> => {
     const at = `example ${i}`;
-    const number = typeof label === "number" ? label : labels.indexOf(label);
+    if ((label === undefined) === (target === undefined)) throw new TypeError(`${at}: expected a label or a target, got ${target ? "both" : "neither"}`);
+    if (target) checkTarget(target, labels.length, at);
+    const number = target ? largest(target) : typeof label === "number" ? label : labels.indexOf(label!);
     if (labels[number] === undefined) {
       const close = typeof label === "string" ? nearest(label, labels) : labels;
       throw new RangeError(`${at}: the label ${JSON.stringify(label)} is none of the trainer's; nearest: ${close.join(", ")}`);
@@ -42,14 +48,29 @@ export function checkExamples<Feeds>(examples: readonly Example<Feeds>[], labels
     if (feeds === undefined && text!.trim() === "") throw new RangeError(`${at}: its text is empty`);
     if (feeds === undefined && !encodes) throw new TypeError(`${at}: is a text, and the trainer has no \`encode\``);
     if (!(weight >= 0 && weight < Infinity)) throw new RangeError(`${at}: its weight is ${weight}, expected a number ≥ 0`);
-    return { text: feeds === undefined ? text : undefined, feeds, label: number, weight };
+    return { text: feeds === undefined ? text : undefined, feeds, label: number, target, weight };
   });
   const seen = new Set(rows.filter(({ weight }) => weight > 0).map(({ label }) => label));
-  if (seen.size < 2) {
+  // Probabilities of one label alone still tell texts apart.
+  if (seen.size < 2 && !rows.some(({ target, weight }) => target && weight > 0)) {
     const which = seen.size === 0 ? "no label" : `one label only, "${labels[[...seen][0]!]}"`;
     throw new RangeError(`the ${rows.length} examples have ${which}; two at least are needed to tell apart`);
   }
   return rows;
+}
+
+function checkTarget(target: ArrayLike<number>, labels: number, at: string): void {
+  if (target.length !== labels) throw new RangeError(`${at}: its target has ${target.length} probabilities, there are ${labels} labels`);
+  const values = Array.from(target);
+  const bad = values.find((value) => !(value >= 0 && value < Infinity));
+  if (bad !== undefined) throw new RangeError(`${at}: its target has the probability ${bad}, expected numbers ≥ 0`);
+  const sum = values.reduce((a, b) => a + b, 0);
+  if (Math.abs(sum - 1) > 1e-3) throw new RangeError(`${at}: the probabilities of its target sum to ${sum}, expected 1`);
+}
+
+function largest(values: ArrayLike<number>): number {
+  const all = Array.from(values);
+  return all.indexOf(Math.max(...all));
 }
 
 /**
@@ -74,13 +95,15 @@ export function holdBack<T extends { label: number }>(rows: readonly T[], share:
  * Targets [rows, labels] of a batch: rows sum to their weight, of which `smoothing` is spread over all labels. Weights are
  * relative: those of a batch have the mean 1.
  */
-export function targetsOf(rows: readonly Pick<Row, "label" | "weight">[], labels: number, smoothing: number): Float32Array<ArrayBuffer> {
+export function targetsOf(rows: readonly Pick<Row, "label" | "target" | "weight">[], labels: number, smoothing: number): Float32Array<ArrayBuffer> {
   const targets = new Float32Array(rows.length * labels);
   const mean = rows.reduce((sum, { weight }) => sum + weight, 0) / rows.length || 1;
-  for (const [i, { label, weight }] of rows.entries()) {
+  for (const [i, { label, target, weight }] of rows.entries()) {
     const all = weight / mean;
-    targets.fill((all * smoothing) / labels, i * labels, (i + 1) * labels);
-    targets[i * labels + label]! += all * (1 - smoothing);
+    for (let c = 0; c < labels; c++) {
+      const wanted = target ? target[c]! : Number(c === label);
+      targets[i * labels + c] = all * (smoothing / labels + (1 - smoothing) * wanted);
+    }
   }
   return targets;
 }

@@ -2,7 +2,7 @@
  * What was learned, as a task file (SPEC.md, section 7): coefficients over the pack's components, free terms, the head.
  */
 import type { TaskMetadata } from "../adapters/adapter.ts";
-import type { TensorType } from "../dtypes.ts";
+import { isQuantized, type TensorType } from "../dtypes.ts";
 import { encodeTask, encodeTaskFile, type ParameterInput, type TermInput } from "../pack/encode.ts";
 import { encodeTensor } from "../encode.ts";
 import { parseTask } from "../pack/task.ts";
@@ -17,15 +17,20 @@ export interface Learned {
   readonly head: { readonly module: string; readonly in: number; readonly weight: Float32Array; readonly bias: Float32Array } | undefined;
 }
 
+/** Number formats: of coefficients and free terms, and of the head, whose bias is f16 where its weight is integers. */
+export interface Dtypes {
+  readonly coefficients: TensorType;
+  readonly head: TensorType;
+}
+
 /**
- * @param types of the coefficients and free terms, and of the head
  * @throws FormatError when a value does not fit its type
  */
 export function taskFile(
   pack: Pack,
   id: string,
   { parameters, layout, head }: Learned,
-  types: { coefficients: TensorType; head: TensorType },
+  types: Dtypes,
   metadata: TaskMetadata,
 ): Uint8Array<ArrayBuffer> {
   const terms: TermInput[] = [];
@@ -59,8 +64,10 @@ export function taskFile(
 
 function headParameters({ module, in: inputs, weight, bias }: NonNullable<Learned["head"]>, type: TensorType): ParameterInput[] {
   const labels = bias.length;
+  // One scale for a whole bias would be coarse and save nothing.
+  const biasType = isQuantized(type) ? "f16" : type;
   return [
     { name: `${module}.weight`, role: "saved", shape: [labels, inputs], type, encoded: encodeTensor(type, weight, labels, inputs) },
-    { name: `${module}.bias`, role: "saved", shape: [labels], type, encoded: encodeTensor(type, bias, 1, labels) },
+    { name: `${module}.bias`, role: "saved", shape: [labels], type: biasType, encoded: encodeTensor(biasType, bias, 1, labels) },
   ];
 }

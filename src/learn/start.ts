@@ -5,7 +5,7 @@
  */
 import { decodeTensor } from "../dtypes.ts";
 import { TaskError } from "../errors.ts";
-import type { Coefficients, TaskBlob } from "../pack/format.ts";
+import type { Coefficients, TaskBlob, TensorRef } from "../pack/format.ts";
 import type { Pack } from "../pack/pack.ts";
 import { normal } from "./random.ts";
 import type { TrainedParameter } from "./targets.ts";
@@ -19,6 +19,12 @@ const MOST_DONORS = 64;
 /** Deviation of factors that begin free, and of heads: as PyTorch's. */
 const SMALL = 0.02;
 
+/** Weight [labels, in] and bias [labels]. */
+export interface Head {
+  readonly weight: Float32Array<ArrayBuffer>;
+  readonly bias: Float32Array<ArrayBuffer>;
+}
+
 interface Moments {
   /** By row and column: sums of the tasks' coefficients. */
   readonly sums: Float64Array;
@@ -27,6 +33,12 @@ interface Moments {
   readonly squares: Float64Array;
   count: number;
   tasks: number;
+}
+
+/** A task to start from. */
+export interface Donor {
+  readonly id: string;
+  readonly blob: TaskBlob;
 }
 
 /** Coefficients of the pack's tasks, for the parameters of a training graph. */
@@ -75,34 +87,28 @@ export class Donors {
     const term = blob.terms.find((one) => one.module === index);
     const side: Coefficients | undefined = kind === "alphaA" ? term?.A : term?.B;
     if (!side || side.tensor.width !== dims[1]) return undefined;
-    const { type, rows, width, byteOffset, byteLength } = side.tensor;
-    return { values: decodeTensor(type, blob.bytes.subarray(byteOffset, byteOffset + byteLength), rows, width), rows };
+    return { values: valuesOf(blob, side.tensor), rows: side.tensor.rows };
   }
 
   /**
    * Writes the start of all parameters.
-   * @throws TaskError when the task to start from is not in the pack, or of another rank
+   * @throws TaskError when the task to start from is of another rank
    */
-  async fill(start: Exclude<Start, "auto">, out: Float32Array, random: () => number): Promise<void> {
-    const blob = typeof start === "object" ? await this.#taskOf(start.task) : undefined;
+  fill(start: "mean" | "random" | Donor, out: Float32Array, random: () => number): void {
+    const donor = typeof start === "object" ? start : undefined;
     for (const parameter of this.#parameters) {
       const { kind, dims, offset } = parameter;
       const values = out.subarray(offset, offset + dims[0] * dims[1]);
-      const own = blob && this.#coefficients(blob, parameter);
+      const own = donor && this.#coefficients(donor.blob, parameter);
       if (own && own.rows !== dims[0]) {
-        const task = (start as { task: string }).task;
-        throw new TaskError(`task "${task}" has rank ${own.rows} on "${parameter.module}", the trainer ${dims[0]}: leave \`rank\` out`, { task });
+        const { id } = donor;
+        throw new TaskError(`task "${id}" has rank ${own.rows} on "${parameter.module}", the trainer ${dims[0]}: leave \`rank\` out`, { task: id });
       }
       if (own) values.set(own.values);
       else if (kind === "A") for (let i = 0; i < values.length; i++) values[i] = SMALL * normal(random);
       else if (kind === "B") values.fill(0);
       else this.#begin(parameter, start === "mean" ? "mean" : "random", values, random);
     }
-  }
-
-  async #taskOf(id: string): Promise<TaskBlob> {
-    if (!this.#pack.tasks.has(id)) throw new TaskError(`there is no task "${id}" to start from`, { task: id });
-    return this.#pack.load(id);
   }
 
   #begin(parameter: TrainedParameter, start: "mean" | "random", values: Float32Array, random: () => number): void {
@@ -120,7 +126,22 @@ export class Donors {
   }
 }
 
-/** Weight [labels, in] and bias [labels] of a new head. */
-export function newHead(labels: number, inputs: number, random: () => number): { weight: Float32Array<ArrayBuffer>; bias: Float32Array<ArrayBuffer> } {
+/** A tensor of a task as numbers. */
+function valuesOf({ bytes }: TaskBlob, { type, rows, width, byteOffset, byteLength }: TensorRef): Float32Array<ArrayBuffer> {
+  return new Float32Array(decodeTensor(type, bytes.subarray(byteOffset, byteOffset + byteLength), rows, width));
+}
+
+/** The head that a task brings, where it has the shape asked for. */
+export function headOf(blob: TaskBlob, module: string, labels: number, inputs: number): Head | undefined {
+  const of = (name: string, shape: readonly number[]): Float32Array<ArrayBuffer> | undefined => {
+    const found = blob.parameters.find((one) => one.role === "saved" && one.name === `${module}.${name}` && one.shape.join() === shape.join());
+    return found && valuesOf(blob, found.tensor);
+  };
+  const weight = of("weight", [labels, inputs]);
+  return weight && { weight, bias: of("bias", [labels]) ?? new Float32Array(labels) };
+}
+
+/** A new head. */
+export function newHead(labels: number, inputs: number, random: () => number): Head {
   return { weight: Float32Array.from({ length: labels * inputs }, () => SMALL * normal(random)), bias: new Float32Array(labels) };
 }

@@ -2,15 +2,17 @@
  * The training loop: batches in, steps of AdamW, the best state kept. It knows parameters and examples; the model, and how a
  * batch becomes numbers, are the machine's that it is given.
  */
-import { BackendError, type EigenLoraError } from "../errors.ts";
+import { BackendError, TaskError, type EigenLoraError } from "../errors.ts";
 import type { TaskMetadata } from "../adapters/adapter.ts";
 import type { TensorType } from "../dtypes.ts";
 import type { Pack } from "../pack/pack.ts";
-import { AdamW, type AdamWOptions } from "./adamw.ts";
+import { parseTask } from "../pack/task.ts";
+import { parseTaskFile } from "../pack/task-file.ts";
+import { AdamW, type AdamWOptions, type StepReport } from "./adamw.ts";
 import { checkExamples, holdBack, targetsOf, type Example, type Row } from "./examples.ts";
 import { normal, shuffle, uniform } from "./random.ts";
-import { taskFile } from "./result.ts";
-import { Donors, newHead, type Start } from "./start.ts";
+import { taskFile, type Dtypes } from "./result.ts";
+import { Donors, headOf, newHead, type Donor, type Start } from "./start.ts";
 import type { TrainedParameter } from "./targets.ts";
 
 /** All numbers that are trained: parameters of terms in one, weight [labels, in] and bias [labels] of the head. */
@@ -54,11 +56,13 @@ export interface TrainerOptions {
 export interface FitOptions {
   /** Passes over the examples; 8 unless given. */
   readonly epochs?: number | undefined;
+  /** Steps in all, instead of whole passes. */
+  readonly steps?: number | undefined;
   /** Examples of a step; 16 unless given. */
   readonly batch?: number | undefined;
   /** Share of each label's examples that is held back to judge each epoch; then the best epoch is kept. 0 unless given. */
   readonly validation?: number | undefined;
-  /** Learning rates of terms and head; 0.02 each unless given. */
+  /** Learning rates of terms and head; 0.02 each unless given. 0: it stays as it is. */
   readonly rates?: { readonly terms?: number; readonly head?: number } | undefined;
   /** Weight decay of both; 0 unless given. */
   readonly weightDecay?: number | undefined;
@@ -133,6 +137,7 @@ export class Trainer<Feeds = unknown> {
   async *fit(examples: readonly Example<Feeds>[], options: FitOptions = {}): AsyncGenerator<TrainingStep, void, void> {
     const { epochs = 8, batch = 16, validation = 0, smoothing = 0, signal } = options;
     whole("epochs", epochs);
+    if (options.steps !== undefined) whole("steps", options.steps);
     whole("batch", batch);
     share("validation", validation);
     share("smoothing", smoothing);
@@ -141,7 +146,7 @@ export class Trainer<Feeds = unknown> {
     this.#busy = true;
     try {
       const { train, held } = holdBack(rows, validation, this.#random);
-      const steps = epochs * Math.ceil(train.length / batch);
+      const steps = options.steps ?? epochs * Math.ceil(train.length / batch);
       const state = (this.#state ??= await this.#start(train, batch, options));
       if (!this.#tested) await this.#test(train.slice(0, batch), state, smoothing);
       this.#tested = true;
@@ -151,22 +156,22 @@ export class Trainer<Feeds = unknown> {
       let best: { loss: number; state: State } | undefined;
       /** The last state whose loss was one. */
       let good = copy(state);
-      for (let epoch = 1; epoch <= epochs; epoch++) {
+      for (let epoch = 1; step < steps; epoch++) {
         const order = shuffle([...train], this.#random);
-        for (let at = 0; at < order.length; at += batch) {
+        for (let at = 0; at < order.length && step < steps; at += batch) {
           signal?.throwIfAborted();
           const some = order.slice(at, at + batch);
           const { loss, gradients } = await this.#machine.step(await this.#machine.batch(some), state, targetsOf(some, this.labels.length, smoothing));
           first ??= loss;
           const exploded = !(loss <= EXPLODED * (1 + first));
           if (!exploded) good = copy(state);
-          const { norm, applied } = exploded ? { norm: NaN, applied: false } : optimizer.step([gradients.parameters, gradients.weight, gradients.bias]);
+          const { norm, applied } = exploded ? { norm: NaN, applied: false } : optimizer.step(gradients);
           if (!applied || !finite(state)) {
             assign(state, best?.state ?? good);
             throw stopped(`step ${step + 1}: the loss is ${loss}, it was ${first} at first: training has gone astray. Take smaller rates`);
           }
           step++;
-          const judged = held.length > 0 && at + batch >= order.length ? await this.#judge(held, batch, state) : undefined;
+          const judged = held.length > 0 && (at + batch >= order.length || step === steps) ? await this.#judge(held, batch, state) : undefined;
           if (judged && judged.loss < (best?.loss ?? Infinity)) best = { loss: judged.loss, state: copy(state) };
           yield { step, steps, epoch, loss, norm, ...(judged ? { validation: judged } : {}) };
         }
@@ -177,14 +182,52 @@ export class Trainer<Feeds = unknown> {
     }
   }
 
-  #optimizer(state: State, steps: number, { rates = {}, weightDecay = 0, clip = 1, warmup = Math.floor(steps / 10), decay }: FitOptions): AdamW {
+  #optimizer(
+    state: State,
+    steps: number,
+    { rates = {}, weightDecay = 0, clip = 1, warmup = Math.floor(steps / 10), decay }: FitOptions,
+  ): { step(gradients: State): StepReport } {
     const { terms = 0.02, head = 0.02 } = rates;
     const groups = [
-      { values: state.parameters, rate: terms, weightDecay },
-      { values: state.weight, rate: head, weightDecay },
-      { values: state.bias, rate: head },
-    ];
-    return new AdamW(groups, { steps, clip, warmup, decay });
+      { part: "parameters", rate: terms, weightDecay },
+      { part: "weight", rate: head, weightDecay },
+      { part: "bias", rate: head, weightDecay: 0 },
+      // What is not trained has no say in the clipping.
+    ].filter(({ rate }) => rate !== 0) as { part: keyof State; rate: number; weightDecay: number }[];
+    const optimizer = new AdamW(groups.map(({ part, ...group }) => ({ values: state[part], ...group })), { steps, clip, warmup, decay });
+    return { step: (gradients) => optimizer.step(groups.map(({ part }) => gradients[part])) };
+  }
+
+  /**
+   * Begins again as a task is, its head too where that has as many labels; what was learned is dropped.
+   * @param task of the pack, or a task file made for it
+   * @throws TaskError when there is no such task, or it is of another rank or basis
+   * @throws FormatError when the file is damaged
+   */
+  async begin(task: string | Uint8Array<ArrayBuffer>): Promise<void> {
+    if (this.#busy) throw new TypeError("begin: this trainer is at work; wait for its end");
+    const donors = await Donors.of(this.#pack, this.#machine.layout);
+    this.#state = this.#from(donors, typeof task === "string" ? await this.#taskOf(task) : this.#read(task));
+  }
+
+  async #taskOf(id: string): Promise<Donor> {
+    if (!this.#pack.tasks.has(id)) throw new TaskError(`there is no task "${id}" to start from`, { task: id });
+    return { id, blob: await this.#pack.load(id) };
+  }
+
+  #read(file: Uint8Array<ArrayBuffer>): Donor {
+    const { id, basisId, blob } = parseTaskFile(file, "the task to begin with");
+    if (basisId !== this.#pack.basisId) throw new TaskError(`task "${id}" belongs to the basis ${basisId}, this pack has ${this.#pack.basisId}`, { task: id });
+    return { id, blob: parseTask(blob, this.#pack.modules, "the task to begin with", id) };
+  }
+
+  #from(donors: Donors, start: "mean" | "random" | Donor): State {
+    const { head } = this.#machine;
+    const parameters = new Float32Array(this.size.terms);
+    donors.fill(start, parameters, this.#random);
+    const [labels, inputs] = [head ? this.labels.length : 0, head?.in ?? 0];
+    const brought = typeof start === "object" && head ? headOf(start.blob, head.module, labels, inputs) : undefined;
+    return { parameters, ...(brought ?? newHead(labels, inputs, this.#random)) };
   }
 
   /** Probabilities [labels] of each text or feed, as the task is now. */
@@ -215,18 +258,14 @@ export class Trainer<Feeds = unknown> {
 
   /** A state to begin from; "auto" takes a few steps from each start and keeps the one whose loss is smaller. */
   async #start(train: readonly Row<Feeds>[], batch: number, options: FitOptions): Promise<State> {
-    const { layout, head } = this.#machine;
+    const { layout } = this.#machine;
     const donors = await Donors.of(this.#pack, layout, options.signal);
-    const make = async (start: Exclude<Start, "auto">): Promise<State> => {
-      const parameters = new Float32Array(this.size.terms);
-      await donors.fill(start, parameters, this.#random);
-      return { parameters, ...newHead(head ? this.labels.length : 0, head?.in ?? 0, this.#random) };
-    };
-    if (this.#init !== "auto") return make(this.#init);
-    if (this.#pack.tasks.size === 0 || !layout.some(({ kind }) => kind === "alphaA")) return make("random");
+    const init = this.#init;
+    if (init !== "auto") return this.#from(donors, typeof init === "object" ? await this.#taskOf(init.task) : init);
+    if (this.#pack.tasks.size === 0 || !layout.some(({ kind }) => kind === "alphaA")) return this.#from(donors, "random");
     let best: { loss: number; state: State } | undefined;
     for (const start of ["mean", "random"] as const) {
-      const state = await make(start);
+      const state = this.#from(donors, start);
       const trial = copy(state);
       const optimizer = this.#optimizer(trial, TRIAL_STEPS, { ...options, warmup: 0, decay: "none" });
       let loss = Infinity;
@@ -235,11 +274,11 @@ export class Trainer<Feeds = unknown> {
         const rows = Array.from({ length: Math.min(batch, train.length) }, (_, at) => train[(i * batch + at) % train.length]!);
         const made = await this.#machine.step(await this.#machine.batch(rows), trial, targetsOf(rows, this.labels.length, 0));
         loss = made.loss;
-        optimizer.step([made.gradients.parameters, made.gradients.weight, made.gradients.bias]);
+        optimizer.step(made.gradients);
       }
       if (loss < (best?.loss ?? Infinity)) best = { loss, state };
     }
-    return best?.state ?? make("random");
+    return best?.state ?? this.#from(donors, "random");
   }
 
   /**
@@ -275,14 +314,16 @@ export class Trainer<Feeds = unknown> {
 
   /**
    * The task as a file of its own: a few kilobytes, for `session.addTask`, `pack.addTask`, or to be sent.
-   * @param options `dtype` of coefficients and head, f16 unless given; `metadata` beside the labels, for instance a licence
+   * @param options `dtype` of coefficients and head, in one or apart, f16 unless given; `metadata` beside the labels, for
+   *   instance a licence
    */
-  async task(options: { id?: string; dtype?: TensorType; metadata?: TaskMetadata } = {}): Promise<Uint8Array<ArrayBuffer>> {
+  async task(options: { id?: string; dtype?: TensorType | Dtypes; metadata?: TaskMetadata } = {}): Promise<Uint8Array<ArrayBuffer>> {
     const { id = "task", dtype = "f16", metadata = {} } = options;
     const { parameters, weight, bias } = this.#learned();
     const { layout, head } = this.#machine;
     const learned = { parameters, layout, head: head && { ...head, weight, bias } };
-    return taskFile(this.#pack, id, learned, { coefficients: dtype, head: dtype }, { labels: [...this.labels], ...metadata });
+    const types = typeof dtype === "object" ? dtype : { coefficients: dtype, head: dtype };
+    return taskFile(this.#pack, id, learned, types, { labels: [...this.labels], ...metadata });
   }
 
   #learned(): State {

@@ -1,0 +1,207 @@
+/**
+ * `eigenlora/distill`: what projecting an adapter onto a pack's components lost, won back by training the task's coefficients
+ * until the pack answers plain text as the adapter itself does. No labels are needed. Not for run-time bundles: the adapter
+ * runs as a pack of its own, which is built here.
+ */
+import type { Adapter } from "../src/adapters/adapter.ts";
+import { TaskError } from "../src/errors.ts";
+import type { Example } from "../src/learn/examples.ts";
+import { shuffle, uniform } from "../src/learn/random.ts";
+import type { FitOptions, Trainer, TrainingStep } from "../src/learn/trainer.ts";
+import { buildPack } from "../src/pack/build.ts";
+import { encodeTaskFile } from "../src/pack/encode.ts";
+import type { TaskBlob } from "../src/pack/format.ts";
+import { openPack, type Pack, type TaskInfo } from "../src/pack/pack.ts";
+import { parseTaskFile } from "../src/pack/task-file.ts";
+import { createTrainer } from "./learn.ts";
+import { createEigenSession, type EigenSession } from "./onnxruntime.ts";
+import type { Ort, OrtTensor } from "./ort.ts";
+import { toTensors, type BatchFeeds } from "./ort-batch.ts";
+
+export type { BatchFeeds } from "./ort-batch.ts";
+
+export interface DistillOptions extends Pick<FitOptions, "batch" | "rates" | "weightDecay" | "clip" | "warmup" | "decay" | "signal"> {
+  /** The adapter whose answers count, as the readers of `eigenlora/build` give it. Stays open. */
+  readonly adapter: Adapter;
+  /** The task that was made of it; the one of its id unless given. */
+  readonly task?: string | undefined;
+  /** Plain text of the kind that the task is asked about, 8 lines at least, better some hundreds. */
+  readonly texts?: readonly string[] | undefined;
+  /** Texts as the model's inputs, one row each: a tokenizer. */
+  readonly encode?: ((texts: string[]) => BatchFeeds | Promise<BatchFeeds>) | undefined;
+  /** Instead of texts: the model's inputs of each, batches of one. */
+  readonly feeds?: readonly BatchFeeds[] | undefined;
+  /** 60 unless given. */
+  readonly steps?: number | undefined;
+  /** Share of the texts that nothing is learned from, to judge by; a quarter unless given. */
+  readonly held?: number | undefined;
+  readonly seed?: number | undefined;
+  /** Called after each step. */
+  readonly onStep?: ((step: TrainingStep) => void) | undefined;
+}
+
+/** A task after distilling. */
+export interface Distilled {
+  readonly id: string;
+  /** Task file with the better coefficients, of the number formats that the task had. */
+  readonly file: Uint8Array<ArrayBuffer>;
+  /** Mean KL(adapter ‖ pack) in nats on the texts held back, of tasks as they are stored. */
+  readonly divergenceBefore: number;
+  readonly divergenceAfter: number;
+  readonly steps: number;
+  /** Which coefficients the file has: those that came, or those that were trained. */
+  readonly kept: "projected" | "distilled";
+}
+
+const LEAST_TEXTS = 8;
+
+/**
+ * Distils one task of a session's pack. The session's task and its pack stay as they are. Rates are 0.01 for coefficients and 0
+ * for the head, which stays the adapter's own, unless given. While the adapter answers, the model's weights are in memory twice,
+ * and again while coefficients are trained.
+ * @param session made with `trainable: true`
+ * @throws TaskError when the task is not in the pack, brings what cannot be trained, or has other labels than the adapter
+ * @throws RangeError, TypeError for too few texts, and as `createTrainer` and `Trainer.fit`
+ * @example
+ * const { file, kept, divergenceBefore, divergenceAfter } = await distill(session, { adapter, texts, encode });
+ * await session.addTask(`${adapter.id}, distilled`, file);
+ */
+export async function distill<O extends Ort>(session: EigenSession<O>, options: DistillOptions): Promise<Distilled> {
+  const { adapter, task: id = adapter.id, steps = 60, batch = 32, held = 0.25, seed = 0, rates, signal } = options;
+  if (!session.trainable) throw new TypeError("distill: this session cannot be trained; create it with trainable: true");
+  const rows = inputsOf(options);
+  if (!(held > 0 && held < 1)) throw new RangeError(`distill: held must be a share between 0 and 1, got ${held}`);
+  if (!(Number.isInteger(batch) && batch >= 1)) throw new RangeError(`distill: batch must be a whole number ≥ 1, got ${batch}`);
+  const { pack } = session;
+  const blob = await pack.load(id, { signal });
+  const info = pack.tasks.get(id)!;
+  const head = trainableHead(pack, id, blob);
+  const answers = await askAdapter(session, adapter, rows, batch, options);
+  if (head && head.labels !== answers[0]!.length) {
+    throw new TaskError(`task "${id}" has ${head.labels} labels, ${adapter.file} ${answers[0]!.length}: it was not made of this adapter`, { task: id });
+  }
+  const labels = Array.from(answers[0]!, (_, i) => String(i));
+  const examples = rows.map((row, i): Example<BatchFeeds> => ({ ...row, target: answers[i] }));
+  shuffle(examples, uniform(seed));
+  const count = Math.min(Math.max(2, Math.round(held * examples.length)), examples.length - 2);
+  const [judges, train] = [examples.slice(0, count), examples.slice(count)];
+
+  const modules = blob.terms.filter(({ A }) => A).map(({ module }) => pack.modules[module]!.name);
+  const trainer = await createTrainer(session, { labels, init: { task: id }, modules, head: head?.module ?? false, encode: options.encode, seed });
+  try {
+    await trainer.begin(id);
+    const divergenceBefore = await divergence(trainer, judges, batch);
+    const fit = { ...options, steps, batch, rates: { terms: 0.01, head: 0, ...rates } };
+    for await (const step of trainer.fit(train, fit)) options.onStep?.(step);
+    const coefficients = blob.terms.find(({ A }) => A)!.A!.tensor.type;
+    const dtype = { coefficients, head: blob.parameters.find(({ shape }) => shape.length > 1)?.tensor.type ?? coefficients };
+    const trained = await trainer.task({ id, dtype });
+    // As it is stored, since number formats of few bits may cost more than training gains.
+    await trainer.begin(trained);
+    const divergenceAfter = await divergence(trainer, judges, batch);
+    const better = divergenceAfter < divergenceBefore;
+    const file = toFile(pack, info, better ? parseTaskFile(trained, "the distilled task").blob : blob.bytes);
+    return { id, file, divergenceBefore, divergenceAfter, steps, kept: better ? "distilled" : "projected" };
+  } finally {
+    await trainer.dispose();
+  }
+}
+
+/** What each text is, as examples without answers. */
+function inputsOf({ texts, feeds, encode }: DistillOptions): Pick<Example<BatchFeeds>, "text" | "feeds">[] {
+  if ((texts === undefined) === (feeds === undefined)) throw new TypeError("distill: expected texts or feeds, one of them");
+  if (texts && !encode) throw new TypeError("distill: texts need `encode`, a tokenizer");
+  const rows = texts?.map((text) => ({ text })) ?? feeds!.map((own) => ({ feeds: own }));
+  if (rows.length < LEAST_TEXTS) throw new RangeError(`distill: ${rows.length} texts; ${LEAST_TEXTS} at least are needed, some hundreds to gain by`);
+  const empty = texts?.findIndex((text) => text.trim() === "") ?? -1;
+  if (empty >= 0) throw new RangeError(`distill: text ${empty} is empty`);
+  return rows;
+}
+
+/**
+ * The head that the task brings.
+ * @throws TaskError when training would leave out some of what the task does
+ */
+function trainableHead(pack: Pack, id: string, { terms, parameters }: TaskBlob): { module: string; labels: number } | undefined {
+  const refuse = (why: string): TaskError => new TaskError(`task "${id}" cannot be distilled: ${why}`, { task: id });
+  if (!terms.some(({ A }) => A)) throw refuse("it has no coefficients");
+  for (const { module, A, B, magnitude, q } of terms) {
+    const { name, A: basisA, B: basisB } = pack.modules[module]!;
+    if (magnitude) throw refuse(`it brings a DoRA magnitude of "${name}"`);
+    if (q > 0) throw refuse(`it has terms of its own on "${name}"`);
+    if (!A || !B) continue;
+    if (A.mean !== basisA?.mean || B.mean !== basisB?.mean) throw refuse(`it leaves out the mean of "${name}"`);
+    if (basisA.kind !== "column" || basisB.kind !== "column") throw refuse(`"${name}" has no column basis`);
+  }
+  if (parameters.length === 0) return undefined;
+  const weight = parameters.find(({ name, role, shape }) => role === "saved" && shape.length === 2 && name.endsWith(".weight"));
+  const module = weight?.name.slice(0, -".weight".length);
+  const other = parameters.find((one) => one !== weight && !(one.role === "saved" && one.name === `${module}.bias`));
+  if (!weight || other) throw refuse(`it brings "${(other ?? parameters[0]!).name}" (${(other ?? parameters[0]!).role}), only one head can be trained`);
+  if (parameters.length < 2) throw refuse(`its head "${module}" has no bias`);
+  return { module: module!, labels: weight.shape[0]! };
+}
+
+/** Probabilities that the adapter itself gives, by text. */
+async function askAdapter<O extends Ort>(
+  { trainable, outputNames }: EigenSession<O>,
+  adapter: Adapter,
+  rows: readonly Pick<Example<BatchFeeds>, "text" | "feeds">[],
+  batch: number,
+  { encode, signal }: DistillOptions,
+): Promise<Float32Array[]> {
+  const { ort, model, options } = trainable!;
+  const types = { basis: "f32", coefficients: "f32", head: "f32" } as const;
+  const { chunks } = await buildPack([adapter], { select: { kind: "energy", share: 1 }, types, ...(signal ? { signal } : {}) });
+  const pack = await openPack(new Blob(chunks as BlobPart[]));
+  const teacher = await createEigenSession(ort, model, pack, { ...options, mode: "auto", trainable: undefined });
+  try {
+    await teacher.switchTask(adapter.id);
+    const output = outputNames.includes("logits") ? "logits" : outputNames[0]!;
+    const answers: Float32Array[] = [];
+    // Feeds may be of several lengths.
+    const size = rows[0]!.feeds ? 1 : batch;
+    for (let at = 0; at < rows.length; at += size) {
+      signal?.throwIfAborted();
+      const some = rows.slice(at, at + size);
+      const feeds = some[0]!.feeds ?? (await encode!(some.map(({ text }) => text!)));
+      const logits = ((await teacher.run(toTensors(ort, feeds) as never)) as unknown as Record<string, OrtTensor>)[output]!;
+      const [found, labels = 0] = logits.dims;
+      if (logits.dims.length !== 2 || found !== some.length || labels < 2) {
+        const shape = `[${logits.dims.join(", ")}]`;
+        throw new TypeError(`distill: the output "${output}" is ${shape} for ${some.length} texts, expected [${some.length}, labels]`);
+      }
+      const values = Float32Array.from((await (logits.getData?.() ?? logits.data)) as ArrayLike<number>);
+      some.forEach((_, i) => answers.push(softmax(values.subarray(i * labels, (i + 1) * labels))));
+    }
+    return answers;
+  } finally {
+    await teacher.release();
+    await pack.close();
+  }
+}
+
+function softmax(logits: Float32Array): Float32Array {
+  const top = Math.max(...logits);
+  const powers = logits.map((value) => Math.exp(value - top));
+  const total = powers.reduce((a, b) => a + b, 0);
+  return powers.map((value) => value / total);
+}
+
+/** The smallest normal f32, in place of probabilities that are too small for one. */
+const TINY = 2 ** -126;
+
+/** Mean KL(targets ‖ trainer's answers), in nats. */
+async function divergence(trainer: Trainer<BatchFeeds>, examples: readonly Example<BatchFeeds>[], batch: number): Promise<number> {
+  const answers = await trainer.predict(examples, { batch: examples[0]!.feeds ? 1 : batch });
+  let sum = 0;
+  for (const [i, { target }] of examples.entries()) {
+    for (const [c, p] of Array.from(target!).entries()) if (p > 0) sum += p * Math.log(p / Math.max(answers[i]![c]!, TINY));
+  }
+  return sum / examples.length;
+}
+
+/** Under the entry that the task has in the pack. */
+function toFile({ basisId }: Pack, { id, adapterBytes, metadata, brings }: TaskInfo, blob: Uint8Array): Uint8Array<ArrayBuffer> {
+  return encodeTaskFile({ id, adapterBytes, metadata, brings }, Uint8Array.from(basisId.match(/../g)!, (byte) => parseInt(byte, 16)), blob);
+}
