@@ -17,7 +17,7 @@ const K = Number(option("k") ?? 8);
 const TASKS = Number(option("tasks") ?? 8);
 const TEXTS = Number(option("texts") ?? 512);
 const STEPS = Number(option("steps") ?? 60);
-const RATE = Number(option("rate") ?? 0.01);
+const RATE = Number(option("rate") ?? 0.02);
 const MOST_ROWS = 240;
 
 const adapters = await readAdapters([data("adapters/own-seed")]);

@@ -56,7 +56,7 @@ export interface Distilled {
 const LEAST_TEXTS = 8;
 
 /**
- * Distils one task of a session's pack. The session's task and its pack stay as they are. Rates are 0.01 for coefficients and 0
+ * Distils one task of a session's pack. The session's task and its pack stay as they are. Rates are 0.02 for coefficients and 0
  * for the head, which stays the adapter's own, unless given. While the adapter answers, the model's weights are in memory twice,
  * and again while coefficients are trained.
  * @param session made with `trainable: true`
@@ -91,7 +91,7 @@ export async function distill<O extends Ort>(session: EigenSession<O>, options: 
   try {
     await trainer.begin(id);
     const divergenceBefore = await divergence(trainer, judges, batch);
-    const fit = { ...options, steps, batch, rates: { terms: 0.01, head: 0, ...rates } };
+    const fit = { ...options, steps, batch, rates: { head: 0, ...rates } };
     for await (const step of trainer.fit(train, fit)) options.onStep?.(step);
     const coefficients = blob.terms.find(({ A }) => A)!.A!.tensor.type;
     const dtype = { coefficients, head: blob.parameters.find(({ shape }) => shape.length > 1)?.tensor.type ?? coefficients };

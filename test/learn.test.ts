@@ -116,6 +116,14 @@ t.test("examples that cannot be learned from are refused before anything runs", 
   await t.rejects(fit([{ text: "a", label: 0 }]), { name: "TypeError", message: /no `encode`/ });
   await t.rejects(fit([{ label: 0 }]), { name: "TypeError", message: /neither text nor feeds/ });
   await t.rejects(fit([{ ...known[0]!, weight: NaN }]), { message: /example 0: its weight is NaN/ });
+  const soft = (target: number[]): Example<BatchFeeds>[] => [...known, { feeds: known[0]!.feeds, target }];
+  await t.rejects(fit(soft([0.5, 0.5])), { name: "RangeError", message: /example 8: its target has 2 probabilities, there are 3 labels/ });
+  await t.rejects(fit(soft([0.5, 0.4, 0])), { name: "RangeError", message: /example 8: the probabilities of its target sum to 0.9/ });
+  await t.rejects(fit(soft([1.5, -0.5, 0])), { name: "RangeError", message: /example 8: its target has the probability -0.5/ });
+  await t.rejects(fit(soft([NaN, 0.5, 0.5])), { name: "RangeError", message: /example 8: its target has the probability NaN/ });
+  await t.rejects(fit([...known, { ...known[0]!, target: [1, 0, 0] }]), { name: "TypeError", message: /example 8: expected a label or a target, got both/ });
+  await t.rejects(fit([{ feeds: known[0]!.feeds }]), { name: "TypeError", message: /example 0: expected a label or a target, got neither/ });
+  await t.rejects(fit(known, { steps: 1.5 }), { name: "RangeError", message: /steps/ });
   await t.rejects(fit(known, { epochs: 0 }), { name: "RangeError", message: /epochs/ });
   await t.rejects(fit(known, { validation: 1 }), { name: "RangeError", message: /validation/ });
   const short = { ...known[0]!, feeds: { ...known[0]!.feeds!, input_ids: new NODE.Tensor("int64", new BigInt64Array(2), [1, 2]) as never } };
@@ -127,6 +135,57 @@ t.test("examples that cannot be learned from are refused before anything runs", 
   const plain = await tiny(NODE, { trainable: false });
   t.teardown(() => plain.release());
   await t.rejects(createTrainer(plain, { labels: LABELS }), { name: "TypeError", message: /trainable: true/ });
+});
+
+t.test("a task's head is a start too; what has a rate of 0 stays; steps end a fit; a task file can be gone on with", async (t) => {
+  const session = await tiny(NODE);
+  t.teardown(() => session.release());
+  const labels = ["a", "b", "c"];
+  const trainer = await createTrainer(session, { labels, init: { task: "three" } });
+  t.teardown(() => trainer.dispose());
+  const known = examples(NODE, session, 24, 6);
+  await session.switchTask("three");
+  const logits = await outputOf(session, known[0]!.feeds as never);
+  const exps = [...logits].map(Math.exp);
+  const own = exps.map((value) => value / exps.reduce((a, b) => a + b));
+  await trainer.begin("three");
+  t.ok(difference((await trainer.predict(known.slice(0, 1)))[0]!, own) < 1e-5, "it answers as the task does");
+  const steps: number[] = [];
+  for await (const { step, steps: all } of trainer.fit(known, { steps: 5, batch: 8, rates: { head: 0 } })) steps.push(step, all);
+  t.same(steps, [1, 5, 2, 5, 3, 5, 4, 5, 5, 5]);
+  const file = await trainer.task({ dtype: { coefficients: "f32", head: "f32" } });
+  await session.addTask("mine", file);
+  const head = async (id: string): Promise<string> => {
+    const { parameters, bytes } = await session.pack.load(id);
+    return parameters.map(({ tensor: { byteOffset, byteLength } }) => Buffer.from(bytes.subarray(byteOffset, byteOffset + byteLength)).toString("hex")).sort().join();
+  };
+  t.equal(await head("mine"), await head("three"));
+  const learned = await trainer.predict(known.slice(0, 3));
+  await trainer.begin("two");
+  t.ok(difference((await trainer.predict(known.slice(0, 1)))[0]!, [...learned[0]!]) > 1e-3);
+  await trainer.begin(file);
+  t.ok((await trainer.predict(known.slice(0, 3))).every((row, i) => difference(row, [...learned[i]!]) < 1e-6));
+  await t.rejects(trainer.begin("nobody"), { tag: "task", message: /"nobody"/ });
+  const foreign = file.slice();
+  foreign[20]! ^= 1;
+  await t.rejects(trainer.begin(foreign), { tag: "format", message: /checksum/ });
+  const [one] = session.pack.modules;
+  const small = await createTrainer(session, { labels, modules: [one!.name], init: { task: "three" } });
+  t.teardown(() => small.dispose());
+  t.ok(small.size.terms * session.pack.modules.length <= 1.01 * trainer.size.terms, `${small.size.terms} of ${trainer.size.terms}`);
+  await t.rejects(createTrainer(session, { labels, modules: ["nothing"] }), { name: "RangeError", message: /no "nothing"/ });
+});
+
+t.test("soft targets are learned as they are", async (t) => {
+  const session = await tiny(NODE);
+  t.teardown(() => session.release());
+  const trainer = await createTrainer(session, { labels: LABELS, init: { task: "three" }, seed: 1 });
+  t.teardown(() => trainer.dispose());
+  const target = [0.6, 0.3, 0.1];
+  // One kind of answer is enough: probabilities tell more than labels.
+  const known = examples(NODE, session, 16, 3).map(({ feeds }) => ({ feeds, target }));
+  for await (const _ of trainer.fit(known, { epochs: 30, batch: 8 }));
+  for (const row of await trainer.predict(known.slice(0, 4))) t.ok(difference(row, target) < 0.05, String(row));
 });
 
 t.test("aborting and leaving keep what was learned; a loss that explodes stops with the last good state", async (t) => {

@@ -55,6 +55,13 @@ export function required(args: Arguments, name: string): string {
   return value;
 }
 
+/** @throws UsageError when the value is no whole number from 1 */
+export function wholeNumber(args: Arguments, name: string, otherwise: number): number {
+  const text = args.text(name) ?? String(otherwise);
+  if (!/^[1-9]\d*$/.test(text)) throw new UsageError(`--${name} ${text}: expected a whole number from 1`);
+  return Number(text);
+}
+
 /** @throws UsageError when the value is none of the choices */
 export function choice<T extends string>(args: Arguments, name: string, choices: readonly T[], otherwise: T): T {
   const value = args.text(name) ?? otherwise;

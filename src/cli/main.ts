@@ -10,6 +10,7 @@ import { nearest } from "../names.ts";
 import { VERSION } from "../version.ts";
 import { parse, UsageError, type Arguments, type OptionTable } from "./args.ts";
 import { attachCommand } from "./attach.ts";
+import { distillCommand } from "./distill.ts";
 import { createOutput, type Output } from "./output.ts";
 import { addCommand, inspectCommand, packCommand, removeCommand, verifyCommand, type Result } from "./packs.ts";
 import { exportCommand, foldCommand } from "./weights.ts";
@@ -79,6 +80,25 @@ const COMMANDS = new Map<string, Command>([
     },
   ],
   [
+    "distill",
+    {
+      usage: "distill PACK ADAPTER_OR_FOLDER... --model MODEL.onnx --text LINES.txt -o OUT.eigen",
+      does: "train coefficients until plain text is answered as by the adapters; new ones are added first; other tasks' bytes stay",
+      options: {
+        model: { value: "MODEL.onnx", help: "the model that tasks and adapters belong to; needs onnxruntime-node" },
+        text: { value: "LINES.txt", help: "plain text of the tasks' kind, one on each line; some hundreds" },
+        ...output("OUT.eigen", "the pack to write; finished tasks wait in OUT.eigen.partial"),
+        steps: { value: "N", help: "steps for each task (60)" },
+        batch: { value: "N", help: "texts of a step (32)" },
+        tokens: { value: "N", help: "tokens of a text at most (128)" },
+        tokenizer: { value: "FILE", help: "tokenizer.json; beside the model unless given; needs @huggingface/tokenizers" },
+        ...as,
+      },
+      positionals: [2, Infinity],
+      run: distillCommand,
+    },
+  ],
+  [
     "remove",
     {
       usage: "remove FILE TASK...",
@@ -131,7 +151,7 @@ const COMMANDS = new Map<string, Command>([
   ],
 ]);
 
-const BENCHMARKS = ["memory", "switch", "fold", "pack", "quality"];
+const BENCHMARKS = ["memory", "switch", "fold", "pack", "quality", "distill"];
 
 function help(): string {
   const lines = [...COMMANDS.values()].map(({ usage, does, options }) => {

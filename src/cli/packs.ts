@@ -337,7 +337,7 @@ export async function addCommand(args: Arguments, out: Output): Promise<Result> 
 }
 
 /** The types a pack's tasks are stored with, so that new ones are stored alike. */
-async function storedTypes(pack: Pack): Promise<StorageTypes> {
+export async function storedTypes(pack: Pack): Promise<StorageTypes> {
   const first = pack.tasks.keys().next().value;
   if (first === undefined) return storageTypes();
   const { terms, parameters } = await pack.load(first);

@@ -1,0 +1,233 @@
+/**
+ * The command distill: a pack whose tasks answer plain text more like the adapters they were made of (bindings/distill.ts). The
+ * only command that runs a model; what it needs for that are optional peers of the package. Finished tasks are kept beside the
+ * target until all are done, so that a run which was cut off goes on.
+ */
+import { createHash } from "node:crypto";
+import { mkdir, readFile, rm, stat } from "node:fs/promises";
+import { dirname, join, resolve } from "node:path";
+import type { Adapter } from "../adapters/adapter.ts";
+import { readAdapters } from "../adapters/folder.ts";
+import { BackendError, BaseMismatchError, SourceError } from "../errors.ts";
+import { projectAdapter } from "../pack/build.ts";
+import { encodeTaskFile } from "../pack/encode.ts";
+import { layoutFresh } from "../pack/layout.ts";
+import { openPack, type Pack } from "../pack/pack.ts";
+import { parseTaskFile } from "../pack/task-file.ts";
+import { distill, type BatchFeeds, type Distilled } from "../../bindings/distill.ts";
+import { createEigenSession, type EigenSession, type Ort } from "../../bindings/onnxruntime.ts";
+import { renames, required, wholeNumber, type Arguments } from "./args.ts";
+import { writeWhole } from "./files.ts";
+import { bytes, table, type Output } from "./output.ts";
+import { storedTypes, type Result } from "./packs.ts";
+
+/** What the outcome depends on beside pack and adapter. */
+interface Settings {
+  readonly model: string;
+  readonly steps: number;
+  readonly batch: number;
+  readonly tokens: number;
+  readonly texts: readonly string[];
+}
+
+/** `distill PACK ADAPTER_OR_FOLDER... --model MODEL.onnx --text LINES.txt -o OUT.eigen` */
+export async function distillCommand(args: Arguments, out: Output): Promise<Result> {
+  const started = performance.now();
+  const [packPath = "", ...paths] = args.positionals;
+  const target = required(args, "output");
+  const model = required(args, "model");
+  const textPath = required(args, "text");
+  const [steps, batch, tokens] = [wholeNumber(args, "steps", 60), wholeNumber(args, "batch", 32), wholeNumber(args, "tokens", 128)];
+  const settings = { model: resolve(model), steps, batch, tokens, texts: await readLines(textPath) };
+  const ort = await peer<Ort>("onnxruntime-node", () => import("onnxruntime-node"));
+  // It warns of initializers that nothing uses.
+  (ort.env as { logLevel?: string }).logLevel = "error";
+  const encode = await createEncoder(ort, args.text("tokenizer") ?? join(dirname(model), "tokenizer.json"), tokens);
+  const adapters = await readAdapters(paths, { rename: renames(args) });
+  const pack = await openPack(packPath);
+  try {
+    const ids = [...pack.tasks.keys()];
+    await addMissing(pack, adapters);
+    const session = await createEigenSession(ort, model, pack, { trainable: true });
+    const done: (Distilled & { resumed: boolean })[] = [];
+    try {
+      const encodeFor = encode(session.inputNames);
+      const finished = new Finished(`${target}.partial`);
+      for (const [i, adapter] of adapters.entries()) {
+        const key = await keyOf(pack, adapter, settings);
+        const earlier = await finished.read(key);
+        const made = earlier ?? (await distillOne(session, adapter, encodeFor, settings, `task ${i + 1} of ${adapters.length}`, out));
+        if (!earlier) await finished.write(key, made);
+        done.push({ ...made, resumed: earlier !== undefined });
+      }
+      const size = await writeWhole(target, await layoutWith(pack, new Map(done.map(({ id, file }) => [id, file]))));
+      await finished.remove();
+      return report(target, size, done, ids, (performance.now() - started) / 1000);
+    } finally {
+      await session.release();
+    }
+  } finally {
+    await pack.close();
+    for (const adapter of adapters) await adapter.close();
+  }
+}
+
+async function readLines(path: string): Promise<string[]> {
+  const text = await readFile(path, "utf8").catch((cause: Error) => {
+    throw new SourceError(`cannot be read: ${cause.message}`, { file: path, cause });
+  });
+  const lines = [...new Set(text.split(/\r?\n/).map((line) => line.trim()))].filter((line) => line !== "");
+  if (lines.length === 0) throw new SourceError("has no text; expected one on each line", { file: path });
+  return lines;
+}
+
+/** A package that only this command needs. @throws BackendError naming it */
+async function peer<T>(name: string, load: () => Promise<unknown>): Promise<T> {
+  const found = await load().catch((cause: Error) => {
+    throw new BackendError(`distill needs the package ${name}: npm install ${name} (${cause.message})`, { backend: name, cause });
+  });
+  return found as T;
+}
+
+/** A tokenizer of @huggingface/tokenizers, as far as it is used. */
+interface Tokenizers {
+  readonly Tokenizer: new (rules: object, config: object) => { encode(text: string): { ids: number[] } };
+}
+
+/**
+ * From texts to the inputs that a model has.
+ * @param path of tokenizer.json; tokenizer_config.json beside it is used where it is there
+ */
+async function createEncoder(
+  ort: Ort,
+  path: string,
+  most: number,
+): Promise<(inputs: readonly string[]) => (texts: string[]) => BatchFeeds> {
+  const { Tokenizer } = await peer<Tokenizers>("@huggingface/tokenizers", () => import("@huggingface/tokenizers"));
+  const rules = await readJson(path);
+  if (!rules) throw new SourceError("there is no tokenizer; say where its tokenizer.json is with --tokenizer", { file: path });
+  const tokenizer = new Tokenizer(rules, (await readJson(join(dirname(path), "tokenizer_config.json"))) ?? {});
+  const Tensor = ort.Tensor as unknown as new (type: "int64", data: BigInt64Array, dims: number[]) => BatchFeeds[string];
+  return (inputs) => {
+    const unknown = inputs.find((name) => !["input_ids", "attention_mask", "token_type_ids"].includes(name));
+    if (unknown !== undefined) {
+      throw new BaseMismatchError(`the model takes "${unknown}", which a tokenizer does not give: use distill of eigenlora/distill with feeds of your own`, {
+        module: unknown,
+      });
+    }
+    return (texts) => {
+      const rows = texts.map((text) => {
+        const { ids } = tokenizer.encode(text);
+        // The last token closes the text, wherever it is cut.
+        return ids.length > most ? [...ids.slice(0, most - 1), ids[ids.length - 1]!] : ids;
+      });
+      const width = Math.max(...rows.map(({ length }) => length));
+      const values = new Map(["input_ids", "attention_mask", "token_type_ids"].map((name) => [name, new BigInt64Array(rows.length * width)]));
+      rows.forEach((row, r) => {
+        values.get("input_ids")!.set(row.map(BigInt), r * width);
+        values.get("attention_mask")!.fill(1n, r * width, r * width + row.length);
+      });
+      return Object.fromEntries(inputs.map((name) => [name, new Tensor("int64", values.get(name)!, [rows.length, width])]));
+    };
+  };
+}
+
+async function readJson(path: string): Promise<object | undefined> {
+  const text = await readFile(path, "utf8").catch(() => undefined);
+  try {
+    return text === undefined ? undefined : (JSON.parse(text) as object);
+  } catch (cause) {
+    throw new SourceError(`is no JSON: ${(cause as Error).message}`, { file: path, cause });
+  }
+}
+
+/** Projects adapters that are no tasks yet, as `add` does. */
+async function addMissing(pack: Pack, adapters: readonly Adapter[]): Promise<void> {
+  const missing = adapters.filter(({ id }) => !pack.tasks.has(id));
+  if (missing.length === 0) return;
+  const types = await storedTypes(pack);
+  const bases = await pack.takeBases();
+  for (const adapter of missing) {
+    const { entry, blob } = await projectAdapter(pack, bases, adapter, types);
+    await pack.addTask(adapter.id, encodeTaskFile(entry, basisOf(pack), blob));
+  }
+  pack.keepBases(bases);
+}
+
+function basisOf({ basisId }: Pack): Uint8Array {
+  return Uint8Array.from(basisId.match(/../g)!, (byte) => parseInt(byte, 16));
+}
+
+async function distillOne(
+  session: EigenSession,
+  adapter: Adapter,
+  encode: (texts: string[]) => BatchFeeds,
+  { texts, steps, batch }: Settings,
+  which: string,
+  out: Output,
+): Promise<Distilled> {
+  const onStep = ({ step }: { step: number }): void => out.progress(`${which}, ${adapter.id}: step`, step, steps);
+  return distill(session, { adapter, texts, encode, steps, batch, onStep });
+}
+
+/** A name for one task's outcome: of all it depends on. */
+async function keyOf(pack: Pack, { id, file, byteLength }: Adapter, { model, ...settings }: Settings): Promise<string> {
+  const { bytes: blob } = await pack.load(id);
+  const of = { basis: pack.basisId, id, file: resolve(file), byteLength, model, modelBytes: (await stat(model)).size, ...settings };
+  return createHash("sha256").update(JSON.stringify(of)).update(blob).digest("hex");
+}
+
+/** Outcomes in a folder beside the target, one file each. */
+class Finished {
+  readonly #folder: string;
+
+  constructor(folder: string) {
+    this.#folder = folder;
+  }
+
+  /** Undefined when there is none. */
+  async read(key: string): Promise<Distilled | undefined> {
+    const text = await readFile(join(this.#folder, key), "utf8").catch(() => undefined);
+    if (text === undefined) return undefined;
+    const { file, ...figures } = JSON.parse(text) as Omit<Distilled, "file"> & { file: string };
+    return { ...figures, file: new Uint8Array(Buffer.from(file, "base64")) };
+  }
+
+  async write(key: string, { file, ...figures }: Distilled): Promise<void> {
+    await mkdir(this.#folder, { recursive: true }).catch((cause: Error) => {
+      throw new SourceError(`cannot be made: ${cause.message}`, { file: this.#folder, cause });
+    });
+    const text = JSON.stringify({ ...figures, file: Buffer.from(file).toString("base64") });
+    await writeWhole(join(this.#folder, key), [new TextEncoder().encode(text)]);
+  }
+
+  async remove(): Promise<void> {
+    await rm(this.#folder, { recursive: true, force: true });
+  }
+}
+
+/** The pack with other blobs for some of its tasks. */
+async function layoutWith(pack: Pack, files: ReadonlyMap<string, Uint8Array>): Promise<Uint8Array[]> {
+  const tasks = [];
+  for (const { id, adapterBytes, metadata, brings } of pack.tasks.values()) {
+    const file = files.get(id);
+    const blob = file ? parseTaskFile(file, `task "${id}"`).blob : (await pack.load(id)).bytes;
+    tasks.push({ entry: { id, adapterBytes, metadata, brings }, blob });
+  }
+  return layoutFresh({ description: pack.directory.basisBytes, bases: await pack.takeBases(), basisId: basisOf(pack), tasks });
+}
+
+function report(file: string, size: number, done: readonly (Distilled & { resumed: boolean })[], before: readonly string[], seconds: number): Result {
+  const tasks = done.map(({ id, divergenceBefore, divergenceAfter, kept, resumed }) => {
+    return { id, divergence: { before: divergenceBefore, after: divergenceAfter }, kept, added: !before.includes(id), resumed };
+  });
+  const text = [
+    `${file}: ${tasks.length} tasks distilled, ${bytes(size)}`,
+    table([
+      ["task", "KL before", "KL after", "kept"],
+      ...tasks.map(({ id, divergence, kept }) => [id, divergence.before.toFixed(4), divergence.after.toFixed(4), kept]),
+    ]),
+    `${seconds.toFixed(2)} s`,
+  ].join("\n");
+  return { json: { file, bytes: size, tasks, seconds }, text };
+}
