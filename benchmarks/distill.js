@@ -1,8 +1,9 @@
 /**
- * What does distilling win back? Real adapters (own-seed) in a pack of few components, distilled on train texts of all tasks,
- * asked on test rows through onnxruntime-node: as projected, as distilled, as the adapter itself.
+ * What does distilling win back? Real adapters (own-seed) in a pack of few components, distilled on train texts without their
+ * labels, asked on test rows through onnxruntime-node: as projected, as distilled, as the adapter itself. Texts are drawn from
+ * all tasks; with `--own` a task's own come first, and others fill up.
  *
- * node benchmarks/distill.js [--k N] [--tasks N] [--texts N] [--steps N] [--rate X] [--json]
+ * node benchmarks/distill.js [--k N] [--tasks N] [--texts N] [--steps N] [--rate X] [--own] [--json]
  */
 import * as ort from "onnxruntime-node";
 import { openPack } from "eigenlora";
@@ -18,6 +19,7 @@ const TASKS = Number(option("tasks") ?? 8);
 const TEXTS = Number(option("texts") ?? 512);
 const STEPS = Number(option("steps") ?? 60);
 const RATE = Number(option("rate") ?? 0.02);
+const OWN = process.argv.includes("--own");
 const MOST_ROWS = 240;
 
 const adapters = await readAdapters([data("adapters/own-seed")]);
@@ -26,7 +28,7 @@ const tasks = await Promise.all(adapters.map(({ id }) => readTask(id)));
 // The tasks are about the same packages, so another one's train text may be a test text.
 const tests = new Set(tasks.flatMap(({ test }) => test.map(([text]) => text)));
 const pool = [...new Set(tasks.flatMap(({ train }) => train.map(([text]) => text)))].filter((text) => !tests.has(text));
-const texts = shuffle(pool, uniform(1)).slice(0, TEXTS);
+shuffle(pool, uniform(1));
 
 const { chunks } = await buildPack(adapters, { select: { kind: "k", k: K } });
 const pack = await openPack(new Blob(/** @type {BlobPart[]} */ (chunks)));
@@ -35,7 +37,10 @@ const session = await createEigenSession(ort, model, pack, { trainable: true });
 const rows = [];
 for (const adapter of adapters.slice(0, TASKS)) {
   const { id } = adapter;
-  const test = (await readTask(id)).test.slice(0, MOST_ROWS);
+  const task = await readTask(id);
+  const test = task.test.slice(0, MOST_ROWS);
+  const own = OWN ? shuffle(task.train.map(([text]) => text).filter((text) => !tests.has(text)), uniform(2)) : [];
+  const texts = [...new Set([...own, ...pool])].slice(0, TEXTS);
   const batches = toBatches(encode, test.map(([text]) => text));
   const labels = test.map(([, label]) => label);
   /** @param {import("eigenlora/onnxruntime").EigenSession<any>} of @param {string} task */
@@ -47,8 +52,8 @@ for (const adapter of adapters.slice(0, TASKS)) {
   const made = await distill(session, { adapter, texts, encode: /** @type {any} */ (encode), steps: STEPS, rates: { terms: RATE } });
   const seconds = (performance.now() - started) / 1000;
   await session.addTask(`${id}, distilled`, made.file);
-  const own = await buildPack([adapter], { select: { kind: "energy", share: 1 }, types: { basis: "f32", coefficients: "f32", head: "f32" } });
-  const alone = await createEigenSession(ort, model, await openPack(new Blob(/** @type {BlobPart[]} */ (own.chunks))));
+  const lossless = await buildPack([adapter], { select: { kind: "energy", share: 1 }, types: { basis: "f32", coefficients: "f32", head: "f32" } });
+  const alone = await createEigenSession(ort, model, await openPack(new Blob(/** @type {BlobPart[]} */ (lossless.chunks))));
   rows.push({
     name: id,
     "KL before": made.divergenceBefore,
@@ -73,7 +78,7 @@ print({
   rows,
   peers: [],
   notes: [
-    `${STEPS} steps of 32 of ${texts.length} train texts without labels, a quarter of them held back for KL(adapter ‖ pack), in nats.`,
+    `${STEPS} steps of 32 of ${TEXTS} train texts ${OWN ? "of the task's own first" : "of all tasks"}, without labels, a quarter of them held back for KL(adapter ‖ pack), in nats.`,
     `Accuracy on ${MOST_ROWS} test rows of each task at most. The better coefficients of each task are kept. s: to distil one task.`,
   ],
 });
