@@ -131,7 +131,7 @@ const COMMANDS = new Map<string, Command>([
   ],
 ]);
 
-const BENCHMARKS = ["memory", "switch", "fold", "pack", "quality"];
+const BENCHMARKS = ["memory", "switch", "fold", "pack", "quality", "learn"];
 
 function help(): string {
   const lines = [...COMMANDS.values()].map(({ usage, does, options }) => {
