@@ -27,7 +27,9 @@ export type { BatchFeeds } from "./ort-batch.ts";
 export interface CreateTrainerOptions extends TrainerOptions {
   /** Texts as the model's inputs, one row each: a tokenizer. Examples with feeds of their own do without. */
   readonly encode?: ((texts: string[]) => BatchFeeds | Promise<BatchFeeds>) | undefined;
-  /** Rows of coefficients of each side; as the task to start from, or most of the pack's first tasks, unless given. */
+  /** "coefficients" over the pack's components, unless given; "lora": factors of every module, as without a pack. */
+  readonly train?: "coefficients" | "lora" | undefined;
+  /** Rows of coefficients of each side, or rank of the factors; as the task to start from, or most of the pack's first tasks, unless given. */
   readonly rank?: number | undefined;
   /** Free rank-1 terms of each module beside the coefficients, for what the components lack; 0 unless given. */
   readonly terms?: number | undefined;
@@ -52,7 +54,8 @@ export interface CreateTrainerOptions extends TrainerOptions {
 export async function createTrainer<O extends Ort>(session: EigenSession<O>, options: CreateTrainerOptions): Promise<Trainer<BatchFeeds>> {
   const source = session.trainable;
   if (!source) throw new TypeError("createTrainer: this session cannot be trained; create it with trainable: true");
-  const { rank = await usualRank(session), terms = 0, head = headOf(session), init } = options;
+  const { train = "coefficients", rank = await usualRank(session), terms = 0, head = headOf(session), init } = options;
+  if (train !== "coefficients" && train !== "lora") throw new RangeError(`train: expected "coefficients" or "lora", got ${JSON.stringify(train)}`);
   if (!(Number.isInteger(rank) && rank >= 1)) throw new RangeError(`rank: expected a whole number ≥ 1, got ${rank}`);
   if (!(Number.isInteger(terms) && terms >= 0)) throw new RangeError(`terms: expected a whole number ≥ 0, got ${terms}`);
   const unknown = options.modules?.find((name) => !session.pack.modules.some((module) => module.name === name));
@@ -65,7 +68,7 @@ export async function createTrainer<O extends Ort>(session: EigenSession<O>, opt
     const first = typeof init === "object" && options.rank === undefined && pack.tasks.has(init.task) ? await pack.load(init.task) : undefined;
     const modules = pack.modules.flatMap((module, index): TrainedModule[] => {
       if (options.modules?.includes(module.name) === false) return [];
-      const components = componentsOf(module, bases);
+      const components = train === "lora" ? undefined : componentsOf(module, bases);
       const own = first?.terms.find((term) => term.module === index && term.A);
       const core = components && { rank: own?.rank ?? rank, components, mean: { A: module.A!.mean, B: module.B!.mean } };
       return [{ ...layers.find(module.name, source.options.names), core, factors: core ? terms : Math.max(terms, rank) }];

@@ -6,7 +6,7 @@ import { copySelection } from "../src/runtime/selection.ts";
 import { Workbench } from "../src/runtime/workbench.ts";
 import { probeParity, probeRows, type ProbeReport } from "../src/session/probe.ts";
 import { TaskEvaluator, type InputValue } from "../src/session/values.ts";
-import { inTurn, type Ort, type Session } from "./ort.ts";
+import { inTurn, onWebgpu, type Ort, type Session } from "./ort.ts";
 import { createSession, probeRun, providersOf, toFeeds, type Carrier, type Parts } from "./ort-carrier.ts";
 
 /**
@@ -25,12 +25,14 @@ export async function unfoldedCarrier<O extends Ort>(parts: Parts<O>, bases: Uin
   try {
     const made = (session = await createSession(parts, parts.detached));
     const none = await evaluator.evaluate(null, {});
+    const alive = onWebgpu(options.session) ? await watch(ort, options.session) : undefined;
     const own = typeof options.probe === "object" ? undefined : feeds;
     return {
       evaluator,
       first: { session: made, task: null, ...toFeeds(ort, inputs, [none]) },
       probe: await runProbe(parts, made, none.inputs),
       bytesWritten: 0,
+      ...(alive && { alive }),
       async make(selection, how) {
         const values = await evaluator.evaluate(selection, how);
         return { session: made, task: copySelection(selection), ...toFeeds(ort, inputs, [values]) };
@@ -47,6 +49,13 @@ export async function unfoldedCarrier<O extends Ort>(parts: Parts<O>, bases: Uin
     if (session) await inTurn(ort, () => session!.release());
     throw error;
   }
+}
+
+/** Fails runs on a device that is lost, where onnxruntime tells which one it has. */
+async function watch<O extends Ort>(ort: O, session: Parts<O>["options"]["session"]): Promise<Carrier<O>["alive"]> {
+  const { deviceOf, whileAlive } = await import("./ort-device.ts");
+  const used = await deviceOf(ort, session).catch(() => undefined);
+  return used && whileAlive(used.device);
 }
 
 async function runProbe<O extends Ort>(

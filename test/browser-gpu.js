@@ -63,10 +63,11 @@ function watchDevices() {
 /**
  * @param {typeof native} ort
  * @param {GPUDevice} [device]
+ * @param {"core" | "folded"} [mode]
  */
-async function open(ort, device) {
+async function open(ort, device, mode = "folded") {
   const executionProviders = /** @type {any} */ ([device ? { name: "webgpu", device } : "webgpu"]);
-  return createEigenSession(ort, "/model.onnx", await openPack("/tasks.eigen"), { mode: "folded", session: { executionProviders } });
+  return createEigenSession(ort, "/model.onnx", await openPack("/tasks.eigen"), { mode, session: { executionProviders } });
 }
 
 /**
@@ -219,12 +220,13 @@ export async function given(feeds, build) {
  * The device goes away under a run and a switch.
  * @param {Feeds} feeds
  * @param {keyof typeof BUILDS} build
+ * @param {"core" | "folded"} [mode]
  */
-export async function lost(feeds, build) {
+export async function lost(feeds, build, mode = "folded") {
   const ort = BUILDS[build];
   // onnxruntime-web leaves a download that fails then to nobody.
   addEventListener("unhandledrejection", (event) => event.reason.name === "AbortError" && event.preventDefault());
-  const session = await open(ort);
+  const session = await open(ort, undefined, mode);
   const device = /** @type {GPUDevice} */ (await ort.env.webgpu.device);
   await session.switchTask("two");
   await answer(ort, session, feeds);

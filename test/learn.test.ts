@@ -1,13 +1,20 @@
 /**
  * The trainer: a task learned on a tiny model and on the real one, its file, its guards. Gradients are learn-graph.test.ts's.
  */
+import { spawnSync } from "node:child_process";
+import { writeFile } from "node:fs/promises";
+import { fileURLToPath } from "node:url";
 import t from "tap";
+import { peftFiles } from "../dist/src/adapters/export.js";
 import { createTrainer, type BatchFeeds, type Example } from "../dist/bindings/learn.js";
 import { holdBack, targetsOf } from "../dist/src/learn/examples.js";
 import { uniform } from "../dist/src/learn/random.js";
+import { taskAdapter } from "../dist/src/pack/expand.js";
 import { openPack } from "../dist/src/pack/pack.js";
+import { writeSafetensors } from "../dist/src/safetensors-writer.js";
 import { createEncoder, readTask } from "../examples/minilm.js";
 import { data, packOf } from "./packs.ts";
+import { required } from "./required.ts";
 import { difference, feeds, GOLDENS, model, NODE, open, outputOf, packFor, WEB, type Ort, type Session } from "./sessions.ts";
 
 const LABELS = ["odd", "even", "neither"];
@@ -59,6 +66,55 @@ for (const [name, ort] of [["onnxruntime-node", NODE], ["onnxruntime-web", WEB]]
     await session.switchTask(null);
   });
 }
+
+t.test("a LoRA without components, for comparison", async (t) => {
+  const session = await tiny(NODE);
+  const trainer = await createTrainer(session, { labels: LABELS, seed: 1, train: "lora", rank: 2 });
+  t.teardown(async () => (await trainer.dispose(), session.release()));
+  t.equal(trainer.size.terms, session.pack.modules.reduce((sum, { in: inputs, out }) => sum + 2 * (inputs + out), 0));
+  const known = examples(NODE, session, 32, 1);
+  const losses: number[] = [];
+  for await (const { loss } of trainer.fit(known, { epochs: 6 })) losses.push(loss);
+  t.ok(losses.at(-1)! < losses[0]!, `${losses[0]} → ${losses.at(-1)}`);
+  await session.addTask("mine", await trainer.task({ dtype: "f32" }));
+  t.ok((await session.pack.load("mine")).terms.every(({ A, q }) => A === undefined && q === 2));
+  await session.switchTask("mine");
+  const logits = await outputOf(session, known[0]!.feeds as never);
+  const [probabilities] = await trainer.predict(known.slice(0, 1));
+  t.ok(difference(logits.map((v) => v - Math.log(logits.reduce((sum, x) => sum + Math.exp(x), 0))), [...probabilities!].map(Math.log)) < 1e-5);
+  await t.rejects(createTrainer(session, { labels: LABELS, train: "all" as "lora" }), { name: "RangeError", message: /train: expected/ });
+});
+
+t.test("a learned task leaves as a PEFT adapter that answers alike in PyTorch", async (t) => {
+  const session = await tiny(NODE);
+  const trainer = await createTrainer(session, { labels: LABELS, seed: 3, terms: 2 });
+  t.teardown(async () => (await trainer.dispose(), session.release()));
+  for await (const _ of trainer.fit(examples(NODE, session, 32, 1), { epochs: 4 }));
+  await session.addTask("mine", await trainer.task({ dtype: "f32" }));
+  await session.switchTask("mine");
+  const ours = await outputOf(session, feeds(NODE, session));
+
+  const { pack } = session;
+  const adapter = taskAdapter(pack, await pack.takeBases(), "mine", await pack.load("mine"));
+  const { config, tensors } = await peftFiles(adapter);
+  const folder = t.testdir({ adapter: {}, "feeds.json": JSON.stringify(Object.fromEntries(session.inputNames.map((name) => [name, GOLDENS.feeds[name]]))) });
+  const chunks: Uint8Array[] = [];
+  for await (const chunk of writeSafetensors(tensors)) chunks.push(chunk);
+  await writeFile(`${folder}/adapter/adapter_model.safetensors`, Buffer.concat(chunks));
+  await writeFile(`${folder}/adapter/adapter_config.json`, JSON.stringify(config));
+  const script = fileURLToPath(new URL("trained-oracle.py", import.meta.url));
+  const python = process.env["PYTHON"] ?? "python3";
+  const { status, stdout, stderr, error } = spawnSync(python, [script, data("sessions/base.safetensors"), `${folder}/adapter`, `${folder}/feeds.json`], { encoding: "utf8" });
+  if (error || status === 3) {
+    const reason = `PEFT is not here: ${error?.message ?? stderr.trim()}`;
+    if (required.has("peft")) t.fail(reason);
+    else t.pass(reason, { skip: reason });
+    return;
+  }
+  t.equal(status, 0, stderr);
+  const theirs = (JSON.parse(stdout) as number[][]).flat();
+  t.ok(difference(ours, theirs) <= 1e-4, `${ours} instead of ${theirs}`);
+});
 
 t.test("the same seed gives the same bits, another one others", async (t) => {
   const session = await tiny(NODE);

@@ -1,6 +1,7 @@
 /**
  * A process of its own for test/memory.test.ts: holds 24 weights of 768×768 twice and prints what `memory()` says beside what
- * the engine says: array buffers plus the pages of every WebAssembly.Memory. Run with --expose-gc.
+ * the engine says: array buffers plus the pages of every WebAssembly.Memory, plus the buffers that a device was asked for. Run
+ * with --expose-gc.
  */
 /** @type {WebAssembly.Memory[]} */
 const memories = [];
@@ -17,7 +18,8 @@ WebAssembly.Memory = /** @type {any} */ (
 const { createRuntime, openPack } = await import("eigenlora");
 const { buildPack } = await import("eigenlora/build");
 
-const backend = /** @type {"js" | "wasm"} */ (process.argv[2]);
+const backend = /** @type {"js" | "wasm" | "webgpu"} */ (process.argv[2]);
+const gpu = backend === "webgpu" ? await (await import("./counting-device.js")).countingDevice() : undefined;
 const SIZE = 768;
 let seed = 1;
 const random = () => ((seed = (Math.imul(seed, 1664525) + 1013904223) >>> 0) / 2 ** 32 - 0.5) / 10;
@@ -48,7 +50,8 @@ async function settled() {
     globalThis.gc?.();
     await new Promise((resolve) => setTimeout(resolve, 10));
   }
-  return process.memoryUsage().arrayBuffers + memories.reduce((sum, m) => sum + m.buffer.byteLength, 0);
+  const pages = memories.reduce((sum, m) => sum + m.buffer.byteLength, 0);
+  return process.memoryUsage().arrayBuffers + pages + (gpu?.counts.live ?? 0);
 }
 
 const { chunks } = await buildPack([adapter("a"), adapter("b")], { select: { kind: "k", k: 8 } });
@@ -65,7 +68,9 @@ const host = {
     return { dtype: /** @type {const} */ ("f32"), shape: [SIZE, SIZE], data, byteOffset: 0 };
   },
 };
-const runtime = await createRuntime(pack, { base: host, backend });
+const runtime = await createRuntime(pack, { base: host, backend, ...(gpu && { webgpu: { device: gpu.device } }) });
 for (const task of ["a", "b", null, "b"]) await runtime.switchTask(task);
 const after = await settled();
 console.log(JSON.stringify({ measured: after - before, reported: runtime.memory() }));
+await runtime.dispose();
+gpu?.close();

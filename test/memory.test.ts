@@ -1,11 +1,13 @@
 import t from "tap";
 import { spawnSync } from "node:child_process";
 import { fileURLToPath } from "node:url";
+import { dawnMissing } from "./backend-list.ts";
 
 const child = fileURLToPath(new URL("memory-child.js", import.meta.url));
 
-for (const backend of ["js", "wasm"]) {
-  t.test(`${backend}: memory() agrees with the engine within 2 %`, async (t) => {
+for (const backend of ["js", "wasm", "webgpu"]) {
+  const skip = backend === "webgpu" && (dawnMissing ?? false);
+  t.test(`${backend}: memory() agrees with the engine within 2 %`, { skip }, async (t) => {
     const { stdout, stderr } = spawnSync(process.execPath, ["--expose-gc", child, backend], { encoding: "utf8" });
     if (stdout === "") throw new Error(stderr);
     const { measured, reported } = JSON.parse(stdout) as { measured: number; reported: Record<string, number> };

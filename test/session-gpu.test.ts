@@ -3,14 +3,9 @@
  * bit, in which order runs and switches are, and devices that are not the one given or go away.
  */
 import t, { type Test } from "tap";
-import { readFile } from "node:fs/promises";
-import { join } from "node:path";
-import { fileURLToPath } from "node:url";
-import { answerOf, bundle, noChromium, openPage } from "./browser.ts";
+import { addRuntimes, answerOf, bundle, noChromium, openPage } from "./browser.ts";
 import { required } from "./required.ts";
 import { difference, golden, GOLDENS, modelBytes, packBytes } from "./sessions.ts";
-
-const dist = fileURLToPath(new URL("../node_modules/onnxruntime-web/dist", import.meta.url));
 
 /** What a switch may send beside the coefficients. */
 const PARAMETER_BYTES = 4096;
@@ -34,12 +29,7 @@ async function inBrowser(t: Test, calls: readonly string[]): Promise<any[] | und
       }
       globalThis.answer = all();`)],
   ]);
-  for (const build of ["asyncify", "jsep"]) {
-    for (const kind of ["mjs", "wasm"]) {
-      const file = `ort-wasm-simd-threaded.${build}.${kind}`;
-      files.set(`ort/${file}`, await readFile(join(dist, file)));
-    }
-  }
+  await addRuntimes(files, ["asyncify", "jsep"]);
   const results = await answerOf(await openPage(t, files, ["--enable-unsafe-webgpu"]));
   if (results !== "no adapter") return results as any[];
   if (required.has("chromium")) t.fail("no adapter");
@@ -108,6 +98,9 @@ t.test("a device that is lost", options, async (t) => {
     const gone = { tag: "backend", message: /device was lost/ };
     t.match(found, { run: gone, change: gone, next: gone, after: { run: gone, again: gone, switch: gone } }, build);
     t.match(found, { release: "fulfilled", live: 0 }, `${build}: released`);
+    const [core] = (await inBrowser(t, [`lost(feeds, "${build}", "core")`])) ?? [];
+    // Its switches stay on the CPU.
+    t.match(core, { run: gone, next: gone, after: { run: gone, again: gone, switch: "fulfilled" }, release: "fulfilled" }, `${build}, core`);
     if (native) t.ok(difference(again, golden("base", "two")) <= TOLERANCE, "a new session works");
   }
 });

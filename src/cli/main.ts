@@ -151,7 +151,7 @@ const COMMANDS = new Map<string, Command>([
   ],
 ]);
 
-const BENCHMARKS = ["memory", "switch", "fold", "pack", "quality", "distill"];
+const BENCHMARKS = ["memory", "switch", "fold", "pack", "quality", "learn", "distill"];
 
 function help(): string {
   const lines = [...COMMANDS.values()].map(({ usage, does, options }) => {
