@@ -4,7 +4,7 @@
  * target until all are done, so that a run which was cut off goes on.
  */
 import { createHash } from "node:crypto";
-import { mkdir, readFile, rm, stat } from "node:fs/promises";
+import { mkdir, readdir, readFile, rm, rmdir, stat } from "node:fs/promises";
 import { dirname, join, resolve } from "node:path";
 import type { Adapter } from "../adapters/adapter.ts";
 import { readAdapters } from "../adapters/folder.ts";
@@ -201,8 +201,10 @@ class Finished {
     await writeWhole(join(this.#folder, key), [new TextEncoder().encode(text)]);
   }
 
+  /** Those of earlier settings too, and nothing that is not ours. */
   async remove(): Promise<void> {
-    await rm(this.#folder, { recursive: true, force: true });
+    for (const name of await readdir(this.#folder).catch(() => [])) if (/^[0-9a-f]{64}(\.\d+\.tmp)?$/.test(name)) await rm(join(this.#folder, name));
+    await rmdir(this.#folder).catch(() => undefined);
   }
 }
 
