@@ -8,7 +8,8 @@ import { BackendError, BaseMismatchError } from "../src/errors.ts";
 import { onnxHost } from "../src/onnx/host.ts";
 import type { ModelFile } from "../src/onnx/read.ts";
 import { createRuntime } from "../src/runtime/create.ts";
-import { byteLengthOf, type DeviceTensor } from "../src/runtime/host.ts";
+import { byteLengthOf, type DeviceTensor, type View } from "../src/runtime/host.ts";
+import { viewBytes } from "../src/runtime/mixed.ts";
 import { copySelection, type Selection } from "../src/runtime/selection.ts";
 import type { FoldedInput } from "../src/session/fold.ts";
 import type { ProbeReport } from "../src/session/probe.ts";
@@ -105,22 +106,14 @@ async function place(file: ModelFile, fed: readonly FoldedInput[], device: GPUDe
     const count = shape.reduce((a, b) => a * b, 1);
     // Whole vectors of four words, which kernels of onnxruntime read.
     const bytes = new Uint8Array(Math.max(16, Math.ceil((count * (dtype === "f32" ? 4 : 2)) / 16) * 16));
-    const stored = (view.data as Uint8Array).subarray(view.byteOffset, view.byteOffset + byteLengthOf(view));
-    if (dtype === view.dtype) bytes.set(stored);
-    else decodeTensor(view.dtype, padded(stored), 1, count, new Float32Array(bytes.buffer));
+    const stored = viewBytes(view as View & { data: Uint8Array });
+    if (dtype === view.dtype) bytes.set(stored.subarray(0, byteLengthOf(view)));
+    else decodeTensor(view.dtype, stored, 1, count, new Float32Array(bytes.buffer));
     const buffer = device.createBuffer({ label: `eigenlora ${name}`, size: bytes.length, usage: USAGE });
     const layout = layouts.get(name);
     tensors.set(name, { dtype, shape, buffer, ...(layout ? { layout } : {}) });
     device.queue.writeBuffer(buffer, 0, bytes);
   }
-}
-
-/** Whole words, for the decoder. */
-function padded(bytes: Uint8Array): Uint8Array {
-  if (bytes.length % 4 === 0) return bytes;
-  const whole = new Uint8Array(Math.ceil(bytes.length / 4) * 4);
-  whole.set(bytes);
-  return whole;
 }
 
 function withHeads<O extends Ort>(

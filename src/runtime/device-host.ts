@@ -6,7 +6,7 @@ import type { Backend, Block, DeviceBuffer, DeviceHandle, Slice } from "../backe
 import { byteLengthOf, onDevice, type View, type WeightHost } from "./host.ts";
 
 /** Where a view lies, as the backend sees it. */
-export function sliceOf(backend: Backend, view: View): Slice {
+function sliceOf(backend: Backend, view: View): Slice {
   return { block: backend.adopt!(view.data as DeviceBuffer), byteOffset: view.byteOffset };
 }
 

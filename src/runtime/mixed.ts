@@ -77,7 +77,7 @@ function decodeParameter({ part, parameter: { tensor } }: Change): Float32Array 
 }
 
 /** The bytes of a view, padded to a multiple of 4 for the decoder where they are not. */
-function viewBytes(view: View & { data: Uint8Array }): Uint8Array {
+export function viewBytes(view: View & { data: Uint8Array }): Uint8Array {
   const bytes = view.data.subarray(view.byteOffset);
   if (bytes.length % 4 === 0) return bytes;
   const padded = new Uint8Array(bytes.length + (4 - (bytes.length % 4)));
