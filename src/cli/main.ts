@@ -35,7 +35,7 @@ const COMMANDS = new Map<string, Command>([
       does: "adapters → pack, with a report",
       options: {
         ...output("FILE", "the pack to write"),
-        mode: { value: "column", help: "how the basis is shared" },
+        mode: { value: "column|flat", help: "coefficients for every row of a factor, or one vector for a whole factor" },
         gauge: { value: "as-trained|balanced", help: "rewrite each pair as U√S, √SVᵀ first" },
         centering: { value: "keep|none", help: "store the mean of the rows, or do without" },
         k: { value: "N", help: "so many components per module and side" },

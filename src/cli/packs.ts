@@ -45,12 +45,12 @@ export async function packCommand(args: Arguments, out: Output): Promise<Result>
   const started = performance.now();
   const file = required(args, "output");
   const options = {
+    mode: choice(args, "mode", ["column", "flat"] as const, "column"),
     gauge: choice(args, "gauge", ["as-trained", "balanced"] as const, "as-trained"),
     centering: choice(args, "centering", ["keep", "none"] as const, "keep"),
     select: selection(args),
     types: storage(args.text("dtype")),
   };
-  choice(args, "mode", ["column"] as const, "column");
   const adapters = await readAdapters(args.positionals, { rename: renames(args) });
   const basePath = args.text("base");
   const base = basePath === undefined ? undefined : await openHost(basePath);
@@ -67,7 +67,7 @@ export async function packCommand(args: Arguments, out: Output): Promise<Result>
     const peakMemoryBytes = process.resourceUsage().maxRSS * 1024;
     const even = report.breakEvenTasks;
     return {
-      json: { file, mode: "column", dtype: typeName(types), ...rest, seconds, peakMemoryBytes },
+      json: { file, dtype: typeName(types), ...rest, seconds, peakMemoryBytes },
       text: [
         `${file}: ${report.tasks} tasks, ${report.modules} modules, ${bytes(report.bytes)}`,
         table([
@@ -268,7 +268,7 @@ async function compare(
     }
     const { A, Bt } = await source.read();
     const member = { id: adapter.id, rank: source.rank, A, Bt };
-    if (term.A && term.B && term.q === 0 && module.A?.kind === "column" && module.B?.kind === "column") {
+    if (term.A && term.B && term.q === 0) {
       const gauge: Gauge = pack.directory.basis.gauge === "balanced" ? "balanced" : "as-trained";
       const bytesOf = ({ byteOffset, byteLength }: { byteOffset: number; byteLength: number }): Uint8Array =>
         blob.bytes.subarray(byteOffset, byteOffset + byteLength);
