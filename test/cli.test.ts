@@ -5,6 +5,7 @@ import { cp, copyFile, mkdir, mkdtemp, readdir, readFile, rm, writeFile } from "
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
+import { encodeTaskFile } from "../dist/src/pack/encode.js";
 import { layoutAppend } from "../dist/src/pack/layout.js";
 import { openPack } from "../dist/src/pack/pack.js";
 import { openSafetensors } from "../dist/src/safetensors.js";
@@ -109,6 +110,45 @@ t.test("add appends, remove drops, and the others' bytes stay", async (t) => {
   t.equal(json(0, "verify", "grow.eigen")["ok"], true);
   t.match(json(1, "remove", "grow.eigen", "debtag-role"), { error: { tag: "task", nearest: ["debtags-role"] } });
   t.same((await readdir(folder)).filter((n) => /tmp|lock/.test(n)), [], "nothing is left behind");
+});
+
+t.test("add takes task files as they are, beside adapters", async (t) => {
+  json(0, "pack", join(own, "debtags-role"), join(own, "debtags-use"), "-o", "two.eigen", "--k", "8");
+  const pack = await openPack(await readFile(join(folder, "two.eigen")));
+  const { bytes } = await pack.load("debtags-use");
+  const write = (name: string, id: string, basis: string, blob: Uint8Array = bytes): Promise<void> =>
+    writeFile(join(folder, name), encodeTaskFile({ id, adapterBytes: 0, metadata: { labels: ["a"] } }, Buffer.from(basis, "hex"), blob));
+  await write("mine.eigentask", "mine", pack.basisId);
+  await write("no extension", "other", pack.basisId);
+  const before = await readFile(join(folder, "two.eigen"));
+  const added = json(0, "add", "two.eigen", "mine.eigentask", join(own, "sections-0"), "no extension", "--as", "other=renamed", "--as", "sections-0=three");
+  t.same(added["added"], ["three", "mine", "renamed"]);
+  t.same(added["residual"].map((x: any) => x.id), ["three"], "a learned task loses nothing");
+  const after = await readFile(join(folder, "two.eigen"));
+  t.equal(added["bytesAfter"], after.length);
+  t.ok(after.subarray(1536, before.length).equals(before.subarray(1536)), "what was there stays, but for the superblock");
+  const grown = await openPack(after);
+  t.same([...grown.tasks.keys()], ["debtags-role", "debtags-use", "three", "mine", "renamed"]);
+  t.same((await grown.load("mine")).bytes, bytes);
+  t.same(grown.tasks.get("mine")!.metadata, { labels: ["a"] });
+  t.equal(json(0, "verify", "two.eigen")["ok"], true);
+  t.match(run("add", "two.eigen", "mine.eigentask", "--as", "mine.eigentask=by path").stdout, /by path: [\d.]+ kB, as it came/);
+
+  const basis = pack.basisId;
+  await write("foreign.eigentask", "foreign", basis.replace(/^../, (byte) => (byte === "00" ? "01" : "00")));
+  const foreign = json(1, "add", "two.eigen", "foreign.eigentask")["error"];
+  t.match(foreign, { tag: "task", message: new RegExp(`foreign.eigentask belongs to the basis [0-9a-f]{64}, this pack has ${basis}; make it for this pack`) });
+  t.match(json(1, "add", "two.eigen", "mine.eigentask"), { error: { tag: "task", message: /two.eigen has a task "mine" already; .* --as mine=NEW/ } });
+  await write("again.eigentask", "other", basis);
+  const both = json(1, "add", "two.eigen", "no extension", "again.eigentask")["error"];
+  t.match(both, { tag: "task", message: /no extension and again.eigentask are both called other; .*--as again.eigentask=NEW/ });
+  t.match(json(1, "add", "two.eigen", "again.eigentask", "--as", "nobody=x"), { error: { tag: "task", message: /--as nobody=x: no adapter/ } });
+  const damaged = await readFile(join(folder, "again.eigentask"));
+  damaged[damaged.length - 1]! ^= 1;
+  await writeFile(join(folder, "damaged.eigentask"), damaged);
+  t.match(json(1, "add", "two.eigen", "damaged.eigentask"), { error: { tag: "format", message: /damaged.eigentask.*checksum/ } });
+  await writeFile(join(folder, "noise.eigentask"), "no task");
+  t.match(json(1, "add", "two.eigen", "noise.eigentask"), { error: { tag: "format", message: /noise.eigentask/ } });
 });
 
 t.test("flat mode: pack, inspect, verify, add, remove, export", async (t) => {

@@ -8,11 +8,12 @@ import { fileURLToPath } from "node:url";
 import { EigenLoraError } from "../errors.ts";
 import { nearest } from "../names.ts";
 import { VERSION } from "../version.ts";
+import { addCommand } from "./add.ts";
 import { parse, UsageError, type Arguments, type OptionTable } from "./args.ts";
 import { attachCommand } from "./attach.ts";
 import { distillCommand } from "./distill.ts";
 import { createOutput, type Output } from "./output.ts";
-import { addCommand, inspectCommand, packCommand, removeCommand, verifyCommand, type Result } from "./packs.ts";
+import { inspectCommand, packCommand, removeCommand, verifyCommand, type Result } from "./packs.ts";
 import { exportCommand, foldCommand } from "./weights.ts";
 
 interface Command {
@@ -72,8 +73,8 @@ const COMMANDS = new Map<string, Command>([
   [
     "add",
     {
-      usage: "add FILE ADAPTER_OR_FOLDER...",
-      does: "project onto the existing basis and append; other tasks' bytes stay",
+      usage: "add FILE ADAPTER_OR_FOLDER_OR_TASKFILE...",
+      does: "project adapters onto the existing basis, or take learned tasks as they are, and append; other tasks' bytes stay",
       options: as,
       positionals: [2, Infinity],
       run: addCommand,
