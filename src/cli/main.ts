@@ -179,7 +179,7 @@ const COMMANDS = new Map<string, Command>([
   ],
 ]);
 
-const BENCHMARKS = ["memory", "switch", "fold", "pack", "quality", "learn", "distill"];
+const BENCHMARKS = ["memory", "switch", "fold", "pack", "quality", "learn", "distill", "step"];
 
 function help(): string {
   const lines = [...COMMANDS.values()].map(({ usage, does, options }) => {
