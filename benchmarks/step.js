@@ -107,7 +107,8 @@ function question(rows) {
     rows,
     notes: [
       "step: loss, gradients, clipping and AdamW, in ms; tokens are made before. forward: a run of the serving session on the same",
-      "batch. Losses are ours and torch's, which began with the same numbers and saw the same batches.",
+      "batch. CPU: time of all threads of the process, which others on the machine do not lengthen. Losses are ours and torch's,",
+      "which began with the same numbers and saw the same batches.",
     ],
   };
 }
@@ -140,6 +141,8 @@ async function time(pack, { name, batch, joined }, torch) {
   const fit = trainer.fit(examples, { steps, batch, rates: { terms: RATE, head: RATE }, warmup: 0, decay: "none" });
   /** @type {Record<string, number[]>} */
   const times = { ours: [], forward: [], coefficients: [], lora: [], torchForward: [] };
+  /** CPU time, which others on the machine do not lengthen. @type {Record<"ours" | "coefficients" | "lora", number[]>} */
+  const cpu = { ours: [], coefficients: [], lora: [] };
   /** Ours and torch's at each step. @type {[number, number][]} */
   const losses = [];
   for (let round = 0; round <= ROUNDS; round++) {
@@ -148,9 +151,11 @@ async function time(pack, { name, batch, joined }, torch) {
     const feeds = [];
     const own = [];
     for (let i = 0; i < STEPS_OF_A_ROUND; i++) {
-      const started = performance.now();
+      const [started, used] = [performance.now(), process.cpuUsage()];
       const { value } = await fit.next();
       times.ours.push(performance.now() - started);
+      const { user, system } = process.cpuUsage(used);
+      cpu.ours.push((user + system) / 1000);
       own.push(/** @type {{ loss: number }} */ (value).loss);
       feeds.push(asked.feeds);
       batches.push({ ids: matrix(asked.feeds.input_ids), mask: matrix(asked.feeds.attention_mask), labels: asked.texts.map((text) => label.get(text) ?? 0) });
@@ -163,14 +168,15 @@ async function time(pack, { name, batch, joined }, torch) {
     for (const [way, key] of /** @type {const} */ ([["coefficients", "coefficients"], ["lora", "lora"], ["forward", "torchForward"]])) {
       const answer = await torch?.ask({ way, batches });
       times[key].push(...(answer?.ms ?? []));
+      if (way !== "forward") cpu[way].push(...(answer?.cpu ?? []));
       if (way === "coefficients" && answer) own.forEach((loss, i) => losses.push([loss, answer.losses[i]]));
     }
   }
-  await trainer.dispose();
   await session.release();
   await serving.release();
   // The first round warms up.
-  const [ours, forward, coefficients, lora, torchForward] = Object.values(times).map((ms) => median(ms.slice(STEPS_OF_A_ROUND)) ?? null);
+  const middle = (/** @type {number[]} */ ms) => median(ms.slice(STEPS_OF_A_ROUND)) ?? null;
+  const [ours, forward, coefficients, lora, torchForward] = Object.values(times).map(middle);
   /** @param {[number, number] | undefined} both */
   const show = (both) => both?.map((loss) => loss.toFixed(4)).join(" / ") ?? null;
   /** @param {number | null} a @param {number | null} b */
@@ -180,8 +186,10 @@ async function time(pack, { name, batch, joined }, torch) {
     "step, ms": ours,
     "torch, ms": coefficients,
     "÷ torch": ratio(ours, coefficients),
+    "÷ torch, CPU": ratio(middle(cpu.ours), middle(cpu.coefficients)),
     "PEFT LoRA, ms": lora,
     "÷ PEFT": ratio(ours, lora),
+    "÷ PEFT, CPU": ratio(middle(cpu.ours), middle(cpu.lora)),
     "forward, ms": forward,
     "step ÷ forward": ratio(ours, forward),
     "torch forward, ms": torchForward,

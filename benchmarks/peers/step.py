@@ -1,7 +1,7 @@
 """Training steps in PyTorch, one thread: the same coefficients over the same components, and PEFT's LoRA.
 usage: step.py CONFIG.json BASE.safetensors TASK.safetensors RATE
 BASE: every weight of BertForSequenceClassification. TASK: per module E_A [K, in], M_A [in], alpha_A [r, K] and the same of B, and the head.
-Prints {"version"}, then answers one line for each line of its input: {"way": "coefficients" | "lora" | "forward", "batches": [{"ids", "mask", "labels"}]} → {"ms", "losses"}; {"way": "begin"} → {}, from the start again.
+Prints {"version"}, then answers one line for each line of its input: {"way": "coefficients" | "lora" | "forward", "batches": [{"ids", "mask", "labels"}]} → {"ms", "cpu", "losses"}; {"way": "begin"} → {}, from the start again.
 No dropout, AdamW without decay, gradients clipped to a norm of 1: as eigenlora/learn."""
 import json, sys, time, torch, peft
 from safetensors.torch import load_file
@@ -35,13 +35,13 @@ print(json.dumps({"version": f"torch {torch.__version__}, peft {peft.__version__
 for line in sys.stdin:
     asked = json.loads(line); way = asked["way"]
     if way == "begin": models, optimizers = begin(); print("{}", flush=True); continue
-    model = models["coefficients" if way == "forward" else way]; times, losses = [], []
+    model = models["coefficients" if way == "forward" else way]; times, cpu, losses = [], [], []
     for batch in asked["batches"]:
-        ids, mask, target = (torch.tensor(batch[k]) for k in ("ids", "mask", "labels")); started = time.perf_counter()
+        ids, mask, target = (torch.tensor(batch[k]) for k in ("ids", "mask", "labels")); started, worked = time.perf_counter(), time.process_time()
         if way == "forward":
             with torch.no_grad(): losses.append(float(model(input_ids=ids, attention_mask=mask, labels=target).loss))
         else:
             loss = model(input_ids=ids, attention_mask=mask, labels=target).loss; loss.backward()
             torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0); optimizers[way].step(); optimizers[way].zero_grad(); losses.append(float(loss))
-        times.append(1e3 * (time.perf_counter() - started))
-    print(json.dumps({"ms": times, "losses": losses}), flush=True)
+        times.append(1e3 * (time.perf_counter() - started)); cpu.append(1e3 * (time.process_time() - worked))
+    print(json.dumps({"ms": times, "cpu": cpu, "losses": losses}), flush=True)

@@ -64,23 +64,20 @@ async function learn(args: Arguments, out: Output, signal: AbortSignal): Promise
     try {
       refuseInterrupted(signal, id);
       const trainer = await createTrainer(session, { ...options, labels, init, encode: encodeFor(session.inputNames) });
+      const steps: TrainingStep[] = [];
       try {
-        const steps: TrainingStep[] = [];
-        try {
-          for await (const step of trainer.fit(examples, { ...fit, signal })) {
-            steps.push(step);
-            out.progress(`epoch ${step.epoch}, loss ${step.loss.toFixed(3)}: step`, step.step, step.steps);
-          }
-        } catch (error) {
-          if (error !== signal.reason) throw error;
+        for await (const step of trainer.fit(examples, { ...fit, signal })) {
+          steps.push(step);
+          out.progress(`epoch ${step.epoch}, loss ${step.loss.toFixed(3)}: step`, step.step, step.steps);
         }
-        if (steps.length === 0) refuseInterrupted(signal, id);
-        const size = await writeWhole(target, [await trainer.task({ id })]);
-        const seconds = (performance.now() - started) / 1000;
-        return report({ file: target, id, bytes: size, labels, examples: examples.length, trained: trainer.size, interrupted: signal.aborted, seconds }, steps);
-      } finally {
-        await trainer.dispose();
+      } catch (error) {
+        if (error !== signal.reason) throw error;
       }
+      if (steps.length === 0) refuseInterrupted(signal, id);
+      const size = await writeWhole(target, [await trainer.task({ id })]);
+      const seconds = (performance.now() - started) / 1000;
+      const { terms, head } = trainer.size;
+      return report({ file: target, id, bytes: size, labels, examples: examples.length, trained: { terms, head }, interrupted: signal.aborted, seconds }, steps);
     } finally {
       await session.release();
     }
