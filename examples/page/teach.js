@@ -2,7 +2,7 @@
  * The form with which a visitor teaches a task: labels with examples, the loss while it falls, files of tasks. What becomes of
  * a task is page.js's.
  */
-import { byId, drawLoss, lessonOf, size, time } from "./views.js";
+import { byId, drawLoss, lessonOf, percent, size, time } from "./views.js";
 
 /**
  * @typedef {import("./client.js").WorkerFailure} WorkerFailure
@@ -67,6 +67,7 @@ export function setUpTeaching(worker, { onBusy, onAdded }) {
     button.textContent = "Stop";
     onBusy(true);
     drawLoss((losses = []), 1);
+    byId("teach-step").textContent = "The loss will fall here, step by step";
     note("Getting ready");
     try {
       const taught = await worker.call("teach", name.value.trim(), ...written());
@@ -112,7 +113,9 @@ export function setUpTeaching(worker, { onBusy, onAdded }) {
   return ({ step, steps, loss }) => {
     losses.push(loss);
     drawLoss(losses, steps);
-    note(`Step ${step} of ${steps}, loss ${loss.toFixed(3)}`);
+    byId("teach-step").textContent = `Step ${step} of ${steps}, loss ${loss.toFixed(3)}`;
+    // Not each step is worth hearing.
+    if (step % Math.ceil(steps / 4) === 0) note(`${percent(step / steps)} done`);
   };
 }
 

@@ -26,6 +26,7 @@ import { createEigenSession } from "eigenlora/onnxruntime";
 
 /** @typedef {{ text: string, label: string }} Example */
 /** @typedef {{ step: number, steps: number, loss: number }} Step */
+/** @typedef {{ trainer: { init?: import("eigenlora/learn").Start, modules?: string[] }, fit: import("eigenlora/learn").FitOptions }} Lessons */
 
 /**
  * A task's coefficients, the numbers that the pack keeps of it.
@@ -39,8 +40,8 @@ import { createEigenSession } from "eigenlora/onnxruntime";
 /** Adapters were trained on lines of at most so many tokens. */
 const MAX_TOKENS = 32;
 
-/** For a handful of examples (benchmarks/few-shot.js). */
-const TEACHING = { init: /** @type {const} */ ("mean"), batch: 16, steps: 30, rates: { terms: 0.005, head: 0.02 } };
+/** For a handful of examples (benchmarks/few-shot.js). @type {Lessons} */
+const TEACHING = { trainer: { init: "mean" }, fit: { batch: 16, steps: 30, rates: { terms: 0.005, head: 0.02 } } };
 
 /** @param {string} file */
 const beside = (file) => new URL(file, self.location.href).href;
@@ -158,8 +159,9 @@ const calls = {
    * @param {string} id
    * @param {string[]} labels
    * @param {Example[]} examples
+   * @param {Lessons} [lessons] otherwise than usual, to compare with
    */
-  async teach(id, labels, examples) {
+  async teach(id, labels, examples, lessons = TEACHING) {
     if (teaching) throw new Error("a task is being taught; stop that first");
     const { ort, session } = live();
     if (session.tasks.has(id) && !own.has(id)) throw new Error(`there is a task "${id}" already; choose another name`);
@@ -170,11 +172,11 @@ const calls = {
     try {
       // Before each batch the worker looks whether somebody has called.
       const encode = async (/** @type {string[]} */ texts) => (await turn(), tokenize(ort, texts).feeds);
-      const { init, ...fit } = TEACHING;
-      trainer = await createTrainer(session, { labels, encode, init });
-      let last = { step: 0, steps: fit.steps, loss: NaN };
+      trainer = await createTrainer(session, { ...lessons.trainer, labels, encode });
+      let last = { step: 0, steps: 0, loss: NaN };
       try {
-        for await (const { step, steps, loss } of trainer.fit(examples, { ...fit, signal })) report("step", (last = { step, steps, loss }));
+        const fit = trainer.fit(examples, { ...lessons.fit, signal });
+        for await (const { step, steps, loss } of fit) report("step", (last = { step, steps, loss }));
       } catch (error) {
         if (!signal.aborted) throw error;
       }
