@@ -59,7 +59,6 @@ for (const left of TASKS) {
       const answers = await trainer.predict(test.map(([text]) => ({ text })), { batch: BATCH });
       right.push(answers.filter((p, i) => p.indexOf(Math.max(...p)) === test[i][1]).length / test.length);
       bytes = (await trainer.task()).length;
-      await trainer.dispose();
     }
     const forward = await timeForward(session, task);
     rows.push({

@@ -1,22 +1,23 @@
 /**
  * `eigenlora/distill`: what projecting an adapter onto a pack's components lost, won back by training the task's coefficients
- * until the pack answers plain text as the adapter itself does. No labels are needed. Not for run-time bundles: the adapter
- * runs as a pack of its own, which is built here.
+ * until the pack answers plain text as the adapter itself does. No labels are needed. The adapter runs in the same session, its
+ * own factors in the place of those that coefficients make.
  */
 import type { Adapter } from "../src/adapters/adapter.ts";
 import { TaskError } from "../src/errors.ts";
-import type { Example } from "../src/learn/examples.ts";
+import type { Example, Row } from "../src/learn/examples.ts";
 import { shuffle, uniform } from "../src/learn/random.ts";
+import { Terms, type Factors, type TrainedModule } from "../src/learn/terms.ts";
 import type { FitOptions, Trainer, TrainingStep } from "../src/learn/trainer.ts";
-import { buildPack } from "../src/pack/build.ts";
 import { encodeTaskFile } from "../src/pack/encode.ts";
 import type { TaskBlob } from "../src/pack/format.ts";
-import { openPack, type Pack, type TaskInfo } from "../src/pack/pack.ts";
+import type { Pack, TaskInfo } from "../src/pack/pack.ts";
 import { parseTaskFile } from "../src/pack/task-file.ts";
 import { createTrainer } from "./learn.ts";
-import { createEigenSession, type EigenSession } from "./onnxruntime.ts";
-import type { Ort, OrtTensor } from "./ort.ts";
-import { toTensors, type BatchFeeds } from "./ort-batch.ts";
+import type { EigenSession } from "./onnxruntime.ts";
+import type { Ort } from "./ort.ts";
+import type { BatchFeeds } from "./ort-batch.ts";
+import { createMachine, headOf } from "./ort-machine.ts";
 
 export type { BatchFeeds } from "./ort-batch.ts";
 
@@ -57,8 +58,7 @@ const LEAST_TEXTS = 8;
 
 /**
  * Distils one task of a session's pack. The session's task and its pack stay as they are. Rates are 0.02 for coefficients and 0
- * for the head, which stays the adapter's own, unless given. While the adapter answers, the model's weights are in memory twice,
- * and again while coefficients are trained.
+ * for the head, which stays the adapter's own, unless given.
  * @param session made with `trainable: true`
  * @throws TaskError when the task is not in the pack, brings what cannot be trained, or has other labels than the adapter
  * @throws RangeError, TypeError for too few texts, and as `createTrainer` and `Trainer.fit`
@@ -76,42 +76,39 @@ export async function distill<O extends Ort>(session: EigenSession<O>, options: 
   const blob = await pack.load(id, { signal });
   const info = pack.tasks.get(id)!;
   const head = trainableHead(pack, id, blob);
-  const answers = await askAdapter(session, adapter, rows, batch, options);
+  const answers = await askAdapter(session, adapter, head?.module, rows, batch, options);
   if (head && head.labels !== answers[0]!.length) {
     throw new TaskError(`task "${id}" has ${head.labels} labels, ${adapter.file} ${answers[0]!.length}: it was not made of this adapter`, { task: id });
   }
   const labels = Array.from(answers[0]!, (_, i) => String(i));
-  const examples = rows.map((row, i): Example<BatchFeeds> => ({ ...row, target: answers[i] }));
+  const examples = rows.map(({ text, feeds }, i): Example<BatchFeeds> => ({ text, feeds, target: answers[i] }));
   shuffle(examples, uniform(seed));
   const count = Math.min(Math.max(2, Math.round(held * examples.length)), examples.length - 2);
   const [judges, train] = [examples.slice(0, count), examples.slice(count)];
 
   const modules = blob.terms.filter(({ A }) => A).map(({ module }) => pack.modules[module]!.name);
   const trainer = await createTrainer(session, { labels, init: { task: id }, modules, head: head?.module ?? false, encode: options.encode, seed });
-  try {
-    await trainer.begin(id);
-    const divergenceBefore = await divergence(trainer, judges, batch);
-    const fit = { ...options, steps, batch, rates: { head: 0, ...rates } };
-    for await (const step of trainer.fit(train, fit)) options.onStep?.(step);
-    const coefficients = blob.terms.find(({ A }) => A)!.A!.tensor.type;
-    const dtype = { coefficients, head: blob.parameters.find(({ shape }) => shape.length > 1)?.tensor.type ?? coefficients };
-    const trained = await trainer.task({ id, dtype });
-    // As it is stored, since number formats of few bits may cost more than training gains.
-    await trainer.begin(trained);
-    const divergenceAfter = await divergence(trainer, judges, batch);
-    const better = divergenceAfter < divergenceBefore;
-    const file = toFile(pack, info, better ? parseTaskFile(trained, "the distilled task").blob : blob.bytes);
-    return { id, file, divergenceBefore, divergenceAfter, steps, kept: better ? "distilled" : "projected" };
-  } finally {
-    await trainer.dispose();
-  }
+  await trainer.begin(id);
+  const divergenceBefore = await divergence(trainer, judges, batch);
+  const fit = { ...options, steps, batch, rates: { head: 0, ...rates } };
+  for await (const step of trainer.fit(train, fit)) options.onStep?.(step);
+  const coefficients = blob.terms.find(({ A }) => A)!.A!.tensor.type;
+  const dtype = { coefficients, head: blob.parameters.find(({ shape }) => shape.length > 1)?.tensor.type ?? coefficients };
+  const trained = await trainer.task({ id, dtype });
+  // As it is stored, since number formats of few bits may cost more than training gains.
+  await trainer.begin(trained);
+  const divergenceAfter = await divergence(trainer, judges, batch);
+  const better = divergenceAfter < divergenceBefore;
+  const file = toFile(pack, info, better ? parseTaskFile(trained, "the distilled task").blob : blob.bytes);
+  return { id, file, divergenceBefore, divergenceAfter, steps, kept: better ? "distilled" : "projected" };
 }
 
 /** What each text is, as examples without answers. */
-function inputsOf({ texts, feeds, encode }: DistillOptions): Pick<Example<BatchFeeds>, "text" | "feeds">[] {
+function inputsOf({ texts, feeds, encode }: DistillOptions): Row<BatchFeeds>[] {
   if ((texts === undefined) === (feeds === undefined)) throw new TypeError("distill: expected texts or feeds, one of them");
   if (texts && !encode) throw new TypeError("distill: texts need `encode`, a tokenizer");
-  const rows = texts?.map((text) => ({ text })) ?? feeds!.map((own) => ({ feeds: own }));
+  const some = { text: undefined, feeds: undefined, label: 0, weight: 1 };
+  const rows = texts?.map((text) => ({ ...some, text })) ?? feeds!.map((own) => ({ ...some, feeds: own }));
   if (rows.length < LEAST_TEXTS) throw new RangeError(`distill: ${rows.length} texts; ${LEAST_TEXTS} at least are needed, some hundreds to gain by`);
   const empty = texts?.findIndex((text) => text.trim() === "") ?? -1;
   if (empty >= 0) throw new RangeError(`distill: text ${empty} is empty`);
@@ -142,43 +139,49 @@ function trainableHead(pack: Pack, id: string, { terms, parameters }: TaskBlob):
   return { module: module!, labels: weight.shape[0]! };
 }
 
-/** Probabilities that the adapter itself gives, by text. */
+/**
+ * Probabilities that the adapter itself gives, by text: its own factors in the place of those that the task's coefficients make.
+ * @throws TaskError when it adapts what the pack does not
+ */
 async function askAdapter<O extends Ort>(
-  { trainable, outputNames }: EigenSession<O>,
+  { trainable, pack }: EigenSession<O>,
   adapter: Adapter,
-  rows: readonly Pick<Example<BatchFeeds>, "text" | "feeds">[],
+  head: string | undefined,
+  rows: readonly Row<BatchFeeds>[],
   batch: number,
   { encode, signal }: DistillOptions,
 ): Promise<Float32Array[]> {
-  const { ort, model, options } = trainable!;
-  const types = { basis: "f32", coefficients: "f32", head: "f32" } as const;
-  const { chunks } = await buildPack([adapter], { select: { kind: "energy", share: 1 }, types, ...(signal ? { signal } : {}) });
-  const pack = await openPack(new Blob(chunks as BlobPart[]));
-  const teacher = await createEigenSession(ort, model, pack, { ...options, mode: "auto", trainable: undefined });
-  try {
-    await teacher.switchTask(adapter.id);
-    const output = outputNames.includes("logits") ? "logits" : outputNames[0]!;
-    const answers: Float32Array[] = [];
-    // Feeds may be of several lengths.
-    const size = rows[0]!.feeds ? 1 : batch;
-    for (let at = 0; at < rows.length; at += size) {
-      signal?.throwIfAborted();
-      const some = rows.slice(at, at + size);
-      const feeds = some[0]!.feeds ?? (await encode!(some.map(({ text }) => text!)));
-      const logits = ((await teacher.run(toTensors(ort, feeds) as never)) as unknown as Record<string, OrtTensor>)[output]!;
-      const [found, labels = 0] = logits.dims;
-      if (logits.dims.length !== 2 || found !== some.length || labels < 2) {
-        const shape = `[${logits.dims.join(", ")}]`;
-        throw new TypeError(`distill: the output "${output}" is ${shape} for ${some.length} texts, expected [${some.length}, labels]`);
-      }
-      const values = Float32Array.from((await (logits.getData?.() ?? logits.data)) as ArrayLike<number>);
-      some.forEach((_, i) => answers.push(softmax(values.subarray(i * labels, (i + 1) * labels))));
-    }
-    return answers;
-  } finally {
-    await teacher.release();
-    await pack.close();
+  const modules: TrainedModule[] = [];
+  const factors = new Map<string, Factors>();
+  for (const one of adapter.modules.values()) {
+    const { name, in: inputs, out, rank } = one;
+    const module = pack.modules.find((known) => known.name === name);
+    if (module?.in !== inputs || module.out !== out) throw new TaskError(`${adapter.file} adapts "${name}" [${out}, ${inputs}], which the pack does not`, { task: adapter.id });
+    const { A, Bt } = await one.read();
+    modules.push({ name, in: inputs, out, own: rank });
+    factors.set(name, { A: Float32Array.from(A), B: Float32Array.from(Bt) });
   }
+  const [weight, bias] = await Promise.all(["weight", "bias"].map(async (part) => {
+    const saved = head === undefined ? undefined : adapter.saved.find(({ name }) => name === `${head}.${part}`);
+    return Float32Array.from((await saved?.read()) ?? []);
+  })) as [Float32Array<ArrayBuffer>, Float32Array<ArrayBuffer>];
+  const layer = headOf(trainable!, head ?? false);
+  const labels = Array.from({ length: layer ? weight.length / layer.in : 0 }, (_, i) => String(i));
+  const machine = await createMachine(trainable!, new Terms(modules), layer, { encode, labels });
+  const answers: Float32Array[] = [];
+  // Feeds may be of several lengths.
+  const size = rows[0]!.feeds ? 1 : batch;
+  for (let at = 0; at < rows.length; at += size) {
+    signal?.throwIfAborted();
+    const some = rows.slice(at, at + size);
+    const logits = await machine.answer(await machine.batch(some), { factors, weight, bias });
+    const each = logits.length / some.length;
+    if (!Number.isInteger(each) || each < 2) {
+      throw new TypeError(`distill: the model gives ${logits.length} logits for ${some.length} texts, expected [${some.length}, labels]`);
+    }
+    some.forEach((_, i) => answers.push(softmax(logits.subarray(i * each, (i + 1) * each))));
+  }
+  return answers;
 }
 
 function softmax(logits: Float32Array): Float32Array {

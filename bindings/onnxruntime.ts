@@ -3,6 +3,7 @@
  * caller's own import; types are structural, so that neither package is needed to compile against this one.
  */
 import { BackendError, TaskError } from "../src/errors.ts";
+import type { TrainingGraph } from "../src/learn/graph.ts";
 import { tinyFeeds } from "../src/onnx/feeds.ts";
 import { graft, type TaskInput } from "../src/onnx/graft.ts";
 import { readModel, type ModelOptions } from "../src/onnx/read.ts";
@@ -18,6 +19,7 @@ import type { SourceInput } from "../src/source.ts";
 import { call, inTurn, onWebgpu, type Feeds, type Fetches, type Ort, type OrtTensor, type Session, type SessionOptions } from "./ort.ts";
 import { toFeeds, type Carrier, type Parts, type State } from "./ort-carrier.ts";
 import { foldedCarrier } from "./ort-folded.ts";
+import type { Trainable } from "./ort-training.ts";
 import { unfoldedCarrier } from "./ort-unfolded.ts";
 
 export type { Mode } from "../src/session/plan.ts";
@@ -32,15 +34,13 @@ export interface EigenSessionOptions<O extends Ort = Ort> extends ModelOptions, 
    * the model does not run on made-up ones.
    */
   probe?: boolean | Feeds<O> | undefined;
-  /** Whether `eigenlora/learn` can train new tasks on it. The model is read again then; bytes must stay as they are. */
+  /**
+   * Whether `eigenlora/learn` can train new tasks on it; in mode "factors" only. Loss and gradients lie in the same graph, which
+   * takes longer to create, and costs a run a little.
+   */
   trainable?: boolean | undefined;
-}
-
-/** What a trainer makes its graph of. */
-export interface Trainable<O extends Ort> {
-  readonly ort: O;
-  readonly model: SourceInput;
-  readonly options: EigenSessionOptions<O>;
+  /** For `trainable`: the model's output that holds the logits; "logits", or the only one, unless given. */
+  logits?: string | undefined;
 }
 
 export interface SessionSwitchOptions {
@@ -118,31 +118,31 @@ export async function createEigenSession<O extends Ort>(
   }
   const { mode = "auto" } = options;
   if (!["auto", "core", "factors", "folded"].includes(mode)) throw new RangeError(`mode: got ${JSON.stringify(mode)}`);
+  if (options.trainable && mode !== "auto" && mode !== "factors") throw new RangeError(`mode: tasks are learned in mode "factors", got ${JSON.stringify(mode)}`);
   const file = await readModel(model, options);
   try {
     const bases = await pack.takeBases(options);
-    // A task that is learned may have terms of its own.
-    const plan = await planSession(file, pack, bases, options.trainable ? { privateTerms: true, ...options } : options);
+    const plan = await planSession(file, pack, bases, options.trainable ? { ...options, mode: "factors" } : options);
     const own = file.model.graph.proto.input.filter(({ name }) => !file.model.graph.initializers.has(name));
     const outputs = file.model.graph.proto.output.map(({ name }) => name);
     const folded = plan.mode === "folded";
     const fed = folded && onWebgpu(options.session) ? feedFolded(file.model, plan.folded) : undefined;
     const layout = folded && !fed ? layoutFolded(file.model, plan.folded) : undefined;
     const grafted = graft(file.model, plan.graft);
+    const training = options.trainable ? await (await import("./ort-training.ts")).addTraining({ ort, options }, file, grafted) : undefined;
     const detached = await detachWeights(file, grafted.initializers, { ...options, supplied: layout ? [FOLDED_FILE] : [] });
     const inputs = own.map(({ name }) => name);
     const feeds = options.probe === false ? undefined : tinyFeeds(own);
-    const parts: Parts<O> = { ort, pack, plan, grafted, detached, options, outputs, inputs, feeds };
-    const trainable = options.trainable ? { ort, model, options } : undefined;
+    const parts: Parts<O> = { ort, pack, plan, grafted, detached, options, outputs, inputs, feeds, idle: training?.idle ?? {} };
     // Folding takes the bases once more.
     if (folded) pack.keepBases(bases);
-    if (layout) return new EigenSession(parts, await foldedCarrier(parts, file, layout), trainable);
+    if (layout) return new EigenSession(parts, await foldedCarrier(parts, file, layout));
     if (fed) {
       const { gpuCarrier } = await import("./ort-gpu.ts");
-      return new EigenSession(parts, await gpuCarrier(parts, file, fed), trainable);
+      return new EigenSession(parts, await gpuCarrier(parts, file, fed));
     }
     await file.close();
-    return new EigenSession(parts, await unfoldedCarrier(parts, bases), trainable);
+    return new EigenSession(parts, await unfoldedCarrier(parts, bases), training?.graph);
   } catch (error) {
     await file.close();
     throw error;
@@ -166,6 +166,8 @@ export class EigenSession<O extends Ort = Ort> {
   readonly #ort: O;
   readonly #base: BaseValues;
   readonly #inputs: readonly TaskInput[];
+  /** Inputs that a run which does not learn has no use for. */
+  readonly #idle: Parts<O>["idle"];
   readonly #carrier: Carrier<O>;
   readonly #timeline: Timeline<State<O>>;
   readonly #components: number;
@@ -174,8 +176,7 @@ export class EigenSession<O extends Ort = Ort> {
   #rowsChecked: Promise<void> | undefined;
 
   /** Use `createEigenSession`. */
-  constructor(parts: Parts<O>, carrier: Carrier<O>, trainable: Trainable<O> | undefined) {
-    this.trainable = trainable;
+  constructor(parts: Parts<O>, carrier: Carrier<O>, graph?: TrainingGraph) {
     this.pack = parts.pack;
     this.mode = parts.plan.mode;
     this.reason = [parts.plan.reason, ...(carrier.note === undefined ? [] : [carrier.note])].join("; ");
@@ -186,10 +187,21 @@ export class EigenSession<O extends Ort = Ort> {
     // Not the plan: its graph holds views of the whole model file.
     this.#base = parts.plan.base;
     this.#inputs = parts.grafted.inputs;
+    this.#idle = parts.idle;
     this.#carrier = carrier;
     this.#state = carrier.first;
     this.#timeline = new Timeline(carrier.first);
     this.#components = parts.grafted.initializers.reduce((sum, { data }) => sum + data.byteLength, 0);
+    this.trainable = graph && {
+      ort: parts.ort,
+      graph,
+      inputs: parts.grafted.inputs,
+      base: async () => (await carrier.evaluator.evaluate(null, {})).inputs,
+      run: async (feeds, fetches) => {
+        this.#live();
+        return this.#timeline.run((state) => this.#submit(state, feeds, {}, fetches, {}) as Promise<Record<string, OrtTensor>>);
+      },
+    };
   }
 
   /** What runs now belong to. */
@@ -282,7 +294,7 @@ export class EigenSession<O extends Ort = Ort> {
     fetches: unknown,
     options: object,
   ): Promise<object> {
-    const run = (): Promise<object> => call(session, { ...feeds, ...task }, fetches, options);
+    const run = (): Promise<object> => call(session, { ...this.#idle, ...feeds, ...task }, fetches, options);
     return inTurn(this.#ort, () => this.#carrier.alive?.(run) ?? run());
   }
 

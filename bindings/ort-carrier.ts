@@ -56,6 +56,8 @@ export interface Parts<O extends Ort> {
   readonly outputs: readonly string[];
   /** Made-up feeds, as far as they can be. */
   readonly feeds: Map<string, Feed> | undefined;
+  /** Inputs that are the same in every run that does not learn. */
+  readonly idle: Readonly<Record<string, OrtTensor>>;
 }
 
 /** @throws BackendError when onnxruntime refuses the model or the provider */
@@ -99,12 +101,12 @@ export function toFeeds<O extends Ort>(
  * Runs a session for the probes.
  * @param given feeds of the caller's own
  */
-export function probeRun<O extends Ort>(ort: O, session: Session<O>, inputs: readonly TaskInput[], given?: object): ProbeRun {
+export function probeRun<O extends Ort>({ ort, grafted: { inputs }, idle }: Parts<O>, session: Session<O>, given?: object): ProbeRun {
   return async (feeds, tasks, fetches) => {
     const tensors: Record<string, OrtTensor> = {};
     for (const [name, { data, dims }] of feeds) tensors[name] = makeTensor(ort, data, dims);
     const task = toFeeds(ort, inputs, tasks.map((values) => ({ inputs: values }))).feeds;
-    const results = (await inTurn(ort, () => call(session, { ...tensors, ...given, ...task }, fetches, {}))) as Record<string, OrtTensor>;
+    const results = (await inTurn(ort, () => call(session, { ...idle, ...tensors, ...given, ...task }, fetches, {}))) as Record<string, OrtTensor>;
     return Promise.all(fetches.map(async (name) => ((await results[name]!.getData?.()) ?? results[name]!.data) as Float32Array));
   };
 }

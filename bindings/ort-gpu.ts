@@ -128,13 +128,14 @@ function withHeads<O extends Ort>(
 
 /** A tiny run on the base's weights and one on zeros: a provider that does not read the buffers gives the same twice. */
 async function probeBuffers<O extends Ort>(
-  { ort, options, grafted, outputs, feeds }: Parts<O>,
+  parts: Parts<O>,
   session: Session<O>,
   fed: readonly FoldedInput[],
   weights: Readonly<Record<string, OrtTensor>>,
   base: ReadonlyMap<string, InputValue>,
   device: GPUDevice,
 ): Promise<ProbeReport> {
+  const { ort, options, outputs, feeds } = parts;
   if (options.probe === false) return { result: "skipped: asked not to" };
   const given = typeof options.probe === "object" ? options.probe : undefined;
   const made = given ? new Map<string, never>() : feeds;
@@ -146,7 +147,7 @@ async function probeBuffers<O extends Ort>(
   try {
     const results = [];
     for (const taken of [weights, nothing]) {
-      const [output] = await probeRun(ort, session, grafted.inputs, { ...taken, ...(given as object | undefined) })(made, [base], [outputs[0]!]);
+      const [output] = await probeRun(parts, session, { ...taken, ...(given as object | undefined) })(made, [base], [outputs[0]!]);
       results.push(output!);
     }
     const [before, after] = results;

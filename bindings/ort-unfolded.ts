@@ -37,7 +37,7 @@ export async function unfoldedCarrier<O extends Ort>(parts: Parts<O>, bases: Uin
         const values = await evaluator.evaluate(selection, how);
         return { session: made, task: copySelection(selection), ...toFeeds(ort, inputs, [values]) };
       },
-      checkRows: async () => own && probeRows(probeRun(ort, made, inputs), own, none.inputs, inputs, outputs[0]!),
+      checkRows: async () => own && probeRows(probeRun(parts, made), own, none.inputs, inputs, outputs[0]!),
       memory() {
         const held = Object.values(backend.memory()).reduce((a, b) => a + b, 0);
         return { expansion: held + bench.staging.values.byteLength, pristine: 0, folded: 0 };
@@ -59,13 +59,14 @@ async function watch<O extends Ort>(ort: O, session: Parts<O>["options"]["sessio
 }
 
 async function runProbe<O extends Ort>(
-  { ort, plan, grafted, options, outputs, feeds }: Parts<O>,
+  parts: Parts<O>,
   session: Session<O>,
   base: ReadonlyMap<string, InputValue>,
 ): Promise<ProbeReport> {
+  const { plan, grafted, options, outputs, feeds } = parts;
   if (options.probe === false) return { result: "skipped: asked not to" };
   const given = typeof options.probe === "object" ? options.probe : undefined;
-  const run = probeRun(ort, session, grafted.inputs, given);
+  const run = probeRun(parts, session, given);
   const { modules } = plan.graft;
   return probeParity(run, given ? new Map() : feeds, base, grafted.inputs, modules, grafted.probe, outputs, providersOf(options));
 }

@@ -121,9 +121,7 @@ function setBusy(busy) {
   setTeachable();
 }
 
-/** A session is not exchanged under a trainer, nor a trainer made while there is none. */
 function setTeachable() {
-  /** @type {HTMLFieldSetElement} */ (byId("providers")).disabled = teaching;
   /** @type {HTMLButtonElement} */ (byId("teach-button")).disabled = !started;
   /** @type {HTMLInputElement} */ (byId("task-file")).disabled = !started || teaching;
 }

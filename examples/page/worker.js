@@ -53,7 +53,8 @@ const own = new Map();
 /** Ends the teaching under way. @type {AbortController | undefined} */
 let teaching;
 /** @typedef {typeof import("onnxruntime-web")} Ort */
-/** @type {{ ort: Ort, session: import("eigenlora/onnxruntime").EigenSession<Ort> } | undefined} */
+/** @typedef {import("onnxruntime-common").InferenceSession.SessionOptions} SessionOptions */
+/** @type {{ ort: Ort, session: import("eigenlora/onnxruntime").EigenSession<Ort>, options: SessionOptions } | undefined} */
 let running;
 
 /** What the page may ask for. */
@@ -81,11 +82,11 @@ const calls = {
     const [ort, { pack, model }] = await Promise.all([loadOrt(provider), openFiles()]);
     progress("preparing the model");
     // Errors only: it warns that WebGPU leaves shapes to the CPU, which is as it should be.
-    const options = /** @type {import("onnxruntime-common").InferenceSession.SessionOptions} */ ({ executionProviders: [provider], logSeverityLevel: 3 });
+    const options = /** @type {SessionOptions} */ ({ executionProviders: [provider], logSeverityLevel: 3 });
     // On the GPU the weights themselves change: no run costs more than the base's.
     const mode = provider === "webgpu" ? "folded" : "auto";
-    const session = await createEigenSession(ort, model, pack, { mode, session: options, trainable: true });
-    running = { ort, session };
+    const session = await createEigenSession(ort, model, pack, { mode, session: options });
+    running = { ort, session, options };
     const task = wanted !== undefined && pack.tasks.has(wanted) ? wanted : [...pack.tasks.keys()][0];
     await session.switchTask(task);
     return {
@@ -163,16 +164,18 @@ const calls = {
    */
   async teach(id, labels, examples, lessons = TEACHING) {
     if (teaching) throw new Error("a task is being taught; stop that first");
-    const { ort, session } = live();
+    const { ort, session, options } = live();
     if (session.tasks.has(id) && !own.has(id)) throw new Error(`there is a task "${id}" already; choose another name`);
     const started = performance.now();
     const before = { ...session.pack.reads };
     const { signal } = (teaching = new AbortController());
-    let trainer;
+    let school;
     try {
+      // Of its own: it costs the other one nothing, which goes on in its mode, and it is gone afterwards.
+      school = await createEigenSession(ort, /** @type {NonNullable<typeof files>} */ (files).model, session.pack, { trainable: true, session: options });
       // Before each batch the worker looks whether somebody has called.
       const encode = async (/** @type {string[]} */ texts) => (await turn(), tokenize(ort, texts).feeds);
-      trainer = await createTrainer(session, { ...lessons.trainer, labels, encode });
+      const trainer = await createTrainer(school, { ...lessons.trainer, labels, encode });
       let last = { step: 0, steps: 0, loss: NaN };
       try {
         const fit = trainer.fit(examples, { ...lessons.fit, signal });
@@ -186,7 +189,7 @@ const calls = {
       return { ...added, ...last, ...since(before), milliseconds: performance.now() - started };
     } finally {
       teaching = undefined;
-      await trainer?.dispose();
+      await school?.release();
     }
   },
 

@@ -7,14 +7,14 @@ import { encodeTask, encodeTaskFile, type ParameterInput, type TermInput } from 
 import { encodeTensor } from "../encode.ts";
 import { parseTask } from "../pack/task.ts";
 import type { Pack } from "../pack/pack.ts";
-import type { TrainedParameter } from "./targets.ts";
+import type { Terms, TrainedParameter } from "./terms.ts";
 
 export interface Learned {
   /** All parameters of terms, in one. */
-  readonly parameters: Float32Array;
-  readonly layout: readonly TrainedParameter[];
-  /** Weight [labels, in], bias [labels]. */
-  readonly head: { readonly module: string; readonly in: number; readonly weight: Float32Array; readonly bias: Float32Array } | undefined;
+  readonly parameters: Float32Array<ArrayBuffer>;
+  readonly terms: Terms;
+  /** Weight [labels, in], bias [labels] where the layer has one. */
+  readonly head: { readonly module: string; readonly in: number; readonly weight: Float32Array; readonly bias: Float32Array | undefined } | undefined;
 }
 
 /** Number formats: of coefficients and free terms, and of the head, whose bias is f16 where its weight is integers. */
@@ -29,17 +29,16 @@ export interface Dtypes {
 export function taskFile(
   pack: Pack,
   id: string,
-  { parameters, layout, head }: Learned,
+  { parameters, terms: trained, head }: Learned,
   types: Dtypes,
   metadata: TaskMetadata,
 ): Uint8Array<ArrayBuffer> {
   const terms: TermInput[] = [];
   for (const [module, { name, A, B }] of pack.modules.entries()) {
     const of = (kind: TrainedParameter["kind"]): { rows: number; encoded: Uint8Array; type: TensorType } | undefined => {
-      const found = layout.find((parameter) => parameter.module === name && parameter.kind === kind);
-      if (!found) return undefined;
-      const [rows, width] = found.dims;
-      const values = parameters.subarray(found.offset, found.offset + rows * width);
+      const values = trained.part(parameters, name, kind);
+      if (!values) return undefined;
+      const [rows, width] = trained.parameters.find((parameter) => parameter.module === name && parameter.kind === kind)!.dims;
       return { rows, type: types.coefficients, encoded: encodeTensor(types.coefficients, values, rows, width) };
     };
     const [alphaA, alphaB, ownA, ownB] = [of("alphaA"), of("alphaB"), of("A"), of("B")];
@@ -47,8 +46,8 @@ export function taskFile(
     if (!shared && !ownA) continue;
     terms.push({
       module,
-      rank: shared ? alphaA.rows : 0,
-      ...(shared ? { A: { ...alphaA, kind: "column", mean: A.mean }, B: { ...alphaB, kind: "column", mean: B.mean } } : {}),
+      rank: shared ? (A.rank ?? alphaA.rows) : 0,
+      ...(shared ? { A: { ...alphaA, kind: A.kind, mean: A.mean }, B: { ...alphaB, kind: B.kind, mean: B.mean } } : {}),
       ...(ownA && ownB ? { private: { q: ownA.rows, type: types.coefficients, A: ownA.encoded, Bt: ownB.encoded } } : {}),
     });
   }
@@ -63,11 +62,10 @@ export function taskFile(
 }
 
 function headParameters({ module, in: inputs, weight, bias }: NonNullable<Learned["head"]>, type: TensorType): ParameterInput[] {
-  const labels = bias.length;
+  const labels = weight.length / inputs;
   // One scale for a whole bias would be coarse and save nothing.
   const biasType = isQuantized(type) ? "f16" : type;
-  return [
-    { name: `${module}.weight`, role: "saved", shape: [labels, inputs], type, encoded: encodeTensor(type, weight, labels, inputs) },
-    { name: `${module}.bias`, role: "saved", shape: [labels], type: biasType, encoded: encodeTensor(biasType, bias, 1, labels) },
-  ];
+  const saved = [{ name: `${module}.weight`, role: "saved" as const, shape: [labels, inputs], type, encoded: encodeTensor(type, weight, labels, inputs) }];
+  if (!bias) return saved;
+  return [...saved, { name: `${module}.bias`, role: "saved", shape: [labels], type: biasType, encoded: encodeTensor(biasType, bias, 1, labels) }];
 }

@@ -5,13 +5,16 @@
  */
 import { decodeTensor } from "../dtypes.ts";
 import { TaskError } from "../errors.ts";
-import type { Coefficients, TaskBlob, TensorRef } from "../pack/format.ts";
+import type { TaskBlob, TensorRef } from "../pack/format.ts";
 import type { Pack } from "../pack/pack.ts";
 import { normal } from "./random.ts";
-import type { TrainedParameter } from "./targets.ts";
+import type { Terms, TrainedParameter } from "./terms.ts";
 
-/** Kinds of starts; "auto" tries mean and random for a few steps and takes the better. */
-export type Start = "auto" | "mean" | "random" | { readonly task: string };
+/**
+ * Kinds of starts; "auto" tries mean and random for a few steps and takes the better. "fresh" is for factors that are trained
+ * themselves: as PEFT begins, without the pack.
+ */
+export type Start = "auto" | "mean" | "random" | "fresh" | { readonly task: string };
 
 /** Most tasks that the spread is taken of. */
 const MOST_DONORS = 64;
@@ -45,23 +48,23 @@ export interface Donor {
 export class Donors {
   readonly #moments = new Map<TrainedParameter, Moments>();
   readonly #pack: Pack;
-  readonly #parameters: readonly TrainedParameter[];
+  readonly #terms: Terms;
 
-  private constructor(pack: Pack, parameters: readonly TrainedParameter[]) {
+  private constructor(pack: Pack, terms: Terms) {
     this.#pack = pack;
-    this.#parameters = parameters;
+    this.#terms = terms;
   }
 
   /** Reads the pack's first tasks. */
-  static async of(pack: Pack, parameters: readonly TrainedParameter[], signal?: AbortSignal): Promise<Donors> {
-    const donors = new Donors(pack, parameters);
+  static async of(pack: Pack, terms: Terms, signal?: AbortSignal): Promise<Donors> {
+    const donors = new Donors(pack, terms);
     for (const id of [...pack.tasks.keys()].slice(0, MOST_DONORS)) donors.#add(await pack.load(id, { signal }));
     return donors;
   }
 
   #add(blob: TaskBlob): void {
-    for (const parameter of this.#parameters) {
-      const found = this.#coefficients(blob, parameter);
+    for (const parameter of this.#terms.parameters) {
+      const found = parameter.kind.startsWith("alpha") ? this.#values(blob, parameter) : undefined;
       if (!found) continue;
       const { values, rows } = found;
       const [rank, K] = parameter.dims;
@@ -81,28 +84,30 @@ export class Donors {
     }
   }
 
-  #coefficients(blob: TaskBlob, { module, kind, dims }: TrainedParameter): { values: Float32Array; rows: number } | undefined {
-    if (kind !== "alphaA" && kind !== "alphaB") return undefined;
+  /** What a task has of a parameter. */
+  #values(blob: TaskBlob, { module, kind, dims }: TrainedParameter): { values: Float32Array; rows: number } | undefined {
     const index = this.#pack.modules.findIndex(({ name }) => name === module);
     const term = blob.terms.find((one) => one.module === index);
-    const side: Coefficients | undefined = kind === "alphaA" ? term?.A : term?.B;
-    if (!side || side.tensor.width !== dims[1]) return undefined;
-    return { values: valuesOf(blob, side.tensor), rows: side.tensor.rows };
+    const tensors = { alphaA: term?.A?.tensor, alphaB: term?.B?.tensor, A: term?.privateA, B: term?.privateBt };
+    const tensor = tensors[kind as keyof typeof tensors];
+    return tensor?.width === dims[1] ? { values: valuesOf(blob, tensor), rows: tensor.rows } : undefined;
   }
 
   /**
    * Writes the start of all parameters.
    * @throws TaskError when the task to start from is of another rank
    */
-  fill(start: "mean" | "random" | Donor, out: Float32Array, random: () => number): void {
+  fill(start: "mean" | "random" | "fresh" | Donor, out: Float32Array<ArrayBuffer>, random: () => number): void {
     const donor = typeof start === "object" ? start : undefined;
-    for (const parameter of this.#parameters) {
-      const { kind, dims, offset } = parameter;
-      const values = out.subarray(offset, offset + dims[0] * dims[1]);
-      const own = donor && this.#coefficients(donor.blob, parameter);
+    this.#terms.fillComponents(out);
+    for (const parameter of this.#terms.parameters) {
+      const { module, kind, dims } = parameter;
+      if (kind === "componentsA" || kind === "componentsB") continue;
+      const values = this.#terms.part(out, module, kind)!;
+      const own = donor && this.#values(donor.blob, parameter);
       if (own && own.rows !== dims[0]) {
-        const { id } = donor;
-        throw new TaskError(`task "${id}" has rank ${own.rows} on "${parameter.module}", the trainer ${dims[0]}: leave \`rank\` out`, { task: id });
+        const [{ id }, which] = [donor, kind === "A" || kind === "B" ? "terms of its own" : "rank"];
+        throw new TaskError(`task "${id}" has ${which} ${own.rows} on "${module}", the trainer ${dims[0]}: leave \`rank\` and \`terms\` out`, { task: id });
       }
       if (own) values.set(own.values);
       else if (kind === "A") for (let i = 0; i < values.length; i++) values[i] = SMALL * normal(random);

@@ -13,7 +13,7 @@ import { checkExamples, holdBack, targetsOf, type Example, type Row } from "./ex
 import { normal, shuffle, uniform } from "./random.ts";
 import { taskFile, type Dtypes } from "./result.ts";
 import { Donors, headOf, newHead, type Donor, type Start } from "./start.ts";
-import type { TrainedParameter } from "./targets.ts";
+import type { Factors, Terms } from "./terms.ts";
 
 /** All numbers that are trained: parameters of terms in one, weight [labels, in] and bias [labels] of the head. */
 export interface State {
@@ -22,32 +22,46 @@ export interface State {
   readonly bias: Float32Array<ArrayBuffer>;
 }
 
-/** One run of a training graph. */
+/** A task as a model is fed with it: factors by module name, weight [labels, in] and bias [labels] of the head. */
+export interface Point extends Omit<State, "parameters"> {
+  readonly factors: ReadonlyMap<string, Factors>;
+}
+
+/** One run that learns. */
 export interface MachineStep {
   readonly loss: number;
   /** [rows, labels] */
   readonly logits: Float32Array;
-  /** As the state. */
-  readonly gradients: State;
+  /** As the point. */
+  readonly gradients: Point;
 }
 
 /** A model that can be trained. `Feeds` are one batch of its inputs. */
 export interface Machine<Feeds> {
-  readonly layout: readonly TrainedParameter[];
   /** The layer that is trained whole; undefined where the model's own outputs are the logits. */
-  readonly head: { readonly module: string; readonly in: number } | undefined;
+  readonly head: { readonly module: string; readonly in: number; readonly bias: boolean } | undefined;
   readonly encodes: boolean;
   /** @throws TypeError when the rows cannot be put into one batch */
   batch(rows: readonly Row<Feeds>[]): Promise<Feeds>;
+  /** Logits [rows, labels] alone. */
+  answer(batch: Feeds, point: Point): Promise<Float32Array>;
   /** @param targets [rows, labels] */
-  step(batch: Feeds, state: State, targets: Float32Array<ArrayBuffer>): Promise<MachineStep>;
-  dispose(): Promise<void>;
+  step(batch: Feeds, point: Point, targets: Float32Array<ArrayBuffer>): Promise<MachineStep>;
+}
+
+/** What a trainer trains. */
+export interface Subject<Feeds> {
+  readonly pack: Pack;
+  readonly machine: Machine<Feeds>;
+  readonly terms: Terms;
+  /** Terms over the pack's components that factors begin from, where factors themselves are trained; else the same terms. */
+  readonly origin: Terms;
 }
 
 export interface TrainerOptions {
   /** Names of the new task's labels, two at least. */
   readonly labels: readonly string[];
-  /** Where coefficients begin; "auto" unless given. */
+  /** Where coefficients begin, and a LoRA that is made of components: "auto" unless given, "fresh" for a LoRA. */
   readonly init?: Start | undefined;
   /** The same seed gives the same numbers on the same provider; 0 unless given. */
   readonly seed?: number | undefined;
@@ -62,8 +76,8 @@ export interface FitOptions {
   readonly batch?: number | undefined;
   /** Share of each label's examples that is held back to judge each epoch; then the best epoch is kept. 0 unless given. */
   readonly validation?: number | undefined;
-  /** Learning rates of terms and head; 0.02 each unless given. 0: it stays as it is. */
-  readonly rates?: { readonly terms?: number; readonly head?: number } | undefined;
+  /** Learning rates of terms and head, 0.02 each unless given, and of components, 0.001. 0: it stays as it is. */
+  readonly rates?: { readonly terms?: number; readonly head?: number; readonly components?: number } | undefined;
   /** Weight decay of both; 0 unless given. */
   readonly weightDecay?: number | undefined;
   /** Share of every target that is spread over all labels; 0 unless given. */
@@ -99,7 +113,7 @@ const EXPLODED = 20;
 /** Learns one task. Made by `createTrainer`. */
 export class Trainer<Feeds = unknown> {
   readonly labels: readonly string[];
-  readonly #pack: Pack;
+  readonly #subject: Subject<Feeds>;
   readonly #machine: Machine<Feeds>;
   readonly #init: Start;
   readonly #random: () => number;
@@ -108,22 +122,24 @@ export class Trainer<Feeds = unknown> {
   #busy = false;
 
   /** @throws RangeError for fewer than two labels, or two alike */
-  constructor(pack: Pack, machine: Machine<Feeds>, { labels, init = "auto", seed = 0 }: TrainerOptions) {
+  constructor(subject: Subject<Feeds>, { labels, init, seed = 0 }: TrainerOptions) {
     if (labels.length < 2 || new Set(labels).size < labels.length) {
       throw new RangeError(`labels: expected two at least, all different, got ${JSON.stringify(labels)}`);
     }
+    const coefficients = subject.terms.modules.some(({ shared }) => shared);
+    if (init === "fresh" && coefficients) throw new RangeError('init: "fresh" is for factors (train: "lora"); coefficients begin from "mean", "random" or a task');
     this.labels = [...labels];
-    this.#pack = pack;
-    this.#machine = machine;
-    this.#init = init;
+    this.#subject = subject;
+    this.#machine = subject.machine;
+    this.#init = init ?? (coefficients ? "auto" : "fresh");
     this.#random = uniform(seed);
   }
 
-  /** How many numbers are trained, of terms and of the head. */
-  get size(): { readonly terms: number; readonly head: number } {
-    const { layout, head } = this.#machine;
-    const terms = layout.reduce((sum, { dims }) => sum + dims[0] * dims[1], 0);
-    return { terms, head: head ? this.labels.length * (head.in + 1) : 0 };
+  /** How many numbers are trained: of terms, of the head, and of components where they are trained. */
+  get size(): { readonly terms: number; readonly head: number; readonly components: number } {
+    const { machine, terms } = this.#subject;
+    const head = machine.head ? this.labels.length * (machine.head.in + Number(machine.head.bias)) : 0;
+    return { terms: terms.ofTasks, head, components: terms.size - terms.ofTasks };
   }
 
   /**
@@ -161,7 +177,7 @@ export class Trainer<Feeds = unknown> {
         for (let at = 0; at < order.length && step < steps; at += batch) {
           signal?.throwIfAborted();
           const some = order.slice(at, at + batch);
-          const { loss, gradients } = await this.#machine.step(await this.#machine.batch(some), state, targetsOf(some, this.labels.length, smoothing));
+          const { loss, gradients } = await this.#step(some, state, smoothing);
           first ??= loss;
           const exploded = !(loss <= EXPLODED * (1 + first));
           if (!exploded) good = copy(state);
@@ -187,15 +203,29 @@ export class Trainer<Feeds = unknown> {
     steps: number,
     { rates = {}, weightDecay = 0, clip = 1, warmup = Math.floor(steps / 10), decay }: FitOptions,
   ): { step(gradients: State): StepReport } {
-    const { terms = 0.02, head = 0.02 } = rates;
+    const { terms = 0.02, head = 0.02, components = 0.001 } = rates;
+    const { ofTasks } = this.#subject.terms;
     const groups = [
-      { part: "parameters", rate: terms, weightDecay },
-      { part: "weight", rate: head, weightDecay },
-      { part: "bias", rate: head, weightDecay: 0 },
+      { of: (all: State) => all.parameters.subarray(0, ofTasks), rate: terms, weightDecay },
+      { of: (all: State) => all.parameters.subarray(ofTasks), rate: components, weightDecay: 0 },
+      { of: (all: State) => all.weight, rate: head, weightDecay },
+      { of: (all: State) => all.bias, rate: head, weightDecay: 0 },
       // What is not trained has no say in the clipping.
-    ].filter(({ rate }) => rate !== 0) as { part: keyof State; rate: number; weightDecay: number }[];
-    const optimizer = new AdamW(groups.map(({ part, ...group }) => ({ values: state[part], ...group })), { steps, clip, warmup, decay });
-    return { step: (gradients) => optimizer.step(groups.map(({ part }) => gradients[part])) };
+    ].filter(({ rate }) => rate !== 0);
+    const optimizer = new AdamW(groups.map(({ of, ...group }) => ({ values: of(state), ...group })), { steps, clip, warmup, decay });
+    return { step: (gradients) => optimizer.step(groups.map(({ of }) => of(gradients))) };
+  }
+
+  /** Loss and gradients of some rows. */
+  async #step(rows: readonly Row<Feeds>[], state: State, smoothing: number, batch?: Feeds): Promise<{ loss: number; logits: Float32Array; gradients: State }> {
+    const targets = targetsOf(rows, this.labels.length, smoothing);
+    const { loss, logits, gradients } = await this.#machine.step(batch ?? (await this.#machine.batch(rows)), this.#point(state), targets);
+    const { factors, weight, bias } = gradients;
+    return { loss, logits, gradients: { parameters: this.#subject.terms.pullBack(state.parameters, factors), weight, bias } };
+  }
+
+  #point({ parameters, weight, bias }: State): Point {
+    return { factors: this.#subject.terms.expand(parameters), weight, bias };
   }
 
   /**
@@ -206,25 +236,37 @@ export class Trainer<Feeds = unknown> {
    */
   async begin(task: string | Uint8Array<ArrayBuffer>): Promise<void> {
     if (this.#busy) throw new TypeError("begin: this trainer is at work; wait for its end");
-    const donors = await Donors.of(this.#pack, this.#machine.layout);
-    this.#state = this.#from(donors, typeof task === "string" ? await this.#taskOf(task) : this.#read(task));
+    const donor = typeof task === "string" ? await this.#taskOf(task) : this.#read(task);
+    this.#state = await this.#from(donor);
   }
 
   async #taskOf(id: string): Promise<Donor> {
-    if (!this.#pack.tasks.has(id)) throw new TaskError(`there is no task "${id}" to start from`, { task: id });
-    return { id, blob: await this.#pack.load(id) };
+    const { pack } = this.#subject;
+    if (!pack.tasks.has(id)) throw new TaskError(`there is no task "${id}" to start from`, { task: id });
+    return { id, blob: await pack.load(id) };
   }
 
   #read(file: Uint8Array<ArrayBuffer>): Donor {
     const { id, basisId, blob } = parseTaskFile(file, "the task to begin with");
-    if (basisId !== this.#pack.basisId) throw new TaskError(`task "${id}" belongs to the basis ${basisId}, this pack has ${this.#pack.basisId}`, { task: id });
-    return { id, blob: parseTask(blob, this.#pack.modules, "the task to begin with", id) };
+    const { pack } = this.#subject;
+    if (basisId !== pack.basisId) throw new TaskError(`task "${id}" belongs to the basis ${basisId}, this pack has ${pack.basisId}`, { task: id });
+    return { id, blob: parseTask(blob, pack.modules, "the task to begin with", id) };
   }
 
-  #from(donors: Donors, start: "mean" | "random" | Donor): State {
-    const { head } = this.#machine;
-    const parameters = new Float32Array(this.size.terms);
-    donors.fill(start, parameters, this.#random);
+  async #from(start: "mean" | "random" | "fresh" | Donor, signal?: AbortSignal): Promise<State> {
+    const { pack, terms, origin, machine: { head } } = this.#subject;
+    const parameters = new Float32Array(terms.size);
+    (await Donors.of(pack, terms, signal)).fill(start, parameters, this.#random);
+    // A LoRA begins as the factors that coefficients make, unless the task to start from has factors of its own.
+    const made = origin !== terms && start !== "fresh" && (typeof start !== "object" || start.blob.terms.some(({ A }) => A));
+    if (made) {
+      const coefficients = new Float32Array(origin.size);
+      (await Donors.of(pack, origin, signal)).fill(start, coefficients, this.#random);
+      for (const [module, { A, B }] of origin.expand(coefficients)) {
+        terms.part(parameters, module, "A")?.set(A);
+        terms.part(parameters, module, "B")?.set(B);
+      }
+    }
     const [labels, inputs] = [head ? this.labels.length : 0, head?.in ?? 0];
     const brought = typeof start === "object" && head ? headOf(start.blob, head.module, labels, inputs) : undefined;
     return { parameters, ...(brought ?? newHead(labels, inputs, this.#random)) };
@@ -236,7 +278,7 @@ export class Trainer<Feeds = unknown> {
     const results: Float32Array[] = [];
     for (let at = 0; at < examples.length; at += batch) {
       const rows = examples.slice(at, at + batch).map(({ text, feeds }) => ({ text, feeds, label: 0, weight: 1 }));
-      const { logits } = await this.#machine.step(await this.#machine.batch(rows), state, targetsOf(rows, this.labels.length, 0));
+      const logits = await this.#machine.answer(await this.#machine.batch(rows), this.#point(state));
       rows.forEach((_, i) => results.push(softmax(logits.subarray(i * this.labels.length, (i + 1) * this.labels.length))));
     }
     return results;
@@ -246,7 +288,7 @@ export class Trainer<Feeds = unknown> {
     let [loss, right] = [0, 0];
     for (let at = 0; at < held.length; at += batch) {
       const rows = held.slice(at, at + batch).map((row) => ({ ...row, weight: 1 }));
-      const made = await this.#machine.step(await this.#machine.batch(rows), state, targetsOf(rows, this.labels.length, 0));
+      const made = await this.#step(rows, state, 0);
       loss += made.loss * rows.length;
       rows.forEach(({ label }, i) => {
         const logits = [...made.logits.subarray(i * this.labels.length, (i + 1) * this.labels.length)];
@@ -258,27 +300,26 @@ export class Trainer<Feeds = unknown> {
 
   /** A state to begin from; "auto" takes a few steps from each start and keeps the one whose loss is smaller. */
   async #start(train: readonly Row<Feeds>[], batch: number, options: FitOptions): Promise<State> {
-    const { layout } = this.#machine;
-    const donors = await Donors.of(this.#pack, layout, options.signal);
+    const { pack, origin } = this.#subject;
     const init = this.#init;
-    if (init !== "auto") return this.#from(donors, typeof init === "object" ? await this.#taskOf(init.task) : init);
-    if (this.#pack.tasks.size === 0 || !layout.some(({ kind }) => kind === "alphaA")) return this.#from(donors, "random");
+    if (init !== "auto") return this.#from(typeof init === "object" ? await this.#taskOf(init.task) : init, options.signal);
+    if (pack.tasks.size === 0 || !origin.modules.some(({ shared }) => shared)) return this.#from("random", options.signal);
     let best: { loss: number; state: State } | undefined;
     for (const start of ["mean", "random"] as const) {
-      const state = this.#from(donors, start);
+      const state = await this.#from(start, options.signal);
       const trial = copy(state);
       const optimizer = this.#optimizer(trial, TRIAL_STEPS, { ...options, warmup: 0, decay: "none" });
       let loss = Infinity;
       for (let i = 0; i < TRIAL_STEPS; i++) {
         options.signal?.throwIfAborted();
         const rows = Array.from({ length: Math.min(batch, train.length) }, (_, at) => train[(i * batch + at) % train.length]!);
-        const made = await this.#machine.step(await this.#machine.batch(rows), trial, targetsOf(rows, this.labels.length, 0));
+        const made = await this.#step(rows, trial, 0);
         loss = made.loss;
         optimizer.step(made.gradients);
       }
       if (loss < (best?.loss ?? Infinity)) best = { loss, state };
     }
-    return best?.state ?? this.#from(donors, "random");
+    return best?.state ?? this.#from("random", options.signal);
   }
 
   /**
@@ -287,8 +328,7 @@ export class Trainer<Feeds = unknown> {
    */
   async #test(rows: readonly Row<Feeds>[], state: State, smoothing: number): Promise<void> {
     const batch = await this.#machine.batch(rows);
-    const targets = targetsOf(rows, this.labels.length, smoothing);
-    const { loss, gradients } = await this.#machine.step(batch, state, targets);
+    const { loss, gradients } = await this.#step(rows, state, smoothing, batch);
     const norm = Math.hypot(...parts(gradients).map((part) => part.reduce((sum, g) => sum + g * g, 0) ** 0.5));
     if (!(norm > 0)) {
       if (Number.isFinite(loss) && norm === 0) return;
@@ -296,7 +336,7 @@ export class Trainer<Feeds = unknown> {
     }
     const noise = uniform(7);
     const along = parts(gradients).map((part) => part.map((g) => g / norm));
-    const aside = along.map((part) => part.map((d) => d + (0.5 * normal(noise)) / Math.sqrt(this.size.terms + this.size.head)));
+    const aside = along.map((part) => part.map((d) => d + (0.5 * normal(noise)) / Math.sqrt(state.parameters.length + state.weight.length + state.bias.length)));
     for (const direction of [along, aside]) {
       const slope = parts(gradients).reduce((sum, part, i) => sum + part.reduce((s, g, at) => s + g * direction[i]![at]!, 0), 0);
       // So far that the loss moves well above the noise of f32, and hardly bends.
@@ -304,7 +344,7 @@ export class Trainer<Feeds = unknown> {
       const at = async (by: number): Promise<number> => {
         const moved = copy(state);
         parts(moved).forEach((part, i) => direction[i]!.forEach((d, j) => (part[j]! += by * d)));
-        return (await this.#machine.step(batch, moved, targets)).loss;
+        return (await this.#step(rows, moved, smoothing, batch)).loss;
       };
       const [up, down] = [((await at(step)) - loss) / step, (loss - (await at(-step))) / step];
       const found = (up + down) / 2;
@@ -323,20 +363,15 @@ export class Trainer<Feeds = unknown> {
   async task(options: { id?: string; dtype?: TensorType | Dtypes; metadata?: TaskMetadata } = {}): Promise<Uint8Array<ArrayBuffer>> {
     const { id = "task", dtype = "f16", metadata = {} } = options;
     const { parameters, weight, bias } = this.#learned();
-    const { layout, head } = this.#machine;
-    const learned = { parameters, layout, head: head && { ...head, weight, bias } };
+    const { pack, terms, machine: { head } } = this.#subject;
+    const learned = { parameters, terms, head: head && { ...head, weight, bias: head.bias ? bias : undefined } };
     const types = typeof dtype === "object" ? dtype : { coefficients: dtype, head: dtype };
-    return taskFile(this.#pack, id, learned, types, { labels: [...this.labels], ...metadata });
+    return taskFile(pack, id, learned, types, { labels: [...this.labels], ...metadata });
   }
 
   #learned(): State {
     if (this.#state) return this.#state;
     throw new TypeError("this trainer has learned nothing yet: call fit first");
-  }
-
-  /** Frees the training graph. What was learned stays readable. */
-  async dispose(): Promise<void> {
-    await this.#machine.dispose();
   }
 }
 

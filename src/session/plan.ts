@@ -41,6 +41,8 @@ export interface PlanOptions extends ReadOptions {
    * added later. They cost a little in every run.
    */
   privateTerms?: boolean | undefined;
+  /** A layer that tasks may bring whole though no task of the pack does, for tasks that are added or learned later. */
+  head?: string | undefined;
   /** Parameters of the tasks, or modules with all of theirs, to leave out: `["classifier"]` on a model without one. */
   ignore?: readonly string[] | undefined;
 }
@@ -245,6 +247,11 @@ class Planner {
   /** What the tasks change beside their terms. */
   async #brought(): Promise<Brought[]> {
     const all = new Set<string>();
+    const { head } = this.#options;
+    if (head !== undefined) {
+      all.add(`saved ${head}.weight`);
+      if ("name" in this.#names.find(`${head}.bias`)) all.add(`saved ${head}.bias`);
+    }
     for (const { id, brings } of this.#pack.tasks.values()) {
       for (const one of brings ?? broughtBy(await this.#pack.load(id, this.#options), this.#pack.modules)) all.add(one);
     }

@@ -11,12 +11,17 @@ const matMul: Rule = {
     let { g } = step;
     let [a, b] = [step.x(0), step.x(1)];
     let [aDims, bDims] = [step.dims(a), step.dims(b)];
-    if (aDims.length >= 2 && bDims.length === 2) {
+    const single = bDims.length === 3 && bDims[0] === 1;
+    if (aDims.length >= 2 && (bDims.length === 2 || single)) {
       // A matrix, and all rows of the other side as one: no batch to sum over.
-      const rows = aDims.length === 2 ? (value: string): string => value : (value: string): string => emit.rows(value);
-      const da = (): string => emit.op("Gemm", [rows(g), ...gemmOf(step, b)], { transB: turned(step, b) ? 0 : 1 });
-      if (step.wants(0)) aDims.length === 2 ? step.give(0, da()) : step.giveReshaped(0, da());
-      if (step.wants(1)) step.give(1, emit.op("Gemm", [rows(a), rows(g)], { transA: 1 }));
+      const rows = (value: string): string => (step.rank(step.y) === 2 ? value : emit.rows(value));
+      const da = (): string => {
+        const matrix = single ? emit.op("Squeeze", [b, emit.ints([0])]) : gemmOf(step, b);
+        return emit.op("Gemm", [rows(g), matrix], { transB: !single && turned(step, b) ? 0 : 1 });
+      };
+      if (step.wants(0)) step.rank(step.y) === 2 ? step.give(0, da()) : step.giveReshaped(0, da());
+      const db = (): string => emit.op("Gemm", [aDims.length === 2 ? a : emit.rows(a), rows(g)], { transA: 1 });
+      if (step.wants(1)) step.give(1, single ? emit.unsqueeze(db(), [0]) : db());
       return;
     }
     // A vector is a matrix of one row or column.
@@ -63,8 +68,8 @@ function turned({ graph }: Step, value: string): boolean {
   return node?.opType === "Transpose" && attribute(node, "perm")?.ints.join() !== "0,1";
 }
 
-function gemmOf(step: Step, matrix: string): string[] {
-  return [turned(step, matrix) ? step.graph.producers.get(matrix)!.input[0]! : matrix];
+function gemmOf(step: Step, matrix: string): string {
+  return turned(step, matrix) ? step.graph.producers.get(matrix)!.input[0]! : matrix;
 }
 
 /** The last two dimensions exchanged; joined with a Transpose that has made the value. */
