@@ -1,6 +1,7 @@
 /**
- * Teaching in the page as visitors get it: built, served, in a real Chromium, from a handful of examples. What it costs and how
- * good it gets is benchmarks/few-shot.js's.
+ * Teaching in the page as visitors get it: built, served, in a real Chromium on WASM, from a handful of examples. Software WebGPU
+ * takes minutes for it: learn-chromium.test.ts trains a smaller model there. What it costs and how good it gets is
+ * benchmarks/few-shot.js's.
  */
 import t from "tap";
 import { mkdtemp, readFile, rm } from "node:fs/promises";
@@ -219,25 +220,4 @@ t.test("without its server: in the same tab, and after a reload", { skip, timeou
   await teachAWhile(page, 1);
   t.equal(await page.locator(".card .said b:empty").count(), 0, "all tasks answer");
   t.notOk(await page.locator("#failure").isVisible());
-});
-
-t.test("WebGPU", { skip, timeout: 240_000 }, async (t) => {
-  const { page, complaints } = await visit(await launch(t, ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"]));
-  const toggle = page.locator('#providers [value="webgpu"]');
-  if (await toggle.isDisabled()) return void t.match(await page.locator("#provider-note").textContent(), /WebGPU is off: .+/, "says why");
-  await page.locator('#providers label:has([value="webgpu"])').click();
-  await page.locator("#mode", { hasText: "WebGPU" }).waitFor();
-  await settled(page);
-  await write(page, [["one", "the first\nthe one before all others"], ["two", "the second\nthe one that follows"]]);
-  await teachAWhile(page, 3);
-  const { losses } = await heard(page);
-  t.ok(losses.at(-1)! < losses[0]!, `loss ${losses}`);
-  const onGpu = await type(page, "the first of them");
-  await page.locator('#providers label:has([value="wasm"])').click();
-  await page.locator("#mode", { hasText: "WASM" }).waitFor();
-  await settled(page);
-  const onWasm = (await heard(page)).probabilities.at(-1)!;
-  t.equal(await page.locator("#active-name").textContent(), "sky-or-lab", "a task taught on the GPU is there on WASM");
-  t.ok(Math.abs(onGpu[0]! - onWasm[0]!) < 1e-3, `${onGpu} on WebGPU, ${onWasm} on WASM`);
-  t.same(complaints, []);
 });
