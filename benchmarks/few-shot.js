@@ -28,7 +28,7 @@ const SHOTS = 8;
 const JUDGED = 50;
 const PAIRS = [["comm", "electronics"], ["lisp", "vcs"], ["gnome", "comm"], ["electronics", "lisp"], ["vcs", "gnome"]];
 const DRAWS = Number(option("draws") ?? 1);
-/** Beside the page's own way; steps and rate of the head are the page's. */
+/** Beside the page's own way, which takes 20 steps: a head alone is not done by then. Rates as there. */
 const HEAD = { batch: 16, steps: 30, rates: { terms: 0, head: 0.02 } };
 const OTHERS = /** @type {const} */ ([
   ["head only, on the tasks' mean", { trainer: { init: "mean" }, fit: HEAD }],

@@ -65,6 +65,7 @@ async function main() {
 /** Not before the page has what it needs itself. */
 async function keepOffline() {
   const note = byId("offline");
+  if (!navigator.serviceWorker) return void (note.textContent = "Not kept for offline use: browsers allow that over HTTPS only.");
   try {
     await navigator.serviceWorker.register("sw.js");
     await navigator.serviceWorker.ready;

@@ -41,7 +41,7 @@ import { createEigenSession } from "eigenlora/onnxruntime";
 const MAX_TOKENS = 32;
 
 /** For a handful of examples (benchmarks/few-shot.js). @type {Lessons} */
-const TEACHING = { trainer: { init: "mean" }, fit: { batch: 16, steps: 30, rates: { terms: 0.005, head: 0.02 } } };
+const TEACHING = { trainer: { init: "mean" }, fit: { batch: 16, steps: 20, rates: { terms: 0.005, head: 0.02 } } };
 
 /** @param {string} file */
 const beside = (file) => new URL(file, self.location.href).href;
