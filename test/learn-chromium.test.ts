@@ -15,8 +15,8 @@ import { train, type Trained } from "./training.js";
 const CASES = ["bert-all-linear", "bert-sdpa-dynamo", "bert-opset13", "llama-torchscript", "llama-dynamo", "vit-dynamo"];
 const BOTH = "bert-eager-torchscript";
 
-/** How far gradients may be off; a GPU's functions are less exact. */
-const TOLERANCE: Record<string, number> = { wasm: 2e-5, webgpu: 1e-3 };
+/** How far gradients may be off. WGSL promises sine and cosine, which turn a LLaMA's positions, to 2⁻¹¹ only. */
+const toleranceOf = (name: string, provider: string): number => (provider === "webgpu" && name.startsWith("llama") ? 1e-3 : 2e-5);
 
 interface Row {
   build: string;
@@ -61,7 +61,7 @@ t.test("training graphs × providers in Chromium", { skip: noChromium, timeout: 
     }
     const [learnt, answering] = runs.map((run) => (output: string): number[] => run[output]!.map((value) => value ?? NaN));
     const { loss, gradients, worst } = compare(of, prepared, learnt!);
-    const most = TOLERANCE[provider]!;
+    const most = toleranceOf(name, provider);
     t.ok(loss <= most && gradients <= most, `${what}: loss off by ${loss.toExponential(1)}, gradients by ${gradients.toExponential(1)} at most (${worst})`);
     if (!answering) continue;
     t.ok(relative(answering(graph.logitsOutput), learnt!(graph.logitsOutput)) < most, `${what}: it answers alike`);

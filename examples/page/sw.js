@@ -34,8 +34,8 @@ async function answer(request) {
   const cache = await caches.open(VERSION);
   try {
     const response = await fetch(request);
-    // The larger runtime is kept once somebody has used it.
-    if (response.status === 200) await cache.put(request.url, response.clone()).catch(() => {});
+    // The larger runtime is kept once somebody has used it; all else is there.
+    if (response.status === 200 && !(await cache.match(request.url))) await cache.put(request.url, response.clone()).catch(() => {});
     return response;
   } catch (error) {
     const kept = await cache.match(request.url, { ignoreSearch: true });

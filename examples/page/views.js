@@ -143,6 +143,7 @@ export function drawPicture({ values, width, height }) {
 function drawValues(canvas, width, height, values) {
   canvas.width = width;
   canvas.height = height;
+  if (values.length === 0) return;
   const context = /** @type {CanvasRenderingContext2D} */ (canvas.getContext("2d"));
   const style = getComputedStyle(document.documentElement);
   const [accent, ink] = ["--accent", "--ink"].map((name) => rgb(style.getPropertyValue(name)));

@@ -430,7 +430,7 @@ function residentIds(pack) {
 async function coefficientsOf(id) {
   const { terms, bytes } = await live().session.pack.load(id);
   const tensors = terms.flatMap(({ A, B }) => [A, B].flatMap((side) => (side ? [side.tensor] : [])));
-  const width = Math.max(...tensors.map((tensor) => tensor.width));
+  const width = Math.max(0, ...tensors.map((tensor) => tensor.width));
   const height = tensors.reduce((sum, { rows }) => sum + rows, 0);
   const values = new Float32Array(width * height);
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
@@ -442,7 +442,8 @@ async function coefficientsOf(id) {
       }
     }
   }
-  return { width, height, values, rank: tensors[0].rows };
+  // A task may be a head alone.
+  return { width, height, values, rank: tensors[0]?.rows ?? 0 };
 }
 
 /** @param {number} bits of a finite f16 */
