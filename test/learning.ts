@@ -1,8 +1,10 @@
 /** Shared by the tests of learning: a runtime to look at shapes with, and PyTorch's gradients. */
 import { readdirSync, readFileSync } from "node:fs";
 import type * as common from "onnxruntime-common";
+import type { BatchFeeds, Example } from "../dist/bindings/learn.js";
 import { readAdapters } from "../dist/src/adapters/folder.js";
 import { buildTrainingGraph, type TrainingGraph, type TrainingGraphOptions } from "../dist/src/learn/graph.js";
+import { uniform } from "../dist/src/learn/random.js";
 import type { Probe } from "../dist/src/learn/shapes.js";
 import { NameMatcher } from "../dist/src/names.js";
 import { readLinearWeight, readVector } from "../dist/src/onnx/dequantize.js";
@@ -17,7 +19,7 @@ import { openSafetensors } from "../dist/src/safetensors.js";
 import { turn } from "../dist/src/session/plan.js";
 import { openSource } from "../dist/src/source.js";
 import { data } from "./packs.ts";
-import { NODE, type Ort } from "./sessions.ts";
+import { feeds as feedsOf, GOLDENS, model, NODE, open, packFor, type Ort, type Session } from "./sessions.ts";
 
 export type Level = "disabled" | "basic" | "all";
 export type Tensors = Record<string, common.Tensor>;
@@ -278,4 +280,23 @@ export function random(seed: number): () => number {
 export function noise(many: number, seed: number): Float32Array {
   const next = random(seed);
   return Float32Array.from({ length: many }, () => 0.6 * next() - 0.3);
+}
+
+export const LABELS = ["odd", "even", "neither"];
+
+/** Rows of the tiny model's inputs: random ids; the label follows from the first. */
+export function examples(ort: Ort, session: Session, count: number, seed: number): Example<BatchFeeds>[] {
+  const random = uniform(seed);
+  const like = feedsOf(ort, session, [0]);
+  const length = GOLDENS.feeds["input_ids"]![0]!.length;
+  return Array.from({ length: count }, () => {
+    const ids = Array.from({ length }, () => 1 + Math.floor(random() * 8));
+    const own = { ...like, input_ids: new ort.Tensor("int64", BigInt64Array.from(ids, BigInt), [1, length]) };
+    if ("attention_mask" in own) own["attention_mask"] = new ort.Tensor("int64", new BigInt64Array(length).fill(1n), [1, length]);
+    return { feeds: own as BatchFeeds, label: ids[0]! % 2 };
+  });
+}
+
+export async function tiny(ort: Ort, more: Parameters<typeof open>[3] = {}): Promise<Session> {
+  return open(ort, model("torchscript"), await packFor("base"), { trainable: true, ...more });
 }

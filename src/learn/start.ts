@@ -35,7 +35,8 @@ interface Moments {
   readonly columns: Float64Array;
   readonly squares: Float64Array;
   count: number;
-  tasks: number;
+  /** By row: how many tasks have it. */
+  readonly tasks: Float64Array;
 }
 
 /** A task to start from. */
@@ -70,10 +71,10 @@ export class Donors {
       const [rank, K] = parameter.dims;
       let moments = this.#moments.get(parameter);
       if (!moments) {
-        moments = { sums: new Float64Array(rank * K), columns: new Float64Array(K), squares: new Float64Array(K), count: 0, tasks: 0 };
+        moments = { sums: new Float64Array(rank * K), columns: new Float64Array(K), squares: new Float64Array(K), count: 0, tasks: new Float64Array(rank) };
         this.#moments.set(parameter, moments);
       }
-      moments.tasks++;
+      for (let row = 0; row < Math.min(rows, rank); row++) moments.tasks[row]!++;
       moments.count += rows;
       for (let i = 0; i < rows * K; i++) {
         const value = values[i]!;
@@ -120,8 +121,9 @@ export class Donors {
     const moments = this.#moments.get(parameter);
     const K = parameter.dims[1];
     for (let i = 0; i < values.length; i++) {
+      const tasks = moments?.tasks[Math.floor(i / K)] ?? 0;
       if (!moments) values[i] = SMALL * normal(random);
-      else if (start === "mean") values[i] = moments.sums[i]! / moments.tasks;
+      else if (start === "mean" && tasks > 0) values[i] = moments.sums[i]! / tasks;
       else {
         const mean = moments.columns[i % K]! / moments.count;
         const variance = Math.max(0, moments.squares[i % K]! / moments.count - mean * mean);
@@ -129,6 +131,15 @@ export class Donors {
       }
     }
   }
+}
+
+/** The rank that most of a pack's first tasks have; 8 where there are none. */
+export async function usualRank(pack: Pack): Promise<number> {
+  const counts = new Map<number, number>();
+  for (const id of [...pack.tasks.keys()].slice(0, 8)) {
+    for (const { A, rank } of (await pack.load(id)).terms) if (A) counts.set(rank, (counts.get(rank) ?? 0) + 1);
+  }
+  return [...counts].sort((a, b) => b[1] - a[1])[0]?.[0] ?? 8;
 }
 
 /** A tensor of a task as numbers. */
