@@ -56,10 +56,14 @@ export async function dataOf(tensor: OrtTensor): Promise<unknown> {
   return tensor.getData ? tensor.getData() : tensor.data;
 }
 
-/** Looks at shapes with the caller's runtime, without the optimiser, which needs longer than two tiny runs. */
+/**
+ * Looks at shapes with the caller's runtime: without the optimiser, which needs longer than two tiny runs, and on the CPU, since
+ * shapes are the same there, and WebGPU would compile shaders for each operator, of which devices without f16 lack some.
+ */
 function probeOf<O extends Ort>({ ort, options }: Pick<Parts<O>, "ort" | "options">): Probe {
   return async (model, feeds) => {
-    const asked = { ...(options.session as object | undefined), graphOptimizationLevel: "disabled" };
+    const { executionProviders, preferredOutputLocation, ...given } = (options.session ?? {}) as Record<string, unknown>;
+    const asked = { ...given, graphOptimizationLevel: "disabled" };
     const session = await createSession({ ort, options: { ...options, session: asked as never } }, model);
     try {
       const results = [];

@@ -1,8 +1,9 @@
 /**
- * Runs in a browser: training graphs on the providers of both of onnxruntime-web's builds. Reports every output.
+ * Runs in a browser: training graphs on the providers of both of onnxruntime-web's builds, every output reported; and a trainer.
  */
 import * as all from "onnxruntime-web/all";
 import * as webgpu from "onnxruntime-web/webgpu";
+import { train } from "./training.js";
 
 for (const { env } of [all, webgpu]) {
   env.wasm.wasmPaths = "/ort/";
@@ -51,4 +52,14 @@ async function run(ort, provider, { name, feeds }) {
   } catch (error) {
     return { why: String(/** @type {Error} */ (error).message) };
   }
+}
+
+/**
+ * @param {import("./training.js").Lines} lines
+ * @returns {Promise<Record<string, import("./training.js").Trained | string>>} by provider; why not, where there is none
+ */
+export async function teach(lines) {
+  const adapter = await /** @type {any} */ (navigator).gpu?.requestAdapter();
+  const lesson = { model: "/model.onnx", pack: "/tasks.eigen", lines };
+  return { wasm: await train(webgpu, { ...lesson, provider: "wasm" }), webgpu: adapter ? await train(webgpu, { ...lesson, provider: "webgpu" }) : "no adapter" };
 }

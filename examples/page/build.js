@@ -5,7 +5,8 @@
  * node examples/page/build.js [FOLDER]
  */
 import { build } from "esbuild";
-import { cp, mkdir, readFile, rm, stat, writeFile } from "node:fs/promises";
+import { createHash } from "node:crypto";
+import { cp, mkdir, readdir, readFile, rm, stat, writeFile } from "node:fs/promises";
 import { join, resolve } from "node:path";
 import { fileURLToPath } from "node:url";
 import { buildPack, readAdapters } from "eigenlora/build";
@@ -17,7 +18,8 @@ const here = (path) => fileURLToPath(new URL(path, import.meta.url));
 const data = (path) => here(`../../test/data/${path}`);
 
 /** The builds of onnxruntime-web that the worker imports: the smaller one runs on WASM only. */
-const RUNTIMES = ["ort-wasm-simd-threaded.wasm", "ort-wasm-simd-threaded.asyncify.wasm"];
+const WEBGPU_RUNTIME = "ort-wasm-simd-threaded.asyncify.wasm";
+const RUNTIMES = ["ort-wasm-simd-threaded.wasm", WEBGPU_RUNTIME];
 const MODEL = ["model_fp16.onnx", "tokenizer.json", "tokenizer_config.json"];
 /** Lines of each task's test set that the page offers. */
 const EXAMPLES = 12;
@@ -60,7 +62,20 @@ export async function buildPage(folder) {
     examples: Object.fromEntries(await Promise.all(adapters.map(async ({ id }) => [id, await examplesOf(id)]))),
   };
   await writeFile(join(folder, "facts.json"), JSON.stringify(facts));
+  await writeFile(join(folder, "sw.js"), await offlineWorker(folder));
   return report;
+}
+
+/**
+ * sw.js, with the files to keep: all but the runtime that is used on WebGPU only.
+ * @param {string} folder
+ */
+async function offlineWorker(folder) {
+  const files = (await readdir(folder)).filter((file) => file !== WEBGPU_RUNTIME).sort();
+  const hash = createHash("sha256");
+  for (const file of files) hash.update(file).update(await readFile(join(folder, file)));
+  const kept = { version: `eigenlora-${hash.digest("hex").slice(0, 16)}`, files: ["./", ...files] };
+  return `self.KEPT = ${JSON.stringify(kept)};\n${await readFile(here("sw.js"), "utf8")}`;
 }
 
 /**

@@ -5,6 +5,7 @@
 /**
  * @typedef {import("./worker.js").Calls} Calls
  * @typedef {{ what: string, done?: number, total?: number }} Progress
+ * @typedef {{ progress: Progress, step: import("./worker.js").Step }} Events what the worker tells unasked
  */
 
 /** An error that the worker reports. `tag` is the kind of an EigenLoRA error, where it is one. */
@@ -19,15 +20,15 @@ export class WorkerFailure extends Error {
 /**
  * Starts the worker.
  * @param {string} url
- * @param {(progress: Progress) => void} onProgress
+ * @param {{ [Event in keyof Events]: (detail: Events[Event]) => void }} on
  */
-export function startWorker(url, onProgress) {
+export function startWorker(url, on) {
   const worker = new Worker(url, { type: "module" });
   /** @type {Map<number, { resolve(value: any): void, reject(error: Error): void }>} */
   const waiting = new Map();
   let next = 0;
   worker.onmessage = ({ data }) => {
-    if (data.progress) return onProgress(data.progress);
+    if (data.event) return on[/** @type {keyof Events} */ (data.event)](data.detail);
     const call = waiting.get(data.id);
     waiting.delete(data.id);
     if (data.error) call?.reject(new WorkerFailure(data.error));

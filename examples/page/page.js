@@ -3,7 +3,9 @@
  * them changes. Drawing is in views.js, computing in worker.js.
  */
 import { startWorker } from "./client.js";
+import { setUpTeaching } from "./teach.js";
 import {
+  addCard,
   byId,
   drawCard,
   drawFailure,
@@ -13,9 +15,9 @@ import {
   drawProgress,
   drawResident,
   logCost,
-  makeCards,
   nameOf,
   percent,
+  removeCard,
   size,
   time,
 } from "./views.js";
@@ -34,7 +36,7 @@ const loadAll = byId("load-all");
 /** @type {HTMLButtonElement} */
 const example = byId("example");
 
-const worker = startWorker("worker.js", drawProgress);
+const worker = startWorker("worker.js", { progress: drawProgress, step: (step) => drawStep(step) });
 
 /** @type {import("./views.js").Facts} */
 let facts;
@@ -46,6 +48,7 @@ const resident = new Map();
 const answered = new Map();
 let active = "";
 let started = false;
+let teaching = false;
 
 main().catch(fail);
 
@@ -56,6 +59,20 @@ async function main() {
   facts = await response.json();
   void offerWebGpu();
   await start("wasm", decodeURIComponent(location.hash.slice(1)) || undefined);
+  await keepOffline();
+}
+
+/** Not before the page has what it needs itself. */
+async function keepOffline() {
+  const note = byId("offline");
+  if (!navigator.serviceWorker) return void (note.textContent = "Not kept for offline use: browsers allow that over HTTPS only.");
+  try {
+    await navigator.serviceWorker.register("sw.js");
+    await navigator.serviceWorker.ready;
+    note.textContent = "Kept in this browser: works offline from now on, teaching too.";
+  } catch (error) {
+    note.textContent = `Not kept for offline use: ${/** @type {Error} */ (error).message}.`;
+  }
 }
 
 async function offerWebGpu() {
@@ -82,7 +99,7 @@ async function start(provider, task) {
     byId("promise").textContent = `${tasks.size} tasks of ${size(Math.round(mean))} each`;
     const { requests, bytes } = begun.reads;
     byId("cold").textContent = `Cold start: ${requests} requests and ${size(bytes)} of a pack of ${size(facts.pack)}`;
-    makeCards(begun.tasks, active);
+    begun.tasks.forEach(addCard);
   }
   strength.value = "1";
   keep([[active, begun.coefficients]], begun.memory);
@@ -102,6 +119,12 @@ function setBusy(busy) {
   showBusy();
   strength.disabled = example.disabled = busy;
   loadAll.disabled = busy || resident.size === tasks.size;
+  setTeachable();
+}
+
+function setTeachable() {
+  /** @type {HTMLButtonElement} */ (byId("teach-button")).disabled = !started;
+  /** @type {HTMLInputElement} */ (byId("task-file")).disabled = !started || teaching;
 }
 
 /**
@@ -113,7 +136,8 @@ function keep(read, memory) {
     if (!resident.has(id)) drawResident(id, coefficients);
     resident.set(id, coefficients);
   }
-  drawMemory(facts, memory, tasks.size, resident.size);
+  const shipped = [...tasks.values()].filter(({ own }) => !own);
+  drawMemory(facts, memory, shipped.length, shipped.filter(({ id }) => resident.has(id)).length);
   const rest = [...tasks.values()].filter(({ id }) => !resident.has(id));
   const bytes = rest.reduce((sum, task) => sum + task.bytes, 0);
   loadAll.disabled = rest.length === 0;
@@ -139,7 +163,10 @@ function labelsOf(id) {
 }
 
 function showTask() {
-  [byId("active-family").textContent, byId("active-name").textContent] = nameOf(active);
+  const { own, bytes } = /** @type {import("./worker.js").Task} */ (tasks.get(active));
+  [byId("active-family").textContent, byId("active-name").textContent] = own ? ["yours", active] : nameOf(active);
+  byId("own").hidden = !own;
+  byId("download").textContent = `Download it, ${size(bytes)}`;
   checkCard();
   drawPicture(/** @type {import("./worker.js").Coefficients} */ (resident.get(active)));
   byId("strength-value").textContent = percent(Number(strength.value));
@@ -292,7 +319,7 @@ let typedAt = 0;
 
 document.addEventListener("keydown", (event) => {
   const { key, target, ctrlKey, metaKey, altKey, timeStamp } = event;
-  const writing = target instanceof HTMLTextAreaElement;
+  const writing = target instanceof HTMLTextAreaElement || (target instanceof HTMLInputElement && target.type === "text");
   if (writing || ctrlKey || metaKey || altKey || !/^[a-z0-9:+-]$/i.test(key)) return;
   typed = timeStamp - typedAt < TYPE_AHEAD ? typed + key.toLowerCase() : key.toLowerCase();
   typedAt = timeStamp;
@@ -312,6 +339,50 @@ loadAll.addEventListener("click", async () => {
     keep(report.coefficients, report.memory);
     logCost(`${ids.length} tasks ahead`, report);
     await ask();
+  } catch (error) {
+    fail(error);
+  }
+});
+
+const drawStep = setUpTeaching(worker, {
+  onBusy(busy) {
+    teaching = busy;
+    setTeachable();
+  },
+  async onAdded({ task, coefficients, memory }, what, cost) {
+    if (resident.delete(task.id)) removeCard(task.id);
+    answered.delete(task.id);
+    tasks.delete(task.id);
+    tasks.set(task.id, task);
+    addCard(task);
+    active = task.id;
+    drawLabels(task.labels, undefined);
+    strength.value = "1";
+    keep(coefficients, memory);
+    showTask();
+    if (cost) logCost(what, cost);
+    await ask();
+  },
+});
+
+byId("download").addEventListener("click", async () => {
+  try {
+    const url = URL.createObjectURL(new Blob([await worker.call("file", active)]));
+    Object.assign(document.createElement("a"), { href: url, download: `${active}.etask` }).click();
+    URL.revokeObjectURL(url);
+  } catch (error) {
+    fail(error);
+  }
+});
+
+byId("forget").addEventListener("click", async () => {
+  const [id, next] = [active, [...resident.keys()].find((one) => one !== active) ?? ""];
+  try {
+    await switchTo(next);
+    await worker.call("forget", id);
+    for (const of of [tasks, resident, answered]) of.delete(id);
+    removeCard(id);
+    radioOf(active).focus();
   } catch (error) {
     fail(error);
   }

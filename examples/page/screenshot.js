@@ -1,7 +1,7 @@
 /**
  * Takes the page's picture for the README with Chromium: docs/page.png, light or dark.
  *
- * node examples/page/screenshot.js [--scheme light|dark] [--width 1200] [--height 900] [--text LINE] [-o docs/page.png]
+ * node examples/page/screenshot.js [--scheme light|dark] [--width 1200] [--height 1260] [--text LINE] [-o docs/page.png]
  */
 import { mkdtemp, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
@@ -16,8 +16,8 @@ const { values } = parseArgs({
   options: {
     scheme: { type: "string", default: "light" },
     width: { type: "string", default: "1200" },
-    height: { type: "string", default: "900" },
-    text: { type: "string", default: "tool for analysing network packets, written in Python" },
+    height: { type: "string", default: "1260" },
+    text: { type: "string", default: "pictures of galaxies, stars and planets, written in Python" },
     output: { type: "string", short: "o", default: fileURLToPath(new URL("../../docs/page.png", import.meta.url)) },
     chromium: { type: "string", default: "/usr/bin/chromium" },
   },
@@ -46,9 +46,11 @@ try {
   await choose("debtags-uitoolkit");
   await page.locator("#load-all").click();
   await page.locator(".card .said b:empty").first().waitFor({ state: "detached" });
+  await page.locator("#teach-button").click();
+  await page.locator("#teach-note", { hasText: "Learned" }).waitFor({ timeout: 300_000 });
   await page.locator("#sentence").fill(values.text);
   await settled.waitFor();
-  for (const task of ["sections-3", "debtags-suite", "debtags-implemented-in"]) await choose(task);
+  for (const task of ["sections-3", "debtags-implemented-in", "sky-or-lab"]) await choose(task);
   await page.mouse.move(0, 0);
   await page.evaluate(() => /** @type {HTMLElement} */ (document.activeElement).blur());
   await page.screenshot({ path: values.output });

@@ -76,26 +76,27 @@ function labelRow(label) {
 }
 
 /**
- * A card per task, each a radio button.
- * @param {readonly Task[]} tasks
- * @param {string} active
+ * Adds the card of a task, a radio button.
+ * @param {Task} task
  */
-export function makeCards(tasks, active) {
-  const cards = tasks.map(({ id, bytes }, i) => {
-    const card = element("label", "card");
-    card.dataset["task"] = id;
-    const radio = document.createElement("input");
-    Object.assign(radio, { type: "radio", name: "task", value: id, checked: id === active });
-    const [family, name] = nameOf(id);
-    const head = element("span", "head");
-    head.append(element("span", "number", String(i + 1)), element("span", "family", family));
-    head.append(element("span", "bytes", size(bytes)));
-    const said = element("span", "said");
-    said.append(element("b"), element("i"));
-    card.append(radio, head, element("span", "name", name), document.createElement("canvas"), said);
-    return card;
-  });
-  byId("cards").append(...cards);
+export function addCard({ id, bytes, own }) {
+  const card = element("label", "card");
+  card.dataset["task"] = id;
+  const radio = document.createElement("input");
+  Object.assign(radio, { type: "radio", name: "task", value: id });
+  const [family, name] = own ? ["yours", id] : nameOf(id);
+  const head = element("span", "head");
+  head.append(element("span", "number"), element("span", "family", family));
+  head.append(element("span", "bytes", size(bytes)));
+  const said = element("span", "said");
+  said.append(element("b"), element("i"));
+  card.append(radio, head, element("span", "name", name), document.createElement("canvas"), said);
+  byId("cards").append(card);
+}
+
+/** @param {string} id */
+export function removeCard(id) {
+  card(id).remove();
 }
 
 /** @param {string} id */
@@ -142,6 +143,7 @@ export function drawPicture({ values, width, height }) {
 function drawValues(canvas, width, height, values) {
   canvas.width = width;
   canvas.height = height;
+  if (values.length === 0) return;
   const context = /** @type {CanvasRenderingContext2D} */ (canvas.getContext("2d"));
   const style = getComputedStyle(document.documentElement);
   const [accent, ink] = ["--accent", "--ink"].map((name) => rgb(style.getPropertyValue(name)));
@@ -164,8 +166,8 @@ const rgb = (hex) => [1, 3, 5].map((at) => parseInt(hex.trim().slice(at, at + 2)
  * Bars on one scale each: with the model, and what the tasks alone add.
  * @param {Facts} facts
  * @param {import("./worker.js").SessionMemory} memory
- * @param {number} tasks
- * @param {number} resident
+ * @param {number} tasks of the pack's file
+ * @param {number} resident of these
  */
 export function drawMemory({ model, adapters }, memory, tasks, resident) {
   /** @type {[string, number][]} */
@@ -229,6 +231,39 @@ export function logCost(what, { milliseconds, requests, bytes }) {
   const log = byId("log");
   log.prepend(row);
   while (log.children.length > 6) log.lastElementChild?.remove();
+}
+
+let lessonsMade = 0;
+
+/**
+ * A label and its examples, to be written.
+ * @param {string} label
+ * @param {string} examples one a line
+ */
+export function lessonOf(label, examples) {
+  const number = ++lessonsMade;
+  const lesson = element("div", "lesson");
+  const input = Object.assign(document.createElement("input"), { type: "text", value: label, maxLength: 30, required: true, autocomplete: "off", placeholder: "label" });
+  input.setAttribute("aria-label", `Label ${number}`);
+  const remove = Object.assign(element("button", "remove", "×"), { type: "button" });
+  remove.setAttribute("aria-label", `Remove label ${number}`);
+  const lines = Object.assign(document.createElement("textarea"), { value: examples, rows: 8, spellcheck: false, placeholder: "examples, one a line" });
+  lines.setAttribute("aria-label", `Examples of label ${number}, one a line`);
+  lesson.append(input, remove, lines);
+  return lesson;
+}
+
+/**
+ * @param {readonly number[]} losses of the steps taken
+ * @param {number} steps in all
+ */
+export function drawLoss(losses, steps) {
+  const top = Math.max(...losses) || 1;
+  const points = losses.map((loss, i) => `${((i + 1) / steps) * 100},${100 - (loss / top) * 96}`);
+  const picture = byId("loss");
+  picture.querySelector("polyline")?.setAttribute("points", points.join(" "));
+  const fell = losses.length > 1 ? `: ${losses[0].toFixed(2)} at first, now ${losses[losses.length - 1].toFixed(2)}` : "";
+  picture.setAttribute("aria-label", `The loss, step by step${fell}`);
 }
 
 /** @param {import("./client.js").Progress | undefined} progress undefined: done */

@@ -1,11 +1,13 @@
 /**
- * The worker of the page: owns tokenizer, pack and session, and answers calls one after the other, so that the page stays
- * responsive while WASM computes. Knows nothing of the document.
+ * The worker of the page: owns tokenizer, pack, session and trainer, and answers calls one after the other, so that the page
+ * stays responsive while WASM computes. Knows nothing of the document.
  *
- * The page sends { id, call, args }; the worker answers { id, value } or { id, error } and reports { progress } meanwhile.
+ * The page sends { id, call, args }; the worker answers { id, value } or { id, error } and reports { event, detail } meanwhile.
+ * Teaching does not stand in the queue of calls: other answers come between two of its steps.
  */
 import { Tokenizer } from "@huggingface/tokenizers";
 import { openPack } from "eigenlora";
+import { createTrainer } from "eigenlora/learn";
 import { createEigenSession } from "eigenlora/onnxruntime";
 
 /**
@@ -17,9 +19,14 @@ import { createEigenSession } from "eigenlora/onnxruntime";
 /**
  * @typedef {object} Task
  * @property {string} id
- * @property {string[]} labels
+ * @property {readonly string[]} labels
  * @property {number} bytes of its blob in the pack
+ * @property {boolean} own taught or opened here, not of the pack's file
  */
+
+/** @typedef {{ text: string, label: string }} Example */
+/** @typedef {{ step: number, steps: number, loss: number }} Step */
+/** @typedef {{ trainer: { init?: import("eigenlora/learn").Start, modules?: string[] }, fit: import("eigenlora/learn").FitOptions }} Lessons */
 
 /**
  * A task's coefficients, the numbers that the pack keeps of it.
@@ -33,13 +40,21 @@ import { createEigenSession } from "eigenlora/onnxruntime";
 /** Adapters were trained on lines of at most so many tokens. */
 const MAX_TOKENS = 32;
 
+/** For a handful of examples (benchmarks/few-shot.js). @type {Lessons} */
+const TEACHING = { trainer: { init: "mean" }, fit: { batch: 16, steps: 20, rates: { terms: 0.005, head: 0.02 } } };
+
 /** @param {string} file */
 const beside = (file) => new URL(file, self.location.href).href;
 
-/** @type {{ tokenizer: Tokenizer, pack: import("eigenlora").Pack } | undefined} */
+/** @type {{ tokenizer: Tokenizer, pack: import("eigenlora").Pack, model: Blob } | undefined} */
 let files;
+/** Files of tasks taught or opened here. @type {Map<string, Uint8Array<ArrayBuffer>>} */
+const own = new Map();
+/** Ends the teaching under way. @type {AbortController | undefined} */
+let teaching;
 /** @typedef {typeof import("onnxruntime-web")} Ort */
-/** @type {{ ort: Ort, session: import("eigenlora/onnxruntime").EigenSession<Ort> } | undefined} */
+/** @typedef {import("onnxruntime-common").InferenceSession.SessionOptions} SessionOptions */
+/** @type {{ ort: Ort, session: import("eigenlora/onnxruntime").EigenSession<Ort>, options: SessionOptions } | undefined} */
 let running;
 
 /** What the page may ask for. */
@@ -64,19 +79,19 @@ const calls = {
     const before = files ? { ...files.pack.reads } : { requests: 0, bytes: 0 };
     await running?.session.release();
     running = undefined;
-    const [ort, model, { pack }] = await Promise.all([loadOrt(provider), fetchModel(), openFiles()]);
+    const [ort, { pack, model }] = await Promise.all([loadOrt(provider), openFiles()]);
     progress("preparing the model");
     // Errors only: it warns that WebGPU leaves shapes to the CPU, which is as it should be.
-    const options = /** @type {import("onnxruntime-common").InferenceSession.SessionOptions} */ ({ executionProviders: [provider], logSeverityLevel: 3 });
+    const options = /** @type {SessionOptions} */ ({ executionProviders: [provider], logSeverityLevel: 3 });
     // On the GPU the weights themselves change: no run costs more than the base's.
     const mode = provider === "webgpu" ? "folded" : "auto";
     const session = await createEigenSession(ort, model, pack, { mode, session: options });
-    running = { ort, session };
+    running = { ort, session, options };
     const task = wanted !== undefined && pack.tasks.has(wanted) ? wanted : [...pack.tasks.keys()][0];
     await session.switchTask(task);
     return {
       task,
-      tasks: [...pack.tasks.values()].map(({ id, bytes, metadata }) => ({ id, bytes, labels: metadata.labels ?? [] })),
+      tasks: [...pack.tasks.keys()].map(taskOf),
       resident: residentIds(pack),
       mode: session.mode,
       reason: session.reason,
@@ -119,7 +134,7 @@ const calls = {
    */
   async classify(text) {
     const { ort, session } = live();
-    const { feeds, tokens } = tokenize(ort, text, 1);
+    const { feeds, tokens } = tokenize(ort, [text]);
     const started = performance.now();
     const { logits } = await session.run(feeds);
     const milliseconds = performance.now() - started;
@@ -138,9 +153,117 @@ const calls = {
     const rows = session.mode === "folded" ? await oneByOne(text, tasks) : await oneBatch(text, tasks);
     return { rows, batch: session.mode !== "folded", milliseconds: performance.now() - started };
   },
+
+  /**
+   * Learns a task from a handful of examples and makes it active, in place of one of that name that was taught before. Reports
+   * each step. When it is stopped, what was learned until then counts; before the first step that is nothing.
+   * @param {string} id
+   * @param {string[]} labels
+   * @param {Example[]} examples
+   * @param {Lessons} [lessons] otherwise than usual, to compare with
+   */
+  async teach(id, labels, examples, lessons = TEACHING) {
+    if (teaching) throw new Error("a task is being taught; stop that first");
+    const { ort, session, options } = live();
+    if (session.tasks.has(id) && !own.has(id)) throw new Error(`there is a task "${id}" already; choose another name`);
+    const started = performance.now();
+    const before = { ...session.pack.reads };
+    const { signal } = (teaching = new AbortController());
+    let school;
+    try {
+      // Of its own: it costs the other one nothing, which goes on in its mode, and it is gone afterwards.
+      school = await createEigenSession(ort, /** @type {NonNullable<typeof files>} */ (files).model, session.pack, { trainable: true, session: options });
+      // Before each batch the worker looks whether somebody has called.
+      const encode = async (/** @type {string[]} */ texts) => (await turn(), tokenize(ort, texts).feeds);
+      const trainer = await createTrainer(school, { ...lessons.trainer, labels, encode });
+      let last = { step: 0, steps: 0, loss: NaN };
+      try {
+        const fit = trainer.fit(examples, { ...lessons.fit, signal });
+        for await (const { step, steps, loss } of fit) report("step", (last = { step, steps, loss }));
+      } catch (error) {
+        if (!signal.aborted) throw error;
+      }
+      if (last.step === 0) return undefined;
+      const file = await trainer.task({ id });
+      const added = await inQueue(() => addOwn(id, file));
+      return { ...added, ...last, ...since(before), milliseconds: performance.now() - started };
+    } finally {
+      teaching = undefined;
+      await school?.release();
+    }
+  },
+
+  /** Ends the teaching after the step under way. */
+  async stop() {
+    teaching?.abort();
+  },
+
+  /**
+   * Adds a task that was taught elsewhere, and makes it active.
+   * @param {string} id
+   * @param {Uint8Array<ArrayBuffer>} file
+   */
+  async open(id, file) {
+    await live().session.addTask(id, file);
+    return adopt(id, file);
+  },
+
+  /**
+   * The file of a task that was taught or opened here.
+   * @param {string} id
+   */
+  async file(id) {
+    return /** @type {Uint8Array<ArrayBuffer>} */ (own.get(id));
+  },
+
+  /**
+   * Forgets a task that was taught or opened here and is not active.
+   * @param {string} id
+   */
+  async forget(id) {
+    live().session.removeTask(id);
+    own.delete(id);
+  },
 };
 
 /** @typedef {typeof calls} Calls */
+
+/** @param {string} id @returns {Task} */
+function taskOf(id) {
+  const { bytes, metadata } = /** @type {import("eigenlora").TaskInfo} */ (files?.pack.tasks.get(id));
+  return { id, bytes: own.get(id)?.length ?? bytes, labels: metadata.labels ?? [], own: own.has(id) };
+}
+
+/**
+ * @param {string} id of none that the pack's file has
+ * @param {Uint8Array<ArrayBuffer>} file
+ */
+async function addOwn(id, file) {
+  const { session } = live();
+  if (own.has(id)) {
+    // An active task cannot be removed.
+    await session.switchTask(null);
+    session.removeTask(id);
+  }
+  await session.addTask(id, file);
+  return adopt(id, file);
+}
+
+/**
+ * Makes a task that was added active, and tells what the page is to know: a trainer reads all tasks, to begin at their mean.
+ * @param {string} id
+ * @param {Uint8Array<ArrayBuffer>} file
+ */
+async function adopt(id, file) {
+  const { session } = live();
+  own.set(id, file);
+  await session.switchTask(id);
+  const read = residentIds(session.pack).map(async (one) => /** @type {const} */ ([one, await coefficientsOf(one)]));
+  return { task: taskOf(id), coefficients: await Promise.all(read), memory: session.memory() };
+}
+
+/** Lets messages in. */
+const turn = () => new Promise((resolve) => void setTimeout(resolve));
 
 /**
  * @param {string} text
@@ -148,7 +271,7 @@ const calls = {
  */
 async function oneBatch(text, tasks) {
   const { ort, session } = live();
-  const result = await session.run(tokenize(ort, text, tasks.length).feeds, { tasks });
+  const result = await session.run(tokenize(ort, tasks.map(() => text)).feeds, { tasks });
   const { data, dims } = result.logits;
   const valid = [.../** @type {ReadonlyMap<string, readonly number[]>} */ (result.validColumns).values()][0];
   return tasks.map((id, row) => {
@@ -164,7 +287,7 @@ async function oneBatch(text, tasks) {
 async function oneByOne(text, tasks) {
   const { ort, session } = live();
   const { task: active } = session;
-  const { feeds } = tokenize(ort, text, 1);
+  const { feeds } = tokenize(ort, [text]);
   const rows = [];
   try {
     for (const id of tasks) {
@@ -197,12 +320,12 @@ async function loadOrt(provider) {
   return ort;
 }
 
-/** Tokenizer and pack, which outlive a session. */
+/** Tokenizer, pack and model, which outlive a session. */
 async function openFiles() {
   if (files) return files;
   const json = ["tokenizer.json", "tokenizer_config.json"].map(getJson);
-  const [pack, tokens, config] = await Promise.all([openPack(beside("tasks.eigen")), ...json]);
-  return (files = { pack, tokenizer: new Tokenizer(tokens, config) });
+  const [pack, model, tokens, config] = await Promise.all([openPack(beside("tasks.eigen")), fetchModel(), ...json]);
+  return (files = { pack, model, tokenizer: new Tokenizer(tokens, config) });
 }
 
 /** @param {string} file */
@@ -219,25 +342,25 @@ async function get(file) {
   return response;
 }
 
-/** The model's bytes. Not kept: a second start finds them in the browser's cache. */
+/** The model's file. A trainer reads it again; as a blob it need not stay in memory until then. */
 async function fetchModel() {
   const response = await get("model_fp16.onnx");
   const total = Number(response.headers.get("content-length"));
   // Some hosts compress on the way and cannot say how long it will be.
   const known = response.body && total && !response.headers.has("content-encoding");
-  if (!response.body || !known) return new Uint8Array(await response.arrayBuffer());
-  const bytes = new Uint8Array(total);
+  if (!response.body || !known) return response.blob();
+  const parts = [];
   let done = 0;
   const reader = response.body.getReader();
   for (;;) {
     const { value, done: end } = await reader.read();
     if (end) break;
-    bytes.set(value, done);
+    parts.push(value);
     done += value.length;
     progress("loading the model", done, total);
   }
   if (done !== total) throw new Error(`model_fp16.onnx ended after ${done} of ${total} bytes; reload the page`);
-  return bytes;
+  return new Blob(parts);
 }
 
 /**
@@ -246,27 +369,38 @@ async function fetchModel() {
  * @param {number} [total]
  */
 function progress(what, done, total) {
-  self.postMessage({ progress: { what, done, total } });
+  report("progress", { what, done, total });
 }
 
 /**
- * The same line in each row of a batch.
- * @param {Ort} ort
- * @param {string} text
- * @param {number} rows
+ * @template {keyof import("./client.js").Events} Event
+ * @param {Event} event
+ * @param {import("./client.js").Events[Event]} detail
  */
-function tokenize(ort, text, rows) {
+function report(event, detail) {
+  self.postMessage({ event, detail });
+}
+
+/**
+ * A text a row, padded to the longest.
+ * @param {Ort} ort
+ * @param {readonly string[]} texts
+ */
+function tokenize(ort, texts) {
   const { tokenizer } = /** @type {NonNullable<typeof files>} */ (files);
-  const { ids } = tokenizer.encode(text);
-  if (ids.length > MAX_TOKENS) ids.splice(MAX_TOKENS - 1, ids.length - MAX_TOKENS);
-  const dims = [rows, ids.length];
-  /** @param {(i: number) => number} value */
+  const rows = texts.map((text) => {
+    const { ids } = tokenizer.encode(text);
+    if (ids.length > MAX_TOKENS) ids.splice(MAX_TOKENS - 1, ids.length - MAX_TOKENS);
+    return ids;
+  });
+  const tokens = Math.max(...rows.map(({ length }) => length));
+  /** @param {(id: number | undefined) => number} value */
   const tensor = (value) => {
-    const data = BigInt64Array.from({ length: rows * ids.length }, (_, i) => BigInt(value(i % ids.length)));
-    return new ort.Tensor("int64", data, dims);
+    const data = rows.flatMap((ids) => Array.from({ length: tokens }, (_, i) => BigInt(value(ids[i]))));
+    return new ort.Tensor("int64", BigInt64Array.from(data), [rows.length, tokens]);
   };
-  const feeds = { input_ids: tensor((i) => ids[i]), attention_mask: tensor(() => 1), token_type_ids: tensor(() => 0) };
-  return { feeds, tokens: ids.length };
+  const feeds = { input_ids: tensor((id = 0) => id), attention_mask: tensor((id) => Number(id !== undefined)), token_type_ids: tensor(() => 0) };
+  return { feeds, tokens };
 }
 
 /** @param {Float32Array} logits */
@@ -296,7 +430,7 @@ function residentIds(pack) {
 async function coefficientsOf(id) {
   const { terms, bytes } = await live().session.pack.load(id);
   const tensors = terms.flatMap(({ A, B }) => [A, B].flatMap((side) => (side ? [side.tensor] : [])));
-  const width = Math.max(...tensors.map((tensor) => tensor.width));
+  const width = Math.max(0, ...tensors.map((tensor) => tensor.width));
   const height = tensors.reduce((sum, { rows }) => sum + rows, 0);
   const values = new Float32Array(width * height);
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
@@ -308,7 +442,8 @@ async function coefficientsOf(id) {
       }
     }
   }
-  return { width, height, values, rank: tensors[0].rows };
+  // A task may be a head alone.
+  return { width, height, values, rank: tensors[0]?.rows ?? 0 };
 }
 
 /** @param {number} bits of a finite f16 */
@@ -319,9 +454,21 @@ function half(bits) {
 
 /** @type {Promise<unknown>} */
 let queue = Promise.resolve();
+
+/**
+ * @template T
+ * @param {() => Promise<T>} work for which calls that come later wait
+ * @returns {Promise<T>}
+ */
+function inQueue(work) {
+  const result = queue.then(work);
+  queue = result.catch(() => {});
+  return result;
+}
+
 self.onmessage = ({ data: { id, call, args } }) => {
   const run = /** @type {Record<string, (...args: unknown[]) => Promise<unknown>>} */ (/** @type {unknown} */ (calls))[call];
-  queue = queue.then(async () => {
+  const answer = async () => {
     try {
       const value = await run(...args);
       self.postMessage({ id, value });
@@ -329,5 +476,7 @@ self.onmessage = ({ data: { id, call, args } }) => {
       const { message, tag } = /** @type {Error & { tag?: string }} */ (error);
       self.postMessage({ id, error: { message, tag } });
     }
-  });
+  };
+  if (call === "teach" || call === "stop") void answer();
+  else void inQueue(answer);
 };

@@ -1,0 +1,223 @@
+/**
+ * Teaching in the page as visitors get it: built, served, in a real Chromium on WASM, from a handful of examples. Software WebGPU
+ * takes minutes for it: learn-chromium.test.ts trains a smaller model there. What it costs and how good it gets is
+ * benchmarks/few-shot.js's.
+ */
+import t from "tap";
+import { mkdtemp, readFile, rm } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import type { Browser, Page } from "playwright-core";
+import { parseTaskFile } from "../dist/src/pack/task-file.js";
+import { openPack } from "../dist/src/pack/pack.js";
+import { createEncoder, model } from "../examples/minilm.js";
+import { buildPage } from "../examples/page/build.js";
+import { serveFolder } from "../examples/page/serve.js";
+import { launch, noChromium } from "./browser.ts";
+import { NODE, open } from "./sessions.ts";
+
+const skip = noChromium;
+
+const folder = await mkdtemp(join(tmpdir(), "eigenlora-learn-"));
+await buildPage(folder);
+const server = await serveFolder(folder);
+t.teardown(async () => {
+  await server.close();
+  await rm(folder, { recursive: true });
+});
+
+/** What the page has received from its worker, newest last. */
+interface Heard {
+  probabilities: number[][];
+  losses: number[];
+}
+
+/** Opens the page with an ear at its worker's door: the page itself shows rounded numbers. */
+async function visit(browser: Browser, url = server.url, options: Parameters<Browser["newPage"]>[0] = {}): Promise<{ page: Page; complaints: string[] }> {
+  const page = await browser.newPage(options);
+  page.setDefaultTimeout(120_000);
+  const complaints: string[] = [];
+  page.on("console", (message) => void (["error", "warning"].includes(message.type()) && complaints.push(message.text())));
+  page.on("pageerror", (error) => complaints.push(error.message));
+  await page.addInitScript(() => {
+    const heard: Heard = { probabilities: [], losses: [] };
+    Object.assign(globalThis, { heard });
+    globalThis.Worker = class extends Worker {
+      constructor(...given: ConstructorParameters<typeof Worker>) {
+        super(...given);
+        this.addEventListener("message", ({ data: { event, detail, value } }) => {
+          if (event === "step") heard.losses.push(detail.loss);
+          if (value?.probabilities) heard.probabilities.push(value.probabilities);
+        });
+      }
+    };
+  });
+  await page.goto(url);
+  await settled(page);
+  return { page, complaints };
+}
+
+const heard = (page: Page): Promise<Heard> => page.evaluate(() => (globalThis as unknown as { heard: Heard }).heard);
+const settled = (page: Page): Promise<void> => page.locator('main[aria-busy="false"]').waitFor();
+const note = (page: Page, text: RegExp): Promise<void> => page.locator("#teach-note", { hasText: text }).waitFor();
+const press = (page: Page, what: "Teach" | "Stop"): Promise<void> => page.locator("#teach-button", { hasText: what }).click();
+
+async function type(page: Page, text: string): Promise<number[]> {
+  await page.locator("#sentence").fill(text);
+  await settled(page);
+  return (await heard(page)).probabilities.at(-1)!;
+}
+
+/** Writes labels and examples over those that the form begins with. */
+async function write(page: Page, lessons: readonly (readonly [label: string, examples: string])[]): Promise<void> {
+  for (const [i, [label, examples]] of lessons.entries()) {
+    const lesson = page.locator(".lesson").nth(i);
+    await lesson.locator("input").fill(label);
+    await lesson.locator("textarea").fill(examples);
+  }
+}
+
+/** Stops after so many steps. */
+async function teachAWhile(page: Page, steps: number): Promise<void> {
+  const before = (await heard(page)).losses.length;
+  await press(page, "Teach");
+  await page.waitForFunction((count) => (globalThis as unknown as { heard: Heard }).heard.losses.length >= count, before + steps);
+  await press(page, "Stop");
+  await note(page, /^Stopped after/);
+  await settled(page);
+}
+
+t.test("teaches a task that answers beside the others, and leaves as a file", { skip, timeout: 240_000 }, async (t) => {
+  const browser = await launch(t);
+  const { page, complaints } = await visit(browser);
+  await press(page, "Teach");
+  await page.locator("#teach-step", { hasText: "Step 2 of" }).waitFor();
+  t.ok((await type(page, "shows the planets")).length > 2, "a task of the pack answers meanwhile");
+  await note(page, /^Learned in .*: sky-or-lab is a task of [\d.]+ kB\./);
+  await settled(page);
+
+  const { losses } = await heard(page);
+  t.ok(losses.at(-1)! < losses[0]! / 3, `loss ${losses[0]} → ${losses.at(-1)}`);
+  t.equal((await page.locator("#loss polyline").getAttribute("points"))!.split(" ").length, losses.length, "each step is drawn");
+  t.equal(await page.locator("#active-name").textContent(), "sky-or-lab");
+  t.same(await page.locator("#labels .name").allTextContents(), ["astronomy", "chemistry"]);
+  t.equal(await page.locator(".card").count(), 21);
+  t.equal(await page.locator(".card .said b:empty").count(), 0, "all tasks answer the sentence");
+
+  const sentences = ["finds comets and asteroids in the sky", "models of atoms, bonds and molecules", "a text with no word about either"];
+  const inPage: number[][] = [];
+  for (const sentence of sentences) inPage.push(await type(page, sentence));
+  t.ok(inPage[0]![0]! > 0.8 && inPage[1]![1]! > 0.8, `it has learned: ${inPage}`);
+  const said = page.locator('.card[data-task="sky-or-lab"] .said');
+
+  t.test("its file answers alike in Node", async (t) => {
+    const download = page.waitForEvent("download");
+    await page.locator("#download").click();
+    const file = await download;
+    t.equal(file.suggestedFilename(), "sky-or-lab.etask");
+    const bytes = new Uint8Array(await readFile(await file.path()));
+    t.match(await page.locator("#download").textContent(), `${(bytes.length / 1e3).toFixed(1)} kB`);
+    t.equal(parseTaskFile(bytes, "sky-or-lab.etask").id, "sky-or-lab");
+    const pack = await openPack(join(folder, "tasks.eigen"));
+    const session = await open(NODE, model, pack);
+    t.teardown(async () => (await session.release(), pack.close()));
+    await session.addTask("sky", bytes);
+    t.same(session.tasks.get("sky")!.metadata.labels, ["astronomy", "chemistry"]);
+    await session.switchTask("sky");
+    const encode = await createEncoder(NODE);
+    for (const [i, sentence] of sentences.entries()) {
+      const [first, second] = (await session.run(encode([sentence]) as never)).logits!.data as Float32Array;
+      const probability = 1 / (1 + Math.exp(second! - first!));
+      t.ok(Math.abs(probability - inPage[i]![0]!) < 1e-4, `${sentence}: ${probability} in Node, ${inPage[i]} in the page`);
+    }
+
+    await page.locator("#task-file").setInputFiles({ name: "theirs.etask", mimeType: "", buffer: Buffer.from(bytes) });
+    await note(page, /^theirs is open/);
+    await settled(page);
+    t.equal(await page.locator("#active-name").textContent(), "theirs");
+    t.same((await heard(page)).probabilities.at(-1), inPage[2], "opened again, it gives the same numbers");
+    t.equal(await page.locator('.card[data-task="theirs"] .said').textContent(), await said.textContent());
+    const wrong = { name: "x.etask", mimeType: "", buffer: Buffer.from(bytes.with(200, bytes[200]! ^ 1)) };
+    await page.locator("#task-file").setInputFiles(wrong);
+    await note(page, /its checksum does not match/);
+    await page.locator("#task-file").setInputFiles({ ...wrong, name: "theirs.etask", buffer: Buffer.from(bytes) });
+    await note(page, /there is a task "theirs" already/);
+  });
+
+  t.test("forgotten", async (t) => {
+    await page.locator("#forget").click();
+    await page.locator('.card[data-task="theirs"]').waitFor({ state: "detached" });
+    await settled(page);
+    t.equal(await page.locator(".card").count(), 21);
+    t.not(await page.locator("#active-name").textContent(), "theirs");
+  });
+
+  t.test("stopped in the middle, what was learned counts; again, it takes the place of the one before", async (t) => {
+    await write(page, [["one", "the first\nthe one before all others"], ["two", "the second\nthe one that follows\n\n"]]);
+    await teachAWhile(page, 2);
+    t.same(await page.locator("#labels .name").allTextContents(), ["one", "two"]);
+    t.equal(await page.locator('.card[data-task="sky-or-lab"]').count(), 1);
+    t.equal((await type(page, "the second of them")).length, 2);
+    await page.locator('.card[data-task="debtags-role"]').click();
+    await page.locator("#active-name", { hasText: "role" }).waitFor();
+    await settled(page);
+    t.equal((await heard(page)).probabilities.at(-1)!.length, 8, "the page goes on");
+  });
+
+  t.test("stopped before the first step, nothing is learned", async (t) => {
+    await page.locator("#task-name").fill("never");
+    await press(page, "Teach");
+    await press(page, "Stop");
+    await note(page, /Stopped before the first step/);
+    t.equal(await page.locator('.card[data-task="never"]').count(), 0);
+  });
+
+  t.test("what cannot be learned from is said", async (t) => {
+    const tries = [
+      ["one label only", [["one", "a line"], ["two", "  \n"]], /one label only, "one"; two at least are needed/],
+      ["no texts", [["one", ""], ["two", ""]], /the 0 examples have no label/],
+      ["a label twice", [["one", "a line"], ["one", "another line"]], /labels: expected two at least, all different, got \["one","one"\]/],
+    ] as const;
+    for (const [what, lessons, expected] of tries) {
+      await write(page, lessons);
+      await press(page, "Teach");
+      await note(page, expected);
+      t.ok(await page.locator("#teach-note.wrong").isVisible(), what);
+    }
+    await write(page, [["one", "a line"], ["two", "another line"]]);
+    await page.locator("#task-name").fill("sections-0");
+    await press(page, "Teach");
+    await note(page, /there is a task "sections-0" already/);
+    await page.locator(".lesson input").first().fill("");
+    await press(page, "Teach");
+    t.equal(await page.locator(".lesson input:invalid").count(), 1, "a label without a name is the browser's to refuse");
+  });
+
+  t.test("labels come and go, by keys", async (t) => {
+    await page.locator("#add-label").press("Enter");
+    t.equal(await page.locator(".lesson").count(), 3);
+    t.ok(await page.locator(".lesson input").last().evaluate((input) => input === document.activeElement), "the new label is to be named");
+    await page.keyboard.type("3 words");
+    t.equal(await page.locator(".lesson input").last().inputValue(), "3 words");
+    t.equal(await page.locator("#active-name").textContent(), "role", "typing there picks no task");
+    await page.locator(".remove").last().press("Enter");
+    t.equal(await page.locator(".lesson").count(), 2);
+  });
+  t.same(complaints, []);
+});
+
+t.test("without its server: in the same tab, and after a reload", { skip, timeout: 240_000 }, async (t) => {
+  const own = await serveFolder(folder);
+  const { page } = await visit(await launch(t), own.url, { viewport: { width: 320, height: 640 } });
+  await page.locator("#offline", { hasText: "works offline" }).waitFor();
+  await own.close();
+  await teachAWhile(page, 1);
+  t.equal(await page.locator("#active-name").textContent(), "sky-or-lab");
+  t.equal(await page.evaluate(() => document.documentElement.scrollWidth), 320, "on a small phone");
+  await page.reload();
+  await settled(page);
+  t.equal(await page.locator(".card").count(), 20, "a task that was not downloaded is gone");
+  await teachAWhile(page, 1);
+  t.equal(await page.locator(".card .said b:empty").count(), 0, "all tasks answer");
+  t.notOk(await page.locator("#failure").isVisible());
+});
