@@ -93,7 +93,7 @@ t.test("the same seed gives the same file; tables as JSON lines; a LoRA of anoth
   const [a, b] = [await readFile(join(folder, "a.eigentask")), await readFile(join(folder, "b.eigentask"))];
   t.ok(a.equals(b));
   t.equal(parseTaskFile(new Uint8Array(a), "a").id, "x");
-  const lora = json(0, ...few, "-o", "c.eigentask", "--train", "lora", "--rank", "2");
+  const lora = json(0, ...few, "-o", "c.eigentask", "--train", "lora", "--rank", "2", "--init", "fresh");
   t.equal(lora["trained"].terms, 12 * 2 * 2 * 384);
 });
 
@@ -173,7 +173,8 @@ t.test("files of examples: what is read, and which line is refused", async (t) =
   refuse(2, { tag: "usage", message: /--terms 0.5: expected a whole number from 0/ }, "--terms", "0.5");
   refuse(2, { tag: "usage", message: /--train all: expected coefficients or lora/ }, "--train", "all");
   refuse(2, { tag: "usage", message: /would overwrite what it is made of/ }, "-o", "p.eigen");
-  refuse(1, { tag: "task", message: /--init debtags-rule: expected auto, mean, random, or a task of p.eigen/ }, "--init", "debtags-rule");
+  refuse(1, { tag: "task", message: /--init debtags-rule: expected auto, mean, random, fresh, or a task of p.eigen/ }, "--init", "debtags-rule");
+  refuse(1, { message: /"fresh" is for factors/ }, "--init", "fresh");
   refuse(1, { tag: "source", message: /nowhere.json: there is no tokenizer.*--tokenizer/ }, "--tokenizer", "nowhere.json");
   t.match(json(1, "learn", "p.eigen", "missing.jsonl", "--model", MODEL, "-o", "x"), { error: { tag: "source", message: /missing.jsonl: cannot be read/ } });
   t.match(json(2, "learn", "p.eigen", "rows.jsonl", "-o", "x"), { error: { tag: "usage", message: /--model is missing/ } });

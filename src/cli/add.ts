@@ -68,7 +68,7 @@ export async function addCommand(args: Arguments, out: Output): Promise<Result> 
 /** By what it begins with, or what it is called: one that is damaged is to be refused as what it was. */
 async function isTaskFile(path: string): Promise<boolean> {
   if (!(await stat(path).catch(() => undefined))?.isFile()) return false;
-  if (path.endsWith(".eigentask")) return true;
+  if (/\.(eigentask|etask)$/.test(path)) return true;
   const file = await open(path).catch((cause: Error) => {
     throw new SourceError(`cannot be read: ${cause.message}`, { file: path, cause });
   });

@@ -94,12 +94,12 @@ function labelsOf(args: Arguments): string[] | undefined {
   throw new UsageError(`--labels ${args.text("labels")}: expected two at least, all different, as a,b,c`);
 }
 
-/** --init auto|mean|random, or a task of the pack. @throws TaskError when there is none of that id */
-function startOf(args: Arguments, { tasks, name }: Pack): Start {
-  const text = args.text("init") ?? "auto";
-  if (text === "auto" || text === "mean" || text === "random") return text;
+/** --init auto|mean|random|fresh, or a task of the pack. @throws TaskError when there is none of that id */
+function startOf(args: Arguments, { tasks, name }: Pack): Start | undefined {
+  const text = args.text("init");
+  if (text === undefined || text === "auto" || text === "mean" || text === "random" || text === "fresh") return text;
   if (tasks.has(text)) return { task: text };
-  throw new TaskError(`--init ${text}: expected auto, mean, random, or a task of ${name}`, { task: text });
+  throw new TaskError(`--init ${text}: expected auto, mean, random, fresh, or a task of ${name}`, { task: text });
 }
 
 /** @throws TaskError when there was a Ctrl-C */

@@ -118,7 +118,7 @@ const COMMANDS = new Map<string, Command>([
         train: { value: "coefficients|lora", help: "over the pack's components, or whole factors as without a pack" },
         rank: { value: "N", help: "rows of coefficients, or rank of the factors; that of most of the pack's tasks unless given" },
         terms: { value: "N", help: "free rank-1 terms of each module beside the coefficients (0)" },
-        init: { value: "auto|mean|random|ID", help: "where coefficients begin; ID: as this task of the pack" },
+        init: { value: "auto|mean|random|fresh|ID", help: "where coefficients begin (auto), and factors (fresh, as in PEFT); ID: as this task of the pack" },
         tokens: { value: "N", help: "tokens of a text at most (128)" },
         tokenizer: { value: "FILE", help: "tokenizer.json; beside the model unless given; needs @huggingface/tokenizers" },
       },
