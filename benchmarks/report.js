@@ -2,7 +2,7 @@
  * What every benchmark shares: where the data is, what machine this is, statistics, peers in Python, and how results are
  * printed. Results are `{ question, environment, rows: [{ name, … }], peers: [{ name, version | reason }] }`.
  */
-import { spawnSync } from "node:child_process";
+import { spawn, spawnSync } from "node:child_process";
 import { cpus, totalmem } from "node:os";
 import { fileURLToPath } from "node:url";
 
@@ -70,16 +70,61 @@ export function environment() {
  * @returns {{ figures: any } | { reason: string }}
  */
 export function python(script, ...args) {
-  const path = fileURLToPath(new URL(`peers/${script}`, import.meta.url));
-  const env = { ...process.env, OMP_NUM_THREADS: "1", MKL_NUM_THREADS: "1" };
-  const { status, stdout, stderr, error } = spawnSync(process.env.PYTHON ?? "python3", [path, ...args], { encoding: "utf8", env });
+  const { status, stdout, stderr, error } = spawnSync(PYTHON, [peerPath(script), ...args], { encoding: "utf8", env: oneThread() });
   if (error) return { reason: `${error.message}; set PYTHON` };
-  if (status !== 0) {
-    const missing = /No module named '([^']+)'/.exec(stderr)?.[1];
-    if (missing) return { reason: `pip install ${missing === "lorashare" ? "lorashare==0.1.3" : "torch peft transformers"}` };
-    return { reason: stderr.trim().split("\n").at(-1) ?? "failed" };
-  }
-  return { figures: JSON.parse(stdout.trim().split("\n").at(-1) ?? "") };
+  return status === 0 ? { figures: JSON.parse(stdout.trim().split("\n").at(-1) ?? "") } : { reason: whyFailed(stderr) };
+}
+
+/**
+ * Starts a peer in Python that stays: it prints one JSON object, then answers each line with one more. So its work and ours can
+ * take turns.
+ * @param {string} script file under benchmarks/peers
+ * @param {string[]} args
+ * @returns {Promise<{ first: any, ask(question: object): Promise<any>, stop(): void } | { reason: string }>}
+ */
+export async function startPython(script, ...args) {
+  const child = spawn(PYTHON, [peerPath(script), ...args], { env: oneThread() });
+  let [out, errors] = ["", ""];
+  /** @type {((line: string | undefined) => void)[]} */
+  const waiting = [];
+  child.stderr.on("data", (chunk) => (errors += chunk));
+  child.stdout.on("data", (chunk) => {
+    out += chunk;
+    for (let end = out.indexOf("\n"); end >= 0; end = out.indexOf("\n")) {
+      waiting.shift()?.(out.slice(0, end));
+      out = out.slice(end + 1);
+    }
+  });
+  child.on("error", (error) => (errors = `${error.message}; set PYTHON`));
+  child.on("close", () => waiting.splice(0).forEach((give) => give(undefined)));
+  /** @returns {Promise<string | undefined>} */
+  const line = () => new Promise((resolve) => waiting.push(resolve));
+  const first = await line();
+  if (first === undefined) return { reason: whyFailed(errors) };
+  return {
+    first: JSON.parse(first),
+    async ask(question) {
+      child.stdin.write(`${JSON.stringify(question)}\n`);
+      const answer = await line();
+      if (answer === undefined) throw new Error(`${script}: ${whyFailed(errors)}`);
+      return JSON.parse(answer);
+    },
+    stop: () => child.stdin.end(),
+  };
+}
+
+const PYTHON = process.env.PYTHON ?? "python3";
+
+/** @param {string} script */
+const peerPath = (script) => fileURLToPath(new URL(`peers/${script}`, import.meta.url));
+
+const oneThread = () => ({ ...process.env, OMP_NUM_THREADS: "1", MKL_NUM_THREADS: "1" });
+
+/** @param {string} stderr of a peer */
+function whyFailed(stderr) {
+  const missing = /No module named '([^']+)'/.exec(stderr)?.[1];
+  if (missing) return `pip install ${missing === "lorashare" ? "lorashare==0.1.3" : "torch peft transformers"}`;
+  return stderr.trim().split("\n").at(-1) || "failed";
 }
 
 /**

@@ -9,6 +9,7 @@ export { extractModule, measureModule, openModule, projectModule } from "./extra
 export type {
   ExtractOptions,
   Gauge,
+  Mode,
   ModuleExtraction,
   ModuleMember,
   ModuleStack,

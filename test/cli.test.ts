@@ -5,6 +5,7 @@ import { cp, copyFile, mkdir, mkdtemp, readdir, readFile, rm, writeFile } from "
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
+import { encodeTaskFile } from "../dist/src/pack/encode.js";
 import { layoutAppend } from "../dist/src/pack/layout.js";
 import { openPack } from "../dist/src/pack/pack.js";
 import { openSafetensors } from "../dist/src/safetensors.js";
@@ -109,6 +110,82 @@ t.test("add appends, remove drops, and the others' bytes stay", async (t) => {
   t.equal(json(0, "verify", "grow.eigen")["ok"], true);
   t.match(json(1, "remove", "grow.eigen", "debtag-role"), { error: { tag: "task", nearest: ["debtags-role"] } });
   t.same((await readdir(folder)).filter((n) => /tmp|lock/.test(n)), [], "nothing is left behind");
+});
+
+t.test("add takes task files as they are, beside adapters", async (t) => {
+  json(0, "pack", join(own, "debtags-role"), join(own, "debtags-use"), "-o", "two.eigen", "--k", "8");
+  const pack = await openPack(await readFile(join(folder, "two.eigen")));
+  const { bytes } = await pack.load("debtags-use");
+  const write = (name: string, id: string, basis: string, blob: Uint8Array = bytes): Promise<void> =>
+    writeFile(join(folder, name), encodeTaskFile({ id, adapterBytes: 0, metadata: { labels: ["a"] } }, Buffer.from(basis, "hex"), blob));
+  await write("mine.eigentask", "mine", pack.basisId);
+  await write("no extension", "other", pack.basisId);
+  const before = await readFile(join(folder, "two.eigen"));
+  const added = json(0, "add", "two.eigen", "mine.eigentask", join(own, "sections-0"), "no extension", "--as", "other=renamed", "--as", "sections-0=three");
+  t.same(added["added"], ["three", "mine", "renamed"]);
+  t.same(added["residual"].map((x: any) => x.id), ["three"], "a learned task loses nothing");
+  const after = await readFile(join(folder, "two.eigen"));
+  t.equal(added["bytesAfter"], after.length);
+  t.ok(after.subarray(1536, before.length).equals(before.subarray(1536)), "what was there stays, but for the superblock");
+  const grown = await openPack(after);
+  t.same([...grown.tasks.keys()], ["debtags-role", "debtags-use", "three", "mine", "renamed"]);
+  t.same((await grown.load("mine")).bytes, bytes);
+  t.same(grown.tasks.get("mine")!.metadata, { labels: ["a"] });
+  t.equal(json(0, "verify", "two.eigen")["ok"], true);
+  t.match(run("add", "two.eigen", "mine.eigentask", "--as", "mine.eigentask=by path").stdout, /by path: [\d.]+ kB, as it came/);
+
+  const basis = pack.basisId;
+  await write("foreign.eigentask", "foreign", basis.replace(/^../, (byte) => (byte === "00" ? "01" : "00")));
+  const foreign = json(1, "add", "two.eigen", "foreign.eigentask")["error"];
+  t.match(foreign, { tag: "task", message: new RegExp(`foreign.eigentask belongs to the basis [0-9a-f]{64}, this pack has ${basis}; make it for this pack`) });
+  t.match(json(1, "add", "two.eigen", "mine.eigentask"), { error: { tag: "task", message: /two.eigen has a task "mine" already; .* --as mine=NEW/ } });
+  await write("again.eigentask", "other", basis);
+  const both = json(1, "add", "two.eigen", "no extension", "again.eigentask")["error"];
+  t.match(both, { tag: "task", message: /no extension and again.eigentask are both called other; .*--as again.eigentask=NEW/ });
+  t.match(json(1, "add", "two.eigen", "again.eigentask", "--as", "nobody=x"), { error: { tag: "task", message: /--as nobody=x: no adapter/ } });
+  const damaged = await readFile(join(folder, "again.eigentask"));
+  damaged[damaged.length - 1]! ^= 1;
+  await writeFile(join(folder, "damaged.eigentask"), damaged);
+  t.match(json(1, "add", "two.eigen", "damaged.eigentask"), { error: { tag: "format", message: /damaged.eigentask.*checksum/ } });
+  await writeFile(join(folder, "noise.eigentask"), "no task");
+  t.match(json(1, "add", "two.eigen", "noise.eigentask"), { error: { tag: "format", message: /noise.eigentask/ } });
+});
+
+t.test("flat mode: pack, inspect, verify, add, remove, export", async (t) => {
+  const names = (await readdir(own)).sort().slice(0, 6);
+  const paths = names.map((n) => join(own, n));
+  const packed = json(0, "pack", ...paths, "-o", "flat.eigen", "--mode", "flat", "--k", "4");
+  t.match(packed, { mode: "flat", tasks: 6, components: { min: 4, max: 4 } });
+  const inspected = json(0, "inspect", "flat.eigen");
+  t.match(inspected, { mode: "flat", modules: [{ componentsA: 4, componentsB: 4 }], breakEvenTasks: packed["breakEvenTasks"] });
+  const column = json(0, "pack", ...paths, "-o", "column.eigen", "--k", "4");
+  const blobs = (file: string): number[] => json(0, "inspect", file)["tasks"].map((x: any) => x.bytes);
+  const columns = blobs("column.eigen");
+  t.ok(blobs("flat.eigen").every((size, i) => size < columns[i]! - 12 * 2 * 7 * 4), "a task has a vector of coefficients, not one for each of 8 rows");
+  t.ok(packed["bytes"] > column["bytes"] && packed["error"].mean < column["error"].mean, "the components are larger");
+  const verified = json(0, "verify", "flat.eigen", ...paths.flatMap((p) => ["--against", p]));
+  const worst = Math.max(...verified["tasks"].map((x: any) => x.error.max));
+  t.ok(Math.abs(worst - packed["error"].max) < 1e-6, "packer and verifier agree");
+  for (const task of verified["tasks"]) t.ok(task.bound >= task.error.max && task.delta.A > 0 && task.delta.A <= 1);
+
+  const bytesOf = async (): Promise<string> => (await readFile(join(folder, "flat.eigen"))).subarray(inspected["sections"][2].offset, packed["bytes"]).toString("hex");
+  const before = await bytesOf();
+  const added = json(0, "add", "flat.eigen", join(own, "sections-3"), paths[0]!, "--as", `${names[0]}=again`);
+  t.equal(await bytesOf(), before, "bases and tasks that were there");
+  t.ok(added["residual"].find((x: any) => x.id === "sections-3").mean > 0.8, "unlike any other: flat mode holds those it was made of");
+  const again = json(0, "verify", "flat.eigen", "--against", paths[0]!, "--as", `${names[0]}=again`)["tasks"].find((x: any) => x.error);
+  t.ok(Math.abs(again.error.mean - verified["tasks"].find((x: any) => x.id === names[0]).error.mean) < 1e-6, "as when it was packed");
+  json(0, "export", "flat.eigen", "--task", names[1]!, "-o", "flat-back");
+  const back = json(0, "pack", "flat-back", "-o", "back.eigen", "--energy", "1", "--dtype", "f32", "--as", `flat-back=${names[1]}`);
+  t.ok(back["error"].max < 1e-6);
+  const twice = json(0, "verify", "back.eigen", "--against", paths[1]!)["tasks"][0];
+  t.ok(Math.abs(twice.error.mean - verified["tasks"].find((x: any) => x.id === names[1]).error.mean) < 1e-5, "the exported adapter is the task");
+  t.match(json(0, "remove", "flat.eigen", "again"), { removed: ["again"] });
+  t.equal(json(0, "verify", "flat.eigen")["ok"], true);
+  const refused = json(1, "pack", ...paths, "-o", "x", "--mode", "flat", "--k", "6")["error"];
+  t.match(refused.message, /6 components: flat mode has at most 5 beside the mean for 6 adapters/);
+  const limited = json(0, "pack", ...paths, "-o", "x", "--mode", "flat", "--error", "0.5");
+  t.ok(limited["error"].max <= 0.5 && limited["components"].mean < 5);
 });
 
 t.test("a full disk leaves the pack as it was, wherever it strikes", async (t) => {
@@ -218,7 +295,7 @@ t.test("bad input: what, where, and what to do; exit 1, or 2 for usage", async (
     [["pack", own, "-o", "x", "--k", "0"], /whole number/],
     [["pack", own, "-o", "x", "--error", "2"], /between 0 and 1/],
     [["pack", own, "-o", "x", "--dtype", "f8"], /f8/],
-    [["pack", own, "-o", "x", "--mode", "cubic"], /--mode cubic/],
+    [["pack", own, "-o", "x", "--mode", "cubic"], /--mode cubic: expected column or flat/],
     [["pack", own, "-o", "x", "--gage", "balanced"], /gage/],
     [["inspekt", "own.eigen"], /did you mean inspect/],
     [["remove", "own.eigen"], /at least 2/],

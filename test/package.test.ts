@@ -65,7 +65,7 @@ t.test("the WebGPU half is loaded by itself and keeps its budget", async (t) => 
 
 t.test("a session's bundle keeps its budget and brings no runtime of its own", async (t) => {
   const code = 'import { openPack } from "eigenlora"; import { createEigenSession } from "eigenlora/onnxruntime"; globalThis.x = [openPack, createEigenSession];';
-  const { text, gzip } = await bundle(code, /^#wasm\/|\/(webgpu|ort-gpu|device-host|apply)\.js$/);
+  const { text, gzip } = await bundle(code, /^#wasm\/|\/(webgpu|ort-gpu|ort-training|device-host|apply)\.js$/);
   t.comment(`${gzip} B of JS of ${SESSION_BUDGET}`);
   t.ok(gzip <= SESSION_BUDGET, `${gzip} B of JS`);
   t.notOk(/"node:|ort-wasm/.test(text), "neither Node nor a runtime");
@@ -104,7 +104,7 @@ t.test("names the package exports", async (t) => {
   t.ok("buildPack" in (await import("eigenlora/build")));
   t.ok("openOnnxHost" in (await import("eigenlora/onnx")));
   t.same(Object.keys(await import("eigenlora/onnxruntime")).sort(), ["EigenSession", "createEigenSession"]);
-  t.same(Object.keys(await import("eigenlora/learn")).sort(), ["Trainer", "createTrainer"]);
+  t.same(Object.keys(await import("eigenlora/learn")).sort(), ["Trainer", "createTrainer", "zeroShotTask"]);
   t.same(Object.keys(await import("eigenlora/distill")), ["distill"]);
   t.same(Object.keys(await import("eigenlora/transformers")).sort(), ["AttachedPack", "attachPack"]);
   t.same(Object.keys(manifest.dependencies), ["msgpackr"], "one run-time dependency");

@@ -32,7 +32,7 @@ export async function packOf(
 }
 
 /** PEFT's golden pairs that load, each with a lossless pack of its adapter in memory. */
-export async function goldenPacks(): Promise<(Golden & { pack: Uint8Array<ArrayBuffer> })[]> {
+export async function goldenPacks(options: BuildOptions = {}): Promise<(Golden & { pack: Uint8Array<ArrayBuffer> })[]> {
   const goldens: (Golden & { pack: Uint8Array<ArrayBuffer> })[] = [];
   for (const name of await readdir(data("goldens/peft"))) {
     const folder = data(`goldens/peft/${name}`);
@@ -40,7 +40,7 @@ export async function goldenPacks(): Promise<(Golden & { pack: Uint8Array<ArrayB
     if (expect === "refuse") continue;
     const [adapter] = await readAdapters([`${folder}/adapter`]);
     const base = await openHost(`${folder}/base.safetensors`);
-    const { chunks } = await buildPack([adapter!], { ...LOSSLESS, base });
+    const { chunks } = await buildPack([adapter!], { ...LOSSLESS, ...options, base });
     goldens.push({ name, folder, pack: concat(chunks), task: adapter!.id, changed });
     await base.close?.();
     await adapter!.close();

@@ -1,6 +1,7 @@
 /**
  * Arguments of the command line: what is allowed, and values checked before any file is touched.
  */
+import { resolve } from "node:path";
 import { parseArgs } from "node:util";
 import { TENSOR_TYPES, type TensorType } from "../dtypes.ts";
 import type { Selection } from "../extract/extract.ts";
@@ -62,6 +63,20 @@ export function wholeNumber(args: Arguments, name: string, otherwise: number): n
   return Number(text);
 }
 
+/** @throws UsageError when the value is no number that `check` allows */
+export function number(args: Arguments, name: string, otherwise: number, check: (n: number) => boolean, what: string): number {
+  const text = args.text(name);
+  if (text === undefined) return otherwise;
+  if (text.trim() === "" || !check(Number(text))) throw new UsageError(`--${name} ${text}: expected ${what}`);
+  return Number(text);
+}
+
+/** @throws UsageError when --output would replace what it is made of */
+export function refuseOverwriting(target: string, path: string): void {
+  if (resolve(target) !== resolve(path)) return;
+  throw new UsageError(`--output ${target}: that would overwrite what it is made of; choose another name`);
+}
+
 /** @throws UsageError when the value is none of the choices */
 export function choice<T extends string>(args: Arguments, name: string, choices: readonly T[], otherwise: T): T {
   const value = args.text(name) ?? otherwise;
@@ -75,15 +90,10 @@ export function choice<T extends string>(args: Arguments, name: string, choices:
 export function selection(args: Arguments): Selection {
   const given = ["k", "energy", "error"].filter((name) => args.text(name) !== undefined);
   if (given.length > 1) throw new UsageError(`--${given.join(" and --")} exclude each other`);
-  const number = (name: string, check: (n: number) => boolean, what: string): number => {
-    const n = Number(args.text(name));
-    if (!check(n)) throw new UsageError(`--${name} ${args.text(name)}: expected ${what}`);
-    return n;
-  };
-  if (given[0] === "k") return { kind: "k", k: number("k", (n) => Number.isInteger(n) && n >= 1, "a whole number from 1") };
-  if (given[0] === "error") return { kind: "error", max: number("error", (n) => n > 0 && n < 1, "a share between 0 and 1") };
+  if (given[0] === "k") return { kind: "k", k: wholeNumber(args, "k", 1) };
+  if (given[0] === "error") return { kind: "error", max: number(args, "error", NaN, (n) => n > 0 && n < 1, "a share between 0 and 1") };
   if (given[0] === "energy") {
-    return { kind: "energy", share: number("energy", (n) => n > 0 && n <= 1, "a share above 0, at most 1") };
+    return { kind: "energy", share: number(args, "energy", NaN, (n) => n > 0 && n <= 1, "a share above 0, at most 1") };
   }
   return { kind: "energy", share: 0.9 };
 }

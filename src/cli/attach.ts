@@ -22,7 +22,7 @@ import { writeSafetensors, type SafetensorsEntry } from "../safetensors-writer.t
 import { planSession, type Plan } from "../session/plan.ts";
 import { stackValues, TaskEvaluator, type TaskValues } from "../session/values.ts";
 import { openSource, type ByteSource } from "../source.ts";
-import { choice, required, UsageError, type Arguments } from "./args.ts";
+import { choice, refuseOverwriting, required, UsageError, type Arguments } from "./args.ts";
 import { writeWhole } from "./files.ts";
 import { bytes, type Output } from "./output.ts";
 import type { Result } from "./packs.ts";
@@ -100,11 +100,6 @@ function namesByHand(args: Arguments): Map<string, string> {
       return [text.slice(0, cut), text.slice(cut + 1)];
     }),
   );
-}
-
-function refuseOverwriting(target: string, path: string): void {
-  if (resolve(target) !== resolve(path)) return;
-  throw new UsageError(`--output ${target}: that would overwrite what it is made of; choose another name`);
 }
 
 function refuseUnknown(module: string, { modules, name }: Pack): void {

@@ -1,23 +1,23 @@
 /**
- * The command distill: a pack whose tasks answer plain text more like the adapters they were made of (bindings/distill.ts). The
- * only command that runs a model; what it needs for that are optional peers of the package. Finished tasks are kept beside the
- * target until all are done, so that a run which was cut off goes on.
+ * The command distill: a pack whose tasks answer plain text more like the adapters they were made of (bindings/distill.ts).
+ * Finished tasks are kept beside the target until all are done, so that a run which was cut off goes on.
  */
 import { createHash } from "node:crypto";
 import { mkdir, readdir, readFile, rm, rmdir, stat } from "node:fs/promises";
-import { dirname, join, resolve } from "node:path";
+import { join, resolve } from "node:path";
 import type { Adapter } from "../adapters/adapter.ts";
 import { readAdapters } from "../adapters/folder.ts";
-import { BackendError, BaseMismatchError, SourceError } from "../errors.ts";
+import { SourceError } from "../errors.ts";
 import { projectAdapter } from "../pack/build.ts";
 import { encodeTaskFile } from "../pack/encode.ts";
 import { layoutFresh } from "../pack/layout.ts";
 import { openPack, type Pack } from "../pack/pack.ts";
 import { parseTaskFile } from "../pack/task-file.ts";
-import { distill, type BatchFeeds, type Distilled } from "../../bindings/distill.ts";
-import { createEigenSession, type EigenSession, type Ort } from "../../bindings/onnxruntime.ts";
+import { distill, type Distilled } from "../../bindings/distill.ts";
+import { createEigenSession, type EigenSession } from "../../bindings/onnxruntime.ts";
 import { renames, required, wholeNumber, type Arguments } from "./args.ts";
 import { writeWhole } from "./files.ts";
+import { loadRuntime, loadTokenizer, type Encode } from "./model.ts";
 import { bytes, table, type Output } from "./output.ts";
 import { storedTypes, type Result } from "./packs.ts";
 
@@ -39,10 +39,8 @@ export async function distillCommand(args: Arguments, out: Output): Promise<Resu
   const textPath = required(args, "text");
   const [steps, batch, tokens] = [wholeNumber(args, "steps", 60), wholeNumber(args, "batch", 32), wholeNumber(args, "tokens", 128)];
   const settings = { model: resolve(model), steps, batch, tokens, texts: await readLines(textPath) };
-  const ort = await peer<Ort>("onnxruntime-node", () => import("onnxruntime-node"));
-  // It warns of initializers that nothing uses.
-  (ort.env as { logLevel?: string }).logLevel = "error";
-  const encode = await createEncoder(ort, args.text("tokenizer") ?? join(dirname(model), "tokenizer.json"), tokens);
+  const ort = await loadRuntime("distill");
+  const encode = await loadTokenizer("distill", ort, model, args.text("tokenizer"), tokens);
   const adapters = await readAdapters(paths, { rename: renames(args) });
   const pack = await openPack(packPath);
   try {
@@ -81,66 +79,6 @@ async function readLines(path: string): Promise<string[]> {
   return lines;
 }
 
-/** A package that only this command needs. @throws BackendError naming it */
-async function peer<T>(name: string, load: () => Promise<unknown>): Promise<T> {
-  const found = await load().catch((cause: Error) => {
-    throw new BackendError(`distill needs the package ${name}: npm install ${name} (${cause.message})`, { backend: name, cause });
-  });
-  return found as T;
-}
-
-/** A tokenizer of @huggingface/tokenizers, as far as it is used. */
-interface Tokenizers {
-  readonly Tokenizer: new (rules: object, config: object) => { encode(text: string): { ids: number[] } };
-}
-
-/**
- * From texts to the inputs that a model has.
- * @param path of tokenizer.json; tokenizer_config.json beside it is used where it is there
- */
-async function createEncoder(
-  ort: Ort,
-  path: string,
-  most: number,
-): Promise<(inputs: readonly string[]) => (texts: string[]) => BatchFeeds> {
-  const { Tokenizer } = await peer<Tokenizers>("@huggingface/tokenizers", () => import("@huggingface/tokenizers"));
-  const rules = await readJson(path);
-  if (!rules) throw new SourceError("there is no tokenizer; say where its tokenizer.json is with --tokenizer", { file: path });
-  const tokenizer = new Tokenizer(rules, (await readJson(join(dirname(path), "tokenizer_config.json"))) ?? {});
-  const Tensor = ort.Tensor as unknown as new (type: "int64", data: BigInt64Array, dims: number[]) => BatchFeeds[string];
-  return (inputs) => {
-    const unknown = inputs.find((name) => !["input_ids", "attention_mask", "token_type_ids"].includes(name));
-    if (unknown !== undefined) {
-      throw new BaseMismatchError(`the model takes "${unknown}", which a tokenizer does not give: use distill of eigenlora/distill with feeds of your own`, {
-        module: unknown,
-      });
-    }
-    return (texts) => {
-      const rows = texts.map((text) => {
-        const { ids } = tokenizer.encode(text);
-        // The last token closes the text, wherever it is cut.
-        return ids.length > most ? [...ids.slice(0, most - 1), ids[ids.length - 1]!] : ids;
-      });
-      const width = Math.max(...rows.map(({ length }) => length));
-      const values = new Map(["input_ids", "attention_mask", "token_type_ids"].map((name) => [name, new BigInt64Array(rows.length * width)]));
-      rows.forEach((row, r) => {
-        values.get("input_ids")!.set(row.map(BigInt), r * width);
-        values.get("attention_mask")!.fill(1n, r * width, r * width + row.length);
-      });
-      return Object.fromEntries(inputs.map((name) => [name, new Tensor("int64", values.get(name)!, [rows.length, width])]));
-    };
-  };
-}
-
-async function readJson(path: string): Promise<object | undefined> {
-  const text = await readFile(path, "utf8").catch(() => undefined);
-  try {
-    return text === undefined ? undefined : (JSON.parse(text) as object);
-  } catch (cause) {
-    throw new SourceError(`is no JSON: ${(cause as Error).message}`, { file: path, cause });
-  }
-}
-
 /** Projects adapters that are no tasks yet, as `add` does. */
 async function addMissing(pack: Pack, adapters: readonly Adapter[]): Promise<void> {
   const missing = adapters.filter(({ id }) => !pack.tasks.has(id));
@@ -161,7 +99,7 @@ function basisOf({ basisId }: Pack): Uint8Array {
 async function distillOne(
   session: EigenSession,
   adapter: Adapter,
-  encode: (texts: string[]) => BatchFeeds,
+  encode: Encode,
   { texts, steps, batch }: Settings,
   which: string,
   out: Output,

@@ -8,11 +8,13 @@ import { fileURLToPath } from "node:url";
 import { EigenLoraError } from "../errors.ts";
 import { nearest } from "../names.ts";
 import { VERSION } from "../version.ts";
+import { addCommand } from "./add.ts";
 import { parse, UsageError, type Arguments, type OptionTable } from "./args.ts";
 import { attachCommand } from "./attach.ts";
 import { distillCommand } from "./distill.ts";
+import { learnCommand } from "./learn.ts";
 import { createOutput, type Output } from "./output.ts";
-import { addCommand, inspectCommand, packCommand, removeCommand, verifyCommand, type Result } from "./packs.ts";
+import { inspectCommand, packCommand, removeCommand, verifyCommand, type Result } from "./packs.ts";
 import { exportCommand, foldCommand } from "./weights.ts";
 
 interface Command {
@@ -35,7 +37,7 @@ const COMMANDS = new Map<string, Command>([
       does: "adapters → pack, with a report",
       options: {
         ...output("FILE", "the pack to write"),
-        mode: { value: "column", help: "how the basis is shared" },
+        mode: { value: "column|flat", help: "coefficients for every row of a factor, or one vector for a whole factor" },
         gauge: { value: "as-trained|balanced", help: "rewrite each pair as U√S, √SVᵀ first" },
         centering: { value: "keep|none", help: "store the mean of the rows, or do without" },
         k: { value: "N", help: "so many components per module and side" },
@@ -72,8 +74,8 @@ const COMMANDS = new Map<string, Command>([
   [
     "add",
     {
-      usage: "add FILE ADAPTER_OR_FOLDER...",
-      does: "project onto the existing basis and append; other tasks' bytes stay",
+      usage: "add FILE ADAPTER_OR_FOLDER_OR_TASKFILE...",
+      does: "project adapters onto the existing basis, or take learned tasks as they are, and append; other tasks' bytes stay",
       options: as,
       positionals: [2, Infinity],
       run: addCommand,
@@ -96,6 +98,32 @@ const COMMANDS = new Map<string, Command>([
       },
       positionals: [2, Infinity],
       run: distillCommand,
+    },
+  ],
+  [
+    "learn",
+    {
+      usage: "learn PACK EXAMPLES.jsonl|tsv|csv --model MODEL.onnx -o TASK.eigentask",
+      does: "a new task from labelled texts, trained on the pack's components; eigenlora add PACK TASK.eigentask brings it in",
+      options: {
+        model: { value: "MODEL.onnx", help: "the model that the pack's tasks belong to; needs onnxruntime-node" },
+        ...output("TASK.eigentask", "the task file to write; after Ctrl-C with what was learned so far"),
+        id: { value: "ID", help: "name of the task; that of the file unless given" },
+        labels: { value: "a,b,c", help: "the labels that there may be; those of EXAMPLES, as they appear, unless given" },
+        epochs: { value: "N", help: "passes over the examples (8)" },
+        batch: { value: "N", help: "examples of a step (16)" },
+        validation: { value: "P", help: "share held back to judge each epoch by; the best is kept (0.2)" },
+        rate: { value: "X", help: "learning rate (0.02)" },
+        seed: { value: "N", help: "the same seed gives the same task (0)" },
+        train: { value: "coefficients|lora", help: "over the pack's components, or whole factors as without a pack" },
+        rank: { value: "N", help: "rows of coefficients, or rank of the factors; that of most of the pack's tasks unless given" },
+        terms: { value: "N", help: "free rank-1 terms of each module beside the coefficients (0)" },
+        init: { value: "auto|mean|random|ID", help: "where coefficients begin; ID: as this task of the pack" },
+        tokens: { value: "N", help: "tokens of a text at most (128)" },
+        tokenizer: { value: "FILE", help: "tokenizer.json; beside the model unless given; needs @huggingface/tokenizers" },
+      },
+      positionals: [2, 2],
+      run: learnCommand,
     },
   ],
   [
@@ -151,7 +179,7 @@ const COMMANDS = new Map<string, Command>([
   ],
 ]);
 
-const BENCHMARKS = ["memory", "switch", "fold", "pack", "quality", "learn", "distill"];
+const BENCHMARKS = ["memory", "switch", "fold", "pack", "quality", "learn", "distill", "step"];
 
 function help(): string {
   const lines = [...COMMANDS.values()].map(({ usage, does, options }) => {

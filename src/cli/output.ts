@@ -33,6 +33,10 @@ export function bytes(n: number): string {
   return `${value.toFixed(value < 10 ? 2 : 1)} ${unit}`;
 }
 
+export function percent(share: number): string {
+  return `${(100 * share).toFixed(1)} %`;
+}
+
 /** Rows as a text table; the first row is the head. Columns of numbers are aligned right. */
 export function table(rows: readonly (readonly (string | number)[])[]): string {
   const text = rows.map((row) => row.map(String));

@@ -1,5 +1,5 @@
 /**
- * Commands on packs: pack, inspect, verify, add, remove. Each takes parsed arguments and returns the object that `--json`
+ * Commands on packs: pack, inspect, verify, remove (add: add.ts). Each takes parsed arguments and returns the object that `--json`
  * prints and the text that a person reads.
  */
 import { readAdapters } from "../adapters/folder.ts";
@@ -8,18 +8,18 @@ import type { TensorType } from "../dtypes.ts";
 import { AdapterError, FormatError, TaskError } from "../errors.ts";
 import { deltaError, relative } from "../extract/error.ts";
 import { measureModule, openModule, type Gauge } from "../extract/extract.ts";
-import { breakEven, buildPack, projectAdapter, storageTypes, storedModule, type StorageTypes } from "../pack/build.ts";
+import { breakEven, buildPack, storageTypes, storedModule, type StorageTypes } from "../pack/build.ts";
 import { basisId } from "../pack/encode.ts";
 import { expandTerm } from "../pack/expand.ts";
 import { hex } from "../pack/fields.ts";
 import { SECTION_FREE, WINDOW_BYTES, type TaskBlob } from "../pack/format.ts";
-import { layoutAppend, layoutFresh } from "../pack/layout.ts";
+import { layoutFresh } from "../pack/layout.ts";
 import { openPack, type Pack } from "../pack/pack.ts";
 import { openHost } from "../runtime/host.ts";
 import { openSource } from "../source.ts";
 import { choice, renames, required, selection, storage, UsageError, type Arguments } from "./args.ts";
-import { append, writeWhole } from "./files.ts";
-import { bytes, table, type Output } from "./output.ts";
+import { writeWhole } from "./files.ts";
+import { bytes, percent, table, type Output } from "./output.ts";
 
 /** What a command gives back. */
 export interface Result {
@@ -29,14 +29,12 @@ export interface Result {
   exitCode?: number;
 }
 
-const percent = (share: number): string => `${(100 * share).toFixed(1)} %`;
-
 function typeName({ basis, coefficients, head }: StorageTypes): string {
   if (basis === coefficients && basis === head) return basis;
   return `basis=${basis},coefficients=${coefficients},head=${head}`;
 }
 
-async function closeAll(adapters: readonly Adapter[]): Promise<void> {
+export async function closeAll(adapters: readonly Adapter[]): Promise<void> {
   for (const adapter of adapters) await adapter.close();
 }
 
@@ -45,12 +43,12 @@ export async function packCommand(args: Arguments, out: Output): Promise<Result>
   const started = performance.now();
   const file = required(args, "output");
   const options = {
+    mode: choice(args, "mode", ["column", "flat"] as const, "column"),
     gauge: choice(args, "gauge", ["as-trained", "balanced"] as const, "as-trained"),
     centering: choice(args, "centering", ["keep", "none"] as const, "keep"),
     select: selection(args),
     types: storage(args.text("dtype")),
   };
-  choice(args, "mode", ["column"] as const, "column");
   const adapters = await readAdapters(args.positionals, { rename: renames(args) });
   const basePath = args.text("base");
   const base = basePath === undefined ? undefined : await openHost(basePath);
@@ -67,7 +65,7 @@ export async function packCommand(args: Arguments, out: Output): Promise<Result>
     const peakMemoryBytes = process.resourceUsage().maxRSS * 1024;
     const even = report.breakEvenTasks;
     return {
-      json: { file, mode: "column", dtype: typeName(types), ...rest, seconds, peakMemoryBytes },
+      json: { file, dtype: typeName(types), ...rest, seconds, peakMemoryBytes },
       text: [
         `${file}: ${report.tasks} tasks, ${report.modules} modules, ${bytes(report.bytes)}`,
         table([
@@ -268,7 +266,7 @@ async function compare(
     }
     const { A, Bt } = await source.read();
     const member = { id: adapter.id, rank: source.rank, A, Bt };
-    if (term.A && term.B && term.q === 0 && module.A?.kind === "column" && module.B?.kind === "column") {
+    if (term.A && term.B && term.q === 0) {
       const gauge: Gauge = pack.directory.basis.gauge === "balanced" ? "balanced" : "as-trained";
       const bytesOf = ({ byteOffset, byteLength }: { byteOffset: number; byteLength: number }): Uint8Array =>
         blob.bytes.subarray(byteOffset, byteOffset + byteLength);
@@ -293,47 +291,6 @@ async function compare(
   }
   const mean = errors.reduce((a, b) => a + b, 0) / Math.max(errors.length, 1);
   return { error: { mean, max: Math.max(0, ...errors) }, delta, bound };
-}
-
-/** `add FILE ADAPTER...` */
-export async function addCommand(args: Arguments, out: Output): Promise<Result> {
-  const [file = "", ...paths] = args.positionals;
-  const adapters = await readAdapters(paths, { rename: renames(args) });
-  try {
-    const done = await append(file, async () => {
-      const pack = await openPack(file);
-      try {
-        for (const { id } of adapters) {
-          if (!pack.tasks.has(id)) continue;
-          throw new TaskError(`${file} has a task "${id}" already; rename the new one: --as ${id}=NEW`, { task: id });
-        }
-        const types = await storedTypes(pack);
-        const bases = await pack.takeBases();
-        const tasks = [];
-        for (const [i, adapter] of adapters.entries()) {
-          tasks.push(await projectAdapter(pack, bases, adapter, types));
-          out.progress("adapter", i + 1, adapters.length);
-        }
-        const { superblock } = pack.window;
-        return { ...layoutAppend(pack.directory, superblock, tasks), residual: tasks.map((t) => t.residual), before: superblock.committed };
-      } finally {
-        await pack.close();
-      }
-    });
-    for (const adapter of adapters) for (const warning of adapter.warnings) out.warn(`${adapter.id}: ${warning}`);
-    const bytesAfter = done.offset + done.body.reduce((sum, c) => sum + c.length, 0);
-    const json = { file, added: adapters.map((a) => a.id), bytesBefore: done.before, bytesAfter, residual: done.residual };
-    const text = [
-      `${file}: ${adapters.length} tasks added, ${bytes(done.before)} → ${bytes(bytesAfter)}`,
-      table([
-        ["task", "ΔW error", "largest"],
-        ...done.residual.map((r) => [r.id, percent(r.mean), percent(r.max)]),
-      ]),
-    ].join("\n");
-    return { json, text };
-  } finally {
-    await closeAll(adapters);
-  }
 }
 
 /** The types a pack's tasks are stored with, so that new ones are stored alike. */

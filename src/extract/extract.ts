@@ -1,7 +1,8 @@
 /**
- * Extraction in column mode: the adapters of one module become two bases, stored once, and coefficients per task
- * (paper, Algorithm 1; DESIGN.md section 2). Also the way of one more adapter onto an existing basis. Works on one
- * module at a time, on arrays only: no files, no pack.
+ * Extraction: the adapters of one module become two bases, stored once, and coefficients per task (paper, Algorithm 1;
+ * DESIGN.md section 2). In column mode every row of a factor is a vector with coefficients of its own, in flat mode the
+ * whole factor is one. Also the way of one more adapter onto an existing basis. Works on one module at a time, on arrays
+ * only: no files, no pack.
  */
 import { decodeTensor, type TensorType } from "../dtypes.ts";
 import { encodeTensor } from "../encode.ts";
@@ -9,6 +10,7 @@ import { centred, columnMeans, principalComponents, ROUNDING, type Components } 
 import { deltaError, pairError, relative, type SideError } from "./error.ts";
 import { alignSigns, alignTo, balance, type Pair } from "./gauge.ts";
 import { rowSquares, type Products } from "./linalg.ts";
+import { turnTo, turnTogether } from "./procrustes.ts";
 import { pairsWithin } from "./search.ts";
 import {
   expand,
@@ -42,7 +44,13 @@ export interface ModuleStack {
   members: readonly ModuleMember[];
 }
 
-/** Whether factors are taken as they come or rewritten as B = U·√S, A = √S·Vᵀ first (DESIGN.md 2.2). */
+/** What has coefficients of its own: a row of a factor, or a whole factor (DESIGN.md 2.4). */
+export type Mode = "column" | "flat";
+
+/**
+ * Whether factors are taken as they come or rewritten as B = U·√S, A = √S·Vᵀ first (DESIGN.md 2.2). Flat mode also turns
+ * balanced pairs towards their mean, where it is kept.
+ */
 export type Gauge = "as-trained" | "balanced";
 
 /**
@@ -53,6 +61,8 @@ export type Gauge = "as-trained" | "balanced";
 export type Selection = { kind: "k"; k: number } | { kind: "energy"; share: number } | { kind: "error"; max: number };
 
 export interface ExtractOptions {
+  /** "column" unless given. */
+  mode?: Mode;
   gauge: Gauge;
   /** Whether the mean of the rows is subtracted and stored, or not used at all. */
   centering: "keep" | "none";
@@ -88,11 +98,11 @@ export interface TaskError {
 
 /** A task's coefficients of one module. */
 export interface TaskCoefficients {
-  /** Rows of the coefficients: the adapter's rank, or less where the balanced gauge trimmed it. */
+  /** Of the factors: the adapter's rank, or less where the balanced gauge trimmed it; in flat mode that of the basis. */
   rank: number;
-  /** Encoded [rank, K_A]. */
+  /** Encoded [rank, K_A]; in flat mode [1, K_A]. */
   alphaA: Uint8Array;
-  /** Encoded [rank, K_B]. */
+  /** Encoded [rank, K_B]; in flat mode [1, K_B]. */
   alphaB: Uint8Array;
 }
 
@@ -129,19 +139,21 @@ export type ProjectOptions = Pick<ExtractOptions, "gauge" | "coefficientType">;
  *   and an `error` selection that the stored types cannot reach
  */
 export function extractModule(stack: ModuleStack, options: ExtractOptions): ModuleExtraction {
-  const { select } = options;
+  const { select, mode = "column", gauge, centering } = options;
   checkSelection(select);
   if (stack.members.length === 0) throw new RangeError(`${stack.name}: no adapter adapts this module`);
   const given = stack.members.map((member) => toPair(member, stack.out, stack.in));
-  const pairs = options.gauge === "balanced" ? given.map((pair) => balance(pair, stack.out, stack.in)) : given;
+  const own = gauge === "balanced" ? given.map((pair) => balance(pair, stack.out, stack.in)) : given;
+  const rank = mode === "flat" ? Math.max(...own.map((pair) => pair.rank)) : undefined;
+  const pairs = rank === undefined ? own : own.map((pair) => padded(pair, rank));
   // Without a mean a sign cancels between component and coefficient; with one it decides what the mean is.
-  if (options.gauge === "balanced" && options.centering === "keep") alignSigns(pairs, stack.out, stack.in);
+  if (gauge === "balanced" && centering === "keep") (rank === undefined ? alignSigns : turnTogether)(pairs, stack.out, stack.in);
   const found: Found = {
     stack,
     options,
-    ranks: pairs.map((pair) => pair.rank),
-    A: decompose(pairs.map((pair) => pair.A), stack.in, options),
-    B: decompose(pairs.map((pair) => pair.Bt), stack.out, options),
+    ranks: pairs.map((pair) => (rank === undefined ? pair.rank : 1)),
+    A: decompose(pairs.map((pair) => pair.A), stack.in, rank, options),
+    B: decompose(pairs.map((pair) => pair.Bt), stack.out, rank, options),
   };
   const { A, B, ranks } = found;
   if (select.kind !== "error") return store(found, A.components.count, B.components.count);
@@ -169,13 +181,14 @@ export function openModule(basis: { A: StoredBasis; B: StoredBasis }, products?:
 
 /**
  * Brings one more adapter onto a stored basis: its coefficients, and what it loses.
- * @throws RangeError for factors that are not of the basis' widths, NaN, infinity, or too large for the type
+ * @throws RangeError for factors that are not of the basis' widths, of a higher rank than a flat basis has, NaN,
+ *   infinity, or too large for the type
  */
 export function projectModule(space: ModuleSpace, member: ModuleMember, options: ProjectOptions): ProjectedTask {
-  const pair = gauged(toPair(member, space.B.width, space.A.width), space, options.gauge);
-  const [a] = targetsOf(space.A, pair.A, [pair.rank]);
-  const [b] = targetsOf(space.B, pair.Bt, [pair.rank]);
-  return { id: member.id, ...project(space, a!, b!, options.coefficientType) };
+  const pair = gauged(toPair(member, rowWidth(space.B), rowWidth(space.A)), space, options.gauge);
+  const a = targetOf(space.A, pair.A);
+  const b = targetOf(space.B, pair.Bt);
+  return { id: member.id, ...project(space, a, b, options.coefficientType) };
 }
 
 /**
@@ -189,25 +202,28 @@ export function measureModule(
   task: TaskCoefficients,
   options: ProjectOptions,
 ): TaskError {
-  const given = toPair(member, space.B.width, space.A.width);
+  const given = toPair(member, rowWidth(space.B), rowWidth(space.A));
   const pair = gauged(given, space, options.gauge);
   const rows = (encoded: Uint8Array, side: Subspace): Float64Array => {
-    const alpha = decodeTensor(options.coefficientType, encoded, task.rank, side.components);
-    return expand(side, Float64Array.from(alpha), task.rank);
+    const count = side.rank === undefined ? task.rank : 1;
+    const alpha = decodeTensor(options.coefficientType, encoded, count, side.components);
+    return expand(side, Float64Array.from(alpha), count);
   };
   const stored = { rank: task.rank, A: rows(task.alphaA, space.A), Bt: rows(task.alphaB, space.B) };
   const { difference, norm } = deltaError(given, stored);
   return {
     error: relative(difference, norm),
     bound: relative(deltaError(pair, stored).bound, norm),
-    deltaA: largestSine(space.A, targetsOf(space.A, pair.A, [pair.rank])[0]!),
-    deltaB: largestSine(space.B, targetsOf(space.B, pair.Bt, [pair.rank])[0]!),
+    deltaA: largestSine(space.A, targetOf(space.A, pair.A)),
+    deltaB: largestSine(space.B, targetOf(space.B, pair.Bt)),
   };
 }
 
 /** One side of a stack, decomposed. */
 interface Side {
+  /** Of a vector: of a row, times the rank in flat mode. */
   width: number;
+  rank: number | undefined;
   /** All tasks' rows, stacked [Σ ranks, width]. */
   rows: Float64Array;
   mean: Float64Array | undefined;
@@ -218,13 +234,15 @@ interface Side {
 interface Found {
   stack: ModuleStack;
   options: ExtractOptions;
-  /** Of the tasks, in the gauge asked for. */
+  /** Vectors of each task: its rank in the gauge asked for, or 1 in flat mode. */
   ranks: readonly number[];
   A: Side;
   B: Side;
 }
 
-function decompose(factors: readonly Float64Array[], width: number, options: ExtractOptions): Side {
+/** @param rank in flat mode, of all factors [rank, inner] */
+function decompose(factors: readonly Float64Array[], inner: number, rank: number | undefined, options: ExtractOptions): Side {
+  const width = inner * (rank ?? 1);
   const rows = new Float64Array(factors.reduce((sum, factor) => sum + factor.length, 0));
   let at = 0;
   for (const factor of factors) {
@@ -233,7 +251,7 @@ function decompose(factors: readonly Float64Array[], width: number, options: Ext
   }
   const count = rows.length / width;
   const own = rowSquares(rows, count, width).map(Math.sqrt);
-  if (options.gauge === "balanced") {
+  if (options.gauge === "balanced" && rank === undefined) {
     // Row i counts in ΔW by its square, s_i, and carries the rounding errors of all of ΔW, s_1, magnified by √s_i.
     at = 0;
     for (const factor of factors) {
@@ -254,7 +272,7 @@ function decompose(factors: readonly Float64Array[], width: number, options: Ext
     (singular, total) => wanted(options.select, singular, total),
     options.products,
   );
-  return { width, rows, mean, components };
+  return { width, rank, rows, mean, components };
 }
 
 /** How many components a selection asks for, given the singular values; an error is judged on all of them later. */
@@ -268,7 +286,7 @@ function wanted(select: Selection, singular: Float64Array, total: number): numbe
 }
 
 function encodeBasis(side: Side, count: number, type: TensorType): SideBasis {
-  const { width, mean } = side;
+  const { width, rank, mean } = side;
   const { vectors, singular, total } = side.components;
   const rows = count + (mean ? 1 : 0);
   const values = new Float64Array(rows * width);
@@ -280,6 +298,7 @@ function encodeBasis(side: Side, count: number, type: TensorType): SideBasis {
     type,
     components: count,
     width,
+    rank,
     mean: mean !== undefined,
     encoded: encodeTensor(type, values, rows, width),
     singular,
@@ -310,7 +329,7 @@ function project(space: ModuleSpace, a: Target, b: Target, type: TensorType): Ta
   const B = projectSide(space.B, b, type);
   const { difference, norm, bound } = pairError(A.loss, B.loss);
   return {
-    rank: a.rank,
+    rank: space.A.rank ?? a.rank,
     alphaA: A.encoded,
     alphaB: B.encoded,
     error: relative(difference, norm),
@@ -326,12 +345,37 @@ function projectSide(space: Subspace, target: Target, type: TensorType): { encod
   return { encoded, loss: lossOf(space, target, values, components) };
 }
 
-/** The pair in the gauge of a pack, its signs along the stored mean where there is one. */
-function gauged(given: Pair, space: ModuleSpace, gauge: Gauge): Pair {
-  if (gauge === "as-trained") return given;
-  const pair = balance(given, space.B.width, space.A.width);
-  if (space.A.mean && space.B.mean) alignTo(pair, space.A.mean, space.B.mean);
-  return pair;
+/** The pair in the gauge of a pack, along the stored mean where there is one. */
+function gauged(given: Pair, { A, B }: ModuleSpace, gauge: Gauge): Pair {
+  const pair = gauge === "balanced" ? balance(given, rowWidth(B), rowWidth(A)) : given;
+  if (A.rank === undefined) {
+    if (gauge === "balanced" && A.mean && B.mean) alignTo(pair, A.mean, B.mean);
+    return pair;
+  }
+  const whole = padded(pair, A.rank);
+  if (gauge === "balanced" && A.mean && B.mean) turnTo(whole, A.mean, B.mean, rowWidth(B), rowWidth(A));
+  return whole;
+}
+
+/** Of a row of a factor. */
+function rowWidth({ width, rank = 1 }: Subspace): number {
+  return width / rank;
+}
+
+/** All rows of one factor, on a basis. */
+function targetOf(space: Subspace, factor: Float64Array): Target {
+  return targetsOf(space, factor, [factor.length / space.width])[0]!;
+}
+
+/** With zero rows behind: the same ΔW. */
+function padded({ rank, A, Bt }: Pair, to: number): Pair {
+  if (rank > to) throw new RangeError(`rank ${rank}, but the flat basis holds whole factors of rank ${to}`);
+  const side = (rows: Float64Array): Float64Array => {
+    const out = new Float64Array((rows.length / rank) * to);
+    out.set(rows);
+    return out;
+  };
+  return { rank: to, A: side(A), Bt: side(Bt) };
 }
 
 function toPair(member: ModuleMember, outputs: number, inputs: number): Pair {

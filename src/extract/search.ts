@@ -113,7 +113,7 @@ function staircase(allowed: number, a: SearchSide, b: SearchSide): number[] {
   const walkA = walk(a);
   const walkB = walk(b);
   const fits = judge(a.targets.length, allowed);
-  const within = (): boolean => fits(walkA.error, walkB.error);
+  const within = (): boolean => fits((task) => walkA.error(task), (task) => walkB.error(task));
   while (walkB.count < limitB) walkB.add();
   const least: number[] = [];
   for (let kA = 0; kA <= a.space.components; kA++) {
@@ -135,13 +135,14 @@ function staircase(allowed: number, a: SearchSide, b: SearchSide): number[] {
  */
 interface Walk {
   count: number;
-  error: TaskErrors;
+  error(task: number): SideError;
   add(): void;
   remove(): void;
 }
 
 function walk({ space, targets }: SearchSide): Walk {
   const { components, meanAt } = space;
+  if (space.rank !== undefined) return expandingWalk({ space, targets });
   const errors = targets.map(({ rank, rows, squares, alongMean }): SideError => ({
     rank,
     rows,
@@ -169,6 +170,22 @@ function walk({ space, targets }: SearchSide): Walk {
     },
     remove() {
       move(--this.count, 1);
+    },
+  };
+}
+
+/** The same in flat mode, where no error follows from the one before. */
+function expandingWalk({ space, targets }: SearchSide): Walk {
+  return {
+    count: 0,
+    error(task) {
+      return lossOf(space, targets[task]!, solve(space, targets[task]!, this.count), this.count);
+    },
+    add() {
+      this.count++;
+    },
+    remove() {
+      this.count--;
     },
   };
 }

@@ -10,7 +10,7 @@
 import { decodeTensor, type TensorType } from "../dtypes.ts";
 import { encodeTensor } from "../encode.ts";
 import { centred, ROUNDING } from "./components.ts";
-import type { SideError } from "./error.ts";
+import { sideError, type SideError } from "./error.ts";
 import {
   addScaled,
   backwardSolve,
@@ -29,6 +29,8 @@ export interface StoredBasis {
   /** K. */
   components: number;
   width: number;
+  /** Flat mode: how many rows of a factor a vector is, one behind the other; absent in column mode, where it is one. */
+  rank?: number | undefined;
   /** Whether a mean follows the components as the last row. */
   mean: boolean;
   /** Encoded tensor [K + (mean ? 1 : 0), width]. */
@@ -39,6 +41,8 @@ export interface StoredBasis {
 export interface Subspace {
   components: number;
   width: number;
+  /** As of the basis. */
+  rank: number | undefined;
   /** M [width]; undefined where the basis has none. */
   mean: Float64Array | undefined;
   /** E [components, width]. */
@@ -51,9 +55,11 @@ export interface Subspace {
   products: Products;
 }
 
-/** Rows that are to be approximated on a subspace, x = rows − M. */
+/** Rows that are to be approximated on a subspace, x = rows − M. In flat mode the one row is a whole factor. */
 export interface Target {
   rank: number;
+  /** [rank, width]. */
+  values: Float64Array;
   /** rows·rowsᵀ. */
   rows: Float64Array;
   /** x·xᵀ. */
@@ -75,7 +81,7 @@ export function openSubspace(stored: StoredBasis, products: Products = timesTran
   const factor = cholesky(gram(vectors, components, width, products), components);
   const meanAt = mean ? timesTransposed(mean, vectors, 1, components, width) : new Float64Array(components);
   forwardSolve(factor, components, meanAt, 1);
-  return { components, width, mean, vectors, factor, meanAt, products };
+  return { components, width, rank: stored.rank, mean, vectors, factor, meanAt, products };
 }
 
 /**
@@ -92,9 +98,11 @@ export function targetsOf(space: Subspace, rows: Float64Array, ranks: readonly n
   let from = 0;
   return ranks.map((rank) => {
     const to = from + rank;
+    const values = rows.subarray(from * width, to * width);
     const target = {
       rank,
-      rows: gram(rows.subarray(from * width, to * width), rank, width),
+      values,
+      rows: gram(values, rank, width),
       squares: gram(x.subarray(from * width, to * width), rank, width),
       alongMean: alongMean.subarray(from, to),
       at: at.subarray(from * components, to * components),
@@ -129,10 +137,16 @@ export function largestSine(space: Subspace, target: Target): number {
 /**
  * What coefficients α [rank, k] make of a target: the part outside the span, which no coefficients reach, and what
  * α·L misses inside it. The part outside is a difference of squares: where it is below the rounding of an f32
- * (`ROUNDING`) it cannot be told from zero and counts as zero.
+ * (`ROUNDING`) it cannot be told from zero and counts as zero. In flat mode the rows of a factor share coefficients, and
+ * what they lose is seen on the expanded factor only.
  */
 export function lossOf(space: Subspace, target: Target, coefficients: Float64Array, k: number): SideError {
   const { components, factor, meanAt } = space;
+  if (space.rank !== undefined) {
+    const all = new Float64Array(components);
+    all.set(coefficients);
+    return sideError(target.values, expand(space, all, 1), space.rank, space.width / space.rank);
+  }
   const { rank, rows, squares, alongMean, at } = target;
   const stored = new Float64Array(rank * k);
   const missed = new Float64Array(rank * k);

@@ -13,8 +13,10 @@ import {
   projectModule,
   type ExtractOptions,
   type Gauge,
+  type Mode,
   type ModuleExtraction,
   type ModuleMember,
+  type ProjectedTask,
   type Selection,
   type TaskCoefficients,
 } from "../extract/extract.ts";
@@ -36,6 +38,12 @@ export interface StorageTypes {
 }
 
 export interface BuildOptions {
+  /**
+   * "column": every row of a factor has coefficients of its own. "flat": one vector of coefficients for each factor, so
+   * that a task is much smaller and the components are larger; there are fewer components than tasks. "column" unless
+   * given.
+   */
+  mode?: Mode;
   gauge?: Gauge;
   centering?: "keep" | "none";
   /** How many components. 90 % of the squared singular values per module and side unless given. */
@@ -52,6 +60,7 @@ export interface BuildOptions {
 export interface BuildReport {
   tasks: number;
   modules: number;
+  mode: Mode;
   gauge: Gauge;
   centering: "keep" | "none";
   types: StorageTypes;
@@ -82,10 +91,11 @@ export async function buildPack(
   options: BuildOptions = {},
 ): Promise<{ chunks: Uint8Array[]; report: BuildReport }> {
   if (adapters.length === 0) throw new RangeError("buildPack: no adapters");
-  const { gauge = "as-trained", centering = "keep", select = { kind: "energy", share: 0.9 } } = options;
+  const { mode = "column", gauge = "as-trained", centering = "keep", select = { kind: "energy", share: 0.9 } } = options;
+  if (mode === "flat") checkFlat(select, adapters.length, centering);
   const types = storageTypes(options.types);
   const stored = { basisType: types.basis, coefficientType: types.coefficients };
-  const extraction = { gauge, centering, select, ...stored, ...(await fastProducts()) };
+  const extraction = { mode, gauge, centering, select, ...stored, ...(await fastProducts()) };
   const names = [...new Set(adapters.flatMap((a) => [...a.modules.keys()]))].sort();
   const fingerprints = options.base && (await readFingerprints(options.base, names, adapters));
   const modules: ModuleInput[] = [];
@@ -99,7 +109,7 @@ export async function buildPack(
     const { module, magnitudes } = await extractFrom(owners, name, extraction);
     for (const [i, task] of module.tasks.entries()) {
       errors.add(task.id, name, task.error);
-      const term = encodeTerm(index, task, module.A.mean, module.B.mean, magnitudes[i], owners[i]!, types);
+      const term = encodeTerm(index, task, module, magnitudes[i], owners[i]!, types);
       terms[adapters.indexOf(owners[i]!)]!.push(term);
     }
     modules.push({
@@ -120,7 +130,7 @@ export async function buildPack(
   if (baseModels.length > 1) warnings.push(`the adapters name different base models: ${baseModels.join(", ")}`);
   const { description, bases } = encodeBasis({
     producer: `eigenlora ${VERSION}`,
-    mode: "column",
+    mode,
     gauge,
     centering,
     baseModel: baseModels[0],
@@ -139,6 +149,7 @@ export async function buildPack(
   const report: BuildReport = {
     tasks: adapters.length,
     modules: modules.length,
+    mode,
     gauge,
     centering,
     types,
@@ -213,9 +224,10 @@ export async function projectAdapter(
     const factors = await module.read();
     const member = { id: adapter.id, rank: module.rank, A: factors.A, Bt: factors.Bt };
     const space = openModule(storedModule(stored, bases, adapter), products);
-    const task = projectModule(space, member, { gauge, coefficientType: types.coefficients });
+    const project = (): ProjectedTask => projectModule(space, member, { gauge, coefficientType: types.coefficients });
+    const task = storable(adapter, { name }, project);
     errors.add(adapter.id, name, task.error);
-    terms.push(encodeTerm(index, task, stored.A!.mean, stored.B!.mean, factors.magnitude, adapter, types));
+    terms.push(encodeTerm(index, task, space, factors.magnitude, adapter, types));
   }
   terms.sort((a, b) => a.module - b.module);
   const blob = encodeTask(terms, await encodeParameters(adapter, types.head));
@@ -232,15 +244,15 @@ export function storedModule(
 ): Parameters<typeof openModule>[0] {
   const side = (which: "A" | "B"): Parameters<typeof openModule>[0]["A"] => {
     const basis = module[which];
-    if (basis?.kind !== "column") {
-      throw new AdapterError(`"${module.name}" has no column basis in the pack: pack all adapters again`, {
+    if (!basis) {
+      throw new AdapterError(`"${module.name}" has no basis in the pack: pack all adapters again`, {
         file: adapter.file,
         field: module.name,
       });
     }
     const { type, width, byteOffset, byteLength } = basis.tensor;
     const encoded = bases.subarray(byteOffset, byteOffset + byteLength);
-    return { type, components: basis.K, width, mean: basis.mean, encoded };
+    return { type, components: basis.K, width, rank: basis.rank, mean: basis.mean, encoded };
   };
   return { A: side("A"), B: side("B") };
 }
@@ -254,6 +266,14 @@ async function fastProducts(): Promise<{ products?: NonNullable<ExtractOptions["
 /** f16 where nothing else is asked for. */
 export function storageTypes(types: Partial<StorageTypes> = {}): StorageTypes {
   return { basis: types.basis ?? "f16", coefficients: types.coefficients ?? "f16", head: types.head ?? "f16" };
+}
+
+/** N tasks are N vectors in flat mode, and one dimension of them is the mean. */
+function checkFlat(select: Selection, tasks: number, centering: "keep" | "none"): void {
+  const most = tasks - (centering === "keep" ? 1 : 0);
+  if (select.kind !== "k" || select.k <= most) return;
+  const beside = centering === "keep" ? " beside the mean" : "";
+  throw new RangeError(`${select.k} components: flat mode has at most ${most}${beside} for ${tasks} adapters; ask for fewer, or for --mode column`);
 }
 
 async function extractFrom(
@@ -271,28 +291,32 @@ async function extractFrom(
   return { module: extractModule({ name, out, in: inputs, members }, options), magnitudes };
 }
 
+/** What of a module's bases is said in each of its terms. */
+type Bases = Record<"A" | "B", { rank?: number | undefined; mean: unknown }>;
+
 function encodeTerm(
   module: number,
   { rank, alphaA, alphaB }: TaskCoefficients,
-  meanA: boolean,
-  meanB: boolean,
+  { A, B }: Bases,
   magnitude: Float32Array | undefined,
   adapter: Adapter,
   types: StorageTypes,
 ): TermInput {
-  const side = { kind: "column", type: types.coefficients } as const;
+  const side = ({ rank: flat, mean }: Bases["A"], encoded: Uint8Array): NonNullable<TermInput["A"]> => {
+    return { kind: flat === undefined ? "column" : "flat", type: types.coefficients, mean: Boolean(mean), encoded };
+  };
   return {
     module,
     rank,
-    A: { ...side, mean: meanA, encoded: alphaA },
-    B: { ...side, mean: meanB, encoded: alphaB },
+    A: side(A, alphaA),
+    B: side(B, alphaB),
     magnitude: magnitude && vector(magnitude, types.coefficients, adapter, "a DoRA magnitude"),
   };
 }
 
 function sideInput(side: ModuleExtraction["A"]): NonNullable<ModuleInput["A"]> {
-  const { components: K, mean, type, explained, encoded } = side;
-  return { kind: "column", K, mean, type, explained, encoded };
+  const { components: K, rank, mean, type, explained, encoded } = side;
+  return { kind: rank === undefined ? "column" : "flat", K, ...(rank === undefined ? {} : { rank }), mean, type, explained, encoded };
 }
 
 function checkSame(a: Adapter, b: Adapter, name: string): void {

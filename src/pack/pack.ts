@@ -266,7 +266,7 @@ export class Pack {
       const task = parseTaskFile(await source.read(0, source.byteLength ?? 0), source.name);
       if (task.basisId !== this.basisId) {
         throw new TaskError(
-          `${source.name} belongs to the basis ${task.basisId}, this pack has ${this.basisId}`,
+          `${source.name} belongs to the basis ${task.basisId}, this pack has ${this.basisId}; make it for this pack`,
           { task: id },
         );
       }

@@ -1,0 +1,124 @@
+/**
+ * Labelled texts from a file: JSON lines, or a table of two columns. Every line is checked, and a wrong one named.
+ */
+import { readFile } from "node:fs/promises";
+import { SourceError } from "../errors.ts";
+import { nearest } from "../names.ts";
+
+export interface LabelledText {
+  readonly text: string;
+  readonly label: string;
+}
+
+/** One row of the file, and on which line it begins. */
+interface Row {
+  readonly line: number;
+  readonly text: unknown;
+  readonly label: unknown;
+}
+
+/**
+ * Reads `{"text": "…", "label": "…"}` on each line; or `label<TAB>text`, or in a file named .csv `label,text`, whose first line
+ * may name the columns in either order.
+ * @param known the labels that there may be; those of the file, in the order in which they appear, unless given
+ * @throws SourceError naming the line, what was expected and what was found
+ */
+export async function readExamples(
+  path: string,
+  known: readonly string[] | undefined,
+): Promise<{ examples: LabelledText[]; labels: readonly string[] }> {
+  const content = await readFile(path, "utf8").catch((cause: Error) => {
+    throw new SourceError(`cannot be read: ${cause.message}`, { file: path, cause });
+  });
+  const at = (line: number, message: string): SourceError => new SourceError(`line ${line}: ${message}`, { file: path });
+  const whole = content.replace(/^\uFEFF/, "");
+  const rows = whole.trimStart().startsWith("{") ? jsonRows(whole, at) : tableRows(whole, path.endsWith(".csv") ? "," : "\t", at);
+  const seen = new Set<string>();
+  const examples = rows.map(({ line, text, label }): LabelledText => {
+    if (typeof text !== "string") throw at(line, `expected "text" with a string, got ${found(text)}`);
+    if (text.trim() === "") throw at(line, "its text is empty");
+    if (typeof label !== "string" && typeof label !== "number") throw at(line, `expected "label" with a string, got ${found(label)}`);
+    const name = String(label).trim();
+    if (name === "") throw at(line, "its label is empty");
+    if (known && !known.includes(name)) {
+      const close = nearest(name, known);
+      throw at(line, `the label "${name}" is none of --labels ${known.join(",")}${close.length > 0 ? `; did you mean ${close[0]}?` : ""}`);
+    }
+    seen.add(name);
+    return { text, label: name };
+  });
+  if (examples.length === 0) throw new SourceError("has no examples; expected a text and its label on each line", { file: path });
+  if (seen.size < 2) {
+    const message = `all ${examples.length} examples have the label "${[...seen][0]}"; two labels at least are needed to tell apart`;
+    throw new SourceError(message, { file: path });
+  }
+  return { examples, labels: known ?? [...seen] };
+}
+
+type Refuse = (line: number, message: string) => SourceError;
+
+function found(value: unknown): string {
+  return value === undefined ? "none" : JSON.stringify(value);
+}
+
+function jsonRows(content: string, at: Refuse): Row[] {
+  return content.split(/\r?\n/).flatMap((text, i): Row[] => {
+    if (text.trim() === "") return [];
+    const expected = 'expected {"text": "…", "label": "…"}';
+    let value: unknown;
+    try {
+      value = JSON.parse(text);
+    } catch (cause) {
+      throw at(i + 1, `is no JSON: ${(cause as Error).message}; ${expected}`);
+    }
+    if (typeof value !== "object" || value === null || Array.isArray(value)) throw at(i + 1, `${expected}, got ${text.slice(0, 40)}`);
+    const { text: words, label } = value as { text?: unknown; label?: unknown };
+    return [{ line: i + 1, text: words, label }];
+  });
+}
+
+function tableRows(content: string, separator: "," | "\t", at: Refuse): Row[] {
+  const records = separator === "," ? quotedRecords(content, at) : plainRecords(content);
+  const head = records[0]?.cells.map((cell) => cell.trim().toLowerCase()) ?? [];
+  const named = head.includes("text") && head.includes("label");
+  const [labelAt, textAt] = named ? [head.indexOf("label"), head.indexOf("text")] : [0, 1];
+  const columns = named ? head.length : 2;
+  return records.slice(named ? 1 : 0).map(({ line, cells }) => {
+    if (cells.length !== columns) {
+      const form = named ? head.join(separator) : `label${separator}text`;
+      throw at(line, `expected ${form.replaceAll("\t", "<TAB>")}, found ${cells.length} column${cells.length === 1 ? "" : "s"}`);
+    }
+    return { line, label: cells[labelAt], text: cells[textAt] };
+  });
+}
+
+interface Cells {
+  line: number;
+  cells: string[];
+}
+
+function plainRecords(content: string): Cells[] {
+  const records = content.split(/\r?\n/).map((text, i) => ({ line: i + 1, cells: text.split("\t") }));
+  return records.filter(({ cells }) => cells.length > 1 || cells[0]!.trim() !== "");
+}
+
+/** RFC 4180: a cell in quotes may hold commas, line ends and doubled quotes. */
+function quotedRecords(content: string, at: Refuse): Cells[] {
+  const records: Cells[] = [];
+  let line = 1;
+  let record: Cells = { line, cells: [] };
+  const cell = /("(?:[^"]|"")*"|[^",\r\n]*)(,|\r?\n|$)/y;
+  while (cell.lastIndex < content.length) {
+    const start = cell.lastIndex;
+    const match = cell.exec(content);
+    if (!match) throw at(line, `a quote is out of place: ${content.slice(start, start + 40).split(/\r?\n/)[0]}`);
+    const [, value = "", end = ""] = match;
+    record.cells.push(value.startsWith('"') ? value.slice(1, -1).replaceAll('""', '"') : value);
+    line += match[0].split("\n").length - 1;
+    if (end === "," && cell.lastIndex < content.length) continue;
+    if (end === ",") record.cells.push("");
+    if (record.cells.length > 1 || record.cells[0]!.trim() !== "") records.push(record);
+    record = { line, cells: [] };
+  }
+  return records;
+}

@@ -1,0 +1,181 @@
+/**
+ * `eigenlora learn` on the real model: a task file, its way into the pack and back to PEFT's format, Ctrl-C, and what is refused.
+ */
+import { spawnSync } from "node:child_process";
+import { mkdtemp, readdir, readFile, rm, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { fileURLToPath } from "node:url";
+import t from "tap";
+import { createEncoder, readTask } from "../examples/minilm.js";
+import { readExamples } from "../dist/src/cli/examples.js";
+import { openPack } from "../dist/src/pack/pack.js";
+import { parseTaskFile } from "../dist/src/pack/task-file.js";
+import { tensorsOf } from "./compare.ts";
+import { data } from "./packs.ts";
+import { difference, NODE, open } from "./sessions.ts";
+
+const main = fileURLToPath(new URL("../dist/src/cli/main.js", import.meta.url));
+const folder = await mkdtemp(join(tmpdir(), "eigenlora-learn-"));
+t.teardown(() => rm(folder, { recursive: true }));
+const MODEL = data("minilm/model_fp16.onnx");
+
+function json(status: number, ...args: string[]): Record<string, any> {
+  const result = spawnSync(process.execPath, [main, ...args, "--json"], { encoding: "utf8", cwd: folder });
+  if (result.status !== status) throw new Error(`${args.join(" ")}: exit ${result.status}\n${result.stdout}${result.stderr}`);
+  if (result.stderr !== "") throw new Error(`stderr: ${result.stderr}`);
+  return JSON.parse(result.stdout);
+}
+
+const { labels, train } = await readTask("sections-0");
+/** Twenty lines of each of the first three labels. */
+const rows = [0, 1, 2].flatMap((label) => train.filter((row) => row[1] === label).slice(0, 20)).map(([text, label]) => ({ text, label: labels[label]! }));
+const names = labels.slice(0, 3);
+await writeFile(join(folder, "rows.jsonl"), rows.map((row) => JSON.stringify(row)).join("\n"));
+await writeFile(join(folder, "rows.tsv"), rows.map(({ text, label }) => `${label}\t${text}`).join("\n"));
+json(0, "pack", ...["debtags-role", "debtags-use", "debtags-game"].map((id) => data(`adapters/own-seed/${id}`)), "-o", "p.eigen", "--k", "8");
+const learn = ["learn", "p.eigen", "rows.jsonl", "--model", MODEL, "--tokens", "32", "--epochs", "4", "--batch", "12", "--init", "random"];
+
+t.test("learns, adds, verifies, runs, exports", async (t) => {
+  const made = json(0, ...learn, "-o", "mine.eigentask", "--terms", "1", "--rate", "0.01");
+  t.match(made, { file: "mine.eigentask", id: "mine", labels: names, examples: 60, steps: 16, interrupted: false, seconds: Number });
+  t.equal(made["bytes"], (await readFile(join(folder, "mine.eigentask"))).length);
+  t.equal(made["epochs"].length, 4);
+  t.ok(made["epochs"].at(-1).loss < 0.8 * made["epochs"][0].loss, JSON.stringify(made["epochs"]));
+  const best = made["epochs"].map((epoch: any) => epoch.validation).reduce((a: any, b: any) => (b.loss < a.loss ? b : a));
+  t.same(made["validation"], best, "the epoch that was kept");
+  t.ok(best.accuracy > 0.5, `${best.accuracy}`);
+  t.same(made["trained"], { terms: 12 * 2 * (8 * 8 + 384), head: 3 * 385 });
+
+  const before = await openPack(join(folder, "p.eigen"));
+  t.same(json(0, "add", "p.eigen", "mine.eigentask")["added"], ["mine"]);
+  t.equal(json(0, "verify", "p.eigen")["ok"], true);
+  t.match(json(1, "add", "p.eigen", "mine.eigentask"), { error: { tag: "task", message: /--as mine=NEW/ } });
+  const after = await openPack(join(folder, "p.eigen"));
+  for (const id of before.tasks.keys()) t.same((await before.load(id)).bytes, (await after.load(id)).bytes, id);
+  t.same(after.tasks.get("mine")!.metadata.labels, names);
+
+  const encode = await createEncoder(NODE);
+  const feeds = encode(rows.map(({ text }) => text));
+  const answers = async (pack: typeof after, task: string): Promise<Float32Array> => {
+    const session = await open(NODE, MODEL, pack);
+    await session.switchTask(task);
+    const { logits } = await session.run(feeds);
+    t.same(logits!.dims, [60, 3]);
+    await session.release();
+    return logits!.data as Float32Array;
+  };
+  const logits = await answers(after, "mine");
+  const right = rows.filter(({ label }, i) => {
+    const row = [...logits.subarray(3 * i, 3 * i + 3)];
+    return names[row.indexOf(Math.max(...row))] === label;
+  });
+  t.ok(right.length > 45, `${right.length} of 60 lines`);
+
+  // PEFT's format holds what was learned: packed again without loss it answers the same.
+  json(0, "export", "p.eigen", "--task", "mine", "-o", "back");
+  const config = JSON.parse(await readFile(join(folder, "back", "adapter_config.json"), "utf8"));
+  t.match(config, { r: 9, modules_to_save: ["classifier"] }, "eight rows and one free term");
+  const tensors = await tensorsOf(join(folder, "back", "adapter_model.safetensors"));
+  t.same(tensors.get("base_model.model.classifier.weight")?.shape, [3, 384]);
+  json(0, "pack", "back", "-o", "back.eigen", "--energy", "1", "--dtype", "f32");
+  const again = await openPack(join(folder, "back.eigen"));
+  const off = difference(await answers(again, "back"), logits);
+  t.ok(off < 2e-3, `off by ${off}`);
+  for (const pack of [before, after, again]) await pack.close();
+});
+
+t.test("the same seed gives the same file; tables as JSON lines; a LoRA of another rank", async (t) => {
+  const few = [...learn, "--epochs", "1", "--validation", "0", "--seed", "7", "--id", "x"];
+  const made = json(0, ...few, "-o", "a.eigentask");
+  t.equal(made["validation"], null);
+  json(0, ...few.map((word) => (word === "rows.jsonl" ? "rows.tsv" : word)), "-o", "b.eigentask");
+  const [a, b] = [await readFile(join(folder, "a.eigentask")), await readFile(join(folder, "b.eigentask"))];
+  t.ok(a.equals(b));
+  t.equal(parseTaskFile(new Uint8Array(a), "a").id, "x");
+  const lora = json(0, ...few, "-o", "c.eigentask", "--train", "lora", "--rank", "2");
+  t.equal(lora["trained"].terms, 12 * 2 * 2 * 384);
+});
+
+t.test("Ctrl-C keeps what was learned, or says that nothing was", async (t) => {
+  // A process of its own, which signals itself at a known moment: behind step 3, or before anything is loaded.
+  const modules = new URL("../dist/src/cli/", import.meta.url);
+  const program = `
+    import { parse } from ${JSON.stringify(new URL("args.js", modules).href)};
+    import { learnCommand } from ${JSON.stringify(new URL("learn.js", modules).href)};
+    const [at, ...words] = process.argv.slice(1);
+    const interrupt = () => process.kill(process.pid, "SIGINT");
+    const names = words.filter((word) => word.startsWith("-")).map((word) => word.replace(/^-+/, "").replace(/^o$/, "output"));
+    const table = Object.fromEntries(names.map((name) => [name, { value: "X", short: name === "output" ? "o" : undefined, help: "" }]));
+    const progress = (what, done) => done === Number(at) && interrupt();
+    const work = learnCommand(parse(words, table, 2), { json: true, progress, warn() {} });
+    if (at === "0") interrupt();
+    console.log(JSON.stringify(await work.catch(({ tag, message }) => ({ tag, message }))));
+  `;
+  const stopAt = (step: number): Record<string, any> => {
+    const words = [...learn.slice(1), "-o", "stopped.eigentask"];
+    const { stdout, stderr, signal } = spawnSync(process.execPath, ["--input-type=module", "-e", program, String(step), ...words], { encoding: "utf8", cwd: folder });
+    if (signal || stdout === "") throw new Error(`${signal} ${stderr}`);
+    return JSON.parse(stdout);
+  };
+  t.match(stopAt(0), { tag: "task", message: "stopped before the first step: nothing was learned, nothing written" });
+  t.notOk((await readdir(folder)).includes("stopped.eigentask"));
+  const { json: made, exitCode, text } = stopAt(3);
+  t.equal(exitCode, 1);
+  t.match(made, { interrupted: true, file: "stopped.eigentask", validation: null });
+  // A signal arrives a moment after it was sent.
+  t.ok(made.steps >= 3 && made.steps < 16, `${made.steps} steps`);
+  t.match(text, /stopped at step \d+ of 16/);
+  t.equal(parseTaskFile(new Uint8Array(await readFile(join(folder, "stopped.eigentask"))), "stopped").id, "stopped");
+});
+
+t.test("files of examples: what is read, and which line is refused", async (t) => {
+  const write = async (name: string, text: string): Promise<string> => {
+    await writeFile(join(folder, name), text);
+    return join(folder, name);
+  };
+  const expected = { examples: [{ text: "one, two", label: "a" }, { text: 'say "no"', label: "b" }], labels: ["a", "b"] };
+  for (const [name, text] of [
+    ["1.jsonl", '\uFEFF{"text": "one, two", "label": "a"}\r\n\r\n{"label": "b", "text": "say \\"no\\"", "id": 3}\n'],
+    ["1.tsv", 'a\tone, two\nb\tsay "no"\n'],
+    ["2.tsv", 'Text\tLabel\none, two\ta\n\nsay "no"\tb'],
+    ["1.csv", 'a,"one, two"\r\nb,"say ""no"""\r\n'],
+    ["2.csv", 'id,text,label\n1,"one, two",a\n2,"say ""no""",b'],
+  ] as const) {
+    t.same(await readExamples(await write(name, text), undefined), expected, name);
+  }
+  t.same((await readExamples(await write("n.jsonl", '{"text":"x","label":1}\n{"text":"y","label":0}'), undefined)).labels, ["1", "0"]);
+  t.same((await readExamples(await write("lines.csv", 'a,"two\nlines"\nb,c'), ["b", "a", "c"])).labels, ["b", "a", "c"]);
+  for (const [name, text, message, known] of [
+    ["x.jsonl", '{"text":"x","label":"a"}\n{"text":"x"}', /x.jsonl: line 2: expected "label" with a string, got none/],
+    ["x.jsonl", '{"text":"x","label":"a"}\n\n{"text":7,"label":"a"}', /line 3: expected "text" with a string, got 7/],
+    ["x.jsonl", '{"text":"x","label":"a"}\nnot json', /line 2: is no JSON: .*expected \{"text": "…", "label": "…"\}/],
+    ["x.jsonl", '{"text":"x","label":"a"}\n[1]', /line 2: expected \{"text": "…", "label": "…"\}, got \[1\]/],
+    ["x.jsonl", '{"text":"  ","label":"a"}', /line 1: its text is empty/],
+    ["x.tsv", "a\tone\nb two", /line 2: expected label<TAB>text, found 1 column/],
+    ["x.tsv", "a\tone\n\tempty", /line 2: its label is empty/],
+    ["x.csv", "a,one\nb,two,three", /line 2: expected label,text, found 3 columns/],
+    ["x.csv", 'a,"two\nlines"\nb,say "no"', /line 3: a quote is out of place/],
+    ["x.tsv", "a\tone\nspm\ttwo", /line 2: the label "spm" is none of --labels a,spam; did you mean spam\?/, ["a", "spam"]],
+    ["x.tsv", "a\tone\na\ttwo", /all 2 examples have the label "a"; two labels at least/],
+    ["x.tsv", "\n \n", /has no examples/],
+  ] as const) {
+    await t.rejects(readExamples(await write(name, text), known), { tag: "source", message });
+  }
+
+  const refuse = (status: number, error: object, ...changed: string[]): void => {
+    t.match(json(status, ...learn, "-o", "x.eigentask", ...changed), { error }, changed.join(" "));
+  };
+  refuse(2, { tag: "usage", message: /--labels a,a: expected two at least, all different/ }, "--labels", "a,a");
+  refuse(1, { tag: "source", message: /line 1: the label ".*" is none of --labels a,b/ }, "--labels", "a,b");
+  refuse(2, { tag: "usage", message: /--validation 1: expected a share from 0 to less than 1/ }, "--validation", "1");
+  refuse(2, { tag: "usage", message: /--rate fast: expected a number above 0/ }, "--rate", "fast");
+  refuse(2, { tag: "usage", message: /--terms 0.5: expected a whole number from 0/ }, "--terms", "0.5");
+  refuse(2, { tag: "usage", message: /--train all: expected coefficients or lora/ }, "--train", "all");
+  refuse(2, { tag: "usage", message: /would overwrite what it is made of/ }, "-o", "p.eigen");
+  refuse(1, { tag: "task", message: /--init debtags-rule: expected auto, mean, random, or a task of p.eigen/ }, "--init", "debtags-rule");
+  refuse(1, { tag: "source", message: /nowhere.json: there is no tokenizer.*--tokenizer/ }, "--tokenizer", "nowhere.json");
+  t.match(json(1, "learn", "p.eigen", "missing.jsonl", "--model", MODEL, "-o", "x"), { error: { tag: "source", message: /missing.jsonl: cannot be read/ } });
+  t.match(json(2, "learn", "p.eigen", "rows.jsonl", "-o", "x"), { error: { tag: "usage", message: /--model is missing/ } });
+  t.notOk((await readdir(folder)).some((name) => name.startsWith("x.eigentask")), "nothing is written");
+});

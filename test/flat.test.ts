@@ -1,0 +1,286 @@
+/**
+ * Flat mode: against numpy's f64 values, against ΔW formed here, through every backend, and in a session of the real model.
+ */
+import { readdirSync, readFileSync } from "node:fs";
+import t from "tap";
+import fc from "fast-check";
+import { createEncoder, readReference, readTask } from "../examples/minilm.js";
+import { readAdapters } from "../dist/src/adapters/folder.js";
+import type { TensorType } from "../dist/src/dtypes.js";
+import {
+  extractModule,
+  measureModule,
+  openModule,
+  projectModule,
+  type ExtractOptions,
+  type ModuleMember,
+  type ModuleStack,
+} from "../dist/src/extract/extract.js";
+import { turnTo } from "../dist/src/extract/procrustes.js";
+import { openOnnxHost } from "../dist/src/onnx/host.js";
+import { buildPack, projectAdapter } from "../dist/src/pack/build.js";
+import { taskAdapter } from "../dist/src/pack/expand.js";
+import { openPack } from "../dist/src/pack/pack.js";
+import { createRuntime } from "../dist/src/runtime/create.js";
+import { backends } from "./backend-list.ts";
+import { generator, values } from "./backend-suite.ts";
+import { seededTensors } from "./bases.ts";
+import { checkGolden, floats, relativeDifference } from "./compare.ts";
+import { concat, data, goldenPacks, LOSSLESS, packOf } from "./packs.ts";
+import { difference, NODE, open } from "./sessions.ts";
+
+const F32: ExtractOptions = {
+  mode: "flat",
+  gauge: "as-trained",
+  centering: "keep",
+  select: { kind: "energy", share: 1 },
+  basisType: "f32",
+  coefficientType: "f32",
+};
+const own = (ids: readonly string[]): string[] => ids.map((id) => data(`adapters/own-seed/${id}`));
+
+/** All modules of some adapters, as extraction takes them. */
+async function stacksOf(ids: readonly string[]): Promise<ModuleStack[]> {
+  const found = await readAdapters(own(ids));
+  const adapters = ids.map((id) => found.find((adapter) => adapter.id === id)!);
+  const stacks = [];
+  for (const { name, out, in: inputs } of adapters[0]!.modules.values()) {
+    const members: ModuleMember[] = [];
+    for (const { id, modules } of adapters) {
+      const { rank, read } = modules.get(name)!;
+      const { A, Bt } = await read();
+      members.push({ id, rank, A, Bt });
+    }
+    stacks.push({ name, out, in: inputs, members });
+  }
+  for (const adapter of adapters) await adapter.close();
+  return stacks;
+}
+
+/** Btᵀ·A [out, in]. */
+function product(A: ArrayLike<number>, Bt: ArrayLike<number>, rank: number): Float64Array {
+  const [inputs, outputs] = [A.length / rank, Bt.length / rank];
+  const out = new Float64Array(outputs * inputs);
+  for (let k = 0; k < rank; k++) {
+    for (let i = 0; i < outputs; i++) {
+      for (let j = 0; j < inputs; j++) out[i * inputs + j]! += Bt[k * outputs + i]! * A[k * inputs + j]!;
+    }
+  }
+  return out;
+}
+
+function norm(x: Float64Array): number {
+  return Math.sqrt(x.reduce((sum, value) => sum + value * value, 0));
+}
+
+/** ‖ΔW − ΔW'‖ / ‖ΔW‖, formed. */
+function formedError(member: Pick<ModuleMember, "A" | "Bt" | "rank">, stored: typeof member): number {
+  const exact = product(member.A, member.Bt, member.rank);
+  const found = product(stored.A, stored.Bt, stored.rank);
+  return norm(exact.map((value, i) => value - found[i]!)) / (norm(exact) || 1);
+}
+
+/** A small adapter of random factors. */
+function adapterOf(id: string, rank: number, seed: number, [out, inputs]: readonly [number, number] = [10, 14]): Awaited<ReturnType<typeof readAdapters>>[number] {
+  const random = generator(seed);
+  const [A, Bt] = [values(rank * inputs, random), values(rank * out, random)];
+  const module = { name: "layer", out, in: inputs, rank, layout: "out-in" as const, read: async () => ({ A, Bt }) };
+  const modules = new Map([["layer", module]]);
+  return { id, file: id, byteLength: 4 * (A.length + Bt.length), baseModel: undefined, modules, saved: [], metadata: {}, warnings: [], close: async () => undefined };
+}
+
+t.test("golden: flat keep K=4", async (t) => {
+  const golden = JSON.parse(readFileSync(data("goldens/extract/golden.json"), "utf8"));
+  const { error } = golden.settings["flat keep K=4"];
+  const stacks = await stacksOf(golden.tasks);
+  t.same(stacks.map(({ name }) => name).sort(), golden.modules);
+  for (const stack of stacks) {
+    const result = extractModule(stack, { ...F32, select: { kind: "k", k: 4 } });
+    t.match(result.A, { components: 4, rank: 8, width: 8 * 384, mean: true });
+    for (const task of result.tasks) {
+      const expected = error[task.id][stack.name];
+      t.ok(Math.abs(task.error - expected) <= 1e-5, `${stack.name} ${task.id}: ${task.error}, numpy ${expected}`);
+      t.ok(task.bound >= task.error && task.rank === 8);
+    }
+  }
+});
+
+t.test("what is reported is what is stored; all components together lose nothing", async (t) => {
+  const types = fc.constantFrom<TensorType>("f32", "f16", "bf16", "int8", "int4", "int3");
+  const cases = fc.record({
+    ranks: fc.array(fc.integer({ min: 1, max: 4 }), { minLength: 1, maxLength: 5 }),
+    seed: fc.nat(),
+    gauge: fc.constantFrom("as-trained" as const, "balanced" as const),
+    centering: fc.constantFrom("keep" as const, "none" as const),
+    basis: types,
+    coefficients: types,
+    k: fc.integer({ min: 1, max: 5 }),
+  });
+  await fc.assert(
+    fc.asyncProperty(cases, async ({ ranks, seed, gauge, centering, basis, coefficients, k }) => {
+      const adapters = ranks.map((rank, i) => adapterOf(`task ${i}`, rank, seed + i));
+      const most = ranks.length - (centering === "keep" ? 1 : 0);
+      const lossless = await buildPack(adapters, { mode: "flat", gauge, centering, ...LOSSLESS });
+      if (lossless.report.error.max > 1e-6 || lossless.report.components.max > most) return false;
+      if (most === 0) return true;
+      const types = { basis, coefficients };
+      const { chunks, report } = await buildPack(adapters, { mode: "flat", gauge, centering, types, select: { kind: "k", k: Math.min(k, most) } });
+      const pack = await openPack(concat(chunks));
+      const bases = await pack.takeBases();
+      for (const [i, adapter] of adapters.entries()) {
+        const factors = await adapter.modules.get("layer")!.read();
+        const stored = taskAdapter(pack, bases, adapter.id, await pack.load(adapter.id)).modules.get("layer")!;
+        const measured = formedError({ rank: ranks[i]!, ...factors }, { rank: stored.rank, ...(await stored.read()) });
+        if (Math.abs(measured - report.errors[i]!.max) > 1e-5 * (1 + measured)) return false;
+      }
+      return true;
+    }),
+    { seed: 6, numRuns: 150 },
+  );
+  t.pass("150 packs");
+});
+
+t.test("an adapter of the stack, brought onto the stored basis again, gets the same coefficients", async (t) => {
+  const [stack] = (await stacksOf(["debtags-admin", "debtags-devel", "sections-0", "sections-1"])) as [ModuleStack];
+  const options: ExtractOptions = { ...F32, select: { kind: "k", k: 2 }, coefficientType: "f16" };
+  const result = extractModule(stack, options);
+  const space = openModule(result);
+  stack.members.forEach((member, i) => {
+    const again = projectModule(space, member, options);
+    t.same(again, result.tasks[i]);
+    const measured = measureModule(space, member, again, options);
+    for (const key of ["error", "bound", "deltaA", "deltaB"] as const) t.ok(Math.abs(measured[key] - again[key]) <= 1e-7, key);
+  });
+  const balanced = { ...options, gauge: "balanced" as const };
+  const turned = extractModule(stack, balanced);
+  for (const [i, member] of stack.members.entries()) {
+    const again = projectModule(openModule(turned), member, balanced);
+    t.ok(Math.abs(again.error - turned.tasks[i]!.error) <= 2e-3, `turned again: ${again.error}, ${turned.tasks[i]!.error}`);
+    t.ok(Math.abs(measureModule(openModule(turned), member, again, balanced).error - again.error) <= 1e-6);
+  }
+});
+
+t.test("turning keeps ΔW, brings pairs nearer, and lowers the error on real adapters", async (t) => {
+  const random = generator(3);
+  for (const zero of [0, 1, 3]) {
+    const fill = (width: number): Float64Array => Float64Array.from(values(4 * width, random)).fill(0, (4 - zero) * width);
+    const pair = { rank: 4, A: fill(9), Bt: fill(7) };
+    const [A, Bt] = [Float64Array.from(values(36, random)), Float64Array.from(values(28, random))];
+    // At right angles to all but one row: a turn that is not told what to do with the rest must not lose it.
+    if (zero === 1) [A, Bt].forEach((side) => side.fill(0, side.length / 4));
+    // Zero rows among the others, as a pair has them that was turned before.
+    turnTo(pair, Float64Array.from(values(36, random)), Float64Array.from(values(28, random)), 7, 9);
+    const before = product(pair.A, pair.Bt, 4);
+    const far = (x: Float64Array, y: Float64Array): number => norm(x.map((value, i) => value - y[i]!)) ** 2;
+    const distance = (): number => far(pair.A, A) + far(pair.Bt, Bt);
+    const start = distance();
+    turnTo(pair, A, Bt, 7, 9);
+    t.ok(relativeDifference(product(pair.A, pair.Bt, 4), before) <= 1e-12, `${zero} zero rows: ΔW stays`);
+    t.ok(distance() <= start + 1e-12);
+    const end = distance();
+    turnTo(pair, A, Bt, 7, 9);
+    t.ok(Math.abs(distance() - end) <= 1e-12, "nothing is left to turn");
+  }
+  const ids = readdirSync(data("adapters/own-seed")).filter((name) => !name.startsWith("."));
+  const [stack] = (await stacksOf(ids)) as [ModuleStack];
+  const mean = (gauge: "as-trained" | "balanced"): number => {
+    const { tasks } = extractModule(stack, { ...F32, gauge, select: { kind: "k", k: 8 } });
+    return tasks.reduce((sum, { error }) => sum + error, 0) / tasks.length;
+  };
+  const [trained, turned] = [mean("as-trained"), mean("balanced")];
+  t.ok(turned < 0.96 * trained, `as trained ${trained}, balanced and turned ${turned}`);
+});
+
+t.test("an error selection holds for every task, with fewer bytes than all components", async (t) => {
+  const [stack] = (await stacksOf(["debtags-admin", "debtags-devel", "debtags-role", "sections-0", "sections-1"])) as [ModuleStack];
+  for (const [max, most] of [[0.3, 8], [0.8, 7]] as const) {
+    const result = extractModule(stack, { ...F32, select: { kind: "error", max } });
+    t.ok(result.tasks.every(({ error }) => error <= max));
+    const [kA, kB] = [result.A.components, result.B.components];
+    t.ok(kA + kB <= most, `${kA} and ${kB} components`);
+    const fewer = extractModule(stack, { ...F32, select: { kind: "k", k: kA === kB ? kA - 1 : Math.min(kA, kB) } });
+    t.ok(fewer.tasks.some(({ error }) => error > max), "fewer on both sides are too few");
+  }
+});
+
+t.test("other ranks: padded, or refused by name", async (t) => {
+  const adapters = [adapterOf("a", 3, 1), adapterOf("b", 2, 2), adapterOf("c", 3, 3)];
+  const { chunks } = await buildPack(adapters, { mode: "flat", ...LOSSLESS });
+  const pack = await openPack(concat(chunks));
+  const bases = await pack.takeBases();
+  t.match(pack.modules[0]!.A, { kind: "flat", rank: 3, K: 2 });
+  const types = { basis: "f32", coefficients: "f32", head: "f32" } as const;
+  const { residual } = await projectAdapter(pack, bases, { ...adapters[1]!, id: "again" }, types);
+  t.ok(residual.max <= 1e-6, "rank 2 on a basis of rank 3");
+  await t.rejects(projectAdapter(pack, bases, adapterOf("d", 4, 4), types), {
+    tag: "adapter",
+    field: "layer",
+    message: /rank 4, but the flat basis holds whole factors of rank 3/,
+  });
+  for (const [select, centering, message] of [
+    [{ kind: "k", k: 3 }, "keep", /3 components: flat mode has at most 2 beside the mean for 3 adapters/],
+    [{ kind: "k", k: 4 }, "none", /4 components: flat mode has at most 3 for 3 adapters/],
+  ] as const) {
+    await t.rejects(buildPack(adapters, { mode: "flat", select, centering }), { name: "RangeError", message });
+  }
+});
+
+t.test("PEFT's goldens through flat packs and every backend", async (t) => {
+  for (const centering of ["keep", "none"] as const) {
+    const goldens = await goldenPacks({ mode: "flat", centering });
+    t.ok(goldens.length >= 23, `${goldens.length} goldens`);
+    for (const golden of goldens) for (const options of backends()) await checkGolden(t, golden, options);
+  }
+});
+
+const TASKS = ["debtags-role", "debtags-game", "sections-0", "debtags-scope"];
+
+t.test("several components through every backend: the adapters' own weights", async (t) => {
+  const { bytes } = await packOf(TASKS.map((id) => `adapters/own-seed/${id}`), { ...LOSSLESS, mode: "flat" }, (name) => name.includes("layer.1."));
+  const stacks = (await stacksOf(TASKS)).filter(({ name }) => name.includes("layer.1."));
+  for (const options of backends()) {
+    const pack = await openPack(bytes);
+    const base = seededTensors(pack.modules, "f32");
+    const before = new Map([...base].map(([name, { data }]) => [name, Float32Array.from(new Float32Array(data.buffer))]));
+    const runtime = await createRuntime(pack, { ...options, base });
+    for (const [i, id] of TASKS.entries()) {
+      await runtime.switchTask(id);
+      for (const { name, members } of stacks) {
+        const weight = `${name.replace("bert.", "")}.weight`;
+        const found = floats(await runtime.readWeight(weight)).map((value, at) => value - before.get(weight)![at]!);
+        const { A, Bt, rank } = members[i]!;
+        const off = relativeDifference(found, product(A, Bt, rank));
+        t.ok(off <= 2e-5, `${runtime.backend}: ${id} ${weight} off by ${off}`);
+      }
+    }
+    await runtime.dispose();
+  }
+});
+
+t.test("a session of the real model: factors, folded, and PEFT", async (t) => {
+  const model = data("minilm/model_fp16.onnx");
+  const base = await openOnnxHost(model);
+  const paths = TASKS.map((id) => `adapters/own-seed/${id}`);
+  const { bytes } = await packOf(paths, { ...LOSSLESS, mode: "flat", base });
+  const { bytes: few } = await packOf(paths, { mode: "flat", select: { kind: "k", k: 2 }, base });
+  await base.close?.();
+  const reference = await readReference("own-seed");
+  const encode = await createEncoder(NODE);
+  const answers = async (pack: Uint8Array, mode: "auto" | "factors" | "folded", task: string): Promise<Float32Array> => {
+    const session = await open(NODE, model, await openPack(new Uint8Array(pack)), mode === "auto" ? {} : { mode });
+    if (mode === "auto") t.equal(session.mode, "factors", "no core between flat components");
+    await session.switchTask(task);
+    const { test } = await readTask(task);
+    const { logits } = await session.run(encode(test.slice(0, 16).map(([text]) => text)));
+    await session.release();
+    return logits!.data as Float32Array;
+  };
+  for (const task of TASKS.slice(0, 2)) {
+    const lossless = await answers(bytes, "auto", task);
+    const off = difference(lossless, reference.get(task)!.logits16.flat());
+    t.ok(off <= 2e-3, `${task}: PEFT's logits, off by ${off}`);
+    const [factors, folded] = [await answers(few, "factors", task), await answers(few, "folded", task)];
+    t.ok(difference(factors, folded) <= 2e-3, `${task}: factors and fold, off by ${difference(factors, folded)}`);
+    t.ok(difference(factors, lossless) > 1e-2, "two of three components are not all");
+  }
+});
