@@ -275,6 +275,62 @@ for (const [name, options, prepare] of settings) {
   });
 }
 
+/** ‖ΔW‖² of each adapter. */
+function deltaSquares({ members, in: inputs, out }: ModuleStack): number[] {
+  return members.map(({ rank, A, Bt }) => {
+    let total = 0;
+    for (let i = 0; i < rank; i++) {
+      for (let j = 0; j < rank; j++) {
+        let [a, b] = [0, 0];
+        for (let n = 0; n < inputs; n++) a += A[i * inputs + n]! * A[j * inputs + n]!;
+        for (let n = 0; n < out; n++) b += Bt[i * out + n]! * Bt[j * out + n]!;
+        total += a * b;
+      }
+    }
+    return total;
+  });
+}
+
+/** Σ ‖ΔW − ΔW'‖² of what was extracted. */
+function objective(stack: ModuleStack, { tasks }: { tasks: readonly { error: number }[] }): number {
+  return sum(deltaSquares(stack).map((squares, i) => squares * tasks[i]!.error ** 2));
+}
+
+t.test("golden: joint", async () => {
+  const expected = golden.settings["joint K=16 full rank core, f64 optimum after 60 rounds"]!;
+  for (const stack of real) {
+    for (const gauge of ["as-trained", "balanced"] as const) {
+      const result = extractModule(stack, { ...F32, mode: "joint", centering: "none", gauge, select: { kind: "k", k: 16 } });
+      const theirs = (expected.modules[stack.name] as { objective: number }).objective;
+      const ours = objective(stack, result);
+      t.ok(ours <= 1.0005 * theirs, `${stack.name}, ${gauge}: ${ours}, numpy ${theirs}`);
+      t.equal(result.A.components, 16);
+      t.ok(Math.abs(result.A.explained - (1 - ours / sum(deltaSquares(stack)))) < 1e-5, "explained is the share of ΔW");
+    }
+  }
+});
+
+t.test("joint loses no more than column mode, whatever the stack, and takes as many components as are asked for", async () => {
+  fc.assert(
+    fc.property(stacks, fc.integer({ min: 1, max: 5 }), gauges, (stack, k, gauge) => {
+      const of = { ...F32, gauge, centering: "none", select: { kind: "k", k } } as const;
+      const [joint, column] = [extractModule(stack, { ...of, mode: "joint" }), extractModule(stack, of)];
+      const whole = sum(deltaSquares(stack));
+      const [ours, theirs] = [objective(stack, joint), objective(stack, column)];
+      if (!(ours <= theirs + 1e-6 * whole)) throw new Error(`${ours} of ${whole}, column ${theirs}`);
+      if (joint.A.components > column.A.components || joint.B.components > column.B.components) throw new Error("more components");
+    }),
+  );
+  const stack = real[0]!;
+  const of = { ...F32, mode: "joint", centering: "none" } as const;
+  const within = extractModule(stack, { ...of, select: { kind: "error", max: 0.3 } });
+  t.ok(within.tasks.every(({ error }) => error <= 0.3));
+  const fewer = extractModule(stack, { ...of, select: { kind: "k", k: within.A.components - 1 } });
+  t.ok(fewer.tasks.some(({ error }) => error > 0.3), "one component less is too few");
+  const share = extractModule(stack, { ...of, select: { kind: "energy", share: 0.9 } });
+  t.ok(share.A.explained >= 0.9 && share.A.components < within.A.components + 48, `${share.A.components} components hold ${share.A.explained}`);
+});
+
 t.test("golden: means, singular values and projectors", async () => {
   let projectors = 0;
   for (const stack of real) {
@@ -299,8 +355,10 @@ t.test("golden: means, singular values and projectors", async () => {
   t.ok(projectors > 0, "a gap allowed a projector to be compared");
 });
 
-function sum(x: Float32Array): number {
-  return x.reduce((total, value) => total + value, 0);
+function sum(x: Iterable<number>): number {
+  let total = 0;
+  for (const value of x) total += value;
+  return total;
 }
 
 t.test("real adapters: all 20, three ways to choose K", async () => {

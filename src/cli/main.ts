@@ -37,7 +37,7 @@ const COMMANDS = new Map<string, Command>([
       does: "adapters → pack, with a report",
       options: {
         ...output("FILE", "the pack to write"),
-        mode: { value: "column|flat", help: "coefficients for every row of a factor, or one vector for a whole factor" },
+        mode: { value: "column|flat|joint", help: "coefficients for every row of a factor, or one vector for a whole factor; joint: bases that lose least of ΔW" },
         gauge: { value: "as-trained|balanced", help: "rewrite each pair as U√S, √SVᵀ first" },
         centering: { value: "keep|none", help: "store the mean of the rows, or do without" },
         k: { value: "N", help: "so many components per module and side" },

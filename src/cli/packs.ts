@@ -43,9 +43,9 @@ export async function packCommand(args: Arguments, out: Output): Promise<Result>
   const started = performance.now();
   const file = required(args, "output");
   const options = {
-    mode: choice(args, "mode", ["column", "flat"] as const, "column"),
+    mode: choice(args, "mode", ["column", "flat", "joint"] as const, "column"),
     gauge: choice(args, "gauge", ["as-trained", "balanced"] as const, "as-trained"),
-    centering: choice(args, "centering", ["keep", "none"] as const, "keep"),
+    ...(args.text("centering") === undefined ? {} : { centering: choice(args, "centering", ["keep", "none"] as const, "keep") }),
     select: selection(args),
     types: storage(args.text("dtype")),
   };

@@ -9,6 +9,7 @@ import { encodeTensor } from "../encode.ts";
 import { centred, columnMeans, principalComponents, ROUNDING, type Components } from "./components.ts";
 import { deltaError, pairError, relative, type SideError } from "./error.ts";
 import { alignSigns, alignTo, balance, type Pair } from "./gauge.ts";
+import { jointComponents } from "./joint.ts";
 import { rowSquares, type Products } from "./linalg.ts";
 import { turnTo, turnTogether } from "./procrustes.ts";
 import { pairsWithin } from "./search.ts";
@@ -44,8 +45,11 @@ export interface ModuleStack {
   members: readonly ModuleMember[];
 }
 
-/** What has coefficients of its own: a row of a factor, or a whole factor (DESIGN.md 2.4). */
-export type Mode = "column" | "flat";
+/**
+ * What has coefficients of its own: a row of a factor, or a whole factor (DESIGN.md 2.4). Joint mode is column mode with bases that
+ * lose least of ΔW instead of least of each factor.
+ */
+export type Mode = "column" | "flat" | "joint";
 
 /**
  * Whether factors are taken as they come or rewritten as B = U·√S, A = √S·Vᵀ first (DESIGN.md 2.2). Flat mode also turns
@@ -156,6 +160,7 @@ export function extractModule(stack: ModuleStack, options: ExtractOptions): Modu
     B: decompose(pairs.map((pair) => pair.Bt), stack.out, rank, options),
   };
   const { A, B, ranks } = found;
+  if (mode === "joint") return storeJoint(found, pairs);
   if (select.kind !== "error") return store(found, A.components.count, B.components.count);
 
   const all = encodeModule(found, A.components.count, B.components.count);
@@ -172,6 +177,32 @@ export function extractModule(stack: ModuleStack, options: ExtractOptions): Modu
     throw cause instanceof RangeError ? new RangeError(`${stack.name}: ${cause.message}`, { cause }) : cause;
   }
   throw new RangeError(`${stack.name}: an error of ${select.max} is just out of reach of the stored types; allow more`);
+}
+
+/** As many components on both sides as the selection asks for: of ΔW itself, so the numbers are judged together. */
+function storeJoint(found: Found, pairs: readonly Pair[]): ModuleExtraction {
+  const { stack: { name, out, in: inputs }, options: { select, products }, A, B } = found;
+  const most = Math.max(A.components.count, B.components.count);
+  const solve = (k: number): ModuleExtraction => {
+    const [kA, kB] = [Math.min(k, A.components.count), Math.min(k, B.components.count)];
+    const made = kA * kB > 0 ? jointComponents(pairs, kA, kB, out, inputs, products) : { A: A.components, B: B.components };
+    return store({ ...found, A: { ...A, components: made.A }, B: { ...B, components: made.B } }, made.A.count, made.B.count);
+  };
+  if (select.kind === "k" || (select.kind === "energy" && select.share === 1)) return solve(most);
+  const enough = ({ A: { explained }, tasks }: ModuleExtraction): boolean =>
+    select.kind === "energy" ? explained >= select.share : tasks.every(({ error }) => error <= select.max);
+  let [low, high, best] = [1, most, solve(most)];
+  if (!enough(best)) {
+    if (select.kind === "energy") return best;
+    throw new RangeError(`${name}: an error of ${select.max} is out of reach of the stored types; allow more`);
+  }
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    const tried = solve(middle);
+    if (enough(tried)) [high, best] = [middle, tried];
+    else low = middle + 1;
+  }
+  return best;
 }
 
 /** Opens both bases of a module for `projectModule` and `measureModule`. */
@@ -269,16 +300,16 @@ function decompose(factors: readonly Float64Array[], inner: number, rank: number
     count,
     width,
     floors,
-    (singular, total) => wanted(options.select, singular, total),
+    (singular, total) => wanted(options, singular, total),
     options.products,
   );
   return { width, rank, rows, mean, components };
 }
 
 /** How many components a selection asks for, given the singular values; an error is judged on all of them later. */
-function wanted(select: Selection, singular: Float64Array, total: number): number {
+function wanted({ select, mode }: ExtractOptions, singular: Float64Array, total: number): number {
   if (select.kind === "k") return select.k;
-  if (select.kind === "error" || select.share === 1) return singular.length;
+  if (select.kind === "error" || mode === "joint" || select.share === 1) return singular.length;
   let held = 0;
   let k = 0;
   while (k < singular.length && held < select.share * total) held += singular[k++]! ** 2;

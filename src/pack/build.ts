@@ -91,7 +91,9 @@ export async function buildPack(
   options: BuildOptions = {},
 ): Promise<{ chunks: Uint8Array[]; report: BuildReport }> {
   if (adapters.length === 0) throw new RangeError("buildPack: no adapters");
-  const { mode = "column", gauge = "as-trained", centering = "keep", select = { kind: "energy", share: 0.9 } } = options;
+  const { mode = "column", gauge = "as-trained", select = { kind: "energy", share: 0.9 } } = options;
+  const { centering = mode === "joint" ? "none" : "keep" } = options;
+  if (mode === "joint" && centering === "keep") throw new RangeError("joint mode has no mean: leave centring out, or take --mode column");
   if (mode === "flat") checkFlat(select, adapters.length, centering);
   const types = storageTypes(options.types);
   const stored = { basisType: types.basis, coefficientType: types.coefficients };
