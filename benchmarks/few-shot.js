@@ -78,6 +78,7 @@ const stallRow = (name, of) => ({
   name,
   "longest gap of frames, ms": Math.max(...of.map(({ frame }) => frame)),
   "median gap, ms": median(of.flatMap(({ frames }) => frames)) ?? null,
+  "gaps over 50 ms, %": 100 * mean(of.flatMap(({ frames }) => frames.map((gap) => Number(gap > 50)))),
   "longest lateness of a timer, ms": Math.max(...of.map(({ timer }) => timer)),
 });
 rows.push(stallRow("window while it teaches", stalls), stallRow("the same window, idle", [idle]));

@@ -1,7 +1,7 @@
 /**
  * Takes the page's picture for the README with Chromium: docs/page.png, light or dark.
  *
- * node examples/page/screenshot.js [--scheme light|dark] [--width 1200] [--height 1260] [--text LINE] [-o docs/page.png]
+ * node examples/page/screenshot.js [--scheme light|dark] [--width 1200] [--height 1330] [--text LINE] [-o docs/page.png]
  */
 import { mkdtemp, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
@@ -16,7 +16,7 @@ const { values } = parseArgs({
   options: {
     scheme: { type: "string", default: "light" },
     width: { type: "string", default: "1200" },
-    height: { type: "string", default: "1260" },
+    height: { type: "string", default: "1330" },
     text: { type: "string", default: "pictures of galaxies, stars and planets, written in Python" },
     output: { type: "string", short: "o", default: fileURLToPath(new URL("../../docs/page.png", import.meta.url)) },
     chromium: { type: "string", default: "/usr/bin/chromium" },
