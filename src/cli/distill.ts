@@ -15,7 +15,7 @@ import { layoutFresh } from "../pack/layout.ts";
 import { openPack, type Pack } from "../pack/pack.ts";
 import { parseTaskFile } from "../pack/task-file.ts";
 import { distill, type BatchFeeds, type Distilled } from "../../bindings/distill.ts";
-import { createEigenSession, type EigenSession, type Ort } from "../../bindings/onnxruntime.ts";
+import { createEigenSession, type Ort } from "../../bindings/onnxruntime.ts";
 import { renames, required, wholeNumber, type Arguments } from "./args.ts";
 import { writeWhole } from "./files.ts";
 import { bytes, table, type Output } from "./output.ts";
@@ -37,7 +37,7 @@ export async function distillCommand(args: Arguments, out: Output): Promise<Resu
   const target = required(args, "output");
   const model = required(args, "model");
   const textPath = required(args, "text");
-  const [steps, batch, tokens] = [wholeNumber(args, "steps", 60), wholeNumber(args, "batch", 32), wholeNumber(args, "tokens", 128)];
+  const [steps, batch, tokens] = [wholeNumber(args, "steps", 240), wholeNumber(args, "batch", 8), wholeNumber(args, "tokens", 128)];
   const settings = { model: resolve(model), steps, batch, tokens, texts: await readLines(textPath) };
   const ort = await peer<Ort>("onnxruntime-node", () => import("onnxruntime-node"));
   // It warns of initializers that nothing uses.
@@ -53,10 +53,17 @@ export async function distillCommand(args: Arguments, out: Output): Promise<Resu
     try {
       const encodeFor = encode(session.inputNames);
       const finished = new Finished(`${target}.partial`);
+      const [from, resumed] = [performance.now(), (): number => done.filter((one) => one.resumed).length];
       for (const [i, adapter] of adapters.entries()) {
         const key = await keyOf(pack, adapter, settings);
         const earlier = await finished.read(key);
-        const made = earlier ?? (await distillOne(session, adapter, encodeFor, settings, `task ${i + 1} of ${adapters.length}`, out));
+        const onStep = ({ step }: { step: number }): void => {
+          const gone = i + step / steps;
+          const seconds = ((performance.now() - from) / 1000 / (gone - resumed())) * (adapters.length - gone);
+          const left = seconds < 90 ? `${Math.ceil(seconds)} s` : `${Math.ceil(seconds / 60)} min`;
+          out.progress(`task ${i + 1} of ${adapters.length}, ${adapter.id}, ${left} left: step`, step, steps);
+        };
+        const made = earlier ?? (await distill(session, { adapter, texts: settings.texts, encode: encodeFor, steps, batch, onStep }));
         if (!earlier) await finished.write(key, made);
         done.push({ ...made, resumed: earlier !== undefined });
       }
@@ -158,18 +165,6 @@ function basisOf({ basisId }: Pack): Uint8Array {
   return Uint8Array.from(basisId.match(/../g)!, (byte) => parseInt(byte, 16));
 }
 
-async function distillOne(
-  session: EigenSession,
-  adapter: Adapter,
-  encode: (texts: string[]) => BatchFeeds,
-  { texts, steps, batch }: Settings,
-  which: string,
-  out: Output,
-): Promise<Distilled> {
-  const onStep = ({ step }: { step: number }): void => out.progress(`${which}, ${adapter.id}: step`, step, steps);
-  return distill(session, { adapter, texts, encode, steps, batch, onStep });
-}
-
 /** A name for one task's outcome: of all it depends on. */
 async function keyOf(pack: Pack, { id, file, byteLength }: Adapter, { model, ...settings }: Settings): Promise<string> {
   const { bytes: blob } = await pack.load(id);
@@ -226,7 +221,7 @@ function report(file: string, size: number, done: readonly (Distilled & { resume
   const text = [
     `${file}: ${tasks.length} tasks distilled, ${bytes(size)}`,
     table([
-      ["task", "KL before", "KL after", "kept"],
+      ["task", "KL projected", "KL distilled", "kept"],
       ...tasks.map(({ id, divergence, kept }) => [id, divergence.before.toFixed(4), divergence.after.toFixed(4), kept]),
     ]),
     `${seconds.toFixed(2)} s`,
