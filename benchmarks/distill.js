@@ -56,9 +56,8 @@ for (const [i, adapter] of adapters.slice(0, TASKS).entries()) {
 }
 /** @type {import("./report.js").Row} */
 const mean = { name: `mean of ${rows.length}` };
-for (const key of Object.keys(rows[0] ?? {})) {
-  const values = rows.map((row) => row[key]);
-  if (typeof values[0] === "number") mean[key] = values.reduce((sum, value) => sum + Number(value), 0) / rows.length;
+for (const [key, value] of Object.entries(rows[0] ?? {})) {
+  if (typeof value === "number") mean[key] = rows.reduce((sum, row) => sum + Number(row[key]), 0) / rows.length;
 }
 mean.kept = `distilled ${rows.filter(({ kept }) => kept === "distilled").length}`;
 rows.push(mean);
