@@ -2,6 +2,7 @@
  * `eigenlora/learn`: a new task on the model of an onnxruntime session, by training coefficients only. The session learns and
  * answers with one copy of the weights; the trainer holds numbers.
  */
+import { usualRank } from "../src/learn/start.ts";
 import { basesOf, Terms, type TrainedModule } from "../src/learn/terms.ts";
 import { Trainer, type TrainerOptions } from "../src/learn/trainer.ts";
 import type { EigenSession } from "./onnxruntime.ts";
@@ -12,6 +13,7 @@ import { createMachine, headOf } from "./ort-machine.ts";
 export { Trainer, type FitOptions, type TrainerOptions, type TrainingStep } from "../src/learn/trainer.ts";
 export type { Example } from "../src/learn/examples.ts";
 export type { Start } from "../src/learn/start.ts";
+export { zeroShotTask, type ZeroShotOptions } from "../src/learn/zero-shot.ts";
 export type { BatchFeeds } from "./ort-batch.ts";
 
 export interface CreateTrainerOptions extends TrainerOptions {
@@ -45,7 +47,7 @@ export async function createTrainer<O extends Ort>(session: EigenSession<O>, opt
   const source = session.trainable;
   if (!source) throw new TypeError("createTrainer: this session cannot be trained; create it with trainable: true");
   const { pack } = session;
-  const { train = "coefficients", rank = await usualRank(session), terms = 0, init } = options;
+  const { train = "coefficients", rank = await usualRank(pack), terms = 0, init } = options;
   if (!["coefficients", "components", "lora"].includes(train)) {
     throw new RangeError(`train: expected "coefficients", "components" or "lora", got ${JSON.stringify(train)}`);
   }
@@ -53,6 +55,8 @@ export async function createTrainer<O extends Ort>(session: EigenSession<O>, opt
   if (!(Number.isInteger(terms) && terms >= 0)) throw new RangeError(`terms: expected a whole number ≥ 0, got ${terms}`);
   const unknown = options.modules?.find((name) => !pack.modules.some((module) => module.name === name));
   if (unknown !== undefined) throw new RangeError(`modules: the pack has no "${unknown}"`);
+  const flat = pack.modules.find(({ A, B }) => A?.kind === "flat" || B?.kind === "flat");
+  if (train === "components" && flat) throw new RangeError(`train: the components of "${flat.name}" are flat, only those of column mode are trained`);
   const head = headOf(source, options.head);
   const bases = await pack.takeBases();
   const first = typeof init === "object" && options.rank === undefined && pack.tasks.has(init.task) ? await pack.load(init.task) : undefined;
@@ -70,13 +74,4 @@ export async function createTrainer<O extends Ort>(session: EigenSession<O>, opt
   const trained = train === "lora" ? new Terms(factors) : origin;
   const machine = await createMachine(source, trained, head, options);
   return new Trainer({ pack, machine, terms: trained, origin }, options);
-}
-
-/** The rank that most of the first tasks have. */
-async function usualRank({ pack }: EigenSession): Promise<number> {
-  const counts = new Map<number, number>();
-  for (const id of [...pack.tasks.keys()].slice(0, 8)) {
-    for (const { A, rank } of (await pack.load(id)).terms) if (A) counts.set(rank, (counts.get(rank) ?? 0) + 1);
-  }
-  return [...counts].sort((a, b) => b[1] - a[1])[0]?.[0] ?? 8;
 }

@@ -324,7 +324,7 @@ async function differentiated(
   const sources = inputs.flatMap(({ dims }, i) => (dims ? [`x${i}`] : []));
   const emit = new Emitter(main, opset);
   const gradients = await differentiate(file, sources, "whole", () => "seed", emit, new Problems(), { probe: probeOf(NODE), feeds, initializers: [] });
-  main.node.push(...emit.nodes);
+  main.node.push(...emit.shapes, ...emit.nodes);
   main.input.push(makeValue("seed", 1, ["", ""]));
   for (const source of sources) {
     main.node.push(makeNode("Identity", `d${source}`, [gradients.get(source)!], `d${source}`));

@@ -182,7 +182,7 @@ t.test("examples that cannot be learned from are refused before anything runs", 
   await t.rejects(trainer.task(), { name: "TypeError", message: /call fit first/ });
   await t.rejects(createTrainer(session, { labels: ["one"] }), { name: "RangeError", message: /labels/ });
   await t.rejects(createTrainer(session, { labels: LABELS, rank: 0 }), { name: "RangeError", message: /rank/ });
-  await t.rejects(createTrainer(session, { labels: LABELS, head: "nothing" }), { tag: "base", message: /nothing/ });
+  await t.rejects(createTrainer(session, { labels: LABELS, head: "nothing" }), { name: "RangeError", message: /the session trains "classifier", not "nothing"; create it with head: "nothing"/ });
   const plain = await tiny(NODE, { trainable: false });
   t.teardown(() => plain.release());
   await t.rejects(createTrainer(plain, { labels: LABELS }), { name: "TypeError", message: /trainable: true/ });

@@ -15,12 +15,20 @@ export type Operand = string | number;
  */
 const CONCAT_INPUTS = 6;
 
+/** A size, or a product of sizes that inputs have. */
+export type Dimension = number | readonly { readonly input: string; readonly axis: number }[];
+
 export class Emitter {
   /** In the order in which they must run. */
   readonly nodes: NodeProto[] = [];
+  /** Nodes that go with the model's own: shapes that nothing else tells. */
+  readonly shapes: NodeProto[] = [];
+  /** What the dimensions of the model's own values are made of, as far as it is known. */
+  dimensions: ((value: string) => readonly Dimension[] | undefined) | undefined;
   readonly #constants: GraphProto;
   readonly #opset: number;
   readonly #made = new Map<string, string>();
+  readonly #own = new Set<string>();
 
   /** @param constants graph that gets the constants as initializers */
   constructor(constants: GraphProto, opset: number) {
@@ -36,6 +44,7 @@ export class Emitter {
       made = `${PREFIX}/learn/${opType}_${this.nodes.length}`;
       this.nodes.push(makeNode(opType, made, values, made, attributes));
       this.#made.set(key, made);
+      this.#own.add(made);
     }
     return made;
   }
@@ -65,8 +74,35 @@ export class Emitter {
     return this.op("Flatten", [value], { axis: -1 });
   }
 
+  /** Not by asking the model's own values, which would have to be kept for it. */
   shape(value: string): string {
-    return this.op("Shape", [value]);
+    if (this.#own.has(value)) return this.op("Shape", [value]);
+    const known = this.dimensions?.(value);
+    if (known) return this.concat(this.#join(known), 0);
+    const shape = `${PREFIX}/shape/${value}`;
+    if (!this.shapes.some(({ name }) => name === shape)) this.shapes.push(makeNode("Shape", shape, [value], shape));
+    return shape;
+  }
+
+  /** Dimensions as vectors: one of all fixed ones that are neighbours, one of each that an input tells. */
+  #join(dimensions: readonly Dimension[]): string[] {
+    const parts: string[] = [];
+    let fixed: number[] = [];
+    const flush = (): void => {
+      if (fixed.length > 0) parts.push(this.ints(fixed));
+      fixed = [];
+    };
+    for (const dimension of dimensions) {
+      if (typeof dimension === "number") {
+        fixed.push(dimension);
+        continue;
+      }
+      flush();
+      const factors = dimension.map(({ input, axis }) => this.slice(this.op("Shape", [input]), 0, axis, axis + 1));
+      parts.push(factors.reduce((a, b) => this.mul(a, b)));
+    }
+    flush();
+    return parts.length > 0 ? parts : [this.ints([])];
   }
 
   /** `value` in the shape of `like`. */

@@ -10,12 +10,13 @@ import type { Grafted, TaskInput } from "../onnx/graft.ts";
 import { FLOAT, INT64 } from "../onnx/linear.ts";
 import { indexGraph, type OnnxModel } from "../onnx/model.ts";
 import { makeFloats, makeNode, makeValue, PREFIX } from "../onnx/nodes.ts";
-import type { GraphProto, ValueInfoProto } from "../onnx/onnx_pb.ts";
+import type { NodeProto, ValueInfoProto } from "../onnx/onnx_pb.ts";
 import { create, GraphProtoSchema } from "../onnx/protobuf.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { Emitter } from "./emit.ts";
 import { crossEntropy } from "./loss.ts";
 import { Problems } from "./problems.ts";
+import { recompute } from "./recompute.ts";
 import { differentiate } from "./reverse.ts";
 import { checkFeeds, type Probe } from "./shapes.ts";
 
@@ -118,18 +119,18 @@ export async function buildTrainingGraph(file: ModelFile, grafted: Grafted, opti
     ...trained.map(({ name, dims }) => ({ value: found.get(name)!, as: gradients.get(name)!, rank: dims.length })),
   ];
   main.input.push(makeValue(TARGETS, FLOAT, ["", ""]), makeValue(LEARN, BOOL, []));
-  main.node.push(branch(emit, results));
+  main.node.push(...emit.shapes, branch(recompute(grown.model.graph, emit.nodes), results));
   main.output.push(...results.map(({ as }) => makeValue(as, FLOAT)));
   return { learnInput: LEARN, targetsInput: TARGETS, logitsOutput: logits, lossOutput: LOSS, gradients };
 }
 
 /** If(learn): the nodes and what they give; otherwise nothing of the same types. One flat graph would learn in every run. */
-function branch(emit: Emitter, results: readonly { value: string; as: string; rank: number }[]): GraphProto["node"][0] {
+function branch(nodes: readonly NodeProto[], results: readonly { value: string; as: string; rank: number }[]): NodeProto {
   const inner = (of: string, as: string): string => `${as}/${of}`;
   const given = (of: string): ValueInfoProto[] => results.map(({ as }) => makeValue(inner(of, as), FLOAT));
   const learning = create(GraphProtoSchema, {
     name: `${PREFIX}/learning`,
-    node: [...emit.nodes, ...results.map(({ value, as }) => makeNode("Identity", inner("then", as), [value], inner("then", as)))],
+    node: [...nodes, ...results.map(({ value, as }) => makeNode("Identity", inner("then", as), [value], inner("then", as)))],
     output: given("then"),
   });
   const answering = create(GraphProtoSchema, {

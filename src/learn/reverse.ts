@@ -51,6 +51,7 @@ export async function differentiate(
     const half = node.output.filter((value) => active.has(value)).find((value) => shapes.type(value) !== "float32");
     if (half !== undefined) problems.node(node, `computes in ${shapes.type(half)}, which is not trained in (export in float32)`);
   }
+  emit.dimensions = (value) => shapes.dimensions(value);
   const gradients = new Map([[end, seed()]]);
   const walk: Walk = {
     ...{ graph, active, shapes, emit, problems },

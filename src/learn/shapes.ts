@@ -10,6 +10,7 @@ import type { ValueInfoProto } from "../onnx/onnx_pb.ts";
 import { create, ValueInfoProtoSchema } from "../onnx/protobuf.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { detachWeights, type DetachedModel } from "../onnx/write.ts";
+import type { Dimension } from "./emit.ts";
 import type { Problems } from "./problems.ts";
 
 /** A tensor as onnxruntime gives it, as far as it is needed here. */
@@ -114,7 +115,7 @@ export async function probeShapes(
     }
     found.set(value, probed);
   }
-  return new Shapes(found, file.model.graph);
+  return new Shapes(found, file.model.graph, feeds);
 }
 
 /** What is known of the probed values. */
@@ -122,10 +123,41 @@ export class Shapes {
   readonly #found: ReadonlyMap<string, readonly Probed[]>;
   readonly #graph: Graph;
   readonly #fixed = new Map<string, boolean>();
+  /** How sizes in the two runs are made of those of inputs. */
+  readonly #ways = new Map<string, Exclude<Dimension, number>[]>();
 
-  constructor(found: ReadonlyMap<string, readonly Probed[]>, graph: Graph) {
+  constructor(found: ReadonlyMap<string, readonly Probed[]>, graph: Graph, feeds: readonly ReadonlyMap<string, Feed>[]) {
     this.#found = found;
     this.#graph = graph;
+    const [first, second] = feeds as [ReadonlyMap<string, Feed>, ReadonlyMap<string, Feed>];
+    const ways = (sizes: readonly number[], factors: Exclude<Dimension, number>): void => {
+      const key = sizes.join();
+      this.#ways.set(key, [...(this.#ways.get(key) ?? []), factors]);
+    };
+    /** One place for each size, since inputs share dimensions. */
+    const free = new Map<string, { sizes: readonly [number, number]; input: string; axis: number }>();
+    for (const [input, { dims }] of first) {
+      for (const [axis, size] of dims.entries()) {
+        const sizes = [size, second.get(input)!.dims[axis]!] as const;
+        if (sizes[0] !== sizes[1] && !free.has(sizes.join())) free.set(sizes.join(), { sizes, input, axis });
+      }
+    }
+    const all = [...free.values()];
+    for (const [i, { sizes: [a, b], ...one }] of all.entries()) {
+      ways([a, b], [one]);
+      for (const { sizes: [c, d], ...other } of all.slice(i)) ways([a * c, b * d], [one, other]);
+    }
+  }
+
+  /** What the dimensions of a value are; undefined where one is no size of an input nor a product of two, or may be several. */
+  dimensions(value: string): readonly Dimension[] | undefined {
+    const [first, second] = this.#found.get(value) ?? [];
+    const known = first?.dims.map((size, axis) => {
+      const other = second!.dims[axis]!;
+      const [way, ...more] = size === other ? [size] : (this.#ways.get(`${size},${other}`) ?? []);
+      return more.length === 0 ? way : undefined;
+    });
+    return known?.every((one) => one !== undefined) ? known : undefined;
   }
 
   dims(value: string): Dims {

@@ -131,6 +131,15 @@ export class Donors {
   }
 }
 
+/** The rank that most of a pack's first tasks have; 8 where there are none. */
+export async function usualRank(pack: Pack): Promise<number> {
+  const counts = new Map<number, number>();
+  for (const id of [...pack.tasks.keys()].slice(0, 8)) {
+    for (const { A, rank } of (await pack.load(id)).terms) if (A) counts.set(rank, (counts.get(rank) ?? 0) + 1);
+  }
+  return [...counts].sort((a, b) => b[1] - a[1])[0]?.[0] ?? 8;
+}
+
 /** A tensor of a task as numbers. */
 function valuesOf({ bytes }: TaskBlob, { type, rows, width, byteOffset, byteLength }: TensorRef): Float32Array<ArrayBuffer> {
   return new Float32Array(decodeTensor(type, bytes.subarray(byteOffset, byteOffset + byteLength), rows, width));

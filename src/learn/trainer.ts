@@ -365,7 +365,32 @@ export class Trainer<Feeds = unknown> {
    *   instance a licence
    */
   async task(options: { id?: string; dtype?: TensorType | Dtypes; metadata?: TaskMetadata } = {}): Promise<Uint8Array<ArrayBuffer>> {
-    const { id = "task", dtype = "f16", metadata = {} } = options;
+    const { parameters } = this.#learned();
+    const { terms } = this.#subject;
+    const stored = new Float32Array(terms.size);
+    terms.fillComponents(stored);
+    if (parameters.some((value, i) => i >= terms.ofTasks && value !== stored[i])) {
+      throw new TypeError("task: components were trained too, so that the task is of no use beside the pack's; take trainer.pack()");
+    }
+    return this.#file(options);
+  }
+
+  /**
+   * A pack of its own, where components were trained: the tasks that there were, solved again for the new components, and the new
+   * one behind them. They lose a little by it: `eigenlora verify --against` tells how much.
+   * @param options as of `task`
+   * @throws TaskError when there is a task of that id
+   */
+  async pack(options: { id?: string; dtype?: TensorType | Dtypes; metadata?: TaskMetadata } = {}): Promise<Uint8Array<ArrayBuffer>> {
+    const { pack, terms } = this.#subject;
+    const { id = "task" } = options;
+    if (pack.tasks.has(id)) throw new TaskError(`there is a task "${id}" already: give the new one another \`id\``, { task: id });
+    const learned = parseTaskFile(this.#file(options), "the trained task");
+    const { repack } = await import("./repack.ts");
+    return repack(pack, await pack.takeBases(), terms, this.#learned().parameters, learned);
+  }
+
+  #file({ id = "task", dtype = "f16", metadata = {} }: { id?: string; dtype?: TensorType | Dtypes; metadata?: TaskMetadata }): Uint8Array<ArrayBuffer> {
     const { parameters, weight, bias } = this.#learned();
     const { pack, terms, machine: { head } } = this.#subject;
     const learned = { parameters, terms, head: head && { ...head, weight, bias: head.bias ? bias : undefined } };
