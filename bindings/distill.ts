@@ -21,7 +21,7 @@ import { createMachine, headOf } from "./ort-machine.ts";
 
 export type { BatchFeeds } from "./ort-batch.ts";
 
-export interface DistillOptions extends Pick<FitOptions, "batch" | "rates" | "weightDecay" | "clip" | "warmup" | "decay" | "signal"> {
+export interface DistillOptions extends Pick<FitOptions, "rates" | "weightDecay" | "clip" | "warmup" | "decay" | "signal"> {
   /** The adapter whose answers count, as the readers of `eigenlora/build` give it. Stays open. */
   readonly adapter: Adapter;
   /** The task that was made of it; the one of its id unless given. */
@@ -32,9 +32,11 @@ export interface DistillOptions extends Pick<FitOptions, "batch" | "rates" | "we
   readonly encode?: ((texts: string[]) => BatchFeeds | Promise<BatchFeeds>) | undefined;
   /** Instead of texts: the model's inputs of each, batches of one. */
   readonly feeds?: readonly BatchFeeds[] | undefined;
-  /** 60 unless given. */
+  /** Texts of a step; 8 unless given. Many small steps gain more than few large ones. */
+  readonly batch?: number | undefined;
+  /** 240 unless given. */
   readonly steps?: number | undefined;
-  /** Share of the texts that nothing is learned from, to judge by; a quarter unless given. */
+  /** Share of the texts that nothing is learned from, to judge by; an eighth unless given. */
   readonly held?: number | undefined;
   readonly seed?: number | undefined;
   /** Called after each step. */
@@ -67,11 +69,15 @@ const LEAST_TEXTS = 8;
  * await session.addTask(`${adapter.id}, distilled`, file);
  */
 export async function distill<O extends Ort>(session: EigenSession<O>, options: DistillOptions): Promise<Distilled> {
-  const { adapter, task: id = adapter.id, steps = 60, batch = 32, held = 0.25, seed = 0, rates, signal } = options;
+  const { adapter, task: id = adapter.id, steps = 240, batch = 8, held = 0.125, seed = 0, rates, signal } = options;
   if (!session.trainable) throw new TypeError("distill: this session cannot be trained; create it with trainable: true");
-  const rows = inputsOf(options);
+  const all = inputsOf(options);
   if (!(held > 0 && held < 1)) throw new RangeError(`distill: held must be a share between 0 and 1, got ${held}`);
-  if (!(Number.isInteger(batch) && batch >= 1)) throw new RangeError(`distill: batch must be a whole number ≥ 1, got ${batch}`);
+  for (const [name, value] of Object.entries({ steps, batch })) {
+    if (!(Number.isInteger(value) && value >= 1)) throw new RangeError(`distill: ${name} must be a whole number ≥ 1, got ${value}`);
+  }
+  // The adapter is not asked what no step would see.
+  const rows = shuffle(all, uniform(seed)).slice(0, Math.max(LEAST_TEXTS, Math.ceil((steps * batch) / (1 - held))));
   const { pack } = session;
   const blob = await pack.load(id, { signal });
   const info = pack.tasks.get(id)!;
@@ -82,7 +88,6 @@ export async function distill<O extends Ort>(session: EigenSession<O>, options: 
   }
   const labels = Array.from(answers[0]!, (_, i) => String(i));
   const examples = rows.map(({ text, feeds }, i): Example<BatchFeeds> => ({ text, feeds, target: answers[i] }));
-  shuffle(examples, uniform(seed));
   const count = Math.min(Math.max(2, Math.round(held * examples.length)), examples.length - 2);
   const [judges, train] = [examples.slice(0, count), examples.slice(count)];
 
@@ -169,17 +174,20 @@ async function askAdapter<O extends Ort>(
   const labels = Array.from({ length: layer ? weight.length / layer.in : 0 }, (_, i) => String(i));
   const machine = await createMachine(trainable!, new Terms(modules), layer, { encode, labels });
   const answers: Float32Array[] = [];
+  const lengths = await Promise.all(rows.map((row) => machine.length(row)));
+  const order = [...rows.keys()].sort((a, b) => lengths[a]! - lengths[b]!);
   // Feeds may be of several lengths.
   const size = rows[0]!.feeds ? 1 : batch;
-  for (let at = 0; at < rows.length; at += size) {
+  for (let at = 0; at < order.length; at += size) {
     signal?.throwIfAborted();
-    const some = rows.slice(at, at + size);
+    const places = order.slice(at, at + size);
+    const some = places.map((place) => rows[place]!);
     const logits = await machine.answer(await machine.batch(some), { factors, weight, bias });
     const each = logits.length / some.length;
     if (!Number.isInteger(each) || each < 2) {
       throw new TypeError(`distill: the model gives ${logits.length} logits for ${some.length} texts, expected [${some.length}, labels]`);
     }
-    some.forEach((_, i) => answers.push(softmax(logits.subarray(i * each, (i + 1) * each))));
+    places.forEach((place, i) => (answers[place] = softmax(logits.subarray(i * each, (i + 1) * each))));
   }
   return answers;
 }

@@ -77,6 +77,11 @@ export async function createMachine<O extends Ort>(
       return texts.length > 0 ? encode!(texts) : joinFeeds(rows.map(({ feeds }) => feeds!));
     },
 
+    async length({ text, feeds }) {
+      const batch = feeds ?? (await encode!([text!]));
+      return Math.max(...Object.values(batch).map(({ dims }) => dims.reduce((a, b) => a * b, 1)));
+    },
+
     async answer(batch, point) {
       const none = { [graph.learnInput]: boolean(ort, false), [graph.targetsInput]: floats(new Float32Array(1), 1, 1) };
       const results = await source.run({ ...feedsOf(batch, point), ...none }, [graph.logitsOutput]);

@@ -7,7 +7,7 @@ import { fileURLToPath } from "node:url";
 import t from "tap";
 import { peftFiles } from "../dist/src/adapters/export.js";
 import { createTrainer, type BatchFeeds, type Example } from "../dist/bindings/learn.js";
-import { holdBack, targetsOf } from "../dist/src/learn/examples.js";
+import { holdBack, targetsOf, toBatches } from "../dist/src/learn/examples.js";
 import { uniform } from "../dist/src/learn/random.js";
 import { taskAdapter } from "../dist/src/pack/expand.js";
 import { openPack } from "../dist/src/pack/pack.js";
@@ -273,6 +273,23 @@ t.test("holding back keeps two of every label and takes a share of the rest", (t
   t.equal(held.filter(({ label }) => label === 1).length, 10);
   t.equal(new Set([...train, ...held].map(({ i }) => i)).size, 43);
   t.same(holdBack(rows, 0, uniform(1)).held, []);
+  t.end();
+});
+
+t.test("batches have every row once, in chance order, and hardly pad", (t) => {
+  const random = uniform(3);
+  const rows = Array.from({ length: 203 }, (_, i) => ({ i }));
+  const lengths = new Map(rows.map((row) => [row, 5 + Math.floor(random() * 28)]));
+  const batches = toBatches(rows, 8, lengths, random);
+  t.same(batches.flat().map(({ i }) => i).sort((a, b) => a - b), rows.map(({ i }) => i));
+  t.same(batches.map(({ length }) => length).sort((a, b) => a - b), [3, ...Array<number>(25).fill(8)]);
+  const padded = (all: typeof batches): number => all.reduce((sum, some) => sum + some.length * Math.max(...some.map((row) => lengths.get(row)!)), 0);
+  const bare = [...lengths.values()].reduce((a, b) => a + b, 0);
+  const asTheyCame = Array.from({ length: 26 }, (_, b) => rows.slice(8 * b, 8 * b + 8));
+  t.ok(padded(batches) < 1.15 * bare && padded(asTheyCame) > 1.5 * bare, `${bare}, ${padded(batches)}, ${padded(asTheyCame)}`);
+  const tops = batches.map((some) => Math.max(...some.map((row) => lengths.get(row)!)));
+  t.ok(tops.some((top, at) => at > 0 && top < tops[at - 1]!), "not in order of length");
+  t.not(String(toBatches(rows, 8, lengths, random).flat().map(({ i }) => i)), String(batches.flat().map(({ i }) => i)));
   t.end();
 });
 

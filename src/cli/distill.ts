@@ -14,10 +14,10 @@ import { layoutFresh } from "../pack/layout.ts";
 import { openPack, type Pack } from "../pack/pack.ts";
 import { parseTaskFile } from "../pack/task-file.ts";
 import { distill, type Distilled } from "../../bindings/distill.ts";
-import { createEigenSession, type EigenSession } from "../../bindings/onnxruntime.ts";
+import { createEigenSession } from "../../bindings/onnxruntime.ts";
 import { renames, required, wholeNumber, type Arguments } from "./args.ts";
 import { writeWhole } from "./files.ts";
-import { loadRuntime, loadTokenizer, type Encode } from "./model.ts";
+import { loadRuntime, loadTokenizer } from "./model.ts";
 import { bytes, table, type Output } from "./output.ts";
 import { storedTypes, type Result } from "./packs.ts";
 
@@ -37,7 +37,7 @@ export async function distillCommand(args: Arguments, out: Output): Promise<Resu
   const target = required(args, "output");
   const model = required(args, "model");
   const textPath = required(args, "text");
-  const [steps, batch, tokens] = [wholeNumber(args, "steps", 60), wholeNumber(args, "batch", 32), wholeNumber(args, "tokens", 128)];
+  const [steps, batch, tokens] = [wholeNumber(args, "steps", 240), wholeNumber(args, "batch", 8), wholeNumber(args, "tokens", 128)];
   const settings = { model: resolve(model), steps, batch, tokens, texts: await readLines(textPath) };
   const ort = await loadRuntime("distill");
   const encode = await loadTokenizer("distill", ort, model, args.text("tokenizer"), tokens);
@@ -51,10 +51,17 @@ export async function distillCommand(args: Arguments, out: Output): Promise<Resu
     try {
       const encodeFor = encode(session.inputNames);
       const finished = new Finished(`${target}.partial`);
+      const [from, resumed] = [performance.now(), (): number => done.filter((one) => one.resumed).length];
       for (const [i, adapter] of adapters.entries()) {
         const key = await keyOf(pack, adapter, settings);
         const earlier = await finished.read(key);
-        const made = earlier ?? (await distillOne(session, adapter, encodeFor, settings, `task ${i + 1} of ${adapters.length}`, out));
+        const onStep = ({ step }: { step: number }): void => {
+          const gone = i + step / steps;
+          const seconds = ((performance.now() - from) / 1000 / (gone - resumed())) * (adapters.length - gone);
+          const left = seconds < 90 ? `${Math.ceil(seconds)} s` : `${Math.ceil(seconds / 60)} min`;
+          out.progress(`task ${i + 1} of ${adapters.length}, ${adapter.id}, ${left} left: step`, step, steps);
+        };
+        const made = earlier ?? (await distill(session, { adapter, texts: settings.texts, encode: encodeFor, steps, batch, onStep }));
         if (!earlier) await finished.write(key, made);
         done.push({ ...made, resumed: earlier !== undefined });
       }
@@ -94,18 +101,6 @@ async function addMissing(pack: Pack, adapters: readonly Adapter[]): Promise<voi
 
 function basisOf({ basisId }: Pack): Uint8Array {
   return Uint8Array.from(basisId.match(/../g)!, (byte) => parseInt(byte, 16));
-}
-
-async function distillOne(
-  session: EigenSession,
-  adapter: Adapter,
-  encode: Encode,
-  { texts, steps, batch }: Settings,
-  which: string,
-  out: Output,
-): Promise<Distilled> {
-  const onStep = ({ step }: { step: number }): void => out.progress(`${which}, ${adapter.id}: step`, step, steps);
-  return distill(session, { adapter, texts, encode, steps, batch, onStep });
 }
 
 /** A name for one task's outcome: of all it depends on. */
@@ -164,7 +159,7 @@ function report(file: string, size: number, done: readonly (Distilled & { resume
   const text = [
     `${file}: ${tasks.length} tasks distilled, ${bytes(size)}`,
     table([
-      ["task", "KL before", "KL after", "kept"],
+      ["task", "KL projected", "KL distilled", "kept"],
       ...tasks.map(({ id, divergence, kept }) => [id, divergence.before.toFixed(4), divergence.after.toFixed(4), kept]),
     ]),
     `${seconds.toFixed(2)} s`,

@@ -88,10 +88,10 @@ const COMMANDS = new Map<string, Command>([
       does: "train coefficients until plain text is answered as by the adapters; new ones are added first; other tasks' bytes stay",
       options: {
         model: { value: "MODEL.onnx", help: "the model that tasks and adapters belong to; needs onnxruntime-node" },
-        text: { value: "LINES.txt", help: "plain text of the tasks' kind, one on each line; some hundreds" },
+        text: { value: "LINES.txt", help: "plain text of the tasks' kind, one on each line; some hundreds, never what you test on" },
         ...output("OUT.eigen", "the pack to write; finished tasks wait in OUT.eigen.partial"),
-        steps: { value: "N", help: "steps for each task (60)" },
-        batch: { value: "N", help: "texts of a step (32)" },
+        steps: { value: "N", help: "steps for each task (240)" },
+        batch: { value: "N", help: "texts of a step (8)" },
         tokens: { value: "N", help: "tokens of a text at most (128)" },
         tokenizer: { value: "FILE", help: "tokenizer.json; beside the model unless given; needs @huggingface/tokenizers" },
         ...as,

@@ -91,6 +91,20 @@ export function holdBack<T extends { label: number }>(rows: readonly T[], share:
   return { train, held };
 }
 
+/** So many batches are cut from rows that were put in order of length: few enough for chance, enough to pad little. */
+const SORTED = 8;
+
+/** All rows once, at random, and those of one batch of like lengths. */
+export function toBatches<T>(rows: readonly T[], size: number, lengths: ReadonlyMap<T, number>, random: () => number): T[][] {
+  const order = shuffle([...rows], random);
+  const batches: T[][] = [];
+  for (let from = 0; from < order.length; from += SORTED * size) {
+    const some = order.slice(from, from + SORTED * size).sort((a, b) => lengths.get(a)! - lengths.get(b)!);
+    for (let at = 0; at < some.length; at += size) batches.push(some.slice(at, at + size));
+  }
+  return shuffle(batches, random);
+}
+
 /**
  * Targets [rows, labels] of a batch: rows sum to their weight, of which `smoothing` is spread over all labels. Weights are
  * relative: those of a batch have the mean 1.

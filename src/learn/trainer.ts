@@ -9,8 +9,8 @@ import type { Pack } from "../pack/pack.ts";
 import { parseTask } from "../pack/task.ts";
 import { parseTaskFile } from "../pack/task-file.ts";
 import { AdamW, type AdamWOptions, type StepReport } from "./adamw.ts";
-import { checkExamples, holdBack, targetsOf, type Example, type Row } from "./examples.ts";
-import { normal, shuffle, uniform } from "./random.ts";
+import { checkExamples, holdBack, targetsOf, toBatches, type Example, type Row } from "./examples.ts";
+import { normal, uniform } from "./random.ts";
 import { taskFile, type Dtypes } from "./result.ts";
 import { Donors, headOf, newHead, type Donor, type Start } from "./start.ts";
 import type { Factors, Terms } from "./terms.ts";
@@ -43,6 +43,8 @@ export interface Machine<Feeds> {
   readonly encodes: boolean;
   /** @throws TypeError when the rows cannot be put into one batch */
   batch(rows: readonly Row<Feeds>[]): Promise<Feeds>;
+  /** Of a row by itself, in any unit: rows of like lengths go into one batch, since they are padded to the longest. */
+  length(row: Row<Feeds>): Promise<number>;
   /** Logits [rows, labels] alone. */
   answer(batch: Feeds, point: Point): Promise<Float32Array>;
   /** @param targets [rows, labels] */
@@ -162,6 +164,8 @@ export class Trainer<Feeds = unknown> {
     this.#busy = true;
     try {
       const { train, held } = holdBack(rows, validation, this.#random);
+      const lengths = new Map<Row<Feeds>, number>();
+      for (const row of train) lengths.set(row, await this.#machine.length(row));
       const steps = options.steps ?? epochs * Math.ceil(train.length / batch);
       const state = (this.#state ??= await this.#start(train, batch, options));
       if (!this.#tested) await this.#test(train.slice(0, batch), state, smoothing);
@@ -173,10 +177,10 @@ export class Trainer<Feeds = unknown> {
       /** The last state whose loss was one. */
       let good = copy(state);
       for (let epoch = 1; step < steps; epoch++) {
-        const order = shuffle([...train], this.#random);
-        for (let at = 0; at < order.length && step < steps; at += batch) {
+        const batches = toBatches(train, batch, lengths, this.#random);
+        for (const [at, some] of batches.entries()) {
+          if (step === steps) break;
           signal?.throwIfAborted();
-          const some = order.slice(at, at + batch);
           const { loss, gradients } = await this.#step(some, state, smoothing);
           first ??= loss;
           const exploded = !(loss <= EXPLODED * (1 + first));
@@ -187,7 +191,7 @@ export class Trainer<Feeds = unknown> {
             throw stopped(`step ${step + 1}: the loss is ${loss}, it was ${first} at first: training has gone astray. Take smaller rates`);
           }
           step++;
-          const judged = held.length > 0 && (at + batch >= order.length || step === steps) ? await this.#judge(held, batch, state) : undefined;
+          const judged = held.length > 0 && (at === batches.length - 1 || step === steps) ? await this.#judge(held, batch, state) : undefined;
           if (judged && judged.loss < (best?.loss ?? Infinity)) best = { loss: judged.loss, state: copy(state) };
           yield { step, steps, epoch, loss, norm, ...(judged ? { validation: judged } : {}) };
         }
