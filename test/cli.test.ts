@@ -151,6 +151,21 @@ t.test("add takes task files as they are, beside adapters", async (t) => {
   t.match(json(1, "add", "two.eigen", "noise.eigentask"), { error: { tag: "format", message: /noise.eigentask/ } });
 });
 
+t.test("joint packs: a smaller error of ΔW, the same commands", async (t) => {
+  const some = ["debtags-admin", "debtags-devel", "sections-0"].map((id) => data(`adapters/own-seed/${id}`));
+  const of = [...some, "--k", "8", "--dtype", "f32"];
+  const joint = json(0, "pack", ...of, "-o", "joint.eigen", "--mode", "joint");
+  const column = json(0, "pack", ...of, "-o", "column.eigen", "--centering", "none");
+  t.match(joint, { mode: "joint", centering: "none", components: { min: 8, max: 8 } });
+  t.ok(joint["error"].mean < 0.95 * column["error"].mean, `${joint["error"].mean}, column ${column["error"].mean}`);
+  const verified = json(0, "verify", "joint.eigen", ...some.flatMap((path) => ["--against", path]));
+  t.ok(verified["tasks"].every((task: any) => task.error.max <= joint["error"].max + 1e-6));
+  json(0, "add", "joint.eigen", data("adapters/own-seed/sections-1"));
+  t.equal(json(0, "inspect", "joint.eigen")["tasks"].length, 4);
+  const refused = run("pack", ...of, "-o", "x", "--mode", "joint", "--centering", "keep");
+  t.match(refused.stderr, /joint mode has no mean/);
+});
+
 t.test("flat mode: pack, inspect, verify, add, remove, export", async (t) => {
   const names = (await readdir(own)).sort().slice(0, 6);
   const paths = names.map((n) => join(own, n));
@@ -295,7 +310,7 @@ t.test("bad input: what, where, and what to do; exit 1, or 2 for usage", async (
     [["pack", own, "-o", "x", "--k", "0"], /whole number/],
     [["pack", own, "-o", "x", "--error", "2"], /between 0 and 1/],
     [["pack", own, "-o", "x", "--dtype", "f8"], /f8/],
-    [["pack", own, "-o", "x", "--mode", "cubic"], /--mode cubic: expected column or flat/],
+    [["pack", own, "-o", "x", "--mode", "cubic"], /--mode cubic: expected column or flat or joint/],
     [["pack", own, "-o", "x", "--gage", "balanced"], /gage/],
     [["inspekt", "own.eigen"], /did you mean inspect/],
     [["remove", "own.eigen"], /at least 2/],
