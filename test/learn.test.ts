@@ -112,6 +112,23 @@ t.test("the same seed gives the same bits, another one others", async (t) => {
   t.notOk(files[0]!.equals(files[2]!));
 });
 
+t.test("a batch that runs in parts gives the step of the whole", async (t) => {
+  const session = await tiny(NODE);
+  t.teardown(() => session.release());
+  // 40 rows are parts of 16, 16 and 8. Repeated rows have the mean gradient of one round of them.
+  const few = examples(NODE, session, 8, 2).map((one, i) => ({ ...one, weight: 1 + (i % 3) }));
+  const learned: Float32Array[][] = [];
+  const norms: number[] = [];
+  for (const known of [few, Array.from({ length: 5 }, () => few).flat()]) {
+    const trainer = await createTrainer(session, { labels: LABELS, init: { task: "three" } });
+    await trainer.begin("three");
+    for await (const { norm } of trainer.fit(known, { steps: 1, batch: 40, warmup: 0 })) norms.push(norm);
+    learned.push(await trainer.predict(few.slice(0, 3)));
+  }
+  t.ok(Math.abs(norms[0]! - norms[1]!) < 1e-4 * norms[0]!, `${norms}`);
+  t.ok(learned[0]!.every((row, i) => difference(row, [...learned[1]![i]!]) < 1e-4), `${learned}`);
+});
+
 t.test("where it begins: mean, random, a task; a task of the pack is a start that is that task", async (t) => {
   const session = await tiny(NODE);
   t.teardown(() => session.release());

@@ -109,6 +109,9 @@ export interface TrainingStep {
 /** Steps with which "auto" compares two starts. */
 const TRIAL_STEPS = 6;
 
+/** Rows that run together at most: what the way back needs is kept of all of them, so that memory grows with their number. */
+const MOST_ROWS = 16;
+
 /** A loss that is so many times the first one's size is no training any more. */
 const EXPLODED = 20;
 
@@ -220,12 +223,25 @@ export class Trainer<Feeds = unknown> {
     return { step: (gradients) => optimizer.step(groups.map(({ of }) => of(gradients))) };
   }
 
-  /** Loss and gradients of some rows. */
-  async #step(rows: readonly Row<Feeds>[], state: State, smoothing: number, batch?: Feeds): Promise<{ loss: number; logits: Float32Array; gradients: State }> {
-    const targets = targetsOf(rows, this.labels.length, smoothing);
-    const { loss, logits, gradients } = await this.#machine.step(batch ?? (await this.#machine.batch(rows)), this.#point(state), targets);
-    const { factors, weight, bias } = gradients;
-    return { loss, logits, gradients: { parameters: this.#subject.terms.pullBack(state.parameters, factors), weight, bias } };
+  /** Loss and gradients of a batch, which runs in parts where it is large. */
+  async #step(rows: readonly Row<Feeds>[], state: State, smoothing: number): Promise<{ loss: number; logits: Float32Array; gradients: State }> {
+    const [labels, point] = [this.labels.length, this.#point(state)];
+    const targets = targetsOf(rows, labels, smoothing);
+    const logits = new Float32Array(targets.length);
+    const sum = { parameters: new Float32Array(state.parameters.length), weight: new Float32Array(state.weight.length), bias: new Float32Array(state.bias.length) };
+    let loss = 0;
+    for (let at = 0; at < rows.length; at += MOST_ROWS) {
+      const some = rows.slice(at, at + MOST_ROWS);
+      const made = await this.#machine.step(await this.#machine.batch(some), point, targets.slice(at * labels, (at + some.length) * labels));
+      // Each part is a mean over its own rows.
+      const share = some.length / rows.length;
+      loss += share * made.loss;
+      logits.set(made.logits, at * labels);
+      const { factors, weight, bias } = made.gradients;
+      const gradients = { parameters: this.#subject.terms.pullBack(state.parameters, factors), weight, bias };
+      parts(sum).forEach((part, i) => parts(gradients)[i]!.forEach((g, j) => (part[j]! += share * g)));
+    }
+    return { loss, logits, gradients: sum };
   }
 
   #point({ parameters, weight, bias }: State): Point {
@@ -331,8 +347,7 @@ export class Trainer<Feeds = unknown> {
    * wrong numbers without a word.
    */
   async #test(rows: readonly Row<Feeds>[], state: State, smoothing: number): Promise<void> {
-    const batch = await this.#machine.batch(rows);
-    const { loss, gradients } = await this.#step(rows, state, smoothing, batch);
+    const { loss, gradients } = await this.#step(rows, state, smoothing);
     const norm = Math.hypot(...parts(gradients).map((part) => part.reduce((sum, g) => sum + g * g, 0) ** 0.5));
     if (!(norm > 0)) {
       if (Number.isFinite(loss) && norm === 0) return;
@@ -348,7 +363,7 @@ export class Trainer<Feeds = unknown> {
       const at = async (by: number): Promise<number> => {
         const moved = copy(state);
         parts(moved).forEach((part, i) => direction[i]!.forEach((d, j) => (part[j]! += by * d)));
-        return (await this.#step(rows, moved, smoothing, batch)).loss;
+        return (await this.#step(rows, moved, smoothing)).loss;
       };
       const [up, down] = [((await at(step)) - loss) / step, (loss - (await at(-step))) / step];
       const found = (up + down) / 2;
