@@ -84,6 +84,8 @@ export interface FitOptions {
   readonly weightDecay?: number | undefined;
   /** Share of every target that is spread over all labels; 0 unless given. */
   readonly smoothing?: number | undefined;
+  /** What logits are divided by where they meet targets; 1 unless given. Needs a head, which is where they are divided. */
+  readonly temperature?: number | undefined;
   /** Largest norm of a gradient; 1 unless given. */
   readonly clip?: number | undefined;
   /** Steps until the full rate is reached; a tenth of all unless given. */
@@ -153,12 +155,14 @@ export class Trainer<Feeds = unknown> {
    * for await (const { step, steps, loss } of trainer.fit(examples, { epochs: 8 })) console.log(`${step}/${steps}: ${loss}`);
    */
   async *fit(examples: readonly Example<Feeds>[], options: FitOptions = {}): AsyncGenerator<TrainingStep, void, void> {
-    const { epochs = 8, batch = 16, validation = 0, smoothing = 0, signal } = options;
+    const { epochs = 8, batch = 16, validation = 0, smoothing = 0, temperature = 1, signal } = options;
     whole("epochs", epochs);
     if (options.steps !== undefined) whole("steps", options.steps);
     whole("batch", batch);
     share("validation", validation);
     share("smoothing", smoothing);
+    if (!(temperature > 0 && temperature < Infinity)) throw new RangeError(`fit: temperature must be a number above 0, got ${temperature}`);
+    if (temperature !== 1 && !this.#machine.head) throw new RangeError("fit: a temperature needs a trainer with a head");
     const rows = checkExamples(examples, this.labels, this.#machine.encodes);
     if (this.#busy) throw new TypeError("fit: this trainer is at work; wait for its end");
     this.#busy = true;
@@ -168,7 +172,7 @@ export class Trainer<Feeds = unknown> {
       for (const row of train) lengths.set(row, await this.#machine.length(row));
       const steps = options.steps ?? epochs * Math.ceil(train.length / batch);
       const state = (this.#state ??= await this.#start(train, batch, options));
-      if (!this.#tested) await this.#test(train.slice(0, batch), state, smoothing);
+      if (!this.#tested) await this.#test(train.slice(0, batch), state, options);
       this.#tested = true;
       const optimizer = this.#optimizer(state, steps, options);
       let step = 0;
@@ -181,7 +185,7 @@ export class Trainer<Feeds = unknown> {
         for (const [at, some] of batches.entries()) {
           if (step === steps) break;
           signal?.throwIfAborted();
-          const { loss, gradients } = await this.#step(some, state, smoothing);
+          const { loss, gradients } = await this.#step(some, state, options);
           first ??= loss;
           const exploded = !(loss <= EXPLODED * (1 + first));
           if (!exploded) good = copy(state);
@@ -191,7 +195,7 @@ export class Trainer<Feeds = unknown> {
             throw stopped(`step ${step + 1}: the loss is ${loss}, it was ${first} at first: training has gone astray. Take smaller rates`);
           }
           step++;
-          const judged = held.length > 0 && (at === batches.length - 1 || step === steps) ? await this.#judge(held, batch, state) : undefined;
+          const judged = held.length > 0 && (at === batches.length - 1 || step === steps) ? await this.#judge(held, batch, temperature, state) : undefined;
           if (judged && judged.loss < (best?.loss ?? Infinity)) best = { loss: judged.loss, state: copy(state) };
           yield { step, steps, epoch, loss, norm, ...(judged ? { validation: judged } : {}) };
         }
@@ -221,11 +225,19 @@ export class Trainer<Feeds = unknown> {
   }
 
   /** Loss and gradients of some rows. */
-  async #step(rows: readonly Row<Feeds>[], state: State, smoothing: number, batch?: Feeds): Promise<{ loss: number; logits: Float32Array; gradients: State }> {
+  async #step(
+    rows: readonly Row<Feeds>[],
+    state: State,
+    { smoothing = 0, temperature = 1 }: Pick<FitOptions, "smoothing" | "temperature">,
+    batch?: Feeds,
+  ): Promise<{ loss: number; logits: Float32Array; gradients: State }> {
     const targets = targetsOf(rows, this.labels.length, smoothing);
-    const { loss, logits, gradients } = await this.#machine.step(batch ?? (await this.#machine.batch(rows)), this.#point(state), targets);
+    const divided = (part: Float32Array<ArrayBuffer>): Float32Array<ArrayBuffer> => (temperature === 1 ? part : part.map((value) => value / temperature));
+    const point = this.#point({ ...state, weight: divided(state.weight), bias: divided(state.bias) });
+    const { loss, logits, gradients } = await this.#machine.step(batch ?? (await this.#machine.batch(rows)), point, targets);
     const { factors, weight, bias } = gradients;
-    return { loss, logits, gradients: { parameters: this.#subject.terms.pullBack(state.parameters, factors), weight, bias } };
+    const parameters = this.#subject.terms.pullBack(state.parameters, factors);
+    return { loss, logits, gradients: { parameters, weight: divided(weight), bias: divided(bias) } };
   }
 
   #point({ parameters, weight, bias }: State): Point {
@@ -288,11 +300,11 @@ export class Trainer<Feeds = unknown> {
     return results;
   }
 
-  async #judge(held: readonly Row<Feeds>[], batch: number, state: State): Promise<{ loss: number; accuracy: number }> {
+  async #judge(held: readonly Row<Feeds>[], batch: number, temperature: number, state: State): Promise<{ loss: number; accuracy: number }> {
     let [loss, right] = [0, 0];
     for (let at = 0; at < held.length; at += batch) {
       const rows = held.slice(at, at + batch).map((row) => ({ ...row, weight: 1 }));
-      const made = await this.#step(rows, state, 0);
+      const made = await this.#step(rows, state, { temperature });
       loss += made.loss * rows.length;
       rows.forEach(({ label }, i) => {
         const logits = [...made.logits.subarray(i * this.labels.length, (i + 1) * this.labels.length)];
@@ -317,7 +329,7 @@ export class Trainer<Feeds = unknown> {
       for (let i = 0; i < TRIAL_STEPS; i++) {
         options.signal?.throwIfAborted();
         const rows = Array.from({ length: Math.min(batch, train.length) }, (_, at) => train[(i * batch + at) % train.length]!);
-        const made = await this.#step(rows, trial, 0);
+        const made = await this.#step(rows, trial, { temperature: options.temperature });
         loss = made.loss;
         optimizer.step(made.gradients);
       }
@@ -330,9 +342,9 @@ export class Trainer<Feeds = unknown> {
    * Holds the gradient against the loss itself, in the direction of the gradient and a random one: some providers compute
    * wrong numbers without a word.
    */
-  async #test(rows: readonly Row<Feeds>[], state: State, smoothing: number): Promise<void> {
+  async #test(rows: readonly Row<Feeds>[], state: State, options: FitOptions): Promise<void> {
     const batch = await this.#machine.batch(rows);
-    const { loss, gradients } = await this.#step(rows, state, smoothing, batch);
+    const { loss, gradients } = await this.#step(rows, state, options, batch);
     const norm = Math.hypot(...parts(gradients).map((part) => part.reduce((sum, g) => sum + g * g, 0) ** 0.5));
     if (!(norm > 0)) {
       if (Number.isFinite(loss) && norm === 0) return;
@@ -348,7 +360,7 @@ export class Trainer<Feeds = unknown> {
       const at = async (by: number): Promise<number> => {
         const moved = copy(state);
         parts(moved).forEach((part, i) => direction[i]!.forEach((d, j) => (part[j]! += by * d)));
-        return (await this.#step(rows, moved, smoothing, batch)).loss;
+        return (await this.#step(rows, moved, options, batch)).loss;
       };
       const [up, down] = [((await at(step)) - loss) / step, (loss - (await at(-step))) / step];
       const found = (up + down) / 2;
