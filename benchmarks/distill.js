@@ -5,7 +5,7 @@
  * half of `--texts`, other tasks' fill up. No text of any test split of the suite is among them.
  *
  * node benchmarks/distill.js [--suite own-seed|shared-seed|hub] [--k N] [--tasks N] [--texts N] [--steps N] [--batch N]
- *   [--rate X] [--threads N] [--into FILE] [--json]
+ *   [--rate X] [--temperature X] [--threads N] [--into FILE] [--json]
  *
  * `--into` keeps the row of each task as a line of JSON as soon as it is there; a later run with the same file goes on.
  */
@@ -26,6 +26,8 @@ const TEXTS = Number(option("texts") ?? 512);
 const STEPS = Number(option("steps") ?? 240);
 const BATCH = Number(option("batch") ?? 8);
 const RATE = Number(option("rate") ?? 0.02);
+/** distil's own choice unless given. */
+const TEMPERATURE = option("temperature") === undefined ? undefined : Number(option("temperature"));
 const THREADS = Number(option("threads") ?? 0);
 const INTO = option("into");
 const MOST_ROWS = 240;
@@ -43,7 +45,7 @@ const { chunks } = await buildPack(adapters, { select: { kind: "k", k: K } });
 const pack = await openPack(new Blob(/** @type {BlobPart[]} */ (chunks)));
 const options = { trainable: true, session: THREADS > 0 ? { intraOpNumThreads: THREADS } : {} };
 const session = await createEigenSession(ort, model, pack, options);
-const settings = JSON.stringify({ SUITE, K, TEXTS, STEPS, BATCH, RATE });
+const settings = JSON.stringify({ SUITE, K, TEXTS, STEPS, BATCH, RATE, TEMPERATURE: TEMPERATURE ?? "own" });
 const lines = INTO ? (await readFile(INTO, "utf8").catch(() => "")).split("\n").filter((line) => line !== "") : [];
 const earlier = new Map(lines.map((line) => JSON.parse(line)).filter((one) => one.settings === settings).map(({ row }) => [row.name, row]));
 /** @type {import("./report.js").Row[]} */
@@ -91,7 +93,7 @@ async function measure(adapter, task) {
     return 100 * agreement((await runBatches(session, batches)).map(labelOf), labels);
   };
   const started = performance.now();
-  const settings = { steps: STEPS, batch: BATCH, rates: { terms: RATE } };
+  const settings = { steps: STEPS, batch: BATCH, rates: { terms: RATE }, temperature: TEMPERATURE };
   const made = await distill(session, { adapter, texts, encode: /** @type {any} */ (encode), ...settings });
   const seconds = (performance.now() - started) / 1000;
   await session.addTask("distilled", made.file);

@@ -36,6 +36,11 @@ export interface DistillOptions extends Pick<FitOptions, "rates" | "weightDecay"
   readonly batch?: number | undefined;
   /** 240 unless given. */
   readonly steps?: number | undefined;
+  /**
+   * What the logits of both are divided by while training. Unless given one, 1 at most, at which the adapter's largest probability
+   * is 0.9 on average: of an adapter that is never sure, labels are decided by differences that KL hardly sees.
+   */
+  readonly temperature?: number | undefined;
   /** Share of the texts that nothing is learned from, to judge by; an eighth unless given. */
   readonly held?: number | undefined;
   readonly seed?: number | undefined;
@@ -95,8 +100,10 @@ export async function distill<O extends Ort>(session: EigenSession<O>, options: 
   const trainer = await createTrainer(session, { labels, init: { task: id }, modules, head: head?.module ?? false, encode: options.encode, seed });
   await trainer.begin(id);
   const divergenceBefore = await divergence(trainer, judges, batch);
-  const fit = { ...options, steps, batch, rates: { head: 0, ...rates } };
-  for await (const step of trainer.fit(train, fit)) options.onStep?.(step);
+  const { temperature = head ? temperatureOf(answers) : 1 } = options;
+  const fit = { ...options, steps, batch, temperature, rates: { head: 0, ...rates } };
+  const lessons = train.map((one): Example<BatchFeeds> => ({ ...one, target: divided(one.target!, temperature) }));
+  for await (const step of trainer.fit(lessons, fit)) options.onStep?.(step);
   const coefficients = blob.terms.find(({ A }) => A)!.A!.tensor.type;
   const dtype = { coefficients, head: blob.parameters.find(({ shape }) => shape.length > 1)?.tensor.type ?? coefficients };
   const trained = await trainer.task({ id, dtype });
@@ -197,6 +204,33 @@ function softmax(logits: Float32Array): Float32Array {
   const powers = logits.map((value) => Math.exp(value - top));
   const total = powers.reduce((a, b) => a + b, 0);
   return powers.map((value) => value / total);
+}
+
+/** The probabilities of logits that are divided by the temperature. */
+function divided(probabilities: ArrayLike<number>, temperature: number): Float32Array {
+  const values = Array.from(probabilities);
+  const top = Math.max(...values);
+  const powers = values.map((p) => (p / top) ** (1 / temperature));
+  const total = powers.reduce((a, b) => a + b, 0);
+  return Float32Array.from(powers, (value) => value / total);
+}
+
+const SURE = 0.9;
+const COLDEST = 0.05;
+
+/** At which the mean of the largest probabilities is `SURE`; from `COLDEST` to 1. */
+function temperatureOf(answers: readonly Float32Array[]): number {
+  const sure = (temperature: number): boolean =>
+    answers.reduce((sum, one) => sum + Math.max(...divided(one, temperature)), 0) >= SURE * answers.length;
+  if (sure(1)) return 1;
+  let [low, high] = [COLDEST, 1];
+  // Halved on a scale of logarithms, to a hundredth of a percent.
+  for (let i = 0; i < 15; i++) {
+    const middle = Math.sqrt(low * high);
+    if (sure(middle)) low = middle;
+    else high = middle;
+  }
+  return low;
 }
 
 /** The smallest normal f32, in place of probabilities that are too small for one. */

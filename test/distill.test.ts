@@ -171,9 +171,9 @@ t.test("the command line, on the real model", async (t) => {
   };
   const ids = ["debtags-role", "debtags-use", "debtags-game", "debtags-scope"];
   json(0, "pack", ...ids.map(own), "-o", "p.eigen", "--k", "6");
-  const { train } = await readTask("sections-0");
+  const { train } = await readTask("debtags-devel");
   await writeFile(join(folder, "lines.txt"), train.slice(0, 200).map(([text]) => text).join("\n"));
-  const settings = ["--model", data("minilm/model_fp16.onnx"), "--text", "lines.txt", "--steps", "12", "--batch", "16", "--tokens", "32"];
+  const settings = ["--model", data("minilm/model_fp16.onnx"), "--text", "lines.txt", "--steps", "20", "--batch", "16", "--tokens", "32"];
   const command = ["distill", "p.eigen", own("debtags-role"), own("debtags-devel"), ...settings, "-o", "o.eigen"];
 
   // The first run is killed when its first task is done.

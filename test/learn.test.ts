@@ -176,6 +176,9 @@ t.test("examples that cannot be learned from are refused before anything runs", 
   await t.rejects(fit(known, { steps: 1.5 }), { name: "RangeError", message: /steps/ });
   await t.rejects(fit(known, { epochs: 0 }), { name: "RangeError", message: /epochs/ });
   await t.rejects(fit(known, { validation: 1 }), { name: "RangeError", message: /validation/ });
+  await t.rejects(fit(known, { temperature: 0 }), { name: "RangeError", message: /temperature/ });
+  const bare = await createTrainer(session, { labels: LABELS, head: false });
+  await t.rejects(bare.fit(known, { temperature: 0.5 }).next(), { name: "RangeError", message: /needs a trainer with a head/ });
   const short = { ...known[0]!, feeds: { ...known[0]!.feeds!, input_ids: new NODE.Tensor("int64", new BigInt64Array(2), [1, 2]) as never } };
   await t.rejects(fit([...known, short], { batch: 9 }), { name: "TypeError", message: /the input "input_ids" of example \d+ is \[1, \d+\], another one's \[1, \d+\]/ });
   await t.rejects(trainer.task(), { name: "TypeError", message: /call fit first/ });
@@ -222,6 +225,24 @@ t.test("a task's head is a start too; what has a rate of 0 stays; steps end a fi
   const small = await createTrainer(session, { labels, modules: [one!.name], init: { task: "three" } });
   t.ok(small.size.terms * session.pack.modules.length <= 1.01 * trainer.size.terms, `${small.size.terms} of ${trainer.size.terms}`);
   await t.rejects(createTrainer(session, { labels, modules: ["nothing"] }), { name: "RangeError", message: /no "nothing"/ });
+});
+
+t.test("a temperature divides the logits that meet targets, and gradients agree", async (t) => {
+  const session = await tiny(NODE);
+  t.teardown(() => session.release());
+  const trainer = await createTrainer(session, { labels: LABELS, init: { task: "three" } });
+  await trainer.begin("three");
+  const known = examples(NODE, session, 12, 6);
+  const answers = await trainer.predict(known);
+  const lossAt = (temperature: number): number =>
+    known.reduce((sum, { label }, i) => {
+      const powers = [...answers[i]!].map((p) => p ** (1 / temperature));
+      return sum - Math.log(powers[typeof label === "number" ? label : LABELS.indexOf(label!)]! / powers.reduce((a, b) => a + b)) / known.length;
+    }, 0);
+  // The first step holds the gradient of head and terms against the loss.
+  const { value } = await trainer.fit(known, { steps: 1, batch: 12, temperature: 0.25, rates: { terms: 1e-9, head: 1e-9 } }).next();
+  t.ok(Math.abs(value!.loss - lossAt(0.25)) < 1e-4, `${value!.loss}, ${lossAt(0.25)}`);
+  t.ok(Math.abs(lossAt(1) - lossAt(0.25)) > 0.01, "not what it is undivided");
 });
 
 t.test("soft targets are learned as they are", async (t) => {

@@ -84,6 +84,8 @@ export interface FitOptions {
   readonly weightDecay?: number | undefined;
   /** Share of every target that is spread over all labels; 0 unless given. */
   readonly smoothing?: number | undefined;
+  /** What logits are divided by where they meet targets; 1 unless given. Needs a head, which is where they are divided. */
+  readonly temperature?: number | undefined;
   /** Largest norm of a gradient; 1 unless given. */
   readonly clip?: number | undefined;
   /** Steps until the full rate is reached; a tenth of all unless given. */
@@ -156,12 +158,14 @@ export class Trainer<Feeds = unknown> {
    * for await (const { step, steps, loss } of trainer.fit(examples, { epochs: 8 })) console.log(`${step}/${steps}: ${loss}`);
    */
   async *fit(examples: readonly Example<Feeds>[], options: FitOptions = {}): AsyncGenerator<TrainingStep, void, void> {
-    const { epochs = 8, batch = 16, validation = 0, smoothing = 0, signal } = options;
+    const { epochs = 8, batch = 16, validation = 0, smoothing = 0, temperature = 1, signal } = options;
     whole("epochs", epochs);
     if (options.steps !== undefined) whole("steps", options.steps);
     whole("batch", batch);
     share("validation", validation);
     share("smoothing", smoothing);
+    if (!(temperature > 0 && temperature < Infinity)) throw new RangeError(`fit: temperature must be a number above 0, got ${temperature}`);
+    if (temperature !== 1 && !this.#machine.head) throw new RangeError("fit: a temperature needs a trainer with a head");
     const rows = checkExamples(examples, this.labels, this.#machine.encodes);
     if (this.#busy) throw new TypeError("fit: this trainer is at work; wait for its end");
     this.#busy = true;
@@ -171,7 +175,7 @@ export class Trainer<Feeds = unknown> {
       for (const row of train) lengths.set(row, await this.#machine.length(row));
       const steps = options.steps ?? epochs * Math.ceil(train.length / batch);
       const state = (this.#state ??= await this.#start(train, batch, options));
-      if (!this.#tested) await this.#test(train.slice(0, batch), state, smoothing);
+      if (!this.#tested) await this.#test(train.slice(0, batch), state, options);
       this.#tested = true;
       const optimizer = this.#optimizer(state, steps, options);
       let step = 0;
@@ -184,7 +188,7 @@ export class Trainer<Feeds = unknown> {
         for (const [at, some] of batches.entries()) {
           if (step === steps) break;
           signal?.throwIfAborted();
-          const { loss, gradients } = await this.#step(some, state, smoothing);
+          const { loss, gradients } = await this.#step(some, state, options);
           first ??= loss;
           const exploded = !(loss <= EXPLODED * (1 + first));
           if (!exploded) good = copy(state);
@@ -194,7 +198,7 @@ export class Trainer<Feeds = unknown> {
             throw stopped(`step ${step + 1}: the loss is ${loss}, it was ${first} at first: training has gone astray. Take smaller rates`);
           }
           step++;
-          const judged = held.length > 0 && (at === batches.length - 1 || step === steps) ? await this.#judge(held, batch, state) : undefined;
+          const judged = held.length > 0 && (at === batches.length - 1 || step === steps) ? await this.#judge(held, batch, temperature, state) : undefined;
           if (judged && judged.loss < (best?.loss ?? Infinity)) best = { loss: judged.loss, state: copy(state) };
           yield { step, steps, epoch, loss, norm, ...(judged ? { validation: judged } : {}) };
         }
@@ -224,9 +228,15 @@ export class Trainer<Feeds = unknown> {
   }
 
   /** Loss and gradients of a batch, which runs in parts where it is large. */
-  async #step(rows: readonly Row<Feeds>[], state: State, smoothing: number): Promise<{ loss: number; logits: Float32Array; gradients: State }> {
-    const [labels, point] = [this.labels.length, this.#point(state)];
+  async #step(
+    rows: readonly Row<Feeds>[],
+    state: State,
+    { smoothing = 0, temperature = 1 }: Pick<FitOptions, "smoothing" | "temperature">,
+  ): Promise<{ loss: number; logits: Float32Array; gradients: State }> {
+    const labels = this.labels.length;
     const targets = targetsOf(rows, labels, smoothing);
+    const divided = (part: Float32Array<ArrayBuffer>): Float32Array<ArrayBuffer> => (temperature === 1 ? part : part.map((value) => value / temperature));
+    const point = this.#point({ ...state, weight: divided(state.weight), bias: divided(state.bias) });
     const logits = new Float32Array(targets.length);
     const sum = { parameters: new Float32Array(state.parameters.length), weight: new Float32Array(state.weight.length), bias: new Float32Array(state.bias.length) };
     let loss = 0;
@@ -238,7 +248,7 @@ export class Trainer<Feeds = unknown> {
       loss += share * made.loss;
       logits.set(made.logits, at * labels);
       const { factors, weight, bias } = made.gradients;
-      const gradients = { parameters: this.#subject.terms.pullBack(state.parameters, factors), weight, bias };
+      const gradients = { parameters: this.#subject.terms.pullBack(state.parameters, factors), weight: divided(weight), bias: divided(bias) };
       parts(sum).forEach((part, i) => parts(gradients)[i]!.forEach((g, j) => (part[j]! += share * g)));
     }
     return { loss, logits, gradients: sum };
@@ -304,11 +314,11 @@ export class Trainer<Feeds = unknown> {
     return results;
   }
 
-  async #judge(held: readonly Row<Feeds>[], batch: number, state: State): Promise<{ loss: number; accuracy: number }> {
+  async #judge(held: readonly Row<Feeds>[], batch: number, temperature: number, state: State): Promise<{ loss: number; accuracy: number }> {
     let [loss, right] = [0, 0];
     for (let at = 0; at < held.length; at += batch) {
       const rows = held.slice(at, at + batch).map((row) => ({ ...row, weight: 1 }));
-      const made = await this.#step(rows, state, 0);
+      const made = await this.#step(rows, state, { temperature });
       loss += made.loss * rows.length;
       rows.forEach(({ label }, i) => {
         const logits = [...made.logits.subarray(i * this.labels.length, (i + 1) * this.labels.length)];
@@ -333,7 +343,7 @@ export class Trainer<Feeds = unknown> {
       for (let i = 0; i < TRIAL_STEPS; i++) {
         options.signal?.throwIfAborted();
         const rows = Array.from({ length: Math.min(batch, train.length) }, (_, at) => train[(i * batch + at) % train.length]!);
-        const made = await this.#step(rows, trial, 0);
+        const made = await this.#step(rows, trial, { temperature: options.temperature });
         loss = made.loss;
         optimizer.step(made.gradients);
       }
@@ -346,8 +356,8 @@ export class Trainer<Feeds = unknown> {
    * Holds the gradient against the loss itself, in the direction of the gradient and a random one: some providers compute
    * wrong numbers without a word.
    */
-  async #test(rows: readonly Row<Feeds>[], state: State, smoothing: number): Promise<void> {
-    const { loss, gradients } = await this.#step(rows, state, smoothing);
+  async #test(rows: readonly Row<Feeds>[], state: State, options: FitOptions): Promise<void> {
+    const { loss, gradients } = await this.#step(rows, state, options);
     const norm = Math.hypot(...parts(gradients).map((part) => part.reduce((sum, g) => sum + g * g, 0) ** 0.5));
     if (!(norm > 0)) {
       if (Number.isFinite(loss) && norm === 0) return;
@@ -363,7 +373,7 @@ export class Trainer<Feeds = unknown> {
       const at = async (by: number): Promise<number> => {
         const moved = copy(state);
         parts(moved).forEach((part, i) => direction[i]!.forEach((d, j) => (part[j]! += by * d)));
-        return (await this.#step(rows, moved, smoothing)).loss;
+        return (await this.#step(rows, moved, options)).loss;
       };
       const [up, down] = [((await at(step)) - loss) / step, (loss - (await at(-step))) / step];
       const found = (up + down) / 2;
