@@ -179,7 +179,7 @@ const COMMANDS = new Map<string, Command>([
   ],
 ]);
 
-const BENCHMARKS = ["memory", "switch", "fold", "pack", "quality", "learn", "distill", "step"];
+const BENCHMARKS = ["memory", "switch", "fold", "pack", "quality", "learn", "distill", "step", "paper"];
 
 function help(): string {
   const lines = [...COMMANDS.values()].map(({ usage, does, options }) => {
@@ -203,8 +203,9 @@ function help(): string {
 function bench(args: readonly string[]): number {
   const [name = "", ...rest] = args;
   if (!BENCHMARKS.includes(name)) throw new UsageError(`bench ${name}: expected ${BENCHMARKS.join(", ")}`);
-  const script = fileURLToPath(new URL(`../../../benchmarks/${name}.js`, import.meta.url));
-  if (!existsSync(script)) {
+  const paths = [`${name}.js`, `${name}/run.js`].map((path) => fileURLToPath(new URL(`../../../benchmarks/${path}`, import.meta.url)));
+  const script = paths.find((path) => existsSync(path));
+  if (!script) {
     throw new UsageError("the benchmarks come with the repository, not with the package: clone it and run this there");
   }
   return spawnSync(process.execPath, ["--expose-gc", script, ...rest], { stdio: "inherit" }).status ?? 1;

@@ -1,0 +1,60 @@
+/**
+ * The paper's experiments on real text: tasks made of Debian's package descriptions, MiniLM, adapters of PEFT. Docs: docs/paper.md.
+ *
+ * node benchmarks/paper/run.js [--results FOLDER] [--minutes N] [--split]     after npm run build
+ *
+ * What is measured is kept in cells.jsonl and not measured again; `--minutes 0` makes tables and figures of what there is.
+ */
+import { mkdir, writeFile } from "node:fs/promises";
+import { resolve } from "node:path";
+import { pathToFileURL } from "node:url";
+import { readReference } from "../../examples/minilm.js";
+import { environment, option } from "../report.js";
+import { Bench, keyOf, Results } from "./cells.js";
+import { domainOf, experiments, HUB_SPLIT, HUB_TEST, readHubSplit, readTasks, searchSplit } from "./data.js";
+import { drawFigures } from "./figures.js";
+import { reasonAgainst } from "./peers.js";
+import { nextCells } from "./plan.js";
+import { claimTable, methodTable, rateTable, Reader, taskTable, toMarkdown } from "./tables.js";
+
+const asked = option("results");
+const folder = asked ? pathToFileURL(`${resolve(asked)}/`) : new URL("results/", import.meta.url);
+const until = performance.now() + 60_000 * Number(option("minutes") ?? Infinity);
+
+const tasks = await readTasks();
+if (process.argv.includes("--split")) {
+  const found = searchSplit(new Map([...tasks].filter(([id]) => domainOf(id) === "hub")), { count: HUB_TEST });
+  await writeFile(HUB_SPLIT, `${JSON.stringify(found, null, 2)}\n`);
+}
+await mkdir(folder, { recursive: true });
+const suites = experiments(tasks, await readHubSplit());
+const results = await Results.open(new URL("cells.jsonl", folder));
+const bench = await Bench.create(tasks, suites);
+const reason = reasonAgainst();
+const next = () => nextCells(results, suites, { peers: !reason });
+for (let cells = next(); cells.length > 0 && performance.now() < until; cells = next()) {
+  for (const cell of cells) {
+    if (performance.now() >= until) break;
+    const row = await bench.run(cell);
+    await results.add(row);
+    process.stderr.write(`${keyOf(cell)}: ${row.seconds} s, validation ${row.validation?.accuracy}\n`);
+  }
+}
+
+if (reason) process.stderr.write(`VeRA and PiSSA are not measured: ${reason}\n`);
+const references = { "shared-seed": await readReference("shared-seed"), hub: await readReference("hub") };
+const reader = new Reader(results, tasks, suites, references);
+const tables = [
+  claimTable(reader),
+  methodTable(reader, suites.sections, "Aligned domain: sections, leave one out"),
+  methodTable(reader, suites.debtags, "Diverse domain: debtags, leave one out"),
+  methodTable(reader, suites.hub, "Hub: 42 adapters to extract, 11 to test"),
+  ...Object.values(suites).map((experiment) => taskTable(reader, experiment)),
+  rateTable(reader),
+];
+const json = { environment: environment(), tables };
+await writeFile(new URL("tables.json", folder), `${JSON.stringify(json, (_, value) => (typeof value === "number" ? Number(value.toFixed(4)) : value), 1)}\n`);
+const markdown = tables.map(toMarkdown).join("\n");
+await writeFile(new URL("tables.md", folder), markdown);
+for (const [name, svg] of await drawFigures(reader)) await writeFile(new URL(`${name}.svg`, folder), svg);
+console.log(process.argv.includes("--json") ? JSON.stringify(json) : markdown);
