@@ -26,6 +26,8 @@ const TEXTS = Number(option("texts") ?? 512);
 const STEPS = Number(option("steps") ?? 240);
 const BATCH = Number(option("batch") ?? 8);
 const RATE = Number(option("rate") ?? 0.02);
+const HEAD = Number(option("head-rate") ?? 0);
+const GAUGE = /** @type {"balanced" | "as-trained"} */ (option("gauge") ?? "as-trained");
 /** distil's own choice unless given. */
 const TEMPERATURE = option("temperature") === undefined ? undefined : Number(option("temperature"));
 const THREADS = Number(option("threads") ?? 0);
@@ -41,11 +43,11 @@ const tests = new Set(tasks.flatMap(({ test }) => test.map(([text]) => text)));
 const pool = [...new Set(tasks.flatMap(({ train }) => train.map(([text]) => text)))].filter((text) => !tests.has(text));
 shuffle(pool, uniform(1));
 
-const { chunks } = await buildPack(adapters, { select: { kind: "k", k: K } });
+const { chunks } = await buildPack(adapters, { select: { kind: "k", k: K }, gauge: GAUGE });
 const pack = await openPack(new Blob(/** @type {BlobPart[]} */ (chunks)));
 const options = { trainable: true, session: THREADS > 0 ? { intraOpNumThreads: THREADS } : {} };
 const session = await createEigenSession(ort, model, pack, options);
-const settings = JSON.stringify({ SUITE, K, TEXTS, STEPS, BATCH, RATE, TEMPERATURE: TEMPERATURE ?? "own" });
+const settings = JSON.stringify({ SUITE, K, TEXTS, STEPS, BATCH, RATE, HEAD, GAUGE, TEMPERATURE: TEMPERATURE ?? "own" });
 const lines = INTO ? (await readFile(INTO, "utf8").catch(() => "")).split("\n").filter((line) => line !== "") : [];
 const earlier = new Map(lines.map((line) => JSON.parse(line)).filter((one) => one.settings === settings).map(({ row }) => [row.name, row]));
 /** @type {import("./report.js").Row[]} */
@@ -93,7 +95,7 @@ async function measure(adapter, task) {
     return 100 * agreement((await runBatches(session, batches)).map(labelOf), labels);
   };
   const started = performance.now();
-  const settings = { steps: STEPS, batch: BATCH, rates: { terms: RATE }, temperature: TEMPERATURE };
+  const settings = { steps: STEPS, batch: BATCH, rates: { terms: RATE, head: HEAD }, temperature: TEMPERATURE };
   const made = await distill(session, { adapter, texts, encode: /** @type {any} */ (encode), ...settings });
   const seconds = (performance.now() - started) / 1000;
   await session.addTask("distilled", made.file);

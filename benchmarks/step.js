@@ -24,7 +24,7 @@ const STEPS_OF_A_ROUND = 3;
 const RATE = 0.02;
 const TASK = "debtags-role";
 const CASES = /** @type {const} */ ([
-  { name: "32 rows of 32 tokens", batch: 32, joined: 6 },
+  { name: "16 rows of 32 tokens", batch: 16, joined: 6 },
   { name: "16 rows of real lengths", batch: 16, joined: 1 },
 ]);
 const MODES = ["serves, plain session", "serves, trainable session", "trains"];
@@ -63,10 +63,10 @@ async function hold(way, path) {
   const session = await createEigenSession(ort, model, pack, { session: oneThread, trainable });
   if (way === "trains") {
     const trainer = await createTrainer(session, { labels, encode, init: { task: TASK } });
-    for await (const _ of trainer.fit(examples, { steps: HELD_RUNS, batch: 32 }));
+    for await (const _ of trainer.fit(examples, { steps: HELD_RUNS, batch: 16 }));
   } else {
     await session.switchTask(TASK);
-    for (let i = 0; i < HELD_RUNS; i++) await session.run(encode(examples.slice(32 * i, 32 * i + 32).map(({ text }) => text)));
+    for (let i = 0; i < HELD_RUNS; i++) await session.run(encode(examples.slice(16 * i, 16 * i + 16).map(({ text }) => text)));
   }
   const status = await readFile("/proc/self/status", "utf8").catch(() => "");
   const kilobytes = /VmHWM:\s+(\d+)/.exec(status)?.[1] ?? process.resourceUsage().maxRSS;
@@ -284,7 +284,7 @@ function memory(file) {
     return JSON.parse(child.stdout).peak / 1e6;
   });
   return {
-    question: `How much memory does a process hold at most? ${HELD_RUNS} batches of 32 rows of 32 tokens, a fresh process each.`,
+    question: `How much memory does a process hold at most? ${HELD_RUNS} batches of 16 rows of 32 tokens, a fresh process each.`,
     rows: MODES.map((name, i) => ({ name, "peak, MB": peaks[i], "÷ plain": peaks[i] / peaks[0], "÷ trainable": peaks[i] / peaks[1] })),
     notes: ["Peak resident set of the whole process: Node with the packages loaded, the model, the pack."],
   };
