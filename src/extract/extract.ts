@@ -251,7 +251,7 @@ export function measureModule(
 }
 
 /** One side of a stack, decomposed. */
-interface Side {
+export interface Side {
   /** Of a vector: of a row, times the rank in flat mode. */
   width: number;
   rank: number | undefined;
@@ -271,8 +271,11 @@ interface Found {
   B: Side;
 }
 
-/** @param rank in flat mode, of all factors [rank, inner] */
-function decompose(factors: readonly Float64Array[], inner: number, rank: number | undefined, options: ExtractOptions): Side {
+/**
+ * Mean and components of one side.
+ * @param rank in flat mode, of all factors [rank, inner]
+ */
+export function decompose(factors: readonly Float64Array[], inner: number, rank: number | undefined, options: ExtractOptions): Side {
   const width = inner * (rank ?? 1);
   const rows = new Float64Array(factors.reduce((sum, factor) => sum + factor.length, 0));
   let at = 0;
@@ -307,7 +310,7 @@ function decompose(factors: readonly Float64Array[], inner: number, rank: number
 }
 
 /** How many components a selection asks for, given the singular values; an error is judged on all of them later. */
-function wanted({ select, mode }: ExtractOptions, singular: Float64Array, total: number): number {
+export function wanted({ select, mode }: Pick<ExtractOptions, "select" | "mode">, singular: Float64Array, total: number): number {
   if (select.kind === "k") return select.k;
   if (select.kind === "error" || mode === "joint" || select.share === 1) return singular.length;
   let held = 0;
@@ -316,7 +319,8 @@ function wanted({ select, mode }: ExtractOptions, singular: Float64Array, total:
   return k;
 }
 
-function encodeBasis(side: Side, count: number, type: TensorType): SideBasis {
+/** The first `count` components and the mean as they are stored. */
+export function encodeBasis(side: Omit<Side, "rows">, count: number, type: TensorType): SideBasis {
   const { width, rank, mean } = side;
   const { vectors, singular, total } = side.components;
   const rows = count + (mean ? 1 : 0);
@@ -424,7 +428,8 @@ function toPair(member: ModuleMember, outputs: number, inputs: number): Pair {
   return { rank, A: side("A", member.A, inputs), Bt: side("Bt", member.Bt, outputs) };
 }
 
-function checkSelection(select: Selection): void {
+/** @throws RangeError for a number out of range */
+export function checkSelection(select: Selection): void {
   if (select.kind === "k" && !(Number.isInteger(select.k) && select.k >= 1)) {
     throw new RangeError(`select.k must be a whole number from 1, got ${select.k}`);
   }
