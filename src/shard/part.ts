@@ -63,6 +63,8 @@ export interface Part {
   readonly byteLength: number;
   /** @throws FormatError for a tensor that is missing or damaged */
   read(name: string): Promise<Uint8Array>;
+  /** Reads everything. @throws FormatError when something is damaged */
+  verify(): Promise<void>;
   close(): Promise<void>;
 }
 
@@ -99,6 +101,11 @@ export async function openPart(input: SourceInput, kind?: PartKind): Promise<Par
     const version = about.get("version").integer(1, Number.MAX_SAFE_INTEGER);
     about.check(version === 1, () => `version ${version}, but this reader knows version 1; update eigenlora`);
     if (kind && kind !== found) fail("header", `it holds ${found} (${COMMANDS[found]}), expected ${kind}: ${COMMANDS[kind]}`);
+    const read = async (tensor: string): Promise<Uint8Array> => {
+      const bytes = await tensors.read(tensor);
+      if (crc32c(bytes) !== checksums.get(tensor)) damaged(`tensor ${tensor}`);
+      return bytes;
+    };
     return {
       file,
       kind: found,
@@ -106,10 +113,9 @@ export async function openPart(input: SourceInput, kind?: PartKind): Promise<Par
       about,
       tensors: tensors.tensors,
       byteLength: tensors.byteLength,
-      async read(tensor) {
-        const bytes = await tensors.read(tensor);
-        if (crc32c(bytes) !== checksums.get(tensor)) damaged(`tensor ${tensor}`);
-        return bytes;
+      read,
+      async verify() {
+        for (const tensor of checksums.keys()) await read(tensor);
       },
       close: async () => source.close?.(),
     };
