@@ -2,10 +2,10 @@
 
     hub.py ADAPTERS OUT WORK EIGENLORA...   Prints JSON: what assemble printed, and how the kill went.
 
-A head without CPUs and two workers of one CPU each. The first command that makes shard 3 waits until its worker is killed: its node
-daemon gets SIGKILL while the command runs. Then a third worker takes the place of the one that is gone.
+A head without CPUs and two workers of one CPU each. The first command that makes shard 3 waits for the end of its worker, which
+gets SIGKILL meanwhile; the other worker does the rest.
 """
-import json, os, pathlib, signal, sys, threading, time
+import json, os, pathlib, sys, threading, time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples" / "hub"))
 
@@ -32,8 +32,7 @@ from pack import adapters_of, pack
 adapters, out, work, *eigenlora = sys.argv[1:]
 marker = pathlib.Path(work) / "killed"
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-for _ in range(2):
-    cluster.add_node(num_cpus=1)
+workers = [cluster.add_node(num_cpus=1) for _ in range(2)]
 ray.init(address=cluster.address, log_to_driver=False)
 report = {"workers": len([node for node in ray.nodes() if node["Resources"].get("CPU")])}
 
@@ -42,8 +41,9 @@ def kill():
     while not (marker.exists() and marker.read_text()):
         time.sleep(0.05)
     report["parts"] = len(list(pathlib.Path(work).glob("shard-*.part")))
-    os.kill(int(marker.read_text()), signal.SIGKILL)
-    cluster.add_node(num_cpus=1)
+    raylet = int(marker.read_text())
+    (worker,) = [node for node in workers if node.all_processes["raylet"][0].process.pid == raylet]
+    cluster.remove_node(worker, allow_graceful=False)
 
 
 threading.Thread(target=kill, daemon=True).start()
