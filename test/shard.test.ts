@@ -55,7 +55,8 @@ async function part(statistics: Statistics, made = "test"): Promise<StatisticsPa
   return openStatistics(await collect(writeStatistics(statistics, made)));
 }
 
-const shard = async (adapters: readonly Adapter[], gauge?: Gauge): Promise<StatisticsPart> => part(await adapterStatistics(adapters, gauge));
+const shard = async (adapters: readonly Adapter[], gauge: Gauge = "as-trained", rank?: number): Promise<StatisticsPart> =>
+  part(await adapterStatistics(adapters, { gauge, rank }));
 
 /** mulberry32, so that every run draws alike. */
 function draws(seed: number): () => number {
@@ -94,10 +95,10 @@ async function tree(parts: StatisticsPart[]): Promise<StatisticsPart> {
 const basisOf = async (statistics: Statistics, options: BasisOptions): Promise<Pack> => openPack(concat((await buildBasis(statistics, options)).chunks));
 
 /** A pack by way of parts: tasks spread over `count` of them, handed over in any order. */
-async function assembled(basis: Pack, adapters: readonly Adapter[], count: number, types: BuildOptions["types"]): Promise<Uint8Array> {
+async function assembled(basis: Pack, adapters: readonly Adapter[], count: number, types: BuildOptions["types"], rank?: number): Promise<Uint8Array> {
   const parts = [];
   for (const few of split(shuffled(adapters, count), count)) {
-    const { chunks } = await projectTasks(basis, few, "test", types ? { types } : {});
+    const { chunks } = await projectTasks(basis, few, "test", { ...(types ? { types } : {}), rank });
     parts.push(await openTasks(await collect(chunks)));
   }
   return collect((await assemblePack(basis, shuffled(parts, 7))).chunks);
@@ -108,15 +109,16 @@ t.test("rows kept: 1, 3 and 7 shards, any order, a tree: the bytes of one machin
     { gauge: "as-trained", centering: "keep", select: K16, types: F32 },
     { gauge: "as-trained", centering: "none", select: { kind: "energy", share: 0.7 } },
     { gauge: "balanced", centering: "none", select: { kind: "energy", share: 1 }, types: { basis: "int8", coefficients: "f16", head: "f32" } },
+    { gauge: "balanced", centering: "none", rank: 3, select: K16, types: { basis: "int4", coefficients: "int4", head: "f16" } },
   ];
   for (const options of settings) {
-    const { gauge, centering, select, types } = options;
+    const { gauge, centering, rank, select, types } = options;
     const { chunks } = await buildPack(own, options);
     for (const count of [1, 3, 7]) {
-      const parts = await Promise.all(split(shuffled(own, count), count).map((few) => shard(few, gauge)));
+      const parts = await Promise.all(split(shuffled(own, count), count).map((few) => shard(few, gauge, rank)));
       for (const statistics of [await mergeStatistics(shuffled(parts, 3)), await tree(parts)]) {
         const basis = await basisOf(statistics, { centering, select: select!, ...(types?.basis ? { type: types.basis } : {}) });
-        const pack = await assembled(basis, own, count, types);
+        const pack = await assembled(basis, own, count, types, rank);
         t.ok(Buffer.from(pack).equals(concat(chunks)), `${gauge}, ${centering}, ${count} shards`);
       }
     }
@@ -237,7 +239,7 @@ t.test("parts that do not belong together are refused by file and reason", async
   await t.rejects(adapterStatistics([]), RangeError);
   await t.rejects(mergeStatistics([a, b, await shard(own.slice(2, 3))]), { tag: "task", task: own[2]!.id, message: /counts once/ });
   await t.rejects(adapterStatistics([own[0]!, own[0]!]), { tag: "task", task: own[0]!.id, message: /counts once/ });
-  await t.rejects(mergeStatistics([a, await shard(own.slice(3, 5), "balanced")]), { tag: "adapter", field: "gauge", message: /--gauge balanced/ });
+  await t.rejects(mergeStatistics([a, await shard(own.slice(3, 5), "balanced")]), { tag: "adapter", field: "gauge", message: /balanced.*as-trained/ });
   const other = own.slice(5, 6).map((adapter) => ({ ...adapter, baseModel: "another/model" }));
   await t.rejects(mergeStatistics([a, await shard(other)]), { tag: "adapter", message: /another\/model.*--any-base/ });
   t.equal((await mergeStatistics([a, await shard(other)], { anyBase: true })).adapters.length, 4);
@@ -253,6 +255,12 @@ t.test("parts that do not belong together are refused by file and reason", async
   await t.rejects(assemblePack(another, [first]), { tag: "adapter", field: "basis", message: /project it again/ });
   await t.rejects(assemblePack(basis, [first, second, first]), { tag: "task", task: own[0]!.id, message: /both hold the task/ });
   await t.rejects(assemblePack(basis, [first, await tasks(basis, own.slice(3, 4), { coefficients: "int8" })]), { tag: "adapter", field: "coefficients", message: /int8.*f16/ });
+  const [whole, cut] = [await shard(own.slice(0, 2), "balanced"), await shard(own.slice(2, 4), "balanced", 3)];
+  await t.rejects(mergeStatistics([whole, cut]), { tag: "adapter", field: "rank", message: /--rank/ });
+  await t.rejects(adapterStatistics(own, { rank: 3 }), { name: "RangeError", message: /balanced/ });
+  const trimmed = await basisOf(cut, { select: K16, centering: "none" });
+  const ranked = async (adapters: Adapter[], rank?: number) => openTasks(await collect((await projectTasks(trimmed, adapters, "test", { rank })).chunks));
+  await t.rejects(assemblePack(trimmed, [await ranked(own.slice(0, 1), 3), await ranked(own.slice(1, 2))]), { tag: "adapter", field: "rank", message: /--rank/ });
   await t.rejects(projectTasks(basis, [own[0]!, own[0]!], "test"), { tag: "task", message: /two adapters/ });
   await t.rejects(projectTasks(basis, [wider], "test"), { tag: "adapter", field: name, message: /another model/ });
   // A pack with tasks is a basis as well: they stay.

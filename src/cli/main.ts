@@ -29,6 +29,7 @@ interface Command {
 const output = (value: string, help: string): OptionTable => ({ output: { value, short: "o", help } });
 const as: OptionTable = { as: { value: "OLD=NEW", multiple: true, help: "call the task of a folder OLD NEW" } };
 const gauge: OptionTable = { gauge: { value: "as-trained|balanced", help: "rewrite each pair as U√S, √SVᵀ first" } };
+const rank: OptionTable = { rank: { value: "N", help: "the most rank that a task keeps of each module, its strongest; with gauge balanced" } };
 const centering: OptionTable = { centering: { value: "keep|none", help: "store the mean of the rows, or do without" } };
 const amount: OptionTable = {
   k: { value: "N", help: "so many components per module and side" },
@@ -65,7 +66,7 @@ const COMMANDS = new Map<string, Command>([
     {
       usage: "shard ADAPTER_OR_FOLDER... -o PART",
       does: "statistics of some of very many adapters, to be merged with those of others (docs/hub.md)",
-      options: { ...output("PART", "the part to write; left alone when it is there and made of the same"), ...gauge, ...columnOnly, ...as },
+      options: { ...output("PART", "the part to write; left alone when it is there and made of the same"), ...gauge, ...rank, ...columnOnly, ...as },
       positionals: [1, Infinity],
       run: shardCommand,
     },
@@ -98,6 +99,7 @@ const COMMANDS = new Map<string, Command>([
       options: {
         ...output("PART", "the part to write; left alone when it is there and made of the same"),
         dtype: { value: "TYPE", help: "of coefficients and heads; or coefficients=…,head=…" },
+        ...rank,
         ...as,
       },
       positionals: [2, Infinity],

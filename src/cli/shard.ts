@@ -17,7 +17,7 @@ import { openPart, type PartKind } from "../shard/part.ts";
 import { adapterStatistics, mergeStatistics, openStatistics, writeStatistics, type StatisticsPart } from "../shard/statistics.ts";
 import { assemblePack, openTasks, projectTasks, type TaskPart } from "../shard/tasks.ts";
 import { VERSION } from "../version.ts";
-import { choice, refuseOverwriting, renames, required, selection, storage, UsageError, type Arguments } from "./args.ts";
+import { choice, refuseOverwriting, renames, required, selection, storage, UsageError, wholeNumber, type Arguments } from "./args.ts";
 import { writeWhole } from "./files.ts";
 import { bytes, percent, table, type Output } from "./output.ts";
 import { closeAll, type Result } from "./packs.ts";
@@ -27,10 +27,11 @@ export async function shardCommand(args: Arguments, out: Output): Promise<Result
   const file = required(args, "output");
   columnOnly(args);
   const gauge = choice(args, "gauge", ["as-trained", "balanced"] as const, "as-trained");
+  const rank = rankOf(args);
   const adapters = await readAdapters(args.positionals, { rename: renames(args) });
   try {
-    const statistics = await adapterStatistics(adapters, gauge);
-    const made = digest("shard", gauge, await contents(adapters));
+    const statistics = await adapterStatistics(adapters, { gauge, rank });
+    const made = digest("shard", gauge, rank, await contents(adapters));
     warn(adapters, out);
     const progress = (done: number, of: number): void => out.progress("side", done, of);
     const figures = await makePart(file, "statistics", made, async () => writeStatistics(statistics, made, progress));
@@ -84,13 +85,14 @@ export async function projectCommand(args: Arguments, out: Output): Promise<Resu
   const [basisPath = "", ...paths] = args.positionals;
   refuseOverwriting(file, basisPath);
   const types = storageTypes(storage(args.text("dtype")));
+  const rank = rankOf(args);
   const adapters = await readAdapters(paths, { rename: renames(args) });
   const basis = await openPack(basisPath);
   try {
-    const made = digest("project", basis.basisId, types.coefficients, types.head, await contents(adapters));
+    const made = digest("project", basis.basisId, types.coefficients, types.head, rank, await contents(adapters));
     warn(adapters, out);
     const onProgress = (done: number, of: number): void => out.progress("module", done, of);
-    const figures = await makePart(file, "tasks", made, async () => (await projectTasks(basis, adapters, made, { types, onProgress })).chunks);
+    const figures = await makePart(file, "tasks", made, async () => (await projectTasks(basis, adapters, made, { types, rank, onProgress })).chunks);
     const part = await openTasks(file);
     await part.close();
     const { json, text } = result(file, { adapters: adapters.length, modules: basis.modules.length, ...figures });
@@ -134,6 +136,10 @@ function columnOnly(args: Arguments): void {
   const mode = args.text("mode") ?? "column";
   if (mode === "column") return;
   throw new UsageError(`--mode ${mode}: only column mode is made of parts, the others need all adapters at once; use eigenlora pack`);
+}
+
+function rankOf(args: Arguments): number | undefined {
+  return args.text("rank") === undefined ? undefined : wholeNumber(args, "rank", 1);
 }
 
 function warn(adapters: readonly Adapter[], out: Output): void {

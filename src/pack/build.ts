@@ -8,6 +8,7 @@ import { encodeTensor } from "../encode.ts";
 import { createWasmProducts } from "../backends/wasm-products.ts";
 import { AdapterError } from "../errors.ts";
 import {
+  checkRank,
   extractModule,
   openModule,
   projectModule,
@@ -21,6 +22,7 @@ import {
   type Selection,
   type TaskCoefficients,
 } from "../extract/extract.ts";
+import { extractMixed, type MixedExtraction, type MixedTask, type PrivateOptions } from "../extract/private.ts";
 import { fingerprint, weightAt } from "../runtime/fingerprint.ts";
 import type { WeightHost } from "../runtime/host.ts";
 import { Locator } from "../runtime/locate.ts";
@@ -46,6 +48,13 @@ export interface BuildOptions {
    */
   mode?: Mode;
   gauge?: Gauge;
+  /** The most rank that a task keeps of each module, with gauge "balanced": the weakest directions of an adapter are noise. All unless given. */
+  rank?: number | undefined;
+  /**
+   * Rank-1 terms that each task has to itself in every module, with gauge "balanced", beside the components or, with `select` k 0,
+   * instead of them. With an error to keep, the most there may be: each task has as few as do. None unless given.
+   */
+  private?: number | undefined;
   centering?: "keep" | "none";
   /** How many components. 90 % of the squared singular values per module and side unless given. */
   select?: Selection;
@@ -92,13 +101,13 @@ export async function buildPack(
   options: BuildOptions = {},
 ): Promise<{ chunks: Uint8Array[]; report: BuildReport }> {
   if (adapters.length === 0) throw new RangeError("buildPack: no adapters");
-  const { mode = "column", gauge = "as-trained", select = { kind: "energy", share: 0.9 } } = options;
+  const { mode = "column", gauge = "as-trained", rank, select = { kind: "energy", share: 0.9 } } = options;
   const { centering = mode === "joint" ? "none" : "keep" } = options;
   if (mode === "joint" && centering === "keep") throw new RangeError("joint mode has no mean: leave centring out, or take --mode column");
   if (mode === "flat") checkFlat(select, adapters.length, centering);
   const types = storageTypes(options.types);
   const stored = { basisType: types.basis, coefficientType: types.coefficients };
-  const extraction = { mode, gauge, centering, select, ...stored, ...(await fastProducts()) };
+  const extraction = { mode, gauge, rank, private: options.private ?? 0, centering, select, ...stored, ...(await fastProducts()) };
   const names = [...new Set(adapters.flatMap((a) => [...a.modules.keys()]))].sort();
   const fingerprints = options.base && (await readFingerprints(options.base, names.map((name) => firstModule(adapters, name))));
   const modules: ModuleInput[] = [];
@@ -110,6 +119,7 @@ export async function buildPack(
     const first = owners[0]!.modules.get(name)!;
     for (const owner of owners) checkSame(first, owners[0]!.file, owner.modules.get(name)!, owner.file);
     const { module, magnitudes } = await extractFrom(owners, name, extraction);
+    const shares = module.tasks.some(({ rank }) => rank > 0);
     for (const [i, task] of module.tasks.entries()) {
       errors.add(task.id, name, task.error);
       const term = encodeTerm(index, task, module, magnitudes[i], owners[i]!, types);
@@ -121,8 +131,8 @@ export async function buildPack(
       in: first.in,
       layout: first.layout,
       kernel: first.kernel,
-      A: sideInput(module.A),
-      B: sideInput(module.B),
+      A: shares ? sideInput(module.A) : undefined,
+      B: shares ? sideInput(module.B) : undefined,
       fingerprint: fingerprints?.get(name),
     });
     options.onProgress?.(index + 1, names.length);
@@ -148,7 +158,7 @@ export async function buildPack(
   const chunks = layoutFresh({ description, bases, basisId: await basisId(description, bases), tasks });
   const bytes = chunks.reduce((sum, c) => sum + c.length, 0);
   const adapterBytes = adapters.reduce((sum, a) => sum + a.byteLength, 0);
-  const counts = modules.flatMap((m) => [m.A!.K, m.B!.K]);
+  const counts = modules.flatMap(({ A, B }) => [A?.K ?? 0, B?.K ?? 0]);
   const report: BuildReport = {
     tasks: adapters.length,
     modules: modules.length,
@@ -194,7 +204,9 @@ export interface ProjectedAdapter extends TaskToWrite {
  * Projects adapters onto the basis of a pack (DESIGN 2.10a), in the pack's gauge; module by module, so that each basis is
  * opened once.
  * @param bases of the pack, as `pack.takeBases()` gives them
- * @param onProgress called after each module
+ * @param options.rank the most rows of coefficients, as of `buildPack`
+ * @param options.onProgress called after each module
+ * @throws RangeError for a rank in another gauge than balanced
  * @throws AdapterError when one adapts a module that the pack does not have, or of another shape
  */
 export async function projectAdapters(
@@ -202,9 +214,10 @@ export async function projectAdapters(
   bases: Uint8Array,
   adapters: readonly Adapter[],
   types: StorageTypes,
-  onProgress?: (done: number, of: number) => void,
+  { rank, onProgress }: { rank?: number | undefined; onProgress?: (done: number, of: number) => void } = {},
 ): Promise<ProjectedAdapter[]> {
   const gauge: Gauge = pack.directory.basis.gauge === "balanced" ? "balanced" : "as-trained";
+  checkRank({ gauge, rank });
   for (const adapter of adapters) checkModules(pack, adapter);
   const { products } = await fastProducts();
   const errors = new ErrorTally();
@@ -217,7 +230,7 @@ export async function projectAdapters(
       const opened = (space ??= openModule(storedModule(stored, bases, adapter), products));
       const { A, Bt, magnitude } = await module.read();
       const member = { id: adapter.id, rank: module.rank, A, Bt };
-      const project = (): ProjectedTask => projectModule(opened, member, { gauge, coefficientType: types.coefficients });
+      const project = (): ProjectedTask => projectModule(opened, member, { gauge, rank, coefficientType: types.coefficients });
       const task = storable(adapter, stored, project);
       errors.add(adapter.id, stored.name, task.error);
       terms[i]!.push(encodeTerm(index, task, opened, magnitude, adapter, types));
@@ -305,8 +318,8 @@ function checkFlat(select: Selection, tasks: number, centering: "keep" | "none")
 async function extractFrom(
   owners: readonly Adapter[],
   name: string,
-  options: ExtractOptions,
-): Promise<{ module: ModuleExtraction; magnitudes: (Float32Array | undefined)[] }> {
+  options: PrivateOptions,
+): Promise<{ module: MixedExtraction; magnitudes: (Float32Array | undefined)[] }> {
   const { out, in: inputs } = owners[0]!.modules.get(name)!;
   const factors = await Promise.all(owners.map((owner) => owner.modules.get(name)!.read()));
   const members: ModuleMember[] = factors.map(({ A, Bt }, i) => {
@@ -314,7 +327,8 @@ async function extractFrom(
     return { id, rank: modules.get(name)!.rank, A, Bt };
   });
   const magnitudes = factors.map((f) => f.magnitude);
-  return { module: extractModule({ name, out, in: inputs, members }, options), magnitudes };
+  const stack = { name, out, in: inputs, members };
+  return { module: options.private > 0 ? extractMixed(stack, options) : extractModule(stack, options), magnitudes };
 }
 
 /** What of a module's bases is said in each of its terms. */
@@ -322,7 +336,7 @@ type Bases = Record<"A" | "B", { rank?: number | undefined; mean: unknown }>;
 
 function encodeTerm(
   module: number,
-  { rank, alphaA, alphaB }: TaskCoefficients,
+  { rank, alphaA, alphaB, private: own }: TaskCoefficients & Pick<MixedTask, "private">,
   { A, B }: Bases,
   magnitude: Float32Array | undefined,
   adapter: Adapter,
@@ -334,8 +348,9 @@ function encodeTerm(
   return {
     module,
     rank,
-    A: side(A, alphaA),
-    B: side(B, alphaB),
+    A: rank > 0 ? side(A, alphaA) : undefined,
+    B: rank > 0 ? side(B, alphaB) : undefined,
+    private: own,
     magnitude: magnitude && vector(magnitude, types.coefficients, adapter, "a DoRA magnitude"),
   };
 }

@@ -89,7 +89,8 @@ export async function buildBasis(statistics: Statistics, options: BasisOptions =
 function sideBasis(summary: Summary, ranks: Uint32Array, options: ExtractOptions): SideBasis {
   const { width } = summary;
   if (summary.kind === "rows") {
-    const side = decompose(factorsOf(summary.values, width, ranks, options.gauge === "balanced"), width, undefined, options);
+    const factors = factorsOf(summary.values, width, ranks, options.gauge === "balanced");
+    const side = decompose(factors, factors, width, undefined, options);
     return encodeBasis(side, side.components.count, options.basisType);
   }
   const found = gramComponents(summary, options.centering, (singular, total) => wanted(options, singular, total));

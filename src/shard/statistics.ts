@@ -5,8 +5,8 @@
  */
 import type { Adapter, AdapterModule } from "../adapters/adapter.ts";
 import { AdapterError, FormatError, TaskError } from "../errors.ts";
-import type { Gauge } from "../extract/extract.ts";
-import { balance } from "../extract/gauge.ts";
+import { checkRank, type Gauge } from "../extract/extract.ts";
+import { balance, leadingRows } from "../extract/gauge.ts";
 import type { Products } from "../extract/linalg.ts";
 import { SummaryBuilder, summaryKind, triangle, type Summary } from "../extract/summary.ts";
 import { checkSame, fastProducts } from "../pack/build.ts";
@@ -32,6 +32,8 @@ export interface Statistics {
   /** What they were made of, for messages. */
   readonly file: string;
   readonly gauge: Gauge;
+  /** The most rows that were taken of an adapter's module, its strongest; undefined for all. */
+  readonly rank: number | undefined;
   /** Sorted by id. */
   readonly adapters: readonly CountedAdapter[];
   /** By name, sorted. */
@@ -59,10 +61,17 @@ export function compare(a: string, b: string): number {
 
 /**
  * Statistics of adapters.
+ * @param options as of `buildPack`
+ * @throws RangeError for a rank in another gauge than balanced
  * @throws AdapterError when two adapters do not agree about a module; TaskError when two have one id
  */
-export async function adapterStatistics(adapters: readonly Adapter[], gauge: Gauge = "as-trained"): Promise<Statistics> {
+export async function adapterStatistics(
+  adapters: readonly Adapter[],
+  { gauge = "as-trained", rank }: { gauge?: Gauge; rank?: number | undefined } = {},
+): Promise<Statistics> {
   if (adapters.length === 0) throw new RangeError("adapterStatistics: no adapters");
+  checkRank({ gauge, rank });
+  const most = rank ?? Infinity;
   const sorted = [...adapters].sort((a, b) => compare(a.id, b.id));
   refuseTwice(sorted.map(({ id, file }) => ({ id, file })));
   const names = [...new Set(sorted.flatMap((adapter) => [...adapter.modules.keys()]))].sort();
@@ -71,7 +80,7 @@ export async function adapterStatistics(adapters: readonly Adapter[], gauge: Gau
     const owners = sorted.filter((adapter) => adapter.modules.has(name));
     const module = owners[0]!.modules.get(name)!;
     for (const owner of owners) checkSame(module, owners[0]!.file, owner.modules.get(name)!, owner.file);
-    const rows = owners.reduce((sum, owner) => sum + owner.modules.get(name)!.rank, 0);
+    const rows = owners.reduce((sum, owner) => sum + Math.min(owner.modules.get(name)!.rank, most), 0);
     const { out, in: inputs, layout, kernel } = module;
     modules.set(name, { name, out, in: inputs, layout, ...(kernel ? { kernel } : {}), rows });
   }
@@ -81,11 +90,12 @@ export async function adapterStatistics(adapters: readonly Adapter[], gauge: Gau
   return {
     file: sorted[0]!.file,
     gauge,
+    rank,
     adapters: sorted.map(({ id, baseModel }) => ({ id, baseModel })),
     modules,
-    ranks: async (name) => Uint32Array.from(sorted, (adapter) => adapter.modules.get(name)?.rank ?? 0),
+    ranks: async (name) => Uint32Array.from(sorted, (adapter) => Math.min(adapter.modules.get(name)?.rank ?? 0, most)),
     async side(name, side) {
-      if (last?.name !== name) last = { name, sides: summarise(sorted, modules.get(name)!, gauge, products) };
+      if (last?.name !== name) last = { name, sides: summarise(sorted, modules.get(name)!, gauge, most, products) };
       return (await last.sides)[side];
     },
   };
@@ -95,6 +105,7 @@ async function summarise(
   adapters: readonly Adapter[],
   { name, out, in: inputs, rows }: StatisticsModule,
   gauge: Gauge,
+  most: number,
   products: Products | undefined,
 ): Promise<Record<"A" | "B", Summary>> {
   const sides = { A: new SummaryBuilder(rows, inputs, products), B: new SummaryBuilder(rows, out, products) };
@@ -103,9 +114,10 @@ async function summarise(
     if (!module) continue;
     const { A, Bt } = await module.read();
     const given = { rank: module.rank, A: Float64Array.from(A), Bt: Float64Array.from(Bt) };
-    const pair = gauge === "balanced" ? balance(given, out, inputs) : given;
-    sides.A.add(pair.A, module.rank);
-    sides.B.add(pair.Bt, module.rank);
+    const pair = gauge === "balanced" ? leadingRows(balance(given, out, inputs), most) : given;
+    const taken = Math.min(module.rank, most);
+    sides.A.add(pair.A, taken);
+    sides.B.add(pair.Bt, taken);
   }
   return { A: sides.A.finish(), B: sides.B.finish() };
 }
@@ -125,10 +137,12 @@ export async function mergeStatistics(given: readonly Statistics[], options: { a
     .sort((a, b) => compare(a.id, b.id) || compare(a.file, b.file));
   refuseTwice(members);
   for (const part of parts) {
-    if (part.gauge !== first.gauge) {
-      throw new AdapterError(`it was made with --gauge ${part.gauge}, ${first.file} with --gauge ${first.gauge}: shard one of them again`, {
+    for (const setting of ["gauge", "rank"] as const) {
+      const [ours, theirs] = [first[setting] ?? "all", part[setting] ?? "all"];
+      if (ours === theirs) continue;
+      throw new AdapterError(`its ${setting} is ${theirs}, that of ${first.file} is ${ours}: shard one of them again, with the same --${setting}`, {
         file: part.file,
-        field: "gauge",
+        field: setting,
       });
     }
     if (!options.anyBase) refuseOtherBase(first, part);
@@ -148,6 +162,7 @@ export async function mergeStatistics(given: readonly Statistics[], options: { a
   return {
     file: first.file,
     gauge: first.gauge,
+    rank: first.rank,
     adapters: members.map(({ id, baseModel }) => ({ id, baseModel })),
     modules,
     async ranks(name) {
@@ -213,7 +228,7 @@ export function baseModels({ adapters }: Pick<Statistics, "adapters">): string[]
  * @param made a digest of what the statistics were made of
  */
 export function writeStatistics(statistics: Statistics, made: string, onProgress?: (done: number, of: number) => void): AsyncGenerator<Uint8Array, void> {
-  const { gauge, adapters, modules } = statistics;
+  const { gauge, rank, adapters, modules } = statistics;
   const entries: SafetensorsEntry[] = [];
   let done = 0;
   for (const { name, rows, out, in: inputs } of modules.values()) {
@@ -245,7 +260,7 @@ export function writeStatistics(statistics: Statistics, made: string, onProgress
     }
     entries.push({ name: `${name}.ranks`, dtype: "U32", shape: [adapters.length], read: async () => toBytes(await statistics.ranks(name)) });
   }
-  return writePart("statistics", made, { gauge, adapters, modules: [...modules.values()] }, entries);
+  return writePart("statistics", made, { gauge, rank, adapters, modules: [...modules.values()] }, entries);
 }
 
 /**
@@ -258,6 +273,7 @@ export async function openStatistics(input: SourceInput): Promise<StatisticsPart
   const about: Value = part.about;
   try {
     const gauge = oneOf(about.get("gauge"), ["as-trained", "balanced"]);
+    const rank = about.get("rank").absent ? undefined : about.get("rank").integer(1, LIMIT);
     const adapters = about.get("adapters").array(1_048_576).map(parseAdapter);
     about.check(adapters.length > 0, () => "it has no adapters");
     about.check(adapters.every(({ id }, i) => i === 0 || compare(adapters[i - 1]!.id, id) < 0), () => "its adapters are not sorted, or one is there twice");
@@ -292,6 +308,7 @@ export async function openStatistics(input: SourceInput): Promise<StatisticsPart
       file,
       made,
       gauge,
+      rank,
       adapters,
       modules,
       async ranks(name) {
