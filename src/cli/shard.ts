@@ -32,10 +32,10 @@ export async function shardCommand(args: Arguments, out: Output): Promise<Result
   try {
     const statistics = await adapterStatistics(adapters, { gauge, rank });
     const made = digest("shard", gauge, rank, await contents(adapters));
-    warn(adapters, out);
+    const warnings = warned(adapters, out);
     const progress = (done: number, of: number): void => out.progress("side", done, of);
     const figures = await makePart(file, "statistics", made, async () => writeStatistics(statistics, made, progress));
-    return result(file, { adapters: adapters.length, modules: statistics.modules.size, gauge, ...figures });
+    return result(file, { adapters: adapters.length, modules: statistics.modules.size, gauge, ...figures, warnings });
   } finally {
     await closeAll(adapters);
   }
@@ -63,7 +63,7 @@ export async function mergeCommand(args: Arguments, out: Output): Promise<Result
     if (args.flag("part")) {
       const made = digest("merge", parts.map((part) => part.made).sort());
       const figures = await makePart(file, "statistics", made, async () => writeStatistics(statistics, made, progress("side")));
-      return result(file, { adapters: statistics.adapters.length, modules: statistics.modules.size, gauge: statistics.gauge, ...figures });
+      return result(file, { adapters: statistics.adapters.length, modules: statistics.modules.size, gauge: statistics.gauge, ...figures, warnings: [] });
     }
     const { chunks, report } = await buildBasis(statistics, { select, centering, type, ...(base ? { base } : {}), onProgress: progress("module") });
     await writeWhole(file, chunks);
@@ -90,12 +90,12 @@ export async function projectCommand(args: Arguments, out: Output): Promise<Resu
   const basis = await openPack(basisPath);
   try {
     const made = digest("project", basis.basisId, types.coefficients, types.head, rank, await contents(adapters));
-    warn(adapters, out);
+    const warnings = warned(adapters, out);
     const onProgress = (done: number, of: number): void => out.progress("module", done, of);
     const figures = await makePart(file, "tasks", made, async () => (await projectTasks(basis, adapters, made, { types, rank, onProgress })).chunks);
     const part = await openTasks(file);
     await part.close();
-    const { json, text } = result(file, { adapters: adapters.length, modules: basis.modules.length, ...figures });
+    const { json, text } = result(file, { adapters: adapters.length, modules: basis.modules.length, ...figures, warnings });
     const rows = part.tasks.map(({ id, mean, max }) => [id, percent(mean), percent(max)]);
     return { json: { ...json, residual: part.tasks }, text: `${text}\n${table([["task", "ΔW error", "largest"], ...rows])}` };
   } finally {
@@ -142,8 +142,10 @@ function rankOf(args: Arguments): number | undefined {
   return args.text("rank") === undefined ? undefined : wholeNumber(args, "rank", 1);
 }
 
-function warn(adapters: readonly Adapter[], out: Output): void {
-  for (const { id, warnings } of adapters) for (const warning of warnings) out.warn(`${id}: ${warning}`);
+function warned(adapters: readonly Adapter[], out: Output): string[] {
+  const all = adapters.flatMap(({ id, warnings }) => warnings.map((warning) => `${id}: ${warning}`));
+  for (const warning of all) out.warn(warning);
+  return all;
 }
 
 interface PartFigures {
@@ -201,7 +203,7 @@ function usage(): { seconds: number; coreSeconds: number; peakMemoryBytes: numbe
   return { seconds: performance.now() / 1000, coreSeconds: (userCPUTime + systemCPUTime) / 1e6, peakMemoryBytes: maxRSS * 1024 };
 }
 
-function result(file: string, figures: PartFigures & { adapters: number; modules: number; gauge?: string }): Result {
+function result(file: string, figures: PartFigures & { adapters: number; modules: number; gauge?: string; warnings: string[] }): Result {
   const { adapters, modules, present } = figures;
   return {
     json: { file, ...figures, ...usage() },
