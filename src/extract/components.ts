@@ -123,8 +123,8 @@ export function principalComponents(
 /** Eigenvalues of the smaller Gram matrix of X, with vectors in the row space either way. */
 function gramEigen(x: Float64Array, rows: number, width: number, products: Products): Eigen {
   const columns = transpose(x, rows, width);
-  if (rows > width) return symmetricEigen(gram(columns, width, rows, products), width);
-  const eigen = symmetricEigen(gram(x, rows, width, products), rows);
+  if (rows > width) return symmetricEigen(gram(columns, width, rows, products), width, products.tridiagonalize);
+  const eigen = symmetricEigen(gram(x, rows, width, products), rows, products.tridiagonalize);
   return {
     values: eigen.values,
     vectors(count) {
