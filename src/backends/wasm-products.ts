@@ -40,16 +40,27 @@ export async function createWasmProducts(options: { variant?: Variant } = {}): P
     }
   }
 
+  const held = new Map<Float64Array, number>();
   const products: Products = (x, y, m, n, width, lower = false) => {
     if (x.length < m * width || y.length < n * width) {
       throw new RangeError(`products: [${m}, ${width}] and [${n}, ${width}] do not fit ${x.length} and ${y.length} values`);
     }
-    return onBlocks([m * n, m * width, x === y ? 0 : n * width], ([out, xAt, own], [result, xs, ys]) => {
-      xs!.set(x.subarray(0, m * width));
-      if (x !== y) ys!.set(y.subarray(0, n * width));
-      kernels.products(xAt!, x === y ? xAt! : own!, m, n, width, lower ? 1 : 0, out!);
+    const lengths = [m * n, held.has(x) ? 0 : m * width, held.has(y) || x === y ? 0 : n * width];
+    return onBlocks(lengths, ([out, ownX, ownY], [result, xs, ys]) => {
+      xs!.set(x.subarray(0, xs!.length));
+      ys!.set(y.subarray(0, ys!.length));
+      const xAt = held.get(x) ?? ownX!;
+      kernels.products(xAt, x === y ? xAt : (held.get(y) ?? ownY!), m, n, width, lower ? 1 : 0, out!);
       return result!.slice();
     });
+  };
+  products.hold = (operand) => {
+    const at = claim(instance, operand.byteLength, "scratch");
+    new Float64Array(memory.buffer, at, operand.length).set(operand);
+    held.set(operand, at);
+    return () => {
+      if (held.delete(operand)) heap.free(at, operand.byteLength);
+    };
   };
   products.tridiagonalize = (a, n) =>
     onBlocks([n * n, n, n, 3 * n], ([at, diagonalAt, offAt, tausAt], [values, diagonal, off, taus]) => {

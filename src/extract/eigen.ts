@@ -277,7 +277,7 @@ function normalize(x: Float64Array): number {
 }
 
 /** Start vectors: uniform in [0, 1), the same in every run and runtime, so that packs are reproducible (mulberry32). */
-function generator(): () => number {
+export function generator(): () => number {
   let state = 0x9e3779b9;
   return () => {
     state = (state + 0x6d2b79f5) | 0;
