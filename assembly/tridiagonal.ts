@@ -138,3 +138,25 @@ export function tridiagonalize(a: usize, n: i32, diagonal: usize, off: usize, ta
     v = row - at;
   }
 }
+
+/**
+ * Vectors Z [count, n] of T become those of A, through the reflectors, last one first.
+ */
+export function turnBack(a: usize, n: i32, taus: usize, z: usize, count: i32): void {
+  const width = <usize>n << 3;
+  for (let k = n - 2; k >= 0; k--) {
+    const tau = load<f64>(taus + (<usize>k << 3));
+    if (tau === 0) continue;
+    const v = a + <usize>k * width + (<usize>(k + 1) << 3), length = <usize>(n - k - 1) << 3;
+    let x = z + (<usize>(k + 1) << 3);
+    for (let i = 0; i < count; i++, x += width) {
+      const factor = tau * dot(v, x, length);
+      let at: usize = 0;
+      if (ASC_FEATURE_SIMD) {
+        const factors = f64x2.splat(factor);
+        for (; at + 16 <= length; at += 16) v128.store(x + at, f64x2.sub(pair(x + at), f64x2.mul(factors, pair(v + at))));
+      }
+      for (; at < length; at += 8) store<f64>(x + at, load<f64>(x + at) - factor * load<f64>(v + at));
+    }
+  }
+}

@@ -11,6 +11,7 @@ interface ExtractionKernels {
   variant: WebAssembly.Global;
   products(x: number, y: number, m: number, n: number, width: number, lower: number, out: number): void;
   tridiagonalize(a: number, n: number, diagonal: number, off: number, taus: number): void;
+  turnBack(a: number, n: number, taus: number, z: number, count: number): void;
 }
 
 const BINARIES: Binaries<Variant> = {
@@ -66,8 +67,16 @@ export async function createWasmProducts(options: { variant?: Variant } = {}): P
     onBlocks([n * n, n, n, 3 * n], ([at, diagonalAt, offAt, tausAt], [values, diagonal, off, taus]) => {
       values!.set(a);
       kernels.tridiagonalize(at!, n, diagonalAt!, offAt!, tausAt!);
-      a.set(values!);
-      return { diagonal: diagonal!.slice(), off: off!.slice(), taus: taus!.slice(0, n) };
+      const [reflectors, factors] = [values!.slice(), taus!.slice(0, n)];
+      const turn = (z: Float64Array, count: number): void =>
+        onBlocks([n * n, n, count * n], ([at, tausAt, zAt], [values, taus, vectors]) => {
+          values!.set(reflectors);
+          taus!.set(factors);
+          vectors!.set(z);
+          kernels.turnBack(at!, n, tausAt!, zAt!, count);
+          z.set(vectors!);
+        });
+      return { diagonal: diagonal!.slice(), off: off!.slice(), turn };
     });
   return products;
 }

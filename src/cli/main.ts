@@ -179,7 +179,7 @@ const COMMANDS = new Map<string, Command>([
   ],
 ]);
 
-const BENCHMARKS = ["memory", "switch", "fold", "pack", "quality", "learn", "distill", "step", "paper"];
+const BENCHMARKS = ["memory", "switch", "fold", "pack", "quality", "extract", "shapes", "learn", "distill", "step", "paper"];
 
 function help(): string {
   const lines = [...COMMANDS.values()].map(({ usage, does, options }) => {

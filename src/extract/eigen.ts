@@ -26,10 +26,7 @@ export function symmetricEigen(a: Float64Array, n: number, reduce: typeof tridia
     values,
     vectors(count) {
       const z = tridiagonalVectors(t, values, count);
-      // A = H·T·Hᵀ with H = H₀·H₁·…: an eigenvector of T becomes one of A through the reflectors, last one first.
-      for (let k = n - 2; k >= 0; k--) {
-        if (t.taus[k] !== 0) reflect(t.taus[k]!, a, k * n + k + 1, z, k + 1, n, count, n - k - 1);
-      }
+      t.turn(z, count);
       return z;
     },
   };
@@ -38,14 +35,15 @@ export function symmetricEigen(a: Float64Array, n: number, reduce: typeof tridia
 /** With ‖T‖∞, the yardstick of all tolerances. */
 type Normed = Tridiagonal & { n: number; norm: number };
 
-function normed({ diagonal, off, taus }: Tridiagonal): Normed {
+function normed(t: Tridiagonal): Normed {
+  const { diagonal, off } = t;
   const n = diagonal.length;
   let norm = 0;
   for (let i = 0; i < n; i++) {
     norm = Math.max(norm, Math.abs(diagonal[i]!) + Math.abs(off[i]!) + Math.abs(off[i - 1] ?? 0));
   }
   if (!Number.isFinite(norm)) throw new RangeError("symmetricEigen: the matrix holds NaN or infinity");
-  return { n, diagonal, off, taus, norm };
+  return { ...t, n, norm };
 }
 
 /**
@@ -71,7 +69,16 @@ function tridiagonalize(a: Float64Array, n: number): Tridiagonal {
     subtractUpper(a, n, first, v, p);
   }
   for (let i = 0; i < n; i++) diagonal[i] = a[i * n + i]!;
-  return { diagonal, off, taus };
+  return {
+    diagonal,
+    off,
+    turn(z, count) {
+      // H = H₀·H₁·…: last one first.
+      for (let k = n - 2; k >= 0; k--) {
+        if (taus[k] !== 0) reflect(taus[k]!, a, k * n + k + 1, z, k + 1, n, count, n - k - 1);
+      }
+    },
+  };
 }
 
 /** out = A·v over the trailing block from `first`, A symmetric by its upper triangle. */

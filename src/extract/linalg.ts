@@ -83,14 +83,14 @@ export interface Products {
   tridiagonalize?: (a: Float64Array, n: number) => Tridiagonal;
 }
 
-/** T of A = H·T·Hᵀ, H = H₀·H₁·…; reflector k, its first value 1, lies in row k of the reduced A, right of the diagonal. */
+/** T of A = H·T·Hᵀ, A symmetric, H orthogonal. */
 export interface Tridiagonal {
   /** [n]. */
   diagonal: Float64Array;
   /** [n], the last is 0. */
   off: Float64Array;
-  /** [n]; 0 where row k of A was of that form already. */
-  taus: Float64Array;
+  /** z ← z·Hᵀ in place: vectors [count, n] of T become those of A. */
+  turn(z: Float64Array, count: number): void;
 }
 
 /** X·Xᵀ [rows, rows] of X [rows, width]: symmetric to the bit. */
