@@ -10,7 +10,7 @@ import { buildPack } from "eigenlora/build";
 import { option, print } from "./report.js";
 import { syntheticAdapters } from "./synthetic.js";
 
-/** Modules of one shape: how many, out, in. @typedef {[count: number, out: number, in: number]} Group */
+/** @typedef {[number, number, number]} Group how many modules of one shape, out, in */
 
 /** @type {Record<string, { model: string, paper: string, rank: number, adapters: number, components: number, groups: Group[] }>} */
 export const SETTINGS = {
