@@ -104,6 +104,12 @@ async function assembled(basis: Pack, adapters: readonly Adapter[], count: numbe
   return collect((await assemblePack(basis, shuffled(parts, 7))).chunks);
 }
 
+function largestDifference(a: ArrayLike<number>, b: ArrayLike<number>): number {
+  let largest = a.length === b.length ? 0 : Infinity;
+  for (let i = 0; i < a.length; i++) largest = Math.max(largest, Math.abs(a[i]! - b[i]!));
+  return largest;
+}
+
 t.test("rows kept: 1, 3 and 7 shards, any order, a tree: the bytes of one machine's pack", async (t) => {
   const settings: (BuildOptions & { gauge: Gauge; centering: "keep" | "none" })[] = [
     { gauge: "as-trained", centering: "keep", select: K16, types: F32 },
@@ -223,6 +229,21 @@ t.test("summaries of stacks without a direction: equal rows, zeros, a mean that 
   for (let k = 0; k < 2; k++) t.ok(Math.hypot(components.vectors[7 * k]!, components.vectors[7 * k + 1]!) > 1 - 1e-6);
   t.throws(() => new SummaryBuilder(2, 3).finish(), RangeError);
   t.throws(() => new SummaryBuilder(1, 3).add(new Float64Array(6), 2), RangeError);
+  t.end();
+});
+
+t.test("the strongest components alone are those among all", (t) => {
+  const [width, count] = [300, 400];
+  const random = draws(9);
+  const rows = Float64Array.from({ length: count * width }, (_, i) => (random() - 0.5) * 0.8 ** (i % width) + 0.01 * (random() - 0.5));
+  const builder = new SummaryBuilder(count, width);
+  builder.add(rows, count);
+  const summary = builder.finish() as Summary & { kind: "gram" };
+  const few = gramComponents(summary, "keep", 6).components;
+  const all = gramComponents(summary, "keep", () => 6).components;
+  t.same([few.singular.length, all.singular.length], [6, width], "found without the others");
+  t.ok(few.total === all.total && largestDifference(few.singular, all.singular.subarray(0, 6)) < 1e-9);
+  t.ok(largestDifference(few.vectors, all.vectors) < 1e-7, `${largestDifference(few.vectors, all.vectors)}`);
   t.end();
 });
 

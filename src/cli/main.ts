@@ -244,7 +244,7 @@ const COMMANDS = new Map<string, Command>([
   ],
 ]);
 
-const BENCHMARKS = ["memory", "switch", "fold", "pack", "quality", "learn", "distill", "step", "paper", "hub"];
+const BENCHMARKS = ["memory", "switch", "fold", "pack", "quality", "extract", "shapes", "hub", "learn", "distill", "step", "paper"];
 
 function help(): string {
   const lines = [...COMMANDS.values()].map(({ usage, does, options }) => {

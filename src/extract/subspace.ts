@@ -106,8 +106,8 @@ export function targetsOf(space: Subspace, rows: Float64Array, ranks: readonly n
       rank,
       kept: Math.min(rank, most),
       values,
-      rows: gram(values, rank, width),
-      squares: gram(x.subarray(from * width, to * width), rank, width),
+      rows: gram(values, rank, width, space.products),
+      squares: gram(x.subarray(from * width, to * width), rank, width, space.products),
       alongMean: alongMean.subarray(from, to),
       at: at.subarray(from * components, to * components),
     };

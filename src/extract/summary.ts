@@ -5,7 +5,8 @@
  * end, since it is known only there. For column mode: every other way of extraction needs all adapters at once.
  */
 import { fixSigns, orthonormalize, type Components } from "./components.ts";
-import { symmetricEigen } from "./eigen.ts";
+import { symmetricEigen, type Eigen } from "./eigen.ts";
+import { largestEigen } from "./lanczos.ts";
 import { addScaled, dot, timesTransposed, transpose, type Products } from "./linalg.ts";
 
 /** The summary of a stack [count, width]. */
@@ -131,12 +132,14 @@ const RESOLVED = 2 ** -33;
 /**
  * Mean and components of a stack of which the Gram matrix is left.
  * @param choose as of `principalComponents`
+ * @param products what multiplies, in place of `timesTransposed`
  * @returns components weaker than 1e-5 of the strongest, or of the mean, cannot be told from rounding and are left out
  */
 export function gramComponents(
   { gram, sum, count: rows, width }: Summary & { kind: "gram" },
   centering: "keep" | "none",
-  choose: (singular: Float64Array, total: number) => number,
+  choose: number | ((singular: Float64Array, total: number) => number),
+  products: Products = timesTransposed,
 ): { mean: Float64Array | undefined; components: Components } {
   // Rounded as `columnMeans` does: a pack in f32 stores exactly the mean that was taken off.
   const mean = centering === "keep" ? sum.map((value) => Math.fround(value / rows)) : undefined;
@@ -151,15 +154,28 @@ export function gramComponents(
     total += square[i * width + i]!;
   }
   const limit = Math.min(rows, width);
-  const eigen = symmetricEigen(square, width);
+  const least = RESOLVED * (mean ? rows * dot(mean, 0, mean, 0, width) : 0);
+  const few = typeof choose === "number" ? strongestOf(square, width, Math.min(choose, limit), least, products) : undefined;
+  const eigen = few ?? symmetricEigen(square, width, products.tridiagonalize);
   const singular = eigen.values.slice(0, limit).map((value) => Math.sqrt(Math.max(0, value)));
-  const strongest = Math.max(eigen.values[0]!, mean ? rows * dot(mean, 0, mean, 0, width) : 0);
   let resolved = 0;
-  while (resolved < limit && eigen.values[resolved]! > RESOLVED * strongest) resolved++;
+  while (resolved < singular.length && eigen.values[resolved]! > Math.max(least, RESOLVED * eigen.values[0]!)) resolved++;
   if (resolved === 0) return { mean, components: { count: 0, vectors: new Float64Array(0), singular, total: 0 } };
-  const count = Math.min(choose(singular, total), resolved);
+  const count = Math.min(typeof choose === "number" ? choose : choose(singular, total), resolved);
   const vectors = eigen.vectors(count);
   orthonormalize(vectors, 0, count, width, singular);
   fixSigns(vectors, count, width);
   return { mean, components: { count, vectors, singular, total } };
+}
+
+/** The largest eigenpairs of G [n, n] alone, where that costs less and none is rounding. */
+function strongestOf(g: Float64Array, n: number, count: number, least: number, products: Products): Eigen | undefined {
+  const release = products.hold?.(g);
+  try {
+    const found = largestEigen((v, k) => products(v, g, k, n, n), n, count, products);
+    if (!found || found.values[count - 1]! <= Math.max(least, RESOLVED * found.values[0]!)) return undefined;
+    return { values: found.values, vectors: () => found.vectors };
+  } finally {
+    release?.();
+  }
 }

@@ -93,7 +93,7 @@ function sideBasis(summary: Summary, ranks: Uint32Array, options: ExtractOptions
     const side = decompose(factors, factors, width, undefined, options);
     return encodeBasis(side, side.components.count, options.basisType);
   }
-  const found = gramComponents(summary, options.centering, (singular, total) => wanted(options, singular, total));
+  const found = gramComponents(summary, options.centering, wanted(options), options.products);
   return encodeBasis({ width, rank: undefined, ...found }, found.components.count, options.basisType);
 }
 
