@@ -17,7 +17,7 @@ export interface JudgeOptions extends Pick<AskOptions, "signal"> {
   readonly texts: readonly string[];
   /** Texts as the model's inputs, which are named, one row each: a tokenizer. */
   readonly encode: (texts: string[], inputNames: readonly string[]) => BatchFeeds | Promise<BatchFeeds>;
-  /** Texts that every task is asked, at most; 64 unless given. */
+  /** Texts that every task is asked, at most; 64 unless given, fewer where tasks are many: 1280 texts in all, 16 a task at least. */
   readonly most?: number | undefined;
   /** Texts of a run; 16 unless given. */
   readonly batch?: number | undefined;
@@ -45,7 +45,7 @@ export interface PackJudge {
  * await release();
  */
 export function createJudge<O extends Ort>(ort: O, model: Parameters<typeof createEigenSession>[1], options: JudgeOptions): PackJudge {
-  const { adapters, encode, most = 64, batch = 16, seed = 0, signal } = options;
+  const { adapters, encode, most = Math.min(64, Math.max(16, Math.round(1280 / options.adapters.length))), batch = 16, seed = 0, signal } = options;
   if (options.texts.length === 0) throw new RangeError("judge: no texts");
   const rows = shuffle([...new Set(options.texts)], uniform(seed))
     .slice(0, most)
