@@ -25,7 +25,7 @@ def adapters_of(folder):
     return sorted(str(config.parent) for config in pathlib.Path(folder).glob("*/adapter_config.json"))
 
 
-def pack(adapters, output, work, eigenlora, shards=16, fan_in=8, k=32, dtype="f16", gauge="as-trained", rank=None, centering="keep", base=None):
+def pack(adapters, output, work, eigenlora, shards=16, fan_in=8, k=32, dtype="f16", gauge="as-trained", rank=None, normalize=False, centering="keep", base=None):
     """Starts all tasks at once; Ray runs each as soon as what it reads is there. Gives back what assemble printed."""
     work = pathlib.Path(work).absolute()
     work.mkdir(parents=True, exist_ok=True)
@@ -38,9 +38,9 @@ def pack(adapters, output, work, eigenlora, shards=16, fan_in=8, k=32, dtype="f1
     def commands(parts):
         return [file for file, _ in parts], [task for _, task in parts]
 
-    trim = ["--rank", str(rank)] if rank else []
+    counted = ["--gauge", gauge, *(["--rank", str(rank)] if rank else []), *(["--normalize"] if normalize else [])]
     shares = [share for share in (adapters[i::shards] for i in range(shards)) if share]
-    parts = [step(f"shard-{i}.part", ["shard", *share, "--gauge", gauge, *trim]) for i, share in enumerate(shares)]
+    parts = [step(f"shard-{i}.part", ["shard", *share, *counted]) for i, share in enumerate(shares)]
     level = 0
     while len(parts) > fan_in:
         level += 1
@@ -50,7 +50,7 @@ def pack(adapters, output, work, eigenlora, shards=16, fan_in=8, k=32, dtype="f1
     files, tasks = commands(parts)
     settings = ["--k", str(k), "--dtype", dtype, "--centering", centering, *(["--base", base] if base else [])]
     basis, based = step("basis.eigen", ["merge", *files, *settings], *tasks)
-    parts = [step(f"tasks-{i}.part", ["project", basis, *share, "--dtype", dtype, *trim], based) for i, share in enumerate(shares)]
+    parts = [step(f"tasks-{i}.part", ["project", basis, *share, "--dtype", dtype], based) for i, share in enumerate(shares)]
     files, tasks = commands(parts)
     return ray.get(run.remote([*eigenlora, "assemble", basis, *files, "-o", str(pathlib.Path(output).absolute()), "--json"], *tasks))
 
@@ -66,6 +66,7 @@ if __name__ == "__main__":
     cli.add_argument("--dtype", default="f16")
     cli.add_argument("--gauge", default="as-trained")
     cli.add_argument("--rank", type=int, help="of a balanced pair, its strongest directions")
+    cli.add_argument("--normalize", action="store_true", help="every task counts alike")
     cli.add_argument("--centering", default="keep")
     cli.add_argument("--base", help="base model, for fingerprints")
     cli.add_argument("--address", help="of a Ray cluster; auto finds one that runs")

@@ -35,8 +35,8 @@ export async function addCommand(args: Arguments, out: Output): Promise<Result> 
       try {
         refuseTaken(pack, [...adapters.map(({ id, file }) => ({ id, path: file })), ...files]);
         const types = await storedTypes(pack);
-        const onProgress = (done: number, of: number): void => out.progress("module", done, of);
-        const projected = await projectAdapters(pack, await pack.takeBases(), adapters, types, { onProgress });
+        const progress = (done: number, of: number): void => out.progress("module", done, of);
+        const projected = await projectAdapters(pack, await pack.takeBases(), adapters, types, progress);
         const learned: TaskToWrite[] = [];
         for (const { path, id } of files) learned.push(await takeTask(pack, path, id));
         const { superblock } = pack.window;

@@ -29,7 +29,8 @@ interface Command {
 const output = (value: string, help: string): OptionTable => ({ output: { value, short: "o", help } });
 const as: OptionTable = { as: { value: "OLD=NEW", multiple: true, help: "call the task of a folder OLD NEW" } };
 const gauge: OptionTable = { gauge: { value: "as-trained|balanced", help: "rewrite each pair as U√S, √SVᵀ first" } };
-const rank: OptionTable = { rank: { value: "N", help: "the most rank that a task keeps of each module, its strongest; with gauge balanced" } };
+const trim: OptionTable = { rank: { value: "N", help: "keep the N strongest directions of each adapter and module (balanced)" } };
+const normalize: OptionTable = { normalize: { help: "every task counts alike when components are sought, however large its update is" } };
 const centering: OptionTable = { centering: { value: "keep|none", help: "store the mean of the rows, or do without" } };
 const amount: OptionTable = {
   k: { value: "N", help: "so many components per module and side" },
@@ -48,11 +49,24 @@ const COMMANDS = new Map<string, Command>([
       does: "adapters → pack, with a report",
       options: {
         ...output("FILE", "the pack to write"),
-        mode: { value: "column|flat|joint", help: "coefficients for every row of a factor, or one vector for a whole factor; joint: bases that lose least of ΔW" },
+        mode: {
+          value: "column|flat|joint|auto",
+          help: "coefficients for every row of a factor, or one vector for a whole factor; joint: bases that lose least of ΔW; auto: what is best for --bytes, --ratio, --error or --divergence",
+        },
         ...gauge,
+        ...trim,
+        private: { value: "N", help: "N rank-1 terms of each task's own beside the components; with --error N at most (balanced)" },
+        ...normalize,
         ...centering,
         ...amount,
         error: { value: "E", help: "fewest bytes for which no task's ΔW error exceeds E" },
+        bytes: { value: "SIZE", help: "as many components as fit into a file of this size: 300kB" },
+        ratio: { value: "R", help: "the same, R times smaller than the adapters" },
+        divergence: { value: "D", help: "auto: fewest bytes for which the mean KL between the answers of adapters and tasks is at most D nats" },
+        model: { value: "MODEL.onnx", help: "auto: judge by answers to --text instead of by ΔW error; needs onnxruntime-node" },
+        text: { value: "LINES.txt", help: "auto: plain text of the tasks' kind, one on each line; never what you test on" },
+        tokens: { value: "N", help: "tokens of a text at most (128)" },
+        tokenizer: { value: "FILE", help: "tokenizer.json; beside the model unless given; needs @huggingface/tokenizers" },
         dtype: { value: "TYPE", help: "f32, f16 (default), bf16, int8, int4, int3; or basis=…,coefficients=…,head=…" },
         ...base,
         ...as,
@@ -66,7 +80,7 @@ const COMMANDS = new Map<string, Command>([
     {
       usage: "shard ADAPTER_OR_FOLDER... -o PART",
       does: "statistics of some of very many adapters, to be merged with those of others (docs/hub.md)",
-      options: { ...output("PART", "the part to write; left alone when it is there and made of the same"), ...gauge, ...rank, ...columnOnly, ...as },
+      options: { ...output("PART", "the part to write; left alone when it is there and made of the same"), ...gauge, ...trim, ...normalize, ...columnOnly, ...as },
       positionals: [1, Infinity],
       run: shardCommand,
     },
@@ -99,7 +113,6 @@ const COMMANDS = new Map<string, Command>([
       options: {
         ...output("PART", "the part to write; left alone when it is there and made of the same"),
         dtype: { value: "TYPE", help: "of coefficients and heads; or coefficients=…,head=…" },
-        ...rank,
         ...as,
       },
       positionals: [2, Infinity],

@@ -27,11 +27,12 @@ export async function shardCommand(args: Arguments, out: Output): Promise<Result
   const file = required(args, "output");
   columnOnly(args);
   const gauge = choice(args, "gauge", ["as-trained", "balanced"] as const, "as-trained");
-  const rank = rankOf(args);
+  const normalize = args.flag("normalize");
+  const rank = args.text("rank") === undefined ? undefined : wholeNumber(args, "rank", 1);
   const adapters = await readAdapters(args.positionals, { rename: renames(args) });
   try {
-    const statistics = await adapterStatistics(adapters, { gauge, rank });
-    const made = digest("shard", gauge, rank, await contents(adapters));
+    const statistics = await adapterStatistics(adapters, { gauge, rank, normalize });
+    const made = digest("shard", gauge, rank, normalize, await contents(adapters));
     const warnings = warned(adapters, out);
     const progress = (done: number, of: number): void => out.progress("side", done, of);
     const figures = await makePart(file, "statistics", made, async () => writeStatistics(statistics, made, progress));
@@ -85,14 +86,13 @@ export async function projectCommand(args: Arguments, out: Output): Promise<Resu
   const [basisPath = "", ...paths] = args.positionals;
   refuseOverwriting(file, basisPath);
   const types = storageTypes(storage(args.text("dtype")));
-  const rank = rankOf(args);
   const adapters = await readAdapters(paths, { rename: renames(args) });
   const basis = await openPack(basisPath);
   try {
-    const made = digest("project", basis.basisId, types.coefficients, types.head, rank, await contents(adapters));
+    const made = digest("project", basis.basisId, types.coefficients, types.head, await contents(adapters));
     const warnings = warned(adapters, out);
     const onProgress = (done: number, of: number): void => out.progress("module", done, of);
-    const figures = await makePart(file, "tasks", made, async () => (await projectTasks(basis, adapters, made, { types, rank, onProgress })).chunks);
+    const figures = await makePart(file, "tasks", made, async () => (await projectTasks(basis, adapters, made, { types, onProgress })).chunks);
     const part = await openTasks(file);
     await part.close();
     const { json, text } = result(file, { adapters: adapters.length, modules: basis.modules.length, ...figures, warnings });
@@ -136,10 +136,6 @@ function columnOnly(args: Arguments): void {
   const mode = args.text("mode") ?? "column";
   if (mode === "column") return;
   throw new UsageError(`--mode ${mode}: only column mode is made of parts, the others need all adapters at once; use eigenlora pack`);
-}
-
-function rankOf(args: Arguments): number | undefined {
-  return args.text("rank") === undefined ? undefined : wholeNumber(args, "rank", 1);
 }
 
 function warned(adapters: readonly Adapter[], out: Output): string[] {

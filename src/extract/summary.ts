@@ -14,10 +14,10 @@ export type Summary = { readonly width: number; readonly count: number } & (
   | { readonly kind: "rows"; readonly values: Float64Array }
   | {
       readonly kind: "gram";
-      /** The lower triangle of XᵀX, row by row: entry (i, j) at i·(i + 1)/2 + j. */
+      /** The lower triangle of YᵀY, row by row: entry (i, j) at i·(i + 1)/2 + j. Rows of Y are those of X times their weights w. */
       readonly gram: Float64Array;
-      /** Of the rows [width]. */
-      readonly sum: Float64Array;
+      /** [2, width + 1]: Σ y, Σ w; Σ w·y, Σ w². What the mean, and taking it off, need. */
+      readonly sums: Float64Array;
     }
 );
 
@@ -45,7 +45,7 @@ export class SummaryBuilder {
   /** All rows, or those that wait for the next product. */
   readonly #rows: Float64Array;
   readonly #gram: Float64Array;
-  readonly #sum: Float64Array;
+  readonly #sums: Float64Array;
   #waiting = 0;
   #placed = 0;
 
@@ -58,33 +58,39 @@ export class SummaryBuilder {
     this.#kind = kind;
     this.#rows = new Float64Array(held * width);
     this.#gram = new Float64Array(kind === "gram" ? triangle(width) : 0);
-    this.#sum = new Float64Array(kind === "gram" ? width : 0);
+    this.#sums = new Float64Array(kind === "gram" ? 2 * (width + 1) : 0);
   }
 
   /**
    * Adds rows [rows, width]; `values` may end early, the rest is zero.
+   * @param weight what the rows count, where they are not kept; who takes components of kept rows weighs them then
    * @throws RangeError for more rows than were announced
    */
-  add(values: Float64Array, rows: number): void {
+  add(values: Float64Array, rows: number, weight = 1): void {
     this.#place(rows);
+    const width = this.#width;
     if (this.#kind === "rows") {
-      this.#rows.set(values, (this.#placed - rows) * this.#width);
+      this.#rows.set(values, (this.#placed - rows) * width);
       return;
     }
-    // Rows of zeros change neither Gram matrix nor sum.
-    for (let at = 0; at < values.length; at += this.#width) {
-      this.#rows.set(values.subarray(at, at + this.#width), this.#waiting * this.#width);
-      addScaled(1, values, at, this.#sum, 0, this.#width);
-      if (++this.#waiting * this.#width === this.#rows.length) this.#multiply();
+    for (let at = 0; at < rows * width; at += width) {
+      this.#sums[width]! += weight;
+      this.#sums[2 * width + 1]! += weight ** 2;
+      // A row of zeros counts in the mean and changes nothing else.
+      if (at >= values.length) continue;
+      const row = this.#waiting * width;
+      for (let j = 0; j < width; j++) this.#rows[row + j] = weight * values[at + j]!;
+      addScaled(1, this.#rows, row, this.#sums, 0, width);
+      addScaled(weight, this.#rows, row, this.#sums, width + 1, width);
+      if (++this.#waiting * width === this.#rows.length) this.#multiply();
     }
   }
 
-  /** Adds a whole summary. @throws RangeError as `add` */
-  merge(other: Summary): void {
-    if (other.kind === "rows") return this.add(other.values, other.count);
+  /** Adds a Gram matrix. @throws RangeError as `add` */
+  merge(other: Summary & { kind: "gram" }): void {
     this.#place(other.count);
     addScaled(1, other.gram, 0, this.#gram, 0, other.gram.length);
-    addScaled(1, other.sum, 0, this.#sum, 0, other.sum.length);
+    addScaled(1, other.sums, 0, this.#sums, 0, other.sums.length);
   }
 
   /** @throws RangeError for fewer rows than were announced */
@@ -93,7 +99,7 @@ export class SummaryBuilder {
     const stack = { width: this.#width, count: this.#count };
     if (this.#kind === "rows") return { ...stack, kind: "rows", values: this.#rows };
     this.#multiply();
-    return { ...stack, kind: "gram", gram: this.#gram, sum: this.#sum };
+    return { ...stack, kind: "gram", gram: this.#gram, sums: this.#sums };
   }
 
   #place(rows: number): void {
@@ -136,25 +142,27 @@ const RESOLVED = 2 ** -33;
  * @returns components weaker than 1e-5 of the strongest, or of the mean, cannot be told from rounding and are left out
  */
 export function gramComponents(
-  { gram, sum, count: rows, width }: Summary & { kind: "gram" },
+  { gram, sums, count: rows, width }: Summary & { kind: "gram" },
   centering: "keep" | "none",
   choose: number | ((singular: Float64Array, total: number) => number),
   products: Products = timesTransposed,
 ): { mean: Float64Array | undefined; components: Components } {
   // Rounded as `columnMeans` does: a pack in f32 stores exactly the mean that was taken off.
-  const mean = centering === "keep" ? sum.map((value) => Math.fround(value / rows)) : undefined;
+  const [sum, turned] = [sums.subarray(0, width), sums.subarray(width + 1, 2 * width + 1)];
+  const [weight, squares] = [sums[width]! || 1, sums[2 * width + 1]!];
+  const mean = centering === "keep" ? sum.map((value) => Math.fround(value / weight)) : undefined;
   const square = new Float64Array(width * width);
   let total = 0;
   for (let i = 0; i < width; i++) {
     for (let j = 0; j <= i; j++) {
       let value = gram[triangle(i) + j]!;
-      if (mean) value += rows * mean[i]! * mean[j]! - mean[i]! * sum[j]! - sum[i]! * mean[j]!;
+      if (mean) value += squares * mean[i]! * mean[j]! - mean[i]! * turned[j]! - turned[i]! * mean[j]!;
       square[i * width + j] = square[j * width + i] = value;
     }
     total += square[i * width + i]!;
   }
   const limit = Math.min(rows, width);
-  const least = RESOLVED * (mean ? rows * dot(mean, 0, mean, 0, width) : 0);
+  const least = RESOLVED * (mean ? squares * dot(mean, 0, mean, 0, width) : 0);
   const few = typeof choose === "number" ? strongestOf(square, width, Math.min(choose, limit), least, products) : undefined;
   const eigen = few ?? symmetricEigen(square, width, products.tridiagonalize);
   const singular = eigen.values.slice(0, limit).map((value) => Math.sqrt(Math.max(0, value)));

@@ -8,7 +8,6 @@ import { encodeTensor } from "../encode.ts";
 import { createWasmProducts } from "../backends/wasm-products.ts";
 import { AdapterError } from "../errors.ts";
 import {
-  checkRank,
   extractModule,
   openModule,
   projectModule,
@@ -56,6 +55,8 @@ export interface BuildOptions {
    */
   private?: number | undefined;
   centering?: "keep" | "none";
+  /** Every task counts alike when components are sought, however large its update is. */
+  normalize?: boolean | undefined;
   /** How many components. 90 % of the squared singular values per module and side unless given. */
   select?: Selection;
   types?: Partial<StorageTypes>;
@@ -107,7 +108,7 @@ export async function buildPack(
   if (mode === "flat") checkFlat(select, adapters.length, centering);
   const types = storageTypes(options.types);
   const stored = { basisType: types.basis, coefficientType: types.coefficients };
-  const extraction = { mode, gauge, rank, private: options.private ?? 0, centering, select, ...stored, ...(await fastProducts()) };
+  const extraction = { mode, gauge, rank, private: options.private ?? 0, centering, normalize: options.normalize, select, ...stored, ...(await fastProducts()) };
   const names = [...new Set(adapters.flatMap((a) => [...a.modules.keys()]))].sort();
   const fingerprints = options.base && (await readFingerprints(options.base, names.map((name) => firstModule(adapters, name))));
   const modules: ModuleInput[] = [];
@@ -147,6 +148,7 @@ export async function buildPack(
     mode,
     gauge,
     centering,
+    rank,
     baseModel: baseModels[0],
     // Handed over: the encoded components are in `bases` afterwards, and need not be held twice.
     modules: modules.splice(0),
@@ -203,12 +205,10 @@ export interface ProjectedAdapter extends TaskToWrite {
 }
 
 /**
- * Projects adapters onto the basis of a pack (DESIGN 2.10a), in the pack's gauge; module by module, so that each basis is
- * opened once.
+ * Projects adapters onto the basis of a pack (DESIGN 2.10a), in the pack's gauge and to its rank; module by module, so that each
+ * basis is opened once.
  * @param bases of the pack, as `pack.takeBases()` gives them
- * @param options.rank the most rows of coefficients, as of `buildPack`
- * @param options.onProgress called after each module
- * @throws RangeError for a rank in another gauge than balanced
+ * @param onProgress called after each module
  * @throws AdapterError when one adapts a module that the pack does not have, or of another shape
  */
 export async function projectAdapters(
@@ -216,10 +216,10 @@ export async function projectAdapters(
   bases: Uint8Array,
   adapters: readonly Adapter[],
   types: StorageTypes,
-  { rank, onProgress }: { rank?: number | undefined; onProgress?: (done: number, of: number) => void } = {},
+  onProgress?: (done: number, of: number) => void,
 ): Promise<ProjectedAdapter[]> {
-  const gauge: Gauge = pack.directory.basis.gauge === "balanced" ? "balanced" : "as-trained";
-  checkRank({ gauge, rank });
+  const { basis } = pack.directory;
+  const gauge: Gauge = basis.gauge === "balanced" ? "balanced" : "as-trained";
   for (const adapter of adapters) checkModules(pack, adapter);
   const { products } = await fastProducts();
   const errors = new ErrorTally();
@@ -232,7 +232,7 @@ export async function projectAdapters(
       const opened = (space ??= openModule(storedModule(stored, bases, adapter), products));
       const { A, Bt, magnitude } = await module.read();
       const member = { id: adapter.id, rank: module.rank, A, Bt };
-      const project = (): ProjectedTask => projectModule(opened, member, { gauge, rank, coefficientType: types.coefficients });
+      const project = (): ProjectedTask => projectModule(opened, member, { gauge, rank: basis.rank, coefficientType: types.coefficients });
       const task = storable(adapter, stored, project);
       errors.add(adapter.id, stored.name, task.error);
       terms[i]!.push(encodeTerm(index, task, opened, magnitude, adapter, types));

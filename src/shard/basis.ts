@@ -10,7 +10,7 @@ import { basisId, encodeBasis as encodeBases, type ModuleInput } from "../pack/e
 import { layoutFresh } from "../pack/layout.ts";
 import type { WeightHost } from "../runtime/host.ts";
 import { VERSION } from "../version.ts";
-import { baseModels, type Statistics } from "./statistics.ts";
+import { baseModels, factorsOf, type Statistics } from "./statistics.ts";
 
 export interface BasisOptions {
   /** How many components of each module and side: `k` or `energy`; 90 % of the squared singular values unless given. */
@@ -47,7 +47,7 @@ export interface BasisReport {
  */
 export async function buildBasis(statistics: Statistics, options: BasisOptions = {}): Promise<{ chunks: Uint8Array[]; report: BasisReport }> {
   const { select = { kind: "energy", share: 0.9 }, centering = "keep", type = "f16", base } = options;
-  const { gauge } = statistics;
+  const { gauge, rank, normalize } = statistics;
   checkSelection(select);
   if (select.kind === "error") {
     throw new RangeError("a largest error is judged on all adapters at once: say how many components (--k, --energy), or pack on one machine");
@@ -57,7 +57,7 @@ export async function buildBasis(statistics: Statistics, options: BasisOptions =
       "balanced pairs settle their signs by the mean of all adapters at once: do without the mean (--centering none), or shard with --gauge as-trained",
     );
   }
-  const extraction: ExtractOptions = { gauge, centering, select, basisType: type, coefficientType: type, ...(await fastProducts()) };
+  const extraction: ExtractOptions = { gauge, centering, normalize, select, basisType: type, coefficientType: type, ...(await fastProducts()) };
   const names = [...statistics.modules.keys()];
   const fingerprints = base && (await readFingerprints(base, statistics.modules.values()));
   const modules: ModuleInput[] = [];
@@ -70,7 +70,7 @@ export async function buildBasis(statistics: Statistics, options: BasisOptions =
   const models = baseModels(statistics);
   const warnings = base ? [] : ["made without a base model: the runtime can check shapes only, not which model it is"];
   if (models.length > 1) warnings.push(`the adapters name different base models: ${models.join(", ")}`);
-  const { description, bases } = encodeBases({ producer: `eigenlora ${VERSION}`, mode: "column", gauge, centering, baseModel: models[0], modules });
+  const { description, bases } = encodeBases({ producer: `eigenlora ${VERSION}`, mode: "column", gauge, centering, rank, baseModel: models[0], modules });
   const chunks = layoutFresh({ description, bases, basisId: await basisId(description, bases), tasks: [] });
   const counts = modules.flatMap((m) => [m.A!.K, m.B!.K]);
   const report: BasisReport = {
@@ -88,24 +88,19 @@ export async function buildBasis(statistics: Statistics, options: BasisOptions =
 
 function sideBasis(summary: Summary, ranks: Uint32Array, options: ExtractOptions): SideBasis {
   const { width } = summary;
-  if (summary.kind === "rows") {
-    const factors = factorsOf(summary.values, width, ranks, options.gauge === "balanced");
-    const side = decompose(factors, factors, width, undefined, options);
-    return encodeBasis(side, side.components.count, options.basisType);
+  if (summary.kind === "gram") {
+    const found = gramComponents(summary, options.centering, wanted(options), options.products);
+    return encodeBasis({ width, rank: undefined, ...found }, found.components.count, options.basisType);
   }
-  const found = gramComponents(summary, options.centering, wanted(options), options.products);
-  return encodeBasis({ width, rank: undefined, ...found }, found.components.count, options.basisType);
+  const stacked = factorsOf(summary.values, ranks, width).filter(({ rank }) => rank > 0);
+  const factors = stacked.map(({ factor }) => (options.gauge === "balanced" ? trimmed(factor, width) : factor));
+  const side = decompose(factors, factors, width, undefined, options);
+  return encodeBasis(side, side.components.count, options.basisType);
 }
 
-/** Each adapter's rows, without those that the balanced gauge trimmed. */
-function factorsOf(values: Float64Array, width: number, ranks: Uint32Array, trimmed: boolean): Float64Array[] {
-  const factors: Float64Array[] = [];
-  let start = 0;
-  for (const rank of ranks) {
-    let end = start + rank;
-    if (trimmed) while (end > start + 1 && values.subarray((end - 1) * width, end * width).every((value) => value === 0)) end--;
-    if (rank > 0) factors.push(values.subarray(start * width, end * width));
-    start += rank;
-  }
-  return factors;
+/** A balanced factor without the rows of zeros behind. */
+function trimmed(factor: Float64Array, width: number): Float64Array {
+  let end = factor.length;
+  while (end > width && factor.subarray(end - width, end).every((value) => value === 0)) end -= width;
+  return factor.subarray(0, end);
 }

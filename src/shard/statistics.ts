@@ -5,11 +5,11 @@
  */
 import type { Adapter, AdapterModule } from "../adapters/adapter.ts";
 import { AdapterError, FormatError, TaskError } from "../errors.ts";
-import { checkRank, type Gauge } from "../extract/extract.ts";
+import { checkRank, reciprocal, type Gauge } from "../extract/extract.ts";
 import { balance, leadingRows } from "../extract/gauge.ts";
 import type { Products } from "../extract/linalg.ts";
 import { SummaryBuilder, summaryKind, triangle, type Summary } from "../extract/summary.ts";
-import { checkSame, fastProducts } from "../pack/build.ts";
+import { checkSame, fastProducts, type BuildOptions } from "../pack/build.ts";
 import { isTaskId, LAYOUTS } from "../pack/format.ts";
 import type { Value } from "../pack/messagepack.ts";
 import type { SafetensorsEntry } from "../safetensors-writer.ts";
@@ -34,6 +34,8 @@ export interface Statistics {
   readonly gauge: Gauge;
   /** The most rows that were taken of an adapter's module, its strongest; undefined for all. */
   readonly rank: number | undefined;
+  /** Whether every adapter's factor counts alike, however large it is. Rows are kept as they are, Gram matrices are of scaled rows. */
+  readonly normalize: boolean;
   /** Sorted by id. */
   readonly adapters: readonly CountedAdapter[];
   /** By name, sorted. */
@@ -67,7 +69,7 @@ export function compare(a: string, b: string): number {
  */
 export async function adapterStatistics(
   adapters: readonly Adapter[],
-  { gauge = "as-trained", rank }: { gauge?: Gauge; rank?: number | undefined } = {},
+  { gauge = "as-trained", rank, normalize = false }: Pick<BuildOptions, "gauge" | "rank" | "normalize"> = {},
 ): Promise<Statistics> {
   if (adapters.length === 0) throw new RangeError("adapterStatistics: no adapters");
   checkRank({ gauge, rank });
@@ -91,11 +93,12 @@ export async function adapterStatistics(
     file: sorted[0]!.file,
     gauge,
     rank,
+    normalize,
     adapters: sorted.map(({ id, baseModel }) => ({ id, baseModel })),
     modules,
     ranks: async (name) => Uint32Array.from(sorted, (adapter) => Math.min(adapter.modules.get(name)?.rank ?? 0, most)),
     async side(name, side) {
-      if (last?.name !== name) last = { name, sides: summarise(sorted, modules.get(name)!, gauge, most, products) };
+      if (last?.name !== name) last = { name, sides: summarise(sorted, modules.get(name)!, { gauge, most, normalize, products }) };
       return (await last.sides)[side];
     },
   };
@@ -104,9 +107,7 @@ export async function adapterStatistics(
 async function summarise(
   adapters: readonly Adapter[],
   { name, out, in: inputs, rows }: StatisticsModule,
-  gauge: Gauge,
-  most: number,
-  products: Products | undefined,
+  { gauge, most, normalize, products }: { gauge: Gauge; most: number; normalize: boolean; products: Products | undefined },
 ): Promise<Record<"A" | "B", Summary>> {
   const sides = { A: new SummaryBuilder(rows, inputs, products), B: new SummaryBuilder(rows, out, products) };
   for (const adapter of adapters) {
@@ -116,8 +117,8 @@ async function summarise(
     const given = { rank: module.rank, A: Float64Array.from(A), Bt: Float64Array.from(Bt) };
     const pair = gauge === "balanced" ? leadingRows(balance(given, out, inputs), most) : given;
     const taken = Math.min(module.rank, most);
-    sides.A.add(pair.A, taken);
-    sides.B.add(pair.Bt, taken);
+    sides.A.add(pair.A, taken, normalize ? reciprocal(pair.A) : 1);
+    sides.B.add(pair.Bt, taken, normalize ? reciprocal(pair.Bt) : 1);
   }
   return { A: sides.A.finish(), B: sides.B.finish() };
 }
@@ -137,10 +138,10 @@ export async function mergeStatistics(given: readonly Statistics[], options: { a
     .sort((a, b) => compare(a.id, b.id) || compare(a.file, b.file));
   refuseTwice(members);
   for (const part of parts) {
-    for (const setting of ["gauge", "rank"] as const) {
-      const [ours, theirs] = [first[setting] ?? "all", part[setting] ?? "all"];
+    for (const setting of ["gauge", "rank", "normalize"] as const) {
+      const [ours, theirs] = [first[setting] ?? "whole", part[setting] ?? "whole"];
       if (ours === theirs) continue;
-      throw new AdapterError(`its ${setting} is ${theirs}, that of ${first.file} is ${ours}: shard one of them again, with the same --${setting}`, {
+      throw new AdapterError(`${setting} is ${theirs}, but ${ours} in ${first.file}: shard one of them again, with the same --${setting}`, {
         file: part.file,
         field: setting,
       });
@@ -163,6 +164,7 @@ export async function mergeStatistics(given: readonly Statistics[], options: { a
     file: first.file,
     gauge: first.gauge,
     rank: first.rank,
+    normalize: first.normalize,
     adapters: members.map(({ id, baseModel }) => ({ id, baseModel })),
     modules,
     async ranks(name) {
@@ -173,26 +175,36 @@ export async function mergeStatistics(given: readonly Statistics[], options: { a
       const { rows, out, in: inputs } = modules.get(name)!;
       const width = side === "A" ? inputs : out;
       const builder = new SummaryBuilder(rows, width, products);
+      const add = (factor: Float64Array, rank: number): void => builder.add(factor, rank, first.normalize ? reciprocal(factor) : 1);
       if (summaryKind(rows, width) === "gram") {
-        for (const part of parts) if (part.modules.has(name)) builder.merge(await part.side(name, side));
+        for (const part of parts.filter((part) => part.modules.has(name))) {
+          const summary = await part.side(name, side);
+          if (summary.kind === "gram") builder.merge(summary);
+          else for (const { factor, rank } of factorsOf(summary.values, await part.ranks(name), width)) add(factor, rank);
+        }
         return builder.finish();
       }
-      const stacks = new Map<Statistics, { values: Float64Array; starts: number[]; ranks: Uint32Array }>();
-      for (const [part, ranks] of await ranksOf(name)) {
-        const starts: number[] = [];
-        ranks.reduce((at, rank) => (starts.push(at), at + rank), 0);
-        stacks.set(part, { values: rowsOf(await part.side(name, side)), starts, ranks });
-      }
+      const stacks = new Map<Statistics, Stacked[]>();
+      for (const [part, ranks] of await ranksOf(name)) stacks.set(part, factorsOf(rowsOf(await part.side(name, side)), ranks, width));
       for (const { part, index } of members) {
-        const stack = stacks.get(part);
-        const rank = stack?.ranks[index] ?? 0;
-        if (!stack || rank === 0) continue;
-        const start = stack.starts[index]!;
-        builder.add(stack.values.subarray(start * width, (start + rank) * width), rank);
+        const { factor, rank } = stacks.get(part)?.[index] ?? { factor: new Float64Array(0), rank: 0 };
+        add(factor, rank);
       }
       return builder.finish();
     },
   };
+}
+
+/** One adapter's rows in a stack. */
+interface Stacked {
+  factor: Float64Array;
+  rank: number;
+}
+
+/** A stack cut into the rows of each adapter, as views; those without any too. */
+export function factorsOf(rows: Float64Array, ranks: Uint32Array, width: number): Stacked[] {
+  let start = 0;
+  return Array.from(ranks, (rank) => ({ factor: rows.subarray(start * width, (start += rank) * width), rank }));
 }
 
 function rowsOf(summary: Summary): Float64Array {
@@ -228,7 +240,7 @@ export function baseModels({ adapters }: Pick<Statistics, "adapters">): string[]
  * @param made a digest of what the statistics were made of
  */
 export function writeStatistics(statistics: Statistics, made: string, onProgress?: (done: number, of: number) => void): AsyncGenerator<Uint8Array, void> {
-  const { gauge, rank, adapters, modules } = statistics;
+  const { gauge, rank, normalize, adapters, modules } = statistics;
   const entries: SafetensorsEntry[] = [];
   let done = 0;
   for (const { name, rows, out, in: inputs } of modules.values()) {
@@ -255,12 +267,12 @@ export function writeStatistics(statistics: Statistics, made: string, onProgress
       if (summaryKind(rows, width) === "rows") part("rows", [rows, width], rowsOf, true);
       else {
         part("gram", [triangle(width)], (s) => (s as Summary & { kind: "gram" }).gram, false);
-        part("sum", [width], (s) => (s as Summary & { kind: "gram" }).sum, true);
+        part("sums", [2, width + 1], (s) => (s as Summary & { kind: "gram" }).sums, true);
       }
     }
     entries.push({ name: `${name}.ranks`, dtype: "U32", shape: [adapters.length], read: async () => toBytes(await statistics.ranks(name)) });
   }
-  return writePart("statistics", made, { gauge, rank, adapters, modules: [...modules.values()] }, entries);
+  return writePart("statistics", made, { gauge, rank, normalize, adapters, modules: [...modules.values()] }, entries);
 }
 
 /**
@@ -293,7 +305,7 @@ export async function openStatistics(input: SourceInput): Promise<StatisticsPart
         if (summaryKind(module.rows, width) === "rows") place(`${side}.rows`, "F64", module.rows, width);
         else {
           place(`${side}.gram`, "F64", triangle(width));
-          place(`${side}.sum`, "F64", width);
+          place(`${side}.sums`, "F64", 2, width + 1);
         }
       }
       place("ranks", "U32", adapters.length);
@@ -309,6 +321,7 @@ export async function openStatistics(input: SourceInput): Promise<StatisticsPart
       made,
       gauge,
       rank,
+      normalize: about.get("normalize").boolean(),
       adapters,
       modules,
       async ranks(name) {
@@ -324,7 +337,7 @@ export async function openStatistics(input: SourceInput): Promise<StatisticsPart
         const width = side === "A" ? inputs : out;
         const stack = { width, count };
         if (summaryKind(count, width) === "rows") return { ...stack, kind: "rows", values: await values(`${name}.${side}.rows`) };
-        return { ...stack, kind: "gram", gram: await values(`${name}.${side}.gram`), sum: await values(`${name}.${side}.sum`) };
+        return { ...stack, kind: "gram", gram: await values(`${name}.${side}.gram`), sums: await values(`${name}.${side}.sums`) };
       },
       close: () => part.close(),
     };

@@ -32,21 +32,20 @@ const nameOf = (id: string): string => `task ${id}`;
  * Projects adapters onto a basis.
  * @param basis a pack; its tasks, if it has any, are left alone
  * @param made a digest of what the part is made of
- * @param options.rank the most rows of coefficients, as of `buildPack`
- * @throws RangeError and AdapterError as `projectAdapters`; TaskError for two adapters of one id
+ * @throws AdapterError as `projectAdapters`; TaskError for two adapters of one id
  * @returns the bytes of the part, and what the tasks lost
  */
 export async function projectTasks(
   basis: Pack,
   adapters: readonly Adapter[],
   made: string,
-  options: { types?: Partial<StorageTypes>; rank?: number | undefined; onProgress?: (done: number, of: number) => void } = {},
+  options: { types?: Partial<StorageTypes>; onProgress?: (done: number, of: number) => void } = {},
 ): Promise<{ chunks: AsyncGenerator<Uint8Array, void>; residual: TaskLoss[] }> {
   const sorted = [...adapters].sort((a, b) => compare(a.id, b.id));
   const twice = sorted.find(({ id }, i) => sorted[i + 1]?.id === id);
   if (twice) throw new TaskError(`two adapters are called "${twice.id}"`, { task: twice.id });
   const types = storageTypes(options.types);
-  const projected = await projectAdapters(basis, await basis.takeBases(), sorted, types, options);
+  const projected = await projectAdapters(basis, await basis.takeBases(), sorted, types, options.onProgress);
   const id = idBytes(basis);
   const entries = projected.map(({ entry, blob }) => {
     const file = encodeTaskFile(entry, id, blob);
@@ -54,7 +53,7 @@ export async function projectTasks(
   });
   const residual = projected.map((task) => task.residual);
   const { coefficients, head } = types;
-  return { chunks: writePart("tasks", made, { basisId: basis.basisId, types: { coefficients, head }, rank: options.rank, tasks: residual }, entries), residual };
+  return { chunks: writePart("tasks", made, { basisId: basis.basisId, types: { coefficients, head }, tasks: residual }, entries), residual };
 }
 
 /** A pack of all tasks of some parts, and what became of the adapters. */
@@ -114,19 +113,16 @@ export async function assemblePack(basis: Pack, parts: readonly TaskPart[]): Pro
 }
 
 function refuseOther(basis: Pack, first: TaskPart, part: TaskPart): void {
-  const { basisId, file } = part;
+  const { basisId, file, types } = part;
   if (basisId !== basis.basisId) {
     throw new AdapterError(`it was projected onto the basis ${basisId}, ${basis.name} is ${basis.basisId}: project it again`, { file, field: "basis" });
   }
-  const settings = ({ types, rank }: TaskPart): [string, string | number, string][] => [
-    ["coefficients", types.coefficients, "dtype"],
-    ["head", types.head, "dtype"],
-    ["rank", rank ?? "all", "rank"],
-  ];
-  for (const [i, [what, theirs, option]] of settings(part).entries()) {
-    const ours = settings(first)[i]![1];
-    if (ours === theirs) continue;
-    throw new AdapterError(`${what} ${theirs}, but ${ours} in ${first.file}: project one of them again, with the same --${option}`, { file, field: what });
+  for (const what of ["coefficients", "head"] as const) {
+    if (types[what] === first.types[what]) continue;
+    throw new AdapterError(`its ${what} are ${types[what]}, those of ${first.file} ${first.types[what]}: project one of them again, with the same --dtype`, {
+      file,
+      field: what,
+    });
   }
 }
 
@@ -149,8 +145,6 @@ export interface TaskPart extends Pick<Part, "file" | "made" | "close"> {
   /** Hexadecimal id of the basis. */
   readonly basisId: string;
   readonly types: TaskTypes;
-  /** The most rows of coefficients; undefined for all. */
-  readonly rank: number | undefined;
   /** Sorted by id. */
   readonly tasks: readonly TaskLoss[];
   /** The task file of a task. @throws FormatError when it is damaged */
@@ -175,7 +169,6 @@ export async function openTasks(input: SourceInput): Promise<TaskPart> {
       made,
       basisId: about.get("basisId").string(64),
       types: { coefficients: oneOf(types.get("coefficients"), TENSOR_TYPES), head: oneOf(types.get("head"), TENSOR_TYPES) },
-      rank: about.get("rank").absent ? undefined : about.get("rank").integer(1, 65_535),
       tasks,
       read: (id) => part.read(nameOf(id)),
       close: () => part.close(),
