@@ -51,8 +51,11 @@ function largest(x: Float64Array): number {
   return x.reduce((peak, value) => Math.max(peak, Math.abs(value)), 0);
 }
 
-/** Both ways to the first k components; says whether they were found alone. */
-function compare(name: string, x: Float64Array, rows: number, width: number, k: number, products: Products): boolean {
+/**
+ * Both ways to the first k components; says whether they were found alone.
+ * @param tolerance of energy and singular values, relative
+ */
+function compare(name: string, x: Float64Array, rows: number, width: number, k: number, products: Products, tolerance = 1e-12): boolean {
   const floors = floorsOf(x, rows, width);
   const before = x.slice();
   const few = principalComponents(x, rows, width, floors, k, products);
@@ -61,10 +64,11 @@ function compare(name: string, x: Float64Array, rows: number, width: number, k: 
   t.equal(few.count, whole.count, `${name}: as many components`);
   t.equal(few.total, whole.total);
   const [one, other] = [captured(x, rows, width, few), captured(x, rows, width, whole)];
-  t.ok(Math.abs(one - other) <= 1e-12 * other, `${name}: the same energy, ${one / other - 1}`);
+  t.ok(Math.abs(one - other) <= tolerance * other, `${name}: the same energy, ${one / other - 1}`);
   for (let i = 0; i < few.count; i++) {
-    const apart = Math.abs(few.singular[i]! - whole.singular[i]!);
-    if (!(apart <= 1e-9 * whole.singular[i]!)) t.fail(`${name}: singular value ${i} differs by ${apart / whole.singular[i]!}`);
+    const [value, apart] = [whole.singular[i]!, Math.abs(few.singular[i]! - whole.singular[i]!)];
+    // A Gram matrix knows squares to 1e-16 of the largest, and no better.
+    if (!(apart <= tolerance * value + (1e-15 * whole.singular[0]! ** 2) / value)) t.fail(`${name}: singular value ${i} differs by ${apart / value}`);
   }
   const cross = products(few.vectors, few.vectors, few.count, few.count, width);
   for (let i = 0; i < few.count; i++) cross[i * few.count + i]! -= 1;
@@ -78,7 +82,7 @@ function compare(name: string, x: Float64Array, rows: number, width: number, k: 
 const falling = (count: number, factor: number, floor: number): number[] =>
   Array.from({ length: count }, (_, i) => Math.max(factor ** i, floor));
 
-const [ROWS, WIDTH, K] = [320, 350, 6];
+const [ROWS, WIDTH, K] = [210, 230, 4];
 
 t.test("a spectrum that falls off: found alone, the same subspace", async () => {
   for (const [name, products] of ways) {
@@ -104,14 +108,15 @@ t.test("noise in all directions: nothing falls off, the whole eigenproblem is so
 
 t.test("clusters and equal values", async () => {
   const rest = falling(ROWS - 60, 0.9, 0.001).map((value) => value / 10);
-  const cases: [string, number[]][] = [
+  const cases: [string, number[], number?][] = [
     ["pairs", [5, 5, 4, 4, 3, 3, 2, 2]],
     ["a cluster within 1e-9", Array.from({ length: 8 }, (_, i) => 1 + 1e-9 * i)],
     ["equal values on both sides of the cut", [5, 4, 3, 2, 1, 1, 1, 1, 1]],
     ["more equal values than a block holds", new Array<number>(40).fill(1)],
-    ["a cluster within 1e-9 that a block does not hold", Array.from({ length: 40 }, (_, i) => 1 + 1e-9 * i)],
+    // Which of them are largest is below the residual that is asked for.
+    ["a cluster within 4e-8 that a block does not hold", Array.from({ length: 40 }, (_, i) => 1 + 1e-9 * i), 1e-7],
   ];
-  for (const [name, top] of cases) compare(name, withSingular([...top, ...rest], ROWS, WIDTH), ROWS, WIDTH, K, wasm);
+  for (const [name, top, tolerance] of cases) compare(name, withSingular([...top, ...rest], ROWS, WIDTH), ROWS, WIDTH, K, wasm, tolerance);
 });
 
 t.test("weak components: exact where Lanczos cannot tell them from rounding", async () => {
@@ -124,7 +129,7 @@ t.test("weak components: exact where Lanczos cannot tell them from rounding", as
 });
 
 t.test("fewer directions than components asked for", async () => {
-  for (const rank of [1, 2, 5]) {
+  for (const rank of [1, 2, K - 1]) {
     const x = withSingular(falling(rank, 0.7, 0), ROWS, WIDTH);
     const found = principalComponents(x, ROWS, WIDTH, floorsOf(x, ROWS, WIDTH), K, wasm);
     t.equal(found.count, rank);
@@ -168,6 +173,6 @@ t.test("any shape, any fall", async () => {
         compare(`[${rows}, ${width}], ${k}, ${factor}`, x, rows, width, k, wasm);
       },
     ),
-    { seed: 5, numRuns: 40 },
+    { seed: 5, numRuns: 25 },
   );
 });

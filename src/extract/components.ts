@@ -4,7 +4,7 @@
  * nothing of tasks, gauges or stored types.
  */
 import { symmetricEigen, type Eigen } from "./eigen.ts";
-import { largestEigen } from "./lanczos.ts";
+import { largestEigen, type Operator } from "./lanczos.ts";
 import { addScaled, dot, gram, rowSquares, scale, timesTransposed, transpose, type Products } from "./linalg.ts";
 
 /** The singular value decomposition of a stack as far as it was asked for. */
@@ -134,31 +134,39 @@ export function principalComponents(
  */
 function gramEigen(x: Float64Array, rows: number, width: number, products: Products, few?: number): Eigen {
   const columns = transpose(x, rows, width);
-  const release = [products.hold?.(x), products.hold?.(columns)];
+  const found = few === undefined ? undefined : fewEigen(x, columns, rows, width, few, products);
+  const wide = rows <= width;
+  const eigen = found ??
+    symmetricEigen(wide ? gram(x, rows, width, products) : gram(columns, width, rows, products), Math.min(rows, width), products.tridiagonalize);
+  if (!wide) return eigen;
+  return {
+    values: eigen.values,
+    vectors(count) {
+      const out = products(eigen.vectors(count), columns, count, width, rows);
+      for (let k = 0; k < count; k++) scale(1 / Math.sqrt(eigen.values[k]!), out, k * width, width);
+      return out;
+    },
+  };
+}
+
+/** The largest eigenpairs alone; undefined where that does not pay, or where one is not resolved. */
+function fewEigen(x: Float64Array, columns: Float64Array, rows: number, width: number, few: number, products: Products): Eigen | undefined {
+  // Y·Yᵀ, where Y [n, other] is X or its transpose.
+  const [n, other, y, turned] = rows > width ? [width, rows, columns, x] : [rows, width, x, columns];
+  const half = (v: Float64Array, k: number): Float64Array => products(v, y, k, n, other);
+  const operator: Operator = {
+    n,
+    apply: (v, k) => half(products(v, turned, k, other, n), k),
+    start: (k, random) => half(Float64Array.from({ length: k * other }, () => random() - 0.5), k),
+  };
+  const held: (() => void)[] = [];
   try {
-    const along = (v: Float64Array, k: number): Float64Array => products(v, x, k, rows, width);
-    const sums = (u: Float64Array, k: number): Float64Array => products(u, columns, k, width, rows);
-    const [size, apply] = rows > width
-      ? [width, (v: Float64Array, k: number) => sums(along(v, k), k)]
-      : [rows, (u: Float64Array, k: number) => along(sums(u, k), k)];
-    const found = few === undefined ? undefined : largestEigen(apply, size, few, products);
-    let eigen: Eigen;
-    if (found && found.values.at(-1)! > RESOLVED * found.values[0]!) eigen = { values: found.values, vectors: () => found.vectors };
-    else {
-      const g = rows > width ? gram(columns, width, rows, products) : gram(x, rows, width, products);
-      eigen = symmetricEigen(g, size, products.tridiagonalize);
-    }
-    if (rows > width) return eigen;
-    return {
-      values: eigen.values,
-      vectors(count) {
-        const out = products(eigen.vectors(count), columns, count, width, rows);
-        for (let k = 0; k < count; k++) scale(1 / Math.sqrt(eigen.values[k]!), out, k * width, width);
-        return out;
-      },
-    };
+    for (const operand of products.hold ? [x, columns] : []) held.push(products.hold!(operand));
+    const found = largestEigen(operator, few, products);
+    if (!found || found.values.at(-1)! <= RESOLVED * found.values[0]!) return undefined;
+    return { values: found.values, vectors: () => found.vectors };
   } finally {
-    for (const free of release) free?.();
+    for (const free of held) free();
   }
 }
 

@@ -9,8 +9,11 @@ import { addScaled, dot, scale, transpose, type Products } from "./linalg.ts";
 /** A block holds so many vectors more than are asked for: the gap that counts is the one behind them. */
 const EXTRA = 8;
 
-/** A pair is accepted when ‖G·v − θ·v‖ is at most this share of θ itself: a weak direction must be as right as a strong one. */
-const RESIDUAL = 1e-8;
+/**
+ * A pair is accepted when ‖G·v − θ·v‖ is at most this share of θ itself: a weak direction must be as right as a strong one. The
+ * squares that the vectors miss are of the order of its square.
+ */
+const RESIDUAL = 1e-7;
 
 /** Vectors to try, as a share of n. Their products then cost at most what the Gram matrix costs. */
 const MOST = 1 / 4;
@@ -18,14 +21,21 @@ const MOST = 1 / 4;
 /** So many steps must fit, or it is not worth a try. */
 const LEAST_STEPS = 4;
 
+/** G [n, n] = X·Xᵀ. */
+export interface Operator {
+  n: number;
+  /** Rows V [k, n] → V·G [k, n]. */
+  apply(v: Float64Array, k: number): Float64Array;
+  /** Rows [k, n] to start from: some rows times Xᵀ. They are half a step ahead of random ones. */
+  start(k: number, random: () => number): Float64Array;
+}
+
 /**
- * @param apply rows V [k, n] → V·G [k, n]
- * @returns the `count` largest eigenvalues of G [n, n], descending, and their unit vectors [count, n]; undefined where n is small
- *   beside `count`, or where a pair fails its residual test: then take `symmetricEigen`
+ * @returns the `count` largest eigenvalues of G, descending, and their unit vectors [count, n]; undefined where n is small beside
+ *   `count`, or where a pair fails its residual test: then take `symmetricEigen`
  */
 export function largestEigen(
-  apply: (v: Float64Array, k: number) => Float64Array,
-  n: number,
+  { n, apply, start }: Operator,
   count: number,
   products: Products,
 ): { values: Float64Array; vectors: Float64Array } | undefined {
@@ -33,28 +43,46 @@ export function largestEigen(
   const steps = Math.floor((MOST * n) / block);
   if (steps < LEAST_STEPS) return undefined;
   const random = generator();
-  const basis = new Float64Array(steps * block * n);
-  const images = new Float64Array(steps * block * n);
-  let next: Float64Array = Float64Array.from({ length: block * n }, () => random() - 0.5);
-  let [left, before] = [steps, Infinity];
-  for (let size = 0; left > 0; ) {
-    basis.set(orthonormal(next, basis.subarray(0, size * n), n, random, products), size * n);
-    next = apply(basis.subarray(size * n, (size + block) * n), block);
-    images.set(next, size * n);
-    size += block;
-    const [v, image] = [basis.subarray(0, size * n), images.subarray(0, size * n)];
-    const ritz = symmetricEigen(products(v, image, size, size, n), size);
-    const turns = ritz.vectors(count);
-    const vectors = products(turns, transpose(v, size, n), count, n, size);
-    const residuals = products(turns, transpose(image, size, n), count, n, size);
-    const worst = worstResidual(residuals, vectors, ritz.values, n);
-    if (worst <= RESIDUAL) return { values: ritz.values.slice(0, count), vectors };
-    // Convergence speeds up if anything: a try that would still fail at this rate, squared, is given up.
-    left--;
-    if (worst * (worst / before) ** (2 * left) > RESIDUAL) return undefined;
-    before = worst;
+  const most = steps * block;
+  const [basis, images, projected] = [new Float64Array(most * n), new Float64Array(most * n), new Float64Array(most * most)];
+  let next = start(block, random);
+  let before = Infinity;
+  for (let step = 1; step <= steps; step++) {
+    const [from, size] = [(step - 1) * block, step * block];
+    const v = basis.subarray(0, size * n);
+    basis.set(orthonormal(next, basis.subarray(0, from * n), n, random, products), from * n);
+    next = apply(basis.subarray(from * n, size * n), block);
+    images.set(next, from * n);
+    addRows(projected, most, from, products(next, v, block, size, n), size);
+    const small = Float64Array.from({ length: size * size }, (_, i) => projected[Math.floor(i / size) * most + (i % size)]!);
+    const ritz = symmetricEigen(small, size, products.tridiagonalize);
+    const [values, turns] = [ritz.values, ritz.vectors(count)];
+    // The last pair is the last to settle; all are looked at when it has.
+    const turn = turns.subarray((count - 1) * size);
+    const [last, image] = [new Float64Array(n), new Float64Array(n)];
+    for (let i = 0; i < size; i++) {
+      addScaled(turn[i]!, basis, i * n, last, 0, n);
+      addScaled(turn[i]!, images, i * n, image, 0, n);
+    }
+    const residual = worstResidual(image, last, values.subarray(count - 1), n);
+    if (residual <= RESIDUAL) {
+      const vectors = products(turns, transpose(v, size, n), count, n, size);
+      const moved = products(turns, transpose(images, size, n), count, n, size);
+      if (worstResidual(moved, vectors, values, n) <= RESIDUAL) return { values: values.slice(0, count), vectors };
+    }
+    // Convergence speeds up if anything: a try that would still fail at this rate, squared, is given up. So is one with a zero value.
+    if (!(residual * (residual / before) ** (2 * (steps - step)) <= RESIDUAL)) return undefined;
+    before = residual;
   }
   return undefined;
+}
+
+/** Adds rows [_, size] from row `from` on to a symmetric matrix, and their mirror image; `stride` values from row to row. */
+function addRows(matrix: Float64Array, stride: number, from: number, rows: Float64Array, size: number): void {
+  for (let i = 0; i < rows.length; i++) {
+    const [row, column] = [from + Math.floor(i / size), i % size];
+    matrix[row * stride + column] = matrix[column * stride + row] = rows[i]!;
+  }
 }
 
 /** The largest ‖G·v − θ·v‖ / θ of pairs with `images` G·v; infinite where a θ is 0. */
@@ -68,29 +96,34 @@ function worstResidual(images: Float64Array, vectors: Float64Array, values: Floa
   return worst;
 }
 
-/** Below this share of its length what is left of a row is mostly rounding. */
-const SPENT = 1e-10;
+/** Of a row that keeps less than this share of its length, what is left is right to too few digits: once more. */
+const LOST = 1e-4;
+
+/** Below this share it is rounding. */
+const SPENT = 1e-12;
 
 /**
- * Rows [block, n] made orthonormal, and orthogonal to those of `before`, in place. A row of which nothing is left, as in a
- * space that is spent, becomes a random one.
+ * Rows [k, n] made orthonormal, and orthogonal to those of `before`, in place. A row of which nothing is left, as in a space that
+ * is spent, becomes a random one.
  */
 function orthonormal(rows: Float64Array, before: Float64Array, n: number, random: () => number, products: Products): Float64Array {
   const [count, size] = [rows.length / n, before.length / n];
   const columns = transpose(before, size, n);
-  // Twice is enough, once more after a row had to be replaced.
-  for (let clean = 0; clean < 2; clean++) {
+  for (let again = true; again; ) {
+    again = false;
     const inside = products(products(rows, before, count, size, n), columns, count, n, size);
     for (let i = 0; i < count; i++) {
       const at = i * n;
       const length = norm(rows, at, n);
       for (let j = 0; j < n; j++) rows[at + j]! -= inside[at + j]!;
       for (let j = 0; j < at; j += n) addScaled(-dot(rows, j, rows, at, n), rows, j, rows, at, n);
-      if (norm(rows, at, n) <= SPENT * length) {
+      let left = norm(rows, at, n);
+      if (!(left > LOST * length)) again = true;
+      if (!(left > SPENT * length)) {
         for (let j = 0; j < n; j++) rows[at + j] = random() - 0.5;
-        clean = -1;
+        left = norm(rows, at, n);
       }
-      scale(1 / norm(rows, at, n), rows, at, n);
+      scale(1 / left, rows, at, n);
     }
   }
   return rows;
