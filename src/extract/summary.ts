@@ -180,7 +180,9 @@ export function gramComponents(
 function strongestOf(g: Float64Array, n: number, count: number, least: number, products: Products): Eigen | undefined {
   const release = products.hold?.(g);
   try {
-    const found = largestEigen((v, k) => products(v, g, k, n, n), n, count, products);
+    const apply = (v: Float64Array, k: number): Float64Array => products(v, g, k, n, n);
+    const start = (k: number, random: () => number): Float64Array => Float64Array.from({ length: k * n }, () => random() - 0.5);
+    const found = largestEigen({ n, apply, start }, count, products);
     if (!found || found.values[count - 1]! <= Math.max(least, RESOLVED * found.values[0]!)) return undefined;
     return { values: found.values, vectors: () => found.vectors };
   } finally {
