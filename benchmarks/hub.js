@@ -81,8 +81,8 @@ async function measure(width) {
       return { each: (many.coreSeconds - few.coreSeconds) / (counts[1] - counts[0]), many };
     };
     const shard = slope((count) => run(scratch, "shard", ...adapters(count), "-o", `${count}.part`));
-    const other = ["--as", ...folders.flatMap((name) => ["--as", `${name}=other-${name}`]).slice(1)];
-    run(scratch, "shard", ...adapters(counts[1]), ...other, "-o", "other.part");
+    const other = adapters(counts[0]).flatMap((name) => ["--as", `${name}=other-${name}`]);
+    run(scratch, "shard", ...adapters(counts[0]), ...other, "-o", "other.part");
     const merge = run(scratch, "merge", `${counts[1]}.part`, "other.part", "--part", "-o", "both.part");
     const basis = run(scratch, "merge", "both.part", "--k", String(K), "-o", "basis.eigen");
     const project = slope((count) => run(scratch, "project", "basis.eigen", ...adapters(count), "-o", `tasks-${count}.part`));
