@@ -63,11 +63,27 @@ function fillPanel(y: usize, stride: usize, length: usize, rows: i32): void {
   }
 }
 
-/** Adds one dot product: what fills no tile, and everything in the scalar build. */
-function dot(x: usize, y: usize, length: usize, out: usize): void {
+/** The same of rows that lie across: value k of row j is k·`step` + j. */
+function fillAcross(y: usize, step: usize, length: usize, rows: i32): void {
+  let to = PANEL;
+  for (; rows > 0; rows -= 4, y += 32) {
+    for (let at: usize = 0, p = y; at < length; at += 16, p += 2 * step, to += 64) {
+      const a = v128.load(p), b = v128.load(p, 16), c = v128.load(p + step), d = v128.load(p + step, 16);
+      v128.store(to, v128.shuffle<f64>(a, c, 0, 2));
+      v128.store(to, v128.shuffle<f64>(a, c, 1, 3), 16);
+      v128.store(to, v128.shuffle<f64>(b, d, 0, 2), 32);
+      v128.store(to, v128.shuffle<f64>(b, d, 1, 3), 48);
+    }
+  }
+}
+
+/** Adds one dot product: what fills no tile, and everything in the scalar build. `step` bytes from value to value of y. */
+function dot(x: usize, y: usize, step: usize, length: usize, out: usize): void {
   let sum: f64 = 0;
   let at: usize = 0;
-  if (ASC_FEATURE_SIMD) {
+  if (step !== 8) {
+    for (; at < length; at += 8, y += step) sum += load<f64>(x + at) * load<f64>(y);
+  } else if (ASC_FEATURE_SIMD) {
     let s0 = f64x2.splat(0), s1 = s0;
     for (; at + 32 <= length; at += 32) {
       s0 = f64x2.add(s0, f64x2.mul(v128.load(x + at), v128.load(y + at)));
@@ -87,11 +103,12 @@ function dot(x: usize, y: usize, length: usize, out: usize): void {
 }
 
 /**
- * out[m, n] = X·Yᵀ for X [m, width] and Y [n, width], all f64. With `lower`, entries right of the diagonal are unspecified:
+ * out[m, n] = X·Yᵀ for X [m, width] and Y [n, width], all f64; with `across` X·Y for Y [width, n]. With `lower`, entries right of the diagonal are unspecified:
  * half the work for a Gram matrix.
  */
-export function products(x: usize, y: usize, m: i32, n: i32, width: i32, lower: bool, out: usize): void {
+export function products(x: usize, y: usize, m: i32, n: i32, width: i32, lower: bool, across: bool, out: usize): void {
   const stride = <usize>width << 3, outStride = <usize>n << 3;
+  const yRow = across ? 8 : stride, yStep = across ? outStride : 8;
   memory.fill(out, 0, outStride * <usize>m);
   // What tiles cover; the scalar build has none.
   const rows = ASC_FEATURE_SIMD ? m & ~1 : 0, columns = n & ~3, pairs = stride & ~15;
@@ -99,7 +116,10 @@ export function products(x: usize, y: usize, m: i32, n: i32, width: i32, lower: 
     const own = min(ROWS, columns - block);
     for (let from: usize = 0; from < pairs; from += COLUMNS << 3) {
       const length = min<usize>(COLUMNS << 3, pairs - from);
-      if (ASC_FEATURE_SIMD) fillPanel(y + <usize>block * stride + from, stride, length, own);
+      if (ASC_FEATURE_SIMD) {
+        if (across) fillAcross(y + (from >> 3) * outStride + (<usize>block << 3), outStride, length, own);
+        else fillPanel(y + <usize>block * stride + from, stride, length, own);
+      }
       for (let i = lower ? block & ~1 : 0; i < rows; i += 2) {
         const to = out + <usize>i * outStride + (<usize>block << 3);
         for (let j = 0, end = lower ? min(own, i + 2 - block) : own; j < end; j += 4) {
@@ -111,7 +131,7 @@ export function products(x: usize, y: usize, m: i32, n: i32, width: i32, lower: 
   for (let i = 0; i < m; i++) {
     for (let j = i < rows && pairs === stride ? columns : 0, end = lower ? i + 1 : n; j < end; j++) {
       const done = i < rows && j < columns ? pairs : 0;
-      dot(x + <usize>i * stride + done, y + <usize>j * stride + done, stride - done, out + <usize>i * outStride + (<usize>j << 3));
+      dot(x + <usize>i * stride + done, y + <usize>j * yRow + (done >> 3) * yStep, yStep, stride - done, out + <usize>i * outStride + (<usize>j << 3));
     }
   }
 }

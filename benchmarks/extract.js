@@ -1,10 +1,10 @@
 /**
  * How fast is extraction beside numpy's full SVD of the same stacks, in the same run? Ours is timed twice: the components alone
  * (means, centring, top K), and all of `extractModule`: both sides' components, stored as f16, every task's coefficients and ΔW
- * errors. Against both stands numpy's SVD alone, in f64 and in f32, with one thread and with as many as it takes by itself.
- * Ours has one thread. Modules take turns between the sides; of each module the best round counts.
+ * errors. Against both stands numpy's SVD alone, in f64 and in f32, with one thread, as ours, and with `--own-threads` also with as
+ * many as it takes by itself. Ours and numpy's take turns; of each module the best round counts.
  *
- * node benchmarks/extract.js [--suite sdxl|own-seed|shared-seed|hub] [--rounds N] [--json]
+ * node benchmarks/extract.js [--suite sdxl|own-seed|shared-seed|hub] [--rounds N] [--own-threads] [--json]
  */
 import { mkdtemp, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
@@ -142,14 +142,16 @@ async function compare(name, scratch, numpy) {
     "f32, ms": per("numpy float32 cpu"),
     "numpy ÷ extraction": ratio(fastest, "extraction cpu"),
     "numpy ÷ components": ratio(fastest, "components cpu"),
-    "its own threads: f64, ms": per("numpy float64, free wall"),
-    "its own threads: numpy ÷ extraction": ratio(freely, "extraction wall"),
+    ...(numpy.free && {
+      "its own threads: f64, ms": per("numpy float64, free wall"),
+      "its own threads: numpy ÷ extraction": ratio(freely, "extraction wall"),
+    }),
     "error above numpy's": numpy.one ? Math.max(0, apart) : null,
   };
 }
 
 const scratch = await mkdtemp(join(tmpdir(), "eigenlora-bench-"));
-const numpy = [await startPython("extract.py"), await startPythonFreely("extract.py")];
+const numpy = [await startPython("extract.py"), ...(process.argv.includes("--own-threads") ? [await startPythonFreely("extract.py")] : [])];
 try {
   const [one, free] = numpy.map((process) => ("ask" in process ? process : undefined));
   const only = option("suite");

@@ -11,6 +11,7 @@ import { createWasmBackend, WASM_VARIANTS, type WasmVariant } from "../dist/src/
 import type { FloatType } from "../dist/src/dtypes.js";
 import { encodeTensor } from "../dist/src/encode.js";
 import { symmetricEigen } from "../dist/src/extract/eigen.js";
+import { transpose } from "../dist/src/extract/linalg.js";
 import { dawnMissing } from "./backend-list.ts";
 import { backendSuite, generator, values } from "./backend-suite.ts";
 import { countingDevice } from "./counting-device.js";
@@ -191,6 +192,8 @@ for (const variant of ["scalar", "simd"] as const) {
             }
             if (!(worst <= 1e-12 * Math.max(1, width))) t.fail(`[${m}, ${columns}, ${width}]: ${worst}`);
           }
+          const [straight, across] = [products(x, transpose(y, width, n), m, n, width), products(x, y, m, n, width, false, true)];
+          if (straight.some((sum, i) => !(Math.abs(sum - across[i]!) <= 1e-12 * Math.max(1, width)))) t.fail(`[${m}, ${n}, ${width}] across`);
         }
       }
     }

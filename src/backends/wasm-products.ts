@@ -9,7 +9,7 @@ type Variant = "scalar" | "simd";
 /** Exports of `assembly/extraction.ts`. Addresses of f64 values. */
 interface ExtractionKernels {
   variant: WebAssembly.Global;
-  products(x: number, y: number, m: number, n: number, width: number, lower: number, out: number): void;
+  products(x: number, y: number, m: number, n: number, width: number, lower: number, across: number, out: number): void;
   tridiagonalize(a: number, n: number, diagonal: number, off: number, taus: number): void;
   turnBack(a: number, n: number, taus: number, z: number, count: number): void;
 }
@@ -42,7 +42,7 @@ export async function createWasmProducts(options: { variant?: Variant } = {}): P
   }
 
   const held = new Map<Float64Array, number>();
-  const products: Products = (x, y, m, n, width, lower = false) => {
+  const products: Products = (x, y, m, n, width, lower = false, across = false) => {
     if (x.length < m * width || y.length < n * width) {
       throw new RangeError(`products: [${m}, ${width}] and [${n}, ${width}] do not fit ${x.length} and ${y.length} values`);
     }
@@ -51,7 +51,7 @@ export async function createWasmProducts(options: { variant?: Variant } = {}): P
       xs!.set(x.subarray(0, xs!.length));
       ys!.set(y.subarray(0, ys!.length));
       const xAt = held.get(x) ?? ownX!;
-      kernels.products(xAt, x === y ? xAt : (held.get(y) ?? ownY!), m, n, width, lower ? 1 : 0, out!);
+      kernels.products(xAt, x === y ? xAt : (held.get(y) ?? ownY!), m, n, width, lower ? 1 : 0, across ? 1 : 0, out!);
       return result!.slice();
     });
   };

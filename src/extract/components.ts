@@ -115,7 +115,7 @@ export function principalComponents(
     }
     const added = vectors.subarray(count * width, (count + take) * width);
     const along = products(rest, added, rows, take, width);
-    rest = without(rest, products(along, transpose(added, take, width), rows, width, take));
+    rest = without(rest, products(along, added, rows, width, take, false, true));
     if (level === 0) count += take;
     else {
       const kept = needed(rowSquares(rest, rows, width), along, take, floors);
@@ -133,40 +133,41 @@ export function principalComponents(
  * @param few so many are enough, where they are found alone for less
  */
 function gramEigen(x: Float64Array, rows: number, width: number, products: Products, few?: number): Eigen {
-  const columns = transpose(x, rows, width);
-  const found = few === undefined ? undefined : fewEigen(x, columns, rows, width, few, products);
-  const wide = rows <= width;
-  const eigen = found ??
-    symmetricEigen(wide ? gram(x, rows, width, products) : gram(columns, width, rows, products), Math.min(rows, width), products.tridiagonalize);
-  if (!wide) return eigen;
+  const found = few === undefined ? undefined : fewEigen(x, rows, width, few, products);
+  const eigen = found ?? symmetricEigen(smallerGram(x, rows, width, products), Math.min(rows, width), products.tridiagonalize);
+  if (rows > width) return eigen;
   return {
     values: eigen.values,
     vectors(count) {
-      const out = products(eigen.vectors(count), columns, count, width, rows);
+      const out = products(eigen.vectors(count), x, count, width, rows, false, true);
       for (let k = 0; k < count; k++) scale(1 / Math.sqrt(eigen.values[k]!), out, k * width, width);
       return out;
     },
   };
 }
 
+function smallerGram(x: Float64Array, rows: number, width: number, products: Products): Float64Array {
+  return rows > width ? gram(transpose(x, rows, width), width, rows, products) : gram(x, rows, width, products);
+}
+
 /** The largest eigenpairs alone; undefined where that does not pay, or where one is not resolved. */
-function fewEigen(x: Float64Array, columns: Float64Array, rows: number, width: number, few: number, products: Products): Eigen | undefined {
-  // Y·Yᵀ, where Y [n, other] is X or its transpose.
-  const [n, other, y, turned] = rows > width ? [width, rows, columns, x] : [rows, width, x, columns];
-  const half = (v: Float64Array, k: number): Float64Array => products(v, y, k, n, other);
+function fewEigen(x: Float64Array, rows: number, width: number, few: number, products: Products): Eigen | undefined {
+  // G = Y·Yᵀ, where Y [n, other] is X or lies across it.
+  const across = rows > width;
+  const [n, other] = across ? [width, rows] : [rows, width];
+  const half = (v: Float64Array, k: number): Float64Array => products(v, x, k, n, other, false, across);
   const operator: Operator = {
     n,
-    apply: (v, k) => half(products(v, turned, k, other, n), k),
+    apply: (v, k) => half(products(v, x, k, other, n, false, !across), k),
     start: (k, random) => half(Float64Array.from({ length: k * other }, () => random() - 0.5), k),
   };
-  const held: (() => void)[] = [];
+  const release = products.hold?.(x);
   try {
-    for (const operand of products.hold ? [x, columns] : []) held.push(products.hold!(operand));
     const found = largestEigen(operator, few, products);
     if (!found || found.values.at(-1)! <= RESOLVED * found.values[0]!) return undefined;
     return { values: found.values, vectors: () => found.vectors };
   } finally {
-    for (const free of held) free();
+    release?.();
   }
 }
 

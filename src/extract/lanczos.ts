@@ -4,7 +4,7 @@
  * falls off, without its Gram matrix; `eigen.ts` solves the rest, and everything small.
  */
 import { generator, symmetricEigen } from "./eigen.ts";
-import { addScaled, dot, scale, transpose, type Products } from "./linalg.ts";
+import { addScaled, dot, scale, type Products } from "./linalg.ts";
 
 /** A block holds so many vectors more than are asked for: the gap that counts is the one behind them. */
 const EXTRA = 8;
@@ -66,8 +66,8 @@ export function largestEigen(
     }
     const residual = worstResidual(image, last, values.subarray(count - 1), n);
     if (residual <= RESIDUAL) {
-      const vectors = products(turns, transpose(v, size, n), count, n, size);
-      const moved = products(turns, transpose(images, size, n), count, n, size);
+      const vectors = products(turns, v, count, n, size, false, true);
+      const moved = products(turns, images, count, n, size, false, true);
       if (worstResidual(moved, vectors, values, n) <= RESIDUAL) return { values: values.slice(0, count), vectors };
     }
     // Convergence speeds up if anything: a try that would still fail at this rate, squared, is given up. So is one with a zero value.
@@ -108,10 +108,9 @@ const SPENT = 1e-12;
  */
 function orthonormal(rows: Float64Array, before: Float64Array, n: number, random: () => number, products: Products): Float64Array {
   const [count, size] = [rows.length / n, before.length / n];
-  const columns = transpose(before, size, n);
   for (let again = true; again; ) {
     again = false;
-    const inside = products(products(rows, before, count, size, n), columns, count, n, size);
+    const inside = products(products(rows, before, count, size, n), before, count, n, size, false, true);
     for (let i = 0; i < count; i++) {
       const at = i * n;
       const length = norm(rows, at, n);

@@ -19,7 +19,6 @@ import {
   forwardSolve,
   gram,
   timesTransposed,
-  transpose,
   type Products,
 } from "./linalg.ts";
 
@@ -193,8 +192,7 @@ export function leaveOut({ rank, rows, lost, cross }: SideError, kept: number): 
 /** α·E + M: the rows [rank, width] that coefficients [rank, components] stand for. */
 export function expand(space: Subspace, coefficients: Float64Array, rank: number): Float64Array {
   const { components, width, mean } = space;
-  const columns = transpose(space.vectors, components, width);
-  const rows = space.products(coefficients, columns, rank, width, components);
+  const rows = space.products(coefficients, space.vectors, rank, width, components, false, true);
   if (mean) for (let i = 0; i < rows.length; i++) rows[i]! += mean[i % width]!;
   return rows;
 }
