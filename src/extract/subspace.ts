@@ -19,7 +19,6 @@ import {
   forwardSolve,
   gram,
   timesTransposed,
-  transpose,
   type Products,
 } from "./linalg.ts";
 
@@ -109,8 +108,8 @@ export function targetsOf(space: Subspace, rows: Float64Array, ranks: readonly n
       rank,
       kept: Math.min(rank, most),
       values,
-      rows: gram(values, rank, width),
-      squares: gram(x.subarray(from * width, to * width), rank, width),
+      rows: gram(values, rank, width, space.products),
+      squares: gram(x.subarray(from * width, to * width), rank, width, space.products),
       alongMean: alongMean.subarray(from, to),
       at: at.subarray(from * components, to * components),
     };
@@ -193,8 +192,7 @@ export function leaveOut({ rank, rows, lost, cross }: SideError, kept: number): 
 /** α·E + M: the rows [rank, width] that coefficients [rank, components] stand for. */
 export function expand(space: Subspace, coefficients: Float64Array, rank: number): Float64Array {
   const { components, width, mean } = space;
-  const columns = transpose(space.vectors, components, width);
-  const rows = space.products(coefficients, columns, rank, width, components);
+  const rows = space.products(coefficients, space.vectors, rank, width, components, false, true);
   if (mean) for (let i = 0; i < rows.length; i++) rows[i]! += mean[i % width]!;
   return rows;
 }
