@@ -91,7 +91,8 @@ t.test("teaches a task that answers beside the others, and leaves as a file", { 
   const browser = await launch(t);
   const { page, complaints } = await visit(browser);
   await press(page, "Teach");
-  await page.locator("#teach-step", { hasText: "Step 2 of" }).waitFor();
+  // Any step but the first and the last: one alone may be gone between two looks.
+  await page.locator("#teach-step", { hasText: /^Step ([2-9]|1\d) of/ }).waitFor();
   t.ok((await type(page, "shows the planets")).length > 2, "a task of the pack answers meanwhile");
   await note(page, /^Learned in .*: sky-or-lab is a task of [\d.]+ kB\./);
   await settled(page);
