@@ -1,6 +1,6 @@
 """A real Ray cluster on this machine packs adapters with examples/hub/pack.py, and loses a worker in the middle.
 
-    hub.py ADAPTERS OUT WORK EIGENLORA...   Prints JSON: what assemble printed, and how the kill went.
+    hub.py ADAPTERS OUT WORK EIGENLORA...   Writes WORK/report.json: what assemble printed, and how the kill went.
 
 A head without CPUs and two workers of one CPU each. The first command that makes shard 3 waits for the end of its worker, which
 gets SIGKILL meanwhile; the other worker does the rest.
@@ -50,6 +50,7 @@ threading.Thread(target=kill, daemon=True).start()
 waiting = [sys.executable, __file__, "--wait", str(marker), *eigenlora]
 report["pack"] = pack(adapters_of(adapters), out, work, waiting, shards=7, fan_in=3, k=32, dtype="f32")
 report["dead"] = len([node for node in ray.nodes() if not node["Alive"]])
-print(json.dumps(report))
+# Not printed: Ray itself writes to the same output, from other threads.
+(pathlib.Path(work) / "report.json").write_text(json.dumps(report))
 ray.shutdown()
 cluster.shutdown()
