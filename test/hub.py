@@ -43,13 +43,25 @@ def kill():
     report["parts"] = len(list(pathlib.Path(work).glob("shard-*.part")))
     raylet = int(marker.read_text())
     (worker,) = [node for node in workers if node.all_processes["raylet"][0].process.pid == raylet]
+    process = worker.all_processes["raylet"][0].process
     cluster.remove_node(worker, allow_graceful=False)
+    report["signal"] = -process.wait(30)
 
 
-threading.Thread(target=kill, daemon=True).start()
+def dead():
+    return len([node for node in ray.nodes() if not node["Alive"]])
+
+
+killing = threading.Thread(target=kill, daemon=True)
+killing.start()
 waiting = [sys.executable, __file__, "--wait", str(marker), *eigenlora]
 report["pack"] = pack(adapters_of(adapters), out, work, waiting, shards=7, fan_in=3, k=32, dtype="f32")
-report["dead"] = len([node for node in ray.nodes() if not node["Alive"]])
+killing.join(60)
+# Ray's list of nodes hears of it some time after the process is gone.
+until = time.monotonic() + 60
+while dead() == 0 and time.monotonic() < until:
+    time.sleep(0.1)
+report["dead"] = dead()
 # Not printed: Ray itself writes to the same output, from other threads.
 (pathlib.Path(work) / "report.json").write_text(json.dumps(report))
 ray.shutdown()

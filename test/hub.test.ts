@@ -29,7 +29,7 @@ t.test("53 adapters, 7 shards, two workers, one killed: the pack of one machine"
     timeout: 280_000,
   });
   const report = JSON.parse(await readFile(join(work, "report.json"), "utf8"));
-  t.match(report, { workers: 2, dead: 1, pack: { tasks: 53, modules: 12 } });
+  t.match(report, { workers: 2, signal: 9, dead: 1, pack: { tasks: 53, modules: 12 } });
   t.ok(report.parts < 7, `killed when ${report.parts} of 7 shards were done`);
   const { bytes } = await packOf(["adapters/hub"], { select: { kind: "k", k: 32 }, types: { basis: "f32", coefficients: "f32", head: "f32" } });
   const [found, expected] = [await openPack(out), await openPack(bytes)];
