@@ -45,6 +45,8 @@ const COMMANDS = new Map<string, Command>([
         error: { value: "E", help: "fewest bytes for which no task's ΔW error exceeds E" },
         dtype: { value: "TYPE", help: "f32, f16 (default), bf16, int8, int4, int3; or basis=…,coefficients=…,head=…" },
         base: { value: "MODEL.safetensors", help: "store fingerprints of this base model" },
+        scores: { value: "SCORES.json", help: "accuracy and accuracy_head_only of each adapter, from 0 to 1: leave out those that add little" },
+        "min-gain": { value: "X", help: "with --scores, what an adapter must add to the accuracy of its head (0.02)" },
         ...as,
       },
       positionals: [1, Infinity],
