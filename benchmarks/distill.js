@@ -5,7 +5,7 @@
  * half of `--texts`, other tasks' fill up. No text of any test split of the suite is among them.
  *
  * node benchmarks/distill.js [--suite own-seed|shared-seed|hub] [--k N] [--tasks N] [--texts N] [--steps N] [--batch N]
- *   [--rate X] [--temperature X] [--threads N] [--into FILE] [--json]
+ *   [--rate X] [--head-rate X] [--gauge balanced|as-trained] [--temperature X] [--threads N] [--into FILE] [--json]
  *
  * `--into` keeps the row of each task as a line of JSON as soon as it is there; a later run with the same file goes on.
  */
@@ -26,8 +26,8 @@ const TEXTS = Number(option("texts") ?? 512);
 const STEPS = Number(option("steps") ?? 240);
 const BATCH = Number(option("batch") ?? 8);
 const RATE = Number(option("rate") ?? 0.02);
-const HEAD = Number(option("head-rate") ?? 0);
-const GAUGE = /** @type {"balanced" | "as-trained"} */ (option("gauge") ?? "as-trained");
+const HEAD = Number(option("head-rate") ?? 0.02);
+const GAUGE = /** @type {"balanced" | "as-trained"} */ (option("gauge") ?? "balanced");
 /** distil's own choice unless given. */
 const TEMPERATURE = option("temperature") === undefined ? undefined : Number(option("temperature"));
 const THREADS = Number(option("threads") ?? 0);

@@ -64,8 +64,9 @@ export interface Distilled {
 const LEAST_TEXTS = 8;
 
 /**
- * Distils one task of a session's pack. The session's task and its pack stay as they are. Rates are 0.02 for coefficients and 0
- * for the head, which stays the adapter's own, unless given.
+ * Distils one task of a session's pack. The session's task and its pack stay as they are. Rates are 0.02 for coefficients and head
+ * unless given: what a few components make of a text is not quite what the adapter's head was trained on, and another head costs
+ * no bytes. `rates: { head: 0 }` keeps the adapter's own.
  * @param session made with `trainable: true`
  * @throws TaskError when the task is not in the pack, brings what cannot be trained, or has other labels than the adapter
  * @throws RangeError, TypeError for too few texts, and as `createTrainer` and `Trainer.fit`
@@ -101,7 +102,7 @@ export async function distill<O extends Ort>(session: EigenSession<O>, options: 
   await trainer.begin(id);
   const divergenceBefore = await divergence(trainer, judges, batch);
   const { temperature = head ? temperatureOf(answers) : 1 } = options;
-  const fit = { ...options, steps, batch, temperature, rates: { head: 0, ...rates } };
+  const fit = { ...options, steps, batch, temperature, rates };
   const lessons = train.map((one): Example<BatchFeeds> => ({ ...one, target: divided(one.target!, temperature) }));
   for await (const step of trainer.fit(lessons, fit)) options.onStep?.(step);
   const coefficients = blob.terms.find(({ A }) => A)!.A!.tensor.type;
