@@ -181,7 +181,7 @@ const COMMANDS = new Map<string, Command>([
   ],
 ]);
 
-const BENCHMARKS = ["memory", "switch", "fold", "pack", "quality", "learn", "distill", "step", "paper"];
+const BENCHMARKS = ["memory", "switch", "fold", "pack", "size", "learn", "distill", "step", "paper"];
 
 function help(): string {
   const lines = [...COMMANDS.values()].map(({ usage, does, options }) => {

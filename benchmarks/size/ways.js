@@ -1,0 +1,123 @@
+/**
+ * What is compared: ways to store adapters, ours and others'. One more configuration is one more line here.
+ *
+ * @typedef {import("eigenlora").TensorType} TensorType
+ * @typedef {import("eigenlora/build").BuildOptions} BuildOptions
+ * @typedef {{ kind: "pack", options: BuildOptions, distilled?: boolean }} Packed a pack of all adapters
+ * @typedef {{ kind: "each", rank?: number, type: TensorType, head: TensorType }} Each every adapter by itself, cut to a rank by its own SVD
+ * @typedef {{ kind: "heads", type: TensorType }} Heads heads without adapters
+ * @typedef {{ kind: "lorashare" | "vlora", k: number, packed?: boolean }} Peer packed: its components in 4 bits
+ * @typedef {Packed | Each | Heads | Peer} Way
+ */
+
+/** How many steps distilling takes; a task of the size here then takes some 25 s. */
+export const STEPS = 240;
+
+/**
+ * A pack; more options are any of `buildPack`.
+ * @param {Omit<BuildOptions, "types"> & { k?: number, type?: TensorType, head?: TensorType, distilled?: boolean }} options
+ * @returns {Packed}
+ */
+function pack({ mode = "column", gauge = "as-trained", k, type = "f16", head = type, distilled, ...more }) {
+  const select = /** @type {BuildOptions["select"]} */ (k === undefined ? more.select : { kind: "k", k });
+  const options = { mode, gauge, ...more, ...(select ? { select } : {}), types: { basis: type, coefficients: type, head } };
+  return { kind: "pack", options, ...(distilled ? { distilled } : {}) };
+}
+
+/** @param {Way} way @returns {string} what it is called, and its key */
+export function nameOf(way) {
+  if (way.kind === "heads") return `heads alone, ${way.type}`;
+  if (way.kind === "each") {
+    const what = way.rank === undefined ? "LoRA" : `cut to rank ${way.rank}`;
+    return `${what}, ${typesOf({ basis: way.type, coefficients: way.type, head: way.head })}`;
+  }
+  if (way.kind !== "pack") return `${way.kind} K ${way.k}${way.packed ? ", NF4" : ""}`;
+  const { mode, gauge, select, types, ...more } = way.options;
+  const rest = Object.entries(more).map(([name, value]) => `${name} ${typeof value === "object" ? JSON.stringify(value) : value}`);
+  return [
+    [...(gauge === "balanced" ? ["balanced"] : []), mode, ...(select ? [select.kind === "k" ? `K ${select.k}` : JSON.stringify(select)] : [])].join(" "),
+    ...rest,
+    typesOf(types),
+    ...(way.distilled ? ["distilled"] : []),
+  ].join(", ");
+}
+
+/** @param {BuildOptions["types"]} types */
+function typesOf(types) {
+  const { basis, coefficients, head } = /** @type {import("eigenlora/build").StorageTypes} */ (types);
+  return [basis, ...(coefficients === basis ? [] : [`coefficients ${coefficients}`]), ...(head === basis ? [] : [`heads ${head}`])].join(", ");
+}
+
+/** Ways whose accuracy is asked of all adapters: the paper's, each mode, and small ones. @param {number} n adapters @returns {Way[]} */
+export function frontier(n) {
+  return [
+    ...small(n),
+    pack({ k: 32, type: "f16" }),
+    pack({ mode: "joint", k: 32, type: "int4" }),
+    pack({ mode: "flat", gauge: "balanced", k: n - 1, type: "int4" }),
+    { kind: "vlora", k: 16 },
+  ];
+}
+
+/** Ways whose accuracy is asked of fewer adapters too. @param {number} n adapters @returns {Way[]} */
+export function small(n) {
+  /** @type {Way[]} */
+  const ways = [
+    pack({ k: 16, type: "f32" }),
+    pack({ k: 32, type: "int4" }),
+    pack({ gauge: "balanced", k: 48, type: "int3", head: "int4" }),
+    { kind: "lorashare", k: 16 },
+  ];
+  return ways.filter((way) => fits(way, n));
+}
+
+/** Ways of each adapter by itself: what they give does not depend on the others, so they are asked once, of all. @returns {Way[]} */
+export function byThemselves() {
+  return [{ kind: "each", type: "f32", head: "f32" }, { kind: "heads", type: "f16" }, cut(1, "f32"), cut(2, "int4"), cut(2, "int3"), cut(4, "int4")];
+}
+
+/** @param {number | undefined} rank @param {TensorType} type @returns {Each} */
+function cut(rank, type) {
+  return { kind: "each", ...(rank === undefined ? {} : { rank }), type, head: headOf(type) };
+}
+
+/** Heads are not divided among tasks, so that their bytes soon count most; with 3 bits they lose more than they save. @param {TensorType} type @returns {TensorType} */
+function headOf(type) {
+  return type === "int3" ? "int4" : type;
+}
+
+/** @param {number} n adapters @returns {Peer[]} */
+function peers(n) {
+  const flat = [...new Set([4, 8, 16].map((k) => Math.min(k, n - 1)))];
+  return [
+    ...[8, 16, 32].map((k) => /** @type {Peer} */ ({ kind: "lorashare", k })),
+    ...flat.flatMap((k) => [/** @type {Peer} */ ({ kind: "vlora", k }), /** @type {Peer} */ ({ kind: "vlora", k, packed: true })]),
+  ];
+}
+
+const TYPES = /** @type {const} */ (["f32", "f16", "int8", "int4", "int3"]);
+const GAUGES = /** @type {const} */ (["as-trained", "balanced"]);
+
+/** Ways of which bytes and ΔW error are taken alone: every mode, gauge and number format. @param {number} n adapters @returns {Way[]} */
+export function grid(n) {
+  const ways = [
+    ...peers(n),
+    ...TYPES.map((type) => cut(undefined, type)),
+    ...TYPES.flatMap((type) => [1, 2, 4].map((rank) => cut(rank, type))),
+    ...GAUGES.flatMap((gauge) => TYPES.flatMap((type) => [16, 32, 48].map((k) => pack({ gauge, k, type, head: headOf(type) })))),
+    ...GAUGES.flatMap((gauge) => TYPES.map((type) => pack({ mode: "flat", gauge, k: n - 1, type, head: headOf(type) }))),
+    ...TYPES.map((type) => pack({ mode: "joint", k: 32, type, head: headOf(type) })),
+  ];
+  return ways.filter((way) => fits(way, n));
+}
+
+/** What distilling wins back, where it is likely to pay. @returns {Packed[]} */
+export function distilled() {
+  return [pack({ k: 8, type: "int8", distilled: true }), pack({ gauge: "balanced", k: 32, type: "int4", distilled: true })];
+}
+
+/** Whether n adapters of rank 8 have so many components. @param {Way} way @param {number} n */
+function fits(way, n) {
+  if (way.kind !== "pack" || way.options.select?.kind !== "k") return true;
+  return way.options.select.k < (way.options.mode === "flat" ? n : 8 * n);
+}
