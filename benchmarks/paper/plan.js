@@ -51,7 +51,7 @@ export const METHODS = [
   { name: "ours, donors of its domain", method: "coefficients", k: K, within: true, like: "ours", domains: ["sections"] },
   { name: `ours flat, K ${K}`, method: "flat", k: K, like: "ours", domains: ALL },
   { name: `analytical, K ${K}`, method: "analytical", k: K, rates: [{ terms: 0, head: 0 }], domains: ALL },
-  { name: `distilled, K ${K}`, method: "distilled", k: K, rates: [{ terms: 0.02, head: 0 }], domains: ["hub"] },
+  { name: `distilled, K ${K}`, method: "distilled", k: K, rates: [{ terms: 0.02, head: 0.02 }], domains: ["hub"] },
   { name: "VeRA r 256", method: "VeRA", rates: [{ terms: 0.02, head: 0.05 }], domains: ["debtags"] },
   { name: "PiSSA r 8", method: "PiSSA", rates: [{ terms: 0.002, head: 0.05 }], domains: ["debtags"] },
 ];

@@ -8,7 +8,7 @@ import { decodeTensor, type TensorType } from "../dtypes.ts";
 import { encodeTensor } from "../encode.ts";
 import { centred, columnMeans, principalComponents, ROUNDING, type Components } from "./components.ts";
 import { deltaError, pairError, relative, type SideError } from "./error.ts";
-import { alignSigns, alignTo, balance, type Pair } from "./gauge.ts";
+import { alignSigns, alignTo, balance, leadingRows, type Pair } from "./gauge.ts";
 import { jointComponents } from "./joint.ts";
 import { rowSquares, type Products } from "./linalg.ts";
 import { turnTo, turnTogether } from "./procrustes.ts";
@@ -68,6 +68,8 @@ export interface ExtractOptions {
   /** "column" unless given. */
   mode?: Mode;
   gauge: Gauge;
+  /** The most rows that a task keeps of each module, its strongest directions: balanced gauge only, not in flat mode. All unless given. */
+  rank?: number | undefined;
   /** Whether the mean of the rows is subtracted and stored, or not used at all. */
   centering: "keep" | "none";
   select: Selection;
@@ -89,7 +91,7 @@ export interface SideBasis extends StoredBasis {
 export interface TaskError {
   /**
    * ‖ΔW − ΔW'‖ / ‖ΔW‖ with ΔW' as stored; 0 where ΔW is zero. Extraction measures a balanced pair against itself,
-   * without what its rank trim dropped: below 1e-6 of ‖ΔW‖.
+   * without the directions that are zero within rounding: below 1e-6 of ‖ΔW‖.
    */
   error: number;
   /** (‖B − B'‖·‖A‖ + ‖B'‖·‖A − A'‖) / ‖ΔW‖, an upper bound of `error`. */
@@ -102,7 +104,7 @@ export interface TaskError {
 
 /** A task's coefficients of one module. */
 export interface TaskCoefficients {
-  /** Of the factors: the adapter's rank, or less where the balanced gauge trimmed it; in flat mode that of the basis. */
+  /** Of the factors: the adapter's rank, or less where `rank` or the balanced gauge trimmed it; in flat mode that of the basis. */
   rank: number;
   /** Encoded [rank, K_A]; in flat mode [1, K_A]. */
   alphaA: Uint8Array;
@@ -135,7 +137,7 @@ export interface ModuleSpace {
 }
 
 /** How an adapter is brought onto a basis. */
-export type ProjectOptions = Pick<ExtractOptions, "gauge" | "coefficientType">;
+export type ProjectOptions = Pick<ExtractOptions, "gauge" | "coefficientType" | "rank">;
 
 /**
  * Extracts one module.
@@ -145,28 +147,30 @@ export type ProjectOptions = Pick<ExtractOptions, "gauge" | "coefficientType">;
 export function extractModule(stack: ModuleStack, options: ExtractOptions): ModuleExtraction {
   const { select, mode = "column", gauge, centering } = options;
   checkSelection(select);
+  checkRank(options);
   if (stack.members.length === 0) throw new RangeError(`${stack.name}: no adapter adapts this module`);
   const given = stack.members.map((member) => toPair(member, stack.out, stack.in));
   const own = gauge === "balanced" ? given.map((pair) => balance(pair, stack.out, stack.in)) : given;
   const rank = mode === "flat" ? Math.max(...own.map((pair) => pair.rank)) : undefined;
   const pairs = rank === undefined ? own : own.map((pair) => padded(pair, rank));
   // Without a mean a sign cancels between component and coefficient; with one it decides what the mean is.
-  if (gauge === "balanced" && centering === "keep") (rank === undefined ? alignSigns : turnTogether)(pairs, stack.out, stack.in);
+  const kept = pairs.map((pair) => leadingRows(pair, options.rank ?? Infinity));
+  if (gauge === "balanced" && centering === "keep") (rank === undefined ? alignSigns : turnTogether)(kept, stack.out, stack.in);
   const found: Found = {
     stack,
     options,
     ranks: pairs.map((pair) => (rank === undefined ? pair.rank : 1)),
-    A: decompose(pairs.map((pair) => pair.A), stack.in, rank, options),
-    B: decompose(pairs.map((pair) => pair.Bt), stack.out, rank, options),
+    A: decompose(pairs.map((pair) => pair.A), kept.map((pair) => pair.A), stack.in, rank, options),
+    B: decompose(pairs.map((pair) => pair.Bt), kept.map((pair) => pair.Bt), stack.out, rank, options),
   };
   const { A, B, ranks } = found;
-  if (mode === "joint") return storeJoint(found, pairs);
+  if (mode === "joint") return storeJoint(found, kept);
   if (select.kind !== "error") return store(found, A.components.count, B.components.count);
 
   const all = encodeModule(found, A.components.count, B.components.count);
   const space = openModule(all, options.products);
-  const sideA = { space: space.A, targets: targetsOf(space.A, A.rows, ranks) };
-  const sideB = { space: space.B, targets: targetsOf(space.B, B.rows, ranks) };
+  const sideA = { space: space.A, targets: targetsOf(space.A, A.rows, ranks, options.rank) };
+  const sideB = { space: space.B, targets: targetsOf(space.B, B.rows, ranks, options.rank) };
   try {
     for (const [kA, kB] of pairsWithin(select.max, sideA, sideB, options)) {
       const result = store(found, kA, kB);
@@ -217,8 +221,8 @@ export function openModule(basis: { A: StoredBasis; B: StoredBasis }, products?:
  */
 export function projectModule(space: ModuleSpace, member: ModuleMember, options: ProjectOptions): ProjectedTask {
   const pair = gauged(toPair(member, rowWidth(space.B), rowWidth(space.A)), space, options.gauge);
-  const a = targetOf(space.A, pair.A);
-  const b = targetOf(space.B, pair.Bt);
+  const a = targetOf(space.A, pair.A, options.rank);
+  const b = targetOf(space.B, pair.Bt, options.rank);
   return { id: member.id, ...project(space, a, b, options.coefficientType) };
 }
 
@@ -245,8 +249,8 @@ export function measureModule(
   return {
     error: relative(difference, norm),
     bound: relative(deltaError(pair, stored).bound, norm),
-    deltaA: largestSine(space.A, targetOf(space.A, pair.A)),
-    deltaB: largestSine(space.B, targetOf(space.B, pair.Bt)),
+    deltaA: largestSine(space.A, targetOf(space.A, pair.A, task.rank)),
+    deltaB: largestSine(space.B, targetOf(space.B, pair.Bt, task.rank)),
   };
 }
 
@@ -255,7 +259,7 @@ interface Side {
   /** Of a vector: of a row, times the rank in flat mode. */
   width: number;
   rank: number | undefined;
-  /** All tasks' rows, stacked [Σ ranks, width]. */
+  /** All tasks' rows, stacked [Σ ranks, width], those without coefficients too. */
   rows: Float64Array;
   mean: Float64Array | undefined;
   components: Components;
@@ -271,20 +275,25 @@ interface Found {
   B: Side;
 }
 
-/** @param rank in flat mode, of all factors [rank, inner] */
-function decompose(factors: readonly Float64Array[], inner: number, rank: number | undefined, options: ExtractOptions): Side {
+/**
+ * @param all factors whole
+ * @param factors what is kept of them
+ * @param rank in flat mode, of all factors [rank, inner]
+ */
+function decompose(
+  all: readonly Float64Array[],
+  factors: readonly Float64Array[],
+  inner: number,
+  rank: number | undefined,
+  options: ExtractOptions,
+): Side {
   const width = inner * (rank ?? 1);
-  const rows = new Float64Array(factors.reduce((sum, factor) => sum + factor.length, 0));
-  let at = 0;
-  for (const factor of factors) {
-    rows.set(factor, at);
-    at += factor.length;
-  }
+  const rows = stacked(factors);
   const count = rows.length / width;
   const own = rowSquares(rows, count, width).map(Math.sqrt);
   if (options.gauge === "balanced" && rank === undefined) {
     // Row i counts in ΔW by its square, s_i, and carries the rounding errors of all of ΔW, s_1, magnified by √s_i.
-    at = 0;
+    let at = 0;
     for (const factor of factors) {
       const first = own[at]!;
       for (const end = at + factor.length / width; at < end; at++) own[at] = own[at]! > 0 ? first ** 2 / own[at]! : 0;
@@ -303,7 +312,17 @@ function decompose(factors: readonly Float64Array[], inner: number, rank: number
     (singular, total) => wanted(options, singular, total),
     options.products,
   );
-  return { width, rank, rows, mean, components };
+  return { width, rank, rows: options.rank === undefined ? rows : stacked(all), mean, components };
+}
+
+function stacked(factors: readonly Float64Array[]): Float64Array {
+  const rows = new Float64Array(factors.reduce((sum, factor) => sum + factor.length, 0));
+  let at = 0;
+  for (const factor of factors) {
+    rows.set(factor, at);
+    at += factor.length;
+  }
+  return rows;
 }
 
 /** How many components a selection asks for, given the singular values; an error is judged on all of them later. */
@@ -345,8 +364,8 @@ function store(found: Found, kA: number, kB: number): ModuleExtraction {
   const { stack, options, ranks } = found;
   const basis = encodeModule(found, kA, kB);
   const space = openModule(basis, options.products);
-  const a = targetsOf(space.A, found.A.rows, ranks);
-  const b = targetsOf(space.B, found.B.rows, ranks);
+  const a = targetsOf(space.A, found.A.rows, ranks, options.rank);
+  const b = targetsOf(space.B, found.B.rows, ranks, options.rank);
   const tasks = stack.members.map(({ id }, i) => ({ id, ...project(space, a[i]!, b[i]!, options.coefficientType) }));
   const delta = {
     A: Math.max(...tasks.map((task) => task.deltaA)),
@@ -360,7 +379,7 @@ function project(space: ModuleSpace, a: Target, b: Target, type: TensorType): Ta
   const B = projectSide(space.B, b, type);
   const { difference, norm, bound } = pairError(A.loss, B.loss);
   return {
-    rank: space.A.rank ?? a.rank,
+    rank: space.A.rank ?? a.kept,
     alphaA: A.encoded,
     alphaB: B.encoded,
     error: relative(difference, norm),
@@ -372,7 +391,7 @@ function project(space: ModuleSpace, a: Target, b: Target, type: TensorType): Ta
 
 function projectSide(space: Subspace, target: Target, type: TensorType): { encoded: Uint8Array; loss: SideError } {
   const { components } = space;
-  const { encoded, values } = rounded(type, solve(space, target, components), target.rank, components);
+  const { encoded, values } = rounded(type, solve(space, target, components), target.kept, components);
   return { encoded, loss: lossOf(space, target, values, components) };
 }
 
@@ -394,8 +413,8 @@ function rowWidth({ width, rank = 1 }: Subspace): number {
 }
 
 /** All rows of one factor, on a basis. */
-function targetOf(space: Subspace, factor: Float64Array): Target {
-  return targetsOf(space, factor, [factor.length / space.width])[0]!;
+function targetOf(space: Subspace, factor: Float64Array, most?: number): Target {
+  return targetsOf(space, factor, [factor.length / space.width], most)[0]!;
 }
 
 /** With zero rows behind: the same ΔW. */
@@ -422,6 +441,13 @@ function toPair(member: ModuleMember, outputs: number, inputs: number): Pair {
     return Float64Array.from(values);
   };
   return { rank, A: side("A", member.A, inputs), Bt: side("Bt", member.Bt, outputs) };
+}
+
+function checkRank({ rank, gauge, mode }: ExtractOptions): void {
+  if (rank === undefined) return;
+  if (!(Number.isInteger(rank) && rank >= 1)) throw new RangeError(`rank must be a whole number from 1, got ${rank}`);
+  if (gauge !== "balanced") throw new RangeError("rank: only a balanced pair has its strongest directions first; take gauge balanced");
+  if (mode === "flat") throw new RangeError("rank: flat mode keeps whole factors; take column or joint mode");
 }
 
 function checkSelection(select: Selection): void {

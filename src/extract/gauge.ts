@@ -35,6 +35,12 @@ export function balance(pair: Pair, outputs: number, inputs: number): Pair {
   return { rank, A, Bt };
 }
 
+/** Its strongest rows, as views: of a balanced pair the best of that rank. */
+export function leadingRows({ rank, A, Bt }: Pair, most: number): Pair {
+  if (rank <= most) return { rank, A, Bt };
+  return { rank: most, A: A.subarray(0, (A.length / rank) * most), Bt: Bt.subarray(0, (Bt.length / rank) * most) };
+}
+
 /** A direction of both sides at once: a sum of row pairs, such as the mean. */
 interface Direction {
   A: Float64Array;

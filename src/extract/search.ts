@@ -5,7 +5,7 @@
  */
 import { tensorBytes, type TensorType } from "../dtypes.ts";
 import { pairError, relative, type SideError } from "./error.ts";
-import { lossOf, rounded, solve, type Subspace, type Target } from "./subspace.ts";
+import { leaveOut, lossOf, rounded, solve, type Subspace, type Target } from "./subspace.ts";
 
 /** One side of a module with all its components as stored, before any is cut. */
 export interface SearchSide {
@@ -99,7 +99,7 @@ function sideBytes(side: SearchSide, types: StoredTypes): number[] {
   const { components, width, mean } = side.space;
   return Array.from({ length: components + 1 }, (_, k) =>
     side.targets.reduce(
-      (sum, { rank }) => sum + tensorBytes(types.coefficientType, rank, k),
+      (sum, { kept }) => sum + tensorBytes(types.coefficientType, kept, k),
       tensorBytes(types.basisType, k + (mean ? 1 : 0), width),
     ),
   );
@@ -143,23 +143,23 @@ interface Walk {
 function walk({ space, targets }: SearchSide): Walk {
   const { components, meanAt } = space;
   if (space.rank !== undefined) return expandingWalk({ space, targets });
-  const errors = targets.map(({ rank, rows, squares, alongMean }): SideError => ({
-    rank,
-    rows,
-    lost: squares.slice(),
-    cross: squares.map((value, ij) => value + alongMean[ij % rank]!),
-  }));
+  const errors = targets.map(({ rank, kept, rows, squares, alongMean }): SideError => {
+    const error = { rank, rows, lost: squares.slice(), cross: squares.map((value, ij) => value + alongMean[ij % rank]!) };
+    leaveOut(error, kept);
+    return error;
+  });
   // D loses exactly its part along coordinate k when component k is added.
   const move = (k: number, sign: number): void => {
-    targets.forEach(({ rank, at }, task) => {
+    targets.forEach(({ rank, kept, at }, task) => {
       const { lost, cross } = errors[task]!;
-      for (let j = 0; j < rank; j++) {
+      for (let j = 0; j < kept; j++) {
         const part = sign * at[j * components + k]!;
         for (let i = 0; i < rank; i++) {
           lost[i * rank + j]! += at[i * components + k]! * part;
           cross[i * rank + j]! += (at[i * components + k]! + meanAt[k]!) * part;
         }
       }
+      leaveOut(errors[task]!, kept);
     });
   };
   return {
@@ -197,7 +197,7 @@ function roundedErrors({ space, targets }: SearchSide, type: TensorType): (task:
     const target = targets[task]!;
     let error = known[task]!.get(k);
     if (!error) {
-      error = lossOf(space, target, rounded(type, solve(space, target, k), target.rank, k).values, k);
+      error = lossOf(space, target, rounded(type, solve(space, target, k), target.kept, k).values, k);
       known[task]!.set(k, error);
     }
     return error;

@@ -58,6 +58,8 @@ export interface Subspace {
 /** Rows that are to be approximated on a subspace, x = rows − M. In flat mode the one row is a whole factor. */
 export interface Target {
   rank: number;
+  /** So many rows, the first ones, have coefficients; the rest is left out of what is stored and counts as lost. */
+  kept: number;
   /** [rank, width]. */
   values: Float64Array;
   /** rows·rowsᵀ. */
@@ -87,8 +89,9 @@ export function openSubspace(stored: StoredBasis, products: Products = timesTran
 /**
  * Takes the stacked rows [Σ ranks, width] of tasks as targets, one for each rank. All at once, because one large
  * product costs less than many small ones.
+ * @param most rows of a task that have coefficients
  */
-export function targetsOf(space: Subspace, rows: Float64Array, ranks: readonly number[]): Target[] {
+export function targetsOf(space: Subspace, rows: Float64Array, ranks: readonly number[], most: number = Infinity): Target[] {
   const { components, width, mean } = space;
   const total = ranks.reduce((sum, rank) => sum + rank, 0);
   const x = centred(rows, total, width, mean);
@@ -101,6 +104,7 @@ export function targetsOf(space: Subspace, rows: Float64Array, ranks: readonly n
     const values = rows.subarray(from * width, to * width);
     const target = {
       rank,
+      kept: Math.min(rank, most),
       values,
       rows: gram(values, rank, width),
       squares: gram(x.subarray(from * width, to * width), rank, width),
@@ -112,21 +116,21 @@ export function targetsOf(space: Subspace, rows: Float64Array, ranks: readonly n
   });
 }
 
-/** Least squares coefficients [rank, k] of a target on the first k components as stored, about the mean as stored. */
-export function solve(space: Subspace, target: Target, k: number): Float64Array {
+/** Least squares coefficients [kept, k] of a target on the first k components as stored, about the mean as stored. */
+export function solve(space: Subspace, { at, kept }: Target, k: number): Float64Array {
   const { components } = space;
-  const out = new Float64Array(target.rank * k);
-  for (let i = 0; i < target.rank; i++) out.set(target.at.subarray(i * components, i * components + k), i * k);
-  backwardSolve(space.factor, components, k, out, target.rank);
+  const out = new Float64Array(kept * k);
+  for (let i = 0; i < kept; i++) out.set(at.subarray(i * components, i * components + k), i * k);
+  backwardSolve(space.factor, components, k, out, kept);
   return out;
 }
 
 /** Theorem 1's δ: the largest sine of the angle between a row of x and the span; 0 for rows that are the mean. */
 export function largestSine(space: Subspace, target: Target): number {
   const { components } = space;
-  const { rank, at } = target;
+  const { rank, kept, at } = target;
   let largest = 0;
-  for (let i = 0; i < rank; i++) {
+  for (let i = 0; i < kept; i++) {
     const square = target.squares[i * rank + i]!;
     if (square <= ROUNDING ** 2 * target.rows[i * rank + i]!) continue;
     largest = Math.max(largest, 1 - dot(at, i * components, at, i * components, components) / square);
@@ -135,7 +139,7 @@ export function largestSine(space: Subspace, target: Target): number {
 }
 
 /**
- * What coefficients α [rank, k] make of a target: the part outside the span, which no coefficients reach, and what
+ * What coefficients α [kept, k] make of a target: the part outside the span, which no coefficients reach, and what
  * α·L misses inside it. The part outside is a difference of squares: where it is below the rounding of an f32
  * (`ROUNDING`) it cannot be told from zero and counts as zero. In flat mode the rows of a factor share coefficients, and
  * what they lose is seen on the expanded factor only.
@@ -147,11 +151,11 @@ export function lossOf(space: Subspace, target: Target, coefficients: Float64Arr
     all.set(coefficients);
     return sideError(target.values, expand(space, all, 1), space.rank, space.width / space.rank);
   }
-  const { rank, rows, squares, alongMean, at } = target;
-  const stored = new Float64Array(rank * k);
-  const missed = new Float64Array(rank * k);
-  const left = new Float64Array(rank);
-  for (let i = 0; i < rank; i++) {
+  const { rank, kept, rows, squares, alongMean, at } = target;
+  const stored = new Float64Array(kept * k);
+  const missed = new Float64Array(kept * k);
+  const left = Float64Array.from({ length: rank }, (_, i) => squares[i * rank + i]!);
+  for (let i = 0; i < kept; i++) {
     for (let n = 0; n < k; n++) addScaled(coefficients[i * k + n]!, factor, n * components, stored, i * k, n + 1);
     for (let n = 0; n < k; n++) missed[i * k + n] = at[i * components + n]! - stored[i * k + n]!;
     const square = squares[i * rank + i]!;
@@ -160,16 +164,27 @@ export function lossOf(space: Subspace, target: Target, coefficients: Float64Arr
   }
   const lost = new Float64Array(rank * rank);
   const cross = new Float64Array(rank * rank);
-  for (let j = 0; j < rank; j++) {
+  for (let j = 0; j < kept; j++) {
     const mean = alongMean[j]! - dot(meanAt, 0, stored, j * k, k);
     for (let i = 0; i < rank; i++) {
       const ij = i * rank + j;
       const outside = left[i] && left[j] ? squares[ij]! - dot(at, i * components, at, j * components, k) : 0;
-      lost[ij] = outside + dot(missed, i * k, missed, j * k, k);
+      if (i < kept) lost[ij] = outside + dot(missed, i * k, missed, j * k, k);
       cross[ij] = outside + dot(at, i * components, missed, j * k, k) + mean;
     }
   }
+  leaveOut({ rank, rows, lost, cross }, kept);
   return { rank, rows, lost, cross };
+}
+
+/** Fills in what rows without coefficients lose: themselves, mean and all. */
+export function leaveOut({ rank, rows, lost, cross }: SideError, kept: number): void {
+  for (let i = 0; i < rank; i++) {
+    for (let j = kept; j < rank; j++) {
+      cross[i * rank + j] = rows[i * rank + j]!;
+      lost[i * rank + j] = lost[j * rank + i] = i < kept ? cross[j * rank + i]! : rows[i * rank + j]!;
+    }
+  }
 }
 
 /** α·E + M: the rows [rank, width] that coefficients [rank, components] stand for. */

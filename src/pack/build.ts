@@ -20,6 +20,7 @@ import {
   type Selection,
   type TaskCoefficients,
 } from "../extract/extract.ts";
+import { extractMixed, type MixedExtraction, type MixedTask, type PrivateOptions } from "../extract/private.ts";
 import { fingerprint, weightAt } from "../runtime/fingerprint.ts";
 import type { WeightHost } from "../runtime/host.ts";
 import { Locator } from "../runtime/locate.ts";
@@ -45,6 +46,13 @@ export interface BuildOptions {
    */
   mode?: Mode;
   gauge?: Gauge;
+  /** The most rank that a task keeps of each module, with gauge "balanced": the weakest directions of an adapter are noise. All unless given. */
+  rank?: number | undefined;
+  /**
+   * Rank-1 terms that each task has to itself in every module, with gauge "balanced", beside the components or, with `select` k 0,
+   * instead of them. With an error to keep, the most there may be: each task has as few as do. None unless given.
+   */
+  private?: number | undefined;
   centering?: "keep" | "none";
   /** How many components. 90 % of the squared singular values per module and side unless given. */
   select?: Selection;
@@ -91,13 +99,13 @@ export async function buildPack(
   options: BuildOptions = {},
 ): Promise<{ chunks: Uint8Array[]; report: BuildReport }> {
   if (adapters.length === 0) throw new RangeError("buildPack: no adapters");
-  const { mode = "column", gauge = "as-trained", select = { kind: "energy", share: 0.9 } } = options;
+  const { mode = "column", gauge = "as-trained", rank, select = { kind: "energy", share: 0.9 } } = options;
   const { centering = mode === "joint" ? "none" : "keep" } = options;
   if (mode === "joint" && centering === "keep") throw new RangeError("joint mode has no mean: leave centring out, or take --mode column");
   if (mode === "flat") checkFlat(select, adapters.length, centering);
   const types = storageTypes(options.types);
   const stored = { basisType: types.basis, coefficientType: types.coefficients };
-  const extraction = { mode, gauge, centering, select, ...stored, ...(await fastProducts()) };
+  const extraction = { mode, gauge, rank, private: options.private ?? 0, centering, select, ...stored, ...(await fastProducts()) };
   const names = [...new Set(adapters.flatMap((a) => [...a.modules.keys()]))].sort();
   const fingerprints = options.base && (await readFingerprints(options.base, names, adapters));
   const modules: ModuleInput[] = [];
@@ -109,6 +117,7 @@ export async function buildPack(
     const first = owners[0]!.modules.get(name)!;
     for (const owner of owners) checkSame(owners[0]!, owner, name);
     const { module, magnitudes } = await extractFrom(owners, name, extraction);
+    const shares = module.tasks.some(({ rank }) => rank > 0);
     for (const [i, task] of module.tasks.entries()) {
       errors.add(task.id, name, task.error);
       const term = encodeTerm(index, task, module, magnitudes[i], owners[i]!, types);
@@ -120,8 +129,8 @@ export async function buildPack(
       in: first.in,
       layout: first.layout,
       kernel: first.kernel,
-      A: sideInput(module.A),
-      B: sideInput(module.B),
+      A: shares ? sideInput(module.A) : undefined,
+      B: shares ? sideInput(module.B) : undefined,
       fingerprint: fingerprints?.get(name),
     });
     options.onProgress?.(index + 1, names.length);
@@ -147,7 +156,7 @@ export async function buildPack(
   const chunks = layoutFresh({ description, bases, basisId: await basisId(description, bases), tasks });
   const bytes = chunks.reduce((sum, c) => sum + c.length, 0);
   const adapterBytes = adapters.reduce((sum, a) => sum + a.byteLength, 0);
-  const counts = modules.flatMap((m) => [m.A!.K, m.B!.K]);
+  const counts = modules.flatMap(({ A, B }) => [A?.K ?? 0, B?.K ?? 0]);
   const report: BuildReport = {
     tasks: adapters.length,
     modules: modules.length,
@@ -281,8 +290,8 @@ function checkFlat(select: Selection, tasks: number, centering: "keep" | "none")
 async function extractFrom(
   owners: readonly Adapter[],
   name: string,
-  options: ExtractOptions,
-): Promise<{ module: ModuleExtraction; magnitudes: (Float32Array | undefined)[] }> {
+  options: PrivateOptions,
+): Promise<{ module: MixedExtraction; magnitudes: (Float32Array | undefined)[] }> {
   const { out, in: inputs } = owners[0]!.modules.get(name)!;
   const factors = await Promise.all(owners.map((owner) => owner.modules.get(name)!.read()));
   const members: ModuleMember[] = factors.map(({ A, Bt }, i) => {
@@ -290,7 +299,8 @@ async function extractFrom(
     return { id, rank: modules.get(name)!.rank, A, Bt };
   });
   const magnitudes = factors.map((f) => f.magnitude);
-  return { module: extractModule({ name, out, in: inputs, members }, options), magnitudes };
+  const stack = { name, out, in: inputs, members };
+  return { module: options.private > 0 ? extractMixed(stack, options) : extractModule(stack, options), magnitudes };
 }
 
 /** What of a module's bases is said in each of its terms. */
@@ -298,7 +308,7 @@ type Bases = Record<"A" | "B", { rank?: number | undefined; mean: unknown }>;
 
 function encodeTerm(
   module: number,
-  { rank, alphaA, alphaB }: TaskCoefficients,
+  { rank, alphaA, alphaB, private: own }: TaskCoefficients & Pick<MixedTask, "private">,
   { A, B }: Bases,
   magnitude: Float32Array | undefined,
   adapter: Adapter,
@@ -310,8 +320,9 @@ function encodeTerm(
   return {
     module,
     rank,
-    A: side(A, alphaA),
-    B: side(B, alphaB),
+    A: rank > 0 ? side(A, alphaA) : undefined,
+    B: rank > 0 ? side(B, alphaB) : undefined,
+    private: own,
     magnitude: magnitude && vector(magnitude, types.coefficients, adapter, "a DoRA magnitude"),
   };
 }

@@ -1,0 +1,190 @@
+/**
+ * Private terms: rank-1 terms of a task's own beside its shared part (paper, section 5; DESIGN.md 2.10d). They are what the shared
+ * components leave of ΔW, cut by its own SVD, so the two take turns: without its private terms a task has more in common with the
+ * others, and the shared components are found again for what is left. No components at all and only private terms is each adapter
+ * cut by its own SVD: the other end of the scale.
+ */
+import { decodeTensor, type TensorType } from "../dtypes.ts";
+import { deltaError, relative } from "./error.ts";
+import { extractModule, openModule, type ExtractOptions, type ModuleExtraction, type ModuleMember, type ModuleStack, type ProjectedTask } from "./extract.ts";
+import { balance, leadingRows, type Pair } from "./gauge.ts";
+import { expand, rounded, type Subspace } from "./subspace.ts";
+
+/** How often components are found again. The first time gains most, the third next to nothing. */
+const ROUNDS = 3;
+
+/** Numbers of components that are tried where an error decides; between them the bytes change little. */
+const TRIED = [0, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128];
+
+/** Factors of a task's own, encoded: A [q, in], Bᵀ [q, out]. */
+export interface PrivateTerms {
+  q: number;
+  type: TensorType;
+  A: Uint8Array;
+  Bt: Uint8Array;
+}
+
+export interface PrivateOptions extends ExtractOptions {
+  /** Rank of the private part: of every task with `select` by number or energy, the most with an error, where each task has as few as do. */
+  private: number;
+}
+
+/** A task with what it keeps for itself. */
+export interface MixedTask extends ProjectedTask {
+  private?: PrivateTerms | undefined;
+}
+
+export interface MixedExtraction extends ModuleExtraction {
+  tasks: MixedTask[];
+}
+
+/**
+ * Extracts one module, private terms beside shared ones.
+ * @throws RangeError as `extractModule`; also for another gauge than balanced, and when an error is out of reach
+ */
+export function extractMixed(stack: ModuleStack, options: PrivateOptions): MixedExtraction {
+  const { select, gauge } = options;
+  if (!(Number.isInteger(options.private) && options.private >= 1)) throw new RangeError(`private must be a whole number from 1, got ${options.private}`);
+  if (gauge !== "balanced") throw new RangeError("private terms need gauge balanced");
+  if (options.mode === "flat") throw new RangeError("private terms stand beside shared rows; take column or joint mode");
+  const given = stack.members.map(({ rank, A, Bt }): Pair => ({ rank, A: Float64Array.from(A), Bt: Float64Array.from(Bt) }));
+  if (select.kind !== "error") return alternate(stack, given, options).found;
+
+  const rows = given.reduce((sum, { rank }) => sum + Math.min(rank, options.rank ?? rank), 0);
+  const most = Math.min(rows, stack.in, stack.out);
+  let best: Mixed | undefined;
+  for (const k of TRIED) {
+    if (k > most) break;
+    const tried = alternate(stack, given, { ...options, select: { kind: "k", k } }, select.max);
+    if (tried.reached && !(best && best.bytes <= tried.bytes)) best = tried;
+    // Where more components cost more than the private terms that they save, still more do too.
+    else if (best && tried.bytes > 1.2 * best.bytes) break;
+  }
+  if (best) return best.found;
+  throw new RangeError(`${stack.name}: an error of ${select.max} is out of reach of ${options.private} private terms in ${options.coefficientType}; allow more`);
+}
+
+interface Mixed {
+  found: MixedExtraction;
+  /** Of everything that is stored of the module. */
+  bytes: number;
+  /** Σ‖ΔW − ΔW'‖². */
+  lost: number;
+  /** Whether every task is within the error asked for. */
+  reached: boolean;
+}
+
+/** @param error each task has as few private terms as keep it within; undefined: all that there may be */
+function alternate(stack: ModuleStack, given: readonly Pair[], options: PrivateOptions, error?: number): Mixed {
+  let best: Mixed | undefined;
+  let members = stack.members;
+  for (let round = 0; round < ROUNDS; round++) {
+    const shared = extractShared({ ...stack, members }, { ...options, rank: options.rank ?? Math.max(...given.map(({ rank }) => rank)) });
+    const parts = expanded(shared, options);
+    const tasks = shared.tasks.map((task, i) => withPrivate(task, given[i]!, parts[i]!, options, error));
+    const mixed: Mixed = {
+      found: { ...shared, tasks: tasks.map(({ task }) => task) },
+      bytes: bytesOf(shared, tasks.map(({ task }) => task)),
+      lost: tasks.reduce((sum, { lost }) => sum + lost, 0),
+      reached: tasks.every(({ reached }) => reached),
+    };
+    if (best && !better(mixed, best)) break;
+    best = mixed;
+    const none = options.select.kind === "k" && options.select.k === 0;
+    if (none || tasks.every(({ own }) => own.rank === 0)) break;
+    members = stack.members.map((member, i) => without(member, tasks[i]!.own));
+  }
+  return best!;
+}
+
+function better(one: Mixed, other: Mixed): boolean {
+  if (one.reached !== other.reached) return one.reached;
+  return one.bytes !== other.bytes ? one.bytes < other.bytes : one.lost < other.lost;
+}
+
+/** Column or joint mode, or nothing shared at all. */
+function extractShared(stack: ModuleStack, options: ExtractOptions): ModuleExtraction {
+  if (options.select.kind !== "k" || options.select.k > 0) return extractModule(stack, options);
+  const none = (width: number): ModuleExtraction["A"] => {
+    return { type: options.basisType, components: 0, width, mean: false, encoded: new Uint8Array(0), singular: new Float64Array(0), explained: 0 };
+  };
+  const empty = new Uint8Array(0);
+  const tasks = stack.members.map(({ id }) => ({ id, rank: 0, alphaA: empty, alphaB: empty, error: 1, bound: 1, deltaA: 1, deltaB: 1 }));
+  return { name: stack.name, out: stack.out, in: stack.in, A: none(stack.in), B: none(stack.out), tasks, delta: { A: 1, B: 1 } };
+}
+
+/** The shared factors of every task, as stored. */
+function expanded({ A, B, tasks }: ModuleExtraction, { coefficientType, products }: ExtractOptions): Pair[] {
+  if (A.components + B.components === 0 && !A.mean) return tasks.map(() => ({ rank: 0, A: new Float64Array(0), Bt: new Float64Array(0) }));
+  const space = openModule({ A, B }, products);
+  const rows = (encoded: Uint8Array, side: Subspace, rank: number): Float64Array =>
+    expand(side, Float64Array.from(decodeTensor(coefficientType, encoded, rank, side.components)), rank);
+  return tasks.map(({ rank, alphaA, alphaB }) => ({ rank, A: rows(alphaA, space.A, rank), Bt: rows(alphaB, space.B, rank) }));
+}
+
+/** The fewest private terms that reach the error, or all that are allowed. */
+function withPrivate(
+  task: ProjectedTask,
+  given: Pair,
+  shared: Pair,
+  options: PrivateOptions,
+  error: number | undefined,
+): { task: MixedTask; own: Pair; lost: number; reached: boolean } {
+  const [width, height] = [given.A.length / given.rank, given.Bt.length / given.rank];
+  const rest = balance(stackedPairs(given, shared, -1), height, width);
+  let least = error === undefined ? Math.min(options.private, rest.rank) : leastRank(rest, error, deltaError(given, given).norm);
+  for (; ; least++) {
+    const q = Math.min(least, options.private, rest.rank);
+    const { A, Bt } = leadingRows(rest, q);
+    const [ownA, ownB] = [rounded(options.coefficientType, A, q, width), rounded(options.coefficientType, Bt, q, height)];
+    const own = { rank: q, A: ownA.values, Bt: ownB.values };
+    const stored = stackedPairs(shared, own, 1);
+    const nothing = { rank: 1, A: new Float64Array(width), Bt: new Float64Array(height) };
+    const { difference, norm, bound } = deltaError(given, stored.rank > 0 ? stored : nothing);
+    const found = relative(difference, norm);
+    if (error !== undefined && found > error && q < Math.min(options.private, rest.rank)) continue;
+    const terms = q > 0 ? { q, type: options.coefficientType, A: ownA.encoded, Bt: ownB.encoded } : undefined;
+    return {
+      task: { ...task, error: found, bound: relative(bound, norm), private: terms },
+      own,
+      lost: difference ** 2,
+      reached: error === undefined || found <= error,
+    };
+  }
+}
+
+/** How many singular values of what is left must be taken away, before rounding. */
+function leastRank(rest: Pair, error: number, norm: number): number {
+  const width = rest.A.length / rest.rank;
+  let left = 0;
+  for (let q = rest.rank; q > 0; q--) {
+    // Of a balanced pair a row of A is √s long.
+    let square = 0;
+    for (let i = (q - 1) * width; i < q * width; i++) square += rest.A[i]! ** 2;
+    left += square ** 2;
+    if (Math.sqrt(left) > error * norm) return q;
+  }
+  return 0;
+}
+
+/** ΔW of one plus `sign` times ΔW of the other. */
+function stackedPairs(one: Pair, other: Pair, sign: 1 | -1): Pair {
+  const join = (a: Float64Array, b: Float64Array, factor: number): Float64Array => {
+    const all = new Float64Array(a.length + b.length);
+    all.set(a);
+    b.forEach((value, i) => (all[a.length + i] = factor * value));
+    return all;
+  };
+  return { rank: one.rank + other.rank, A: join(one.A, other.A, 1), Bt: join(one.Bt, other.Bt, sign) };
+}
+
+/** The member without a part of it. */
+function without({ id, rank, A, Bt }: ModuleMember, own: Pair): ModuleMember {
+  const pair = stackedPairs({ rank, A: Float64Array.from(A), Bt: Float64Array.from(Bt) }, own, -1);
+  return { id, rank: pair.rank, A: Float32Array.from(pair.A), Bt: Float32Array.from(pair.Bt) };
+}
+
+function bytesOf({ A, B }: ModuleExtraction, tasks: readonly MixedTask[]): number {
+  const own = tasks.reduce((sum, { alphaA, alphaB, private: terms }) => sum + alphaA.length + alphaB.length + (terms ? terms.A.length + terms.Bt.length : 0), 0);
+  return A.encoded.length + B.encoded.length + own;
+}
