@@ -38,7 +38,7 @@ t.test("every way has a name of its own, and no more components than there are",
       t.ok(way.options.select.k < (way.options.mode === "flat" ? n : 8 * n), nameOf(way));
     }
   }
-  t.equal(nameOf(frontier(20)[0]!), "column K 16, f32");
+  t.equal(nameOf(small(20)[2]!), "balanced column K 48, rank 4, int3, heads int4");
   t.end();
 });
 

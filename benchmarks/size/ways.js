@@ -48,10 +48,11 @@ function typesOf(types) {
   return [basis, ...(coefficients === basis ? [] : [`coefficients ${coefficients}`]), ...(head === basis ? [] : [`heads ${head}`])].join(", ");
 }
 
-/** Ways whose accuracy is asked of all adapters: the paper's, each mode, and small ones. @param {number} n adapters @returns {Way[]} */
+/** Ways whose accuracy is asked of all adapters: each mode, and other packages. @param {number} n adapters @returns {Way[]} */
 export function frontier(n) {
   return [
-    ...small(n),
+    pack({ k: 32, type: "int4" }),
+    pack({ gauge: "balanced", rank: 4, private: 1, k: 24, type: "int4" }),
     pack({ k: 32, type: "f16" }),
     pack({ mode: "joint", k: 32, type: "int4" }),
     pack({ mode: "flat", gauge: "balanced", k: n - 1, type: "int4" }),
@@ -59,13 +60,13 @@ export function frontier(n) {
   ];
 }
 
-/** Ways whose accuracy is asked of fewer adapters too. @param {number} n adapters @returns {Way[]} */
+/** Ways whose accuracy is asked of fewer adapters too: the paper's, small packs, and its nearest relative. @param {number} n adapters @returns {Way[]} */
 export function small(n) {
   /** @type {Way[]} */
   const ways = [
     pack({ k: 16, type: "f32" }),
-    pack({ k: 32, type: "int4" }),
-    pack({ gauge: "balanced", k: 48, type: "int3", head: "int4" }),
+    ...[32, 48].map((k) => pack({ gauge: "balanced", rank: 4, k, type: "int3", head: "int4" })),
+    pack({ gauge: "balanced", rank: 4, k: Math.min(32, 3 * n), type: "int4" }),
     { kind: "lorashare", k: 16 },
   ];
   return ways.filter((way) => fits(way, n));
@@ -96,6 +97,8 @@ function peers(n) {
 }
 
 const TYPES = /** @type {const} */ (["f32", "f16", "int8", "int4", "int3"]);
+const FEW = /** @type {const} */ (["f32", "int8", "int4"]);
+const SMALL = /** @type {const} */ (["int4", "int3"]);
 const GAUGES = /** @type {const} */ (["as-trained", "balanced"]);
 
 /** Ways of which bytes and ΔW error are taken alone: every mode, gauge and number format. @param {number} n adapters @returns {Way[]} */
@@ -105,19 +108,23 @@ export function grid(n) {
     ...TYPES.map((type) => cut(undefined, type)),
     ...TYPES.flatMap((type) => [1, 2, 4].map((rank) => cut(rank, type))),
     ...GAUGES.flatMap((gauge) => TYPES.flatMap((type) => [16, 32, 48].map((k) => pack({ gauge, k, type, head: headOf(type) })))),
+    ...SMALL.flatMap((type) => [16, 32, 48, 64].map((k) => pack({ gauge: "balanced", rank: 4, k, type, head: headOf(type) }))),
+    ...[8, 24].map((k) => pack({ gauge: "balanced", rank: 4, private: 1, k, type: "int4" })),
     ...GAUGES.flatMap((gauge) => TYPES.map((type) => pack({ mode: "flat", gauge, k: n - 1, type, head: headOf(type) }))),
-    ...TYPES.map((type) => pack({ mode: "joint", k: 32, type, head: headOf(type) })),
+    // It takes ten times as long as the others.
+    ...FEW.map((type) => pack({ mode: "joint", k: 32, type })),
   ];
   return ways.filter((way) => fits(way, n));
 }
 
 /** What distilling wins back, where it is likely to pay. @returns {Packed[]} */
 export function distilled() {
-  return [pack({ k: 8, type: "int8", distilled: true }), pack({ gauge: "balanced", k: 32, type: "int4", distilled: true })];
+  return [pack({ k: 8, type: "int8", distilled: true }), pack({ gauge: "balanced", rank: 4, k: 32, type: "int4", distilled: true })];
 }
 
 /** Whether n adapters of rank 8 have so many components. @param {Way} way @param {number} n */
 function fits(way, n) {
   if (way.kind !== "pack" || way.options.select?.kind !== "k") return true;
-  return way.options.select.k < (way.options.mode === "flat" ? n : 8 * n);
+  const { mode, rank = 8, select } = way.options;
+  return select.k < (mode === "flat" ? n : rank * n);
 }

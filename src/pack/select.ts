@@ -168,19 +168,19 @@ async function partition(count: number, holds: (i: number) => Promise<boolean>):
 }
 
 /** 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, … and the most components that a module can have. */
-function ladderOf(adapters: readonly Adapter[], { mode, centering }: Family): Selection[] {
+function ladderOf(adapters: readonly Adapter[], { mode, centering, rank: most = Infinity }: Family): Selection[] {
   const sides = new Map<string, { rows: number; width: number }>();
   for (const { modules } of adapters) {
     for (const { name, rank, in: inputs, out } of modules.values()) {
       const known = sides.get(name)?.rows ?? 0;
-      sides.set(name, { rows: known + rank, width: Math.max(inputs, out) });
+      sides.set(name, { rows: known + Math.min(rank, most), width: Math.max(inputs, out) });
     }
   }
   const column = Math.max(1, ...[...sides.values()].map(({ rows, width }) => Math.min(rows, width)));
-  const most = mode === "flat" ? Math.max(1, adapters.length - (centering === "none" ? 0 : 1)) : column;
+  const last = mode === "flat" ? Math.max(1, adapters.length - (centering === "none" ? 0 : 1)) : column;
   const steps: number[] = [];
-  for (let k = 1; k < most; k += Math.max(1, 2 ** (Math.floor(Math.log2(k)) - 2))) steps.push(k);
-  return [...steps, most].map((k) => ({ kind: "k", k }));
+  for (let k = 1; k < last; k += Math.max(1, 2 ** (Math.floor(Math.log2(k)) - 2))) steps.push(k);
+  return [...steps, last].map((k) => ({ kind: "k", k }));
 }
 
 function lossOf(scores: ReadonlyMap<string, number>, reference: ReadonlyMap<string, number>, keep: "every" | "mean"): number {
