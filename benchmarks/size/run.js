@@ -35,7 +35,7 @@ const suites = await Promise.all(names.map((name) => Suite.open(name)));
 const peers = await Peers.start();
 
 // What says most comes first, so that a run of a few minutes says something.
-for (const suite of suites) await run(suite, suite.adapters.length, [...byThemselves(), ...small(suite.adapters.length)], true);
+for (const suite of suites) await run(suite, suite.adapters.length, [...small(suite.adapters.length), ...byThemselves()], true);
 for (const suite of suites) for (const n of suite.sizes) await run(suite, n, grid(n), false);
 for (const suite of suites) for (const n of suite.sizes) await run(suite, n, small(n), true);
 for (const suite of suites) await run(suite, suite.adapters.length, frontier(suite.adapters.length), true);
