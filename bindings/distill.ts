@@ -7,19 +7,19 @@ import type { Adapter } from "../src/adapters/adapter.ts";
 import { TaskError } from "../src/errors.ts";
 import type { Example, Row } from "../src/learn/examples.ts";
 import { shuffle, uniform } from "../src/learn/random.ts";
-import { Terms, type Factors, type TrainedModule } from "../src/learn/terms.ts";
 import type { FitOptions, Trainer, TrainingStep } from "../src/learn/trainer.ts";
 import { encodeTaskFile } from "../src/pack/encode.ts";
 import type { TaskBlob } from "../src/pack/format.ts";
 import type { Pack, TaskInfo } from "../src/pack/pack.ts";
 import { parseTaskFile } from "../src/pack/task-file.ts";
+import { askAdapter, meanDivergence } from "./answers.ts";
 import { createTrainer } from "./learn.ts";
 import type { EigenSession } from "./onnxruntime.ts";
 import type { Ort } from "./ort.ts";
 import type { BatchFeeds } from "./ort-batch.ts";
-import { createMachine, headOf } from "./ort-machine.ts";
 
 export type { BatchFeeds } from "./ort-batch.ts";
+export { createJudge, type DivergenceByTask, type JudgeOptions, type PackJudge } from "./judge.ts";
 
 export interface DistillOptions extends Pick<FitOptions, "rates" | "weightDecay" | "clip" | "warmup" | "decay" | "signal"> {
   /** The adapter whose answers count, as the readers of `eigenlora/build` give it. Stays open. */
@@ -88,7 +88,7 @@ export async function distill<O extends Ort>(session: EigenSession<O>, options: 
   const blob = await pack.load(id, { signal });
   const info = pack.tasks.get(id)!;
   const head = trainableHead(pack, id, blob);
-  const answers = await askAdapter(session, adapter, head?.module, rows, batch, options);
+  const answers = await askAdapter(session, adapter, head?.module, rows, { ...options, batch });
   if (head && head.labels !== answers[0]!.length) {
     throw new TaskError(`task "${id}" has ${head.labels} labels, ${adapter.file} ${answers[0]!.length}: it was not made of this adapter`, { task: id });
   }
@@ -152,61 +152,6 @@ function trainableHead(pack: Pack, id: string, { terms, parameters }: TaskBlob):
   return { module: module!, labels: weight.shape[0]! };
 }
 
-/**
- * Probabilities that the adapter itself gives, by text: its own factors in the place of those that the task's coefficients make.
- * @throws TaskError when it adapts what the pack does not
- */
-async function askAdapter<O extends Ort>(
-  { trainable, pack }: EigenSession<O>,
-  adapter: Adapter,
-  head: string | undefined,
-  rows: readonly Row<BatchFeeds>[],
-  batch: number,
-  { encode, signal }: DistillOptions,
-): Promise<Float32Array[]> {
-  const modules: TrainedModule[] = [];
-  const factors = new Map<string, Factors>();
-  for (const one of adapter.modules.values()) {
-    const { name, in: inputs, out, rank } = one;
-    const module = pack.modules.find((known) => known.name === name);
-    if (module?.in !== inputs || module.out !== out) throw new TaskError(`${adapter.file} adapts "${name}" [${out}, ${inputs}], which the pack does not`, { task: adapter.id });
-    const { A, Bt } = await one.read();
-    modules.push({ name, in: inputs, out, own: rank });
-    factors.set(name, { A: Float32Array.from(A), B: Float32Array.from(Bt) });
-  }
-  const [weight, bias] = await Promise.all(["weight", "bias"].map(async (part) => {
-    const saved = head === undefined ? undefined : adapter.saved.find(({ name }) => name === `${head}.${part}`);
-    return Float32Array.from((await saved?.read()) ?? []);
-  })) as [Float32Array<ArrayBuffer>, Float32Array<ArrayBuffer>];
-  const layer = headOf(trainable!, head ?? false);
-  const labels = Array.from({ length: layer ? weight.length / layer.in : 0 }, (_, i) => String(i));
-  const machine = await createMachine(trainable!, new Terms(modules), layer, { encode, labels });
-  const answers: Float32Array[] = [];
-  const lengths = await Promise.all(rows.map((row) => machine.length(row)));
-  const order = [...rows.keys()].sort((a, b) => lengths[a]! - lengths[b]!);
-  // Feeds may be of several lengths.
-  const size = rows[0]!.feeds ? 1 : batch;
-  for (let at = 0; at < order.length; at += size) {
-    signal?.throwIfAborted();
-    const places = order.slice(at, at + size);
-    const some = places.map((place) => rows[place]!);
-    const logits = await machine.answer(await machine.batch(some), { factors, weight, bias });
-    const each = logits.length / some.length;
-    if (!Number.isInteger(each) || each < 2) {
-      throw new TypeError(`distill: the model gives ${logits.length} logits for ${some.length} texts, expected [${some.length}, labels]`);
-    }
-    places.forEach((place, i) => (answers[place] = softmax(logits.subarray(i * each, (i + 1) * each))));
-  }
-  return answers;
-}
-
-function softmax(logits: Float32Array): Float32Array {
-  const top = Math.max(...logits);
-  const powers = logits.map((value) => Math.exp(value - top));
-  const total = powers.reduce((a, b) => a + b, 0);
-  return powers.map((value) => value / total);
-}
-
 /** The probabilities of logits that are divided by the temperature. */
 function divided(probabilities: ArrayLike<number>, temperature: number): Float32Array {
   const values = Array.from(probabilities);
@@ -234,17 +179,10 @@ function temperatureOf(answers: readonly Float32Array[]): number {
   return low;
 }
 
-/** The smallest normal f32, in place of probabilities that are too small for one. */
-const TINY = 2 ** -126;
-
 /** Mean KL(targets ‖ trainer's answers), in nats. */
 async function divergence(trainer: Trainer<BatchFeeds>, examples: readonly Example<BatchFeeds>[], batch: number): Promise<number> {
   const answers = await trainer.predict(examples, { batch: examples[0]!.feeds ? 1 : batch });
-  let sum = 0;
-  for (const [i, { target }] of examples.entries()) {
-    for (const [c, p] of Array.from(target!).entries()) if (p > 0) sum += p * Math.log(p / Math.max(answers[i]![c]!, TINY));
-  }
-  return sum / examples.length;
+  return meanDivergence(examples.map(({ target }) => target!), answers);
 }
 
 /** Under the entry that the task has in the pack. */

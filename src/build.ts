@@ -25,6 +25,7 @@ export {
   type ProjectedAdapter,
   type StorageTypes,
 } from "./pack/build.ts";
+export { buildAuto, packWithin, type AutoOptions, type AutoReport, type Built, type Criterion, type Judge, type Tried } from "./pack/auto.ts";
 export { encodeTaskFile } from "./pack/encode.ts";
 export { expandTerm, taskAdapter } from "./pack/expand.ts";
 export { layoutAppend, layoutFresh, type Append, type TaskToWrite } from "./pack/layout.ts";

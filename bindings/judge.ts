@@ -1,0 +1,85 @@
+/**
+ * Packs judged by behaviour: how far their tasks' answers to plain text are from those of the adapters that they were made of.
+ */
+import type { Adapter } from "../src/adapters/adapter.ts";
+import { shuffle, uniform } from "../src/learn/random.ts";
+import { taskAdapter } from "../src/pack/expand.ts";
+import { openPack } from "../src/pack/pack.ts";
+import { askAdapter, meanDivergence, type AskOptions } from "./answers.ts";
+import { createEigenSession, type EigenSession } from "./onnxruntime.ts";
+import type { Ort } from "./ort.ts";
+
+export interface JudgeOptions extends Pick<AskOptions, "signal"> {
+  /** As they were packed. Stay open. */
+  readonly adapters: readonly Adapter[];
+  /** Plain text of the kind that the tasks are asked about. */
+  readonly texts: readonly string[];
+  /** Texts as the model's inputs, one row each: a tokenizer. */
+  readonly encode: NonNullable<AskOptions["encode"]>;
+  /** Texts that every task is asked, at most; 64 unless given. */
+  readonly most?: number | undefined;
+  /** Texts of a run; 16 unless given. */
+  readonly batch?: number | undefined;
+  readonly seed?: number | undefined;
+}
+
+/** Mean KL(adapter ‖ task) over texts, by task. */
+export type DivergenceByTask = ReadonlyMap<string, number>;
+
+/** Asks packs of the same adapters, one after the other. */
+export interface PackJudge {
+  byTask(pack: Blob): Promise<DivergenceByTask>;
+  /** The mean over tasks, as `buildAuto` takes it. */
+  judge(pack: Blob): Promise<number>;
+  release(): Promise<void>;
+}
+
+/**
+ * A judge of packs. One session runs adapters and tasks alike, so that nothing but the numbers differs.
+ * @param model path, URL, Blob or bytes of the ONNX model
+ * @throws RangeError when there is no text
+ * @example
+ * const { judge, release } = createJudge(ort, "model.onnx", { adapters, texts, encode });
+ * const { chunks, report } = await buildAuto(adapters, { criterion: { kind: "bytes", max: 300_000 }, judge });
+ * await release();
+ */
+export function createJudge<O extends Ort>(ort: O, model: Parameters<typeof createEigenSession>[1], options: JudgeOptions): PackJudge {
+  const { adapters, encode, most = 64, batch = 16, seed = 0, signal } = options;
+  if (options.texts.length === 0) throw new RangeError("judge: no texts");
+  const rows = shuffle([...new Set(options.texts)], uniform(seed))
+    .slice(0, most)
+    .map((text) => ({ text, feeds: undefined, label: 0, weight: 1 }));
+  const ask = { encode, batch, signal };
+  let session: EigenSession<O> | undefined;
+  const expected = new Map<string, Float32Array[]>();
+  const byTask = async (bytes: Blob): Promise<DivergenceByTask> => {
+    const pack = await openPack(bytes);
+    session ??= await createEigenSession(ort, model, pack, { trainable: true });
+    const bases = await pack.takeBases();
+    const found = new Map<string, number>();
+    for (const adapter of adapters) {
+      const { id } = adapter;
+      const head = headNameOf(adapter);
+      const answers = await askAdapter(session, taskAdapter(pack, bases, id, await pack.load(id)), head, rows, ask);
+      if (!expected.has(id)) expected.set(id, await askAdapter(session, adapter, head, rows, ask));
+      found.set(id, meanDivergence(expected.get(id)!, answers));
+    }
+    pack.keepBases(bases);
+    return found;
+  };
+  return {
+    byTask,
+    async judge(pack) {
+      const all = [...(await byTask(pack)).values()];
+      return all.reduce((a, b) => a + b, 0) / all.length;
+    },
+    async release() {
+      await session?.release();
+      session = undefined;
+    },
+  };
+}
+
+function headNameOf({ saved }: Adapter): string | undefined {
+  return saved.find(({ name, role, shape }) => role === "saved" && shape.length === 2 && name.endsWith(".weight"))?.name.slice(0, -".weight".length);
+}
