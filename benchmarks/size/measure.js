@@ -6,13 +6,14 @@ import { mkdtemp, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { openPack } from "eigenlora";
-import { buildPack, readAdapters, taskAdapter } from "eigenlora/build";
+import { buildAuto, buildPack, readAdapters, taskAdapter } from "eigenlora/build";
 import { distill } from "eigenlora/distill";
 import { decodeTensor, tensorBytes } from "../../dist/src/dtypes.js";
 import { encodeTensor } from "../../dist/src/encode.js";
 import { deltaError, relative } from "../../dist/src/extract/error.js";
 import { balance } from "../../dist/src/extract/gauge.js";
 import { startPython } from "../report.js";
+import { bytesOfAdapter } from "./suite.js";
 import { nameOf, STEPS } from "./ways.js";
 
 /**
@@ -33,6 +34,7 @@ import { nameOf, STEPS } from "./ways.js";
  * @property {number[]} [accuracy] of each task
  * @property {number[]} [same] share of a task's rows with the label that PEFT predicts
  * @property {string} [kept] of a distilled task: which coefficients are better on the texts held back
+ * @property {string} [found] which way a search has found
  * @property {string} [peer] version
  * @property {number} seconds
  */
@@ -57,7 +59,7 @@ export const keyOf = ({ suite, n, way, task }) => [suite, n, way, ...(task ? [ta
 export async function measure(suite, n, way, asks, peers) {
   const started = performance.now();
   const adapters = suite.take(n);
-  const found = await store(adapters, way, peers, asks);
+  const found = await store(suite, adapters, way, peers, asks);
   const { chunks, strength = 1, ...figures } = found;
   /** @type {import("./suite.js").Answers[]} */
   const answers = [];
@@ -79,13 +81,22 @@ export async function measure(suite, n, way, asks, peers) {
 }
 
 /**
+ * @param {Suite} suite
  * @param {Adapter[]} adapters
  * @param {Way} way
  * @param {Peers} peers
  * @param {boolean} asks
- * @returns {Promise<Pick<Row, "bytes" | "error" | "errors" | "sizes" | "peer"> & { chunks: Uint8Array[], strength?: number }>}
+ * @returns {Promise<Pick<Row, "bytes" | "error" | "errors" | "sizes" | "peer" | "found"> & { chunks: Uint8Array[], strength?: number }>}
  */
-async function store(adapters, way, peers, asks) {
+async function store(suite, adapters, way, peers, asks) {
+  if (way.kind === "auto") {
+    const judge = way.judged ? await suite.judge(adapters) : undefined;
+    const max = Math.floor(sum(adapters.map(bytesOfAdapter)) / way.ratio);
+    const { chunks, report } = await buildAuto(adapters, { criterion: { kind: "bytes", max }, ...(judge ? { judge: judge.judge } : {}) });
+    await judge?.release();
+    const same = report.tried.filter(({ bytes, error }) => bytes === report.bytes && error === report.error.mean);
+    return { bytes: report.bytes, error: rounded(mean(await packErrors(adapters, chunks))), found: same[0]?.name ?? "", chunks };
+  }
   if (way.kind === "pack") {
     const { chunks, report } = await buildPack(adapters, way.options);
     return { bytes: report.bytes, error: rounded(mean(await packErrors(adapters, chunks))), chunks };
@@ -128,7 +139,7 @@ export async function measureDistilled(suite, n, way, wanted, found) {
         if (!wanted(id)) continue;
         const started = performance.now();
         const encode = /** @type {any} */ (await suite.encode());
-        const made = await distill(session, { adapter, texts: await suite.texts(id, 512), encode, steps: STEPS });
+        const made = await distill(session, { adapter, texts: await suite.textsOf(id, 512), encode, steps: STEPS });
         await session.addTask("distilled", made.file);
         const { right, same } = await suite.ask(session, id, "distilled");
         await session.switchTask(null);

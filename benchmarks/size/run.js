@@ -3,10 +3,10 @@
  * number format, beside each adapter by itself and beside PyPI's lorashare and vlora-dev (PYTHON). Bytes against ΔW error for all,
  * against accuracy on real test rows, through a live session of onnxruntime-node, for those that could be chosen. Docs: docs/size.md.
  *
- * node benchmarks/size/run.js [--suite NAME] [--minutes N] [--distilled] [--rows FILE] [--figures FOLDER] [--json]   after npm run build
+ * node benchmarks/size/run.js [--suite NAME] [--minutes N] [--distilled] [--shapes] [--rows FILE] [--figures FOLDER] [--json]   after npm run build
  *
  * What is measured is kept in rows.jsonl and not measured again; `--minutes 0` makes tables and figures of what there is.
- * `--distilled` also distils, some 25 s a task.
+ * `--distilled` also distils, some 25 s a task; `--shapes` also packs the paper's two settings by shape (shapes.js).
  */
 import { mkdir, writeFile } from "node:fs/promises";
 import { resolve } from "node:path";
@@ -16,7 +16,7 @@ import { Rows } from "../rows.js";
 import { keyOf, measure, measureDistilled, Peers } from "./measure.js";
 import { Suite, SUITES } from "./suite.js";
 import { drawFigures, Reader, tables } from "./tables.js";
-import { byThemselves, distilled, frontier, grid, nameOf, small } from "./ways.js";
+import { byThemselves, distilled, found, frontier, grid, nameOf, small } from "./ways.js";
 
 /** @typedef {import("./measure.js").Row} Row */
 
@@ -39,6 +39,8 @@ for (const suite of suites) await run(suite, suite.adapters.length, [...small(su
 for (const suite of suites) for (const n of suite.sizes) await run(suite, n, grid(n), false);
 for (const suite of suites) for (const n of suite.sizes) await run(suite, n, small(n), true);
 for (const suite of suites) await run(suite, suite.adapters.length, frontier(suite.adapters.length), true);
+for (const suite of suites) for (const n of suite.sizes) await run(suite, n, found(n), n === suite.adapters.length);
+for (const suite of suites) await run(suite, suite.adapters.length, found(suite.adapters.length).slice(1).map((way) => ({ ...way, judged: true })), true);
 if (process.argv.includes("--distilled")) {
   for (const suite of suites) {
     const n = suite.adapters.length;
@@ -58,10 +60,15 @@ const reader = new Reader(rows.all(), suites);
 const folder = into ? pathToFileURL(`${resolve(into)}/`) : new URL("../../docs/size/", import.meta.url);
 await mkdir(folder, { recursive: true });
 for (const [name, svg] of drawFigures(reader)) await writeFile(new URL(`${name}.svg`, folder), svg);
-const reason = peers.reason;
+const parts = tables(reader);
+if (process.argv.includes("--shapes")) {
+  const { SETTINGS, shapesPart } = await import(new URL("../shapes.js", import.meta.url).href);
+  parts.push(...Object.keys(SETTINGS).map((name) => shapesPart(name)));
+}
+const { reason, versions } = peers;
 printParts(
-  tables(reader),
-  ["lorashare", "vlora"].map((name) => ({ name, ...(reason ? { reason } : { version: peers.versions[/** @type {"lorashare"} */ (name)] }) })),
+  parts,
+  /** @type {const} */ (["lorashare", "vlora"]).map((name) => ({ name, ...(reason ? { reason } : { version: versions[name] }) })),
 );
 for (const suite of suites) await suite.close();
 

@@ -4,6 +4,7 @@
 import * as ort from "onnxruntime-node";
 import { openPack } from "eigenlora";
 import { readAdapters } from "eigenlora/build";
+import { createJudge } from "eigenlora/distill";
 import { createEigenSession } from "eigenlora/onnxruntime";
 import { shuffle, uniform } from "../../dist/src/learn/random.js";
 import { createEncoder, labelOf, model, readReference, readTask, runBatches, toBatches } from "../../examples/minilm.js";
@@ -13,7 +14,7 @@ import { data } from "../report.js";
  * @typedef {import("eigenlora/build").Adapter} Adapter
  * @typedef {"own-seed" | "shared-seed" | "hub"} SuiteName
  * @typedef {{ right: number, same: number }} Answers rows with the right label, and with the label that PEFT predicts
- * @typedef {{ batches: import("../../examples/minilm.js").Batch<ort.Tensor>[], labels: number[], peft: number[], train: string[] }} Questions
+ * @typedef {{ batches: import("../../examples/minilm.js").Batch<ort.Tensor>[], labels: number[], peft: number[] }} Questions
  * @typedef {import("eigenlora/onnxruntime").EigenSession<typeof ort>} Session
  */
 
@@ -22,6 +23,9 @@ export const SUITES = ["own-seed", "hub", "shared-seed"];
 
 /** Of each task; the first of its test split. */
 export const MOST_ROWS = 240;
+
+/** Plain texts that every task is asked where a judge chooses. */
+const JUDGED = 16;
 
 /** One thread: the same numbers on every machine, and room for others on this one. */
 const SESSION = { intraOpNumThreads: 1, interOpNumThreads: 1 };
@@ -67,18 +71,19 @@ export class Suite {
     const encode = await this.encode();
     this.#questions = new Map();
     for (const { id } of this.adapters) {
-      const { train, test } = await readTask(id);
+      const { test } = await readTask(id);
       const rows = test.slice(0, MOST_ROWS);
       const peft = /** @type {import("../../examples/minilm.js").Reference} */ (reference.get(id)).predictions.slice(0, rows.length);
       const texts = rows.map(([text]) => text);
-      this.#questions.set(id, {
-        batches: toBatches(encode, texts),
-        labels: rows.map(([, label]) => label),
-        peft,
-        train: train.map(([text]) => text),
-      });
+      this.#questions.set(id, { batches: toBatches(encode, texts), labels: rows.map(([, label]) => label), peft });
     }
     return this.#questions;
+  }
+
+  /** A judge of packs by plain text (`eigenlora/distill`), some texts of each task. @param {readonly Adapter[]} adapters */
+  async judge(adapters) {
+    const encode = /** @type {any} */ (await this.encode());
+    return createJudge(ort, model, { adapters, texts: await this.texts(), encode, most: JUDGED });
   }
 
   /**
@@ -114,14 +119,20 @@ export class Suite {
     return { right: equal(labels), same: equal(peft) };
   }
 
-  /** Plain texts to distil a task by: its own training texts, others' where these are few; none of any test split. @param {string} id @param {number} most */
-  async texts(id, most) {
+  /** Plain texts of the suite's kind, in a fixed order: training texts of all tasks, none of any test split. @returns {Promise<string[]>} */
+  async texts() {
     const tasks = await Promise.all(this.adapters.map(({ id }) => readTask(id)));
     const tests = new Set(tasks.flatMap(({ test }) => test.map(([text]) => text)));
-    const fit = (/** @type {readonly string[]} */ texts) => [...new Set(texts)].filter((text) => !tests.has(text));
-    const own = shuffle(fit((await this.questions()).get(id)?.train ?? []), uniform(2)).slice(0, most);
-    const pool = shuffle(fit(tasks.flatMap(({ train }) => train.map(([text]) => text))), uniform(1));
-    return [...new Set([...own, ...pool])].slice(0, Math.max(own.length, most / 2));
+    const all = tasks.flatMap(({ train }) => train.map(([text]) => text));
+    return shuffle([...new Set(all)].filter((text) => !tests.has(text)), uniform(1));
+  }
+
+  /** Plain texts to distil a task by: its own training texts, then others', where these are fewer than half of `most`. @param {string} id @param {number} most */
+  async textsOf(id, most) {
+    const pool = await this.texts();
+    const own = new Set((await readTask(id)).train.map(([text]) => text));
+    const mine = pool.filter((text) => own.has(text)).slice(0, most);
+    return [...new Set([...mine, ...pool])].slice(0, Math.max(mine.length, most / 2));
   }
 
   async close() {

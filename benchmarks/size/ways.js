@@ -4,10 +4,11 @@
  * @typedef {import("eigenlora").TensorType} TensorType
  * @typedef {import("eigenlora/build").BuildOptions} BuildOptions
  * @typedef {{ kind: "pack", options: BuildOptions, distilled?: boolean }} Packed a pack of all adapters
+ * @typedef {{ kind: "auto", ratio: number, judged?: boolean }} Auto the best pack of so many times fewer bytes than the f32 adapters, by answers to plain text or by ΔW error
  * @typedef {{ kind: "each", rank?: number, type: TensorType, head: TensorType }} Each every adapter by itself, cut to a rank by its own SVD
  * @typedef {{ kind: "heads", type: TensorType }} Heads heads without adapters
  * @typedef {{ kind: "lorashare" | "vlora", k: number, packed?: boolean }} Peer packed: its components in 4 bits
- * @typedef {Packed | Each | Heads | Peer} Way
+ * @typedef {Packed | Auto | Each | Heads | Peer} Way
  */
 
 /** How many steps distilling takes; a task of the size here then takes some 25 s. */
@@ -31,6 +32,7 @@ export function nameOf(way) {
     const what = way.rank === undefined ? "LoRA" : `cut to rank ${way.rank}`;
     return `${what}, ${typesOf({ basis: way.type, coefficients: way.type, head: way.head })}`;
   }
+  if (way.kind === "auto") return `auto, ${way.ratio} times fewer bytes, by ${way.judged ? "answers" : "ΔW error"}`;
   if (way.kind !== "pack") return `${way.kind} K ${way.k}${way.packed ? ", NF4" : ""}`;
   const { mode, gauge, select, types, ...more } = way.options;
   const rest = Object.entries(more).map(([name, value]) => `${name} ${typeof value === "object" ? JSON.stringify(value) : value}`);
@@ -115,6 +117,12 @@ export function grid(n) {
     ...FEW.map((type) => pack({ mode: "joint", k: 32, type })),
   ];
   return ways.filter((way) => fits(way, n));
+}
+
+/** What a search of all of these finds. @param {number} n adapters @returns {Auto[]} */
+export function found(n) {
+  const ratios = n > 20 ? [20, 60] : n > 10 ? [20, 35] : [10, 20];
+  return ratios.map((ratio) => ({ kind: "auto", ratio }));
 }
 
 /** What distilling wins back, where it is likely to pay. @returns {Packed[]} */

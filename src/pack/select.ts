@@ -5,6 +5,7 @@
 import type { Adapter } from "../adapters/adapter.ts";
 import type { TensorType } from "../dtypes.ts";
 import type { Selection } from "../extract/extract.ts";
+import { limitOf } from "./auto.ts";
 import { buildPack, type BuildOptions, type BuildReport, type StorageTypes } from "./build.ts";
 import { openPack, type Pack } from "./pack.ts";
 
@@ -93,9 +94,9 @@ export async function selectComponents(options: SelectOptions): Promise<Selected
   if (!(tolerance >= 0)) throw new RangeError(`selectComponents: tolerance must be 0 or more, got ${tolerance}`);
   if (families.length === 0 || options.ladder?.length === 0) throw new RangeError("selectComponents: families and ladder must not be empty");
   const ids = adapters.map(({ id }) => id);
-  const ask = async (chunks: readonly Uint8Array[]): Promise<Map<string, number>> => {
+  const ask = async (chunks: Uint8Array[]): Promise<Map<string, number>> => {
     signal?.throwIfAborted();
-    const pack = await openPack(joined(chunks));
+    const pack = await openPack(new Blob(chunks as BlobPart[]));
     try {
       return scoresOf(await options.validate(pack, ids), ids, "validate");
     } finally {
@@ -168,19 +169,11 @@ async function partition(count: number, holds: (i: number) => Promise<boolean>):
 }
 
 /** 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, … and the most components that a module can have. */
-function ladderOf(adapters: readonly Adapter[], { mode, centering, rank: most = Infinity }: Family): Selection[] {
-  const sides = new Map<string, { rows: number; width: number }>();
-  for (const { modules } of adapters) {
-    for (const { name, rank, in: inputs, out } of modules.values()) {
-      const known = sides.get(name)?.rows ?? 0;
-      sides.set(name, { rows: known + Math.min(rank, most), width: Math.max(inputs, out) });
-    }
-  }
-  const column = Math.max(1, ...[...sides.values()].map(({ rows, width }) => Math.min(rows, width)));
-  const last = mode === "flat" ? Math.max(1, adapters.length - (centering === "none" ? 0 : 1)) : column;
+function ladderOf(adapters: readonly Adapter[], family: Family): Selection[] {
+  const most = limitOf(adapters, family);
   const steps: number[] = [];
-  for (let k = 1; k < last; k += Math.max(1, 2 ** (Math.floor(Math.log2(k)) - 2))) steps.push(k);
-  return [...steps, last].map((k) => ({ kind: "k", k }));
+  for (let k = 1; k < most; k += Math.max(1, 2 ** (Math.floor(Math.log2(k)) - 2))) steps.push(k);
+  return [...steps, most].map((k) => ({ kind: "k", k }));
 }
 
 function lossOf(scores: ReadonlyMap<string, number>, reference: ReadonlyMap<string, number>, keep: "every" | "mean"): number {
@@ -197,14 +190,4 @@ function scoresOf(given: ReadonlyMap<string, number> | Readonly<Record<string, n
       throw new TypeError(`selectComponents: ${who} gives ${String(score)} for task "${id}"; expected a finite number for each of ${ids.length} tasks`);
     }),
   );
-}
-
-function joined(chunks: readonly Uint8Array[]): ArrayBuffer {
-  const bytes = new Uint8Array(chunks.reduce((sum, { length }) => sum + length, 0));
-  let at = 0;
-  for (const chunk of chunks) {
-    bytes.set(chunk, at);
-    at += chunk.length;
-  }
-  return bytes.buffer;
 }
