@@ -8,15 +8,16 @@ import { openPack } from "../src/pack/pack.ts";
 import { askAdapter, meanDivergence, type AskOptions } from "./answers.ts";
 import { createEigenSession, type EigenSession } from "./onnxruntime.ts";
 import type { Ort } from "./ort.ts";
+import type { BatchFeeds } from "./ort-batch.ts";
 
 export interface JudgeOptions extends Pick<AskOptions, "signal"> {
   /** As they were packed. Stay open. */
   readonly adapters: readonly Adapter[];
   /** Plain text of the kind that the tasks are asked about. */
   readonly texts: readonly string[];
-  /** Texts as the model's inputs, one row each: a tokenizer. */
-  readonly encode: NonNullable<AskOptions["encode"]>;
-  /** Texts that every task is asked, at most; 64 unless given. */
+  /** Texts as the model's inputs, which are named, one row each: a tokenizer. */
+  readonly encode: (texts: string[], inputNames: readonly string[]) => BatchFeeds | Promise<BatchFeeds>;
+  /** Texts that every task is asked, at most; 64 unless given, fewer where tasks are many: 1280 texts in all, 16 a task at least. */
   readonly most?: number | undefined;
   /** Texts of a run; 16 unless given. */
   readonly batch?: number | undefined;
@@ -44,24 +45,24 @@ export interface PackJudge {
  * await release();
  */
 export function createJudge<O extends Ort>(ort: O, model: Parameters<typeof createEigenSession>[1], options: JudgeOptions): PackJudge {
-  const { adapters, encode, most = 64, batch = 16, seed = 0, signal } = options;
+  const { adapters, encode, most = Math.min(64, Math.max(16, Math.round(1280 / options.adapters.length))), batch = 16, seed = 0, signal } = options;
   if (options.texts.length === 0) throw new RangeError("judge: no texts");
   const rows = shuffle([...new Set(options.texts)], uniform(seed))
     .slice(0, most)
     .map((text) => ({ text, feeds: undefined, label: 0, weight: 1 }));
-  const ask = { encode, batch, signal };
   let session: EigenSession<O> | undefined;
   const expected = new Map<string, Float32Array[]>();
   const byTask = async (bytes: Blob): Promise<DivergenceByTask> => {
     const pack = await openPack(bytes);
-    session ??= await createEigenSession(ort, model, pack, { trainable: true });
+    const asked = (session ??= await createEigenSession(ort, model, pack, { trainable: true }));
+    const ask = { encode: (some: string[]) => encode(some, asked.inputNames), batch, signal };
     const bases = await pack.takeBases();
     const found = new Map<string, number>();
     for (const adapter of adapters) {
       const { id } = adapter;
       const head = headNameOf(adapter);
-      const answers = await askAdapter(session, taskAdapter(pack, bases, id, await pack.load(id)), head, rows, ask);
-      if (!expected.has(id)) expected.set(id, await askAdapter(session, adapter, head, rows, ask));
+      const answers = await askAdapter(asked, taskAdapter(pack, bases, id, await pack.load(id)), head, rows, ask);
+      if (!expected.has(id)) expected.set(id, await askAdapter(asked, adapter, head, rows, ask));
       found.set(id, meanDivergence(expected.get(id)!, answers));
     }
     pack.keepBases(bases);

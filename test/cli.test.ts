@@ -32,6 +32,33 @@ function json(status: number, ...args: string[]): Record<string, any> {
 
 const keys = (object: object, ...names: string[]): boolean => names.every((name) => name in object);
 
+t.test("pack to a size, to an error, with less rank and private terms; auto says what it tried", async (t) => {
+  const some = ["debtags-admin", "debtags-role", "sections-0"].map((id) => join(own, id));
+  const sized = json(0, "pack", ...some, "-o", "sized.eigen", "--rank", "4", "--ratio", "16", "--dtype", "int4");
+  t.ok(sized["ratio"] >= 16 && sized["ratio"] < 17.5, `${sized["ratio"]}`);
+  t.match(sized, { gauge: "balanced", mode: "column" });
+  t.ok(json(0, "pack", ...some, "-o", "sized.eigen", "--bytes", "300kB")["bytes"] <= 300_000);
+  const owned = json(0, "pack", ...some, "-o", "owned.eigen", "--private", "1", "--k", "4");
+  const verified = json(0, "verify", "owned.eigen", "--against", ...some.flatMap((path, i) => (i ? ["--against", path] : [path])));
+  for (const task of verified["tasks"]) t.ok(Math.abs(task.error.max - owned["errors"].find(({ id }: any) => id === task.id).max) < 1e-4);
+
+  const auto = json(0, "pack", ...some, "-o", "auto.eigen", "--mode", "auto", "--bytes", "70kB");
+  t.ok(auto["bytes"] <= 70_000 && auto["tried"].length > 8 && auto["judgedBy"] === "error");
+  const text = run("pack", ...some, "-o", "auto.eigen", "--mode", "auto", "--bytes", "70kB").stdout;
+  t.match(text, /tried +size +ΔW error/);
+  t.match(text, /Chosen by ΔW error, which is a proxy/);
+
+  const refused = (...args: string[]): string => json(2, "pack", ...some, "-o", "x.eigen", ...args)["error"].message;
+  t.match(refused("--mode", "auto"), /needs to know what for: --bytes, --ratio, --error or --divergence/);
+  t.match(refused("--mode", "auto", "--k", "4"), /chooses --k itself/);
+  t.match(refused("--mode", "auto", "--bytes", "70kB", "--model", "m.onnx"), /--model and --text go together/);
+  t.match(refused("--mode", "auto", "--divergence", "0.1"), /needs --model and --text/);
+  t.match(refused("--text", "lines.txt", "--k", "4"), /--text is for --mode auto/);
+  t.match(refused("--bytes", "many"), /expected a size such as 300000, 300kB/);
+  t.match(refused("--bytes", "1kB", "--ratio", "3"), /--bytes and --ratio exclude each other/);
+  t.match(json(1, "pack", ...some, "-o", "x.eigen", "--bytes", "1kB")["error"].message, /1000 bytes are too few: the least is \d+/);
+});
+
 t.test("pack, inspect, verify: the keys of the contract, and figures that agree", async (t) => {
   const packed = json(0, "pack", own, "-o", "own.eigen", "--k", "16");
   t.ok(

@@ -16,6 +16,7 @@ import { parseTaskFile } from "../pack/task-file.ts";
 import { distill, type Distilled } from "../../bindings/distill.ts";
 import { createEigenSession } from "../../bindings/onnxruntime.ts";
 import { renames, required, wholeNumber, type Arguments } from "./args.ts";
+import { readLines } from "./auto.ts";
 import { writeWhole } from "./files.ts";
 import { loadRuntime, loadTokenizer } from "./model.ts";
 import { bytes, table, type Output } from "./output.ts";
@@ -75,15 +76,6 @@ export async function distillCommand(args: Arguments, out: Output): Promise<Resu
     await pack.close();
     for (const adapter of adapters) await adapter.close();
   }
-}
-
-async function readLines(path: string): Promise<string[]> {
-  const text = await readFile(path, "utf8").catch((cause: Error) => {
-    throw new SourceError(`cannot be read: ${cause.message}`, { file: path, cause });
-  });
-  const lines = [...new Set(text.split(/\r?\n/).map((line) => line.trim()))].filter((line) => line !== "");
-  if (lines.length === 0) throw new SourceError("has no text; expected one on each line", { file: path });
-  return lines;
 }
 
 /** Projects adapters that are no tasks yet, as `add` does. */

@@ -9,7 +9,7 @@ import type { TensorType } from "../dtypes.ts";
 import { AdapterError, FormatError, TaskError } from "../errors.ts";
 import { deltaError, relative } from "../extract/error.ts";
 import { measureModule, openModule, type Gauge } from "../extract/extract.ts";
-import { breakEven, buildPack, storageTypes, storedModule, type StorageTypes } from "../pack/build.ts";
+import { breakEven, storageTypes, storedModule, type StorageTypes } from "../pack/build.ts";
 import { basisId } from "../pack/encode.ts";
 import { expandTerm } from "../pack/expand.ts";
 import { hex } from "../pack/fields.ts";
@@ -18,7 +18,8 @@ import { layoutFresh } from "../pack/layout.ts";
 import { openPack, type Pack } from "../pack/pack.ts";
 import { openHost } from "../runtime/host.ts";
 import { openSource } from "../source.ts";
-import { choice, number, renames, required, selection, storage, UsageError, type Arguments } from "./args.ts";
+import { number, renames, required, storage, UsageError, type Arguments } from "./args.ts";
+import { autoText, planOf } from "./auto.ts";
 import { writeWhole } from "./files.ts";
 import { bytes, percent, table, type Output } from "./output.ts";
 
@@ -43,32 +44,23 @@ export async function closeAll(adapters: readonly Adapter[]): Promise<void> {
 export async function packCommand(args: Arguments, out: Output): Promise<Result> {
   const started = performance.now();
   const file = required(args, "output");
-  const options = {
-    mode: choice(args, "mode", ["column", "flat", "joint"] as const, "column"),
-    gauge: choice(args, "gauge", ["as-trained", "balanced"] as const, "as-trained"),
-    ...(args.text("centering") === undefined ? {} : { centering: choice(args, "centering", ["keep", "none"] as const, "keep") }),
-    select: selection(args),
-    types: storage(args.text("dtype")),
-  };
+  const plan = planOf(args);
+  const types = storage(args.text("dtype"));
   const choose = await goodAdapters(args);
   const adapters = await readAdapters(args.positionals, { rename: renames(args) });
   const basePath = args.text("base");
   const base = basePath === undefined ? undefined : await openHost(basePath);
   try {
     const { kept, dropped } = choose(adapters);
-    const { chunks, report } = await buildPack(kept, {
-      ...options,
-      ...(base ? { base } : {}),
-      onProgress: (done, of) => out.progress("module", done, of),
-    });
+    const { chunks, report } = await plan.run(kept, { types, normalize: args.flag("normalize"), ...(base ? { base } : {}) }, out);
     await writeWhole(file, chunks);
     for (const warning of report.warnings) out.warn(warning);
-    const { types, ...rest } = report;
+    const { types: stored, ...rest } = report;
     const seconds = (performance.now() - started) / 1000;
     const peakMemoryBytes = process.resourceUsage().maxRSS * 1024;
     const even = report.breakEvenTasks;
     return {
-      json: { file, dtype: typeName(types), ...rest, dropped, seconds, peakMemoryBytes },
+      json: { file, dtype: typeName(stored), ...rest, dropped, seconds, peakMemoryBytes },
       text: [
         ...dropped.map(({ id, gain }) => `left out ${id}: ${points(gain)} over its head`),
         `${file}: ${report.tasks} tasks, ${report.modules} modules, ${bytes(report.bytes)}`,
@@ -81,6 +73,7 @@ export async function packCommand(args: Arguments, out: Output): Promise<Result>
         report.ratio < 1
           ? `The pack is larger than its adapters: sharing pays from ${even ?? "no number of"} tasks on.`
           : `Sharing pays from ${even ?? "no number of"} tasks on.`,
+        ...("tried" in report ? [autoText(report)] : []),
         `${seconds.toFixed(2)} s`,
       ].join("\n"),
     };

@@ -41,10 +41,11 @@ const WEAK = 1e-3;
  * Column means of rows [rows, width], rounded to f32, so that a pack in f32 stores exactly the mean that was subtracted
  * and identical rows become exactly zero.
  */
-export function columnMeans(x: Float64Array, rows: number, width: number): Float64Array {
+export function columnMeans(x: Float64Array, rows: number, width: number, weights?: readonly number[]): Float64Array {
   const mean = new Float64Array(width);
-  for (let i = 0; i < rows; i++) addScaled(1, x, i * width, mean, 0, width);
-  return mean.map((sum) => Math.fround(sum / rows));
+  for (let i = 0; i < rows; i++) addScaled(weights?.[i] ?? 1, x, i * width, mean, 0, width);
+  const total = weights?.reduce((a, b) => a + b, 0) || rows;
+  return mean.map((sum) => Math.fround(sum / total));
 }
 
 /** A copy of rows [rows, width] without `mean`; just a copy where that is undefined. */

@@ -10,7 +10,7 @@ import { centred, columnMeans, principalComponents, ROUNDING, type Components } 
 import { deltaError, pairError, relative, type SideError } from "./error.ts";
 import { alignSigns, alignTo, balance, leadingRows, type Pair } from "./gauge.ts";
 import { jointComponents } from "./joint.ts";
-import { rowSquares, type Products } from "./linalg.ts";
+import { dot, rowSquares, scale, type Products } from "./linalg.ts";
 import { turnTo, turnTogether } from "./procrustes.ts";
 import { pairsWithin } from "./search.ts";
 import {
@@ -72,6 +72,11 @@ export interface ExtractOptions {
   rank?: number | undefined;
   /** Whether the mean of the rows is subtracted and stored, or not used at all. */
   centering: "keep" | "none";
+  /**
+   * Whether every task counts alike when components are sought, however large its update is: one a thousand times larger than the
+   * others would have them to itself. False unless given.
+   */
+  normalize?: boolean | undefined;
   select: Selection;
   basisType: TensorType;
   coefficientType: TensorType;
@@ -185,11 +190,12 @@ export function extractModule(stack: ModuleStack, options: ExtractOptions): Modu
 
 /** As many components on both sides as the selection asks for: of ΔW itself, so the numbers are judged together. */
 function storeJoint(found: Found, pairs: readonly Pair[]): ModuleExtraction {
-  const { stack: { name, out, in: inputs }, options: { select, products }, A, B } = found;
+  const { stack: { name, out, in: inputs }, options: { select, products, normalize }, A, B } = found;
   const most = Math.max(A.components.count, B.components.count);
+  const alike = normalize ? pairs.map(({ rank, A, Bt }) => ({ rank, A: A.map((v) => v * reciprocal(A)), Bt: Bt.map((v) => v * reciprocal(Bt)) })) : pairs;
   const solve = (k: number): ModuleExtraction => {
     const [kA, kB] = [Math.min(k, A.components.count), Math.min(k, B.components.count)];
-    const made = kA * kB > 0 ? jointComponents(pairs, kA, kB, out, inputs, products) : { A: A.components, B: B.components };
+    const made = kA * kB > 0 ? jointComponents(alike, kA, kB, out, inputs, products) : { A: A.components, B: B.components };
     return store({ ...found, A: { ...A, components: made.A }, B: { ...B, components: made.B } }, made.A.count, made.B.count);
   };
   if (select.kind === "k" || (select.kind === "energy" && select.share === 1)) return solve(most);
@@ -299,11 +305,16 @@ function decompose(
       for (const end = at + factor.length / width; at < end; at++) own[at] = own[at]! > 0 ? first ** 2 / own[at]! : 0;
     }
   }
-  const mean = options.centering === "keep" ? columnMeans(rows, count, width) : undefined;
+  const weights = options.normalize ? factors.flatMap((factor) => Array<number>(factor.length / width).fill(reciprocal(factor))) : undefined;
+  const mean = options.centering === "keep" ? columnMeans(rows, count, width, weights) : undefined;
   const x = centred(rows, count, width, mean);
   // A row is as large as what is stored of it: coefficients for the centred row, the mean for the rest.
   const left = rowSquares(x, count, width);
   const floors = own.map((size, i) => ROUNDING * Math.max(size, Math.sqrt(left[i]!)));
+  weights?.forEach((weight, i) => {
+    scale(weight, x, i * width, width);
+    floors[i]! *= weight;
+  });
   const components = principalComponents(
     x,
     count,
@@ -313,6 +324,12 @@ function decompose(
     options.products,
   );
   return { width, rank, rows: options.rank === undefined ? rows : stacked(all), mean, components };
+}
+
+/** Of a factor's length; 0 where it has none. */
+function reciprocal(factor: Float64Array): number {
+  const length = Math.sqrt(dot(factor, 0, factor, 0, factor.length));
+  return length > 0 ? 1 / length : 0;
 }
 
 function stacked(factors: readonly Float64Array[]): Float64Array {

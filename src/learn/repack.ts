@@ -21,7 +21,7 @@ import type { Terms } from "./terms.ts";
  * @throws RangeError when a component does not fit the type that the pack stores
  */
 export async function repack(pack: Pack, bases: Uint8Array, terms: Terms, parameters: Float32Array<ArrayBuffer>, learned: TaskFile): Promise<Uint8Array<ArrayBuffer>> {
-  const { mode, gauge, centering, baseModel } = pack.directory.basis;
+  const { mode, gauge, centering, rank, baseModel } = pack.directory.basis;
   const sides = pack.modules.map((module) => [sideOf(module, "A", bases, terms, parameters), sideOf(module, "B", bases, terms, parameters)] as const);
   const spaces = pack.modules.map(({ name }, i): ModuleSpace | undefined => {
     const [A, B] = sides[i]!;
@@ -44,7 +44,7 @@ export async function repack(pack: Pack, bases: Uint8Array, terms: Terms, parame
     const share = (side: SideInput | undefined, which: "A" | "B"): SideInput | undefined => side && { ...side, explained: side.explained * captured[i]![which].share };
     return { name, out, in: inputs, layout, kernel, A: share(A, "A"), B: share(B, "B"), fingerprint: fingerprint === undefined ? undefined : floatsAt(bases, fingerprint, FINGERPRINT_SIZE) };
   });
-  const made = encodeBasis({ producer: `eigenlora ${VERSION}`, mode, gauge, centering, baseModel, modules });
+  const made = encodeBasis({ producer: `eigenlora ${VERSION}`, mode, gauge, centering, rank, baseModel, modules });
   const chunks = layoutFresh({ ...made, basisId: await basisId(made.description, made.bases), tasks });
   const whole = new Uint8Array(chunks.reduce((sum, { length }) => sum + length, 0));
   let at = 0;

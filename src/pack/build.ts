@@ -54,6 +54,8 @@ export interface BuildOptions {
    */
   private?: number | undefined;
   centering?: "keep" | "none";
+  /** Every task counts alike when components are sought, however large its update is. */
+  normalize?: boolean | undefined;
   /** How many components. 90 % of the squared singular values per module and side unless given. */
   select?: Selection;
   types?: Partial<StorageTypes>;
@@ -105,7 +107,7 @@ export async function buildPack(
   if (mode === "flat") checkFlat(select, adapters.length, centering);
   const types = storageTypes(options.types);
   const stored = { basisType: types.basis, coefficientType: types.coefficients };
-  const extraction = { mode, gauge, rank, private: options.private ?? 0, centering, select, ...stored, ...(await fastProducts()) };
+  const extraction = { mode, gauge, rank, private: options.private ?? 0, centering, normalize: options.normalize, select, ...stored, ...(await fastProducts()) };
   const names = [...new Set(adapters.flatMap((a) => [...a.modules.keys()]))].sort();
   const fingerprints = options.base && (await readFingerprints(options.base, names, adapters));
   const modules: ModuleInput[] = [];
@@ -144,6 +146,7 @@ export async function buildPack(
     mode,
     gauge,
     centering,
+    rank,
     baseModel: baseModels[0],
     modules,
   });
@@ -199,7 +202,7 @@ export interface ProjectedAdapter extends TaskToWrite {
 }
 
 /**
- * Projects an adapter onto the basis of a pack (DESIGN 2.10a), in the pack's gauge.
+ * Projects an adapter onto the basis of a pack (DESIGN 2.10a), in the pack's gauge and to its rank.
  * @param bases of the pack, as `pack.takeBases()` gives them
  * @throws AdapterError when it adapts a module that the pack does not have, or of another shape
  */
@@ -209,7 +212,8 @@ export async function projectAdapter(
   adapter: Adapter,
   types: StorageTypes,
 ): Promise<ProjectedAdapter> {
-  const gauge: Gauge = pack.directory.basis.gauge === "balanced" ? "balanced" : "as-trained";
+  const { basis } = pack.directory;
+  const gauge: Gauge = basis.gauge === "balanced" ? "balanced" : "as-trained";
   const known = new Map(pack.modules.map((m, i) => [m.name, i]));
   const missing = [...adapter.modules.keys()].filter((name) => !known.has(name));
   if (missing.length > 0) {
@@ -235,7 +239,7 @@ export async function projectAdapter(
     const factors = await module.read();
     const member = { id: adapter.id, rank: module.rank, A: factors.A, Bt: factors.Bt };
     const space = openModule(storedModule(stored, bases, adapter), products);
-    const project = (): ProjectedTask => projectModule(space, member, { gauge, coefficientType: types.coefficients });
+    const project = (): ProjectedTask => projectModule(space, member, { gauge, rank: basis.rank, coefficientType: types.coefficients });
     const task = storable(adapter, { name }, project);
     errors.add(adapter.id, name, task.error);
     terms.push(encodeTerm(index, task, space, factors.magnitude, adapter, types));

@@ -59,6 +59,7 @@ export interface BasisInput {
   mode: string;
   gauge: string;
   centering: string;
+  rank?: number | undefined;
   baseModel?: string | undefined;
   modules: readonly ModuleInput[];
 }
@@ -120,8 +121,9 @@ export function encodeBasis(basis: BasisInput): { description: Bytes; bases: Byt
       ...(m.fingerprint ? { fingerprint: true } : {}),
     };
   });
-  const { producer, mode, gauge, centering } = basis;
-  const description = pack({ producer, mode, gauge, centering, baseModel: basis.baseModel ?? null, modules });
+  const { producer, mode, gauge, centering, rank } = basis;
+  const kept = rank === undefined ? {} : { rank };
+  const description = pack({ producer, mode, gauge, centering, ...kept, baseModel: basis.baseModel ?? null, modules });
   const bases = new Uint8Array(end);
   for (const { at, bytes } of tensors) bases.set(bytes, at);
   return { description, bases };

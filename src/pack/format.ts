@@ -88,6 +88,8 @@ export interface BasisDescription {
   mode: string;
   gauge: string;
   centering: string;
+  /** The most rank that was kept of each module, where that was limited. */
+  rank: number | undefined;
   baseModel: string | undefined;
   modules: readonly PackModule[];
 }
@@ -310,6 +312,7 @@ function parseBasis(bytes: Uint8Array, basesLength: number, file: string): Basis
     mode: root.get("mode").string(64),
     gauge: root.get("gauge").string(64),
     centering: root.get("centering").string(64),
+    rank: root.get("rank").absent ? undefined : root.get("rank").integer(1, 65_535),
     baseModel: root.get("baseModel").absent ? undefined : root.get("baseModel").string(4096),
     modules,
   };

@@ -1,0 +1,127 @@
+/**
+ * Packing to a criterion: a budget of bytes, an error, or a divergence between the answers of adapters and pack.
+ */
+import { readFile } from "node:fs/promises";
+import type { Adapter } from "../adapters/adapter.ts";
+import { SourceError } from "../errors.ts";
+import { buildAuto, packWithin, type AutoOptions, type AutoReport, type Criterion } from "../pack/auto.ts";
+import { buildPack, type BuildOptions, type BuildReport } from "../pack/build.ts";
+import { createJudge, type PackJudge } from "../../bindings/judge.ts";
+import { choice, number, required, selection, UsageError, wholeNumber, type Arguments } from "./args.ts";
+import { loadRuntime, loadTokenizer, type Encode } from "./model.ts";
+import { bytes, percent, table, type Output } from "./output.ts";
+
+type Common = Pick<BuildOptions, "types" | "base" | "normalize">;
+
+/** What `pack` was asked for, read before anything else is. */
+export interface PackPlan {
+  run(adapters: readonly Adapter[], common: Common, out: Output): Promise<{ chunks: Uint8Array[]; report: BuildReport | AutoReport }>;
+}
+
+const UNITS: Readonly<Record<string, number>> = { "": 1, B: 1, kB: 1e3, MB: 1e6, GB: 1e9 };
+
+/** @throws UsageError for options that do not go together */
+export function planOf(args: Arguments): PackPlan {
+  const asked = (...names: string[]): string[] => names.filter((name) => args.text(name) !== undefined);
+  const mode = choice(args, "mode", ["column", "flat", "joint", "auto"] as const, "column");
+  const budgets = asked("bytes", "ratio", "error", "divergence", "k", "energy");
+  if (budgets.length > 1) throw new UsageError(`--${budgets.join(" and --")} exclude each other`);
+  if (mode === "auto") {
+    const own = asked("gauge", "rank", "private", "centering", "k", "energy");
+    if (own.length > 0) throw new UsageError(`--mode auto chooses --${own[0]} itself; leave it out, or name a mode`);
+    if (budgets.length === 0) throw new UsageError("--mode auto needs to know what for: --bytes, --ratio, --error or --divergence");
+    if (asked("model", "text").length === 1) throw new UsageError("--model and --text go together: answers to the text are what packs are judged by");
+    if (budgets[0] === "divergence" && asked("model").length === 0) throw new UsageError("--divergence needs --model and --text");
+    return { run: (adapters, common, out) => runAuto(args, adapters, common, out) };
+  }
+  const foreign = asked("divergence", "model", "text", "tokenizer", "tokens");
+  if (foreign.length > 0) throw new UsageError(`--${foreign[0]} is for --mode auto`);
+  const gauge = asked("rank", "private").length > 0 ? "balanced" : "as-trained";
+  const options = {
+    mode,
+    gauge: choice(args, "gauge", ["as-trained", "balanced"] as const, gauge),
+    ...(asked("rank").length > 0 ? { rank: wholeNumber(args, "rank", 1) } : {}),
+    ...(asked("private").length > 0 ? { private: wholeNumber(args, "private", 1) } : {}),
+    ...(args.text("centering") === undefined ? {} : { centering: choice(args, "centering", ["keep", "none"] as const, "keep") }),
+  };
+  const size = asked("bytes", "ratio").length > 0;
+  const select = size ? undefined : selection(args);
+  return {
+    run: (adapters, common, out) => {
+      const all = { ...options, ...common };
+      if (!select) return packWithin(adapters, all, sizeOf(args, adapters));
+      return buildPack(adapters, { ...all, select, onProgress: (done, of) => out.progress("module", done, of) });
+    },
+  };
+}
+
+/** --bytes 300kB, or --ratio 60. */
+function sizeOf(args: Arguments, adapters: readonly Adapter[]): number {
+  const text = args.text("bytes");
+  if (text === undefined) {
+    const ratio = number(args, "ratio", NaN, (n) => n > 0 && n < Infinity, "how many times smaller than the adapters");
+    return Math.floor(adapters.reduce((sum, { byteLength }) => sum + byteLength, 0) / ratio);
+  }
+  const [, digits = "", unit = ""] = /^([\d.]+) ?([a-zA-Z]*)$/.exec(text) ?? [];
+  const size = Math.floor(Number(digits) * (UNITS[unit] ?? NaN));
+  if (!(digits !== "" && size > 0)) throw new UsageError(`--bytes ${text}: expected a size such as 300000, 300kB or 1.5MB`);
+  return size;
+}
+
+function criterionOf(args: Arguments, adapters: readonly Adapter[]): Criterion {
+  if (args.text("divergence") !== undefined) {
+    return { kind: "divergence", max: number(args, "divergence", NaN, (n) => n > 0 && n < Infinity, "nats above 0") };
+  }
+  if (args.text("error") === undefined) return { kind: "bytes", max: sizeOf(args, adapters) };
+  return { kind: "error", max: number(args, "error", NaN, (n) => n > 0 && n < 1, "a share between 0 and 1") };
+}
+
+async function runAuto(args: Arguments, adapters: readonly Adapter[], common: Common, out: Output): Promise<{ chunks: Uint8Array[]; report: AutoReport }> {
+  const judge = args.text("model") === undefined ? undefined : await judgeOf(args, adapters);
+  try {
+    const options: AutoOptions = {
+      ...common,
+      criterion: criterionOf(args, adapters),
+      judge: judge?.judge,
+      onProgress: (done, of, { name }) => out.progress(`tried ${name}:`, done, of),
+    };
+    return await buildAuto(adapters, options);
+  } finally {
+    await judge?.release();
+  }
+}
+
+async function judgeOf(args: Arguments, adapters: readonly Adapter[]): Promise<PackJudge> {
+  const model = required(args, "model");
+  const texts = await readLines(required(args, "text"));
+  const ort = await loadRuntime("pack");
+  const tokenizer = await loadTokenizer("pack", ort, model, args.text("tokenizer"), wholeNumber(args, "tokens", 128));
+  let encode: Encode | undefined;
+  return createJudge(ort, model, { adapters, texts, encode: (some, inputs) => (encode ??= tokenizer(inputs))(some) });
+}
+
+/** Texts, one on each line, without what is there twice. @throws SourceError when there is none */
+export async function readLines(path: string): Promise<string[]> {
+  const text = await readFile(path, "utf8").catch((cause: Error) => {
+    throw new SourceError(`cannot be read: ${cause.message}`, { file: path, cause });
+  });
+  const lines = [...new Set(text.split(/\r?\n/).map((line) => line.trim()))].filter((line) => line !== "");
+  if (lines.length === 0) throw new SourceError("has no text; expected one on each line", { file: path });
+  return lines;
+}
+
+/** What was tried, the best last. */
+export function autoText({ judgedBy, divergence, tried }: AutoReport): string {
+  const rows = tried.map(({ name, bytes: size, error, divergence: kl }) => [
+    name,
+    size === undefined ? "out of reach" : bytes(size),
+    error === undefined ? "" : percent(error),
+    ...(judgedBy === "divergence" ? [kl === undefined ? "" : kl.toFixed(4)] : []),
+  ]);
+  const head = ["tried", "size", "ΔW error", ...(judgedBy === "divergence" ? ["KL"] : [])];
+  const verdict =
+    judgedBy === "divergence"
+      ? `Chosen by answers to the text: mean KL(adapter ‖ pack) ${divergence?.toFixed(4)}. eigenlora distill may win more of it back.`
+      : "Chosen by ΔW error, which is a proxy: with --model and --text answers decide.";
+  return [table([head, ...rows]), verdict].join("\n");
+}

@@ -1,0 +1,230 @@
+/**
+ * Ways of packing that trade bytes for behaviour: less rank, private terms, a budget, and the search over all of them. Errors are
+ * held against ΔW as the adapters' own files give it, and against numpy's singular values.
+ */
+import t from "tap";
+import { readAdapters } from "../dist/src/adapters/folder.js";
+import type { Adapter } from "../dist/src/adapters/adapter.js";
+import { createJudge } from "../dist/bindings/judge.js";
+import { deltaError, relative } from "../dist/src/extract/error.js";
+import { buildAuto, packWithin, type Criterion } from "../dist/src/pack/auto.js";
+import { buildPack, projectAdapter, storageTypes, type BuildOptions } from "../dist/src/pack/build.js";
+import { taskAdapter } from "../dist/src/pack/expand.js";
+import { openPack } from "../dist/src/pack/pack.js";
+import { createEncoder, model, readTask } from "../examples/minilm.js";
+import { concat, data, LOSSLESS, packOf } from "./packs.ts";
+import { difference, feeds, folders, golden, model as tinyModel, MODES, NODE, open, outputOf, packBytes } from "./sessions.ts";
+
+const IDS = ["debtags-admin", "debtags-devel", "debtags-role", "debtags-use", "sections-0", "sections-1"];
+const whole = await readAdapters(IDS.map((id) => data(`adapters/own-seed/${id}`)));
+t.teardown(() => Promise.all(whole.map((adapter) => adapter.close())));
+/** Four modules of twelve are enough to search in. */
+const adapters = whole.map((adapter): Adapter => ({ ...adapter, modules: new Map([...adapter.modules].slice(0, 4)) }));
+
+/** The largest and the mean error of a pack's tasks, from what its reader makes of the file. */
+async function errorsOf(chunks: readonly Uint8Array[], of: readonly Adapter[]): Promise<{ max: number; mean: number }> {
+  const pack = await openPack(concat(chunks).buffer);
+  const bases = await pack.takeBases();
+  const found: number[] = [];
+  for (const { id, modules } of of) {
+    const task = taskAdapter(pack, bases, id, await pack.load(id));
+    for (const [name, { rank, read }] of modules) {
+      const stored = task.modules.get(name)!;
+      const pair = ({ A, Bt }: { A: Float32Array; Bt: Float32Array }, rows: number) => ({ rank: rows, A: Float64Array.from(A), Bt: Float64Array.from(Bt) });
+      const { difference: off, norm } = deltaError(pair(await read(), rank), pair(await stored.read(), stored.rank));
+      found.push(relative(off, norm));
+    }
+  }
+  return { max: Math.max(...found), mean: found.reduce((a, b) => a + b, 0) / found.length };
+}
+
+const F32 = { basis: "f32", coefficients: "f32", head: "f32" } as const;
+const INT4 = { basis: "int4", coefficients: "int4", head: "int8" } as const;
+
+for (const [name, options] of Object.entries({
+  "rank 4": { rank: 4, select: { kind: "k", k: 12 } },
+  "rank 3, int4": { rank: 3, select: { kind: "k", k: 12 }, types: INT4 },
+  "rank 4, an error": { rank: 4, select: { kind: "error", max: 0.6 } },
+  "rank 4, no mean": { rank: 4, centering: "none", select: { kind: "k", k: 12 }, types: F32 },
+  "rank 4, joint": { mode: "joint", rank: 4, select: { kind: "k", k: 8 } },
+  "private terms beside components": { private: 2, rank: 4, select: { kind: "k", k: 6 } },
+  "private terms alone": { private: 2, select: { kind: "k", k: 0 }, types: INT4 },
+  "private terms and an error": { private: 8, rank: 4, select: { kind: "error", max: 0.4 }, types: INT4 },
+  "every task counts alike": { normalize: true, rank: 4, select: { kind: "k", k: 12 } },
+} satisfies Record<string, BuildOptions>)) {
+  t.test(`${name}: what the report says is lost is lost`, async (t) => {
+    const { chunks, report } = await buildPack(adapters, { gauge: "balanced", ...options });
+    const found = await errorsOf(chunks, adapters);
+    t.ok(Math.abs(found.max - report.error.max) < 2e-4 && Math.abs(found.mean - report.error.mean) < 1e-4, `${JSON.stringify(found)}, ${JSON.stringify(report.error)}`);
+    t.ok(found.max > 0.05);
+    const { select } = options as BuildOptions;
+    if (select?.kind === "error") t.ok(found.max <= select.max, `${found.max}`);
+  });
+}
+
+t.test("private terms alone are the adapter cut by its own SVD", async (t) => {
+  const module = "bert.encoder.layer.0.attention.self.query";
+  // numpy.linalg.svd of B·A in f64: √(Σ_{i>q} s_i² / Σ s_i²).
+  const expected = new Map([
+    ["debtags-admin", [0.43784138626247726, 0.25239891810717796]],
+    ["debtags-devel", [0.2686171385660351, 0.1371905276697539]],
+    ["sections-0", [0.47383673165907775, 0.20136184816496516]],
+  ]);
+  for (const [i, q] of [2, 4].entries()) {
+    const { report } = await packOf([...expected.keys()].map((id) => `adapters/own-seed/${id}`), { gauge: "balanced", private: q, select: { kind: "k", k: 0 }, types: F32 }, (name) => name === module);
+    for (const { id, max } of report.errors) t.ok(Math.abs(max - expected.get(id)![i]!) < 1e-6, `${id}, ${q}: ${max}`);
+  }
+});
+
+t.test("taking turns with private terms finds better components than one turn", async (t) => {
+  const shared = { gauge: "balanced", rank: 8, select: { kind: "k", k: 6 }, types: F32 } as const;
+  const alone = (await buildPack(adapters, shared)).report.error.mean;
+  const [one, two] = [(await buildPack(adapters, { ...shared, private: 1 })).report.error.mean, (await buildPack(adapters, { ...shared, private: 2 })).report.error.mean];
+  t.ok(two < one && one < alone, `${alone}, ${one}, ${two}`);
+});
+
+for (const [name, options] of [
+  ["private terms alone", { gauge: "balanced", private: 8, select: { kind: "k", k: 0 } }],
+  ["private terms beside components", { gauge: "balanced", private: 8, select: { kind: "k", k: 2 } }],
+] as const) {
+  t.test(`${name}: sessions answer as with the adapters themselves`, async (t) => {
+    const bytes = await packBytes(["adapters"], "base", { ...options, types: LOSSLESS.types });
+    for (const mode of MODES) {
+      const session = await open(NODE, tinyModel("dynamo"), await openPack(bytes), { mode });
+      for (const task of folders("adapters")) {
+        await session.switchTask(task);
+        const off = difference(await outputOf(session, feeds(NODE, session)), golden("base", task));
+        t.ok(off < 1e-4, `${mode}, ${task}: ${off}`);
+      }
+      await session.release();
+    }
+  });
+}
+
+t.test("a later adapter is cut to the pack's rank", async (t) => {
+  const { chunks } = await buildPack(adapters.slice(0, 4), { gauge: "balanced", rank: 3, select: { kind: "k", k: 8 } });
+  const pack = await openPack(concat(chunks).buffer);
+  const { residual } = await projectAdapter(pack, await pack.takeBases(), adapters[4]!, storageTypes());
+  t.ok(residual.mean > 0 && residual.mean < 1);
+  t.equal(pack.directory.basis.rank, 3);
+  t.same((await pack.load(IDS[0]!)).terms.map(({ rank }) => rank), Array(4).fill(3));
+});
+
+t.test("an adapter a thousand times larger does not own the components when every task counts alike", async (t) => {
+  const large: Adapter = {
+    ...adapters[0]!,
+    modules: new Map([...adapters[0]!.modules].map(([name, module]) => {
+      return [name, { ...module, read: async () => module.read().then(({ A, Bt }) => ({ A, Bt: Bt.map((value) => 1000 * value) })) }];
+    })),
+  };
+  const all = [large, ...adapters.slice(1)];
+  const meanOf = async (normalize: boolean): Promise<number> => {
+    const { report } = await buildPack(all, { gauge: "balanced", normalize, select: { kind: "k", k: 12 }, types: F32 });
+    const small = report.errors.slice(1);
+    return small.reduce((sum, { mean }) => sum + mean, 0) / small.length;
+  };
+  const [owned, alike] = [await meanOf(false), await meanOf(true)];
+  t.ok(alike < 0.9 * owned, `${owned} → ${alike}`);
+});
+
+t.test("a budget of bytes is filled, never broken", async (t) => {
+  const options = { gauge: "balanced", rank: 4, types: INT4 } as const;
+  for (const max of [30_000, 45_000]) {
+    const { report } = await packWithin(adapters, options, max);
+    const { report: more } = await buildPack(adapters, { ...options, select: { kind: "k", k: report.components.max + 1 } });
+    t.ok(report.bytes <= max && more.bytes > max, `${report.bytes} ≤ ${max} < ${more.bytes}`);
+  }
+  const all = await packWithin(adapters, options, 10_000_000);
+  t.equal(all.report.components.max, 23, "all that there is");
+  await t.rejects(packWithin(adapters, options, 9_000), /9000 bytes are too few: the least is \d{5}/);
+});
+
+/** What a single way would have given. */
+async function singles(criterion: Criterion): Promise<{ bytes: number; error: number }[]> {
+  const ways: BuildOptions[] = [{}, { gauge: "balanced" }, { gauge: "balanced", rank: 4 }, { mode: "joint" }, { mode: "flat", gauge: "balanced" }, { gauge: "balanced", private: 8 }];
+  const made = [];
+  for (const way of ways) {
+    for (const types of [INT4, { basis: "int8", coefficients: "int8", head: "int8" }, { basis: "f16", coefficients: "f16", head: "f16" }] as const) {
+      const options = { ...way, types };
+      const work = criterion.kind === "bytes" ? packWithin(adapters, options, criterion.max, way.private ? 0 : undefined) : buildPack(adapters, { ...options, select: { kind: "error", max: criterion.max } });
+      const built = await work.catch((error: unknown) => {
+        if (error instanceof RangeError) return undefined;
+        throw error;
+      });
+      if (built) made.push({ bytes: built.report.bytes, error: built.report.error.mean });
+    }
+  }
+  return made;
+}
+
+t.test("auto is never larger than any single way at the same error, and its report says what was tried", async (t) => {
+  for (const max of [0.3, 0.6]) {
+    const criterion = { kind: "error", max } as const;
+    const { chunks, report } = await buildAuto(adapters, { criterion });
+    const others = await singles(criterion);
+    t.ok(others.length > 8);
+    for (const { bytes } of others) t.ok(report.bytes <= bytes, `${report.bytes} ≤ ${bytes}`);
+    t.ok((await errorsOf(chunks, adapters)).max <= max);
+    t.equal(report.judgedBy, "error");
+    t.equal(report.bytes, Math.min(...report.tried.flatMap(({ bytes }) => bytes ?? [])));
+    t.equal(report.bytes, concat(chunks).length);
+  }
+});
+
+t.test("auto loses no more than any single way within the same bytes", async (t) => {
+  const criterion = { kind: "bytes", max: 40_000 } as const;
+  const { report } = await buildAuto(adapters, { criterion });
+  t.ok(report.bytes <= 40_000);
+  for (const { error } of await singles(criterion)) t.ok(report.error.mean <= error + 1e-12, `${report.error.mean} ≤ ${error}`);
+});
+
+t.test("with text, answers decide: of all that were tried the pack whose tasks answer most like their adapters", async (t) => {
+  const some = adapters.slice(0, 3);
+  const encode = await createEncoder(NODE);
+  const { train } = await readTask("debtags-role");
+  const { judge, byTask, release } = createJudge(NODE, model, { adapters: some, texts: train.map(([text]) => text), encode, most: 16 });
+  const [lossless, coarse] = await Promise.all([LOSSLESS, { select: { kind: "k", k: 2 } } as const].map(async (options) => new Blob([concat((await buildPack(some, options)).chunks)])));
+  const [none, much] = [await judge(lossless!), await judge(coarse!)];
+  t.ok(none < 1e-5 && much > 1e-4, `${none}, ${much}`);
+  t.same([...(await byTask(coarse!)).keys()], some.map(({ id }) => id));
+
+  const { report } = await buildAuto(some, { criterion: { kind: "bytes", max: 25_000 }, judge, types: INT4 });
+  const found = report.tried.flatMap(({ divergence }) => divergence ?? []);
+  t.ok(found.length > 3 && new Set(found).size > 3);
+  t.equal(report.divergence, Math.min(...found));
+  t.equal(report.judgedBy, "divergence");
+
+  const { report: enough } = await buildAuto(some, { criterion: { kind: "divergence", max: 0.0005 }, judge, types: INT4 });
+  t.ok(enough.divergence! <= 0.0005 && enough.bytes < 100_000, `${enough.divergence}, ${enough.bytes}`);
+  await release();
+});
+
+t.test("what cannot be done is refused, with what can", async (t) => {
+  const criterion = { kind: "bytes", max: 5_000 } as const;
+  await t.rejects(buildAuto(adapters, { criterion }), /out of reach of every way of packing. The least is \d+ bytes \(/);
+  await t.rejects(buildAuto(adapters, { criterion: { kind: "error", max: 1e-9 } }), /out of reach/);
+  await t.rejects(buildAuto([], { criterion }), /no adapters/);
+  await t.rejects(buildAuto(adapters, { criterion: { kind: "divergence", max: 0.1 } }), /needs a judge/);
+  await t.rejects(buildAuto(adapters, { criterion: { kind: "bytes", max: NaN } }), /above 0/);
+  await t.rejects(buildPack(adapters, { rank: 4 }), /gauge balanced/);
+  await t.rejects(buildPack(adapters, { rank: 4, gauge: "balanced", mode: "flat" }), /flat mode keeps whole factors/);
+  await t.rejects(buildPack(adapters, { rank: 0.5, gauge: "balanced" }), /whole number/);
+  await t.rejects(buildPack(adapters, { private: 1 }), /gauge balanced/);
+  await t.rejects(buildPack(adapters, { private: 1, gauge: "balanced", mode: "flat" }), /column or joint/);
+  await t.rejects(buildPack(adapters, { select: { kind: "k", k: 0 } }), /whole number from 1/);
+});
+
+t.test("one adapter, adapters that are alike, and one that changes nothing", async (t) => {
+  const { report: one } = await buildAuto(adapters.slice(0, 1), { criterion: { kind: "error", max: 0.3 } });
+  t.ok(one.error.max <= 0.3 && one.tried.every(({ name }) => name.startsWith("private")));
+  const twins = ["a", "b", "c"].map((id) => ({ ...adapters[0]!, id }));
+  const { report: alike } = await buildAuto(twins, { criterion: { kind: "error", max: 0.3 } });
+  t.ok(alike.error.max <= 0.3 && alike.bytes < 2 * one.bytes, `${alike.bytes}, ${one.bytes}`);
+  const still: Adapter = {
+    ...adapters[0]!,
+    id: "still",
+    modules: new Map([...adapters[0]!.modules].map(([name, module]) => [name, { ...module, read: async () => module.read().then(({ A, Bt }) => ({ A, Bt: Bt.fill(0) })) }])),
+  };
+  const { chunks } = await buildAuto([still, ...adapters.slice(1, 3)], { criterion: { kind: "error", max: 0.3 } });
+  t.ok((await errorsOf(chunks, adapters.slice(1, 3))).max <= 0.3);
+});
