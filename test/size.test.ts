@@ -7,7 +7,7 @@ import { readdirSync } from "node:fs";
 import { measure, Peers, type Row } from "../benchmarks/size/measure.js";
 import { bytesOfAdapter, Suite, SUITES } from "../benchmarks/size/suite.js";
 import { drawFigures, Reader, tables } from "../benchmarks/size/tables.js";
-import { byThemselves, distilled, frontier, grid, nameOf, small, type Way } from "../benchmarks/size/ways.js";
+import { byThemselves, distilled, found, frontier, grid, nameOf, small, type Way } from "../benchmarks/size/ways.js";
 import { buildPack } from "../dist/src/build.js";
 import { data } from "./packs.ts";
 
@@ -30,10 +30,10 @@ t.test("sizes and sets of adapters", async (t) => {
 
 t.test("every way has a name of its own, and no more components than there are", (t) => {
   for (const n of [5, 10, 20, 53]) {
-    const ways: Way[] = [...byThemselves(), ...frontier(n), ...grid(n), ...distilled()];
+    const ways: Way[] = [...byThemselves(), ...frontier(n), ...small(n), ...grid(n), ...distilled(n), ...found(n)];
     const names = new Map(ways.map((way) => [JSON.stringify(way), nameOf(way)]));
     t.equal(new Set(names.values()).size, names.size, `${n}: ${names.size} names`);
-    for (const way of [...small(n), ...grid(n)]) {
+    for (const way of grid(n)) {
       if (way.kind !== "pack" || way.options.select?.kind !== "k") continue;
       t.ok(way.options.select.k < (way.options.mode === "flat" ? n : 8 * n), nameOf(way));
     }

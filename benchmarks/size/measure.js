@@ -6,7 +6,7 @@ import { mkdtemp, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { openPack } from "eigenlora";
-import { buildAuto, buildPack, readAdapters, taskAdapter } from "eigenlora/build";
+import { buildAuto, buildPack, packWithin, readAdapters, taskAdapter } from "eigenlora/build";
 import { distill } from "eigenlora/distill";
 import { decodeTensor, tensorBytes } from "../../dist/src/dtypes.js";
 import { encodeTensor } from "../../dist/src/encode.js";
@@ -91,14 +91,14 @@ export async function measure(suite, n, way, asks, peers) {
 async function store(suite, adapters, way, peers, asks) {
   if (way.kind === "auto") {
     const judge = way.judged ? await suite.judge(adapters) : undefined;
-    const max = Math.floor(sum(adapters.map(bytesOfAdapter)) / way.ratio);
-    const { chunks, report } = await buildAuto(adapters, { criterion: { kind: "bytes", max }, ...(judge ? { judge: judge.judge } : {}) });
+    const criterion = /** @type {const} */ ({ kind: "bytes", max: budget(adapters, way.ratio) });
+    const { chunks, report } = await buildAuto(adapters, { criterion, ...(judge ? { judge: judge.judge } : {}) });
     await judge?.release();
     const same = report.tried.filter(({ bytes, error }) => bytes === report.bytes && error === report.error.mean);
     return { bytes: report.bytes, error: rounded(mean(await packErrors(adapters, chunks))), found: same[0]?.name ?? "", chunks };
   }
   if (way.kind === "pack") {
-    const { chunks, report } = await buildPack(adapters, way.options);
+    const { chunks, report } = await build(adapters, way);
     return { bytes: report.bytes, error: rounded(mean(await packErrors(adapters, chunks))), chunks };
   }
   if (way.kind === "heads" || way.kind === "each") {
@@ -119,6 +119,14 @@ async function store(suite, adapters, way, peers, asks) {
   });
 }
 
+/** @param {Adapter[]} adapters @param {import("./ways.js").Packed} way */
+function build(adapters, { options, ratio }) {
+  return ratio === undefined ? buildPack(adapters, options) : packWithin(adapters, options, budget(adapters, ratio));
+}
+
+/** So many times fewer bytes than the adapters in f32. @param {Adapter[]} adapters @param {number} ratio */
+const budget = (adapters, ratio) => Math.floor(sum(adapters.map(bytesOfAdapter)) / ratio);
+
 /**
  * Distils the tasks of a pack one after the other.
  * @param {Suite} suite
@@ -130,7 +138,7 @@ async function store(suite, adapters, way, peers, asks) {
 export async function measureDistilled(suite, n, way, wanted, found) {
   const adapters = suite.take(n);
   if (!adapters.some(({ id }) => wanted(id))) return;
-  const { chunks, report } = await buildPack(adapters, way.options);
+  const { chunks, report } = await build(adapters, way);
   await suite.withSession(
     chunks,
     async (session) => {

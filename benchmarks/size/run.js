@@ -44,7 +44,7 @@ for (const suite of suites) await run(suite, suite.adapters.length, found(suite.
 if (process.argv.includes("--distilled")) {
   for (const suite of suites) {
     const n = suite.adapters.length;
-    for (const way of distilled()) {
+    for (const way of distilled(n)) {
       if (late()) break;
       const wanted = (/** @type {string} */ task) => !rows.get({ suite: suite.name, n, way: nameOf(way), task });
       await measureDistilled(suite, n, way, wanted, async (row) => {

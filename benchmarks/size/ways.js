@@ -3,7 +3,8 @@
  *
  * @typedef {import("eigenlora").TensorType} TensorType
  * @typedef {import("eigenlora/build").BuildOptions} BuildOptions
- * @typedef {{ kind: "pack", options: BuildOptions, distilled?: boolean }} Packed a pack of all adapters
+ * @typedef {{ kind: "pack", options: BuildOptions, ratio?: number, distilled?: boolean }} Packed a pack of all adapters; with a ratio, as many
+ *   components as fit into so many times fewer bytes than the f32 adapters'
  * @typedef {{ kind: "auto", ratio: number, judged?: boolean }} Auto the best pack of so many times fewer bytes than the f32 adapters, by answers to plain text or by ΔW error
  * @typedef {{ kind: "each", rank?: number, type: TensorType, head: TensorType }} Each every adapter by itself, cut to a rank by its own SVD
  * @typedef {{ kind: "heads", type: TensorType }} Heads heads without adapters
@@ -16,13 +17,13 @@ export const STEPS = 240;
 
 /**
  * A pack; more options are any of `buildPack`.
- * @param {Omit<BuildOptions, "types"> & { k?: number, type?: TensorType, head?: TensorType, distilled?: boolean }} options
+ * @param {Omit<BuildOptions, "types"> & { k?: number, ratio?: number, type?: TensorType, head?: TensorType, distilled?: boolean }} options
  * @returns {Packed}
  */
-function pack({ mode = "column", gauge = "as-trained", k, type = "f16", head = type, distilled, ...more }) {
+function pack({ mode = "column", gauge = "as-trained", k, ratio, type = "f16", head = type, distilled, ...more }) {
   const select = /** @type {BuildOptions["select"]} */ (k === undefined ? more.select : { kind: "k", k });
   const options = { mode, gauge, ...more, ...(select ? { select } : {}), types: { basis: type, coefficients: type, head } };
-  return { kind: "pack", options, ...(distilled ? { distilled } : {}) };
+  return { kind: "pack", options, ...(ratio ? { ratio } : {}), ...(distilled ? { distilled } : {}) };
 }
 
 /** @param {Way} way @returns {string} what it is called, and its key */
@@ -40,6 +41,7 @@ export function nameOf(way) {
     [...(gauge === "balanced" ? ["balanced"] : []), mode, ...(select ? [select.kind === "k" ? `K ${select.k}` : JSON.stringify(select)] : [])].join(" "),
     ...rest,
     typesOf(types),
+    ...(way.ratio ? [`${way.ratio} times fewer bytes`] : []),
     ...(way.distilled ? ["distilled"] : []),
   ].join(", ");
 }
@@ -69,6 +71,7 @@ export function small(n) {
     pack({ k: 16, type: "f32" }),
     ...[32, 48].map((k) => pack({ gauge: "balanced", rank: 4, k, type: "int3", head: "int4" })),
     pack({ gauge: "balanced", rank: 4, k: Math.min(32, 3 * n), type: "int4" }),
+    pack({ gauge: "balanced", rank: 4, ratio: ratiosOf(n)[1], type: "int3", head: "int4" }),
     { kind: "lorashare", k: 16 },
   ];
   return ways.filter((way) => fits(way, n));
@@ -121,13 +124,18 @@ export function grid(n) {
 
 /** What a search of all of these finds. @param {number} n adapters @returns {Auto[]} */
 export function found(n) {
-  const ratios = n > 20 ? [20, 60] : n > 10 ? [20, 35] : [10, 20];
-  return ratios.map((ratio) => ({ kind: "auto", ratio }));
+  return ratiosOf(n).map((ratio) => ({ kind: "auto", ratio }));
 }
 
-/** What distilling wins back, where it is likely to pay. @returns {Packed[]} */
-export function distilled() {
-  return [pack({ k: 8, type: "int8", distilled: true }), pack({ gauge: "balanced", rank: 4, k: 32, type: "int4", distilled: true })];
+/** How many times fewer bytes are asked for: easily had, and hardly. @param {number} n adapters */
+function ratiosOf(n) {
+  return n > 20 ? [20, 60] : n > 10 ? [20, 35] : [10, 20];
+}
+
+/** What distilling wins back. @param {number} n adapters @returns {Packed[]} */
+export function distilled(n) {
+  const ratio = ratiosOf(n)[1];
+  return [ratio, Math.round(1.5 * ratio)].map((one) => pack({ gauge: "balanced", rank: 4, ratio: one, type: "int3", head: "int4", distilled: true }));
 }
 
 /** Whether n adapters of rank 8 have so many components. @param {Way} way @param {number} n */
