@@ -56,6 +56,7 @@ function typesOf(types) {
 export function frontier(n) {
   return [
     pack({ k: 32, type: "int4" }),
+    pack({ gauge: "balanced", rank: 3, ratio: ratiosOf(n)[1], type: "int3", head: "int4" }),
     pack({ gauge: "balanced", rank: 4, private: 1, k: 24, type: "int4" }),
     pack({ k: 32, type: "f16" }),
     pack({ mode: "joint", k: 32, type: "int4" }),
