@@ -5,6 +5,7 @@
  * half of `--texts`, other tasks' fill up. No text of any test split of the suite is among them.
  *
  * node benchmarks/distill.js [--suite own-seed|shared-seed|hub] [--k N] [--tasks N] [--texts N] [--steps N] [--batch N]
+ *   [--ratio R --rank N --dtype basis=int3,coefficients=int3,head=int4]  a pack of a size instead of a number of components
  *   [--rate X] [--head-rate X] [--gauge balanced|as-trained] [--temperature X] [--threads N] [--into FILE] [--json]
  *
  * `--into` keeps the row of each task as a line of JSON as soon as it is there; a later run with the same file goes on.
@@ -12,7 +13,7 @@
 import { appendFile, readFile } from "node:fs/promises";
 import * as ort from "onnxruntime-node";
 import { openPack } from "eigenlora";
-import { buildPack, readAdapters } from "eigenlora/build";
+import { buildPack, packWithin, readAdapters } from "eigenlora/build";
 import { distill } from "eigenlora/distill";
 import { createEigenSession } from "eigenlora/onnxruntime";
 import { shuffle, uniform } from "../dist/src/learn/random.js";
@@ -21,6 +22,9 @@ import { data, option, print } from "./report.js";
 
 const SUITE = /** @type {"own-seed" | "shared-seed" | "hub"} */ (option("suite") ?? "own-seed");
 const K = Number(option("k") ?? 8);
+const RATIO = option("ratio") === undefined ? undefined : Number(option("ratio"));
+const RANK = option("rank") === undefined ? undefined : Number(option("rank"));
+const TYPES = Object.fromEntries((option("dtype") ?? "basis=f16").split(",").map((part) => part.split("=")));
 const TASKS = Number(option("tasks") ?? Infinity);
 const TEXTS = Number(option("texts") ?? 512);
 const STEPS = Number(option("steps") ?? 240);
@@ -43,11 +47,13 @@ const tests = new Set(tasks.flatMap(({ test }) => test.map(([text]) => text)));
 const pool = [...new Set(tasks.flatMap(({ train }) => train.map(([text]) => text)))].filter((text) => !tests.has(text));
 shuffle(pool, uniform(1));
 
-const { chunks } = await buildPack(adapters, { select: { kind: "k", k: K }, gauge: GAUGE });
+const how = { gauge: GAUGE, rank: RANK, types: TYPES };
+const adapterBytes = adapters.reduce((sum, { byteLength }) => sum + byteLength, 0);
+const { chunks, report } = RATIO === undefined ? await buildPack(adapters, { ...how, select: { kind: "k", k: K } }) : await packWithin(adapters, how, adapterBytes / RATIO);
 const pack = await openPack(new Blob(/** @type {BlobPart[]} */ (chunks)));
 const options = { trainable: true, session: THREADS > 0 ? { intraOpNumThreads: THREADS } : {} };
 const session = await createEigenSession(ort, model, pack, options);
-const settings = JSON.stringify({ SUITE, K, TEXTS, STEPS, BATCH, RATE, HEAD, GAUGE, TEMPERATURE: TEMPERATURE ?? "own" });
+const settings = JSON.stringify({ SUITE, ...(RATIO === undefined ? { K } : { RATIO, RANK, TYPES }), TEXTS, STEPS, BATCH, RATE, HEAD, GAUGE, TEMPERATURE: TEMPERATURE ?? "own" });
 const lines = INTO ? (await readFile(INTO, "utf8").catch(() => "")).split("\n").filter((line) => line !== "") : [];
 const earlier = new Map(lines.map((line) => JSON.parse(line)).filter((one) => one.settings === settings).map(({ row }) => [row.name, row]));
 /** @type {import("./report.js").Row[]} */
@@ -69,7 +75,7 @@ await session.release();
 for (const adapter of adapters) await adapter.close();
 
 print({
-  question: `What does distilling win back (MiniLM, ${SUITE}, ${adapters.length} adapters of r 8, K ${K}, f16)?`,
+  question: `What does distilling win back (MiniLM, ${SUITE}, ${adapters.length} adapters of r 8, K ${report.components.max}, ${Object.values(report.types).join("/")}, ${report.bytes} bytes, ${report.ratio.toFixed(1)}× smaller)?`,
   rows,
   peers: [],
   notes: [

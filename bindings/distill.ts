@@ -20,6 +20,7 @@ import type { BatchFeeds } from "./ort-batch.ts";
 
 export type { BatchFeeds } from "./ort-batch.ts";
 export { createJudge, type DivergenceByTask, type JudgeOptions, type PackJudge } from "./judge.ts";
+export { inputMoments, type MomentsOptions } from "./moments.ts";
 
 export interface DistillOptions extends Pick<FitOptions, "rates" | "weightDecay" | "clip" | "warmup" | "decay" | "signal"> {
   /** The adapter whose answers count, as the readers of `eigenlora/build` give it. Stays open. */

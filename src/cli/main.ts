@@ -44,6 +44,7 @@ const COMMANDS = new Map<string, Command>([
         gauge: { value: "as-trained|balanced", help: "rewrite each pair as U√S, √SVᵀ first" },
         rank: { value: "N", help: "keep the N strongest directions of each adapter and module (balanced)" },
         private: { value: "N", help: "N rank-1 terms of each task's own beside the components; with --error N at most (balanced)" },
+        calibrate: { help: "weigh errors by what enters the modules on --text, with --model; auto: try that too" },
         normalize: { help: "every task counts alike when components are sought, however large its update is" },
         centering: { value: "keep|none", help: "store the mean of the rows, or do without" },
         k: { value: "N", help: "so many components per module and side" },
@@ -52,8 +53,8 @@ const COMMANDS = new Map<string, Command>([
         bytes: { value: "SIZE", help: "as many components as fit into a file of this size: 300kB" },
         ratio: { value: "R", help: "the same, R times smaller than the adapters" },
         divergence: { value: "D", help: "auto: fewest bytes for which the mean KL between the answers of adapters and tasks is at most D nats" },
-        model: { value: "MODEL.onnx", help: "auto: judge by answers to --text instead of by ΔW error; needs onnxruntime-node" },
-        text: { value: "LINES.txt", help: "auto: plain text of the tasks' kind, one on each line; never what you test on" },
+        model: { value: "MODEL.onnx", help: "judge by answers to --text instead of by ΔW error (auto), or calibrate by it; needs onnxruntime-node" },
+        text: { value: "LINES.txt", help: "plain text of the tasks' kind, one on each line; never what you test on" },
         tokens: { value: "N", help: "tokens of a text at most (128)" },
         tokenizer: { value: "FILE", help: "tokenizer.json; beside the model unless given; needs @huggingface/tokenizers" },
         dtype: { value: "TYPE", help: "f32, f16 (default), bf16, int8, int4, int3; or basis=…,coefficients=…,head=…" },
@@ -194,7 +195,7 @@ const COMMANDS = new Map<string, Command>([
   ],
 ]);
 
-const BENCHMARKS = ["memory", "switch", "fold", "pack", "size", "learn", "distill", "step", "paper"];
+const BENCHMARKS = ["memory", "switch", "fold", "pack", "size", "learn", "distill", "calibrate", "step", "paper"];
 
 function help(): string {
   const lines = [...COMMANDS.values()].map(({ usage, does, options }) => {

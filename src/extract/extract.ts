@@ -10,7 +10,7 @@ import { centred, columnMeans, principalComponents, ROUNDING, type Components } 
 import { deltaError, pairError, relative, type SideError } from "./error.ts";
 import { alignSigns, alignTo, balance, leadingRows, type Pair } from "./gauge.ts";
 import { jointComponents } from "./joint.ts";
-import { dot, rowSquares, scale, type Products } from "./linalg.ts";
+import { backwardSolve, cholesky, dot, rowSquares, scale, timesTransposed, transpose, type Products } from "./linalg.ts";
 import { turnTo, turnTogether } from "./procrustes.ts";
 import { pairsWithin } from "./search.ts";
 import {
@@ -77,6 +77,11 @@ export interface ExtractOptions {
    * others would have them to itself. False unless given.
    */
   normalize?: boolean | undefined;
+  /**
+   * Second moments E[x·xᵀ] [in, in] of what enters the module. Errors are then those of its outputs, ‖(ΔW − ΔW')·x‖, and components
+   * are the best for them. Not in flat mode, nor with private terms.
+   */
+  moments?: Float64Array | undefined;
   select: Selection;
   basisType: TensorType;
   coefficientType: TensorType;
@@ -154,7 +159,11 @@ export function extractModule(stack: ModuleStack, options: ExtractOptions): Modu
   checkSelection(select);
   checkRank(options);
   if (stack.members.length === 0) throw new RangeError(`${stack.name}: no adapter adapts this module`);
-  const given = stack.members.map((member) => toPair(member, stack.out, stack.in));
+  const metric = options.moments && metricOf(options.moments, stack.in);
+  const given = stack.members.map((member) => {
+    const pair = toPair(member, stack.out, stack.in);
+    return metric ? { ...pair, A: timesTransposed(pair.A, transpose(metric, stack.in, stack.in), pair.rank, stack.in, stack.in) } : pair;
+  });
   const own = gauge === "balanced" ? given.map((pair) => balance(pair, stack.out, stack.in)) : given;
   const rank = mode === "flat" ? Math.max(...own.map((pair) => pair.rank)) : undefined;
   const pairs = rank === undefined ? own : own.map((pair) => padded(pair, rank));
@@ -165,7 +174,7 @@ export function extractModule(stack: ModuleStack, options: ExtractOptions): Modu
     stack,
     options,
     ranks: pairs.map((pair) => (rank === undefined ? pair.rank : 1)),
-    A: decompose(pairs.map((pair) => pair.A), kept.map((pair) => pair.A), stack.in, rank, options),
+    A: { ...decompose(pairs.map((pair) => pair.A), kept.map((pair) => pair.A), stack.in, rank, options), metric },
     B: decompose(pairs.map((pair) => pair.Bt), kept.map((pair) => pair.Bt), stack.out, rank, options),
   };
   const { A, B, ranks } = found;
@@ -173,7 +182,7 @@ export function extractModule(stack: ModuleStack, options: ExtractOptions): Modu
   if (select.kind !== "error") return store(found, A.components.count, B.components.count);
 
   const all = encodeModule(found, A.components.count, B.components.count);
-  const space = openModule(all, options.products);
+  const space = openModule(all, options.products, metric);
   const sideA = { space: space.A, targets: targetsOf(space.A, A.rows, ranks, options.rank) };
   const sideB = { space: space.B, targets: targetsOf(space.B, B.rows, ranks, options.rank) };
   try {
@@ -216,8 +225,8 @@ function storeJoint(found: Found, pairs: readonly Pair[]): ModuleExtraction {
 }
 
 /** Opens both bases of a module for `projectModule` and `measureModule`. */
-export function openModule(basis: { A: StoredBasis; B: StoredBasis }, products?: Products): ModuleSpace {
-  return { A: openSubspace(basis.A, products), B: openSubspace(basis.B, products) };
+export function openModule(basis: { A: StoredBasis; B: StoredBasis }, products?: Products, metric?: Float64Array): ModuleSpace {
+  return { A: openSubspace(basis.A, products, metric), B: openSubspace(basis.B, products) };
 }
 
 /**
@@ -269,6 +278,8 @@ interface Side {
   rows: Float64Array;
   mean: Float64Array | undefined;
   components: Components;
+  /** L: everything here is of rows·L, what is stored is not. */
+  metric?: Float64Array | undefined;
 }
 
 /** A module on its way to being stored. */
@@ -353,12 +364,13 @@ function wanted({ select, mode }: ExtractOptions, singular: Float64Array, total:
 }
 
 function encodeBasis(side: Side, count: number, type: TensorType): SideBasis {
-  const { width, rank, mean } = side;
+  const { width, rank, mean, metric } = side;
   const { vectors, singular, total } = side.components;
   const rows = count + (mean ? 1 : 0);
   const values = new Float64Array(rows * width);
   values.set(vectors.subarray(0, count * width));
   if (mean) values.set(mean, count * width);
+  if (metric) backwardSolve(metric, width, width, values, rows);
   let held = 0;
   for (let k = 0; k < count; k++) held += singular[k]! ** 2;
   return {
@@ -380,7 +392,7 @@ function encodeModule({ A, B, options }: Found, kA: number, kB: number): { A: Si
 function store(found: Found, kA: number, kB: number): ModuleExtraction {
   const { stack, options, ranks } = found;
   const basis = encodeModule(found, kA, kB);
-  const space = openModule(basis, options.products);
+  const space = openModule(basis, options.products, found.A.metric);
   const a = targetsOf(space.A, found.A.rows, ranks, options.rank);
   const b = targetsOf(space.B, found.B.rows, ranks, options.rank);
   const tasks = stack.members.map(({ id }, i) => ({ id, ...project(space, a[i]!, b[i]!, options.coefficientType) }));
@@ -460,7 +472,22 @@ function toPair(member: ModuleMember, outputs: number, inputs: number): Pair {
   return { rank, A: side("A", member.A, inputs), Bt: side("Bt", member.Bt, outputs) };
 }
 
-function checkRank({ rank, gauge, mode }: ExtractOptions): void {
+/** Inputs that never occurred count a little all the same, since text is never all that a model will see. */
+const UNSEEN = 1e-3;
+
+/** L with E[x·xᵀ] = L·Lᵀ. */
+function metricOf(moments: Float64Array, width: number): Float64Array {
+  if (moments.length !== width * width) throw new RangeError(`moments: expected [${width}, ${width}], got ${moments.length} values`);
+  const square = moments.slice();
+  let trace = 0;
+  for (let i = 0; i < width; i++) trace += square[i * width + i]!;
+  if (!(trace > 0 && trace < Infinity)) throw new RangeError("moments: no second moments of any input, they are zero or no numbers");
+  for (let i = 0; i < width; i++) square[i * width + i]! += (UNSEEN * trace) / width;
+  return cholesky(square, width);
+}
+
+function checkRank({ rank, gauge, mode, moments }: ExtractOptions): void {
+  if (moments && mode === "flat") throw new RangeError("moments: flat mode keeps whole factors; take column or joint mode");
   if (rank === undefined) return;
   if (!(Number.isInteger(rank) && rank >= 1)) throw new RangeError(`rank must be a whole number from 1, got ${rank}`);
   if (gauge !== "balanced") throw new RangeError("rank: only a balanced pair has its strongest directions first; take gauge balanced");

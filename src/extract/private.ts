@@ -46,6 +46,7 @@ export function extractMixed(stack: ModuleStack, options: PrivateOptions): Mixed
   const { select, gauge } = options;
   if (!(Number.isInteger(options.private) && options.private >= 1)) throw new RangeError(`private must be a whole number from 1, got ${options.private}`);
   if (gauge !== "balanced") throw new RangeError("private terms need gauge balanced");
+  if (options.moments) throw new RangeError("private terms are not found by moments; leave one of them out");
   if (options.mode === "flat") throw new RangeError("private terms stand beside shared rows; take column or joint mode");
   const given = stack.members.map(({ rank, A, Bt }): Pair => ({ rank, A: Float64Array.from(A), Bt: Float64Array.from(Bt) }));
   if (select.kind !== "error") return alternate(stack, given, options).found;

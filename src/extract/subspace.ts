@@ -72,12 +72,15 @@ export interface Target {
   at: Float64Array;
 }
 
-/** Decodes and factors a basis. */
-export function openSubspace(stored: StoredBasis, products: Products = timesTransposed): Subspace {
+/**
+ * Decodes and factors a basis.
+ * @param metric L [width, width]: lengths are those of rows·L (`metricOf`)
+ */
+export function openSubspace(stored: StoredBasis, products: Products = timesTransposed, metric?: Float64Array): Subspace {
   const { components, width } = stored;
-  const values = Float64Array.from(
-    decodeTensor(stored.type, stored.encoded, components + (stored.mean ? 1 : 0), width),
-  );
+  const rows = components + (stored.mean ? 1 : 0);
+  const decoded = Float64Array.from(decodeTensor(stored.type, stored.encoded, rows, width));
+  const values = metric ? products(decoded, transpose(metric, width, width), rows, width, width) : decoded;
   const vectors = values.subarray(0, components * width);
   const mean = stored.mean ? values.subarray(components * width) : undefined;
   const factor = cholesky(gram(vectors, components, width, products), components);

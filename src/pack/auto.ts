@@ -55,7 +55,7 @@ interface Judged extends Built {
 }
 
 /** Everything but how many components. */
-interface Way extends Pick<BuildOptions, "mode" | "gauge" | "rank" | "private" | "types"> {
+interface Way extends Pick<BuildOptions, "mode" | "gauge" | "rank" | "private" | "moments" | "types"> {
   readonly name: string;
   /** No components: what grows is the number of private terms. */
   readonly k?: 0 | undefined;
@@ -117,7 +117,9 @@ export async function buildAuto(adapters: readonly Adapter[], options: AutoOptio
   const { criterion, judge, onProgress, ...rest } = options;
   if (!(criterion.max > 0)) throw new RangeError(`${criterion.kind}: expected a number above 0, got ${criterion.max}`);
   if (criterion.kind === "divergence" && !judge) throw new RangeError("divergence: needs a judge, a model and text");
-  const shapes = shapesFor(adapters, rest.types, criterion);
+  const { moments, ...common } = rest;
+  if (moments && !judge) throw new RangeError("moments: errors with and without them do not compare; give a judge, or a mode of its own to buildPack");
+  const shapes = shapesFor(adapters, rest.types, moments, criterion);
   const of = shapes.reduce((sum, ways) => sum + ways.length, 0);
   const tried: Tried[] = [];
   let done = 0;
@@ -125,7 +127,7 @@ export async function buildAuto(adapters: readonly Adapter[], options: AutoOptio
   for (const ways of shapes) {
     let before: Judged | undefined;
     for (const [i, { name, k, ...how }] of ways.entries()) {
-      const made = await attempt(() => one(adapters, { ...rest, ...how }, k, criterion, judge));
+      const made = await attempt(() => one(adapters, { ...common, ...how }, k, criterion, judge));
       const note = made instanceof RangeError ? { name, reason: made.message } : noteOf(name, made);
       tried.push(note);
       onProgress?.(++done, of, note);
@@ -211,7 +213,7 @@ function closest(tried: readonly Tried[], { kind }: Criterion): string {
 const HEADS = { int3: "int4", int4: "int4", int8: "int8", f16: "f16" } as const;
 
 /** Which ways are worth trying: of each shape the number formats, fewest bits first. */
-function shapesFor(adapters: readonly Adapter[], fixed: Partial<StorageTypes> = {}, { kind }: Criterion): Way[][] {
+function shapesFor(adapters: readonly Adapter[], fixed: Partial<StorageTypes> = {}, moments: BuildOptions["moments"], { kind }: Criterion): Way[][] {
   const whole = Math.max(...adapters.flatMap(({ modules }) => [...modules.values()].map(({ rank }) => rank)));
   const half = Math.ceil(whole / 2);
   const shape = (name: string, way: Omit<Way, "name" | "types">): Way[] => {
@@ -227,6 +229,8 @@ function shapesFor(adapters: readonly Adapter[], fixed: Partial<StorageTypes> = 
   return [
     shape("column, as trained", {}),
     ...[...new Set([whole, half, Math.ceil((3 * whole) / 8)])].map((rank) => shape(`column, balanced, rank ${rank}`, { gauge, rank })),
+    // With moments an error is another one, which does not compare.
+    ...(moments && kind !== "error" ? [shape(`column, balanced, rank ${half}, calibrated`, { gauge, rank: half, moments })] : []),
     shape(`joint, rank ${half}`, { mode: "joint", gauge, rank: half }),
     ...(adapters.length > 2 ? [shape("flat, balanced", { mode: "flat", gauge })] : []),
     shape(`column, balanced, rank ${half}, private terms`, { gauge, rank: half, private: kind === "error" ? whole : 1 }),

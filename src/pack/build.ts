@@ -56,6 +56,11 @@ export interface BuildOptions {
   centering?: "keep" | "none";
   /** Every task counts alike when components are sought, however large its update is. */
   normalize?: boolean | undefined;
+  /**
+   * Second moments [in, in] of what enters each module, by name (`inputMoments` of `eigenlora/distill`): errors are then those of the
+   * modules' outputs, in choosing and in the report.
+   */
+  moments?: ReadonlyMap<string, Float64Array> | undefined;
   /** How many components. 90 % of the squared singular values per module and side unless given. */
   select?: Selection;
   types?: Partial<StorageTypes>;
@@ -118,7 +123,9 @@ export async function buildPack(
     const owners = adapters.filter((a) => a.modules.has(name));
     const first = owners[0]!.modules.get(name)!;
     for (const owner of owners) checkSame(owners[0]!, owner, name);
-    const { module, magnitudes } = await extractFrom(owners, name, extraction);
+    const moments = options.moments?.get(name);
+    if (options.moments && !moments) throw new RangeError(`there are no moments of "${name}"; collect them for all adapted modules, or leave them out`);
+    const { module, magnitudes } = await extractFrom(owners, name, { ...extraction, moments });
     const shares = module.tasks.some(({ rank }) => rank > 0);
     for (const [i, task] of module.tasks.entries()) {
       errors.add(task.id, name, task.error);

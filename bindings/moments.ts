@@ -1,0 +1,112 @@
+/**
+ * What enters the adapted modules of a model: second moments over plain text. An error of ΔW counts where inputs are; packs that are
+ * made with these lose least of the modules' outputs instead of ΔW itself.
+ */
+import type { Adapter, AdapterModule } from "../src/adapters/adapter.ts";
+import { BaseMismatchError } from "../src/errors.ts";
+import { onnxHost } from "../src/onnx/host.ts";
+import { shuffle, uniform } from "../src/learn/random.ts";
+import { FLOAT, linearsOf, NotLinear } from "../src/onnx/linear.ts";
+import { findParameters } from "../src/onnx/modules.ts";
+import { makeValue } from "../src/onnx/nodes.ts";
+import { readModel } from "../src/onnx/read.ts";
+import { detachWeights } from "../src/onnx/write.ts";
+import { Locator } from "../src/runtime/locate.ts";
+import { call, inTurn, type Ort, type OrtTensor } from "./ort.ts";
+import { toTensors, type BatchFeeds } from "./ort-batch.ts";
+import { createSession } from "./ort-carrier.ts";
+import { dataOf } from "./ort-training.ts";
+
+export interface MomentsOptions {
+  readonly adapters: readonly Adapter[];
+  readonly texts: readonly string[];
+  /** Texts as the model's inputs, which are named, one row each: a tokenizer. */
+  readonly encode: (texts: string[], inputNames: readonly string[]) => BatchFeeds | Promise<BatchFeeds>;
+  /** The input that tells which tokens are padding; "attention_mask" unless given. Padding is left out where there is one. */
+  readonly mask?: string | undefined;
+  /** Texts at most; 256 unless given. */
+  readonly most?: number | undefined;
+  /** Texts of a run; 16 unless given. */
+  readonly batch?: number | undefined;
+}
+
+/**
+ * Second moments E[x·xᵀ] [in, in], row-major, of what enters each module that the adapters change, on the model without adapters.
+ * @param model path, URL, Blob or bytes of the ONNX model
+ * @throws BaseMismatchError when a module is not in the model, or no float linear layer of its main graph
+ * @throws RangeError when there is no text
+ */
+export async function inputMoments<O extends Ort>(
+  ort: O,
+  model: Parameters<typeof readModel>[0],
+  { adapters, texts, encode, mask = "attention_mask", most = 256, batch = 16 }: MomentsOptions,
+): Promise<Map<string, Float64Array>> {
+  if (texts.length === 0) throw new RangeError("moments: no texts");
+  const file = await readModel(model);
+  try {
+    const main = file.model.graph.proto;
+    const entering = inputsOf(file.model, new Locator(onnxHost(file)), modulesOf(adapters));
+    const there = new Set([...main.output, ...main.input].map(({ name }) => name));
+    // Query, key and value are made of the same.
+    const sums = new Map([...entering.values()].map(({ x, width }) => [x, { width, sum: new Float64Array(width * width) }]));
+    for (const x of sums.keys()) if (!there.has(x)) main.output.push(makeValue(x, FLOAT));
+    const session = await createSession({ ort, options: {} }, await detachWeights(file, []));
+    try {
+      let count = 0;
+      const some = shuffle([...texts], uniform(0)).slice(0, most);
+      for (let at = 0; at < some.length; at += batch) {
+        const feeds = await encode(some.slice(at, at + batch), session.inputNames);
+        const found = (await inTurn(ort, () => call(session, toTensors(ort, feeds), session.outputNames, {}))) as Record<string, OrtTensor>;
+        const kept = feeds[mask] && Array.from(feeds[mask].data as ArrayLike<bigint | number>, Number);
+        let rows = 0;
+        for (const [x, { sum, width }] of sums) rows = add(sum, (await dataOf(found[x]!)) as Float32Array, width, kept);
+        count += rows;
+      }
+      for (const { sum } of sums.values()) sum.forEach((value, i) => (sum[i] = value / count));
+      return new Map([...entering].map(([name, { x }]) => [name, sums.get(x)!.sum]));
+    } finally {
+      await inTurn(ort, () => session.release());
+    }
+  } finally {
+    await file.close?.();
+  }
+}
+
+function modulesOf(adapters: readonly Adapter[]): Map<string, AdapterModule> {
+  return new Map(adapters.flatMap(({ modules }) => [...modules]));
+}
+
+/** The value that enters each module. */
+function inputsOf(
+  model: Parameters<typeof findParameters>[0],
+  locator: Locator,
+  modules: ReadonlyMap<string, AdapterModule>,
+): Map<string, { x: string; width: number }> {
+  const parameters = new Map(findParameters(model).map((parameter) => [parameter.name, parameter]));
+  const entering = new Map<string, { x: string; width: number }>();
+  for (const [name, module] of modules) {
+    const refuse = (why: string): BaseMismatchError => new BaseMismatchError(`what enters "${name}" cannot be seen: ${why}`, { module: name });
+    const linears = linearsOf(model, parameters.get(locator.locate(module).name)!);
+    if (linears instanceof NotLinear) throw refuse(linears.reason);
+    const linear = linears.find(({ graph, type }) => graph === model.graph.proto && type === FLOAT);
+    if (!linear) throw refuse("it is no f32 linear layer of the main graph");
+    entering.set(name, { x: linear.x, width: module.in });
+  }
+  return entering;
+}
+
+/** Adds Σ x·xᵀ over rows [n, width], without padding where there are as many rows as tokens; says over how many rows. */
+function add(sum: Float64Array, rows: Float32Array, width: number, kept: readonly number[] | undefined): number {
+  const count = rows.length / width;
+  let added = 0;
+  for (let row = 0; row < count; row++) {
+    if (kept?.length === count && !kept[row]) continue;
+    added++;
+    for (let i = 0; i < width; i++) {
+      const x = rows[row * width + i]!;
+      for (let j = 0; j <= i; j++) sum[i * width + j]! += x * rows[row * width + j]!;
+    }
+  }
+  for (let i = 0; i < width; i++) for (let j = 0; j < i; j++) sum[j * width + i] = sum[i * width + j]!;
+  return added;
+}
