@@ -98,7 +98,7 @@ async function store(suite, adapters, way, peers, asks) {
     return { bytes: report.bytes, error: rounded(mean(await packErrors(adapters, chunks))), found: same[0]?.name ?? "", chunks };
   }
   if (way.kind === "pack") {
-    const { chunks, report } = await build(adapters, way);
+    const { chunks, report } = await build(suite, adapters, way);
     return { bytes: report.bytes, error: rounded(mean(await packErrors(adapters, chunks))), chunks };
   }
   if (way.kind === "heads" || way.kind === "each") {
@@ -119,9 +119,10 @@ async function store(suite, adapters, way, peers, asks) {
   });
 }
 
-/** @param {Adapter[]} adapters @param {import("./ways.js").Packed} way */
-function build(adapters, { options, ratio }) {
-  return ratio === undefined ? buildPack(adapters, options) : packWithin(adapters, options, budget(adapters, ratio));
+/** @param {Suite} suite @param {Adapter[]} adapters @param {import("./ways.js").Packed} way */
+async function build(suite, adapters, { options, ratio, calibrated }) {
+  const all = calibrated ? { ...options, moments: await suite.moments(adapters) } : options;
+  return ratio === undefined ? buildPack(adapters, all) : packWithin(adapters, all, budget(adapters, ratio));
 }
 
 /** So many times fewer bytes than the adapters in f32. @param {Adapter[]} adapters @param {number} ratio */
@@ -138,7 +139,7 @@ const budget = (adapters, ratio) => Math.floor(sum(adapters.map(bytesOfAdapter))
 export async function measureDistilled(suite, n, way, wanted, found) {
   const adapters = suite.take(n);
   if (!adapters.some(({ id }) => wanted(id))) return;
-  const { chunks, report } = await build(adapters, way);
+  const { chunks, report } = await build(suite, adapters, way);
   await suite.withSession(
     chunks,
     async (session) => {

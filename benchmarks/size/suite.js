@@ -4,7 +4,7 @@
 import * as ort from "onnxruntime-node";
 import { openPack } from "eigenlora";
 import { readAdapters } from "eigenlora/build";
-import { createJudge } from "eigenlora/distill";
+import { createJudge, inputMoments } from "eigenlora/distill";
 import { createEigenSession } from "eigenlora/onnxruntime";
 import { shuffle, uniform } from "../../dist/src/learn/random.js";
 import { createEncoder, labelOf, model, readReference, readTask, runBatches, toBatches } from "../../examples/minilm.js";
@@ -84,6 +84,12 @@ export class Suite {
   async judge(adapters) {
     const encode = /** @type {any} */ (await this.encode());
     return createJudge(ort, model, { adapters, texts: await this.texts(), encode, most: JUDGED });
+  }
+
+  /** Second moments of what enters the adapted modules, of plain texts. @param {Adapter[]} adapters */
+  async moments(adapters) {
+    const encode = /** @type {any} */ (await this.encode());
+    return inputMoments(ort, model, { adapters, texts: await this.texts(), encode });
   }
 
   /**

@@ -3,8 +3,8 @@
  *
  * @typedef {import("eigenlora").TensorType} TensorType
  * @typedef {import("eigenlora/build").BuildOptions} BuildOptions
- * @typedef {{ kind: "pack", options: BuildOptions, ratio?: number, distilled?: boolean }} Packed a pack of all adapters; with a ratio, as many
- *   components as fit into so many times fewer bytes than the f32 adapters'
+ * @typedef {{ kind: "pack", options: BuildOptions, ratio?: number, calibrated?: boolean, distilled?: boolean }} Packed a pack of
+ *   all adapters; with a ratio, as many components as fit into so many times fewer bytes than the f32 adapters'
  * @typedef {{ kind: "auto", ratio: number, judged?: boolean }} Auto the best pack of so many times fewer bytes than the f32 adapters, by answers to plain text or by ΔW error
  * @typedef {{ kind: "each", rank?: number, type: TensorType, head: TensorType }} Each every adapter by itself, cut to a rank by its own SVD
  * @typedef {{ kind: "heads", type: TensorType }} Heads heads without adapters
@@ -17,13 +17,13 @@ export const STEPS = 240;
 
 /**
  * A pack; more options are any of `buildPack`.
- * @param {Omit<BuildOptions, "types"> & { k?: number, ratio?: number, type?: TensorType, head?: TensorType, distilled?: boolean }} options
+ * @param {Omit<BuildOptions, "types"> & { k?: number, ratio?: number, type?: TensorType, head?: TensorType, calibrated?: boolean, distilled?: boolean }} options
  * @returns {Packed}
  */
-function pack({ mode = "column", gauge = "as-trained", k, ratio, type = "f16", head = type, distilled, ...more }) {
+function pack({ mode = "column", gauge = "as-trained", k, ratio, type = "f16", head = type, calibrated, distilled, ...more }) {
   const select = /** @type {BuildOptions["select"]} */ (k === undefined ? more.select : { kind: "k", k });
   const options = { mode, gauge, ...more, ...(select ? { select } : {}), types: { basis: type, coefficients: type, head } };
-  return { kind: "pack", options, ...(ratio ? { ratio } : {}), ...(distilled ? { distilled } : {}) };
+  return { kind: "pack", options, ...(ratio ? { ratio } : {}), ...(calibrated ? { calibrated } : {}), ...(distilled ? { distilled } : {}) };
 }
 
 /** @param {Way} way @returns {string} what it is called, and its key */
@@ -42,6 +42,7 @@ export function nameOf(way) {
     ...rest,
     typesOf(types),
     ...(way.ratio ? [`${way.ratio} times fewer bytes`] : []),
+    ...(way.calibrated ? ["calibrated"] : []),
     ...(way.distilled ? ["distilled"] : []),
   ].join(", ");
 }
@@ -56,7 +57,8 @@ function typesOf(types) {
 export function frontier(n) {
   return [
     pack({ k: 32, type: "int4" }),
-    pack({ gauge: "balanced", rank: 3, ratio: ratiosOf(n)[1], type: "int3", head: "int4" }),
+    pack({ gauge: "balanced", rank: 4, ratio: ratiosOf(n)[1], type: "int3", head: "int4", calibrated: true }),
+    ...[2, 3].map((rank) => pack({ gauge: "balanced", rank, ratio: ratiosOf(n)[1], type: "int3", head: "int4" })),
     pack({ gauge: "balanced", rank: 4, private: 1, k: 24, type: "int4" }),
     pack({ k: 32, type: "f16" }),
     pack({ mode: "joint", k: 32, type: "int4" }),
