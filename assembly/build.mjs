@@ -7,7 +7,7 @@ import { mkdirSync, writeFileSync } from "node:fs";
 import { gzipSync } from "node:zlib";
 import { compile } from "./compile.mjs";
 
-/** Budget of all three binaries together, gzipped. */
+/** Budget of the three run-time binaries together, gzipped. Those of extraction are never in a run-time bundle. */
 const MAX_BYTES = 10_000;
 
 const out = new URL("../dist/wasm/", import.meta.url);
@@ -18,10 +18,12 @@ for (const [name, variant] of /** @type {const} */ ([
   ["scalar", "scalar"],
   ["simd", "simd"],
   ["relaxed", "relaxed-simd"],
+  ["extract-scalar", "scalar"],
+  ["extract-simd", "simd"],
 ])) {
   const bytes = await compile(name, variant);
   const gzipped = gzipSync(bytes, { level: 9 }).byteLength;
-  total += gzipped;
+  if (!name.startsWith("extract-")) total += gzipped;
   writeFileSync(new URL(`${name}.wasm`, out), bytes);
   writeFileSync(new URL(`${name}.js`, out), `export default "${Buffer.from(bytes).toString("base64")}";\n`);
   writeFileSync(new URL(`${name}.d.ts`, out), "declare const base64: string;\nexport default base64;\n");
@@ -31,4 +33,4 @@ if (total > MAX_BYTES) {
   console.error(`The wasm binaries are ${total} bytes gzipped; the budget is ${MAX_BYTES}. Make the kernels smaller.`);
   process.exit(1);
 }
-console.log(`wasm together: ${total} bytes gzipped, budget ${MAX_BYTES}`);
+console.log(`wasm at run time: ${total} bytes gzipped, budget ${MAX_BYTES}`);

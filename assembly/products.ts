@@ -1,6 +1,16 @@
 /**
  * The products of extraction: X·Yᵀ of f64 rows, every dot product between them, in tiles of 2 × 4.
+ *
+ * Rows of Y are copied to a panel that stays in a first-level cache, four rows interleaved. Read where they lie, they would come
+ * from memory again for every two rows of X, and at widths near a power of two they would put each other out of the cache.
  */
+import { PANEL } from "./layout";
+
+/** Rows and columns of a panel, 16 KiB. */
+// @ts-ignore: decorator
+@inline const ROWS: i32 = 16;
+// @ts-ignore: decorator
+@inline const COLUMNS: usize = 128;
 
 // @ts-ignore: decorator
 @inline
@@ -14,13 +24,12 @@ function total(pair: v128): f64 {
   return f64x2.extract_lane(pair, 0) + f64x2.extract_lane(pair, 1);
 }
 
-/** Sums 2 rows from `x` times 4 rows from `y`, two columns at a time; `length` bytes of each row, a multiple of 16. */
-function tilePairs(x: usize, y: usize, stride: usize, length: usize, out: usize, outStride: usize): void {
-  const y1 = y + stride, y2 = y1 + stride, y3 = y2 + stride;
+/** Sums 2 rows from `x` times 4 rows of the panel at `y`, two columns at a time; `length` bytes of each row, a multiple of 16. */
+function tilePairs(x: usize, stride: usize, y: usize, length: usize, out: usize, outStride: usize): void {
   let a0 = f64x2.splat(0), a1 = a0, a2 = a0, a3 = a0, b0 = a0, b1 = a0, b2 = a0, b3 = a0;
-  for (let at: usize = 0; at < length; at += 16) {
-    const a = v128.load(x + at), b = v128.load(x + stride + at);
-    const c0 = v128.load(y + at), c1 = v128.load(y1 + at), c2 = v128.load(y2 + at), c3 = v128.load(y3 + at);
+  for (const end = x + length; x < end; x += 16, y += 64) {
+    const a = v128.load(x), b = v128.load(x + stride);
+    const c0 = v128.load(y), c1 = v128.load(y, 16), c2 = v128.load(y, 32), c3 = v128.load(y, 48);
     a0 = f64x2.add(a0, f64x2.mul(a, c0));
     a1 = f64x2.add(a1, f64x2.mul(a, c1));
     a2 = f64x2.add(a2, f64x2.mul(a, c2));
@@ -41,40 +50,88 @@ function tilePairs(x: usize, y: usize, stride: usize, length: usize, out: usize,
   addTo(out + 24, total(b3));
 }
 
-/** Adds one dot product: the edges, the odd last column, and everything in the scalar build. */
-function dot(x: usize, y: usize, length: usize, out: usize): void {
-  let s0: f64 = 0, s1: f64 = 0;
-  let at: usize = 0;
-  for (const end = length & ~15; at < end; at += 16) {
-    s0 += load<f64>(x + at) * load<f64>(y + at);
-    s1 += load<f64>(x + at, 8) * load<f64>(y + at, 8);
+/** Copies `length` bytes each of `rows` rows to the panel, in fours. */
+function fillPanel(y: usize, stride: usize, length: usize, rows: i32): void {
+  let to = PANEL;
+  for (; rows > 0; rows -= 4, y += 4 * stride) {
+    for (let at: usize = 0; at < length; at += 16, to += 64) {
+      v128.store(to, v128.load(y + at));
+      v128.store(to, v128.load(y + stride + at), 16);
+      v128.store(to, v128.load(y + 2 * stride + at), 32);
+      v128.store(to, v128.load(y + 3 * stride + at), 48);
+    }
   }
-  if (at < length) s0 += load<f64>(x + at) * load<f64>(y + at);
-  addTo(out, s0 + s1);
+}
+
+/** The same of rows that lie across: value k of row j is k·`step` + j. */
+function fillAcross(y: usize, step: usize, length: usize, rows: i32): void {
+  let to = PANEL;
+  for (; rows > 0; rows -= 4, y += 32) {
+    for (let at: usize = 0, p = y; at < length; at += 16, p += 2 * step, to += 64) {
+      const a = v128.load(p), b = v128.load(p, 16), c = v128.load(p + step), d = v128.load(p + step, 16);
+      v128.store(to, v128.shuffle<f64>(a, c, 0, 2));
+      v128.store(to, v128.shuffle<f64>(a, c, 1, 3), 16);
+      v128.store(to, v128.shuffle<f64>(b, d, 0, 2), 32);
+      v128.store(to, v128.shuffle<f64>(b, d, 1, 3), 48);
+    }
+  }
+}
+
+/** Adds one dot product: what fills no tile, and everything in the scalar build. `step` bytes from value to value of y. */
+function dot(x: usize, y: usize, step: usize, length: usize, out: usize): void {
+  let sum: f64 = 0;
+  let at: usize = 0;
+  if (step !== 8) {
+    for (; at < length; at += 8, y += step) sum += load<f64>(x + at) * load<f64>(y);
+  } else if (ASC_FEATURE_SIMD) {
+    let s0 = f64x2.splat(0), s1 = s0;
+    for (; at + 32 <= length; at += 32) {
+      s0 = f64x2.add(s0, f64x2.mul(v128.load(x + at), v128.load(y + at)));
+      s1 = f64x2.add(s1, f64x2.mul(v128.load(x + at, 16), v128.load(y + at, 16)));
+    }
+    sum = total(f64x2.add(s0, s1));
+  } else {
+    let s0: f64 = 0, s1: f64 = 0;
+    for (; at + 16 <= length; at += 16) {
+      s0 += load<f64>(x + at) * load<f64>(y + at);
+      s1 += load<f64>(x + at, 8) * load<f64>(y + at, 8);
+    }
+    sum = s0 + s1;
+  }
+  for (; at < length; at += 8) sum += load<f64>(x + at) * load<f64>(y + at);
+  addTo(out, sum);
 }
 
 /**
- * out[m, n] = X·Yᵀ for X [m, width] and Y [n, width], all f64. With `lower`, entries right of the diagonal are unspecified:
+ * out[m, n] = X·Yᵀ for X [m, width] and Y [n, width], all f64; with `across` X·Y for Y [width, n]. With `lower`, entries right of the diagonal are unspecified:
  * half the work for a Gram matrix.
  */
-export function products(x: usize, y: usize, m: i32, n: i32, width: i32, lower: bool, out: usize): void {
+export function products(x: usize, y: usize, m: i32, n: i32, width: i32, lower: bool, across: bool, out: usize): void {
   const stride = <usize>width << 3, outStride = <usize>n << 3;
+  const yRow = across ? 8 : stride, yStep = across ? outStride : 8;
   memory.fill(out, 0, outStride * <usize>m);
-  for (let i = 0; i < m; i += 2) {
-    const columns = lower ? min(i + 2, n) : n;
-    for (let j = 0; j < columns; j += 4) {
-      const a = x + <usize>i * stride, b = y + <usize>j * stride, to = out + <usize>i * outStride + (<usize>j << 3);
-      let pairs: usize = 0;
-      if (ASC_FEATURE_SIMD && i + 2 <= m && j + 4 <= n) {
-        pairs = stride & ~15;
-        tilePairs(a, b, stride, pairs, to, outStride);
-        if (pairs === stride) continue;
+  // What tiles cover; the scalar build has none.
+  const rows = ASC_FEATURE_SIMD ? m & ~1 : 0, columns = n & ~3, pairs = stride & ~15;
+  for (let block = 0; block < columns && rows > 0; block += ROWS) {
+    const own = min(ROWS, columns - block);
+    for (let from: usize = 0; from < pairs; from += COLUMNS << 3) {
+      const length = min<usize>(COLUMNS << 3, pairs - from);
+      if (ASC_FEATURE_SIMD) {
+        if (across) fillAcross(y + (from >> 3) * outStride + (<usize>block << 3), outStride, length, own);
+        else fillPanel(y + <usize>block * stride + from, stride, length, own);
       }
-      for (let p: usize = 0; p < <usize>min(2, m - i); p++) {
-        for (let q: usize = 0; q < <usize>min(4, n - j); q++) {
-          dot(a + p * stride + pairs, b + q * stride + pairs, stride - pairs, to + p * outStride + (q << 3));
+      for (let i = lower ? block & ~1 : 0; i < rows; i += 2) {
+        const to = out + <usize>i * outStride + (<usize>block << 3);
+        for (let j = 0, end = lower ? min(own, i + 2 - block) : own; j < end; j += 4) {
+          if (ASC_FEATURE_SIMD) tilePairs(x + <usize>i * stride + from, stride, PANEL + <usize>j * length, length, to + (<usize>j << 3), outStride);
         }
       }
+    }
+  }
+  for (let i = 0; i < m; i++) {
+    for (let j = i < rows && pairs === stride ? columns : 0, end = lower ? i + 1 : n; j < end; j++) {
+      const done = i < rows && j < columns ? pairs : 0;
+      dot(x + <usize>i * stride + done, y + <usize>j * yRow + (done >> 3) * yStep, yStep, stride - done, out + <usize>i * outStride + (<usize>j << 3));
     }
   }
 }

@@ -82,8 +82,14 @@ export function python(script, ...args) {
  * @param {string[]} args
  * @returns {Promise<{ first: any, ask(question: object): Promise<any>, stop(): void } | { reason: string }>}
  */
-export async function startPython(script, ...args) {
-  const child = spawn(PYTHON, [peerPath(script), ...args], { env: oneThread() });
+export const startPython = (script, ...args) => start(oneThread(), script, args);
+
+/** The same with as many threads as its libraries take by themselves. @param {string} script @param {string[]} args */
+export const startPythonFreely = (script, ...args) => start(native(), script, args);
+
+/** @param {NodeJS.ProcessEnv} env @param {string} script @param {string[]} args @returns {ReturnType<typeof startPython>} */
+async function start(env, script, args) {
+  const child = spawn(PYTHON, [peerPath(script), ...args], { env });
   let [out, errors] = ["", ""];
   /** @type {((line: string | undefined) => void)[]} */
   const waiting = [];
@@ -118,7 +124,10 @@ const PYTHON = process.env.PYTHON ?? "python3";
 /** @param {string} script */
 const peerPath = (script) => fileURLToPath(new URL(`peers/${script}`, import.meta.url));
 
-const oneThread = () => ({ ...process.env, OMP_NUM_THREADS: "1", MKL_NUM_THREADS: "1" });
+const oneThread = () => ({ ...native(), OMP_NUM_THREADS: "1", MKL_NUM_THREADS: "1" });
+
+/** Without settings that keep OpenBLAS from the best code for this processor. @returns {NodeJS.ProcessEnv} */
+const native = () => ({ ...process.env, OPENBLAS_CORETYPE: undefined, OPENBLAS_L2_SIZE: undefined });
 
 /** @param {string} stderr of a peer */
 function whyFailed(stderr) {

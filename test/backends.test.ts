@@ -10,6 +10,8 @@ import { createWebgpuBackend } from "../dist/src/backends/webgpu.js";
 import { createWasmBackend, WASM_VARIANTS, type WasmVariant } from "../dist/src/backends/wasm.js";
 import type { FloatType } from "../dist/src/dtypes.js";
 import { encodeTensor } from "../dist/src/encode.js";
+import { symmetricEigen } from "../dist/src/extract/eigen.js";
+import { transpose } from "../dist/src/extract/linalg.js";
 import { dawnMissing } from "./backend-list.ts";
 import { backendSuite, generator, values } from "./backend-suite.ts";
 import { countingDevice } from "./counting-device.js";
@@ -168,7 +170,8 @@ t.test("a foreign module is refused", async (t) => {
   await t.rejects(createWasmBackend({ module }), { tag: "backend", message: /none of eigenlora/ });
 });
 
-for (const variant of available) {
+for (const variant of ["scalar", "simd"] as const) {
+  if (!available.includes(variant)) continue;
   t.test(`${variant}: products equal the sums`, async (t) => {
     const products = await createWasmProducts({ variant });
     for (const m of [0, 1, 2, 3, 5, 9, 31]) {
@@ -189,9 +192,57 @@ for (const variant of available) {
             }
             if (!(worst <= 1e-12 * Math.max(1, width))) t.fail(`[${m}, ${columns}, ${width}]: ${worst}`);
           }
+          const [straight, across] = [products(x, transpose(y, width, n), m, n, width), products(x, y, m, n, width, false, true)];
+          if (straight.some((sum, i) => !(Math.abs(sum - across[i]!) <= 1e-12 * Math.max(1, width)))) t.fail(`[${m}, ${n}, ${width}] across`);
         }
       }
     }
     t.throws(() => products(new Float64Array(5), new Float64Array(9), 2, 3, 3), RangeError);
+  });
+
+  t.test(`${variant}: held operands give the same products until they are freed, and then memory is used again`, async (t) => {
+    const products = await createWasmProducts({ variant });
+    const [x, y] = [Float64Array.from(values(9 * 20, generator(1))), Float64Array.from(values(7 * 20, generator(2)))];
+    const expected = products(x, y, 9, 7, 20);
+    const square = products(x, x, 9, 9, 20);
+    for (const held of [[x], [y], [x, y]]) {
+      const release = held.map((operand) => products.hold!(operand));
+      t.same(products(x, y, 9, 7, 20), expected);
+      t.same(products(x, x, 9, 9, 20), square);
+      for (const free of [...release, ...release]) free();
+      t.same(products(x, y, 9, 7, 20), expected);
+    }
+    // 4 GiB are the limit: a leak of 32 MB a round would end this.
+    const large = new Float64Array(4e6);
+    for (let round = 0; round < 150; round++) products.hold!(large)();
+  });
+
+  t.test(`${variant}: tridiagonal forms have the eigenpairs of the matrix`, async (t) => {
+    const { tridiagonalize } = await createWasmProducts({ variant });
+    for (const n of [1, 2, 3, 4, 5, 8, 17, 64, 101]) {
+      const random = generator(n);
+      const kinds: [string, Float64Array][] = [
+        ["full", Float64Array.from(values(n * n, random))],
+        ["ones", new Float64Array(n * n).fill(1)],
+        ["diagonal", Float64Array.from({ length: n * n }, (_, i) => (i % (n + 1) === 0 ? i : 0))],
+        ["zero", new Float64Array(n * n)],
+      ];
+      for (const [name, a] of kinds) {
+        for (let i = 0; i < n; i++) for (let j = 0; j < i; j++) a[i * n + j] = a[j * n + i]!;
+        const size = Math.hypot(...a);
+        const eigen = symmetricEigen(a.slice(), n, tridiagonalize);
+        const plain = symmetricEigen(a.slice(), n);
+        const v = eigen.vectors(n);
+        for (let k = 0; k < n; k++) {
+          t.ok(Math.abs(eigen.values[k]! - plain.values[k]!) <= 1e-14 * size * n, `${name} ${n}: value ${k}`);
+          for (let i = 0; i < n; i++) {
+            let image = 0;
+            for (let j = 0; j < n; j++) image += a[i * n + j]! * v[k * n + j]!;
+            if (!(Math.abs(image - eigen.values[k]! * v[k * n + i]!) <= 1e-13 * size)) t.fail(`${name} ${n}: vector ${k}`);
+          }
+        }
+      }
+    }
+    t.throws(() => symmetricEigen(Float64Array.from([1, NaN, NaN, 1]), 2, tridiagonalize), RangeError);
   });
 }

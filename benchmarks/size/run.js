@@ -13,6 +13,7 @@ import { resolve } from "node:path";
 import { pathToFileURL } from "node:url";
 import { option, printParts } from "../report.js";
 import { Rows } from "../rows.js";
+import { SETTINGS, shapesPart } from "../shapes.js";
 import { keyOf, measure, measureDistilled, Peers } from "./measure.js";
 import { Suite, SUITES } from "./suite.js";
 import { drawFigures, Reader, tables } from "./tables.js";
@@ -62,7 +63,6 @@ await mkdir(folder, { recursive: true });
 for (const [name, svg] of drawFigures(reader)) await writeFile(new URL(`${name}.svg`, folder), svg);
 const parts = tables(reader);
 if (process.argv.includes("--shapes")) {
-  const { SETTINGS, shapesPart } = await import(new URL("../shapes.js", import.meta.url).href);
   parts.push(...Object.keys(SETTINGS).map((name) => shapesPart(name)));
 }
 const { reason, versions } = peers;

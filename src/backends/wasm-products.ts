@@ -1,37 +1,82 @@
 /**
- * The products of extraction in WebAssembly. Apart from the backend, since only packing needs them.
+ * The large loops of extraction in WebAssembly. Apart from the backend, since only packing needs them.
  */
-import { claim, instantiate, type WasmOptions } from "./wasm.ts";
+import type { Products } from "../extract/linalg.ts";
+import { claim, instantiate, type Binaries } from "./wasm.ts";
+
+type Variant = "scalar" | "simd";
+
+/** Exports of `assembly/extraction.ts`. Addresses of f64 values. */
+interface ExtractionKernels {
+  variant: WebAssembly.Global;
+  products(x: number, y: number, m: number, n: number, width: number, lower: number, across: number, out: number): void;
+  tridiagonalize(a: number, n: number, diagonal: number, off: number, taus: number): void;
+  turnBack(a: number, n: number, taus: number, z: number, count: number): void;
+}
+
+const BINARIES: Binaries<Variant> = {
+  scalar: () => import("#wasm/extract-scalar"),
+  simd: () => import("#wasm/extract-simd"),
+};
 
 /**
- * The products of extraction (`timesTransposed` in `src/extract/linalg.ts`) in WebAssembly. Data is copied in and out; the
- * memory stays as large as the largest call needs.
- * @returns a function (x [m, width], y [n, width], m, n, width, lower) → X·Yᵀ [m, n]
- * @throws BackendError as `createWasmBackend`; the function when memory is short
+ * Products and reductions of extraction (`Products` in `src/extract/linalg.ts`) in WebAssembly. Data is copied in and out;
+ * the memory stays as large as the largest call needs.
+ * @throws BackendError as `createWasmBackend`; the functions when memory is short
  */
-export async function createWasmProducts(
-  options: WasmOptions = {},
-): Promise<
-  (x: Float64Array, y: Float64Array, m: number, n: number, width: number, lower?: boolean) => Float64Array
-> {
-  const instance = await instantiate(options);
+export async function createWasmProducts(options: { variant?: Variant } = {}): Promise<Products> {
+  const instance = await instantiate<ExtractionKernels, Variant>(BINARIES, options);
   const { kernels, memory, heap } = instance;
-  return (x, y, m, n, width, lower = false) => {
+
+  /** Runs `work` on f64 blocks of these lengths, one behind the other, at their addresses. */
+  function onBlocks<T>(lengths: readonly number[], work: (addresses: number[], views: Float64Array[]) => T): T {
+    const byteLength = 8 * lengths.reduce((sum, length) => sum + length, 0);
+    const start = claim(instance, byteLength, "scratch");
+    let next = start;
+    const addresses = lengths.map((length) => (next += 8 * length) - 8 * length);
+    try {
+      return work(addresses, lengths.map((length, i) => new Float64Array(memory.buffer, addresses[i]!, length)));
+    } finally {
+      heap.free(start, byteLength);
+    }
+  }
+
+  const held = new Map<Float64Array, number>();
+  const products: Products = (x, y, m, n, width, lower = false, across = false) => {
     if (x.length < m * width || y.length < n * width) {
       throw new RangeError(`products: [${m}, ${width}] and [${n}, ${width}] do not fit ${x.length} and ${y.length} values`);
     }
-    const counts = [m * n, m * width, x === y ? 0 : n * width] as const;
-    const byteLength = 8 * (counts[0] + counts[1] + counts[2]);
-    const out = claim(instance, byteLength, "scratch");
-    try {
-      const xAt = out + 8 * counts[0];
-      const yAt = x === y ? xAt : xAt + 8 * counts[1];
-      new Float64Array(memory.buffer, xAt, counts[1]).set(x.subarray(0, counts[1]));
-      if (x !== y) new Float64Array(memory.buffer, yAt, counts[2]).set(y.subarray(0, counts[2]));
-      kernels.products(xAt, yAt, m, n, width, lower ? 1 : 0, out);
-      return new Float64Array(memory.buffer, out, counts[0]).slice();
-    } finally {
-      heap.free(out, byteLength);
-    }
+    const lengths = [m * n, held.has(x) ? 0 : m * width, held.has(y) || x === y ? 0 : n * width];
+    return onBlocks(lengths, ([out, ownX, ownY], [result, xs, ys]) => {
+      xs!.set(x.subarray(0, xs!.length));
+      ys!.set(y.subarray(0, ys!.length));
+      const xAt = held.get(x) ?? ownX!;
+      kernels.products(xAt, x === y ? xAt : (held.get(y) ?? ownY!), m, n, width, lower ? 1 : 0, across ? 1 : 0, out!);
+      return result!.slice();
+    });
   };
+  products.hold = (operand) => {
+    const at = claim(instance, operand.byteLength, "scratch");
+    new Float64Array(memory.buffer, at, operand.length).set(operand);
+    held.set(operand, at);
+    return () => {
+      if (held.delete(operand)) heap.free(at, operand.byteLength);
+    };
+  };
+  products.tridiagonalize = (a, n) =>
+    onBlocks([n * n, n, n, 3 * n], ([at, diagonalAt, offAt, tausAt], [values, diagonal, off, taus]) => {
+      values!.set(a);
+      kernels.tridiagonalize(at!, n, diagonalAt!, offAt!, tausAt!);
+      const [reflectors, factors] = [values!.slice(), taus!.slice(0, n)];
+      const turn = (z: Float64Array, count: number): void =>
+        onBlocks([n * n, n, count * n], ([at, tausAt, zAt], [values, taus, vectors]) => {
+          values!.set(reflectors);
+          taus!.set(factors);
+          vectors!.set(z);
+          kernels.turnBack(at!, n, tausAt!, zAt!, count);
+          z.set(vectors!);
+        });
+      return { diagonal: diagonal!.slice(), off: off!.slice(), turn };
+    });
+  return products;
 }

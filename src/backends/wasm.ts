@@ -25,7 +25,6 @@ export interface WasmOptions {
 /** Exports of `assembly/exports.ts`. Addresses and counts are 32-bit, unsigned; 0 stands for an absent address. */
 export interface WasmKernels {
   variant: WebAssembly.Global;
-  products(x: number, y: number, m: number, n: number, width: number, lower: number, out: number): void;
   expand(
     type: number, out: number, coefficients: number, basis: number, rank: number, rows: number, width: number, add: number,
   ): void;
@@ -44,9 +43,9 @@ type ScaleKernel = (
 ) => void;
 
 /** A build at work on its memory. */
-export interface Instance {
+export interface Instance<Kernels> {
   variant: WasmVariant;
-  kernels: WasmKernels;
+  kernels: Kernels;
   memory: WebAssembly.Memory;
   heap: Heap;
 }
@@ -55,8 +54,11 @@ export interface Instance {
 const RESERVED_BYTES = 65536;
 const RESERVED_PAGES = 1;
 
+/** Where the builds of a module are, best last. */
+export type Binaries<Variant extends string> = Record<Variant, () => Promise<{ default: string }>>;
+
 /** Literal specifiers, so that bundlers see them; three, so that only the build that runs is loaded. */
-const BINARIES: Record<WasmVariant, () => Promise<{ default: string }>> = {
+const BINARIES: Binaries<WasmVariant> = {
   scalar: () => import("#wasm/scalar"),
   simd: () => import("#wasm/simd"),
   "relaxed-simd": () => import("#wasm/relaxed"),
@@ -67,7 +69,7 @@ const BINARIES: Record<WasmVariant, () => Promise<{ default: string }>> = {
  * @throws BackendError when the engine has no WebAssembly, refuses the variant asked for, or refuses the module
  */
 export async function createWasmBackend(options: WasmOptions = {}): Promise<Backend> {
-  const instance = await instantiate(options);
+  const instance = await instantiate<WasmKernels, WasmVariant>(BINARIES, options);
   const { variant, kernels, memory, heap } = instance;
   const blocks = new Map<Block, { address: number; owner: Owner }>();
 
@@ -174,7 +176,7 @@ function code(type: TensorType): number {
 }
 
 /** Address of `byteLength` zeroed bytes. @throws BackendError when there are none */
-export function claim({ heap, memory }: Instance, byteLength: number, owner: Owner): number {
+export function claim({ heap, memory }: Instance<unknown>, byteLength: number, owner: Owner): number {
   checkCount("byteLength", byteLength, Number.MAX_SAFE_INTEGER);
   const start = heap.allocate(byteLength);
   if (start !== undefined) return start;
@@ -185,14 +187,18 @@ export function claim({ heap, memory }: Instance, byteLength: number, owner: Own
   );
 }
 
-export async function instantiate(options: WasmOptions): Promise<Instance> {
+/** The module given, the build asked for, or the best that validates, on a memory of its own. */
+export async function instantiate<Kernels extends { variant: WebAssembly.Global }, Variant extends string>(
+  binaries: Binaries<Variant>,
+  options: { variant?: Variant; module?: WebAssembly.Module },
+): Promise<Instance<Kernels>> {
   if (typeof WebAssembly === "undefined") {
     throw new BackendError("wasm: this engine has no WebAssembly; use the js backend", { backend: "wasm" });
   }
-  const module = options.module ?? (await compile(options.variant));
   const memory = new WebAssembly.Memory({ initial: RESERVED_PAGES });
+  const module = options.module ?? (await compile(binaries, options.variant));
   try {
-    const kernels = (await WebAssembly.instantiate(module, { env: { memory } })).exports as unknown as WasmKernels;
+    const kernels = (await WebAssembly.instantiate(module, { env: { memory } })).exports as unknown as Kernels;
     const variant = WASM_VARIANTS[kernels.variant.value as number]!;
     return { variant, kernels, memory, heap: createHeap(memory, RESERVED_BYTES) };
   } catch (cause) {
@@ -203,11 +209,10 @@ export async function instantiate(options: WasmOptions): Promise<Instance> {
   }
 }
 
-/** The build asked for, or the best that validates. */
-async function compile(variant: WasmVariant | undefined): Promise<WebAssembly.Module> {
+async function compile<Variant extends string>(binaries: Binaries<Variant>, variant?: Variant): Promise<WebAssembly.Module> {
   const reasons: string[] = [];
-  for (const candidate of variant === undefined ? WASM_VARIANTS.toReversed() : [variant]) {
-    const { default: base64 } = await BINARIES[candidate]();
+  for (const candidate of variant === undefined ? (Object.keys(binaries) as Variant[]).reverse() : [variant]) {
+    const { default: base64 } = await binaries[candidate]();
     const bytes = Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
     if (WebAssembly.validate(bytes)) return WebAssembly.compile(bytes);
     reasons.push(`${candidate}: not supported by this engine`);

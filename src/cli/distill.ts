@@ -19,7 +19,7 @@ import { renames, required, wholeNumber, type Arguments } from "./args.ts";
 import { readLines } from "./auto.ts";
 import { writeWhole } from "./files.ts";
 import { loadRuntime, loadTokenizer } from "./model.ts";
-import { bytes, table, type Output } from "./output.ts";
+import { bytes, table, timeLeft, type Output } from "./output.ts";
 import { storedTypes, type Result } from "./packs.ts";
 
 /** What the outcome depends on beside pack and adapter. */
@@ -59,8 +59,7 @@ export async function distillCommand(args: Arguments, out: Output): Promise<Resu
         const onStep = ({ step }: { step: number }): void => {
           const gone = i + step / steps;
           const seconds = ((performance.now() - from) / 1000 / (gone - resumed())) * (adapters.length - gone);
-          const left = seconds < 90 ? `${Math.ceil(seconds)} s` : `${Math.ceil(seconds / 60)} min`;
-          out.progress(`task ${i + 1} of ${adapters.length}, ${adapter.id}, ${left} left: step`, step, steps);
+          out.progress(`task ${i + 1} of ${adapters.length}, ${adapter.id}, ${timeLeft(seconds)}: step`, step, steps);
         };
         const made = earlier ?? (await distill(session, { adapter, texts: settings.texts, encode: encodeFor, steps, batch, onStep }));
         if (!earlier) await finished.write(key, made);

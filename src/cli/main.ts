@@ -195,7 +195,7 @@ const COMMANDS = new Map<string, Command>([
   ],
 ]);
 
-const BENCHMARKS = ["memory", "switch", "fold", "pack", "size", "learn", "distill", "calibrate", "step", "paper"];
+const BENCHMARKS = ["memory", "switch", "fold", "pack", "size", "extract", "shapes", "learn", "distill", "calibrate", "step", "paper"];
 
 function help(): string {
   const lines = [...COMMANDS.values()].map(({ usage, does, options }) => {

@@ -5,7 +5,7 @@
 /** Where a command's output goes. */
 export interface Output {
   json: boolean;
-  /** Shows how far a long piece of work is; nothing when nobody watches. */
+  /** Shows how far a long piece of work is, and how long it will still take; nothing when nobody watches. */
   progress(what: string, done: number, of: number): void;
   warn(message: string): void;
 }
@@ -13,16 +13,41 @@ export interface Output {
 export function createOutput(json: boolean): Output {
   const live = process.stderr.isTTY && !json;
   const started = Date.now();
+  const estimate = createEstimate();
   return {
     json,
     progress(what, done, of) {
+      const left = estimate(what, done, of);
       if (!live || (Date.now() - started < 500 && done < of)) return;
-      process.stderr.write(`\r\u001b[K${done < of ? `${what} ${done} of ${of}` : ""}`);
+      process.stderr.write(`\r\u001b[K${done < of ? [`${what} ${done} of ${of}`, ...left].join(", ") : ""}`);
     },
     warn(message) {
       if (!json) process.stderr.write(`warning: ${message}\n`);
     },
   };
+}
+
+/** An estimate from less than this is not shown. */
+const SHORTEST = 2000;
+
+/**
+ * What says how long the rest of a piece of work takes, at the rate since its first report.
+ * @param now milliseconds
+ * @returns a function of reports → [] or [the time left]; a new `what` is a new piece
+ */
+export function createEstimate(now: () => number = Date.now): (what: string, done: number, of: number) => string[] {
+  let [piece, since, before] = ["", 0, 0];
+  return (what, done, of) => {
+    if (what !== piece) [piece, since, before] = [what, now(), done];
+    const gone = now() - since;
+    if (done <= before || gone < SHORTEST) return [];
+    return [timeLeft((gone / 1000 / (done - before)) * (of - done))];
+  };
+}
+
+/** Seconds as people read them. */
+export function timeLeft(seconds: number): string {
+  return `${seconds < 90 ? `${Math.ceil(seconds)} s` : `${Math.ceil(seconds / 60)} min`} left`;
 }
 
 /** Bytes as people read them; 1 kB = 1000 B. */

@@ -4,6 +4,7 @@
  * nothing of tasks, gauges or stored types.
  */
 import { symmetricEigen, type Eigen } from "./eigen.ts";
+import { largestEigen, type Operator } from "./lanczos.ts";
 import { addScaled, dot, gram, rowSquares, scale, timesTransposed, transpose, type Products } from "./linalg.ts";
 
 /** The singular value decomposition of a stack as far as it was asked for. */
@@ -13,8 +14,9 @@ export interface Components {
   /** [count, width], orthonormal within 1e-8, strongest first, the largest entry of each positive. */
   vectors: Float64Array;
   /**
-   * All min(rows, width) singular values, descending. Those below 1e-7 of the largest are rounding errors unless the
-   * components asked for go down to them.
+   * All min(rows, width) singular values, descending, or only those of the components where a number of them was asked for that
+   * could be found without the rest. Those below 1e-7 of the largest are rounding errors unless the components asked for go
+   * down to them.
    */
   singular: Float64Array;
   /** ‖X‖², the sum of the squared singular values; 0 where no row is above its floor. */
@@ -50,8 +52,11 @@ export function columnMeans(x: Float64Array, rows: number, width: number, weight
 
 /** A copy of rows [rows, width] without `mean`; just a copy where that is undefined. */
 export function centred(x: Float64Array, rows: number, width: number, mean: Float64Array | undefined): Float64Array {
-  const out = x.slice();
-  if (mean) for (let i = 0; i < rows; i++) addScaled(-1, mean, 0, out, i * width, width);
+  if (!mean) return x.slice();
+  const out = new Float64Array(rows * width);
+  for (let at = 0; at < out.length; at += width) {
+    for (let j = 0; j < width; j++) out[at + j] = x[at + j]! - mean[j]!;
+  }
   return out;
 }
 
@@ -62,8 +67,8 @@ export function centred(x: Float64Array, rows: number, width: number, mean: Floa
  * and not by the largest singular value, so that an adapter a thousand times smaller than its neighbours still counts.
  *
  * @param floors per row, the length below which what is left of it is rounding error: `ROUNDING` times its own size
- * @param choose how many components are wanted, given all singular values and their sum of squares; clipped to the
- *   numerical rank
+ * @param choose how many components are wanted, or what says so, given all singular values and their sum of squares; clipped
+ *   to the numerical rank
  * @param products what multiplies, in place of `timesTransposed`
  */
 export function principalComponents(
@@ -71,11 +76,11 @@ export function principalComponents(
   rows: number,
   width: number,
   floors: Float64Array,
-  choose: (singular: Float64Array, total: number) => number,
+  choose: number | ((singular: Float64Array, total: number) => number),
   products: Products = timesTransposed,
 ): Components {
   const limit = Math.min(rows, width);
-  const singular = new Float64Array(limit);
+  let singular = new Float64Array(limit);
   const vectors = new Float64Array(limit * width);
   let rest = x;
   let count = 0;
@@ -88,15 +93,17 @@ export function principalComponents(
       if (level === 0) total = 0;
       break;
     }
-    const eigen = gramEigen(rest, rows, width, products);
+    const few = level === 0 && typeof choose === "number" ? Math.min(limit, choose) : undefined;
+    const eigen = gramEigen(rest, rows, width, products, few);
+    if (eigen.values.length < limit) singular = new Float64Array(eigen.values.length);
     const strongest = eigen.values[0]!;
     let resolved = 0;
-    for (let i = 0; count + i < limit; i++) {
+    for (let i = 0; count + i < singular.length; i++) {
       const value = Math.max(0, eigen.values[i]!);
       singular[count + i] = Math.sqrt(value);
       if (value > RESOLVED * strongest) resolved++;
     }
-    if (level === 0) wanted = Math.min(limit, choose(singular, total));
+    if (level === 0) wanted = few ?? Math.min(limit, typeof choose === "number" ? choose : choose(singular, total));
     const take = Math.min(wanted - count, resolved);
     if (take <= 0) break;
     vectors.set(eigen.vectors(take), count * width);
@@ -108,7 +115,7 @@ export function principalComponents(
     }
     const added = vectors.subarray(count * width, (count + take) * width);
     const along = products(rest, added, rows, take, width);
-    rest = without(rest, products(along, transpose(added, take, width), rows, width, take));
+    rest = without(rest, products(along, added, rows, width, take, false, true));
     if (level === 0) count += take;
     else {
       const kept = needed(rowSquares(rest, rows, width), along, take, floors);
@@ -121,19 +128,47 @@ export function principalComponents(
   return { count, vectors: vectors.slice(0, count * width), singular: singular.sort().reverse(), total };
 }
 
-/** Eigenvalues of the smaller Gram matrix of X, with vectors in the row space either way. */
-function gramEigen(x: Float64Array, rows: number, width: number, products: Products): Eigen {
-  const columns = transpose(x, rows, width);
-  if (rows > width) return symmetricEigen(gram(columns, width, rows, products), width);
-  const eigen = symmetricEigen(gram(x, rows, width, products), rows);
+/**
+ * Eigenvalues of the smaller Gram matrix of X, with vectors in the row space either way.
+ * @param few so many are enough, where they are found alone for less
+ */
+function gramEigen(x: Float64Array, rows: number, width: number, products: Products, few?: number): Eigen {
+  const found = few === undefined ? undefined : fewEigen(x, rows, width, few, products);
+  const eigen = found ?? symmetricEigen(smallerGram(x, rows, width, products), Math.min(rows, width), products.tridiagonalize);
+  if (rows > width) return eigen;
   return {
     values: eigen.values,
     vectors(count) {
-      const out = products(eigen.vectors(count), columns, count, width, rows);
+      const out = products(eigen.vectors(count), x, count, width, rows, false, true);
       for (let k = 0; k < count; k++) scale(1 / Math.sqrt(eigen.values[k]!), out, k * width, width);
       return out;
     },
   };
+}
+
+function smallerGram(x: Float64Array, rows: number, width: number, products: Products): Float64Array {
+  return rows > width ? gram(transpose(x, rows, width), width, rows, products) : gram(x, rows, width, products);
+}
+
+/** The largest eigenpairs alone; undefined where that does not pay, or where one is not resolved. */
+function fewEigen(x: Float64Array, rows: number, width: number, few: number, products: Products): Eigen | undefined {
+  // G = Y·Yᵀ, where Y [n, other] is X or lies across it.
+  const across = rows > width;
+  const [n, other] = across ? [width, rows] : [rows, width];
+  const half = (v: Float64Array, k: number): Float64Array => products(v, x, k, n, other, false, across);
+  const operator: Operator = {
+    n,
+    apply: (v, k) => half(products(v, x, k, other, n, false, !across), k),
+    start: (k, random) => half(Float64Array.from({ length: k * other }, () => random() - 0.5), k),
+  };
+  const release = products.hold?.(x);
+  try {
+    const found = largestEigen(operator, few, products);
+    if (!found || found.values.at(-1)! <= RESOLVED * found.values[0]!) return undefined;
+    return { values: found.values, vectors: () => found.vectors };
+  } finally {
+    release?.();
+  }
 }
 
 /**

@@ -4,7 +4,7 @@
  * iteration for the vectors (Golub & Van Loan, "Matrix Computations", 8.3 and 8.2.2). Not a general eigensolver: no
  * generalised or complex problems.
  */
-import { addScaled, dot, EPSILON, reflect, reflector, scale } from "./linalg.ts";
+import { addScaled, dot, EPSILON, reflect, reflector, scale, type Tridiagonal } from "./linalg.ts";
 
 /** Eigenvalues and, on demand, eigenvectors of a symmetric matrix. */
 export interface Eigen {
@@ -16,33 +16,34 @@ export interface Eigen {
 
 /**
  * Solves the symmetric eigenproblem of A [n, n]. A is overwritten.
+ * @param reduce what brings A to tridiagonal form, in place of the plain loop
  * @throws RangeError when A holds NaN or infinity
  */
-export function symmetricEigen(a: Float64Array, n: number): Eigen {
-  const t = tridiagonalize(a, n);
+export function symmetricEigen(a: Float64Array, n: number, reduce: typeof tridiagonalize = tridiagonalize): Eigen {
+  const t = normed(reduce(a, n));
   const values = tridiagonalValues(t);
   return {
     values,
     vectors(count) {
       const z = tridiagonalVectors(t, values, count);
-      // A = H·T·Hᵀ with H = H₀·H₁·…: an eigenvector of T becomes one of A through the reflectors, last one first.
-      for (let k = n - 2; k >= 0; k--) {
-        if (t.taus[k] !== 0) reflect(t.taus[k]!, a, k * n + k + 1, z, k + 1, n, count, n - k - 1);
-      }
+      t.turn(z, count);
       return z;
     },
   };
 }
 
-interface Tridiagonal {
-  n: number;
-  diagonal: Float64Array;
-  /** n entries, the last is 0. */
-  off: Float64Array;
-  /** Reflector k lies in row k of the reduced matrix, right of the diagonal. */
-  taus: Float64Array;
-  /** ‖T‖∞, the yardstick of all tolerances. */
-  norm: number;
+/** With ‖T‖∞, the yardstick of all tolerances. */
+type Normed = Tridiagonal & { n: number; norm: number };
+
+function normed(t: Tridiagonal): Normed {
+  const { diagonal, off } = t;
+  const n = diagonal.length;
+  let norm = 0;
+  for (let i = 0; i < n; i++) {
+    norm = Math.max(norm, Math.abs(diagonal[i]!) + Math.abs(off[i]!) + Math.abs(off[i - 1] ?? 0));
+  }
+  if (!Number.isFinite(norm)) throw new RangeError("symmetricEigen: the matrix holds NaN or infinity");
+  return { ...t, n, norm };
 }
 
 /**
@@ -67,13 +68,17 @@ function tridiagonalize(a: Float64Array, n: number): Tridiagonal {
     for (let j = first; j < n; j++) p[j] = tau * p[j]! - half * v[j]!;
     subtractUpper(a, n, first, v, p);
   }
-  let norm = 0;
-  for (let i = 0; i < n; i++) {
-    diagonal[i] = a[i * n + i]!;
-    norm = Math.max(norm, Math.abs(diagonal[i]!) + Math.abs(off[i]!) + Math.abs(off[i - 1] ?? 0));
-  }
-  if (!Number.isFinite(norm)) throw new RangeError("symmetricEigen: the matrix holds NaN or infinity");
-  return { n, diagonal, off, taus, norm };
+  for (let i = 0; i < n; i++) diagonal[i] = a[i * n + i]!;
+  return {
+    diagonal,
+    off,
+    turn(z, count) {
+      // H = H₀·H₁·…: last one first.
+      for (let k = n - 2; k >= 0; k--) {
+        if (taus[k] !== 0) reflect(taus[k]!, a, k * n + k + 1, z, k + 1, n, count, n - k - 1);
+      }
+    },
+  };
 }
 
 /** out = A·v over the trailing block from `first`, A symmetric by its upper triangle. */
@@ -125,7 +130,7 @@ function subtractUpper(a: Float64Array, n: number, first: number, v: Float64Arra
 }
 
 /** Eigenvalues, descending, by the QL algorithm with implicit Wilkinson shifts. */
-function tridiagonalValues(t: Tridiagonal): Float64Array {
+function tridiagonalValues(t: Normed): Float64Array {
   const { n } = t;
   const d = t.diagonal.slice();
   const e = t.off.slice();
@@ -179,7 +184,7 @@ function tridiagonalValues(t: Tridiagonal): Float64Array {
 const CLUSTER = 1e-4;
 
 /** Eigenvectors of the `count` largest values by inverse iteration, each made orthogonal to its close predecessors. */
-function tridiagonalVectors(t: Tridiagonal, values: Float64Array, count: number): Float64Array {
+function tridiagonalVectors(t: Normed, values: Float64Array, count: number): Float64Array {
   const { n, norm } = t;
   const z = new Float64Array(count * n);
   const solve = shiftedSolver(t);
@@ -210,7 +215,7 @@ function tridiagonalVectors(t: Tridiagonal, values: Float64Array, count: number)
 }
 
 /** LU of T − λ with partial pivoting. Pivots that vanish become EPSILON·‖T‖: T − λ is meant to be nearly singular. */
-function shiftedSolver(t: Tridiagonal): { shift(value: number): void; apply(x: Float64Array): void } {
+function shiftedSolver(t: Normed): { shift(value: number): void; apply(x: Float64Array): void } {
   const { n, diagonal, off } = t;
   const floor = EPSILON * t.norm || 1;
   const pivots = new Float64Array(n);
@@ -279,7 +284,7 @@ function normalize(x: Float64Array): number {
 }
 
 /** Start vectors: uniform in [0, 1), the same in every run and runtime, so that packs are reproducible (mulberry32). */
-function generator(): () => number {
+export function generator(): () => number {
   let state = 0x9e3779b9;
   return () => {
     state = (state + 0x6d2b79f5) | 0;

@@ -19,7 +19,6 @@ import {
   forwardSolve,
   gram,
   timesTransposed,
-  transpose,
   type Products,
 } from "./linalg.ts";
 
@@ -80,7 +79,7 @@ export function openSubspace(stored: StoredBasis, products: Products = timesTran
   const { components, width } = stored;
   const rows = components + (stored.mean ? 1 : 0);
   const decoded = Float64Array.from(decodeTensor(stored.type, stored.encoded, rows, width));
-  const values = metric ? products(decoded, transpose(metric, width, width), rows, width, width) : decoded;
+  const values = metric ? products(decoded, metric, rows, width, width, false, true) : decoded;
   const vectors = values.subarray(0, components * width);
   const mean = stored.mean ? values.subarray(components * width) : undefined;
   const factor = cholesky(gram(vectors, components, width, products), components);
@@ -109,8 +108,8 @@ export function targetsOf(space: Subspace, rows: Float64Array, ranks: readonly n
       rank,
       kept: Math.min(rank, most),
       values,
-      rows: gram(values, rank, width),
-      squares: gram(x.subarray(from * width, to * width), rank, width),
+      rows: gram(values, rank, width, space.products),
+      squares: gram(x.subarray(from * width, to * width), rank, width, space.products),
       alongMean: alongMean.subarray(from, to),
       at: at.subarray(from * components, to * components),
     };
@@ -193,8 +192,7 @@ export function leaveOut({ rank, rows, lost, cross }: SideError, kept: number): 
 /** α·E + M: the rows [rank, width] that coefficients [rank, components] stand for. */
 export function expand(space: Subspace, coefficients: Float64Array, rank: number): Float64Array {
   const { components, width, mean } = space;
-  const columns = transpose(space.vectors, components, width);
-  const rows = space.products(coefficients, columns, rank, width, components);
+  const rows = space.products(coefficients, space.vectors, rank, width, components, false, true);
   if (mean) for (let i = 0; i < rows.length; i++) rows[i]! += mean[i % width]!;
   return rows;
 }

@@ -148,6 +148,7 @@ export async function buildPack(
   if (!options.base) warnings.push("packed without a base model: the runtime can check shapes only, not which model it is");
   const baseModels = [...new Set(adapters.map((a) => a.baseModel).filter((b) => b !== undefined))];
   if (baseModels.length > 1) warnings.push(`the adapters name different base models: ${baseModels.join(", ")}`);
+  const counts = modules.flatMap(({ A, B }) => [A?.K ?? 0, B?.K ?? 0]);
   const { description, bases } = encodeBasis({
     producer: `eigenlora ${VERSION}`,
     mode,
@@ -155,21 +156,22 @@ export async function buildPack(
     centering,
     rank,
     baseModel: baseModels[0],
-    modules,
+    // Handed over: the encoded components are in `bases` afterwards, and need not be held twice.
+    modules: modules.splice(0),
   });
+  const id = await basisId(description, bases);
   const tasks = await Promise.all(
     adapters.map(async (adapter, i): Promise<TaskToWrite> => {
       const parameters = await encodeParameters(adapter, types.head);
       return { entry: entryOf(adapter, terms[i]!, names), blob: encodeTask(terms[i]!, parameters) };
     }),
   );
-  const chunks = layoutFresh({ description, bases, basisId: await basisId(description, bases), tasks });
+  const chunks = layoutFresh({ description, bases, basisId: id, tasks });
   const bytes = chunks.reduce((sum, c) => sum + c.length, 0);
   const adapterBytes = adapters.reduce((sum, a) => sum + a.byteLength, 0);
-  const counts = modules.flatMap(({ A, B }) => [A?.K ?? 0, B?.K ?? 0]);
   const report: BuildReport = {
     tasks: adapters.length,
-    modules: modules.length,
+    modules: names.length,
     mode,
     gauge,
     centering,

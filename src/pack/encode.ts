@@ -123,17 +123,24 @@ export function encodeBasis(basis: BasisInput): { description: Bytes; bases: Byt
   });
   const { producer, mode, gauge, centering, rank } = basis;
   const kept = rank === undefined ? {} : { rank };
-  const description = pack({ producer, mode, gauge, centering, ...kept, baseModel: basis.baseModel ?? null, modules });
-  const bases = new Uint8Array(end);
+  const said = pack({ producer, mode, gauge, centering, ...kept, baseModel: basis.baseModel ?? null, modules });
+  // One behind the other, as `basisId` takes them: the bases of a large model are not copied for it.
+  const both = new Uint8Array(said.length + end);
+  both.set(said);
+  const [description, bases] = [both.subarray(0, said.length), both.subarray(said.length)];
   for (const { at, bytes } of tensors) bases.set(bytes, at);
   return { description, bases };
 }
 
 /** SHA-256 of description and bases: what ties a task file to its basis (SPEC.md, section 2). */
 export async function basisId(description: Uint8Array, bases: Uint8Array): Promise<Bytes> {
-  const both = new Uint8Array(description.length + bases.length);
-  both.set(description);
-  both.set(bases, description.length);
+  const length = description.length + bases.length;
+  const adjacent = bases.buffer === description.buffer && bases.byteOffset === description.byteOffset + description.length;
+  const both = adjacent ? new Uint8Array(bases.buffer as ArrayBuffer, description.byteOffset, length) : new Uint8Array(length);
+  if (!adjacent) {
+    both.set(description);
+    both.set(bases, description.length);
+  }
   return new Uint8Array(await crypto.subtle.digest("SHA-256", both));
 }
 

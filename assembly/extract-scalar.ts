@@ -1,0 +1,2 @@
+/** Extraction for engines without SIMD. Exports: see `extraction.ts`. */
+export * from "./extraction";

@@ -1,0 +1,2 @@
+/** Extraction for fixed-width SIMD. Exports: see `extraction.ts`. */
+export * from "./extraction";

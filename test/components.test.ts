@@ -1,0 +1,178 @@
+/**
+ * Components found alone, by block Lanczos, against those of the whole eigenproblem: the same energy, subspace and numbers on
+ * spectra that fall off, and the whole eigenproblem wherever a pair cannot be trusted.
+ */
+import t from "tap";
+import fc from "fast-check";
+import { createWasmProducts } from "../dist/src/backends/wasm-products.js";
+import { columnMeans, centred, principalComponents, ROUNDING, type Components } from "../dist/src/extract/components.js";
+import { lq, rowSquares, timesTransposed, transpose, type Products } from "../dist/src/extract/linalg.js";
+
+const ways: [string, Products][] = [["js", timesTransposed], ["wasm", await createWasmProducts()]];
+const wasm = ways[1]![1];
+
+/** Uniform in [-1, 1), seeded. */
+function noise(count: number, seed: number): Float64Array {
+  let state = (seed * 2654435761) >>> 0;
+  return Float64Array.from({ length: count }, () => {
+    state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
+    return state / 2 ** 31 - 1;
+  });
+}
+
+const rotations = new Map<string, Float64Array>();
+
+/** Rows of a random orthogonal matrix [n, n], made once. */
+function rotation(n: number, seed: number): Float64Array {
+  const key = `${n} ${seed}`;
+  const found = rotations.get(key) ?? lq(noise(n * n, seed), n, n).Q;
+  rotations.set(key, found);
+  return found;
+}
+
+/** A stack [rows, width] with these singular values, in random directions. */
+function withSingular(values: readonly number[], rows: number, width: number): Float64Array {
+  const rank = values.length;
+  const left = rotation(rows, 1).slice(0, rank * rows).map((value, i) => value * values[Math.floor(i / rows)]!);
+  const right = rotation(width, 2).slice(0, rank * width);
+  return wasm(transpose(left, rank, rows), transpose(right, rank, width), rows, width, rank);
+}
+
+function floorsOf(x: Float64Array, rows: number, width: number): Float64Array {
+  return rowSquares(x, rows, width).map((square) => ROUNDING * Math.sqrt(square));
+}
+
+/** Squares of the rows that lie in the span of the components. */
+function captured(x: Float64Array, rows: number, width: number, { vectors, count }: Components): number {
+  return wasm(x, vectors, rows, count, width).reduce((sum, value) => sum + value * value, 0);
+}
+
+function largest(x: Float64Array): number {
+  return x.reduce((peak, value) => Math.max(peak, Math.abs(value)), 0);
+}
+
+/**
+ * Both ways to the first k components; says whether they were found alone.
+ * @param tolerance of energy and singular values, relative
+ */
+function compare(name: string, x: Float64Array, rows: number, width: number, k: number, products: Products, tolerance = 1e-12): boolean {
+  const floors = floorsOf(x, rows, width);
+  const before = x.slice();
+  const few = principalComponents(x, rows, width, floors, k, products);
+  const whole = principalComponents(x, rows, width, floors, () => k, products);
+  t.same(x, before, `${name}: the stack is left as it is`);
+  t.equal(few.count, whole.count, `${name}: as many components`);
+  t.equal(few.total, whole.total);
+  const [one, other] = [captured(x, rows, width, few), captured(x, rows, width, whole)];
+  t.ok(Math.abs(one - other) <= tolerance * other, `${name}: the same energy, ${one / other - 1}`);
+  for (let i = 0; i < few.count; i++) {
+    const [value, apart] = [whole.singular[i]!, Math.abs(few.singular[i]! - whole.singular[i]!)];
+    // A Gram matrix knows squares to 1e-16 of the largest, and no better.
+    if (!(apart <= tolerance * value + (1e-15 * whole.singular[0]! ** 2) / value)) t.fail(`${name}: singular value ${i} differs by ${apart / value}`);
+  }
+  const cross = products(few.vectors, few.vectors, few.count, few.count, width);
+  for (let i = 0; i < few.count; i++) cross[i * few.count + i]! -= 1;
+  t.ok(largest(cross) <= 1e-8, `${name}: orthonormal within ${largest(cross)}`);
+  const alone = few.singular.length < Math.min(rows, width);
+  if (alone) t.equal(few.singular.length, k, `${name}: no more values than asked for`);
+  return alone;
+}
+
+/** Falls by this factor a step, down to a floor. */
+const falling = (count: number, factor: number, floor: number): number[] =>
+  Array.from({ length: count }, (_, i) => Math.max(factor ** i, floor));
+
+const [ROWS, WIDTH, K] = [210, 230, 4];
+
+t.test("a spectrum that falls off: found alone, the same subspace", async () => {
+  for (const [name, products] of ways) {
+    for (const [rows, width] of [[ROWS, WIDTH], [WIDTH, ROWS]] as const) {
+      for (const factor of [0.95, 0.8, 0.5]) {
+        const x = withSingular(falling(ROWS, factor, 0.01), rows, width);
+        const alone = compare(`${name} ${rows} × ${width}, ${factor}`, x, rows, width, K, products);
+        t.ok(alone || factor > 0.9, `${name} ${rows} × ${width}, ${factor}: found alone`);
+      }
+      const x = withSingular(falling(ROWS, 0.8, 0.01), rows, width);
+      const floors = floorsOf(x, rows, width);
+      const one = principalComponents(x, rows, width, floors, K, products).vectors;
+      const other = principalComponents(x, rows, width, floors, () => K, products).vectors;
+      t.ok(largest(one.map((value, i) => value - other[i]!)) <= 1e-7, "vector by vector");
+    }
+  }
+});
+
+t.test("noise in all directions: nothing falls off, the whole eigenproblem is solved", async () => {
+  const x = noise(ROWS * WIDTH, 3);
+  t.notOk(compare("noise", x, ROWS, WIDTH, K, wasm));
+});
+
+t.test("clusters and equal values", async () => {
+  const rest = falling(ROWS - 60, 0.9, 0.001).map((value) => value / 10);
+  const cases: [string, number[], number?][] = [
+    ["pairs", [5, 5, 4, 4, 3, 3, 2, 2]],
+    ["a cluster within 1e-9", Array.from({ length: 8 }, (_, i) => 1 + 1e-9 * i)],
+    ["equal values on both sides of the cut", [5, 4, 3, 2, 1, 1, 1, 1, 1]],
+    ["more equal values than a block holds", new Array<number>(40).fill(1)],
+    // Which of them are largest is below the residual that is asked for.
+    ["a cluster within 4e-8 that a block does not hold", Array.from({ length: 40 }, (_, i) => 1 + 1e-9 * i), 1e-7],
+  ];
+  for (const [name, top, tolerance] of cases) compare(name, withSingular([...top, ...rest], ROWS, WIDTH), ROWS, WIDTH, K, wasm, tolerance);
+});
+
+t.test("weak components: exact where Lanczos cannot tell them from rounding", async () => {
+  const near = withSingular([1, 0.5, 0.2, 1e-3, 1e-4, 5e-5, 1e-6, 5e-7], ROWS, WIDTH);
+  compare("down to 1e-4", near, ROWS, WIDTH, K, wasm);
+  for (const weak of [1e-5, 1e-6]) {
+    const x = withSingular([1, 0.5, 0.2, 10 * weak, 2 * weak, weak], ROWS, WIDTH);
+    compare(`down to ${weak}`, x, ROWS, WIDTH, K, wasm);
+  }
+});
+
+t.test("fewer directions than components asked for", async () => {
+  for (const rank of [1, 2, K - 1]) {
+    const x = withSingular(falling(rank, 0.7, 0), ROWS, WIDTH);
+    const found = principalComponents(x, ROWS, WIDTH, floorsOf(x, ROWS, WIDTH), K, wasm);
+    t.equal(found.count, rank);
+    t.ok(Math.abs(captured(x, ROWS, WIDTH, found) / found.total - 1) <= 1e-12);
+  }
+});
+
+t.test("identical rows, zero rows, tiny stacks", async () => {
+  const row = noise(WIDTH, 23);
+  const same = Float64Array.from({ length: ROWS * WIDTH }, (_, i) => Math.fround(row[i % WIDTH]!));
+  const x = centred(same, ROWS, WIDTH, columnMeans(same, ROWS, WIDTH));
+  const none = principalComponents(x, ROWS, WIDTH, floorsOf(same, ROWS, WIDTH), K, wasm);
+  t.equal(none.count, 0);
+  t.equal(none.total, 0);
+  const once = principalComponents(same, ROWS, WIDTH, floorsOf(same, ROWS, WIDTH), K, wasm);
+  t.equal(once.count, 1);
+  const some = withSingular(falling(40, 0.7, 0.001), 40, WIDTH);
+  const padded = new Float64Array(ROWS * WIDTH);
+  padded.set(some, 100 * WIDTH);
+  compare("mostly zero rows", padded, ROWS, WIDTH, 3, wasm);
+  for (const [rows, width] of [[1, 1], [1, 9], [2, 3], [5, 2], [30, 40]] as const) {
+    t.notOk(compare(`${rows} × ${width}`, noise(rows * width, rows), rows, width, 3, wasm) && rows < 30);
+  }
+});
+
+t.test("one stack a thousand times larger than the others", async () => {
+  const x = withSingular(falling(ROWS, 0.8, 0.01), ROWS, WIDTH);
+  for (let i = 0; i < 8 * WIDTH; i++) x[i]! *= 1000;
+  compare("large rows", x, ROWS, WIDTH, K, wasm);
+});
+
+t.test("any shape, any fall", async () => {
+  fc.assert(
+    fc.property(
+      fc.constantFrom(97, 150, 201),
+      fc.constantFrom(97, 150, 201),
+      fc.integer({ min: 1, max: 3 }),
+      fc.double({ min: 0.3, max: 1, noNaN: true }),
+      (rows, width, k, factor) => {
+        const x = withSingular(falling(Math.min(rows, width), factor, 1e-3), rows, width);
+        compare(`[${rows}, ${width}], ${k}, ${factor}`, x, rows, width, k, wasm);
+      },
+    ),
+    { seed: 5, numRuns: 25 },
+  );
+});
