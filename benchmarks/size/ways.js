@@ -58,6 +58,7 @@ export function frontier(n) {
   return [
     pack({ k: 32, type: "int4" }),
     pack({ gauge: "balanced", rank: 4, ratio: ratiosOf(n)[1], type: "int3", head: "int4", calibrated: true }),
+    pack({ gauge: "balanced", rank: 3, ratio: ratiosOf(n)[1], type: "int3" }),
     ...[2, 3].map((rank) => pack({ gauge: "balanced", rank, ratio: ratiosOf(n)[1], type: "int3", head: "int4" })),
     pack({ gauge: "balanced", rank: 4, private: 1, k: 24, type: "int4" }),
     pack({ k: 32, type: "f16" }),
@@ -90,7 +91,7 @@ function cut(rank, type) {
   return { kind: "each", ...(rank === undefined ? {} : { rank }), type, head: headOf(type) };
 }
 
-/** Heads are not divided among tasks, so that their bytes soon count most; with 3 bits they lose more than they save. @param {TensorType} type @returns {TensorType} */
+/** Heads are shared by nobody, so that their bytes soon count most. @param {TensorType} type @returns {TensorType} */
 function headOf(type) {
   return type === "int3" ? "int4" : type;
 }
@@ -138,7 +139,7 @@ function ratiosOf(n) {
 /** What distilling wins back. @param {number} n adapters @returns {Packed[]} */
 export function distilled(n) {
   const ratio = ratiosOf(n)[1];
-  return [ratio, Math.round(1.5 * ratio)].map((one) => pack({ gauge: "balanced", rank: 4, ratio: one, type: "int3", head: "int4", distilled: true }));
+  return [ratio, Math.round(1.5 * ratio)].map((one) => pack({ gauge: "balanced", rank: 3, ratio: one, type: "int3", distilled: true }));
 }
 
 /** Whether n adapters of rank 8 have so many components. @param {Way} way @param {number} n */
