@@ -3,12 +3,23 @@
  */
 
 /** Colours that differ in lightness as well as in hue. */
-const COLOURS = ["#d55e00", "#e69f00", "#0072b2", "#009e73", "#7f7f7f"];
+const COLOURS = ["#d55e00", "#e69f00", "#0072b2", "#009e73", "#7f7f7f", "#cc79a7", "#56b4e9"];
 
 /**
  * @typedef {{ name: string, points: number[][] }} Series points [x, y]
  * @typedef {{ at: (value: number) => number, ticks: number[] }} Axis `at` gives 0 to 1
  */
+
+const [width, height] = [720, 420];
+
+/**
+ * Charts in one picture.
+ * @param {readonly string[]} charts as `drawLines` gives them
+ */
+export function sideBySide(charts) {
+  const placed = charts.map((chart, i) => chart.replace("<svg ", `<svg x="${i * width}" width="${width}" height="${height}" `));
+  return `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 ${charts.length * width} ${height}">\n${placed.join("")}</svg>\n`;
+}
 
 /**
  * @param {{ title: string, x: string, y: string, series: Series[], linear?: boolean, lines?: { name: string, y: number }[] }} chart
@@ -16,7 +27,7 @@ const COLOURS = ["#d55e00", "#e69f00", "#0072b2", "#009e73", "#7f7f7f"];
  * @returns {string}
  */
 export function drawLines({ title, x, y, series, linear = false, lines = [] }) {
-  const [width, height, left, right, top, bottom] = [720, 420, 64, 190, 48, 48];
+  const [left, right, top, bottom] = [64, 190, 48, 48];
   const visible = series.map((s) => ({ ...s, points: s.points.filter(([a, b]) => a > 0 && (linear || b > 0)) }));
   const all = visible.flatMap((s) => s.points);
   const xAxis = logarithmic(all.map(([a]) => a));

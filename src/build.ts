@@ -5,6 +5,7 @@ export type { Adapter, AdapterModule, Factors, SavedTensor } from "./adapters/ad
 export { findAdapters, readAdapters, type AdapterLocation } from "./adapters/folder.ts";
 export { peftFiles, type Exportable } from "./adapters/export.ts";
 export { readPeft } from "./adapters/peft.ts";
+export { partByGain, readScores, type Score, type Scores } from "./adapters/scores.ts";
 export { extractModule, measureModule, openModule, projectModule } from "./extract/extract.ts";
 export type {
   ExtractOptions,
@@ -29,6 +30,7 @@ export { buildAuto, packWithin, type AutoOptions, type AutoReport, type Built, t
 export { encodeTaskFile } from "./pack/encode.ts";
 export { expandTerm, taskAdapter } from "./pack/expand.ts";
 export { layoutAppend, layoutFresh, type Append, type TaskToWrite } from "./pack/layout.ts";
+export { selectComponents, type Evaluation, type Family, type Selected, type SelectOptions } from "./pack/select.ts";
 export { buildBasis, type BasisOptions, type BasisReport } from "./shard/basis.ts";
 export { adapterStatistics, mergeStatistics, openStatistics, writeStatistics, type Statistics, type StatisticsPart } from "./shard/statistics.ts";
 export { assemblePack, openTasks, projectTasks, type AssembledPack, type TaskLoss, type TaskPart } from "./shard/tasks.ts";

@@ -2,7 +2,6 @@
  * One cell of a table: a method on a left-out task, at one rate and seed. Cells are kept as JSON lines, so that a run can be cut
  * off and goes on, and tables can be made of what there is.
  */
-import { appendFile, readFile, writeFile } from "node:fs/promises";
 import * as ort from "onnxruntime-node";
 import { openPack } from "eigenlora";
 import { buildPack, encodeTaskFile, projectAdapter, readAdapters } from "eigenlora/build";
@@ -13,6 +12,7 @@ import { holdBack } from "../../dist/src/learn/examples.js";
 import { uniform } from "../../dist/src/learn/random.js";
 import { createEncoder, labelOf, model, runBatches, toBatches } from "../../examples/minilm.js";
 import { data } from "../report.js";
+import { Rows } from "../rows.js";
 import { domainOf } from "./data.js";
 import { runPeer } from "./peers.js";
 import { headTrainer, readFeatures } from "./frozen.js";
@@ -69,45 +69,16 @@ export const PEERS = new Set(/** @type {const} */ (["VeRA", "PiSSA"]));
 export const keyOf = ({ task, method, k, within, rates, seed }) =>
   [task, method, ...(k ? [`K ${k}`] : []), ...(within ? ["donors of its domain"] : []), `rates ${rates.terms} and ${rates.head}`, `seed ${seed}`].join(", ");
 
-/** What was measured so far, by key. */
-export class Results {
-  /** @type {Map<string, Row>} */
-  #rows = new Map();
+/** What was measured so far, by key. @extends {Rows<Row, Cell>} */
+export class Results extends Rows {
   /** @param {string | URL} file */
   constructor(file) {
-    this.file = file;
+    super(file, keyOf);
   }
 
   /** @param {string | URL} file */
-  static async open(file) {
-    const results = new Results(file);
-    const text = await readFile(file, "utf8").catch((error) => (error.code === "ENOENT" ? "" : Promise.reject(error)));
-    // A run that was cut off may have left half a line.
-    const whole = text.slice(0, text.lastIndexOf("\n") + 1);
-    if (whole.length < text.length) await writeFile(file, whole);
-    for (const line of whole.split("\n").filter(Boolean)) results.#put(JSON.parse(line));
-    return results;
-  }
-
-  /** @param {Row} row */
-  #put(row) {
-    this.#rows.set(keyOf(row), row);
-  }
-
-  /** @param {Row} row */
-  async add(row) {
-    this.#put(row);
-    await appendFile(this.file, `${JSON.stringify(row)}\n`);
-  }
-
-  /** @param {Cell} cell */
-  get(cell) {
-    return this.#rows.get(keyOf(cell));
-  }
-
-  /** @returns {Row[]} */
-  all() {
-    return [...this.#rows.values()];
+  static open(file) {
+    return new Results(file).load();
   }
 }
 

@@ -175,7 +175,8 @@ function rename(found: readonly AdapterLocation[], names: ReadonlyMap<string, st
   return [...owners].map(([id, folder]) => ({ id, folder })).sort((a, b) => compare(a.id, b.id));
 }
 
-async function readJson(path: string): Promise<unknown> {
+/** @throws AdapterError when there is no such file, or no JSON in it */
+export async function readJson(path: string): Promise<unknown> {
   const text = await readFile(path, "utf8").catch((cause: unknown) => {
     throw new AdapterError(`cannot be read: ${(cause as Error).message}`, { file: path, cause });
   });
@@ -183,7 +184,7 @@ async function readJson(path: string): Promise<unknown> {
     return JSON.parse(text);
   } catch (cause) {
     const why = (cause as Error).message;
-    throw new AdapterError(`is not JSON: ${why}; correct it or save the adapter again`, { file: path, cause });
+    throw new AdapterError(`is not JSON: ${why}; correct it or save it again`, { file: path, cause });
   }
 }
 

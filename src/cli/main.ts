@@ -70,6 +70,8 @@ const COMMANDS = new Map<string, Command>([
         tokenizer: { value: "FILE", help: "tokenizer.json; beside the model unless given; needs @huggingface/tokenizers" },
         dtype: { value: "TYPE", help: "f32, f16 (default), bf16, int8, int4, int3; or basis=…,coefficients=…,head=…" },
         ...base,
+        scores: { value: "SCORES.json", help: "accuracy and accuracy_head_only of each adapter, from 0 to 1: leave out those that add little" },
+        "min-gain": { value: "X", help: "with --scores, what an adapter must add to the accuracy of its head (0.02)" },
         ...as,
       },
       positionals: [1, Infinity],
@@ -258,7 +260,7 @@ const COMMANDS = new Map<string, Command>([
   ],
 ]);
 
-const BENCHMARKS = ["memory", "switch", "fold", "pack", "quality", "extract", "shapes", "hub", "learn", "distill", "calibrate", "step", "paper"];
+const BENCHMARKS = ["memory", "switch", "fold", "pack", "size", "extract", "shapes", "hub", "learn", "distill", "calibrate", "step", "paper"];
 
 function help(): string {
   const lines = [...COMMANDS.values()].map(({ usage, does, options }) => {

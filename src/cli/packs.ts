@@ -2,7 +2,8 @@
  * Commands on packs: pack, inspect, verify, remove (add: add.ts). Each takes parsed arguments and returns the object that `--json`
  * prints and the text that a person reads.
  */
-import { readAdapters } from "../adapters/folder.ts";
+import { readAdapters, readJson } from "../adapters/folder.ts";
+import { partByGain, readScores } from "../adapters/scores.ts";
 import type { Adapter } from "../adapters/adapter.ts";
 import type { TensorType } from "../dtypes.ts";
 import { AdapterError, FormatError, TaskError } from "../errors.ts";
@@ -17,7 +18,7 @@ import { layoutFresh } from "../pack/layout.ts";
 import { openPack, type Pack } from "../pack/pack.ts";
 import { openHost } from "../runtime/host.ts";
 import { openSource } from "../source.ts";
-import { renames, required, storage, UsageError, type Arguments } from "./args.ts";
+import { number, renames, required, storage, UsageError, type Arguments } from "./args.ts";
 import { autoText, planOf } from "./auto.ts";
 import { writeWhole } from "./files.ts";
 import { bytes, percent, table, type Output } from "./output.ts";
@@ -45,11 +46,13 @@ export async function packCommand(args: Arguments, out: Output): Promise<Result>
   const file = required(args, "output");
   const plan = planOf(args);
   const types = storage(args.text("dtype"));
+  const choose = await goodAdapters(args);
   const adapters = await readAdapters(args.positionals, { rename: renames(args) });
   const basePath = args.text("base");
   const base = basePath === undefined ? undefined : await openHost(basePath);
   try {
-    const { chunks, report } = await plan.run(adapters, { types, normalize: args.flag("normalize"), ...(base ? { base } : {}) }, out);
+    const { kept, dropped } = choose(adapters);
+    const { chunks, report } = await plan.run(kept, { types, normalize: args.flag("normalize"), ...(base ? { base } : {}) }, out);
     await writeWhole(file, chunks);
     for (const warning of report.warnings) out.warn(warning);
     const { types: stored, ...rest } = report;
@@ -57,8 +60,9 @@ export async function packCommand(args: Arguments, out: Output): Promise<Result>
     const peakMemoryBytes = process.resourceUsage().maxRSS * 1024;
     const even = report.breakEvenTasks;
     return {
-      json: { file, dtype: typeName(stored), ...rest, seconds, peakMemoryBytes },
+      json: { file, dtype: typeName(stored), ...rest, dropped, seconds, peakMemoryBytes },
       text: [
+        ...dropped.map(({ id, gain }) => `left out ${id}: ${points(gain)} over its head`),
         `${file}: ${report.tasks} tasks, ${report.modules} modules, ${bytes(report.bytes)}`,
         table([
           ["", "adapters", "pack"],
@@ -77,6 +81,23 @@ export async function packCommand(args: Arguments, out: Output): Promise<Result>
     await base?.close?.();
     await closeAll(adapters);
   }
+}
+
+function points(gain: number): string {
+  const tenths = Math.round(1000 * gain);
+  return `${tenths > 0 ? "+" : ""}${((tenths || 0) / 10).toFixed(1)} points`;
+}
+
+/** --scores and --min-gain, read before any adapter is. */
+async function goodAdapters(args: Arguments): Promise<(adapters: Adapter[]) => ReturnType<typeof partByGain>> {
+  const path = args.text("scores");
+  if (path === undefined) {
+    if (args.text("min-gain") !== undefined) throw new UsageError("--min-gain needs --scores SCORES.json");
+    return (adapters) => ({ kept: adapters, dropped: [] });
+  }
+  const minGain = number(args, "min-gain", 0.02, (n) => n >= -1 && n <= 1, "a difference of shares, from -1 to 1");
+  const scores = readScores(await readJson(path), path);
+  return (adapters) => partByGain(adapters, scores, minGain, path);
 }
 
 /** `inspect FILE` */

@@ -75,7 +75,7 @@ export async function packWithin(adapters: readonly Adapter[], options: Omit<Bui
 }
 
 /** Components or private terms that there can be at most. */
-function limitOf(adapters: readonly Adapter[], { mode, centering, rank: kept = Infinity }: Omit<BuildOptions, "select">, k?: 0): number {
+export function limitOf(adapters: readonly Adapter[], { mode, centering, rank: kept = Infinity }: Omit<BuildOptions, "select">, k?: 0): number {
   const modules = adapters.flatMap(({ modules }) => [...modules.values()]);
   if (k === 0) return Math.max(...modules.map(({ rank }) => rank));
   if (mode === "flat") return Math.max(1, adapters.length - (centering === "none" ? 0 : 1));

@@ -1,0 +1,271 @@
+/**
+ * Measures one way of storing some adapters: bytes, ΔW error and, where asked, what the tasks answer. Errors are taken from what is
+ * read back, in the same way for ours and for others'.
+ */
+import { mkdtemp, rm } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { openPack } from "eigenlora";
+import { buildAuto, buildPack, packWithin, readAdapters, taskAdapter } from "eigenlora/build";
+import { distill } from "eigenlora/distill";
+import { decodeTensor, tensorBytes } from "../../dist/src/dtypes.js";
+import { encodeTensor } from "../../dist/src/encode.js";
+import { deltaError, relative } from "../../dist/src/extract/error.js";
+import { balance } from "../../dist/src/extract/gauge.js";
+import { startPython } from "../report.js";
+import { bytesOfAdapter } from "./suite.js";
+import { nameOf, STEPS } from "./ways.js";
+
+/**
+ * @typedef {import("./suite.js").Suite} Suite
+ * @typedef {import("./ways.js").Way} Way
+ * @typedef {import("eigenlora").TensorType} TensorType
+ * @typedef {import("eigenlora/build").Adapter} Adapter
+ * @typedef {import("eigenlora/build").AdapterModule} AdapterModule
+ * @typedef {object} Row
+ * @property {string} suite
+ * @property {number} n adapters
+ * @property {string} way
+ * @property {string} [task] of distilled tasks, which have a row each
+ * @property {number} bytes of all tasks with their heads; ours and peers' are whole files
+ * @property {number} [error] mean ‖ΔW − ΔW'‖ / ‖ΔW‖ over modules and tasks
+ * @property {number[]} [errors] the same of each task, in the order of ids, of ways by themselves
+ * @property {number[]} [sizes] bytes of each task, of ways by themselves
+ * @property {number[]} [accuracy] of each task
+ * @property {number[]} [same] share of a task's rows with the label that PEFT predicts
+ * @property {string} [kept] of a distilled task: which coefficients are better on the texts held back
+ * @property {string} [found] which way a search has found
+ * @property {string} [peer] version
+ * @property {number} seconds
+ */
+
+/** A way into a session for adapters that are not ours to compress: nothing of ΔW is lost but the last bits of f32. @param {TensorType} head */
+const lossless = (head) => ({
+  select: /** @type {const} */ ({ kind: "energy", share: 1 }),
+  types: { basis: /** @type {const} */ ("f32"), coefficients: /** @type {const} */ ("f32"), head },
+});
+
+/** @param {{ suite: string, n: number, way: string, task?: string }} cell */
+export const keyOf = ({ suite, n, way, task }) => [suite, n, way, ...(task ? [task] : [])].join(", ");
+
+/**
+ * @param {Suite} suite
+ * @param {number} n
+ * @param {Way} way not distilled
+ * @param {boolean} asks
+ * @param {Peers} peers
+ * @returns {Promise<Row>}
+ */
+export async function measure(suite, n, way, asks, peers) {
+  const started = performance.now();
+  const adapters = suite.take(n);
+  const found = await store(suite, adapters, way, peers, asks);
+  const { chunks, strength = 1, ...figures } = found;
+  /** @type {import("./suite.js").Answers[]} */
+  const answers = [];
+  if (asks) {
+    await suite.withSession(chunks, async (session) => {
+      for (const { id } of adapters) answers.push(await suite.ask(session, id, { [id]: strength }));
+    });
+  }
+  const rows = asks ? await Promise.all(adapters.map(async ({ id }) => (await suite.questions()).get(id)?.labels.length ?? NaN)) : [];
+  const share = (/** @type {"right" | "same"} */ what) => answers.map((one, i) => rounded(one[what] / rows[i]));
+  return {
+    suite: suite.name,
+    n,
+    way: nameOf(way),
+    ...figures,
+    ...(asks ? { accuracy: share("right"), same: share("same") } : {}),
+    seconds: rounded((performance.now() - started) / 1000),
+  };
+}
+
+/**
+ * @param {Suite} suite
+ * @param {Adapter[]} adapters
+ * @param {Way} way
+ * @param {Peers} peers
+ * @param {boolean} asks
+ * @returns {Promise<Pick<Row, "bytes" | "error" | "errors" | "sizes" | "peer" | "found"> & { chunks: Uint8Array[], strength?: number }>}
+ */
+async function store(suite, adapters, way, peers, asks) {
+  if (way.kind === "auto") {
+    const judge = way.judged ? await suite.judge(adapters) : undefined;
+    const criterion = /** @type {const} */ ({ kind: "bytes", max: budget(adapters, way.ratio) });
+    const { chunks, report } = await buildAuto(adapters, { criterion, ...(judge ? { judge: judge.judge } : {}) });
+    await judge?.release();
+    const same = report.tried.filter(({ bytes, error }) => bytes === report.bytes && error === report.error.mean);
+    return { bytes: report.bytes, error: rounded(mean(await packErrors(adapters, chunks))), found: same[0]?.name ?? "", chunks };
+  }
+  if (way.kind === "pack") {
+    const { chunks, report } = await build(suite, adapters, way);
+    return { bytes: report.bytes, error: rounded(mean(await packErrors(adapters, chunks))), chunks };
+  }
+  if (way.kind === "heads" || way.kind === "each") {
+    const stored = await Promise.all(adapters.map((adapter) => (way.kind === "heads" ? { adapter, bytes: 0 } : storeOne(adapter, way))));
+    const head = way.kind === "heads" ? way.type : way.head;
+    const sizes = stored.map(({ adapter, bytes }) => bytes + headBytes(adapter, head));
+    const errors = await Promise.all(stored.map(({ adapter }, i) => (way.kind === "heads" ? 1 : errorOf(adapters[i], adapter))));
+    const chunks = asks ? (await buildPack(stored.map(({ adapter }) => adapter), lossless(head))).chunks : [];
+    return { bytes: sum(sizes), error: rounded(mean(errors)), errors: errors.map(rounded), sizes, chunks, ...(way.kind === "heads" ? { strength: 0 } : {}) };
+  }
+  return peers.compress(adapters, way, async (bytes, back) => {
+    const errors = await Promise.all(adapters.map((adapter, i) => errorOf(adapter, back[i])));
+    // What vlora-dev saves has no heads: ours stand in for them, in the smallest format.
+    const heads = way.kind === "vlora" ? sum(adapters.map((adapter) => headBytes(adapter, "int4"))) : 0;
+    const members = back.map((one, i) => ({ ...one, saved: adapters[i].saved }));
+    const chunks = asks ? (await buildPack(members, lossless(way.kind === "vlora" ? "int4" : "f32"))).chunks : [];
+    return { bytes: bytes + heads, error: rounded(mean(errors)), peer: peers.versions[way.kind], chunks };
+  });
+}
+
+/** @param {Suite} suite @param {Adapter[]} adapters @param {import("./ways.js").Packed} way */
+async function build(suite, adapters, { options, ratio, calibrated }) {
+  const all = calibrated ? { ...options, moments: await suite.moments(adapters) } : options;
+  return ratio === undefined ? buildPack(adapters, all) : packWithin(adapters, all, budget(adapters, ratio));
+}
+
+/** So many times fewer bytes than the adapters in f32. @param {Adapter[]} adapters @param {number} ratio */
+const budget = (adapters, ratio) => Math.floor(sum(adapters.map(bytesOfAdapter)) / ratio);
+
+/**
+ * Distils the tasks of a pack one after the other.
+ * @param {Suite} suite
+ * @param {number} n
+ * @param {import("./ways.js").Packed} way
+ * @param {(task: string) => boolean} wanted those not measured yet
+ * @param {(row: Row) => Promise<boolean>} found keeps a row; false to stop
+ */
+export async function measureDistilled(suite, n, way, wanted, found) {
+  const adapters = suite.take(n);
+  if (!adapters.some(({ id }) => wanted(id))) return;
+  const { chunks, report } = await build(suite, adapters, way);
+  await suite.withSession(
+    chunks,
+    async (session) => {
+      for (const adapter of adapters) {
+        const { id } = adapter;
+        if (!wanted(id)) continue;
+        const started = performance.now();
+        const encode = /** @type {any} */ (await suite.encode());
+        const made = await distill(session, { adapter, texts: await suite.textsOf(id, 512), encode, steps: STEPS });
+        await session.addTask("distilled", made.file);
+        const { right, same } = await suite.ask(session, id, "distilled");
+        await session.switchTask(null);
+        await session.removeTask("distilled");
+        const rows = (await suite.questions()).get(id)?.labels.length ?? NaN;
+        const figures = { bytes: report.bytes, accuracy: [rounded(right / rows)], same: [rounded(same / rows)], kept: made.kept };
+        const seconds = rounded((performance.now() - started) / 1000);
+        if (!(await found({ suite: suite.name, n, way: nameOf(way), task: id, ...figures, seconds }))) return;
+      }
+    },
+    { trainable: true },
+  );
+}
+
+/** PyPI's lorashare and vlora-dev, in a process that stays. */
+export class Peers {
+  /** @param {Extract<Awaited<ReturnType<typeof startPython>>, { first: any }> | undefined} child @param {string | undefined} reason */
+  constructor(child, reason) {
+    this.child = child;
+    /** Why they do not run. */
+    this.reason = reason;
+    /** @type {Record<"lorashare" | "vlora", string>} */
+    this.versions = { lorashare: child?.first.lorashare, vlora: child?.first["vlora-dev"] };
+  }
+
+  static async start() {
+    const child = await startPython("size.py");
+    return "reason" in child ? new Peers(undefined, "pip install lorashare==0.1.3 vlora-dev==1.0.0") : new Peers(child, undefined);
+  }
+
+  /**
+   * @template T
+   * @param {readonly Adapter[]} adapters
+   * @param {import("./ways.js").Peer} way
+   * @param {(bytes: number, back: Adapter[]) => Promise<T>} work adapters as the peer gives them back, in the same order
+   */
+  async compress(adapters, { kind, k, packed = false }, work) {
+    if (!this.child) throw new Error(this.reason);
+    const out = await mkdtemp(join(tmpdir(), "eigenlora-bench-"));
+    /** @type {Adapter[]} */
+    let back = [];
+    try {
+      const { bytes } = await this.child.ask({ package: kind, k, packed, adapters: adapters.map(({ file }) => file), out: join(out, kind) });
+      back = await readAdapters(adapters.map(({ id }) => join(out, kind, "back", id)));
+      return await work(bytes, back);
+    } finally {
+      for (const adapter of back) await adapter.close();
+      await rm(out, { recursive: true });
+    }
+  }
+
+  stop() {
+    this.child?.stop();
+  }
+}
+
+/** Mean error of each task, read from the pack. @param {readonly Adapter[]} adapters @param {Uint8Array[]} chunks */
+async function packErrors(adapters, chunks) {
+  const pack = await openPack(new Blob(/** @type {BlobPart[]} */ (chunks)));
+  const bases = await pack.takeBases();
+  const errors = await Promise.all(adapters.map(async (adapter) => errorOf(adapter, taskAdapter(pack, bases, adapter.id, await pack.load(adapter.id)))));
+  await pack.close();
+  return errors;
+}
+
+/** Mean over modules. @param {Adapter} exact @param {Adapter} stored */
+async function errorOf(exact, stored) {
+  const errors = [];
+  for (const [name, module] of exact.modules) {
+    const other = stored.modules.get(name);
+    if (!other) throw new Error(`${stored.file}: no "${name}" was given back`);
+    const { difference, norm } = deltaError(toPair(module.rank, await module.read()), toPair(other.rank, await other.read()));
+    errors.push(relative(difference, norm));
+  }
+  return mean(errors);
+}
+
+/**
+ * An adapter stored by itself, a scale for each row; cut to its largest singular values where a rank is given.
+ * @param {Adapter} adapter
+ * @param {import("./ways.js").Each} way
+ * @returns {Promise<{ adapter: Adapter, bytes: number }>} bytes of the factors: numbers and scales, no names or headers
+ */
+async function storeOne(adapter, { rank, type }) {
+  let bytes = 0;
+  /** @type {Map<string, AdapterModule>} */
+  const modules = new Map();
+  for (const [name, module] of adapter.modules) {
+    const given = toPair(module.rank, await module.read());
+    const pair = rank === undefined ? given : balance(given, module.out, module.in);
+    const kept = Math.min(rank ?? Infinity, pair.rank);
+    /** @param {Float64Array} side @param {number} width */
+    const stored = (side, width) => {
+      const encoded = encodeTensor(type, side.subarray(0, kept * width), kept, width);
+      bytes += encoded.length;
+      return decodeTensor(type, encoded, kept, width);
+    };
+    const factors = { A: stored(pair.A, module.in), Bt: stored(pair.Bt, module.out) };
+    modules.set(name, { ...module, rank: kept, read: async () => factors });
+  }
+  return { adapter: { ...adapter, modules }, bytes };
+}
+
+/** Of a head; its bias is f16 where the weights are integers, as in a pack. @param {Adapter} adapter @param {TensorType} type */
+function headBytes({ saved }, type) {
+  const vector = type.startsWith("int") ? "f16" : type;
+  return sum(saved.map(({ shape: [rows, width] }) => (width === undefined ? tensorBytes(vector, 1, rows) : tensorBytes(type, rows, width))));
+}
+
+/** @param {number} rank @param {import("eigenlora/build").Factors} factors */
+const toPair = (rank, { A, Bt }) => ({ rank, A: Float64Array.from(A), Bt: Float64Array.from(Bt) });
+
+/** @param {readonly number[]} values */
+const sum = (values) => values.reduce((a, b) => a + b, 0);
+
+/** @param {readonly number[]} values */
+const mean = (values) => sum(values) / values.length;
+
+/** @param {number} value */
+const rounded = (value) => Math.round(value * 1e4) / 1e4;

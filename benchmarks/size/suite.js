@@ -1,0 +1,154 @@
+/**
+ * One suite of real adapters: smaller sets of them, their size, and their test rows asked through a live session.
+ */
+import * as ort from "onnxruntime-node";
+import { openPack } from "eigenlora";
+import { readAdapters } from "eigenlora/build";
+import { createJudge, inputMoments } from "eigenlora/distill";
+import { createEigenSession } from "eigenlora/onnxruntime";
+import { shuffle, uniform } from "../../dist/src/learn/random.js";
+import { createEncoder, labelOf, model, readReference, readTask, runBatches, toBatches } from "../../examples/minilm.js";
+import { data } from "../report.js";
+
+/**
+ * @typedef {import("eigenlora/build").Adapter} Adapter
+ * @typedef {"own-seed" | "shared-seed" | "hub"} SuiteName
+ * @typedef {{ right: number, same: number }} Answers rows with the right label, and with the label that PEFT predicts
+ * @typedef {{ batches: import("../../examples/minilm.js").Batch<ort.Tensor>[], labels: number[], peft: number[] }} Questions
+ * @typedef {import("eigenlora/onnxruntime").EigenSession<typeof ort>} Session
+ */
+
+/** @type {readonly SuiteName[]} */
+export const SUITES = ["own-seed", "hub", "shared-seed"];
+
+/** Of each task; the first of its test split. */
+export const MOST_ROWS = 240;
+
+/** Plain texts that every task is asked where a judge chooses. */
+const JUDGED = 16;
+
+/** One thread: the same numbers on every machine, and room for others on this one. */
+const SESSION = { intraOpNumThreads: 1, interOpNumThreads: 1 };
+
+export class Suite {
+  /** @type {Map<string, Questions> | undefined} */
+  #questions;
+  /** @type {Awaited<ReturnType<typeof createEncoder<ort.Tensor>>> | undefined} */
+  #encode;
+
+  /** @param {SuiteName} name */
+  static async open(name) {
+    ort.env.logLevel = "error";
+    return new Suite(name, await readAdapters([data(`adapters/${name}`)]));
+  }
+
+  /** @param {SuiteName} name @param {Adapter[]} adapters by id */
+  constructor(name, adapters) {
+    this.name = name;
+    this.adapters = adapters;
+  }
+
+  /** Numbers of adapters to look at: 5, 10, 20 and all. */
+  get sizes() {
+    const all = this.adapters.length;
+    return [...[5, 10, 20].filter((n) => n < all), all];
+  }
+
+  /** `n` adapters, by id; a larger set holds the smaller ones. @param {number} n */
+  take(n) {
+    const chosen = new Set(shuffle(this.adapters.map(({ id }) => id), uniform(1)).slice(0, n));
+    return this.adapters.filter(({ id }) => chosen.has(id));
+  }
+
+  async encode() {
+    return (this.#encode ??= await createEncoder(ort));
+  }
+
+  /** @returns {Promise<Map<string, Questions>>} by task */
+  async questions() {
+    if (this.#questions) return this.#questions;
+    const reference = await readReference(this.name);
+    const encode = await this.encode();
+    this.#questions = new Map();
+    for (const { id } of this.adapters) {
+      const { test } = await readTask(id);
+      const rows = test.slice(0, MOST_ROWS);
+      const peft = /** @type {import("../../examples/minilm.js").Reference} */ (reference.get(id)).predictions.slice(0, rows.length);
+      const texts = rows.map(([text]) => text);
+      this.#questions.set(id, { batches: toBatches(encode, texts), labels: rows.map(([, label]) => label), peft });
+    }
+    return this.#questions;
+  }
+
+  /** A judge of packs by plain text (`eigenlora/distill`), some texts of each task. @param {readonly Adapter[]} adapters */
+  async judge(adapters) {
+    const encode = /** @type {any} */ (await this.encode());
+    return createJudge(ort, model, { adapters, texts: await this.texts(), encode, most: JUDGED });
+  }
+
+  /** Second moments of what enters the adapted modules, of plain texts. @param {Adapter[]} adapters */
+  async moments(adapters) {
+    const encode = /** @type {any} */ (await this.encode());
+    return inputMoments(ort, model, { adapters, texts: await this.texts(), encode });
+  }
+
+  /**
+   * A session on a pack, and what `work` makes of it.
+   * @template T
+   * @param {Uint8Array[]} chunks
+   * @param {(session: Session) => Promise<T>} work
+   * @param {{ trainable?: boolean }} [options]
+   */
+  async withSession(chunks, work, options = {}) {
+    const pack = await openPack(new Blob(/** @type {BlobPart[]} */ (chunks)));
+    const session = await createEigenSession(ort, model, pack, { ...options, session: SESSION });
+    try {
+      return await work(session);
+    } finally {
+      await session.release();
+      await pack.close();
+    }
+  }
+
+  /**
+   * Asks a task's test rows.
+   * @param {Session} session
+   * @param {string} id whose rows
+   * @param {Parameters<Session["switchTask"]>[0]} [task] what answers them; the task itself unless given
+   * @returns {Promise<Answers>}
+   */
+  async ask(session, id, task = id) {
+    const { batches, labels, peft } = /** @type {Questions} */ ((await this.questions()).get(id));
+    await session.switchTask(task);
+    const found = (await runBatches(session, batches)).map(labelOf);
+    const equal = (/** @type {number[]} */ expected) => found.filter((label, i) => label === expected[i]).length;
+    return { right: equal(labels), same: equal(peft) };
+  }
+
+  /** Plain texts of the suite's kind, in a fixed order: training texts of all tasks, none of any test split. @returns {Promise<string[]>} */
+  async texts() {
+    const tasks = await Promise.all(this.adapters.map(({ id }) => readTask(id)));
+    const tests = new Set(tasks.flatMap(({ test }) => test.map(([text]) => text)));
+    const all = tasks.flatMap(({ train }) => train.map(([text]) => text));
+    return shuffle([...new Set(all)].filter((text) => !tests.has(text)), uniform(1));
+  }
+
+  /** Plain texts to distil a task by: its own training texts, then others', where these are fewer than half of `most`. @param {string} id @param {number} most */
+  async textsOf(id, most) {
+    const pool = await this.texts();
+    const own = new Set((await readTask(id)).train.map(([text]) => text));
+    const mine = pool.filter((text) => own.has(text)).slice(0, most);
+    return [...new Set([...mine, ...pool])].slice(0, Math.max(mine.length, most / 2));
+  }
+
+  async close() {
+    for (const adapter of this.adapters) await adapter.close();
+  }
+}
+
+/** Bytes of an adapter's numbers in f32, its head among them. @param {Adapter} adapter */
+export function bytesOfAdapter({ modules, saved }) {
+  const factors = [...modules.values()].reduce((sum, one) => sum + one.rank * (one.in + one.out), 0);
+  return 4 * (factors + saved.reduce((sum, { shape }) => sum + shape.reduce((a, b) => a * b, 1), 0));
+}
+

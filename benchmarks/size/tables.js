@@ -1,0 +1,189 @@
+/** Tables and figures of what was measured. */
+import { drawLines, sideBySide } from "../chart.js";
+import { bytesOfAdapter } from "./suite.js";
+
+/**
+ * @typedef {import("./measure.js").Row} Row
+ * @typedef {import("./suite.js").Suite} Suite
+ * @typedef {import("../report.js").Part} Part
+ * @typedef {object} Point a way, as the tables show it
+ * @property {string} way
+ * @property {string} family
+ * @property {number} bytes
+ * @property {number | undefined} error
+ * @property {number | undefined} accuracy mean over tasks, as `same`
+ * @property {number | undefined} same
+ * @property {number} tasks that were asked
+ */
+
+const LORA = "LoRA, f32";
+/** Largest ΔW errors at which bytes are compared. */
+const LEVELS = [0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1];
+
+/** What was measured, by suite and number of adapters. */
+export class Reader {
+  /** @param {readonly Row[]} rows @param {readonly Suite[]} suites */
+  constructor(rows, suites) {
+    this.rows = rows;
+    this.suites = suites;
+  }
+
+  /** @param {Suite} suite @param {number} n @returns {Point[]} fewest bytes first */
+  points(suite, n) {
+    const own = this.rows.filter((row) => row.suite === suite.name);
+    const all = suite.adapters.length;
+    const alone = own.filter((row) => row.n === all && row.sizes).map((row) => part(row, suite, n));
+    const rest = own.filter((row) => row.n === n && !row.sizes && !row.task);
+    const tasks = own.filter((row) => row.n === n && row.task);
+    const distilled = [...new Set(tasks.map(({ way }) => way))].map((way) => together(tasks.filter((row) => row.way === way)));
+    return [...alone, ...rest, ...distilled].map(pointOf).sort((a, b) => a.bytes - b.bytes);
+  }
+
+  /** Of the adapters in f32, by their numbers. @param {Suite} suite @param {number} n */
+  bytes(suite, n) {
+    return sum(suite.take(n).map(bytesOfAdapter));
+  }
+}
+
+/** What a way that stores adapters by themselves gives for fewer of them. @param {Row} row @param {Suite} suite @param {number} n @returns {Row} */
+function part(row, suite, n) {
+  const ids = new Set(suite.take(n).map(({ id }) => id));
+  const pick = (/** @type {number[] | undefined} */ values) => values?.filter((_, i) => ids.has(suite.adapters[i].id));
+  const [sizes, errors, accuracy, same] = [row.sizes, row.errors, row.accuracy, row.same].map(pick);
+  return { ...row, n, bytes: sum(sizes ?? []), error: mean(errors ?? []), ...(accuracy && same ? { accuracy, same } : {}) };
+}
+
+/** Distilled tasks of one pack. @param {readonly Row[]} rows @returns {Row} */
+function together(rows) {
+  const { task, error, ...first } = rows[0];
+  return { ...first, accuracy: rows.flatMap((row) => row.accuracy ?? []), same: rows.flatMap((row) => row.same ?? []) };
+}
+
+/** @param {Row} row @returns {Point} */
+function pointOf({ way, bytes, error, accuracy, same }) {
+  return { way, family: familyOf(way), bytes, error, accuracy: accuracy && mean(accuracy), same: same && mean(same), tasks: accuracy?.length ?? 0 };
+}
+
+/** @param {string} way */
+function familyOf(way) {
+  if (way.endsWith("distilled")) return "pack, distilled";
+  if (/^cut/.test(way)) return "each cut by SVD";
+  return /^(?:balanced )?(LoRA|heads|lorashare|vlora|column|flat|joint|auto)/.exec(way)?.[1] ?? way;
+}
+
+/** @param {Reader} reader @returns {Part[]} */
+export function tables(reader) {
+  return reader.suites.flatMap((suite) => suite.sizes.flatMap((n) => [behaviour(reader, suite, n), errors(reader, suite, n)])).filter(({ rows }) => rows.length > 0);
+}
+
+/** @param {Reader} reader @param {Suite} suite @param {number} n @returns {Part} */
+function behaviour(reader, suite, n) {
+  const points = reader.points(suite, n);
+  const whole = reader.bytes(suite, n);
+  const lora = points.find(({ way }) => way === LORA);
+  const rows = points.flatMap(({ way, bytes, error, accuracy, same, tasks }) => {
+    if (accuracy === undefined || same === undefined) return [];
+    return [
+      {
+        name: tasks === n ? way : `${way} (${tasks} of ${n} tasks)`,
+        kB: bytes / 1000,
+        "× fewer": whole / bytes,
+        "ΔW error": error === undefined ? null : error,
+        "accuracy, %": 100 * accuracy,
+        "to LoRA": lora?.accuracy && tasks === n ? 100 * (accuracy - lora.accuracy) : null,
+        "PEFT's answer, %": 100 * same,
+      },
+    ];
+  });
+  return {
+    question: `${suite.name}, ${n} adapters: what do the tasks still answer, for how many bytes? (MiniLM, r 8)`,
+    rows,
+    notes: [
+      "Means over tasks, at most 240 test rows each. kB: 1 kB = 1000 B, all tasks with their heads; packs and what lorashare saves are",
+      "whole files, vlora-dev saves no heads and gets ours in int4; of adapters by themselves the numbers alone count. × fewer: than f32.",
+    ],
+  };
+}
+
+/** @param {Reader} reader @param {Suite} suite @param {number} n @returns {Part} */
+function errors(reader, suite, n) {
+  const points = reader.points(suite, n).filter(({ family, error }) => error !== undefined && family !== "heads");
+  const families = [...new Set(points.map(({ family }) => family))].sort();
+  const rows = families.map((family) => {
+    const own = points.filter((one) => one.family === family);
+    const least = LEVELS.map((level) => Math.min(...own.filter(({ error }) => Number(error) <= level).map(({ bytes }) => bytes)));
+    return { name: family, ...Object.fromEntries(LEVELS.map((level, i) => [`≤ ${level}`, Number.isFinite(least[i]) ? least[i] / 1000 : null])) };
+  });
+  return { question: `${suite.name}, ${n} adapters: fewest kB among those measured, by the mean ΔW error allowed`, rows };
+}
+
+/** @param {Reader} reader @returns {Map<string, string>} SVG by name: of each suite, few adapters beside all */
+export function drawFigures(reader) {
+  /** @type {Map<string, string>} */
+  const figures = new Map();
+  for (const suite of reader.suites) {
+    const sizes = [suite.sizes[0], suite.adapters.length];
+    for (const [what, draw] of /** @type {const} */ ([["accuracy", drawAccuracy], ["error", drawErrors]])) {
+      const panels = sizes.map((n) => draw(reader, suite, n)).filter((svg) => svg !== undefined);
+      if (panels.length > 0) figures.set(`${suite.name}-${what}`, sideBySide(panels));
+    }
+  }
+  return figures;
+}
+
+const PAPER = /^column, .*f32$|^column K \d+, f32$/;
+
+/** @param {Reader} reader @param {Suite} suite @param {number} n */
+function drawAccuracy(reader, suite, n) {
+  const points = reader.points(suite, n).filter(({ accuracy, tasks }) => accuracy !== undefined && tasks === n);
+  const [lora, heads] = [LORA, "heads alone, f16"].map((name) => points.find(({ way }) => way === name)?.accuracy);
+  const ours = points.filter(({ family }) => ["column", "flat", "joint", "auto"].includes(family));
+  const of = (/** @type {string} */ family) => points.filter((one) => one.family === family);
+  const series = [
+    { name: "each cut by SVD", points: rising(of("each cut by SVD")) },
+    { name: "paper: column, f32", points: rising(ours.filter(({ way }) => PAPER.test(way))) },
+    { name: "packs, the best", points: rising(ours) },
+    { name: "packs, distilled", points: rising(of("pack, distilled")) },
+    { name: "lorashare", points: rising(of("lorashare")) },
+    { name: "vlora-dev", points: rising(of("vlora")) },
+  ].filter(({ points }) => points.length > 0);
+  if (series.length === 0) return undefined;
+  const lines = [["LoRA", lora], ["heads alone", heads]].flatMap(([name, y]) => (typeof y === "number" ? [{ name: String(name), y: 100 * y }] : []));
+  return drawLines({ title: `${suite.name}, ${n} adapters: accuracy`, x: "kB for all tasks, heads included", y: "mean accuracy, %", linear: true, lines, series });
+}
+
+/** Those that no other of fewer bytes equals, as [kB, %]. @param {readonly Point[]} points fewest bytes first */
+function rising(points) {
+  let best = -1;
+  return points.flatMap(({ bytes, accuracy = NaN }) => {
+    if (accuracy <= best) return [];
+    best = accuracy;
+    return [[bytes / 1000, 100 * accuracy]];
+  });
+}
+
+/** @param {Reader} reader @param {Suite} suite @param {number} n */
+function drawErrors(reader, suite, n) {
+  const points = reader.points(suite, n).filter(({ error, family }) => error !== undefined && error > 0.01 && error < 1 && family !== "heads");
+  const names = { column: "column", joint: "joint", flat: "flat", auto: "auto", "each cut by SVD": "each cut by SVD", lorashare: "lorashare", vlora: "vlora-dev" };
+  const series = Object.entries(names).map(([family, name]) => ({ name, points: falling(points.filter((one) => one.family === family)) }));
+  const drawn = series.filter(({ points }) => points.length > 0);
+  if (drawn.length === 0) return undefined;
+  return drawLines({ title: `${suite.name}, ${n} adapters: ΔW error`, x: "kB for all tasks, heads included", y: "mean ΔW error, %", linear: true, series: drawn });
+}
+
+/** Those that no other of fewer bytes equals, as [kB, %]. @param {readonly Point[]} points fewest bytes first */
+function falling(points) {
+  let best = Infinity;
+  return points.flatMap(({ bytes, error = NaN }) => {
+    if (error >= best) return [];
+    best = error;
+    return [[bytes / 1000, 100 * error]];
+  });
+}
+
+/** @param {readonly number[]} values */
+const sum = (values) => values.reduce((a, b) => a + b, 0);
+
+/** @param {readonly number[]} values */
+const mean = (values) => sum(values) / values.length;
