@@ -193,11 +193,7 @@ const COMMANDS = new Map<string, Command>([
   ],
 ]);
 
-<<<<<<< HEAD
-const BENCHMARKS = ["memory", "switch", "fold", "pack", "quality", "extract", "shapes", "learn", "distill", "step", "paper"];
-=======
-const BENCHMARKS = ["memory", "switch", "fold", "pack", "quality", "learn", "distill", "calibrate", "step", "paper"];
->>>>>>> main
+const BENCHMARKS = ["memory", "switch", "fold", "pack", "quality", "extract", "shapes", "learn", "distill", "calibrate", "step", "paper"];
 
 function help(): string {
   const lines = [...COMMANDS.values()].map(({ usage, does, options }) => {
