@@ -4,6 +4,7 @@
  * own factors in the place of those that coefficients make.
  */
 import type { Adapter } from "../src/adapters/adapter.ts";
+import { isQuantized } from "../src/dtypes.ts";
 import { TaskError } from "../src/errors.ts";
 import type { Example, Row } from "../src/learn/examples.ts";
 import { shuffle, uniform } from "../src/learn/random.ts";
@@ -102,12 +103,12 @@ export async function distill<O extends Ort>(session: EigenSession<O>, options: 
   const trainer = await createTrainer(session, { labels, init: { task: id }, modules, head: head?.module ?? false, encode: options.encode, seed });
   await trainer.begin(id);
   const divergenceBefore = await divergence(trainer, judges, batch);
-  const { temperature = head ? temperatureOf(answers) : 1 } = options;
-  const fit = { ...options, steps, batch, temperature, rates };
-  const lessons = train.map((one): Example<BatchFeeds> => ({ ...one, target: divided(one.target!, temperature) }));
-  for await (const step of trainer.fit(lessons, fit)) options.onStep?.(step);
   const coefficients = blob.terms.find(({ A }) => A)!.A!.tensor.type;
   const dtype = { coefficients, head: blob.parameters.find(({ shape }) => shape.length > 1)?.tensor.type ?? coefficients };
+  const { temperature = head ? temperatureOf(answers) : 1 } = options;
+  const fit = { ...options, steps, batch, temperature, rates, ...(isQuantized(dtype.coefficients) ? { stored: dtype } : {}) };
+  const lessons = train.map((one): Example<BatchFeeds> => ({ ...one, target: divided(one.target!, temperature) }));
+  for await (const step of trainer.fit(lessons, fit)) options.onStep?.(step);
   const trained = await trainer.task({ id, dtype });
   // As it is stored, since number formats of few bits may cost more than training gains.
   await trainer.begin(trained);

@@ -9,7 +9,8 @@
  *
  * Arithmetic only, in f32 with sums in f64: no graph, no runtime, no file.
  */
-import { decodeTensor } from "../dtypes.ts";
+import { decodeTensor, type TensorType } from "../dtypes.ts";
+import { encodeTensor } from "../encode.ts";
 import type { PackModule, Side } from "../pack/format.ts";
 
 /** Components of one side, as stored. */
@@ -97,6 +98,17 @@ export class Terms {
     for (const { name, shared } of this.modules) {
       for (const side of ["A", "B"] as const) this.part(values, name, `components${side}`)?.set(shared![side].values);
     }
+  }
+
+  /** The same numbers as they would be read from a file of this type; components, which are no task's, stay. */
+  rounded(values: Float32Array<ArrayBuffer>, type: TensorType): Float32Array<ArrayBuffer> {
+    const stored = values.slice();
+    for (const { kind, dims: [rows, columns], offset } of this.parameters) {
+      if (kind === "componentsA" || kind === "componentsB") continue;
+      const part = stored.subarray(offset, offset + rows * columns);
+      part.set(decodeTensor(type, encodeTensor(type, part, rows, columns), rows, columns));
+    }
+    return stored;
   }
 
   /** Factors of every module, in memory of their own. */

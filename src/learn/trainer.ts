@@ -4,7 +4,8 @@
  */
 import { BackendError, TaskError, type EigenLoraError } from "../errors.ts";
 import type { TaskMetadata } from "../adapters/adapter.ts";
-import type { TensorType } from "../dtypes.ts";
+import { decodeTensor, type TensorType } from "../dtypes.ts";
+import { encodeTensor } from "../encode.ts";
 import type { Pack } from "../pack/pack.ts";
 import { parseTask } from "../pack/task.ts";
 import { parseTaskFile } from "../pack/task-file.ts";
@@ -86,6 +87,11 @@ export interface FitOptions {
   readonly smoothing?: number | undefined;
   /** What logits are divided by where they meet targets; 1 unless given. Needs a head, which is where they are divided. */
   readonly temperature?: number | undefined;
+  /**
+   * The number formats that the task will be stored in: every step sees the numbers as they will be read, and changes those behind
+   * them (straight-through). Of use with int8, int4 and int3. Exact numbers unless given.
+   */
+  readonly stored?: Dtypes | undefined;
   /** Largest norm of a gradient; 1 unless given. */
   readonly clip?: number | undefined;
   /** Steps until the full rate is reached; a tenth of all unless given. */
@@ -175,7 +181,8 @@ export class Trainer<Feeds = unknown> {
       for (const row of train) lengths.set(row, await this.#machine.length(row));
       const steps = options.steps ?? epochs * Math.ceil(train.length / batch);
       const state = (this.#state ??= await this.#start(train, batch, options));
-      if (!this.#tested) await this.#test(train.slice(0, batch), state, options);
+      // A loss of rounded numbers is a staircase, which has no gradient to be held against.
+      if (!this.#tested) await this.#test(train.slice(0, batch), state, { ...options, stored: undefined });
       this.#tested = true;
       const optimizer = this.#optimizer(state, steps, options);
       let step = 0;
@@ -198,7 +205,7 @@ export class Trainer<Feeds = unknown> {
             throw stopped(`step ${step + 1}: the loss is ${loss}, it was ${first} at first: training has gone astray. Take smaller rates`);
           }
           step++;
-          const judged = held.length > 0 && (at === batches.length - 1 || step === steps) ? await this.#judge(held, batch, temperature, state) : undefined;
+          const judged = held.length > 0 && (at === batches.length - 1 || step === steps) ? await this.#judge(held, batch, options, state) : undefined;
           if (judged && judged.loss < (best?.loss ?? Infinity)) best = { loss: judged.loss, state: copy(state) };
           yield { step, steps, epoch, loss, norm, ...(judged ? { validation: judged } : {}) };
         }
@@ -231,12 +238,13 @@ export class Trainer<Feeds = unknown> {
   async #step(
     rows: readonly Row<Feeds>[],
     state: State,
-    { smoothing = 0, temperature = 1 }: Pick<FitOptions, "smoothing" | "temperature">,
+    { smoothing = 0, temperature = 1, stored }: Pick<FitOptions, "smoothing" | "temperature" | "stored">,
   ): Promise<{ loss: number; logits: Float32Array; gradients: State }> {
     const labels = this.labels.length;
     const targets = targetsOf(rows, labels, smoothing);
     const divided = (part: Float32Array<ArrayBuffer>): Float32Array<ArrayBuffer> => (temperature === 1 ? part : part.map((value) => value / temperature));
-    const point = this.#point({ ...state, weight: divided(state.weight), bias: divided(state.bias) });
+    const seen = stored ? this.#rounded(state, stored) : state;
+    const point = this.#point({ ...seen, weight: divided(seen.weight), bias: divided(seen.bias) });
     const logits = new Float32Array(targets.length);
     const sum = { parameters: new Float32Array(state.parameters.length), weight: new Float32Array(state.weight.length), bias: new Float32Array(state.bias.length) };
     let loss = 0;
@@ -252,6 +260,14 @@ export class Trainer<Feeds = unknown> {
       parts(sum).forEach((part, i) => parts(gradients)[i]!.forEach((g, j) => (part[j]! += share * g)));
     }
     return { loss, logits, gradients: sum };
+  }
+
+  /** As they would be read from a task file. */
+  #rounded({ parameters, weight, bias }: State, { coefficients, head }: Dtypes): State {
+    const inputs = this.#machine.head?.in ?? 1;
+    const labels = weight.length / inputs;
+    const matrix = weight.length > 0 ? decodeTensor(head, encodeTensor(head, weight, labels, inputs), labels, inputs) : weight;
+    return { parameters: this.#subject.terms.rounded(parameters, coefficients), weight: new Float32Array(matrix), bias };
   }
 
   #point({ parameters, weight, bias }: State): Point {
@@ -314,11 +330,11 @@ export class Trainer<Feeds = unknown> {
     return results;
   }
 
-  async #judge(held: readonly Row<Feeds>[], batch: number, temperature: number, state: State): Promise<{ loss: number; accuracy: number }> {
+  async #judge(held: readonly Row<Feeds>[], batch: number, { temperature, stored }: FitOptions, state: State): Promise<{ loss: number; accuracy: number }> {
     let [loss, right] = [0, 0];
     for (let at = 0; at < held.length; at += batch) {
       const rows = held.slice(at, at + batch).map((row) => ({ ...row, weight: 1 }));
-      const made = await this.#step(rows, state, { temperature });
+      const made = await this.#step(rows, state, { temperature, stored });
       loss += made.loss * rows.length;
       rows.forEach(({ label }, i) => {
         const logits = [...made.logits.subarray(i * this.labels.length, (i + 1) * this.labels.length)];
