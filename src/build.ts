@@ -19,6 +19,7 @@ export {
   breakEven,
   buildPack,
   projectAdapter,
+  projectAdapters,
   type BuildOptions,
   type BuildReport,
   type ProjectedAdapter,
@@ -28,5 +29,8 @@ export { buildAuto, packWithin, type AutoOptions, type AutoReport, type Built, t
 export { encodeTaskFile } from "./pack/encode.ts";
 export { expandTerm, taskAdapter } from "./pack/expand.ts";
 export { layoutAppend, layoutFresh, type Append, type TaskToWrite } from "./pack/layout.ts";
+export { buildBasis, type BasisOptions, type BasisReport } from "./shard/basis.ts";
+export { adapterStatistics, mergeStatistics, openStatistics, writeStatistics, type Statistics, type StatisticsPart } from "./shard/statistics.ts";
+export { assemblePack, openTasks, projectTasks, type AssembledPack, type TaskLoss, type TaskPart } from "./shard/tasks.ts";
 export { writeSafetensors, type SafetensorsEntry } from "./safetensors-writer.ts";
 export { openSafetensors, type SafetensorsFile } from "./safetensors.ts";

@@ -2,9 +2,12 @@
 import { readdir, readFile } from "node:fs/promises";
 import { fileURLToPath } from "node:url";
 import { readAdapters } from "../dist/src/adapters/folder.js";
+import { decodeTensor } from "../dist/src/dtypes.js";
 import { buildPack, type BuildOptions, type BuildReport } from "../dist/src/pack/build.js";
+import type { TensorRef } from "../dist/src/pack/format.js";
+import type { Pack } from "../dist/src/pack/pack.js";
 import { openHost } from "../dist/src/runtime/host.js";
-import type { Golden } from "./compare.ts";
+import { relativeDifference, type Golden } from "./compare.ts";
 
 /** Everything an adapter has goes into the pack. */
 export const LOSSLESS = { select: { kind: "energy", share: 1 }, types: { basis: "f32", coefficients: "f32", head: "f32" } } as const;
@@ -46,4 +49,32 @@ export async function goldenPacks(options: BuildOptions = {}): Promise<(Golden &
     await adapter!.close();
   }
   return goldens;
+}
+
+/**
+ * How far two packs of the same tasks and modules are apart: bases as stored, components and means; and coefficients, by the
+ * largest of their side. Infinite where shapes differ.
+ */
+export async function packDifference(found: Pack, expected: Pack): Promise<{ bases: number; coefficients: number }> {
+  const off = { bases: 0, coefficients: 0 };
+  const values = (bytes: Uint8Array, { type, rows, width, byteOffset, byteLength }: TensorRef): Float32Array =>
+    decodeTensor(type, bytes.subarray(byteOffset, byteOffset + byteLength), rows, width);
+  const [bases, expectedBases] = [await found.takeBases(), await expected.takeBases()];
+  for (const [i, module] of expected.modules.entries()) {
+    for (const side of ["A", "B"] as const) {
+      const [a, b] = [values(bases, found.modules[i]![side]!.tensor), values(expectedBases, module[side]!.tensor)];
+      const same = a.length === b.length && found.modules[i]!.name === module.name;
+      off.bases = Math.max(off.bases, same ? a.reduce((largest, value, k) => Math.max(largest, Math.abs(value - b[k]!)), 0) : Infinity);
+    }
+  }
+  for (const id of expected.tasks.keys()) {
+    const [a, b] = [await found.load(id), await expected.load(id)];
+    for (const [i, term] of b.terms.entries()) {
+      for (const side of ["A", "B"] as const) {
+        const difference = relativeDifference(values(a.bytes, a.terms[i]![side]!.tensor), values(b.bytes, term[side]!.tensor));
+        off.coefficients = Math.max(off.coefficients, difference);
+      }
+    }
+  }
+  return off;
 }

@@ -6,7 +6,7 @@ import { open, readFile, stat } from "node:fs/promises";
 import { resolve } from "node:path";
 import { readAdapters } from "../adapters/folder.ts";
 import { SourceError, TaskError } from "../errors.ts";
-import { projectAdapter, type ProjectedAdapter } from "../pack/build.ts";
+import { projectAdapters } from "../pack/build.ts";
 import { TASK_FILE_MAGIC } from "../pack/format.ts";
 import { layoutAppend, type TaskToWrite } from "../pack/layout.ts";
 import { openPack, type Pack } from "../pack/pack.ts";
@@ -34,13 +34,9 @@ export async function addCommand(args: Arguments, out: Output): Promise<Result> 
       const pack = await openPack(file);
       try {
         refuseTaken(pack, [...adapters.map(({ id, file }) => ({ id, path: file })), ...files]);
-        const projected: ProjectedAdapter[] = [];
         const types = await storedTypes(pack);
-        const bases = await pack.takeBases();
-        for (const [i, adapter] of adapters.entries()) {
-          projected.push(await projectAdapter(pack, bases, adapter, types));
-          out.progress("adapter", i + 1, adapters.length);
-        }
+        const progress = (done: number, of: number): void => out.progress("module", done, of);
+        const projected = await projectAdapters(pack, await pack.takeBases(), adapters, types, progress);
         const learned: TaskToWrite[] = [];
         for (const { path, id } of files) learned.push(await takeTask(pack, path, id));
         const { superblock } = pack.window;

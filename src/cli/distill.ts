@@ -127,7 +127,7 @@ class Finished {
 
   /** Those of earlier settings too, and nothing that is not ours. */
   async remove(): Promise<void> {
-    for (const name of await readdir(this.#folder).catch(() => [])) if (/^[0-9a-f]{64}(\.\d+\.tmp)?$/.test(name)) await rm(join(this.#folder, name));
+    for (const name of await readdir(this.#folder).catch(() => [])) if (/^[0-9a-f]{64}(\.[0-9a-f]{8}\.tmp)?$/.test(name)) await rm(join(this.#folder, name));
     await rmdir(this.#folder).catch(() => undefined);
   }
 }

@@ -2,6 +2,7 @@
  * Files of the command line: written beside the target and renamed, or appended so that a crash at any byte leaves the old
  * content (SPEC.md, section 8). The only code of the package that writes to disk.
  */
+import { randomUUID } from "node:crypto";
 import { open, rename, unlink } from "node:fs/promises";
 import { dirname } from "node:path";
 import { SourceError } from "../errors.ts";
@@ -15,7 +16,8 @@ type Chunks = Iterable<Uint8Array> | AsyncIterable<Uint8Array>;
  * @throws SourceError when it cannot be written; an existing file is then untouched
  */
 export async function writeWhole(path: string, chunks: Chunks): Promise<number> {
-  const beside = `${path}.${process.pid}.tmp`;
+  // Not by process id: machines that share a folder have the same ones, and so has a container that starts again.
+  const beside = `${path}.${randomUUID().slice(0, 8)}.tmp`;
   let bytes = 0;
   try {
     const file = await open(beside, "wx");

@@ -15,6 +15,7 @@ import { distillCommand } from "./distill.ts";
 import { learnCommand } from "./learn.ts";
 import { createOutput, type Output } from "./output.ts";
 import { inspectCommand, packCommand, removeCommand, verifyCommand, type Result } from "./packs.ts";
+import { assembleCommand, mergeCommand, projectCommand, shardCommand } from "./shard.ts";
 import { exportCommand, foldCommand } from "./weights.ts";
 
 interface Command {
@@ -27,6 +28,17 @@ interface Command {
 
 const output = (value: string, help: string): OptionTable => ({ output: { value, short: "o", help } });
 const as: OptionTable = { as: { value: "OLD=NEW", multiple: true, help: "call the task of a folder OLD NEW" } };
+const gauge: OptionTable = { gauge: { value: "as-trained|balanced", help: "rewrite each pair as U√S, √SVᵀ first" } };
+const trim: OptionTable = { rank: { value: "N", help: "keep the N strongest directions of each adapter and module (balanced)" } };
+const normalize: OptionTable = { normalize: { help: "every task counts alike when components are sought, however large its update is" } };
+const centering: OptionTable = { centering: { value: "keep|none", help: "store the mean of the rows, or do without" } };
+const amount: OptionTable = {
+  k: { value: "N", help: "so many components per module and side" },
+  energy: { value: "P", help: "components that keep this share of the squared singular values (0.9)" },
+};
+const base: OptionTable = { base: { value: "MODEL.safetensors", help: "store fingerprints of this base model" } };
+/** Known so that what is wrong with them can be said. */
+const columnOnly: OptionTable = { mode: { value: "column", help: "the only mode that is made of parts" } };
 const task: OptionTable = { task: { value: "ID", help: "which task" } };
 
 const COMMANDS = new Map<string, Command>([
@@ -41,14 +53,13 @@ const COMMANDS = new Map<string, Command>([
           value: "column|flat|joint|auto",
           help: "coefficients for every row of a factor, or one vector for a whole factor; joint: bases that lose least of ΔW; auto: what is best for --bytes, --ratio, --error or --divergence",
         },
-        gauge: { value: "as-trained|balanced", help: "rewrite each pair as U√S, √SVᵀ first" },
-        rank: { value: "N", help: "keep the N strongest directions of each adapter and module (balanced)" },
+        ...gauge,
+        ...trim,
         private: { value: "N", help: "N rank-1 terms of each task's own beside the components; with --error N at most (balanced)" },
         calibrate: { help: "weigh errors by what enters the modules on --text, with --model; auto: try that too" },
-        normalize: { help: "every task counts alike when components are sought, however large its update is" },
-        centering: { value: "keep|none", help: "store the mean of the rows, or do without" },
-        k: { value: "N", help: "so many components per module and side" },
-        energy: { value: "P", help: "components that keep this share of the squared singular values (0.9)" },
+        ...normalize,
+        ...centering,
+        ...amount,
         error: { value: "E", help: "fewest bytes for which no task's ΔW error exceeds E" },
         bytes: { value: "SIZE", help: "as many components as fit into a file of this size: 300kB" },
         ratio: { value: "R", help: "the same, R times smaller than the adapters" },
@@ -58,11 +69,65 @@ const COMMANDS = new Map<string, Command>([
         tokens: { value: "N", help: "tokens of a text at most (128)" },
         tokenizer: { value: "FILE", help: "tokenizer.json; beside the model unless given; needs @huggingface/tokenizers" },
         dtype: { value: "TYPE", help: "f32, f16 (default), bf16, int8, int4, int3; or basis=…,coefficients=…,head=…" },
-        base: { value: "MODEL.safetensors", help: "store fingerprints of this base model" },
+        ...base,
         ...as,
       },
       positionals: [1, Infinity],
       run: packCommand,
+    },
+  ],
+  [
+    "shard",
+    {
+      usage: "shard ADAPTER_OR_FOLDER... -o PART",
+      does: "statistics of some of very many adapters, to be merged with those of others (docs/hub.md)",
+      options: { ...output("PART", "the part to write; left alone when it is there and made of the same"), ...gauge, ...trim, ...normalize, ...columnOnly, ...as },
+      positionals: [1, Infinity],
+      run: shardCommand,
+    },
+  ],
+  [
+    "merge",
+    {
+      usage: "merge PART... -o BASIS",
+      does: "statistics of all adapters → components: a pack without tasks",
+      options: {
+        ...output("BASIS", "the basis to write, or with --part the part"),
+        part: { help: "write a part again, to be merged with others" },
+        ...centering,
+        ...amount,
+        error: { value: "E", help: "not from parts: it is judged on all adapters at once" },
+        dtype: { value: "TYPE", help: "of components: f32, f16 (default), bf16, int8, int4, int3" },
+        ...base,
+        ...columnOnly,
+        "any-base": { help: "take parts whose adapters name different base models" },
+      },
+      positionals: [1, Infinity],
+      run: mergeCommand,
+    },
+  ],
+  [
+    "project",
+    {
+      usage: "project BASIS ADAPTER_OR_FOLDER... -o PART",
+      does: "adapters → tasks on a basis that others hold too",
+      options: {
+        ...output("PART", "the part to write; left alone when it is there and made of the same"),
+        dtype: { value: "TYPE", help: "of coefficients and heads; or coefficients=…,head=…" },
+        ...as,
+      },
+      positionals: [2, Infinity],
+      run: projectCommand,
+    },
+  ],
+  [
+    "assemble",
+    {
+      usage: "assemble BASIS PART... -o PACK",
+      does: "tasks of all parts → pack, sorted by id",
+      options: output("PACK", "the pack to write"),
+      positionals: [2, Infinity],
+      run: assembleCommand,
     },
   ],
   [
@@ -193,7 +258,7 @@ const COMMANDS = new Map<string, Command>([
   ],
 ]);
 
-const BENCHMARKS = ["memory", "switch", "fold", "pack", "quality", "extract", "shapes", "learn", "distill", "calibrate", "step", "paper"];
+const BENCHMARKS = ["memory", "switch", "fold", "pack", "quality", "extract", "shapes", "hub", "learn", "distill", "calibrate", "step", "paper"];
 
 function help(): string {
   const lines = [...COMMANDS.values()].map(({ usage, does, options }) => {

@@ -174,7 +174,7 @@ function fewEigen(x: Float64Array, rows: number, width: number, few: number, pro
 /**
  * Makes vectors `from` to `from + count` unit vectors, the weak ones orthogonal to all before them (twice is enough).
  */
-function orthonormalize(v: Float64Array, from: number, count: number, width: number, singular: Float64Array): void {
+export function orthonormalize(v: Float64Array, from: number, count: number, width: number, singular: Float64Array): void {
   for (let k = from; k < from + count; k++) {
     const weak = singular[k]! < WEAK * singular[0]!;
     for (let pass = 0; pass < (weak ? 2 : 0); pass++) {
@@ -203,7 +203,7 @@ function needed(rest: Float64Array, along: Float64Array, count: number, floors: 
 }
 
 /** Signs of singular vectors are arbitrary. The largest entry (the first of equals) is made positive. */
-function fixSigns(vectors: Float64Array, count: number, width: number): void {
+export function fixSigns(vectors: Float64Array, count: number, width: number): void {
   for (let k = 0; k < count; k++) {
     if (dominant(vectors, k * width, width) < 0) scale(-1, vectors, k * width, width);
   }

@@ -270,7 +270,7 @@ export function measureModule(
 }
 
 /** One side of a stack, decomposed. */
-interface Side {
+export interface Side {
   /** Of a vector: of a row, times the rank in flat mode. */
   width: number;
   rank: number | undefined;
@@ -293,11 +293,12 @@ interface Found {
 }
 
 /**
+ * Mean and components of one side.
  * @param all factors whole
  * @param factors what is kept of them
  * @param rank in flat mode, of all factors [rank, inner]
  */
-function decompose(
+export function decompose(
   all: readonly Float64Array[],
   factors: readonly Float64Array[],
   inner: number,
@@ -331,14 +332,14 @@ function decompose(
     count,
     width,
     floors,
-    options.select.kind === "k" ? options.select.k : (singular, total) => wanted(options, singular, total),
+    wanted(options),
     options.products,
   );
   return { width, rank, rows: options.rank === undefined ? rows : stacked(all), mean, components };
 }
 
 /** Of a factor's length; 0 where it has none. */
-function reciprocal(factor: Float64Array): number {
+export function reciprocal(factor: Float64Array): number {
   const length = Math.sqrt(dot(factor, 0, factor, 0, factor.length));
   return length > 0 ? 1 / length : 0;
 }
@@ -353,16 +354,20 @@ function stacked(factors: readonly Float64Array[]): Float64Array {
   return rows;
 }
 
-/** How many components a selection asks for, given the singular values; an error is judged on all of them later. */
-function wanted({ select, mode }: ExtractOptions, singular: Float64Array, total: number): number {
-  if (select.kind !== "energy" || mode === "joint" || select.share === 1) return singular.length;
-  let held = 0;
-  let k = 0;
-  while (k < singular.length && held < select.share * total) held += singular[k++]! ** 2;
-  return k;
+/** How many components a selection asks for, or what says so, given the singular values; an error is judged on all of them later. */
+export function wanted({ select, mode }: Pick<ExtractOptions, "select" | "mode">): number | ((singular: Float64Array, total: number) => number) {
+  if (select.kind === "k") return select.k;
+  if (select.kind === "error" || mode === "joint" || select.share === 1) return (singular) => singular.length;
+  return (singular, total) => {
+    let held = 0;
+    let k = 0;
+    while (k < singular.length && held < select.share * total) held += singular[k++]! ** 2;
+    return k;
+  };
 }
 
-function encodeBasis(side: Side, count: number, type: TensorType): SideBasis {
+/** The first `count` components and the mean as they are stored. */
+export function encodeBasis(side: Omit<Side, "rows">, count: number, type: TensorType): SideBasis {
   const { width, rank, mean, metric } = side;
   const { vectors, singular, total } = side.components;
   const rows = count + (mean ? 1 : 0);
@@ -491,7 +496,8 @@ function metricOf(moments: Float64Array, width: number): Float64Array {
   return cholesky(square, width);
 }
 
-function checkRank({ rank, gauge, mode, moments }: ExtractOptions): void {
+/** @throws RangeError for a rank that cannot be kept, or moments where they mean nothing */
+export function checkRank({ rank, gauge, mode, moments }: Pick<ExtractOptions, "rank" | "gauge" | "mode" | "moments">): void {
   if (moments && mode === "flat") throw new RangeError("moments: flat mode keeps whole factors; take column or joint mode");
   if (rank === undefined) return;
   if (!(Number.isInteger(rank) && rank >= 1)) throw new RangeError(`rank must be a whole number from 1, got ${rank}`);
@@ -499,7 +505,8 @@ function checkRank({ rank, gauge, mode, moments }: ExtractOptions): void {
   if (mode === "flat") throw new RangeError("rank: flat mode keeps whole factors; take column or joint mode");
 }
 
-function checkSelection(select: Selection): void {
+/** @throws RangeError for a number out of range */
+export function checkSelection(select: Selection): void {
   if (select.kind === "k" && !(Number.isInteger(select.k) && select.k >= 1)) {
     throw new RangeError(`select.k must be a whole number from 1, got ${select.k}`);
   }

@@ -19,6 +19,7 @@ import {
   forwardSolve,
   gram,
   timesTransposed,
+  transpose,
   type Products,
 } from "./linalg.ts";
 

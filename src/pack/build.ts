@@ -2,7 +2,7 @@
  * From adapters to a pack: module by module, read, extract, encode. Holds one module's stack and what goes into the pack,
  * never all adapters. No file system: adapters are read through their sources, the result is a list of chunks.
  */
-import type { Adapter, SavedTensor } from "../adapters/adapter.ts";
+import type { Adapter, AdapterModule, SavedTensor } from "../adapters/adapter.ts";
 import { isQuantized, type TensorType } from "../dtypes.ts";
 import { encodeTensor } from "../encode.ts";
 import { createWasmProducts } from "../backends/wasm-products.ts";
@@ -16,6 +16,7 @@ import {
   type Mode,
   type ModuleExtraction,
   type ModuleMember,
+  type ModuleSpace,
   type ProjectedTask,
   type Selection,
   type TaskCoefficients,
@@ -114,7 +115,7 @@ export async function buildPack(
   const stored = { basisType: types.basis, coefficientType: types.coefficients };
   const extraction = { mode, gauge, rank, private: options.private ?? 0, centering, normalize: options.normalize, select, ...stored, ...(await fastProducts()) };
   const names = [...new Set(adapters.flatMap((a) => [...a.modules.keys()]))].sort();
-  const fingerprints = options.base && (await readFingerprints(options.base, names, adapters));
+  const fingerprints = options.base && (await readFingerprints(options.base, names.map((name) => firstModule(adapters, name))));
   const modules: ModuleInput[] = [];
   const terms = adapters.map((): TermInput[] => []);
   const errors = new ErrorTally();
@@ -122,7 +123,7 @@ export async function buildPack(
     options.signal?.throwIfAborted();
     const owners = adapters.filter((a) => a.modules.has(name));
     const first = owners[0]!.modules.get(name)!;
-    for (const owner of owners) checkSame(owners[0]!, owner, name);
+    for (const owner of owners) checkSame(first, owners[0]!.file, owner.modules.get(name)!, owner.file);
     const moments = options.moments?.get(name);
     if (options.moments && !moments) throw new RangeError(`there are no moments of "${name}"; collect them for all adapted modules, or leave them out`);
     const { module, magnitudes } = await extractFrom(owners, name, { ...extraction, moments });
@@ -211,19 +212,59 @@ export interface ProjectedAdapter extends TaskToWrite {
 }
 
 /**
- * Projects an adapter onto the basis of a pack (DESIGN 2.10a), in the pack's gauge and to its rank.
+ * Projects adapters onto the basis of a pack (DESIGN 2.10a), in the pack's gauge and to its rank; module by module, so that each
+ * basis is opened once.
  * @param bases of the pack, as `pack.takeBases()` gives them
- * @throws AdapterError when it adapts a module that the pack does not have, or of another shape
+ * @param onProgress called after each module
+ * @throws AdapterError when one adapts a module that the pack does not have, or of another shape
  */
-export async function projectAdapter(
+export async function projectAdapters(
   pack: Pack,
   bases: Uint8Array,
-  adapter: Adapter,
+  adapters: readonly Adapter[],
   types: StorageTypes,
-): Promise<ProjectedAdapter> {
+  onProgress?: (done: number, of: number) => void,
+): Promise<ProjectedAdapter[]> {
   const { basis } = pack.directory;
   const gauge: Gauge = basis.gauge === "balanced" ? "balanced" : "as-trained";
-  const known = new Map(pack.modules.map((m, i) => [m.name, i]));
+  for (const adapter of adapters) checkModules(pack, adapter);
+  const { products } = await fastProducts();
+  const errors = new ErrorTally();
+  const terms = adapters.map((): TermInput[] => []);
+  for (const [index, stored] of pack.modules.entries()) {
+    let space: ModuleSpace | undefined;
+    for (const [i, adapter] of adapters.entries()) {
+      const module = adapter.modules.get(stored.name);
+      if (!module) continue;
+      const opened = (space ??= openModule(storedModule(stored, bases, adapter), products));
+      const { A, Bt, magnitude } = await module.read();
+      const member = { id: adapter.id, rank: module.rank, A, Bt };
+      const project = (): ProjectedTask => projectModule(opened, member, { gauge, rank: basis.rank, coefficientType: types.coefficients });
+      const task = storable(adapter, stored, project);
+      errors.add(adapter.id, stored.name, task.error);
+      terms[i]!.push(encodeTerm(index, task, opened, magnitude, adapter, types));
+    }
+    onProgress?.(index + 1, pack.modules.length);
+  }
+  const residuals = new Map(errors.byTask().map((residual) => [residual.id, residual]));
+  const names = pack.modules.map((m) => m.name);
+  return await Promise.all(
+    adapters.map(async (adapter, i): Promise<ProjectedAdapter> => {
+      const blob = encodeTask(terms[i]!, await encodeParameters(adapter, types.head));
+      const residual = residuals.get(adapter.id) ?? { id: adapter.id, mean: 0, max: 0 };
+      return { entry: entryOf(adapter, terms[i]!, names), blob, residual };
+    }),
+  );
+}
+
+/** One adapter, as `projectAdapters`. */
+export async function projectAdapter(pack: Pack, bases: Uint8Array, adapter: Adapter, types: StorageTypes): Promise<ProjectedAdapter> {
+  return (await projectAdapters(pack, bases, [adapter], types))[0]!;
+}
+
+/** @throws AdapterError when the pack has no basis for a module of an adapter */
+function checkModules(pack: Pack, adapter: Adapter): void {
+  const known = new Map(pack.modules.map((m) => [m.name, m]));
   const missing = [...adapter.modules.keys()].filter((name) => !known.has(name));
   if (missing.length > 0) {
     throw new AdapterError(
@@ -232,32 +273,15 @@ export async function projectAdapter(
       { file: adapter.file, field: missing[0]! },
     );
   }
-  const { products } = await fastProducts();
-  const terms: TermInput[] = [];
-  const errors = new ErrorTally();
   for (const [name, module] of adapter.modules) {
-    const index = known.get(name)!;
-    const stored = pack.modules[index]!;
-    if (stored.out !== module.out || stored.in !== module.in || stored.layout !== module.layout) {
-      throw new AdapterError(
-        `"${name}" is [${module.out}, ${module.in}] ${module.layout}, the pack's is [${stored.out}, ${stored.in}] ` +
-          `${stored.layout}: it was trained on another model`,
-        { file: adapter.file, field: name },
-      );
-    }
-    const factors = await module.read();
-    const member = { id: adapter.id, rank: module.rank, A: factors.A, Bt: factors.Bt };
-    const space = openModule(storedModule(stored, bases, adapter), products);
-    const project = (): ProjectedTask => projectModule(space, member, { gauge, rank: basis.rank, coefficientType: types.coefficients });
-    const task = storable(adapter, { name }, project);
-    errors.add(adapter.id, name, task.error);
-    terms.push(encodeTerm(index, task, space, factors.magnitude, adapter, types));
+    const stored = known.get(name)!;
+    if (stored.out === module.out && stored.in === module.in && stored.layout === module.layout) continue;
+    throw new AdapterError(
+      `"${name}" is [${module.out}, ${module.in}] ${module.layout}, the pack's is [${stored.out}, ${stored.in}] ` +
+        `${stored.layout}: it was trained on another model`,
+      { file: adapter.file, field: name },
+    );
   }
-  terms.sort((a, b) => a.module - b.module);
-  const blob = encodeTask(terms, await encodeParameters(adapter, types.head));
-  const { mean, max } = errors.summary();
-  const names = pack.modules.map((m) => m.name);
-  return { entry: entryOf(adapter, terms, names), blob, residual: { id: adapter.id, mean, max } };
 }
 
 /** Both sides of a module of a pack, as extraction takes them. */
@@ -282,7 +306,7 @@ export function storedModule(
 }
 
 /** The one loop that dominates extraction, in WebAssembly where the engine has it. */
-async function fastProducts(): Promise<{ products?: NonNullable<ExtractOptions["products"]> }> {
+export async function fastProducts(): Promise<{ products?: NonNullable<ExtractOptions["products"]> }> {
   if (typeof WebAssembly === "undefined") return {};
   return { products: await createWasmProducts() };
 }
@@ -340,37 +364,44 @@ function encodeTerm(
   };
 }
 
-function sideInput(side: ModuleExtraction["A"]): NonNullable<ModuleInput["A"]> {
+/** One side as it is written. */
+export function sideInput(side: ModuleExtraction["A"]): NonNullable<ModuleInput["A"]> {
   const { components: K, rank, mean, type, explained, encoded } = side;
   return { kind: rank === undefined ? "column" : "flat", K, ...(rank === undefined ? {} : { rank }), mean, type, explained, encoded };
 }
 
-function checkSame(a: Adapter, b: Adapter, name: string): void {
-  const [x, y] = [a.modules.get(name)!, b.modules.get(name)!];
+/**
+ * Whether two files mean the same module.
+ * @throws AdapterError naming the second file
+ */
+export function checkSame(x: Shaped, file: string, y: Shaped, other: string): void {
   if (x.out === y.out && x.in === y.in && x.layout === y.layout && String(x.kernel) === String(y.kernel)) return;
   throw new AdapterError(
-    `"${name}" is [${y.out}, ${y.in}] ${y.layout} here, but [${x.out}, ${x.in}] ${x.layout} in ${a.file}: adapters of ` +
+    `"${y.name}" is [${y.out}, ${y.in}] ${y.layout} here, but [${x.out}, ${x.in}] ${x.layout} in ${file}: adapters of ` +
       "different base models cannot share a pack",
-    { file: b.file, field: name },
+    { file: other, field: y.name },
   );
 }
 
-async function readFingerprints(
-  base: WeightHost,
-  names: readonly string[],
-  adapters: readonly Adapter[],
-): Promise<Map<string, Float32Array>> {
+/** What must be the same of a module in all adapters. */
+type Shaped = Pick<AdapterModule, "name" | "out" | "in" | "layout" | "kernel">;
+
+/** 64 weights of the base for each module (SPEC.md, section 4.4). @throws BaseMismatchError when it does not have one */
+export async function readFingerprints(base: WeightHost, modules: Iterable<Shaped>): Promise<Map<string, Float32Array>> {
   const locator = new Locator(base);
   const prints = new Map<string, Float32Array>();
-  for (const name of names) {
-    const module = adapters.find((a) => a.modules.has(name))!.modules.get(name)!;
+  for (const module of modules) {
     const located = locator.locate(module);
     const view = await base.read(located.name);
     const bytes = (view.data as Uint8Array).subarray(view.byteOffset);
     const values = weightAt(bytes, located.dtype, module.out, module.in, located.transposed);
-    prints.set(name, fingerprint(name, module.out, module.in, values));
+    prints.set(module.name, fingerprint(module.name, module.out, module.in, values));
   }
   return prints;
+}
+
+function firstModule(adapters: readonly Adapter[], name: string): AdapterModule {
+  return adapters.find((adapter) => adapter.modules.has(name))!.modules.get(name)!;
 }
 
 function entryOf(adapter: Adapter, terms: readonly TermInput[], names: readonly string[]): TaskEntry {

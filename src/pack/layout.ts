@@ -29,18 +29,55 @@ export interface TaskToWrite {
   blob: Uint8Array;
 }
 
-/** The parts of a fresh pack. */
-export interface FreshPack {
+/** What a fresh pack has before its tasks. */
+export interface FreshBasis {
   /** Basis description, MessagePack. */
   description: Uint8Array;
   bases: Uint8Array;
   /** 32 bytes. */
   basisId: Uint8Array;
+}
+
+/** The parts of a fresh pack. */
+export interface FreshPack extends FreshBasis {
   tasks: readonly TaskToWrite[];
 }
 
+/** A task whose blob lies elsewhere until its turn comes. */
+export interface TaskPlace {
+  entry: TaskEntry;
+  /** Of the blob, in bytes. */
+  length: number;
+  /** CRC-32C of the blob. */
+  crc: number;
+  read(): Promise<Uint8Array>;
+}
+
 /** A fresh pack as consecutive chunks: window, directory, bases, blobs. */
-export function layoutFresh({ description, bases, basisId, tasks }: FreshPack): Uint8Array[] {
+export function layoutFresh({ tasks, ...basis }: FreshPack): Uint8Array[] {
+  const places = tasks.map(({ entry, blob }) => ({ entry, length: blob.length, crc: crc32c(blob) }));
+  return padded([...freshHead(basis, places).head, ...tasks.map((t) => t.blob)], 0);
+}
+
+/** The same, with one blob in memory at a time. `bytes` is the size of the whole. */
+export function streamFresh(basis: FreshBasis, tasks: readonly TaskPlace[]): { bytes: number; chunks: AsyncGenerator<Uint8Array, void> } {
+  const { head, bytes } = freshHead(basis, tasks);
+  async function* chunks(): AsyncGenerator<Uint8Array, void> {
+    const first = padded(head, 0);
+    yield* first;
+    let end = first.reduce((sum, chunk) => sum + chunk.length, 0);
+    for (const { read, length } of tasks) {
+      yield* padded([await read()], end);
+      end = align64(end) + length;
+    }
+  }
+  return { bytes, chunks: chunks() };
+}
+
+function freshHead(
+  { description, bases, basisId }: FreshBasis,
+  tasks: readonly Pick<TaskPlace, "entry" | "length" | "crc">[],
+): { head: Uint8Array[]; bytes: number } {
   const list = encodeTaskList(tasks.map((t) => t.entry));
   const directoryLength = directoryBytes(1 + tasks.length, description, list);
   const basesOffset = align64(WINDOW_BYTES + directoryLength);
@@ -48,9 +85,9 @@ export function layoutFresh({ description, bases, basisId, tasks }: FreshPack): 
   const sections: Section[] = [
     { kind: SECTION_BASES, required: true, offset: basesOffset, length: bases.length, crc: crc32c(bases) },
   ];
-  for (const { blob } of tasks) {
-    sections.push(taskSection(align64(end), blob));
-    end = align64(end) + blob.length;
+  for (const { length, crc } of tasks) {
+    sections.push({ kind: SECTION_TASK, required: true, offset: align64(end), length, crc });
+    end = align64(end) + length;
   }
   const directory = encodeDirectory(sections, description, list);
   const superblock: Superblock = {
@@ -62,8 +99,7 @@ export function layoutFresh({ description, bases, basisId, tasks }: FreshPack): 
     basesLength: bases.length,
     directoryCrc: crc32c(directory),
   };
-  const parts = [encodeWindow(basisId, superblock), directory, bases, ...tasks.map((t) => t.blob)];
-  return padded(parts, 0);
+  return { head: [encodeWindow(basisId, superblock), directory, bases], bytes: end };
 }
 
 /** What an append writes: `body` at `offset`, flush, then `superblock` at `superblockOffset`, flush. */

@@ -1,0 +1,191 @@
+/**
+ * What a stack of rows leaves behind for its principal components, small enough to travel: the rows themselves while they are
+ * few, else their Gram matrix and sum. Summaries of stacks that never meet in one memory add up to that of the whole stack,
+ * exactly for rows and up to rounding for Gram matrices, in any order and any grouping. In f64. The mean is taken off at the
+ * end, since it is known only there. For column mode: every other way of extraction needs all adapters at once.
+ */
+import { fixSigns, orthonormalize, type Components } from "./components.ts";
+import { symmetricEigen, type Eigen } from "./eigen.ts";
+import { largestEigen } from "./lanczos.ts";
+import { addScaled, dot, timesTransposed, transpose, type Products } from "./linalg.ts";
+
+/** The summary of a stack [count, width]. */
+export type Summary = { readonly width: number; readonly count: number } & (
+  | { readonly kind: "rows"; readonly values: Float64Array }
+  | {
+      readonly kind: "gram";
+      /** The lower triangle of YᵀY, row by row: entry (i, j) at i·(i + 1)/2 + j. Rows of Y are those of X times their weights w. */
+      readonly gram: Float64Array;
+      /** [2, width + 1]: Σ y, Σ w; Σ w·y, Σ w². What the mean, and taking it off, need. */
+      readonly sums: Float64Array;
+    }
+);
+
+/** Values of a Gram matrix's triangle. */
+export function triangle(width: number): number {
+  return (width * (width + 1)) / 2;
+}
+
+/** Which of the two is smaller for a stack [count, width]. */
+export function summaryKind(count: number, width: number): Summary["kind"] {
+  return count * width <= triangle(width) ? "rows" : "gram";
+}
+
+/** Rows that are multiplied at once, in values of one side; a Gram matrix is updated by so much. */
+const BLOCK_VALUES = 2 ** 22;
+/** Rows and columns of a Gram matrix that are computed at once: what a product takes and gives stays small. */
+const PANEL = 512;
+
+/** Collects a summary. How many rows will come is said first, because it decides what is kept. */
+export class SummaryBuilder {
+  readonly #width: number;
+  readonly #count: number;
+  readonly #products: Products;
+  readonly #kind: Summary["kind"];
+  /** All rows, or those that wait for the next product. */
+  readonly #rows: Float64Array;
+  readonly #gram: Float64Array;
+  readonly #sums: Float64Array;
+  #waiting = 0;
+  #placed = 0;
+
+  constructor(count: number, width: number, products: Products = timesTransposed) {
+    const kind = summaryKind(count, width);
+    const held = kind === "rows" ? count : Math.min(count, Math.max(1, Math.floor(BLOCK_VALUES / width)));
+    this.#width = width;
+    this.#count = count;
+    this.#products = products;
+    this.#kind = kind;
+    this.#rows = new Float64Array(held * width);
+    this.#gram = new Float64Array(kind === "gram" ? triangle(width) : 0);
+    this.#sums = new Float64Array(kind === "gram" ? 2 * (width + 1) : 0);
+  }
+
+  /**
+   * Adds rows [rows, width]; `values` may end early, the rest is zero.
+   * @param weight what the rows count, where they are not kept; who takes components of kept rows weighs them then
+   * @throws RangeError for more rows than were announced
+   */
+  add(values: Float64Array, rows: number, weight = 1): void {
+    this.#place(rows);
+    const width = this.#width;
+    if (this.#kind === "rows") {
+      this.#rows.set(values, (this.#placed - rows) * width);
+      return;
+    }
+    for (let at = 0; at < rows * width; at += width) {
+      this.#sums[width]! += weight;
+      this.#sums[2 * width + 1]! += weight ** 2;
+      // A row of zeros counts in the mean and changes nothing else.
+      if (at >= values.length) continue;
+      const row = this.#waiting * width;
+      for (let j = 0; j < width; j++) this.#rows[row + j] = weight * values[at + j]!;
+      addScaled(1, this.#rows, row, this.#sums, 0, width);
+      addScaled(weight, this.#rows, row, this.#sums, width + 1, width);
+      if (++this.#waiting * width === this.#rows.length) this.#multiply();
+    }
+  }
+
+  /** Adds a Gram matrix. @throws RangeError as `add` */
+  merge(other: Summary & { kind: "gram" }): void {
+    this.#place(other.count);
+    addScaled(1, other.gram, 0, this.#gram, 0, other.gram.length);
+    addScaled(1, other.sums, 0, this.#sums, 0, other.sums.length);
+  }
+
+  /** @throws RangeError for fewer rows than were announced */
+  finish(): Summary {
+    if (this.#placed !== this.#count) throw new RangeError(`${this.#placed} rows came of ${this.#count}`);
+    const stack = { width: this.#width, count: this.#count };
+    if (this.#kind === "rows") return { ...stack, kind: "rows", values: this.#rows };
+    this.#multiply();
+    return { ...stack, kind: "gram", gram: this.#gram, sums: this.#sums };
+  }
+
+  #place(rows: number): void {
+    this.#placed += rows;
+    if (this.#placed > this.#count) throw new RangeError(`${this.#placed} rows came of ${this.#count}`);
+  }
+
+  /** Brings the waiting rows into the Gram matrix. */
+  #multiply(): void {
+    const [count, width] = [this.#waiting, this.#width];
+    if (count === 0) return;
+    this.#waiting = 0;
+    const columns = transpose(this.#rows, count, width);
+    for (let i = 0; i < width; i += PANEL) {
+      const m = Math.min(PANEL, width - i);
+      const left = columns.subarray(i * count, (i + m) * count);
+      for (let j = 0; j <= i; j += PANEL) {
+        const n = Math.min(PANEL, width - j);
+        const right = j === i ? left : columns.subarray(j * count, (j + n) * count);
+        const block = this.#products(left, right, m, n, count, j === i);
+        for (let row = 0; row < m; row++) {
+          const wanted = j === i ? row + 1 : n;
+          addScaled(1, block, row * n, this.#gram, triangle(i + row) + j, wanted);
+        }
+      }
+    }
+  }
+}
+
+/**
+ * A component is taken from a Gram matrix where its squared singular value is above this share of the largest, as in
+ * `components.ts`; here there are no rows left to find weaker ones in.
+ */
+const RESOLVED = 2 ** -33;
+
+/**
+ * Mean and components of a stack of which the Gram matrix is left.
+ * @param choose as of `principalComponents`
+ * @param products what multiplies, in place of `timesTransposed`
+ * @returns components weaker than 1e-5 of the strongest, or of the mean, cannot be told from rounding and are left out
+ */
+export function gramComponents(
+  { gram, sums, count: rows, width }: Summary & { kind: "gram" },
+  centering: "keep" | "none",
+  choose: number | ((singular: Float64Array, total: number) => number),
+  products: Products = timesTransposed,
+): { mean: Float64Array | undefined; components: Components } {
+  // Rounded as `columnMeans` does: a pack in f32 stores exactly the mean that was taken off.
+  const [sum, turned] = [sums.subarray(0, width), sums.subarray(width + 1, 2 * width + 1)];
+  const [weight, squares] = [sums[width]! || 1, sums[2 * width + 1]!];
+  const mean = centering === "keep" ? sum.map((value) => Math.fround(value / weight)) : undefined;
+  const square = new Float64Array(width * width);
+  let total = 0;
+  for (let i = 0; i < width; i++) {
+    for (let j = 0; j <= i; j++) {
+      let value = gram[triangle(i) + j]!;
+      if (mean) value += squares * mean[i]! * mean[j]! - mean[i]! * turned[j]! - turned[i]! * mean[j]!;
+      square[i * width + j] = square[j * width + i] = value;
+    }
+    total += square[i * width + i]!;
+  }
+  const limit = Math.min(rows, width);
+  const least = RESOLVED * (mean ? squares * dot(mean, 0, mean, 0, width) : 0);
+  const few = typeof choose === "number" ? strongestOf(square, width, Math.min(choose, limit), least, products) : undefined;
+  const eigen = few ?? symmetricEigen(square, width, products.tridiagonalize);
+  const singular = eigen.values.slice(0, limit).map((value) => Math.sqrt(Math.max(0, value)));
+  let resolved = 0;
+  while (resolved < singular.length && eigen.values[resolved]! > Math.max(least, RESOLVED * eigen.values[0]!)) resolved++;
+  if (resolved === 0) return { mean, components: { count: 0, vectors: new Float64Array(0), singular, total: 0 } };
+  const count = Math.min(typeof choose === "number" ? choose : choose(singular, total), resolved);
+  const vectors = eigen.vectors(count);
+  orthonormalize(vectors, 0, count, width, singular);
+  fixSigns(vectors, count, width);
+  return { mean, components: { count, vectors, singular, total } };
+}
+
+/** The largest eigenpairs of G [n, n] alone, where that costs less and none is rounding. */
+function strongestOf(g: Float64Array, n: number, count: number, least: number, products: Products): Eigen | undefined {
+  const release = products.hold?.(g);
+  try {
+    const apply = (v: Float64Array, k: number): Float64Array => products(v, g, k, n, n);
+    const start = (k: number, random: () => number): Float64Array => Float64Array.from({ length: k * n }, () => random() - 0.5);
+    const found = largestEigen({ n, apply, start }, count, products);
+    if (!found || found.values[count - 1]! <= Math.max(least, RESOLVED * found.values[0]!)) return undefined;
+    return { values: found.values, vectors: () => found.vectors };
+  } finally {
+    release?.();
+  }
+}

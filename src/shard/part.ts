@@ -1,0 +1,156 @@
+/**
+ * A part: what one machine did of a pack too large for it, as a file (SPEC.md, section 9). A safetensors file with a
+ * description and a checksum of its header and of every tensor, so that any safetensors reader can look into it. Not a cache:
+ * a part says what it was made of, and whoever runs the commands decides what to make again.
+ */
+import { FormatError } from "../errors.ts";
+import { crc32c } from "../pack/crc32c.ts";
+import { MAGIC, TASK_FILE_MAGIC } from "../pack/format.ts";
+import { Value } from "../pack/messagepack.ts";
+import { openSafetensors, type SafetensorsFile } from "../safetensors.ts";
+import { writeSafetensors, type SafetensorsEntry } from "../safetensors-writer.ts";
+import { openSource, type SourceInput } from "../source.ts";
+
+/** What a part holds: statistics of adapters, or tasks on a basis. */
+export type PartKind = "statistics" | "tasks";
+
+/** Key of the description in the file's metadata. */
+const ABOUT = "eigenlora part";
+/** The last tensor, whatever the others are called: CRC-32C of the header, then of each tensor in the order of the file. */
+const CHECKSUMS = "~checksums";
+
+/** Which command writes a kind of part, and which ones take it. */
+const COMMANDS = {
+  statistics: "shard and merge --part write it, merge takes it",
+  tasks: "project writes it, assemble takes it",
+} as const;
+
+/** Values a description may hold: what JSON can say. */
+export type About = Readonly<Record<string, unknown>>;
+
+/**
+ * The bytes of a part, one tensor at a time.
+ * @param made a digest of everything the part depends on: the same digest is the same part
+ */
+export async function* writePart(kind: PartKind, made: string, about: About, entries: readonly SafetensorsEntry[]): AsyncGenerator<Uint8Array, void> {
+  const checksums: number[] = [];
+  const last: SafetensorsEntry = {
+    name: CHECKSUMS,
+    dtype: "U8",
+    shape: [4 * (entries.length + 1)],
+    read() {
+      const view = new DataView(new ArrayBuffer(4 * checksums.length));
+      checksums.forEach((crc, i) => view.setUint32(4 * i, crc, true));
+      return new Uint8Array(view.buffer);
+    },
+  };
+  const description = JSON.stringify({ kind, version: 1, made, ...about });
+  for await (const chunk of writeSafetensors([...entries, last], new Map([[ABOUT, description]]))) {
+    checksums.push(crc32c(chunk));
+    yield chunk;
+  }
+}
+
+/** An open part. Tensors are checked whenever they are read. */
+export interface Part {
+  /** Path, for messages. */
+  readonly file: string;
+  readonly kind: PartKind;
+  /** As given to `writePart`. */
+  readonly made: string;
+  readonly about: Value;
+  readonly tensors: SafetensorsFile["tensors"];
+  readonly byteLength: number;
+  /** @throws FormatError for a tensor that is missing or damaged */
+  read(name: string): Promise<Uint8Array>;
+  /** Reads everything. @throws FormatError when something is damaged */
+  verify(): Promise<void>;
+  close(): Promise<void>;
+}
+
+/**
+ * Opens a part and checks its description.
+ * @param kind refuses the other kind, where it is given
+ * @throws FormatError when the file is no part, of the other kind, truncated or damaged; SourceError when it cannot be read
+ */
+export async function openPart(input: SourceInput, kind?: PartKind): Promise<Part> {
+  const source = await openSource(input);
+  const file = source.name;
+  const fail = (part: string, message: string): never => {
+    throw new FormatError(message, { file, part });
+  };
+  const damaged = (part: string): never => fail(part, "its checksum does not match: the part is damaged, make it again");
+  try {
+    const head = await source.read(0, Math.min(8, source.byteLength ?? 8));
+    const begins = (magic: readonly number[]): boolean => magic.every((byte, i) => byte === head[i]);
+    if (begins(MAGIC)) fail("header", `this is a pack, not a part${kind ? `: ${COMMANDS[kind]}` : ""}`);
+    if (begins(TASK_FILE_MAGIC)) fail("header", "this is a task file, not a part: add takes it");
+    const tensors = await openSafetensors(source);
+    const text = tensors.metadata.get(ABOUT);
+    if (text === undefined) fail("header", `this is not a part${kind ? `: ${COMMANDS[kind]}` : ""}`);
+    const places = [...tensors.tensors].sort(([, a], [, b]) => a.byteOffset - b.byteOffset || a.byteLength - b.byteLength);
+    const [name, { byteLength }] = places.pop() ?? ["", { byteLength: 0 }];
+    if (name !== CHECKSUMS || byteLength !== 4 * (places.length + 1)) fail("checksums", "they are missing: the part is damaged, make it again");
+    const sums = await tensors.read(CHECKSUMS);
+    const view = new DataView(sums.buffer, sums.byteOffset, sums.length);
+    const start = Math.min(...[...tensors.tensors.values()].map(({ byteOffset }) => byteOffset));
+    if (crc32c(await source.read(0, start)) !== view.getUint32(0, true)) damaged("header");
+    const checksums = new Map(places.map(([tensor], i) => [tensor, view.getUint32(4 * (i + 1), true)]));
+    const about: Value = describe(text!, file);
+    const found = oneOf(about.get("kind"), ["statistics", "tasks"]);
+    const version = about.get("version").integer(1, Number.MAX_SAFE_INTEGER);
+    about.check(version === 1, () => `version ${version}, but this reader knows version 1; update eigenlora`);
+    if (kind && kind !== found) fail("header", `it holds ${found} (${COMMANDS[found]}), expected ${kind}: ${COMMANDS[kind]}`);
+    const read = async (tensor: string): Promise<Uint8Array> => {
+      const bytes = await tensors.read(tensor);
+      if (crc32c(bytes) !== checksums.get(tensor)) damaged(`tensor ${tensor}`);
+      return bytes;
+    };
+    return {
+      file,
+      kind: found,
+      made: about.get("made").string(64),
+      about,
+      tensors: tensors.tensors,
+      byteLength: tensors.byteLength,
+      read,
+      async verify() {
+        for (const tensor of checksums.keys()) await read(tensor);
+      },
+      close: async () => source.close?.(),
+    };
+  } catch (error) {
+    await source.close?.();
+    throw error;
+  }
+}
+
+/** JSON as a `Value`, whose maps have only the keys of the text. */
+function describe(text: string, file: string): Value {
+  try {
+    const root: unknown = JSON.parse(text, (_, value: unknown) =>
+      typeof value === "object" && value !== null && !Array.isArray(value) ? new Map(Object.entries(value)) : value,
+    );
+    return new Value(root, file, "header", "description");
+  } catch (cause) {
+    throw new FormatError(`its description is not JSON: ${(cause as Error).message}`, { file, part: "header", cause });
+  }
+}
+
+/** A word of the description. @throws FormatError when it is none of `words` */
+export function oneOf<T extends string>(value: Value, words: readonly T[]): T {
+  const found = value.string(64);
+  const known = words.find((word) => word === found);
+  if (known !== undefined) return known;
+  throw new FormatError(`${value.path}: "${found}" is unknown here; update eigenlora`, { file: value.file, part: value.part });
+}
+
+/** A tensor's values. @param bytes of a little-endian F64 tensor, at any alignment */
+export function toF64(bytes: Uint8Array): Float64Array {
+  const aligned = bytes.byteOffset % 8 === 0 ? bytes : new Uint8Array(bytes);
+  return new Float64Array(aligned.buffer, aligned.byteOffset, bytes.length / 8);
+}
+
+export function toBytes(values: Float64Array | Uint32Array): Uint8Array {
+  return new Uint8Array(values.buffer, values.byteOffset, values.byteLength);
+}

@@ -1,0 +1,184 @@
+/**
+ * Tasks on a basis that others hold too: adapters projected on one machine become a part, and parts become a pack. A part holds
+ * whole task files (SPEC.md, section 7), so that every one of them is bound to its basis and checked like one that came alone.
+ */
+import type { Adapter } from "../adapters/adapter.ts";
+import { TENSOR_TYPES } from "../dtypes.ts";
+import { AdapterError, FormatError, TaskError } from "../errors.ts";
+import { breakEven, projectAdapters, storageTypes, type BuildReport, type StorageTypes } from "../pack/build.ts";
+import { crc32c } from "../pack/crc32c.ts";
+import { encodeTaskFile } from "../pack/encode.ts";
+import { streamFresh, type TaskPlace } from "../pack/layout.ts";
+import type { Value } from "../pack/messagepack.ts";
+import type { Pack } from "../pack/pack.ts";
+import { parseTaskFile } from "../pack/task-file.ts";
+import type { ByteSource, SourceInput } from "../source.ts";
+import { oneOf, openPart, writePart, type Part } from "./part.ts";
+import { compare } from "./statistics.ts";
+
+/** Number formats of tasks. */
+type TaskTypes = Omit<StorageTypes, "basis">;
+
+/** What a task lost, ‖ΔW − ΔW'‖ / ‖ΔW‖ over its modules. */
+export interface TaskLoss {
+  id: string;
+  mean: number;
+  max: number;
+}
+
+const nameOf = (id: string): string => `task ${id}`;
+
+/**
+ * Projects adapters onto a basis.
+ * @param basis a pack; its tasks, if it has any, are left alone
+ * @param made a digest of what the part is made of
+ * @throws AdapterError as `projectAdapters`; TaskError for two adapters of one id
+ * @returns the bytes of the part, and what the tasks lost
+ */
+export async function projectTasks(
+  basis: Pack,
+  adapters: readonly Adapter[],
+  made: string,
+  options: { types?: Partial<StorageTypes>; onProgress?: (done: number, of: number) => void } = {},
+): Promise<{ chunks: AsyncGenerator<Uint8Array, void>; residual: TaskLoss[] }> {
+  const sorted = [...adapters].sort((a, b) => compare(a.id, b.id));
+  const twice = sorted.find(({ id }, i) => sorted[i + 1]?.id === id);
+  if (twice) throw new TaskError(`two adapters are called "${twice.id}"`, { task: twice.id });
+  const types = storageTypes(options.types);
+  const projected = await projectAdapters(basis, await basis.takeBases(), sorted, types, options.onProgress);
+  const id = idBytes(basis);
+  const entries = projected.map(({ entry, blob }) => {
+    const file = encodeTaskFile(entry, id, blob);
+    return { name: nameOf(entry.id), dtype: "U8", shape: [file.length], read: () => file };
+  });
+  const residual = projected.map((task) => task.residual);
+  const { coefficients, head } = types;
+  return { chunks: writePart("tasks", made, { basisId: basis.basisId, types: { coefficients, head }, tasks: residual }, entries), residual };
+}
+
+/** A pack of all tasks of some parts, and what became of the adapters. */
+export interface AssembledPack {
+  chunks: AsyncGenerator<Uint8Array, void>;
+  report: Pick<BuildReport, "tasks" | "modules" | "bytes" | "adapterBytes" | "ratio" | "breakEvenTasks"> & {
+    error: { mean: number; max: number; worstTask: string };
+    types: TaskTypes;
+  };
+}
+
+/**
+ * Assembles a pack: the tasks of all parts, and those that the basis has already, by id, so that how they were spread over
+ * parts makes no difference to a byte. Blobs are read twice, once to check them and once to be copied: parts and basis stay open
+ * until the chunks have been written.
+ * @throws FormatError for a damaged part; AdapterError for a part on another basis or of other types; TaskError for a task that
+ *   is there twice
+ */
+export async function assemblePack(basis: Pack, parts: readonly TaskPart[]): Promise<AssembledPack> {
+  const first = parts[0];
+  if (!first) throw new RangeError("assemblePack: no parts");
+  const owners = new Map<string, string>([...basis.tasks.keys()].map((id) => [id, basis.name]));
+  const losses: (TaskLoss & { modules: number })[] = [];
+  const places: TaskPlace[] = [];
+  for (const { section, ...entry } of basis.directory.tasks) {
+    places.push({ entry, length: section.length, crc: section.crc, read: async () => (await basis.load(entry.id)).bytes });
+  }
+  for (const part of parts) {
+    refuseOther(basis, first, part);
+    for (const loss of part.tasks) {
+      const other = owners.get(loss.id);
+      if (other !== undefined) throw new TaskError(`${other} and ${part.file} both hold the task "${loss.id}"; leave it out of one of them`, { task: loss.id });
+      owners.set(loss.id, part.file);
+      const { place, modules } = await checkTask(basis, part, loss.id);
+      places.push(place);
+      losses.push({ ...loss, modules });
+    }
+  }
+  places.sort((a, b) => compare(a.entry.id, b.entry.id));
+  const bases = await basis.takeBases();
+  const { bytes, chunks } = streamFresh({ description: basis.directory.basisBytes, bases, basisId: idBytes(basis) }, places);
+  const sizes = places.map(({ entry }) => entry.adapterBytes);
+  const adapterBytes = sizes.reduce((sum, size) => sum + size, 0);
+  const count = losses.reduce((sum, { modules }) => sum + modules, 0);
+  const worst = losses.reduce((a, b) => (b.max > a.max ? b : a));
+  const report = {
+    tasks: places.length,
+    modules: basis.modules.length,
+    types: first.types,
+    bytes,
+    adapterBytes,
+    ratio: adapterBytes / bytes,
+    breakEvenTasks: breakEven(bytes, places.map(({ length }) => length), sizes),
+    error: { mean: losses.reduce((sum, { mean, modules }) => sum + mean * modules, 0) / Math.max(count, 1), max: worst.max, worstTask: worst.id },
+  };
+  return { chunks, report };
+}
+
+function refuseOther(basis: Pack, first: TaskPart, part: TaskPart): void {
+  const { basisId, file, types } = part;
+  if (basisId !== basis.basisId) {
+    throw new AdapterError(`it was projected onto the basis ${basisId}, ${basis.name} is ${basis.basisId}: project it again`, { file, field: "basis" });
+  }
+  for (const what of ["coefficients", "head"] as const) {
+    if (types[what] === first.types[what]) continue;
+    throw new AdapterError(`its ${what} are ${types[what]}, those of ${first.file} ${first.types[what]}: project one of them again, with the same --dtype`, {
+      file,
+      field: what,
+    });
+  }
+}
+
+/** All that a reader of the pack would check, before the pack is written. */
+async function checkTask(basis: Pack, part: TaskPart, id: string): Promise<{ place: TaskPlace; modules: number }> {
+  const bytes = await part.read(id);
+  const file = `${part.file}, ${nameOf(id)}`;
+  const { blob, basisId: _, ...entry } = parseTaskFile(bytes, file);
+  if (entry.id !== id) throw new FormatError(`it holds the task "${entry.id}": the part is damaged, make it again`, { file: part.file, part: nameOf(id) });
+  const source: ByteSource = { name: file, byteLength: bytes.length, read: async (at, length) => bytes.subarray(at, at + length) };
+  await basis.addTask(id, source);
+  const modules = (await basis.load(id)).terms.length;
+  basis.removeTask(id);
+  const read = async (): Promise<Uint8Array> => parseTaskFile(await part.read(id), file).blob;
+  return { place: { entry, length: blob.length, crc: crc32c(blob), read }, modules };
+}
+
+/** A part with tasks, open. */
+export interface TaskPart extends Pick<Part, "file" | "made" | "close"> {
+  /** Hexadecimal id of the basis. */
+  readonly basisId: string;
+  readonly types: TaskTypes;
+  /** Sorted by id. */
+  readonly tasks: readonly TaskLoss[];
+  /** The task file of a task. @throws FormatError when it is damaged */
+  read(id: string): Promise<Uint8Array>;
+}
+
+/** Opens a part with tasks. @throws FormatError as `openPart`, and for a description that its tensors do not fit */
+export async function openTasks(input: SourceInput): Promise<TaskPart> {
+  const part = await openPart(input, "tasks");
+  try {
+    const { file, made, tensors } = part;
+    const about: Value = part.about;
+    const tasks = about.get("tasks").array(1_048_576).map((value: Value) => {
+      const id = value.get("id").string(255);
+      value.check(tensors.has(nameOf(id)), () => `the task "${id}" is missing`);
+      return { id, mean: value.get("mean").number(0, Infinity), max: value.get("max").number(0, Infinity) };
+    });
+    about.check(tasks.length > 0 && tasks.length === tensors.size - 1, () => `${tasks.length} tasks are listed, but there are ${tensors.size - 1}`);
+    const types = about.get("types");
+    return {
+      file,
+      made,
+      basisId: about.get("basisId").string(64),
+      types: { coefficients: oneOf(types.get("coefficients"), TENSOR_TYPES), head: oneOf(types.get("head"), TENSOR_TYPES) },
+      tasks,
+      read: (id) => part.read(nameOf(id)),
+      close: () => part.close(),
+    };
+  } catch (error) {
+    await part.close();
+    throw error;
+  }
+}
+
+function idBytes({ basisId }: Pack): Uint8Array {
+  return Uint8Array.from(basisId.match(/../g)!, (digits) => parseInt(digits, 16));
+}

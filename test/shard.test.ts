@@ -1,0 +1,471 @@
+/**
+ * Packs from parts: the same basis and the same pack however the adapters are spread, on real adapters, whether a side is kept as
+ * rows (own-seed: 160 rows of width 384) or as a Gram matrix (hub: 424); parts that are damaged, mixed or hostile; restarts.
+ */
+import t from "tap";
+import fc from "fast-check";
+import { spawn, spawnSync } from "node:child_process";
+import { once } from "node:events";
+import { cp, mkdtemp, readFile, readdir, rm, stat, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { fileURLToPath } from "node:url";
+import {
+  adapterStatistics,
+  assemblePack,
+  buildBasis,
+  buildPack,
+  mergeStatistics,
+  openStatistics,
+  openTasks,
+  projectTasks,
+  readAdapters,
+  writeStatistics,
+  type Adapter,
+  type BasisOptions,
+  type BuildOptions,
+  type Gauge,
+  type Statistics,
+  type StatisticsPart,
+} from "../dist/src/build.js";
+import { openPack, type Pack } from "../dist/src/pack/pack.js";
+import { svd } from "../dist/src/extract/linalg.js";
+import { gramComponents, SummaryBuilder, summaryKind, triangle, type Summary } from "../dist/src/extract/summary.js";
+import { toBytes, writePart } from "../dist/src/shard/part.js";
+import type { SafetensorsEntry } from "../dist/src/safetensors-writer.js";
+import { concat, data, packDifference } from "./packs.ts";
+
+const F32 = { basis: "f32", coefficients: "f32", head: "f32" } as const;
+const K16 = { kind: "k", k: 16 } as const;
+
+const some = (adapters: readonly Adapter[], modules: number): Adapter[] =>
+  adapters.map((adapter) => ({ ...adapter, modules: new Map([...adapter.modules].slice(0, modules)) }));
+/** The same adapter with an update so many times larger. */
+function scaled(adapter: Adapter, factor: number): Adapter {
+  const modules = [...adapter.modules].map(([name, module]) => {
+    const read = async () => {
+      const { A, Bt } = await module.read();
+      return { A, Bt: Bt.map((value) => value * factor) };
+    };
+    return [name, { ...module, read }] as const;
+  });
+  return { ...adapter, modules: new Map(modules) };
+}
+
+const own = some(await readAdapters([data("adapters/own-seed")]), 3);
+const hub = some(await readAdapters([data("adapters/hub")]), 2);
+t.teardown(() => Promise.all([...own, ...hub].map((adapter) => adapter.close())));
+
+async function collect(chunks: AsyncIterable<Uint8Array>): Promise<Uint8Array<ArrayBuffer>> {
+  const all: Uint8Array[] = [];
+  for await (const chunk of chunks) all.push(chunk);
+  return concat(all);
+}
+
+/** Statistics as a part on disk would give them back. */
+async function part(statistics: Statistics, made = "test"): Promise<StatisticsPart> {
+  return openStatistics(await collect(writeStatistics(statistics, made)));
+}
+
+const shard = async (adapters: readonly Adapter[], options: Pick<BuildOptions, "gauge" | "rank" | "normalize"> = {}): Promise<StatisticsPart> =>
+  part(await adapterStatistics(adapters, options));
+
+/** mulberry32, so that every run draws alike. */
+function draws(seed: number): () => number {
+  return () => {
+    seed = (seed + 0x6d2b79f5) | 0;
+    let x = Math.imul(seed ^ (seed >>> 15), 1 | seed);
+    x ^= x + Math.imul(x ^ (x >>> 7), 61 | x);
+    return ((x ^ (x >>> 14)) >>> 0) / 2 ** 32;
+  };
+}
+
+function shuffled<T>(items: readonly T[], seed: number): T[] {
+  const random = draws(seed);
+  const out = [...items];
+  for (let i = out.length - 1; i > 0; i--) {
+    const j = Math.floor(random() * (i + 1));
+    [out[i], out[j]] = [out[j]!, out[i]!];
+  }
+  return out;
+}
+
+function split<T>(items: readonly T[], count: number): T[][] {
+  return Array.from({ length: count }, (_, i) => items.filter((__, at) => at % count === i));
+}
+
+/** Merges two by two, written and read again at every level. */
+async function tree(parts: StatisticsPart[]): Promise<StatisticsPart> {
+  while (parts.length > 1) {
+    const next: StatisticsPart[] = [];
+    for (let i = 0; i < parts.length; i += 2) next.push(await part(await mergeStatistics(parts.slice(i, i + 2))));
+    parts = next;
+  }
+  return parts[0]!;
+}
+
+const basisOf = async (statistics: Statistics, options: BasisOptions): Promise<Pack> => openPack(concat((await buildBasis(statistics, options)).chunks));
+
+/** A pack by way of parts: tasks spread over `count` of them, handed over in any order. */
+async function assembled(basis: Pack, adapters: readonly Adapter[], count: number, types: BuildOptions["types"]): Promise<Uint8Array> {
+  const parts = [];
+  for (const few of split(shuffled(adapters, count), count)) {
+    const { chunks } = await projectTasks(basis, few, "test", types ? { types } : {});
+    parts.push(await openTasks(await collect(chunks)));
+  }
+  return collect((await assemblePack(basis, shuffled(parts, 7))).chunks);
+}
+
+function largestDifference(a: ArrayLike<number>, b: ArrayLike<number>): number {
+  let largest = a.length === b.length ? 0 : Infinity;
+  for (let i = 0; i < a.length; i++) largest = Math.max(largest, Math.abs(a[i]! - b[i]!));
+  return largest;
+}
+
+t.test("rows kept: 1, 3 and 7 shards, any order, a tree: the bytes of one machine's pack", async (t) => {
+  const settings: (BuildOptions & { gauge: Gauge; centering: "keep" | "none" })[] = [
+    { gauge: "as-trained", centering: "keep", select: K16, types: F32 },
+    { gauge: "as-trained", centering: "none", normalize: true, select: { kind: "energy", share: 0.7 } },
+    { gauge: "balanced", centering: "none", select: { kind: "energy", share: 1 }, types: { basis: "int8", coefficients: "f16", head: "f32" } },
+    { gauge: "balanced", centering: "none", rank: 3, select: K16, types: { basis: "int4", coefficients: "int4", head: "f16" } },
+  ];
+  for (const options of settings) {
+    const { gauge, centering, rank, normalize, select, types } = options;
+    const { chunks } = await buildPack(own, options);
+    for (const count of [1, 3, 7]) {
+      const parts = await Promise.all(split(shuffled(own, count), count).map((few) => shard(few, { gauge, rank, normalize })));
+      for (const statistics of [await mergeStatistics(shuffled(parts, 3)), await tree(parts)]) {
+        const basis = await basisOf(statistics, { centering, select: select!, ...(types?.basis ? { type: types.basis } : {}) });
+        const pack = await assembled(basis, own, count, types);
+        t.ok(Buffer.from(pack).equals(concat(chunks)), `${gauge}, ${centering}, ${count} shards`);
+      }
+    }
+  }
+});
+
+t.test("Gram matrices kept: the same basis and tasks up to 1e-6", async (t) => {
+  const loud = hub.map((adapter, i) => (i === 0 ? scaled(adapter, 1000) : adapter));
+  const select = { kind: "k", k: 32 } as const;
+  const packs: Pack[] = [];
+  for (const [adapters, normalize] of [[hub, false], [loud, true]] as const) {
+    const one = await openPack(concat((await buildPack(adapters, { select, normalize, types: F32 })).chunks));
+    for (const count of [1, 3, 7]) {
+      const parts = await Promise.all(split(shuffled(adapters, count), count).map((few) => shard(few, { normalize })));
+      const merged = await mergeStatistics(shuffled(parts, 3));
+      t.equal((await merged.side(merged.modules.keys().next().value!, "A")).kind, "gram");
+      for (const statistics of [merged, await tree(parts)]) {
+        const basis = await basisOf(statistics, { select, type: "f32" });
+        const pack = await openPack(await assembled(basis, adapters, count, F32));
+        t.same([...pack.tasks.keys()], [...one.tasks.keys()]);
+        const off = await packDifference(pack, one);
+        t.ok(off.bases < 1e-6 && off.coefficients < 1e-6, `${normalize ? "normalized, " : ""}${count} shards: ${off.bases}, ${off.coefficients}`);
+      }
+    }
+    packs.push(one);
+  }
+  const apart = await packDifference(packs[0]!, packs[1]!);
+  t.ok(apart.bases > 1e-3 && apart.coefficients > 1e-3, `another setting, another pack: ${apart.bases}, ${apart.coefficients}`);
+});
+
+t.test("modules that only some adapters adapt, different ranks, embeddings, magnitudes, saved modules", async (t) => {
+  const mixed: Adapter[] = [];
+  for (const id of ["dora", "embedding", "patterns", "plain", "rank-1"]) {
+    const [adapter] = await readAdapters([data(`goldens/peft/${id}/adapter`)]);
+    mixed.push({ ...adapter!, id });
+  }
+  const { chunks } = await buildPack(mixed, { select: K16, types: F32 });
+  for (const count of [2, 5]) {
+    const parts = await Promise.all(split(mixed, count).map((few) => shard(few)));
+    const basis = await basisOf(await tree(parts), { select: K16, type: "f32" });
+    t.ok(Buffer.from(await assembled(basis, mixed, 3, F32)).equals(concat(chunks)), `${count} shards`);
+  }
+  await Promise.all(mixed.map((adapter) => adapter.close()));
+});
+
+t.test("summaries: any split of a stack gives its Gram matrix, and the components of its SVD", (t) => {
+  const shape = fc.record({ width: fc.integer({ min: 1, max: 24 }), count: fc.integer({ min: 1, max: 60 }), cut: fc.double({ min: 0, max: 1, noNaN: true }), seed: fc.integer() });
+  fc.assert(
+    fc.property(shape, ({ width, count, cut, seed }) => {
+      const random = draws(seed);
+      const rows = Float64Array.from({ length: count * width }, () => random() - 0.5 + (seed & 1));
+      const first = Math.floor(cut * count);
+      const pieces = [rows.subarray(0, first * width), rows.subarray(first * width)].filter((piece) => piece.length > 0);
+      const all = new SummaryBuilder(count, width);
+      for (const piece of pieces) {
+        const builder = new SummaryBuilder(piece.length / width, width);
+        builder.add(piece, piece.length / width);
+        const piecewise = builder.finish();
+        if (piecewise.kind === "gram") all.merge(piecewise);
+        else all.add(piecewise.values, piecewise.count);
+      }
+      const summary = all.finish();
+      if (summary.kind === "rows") return summary.values.every((value, i) => value === rows[i]);
+      for (let i = 0; i < width; i++) {
+        for (let j = 0; j <= i; j++) {
+          let sum = 0;
+          for (let r = 0; r < count; r++) sum += rows[r * width + i]! * rows[r * width + j]!;
+          if (Math.abs(sum - summary.gram[triangle(i) + j]!) > 1e-12 * count) return false;
+        }
+      }
+      for (const centering of ["keep", "none"] as const) {
+        const { mean, components } = gramComponents(summary, centering, (singular) => singular.length);
+        const x = rows.map((value, i) => value - (mean?.[i % width] ?? 0));
+        const { S } = svd(x, count, width);
+        if (components.singular.some((value, k) => Math.abs(value - S[k]!) > 1e-6 * (S[0]! + 1))) return false;
+        // Every row lies in the span of all components.
+        const { vectors, count: found } = components;
+        for (let r = 0; r < count; r++) {
+          const row = x.slice(r * width, (r + 1) * width);
+          for (let k = 0; k < found; k++) {
+            const v = vectors.subarray(k * width, (k + 1) * width);
+            const along = v.reduce((sum, value, i) => sum + value * row[i]!, 0);
+            v.forEach((value, i) => (row[i]! -= along * value));
+          }
+          if (Math.hypot(...row) > 1e-4 * (S[0]! + 1)) return false;
+        }
+      }
+      return true;
+    }),
+    { numRuns: 100 },
+  );
+  t.end();
+});
+
+t.test("summaries of stacks without a direction: equal rows, zeros, a mean that outweighs all", (t) => {
+  const summaryOf = (rows: Float64Array, width: number): Summary & { kind: "gram" } => {
+    const builder = new SummaryBuilder(rows.length / width, width);
+    builder.add(rows, rows.length / width);
+    const summary = builder.finish();
+    if (summary.kind !== "gram") throw new Error("expected a Gram matrix");
+    return summary;
+  };
+  const all = (singular: Float64Array): number => singular.length;
+  const equal = Float64Array.from({ length: 40 * 7 }, (_, i) => Math.fround(Math.sin(1 + (i % 7))));
+  t.equal(gramComponents(summaryOf(equal, 7), "keep", all).components.count, 0, "equal rows");
+  t.equal(gramComponents(summaryOf(equal, 7), "none", all).components.count, 1);
+  t.equal(gramComponents(summaryOf(new Float64Array(40 * 7), 7), "none", all).components.count, 0, "zeros");
+  const random = draws(5);
+  const far = Float64Array.from({ length: 40 * 7 }, (_, i) => (i % 7 < 2 ? 1e-3 * (random() - 0.5) : 0) + 1);
+  const { components } = gramComponents(summaryOf(far, 7), "keep", all);
+  t.equal(components.count, 2, "what varies under a mean that is a thousand times larger");
+  for (let k = 0; k < 2; k++) t.ok(Math.hypot(components.vectors[7 * k]!, components.vectors[7 * k + 1]!) > 1 - 1e-6);
+  t.throws(() => new SummaryBuilder(2, 3).finish(), RangeError);
+  t.throws(() => new SummaryBuilder(1, 3).add(new Float64Array(6), 2), RangeError);
+  t.end();
+});
+
+t.test("the strongest components alone are those among all", (t) => {
+  const [width, count] = [300, 400];
+  const random = draws(9);
+  const rows = Float64Array.from({ length: count * width }, (_, i) => (random() - 0.5) * 0.8 ** (i % width) + 0.01 * (random() - 0.5));
+  const builder = new SummaryBuilder(count, width);
+  builder.add(rows, count);
+  const summary = builder.finish() as Summary & { kind: "gram" };
+  const few = gramComponents(summary, "keep", 6).components;
+  const all = gramComponents(summary, "keep", () => 6).components;
+  t.same([few.singular.length, all.singular.length], [6, width], "found without the others");
+  t.ok(few.total === all.total && largestDifference(few.singular, all.singular.subarray(0, 6)) < 1e-9);
+  t.ok(largestDifference(few.vectors, all.vectors) < 1e-7, `${largestDifference(few.vectors, all.vectors)}`);
+  t.end();
+});
+
+t.test("what needs all adapters at once is refused by name", async (t) => {
+  const balanced = await shard(own.slice(0, 2), { gauge: "balanced" });
+  await t.rejects(buildBasis(balanced, { centering: "keep" }), { name: "RangeError", message: /--centering none/ });
+  await t.rejects(buildBasis(balanced, { centering: "none", select: { kind: "error", max: 0.5 } }), { name: "RangeError", message: /all adapters at once/ });
+  await t.rejects(buildBasis(balanced, { centering: "none", select: { kind: "k", k: 0 } }), RangeError);
+});
+
+t.test("parts that do not belong together are refused by file and reason", async (t) => {
+  const [a, b] = [await shard(own.slice(0, 3)), await shard(own.slice(3, 5))];
+  await t.rejects(mergeStatistics([]), RangeError);
+  await t.rejects(adapterStatistics([]), RangeError);
+  await t.rejects(mergeStatistics([a, b, await shard(own.slice(2, 3))]), { tag: "task", task: own[2]!.id, message: /counts once/ });
+  await t.rejects(adapterStatistics([own[0]!, own[0]!]), { tag: "task", task: own[0]!.id, message: /counts once/ });
+  await t.rejects(mergeStatistics([a, await shard(own.slice(3, 5), { gauge: "balanced" })]), { tag: "adapter", field: "gauge", message: /balanced.*as-trained/ });
+  const other = own.slice(5, 6).map((adapter) => ({ ...adapter, baseModel: "another/model" }));
+  await t.rejects(mergeStatistics([a, await shard(other)]), { tag: "adapter", message: /another\/model.*--any-base/ });
+  t.equal((await mergeStatistics([a, await shard(other)], { anyBase: true })).adapters.length, 4);
+  const [name, module] = [...own[5]!.modules][0]!;
+  const wider = { ...own[5]!, modules: new Map([[name, { ...module, out: 96, rank: 32 }]]) };
+  await t.rejects(mergeStatistics([a, await shard([wider])]), { tag: "adapter", field: name, message: /\[96, 384\]/ });
+
+  const basis = await basisOf(await mergeStatistics([a, b]), { select: K16 });
+  const another = await basisOf(a, { select: K16 });
+  const tasks = async (on: Pack, adapters: Adapter[], types = {}) => openTasks(await collect((await projectTasks(on, adapters, "test", { types })).chunks));
+  const [first, second] = [await tasks(basis, own.slice(0, 2)), await tasks(basis, own.slice(2, 3))];
+  await t.rejects(assemblePack(basis, []), RangeError);
+  await t.rejects(assemblePack(another, [first]), { tag: "adapter", field: "basis", message: /project it again/ });
+  await t.rejects(assemblePack(basis, [first, second, first]), { tag: "task", task: own[0]!.id, message: /both hold the task/ });
+  await t.rejects(assemblePack(basis, [first, await tasks(basis, own.slice(3, 4), { coefficients: "int8" })]), { tag: "adapter", field: "coefficients", message: /int8.*f16/ });
+  const [whole, cut] = [await shard(own.slice(0, 2), { gauge: "balanced" }), await shard(own.slice(2, 4), { gauge: "balanced", rank: 3 })];
+  await t.rejects(mergeStatistics([whole, cut]), { tag: "adapter", field: "rank", message: /--rank/ });
+  await t.rejects(adapterStatistics(own, { rank: 3 }), { name: "RangeError", message: /balanced/ });
+
+  await t.rejects(projectTasks(basis, [own[0]!, own[0]!], "test"), { tag: "task", message: /two adapters/ });
+  await t.rejects(projectTasks(basis, [wider], "test"), { tag: "adapter", field: name, message: /another model/ });
+  // A pack with tasks is a basis as well: they stay.
+  const begun = await openPack(await collect((await assemblePack(basis, [first])).chunks));
+  const grown = await openPack(await collect((await assemblePack(begun, [second])).chunks));
+  t.same([...grown.tasks.keys()], own.slice(0, 3).map(({ id }) => id));
+  await t.rejects(assemblePack(begun, [first]), { tag: "task", task: own[0]!.id, message: /both hold the task/ });
+});
+
+t.test("every damage of a part is found: each byte of the header, samples of the rest, every length", async (t) => {
+  const few = own.slice(0, 1).map((adapter) => ({ ...adapter, modules: new Map([...adapter.modules].slice(0, 1)) }));
+  const statistics = await shard(few);
+  const basis = await basisOf(statistics, { select: K16 });
+  const parts: [string, Uint8Array, (bytes: Uint8Array) => Promise<unknown>][] = [
+    [
+      "statistics",
+      await collect(writeStatistics(statistics, "test")),
+      async (bytes) => {
+        const opened = await openStatistics(bytes);
+        for (const name of opened.modules.keys()) {
+          await opened.ranks(name);
+          for (const side of ["A", "B"] as const) await opened.side(name, side);
+        }
+      },
+    ],
+    [
+      "tasks",
+      await collect((await projectTasks(basis, few, "test")).chunks),
+      async (bytes) => collect((await assemblePack(basis, [await openTasks(bytes)])).chunks),
+    ],
+  ];
+  for (const [kind, bytes, use] of parts) {
+    await use(bytes);
+    const header = 8 + new DataView(bytes.buffer).getUint32(0, true);
+    const random = draws(1);
+    const places = [...Array(header).keys(), ...Array.from({ length: 200 }, () => header + Math.floor(random() * (bytes.length - header)))];
+    for (const at of places) {
+      const damaged = bytes.slice();
+      damaged[at]! ^= 1 << at % 8;
+      const found = await use(damaged).then(() => "nothing", (error: { tag?: string }) => error.tag ?? "untagged");
+      if (found !== "format") t.fail(`${kind}, byte ${at}: ${found}`);
+    }
+    for (let i = 0; i < 100; i++) {
+      const found = await use(bytes.slice(0, Math.floor((bytes.length * i) / 100))).then(() => "nothing", (error: { tag?: string }) => error.tag ?? "untagged");
+      if (found !== "format" && found !== "source") t.fail(`${kind}, cut at ${i} %: ${found}`);
+    }
+    await t.rejects(use(concat([bytes, new Uint8Array(1)])), { tag: "format", message: /byte/ });
+    t.pass(`${kind}: ${places.length} bytes`);
+  }
+  await t.rejects(openStatistics(parts[1]![1]), { tag: "format", message: /holds tasks.*shard/ });
+  await t.rejects(openTasks(parts[0]![1]), { tag: "format", message: /holds statistics.*project/ });
+  await t.rejects(openStatistics(concat((await buildBasis(statistics)).chunks)), { tag: "format", message: /this is a pack/ });
+  await t.rejects(openStatistics(await readFile(data("adapters/own-seed/debtags-game/adapter_model.safetensors"))), { tag: "format", message: /not a part/ });
+  await t.rejects(openStatistics(new Uint8Array(0)), { tag: "format", message: /0 bytes/ });
+});
+
+t.test("parts that lie with good checksums are refused", async (t) => {
+  const adapters = [{ id: "a" }, { id: "b" }];
+  const module = { name: "m", out: 2, in: 3, layout: "out-in", rows: 2 };
+  const f64 = (name: string, shape: number[], values: number[]): SafetensorsEntry => ({ name, dtype: "F64", shape, read: () => toBytes(Float64Array.from(values)) });
+  const ranks: SafetensorsEntry = { name: "m.ranks", dtype: "U32", shape: [2], read: () => toBytes(Uint32Array.of(1, 1)) };
+  const rows = f64("m.A.rows", [2, 3], [1, 2, 3, 4, 5, 6]);
+  const gram = [f64("m.B.gram", [3], [1, 0, 1]), f64("m.B.sums", [2, 3], [1, 1, 2, 1, 1, 2])];
+  const good = { gauge: "as-trained", adapters, modules: [module] };
+  const lie = async (about: object, entries: SafetensorsEntry[]): Promise<StatisticsPart> => openStatistics(await collect(writePart("statistics", "x", about as never, entries)));
+  t.equal(summaryKind(2, 3), "rows");
+  t.equal(summaryKind(2, 2), "gram");
+  t.equal((await lie(good, [rows, ...gram, ranks])).modules.size, 1, "the honest one opens");
+  const cases: [string, object, SafetensorsEntry[], RegExp][] = [
+    ["another gauge", { ...good, gauge: "loose" }, [rows, ...gram, ranks], /"loose" is unknown/],
+    ["no adapters", { ...good, adapters: [] }, [rows, ...gram, ranks], /no adapters/],
+    ["an adapter twice", { ...good, adapters: [{ id: "a" }, { id: "a" }] }, [rows, ...gram, ranks], /not sorted, or one is there twice/],
+    ["a control character", { ...good, adapters: [{ id: "a" }, { id: "b\n" }] }, [rows, ...gram, ranks], /cannot name a task/],
+    ["a module twice", { ...good, modules: [module, module] }, [rows, ...gram, ranks], /two modules/],
+    ["a tensor missing", good, [rows, gram[0]!, ranks], /m\.B\.sums is missing/],
+    ["another shape", { ...good, modules: [{ ...module, rows: 1 }] }, [rows, ...gram, ranks], /expected F64 \[1,3\]/],
+    ["rows beyond memory", { ...good, modules: [{ ...module, in: 2 ** 31 - 1, out: 2 ** 31 - 1 }] }, [rows, ...gram, ranks], /expected F64/],
+    ["another layout", { ...good, modules: [{ ...module, layout: "__proto__" }] }, [rows, ...gram, ranks], /is unknown here/],
+  ];
+  for (const [name, about, entries, message] of cases) await t.rejects(lie(about, entries), { tag: "format", message }, name);
+  const nan = await lie(good, [f64("m.A.rows", [2, 3], [1, 2, NaN, 4, 5, 6]), ...gram, ranks]);
+  await t.rejects(nan.side("m", "A"), { tag: "format", part: "tensor m.A.rows", message: /value 2 is NaN/ });
+  const more = await lie(good, [rows, ...gram, { ...ranks, read: () => toBytes(Uint32Array.of(1, 7)) }]);
+  await t.rejects(more.ranks("m"), { tag: "format", message: /add up to 8, expected 2/ });
+});
+
+t.test("the commands: restarts, interruptions, refusals, the keys of the contract", async (t) => {
+  const folder = await mkdtemp(join(tmpdir(), "eigenlora-shard-"));
+  t.teardown(() => rm(folder, { recursive: true }));
+  const main = fileURLToPath(new URL("../dist/src/cli/main.js", import.meta.url));
+  const json = (status: number, ...args: string[]): Record<string, any> => {
+    const { status: found, stdout, stderr } = spawnSync(process.execPath, [main, ...args, "--json"], { encoding: "utf8", cwd: folder });
+    if (found !== status || stderr !== "") throw new Error(`${args.join(" ")}: exit ${found}\n${stdout}${stderr}`);
+    return JSON.parse(stdout);
+  };
+  for (const name of ["debtags-game", "debtags-role", "sections-0"]) await cp(data(`adapters/own-seed/${name}`), join(folder, name), { recursive: true });
+  const bytes = (name: string): Promise<Buffer> => readFile(join(folder, name));
+
+  const first = json(0, "shard", "debtags-game", "debtags-role", "-o", "a.part");
+  t.match(first, { file: "a.part", adapters: 2, modules: 12, gauge: "as-trained", present: false, bytes: (await stat(join(folder, "a.part"))).size });
+  const before = await bytes("a.part");
+  t.equal(json(0, "shard", "debtags-role", "debtags-game", "-o", "a.part")["present"], true, "the same again is there already");
+  t.equal(json(0, "shard", "debtags-game", "debtags-role", "-o", "again.part")["present"], false);
+  t.ok(before.equals(await bytes("again.part")), "the same input, the same bytes");
+  t.equal(json(0, "shard", "debtags-game", "debtags-role", "--gauge", "balanced", "-o", "again.part")["present"], false, "another setting");
+  t.equal(json(0, "shard", "debtags-game", "debtags-role", "--as", "debtags-game=games", "-o", "a.part")["present"], false, "another name");
+  const damaged = Buffer.from(before);
+  damaged[damaged.length - 500]! ^= 1;
+  await writeFile(join(folder, "a.part"), damaged);
+  t.equal(json(0, "shard", "debtags-game", "debtags-role", "-o", "a.part")["present"], false, "a damaged part is made again");
+  t.ok(before.equals(await bytes("a.part")));
+
+  // Killed wherever it may be: no part, or a whole one.
+  for (const delay of [40, 120, 180, 240]) {
+    const child = spawn(process.execPath, [main, "shard", data("adapters/hub"), "-o", "killed.part"], { cwd: folder, stdio: "ignore" });
+    await new Promise((resolve) => setTimeout(resolve, delay));
+    child.kill("SIGKILL");
+    await once(child, "exit");
+    if ((await readdir(folder)).includes("killed.part")) await openStatistics(join(folder, "killed.part")).then((found) => found.close());
+  }
+  t.equal(json(0, "shard", "sections-0", "-o", "killed.part")["adapters"], 1, "a rerun is not in the way of what was left");
+
+  json(0, "shard", "sections-0", "-o", "b.part");
+  const merged = json(0, "merge", "b.part", "a.part", "--part", "-o", "ab.part");
+  t.match(merged, { adapters: 3, modules: 12, present: false });
+  t.equal(json(0, "merge", "a.part", "b.part", "--part", "-o", "ab.part")["present"], true);
+  json(0, "merge", "ab.part", "--k", "8", "-o", "tree.eigen");
+  const found = json(0, "merge", "a.part", "b.part", "--k", "8", "-o", "basis.eigen");
+  t.match(found, { file: "basis.eigen", adapters: 3, modules: 12, gauge: "as-trained", centering: "keep", type: "f16", components: { min: 8, max: 8 } });
+  t.ok((await bytes("tree.eigen")).equals(await bytes("basis.eigen")));
+  t.match(json(0, "inspect", "basis.eigen"), { tasks: [], breakEvenTasks: null });
+  t.equal(json(0, "verify", "basis.eigen")["ok"], true);
+  t.match(json(0, "project", "basis.eigen", "debtags-game", "-o", "1.part"), { adapters: 1, present: false, residual: [{ id: "debtags-game" }] });
+  t.match(json(0, "project", "basis.eigen", "debtags-game", "-o", "1.part"), { present: true, residual: [{ id: "debtags-game" }] });
+  json(0, "project", "basis.eigen", "debtags-role", "sections-0", "-o", "2.part");
+  const done = json(0, "assemble", "basis.eigen", "2.part", "1.part", "-o", "tasks.eigen");
+  const one = json(0, "pack", "debtags-game", "debtags-role", "sections-0", "--k", "8", "-o", "one.eigen");
+  for (const key of ["tasks", "modules", "bytes", "adapterBytes", "ratio", "breakEvenTasks"]) t.same(done[key], one[key], key);
+  t.ok(Math.abs(done["error"].mean - one["error"].mean) < 1e-9 && done["error"].max === one["error"].max);
+  t.ok((await bytes("tasks.eigen")).equals(await bytes("one.eigen")));
+  json(0, "add", "basis.eigen", "sections-0");
+  t.equal(json(0, "inspect", "basis.eigen")["tasks"].length, 1, "a basis takes tasks like any pack");
+
+  // A retrained adapter is another one, whatever its name and size.
+  const weights = join(folder, "sections-0", "adapter_model.safetensors");
+  const values = await readFile(weights);
+  values[values.length - 1]! ^= 1;
+  await writeFile(weights, values);
+  t.equal(json(0, "shard", "sections-0", "-o", "b.part")["present"], false);
+
+  const refusals: [number, RegExp, ...string[]][] = [
+    [2, /--mode joint: only column mode/, "shard", "sections-0", "--mode", "joint", "-o", "x"],
+    [2, /--mode flat: only column mode/, "merge", "a.part", "--mode", "flat", "-o", "x"],
+    [2, /would overwrite/, "merge", "a.part", "-o", "a.part"],
+    [2, /--k is for a basis/, "merge", "a.part", "--part", "--k", "3", "-o", "x"],
+    [1, /all adapters at once/, "merge", "a.part", "--error", "0.3", "-o", "x"],
+    [1, /both hold/, "merge", "a.part", "ab.part", "-o", "x"],
+    [1, /holds tasks/, "merge", "1.part", "-o", "x"],
+    [1, /holds statistics/, "assemble", "basis.eigen", "a.part", "-o", "x"],
+    [1, /projected onto the basis/, "assemble", "basis.eigen", "1.part", "3.part", "-o", "x"],
+  ];
+  json(0, "shard", "debtags-role", "-o", "r.part");
+  json(0, "merge", "r.part", "--k", "3", "-o", "r.eigen");
+  json(0, "project", "r.eigen", "debtags-role", "-o", "3.part");
+  for (const [status, message, ...args] of refusals) t.match(json(status, ...args)["error"].message, message, args.join(" "));
+  t.notOk((await readdir(folder)).includes("x"), "a refusal writes nothing");
+});
