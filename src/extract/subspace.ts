@@ -19,7 +19,6 @@ import {
   forwardSolve,
   gram,
   timesTransposed,
-  transpose,
   type Products,
 } from "./linalg.ts";
 
