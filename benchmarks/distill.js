@@ -19,6 +19,7 @@ import { createEigenSession } from "eigenlora/onnxruntime";
 import { shuffle, uniform } from "../dist/src/learn/random.js";
 import { agreement, createEncoder, labelOf, model, readReference, readTask, runBatches, toBatches } from "../examples/minilm.js";
 import { data, option, print } from "./report.js";
+import { bytesOfAdapter } from "./size/suite.js";
 
 const SUITE = /** @type {"own-seed" | "shared-seed" | "hub"} */ (option("suite") ?? "own-seed");
 const K = Number(option("k") ?? 8);
@@ -29,10 +30,9 @@ const TASKS = Number(option("tasks") ?? Infinity);
 const TEXTS = Number(option("texts") ?? 512);
 const STEPS = Number(option("steps") ?? 240);
 const BATCH = Number(option("batch") ?? 8);
-const RATE = Number(option("rate") ?? 0.02);
-const HEAD = Number(option("head-rate") ?? 0.02);
+/** distil's own choice unless given, as the temperature. */
+const [RATE, HEAD] = [option("rate"), option("head-rate")].map((rate) => (rate === undefined ? undefined : Number(rate)));
 const GAUGE = /** @type {"balanced" | "as-trained"} */ (option("gauge") ?? "balanced");
-/** distil's own choice unless given. */
 const TEMPERATURE = option("temperature") === undefined ? undefined : Number(option("temperature"));
 const THREADS = Number(option("threads") ?? 0);
 const INTO = option("into");
@@ -48,12 +48,13 @@ const pool = [...new Set(tasks.flatMap(({ train }) => train.map(([text]) => text
 shuffle(pool, uniform(1));
 
 const how = { gauge: GAUGE, rank: RANK, types: TYPES };
-const adapterBytes = adapters.reduce((sum, { byteLength }) => sum + byteLength, 0);
+// As numbers in f32, whatever their files hold.
+const adapterBytes = adapters.reduce((sum, adapter) => sum + bytesOfAdapter(adapter), 0);
 const { chunks, report } = RATIO === undefined ? await buildPack(adapters, { ...how, select: { kind: "k", k: K } }) : await packWithin(adapters, how, adapterBytes / RATIO);
 const pack = await openPack(new Blob(/** @type {BlobPart[]} */ (chunks)));
 const options = { trainable: true, session: THREADS > 0 ? { intraOpNumThreads: THREADS } : {} };
 const session = await createEigenSession(ort, model, pack, options);
-const settings = JSON.stringify({ SUITE, ...(RATIO === undefined ? { K } : { RATIO, RANK, TYPES }), TEXTS, STEPS, BATCH, RATE, HEAD, GAUGE, TEMPERATURE: TEMPERATURE ?? "own" });
+const settings = JSON.stringify({ SUITE, ...(RATIO === undefined ? { K } : { RATIO, RANK, TYPES }), TEXTS, STEPS, BATCH, RATE: RATE ?? "own", HEAD: HEAD ?? "own", GAUGE, TEMPERATURE: TEMPERATURE ?? "own" });
 const lines = INTO ? (await readFile(INTO, "utf8").catch(() => "")).split("\n").filter((line) => line !== "") : [];
 const earlier = new Map(lines.map((line) => JSON.parse(line)).filter((one) => one.settings === settings).map(({ row }) => [row.name, row]));
 /** @type {import("./report.js").Row[]} */
@@ -75,7 +76,7 @@ await session.release();
 for (const adapter of adapters) await adapter.close();
 
 print({
-  question: `What does distilling win back (MiniLM, ${SUITE}, ${adapters.length} adapters of r 8, K ${report.components.max}, ${Object.values(report.types).join("/")}, ${report.bytes} bytes, ${report.ratio.toFixed(1)}× smaller)?`,
+  question: `What does distilling win back (MiniLM, ${SUITE}, ${adapters.length} adapters of r 8, K ${report.components.max}, ${Object.values(report.types).join("/")}, ${report.bytes} bytes, ${(adapterBytes / report.bytes).toFixed(1)}× fewer than f32)?`,
   rows,
   peers: [],
   notes: [
@@ -101,7 +102,7 @@ async function measure(adapter, task) {
     return 100 * agreement((await runBatches(session, batches)).map(labelOf), labels);
   };
   const started = performance.now();
-  const settings = { steps: STEPS, batch: BATCH, rates: { terms: RATE, head: HEAD }, temperature: TEMPERATURE };
+  const settings = { steps: STEPS, batch: BATCH, rates: { ...(RATE === undefined ? {} : { terms: RATE }), ...(HEAD === undefined ? {} : { head: HEAD }) }, temperature: TEMPERATURE };
   const made = await distill(session, { adapter, texts, encode: /** @type {any} */ (encode), ...settings });
   const seconds = (performance.now() - started) / 1000;
   await session.addTask("distilled", made.file);

@@ -54,12 +54,13 @@ export const keyOf = ({ suite, n, way, task }) => [suite, n, way, ...(task ? [ta
  * @param {Way} way not distilled
  * @param {boolean} asks
  * @param {Peers} peers
+ * @param {number} [most] bytes that a search must keep to
  * @returns {Promise<Row>}
  */
-export async function measure(suite, n, way, asks, peers) {
+export async function measure(suite, n, way, asks, peers, most) {
   const started = performance.now();
   const adapters = suite.take(n);
-  const found = await store(suite, adapters, way, peers, asks);
+  const found = await store(suite, adapters, way, peers, asks, most);
   const { chunks, strength = 1, ...figures } = found;
   /** @type {import("./suite.js").Answers[]} */
   const answers = [];
@@ -86,12 +87,14 @@ export async function measure(suite, n, way, asks, peers) {
  * @param {Way} way
  * @param {Peers} peers
  * @param {boolean} asks
+ * @param {number} [most]
  * @returns {Promise<Pick<Row, "bytes" | "error" | "errors" | "sizes" | "peer" | "found"> & { chunks: Uint8Array[], strength?: number }>}
  */
-async function store(suite, adapters, way, peers, asks) {
+async function store(suite, adapters, way, peers, asks, most) {
   if (way.kind === "auto") {
-    const judge = way.judged ? await suite.judge(adapters) : undefined;
-    const criterion = /** @type {const} */ ({ kind: "bytes", max: budget(adapters, way.ratio) });
+    const judge = "judged" in way && way.judged ? await suite.judge(adapters) : undefined;
+    const max = "ratio" in way ? budget(adapters, way.ratio) : (most ?? NaN);
+    const criterion = /** @type {const} */ ({ kind: "bytes", max });
     const { chunks, report } = await buildAuto(adapters, { criterion, ...(judge ? { judge: judge.judge } : {}) });
     await judge?.release();
     const same = report.tried.filter(({ bytes, error }) => bytes === report.bytes && error === report.error.mean);

@@ -17,7 +17,7 @@ import { SETTINGS, shapesPart } from "../shapes.js";
 import { keyOf, measure, measureDistilled, Peers } from "./measure.js";
 import { Suite, SUITES } from "./suite.js";
 import { drawFigures, Reader, tables } from "./tables.js";
-import { byThemselves, distilled, found, frontier, grid, nameOf, small } from "./ways.js";
+import { byThemselves, distilled, found, frontier, grid, nameOf, small, within } from "./ways.js";
 
 /** @typedef {import("./measure.js").Row} Row */
 
@@ -42,6 +42,7 @@ for (const suite of suites) for (const n of suite.sizes) await run(suite, n, sma
 for (const suite of suites) await run(suite, suite.adapters.length, frontier(suite.adapters.length), true);
 for (const suite of suites) for (const n of suite.sizes) await run(suite, n, found(n), n === suite.adapters.length);
 for (const suite of suites) await run(suite, suite.adapters.length, found(suite.adapters.length).slice(1).map((way) => ({ ...way, judged: true })), true);
+for (const suite of suites) for (const n of suite.sizes) await run(suite, n, within(n), false);
 if (process.argv.includes("--distilled")) {
   for (const suite of suites) {
     const n = suite.adapters.length;
@@ -79,7 +80,9 @@ async function run(suite, n, ways, asks) {
     const known = rows.get({ suite: suite.name, n, way: nameOf(way) });
     if (known && (known.accuracy || !asks)) continue;
     if ((way.kind === "lorashare" || way.kind === "vlora") && peers.reason) continue;
-    await keep(await measure(suite, n, way, asks, peers));
+    const most = way.kind === "auto" && "within" in way ? new Reader(rows.all(), suites).fileBytes(suite, n, nameOf(way.within)) : undefined;
+    if (Number.isNaN(most)) continue;
+    await keep(await measure(suite, n, way, asks, peers, most));
   }
 }
 

@@ -146,6 +146,12 @@ export class Suite {
   }
 }
 
+/** Bytes of an adapter's file that are no numbers; numbers are f32, or all f16. @param {Adapter} adapter */
+export function headerBytes(adapter) {
+  const numbers = bytesOfAdapter(adapter);
+  return adapter.byteLength - (adapter.byteLength >= numbers ? numbers : numbers / 2);
+}
+
 /** Bytes of an adapter's numbers in f32, its head among them. @param {Adapter} adapter */
 export function bytesOfAdapter({ modules, saved }) {
   const factors = [...modules.values()].reduce((sum, one) => sum + one.rank * (one.in + one.out), 0);

@@ -1,6 +1,6 @@
 /** Tables and figures of what was measured. */
 import { drawLines, sideBySide } from "../chart.js";
-import { bytesOfAdapter } from "./suite.js";
+import { bytesOfAdapter, headerBytes } from "./suite.js";
 
 /**
  * @typedef {import("./measure.js").Row} Row
@@ -17,6 +17,7 @@ import { bytesOfAdapter } from "./suite.js";
  */
 
 const LORA = "LoRA, f32";
+const ALONE = /^cut|^LoRA/;
 /** Largest ΔW errors at which bytes are compared. */
 const LEVELS = [0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1];
 
@@ -37,6 +38,16 @@ export class Reader {
     const tasks = own.filter((row) => row.n === n && row.task);
     const distilled = [...new Set(tasks.map(({ way }) => way))].map((way) => together(tasks.filter((row) => row.way === way)));
     return [...alone, ...rest, ...distilled].map(pointOf).sort((a, b) => a.bytes - b.bytes);
+  }
+
+  /**
+   * Of what a way stores, files' headers included: adapters by themselves are files with the headers that they have.
+   * @param {Suite} suite @param {number} n @param {string} way
+   * @returns {number} NaN where it was not measured
+   */
+  fileBytes(suite, n, way) {
+    const point = this.points(suite, n).find((one) => one.way === way);
+    return point ? point.bytes + (ALONE.test(way) ? sum(suite.take(n).map(headerBytes)) : 0) : NaN;
   }
 
   /** Of the adapters in f32, by their numbers. @param {Suite} suite @param {number} n */
@@ -73,7 +84,7 @@ function familyOf(way) {
 
 /** @param {Reader} reader @returns {Part[]} */
 export function tables(reader) {
-  return reader.suites.flatMap((suite) => suite.sizes.flatMap((n) => [behaviour(reader, suite, n), errors(reader, suite, n)])).filter(({ rows }) => rows.length > 0);
+  return reader.suites.flatMap((suite) => suite.sizes.flatMap((n) => [behaviour(reader, suite, n), errors(reader, suite, n), searched(reader, suite, n)])).filter(({ rows }) => rows.length > 0);
 }
 
 /** @param {Reader} reader @param {Suite} suite @param {number} n @returns {Part} */
@@ -115,6 +126,19 @@ function errors(reader, suite, n) {
     return { name: family, ...Object.fromEntries(LEVELS.map((level, i) => [`≤ ${level}`, Number.isFinite(least[i]) ? least[i] / 1000 : null])) };
   });
   return { question: `${suite.name}, ${n} adapters: fewest kB among those measured, by the mean ΔW error allowed`, rows };
+}
+
+/** @param {Reader} reader @param {Suite} suite @param {number} n @returns {Part} */
+function searched(reader, suite, n) {
+  const points = reader.points(suite, n);
+  const rows = points.flatMap((point) => {
+    const other = /^auto, within the bytes of (.*)$/.exec(point.way)?.[1];
+    const theirs = points.find(({ way }) => way === other);
+    if (!theirs || theirs.error === undefined || point.error === undefined) return [];
+    return [{ name: theirs.way, kB: reader.fileBytes(suite, n, theirs.way) / 1000, "ΔW error": theirs.error, "auto, kB": point.bytes / 1000, "auto, ΔW error": point.error }];
+  });
+  const notes = ["Whole files: adapters by themselves have the headers of their files."];
+  return { question: `${suite.name}, ${n} adapters: what does a search find within the bytes of others?`, rows, notes };
 }
 
 /** @param {Reader} reader @returns {Map<string, string>} SVG by name: of each suite, few adapters beside all */

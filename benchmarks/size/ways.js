@@ -6,10 +6,11 @@
  * @typedef {{ kind: "pack", options: BuildOptions, ratio?: number, calibrated?: boolean, distilled?: boolean }} Packed a pack of
  *   all adapters; with a ratio, as many components as fit into so many times fewer bytes than the f32 adapters'
  * @typedef {{ kind: "auto", ratio: number, judged?: boolean }} Auto the best pack of so many times fewer bytes than the f32 adapters, by answers to plain text or by ΔW error
+ * @typedef {{ kind: "auto", within: Each | Peer }} Within the best pack that is no larger than what another way stores, by ΔW error
  * @typedef {{ kind: "each", rank?: number, type: TensorType, head: TensorType }} Each every adapter by itself, cut to a rank by its own SVD
  * @typedef {{ kind: "heads", type: TensorType }} Heads heads without adapters
  * @typedef {{ kind: "lorashare" | "vlora", k: number, packed?: boolean }} Peer packed: its components in 4 bits
- * @typedef {Packed | Auto | Each | Heads | Peer} Way
+ * @typedef {Packed | Auto | Within | Each | Heads | Peer} Way
  */
 
 /** How many steps distilling takes; a task of the size here then takes some 25 s. */
@@ -33,6 +34,7 @@ export function nameOf(way) {
     const what = way.rank === undefined ? "LoRA" : `cut to rank ${way.rank}`;
     return `${what}, ${typesOf({ basis: way.type, coefficients: way.type, head: way.head })}`;
   }
+  if (way.kind === "auto" && "within" in way) return `auto, within the bytes of ${nameOf(way.within)}`;
   if (way.kind === "auto") return `auto, ${way.ratio} times fewer bytes, by ${way.judged ? "answers" : "ΔW error"}`;
   if (way.kind !== "pack") return `${way.kind} K ${way.k}${way.packed ? ", NF4" : ""}`;
   const { mode, gauge, select, types, ...more } = way.options;
@@ -129,6 +131,20 @@ export function grid(n) {
 /** What a search of all of these finds. @param {number} n adapters @returns {Auto[]} */
 export function found(n) {
   return ratiosOf(n).map((ratio) => ({ kind: "auto", ratio }));
+}
+
+/** Others' ways, and what a search finds within their bytes. @param {number} n adapters @returns {Within[]} */
+export function within(n) {
+  /** @type {(Each | Peer)[]} */
+  const others = [
+    { kind: "lorashare", k: 8 },
+    { kind: "lorashare", k: 32 },
+    { kind: "vlora", k: 4, packed: true },
+    { kind: "vlora", k: Math.min(16, n - 1) },
+    ...[1, 2, 4].map((rank) => cut(rank, "int4")),
+    cut(undefined, "int8"),
+  ];
+  return others.map((other) => ({ kind: "auto", within: other }));
 }
 
 /** How many times fewer bytes are asked for: easily had, and hardly. @param {number} n adapters */

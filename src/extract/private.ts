@@ -27,6 +27,8 @@ export interface PrivateTerms {
 export interface PrivateOptions extends ExtractOptions {
   /** Rank of the private part: of every task with `select` by number or energy, the most with an error, where each task has as few as do. */
   private: number;
+  /** Share of ‖ΔW‖² that each of them holds at least, where no error decides; 0 unless given. */
+  privateShare?: number | undefined;
 }
 
 /** A task with what it keeps for itself. */
@@ -45,6 +47,8 @@ export interface MixedExtraction extends ModuleExtraction {
 export function extractMixed(stack: ModuleStack, options: PrivateOptions): MixedExtraction {
   const { select, gauge } = options;
   if (!(Number.isInteger(options.private) && options.private >= 1)) throw new RangeError(`private must be a whole number from 1, got ${options.private}`);
+  const { privateShare: share = 0 } = options;
+  if (!(share >= 0 && share < 1)) throw new RangeError(`privateShare must be from 0 to less than 1, got ${share}`);
   if (gauge !== "balanced") throw new RangeError("private terms need gauge balanced");
   if (options.moments) throw new RangeError("private terms are not found by moments; leave one of them out");
   if (options.mode === "flat") throw new RangeError("private terms stand beside shared rows; take column or joint mode");
@@ -133,7 +137,8 @@ function withPrivate(
 ): { task: MixedTask; own: Pair; lost: number; reached: boolean } {
   const [width, height] = [given.A.length / given.rank, given.Bt.length / given.rank];
   const rest = balance(stackedPairs(given, shared, -1), height, width);
-  let least = error === undefined ? Math.min(options.private, rest.rank) : leastRank(rest, error, deltaError(given, given).norm);
+  const { norm: whole } = deltaError(given, given);
+  let least = error === undefined ? countFrom(rest, (options.privateShare ?? 0) * whole ** 2) : leastRank(rest, error, whole);
   for (; ; least++) {
     const q = Math.min(least, options.private, rest.rank);
     const { A, Bt } = leadingRows(rest, q);
@@ -156,16 +161,25 @@ function withPrivate(
 
 /** How many singular values of what is left must be taken away, before rounding. */
 function leastRank(rest: Pair, error: number, norm: number): number {
-  const width = rest.A.length / rest.rank;
   let left = 0;
   for (let q = rest.rank; q > 0; q--) {
-    // Of a balanced pair a row of A is √s long.
-    let square = 0;
-    for (let i = (q - 1) * width; i < q * width; i++) square += rest.A[i]! ** 2;
-    left += square ** 2;
+    left += squareOf(rest, q - 1);
     if (Math.sqrt(left) > error * norm) return q;
   }
   return 0;
+}
+
+/** How many singular values have a square of at least so much. */
+function countFrom(rest: Pair, square: number): number {
+  let q = 0;
+  while (q < rest.rank && squareOf(rest, q) >= square) q++;
+  return q;
+}
+
+/** The square of a singular value: of a balanced pair a row of A is √s long. */
+function squareOf({ rank, A }: Pair, row: number): number {
+  const width = A.length / rank;
+  return A.subarray(row * width, (row + 1) * width).reduce((sum, value) => sum + value ** 2, 0) ** 2;
 }
 
 /** ΔW of one plus `sign` times ΔW of the other. */

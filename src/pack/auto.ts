@@ -65,13 +65,34 @@ const MOST_COMPONENTS = 65_535;
 
 /**
  * The largest pack of one way that is no larger than `max` bytes: of as many components on every side as there is room for, or,
- * with `k` 0, of as many private terms.
+ * with `k` 0, of those private terms that hold most of their ΔW.
  * @throws RangeError naming the least that this way can do
  */
 export async function packWithin(adapters: readonly Adapter[], options: Omit<BuildOptions, "select">, max: number, k?: 0): Promise<Built> {
-  const build = async (n: number): Promise<Built> =>
-    buildPack(adapters, k === 0 ? { ...options, private: n, select: { kind: "k", k } } : { ...options, select: { kind: "k", k: n } });
-  return grow(build, ({ report: { bytes } }) => bytes, max, limitOf(adapters, options, k));
+  const sizeOf = ({ report: { bytes } }: Built): number => bytes;
+  if (k === undefined) return grow((n) => buildPack(adapters, { ...options, select: { kind: "k", k: n } }), sizeOf, max, limitOf(adapters, options));
+  const build = (privateShare: number): Promise<Built> =>
+    buildPack(adapters, { ...options, private: limitOf(adapters, options, k), privateShare, select: { kind: "k", k } });
+  return sharpen(build, sizeOf, max);
+}
+
+/** Shares of ‖ΔW‖² below which a private term is noise, and above which few are left. */
+const [LEAST_SHARE, MOST_SHARE] = [2 ** -24, 0.999];
+
+/** The smallest share whose bytes stay within `max`, to half a percent of them; bytes shrink as it grows. */
+async function sharpen<T>(build: (share: number) => Promise<T>, sizeOf: (made: T) => number, max: number): Promise<T> {
+  const all = await build(LEAST_SHARE);
+  if (sizeOf(all) <= max) return all;
+  let found = await build(MOST_SHARE);
+  if (sizeOf(found) > max) throw new RangeError(`${max} bytes are too few: the least is ${sizeOf(found)}`);
+  let [low, high] = [LEAST_SHARE, MOST_SHARE];
+  while (sizeOf(found) < 0.995 * max && high > 1.001 * low) {
+    const middle = Math.sqrt(low * high);
+    const made = await build(middle);
+    if (sizeOf(made) <= max) [high, found] = [middle, made];
+    else low = middle;
+  }
+  return found;
 }
 
 /** Components or private terms that there can be at most. */

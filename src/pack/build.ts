@@ -54,6 +54,11 @@ export interface BuildOptions {
    * instead of them. With an error to keep, the most there may be: each task has as few as do. None unless given.
    */
   private?: number | undefined;
+  /**
+   * Share of ‖ΔW‖² that a private term must hold to be stored, where no error decides: tasks and modules then have as many of the
+   * `private` terms as are worth their bytes. 0 unless given.
+   */
+  privateShare?: number | undefined;
   centering?: "keep" | "none";
   /** Every task counts alike when components are sought, however large its update is. */
   normalize?: boolean | undefined;
@@ -113,7 +118,7 @@ export async function buildPack(
   if (mode === "flat") checkFlat(select, adapters.length, centering);
   const types = storageTypes(options.types);
   const stored = { basisType: types.basis, coefficientType: types.coefficients };
-  const extraction = { mode, gauge, rank, private: options.private ?? 0, centering, normalize: options.normalize, select, ...stored, ...(await fastProducts()) };
+  const extraction = { mode, gauge, rank, private: options.private ?? 0, privateShare: options.privateShare, centering, normalize: options.normalize, select, ...stored, ...(await fastProducts()) };
   const names = [...new Set(adapters.flatMap((a) => [...a.modules.keys()]))].sort();
   const fingerprints = options.base && (await readFingerprints(options.base, names.map((name) => firstModule(adapters, name))));
   const modules: ModuleInput[] = [];
@@ -131,7 +136,7 @@ export async function buildPack(
     for (const [i, task] of module.tasks.entries()) {
       errors.add(task.id, name, task.error);
       const term = encodeTerm(index, task, module, magnitudes[i], owners[i]!, types);
-      terms[adapters.indexOf(owners[i]!)]!.push(term);
+      if (term.A || term.private || term.magnitude) terms[adapters.indexOf(owners[i]!)]!.push(term);
     }
     modules.push({
       name,
