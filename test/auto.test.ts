@@ -140,6 +140,45 @@ t.test("a budget of bytes is filled, never broken", async (t) => {
   await t.rejects(packWithin(adapters, options, 9_000), /9000 bytes are too few: the least is \d{5}/);
 });
 
+t.test("private terms alone within a budget: those that hold most of their ΔW, of all tasks and modules", async (t) => {
+  const options = { gauge: "balanced", types: INT4 } as const;
+  const { report: even } = await buildPack(adapters, { ...options, private: 2, select: { kind: "k", k: 0 } });
+  const { report } = await packWithin(adapters, options, even.bytes, 0);
+  t.ok(report.bytes <= even.bytes && report.error.mean < even.error.mean, `${report.error.mean} < ${even.error.mean}, two of each`);
+
+  // How many of numpy's s² of B·A are a tenth of their sum, of the four modules.
+  const expected = [[2, 2, 2, 2], [2, 1, 2, 1], [3, 3, 3, 1], [3, 2, 1, 2], [3, 3, 3, 2], [3, 2, 2, 1]];
+  const made = await buildPack(adapters, { ...options, private: 8, privateShare: 0.1, select: { kind: "k", k: 0 } });
+  const pack = await openPack(concat(made.chunks).buffer);
+  for (const [i, { id }] of adapters.entries()) t.same((await pack.load(id)).terms.map(({ q }) => q), expected[i], id);
+
+  // Of a module where none holds so much nothing is stored, and nothing is done.
+  const few = await buildPack(adapters, { ...options, private: 8, privateShare: 0.6, select: { kind: "k", k: 0 } });
+  const found = await openPack(concat(few.chunks).buffer);
+  const left = (await Promise.all(adapters.map(async ({ id }) => (await found.load(id)).terms.length))).reduce((a, b) => a + b, 0);
+  t.ok(left > 0 && left < adapters.length * 4, `${left} of ${adapters.length * 4} modules have terms`);
+  t.ok(few.report.error.max === 1 && few.report.error.mean < 1);
+  await t.rejects(buildPack(adapters, { ...options, private: 1, privateShare: 1 }), /privateShare must be from 0/);
+});
+
+t.test("int8 costs next to no error, a quarter of the bytes, and one more task under 7 kB", async (t) => {
+  const all = await readAdapters([data("adapters/own-seed")]);
+  t.teardown(() => Promise.all(all.map((adapter) => adapter.close())));
+  const of = async (type: "f32" | "int8", k: number) => {
+    const { chunks, report } = await buildPack(all, { select: { kind: "k", k }, types: { basis: type, coefficients: type, head: type } });
+    const pack = await openPack(concat(chunks).buffer);
+    const blobs = await Promise.all(all.map(({ id }) => pack.load(id)));
+    return { error: report.error.mean, bytes: pack.residentBytes.coefficients + (await pack.takeBases()).length, blobs };
+  };
+  const [f32, int8, more] = [await of("f32", 16), await of("int8", 16), await of("int8", 32)];
+  t.ok(int8.error <= 1.02 * f32.error, `${f32.error} → ${int8.error}`);
+  t.ok(int8.bytes <= 0.28 * f32.bytes, `${f32.bytes} → ${int8.bytes} resident bytes`);
+  for (const { bytes, parameters } of more.blobs) {
+    const head = parameters.reduce((sum, { tensor }) => sum + tensor.byteLength, 0);
+    t.ok(bytes.length - head <= 7000, `${bytes.length} bytes, ${head} of them its head`);
+  }
+});
+
 /** What a single way would have given. */
 async function singles(criterion: Criterion): Promise<{ bytes: number; error: number }[]> {
   const ways: BuildOptions[] = [{}, { gauge: "balanced" }, { gauge: "balanced", rank: 4 }, { mode: "joint" }, { mode: "flat", gauge: "balanced" }, { gauge: "balanced", private: 8 }];

@@ -19,7 +19,9 @@ import {
   type SideBasis,
 } from "../dist/src/extract/extract.js";
 import { alignSigns, balance, type Pair } from "../dist/src/extract/gauge.js";
-import { timesTransposed } from "../dist/src/extract/linalg.js";
+import { dot, timesTransposed } from "../dist/src/extract/linalg.js";
+import { mirror, mix, mixColumns } from "../dist/src/extract/mixing.js";
+import { uniform } from "../dist/src/learn/random.js";
 
 const DATA = new URL("data/", import.meta.url);
 
@@ -500,6 +502,48 @@ t.test("an error selection is honoured, and no pair of fewer bytes would do", as
     ),
     { seed: 4, numRuns: 60 },
   );
+});
+
+t.test("an error selection is honoured in few bits too", async () => {
+  fc.assert(
+    fc.property(stacks, gauges, centerings, fc.constantFrom<TensorType>("int4", "int3"), fc.double({ min: 0.1, max: 0.8, noNaN: true }), (stack, gauge, centering, type, max) => {
+      const options: ExtractOptions = { gauge, centering, basisType: type, coefficientType: type, select: { kind: "error", max } };
+      try {
+        const result = extractModule(stack, options);
+        return stack.members.every((member) => storedError(result, member, type) <= max + 1e-7);
+      } catch (error) {
+        return error instanceof RangeError && /reach/.test(error.message);
+      }
+    }),
+    { seed: 5, numRuns: 60 },
+  );
+});
+
+t.test("of few bits rows are turned, which changes no ΔW and loses less of it", (t) => {
+  const random = uniform(21);
+  const rows = Float64Array.from({ length: 7 * 12 }, () => random() - 0.5);
+  const same = (a: Float64Array, b: Float64Array): void => {
+    t.ok(a.every((value, i) => Math.abs(value - b[i]!) < 1e-12) && a.length === b.length);
+  };
+  same(mix(mix(rows, 7, 12), 7, 12), rows);
+  const [across, mixed] = [mixColumns(rows, 7, 12), mix(rows.slice(0, 24), 2, 12)];
+  same(mixColumns(across, 7, 12), rows);
+  t.ok(Math.abs(dot(mixed, 0, mixed, 0, 24) - dot(rows, 0, rows, 0, 24)) < 1e-12, "lengths stay");
+  // (α·Hᵀ)·(H·V) = α·V
+  const [alpha, V] = [rows.slice(0, 3 * 7), Float64Array.from({ length: 7 * 5 }, () => random() - 0.5)];
+  same(timesTransposed(mixColumns(alpha, 3, 7), mix(V, 7, 5), 3, 5, 7, false, true), timesTransposed(alpha, V, 3, 5, 7, false, true));
+
+  // Ranks 4 and 3, of which 2 are kept: the others stay, and so does each mean.
+  const turned = rows.slice();
+  mirror(turned, [4, 3], 12, 2);
+  same(turned.slice(24, 48), rows.slice(24, 48));
+  for (const at of [0, 48]) for (let i = at; i < at + 12; i++) t.ok(Math.abs(turned[i]! + turned[i + 12]! - rows[i]! - rows[i + 12]!) < 1e-12);
+  mirror(turned, [4, 3], 12, 2);
+  same(turned, rows);
+  const long = Float64Array.of(8, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1);
+  mirror(long, [4], 4);
+  t.ok([0, 1, 2, 3].every((i) => Math.hypot(...long.subarray(4 * i, 4 * i + 4)) > 4), "of one long row and three short ones four long ones");
+  t.end();
 });
 
 /** The first k components of a basis and its mean, in bytes of their own. */

@@ -7,7 +7,7 @@ import { readdirSync } from "node:fs";
 import { measure, Peers, type Row } from "../benchmarks/size/measure.js";
 import { bytesOfAdapter, Suite, SUITES } from "../benchmarks/size/suite.js";
 import { drawFigures, Reader, tables } from "../benchmarks/size/tables.js";
-import { byThemselves, distilled, found, frontier, grid, nameOf, small, type Way } from "../benchmarks/size/ways.js";
+import { byThemselves, distilled, found, frontier, grid, nameOf, small, within, type Way } from "../benchmarks/size/ways.js";
 import { buildPack } from "../dist/src/build.js";
 import { data } from "./packs.ts";
 
@@ -30,7 +30,7 @@ t.test("sizes and sets of adapters", async (t) => {
 
 t.test("every way has a name of its own, and no more components than there are", (t) => {
   for (const n of [5, 10, 20, 53]) {
-    const ways: Way[] = [...byThemselves(), ...frontier(n), ...small(n), ...grid(n), ...distilled(n), ...found(n)];
+    const ways: Way[] = [...byThemselves(), ...frontier(n), ...small(n), ...grid(n), ...distilled(n), ...found(n), ...within()];
     const names = new Map(ways.map((way) => [JSON.stringify(way), nameOf(way)]));
     t.equal(new Set(names.values()).size, names.size, `${n}: ${names.size} names`);
     for (const way of grid(n)) {
@@ -51,6 +51,21 @@ t.test("bytes and errors as the packer reports them", async (t) => {
     t.match(row, { suite: "own-seed", n: 5, way: name, bytes: report.bytes });
     t.ok(Math.abs(row.error! - report.error.mean) < 1e-4, `${name}: ${row.error} and ${report.error.mean}`);
   }
+});
+
+t.test("a search keeps to the bytes of another way, and tables show both", async (t) => {
+  const theirs = byThemselves().find((way) => nameOf(way) === "cut to rank 2, int4")!;
+  const way = within().find((one) => nameOf(one.within) === nameOf(theirs))!;
+  const rows = [await measure(suite, 20, theirs, false, none)];
+  const reader = new Reader(rows, [suite]);
+  const most = reader.fileBytes(suite, 5, nameOf(theirs));
+  const headers = suite.take(5).reduce((sum, adapter) => sum + adapter.byteLength - bytesOfAdapter(adapter), 0);
+  t.equal(most, reader.points(suite, 5)[0]!.bytes + headers);
+  t.ok(Number.isNaN(reader.fileBytes(suite, 5, "lorashare K 32")), "what was not measured");
+  rows.push(await measure(suite, 5, way, false, none, most));
+  const [row] = tables(reader).find(({ question }) => /own-seed, 5 adapters: .* within the bytes of others/.test(question))!.rows;
+  t.match(row, { name: "cut to rank 2, int4", kB: most / 1000, "auto, kB": rows[1]!.bytes / 1000, "auto, ΔW error": rows[1]!.error });
+  t.ok(rows[1]!.bytes <= most && rows[1]!.error! < Number(row!["ΔW error"]), `${rows[1]!.bytes} B, ${rows[1]!.error}`);
 });
 
 t.test("ways by themselves: fewer adapters give what they give alone", async (t) => {

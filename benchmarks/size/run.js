@@ -40,9 +40,9 @@ for (const suite of suites) await run(suite, suite.adapters.length, [...small(su
 for (const suite of suites) for (const n of suite.sizes) await run(suite, n, grid(n), false);
 for (const suite of suites) for (const n of suite.sizes) await run(suite, n, small(n), true);
 for (const suite of suites) await run(suite, suite.adapters.length, frontier(suite.adapters.length), true);
+for (const n of [...new Set(suites.flatMap(({ sizes }) => sizes))].sort((a, b) => a - b)) for (const suite of suites) if (suite.sizes.includes(n)) await run(suite, n, within(), false);
 for (const suite of suites) for (const n of suite.sizes) await run(suite, n, found(n), n === suite.adapters.length);
 for (const suite of suites) await run(suite, suite.adapters.length, found(suite.adapters.length).slice(1).map((way) => ({ ...way, judged: true })), true);
-for (const suite of suites) for (const n of suite.sizes) await run(suite, n, within(n), false);
 if (process.argv.includes("--distilled")) {
   for (const suite of suites) {
     const n = suite.adapters.length;

@@ -133,14 +133,12 @@ export function found(n) {
   return ratiosOf(n).map((ratio) => ({ kind: "auto", ratio }));
 }
 
-/** Others' ways, and what a search finds within their bytes. @param {number} n adapters @returns {Within[]} */
-export function within(n) {
+/** Others' ways, and what a search finds within their bytes. @returns {Within[]} */
+export function within() {
   /** @type {(Each | Peer)[]} */
   const others = [
-    { kind: "lorashare", k: 8 },
     { kind: "lorashare", k: 32 },
     { kind: "vlora", k: 4, packed: true },
-    { kind: "vlora", k: Math.min(16, n - 1) },
     ...[1, 2, 4].map((rank) => cut(rank, "int4")),
     cut(undefined, "int8"),
   ];

@@ -11,6 +11,7 @@ import { deltaError, pairError, relative, type SideError } from "./error.ts";
 import { alignSigns, alignTo, balance, leadingRows, type Pair } from "./gauge.ts";
 import { jointComponents } from "./joint.ts";
 import { backwardSolve, cholesky, dot, rowSquares, scale, timesTransposed, transpose, type Products } from "./linalg.ts";
+import { fewBits, mirror, mix } from "./mixing.ts";
 import { turnTo, turnTogether } from "./procrustes.ts";
 import { pairsWithin } from "./search.ts";
 import {
@@ -178,10 +179,14 @@ export function extractModule(stack: ModuleStack, options: ExtractOptions): Modu
     B: decompose(pairs.map((pair) => pair.Bt), kept.map((pair) => pair.Bt), stack.out, rank, options),
   };
   const { A, B, ranks } = found;
+  if (rank === undefined && mirrors(options)) {
+    mirror(A.rows, ranks, stack.in, options.rank);
+    mirror(B.rows, ranks, stack.out, options.rank);
+  }
   if (mode === "joint") return storeJoint(found, kept);
   if (select.kind !== "error") return store(found, A.components.count, B.components.count);
 
-  const all = encodeModule(found, A.components.count, B.components.count);
+  const all = encodeModule(found, A.components.count, B.components.count, false);
   const space = openModule(all, options.products, metric);
   const sideA = { space: space.A, targets: targetsOf(space.A, A.rows, ranks, options.rank) };
   const sideB = { space: space.B, targets: targetsOf(space.B, B.rows, ranks, options.rank) };
@@ -235,7 +240,7 @@ export function openModule(basis: { A: StoredBasis; B: StoredBasis }, products?:
  *   infinity, or too large for the type
  */
 export function projectModule(space: ModuleSpace, member: ModuleMember, options: ProjectOptions): ProjectedTask {
-  const pair = gauged(toPair(member, rowWidth(space.B), rowWidth(space.A)), space, options.gauge);
+  const pair = gauged(toPair(member, rowWidth(space.B), rowWidth(space.A)), space, options);
   const a = targetOf(space.A, pair.A, options.rank);
   const b = targetOf(space.B, pair.Bt, options.rank);
   return { id: member.id, ...project(space, a, b, options.coefficientType) };
@@ -253,7 +258,7 @@ export function measureModule(
   options: ProjectOptions,
 ): TaskError {
   const given = toPair(member, rowWidth(space.B), rowWidth(space.A));
-  const pair = gauged(given, space, options.gauge);
+  const pair = gauged(given, space, options);
   const rows = (encoded: Uint8Array, side: Subspace): Float64Array => {
     const count = side.rank === undefined ? task.rank : 1;
     const alpha = decodeTensor(options.coefficientType, encoded, count, side.components);
@@ -366,13 +371,14 @@ export function wanted({ select, mode }: Pick<ExtractOptions, "select" | "mode">
   };
 }
 
-/** The first `count` components and the mean as they are stored. */
-export function encodeBasis(side: Omit<Side, "rows">, count: number, type: TensorType): SideBasis {
+/** The first `count` components, of few bits those mixed, and the mean as they are stored. @param mixed false: in their order */
+export function encodeBasis(side: Omit<Side, "rows">, count: number, type: TensorType, products?: Products, mixed: boolean = fewBits(type)): SideBasis {
   const { width, rank, mean, metric } = side;
   const { vectors, singular, total } = side.components;
   const rows = count + (mean ? 1 : 0);
   const values = new Float64Array(rows * width);
-  values.set(vectors.subarray(0, count * width));
+  const first = vectors.subarray(0, count * width);
+  values.set(mixed ? mix(first, count, width, products) : first);
   if (mean) values.set(mean, count * width);
   if (metric) backwardSolve(metric, width, width, values, rows);
   let held = 0;
@@ -389,8 +395,8 @@ export function encodeBasis(side: Omit<Side, "rows">, count: number, type: Tenso
   };
 }
 
-function encodeModule({ A, B, options }: Found, kA: number, kB: number): { A: SideBasis; B: SideBasis } {
-  return { A: encodeBasis(A, kA, options.basisType), B: encodeBasis(B, kB, options.basisType) };
+function encodeModule({ A, B, options: { basisType, products } }: Found, kA: number, kB: number, mixed?: boolean): { A: SideBasis; B: SideBasis } {
+  return { A: encodeBasis(A, kA, basisType, products, mixed), B: encodeBasis(B, kB, basisType, products, mixed) };
 }
 
 function store(found: Found, kA: number, kB: number): ModuleExtraction {
@@ -428,11 +434,21 @@ function projectSide(space: Subspace, target: Target, type: TensorType): { encod
   return { encoded, loss: lossOf(space, target, values, components) };
 }
 
+/** Whether rows of unlike length would be rounded to few bits. */
+function mirrors({ gauge, coefficientType }: ProjectOptions): boolean {
+  return gauge === "balanced" && fewBits(coefficientType);
+}
+
 /** The pair in the gauge of a pack, along the stored mean where there is one. */
-function gauged(given: Pair, { A, B }: ModuleSpace, gauge: Gauge): Pair {
+function gauged(given: Pair, { A, B }: ModuleSpace, options: ProjectOptions): Pair {
+  const { gauge, rank } = options;
   const pair = gauge === "balanced" ? balance(given, rowWidth(B), rowWidth(A)) : given;
   if (A.rank === undefined) {
     if (gauge === "balanced" && A.mean && B.mean) alignTo(pair, A.mean, B.mean);
+    if (mirrors(options)) {
+      mirror(pair.A, [pair.rank], rowWidth(A), rank);
+      mirror(pair.Bt, [pair.rank], rowWidth(B), rank);
+    }
     return pair;
   }
   const whole = padded(pair, A.rank);

@@ -4,10 +4,11 @@
  * others, and the shared components are found again for what is left. No components at all and only private terms is each adapter
  * cut by its own SVD: the other end of the scale.
  */
-import { decodeTensor, type TensorType } from "../dtypes.ts";
+import { decodeTensor, isQuantized, type TensorType } from "../dtypes.ts";
 import { deltaError, relative } from "./error.ts";
 import { extractModule, openModule, type ExtractOptions, type ModuleExtraction, type ModuleMember, type ModuleStack, type ProjectedTask } from "./extract.ts";
 import { balance, leadingRows, type Pair } from "./gauge.ts";
+import { mix } from "./mixing.ts";
 import { expand, rounded, type Subspace } from "./subspace.ts";
 
 /** How often components are found again. The first time gains most, the third next to nothing. */
@@ -141,10 +142,11 @@ function withPrivate(
   let least = error === undefined ? countFrom(rest, (options.privateShare ?? 0) * whole ** 2) : leastRank(rest, error, whole);
   for (; ; least++) {
     const q = Math.min(least, options.private, rest.rank);
-    const { A, Bt } = leadingRows(rest, q);
-    const [ownA, ownB] = [rounded(options.coefficientType, A, q, width), rounded(options.coefficientType, Bt, q, height)];
-    const own = { rank: q, A: ownA.values, Bt: ownB.values };
-    const stored = stackedPairs(shared, own, 1);
+    const leading = leadingRows(rest, q);
+    const own = isQuantized(options.coefficientType) ? mixed(leading, width, height) : leading;
+    const [ownA, ownB] = [rounded(options.coefficientType, own.A, q, width), rounded(options.coefficientType, own.Bt, q, height)];
+    const rows = { rank: q, A: ownA.values, Bt: ownB.values };
+    const stored = stackedPairs(shared, rows, 1);
     const nothing = { rank: 1, A: new Float64Array(width), Bt: new Float64Array(height) };
     const { difference, norm, bound } = deltaError(given, stored.rank > 0 ? stored : nothing);
     const found = relative(difference, norm);
@@ -152,11 +154,16 @@ function withPrivate(
     const terms = q > 0 ? { q, type: options.coefficientType, A: ownA.encoded, Bt: ownB.encoded } : undefined;
     return {
       task: { ...task, error: found, bound: relative(bound, norm), private: terms },
-      own,
+      own: rows,
       lost: difference ** 2,
       reached: error === undefined || found <= error,
     };
   }
+}
+
+/** Rows of one length, of the same ΔW. */
+function mixed({ rank, A, Bt }: Pair, width: number, height: number): Pair {
+  return { rank, A: mix(A, rank, width), Bt: mix(Bt, rank, height) };
 }
 
 /** How many singular values of what is left must be taken away, before rounding. */

@@ -5,6 +5,7 @@
  */
 import { tensorBytes, type TensorType } from "../dtypes.ts";
 import { pairError, relative, type SideError } from "./error.ts";
+import { fewBits, mixColumns } from "./mixing.ts";
 import { leaveOut, lossOf, rounded, solve, type Subspace, type Target } from "./subspace.ts";
 
 /** One side of a module with all its components as stored, before any is cut. */
@@ -42,8 +43,8 @@ export function* pairsWithin(
 ): Generator<[kA: number, kB: number]> {
   const limitA = a.space.components;
   const limitB = b.space.components;
-  const errorA = roundedErrors(a, types.coefficientType);
-  const errorB = roundedErrors(b, types.coefficientType);
+  const errorA = roundedErrors(a, types);
+  const errorB = roundedErrors(b, types);
   const floor = Math.max(...a.targets.map((_, task) => share(errorA(task, limitA), errorB(task, limitB))));
   if (floor > allowed) {
     throw new RangeError(
@@ -191,13 +192,18 @@ function expandingWalk({ space, targets }: SearchSide): Walk {
 }
 
 /** The errors of one side with the first k components and rounded coefficients. Each is computed once. */
-function roundedErrors({ space, targets }: SearchSide, type: TensorType): (task: number, k: number) => SideError {
+function roundedErrors({ space, targets }: SearchSide, { basisType, coefficientType }: StoredTypes): (task: number, k: number) => SideError {
+  // Components of few bits are stored mixed, and coefficients are rounded as they are of those.
+  const asStored = (coefficients: Float64Array, rows: number, k: number): Float64Array => {
+    if (!fewBits(basisType)) return rounded(coefficientType, coefficients, rows, k).values;
+    return mixColumns(rounded(coefficientType, mixColumns(coefficients, rows, k), rows, k).values, rows, k);
+  };
   const known = targets.map(() => new Map<number, SideError>());
   return (task, k) => {
     const target = targets[task]!;
     let error = known[task]!.get(k);
     if (!error) {
-      error = lossOf(space, target, rounded(type, solve(space, target, k), target.kept, k).values, k);
+      error = lossOf(space, target, asStored(solve(space, target, k), target.kept, k), k);
       known[task]!.set(k, error);
     }
     return error;

@@ -90,12 +90,12 @@ function sideBasis(summary: Summary, ranks: Uint32Array, options: ExtractOptions
   const { width } = summary;
   if (summary.kind === "gram") {
     const found = gramComponents(summary, options.centering, wanted(options), options.products);
-    return encodeBasis({ width, rank: undefined, ...found }, found.components.count, options.basisType);
+    return encodeBasis({ width, rank: undefined, ...found }, found.components.count, options.basisType, options.products);
   }
   const stacked = factorsOf(summary.values, ranks, width).filter(({ rank }) => rank > 0);
   const factors = stacked.map(({ factor }) => (options.gauge === "balanced" ? trimmed(factor, width) : factor));
   const side = decompose(factors, factors, width, undefined, options);
-  return encodeBasis(side, side.components.count, options.basisType);
+  return encodeBasis(side, side.components.count, options.basisType, options.products);
 }
 
 /** A balanced factor without the rows of zeros behind. */
