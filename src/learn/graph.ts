@@ -14,11 +14,12 @@ import type { NodeProto, ValueInfoProto } from "../onnx/onnx_pb.ts";
 import { create, GraphProtoSchema } from "../onnx/protobuf.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { Emitter } from "./emit.ts";
+import { findLifts, lift, valuesOf } from "./lift.ts";
 import { crossEntropy } from "./loss.ts";
 import { Problems } from "./problems.ts";
 import { recompute } from "./recompute.ts";
-import { differentiate } from "./reverse.ts";
-import { checkFeeds, type Probe } from "./shapes.ts";
+import { differentiate, type Probing } from "./reverse.ts";
+import { checkFeeds, probeShapes, type Probe } from "./shapes.ts";
 
 export interface TrainingGraphOptions {
   /** The output that holds the logits, [… , classes]. "logits" unless given, or the only output. */
@@ -96,7 +97,7 @@ export async function buildTrainingGraph(file: ModelFile, grafted: Grafted, opti
   if (trained.length === 0) problems.add("nothing is trained: neither terms nor heads are asked for");
   // Shapes that were written down need not hold for other heads.
   main.valueInfo.length = 0;
-  const grown: ModelFile = { ...file, model: { ...model, graph: indexGraph(main, model.name) } };
+  const indexed: ModelFile = { ...file, model: { ...model, graph: indexGraph(main, model.name) } };
   const feeds = options.feeds ?? madeUp(own, problems);
   if (feeds) checkFeeds(feeds, own, problems);
   const probing = {
@@ -104,6 +105,7 @@ export async function buildTrainingGraph(file: ModelFile, grafted: Grafted, opti
     feeds: feeds?.map((feed, i) => new Map([...feed, ...taskFeeds(grafted.inputs, TASK_SIZES[i]!)])),
     initializers: grafted.initializers,
   };
+  const grown = await lifted(indexed, probing);
   const emit = new Emitter(main, model.opset);
   let loss = "";
   const seed = (): string => {
@@ -122,6 +124,15 @@ export async function buildTrainingGraph(file: ModelFile, grafted: Grafted, opti
   main.node.push(...emit.shapes, branch(recompute(grown.model.graph, emit.nodes), results));
   main.output.push(...results.map(({ as }) => makeValue(as, FLOAT)));
   return { learnInput: LEARN, targetsInput: TARGETS, logitsOutput: logits, lossOutput: LOSS, gradients };
+}
+
+/** The model with positions taken early (lift.ts). */
+async function lifted(file: ModelFile, { probe, feeds, initializers }: Probing): Promise<ModelFile> {
+  const lifts = findLifts(file.model.graph);
+  if (lifts.length === 0 || !feeds) return file;
+  // A model that does not run, or not as it should, is told so by what comes next.
+  const shapes = await probeShapes(file, initializers, lifts.flatMap(valuesOf), feeds, probe, new Problems()).catch(() => undefined);
+  return shapes ? { ...file, model: { ...file.model, graph: lift(file.model, lifts, shapes) } } : file;
 }
 
 /** If(learn): the nodes and what they give; otherwise nothing of the same types. One flat graph would learn in every run. */

@@ -160,6 +160,12 @@ export class Shapes {
     return known?.every((one) => one !== undefined) ? known : undefined;
   }
 
+  /** Of each dimension the sizes in the two runs. */
+  sizes(value: string): readonly (readonly [number, number])[] {
+    const [first, second] = this.#found.get(value) ?? [];
+    return first?.dims.map((size, axis) => [size, second!.dims[axis]!]) ?? [];
+  }
+
   dims(value: string): Dims {
     const [first, second] = this.#found.get(value) ?? [];
     if (!first || !second) throw new Error(`"${value}" was not probed`);
