@@ -38,9 +38,9 @@ const peers = await Peers.start();
 // What says most comes first, so that a run of a few minutes says something.
 for (const suite of suites) await run(suite, suite.adapters.length, [...small(suite.adapters.length), ...byThemselves()], true);
 for (const suite of suites) for (const n of suite.sizes) await run(suite, n, grid(n), false);
-for (const n of [...new Set(suites.flatMap(({ sizes }) => sizes))].sort((a, b) => a - b)) for (const suite of suites) if (suite.sizes.includes(n)) await run(suite, n, within(), false);
 for (const suite of suites) for (const n of suite.sizes) await run(suite, n, small(n), true);
 for (const suite of suites) await run(suite, suite.adapters.length, frontier(suite.adapters.length), true);
+for (const n of [...new Set(suites.flatMap(({ sizes }) => sizes))].sort((a, b) => a - b)) for (const suite of suites) if (suite.sizes.includes(n)) await run(suite, n, within(), false);
 for (const suite of suites) for (const n of suite.sizes) await run(suite, n, found(n), n === suite.adapters.length);
 for (const suite of suites) await run(suite, suite.adapters.length, found(suite.adapters.length).slice(1).map((way) => ({ ...way, judged: true })), true);
 if (process.argv.includes("--distilled")) {
