@@ -133,7 +133,8 @@ export async function createEigenSession<O extends Ort>(
     const detached = await detachWeights(file, grafted.initializers, { ...options, supplied: layout ? [FOLDED_FILE] : [] });
     const inputs = own.map(({ name }) => name);
     const feeds = options.probe === false ? undefined : tinyFeeds(own);
-    const parts: Parts<O> = { ort, pack, plan, grafted, detached, options, outputs, inputs, feeds, idle: training?.idle ?? {} };
+    const given = training ? { ...options, session: training.session } : options;
+    const parts: Parts<O> = { ort, pack, plan, grafted, detached, options: given, outputs, inputs, feeds, idle: training?.idle ?? {} };
     // Folding takes the bases once more.
     if (folded) pack.keepBases(bases);
     if (layout) return new EigenSession(parts, await foldedCarrier(parts, file, layout));

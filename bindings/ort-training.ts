@@ -7,7 +7,7 @@ import type { Probe } from "../src/learn/shapes.ts";
 import type { Grafted, TaskInput } from "../src/onnx/graft.ts";
 import type { ModelFile } from "../src/onnx/read.ts";
 import type { InputValue } from "../src/session/values.ts";
-import { call, inTurn, makeTensor, type Ort, type OrtTensor } from "./ort.ts";
+import { call, inTurn, makeTensor, onWebgpu, type Ort, type OrtTensor } from "./ort.ts";
 import { createSession, type Parts } from "./ort-carrier.ts";
 
 /** What a session that can learn lends to a trainer. */
@@ -22,8 +22,10 @@ export interface Trainable<O extends Ort> {
   run(feeds: Readonly<Record<string, OrtTensor>>, fetches: readonly string[]): Promise<Readonly<Record<string, OrtTensor>>>;
 }
 
-export interface Training {
+export interface Training<O extends Ort> {
   readonly graph: TrainingGraph;
+  /** Options of the session. */
+  readonly session: Parts<O>["options"]["session"];
   /** What every run is fed with that does not learn. */
   readonly idle: Readonly<Record<string, OrtTensor>>;
 }
@@ -36,13 +38,28 @@ export async function addTraining<O extends Ort>(
   parts: Pick<Parts<O>, "ort"> & { options: Parts<O>["options"] & { readonly logits?: string | undefined } },
   file: ModelFile,
   grafted: Grafted,
-): Promise<Training> {
+): Promise<Training<O>> {
   const graph = await buildTrainingGraph(file, grafted, { probe: probeOf(parts), logits: parts.options.logits });
   const idle = {
     [graph.learnInput]: boolean(parts.ort, false),
     [graph.targetsInput]: makeTensor(parts.ort, new Float32Array(1), [1, 1]),
   };
-  return { graph, idle };
+  const turning = file.model.graph.proto.node.filter(({ opType, name }) => (opType === "Sin" || opType === "Cos") && name !== "");
+  return { graph, idle, session: onCpu(parts.options.session, turning.map(({ name }) => name)) };
+}
+
+/**
+ * Keeps nodes from WebGPU. WGSL promises sine and cosine to 2⁻¹¹, too little for gradients; they turn positions, a few numbers, and
+ * go to the device when that is done. Only onnxruntime-web's newer provider knows of it, the older one (jsep) reads past it.
+ */
+export function onCpu<S>(session: S, nodes: readonly string[]): S {
+  if (!onWebgpu(session) || nodes.length === 0) return session;
+  const given = session as { readonly executionProviders: readonly (string | { readonly name: string; readonly forceCpuNodeNames?: readonly string[] })[] };
+  const executionProviders = given.executionProviders.map((one) => {
+    const provider = typeof one === "string" ? { name: one } : one;
+    return provider.name === "webgpu" ? { ...provider, forceCpuNodeNames: [...(provider.forceCpuNodeNames ?? []), ...nodes] } : one;
+  });
+  return { ...given, executionProviders } as S;
 }
 
 /** A scalar of the type bool. */

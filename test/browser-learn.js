@@ -3,6 +3,7 @@
  */
 import * as all from "onnxruntime-web/all";
 import * as webgpu from "onnxruntime-web/webgpu";
+import { onCpu } from "../dist/bindings/ort-training.js";
 import { train } from "./training.js";
 
 for (const { env } of [all, webgpu]) {
@@ -13,7 +14,7 @@ for (const { env } of [all, webgpu]) {
 
 /**
  * @typedef {{ type: "float32" | "int64" | "bool", dims: number[], data: number[] }} Value
- * @typedef {{ name: string, feeds: Record<string, Value>[] }} Case
+ * @typedef {{ name: string, feeds: Record<string, Value>[], turning: string[] }} Case
  * @param {Case[]} cases
  */
 export async function learn(cases) {
@@ -33,9 +34,9 @@ export async function learn(cases) {
  * @param {string} provider
  * @param {Case} one
  */
-async function run(ort, provider, { name, feeds }) {
+async function run(ort, provider, { name, feeds, turning }) {
   try {
-    const session = await ort.InferenceSession.create(`/${name}.onnx`, { executionProviders: [provider] });
+    const session = await ort.InferenceSession.create(`/${name}.onnx`, onCpu({ executionProviders: [provider] }, turning));
     const runs = [];
     for (const given of feeds) {
       /** @type {Record<string, import("onnxruntime-common").Tensor>} */

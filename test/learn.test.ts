@@ -7,6 +7,7 @@ import { fileURLToPath } from "node:url";
 import t from "tap";
 import { peftFiles } from "../dist/src/adapters/export.js";
 import { createTrainer, type BatchFeeds, type Example } from "../dist/bindings/learn.js";
+import { onCpu } from "../dist/bindings/ort-training.js";
 import { holdBack, targetsOf, toBatches } from "../dist/src/learn/examples.js";
 import { uniform } from "../dist/src/learn/random.js";
 import { taskAdapter } from "../dist/src/pack/expand.js";
@@ -363,4 +364,14 @@ t.test("the real model: a few lines for each of two labels, on a pack that has n
   const { logits } = await session.run(encode(asked.slice(0, 8).map(({ text }) => text!)) as never);
   const values = (logits as { data: Float32Array }).data;
   asked.slice(0, 8).forEach((_, i) => t.equal(values[2 * i]! > values[2 * i + 1]!, answers[i]![0]! > answers[i]![1]!, `row ${i}`));
+});
+
+t.test("nodes that WebGPU is not exact enough for run on the CPU", (t) => {
+  const options = { executionProviders: ["webgpu", "wasm"], graphOptimizationLevel: "all" };
+  t.same(onCpu(options, ["a", "b"]), { ...options, executionProviders: [{ name: "webgpu", forceCpuNodeNames: ["a", "b"] }, "wasm"] });
+  const given = { executionProviders: [{ name: "webgpu", preferredLayout: "NHWC", forceCpuNodeNames: ["c"] }] };
+  t.same(onCpu(given, ["a"]), { executionProviders: [{ name: "webgpu", preferredLayout: "NHWC", forceCpuNodeNames: ["c", "a"] }] });
+  for (const other of [undefined, {}, { executionProviders: ["wasm"] }]) t.equal(onCpu(other, ["a"]), other);
+  t.equal(onCpu(options, []), options);
+  t.end();
 });
