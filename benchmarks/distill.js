@@ -61,7 +61,7 @@ const earlier = new Map(lines.map((line) => JSON.parse(line)).filter((one) => on
 const rows = [];
 for (const [i, adapter] of adapters.slice(0, TASKS).entries()) {
   const row = earlier.get(adapter.id) ?? (await measure(adapter, tasks[i]));
-  if (INTO && !earlier.has(adapter.id)) await appendFile(INTO, `${JSON.stringify({ settings, row })}\n`);
+  if (INTO && !earlier.has(adapter.id)) await appendFile(INTO, `${JSON.stringify({ settings, bytes: report.bytes, row })}\n`);
   rows.push(row);
   process.stderr.write(`${JSON.stringify(row)}\n`);
 }

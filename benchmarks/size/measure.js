@@ -7,14 +7,13 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { openPack } from "eigenlora";
 import { buildAuto, buildPack, packWithin, readAdapters, taskAdapter } from "eigenlora/build";
-import { distill } from "eigenlora/distill";
 import { decodeTensor, tensorBytes } from "../../dist/src/dtypes.js";
 import { encodeTensor } from "../../dist/src/encode.js";
 import { deltaError, relative } from "../../dist/src/extract/error.js";
 import { balance } from "../../dist/src/extract/gauge.js";
 import { startPython } from "../report.js";
 import { bytesOfAdapter } from "./suite.js";
-import { nameOf, STEPS } from "./ways.js";
+import { nameOf } from "./ways.js";
 
 /**
  * @typedef {import("./suite.js").Suite} Suite
@@ -26,14 +25,12 @@ import { nameOf, STEPS } from "./ways.js";
  * @property {string} suite
  * @property {number} n adapters
  * @property {string} way
- * @property {string} [task] of distilled tasks, which have a row each
  * @property {number} bytes of all tasks with their heads; ours and peers' are whole files
  * @property {number} [error] mean ‖ΔW − ΔW'‖ / ‖ΔW‖ over modules and tasks
  * @property {number[]} [errors] the same of each task, in the order of ids, of ways by themselves
  * @property {number[]} [sizes] bytes of each task, of ways by themselves
  * @property {number[]} [accuracy] of each task
  * @property {number[]} [same] share of a task's rows with the label that PEFT predicts
- * @property {string} [kept] of a distilled task: which coefficients are better on the texts held back
  * @property {string} [found] which way a search has found
  * @property {string} [peer] version
  * @property {number} seconds
@@ -45,13 +42,13 @@ const lossless = (head) => ({
   types: { basis: /** @type {const} */ ("f32"), coefficients: /** @type {const} */ ("f32"), head },
 });
 
-/** @param {{ suite: string, n: number, way: string, task?: string }} cell */
-export const keyOf = ({ suite, n, way, task }) => [suite, n, way, ...(task ? [task] : [])].join(", ");
+/** @param {{ suite: string, n: number, way: string }} cell */
+export const keyOf = ({ suite, n, way }) => [suite, n, way].join(", ");
 
 /**
  * @param {Suite} suite
  * @param {number} n
- * @param {Way} way not distilled
+ * @param {Way} way
  * @param {boolean} asks
  * @param {Peers} peers
  * @param {number} [most] bytes that a search must keep to
@@ -130,41 +127,6 @@ async function build(suite, adapters, { options, ratio, calibrated }) {
 
 /** So many times fewer bytes than the adapters in f32. @param {Adapter[]} adapters @param {number} ratio */
 const budget = (adapters, ratio) => Math.floor(sum(adapters.map(bytesOfAdapter)) / ratio);
-
-/**
- * Distils the tasks of a pack one after the other.
- * @param {Suite} suite
- * @param {number} n
- * @param {import("./ways.js").Packed} way
- * @param {(task: string) => boolean} wanted those not measured yet
- * @param {(row: Row) => Promise<boolean>} found keeps a row; false to stop
- */
-export async function measureDistilled(suite, n, way, wanted, found) {
-  const adapters = suite.take(n);
-  if (!adapters.some(({ id }) => wanted(id))) return;
-  const { chunks, report } = await build(suite, adapters, way);
-  await suite.withSession(
-    chunks,
-    async (session) => {
-      for (const adapter of adapters) {
-        const { id } = adapter;
-        if (!wanted(id)) continue;
-        const started = performance.now();
-        const encode = /** @type {any} */ (await suite.encode());
-        const made = await distill(session, { adapter, texts: await suite.textsOf(id, 512), encode, steps: STEPS });
-        await session.addTask("distilled", made.file);
-        const { right, same } = await suite.ask(session, id, "distilled");
-        await session.switchTask(null);
-        await session.removeTask("distilled");
-        const rows = (await suite.questions()).get(id)?.labels.length ?? NaN;
-        const figures = { bytes: report.bytes, accuracy: [rounded(right / rows)], same: [rounded(same / rows)], kept: made.kept };
-        const seconds = rounded((performance.now() - started) / 1000);
-        if (!(await found({ suite: suite.name, n, way: nameOf(way), task: id, ...figures, seconds }))) return;
-      }
-    },
-    { trainable: true },
-  );
-}
 
 /** PyPI's lorashare and vlora-dev, in a process that stays. */
 export class Peers {

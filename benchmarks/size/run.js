@@ -3,21 +3,21 @@
  * number format, beside each adapter by itself and beside PyPI's lorashare and vlora-dev (PYTHON). Bytes against ΔW error for all,
  * against accuracy on real test rows, through a live session of onnxruntime-node, for those that could be chosen. Docs: docs/size.md.
  *
- * node benchmarks/size/run.js [--suite NAME] [--minutes N] [--distilled] [--shapes] [--rows FILE] [--figures FOLDER] [--json]   after npm run build
+ * node benchmarks/size/run.js [--suite NAME] [--minutes N] [--shapes] [--rows FILE] [--figures FOLDER] [--json]   after npm run build
  *
  * What is measured is kept in rows.jsonl and not measured again; `--minutes 0` makes tables and figures of what there is.
- * `--distilled` also distils, some 25 s a task; `--shapes` also packs the paper's two settings by shape (shapes.js).
+ * What distilling wins back is read from ../results/distill.jsonl, where `bench distill --into` has put it. `--shapes` also packs the paper's two settings by shape (shapes.js).
  */
-import { mkdir, writeFile } from "node:fs/promises";
+import { mkdir, readFile, writeFile } from "node:fs/promises";
 import { resolve } from "node:path";
 import { pathToFileURL } from "node:url";
 import { option, printParts } from "../report.js";
 import { Rows } from "../rows.js";
 import { SETTINGS, shapesPart } from "../shapes.js";
-import { keyOf, measure, measureDistilled, Peers } from "./measure.js";
+import { keyOf, measure, Peers } from "./measure.js";
 import { Suite, SUITES } from "./suite.js";
 import { drawFigures, Reader, tables } from "./tables.js";
-import { byThemselves, distilled, found, frontier, grid, nameOf, small, within } from "./ways.js";
+import { byThemselves, found, frontier, grid, nameOf, small, within } from "./ways.js";
 
 /** @typedef {import("./measure.js").Row} Row */
 
@@ -43,22 +43,9 @@ for (const suite of suites) await run(suite, suite.adapters.length, frontier(sui
 for (const n of [...new Set(suites.flatMap(({ sizes }) => sizes))].sort((a, b) => a - b)) for (const suite of suites) if (suite.sizes.includes(n)) await run(suite, n, within(), false);
 for (const suite of suites) for (const n of suite.sizes) await run(suite, n, found(n), n === suite.adapters.length);
 for (const suite of suites) await run(suite, suite.adapters.length, found(suite.adapters.length).slice(1).map((way) => ({ ...way, judged: true })), true);
-if (process.argv.includes("--distilled")) {
-  for (const suite of suites) {
-    const n = suite.adapters.length;
-    for (const way of distilled(n)) {
-      if (late()) break;
-      const wanted = (/** @type {string} */ task) => !rows.get({ suite: suite.name, n, way: nameOf(way), task });
-      await measureDistilled(suite, n, way, wanted, async (row) => {
-        await keep(row);
-        return !late();
-      });
-    }
-  }
-}
 peers.stop();
 
-const reader = new Reader(rows.all(), suites);
+const reader = new Reader(rows.all(), suites, await readDistilled());
 const folder = into ? pathToFileURL(`${resolve(into)}/`) : new URL("../../docs/size/", import.meta.url);
 await mkdir(folder, { recursive: true });
 for (const [name, svg] of drawFigures(reader)) await writeFile(new URL(`${name}.svg`, folder), svg);
@@ -91,4 +78,17 @@ async function keep(row) {
   await rows.add(row);
   const accuracy = row.accuracy && row.accuracy.reduce((a, b) => a + b, 0) / row.accuracy.length;
   process.stderr.write(`${keyOf(row)}: ${row.bytes} B, error ${row.error}, ${accuracy ? `accuracy ${accuracy.toFixed(4)}, ` : ""}${row.seconds} s\n`);
+}
+
+/** Packs of a size, all tasks distilled. @returns {Promise<import("./tables.js").Distilled[]>} */
+async function readDistilled() {
+  const text = await readFile(new URL("../results/distill.jsonl", import.meta.url), "utf8").catch(() => "");
+  const lines = text.split("\n").filter(Boolean).map((line) => JSON.parse(line)).filter(({ bytes }) => bytes);
+  return [...new Set(lines.map(({ settings }) => settings))].map((settings) => {
+    const { SUITE: suite, RATIO, K, RANK, TYPES, GAUGE } = JSON.parse(settings);
+    const own = lines.filter((line) => line.settings === settings);
+    const size = RATIO === undefined ? `K ${K}` : `${RATIO} times fewer bytes`;
+    const way = [`${GAUGE} column`, ...(RANK ? [`rank ${RANK}`] : []), ...Object.entries(TYPES ?? { basis: "f16" }).map((part) => part.join(" ")), size, "distilled"].join(", ");
+    return { suite, way, bytes: own[0].bytes, accuracy: own.map(({ row }) => row["distilled, %"] / 100) };
+  });
 }

@@ -14,6 +14,8 @@ import { bytesOfAdapter, headerBytes } from "./suite.js";
  * @property {number | undefined} accuracy mean over tasks, as `same`
  * @property {number | undefined} same
  * @property {number} tasks that were asked
+ *
+ * @typedef {Pick<Row, "suite" | "way" | "bytes"> & { accuracy: number[] }} Distilled
  */
 
 const LORA = "LoRA, f32";
@@ -23,8 +25,9 @@ const LEVELS = [0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1];
 
 /** What was measured, by suite and number of adapters. */
 export class Reader {
-  /** @param {readonly Row[]} rows @param {readonly Suite[]} suites */
-  constructor(rows, suites) {
+  /** @param {readonly Row[]} rows @param {readonly Suite[]} suites @param {readonly Distilled[]} [distilled] of all adapters of a suite */
+  constructor(rows, suites, distilled = []) {
+    this.distilled = distilled;
     this.rows = rows;
     this.suites = suites;
   }
@@ -34,9 +37,8 @@ export class Reader {
     const own = this.rows.filter((row) => row.suite === suite.name);
     const all = suite.adapters.length;
     const alone = own.filter((row) => row.n === all && row.sizes).map((row) => part(row, suite, n));
-    const rest = own.filter((row) => row.n === n && !row.sizes && !row.task);
-    const tasks = own.filter((row) => row.n === n && row.task);
-    const distilled = [...new Set(tasks.map(({ way }) => way))].map((way) => together(tasks.filter((row) => row.way === way)));
+    const rest = own.filter((row) => row.n === n && !row.sizes);
+    const distilled = this.distilled.filter((one) => one.suite === suite.name && n === all);
     return [...alone, ...rest, ...distilled].map(pointOf).sort((a, b) => a.bytes - b.bytes);
   }
 
@@ -64,13 +66,7 @@ function part(row, suite, n) {
   return { ...row, n, bytes: sum(sizes ?? []), error: mean(errors ?? []), ...(accuracy && same ? { accuracy, same } : {}) };
 }
 
-/** Distilled tasks of one pack. @param {readonly Row[]} rows @returns {Row} */
-function together(rows) {
-  const { task, error, ...first } = rows[0];
-  return { ...first, accuracy: rows.flatMap((row) => row.accuracy ?? []), same: rows.flatMap((row) => row.same ?? []) };
-}
-
-/** @param {Row} row @returns {Point} */
+/** @param {Pick<Row, "way" | "bytes" | "error" | "accuracy" | "same">} row @returns {Point} */
 function pointOf({ way, bytes, error, accuracy, same }) {
   return { way, family: familyOf(way), bytes, error, accuracy: accuracy && mean(accuracy), same: same && mean(same), tasks: accuracy?.length ?? 0 };
 }
@@ -93,7 +89,7 @@ function behaviour(reader, suite, n) {
   const whole = reader.bytes(suite, n);
   const lora = points.find(({ way }) => way === LORA);
   const rows = points.flatMap(({ way, bytes, error, accuracy, same, tasks }) => {
-    if (accuracy === undefined || same === undefined) return [];
+    if (accuracy === undefined) return [];
     return [
       {
         name: tasks === n ? way : `${way} (${tasks} of ${n} tasks)`,
@@ -102,7 +98,7 @@ function behaviour(reader, suite, n) {
         "ΔW error": error === undefined ? null : error,
         "accuracy, %": 100 * accuracy,
         "to LoRA": lora?.accuracy && tasks === n ? 100 * (accuracy - lora.accuracy) : null,
-        "PEFT's answer, %": 100 * same,
+        "PEFT's answer, %": same === undefined ? null : 100 * same,
       },
     ];
   });

@@ -3,7 +3,7 @@
  *
  * @typedef {import("eigenlora").TensorType} TensorType
  * @typedef {import("eigenlora/build").BuildOptions} BuildOptions
- * @typedef {{ kind: "pack", options: BuildOptions, ratio?: number, calibrated?: boolean, distilled?: boolean }} Packed a pack of
+ * @typedef {{ kind: "pack", options: BuildOptions, ratio?: number, calibrated?: boolean }} Packed a pack of
  *   all adapters; with a ratio, as many components as fit into so many times fewer bytes than the f32 adapters'
  * @typedef {{ kind: "auto", ratio: number, judged?: boolean }} Auto the best pack of so many times fewer bytes than the f32 adapters, by answers to plain text or by ΔW error
  * @typedef {{ kind: "auto", within: Each | Peer }} Within the best pack that is no larger than what another way stores, by ΔW error
@@ -13,18 +13,15 @@
  * @typedef {Packed | Auto | Within | Each | Heads | Peer} Way
  */
 
-/** How many steps distilling takes; a task of the size here then takes some 25 s. */
-export const STEPS = 240;
-
 /**
  * A pack; more options are any of `buildPack`.
- * @param {Omit<BuildOptions, "types"> & { k?: number, ratio?: number, type?: TensorType, head?: TensorType, calibrated?: boolean, distilled?: boolean }} options
+ * @param {Omit<BuildOptions, "types"> & { k?: number, ratio?: number, type?: TensorType, head?: TensorType, calibrated?: boolean }} options
  * @returns {Packed}
  */
-function pack({ mode = "column", gauge = "as-trained", k, ratio, type = "f16", head = type, calibrated, distilled, ...more }) {
+function pack({ mode = "column", gauge = "as-trained", k, ratio, type = "f16", head = type, calibrated, ...more }) {
   const select = /** @type {BuildOptions["select"]} */ (k === undefined ? more.select : { kind: "k", k });
   const options = { mode, gauge, ...more, ...(select ? { select } : {}), types: { basis: type, coefficients: type, head } };
-  return { kind: "pack", options, ...(ratio ? { ratio } : {}), ...(calibrated ? { calibrated } : {}), ...(distilled ? { distilled } : {}) };
+  return { kind: "pack", options, ...(ratio ? { ratio } : {}), ...(calibrated ? { calibrated } : {}) };
 }
 
 /** @param {Way} way @returns {string} what it is called, and its key */
@@ -45,7 +42,6 @@ export function nameOf(way) {
     typesOf(types),
     ...(way.ratio ? [`${way.ratio} times fewer bytes`] : []),
     ...(way.calibrated ? ["calibrated"] : []),
-    ...(way.distilled ? ["distilled"] : []),
   ].join(", ");
 }
 
@@ -148,12 +144,6 @@ export function within() {
 /** How many times fewer bytes are asked for: easily had, and hardly. @param {number} n adapters */
 function ratiosOf(n) {
   return n > 20 ? [20, 60] : n > 10 ? [20, 35] : [10, 20];
-}
-
-/** What distilling wins back. @param {number} n adapters @returns {Packed[]} */
-export function distilled(n) {
-  const ratio = ratiosOf(n)[1];
-  return [ratio, Math.round(1.5 * ratio)].map((one) => pack({ gauge: "balanced", rank: 3, ratio: one, type: "int3", distilled: true }));
 }
 
 /** Whether n adapters of rank 8 have so many components. @param {Way} way @param {number} n */
