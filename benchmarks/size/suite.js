@@ -133,14 +133,6 @@ export class Suite {
     return shuffle([...new Set(all)].filter((text) => !tests.has(text)), uniform(1));
   }
 
-  /** Plain texts to distil a task by: its own training texts, then others', where these are fewer than half of `most`. @param {string} id @param {number} most */
-  async textsOf(id, most) {
-    const pool = await this.texts();
-    const own = new Set((await readTask(id)).train.map(([text]) => text));
-    const mine = pool.filter((text) => own.has(text)).slice(0, most);
-    return [...new Set([...mine, ...pool])].slice(0, Math.max(mine.length, most / 2));
-  }
-
   async close() {
     for (const adapter of this.adapters) await adapter.close();
   }
