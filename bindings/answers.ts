@@ -82,5 +82,6 @@ export function meanDivergence(targets: readonly ArrayLike<number>[], answers: r
   for (const [i, target] of targets.entries()) {
     for (const [c, p] of Array.from(target).entries()) if (p > 0) sum += p * Math.log(p / Math.max(answers[i]![c]!, TINY));
   }
-  return sum / targets.length;
+  // Of rounded probabilities that are alike it can be a little less than 0.
+  return Math.max(0, sum / targets.length);
 }

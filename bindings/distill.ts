@@ -70,7 +70,7 @@ export interface Distilled {
 }
 
 const LEAST_TEXTS = 8;
-/** How far all steps of one coefficient go for each root of a nat. Chosen by texts held back; half or twice as far gains nearly as much. */
+/** How far all steps of one coefficient go for each root of a nat. Chosen by texts held back of 12 tasks, whose own best lay between a third and three times of it. */
 const WAY = 7;
 const MOST_RATE = 0.02;
 

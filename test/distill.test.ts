@@ -7,6 +7,7 @@ import { cp, mkdir, mkdtemp, readdir, rm, symlink, writeFile } from "node:fs/pro
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
+import { meanDivergence } from "../dist/bindings/answers.js";
 import { distill, type BatchFeeds, type DistillOptions } from "../dist/bindings/distill.js";
 import type { Adapter } from "../dist/src/adapters/adapter.js";
 import { readAdapters } from "../dist/src/adapters/folder.js";
@@ -114,6 +115,9 @@ t.test("what is held back is judged as the sessions judge it; the head is traine
   t.ok(kept.divergenceBefore < 1e-6 && kept.divergenceAfter > 1e-3, `${kept.divergenceBefore} → ${kept.divergenceAfter}`);
   t.equal(kept.kept, "projected");
   t.same(parseTaskFile(kept.file, "five").blob, (await teacher.pack.load("five")).bytes);
+  const still = await distill(teacher, { adapter, feeds: inputs(NODE, teacher, 16), steps: 3, batch: 8 });
+  t.ok(still.divergenceAfter < 0.01 * kept.divergenceAfter, `with nothing to win back steps are short: ${still.divergenceBefore} → ${still.divergenceAfter}`);
+  t.equal(meanDivergence([[0.5, 0.5]], [[0.50000006, 0.50000006]]), 0, "never below 0, whose root would be no rate");
 });
 
 t.test("number formats of a task stay, packed integers too", async (t) => {

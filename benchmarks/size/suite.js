@@ -97,11 +97,10 @@ export class Suite {
    * @template T
    * @param {Uint8Array[]} chunks
    * @param {(session: Session) => Promise<T>} work
-   * @param {{ trainable?: boolean }} [options]
    */
-  async withSession(chunks, work, options = {}) {
+  async withSession(chunks, work) {
     const pack = await openPack(new Blob(/** @type {BlobPart[]} */ (chunks)));
-    const session = await createEigenSession(ort, model, pack, { ...options, session: SESSION });
+    const session = await createEigenSession(ort, model, pack, { session: SESSION });
     try {
       return await work(session);
     } finally {
@@ -149,4 +148,3 @@ export function bytesOfAdapter({ modules, saved }) {
   const factors = [...modules.values()].reduce((sum, one) => sum + one.rank * (one.in + one.out), 0);
   return 4 * (factors + saved.reduce((sum, { shape }) => sum + shape.reduce((a, b) => a * b, 1), 0));
 }
-
