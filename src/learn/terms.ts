@@ -125,12 +125,9 @@ export class Terms {
       const alpha = this.part(values, name, `alpha${side}`)!;
       const sums = new Float64Array(width);
       for (let row = 0; row < alpha.length / K; row++) {
-        for (let i = 0; i < width; i++) sums[i] = mean ? E[K * width + i]! : 0;
-        for (let k = 0; k < K; k++) {
-          const a = alpha[row * K + k]!;
-          const from = k * width;
-          for (let i = 0; i < width; i++) sums[i]! += a * E[from + i]!;
-        }
+        if (mean) sums.set(E.subarray(K * width, (K + 1) * width));
+        else sums.fill(0);
+        accumulate(sums, alpha.subarray(row * K, (row + 1) * K), E);
         rows.set(sums, row * width);
       }
     }
@@ -165,15 +162,48 @@ export class Terms {
     const ofE = this.part(gradients, name, `components${side}`);
     for (let row = 0; row < alpha.length / K; row++) {
       const g = rows.subarray(row * width, (row + 1) * width);
-      for (let k = 0; k < K; k++) {
+      products(ofAlpha.subarray(row * K, (row + 1) * K), g, E);
+      for (let k = 0; k < (ofE ? K : 0); k++) {
         const [from, a] = [k * width, alpha[row * K + k]!];
-        let sum = 0;
-        for (let i = 0; i < width; i++) sum += g[i]! * E[from + i]!;
-        ofAlpha[row * K + k] = sum;
-        if (ofE) for (let i = 0; i < width; i++) ofE[from + i]! += a * g[i]!;
+        for (let i = 0; i < width; i++) ofE![from + i]! += a * g[i]!;
       }
       if (ofE && mean) for (let i = 0; i < width; i++) ofE[K * width + i]! += g[i]!;
     }
+  }
+}
+
+/** sums [width] += a [K] · E [K, width], four rows at a time: a step of training waits for this. */
+function accumulate(sums: Float64Array, a: Float32Array, E: Float32Array): void {
+  const width = sums.length;
+  let k = 0;
+  for (; k + 4 <= a.length; k += 4) {
+    const [a0, a1, a2, a3] = [a[k]!, a[k + 1]!, a[k + 2]!, a[k + 3]!];
+    const [at0, at1, at2, at3] = [k * width, (k + 1) * width, (k + 2) * width, (k + 3) * width];
+    for (let i = 0; i < width; i++) sums[i]! += a0 * E[at0 + i]! + a1 * E[at1 + i]! + (a2 * E[at2 + i]! + a3 * E[at3 + i]!);
+  }
+  for (; k < a.length; k++) for (let i = 0, at = k * width; i < width; i++) sums[i]! += a[k]! * E[at + i]!;
+}
+
+/** out [K] = E [K, width] · g [width]. */
+function products(out: Float32Array, g: Float32Array, E: Float32Array): void {
+  const width = g.length;
+  let k = 0;
+  for (; k + 4 <= out.length; k += 4) {
+    const [at0, at1, at2, at3] = [k * width, (k + 1) * width, (k + 2) * width, (k + 3) * width];
+    let [s0, s1, s2, s3] = [0, 0, 0, 0];
+    for (let i = 0; i < width; i++) {
+      const one = g[i]!;
+      s0 += one * E[at0 + i]!;
+      s1 += one * E[at1 + i]!;
+      s2 += one * E[at2 + i]!;
+      s3 += one * E[at3 + i]!;
+    }
+    out.set([s0, s1, s2, s3], k);
+  }
+  for (; k < out.length; k++) {
+    let sum = 0;
+    for (let i = 0, at = k * width; i < width; i++) sum += g[i]! * E[at + i]!;
+    out[k] = sum;
   }
 }
 
