@@ -20,8 +20,12 @@ const matMul: Rule = {
         return emit.op("Gemm", [rows(g), matrix], { transB: !single && turned(step, b) ? 0 : 1 });
       };
       if (step.wants(0)) step.rank(step.y) === 2 ? step.give(0, da()) : step.giveReshaped(0, da());
-      const db = (): string => emit.op("Gemm", [aDims.length === 2 ? a : emit.rows(a), rows(g)], { transA: 1 });
-      if (step.wants(1)) step.give(1, single ? emit.unsqueeze(db(), [0]) : db());
+      const x = (): string => (aDims.length === 2 ? a : emit.rows(a));
+      const db = (): string => emit.op("Gemm", [x(), rows(g)], { transA: 1 });
+      // Of a factor with few columns, whose number is free, by way of its transpose: products are fast for long rows. In this
+      // order, since runtimes would join the Transpose with the Gemm.
+      const thin = (): string => emit.op("Transpose", [emit.unsqueeze(emit.op("Gemm", [rows(g), x()], { transA: 1 }), [0])], { perm: [0, 2, 1] });
+      if (step.wants(1)) step.give(1, !single ? db() : bDims[1] !== undefined && bDims[2] === undefined ? thin() : emit.unsqueeze(db(), [0]));
       return;
     }
     // A vector is a matrix of one row or column.
@@ -72,14 +76,9 @@ function gemmOf(step: Step, matrix: string): string {
   return turned(step, matrix) ? step.graph.producers.get(matrix)!.input[0]! : matrix;
 }
 
-/** The last two dimensions exchanged; joined with a Transpose that has made the value. */
-function swapLast({ emit, graph }: Step, value: string, rank: number): string {
-  const last = (axes: readonly number[]): number[] => [...axes.slice(0, -2), axes.at(-1)!, axes.at(-2)!];
-  const node = graph.producers.get(value);
-  const perm = node?.opType === "Transpose" ? attribute(node, "perm")?.ints.map(Number) : undefined;
-  if (!node || !perm) return emit.op("Transpose", [value], { perm: last([...Array(rank).keys()]) });
-  const joined = last(perm);
-  return joined.every((axis, i) => axis === i) ? node.input[0]! : emit.op("Transpose", [node.input[0]!], { perm: joined });
+/** The last two dimensions exchanged. */
+function swapLast({ emit }: Step, value: string, rank: number): string {
+  return emit.op("Transpose", [value], { perm: [...Array(rank - 2).keys(), rank - 1, rank - 2] });
 }
 
 export const PRODUCTS: readonly (readonly [string, Rule])[] = [
