@@ -68,6 +68,17 @@ export class Ranks {
         return Math.max(first, second);
       case "Gemm":
         return 2;
+      case "Shape":
+      case "Range":
+        return 1;
+      case "Constant":
+        return attribute(node, "value")?.t?.dims.length;
+      case "ReduceMean":
+        return attribute(node, "keepdims")?.i === 0n ? undefined : first;
+      case "Unsqueeze": {
+        const axes = attribute(node, "axes")?.ints.length ?? this.#elements(node.input[1] ?? "");
+        return first === undefined || axes === undefined ? undefined : first + axes;
+      }
       case "Gather":
         return first === undefined || second === undefined ? undefined : first - 1 + second;
       case "Reshape":
