@@ -8,6 +8,7 @@ import { Emitter } from "../dist/src/learn/emit.js";
 import { Problems } from "../dist/src/learn/problems.js";
 import { differentiate } from "../dist/src/learn/reverse.js";
 import { RULES } from "../dist/src/learn/rules/index.js";
+import { findWay } from "../dist/src/learn/way.js";
 import type { Feed } from "../dist/src/onnx/feeds.js";
 import { indexGraph, parseModel } from "../dist/src/onnx/model.js";
 import { makeFloats, makeInts, makeNode, makeValue, type Attributes } from "../dist/src/onnx/nodes.js";
@@ -323,7 +324,10 @@ async function differentiated(
   const file: ModelFile = { model: { ...model, graph: indexGraph(main, op) }, bytes, external: undefined, close: async () => undefined };
   const sources = inputs.flatMap(({ dims }, i) => (dims ? [`x${i}`] : []));
   const emit = new Emitter(main, opset);
-  const gradients = await differentiate(file, sources, "whole", () => "seed", emit, new Problems(), { probe: probeOf(NODE), feeds, initializers: [] });
+  const problems = new Problems();
+  const way = await findWay(file, sources, "whole", problems, { probe: probeOf(NODE), feeds, initializers: [] });
+  const gradients = differentiate(way, "whole", () => "seed", emit, problems);
+  problems.throwIfAny(op);
   main.node.push(...emit.shapes, ...emit.nodes);
   main.input.push(makeValue("seed", 1, ["", ""]));
   for (const source of sources) {

@@ -14,12 +14,12 @@ import type { NodeProto, ValueInfoProto } from "../onnx/onnx_pb.ts";
 import { create, GraphProtoSchema } from "../onnx/protobuf.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { Emitter } from "./emit.ts";
-import { findLifts, lift, valuesOf } from "./lift.ts";
 import { crossEntropy } from "./loss.ts";
 import { Problems } from "./problems.ts";
 import { recompute } from "./recompute.ts";
-import { differentiate, type Probing } from "./reverse.ts";
-import { checkFeeds, probeShapes, type Probe } from "./shapes.ts";
+import { differentiate } from "./reverse.ts";
+import { checkFeeds, type Probe } from "./shapes.ts";
+import { findWay } from "./way.ts";
 
 export interface TrainingGraphOptions {
   /** The output that holds the logits, [… , classes]. "logits" unless given, or the only output. */
@@ -105,7 +105,7 @@ export async function buildTrainingGraph(file: ModelFile, grafted: Grafted, opti
     feeds: feeds?.map((feed, i) => new Map([...feed, ...taskFeeds(grafted.inputs, TASK_SIZES[i]!)])),
     initializers: grafted.initializers,
   };
-  const grown = await lifted(indexed, probing);
+  const way = await findWay(indexed, trained.map(({ name }) => name), logits, problems, probing);
   const emit = new Emitter(main, model.opset);
   let loss = "";
   const seed = (): string => {
@@ -113,7 +113,8 @@ export async function buildTrainingGraph(file: ModelFile, grafted: Grafted, opti
     loss = made.loss;
     return made.gradient;
   };
-  const found = await differentiate(grown, trained.map(({ name }) => name), logits, seed, emit, problems, probing);
+  const found = differentiate(way, logits, seed, emit, problems);
+  problems.throwIfAny(model.name);
 
   const gradients = new Map(trained.map(({ name }) => [name, `${name}.gradient`]));
   const results = [
@@ -121,18 +122,9 @@ export async function buildTrainingGraph(file: ModelFile, grafted: Grafted, opti
     ...trained.map(({ name, dims }) => ({ value: found.get(name)!, as: gradients.get(name)!, rank: dims.length })),
   ];
   main.input.push(makeValue(TARGETS, FLOAT, ["", ""]), makeValue(LEARN, BOOL, []));
-  main.node.push(...emit.shapes, branch(recompute(grown.model.graph, emit.nodes), results));
+  main.node.push(...emit.shapes, branch(recompute(way.graph, emit.nodes), results));
   main.output.push(...results.map(({ as }) => makeValue(as, FLOAT)));
   return { learnInput: LEARN, targetsInput: TARGETS, logitsOutput: logits, lossOutput: LOSS, gradients };
-}
-
-/** The model with positions taken early (lift.ts). */
-async function lifted(file: ModelFile, { probe, feeds, initializers }: Probing): Promise<ModelFile> {
-  const lifts = findLifts(file.model.graph);
-  if (lifts.length === 0 || !feeds) return file;
-  // A model that does not run, or not as it should, is told so by what comes next.
-  const shapes = await probeShapes(file, initializers, lifts.flatMap(valuesOf), feeds, probe, new Problems()).catch(() => undefined);
-  return shapes ? { ...file, model: { ...file.model, graph: lift(file.model, lifts, shapes) } } : file;
 }
 
 /** If(learn): the nodes and what they give; otherwise nothing of the same types. One flat graph would learn in every run. */

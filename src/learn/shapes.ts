@@ -120,13 +120,13 @@ export async function probeShapes(
 
 /** What is known of the probed values. */
 export class Shapes {
-  readonly #found: ReadonlyMap<string, readonly Probed[]>;
+  readonly #found: Map<string, readonly Probed[]>;
   readonly #graph: Graph;
   readonly #fixed = new Map<string, boolean>();
   /** How sizes in the two runs are made of those of inputs. */
   readonly #ways = new Map<string, Exclude<Dimension, number>[]>();
 
-  constructor(found: ReadonlyMap<string, readonly Probed[]>, graph: Graph, feeds: readonly ReadonlyMap<string, Feed>[]) {
+  constructor(found: Map<string, readonly Probed[]>, graph: Graph, feeds: readonly ReadonlyMap<string, Feed>[]) {
     this.#found = found;
     this.#graph = graph;
     const [first, second] = feeds as [ReadonlyMap<string, Feed>, ReadonlyMap<string, Feed>];
@@ -164,6 +164,22 @@ export class Shapes {
   sizes(value: string): readonly (readonly [number, number])[] {
     const [first, second] = this.#found.get(value) ?? [];
     return first?.dims.map((size, axis) => [size, second!.dims[axis]!]) ?? [];
+  }
+
+  has(value: string): boolean {
+    return this.#found.has(value);
+  }
+
+  /** From now on `name` is `value` with one place of a dimension. */
+  narrow(value: string, axis: number, name: string): void {
+    const runs = this.#found.get(value)!;
+    this.#found.set(name, runs.map(({ type, dims }) => ({ type, dims: dims.with(axis, 1), data: [] })));
+  }
+
+  /** A vector of integers that was put into the graph. */
+  addInts(name: string, data: readonly number[]): void {
+    const vector = { type: "int64", dims: [data.length], data };
+    this.#found.set(name, [vector, vector]);
   }
 
   dims(value: string): Dims {

@@ -1,0 +1,59 @@
+/**
+ * What there is to differentiate: the nodes between trained values and the loss, with the shapes of all that they take and make.
+ */
+import type { Feed } from "../onnx/feeds.ts";
+import type { Added } from "../onnx/graft.ts";
+import type { Graph } from "../onnx/model.ts";
+import type { ModelFile } from "../onnx/read.ts";
+import { lift } from "./lift.ts";
+import { findPath, type Path } from "./path.ts";
+import type { Problems } from "./problems.ts";
+import { probeShapes, type Probe, type Shapes } from "./shapes.ts";
+
+export interface Way extends Path {
+  readonly graph: Graph;
+  /** Of all values of the nodes. */
+  readonly shapes: Shapes;
+}
+
+/** What the graph is run with, to look at shapes. */
+export interface Probing {
+  readonly probe: Probe;
+  /** Two, for every input; undefined when there are none, which `problems` says. */
+  readonly feeds: readonly ReadonlyMap<string, Feed>[] | undefined;
+  /** Tensors that the graph has beside its own. */
+  readonly initializers: readonly Added[];
+}
+
+/**
+ * Looks at the graph and takes positions early in it (lift.ts), in place.
+ * @param file its graph indexed as it is now
+ * @param sources the values whose gradients are wanted
+ * @param end the value whose gradient will be known
+ * @param problems found so far; gets what gradients do not pass
+ * @throws FormatError with all problems, where there are too many to look at shapes
+ */
+export async function findWay(
+  file: ModelFile,
+  sources: readonly string[],
+  end: string,
+  problems: Problems,
+  { probe, feeds, initializers }: Probing,
+): Promise<Way> {
+  const { model } = file;
+  const path = findPath(model.graph, sources, end, problems);
+  const values = path.nodes.flatMap(({ input, output }) => [...input, ...output]).filter((value) => value !== "");
+  let shapes: Shapes | undefined;
+  try {
+    shapes = feeds && (await probeShapes(file, initializers, values, feeds, probe, problems));
+  } catch (error) {
+    // Where there are problems, a model that does not run is the least of them.
+    if (!problems.any) throw error;
+  }
+  if (!shapes) {
+    problems.throwIfAny(model.name);
+    throw new Error("neither shapes nor problems");
+  }
+  const graph = problems.any ? undefined : lift(model, shapes);
+  return graph ? { graph, shapes, ...findPath(graph, sources, end, problems) } : { graph: model.graph, shapes, ...path };
+}
