@@ -5,6 +5,7 @@ import type { Feed } from "../onnx/feeds.ts";
 import type { Added } from "../onnx/graft.ts";
 import type { Graph } from "../onnx/model.ts";
 import type { ModelFile } from "../onnx/read.ts";
+import { asGelu } from "./gelu.ts";
 import { lift } from "./lift.ts";
 import { findPath, type Path } from "./path.ts";
 import type { Problems } from "./problems.ts";
@@ -55,5 +56,7 @@ export async function findWay(
     throw new Error("neither shapes nor problems");
   }
   const graph = problems.any ? undefined : lift(model, shapes);
-  return graph ? { graph, shapes, ...findPath(graph, sources, end, problems) } : { graph: model.graph, shapes, ...path };
+  const { nodes, active } = graph ? findPath(graph, sources, end, problems) : path;
+  const found = graph ?? model.graph;
+  return { graph: found, shapes, active, nodes: asGelu(nodes, found, shapes) };
 }
