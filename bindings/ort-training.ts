@@ -45,7 +45,9 @@ export async function addTraining<O extends Ort>(
     [graph.targetsInput]: makeTensor(parts.ort, new Float32Array(1), [1, 1]),
   };
   const turning = file.model.graph.proto.node.filter(({ opType, name }) => (opType === "Sin" || opType === "Cos") && name !== "");
-  return { graph, idle, session: onCpu(parts.options.session, turning.map(({ name }) => name)) };
+  // Patterns of memory are worth little to lengths that change, and each is memory of its own beside what was there.
+  const session = { enableMemPattern: false, ...(parts.options.session as object | undefined) } as Parts<O>["options"]["session"];
+  return { graph, idle, session: onCpu(session, turning.map(({ name }) => name)) };
 }
 
 /**

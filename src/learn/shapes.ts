@@ -4,7 +4,8 @@
  */
 import type { Feed } from "../onnx/feeds.ts";
 import type { Added } from "../onnx/graft.ts";
-import type { Graph } from "../onnx/model.ts";
+import { FLOAT, FLOAT16 } from "../onnx/linear.ts";
+import { attribute, type Graph } from "../onnx/model.ts";
 import { makeNode, PREFIX } from "../onnx/nodes.ts";
 import type { ValueInfoProto } from "../onnx/onnx_pb.ts";
 import { create, ValueInfoProtoSchema } from "../onnx/protobuf.ts";
@@ -18,6 +19,7 @@ export interface Probed {
   /** "float32", "int64", … */
   readonly type: string;
   readonly dims: readonly number[];
+  /** Undefined where nobody has looked. */
   readonly data: unknown;
 }
 
@@ -91,8 +93,14 @@ export async function probeShapes(
   probe: Probe,
   problems: Problems,
 ): Promise<Shapes> {
-  const { proto } = file.model.graph;
-  const fetches = [...new Set(values)].map((value, i) => ({ value, as: `${PREFIX}/probe/${i}` }));
+  const { graph } = file.model;
+  const { proto } = graph;
+  const found = new Map<string, readonly Probed[]>();
+  for (const value of values) {
+    const weight = weightOf(graph, value);
+    if (weight) found.set(value, [weight, weight]);
+  }
+  const fetches = [...new Set(values)].filter((value) => !found.has(value)).map((value, i) => ({ value, as: `${PREFIX}/probe/${i}` }));
   const [outputs, nodes] = [[...proto.output], proto.node.length];
   // Behind an Identity: runtimes do not like inputs and initializers as outputs.
   for (const { value, as } of fetches) proto.node.push(makeNode("Identity", as, [value], as));
@@ -105,7 +113,6 @@ export async function probeShapes(
     proto.output.splice(0, Infinity, ...outputs);
   }
   const runs = await probe(model, feeds);
-  const found = new Map<string, readonly Probed[]>();
   for (const { value, as } of fetches) {
     const probed = runs.map((run) => run[as]!);
     const [first, second] = probed as [Probed, Probed];
@@ -115,7 +122,18 @@ export async function probeShapes(
     }
     found.set(value, probed);
   }
-  return new Shapes(found, file.model.graph, feeds);
+  return new Shapes(found, graph, feeds);
+}
+
+/** A weight, also behind a Cast: nothing is learned by having all of them given out. */
+function weightOf({ initializers, producers }: Graph, value: string): Probed | undefined {
+  const node = producers.get(value);
+  const cast = node?.opType === "Cast" ? node : undefined;
+  const tensor = initializers.get(cast?.input[0] ?? value);
+  const dims = tensor?.dims.map(Number);
+  if (!tensor || !dims || dims.reduce((a, b) => a * b, 1) <= LARGEST_CONSTANT) return undefined;
+  const type = cast ? Number(attribute(cast, "to")?.i ?? 0n) : tensor.dataType;
+  return { type: type === FLOAT ? "float32" : type === FLOAT16 ? "float16" : "other", dims, data: undefined };
 }
 
 /** What is known of the probed values. */
@@ -173,7 +191,7 @@ export class Shapes {
   /** From now on `name` is `value` with one place of a dimension. */
   narrow(value: string, axis: number, name: string): void {
     const runs = this.#found.get(value)!;
-    this.#found.set(name, runs.map(({ type, dims }) => ({ type, dims: dims.with(axis, 1), data: [] })));
+    this.#found.set(name, runs.map(({ type, dims }) => ({ type, dims: dims.with(axis, 1), data: undefined })));
   }
 
   /** A vector of integers that was put into the graph. */
@@ -194,8 +212,10 @@ export class Shapes {
 
   /** The elements of a value that no input changes; undefined for others. */
   constant(value: string): readonly number[] | undefined {
-    const [first, second] = (this.#found.get(value) ?? []).map(({ data }) => Array.from(data as ArrayLike<number | bigint>, Number));
-    if (!first || !second || first.length > LARGEST_CONSTANT || first.length !== second.length) return undefined;
+    const all = (this.#found.get(value) ?? []).map(({ data }) => data as ArrayLike<number | bigint> | undefined);
+    if (!all.every((data) => data !== undefined && data.length <= LARGEST_CONSTANT)) return undefined;
+    const [first, second] = all.map((data) => Array.from(data!, Number));
+    if (first?.length !== second?.length || !first || !second) return undefined;
     return first.every((one, i) => Object.is(one, second[i])) && this.#isFixed(value) ? first : undefined;
   }
 
