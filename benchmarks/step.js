@@ -91,8 +91,9 @@ async function compare() {
     const rows = [];
     for (const one of CASES) rows.push(await time(pack, one, "ask" in torch ? torch : undefined));
     if ("stop" in torch) torch.stop();
+    const created = await creation(pack);
     await pack.close();
-    printParts([question(rows), memory(file)], [
+    printParts([question(rows), created, memory(file)], [
       "first" in torch ? { name: "torch", version: torch.first.version } : { name: "torch", reason: torch.reason },
     ]);
   } finally {
@@ -270,6 +271,35 @@ async function taskEntries(pack) {
 /** @param {string} name @param {number[]} shape @param {Float32Array} values */
 function entry(name, shape, values) {
   return { name, dtype: /** @type {const} */ ("F32"), shape, read: () => new Uint8Array(values.buffer, values.byteOffset, values.byteLength) };
+}
+
+/**
+ * Sessions of each kind, in turns.
+ * @param {Pack} pack
+ * @returns {Promise<import("./report.js").Part>}
+ */
+async function creation(pack) {
+  /** @type {Record<string, () => Promise<{ release(): Promise<void> }>>} */
+  const ways = {
+    plain: () => ort.InferenceSession.create(model, oneThread),
+    "switches, factors": () => createEigenSession(ort, model, pack, { session: oneThread, mode: "factors" }),
+    trainable: () => createEigenSession(ort, model, pack, { session: oneThread, trainable: true }),
+  };
+  const times = new Map(Object.keys(ways).map((name) => [name, /** @type {number[]} */ ([])]));
+  for (let round = 0; round <= ROUNDS; round++) {
+    for (const [name, create] of Object.entries(ways)) {
+      const started = performance.now();
+      const session = await create();
+      if (round > 0) times.get(name)?.push(performance.now() - started);
+      await session.release();
+    }
+  }
+  const rows = [...times].map(([name, ms]) => ({ name, "create, ms": median(ms) ?? null }));
+  return {
+    question: `How long does it take to create a session? Median of ${ROUNDS}, in turns.`,
+    rows: rows.map((row) => ({ ...row, "÷ plain": Number(row["create, ms"]) / Number(rows[0]["create, ms"]) })),
+    notes: ["From the path of the model. Trainable: run on tiny inputs to look at shapes, and differentiated."],
+  };
 }
 
 /**
