@@ -8,12 +8,12 @@ import { Emitter } from "../dist/src/learn/emit.js";
 import { Problems } from "../dist/src/learn/problems.js";
 import { differentiate } from "../dist/src/learn/reverse.js";
 import { RULES } from "../dist/src/learn/rules/index.js";
-import { findWay } from "../dist/src/learn/way.js";
+import { findWay, type Way } from "../dist/src/learn/way.js";
 import type { Feed } from "../dist/src/onnx/feeds.js";
 import { indexGraph, parseModel } from "../dist/src/onnx/model.js";
 import { makeFloats, makeInts, makeNode, makeValue, type Attributes } from "../dist/src/onnx/nodes.js";
 import { AttributeProtoSchema, create, GraphProtoSchema, ModelProtoSchema, toBinary } from "../dist/src/onnx/protobuf.js";
-import type { TensorProto } from "../dist/src/onnx/onnx_pb.js";
+import type { GraphProto, TensorProto } from "../dist/src/onnx/onnx_pb.js";
 import type { ModelFile } from "../dist/src/onnx/read.js";
 import { embedWeights } from "../dist/src/onnx/write.js";
 import { probeOf, random, tensor, type Level, type Tensors } from "./learning.ts";
@@ -316,25 +316,31 @@ async function differentiated(
     if (constant) graph.initializer.push(constant(`x${i}`));
     else graph.input.push(makeValue(`x${i}`, dims ? 1 : mask ? 9 : 7, index ? (index.rank === 0 ? [] : [1]) : (dims ?? mask)!));
   }
+  const sources = inputs.flatMap(({ dims }, i) => (dims ? [`x${i}`] : []));
+  const { forward, both } = await derive(op, graph, opset, sources, feeds);
+  return [forward, both];
+}
+
+/** A model without and with the gradients of inputs, from what is fed as the gradient of the value `whole`. */
+async function derive(name: string, graph: GraphProto, opset: number, sources: readonly string[], feeds: readonly Map<string, Feed>[]): Promise<{ forward: Uint8Array; both: Uint8Array; way: Way }> {
   graph.output.push(makeValue("whole", 1));
   const opsetImport = [{ $typeName: "onnx.OperatorSetIdProto" as const, domain: "", version: BigInt(opset) }];
-  const bytes = toBinary(ModelProtoSchema, create(ModelProtoSchema, { irVersion: opset > 20 ? 10n : 8n, opsetImport, graph }));
-  const model = parseModel(bytes, op);
+  const forward = toBinary(ModelProtoSchema, create(ModelProtoSchema, { irVersion: opset > 20 ? 10n : 8n, opsetImport, graph }));
+  const model = parseModel(forward, name);
   const main = model.graph.proto;
-  const file: ModelFile = { model: { ...model, graph: indexGraph(main, op) }, bytes, external: undefined, close: async () => undefined };
-  const sources = inputs.flatMap(({ dims }, i) => (dims ? [`x${i}`] : []));
+  const file: ModelFile = { model: { ...model, graph: indexGraph(main, name) }, bytes: forward, external: undefined, close: async () => undefined };
   const emit = new Emitter(main, opset);
   const problems = new Problems();
   const way = await findWay(file, sources, "whole", problems, { probe: probeOf(NODE), feeds, initializers: [] });
   const gradients = differentiate(way, "whole", () => "seed", emit, problems);
-  problems.throwIfAny(op);
+  problems.throwIfAny(name);
   main.node.push(...emit.shapes, ...emit.nodes);
   main.input.push(makeValue("seed", 1, ["", ""]));
   for (const source of sources) {
     main.node.push(makeNode("Identity", `d${source}`, [gradients.get(source)!], `d${source}`));
     main.output.push(makeValue(`d${source}`, 1));
   }
-  return [bytes, embedWeights(file, [])];
+  return { forward, both: embedWeights(file, []), way };
 }
 
 /** Step of the finite differences. Values are apart by more than twice that. */
@@ -408,6 +414,38 @@ t.test("equal maxima share a gradient", async (t) => {
   const results = await session.run({ x0: x, seed: new NODE.Tensor("float32", Float32Array.of(1, 8), [1, 2]) });
   t.same([...(results["dx0"]!.data as Float32Array)], [0, 0.5, 0.5, 0, 2, 2, 2, 2]);
   await session.release();
+});
+
+t.test("GELU in five nodes is one operator on the way back", async (t) => {
+  type Nodes = readonly (readonly [op: string, a: string, b: string, made: string])[];
+  const variants: readonly [what: string, nodes: Nodes, fused: boolean][] = [
+    ["half behind", [["Div", "x", "√2", "u"], ["Erf", "u", "", "e"], ["Add", "e", "1", "c"], ["Mul", "x", "c", "p"], ["Mul", "p", "½", "y"]], true],
+    ["half in front, operands the other way round", [["Mul", "1/√2", "x", "u"], ["Erf", "u", "", "e"], ["Add", "1", "e", "c"], ["Mul", "x", "½", "h"], ["Mul", "c", "h", "y"]], true],
+    ["another factor", [["Div", "x", "√2", "u"], ["Erf", "u", "", "e"], ["Add", "e", "1", "c"], ["Mul", "x", "c", "p"], ["Mul", "p", "1", "y"]], false],
+    ["another scale", [["Div", "x", "1", "u"], ["Erf", "u", "", "e"], ["Add", "e", "1", "c"], ["Mul", "x", "c", "p"], ["Mul", "p", "½", "y"]], false],
+    ["divided the other way", [["Div", "√2", "x", "u"], ["Erf", "u", "", "e"], ["Add", "e", "1", "c"], ["Mul", "x", "c", "p"], ["Mul", "p", "½", "y"]], false],
+    ["used by somebody else", [["Div", "x", "√2", "u"], ["Erf", "u", "", "e"], ["Add", "e", "1", "c"], ["Mul", "x", "c", "p"], ["Mul", "p", "½", "q"], ["Add", "q", "e", "y"]], false],
+    ["times another value", [["Div", "x", "√2", "u"], ["Erf", "u", "", "e"], ["Add", "e", "1", "c"], ["Mul", "u", "c", "p"], ["Mul", "p", "½", "y"]], false],
+  ];
+  const numbers = { "√2": Math.SQRT2, "1/√2": Math.SQRT1_2, "½": 0.5, "1": 1 };
+  for (const [what, nodes, fused] of variants) {
+    const graph = create(GraphProtoSchema, { name: "gelu" });
+    for (const [op, a, b, made] of nodes) graph.node.push(makeNode(op, made, b === "" ? [a] : [a, b], made));
+    graph.node.push(makeNode("Identity", "whole", ["y"], "whole"));
+    for (const [name, value] of Object.entries(numbers)) graph.initializer.push(makeFloats(name, [value], []));
+    graph.input.push(makeValue("x", 1, ["n", "m"]));
+    const feeds = PROBED.map(({ n, m }) => new Map([["x", { dataType: 1, dims: [n, m], data: new Float32Array(n * m).fill(0.5) }]]));
+    const { forward, both, way } = await derive(what, graph, 17, ["x"], feeds);
+    t.same(way.nodes.map(({ opType }) => opType), fused ? ["Gelu", "Identity"] : [...nodes.map(([op]) => op), "Identity"], what);
+    const [session, gradients] = [await NODE.InferenceSession.create(forward), await NODE.InferenceSession.create(both)];
+    const x = Float32Array.of(-3, -1.2, -0.4, 0.3, 0.9, 2.5);
+    const y = async (by: number): Promise<Float32Array> => (await session.run({ x: new NODE.Tensor("float32", x.map((value) => value + by), [2, 3]) }))["whole"]!.data as Float32Array;
+    const [up, down] = [await y(0.01), await y(-0.01)];
+    const { dx } = await gradients.run({ x: new NODE.Tensor("float32", x, [2, 3]), seed: new NODE.Tensor("float32", new Float32Array(6).fill(1), [2, 3]) });
+    const off = Math.max(...x.map((_, i) => Math.abs((up[i]! - down[i]!) / 0.02 - (dx!.data as Float32Array)[i]!)));
+    t.ok(off < 1e-3, `${what}: off by ${off.toExponential(1)}`);
+    await Promise.all([session.release(), gradients.release()]);
+  }
 });
 
 t.test("uses of an operator that gradients do not pass", async (t) => {
