@@ -112,6 +112,19 @@ t.test("a graft keeps a model sound", async (t) => {
   }
 });
 
+t.test("beside [batch, sequence, in] terms need no reshapes, whoever exported the model", async (t) => {
+  for (const name of ["torchscript", "dynamo", "f16", "external"]) {
+    const pack = await packFor(GOLDENS.models[name]!);
+    const file = await readModel(model(name));
+    const { graft: wanted } = await planSession(file, pack, await pack.takeBases(), { mode: "factors" });
+    graft(file.model, wanted);
+    const added = file.model.proto.graph!.node.filter((node) => node.name.startsWith("eigenlora/") && wanted.modules.some(({ name }) => node.name.includes(`/${name}/`)));
+    t.same([...new Set(added.map(({ opType }) => opType))].sort(), ["Add", "MatMul"], name);
+    t.equal(added.length, 3 * wanted.modules.length);
+    await file.close();
+  }
+});
+
 t.test("a layer in a branch, once or twice", async (t) => {
   t.equal(parseModel(modelBytes("branches"), "branches").opset, 11);
   t.equal(parseModel(modelBytes("twice"), "twice").opset, 11);
