@@ -11,7 +11,7 @@ import { mean } from "./statistics.js";
 /** @typedef {import("eigenlora/build").Adapter} Adapter */
 
 /** In the figure of convergence, where there are cells. */
-const CONVERGENCE = ["ours", "LoRA r 8", "head alone"];
+const CONVERGENCE = ["ours", "LoRA r 8", `LoRA r 8, init K ${K}`, "VeRA r 256", "PiSSA r 8", "head alone"];
 /** In the figure of singular values. */
 const COMPONENTS = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128];
 const TYPES = /** @type {const} */ ({ basis: "f32", coefficients: "f32", head: "f32" });

@@ -43,7 +43,7 @@ export const METHODS = [
   { name: `zero-shot, K ${K}`, method: "zero-shot", k: K, rates: HEAD_RATES, domains: ALL },
   { name: `zero-shot flat, K ${K}`, method: "zero-shot flat", k: K, rates: HEAD_RATES, domains: ALL },
   { name: "LoRA r 8", method: "lora", rates: LORA, domains: ALL },
-  { name: `LoRA r 8 begun on ${K} components`, method: "lora init", k: K, like: "LoRA r 8", domains: ["debtags"] },
+  { name: `LoRA r 8, init K ${K}`, method: "lora init", k: K, like: "LoRA r 8", domains: ["debtags"] },
   { name: "LoRA r 1", method: "lora r 1", like: "LoRA r 8", domains: ALL },
   { name: "ours, K 2", method: "coefficients", k: 2, like: "ours", domains: ["sections"] },
   { name: "ours, K 8", method: "coefficients", k: 8, like: "ours", domains: ["sections"] },
