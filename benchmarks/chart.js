@@ -22,15 +22,15 @@ export function sideBySide(charts) {
 }
 
 /**
- * @param {{ title: string, x: string, y: string, series: Series[], linear?: boolean, lines?: { name: string, y: number }[] }} chart
- *   x is logarithmic, y too unless `linear`; points that a logarithm cannot show are left out; `lines` are horizontal
+ * @param {{ title: string, x: string, y: string, series: Series[], linear?: boolean, even?: boolean, lines?: { name: string, y: number }[] }} chart
+ *   x is logarithmic unless `even`, y unless `linear`; points that a logarithm cannot show are left out; `lines` are horizontal
  * @returns {string}
  */
-export function drawLines({ title, x, y, series, linear = false, lines = [] }) {
+export function drawLines({ title, x, y, series, linear = false, even = false, lines = [] }) {
   const [left, right, top, bottom] = [64, 190, 48, 48];
-  const visible = series.map((s) => ({ ...s, points: s.points.filter(([a, b]) => a > 0 && (linear || b > 0)) }));
+  const visible = series.map((s) => ({ ...s, points: s.points.filter(([a, b]) => (even || a > 0) && (linear || b > 0)) }));
   const all = visible.flatMap((s) => s.points);
-  const xAxis = logarithmic(all.map(([a]) => a));
+  const xAxis = (even ? straight : logarithmic)(all.map(([a]) => a));
   const heights = [...all.map(([, b]) => b), ...lines.map((line) => line.y)];
   const yAxis = linear ? straight(heights) : logarithmic(heights);
   const px = (/** @type {number} */ v) => left + xAxis.at(v) * (width - left - right);

@@ -92,7 +92,7 @@ async function errorPerLayer({ experiments }) {
     }
   }
   const series = [...found].map(([name, layers]) => ({ name, points: layers.map((errors, layer) => [layer + 1, mean(errors)]) }));
-  return drawLines({ title: `Left-out adapters on ${K} components of the others`, x: "layer", y: "error of ΔW, %", linear: true, series });
+  return drawLines({ title: `Left-out adapters on ${K} components of the others`, x: "layer", y: "error of ΔW, %", linear: true, even: true, series });
 }
 
 /** Training loss against steps, mean over tasks and seeds of debtags. @param {Reader} reader */
