@@ -41,7 +41,7 @@ for (let cells = next(); cells.length > 0 && performance.now() < until; cells = 
   }
 }
 
-if (reason) process.stderr.write(`VeRA and PiSSA are not measured: ${reason}\n`);
+if (reason && nextCells(results, suites, { peers: true }).length > 0) process.stderr.write(`VeRA and PiSSA are not measured: ${reason}\n`);
 const references = { "shared-seed": await readReference("shared-seed"), hub: await readReference("hub") };
 const reader = new Reader(results, tasks, suites, references);
 const tables = [

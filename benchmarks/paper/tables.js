@@ -125,6 +125,8 @@ function interval(groups) {
 export function methodTable(reader, experiment, title) {
   /** @type {string[]} */
   const missing = [];
+  /** Methods by what trained them. @type {Map<string, Set<string>>} */
+  const peers = new Map();
   /** @type {Line[]} */
   const lines = [];
   for (const plan of METHODS.filter(({ domains }) => domains.includes(experiment.domain))) {
@@ -135,6 +137,7 @@ export function methodTable(reader, experiment, title) {
       continue;
     }
     const chosen = seeds.map((seed) => cells.map((of) => /** @type {Row} */ (of.find((one) => one.seed === seed))));
+    for (const { peer } of chosen.flat()) if (peer) peers.set(peer, (peers.get(peer) ?? new Set()).add(plan.name));
     lines.push({
       method: plan.name,
       "trained beside the head": chosen[0][0].trained,
@@ -144,7 +147,8 @@ export function methodTable(reader, experiment, title) {
   }
   const given = experiment.test.map((task) => ({ task, answers: reader.given(experiment, task) }));
   lines.push({ method: "the given adapters (LoRA r 8 by PEFT)", "trained beside the head": 73728, rates: "", ...accuracies(reader, [given]) });
-  const notes = missing.length > 0 ? [`Not measured on all ${experiment.test.length} tasks yet (so far on): ${missing.join(", ")}.`] : [];
+  const notes = [...peers].map(([peer, names]) => `${[...names].join(" and ")}: ${peer}.`);
+  if (missing.length > 0) notes.push(`Not measured on all ${experiment.test.length} tasks yet (so far on): ${missing.join(", ")}.`);
   return { id: experiment.domain, title, lines, notes };
 }
 
