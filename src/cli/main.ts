@@ -260,7 +260,7 @@ const COMMANDS = new Map<string, Command>([
   ],
 ]);
 
-const BENCHMARKS = ["memory", "switch", "fold", "pack", "size", "extract", "shapes", "hub", "learn", "distill", "calibrate", "step", "paper"];
+const BENCHMARKS = ["memory", "switch", "fold", "pack", "size", "extract", "shapes", "hub", "learn", "distill", "calibrate", "step", "few-shot", "paper"];
 
 function help(): string {
   const lines = [...COMMANDS.values()].map(({ usage, does, options }) => {
