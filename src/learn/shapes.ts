@@ -96,11 +96,12 @@ export async function probeShapes(
   const { graph } = file.model;
   const { proto } = graph;
   const found = new Map<string, readonly Probed[]>();
-  for (const value of values) {
+  const asked = [...new Set(values)];
+  for (const value of asked) {
     const weight = weightOf(graph, value);
     if (weight) found.set(value, [weight, weight]);
   }
-  const fetches = [...new Set(values)].filter((value) => !found.has(value)).map((value, i) => ({ value, as: `${PREFIX}/probe/${i}` }));
+  const fetches = asked.filter((value) => !found.has(value)).map((value, i) => ({ value, as: `${PREFIX}/probe/${i}` }));
   const [outputs, nodes] = [[...proto.output], proto.node.length];
   // Behind an Identity: runtimes do not like inputs and initializers as outputs.
   for (const { value, as } of fetches) proto.node.push(makeNode("Identity", as, [value], as));
