@@ -1,5 +1,5 @@
 /**
- * Number formats to f32 and back, bit for bit as `src/dtypes.ts` has them: rows of encoded tensors in, halves in and
+ * Number formats to f32 and back, bit for bit as `src/tensor/dtypes.ts` has them: rows of encoded tensors in, halves in and
  * out. WebAssembly has no half-precision arithmetic, so halves are converted with integer operations.
  */
 import { BF16, F16, F32, INT3, INT4, INT8 } from "./layout";

@@ -1,4 +1,4 @@
-/** The export list of the builds for extraction, which no run-time bundle holds. `ExtractionKernels` in `src/backends/wasm-products.ts` is its twin. */
+/** The export list of the builds for extraction, which no run-time bundle holds. `ExtractionKernels` in `src/extract/wasm-products.ts` is its twin. */
 export { products } from "./products";
 export { tridiagonalize, turnBack } from "./tridiagonal";
 export { variant } from "./variant";

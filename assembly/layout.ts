@@ -17,7 +17,7 @@
 // @ts-ignore: decorator
 @inline export const PANEL_VALUES: i32 = 8192;
 
-/** Tensor types: index in TENSOR_TYPES of `src/dtypes.ts`. */
+/** Tensor types: index in TENSOR_TYPES of `src/tensor/dtypes.ts`. */
 // @ts-ignore: decorator
 @inline export const F32: i32 = 0;
 // @ts-ignore: decorator

@@ -7,7 +7,7 @@
 import * as ort from "onnxruntime-node";
 import { buildPack, readAdapters } from "eigenlora/build";
 import { createJudge, inputMoments } from "eigenlora/distill";
-import { shuffle, uniform } from "../dist/src/learn/random.js";
+import { shuffle, uniform } from "../dist/src/tensor/random.js";
 import { createEncoder, model, readTask } from "../examples/minilm.js";
 import { data, option, print } from "./report.js";
 

@@ -16,7 +16,7 @@ import { openPack } from "eigenlora";
 import { buildPack, packWithin, readAdapters } from "eigenlora/build";
 import { distill } from "eigenlora/distill";
 import { createEigenSession } from "eigenlora/onnxruntime";
-import { shuffle, uniform } from "../dist/src/learn/random.js";
+import { shuffle, uniform } from "../dist/src/tensor/random.js";
 import { agreement, createEncoder, labelOf, model, readReference, readTask, runBatches, toBatches } from "../examples/minilm.js";
 import { data, option, print } from "./report.js";
 import { bytesOfAdapter } from "./size/suite.js";

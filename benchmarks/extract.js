@@ -10,7 +10,7 @@ import { mkdtemp, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { extractModule, readAdapters } from "eigenlora/build";
-import { createWasmProducts } from "../dist/src/backends/wasm-products.js";
+import { createWasmProducts } from "../dist/src/extract/wasm-products.js";
 import { centred, columnMeans, principalComponents } from "../dist/src/extract/components.js";
 import { data, option, print, startPython, startPythonFreely } from "./report.js";
 import { adaptersOf, SETTINGS } from "./shapes.js";

@@ -7,8 +7,8 @@
 import { freemem } from "node:os";
 import { createJsBackend } from "../dist/src/backends/js.js";
 import { createWebgpuBackend } from "../dist/src/backends/webgpu.js";
-import { decodeTensor } from "../dist/src/dtypes.js";
-import { encodeTensor } from "../dist/src/encode.js";
+import { decodeTensor } from "../dist/src/tensor/dtypes.js";
+import { encodeTensor } from "../dist/src/tensor/encode.js";
 import { countingDevice } from "../test/counting-device.js";
 import { createClock } from "./gpu-clock.js";
 import { median, min, printParts, uniform } from "./report.js";

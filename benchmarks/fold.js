@@ -10,7 +10,7 @@ import { setFlagsFromString } from "node:v8";
 import { compile } from "../assembly/compile.mjs";
 import { createJsBackend } from "../dist/src/backends/js.js";
 import { createWasmBackend, WASM_VARIANTS } from "../dist/src/backends/wasm.js";
-import { encodeTensor } from "../dist/src/encode.js";
+import { encodeTensor } from "../dist/src/tensor/encode.js";
 import { median, min, option, print, python, uniform } from "./report.js";
 
 // Node 20 has relaxed SIMD behind a flag; later versions have it anyway and do not know the flag.

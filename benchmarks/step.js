@@ -14,7 +14,7 @@ import { openPack } from "eigenlora";
 import { buildPack, readAdapters, writeSafetensors } from "eigenlora/build";
 import { createTrainer } from "eigenlora/learn";
 import { createEigenSession } from "eigenlora/onnxruntime";
-import { decodeTensor } from "../dist/src/dtypes.js";
+import { decodeTensor } from "../dist/src/tensor/dtypes.js";
 import { openOnnxHost } from "../dist/src/onnx/host.js";
 import { createEncoder, model, readTask } from "../examples/minilm.js";
 import { data, median, option, printParts, startPython } from "./report.js";

@@ -6,7 +6,7 @@
 import { createRuntime, openPack } from "eigenlora";
 import { buildPack, readAdapters, writeSafetensors } from "eigenlora/build";
 import { openOnnxHost } from "eigenlora/onnx";
-import { decodeTensor } from "../dist/src/dtypes.js";
+import { decodeTensor } from "../dist/src/tensor/dtypes.js";
 import { data, median, min, uniform } from "./report.js";
 
 /**

@@ -3,7 +3,7 @@
  * caller's own import; types are structural, so that neither package is needed to compile against this one.
  */
 import { BackendError, TaskError } from "../src/errors.ts";
-import type { TrainingGraph } from "../src/learn/graph.ts";
+import type { TrainingGraph } from "../src/autodiff/graph.ts";
 import { tinyFeeds } from "../src/onnx/feeds.ts";
 import { graft, type TaskInput } from "../src/onnx/graft.ts";
 import { readModel, type ModelOptions } from "../src/onnx/read.ts";

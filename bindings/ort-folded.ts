@@ -5,7 +5,7 @@ import { createBackend } from "../src/backends/select.ts";
 import { onnxHost } from "../src/onnx/host.ts";
 import type { ModelFile } from "../src/onnx/read.ts";
 import { createRuntime } from "../src/runtime/create.ts";
-import type { View } from "../src/runtime/host.ts";
+import type { View } from "../src/base/host.ts";
 import { copySelection } from "../src/runtime/selection.ts";
 import type { Runtime } from "../src/runtime/runtime.ts";
 import { Workbench } from "../src/runtime/workbench.ts";

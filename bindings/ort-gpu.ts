@@ -3,12 +3,12 @@
  * onnxruntime computes on. A switch folds into those buffers: one submit, no copy, the same session. Loaded where it is used.
  */
 /// <reference types="@webgpu/types" />
-import { decodeTensor } from "../src/dtypes.ts";
+import { decodeTensor } from "../src/tensor/dtypes.ts";
 import { BackendError, BaseMismatchError } from "../src/errors.ts";
 import { onnxHost } from "../src/onnx/host.ts";
 import type { ModelFile } from "../src/onnx/read.ts";
 import { createRuntime } from "../src/runtime/create.ts";
-import { byteLengthOf, type DeviceTensor, type View } from "../src/runtime/host.ts";
+import { byteLengthOf, type DeviceTensor, type View } from "../src/base/host.ts";
 import { viewBytes } from "../src/runtime/mixed.ts";
 import { copySelection, type Selection } from "../src/runtime/selection.ts";
 import type { FoldedInput } from "../src/session/fold.ts";

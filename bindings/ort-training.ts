@@ -2,8 +2,8 @@
  * What a session of onnxruntime needs to learn beside answering: a training graph in the same model, and a way for a trainer to
  * run it. Loaded when a session is made `trainable`.
  */
-import { buildTrainingGraph, type TrainingGraph } from "../src/learn/graph.ts";
-import type { Probe } from "../src/learn/shapes.ts";
+import { buildTrainingGraph, type TrainingGraph } from "../src/autodiff/graph.ts";
+import type { Probe } from "../src/autodiff/shapes.ts";
 import type { Grafted, TaskInput } from "../src/onnx/graft.ts";
 import type { ModelFile } from "../src/onnx/read.ts";
 import type { InputValue } from "../src/session/values.ts";

@@ -27,12 +27,12 @@ export {
   type StorageTypes,
 } from "./pack/build.ts";
 export { buildAuto, packWithin, type AutoOptions, type AutoReport, type Built, type Criterion, type Judge, type Tried } from "./pack/auto.ts";
-export { encodeTaskFile } from "./pack/encode.ts";
+export { encodeTaskFile } from "./format/encode.ts";
 export { expandTerm, taskAdapter } from "./pack/expand.ts";
-export { layoutAppend, layoutFresh, type Append, type TaskToWrite } from "./pack/layout.ts";
+export { layoutAppend, layoutFresh, type Append, type TaskToWrite } from "./format/layout.ts";
 export { selectComponents, type Evaluation, type Family, type Selected, type SelectOptions } from "./pack/select.ts";
-export { buildBasis, type BasisOptions, type BasisReport } from "./shard/basis.ts";
-export { adapterStatistics, mergeStatistics, openStatistics, writeStatistics, type Statistics, type StatisticsPart } from "./shard/statistics.ts";
-export { assemblePack, openTasks, projectTasks, type AssembledPack, type TaskLoss, type TaskPart } from "./shard/tasks.ts";
-export { writeSafetensors, type SafetensorsEntry } from "./safetensors-writer.ts";
-export { openSafetensors, type SafetensorsFile } from "./safetensors.ts";
+export { buildBasis, type BasisOptions, type BasisReport } from "./pack/shard/basis.ts";
+export { adapterStatistics, mergeStatistics, openStatistics, writeStatistics, type Statistics, type StatisticsPart } from "./pack/shard/statistics.ts";
+export { assemblePack, openTasks, projectTasks, type AssembledPack, type TaskLoss, type TaskPart } from "./pack/shard/tasks.ts";
+export { writeSafetensors, type SafetensorsEntry } from "./tensor/safetensors-writer.ts";
+export { openSafetensors, type SafetensorsFile } from "./tensor/safetensors.ts";

@@ -2,7 +2,7 @@
  * `eigenlora`: open a pack, put it on a base model, switch tasks. The run-time half; packing is `eigenlora/build`.
  */
 export { openPack, Pack, type OpenOptions, type TaskInfo } from "./pack/pack.ts";
-export type { PackModule } from "./pack/format.ts";
+export type { PackModule } from "./format/format.ts";
 export { createRuntime, type RuntimeOptions } from "./runtime/create.ts";
 export {
   Runtime,
@@ -13,10 +13,10 @@ export {
 } from "./runtime/runtime.ts";
 export type { Selection } from "./runtime/selection.ts";
 export type { DeviceBuffer, DeviceHandle } from "./backends/backend.ts";
-export type { BaseInput, DeviceTensor, Parameter, Tensor, Transaction, View, WeightHost } from "./runtime/host.ts";
+export type { BaseInput, DeviceTensor, Parameter, Tensor, Transaction, View, WeightHost } from "./base/host.ts";
 export type { ByteSource, FetchOptions, ReadOptions, SourceInput } from "./source.ts";
-export type { Layout, TaskMetadata } from "./adapters/adapter.ts";
-export type { FloatType, TensorType } from "./dtypes.ts";
+export type { Layout, TaskMetadata } from "./format/format.ts";
+export type { FloatType, TensorType } from "./tensor/dtypes.ts";
 export {
   AdapterError,
   BackendError,

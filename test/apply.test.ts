@@ -5,7 +5,7 @@
 import t from "tap";
 import { openPack } from "../dist/src/pack/pack.js";
 import { createRuntime } from "../dist/src/runtime/create.js";
-import type { View } from "../dist/src/runtime/host.js";
+import type { View } from "../dist/src/base/host.js";
 import { backends, dawnMissing } from "./backend-list.ts";
 import { generator, values } from "./backend-suite.ts";
 import { relativeDifference, tensorsOf } from "./compare.ts";

@@ -6,7 +6,7 @@ import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import * as ort from "onnxruntime-node";
 import { fromBinary, ModelProtoSchema, toBinary } from "../dist/src/onnx/protobuf.js";
-import { openSafetensors } from "../dist/src/safetensors.js";
+import { openSafetensors } from "../dist/src/tensor/safetensors.js";
 import { openSource } from "../dist/src/source.js";
 import { data, packOf } from "./packs.ts";
 import { required } from "./required.ts";

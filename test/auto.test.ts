@@ -5,8 +5,8 @@
 import t from "tap";
 import { readAdapters } from "../dist/src/adapters/folder.js";
 import type { Adapter } from "../dist/src/adapters/adapter.js";
-import { createJudge } from "../dist/bindings/judge.js";
-import { inputMoments } from "../dist/bindings/moments.js";
+import { createJudge } from "../dist/src/train/judge.js";
+import { inputMoments } from "../dist/src/train/moments.js";
 import { deltaError, relative } from "../dist/src/extract/error.js";
 import { buildAuto, packWithin, type Criterion } from "../dist/src/pack/auto.js";
 import { buildPack, projectAdapter, storageTypes, type BuildOptions } from "../dist/src/pack/build.js";

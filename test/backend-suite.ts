@@ -5,8 +5,8 @@
  */
 import fc from "fast-check";
 import type { Backend, Block, FoldJob, Slice } from "../dist/src/backends/backend.js";
-import type { FloatType, TensorType } from "../dist/src/dtypes.js";
-import { encodeTensor } from "../dist/src/encode.js";
+import type { FloatType, TensorType } from "../dist/src/tensor/dtypes.js";
+import { encodeTensor } from "../dist/src/tensor/encode.js";
 import type { SuiteTest } from "./stand-in.ts";
 
 const FLOATS: FloatType[] = ["f32", "f16", "bf16"];

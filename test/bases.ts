@@ -1,7 +1,7 @@
 /** Bases of seeded values for modules of a pack. */
-import type { FloatType } from "../dist/src/dtypes.js";
-import { encodeTensor } from "../dist/src/encode.js";
-import type { Tensor } from "../dist/src/runtime/host.js";
+import type { FloatType } from "../dist/src/tensor/dtypes.js";
+import { encodeTensor } from "../dist/src/tensor/encode.js";
+import type { Tensor } from "../dist/src/base/host.js";
 import { generator, values } from "./backend-suite.ts";
 import { concat } from "./packs.ts";
 

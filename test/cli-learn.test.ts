@@ -10,7 +10,7 @@ import t from "tap";
 import { createEncoder, readTask } from "../examples/minilm.js";
 import { readExamples } from "../dist/src/cli/examples.js";
 import { openPack } from "../dist/src/pack/pack.js";
-import { parseTaskFile } from "../dist/src/pack/task-file.js";
+import { parseTaskFile } from "../dist/src/format/task-file.js";
 import { tensorsOf } from "./compare.ts";
 import { data } from "./packs.ts";
 import { difference, NODE, open } from "./sessions.ts";

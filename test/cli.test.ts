@@ -5,10 +5,10 @@ import { cp, copyFile, mkdir, mkdtemp, readdir, readFile, rm, writeFile } from "
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
-import { encodeTaskFile } from "../dist/src/pack/encode.js";
-import { layoutAppend } from "../dist/src/pack/layout.js";
+import { encodeTaskFile } from "../dist/src/format/encode.js";
+import { layoutAppend } from "../dist/src/format/layout.js";
 import { openPack } from "../dist/src/pack/pack.js";
-import { openSafetensors } from "../dist/src/safetensors.js";
+import { openSafetensors } from "../dist/src/tensor/safetensors.js";
 import { openSource } from "../dist/src/source.js";
 import { relativeDifference, tensorsOf } from "./compare.ts";
 import { data } from "./packs.ts";

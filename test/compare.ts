@@ -3,11 +3,11 @@
  * a browser runs it too. Strings name files as the platform does: paths, or URLs.
  */
 import type { BackendOptions } from "../dist/src/backends/select.js";
-import { decodeTensor } from "../dist/src/dtypes.js";
+import { decodeTensor } from "../dist/src/tensor/dtypes.js";
 import { openPack } from "../dist/src/pack/pack.js";
-import { openHost, type View } from "../dist/src/runtime/host.js";
+import { openHost, type View } from "../dist/src/base/host.js";
 import { createRuntime } from "../dist/src/runtime/create.js";
-import { openSafetensors } from "../dist/src/safetensors.js";
+import { openSafetensors } from "../dist/src/tensor/safetensors.js";
 import { openSource, type SourceInput } from "../dist/src/source.js";
 import type { SuiteTest } from "./stand-in.ts";
 

@@ -4,7 +4,7 @@
  */
 import t from "tap";
 import fc from "fast-check";
-import { createWasmProducts } from "../dist/src/backends/wasm-products.js";
+import { createWasmProducts } from "../dist/src/extract/wasm-products.js";
 import { columnMeans, centred, principalComponents, ROUNDING, type Components } from "../dist/src/extract/components.js";
 import { lq, rowSquares, timesTransposed, transpose, type Products } from "../dist/src/extract/linalg.js";
 

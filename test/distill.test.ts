@@ -7,13 +7,13 @@ import { cp, mkdir, mkdtemp, readdir, rm, symlink, writeFile } from "node:fs/pro
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
-import { meanDivergence } from "../dist/bindings/answers.js";
-import { distill, type BatchFeeds, type DistillOptions } from "../dist/bindings/distill.js";
+import { meanDivergence } from "../dist/src/train/answers.js";
+import { distill, type BatchFeeds, type DistillOptions } from "../dist/src/train/distill.js";
 import type { Adapter } from "../dist/src/adapters/adapter.js";
 import { readAdapters } from "../dist/src/adapters/folder.js";
-import { uniform } from "../dist/src/learn/random.js";
+import { uniform } from "../dist/src/tensor/random.js";
 import { openPack } from "../dist/src/pack/pack.js";
-import { parseTaskFile } from "../dist/src/pack/task-file.js";
+import { parseTaskFile } from "../dist/src/format/task-file.js";
 import { readTask } from "../examples/minilm.js";
 import { data, LOSSLESS } from "./packs.ts";
 import { feeds, GOLDENS, model, NODE, open, outputOf, packBytes, WEB, type Ort, type Session } from "./sessions.ts";

@@ -1,11 +1,11 @@
 import t from "tap";
 import fc from "fast-check";
 import { readFile } from "node:fs/promises";
-import * as d from "../dist/src/dtypes.js";
-import { encodeTensor } from "../dist/src/encode.js";
-import { openSafetensors } from "../dist/src/safetensors.js";
+import * as d from "../dist/src/tensor/dtypes.js";
+import { encodeTensor } from "../dist/src/tensor/encode.js";
+import { openSafetensors } from "../dist/src/tensor/safetensors.js";
 import { openSource } from "../dist/src/source.js";
-import { uniform } from "../dist/src/learn/random.js";
+import { uniform } from "../dist/src/tensor/random.js";
 import { data } from "./packs.ts";
 
 t.test("f16 and bf16 agree with numpy and torch", async (t) => {

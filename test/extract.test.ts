@@ -5,7 +5,7 @@
 import { readFileSync, readdirSync } from "node:fs";
 import t from "tap";
 import fc from "fast-check";
-import { decodeTensor, tensorBytes, type TensorType } from "../dist/src/dtypes.js";
+import { decodeTensor, tensorBytes, type TensorType } from "../dist/src/tensor/dtypes.js";
 import { deltaError } from "../dist/src/extract/error.js";
 import {
   extractModule,
@@ -21,7 +21,7 @@ import {
 import { alignSigns, balance, type Pair } from "../dist/src/extract/gauge.js";
 import { dot, timesTransposed } from "../dist/src/extract/linalg.js";
 import { mirror, mix, mixColumns } from "../dist/src/extract/mixing.js";
-import { uniform } from "../dist/src/learn/random.js";
+import { uniform } from "../dist/src/tensor/random.js";
 
 const DATA = new URL("data/", import.meta.url);
 

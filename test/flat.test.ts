@@ -6,7 +6,7 @@ import t from "tap";
 import fc from "fast-check";
 import { createEncoder, readReference, readTask } from "../examples/minilm.js";
 import { readAdapters } from "../dist/src/adapters/folder.js";
-import type { TensorType } from "../dist/src/dtypes.js";
+import type { TensorType } from "../dist/src/tensor/dtypes.js";
 import {
   extractModule,
   measureModule,

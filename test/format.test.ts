@@ -1,13 +1,13 @@
 import t from "tap";
 import fc from "fast-check";
 import { readFile } from "node:fs/promises";
-import { decodeTensor } from "../dist/src/dtypes.js";
+import { decodeTensor } from "../dist/src/tensor/dtypes.js";
 import { EigenLoraError, FormatError } from "../dist/src/errors.js";
-import { crc32c } from "../dist/src/pack/crc32c.js";
-import { encodeSuperblock } from "../dist/src/pack/encode.js";
+import { crc32c } from "../dist/src/format/crc32c.js";
+import { encodeSuperblock } from "../dist/src/format/encode.js";
 import { expandTerm } from "../dist/src/pack/expand.js";
-import type { TaskEntry } from "../dist/src/pack/format.js";
-import { layoutAppend } from "../dist/src/pack/layout.js";
+import type { TaskEntry } from "../dist/src/format/format.js";
+import { layoutAppend } from "../dist/src/format/layout.js";
 import { openPack, type Pack } from "../dist/src/pack/pack.js";
 import { relativeDifference, tensorsOf } from "./compare.ts";
 import { concat, data, packOf } from "./packs.ts";

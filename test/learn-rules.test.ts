@@ -4,11 +4,11 @@
  */
 import fc from "fast-check";
 import t from "tap";
-import { Emitter } from "../dist/src/learn/emit.js";
-import { Problems } from "../dist/src/learn/problems.js";
-import { differentiate } from "../dist/src/learn/reverse.js";
-import { RULES } from "../dist/src/learn/rules/index.js";
-import { findWay, type Way } from "../dist/src/learn/way.js";
+import { Emitter } from "../dist/src/autodiff/emit.js";
+import { Problems } from "../dist/src/autodiff/problems.js";
+import { differentiate } from "../dist/src/autodiff/reverse.js";
+import { RULES } from "../dist/src/autodiff/rules/index.js";
+import { findWay, type Way } from "../dist/src/autodiff/way.js";
 import type { Feed } from "../dist/src/onnx/feeds.js";
 import { indexGraph, parseModel } from "../dist/src/onnx/model.js";
 import { makeFloats, makeInts, makeNode, makeValue, type Attributes } from "../dist/src/onnx/nodes.js";

@@ -4,8 +4,8 @@
  */
 import fc from "fast-check";
 import t from "tap";
-import { createTrainer, zeroShotTask } from "../dist/bindings/learn.js";
-import { Terms, type Basis, type Factors, type TrainedModule } from "../dist/src/learn/terms.js";
+import { createTrainer, zeroShotTask } from "../dist/src/train/learn.js";
+import { Terms, type Basis, type Factors, type TrainedModule } from "../dist/src/train/terms.js";
 import { expandTerm } from "../dist/src/pack/expand.js";
 import { openPack } from "../dist/src/pack/pack.js";
 import { examples, LABELS, noise, random, relative, tiny } from "./learning.ts";

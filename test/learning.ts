@@ -1,12 +1,12 @@
 /** Shared by the tests of learning: a runtime to look at shapes with, and PyTorch's gradients. */
 import { readdirSync, readFileSync } from "node:fs";
 import type * as common from "onnxruntime-common";
-import type { BatchFeeds, Example } from "../dist/bindings/learn.js";
+import type { BatchFeeds, Example } from "../dist/src/train/learn.js";
 import { readAdapters } from "../dist/src/adapters/folder.js";
-import { buildTrainingGraph, type TrainingGraph, type TrainingGraphOptions } from "../dist/src/learn/graph.js";
-import { uniform } from "../dist/src/learn/random.js";
-import type { Probe } from "../dist/src/learn/shapes.js";
-import { NameMatcher } from "../dist/src/names.js";
+import { buildTrainingGraph, type TrainingGraph, type TrainingGraphOptions } from "../dist/src/autodiff/graph.js";
+import { uniform } from "../dist/src/tensor/random.js";
+import type { Probe } from "../dist/src/autodiff/shapes.js";
+import { NameMatcher } from "../dist/src/base/names.js";
 import { readLinearWeight, readVector } from "../dist/src/onnx/dequantize.js";
 import type { Feed } from "../dist/src/onnx/feeds.js";
 import { graft, type GraftHead, type GraftModule, type TaskInput } from "../dist/src/onnx/graft.js";
@@ -14,8 +14,8 @@ import { biasAdd, linearsOf, matrixShape, NotLinear } from "../dist/src/onnx/lin
 import { findParameters } from "../dist/src/onnx/modules.js";
 import { readModel, type ModelFile } from "../dist/src/onnx/read.js";
 import { detachWeights } from "../dist/src/onnx/write.js";
-import { findWeight } from "../dist/src/runtime/locate.js";
-import { openSafetensors } from "../dist/src/safetensors.js";
+import { findWeight } from "../dist/src/base/locate.js";
+import { openSafetensors } from "../dist/src/tensor/safetensors.js";
 import { turn } from "../dist/src/session/plan.js";
 import { openSource } from "../dist/src/source.js";
 import { data } from "./packs.ts";

@@ -13,7 +13,7 @@ import { openOnnxHost } from "../dist/src/onnx/host.js";
 import { parseModel } from "../dist/src/onnx/model.js";
 import { findParameters } from "../dist/src/onnx/modules.js";
 import { ModelProtoSchema, type GraphProto, type ModelProto } from "../dist/src/onnx/onnx_pb.js";
-import { Locator } from "../dist/src/runtime/locate.js";
+import { Locator } from "../dist/src/base/locate.js";
 
 const DATA = resolve("test/data/onnx");
 const MINILM = resolve("test/data/minilm");

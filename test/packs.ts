@@ -2,11 +2,11 @@
 import { readdir, readFile } from "node:fs/promises";
 import { fileURLToPath } from "node:url";
 import { readAdapters } from "../dist/src/adapters/folder.js";
-import { decodeTensor } from "../dist/src/dtypes.js";
+import { decodeTensor } from "../dist/src/tensor/dtypes.js";
 import { buildPack, type BuildOptions, type BuildReport } from "../dist/src/pack/build.js";
-import type { TensorRef } from "../dist/src/pack/format.js";
+import type { TensorRef } from "../dist/src/format/format.js";
 import type { Pack } from "../dist/src/pack/pack.js";
-import { openHost } from "../dist/src/runtime/host.js";
+import { openHost } from "../dist/src/base/host.js";
 import { relativeDifference, type Golden } from "./compare.ts";
 
 /** Everything an adapter has goes into the pack. */

@@ -8,7 +8,7 @@ import { mkdtemp, readFile, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import type { Browser, Page } from "playwright-core";
-import { parseTaskFile } from "../dist/src/pack/task-file.js";
+import { parseTaskFile } from "../dist/src/format/task-file.js";
 import { openPack } from "../dist/src/pack/pack.js";
 import { createEncoder, model } from "../examples/minilm.js";
 import { buildPage } from "../examples/page/build.js";

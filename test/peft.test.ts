@@ -11,10 +11,10 @@ import type { Adapter, AdapterModule, SavedTensor } from "../dist/src/adapters/a
 import { peftFiles, type Exportable } from "../dist/src/adapters/export.js";
 import { findAdapters, readAdapters } from "../dist/src/adapters/folder.js";
 import { readPeft } from "../dist/src/adapters/peft.js";
-import { f32ToBf16, f32ToF16 } from "../dist/src/dtypes.js";
+import { f32ToBf16, f32ToF16 } from "../dist/src/tensor/dtypes.js";
 import { AdapterError, EigenLoraError, FormatError } from "../dist/src/errors.js";
-import { writeSafetensors, type SafetensorsEntry } from "../dist/src/safetensors-writer.js";
-import { openSafetensors } from "../dist/src/safetensors.js";
+import { writeSafetensors, type SafetensorsEntry } from "../dist/src/tensor/safetensors-writer.js";
+import { openSafetensors } from "../dist/src/tensor/safetensors.js";
 import { openSource } from "../dist/src/source.js";
 import { required } from "./required.ts";
 

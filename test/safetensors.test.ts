@@ -3,8 +3,8 @@ import { readFileSync } from "node:fs";
 import fc from "fast-check";
 import t from "tap";
 import { FormatError, SourceError } from "../dist/src/errors.js";
-import { writeSafetensors, type SafetensorsEntry } from "../dist/src/safetensors-writer.js";
-import { openSafetensors } from "../dist/src/safetensors.js";
+import { writeSafetensors, type SafetensorsEntry } from "../dist/src/tensor/safetensors-writer.js";
+import { openSafetensors } from "../dist/src/tensor/safetensors.js";
 import type { ByteSource } from "../dist/src/source.js";
 
 const golden = new Uint8Array(readFileSync(new URL("./data/goldens/peft/plain/base.safetensors", import.meta.url)));

@@ -8,7 +8,7 @@ import { join } from "node:path";
 import t, { type Test } from "tap";
 import { readAdapters } from "../dist/src/adapters/folder.js";
 import { createEigenSession } from "../dist/bindings/onnxruntime.js";
-import { encodeTensor } from "../dist/src/encode.js";
+import { encodeTensor } from "../dist/src/tensor/encode.js";
 import { graft } from "../dist/src/onnx/graft.js";
 import {
   create,
@@ -23,7 +23,7 @@ import type { ModelProto } from "../dist/src/onnx/onnx_pb.js";
 import { readModel } from "../dist/src/onnx/read.js";
 import { embedWeights } from "../dist/src/onnx/write.js";
 import { buildPack, projectAdapter } from "../dist/src/pack/build.js";
-import { encodeTask, encodeTaskFile } from "../dist/src/pack/encode.js";
+import { encodeTask, encodeTaskFile } from "../dist/src/format/encode.js";
 import { openPack, type Pack } from "../dist/src/pack/pack.js";
 import { planSession } from "../dist/src/session/plan.js";
 import { concat, data, LOSSLESS } from "./packs.ts";

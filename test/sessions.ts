@@ -7,7 +7,7 @@ import { readAdapters } from "../dist/src/adapters/folder.js";
 import { createEigenSession, type EigenSession, type EigenSessionOptions } from "../dist/bindings/onnxruntime.js";
 import { buildPack, type BuildOptions } from "../dist/src/pack/build.js";
 import { openPack, type Pack } from "../dist/src/pack/pack.js";
-import { openHost } from "../dist/src/runtime/host.js";
+import { openHost } from "../dist/src/base/host.js";
 import { concat, data, LOSSLESS } from "./packs.ts";
 
 export type Ort = typeof common;

@@ -31,8 +31,8 @@ import {
 import { openPack, type Pack } from "../dist/src/pack/pack.js";
 import { svd } from "../dist/src/extract/linalg.js";
 import { gramComponents, SummaryBuilder, summaryKind, triangle, type Summary } from "../dist/src/extract/summary.js";
-import { toBytes, writePart } from "../dist/src/shard/part.js";
-import type { SafetensorsEntry } from "../dist/src/safetensors-writer.js";
+import { toBytes, writePart } from "../dist/src/pack/shard/part.js";
+import type { SafetensorsEntry } from "../dist/src/tensor/safetensors-writer.js";
 import { concat, data, packDifference } from "./packs.ts";
 
 const F32 = { basis: "f32", coefficients: "f32", head: "f32" } as const;

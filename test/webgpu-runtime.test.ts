@@ -7,7 +7,7 @@ import type { DeviceHandle } from "../dist/src/backends/backend.js";
 import { createBackend } from "../dist/src/backends/select.js";
 import { openPack } from "../dist/src/pack/pack.js";
 import { createRuntime } from "../dist/src/runtime/create.js";
-import type { DeviceTensor, Tensor } from "../dist/src/runtime/host.js";
+import type { DeviceTensor, Tensor } from "../dist/src/base/host.js";
 import type { Runtime } from "../dist/src/runtime/runtime.js";
 import { dawnMissing } from "./backend-list.ts";
 import { generator } from "./backend-suite.ts";

@@ -8,8 +8,8 @@ import { buildPack, encodeTaskFile, projectAdapter, readAdapters } from "eigenlo
 import { distill } from "eigenlora/distill";
 import { createTrainer, zeroShotTask } from "eigenlora/learn";
 import { createEigenSession } from "eigenlora/onnxruntime";
-import { holdBack } from "../../dist/src/learn/examples.js";
-import { uniform } from "../../dist/src/learn/random.js";
+import { holdBack } from "../../dist/src/train/examples.js";
+import { uniform } from "../../dist/src/tensor/random.js";
 import { createEncoder, labelOf, model, runBatches, toBatches } from "../../examples/minilm.js";
 import { data } from "../report.js";
 import { Rows } from "../rows.js";

@@ -4,7 +4,7 @@
  * has seen the text. Such rows are kept apart. Nothing is trained here.
  */
 import { readdir, readFile } from "node:fs/promises";
-import { shuffle, uniform } from "../../dist/src/learn/random.js";
+import { shuffle, uniform } from "../../dist/src/tensor/random.js";
 import { data, readTask } from "../../examples/minilm.js";
 
 /** @typedef {import("../../examples/minilm.js").Task} Task */

@@ -2,9 +2,9 @@
  * Methods that train a head alone, on what a frozen model makes of the texts: the trainer's own loop, with a table of the head's
  * inputs in place of a training graph, since these never change. One run of the model then serves all rates and seeds.
  */
-import { Trainer } from "../../dist/src/learn/trainer.js";
-import { taskFile } from "../../dist/src/learn/result.js";
-import { Terms } from "../../dist/src/learn/terms.js";
+import { Trainer } from "../../dist/src/train/trainer.js";
+import { taskFile } from "../../dist/src/train/result.js";
+import { Terms } from "../../dist/src/train/terms.js";
 import { runBatches, toBatches } from "../../examples/minilm.js";
 
 /** How many numbers enter the head. */
@@ -45,10 +45,10 @@ export function headTrainer(features, { labels, seed }) {
 /**
  * @param {ReadonlyMap<string, Float32Array>} features by text
  * @param {number} labels
- * @returns {import("../../dist/src/learn/trainer.js").Machine<Float32Array[]>}
+ * @returns {import("../../dist/src/train/trainer.js").Machine<Float32Array[]>}
  */
 export function headMachine(features, labels) {
-  /** @param {Float32Array} x @param {import("../../dist/src/learn/trainer.js").Point} point */
+  /** @param {Float32Array} x @param {import("../../dist/src/train/trainer.js").Point} point */
   const logitsOf = (x, { weight, bias }) => Array.from(bias, (b, label) => x.reduce((sum, value, i) => sum + value * weight[label * x.length + i], b));
   return {
     head: { module: HEAD, in: WIDTH, bias: true },

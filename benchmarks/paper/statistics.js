@@ -1,5 +1,5 @@
 /** Means, spread over seeds, and the paired bootstrap. Plain numbers in and out. */
-import { uniform } from "../../dist/src/learn/random.js";
+import { uniform } from "../../dist/src/tensor/random.js";
 
 /** @param {readonly number[]} values */
 export const mean = (values) => values.reduce((a, b) => a + b, 0) / values.length;

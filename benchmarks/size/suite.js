@@ -6,7 +6,7 @@ import { openPack } from "eigenlora";
 import { readAdapters } from "eigenlora/build";
 import { createJudge, inputMoments } from "eigenlora/distill";
 import { createEigenSession } from "eigenlora/onnxruntime";
-import { shuffle, uniform } from "../../dist/src/learn/random.js";
+import { shuffle, uniform } from "../../dist/src/tensor/random.js";
 import { createEncoder, labelOf, model, readReference, readTask, runBatches, toBatches } from "../../examples/minilm.js";
 import { data } from "../report.js";
 

@@ -5,13 +5,7 @@
  *
  * Tensors are read on demand, one module at a time, so that packing many adapters holds one module's stack in memory.
  */
-
-/**
- * How the base checkpoint stores an adapted weight:
- * `out-in` [out, in] (Linear), `in-out` [in, out] (Conv1D of GPT-2), `conv` [out, in/groups, k…] read as [out, in·k…],
- * `embedding` [vocabulary, dimension], where `in` is the vocabulary and `out` the dimension.
- */
-export type Layout = "out-in" | "in-out" | "conv" | "embedding";
+import type { Layout, ParameterRole, TaskMetadata } from "../format/format.ts";
 
 /** One adapted module: ΔW [out, in] = B · A, read lazily. */
 export interface AdapterModule {
@@ -45,23 +39,12 @@ export interface Factors {
  */
 export interface SavedTensor {
   readonly name: string;
-  readonly role: "saved" | "bias" | "bias-delta" | "rows";
+  readonly role: ParameterRole;
   /** For `rows` [indices.length, dimension]. */
   readonly shape: readonly number[];
   readonly indices?: readonly number[];
   /** Reads and checks the values, as f32. @throws AdapterError for NaN or infinity */
   read(): Promise<Float32Array>;
-}
-
-/** What is known about a task beside its numbers. Kept in the pack as it is. */
-export interface TaskMetadata {
-  /** Class names of a classifier, in the order of its rows. */
-  labels?: string[];
-  license?: string;
-  /** Where the adapter came from. */
-  origin?: string;
-  /** Other plain values: strings, numbers, booleans, null, arrays and objects of these. */
-  [key: string]: unknown;
 }
 
 /** One trained adapter. */

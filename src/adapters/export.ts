@@ -2,9 +2,9 @@
  * The way back: a canonical adapter as the two files that PEFT loads, giving the same weights. Scales stay in B, so
  * every module's alpha equals its rank. Makes the contents only; writing them is up to the caller.
  */
-import { encodeTensor } from "../encode.ts";
+import { encodeTensor } from "../tensor/encode.ts";
 import { AdapterError } from "../errors.ts";
-import type { SafetensorsEntry } from "../safetensors-writer.ts";
+import type { SafetensorsEntry } from "../tensor/safetensors-writer.ts";
 import type { Adapter, AdapterModule } from "./adapter.ts";
 import { headsOf } from "./peft-config.ts";
 

@@ -3,7 +3,7 @@
  * Whatever plain values it holds become the task's metadata. Not the adapter's own configuration.
  */
 import { AdapterError } from "../errors.ts";
-import type { TaskMetadata } from "./adapter.ts";
+import type { TaskMetadata } from "../format/format.ts";
 
 /** Metadata is read with a pack's directory, before any task: it must stay small. */
 const MAX_METADATA_BYTES = 64 * 1024;

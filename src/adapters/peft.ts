@@ -4,9 +4,10 @@
  * load, or would load in part only, is refused. Portable: folders are read in folder.ts.
  */
 import { AdapterError } from "../errors.ts";
-import { isFloatDtype, openSafetensors, type SafetensorsFile } from "../safetensors.ts";
+import { isFloatDtype, openSafetensors, type SafetensorsFile } from "../tensor/safetensors.ts";
 import type { ByteSource } from "../source.ts";
-import type { Adapter, AdapterModule, Layout, SavedTensor, TaskMetadata } from "./adapter.ts";
+import type { Adapter, AdapterModule, SavedTensor } from "./adapter.ts";
+import type { Layout, TaskMetadata } from "../format/format.ts";
 import { readTaskMetadata } from "./metadata.ts";
 import { readPeftConfig, type PeftConfig } from "./peft-config.ts";
 import { parsePeftKeys, type Part } from "./peft-keys.ts";

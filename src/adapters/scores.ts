@@ -4,7 +4,7 @@
  */
 import { basename, dirname } from "node:path";
 import { AdapterError } from "../errors.ts";
-import { nearest } from "../names.ts";
+import { nearest } from "../base/names.ts";
 import type { Adapter } from "./adapter.ts";
 
 /** Accuracy of an adapter with its head, and of that head alone with ΔW at zero; shares from 0 to 1. */

@@ -6,7 +6,7 @@
  * All matrices are row-major. Factors are stored by rank: A as [rank, in] and B transposed, Bᵀ as [rank, out], so that
  * both sides expand from their bases in the same way and either orientation of a weight folds with the same loop.
  */
-import type { FloatType, TensorType } from "../dtypes.ts";
+import type { FloatType, TensorType } from "../tensor/dtypes.ts";
 
 /** Whose bytes they are, as `runtime.memory()` reports them. */
 export type Owner = "basis" | "coefficients" | "pristine" | "active" | "scratch";

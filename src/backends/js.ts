@@ -12,7 +12,7 @@ import {
   tensorBytes,
   type FloatType,
   type TensorType,
-} from "../dtypes.ts";
+} from "../tensor/dtypes.ts";
 import { BackendError } from "../errors.ts";
 import type { Backend, Block, ExpandJob, FoldJob, Owner, ProjectJob, ScaleJob, Slice } from "./backend.ts";
 import { checkApart, checkCount, checkExpand, checkFold, checkProject, checkScale, checkSlice } from "./checks.ts";

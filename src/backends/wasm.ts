@@ -2,7 +2,7 @@
  * The WebAssembly backend: the kernels of `assembly/` on a linear memory of their own. One thread; operations run when
  * called. Which of the three builds runs is decided by `WebAssembly.validate` on the binary itself.
  */
-import { TENSOR_TYPES, type TensorType } from "../dtypes.ts";
+import { TENSOR_TYPES, type TensorType } from "../tensor/dtypes.ts";
 import { BackendError } from "../errors.ts";
 import type { Backend, Block, ExpandJob, FoldJob, Owner, ProjectJob, ScaleJob, Slice } from "./backend.ts";
 import { checkApart, checkCount, checkExpand, checkFold, checkProject, checkScale, checkSlice } from "./checks.ts";

@@ -3,7 +3,7 @@
  * that would be hundreds of small dispatches. Jobs are put together as long as they share their buffers, fit one binding
  * each, and write apart from one another; else what is waiting goes first, so that the order of calls is kept.
  */
-import { rowBytes, scaleBytes, TENSOR_TYPES, type TensorType } from "../dtypes.ts";
+import { rowBytes, scaleBytes, TENSOR_TYPES, type TensorType } from "../tensor/dtypes.ts";
 import type { Slice } from "./backend.ts";
 import type { Blocks } from "./webgpu-blocks.ts";
 import type { Recorder } from "./webgpu-recorder.ts";

@@ -3,7 +3,7 @@
  * sees a part of one.
  */
 /// <reference types="@webgpu/types" />
-import { align4 } from "../dtypes.ts";
+import { align4 } from "../tensor/dtypes.ts";
 import { BackendError } from "../errors.ts";
 import type { Block, DeviceBuffer, Owner, Slice } from "./backend.ts";
 import { checkCount } from "./checks.ts";

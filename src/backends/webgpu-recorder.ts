@@ -4,7 +4,7 @@
  */
 /// <reference types="@webgpu/types" />
 import * as shaders from "../../kernels/wgsl.js";
-import { align4 } from "../dtypes.ts";
+import { align4 } from "../tensor/dtypes.ts";
 import type { DeviceHandle } from "./backend.ts";
 import { compile, Faults } from "./webgpu-device.ts";
 

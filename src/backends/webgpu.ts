@@ -3,7 +3,7 @@
  * at once. Blocks are buffers of their own; what crosses the bus is what is uploaded and read.
  */
 /// <reference types="@webgpu/types" />
-import { align4, rowBytes, tensorBytes, TENSOR_TYPES, type TensorType } from "../dtypes.ts";
+import { align4, rowBytes, tensorBytes, TENSOR_TYPES, type TensorType } from "../tensor/dtypes.ts";
 import type { Backend, DeviceBuffer, ExpandJob, FoldJob, ProjectJob, ScaleJob, Slice } from "./backend.ts";
 import { checkApart, checkExpand, checkFold, checkProject, checkScale, checkSlice } from "./checks.ts";
 import { Batch } from "./webgpu-batch.ts";

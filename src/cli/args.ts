@@ -3,7 +3,7 @@
  */
 import { resolve } from "node:path";
 import { parseArgs } from "node:util";
-import { TENSOR_TYPES, type TensorType } from "../dtypes.ts";
+import { TENSOR_TYPES, type TensorType } from "../tensor/dtypes.ts";
 import type { Selection } from "../extract/extract.ts";
 import type { StorageTypes } from "../pack/build.ts";
 

@@ -1,5 +1,5 @@
 /**
- * The command distill: a pack whose tasks answer plain text more like the adapters they were made of (bindings/distill.ts).
+ * The command distill: a pack whose tasks answer plain text more like the adapters they were made of (src/train/distill.ts).
  * Finished tasks are kept beside the target until all are done, so that a run which was cut off goes on.
  */
 import { createHash } from "node:crypto";
@@ -9,11 +9,11 @@ import type { Adapter } from "../adapters/adapter.ts";
 import { readAdapters } from "../adapters/folder.ts";
 import { SourceError } from "../errors.ts";
 import { projectAdapter } from "../pack/build.ts";
-import { encodeTaskFile } from "../pack/encode.ts";
-import { layoutFresh } from "../pack/layout.ts";
+import { encodeTaskFile } from "../format/encode.ts";
+import { layoutFresh } from "../format/layout.ts";
 import { openPack, type Pack } from "../pack/pack.ts";
-import { parseTaskFile } from "../pack/task-file.ts";
-import { distill, type Distilled } from "../../bindings/distill.ts";
+import { parseTaskFile } from "../format/task-file.ts";
+import { distill, type Distilled } from "../train/distill.ts";
 import { createEigenSession } from "../../bindings/onnxruntime.ts";
 import { renames, required, wholeNumber, type Arguments } from "./args.ts";
 import { readLines } from "./auto.ts";

@@ -3,7 +3,7 @@
  */
 import { readFile } from "node:fs/promises";
 import { SourceError } from "../errors.ts";
-import { nearest } from "../names.ts";
+import { nearest } from "../base/names.ts";
 
 export interface LabelledText {
   readonly text: string;

@@ -6,7 +6,7 @@ import { randomUUID } from "node:crypto";
 import { open, rename, unlink } from "node:fs/promises";
 import { dirname } from "node:path";
 import { SourceError } from "../errors.ts";
-import type { Append } from "../pack/layout.ts";
+import type { Append } from "../format/layout.ts";
 
 type Chunks = Iterable<Uint8Array> | AsyncIterable<Uint8Array>;
 

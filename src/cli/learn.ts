@@ -4,11 +4,11 @@
  */
 import { basename, extname } from "node:path";
 import { TaskError } from "../errors.ts";
-import type { Start } from "../learn/start.ts";
-import type { TrainingStep } from "../learn/trainer.ts";
-import { isTaskId } from "../pack/format.ts";
+import type { Start } from "../train/start.ts";
+import type { TrainingStep } from "../train/trainer.ts";
+import { isTaskId } from "../format/format.ts";
 import { openPack, type Pack } from "../pack/pack.ts";
-import { createTrainer } from "../../bindings/learn.ts";
+import { createTrainer } from "../train/learn.ts";
 import { createEigenSession } from "../../bindings/onnxruntime.ts";
 import { choice, number, refuseOverwriting, required, UsageError, wholeNumber, type Arguments } from "./args.ts";
 import { readExamples } from "./examples.ts";

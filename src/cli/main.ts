@@ -6,7 +6,7 @@ import { spawnSync } from "node:child_process";
 import { existsSync } from "node:fs";
 import { fileURLToPath } from "node:url";
 import { EigenLoraError } from "../errors.ts";
-import { nearest } from "../names.ts";
+import { nearest } from "../base/names.ts";
 import { VERSION } from "../version.ts";
 import { addCommand } from "./add.ts";
 import { parse, UsageError, type Arguments, type OptionTable } from "./args.ts";

@@ -5,7 +5,7 @@
 import { readFile } from "node:fs/promises";
 import { dirname, join } from "node:path";
 import { BackendError, BaseMismatchError, SourceError } from "../errors.ts";
-import type { BatchFeeds } from "../../bindings/ort-batch.ts";
+import type { BatchFeeds } from "../train/batch.ts";
 import type { Ort } from "../../bindings/ort.ts";
 
 /** From texts to the inputs of a model, one row each. */

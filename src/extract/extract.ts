@@ -4,8 +4,8 @@
  * whole factor is one. Also the way of one more adapter onto an existing basis. Works on one module at a time, on arrays
  * only: no files, no pack.
  */
-import { decodeTensor, type TensorType } from "../dtypes.ts";
-import { encodeTensor } from "../encode.ts";
+import { decodeTensor, type TensorType } from "../tensor/dtypes.ts";
+import { encodeTensor } from "../tensor/encode.ts";
 import { centred, columnMeans, principalComponents, ROUNDING, type Components } from "./components.ts";
 import { deltaError, pairError, relative, type SideError } from "./error.ts";
 import { alignSigns, alignTo, balance, leadingRows, type Pair } from "./gauge.ts";

@@ -3,7 +3,7 @@
  * row: least in all when rows are of one length and no value stands out. (Bᵀ, A) and (R·Bᵀ, R·A) are the same ΔW for every rotation R,
  * and so are α·V and (α·Hᵀ)·(H·V).
  */
-import type { TensorType } from "../dtypes.ts";
+import type { TensorType } from "../tensor/dtypes.ts";
 import { timesTransposed, type Products } from "./linalg.ts";
 
 /** Formats whose rounding loses enough for turns to pay. */

@@ -4,7 +4,7 @@
  * others, and the shared components are found again for what is left. No components at all and only private terms is each adapter
  * cut by its own SVD: the other end of the scale.
  */
-import { decodeTensor, isQuantized, type TensorType } from "../dtypes.ts";
+import { decodeTensor, isQuantized, type TensorType } from "../tensor/dtypes.ts";
 import { deltaError, relative } from "./error.ts";
 import { extractModule, openModule, type ExtractOptions, type ModuleExtraction, type ModuleMember, type ModuleStack, type ProjectedTask } from "./extract.ts";
 import { balance, leadingRows, type Pair } from "./gauge.ts";

@@ -3,7 +3,7 @@
  * bytes. Everything is computed in coordinates of the components, where one more component of one side changes the r×r
  * matrices of `error.ts` by products of two vectors, so that thousands of pairs cost less than one expansion.
  */
-import { tensorBytes, type TensorType } from "../dtypes.ts";
+import { tensorBytes, type TensorType } from "../tensor/dtypes.ts";
 import { pairError, relative, type SideError } from "./error.ts";
 import { fewBits, mixColumns } from "./mixing.ts";
 import { leaveOut, lossOf, rounded, solve, type Subspace, type Target } from "./subspace.ts";

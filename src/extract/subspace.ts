@@ -7,8 +7,8 @@
  * basis whose first k vectors span the first k components. In these coordinates errors are sums of squares, for any
  * number of components at once, and no row is ever expanded.
  */
-import { decodeTensor, type TensorType } from "../dtypes.ts";
-import { encodeTensor } from "../encode.ts";
+import { decodeTensor, type TensorType } from "../tensor/dtypes.ts";
+import { encodeTensor } from "../tensor/encode.ts";
 import { centred, ROUNDING } from "./components.ts";
 import { sideError, type SideError } from "./error.ts";
 import {

@@ -3,9 +3,9 @@
  * MatMulInteger after DynamicQuantizeLinear, QLinearMatMul. For fingerprints and for the base's heads; the product itself
  * is the runtime's.
  */
-import { bf16ToF32, f16ToF32 } from "../dtypes.ts";
+import { bf16ToF32, f16ToF32 } from "../tensor/dtypes.ts";
 import { FormatError } from "../errors.ts";
-import { weightAt, type WeightAt } from "../runtime/fingerprint.ts";
+import { weightAt, type WeightAt } from "../base/fingerprint.ts";
 import type { ReadOptions } from "../source.ts";
 import { matrixShape, producer } from "./linear.ts";
 import { attribute, type OnnxModel, type Use } from "./model.ts";

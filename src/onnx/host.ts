@@ -2,9 +2,9 @@
  * An ONNX model as a base: its weights, under the names that adapters call them by. Read-only: what a task changes
  * reaches a model through the runtime that has loaded it.
  */
-import type { FloatType } from "../dtypes.ts";
+import type { FloatType } from "../tensor/dtypes.ts";
 import { SourceError } from "../errors.ts";
-import type { View, WeightHost } from "../runtime/host.ts";
+import type { View, WeightHost } from "../base/host.ts";
 import type { SourceInput } from "../source.ts";
 import { findParameters, type OnnxParameter } from "./modules.ts";
 import { readModel, type ModelFile, type ModelOptions } from "./read.ts";

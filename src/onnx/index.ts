@@ -3,4 +3,4 @@
  */
 export { openOnnxHost } from "./host.ts";
 export type { ModelOptions } from "./read.ts";
-export type { Parameter, View, WeightHost } from "../runtime/host.ts";
+export type { Parameter, View, WeightHost } from "../base/host.ts";

@@ -3,7 +3,7 @@
  * and merge parameters of equal values; what they lose is found again from where in the model an initializer is used.
  * Names and orientation only: nothing here reads a value.
  */
-import type { Layout } from "../adapters/adapter.ts";
+import type { Layout } from "../format/format.ts";
 import { attribute, type Graph, type OnnxModel, type Use } from "./model.ts";
 import type { NodeProto } from "./onnx_pb.ts";
 import { tensorType, type TensorType } from "./tensors.ts";

@@ -2,7 +2,7 @@
  * The values of an initializer, wherever ONNX lets them lie: `raw_data`, the typed lists, or a file beside the model.
  * Bytes come out as they would lie in `raw_data`: little-endian, row-major. Values are not converted.
  */
-import type { FloatType } from "../dtypes.ts";
+import type { FloatType } from "../tensor/dtypes.ts";
 import { FormatError, SourceError } from "../errors.ts";
 import type { ByteSource, ReadOptions } from "../source.ts";
 import type { TensorProto } from "./onnx_pb.ts";

@@ -3,9 +3,9 @@
  * never all adapters. No file system: adapters are read through their sources, the result is a list of chunks.
  */
 import type { Adapter, AdapterModule, SavedTensor } from "../adapters/adapter.ts";
-import { isQuantized, type TensorType } from "../dtypes.ts";
-import { encodeTensor } from "../encode.ts";
-import { createWasmProducts } from "../backends/wasm-products.ts";
+import { isQuantized, type TensorType } from "../tensor/dtypes.ts";
+import { encodeTensor } from "../tensor/encode.ts";
+import { createWasmProducts } from "../extract/wasm-products.ts";
 import { AdapterError } from "../errors.ts";
 import {
   extractModule,
@@ -22,13 +22,13 @@ import {
   type TaskCoefficients,
 } from "../extract/extract.ts";
 import { extractMixed, type MixedExtraction, type MixedTask, type PrivateOptions } from "../extract/private.ts";
-import { fingerprint, weightAt } from "../runtime/fingerprint.ts";
-import type { WeightHost } from "../runtime/host.ts";
-import { Locator } from "../runtime/locate.ts";
+import { fingerprint, weightAt } from "../base/fingerprint.ts";
+import type { WeightHost } from "../base/host.ts";
+import { Locator } from "../base/locate.ts";
 import { VERSION } from "../version.ts";
-import { basisId, encodeBasis, encodeTask, type ModuleInput, type ParameterInput, type TermInput } from "./encode.ts";
-import type { PackModule, TaskEntry } from "./format.ts";
-import { layoutFresh, type TaskToWrite } from "./layout.ts";
+import { basisId, encodeBasis, encodeTask, type ModuleInput, type ParameterInput, type TermInput } from "../format/encode.ts";
+import type { PackModule, TaskEntry } from "../format/format.ts";
+import { layoutFresh, type TaskToWrite } from "../format/layout.ts";
 import type { Pack } from "./pack.ts";
 
 /** Number formats of what is stored. */

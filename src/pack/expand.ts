@@ -3,8 +3,8 @@
  * kind of term. For export, verification and tests; the runtime has kernels of its own.
  */
 import type { Adapter, AdapterModule, SavedTensor } from "../adapters/adapter.ts";
-import { decodeTensor } from "../dtypes.ts";
-import type { Coefficients, PackModule, Side, TaskBlob, TaskTerm, TensorRef } from "./format.ts";
+import { decodeTensor } from "../tensor/dtypes.ts";
+import type { Coefficients, PackModule, Side, TaskBlob, TaskTerm, TensorRef } from "../format/format.ts";
 import type { Pack } from "./pack.ts";
 
 /** Factors of one term: A [rank, in], Bᵀ [rank, out]; rank counts shared and private rows. */

@@ -3,11 +3,11 @@
  * keeps task blobs. It computes nothing; that is the runtime's part.
  */
 import { FormatError, TaskError } from "../errors.ts";
-import type { TaskMetadata } from "../adapters/adapter.ts";
-import { nearest } from "../names.ts";
+import type { TaskMetadata } from "../format/format.ts";
+import { nearest } from "../base/names.ts";
 import { openSource, type ByteSource, type FetchOptions, type ReadOptions, type SourceInput } from "../source.ts";
-import { crc32c } from "./crc32c.ts";
-import { align64 } from "./fields.ts";
+import { crc32c } from "../format/crc32c.ts";
+import { align64 } from "../format/fields.ts";
 import {
   isTaskId,
   parseDirectory,
@@ -18,8 +18,8 @@ import {
   type Section,
   type TaskBlob,
   type Window,
-} from "./format.ts";
-import { checkFinite, parseTask } from "./task.ts";
+} from "../format/format.ts";
+import { checkFinite, parseTask } from "../format/task.ts";
 
 export interface OpenOptions extends FetchOptions {
   signal?: AbortSignal;
@@ -262,7 +262,7 @@ export class Pack {
     const source = await openSource(file);
     try {
       if (source.byteLength === undefined) await source.read(0, 64);
-      const { parseTaskFile } = await import("./task-file.ts");
+      const { parseTaskFile } = await import("../format/task-file.ts");
       const task = parseTaskFile(await source.read(0, source.byteLength ?? 0), source.name);
       if (task.basisId !== this.basisId) {
         throw new TaskError(

@@ -3,7 +3,7 @@
  * caller's until one is found. It knows no model and no data; ΔW errors play no part in it.
  */
 import type { Adapter } from "../adapters/adapter.ts";
-import type { TensorType } from "../dtypes.ts";
+import type { TensorType } from "../tensor/dtypes.ts";
 import type { Selection } from "../extract/extract.ts";
 import { limitOf } from "./auto.ts";
 import { buildPack, type BuildOptions, type BuildReport, type StorageTypes } from "./build.ts";

@@ -4,9 +4,9 @@
  * Loaded when it is used.
  */
 import type { Slice } from "../backends/backend.ts";
-import type { PackModule } from "../pack/format.ts";
+import type { PackModule } from "../format/format.ts";
 import type { Pack } from "../pack/pack.ts";
-import { onDevice, type View } from "./host.ts";
+import { onDevice, type View } from "../base/host.ts";
 import { loadParts, refuseMagnitudes, type Selection } from "./selection.ts";
 import { stage, Staging, type Expansion, type ModulePlan, type Part } from "./stage.ts";
 import { at, type Workbench } from "./workbench.ts";

@@ -5,8 +5,8 @@
 import { createBackend, type BackendOptions } from "../backends/select.ts";
 import type { Pack } from "../pack/pack.ts";
 import type { FetchOptions } from "../source.ts";
-import { onDevice, openHost, type BaseInput } from "./host.ts";
-import { Locator } from "./locate.ts";
+import { onDevice, openHost, type BaseInput } from "../base/host.ts";
+import { Locator } from "../base/locate.ts";
 import { Runtime, type Started } from "./runtime.ts";
 import { findSlots, loadSlots } from "./slots.ts";
 import { Workbench } from "./workbench.ts";

@@ -3,7 +3,7 @@
  * computed there. Loaded where a base has such parameters. Adapted weights do not come through here: they are folded in place.
  */
 import type { Backend, Block, DeviceBuffer, DeviceHandle, Slice } from "../backends/backend.ts";
-import { byteLengthOf, onDevice, type View, type WeightHost } from "./host.ts";
+import { byteLengthOf, onDevice, type View, type WeightHost } from "../base/host.ts";
 
 /** Where a view lies, as the backend sees it. */
 function sliceOf(backend: Backend, view: View): Slice {

@@ -2,10 +2,10 @@
  * Parameters of a task that are more than bytes of its blob: heads of several tasks as one, biases and token rows as differences
  * from the base's. Loaded when a selection has some.
  */
-import { decodeTensor } from "../dtypes.ts";
+import { decodeTensor } from "../tensor/dtypes.ts";
 import { BaseMismatchError, TaskError } from "../errors.ts";
 import type { Pack } from "../pack/pack.ts";
-import { sameShape, type View } from "./host.ts";
+import { sameShape, type View } from "../base/host.ts";
 import type { Change } from "./parameters.ts";
 
 /**

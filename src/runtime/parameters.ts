@@ -3,12 +3,12 @@
  * adapted modules. Computed in plain JS, since they are small; the result is the list of parameters that differ from the
  * base.
  */
-import { decodeTensor, encodeFloats, rowBytes, type FloatType } from "../dtypes.ts";
+import { decodeTensor, encodeFloats, rowBytes, type FloatType } from "../tensor/dtypes.ts";
 import { BaseMismatchError, TaskError } from "../errors.ts";
-import type { TaskParameter } from "../pack/format.ts";
+import type { TaskParameter } from "../format/format.ts";
 import type { Pack } from "../pack/pack.ts";
-import type { View, WeightHost } from "./host.ts";
-import type { Locator } from "./locate.ts";
+import type { View, WeightHost } from "../base/host.ts";
+import type { Locator } from "../base/locate.ts";
 import type { Part } from "./stage.ts";
 
 /** A parameter of the active task that differs from the base's. */

@@ -5,10 +5,10 @@
  */
 import type { DeviceHandle, Owner, Slice } from "../backends/backend.ts";
 import { BackendError } from "../errors.ts";
-import { nearest } from "../names.ts";
+import { nearest } from "../base/names.ts";
 import type { Pack } from "../pack/pack.ts";
-import { byteLengthOf, onDevice, type View, type WeightHost } from "./host.ts";
-import type { Locator } from "./locate.ts";
+import { byteLengthOf, onDevice, type View, type WeightHost } from "../base/host.ts";
+import type { Locator } from "../base/locate.ts";
 import type { Applied } from "./apply.ts";
 import { Parameters, type Replacement } from "./parameters.ts";
 import { readWeight, type Slot } from "./slots.ts";

@@ -3,11 +3,11 @@
  */
 import type { Block, Slice } from "../backends/backend.ts";
 import { BaseMismatchError } from "../errors.ts";
-import type { PackModule } from "../pack/format.ts";
+import type { PackModule } from "../format/format.ts";
 import type { ReadOptions } from "../source.ts";
-import { checkFingerprint, SAME_FLOAT, weightAt } from "./fingerprint.ts";
-import { onDevice, type WeightHost } from "./host.ts";
-import type { Located, Locator } from "./locate.ts";
+import { checkFingerprint, SAME_FLOAT, weightAt } from "../base/fingerprint.ts";
+import { onDevice, type WeightHost } from "../base/host.ts";
+import type { Located, Locator } from "../base/locate.ts";
 import { at, type Workbench } from "./workbench.ts";
 
 /** An adapted weight of the base. */

@@ -3,8 +3,8 @@
  * components on either side (docs/runtime.md, "Unfolded").
  */
 import type { Slice } from "../backends/backend.ts";
-import type { PackModule } from "../pack/format.ts";
-import type { Located } from "./locate.ts";
+import type { PackModule } from "../format/format.ts";
+import type { Located } from "../base/locate.ts";
 import type { ModulePlan } from "./stage.ts";
 import type { Workbench } from "./workbench.ts";
 

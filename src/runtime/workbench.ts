@@ -6,8 +6,8 @@
  * factors stay in a cache; a device expands as many as fit at once.
  */
 import type { Backend, Block, FoldJob, Owner, Slice } from "../backends/backend.ts";
-import type { PackModule, Side } from "../pack/format.ts";
-import type { Located } from "./locate.ts";
+import type { PackModule, Side } from "../format/format.ts";
+import type { Located } from "../base/locate.ts";
 import { Staging, type ModulePlan } from "./stage.ts";
 
 /** Bytes of the factors of a round on a device. */

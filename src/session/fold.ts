@@ -11,7 +11,7 @@ import { PREFIX } from "../onnx/nodes.ts";
 import type { GraphProto } from "../onnx/onnx_pb.ts";
 import { create, NodeProtoSchema, TensorProtoSchema, ValueInfoProtoSchema } from "../onnx/protobuf.ts";
 import { point, type DataFile } from "../onnx/write.ts";
-import type { View } from "../runtime/host.ts";
+import type { View } from "../base/host.ts";
 
 export const FOLDED_FILE = "eigenlora-folded";
 

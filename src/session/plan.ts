@@ -3,9 +3,9 @@
  * change there, and which of it can be done without touching the weights. Checks that the model is the right one. Changes
  * nothing.
  */
-import { decodeTensor } from "../dtypes.ts";
+import { decodeTensor } from "../tensor/dtypes.ts";
 import { BaseMismatchError } from "../errors.ts";
-import { NameMatcher } from "../names.ts";
+import { NameMatcher } from "../base/names.ts";
 import { readLinearWeight, readVector } from "../onnx/dequantize.ts";
 import {
   checkGraftable,
@@ -20,10 +20,10 @@ import { biasAdd, FLOAT, FLOAT16, fusedNode, linearsOf, matrixShape, NotLinear }
 import type { Use } from "../onnx/model.ts";
 import { findParameters, type OnnxParameter } from "../onnx/modules.ts";
 import type { ModelFile } from "../onnx/read.ts";
-import type { PackModule, TaskBlob, TaskTerm } from "../pack/format.ts";
+import type { PackModule, TaskBlob, TaskTerm } from "../format/format.ts";
 import type { Pack } from "../pack/pack.ts";
-import { checkFingerprint, SAME_FLOAT, SAME_QUANTIZED } from "../runtime/fingerprint.ts";
-import { findWeight } from "../runtime/locate.ts";
+import { checkFingerprint, SAME_FLOAT, SAME_QUANTIZED } from "../base/fingerprint.ts";
+import { findWeight } from "../base/locate.ts";
 import type { ReadOptions } from "../source.ts";
 
 /** How a task reaches the model. */

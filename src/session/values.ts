@@ -2,12 +2,12 @@
  * What a task gives to each input of a grafted model: coefficients in, arrays out, for one task or for one task per row of
  * a batch. No model runtime here.
  */
-import { decodeTensor } from "../dtypes.ts";
+import { decodeTensor } from "../tensor/dtypes.ts";
 import { BaseMismatchError } from "../errors.ts";
 import type { TaskInput } from "../onnx/graft.ts";
-import type { PackModule, TaskParameter } from "../pack/format.ts";
+import type { PackModule, TaskParameter } from "../format/format.ts";
 import type { Pack } from "../pack/pack.ts";
-import { Locator } from "../runtime/locate.ts";
+import { Locator } from "../base/locate.ts";
 import { Parameters } from "../runtime/parameters.ts";
 import { loadParts, type Selection } from "../runtime/selection.ts";
 import { stage, type Part } from "../runtime/stage.ts";

@@ -2,14 +2,14 @@
  * From statistics to a basis: a pack without tasks, onto which adapters are projected wherever they are. Column mode only; what
  * needs all adapters at once is refused by name.
  */
-import type { TensorType } from "../dtypes.ts";
-import { checkSelection, decompose, encodeBasis, wanted, type ExtractOptions, type Selection, type SideBasis } from "../extract/extract.ts";
-import { gramComponents, type Summary } from "../extract/summary.ts";
-import { fastProducts, readFingerprints, sideInput } from "../pack/build.ts";
-import { basisId, encodeBasis as encodeBases, type ModuleInput } from "../pack/encode.ts";
-import { layoutFresh } from "../pack/layout.ts";
-import type { WeightHost } from "../runtime/host.ts";
-import { VERSION } from "../version.ts";
+import type { TensorType } from "../../tensor/dtypes.ts";
+import { checkSelection, decompose, encodeBasis, wanted, type ExtractOptions, type Selection, type SideBasis } from "../../extract/extract.ts";
+import { gramComponents, type Summary } from "../../extract/summary.ts";
+import { fastProducts, readFingerprints, sideInput } from "../build.ts";
+import { basisId, encodeBasis as encodeBases, type ModuleInput } from "../../format/encode.ts";
+import { layoutFresh } from "../../format/layout.ts";
+import type { WeightHost } from "../../base/host.ts";
+import { VERSION } from "../../version.ts";
 import { baseModels, factorsOf, type Statistics } from "./statistics.ts";
 
 export interface BasisOptions {

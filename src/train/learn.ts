@@ -2,19 +2,19 @@
  * `eigenlora/learn`: a new task on the model of an onnxruntime session, by training coefficients only. The session learns and
  * answers with one copy of the weights; the trainer holds numbers.
  */
-import { usualRank } from "../src/learn/start.ts";
-import { basesOf, Terms, type TrainedModule } from "../src/learn/terms.ts";
-import { Trainer, type TrainerOptions } from "../src/learn/trainer.ts";
-import type { EigenSession } from "./onnxruntime.ts";
-import type { Ort } from "./ort.ts";
-import type { BatchFeeds } from "./ort-batch.ts";
-import { createMachine, headOf } from "./ort-machine.ts";
+import { usualRank } from "./start.ts";
+import { basesOf, Terms, type TrainedModule } from "./terms.ts";
+import { Trainer, type TrainerOptions } from "./trainer.ts";
+import type { EigenSession } from "../../bindings/onnxruntime.ts";
+import type { Ort } from "../../bindings/ort.ts";
+import type { BatchFeeds } from "./batch.ts";
+import { createMachine, headOf } from "./machine.ts";
 
-export { Trainer, type FitOptions, type TrainerOptions, type TrainingStep } from "../src/learn/trainer.ts";
-export type { Example } from "../src/learn/examples.ts";
-export type { Start } from "../src/learn/start.ts";
-export { zeroShotTask, type ZeroShotOptions } from "../src/learn/zero-shot.ts";
-export type { BatchFeeds } from "./ort-batch.ts";
+export { Trainer, type FitOptions, type TrainerOptions, type TrainingStep } from "./trainer.ts";
+export type { Example } from "./examples.ts";
+export type { Start } from "./start.ts";
+export { zeroShotTask, type ZeroShotOptions } from "./zero-shot.ts";
+export type { BatchFeeds } from "./batch.ts";
 
 export interface CreateTrainerOptions extends TrainerOptions {
   /** Texts as the model's inputs, one row each: a tokenizer. Examples with feeds of their own do without. */

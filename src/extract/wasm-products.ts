@@ -1,8 +1,8 @@
 /**
  * The large loops of extraction in WebAssembly. Apart from the backend, since only packing needs them.
  */
-import type { Products } from "../extract/linalg.ts";
-import { claim, instantiate, type Binaries } from "./wasm.ts";
+import type { Products } from "./linalg.ts";
+import { claim, instantiate, type Binaries } from "../backends/wasm.ts";
 
 type Variant = "scalar" | "simd";
 

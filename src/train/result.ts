@@ -1,11 +1,11 @@
 /**
  * What was learned, as a task file (SPEC.md, section 7): coefficients over the pack's components, free terms, the head.
  */
-import type { TaskMetadata } from "../adapters/adapter.ts";
-import { isQuantized, type TensorType } from "../dtypes.ts";
-import { encodeTask, encodeTaskFile, type ParameterInput, type TermInput } from "../pack/encode.ts";
-import { encodeTensor } from "../encode.ts";
-import { parseTask } from "../pack/task.ts";
+import type { TaskMetadata } from "../format/format.ts";
+import { isQuantized, type TensorType } from "../tensor/dtypes.ts";
+import { encodeTask, encodeTaskFile, type ParameterInput, type TermInput } from "../format/encode.ts";
+import { encodeTensor } from "../tensor/encode.ts";
+import { parseTask } from "../format/task.ts";
 import type { Pack } from "../pack/pack.ts";
 import type { Terms, TrainedParameter } from "./terms.ts";
 

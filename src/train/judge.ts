@@ -1,14 +1,14 @@
 /**
  * Packs judged by behaviour: how far their tasks' answers to plain text are from those of the adapters that they were made of.
  */
-import type { Adapter } from "../src/adapters/adapter.ts";
-import { shuffle, uniform } from "../src/learn/random.ts";
-import { taskAdapter } from "../src/pack/expand.ts";
-import { openPack } from "../src/pack/pack.ts";
+import type { Adapter } from "../adapters/adapter.ts";
+import { shuffle, uniform } from "../tensor/random.ts";
+import { taskAdapter } from "../pack/expand.ts";
+import { openPack } from "../pack/pack.ts";
 import { askAdapter, meanDivergence, type AskOptions } from "./answers.ts";
-import { createEigenSession, type EigenSession } from "./onnxruntime.ts";
-import type { Ort } from "./ort.ts";
-import type { BatchFeeds } from "./ort-batch.ts";
+import { createEigenSession, type EigenSession } from "../../bindings/onnxruntime.ts";
+import type { Ort } from "../../bindings/ort.ts";
+import type { BatchFeeds } from "./batch.ts";
 
 export interface JudgeOptions extends Pick<AskOptions, "signal"> {
   /** As they were packed. Stay open. */

@@ -2,17 +2,17 @@
  * Tasks on a basis that others hold too: adapters projected on one machine become a part, and parts become a pack. A part holds
  * whole task files (SPEC.md, section 7), so that every one of them is bound to its basis and checked like one that came alone.
  */
-import type { Adapter } from "../adapters/adapter.ts";
-import { TENSOR_TYPES } from "../dtypes.ts";
-import { AdapterError, FormatError, TaskError } from "../errors.ts";
-import { breakEven, projectAdapters, storageTypes, type BuildReport, type StorageTypes } from "../pack/build.ts";
-import { crc32c } from "../pack/crc32c.ts";
-import { encodeTaskFile } from "../pack/encode.ts";
-import { streamFresh, type TaskPlace } from "../pack/layout.ts";
-import type { Value } from "../pack/messagepack.ts";
-import type { Pack } from "../pack/pack.ts";
-import { parseTaskFile } from "../pack/task-file.ts";
-import type { ByteSource, SourceInput } from "../source.ts";
+import type { Adapter } from "../../adapters/adapter.ts";
+import { TENSOR_TYPES } from "../../tensor/dtypes.ts";
+import { AdapterError, FormatError, TaskError } from "../../errors.ts";
+import { breakEven, projectAdapters, storageTypes, type BuildReport, type StorageTypes } from "../build.ts";
+import { crc32c } from "../../format/crc32c.ts";
+import { encodeTaskFile } from "../../format/encode.ts";
+import { streamFresh, type TaskPlace } from "../../format/layout.ts";
+import type { Value } from "../../format/messagepack.ts";
+import type { Pack } from "../pack.ts";
+import { parseTaskFile } from "../../format/task-file.ts";
+import type { ByteSource, SourceInput } from "../../source.ts";
 import { oneOf, openPart, writePart, type Part } from "./part.ts";
 import { compare } from "./statistics.ts";
 

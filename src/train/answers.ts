@@ -2,14 +2,14 @@
  * What adapters answer: their own factors and head in the place of those that a pack's coefficients make, in the session that
  * tasks are trained in. Between two such answers lies the divergence that distilling lessens and packing is judged by.
  */
-import type { Adapter } from "../src/adapters/adapter.ts";
-import { TaskError } from "../src/errors.ts";
-import type { Row } from "../src/learn/examples.ts";
-import { Terms, type Factors, type TrainedModule } from "../src/learn/terms.ts";
-import type { EigenSession } from "./onnxruntime.ts";
-import type { Ort } from "./ort.ts";
-import type { BatchFeeds } from "./ort-batch.ts";
-import { createMachine, headOf } from "./ort-machine.ts";
+import type { Adapter } from "../adapters/adapter.ts";
+import { TaskError } from "../errors.ts";
+import type { Row } from "./examples.ts";
+import { Terms, type Factors, type TrainedModule } from "./terms.ts";
+import type { EigenSession } from "../../bindings/onnxruntime.ts";
+import type { Ort } from "../../bindings/ort.ts";
+import type { BatchFeeds } from "./batch.ts";
+import { createMachine, headOf } from "./machine.ts";
 
 /** How texts become rows, and how many run together. */
 export interface AskOptions {

@@ -2,9 +2,9 @@
  * Fingerprint of a base weight: 64 values at positions that follow from the module's name (SPEC.md, section 4.4). It tells
  * another model from the same one in another number format, by correlation. It is no proof against intent.
  */
-import { bf16ToF32, f16ToF32, type FloatType } from "../dtypes.ts";
+import { bf16ToF32, f16ToF32, type FloatType } from "../tensor/dtypes.ts";
 import { BaseMismatchError } from "../errors.ts";
-import { FINGERPRINT_SIZE, type PackModule } from "../pack/format.ts";
+import { FINGERPRINT_SIZE, type PackModule } from "../format/format.ts";
 
 /** Correlation from which two float models are the same. */
 export const SAME_FLOAT = 0.999;

@@ -3,23 +3,23 @@
  * until the pack answers plain text as the adapter itself does. No labels are needed. The adapter runs in the same session, its
  * own factors in the place of those that coefficients make.
  */
-import type { Adapter } from "../src/adapters/adapter.ts";
-import { isQuantized } from "../src/dtypes.ts";
-import { TaskError } from "../src/errors.ts";
-import type { Example, Row } from "../src/learn/examples.ts";
-import { shuffle, uniform } from "../src/learn/random.ts";
-import type { FitOptions, Trainer, TrainingStep } from "../src/learn/trainer.ts";
-import { encodeTaskFile } from "../src/pack/encode.ts";
-import type { TaskBlob } from "../src/pack/format.ts";
-import type { Pack, TaskInfo } from "../src/pack/pack.ts";
-import { parseTaskFile } from "../src/pack/task-file.ts";
+import type { Adapter } from "../adapters/adapter.ts";
+import { isQuantized } from "../tensor/dtypes.ts";
+import { TaskError } from "../errors.ts";
+import type { Example, Row } from "./examples.ts";
+import { shuffle, uniform } from "../tensor/random.ts";
+import type { FitOptions, Trainer, TrainingStep } from "./trainer.ts";
+import { encodeTaskFile } from "../format/encode.ts";
+import type { TaskBlob } from "../format/format.ts";
+import type { Pack, TaskInfo } from "../pack/pack.ts";
+import { parseTaskFile } from "../format/task-file.ts";
 import { askAdapter, meanDivergence } from "./answers.ts";
 import { createTrainer } from "./learn.ts";
-import type { EigenSession } from "./onnxruntime.ts";
-import type { Ort } from "./ort.ts";
-import type { BatchFeeds } from "./ort-batch.ts";
+import type { EigenSession } from "../../bindings/onnxruntime.ts";
+import type { Ort } from "../../bindings/ort.ts";
+import type { BatchFeeds } from "./batch.ts";
 
-export type { BatchFeeds } from "./ort-batch.ts";
+export type { BatchFeeds } from "./batch.ts";
 export { createJudge, type DivergenceByTask, type JudgeOptions, type PackJudge } from "./judge.ts";
 export { inputMoments, type MomentsOptions } from "./moments.ts";
 

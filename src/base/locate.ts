@@ -2,9 +2,9 @@
  * Which weight of the base model an adapted module is, and which way round it is stored. Used when packing (fingerprints)
  * and when a runtime attaches.
  */
-import type { AdapterModule } from "../adapters/adapter.ts";
 import { BaseMismatchError } from "../errors.ts";
-import { NameMatcher } from "../names.ts";
+import type { PackModule } from "../format/format.ts";
+import { NameMatcher } from "./names.ts";
 import { byteLengthOf, sameShape, type Parameter, type WeightHost } from "./host.ts";
 
 /** A weight of the base that a module adapts. */
@@ -46,7 +46,7 @@ export class Locator {
    * @throws BaseMismatchError when the weight is missing, ambiguous or of another shape
    */
   locate(
-    module: Pick<AdapterModule, "name" | "out" | "in" | "layout">,
+    module: Pick<PackModule, "name" | "out" | "in" | "layout">,
     byHand?: ReadonlyMap<string, string>,
   ): Located {
     const weight = findWeight(this.names, module.name, byHand);

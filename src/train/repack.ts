@@ -2,14 +2,14 @@
  * A pack whose components were trained for a new task: the same modules with the new components, every old task solved again
  * for its factors, the new task behind them. What tasks bring beside coefficients stays as it is, byte for byte.
  */
-import { decodeTensor, type TensorType } from "../dtypes.ts";
-import { encodeTensor } from "../encode.ts";
+import { decodeTensor, type TensorType } from "../tensor/dtypes.ts";
+import { encodeTensor } from "../tensor/encode.ts";
 import { openModule, projectModule, type ModuleSpace } from "../extract/extract.ts";
 import type { Subspace } from "../extract/subspace.ts";
-import { basisId, encodeBasis, encodeTask, type ModuleInput, type ParameterInput, type SideInput, type TensorInput, type TermInput } from "../pack/encode.ts";
+import { basisId, encodeBasis, encodeTask, type ModuleInput, type ParameterInput, type SideInput, type TensorInput, type TermInput } from "../format/encode.ts";
 import { expandTerm } from "../pack/expand.ts";
-import { FINGERPRINT_SIZE, type Coefficients, type PackModule, type Side, type TaskBlob, type TaskFile, type TaskTerm, type TensorRef } from "../pack/format.ts";
-import { layoutFresh, type TaskToWrite } from "../pack/layout.ts";
+import { FINGERPRINT_SIZE, type Coefficients, type PackModule, type Side, type TaskBlob, type TaskFile, type TaskTerm, type TensorRef } from "../format/format.ts";
+import { layoutFresh, type TaskToWrite } from "../format/layout.ts";
 import type { Pack } from "../pack/pack.ts";
 import { VERSION } from "../version.ts";
 import type { Terms } from "./terms.ts";

@@ -1,7 +1,7 @@
 /**
  * Batches of a model's inputs as callers give them: made into tensors of onnxruntime, and joined.
  */
-import { makeTensor, type Ort, type OrtTensor } from "./ort.ts";
+import { makeTensor, type Ort, type OrtTensor } from "../../bindings/ort.ts";
 
 /** Inputs of a batch by name: tensors of onnxruntime, or what has the fields of one (transformers.js). */
 export type BatchFeeds = Readonly<Record<string, { readonly type?: string; readonly dims: readonly number[]; readonly data: unknown }>>;

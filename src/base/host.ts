@@ -2,11 +2,11 @@
  * The base model's weights as the runtime sees them: who lists them, hands them out and, where they live in the user's
  * memory, takes the folded ones. Hosts know nothing of packs.
  */
-import { rowBytes, type FloatType } from "../dtypes.ts";
+import { rowBytes, type FloatType } from "../tensor/dtypes.ts";
 import { BaseMismatchError, SourceError } from "../errors.ts";
 import type { DeviceBuffer } from "../backends/backend.ts";
-import type { Layout } from "../adapters/adapter.ts";
-import type { SafetensorsFile } from "../safetensors.ts";
+import type { Layout } from "../format/format.ts";
+import type { SafetensorsFile } from "../tensor/safetensors.ts";
 import { openSource, type FetchOptions, type ReadOptions, type SourceInput } from "../source.ts";
 
 /** A tensor as it lies in memory: little-endian, row-major, `shape` elements of `dtype` from `byteOffset` of `data`. */
@@ -83,7 +83,7 @@ export async function openHost(base: BaseInput, options: FetchOptions & ReadOpti
   const source = await openSource(base as SourceInput, options);
   try {
     // Apps whose weights belong to a framework need no file reader.
-    const { openSafetensors } = await import("../safetensors.ts");
+    const { openSafetensors } = await import("../tensor/safetensors.ts");
     return safetensorsHost(await openSafetensors(source, { signal: options.signal }), async () => source.close?.());
   } catch (error) {
     await source.close?.();

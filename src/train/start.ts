@@ -3,11 +3,11 @@
  * trained from one seed, whose rows correspond; random ones of their spread are for tasks of their own seeds (the paper's
  * zero-shot). All rows equal are no start: they would receive the same gradient for ever.
  */
-import { decodeTensor } from "../dtypes.ts";
+import { decodeTensor } from "../tensor/dtypes.ts";
 import { TaskError } from "../errors.ts";
-import type { TaskBlob, TensorRef } from "../pack/format.ts";
+import type { TaskBlob, TensorRef } from "../format/format.ts";
 import type { Pack } from "../pack/pack.ts";
-import { normal } from "./random.ts";
+import { normal } from "../tensor/random.ts";
 import type { Terms, TrainedParameter } from "./terms.ts";
 
 /**

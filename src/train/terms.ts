@@ -9,9 +9,9 @@
  *
  * Arithmetic only, in f32 with sums in f64: no graph, no runtime, no file.
  */
-import { decodeTensor, type TensorType } from "../dtypes.ts";
-import { encodeTensor } from "../encode.ts";
-import type { PackModule, Side } from "../pack/format.ts";
+import { decodeTensor, type TensorType } from "../tensor/dtypes.ts";
+import { encodeTensor } from "../tensor/encode.ts";
+import type { PackModule, Side } from "../format/format.ts";
 
 /** Components of one side, as stored. */
 export interface Basis {

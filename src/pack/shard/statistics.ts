@@ -3,17 +3,17 @@
  * Made of adapters, read from a part or merged from several; one shape for all three, computed one module at a time when it is
  * asked for. From them comes a basis (`basis.ts`), and no adapter can be had back.
  */
-import type { Adapter, AdapterModule } from "../adapters/adapter.ts";
-import { AdapterError, FormatError, TaskError } from "../errors.ts";
-import { checkRank, reciprocal, type Gauge } from "../extract/extract.ts";
-import { balance, leadingRows } from "../extract/gauge.ts";
-import type { Products } from "../extract/linalg.ts";
-import { SummaryBuilder, summaryKind, triangle, type Summary } from "../extract/summary.ts";
-import { checkSame, fastProducts, type BuildOptions } from "../pack/build.ts";
-import { isTaskId, LAYOUTS } from "../pack/format.ts";
-import type { Value } from "../pack/messagepack.ts";
-import type { SafetensorsEntry } from "../safetensors-writer.ts";
-import type { SourceInput } from "../source.ts";
+import type { Adapter, AdapterModule } from "../../adapters/adapter.ts";
+import { AdapterError, FormatError, TaskError } from "../../errors.ts";
+import { checkRank, reciprocal, type Gauge } from "../../extract/extract.ts";
+import { balance, leadingRows } from "../../extract/gauge.ts";
+import type { Products } from "../../extract/linalg.ts";
+import { SummaryBuilder, summaryKind, triangle, type Summary } from "../../extract/summary.ts";
+import { checkSame, fastProducts, type BuildOptions } from "../build.ts";
+import { isTaskId, LAYOUTS } from "../../format/format.ts";
+import type { Value } from "../../format/messagepack.ts";
+import type { SafetensorsEntry } from "../../tensor/safetensors-writer.ts";
+import type { SourceInput } from "../../source.ts";
 import { oneOf, openPart, toBytes, toF64, writePart } from "./part.ts";
 
 /** One adapted module, and how many rows each of its sides has over all adapters. */

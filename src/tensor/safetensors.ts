@@ -4,8 +4,8 @@
  * is read. It does not know what the tensors mean; writing is `safetensors-writer.ts`.
  */
 import { bf16ToF32, f16ToF32 } from "./dtypes.ts";
-import { FormatError, SourceError } from "./errors.ts";
-import type { ByteSource, ReadOptions } from "./source.ts";
+import { FormatError, SourceError } from "../errors.ts";
+import type { ByteSource, ReadOptions } from "../source.ts";
 
 /** Where one tensor lies. */
 export interface SafetensorsTensor {

@@ -3,13 +3,13 @@
  * description and a checksum of its header and of every tensor, so that any safetensors reader can look into it. Not a cache:
  * a part says what it was made of, and whoever runs the commands decides what to make again.
  */
-import { FormatError } from "../errors.ts";
-import { crc32c } from "../pack/crc32c.ts";
-import { MAGIC, TASK_FILE_MAGIC } from "../pack/format.ts";
-import { Value } from "../pack/messagepack.ts";
-import { openSafetensors, type SafetensorsFile } from "../safetensors.ts";
-import { writeSafetensors, type SafetensorsEntry } from "../safetensors-writer.ts";
-import { openSource, type SourceInput } from "../source.ts";
+import { FormatError } from "../../errors.ts";
+import { crc32c } from "../../format/crc32c.ts";
+import { MAGIC, TASK_FILE_MAGIC } from "../../format/format.ts";
+import { Value } from "../../format/messagepack.ts";
+import { openSafetensors, type SafetensorsFile } from "../../tensor/safetensors.ts";
+import { writeSafetensors, type SafetensorsEntry } from "../../tensor/safetensors-writer.ts";
+import { openSource, type SourceInput } from "../../source.ts";
 
 /** What a part holds: statistics of adapters, or tasks on a basis. */
 export type PartKind = "statistics" | "tasks";

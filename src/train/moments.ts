@@ -2,20 +2,20 @@
  * What enters the adapted modules of a model: second moments over plain text. An error of ΔW counts where inputs are; packs that are
  * made with these lose least of the modules' outputs instead of ΔW itself.
  */
-import type { Adapter, AdapterModule } from "../src/adapters/adapter.ts";
-import { BaseMismatchError } from "../src/errors.ts";
-import { onnxHost } from "../src/onnx/host.ts";
-import { shuffle, uniform } from "../src/learn/random.ts";
-import { FLOAT, linearsOf, NotLinear } from "../src/onnx/linear.ts";
-import { findParameters } from "../src/onnx/modules.ts";
-import { makeValue } from "../src/onnx/nodes.ts";
-import { readModel } from "../src/onnx/read.ts";
-import { detachWeights } from "../src/onnx/write.ts";
-import { Locator } from "../src/runtime/locate.ts";
-import { call, inTurn, type Ort, type OrtTensor } from "./ort.ts";
-import { toTensors, type BatchFeeds } from "./ort-batch.ts";
-import { createSession } from "./ort-carrier.ts";
-import { dataOf } from "./ort-training.ts";
+import type { Adapter, AdapterModule } from "../adapters/adapter.ts";
+import { BaseMismatchError } from "../errors.ts";
+import { onnxHost } from "../onnx/host.ts";
+import { shuffle, uniform } from "../tensor/random.ts";
+import { FLOAT, linearsOf, NotLinear } from "../onnx/linear.ts";
+import { findParameters } from "../onnx/modules.ts";
+import { makeValue } from "../onnx/nodes.ts";
+import { readModel } from "../onnx/read.ts";
+import { detachWeights } from "../onnx/write.ts";
+import { Locator } from "../base/locate.ts";
+import { call, inTurn, type Ort, type OrtTensor } from "../../bindings/ort.ts";
+import { toTensors, type BatchFeeds } from "./batch.ts";
+import { createSession } from "../../bindings/ort-carrier.ts";
+import { dataOf } from "../../bindings/ort-training.ts";
 
 export interface MomentsOptions {
   readonly adapters: readonly Adapter[];

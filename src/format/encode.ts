@@ -3,8 +3,7 @@
  * limits are checked there, so a writer ends by parsing what it wrote.
  */
 import { Packr } from "msgpackr/pack";
-import { align4, TENSOR_TYPES, type TensorType } from "../dtypes.ts";
-import type { Layout, SavedTensor } from "../adapters/adapter.ts";
+import { align4, TENSOR_TYPES, type TensorType } from "../tensor/dtypes.ts";
 import { crc32c } from "./crc32c.ts";
 import { align64 } from "./fields.ts";
 import {
@@ -16,6 +15,8 @@ import {
   TASK_BLOB_MAGIC,
   TASK_FILE_MAGIC,
   WINDOW_BYTES,
+  type Layout,
+  type ParameterRole,
   type Section,
   type Superblock,
   type TaskEntry,
@@ -82,7 +83,7 @@ export interface TermInput {
 
 export interface ParameterInput extends TensorInput {
   name: string;
-  role: SavedTensor["role"];
+  role: ParameterRole;
   shape: readonly number[];
   indices?: readonly number[] | undefined;
 }

@@ -3,11 +3,11 @@
  * random ones of their spread. They say how much of what the tasks do is common to them, and are a start for a head that is
  * trained alone.
  */
-import type { TaskMetadata } from "../adapters/adapter.ts";
-import type { TensorType } from "../dtypes.ts";
+import type { TaskMetadata } from "../format/format.ts";
+import type { TensorType } from "../tensor/dtypes.ts";
 import { TaskError } from "../errors.ts";
 import type { Pack } from "../pack/pack.ts";
-import { uniform } from "./random.ts";
+import { uniform } from "../tensor/random.ts";
 import { taskFile } from "./result.ts";
 import { Donors, usualRank } from "./start.ts";
 import { basesOf, Terms } from "./terms.ts";

@@ -1,13 +1,13 @@
 /**
  * A session of onnxruntime as a machine that a trainer trains with: factors and a head in, logits, loss and gradients out.
  */
-import { BaseMismatchError } from "../src/errors.ts";
-import type { Terms } from "../src/learn/terms.ts";
-import type { Machine, Point } from "../src/learn/trainer.ts";
-import { turn } from "../src/session/plan.ts";
-import { makeTensor, type Ort, type OrtTensor } from "./ort.ts";
-import { joinFeeds, toTensors, type BatchFeeds } from "./ort-batch.ts";
-import { boolean, dataOf, type Trainable } from "./ort-training.ts";
+import { BaseMismatchError } from "../errors.ts";
+import type { Terms } from "./terms.ts";
+import type { Machine, Point } from "./trainer.ts";
+import { turn } from "../session/plan.ts";
+import { makeTensor, type Ort, type OrtTensor } from "../../bindings/ort.ts";
+import { joinFeeds, toTensors, type BatchFeeds } from "./batch.ts";
+import { boolean, dataOf, type Trainable } from "../../bindings/ort-training.ts";
 
 /** The inputs of a head: its weight [1, in, labels], its bias [1, 1, labels]. */
 export interface Head {

@@ -3,15 +3,15 @@
  * batch becomes numbers, are the machine's that it is given.
  */
 import { BackendError, TaskError, type EigenLoraError } from "../errors.ts";
-import type { TaskMetadata } from "../adapters/adapter.ts";
-import { decodeTensor, type TensorType } from "../dtypes.ts";
-import { encodeTensor } from "../encode.ts";
+import type { TaskMetadata } from "../format/format.ts";
+import { decodeTensor, type TensorType } from "../tensor/dtypes.ts";
+import { encodeTensor } from "../tensor/encode.ts";
 import type { Pack } from "../pack/pack.ts";
-import { parseTask } from "../pack/task.ts";
-import { parseTaskFile } from "../pack/task-file.ts";
+import { parseTask } from "../format/task.ts";
+import { parseTaskFile } from "../format/task-file.ts";
 import { AdamW, type AdamWOptions, type StepReport } from "./adamw.ts";
 import { checkExamples, holdBack, targetsOf, toBatches, type Example, type Row } from "./examples.ts";
-import { normal, uniform } from "./random.ts";
+import { normal, uniform } from "../tensor/random.ts";
 import { taskFile, type Dtypes } from "./result.ts";
 import { Donors, headOf, newHead, type Donor, type Start } from "./start.ts";
 import type { Factors, Terms } from "./terms.ts";

@@ -1,7 +1,7 @@
 /**
  * One task's blob: the header read and checked, its tensors located (SPEC.md, section 6).
  */
-import { align4, isQuantized, TENSOR_TYPES, tensorBytes } from "../dtypes.ts";
+import { align4, isQuantized, TENSOR_TYPES, tensorBytes } from "../tensor/dtypes.ts";
 import { FormatError } from "../errors.ts";
 import { Fields } from "./fields.ts";
 import {

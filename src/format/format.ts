@@ -3,8 +3,7 @@
  * names before that size has been checked. Here window and directory, and what all parts are made of; task blobs are
  * `task.ts`, files of one task `task-file.ts`, writing `encode.ts`.
  */
-import { TENSOR_TYPES, tensorBytes, type TensorType } from "../dtypes.ts";
-import type { Layout, SavedTensor, TaskMetadata } from "../adapters/adapter.ts";
+import { TENSOR_TYPES, tensorBytes, type TensorType } from "../tensor/dtypes.ts";
 import { crc32c } from "./crc32c.ts";
 import { align64, Fields, hex } from "./fields.ts";
 import { decode, Value } from "./messagepack.ts";
@@ -16,8 +15,29 @@ export const TASK_FILE_MAGIC: readonly number[] = [0x89, 0x45, 0x54, 0x41, 0x53,
 export const TASK_BLOB_MAGIC = 0x4b534154;
 export const SECTION_ENTRY_BYTES = 32;
 export const DIRECTORY_HEAD_BYTES = 16;
+/**
+ * How the base checkpoint stores an adapted weight:
+ * `out-in` [out, in] (Linear), `in-out` [in, out] (Conv1D of GPT-2), `conv` [out, in/groups, k…] read as [out, in·k…],
+ * `embedding` [vocabulary, dimension], where `in` is the vocabulary and `out` the dimension.
+ */
+export type Layout = "out-in" | "in-out" | "conv" | "embedding";
+
+/** What a parameter that comes with a task does to the base's (SPEC.md, section 6.2). */
+export type ParameterRole = "saved" | "bias" | "bias-delta" | "rows";
+
+/** What is known about a task beside its numbers. Kept in the pack as it is. */
+export interface TaskMetadata {
+  /** Class names of a classifier, in the order of its rows. */
+  labels?: string[];
+  license?: string;
+  /** Where the adapter came from. */
+  origin?: string;
+  /** Other plain values: strings, numbers, booleans, null, arrays and objects of these. */
+  [key: string]: unknown;
+}
+
 export const LAYOUTS: readonly Layout[] = ["out-in", "in-out", "conv", "embedding"];
-export const ROLES: readonly SavedTensor["role"][] = ["saved", "bias", "bias-delta", "rows"];
+export const ROLES: readonly ParameterRole[] = ["saved", "bias", "bias-delta", "rows"];
 export const FINGERPRINT_SIZE = 64;
 
 /** Which of two superblocks is current, and where it points. */
@@ -134,7 +154,7 @@ export interface TaskTerm {
 /** A whole parameter that comes with a task (SPEC.md, section 6.2). */
 export interface TaskParameter {
   name: string;
-  role: SavedTensor["role"];
+  role: ParameterRole;
   shape: readonly number[];
   indices: readonly number[] | undefined;
   tensor: TensorRef;
