@@ -2,8 +2,9 @@
  * One call of the AssemblyScript compiler with the flags that every kernel of this package needs. Used by the build
  * and, for a kernel that is not shipped, by the benchmarks.
  */
-import asc from "assemblyscript/asc";
+
 import { fileURLToPath } from "node:url";
+import asc from "assemblyscript/asc";
 
 /** Compiler switches of each build, by the variant's name. */
 export const FEATURES = {

@@ -4,9 +4,10 @@
  *
  * node benchmarks/calibrate.js [--suite own-seed|shared-seed|hub] [--tasks N] [--json]      after npm run build
  */
-import * as ort from "onnxruntime-node";
+
 import { buildPack, readAdapters } from "eigenlora/build";
 import { createJudge, inputMoments } from "eigenlora/distill";
+import * as ort from "onnxruntime-node";
 import { shuffle, uniform } from "../dist/src/tensor/random.js";
 import { createEncoder, model, readTask } from "../examples/minilm.js";
 import { data, option, print } from "./report.js";
@@ -19,7 +20,10 @@ const all = await readAdapters([data(`adapters/${SUITE}`)]);
 const adapters = all.slice(0, TASKS);
 const tasks = await Promise.all(adapters.map(({ id }) => readTask(id)));
 const tests = new Set(tasks.flatMap(({ test }) => test.map(([text]) => text)));
-const texts = shuffle([...new Set(tasks.flatMap(({ train }) => train.map(([text]) => text)))].filter((text) => !tests.has(text)), uniform(1));
+const texts = shuffle(
+  [...new Set(tasks.flatMap(({ train }) => train.map(([text]) => text)))].filter((text) => !tests.has(text)),
+  uniform(1),
+);
 const half = texts.length >> 1;
 const encode = await createEncoder(ort);
 const moments = await inputMoments(ort, model, { adapters, texts: texts.slice(0, half), encode });
@@ -28,10 +32,18 @@ const { judge, release } = createJudge(ort, model, { adapters, texts: texts.slic
 const rows = [];
 for (const k of [8, 16, 32]) {
   for (const type of /** @type {const} */ (["f16", "int4"])) {
-    const options = { gauge: /** @type {const} */ ("balanced"), rank: 4, select: { kind: /** @type {const} */ ("k"), k }, types: { basis: type, coefficients: type } };
+    const options = {
+      gauge: /** @type {const} */ ("balanced"),
+      rank: 4,
+      select: { kind: /** @type {const} */ ("k"), k },
+      types: { basis: type, coefficients: type },
+    };
     /** @type {import("./report.js").Row} */
     const row = { name: `K ${k}, ${type}` };
-    for (const [name, given] of /** @type {const} */ ([["plain", undefined], ["calibrated", moments]])) {
+    for (const [name, given] of /** @type {const} */ ([
+      ["plain", undefined],
+      ["calibrated", moments],
+    ])) {
       const { chunks, report } = await buildPack(adapters, { ...options, moments: given });
       row.bytes = report.bytes;
       row[`KL ${name}`] = await judge(new Blob(/** @type {BlobPart[]} */ (chunks)));

@@ -17,7 +17,9 @@ const [width, height] = [720, 420];
  * @param {readonly string[]} charts as `drawLines` gives them
  */
 export function sideBySide(charts) {
-  const placed = charts.map((chart, i) => chart.replace("<svg ", `<svg x="${i * width}" width="${width}" height="${height}" `));
+  const placed = charts.map((chart, i) =>
+    chart.replace("<svg ", `<svg x="${i * width}" width="${width}" height="${height}" `),
+  );
   return `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 ${charts.length * width} ${height}">\n${placed.join("")}</svg>\n`;
 }
 
@@ -28,16 +30,25 @@ export function sideBySide(charts) {
  */
 export function drawLines({ title, x, y, series, linear = false, even = false, lines = [] }) {
   const [left, right, top, bottom] = [64, 190, 48, 48];
-  const visible = series.map((s) => ({ ...s, points: s.points.filter(([a, b]) => (even || a > 0) && (linear || b > 0)) }));
+  const visible = series.map((s) => ({
+    ...s,
+    points: s.points.filter(([a, b]) => (even || a > 0) && (linear || b > 0)),
+  }));
   const all = visible.flatMap((s) => s.points);
   const xAxis = (even ? straight : logarithmic)(all.map(([a]) => a));
   const heights = [...all.map(([, b]) => b), ...lines.map((line) => line.y)];
   const yAxis = linear ? straight(heights) : logarithmic(heights);
   const px = (/** @type {number} */ v) => left + xAxis.at(v) * (width - left - right);
   const py = (/** @type {number} */ v) => height - bottom - yAxis.at(v) * (height - top - bottom);
-  const text = (/** @type {number} */ a, /** @type {number} */ b, /** @type {string} */ t, more = "") => `<text x="${a.toFixed(1)}" y="${b.toFixed(1)}" ${more}>${t}</text>`;
-  const grid = (/** @type {number} */ x1, /** @type {number} */ y1, /** @type {number} */ x2, /** @type {number} */ y2, more = 'class="grid"') =>
-    `<line x1="${x1.toFixed(1)}" y1="${y1.toFixed(1)}" x2="${x2.toFixed(1)}" y2="${y2.toFixed(1)}" ${more}/>`;
+  const text = (/** @type {number} */ a, /** @type {number} */ b, /** @type {string} */ t, more = "") =>
+    `<text x="${a.toFixed(1)}" y="${b.toFixed(1)}" ${more}>${t}</text>`;
+  const grid = (
+    /** @type {number} */ x1,
+    /** @type {number} */ y1,
+    /** @type {number} */ x2,
+    /** @type {number} */ y2,
+    more = 'class="grid"',
+  ) => `<line x1="${x1.toFixed(1)}" y1="${y1.toFixed(1)}" x2="${x2.toFixed(1)}" y2="${y2.toFixed(1)}" ${more}/>`;
   const parts = [text(left, 24, title, 'font-size="15" font-weight="600"')];
   for (const tick of xAxis.ticks) {
     parts.push(grid(px(tick), top, px(tick), height - bottom));
@@ -48,14 +59,23 @@ export function drawLines({ title, x, y, series, linear = false, even = false, l
     parts.push(text(left - 8, py(tick) + 4, String(tick), 'text-anchor="end"'));
   }
   parts.push(text((left + width - right) / 2, height - 10, x, 'text-anchor="middle"'));
-  parts.push(text(14, (top + height - bottom) / 2, y, `text-anchor="middle" transform="rotate(-90 14 ${(top + height - bottom) / 2})"`));
+  parts.push(
+    text(
+      14,
+      (top + height - bottom) / 2,
+      y,
+      `text-anchor="middle" transform="rotate(-90 14 ${(top + height - bottom) / 2})"`,
+    ),
+  );
   for (const line of lines) {
     parts.push(grid(left, py(line.y), width - right, py(line.y), 'stroke="#8888" stroke-dasharray="5 4"'));
     parts.push(text(width - right + 10, py(line.y) + 4, line.name));
   }
   // Names stand right of the picture in the order of the lines' ends, pushed apart where they would overlap.
   const taken = lines.map((line) => py(line.y));
-  const names = visible.flatMap((s, i) => (s.points.length > 0 ? [{ s, i, at: py(s.points[s.points.length - 1][1]) }] : []));
+  const names = visible.flatMap((s, i) =>
+    s.points.length > 0 ? [{ s, i, at: py(s.points[s.points.length - 1][1]) }] : [],
+  );
   for (const name of names.sort((a, b) => a.at - b.at)) {
     while (taken.some((other) => Math.abs(other - name.at) < 16)) name.at++;
     taken.push(name.at);
@@ -64,10 +84,13 @@ export function drawLines({ title, x, y, series, linear = false, even = false, l
     const colour = COLOURS[i % COLOURS.length];
     const path = s.points.map(([a, b], k) => `${k ? "L" : "M"}${px(a).toFixed(1)} ${py(b).toFixed(1)}`).join("");
     parts.push(`<path d="${path}" fill="none" stroke="${colour}" stroke-width="2.5"/>`);
-    for (const [a, b] of s.points) parts.push(`<circle cx="${px(a).toFixed(1)}" cy="${py(b).toFixed(1)}" r="3.5" fill="${colour}"/>`);
+    for (const [a, b] of s.points)
+      parts.push(`<circle cx="${px(a).toFixed(1)}" cy="${py(b).toFixed(1)}" r="3.5" fill="${colour}"/>`);
     const [a, b] = s.points[s.points.length - 1];
     parts.push(grid(px(a), py(b), width - right + 6, at, `stroke="${colour}" stroke-opacity="0.35"`));
-    parts.push(`<text x="${width - right + 10}" y="${(at + 4).toFixed(1)}" style="fill:${colour}" font-weight="600">${s.name}</text>`);
+    parts.push(
+      `<text x="${width - right + 10}" y="${(at + 4).toFixed(1)}" style="fill:${colour}" font-weight="600">${s.name}</text>`,
+    );
   }
   return [
     `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 ${width} ${height}" font-family="system-ui, sans-serif" font-size="12" role="img" aria-label="${title}">`,

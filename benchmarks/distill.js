@@ -11,13 +11,22 @@
  * `--into` keeps the row of each task as a line of JSON as soon as it is there; a later run with the same file goes on.
  */
 import { appendFile, readFile } from "node:fs/promises";
-import * as ort from "onnxruntime-node";
 import { openPack } from "eigenlora";
 import { buildPack, packWithin, readAdapters } from "eigenlora/build";
 import { distill } from "eigenlora/distill";
 import { createEigenSession } from "eigenlora/onnxruntime";
+import * as ort from "onnxruntime-node";
 import { shuffle, uniform } from "../dist/src/tensor/random.js";
-import { agreement, createEncoder, labelOf, model, readReference, readTask, runBatches, toBatches } from "../examples/minilm.js";
+import {
+  agreement,
+  createEncoder,
+  labelOf,
+  model,
+  readReference,
+  readTask,
+  runBatches,
+  toBatches,
+} from "../examples/minilm.js";
 import { data, option, print } from "./report.js";
 import { bytesOfAdapter } from "./size/suite.js";
 
@@ -31,7 +40,9 @@ const TEXTS = Number(option("texts") ?? 512);
 const STEPS = Number(option("steps") ?? 240);
 const BATCH = Number(option("batch") ?? 8);
 /** distil's own choice unless given, as the temperature. */
-const [RATE, HEAD] = [option("rate"), option("head-rate")].map((rate) => (rate === undefined ? undefined : Number(rate)));
+const [RATE, HEAD] = [option("rate"), option("head-rate")].map((rate) =>
+  rate === undefined ? undefined : Number(rate),
+);
 const GAUGE = /** @type {"balanced" | "as-trained"} */ (option("gauge") ?? "balanced");
 const TEMPERATURE = option("temperature") === undefined ? undefined : Number(option("temperature"));
 const THREADS = Number(option("threads") ?? 0);
@@ -50,18 +61,37 @@ shuffle(pool, uniform(1));
 const how = { gauge: GAUGE, rank: RANK, types: TYPES };
 // As numbers in f32, whatever their files hold.
 const adapterBytes = adapters.reduce((sum, adapter) => sum + bytesOfAdapter(adapter), 0);
-const { chunks, report } = RATIO === undefined ? await buildPack(adapters, { ...how, select: { kind: "k", k: K } }) : await packWithin(adapters, how, adapterBytes / RATIO);
+const { chunks, report } =
+  RATIO === undefined
+    ? await buildPack(adapters, { ...how, select: { kind: "k", k: K } })
+    : await packWithin(adapters, how, adapterBytes / RATIO);
 const pack = await openPack(new Blob(/** @type {BlobPart[]} */ (chunks)));
 const options = { trainable: true, session: THREADS > 0 ? { intraOpNumThreads: THREADS } : {} };
 const session = await createEigenSession(ort, model, pack, options);
-const settings = JSON.stringify({ SUITE, ...(RATIO === undefined ? { K } : { RATIO, RANK, TYPES }), TEXTS, STEPS, BATCH, RATE: RATE ?? "own", HEAD: HEAD ?? "own", GAUGE, TEMPERATURE: TEMPERATURE ?? "own" });
+const settings = JSON.stringify({
+  SUITE,
+  ...(RATIO === undefined ? { K } : { RATIO, RANK, TYPES }),
+  TEXTS,
+  STEPS,
+  BATCH,
+  RATE: RATE ?? "own",
+  HEAD: HEAD ?? "own",
+  GAUGE,
+  TEMPERATURE: TEMPERATURE ?? "own",
+});
 const lines = INTO ? (await readFile(INTO, "utf8").catch(() => "")).split("\n").filter((line) => line !== "") : [];
-const earlier = new Map(lines.map((line) => JSON.parse(line)).filter((one) => one.settings === settings).map(({ row }) => [row.name, row]));
+const earlier = new Map(
+  lines
+    .map((line) => JSON.parse(line))
+    .filter((one) => one.settings === settings)
+    .map(({ row }) => [row.name, row]),
+);
 /** @type {import("./report.js").Row[]} */
 const rows = [];
 for (const [i, adapter] of adapters.slice(0, TASKS).entries()) {
   const row = earlier.get(adapter.id) ?? (await measure(adapter, tasks[i]));
-  if (INTO && !earlier.has(adapter.id)) await appendFile(INTO, `${JSON.stringify({ settings, bytes: report.bytes, row })}\n`);
+  if (INTO && !earlier.has(adapter.id))
+    await appendFile(INTO, `${JSON.stringify({ settings, bytes: report.bytes, row })}\n`);
   rows.push(row);
   process.stderr.write(`${JSON.stringify(row)}\n`);
 }
@@ -92,17 +122,28 @@ print({
 async function measure(adapter, task) {
   const { id } = adapter;
   const test = task.test.slice(0, MOST_ROWS);
-  const own = shuffle([...new Set(task.train.map(([text]) => text))].filter((text) => !tests.has(text)), uniform(2)).slice(0, TEXTS);
+  const own = shuffle(
+    [...new Set(task.train.map(([text]) => text))].filter((text) => !tests.has(text)),
+    uniform(2),
+  ).slice(0, TEXTS);
   const texts = [...new Set([...own, ...pool])].slice(0, Math.max(own.length, TEXTS / 2));
   const labels = test.map(([, label]) => label);
-  const batches = toBatches(encode, test.map(([text]) => text));
+  const batches = toBatches(
+    encode,
+    test.map(([text]) => text),
+  );
   /** @param {string} task */
   const accuracy = async (task) => {
     await session.switchTask(task);
     return 100 * agreement((await runBatches(session, batches)).map(labelOf), labels);
   };
   const started = performance.now();
-  const settings = { steps: STEPS, batch: BATCH, rates: { ...(RATE === undefined ? {} : { terms: RATE }), ...(HEAD === undefined ? {} : { head: HEAD }) }, temperature: TEMPERATURE };
+  const settings = {
+    steps: STEPS,
+    batch: BATCH,
+    rates: { ...(RATE === undefined ? {} : { terms: RATE }), ...(HEAD === undefined ? {} : { head: HEAD }) },
+    temperature: TEMPERATURE,
+  };
   const made = await distill(session, { adapter, texts, encode: /** @type {any} */ (encode), ...settings });
   const seconds = (performance.now() - started) / 1000;
   await session.addTask("distilled", made.file);

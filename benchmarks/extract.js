@@ -10,8 +10,8 @@ import { mkdtemp, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { extractModule, readAdapters } from "eigenlora/build";
-import { createWasmProducts } from "../dist/src/extract/wasm-products.js";
 import { centred, columnMeans, principalComponents } from "../dist/src/extract/components.js";
+import { createWasmProducts } from "../dist/src/extract/wasm-products.js";
 import { data, option, print, startPython, startPythonFreely } from "./report.js";
 import { adaptersOf, SETTINGS } from "./shapes.js";
 
@@ -25,7 +25,17 @@ const products = await createWasmProducts();
 /** @type {Record<string, { k: number, cases(): Promise<Case[]> }>} */
 const SUITES = {
   // One module of each shape stands for all of them.
-  sdxl: { k: SETTINGS.sdxl.components, cases: () => casesOf(adaptersOf("sdxl", SETTINGS.sdxl.groups.map(([, out, inputs]) => [1, out, inputs])), SETTINGS.sdxl.groups.map(([count]) => count)) },
+  sdxl: {
+    k: SETTINGS.sdxl.components,
+    cases: () =>
+      casesOf(
+        adaptersOf(
+          "sdxl",
+          SETTINGS.sdxl.groups.map(([, out, inputs]) => [1, out, inputs]),
+        ),
+        SETTINGS.sdxl.groups.map(([count]) => count),
+      ),
+  },
   "own-seed": { k: 32, cases: () => suite("own-seed") },
   "shared-seed": { k: 32, cases: () => suite("shared-seed") },
   hub: { k: 32, cases: () => suite("hub") },
@@ -70,7 +80,10 @@ function timed(work) {
 /** The two stacks of a module. @param {Case} one */
 function sidesOf({ stack: { out, in: inputs, members } }) {
   const rows = members.reduce((sum, { rank }) => sum + rank, 0);
-  return [{ name: /** @type {const} */ ("A"), rows, width: inputs }, { name: /** @type {const} */ ("Bt"), rows, width: out }].map((side) => {
+  return [
+    { name: /** @type {const} */ ("A"), rows, width: inputs },
+    { name: /** @type {const} */ ("Bt"), rows, width: out },
+  ].map((side) => {
     const values = new Float32Array(side.rows * side.width);
     let at = 0;
     for (const member of members) {
@@ -84,12 +97,16 @@ function sidesOf({ stack: { out, in: inputs, members } }) {
 /** @param {ReturnType<typeof sidesOf>} sides @param {number} k @returns {Times} */
 function components(sides, k) {
   const stacks = sides.map((side) => ({ ...side, x: new Float64Array(side.values) }));
-  const { wall, cpu, result } = timed(() => stacks.map(({ x, rows, width }) => {
-    const centre = centred(x, rows, width, columnMeans(x, rows, width));
-    return { centre, rows, width, ...principalComponents(centre, rows, width, new Float64Array(rows), k, products) };
-  }));
-  const lost = result.map(({ centre, rows, width, vectors, total }) =>
-    1 - products(centre, vectors, rows, k, width).reduce((sum, value) => sum + value * value, 0) / total);
+  const { wall, cpu, result } = timed(() =>
+    stacks.map(({ x, rows, width }) => {
+      const centre = centred(x, rows, width, columnMeans(x, rows, width));
+      return { centre, rows, width, ...principalComponents(centre, rows, width, new Float64Array(rows), k, products) };
+    }),
+  );
+  const lost = result.map(
+    ({ centre, rows, width, vectors, total }) =>
+      1 - products(centre, vectors, rows, k, width).reduce((sum, value) => sum + value * value, 0) / total,
+  );
   return { wall, cpu, lost };
 }
 
@@ -110,9 +127,19 @@ async function compare(name, scratch, numpy) {
     const keep = (way, time) => time && (times[way] ??= []).push(time);
     for (let round = 0; round < ROUNDS; round++) {
       keep("components", components(sides, k));
-      keep("extraction", timed(() => extractModule(one.stack, {
-        gauge: "as-trained", centering: "keep", select: { kind: "k", k }, basisType: "f16", coefficientType: "f16", products,
-      })));
+      keep(
+        "extraction",
+        timed(() =>
+          extractModule(one.stack, {
+            gauge: "as-trained",
+            centering: "keep",
+            select: { kind: "k", k },
+            basisType: "f16",
+            coefficientType: "f16",
+            products,
+          }),
+        ),
+      );
       for (const dtype of ["float64", "float32"]) {
         keep(`numpy ${dtype}`, await numpy.one?.ask({ ...question, dtype }));
         // Where the machine is shared its threads wait for each other, and a round may take a minute.
@@ -121,7 +148,8 @@ async function compare(name, scratch, numpy) {
     }
     for (const [way, all] of Object.entries(times)) {
       for (const clock of /** @type {const} */ (["wall", "cpu"])) {
-        sums[`${way} ${clock}`] = (sums[`${way} ${clock}`] ?? 0) + one.modules * Math.min(...all.map((time) => time[clock]));
+        sums[`${way} ${clock}`] =
+          (sums[`${way} ${clock}`] ?? 0) + one.modules * Math.min(...all.map((time) => time[clock]));
       }
     }
     const exact = times["numpy float64"]?.[0].lost;
@@ -151,12 +179,16 @@ async function compare(name, scratch, numpy) {
 }
 
 const scratch = await mkdtemp(join(tmpdir(), "eigenlora-bench-"));
-const numpy = [await startPython("extract.py"), ...(process.argv.includes("--own-threads") ? [await startPythonFreely("extract.py")] : [])];
+const numpy = [
+  await startPython("extract.py"),
+  ...(process.argv.includes("--own-threads") ? [await startPythonFreely("extract.py")] : []),
+];
 try {
   const [one, free] = numpy.map((process) => ("ask" in process ? process : undefined));
   const only = option("suite");
   const rows = [];
-  for (const name of Object.keys(SUITES)) if (!only || name === only) rows.push(await compare(name, scratch, { ...(one && { one }), ...(free && { free }) }));
+  for (const name of Object.keys(SUITES))
+    if (!only || name === only) rows.push(await compare(name, scratch, { ...(one && { one }), ...(free && { free }) }));
   print({
     question: "How long does extraction take, per module, beside numpy's full SVD of the same stacks?",
     rows,
@@ -165,7 +197,11 @@ try {
       "numpy: mean, centring and svd(full_matrices=False) of both sides, one thread; ratios to the faster of f64 and f32. Times of one",
       "thread are CPU times, which others on the machine lengthen least; its own threads are wall times. Error: ‖X − X·EᵀE‖² above numpy's f64, relative.",
     ],
-    peers: [one ? { name: "numpy", version: one.first.version } : { name: "numpy", reason: "reason" in numpy[0] ? numpy[0].reason : "" }],
+    peers: [
+      one
+        ? { name: "numpy", version: one.first.version }
+        : { name: "numpy", reason: "reason" in numpy[0] ? numpy[0].reason : "" },
+    ],
   });
 } finally {
   for (const process of numpy) if ("stop" in process) process.stop();

@@ -26,7 +26,13 @@ import { data, median, option, print } from "./report.js";
 
 const SHOTS = 8;
 const JUDGED = 50;
-const PAIRS = [["comm", "electronics"], ["lisp", "vcs"], ["gnome", "comm"], ["electronics", "lisp"], ["vcs", "gnome"]];
+const PAIRS = [
+  ["comm", "electronics"],
+  ["lisp", "vcs"],
+  ["gnome", "comm"],
+  ["electronics", "lisp"],
+  ["vcs", "gnome"],
+];
 const DRAWS = Number(option("draws") ?? 1);
 /** Beside the page's own way, which takes 20 steps: a head alone is not done by then. Rates as there. */
 const HEAD = { batch: 16, steps: 30, rates: { terms: 0, head: 0.02 } };
@@ -39,7 +45,10 @@ const lines = await freshLines();
 const folder = await mkdtemp(join(tmpdir(), "eigenlora-few-shot-"));
 await buildPage(folder);
 const server = await serveFolder(folder);
-const browser = await chromium.launch({ executablePath: process.env.EIGENLORA_CHROMIUM ?? "/usr/bin/chromium", args: ["--no-sandbox"] });
+const browser = await chromium.launch({
+  executablePath: process.env.EIGENLORA_CHROMIUM ?? "/usr/bin/chromium",
+  args: ["--no-sandbox"],
+});
 const page = await browser.newPage({ serviceWorkers: "block" });
 page.setDefaultTimeout(300_000);
 await page.addInitScript(watch);
@@ -103,7 +112,8 @@ async function freshLines() {
     const { labels, train, test } = await readTask(id);
     if (!id.startsWith("hub-")) for (const [text] of train) known.add(text);
     if (!id.endsWith("-section")) continue;
-    for (const [text, label] of [...train, ...test]) of.set(labels[label], (of.get(labels[label]) ?? new Set()).add(text));
+    for (const [text, label] of [...train, ...test])
+      of.set(labels[label], (of.get(labels[label]) ?? new Set()).add(text));
   }
   return new Map([...of].map(([label, texts]) => [label, [...texts].filter((text) => !known.has(text)).sort()]));
 }
@@ -126,7 +136,11 @@ function drawOf(labels, seed) {
     if (texts.length < SHOTS + JUDGED) throw new Error(`${label}: ${texts.length} lines, ${SHOTS + JUDGED} are needed`);
     return texts.slice(0, SHOTS + JUDGED).map((text) => ({ text, label }));
   });
-  return { labels: [...labels], taught: parts.flatMap((part) => part.slice(0, SHOTS)), judged: parts.flatMap((part) => part.slice(SHOTS)) };
+  return {
+    labels: [...labels],
+    taught: parts.flatMap((part) => part.slice(0, SHOTS)),
+    judged: parts.flatMap((part) => part.slice(SHOTS)),
+  };
 }
 
 /** Runs in the page before its scripts: an ear at the worker's door, and clocks. */
@@ -174,19 +188,22 @@ async function stallsDuring(work) {
  * @returns {Promise<any>}
  */
 function ask(call, ...args) {
-  return page.evaluate(([call, args]) => {
-    const worker = /** @type {Worker} */ (/** @type {any} */ (globalThis).pageWorker);
-    const id = `bench-${performance.now()}`;
-    return new Promise((resolve, reject) => {
-      worker.addEventListener("message", function heard({ data }) {
-        if (data.id !== id) return;
-        worker.removeEventListener("message", heard);
-        if (data.error) reject(new Error(data.error.message));
-        else resolve(data.value);
+  return page.evaluate(
+    ([call, args]) => {
+      const worker = /** @type {Worker} */ (/** @type {any} */ (globalThis).pageWorker);
+      const id = `bench-${performance.now()}`;
+      return new Promise((resolve, reject) => {
+        worker.addEventListener("message", function heard({ data }) {
+          if (data.id !== id) return;
+          worker.removeEventListener("message", heard);
+          if (data.error) reject(new Error(data.error.message));
+          else resolve(data.value);
+        });
+        worker.postMessage({ id, call, args });
       });
-      worker.postMessage({ id, call, args });
-    });
-  }, /** @type {const} */ ([call, args]));
+    },
+    /** @type {const} */ ([call, args]),
+  );
 }
 
 function settled() {
@@ -202,7 +219,12 @@ async function teachByHand({ labels, taught }) {
   for (const [i, label] of labels.entries()) {
     const lesson = page.locator(".lesson").nth(i);
     await lesson.locator("input").fill(label);
-    await lesson.locator("textarea").fill(taught.filter((one) => one.label === label).map(({ text }) => text).join("\n"));
+    await lesson.locator("textarea").fill(
+      taught
+        .filter((one) => one.label === label)
+        .map(({ text }) => text)
+        .join("\n"),
+    );
   }
   const learned = page.locator("#teach-note", { hasText: /^Learned/ });
   const press = async () => {
@@ -229,5 +251,7 @@ async function record(name, teach, { labels, judged }) {
     if (labels[probabilities.indexOf(Math.max(...probabilities))] === label) right++;
   }
   lessons.set(name, [...(lessons.get(name) ?? []), { accuracy: right / judged.length, milliseconds, loss }]);
-  console.error(`${labels.join("/")}, ${name}: ${right}/${judged.length}, ${(milliseconds / 1e3).toFixed(1)} s, loss ${loss.toFixed(3)}`);
+  console.error(
+    `${labels.join("/")}, ${name}: ${right}/${judged.length}, ${(milliseconds / 1e3).toFixed(1)} s, loss ${loss.toFixed(3)}`,
+  );
 }

@@ -82,7 +82,10 @@ export async function measureWebgpu({ matrices, size, ranks, runs: wanted }) {
     },
     ...switches.parts,
   ];
-  const peers = [{ name: "copyBufferToBuffer", version: "the same device, buffers and clock, in turns" }, ...switches.peers];
+  const peers = [
+    { name: "copyBufferToBuffer", version: "the same device, buffers and clock, in turns" },
+    ...switches.peers,
+  ];
   printParts(parts, peers, describe(adapter, clock));
   for (const on of [plain, halves]) {
     on?.backend.dispose();
@@ -93,8 +96,8 @@ export async function measureWebgpu({ matrices, size, ranks, runs: wanted }) {
 /** @param {boolean} halves whether to ask for the feature shader-f16, which changes what kernels may use */
 async function open(halves) {
   const counted = await countingDevice(({ features, limits: { maxBufferSize, maxStorageBufferBindingSize } }) => ({
-    requiredFeatures: /** @type {GPUFeatureName[]} */ (["timestamp-query", ...(halves ? ["shader-f16"] : [])]).filter((name) =>
-      features.has(name),
+    requiredFeatures: /** @type {GPUFeatureName[]} */ (["timestamp-query", ...(halves ? ["shader-f16"] : [])]).filter(
+      (name) => features.has(name),
     ),
     // As the backend does for a device of its own.
     requiredLimits: { maxBufferSize, maxStorageBufferBindingSize },
@@ -142,7 +145,10 @@ async function measure(on, what, runs) {
   const factors = uniform(2 * rank * size, 2);
   /** @type {Block[]} */
   const blocks = [];
-  const allocate = (/** @type {number} */ bytes, /** @type {import("../dist/src/backends/backend.js").Owner} */ owner) => {
+  const allocate = (
+    /** @type {number} */ bytes,
+    /** @type {import("../dist/src/backends/backend.js").Owner} */ owner,
+  ) => {
     const block = backend.allocate(bytes, owner);
     blocks.push(block);
     return block;
@@ -158,7 +164,8 @@ async function measure(on, what, runs) {
     const last = bufferOf(outs[matrices - 1]);
     const fold = (/** @type {number} */ rounds) =>
       clock.time(last, async () => {
-        for (let i = 0; i < rounds * matrices; i++) foldOne(backend, what, bases[i % matrices], outs[i % matrices], both);
+        for (let i = 0; i < rounds * matrices; i++)
+          foldOne(backend, what, bases[i % matrices], outs[i % matrices], both);
         await backend.finish();
       });
     const copy = (/** @type {number} */ rounds) =>

@@ -21,7 +21,15 @@ const SHARED = 64;
 const WIDTHS = option("widths")?.split(",").map(Number) ?? [1024, 2048, 4096];
 
 /** Shapes of Llama 2 7B's linear layers, [out, in] and how often. */
-const LAYERS = { q: [4096, 4096], k: [4096, 4096], v: [4096, 4096], o: [4096, 4096], gate: [11008, 4096], up: [11008, 4096], down: [4096, 11008] };
+const LAYERS = {
+  q: [4096, 4096],
+  k: [4096, 4096],
+  v: [4096, 4096],
+  o: [4096, 4096],
+  gate: [11008, 4096],
+  up: [11008, 4096],
+  down: [4096, 11008],
+};
 const MODELS = { "query and value": ["q", "v"], "all linear layers": ["q", "k", "v", "o", "gate", "up", "down"] };
 const ADAPTERS = 10_000;
 const SHARDS = 16;
@@ -55,13 +63,23 @@ async function writeAdapter(folder, width, directions, seed) {
   for (let i = 0; i < RANK; i++) for (let j = 0; j < width; j++) B[j * RANK + i] = Bt[i * width + j];
   const name = "base_model.model.layer.proj";
   const tensor = (/** @type {string} */ side, /** @type {number[]} */ shape, /** @type {Float32Array} */ values) => ({
-    name: `${name}.${side}.weight`, dtype: "F32", shape, read: () => new Uint8Array(values.buffer),
+    name: `${name}.${side}.weight`,
+    dtype: "F32",
+    shape,
+    read: () => new Uint8Array(values.buffer),
   });
   const chunks = [];
-  for await (const chunk of writeSafetensors([tensor("lora_A", [RANK, width], A), tensor("lora_B", [width, RANK], B)])) chunks.push(chunk);
+  for await (const chunk of writeSafetensors([tensor("lora_A", [RANK, width], A), tensor("lora_B", [width, RANK], B)]))
+    chunks.push(chunk);
   await mkdir(folder);
   await writeFile(join(folder, "adapter_model.safetensors"), chunks);
-  const config = { peft_type: "LORA", r: RANK, lora_alpha: RANK, target_modules: ["proj"], base_model_name_or_path: "synthetic" };
+  const config = {
+    peft_type: "LORA",
+    r: RANK,
+    lora_alpha: RANK,
+    target_modules: ["proj"],
+    base_model_name_or_path: "synthetic",
+  };
   await writeFile(join(folder, "adapter_config.json"), JSON.stringify(config));
 }
 
@@ -73,7 +91,8 @@ async function measure(width) {
     const counts = [width / 32, width / 16];
     const directions = uniform(2 * SHARED * width, width);
     const folders = Array.from({ length: counts[1] }, (_, i) => `adapter-${String(i).padStart(4, "0")}`);
-    for (const [i, folder] of folders.entries()) await writeAdapter(join(scratch, folder), width, directions, 1000 * i + 1);
+    for (const [i, folder] of folders.entries())
+      await writeAdapter(join(scratch, folder), width, directions, 1000 * i + 1);
     const adapters = (/** @type {number} */ count) => folders.slice(0, count);
     /** @param {(count: number) => any} command */
     const slope = (command) => {
@@ -85,7 +104,9 @@ async function measure(width) {
     run(scratch, "shard", ...adapters(counts[0]), ...other, "-o", "other.part");
     const merge = run(scratch, "merge", `${counts[1]}.part`, "other.part", "--part", "-o", "both.part");
     const basis = run(scratch, "merge", "both.part", "--k", String(K), "-o", "basis.eigen");
-    const project = slope((count) => run(scratch, "project", "basis.eigen", ...adapters(count), "-o", `tasks-${count}.part`));
+    const project = slope((count) =>
+      run(scratch, "project", "basis.eigen", ...adapters(count), "-o", `tasks-${count}.part`),
+    );
     const assemble = run(scratch, "assemble", "basis.eigen", `tasks-${counts[1]}.part`, "-o", "tasks.eigen");
     const found = python("hub.py", String(K), String(counts[0]), ...folders.map((name) => join(scratch, name)));
     return { width, counts, shard, merge, basis, project, assemble, peer: found };
@@ -125,7 +146,12 @@ const squares = (shape) => shape.reduce((sum, w) => sum + w * w, 0);
 /** @param {number[]} shape */
 const widths = (shape) => shape.reduce((sum, w) => sum + w, 0);
 /** Two sides of the largest width that was measured. */
-const unit = { squares: 2 * largest.width ** 2, widths: 2 * largest.width, cubes: 2 * largest.width ** 3, bytes: largest.merge.bytes };
+const unit = {
+  squares: 2 * largest.width ** 2,
+  widths: 2 * largest.width,
+  cubes: 2 * largest.width ** 3,
+  bytes: largest.merge.bytes,
+};
 
 const hours = Object.entries(MODELS).map(([name, layers]) => {
   const shapes = layers.map((layer) => LAYERS[/** @type {keyof typeof LAYERS} */ (layer)]);

@@ -6,17 +6,26 @@
  * node benchmarks/learn.js [--json] [--all]      after npm run build; `--all` leaves out each of eight tasks, three seeds
  */
 import { readdir } from "node:fs/promises";
-import * as ort from "onnxruntime-node";
 import { openPack } from "eigenlora";
 import { buildPack, readAdapters } from "eigenlora/build";
 import { createTrainer } from "eigenlora/learn";
 import { createEigenSession } from "eigenlora/onnxruntime";
+import * as ort from "onnxruntime-node";
 import { createEncoder, model, readTask } from "../examples/minilm.js";
 import { data, median, print } from "./report.js";
 
 const ALL = process.argv.includes("--all");
 /** Those with 90 lines or more that nobody was trained on. */
-const LEFT_OUT = ["sections-2", "debtags-role", "debtags-uitoolkit", "debtags-implemented-in", "sections-0", "sections-1", "sections-3", "debtags-use"];
+const LEFT_OUT = [
+  "sections-2",
+  "debtags-role",
+  "debtags-uitoolkit",
+  "debtags-implemented-in",
+  "sections-0",
+  "sections-1",
+  "sections-3",
+  "debtags-use",
+];
 const TASKS = ALL ? LEFT_OUT : LEFT_OUT.slice(0, 3);
 const SEEDS = ALL ? [1, 2, 3] : [1];
 const EXAMPLES = 640;
@@ -48,7 +57,12 @@ for (const left of TASKS) {
     let bytes = 0;
     let size = { terms: 0, head: 0 };
     for (const seed of SEEDS) {
-      const trainer = await createTrainer(session, { labels: task.labels, encode, seed, init: rates.terms ? "auto" : "mean" });
+      const trainer = await createTrainer(session, {
+        labels: task.labels,
+        encode,
+        seed,
+        init: rates.terms ? "auto" : "mean",
+      });
       size = trainer.size;
       const examples = task.train.slice(0, EXAMPLES).map(([text, label]) => ({ text, label }));
       let before = performance.now();
@@ -56,7 +70,10 @@ for (const left of TASKS) {
         steps.push(performance.now() - before);
         before = performance.now();
       }
-      const answers = await trainer.predict(test.map(([text]) => ({ text })), { batch: BATCH });
+      const answers = await trainer.predict(
+        test.map(([text]) => ({ text })),
+        { batch: BATCH },
+      );
       right.push(answers.filter((p, i) => p.indexOf(Math.max(...p)) === test[i][1]).length / test.length);
       bytes = (await trainer.task()).length;
     }

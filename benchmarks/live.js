@@ -29,7 +29,12 @@ const PROVIDERS = ["node cpu", "web wasm"];
 const MODES = /** @type {const} */ (["core", "factors", "folded"]);
 const WAYS = /** @type {const} */ (["plain", ...MODES]);
 /** [texts, tokens of each] */
-const SHAPES = [[8, 8], [8, 32], [8, 128], [1, 32]];
+const SHAPES = [
+  [8, 8],
+  [8, 32],
+  [8, 128],
+  [1, 32],
+];
 const COMPONENTS = [16, 32, 64, 128];
 /** Of the pack in which modes are compared. */
 const K = 32;
@@ -234,7 +239,12 @@ function randomFeeds(ort, batch, tokens) {
   const dims = [batch, tokens];
   const length = batch * tokens;
   /** @param {(i: number) => bigint} value */
-  const tensor = (value) => new ort.Tensor("int64", BigInt64Array.from({ length }, (_, i) => value(i)), dims);
+  const tensor = (value) =>
+    new ort.Tensor(
+      "int64",
+      BigInt64Array.from({ length }, (_, i) => value(i)),
+      dims,
+    );
   return {
     input_ids: tensor((i) => BigInt(5 + ((i * 7919) % 8000))),
     attention_mask: tensor(() => 1n),
@@ -277,7 +287,11 @@ async function hold(name, way) {
   const after = await settled();
   await session.release();
   /** @type {[string, "rss" | "external" | "arrayBuffers"][]} */
-  const figures = [["RSS", "rss"], ["external", "external"], ["arrayBuffers", "arrayBuffers"]];
+  const figures = [
+    ["RSS", "rss"],
+    ["external", "external"],
+    ["arrayBuffers", "arrayBuffers"],
+  ];
   const grown = figures.map(([name, key]) => [`${name}, MB`, (after[key] - before[key]) / 1e6]);
   console.log(JSON.stringify(Object.fromEntries(grown)));
 }

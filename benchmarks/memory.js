@@ -45,7 +45,11 @@ async function hold(way, n, pack) {
   /** @param {number} i */
   const load = async (i) => {
     const bytes = await readFile(join(folders[i % folders.length], "adapter_model.safetensors"));
-    const file = await openSafetensors({ name: "adapter", byteLength: bytes.length, read: async (o, l) => bytes.subarray(o, o + l) });
+    const file = await openSafetensors({
+      name: "adapter",
+      byteLength: bytes.length,
+      read: async (o, l) => bytes.subarray(o, o + l),
+    });
     const tensors = new Map();
     for (const name of file.tensors.keys()) tensors.set(name, await file.readF32(name));
     return tensors;
@@ -94,7 +98,9 @@ async function compare() {
       /** @type {import("./report.js").Row} */
       const row = { name: `${n} adapters` };
       for (const way of ["all adapters", "one adapter", "pack, all tasks", "pack, active task"]) {
-        const child = spawnSync(process.execPath, ["--expose-gc", script, "--hold", way, String(n), file], { encoding: "utf8" });
+        const child = spawnSync(process.execPath, ["--expose-gc", script, "--hold", way, String(n), file], {
+          encoding: "utf8",
+        });
         if (!child.stdout) throw new Error(child.stderr);
         row[`${way}, MB`] = JSON.parse(child.stdout).bytes / 1e6;
       }
@@ -105,20 +111,30 @@ async function compare() {
       }
       const peer = python("memory.py", data("minilm"), String(n), ...folders);
       if ("figures" in peer) row["PEFT, all adapters, MB"] = peer.figures.bytes / 1e6;
-      peers.push("figures" in peer ? { name: "PEFT", version: peer.figures.version } : { name: "PEFT", reason: peer.reason });
+      peers.push(
+        "figures" in peer ? { name: "PEFT", version: peer.figures.version } : { name: "PEFT", reason: peer.reason },
+      );
       rows.push(row);
     }
     const svg = process.argv.indexOf("--svg");
     if (svg > 0) {
       const names = Object.keys(rows[0]).filter((k) => k !== "name");
-      const series = names.map((name) => ({ name: name.replace(", MB", ""), points: rows.map((r, i) => [COUNTS[i], Number(r[name] ?? 0)]) }));
-      await writeFile(process.argv[svg + 1] ?? "memory.svg", drawLines({ title: "Resident memory of N adapters", x: "adapters", y: "MB", series }));
+      const series = names.map((name) => ({
+        name: name.replace(", MB", ""),
+        points: rows.map((r, i) => [COUNTS[i], Number(r[name] ?? 0)]),
+      }));
+      await writeFile(
+        process.argv[svg + 1] ?? "memory.svg",
+        drawLines({ title: "Resident memory of N adapters", x: "adapters", y: "MB", series }),
+      );
     }
     print({
       question: "How much resident memory do N LoRA adapters take (MiniLM, 12 modules, r 8; pack at K 32, f16)?",
       rows,
       peers: peers.slice(-1),
-      notes: ["Resident set of a fresh process each, after minus before; below about 1 MB it is noise. Real adapters up to 20, then repeated."],
+      notes: [
+        "Resident set of a fresh process each, after minus before; below about 1 MB it is noise. Real adapters up to 20, then repeated.",
+      ],
     });
   } finally {
     await rm(scratch, { recursive: true });

@@ -69,12 +69,23 @@ async function compare() {
     });
     if (found) {
       const { first, median: m, min: least, bytes, peakMemoryBytes } = found;
-      rows.push({ name: "lorashare, K 32", "first, s": first, "median, s": m, "min, s": least, bytes, "peak MB": peakMemoryBytes / 1e6 });
+      rows.push({
+        name: "lorashare, K 32",
+        "first, s": first,
+        "median, s": m,
+        "min, s": least,
+        bytes,
+        "peak MB": peakMemoryBytes / 1e6,
+      });
     }
     print({
       question: "How long does packing 20 adapters take (own-seed, 12 modules, r 8), from files to a file?",
       rows,
-      peers: [found ? { name: "lorashare", version: found.version } : { name: "lorashare", reason: "reason" in peer ? peer.reason : "" }],
+      peers: [
+        found
+          ? { name: "lorashare", version: found.version }
+          : { name: "lorashare", reason: "reason" in peer ? peer.reason : "" },
+      ],
     });
   } finally {
     await rm(scratch, { recursive: true });

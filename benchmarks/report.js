@@ -70,7 +70,10 @@ export function environment() {
  * @returns {{ figures: any } | { reason: string }}
  */
 export function python(script, ...args) {
-  const { status, stdout, stderr, error } = spawnSync(PYTHON, [peerPath(script), ...args], { encoding: "utf8", env: oneThread() });
+  const { status, stdout, stderr, error } = spawnSync(PYTHON, [peerPath(script), ...args], {
+    encoding: "utf8",
+    env: oneThread(),
+  });
   if (error) return { reason: `${error.message}; set PYTHON` };
   return status === 0 ? { figures: JSON.parse(stdout.trim().split("\n").at(-1) ?? "") } : { reason: whyFailed(stderr) };
 }
@@ -163,7 +166,11 @@ export function printParts(parts, peers, device) {
     if (notes.length > 0) console.log();
   }
   for (const { name, version, reason } of peers) console.log(`peer ${name}: ${version ?? `not run (${reason})`}`);
-  console.log(Object.entries(full).map(([k, v]) => `${k} ${v}`).join(", "));
+  console.log(
+    Object.entries(full)
+      .map(([k, v]) => `${k} ${v}`)
+      .join(", "),
+  );
 }
 
 /** @param {Row[]} rows */
@@ -172,7 +179,12 @@ function printTable(rows) {
   const cells = [names, ...rows.map((row) => names.map((n) => format(row[n])))];
   const widths = names.map((_, c) => Math.max(...cells.map((row) => row[c].length)));
   cells.forEach((row, i) => {
-    console.log(row.map((cell, c) => (c && i ? cell.padStart(widths[c]) : cell.padEnd(widths[c]))).join("  ").trimEnd());
+    console.log(
+      row
+        .map((cell, c) => (c && i ? cell.padStart(widths[c]) : cell.padEnd(widths[c])))
+        .join("  ")
+        .trimEnd(),
+    );
     if (i === 0) console.log(widths.map((w) => "-".repeat(w)).join("  "));
   });
   console.log();

@@ -17,7 +17,9 @@ export class Rows {
 
   /** Reads what an earlier run left. */
   async load() {
-    const text = await readFile(this.file, "utf8").catch((error) => (error.code === "ENOENT" ? "" : Promise.reject(error)));
+    const text = await readFile(this.file, "utf8").catch((error) =>
+      error.code === "ENOENT" ? "" : Promise.reject(error),
+    );
     // A run that was cut off may have left half a line.
     const whole = text.slice(0, text.lastIndexOf("\n") + 1);
     if (whole.length < text.length) await writeFile(this.file, whole);

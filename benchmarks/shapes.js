@@ -20,7 +20,12 @@ export const SETTINGS = {
     rank: 32,
     adapters: 20,
     components: 14,
-    groups: [[360, 1280, 1280], [120, 1280, 2048], [60, 640, 640], [20, 640, 2048]],
+    groups: [
+      [360, 1280, 1280],
+      [120, 1280, 2048],
+      [60, 640, 640],
+      [20, 640, 2048],
+    ],
   },
   "flan-t5": {
     model: "FLAN-T5-large, query and value",
@@ -42,7 +47,12 @@ const TYPES = /** @type {const} */ (["f32", "f16", "int8"]);
 export function adaptersOf(name, groups = SETTINGS[name].groups) {
   const { rank, adapters, components } = SETTINGS[name];
   const modules = groups.flatMap(([count, out, inputs], group) =>
-    Array.from({ length: count }, (_, i) => ({ name: `block.${group}.${String(i).padStart(3, "0")}`, out, in: inputs })));
+    Array.from({ length: count }, (_, i) => ({
+      name: `block.${group}.${String(i).padStart(3, "0")}`,
+      out,
+      in: inputs,
+    })),
+  );
   return syntheticAdapters({ rank, adapters, modules, shared: components + 2, noise: 1 });
 }
 
@@ -72,7 +82,11 @@ function arithmetic(name, groups) {
   const { rank, adapters, components: K } = SETTINGS[name];
   const modules = groups.reduce((sum, [count]) => sum + count, 0);
   const lengths = groups.reduce((sum, [count, out, inputs]) => sum + count * (out + inputs), 0);
-  const [loras, bases, coefficients] = [adapters * rank * lengths, (K + 1) * lengths, adapters * modules * 2 * rank * K];
+  const [loras, bases, coefficients] = [
+    adapters * rank * lengths,
+    (K + 1) * lengths,
+    adapters * modules * 2 * rank * K,
+  ];
   /** @param {number} values */
   const mega = (values) => `${((4 * values) / 1e6).toFixed(1)} MB`;
   return [
@@ -115,18 +129,22 @@ async function pack(name, type) {
   const { report } = await buildPack(adapters, {
     select: { kind: "k", k: SETTINGS[name].components },
     types: { basis: type, coefficients: type, head: type },
-    ...(process.stderr.isTTY ? { onProgress: (done, of) => process.stderr.write(`\r${name} ${type}: module ${done} of ${of} `) } : {}),
+    ...(process.stderr.isTTY
+      ? { onProgress: (done, of) => process.stderr.write(`\r${name} ${type}: module ${done} of ${of} `) }
+      : {}),
   });
   const seconds = (performance.now() - start - making) / 1000;
-  console.log(JSON.stringify({
-    name: `${name}, ${type}`,
-    "adapters, MB": report.adapterBytes / 1e6,
-    "pack, MB": report.bytes / 1e6,
-    "adapters ÷ pack": report.ratio,
-    "packing, s": seconds,
-    "making the numbers, s": making / 1000,
-    "peak memory, MB": (process.resourceUsage().maxRSS * 1024) / 1e6,
-  }));
+  console.log(
+    JSON.stringify({
+      name: `${name}, ${type}`,
+      "adapters, MB": report.adapterBytes / 1e6,
+      "pack, MB": report.bytes / 1e6,
+      "adapters ÷ pack": report.ratio,
+      "packing, s": seconds,
+      "making the numbers, s": making / 1000,
+      "peak memory, MB": (process.resourceUsage().maxRSS * 1024) / 1e6,
+    }),
+  );
 }
 
 if (process.argv[1] === fileURLToPath(import.meta.url)) {
@@ -135,7 +153,9 @@ if (process.argv[1] === fileURLToPath(import.meta.url)) {
   else {
     const only = option("setting");
     const types = option("type");
-    const parts = Object.keys(SETTINGS).filter((each) => !only || each === only).map((each) => shapesPart(each, types ? [types] : TYPES));
+    const parts = Object.keys(SETTINGS)
+      .filter((each) => !only || each === only)
+      .map((each) => shapesPart(each, types ? [types] : TYPES));
     print({
       question: parts.map(({ question }) => question).join(" "),
       rows: parts.flatMap(({ rows }) => rows),

@@ -9,13 +9,13 @@ import { spawnSync } from "node:child_process";
 import { mkdtemp, readdir, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import * as ort from "onnxruntime-node";
 import { openPack } from "eigenlora";
 import { buildPack, readAdapters, writeSafetensors } from "eigenlora/build";
 import { createTrainer } from "eigenlora/learn";
 import { createEigenSession } from "eigenlora/onnxruntime";
-import { decodeTensor } from "../dist/src/tensor/dtypes.js";
+import * as ort from "onnxruntime-node";
 import { openOnnxHost } from "../dist/src/onnx/host.js";
+import { decodeTensor } from "../dist/src/tensor/dtypes.js";
 import { createEncoder, model, readTask } from "../examples/minilm.js";
 import { data, median, option, printParts, startPython } from "./report.js";
 
@@ -46,7 +46,9 @@ else await compare();
  */
 async function examplesOf(joined) {
   const { train, labels } = await readTask(TASK);
-  const texts = train.map((_, i) => Array.from({ length: joined }, (_, j) => train[(i + j * 37) % train.length][0]).join(" "));
+  const texts = train.map((_, i) =>
+    Array.from({ length: joined }, (_, j) => train[(i + j * 37) % train.length][0]).join(" "),
+  );
   const label = new Map(train.map(([, label], i) => [texts[i], label]));
   return { labels, label, examples: [...label].map(([text, label]) => ({ text, label })) };
 }
@@ -66,7 +68,8 @@ async function hold(way, path) {
     for await (const _ of trainer.fit(examples, { steps: HELD_RUNS, batch: 16 }));
   } else {
     await session.switchTask(TASK);
-    for (let i = 0; i < HELD_RUNS; i++) await session.run(encode(examples.slice(16 * i, 16 * i + 16).map(({ text }) => text)));
+    for (let i = 0; i < HELD_RUNS; i++)
+      await session.run(encode(examples.slice(16 * i, 16 * i + 16).map(({ text }) => text)));
   }
   const status = await readFile("/proc/self/status", "utf8").catch(() => "");
   const kilobytes = /VmHWM:\s+(\d+)/.exec(status)?.[1] ?? process.resourceUsage().maxRSS;
@@ -93,9 +96,10 @@ async function compare() {
     if ("stop" in torch) torch.stop();
     const created = await creation(pack);
     await pack.close();
-    printParts([question(rows), created, memory(file)], [
-      "first" in torch ? { name: "torch", version: torch.first.version } : { name: "torch", reason: torch.reason },
-    ]);
+    printParts(
+      [question(rows), created, memory(file)],
+      ["first" in torch ? { name: "torch", version: torch.first.version } : { name: "torch", reason: torch.reason }],
+    );
   } finally {
     await rm(folder, { recursive: true });
   }
@@ -159,14 +163,22 @@ async function time(pack, { name, batch, joined }, torch) {
       cpu.ours.push((user + system) / 1000);
       own.push(/** @type {{ loss: number }} */ (value).loss);
       feeds.push(asked.feeds);
-      batches.push({ ids: matrix(asked.feeds.input_ids), mask: matrix(asked.feeds.attention_mask), labels: asked.texts.map((text) => label.get(text) ?? 0) });
+      batches.push({
+        ids: matrix(asked.feeds.input_ids),
+        mask: matrix(asked.feeds.attention_mask),
+        labels: asked.texts.map((text) => label.get(text) ?? 0),
+      });
     }
     for (const one of feeds) {
       const started = performance.now();
       await serving.run(one);
       times.forward.push(performance.now() - started);
     }
-    for (const [way, key] of /** @type {const} */ ([["coefficients", "coefficients"], ["lora", "lora"], ["forward", "torchForward"]])) {
+    for (const [way, key] of /** @type {const} */ ([
+      ["coefficients", "coefficients"],
+      ["lora", "lora"],
+      ["forward", "torchForward"],
+    ])) {
       const answer = await torch?.ask({ way, batches });
       times[key].push(...(answer?.ms ?? []));
       if (way !== "forward") cpu[way].push(...(answer?.cpu ?? []));
@@ -233,7 +245,13 @@ async function baseEntries() {
     if (layout !== "in-out") entries.push(entry(name, [...shape], values));
     else {
       const [inputs, out] = shape;
-      entries.push(entry(name, [out, inputs], Float32Array.from(values, (_, i) => values[(i % inputs) * out + Math.floor(i / inputs)])));
+      entries.push(
+        entry(
+          name,
+          [out, inputs],
+          Float32Array.from(values, (_, i) => values[(i % inputs) * out + Math.floor(i / inputs)]),
+        ),
+      );
     }
   }
   await host.close?.();
@@ -264,13 +282,19 @@ async function taskEntries(pack) {
       entries.push(entry(`${module.name}.alpha_${side}`, [term.rank, basis.K], decode(blob.bytes, tensor)));
     }
   }
-  for (const { name, shape, tensor } of blob.parameters) entries.push(entry(name.replace("classifier", "head"), [...shape], decode(blob.bytes, tensor)));
+  for (const { name, shape, tensor } of blob.parameters)
+    entries.push(entry(name.replace("classifier", "head"), [...shape], decode(blob.bytes, tensor)));
   return entries;
 }
 
 /** @param {string} name @param {number[]} shape @param {Float32Array} values */
 function entry(name, shape, values) {
-  return { name, dtype: /** @type {const} */ ("F32"), shape, read: () => new Uint8Array(values.buffer, values.byteOffset, values.byteLength) };
+  return {
+    name,
+    dtype: /** @type {const} */ ("F32"),
+    shape,
+    read: () => new Uint8Array(values.buffer, values.byteOffset, values.byteLength),
+  };
 }
 
 /**
@@ -315,7 +339,12 @@ function memory(file) {
   });
   return {
     question: `How much memory does a process hold at most? ${HELD_RUNS} batches of 16 rows of 32 tokens, a fresh process each.`,
-    rows: MODES.map((name, i) => ({ name, "peak, MB": peaks[i], "÷ plain": peaks[i] / peaks[0], "÷ trainable": peaks[i] / peaks[1] })),
+    rows: MODES.map((name, i) => ({
+      name,
+      "peak, MB": peaks[i],
+      "÷ plain": peaks[i] / peaks[0],
+      "÷ trainable": peaks[i] / peaks[1],
+    })),
     notes: ["Peak resident set of the whole process: Node with the packages loaded, the model, the pack."],
   };
 }

@@ -101,7 +101,11 @@ async function* cases() {
   for (const adapter of adapters) await adapter.close();
   const larger = Array.from({ length: MODULES }, (_, i) => ({ name: `layer.${i}`, out: SIZE, in: SIZE }));
   const made = Array.from({ length: TASKS }, (_, i) => makeAdapter(`task-${i}`, larger, 100 * (i + 1)));
-  yield { name: `${MODULES} modules of ${SIZE}×${SIZE}, K 32, f32`, bytes: await pack(made, 32), base: await weights(larger) };
+  yield {
+    name: `${MODULES} modules of ${SIZE}×${SIZE}, K 32, f32`,
+    bytes: await pack(made, 32),
+    base: await weights(larger),
+  };
 }
 
 /** @param {Adapter[]} adapters @param {number} k */
@@ -173,7 +177,8 @@ async function measure({ counts, clock }, runtime, wasm, turns) {
     times.wasm.push(performance.now() - done);
     times.ms.push(done - called);
     times.encode.push(clock.submitted - called);
-    for (const what of /** @type {const} */ (["submits", "dispatches", "written"])) most[what] = Math.max(most[what], counts[what]);
+    for (const what of /** @type {const} */ (["submits", "dispatches", "written"]))
+      most[what] = Math.max(most[what], counts[what]);
   }
   const last = runtime.weight(runtime.pack.modules.at(-1)?.name ?? "").data;
   for (const task of tasks) {
@@ -208,6 +213,7 @@ async function compare(runtime, oracle) {
     // Sums in another order; a half may be rounded to its neighbour.
     const tolerance = largest * (runtime.weight(name).dtype === "f32" ? 2e-6 : 2 ** -10);
     const wrong = b.findIndex((x, i) => !(Math.abs(a[i] - x) <= tolerance));
-    if (wrong >= 0) throw new Error(`${name}: element ${wrong} is ${a[wrong]} on WebGPU, ${b[wrong]} on ${oracle.backend}`);
+    if (wrong >= 0)
+      throw new Error(`${name}: element ${wrong} is ${a[wrong]} on WebGPU, ${b[wrong]} on ${oracle.backend}`);
   }
 }

@@ -2,22 +2,33 @@
  * `eigenlora/onnxruntime`: a pack on a model that onnxruntime-web or onnxruntime-node runs. The module that runs it is the
  * caller's own import; types are structural, so that neither package is needed to compile against this one.
  */
-import { BackendError, TaskError } from "../src/errors.ts";
+
 import type { TrainingGraph } from "../src/autodiff/graph.ts";
+import { BackendError, TaskError } from "../src/errors.ts";
 import { tinyFeeds } from "../src/onnx/feeds.ts";
 import { graft, type TaskInput } from "../src/onnx/graft.ts";
-import { readModel, type ModelOptions } from "../src/onnx/read.ts";
+import { type ModelOptions, readModel } from "../src/onnx/read.ts";
 import { detachWeights } from "../src/onnx/write.ts";
 import type { Pack, TaskInfo } from "../src/pack/pack.ts";
 import type { Selection } from "../src/runtime/selection.ts";
-import { feedFolded, FOLDED_FILE, layoutFolded } from "../src/session/fold.ts";
-import { planSession, type BaseValues, type Mode, type PlanOptions } from "../src/session/plan.ts";
+import { FOLDED_FILE, feedFolded, layoutFolded } from "../src/session/fold.ts";
+import { type BaseValues, type Mode, type PlanOptions, planSession } from "../src/session/plan.ts";
 import type { ProbeReport } from "../src/session/probe.ts";
 import { Timeline } from "../src/session/timeline.ts";
 import type { TaskValues } from "../src/session/values.ts";
 import type { SourceInput } from "../src/source.ts";
-import { call, inTurn, onWebgpu, type Feeds, type Fetches, type Ort, type OrtTensor, type Session, type SessionOptions } from "./ort.ts";
-import { toFeeds, type Carrier, type Parts, type State } from "./ort-carrier.ts";
+import {
+  call,
+  type Feeds,
+  type Fetches,
+  inTurn,
+  type Ort,
+  type OrtTensor,
+  onWebgpu,
+  type Session,
+  type SessionOptions,
+} from "./ort.ts";
+import { type Carrier, type Parts, type State, toFeeds } from "./ort-carrier.ts";
 import { foldedCarrier } from "./ort-folded.ts";
 import type { Trainable } from "./ort-training.ts";
 import { unfoldedCarrier } from "./ort-unfolded.ts";
@@ -114,11 +125,14 @@ export async function createEigenSession<O extends Ort>(
   options: EigenSessionOptions<O> = {},
 ): Promise<EigenSession<O>> {
   if (typeof ort?.InferenceSession?.create !== "function" || typeof ort.Tensor !== "function") {
-    throw new TypeError("createEigenSession: the first argument must be the module onnxruntime-web or onnxruntime-node");
+    throw new TypeError(
+      "createEigenSession: the first argument must be the module onnxruntime-web or onnxruntime-node",
+    );
   }
   const { mode = "auto" } = options;
   if (!["auto", "core", "factors", "folded"].includes(mode)) throw new RangeError(`mode: got ${JSON.stringify(mode)}`);
-  if (options.trainable && mode !== "auto" && mode !== "factors") throw new RangeError(`mode: tasks are learned in mode "factors", got ${JSON.stringify(mode)}`);
+  if (options.trainable && mode !== "auto" && mode !== "factors")
+    throw new RangeError(`mode: tasks are learned in mode "factors", got ${JSON.stringify(mode)}`);
   const file = await readModel(model, options);
   try {
     const bases = await pack.takeBases(options);
@@ -129,12 +143,28 @@ export async function createEigenSession<O extends Ort>(
     const fed = folded && onWebgpu(options.session) ? feedFolded(file.model, plan.folded) : undefined;
     const layout = folded && !fed ? layoutFolded(file.model, plan.folded) : undefined;
     const grafted = graft(file.model, plan.graft);
-    const training = options.trainable ? await (await import("./ort-training.ts")).addTraining({ ort, options }, file, grafted) : undefined;
-    const detached = await detachWeights(file, grafted.initializers, { ...options, supplied: layout ? [FOLDED_FILE] : [] });
+    const training = options.trainable
+      ? await (await import("./ort-training.ts")).addTraining({ ort, options }, file, grafted)
+      : undefined;
+    const detached = await detachWeights(file, grafted.initializers, {
+      ...options,
+      supplied: layout ? [FOLDED_FILE] : [],
+    });
     const inputs = own.map(({ name }) => name);
     const feeds = options.probe === false ? undefined : tinyFeeds(own);
     const given = training ? { ...options, session: training.session } : options;
-    const parts: Parts<O> = { ort, pack, plan, grafted, detached, options: given, outputs, inputs, feeds, idle: training?.idle ?? {} };
+    const parts: Parts<O> = {
+      ort,
+      pack,
+      plan,
+      grafted,
+      detached,
+      options: given,
+      outputs,
+      inputs,
+      feeds,
+      idle: training?.idle ?? {},
+    };
     // Folding takes the bases once more.
     if (folded) pack.keepBases(bases);
     if (layout) return new EigenSession(parts, await foldedCarrier(parts, file, layout));
@@ -200,7 +230,9 @@ export class EigenSession<O extends Ort = Ort> {
       base: async () => (await carrier.evaluator.evaluate(null, {})).inputs,
       run: async (feeds, fetches) => {
         this.#live();
-        return this.#timeline.run((state) => this.#submit(state, feeds, {}, fetches, {}) as Promise<Record<string, OrtTensor>>);
+        return this.#timeline.run(
+          (state) => this.#submit(state, feeds, {}, fetches, {}) as Promise<Record<string, OrtTensor>>,
+        );
       },
     };
   }
@@ -267,7 +299,9 @@ export class EigenSession<O extends Ort = Ort> {
       if (!tasks) return (await this.#submit(state, own, state.feeds, fetches, options)) as RunResult<O>;
       const values = await this.#rows(tasks, own);
       const result = await this.#submit(state, own, toFeeds(this.#ort, this.#inputs, values).feeds, fetches, options);
-      const valid = new Map([...this.#base.heads.keys()].map((head) => [head, values.map(({ labels }) => labels.get(head)!)]));
+      const valid = new Map(
+        [...this.#base.heads.keys()].map((head) => [head, values.map(({ labels }) => labels.get(head)!)]),
+      );
       Object.defineProperty(result, "validColumns", { value: valid, enumerable: false });
       return result as RunResult<O>;
     });

@@ -3,15 +3,24 @@
  * The three kinds of carriers are ort-unfolded.ts, ort-folded.ts and ort-gpu.ts; this is what they share.
  */
 import { BackendError } from "../src/errors.ts";
+import type { Feed } from "../src/onnx/feeds.ts";
 import type { Grafted, TaskInput } from "../src/onnx/graft.ts";
 import type { DetachedModel } from "../src/onnx/write.ts";
 import type { Pack } from "../src/pack/pack.ts";
 import type { Selection } from "../src/runtime/selection.ts";
 import type { Plan } from "../src/session/plan.ts";
-import type { Feed } from "../src/onnx/feeds.ts";
 import type { ProbeReport, ProbeRun } from "../src/session/probe.ts";
 import { stackValues, type TaskEvaluator, type TaskValues } from "../src/session/values.ts";
-import { call, inTurn, makeTensor, type Feeds, type Ort, type OrtTensor, type Session, type SessionOptions } from "./ort.ts";
+import {
+  call,
+  type Feeds,
+  inTurn,
+  makeTensor,
+  type Ort,
+  type OrtTensor,
+  type Session,
+  type SessionOptions,
+} from "./ort.ts";
 
 /** What runs are made of while a selection is active. */
 export interface State<O extends Ort> {
@@ -32,7 +41,10 @@ export interface Carrier<O extends Ort> {
   /** Of weights, at each switch. */
   readonly bytesWritten: number;
   /** When it fails, the state before stays usable. */
-  make(selection: Selection, options: { signal?: AbortSignal | undefined; head?: string | undefined }): Promise<State<O>>;
+  make(
+    selection: Selection,
+    options: { signal?: AbortSignal | undefined; head?: string | undefined },
+  ): Promise<State<O>>;
   /** Goes around each run. @throws BackendError where the device is lost */
   alive?<T>(run: () => Promise<T>): Promise<T>;
   /** Refuses a model that would mix the tasks of a batch. */
@@ -50,7 +62,10 @@ export interface Parts<O extends Ort> {
   readonly plan: Plan;
   readonly grafted: Grafted;
   readonly detached: DetachedModel;
-  readonly options: { readonly session?: SessionOptions<O> | undefined; readonly probe?: boolean | Feeds<O> | undefined };
+  readonly options: {
+    readonly session?: SessionOptions<O> | undefined;
+    readonly probe?: boolean | Feeds<O> | undefined;
+  };
   /** The model's own. */
   readonly inputs: readonly string[];
   readonly outputs: readonly string[];
@@ -69,10 +84,13 @@ export async function createSession<O extends Ort>(
   try {
     return (await inTurn(ort, () => ort.InferenceSession.create(bytes, all as never))) as Session<O>;
   } catch (cause) {
-    throw new BackendError(`onnxruntime cannot load the model (providers: ${providersOf(options)}): ${(cause as Error).message}`, {
-      backend: "onnxruntime",
-      cause,
-    });
+    throw new BackendError(
+      `onnxruntime cannot load the model (providers: ${providersOf(options)}): ${(cause as Error).message}`,
+      {
+        backend: "onnxruntime",
+        cause,
+      },
+    );
   }
 }
 
@@ -90,7 +108,10 @@ export function toFeeds<O extends Ort>(
   const feeds: Record<string, OrtTensor> = {};
   let bytes = 0;
   for (const input of inputs) {
-    const { dims, data } = stackValues(input, rows.map((row) => row.inputs.get(input.name)!));
+    const { dims, data } = stackValues(
+      input,
+      rows.map((row) => row.inputs.get(input.name)!),
+    );
     feeds[input.name] = makeTensor(ort, data, dims);
     bytes += data.byteLength;
   }
@@ -101,12 +122,24 @@ export function toFeeds<O extends Ort>(
  * Runs a session for the probes.
  * @param given feeds of the caller's own
  */
-export function probeRun<O extends Ort>({ ort, grafted: { inputs }, idle }: Parts<O>, session: Session<O>, given?: object): ProbeRun {
+export function probeRun<O extends Ort>(
+  { ort, grafted: { inputs }, idle }: Parts<O>,
+  session: Session<O>,
+  given?: object,
+): ProbeRun {
   return async (feeds, tasks, fetches) => {
     const tensors: Record<string, OrtTensor> = {};
     for (const [name, { data, dims }] of feeds) tensors[name] = makeTensor(ort, data, dims);
-    const task = toFeeds(ort, inputs, tasks.map((values) => ({ inputs: values }))).feeds;
-    const results = (await inTurn(ort, () => call(session, { ...idle, ...tensors, ...given, ...task }, fetches, {}))) as Record<string, OrtTensor>;
-    return Promise.all(fetches.map(async (name) => ((await results[name]!.getData?.()) ?? results[name]!.data) as Float32Array));
+    const task = toFeeds(
+      ort,
+      inputs,
+      tasks.map((values) => ({ inputs: values })),
+    ).feeds;
+    const results = (await inTurn(ort, () =>
+      call(session, { ...idle, ...tensors, ...given, ...task }, fetches, {}),
+    )) as Record<string, OrtTensor>;
+    return Promise.all(
+      fetches.map(async (name) => ((await results[name]!.getData?.()) ?? results[name]!.data) as Float32Array),
+    );
   };
 }

@@ -6,7 +6,14 @@
 import type { DeviceHandle } from "../src/backends/backend.ts";
 import { BackendError } from "../src/errors.ts";
 import { FLOAT } from "../src/onnx/linear.ts";
-import { create, GraphProtoSchema, ModelProtoSchema, NodeProtoSchema, toBinary, ValueInfoProtoSchema } from "../src/onnx/protobuf.ts";
+import {
+  create,
+  GraphProtoSchema,
+  ModelProtoSchema,
+  NodeProtoSchema,
+  toBinary,
+  ValueInfoProtoSchema,
+} from "../src/onnx/protobuf.ts";
 import { call, inTurn, makeTensor, type Ort, type OrtTensor, type SessionOptions } from "./ort.ts";
 
 export interface UsedDevice {
@@ -26,7 +33,9 @@ export async function deviceOf<O extends Ort>(ort: O, session: SessionOptions<O>
   if (given && (await computesOn(ort, given as GPUDevice, provider))) return { device: given, ignored: false };
   const device = (await (ort.env.webgpu as { device?: unknown } | undefined)?.device) as DeviceHandle | undefined;
   if (device) return { device, ignored: given !== undefined };
-  throw new BackendError('onnxruntime does not tell its WebGPU device; use mode "core" or "factors"', { backend: "onnxruntime" });
+  throw new BackendError('onnxruntime does not tell its WebGPU device; use mode "core" or "factors"', {
+    backend: "onnxruntime",
+  });
 }
 
 /** Whether what onnxruntime computes with this provider lies on the device: asked of a session on a model of one addition. */
@@ -35,7 +44,10 @@ async function computesOn(ort: Ort, device: GPUDevice, provider: unknown): Promi
   const session = await inTurn(ort, () => ort.InferenceSession.create(oneAddition(), options as never));
   try {
     const x = makeTensor(ort, new Float32Array(4), [4]);
-    const { y } = (await inTurn(ort, () => call(session, { x }, ["y"], {}))) as Record<string, OrtTensor & { gpuBuffer: GPUBuffer }>;
+    const { y } = (await inTurn(ort, () => call(session, { x }, ["y"], {}))) as Record<
+      string,
+      OrtTensor & { gpuBuffer: GPUBuffer }
+    >;
     device.pushErrorScope("validation");
     device.queue.writeBuffer(y!.gpuBuffer, 0, new Uint32Array(1));
     const refused = await device.popErrorScope();
@@ -53,7 +65,10 @@ function oneAddition(): Uint8Array {
   const [x, y] = ["x", "y"].map((name) => create(ValueInfoProtoSchema, { name, type }));
   const node = create(NodeProtoSchema, { opType: "Add", input: ["x", "x"], output: ["y"] });
   const graph = create(GraphProtoSchema, { name: "device", node: [node], input: [x!], output: [y!] });
-  return toBinary(ModelProtoSchema, create(ModelProtoSchema, { irVersion: 8n, graph, opsetImport: [{ domain: "", version: 13n }] }));
+  return toBinary(
+    ModelProtoSchema,
+    create(ModelProtoSchema, { irVersion: 8n, graph, opsetImport: [{ domain: "", version: 13n }] }),
+  );
 }
 
 /**

@@ -2,23 +2,27 @@
  * Mode "folded": weights change inside the model, which onnxruntime takes only when it loads one: each switch makes a session.
  */
 import { createBackend } from "../src/backends/select.ts";
+import type { View } from "../src/base/host.ts";
 import { onnxHost } from "../src/onnx/host.ts";
 import type { ModelFile } from "../src/onnx/read.ts";
 import { createRuntime } from "../src/runtime/create.ts";
-import type { View } from "../src/base/host.ts";
-import { copySelection } from "../src/runtime/selection.ts";
 import type { Runtime } from "../src/runtime/runtime.ts";
+import { copySelection } from "../src/runtime/selection.ts";
 import { Workbench } from "../src/runtime/workbench.ts";
-import { fillFolded, type FoldedLayout } from "../src/session/fold.ts";
+import { type FoldedLayout, fillFolded } from "../src/session/fold.ts";
 import { TaskEvaluator } from "../src/session/values.ts";
 import type { Ort } from "./ort.ts";
-import { createSession, toFeeds, type Carrier, type Parts } from "./ort-carrier.ts";
+import { type Carrier, createSession, type Parts, toFeeds } from "./ort-carrier.ts";
 
 /**
  * @param file stays open: weights are folded from it
  * @throws BackendError when onnxruntime refuses the model
  */
-export async function foldedCarrier<O extends Ort>(parts: Parts<O>, file: ModelFile, layout: FoldedLayout): Promise<Carrier<O>> {
+export async function foldedCarrier<O extends Ort>(
+  parts: Parts<O>,
+  file: ModelFile,
+  layout: FoldedLayout,
+): Promise<Carrier<O>> {
   const { ort, pack, plan, detached } = parts;
   const { inputs } = parts.grafted;
   const evaluator = await headEvaluator(parts);
@@ -71,6 +75,8 @@ export function headParameters<O extends Ort>({ plan: { base } }: Parts<O>): str
   return [...base.ignored, ...[...base.heads.keys()].flatMap((head) => [`${head}.weight`, `${head}.bias`])];
 }
 
-export function switchOptions(how: Parameters<Carrier<Ort>["make"]>[1]): NonNullable<Parameters<Runtime["switchTask"]>[1]> {
+export function switchOptions(
+  how: Parameters<Carrier<Ort>["make"]>[1],
+): NonNullable<Parameters<Runtime["switchTask"]>[1]> {
   return { ...(how.signal && { signal: how.signal }), ...(how.head !== undefined && { head: how.head }) };
 }

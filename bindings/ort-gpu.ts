@@ -3,19 +3,20 @@
  * onnxruntime computes on. A switch folds into those buffers: one submit, no copy, the same session. Loaded where it is used.
  */
 /// <reference types="@webgpu/types" />
-import { decodeTensor } from "../src/tensor/dtypes.ts";
+
+import { byteLengthOf, type DeviceTensor, type View } from "../src/base/host.ts";
 import { BackendError, BaseMismatchError } from "../src/errors.ts";
 import { onnxHost } from "../src/onnx/host.ts";
 import type { ModelFile } from "../src/onnx/read.ts";
 import { createRuntime } from "../src/runtime/create.ts";
-import { byteLengthOf, type DeviceTensor, type View } from "../src/base/host.ts";
 import { viewBytes } from "../src/runtime/mixed.ts";
 import { copySelection, type Selection } from "../src/runtime/selection.ts";
 import type { FoldedInput } from "../src/session/fold.ts";
 import type { ProbeReport } from "../src/session/probe.ts";
 import type { InputValue } from "../src/session/values.ts";
+import { decodeTensor } from "../src/tensor/dtypes.ts";
 import { bufferTensor, inTurn, type Ort, type OrtTensor, type Session } from "./ort.ts";
-import { createSession, probeRun, providersOf, toFeeds, type Carrier, type Parts } from "./ort-carrier.ts";
+import { type Carrier, createSession, type Parts, probeRun, providersOf, toFeeds } from "./ort-carrier.ts";
 import { deviceOf, whileAlive } from "./ort-device.ts";
 import { headEvaluator, headParameters, switchOptions } from "./ort-folded.ts";
 
@@ -29,7 +30,11 @@ type Placed = DeviceTensor & { buffer: GPUBuffer };
  * @param file is closed: nothing of it stays in the CPU's memory
  * @throws BackendError when onnxruntime refuses the model, does not tell its device, or does not read the buffers
  */
-export async function gpuCarrier<O extends Ort>(parts: Parts<O>, file: ModelFile, fed: readonly FoldedInput[]): Promise<Carrier<O>> {
+export async function gpuCarrier<O extends Ort>(
+  parts: Parts<O>,
+  file: ModelFile,
+  fed: readonly FoldedInput[],
+): Promise<Carrier<O>> {
   const { ort, pack, plan } = parts;
   const { inputs } = parts.grafted;
   const evaluator = await headEvaluator(parts);
@@ -98,7 +103,12 @@ export async function gpuCarrier<O extends Ort>(parts: Parts<O>, file: ModelFile
 }
 
 /** Puts the parameters on the device, as their inputs take them. */
-async function place(file: ModelFile, fed: readonly FoldedInput[], device: GPUDevice, tensors: Map<string, Placed>): Promise<void> {
+async function place(
+  file: ModelFile,
+  fed: readonly FoldedInput[],
+  device: GPUDevice,
+  tensors: Map<string, Placed>,
+): Promise<void> {
   const host = onnxHost(file);
   const layouts = new Map([...host.list()].map(({ name, layout }) => [name, layout]));
   for (const { name, dtype, shape } of fed) {
@@ -141,19 +151,30 @@ async function probeBuffers<O extends Ort>(
   const made = given ? new Map<string, never>() : feeds;
   if (!made) return { result: "skipped: the model's inputs are of kinds that cannot be made up; pass `probe: feeds`" };
   const largest = Math.max(...Object.values(weights).map(({ dims }) => dims.reduce((a, b) => a * b, 4)));
-  const zeros = device.createBuffer({ label: "eigenlora zeros", size: Math.max(16, Math.ceil(largest / 16) * 16), usage: USAGE });
+  const zeros = device.createBuffer({
+    label: "eigenlora zeros",
+    size: Math.max(16, Math.ceil(largest / 16) * 16),
+    usage: USAGE,
+  });
   const nothing: Record<string, OrtTensor> = {};
-  for (const { input, dtype, shape } of fed) nothing[input] = bufferTensor(ort, zeros, dtype === "f32" ? "float32" : "float16", shape);
+  for (const { input, dtype, shape } of fed)
+    nothing[input] = bufferTensor(ort, zeros, dtype === "f32" ? "float32" : "float16", shape);
   try {
     const results = [];
     for (const taken of [weights, nothing]) {
-      const [output] = await probeRun(parts, session, { ...taken, ...(given as object | undefined) })(made, [base], [outputs[0]!]);
+      const [output] = await probeRun(parts, session, { ...taken, ...(given as object | undefined) })(
+        made,
+        [base],
+        [outputs[0]!],
+      );
       results.push(output!);
     }
     const [before, after] = results;
     if (Array.prototype.some.call(before, (v: number, i: number) => v !== after![i])) return { result: "passed" };
   } catch (cause) {
-    return { result: `skipped: the model does not run on the inputs of the probe (${(cause as Error).message.trim()}); pass \`probe: feeds\`` };
+    return {
+      result: `skipped: the model does not run on the inputs of the probe (${(cause as Error).message.trim()}); pass \`probe: feeds\``,
+    };
   } finally {
     zeros.destroy();
   }

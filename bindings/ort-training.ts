@@ -7,7 +7,7 @@ import type { Probe } from "../src/autodiff/shapes.ts";
 import type { Grafted, TaskInput } from "../src/onnx/graft.ts";
 import type { ModelFile } from "../src/onnx/read.ts";
 import type { InputValue } from "../src/session/values.ts";
-import { call, inTurn, makeTensor, onWebgpu, type Ort, type OrtTensor } from "./ort.ts";
+import { call, inTurn, makeTensor, type Ort, type OrtTensor, onWebgpu } from "./ort.ts";
 import { createSession, type Parts } from "./ort-carrier.ts";
 
 /** What a session that can learn lends to a trainer. */
@@ -19,7 +19,10 @@ export interface Trainable<O extends Ort> {
   /** Their values on the base. */
   base(): Promise<ReadonlyMap<string, InputValue>>;
   /** Runs the model on inputs that are all given, between the session's own runs. */
-  run(feeds: Readonly<Record<string, OrtTensor>>, fetches: readonly string[]): Promise<Readonly<Record<string, OrtTensor>>>;
+  run(
+    feeds: Readonly<Record<string, OrtTensor>>,
+    fetches: readonly string[],
+  ): Promise<Readonly<Record<string, OrtTensor>>>;
 }
 
 export interface Training<O extends Ort> {
@@ -44,10 +47,22 @@ export async function addTraining<O extends Ort>(
     [graph.learnInput]: boolean(parts.ort, false),
     [graph.targetsInput]: makeTensor(parts.ort, new Float32Array(1), [1, 1]),
   };
-  const turning = file.model.graph.proto.node.filter(({ opType, name }) => (opType === "Sin" || opType === "Cos") && name !== "");
+  const turning = file.model.graph.proto.node.filter(
+    ({ opType, name }) => (opType === "Sin" || opType === "Cos") && name !== "",
+  );
   // Patterns of memory are worth little to lengths that change, and each is memory of its own beside what was there.
-  const session = { enableMemPattern: false, ...(parts.options.session as object | undefined) } as Parts<O>["options"]["session"];
-  return { graph, idle, session: onCpu(session, turning.map(({ name }) => name)) };
+  const session = {
+    enableMemPattern: false,
+    ...(parts.options.session as object | undefined),
+  } as Parts<O>["options"]["session"];
+  return {
+    graph,
+    idle,
+    session: onCpu(
+      session,
+      turning.map(({ name }) => name),
+    ),
+  };
 }
 
 /**
@@ -56,10 +71,17 @@ export async function addTraining<O extends Ort>(
  */
 export function onCpu<S>(session: S, nodes: readonly string[]): S {
   if (!onWebgpu(session) || nodes.length === 0) return session;
-  const given = session as { readonly executionProviders: readonly (string | { readonly name: string; readonly forceCpuNodeNames?: readonly string[] })[] };
+  const given = session as {
+    readonly executionProviders: readonly (
+      | string
+      | { readonly name: string; readonly forceCpuNodeNames?: readonly string[] }
+    )[];
+  };
   const executionProviders = given.executionProviders.map((one) => {
     const provider = typeof one === "string" ? { name: one } : one;
-    return provider.name === "webgpu" ? { ...provider, forceCpuNodeNames: [...(provider.forceCpuNodeNames ?? []), ...nodes] } : one;
+    return provider.name === "webgpu"
+      ? { ...provider, forceCpuNodeNames: [...(provider.forceCpuNodeNames ?? []), ...nodes] }
+      : one;
   });
   return { ...given, executionProviders } as S;
 }
@@ -81,16 +103,26 @@ export async function dataOf(tensor: OrtTensor): Promise<unknown> {
  */
 function probeOf<O extends Ort>({ ort, options }: Pick<Parts<O>, "ort" | "options">): Probe {
   return async (model, feeds) => {
-    const { executionProviders, preferredOutputLocation, ...given } = (options.session ?? {}) as Record<string, unknown>;
+    const { executionProviders, preferredOutputLocation, ...given } = (options.session ?? {}) as Record<
+      string,
+      unknown
+    >;
     const asked = { ...given, graphOptimizationLevel: "disabled" };
     const session = await createSession({ ort, options: { ...options, session: asked as never } }, model);
     try {
       const results = [];
       for (const feed of feeds) {
         const tensors: Record<string, OrtTensor> = {};
-        for (const name of session.inputNames) tensors[name] = makeTensor(ort, feed.get(name)!.data, feed.get(name)!.dims);
-        const found = (await inTurn(ort, () => call(session, tensors, session.outputNames, {}))) as Record<string, OrtTensor>;
-        const entries = Object.entries(found).map(async ([name, tensor]) => [name, { type: tensor.type, dims: tensor.dims, data: await dataOf(tensor) }] as const);
+        for (const name of session.inputNames)
+          tensors[name] = makeTensor(ort, feed.get(name)!.data, feed.get(name)!.dims);
+        const found = (await inTurn(ort, () => call(session, tensors, session.outputNames, {}))) as Record<
+          string,
+          OrtTensor
+        >;
+        const entries = Object.entries(found).map(
+          async ([name, tensor]) =>
+            [name, { type: tensor.type, dims: tensor.dims, data: await dataOf(tensor) }] as const,
+        );
         results.push(Object.fromEntries(await Promise.all(entries)));
       }
       return results;

@@ -4,10 +4,10 @@
 import { createBackend } from "../src/backends/select.ts";
 import { copySelection } from "../src/runtime/selection.ts";
 import { Workbench } from "../src/runtime/workbench.ts";
-import { probeParity, probeRows, type ProbeReport } from "../src/session/probe.ts";
-import { TaskEvaluator, type InputValue } from "../src/session/values.ts";
-import { inTurn, onWebgpu, type Ort, type Session } from "./ort.ts";
-import { createSession, probeRun, providersOf, toFeeds, type Carrier, type Parts } from "./ort-carrier.ts";
+import { type ProbeReport, probeParity, probeRows } from "../src/session/probe.ts";
+import { type InputValue, TaskEvaluator } from "../src/session/values.ts";
+import { inTurn, type Ort, onWebgpu, type Session } from "./ort.ts";
+import { type Carrier, createSession, type Parts, probeRun, providersOf, toFeeds } from "./ort-carrier.ts";
 
 /**
  * @param bases of the pack
@@ -17,7 +17,8 @@ export async function unfoldedCarrier<O extends Ort>(parts: Parts<O>, bases: Uin
   const { ort, pack, plan, options, feeds, outputs } = parts;
   const { inputs } = parts.grafted;
   // The core is made of coefficients alone; everything else expands from the bases.
-  const expands = plan.mode === "factors" || plan.base.weights.size > 0 || plan.graft.modules.some((m) => !m.components);
+  const expands =
+    plan.mode === "factors" || plan.base.weights.size > 0 || plan.graft.modules.some((m) => !m.components);
   const { backend } = await createBackend(expands ? { webgpu: false } : { backend: "js" });
   const bench = new Workbench(backend, pack.modules, expands ? bases : new Uint8Array(0));
   const evaluator = new TaskEvaluator(pack, plan.base, inputs, bench);
@@ -68,5 +69,14 @@ async function runProbe<O extends Ort>(
   const given = typeof options.probe === "object" ? options.probe : undefined;
   const run = probeRun(parts, session, given);
   const { modules } = plan.graft;
-  return probeParity(run, given ? new Map() : feeds, base, grafted.inputs, modules, grafted.probe, outputs, providersOf(options));
+  return probeParity(
+    run,
+    given ? new Map() : feeds,
+    base,
+    grafted.inputs,
+    modules,
+    grafted.probe,
+    outputs,
+    providersOf(options),
+  );
 }

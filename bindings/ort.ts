@@ -34,7 +34,10 @@ export interface Ort {
 export type Session<O extends Ort> = Awaited<ReturnType<O["InferenceSession"]["create"]>>;
 export type Feeds<O extends Ort> = Parameters<Session<O>["run"]>[0];
 export type Fetches<O extends Ort> = Parameters<Session<O>["run"]>[1];
-export type SessionOptions<O extends Ort> = O["InferenceSession"]["create"] extends (model: Uint8Array, options?: infer Options) => unknown
+export type SessionOptions<O extends Ort> = O["InferenceSession"]["create"] extends (
+  model: Uint8Array,
+  options?: infer Options,
+) => unknown
   ? Options
   : never;
 
@@ -47,7 +50,10 @@ const queues = new WeakMap<object, Promise<unknown>>();
 export function inTurn<T>(ort: Ort, work: () => Promise<T>): Promise<T> {
   if (ort.env.versions?.web === undefined) return work();
   const done = (queues.get(ort.InferenceSession) ?? Promise.resolve()).then(work);
-  queues.set(ort.InferenceSession, done.catch(() => undefined));
+  queues.set(
+    ort.InferenceSession,
+    done.catch(() => undefined),
+  );
   return done;
 }
 
@@ -58,9 +64,17 @@ export function onWebgpu(session: unknown): boolean {
 }
 
 /** A tensor that is a buffer of onnxruntime's device. */
-export function bufferTensor(ort: Ort, buffer: DeviceBuffer, dataType: "float32" | "float16", dims: readonly number[]): OrtTensor {
-  const { fromGpuBuffer } = ort.Tensor as unknown as { fromGpuBuffer?: (buffer: unknown, options: object) => OrtTensor };
-  if (!fromGpuBuffer) throw new BackendError("this build of onnxruntime takes no buffers of a device", { backend: "onnxruntime" });
+export function bufferTensor(
+  ort: Ort,
+  buffer: DeviceBuffer,
+  dataType: "float32" | "float16",
+  dims: readonly number[],
+): OrtTensor {
+  const { fromGpuBuffer } = ort.Tensor as unknown as {
+    fromGpuBuffer?: (buffer: unknown, options: object) => OrtTensor;
+  };
+  if (!fromGpuBuffer)
+    throw new BackendError("this build of onnxruntime takes no buffers of a device", { backend: "onnxruntime" });
   return fromGpuBuffer.call(ort.Tensor, buffer, { dataType, dims });
 }
 

@@ -6,7 +6,7 @@
 import type { Pack, TaskInfo } from "../src/pack/pack.ts";
 import { copySelection, type Selection } from "../src/runtime/selection.ts";
 import { hold } from "../src/session/hold.ts";
-import { labelsOf, type Labels } from "../src/session/labels.ts";
+import { type Labels, labelsOf } from "../src/session/labels.ts";
 import { Turns } from "../src/session/turns.ts";
 import type { SourceInput } from "../src/source.ts";
 import {
@@ -20,14 +20,14 @@ import {
 } from "./onnxruntime.ts";
 import {
   externalFiles,
+  type Found,
   finder,
   handedOver,
   isId,
-  remake,
-  type Found,
   type PipelineModel,
   type PipelineOrt,
   type PipelineSession,
+  remake,
 } from "./transformers-model.ts";
 
 export type { PipelineModel, PipelineOrt, PipelineSession };

@@ -6,11 +6,11 @@
  * Run with `npm run demo`, or `npm run demo -- --all` for all test rows. Everything it reads is in test/data.
  */
 import { stat } from "node:fs/promises";
-import * as ort from "onnxruntime-web";
 import { openPack } from "eigenlora";
 import { buildPack, readAdapters } from "eigenlora/build";
 import { openOnnxHost } from "eigenlora/onnx";
 import { createEigenSession } from "eigenlora/onnxruntime";
+import * as ort from "onnxruntime-web";
 import {
   agreement,
   createEncoder,
@@ -96,7 +96,10 @@ async function showAccuracy() {
     const test = (await readTask(id)).test.slice(0, ROWS);
     const labels = test.map(([, label]) => label);
     const peft = reference.get(id)?.predictions ?? [];
-    const batches = toBatches(encode, test.map(([text]) => text));
+    const batches = toBatches(
+      encode,
+      test.map(([text]) => text),
+    );
     // A strength of 0 leaves the task's head on the base.
     await session.switchTask({ [id]: 0 });
     const headOnly = (await runBatches(session, batches)).map(labelOf);
@@ -188,7 +191,12 @@ function ms(milliseconds) {
 function print(rows) {
   const widths = rows[0].map((_, c) => Math.max(...rows.map((row) => row[c].length)));
   for (const row of rows) {
-    console.log(row.map((cell, c) => (c ? cell.padStart(widths[c]) : cell.padEnd(widths[c]))).join("   ").trimEnd());
+    console.log(
+      row
+        .map((cell, c) => (c ? cell.padStart(widths[c]) : cell.padEnd(widths[c])))
+        .join("   ")
+        .trimEnd(),
+    );
   }
   console.log();
 }

@@ -14,7 +14,9 @@ export function embedKernels() {
     .filter((name) => name.endsWith(".wgsl"))
     .sort()
     .map((name) => {
-      const text = readFileSync(new URL(name, here), "utf8").replace(/^ +| *\/\/.*$/gm, "").trimEnd();
+      const text = readFileSync(new URL(name, here), "utf8")
+        .replace(/^ +| *\/\/.*$/gm, "")
+        .trimEnd();
       return `export const ${name.slice(0, -".wgsl".length)} = ${JSON.stringify(text)};\n`;
     });
   mkdirSync(out, { recursive: true });

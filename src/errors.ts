@@ -90,7 +90,10 @@ export class BackendError extends EigenLoraError {
   declare readonly backend: string;
   declare readonly reasons: readonly string[];
 
-  constructor(message: string, { reasons = [], ...at }: { backend: string; reasons?: readonly string[]; cause?: unknown }) {
+  constructor(
+    message: string,
+    { reasons = [], ...at }: { backend: string; reasons?: readonly string[]; cause?: unknown },
+  ) {
     super(message, { ...at, reasons });
   }
 }

@@ -54,7 +54,8 @@ export async function openSource(input: SourceInput, options: FetchOptions = {})
     const text = String(input);
     if (!/^(https?|blob|data):/i.test(text) && openPath) return openPath(text);
     const base = (globalThis as { location?: { href: string } }).location?.href;
-    if (!URL.canParse(text, base)) throw new TypeError(`openSource: "${text}" is not a URL, and there are no files here`);
+    if (!URL.canParse(text, base))
+      throw new TypeError(`openSource: "${text}" is not a URL, and there are no files here`);
     return urlSource(new URL(text, base).href, options);
   }
   if (typeof (input as ByteSource | undefined)?.read === "function") return input as ByteSource;
@@ -63,9 +64,12 @@ export async function openSource(input: SourceInput, options: FetchOptions = {})
 
 function checkRange(name: string, offset: number, length: number, size: number): void {
   if (!(offset >= 0 && length >= 0 && offset + length <= size)) {
-    throw new SourceError(`ends at byte ${size}, but bytes ${offset} to ${offset + length} are needed: it is truncated`, {
-      file: name,
-    });
+    throw new SourceError(
+      `ends at byte ${size}, but bytes ${offset} to ${offset + length} are needed: it is truncated`,
+      {
+        file: name,
+      },
+    );
   }
 }
 

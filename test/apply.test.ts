@@ -3,9 +3,9 @@
  * every backend, for every kind of term, one task or one per row, from arrays and from buffers of a device.
  */
 import t from "tap";
+import type { View } from "../dist/src/base/host.js";
 import { openPack } from "../dist/src/pack/pack.js";
 import { createRuntime } from "../dist/src/runtime/create.js";
-import type { View } from "../dist/src/base/host.js";
 import { backends, dawnMissing } from "./backend-list.ts";
 import { generator, values } from "./backend-suite.ts";
 import { relativeDifference, tensorsOf } from "./compare.ts";
@@ -20,10 +20,19 @@ function view(data: Float32Array, ...shape: number[]): View {
 }
 
 /** y + x·ΔWᵀ for the rows of a task. */
-function addTerm(y: Float64Array, x: Float32Array, delta: ArrayLike<number> | undefined, out: number, inputs: number, from: number, to: number): void {
+function addTerm(
+  y: Float64Array,
+  x: Float32Array,
+  delta: ArrayLike<number> | undefined,
+  out: number,
+  inputs: number,
+  from: number,
+  to: number,
+): void {
   if (!delta) return;
   for (let row = from; row < to; row++) {
-    for (let o = 0; o < out; o++) for (let i = 0; i < inputs; i++) y[row * out + o]! += x[row * inputs + i]! * delta[o * inputs + i]!;
+    for (let o = 0; o < out; o++)
+      for (let i = 0; i < inputs; i++) y[row * out + o]! += x[row * inputs + i]! * delta[o * inputs + i]!;
   }
 }
 
@@ -38,7 +47,10 @@ for (const options of backends()) {
     for (const { name, out, in: inputs, layout } of pack.modules) {
       if (layout === "conv" || layout === "embedding") {
         const of = [view(new Float32Array(inputs), 1, inputs), view(new Float32Array(out), 1, out)] as const;
-        await t.rejects(runtime.apply(name, ...of, { tasks: ["all"] }), { name: "TypeError", message: /no linear layer/ });
+        await t.rejects(runtime.apply(name, ...of, { tasks: ["all"] }), {
+          name: "TypeError",
+          message: /no linear layer/,
+        });
         continue;
       }
       for (const [rows, length, tasks] of [
@@ -59,7 +71,8 @@ for (const options of backends()) {
         }
         await run;
         const expected = Float64Array.from(before);
-        for (const [i, task] of tasks.entries()) addTerm(expected, x, goldens.get(`${task}/${name}/delta`)?.values, out, inputs, i * length, (i + 1) * length);
+        for (const [i, task] of tasks.entries())
+          addTerm(expected, x, goldens.get(`${task}/${name}/delta`)?.values, out, inputs, i * length, (i + 1) * length);
         const off = relativeDifference(y, expected);
         if (!(off <= 2e-6)) t.fail(`${name}, ${tasks}: off by ${off}`);
         applied++;
@@ -70,7 +83,11 @@ for (const options of backends()) {
 }
 
 const TASKS = ["debtags-role", "debtags-game", "sections-1"];
-const { bytes } = await packOf(TASKS.map((n) => `adapters/own-seed/${n}`), { types: { basis: "int8", coefficients: "f16", head: "f16" } }, (m) => m.includes("layer.0.attention.self"));
+const { bytes } = await packOf(
+  TASKS.map((n) => `adapters/own-seed/${n}`),
+  { types: { basis: "int8", coefficients: "f16", head: "f16" } },
+  (m) => m.includes("layer.0.attention.self"),
+);
 
 t.test("the active task, a blend and strengths: what the terms say", async (t) => {
   const pack = await openPack(bytes);
@@ -89,7 +106,9 @@ t.test("the active task, a blend and strengths: what the terms say", async (t) =
       const [A, B] = [term.A, term.B].map(({ data }) => new Float32Array((data as Uint8Array).slice().buffer));
       const rank = term.A.shape[0]!;
       const delta = new Float64Array(out * inputs);
-      for (let o = 0; o < out; o++) for (let k = 0; k < rank; k++) for (let i = 0; i < inputs; i++) delta[o * inputs + i]! += B![o * rank + k]! * A![k * inputs + i]!;
+      for (let o = 0; o < out; o++)
+        for (let k = 0; k < rank; k++)
+          for (let i = 0; i < inputs; i++) delta[o * inputs + i]! += B![o * rank + k]! * A![k * inputs + i]!;
       addTerm(expected, x, delta, out, inputs, 0, 6);
     }
     t.ok(relativeDifference(y, expected) <= 2e-6, JSON.stringify(selection));
@@ -103,50 +122,77 @@ t.test("shapes and types that do not fit are refused", async (t) => {
   const { name, out, in: inputs } = pack.modules[0]!;
   const [x, y] = [view(new Float32Array(2 * inputs), 2, inputs), view(new Float32Array(2 * out), 2, out)];
   await t.rejects(runtime.apply("nothing", x, y), { name: "RangeError", message: /no module "nothing"; nearest: / });
-  await t.rejects(runtime.apply(name, { ...x, shape: [2, inputs - 1] }, y), { message: new RegExp(`x is \\[2, ${inputs - 1}\\], expected \\[rows, …, ${inputs}\\]`) });
-  await t.rejects(runtime.apply(name, x, { ...y, dtype: "f16" }), { name: "TypeError", message: /y is f16, expected f32/ });
+  await t.rejects(runtime.apply(name, { ...x, shape: [2, inputs - 1] }, y), {
+    message: new RegExp(`x is \\[2, ${inputs - 1}\\], expected \\[rows, …, ${inputs}\\]`),
+  });
+  await t.rejects(runtime.apply(name, x, { ...y, dtype: "f16" }), {
+    name: "TypeError",
+    message: /y is f16, expected f32/,
+  });
   await t.rejects(runtime.apply(name, { ...x, shape: [1, 2, inputs] }, y), { message: /x has rows \[1, 2\], y \[2\]/ });
   await t.rejects(runtime.apply(name, x, y, { tasks: TASKS }), { message: /3 tasks for 2 rows/ });
-  await t.rejects(runtime.apply(name, x, y, { tasks: ["debtags-rule", null] }), { tag: "task", message: /debtags-role/ });
-  await t.rejects(runtime.apply(name, { ...x, data: { size: 4, label: "", destroy() {} } }, y), { name: "TypeError", message: /x lies on a device, and the backend is wasm/ });
-  const folded = await createRuntime(await openPack(bytes), { base: new Map(pack.modules.map((m) => [`${m.name}.weight`, { dtype: "f32", shape: [m.out, m.in], data: new Float32Array(m.out * m.in) }])) });
+  await t.rejects(runtime.apply(name, x, y, { tasks: ["debtags-rule", null] }), {
+    tag: "task",
+    message: /debtags-role/,
+  });
+  await t.rejects(runtime.apply(name, { ...x, data: { size: 4, label: "", destroy() {} } }, y), {
+    name: "TypeError",
+    message: /x lies on a device, and the backend is wasm/,
+  });
+  const folded = await createRuntime(await openPack(bytes), {
+    base: new Map(
+      pack.modules.map((m) => [
+        `${m.name}.weight`,
+        { dtype: "f32", shape: [m.out, m.in], data: new Float32Array(m.out * m.in) },
+      ]),
+    ),
+  });
   t.teardown(() => folded.dispose());
   await t.rejects(folded.apply(name, x, y), { name: "TypeError", message: /mode "folded"/ });
 });
 
-t.test("buffers of a device: a few dispatches whatever the tasks, nothing but coefficients over the bus", { skip: dawnMissing ?? false }, async (t) => {
-  const { device, counts, close } = await countingDevice();
-  t.teardown(close);
-  const runtime = await createRuntime(await openPack(bytes), { mode: "core", backend: "webgpu", webgpu: { device } });
-  t.teardown(() => runtime.dispose());
-  const oracle = await createRuntime(await openPack(bytes), { mode: "core", backend: "js" });
-  const { modules } = runtime.pack;
-  const random = generator(5);
-  const [rows, length] = [5, 7];
-  const tasks = ["sections-1", null, "debtags-role", "debtags-game", "sections-1"];
-  const usage = 128 | 4 | 8;
-  for (const [n, { name, out, in: inputs }] of modules.entries()) {
-    const x = values(rows * length * inputs, random);
-    const y = values(rows * length * out, random);
-    const [bufferX, bufferY] = [x, y].map((array) => {
-      const buffer = device.createBuffer({ size: array.byteLength + 16, usage });
-      device.queue.writeBuffer(buffer, 16, array as Float32Array<ArrayBuffer>);
-      return buffer;
-    }) as [GPUBuffer, GPUBuffer];
-    Object.assign(counts, { submits: 0, dispatches: 0, written: 0 });
-    const on = (buffer: GPUBuffer, width: number): View => ({ dtype: "f32", shape: [rows, length, width], data: buffer, byteOffset: 16 });
-    await runtime.apply(name, on(bufferX, inputs), on(bufferY, out), { tasks });
-    t.equal(counts.submits, 1, name);
-    t.equal(counts.dispatches, 4, "components, coefficients, coefficients, components");
-    if (n > 0) t.ok(counts.written <= 4096, `${counts.written} bytes: the coefficients are there already`);
-    await oracle.apply(name, view(x, rows, length, inputs), view(y, rows, length, out), { tasks });
-    const staging = device.createBuffer({ size: y.byteLength, usage: 1 | 8 });
-    const encoder = device.createCommandEncoder();
-    encoder.copyBufferToBuffer(bufferY, 16, staging, 0, y.byteLength);
-    device.queue.submit([encoder.finish()]);
-    await staging.mapAsync(1);
-    t.ok(relativeDifference(new Float32Array(staging.getMappedRange().slice(0)), y) <= 2e-6, "the oracle's");
-    staging.destroy();
-  }
-  await oracle.dispose();
-});
+t.test(
+  "buffers of a device: a few dispatches whatever the tasks, nothing but coefficients over the bus",
+  { skip: dawnMissing ?? false },
+  async (t) => {
+    const { device, counts, close } = await countingDevice();
+    t.teardown(close);
+    const runtime = await createRuntime(await openPack(bytes), { mode: "core", backend: "webgpu", webgpu: { device } });
+    t.teardown(() => runtime.dispose());
+    const oracle = await createRuntime(await openPack(bytes), { mode: "core", backend: "js" });
+    const { modules } = runtime.pack;
+    const random = generator(5);
+    const [rows, length] = [5, 7];
+    const tasks = ["sections-1", null, "debtags-role", "debtags-game", "sections-1"];
+    const usage = 128 | 4 | 8;
+    for (const [n, { name, out, in: inputs }] of modules.entries()) {
+      const x = values(rows * length * inputs, random);
+      const y = values(rows * length * out, random);
+      const [bufferX, bufferY] = [x, y].map((array) => {
+        const buffer = device.createBuffer({ size: array.byteLength + 16, usage });
+        device.queue.writeBuffer(buffer, 16, array as Float32Array<ArrayBuffer>);
+        return buffer;
+      }) as [GPUBuffer, GPUBuffer];
+      Object.assign(counts, { submits: 0, dispatches: 0, written: 0 });
+      const on = (buffer: GPUBuffer, width: number): View => ({
+        dtype: "f32",
+        shape: [rows, length, width],
+        data: buffer,
+        byteOffset: 16,
+      });
+      await runtime.apply(name, on(bufferX, inputs), on(bufferY, out), { tasks });
+      t.equal(counts.submits, 1, name);
+      t.equal(counts.dispatches, 4, "components, coefficients, coefficients, components");
+      if (n > 0) t.ok(counts.written <= 4096, `${counts.written} bytes: the coefficients are there already`);
+      await oracle.apply(name, view(x, rows, length, inputs), view(y, rows, length, out), { tasks });
+      const staging = device.createBuffer({ size: y.byteLength, usage: 1 | 8 });
+      const encoder = device.createCommandEncoder();
+      encoder.copyBufferToBuffer(bufferY, 16, staging, 0, y.byteLength);
+      device.queue.submit([encoder.finish()]);
+      await staging.mapAsync(1);
+      t.ok(relativeDifference(new Float32Array(staging.getMappedRange().slice(0)), y) <= 2e-6, "the oracle's");
+      staging.destroy();
+    }
+    await oracle.dispose();
+  },
+);

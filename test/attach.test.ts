@@ -1,13 +1,13 @@
-import t, { type Test } from "tap";
 import { spawnSync } from "node:child_process";
 import { cp, mkdir, mkdtemp, readdir, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import * as ort from "onnxruntime-node";
+import t, { type Test } from "tap";
 import { fromBinary, ModelProtoSchema, toBinary } from "../dist/src/onnx/protobuf.js";
-import { openSafetensors } from "../dist/src/tensor/safetensors.js";
 import { openSource } from "../dist/src/source.js";
+import { openSafetensors } from "../dist/src/tensor/safetensors.js";
 import { data, packOf } from "./packs.ts";
 import { required } from "./required.ts";
 
@@ -135,7 +135,10 @@ async function checkAnswers(t: Test, report: Report, model: string, tasks: reado
   const own = mixed.map((row, r) => row.slice(0, expected[r]!.length));
   t.ok(difference(own, expected) < TOLERANCE, `${model}, ${rows.join(" | ")}`);
   const behind = mixed.flatMap((row, r) => row.slice(expected[r]!.length));
-  t.ok(behind.every((v) => v === LOWEST), "nothing behind");
+  t.ok(
+    behind.every((v) => v === LOWEST),
+    "nothing behind",
+  );
   await session.release();
 }
 
@@ -155,7 +158,10 @@ for (const [model, tasks, ids, modes] of [
       for (const { file, bytes } of [report["base"], ...report["tasks"]]) {
         t.equal(bytes, (await readFile(join(folder, file))).length);
       }
-      t.equal(report["inputs"].some((i: any) => i.kind === "core"), mode === "core");
+      t.equal(
+        report["inputs"].some((i: any) => i.kind === "core"),
+        mode === "core",
+      );
       for (const { dims } of report["inputs"]) t.equal(dims[0], "tasks");
       t.same(report["external"], model === "external" ? [join(dirname(out), "external.onnx.data")] : []);
       await checkAnswers(t, report, model, ids);
@@ -178,7 +184,10 @@ t.test("names of files and what they say of themselves", async (t) => {
   const report = json(0, ...command, "--task", "base", "--task", "ä/..*b");
   t.match(report, { mode: "core", reason: /11 components/, base: { file: "odd.base.safetensors" } });
   const written = ["odd.tasks/base.safetensors", "odd.tasks/%C3%A4%2F..%2Ab.safetensors"];
-  t.same(report["tasks"].map((task: any) => task.file), written);
+  t.same(
+    report["tasks"].map((task: any) => task.file),
+    written,
+  );
   t.same((await readdir(join(folder, "odd.tasks"))).length, 2, "some tasks only");
   const session = await load("odd.onnx");
   const answers = goldens.outputs["base"]!;
@@ -207,7 +216,11 @@ t.test("weights in files beside the model", async (t) => {
   const same = json(0, "attach", "source/external.onnx", bert, "-o", "source/same.onnx");
   t.same(same["external"], [join("source", "external.onnx.data")]);
   const beside = await readdir(join(folder, "source"));
-  t.same(beside.filter((name) => name.includes("data")), ["external.onnx.data"], "no copy");
+  t.same(
+    beside.filter((name) => name.includes("data")),
+    ["external.onnx.data"],
+    "no copy",
+  );
   await checkAnswers(t, same, "external", ["five", "three", "two"]);
 
   await mkdir(join(folder, "target"));
@@ -275,7 +288,10 @@ t.test("what cannot be is refused, and nothing is written", async (t) => {
   await writeFile(join(folder, "blocked.tasks"), "");
   const blocked = json(1, "attach", torchscript, bert, "-o", "blocked.onnx")["error"];
   t.match(blocked, { tag: "source", file: "blocked.tasks" });
-  t.same((await readdir(folder)).filter((name) => name.startsWith("blocked")), ["blocked.tasks"]);
+  t.same(
+    (await readdir(folder)).filter((name) => name.startsWith("blocked")),
+    ["blocked.tasks"],
+  );
   t.match(json(2, "attach", torchscript, bert), { error: { message: /--output is missing/ } });
   await cp(sessions("gemm.onnx"), join(folder, "own.onnx"));
   t.match(json(2, "attach", "own.onnx", mlp, "-o", "./own.onnx"), { error: { tag: "usage", message: /overwrite/ } });

@@ -3,18 +3,29 @@
  * held against ΔW as the adapters' own files give it, and against numpy's singular values.
  */
 import t from "tap";
-import { readAdapters } from "../dist/src/adapters/folder.js";
 import type { Adapter } from "../dist/src/adapters/adapter.js";
-import { createJudge } from "../dist/src/train/judge.js";
-import { inputMoments } from "../dist/src/train/moments.js";
+import { readAdapters } from "../dist/src/adapters/folder.js";
 import { deltaError, relative } from "../dist/src/extract/error.js";
-import { buildAuto, packWithin, type Criterion } from "../dist/src/pack/auto.js";
-import { buildPack, projectAdapter, storageTypes, type BuildOptions } from "../dist/src/pack/build.js";
+import { buildAuto, type Criterion, packWithin } from "../dist/src/pack/auto.js";
+import { type BuildOptions, buildPack, projectAdapter, storageTypes } from "../dist/src/pack/build.js";
 import { taskAdapter } from "../dist/src/pack/expand.js";
 import { openPack } from "../dist/src/pack/pack.js";
+import { createJudge } from "../dist/src/train/judge.js";
+import { inputMoments } from "../dist/src/train/moments.js";
 import { createEncoder, model, readTask } from "../examples/minilm.js";
 import { concat, data, LOSSLESS, packOf } from "./packs.ts";
-import { difference, feeds, folders, golden, model as tinyModel, MODES, NODE, open, outputOf, packBytes } from "./sessions.ts";
+import {
+  difference,
+  feeds,
+  folders,
+  golden,
+  MODES,
+  NODE,
+  open,
+  outputOf,
+  packBytes,
+  model as tinyModel,
+} from "./sessions.ts";
 
 const IDS = ["debtags-admin", "debtags-devel", "debtags-role", "debtags-use", "sections-0", "sections-1"];
 const whole = await readAdapters(IDS.map((id) => data(`adapters/own-seed/${id}`)));
@@ -31,7 +42,11 @@ async function errorsOf(chunks: readonly Uint8Array[], of: readonly Adapter[]): 
     const task = taskAdapter(pack, bases, id, await pack.load(id));
     for (const [name, { rank, read }] of modules) {
       const stored = task.modules.get(name)!;
-      const pair = ({ A, Bt }: { A: Float32Array; Bt: Float32Array }, rows: number) => ({ rank: rows, A: Float64Array.from(A), Bt: Float64Array.from(Bt) });
+      const pair = ({ A, Bt }: { A: Float32Array; Bt: Float32Array }, rows: number) => ({
+        rank: rows,
+        A: Float64Array.from(A),
+        Bt: Float64Array.from(Bt),
+      });
       const { difference: off, norm } = deltaError(pair(await read(), rank), pair(await stored.read(), stored.rank));
       found.push(relative(off, norm));
     }
@@ -56,7 +71,10 @@ for (const [name, options] of Object.entries({
   t.test(`${name}: what the report says is lost is lost`, async (t) => {
     const { chunks, report } = await buildPack(adapters, { gauge: "balanced", ...options });
     const found = await errorsOf(chunks, adapters);
-    t.ok(Math.abs(found.max - report.error.max) < 2e-4 && Math.abs(found.mean - report.error.mean) < 1e-4, `${JSON.stringify(found)}, ${JSON.stringify(report.error)}`);
+    t.ok(
+      Math.abs(found.max - report.error.max) < 2e-4 && Math.abs(found.mean - report.error.mean) < 1e-4,
+      `${JSON.stringify(found)}, ${JSON.stringify(report.error)}`,
+    );
     t.ok(found.max > 0.05);
     const { select } = options as BuildOptions;
     if (select?.kind === "error") t.ok(found.max <= select.max, `${found.max}`);
@@ -72,7 +90,11 @@ t.test("private terms alone are the adapter cut by its own SVD", async (t) => {
     ["sections-0", [0.47383673165907775, 0.20136184816496516]],
   ]);
   for (const [i, q] of [2, 4].entries()) {
-    const { report } = await packOf([...expected.keys()].map((id) => `adapters/own-seed/${id}`), { gauge: "balanced", private: q, select: { kind: "k", k: 0 }, types: F32 }, (name) => name === module);
+    const { report } = await packOf(
+      [...expected.keys()].map((id) => `adapters/own-seed/${id}`),
+      { gauge: "balanced", private: q, select: { kind: "k", k: 0 }, types: F32 },
+      (name) => name === module,
+    );
     for (const { id, max } of report.errors) t.ok(Math.abs(max - expected.get(id)![i]!) < 1e-6, `${id}, ${q}: ${max}`);
   }
 });
@@ -80,7 +102,10 @@ t.test("private terms alone are the adapter cut by its own SVD", async (t) => {
 t.test("taking turns with private terms finds better components than one turn", async (t) => {
   const shared = { gauge: "balanced", rank: 8, select: { kind: "k", k: 6 }, types: F32 } as const;
   const alone = (await buildPack(adapters, shared)).report.error.mean;
-  const [one, two] = [(await buildPack(adapters, { ...shared, private: 1 })).report.error.mean, (await buildPack(adapters, { ...shared, private: 2 })).report.error.mean];
+  const [one, two] = [
+    (await buildPack(adapters, { ...shared, private: 1 })).report.error.mean,
+    (await buildPack(adapters, { ...shared, private: 2 })).report.error.mean,
+  ];
   t.ok(two < one && one < alone, `${alone}, ${one}, ${two}`);
 });
 
@@ -108,15 +133,26 @@ t.test("a later adapter is cut to the pack's rank", async (t) => {
   const { residual } = await projectAdapter(pack, await pack.takeBases(), adapters[4]!, storageTypes());
   t.ok(residual.mean > 0 && residual.mean < 1);
   t.equal(pack.directory.basis.rank, 3);
-  t.same((await pack.load(IDS[0]!)).terms.map(({ rank }) => rank), Array(4).fill(3));
+  t.same(
+    (await pack.load(IDS[0]!)).terms.map(({ rank }) => rank),
+    Array(4).fill(3),
+  );
 });
 
 t.test("an adapter a thousand times larger does not own the components when every task counts alike", async (t) => {
   const large: Adapter = {
     ...adapters[0]!,
-    modules: new Map([...adapters[0]!.modules].map(([name, module]) => {
-      return [name, { ...module, read: async () => module.read().then(({ A, Bt }) => ({ A, Bt: Bt.map((value) => 1000 * value) })) }];
-    })),
+    modules: new Map(
+      [...adapters[0]!.modules].map(([name, module]) => {
+        return [
+          name,
+          {
+            ...module,
+            read: async () => module.read().then(({ A, Bt }) => ({ A, Bt: Bt.map((value) => 1000 * value) })),
+          },
+        ];
+      }),
+    ),
   };
   const all = [large, ...adapters.slice(1)];
   const meanOf = async (normalize: boolean): Promise<number> => {
@@ -132,7 +168,10 @@ t.test("a budget of bytes is filled, never broken", async (t) => {
   const options = { gauge: "balanced", rank: 4, types: INT4 } as const;
   for (const max of [30_000, 45_000]) {
     const { report } = await packWithin(adapters, options, max);
-    const { report: more } = await buildPack(adapters, { ...options, select: { kind: "k", k: report.components.max + 1 } });
+    const { report: more } = await buildPack(adapters, {
+      ...options,
+      select: { kind: "k", k: report.components.max + 1 },
+    });
     t.ok(report.bytes <= max && more.bytes > max, `${report.bytes} ≤ ${max} < ${more.bytes}`);
   }
   const all = await packWithin(adapters, options, 10_000_000);
@@ -144,18 +183,36 @@ t.test("private terms alone within a budget: those that hold most of their ΔW, 
   const options = { gauge: "balanced", types: INT4 } as const;
   const { report: even } = await buildPack(adapters, { ...options, private: 2, select: { kind: "k", k: 0 } });
   const { report } = await packWithin(adapters, options, even.bytes, 0);
-  t.ok(report.bytes <= even.bytes && report.error.mean < even.error.mean, `${report.error.mean} < ${even.error.mean}, two of each`);
+  t.ok(
+    report.bytes <= even.bytes && report.error.mean < even.error.mean,
+    `${report.error.mean} < ${even.error.mean}, two of each`,
+  );
 
   // How many of numpy's s² of B·A are a tenth of their sum, of the four modules.
-  const expected = [[2, 2, 2, 2], [2, 1, 2, 1], [3, 3, 3, 1], [3, 2, 1, 2], [3, 3, 3, 2], [3, 2, 2, 1]];
+  const expected = [
+    [2, 2, 2, 2],
+    [2, 1, 2, 1],
+    [3, 3, 3, 1],
+    [3, 2, 1, 2],
+    [3, 3, 3, 2],
+    [3, 2, 2, 1],
+  ];
   const made = await buildPack(adapters, { ...options, private: 8, privateShare: 0.1, select: { kind: "k", k: 0 } });
   const pack = await openPack(concat(made.chunks).buffer);
-  for (const [i, { id }] of adapters.entries()) t.same((await pack.load(id)).terms.map(({ q }) => q), expected[i], id);
+  for (const [i, { id }] of adapters.entries())
+    t.same(
+      (await pack.load(id)).terms.map(({ q }) => q),
+      expected[i],
+      id,
+    );
 
   // Of a module where none holds so much nothing is stored, and nothing is done.
   const few = await buildPack(adapters, { ...options, private: 8, privateShare: 0.6, select: { kind: "k", k: 0 } });
   const found = await openPack(concat(few.chunks).buffer);
-  const left = (await Promise.all(adapters.map(async ({ id }) => (await found.load(id)).terms.length))).reduce((a, b) => a + b, 0);
+  const left = (await Promise.all(adapters.map(async ({ id }) => (await found.load(id)).terms.length))).reduce(
+    (a, b) => a + b,
+    0,
+  );
   t.ok(left > 0 && left < adapters.length * 4, `${left} of ${adapters.length * 4} modules have terms`);
   t.ok(few.report.error.max === 1 && few.report.error.mean < 1);
   await t.rejects(buildPack(adapters, { ...options, private: 1, privateShare: 1 }), /privateShare must be from 0/);
@@ -165,10 +222,17 @@ t.test("int8 costs next to no error, a quarter of the bytes, and one more task u
   const all = await readAdapters([data("adapters/own-seed")]);
   t.teardown(() => Promise.all(all.map((adapter) => adapter.close())));
   const of = async (type: "f32" | "int8", k: number) => {
-    const { chunks, report } = await buildPack(all, { select: { kind: "k", k }, types: { basis: type, coefficients: type, head: type } });
+    const { chunks, report } = await buildPack(all, {
+      select: { kind: "k", k },
+      types: { basis: type, coefficients: type, head: type },
+    });
     const pack = await openPack(concat(chunks).buffer);
     const blobs = await Promise.all(all.map(({ id }) => pack.load(id)));
-    return { error: report.error.mean, bytes: pack.residentBytes.coefficients + (await pack.takeBases()).length, blobs };
+    return {
+      error: report.error.mean,
+      bytes: pack.residentBytes.coefficients + (await pack.takeBases()).length,
+      blobs,
+    };
   };
   const [f32, int8, more] = [await of("f32", 16), await of("int8", 16), await of("int8", 32)];
   t.ok(int8.error <= 1.02 * f32.error, `${f32.error} → ${int8.error}`);
@@ -181,12 +245,26 @@ t.test("int8 costs next to no error, a quarter of the bytes, and one more task u
 
 /** What a single way would have given. */
 async function singles(criterion: Criterion): Promise<{ bytes: number; error: number }[]> {
-  const ways: BuildOptions[] = [{}, { gauge: "balanced" }, { gauge: "balanced", rank: 4 }, { mode: "joint" }, { mode: "flat", gauge: "balanced" }, { gauge: "balanced", private: 8 }];
+  const ways: BuildOptions[] = [
+    {},
+    { gauge: "balanced" },
+    { gauge: "balanced", rank: 4 },
+    { mode: "joint" },
+    { mode: "flat", gauge: "balanced" },
+    { gauge: "balanced", private: 8 },
+  ];
   const made = [];
   for (const way of ways) {
-    for (const types of [INT4, { basis: "int8", coefficients: "int8", head: "int8" }, { basis: "f16", coefficients: "f16", head: "f16" }] as const) {
+    for (const types of [
+      INT4,
+      { basis: "int8", coefficients: "int8", head: "int8" },
+      { basis: "f16", coefficients: "f16", head: "f16" },
+    ] as const) {
       const options = { ...way, types };
-      const work = criterion.kind === "bytes" ? packWithin(adapters, options, criterion.max, way.private ? 0 : undefined) : buildPack(adapters, { ...options, select: { kind: "error", max: criterion.max } });
+      const work =
+        criterion.kind === "bytes"
+          ? packWithin(adapters, options, criterion.max, way.private ? 0 : undefined)
+          : buildPack(adapters, { ...options, select: { kind: "error", max: criterion.max } });
       const built = await work.catch((error: unknown) => {
         if (error instanceof RangeError) return undefined;
         throw error;
@@ -215,33 +293,56 @@ t.test("auto loses no more than any single way within the same bytes", async (t)
   const criterion = { kind: "bytes", max: 40_000 } as const;
   const { report } = await buildAuto(adapters, { criterion });
   t.ok(report.bytes <= 40_000);
-  for (const { error } of await singles(criterion)) t.ok(report.error.mean <= error + 1e-12, `${report.error.mean} ≤ ${error}`);
+  for (const { error } of await singles(criterion))
+    t.ok(report.error.mean <= error + 1e-12, `${report.error.mean} ≤ ${error}`);
 });
 
-t.test("with text, answers decide: of all that were tried the pack whose tasks answer most like their adapters", async (t) => {
-  const some = adapters.slice(0, 3);
-  const encode = await createEncoder(NODE);
-  const { train } = await readTask("debtags-role");
-  const { judge, byTask, release } = createJudge(NODE, model, { adapters: some, texts: train.map(([text]) => text), encode, most: 16 });
-  const [lossless, coarse] = await Promise.all([LOSSLESS, { select: { kind: "k", k: 2 } } as const].map(async (options) => new Blob([concat((await buildPack(some, options)).chunks)])));
-  const [none, much] = [await judge(lossless!), await judge(coarse!)];
-  t.ok(none < 1e-5 && much > 1e-4, `${none}, ${much}`);
-  t.same([...(await byTask(coarse!)).keys()], some.map(({ id }) => id));
+t.test(
+  "with text, answers decide: of all that were tried the pack whose tasks answer most like their adapters",
+  async (t) => {
+    const some = adapters.slice(0, 3);
+    const encode = await createEncoder(NODE);
+    const { train } = await readTask("debtags-role");
+    const { judge, byTask, release } = createJudge(NODE, model, {
+      adapters: some,
+      texts: train.map(([text]) => text),
+      encode,
+      most: 16,
+    });
+    const [lossless, coarse] = await Promise.all(
+      [LOSSLESS, { select: { kind: "k", k: 2 } } as const].map(
+        async (options) => new Blob([concat((await buildPack(some, options)).chunks)]),
+      ),
+    );
+    const [none, much] = [await judge(lossless!), await judge(coarse!)];
+    t.ok(none < 1e-5 && much > 1e-4, `${none}, ${much}`);
+    t.same(
+      [...(await byTask(coarse!)).keys()],
+      some.map(({ id }) => id),
+    );
 
-  const { report } = await buildAuto(some, { criterion: { kind: "bytes", max: 25_000 }, judge, types: INT4 });
-  const found = report.tried.flatMap(({ divergence }) => divergence ?? []);
-  t.ok(found.length > 3 && new Set(found).size > 3);
-  t.equal(report.divergence, Math.min(...found));
-  t.equal(report.judgedBy, "divergence");
+    const { report } = await buildAuto(some, { criterion: { kind: "bytes", max: 25_000 }, judge, types: INT4 });
+    const found = report.tried.flatMap(({ divergence }) => divergence ?? []);
+    t.ok(found.length > 3 && new Set(found).size > 3);
+    t.equal(report.divergence, Math.min(...found));
+    t.equal(report.judgedBy, "divergence");
 
-  const { report: enough } = await buildAuto(some, { criterion: { kind: "divergence", max: 0.0005 }, judge, types: INT4 });
-  t.ok(enough.divergence! <= 0.0005 && enough.bytes < 100_000, `${enough.divergence}, ${enough.bytes}`);
-  await release();
-});
+    const { report: enough } = await buildAuto(some, {
+      criterion: { kind: "divergence", max: 0.0005 },
+      judge,
+      types: INT4,
+    });
+    t.ok(enough.divergence! <= 0.0005 && enough.bytes < 100_000, `${enough.divergence}, ${enough.bytes}`);
+    await release();
+  },
+);
 
 t.test("what cannot be done is refused, with what can", async (t) => {
   const criterion = { kind: "bytes", max: 5_000 } as const;
-  await t.rejects(buildAuto(adapters, { criterion }), /out of reach of every way of packing. The least is \d+ bytes \(/);
+  await t.rejects(
+    buildAuto(adapters, { criterion }),
+    /out of reach of every way of packing. The least is \d+ bytes \(/,
+  );
   await t.rejects(buildAuto(adapters, { criterion: { kind: "error", max: 1e-9 } }), /out of reach/);
   await t.rejects(buildAuto([], { criterion }), /no adapters/);
   await t.rejects(buildAuto(adapters, { criterion: { kind: "divergence", max: 0.1 } }), /needs a judge/);
@@ -263,7 +364,12 @@ t.test("one adapter, adapters that are alike, and one that changes nothing", asy
   const still: Adapter = {
     ...adapters[0]!,
     id: "still",
-    modules: new Map([...adapters[0]!.modules].map(([name, module]) => [name, { ...module, read: async () => module.read().then(({ A, Bt }) => ({ A, Bt: Bt.fill(0) })) }])),
+    modules: new Map(
+      [...adapters[0]!.modules].map(([name, module]) => [
+        name,
+        { ...module, read: async () => module.read().then(({ A, Bt }) => ({ A, Bt: Bt.fill(0) })) },
+      ]),
+    ),
   };
   const { chunks } = await buildAuto([still, ...adapters.slice(1, 3)], { criterion: { kind: "error", max: 0.3 } });
   t.ok((await errorsOf(chunks, adapters.slice(1, 3))).max <= 0.3);
@@ -286,32 +392,48 @@ t.test("second moments: those of the inputs, and less lost of the modules' outpu
 
   /** ‖(ΔW − ΔW')·x‖ / ‖ΔW·x‖ over the texts: √tr(D·C·Dᵀ). */
   const lostOf = async (options: BuildOptions): Promise<number> => {
-    const pack = await openPack(concat((await buildPack(adapters, { gauge: "balanced", select: { kind: "k", k: 6 }, types: F32, ...options })).chunks).buffer);
+    const pack = await openPack(
+      concat(
+        (await buildPack(adapters, { gauge: "balanced", select: { kind: "k", k: 6 }, types: F32, ...options })).chunks,
+      ).buffer,
+    );
     const bases = await pack.takeBases();
     const square = moments.get(query!)!;
     const measure = (W: Float64Array): number => {
       let sum = 0;
       for (let o = 0; o < 384; o++) {
-        for (let i = 0; i < 384; i++) for (let j = 0; j < 384; j++) sum += W[o * 384 + i]! * square[i * 384 + j]! * W[o * 384 + j]!;
+        for (let i = 0; i < 384; i++)
+          for (let j = 0; j < 384; j++) sum += W[o * 384 + i]! * square[i * 384 + j]! * W[o * 384 + j]!;
       }
       return Math.sqrt(sum);
     };
     let total = 0;
     for (const { id, modules } of adapters.slice(0, 3)) {
       const full = update(await modules.get(query!)!.read());
-      const stored = update(await taskAdapter(pack, bases, id, await pack.load(id)).modules.get(query!)!.read());
+      const stored = update(
+        await taskAdapter(pack, bases, id, await pack.load(id))
+          .modules.get(query!)!
+          .read(),
+      );
       total += measure(full.map((w, i) => w - stored[i]!)) / measure(full);
     }
     return total;
   };
   const [plain, calibrated] = [await lostOf({}), await lostOf({ moments })];
   t.ok(calibrated < 0.95 * plain, `${plain} → ${calibrated}`);
-  t.equal(await lostOf({ moments, select: { kind: "energy", share: 1 } }) < 1e-3, true, "what is stored is not weighted");
+  t.equal(
+    (await lostOf({ moments, select: { kind: "energy", share: 1 } })) < 1e-3,
+    true,
+    "what is stored is not weighted",
+  );
 
   await t.rejects(buildPack(adapters, { moments, mode: "flat" }), /flat mode keeps whole factors/);
   await t.rejects(buildPack(adapters, { moments, gauge: "balanced", private: 1 }), /not found by moments/);
   await t.rejects(buildPack(whole, { moments }), /there are no moments of "bert.encoder.layer/);
-  await t.rejects(buildPack(adapters, { moments: new Map([...moments.keys()].map((name) => [name, new Float64Array(9)])) }), /expected \[384, 384\]/);
+  await t.rejects(
+    buildPack(adapters, { moments: new Map([...moments.keys()].map((name) => [name, new Float64Array(9)])) }),
+    /expected \[384, 384\]/,
+  );
   await t.rejects(buildAuto(adapters, { moments, criterion: { kind: "bytes", max: 40_000 } }), /give a judge/);
 });
 

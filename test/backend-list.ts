@@ -10,10 +10,10 @@ import { createWebgpuBackend } from "../dist/src/backends/webgpu.js";
 setFlagsFromString("--experimental-wasm-relaxed-simd");
 
 /** Why Dawn does not start here; undefined where it does. */
-export const dawnMissing: string | undefined = await createWebgpuBackend().then(
+export const dawnMissing: string | undefined = (await createWebgpuBackend().then(
   (backend) => backend.dispose(),
   (error: Error) => error.message,
-) as string | undefined;
+)) as string | undefined;
 
 export function backends(): BackendOptions[] {
   return [

@@ -106,7 +106,10 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
         const encoded = encodeTensor(type, values(rows * width, random), rows, width);
         const basis = decode(type, encoded, rows, width);
         const out = place(backend, new Uint8Array(4 * count * rows).fill(0xff), 4 * skew);
-        const slices = { x: place(backend, bytesOf(x), 4 * ((skew + 1) % 4)), basis: place(backend, encoded, 4 * ((skew + 2) % 4)) };
+        const slices = {
+          x: place(backend, bytesOf(x), 4 * ((skew + 1) % 4)),
+          basis: place(backend, encoded, 4 * ((skew + 2) % 4)),
+        };
         backend.project({ out, ...slices, type, count, rows, width });
 
         const expected = new Float64Array(count * rows);
@@ -236,7 +239,10 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
     const random = generator(7);
     for (const type of FLOATS) {
       const size = type === "f32" ? 4 : 2;
-      for (const [rows, columns, stride] of [[5, 21, 21], [3, 8, 11]] as const) {
+      for (const [rows, columns, stride] of [
+        [5, 21, 21],
+        [3, 8, 11],
+      ] as const) {
         const bytes = Uint8Array.from({ length: ((rows - 1) * stride + columns) * size }, () => random() * 256);
         const patterns = type === "f32" ? [0x7fa00001, 0xffc12345, 0x80000000] : [0x7c01, 0xff81, 0x8000];
         const view = new DataView(bytes.buffer);
@@ -265,19 +271,49 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
     t.teardown(() => backend.dispose());
     // [f32 value, half]: from the definition of the formats, not from a converter.
     const f16: [number, number][] = [
-      [0, 0x0000], [-0, 0x0000], [1, 0x3c00], [-2, 0xc000], [65504, 0x7bff],
-      [1 + 2 ** -11, 0x3c00], [1 + 3 * 2 ** -11, 0x3c02], [1 + 2 ** -11 + 2 ** -20, 0x3c01], [-(1 + 2 ** -11), 0xbc00],
-      [2 ** -14, 0x0400], [2 ** -14 - 2 ** -25, 0x0400], [2 ** -14 - 3 * 2 ** -25, 0x03fe], [1023 * 2 ** -24, 0x03ff],
-      [2 ** -24, 0x0001], [2 ** -25, 0x0000], [2 ** -25 + 2 ** -40, 0x0001], [3 * 2 ** -25, 0x0002],
+      [0, 0x0000],
+      [-0, 0x0000],
+      [1, 0x3c00],
+      [-2, 0xc000],
+      [65504, 0x7bff],
+      [1 + 2 ** -11, 0x3c00],
+      [1 + 3 * 2 ** -11, 0x3c02],
+      [1 + 2 ** -11 + 2 ** -20, 0x3c01],
+      [-(1 + 2 ** -11), 0xbc00],
+      [2 ** -14, 0x0400],
+      [2 ** -14 - 2 ** -25, 0x0400],
+      [2 ** -14 - 3 * 2 ** -25, 0x03fe],
+      [1023 * 2 ** -24, 0x03ff],
+      [2 ** -24, 0x0001],
+      [2 ** -25, 0x0000],
+      [2 ** -25 + 2 ** -40, 0x0001],
+      [3 * 2 ** -25, 0x0002],
       [-(2 ** -26), 0x8000],
-      [65519.996, 0x7bff], [65520, 0x7c00], [1e30, 0x7c00], [Infinity, 0x7c00], [-Infinity, 0xfc00],
+      [65519.996, 0x7bff],
+      [65520, 0x7c00],
+      [1e30, 0x7c00],
+      [Infinity, 0x7c00],
+      [-Infinity, 0xfc00],
     ];
     const bf16: [number, number][] = [
-      [0, 0x0000], [1, 0x3f80], [-1, 0xbf80], [1 + 2 ** -8, 0x3f80], [1 + 3 * 2 ** -8, 0x3f82],
-      [1 + 2 ** -8 + 2 ** -20, 0x3f81], [2 ** -133, 0x0001], [2 ** -134, 0x0000], [3 * 2 ** -134, 0x0002],
-      [3.3895313892515355e38, 0x7f7f], [3.4028234663852886e38, 0x7f80], [Infinity, 0x7f80], [-Infinity, 0xff80],
+      [0, 0x0000],
+      [1, 0x3f80],
+      [-1, 0xbf80],
+      [1 + 2 ** -8, 0x3f80],
+      [1 + 3 * 2 ** -8, 0x3f82],
+      [1 + 2 ** -8 + 2 ** -20, 0x3f81],
+      [2 ** -133, 0x0001],
+      [2 ** -134, 0x0000],
+      [3 * 2 ** -134, 0x0002],
+      [3.3895313892515355e38, 0x7f7f],
+      [3.4028234663852886e38, 0x7f80],
+      [Infinity, 0x7f80],
+      [-Infinity, 0xff80],
     ];
-    for (const [type, cases] of [["f16", f16], ["bf16", bf16]] as const) {
+    for (const [type, cases] of [
+      ["f16", f16],
+      ["bf16", bf16],
+    ] as const) {
       for (const columns of [cases.length, 40]) {
         // Values reach the rounding through right: base is zero and left is 1.
         const right = Float32Array.from({ length: columns }, (_, j) => cases[j % cases.length]![0]);
@@ -310,7 +346,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
       const found = new Float32Array((await download(backend, out, 4 * 65536)).buffer);
       const expected = decode(type, bytes, 1, 65536);
       const right = (value: number, i: number): boolean =>
-        value === found[i] || (isNaN(value) && isNaN(found[i]!)) || flushed(value, found[i]!);
+        value === found[i] || (Number.isNaN(value) && Number.isNaN(found[i]!)) || flushed(value, found[i]!);
       const wrong = expected.findIndex((value, i) => !right(value, i));
       t.equal(wrong, -1, `${type}: first wrong half`);
     }
@@ -371,7 +407,10 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
     t.teardown(() => backend.dispose());
     const base = Float32Array.of(0, 0, 0, 0, 3, 4);
     const nothing = place(backend, new Uint8Array(0), 0);
-    for (const [axis, expected] of [["rows", [0, 0.4]], ["columns", [0, 2 / 3, 0.5]]] as const) {
+    for (const [axis, expected] of [
+      ["rows", [0, 0.4]],
+      ["columns", [0, 2 / 3, 0.5]],
+    ] as const) {
       const out = place(backend, new Uint8Array(4 * expected.length), 0);
       const magnitude = place(backend, bytesOf(new Float32Array(expected.length).fill(2)), 0);
       const weight = { base: place(backend, bytesOf(base), 0), type: "f32", rows: 2, columns: 3, stride: 3 } as const;

@@ -3,11 +3,11 @@
  * backends-chromium.test.ts.
  */
 /// <reference types="@webgpu/types" />
-import { createBackend, type BackendOptions } from "../dist/src/backends/select.js";
+import { type BackendOptions, createBackend } from "../dist/src/backends/select.js";
 import { createWebgpuBackend } from "../dist/src/backends/webgpu.js";
 import { backendSuite } from "./backend-suite.ts";
 import { checkGolden, type Golden } from "./compare.ts";
-import { record, type Finding } from "./stand-in.ts";
+import { type Finding, record } from "./stand-in.ts";
 
 export interface Entry {
   /** What WebGPU offers here, if anything: the adapter, its features, and those of a device that asks for none. */
@@ -34,7 +34,11 @@ export const entry: Entry = {
     const device = await plainDevice();
     const plain = [...device.features];
     device.destroy();
-    return { description: [vendor, architecture, description].join(" ").trim(), features: [...adapter.features].sort(), plain };
+    return {
+      description: [vendor, architecture, description].join(" ").trim(),
+      features: [...adapter.features].sort(),
+      plain,
+    };
   },
 
   async suite(name, options) {

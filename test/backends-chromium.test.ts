@@ -7,11 +7,11 @@ import type { Page } from "playwright-core";
 import t from "tap";
 import type { BackendOptions } from "../dist/src/backends/select.js";
 import type { Entry } from "./backends-browser.ts";
-import type { Golden } from "./compare.ts";
 import { bundle, noChromium, openPage } from "./browser.ts";
+import type { Golden } from "./compare.ts";
 import { goldenPacks } from "./packs.ts";
 import { required } from "./required.ts";
-import { record, type Finding } from "./stand-in.ts";
+import { type Finding, record } from "./stand-in.ts";
 
 /** Where the entry's functions can be called. */
 interface Realm {
@@ -39,8 +39,15 @@ t.test("the stand-in for tap tells good from bad", async (t) => {
       t.ok(1);
       t.equal(NaN, NaN);
       t.strictSame(Uint8Array.of(1, 2), Uint8Array.of(1, 2));
-      t.throws(() => { throw error; }, { name: "RangeError", message: /^rows / });
-      t.throws(() => { throw error; }, RangeError);
+      t.throws(
+        () => {
+          throw error;
+        },
+        { name: "RangeError", message: /^rows / },
+      );
+      t.throws(() => {
+        throw error;
+      }, RangeError);
       t.comment("a comment");
       await t.rejects(Promise.reject(error), { message: /7$/ });
     });
@@ -53,21 +60,40 @@ t.test("the stand-in for tap tells good from bad", async (t) => {
       t.strictSame(Uint8Array.of(1), Uint8Array.of(1, 3));
       t.strictSame([1], Uint8Array.of(1));
       t.throws(() => {}, { message: /x/ });
-      t.throws(() => { throw error; }, { name: "RangeError", message: /^columns / });
-      t.throws(() => { throw error; }, TypeError);
+      t.throws(
+        () => {
+          throw error;
+        },
+        { name: "RangeError", message: /^columns / },
+      );
+      t.throws(() => {
+        throw error;
+      }, TypeError);
       void t.rejects(Promise.reject(error), { name: "TypeError", message: /7/ });
       void t.rejects(Promise.resolve(), { name: "TypeError", message: /7/ });
     });
     t.test("ends badly", () => Promise.reject(error));
-    t.test("cannot be cleaned", (t) => t.teardown(() => { throw error; }));
+    t.test("cannot be cleaned", (t) =>
+      t.teardown(() => {
+        throw error;
+      }),
+    );
   });
   const of = (name: string): Finding[] => findings.filter((finding) => finding.name.startsWith(`outer > ${name} > `));
   t.equal(of("good").length, 9);
   t.ok(of("good").every(({ fault }) => fault === undefined));
-  t.same(of("good").filter(({ kind }) => kind === "comment").map(({ name }) => name), ["outer > good > a comment"]);
+  t.same(
+    of("good")
+      .filter(({ kind }) => kind === "comment")
+      .map(({ name }) => name),
+    ["outer > good > a comment"],
+  );
   t.equal(of("bad").length, 13);
   t.ok(of("bad").every(({ kind, fault }) => (fault === undefined) === (kind === "end")));
-  t.match(of("bad").find(({ name }) => name.endsWith("numbers")), { name: "outer > bad > numbers", fault: "got 1, expected 2" });
+  t.match(
+    of("bad").find(({ name }) => name.endsWith("numbers")),
+    { name: "outer > bad > numbers", fault: "got 1, expected 2" },
+  );
   for (const name of ["ends badly", "cannot be cleaned"]) t.match(of(name), [{ kind: "end", fault: /^rows are 7\n/ }]);
 });
 
@@ -83,7 +109,10 @@ t.test("Chromium", { skip: noChromium }, async (t) => {
     goldens.push({ ...golden, folder, pack: `${folder}/pack.eigen` });
   }
   const page = await openPage(t, files, ["--enable-unsafe-webgpu"]);
-  const realms: [string, Realm][] = [["window", page], ["worker", await startWorker(page)]];
+  const realms: [string, Realm][] = [
+    ["window", page],
+    ["worker", await startWorker(page)],
+  ];
   /** Assertions of each run: what one backend is asked, all are. */
   const counts = { suite: new Set<number>(), goldens: new Set<number>() };
 
@@ -95,7 +124,8 @@ t.test("Chromium", { skip: noChromium }, async (t) => {
     }
     for (const options of BACKENDS) {
       const name = `${options.wasm?.variant ?? options.backend} in a ${where}`;
-      const skip = options.backend === "webgpu" && !gpu && !required.has("chromium") && "this Chromium has no WebGPU adapter";
+      const skip =
+        options.backend === "webgpu" && !gpu && !required.has("chromium") && "this Chromium has no WebGPU adapter";
       for (const what of ["suite", "goldens"] as const) {
         await t.test(`${what}: ${name}`, { skip }, async (t) => {
           const findings = await realm.evaluate(
@@ -113,18 +143,18 @@ t.test("Chromium", { skip: noChromium }, async (t) => {
       }
     }
   }
-  for (const [what, found] of Object.entries(counts)) t.equal(found.size, 1, `${what}: ${[...found].join(" or ")} assertions on each backend`);
+  for (const [what, found] of Object.entries(counts))
+    t.equal(found.size, 1, `${what}: ${[...found].join(" or ")} assertions on each backend`);
 });
 
 async function startWorker(page: Page): Promise<Realm> {
   const started = page.waitForEvent("worker");
-  await page.evaluate(
-    () =>
-      new Promise((resolve, reject) => {
-        const worker = new Worker("/page.js", { type: "module" });
-        worker.onmessage = resolve;
-        worker.onerror = ({ message }) => reject(new Error(message));
-      }).then(() => undefined),
+  await page.evaluate(() =>
+    new Promise((resolve, reject) => {
+      const worker = new Worker("/page.js", { type: "module" });
+      worker.onmessage = resolve;
+      worker.onerror = ({ message }) => reject(new Error(message));
+    }).then(() => undefined),
   );
   return started;
 }

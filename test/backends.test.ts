@@ -4,14 +4,14 @@ import fc from "fast-check";
 import t from "tap";
 import type { Backend } from "../dist/src/backends/backend.js";
 import { createJsBackend } from "../dist/src/backends/js.js";
-import { createHeap } from "../dist/src/backends/wasm-memory.js";
-import { createWasmProducts } from "../dist/src/extract/wasm-products.js";
-import { createWebgpuBackend } from "../dist/src/backends/webgpu.js";
 import { createWasmBackend, WASM_VARIANTS, type WasmVariant } from "../dist/src/backends/wasm.js";
-import type { FloatType } from "../dist/src/tensor/dtypes.js";
-import { encodeTensor } from "../dist/src/tensor/encode.js";
+import { createHeap } from "../dist/src/backends/wasm-memory.js";
+import { createWebgpuBackend } from "../dist/src/backends/webgpu.js";
 import { symmetricEigen } from "../dist/src/extract/eigen.js";
 import { transpose } from "../dist/src/extract/linalg.js";
+import { createWasmProducts } from "../dist/src/extract/wasm-products.js";
+import type { FloatType } from "../dist/src/tensor/dtypes.js";
+import { encodeTensor } from "../dist/src/tensor/encode.js";
 import { dawnMissing } from "./backend-list.ts";
 import { backendSuite, generator, values } from "./backend-suite.ts";
 import { countingDevice } from "./counting-device.js";
@@ -179,7 +179,10 @@ for (const variant of ["scalar", "simd"] as const) {
         for (const width of [0, 1, 2, 7, 64, 385]) {
           const x = Float64Array.from(values(m * width, generator(m * 1000 + width)));
           const y = Float64Array.from(values(n * width, generator(n * 77 + width)));
-          for (const [right, lower] of [[y, false], [x, true]] as const) {
+          for (const [right, lower] of [
+            [y, false],
+            [x, true],
+          ] as const) {
             const columns = right === x ? m : n;
             const g = products(x, right, m, columns, width, lower);
             let worst = 0;
@@ -192,30 +195,37 @@ for (const variant of ["scalar", "simd"] as const) {
             }
             if (!(worst <= 1e-12 * Math.max(1, width))) t.fail(`[${m}, ${columns}, ${width}]: ${worst}`);
           }
-          const [straight, across] = [products(x, transpose(y, width, n), m, n, width), products(x, y, m, n, width, false, true)];
-          if (straight.some((sum, i) => !(Math.abs(sum - across[i]!) <= 1e-12 * Math.max(1, width)))) t.fail(`[${m}, ${n}, ${width}] across`);
+          const [straight, across] = [
+            products(x, transpose(y, width, n), m, n, width),
+            products(x, y, m, n, width, false, true),
+          ];
+          if (straight.some((sum, i) => !(Math.abs(sum - across[i]!) <= 1e-12 * Math.max(1, width))))
+            t.fail(`[${m}, ${n}, ${width}] across`);
         }
       }
     }
     t.throws(() => products(new Float64Array(5), new Float64Array(9), 2, 3, 3), RangeError);
   });
 
-  t.test(`${variant}: held operands give the same products until they are freed, and then memory is used again`, async (t) => {
-    const products = await createWasmProducts({ variant });
-    const [x, y] = [Float64Array.from(values(9 * 20, generator(1))), Float64Array.from(values(7 * 20, generator(2)))];
-    const expected = products(x, y, 9, 7, 20);
-    const square = products(x, x, 9, 9, 20);
-    for (const held of [[x], [y], [x, y]]) {
-      const release = held.map((operand) => products.hold!(operand));
-      t.same(products(x, y, 9, 7, 20), expected);
-      t.same(products(x, x, 9, 9, 20), square);
-      for (const free of [...release, ...release]) free();
-      t.same(products(x, y, 9, 7, 20), expected);
-    }
-    // 4 GiB are the limit: a leak of 32 MB a round would end this.
-    const large = new Float64Array(4e6);
-    for (let round = 0; round < 150; round++) products.hold!(large)();
-  });
+  t.test(
+    `${variant}: held operands give the same products until they are freed, and then memory is used again`,
+    async (t) => {
+      const products = await createWasmProducts({ variant });
+      const [x, y] = [Float64Array.from(values(9 * 20, generator(1))), Float64Array.from(values(7 * 20, generator(2)))];
+      const expected = products(x, y, 9, 7, 20);
+      const square = products(x, x, 9, 9, 20);
+      for (const held of [[x], [y], [x, y]]) {
+        const release = held.map((operand) => products.hold!(operand));
+        t.same(products(x, y, 9, 7, 20), expected);
+        t.same(products(x, x, 9, 9, 20), square);
+        for (const free of [...release, ...release]) free();
+        t.same(products(x, y, 9, 7, 20), expected);
+      }
+      // 4 GiB are the limit: a leak of 32 MB a round would end this.
+      const large = new Float64Array(4e6);
+      for (let round = 0; round < 150; round++) products.hold!(large)();
+    },
+  );
 
   t.test(`${variant}: tridiagonal forms have the eigenpairs of the matrix`, async (t) => {
     const { tridiagonalize } = await createWasmProducts({ variant });
@@ -238,7 +248,8 @@ for (const variant of ["scalar", "simd"] as const) {
           for (let i = 0; i < n; i++) {
             let image = 0;
             for (let j = 0; j < n; j++) image += a[i * n + j]! * v[k * n + j]!;
-            if (!(Math.abs(image - eigen.values[k]! * v[k * n + i]!) <= 1e-13 * size)) t.fail(`${name} ${n}: vector ${k}`);
+            if (!(Math.abs(image - eigen.values[k]! * v[k * n + i]!) <= 1e-13 * size))
+              t.fail(`${name} ${n}: vector ${k}`);
           }
         }
       }

@@ -1,7 +1,8 @@
 /** Bases of seeded values for modules of a pack. */
+
+import type { Tensor } from "../dist/src/base/host.js";
 import type { FloatType } from "../dist/src/tensor/dtypes.js";
 import { encodeTensor } from "../dist/src/tensor/encode.js";
-import type { Tensor } from "../dist/src/base/host.js";
 import { generator, values } from "./backend-suite.ts";
 import { concat } from "./packs.ts";
 
@@ -13,7 +14,11 @@ export function seededTensors(modules: Modules, dtype: FloatType): Map<string, T
   const tensors = new Map<string, Tensor>();
   for (const { name, out, in: inputs } of modules) {
     const data = encodeTensor(dtype, values(out * inputs, random), out, inputs);
-    tensors.set(`${name.replace("bert.", "")}.weight`, { dtype, shape: [out, inputs], data: data.slice(0, out * inputs * (dtype === "f32" ? 4 : 2)) });
+    tensors.set(`${name.replace("bert.", "")}.weight`, {
+      dtype,
+      shape: [out, inputs],
+      data: data.slice(0, out * inputs * (dtype === "f32" ? 4 : 2)),
+    });
   }
   return tensors;
 }

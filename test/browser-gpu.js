@@ -5,8 +5,8 @@
 /// <reference types="@webgpu/types" />
 import { openPack } from "eigenlora";
 import { createEigenSession } from "eigenlora/onnxruntime";
-import * as native from "onnxruntime-web/webgpu";
 import * as plain from "onnxruntime-web";
+import * as native from "onnxruntime-web/webgpu";
 
 /** The builds of onnxruntime-web that have WebGPU. */
 const BUILDS = { "onnxruntime-web/webgpu": native, "onnxruntime-web": /** @type {typeof native} */ (plain) };
@@ -67,7 +67,10 @@ function watchDevices() {
  */
 async function open(ort, device, mode = "folded") {
   const executionProviders = /** @type {any} */ ([device ? { name: "webgpu", device } : "webgpu"]);
-  return createEigenSession(ort, "/model.onnx", await openPack("/tasks.eigen"), { mode, session: { executionProviders } });
+  return createEigenSession(ort, "/model.onnx", await openPack("/tasks.eigen"), {
+    mode,
+    session: { executionProviders },
+  });
 }
 
 /**
@@ -79,7 +82,8 @@ async function open(ort, device, mode = "folded") {
 async function answer(ort, session, feeds) {
   /** @type {Record<string, InstanceType<typeof ort.Tensor>>} */
   const tensors = {};
-  for (const name of session.inputNames) tensors[name] = new ort.Tensor("int64", BigInt64Array.from(feeds[name].data, BigInt), feeds[name].dims);
+  for (const name of session.inputNames)
+    tensors[name] = new ort.Tensor("int64", BigInt64Array.from(feeds[name].data, BigInt), feeds[name].dims);
   return [.../** @type {Float32Array} */ ((await session.run(tensors))[session.outputNames[0]].data)];
 }
 
@@ -104,7 +108,9 @@ export async function switching(feeds, selections, switches) {
   const ort = native;
   const { create } = ort.InferenceSession;
   let created = 0;
-  ort.InferenceSession.create = /** @type {typeof create} */ ((...args) => (created++, /** @type {any} */ (create)(...args)));
+  ort.InferenceSession.create = /** @type {typeof create} */ (
+    (...args) => (created++, /** @type {any} */ (create)(...args))
+  );
   const session = await open(ort);
   const { pack } = session;
   const ask = () => answer(ort, session, feeds);
@@ -116,7 +122,8 @@ export async function switching(feeds, selections, switches) {
     counts = undefined;
     let values = 0;
     for (const id of selection === null ? [] : typeof selection === "string" ? [selection] : Object.keys(selection)) {
-      for (const { A, B } of (await pack.load(id)).terms) for (const side of [A, B]) values += side ? side.tensor.rows * side.tensor.width : 0;
+      for (const { A, B } of (await pack.load(id)).terms)
+        for (const side of [A, B]) values += side ? side.tensor.rows * side.tensor.width : 0;
     }
     return { ...asked, bytesFed, bytesOfCoefficients: 4 * values };
   };
@@ -179,7 +186,20 @@ export async function switching(feeds, selections, switches) {
   const afterFailures = { same: same(await ask(), two), task: session.task };
   await change(null);
   const { mode, reason, probe } = session;
-  const result = { mode, reason, probe, before, known, costs, wrong, levels: [...levels], created, failures, afterFailures, back: same(await ask(), before) };
+  const result = {
+    mode,
+    reason,
+    probe,
+    before,
+    known,
+    costs,
+    wrong,
+    levels: [...levels],
+    created,
+    failures,
+    afterFailures,
+    back: same(await ask(), before),
+  };
   const report = { ...result, memory: session.memory(), live };
   await session.release();
   ort.InferenceSession.create = create;
@@ -234,7 +254,11 @@ export async function lost(feeds, build, mode = "folded") {
   const under = [failure(ask), failure(() => session.switchTask("three")), failure(ask)];
   device.destroy();
   const [run, change, next] = await Promise.all(under);
-  const after = { run: await failure(ask), again: await failure(ask), switch: await failure(() => session.switchTask("three")) };
+  const after = {
+    run: await failure(ask),
+    again: await failure(ask),
+    switch: await failure(() => session.switchTask("three")),
+  };
   return { run, change, next, after, release: await failure(() => session.release()), live };
 }
 

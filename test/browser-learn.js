@@ -20,10 +20,19 @@ for (const { env } of [all, webgpu]) {
 export async function learn(cases) {
   const adapter = await /** @type {any} */ (navigator).gpu?.requestAdapter();
   const rows = [];
-  for (const [build, ort, provider] of /** @type {const} */ ([["webgpu", webgpu, "wasm"], ["webgpu", webgpu, "webgpu"], ["jsep", all, "webgpu"]])) {
+  for (const [build, ort, provider] of /** @type {const} */ ([
+    ["webgpu", webgpu, "wasm"],
+    ["webgpu", webgpu, "webgpu"],
+    ["jsep", all, "webgpu"],
+  ])) {
     for (const one of cases) {
       const skipped = provider === "webgpu" && !adapter;
-      rows.push({ build, provider, name: one.name, ...(skipped ? { why: "no adapter" } : await run(ort, provider, one)) });
+      rows.push({
+        build,
+        provider,
+        name: one.name,
+        ...(skipped ? { why: "no adapter" } : await run(ort, provider, one)),
+      });
     }
   }
   return rows;
@@ -36,17 +45,34 @@ export async function learn(cases) {
  */
 async function run(ort, provider, { name, feeds, turning }) {
   try {
-    const session = await ort.InferenceSession.create(`/${name}.onnx`, onCpu({ executionProviders: [provider] }, turning));
+    const session = await ort.InferenceSession.create(
+      `/${name}.onnx`,
+      onCpu({ executionProviders: [provider] }, turning),
+    );
     const runs = [];
     for (const given of feeds) {
       /** @type {Record<string, import("onnxruntime-common").Tensor>} */
       const tensors = {};
       for (const [input, { type, dims, data }] of Object.entries(given)) {
-        const values = type === "int64" ? BigInt64Array.from(data, BigInt) : type === "bool" ? Uint8Array.from(data) : Float32Array.from(data);
+        const values =
+          type === "int64"
+            ? BigInt64Array.from(data, BigInt)
+            : type === "bool"
+              ? Uint8Array.from(data)
+              : Float32Array.from(data);
         tensors[input] = new ort.Tensor(type, /** @type {any} */ (values), dims);
       }
       const results = await session.run(tensors);
-      runs.push(Object.fromEntries(await Promise.all(Object.entries(results).map(async ([output, value]) => [output, Array.from(/** @type {Float32Array} */ (await value.getData()), (v) => (Number.isFinite(v) ? v : null))]))));
+      runs.push(
+        Object.fromEntries(
+          await Promise.all(
+            Object.entries(results).map(async ([output, value]) => [
+              output,
+              Array.from(/** @type {Float32Array} */ (await value.getData()), (v) => (Number.isFinite(v) ? v : null)),
+            ]),
+          ),
+        ),
+      );
     }
     await session.release();
     return { runs };
@@ -62,5 +88,8 @@ async function run(ort, provider, { name, feeds, turning }) {
 export async function teach(lines) {
   const adapter = await /** @type {any} */ (navigator).gpu?.requestAdapter();
   const lesson = { model: "/model.onnx", pack: "/tasks.eigen", lines };
-  return { wasm: await train(webgpu, { ...lesson, provider: "wasm" }), webgpu: adapter ? await train(webgpu, { ...lesson, provider: "webgpu" }) : "no adapter" };
+  return {
+    wasm: await train(webgpu, { ...lesson, provider: "wasm" }),
+    webgpu: adapter ? await train(webgpu, { ...lesson, provider: "webgpu" }) : "no adapter",
+  };
 }

@@ -25,7 +25,12 @@ export async function matrix({ cases, providers, modes }) {
     for (const { model, pack, ignore, feeds, answers } of cases) {
       if (!models.includes(model)) continue;
       for (const mode of modes) {
-        rows.push({ provider, model, mode, ...(await one(provider, model, pack, ignore, feeds, answers[provider], mode)) });
+        rows.push({
+          provider,
+          model,
+          mode,
+          ...(await one(provider, model, pack, ignore, feeds, answers[provider], mode)),
+        });
       }
     }
   }
@@ -49,7 +54,10 @@ async function one(provider, model, pack, ignore, given, answers, mode) {
     const feeds = {};
     for (const name of session.inputNames) {
       const { type, dims, data } = given[name];
-      feeds[name] = type === "int64" ? new ort.Tensor("int64", BigInt64Array.from(data, BigInt), dims) : new ort.Tensor("float32", Float32Array.from(data), dims);
+      feeds[name] =
+        type === "int64"
+          ? new ort.Tensor("int64", BigInt64Array.from(data, BigInt), dims)
+          : new ort.Tensor("float32", Float32Array.from(data), dims);
     }
     /** @type {Record<string, number>} */
     const differences = {};
@@ -57,7 +65,8 @@ async function one(provider, model, pack, ignore, given, answers, mode) {
       await session.switchTask(task === "base" ? null : task);
       const results = await session.run(feeds);
       const found = /** @type {Float32Array} */ (await results[session.outputNames[0]].getData());
-      differences[task] = found.length === expected.length ? Math.max(...expected.map((v, i) => Math.abs(v - found[i]))) : Infinity;
+      differences[task] =
+        found.length === expected.length ? Math.max(...expected.map((v, i) => Math.abs(v - found[i]))) : Infinity;
     }
     await session.release();
     return { result: "works", differences, probe: session.probe.result };

@@ -1,8 +1,9 @@
 /** Chromium for tests: files over HTTP, a page of them, and what the page has to say. */
-import { build } from "esbuild";
+
 import { readFile } from "node:fs/promises";
 import { fileURLToPath } from "node:url";
-import { chromium, type Browser, type Page } from "playwright-core";
+import { build } from "esbuild";
+import { type Browser, chromium, type Page } from "playwright-core";
 import type { Test } from "tap";
 import { serve } from "./range-server.ts";
 import { chromium as executablePath, required } from "./required.ts";
@@ -19,7 +20,10 @@ export async function launch(t: Test, args: readonly string[] = []): Promise<Bro
 }
 
 /** A module and all it imports, for browsers; as if it lay in this folder, or in `resolveDir`. */
-export async function bundle(contents: string, options: { resolveDir?: string; nodePaths?: string[] } = {}): Promise<Uint8Array> {
+export async function bundle(
+  contents: string,
+  options: { resolveDir?: string; nodePaths?: string[] } = {},
+): Promise<Uint8Array> {
   const { outputFiles } = await build({
     stdin: { contents, resolveDir: options.resolveDir ?? fileURLToPath(new URL(".", import.meta.url)) },
     nodePaths: options.nodePaths ?? [],
@@ -38,13 +42,20 @@ export async function addRuntimes(files: Map<string, Uint8Array>, builds: readon
   for (const build of builds) {
     for (const end of ["mjs", "wasm"]) {
       const file = `ort-wasm-simd-threaded.${build}.${end}`;
-      files.set(`ort/${file}`, await readFile(fileURLToPath(new URL(`../node_modules/onnxruntime-web/dist/${file}`, import.meta.url))));
+      files.set(
+        `ort/${file}`,
+        await readFile(fileURLToPath(new URL(`../node_modules/onnxruntime-web/dist/${file}`, import.meta.url))),
+      );
     }
   }
 }
 
 /** Opens index.html of these files, or without one a page that runs page.js. What nobody catches there fails the test. */
-export async function openPage(t: Test, files: ReadonlyMap<string, Uint8Array>, args?: readonly string[]): Promise<Page> {
+export async function openPage(
+  t: Test,
+  files: ReadonlyMap<string, Uint8Array>,
+  args?: readonly string[],
+): Promise<Page> {
   const blank = new TextEncoder().encode('<!doctype html><body><script type="module" src="/page.js"></script>');
   const server = await serve(new Map([["index.html", blank], ...files]));
   t.teardown(() => server.close());

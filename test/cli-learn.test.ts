@@ -7,10 +7,10 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import t from "tap";
-import { createEncoder, readTask } from "../examples/minilm.js";
 import { readExamples } from "../dist/src/cli/examples.js";
-import { openPack } from "../dist/src/pack/pack.js";
 import { parseTaskFile } from "../dist/src/format/task-file.js";
+import { openPack } from "../dist/src/pack/pack.js";
+import { createEncoder, readTask } from "../examples/minilm.js";
 import { tensorsOf } from "./compare.ts";
 import { data } from "./packs.ts";
 import { difference, NODE, open } from "./sessions.ts";
@@ -22,27 +22,62 @@ const MODEL = data("minilm/model_fp16.onnx");
 
 function json(status: number, ...args: string[]): Record<string, any> {
   const result = spawnSync(process.execPath, [main, ...args, "--json"], { encoding: "utf8", cwd: folder });
-  if (result.status !== status) throw new Error(`${args.join(" ")}: exit ${result.status}\n${result.stdout}${result.stderr}`);
+  if (result.status !== status)
+    throw new Error(`${args.join(" ")}: exit ${result.status}\n${result.stdout}${result.stderr}`);
   if (result.stderr !== "") throw new Error(`stderr: ${result.stderr}`);
   return JSON.parse(result.stdout);
 }
 
 const { labels, train } = await readTask("sections-0");
 /** Twenty lines of each of the first three labels. */
-const rows = [0, 1, 2].flatMap((label) => train.filter((row) => row[1] === label).slice(0, 20)).map(([text, label]) => ({ text, label: labels[label]! }));
+const rows = [0, 1, 2]
+  .flatMap((label) => train.filter((row) => row[1] === label).slice(0, 20))
+  .map(([text, label]) => ({ text, label: labels[label]! }));
 const names = labels.slice(0, 3);
 await writeFile(join(folder, "rows.jsonl"), rows.map((row) => JSON.stringify(row)).join("\n"));
 await writeFile(join(folder, "rows.tsv"), rows.map(({ text, label }) => `${label}\t${text}`).join("\n"));
-json(0, "pack", ...["debtags-role", "debtags-use", "debtags-game"].map((id) => data(`adapters/own-seed/${id}`)), "-o", "p.eigen", "--k", "8");
-const learn = ["learn", "p.eigen", "rows.jsonl", "--model", MODEL, "--tokens", "32", "--epochs", "4", "--batch", "12", "--init", "random"];
+json(
+  0,
+  "pack",
+  ...["debtags-role", "debtags-use", "debtags-game"].map((id) => data(`adapters/own-seed/${id}`)),
+  "-o",
+  "p.eigen",
+  "--k",
+  "8",
+);
+const learn = [
+  "learn",
+  "p.eigen",
+  "rows.jsonl",
+  "--model",
+  MODEL,
+  "--tokens",
+  "32",
+  "--epochs",
+  "4",
+  "--batch",
+  "12",
+  "--init",
+  "random",
+];
 
 t.test("learns, adds, verifies, runs, exports", async (t) => {
   const made = json(0, ...learn, "-o", "mine.eigentask", "--terms", "1", "--rate", "0.01");
-  t.match(made, { file: "mine.eigentask", id: "mine", labels: names, examples: 60, steps: 16, interrupted: false, seconds: Number });
+  t.match(made, {
+    file: "mine.eigentask",
+    id: "mine",
+    labels: names,
+    examples: 60,
+    steps: 16,
+    interrupted: false,
+    seconds: Number,
+  });
   t.equal(made["bytes"], (await readFile(join(folder, "mine.eigentask"))).length);
   t.equal(made["epochs"].length, 4);
   t.ok(made["epochs"].at(-1).loss < 0.8 * made["epochs"][0].loss, JSON.stringify(made["epochs"]));
-  const best = made["epochs"].map((epoch: any) => epoch.validation).reduce((a: any, b: any) => (b.loss < a.loss ? b : a));
+  const best = made["epochs"]
+    .map((epoch: any) => epoch.validation)
+    .reduce((a: any, b: any) => (b.loss < a.loss ? b : a));
   t.same(made["validation"], best, "the epoch that was kept");
   t.ok(best.accuracy > 0.5, `${best.accuracy}`);
   t.same(made["trained"], { terms: 12 * 2 * (8 * 8 + 384), head: 3 * 385 });
@@ -114,7 +149,11 @@ t.test("Ctrl-C keeps what was learned, or says that nothing was", async (t) => {
   `;
   const stopAt = (step: number): Record<string, any> => {
     const words = [...learn.slice(1), "-o", "stopped.eigentask"];
-    const { stdout, stderr, signal } = spawnSync(process.execPath, ["--input-type=module", "-e", program, String(step), ...words], { encoding: "utf8", cwd: folder });
+    const { stdout, stderr, signal } = spawnSync(
+      process.execPath,
+      ["--input-type=module", "-e", program, String(step), ...words],
+      { encoding: "utf8", cwd: folder },
+    );
     if (signal || stdout === "") throw new Error(`${signal} ${stderr}`);
     return JSON.parse(stdout);
   };
@@ -134,7 +173,13 @@ t.test("files of examples: what is read, and which line is refused", async (t) =
     await writeFile(join(folder, name), text);
     return join(folder, name);
   };
-  const expected = { examples: [{ text: "one, two", label: "a" }, { text: 'say "no"', label: "b" }], labels: ["a", "b"] };
+  const expected = {
+    examples: [
+      { text: "one, two", label: "a" },
+      { text: 'say "no"', label: "b" },
+    ],
+    labels: ["a", "b"],
+  };
   for (const [name, text] of [
     ["1.jsonl", '\uFEFF{"text": "one, two", "label": "a"}\r\n\r\n{"label": "b", "text": "say \\"no\\"", "id": 3}\n'],
     ["1.tsv", 'a\tone, two\nb\tsay "no"\n'],
@@ -144,8 +189,15 @@ t.test("files of examples: what is read, and which line is refused", async (t) =
   ] as const) {
     t.same(await readExamples(await write(name, text), undefined), expected, name);
   }
-  t.same((await readExamples(await write("n.jsonl", '{"text":"x","label":1}\n{"text":"y","label":0}'), undefined)).labels, ["1", "0"]);
-  t.same((await readExamples(await write("lines.csv", 'a,"two\nlines"\nb,c'), ["b", "a", "c"])).labels, ["b", "a", "c"]);
+  t.same(
+    (await readExamples(await write("n.jsonl", '{"text":"x","label":1}\n{"text":"y","label":0}'), undefined)).labels,
+    ["1", "0"],
+  );
+  t.same((await readExamples(await write("lines.csv", 'a,"two\nlines"\nb,c'), ["b", "a", "c"])).labels, [
+    "b",
+    "a",
+    "c",
+  ]);
   for (const [name, text, message, known] of [
     ["x.jsonl", '{"text":"x","label":"a"}\n{"text":"x"}', /x.jsonl: line 2: expected "label" with a string, got none/],
     ["x.jsonl", '{"text":"x","label":"a"}\n\n{"text":7,"label":"a"}', /line 3: expected "text" with a string, got 7/],
@@ -156,7 +208,12 @@ t.test("files of examples: what is read, and which line is refused", async (t) =
     ["x.tsv", "a\tone\n\tempty", /line 2: its label is empty/],
     ["x.csv", "a,one\nb,two,three", /line 2: expected label,text, found 3 columns/],
     ["x.csv", 'a,"two\nlines"\nb,say "no"', /line 3: a quote is out of place/],
-    ["x.tsv", "a\tone\nspm\ttwo", /line 2: the label "spm" is none of --labels a,spam; did you mean spam\?/, ["a", "spam"]],
+    [
+      "x.tsv",
+      "a\tone\nspm\ttwo",
+      /line 2: the label "spm" is none of --labels a,spam; did you mean spam\?/,
+      ["a", "spam"],
+    ],
     ["x.tsv", "a\tone\na\ttwo", /all 2 examples have the label "a"; two labels at least/],
     ["x.tsv", "\n \n", /has no examples/],
   ] as const) {
@@ -173,10 +230,27 @@ t.test("files of examples: what is read, and which line is refused", async (t) =
   refuse(2, { tag: "usage", message: /--terms 0.5: expected a whole number from 0/ }, "--terms", "0.5");
   refuse(2, { tag: "usage", message: /--train all: expected coefficients or lora/ }, "--train", "all");
   refuse(2, { tag: "usage", message: /would overwrite what it is made of/ }, "-o", "p.eigen");
-  refuse(1, { tag: "task", message: /--init debtags-rule: expected auto, mean, random, fresh, or a task of p.eigen/ }, "--init", "debtags-rule");
+  refuse(
+    1,
+    { tag: "task", message: /--init debtags-rule: expected auto, mean, random, fresh, or a task of p.eigen/ },
+    "--init",
+    "debtags-rule",
+  );
   refuse(1, { message: /"fresh" is for factors/ }, "--init", "fresh");
-  refuse(1, { tag: "source", message: /nowhere.json: there is no tokenizer.*--tokenizer/ }, "--tokenizer", "nowhere.json");
-  t.match(json(1, "learn", "p.eigen", "missing.jsonl", "--model", MODEL, "-o", "x"), { error: { tag: "source", message: /missing.jsonl: cannot be read/ } });
-  t.match(json(2, "learn", "p.eigen", "rows.jsonl", "-o", "x"), { error: { tag: "usage", message: /--model is missing/ } });
-  t.notOk((await readdir(folder)).some((name) => name.startsWith("x.eigentask")), "nothing is written");
+  refuse(
+    1,
+    { tag: "source", message: /nowhere.json: there is no tokenizer.*--tokenizer/ },
+    "--tokenizer",
+    "nowhere.json",
+  );
+  t.match(json(1, "learn", "p.eigen", "missing.jsonl", "--model", MODEL, "-o", "x"), {
+    error: { tag: "source", message: /missing.jsonl: cannot be read/ },
+  });
+  t.match(json(2, "learn", "p.eigen", "rows.jsonl", "-o", "x"), {
+    error: { tag: "usage", message: /--model is missing/ },
+  });
+  t.notOk(
+    (await readdir(folder)).some((name) => name.startsWith("x.eigentask")),
+    "nothing is written",
+  );
 });

@@ -3,16 +3,18 @@
  * a browser runs it too. Strings name files as the platform does: paths, or URLs.
  */
 import type { BackendOptions } from "../dist/src/backends/select.js";
-import { decodeTensor } from "../dist/src/tensor/dtypes.js";
-import { openPack } from "../dist/src/pack/pack.js";
 import { openHost, type View } from "../dist/src/base/host.js";
+import { openPack } from "../dist/src/pack/pack.js";
 import { createRuntime } from "../dist/src/runtime/create.js";
-import { openSafetensors } from "../dist/src/tensor/safetensors.js";
 import { openSource, type SourceInput } from "../dist/src/source.js";
+import { decodeTensor } from "../dist/src/tensor/dtypes.js";
+import { openSafetensors } from "../dist/src/tensor/safetensors.js";
 import type { SuiteTest } from "./stand-in.ts";
 
 /** Tensors of a safetensors file as f32, by name. */
-export async function tensorsOf(path: string): Promise<Map<string, { shape: readonly number[]; values: Float32Array }>> {
+export async function tensorsOf(
+  path: string,
+): Promise<Map<string, { shape: readonly number[]; values: Float32Array }>> {
   const source = await openSource(path);
   const file = await openSafetensors(source);
   const tensors = new Map<string, { shape: readonly number[]; values: Float32Array }>();

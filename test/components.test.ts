@@ -2,13 +2,23 @@
  * Components found alone, by block Lanczos, against those of the whole eigenproblem: the same energy, subspace and numbers on
  * spectra that fall off, and the whole eigenproblem wherever a pair cannot be trusted.
  */
-import t from "tap";
-import fc from "fast-check";
-import { createWasmProducts } from "../dist/src/extract/wasm-products.js";
-import { columnMeans, centred, principalComponents, ROUNDING, type Components } from "../dist/src/extract/components.js";
-import { lq, rowSquares, timesTransposed, transpose, type Products } from "../dist/src/extract/linalg.js";
 
-const ways: [string, Products][] = [["js", timesTransposed], ["wasm", await createWasmProducts()]];
+import fc from "fast-check";
+import t from "tap";
+import {
+  type Components,
+  centred,
+  columnMeans,
+  principalComponents,
+  ROUNDING,
+} from "../dist/src/extract/components.js";
+import { lq, type Products, rowSquares, timesTransposed, transpose } from "../dist/src/extract/linalg.js";
+import { createWasmProducts } from "../dist/src/extract/wasm-products.js";
+
+const ways: [string, Products][] = [
+  ["js", timesTransposed],
+  ["wasm", await createWasmProducts()],
+];
 const wasm = ways[1]![1];
 
 /** Uniform in [-1, 1), seeded. */
@@ -33,7 +43,9 @@ function rotation(n: number, seed: number): Float64Array {
 /** A stack [rows, width] with these singular values, in random directions. */
 function withSingular(values: readonly number[], rows: number, width: number): Float64Array {
   const rank = values.length;
-  const left = rotation(rows, 1).slice(0, rank * rows).map((value, i) => value * values[Math.floor(i / rows)]!);
+  const left = rotation(rows, 1)
+    .slice(0, rank * rows)
+    .map((value, i) => value * values[Math.floor(i / rows)]!);
   const right = rotation(width, 2).slice(0, rank * width);
   return wasm(transpose(left, rank, rows), transpose(right, rank, width), rows, width, rank);
 }
@@ -55,7 +67,15 @@ function largest(x: Float64Array): number {
  * Both ways to the first k components; says whether they were found alone.
  * @param tolerance of energy and singular values, relative
  */
-function compare(name: string, x: Float64Array, rows: number, width: number, k: number, products: Products, tolerance = 1e-12): boolean {
+function compare(
+  name: string,
+  x: Float64Array,
+  rows: number,
+  width: number,
+  k: number,
+  products: Products,
+  tolerance = 1e-12,
+): boolean {
   const floors = floorsOf(x, rows, width);
   const before = x.slice();
   const few = principalComponents(x, rows, width, floors, k, products);
@@ -68,7 +88,8 @@ function compare(name: string, x: Float64Array, rows: number, width: number, k: 
   for (let i = 0; i < few.count; i++) {
     const [value, apart] = [whole.singular[i]!, Math.abs(few.singular[i]! - whole.singular[i]!)];
     // A Gram matrix knows squares to 1e-16 of the largest, and no better.
-    if (!(apart <= tolerance * value + (1e-15 * whole.singular[0]! ** 2) / value)) t.fail(`${name}: singular value ${i} differs by ${apart / value}`);
+    if (!(apart <= tolerance * value + (1e-15 * whole.singular[0]! ** 2) / value))
+      t.fail(`${name}: singular value ${i} differs by ${apart / value}`);
   }
   const cross = products(few.vectors, few.vectors, few.count, few.count, width);
   for (let i = 0; i < few.count; i++) cross[i * few.count + i]! -= 1;
@@ -86,7 +107,10 @@ const [ROWS, WIDTH, K] = [210, 230, 4];
 
 t.test("a spectrum that falls off: found alone, the same subspace", async () => {
   for (const [name, products] of ways) {
-    for (const [rows, width] of [[ROWS, WIDTH], [WIDTH, ROWS]] as const) {
+    for (const [rows, width] of [
+      [ROWS, WIDTH],
+      [WIDTH, ROWS],
+    ] as const) {
       for (const factor of [0.95, 0.8, 0.5]) {
         const x = withSingular(falling(ROWS, factor, 0.01), rows, width);
         const alone = compare(`${name} ${rows} × ${width}, ${factor}`, x, rows, width, K, products);
@@ -116,7 +140,8 @@ t.test("clusters and equal values", async () => {
     // Which of them are largest is below the residual that is asked for.
     ["a cluster within 4e-8 that a block does not hold", Array.from({ length: 40 }, (_, i) => 1 + 1e-9 * i), 1e-7],
   ];
-  for (const [name, top, tolerance] of cases) compare(name, withSingular([...top, ...rest], ROWS, WIDTH), ROWS, WIDTH, K, wasm, tolerance);
+  for (const [name, top, tolerance] of cases)
+    compare(name, withSingular([...top, ...rest], ROWS, WIDTH), ROWS, WIDTH, K, wasm, tolerance);
 });
 
 t.test("weak components: exact where Lanczos cannot tell them from rounding", async () => {
@@ -150,7 +175,13 @@ t.test("identical rows, zero rows, tiny stacks", async () => {
   const padded = new Float64Array(ROWS * WIDTH);
   padded.set(some, 100 * WIDTH);
   compare("mostly zero rows", padded, ROWS, WIDTH, 3, wasm);
-  for (const [rows, width] of [[1, 1], [1, 9], [2, 3], [5, 2], [30, 40]] as const) {
+  for (const [rows, width] of [
+    [1, 1],
+    [1, 9],
+    [2, 3],
+    [5, 2],
+    [30, 40],
+  ] as const) {
     t.notOk(compare(`${rows} × ${width}`, noise(rows * width, rows), rows, width, 3, wasm) && rows < 30);
   }
 });

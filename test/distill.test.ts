@@ -1,27 +1,34 @@
 /**
  * Distilling: on tiny models through the API, on the real one through the command line.
  */
-import t from "tap";
+
 import { spawn, spawnSync } from "node:child_process";
 import { cp, mkdir, mkdtemp, readdir, rm, symlink, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
-import { meanDivergence } from "../dist/src/train/answers.js";
-import { distill, type BatchFeeds, type DistillOptions } from "../dist/src/train/distill.js";
+import t from "tap";
 import type { Adapter } from "../dist/src/adapters/adapter.js";
 import { readAdapters } from "../dist/src/adapters/folder.js";
-import { uniform } from "../dist/src/tensor/random.js";
-import { openPack } from "../dist/src/pack/pack.js";
 import { parseTaskFile } from "../dist/src/format/task-file.js";
+import { openPack } from "../dist/src/pack/pack.js";
+import { uniform } from "../dist/src/tensor/random.js";
+import { meanDivergence } from "../dist/src/train/answers.js";
+import { type BatchFeeds, type DistillOptions, distill } from "../dist/src/train/distill.js";
 import { readTask } from "../examples/minilm.js";
 import { data, LOSSLESS } from "./packs.ts";
-import { feeds, GOLDENS, model, NODE, open, outputOf, packBytes, WEB, type Ort, type Session } from "./sessions.ts";
+import { feeds, GOLDENS, model, NODE, type Ort, open, outputOf, packBytes, type Session, WEB } from "./sessions.ts";
 
 const SMALL = { select: { kind: "k", k: 3 } } as const;
 
-async function tiny(ort: Ort, options: Parameters<typeof packBytes>[2] = SMALL, adapters = ["adapters"]): Promise<Session> {
-  return open(ort, model("torchscript"), await openPack(await packBytes(adapters, "base", options)), { trainable: true });
+async function tiny(
+  ort: Ort,
+  options: Parameters<typeof packBytes>[2] = SMALL,
+  adapters = ["adapters"],
+): Promise<Session> {
+  return open(ort, model("torchscript"), await openPack(await packBytes(adapters, "base", options)), {
+    trainable: true,
+  });
 }
 
 async function adapterOf(t: { teardown(work: () => Promise<void>): void }, path: string): Promise<Adapter> {
@@ -38,7 +45,8 @@ function inputs(ort: Ort, session: Session, count: number): BatchFeeds[] {
   return Array.from({ length: count }, () => {
     const ids = Array.from({ length }, () => 1 + Math.floor(random() * 60));
     const own = { ...like, input_ids: new ort.Tensor("int64", BigInt64Array.from(ids, BigInt), [1, length]) };
-    if ("attention_mask" in own) own["attention_mask"] = new ort.Tensor("int64", new BigInt64Array(length).fill(1n), [1, length]);
+    if ("attention_mask" in own)
+      own["attention_mask"] = new ort.Tensor("int64", new BigInt64Array(length).fill(1n), [1, length]);
     return own as BatchFeeds;
   });
 }
@@ -50,7 +58,11 @@ function logs(logits: Float32Array): number[] {
 }
 
 /** Mean KL between two tasks of two sessions, by their own runs. */
-async function divergence(ours: [Session, string], theirs: [Session, string], all: readonly BatchFeeds[]): Promise<number> {
+async function divergence(
+  ours: [Session, string],
+  theirs: [Session, string],
+  all: readonly BatchFeeds[],
+): Promise<number> {
   let sum = 0;
   await ours[0].switchTask(ours[1]);
   await theirs[0].switchTask(theirs[1]);
@@ -61,7 +73,10 @@ async function divergence(ours: [Session, string], theirs: [Session, string], al
   return sum / all.length;
 }
 
-for (const [name, ort] of [["onnxruntime-node", NODE], ["onnxruntime-web", WEB]] as const) {
+for (const [name, ort] of [
+  ["onnxruntime-node", NODE],
+  ["onnxruntime-web", WEB],
+] as const) {
   t.test(`${name}: a distilled task answers more like its adapter; a head whose rate is 0 stays`, async (t) => {
     const session = await tiny(ort);
     const teacher = await tiny(ort, LOSSLESS, ["adapters/three"]);
@@ -69,7 +84,14 @@ for (const [name, ort] of [["onnxruntime-node", NODE], ["onnxruntime-web", WEB]]
     const adapter = await adapterOf(t, "sessions/adapters/three");
     const all = inputs(ort, session, 64);
     const seen: number[] = [];
-    const made = await distill(session, { adapter, feeds: all, steps: 40, batch: 16, rates: { head: 0 }, onStep: ({ step }) => seen.push(step) });
+    const made = await distill(session, {
+      adapter,
+      feeds: all,
+      steps: 40,
+      batch: 16,
+      rates: { head: 0 },
+      onStep: ({ step }) => seen.push(step),
+    });
     t.match(made, { id: "three", steps: 40, kept: "distilled" });
     t.equal(seen.length, 40);
     t.ok(made.divergenceAfter < 0.5 * made.divergenceBefore, `${made.divergenceBefore} → ${made.divergenceAfter}`);
@@ -81,10 +103,17 @@ for (const [name, ort] of [["onnxruntime-node", NODE], ["onnxruntime-web", WEB]]
     const after = await divergence([session, "distilled"], [teacher, "three"], all);
     t.ok(after < 0.5 * before, `by the sessions' own runs: ${before} → ${after}`);
     const [own, first] = [session.tasks.get("distilled")!, session.tasks.get("three")!];
-    t.same([own.metadata, own.adapterBytes, own.brings, own.bytes], [first.metadata, first.adapterBytes, first.brings, first.bytes]);
+    t.same(
+      [own.metadata, own.adapterBytes, own.brings, own.bytes],
+      [first.metadata, first.adapterBytes, first.brings, first.bytes],
+    );
     const bytesOf = async (id: string): Promise<string[]> => {
       const { parameters, bytes } = await session.pack.load(id);
-      return parameters.map(({ tensor: { byteOffset, byteLength } }) => Buffer.from(bytes.subarray(byteOffset, byteOffset + byteLength)).toString("hex")).sort();
+      return parameters
+        .map(({ tensor: { byteOffset, byteLength } }) =>
+          Buffer.from(bytes.subarray(byteOffset, byteOffset + byteLength)).toString("hex"),
+        )
+        .sort();
     };
     t.same(await bytesOf("distilled"), await bytesOf("three"));
   });
@@ -100,7 +129,10 @@ t.test("what is held back is judged as the sessions judge it; the head is traine
   const all = Array.from({ length: 12 }, () => one!);
   const made = await distill(session, { adapter, feeds: all, steps: 10, batch: 4 });
   await session.addTask("distilled", made.file);
-  const [before, after] = [await divergence([session, "five"], [teacher, "five"], [one!]), await divergence([session, "distilled"], [teacher, "five"], [one!])];
+  const [before, after] = [
+    await divergence([session, "five"], [teacher, "five"], [one!]),
+    await divergence([session, "distilled"], [teacher, "five"], [one!]),
+  ];
   t.ok(Math.abs(before - made.divergenceBefore) < 1e-5, `${before}, ${made.divergenceBefore}`);
   t.ok(Math.abs(after - made.divergenceAfter) < 1e-5, `${after}, ${made.divergenceAfter}`);
   const head = async (id: string): Promise<Uint8Array> => {
@@ -111,12 +143,24 @@ t.test("what is held back is judged as the sessions judge it; the head is traine
   t.notOk(Buffer.from(await head("distilled")).equals(await head("five")));
 
   // Nothing is lost here, and wild rates can only do harm.
-  const kept = await distill(teacher, { adapter, feeds: inputs(NODE, teacher, 16), steps: 3, batch: 8, rates: { terms: 1 } });
-  t.ok(kept.divergenceBefore < 1e-6 && kept.divergenceAfter > 1e-3, `${kept.divergenceBefore} → ${kept.divergenceAfter}`);
+  const kept = await distill(teacher, {
+    adapter,
+    feeds: inputs(NODE, teacher, 16),
+    steps: 3,
+    batch: 8,
+    rates: { terms: 1 },
+  });
+  t.ok(
+    kept.divergenceBefore < 1e-6 && kept.divergenceAfter > 1e-3,
+    `${kept.divergenceBefore} → ${kept.divergenceAfter}`,
+  );
   t.equal(kept.kept, "projected");
   t.same(parseTaskFile(kept.file, "five").blob, (await teacher.pack.load("five")).bytes);
   const still = await distill(teacher, { adapter, feeds: inputs(NODE, teacher, 16), steps: 3, batch: 8 });
-  t.ok(still.divergenceAfter < 0.01 * kept.divergenceAfter, `with nothing to win back steps are short: ${still.divergenceBefore} → ${still.divergenceAfter}`);
+  t.ok(
+    still.divergenceAfter < 0.01 * kept.divergenceAfter,
+    `with nothing to win back steps are short: ${still.divergenceBefore} → ${still.divergenceAfter}`,
+  );
   t.equal(meanDivergence([[0.5, 0.5]], [[0.50000006, 0.50000006]]), 0, "never below 0, whose root would be no rate");
 });
 
@@ -130,7 +174,10 @@ t.test("number formats of a task stay, packed integers too", async (t) => {
   await session.addTask("distilled", made.file);
   const kinds = async (id: string): Promise<unknown> => {
     const { terms, parameters } = await session.pack.load(id);
-    return [terms.map(({ A, B }) => [A!.tensor.type, B!.tensor.type]), parameters.map(({ name, tensor }) => `${name} ${tensor.type}`).sort()];
+    return [
+      terms.map(({ A, B }) => [A!.tensor.type, B!.tensor.type]),
+      parameters.map(({ name, tensor }) => `${name} ${tensor.type}`).sort(),
+    ];
   };
   t.same(await kinds("distilled"), await kinds("two"));
 });
@@ -139,15 +186,25 @@ t.test("what cannot be distilled is refused by name", async (t) => {
   const session = await tiny(NODE, SMALL, ["adapters/three", "adapters-more/dora", "adapters-more/bias-lora"]);
   t.teardown(() => session.release());
   const [three, two, dora, bias] = await Promise.all(
-    ["adapters/three", "adapters/two", "adapters-more/dora", "adapters-more/bias-lora"].map((path) => adapterOf(t, `sessions/${path}`)),
+    ["adapters/three", "adapters/two", "adapters-more/dora", "adapters-more/bias-lora"].map((path) =>
+      adapterOf(t, `sessions/${path}`),
+    ),
   );
   const all = inputs(NODE, session, 8);
-  const refused = (options: Partial<DistillOptions>, expected: { tag?: string; name?: string; message: RegExp }): Promise<unknown> =>
-    t.rejects(distill(session, { adapter: three!, feeds: all, ...options }), expected);
+  const refused = (
+    options: Partial<DistillOptions>,
+    expected: { tag?: string; name?: string; message: RegExp },
+  ): Promise<unknown> => t.rejects(distill(session, { adapter: three!, feeds: all, ...options }), expected);
   await refused({ adapter: two! }, { tag: "task", message: /no task "two"/ });
   await refused({ adapter: two!, task: "three" }, { tag: "task", message: /"three" has 3 labels, .*two.* 2/ });
-  await refused({ adapter: dora! }, { tag: "task", message: /"dora" cannot be distilled: it brings a DoRA magnitude of "bert/ });
-  await refused({ adapter: bias! }, { tag: "task", message: /"bias-lora" cannot be distilled: it brings "bert.*" \(bias\)/ });
+  await refused(
+    { adapter: dora! },
+    { tag: "task", message: /"dora" cannot be distilled: it brings a DoRA magnitude of "bert/ },
+  );
+  await refused(
+    { adapter: bias! },
+    { tag: "task", message: /"bias-lora" cannot be distilled: it brings "bert.*" \(bias\)/ },
+  );
   await refused({ feeds: all.slice(0, 7) }, { name: "RangeError", message: /7 texts; 8 at least/ });
   await refused({ texts: ["a"] }, { name: "TypeError", message: /texts or feeds, one of them/ });
   await refused({ feeds: undefined, texts: ["a"] }, { name: "TypeError", message: /need `encode`/ });
@@ -169,23 +226,43 @@ t.test("the command line, on the real model", async (t) => {
     spawnSync(process.execPath, [from, ...args], { encoding: "utf8", cwd: folder });
   const json = (status: number, ...args: string[]): any => {
     const result = run(main, [...args, "--json"]);
-    if (result.status !== status) throw new Error(`${args.join(" ")}: exit ${result.status}\n${result.stdout}${result.stderr}`);
+    if (result.status !== status)
+      throw new Error(`${args.join(" ")}: exit ${result.status}\n${result.stdout}${result.stderr}`);
     if (result.stderr !== "") throw new Error(`stderr: ${result.stderr}`);
     return JSON.parse(result.stdout);
   };
   const ids = ["debtags-role", "debtags-use", "debtags-game", "debtags-scope"];
   json(0, "pack", ...ids.map(own), "-o", "p.eigen", "--k", "6");
   const { train } = await readTask("debtags-devel");
-  await writeFile(join(folder, "lines.txt"), train.slice(0, 200).map(([text]) => text).join("\n"));
-  const settings = ["--model", data("minilm/model_fp16.onnx"), "--text", "lines.txt", "--steps", "20", "--batch", "16", "--tokens", "32"];
+  await writeFile(
+    join(folder, "lines.txt"),
+    train
+      .slice(0, 200)
+      .map(([text]) => text)
+      .join("\n"),
+  );
+  const settings = [
+    "--model",
+    data("minilm/model_fp16.onnx"),
+    "--text",
+    "lines.txt",
+    "--steps",
+    "20",
+    "--batch",
+    "16",
+    "--tokens",
+    "32",
+  ];
   const command = ["distill", "p.eigen", own("debtags-role"), own("debtags-devel"), ...settings, "-o", "o.eigen"];
 
   // The first run is killed when its first task is done.
   const child = spawn(process.execPath, [main, ...command], { cwd: folder, stdio: "ignore" });
   const gone = new Promise<void>((resolve) => child.on("exit", () => resolve()));
   const partial = join(folder, "o.eigen.partial");
-  const finished = async (): Promise<string[]> => (await readdir(partial).catch(() => [])).filter((name) => !name.endsWith(".tmp"));
-  while ((await finished()).length === 0 && child.exitCode === null) await new Promise((resolve) => setTimeout(resolve, 50));
+  const finished = async (): Promise<string[]> =>
+    (await readdir(partial).catch(() => [])).filter((name) => !name.endsWith(".tmp"));
+  while ((await finished()).length === 0 && child.exitCode === null)
+    await new Promise((resolve) => setTimeout(resolve, 50));
   child.kill("SIGKILL");
   await gone;
   t.equal((await finished()).length, 1);
@@ -218,10 +295,17 @@ t.test("the command line, on the real model", async (t) => {
   refuse(1, { tag: "source", message: /empty.txt: has no text/ }, "--text", "empty.txt");
   refuse(1, { message: /2 texts; 8 at least/ }, "--text", "short.txt");
   refuse(1, { tag: "source", message: /missing.txt/ }, "--text", "missing.txt");
-  refuse(1, { tag: "source", message: /nowhere.json: there is no tokenizer.*--tokenizer/ }, "--tokenizer", "nowhere.json");
+  refuse(
+    1,
+    { tag: "source", message: /nowhere.json: there is no tokenizer.*--tokenizer/ },
+    "--tokenizer",
+    "nowhere.json",
+  );
   refuse(2, { tag: "usage", message: /--steps 0/ }, "--steps", "0");
   refuse(2, { tag: "usage", message: /stepps/ }, "--stepps", "3");
-  t.match(json(2, "distill", "p.eigen", own("debtags-role"), "-o", "x"), { error: { tag: "usage", message: /--model is missing/ } });
+  t.match(json(2, "distill", "p.eigen", own("debtags-role"), "-o", "x"), {
+    error: { tag: "usage", message: /--model is missing/ },
+  });
   const other = ["distill", "p.eigen", data("sessions/adapters/two"), ...settings, "-o", "x.eigen"];
   t.match(json(1, ...other), { error: { tag: "adapter", message: /two/ } }, "an adapter of another base");
 
@@ -233,7 +317,9 @@ t.test("the command line, on the real model", async (t) => {
   await cp(join(root, "package.json"), join(alone, "package.json"));
   await symlink(join(root, "node_modules/msgpackr"), join(alone, "node_modules/msgpackr"));
   const without = (): object => JSON.parse(run(join(alone, "dist/src/cli/main.js"), [...command, "--json"]).stdout);
-  t.match(without(), { error: { tag: "backend", message: /needs the package onnxruntime-node: npm install onnxruntime-node/ } });
+  t.match(without(), {
+    error: { tag: "backend", message: /needs the package onnxruntime-node: npm install onnxruntime-node/ },
+  });
   await symlink(join(root, "node_modules/onnxruntime-node"), join(alone, "node_modules/onnxruntime-node"));
   t.match(without(), { error: { tag: "backend", message: /needs the package @huggingface\/tokenizers: npm install/ } });
 });

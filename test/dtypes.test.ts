@@ -1,11 +1,11 @@
-import t from "tap";
-import fc from "fast-check";
 import { readFile } from "node:fs/promises";
+import fc from "fast-check";
+import t from "tap";
+import { openSource } from "../dist/src/source.js";
 import * as d from "../dist/src/tensor/dtypes.js";
 import { encodeTensor } from "../dist/src/tensor/encode.js";
-import { openSafetensors } from "../dist/src/tensor/safetensors.js";
-import { openSource } from "../dist/src/source.js";
 import { uniform } from "../dist/src/tensor/random.js";
+import { openSafetensors } from "../dist/src/tensor/safetensors.js";
 import { data } from "./packs.ts";
 
 t.test("f16 and bf16 agree with numpy and torch", async (t) => {
@@ -29,54 +29,82 @@ t.test("f16 and bf16 agree with numpy and torch", async (t) => {
   t.ok(Number.isNaN(d.bf16ToF32(d.f32ToBf16(NaN))));
 });
 
-t.test("encode and decode: floats within their rounding, integers within half a step or, of few bits, losing no more than that", async (t) => {
-  const steps: Record<d.TensorType, number> = { f32: 2 ** -24, f16: 2 ** -11, bf16: 2 ** -8, int8: 0.5 / 127, int4: 0.5 / 7, int3: 0.5 / 3 };
-  t.doesNotThrow(() => fc.assert(
-    fc.property(
-      fc.constantFrom(...d.TENSOR_TYPES),
-      fc.integer({ min: 0, max: 5 }),
-      fc.integer({ min: 1, max: 19 }),
-      fc.infiniteStream(fc.float({ min: -100, max: 100, noNaN: true })),
-      (type, rows, width, stream) => {
-        const values = Float32Array.from({ length: rows * width }, () => stream.next().value);
-        const bytes = encodeTensor(type, values, rows, width);
-        if (bytes.length !== d.tensorBytes(type, rows, width)) return false;
-        const back = d.decodeTensor(type, bytes, rows, width);
-        for (let r = 0; r < rows; r++) {
-          const row = values.subarray(r * width, (r + 1) * width);
-          const peak = row.reduce((p, v) => Math.max(p, Math.abs(v)), 0);
-          // The f16 scale is rounded up by at most 2⁻¹⁰ of itself, or by a subnormal's step.
-          const allowed = d.isQuantized(type) ? peak * steps[type] * 1.002 + 2 ** -23 * 127 : peak * steps[type] + 2 ** -24;
-          const off = row.map((v, i) => Math.abs(v - back[r * width + i]!));
-          const whole = type === "int4" || type === "int3" ? clippingNothing(row, 0.5 / steps[type]) : Infinity;
-          if (whole < Infinity ? off.reduce((sum, v) => sum + v * v, 0) > whole * (1 + 1e-12) : off.some((v) => v > allowed)) return false;
-        }
-        return true;
-      },
-    ),
-    { seed: 1, numRuns: 600 },
-  ));
-});
+t.test(
+  "encode and decode: floats within their rounding, integers within half a step or, of few bits, losing no more than that",
+  async (t) => {
+    const steps: Record<d.TensorType, number> = {
+      f32: 2 ** -24,
+      f16: 2 ** -11,
+      bf16: 2 ** -8,
+      int8: 0.5 / 127,
+      int4: 0.5 / 7,
+      int3: 0.5 / 3,
+    };
+    t.doesNotThrow(() =>
+      fc.assert(
+        fc.property(
+          fc.constantFrom(...d.TENSOR_TYPES),
+          fc.integer({ min: 0, max: 5 }),
+          fc.integer({ min: 1, max: 19 }),
+          fc.infiniteStream(fc.float({ min: -100, max: 100, noNaN: true })),
+          (type, rows, width, stream) => {
+            const values = Float32Array.from({ length: rows * width }, () => stream.next().value);
+            const bytes = encodeTensor(type, values, rows, width);
+            if (bytes.length !== d.tensorBytes(type, rows, width)) return false;
+            const back = d.decodeTensor(type, bytes, rows, width);
+            for (let r = 0; r < rows; r++) {
+              const row = values.subarray(r * width, (r + 1) * width);
+              const peak = row.reduce((p, v) => Math.max(p, Math.abs(v)), 0);
+              // The f16 scale is rounded up by at most 2⁻¹⁰ of itself, or by a subnormal's step.
+              const allowed = d.isQuantized(type)
+                ? peak * steps[type] * 1.002 + 2 ** -23 * 127
+                : peak * steps[type] + 2 ** -24;
+              const off = row.map((v, i) => Math.abs(v - back[r * width + i]!));
+              const whole = type === "int4" || type === "int3" ? clippingNothing(row, 0.5 / steps[type]) : Infinity;
+              if (
+                whole < Infinity
+                  ? off.reduce((sum, v) => sum + v * v, 0) > whole * (1 + 1e-12)
+                  : off.some((v) => v > allowed)
+              )
+                return false;
+            }
+            return true;
+          },
+        ),
+        { seed: 1, numRuns: 600 },
+      ),
+    );
+  },
+);
 
 /** Σ(v − v')² with the least f16 scale that clips nothing. */
 function clippingNothing(row: Float32Array, largest: number): number {
   const wanted = row.reduce((p, v) => Math.max(p, Math.abs(v)), 0) / largest;
   const half = d.f32ToF16(wanted);
   const scale = d.f16ToF32(d.f16ToF32(half) < wanted ? half + 1 : half) || 1;
-  return row.reduce((sum, v) => sum + (v - scale * Math.max(-largest, Math.min(largest, Math.round(v / scale)))) ** 2, 0);
+  return row.reduce(
+    (sum, v) => sum + (v - scale * Math.max(-largest, Math.min(largest, Math.round(v / scale)))) ** 2,
+    0,
+  );
 }
 
 t.test("of few bits the scale is the one that loses least, not the one that clips nothing", (t) => {
   const random = uniform(5);
   const row = Float32Array.from({ length: 384 }, () => random() + random() + random() + random() - 2);
-  for (const [type, largest, most] of [["int3", 3, 0.7], ["int4", 7, 0.95]] as const) {
+  for (const [type, largest, most] of [
+    ["int3", 3, 0.7],
+    ["int4", 7, 0.95],
+  ] as const) {
     const back = d.decodeTensor(type, encodeTensor(type, row, 1, 384), 1, 384);
     const lost = row.reduce((sum, v, i) => sum + (v - back[i]!) ** 2, 0);
     t.ok(lost < most * clippingNothing(row, largest), `${type}: ${lost}`);
     const peak = row.reduce((p, v) => Math.max(p, Math.abs(v)), 0);
     for (let s = 0.3; s <= 1; s += 0.001) {
       const scale = (s * peak) / largest;
-      const other = row.reduce((sum, v) => sum + (v - scale * Math.max(-largest, Math.min(largest, Math.round(v / scale)))) ** 2, 0);
+      const other = row.reduce(
+        (sum, v) => sum + (v - scale * Math.max(-largest, Math.min(largest, Math.round(v / scale)))) ** 2,
+        0,
+      );
       t.ok(lost <= 1.02 * other, `${s}`);
     }
   }

@@ -2,25 +2,25 @@
  * Extraction against numpy's f64 values on real adapters (data/goldens/extract, made by make_extract_goldens.py), and
  * against its own definitions on generated stacks: ΔW is formed here, which the package never does.
  */
-import { readFileSync, readdirSync } from "node:fs";
-import t from "tap";
+import { readdirSync, readFileSync } from "node:fs";
 import fc from "fast-check";
-import { decodeTensor, tensorBytes, type TensorType } from "../dist/src/tensor/dtypes.js";
+import t from "tap";
 import { deltaError } from "../dist/src/extract/error.js";
 import {
-  extractModule,
-  measureModule,
-  openModule,
-  projectModule,
   type ExtractOptions,
+  extractModule,
   type ModuleExtraction,
   type ModuleMember,
   type ModuleStack,
+  measureModule,
+  openModule,
+  projectModule,
   type SideBasis,
 } from "../dist/src/extract/extract.js";
 import { alignSigns, balance, type Pair } from "../dist/src/extract/gauge.js";
 import { dot, timesTransposed } from "../dist/src/extract/linalg.js";
 import { mirror, mix, mixColumns } from "../dist/src/extract/mixing.js";
+import { decodeTensor, type TensorType, tensorBytes } from "../dist/src/tensor/dtypes.js";
 import { uniform } from "../dist/src/tensor/random.js";
 
 const DATA = new URL("data/", import.meta.url);
@@ -227,8 +227,7 @@ interface Golden {
 const golden = JSON.parse(readFileSync(new URL("goldens/extract/golden.json", DATA), "utf8")) as Golden;
 const values = readTensors("goldens/extract/column.safetensors");
 const real = readStacks(golden.tasks);
-const TRIMMED =
-  "balanced none, ranks trimmed to 8 4 6 2 8 3 in task order, error against the trimmed adapters, K=12";
+const TRIMMED = "balanced none, ranks trimmed to 8 4 6 2 8 3 in task order, error against the trimmed adapters, K=12";
 
 /** The first `ranks[i]` balanced pairs of each adapter, as adapters of their own. */
 function trimmed(stack: ModuleStack, ranks: readonly number[]): ModuleStack {
@@ -302,7 +301,13 @@ t.test("golden: joint", async () => {
   const expected = golden.settings["joint K=16 full rank core, f64 optimum after 60 rounds"]!;
   for (const stack of real) {
     for (const gauge of ["as-trained", "balanced"] as const) {
-      const result = extractModule(stack, { ...F32, mode: "joint", centering: "none", gauge, select: { kind: "k", k: 16 } });
+      const result = extractModule(stack, {
+        ...F32,
+        mode: "joint",
+        centering: "none",
+        gauge,
+        select: { kind: "k", k: 16 },
+      });
       const theirs = (expected.modules[stack.name] as { objective: number }).objective;
       const ours = objective(stack, result);
       t.ok(ours <= 1.0005 * theirs, `${stack.name}, ${gauge}: ${ours}, numpy ${theirs}`);
@@ -312,26 +317,36 @@ t.test("golden: joint", async () => {
   }
 });
 
-t.test("joint loses no more than column mode, whatever the stack, and takes as many components as are asked for", async () => {
-  fc.assert(
-    fc.property(stacks, fc.integer({ min: 1, max: 5 }), gauges, (stack, k, gauge) => {
-      const of = { ...F32, gauge, centering: "none", select: { kind: "k", k } } as const;
-      const [joint, column] = [extractModule(stack, { ...of, mode: "joint" }), extractModule(stack, of)];
-      const whole = sum(deltaSquares(stack));
-      const [ours, theirs] = [objective(stack, joint), objective(stack, column)];
-      if (!(ours <= theirs + 1e-6 * whole)) throw new Error(`${ours} of ${whole}, column ${theirs}`);
-      if (joint.A.components > column.A.components || joint.B.components > column.B.components) throw new Error("more components");
-    }),
-  );
-  const stack = real[0]!;
-  const of = { ...F32, mode: "joint", centering: "none" } as const;
-  const within = extractModule(stack, { ...of, select: { kind: "error", max: 0.3 } });
-  t.ok(within.tasks.every(({ error }) => error <= 0.3));
-  const fewer = extractModule(stack, { ...of, select: { kind: "k", k: within.A.components - 1 } });
-  t.ok(fewer.tasks.some(({ error }) => error > 0.3), "one component less is too few");
-  const share = extractModule(stack, { ...of, select: { kind: "energy", share: 0.9 } });
-  t.ok(share.A.explained >= 0.9 && share.A.components < within.A.components + 48, `${share.A.components} components hold ${share.A.explained}`);
-});
+t.test(
+  "joint loses no more than column mode, whatever the stack, and takes as many components as are asked for",
+  async () => {
+    fc.assert(
+      fc.property(stacks, fc.integer({ min: 1, max: 5 }), gauges, (stack, k, gauge) => {
+        const of = { ...F32, gauge, centering: "none", select: { kind: "k", k } } as const;
+        const [joint, column] = [extractModule(stack, { ...of, mode: "joint" }), extractModule(stack, of)];
+        const whole = sum(deltaSquares(stack));
+        const [ours, theirs] = [objective(stack, joint), objective(stack, column)];
+        if (!(ours <= theirs + 1e-6 * whole)) throw new Error(`${ours} of ${whole}, column ${theirs}`);
+        if (joint.A.components > column.A.components || joint.B.components > column.B.components)
+          throw new Error("more components");
+      }),
+    );
+    const stack = real[0]!;
+    const of = { ...F32, mode: "joint", centering: "none" } as const;
+    const within = extractModule(stack, { ...of, select: { kind: "error", max: 0.3 } });
+    t.ok(within.tasks.every(({ error }) => error <= 0.3));
+    const fewer = extractModule(stack, { ...of, select: { kind: "k", k: within.A.components - 1 } });
+    t.ok(
+      fewer.tasks.some(({ error }) => error > 0.3),
+      "one component less is too few",
+    );
+    const share = extractModule(stack, { ...of, select: { kind: "energy", share: 0.9 } });
+    t.ok(
+      share.A.explained >= 0.9 && share.A.components < within.A.components + 48,
+      `${share.A.components} components hold ${share.A.explained}`,
+    );
+  },
+);
 
 t.test("golden: means, singular values and projectors", async () => {
   let projectors = 0;
@@ -506,15 +521,28 @@ t.test("an error selection is honoured, and no pair of fewer bytes would do", as
 
 t.test("an error selection is honoured in few bits too", async () => {
   fc.assert(
-    fc.property(stacks, gauges, centerings, fc.constantFrom<TensorType>("int4", "int3"), fc.double({ min: 0.1, max: 0.8, noNaN: true }), (stack, gauge, centering, type, max) => {
-      const options: ExtractOptions = { gauge, centering, basisType: type, coefficientType: type, select: { kind: "error", max } };
-      try {
-        const result = extractModule(stack, options);
-        return stack.members.every((member) => storedError(result, member, type) <= max + 1e-7);
-      } catch (error) {
-        return error instanceof RangeError && /reach/.test(error.message);
-      }
-    }),
+    fc.property(
+      stacks,
+      gauges,
+      centerings,
+      fc.constantFrom<TensorType>("int4", "int3"),
+      fc.double({ min: 0.1, max: 0.8, noNaN: true }),
+      (stack, gauge, centering, type, max) => {
+        const options: ExtractOptions = {
+          gauge,
+          centering,
+          basisType: type,
+          coefficientType: type,
+          select: { kind: "error", max },
+        };
+        try {
+          const result = extractModule(stack, options);
+          return stack.members.every((member) => storedError(result, member, type) <= max + 1e-7);
+        } catch (error) {
+          return error instanceof RangeError && /reach/.test(error.message);
+        }
+      },
+    ),
     { seed: 5, numRuns: 60 },
   );
 });
@@ -531,18 +559,25 @@ t.test("of few bits rows are turned, which changes no ΔW and loses less of it",
   t.ok(Math.abs(dot(mixed, 0, mixed, 0, 24) - dot(rows, 0, rows, 0, 24)) < 1e-12, "lengths stay");
   // (α·Hᵀ)·(H·V) = α·V
   const [alpha, V] = [rows.slice(0, 3 * 7), Float64Array.from({ length: 7 * 5 }, () => random() - 0.5)];
-  same(timesTransposed(mixColumns(alpha, 3, 7), mix(V, 7, 5), 3, 5, 7, false, true), timesTransposed(alpha, V, 3, 5, 7, false, true));
+  same(
+    timesTransposed(mixColumns(alpha, 3, 7), mix(V, 7, 5), 3, 5, 7, false, true),
+    timesTransposed(alpha, V, 3, 5, 7, false, true),
+  );
 
   // Ranks 4 and 3, of which 2 are kept: the others stay, and so does each mean.
   const turned = rows.slice();
   mirror(turned, [4, 3], 12, 2);
   same(turned.slice(24, 48), rows.slice(24, 48));
-  for (const at of [0, 48]) for (let i = at; i < at + 12; i++) t.ok(Math.abs(turned[i]! + turned[i + 12]! - rows[i]! - rows[i + 12]!) < 1e-12);
+  for (const at of [0, 48])
+    for (let i = at; i < at + 12; i++) t.ok(Math.abs(turned[i]! + turned[i + 12]! - rows[i]! - rows[i + 12]!) < 1e-12);
   mirror(turned, [4, 3], 12, 2);
   same(turned, rows);
   const long = Float64Array.of(8, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1);
   mirror(long, [4], 4);
-  t.ok([0, 1, 2, 3].every((i) => Math.hypot(...long.subarray(4 * i, 4 * i + 4)) > 4), "of one long row and three short ones four long ones");
+  t.ok(
+    [0, 1, 2, 3].every((i) => Math.hypot(...long.subarray(4 * i, 4 * i + 4)) > 4),
+    "of one long row and three short ones four long ones",
+  );
   t.end();
 });
 
@@ -605,7 +640,10 @@ t.test("ΔW does not depend on the gauge, nor the balanced pack on the gauge it 
       const rows = timesTransposed(pair.A, pair.A, pair.rank, pair.rank, stack.in);
       const columns = timesTransposed(pair.Bt, pair.Bt, pair.rank, pair.rank, stack.out);
       t.ok(largest(rows, columns) <= 1e-12 * rows[0]!, "A·Aᵀ = Bᵀ·B");
-      t.ok(rows.every((value, i) => i % (pair.rank + 1) === 0 || Math.abs(value) <= 1e-12 * rows[0]!), "diagonal");
+      t.ok(
+        rows.every((value, i) => i % (pair.rank + 1) === 0 || Math.abs(value) <= 1e-12 * rows[0]!),
+        "diagonal",
+      );
     }
   }
 });
@@ -638,7 +676,14 @@ t.test("signs of balanced pairs point along the mean, whatever the order and the
   alignSigns(shuffled, stack.out, stack.in);
   const again = meanOf(shuffled);
   const sign = Math.sign(mean.reduce((all, value, i) => all + value * again[i]!, 0));
-  t.ok(largest(mean, again.map((value) => sign * value)) <= 1e-12 * norm(mean), "the same mean, but for one sign");
+  t.ok(
+    largest(
+      mean,
+      again.map((value) => sign * value),
+    ) <=
+      1e-12 * norm(mean),
+    "the same mean, but for one sign",
+  );
 });
 
 t.test("the order of the adapters does not matter", async () => {
@@ -660,7 +705,11 @@ t.test("the order of the adapters does not matter", async () => {
 });
 
 t.test("an adapter of the stack, brought onto the stored basis again, gets the same coefficients", async () => {
-  for (const [gauge, coefficientType] of [["as-trained", "f16"], ["balanced", "f16"], ["balanced", "f32"]] as const) {
+  for (const [gauge, coefficientType] of [
+    ["as-trained", "f16"],
+    ["balanced", "f16"],
+    ["balanced", "f32"],
+  ] as const) {
     const stack = real[1]!;
     const result = extractModule(stack, { ...F32, gauge, coefficientType, select: { kind: "k", k: 12 } });
     const space = openModule(result);
@@ -682,7 +731,10 @@ t.test("identical adapters", async () => {
   const { out, in: inputs, members } = makeStack(7, [3], 20, 30);
   const copies = ["a", "b", "c", "d"].map((id) => ({ ...members[0]!, id }));
   const stack = { name: "layer", out, in: inputs, members: copies };
-  for (const [centering, components] of [["keep", 2], ["none", 3]] as const) {
+  for (const [centering, components] of [
+    ["keep", 2],
+    ["none", 3],
+  ] as const) {
     const result = extractModule(stack, { ...F32, centering });
     t.equal(result.A.components, components, `${centering}: no direction that is only rounding`);
     t.equal(result.B.components, components);
@@ -691,7 +743,11 @@ t.test("identical adapters", async () => {
   // Rank 1: every row is the mean, nothing is left for components.
   const single = makeStack(8, [1], 20, 30).members[0]!;
   const same = { ...stack, members: ["a", "b", "c"].map((id) => ({ ...single, id })) };
-  for (const select of [{ kind: "k", k: 5 }, { kind: "energy", share: 0.9 }, { kind: "error", max: 0.01 }] as const) {
+  for (const select of [
+    { kind: "k", k: 5 },
+    { kind: "energy", share: 0.9 },
+    { kind: "error", max: 0.01 },
+  ] as const) {
     const result = extractModule(same, { ...F32, select });
     t.equal(result.A.components, 0);
     t.equal(result.A.explained, 1);
@@ -738,7 +794,11 @@ t.test("an adapter of zeros has error 0 and stays what it is", async () => {
   const untrained = { id: "untrained", rank: 2, A: stack.members[0]!.A, Bt: new Float32Array(20) };
   for (const gauge of ["as-trained", "balanced"] as const) {
     for (const centering of ["keep", "none"] as const) {
-      for (const select of [{ kind: "k", k: 1 }, { kind: "energy", share: 1 }, { kind: "error", max: 0.2 }] as const) {
+      for (const select of [
+        { kind: "k", k: 1 },
+        { kind: "energy", share: 1 },
+        { kind: "error", max: 0.2 },
+      ] as const) {
         const options: ExtractOptions = { ...F32, gauge, centering, select };
         const result = extractModule({ ...stack, members: [...stack.members, zero, untrained] }, options);
         for (const task of result.tasks.slice(2)) {
@@ -808,7 +868,10 @@ t.test("another product gives the same result", async () => {
     return timesTransposed(...given);
   };
   const stack = makeStack(17, [3, 3], 12, 16);
-  for (const select of [{ kind: "k", k: 3 }, { kind: "error", max: 0.1 }] as const) {
+  for (const select of [
+    { kind: "k", k: 3 },
+    { kind: "error", max: 0.1 },
+  ] as const) {
     t.same(extractModule(stack, { ...F32, select, products }), extractModule(stack, { ...F32, select }));
   }
   t.ok(calls > 0);

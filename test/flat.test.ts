@@ -2,19 +2,17 @@
  * Flat mode: against numpy's f64 values, against ΔW formed here, through every backend, and in a session of the real model.
  */
 import { readdirSync, readFileSync } from "node:fs";
-import t from "tap";
 import fc from "fast-check";
-import { createEncoder, readReference, readTask } from "../examples/minilm.js";
+import t from "tap";
 import { readAdapters } from "../dist/src/adapters/folder.js";
-import type { TensorType } from "../dist/src/tensor/dtypes.js";
 import {
+  type ExtractOptions,
   extractModule,
+  type ModuleMember,
+  type ModuleStack,
   measureModule,
   openModule,
   projectModule,
-  type ExtractOptions,
-  type ModuleMember,
-  type ModuleStack,
 } from "../dist/src/extract/extract.js";
 import { turnTo } from "../dist/src/extract/procrustes.js";
 import { openOnnxHost } from "../dist/src/onnx/host.js";
@@ -22,6 +20,8 @@ import { buildPack, projectAdapter } from "../dist/src/pack/build.js";
 import { taskAdapter } from "../dist/src/pack/expand.js";
 import { openPack } from "../dist/src/pack/pack.js";
 import { createRuntime } from "../dist/src/runtime/create.js";
+import type { TensorType } from "../dist/src/tensor/dtypes.js";
+import { createEncoder, readReference, readTask } from "../examples/minilm.js";
 import { backends } from "./backend-list.ts";
 import { generator, values } from "./backend-suite.ts";
 import { seededTensors } from "./bases.ts";
@@ -81,12 +81,27 @@ function formedError(member: Pick<ModuleMember, "A" | "Bt" | "rank">, stored: ty
 }
 
 /** A small adapter of random factors. */
-function adapterOf(id: string, rank: number, seed: number, [out, inputs]: readonly [number, number] = [10, 14]): Awaited<ReturnType<typeof readAdapters>>[number] {
+function adapterOf(
+  id: string,
+  rank: number,
+  seed: number,
+  [out, inputs]: readonly [number, number] = [10, 14],
+): Awaited<ReturnType<typeof readAdapters>>[number] {
   const random = generator(seed);
   const [A, Bt] = [values(rank * inputs, random), values(rank * out, random)];
   const module = { name: "layer", out, in: inputs, rank, layout: "out-in" as const, read: async () => ({ A, Bt }) };
   const modules = new Map([["layer", module]]);
-  return { id, file: id, byteLength: 4 * (A.length + Bt.length), baseModel: undefined, modules, saved: [], metadata: {}, warnings: [], close: async () => undefined };
+  return {
+    id,
+    file: id,
+    byteLength: 4 * (A.length + Bt.length),
+    baseModel: undefined,
+    modules,
+    saved: [],
+    metadata: {},
+    warnings: [],
+    close: async () => undefined,
+  };
 }
 
 t.test("golden: flat keep K=4", async (t) => {
@@ -124,7 +139,13 @@ t.test("what is reported is what is stored; all components together lose nothing
       if (lossless.report.error.max > 1e-6 || lossless.report.components.max > most) return false;
       if (most === 0) return true;
       const types = { basis, coefficients };
-      const { chunks, report } = await buildPack(adapters, { mode: "flat", gauge, centering, types, select: { kind: "k", k: Math.min(k, most) } });
+      const { chunks, report } = await buildPack(adapters, {
+        mode: "flat",
+        gauge,
+        centering,
+        types,
+        select: { kind: "k", k: Math.min(k, most) },
+      });
       const pack = await openPack(concat(chunks));
       const bases = await pack.takeBases();
       for (const [i, adapter] of adapters.entries()) {
@@ -149,13 +170,17 @@ t.test("an adapter of the stack, brought onto the stored basis again, gets the s
     const again = projectModule(space, member, options);
     t.same(again, result.tasks[i]);
     const measured = measureModule(space, member, again, options);
-    for (const key of ["error", "bound", "deltaA", "deltaB"] as const) t.ok(Math.abs(measured[key] - again[key]) <= 1e-7, key);
+    for (const key of ["error", "bound", "deltaA", "deltaB"] as const)
+      t.ok(Math.abs(measured[key] - again[key]) <= 1e-7, key);
   });
   const balanced = { ...options, gauge: "balanced" as const };
   const turned = extractModule(stack, balanced);
   for (const [i, member] of stack.members.entries()) {
     const again = projectModule(openModule(turned), member, balanced);
-    t.ok(Math.abs(again.error - turned.tasks[i]!.error) <= 2e-3, `turned again: ${again.error}, ${turned.tasks[i]!.error}`);
+    t.ok(
+      Math.abs(again.error - turned.tasks[i]!.error) <= 2e-3,
+      `turned again: ${again.error}, ${turned.tasks[i]!.error}`,
+    );
     t.ok(Math.abs(measureModule(openModule(turned), member, again, balanced).error - again.error) <= 1e-6);
   }
 });
@@ -163,7 +188,8 @@ t.test("an adapter of the stack, brought onto the stored basis again, gets the s
 t.test("turning keeps ΔW, brings pairs nearer, and lowers the error on real adapters", async (t) => {
   const random = generator(3);
   for (const zero of [0, 1, 3]) {
-    const fill = (width: number): Float64Array => Float64Array.from(values(4 * width, random)).fill(0, (4 - zero) * width);
+    const fill = (width: number): Float64Array =>
+      Float64Array.from(values(4 * width, random)).fill(0, (4 - zero) * width);
     const pair = { rank: 4, A: fill(9), Bt: fill(7) };
     const [A, Bt] = [Float64Array.from(values(36, random)), Float64Array.from(values(28, random))];
     // At right angles to all but one row: a turn that is not told what to do with the rest must not lose it.
@@ -192,14 +218,22 @@ t.test("turning keeps ΔW, brings pairs nearer, and lowers the error on real ada
 });
 
 t.test("an error selection holds for every task, with fewer bytes than all components", async (t) => {
-  const [stack] = (await stacksOf(["debtags-admin", "debtags-devel", "debtags-role", "sections-0", "sections-1"])) as [ModuleStack];
-  for (const [max, most] of [[0.3, 8], [0.8, 7]] as const) {
+  const [stack] = (await stacksOf(["debtags-admin", "debtags-devel", "debtags-role", "sections-0", "sections-1"])) as [
+    ModuleStack,
+  ];
+  for (const [max, most] of [
+    [0.3, 8],
+    [0.8, 7],
+  ] as const) {
     const result = extractModule(stack, { ...F32, select: { kind: "error", max } });
     t.ok(result.tasks.every(({ error }) => error <= max));
     const [kA, kB] = [result.A.components, result.B.components];
     t.ok(kA + kB <= most, `${kA} and ${kB} components`);
     const fewer = extractModule(stack, { ...F32, select: { kind: "k", k: kA === kB ? kA - 1 : Math.min(kA, kB) } });
-    t.ok(fewer.tasks.some(({ error }) => error > max), "fewer on both sides are too few");
+    t.ok(
+      fewer.tasks.some(({ error }) => error > max),
+      "fewer on both sides are too few",
+    );
   }
 });
 
@@ -236,12 +270,18 @@ t.test("PEFT's goldens through flat packs and every backend", async (t) => {
 const TASKS = ["debtags-role", "debtags-game", "sections-0", "debtags-scope"];
 
 t.test("several components through every backend: the adapters' own weights", async (t) => {
-  const { bytes } = await packOf(TASKS.map((id) => `adapters/own-seed/${id}`), { ...LOSSLESS, mode: "flat" }, (name) => name.includes("layer.1."));
+  const { bytes } = await packOf(
+    TASKS.map((id) => `adapters/own-seed/${id}`),
+    { ...LOSSLESS, mode: "flat" },
+    (name) => name.includes("layer.1."),
+  );
   const stacks = (await stacksOf(TASKS)).filter(({ name }) => name.includes("layer.1."));
   for (const options of backends()) {
     const pack = await openPack(bytes);
     const base = seededTensors(pack.modules, "f32");
-    const before = new Map([...base].map(([name, { data }]) => [name, Float32Array.from(new Float32Array(data.buffer))]));
+    const before = new Map(
+      [...base].map(([name, { data }]) => [name, Float32Array.from(new Float32Array(data.buffer))]),
+    );
     const runtime = await createRuntime(pack, { ...options, base });
     for (const [i, id] of TASKS.entries()) {
       await runtime.switchTask(id);
@@ -266,7 +306,11 @@ t.test("a session of the real model: factors, folded, and PEFT", async (t) => {
   await base.close?.();
   const reference = await readReference("own-seed");
   const encode = await createEncoder(NODE);
-  const answers = async (pack: Uint8Array, mode: "auto" | "factors" | "folded", task: string): Promise<Float32Array> => {
+  const answers = async (
+    pack: Uint8Array,
+    mode: "auto" | "factors" | "folded",
+    task: string,
+  ): Promise<Float32Array> => {
     const session = await open(NODE, model, await openPack(new Uint8Array(pack)), mode === "auto" ? {} : { mode });
     if (mode === "auto") t.equal(session.mode, "factors", "no core between flat components");
     await session.switchTask(task);

@@ -1,14 +1,14 @@
-import t from "tap";
-import fc from "fast-check";
 import { readFile } from "node:fs/promises";
-import { decodeTensor } from "../dist/src/tensor/dtypes.js";
+import fc from "fast-check";
+import t from "tap";
 import { EigenLoraError, FormatError } from "../dist/src/errors.js";
 import { crc32c } from "../dist/src/format/crc32c.js";
 import { encodeSuperblock } from "../dist/src/format/encode.js";
-import { expandTerm } from "../dist/src/pack/expand.js";
 import type { TaskEntry } from "../dist/src/format/format.js";
 import { layoutAppend } from "../dist/src/format/layout.js";
+import { expandTerm } from "../dist/src/pack/expand.js";
 import { openPack, type Pack } from "../dist/src/pack/pack.js";
+import { decodeTensor } from "../dist/src/tensor/dtypes.js";
 import { relativeDifference, tensorsOf } from "./compare.ts";
 import { concat, data, packOf } from "./packs.ts";
 import { packBytes } from "./sessions.ts";
@@ -21,7 +21,8 @@ function delta({ rank, A, Bt }: { rank: number; A: Float32Array; Bt: Float32Arra
   const [inputs, out] = [A.length / rank, Bt.length / rank];
   const w = new Float64Array(out * inputs);
   for (let k = 0; k < rank; k++) {
-    for (let o = 0; o < out; o++) for (let i = 0; i < inputs; i++) w[o * inputs + i]! += Bt[k * out + o]! * A[k * inputs + i]!;
+    for (let o = 0; o < out; o++)
+      for (let i = 0; i < inputs; i++) w[o * inputs + i]! += Bt[k * out + o]! * A[k * inputs + i]!;
   }
   return w;
 }
@@ -57,7 +58,11 @@ t.test("a pack written from SPEC.md alone: every number format, every kind of te
       seen.add(`${id}/${name}`);
     }
   }
-  t.same([...expected.keys()].filter((k) => !seen.has(k)), [], "every golden value was reached");
+  t.same(
+    [...expected.keys()].filter((k) => !seen.has(k)),
+    [],
+    "every golden value was reached",
+  );
   const { metadata } = pack.tasks.get("mixed")!;
   t.same(metadata.labels, ["ja", "nein"]);
   t.ok(Object.hasOwn(metadata["nested"] as object, "__proto__"), "a key called __proto__ is a key like any other");
@@ -144,7 +149,7 @@ t.test("20 000 mutants: an error of ours, or the same content", { timeout: 120_0
     else if (kind === 2) mutant = mutant.slice(0, random(mutant.length));
     else if (kind === 3) for (let k = 0; k < 4; k++) mutant[spot()] = [0, 255, 127, 128][k]!;
     else if (kind === 4) mutant.copyWithin(spot(), spot(), spot());
-    else new DataView(mutant.buffer).setUint32(spot() & ~3 % mutant.length, random(2 ** 32), true);
+    else new DataView(mutant.buffer).setUint32(spot() & (~3 % mutant.length), random(2 ** 32), true);
     // Every third mutant has its checksums made right again, so that the checks behind them are what is tested.
     if (i % 3 === 0) repairChecksums(mutant);
     try {
@@ -206,7 +211,11 @@ t.test("lies that checksums cannot catch", async (t) => {
   new DataView(optional.buffer).setUint32(entry, 77, true);
   new DataView(optional.buffer).setUint32(entry + 4, 0, true);
   repairChecksums(optional);
-  await t.rejects(readAll(optional), /3 tasks are listed, but there are 2 task blobs/, "an unknown optional section is skipped");
+  await t.rejects(
+    readAll(optional),
+    /3 tasks are listed, but there are 2 task blobs/,
+    "an unknown optional section is skipped",
+  );
 });
 
 t.test("NaN and infinity are named", async (t) => {
@@ -215,7 +224,10 @@ t.test("NaN and infinity are named", async (t) => {
   const at = pack.directory.bases.offset + pack.modules[0]!.A!.tensor.byteOffset;
   new DataView(bytes.buffer).setFloat32(at + 4 * 13, NaN, true);
   repairChecksums(bytes);
-  await t.rejects((await openPack(bytes)).takeBases(), /basis A of "layers.0.f32": value 3 of row 1 is NaN or infinite/);
+  await t.rejects(
+    (await openPack(bytes)).takeBases(),
+    /basis A of "layers.0.f32": value 3 of row 1 is NaN or infinite/,
+  );
 });
 
 t.test("an append leaves a readable pack at every byte of the way", async (t) => {
@@ -238,12 +250,15 @@ t.test("an append leaves a readable pack at every byte of the way", async (t) =>
   t.same([...after.tasks.keys()], ["all", "mixed", "parameters", "one", "two"]);
   t.equal(after.basisId, pack.basisId);
   t.same(after.tasks.get("two")!.metadata, { labels: ["two"] });
-  for (const id of pack.tasks.keys()) t.same((await after.load(id)).bytes, (await pack.load(id)).bytes, `${id} is untouched`);
+  for (const id of pack.tasks.keys())
+    t.same((await after.load(id)).bytes, (await pack.load(id)).bytes, `${id} is untouched`);
   const cold = await openPack(grown);
   await cold.takeBases();
   await cold.load("two");
   t.equal(cold.reads.requests, 4, "after an append directory and bases are two reads");
-  const again = layoutAppend(after.directory, after.window.superblock, [{ ...tasks[0]!, entry: { ...tasks[0]!.entry, id: "three" } }]);
+  const again = layoutAppend(after.directory, after.window.superblock, [
+    { ...tasks[0]!, entry: { ...tasks[0]!.entry, id: "three" } },
+  ]);
   const twice = concat([grown, ...again.body]);
   twice.set(again.superblock, again.superblockOffset);
   t.not(again.superblockOffset, plan.superblockOffset, "superblocks take turns");
@@ -252,14 +267,19 @@ t.test("an append leaves a readable pack at every byte of the way", async (t) =>
 
 t.test("the directory keeps nothing else in memory", async (t) => {
   const pack = await openPack(golden);
-  t.equal(pack.directory.basisBytes.buffer.byteLength, pack.window.superblock.directoryLength, "not the bases read with it");
+  t.equal(
+    pack.directory.basisBytes.buffer.byteLength,
+    pack.window.superblock.directoryLength,
+    "not the bases read with it",
+  );
 });
 
 t.test("what tasks bring is in the directory, equal lists once", async (t) => {
   const bytes = await packBytes(["adapters/two", "adapters/three", "adapters-more/dora", "adapters-more/bias-lora"]);
   const pack = await openPack(bytes);
   const head = ["saved classifier.bias", "saved classifier.weight"];
-  const brings = (id: string): readonly string[] => pack.tasks.get(id)!.brings!.map((b) => b.replace(/ base_model\.model\./, " "));
+  const brings = (id: string): readonly string[] =>
+    pack.tasks.get(id)!.brings!.map((b) => b.replace(/ base_model\.model\./, " "));
   t.same(brings("two"), head);
   t.equal(pack.tasks.get("two")!.brings, pack.tasks.get("three")!.brings, "the same list, stored once");
   t.equal(brings("dora").filter((b) => /^magnitude .*layer\.[01]\.attention\.self\.(query|value)$/.test(b)).length, 4);
@@ -278,7 +298,11 @@ t.test("what tasks bring is in the directory, equal lists once", async (t) => {
   t.same(grown.tasks.get("four")!.brings, head);
   t.equal((await grow({ id: "four", adapterBytes: 0, metadata: {} })).tasks.get("four")!.brings, undefined, "optional");
   for (const bad of [4, -1, 0.5, "x", [7]]) {
-    await t.rejects(grow({ id: "four", adapterBytes: 0, metadata: {}, brings: bad }), /task list: tasks.4..brings.*expected/, String(bad));
+    await t.rejects(
+      grow({ id: "four", adapterBytes: 0, metadata: {}, brings: bad }),
+      /task list: tasks.4..brings.*expected/,
+      String(bad),
+    );
   }
 });
 

@@ -2,13 +2,14 @@
  * examples/hub on a real Ray cluster of two workers on this machine, one of which is killed in the middle (hub.py beside this
  * file). Runs where PYTHON has Ray; fails without where EIGENLORA_REQUIRE lists "ray".
  */
-import t from "tap";
+
 import { execFile, spawnSync } from "node:child_process";
 import { mkdtemp, readFile, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
+import t from "tap";
 import { openPack } from "../dist/src/pack/pack.js";
 import { data, packDifference, packOf } from "./packs.ts";
 import { required } from "./required.ts";
@@ -21,7 +22,9 @@ t.test("53 adapters, 7 shards, two workers, one killed: the pack of one machine"
   if (missing) throw new Error("Ray is required but not installed");
   const folder = await mkdtemp(join(tmpdir(), "eigenlora-hub-"));
   t.teardown(() => rm(folder, { recursive: true, maxRetries: 5, retryDelay: 200 }));
-  const [script, main] = ["./hub.py", "../dist/src/cli/main.js"].map((path) => fileURLToPath(new URL(path, import.meta.url)));
+  const [script, main] = ["./hub.py", "../dist/src/cli/main.js"].map((path) =>
+    fileURLToPath(new URL(path, import.meta.url)),
+  );
   const out = join(folder, "tasks.eigen");
   const work = join(folder, "work");
   await promisify(execFile)(python, [script!, data("adapters/hub"), out, work, process.execPath, main!], {
@@ -31,7 +34,10 @@ t.test("53 adapters, 7 shards, two workers, one killed: the pack of one machine"
   const report = JSON.parse(await readFile(join(work, "report.json"), "utf8"));
   t.match(report, { workers: 2, signal: 9, dead: 1, pack: { tasks: 53, modules: 12 } });
   t.ok(report.parts < 7, `killed when ${report.parts} of 7 shards were done`);
-  const { bytes } = await packOf(["adapters/hub"], { select: { kind: "k", k: 32 }, types: { basis: "f32", coefficients: "f32", head: "f32" } });
+  const { bytes } = await packOf(["adapters/hub"], {
+    select: { kind: "k", k: 32 },
+    types: { basis: "f32", coefficients: "f32", head: "f32" },
+  });
   const [found, expected] = [await openPack(out), await openPack(bytes)];
   t.same([...found.tasks.keys()], [...expected.tasks.keys()]);
   const off = await packDifference(found, expected);

@@ -24,7 +24,11 @@ const GOLDENS = JSON.parse(readFileSync(data("goldens/adamw.json"), "utf8")) as 
 
 t.test("every step is PyTorch's", async (t) => {
   for (const { start, rates, weightDecay, gradients, norms, values, clip, ...options } of GOLDENS) {
-    const groups = start.map((numbers, i) => ({ values: Float32Array.from(numbers), rate: rates[i]!, weightDecay: weightDecay[i]! }));
+    const groups = start.map((numbers, i) => ({
+      values: Float32Array.from(numbers),
+      rate: rates[i]!,
+      weightDecay: weightDecay[i]!,
+    }));
     const optimizer = new AdamW(groups, { ...options, clip: clip ?? undefined });
     let [worst, norm] = [0, 0];
     for (const [step, these] of gradients.entries()) {
@@ -32,7 +36,8 @@ t.test("every step is PyTorch's", async (t) => {
       t.equal(report.applied, true);
       norm = Math.max(norm, Math.abs(report.norm - norms[step]!) / norms[step]!);
       for (const [i, numbers] of values[step]!.entries()) {
-        for (const [at, expected] of numbers.entries()) worst = Math.max(worst, Math.abs(groups[i]!.values[at]! - expected));
+        for (const [at, expected] of numbers.entries())
+          worst = Math.max(worst, Math.abs(groups[i]!.values[at]! - expected));
       }
     }
     t.equal(optimizer.count, options.steps);
@@ -44,16 +49,23 @@ t.test("every step is PyTorch's", async (t) => {
 
 t.test("parts of one vector are groups", async (t) => {
   const whole = Float32Array.of(1, 1, 1, 1);
-  const optimizer = new AdamW([{ values: whole.subarray(0, 2), rate: 0.1 }, { values: whole.subarray(2), rate: 0 }]);
+  const optimizer = new AdamW([
+    { values: whole.subarray(0, 2), rate: 0.1 },
+    { values: whole.subarray(2), rate: 0 },
+  ]);
   optimizer.step([Float32Array.of(1, -2), Float32Array.of(5, 5)]);
   // The first step moves by the rate, whatever the gradient's size.
-  t.same([...whole].map((value) => value.toFixed(4)), ["0.9000", "1.1000", "1.0000", "1.0000"]);
+  t.same(
+    [...whole].map((value) => value.toFixed(4)),
+    ["0.9000", "1.1000", "1.0000", "1.0000"],
+  );
 });
 
 t.test("a gradient that is not finite changes nothing", async (t) => {
   const values = Float32Array.of(1, 2);
   const optimizer = new AdamW([{ values, rate: 0.1 }], { warmup: 2 });
-  for (const bad of [NaN, Infinity]) t.match(optimizer.step([Float32Array.of(1, bad)]), { applied: false, schedule: 0.5 });
+  for (const bad of [NaN, Infinity])
+    t.match(optimizer.step([Float32Array.of(1, bad)]), { applied: false, schedule: 0.5 });
   t.same([[...values], optimizer.count], [[1, 2], 0]);
   t.match(optimizer.step([Float32Array.of(1, 1)]), { applied: true, schedule: 0.5, norm: Math.SQRT2 });
 });

@@ -6,17 +6,36 @@ import t from "tap";
 import type { Feed } from "../dist/src/onnx/feeds.js";
 import { embedWeights } from "../dist/src/onnx/write.js";
 import { addRuntimes, answerOf, bundle, noChromium, openPage } from "./browser.ts";
-import { asJson, compare, floats, golden, learning, prepare, random, relative, type Case, type Prepared } from "./learning.ts";
+import {
+  asJson,
+  type Case,
+  compare,
+  floats,
+  golden,
+  learning,
+  type Prepared,
+  prepare,
+  random,
+  relative,
+} from "./learning.ts";
 import { required } from "./required.ts";
 import { difference, modelBytes, NODE, packBytes } from "./sessions.ts";
-import { train, type Trained } from "./training.js";
+import { type Trained, train } from "./training.js";
 
 /** One of each kind, the one with most gradients among them. */
-const CASES = ["bert-all-linear", "bert-sdpa-dynamo", "bert-opset13", "llama-torchscript", "llama-dynamo", "vit-dynamo"];
+const CASES = [
+  "bert-all-linear",
+  "bert-sdpa-dynamo",
+  "bert-opset13",
+  "llama-torchscript",
+  "llama-dynamo",
+  "vit-dynamo",
+];
 const BOTH = "bert-eager-torchscript";
 
 /** How far gradients may be off. The older provider leaves sine and cosine, which turn a LLaMA's positions, to WGSL: 2⁻¹¹. */
-const toleranceOf = (name: string, build: string): number => (build === "jsep" && name.startsWith("llama") ? 1e-3 : 2e-5);
+const toleranceOf = (name: string, build: string): number =>
+  build === "jsep" && name.startsWith("llama") ? 1e-3 : 2e-5;
 
 interface Row {
   build: string;
@@ -36,15 +55,21 @@ t.test("training graphs × providers in Chromium", { skip: noChromium, timeout: 
     const { file, graph, feeds } = prepared;
     files.set(`${name}.onnx`, embedWeights(file, []));
     graphs.set(name, { of, prepared });
-    const values = (all: Iterable<[string, Feed]>): object => Object.fromEntries([...all].map(([input, feed]) => [input, asJson(feed)]));
+    const values = (all: Iterable<[string, Feed]>): object =>
+      Object.fromEntries([...all].map(([input, feed]) => [input, asJson(feed)]));
     const idle = [...feeds, ...learning(graph, floats(new Float32Array(1), 1, 1), false)];
     const runs = name === BOTH ? [[...feeds], idle] : [[...feeds]];
-    const turning = file.model.graph.proto.node.filter(({ opType }) => opType === "Sin" || opType === "Cos").map(({ name: node }) => node);
+    const turning = file.model.graph.proto.node
+      .filter(({ opType }) => opType === "Sin" || opType === "Cos")
+      .map(({ name: node }) => node);
     plan.push({ name, feeds: runs.map(values), turning });
   }
   files.set("plan.json", new TextEncoder().encode(JSON.stringify(plan)));
-  files.set("page.js", await bundle(`import { learn } from "./browser-learn.js";
-    globalThis.answer = fetch("/plan.json").then((response) => response.json()).then(learn);`));
+  files.set(
+    "page.js",
+    await bundle(`import { learn } from "./browser-learn.js";
+    globalThis.answer = fetch("/plan.json").then((response) => response.json()).then(learn);`),
+  );
   await addRuntimes(files, ["asyncify", "jsep"]);
   const rows = (await answerOf(await openPage(t, files, ["--enable-unsafe-webgpu"]))) as Row[];
   for (const { build, provider, name, why, runs } of rows) {
@@ -60,38 +85,61 @@ t.test("training graphs × providers in Chromium", { skip: noChromium, timeout: 
       t.fail(`${what}: ${why}`);
       continue;
     }
-    const [learnt, answering] = runs.map((run) => (output: string): number[] => run[output]!.map((value) => value ?? NaN));
+    const [learnt, answering] = runs.map(
+      (run) =>
+        (output: string): number[] =>
+          run[output]!.map((value) => value ?? NaN),
+    );
     const { loss, gradients, worst } = compare(of, prepared, learnt!);
     const most = toleranceOf(name, build);
-    t.ok(loss <= most && gradients <= most, `${what}: loss off by ${loss.toExponential(1)}, gradients by ${gradients.toExponential(1)} at most (${worst})`);
+    t.ok(
+      loss <= most && gradients <= most,
+      `${what}: loss off by ${loss.toExponential(1)}, gradients by ${gradients.toExponential(1)} at most (${worst})`,
+    );
     if (!answering) continue;
     t.ok(relative(answering(graph.logitsOutput), learnt!(graph.logitsOutput)) < most, `${what}: it answers alike`);
-    for (const gradient of graph.gradients.values()) t.equal(answering(gradient).length, 0, `${what}: no gradient unless it learns`);
+    for (const gradient of graph.gradients.values())
+      t.equal(answering(gradient).length, 0, `${what}: no gradient unless it learns`);
   }
 });
 
 /** How far the logits of a task may be off after 16 steps. */
 const LEARNED: Record<string, number> = { wasm: 1e-5, webgpu: 1e-4 };
 
-t.test("a trainer in Chromium learns the task that it learns in Node", { skip: noChromium, timeout: 240_000 }, async (t) => {
-  // Its weights are f16 behind Casts: software WebGPU has no f16.
-  const [model, pack] = [modelBytes("f16"), await packBytes(["adapters"], "base")];
-  const next = random(5);
-  const lines = Array.from({ length: 36 }, () => Array.from({ length: 6 }, () => 1 + Math.floor(next() * 8))).map((ids) => ({ ids, label: ids[0]! % 2 ? "odd" : "even" }));
-  const inNode = await train(NODE, { model, pack, lines });
-  const files = new Map<string, Uint8Array>([["model.onnx", model], ["tasks.eigen", pack]]);
-  files.set("page.js", await bundle(`import { teach } from "./browser-learn.js"; globalThis.answer = teach(${JSON.stringify(lines)});`));
-  await addRuntimes(files, ["asyncify"]);
-  const taught = (await answerOf(await openPage(t, files, ["--enable-unsafe-webgpu"]))) as Record<string, Trained | "no adapter">;
-  for (const [provider, found] of Object.entries(taught)) {
-    if (found === "no adapter") {
-      if (required.has("chromium")) t.fail(`${provider}: no adapter`);
-      else t.comment(`${provider}: no adapter, skipped`);
-      continue;
+t.test(
+  "a trainer in Chromium learns the task that it learns in Node",
+  { skip: noChromium, timeout: 240_000 },
+  async (t) => {
+    // Its weights are f16 behind Casts: software WebGPU has no f16.
+    const [model, pack] = [modelBytes("f16"), await packBytes(["adapters"], "base")];
+    const next = random(5);
+    const lines = Array.from({ length: 36 }, () => Array.from({ length: 6 }, () => 1 + Math.floor(next() * 8))).map(
+      (ids) => ({ ids, label: ids[0]! % 2 ? "odd" : "even" }),
+    );
+    const inNode = await train(NODE, { model, pack, lines });
+    const files = new Map<string, Uint8Array>([
+      ["model.onnx", model],
+      ["tasks.eigen", pack],
+    ]);
+    files.set(
+      "page.js",
+      await bundle(`import { teach } from "./browser-learn.js"; globalThis.answer = teach(${JSON.stringify(lines)});`),
+    );
+    await addRuntimes(files, ["asyncify"]);
+    const taught = (await answerOf(await openPage(t, files, ["--enable-unsafe-webgpu"]))) as Record<
+      string,
+      Trained | "no adapter"
+    >;
+    for (const [provider, found] of Object.entries(taught)) {
+      if (found === "no adapter") {
+        if (required.has("chromium")) t.fail(`${provider}: no adapter`);
+        else t.comment(`${provider}: no adapter, skipped`);
+        continue;
+      }
+      const { losses, logits } = found;
+      t.ok(losses.at(-1)! < 0.7 * losses[0]!, `${provider}: loss ${losses[0]} → ${losses.at(-1)}`);
+      const off = difference(logits, inNode.logits);
+      t.ok(off <= LEARNED[provider]!, `${provider}: the task's logits are off by ${off.toExponential(1)} from Node's`);
     }
-    const { losses, logits } = found;
-    t.ok(losses.at(-1)! < 0.7 * losses[0]!, `${provider}: loss ${losses[0]} → ${losses.at(-1)}`);
-    const off = difference(logits, inNode.logits);
-    t.ok(off <= LEARNED[provider]!, `${provider}: the task's logits are off by ${off.toExponential(1)} from Node's`);
-  }
-});
+  },
+);

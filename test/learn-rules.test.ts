@@ -11,12 +11,18 @@ import { RULES } from "../dist/src/autodiff/rules/index.js";
 import { findWay, type Way } from "../dist/src/autodiff/way.js";
 import type { Feed } from "../dist/src/onnx/feeds.js";
 import { indexGraph, parseModel } from "../dist/src/onnx/model.js";
-import { makeFloats, makeInts, makeNode, makeValue, type Attributes } from "../dist/src/onnx/nodes.js";
-import { AttributeProtoSchema, create, GraphProtoSchema, ModelProtoSchema, toBinary } from "../dist/src/onnx/protobuf.js";
+import { type Attributes, makeFloats, makeInts, makeNode, makeValue } from "../dist/src/onnx/nodes.js";
 import type { GraphProto, TensorProto } from "../dist/src/onnx/onnx_pb.js";
+import {
+  AttributeProtoSchema,
+  create,
+  GraphProtoSchema,
+  ModelProtoSchema,
+  toBinary,
+} from "../dist/src/onnx/protobuf.js";
 import type { ModelFile } from "../dist/src/onnx/read.js";
 import { embedWeights } from "../dist/src/onnx/write.js";
-import { probeOf, random, tensor, type Level, type Tensors } from "./learning.ts";
+import { type Level, probeOf, random, type Tensors, tensor } from "./learning.ts";
 import { NODE } from "./sessions.ts";
 
 /** A dimension: fixed, or free by name. */
@@ -25,7 +31,10 @@ type Dims = readonly Dim[];
 type Sizes = Readonly<Record<"n" | "m", number>>;
 
 /** What the two probing feeds have; other runs have what they like. */
-const PROBED: readonly Sizes[] = [{ n: 2, m: 5 }, { n: 3, m: 7 }];
+const PROBED: readonly Sizes[] = [
+  { n: 2, m: 5 },
+  { n: 3, m: 7 },
+];
 
 interface Input {
   /** Trained values: they are inputs of the graph. */
@@ -55,7 +64,8 @@ interface Case {
 
 const opset = (least = 13): fc.Arbitrary<number> => fc.integer({ min: least, max: Math.max(21, least) });
 const dim: fc.Arbitrary<Dim> = fc.constantFrom<Dim>(1, 2, 3, "n", "m");
-const shape = (least: number, most: number): fc.Arbitrary<Dim[]> => fc.array(dim, { minLength: least, maxLength: most });
+const shape = (least: number, most: number): fc.Arbitrary<Dim[]> =>
+  fc.array(dim, { minLength: least, maxLength: most });
 
 /** Shapes that broadcast to `to`. */
 function broadcast(to: Dims): fc.Arbitrary<Dim[]> {
@@ -64,8 +74,16 @@ function broadcast(to: Dims): fc.Arbitrary<Dim[]> {
     .map(([cut, ones]) => to.map((d, i) => (ones[i] ? 1 : d)).slice(cut));
 }
 
-function elementwise(inputs: number, values?: Input["values"], fixed: Partial<Case> = {}, least = 13): fc.Arbitrary<Case> {
-  if (inputs === 1) return fc.record({ opset: opset(least), dims: shape(0, 4) }).map(({ opset, dims }) => ({ opset, inputs: [{ dims, values }], ...fixed }));
+function elementwise(
+  inputs: number,
+  values?: Input["values"],
+  fixed: Partial<Case> = {},
+  least = 13,
+): fc.Arbitrary<Case> {
+  if (inputs === 1)
+    return fc
+      .record({ opset: opset(least), dims: shape(0, 4) })
+      .map(({ opset, dims }) => ({ opset, inputs: [{ dims, values }], ...fixed }));
   return shape(1, 4).chain((to) =>
     fc.tuple(opset(least), ...Array.from({ length: inputs }, () => broadcast(to))).map(([opset, ...all]) => ({
       opset,
@@ -78,19 +96,33 @@ function elementwise(inputs: number, values?: Input["values"], fixed: Partial<Ca
 /** An axis of a shape, counted from either end. */
 const axisOf = (rank: number): fc.Arbitrary<number> => fc.integer({ min: -rank, max: rank - 1 });
 const from = (axis: number, rank: number): number => (axis < 0 ? axis + rank : axis);
-const ints = (values: readonly number[], scalar = false) => (name: string): TensorProto => makeInts(name, values, scalar ? [] : undefined);
-const floats = (values: readonly number[], dims: readonly number[]) => (name: string): TensorProto => makeFloats(name, values, dims);
+const ints =
+  (values: readonly number[], scalar = false) =>
+  (name: string): TensorProto =>
+    makeInts(name, values, scalar ? [] : undefined);
+const floats =
+  (values: readonly number[], dims: readonly number[]) =>
+  (name: string): TensorProto =>
+    makeFloats(name, values, dims);
 
 function alongAxis(of: { values?: Input["values"]; least?: number } = {}): fc.Arbitrary<Case> {
   return shape(1, 4).chain((dims) =>
-    fc.tuple(opset(of.least), axisOf(dims.length)).map(([opset, axis]) => ({ opset, inputs: [{ dims, values: of.values }], attributes: { axis } })),
+    fc
+      .tuple(opset(of.least), axisOf(dims.length))
+      .map(([opset, axis]) => ({ opset, inputs: [{ dims, values: of.values }], attributes: { axis } })),
   );
 }
 
 /** Weight and bias over the last dimensions, fixed ones. */
 function normalization(least: number, biased: boolean): fc.Arbitrary<Case> {
   return fc
-    .tuple(opset(least), shape(0, 2), fc.array(fc.integer({ min: 3, max: 4 }), { minLength: 1, maxLength: 2 }), fc.boolean(), fc.boolean())
+    .tuple(
+      opset(least),
+      shape(0, 2),
+      fc.array(fc.integer({ min: 3, max: 4 }), { minLength: 1, maxLength: 2 }),
+      fc.boolean(),
+      fc.boolean(),
+    )
     .map(([opset, leading, last, bias, fromEnd]) => ({
       opset,
       inputs: [{ dims: [...leading, ...last] }, { dims: last }, ...(bias && biased ? [{ dims: last }] : [])],
@@ -102,7 +134,13 @@ function normalization(least: number, biased: boolean): fc.Arbitrary<Case> {
 function reduction(op: "ReduceSum" | "ReduceMean" | "ReduceMax"): fc.Arbitrary<Case> {
   return shape(1, 4).chain((dims) =>
     fc
-      .tuple(opset(), fc.uniqueArray(fc.nat({ max: dims.length - 1 }), { maxLength: dims.length }), fc.constantFrom(0, 1, undefined), fc.boolean(), fc.boolean())
+      .tuple(
+        opset(),
+        fc.uniqueArray(fc.nat({ max: dims.length - 1 }), { maxLength: dims.length }),
+        fc.constantFrom(0, 1, undefined),
+        fc.boolean(),
+        fc.boolean(),
+      )
       .map(([opset, places, keepdims, fromEnd, noop]) => {
         const axes = places.map((axis) => (fromEnd ? axis - dims.length : axis));
         const asInput = op === "ReduceSum" || opset >= 18;
@@ -122,23 +160,35 @@ function reduction(op: "ReduceSum" | "ReduceMean" | "ReduceMax"): fc.Arbitrary<C
 
 const matMul: fc.Arbitrary<Case> = fc.oneof(
   // Matrices with a batch each, vectors among them.
-  fc.tuple(opset(), shape(1, 4), dim, fc.constantFrom(0, 1, 2), fc.constantFrom<Dim>(2, 3, "m")).chain(([opset, to, inner, vectors, last]) =>
-    fc.tuple(broadcast(to.slice(0, -1)), broadcast(to.slice(0, -1))).map(([a, b]) => {
-      const rows = to.at(-1)!;
-      const left: Dims = vectors === 1 ? [inner] : [...a, rows, inner];
-      const right: Dims = vectors === 2 ? [inner] : [...b, inner, last];
-      return { opset, inputs: [{ dims: left }, { dims: right }] };
-    }),
-  ),
+  fc
+    .tuple(opset(), shape(1, 4), dim, fc.constantFrom(0, 1, 2), fc.constantFrom<Dim>(2, 3, "m"))
+    .chain(([opset, to, inner, vectors, last]) =>
+      fc.tuple(broadcast(to.slice(0, -1)), broadcast(to.slice(0, -1))).map(([a, b]) => {
+        const rows = to.at(-1)!;
+        const left: Dims = vectors === 1 ? [inner] : [...a, rows, inner];
+        const right: Dims = vectors === 2 ? [inner] : [...b, inner, last];
+        return { opset, inputs: [{ dims: left }, { dims: right }] };
+      }),
+    ),
   // Any rows by one matrix, as in a linear layer.
-  fc.tuple(opset(), shape(1, 3), fc.constantFrom(2, 3), fc.constantFrom<Dim>(1, 4, "m")).map(([opset, leading, inner, last]) => ({
-    opset,
-    inputs: [{ dims: [...leading, inner] }, { dims: [inner, last] }],
-  })),
+  fc
+    .tuple(opset(), shape(1, 3), fc.constantFrom(2, 3), fc.constantFrom<Dim>(1, 4, "m"))
+    .map(([opset, leading, inner, last]) => ({
+      opset,
+      inputs: [{ dims: [...leading, inner] }, { dims: [inner, last] }],
+    })),
 );
 
 const gemm: fc.Arbitrary<Case> = fc
-  .tuple(opset(), fc.boolean(), fc.boolean(), fc.tuple(dim, dim, dim), fc.constantFrom(1, 0.5), fc.constantFrom(1, -2), fc.constantFrom(-1, 0, 1, 2, 3))
+  .tuple(
+    opset(),
+    fc.boolean(),
+    fc.boolean(),
+    fc.tuple(dim, dim, dim),
+    fc.constantFrom(1, 0.5),
+    fc.constantFrom(1, -2),
+    fc.constantFrom(-1, 0, 1, 2, 3),
+  )
   .map(([opset, transA, transB, [m, k, n], alpha, beta, bias]) => {
     const C = bias < 0 ? undefined : [[], [n], [1, n], [m, n]][bias];
     return {
@@ -149,59 +199,88 @@ const gemm: fc.Arbitrary<Case> = fc
   });
 
 /** Ends that only the run tells. */
-const freeSlice: fc.Arbitrary<Case> = fc.tuple(opset(), fc.constantFrom<Dim>(4, "n"), fc.nat({ max: 2 }), fc.constantFrom(0, 1)).map(([opset, size, at, cut]) => ({
-  opset,
-  inputs: [
-    { dims: (["m", 2] as Dim[]).toSpliced(at, 0, size) },
-    { index: { rank: 1, value: () => 1 - 2 * cut } },
-    { index: { rank: 1, value: (sizes) => (typeof size === "number" ? size : sizes[size]) - 1 + 100 * cut } },
-    { constant: ints([at]) },
-  ],
-}));
+const freeSlice: fc.Arbitrary<Case> = fc
+  .tuple(opset(), fc.constantFrom<Dim>(4, "n"), fc.nat({ max: 2 }), fc.constantFrom(0, 1))
+  .map(([opset, size, at, cut]) => ({
+    opset,
+    inputs: [
+      { dims: (["m", 2] as Dim[]).toSpliced(at, 0, size) },
+      { index: { rank: 1, value: () => 1 - 2 * cut } },
+      { index: { rank: 1, value: (sizes) => (typeof size === "number" ? size : sizes[size]) - 1 + 100 * cut } },
+      { constant: ints([at]) },
+    ],
+  }));
 
-const slice: fc.Arbitrary<Case> = fc.array(fc.constantFrom<Dim>(3, 4, "n", "m"), { minLength: 1, maxLength: 3 }).chain((dims) =>
+const slice: fc.Arbitrary<Case> = fc
+  .array(fc.constantFrom<Dim>(3, 4, "n", "m"), { minLength: 1, maxLength: 3 })
+  .chain((dims) =>
+    fc
+      .tuple(
+        ...([
+          opset(),
+          fc.uniqueArray(fc.nat({ max: dims.length - 1 }), { minLength: 1, maxLength: dims.length }),
+          fc.boolean(),
+        ] as const),
+        // At least one element is left of any dimension, which is 3 or more.
+        fc.array(fc.constantFrom([0, 1], [0, 2], [1, 3], [-2, -1], [-3, 1000], [1, -1], [0, 1000], [-1, 2 ** 31]), {
+          minLength: 3,
+          maxLength: 3,
+        }),
+        fc.boolean(),
+      )
+      .map(([opset, places, fromEnd, cuts, step]) => {
+        const axes = places.map((axis) => (fromEnd ? axis - dims.length : axis));
+        const part = (which: 0 | 1): number[] => places.map((axis) => cuts[axis]![which]!);
+        const implied = places.length === dims.length && places.every((axis, i) => axis === i) && !fromEnd && !step;
+        return {
+          opset,
+          inputs: [
+            ...[{ dims }, { constant: ints(part(0)) }, { constant: ints(part(1)) }],
+            ...(implied ? [] : [{ constant: ints(axes) }]),
+            ...(step ? [{ constant: ints(axes.map(() => 1)) }] : []),
+          ],
+        };
+      }),
+  );
+
+const gather: fc.Arbitrary<Case> = shape(1, 4).chain((dims) =>
   fc
-    .tuple(
-      ...[opset(), fc.uniqueArray(fc.nat({ max: dims.length - 1 }), { minLength: 1, maxLength: dims.length }), fc.boolean()] as const,
-      // At least one element is left of any dimension, which is 3 or more.
-      fc.array(fc.constantFrom([0, 1], [0, 2], [1, 3], [-2, -1], [-3, 1000], [1, -1], [0, 1000], [-1, 2 ** 31]), { minLength: 3, maxLength: 3 }),
-      fc.boolean(),
-    )
-    .map(([opset, places, fromEnd, cuts, step]) => {
-      const axes = places.map((axis) => (fromEnd ? axis - dims.length : axis));
-      const part = (which: 0 | 1): number[] => places.map((axis) => cuts[axis]![which]!);
-      const implied = places.length === dims.length && places.every((axis, i) => axis === i) && !fromEnd && !step;
+    .tuple(opset(), axisOf(dims.length), fc.constantFrom(0, 1, 2), fc.constantFrom("first", "last", "free"))
+    .map(([opset, axis, rank, which]) => {
+      const attributes = { axis };
+      const x = { dims };
+      if (which === "free" && rank < 2) {
+        const size = dims[from(axis, dims.length)]!;
+        const value = (sizes: Sizes): number => (typeof size === "number" ? size : sizes[size]) - 1;
+        return { opset, attributes, inputs: [x, { index: { rank: rank as 0 | 1, value } }] };
+      }
+      const at = which === "first" ? 0 : -1;
       return {
         opset,
-        inputs: [
-          ...[{ dims }, { constant: ints(part(0)) }, { constant: ints(part(1)) }],
-          ...(implied ? [] : [{ constant: ints(axes) }]),
-          ...(step ? [{ constant: ints(axes.map(() => 1)) }] : []),
-        ],
+        attributes,
+        inputs: [x, { constant: (name: string): TensorProto => makeInts(name, [at], Array(rank).fill(1)) }],
       };
     }),
 );
 
-const gather: fc.Arbitrary<Case> = shape(1, 4).chain((dims) =>
-  fc.tuple(opset(), axisOf(dims.length), fc.constantFrom(0, 1, 2), fc.constantFrom("first", "last", "free")).map(([opset, axis, rank, which]) => {
-    const attributes = { axis };
-    const x = { dims };
-    if (which === "free" && rank < 2) {
-      const size = dims[from(axis, dims.length)]!;
-      const value = (sizes: Sizes): number => (typeof size === "number" ? size : sizes[size]) - 1;
-      return { opset, attributes, inputs: [x, { index: { rank: rank as 0 | 1, value } }] };
-    }
-    const at = which === "first" ? 0 : -1;
-    return { opset, attributes, inputs: [x, { constant: (name: string): TensorProto => makeInts(name, [at], Array(rank).fill(1)) }] };
-  }),
-);
-
 const split: fc.Arbitrary<Case> = fc
-  .tuple(opset(), shape(1, 2), fc.constantFrom(0, 1), fc.array(fc.integer({ min: 1, max: 2 }), { minLength: 2, maxLength: 9 }), fc.boolean())
+  .tuple(
+    opset(),
+    shape(1, 2),
+    fc.constantFrom(0, 1),
+    fc.array(fc.integer({ min: 1, max: 2 }), { minLength: 2, maxLength: 9 }),
+    fc.boolean(),
+  )
   .map(([opset, others, at, pieces, some]) => {
     const dims = [...others.slice(0, at), pieces.reduce((a, b) => a + b, 0), ...others.slice(at)];
     const used = some ? [0] : pieces.map((_, i) => i);
-    return { opset, inputs: [{ dims }, { constant: ints(pieces) }], attributes: { axis: at }, outputs: pieces.length, used };
+    return {
+      opset,
+      inputs: [{ dims }, { constant: ints(pieces) }],
+      attributes: { axis: at },
+      outputs: pieces.length,
+      used,
+    };
   });
 
 const concat: fc.Arbitrary<Case> = shape(1, 3).chain((dims) =>
@@ -213,7 +292,9 @@ const concat: fc.Arbitrary<Case> = shape(1, 3).chain((dims) =>
 );
 
 const CASES: Record<string, fc.Arbitrary<Case>> = {
-  ...Object.fromEntries(["Identity", "Neg", "Erf", "Tanh", "Sigmoid", "Softplus", "Exp"].map((op) => [op, elementwise(1)])),
+  ...Object.fromEntries(
+    ["Identity", "Neg", "Erf", "Tanh", "Sigmoid", "Softplus", "Exp"].map((op) => [op, elementwise(1)]),
+  ),
   ...Object.fromEntries(["Reciprocal", "Sqrt", "Log"].map((op) => [op, elementwise(1, "positive")])),
   Cast: elementwise(1, undefined, { attributes: { to: 1 } }),
   Dropout: elementwise(1),
@@ -228,16 +309,22 @@ const CASES: Record<string, fc.Arbitrary<Case>> = {
   Mul: elementwise(2),
   Sum: fc.integer({ min: 2, max: 4 }).chain((many) => elementwise(many)),
   Div: elementwise(2, "positive"),
-  Pow: fc.tuple(opset(), shape(0, 3), fc.constantFrom(2, 3, 0.5, 1, -1, 1.7)).chain(([opset, dims, e]) =>
-    fc.constantFrom<Case["inputs"]>(
-      [{ dims, values: "positive" }, { constant: floats([e], []) }],
-      [{ dims, values: "positive" }, { constant: floats([e], [1, 1]) }],
-      [{ dims: [...dims, 3], values: "positive" }, { constant: floats([e, 2, 0.3], [3]) }],
-      [{ dims: [...dims, 1], values: "positive" }, { constant: floats([e, 2, 0.3], [3]) }],
-    ).map((inputs) => ({ opset, inputs })),
-  ),
+  Pow: fc
+    .tuple(opset(), shape(0, 3), fc.constantFrom(2, 3, 0.5, 1, -1, 1.7))
+    .chain(([opset, dims, e]) =>
+      fc
+        .constantFrom<Case["inputs"]>(
+          [{ dims, values: "positive" }, { constant: floats([e], []) }],
+          [{ dims, values: "positive" }, { constant: floats([e], [1, 1]) }],
+          [{ dims: [...dims, 3], values: "positive" }, { constant: floats([e, 2, 0.3], [3]) }],
+          [{ dims: [...dims, 1], values: "positive" }, { constant: floats([e, 2, 0.3], [3]) }],
+        )
+        .map((inputs) => ({ opset, inputs })),
+    ),
   Where: shape(1, 4).chain((to) =>
-    fc.tuple(opset(), broadcast(to), broadcast(to), broadcast(to)).map(([opset, mask, a, b]) => ({ opset, inputs: [{ mask }, { dims: a }, { dims: b }] })),
+    fc
+      .tuple(opset(), broadcast(to), broadcast(to), broadcast(to))
+      .map(([opset, mask, a, b]) => ({ opset, inputs: [{ mask }, { dims: a }, { dims: b }] })),
   ),
   MatMul: matMul,
   Gemm: gemm,
@@ -248,19 +335,29 @@ const CASES: Record<string, fc.Arbitrary<Case>> = {
   ReduceSum: reduction("ReduceSum"),
   ReduceMean: reduction("ReduceMean"),
   ReduceMax: reduction("ReduceMax"),
-  Reshape: fc.tuple(opset(), fc.constantFrom<Dim>("n", "m", 3)).map(([opset, first]) => ({ opset, inputs: [{ dims: [first, 6] }, { constant: ints([-1, 2, 3]) }] })),
-  Flatten: shape(1, 4).chain((dims) => fc.tuple(opset(), fc.nat({ max: dims.length })).map(([opset, axis]) => ({ opset, inputs: [{ dims }], attributes: { axis } }))),
+  Reshape: fc
+    .tuple(opset(), fc.constantFrom<Dim>("n", "m", 3))
+    .map(([opset, first]) => ({ opset, inputs: [{ dims: [first, 6] }, { constant: ints([-1, 2, 3]) }] })),
+  Flatten: shape(1, 4).chain((dims) =>
+    fc
+      .tuple(opset(), fc.nat({ max: dims.length }))
+      .map(([opset, axis]) => ({ opset, inputs: [{ dims }], attributes: { axis } })),
+  ),
   Squeeze: fc.tuple(opset(), fc.nat({ max: 2 }), fc.boolean()).map(([opset, at, fromEnd]) => ({
     opset,
     inputs: [{ dims: (["n", 3] as Dim[]).toSpliced(at, 0, 1) }, { constant: ints([fromEnd ? at - 3 : at]) }],
   })),
-  Unsqueeze: fc.tuple(opset(), shape(0, 3), fc.nat({ max: 3 })).map(([opset, dims, at]) => ({ opset, inputs: [{ dims }, { constant: ints([Math.min(at, dims.length)]) }] })),
+  Unsqueeze: fc
+    .tuple(opset(), shape(0, 3), fc.nat({ max: 3 }))
+    .map(([opset, dims, at]) => ({ opset, inputs: [{ dims }, { constant: ints([Math.min(at, dims.length)]) }] })),
   Transpose: shape(1, 4).chain((dims) =>
-    fc.tuple(opset(), fc.shuffledSubarray([...dims.keys()], { minLength: dims.length }), fc.boolean()).map(([opset, perm, given]) => ({
-      opset,
-      inputs: [{ dims }],
-      attributes: (given ? { perm } : {}) as Attributes,
-    })),
+    fc
+      .tuple(opset(), fc.shuffledSubarray([...dims.keys()], { minLength: dims.length }), fc.boolean())
+      .map(([opset, perm, given]) => ({
+        opset,
+        inputs: [{ dims }],
+        attributes: (given ? { perm } : {}) as Attributes,
+      })),
   ),
   Expand: fc.tuple(opset(), fc.array(fc.constantFrom<Dim>(1, 2, "n"), { maxLength: 3 })).map(([opset, dims]) => ({
     opset,
@@ -280,7 +377,10 @@ function valuesOf(kind: Input["values"], many: number, next: () => number): Floa
   if (kind === "positive") return Float32Array.from({ length: many }, () => 0.6 + next());
   if (kind !== "apart") return Float32Array.from({ length: many }, () => 3 * next() - 1.5);
   const order = Array.from({ length: many }, (_, i) => [next(), 0.2 * (i - Math.floor(many / 2)) + 0.1] as const);
-  return Float32Array.from(order.sort(([a], [b]) => a - b), ([, value]) => value);
+  return Float32Array.from(
+    order.sort(([a], [b]) => a - b),
+    ([, value]) => value,
+  );
 }
 
 function feedsOf({ inputs }: Case, sizes: Sizes, next: () => number): Map<string, Feed> {
@@ -291,9 +391,17 @@ function feedsOf({ inputs }: Case, sizes: Sizes, next: () => number): Map<string
       feeds.set(`x${i}`, { dataType: 1, dims: size, data: valuesOf(values, count(size), next) });
     } else if (mask) {
       const size = sizeOf(mask, sizes);
-      feeds.set(`x${i}`, { dataType: 9, dims: size, data: Uint8Array.from({ length: count(size) }, () => Number(next() < 0.5)) });
+      feeds.set(`x${i}`, {
+        dataType: 9,
+        dims: size,
+        data: Uint8Array.from({ length: count(size) }, () => Number(next() < 0.5)),
+      });
     } else if (index) {
-      feeds.set(`x${i}`, { dataType: 7, dims: index.rank === 0 ? [] : [1], data: BigInt64Array.of(BigInt(index.value(sizes))) });
+      feeds.set(`x${i}`, {
+        dataType: 7,
+        dims: index.rank === 0 ? [] : [1],
+        data: BigInt64Array.of(BigInt(index.value(sizes))),
+      });
     }
   }
   return feeds;
@@ -305,16 +413,32 @@ async function differentiated(
   { inputs, attributes = {}, text = {}, outputs = 1, used = [0], opset }: Case,
   feeds: readonly Map<string, Feed>[],
 ): Promise<[forward: Uint8Array, both: Uint8Array]> {
-  const node = makeNode(op, op, inputs.map((_, i) => `x${i}`), Array.from({ length: outputs }, (_, i) => `y${i}`), attributes);
-  for (const [name, value] of Object.entries(text)) node.attribute.push(create(AttributeProtoSchema, { name, s: new TextEncoder().encode(value), type: 3 }));
+  const node = makeNode(
+    op,
+    op,
+    inputs.map((_, i) => `x${i}`),
+    Array.from({ length: outputs }, (_, i) => `y${i}`),
+    attributes,
+  );
+  for (const [name, value] of Object.entries(text))
+    node.attribute.push(create(AttributeProtoSchema, { name, s: new TextEncoder().encode(value), type: 3 }));
   const graph = create(GraphProtoSchema, { name: "one" });
   // All the outputs that are used in one row.
   const rows = used.map((i) => makeNode("Flatten", `flat${i}`, [`y${i}`], `flat${i}`, { axis: 0 }));
-  const whole = makeNode("Concat", "whole", used.map((i) => `flat${i}`), "whole", { axis: 1 });
+  const whole = makeNode(
+    "Concat",
+    "whole",
+    used.map((i) => `flat${i}`),
+    "whole",
+    { axis: 1 },
+  );
   graph.node.push(node, ...rows, whole);
   for (const [i, { dims, constant, mask, index }] of inputs.entries()) {
     if (constant) graph.initializer.push(constant(`x${i}`));
-    else graph.input.push(makeValue(`x${i}`, dims ? 1 : mask ? 9 : 7, index ? (index.rank === 0 ? [] : [1]) : (dims ?? mask)!));
+    else
+      graph.input.push(
+        makeValue(`x${i}`, dims ? 1 : mask ? 9 : 7, index ? (index.rank === 0 ? [] : [1]) : (dims ?? mask)!),
+      );
   }
   const sources = inputs.flatMap(({ dims }, i) => (dims ? [`x${i}`] : []));
   const { forward, both } = await derive(op, graph, opset, sources, feeds);
@@ -322,13 +446,27 @@ async function differentiated(
 }
 
 /** A model without and with the gradients of inputs, from what is fed as the gradient of the value `whole`. */
-async function derive(name: string, graph: GraphProto, opset: number, sources: readonly string[], feeds: readonly Map<string, Feed>[]): Promise<{ forward: Uint8Array; both: Uint8Array; way: Way }> {
+async function derive(
+  name: string,
+  graph: GraphProto,
+  opset: number,
+  sources: readonly string[],
+  feeds: readonly Map<string, Feed>[],
+): Promise<{ forward: Uint8Array; both: Uint8Array; way: Way }> {
   graph.output.push(makeValue("whole", 1));
   const opsetImport = [{ $typeName: "onnx.OperatorSetIdProto" as const, domain: "", version: BigInt(opset) }];
-  const forward = toBinary(ModelProtoSchema, create(ModelProtoSchema, { irVersion: opset > 20 ? 10n : 8n, opsetImport, graph }));
+  const forward = toBinary(
+    ModelProtoSchema,
+    create(ModelProtoSchema, { irVersion: opset > 20 ? 10n : 8n, opsetImport, graph }),
+  );
   const model = parseModel(forward, name);
   const main = model.graph.proto;
-  const file: ModelFile = { model: { ...model, graph: indexGraph(main, name) }, bytes: forward, external: undefined, close: async () => undefined };
+  const file: ModelFile = {
+    model: { ...model, graph: indexGraph(main, name) },
+    bytes: forward,
+    external: undefined,
+    close: async () => undefined,
+  };
   const emit = new Emitter(main, opset);
   const problems = new Problems();
   const way = await findWay(file, sources, "whole", problems, { probe: probeOf(NODE), feeds, initializers: [] });
@@ -356,51 +494,73 @@ for (const [op, cases] of Object.entries(CASES)) {
     let worst = 0;
     const sizes = fc.record({ n: fc.integer({ min: 1, max: 4 }), m: fc.integer({ min: 1, max: 4 }) });
     const least = op === "Slice" ? 3 : 1;
-    const property = fc.asyncProperty(cases, sizes, fc.integer(), fc.constantFrom<Level>("disabled", "all"), async (one, other, seed, level) => {
-      const next = random(seed);
-      const run = { n: Math.max(least, other.n), m: Math.max(least, other.m) };
-      const probed = least === 3 ? [{ n: 5, m: 8 }, { n: 6, m: 9 }] : PROBED;
-      const [forward, both] = await differentiated(op, one, probed.map((sizes) => feedsOf(one, sizes, next)));
-      const session = await NODE.InferenceSession.create(forward, { graphOptimizationLevel: level });
-      const gradients = await NODE.InferenceSession.create(both, { graphOptimizationLevel: level });
-      try {
-        const given = feedsOf(one, run, next);
-        const feeds: Tensors = {};
-        for (const [name, feed] of given) feeds[name] = tensor(NODE, feed);
-        const outputs = async (): Promise<Float32Array> => (await session.run(feeds))["whole"]!.data as Float32Array;
-        const weights = Float32Array.from(await outputs(), () => 2 * next() - 1);
-        const loss = async (): Promise<number> => (await outputs()).reduce((sum, value, i) => sum + value * weights[i]!, 0);
-        const results = await gradients.run({ ...feeds, seed: new NODE.Tensor("float32", weights, [1, weights.length]) });
-        for (const [i, { dims }] of one.inputs.entries()) {
-          if (!dims) continue;
-          const gradient = results[`dx${i}`]!;
-          const { data: values, dims: size } = given.get(`x${i}`)!;
-          if (gradient.dims.join() !== size.join()) throw new Error(`x${i} is [${size}], its gradient [${gradient.dims}]`);
-          const expected = new Float64Array(values.length);
-          for (let at = 0; at < values.length; at++) {
-            const shifted = async (by: number): Promise<number> => {
-              const moved = Float32Array.from(values as Float32Array);
-              moved[at]! += by;
-              feeds[`x${i}`] = new NODE.Tensor("float32", moved, [...size]);
-              return loss();
-            };
-            const slope = async (step: number): Promise<number> => ((await shifted(step)) - (await shifted(-step))) / (2 * step);
-            // Two steps cancel the error of second order.
-            expected[at] = (4 * (await slope(STEP / 2)) - (await slope(STEP))) / 3;
+    const property = fc.asyncProperty(
+      cases,
+      sizes,
+      fc.integer(),
+      fc.constantFrom<Level>("disabled", "all"),
+      async (one, other, seed, level) => {
+        const next = random(seed);
+        const run = { n: Math.max(least, other.n), m: Math.max(least, other.m) };
+        const probed =
+          least === 3
+            ? [
+                { n: 5, m: 8 },
+                { n: 6, m: 9 },
+              ]
+            : PROBED;
+        const [forward, both] = await differentiated(
+          op,
+          one,
+          probed.map((sizes) => feedsOf(one, sizes, next)),
+        );
+        const session = await NODE.InferenceSession.create(forward, { graphOptimizationLevel: level });
+        const gradients = await NODE.InferenceSession.create(both, { graphOptimizationLevel: level });
+        try {
+          const given = feedsOf(one, run, next);
+          const feeds: Tensors = {};
+          for (const [name, feed] of given) feeds[name] = tensor(NODE, feed);
+          const outputs = async (): Promise<Float32Array> => (await session.run(feeds))["whole"]!.data as Float32Array;
+          const weights = Float32Array.from(await outputs(), () => 2 * next() - 1);
+          const loss = async (): Promise<number> =>
+            (await outputs()).reduce((sum, value, i) => sum + value * weights[i]!, 0);
+          const results = await gradients.run({
+            ...feeds,
+            seed: new NODE.Tensor("float32", weights, [1, weights.length]),
+          });
+          for (const [i, { dims }] of one.inputs.entries()) {
+            if (!dims) continue;
+            const gradient = results[`dx${i}`]!;
+            const { data: values, dims: size } = given.get(`x${i}`)!;
+            if (gradient.dims.join() !== size.join())
+              throw new Error(`x${i} is [${size}], its gradient [${gradient.dims}]`);
+            const expected = new Float64Array(values.length);
+            for (let at = 0; at < values.length; at++) {
+              const shifted = async (by: number): Promise<number> => {
+                const moved = Float32Array.from(values as Float32Array);
+                moved[at]! += by;
+                feeds[`x${i}`] = new NODE.Tensor("float32", moved, [...size]);
+                return loss();
+              };
+              const slope = async (step: number): Promise<number> =>
+                ((await shifted(step)) - (await shifted(-step))) / (2 * step);
+              // Two steps cancel the error of second order.
+              expected[at] = (4 * (await slope(STEP / 2)) - (await slope(STEP))) / 3;
+            }
+            feeds[`x${i}`] = tensor(NODE, given.get(`x${i}`)!);
+            // Gradients that cancel out are small differences of large numbers: relative to 1 then.
+            const norm = Math.max(1, Math.hypot(...expected));
+            const off = Math.hypot(...expected.map((value, at) => value - (gradient.data as Float32Array)[at]!)) / norm;
+            const told = `${[...(gradient.data as Float32Array)]} instead of ${[...expected]}`;
+            if (!(off <= TOLERANCE)) throw new Error(`the gradient of x${i} [${size}] is off by ${off}: ${told}`);
+            worst = Math.max(worst, off);
           }
-          feeds[`x${i}`] = tensor(NODE, given.get(`x${i}`)!);
-          // Gradients that cancel out are small differences of large numbers: relative to 1 then.
-          const norm = Math.max(1, Math.hypot(...expected));
-          const off = Math.hypot(...expected.map((value, at) => value - (gradient.data as Float32Array)[at]!)) / norm;
-          const told = `${[...(gradient.data as Float32Array)]} instead of ${[...expected]}`;
-          if (!(off <= TOLERANCE)) throw new Error(`the gradient of x${i} [${size}] is off by ${off}: ${told}`);
-          worst = Math.max(worst, off);
+        } finally {
+          await session.release();
+          await gradients.release();
         }
-      } finally {
-        await session.release();
-        await gradients.release();
-      }
-    });
+      },
+    );
     await fc.assert(property, { seed: 20261123, numRuns: 25 });
     t.pass(`off by ${worst.toExponential(1)} at most`);
   });
@@ -408,7 +568,11 @@ for (const [op, cases] of Object.entries(CASES)) {
 
 t.test("equal maxima share a gradient", async (t) => {
   const one: Case = { opset: 17, inputs: [{ dims: ["n", "m"] }], attributes: { axes: [1], keepdims: 0 } };
-  const [, both] = await differentiated("ReduceMax", one, PROBED.map((sizes) => feedsOf(one, sizes, random(1))));
+  const [, both] = await differentiated(
+    "ReduceMax",
+    one,
+    PROBED.map((sizes) => feedsOf(one, sizes, random(1))),
+  );
   const session = await NODE.InferenceSession.create(both);
   const x = new NODE.Tensor("float32", Float32Array.of(1, 3, 3, 0, 2, 2, 2, 2), [2, 4]);
   const results = await session.run({ x0: x, seed: new NODE.Tensor("float32", Float32Array.of(1, 8), [1, 2]) });
@@ -419,13 +583,84 @@ t.test("equal maxima share a gradient", async (t) => {
 t.test("GELU in five nodes is one operator on the way back", async (t) => {
   type Nodes = readonly (readonly [op: string, a: string, b: string, made: string])[];
   const variants: readonly [what: string, nodes: Nodes, fused: boolean][] = [
-    ["half behind", [["Div", "x", "√2", "u"], ["Erf", "u", "", "e"], ["Add", "e", "1", "c"], ["Mul", "x", "c", "p"], ["Mul", "p", "½", "y"]], true],
-    ["half in front, operands the other way round", [["Mul", "1/√2", "x", "u"], ["Erf", "u", "", "e"], ["Add", "1", "e", "c"], ["Mul", "x", "½", "h"], ["Mul", "c", "h", "y"]], true],
-    ["another factor", [["Div", "x", "√2", "u"], ["Erf", "u", "", "e"], ["Add", "e", "1", "c"], ["Mul", "x", "c", "p"], ["Mul", "p", "1", "y"]], false],
-    ["another scale", [["Div", "x", "1", "u"], ["Erf", "u", "", "e"], ["Add", "e", "1", "c"], ["Mul", "x", "c", "p"], ["Mul", "p", "½", "y"]], false],
-    ["divided the other way", [["Div", "√2", "x", "u"], ["Erf", "u", "", "e"], ["Add", "e", "1", "c"], ["Mul", "x", "c", "p"], ["Mul", "p", "½", "y"]], false],
-    ["used by somebody else", [["Div", "x", "√2", "u"], ["Erf", "u", "", "e"], ["Add", "e", "1", "c"], ["Mul", "x", "c", "p"], ["Mul", "p", "½", "q"], ["Add", "q", "e", "y"]], false],
-    ["times another value", [["Div", "x", "√2", "u"], ["Erf", "u", "", "e"], ["Add", "e", "1", "c"], ["Mul", "u", "c", "p"], ["Mul", "p", "½", "y"]], false],
+    [
+      "half behind",
+      [
+        ["Div", "x", "√2", "u"],
+        ["Erf", "u", "", "e"],
+        ["Add", "e", "1", "c"],
+        ["Mul", "x", "c", "p"],
+        ["Mul", "p", "½", "y"],
+      ],
+      true,
+    ],
+    [
+      "half in front, operands the other way round",
+      [
+        ["Mul", "1/√2", "x", "u"],
+        ["Erf", "u", "", "e"],
+        ["Add", "1", "e", "c"],
+        ["Mul", "x", "½", "h"],
+        ["Mul", "c", "h", "y"],
+      ],
+      true,
+    ],
+    [
+      "another factor",
+      [
+        ["Div", "x", "√2", "u"],
+        ["Erf", "u", "", "e"],
+        ["Add", "e", "1", "c"],
+        ["Mul", "x", "c", "p"],
+        ["Mul", "p", "1", "y"],
+      ],
+      false,
+    ],
+    [
+      "another scale",
+      [
+        ["Div", "x", "1", "u"],
+        ["Erf", "u", "", "e"],
+        ["Add", "e", "1", "c"],
+        ["Mul", "x", "c", "p"],
+        ["Mul", "p", "½", "y"],
+      ],
+      false,
+    ],
+    [
+      "divided the other way",
+      [
+        ["Div", "√2", "x", "u"],
+        ["Erf", "u", "", "e"],
+        ["Add", "e", "1", "c"],
+        ["Mul", "x", "c", "p"],
+        ["Mul", "p", "½", "y"],
+      ],
+      false,
+    ],
+    [
+      "used by somebody else",
+      [
+        ["Div", "x", "√2", "u"],
+        ["Erf", "u", "", "e"],
+        ["Add", "e", "1", "c"],
+        ["Mul", "x", "c", "p"],
+        ["Mul", "p", "½", "q"],
+        ["Add", "q", "e", "y"],
+      ],
+      false,
+    ],
+    [
+      "times another value",
+      [
+        ["Div", "x", "√2", "u"],
+        ["Erf", "u", "", "e"],
+        ["Add", "e", "1", "c"],
+        ["Mul", "u", "c", "p"],
+        ["Mul", "p", "½", "y"],
+      ],
+      false,
+    ],
   ];
   const numbers = { "√2": Math.SQRT2, "1/√2": Math.SQRT1_2, "½": 0.5, "1": 1 };
   for (const [what, nodes, fused] of variants) {
@@ -434,14 +669,35 @@ t.test("GELU in five nodes is one operator on the way back", async (t) => {
     graph.node.push(makeNode("Identity", "whole", ["y"], "whole"));
     for (const [name, value] of Object.entries(numbers)) graph.initializer.push(makeFloats(name, [value], []));
     graph.input.push(makeValue("x", 1, ["n", "m"]));
-    const feeds = PROBED.map(({ n, m }) => new Map([["x", { dataType: 1, dims: [n, m], data: new Float32Array(n * m).fill(0.5) }]]));
+    const feeds = PROBED.map(
+      ({ n, m }) => new Map([["x", { dataType: 1, dims: [n, m], data: new Float32Array(n * m).fill(0.5) }]]),
+    );
     const { forward, both, way } = await derive(what, graph, 17, ["x"], feeds);
-    t.same(way.nodes.map(({ opType }) => opType), fused ? ["Gelu", "Identity"] : [...nodes.map(([op]) => op), "Identity"], what);
-    const [session, gradients] = [await NODE.InferenceSession.create(forward), await NODE.InferenceSession.create(both)];
+    t.same(
+      way.nodes.map(({ opType }) => opType),
+      fused ? ["Gelu", "Identity"] : [...nodes.map(([op]) => op), "Identity"],
+      what,
+    );
+    const [session, gradients] = [
+      await NODE.InferenceSession.create(forward),
+      await NODE.InferenceSession.create(both),
+    ];
     const x = Float32Array.of(-3, -1.2, -0.4, 0.3, 0.9, 2.5);
-    const y = async (by: number): Promise<Float32Array> => (await session.run({ x: new NODE.Tensor("float32", x.map((value) => value + by), [2, 3]) }))["whole"]!.data as Float32Array;
+    const y = async (by: number): Promise<Float32Array> =>
+      (
+        await session.run({
+          x: new NODE.Tensor(
+            "float32",
+            x.map((value) => value + by),
+            [2, 3],
+          ),
+        })
+      )["whole"]!.data as Float32Array;
     const [up, down] = [await y(0.01), await y(-0.01)];
-    const { dx } = await gradients.run({ x: new NODE.Tensor("float32", x, [2, 3]), seed: new NODE.Tensor("float32", new Float32Array(6).fill(1), [2, 3]) });
+    const { dx } = await gradients.run({
+      x: new NODE.Tensor("float32", x, [2, 3]),
+      seed: new NODE.Tensor("float32", new Float32Array(6).fill(1), [2, 3]),
+    });
     const off = Math.max(...x.map((_, i) => Math.abs((up[i]! - down[i]!) / 0.02 - (dx!.data as Float32Array)[i]!)));
     t.ok(off < 1e-3, `${what}: off by ${off.toExponential(1)}`);
     await Promise.all([session.release(), gradients.release()]);
@@ -449,14 +705,31 @@ t.test("GELU in five nodes is one operator on the way back", async (t) => {
 });
 
 t.test("uses of an operator that gradients do not pass", async (t) => {
-  const use = (op: string, inputs: Case["inputs"], message: RegExp, rest: Partial<Case> = {}) => ({ op, one: { opset: 17, inputs, ...rest }, message });
+  const use = (op: string, inputs: Case["inputs"], message: RegExp, rest: Partial<Case> = {}) => ({
+    op,
+    one: { opset: 17, inputs, ...rest },
+    message,
+  });
   const fixed = (...values: number[]): Input => ({ constant: ints(values) });
   const uses = [
-    use("Pow", [{ dims: ["n"], values: "positive" }, { dims: [] }], /Pow has a trained exponent, which gradients do not flow to: "Pow"/),
+    use(
+      "Pow",
+      [{ dims: ["n"], values: "positive" }, { dims: [] }],
+      /Pow has a trained exponent, which gradients do not flow to: "Pow"/,
+    ),
     use("Gather", [{ dims: [4, "n"] }, fixed(0, 2)], /Gather takes several places at once.*: "Gather"/),
     use("Slice", [{ dims: [6] }, fixed(0), fixed(6), fixed(0), fixed(2)], /Slice takes steps other than 1: "Slice"/),
-    use("ReduceSum", [{ dims: ["n", 2] }, { index: { rank: 1, value: () => 1 } }], /ReduceSum reduces over axes that depend on the input: "ReduceSum"/),
-    use("LayerNormalization", [{ dims: ["n", 4] }, { dims: [4] }], /is used by more than its first output.*: "LayerNormalization"/, { outputs: 2, used: [1] }),
+    use(
+      "ReduceSum",
+      [{ dims: ["n", 2] }, { index: { rank: 1, value: () => 1 } }],
+      /ReduceSum reduces over axes that depend on the input: "ReduceSum"/,
+    ),
+    use(
+      "LayerNormalization",
+      [{ dims: ["n", 4] }, { dims: [4] }],
+      /is used by more than its first output.*: "LayerNormalization"/,
+      { outputs: 2, used: [1] },
+    ),
   ];
   for (const { op, one, message } of uses) {
     const feeds = PROBED.map((sizes) => feedsOf(one, sizes, random(1)));

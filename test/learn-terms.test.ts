@@ -4,31 +4,52 @@
  */
 import fc from "fast-check";
 import t from "tap";
-import { createTrainer, zeroShotTask } from "../dist/src/train/learn.js";
-import { Terms, type Basis, type Factors, type TrainedModule } from "../dist/src/train/terms.js";
 import { expandTerm } from "../dist/src/pack/expand.js";
 import { openPack } from "../dist/src/pack/pack.js";
+import { createTrainer, zeroShotTask } from "../dist/src/train/learn.js";
+import { type Basis, type Factors, Terms, type TrainedModule } from "../dist/src/train/terms.js";
 import { examples, LABELS, noise, random, relative, tiny } from "./learning.ts";
 import { difference, feeds, model, NODE, open, outputOf } from "./sessions.ts";
 
-const basis = (kind: Basis["kind"], K: number, mean: boolean, width: number, seed: number): Basis =>
-  ({ kind, K, mean, width, values: noise((K + Number(mean)) * width, seed) });
+const basis = (kind: Basis["kind"], K: number, mean: boolean, width: number, seed: number): Basis => ({
+  kind,
+  K,
+  mean,
+  width,
+  values: noise((K + Number(mean)) * width, seed),
+});
 
 const anyModule: fc.Arbitrary<TrainedModule> = fc
   .record({
-    ...{ in: fc.integer({ min: 1, max: 5 }), out: fc.integer({ min: 1, max: 5 }), own: fc.integer({ min: 0, max: 2 }), rank: fc.integer({ min: 1, max: 3 }) },
-    ...{ KA: fc.integer({ min: 1, max: 4 }), KB: fc.integer({ min: 1, max: 4 }), meanA: fc.boolean(), meanB: fc.boolean() },
+    ...{
+      in: fc.integer({ min: 1, max: 5 }),
+      out: fc.integer({ min: 1, max: 5 }),
+      own: fc.integer({ min: 0, max: 2 }),
+      rank: fc.integer({ min: 1, max: 3 }),
+    },
+    ...{
+      KA: fc.integer({ min: 1, max: 4 }),
+      KB: fc.integer({ min: 1, max: 4 }),
+      meanA: fc.boolean(),
+      meanB: fc.boolean(),
+    },
     ...{ flat: fc.boolean(), trained: fc.boolean(), shared: fc.boolean(), seed: fc.integer({ min: 1, max: 1e6 }) },
   })
   .map(({ in: inputs, out, own, rank, KA, KB, meanA, meanB, flat, trained, shared, seed }) => {
     const [kind, times] = flat ? (["flat", rank] as const) : (["column", 1] as const);
     const [A, B] = [basis(kind, KA, meanA, times * inputs, seed), basis(kind, KB, meanB, times * out, seed + 1)];
-    return { name: `module ${seed}`, in: inputs, out, own: shared ? own : own + 1, shared: shared ? { rank, A, B, trained } : undefined };
+    return {
+      name: `module ${seed}`,
+      in: inputs,
+      out,
+      own: shared ? own : own + 1,
+      shared: shared ? { rank, A, B, trained } : undefined,
+    };
   });
 
 const modules = fc.uniqueArray(anyModule, { minLength: 1, maxLength: 3, selector: ({ name }) => name });
 
-t.test("factors are what the formula says", async (t) => {
+t.test("factors are what the formula says", async (_t) => {
   fc.assert(
     fc.property(modules, fc.integer({ min: 1, max: 1e6 }), (all, seed) => {
       const terms = new Terms(all);
@@ -36,7 +57,10 @@ t.test("factors are what the formula says", async (t) => {
       terms.fillComponents(values);
       const found = terms.expand(values);
       for (const { name, in: inputs, out, shared, own } of all) {
-        for (const [side, d] of [["A", inputs], ["B", out]] as const) {
+        for (const [side, d] of [
+          ["A", inputs],
+          ["B", out],
+        ] as const) {
           const rank = shared?.rank ?? 0;
           const expected = Array.from({ length: (rank + own) * d }, (_, at) => {
             const [row, i] = [Math.floor(at / d), at % d];
@@ -48,33 +72,40 @@ t.test("factors are what the formula says", async (t) => {
             for (let k = 0; k < K; k++) sum += alpha[first + k]! * E[k * width + place]!;
             return sum;
           });
-          if (difference(found.get(name)![side], expected) > 1e-6) throw new Error(`${side} of ${name}: ${found.get(name)![side]} instead of ${expected}`);
+          if (difference(found.get(name)![side], expected) > 1e-6)
+            throw new Error(`${side} of ${name}: ${found.get(name)![side]} instead of ${expected}`);
         }
       }
     }),
   );
 });
 
-t.test("gradients are pulled back along what factors are made of", async (t) => {
+t.test("gradients are pulled back along what factors are made of", async (_t) => {
   fc.assert(
     fc.property(modules, fc.integer({ min: 1, max: 1e6 }), (all, seed) => {
       const terms = new Terms(all);
       const values = new Float32Array(noise(terms.size, seed));
       const next = random(seed);
       // A loss that is linear in the factors, so that it is a polynomial of second degree in what is trained, and differences are exact.
-      const weights = new Map(all.map(({ name, in: inputs, out, shared, own }): [string, Factors] => {
-        const some = (d: number): Float32Array<ArrayBuffer> => Float32Array.from({ length: ((shared?.rank ?? 0) + own) * d }, () => next() - 0.5);
-        return [name, { A: some(inputs), B: some(out) }];
-      }));
+      const weights = new Map(
+        all.map(({ name, in: inputs, out, shared, own }): [string, Factors] => {
+          const some = (d: number): Float32Array<ArrayBuffer> =>
+            Float32Array.from({ length: ((shared?.rank ?? 0) + own) * d }, () => next() - 0.5);
+          return [name, { A: some(inputs), B: some(out) }];
+        }),
+      );
       const loss = (at: Float32Array<ArrayBuffer>): number => {
         let sum = 0;
-        for (const [name, factors] of terms.expand(at)) for (const side of ["A", "B"] as const) factors[side].forEach((v, i) => (sum += v * weights.get(name)![side][i]!));
+        for (const [name, factors] of terms.expand(at))
+          for (const side of ["A", "B"] as const)
+            factors[side].forEach((v, i) => (sum += v * weights.get(name)![side][i]!));
         return sum;
       };
       const gradient = terms.pullBack(values, weights);
       for (let i = 0; i < terms.size; i++) {
         const [up, down] = [0.5, -0.5].map((by) => loss(values.map((v, at) => (at === i ? v + by : v))));
-        if (Math.abs(up! - down! - gradient[i]!) > 2e-6 * (1 + Math.abs(gradient[i]!))) throw new Error(`${i}: ${gradient[i]} instead of ${up! - down!}`);
+        if (Math.abs(up! - down! - gradient[i]!) > 2e-6 * (1 + Math.abs(gradient[i]!)))
+          throw new Error(`${i}: ${gradient[i]} instead of ${up! - down!}`);
       }
     }),
   );
@@ -87,15 +118,29 @@ t.test("zero-shot: the mean is the mean of the tasks' coefficients, random ones 
   const ids = [...session.tasks.keys()];
   const coefficients = async (id: string): Promise<Float32Array[]> => {
     const blob = await pack.load(id);
-    return blob.terms.flatMap(({ A, B }) => [A!, B!].map(({ tensor: { byteOffset, byteLength } }) => new Float32Array(blob.bytes.slice(byteOffset, byteOffset + byteLength).buffer)));
+    return blob.terms.flatMap(({ A, B }) =>
+      [A!, B!].map(
+        ({ tensor: { byteOffset, byteLength } }) =>
+          new Float32Array(blob.bytes.slice(byteOffset, byteOffset + byteLength).buffer),
+      ),
+    );
   };
   const given = await Promise.all(ids.map(coefficients));
   const mean = (values: number[]): number => values.reduce((a, b) => a + b, 0) / values.length;
   await session.addTask("mean", await zeroShotTask(pack, { dtype: "f32" }));
   for (const [i, values] of (await coefficients("mean")).entries()) {
-    t.ok(difference(values, [...values].map((_, at) => mean(given.flatMap((one) => one[i]![at] ?? [])))) < 1e-6, `tensor ${i}`);
+    t.ok(
+      difference(
+        values,
+        [...values].map((_, at) => mean(given.flatMap((one) => one[i]![at] ?? []))),
+      ) < 1e-6,
+      `tensor ${i}`,
+    );
   }
-  const [one, other] = [await zeroShotTask(pack, { from: "random", seed: 1 }), await zeroShotTask(pack, { from: "random", seed: 2 })];
+  const [one, other] = [
+    await zeroShotTask(pack, { from: "random", seed: 1 }),
+    await zeroShotTask(pack, { from: "random", seed: 2 }),
+  ];
   t.notSame(one, other, "another seed gives another task");
   t.same(one, await zeroShotTask(pack, { from: "random", seed: 1 }), "the same seed the same bytes");
   await session.addTask("random", one);
@@ -103,7 +148,10 @@ t.test("zero-shot: the mean is the mean of the tasks' coefficients, random ones 
   const base = await outputOf(session, of);
   for (const id of ["mean", "random"]) {
     await session.switchTask(id);
-    t.ok(difference(await outputOf(session, of), [...base]) > 1e-4, `${id} changes the answers, and the base's head stays`);
+    t.ok(
+      difference(await outputOf(session, of), [...base]) > 1e-4,
+      `${id} changes the answers, and the base's head stays`,
+    );
   }
   await t.rejects(zeroShotTask(pack, { rank: 0 }), { name: "RangeError", message: /rank/ });
   await t.rejects(zeroShotTask(pack, { from: "median" as "mean" }), { name: "RangeError", message: /"median"/ });
@@ -132,12 +180,21 @@ t.test("a LoRA begins as PEFT's, or as the factors that coefficients make", asyn
     const off = ours.map((values, i) => relative(values, theirs[i]!));
     if (typeof init === "object") t.ok(Math.max(...off) < 1e-6, `${id}: the task's factors`);
     else t.ok(Math.min(...off) > 0.05, `${id}: others`);
-    if (!init) t.ok(ours.filter((_, i) => i % 2 === 1).every((B) => B.every((v) => v === 0)), "B is zero");
+    if (!init)
+      t.ok(
+        ours.filter((_, i) => i % 2 === 1).every((B) => B.every((v) => v === 0)),
+        "B is zero",
+      );
     // It is gone on with as it is.
     await trainer.begin(id);
     t.same(await trainer.task({ dtype: "f32", id: "task" }), await trainer.task({ dtype: "f32", id: "task" }));
     await session.addTask(`${id} again`, await trainer.task({ dtype: "f32" }));
-    t.ok((await factors(`${id} again`)).every((values, i) => relative(values, ours[i]!) < 1e-7 || ours[i]!.every((v) => v === 0)), `${id}: again`);
+    t.ok(
+      (await factors(`${id} again`)).every(
+        (values, i) => relative(values, ours[i]!) < 1e-7 || ours[i]!.every((v) => v === 0),
+      ),
+      `${id}: again`,
+    );
   }
   const wrong = createTrainer(session, { labels: LABELS, init: "fresh" });
   await t.rejects(wrong, { name: "RangeError", message: /"fresh" is for factors/ });
@@ -172,7 +229,13 @@ t.test("coefficients first, components last: a pack of its own, the old tasks in
   for (const [i, { feeds: row }] of known.slice(0, 4).entries()) {
     const logits = await outputOf(own, row as never);
     const exps = [...logits].map(Math.exp);
-    t.ok(difference(probabilities[i]!, exps.map((v) => v / exps.reduce((a, b) => a + b, 0))) < 1e-5, `row ${i} as the trainer answers it`);
+    t.ok(
+      difference(
+        probabilities[i]!,
+        exps.map((v) => v / exps.reduce((a, b) => a + b, 0)),
+      ) < 1e-5,
+      `row ${i} as the trainer answers it`,
+    );
   }
   // The old tasks lose what the new components cannot say, and nothing else.
   const bases = await session.pack.takeBases();
@@ -181,12 +244,27 @@ t.test("coefficients first, components last: a pack of its own, the old tasks in
     const [before, after] = [await session.pack.load(id), await pack.load(id)];
     for (const [i, term] of before.terms.entries()) {
       const module = session.pack.modules[term.module]!;
-      const [a, b] = [expandTerm(before, term, module, bases), expandTerm(after, after.terms[i]!, pack.modules[term.module]!, others)];
+      const [a, b] = [
+        expandTerm(before, term, module, bases),
+        expandTerm(after, after.terms[i]!, pack.modules[term.module]!, others),
+      ];
       const off = Math.max(relative(b.A, a.A), relative(b.Bt, a.Bt));
       t.ok(off < 0.3, `${id}, ${module.name}: ${off}`);
       t.equal(after.terms[i]!.q, term.q);
     }
-    t.same(after.parameters.map(({ tensor: { byteOffset, byteLength } }) => after.bytes.slice(byteOffset, byteOffset + byteLength)), before.parameters.map(({ tensor: { byteOffset, byteLength } }) => before.bytes.slice(byteOffset, byteOffset + byteLength)), `${id}: what it brings beside`);
+    t.same(
+      after.parameters.map(({ tensor: { byteOffset, byteLength } }) =>
+        after.bytes.slice(byteOffset, byteOffset + byteLength),
+      ),
+      before.parameters.map(({ tensor: { byteOffset, byteLength } }) =>
+        before.bytes.slice(byteOffset, byteOffset + byteLength),
+      ),
+      `${id}: what it brings beside`,
+    );
   }
-  for (const { A, B } of pack.modules) t.ok([A!, B!].every(({ explained }) => explained > 0.5 && explained <= 1), `explained ${A!.explained}, ${B!.explained}`);
+  for (const { A, B } of pack.modules)
+    t.ok(
+      [A!, B!].every(({ explained }) => explained > 0.5 && explained <= 1),
+      `explained ${A!.explained}, ${B!.explained}`,
+    );
 });

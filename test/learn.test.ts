@@ -5,21 +5,24 @@ import { spawnSync } from "node:child_process";
 import { writeFile } from "node:fs/promises";
 import { fileURLToPath } from "node:url";
 import t from "tap";
-import { peftFiles } from "../dist/src/adapters/export.js";
-import { createTrainer, type BatchFeeds, type Example } from "../dist/src/train/learn.js";
 import { onCpu } from "../dist/bindings/ort-training.js";
-import { holdBack, targetsOf, toBatches } from "../dist/src/train/examples.js";
-import { uniform } from "../dist/src/tensor/random.js";
+import { peftFiles } from "../dist/src/adapters/export.js";
 import { taskAdapter } from "../dist/src/pack/expand.js";
 import { openPack } from "../dist/src/pack/pack.js";
+import { uniform } from "../dist/src/tensor/random.js";
 import { writeSafetensors } from "../dist/src/tensor/safetensors-writer.js";
+import { holdBack, targetsOf, toBatches } from "../dist/src/train/examples.js";
+import { type BatchFeeds, createTrainer, type Example } from "../dist/src/train/learn.js";
 import { createEncoder, readTask } from "../examples/minilm.js";
-import { data, packOf } from "./packs.ts";
 import { examples, LABELS, tiny } from "./learning.ts";
+import { data, packOf } from "./packs.ts";
 import { required } from "./required.ts";
-import { difference, feeds, GOLDENS, NODE, open, outputOf, WEB, type Ort } from "./sessions.ts";
+import { difference, feeds, GOLDENS, NODE, type Ort, open, outputOf, WEB } from "./sessions.ts";
 
-for (const [name, ort] of [["onnxruntime-node", NODE], ["onnxruntime-web", WEB]] as const) {
+for (const [name, ort] of [
+  ["onnxruntime-node", NODE],
+  ["onnxruntime-web", WEB],
+] as const) {
   t.test(`${name}: learns, and the session answers with the task as the trainer does`, async (t) => {
     const session = await tiny(ort);
     const trainer = await createTrainer(session, { labels: LABELS, seed: 3, terms: 1 });
@@ -36,7 +39,10 @@ for (const [name, ort] of [["onnxruntime-node", NODE], ["onnxruntime-web", WEB]]
     await session.addTask("mine", await trainer.task({ id: "mine", dtype: "f32", metadata: { origin: "a test" } }));
     const added = session.tasks.get("mine")!;
     t.same(added.metadata, { labels: LABELS, origin: "a test" });
-    t.ok(added.brings!.includes("saved classifier.weight") && added.brings!.some((one) => one.startsWith("private ")), String(added.brings));
+    t.ok(
+      added.brings!.includes("saved classifier.weight") && added.brings!.some((one) => one.startsWith("private ")),
+      String(added.brings),
+    );
     await session.switchTask("mine");
     const rows = known.slice(0, 5);
     const probabilities = await trainer.predict(rows);
@@ -44,7 +50,13 @@ for (const [name, ort] of [["onnxruntime-node", NODE], ["onnxruntime-web", WEB]]
       const logits = await outputOf(session, own as never);
       const exps = [...logits].map(Math.exp);
       const sum = exps.reduce((a, b) => a + b, 0);
-      t.ok(difference(Float32Array.from(exps, (v) => v / sum), [...probabilities[i]!]) < 1e-5, `row ${i}: ${probabilities[i]}`);
+      t.ok(
+        difference(
+          Float32Array.from(exps, (v) => v / sum),
+          [...probabilities[i]!],
+        ) < 1e-5,
+        `row ${i}: ${probabilities[i]}`,
+      );
     }
     await session.switchTask(null);
   });
@@ -54,7 +66,10 @@ t.test("a LoRA without components, for comparison", async (t) => {
   const session = await tiny(NODE);
   const trainer = await createTrainer(session, { labels: LABELS, seed: 1, train: "lora", rank: 2 });
   t.teardown(() => session.release());
-  t.equal(trainer.size.terms, session.pack.modules.reduce((sum, { in: inputs, out }) => sum + 2 * (inputs + out), 0));
+  t.equal(
+    trainer.size.terms,
+    session.pack.modules.reduce((sum, { in: inputs, out }) => sum + 2 * (inputs + out), 0),
+  );
   const known = examples(NODE, session, 32, 1);
   const losses: number[] = [];
   for await (const { loss } of trainer.fit(known, { epochs: 6 })) losses.push(loss);
@@ -64,8 +79,16 @@ t.test("a LoRA without components, for comparison", async (t) => {
   await session.switchTask("mine");
   const logits = await outputOf(session, known[0]!.feeds as never);
   const [probabilities] = await trainer.predict(known.slice(0, 1));
-  t.ok(difference(logits.map((v) => v - Math.log(logits.reduce((sum, x) => sum + Math.exp(x), 0))), [...probabilities!].map(Math.log)) < 1e-5);
-  await t.rejects(createTrainer(session, { labels: LABELS, train: "all" as "lora" }), { name: "RangeError", message: /train: expected/ });
+  t.ok(
+    difference(
+      logits.map((v) => v - Math.log(logits.reduce((sum, x) => sum + Math.exp(x), 0))),
+      [...probabilities!].map(Math.log),
+    ) < 1e-5,
+  );
+  await t.rejects(createTrainer(session, { labels: LABELS, train: "all" as "lora" }), {
+    name: "RangeError",
+    message: /train: expected/,
+  });
 });
 
 t.test("a learned task leaves as a PEFT adapter that answers alike in PyTorch", async (t) => {
@@ -80,14 +103,21 @@ t.test("a learned task leaves as a PEFT adapter that answers alike in PyTorch", 
   const { pack } = session;
   const adapter = taskAdapter(pack, await pack.takeBases(), "mine", await pack.load("mine"));
   const { config, tensors } = await peftFiles(adapter);
-  const folder = t.testdir({ adapter: {}, "feeds.json": JSON.stringify(Object.fromEntries(session.inputNames.map((name) => [name, GOLDENS.feeds[name]]))) });
+  const folder = t.testdir({
+    adapter: {},
+    "feeds.json": JSON.stringify(Object.fromEntries(session.inputNames.map((name) => [name, GOLDENS.feeds[name]]))),
+  });
   const chunks: Uint8Array[] = [];
   for await (const chunk of writeSafetensors(tensors)) chunks.push(chunk);
   await writeFile(`${folder}/adapter/adapter_model.safetensors`, Buffer.concat(chunks));
   await writeFile(`${folder}/adapter/adapter_config.json`, JSON.stringify(config));
   const script = fileURLToPath(new URL("trained-oracle.py", import.meta.url));
   const python = process.env["PYTHON"] ?? "python3";
-  const { status, stdout, stderr, error } = spawnSync(python, [script, data("sessions/base.safetensors"), `${folder}/adapter`, `${folder}/feeds.json`], { encoding: "utf8" });
+  const { status, stdout, stderr, error } = spawnSync(
+    python,
+    [script, data("sessions/base.safetensors"), `${folder}/adapter`, `${folder}/feeds.json`],
+    { encoding: "utf8" },
+  );
   if (error || status === 3) {
     const reason = `PEFT is not here: ${error?.message ?? stderr.trim()}`;
     if (required.has("peft")) t.fail(reason);
@@ -127,7 +157,10 @@ t.test("a batch that runs in parts gives the step of the whole", async (t) => {
     learned.push(await trainer.predict(few.slice(0, 3)));
   }
   t.ok(Math.abs(norms[0]! - norms[1]!) < 1e-4 * norms[0]!, `${norms}`);
-  t.ok(learned[0]!.every((row, i) => difference(row, [...learned[1]![i]!]) < 1e-4), `${learned}`);
+  t.ok(
+    learned[0]!.every((row, i) => difference(row, [...learned[1]![i]!]) < 1e-4),
+    `${learned}`,
+  );
 });
 
 t.test("where it begins: mean, random, a task; a task of the pack is a start that is that task", async (t) => {
@@ -143,7 +176,12 @@ t.test("where it begins: mean, random, a task; a task of the pack is a start tha
     await session.addTask(id, await trainer.task({ dtype: "f32" }));
     const [ours, theirs] = [await session.pack.load(id), await session.pack.load(task!)];
     const floats = (blob: typeof ours): Float32Array[] =>
-      blob.terms.flatMap(({ A, B }) => [A!, B!].map(({ tensor: { byteOffset, byteLength } }) => new Float32Array(blob.bytes.slice(byteOffset, byteOffset + byteLength).buffer)));
+      blob.terms.flatMap(({ A, B }) =>
+        [A!, B!].map(
+          ({ tensor: { byteOffset, byteLength } }) =>
+            new Float32Array(blob.bytes.slice(byteOffset, byteOffset + byteLength).buffer),
+        ),
+      );
     const same = floats(ours).every((values, i) => difference(values, [...floats(theirs)[i]!]) < 1e-6);
     t.equal(same, typeof init === "object", id);
   }
@@ -159,74 +197,125 @@ t.test("examples that cannot be learned from are refused before anything runs", 
   const trainer = await createTrainer(session, { labels: LABELS });
   const known = examples(NODE, session, 8, 1);
   const fit = (all: Example<BatchFeeds>[], options = {}): Promise<unknown> => trainer.fit(all, options).next();
-  await t.rejects(fit(known.map((one) => ({ ...one, label: "even" }))), { name: "RangeError", message: /8 examples have one label only, "even"/ });
+  await t.rejects(fit(known.map((one) => ({ ...one, label: "even" }))), {
+    name: "RangeError",
+    message: /8 examples have one label only, "even"/,
+  });
   await t.rejects(fit([]), { name: "RangeError", message: /0 examples have no label/ });
-  await t.rejects(fit([...known, { ...known[0]!, label: "evn" }]), { name: "RangeError", message: /example 8: the label "evn".*nearest: even/ });
+  await t.rejects(fit([...known, { ...known[0]!, label: "evn" }]), {
+    name: "RangeError",
+    message: /example 8: the label "evn".*nearest: even/,
+  });
   await t.rejects(fit([...known, { ...known[0]!, label: 3 }]), { message: /example 8: the label 3/ });
   await t.rejects(fit([{ text: " ", label: 0 }]), { message: /example 0: its text is empty/ });
   await t.rejects(fit([{ text: "a", label: 0 }]), { name: "TypeError", message: /no `encode`/ });
   await t.rejects(fit([{ label: 0 }]), { name: "TypeError", message: /neither text nor feeds/ });
   await t.rejects(fit([{ ...known[0]!, weight: NaN }]), { message: /example 0: its weight is NaN/ });
   const soft = (target: number[]): Example<BatchFeeds>[] => [...known, { feeds: known[0]!.feeds, target }];
-  await t.rejects(fit(soft([0.5, 0.5])), { name: "RangeError", message: /example 8: its target has 2 probabilities, there are 3 labels/ });
-  await t.rejects(fit(soft([0.5, 0.4, 0])), { name: "RangeError", message: /example 8: the probabilities of its target sum to 0.9/ });
-  await t.rejects(fit(soft([1.5, -0.5, 0])), { name: "RangeError", message: /example 8: its target has the probability -0.5/ });
-  await t.rejects(fit(soft([NaN, 0.5, 0.5])), { name: "RangeError", message: /example 8: its target has the probability NaN/ });
-  await t.rejects(fit([...known, { ...known[0]!, target: [1, 0, 0] }]), { name: "TypeError", message: /example 8: expected a label or a target, got both/ });
-  await t.rejects(fit([{ feeds: known[0]!.feeds }]), { name: "TypeError", message: /example 0: expected a label or a target, got neither/ });
+  await t.rejects(fit(soft([0.5, 0.5])), {
+    name: "RangeError",
+    message: /example 8: its target has 2 probabilities, there are 3 labels/,
+  });
+  await t.rejects(fit(soft([0.5, 0.4, 0])), {
+    name: "RangeError",
+    message: /example 8: the probabilities of its target sum to 0.9/,
+  });
+  await t.rejects(fit(soft([1.5, -0.5, 0])), {
+    name: "RangeError",
+    message: /example 8: its target has the probability -0.5/,
+  });
+  await t.rejects(fit(soft([NaN, 0.5, 0.5])), {
+    name: "RangeError",
+    message: /example 8: its target has the probability NaN/,
+  });
+  await t.rejects(fit([...known, { ...known[0]!, target: [1, 0, 0] }]), {
+    name: "TypeError",
+    message: /example 8: expected a label or a target, got both/,
+  });
+  await t.rejects(fit([{ feeds: known[0]!.feeds }]), {
+    name: "TypeError",
+    message: /example 0: expected a label or a target, got neither/,
+  });
   await t.rejects(fit(known, { steps: 1.5 }), { name: "RangeError", message: /steps/ });
   await t.rejects(fit(known, { epochs: 0 }), { name: "RangeError", message: /epochs/ });
   await t.rejects(fit(known, { validation: 1 }), { name: "RangeError", message: /validation/ });
   await t.rejects(fit(known, { temperature: 0 }), { name: "RangeError", message: /temperature/ });
   const bare = await createTrainer(session, { labels: LABELS, head: false });
-  await t.rejects(bare.fit(known, { temperature: 0.5 }).next(), { name: "RangeError", message: /needs a trainer with a head/ });
-  const short = { ...known[0]!, feeds: { ...known[0]!.feeds!, input_ids: new NODE.Tensor("int64", new BigInt64Array(2), [1, 2]) as never } };
-  await t.rejects(fit([...known, short], { batch: 9 }), { name: "TypeError", message: /the input "input_ids" of example \d+ is \[1, \d+\], another one's \[1, \d+\]/ });
+  await t.rejects(bare.fit(known, { temperature: 0.5 }).next(), {
+    name: "RangeError",
+    message: /needs a trainer with a head/,
+  });
+  const short = {
+    ...known[0]!,
+    feeds: { ...known[0]!.feeds!, input_ids: new NODE.Tensor("int64", new BigInt64Array(2), [1, 2]) as never },
+  };
+  await t.rejects(fit([...known, short], { batch: 9 }), {
+    name: "TypeError",
+    message: /the input "input_ids" of example \d+ is \[1, \d+\], another one's \[1, \d+\]/,
+  });
   await t.rejects(trainer.task(), { name: "TypeError", message: /call fit first/ });
   await t.rejects(createTrainer(session, { labels: ["one"] }), { name: "RangeError", message: /labels/ });
   await t.rejects(createTrainer(session, { labels: LABELS, rank: 0 }), { name: "RangeError", message: /rank/ });
-  await t.rejects(createTrainer(session, { labels: LABELS, head: "nothing" }), { name: "RangeError", message: /the session trains "classifier", not "nothing"; create it with head: "nothing"/ });
+  await t.rejects(createTrainer(session, { labels: LABELS, head: "nothing" }), {
+    name: "RangeError",
+    message: /the session trains "classifier", not "nothing"; create it with head: "nothing"/,
+  });
   const plain = await tiny(NODE, { trainable: false });
   t.teardown(() => plain.release());
   await t.rejects(createTrainer(plain, { labels: LABELS }), { name: "TypeError", message: /trainable: true/ });
 });
 
-t.test("a task's head is a start too; what has a rate of 0 stays; steps end a fit; a task file can be gone on with", async (t) => {
-  const session = await tiny(NODE);
-  t.teardown(() => session.release());
-  const labels = ["a", "b", "c"];
-  const trainer = await createTrainer(session, { labels, init: { task: "three" } });
-  const known = examples(NODE, session, 24, 6);
-  await session.switchTask("three");
-  const logits = await outputOf(session, known[0]!.feeds as never);
-  const exps = [...logits].map(Math.exp);
-  const own = exps.map((value) => value / exps.reduce((a, b) => a + b));
-  await trainer.begin("three");
-  t.ok(difference((await trainer.predict(known.slice(0, 1)))[0]!, own) < 1e-5, "it answers as the task does");
-  const steps: number[] = [];
-  for await (const { step, steps: all } of trainer.fit(known, { steps: 5, batch: 8, rates: { head: 0 } })) steps.push(step, all);
-  t.same(steps, [1, 5, 2, 5, 3, 5, 4, 5, 5, 5]);
-  const file = await trainer.task({ dtype: { coefficients: "f32", head: "f32" } });
-  await session.addTask("mine", file);
-  const head = async (id: string): Promise<string> => {
-    const { parameters, bytes } = await session.pack.load(id);
-    return parameters.map(({ tensor: { byteOffset, byteLength } }) => Buffer.from(bytes.subarray(byteOffset, byteOffset + byteLength)).toString("hex")).sort().join();
-  };
-  t.equal(await head("mine"), await head("three"));
-  const learned = await trainer.predict(known.slice(0, 3));
-  await trainer.begin("two");
-  t.ok(difference((await trainer.predict(known.slice(0, 1)))[0]!, [...learned[0]!]) > 1e-3);
-  await trainer.begin(file);
-  t.ok((await trainer.predict(known.slice(0, 3))).every((row, i) => difference(row, [...learned[i]!]) < 1e-6));
-  await t.rejects(trainer.begin("nobody"), { tag: "task", message: /"nobody"/ });
-  const foreign = file.slice();
-  foreign[20]! ^= 1;
-  await t.rejects(trainer.begin(foreign), { tag: "format", message: /checksum/ });
-  const [one] = session.pack.modules;
-  const small = await createTrainer(session, { labels, modules: [one!.name], init: { task: "three" } });
-  t.ok(small.size.terms * session.pack.modules.length <= 1.01 * trainer.size.terms, `${small.size.terms} of ${trainer.size.terms}`);
-  await t.rejects(createTrainer(session, { labels, modules: ["nothing"] }), { name: "RangeError", message: /no "nothing"/ });
-});
+t.test(
+  "a task's head is a start too; what has a rate of 0 stays; steps end a fit; a task file can be gone on with",
+  async (t) => {
+    const session = await tiny(NODE);
+    t.teardown(() => session.release());
+    const labels = ["a", "b", "c"];
+    const trainer = await createTrainer(session, { labels, init: { task: "three" } });
+    const known = examples(NODE, session, 24, 6);
+    await session.switchTask("three");
+    const logits = await outputOf(session, known[0]!.feeds as never);
+    const exps = [...logits].map(Math.exp);
+    const own = exps.map((value) => value / exps.reduce((a, b) => a + b));
+    await trainer.begin("three");
+    t.ok(difference((await trainer.predict(known.slice(0, 1)))[0]!, own) < 1e-5, "it answers as the task does");
+    const steps: number[] = [];
+    for await (const { step, steps: all } of trainer.fit(known, { steps: 5, batch: 8, rates: { head: 0 } }))
+      steps.push(step, all);
+    t.same(steps, [1, 5, 2, 5, 3, 5, 4, 5, 5, 5]);
+    const file = await trainer.task({ dtype: { coefficients: "f32", head: "f32" } });
+    await session.addTask("mine", file);
+    const head = async (id: string): Promise<string> => {
+      const { parameters, bytes } = await session.pack.load(id);
+      return parameters
+        .map(({ tensor: { byteOffset, byteLength } }) =>
+          Buffer.from(bytes.subarray(byteOffset, byteOffset + byteLength)).toString("hex"),
+        )
+        .sort()
+        .join();
+    };
+    t.equal(await head("mine"), await head("three"));
+    const learned = await trainer.predict(known.slice(0, 3));
+    await trainer.begin("two");
+    t.ok(difference((await trainer.predict(known.slice(0, 1)))[0]!, [...learned[0]!]) > 1e-3);
+    await trainer.begin(file);
+    t.ok((await trainer.predict(known.slice(0, 3))).every((row, i) => difference(row, [...learned[i]!]) < 1e-6));
+    await t.rejects(trainer.begin("nobody"), { tag: "task", message: /"nobody"/ });
+    const foreign = file.slice();
+    foreign[20]! ^= 1;
+    await t.rejects(trainer.begin(foreign), { tag: "format", message: /checksum/ });
+    const [one] = session.pack.modules;
+    const small = await createTrainer(session, { labels, modules: [one!.name], init: { task: "three" } });
+    t.ok(
+      small.size.terms * session.pack.modules.length <= 1.01 * trainer.size.terms,
+      `${small.size.terms} of ${trainer.size.terms}`,
+    );
+    await t.rejects(createTrainer(session, { labels, modules: ["nothing"] }), {
+      name: "RangeError",
+      message: /no "nothing"/,
+    });
+  },
+);
 
 t.test("a temperature divides the logits that meet targets, and gradients agree", async (t) => {
   const session = await tiny(NODE);
@@ -238,10 +327,16 @@ t.test("a temperature divides the logits that meet targets, and gradients agree"
   const lossAt = (temperature: number): number =>
     known.reduce((sum, { label }, i) => {
       const powers = [...answers[i]!].map((p) => p ** (1 / temperature));
-      return sum - Math.log(powers[typeof label === "number" ? label : LABELS.indexOf(label!)]! / powers.reduce((a, b) => a + b)) / known.length;
+      return (
+        sum -
+        Math.log(powers[typeof label === "number" ? label : LABELS.indexOf(label!)]! / powers.reduce((a, b) => a + b)) /
+          known.length
+      );
     }, 0);
   // The first step holds the gradient of head and terms against the loss.
-  const { value } = await trainer.fit(known, { steps: 1, batch: 12, temperature: 0.25, rates: { terms: 1e-9, head: 1e-9 } }).next();
+  const { value } = await trainer
+    .fit(known, { steps: 1, batch: 12, temperature: 0.25, rates: { terms: 1e-9, head: 1e-9 } })
+    .next();
   t.ok(Math.abs(value!.loss - lossAt(0.25)) < 1e-4, `${value!.loss}, ${lossAt(0.25)}`);
   t.ok(Math.abs(lossAt(1) - lossAt(0.25)) > 0.01, "not what it is undivided");
 });
@@ -264,7 +359,8 @@ t.test("aborting and leaving keep what was learned; a loss that explodes stops w
   const trainer = await createTrainer(session, { labels: LABELS, seed: 2, init: "random" });
   const abort = new AbortController();
   const run = async (): Promise<void> => {
-    for await (const { step } of trainer.fit(known, { epochs: 4, batch: 8, signal: abort.signal })) if (step === 3) abort.abort(new Error("enough"));
+    for await (const { step } of trainer.fit(known, { epochs: 4, batch: 8, signal: abort.signal }))
+      if (step === 3) abort.abort(new Error("enough"));
   };
   await t.rejects(run(), /enough/);
   const kept = Buffer.from(await trainer.task());
@@ -273,7 +369,13 @@ t.test("aborting and leaving keep what was learned; a loss that explodes stops w
 
   const before = await trainer.predict(known.slice(0, 2));
   const wild = async (): Promise<void> => {
-    for await (const _ of trainer.fit(known, { epochs: 20, batch: 8, rates: { terms: 1e20, head: 1e20 }, clip: Infinity, warmup: 0 }));
+    for await (const _ of trainer.fit(known, {
+      epochs: 20,
+      batch: 8,
+      rates: { terms: 1e20, head: 1e20 },
+      clip: Infinity,
+      warmup: 0,
+    }));
   };
   await t.rejects(wild(), { tag: "backend", message: /step \d+: the loss is .+ gone astray/ });
   const after = await trainer.predict(known.slice(0, 2));
@@ -291,7 +393,8 @@ t.test("a provider whose gradients are wrong is found before the first step", as
         const run = session.run.bind(session) as (...of: unknown[]) => Promise<Record<string, { data: Float32Array }>>;
         session.run = (async (...of: unknown[]) => {
           const results = await run(...of);
-          for (const [name, { data }] of Object.entries(results)) if (name.endsWith("gradient")) data.forEach((g, i) => (data[i] = i % 2 ? -g : g));
+          for (const [name, { data }] of Object.entries(results))
+            if (name.endsWith("gradient")) data.forEach((g, i) => (data[i] = i % 2 ? -g : g));
           return results;
         }) as never;
         return session;
@@ -301,7 +404,10 @@ t.test("a provider whose gradients are wrong is found before the first step", as
   const session = await tiny(bent);
   const trainer = await createTrainer(session, { labels: LABELS, init: "random" });
   t.teardown(() => session.release());
-  await t.rejects(trainer.fit(examples(NODE, session, 16, 1)).next(), { tag: "backend", message: /computes gradients wrongly/ });
+  await t.rejects(trainer.fit(examples(NODE, session, 16, 1)).next(), {
+    tag: "backend",
+    message: /computes gradients wrongly/,
+  });
 });
 
 t.test("holding back keeps two of every label and takes a share of the rest", (t) => {
@@ -320,35 +426,71 @@ t.test("batches have every row once, in chance order, and hardly pad", (t) => {
   const rows = Array.from({ length: 203 }, (_, i) => ({ i }));
   const lengths = new Map(rows.map((row) => [row, 5 + Math.floor(random() * 28)]));
   const batches = toBatches(rows, 8, lengths, random);
-  t.same(batches.flat().map(({ i }) => i).sort((a, b) => a - b), rows.map(({ i }) => i));
-  t.same(batches.map(({ length }) => length).sort((a, b) => a - b), [3, ...Array<number>(25).fill(8)]);
-  const padded = (all: typeof batches): number => all.reduce((sum, some) => sum + some.length * Math.max(...some.map((row) => lengths.get(row)!)), 0);
+  t.same(
+    batches
+      .flat()
+      .map(({ i }) => i)
+      .sort((a, b) => a - b),
+    rows.map(({ i }) => i),
+  );
+  t.same(
+    batches.map(({ length }) => length).sort((a, b) => a - b),
+    [3, ...Array<number>(25).fill(8)],
+  );
+  const padded = (all: typeof batches): number =>
+    all.reduce((sum, some) => sum + some.length * Math.max(...some.map((row) => lengths.get(row)!)), 0);
   const bare = [...lengths.values()].reduce((a, b) => a + b, 0);
   const asTheyCame = Array.from({ length: 26 }, (_, b) => rows.slice(8 * b, 8 * b + 8));
-  t.ok(padded(batches) < 1.15 * bare && padded(asTheyCame) > 1.5 * bare, `${bare}, ${padded(batches)}, ${padded(asTheyCame)}`);
+  t.ok(
+    padded(batches) < 1.15 * bare && padded(asTheyCame) > 1.5 * bare,
+    `${bare}, ${padded(batches)}, ${padded(asTheyCame)}`,
+  );
   const tops = batches.map((some) => Math.max(...some.map((row) => lengths.get(row)!)));
-  t.ok(tops.some((top, at) => at > 0 && top < tops[at - 1]!), "not in order of length");
-  t.not(String(toBatches(rows, 8, lengths, random).flat().map(({ i }) => i)), String(batches.flat().map(({ i }) => i)));
+  t.ok(
+    tops.some((top, at) => at > 0 && top < tops[at - 1]!),
+    "not in order of length",
+  );
+  t.not(
+    String(
+      toBatches(rows, 8, lengths, random)
+        .flat()
+        .map(({ i }) => i),
+    ),
+    String(batches.flat().map(({ i }) => i)),
+  );
   t.end();
 });
 
 t.test("targets: smoothing and weights, whose mean is 1", (t) => {
-  const rows = [{ label: 2, weight: 1 }, { label: 0, weight: 3 }, { label: 1, weight: 0 }];
+  const rows = [
+    { label: 2, weight: 1 },
+    { label: 0, weight: 3 },
+    { label: 1, weight: 0 },
+  ];
   const targets = targetsOf(rows, 4, 0.2);
-  t.ok(difference(targets, [0.0375, 0.0375, 0.6375, 0.0375, 1.9125, 0.1125, 0.1125, 0.1125, 0, 0, 0, 0]) < 1e-6, String(targets));
+  t.ok(
+    difference(targets, [0.0375, 0.0375, 0.6375, 0.0375, 1.9125, 0.1125, 0.1125, 0.1125, 0, 0, 0, 0]) < 1e-6,
+    String(targets),
+  );
   t.end();
 });
 
 t.test("the real model: a few lines for each of two labels, on a pack that has not seen the task", async (t) => {
   const others = ["debtags-role", "debtags-game", "sections-0", "debtags-scope", "debtags-use", "debtags-interface"];
-  const { bytes } = await packOf(others.map((task) => `adapters/own-seed/${task}`), { select: { kind: "k", k: 16 } });
+  const { bytes } = await packOf(
+    others.map((task) => `adapters/own-seed/${task}`),
+    { select: { kind: "k", k: 16 } },
+  );
   const session = await open(NODE, data("minilm/model_fp16.onnx"), await openPack(bytes), { trainable: true });
   const encode = await createEncoder(NODE);
   const { labels, train, test } = await readTask("debtags-devel");
   const count = (label: number): number => train.filter(([, of]) => of === label).length;
   const [a, b] = labels.map((_, i) => i).sort((x, y) => count(y) - count(x)) as [number, number];
   const pick = (rows: readonly (readonly [string, number])[], label: number, most: number): Example<BatchFeeds>[] =>
-    rows.filter(([, of]) => of === label).slice(0, most).map(([text]) => ({ text, label: label === a ? 0 : 1 }));
+    rows
+      .filter(([, of]) => of === label)
+      .slice(0, most)
+      .map(([text]) => ({ text, label: label === a ? 0 : 1 }));
   const trainer = await createTrainer(session, { labels: [labels[a]!, labels[b]!], encode: encode as never, seed: 1 });
   t.teardown(() => session.release());
   t.same(trainer.size, { terms: 12 * 8 * 2 * 16, head: 2 * 385, components: 0 });
@@ -363,14 +505,21 @@ t.test("the real model: a few lines for each of two labels, on a pack that has n
   await session.switchTask("mine");
   const { logits } = await session.run(encode(asked.slice(0, 8).map(({ text }) => text!)) as never);
   const values = (logits as { data: Float32Array }).data;
-  asked.slice(0, 8).forEach((_, i) => t.equal(values[2 * i]! > values[2 * i + 1]!, answers[i]![0]! > answers[i]![1]!, `row ${i}`));
+  asked
+    .slice(0, 8)
+    .forEach((_, i) => t.equal(values[2 * i]! > values[2 * i + 1]!, answers[i]![0]! > answers[i]![1]!, `row ${i}`));
 });
 
 t.test("nodes that WebGPU is not exact enough for run on the CPU", (t) => {
   const options = { executionProviders: ["webgpu", "wasm"], graphOptimizationLevel: "all" };
-  t.same(onCpu(options, ["a", "b"]), { ...options, executionProviders: [{ name: "webgpu", forceCpuNodeNames: ["a", "b"] }, "wasm"] });
+  t.same(onCpu(options, ["a", "b"]), {
+    ...options,
+    executionProviders: [{ name: "webgpu", forceCpuNodeNames: ["a", "b"] }, "wasm"],
+  });
   const given = { executionProviders: [{ name: "webgpu", preferredLayout: "NHWC", forceCpuNodeNames: ["c"] }] };
-  t.same(onCpu(given, ["a"]), { executionProviders: [{ name: "webgpu", preferredLayout: "NHWC", forceCpuNodeNames: ["c", "a"] }] });
+  t.same(onCpu(given, ["a"]), {
+    executionProviders: [{ name: "webgpu", preferredLayout: "NHWC", forceCpuNodeNames: ["c", "a"] }],
+  });
   for (const other of [undefined, {}, { executionProviders: ["wasm"] }]) t.equal(onCpu(other, ["a"]), other);
   t.equal(onCpu(options, []), options);
   t.end();

@@ -1,25 +1,25 @@
 /** Shared by the tests of learning: a runtime to look at shapes with, and PyTorch's gradients. */
 import { readdirSync, readFileSync } from "node:fs";
 import type * as common from "onnxruntime-common";
-import type { BatchFeeds, Example } from "../dist/src/train/learn.js";
 import { readAdapters } from "../dist/src/adapters/folder.js";
 import { buildTrainingGraph, type TrainingGraph, type TrainingGraphOptions } from "../dist/src/autodiff/graph.js";
-import { uniform } from "../dist/src/tensor/random.js";
 import type { Probe } from "../dist/src/autodiff/shapes.js";
+import { findWeight } from "../dist/src/base/locate.js";
 import { NameMatcher } from "../dist/src/base/names.js";
 import { readLinearWeight, readVector } from "../dist/src/onnx/dequantize.js";
 import type { Feed } from "../dist/src/onnx/feeds.js";
-import { graft, type GraftHead, type GraftModule, type TaskInput } from "../dist/src/onnx/graft.js";
+import { type GraftHead, type GraftModule, graft, type TaskInput } from "../dist/src/onnx/graft.js";
 import { biasAdd, linearsOf, matrixShape, NotLinear } from "../dist/src/onnx/linear.js";
 import { findParameters } from "../dist/src/onnx/modules.js";
-import { readModel, type ModelFile } from "../dist/src/onnx/read.js";
+import { type ModelFile, readModel } from "../dist/src/onnx/read.js";
 import { detachWeights } from "../dist/src/onnx/write.js";
-import { findWeight } from "../dist/src/base/locate.js";
-import { openSafetensors } from "../dist/src/tensor/safetensors.js";
 import { turn } from "../dist/src/session/plan.js";
 import { openSource } from "../dist/src/source.js";
+import { uniform } from "../dist/src/tensor/random.js";
+import { openSafetensors } from "../dist/src/tensor/safetensors.js";
+import type { BatchFeeds, Example } from "../dist/src/train/learn.js";
 import { data } from "./packs.ts";
-import { feeds as feedsOf, GOLDENS, model, NODE, open, packFor, type Ort, type Session } from "./sessions.ts";
+import { feeds as feedsOf, GOLDENS, model, NODE, type Ort, open, packFor, type Session } from "./sessions.ts";
 
 export type Level = "disabled" | "basic" | "all";
 export type Tensors = Record<string, common.Tensor>;
@@ -38,7 +38,10 @@ export function asJson({ dataType, dims, data }: Feed): object {
 /** A probe that counts what it runs. */
 export function probeOf(ort: Ort): Probe & { runs: number } {
   const probe = async (...[{ bytes, files }, feeds]: Parameters<Probe>): Promise<Awaited<ReturnType<Probe>>> => {
-    const session = await ort.InferenceSession.create(bytes, { externalData: [...files], graphOptimizationLevel: "disabled" });
+    const session = await ort.InferenceSession.create(bytes, {
+      externalData: [...files],
+      graphOptimizationLevel: "disabled",
+    });
     try {
       const results = [];
       for (const feed of feeds) {
@@ -114,7 +117,8 @@ export async function golden(name: string): Promise<Case> {
   }
   await adapter!.close();
   const read = await tensorsIn(`${folder}/gradients.safetensors`);
-  if ([...read.keys()].sort().join() !== gradients.join()) throw new Error(`${name}: case.json and gradients.safetensors differ`);
+  if ([...read.keys()].sort().join() !== gradients.join())
+    throw new Error(`${name}: case.json and gradients.safetensors differ`);
   return {
     ...{ name, loss, head: head ?? undefined, feeds, modules },
     targets: { ...targets, dims: [targets.data.length / classes, classes] },
@@ -123,7 +127,10 @@ export async function golden(name: string): Promise<Case> {
 }
 
 /** Weight [out, in] and bias of a linear layer; zeros where the exporter has dropped those. */
-async function headOf(file: ModelFile, module: string): Promise<{ weight: Float32Array; bias: Float32Array; out: number; in: number }> {
+async function headOf(
+  file: ModelFile,
+  module: string,
+): Promise<{ weight: Float32Array; bias: Float32Array; out: number; in: number }> {
   const parameters = new Map(findParameters(file.model).map((parameter) => [parameter.name, parameter]));
   const names = new NameMatcher(parameters.keys());
   const [weight, bias] = ["weight", "bias"].map((role) => {
@@ -144,11 +151,21 @@ async function headOf(file: ModelFile, module: string): Promise<{ weight: Float3
  */
 function namesByOrder(file: ModelFile, modules: Iterable<string>): Map<string, string> {
   const { nodes, initializers } = { nodes: file.model.graph.proto.node, initializers: file.model.graph.initializers };
-  const weights = nodes.filter(({ opType, input }) => opType === "MatMul" && initializers.has(input[1]!)).map(({ input }) => input[1]!);
+  const weights = nodes
+    .filter(({ opType, input }) => opType === "MatMul" && initializers.has(input[1]!))
+    .map(({ input }) => input[1]!);
   const names = new Map<string, string>();
   for (const module of modules) {
     const layer = Number(/\.(\d+)\./.exec(module)![1]);
-    const place = [/query|q_proj/, /key|k_proj/, /value|v_proj/, /o_proj/, /gate_proj/, /up_proj/, /down_proj/].findIndex((one) => one.test(module));
+    const place = [
+      /query|q_proj/,
+      /key|k_proj/,
+      /value|v_proj/,
+      /o_proj/,
+      /gate_proj/,
+      /up_proj/,
+      /down_proj/,
+    ].findIndex((one) => one.test(module));
     const each = module.startsWith("model.layers") ? 7 : 6;
     names.set(module, weights[layer * each + place]!);
   }
@@ -168,7 +185,13 @@ export function layerOf({ model }: ModelFile, module: string, byHand?: ReadonlyM
 /** The same as a head, with a bias whether the model has one or not: exporters drop zeros. */
 export function headLayerOf(file: ModelFile, module: string): GraftHead {
   const { name, in: inputs, out, linears } = layerOf(file, module);
-  return { name, in: inputs, out, bias: true, places: linears.map((linear) => ({ linear, end: biasAdd(file.model, linear) ?? linear.node })) };
+  return {
+    name,
+    in: inputs,
+    out,
+    bias: true,
+    places: linears.map((linear) => ({ linear, end: biasAdd(file.model, linear) ?? linear.node })),
+  };
 }
 
 /** A training graph of factors of some layers, and of heads. */
@@ -178,14 +201,20 @@ export async function graphOf(
   options: Partial<TrainingGraphOptions> = {},
 ): Promise<{ graph: TrainingGraph; inputs: readonly TaskInput[] }> {
   const grafted = graft(file.model, { modules, biases: [], rows: [], heads }, { probe: false });
-  return { graph: await buildTrainingGraph(file, grafted, { probe: probeOf(NODE), ...options }), inputs: grafted.inputs };
+  return {
+    graph: await buildTrainingGraph(file, grafted, { probe: probeOf(NODE), ...options }),
+    inputs: grafted.inputs,
+  };
 }
 
 export const floats = (data: Float32Array, ...dims: number[]): Feed => ({ dataType: 1, dims, data });
 
 /** Feeds of a graph's own inputs. */
 export function learning({ learnInput, targetsInput }: TrainingGraph, targets: Feed, learns = true): [string, Feed][] {
-  return [[targetsInput, targets], [learnInput, { dataType: 9, dims: [], data: Uint8Array.of(Number(learns)) }]];
+  return [
+    [targetsInput, targets],
+    [learnInput, { dataType: 9, dims: [], data: Uint8Array.of(Number(learns)) }],
+  ];
 }
 
 /** A graph that learns a case, and feeds that give what the goldens were made with. */
@@ -210,7 +239,8 @@ export async function prepare(of: Case, options: Partial<TrainingGraphOptions> =
     const { rank, A, B } = of.modules.get(module) ?? { rank: 0, A: undefined, B: undefined };
     if (kind === "A") values.set(name, floats(turn(A!, rank, width), 1, width, rank));
     else if (kind === "B") values.set(name, floats(B!, 1, rank, width));
-    else if (kind === "headWeight") values.set(name, floats(turn(head!.weight, head!.out, head!.in), 1, head!.in, head!.out));
+    else if (kind === "headWeight")
+      values.set(name, floats(turn(head!.weight, head!.out, head!.in), 1, head!.in, head!.out));
     else values.set(name, floats(head!.bias, 1, 1, head!.out));
   }
   return { file, graph, inputs, feeds: new Map([...of.feeds, ...values, ...learning(graph, of.targets)]) };
@@ -225,15 +255,27 @@ export interface Differences {
 }
 
 /** @param values of the graph's outputs */
-export function compare(of: Case, { graph, inputs }: Prepared, values: (output: string) => ArrayLike<number>): Differences {
+export function compare(
+  of: Case,
+  { graph, inputs }: Prepared,
+  values: (output: string) => ArrayLike<number>,
+): Differences {
   const found = new Map<string, ArrayLike<number>>();
   for (const { name, kind, of: module, dims } of inputs) {
     const gradient = Float32Array.from(values(graph.gradients.get(name)!));
     const width = Math.max(...dims.filter((size) => typeof size === "number"));
-    const turned = turn(gradient, kind === "B" ? gradient.length / width : width, kind === "B" ? width : gradient.length / width);
+    const turned = turn(
+      gradient,
+      kind === "B" ? gradient.length / width : width,
+      kind === "B" ? width : gradient.length / width,
+    );
     // lora_B is [out, r], and the graph's B is its transpose times the scale.
     if (kind === "A") found.set(`${module}.lora_A.weight`, turned);
-    else if (kind === "B") found.set(`${module}.lora_B.weight`, turned.map((g) => of.modules.get(module)!.scale * g));
+    else if (kind === "B")
+      found.set(
+        `${module}.lora_B.weight`,
+        turned.map((g) => of.modules.get(module)!.scale * g),
+      );
     else if (kind === "headWeight") found.set(`${module}.weight`, turned);
     else found.set(`${module}.bias`, gradient);
   }
@@ -247,7 +289,11 @@ export function compare(of: Case, { graph, inputs }: Prepared, values: (output: 
 }
 
 /** A session's results for values by input name. */
-export async function run(session: common.InferenceSession, ort: Ort, feeds: ReadonlyMap<string, Feed>): Promise<Tensors> {
+export async function run(
+  session: common.InferenceSession,
+  ort: Ort,
+  feeds: ReadonlyMap<string, Feed>,
+): Promise<Tensors> {
   const tensors: Tensors = {};
   for (const name of session.inputNames) tensors[name] = tensor(ort, feeds.get(name)!);
   return (await session.run(tensors)) as Tensors;
@@ -292,7 +338,8 @@ export function examples(ort: Ort, session: Session, count: number, seed: number
   return Array.from({ length: count }, () => {
     const ids = Array.from({ length }, () => 1 + Math.floor(random() * 8));
     const own = { ...like, input_ids: new ort.Tensor("int64", BigInt64Array.from(ids, BigInt), [1, length]) };
-    if ("attention_mask" in own) own["attention_mask"] = new ort.Tensor("int64", new BigInt64Array(length).fill(1n), [1, length]);
+    if ("attention_mask" in own)
+      own["attention_mask"] = new ort.Tensor("int64", new BigInt64Array(length).fill(1n), [1, length]);
     return { feeds: own as BatchFeeds, label: ids[0]! % 2 };
   });
 }

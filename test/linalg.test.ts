@@ -2,8 +2,9 @@
  * Linear algebra of extraction against spectra known in closed form and against residuals, at sizes 1 to 200: simple,
  * clustered, multiple, graded and rank-deficient.
  */
-import t from "tap";
+
 import fc from "fast-check";
+import t from "tap";
 import { symmetricEigen } from "../dist/src/extract/eigen.js";
 import {
   backwardSolve,
@@ -75,7 +76,15 @@ function checkEigen(name: string, a: Float64Array, n: number, expected: readonly
 }
 
 t.test("products of rows at odd and even sizes", async () => {
-  for (const [m, n, width] of [[1, 1, 1], [2, 4, 8], [3, 5, 7], [1, 9, 3], [7, 2, 1], [5, 6, 0], [16, 17, 33]]) {
+  for (const [m, n, width] of [
+    [1, 1, 1],
+    [2, 4, 8],
+    [3, 5, 7],
+    [1, 9, 3],
+    [7, 2, 1],
+    [5, 6, 0],
+    [16, 17, 33],
+  ]) {
     const x = noise(m! * width!, 1);
     const y = noise(n! * width!, 2);
     t.ok(largest(timesTransposed(x, y, m!, n!, width!), product(x, y, m!, n!, width!)) <= 1e-14);
@@ -130,7 +139,12 @@ t.test("equal blocks: a tridiagonal form that falls apart", async () => {
   for (let b = 0; b < n; b += 5) {
     for (let i = 0; i < 25; i++) a[(b + Math.floor(i / 5)) * n + b + (i % 5)] = block[i]!;
   }
-  checkEigen("eight equal blocks", a, n, Array.from({ length: n }, (_, i) => [4, 3, 2, 1, 0.5][i % 5]!));
+  checkEigen(
+    "eight equal blocks",
+    a,
+    n,
+    Array.from({ length: n }, (_, i) => [4, 3, 2, 1, 0.5][i % 5]!),
+  );
 });
 
 t.test("Wilkinson's matrix: eigenvalues in pairs that agree to all digits", async () => {
@@ -161,7 +175,13 @@ t.test("any symmetric matrix", async () => {
       const { values, vectors } = symmetricEigen(a.slice(), n);
       const v = vectors(n);
       const columns = transpose(v, n, n);
-      const rebuilt = product(columns.map((value, i) => value * values[i % n]!), columns, n, n, n);
+      const rebuilt = product(
+        columns.map((value, i) => value * values[i % n]!),
+        columns,
+        n,
+        n,
+        n,
+      );
       const scale = Math.max(values[0]!, Number.MIN_VALUE);
       return (
         largest(rebuilt, a) <= 1e-12 * scale &&
@@ -174,7 +194,15 @@ t.test("any symmetric matrix", async () => {
 });
 
 t.test("LQ", async () => {
-  const shapes = [[1, 1], [1, 5], [5, 1], [3, 8], [8, 3], [8, 8], [16, 384]] as const;
+  const shapes = [
+    [1, 1],
+    [1, 5],
+    [5, 1],
+    [3, 8],
+    [8, 3],
+    [8, 8],
+    [16, 384],
+  ] as const;
   for (const [rows, width] of shapes) {
     for (const kind of ["full", "equal rows", "zero", "zero row"]) {
       const x = noise(rows * width, rows + width);
@@ -186,13 +214,22 @@ t.test("LQ", async () => {
       const rebuilt = product(L, transpose(Q, size, width), rows, width, size);
       t.ok(largest(rebuilt, x) <= 1e-14 * Math.sqrt(width) * 4, `${kind} [${rows}, ${width}]: L·Q`);
       t.ok(largest(product(Q, Q, size, size, width), identity(size)) <= 1e-14, `${kind} [${rows}, ${width}]: Q·Qᵀ`);
-      t.ok(L.every((value, i) => i % size <= Math.floor(i / size) || value === 0), "L is lower");
+      t.ok(
+        L.every((value, i) => i % size <= Math.floor(i / size) || value === 0),
+        "L is lower",
+      );
     }
   }
 });
 
 t.test("SVD", async () => {
-  const shapes = [[1, 1], [2, 5], [5, 2], [8, 8], [32, 32]] as const;
+  const shapes = [
+    [1, 1],
+    [2, 5],
+    [5, 2],
+    [8, 8],
+    [32, 32],
+  ] as const;
   for (const [m, n] of shapes) {
     const k = Math.min(m, n);
     const kinds: [string, (i: number) => number][] = [
@@ -208,7 +245,11 @@ t.test("SVD", async () => {
       const v = rotation(n, 6);
       const c = product(
         transpose(u, m, m).map((entry, i) => entry * S[i % m]!),
-        transpose(Float64Array.from({ length: m * n }, (_, i) => (i < k * n ? v[i]! : 0)), m, n),
+        transpose(
+          Float64Array.from({ length: m * n }, (_, i) => (i < k * n ? v[i]! : 0)),
+          m,
+          n,
+        ),
         m,
         n,
         m,
@@ -258,7 +299,10 @@ t.test("Cholesky leaves dependent vectors out", async () => {
   const x = noise(3 * 6, 4);
   const rows = new Float64Array(5 * 6);
   rows.set(x.subarray(0, 6), 0);
-  rows.set(x.subarray(0, 6).map((value) => 2 * value), 6);
+  rows.set(
+    x.subarray(0, 6).map((value) => 2 * value),
+    6,
+  );
   rows.set(x.subarray(6), 18);
   // Row 2 is zero, row 1 twice row 0: only 0, 3 and 4 count.
   const l = cholesky(gram(rows, 5, 6), 5);

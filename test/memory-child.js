@@ -42,7 +42,17 @@ function adapter(id) {
       },
     ]),
   );
-  return { id, file: id, byteLength: 0, baseModel: undefined, modules, saved: [], metadata: {}, warnings: [], close: async () => undefined };
+  return {
+    id,
+    file: id,
+    byteLength: 0,
+    baseModel: undefined,
+    modules,
+    saved: [],
+    metadata: {},
+    warnings: [],
+    close: async () => undefined,
+  };
 }
 
 async function settled() {
@@ -60,7 +70,8 @@ chunks.length = 0;
 const before = await settled();
 const pack = await openPack(file);
 const host = {
-  list: () => names.map((name) => ({ name: `${name}.weight`, shape: [SIZE, SIZE], dtype: /** @type {const} */ ("f32") })),
+  list: () =>
+    names.map((name) => ({ name: `${name}.weight`, shape: [SIZE, SIZE], dtype: /** @type {const} */ ("f32") })),
   /** @param {string} _ @param {Uint8Array} [into] */
   async read(_, into) {
     const data = into ?? new Uint8Array(4 * SIZE * SIZE);

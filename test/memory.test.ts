@@ -1,6 +1,6 @@
-import t from "tap";
 import { spawnSync } from "node:child_process";
 import { fileURLToPath } from "node:url";
+import t from "tap";
 import { dawnMissing } from "./backend-list.ts";
 
 const child = fileURLToPath(new URL("memory-child.js", import.meta.url));
@@ -17,6 +17,9 @@ for (const backend of ["js", "wasm", "webgpu"]) {
     t.equal(reported["pristine"], 24 * 768 * 768 * 4);
     t.equal(reported["active"], 24 * 768 * 768 * 4);
     const { total, ...owners } = reported;
-    t.equal(Object.values(owners).reduce((a, b) => a + b, 0), total);
+    t.equal(
+      Object.values(owners).reduce((a, b) => a + b, 0),
+      total,
+    );
   });
 }

@@ -8,16 +8,18 @@ import { resolve } from "node:path";
 import { toBinary } from "@bufbuild/protobuf";
 import fc from "fast-check";
 import t from "tap";
+import { Locator } from "../dist/src/base/locate.js";
 import { EigenLoraError, SourceError } from "../dist/src/errors.js";
 import { openOnnxHost } from "../dist/src/onnx/host.js";
 import { parseModel } from "../dist/src/onnx/model.js";
 import { findParameters } from "../dist/src/onnx/modules.js";
-import { ModelProtoSchema, type GraphProto, type ModelProto } from "../dist/src/onnx/onnx_pb.js";
-import { Locator } from "../dist/src/base/locate.js";
+import { type GraphProto, type ModelProto, ModelProtoSchema } from "../dist/src/onnx/onnx_pb.js";
 
 const DATA = resolve("test/data/onnx");
 const MINILM = resolve("test/data/minilm");
-const EXPORTS = readdirSync(DATA).filter((file) => file.endsWith(".onnx")).map((file) => file.slice(0, -5));
+const EXPORTS = readdirSync(DATA)
+  .filter((file) => file.endsWith(".onnx"))
+  .map((file) => file.slice(0, -5));
 
 type Digests = Record<string, [shape: number[], sha256: string]>;
 
@@ -111,14 +113,24 @@ t.test("merged parameters have all their names and say what they share", (t) => 
   t.equal(query.initializer, "bert.embeddings.LayerNorm.bias");
   t.ok(query.sharedBy.includes("bert.pooler.dense.bias"));
   t.notOk(query.sharedBy.includes(query.name));
-  t.strictSame(query.uses.map(({ node }) => node.name), ["/bert/encoder/layer.1/attention/self/query/Add"]);
+  t.strictSame(
+    query.uses.map(({ node }) => node.name),
+    ["/bert/encoder/layer.1/attention/self/query/Add"],
+  );
   const weight = parameters.find(({ name }) => name === "bert.encoder.layer.1.attention.self.query.weight")!;
   t.strictSame(weight.sharedBy, []);
 
   for (const name of ["tied-torchscript-unfolded", "tied-dynamo-unfolded"]) {
     const tied = findParameters(parseModel(modelOf(name), name));
     const shared = tied.filter(({ sharedBy }) => sharedBy.length > 0).map(({ name, sharedBy }) => [name, ...sharedBy]);
-    t.strictSame(shared, [["embed.weight", "head.weight"], ["head.weight", "embed.weight"]], name);
+    t.strictSame(
+      shared,
+      [
+        ["embed.weight", "head.weight"],
+        ["head.weight", "embed.weight"],
+      ],
+      name,
+    );
   }
   t.end();
 });
@@ -268,8 +280,14 @@ t.test("damaged files", async (t) => {
     change(proto, proto.graph!);
     return toBinary(ModelProtoSchema, proto);
   };
-  for (const dims of [[-1n, 6n], [1n << 40n, 1n << 40n]]) {
-    const model = parseModel(changed((_, { initializer }) => (initializer[0]!.dims = dims)), "model");
+  for (const dims of [
+    [-1n, 6n],
+    [1n << 40n, 1n << 40n],
+  ]) {
+    const model = parseModel(
+      changed((_, { initializer }) => (initializer[0]!.dims = dims)),
+      "model",
+    );
     t.throws(() => findParameters(model), { tag: "format", message: `impossible shape [${dims.join(", ")}]` });
   }
   const longer = await openOnnxHost(changed((_, { initializer }) => (initializer[0]!.dims = [11n, 6n])));

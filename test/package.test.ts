@@ -1,9 +1,9 @@
-import t from "tap";
-import { build } from "esbuild";
 import { spawnSync } from "node:child_process";
 import { readFile } from "node:fs/promises";
 import { fileURLToPath } from "node:url";
 import { gzipSync } from "node:zlib";
+import { build } from "esbuild";
+import t from "tap";
 
 const root = fileURLToPath(new URL("..", import.meta.url));
 const manifest = JSON.parse(await readFile(new URL("../package.json", import.meta.url), "utf8"));
@@ -15,7 +15,8 @@ const BUDGET = { js: 20_000, wasm: 10_000 };
  * Loaded only when they are used: the kernels, the readers of safetensors and task files, the other backends, the
  * unfolded modes, weights on a device, blended heads and biases.
  */
-const LAZY = /^#wasm\/|\/safetensors\.js$|\/task-file\.js$|\/js\.js$|\/webgpu\.js$|\/unfold\.js$|\/device-host\.js$|\/apply\.js$|\/mixed\.js$/;
+const LAZY =
+  /^#wasm\/|\/safetensors\.js$|\/task-file\.js$|\/js\.js$|\/webgpu\.js$|\/unfold\.js$|\/device-host\.js$|\/apply\.js$|\/mixed\.js$/;
 
 /** The WebGPU half with its shaders, on top of what every app loads. */
 const WEBGPU_BUDGET = 12_000;
@@ -48,7 +49,9 @@ t.test("the run-time bundle for a browser keeps its budget", async (t) => {
   for (const name of ["scalar", "simd", "relaxed"]) {
     wasm += gzipSync(await readFile(new URL(`../dist/wasm/${name}.wasm`, import.meta.url)), { level: 9 }).length;
   }
-  t.comment(`JS ${js.gzip} B of ${BUDGET.js}; ${all.gzip} B with what is loaded on demand; WASM ${wasm} B of ${BUDGET.wasm}`);
+  t.comment(
+    `JS ${js.gzip} B of ${BUDGET.js}; ${all.gzip} B with what is loaded on demand; WASM ${wasm} B of ${BUDGET.wasm}`,
+  );
   t.ok(js.gzip <= BUDGET.js, `${js.gzip} B of JS`);
   t.ok(wasm <= BUDGET.wasm, `${wasm} B of WASM, all three builds together`);
   t.notMatch(all.text, /node:|readAdapters|extractModule/, "neither Node nor the build half");
@@ -56,7 +59,8 @@ t.test("the run-time bundle for a browser keeps its budget", async (t) => {
 });
 
 t.test("the WebGPU half is loaded by itself and keeps its budget", async (t) => {
-  const code = 'import { createWebgpuBackend } from "./dist/src/backends/webgpu.js"; globalThis.x = createWebgpuBackend;';
+  const code =
+    'import { createWebgpuBackend } from "./dist/src/backends/webgpu.js"; globalThis.x = createWebgpuBackend;';
   const { text, gzip } = await bundle(code, /^#wasm\//);
   t.comment(`${gzip} B of ${WEBGPU_BUDGET}, shaders included`);
   t.ok(gzip <= WEBGPU_BUDGET, `${gzip} B`);
@@ -64,7 +68,8 @@ t.test("the WebGPU half is loaded by itself and keeps its budget", async (t) => 
 });
 
 t.test("a session's bundle keeps its budget and brings no runtime of its own", async (t) => {
-  const code = 'import { openPack } from "eigenlora"; import { createEigenSession } from "eigenlora/onnxruntime"; globalThis.x = [openPack, createEigenSession];';
+  const code =
+    'import { openPack } from "eigenlora"; import { createEigenSession } from "eigenlora/onnxruntime"; globalThis.x = [openPack, createEigenSession];';
   const { text, gzip } = await bundle(code, /^#wasm\/|\/(webgpu|ort-gpu|ort-training|device-host|apply)\.js$/);
   t.comment(`${gzip} B of JS of ${SESSION_BUDGET}`);
   t.ok(gzip <= SESSION_BUDGET, `${gzip} B of JS`);
@@ -72,13 +77,27 @@ t.test("a session's bundle keeps its budget and brings no runtime of its own", a
 });
 
 t.test("what is published", async (t) => {
-  const { stdout } = spawnSync("npm", ["pack", "--dry-run", "--json", "--ignore-scripts"], { cwd: root, encoding: "utf8" });
+  const { stdout } = spawnSync("npm", ["pack", "--dry-run", "--json", "--ignore-scripts"], {
+    cwd: root,
+    encoding: "utf8",
+  });
   const [{ files }] = JSON.parse(stdout) as [{ files: { path: string }[] }];
   const paths = files.map((f) => f.path);
-  for (const path of ["dist/src/index.js", "dist/src/cli/main.js", "dist/wasm/simd.wasm", "SPEC.md", "README.md", "LICENSE"]) {
+  for (const path of [
+    "dist/src/index.js",
+    "dist/src/cli/main.js",
+    "dist/wasm/simd.wasm",
+    "SPEC.md",
+    "README.md",
+    "LICENSE",
+  ]) {
     t.ok(paths.includes(path), path);
   }
-  t.same(paths.filter((p) => /^(test|examples|benchmarks|src|assembly)\//.test(p)), [], "no sources, tests or data");
+  t.same(
+    paths.filter((p) => /^(test|examples|benchmarks|src|assembly)\//.test(p)),
+    [],
+    "no sources, tests or data",
+  );
   for (const path of paths.filter((p) => p.endsWith(".d.ts") && !/onnx_pb|protobuf/.test(p))) {
     const text = await readFile(new URL(`../${path}`, import.meta.url), "utf8");
     t.notMatch(text, /@webgpu\/types|\bGPUDevice\b|from "(onnxruntime|@huggingface)/, path);

@@ -2,15 +2,18 @@
 import { readdir, readFile } from "node:fs/promises";
 import { fileURLToPath } from "node:url";
 import { readAdapters } from "../dist/src/adapters/folder.js";
-import { decodeTensor } from "../dist/src/tensor/dtypes.js";
-import { buildPack, type BuildOptions, type BuildReport } from "../dist/src/pack/build.js";
-import type { TensorRef } from "../dist/src/format/format.js";
-import type { Pack } from "../dist/src/pack/pack.js";
 import { openHost } from "../dist/src/base/host.js";
-import { relativeDifference, type Golden } from "./compare.ts";
+import type { TensorRef } from "../dist/src/format/format.js";
+import { type BuildOptions, type BuildReport, buildPack } from "../dist/src/pack/build.js";
+import type { Pack } from "../dist/src/pack/pack.js";
+import { decodeTensor } from "../dist/src/tensor/dtypes.js";
+import { type Golden, relativeDifference } from "./compare.ts";
 
 /** Everything an adapter has goes into the pack. */
-export const LOSSLESS = { select: { kind: "energy", share: 1 }, types: { basis: "f32", coefficients: "f32", head: "f32" } } as const;
+export const LOSSLESS = {
+  select: { kind: "energy", share: 1 },
+  types: { basis: "f32", coefficients: "f32", head: "f32" },
+} as const;
 
 /** Absolute path of something under test/data. */
 export function data(path: string): string {
@@ -64,14 +67,20 @@ export async function packDifference(found: Pack, expected: Pack): Promise<{ bas
     for (const side of ["A", "B"] as const) {
       const [a, b] = [values(bases, found.modules[i]![side]!.tensor), values(expectedBases, module[side]!.tensor)];
       const same = a.length === b.length && found.modules[i]!.name === module.name;
-      off.bases = Math.max(off.bases, same ? a.reduce((largest, value, k) => Math.max(largest, Math.abs(value - b[k]!)), 0) : Infinity);
+      off.bases = Math.max(
+        off.bases,
+        same ? a.reduce((largest, value, k) => Math.max(largest, Math.abs(value - b[k]!)), 0) : Infinity,
+      );
     }
   }
   for (const id of expected.tasks.keys()) {
     const [a, b] = [await found.load(id), await expected.load(id)];
     for (const [i, term] of b.terms.entries()) {
       for (const side of ["A", "B"] as const) {
-        const difference = relativeDifference(values(a.bytes, a.terms[i]![side]!.tensor), values(b.bytes, term[side]!.tensor));
+        const difference = relativeDifference(
+          values(a.bytes, a.terms[i]![side]!.tensor),
+          values(b.bytes, term[side]!.tensor),
+        );
         off.coefficients = Math.max(off.coefficients, difference);
       }
     }

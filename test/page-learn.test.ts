@@ -3,11 +3,12 @@
  * takes minutes for it: learn-chromium.test.ts trains a smaller model there. What it costs and how good it gets is
  * benchmarks/few-shot.js's.
  */
-import t from "tap";
+
 import { mkdtemp, readFile, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import type { Browser, Page } from "playwright-core";
+import t from "tap";
 import { parseTaskFile } from "../dist/src/format/task-file.js";
 import { openPack } from "../dist/src/pack/pack.js";
 import { createEncoder, model } from "../examples/minilm.js";
@@ -33,11 +34,18 @@ interface Heard {
 }
 
 /** Opens the page with an ear at its worker's door: the page itself shows rounded numbers. */
-async function visit(browser: Browser, url = server.url, options: Parameters<Browser["newPage"]>[0] = {}): Promise<{ page: Page; complaints: string[] }> {
+async function visit(
+  browser: Browser,
+  url = server.url,
+  options: Parameters<Browser["newPage"]>[0] = {},
+): Promise<{ page: Page; complaints: string[] }> {
   const page = await browser.newPage(options);
   page.setDefaultTimeout(120_000);
   const complaints: string[] = [];
-  page.on("console", (message) => void (["error", "warning"].includes(message.type()) && complaints.push(message.text())));
+  page.on(
+    "console",
+    (message) => void (["error", "warning"].includes(message.type()) && complaints.push(message.text())),
+  );
   page.on("pageerror", (error) => complaints.push(error.message));
   await page.addInitScript(() => {
     const heard: Heard = { probabilities: [], losses: [] };
@@ -60,7 +68,8 @@ async function visit(browser: Browser, url = server.url, options: Parameters<Bro
 const heard = (page: Page): Promise<Heard> => page.evaluate(() => (globalThis as unknown as { heard: Heard }).heard);
 const settled = (page: Page): Promise<void> => page.locator('main[aria-busy="false"]').waitFor();
 const note = (page: Page, text: RegExp): Promise<void> => page.locator("#teach-note", { hasText: text }).waitFor();
-const press = (page: Page, what: "Teach" | "Stop"): Promise<void> => page.locator("#teach-button", { hasText: what }).click();
+const press = (page: Page, what: "Teach" | "Stop"): Promise<void> =>
+  page.locator("#teach-button", { hasText: what }).click();
 
 async function type(page: Page, text: string): Promise<number[]> {
   await page.locator("#sentence").fill(text);
@@ -81,7 +90,10 @@ async function write(page: Page, lessons: readonly (readonly [label: string, exa
 async function teachAWhile(page: Page, steps: number): Promise<void> {
   const before = (await heard(page)).losses.length;
   await press(page, "Teach");
-  await page.waitForFunction((count) => (globalThis as unknown as { heard: Heard }).heard.losses.length >= count, before + steps);
+  await page.waitForFunction(
+    (count) => (globalThis as unknown as { heard: Heard }).heard.losses.length >= count,
+    before + steps,
+  );
   await press(page, "Stop");
   await note(page, /^Stopped after/);
   await settled(page);
@@ -99,13 +111,21 @@ t.test("teaches a task that answers beside the others, and leaves as a file", { 
 
   const { losses } = await heard(page);
   t.ok(losses.at(-1)! < losses[0]! / 3, `loss ${losses[0]} → ${losses.at(-1)}`);
-  t.equal((await page.locator("#loss polyline").getAttribute("points"))!.split(" ").length, losses.length, "each step is drawn");
+  t.equal(
+    (await page.locator("#loss polyline").getAttribute("points"))!.split(" ").length,
+    losses.length,
+    "each step is drawn",
+  );
   t.equal(await page.locator("#active-name").textContent(), "sky-or-lab");
   t.same(await page.locator("#labels .name").allTextContents(), ["astronomy", "chemistry"]);
   t.equal(await page.locator(".card").count(), 21);
   t.equal(await page.locator(".card .said b:empty").count(), 0, "all tasks answer the sentence");
 
-  const sentences = ["finds comets and asteroids in the sky", "models of atoms, bonds and molecules", "a text with no word about either"];
+  const sentences = [
+    "finds comets and asteroids in the sky",
+    "models of atoms, bonds and molecules",
+    "a text with no word about either",
+  ];
   const inPage: number[][] = [];
   for (const sentence of sentences) inPage.push(await type(page, sentence));
   t.ok(inPage[0]![0]! > 0.8 && inPage[1]![1]! > 0.8, `it has learned: ${inPage}`);
@@ -129,7 +149,10 @@ t.test("teaches a task that answers beside the others, and leaves as a file", { 
     for (const [i, sentence] of sentences.entries()) {
       const [first, second] = (await session.run(encode([sentence]) as never)).logits!.data as Float32Array;
       const probability = 1 / (1 + Math.exp(second! - first!));
-      t.ok(Math.abs(probability - inPage[i]![0]!) < 1e-4, `${sentence}: ${probability} in Node, ${inPage[i]} in the page`);
+      t.ok(
+        Math.abs(probability - inPage[i]![0]!) < 1e-4,
+        `${sentence}: ${probability} in Node, ${inPage[i]} in the page`,
+      );
     }
 
     await page.locator("#task-file").setInputFiles({ name: "theirs.etask", mimeType: "", buffer: Buffer.from(bytes) });
@@ -154,7 +177,10 @@ t.test("teaches a task that answers beside the others, and leaves as a file", { 
   });
 
   t.test("stopped in the middle, what was learned counts; again, it takes the place of the one before", async (t) => {
-    await write(page, [["one", "the first\nthe one before all others"], ["two", "the second\nthe one that follows\n\n"]]);
+    await write(page, [
+      ["one", "the first\nthe one before all others"],
+      ["two", "the second\nthe one that follows\n\n"],
+    ]);
     await teachAWhile(page, 2);
     t.same(await page.locator("#labels .name").allTextContents(), ["one", "two"]);
     t.equal(await page.locator('.card[data-task="sky-or-lab"]').count(), 1);
@@ -175,9 +201,30 @@ t.test("teaches a task that answers beside the others, and leaves as a file", { 
 
   t.test("what cannot be learned from is said", async (t) => {
     const tries = [
-      ["one label only", [["one", "a line"], ["two", "  \n"]], /one label only, "one"; two at least are needed/],
-      ["no texts", [["one", ""], ["two", ""]], /the 0 examples have no label/],
-      ["a label twice", [["one", "a line"], ["one", "another line"]], /labels: expected two at least, all different, got \["one","one"\]/],
+      [
+        "one label only",
+        [
+          ["one", "a line"],
+          ["two", "  \n"],
+        ],
+        /one label only, "one"; two at least are needed/,
+      ],
+      [
+        "no texts",
+        [
+          ["one", ""],
+          ["two", ""],
+        ],
+        /the 0 examples have no label/,
+      ],
+      [
+        "a label twice",
+        [
+          ["one", "a line"],
+          ["one", "another line"],
+        ],
+        /labels: expected two at least, all different, got \["one","one"\]/,
+      ],
     ] as const;
     for (const [what, lessons, expected] of tries) {
       await write(page, lessons);
@@ -185,19 +232,32 @@ t.test("teaches a task that answers beside the others, and leaves as a file", { 
       await note(page, expected);
       t.ok(await page.locator("#teach-note.wrong").isVisible(), what);
     }
-    await write(page, [["one", "a line"], ["two", "another line"]]);
+    await write(page, [
+      ["one", "a line"],
+      ["two", "another line"],
+    ]);
     await page.locator("#task-name").fill("sections-0");
     await press(page, "Teach");
     await note(page, /there is a task "sections-0" already/);
     await page.locator(".lesson input").first().fill("");
     await press(page, "Teach");
-    t.equal(await page.locator(".lesson input:invalid").count(), 1, "a label without a name is the browser's to refuse");
+    t.equal(
+      await page.locator(".lesson input:invalid").count(),
+      1,
+      "a label without a name is the browser's to refuse",
+    );
   });
 
   t.test("labels come and go, by keys", async (t) => {
     await page.locator("#add-label").press("Enter");
     t.equal(await page.locator(".lesson").count(), 3);
-    t.ok(await page.locator(".lesson input").last().evaluate((input) => input === document.activeElement), "the new label is to be named");
+    t.ok(
+      await page
+        .locator(".lesson input")
+        .last()
+        .evaluate((input) => input === document.activeElement),
+      "the new label is to be named",
+    );
     await page.keyboard.type("3 words");
     t.equal(await page.locator(".lesson input").last().inputValue(), "3 words");
     t.equal(await page.locator("#active-name").textContent(), "role", "typing there picks no task");

@@ -1,10 +1,10 @@
-import t from "tap";
 import { mkdtemp, readFile, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import type { Browser, Page } from "playwright-core";
+import t from "tap";
 import { buildPage } from "../examples/page/build.js";
-import { serveFolder, type Answered } from "../examples/page/serve.js";
+import { type Answered, serveFolder } from "../examples/page/serve.js";
 import { launch, noChromium } from "./browser.ts";
 
 /**
@@ -25,11 +25,16 @@ t.teardown(async () => {
   await rm(folder, { recursive: true });
 });
 
-const data = async (path: string): Promise<any> => JSON.parse(await readFile(new URL(`data/${path}`, import.meta.url), "utf8"));
+const data = async (path: string): Promise<any> =>
+  JSON.parse(await readFile(new URL(`data/${path}`, import.meta.url), "utf8"));
 const packReads = (): Answered[] => answers.filter(({ path }) => path === "/tasks.eigen");
 
 /** Opens the page, and collects what it complains of. Without its service worker, which reads the pack once more, and whole. */
-async function visit(browser: Browser, options: Parameters<Browser["newPage"]>[0] = {}, path = ""): Promise<{ page: Page; complaints: string[] }> {
+async function visit(
+  browser: Browser,
+  options: Parameters<Browser["newPage"]>[0] = {},
+  path = "",
+): Promise<{ page: Page; complaints: string[] }> {
   const page = await browser.newPage({ serviceWorkers: "block", ...options });
   const complaints: string[] = [];
   page.on("console", (message) => {
@@ -63,7 +68,10 @@ t.test("sentence, tasks and their cost", { skip }, async (t) => {
   const { page, complaints } = await visit(await launch(t));
   await settled(page);
   t.equal(packReads().length, 3, "window, directory with bases, one task");
-  t.ok(packReads().every(({ status, range }) => status === 206 && range), "all of them ranges");
+  t.ok(
+    packReads().every(({ status, range }) => status === 206 && range),
+    "all of them ranges",
+  );
   t.match(await page.locator("#cold").textContent(), /^Cold start: 3 requests/);
   t.equal(await page.locator(".card").count(), 20);
   t.match(await page.locator("#promise").textContent(), /^20 tasks of [\d.]+ kB each$/);
@@ -84,14 +92,21 @@ t.test("sentence, tasks and their cost", { skip }, async (t) => {
   t.test("predictions are PEFT's", async (t) => {
     const reference = (await data("reference/predictions.json"))["own-seed"];
     // Rows whose first label is far ahead, so that what a lossy pack loses does not matter.
-    for (const [task, rows] of [["debtags-made-of", [0, 1, 3]], ["debtags-implemented-in", [7, 16, 30, 33]]] as const) {
+    for (const [task, rows] of [
+      ["debtags-made-of", [0, 1, 3]],
+      ["debtags-implemented-in", [7, 16, 30, 33]],
+    ] as const) {
       const { labels, test } = await data(`tasks/${task}.json`);
       await choose(page, task);
       for (const row of rows) {
         await type(page, test[row][0]);
         const expected = labels[reference[task].predictions[row]];
         t.equal(await topOf(page), expected, `${task}: ${test[row][0]}`);
-        t.equal(await cardOf(page, task).locator(".said b").textContent(), expected, "the same in a batch of several tasks");
+        t.equal(
+          await cardOf(page, task).locator(".said b").textContent(),
+          expected,
+          "the same in a batch of several tasks",
+        );
       }
     }
   });
@@ -101,7 +116,9 @@ t.test("sentence, tasks and their cost", { skip }, async (t) => {
     await page.locator(".card:not(.resident)").first().waitFor({ state: "detached" });
     await settled(page);
     t.equal(packReads().length, 2 + 20, "each task was read once");
-    for (const task of await page.locator(".card").evaluateAll((cards) => cards.map((card) => (card as HTMLElement).dataset["task"]!))) {
+    for (const task of await page
+      .locator(".card")
+      .evaluateAll((cards) => cards.map((card) => (card as HTMLElement).dataset["task"]!))) {
       const { labels } = await data(`tasks/${task}.json`);
       t.ok(labels.includes(await cardOf(page, task).locator(".said b").textContent()), task);
     }
@@ -118,7 +135,12 @@ t.test("sentence, tasks and their cost", { skip }, async (t) => {
       await settled(page);
       t.equal(await active(), task, keys.join(" "));
       t.same(await labelsOf(page), (await data(`tasks/${task}.json`)).labels);
-      t.ok(await cardOf(page, task).locator("input").evaluate((input) => input === document.activeElement), "focused");
+      t.ok(
+        await cardOf(page, task)
+          .locator("input")
+          .evaluate((input) => input === document.activeElement),
+        "focused",
+      );
     };
     await next(["ArrowRight"], "debtags-interface");
     await next(["1", "2"], "debtags-security");
@@ -133,18 +155,23 @@ t.test("sentence, tasks and their cost", { skip }, async (t) => {
     await choose(page, "debtags-made-of");
     await type(page, "Irish (Gaeilge) dictionary words for /usr/share/dict");
     const top = page.locator("#labels .top .value");
-    const full = parseInt((await top.textContent())!);
+    const full = Number.parseInt((await top.textContent())!, 10);
     await page.locator("#strength").fill("0.2");
     await page.locator("#log tr:first-child", { hasText: "at 20 %" }).waitFor();
     await settled(page);
-    t.ok(parseInt((await top.textContent())!) < full, "less of the task, less sure");
+    t.ok(Number.parseInt((await top.textContent())!, 10) < full, "less of the task, less sure");
   });
 
   t.same(complaints, []);
 });
 
 t.test("a small phone, in the dark, without motion", { skip }, async (t) => {
-  const options = { viewport: { width: 320, height: 640 }, colorScheme: "dark", reducedMotion: "reduce", hasTouch: true } as const;
+  const options = {
+    viewport: { width: 320, height: 640 },
+    colorScheme: "dark",
+    reducedMotion: "reduce",
+    hasTouch: true,
+  } as const;
   const { page, complaints } = await visit(await launch(t), options, "#debtags-role");
   const width = (): Promise<number> => page.evaluate(() => document.documentElement.scrollWidth);
   t.equal(await width(), 320, "while it loads");
@@ -170,7 +197,14 @@ async function watchBus(page: Page): Promise<() => Promise<number>> {
     scope.sent = 0;
     const { writeBuffer } = GPUQueue.prototype;
     const { createBuffer } = GPUDevice.prototype;
-    GPUQueue.prototype.writeBuffer = function (this: GPUQueue, buffer: GPUBuffer, at: number, source: ArrayBufferView<ArrayBuffer>, start = 0, size?: number) {
+    GPUQueue.prototype.writeBuffer = function (
+      this: GPUQueue,
+      buffer: GPUBuffer,
+      at: number,
+      source: ArrayBufferView<ArrayBuffer>,
+      start = 0,
+      size?: number,
+    ) {
       const element = "BYTES_PER_ELEMENT" in source ? Number(source.BYTES_PER_ELEMENT) : 1;
       scope.sent += size === undefined ? source.byteLength - start * element : size * element;
       return writeBuffer.call(this, buffer, at, source, start, size);
@@ -180,20 +214,29 @@ async function watchBus(page: Page): Promise<() => Promise<number>> {
       return createBuffer.call(this, descriptor);
     };
   });
-  return () => worker.evaluate(() => {
-    const scope = globalThis as unknown as { sent: number };
-    const { sent } = scope;
-    scope.sent = 0;
-    return sent;
-  });
+  return () =>
+    worker.evaluate(() => {
+      const scope = globalThis as unknown as { sent: number };
+      const { sent } = scope;
+      scope.sent = 0;
+      return sent;
+    });
 }
 
 t.test("WebGPU", { skip, timeout: 180_000 }, async (t) => {
-  const { page, complaints } = await visit(await launch(t, ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"]), {}, "#debtags-made-of");
+  const { page, complaints } = await visit(
+    await launch(t, ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"]),
+    {},
+    "#debtags-made-of",
+  );
   page.setDefaultTimeout(60_000);
   await settled(page);
   const reference = (await data("reference/predictions.json"))["own-seed"];
-  const cases = [["debtags-implemented-in", 7], ["debtags-made-of", 0], ["debtags-implemented-in", 16]] as const;
+  const cases = [
+    ["debtags-implemented-in", 7],
+    ["debtags-made-of", 0],
+    ["debtags-implemented-in", 16],
+  ] as const;
   await type(page, (await data("tasks/debtags-made-of.json")).test[0][0]);
   const onWasm = await page.locator("#labels .value").allTextContents();
   const note = (await page.locator("#provider-note").textContent())!;
@@ -204,7 +247,11 @@ t.test("WebGPU", { skip, timeout: 180_000 }, async (t) => {
     return;
   }
   await page.locator('#providers label:has([value="webgpu"])').click();
-  await page.locator("#mode", { hasText: "WebGPU, mode folded: a switch writes the task into the weights, which never leave the GPU." }).waitFor();
+  await page
+    .locator("#mode", {
+      hasText: "WebGPU, mode folded: a switch writes the task into the weights, which never leave the GPU.",
+    })
+    .waitFor();
   await settled(page);
   t.same(await page.locator("#labels .value").allTextContents(), onWasm, "the same answer");
 
@@ -214,7 +261,11 @@ t.test("WebGPU", { skip, timeout: 180_000 }, async (t) => {
     await choose(page, task);
     await type(page, test[row][0]);
     const expected = labels[reference[task].predictions[row]];
-    t.same([await topOf(page), await cardOf(page, task).locator(".said b").textContent()], [expected, expected], `${task}: ${test[row][0]}`);
+    t.same(
+      [await topOf(page), await cardOf(page, task).locator(".said b").textContent()],
+      [expected, expected],
+      `${task}: ${test[row][0]}`,
+    );
     // Of a switch there and back for each card too, and of the runs.
     const sent = await sentSince();
     t.comment(`${task}: ${sent} bytes to the device`);
@@ -225,7 +276,11 @@ t.test("WebGPU", { skip, timeout: 180_000 }, async (t) => {
   const labels = await page.locator("#labels .value").allTextContents();
   await type(page, "another sentence");
   await type(page, (await data("tasks/debtags-implemented-in.json")).test[16][0]);
-  t.same(await page.locator("#labels .value").allTextContents(), labels, "back at the active task after the others had answered");
+  t.same(
+    await page.locator("#labels .value").allTextContents(),
+    labels,
+    "back at the active task after the others had answered",
+  );
   t.same(complaints, []);
 });
 
@@ -241,8 +296,14 @@ t.test("failures say what to do", { skip }, async (t) => {
     return text;
   };
   const whole = await readFile(join(folder, "tasks.eigen"));
-  t.match(await failureOf((page) => page.route("**/tasks.eigen", (route) => route.fulfill({ body: whole }))), /answers HTTP ranges.*ignores ranges/);
-  t.match(await failureOf((page) => page.route("**/model_fp16.onnx", (route) => route.fulfill({ status: 404 }))), /answered 404/);
+  t.match(
+    await failureOf((page) => page.route("**/tasks.eigen", (route) => route.fulfill({ body: whole }))),
+    /answers HTTP ranges.*ignores ranges/,
+  );
+  t.match(
+    await failureOf((page) => page.route("**/model_fp16.onnx", (route) => route.fulfill({ status: 404 }))),
+    /answered 404/,
+  );
   t.match(await failureOf((page) => page.addInitScript("delete globalThis.WebAssembly")), /has no WebAssembly/);
 
   const { page } = await visit(browser);
@@ -259,7 +320,8 @@ t.test("failures say what to do", { skip }, async (t) => {
 });
 
 t.test("the server", async (t) => {
-  const get = (range?: string, more: Record<string, string> = {}) => fetch(`${server.url}page.css`, { headers: { ...(range && { range }), ...more } });
+  const get = (range?: string, more: Record<string, string> = {}) =>
+    fetch(`${server.url}page.css`, { headers: { ...(range && { range }), ...more } });
   const whole = await get();
   const bytes = new Uint8Array(await whole.arrayBuffer());
   t.same([whole.status, whole.headers.get("content-type")], [200, "text/css; charset=utf-8"]);

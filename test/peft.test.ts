@@ -8,14 +8,14 @@ import { basename, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import t, { type Test } from "tap";
 import type { Adapter, AdapterModule, SavedTensor } from "../dist/src/adapters/adapter.js";
-import { peftFiles, type Exportable } from "../dist/src/adapters/export.js";
+import { type Exportable, peftFiles } from "../dist/src/adapters/export.js";
 import { findAdapters, readAdapters } from "../dist/src/adapters/folder.js";
 import { readPeft } from "../dist/src/adapters/peft.js";
-import { f32ToBf16, f32ToF16 } from "../dist/src/tensor/dtypes.js";
 import { AdapterError, EigenLoraError, FormatError } from "../dist/src/errors.js";
-import { writeSafetensors, type SafetensorsEntry } from "../dist/src/tensor/safetensors-writer.js";
-import { openSafetensors } from "../dist/src/tensor/safetensors.js";
 import { openSource } from "../dist/src/source.js";
+import { f32ToBf16, f32ToF16 } from "../dist/src/tensor/dtypes.js";
+import { openSafetensors } from "../dist/src/tensor/safetensors.js";
+import { type SafetensorsEntry, writeSafetensors } from "../dist/src/tensor/safetensors-writer.js";
 import { required } from "./required.ts";
 
 const data = fileURLToPath(new URL("./data", import.meta.url));
@@ -48,7 +48,11 @@ async function apply(adapter: Adapter, base: ReadonlyMap<string, Tensor>): Promi
     const parameter = baseName(name, base);
     const before = Array.from(base.get(parameter)!.data);
     const values = Array.from(await read());
-    if (role === "bias-delta") merged.set(parameter, before.map((value, i) => value + values[i]!));
+    if (role === "bias-delta")
+      merged.set(
+        parameter,
+        before.map((value, i) => value + values[i]!),
+      );
     else if (role === "rows") {
       const width = base.get(parameter)!.shape[1]!;
       indices!.forEach((row, i) => before.splice(row * width, width, ...values.slice(i * width, (i + 1) * width)));
@@ -171,11 +175,18 @@ for (const name of cases) {
   });
 }
 
-for (const [suite, count] of [["own-seed", 20], ["shared-seed", 20], ["hub", 53]] as const) {
+for (const [suite, count] of [
+  ["own-seed", 20],
+  ["shared-seed", 20],
+  ["hub", 53],
+] as const) {
   t.test(`real adapters: ${suite}`, async (t) => {
     const adapters = await readAdapters([join(data, "adapters", suite)]);
     t.equal(adapters.length, count);
-    t.same(adapters.map(({ id }) => id), readdirSync(join(data, "adapters", suite)).sort());
+    t.same(
+      adapters.map(({ id }) => id),
+      readdirSync(join(data, "adapters", suite)).sort(),
+    );
     for (const adapter of adapters) {
       const labels = adapter.metadata.labels ?? [];
       const shapes = new Set([...adapter.modules.values()].map((m) => [m.out, m.in, m.rank, m.layout].join()));
@@ -261,7 +272,10 @@ t.test("factors: A as it is, B transposed and scaled", async (t) => {
   const adapter = await read(CONFIG);
   const { A, Bt, magnitude } = await adapter.modules.get("enc.q")!.read();
   t.same([...A], [1, 2, 3, 4, 5, 6]);
-  t.same([...Bt], [2, 4, 6, 8, 3, 5, 7, 9].map((value) => 2 * value));
+  t.same(
+    [...Bt],
+    [2, 4, 6, 8, 3, 5, 7, 9].map((value) => 2 * value),
+  );
   t.equal(magnitude, undefined);
   t.equal(adapter.file, "folder/one");
 });
@@ -271,10 +285,13 @@ t.test("scales", async (t) => {
   t.equal(await scaleOf(await read({ ...CONFIG, use_rslora: true }), "enc.q", 2), Math.fround(8 / Math.SQRT2) / 2);
   t.equal(await scaleOf(await read({ ...CONFIG, lora_alpha: 0.5 }), "enc.q", 2), 0.25);
   t.equal(await scaleOf(await read({ ...CONFIG, lora_alpha: 0 }), "enc.q", 2), 0);
-  const eight = await read({ peft_type: "LORA", lora_alpha: 4 }, {
-    "q.lora_A.weight": [[8, 3]],
-    "q.lora_B.weight": [[4, 8], 2],
-  });
+  const eight = await read(
+    { peft_type: "LORA", lora_alpha: 4 },
+    {
+      "q.lora_A.weight": [[8, 3]],
+      "q.lora_B.weight": [[4, 8], 2],
+    },
+  );
   t.equal(await scaleOf(eight, "q", 2), 0.5, "r is 8 unless given");
 });
 
@@ -424,7 +441,10 @@ t.test("modules_to_save: whole modules by the end of their name, and the heads o
 
 t.test("embeddings that PEFT saves of its own accord", async (t) => {
   const resized = await read(CONFIG, { ...PLAIN, ...prefixed({ "lm_head.weight": [[5, 3]] }) });
-  t.same(resized.saved.map(({ name, role }) => [name, role]), [["lm_head.weight", "saved"]]);
+  t.same(
+    resized.saved.map(({ name, role }) => [name, role]),
+    [["lm_head.weight", "saved"]],
+  );
   t.match(resized.warnings, [/base_model.model.lm_head.weight: not in modules_to_save/]);
   const targeted = await read(CONFIG, {
     ...PLAIN,
@@ -466,11 +486,16 @@ t.test("every tensor is accounted for", async (t) => {
   await refuses(t, /m4.weight, and 4 more/, {}, { ...PLAIN, ...many });
   await refuses(t, /holds no lora_A and lora_B/, { bias: "all" }, { "enc.bias": [[2]] });
   await refuses(t, /holds no lora_A and lora_B/, {}, {});
-  await refuses(t, /torch.nn.MultiheadAttention/, {}, {
-    ...PLAIN,
-    "attn.base_layer.out_proj.lora_A.weight": [[2, 3]],
-    "attn.base_layer.out_proj.lora_B.weight": [[3, 2]],
-  });
+  await refuses(
+    t,
+    /torch.nn.MultiheadAttention/,
+    {},
+    {
+      ...PLAIN,
+      "attn.base_layer.out_proj.lora_A.weight": [[2, 3]],
+      "attn.base_layer.out_proj.lora_B.weight": [[3, 2]],
+    },
+  );
   await refuses(t, /tensor extra.weight is I64, expected F32/, {}, { ...PLAIN, "extra.weight": [[1], 0, "I64"] });
 });
 
@@ -531,11 +556,17 @@ t.test("DoRA and lora_bias: switch and tensors agree", async (t) => {
 
   const biased: Spec = { ...one, "q.lora_B.bias": [[4], 1] };
   const delta = (await read({ ...CONFIG, lora_bias: true }, biased)).saved;
-  t.same(delta.map(({ name, role, shape }) => [name, role, shape]), [["q.bias", "bias-delta", [4]]]);
+  t.same(
+    delta.map(({ name, role, shape }) => [name, role, shape]),
+    [["q.bias", "bias-delta", [4]]],
+  );
   t.same([...(await delta[0]!.read())], [2, 4, 6, 8], "times the scale");
   const twice = { ...CONFIG, lora_bias: true, bias: "lora_only" };
   const both = (await read(twice, { ...biased, "q.base_layer.bias": [[4], 100] })).saved;
-  t.same(both.map(({ name, role, shape }) => [name, role, shape]), [["q.bias", "bias", [4]]]);
+  t.same(
+    both.map(({ name, role, shape }) => [name, role, shape]),
+    [["q.bias", "bias", [4]]],
+  );
   t.same([...(await both[0]!.read())], [102, 105, 108, 111]);
   await refuses(t, /lora_bias is true, but the file has no lora_B.bias/, { lora_bias: true }, one);
   await refuses(t, /lora_bias is false, but the file has q.lora_B.bias/, {}, biased);
@@ -562,7 +593,13 @@ t.test("token rows", async (t) => {
 });
 
 t.test("NaN and infinity, in any dtype, are named where they are read", async (t) => {
-  const values = [["F32", NaN], ["F16", Infinity], ["BF16", -Infinity], ["F64", NaN], ["F64", 1e300]] as const;
+  const values = [
+    ["F32", NaN],
+    ["F16", Infinity],
+    ["BF16", -Infinity],
+    ["F64", NaN],
+    ["F64", 1e300],
+  ] as const;
   for (const [dtype, start] of values) {
     const bad = await read(
       { ...CONFIG, modules_to_save: ["head"] },
@@ -635,7 +672,10 @@ t.test("folders: what is found", async (t) => {
   t.same(await findAdapters([join(root, "many/zeta")]), [{ id: "zeta", folder: join(root, "many/zeta") }]);
 
   const adapters = await readAdapters([join(root, "many")], {
-    rename: new Map([["zeta", "first"], [join(root, "many/alpha"), "zeta"]]),
+    rename: new Map([
+      ["zeta", "first"],
+      [join(root, "many/alpha"), "zeta"],
+    ]),
   });
   t.same(
     adapters.map(({ id, file }) => `${id} from ${basename(file)}`),
@@ -806,10 +846,13 @@ t.test("export: one rank for most, patterns that match one module only", async (
 t.test("export: a module without rank gets one of zeros", async (t) => {
   const { config, tensors } = await peftFiles(made([{ rank: 0 }]));
   t.equal((config as { r: number }).r, 1);
-  t.same(tensors.map(({ name, shape }) => [name, shape]), [
-    ["base_model.model.m.lora_A.weight", [1, 6]],
-    ["base_model.model.m.lora_B.weight", [4, 1]],
-  ]);
+  t.same(
+    tensors.map(({ name, shape }) => [name, shape]),
+    [
+      ["base_model.model.m.lora_A.weight", [1, 6]],
+      ["base_model.model.m.lora_B.weight", [4, 1]],
+    ],
+  );
   t.same(new Set(await tensors[1]!.read()), new Set([0]));
 });
 
@@ -822,7 +865,10 @@ t.test("export: heads, task types, biases", async (t) => {
   t.match(await configOf(made([{}], nested)), { task_type: null, modules_to_save: ["top"] });
   t.match(await configOf(made([{}])), { bias: "none", modules_to_save: null, trainable_token_indices: null });
   t.match(await configOf(made([{}], [{ name: "m.bias", role: "bias" }])), { bias: "lora_only" });
-  const all = [{ name: "m.bias", role: "bias" as const }, { name: "norm.bias", role: "bias" as const }];
+  const all = [
+    { name: "m.bias", role: "bias" as const },
+    { name: "norm.bias", role: "bias" as const },
+  ];
   t.match(await configOf(made([{}], all)), { bias: "all" });
 });
 
@@ -845,7 +891,9 @@ t.test("a reader's error is one of the package's, whatever the configuration hol
   const plain = JSON.parse(readFileSync(join(goldens, "plain/adapter/adapter_config.json"), "utf8"));
   for (const field of Object.keys(plain)) {
     for (const value of values) {
-      const error = await read({ ...plain, ...CONFIG, [field]: value }).then(readAll).catch((e: unknown) => e);
+      const error = await read({ ...plain, ...CONFIG, [field]: value })
+        .then(readAll)
+        .catch((e: unknown) => e);
       if (error === undefined || error instanceof EigenLoraError) continue;
       t.fail(`${field} = ${JSON.stringify(value)}: ${error}`);
     }

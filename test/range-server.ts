@@ -5,7 +5,18 @@ import { createServer, type Server, type ServerResponse } from "node:http";
 import type { AddressInfo } from "node:net";
 
 /** How an answer departs from the protocol. */
-export type Fault = "whole" | "short" | "long" | "cut" | "416" | "etag" | "slow" | "stall" | "shifted" | "404" | "grown";
+export type Fault =
+  | "whole"
+  | "short"
+  | "long"
+  | "cut"
+  | "416"
+  | "etag"
+  | "slow"
+  | "stall"
+  | "shifted"
+  | "404"
+  | "grown";
 
 export interface RangeServer {
   url(path: string): string;
@@ -22,14 +33,19 @@ export async function serve(files: Map<string, Uint8Array>): Promise<RangeServer
     url: (path) => `http://127.0.0.1:${(server.address() as AddressInfo).port}/${path}`,
     ranges,
     faults: [],
-    close: () => new Promise((resolve) => { server.closeAllConnections(); server.close(() => resolve()); }),
+    close: () =>
+      new Promise((resolve) => {
+        server.closeAllConnections();
+        server.close(() => resolve());
+      }),
   };
   const server: Server = createServer((request, response) => {
     const bytes = files.get((request.url ?? "").slice(1));
     const fault = handle.faults.shift();
     if (!bytes || fault === "404") return void response.writeHead(404).end("not here");
     const match = /^bytes=(\d+)-(\d+)$/.exec(request.headers.range ?? "");
-    if (!match || fault === "whole") return void response.writeHead(200, { "content-length": bytes.length, ...typeOf(request.url) }).end(bytes);
+    if (!match || fault === "whole")
+      return void response.writeHead(200, { "content-length": bytes.length, ...typeOf(request.url) }).end(bytes);
     const [start, end] = [Number(match[1]), Math.min(Number(match[2]) + 1, bytes.length)];
     ranges.push([start, Number(match[2]) + 1]);
     if (start >= bytes.length || fault === "416") {
@@ -41,7 +57,13 @@ export async function serve(files: Map<string, Uint8Array>): Promise<RangeServer
   return handle;
 }
 
-function answer(response: ServerResponse, bytes: Uint8Array, start: number, end: number, fault: Fault | undefined): void {
+function answer(
+  response: ServerResponse,
+  bytes: Uint8Array,
+  start: number,
+  end: number,
+  fault: Fault | undefined,
+): void {
   const body = bytes.subarray(start, end);
   const shift = fault === "shifted" ? 1 : 0;
   const size = bytes.length + (fault === "grown" ? 64 : 0);
@@ -49,7 +71,8 @@ function answer(response: ServerResponse, bytes: Uint8Array, start: number, end:
     "content-range": `bytes ${start + shift}-${end - 1 + shift}/${size}`,
     etag: fault === "etag" ? '"other"' : '"first"',
   };
-  if (fault === "short") return void response.writeHead(206, { ...headers, "content-length": body.length - 1 }).end(body.subarray(1));
+  if (fault === "short")
+    return void response.writeHead(206, { ...headers, "content-length": body.length - 1 }).end(body.subarray(1));
   if (fault === "long") return void response.writeHead(206, headers).end(Buffer.concat([body, body]));
   response.writeHead(206, { ...headers, "content-length": body.length });
   if (fault === "cut") {

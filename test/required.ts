@@ -4,6 +4,12 @@
  */
 import { existsSync } from "node:fs";
 
-export const required: ReadonlySet<string> = new Set((process.env["EIGENLORA_REQUIRE"] ?? "").split(/[\s,]+/).filter((name) => name !== ""));
+export const required: ReadonlySet<string> = new Set(
+  (process.env["EIGENLORA_REQUIRE"] ?? "").split(/[\s,]+/).filter((name) => name !== ""),
+);
 
-export const chromium: string | undefined = ["/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome"].find((p) => existsSync(p));
+export const chromium: string | undefined = [
+  "/usr/bin/chromium",
+  "/usr/bin/chromium-browser",
+  "/usr/bin/google-chrome",
+].find((p) => existsSync(p));

@@ -1,8 +1,8 @@
 import t from "tap";
 import { readAdapters } from "../dist/src/adapters/folder.js";
+import { memoryHost, type Tensor, type View, type WeightHost } from "../dist/src/base/host.js";
 import { buildPack } from "../dist/src/pack/build.js";
 import { openPack } from "../dist/src/pack/pack.js";
-import { memoryHost, type Tensor, type View, type WeightHost } from "../dist/src/base/host.js";
 import { createRuntime } from "../dist/src/runtime/create.js";
 import type { Runtime } from "../dist/src/runtime/runtime.js";
 import { decodeTensor } from "../dist/src/tensor/dtypes.js";
@@ -19,7 +19,10 @@ t.test("PEFT's goldens through pack and runtime", async (t) => {
 const TASKS = ["debtags-role", "debtags-game", "sections-1", "debtags-use"];
 
 /** A base of the right names and shapes in memory, seeded; f32, f16 or bf16. */
-function fakeBase(modules: readonly { name: string; out: number; in: number }[], dtype: "f32" | "f16" | "bf16"): Map<string, Tensor> {
+function fakeBase(
+  modules: readonly { name: string; out: number; in: number }[],
+  dtype: "f32" | "f16" | "bf16",
+): Map<string, Tensor> {
   let seed = 9;
   const random = (): number => ((seed = (Math.imul(seed, 1103515245) + 12345) >>> 0) / 2 ** 32 - 0.5) / 8;
   return new Map(
@@ -27,14 +30,20 @@ function fakeBase(modules: readonly { name: string; out: number; in: number }[],
       const values = Float32Array.from({ length: out * inputs }, random);
       // The upper half of an f32 is a bf16; an f16 of exponent 0x3000 is a small normal number.
       const data =
-        dtype === "f32" ? values : Uint16Array.from(values, (v) => (dtype === "bf16" ? 0x3d00 : 0x2c00) ^ Math.round(Math.abs(v) * 4096));
+        dtype === "f32"
+          ? values
+          : Uint16Array.from(values, (v) => (dtype === "bf16" ? 0x3d00 : 0x2c00) ^ Math.round(Math.abs(v) * 4096));
       return [`${name.replace("bert.", "")}.weight`, { dtype, shape: [out, inputs], data }];
     }),
   );
 }
 
 const { bytes: packBytes } = await packOf(TASKS.map((n) => `adapters/own-seed/${n}`));
-const { bytes: smallPack } = await packOf(TASKS.map((n) => `adapters/own-seed/${n}`), {}, (m) => m.includes("layer.0.attention.self.v"));
+const { bytes: smallPack } = await packOf(
+  TASKS.map((n) => `adapters/own-seed/${n}`),
+  {},
+  (m) => m.includes("layer.0.attention.self.v"),
+);
 
 for (const options of backends()) {
   const label = options.wasm?.variant ?? options.backend;
@@ -46,7 +55,10 @@ for (const options of backends()) {
       const base = fakeBase(pack.modules, dtype);
       const before = new Map([...base].map(([k, v]) => [k, Buffer.from(new Uint8Array(v.data.buffer).slice())]));
       const runtime = await createRuntime(pack, { ...options, base });
-      const same = (): boolean => [...base].every(([k, v]) => before.get(k)?.equals(new Uint8Array(v.data.buffer, v.data.byteOffset, v.data.byteLength)));
+      const same = (): boolean =>
+        [...base].every(([k, v]) =>
+          before.get(k)?.equals(new Uint8Array(v.data.buffer, v.data.byteOffset, v.data.byteLength)),
+        );
       const seen = new Map<string, Buffer>();
       let seed = 5;
       let nulls = 0;
@@ -60,10 +72,13 @@ for (const options of backends()) {
           if (base.has("classifier.weight")) throw new Error("the classifier stayed at null");
           continue;
         }
-        const now = Buffer.concat([...base.values()].map((v) => new Uint8Array(v.data.buffer, v.data.byteOffset, v.data.byteLength)));
+        const now = Buffer.concat(
+          [...base.values()].map((v) => new Uint8Array(v.data.buffer, v.data.byteOffset, v.data.byteLength)),
+        );
         const earlier = seen.get(task);
         if (earlier && !earlier.equals(now)) throw new Error(`${dtype}: ${task} is not what it was, at switch ${i}`);
-        if (i > 100 && report.allocated > 0) throw new Error(`${dtype}: a warm switch allocated ${report.allocated} bytes`);
+        if (i > 100 && report.allocated > 0)
+          throw new Error(`${dtype}: a warm switch allocated ${report.allocated} bytes`);
         if (earlier && report.requests > 0) throw new Error("a resident task was read again");
         seen.set(task, now);
       }
@@ -82,7 +97,10 @@ for (const options of backends()) {
     const w0 = Float32Array.from(base.get(weight)!.data);
     const folded = await createRuntime(pack, { ...options, base });
     const change = async (selection: Parameters<Runtime["switchTask"]>[0]): Promise<Float64Array> => {
-      await folded.switchTask(selection, typeof selection === "object" && selection ? { head: Object.keys(selection)[0]! } : {});
+      await folded.switchTask(
+        selection,
+        typeof selection === "object" && selection ? { head: Object.keys(selection)[0]! } : {},
+      );
       return Float64Array.from(base.get(weight)!.data, (v, i) => v - w0[i]!);
     };
     const a = await change("debtags-role");
@@ -94,7 +112,10 @@ for (const options of backends()) {
     t.same(await change({ "debtags-role": 1 }), a, "strength 1 is the task itself");
     for (const mode of ["core", "factors"] as const) {
       const unfolded = await createRuntime(pack, { ...options, mode });
-      for (const [selection, expected] of [["debtags-role", a], [{ "debtags-role": 0.7, "debtags-game": -0.4 }, blend]] as const) {
+      for (const [selection, expected] of [
+        ["debtags-role", a],
+        [{ "debtags-role": 0.7, "debtags-game": -0.4 }, blend],
+      ] as const) {
         await unfolded.switchTask(selection, typeof selection === "object" ? { head: "debtags-role" } : {});
         const term = unfolded.term(name)!;
         const got = await termDelta(term, pack, name);
@@ -112,13 +133,18 @@ for (const options of backends()) {
 }
 
 /** ΔW of a term: Bᵀ·A, and the components on both sides of the core. */
-async function termDelta(term: NonNullable<ReturnType<Runtime["term"]>>, pack: Awaited<ReturnType<typeof openPack>>, name: string): Promise<Float64Array> {
+async function termDelta(
+  term: NonNullable<ReturnType<Runtime["term"]>>,
+  pack: Awaited<ReturnType<typeof openPack>>,
+  name: string,
+): Promise<Float64Array> {
   const module = pack.modules.find((m) => m.name === name)!;
   const out = new Float64Array(module.out * module.in);
   const [A, B] = [floats(term.A), floats(term.B)];
   const q = term.A.shape[0]!;
   for (let o = 0; o < module.out; o++) {
-    for (let k = 0; k < q; k++) for (let i = 0; i < module.in; i++) out[o * module.in + i]! += B[o * q + k]! * A[k * module.in + i]!;
+    for (let k = 0; k < q; k++)
+      for (let i = 0; i < module.in; i++) out[o * module.in + i]! += B[o * q + k]! * A[k * module.in + i]!;
   }
   if (!term.core) return out;
   const bases = await pack.takeBases();
@@ -145,14 +171,19 @@ t.test("every kind of term of the golden pack folds to its ΔW, on every backend
   for (const options of backends()) {
     const pack = await openPack(data("goldens/pack/every-kind.eigen"));
     const shape = (m: { layout: string; out: number; in: number; kernel: readonly number[] | undefined }): number[] =>
-      m.layout === "in-out" || m.layout === "embedding" ? [m.in, m.out] : m.kernel ? [m.out, m.in / 4, 2, 2] : [m.out, m.in];
+      m.layout === "in-out" || m.layout === "embedding"
+        ? [m.in, m.out]
+        : m.kernel
+          ? [m.out, m.in / 4, 2, 2]
+          : [m.out, m.in];
     const base = new Map<string, Tensor>(
       pack.modules.map((m, n) => [
         `${m.name}.weight`,
         { dtype: "f32", shape: shape(m), data: Float32Array.from({ length: m.out * m.in }, (_, i) => Math.sin(i + n)) },
       ]),
     );
-    for (const m of pack.modules.slice(0, 2)) base.set(`${m.name}.bias`, { dtype: "f32", shape: [13], data: new Float32Array(13).fill(0.5) });
+    for (const m of pack.modules.slice(0, 2))
+      base.set(`${m.name}.bias`, { dtype: "f32", shape: [13], data: new Float32Array(13).fill(0.5) });
     const w0 = new Map([...base].map(([k, v]) => [k, Float32Array.from(v.data)]));
     const runtime = await createRuntime(pack, { ...options, base });
     for (const id of ["all", "mixed", "parameters"]) {
@@ -170,15 +201,25 @@ t.test("every kind of term of the golden pack folds to its ΔW, on every backend
           if (magnitude) for (let i = 0; i < m.in; i++) want[at(o, i)]! *= magnitude[o]! / Math.sqrt(norm);
         }
         if (id === "parameters" && m.layout === "embedding") {
-          expected.get(`${id}/embeddings.word.weight`)!.values.forEach((v, i) => (want[[3, 17][Math.floor(i / 6)]! * 6 + (i % 6)] = v));
+          expected
+            .get(`${id}/embeddings.word.weight`)!
+            .values.forEach((v, i) => (want[[3, 17][Math.floor(i / 6)]! * 6 + (i % 6)] = v));
         }
         const off = relativeDifference(base.get(`${m.name}.weight`)!.data, want);
         if (!(off < 1e-6)) t.fail(`${runtime.backend}, ${id}, ${m.name}: off by ${off}`);
       }
     }
-    t.same(base.get("layers.0.f32.bias")!.data, expected.get("parameters/layers.0.f32.bias")!.values, "a bias is replaced");
+    t.same(
+      base.get("layers.0.f32.bias")!.data,
+      expected.get("parameters/layers.0.f32.bias")!.values,
+      "a bias is replaced",
+    );
     const delta = expected.get("parameters/layers.1.f16.bias")!.values;
-    t.same(base.get("layers.1.f16.bias")!.data, delta.map((v) => 0.5 + v), "a bias delta is added");
+    t.same(
+      base.get("layers.1.f16.bias")!.data,
+      delta.map((v) => 0.5 + v),
+      "a bias delta is added",
+    );
     t.same(base.get("head.weight")!.shape, [3, 2, 5], "a saved module is added");
     await t.rejects(runtime.switchTask({ mixed: 0.5 }), { tag: "task", message: /DoRA.*cannot be blended or scaled/s });
     t.equal(runtime.task, "parameters");
@@ -196,7 +237,10 @@ t.test("heads: blended with equal labels, else one is named", async (t) => {
   const pack = await openPack(packBytes);
   const base = fakeBase(pack.modules, "f32");
   const runtime = await createRuntime(pack, { backend: "js", base });
-  await t.rejects(runtime.switchTask({ "debtags-role": 0.5, "debtags-game": 0.5 }), { tag: "task", message: /different labels.*head/s });
+  await t.rejects(runtime.switchTask({ "debtags-role": 0.5, "debtags-game": 0.5 }), {
+    tag: "task",
+    message: /different labels.*head/s,
+  });
   t.equal(runtime.task, null);
   const report = await runtime.switchTask({ "debtags-role": 0.5, "debtags-game": 0.5 }, { head: "debtags-game" });
   t.same(report.added, ["classifier.bias", "classifier.weight"]);
@@ -267,7 +311,9 @@ t.test("an array that was transferred away is found before anything is written",
   const runtime = await createRuntime(pack, { backend: "js", base: tensors });
   const first = tensors.get("encoder.layer.0.attention.self.query.weight")!;
   const before = Float32Array.from(first.data);
-  structuredClone(0, { transfer: [tensors.get("encoder.layer.3.attention.self.value.weight")!.data.buffer as ArrayBuffer] });
+  structuredClone(0, {
+    transfer: [tensors.get("encoder.layer.3.attention.self.value.weight")!.data.buffer as ArrayBuffer],
+  });
   await t.rejects(runtime.switchTask("debtags-role"), { tag: "base", message: /its data has 0/ });
   t.same(first.data, before);
   await runtime.dispose();
@@ -278,21 +324,40 @@ t.test("the wrong base is named", async (t) => {
   const adapters = await readAdapters([data("adapters/own-seed/debtags-role")]);
   const { chunks } = await buildPack(adapters, { base: memoryHost(right) });
   const marked = concat(chunks);
-  const attach = async (base: Map<string, Tensor>, more = {}): Promise<Runtime> => createRuntime(await openPack(marked), { backend: "js", base, ...more });
+  const attach = async (base: Map<string, Tensor>, more = {}): Promise<Runtime> =>
+    createRuntime(await openPack(marked), { backend: "js", base, ...more });
   t.ok(await attach(right));
   const other = fakeBase((await openPack(packBytes)).modules, "f32");
   for (const tensor of other.values()) tensor.data = Float32Array.from(tensor.data).reverse();
   await t.rejects(attach(other), { tag: "base", message: /fingerprints correlate by/ });
   t.ok(await attach(other, { anyBase: true }));
-  const halved = new Map([...right].map(([k, v]) => [k, { ...v, dtype: "bf16" as const, data: Uint16Array.from(new Uint32Array((v.data as Float32Array).slice().buffer), (b) => b >>> 16) }]));
+  const halved = new Map(
+    [...right].map(([k, v]) => [
+      k,
+      {
+        ...v,
+        dtype: "bf16" as const,
+        data: Uint16Array.from(new Uint32Array((v.data as Float32Array).slice().buffer), (b) => b >>> 16),
+      },
+    ]),
+  );
   t.ok(await attach(halved), "the same model as bf16 is the same model");
   const missing = new Map([...right].slice(1));
   await t.rejects(attach(missing), { tag: "base", message: /is not in the base; candidates: .*option `names`/s });
   const renamed = new Map([...right].map(([k, v]) => [k.replace("query", "q"), v]));
   await t.rejects(attach(renamed), { tag: "base", message: /is not in the base/ });
-  const names = new Map((await openPack(marked)).modules.map((m) => [m.name, `${m.name.replace("bert.", "").replace("query", "q")}.weight`]));
+  const names = new Map(
+    (await openPack(marked)).modules.map((m) => [
+      m.name,
+      `${m.name.replace("bert.", "").replace("query", "q")}.weight`,
+    ]),
+  );
   t.ok(await attach(renamed, { names }));
-  const twice = new Map([...right, ...[...right].map(([k, v]) => [`a.bert.${k}`, v] as const), ...[...right].map(([k, v]) => [`b.bert.${k}`, v] as const)]);
+  const twice = new Map([
+    ...right,
+    ...[...right].map(([k, v]) => [`a.bert.${k}`, v] as const),
+    ...[...right].map(([k, v]) => [`b.bert.${k}`, v] as const),
+  ]);
   await t.rejects(attach(twice), { tag: "base", message: /matches several weights/ });
   const wide = new Map([...right].map(([k, v]) => [k, { ...v, shape: [192, 768] }]));
   await t.rejects(attach(wide), { tag: "base", message: /\[out 384, in 384\].*\[192, 768\]/s });
@@ -311,7 +376,8 @@ t.test("policy reload: half the memory, the same bits", async (t) => {
   for (const task of ["adapter", null, "adapter"]) {
     await copy.switchTask(task);
     await reload.switchTask(task);
-    for (const { name } of pack.modules) t.strictSame(bytesOf(copy.weight(name)), bytesOf(reload.weight(name)), `${task}: ${name}`);
+    for (const { name } of pack.modules)
+      t.strictSame(bytesOf(copy.weight(name)), bytesOf(reload.weight(name)), `${task}: ${name}`);
   }
   t.equal(reload.memory().pristine, 0);
   t.equal(copy.memory().pristine, copy.memory().active);

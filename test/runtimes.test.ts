@@ -1,4 +1,3 @@
-import t, { type Test } from "tap";
 import { execFile } from "node:child_process";
 import { existsSync } from "node:fs";
 import { cp, mkdir, mkdtemp, rm, symlink, writeFile } from "node:fs/promises";
@@ -6,6 +5,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
+import t, { type Test } from "tap";
 import { answerOf, bundle, noChromium, openPage } from "./browser.ts";
 import { packOf } from "./packs.ts";
 import { serve } from "./range-server.ts";
@@ -20,11 +20,15 @@ const run = promisify(execFile);
 const root = fileURLToPath(new URL("..", import.meta.url));
 const bin = (name: string): string | undefined => {
   const folder = process.env["EIGENLORA_RUNTIMES"];
-  return folder && existsSync(join(folder, "node_modules/.bin", name)) ? join(folder, "node_modules/.bin", name) : undefined;
+  return folder && existsSync(join(folder, "node_modules/.bin", name))
+    ? join(folder, "node_modules/.bin", name)
+    : undefined;
 };
 
-const { bytes } = await packOf(["adapters/own-seed/debtags-game", "adapters/own-seed/debtags-role"], { select: { kind: "k", k: 8 } }, (m) =>
-  m.includes("layer.0."),
+const { bytes } = await packOf(
+  ["adapters/own-seed/debtags-game", "adapters/own-seed/debtags-role"],
+  { select: { kind: "k", k: 8 } },
+  (m) => m.includes("layer.0."),
 );
 const files = new Map([["tasks.eigen", bytes as Uint8Array]]);
 const server = await serve(files);
@@ -34,7 +38,8 @@ t.teardown(() => server.close());
 const project = await mkdtemp(join(tmpdir(), "eigenlora-runtimes-"));
 t.teardown(() => rm(project, { recursive: true, maxRetries: 5, retryDelay: 200 }));
 await mkdir(join(project, "node_modules", "eigenlora"), { recursive: true });
-for (const part of ["dist", "package.json"]) await cp(join(root, part), join(project, "node_modules/eigenlora", part), { recursive: true });
+for (const part of ["dist", "package.json"])
+  await cp(join(root, part), join(project, "node_modules/eigenlora", part), { recursive: true });
 await symlink(join(root, "node_modules/msgpackr"), join(project, "node_modules/msgpackr"));
 for (const script of ["smoke.js", "smoke-main.js"]) await cp(join(root, "test", script), join(project, script));
 await writeFile(join(project, "package.json"), '{"type":"module"}');
@@ -47,10 +52,15 @@ interface Smoke {
 }
 
 /** What this Node finds; the others must find the same. */
-const expected = JSON.parse((await run(process.execPath, ["smoke-main.js", server.url("tasks.eigen")], { cwd: project })).stdout) as Smoke[];
+const expected = JSON.parse(
+  (await run(process.execPath, ["smoke-main.js", server.url("tasks.eigen")], { cwd: project })).stdout,
+) as Smoke[];
 
 function check(t: Test, found: Smoke[]): void {
-  t.same(found.map((f) => f.backend.split(" ")[0]), ["js", "wasm"]);
+  t.same(
+    found.map((f) => f.backend.split(" ")[0]),
+    ["js", "wasm"],
+  );
   for (const [i, { sums, identical, requests }] of found.entries()) {
     t.ok(identical, "back to the bit");
     t.equal(requests, 4, "window, directory with bases, one per task");

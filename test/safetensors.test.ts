@@ -3,9 +3,9 @@ import { readFileSync } from "node:fs";
 import fc from "fast-check";
 import t from "tap";
 import { FormatError, SourceError } from "../dist/src/errors.js";
-import { writeSafetensors, type SafetensorsEntry } from "../dist/src/tensor/safetensors-writer.js";
-import { openSafetensors } from "../dist/src/tensor/safetensors.js";
 import type { ByteSource } from "../dist/src/source.js";
+import { openSafetensors } from "../dist/src/tensor/safetensors.js";
+import { type SafetensorsEntry, writeSafetensors } from "../dist/src/tensor/safetensors-writer.js";
 
 const golden = new Uint8Array(readFileSync(new URL("./data/goldens/peft/plain/base.safetensors", import.meta.url)));
 
@@ -85,7 +85,13 @@ t.test("decodes every float type, and leaves others as bytes", async (t) => {
     data,
   );
   const opened = await openSafetensors(source(bytes));
-  t.same([...opened.metadata], [["format", "pt"], ["note", "ü"]]);
+  t.same(
+    [...opened.metadata],
+    [
+      ["format", "pt"],
+      ["note", "ü"],
+    ],
+  );
   t.same([...(await opened.readF32("f64"))], [Math.fround(1 / 3)]);
   t.same([...(await opened.readF32("f32"))], [Math.fround(0.1)]);
   t.same([...(await opened.readF32("f16"))], [1, -2, 2 ** -24]);
@@ -121,7 +127,10 @@ t.test("a source that learns its size from its first read", async (t) => {
     },
   });
   t.equal(opened.tensors.size, 4);
-  t.same(reads, [[0, 8], [8, new DataView(golden.buffer).getUint32(0, true)]]);
+  t.same(reads, [
+    [0, 8],
+    [8, new DataView(golden.buffer).getUint32(0, true)],
+  ]);
   const silent = { ...source(golden), byteLength: undefined };
   await t.rejects(openSafetensors(silent), { tag: "source", message: /size/ });
 });

@@ -2,17 +2,33 @@
  * Choosing by behaviour: the smallest pack that keeps the caller's scores, and the filter of adapters that add little to their
  * heads. Real adapters and the real model; the search itself on every ladder that a property test can think of.
  */
-import t from "tap";
+
 import { spawnSync } from "node:child_process";
 import { mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import fc from "fast-check";
-import { buildPack, partByGain, readAdapters, readScores, selectComponents, type SelectOptions } from "../dist/src/build.js";
+import t from "tap";
+import {
+  buildPack,
+  partByGain,
+  readAdapters,
+  readScores,
+  type SelectOptions,
+  selectComponents,
+} from "../dist/src/build.js";
 import { openPack } from "../dist/src/pack/pack.js";
 import { lowestPassing } from "../dist/src/pack/select.js";
-import { agreement, createEncoder, labelOf, model as minilm, readTask, runBatches, toBatches } from "../examples/minilm.js";
+import {
+  agreement,
+  createEncoder,
+  labelOf,
+  model as minilm,
+  readTask,
+  runBatches,
+  toBatches,
+} from "../examples/minilm.js";
 import { concat, data } from "./packs.ts";
 import { NODE, open } from "./sessions.ts";
 
@@ -28,7 +44,7 @@ t.teardown(async () => {
 
 const evenly = (score: number): Map<string, number> => new Map(ids.map((id) => [id, score]));
 
-t.test("the lowest rung that passes with the one above it", async (t) => {
+t.test("the lowest rung that passes with the one above it", async (_t) => {
   const search = async (rungs: readonly boolean[], limit: number) => {
     const asked: number[] = [];
     const found = await lowestPassing(rungs.length, limit, async (rung) => {
@@ -41,7 +57,10 @@ t.test("the lowest rung that passes with the one above it", async (t) => {
     fc.asyncProperty(fc.nat(60), fc.nat(60), fc.nat(60), async (a, b, c) => {
       const count = Math.max(a, b, 1);
       const [first, limit] = [Math.min(a, b), Math.min(c, count)];
-      const { found, asked } = await search(Array.from({ length: count }, (_, i) => i >= first), limit);
+      const { found, asked } = await search(
+        Array.from({ length: count }, (_, i) => i >= first),
+        limit,
+      );
       const least = first < limit ? first : undefined;
       if (found !== least) throw new Error(`${found} instead of ${least}`);
       if (asked > Math.ceil(Math.log2(count + 1)) + 2) throw new Error(`${asked} of ${count} asked`);
@@ -59,40 +78,47 @@ t.test("the lowest rung that passes with the one above it", async (t) => {
   );
 });
 
-t.test("scores that rise with the components: the smallest pack on the ladder, as trying all of them finds", async (t) => {
-  // A score that anyone can compute: how little of ΔW is lost.
-  const score = async (k: number) => {
-    const { report } = await buildPack(adapters, { select: { kind: "k", k } });
-    return new Map(report.errors.map(({ id, mean }) => [id, 1 - mean]));
-  };
-  const ladder = [1, 2, 4, 8, 12, 16, 20, 24, 28, 32].map((k) => ({ kind: "k" as const, k }));
-  const all = await Promise.all(ladder.map(({ k }) => score(k)));
-  const within = (tolerance: number) => all.findIndex((scores) => [...scores.values()].every((value) => 1 - value <= tolerance));
-  for (const tolerance of [0.05, 0.3, 0.6]) {
-    const seen: number[] = [];
-    const options: SelectOptions = {
-      adapters,
-      tolerance,
-      ladder,
-      families: [{}],
-      reference: evenly(1),
-      validate: async (pack, asked) => {
-        t.same(asked, ids);
-        return all[ladder.findIndex(({ k }) => k >= Math.max(...pack.modules.map(({ A }) => A!.K)))]!;
-      },
-      onEvaluation: ({ select }) => seen.push((select as { k: number }).k),
+t.test(
+  "scores that rise with the components: the smallest pack on the ladder, as trying all of them finds",
+  async (t) => {
+    // A score that anyone can compute: how little of ΔW is lost.
+    const score = async (k: number) => {
+      const { report } = await buildPack(adapters, { select: { kind: "k", k } });
+      return new Map(report.errors.map(({ id, mean }) => [id, 1 - mean]));
     };
-    const { select, chunks, report, bytes, loss, passes, evaluations } = await selectComponents(options);
-    t.same(select, ladder[within(tolerance)], `tolerance ${tolerance}`);
-    t.ok(passes && loss <= tolerance);
-    t.equal(concat(chunks).length, bytes);
-    t.equal(report.bytes, bytes);
-    t.same(seen, evaluations.map(({ select }) => (select as { k: number }).k));
-    t.equal(new Set(seen).size, seen.length, "no pack is asked twice");
-    t.ok(seen.length <= 6, `${seen.length} of ${ladder.length} packs asked`);
-    t.same([...(await openPack(concat(chunks))).tasks.keys()], ids);
-  }
-});
+    const ladder = [1, 2, 4, 8, 12, 16, 20, 24, 28, 32].map((k) => ({ kind: "k" as const, k }));
+    const all = await Promise.all(ladder.map(({ k }) => score(k)));
+    const within = (tolerance: number) =>
+      all.findIndex((scores) => [...scores.values()].every((value) => 1 - value <= tolerance));
+    for (const tolerance of [0.05, 0.3, 0.6]) {
+      const seen: number[] = [];
+      const options: SelectOptions = {
+        adapters,
+        tolerance,
+        ladder,
+        families: [{}],
+        reference: evenly(1),
+        validate: async (pack, asked) => {
+          t.same(asked, ids);
+          return all[ladder.findIndex(({ k }) => k >= Math.max(...pack.modules.map(({ A }) => A!.K)))]!;
+        },
+        onEvaluation: ({ select }) => seen.push((select as { k: number }).k),
+      };
+      const { select, chunks, report, bytes, loss, passes, evaluations } = await selectComponents(options);
+      t.same(select, ladder[within(tolerance)], `tolerance ${tolerance}`);
+      t.ok(passes && loss <= tolerance);
+      t.equal(concat(chunks).length, bytes);
+      t.equal(report.bytes, bytes);
+      t.same(
+        seen,
+        evaluations.map(({ select }) => (select as { k: number }).k),
+      );
+      t.equal(new Set(seen).size, seen.length, "no pack is asked twice");
+      t.ok(seen.length <= 6, `${seen.length} of ${ladder.length} packs asked`);
+      t.same([...(await openPack(concat(chunks))).tasks.keys()], ids);
+    }
+  },
+);
 
 t.test("a lucky score alone decides nothing", async (t) => {
   const lucky = 4;
@@ -117,7 +143,14 @@ t.test("of several families the smallest pack; of one that cannot win the larges
   t.equal(evaluations.filter(({ family }) => family === families[1]).length, 1);
   t.same(reference, evenly(1), "the reference is asked of a pack of everything");
   const other = await selectComponents({ ...options, families: [...families].reverse() });
-  t.same([other.family, other.select, other.bytes], [families[0], { kind: "k", k: 8 }, evaluations.find(({ passes, select }) => passes && (select as { k: number }).k === 8)!.bytes]);
+  t.same(
+    [other.family, other.select, other.bytes],
+    [
+      families[0],
+      { kind: "k", k: 8 },
+      evaluations.find(({ passes, select }) => passes && (select as { k: number }).k === 8)!.bytes,
+    ],
+  );
   const flat = await selectComponents({ ...options, validate: async () => evenly(1), families: [{ mode: "flat" }] });
   t.same(flat.select, { kind: "k", k: 1 });
   const mean = await selectComponents({
@@ -125,7 +158,8 @@ t.test("of several families the smallest pack; of one that cannot win the larges
     tolerance: 0.26,
     keep: "mean",
     families: [{}],
-    validate: async (pack) => Object.fromEntries(ids.map((id, i) => [id, i === 0 && pack.modules[0]!.A!.K < 32 ? 0 : 1])),
+    validate: async (pack) =>
+      Object.fromEntries(ids.map((id, i) => [id, i === 0 && pack.modules[0]!.A!.K < 32 ? 0 : 1])),
   });
   t.same(mean.select, { kind: "k", k: 1 }, "one task of four may lose all where the mean is kept");
 });
@@ -133,13 +167,26 @@ t.test("of several families the smallest pack; of one that cannot win the larges
 t.test("what it refuses", async (t) => {
   const validate: SelectOptions["validate"] = async () => evenly(0.5);
   const options = { adapters, tolerance: 0.1, families: [{}], validate };
-  await t.rejects(selectComponents({ ...options, reference: evenly(1) }), { name: "RangeError", message: /no pack keeps the score of every task within 0.1 .* is 0.500/ });
+  await t.rejects(selectComponents({ ...options, reference: evenly(1) }), {
+    name: "RangeError",
+    message: /no pack keeps the score of every task within 0.1 .* is 0.500/,
+  });
   await t.rejects(selectComponents({ ...options, adapters: [] }), { message: /no adapters/ });
-  await t.rejects(selectComponents({ ...options, tolerance: NaN }), { message: /tolerance must be 0 or more, got NaN/ });
+  await t.rejects(selectComponents({ ...options, tolerance: NaN }), {
+    message: /tolerance must be 0 or more, got NaN/,
+  });
   await t.rejects(selectComponents({ ...options, ladder: [] }), { message: /must not be empty/ });
-  await t.rejects(selectComponents({ ...options, reference: { "debtags-role": 1 } }), { name: "TypeError", message: /reference gives undefined for task "debtags-suite"/ });
-  await t.rejects(selectComponents({ ...options, validate: async () => evenly(NaN) }), { name: "TypeError", message: /validate gives NaN for task "debtags-role"/ });
-  await t.rejects(selectComponents({ ...options, validate: async () => Promise.reject(new Error("mine")) }), { message: "mine" });
+  await t.rejects(selectComponents({ ...options, reference: { "debtags-role": 1 } }), {
+    name: "TypeError",
+    message: /reference gives undefined for task "debtags-suite"/,
+  });
+  await t.rejects(selectComponents({ ...options, validate: async () => evenly(NaN) }), {
+    name: "TypeError",
+    message: /validate gives NaN for task "debtags-role"/,
+  });
+  await t.rejects(selectComponents({ ...options, validate: async () => Promise.reject(new Error("mine")) }), {
+    message: "mine",
+  });
   const stop = new AbortController();
   const stopped = selectComponents({ ...options, signal: stop.signal, onEvaluation: () => stop.abort() });
   await t.rejects(stopped, { name: "AbortError" });
@@ -150,7 +197,13 @@ t.test("through a live session: the pack keeps the accuracy it was chosen by", a
   const questions = new Map<string, { batches: ReturnType<typeof toBatches>; labels: number[] }>();
   for (const id of ids) {
     const test = (await readTask(id)).test.slice(0, 24);
-    questions.set(id, { batches: toBatches(encode, test.map(([text]) => text)), labels: test.map(([, label]) => label) });
+    questions.set(id, {
+      batches: toBatches(
+        encode,
+        test.map(([text]) => text),
+      ),
+      labels: test.map(([, label]) => label),
+    });
   }
   const validate: SelectOptions["validate"] = async (pack, asked) => {
     const session = await open(NODE, minilm, pack);
@@ -163,7 +216,13 @@ t.test("through a live session: the pack keeps the accuracy it was chosen by", a
     await session.release();
     return scores;
   };
-  const found = await selectComponents({ adapters: whole, tolerance: 0.03, keep: "mean", validate, families: [{ gauge: "balanced", types: INT4 }] });
+  const found = await selectComponents({
+    adapters: whole,
+    tolerance: 0.03,
+    keep: "mean",
+    validate,
+    families: [{ gauge: "balanced", types: INT4 }],
+  });
   const again = await validate(await openPack(concat(found.chunks)), ids);
   t.same(again, found.scores);
   const mean = (scores: ReadonlyMap<string, number>) => [...scores.values()].reduce((a, b) => a + b, 0) / ids.length;
@@ -182,16 +241,37 @@ t.test("adapters that add little to their heads", async (t) => {
   });
   const scores = readScores(JSON.parse(text), "scores.json");
   const { kept, dropped } = partByGain(hub, scores, 0.02, "scores.json");
-  t.same(dropped.map(({ id }) => id), ["hub-07-section", "hub-17-section", "hub-51-hardware"]);
-  t.same(kept, hub.filter(({ id }) => !dropped.some((one) => one.id === id)));
+  t.same(
+    dropped.map(({ id }) => id),
+    ["hub-07-section", "hub-17-section", "hub-51-hardware"],
+  );
+  t.same(
+    kept,
+    hub.filter(({ id }) => !dropped.some((one) => one.id === id)),
+  );
   t.equal(partByGain(hub, scores, -1, "").kept.length, hub.length);
-  const one = { a: { accuracy: 0.12, accuracy_head_only: 0.1 }, b: { accuracy: 0.12, accuracy_head_only: 0.11, more: [1] } };
+  const one = {
+    a: { accuracy: 0.12, accuracy_head_only: 0.1 },
+    b: { accuracy: 0.12, accuracy_head_only: 0.11, more: [1] },
+  };
   const two = ["a", "b"].map((name) => ({ ...hub[0]!, id: `task ${name}`, file: `/somewhere/${name}` }));
-  t.same(partByGain(two, readScores(one, ""), 0.02, "").dropped.map(({ id }) => id), ["task b"], "by folder; 0.12 − 0.1 is 0.02");
-  t.throws(() => partByGain(hub, scores, 0.9, "scores.json"), { name: "RangeError", message: /none of 53 adapters gains 0.9 .* most is 0.\d+/ });
-  t.throws(() => partByGain(two, readScores({ c: one.a }, ""), 0, "s.json"), { tag: "adapter", message: /^s.json: no scores of 2 of 2 adapters: a, b/ });
+  t.same(
+    partByGain(two, readScores(one, ""), 0.02, "").dropped.map(({ id }) => id),
+    ["task b"],
+    "by folder; 0.12 − 0.1 is 0.02",
+  );
+  t.throws(() => partByGain(hub, scores, 0.9, "scores.json"), {
+    name: "RangeError",
+    message: /none of 53 adapters gains 0.9 .* most is 0.\d+/,
+  });
+  t.throws(() => partByGain(two, readScores({ c: one.a }, ""), 0, "s.json"), {
+    tag: "adapter",
+    message: /^s.json: no scores of 2 of 2 adapters: a, b/,
+  });
   const groups = { north: one, south: one, "0": { c: one.a } };
-  t.throws(() => partByGain(two, readScores(groups, ""), 0, "s.json"), { message: /"a" is in the groups north, south, and its folder lies in "somewhere"/ });
+  t.throws(() => partByGain(two, readScores(groups, ""), 0, "s.json"), {
+    message: /"a" is in the groups north, south, and its folder lies in "somewhere"/,
+  });
   const south = two.map((adapter, i) => ({ ...adapter, file: `/south/${"ab"[i]}` }));
   t.equal(partByGain(south, readScores(groups, ""), 0, "").kept.length, 2);
   for (const [bad, message] of [
@@ -214,20 +294,32 @@ t.test("eigenlora pack --scores --min-gain", async (t) => {
   const folder = await mkdtemp(join(tmpdir(), "eigenlora-select-"));
   t.teardown(() => rm(folder, { recursive: true }));
   const main = fileURLToPath(new URL("../dist/src/cli/main.js", import.meta.url));
-  const run = (...args: string[]) => spawnSync(process.execPath, [main, "pack", ...args], { encoding: "utf8", cwd: folder });
+  const run = (...args: string[]) =>
+    spawnSync(process.execPath, [main, "pack", ...args], { encoding: "utf8", cwd: folder });
   const scores = data("reference/scores.json");
-  const some = ["01-use", "03-role", "07-section", "17-section", "51-hardware"].map((name) => data(`adapters/hub/hub-${name}`));
+  const some = ["01-use", "03-role", "07-section", "17-section", "51-hardware"].map((name) =>
+    data(`adapters/hub/hub-${name}`),
+  );
   const args = [...some, "-o", "hub.eigen", "--k", "4", "--scores", scores];
   const { status, stdout } = run(...args, "--min-gain", "0.02", "--json");
   t.equal(status, 0);
   const report = JSON.parse(stdout);
-  t.same(report.dropped.map(({ id }: { id: string }) => id), ["hub-07-section", "hub-17-section", "hub-51-hardware"]);
+  t.same(
+    report.dropped.map(({ id }: { id: string }) => id),
+    ["hub-07-section", "hub-17-section", "hub-51-hardware"],
+  );
   t.equal(report.tasks, 2);
   const { tasks } = await openPack(join(folder, "hub.eigen"));
   t.notOk(tasks.has("hub-17-section"));
-  t.match(run(...args).stdout, /left out hub-07-section: 0.0 points over its head\nleft out hub-17-section: -1.4 points/);
+  t.match(
+    run(...args).stdout,
+    /left out hub-07-section: 0.0 points over its head\nleft out hub-17-section: -1.4 points/,
+  );
   t.match(run("x", "-o", "y", "--min-gain", "0.1"), { status: 2, stderr: /--min-gain needs --scores/ });
-  t.match(run("x", "-o", "y", "--scores", scores, "--min-gain", "2"), { status: 2, stderr: /--min-gain 2: expected a difference/ });
+  t.match(run("x", "-o", "y", "--scores", scores, "--min-gain", "2"), {
+    status: 2,
+    stderr: /--min-gain 2: expected a difference/,
+  });
   await writeFile(join(folder, "bad.json"), "{");
   t.match(run("x", "-o", "y", "--scores", "bad.json"), { status: 1, stderr: /bad.json: is not JSON/ });
 });

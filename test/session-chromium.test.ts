@@ -4,9 +4,8 @@
  */
 import t from "tap";
 import { addRuntimes, answerOf, bundle, noChromium, openPage } from "./browser.ts";
-import { GOLDENS, golden, modelBytes, packBytes } from "./sessions.ts";
 import { required } from "./required.ts";
-
+import { GOLDENS, golden, modelBytes, packBytes } from "./sessions.ts";
 
 /** Models by their exports' kinds, and how far a float answer may be off on them. */
 const MODELS: Record<string, number> = {
@@ -41,28 +40,46 @@ interface Row {
 
 t.test("modes × providers × exports in Chromium", { skip: noChromium, timeout: 240_000 }, async (t) => {
   const files = new Map<string, Uint8Array>();
-  const packs = { main: packBytes(["adapters"], "base"), tied: packBytes(["adapters/two", "adapters/three"], "base-tied"), mlp: packBytes(["adapters-mlp"], "base-mlp") };
+  const packs = {
+    main: packBytes(["adapters"], "base"),
+    tied: packBytes(["adapters/two", "adapters/three"], "base-tied"),
+    mlp: packBytes(["adapters-mlp"], "base-mlp"),
+  };
   for (const [name, bytes] of Object.entries(packs)) files.set(`${name}.eigen`, await bytes);
   const cases = Object.keys(MODELS).map((model) => {
     files.set(`${model}.onnx`, modelBytes(model));
     const answers = GOLDENS.models[`${model}.onnx`] ?? GOLDENS.models[model]!;
-    const tasks = Object.keys(GOLDENS.outputs[answers]!).filter((task) => ["base", "two", "three", "five", "a", "b"].includes(task));
+    const tasks = Object.keys(GOLDENS.outputs[answers]!).filter((task) =>
+      ["base", "two", "three", "five", "a", "b"].includes(task),
+    );
     const feeds: Record<string, { type: string; dims: number[]; data: number[] }> = {};
     for (const [name, rows] of Object.entries(GOLDENS.feeds as Record<string, number[][]>)) {
       if (!Array.isArray(rows[0])) continue;
-      feeds[name] = { type: name === "x" ? "float32" : "int64", dims: [rows.length, rows[0].length], data: rows.flat() };
+      feeds[name] = {
+        type: name === "x" ? "float32" : "int64",
+        dims: [rows.length, rows[0].length],
+        data: rows.flat(),
+      };
     }
     // On the GPU one task: what is shown there is the graph.
     const onGpu = tasks.filter((task) => ["base", "two", "a"].includes(task));
     const pack = answers === "mlp" ? "mlp" : answers === "tied" ? "tied" : "main";
     const ignore = answers === "encoder" ? ["classifier"] : [];
-    const of = (some: readonly string[]): object => Object.fromEntries(some.map((task) => [task, golden(answers, task)]));
+    const of = (some: readonly string[]): object =>
+      Object.fromEntries(some.map((task) => [task, golden(answers, task)]));
     return { model, pack, ignore, feeds, answers: { wasm: of(tasks), webgpu: of(onGpu) } };
   });
-  const plan = { cases, providers: { wasm: Object.keys(MODELS), webgpu: ON_GPU }, modes: ["core", "factors", "folded"] };
+  const plan = {
+    cases,
+    providers: { wasm: Object.keys(MODELS), webgpu: ON_GPU },
+    modes: ["core", "factors", "folded"],
+  };
   files.set("plan.json", new TextEncoder().encode(JSON.stringify(plan)));
-  files.set("page.js", await bundle(`import { matrix } from "./browser-matrix.js";
-    globalThis.answer = fetch("/plan.json").then((response) => response.json()).then(matrix);`));
+  files.set(
+    "page.js",
+    await bundle(`import { matrix } from "./browser-matrix.js";
+    globalThis.answer = fetch("/plan.json").then((response) => response.json()).then(matrix);`),
+  );
   await addRuntimes(files, ["asyncify"]);
   const rows = (await answerOf(await openPage(t, files, ["--enable-unsafe-webgpu"]))) as Row[];
   for (const { provider, model, mode, result, why, differences, probe } of rows) {

@@ -6,10 +6,11 @@ import { cpSync, existsSync, mkdtempSync, readdirSync, readFileSync, rmSync } fr
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import t, { type Test } from "tap";
-import { readAdapters } from "../dist/src/adapters/folder.js";
 import { createEigenSession } from "../dist/bindings/onnxruntime.js";
-import { encodeTensor } from "../dist/src/tensor/encode.js";
+import { readAdapters } from "../dist/src/adapters/folder.js";
+import { encodeTask, encodeTaskFile } from "../dist/src/format/encode.js";
 import { graft } from "../dist/src/onnx/graft.js";
+import type { ModelProto } from "../dist/src/onnx/onnx_pb.js";
 import {
   create,
   fromBinary,
@@ -19,30 +20,29 @@ import {
   toBinary,
   ValueInfoProtoSchema,
 } from "../dist/src/onnx/protobuf.js";
-import type { ModelProto } from "../dist/src/onnx/onnx_pb.js";
 import { readModel } from "../dist/src/onnx/read.js";
 import { embedWeights } from "../dist/src/onnx/write.js";
 import { buildPack, projectAdapter } from "../dist/src/pack/build.js";
-import { encodeTask, encodeTaskFile } from "../dist/src/format/encode.js";
 import { openPack, type Pack } from "../dist/src/pack/pack.js";
 import { planSession } from "../dist/src/session/plan.js";
+import { encodeTensor } from "../dist/src/tensor/encode.js";
 import { concat, data, LOSSLESS } from "./packs.ts";
 import {
   difference,
   feeds,
   golden,
+  MODES,
   model,
   modelBytes,
-  MODES,
   NODE,
-  open,
+  type Options,
   ORTS,
+  type Ort,
+  open,
   outputOf,
   packBytes,
   packFor,
   refusal,
-  type Options,
-  type Ort,
 } from "./sessions.ts";
 
 const QUERY = "bert.encoder.layer.0.attention.self.query";
@@ -97,7 +97,14 @@ t.test("models", async (t) => {
   await refused(t, page, pack, {}, { tag: "format", message: /no ONNX model/ }, "no model");
   const old = changed("torchscript", ({ opsetImport }) => (opsetImport[0]!.version = 10n));
   for (const mode of MODES) {
-    await refused(t, old, pack, { mode }, { tag: "format", part: "opset", message: /opset 10: at least 11/ }, "old operators");
+    await refused(
+      t,
+      old,
+      pack,
+      { mode },
+      { tag: "format", part: "opset", message: /opset 10: at least 11/ },
+      "old operators",
+    );
   }
   await refused(t, join(tmpdir(), "there-is-none.onnx"), pack, {}, { tag: "source" }, "no file");
 });
@@ -109,7 +116,14 @@ t.test("a model with task inputs already", async (t) => {
   const { initializers } = graft(file.model, plan.graft);
   const bytes = embedWeights(file, initializers);
   for (const mode of MODES) {
-    await refused(t, bytes, pack, { mode }, { tag: "format", message: /task inputs already; pass the model as it was/ }, mode);
+    await refused(
+      t,
+      bytes,
+      pack,
+      { mode },
+      { tag: "format", message: /task inputs already; pass the model as it was/ },
+      mode,
+    );
   }
 });
 
@@ -124,7 +138,14 @@ t.test("packs of another base", async (t) => {
     t.equal(session.probe.result, "passed");
     await session.release();
   }
-  await refused(t, model("tied"), await packFor("base"), {}, { tag: "base", message: /fingerprints correlate/ }, "tied");
+  await refused(
+    t,
+    model("tied"),
+    await packFor("base"),
+    {},
+    { tag: "base", message: /fingerprints correlate/ },
+    "tied",
+  );
   const mute = await openPack(await packBytes(["adapters/two"]));
   await works(t, model("torchscript"), mute, {});
 });
@@ -170,7 +191,8 @@ t.test("what tasks bring and the model lacks", async (t) => {
   // Not only saved modules: the pooler's bias, which the encoder does not have either.
   const biased = await openPack(await packBytes(["adapters-more/bias"], "base"));
   for (const mode of MODES) {
-    const message = /"bert\.pooler\.dense\.bias" \(bias\), which is not in the model.*ignore: \["bert\.pooler\.dense"\]/;
+    const message =
+      /"bert\.pooler\.dense\.bias" \(bias\), which is not in the model.*ignore: \["bert\.pooler\.dense"\]/;
     const expected = { tag: "base", module: "bert.pooler.dense.bias", message };
     await refused(t, model("encoder"), biased, { mode, ignore: ["classifier"] }, expected, mode);
     await works(t, model("encoder"), biased, { mode, ignore: ["classifier", "bert.pooler.dense"] }, "encoder", "bias");
@@ -233,7 +255,14 @@ t.test("files are closed whatever happens", { skip: !existsSync("/proc/self/fd")
 t.test("tasks that were added later", async (t) => {
   const adapters = await readAdapters(["two", "three", "five"].map((id) => data(`sessions/adapters/${id}`)));
   const two = adapters.find(({ id }) => id === "two")!;
-  const bytes = concat((await buildPack(adapters.filter((one) => one !== two), LOSSLESS)).chunks);
+  const bytes = concat(
+    (
+      await buildPack(
+        adapters.filter((one) => one !== two),
+        LOSSLESS,
+      )
+    ).chunks,
+  );
   /** The task "two" with all of its change as private factors, and its head. */
   const privately = async (pack: Pack): Promise<Uint8Array> => {
     const terms = [];
@@ -324,7 +353,12 @@ t.test("a provider that ignores inputs is found", async (t) => {
     const core = ignoring(ort, (input) => input.endsWith(".core"));
     const all = ignoring(ort, (input) => input.startsWith("eigenlora."));
     const half = ignoring(ort, (input) => input.endsWith(".B"));
-    const cases = [["core", core], ["core", all], ["factors", all], ["factors", half]] as const;
+    const cases = [
+      ["core", core],
+      ["core", all],
+      ["factors", all],
+      ["factors", half],
+    ] as const;
     for (const [mode, fake] of cases) {
       const session = { executionProviders: ["cpu"] };
       const error = await refusal(() => open(fake, model("torchscript"), pack, { mode, session }));

@@ -5,7 +5,7 @@
 import t, { type Test } from "tap";
 import { addRuntimes, answerOf, bundle, noChromium, openPage } from "./browser.ts";
 import { required } from "./required.ts";
-import { difference, golden, GOLDENS, modelBytes, packBytes } from "./sessions.ts";
+import { difference, GOLDENS, golden, modelBytes, packBytes } from "./sessions.ts";
 
 /** What a switch may send beside the coefficients. */
 const PARAMETER_BYTES = 4096;
@@ -21,13 +21,16 @@ async function inBrowser(t: Test, calls: readonly string[]): Promise<any[] | und
   const files = new Map<string, Uint8Array>([
     ["model.onnx", modelBytes("torchscript")],
     ["tasks.eigen", await packBytes(["adapters"], "base")],
-    ["page.js", await bundle(`import { again, given, lost, switching } from "./browser-gpu.js";
+    [
+      "page.js",
+      await bundle(`import { again, given, lost, switching } from "./browser-gpu.js";
       const feeds = ${JSON.stringify(feeds)};
       async function all() {
         if (!(await navigator.gpu?.requestAdapter())) return "no adapter";
         return [${calls.map((call) => `await ${call}`).join(", ")}];
       }
-      globalThis.answer = all();`)],
+      globalThis.answer = all();`),
+    ],
   ]);
   await addRuntimes(files, ["asyncify", "jsep"]);
   const results = await answerOf(await openPage(t, files, ["--enable-unsafe-webgpu"]));
@@ -55,17 +58,24 @@ t.test("switches", options, async (t) => {
 
   for (const { submits, written, coefficients, bytesOfCoefficients, bytesFed } of found.costs) {
     const idle = bytesOfCoefficients === 0;
-    if (submits > 1 || coefficients > 1 || (!idle && submits + coefficients < 2)) t.fail(`${submits} submits, ${coefficients} writes of coefficients`);
-    if (written > bytesOfCoefficients + PARAMETER_BYTES) t.fail(`${written} bytes written for ${bytesOfCoefficients} of coefficients`);
+    if (submits > 1 || coefficients > 1 || (!idle && submits + coefficients < 2))
+      t.fail(`${submits} submits, ${coefficients} writes of coefficients`);
+    if (written > bytesOfCoefficients + PARAMETER_BYTES)
+      t.fail(`${written} bytes written for ${bytesOfCoefficients} of coefficients`);
     if (!(bytesFed >= found.memory.folded)) t.fail(`reports ${bytesFed} bytes`);
   }
   const most = Math.max(...found.costs.map(({ written }: { written: number }) => written));
-  t.comment(`${found.costs.length} switches, at most ${most} bytes each; ${found.memory.folded} bytes of weights, live ${found.live}`);
+  t.comment(
+    `${found.costs.length} switches, at most ${most} bytes each; ${found.memory.folded} bytes of weights, live ${found.live}`,
+  );
   t.ok(most < found.memory.folded / 2, "no weights cross the bus");
   t.equal(found.levels.length, 1, `live bytes are flat: ${found.levels.join(", ")}`);
   const { components, folded, pristine, expansion } = found.memory;
   t.same([components, pristine], [0, folded], "the weights that are read, and those that are folded from");
-  t.ok(found.live > folded + pristine && found.live <= folded + pristine + expansion, "memory() counts all live buffers of ours");
+  t.ok(
+    found.live > folded + pristine && found.live <= folded + pristine + expansion,
+    "memory() counts all live buffers of ours",
+  );
 
   t.match(found.failures.unknown, { tag: "task", message: /"too".*two/ });
   t.match(found.failures.aborted, { name: "AbortError" });
@@ -78,7 +88,10 @@ t.test("switches", options, async (t) => {
 
 t.test("a device of the caller's", options, async (t) => {
   const builds = ["onnxruntime-web/webgpu", "onnxruntime-web"];
-  const results = await inBrowser(t, builds.map((build) => `given(feeds, "${build}")`));
+  const results = await inBrowser(
+    t,
+    builds.map((build) => `given(feeds, "${build}")`),
+  );
   if (!results) return;
   results.forEach((found, i) => {
     for (const [what, answer] of Object.entries(found.answers as Record<string, number[]>)) {
@@ -86,7 +99,10 @@ t.test("a device of the caller's", options, async (t) => {
       t.ok(off <= TOLERANCE, `${builds[i]}, ${what}: off by ${off}`);
     }
     t.match(found, { probe: { result: "passed" }, otherReason: "asked for", usable: true, live: 0 });
-    t.equal(found.reason, i === 0 ? "asked for" : "asked for; onnxruntime does not use the device it was given; the weights are on its own");
+    t.equal(
+      found.reason,
+      i === 0 ? "asked for" : "asked for; onnxruntime does not use the device it was given; the weights are on its own",
+    );
   });
 });
 
@@ -100,7 +116,11 @@ t.test("a device that is lost", options, async (t) => {
     t.match(found, { release: "fulfilled", live: 0 }, `${build}: released`);
     const [core] = (await inBrowser(t, [`lost(feeds, "${build}", "core")`])) ?? [];
     // Its switches stay on the CPU.
-    t.match(core, { run: gone, next: gone, after: { run: gone, again: gone, switch: "fulfilled" }, release: "fulfilled" }, `${build}, core`);
+    t.match(
+      core,
+      { run: gone, next: gone, after: { run: gone, again: gone, switch: "fulfilled" }, release: "fulfilled" },
+      `${build}, core`,
+    );
     if (native) t.ok(difference(again, golden("base", "two")) <= TOLERANCE, "a new session works");
   }
 });

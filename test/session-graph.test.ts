@@ -2,19 +2,20 @@
  * What sessions do to graphs and read from them: the graft keeps a model sound, adapted layers in branches and layers that
  * run twice, and the values of quantised weights, held against what ONNX Runtime itself makes of them.
  */
-import t from "tap";
+
 import { InferenceSession, Tensor } from "onnxruntime-node";
+import t from "tap";
 import { readLinearWeight, readVector } from "../dist/src/onnx/dequantize.js";
 import { graft } from "../dist/src/onnx/graft.js";
 import { parseModel } from "../dist/src/onnx/model.js";
 import { findParameters, type OnnxParameter } from "../dist/src/onnx/modules.js";
 import {
   AttributeProtoSchema,
-  TensorShapeProto_DimensionSchema,
   type GraphProto,
   type ModelProto,
   type NodeProto,
   type TensorProto,
+  TensorShapeProto_DimensionSchema,
 } from "../dist/src/onnx/onnx_pb.js";
 import {
   create,
@@ -26,21 +27,21 @@ import {
   toBinary,
   ValueInfoProtoSchema,
 } from "../dist/src/onnx/protobuf.js";
-import { readModel, type ModelFile } from "../dist/src/onnx/read.js";
+import { type ModelFile, readModel } from "../dist/src/onnx/read.js";
 import { layoutFolded } from "../dist/src/session/fold.js";
 import { planSession } from "../dist/src/session/plan.js";
 import {
   difference,
   feeds,
+  GOLDENS,
   golden,
   goldenRow,
-  GOLDENS,
+  MODES,
   model,
   modelBytes,
-  MODES,
   NODE,
-  open,
   ORTS,
+  open,
   outputOf,
   packFor,
   refusal,
@@ -90,22 +91,36 @@ t.test("a graft keeps a model sound", async (t) => {
       const added = grafted.initializers.map(({ name: value }) => create(TensorProtoSchema, { name: value }));
       const whole = { ...after, initializer: [...after.initializer, ...added] };
       const was = faults(before);
-      t.same(faults(whole).filter((fault) => !was.includes(fault)), [], `${name}, ${mode}`);
+      t.same(
+        faults(whole).filter((fault) => !was.includes(fault)),
+        [],
+        `${name}, ${mode}`,
+      );
 
       const old = new Map(before.initializer.map((tensor) => [tensor.name, tensor]));
       const kept = after.initializer.filter((tensor) => old.has(tensor.name));
       const changed = kept.filter((tensor) => !Buffer.from(tensor.rawData).equals(old.get(tensor.name)!.rawData));
-      t.same(changed.map((tensor) => tensor.name), [], `${name}, ${mode}: initializers stay as they are`);
+      t.same(
+        changed.map((tensor) => tensor.name),
+        [],
+        `${name}, ${mode}: initializers stay as they are`,
+      );
       const graphs = [after, ...after.node.flatMap(nested)];
       const read = new Set(graphs.flatMap(({ node }) => node.flatMap(({ input }) => input)));
       const unread = kept.map((tensor) => tensor.name).filter((tensor) => !read.has(tensor));
       t.same(unread, [], "and what nothing reads is gone");
 
       const inputs = after.input.map((input) => input.name).slice(before.input.length);
-      t.same(inputs, grafted.inputs.map((input) => input.name));
+      t.same(
+        inputs,
+        grafted.inputs.map((input) => input.name),
+      );
       const outputs = before.output.map((output) => output.name);
       const probes = grafted.probe ? [grafted.probe.x, grafted.probe.term] : [];
-      t.same(after.output.map((output) => output.name), [...outputs, ...probes]);
+      t.same(
+        after.output.map((output) => output.name),
+        [...outputs, ...probes],
+      );
       t.equal(grafted.probe === undefined, mode === "folded");
       await file.close();
     }
@@ -118,7 +133,10 @@ t.test("beside [batch, sequence, in] terms need no reshapes, whoever exported th
     const file = await readModel(model(name));
     const { graft: wanted } = await planSession(file, pack, await pack.takeBases(), { mode: "factors" });
     graft(file.model, wanted);
-    const added = file.model.proto.graph!.node.filter((node) => node.name.startsWith("eigenlora/") && wanted.modules.some(({ name }) => node.name.includes(`/${name}/`)));
+    const added = file.model.proto.graph!.node.filter(
+      (node) =>
+        node.name.startsWith("eigenlora/") && wanted.modules.some(({ name }) => node.name.includes(`/${name}/`)),
+    );
     t.same([...new Set(added.map(({ opType }) => opType))].sort(), ["Add", "MatMul"], name);
     t.equal(added.length, 3 * wanted.modules.length);
     await file.close();
@@ -212,7 +230,8 @@ function sequences(first: "batch" | "sequence"): Uint8Array {
   return changed("transposed", (graph) => {
     const free = { value: { case: undefined } };
     const { value } = graph.input[0]!.type!;
-    if (value.case === "tensorType") value.value.shape!.dim.splice(1, 0, create(TensorShapeProto_DimensionSchema, free));
+    if (value.case === "tensorType")
+      value.value.shape!.dim.splice(1, 0, create(TensorShapeProto_DimensionSchema, free));
     delete (graph.output[0]!.type!.value.value as { shape?: unknown }).shape;
     graph.valueInfo.length = 0;
     if (first === "batch") return;
@@ -231,25 +250,43 @@ function sequences(first: "batch" | "sequence"): Uint8Array {
 }
 
 t.test("one task per row where the batch is not the first dimension is refused, not mixed up", async (t) => {
-  const x = new Tensor("float32", Float32Array.from(GOLDENS.feeds["x"]!.flat().slice(0, 24).concat(GOLDENS.feeds["x"]!.flat().slice(12, 36))), [2, 2, 12]);
+  const x = new Tensor(
+    "float32",
+    Float32Array.from(GOLDENS.feeds["x"]!.flat().slice(0, 24).concat(GOLDENS.feeds["x"]!.flat().slice(12, 36))),
+    [2, 2, 12],
+  );
   for (const mode of ["core", "factors"] as const) {
     const rows = await open(NODE, sequences("batch"), await packFor("mlp"), { mode });
     const found = await outputOf(rows, { x }, { tasks: ["a", "b"] });
     // Rows 0 and 1 of the goldens with a, which has two labels of three columns, rows 1 and 2 with b.
     const columns = found.length / 4;
-    for (const [at, task, row] of [[0, "a", 0], [1, "a", 1], [2, "b", 1], [3, "b", 2]] as const) {
+    for (const [at, task, row] of [
+      [0, "a", 0],
+      [1, "a", 1],
+      [2, "b", 1],
+      [3, "b", 2],
+    ] as const) {
       const expected = goldenRow("mlp", task, row);
-      t.ok(difference(found.subarray(at * columns, at * columns + expected.length), expected) <= 1e-5, `${mode}, ${task}`);
+      t.ok(
+        difference(found.subarray(at * columns, at * columns + expected.length), expected) <= 1e-5,
+        `${mode}, ${task}`,
+      );
     }
     await rows.release();
     const mixed = await open(NODE, sequences("sequence"), await packFor("mlp"), { mode });
     for (const task of ["a", "b"]) {
       await mixed.switchTask(task);
       const alone = await outputOf(mixed, { x });
-      t.ok(difference(alone.subarray(0, alone.length / 4), goldenRow("mlp", task, 0)) <= 1e-5, `${mode}: ${task} alone`);
+      t.ok(
+        difference(alone.subarray(0, alone.length / 4), goldenRow("mlp", task, 0)) <= 1e-5,
+        `${mode}: ${task} alone`,
+      );
     }
     const error = await refusal(() => outputOf(mixed, { x }, { tasks: ["a", "b"] }));
-    t.match(error, { tag: "backend", message: /the batch is not the first dimension of some adapted layer; run them one by one/ });
+    t.match(error, {
+      tag: "backend",
+      message: /the batch is not the first dimension of some adapted layer; run them one by one/,
+    });
     await mixed.release();
   }
 });
@@ -265,7 +302,8 @@ function random(count: number, least: number, most: number): number[] {
     return least + ((seed >>> 8) / 2 ** 24) * (most - least);
   });
 }
-const integers = (count: number, least: number, most: number): number[] => random(count, least, most + 1).map(Math.floor);
+const integers = (count: number, least: number, most: number): number[] =>
+  random(count, least, most + 1).map(Math.floor);
 
 /** An initializer; 4-bit values are packed low nibble first. */
 function tensor(name: string, dataType: number, dims: readonly number[], values: readonly number[]): TensorProto {
@@ -306,7 +344,10 @@ function layer(K: number, nodes: NodeProto[], initializer: TensorProto[]): Uint8
     input: [value("x", [undefined, K])],
     output: [value("y", [undefined, undefined])],
   });
-  const opsetImport = [{ domain: "", version: 21n }, { domain: "com.microsoft", version: 1n }];
+  const opsetImport = [
+    { domain: "", version: 21n },
+    { domain: "com.microsoft", version: 1n },
+  ];
   return toBinary(ModelProtoSchema, create(ModelProtoSchema, { irVersion: 10n, opsetImport, graph }));
 }
 
@@ -330,7 +371,13 @@ async function disagreement(bytes: Uint8Array, N: number, K: number): Promise<nu
 
 t.test("MatMulNBits is read as ONNX Runtime computes it", async (t) => {
   const N = 6;
-  for (const [bits, size, K] of [[4, 16, 48], [4, 16, 40], [4, 32, 96], [8, 16, 48], [8, 32, 70]] as const) {
+  for (const [bits, size, K] of [
+    [4, 16, 48],
+    [4, 16, 40],
+    [4, 32, 96],
+    [8, 16, 48],
+    [8, 32, 70],
+  ] as const) {
     const blocks = Math.ceil(K / size);
     const scales = tensor("scales", FLOAT, [N * blocks], random(N * blocks, 0.01, 0.2));
     const packed = tensor("W", UINT8, [N, blocks, (size * bits) / 8], integers((N * blocks * size * bits) / 8, 0, 255));
@@ -417,16 +464,30 @@ t.test("quantised vectors, and what cannot be read", async (t) => {
   const dequantize = (input: string[]): NodeProto => node("DequantizeLinear", "d", input, "b", { axis: 0 });
   const own = [tensor("B", INT32, [6], values), tensor("s", FLOAT, [6], scales)];
   const each = await bias([dequantize(["B", "s"]), gemm], own);
-  t.ok(difference(each, values.map((v, i) => v * scales[i]!)) < 1e-6, "a scale each");
+  t.ok(
+    difference(
+      each,
+      values.map((v, i) => v * scales[i]!),
+    ) < 1e-6,
+    "a scale each",
+  );
   const bytes = integers(6, 0, 255);
   const one = [tensor("B", UINT8, [6], bytes), tensor("s", FLOAT, [], [0.5]), tensor("z", UINT8, [], [100])];
-  t.same([...(await bias([dequantize(["B", "s", "z"]), gemm], one))], bytes.map((v) => (v - 100) * 0.5), "one for all");
+  t.same(
+    [...(await bias([dequantize(["B", "s", "z"]), gemm], one))],
+    bytes.map((v) => (v - 100) * 0.5),
+    "one for all",
+  );
   const halves = tensor("B", FLOAT16, [6], []);
   halves.rawData = new Uint8Array(Uint16Array.of(0x3c00, 0x4000, 0xbc00, 0x3800, 0, 0x4200).buffer);
   const cast = node("Cast", "cast", ["B"], "b", { to: 1 });
   t.same([...(await bias([cast, gemm], [halves]))], [1, 2, -1, 0.5, 0, 3], "f16");
 
-  const nBits = async (tensors: TensorProto[], inputs: string[], attributes: Record<string, number>): Promise<unknown> => {
+  const nBits = async (
+    tensors: TensorProto[],
+    inputs: string[],
+    attributes: Record<string, number>,
+  ): Promise<unknown> => {
     const product = node("MatMulNBits", "/layer/MatMul", inputs, "y", attributes, "com.microsoft");
     const { file, weight: found } = await opened(layer(32, [product], tensors));
     return readLinearWeight(file, found);

@@ -3,25 +3,25 @@
  * PEFT answer, or is refused by name with a way out. Nothing in between. Prints the table.
  */
 import t, { type Test } from "tap";
+import { openPack, type Pack } from "../dist/src/pack/pack.js";
 import {
   difference,
   feeds,
   folders,
-  golden,
   GOLDENS,
-  model,
+  golden,
   MODES,
-  open,
+  type Mode,
+  model,
+  type Options,
   ORTS,
+  type Ort,
+  open,
   outputOf,
   packBytes,
   packFor,
   refusal,
-  type Mode,
-  type Options,
-  type Ort,
 } from "./sessions.ts";
-import { openPack, type Pack } from "../dist/src/pack/pack.js";
 
 /** What cannot be, and what the message has to say. */
 const REFUSED: Record<string, { modes: readonly Mode[]; says: RegExp }> = {

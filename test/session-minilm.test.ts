@@ -3,11 +3,11 @@
  * and rows; `test/soak-session.js` takes all of them.
  */
 import t from "tap";
-import { createEncoder, readReference, readTask } from "../examples/minilm.js";
 import { openOnnxHost } from "../dist/src/onnx/host.js";
 import { openPack } from "../dist/src/pack/pack.js";
+import { createEncoder, readReference, readTask } from "../examples/minilm.js";
 import { data, LOSSLESS, packOf } from "./packs.ts";
-import { difference, NODE, open, WEB, type Mode, type Ort } from "./sessions.ts";
+import { difference, type Mode, NODE, type Ort, open, WEB } from "./sessions.ts";
 
 const model = data("minilm/model_fp16.onnx");
 const TASKS = ["debtags-role", "debtags-game", "sections-0", "debtags-scope"];
@@ -15,7 +15,10 @@ const TASKS = ["debtags-role", "debtags-game", "sections-0", "debtags-scope"];
 const WITH_LOGITS = 16;
 
 const base = await openOnnxHost(model);
-const { bytes } = await packOf(TASKS.map((task) => `adapters/own-seed/${task}`), { ...LOSSLESS, base });
+const { bytes } = await packOf(
+  TASKS.map((task) => `adapters/own-seed/${task}`),
+  { ...LOSSLESS, base },
+);
 await base.close?.();
 const reference = await readReference("own-seed");
 

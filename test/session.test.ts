@@ -12,14 +12,14 @@ import {
   feeds,
   golden,
   goldenRow,
+  type Mode,
   model,
-  open,
   ORTS,
+  open,
   outputOf,
   packBytes,
   packFor,
   refusal,
-  type Mode,
   type Session,
 } from "./sessions.ts";
 
@@ -35,7 +35,12 @@ const TASKS = ["two", "three", "five"] as const;
 
 for (const { name: runtime, ort } of ORTS) {
   t.test(`one task per row on ${runtime}`, async (t) => {
-    for (const [name, answers] of [["torchscript", "base"], ["dynamo", "base"], ["f16", "f16"], ["q4", "q4"]] as const) {
+    for (const [name, answers] of [
+      ["torchscript", "base"],
+      ["dynamo", "base"],
+      ["f16", "f16"],
+      ["q4", "q4"],
+    ] as const) {
       for (const mode of ["core", "factors"] as const) {
         const session = await open(ort, model(name), await packFor(answers), { mode });
         const choose = chooser(7);
@@ -101,7 +106,11 @@ for (const { name: runtime, ort } of ORTS) {
   });
 
   t.test(`random switches while four callers run, on ${runtime}`, async (t) => {
-    for (const [mode, switches] of [["core", 250], ["factors", 250], ["folded", 40]] as [Mode, number][]) {
+    for (const [mode, switches] of [
+      ["core", 250],
+      ["factors", 250],
+      ["folded", 40],
+    ] as [Mode, number][]) {
       const pack = await packFor("base");
       const session = await open(ort, model("torchscript"), pack, { mode });
       const run = feeds(ort, session);
@@ -223,7 +232,11 @@ t.test("blends, strengths and what a switch reports", async (t) => {
   const names = ["core", "factors", "folded"] as const;
   const sessions: Session[] = [];
   for (const mode of names) sessions.push(await open(ort, model("torchscript"), await packFor("base"), { mode }));
-  const selections: Record<string, number>[] = [{ two: 0.5 }, { two: 0.7, three: -0.2 }, { five: 1, three: 0.5, two: 0.25 }];
+  const selections: Record<string, number>[] = [
+    { two: 0.5 },
+    { two: 0.7, three: -0.2 },
+    { five: 1, three: 0.5, two: 0.25 },
+  ];
   for (const selection of selections) {
     const outputs: Float32Array[] = [];
     for (const session of sessions) {
@@ -284,7 +297,12 @@ t.test("Timeline: every run sees the changes asked for before it, and no other",
             running.set(state, running.get(state)! - 1);
             return one.fails ? Promise.reject(new Error("asked to")) : state;
           });
-          all.push(run.then((state) => state === due, (error: Error) => error.message === "asked to"));
+          all.push(
+            run.then(
+              (state) => state === due,
+              (error: Error) => error.message === "asked to",
+            ),
+          );
         } else {
           const [from, to] = [expected, ++made];
           const change = timeline.change(
@@ -301,7 +319,12 @@ t.test("Timeline: every run sees the changes asked for before it, and no other",
             },
           );
           if (!one.fails) expected = to;
-          all.push(change.then((state) => state === to, (error: Error) => error.message === "asked to"));
+          all.push(
+            change.then(
+              (state) => state === to,
+              (error: Error) => error.message === "asked to",
+            ),
+          );
         }
       }
       const end = await timeline.end();

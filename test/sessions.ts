@@ -3,11 +3,11 @@ import { readdirSync, readFileSync } from "node:fs";
 import type * as common from "onnxruntime-common";
 import * as node from "onnxruntime-node";
 import * as web from "onnxruntime-web";
-import { readAdapters } from "../dist/src/adapters/folder.js";
 import { createEigenSession, type EigenSession, type EigenSessionOptions } from "../dist/bindings/onnxruntime.js";
-import { buildPack, type BuildOptions } from "../dist/src/pack/build.js";
-import { openPack, type Pack } from "../dist/src/pack/pack.js";
+import { readAdapters } from "../dist/src/adapters/folder.js";
 import { openHost } from "../dist/src/base/host.js";
+import { type BuildOptions, buildPack } from "../dist/src/pack/build.js";
+import { openPack, type Pack } from "../dist/src/pack/pack.js";
 import { concat, data, LOSSLESS } from "./packs.ts";
 
 export type Ort = typeof common;
@@ -95,7 +95,11 @@ export async function packFor(answers: string): Promise<Pack> {
 }
 
 /** The feeds of the goldens that a session takes; of some rows only, where asked. */
-export function feeds(ort: Ort, session: { inputNames: readonly string[] }, rows: readonly number[] = [0, 1, 2]): Feeds {
+export function feeds(
+  ort: Ort,
+  session: { inputNames: readonly string[] },
+  rows: readonly number[] = [0, 1, 2],
+): Feeds {
   const made: Feeds = {};
   for (const name of session.inputNames) {
     if (name === "deep") {

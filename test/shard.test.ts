@@ -2,35 +2,36 @@
  * Packs from parts: the same basis and the same pack however the adapters are spread, on real adapters, whether a side is kept as
  * rows (own-seed: 160 rows of width 384) or as a Gram matrix (hub: 424); parts that are damaged, mixed or hostile; restarts.
  */
-import t from "tap";
-import fc from "fast-check";
+
 import { spawn, spawnSync } from "node:child_process";
 import { once } from "node:events";
-import { cp, mkdtemp, readFile, readdir, rm, stat, writeFile } from "node:fs/promises";
+import { cp, mkdtemp, readdir, readFile, rm, stat, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
+import fc from "fast-check";
+import t from "tap";
 import {
+  type Adapter,
   adapterStatistics,
   assemblePack,
+  type BasisOptions,
+  type BuildOptions,
   buildBasis,
   buildPack,
+  type Gauge,
   mergeStatistics,
   openStatistics,
   openTasks,
   projectTasks,
   readAdapters,
-  writeStatistics,
-  type Adapter,
-  type BasisOptions,
-  type BuildOptions,
-  type Gauge,
   type Statistics,
   type StatisticsPart,
+  writeStatistics,
 } from "../dist/src/build.js";
-import { openPack, type Pack } from "../dist/src/pack/pack.js";
 import { svd } from "../dist/src/extract/linalg.js";
-import { gramComponents, SummaryBuilder, summaryKind, triangle, type Summary } from "../dist/src/extract/summary.js";
+import { gramComponents, type Summary, SummaryBuilder, summaryKind, triangle } from "../dist/src/extract/summary.js";
+import { openPack, type Pack } from "../dist/src/pack/pack.js";
 import { toBytes, writePart } from "../dist/src/pack/shard/part.js";
 import type { SafetensorsEntry } from "../dist/src/tensor/safetensors-writer.js";
 import { concat, data, packDifference } from "./packs.ts";
@@ -67,8 +68,10 @@ async function part(statistics: Statistics, made = "test"): Promise<StatisticsPa
   return openStatistics(await collect(writeStatistics(statistics, made)));
 }
 
-const shard = async (adapters: readonly Adapter[], options: Pick<BuildOptions, "gauge" | "rank" | "normalize"> = {}): Promise<StatisticsPart> =>
-  part(await adapterStatistics(adapters, options));
+const shard = async (
+  adapters: readonly Adapter[],
+  options: Pick<BuildOptions, "gauge" | "rank" | "normalize"> = {},
+): Promise<StatisticsPart> => part(await adapterStatistics(adapters, options));
 
 /** mulberry32, so that every run draws alike. */
 function draws(seed: number): () => number {
@@ -104,10 +107,16 @@ async function tree(parts: StatisticsPart[]): Promise<StatisticsPart> {
   return parts[0]!;
 }
 
-const basisOf = async (statistics: Statistics, options: BasisOptions): Promise<Pack> => openPack(concat((await buildBasis(statistics, options)).chunks));
+const basisOf = async (statistics: Statistics, options: BasisOptions): Promise<Pack> =>
+  openPack(concat((await buildBasis(statistics, options)).chunks));
 
 /** A pack by way of parts: tasks spread over `count` of them, handed over in any order. */
-async function assembled(basis: Pack, adapters: readonly Adapter[], count: number, types: BuildOptions["types"]): Promise<Uint8Array> {
+async function assembled(
+  basis: Pack,
+  adapters: readonly Adapter[],
+  count: number,
+  types: BuildOptions["types"],
+): Promise<Uint8Array> {
   const parts = [];
   for (const few of split(shuffled(adapters, count), count)) {
     const { chunks } = await projectTasks(basis, few, "test", types ? { types } : {});
@@ -126,16 +135,33 @@ t.test("rows kept: 1, 3 and 7 shards, any order, a tree: the bytes of one machin
   const settings: (BuildOptions & { gauge: Gauge; centering: "keep" | "none" })[] = [
     { gauge: "as-trained", centering: "keep", select: K16, types: F32 },
     { gauge: "as-trained", centering: "none", normalize: true, select: { kind: "energy", share: 0.7 } },
-    { gauge: "balanced", centering: "none", select: { kind: "energy", share: 1 }, types: { basis: "int8", coefficients: "f16", head: "f32" } },
-    { gauge: "balanced", centering: "none", rank: 3, select: K16, types: { basis: "int4", coefficients: "int4", head: "f16" } },
+    {
+      gauge: "balanced",
+      centering: "none",
+      select: { kind: "energy", share: 1 },
+      types: { basis: "int8", coefficients: "f16", head: "f32" },
+    },
+    {
+      gauge: "balanced",
+      centering: "none",
+      rank: 3,
+      select: K16,
+      types: { basis: "int4", coefficients: "int4", head: "f16" },
+    },
   ];
   for (const options of settings) {
     const { gauge, centering, rank, normalize, select, types } = options;
     const { chunks } = await buildPack(own, options);
     for (const count of [1, 3, 7]) {
-      const parts = await Promise.all(split(shuffled(own, count), count).map((few) => shard(few, { gauge, rank, normalize })));
+      const parts = await Promise.all(
+        split(shuffled(own, count), count).map((few) => shard(few, { gauge, rank, normalize })),
+      );
       for (const statistics of [await mergeStatistics(shuffled(parts, 3)), await tree(parts)]) {
-        const basis = await basisOf(statistics, { centering, select: select!, ...(types?.basis ? { type: types.basis } : {}) });
+        const basis = await basisOf(statistics, {
+          centering,
+          select: select!,
+          ...(types?.basis ? { type: types.basis } : {}),
+        });
         const pack = await assembled(basis, own, count, types);
         t.ok(Buffer.from(pack).equals(concat(chunks)), `${gauge}, ${centering}, ${count} shards`);
       }
@@ -147,7 +173,10 @@ t.test("Gram matrices kept: the same basis and tasks up to 1e-6", async (t) => {
   const loud = hub.map((adapter, i) => (i === 0 ? scaled(adapter, 1000) : adapter));
   const select = { kind: "k", k: 32 } as const;
   const packs: Pack[] = [];
-  for (const [adapters, normalize] of [[hub, false], [loud, true]] as const) {
+  for (const [adapters, normalize] of [
+    [hub, false],
+    [loud, true],
+  ] as const) {
     const one = await openPack(concat((await buildPack(adapters, { select, normalize, types: F32 })).chunks));
     for (const count of [1, 3, 7]) {
       const parts = await Promise.all(split(shuffled(adapters, count), count).map((few) => shard(few, { normalize })));
@@ -158,13 +187,19 @@ t.test("Gram matrices kept: the same basis and tasks up to 1e-6", async (t) => {
         const pack = await openPack(await assembled(basis, adapters, count, F32));
         t.same([...pack.tasks.keys()], [...one.tasks.keys()]);
         const off = await packDifference(pack, one);
-        t.ok(off.bases < 1e-6 && off.coefficients < 1e-6, `${normalize ? "normalized, " : ""}${count} shards: ${off.bases}, ${off.coefficients}`);
+        t.ok(
+          off.bases < 1e-6 && off.coefficients < 1e-6,
+          `${normalize ? "normalized, " : ""}${count} shards: ${off.bases}, ${off.coefficients}`,
+        );
       }
     }
     packs.push(one);
   }
   const apart = await packDifference(packs[0]!, packs[1]!);
-  t.ok(apart.bases > 1e-3 && apart.coefficients > 1e-3, `another setting, another pack: ${apart.bases}, ${apart.coefficients}`);
+  t.ok(
+    apart.bases > 1e-3 && apart.coefficients > 1e-3,
+    `another setting, another pack: ${apart.bases}, ${apart.coefficients}`,
+  );
 });
 
 t.test("modules that only some adapters adapt, different ranks, embeddings, magnitudes, saved modules", async (t) => {
@@ -183,13 +218,20 @@ t.test("modules that only some adapters adapt, different ranks, embeddings, magn
 });
 
 t.test("summaries: any split of a stack gives its Gram matrix, and the components of its SVD", (t) => {
-  const shape = fc.record({ width: fc.integer({ min: 1, max: 24 }), count: fc.integer({ min: 1, max: 60 }), cut: fc.double({ min: 0, max: 1, noNaN: true }), seed: fc.integer() });
+  const shape = fc.record({
+    width: fc.integer({ min: 1, max: 24 }),
+    count: fc.integer({ min: 1, max: 60 }),
+    cut: fc.double({ min: 0, max: 1, noNaN: true }),
+    seed: fc.integer(),
+  });
   fc.assert(
     fc.property(shape, ({ width, count, cut, seed }) => {
       const random = draws(seed);
       const rows = Float64Array.from({ length: count * width }, () => random() - 0.5 + (seed & 1));
       const first = Math.floor(cut * count);
-      const pieces = [rows.subarray(0, first * width), rows.subarray(first * width)].filter((piece) => piece.length > 0);
+      const pieces = [rows.subarray(0, first * width), rows.subarray(first * width)].filter(
+        (piece) => piece.length > 0,
+      );
       const all = new SummaryBuilder(count, width);
       for (const piece of pieces) {
         const builder = new SummaryBuilder(piece.length / width, width);
@@ -257,7 +299,10 @@ t.test("summaries of stacks without a direction: equal rows, zeros, a mean that 
 t.test("the strongest components alone are those among all", (t) => {
   const [width, count] = [300, 400];
   const random = draws(9);
-  const rows = Float64Array.from({ length: count * width }, (_, i) => (random() - 0.5) * 0.8 ** (i % width) + 0.01 * (random() - 0.5));
+  const rows = Float64Array.from(
+    { length: count * width },
+    (_, i) => (random() - 0.5) * 0.8 ** (i % width) + 0.01 * (random() - 0.5),
+  );
   const builder = new SummaryBuilder(count, width);
   builder.add(rows, count);
   const summary = builder.finish() as Summary & { kind: "gram" };
@@ -272,7 +317,10 @@ t.test("the strongest components alone are those among all", (t) => {
 t.test("what needs all adapters at once is refused by name", async (t) => {
   const balanced = await shard(own.slice(0, 2), { gauge: "balanced" });
   await t.rejects(buildBasis(balanced, { centering: "keep" }), { name: "RangeError", message: /--centering none/ });
-  await t.rejects(buildBasis(balanced, { centering: "none", select: { kind: "error", max: 0.5 } }), { name: "RangeError", message: /all adapters at once/ });
+  await t.rejects(buildBasis(balanced, { centering: "none", select: { kind: "error", max: 0.5 } }), {
+    name: "RangeError",
+    message: /all adapters at once/,
+  });
   await t.rejects(buildBasis(balanced, { centering: "none", select: { kind: "k", k: 0 } }), RangeError);
 });
 
@@ -280,9 +328,17 @@ t.test("parts that do not belong together are refused by file and reason", async
   const [a, b] = [await shard(own.slice(0, 3)), await shard(own.slice(3, 5))];
   await t.rejects(mergeStatistics([]), RangeError);
   await t.rejects(adapterStatistics([]), RangeError);
-  await t.rejects(mergeStatistics([a, b, await shard(own.slice(2, 3))]), { tag: "task", task: own[2]!.id, message: /counts once/ });
+  await t.rejects(mergeStatistics([a, b, await shard(own.slice(2, 3))]), {
+    tag: "task",
+    task: own[2]!.id,
+    message: /counts once/,
+  });
   await t.rejects(adapterStatistics([own[0]!, own[0]!]), { tag: "task", task: own[0]!.id, message: /counts once/ });
-  await t.rejects(mergeStatistics([a, await shard(own.slice(3, 5), { gauge: "balanced" })]), { tag: "adapter", field: "gauge", message: /balanced.*as-trained/ });
+  await t.rejects(mergeStatistics([a, await shard(own.slice(3, 5), { gauge: "balanced" })]), {
+    tag: "adapter",
+    field: "gauge",
+    message: /balanced.*as-trained/,
+  });
   const other = own.slice(5, 6).map((adapter) => ({ ...adapter, baseModel: "another/model" }));
   await t.rejects(mergeStatistics([a, await shard(other)]), { tag: "adapter", message: /another\/model.*--any-base/ });
   t.equal((await mergeStatistics([a, await shard(other)], { anyBase: true })).adapters.length, 4);
@@ -292,13 +348,25 @@ t.test("parts that do not belong together are refused by file and reason", async
 
   const basis = await basisOf(await mergeStatistics([a, b]), { select: K16 });
   const another = await basisOf(a, { select: K16 });
-  const tasks = async (on: Pack, adapters: Adapter[], types = {}) => openTasks(await collect((await projectTasks(on, adapters, "test", { types })).chunks));
+  const tasks = async (on: Pack, adapters: Adapter[], types = {}) =>
+    openTasks(await collect((await projectTasks(on, adapters, "test", { types })).chunks));
   const [first, second] = [await tasks(basis, own.slice(0, 2)), await tasks(basis, own.slice(2, 3))];
   await t.rejects(assemblePack(basis, []), RangeError);
   await t.rejects(assemblePack(another, [first]), { tag: "adapter", field: "basis", message: /project it again/ });
-  await t.rejects(assemblePack(basis, [first, second, first]), { tag: "task", task: own[0]!.id, message: /both hold the task/ });
-  await t.rejects(assemblePack(basis, [first, await tasks(basis, own.slice(3, 4), { coefficients: "int8" })]), { tag: "adapter", field: "coefficients", message: /int8.*f16/ });
-  const [whole, cut] = [await shard(own.slice(0, 2), { gauge: "balanced" }), await shard(own.slice(2, 4), { gauge: "balanced", rank: 3 })];
+  await t.rejects(assemblePack(basis, [first, second, first]), {
+    tag: "task",
+    task: own[0]!.id,
+    message: /both hold the task/,
+  });
+  await t.rejects(assemblePack(basis, [first, await tasks(basis, own.slice(3, 4), { coefficients: "int8" })]), {
+    tag: "adapter",
+    field: "coefficients",
+    message: /int8.*f16/,
+  });
+  const [whole, cut] = [
+    await shard(own.slice(0, 2), { gauge: "balanced" }),
+    await shard(own.slice(2, 4), { gauge: "balanced", rank: 3 }),
+  ];
   await t.rejects(mergeStatistics([whole, cut]), { tag: "adapter", field: "rank", message: /--rank/ });
   await t.rejects(adapterStatistics(own, { rank: 3 }), { name: "RangeError", message: /balanced/ });
 
@@ -307,7 +375,10 @@ t.test("parts that do not belong together are refused by file and reason", async
   // A pack with tasks is a basis as well: they stay.
   const begun = await openPack(await collect((await assemblePack(basis, [first])).chunks));
   const grown = await openPack(await collect((await assemblePack(begun, [second])).chunks));
-  t.same([...grown.tasks.keys()], own.slice(0, 3).map(({ id }) => id));
+  t.same(
+    [...grown.tasks.keys()],
+    own.slice(0, 3).map(({ id }) => id),
+  );
   await t.rejects(assemblePack(begun, [first]), { tag: "task", task: own[0]!.id, message: /both hold the task/ });
 });
 
@@ -337,15 +408,24 @@ t.test("every damage of a part is found: each byte of the header, samples of the
     await use(bytes);
     const header = 8 + new DataView(bytes.buffer).getUint32(0, true);
     const random = draws(1);
-    const places = [...Array(header).keys(), ...Array.from({ length: 200 }, () => header + Math.floor(random() * (bytes.length - header)))];
+    const places = [
+      ...Array(header).keys(),
+      ...Array.from({ length: 200 }, () => header + Math.floor(random() * (bytes.length - header))),
+    ];
     for (const at of places) {
       const damaged = bytes.slice();
-      damaged[at]! ^= 1 << at % 8;
-      const found = await use(damaged).then(() => "nothing", (error: { tag?: string }) => error.tag ?? "untagged");
+      damaged[at]! ^= 1 << (at % 8);
+      const found = await use(damaged).then(
+        () => "nothing",
+        (error: { tag?: string }) => error.tag ?? "untagged",
+      );
       if (found !== "format") t.fail(`${kind}, byte ${at}: ${found}`);
     }
     for (let i = 0; i < 100; i++) {
-      const found = await use(bytes.slice(0, Math.floor((bytes.length * i) / 100))).then(() => "nothing", (error: { tag?: string }) => error.tag ?? "untagged");
+      const found = await use(bytes.slice(0, Math.floor((bytes.length * i) / 100))).then(
+        () => "nothing",
+        (error: { tag?: string }) => error.tag ?? "untagged",
+      );
       if (found !== "format" && found !== "source") t.fail(`${kind}, cut at ${i} %: ${found}`);
     }
     await t.rejects(use(concat([bytes, new Uint8Array(1)])), { tag: "format", message: /byte/ });
@@ -353,35 +433,73 @@ t.test("every damage of a part is found: each byte of the header, samples of the
   }
   await t.rejects(openStatistics(parts[1]![1]), { tag: "format", message: /holds tasks.*shard/ });
   await t.rejects(openTasks(parts[0]![1]), { tag: "format", message: /holds statistics.*project/ });
-  await t.rejects(openStatistics(concat((await buildBasis(statistics)).chunks)), { tag: "format", message: /this is a pack/ });
-  await t.rejects(openStatistics(await readFile(data("adapters/own-seed/debtags-game/adapter_model.safetensors"))), { tag: "format", message: /not a part/ });
+  await t.rejects(openStatistics(concat((await buildBasis(statistics)).chunks)), {
+    tag: "format",
+    message: /this is a pack/,
+  });
+  await t.rejects(openStatistics(await readFile(data("adapters/own-seed/debtags-game/adapter_model.safetensors"))), {
+    tag: "format",
+    message: /not a part/,
+  });
   await t.rejects(openStatistics(new Uint8Array(0)), { tag: "format", message: /0 bytes/ });
 });
 
 t.test("parts that lie with good checksums are refused", async (t) => {
   const adapters = [{ id: "a" }, { id: "b" }];
   const module = { name: "m", out: 2, in: 3, layout: "out-in", rows: 2 };
-  const f64 = (name: string, shape: number[], values: number[]): SafetensorsEntry => ({ name, dtype: "F64", shape, read: () => toBytes(Float64Array.from(values)) });
-  const ranks: SafetensorsEntry = { name: "m.ranks", dtype: "U32", shape: [2], read: () => toBytes(Uint32Array.of(1, 1)) };
+  const f64 = (name: string, shape: number[], values: number[]): SafetensorsEntry => ({
+    name,
+    dtype: "F64",
+    shape,
+    read: () => toBytes(Float64Array.from(values)),
+  });
+  const ranks: SafetensorsEntry = {
+    name: "m.ranks",
+    dtype: "U32",
+    shape: [2],
+    read: () => toBytes(Uint32Array.of(1, 1)),
+  };
   const rows = f64("m.A.rows", [2, 3], [1, 2, 3, 4, 5, 6]);
   const gram = [f64("m.B.gram", [3], [1, 0, 1]), f64("m.B.sums", [2, 3], [1, 1, 2, 1, 1, 2])];
   const good = { gauge: "as-trained", adapters, modules: [module] };
-  const lie = async (about: object, entries: SafetensorsEntry[]): Promise<StatisticsPart> => openStatistics(await collect(writePart("statistics", "x", about as never, entries)));
+  const lie = async (about: object, entries: SafetensorsEntry[]): Promise<StatisticsPart> =>
+    openStatistics(await collect(writePart("statistics", "x", about as never, entries)));
   t.equal(summaryKind(2, 3), "rows");
   t.equal(summaryKind(2, 2), "gram");
   t.equal((await lie(good, [rows, ...gram, ranks])).modules.size, 1, "the honest one opens");
   const cases: [string, object, SafetensorsEntry[], RegExp][] = [
     ["another gauge", { ...good, gauge: "loose" }, [rows, ...gram, ranks], /"loose" is unknown/],
     ["no adapters", { ...good, adapters: [] }, [rows, ...gram, ranks], /no adapters/],
-    ["an adapter twice", { ...good, adapters: [{ id: "a" }, { id: "a" }] }, [rows, ...gram, ranks], /not sorted, or one is there twice/],
-    ["a control character", { ...good, adapters: [{ id: "a" }, { id: "b\n" }] }, [rows, ...gram, ranks], /cannot name a task/],
+    [
+      "an adapter twice",
+      { ...good, adapters: [{ id: "a" }, { id: "a" }] },
+      [rows, ...gram, ranks],
+      /not sorted, or one is there twice/,
+    ],
+    [
+      "a control character",
+      { ...good, adapters: [{ id: "a" }, { id: "b\n" }] },
+      [rows, ...gram, ranks],
+      /cannot name a task/,
+    ],
     ["a module twice", { ...good, modules: [module, module] }, [rows, ...gram, ranks], /two modules/],
     ["a tensor missing", good, [rows, gram[0]!, ranks], /m\.B\.sums is missing/],
     ["another shape", { ...good, modules: [{ ...module, rows: 1 }] }, [rows, ...gram, ranks], /expected F64 \[1,3\]/],
-    ["rows beyond memory", { ...good, modules: [{ ...module, in: 2 ** 31 - 1, out: 2 ** 31 - 1 }] }, [rows, ...gram, ranks], /expected F64/],
-    ["another layout", { ...good, modules: [{ ...module, layout: "__proto__" }] }, [rows, ...gram, ranks], /is unknown here/],
+    [
+      "rows beyond memory",
+      { ...good, modules: [{ ...module, in: 2 ** 31 - 1, out: 2 ** 31 - 1 }] },
+      [rows, ...gram, ranks],
+      /expected F64/,
+    ],
+    [
+      "another layout",
+      { ...good, modules: [{ ...module, layout: "__proto__" }] },
+      [rows, ...gram, ranks],
+      /is unknown here/,
+    ],
   ];
-  for (const [name, about, entries, message] of cases) await t.rejects(lie(about, entries), { tag: "format", message }, name);
+  for (const [name, about, entries, message] of cases)
+    await t.rejects(lie(about, entries), { tag: "format", message }, name);
   const nan = await lie(good, [f64("m.A.rows", [2, 3], [1, 2, NaN, 4, 5, 6]), ...gram, ranks]);
   await t.rejects(nan.side("m", "A"), { tag: "format", part: "tensor m.A.rows", message: /value 2 is NaN/ });
   const more = await lie(good, [rows, ...gram, { ...ranks, read: () => toBytes(Uint32Array.of(1, 7)) }]);
@@ -393,36 +511,72 @@ t.test("the commands: restarts, interruptions, refusals, the keys of the contrac
   t.teardown(() => rm(folder, { recursive: true }));
   const main = fileURLToPath(new URL("../dist/src/cli/main.js", import.meta.url));
   const json = (status: number, ...args: string[]): Record<string, any> => {
-    const { status: found, stdout, stderr } = spawnSync(process.execPath, [main, ...args, "--json"], { encoding: "utf8", cwd: folder });
+    const {
+      status: found,
+      stdout,
+      stderr,
+    } = spawnSync(process.execPath, [main, ...args, "--json"], { encoding: "utf8", cwd: folder });
     if (found !== status || stderr !== "") throw new Error(`${args.join(" ")}: exit ${found}\n${stdout}${stderr}`);
     return JSON.parse(stdout);
   };
-  for (const name of ["debtags-game", "debtags-role", "sections-0"]) await cp(data(`adapters/own-seed/${name}`), join(folder, name), { recursive: true });
+  for (const name of ["debtags-game", "debtags-role", "sections-0"])
+    await cp(data(`adapters/own-seed/${name}`), join(folder, name), { recursive: true });
   const bytes = (name: string): Promise<Buffer> => readFile(join(folder, name));
 
   const first = json(0, "shard", "debtags-game", "debtags-role", "-o", "a.part");
-  t.match(first, { file: "a.part", adapters: 2, modules: 12, gauge: "as-trained", present: false, bytes: (await stat(join(folder, "a.part"))).size });
+  t.match(first, {
+    file: "a.part",
+    adapters: 2,
+    modules: 12,
+    gauge: "as-trained",
+    present: false,
+    bytes: (await stat(join(folder, "a.part"))).size,
+  });
   const before = await bytes("a.part");
-  t.equal(json(0, "shard", "debtags-role", "debtags-game", "-o", "a.part")["present"], true, "the same again is there already");
+  t.equal(
+    json(0, "shard", "debtags-role", "debtags-game", "-o", "a.part")["present"],
+    true,
+    "the same again is there already",
+  );
   t.equal(json(0, "shard", "debtags-game", "debtags-role", "-o", "again.part")["present"], false);
   t.ok(before.equals(await bytes("again.part")), "the same input, the same bytes");
-  t.equal(json(0, "shard", "debtags-game", "debtags-role", "--gauge", "balanced", "-o", "again.part")["present"], false, "another setting");
-  t.equal(json(0, "shard", "debtags-game", "debtags-role", "--as", "debtags-game=games", "-o", "a.part")["present"], false, "another name");
+  t.equal(
+    json(0, "shard", "debtags-game", "debtags-role", "--gauge", "balanced", "-o", "again.part")["present"],
+    false,
+    "another setting",
+  );
+  t.equal(
+    json(0, "shard", "debtags-game", "debtags-role", "--as", "debtags-game=games", "-o", "a.part")["present"],
+    false,
+    "another name",
+  );
   const damaged = Buffer.from(before);
   damaged[damaged.length - 500]! ^= 1;
   await writeFile(join(folder, "a.part"), damaged);
-  t.equal(json(0, "shard", "debtags-game", "debtags-role", "-o", "a.part")["present"], false, "a damaged part is made again");
+  t.equal(
+    json(0, "shard", "debtags-game", "debtags-role", "-o", "a.part")["present"],
+    false,
+    "a damaged part is made again",
+  );
   t.ok(before.equals(await bytes("a.part")));
 
   // Killed wherever it may be: no part, or a whole one.
   for (const delay of [40, 120, 180, 240]) {
-    const child = spawn(process.execPath, [main, "shard", data("adapters/hub"), "-o", "killed.part"], { cwd: folder, stdio: "ignore" });
+    const child = spawn(process.execPath, [main, "shard", data("adapters/hub"), "-o", "killed.part"], {
+      cwd: folder,
+      stdio: "ignore",
+    });
     await new Promise((resolve) => setTimeout(resolve, delay));
     child.kill("SIGKILL");
     await once(child, "exit");
-    if ((await readdir(folder)).includes("killed.part")) await openStatistics(join(folder, "killed.part")).then((found) => found.close());
+    if ((await readdir(folder)).includes("killed.part"))
+      await openStatistics(join(folder, "killed.part")).then((found) => found.close());
   }
-  t.equal(json(0, "shard", "sections-0", "-o", "killed.part")["adapters"], 1, "a rerun is not in the way of what was left");
+  t.equal(
+    json(0, "shard", "sections-0", "-o", "killed.part")["adapters"],
+    1,
+    "a rerun is not in the way of what was left",
+  );
 
   json(0, "shard", "sections-0", "-o", "b.part");
   const merged = json(0, "merge", "b.part", "a.part", "--part", "-o", "ab.part");
@@ -430,16 +584,32 @@ t.test("the commands: restarts, interruptions, refusals, the keys of the contrac
   t.equal(json(0, "merge", "a.part", "b.part", "--part", "-o", "ab.part")["present"], true);
   json(0, "merge", "ab.part", "--k", "8", "-o", "tree.eigen");
   const found = json(0, "merge", "a.part", "b.part", "--k", "8", "-o", "basis.eigen");
-  t.match(found, { file: "basis.eigen", adapters: 3, modules: 12, gauge: "as-trained", centering: "keep", type: "f16", components: { min: 8, max: 8 } });
+  t.match(found, {
+    file: "basis.eigen",
+    adapters: 3,
+    modules: 12,
+    gauge: "as-trained",
+    centering: "keep",
+    type: "f16",
+    components: { min: 8, max: 8 },
+  });
   t.ok((await bytes("tree.eigen")).equals(await bytes("basis.eigen")));
   t.match(json(0, "inspect", "basis.eigen"), { tasks: [], breakEvenTasks: null });
   t.equal(json(0, "verify", "basis.eigen")["ok"], true);
-  t.match(json(0, "project", "basis.eigen", "debtags-game", "-o", "1.part"), { adapters: 1, present: false, residual: [{ id: "debtags-game" }] });
-  t.match(json(0, "project", "basis.eigen", "debtags-game", "-o", "1.part"), { present: true, residual: [{ id: "debtags-game" }] });
+  t.match(json(0, "project", "basis.eigen", "debtags-game", "-o", "1.part"), {
+    adapters: 1,
+    present: false,
+    residual: [{ id: "debtags-game" }],
+  });
+  t.match(json(0, "project", "basis.eigen", "debtags-game", "-o", "1.part"), {
+    present: true,
+    residual: [{ id: "debtags-game" }],
+  });
   json(0, "project", "basis.eigen", "debtags-role", "sections-0", "-o", "2.part");
   const done = json(0, "assemble", "basis.eigen", "2.part", "1.part", "-o", "tasks.eigen");
   const one = json(0, "pack", "debtags-game", "debtags-role", "sections-0", "--k", "8", "-o", "one.eigen");
-  for (const key of ["tasks", "modules", "bytes", "adapterBytes", "ratio", "breakEvenTasks"]) t.same(done[key], one[key], key);
+  for (const key of ["tasks", "modules", "bytes", "adapterBytes", "ratio", "breakEvenTasks"])
+    t.same(done[key], one[key], key);
   t.ok(Math.abs(done["error"].mean - one["error"].mean) < 1e-9 && done["error"].max === one["error"].max);
   t.ok((await bytes("tasks.eigen")).equals(await bytes("one.eigen")));
   json(0, "add", "basis.eigen", "sections-0");
@@ -466,6 +636,7 @@ t.test("the commands: restarts, interruptions, refusals, the keys of the contrac
   json(0, "shard", "debtags-role", "-o", "r.part");
   json(0, "merge", "r.part", "--k", "3", "-o", "r.eigen");
   json(0, "project", "r.eigen", "debtags-role", "-o", "3.part");
-  for (const [status, message, ...args] of refusals) t.match(json(status, ...args)["error"].message, message, args.join(" "));
+  for (const [status, message, ...args] of refusals)
+    t.match(json(status, ...args)["error"].message, message, args.join(" "));
   t.notOk((await readdir(folder)).includes("x"), "a refusal writes nothing");
 });

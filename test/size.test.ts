@@ -2,12 +2,13 @@
  * The benchmark of sizes: what is measured agrees with the packer's report and with other numbers of adapters, and what is shown with
  * what was measured. No model runs.
  */
-import t from "tap";
+
 import { readdirSync } from "node:fs";
+import t from "tap";
 import { measure, Peers, type Row } from "../benchmarks/size/measure.js";
-import { bytesOfAdapter, Suite, SUITES } from "../benchmarks/size/suite.js";
+import { bytesOfAdapter, SUITES, Suite } from "../benchmarks/size/suite.js";
 import { drawFigures, Reader, tables } from "../benchmarks/size/tables.js";
-import { byThemselves, found, frontier, grid, nameOf, small, within, type Way } from "../benchmarks/size/ways.js";
+import { byThemselves, found, frontier, grid, nameOf, small, type Way, within } from "../benchmarks/size/ways.js";
 import { buildPack } from "../dist/src/build.js";
 import { data } from "./packs.ts";
 
@@ -20,8 +21,15 @@ t.test("sizes and sets of adapters", async (t) => {
   t.same(suite.sizes, [5, 10, 20]);
   const ids = (n: number) => suite.take(n).map(({ id }) => id);
   t.equal(ids(5).length, 5);
-  t.same(ids(10).filter((id) => ids(5).includes(id)), ids(5), "a larger set holds the smaller ones");
-  t.same(ids(20), suite.adapters.map(({ id }) => id));
+  t.same(
+    ids(10).filter((id) => ids(5).includes(id)),
+    ids(5),
+    "a larger set holds the smaller ones",
+  );
+  t.same(
+    ids(20),
+    suite.adapters.map(({ id }) => id),
+  );
   for (const adapter of suite.adapters) {
     const headers = adapter.byteLength - bytesOfAdapter(adapter);
     t.ok(headers > 0 && headers < 4096, `${adapter.id}: f32 files are their numbers and a header of ${headers} bytes`);
@@ -63,15 +71,23 @@ t.test("a search keeps to the bytes of another way, and tables show both", async
   t.equal(most, reader.points(suite, 5)[0]!.bytes + headers);
   t.ok(Number.isNaN(reader.fileBytes(suite, 5, "lorashare K 32")), "what was not measured");
   rows.push(await measure(suite, 5, way, false, none, most));
-  const [row] = tables(reader).find(({ question }) => /own-seed, 5 adapters: .* within the bytes of others/.test(question))!.rows;
-  t.match(row, { name: "cut to rank 2, int4", kB: most / 1000, "auto, kB": rows[1]!.bytes / 1000, "auto, ΔW error": rows[1]!.error });
+  const [row] = tables(reader).find(({ question }) =>
+    /own-seed, 5 adapters: .* within the bytes of others/.test(question),
+  )!.rows;
+  t.match(row, {
+    name: "cut to rank 2, int4",
+    kB: most / 1000,
+    "auto, kB": rows[1]!.bytes / 1000,
+    "auto, ΔW error": rows[1]!.error,
+  });
   t.ok(rows[1]!.bytes <= most && rows[1]!.error! < Number(row!["ΔW error"]), `${rows[1]!.bytes} B, ${rows[1]!.error}`);
 });
 
 t.test("ways by themselves: fewer adapters give what they give alone", async (t) => {
   const rows: Row[] = [];
   const ways = grid(20).filter((way) => way.kind === "each");
-  for (const way of [...ways, byThemselves().find(({ kind }) => kind === "heads")!]) rows.push(await measure(suite, 20, way, false, none));
+  for (const way of [...ways, byThemselves().find(({ kind }) => kind === "heads")!])
+    rows.push(await measure(suite, 20, way, false, none));
   const points = new Reader(rows, [suite]).points(suite, 5);
   t.equal(points.length, rows.length);
   for (const way of ways.filter((_, i) => i % 5 === 0)) {
@@ -81,7 +97,10 @@ t.test("ways by themselves: fewer adapters give what they give alone", async (t)
     t.ok(Math.abs(point.error! - error!) < 1e-4, `${point.error} and ${error}`);
   }
   const whole = points.find(({ way }) => way === "LoRA, f32")!;
-  t.equal(whole.bytes, suite.take(5).reduce((sum, adapter) => sum + bytesOfAdapter(adapter), 0));
+  t.equal(
+    whole.bytes,
+    suite.take(5).reduce((sum, adapter) => sum + bytesOfAdapter(adapter), 0),
+  );
   t.equal(whole.error, 0);
   const cut = (rank: number) => points.find(({ way }) => way === `cut to rank ${rank}, f32`)!.error!;
   t.ok(cut(1) > cut(2) && cut(2) > cut(4) && cut(4) > 0);
@@ -95,25 +114,47 @@ t.test("tables and figures of what there is", (t) => {
   const twenty = (value: number) => Array.from({ length: 20 }, () => value);
   const lora: Row = { ...way("LoRA, f32", 6000, 0, twenty(0.8)), sizes: twenty(300), errors: twenty(0) };
   const distilled = { suite: "own-seed", way: "column, int8, K 8, distilled", bytes: 500, accuracy: [0.7, 0.8] };
-  const rows = [lora, way("column K 8, f32", 3000, 0.5, twenty(0.6)), way("column K 16, f32", 5000, 0.35), way("joint K 8, f32", 3500, 0.4)];
+  const rows = [
+    lora,
+    way("column K 8, f32", 3000, 0.5, twenty(0.6)),
+    way("column K 16, f32", 5000, 0.35),
+    way("joint K 8, f32", 3500, 0.4),
+  ];
   const reader = new Reader(rows, [suite], [distilled]);
   const parts = tables(reader);
   const behaviour = parts.find(({ question }) => /own-seed, 20 adapters: what/.test(question))!.rows;
-  t.same(behaviour.map(({ name }) => name), ["column, int8, K 8, distilled (2 of 20 tasks)", "column K 8, f32", "LoRA, f32"]);
+  t.same(
+    behaviour.map(({ name }) => name),
+    ["column, int8, K 8, distilled (2 of 20 tasks)", "column K 8, f32", "LoRA, f32"],
+  );
   t.match(behaviour[1], { kB: 3, "ΔW error": 0.5 });
-  for (const [column, value] of [["accuracy, %", 60], ["PEFT's answer, %", 60], ["to LoRA", -20]] as const) {
+  for (const [column, value] of [
+    ["accuracy, %", 60],
+    ["PEFT's answer, %", 60],
+    ["to LoRA", -20],
+  ] as const) {
     t.ok(Math.abs(Number(behaviour[1]![column]) - value) < 1e-9, `${column}: ${behaviour[1]![column]}`);
   }
   t.equal(behaviour[0]!["to LoRA"], null, "two tasks are not compared with twenty");
   const errors = parts.find(({ question }) => /own-seed, 20 adapters: fewest/.test(question))!.rows;
-  t.match(errors.find(({ name }) => name === "column"), { "≤ 0.5": 3, "≤ 0.4": 5, "≤ 0.3": null });
-  t.match(errors.find(({ name }) => name === "joint"), { "≤ 0.8": 3.5, "≤ 0.4": 3.5, "≤ 0.3": null });
+  t.match(
+    errors.find(({ name }) => name === "column"),
+    { "≤ 0.5": 3, "≤ 0.4": 5, "≤ 0.3": null },
+  );
+  t.match(
+    errors.find(({ name }) => name === "joint"),
+    { "≤ 0.8": 3.5, "≤ 0.4": 3.5, "≤ 0.3": null },
+  );
   const five = parts.find(({ question }) => /own-seed, 5 adapters: what/.test(question))!.rows;
-  t.same(five.map(({ name, kB }) => [name, kB]), [["LoRA, f32", 1.5]]);
+  t.same(
+    five.map(({ name, kB }) => [name, kB]),
+    [["LoRA, f32", 1.5]],
+  );
   const figures = drawFigures(reader);
   t.same([...figures.keys()], ["own-seed-accuracy", "own-seed-error"]);
-  for (const svg of figures.values()) t.match(svg, /^<svg [^]*<\/svg>\n$/);
-  for (const name of [/>packs, the best</, />paper: column, f32</, />LoRA</]) t.match(figures.get("own-seed-accuracy"), name);
+  for (const svg of figures.values()) t.match(svg, /^<svg [\s\S]*<\/svg>\n$/);
+  for (const name of [/>packs, the best</, />paper: column, f32</, />LoRA</])
+    t.match(figures.get("own-seed-accuracy"), name);
   t.same(drawFigures(new Reader([], [suite])), new Map());
   t.end();
 });

@@ -4,11 +4,12 @@
  *
  * usage: node test/soak-session.js [SWITCHES] [SUITE...]
  */
-import * as ort from "onnxruntime-node";
+
 import { openPack } from "eigenlora";
 import { buildPack, readAdapters } from "eigenlora/build";
 import { openOnnxHost } from "eigenlora/onnx";
 import { createEigenSession } from "eigenlora/onnxruntime";
+import * as ort from "onnxruntime-node";
 import { createEncoder, data, readReference, readTask } from "../examples/minilm.js";
 
 const model = data("minilm/model_fp16.onnx");

@@ -6,8 +6,8 @@
  * usage: node test/soak.js [SWITCHES] [BACKEND...]
  */
 import { createHash } from "node:crypto";
-import { setFlagsFromString } from "node:v8";
 import { fileURLToPath } from "node:url";
+import { setFlagsFromString } from "node:v8";
 import { createRuntime, openPack } from "eigenlora";
 import { buildPack, readAdapters } from "eigenlora/build";
 import { openOnnxHost } from "eigenlora/onnx";
@@ -46,7 +46,8 @@ for (const options of /** @type {import("eigenlora").RuntimeOptions[]} */ ([
   if (!BACKENDS.includes(/** @type {string} */ (options.backend))) continue;
   const device = options.backend === "webgpu" ? gpu : undefined;
   if (typeof device === "string") {
-    if (/\bdawn\b/.test(process.env.EIGENLORA_REQUIRE ?? "")) throw new Error(`dawn is required by EIGENLORA_REQUIRE, but ${device}`);
+    if (/\bdawn\b/.test(process.env.EIGENLORA_REQUIRE ?? ""))
+      throw new Error(`dawn is required by EIGENLORA_REQUIRE, but ${device}`);
     console.log(`webgpu: skipped (${device})`);
     continue;
   }
@@ -66,18 +67,23 @@ for (const options of /** @type {import("eigenlora").RuntimeOptions[]} */ ([
     const memory = [runtime.memory().total, device?.counts.live ?? 0];
     if (i === 1000) settled = memory;
     if (memory.some((bytes, which) => bytes > settled[which])) {
-      throw new Error(`${runtime.backend}: memory grew from ${settled.join(", ")} to ${memory.join(", ")} bytes at switch ${i}`);
+      throw new Error(
+        `${runtime.backend}: memory grew from ${settled.join(", ")} to ${memory.join(", ")} bytes at switch ${i}`,
+      );
     }
     // Hashing 3.5 MB takes as long as a switch: every null, and every tenth of the others.
     if (task !== null && i % 10) continue;
     const now = await digest(names, (name) => runtime.readWeight(name));
     const expected = seen.get(String(task));
-    if (expected !== undefined && expected !== now) throw new Error(`${runtime.backend}: "${task}" drifted at switch ${i}`);
+    if (expected !== undefined && expected !== now)
+      throw new Error(`${runtime.backend}: "${task}" drifted at switch ${i}`);
     seen.set(String(task), now);
   }
   const seconds = (performance.now() - started) / 1000;
   const live = device ? `, ${device.counts.live} bytes of buffers` : "";
-  console.log(`${runtime.backend}: ${SWITCHES} switches, ${seen.size - 1} tasks, 0 bits drift${live} (${seconds.toFixed(0)} s)`);
+  console.log(
+    `${runtime.backend}: ${SWITCHES} switches, ${seen.size - 1} tasks, 0 bits drift${live} (${seconds.toFixed(0)} s)`,
+  );
   await runtime.dispose();
   if (device && device.counts.live !== 0) throw new Error(`${device.counts.live} bytes of buffers are left`);
 }

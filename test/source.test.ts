@@ -1,12 +1,12 @@
-import t from "tap";
 import { mkdtemp, open, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import t from "tap";
 import { SourceError } from "../dist/src/errors.js";
 import { openPack } from "../dist/src/pack/pack.js";
 import { openSource } from "../dist/src/source.js";
 import { data } from "./packs.ts";
-import { serve, type Fault } from "./range-server.ts";
+import { type Fault, serve } from "./range-server.ts";
 
 const path = data("goldens/pack/every-kind.eigen");
 const golden = new Uint8Array(await readFile(path));
@@ -86,7 +86,9 @@ t.test("a server that misbehaves is found out, whatever it does", async (t) => {
   for (const [fault, expected] of faults) {
     for (const good of [0, 1, 2]) {
       server.faults = [...Array<undefined>(good).fill(undefined), fault];
-      const error = await openPack(server.url("a.eigen")).then((p) => p.load("mixed")).catch((e: unknown) => e);
+      const error = await openPack(server.url("a.eigen"))
+        .then((p) => p.load("mixed"))
+        .catch((e: unknown) => e);
       t.ok(error instanceof SourceError, `${fault} at request ${good + 1}: ${String(error)}`);
       t.match((error as Error).message, expected);
     }
@@ -116,10 +118,13 @@ t.test("no server, no file, no bytes", async (t) => {
   await t.rejects(openPack("/"), { tag: "source", message: /is not a file/ });
   await t.rejects(openPack(new ArrayBuffer(0)), { tag: "format", message: /0 bytes/ });
   await t.rejects(openSource(5 as never), TypeError);
-  const options = { headers: { authorization: "me" }, fetch: (async (_: unknown, init: RequestInit) => {
-    t.equal((init.headers as Record<string, string>)["authorization"], "me");
-    throw new TypeError("no network");
-  }) as typeof fetch };
+  const options = {
+    headers: { authorization: "me" },
+    fetch: (async (_: unknown, init: RequestInit) => {
+      t.equal((init.headers as Record<string, string>)["authorization"], "me");
+      throw new TypeError("no network");
+    }) as typeof fetch,
+  };
   await t.rejects(openPack("http://127.0.0.1:1/x", options), { tag: "source", message: /no network/ });
 });
 

@@ -90,7 +90,7 @@ export async function record(name: string, run: (t: SuiteTest) => Promise<void> 
 
 /** Equal, with NaN equal to itself. */
 function same(a: unknown, b: unknown): boolean {
-  return a === b || (a !== a && b !== b);
+  return a === b || (Number.isNaN(a) && Number.isNaN(b));
 }
 
 /** Of the same kind with the same elements. @throws TypeError for what has no elements and is not equal */
@@ -118,5 +118,7 @@ function text(value: unknown): string {
   if (typeof value === "function") return value.name;
   if (isList(value)) return `[${Array.from(value).join()}]`;
   if (typeof value !== "object" || value === null) return String(value);
-  return Object.entries(value).map(([key, value]) => `${key} ${value}`).join(", ");
+  return Object.entries(value)
+    .map(([key, value]) => `${key} ${value}`)
+    .join(", ");
 }

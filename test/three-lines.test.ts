@@ -2,8 +2,7 @@
  * The three lines of the README that put a pack on a model, run as they are written there: in Node, in a bundle of esbuild
  * and in a build of Vite, the last two in Chromium.
  */
-import t, { type Test } from "tap";
-import { build } from "esbuild";
+
 import { execFile } from "node:child_process";
 import { existsSync, readdirSync } from "node:fs";
 import { cp, mkdir, mkdtemp, readFile, rm, symlink, writeFile } from "node:fs/promises";
@@ -11,9 +10,11 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
+import { build } from "esbuild";
+import t, { type Test } from "tap";
 import { answerOf, noChromium, openPage } from "./browser.ts";
-import { difference, golden, GOLDENS, model, modelBytes, packBytes } from "./sessions.ts";
 import { required } from "./required.ts";
+import { difference, GOLDENS, golden, model, modelBytes, packBytes } from "./sessions.ts";
 
 const run = promisify(execFile);
 const root = fileURLToPath(new URL("..", import.meta.url));
@@ -41,7 +42,8 @@ const feeds = `(ort) => {
 const project = await mkdtemp(join(tmpdir(), "eigenlora-three-lines-"));
 t.teardown(() => rm(project, { recursive: true, maxRetries: 5, retryDelay: 200 }));
 await mkdir(join(project, "node_modules/eigenlora"), { recursive: true });
-for (const part of ["dist", "package.json"]) await cp(join(root, part), join(project, "node_modules/eigenlora", part), { recursive: true });
+for (const part of ["dist", "package.json"])
+  await cp(join(root, part), join(project, "node_modules/eigenlora", part), { recursive: true });
 for (const name of ["msgpackr", "onnxruntime-web", "onnxruntime-common"]) {
   await symlink(join(root, "node_modules", name), join(project, "node_modules", name));
 }
@@ -55,7 +57,10 @@ function check(t: Test, found: number[]): void {
 }
 
 t.test("Node", async (t) => {
-  await writeFile(join(project, "main.js"), `import { main } from "./example.js"; console.log(JSON.stringify(await main(${JSON.stringify(model("torchscript"))}, ${feeds})));`);
+  await writeFile(
+    join(project, "main.js"),
+    `import { main } from "./example.js"; console.log(JSON.stringify(await main(${JSON.stringify(model("torchscript"))}, ${feeds})));`,
+  );
   const { stdout } = await run(process.execPath, ["main.js"], { cwd: project });
   check(t, JSON.parse(stdout));
 });
@@ -65,11 +70,21 @@ globalThis.answer = main("model.onnx", ${feeds});`;
 
 /** Opens a page of these files in Chromium; gives what the model says there. */
 async function browse(t: Test, files: ReadonlyMap<string, Uint8Array>): Promise<number[]> {
-  return (await answerOf(await openPage(t, new Map([...files, ["model.onnx", modelBytes("torchscript")], ["tasks.eigen", pack]])))) as number[];
+  return (await answerOf(
+    await openPage(t, new Map([...files, ["model.onnx", modelBytes("torchscript")], ["tasks.eigen", pack]])),
+  )) as number[];
 }
 
 t.test("a bundle of esbuild in Chromium", { skip: noChromium }, async (t) => {
-  const { outputFiles } = await build({ stdin: { contents: page, resolveDir: project }, bundle: true, format: "esm", platform: "browser", target: "es2022", write: false, outfile: "page.js" });
+  const { outputFiles } = await build({
+    stdin: { contents: page, resolveDir: project },
+    bundle: true,
+    format: "esm",
+    platform: "browser",
+    target: "es2022",
+    write: false,
+    outfile: "page.js",
+  });
   const files = new Map([["page.js", outputFiles[0]!.contents as Uint8Array]]);
   // As onnxruntime-web's documentation says: its WebAssembly files lie beside the bundle.
   const dist = join(root, "node_modules/onnxruntime-web/dist");
@@ -77,11 +92,14 @@ t.test("a bundle of esbuild in Chromium", { skip: noChromium }, async (t) => {
   check(t, await browse(t, files));
 });
 
-const skipVite = noChromium || (!existsSync(vite) && !required.has("vite") && "vite is not here; see EIGENLORA_RUNTIMES");
+const skipVite =
+  noChromium || (!existsSync(vite) && !required.has("vite") && "vite is not here; see EIGENLORA_RUNTIMES");
 t.test("a build of Vite in Chromium", { skip: skipVite }, async (t) => {
   await writeFile(join(project, "page.js"), page);
   await writeFile(join(project, "index.html"), '<!doctype html><script type="module" src="/page.js"></script>');
-  await run(process.execPath, [join(vite, "bin/vite.js"), "build", "--outDir", "built", "--logLevel", "error"], { cwd: project });
+  await run(process.execPath, [join(vite, "bin/vite.js"), "build", "--outDir", "built", "--logLevel", "error"], {
+    cwd: project,
+  });
   const files = new Map<string, Uint8Array>();
   for (const file of readdirSync(join(project, "built"), { recursive: true, withFileTypes: true })) {
     if (!file.isFile()) continue;

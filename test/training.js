@@ -13,14 +13,21 @@ import { createEigenSession } from "eigenlora/onnxruntime";
  * @returns {Promise<Trained>}
  */
 export async function train(ort, { model, pack, provider, lines }) {
-  const session = await createEigenSession(ort, model, await openPack(pack), { trainable: true, session: provider ? { executionProviders: [provider] } : {} });
+  const session = await createEigenSession(ort, model, await openPack(pack), {
+    trainable: true,
+    session: provider ? { executionProviders: [provider] } : {},
+  });
   const feeds = (/** @type {Lines} */ some) => {
     const dims = [some.length, some[0].ids.length];
-    const ids = BigInt64Array.from(some.flatMap((line) => line.ids), BigInt);
+    const ids = BigInt64Array.from(
+      some.flatMap((line) => line.ids),
+      BigInt,
+    );
     /** @type {Record<string, import("onnxruntime-common").Tensor>} */
     const made = {};
     for (const name of session.inputNames) {
-      const values = name === "input_ids" ? ids : new BigInt64Array(ids.length).fill(name === "attention_mask" ? 1n : 0n);
+      const values =
+        name === "input_ids" ? ids : new BigInt64Array(ids.length).fill(name === "attention_mask" ? 1n : 0n);
       made[name] = new ort.Tensor("int64", values, dims);
     }
     return made;

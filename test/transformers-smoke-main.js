@@ -2,18 +2,21 @@
  * `transformers-smoke.js` in Node, with onnxruntime-web in place of onnxruntime-node:
  *   node transformers-smoke-main.js TRANSFORMERS_FOLDER PLAN.json
  */
-import { openPack } from "eigenlora";
-import { attachPack } from "eigenlora/transformers";
+
 import { readFile } from "node:fs/promises";
 import { createRequire } from "node:module";
 import { dirname, join } from "node:path";
 import { pathToFileURL } from "node:url";
+import { openPack } from "eigenlora";
+import { attachPack } from "eigenlora/transformers";
 import * as ort from "onnxruntime-web";
 import { smoke } from "./transformers-smoke.js";
 
 const [, , folder = "", planFile = ""] = process.argv;
 // A place that Node can import from; without one, transformers.js would name a host.
-ort.env.wasm.wasmPaths = pathToFileURL(join(dirname(createRequire(import.meta.url).resolve("onnxruntime-web")), "/")).href;
+ort.env.wasm.wasmPaths = pathToFileURL(
+  join(dirname(createRequire(import.meta.url).resolve("onnxruntime-web")), "/"),
+).href;
 ort.env.wasm.numThreads = 1;
 // transformers.js looks for it while it is imported.
 Object.assign(globalThis, { [Symbol.for("onnxruntime")]: ort });

@@ -9,7 +9,11 @@
  *   browser: only there does transformers.js give onnxruntime-web a model's second file, and have its runs take turns. They
  *   overwrite each other's memory where they overlap
  */
-export async function smoke({ pipeline, Tensor }, { openPack, attachPack }, { device, browser, read, prompts, texts, topics }) {
+export async function smoke(
+  { pipeline, Tensor },
+  { openPack, attachPack },
+  { device, browser, read, prompts, texts, topics },
+) {
   const generator = await pipeline("text-generation", "decoder", { device, dtype: "fp32" });
   const writers = await attachPack(generator, await openPack(await read("decoder.eigen")), { model: "decoder" });
   const generated = [];
@@ -18,7 +22,11 @@ export async function smoke({ pipeline, Tensor }, { openPack, attachPack }, { de
     for (const prompt of prompts) {
       const tokens = generator.tokenizer(prompt);
       const ids = await generator.model.generate({ ...tokens, max_new_tokens: 12, do_sample: false });
-      generated.push({ task: task ?? "base", prompt, ids: ids.tolist()[0].map(Number).slice(tokens.input_ids.dims[1]) });
+      generated.push({
+        task: task ?? "base",
+        prompt,
+        ids: ids.tolist()[0].map(Number).slice(tokens.input_ids.dims[1]),
+      });
     }
   }
   await generator.dispose();
@@ -52,7 +60,8 @@ export async function smoke({ pipeline, Tensor }, { openPack, attachPack }, { de
     const pipe = await pipeline("text-classification", "external", { device, dtype: "fp32" });
     const tasks = await attachPack(pipe, await openPack(await read("tiny.eigen")), { model: "external" });
     await tasks.switchTask("three");
-    const row = (/** @type {number[]} */ ...values) => new Tensor("int64", BigInt64Array.from(values, BigInt), [1, values.length]);
+    const row = (/** @type {number[]} */ ...values) =>
+      new Tensor("int64", BigInt64Array.from(values, BigInt), [1, values.length]);
     const { logits } = await pipe.model({
       input_ids: row(2, 17, 5, 40, 9, 33, 3),
       attention_mask: row(1, 1, 1, 1, 1, 1, 1),

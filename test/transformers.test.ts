@@ -3,7 +3,7 @@
  * `npm install @huggingface/transformers@4.3.1` was run; what needs it is skipped by name without, and fails when
  * EIGENLORA_REQUIRE lists "transformers".
  */
-import t, { type Test } from "tap";
+
 import { execFile } from "node:child_process";
 import { existsSync } from "node:fs";
 import { mkdir, mkdtemp, readdir, readFile, rm, symlink, writeFile } from "node:fs/promises";
@@ -11,7 +11,8 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath, pathToFileURL } from "node:url";
 import { promisify } from "node:util";
-import { attachPack, type AttachedPack, type AttachOptions } from "../dist/bindings/transformers.js";
+import t, { type Test } from "tap";
+import { type AttachedPack, type AttachOptions, attachPack } from "../dist/bindings/transformers.js";
 import { fromBinary, ModelProtoSchema, toBinary } from "../dist/src/onnx/protobuf.js";
 import { openPack } from "../dist/src/pack/pack.js";
 import { hold } from "../dist/src/session/hold.js";
@@ -19,14 +20,15 @@ import { labelsOf } from "../dist/src/session/labels.js";
 import { Turns } from "../dist/src/session/turns.js";
 import { answerOf, bundle, noChromium, openPage } from "./browser.ts";
 import { data, LOSSLESS, packOf } from "./packs.ts";
-import { difference, golden, goldenRow, GOLDENS, model, modelBytes, packBytes, refusal } from "./sessions.ts";
 import { required } from "./required.ts";
+import { difference, GOLDENS, golden, goldenRow, model, modelBytes, packBytes, refusal } from "./sessions.ts";
 
 const root = fileURLToPath(new URL("..", import.meta.url));
 const runtimes = process.env["EIGENLORA_RUNTIMES"] ?? "";
 const folder = join(runtimes, "node_modules/@huggingface/transformers");
 const present = runtimes !== "" && existsSync(folder);
-const skip = !present && !required.has("transformers") && "transformers is not here; see EIGENLORA_RUNTIMES in this file";
+const skip =
+  !present && !required.has("transformers") && "transformers is not here; see EIGENLORA_RUNTIMES in this file";
 
 /** Of transformers.js, as far as it is used here. */
 interface Tokens {
@@ -65,7 +67,9 @@ const [ROLE, GAME] = ["debtags-role", "debtags-game"] as const;
 const json = async (path: string): Promise<unknown> => JSON.parse(await readFile(data(path), "utf8"));
 const GENERATIONS = (await json("decoder/goldens.json")) as Generation[];
 const PROMPTS = [...new Set(GENERATIONS.map(({ prompt }) => prompt))];
-const REFERENCE = ((await json("reference/predictions.json")) as Record<string, Record<string, { predictions: number[] }>>)["own-seed"]!;
+const REFERENCE = (
+  (await json("reference/predictions.json")) as Record<string, Record<string, { predictions: number[] }>>
+)["own-seed"]!;
 interface Suite {
   labels: string[];
   test: [string, number][];
@@ -82,17 +86,38 @@ t.teardown(() => rm(models, { recursive: true, maxRetries: 5, retryDelay: 200 })
 await makeModels();
 
 async function makeModels(): Promise<void> {
-  const write = async (path: string, content: string | Uint8Array): Promise<void> => writeFile(join(models, path), content);
+  const write = async (path: string, content: string | Uint8Array): Promise<void> =>
+    writeFile(join(models, path), content);
   await symlink(data("decoder"), join(models, "decoder"));
   for (const name of ["minilm", "encoder", "external"]) await mkdir(join(models, name, "onnx"), { recursive: true });
-  for (const file of ["tokenizer.json", "tokenizer_config.json"]) await symlink(data(`minilm/${file}`), join(models, "minilm", file));
+  for (const file of ["tokenizer.json", "tokenizer_config.json"])
+    await symlink(data(`minilm/${file}`), join(models, "minilm", file));
   await symlink(data("minilm/model_fp16.onnx"), join(models, "minilm/onnx/model_fp16.onnx"));
   const config = { model_type: "bert" };
-  await write("minilm/config.json", JSON.stringify({ ...config, id2label: { ...BASE_LABELS }, label2id: Object.fromEntries(BASE_LABELS.map((l, i) => [l, i])) }));
+  await write(
+    "minilm/config.json",
+    JSON.stringify({
+      ...config,
+      id2label: { ...BASE_LABELS },
+      label2id: Object.fromEntries(BASE_LABELS.map((l, i) => [l, i])),
+    }),
+  );
   // One word per token of the tiny models: "w5" is token 5.
   const vocab = Object.fromEntries(Array.from({ length: 64 }, (_, i) => [`w${i}`, i]));
-  const special = (id: number): object => ({ id, content: `w${id}`, special: true, single_word: false, lstrip: false, rstrip: false, normalized: false });
-  const around = [{ SpecialToken: { id: "w2", type_id: 0 } }, { Sequence: { id: "A", type_id: 0 } }, { SpecialToken: { id: "w3", type_id: 0 } }];
+  const special = (id: number): object => ({
+    id,
+    content: `w${id}`,
+    special: true,
+    single_word: false,
+    lstrip: false,
+    rstrip: false,
+    normalized: false,
+  });
+  const around = [
+    { SpecialToken: { id: "w2", type_id: 0 } },
+    { Sequence: { id: "A", type_id: 0 } },
+    { SpecialToken: { id: "w3", type_id: 0 } },
+  ];
   const named = { w2: { id: "w2", ids: [2], tokens: ["w2"] }, w3: { id: "w3", ids: [3], tokens: ["w3"] } };
   const tokenizer = {
     added_tokens: [special(0), special(2), special(3)],
@@ -104,11 +129,17 @@ async function makeModels(): Promise<void> {
   };
   for (const name of ["encoder", "external"]) {
     await write(`${name}/tokenizer.json`, JSON.stringify(tokenizer));
-    await write(`${name}/tokenizer_config.json`, JSON.stringify({ tokenizer_class: "PreTrainedTokenizerFast", pad_token: "w0", model_max_length: 64 }));
+    await write(
+      `${name}/tokenizer_config.json`,
+      JSON.stringify({ tokenizer_class: "PreTrainedTokenizerFast", pad_token: "w0", model_max_length: 64 }),
+    );
   }
   await write("encoder/config.json", JSON.stringify(config));
   await symlink(model("encoder"), join(models, "encoder/onnx/model.onnx"));
-  await write("external/config.json", JSON.stringify({ ...config, "transformers.js_config": { use_external_data_format: true } }));
+  await write(
+    "external/config.json",
+    JSON.stringify({ ...config, "transformers.js_config": { use_external_data_format: true } }),
+  );
   // transformers.js has the second file's name prescribed.
   const proto = fromBinary(ModelProtoSchema, modelBytes("external"));
   for (const { externalData } of proto.graph!.initializer) {
@@ -117,7 +148,15 @@ async function makeModels(): Promise<void> {
   await write("external/onnx/model.onnx", toBinary(ModelProtoSchema, proto));
   await write("external/onnx/model.onnx_data", await readFile(data("sessions/external.onnx.data")));
   await write("decoder.eigen", (await packOf(["decoder/adapters/upper", "decoder/adapters/lower"], LOSSLESS)).bytes);
-  await write("minilm.eigen", (await packOf([ROLE, GAME].map((task) => `adapters/own-seed/${task}`), LOSSLESS)).bytes);
+  await write(
+    "minilm.eigen",
+    (
+      await packOf(
+        [ROLE, GAME].map((task) => `adapters/own-seed/${task}`),
+        LOSSLESS,
+      )
+    ).bytes,
+  );
   await write("tiny.eigen", await packBytes(["adapters"], "base"));
 }
 
@@ -131,12 +170,25 @@ async function load(): Promise<Transformers> {
 }
 
 const pack = async (name: string) => openPack(await readFile(join(models, `${name}.eigen`)));
-async function attach(task: string, id: string, options: Partial<AttachOptions> = {}): Promise<{ pipe: Pipe; tasks: AttachedPack }> {
+async function attach(
+  task: string,
+  id: string,
+  options: Partial<AttachOptions> = {},
+): Promise<{ pipe: Pipe; tasks: AttachedPack }> {
   const { pipeline } = await load();
   const pipe = await pipeline(task, id, { dtype: id === "minilm" ? "fp16" : "fp32" });
-  return { pipe, tasks: await attachPack(pipe, await pack(id === "encoder" || id === "external" ? "tiny" : id), { model: id, ...options }) };
+  return {
+    pipe,
+    tasks: await attachPack(pipe, await pack(id === "encoder" || id === "external" ? "tiny" : id), {
+      model: id,
+      ...options,
+    }),
+  };
 }
-const rows = (task: typeof ROLE | typeof GAME, count: number): string[] => SUITES.get(task)!.test.slice(0, count).map(([text]) => text);
+const rows = (task: typeof ROLE | typeof GAME, count: number): string[] =>
+  SUITES.get(task)!
+    .test.slice(0, count)
+    .map(([text]) => text);
 const expected = (task: typeof ROLE | typeof GAME, count: number): string[] =>
   REFERENCE[task]!.predictions.slice(0, count).map((label) => SUITES.get(task)!.labels[label]!);
 
@@ -146,7 +198,10 @@ t.test("text-classification answers as PEFT does, with each task's labels", { sk
   t.equal(tasks.session.probe.result, "passed");
   t.equal(tasks.task, null);
   const before = (await pipe(rows(ROLE, 3), { top_k: null })) as Answer[][];
-  t.ok(before.flat().every(({ label }) => BASE_LABELS.includes(label)), "the base's own names");
+  t.ok(
+    before.flat().every(({ label }) => BASE_LABELS.includes(label)),
+    "the base's own names",
+  );
   for (const task of [ROLE, GAME, ROLE] as const) {
     const report = await tasks.switchTask(task);
     t.equal(report.task, task);
@@ -156,9 +211,15 @@ t.test("text-classification answers as PEFT does, with each task's labels", { sk
     t.equal(pipe.model.config.label2id![labels[1]!], 1);
     const texts = rows(task, 20);
     const found = (await pipe(texts)) as Answer[];
-    t.same(found.map(({ label }) => label), expected(task, 20));
+    t.same(
+      found.map(({ label }) => label),
+      expected(task, 20),
+    );
     const all = (await pipe(texts, { top_k: null })) as Answer[][];
-    t.same(all.map(([first]) => first!.label), expected(task, 20));
+    t.same(
+      all.map(([first]) => first!.label),
+      expected(task, 20),
+    );
     for (const answers of all) {
       t.same(answers.map(({ label }) => label).sort(), [...labels].sort(), "every label once");
       t.ok(Math.abs(answers.reduce((sum, { score }) => sum + score, 0) - 1) < 1e-5);
@@ -174,13 +235,25 @@ t.test("text-classification answers as PEFT does, with each task's labels", { sk
   t.equal(pipe.model.sessions["model"]!.constructor.name, "InferenceSession");
   t.notOk(Object.hasOwn(pipe, "_call") || Object.hasOwn(pipe.model, "_call") || Object.hasOwn(pipe.model, "generate"));
   const after = (await pipe(rows(ROLE, 3), { top_k: null })) as Answer[][];
-  t.same(after.map((a) => a.map(({ label }) => label)), before.map((b) => b.map(({ label }) => label)));
-  t.ok(difference(after.flat().map(({ score }) => score), before.flat().map(({ score }) => score)) < 1e-6);
+  t.same(
+    after.map((a) => a.map(({ label }) => label)),
+    before.map((b) => b.map(({ label }) => label)),
+  );
+  t.ok(
+    difference(
+      after.flat().map(({ score }) => score),
+      before.flat().map(({ score }) => score),
+    ) < 1e-6,
+  );
   t.match(await refusal(() => tasks.switchTask(ROLE)), { tag: "backend", message: /released/ });
   await tasks.detach();
   const again = await attachPack(pipe, await pack("minilm"), { model: "minilm" });
   await again.switchTask(ROLE);
-  t.same(((await pipe(rows(ROLE, 5))) as Answer[]).map(({ label }) => label), expected(ROLE, 5), "attached again");
+  t.same(
+    ((await pipe(rows(ROLE, 5))) as Answer[]).map(({ label }) => label),
+    expected(ROLE, 5),
+    "attached again",
+  );
   await pipe.dispose();
   t.match(await refusal(() => again.switchTask(ROLE)), { tag: "backend", message: /released/ });
 });
@@ -198,7 +271,7 @@ t.test("an answer is wholly one task's while calls and switches overlap", { skip
   t.equal(alone.get("two 0")![0]!.label.slice(0, 4), "two ");
   t.match(alone.get("null 0")![0]!.label, /^LABEL_\d$/);
   let seed = 11;
-  const random = (below: number): number => (seed = (Math.imul(seed, 1664525) + 1013904223) >>> 0) % 65536 % below;
+  const random = (below: number): number => ((seed = (Math.imul(seed, 1664525) + 1013904223) >>> 0) % 65536) % below;
   let active: (typeof choices)[number] = choices[3];
   const wrong: unknown[] = [];
   const work: Promise<unknown>[] = [];
@@ -209,11 +282,21 @@ t.test("an answer is wholly one task's while calls and switches overlap", { skip
       work.push(tasks.switchTask(active));
     } else if (dice === 3) {
       // Neither of these changes anything.
-      work.push(refusal(() => tasks.switchTask("six")), refusal(() => tasks.switchTask("two", { signal: AbortSignal.abort() })));
+      work.push(
+        refusal(() => tasks.switchTask("six")),
+        refusal(() => tasks.switchTask("two", { signal: AbortSignal.abort() })),
+      );
     } else {
       const [task, i] = [active, random(4)];
       const answer = pipe(text(i), { top_k: null }) as Promise<Answer[]>;
-      work.push(answer.then((found) => void (JSON.stringify(found) === JSON.stringify(alone.get(`${task} ${i}`)) || wrong.push({ task, i, found }))));
+      work.push(
+        answer.then(
+          (found) =>
+            void (
+              JSON.stringify(found) === JSON.stringify(alone.get(`${task} ${i}`)) || wrong.push({ task, i, found })
+            ),
+        ),
+      );
     }
     if (dice === 9) await new Promise((resolve) => setTimeout(resolve, random(3)));
     if (dice === 8) await work[random(work.length)];
@@ -248,12 +331,18 @@ t.test("feature-extraction", { skip }, async (t) => {
   const pipe = await pipeline("feature-extraction", "encoder", { dtype: "fp32" });
   const own = pipe.model.sessions["model"];
   const only = await openPack(await packBytes(["adapters/two"], "base"));
-  t.match(await refusal(() => attachPack(pipe, only, { model: "encoder" })), { tag: "base", message: /"classifier\.(weight|bias)".*pass ignore: \["classifier"\]/ });
+  t.match(await refusal(() => attachPack(pipe, only, { model: "encoder" })), {
+    tag: "base",
+    message: /"classifier\.(weight|bias)".*pass ignore: \["classifier"\]/,
+  });
   t.equal(pipe.model.sessions["model"], own, "left as it was");
   t.notOk(Object.hasOwn(pipe, "_call"));
   const tasks = await attachPack(pipe, only, { model: "encoder", ignore: ["classifier"] });
   const feeds = Object.fromEntries(
-    ["input_ids", "attention_mask", "token_type_ids"].map((name) => [name, new Tensor("int64", BigInt64Array.from(GOLDENS.feeds[name]!.flat(), BigInt), [3, 7])]),
+    ["input_ids", "attention_mask", "token_type_ids"].map((name) => [
+      name,
+      new Tensor("int64", BigInt64Array.from(GOLDENS.feeds[name]!.flat(), BigInt), [3, 7]),
+    ]),
   );
   for (const task of [null, "two", null]) {
     await tasks.switchTask(task);
@@ -268,7 +357,13 @@ t.test("feature-extraction", { skip }, async (t) => {
     const mean = Array.from({ length: 32 }, (_, n) => (row[n]! + row[32 + n]! + row[64 + n]! + row[96 + n]!) / 4);
     const length = Math.hypot(...mean);
     const pooled = (await pipe("w1 w58", { pooling: "mean", normalize: true })) as Tokens;
-    t.ok(difference(pooled.data, mean.map((v) => v / length)) < 1e-5, `${task}: pooled`);
+    t.ok(
+      difference(
+        pooled.data,
+        mean.map((v) => v / length),
+      ) < 1e-5,
+      `${task}: pooled`,
+    );
   }
   t.equal(pipe.model.config.id2label, undefined, "an ignored head brings no names");
   await pipe.dispose();
@@ -281,7 +376,8 @@ t.test("text-generation keeps one task from its first token to its last", { skip
     const ids = await pipe.model.generate({ ...tokens, max_new_tokens: 12, do_sample: false });
     return ids.tolist()[0]!.map(Number).slice(tokens["input_ids"]!.dims[1]);
   };
-  const of = (task: string | null, prompt: string): Generation => GENERATIONS.find((g) => g.task === (task ?? "base") && g.prompt === prompt)!;
+  const of = (task: string | null, prompt: string): Generation =>
+    GENERATIONS.find((g) => g.task === (task ?? "base") && g.prompt === prompt)!;
   for (const task of [null, "upper", "lower", "upper", null, "lower"]) {
     await tasks.switchTask(task);
     for (const prompt of PROMPTS) {
@@ -292,11 +388,16 @@ t.test("text-generation keeps one task from its first token to its last", { skip
   }
   // Prompts of different lengths in one batch are padded on the left.
   const options = { max_new_tokens: 12, do_sample: false, return_full_text: false };
-  const decode = (ids: number[]): string => ids.map((id) => (id === 0 ? "" : id === 95 ? " " : String.fromCharCode(32 + id))).join("");
+  const decode = (ids: number[]): string =>
+    ids.map((id) => (id === 0 ? "" : id === 95 ? " " : String.fromCharCode(32 + id))).join("");
   for (const task of ["upper", null]) {
     await tasks.switchTask(task);
     const batch = (await pipe(PROMPTS, options)) as { generated_text: string }[][];
-    t.same(batch.map(([{ generated_text }]) => generated_text), PROMPTS.map((prompt) => decode(of(task, prompt).ids)), `${task}: batch`);
+    t.same(
+      batch.map(([{ generated_text }]) => generated_text),
+      PROMPTS.map((prompt) => decode(of(task, prompt).ids)),
+      `${task}: batch`,
+    );
   }
   const work: Promise<void>[] = [];
   let active: string | null = null;
@@ -320,7 +421,9 @@ t.test("the model handed over, and what becomes of the pipeline's own session", 
   const answers = async (pipe: Pipe, tasks: AttachedPack): Promise<void> => {
     await tasks.switchTask("upper");
     const tokens = pipe.tokenizer(PROMPTS[1]!);
-    const ids = (await pipe.model.generate({ ...tokens, max_new_tokens: 12, do_sample: false })).tolist()[0]!.map(Number);
+    const ids = (await pipe.model.generate({ ...tokens, max_new_tokens: 12, do_sample: false }))
+      .tolist()[0]!
+      .map(Number);
     t.same(ids.slice(6), GENERATIONS.find((g) => g.task === "upper" && g.prompt === PROMPTS[1])!.ids);
   };
   const path = join(models, "decoder/onnx/model.onnx");
@@ -353,7 +456,8 @@ t.test("the model handed over, and what becomes of the pipeline's own session", 
 
 t.test("blends, tasks without names, tasks of the whole directory", { skip }, async (t) => {
   const { pipe, tasks } = await attach("text-classification", "minilm");
-  const labels = async (): Promise<string[]> => ((await pipe("a game", { top_k: null })) as Answer[]).map(({ label }) => label).sort();
+  const labels = async (): Promise<string[]> =>
+    ((await pipe("a game", { top_k: null })) as Answer[]).map(({ label }) => label).sort();
   t.match(await refusal(() => tasks.switchTask({ [ROLE]: 0.5, [GAME]: 0.5 })), { tag: "task", message: /head/ });
   t.same(await labels(), [...BASE_LABELS].sort());
   await tasks.switchTask({ [ROLE]: 0.5, [GAME]: 0.5 }, { head: GAME });
@@ -374,18 +478,36 @@ t.test("what cannot be is refused and leaves the pipeline as it was", { skip }, 
   const pipe = await pipeline("text-generation", "decoder", { dtype: "fp32" });
   const own = pipe.model.sessions["model"];
   const some = await pack("decoder");
-  const refused = async (options: object, given: unknown = pipe): Promise<Error> => refusal(() => attachPack(given as Pipe, some, options as AttachOptions));
+  const refused = async (options: object, given: unknown = pipe): Promise<Error> =>
+    refusal(() => attachPack(given as Pipe, some, options as AttachOptions));
   t.match(await refused({}), { name: "TypeError", message: /pass { model }/ });
   t.match(await refused({ model: "decoder" }, {}), { name: "TypeError", message: /must be a pipeline/ });
-  t.match(await refused({ model: "decoder", part: "encoder" }), { name: "TypeError", message: 'part: the model has the sessions "model", got "encoder"' });
+  t.match(await refused({ model: "decoder", part: "encoder" }), {
+    name: "TypeError",
+    message: 'part: the model has the sessions "model", got "encoder"',
+  });
   t.match(await refused({ model: "decoder", original: "burn" }), { name: "RangeError" });
-  t.match(await refused({ model: "decodr" }), { tag: "source", file: "decodr", message: /does not find the model again.*Pass \{ model \}/s });
-  t.match(await refused({ model: "minilm", pretrained: { dtype: "fp16" } }), { tag: "base" }, "a model that the adapters do not fit");
+  t.match(await refused({ model: "decodr" }), {
+    tag: "source",
+    file: "decodr",
+    message: /does not find the model again.*Pass \{ model \}/s,
+  });
+  t.match(
+    await refused({ model: "minilm", pretrained: { dtype: "fp16" } }),
+    { tag: "base" },
+    "a model that the adapters do not fit",
+  );
   t.match(await refused({ model: join(models, "nothing.onnx") }), { tag: "source" });
-  t.match(await refused({ model: "decoder", session: { executionProviders: ["nonsense"] } }), { tag: "backend", message: /nonsense/ });
+  t.match(await refused({ model: "decoder", session: { executionProviders: ["nonsense"] } }), {
+    tag: "backend",
+    message: /nonsense/,
+  });
   const several = await pipeline("text-generation", "decoder", { dtype: "fp32" });
   several.model.sessions["other"] = several.model.sessions["model"]!;
-  t.match(await refused({ model: "decoder" }, several), { name: "TypeError", message: /sessions "model", "other"; say which, \{ part \}/ });
+  t.match(await refused({ model: "decoder" }, several), {
+    name: "TypeError",
+    message: /sessions "model", "other"; say which, \{ part \}/,
+  });
   delete several.model.sessions["other"];
   await several.dispose();
   const wordless = await pipeline("text-generation", "decoder", { dtype: "fp32" });
@@ -396,7 +518,10 @@ t.test("what cannot be is refused and leaves the pipeline as it was", { skip }, 
   t.equal(given.session.probe.result, "passed");
   await wordless.dispose();
   t.equal(pipe.model.sessions["model"], own);
-  t.equal(((await pipe(PROMPTS[1]!, { max_new_tokens: 3, do_sample: false })) as { generated_text: string }[]).length, 1);
+  t.equal(
+    ((await pipe(PROMPTS[1]!, { max_new_tokens: 3, do_sample: false })) as { generated_text: string }[]).length,
+    1,
+  );
   const [, second] = await Promise.all([
     attachPack(pipe, some, { model: "decoder" }),
     refused({ model: "decoder" }),
@@ -406,7 +531,12 @@ t.test("what cannot be is refused and leaves the pipeline as it was", { skip }, 
   await pipe.dispose();
   const other = await pipeline("text-classification", "external", { dtype: "fp32" });
   t.match(
-    await refusal(async () => attachPack(other, await openPack(await packBytes(["adapters/two"], "base")), { model: model("encoder"), ignore: ["classifier"] })),
+    await refusal(async () =>
+      attachPack(other, await openPack(await packBytes(["adapters/two"], "base")), {
+        model: model("encoder"),
+        ignore: ["classifier"],
+      }),
+    ),
     { name: "TypeError", message: /input_ids.* → last_hidden_state\) is not what the pipeline runs \(.* → logits\)/ },
   );
   await other.dispose();
@@ -417,11 +547,17 @@ t.test("several pipelines at once take their own files", { skip }, async (t) => 
   const pipes = await Promise.all([1, 2, 3].map(() => pipeline("text-generation", "decoder", { dtype: "fp32" })));
   const create = pipes[0]!.model.sessions["model"]!.constructor as unknown as { create: unknown };
   const before = create.create;
-  const attached = await Promise.all(pipes.map(async (pipe) => attachPack(pipe, await pack("decoder"), { model: "decoder" })));
+  const attached = await Promise.all(
+    pipes.map(async (pipe) => attachPack(pipe, await pack("decoder"), { model: "decoder" })),
+  );
   t.equal(create.create, before, "onnxruntime is left as it was");
   await Promise.all(attached.map((tasks, i) => tasks.switchTask([null, "upper", "lower"][i]!)));
   const ids = await Promise.all(
-    pipes.map(async (pipe) => (await pipe.model.generate({ ...pipe.tokenizer(PROMPTS[1]!), max_new_tokens: 12, do_sample: false })).tolist()[0]!.map(Number)),
+    pipes.map(async (pipe) =>
+      (await pipe.model.generate({ ...pipe.tokenizer(PROMPTS[1]!), max_new_tokens: 12, do_sample: false }))
+        .tolist()[0]!
+        .map(Number),
+    ),
   );
   for (const [i, task] of ["base", "upper", "lower"].entries()) {
     t.same(ids[i]!.slice(6), GENERATIONS.find((g) => g.task === task && g.prompt === PROMPTS[1])!.ids);
@@ -442,7 +578,8 @@ const PLAN = { models, prompts: PROMPTS, texts: TEXTS, topics: [ROLE, GAME, ROLE
 
 function judge(t: Test, { generated, labelled, probe, detached, logits }: Smoke): void {
   t.equal(generated.length, 15);
-  for (const { task, prompt, ids } of generated) t.same(ids, GENERATIONS.find((g) => g.task === task && g.prompt === prompt)!.ids, `${task}: ${prompt}`);
+  for (const { task, prompt, ids } of generated)
+    t.same(ids, GENERATIONS.find((g) => g.task === task && g.prompt === prompt)!.ids, `${task}: ${prompt}`);
   t.equal(labelled.length, 3 * TEXTS.length);
   for (const { task, text, label } of labelled) {
     if (task === ROLE) t.equal(label, expected(ROLE, TEXTS.length)[TEXTS.indexOf(text)], text);
@@ -457,7 +594,11 @@ t.test("onnxruntime-web in Node", { skip }, async (t) => {
   if (!present) throw new Error("transformers is required but not installed");
   const plan = join(models, "plan.json");
   await writeFile(plan, JSON.stringify({ ...PLAN, device: "auto", browser: false }));
-  const { stdout } = await promisify(execFile)(process.execPath, [join(root, "test/transformers-smoke-main.js"), folder, plan]);
+  const { stdout } = await promisify(execFile)(process.execPath, [
+    join(root, "test/transformers-smoke-main.js"),
+    folder,
+    plan,
+  ]);
   judge(t, JSON.parse(stdout) as Smoke);
 });
 
@@ -466,13 +607,21 @@ t.test("Chromium", { skip: skip || noChromium, timeout: 120_000 }, async (t) => 
   const files = new Map<string, Uint8Array>();
   for (const name of ["decoder", "minilm", "external"]) {
     for (const file of await readdir(join(models, name), { recursive: true })) {
-      if (/\.(json|onnx|onnx_data)$/.test(file)) files.set(`models/${name}/${file}`, await readFile(join(models, name, file)));
+      if (/\.(json|onnx|onnx_data)$/.test(file))
+        files.set(`models/${name}/${file}`, await readFile(join(models, name, file)));
     }
   }
-  for (const name of ["decoder", "minilm", "tiny"]) files.set(`${name}.eigen`, await readFile(join(models, `${name}.eigen`)));
+  for (const name of ["decoder", "minilm", "tiny"])
+    files.set(`${name}.eigen`, await readFile(join(models, `${name}.eigen`)));
   // The build that transformers.js 4 asks for. Where the version it pins is not hoisted, it lies below.
-  const dist = [join(folder, "node_modules"), join(runtimes, "node_modules")].map((n) => join(n, "onnxruntime-web/dist")).find((d) => existsSync(d))!;
-  for (const suffix of ["mjs", "wasm"]) files.set(`ort/ort-wasm-simd-threaded.asyncify.${suffix}`, await readFile(join(dist, `ort-wasm-simd-threaded.asyncify.${suffix}`)));
+  const dist = [join(folder, "node_modules"), join(runtimes, "node_modules")]
+    .map((n) => join(n, "onnxruntime-web/dist"))
+    .find((d) => existsSync(d))!;
+  for (const suffix of ["mjs", "wasm"])
+    files.set(
+      `ort/ort-wasm-simd-threaded.asyncify.${suffix}`,
+      await readFile(join(dist, `ort-wasm-simd-threaded.asyncify.${suffix}`)),
+    );
   const contents = `import * as transformers from "@huggingface/transformers";
     import { openPack } from "eigenlora";
     import { attachPack } from "eigenlora/transformers";
@@ -505,14 +654,27 @@ t.test("turns: a change waits for the calls before it and holds the calls after 
       if (name === "Y") throw new Error(name);
       return name;
     });
-  const all = await Promise.allSettled([call("a", 20), call("b", 5), change("X"), change("Y"), call("c", 5), change("Z"), call("d", 1)]);
+  const all = await Promise.allSettled([
+    call("a", 20),
+    call("b", 5),
+    change("X"),
+    change("Y"),
+    call("c", 5),
+    change("Z"),
+    call("d", 1),
+  ]);
   t.same(log, ["a(", "b(", ")b", ")a", "X", "Y", "c(", ")c", "Z", "d(", ")d"]);
-  t.same(all.map(({ status }) => status), ["fulfilled", "rejected", "fulfilled", "rejected", "fulfilled", "fulfilled", "fulfilled"]);
+  t.same(
+    all.map(({ status }) => status),
+    ["fulfilled", "rejected", "fulfilled", "rejected", "fulfilled", "fulfilled", "fulfilled"],
+  );
   // However many microtasks the awaiting side takes, it is before the change.
-  const late = turns.call(async () => undefined).then(async () => {
-    for (let i = 0; i < 100; i++) await undefined;
-    log.push("late");
-  });
+  const late = turns
+    .call(async () => undefined)
+    .then(async () => {
+      for (let i = 0; i < 100; i++) await undefined;
+      log.push("late");
+    });
   await Promise.all([late, change("W")]);
   t.same(log.slice(-2), ["late", "W"]);
 });
@@ -529,7 +691,9 @@ t.test("held methods", async (t) => {
   }
   const machine = new Machine();
   let entered = 0;
-  const { inside, free } = hold(machine, ["outer", "inner", "absent"], (work) => (entered++, work()), { name: "other" });
+  const { inside, free } = hold(machine, ["outer", "inner", "absent"], (work) => (entered++, work()), {
+    name: "other",
+  });
   t.equal(await machine.outer(), "other inner");
   t.equal(entered, 1, "calls inside a call do not enter again");
   inside.name = "set";
@@ -549,7 +713,11 @@ t.test("labels of a selection", async (t) => {
   t.equal(await labelsOf(minilm, null, undefined), "base");
   t.same(await labelsOf(minilm, ROLE, undefined), labels);
   t.same(await labelsOf(minilm, { [GAME]: 1, [ROLE]: 1 }, ROLE), labels);
-  t.equal(await labelsOf(minilm, ROLE, undefined, ["classifier"]), "base", "the head is left out, and so are its names");
+  t.equal(
+    await labelsOf(minilm, ROLE, undefined, ["classifier"]),
+    "base",
+    "the head is left out, and so are its names",
+  );
   t.equal(await labelsOf(minilm, "unknown", undefined), "base");
   const tiny = await pack("tiny");
   t.same(await labelsOf(tiny, "two", undefined), ["two 0", "two 1"]);

@@ -5,9 +5,9 @@
 import t from "tap";
 import type { DeviceHandle } from "../dist/src/backends/backend.js";
 import { createBackend } from "../dist/src/backends/select.js";
+import type { DeviceTensor, Tensor } from "../dist/src/base/host.js";
 import { openPack } from "../dist/src/pack/pack.js";
 import { createRuntime } from "../dist/src/runtime/create.js";
-import type { DeviceTensor, Tensor } from "../dist/src/base/host.js";
 import type { Runtime } from "../dist/src/runtime/runtime.js";
 import { dawnMissing } from "./backend-list.ts";
 import { generator } from "./backend-suite.ts";
@@ -20,7 +20,11 @@ const skip = dawnMissing ?? false;
 /** STORAGE | COPY_SRC | COPY_DST, what a buffer of a base needs. */
 const USAGE = 128 | 4 | 8;
 const TASKS = ["debtags-role", "debtags-game", "sections-1"];
-const { bytes: packBytes } = await packOf(TASKS.map((n) => `adapters/own-seed/${n}`), {}, (m) => m.includes("layer.0.attention.self"));
+const { bytes: packBytes } = await packOf(
+  TASKS.map((n) => `adapters/own-seed/${n}`),
+  {},
+  (m) => m.includes("layer.0.attention.self"),
+);
 const { modules } = await openPack(packBytes);
 
 async function weights(runtime: Runtime): Promise<Buffer> {
@@ -59,7 +63,11 @@ for (const dtype of ["f32", "f16"] as const) {
     }));
     t.teardown(close);
     const plain = seededTensors(modules, dtype);
-    const head = { dtype: "f32", shape: [8, 384], data: Float32Array.from({ length: 8 * 384 }, (_, i) => i / 1000) } as const;
+    const head = {
+      dtype: "f32",
+      shape: [8, 384],
+      data: Float32Array.from({ length: 8 * 384 }, (_, i) => i / 1000),
+    } as const;
     const bias = { dtype: "f32", shape: [8], data: Float32Array.from({ length: 8 }, (_, i) => i) } as const;
     plain.set("classifier.weight", { ...head, data: head.data.slice() });
     plain.set("classifier.bias", { ...bias, data: bias.data.slice() });
@@ -124,14 +132,32 @@ t.test("what a base on a device needs is said before anything is done", { skip }
   const pack = await openPack(packBytes);
   const bytes = 4 * out * inputs;
   const good = device.createBuffer({ size: bytes, usage: USAGE });
-  await t.rejects(createRuntime(pack, { base: of(good) }), { name: "TypeError", message: /lies on a device: pass that device/ });
-  await t.rejects(createRuntime(pack, { base: of(good), backend: "wasm", webgpu: { device } }), { name: "TypeError", message: /"wasm" cannot fold there/ });
-  await t.rejects(createRuntime(pack, { base: of(good, { byteOffset: 4 }), webgpu: { device } }), { tag: "base", message: new RegExp(`needs ${bytes} bytes, its data has ${bytes - 4}`) });
+  await t.rejects(createRuntime(pack, { base: of(good) }), {
+    name: "TypeError",
+    message: /lies on a device: pass that device/,
+  });
+  await t.rejects(createRuntime(pack, { base: of(good), backend: "wasm", webgpu: { device } }), {
+    name: "TypeError",
+    message: /"wasm" cannot fold there/,
+  });
+  await t.rejects(createRuntime(pack, { base: of(good, { byteOffset: 4 }), webgpu: { device } }), {
+    tag: "base",
+    message: new RegExp(`needs ${bytes} bytes, its data has ${bytes - 4}`),
+  });
   const bare = device.createBuffer({ size: bytes, usage: 128, label: "mine" });
-  await t.rejects(createRuntime(pack, { base: of(bare), backend: "webgpu", webgpu: { device } }), { name: "TypeError", message: /"mine".*usage 128; expected .*STORAGE \| COPY_SRC \| COPY_DST/ });
+  await t.rejects(createRuntime(pack, { base: of(bare), backend: "webgpu", webgpu: { device } }), {
+    name: "TypeError",
+    message: /"mine".*usage 128; expected .*STORAGE \| COPY_SRC \| COPY_DST/,
+  });
   await t.rejects(createRuntime(pack, { base: of(good), policy: "reload", webgpu: { device } }), /read from a file/);
-  await t.rejects(createRuntime(pack, { base: of(good), webgpu: { device, recreate: true } }), /lost with it; pass a function/);
-  await t.rejects(createRuntime(pack, { base: seededTensors(modules, "f32"), backend: "webgpu", webgpu: { device, recreate: true } }), /base that can be read again/);
+  await t.rejects(
+    createRuntime(pack, { base: of(good), webgpu: { device, recreate: true } }),
+    /lost with it; pass a function/,
+  );
+  await t.rejects(
+    createRuntime(pack, { base: seededTensors(modules, "f32"), backend: "webgpu", webgpu: { device, recreate: true } }),
+    /base that can be read again/,
+  );
 });
 
 t.test("auto: a GPU that is one, where results stay there", { skip }, async (t) => {
@@ -214,7 +240,10 @@ t.test("a caller's device and buffers are made again by the caller", { skip }, a
     fill(next.device);
     return next.device;
   };
-  const runtime = await createRuntime(await openPack(packBytes), { base: tensors, webgpu: { device: first.device, recreate } });
+  const runtime = await createRuntime(await openPack(packBytes), {
+    base: tensors,
+    webgpu: { device: first.device, recreate },
+  });
   t.teardown(() => runtime.dispose());
   await runtime.switchTask("debtags-role");
   const before = await weights(runtime);
@@ -237,13 +266,19 @@ t.test("a device that does not answer counts as lost", { skip }, async (t) => {
   t.teardown(() => runtime.dispose());
   await runtime.switchTask("debtags-role");
   hang(device);
-  await t.rejects(runtime.switchTask("debtags-game"), { tag: "backend", message: /the device did not answer within 300 ms.*recreate/ });
+  await t.rejects(runtime.switchTask("debtags-game"), {
+    tag: "backend",
+    message: /the device did not answer within 300 ms.*recreate/,
+  });
   t.equal(runtime.task, "debtags-role");
   await t.rejects(runtime.switchTask(null), { tag: "backend", message: /did not answer/ }, "and stays so");
 
   const again = await countingDevice();
   t.teardown(again.close);
-  const lasting = await createRuntime(await openPack(packBytes), { base, webgpu: { device: again.device, timeout: 300, recreate: true } });
+  const lasting = await createRuntime(await openPack(packBytes), {
+    base,
+    webgpu: { device: again.device, timeout: 300, recreate: true },
+  });
   t.teardown(() => lasting.dispose());
   hang(again.device);
   await t.rejects(lasting.switchTask("debtags-role"), { message: /did not answer/ });
@@ -255,7 +290,9 @@ t.test("a device that does not answer counts as lost", { skip }, async (t) => {
 /** Dawn cannot be made to do these, so an entry point of WebGPU stands in that does nothing else. */
 t.test("an adapter that is refused, absent or silent is named", async (t) => {
   const before = Object.getOwnPropertyDescriptor(globalThis, "navigator");
-  t.teardown(() => (before ? Object.defineProperty(globalThis, "navigator", before) : Reflect.deleteProperty(globalThis, "navigator")));
+  t.teardown(() =>
+    before ? Object.defineProperty(globalThis, "navigator", before) : Reflect.deleteProperty(globalThis, "navigator"),
+  );
   const adapter = {
     info: { description: "made up", isFallbackAdapter: false },
     limits: { maxBufferSize: 1, maxStorageBufferBindingSize: 1 },
@@ -266,7 +303,10 @@ t.test("an adapter that is refused, absent or silent is named", async (t) => {
     [() => new Promise(() => undefined), /the adapter did not answer within 30 ms/],
     [async () => null, /there is no adapter/],
     [async () => adapter, /the driver said no/],
-    [async () => ({ ...adapter, requestDevice: () => new Promise(() => undefined) }), /the device did not answer within 30 ms/],
+    [
+      async () => ({ ...adapter, requestDevice: () => new Promise(() => undefined) }),
+      /the device did not answer within 30 ms/,
+    ],
   ] as const) {
     Object.defineProperty(globalThis, "navigator", { value: { gpu: { requestAdapter } }, configurable: true });
     await t.rejects(createBackend({ backend: "webgpu", webgpu: { timeout: 30 } }), { tag: "backend", message });
@@ -320,7 +360,10 @@ t.test("memory that runs out is named, and nothing is half done", { skip }, asyn
   t.teardown(() => runtime.dispose());
   const pristine = await weights(runtime);
   const lift = limitMemory(small.device, 100);
-  await t.rejects(runtime.switchTask("debtags-role"), { tag: "backend", message: /eigenlora scratch of \d+ bytes, out-of-memory/ });
+  await t.rejects(runtime.switchTask("debtags-role"), {
+    tag: "backend",
+    message: /eigenlora scratch of \d+ bytes, out-of-memory/,
+  });
   t.equal(runtime.task, null);
   lift();
   await runtime.switchTask("debtags-role");
@@ -329,20 +372,27 @@ t.test("memory that runs out is named, and nothing is half done", { skip }, asyn
   t.ok((await weights(runtime)).equals(pristine));
 });
 
-t.test("random switches of several callers: each report is one task's, the last is what is there", { skip }, async (t) => {
-  const base = await seededBase(modules);
-  const runtime = await createRuntime(await openPack(packBytes), { base, backend: "webgpu" });
-  t.teardown(() => runtime.dispose());
-  const random = generator(4);
-  const seen = new Map<string | null, Buffer>();
-  for (let round = 0; round < 20; round++) {
-    const choices = Array.from({ length: 4 }, () => [...TASKS, null][Math.floor(random() * 4)]!);
-    const reports = await Promise.all(choices.map((task) => runtime.switchTask(task)));
-    t.same(reports.map(({ task }) => task), choices);
-    const last = choices.at(-1)!;
-    t.equal(runtime.task, last);
-    const now = await weights(runtime);
-    if (!seen.has(last)) seen.set(last, now);
-    t.ok(seen.get(last)!.equals(now), String(last));
-  }
-});
+t.test(
+  "random switches of several callers: each report is one task's, the last is what is there",
+  { skip },
+  async (t) => {
+    const base = await seededBase(modules);
+    const runtime = await createRuntime(await openPack(packBytes), { base, backend: "webgpu" });
+    t.teardown(() => runtime.dispose());
+    const random = generator(4);
+    const seen = new Map<string | null, Buffer>();
+    for (let round = 0; round < 20; round++) {
+      const choices = Array.from({ length: 4 }, () => [...TASKS, null][Math.floor(random() * 4)]!);
+      const reports = await Promise.all(choices.map((task) => runtime.switchTask(task)));
+      t.same(
+        reports.map(({ task }) => task),
+        choices,
+      );
+      const last = choices.at(-1)!;
+      t.equal(runtime.task, last);
+      const now = await weights(runtime);
+      if (!seen.has(last)) seen.set(last, now);
+      t.ok(seen.get(last)!.equals(now), String(last));
+    }
+  },
+);

@@ -2,20 +2,21 @@
  * One cell of a table: a method on a left-out task, at one rate and seed. Cells are kept as JSON lines, so that a run can be cut
  * off and goes on, and tables can be made of what there is.
  */
-import * as ort from "onnxruntime-node";
+
 import { openPack } from "eigenlora";
 import { buildPack, encodeTaskFile, projectAdapter, readAdapters } from "eigenlora/build";
 import { distill } from "eigenlora/distill";
 import { createTrainer, zeroShotTask } from "eigenlora/learn";
 import { createEigenSession } from "eigenlora/onnxruntime";
-import { holdBack } from "../../dist/src/train/examples.js";
+import * as ort from "onnxruntime-node";
 import { uniform } from "../../dist/src/tensor/random.js";
+import { holdBack } from "../../dist/src/train/examples.js";
 import { createEncoder, labelOf, model, runBatches, toBatches } from "../../examples/minilm.js";
 import { data } from "../report.js";
 import { Rows } from "../rows.js";
 import { domainOf } from "./data.js";
-import { runPeer } from "./peers.js";
 import { headTrainer, readFeatures } from "./frozen.js";
+import { runPeer } from "./peers.js";
 
 /**
  * @typedef {{ task: string, method: Method, k?: number | undefined, within?: boolean | undefined, rates: Rates, seed: number }} Cell
@@ -67,7 +68,14 @@ export const PEERS = new Set(/** @type {const} */ (["VeRA", "PiSSA"]));
 
 /** @param {Cell} cell */
 export const keyOf = ({ task, method, k, within, rates, seed }) =>
-  [task, method, ...(k ? [`K ${k}`] : []), ...(within ? ["donors of its domain"] : []), `rates ${rates.terms} and ${rates.head}`, `seed ${seed}`].join(", ");
+  [
+    task,
+    method,
+    ...(k ? [`K ${k}`] : []),
+    ...(within ? ["donors of its domain"] : []),
+    `rates ${rates.terms} and ${rates.head}`,
+    `seed ${seed}`,
+  ].join(", ");
 
 /** What was measured so far, by key. @extends {Rows<Row, Cell>} */
 export class Results extends Rows {
@@ -129,7 +137,9 @@ export class Bench {
   #learn(cell, labels, examples, texts) {
     if (PEERS.has(cell.method)) return this.#askPeer(cell, labels, examples, texts);
     if (GIVEN.has(cell.method)) return this.#project(cell, examples, texts);
-    return FROZEN.has(cell.method) ? this.#trainHead(cell, labels, examples, texts) : this.#train(cell, labels, examples, texts);
+    return FROZEN.has(cell.method)
+      ? this.#trainHead(cell, labels, examples, texts)
+      : this.#train(cell, labels, examples, texts);
   }
 
   /**
@@ -140,9 +150,24 @@ export class Bench {
    */
   async #askPeer({ method, rates, seed }, labels, examples, texts) {
     const train = examples.map(({ text, label }) => [text, label]);
-    const { version, trained, head, loss, logits } = await runPeer({ method, ...rates, seed, steps: STEPS, batch: BATCH, labels, train, texts });
+    const { version, trained, head, loss, logits } = await runPeer({
+      method,
+      ...rates,
+      seed,
+      steps: STEPS,
+      batch: BATCH,
+      labels,
+      train,
+      texts,
+    });
     const date = new Date().toISOString().slice(0, 10);
-    return { trained, head, loss: curveOf(loss), logits: logits.map((row) => Float32Array.from(row)), peer: `${version}, ${date}` };
+    return {
+      trained,
+      head,
+      loss: curveOf(loss),
+      logits: logits.map((row) => Float32Array.from(row)),
+      peer: `${version}, ${date}`,
+    };
   }
 
   /**
@@ -154,7 +179,9 @@ export class Bench {
   #project(cell, examples, texts) {
     return this.#withSession(cell, async (session) => {
       const { pack } = session;
-      const [adapter] = await readAdapters([data(`adapters/${this.experiments[domainOf(cell.task)].suite}/${cell.task}`)]);
+      const [adapter] = await readAdapters([
+        data(`adapters/${this.experiments[domainOf(cell.task)].suite}/${cell.task}`),
+      ]);
       const bases = await pack.takeBases();
       const { entry, blob } = await projectAdapter(pack, bases, adapter, TYPES);
       pack.keepBases(bases);
@@ -162,7 +189,13 @@ export class Bench {
       let task = cell.task;
       if (cell.method === "distilled") {
         const encode = (/** @type {string[]} */ some) => this.encode(some);
-        const { file } = await distill(session, { adapter, texts: examples.map(({ text }) => text), encode, seed: cell.seed, rates: cell.rates });
+        const { file } = await distill(session, {
+          adapter,
+          texts: examples.map(({ text }) => text),
+          encode,
+          seed: cell.seed,
+          rates: cell.rates,
+        });
         await session.addTask((task = "distilled"), file);
       }
       await adapter.close();
@@ -184,9 +217,17 @@ export class Bench {
     const ids = donors(task).filter((id) => !within || domainOf(id) === domain);
     const adapters = await readAdapters(ids.map((id) => data(`adapters/${suite}/${id}`)));
     const mode = FLAT.has(method) ? "flat" : "column";
-    const { chunks } = await buildPack(adapters, { mode, gauge: "balanced", select: k ? { kind: "k", k } : { kind: "energy", share: 1 }, types: TYPES });
+    const { chunks } = await buildPack(adapters, {
+      mode,
+      gauge: "balanced",
+      select: k ? { kind: "k", k } : { kind: "energy", share: 1 },
+      types: TYPES,
+    });
     for (const adapter of adapters) await adapter.close();
-    const session = await createEigenSession(ort, model, await openPack(new Uint8Array(Buffer.concat(chunks))), { trainable: !FROZEN.has(method), session: SESSION });
+    const session = await createEigenSession(ort, model, await openPack(new Uint8Array(Buffer.concat(chunks))), {
+      trainable: !FROZEN.has(method),
+      session: SESSION,
+    });
     try {
       return await work(session);
     } finally {
@@ -235,7 +276,10 @@ export class Bench {
         let blend = {};
         if (method === "mean adapter") blend = Object.fromEntries(ids.map((id) => [id, 1 / ids.length]));
         if (ZERO_SHOT.has(method)) {
-          await session.addTask("zero-shot", await zeroShotTask(session.pack, { from: "random", seed, rank: RANK, dtype: "f32" }));
+          await session.addTask(
+            "zero-shot",
+            await zeroShotTask(session.pack, { from: "random", seed, rank: RANK, dtype: "f32" }),
+          );
           blend = { "zero-shot": 1 };
         }
         return readFeatures(session, this.encode, all, blend);
@@ -245,7 +289,12 @@ export class Bench {
     const trainer = headTrainer(this.#features.table, { labels, seed });
     const loss = await fit(trainer, examples, rates);
     const found = await trainer.predict(texts.map((text) => ({ text })));
-    return { trained: 0, head: trainer.size.head, loss, logits: found.map((probabilities) => probabilities.map(Math.log)) };
+    return {
+      trained: 0,
+      head: trainer.size.head,
+      loss,
+      logits: found.map((probabilities) => probabilities.map(Math.log)),
+    };
   }
 }
 
@@ -263,7 +312,10 @@ async function fit(trainer, examples, rates) {
 
 /** @param {readonly Float32Array[]} logits @param {readonly { label: number }[]} rows */
 function judge(logits, rows) {
-  const loss = logits.reduce((sum, z, i) => sum + Math.log(z.reduce((total, value) => total + Math.exp(value - z[rows[i].label]), 0)), 0);
+  const loss = logits.reduce(
+    (sum, z, i) => sum + Math.log(z.reduce((total, value) => total + Math.exp(value - z[rows[i].label]), 0)),
+    0,
+  );
   const right = logits.filter((z, i) => labelOf(z) === rows[i].label).length;
   return { loss: rounded(loss / rows.length), accuracy: rounded(right / rows.length) };
 }

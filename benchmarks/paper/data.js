@@ -26,7 +26,9 @@ export const HUB_SPLIT = new URL("hub-split.json", import.meta.url);
 
 /** @returns {Promise<Map<string, Task>>} all tasks, by name */
 export async function readTasks() {
-  const ids = (await readdir(data("tasks"))).filter((name) => name.endsWith(".json")).map((name) => name.slice(0, -".json".length));
+  const ids = (await readdir(data("tasks")))
+    .filter((name) => name.endsWith(".json"))
+    .map((name) => name.slice(0, -".json".length));
   return new Map(await Promise.all(ids.sort().map(async (id) => /** @type {const} */ ([id, await readTask(id)]))));
 }
 
@@ -45,7 +47,13 @@ export function experiments(tasks, hubTest) {
   const donors = (/** @type {string} */ id) => all.filter((other) => other !== id);
   const enough = (/** @type {string} */ id) => remaining(tasks, id, donors(id)).filter(Boolean).length >= LEAST_ROWS;
   /** @param {Domain} domain @returns {Experiment} */
-  const leaveOneOut = (domain) => ({ domain, suite: "shared-seed", start: "mean", test: of(domain).filter(enough), donors });
+  const leaveOneOut = (domain) => ({
+    domain,
+    suite: "shared-seed",
+    start: "mean",
+    test: of(domain).filter(enough),
+    donors,
+  });
   const hubDonors = of("hub").filter((id) => !hubTest.includes(id));
   return {
     sections: leaveOneOut("sections"),
@@ -90,9 +98,14 @@ export function searchSplit(tasks, { count, seed = 1, starts = 5 }) {
   /** By text: which tasks train on it. @type {Map<string, number[]>} */
   const trainers = new Map();
   for (const [i, id] of ids.entries()) {
-    for (const text of new Set(taskOf(tasks, id).train.map(([text]) => text))) trainers.set(text, [...(trainers.get(text) ?? []), i]);
+    for (const text of new Set(taskOf(tasks, id).train.map(([text]) => text)))
+      trainers.set(text, [...(trainers.get(text) ?? []), i]);
   }
-  const owners = ids.map((id, i) => taskOf(tasks, id).test.map(([text]) => trainers.get(text) ?? []).filter((who) => !who.includes(i)));
+  const owners = ids.map((id, i) =>
+    taskOf(tasks, id)
+      .test.map(([text]) => trainers.get(text) ?? [])
+      .filter((who) => !who.includes(i)),
+  );
   const random = uniform(seed);
   let best = { rows: -1, test: /** @type {number[]} */ ([]) };
   for (let start = 0; start < starts; start++) {

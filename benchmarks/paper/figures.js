@@ -1,10 +1,11 @@
 /** Figures of the paper, drawn from what was measured and from the adapters themselves. */
-import { buildPack, extractModule, projectAdapter, readAdapters } from "eigenlora/build";
+
 import { openPack } from "eigenlora";
-import { data } from "../report.js";
+import { buildPack, extractModule, projectAdapter, readAdapters } from "eigenlora/build";
 import { drawLines } from "../chart.js";
+import { data } from "../report.js";
 import { STEPS } from "./cells.js";
-import { K, methodOf, METHODS } from "./plan.js";
+import { K, METHODS, methodOf } from "./plan.js";
 import { mean } from "./statistics.js";
 
 /** @typedef {import("./tables.js").Reader} Reader */
@@ -25,7 +26,10 @@ export async function drawFigures(reader) {
     ["singular-values", await singularValues()],
     ["error-per-layer", await errorPerLayer(reader)],
   ]);
-  for (const [name, figure] of /** @type {const} */ ([["convergence", convergence(reader)], ["components", components(reader)]])) {
+  for (const [name, figure] of /** @type {const} */ ([
+    ["convergence", convergence(reader)],
+    ["components", components(reader)],
+  ])) {
     if (figure) figures.set(name, figure);
   }
   return figures;
@@ -36,7 +40,9 @@ async function singularValues() {
   const series = [];
   for (const suite of ["own-seed", "shared-seed"]) {
     const adapters = await readAdapters([data(`adapters/${suite}`)]);
-    const modules = await Promise.all([.../** @type {Adapter} */ (adapters[0]).modules.keys()].map((name) => extract(adapters, name)));
+    const modules = await Promise.all(
+      [.../** @type {Adapter} */ (adapters[0]).modules.keys()].map((name) => extract(adapters, name)),
+    );
     for (const side of /** @type {const} */ (["A", "B"])) {
       const shares = modules.map((module) => outside(module[side].singular));
       const points = shares[0].map((_, i) => [i + 1, 100 * mean(shares.map((share) => share[i]))]);
@@ -44,7 +50,13 @@ async function singularValues() {
     }
     for (const adapter of adapters) await adapter.close();
   }
-  return drawLines({ title: "Twenty adapters: what K components leave out", x: "components K", y: "squared singular values outside, %", linear: true, series });
+  return drawLines({
+    title: "Twenty adapters: what K components leave out",
+    x: "components K",
+    y: "squared singular values outside, %",
+    linear: true,
+    series,
+  });
 }
 
 /** @param {readonly Adapter[]} adapters @param {string} name of a module */
@@ -56,8 +68,17 @@ async function extract(adapters, name) {
       return { id, rank: module.rank, ...(await module.read()) };
     }),
   );
-  const options = { gauge: "as-trained", centering: "keep", select: { kind: "k", k: 1 }, basisType: "f32", coefficientType: "f32" };
-  return extractModule({ name, out: first.out, in: first.in, members }, /** @type {import("eigenlora/build").ExtractOptions} */ (options));
+  const options = {
+    gauge: "as-trained",
+    centering: "keep",
+    select: { kind: "k", k: 1 },
+    basisType: "f32",
+    coefficientType: "f32",
+  };
+  return extractModule(
+    { name, out: first.out, in: first.in, members },
+    /** @type {import("eigenlora/build").ExtractOptions} */ (options),
+  );
 }
 
 /** Share of the sum of squares behind each value. @param {Float64Array} values */
@@ -82,7 +103,12 @@ async function errorPerLayer({ experiments }) {
       const bases = await pack.takeBases();
       for (const [name, module] of left.modules) {
         const [, layer, kind] = /** @type {RegExpExecArray} */ (/layer\.(\d+)\..*\.(\w+)$/.exec(name));
-        const { residual } = await projectAdapter(pack, bases, { ...left, saved: [], modules: new Map([[name, module]]) }, TYPES);
+        const { residual } = await projectAdapter(
+          pack,
+          bases,
+          { ...left, saved: [], modules: new Map([[name, module]]) },
+          TYPES,
+        );
         const layers = found.get(kind) ?? [];
         (layers[Number(layer)] ??= []).push(100 * residual.mean);
         found.set(kind, layers);
@@ -91,8 +117,18 @@ async function errorPerLayer({ experiments }) {
       await pack.close();
     }
   }
-  const series = [...found].map(([name, layers]) => ({ name, points: layers.map((errors, layer) => [layer + 1, mean(errors)]) }));
-  return drawLines({ title: `Left-out adapters on ${K} components of the others`, x: "layer", y: "error of ΔW, %", linear: true, even: true, series });
+  const series = [...found].map(([name, layers]) => ({
+    name,
+    points: layers.map((errors, layer) => [layer + 1, mean(errors)]),
+  }));
+  return drawLines({
+    title: `Left-out adapters on ${K} components of the others`,
+    x: "layer",
+    y: "error of ΔW, %",
+    linear: true,
+    even: true,
+    series,
+  });
 }
 
 /** Training loss against steps, mean over tasks and seeds of debtags. @param {Reader} reader */
@@ -103,9 +139,14 @@ function convergence(reader) {
     if (cells.some((of) => of.length === 0)) return [];
     const curves = cells.flat().map(({ loss }) => loss);
     const steps = STEPS / curves[0].length;
-    return [{ name: plan.name, points: curves[0].map((_, i) => [(i + 1) * steps, mean(curves.map((curve) => curve[i]))]) }];
+    return [
+      { name: plan.name, points: curves[0].map((_, i) => [(i + 1) * steps, mean(curves.map((curve) => curve[i]))]) },
+    ];
   });
-  return series.length > 0 && drawLines({ title: "Training loss, mean over the tasks of debtags", x: "step", y: "loss", series });
+  return (
+    series.length > 0 &&
+    drawLines({ title: "Training loss, mean over the tasks of debtags", x: "step", y: "loss", series })
+  );
 }
 
 /** Accuracy against components, on rows that no donor has seen. @param {Reader} reader */
@@ -116,8 +157,25 @@ function components(reader) {
     if (cells.some((of) => of.length === 0)) return NaN;
     return 100 * mean(cells.flatMap((of, i) => of.flatMap(({ answers }) => reader.right(test[i], answers, "kept"))));
   };
-  const ours = METHODS.filter(({ method, within, domains }) => method === "coefficients" && !within && domains.includes("sections"));
-  const points = ours.map((plan) => [plan.k ?? 0, accuracy(plan)]).filter(([, y]) => y > 0).sort(([a], [b]) => a - b);
-  const lines = ["LoRA r 8", "LoRA r 1", "head alone"].map((name) => ({ name, y: accuracy(methodOf(name)) })).filter(({ y }) => y > 0);
-  return points.length > 1 && drawLines({ title: "Sections: accuracy and components", x: "components K", y: "accuracy on unseen rows, %", linear: true, series: [{ name: "ours", points }], lines });
+  const ours = METHODS.filter(
+    ({ method, within, domains }) => method === "coefficients" && !within && domains.includes("sections"),
+  );
+  const points = ours
+    .map((plan) => [plan.k ?? 0, accuracy(plan)])
+    .filter(([, y]) => y > 0)
+    .sort(([a], [b]) => a - b);
+  const lines = ["LoRA r 8", "LoRA r 1", "head alone"]
+    .map((name) => ({ name, y: accuracy(methodOf(name)) }))
+    .filter(({ y }) => y > 0);
+  return (
+    points.length > 1 &&
+    drawLines({
+      title: "Sections: accuracy and components",
+      x: "components K",
+      y: "accuracy on unseen rows, %",
+      linear: true,
+      series: [{ name: "ours", points }],
+      lines,
+    })
+  );
 }

@@ -2,9 +2,10 @@
  * Methods that train a head alone, on what a frozen model makes of the texts: the trainer's own loop, with a table of the head's
  * inputs in place of a training graph, since these never change. One run of the model then serves all rates and seeds.
  */
-import { Trainer } from "../../dist/src/train/trainer.js";
+
 import { taskFile } from "../../dist/src/train/result.js";
 import { Terms } from "../../dist/src/train/terms.js";
+import { Trainer } from "../../dist/src/train/trainer.js";
 import { runBatches, toBatches } from "../../examples/minilm.js";
 
 /** How many numbers enter the head. */
@@ -23,7 +24,16 @@ export async function readFeatures(session, encode, texts, blend) {
   const weight = new Float32Array(WIDTH * WIDTH);
   for (let i = 0; i < WIDTH; i++) weight[i * WIDTH + i] = 1;
   const head = { module: HEAD, in: WIDTH, weight, bias: new Float32Array(WIDTH) };
-  await session.addTask("features", taskFile(/** @type {any} */ (session.pack), "features", { parameters: new Float32Array(0), terms: new Terms([]), head }, { coefficients: "f32", head: "f32" }, {}));
+  await session.addTask(
+    "features",
+    taskFile(
+      /** @type {any} */ (session.pack),
+      "features",
+      { parameters: new Float32Array(0), terms: new Terms([]), head },
+      { coefficients: "f32", head: "f32" },
+      {},
+    ),
+  );
   await session.switchTask({ ...blend, features: 1 }, { head: "features" });
   const found = await runBatches(session, toBatches(encode, texts));
   await session.switchTask(null);
@@ -39,7 +49,10 @@ export async function readFeatures(session, encode, texts, blend) {
 export function headTrainer(features, { labels, seed }) {
   const pack = /** @type {any} */ ({ tasks: new Map() });
   const none = new Terms([]);
-  return new Trainer({ pack, machine: headMachine(features, labels.length), terms: none, origin: none }, { labels, seed, init: "random" });
+  return new Trainer(
+    { pack, machine: headMachine(features, labels.length), terms: none, origin: none },
+    { labels, seed, init: "random" },
+  );
 }
 
 /**
@@ -49,7 +62,8 @@ export function headTrainer(features, { labels, seed }) {
  */
 export function headMachine(features, labels) {
   /** @param {Float32Array} x @param {import("../../dist/src/train/trainer.js").Point} point */
-  const logitsOf = (x, { weight, bias }) => Array.from(bias, (b, label) => x.reduce((sum, value, i) => sum + value * weight[label * x.length + i], b));
+  const logitsOf = (x, { weight, bias }) =>
+    Array.from(bias, (b, label) => x.reduce((sum, value, i) => sum + value * weight[label * x.length + i], b));
   return {
     head: { module: HEAD, in: WIDTH, bias: true },
     encodes: true,
@@ -58,7 +72,9 @@ export function headMachine(features, labels) {
     answer: async (batch, point) => Float32Array.from(batch.flatMap((x) => logitsOf(x, point))),
     async step(batch, point, targets) {
       const width = point.weight.length / labels;
-      const [logits, weight, bias] = [batch.length * labels, point.weight.length, labels].map((length) => new Float32Array(length));
+      const [logits, weight, bias] = [batch.length * labels, point.weight.length, labels].map(
+        (length) => new Float32Array(length),
+      );
       let loss = 0;
       for (const [row, x] of batch.entries()) {
         const z = logitsOf(x, point);

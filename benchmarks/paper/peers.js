@@ -31,7 +31,12 @@ export async function runPeer(job) {
     await writeFile(base, await encoderOf(model));
     const env = { ...process.env, OMP_NUM_THREADS: "1", MKL_NUM_THREADS: "1" };
     const input = JSON.stringify({ ...job, base, config: data("minilm") });
-    const { status, stdout, stderr } = spawnSync(PYTHON, [SCRIPT], { encoding: "utf8", env, input, maxBuffer: 2 ** 28 });
+    const { status, stdout, stderr } = spawnSync(PYTHON, [SCRIPT], {
+      encoding: "utf8",
+      env,
+      input,
+      maxBuffer: 2 ** 28,
+    });
     if (status !== 0) throw new Error(`peers.py: ${stderr.trim().split("\n").slice(-3).join(" ")}`);
     return JSON.parse(stdout.trim().split("\n").at(-1) ?? "");
   } finally {
@@ -67,7 +72,8 @@ function transpose(bytes, [rows, columns]) {
   const size = bytes.length / (rows * columns);
   const out = new Uint8Array(bytes.length);
   for (let r = 0; r < rows; r++) {
-    for (let c = 0; c < columns; c++) out.set(bytes.subarray((r * columns + c) * size, (r * columns + c + 1) * size), (c * rows + r) * size);
+    for (let c = 0; c < columns; c++)
+      out.set(bytes.subarray((r * columns + c) * size, (r * columns + c + 1) * size), (c * rows + r) * size);
   }
   return out;
 }

@@ -48,7 +48,14 @@ export const METHODS = [
   { name: "ours, K 2", method: "coefficients", k: 2, like: "ours", domains: ["sections"] },
   { name: "ours, K 8", method: "coefficients", k: 8, like: "ours", domains: ["sections"] },
   { name: "ours", method: "coefficients", k: K, rates: OURS, domains: ALL },
-  { name: "ours, donors of its domain", method: "coefficients", k: K, within: true, like: "ours", domains: ["sections"] },
+  {
+    name: "ours, donors of its domain",
+    method: "coefficients",
+    k: K,
+    within: true,
+    like: "ours",
+    domains: ["sections"],
+  },
   { name: `ours flat, K ${K}`, method: "flat", k: K, like: "ours", domains: ALL },
   { name: `analytical, K ${K}`, method: "analytical", k: K, rates: [{ terms: 0, head: 0 }], domains: ALL },
   { name: `distilled, K ${K}`, method: "distilled", k: K, rates: [{ terms: 0.02, head: 0.02 }], domains: ["hub"] },
@@ -67,7 +74,9 @@ export const methodOf = (name) => /** @type {MethodPlan} */ (METHODS.find((one) 
 export function tried(results, plan) {
   return (plan.rates ?? []).flatMap((rates) => {
     const rows = tuningCells(plan, rates).flatMap((cell) => results.get(cell)?.validation ?? []);
-    return rows.length < TUNED.length ? [] : [{ rates, accuracy: mean(rows.map(({ accuracy }) => accuracy)), loss: mean(rows.map(({ loss }) => loss)) }];
+    return rows.length < TUNED.length
+      ? []
+      : [{ rates, accuracy: mean(rows.map(({ accuracy }) => accuracy)), loss: mean(rows.map(({ loss }) => loss)) }];
   });
 }
 
@@ -100,19 +109,32 @@ export const cellOf = ({ method, k, within }, task, rates, seed) => ({ task, met
  */
 export function nextCells(results, experiments, { peers = false } = {}) {
   /** @param {string[]} names */
-  const tune = (...names) => () => names.map(methodOf).flatMap((plan) => (plan.rates ?? []).flatMap((rates) => tuningCells(plan, rates)));
+  const tune =
+    (...names) =>
+    () =>
+      names.map(methodOf).flatMap((plan) => (plan.rates ?? []).flatMap((rates) => tuningCells(plan, rates)));
   /** @param {Domain[]} domains @param {string[]} names @param {readonly number[]} seeds */
   const measure = (domains, names, seeds) => () =>
     domains.flatMap((domain) =>
       experiments[domain].test.flatMap((task) =>
-        names.map(methodOf).filter((plan) => plan.domains.includes(domain)).flatMap((plan) =>
-          seeds.map((seed) => cellOf(plan, task, /** @type {Rates} */ (chosenRates(results, plan)), seed)))));
+        names
+          .map(methodOf)
+          .filter((plan) => plan.domains.includes(domain))
+          .flatMap((plan) =>
+            seeds.map((seed) => cellOf(plan, task, /** @type {Rates} */ (chosenRates(results, plan)), seed)),
+          ),
+      ),
+    );
   const claim = ["ours", "LoRA r 8"];
-  const frozen = METHODS.filter(({ method, rates }) => rates === HEAD_RATES && method !== "zero-shot flat").map(({ name }) => name);
+  const frozen = METHODS.filter(({ method, rates }) => rates === HEAD_RATES && method !== "zero-shot flat").map(
+    ({ name }) => name,
+  );
   const flat = METHODS.filter(({ method }) => method === "zero-shot flat").map(({ name }) => name);
   /** No seed changes what it gives. */
   const certain = METHODS.filter(({ method }) => method === "analytical").map(({ name }) => name);
-  const rest = METHODS.filter(({ name, method }) => (peers || !PEERS.has(method)) && !certain.includes(name)).map(({ name }) => name);
+  const rest = METHODS.filter(({ name, method }) => (peers || !PEERS.has(method)) && !certain.includes(name)).map(
+    ({ name }) => name,
+  );
   const leftOut = /** @type {Domain[]} */ (["sections", "debtags"]);
   for (const stage of [
     tune(...claim),

@@ -15,7 +15,7 @@ import { domainOf, experiments, HUB_SPLIT, HUB_TEST, readHubSplit, readTasks, se
 import { drawFigures } from "./figures.js";
 import { reasonAgainst } from "./peers.js";
 import { nextCells } from "./plan.js";
-import { claimTable, methodTable, rateTable, Reader, taskTable, toMarkdown } from "./tables.js";
+import { claimTable, methodTable, Reader, rateTable, taskTable, toMarkdown } from "./tables.js";
 
 const asked = option("results");
 const folder = asked ? pathToFileURL(`${resolve(asked)}/`) : new URL("results/", import.meta.url);
@@ -41,7 +41,8 @@ for (let cells = next(); cells.length > 0 && performance.now() < until; cells = 
   }
 }
 
-if (reason && nextCells(results, suites, { peers: true }).length > 0) process.stderr.write(`VeRA and PiSSA are not measured: ${reason}\n`);
+if (reason && nextCells(results, suites, { peers: true }).length > 0)
+  process.stderr.write(`VeRA and PiSSA are not measured: ${reason}\n`);
 const references = { "shared-seed": await readReference("shared-seed"), hub: await readReference("hub") };
 const reader = new Reader(results, tasks, suites, references);
 const tables = [
@@ -53,7 +54,10 @@ const tables = [
   rateTable(reader),
 ];
 const json = { environment: environment(), tables };
-await writeFile(new URL("tables.json", folder), `${JSON.stringify(json, (_, value) => (typeof value === "number" ? Number(value.toFixed(4)) : value), 1)}\n`);
+await writeFile(
+  new URL("tables.json", folder),
+  `${JSON.stringify(json, (_, value) => (typeof value === "number" ? Number(value.toFixed(4)) : value), 1)}\n`,
+);
 const markdown = tables.map(toMarkdown).join("\n");
 await writeFile(new URL("tables.md", folder), markdown);
 for (const [name, svg] of await drawFigures(reader)) await writeFile(new URL(`${name}.svg`, folder), svg);

@@ -30,7 +30,8 @@ export function pairedBootstrap(groups, { resamples = 10_000, seed = 1, level = 
   const means = new Float64Array(resamples);
   for (let i = 0; i < resamples; i++) {
     let sum = 0;
-    for (const group of groups) for (let n = 0; n < group.length; n++) sum += group[Math.floor(random() * group.length)];
+    for (const group of groups)
+      for (let n = 0; n < group.length; n++) sum += group[Math.floor(random() * group.length)];
     means[i] = sum / count;
   }
   means.sort();

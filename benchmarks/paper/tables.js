@@ -2,8 +2,9 @@
  * Tables of what was measured, as numbers and as Markdown. A method stands in a table when every task of it has a cell; what is
  * missing is said.
  */
-import { cellOf, chosenRates, methodOf, METHODS, SEEDS, tried, TUNED } from "./plan.js";
+
 import { remaining } from "./data.js";
+import { cellOf, chosenRates, METHODS, methodOf, SEEDS, TUNED, tried } from "./plan.js";
 import { deviation, mean, pairedBootstrap, rightOf } from "./statistics.js";
 
 /**
@@ -34,7 +35,8 @@ export class Reader {
     this.references = references;
     /** @type {Map<string, boolean[]>} */
     this.kept = new Map();
-    for (const { test, donors } of Object.values(experiments)) for (const id of test) this.kept.set(id, remaining(tasks, id, donors(id)));
+    for (const { test, donors } of Object.values(experiments))
+      for (const id of test) this.kept.set(id, remaining(tasks, id, donors(id)));
   }
 
   /** A method's cells on one task at the rates that were chosen, by seed. @param {MethodPlan} plan @param {string} task @returns {Row[]} */
@@ -77,11 +79,15 @@ export function claimTable(reader) {
       const seeds = SEEDS.filter((seed) => [own, theirs].every((cells) => cells.some((one) => one.seed === seed)));
       if (seeds.length < SEEDS.length) missing.push(`${task} ${seeds.length}`);
       if (seeds.length === 0) continue;
-      const of = (/** @type {Row[]} */ cells) => seeds.map((seed) => reader.right(task, /** @type {Row} */ (cells.find((one) => one.seed === seed)).answers, "kept"));
+      const of = (/** @type {Row[]} */ cells) =>
+        seeds.map((seed) =>
+          reader.right(task, /** @type {Row} */ (cells.find((one) => one.seed === seed)).answers, "kept"),
+        );
       const [a, b] = [of(own), of(theirs)];
       const differences = a[0].map((_, row) => 100 * mean(seeds.map((_, s) => a[s][row] - b[s][row])));
       groups.push(differences);
-      for (const [s, seed] of seeds.entries()) bySeed[SEEDS.indexOf(seed)].push(...a[s].map((right, row) => 100 * (right - b[s][row])));
+      for (const [s, seed] of seeds.entries())
+        bySeed[SEEDS.indexOf(seed)].push(...a[s].map((right, row) => 100 * (right - b[s][row])));
       [sizes.ours, sizes.lora] = [own[0].trained, theirs[0].trained];
       lines.push({
         task,
@@ -93,8 +99,15 @@ export function claimTable(reader) {
     }
   }
   const pooled = interval(groups);
-  const weighted = (/** @type {string} */ key) => lines.reduce((sum, line) => sum + Number(line[key]) * Number(line.rows), 0) / groups.flat().length;
-  lines.push({ task: "pooled", rows: groups.flat().length, "LoRA r 8, %": weighted("LoRA r 8, %"), "ours, %": weighted("ours, %"), ...pooled });
+  const weighted = (/** @type {string} */ key) =>
+    lines.reduce((sum, line) => sum + Number(line[key]) * Number(line.rows), 0) / groups.flat().length;
+  lines.push({
+    task: "pooled",
+    rows: groups.flat().length,
+    "LoRA r 8, %": weighted("LoRA r 8, %"),
+    "ours, %": weighted("ours, %"),
+    ...pooled,
+  });
   const seeds = bySeed.filter((all) => all.length === groups.flat().length).map(mean);
   const ratio = sizes.lora / sizes.ours;
   const complete = seeds.length === SEEDS.length;
@@ -105,7 +118,15 @@ export function claimTable(reader) {
     `At most ${CLAIM.centre} points below LoRA, the interval's end at most ${CLAIM.end}, at least ${CLAIM.ratio} times fewer numbers: ${complete ? (holds ? "holds" : "does not hold") : "not judged before all seeds are there"}.`,
     ...(missing.length > 0 ? [`Not all ${SEEDS.length} seeds are measured yet, so far: ${missing.join(", ")}.`] : []),
   ];
-  const verdict = { centre: pooled.difference, low: pooled.low, high: pooled.high, ratio, rows: groups.flat().length, seeds: seeds.length, holds };
+  const verdict = {
+    centre: pooled.difference,
+    low: pooled.low,
+    high: pooled.high,
+    ratio,
+    rows: groups.flat().length,
+    seeds: seeds.length,
+    holds,
+  };
   return { id: "claim", title: "Coefficients and head against LoRA", lines, notes, verdict };
 }
 
@@ -142,13 +163,22 @@ export function methodTable(reader, experiment, title) {
       method: plan.name,
       "trained beside the head": chosen[0][0].trained,
       rates: ratesOf(chosen[0][0]),
-      ...accuracies(reader, chosen.map((of) => of.map(({ task, answers }) => ({ task, answers })))),
+      ...accuracies(
+        reader,
+        chosen.map((of) => of.map(({ task, answers }) => ({ task, answers }))),
+      ),
     });
   }
   const given = experiment.test.map((task) => ({ task, answers: reader.given(experiment, task) }));
-  lines.push({ method: "the given adapters (LoRA r 8 by PEFT)", "trained beside the head": 73728, rates: "", ...accuracies(reader, [given]) });
+  lines.push({
+    method: "the given adapters (LoRA r 8 by PEFT)",
+    "trained beside the head": 73728,
+    rates: "",
+    ...accuracies(reader, [given]),
+  });
   const notes = [...peers].map(([peer, names]) => `${[...names].join(" and ")}: ${peer}.`);
-  if (missing.length > 0) notes.push(`Not measured on all ${experiment.test.length} tasks yet (so far on): ${missing.join(", ")}.`);
+  if (missing.length > 0)
+    notes.push(`Not measured on all ${experiment.test.length} tasks yet (so far on): ${missing.join(", ")}.`);
   return { id: experiment.domain, title, lines, notes };
 }
 
@@ -159,9 +189,16 @@ export function methodTable(reader, experiment, title) {
  * @returns {Line}
  */
 function accuracies(reader, seeds) {
-  const of = (/** @type {"kept" | "all"} */ which) => seeds.map((tasks) => 100 * mean(tasks.flatMap(({ task, answers }) => reader.right(task, answers, which))));
+  const of = (/** @type {"kept" | "all"} */ which) =>
+    seeds.map((tasks) => 100 * mean(tasks.flatMap(({ task, answers }) => reader.right(task, answers, which))));
   const [kept, all] = [of("kept"), of("all")];
-  return { "unseen rows, %": mean(kept), "±": spread(kept), "all rows, %": mean(all), "± ": spread(all), seeds: seeds.length };
+  return {
+    "unseen rows, %": mean(kept),
+    "±": spread(kept),
+    "all rows, %": mean(all),
+    "± ": spread(all),
+    seeds: seeds.length,
+  };
 }
 
 /** Between seeds, where there are several. @param {number[]} values */
@@ -176,10 +213,15 @@ const spread = (values) => (values.length > 1 ? deviation(values) : null);
 export function taskTable(reader, experiment) {
   const lines = experiment.test.map((task) => {
     /** @type {Line} */
-    const line = { task, rows: reader.kept.get(task)?.filter(Boolean).length ?? 0, of: reader.tasks.get(task)?.test.length ?? 0 };
+    const line = {
+      task,
+      rows: reader.kept.get(task)?.filter(Boolean).length ?? 0,
+      of: reader.tasks.get(task)?.test.length ?? 0,
+    };
     for (const plan of METHODS.filter(({ domains }) => domains.includes(experiment.domain))) {
       const cells = reader.cells(plan, task);
-      if (cells.length > 0) line[plan.name] = 100 * mean(cells.flatMap(({ answers }) => reader.right(task, answers, "kept")));
+      if (cells.length > 0)
+        line[plan.name] = 100 * mean(cells.flatMap(({ answers }) => reader.right(task, answers, "kept")));
     }
     return { ...line, given: 100 * mean(reader.right(task, reader.given(experiment, task), "kept")) };
   });
@@ -194,7 +236,13 @@ export function taskTable(reader, experiment) {
 export function rateTable({ results }) {
   const lines = METHODS.flatMap((plan) => {
     const chosen = chosenRates(results, plan);
-    return tried(results, plan).map(({ rates, accuracy, loss }) => ({ method: plan.name, rates: ratesOf({ rates }), "validation, %": 100 * accuracy, loss, chosen: rates === chosen ? "yes" : "" }));
+    return tried(results, plan).map(({ rates, accuracy, loss }) => ({
+      method: plan.name,
+      rates: ratesOf({ rates }),
+      "validation, %": 100 * accuracy,
+      loss,
+      chosen: rates === chosen ? "yes" : "",
+    }));
   });
   const notes = [`Rows of the training sets of ${TUNED.join(" and ")} that nothing was trained on, seed 1.`];
   return { id: "rates", title: "Rates, chosen on validation rows", lines, notes };
@@ -208,7 +256,15 @@ export function toMarkdown({ title, lines, notes }) {
   const names = [...new Set(lines.flatMap((line) => Object.keys(line)))];
   const row = (/** @type {string[]} */ cells) => `| ${cells.join(" | ")} |`;
   const body = lines.map((line) => row(names.map((name) => format(line[name]))));
-  return [`## ${title}`, "", row(names.map((name) => name.trim())), row(names.map(() => "---")), ...body, "", ...notes.flatMap((note) => [note, ""])].join("\n");
+  return [
+    `## ${title}`,
+    "",
+    row(names.map((name) => name.trim())),
+    row(names.map(() => "---")),
+    ...body,
+    "",
+    ...notes.flatMap((note) => [note, ""]),
+  ].join("\n");
 }
 
 /** @param {string | number | null | undefined} value */

@@ -7,10 +7,10 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { openPack } from "eigenlora";
 import { buildAuto, buildPack, packWithin, readAdapters, taskAdapter } from "eigenlora/build";
-import { decodeTensor, tensorBytes } from "../../dist/src/tensor/dtypes.js";
-import { encodeTensor } from "../../dist/src/tensor/encode.js";
 import { deltaError, relative } from "../../dist/src/extract/error.js";
 import { balance } from "../../dist/src/extract/gauge.js";
+import { decodeTensor, tensorBytes } from "../../dist/src/tensor/dtypes.js";
+import { encodeTensor } from "../../dist/src/tensor/encode.js";
 import { startPython } from "../report.js";
 import { bytesOfAdapter } from "./suite.js";
 import { nameOf } from "./ways.js";
@@ -66,7 +66,9 @@ export async function measure(suite, n, way, asks, peers, most) {
       for (const { id } of adapters) answers.push(await suite.ask(session, id, { [id]: strength }));
     });
   }
-  const rows = asks ? await Promise.all(adapters.map(async ({ id }) => (await suite.questions()).get(id)?.labels.length ?? NaN)) : [];
+  const rows = asks
+    ? await Promise.all(adapters.map(async ({ id }) => (await suite.questions()).get(id)?.labels.length ?? NaN))
+    : [];
   const share = (/** @type {"right" | "same"} */ what) => answers.map((one, i) => rounded(one[what] / rows[i]));
   return {
     suite: suite.name,
@@ -95,19 +97,42 @@ async function store(suite, adapters, way, peers, asks, most) {
     const { chunks, report } = await buildAuto(adapters, { criterion, ...(judge ? { judge: judge.judge } : {}) });
     await judge?.release();
     const same = report.tried.filter(({ bytes, error }) => bytes === report.bytes && error === report.error.mean);
-    return { bytes: report.bytes, error: rounded(mean(await packErrors(adapters, chunks))), found: same[0]?.name ?? "", chunks };
+    return {
+      bytes: report.bytes,
+      error: rounded(mean(await packErrors(adapters, chunks))),
+      found: same[0]?.name ?? "",
+      chunks,
+    };
   }
   if (way.kind === "pack") {
     const { chunks, report } = await build(suite, adapters, way);
     return { bytes: report.bytes, error: rounded(mean(await packErrors(adapters, chunks))), chunks };
   }
   if (way.kind === "heads" || way.kind === "each") {
-    const stored = await Promise.all(adapters.map((adapter) => (way.kind === "heads" ? { adapter, bytes: 0 } : storeOne(adapter, way))));
+    const stored = await Promise.all(
+      adapters.map((adapter) => (way.kind === "heads" ? { adapter, bytes: 0 } : storeOne(adapter, way))),
+    );
     const head = way.kind === "heads" ? way.type : way.head;
     const sizes = stored.map(({ adapter, bytes }) => bytes + headBytes(adapter, head));
-    const errors = await Promise.all(stored.map(({ adapter }, i) => (way.kind === "heads" ? 1 : errorOf(adapters[i], adapter))));
-    const chunks = asks ? (await buildPack(stored.map(({ adapter }) => adapter), lossless(head))).chunks : [];
-    return { bytes: sum(sizes), error: rounded(mean(errors)), errors: errors.map(rounded), sizes, chunks, ...(way.kind === "heads" ? { strength: 0 } : {}) };
+    const errors = await Promise.all(
+      stored.map(({ adapter }, i) => (way.kind === "heads" ? 1 : errorOf(adapters[i], adapter))),
+    );
+    const chunks = asks
+      ? (
+          await buildPack(
+            stored.map(({ adapter }) => adapter),
+            lossless(head),
+          )
+        ).chunks
+      : [];
+    return {
+      bytes: sum(sizes),
+      error: rounded(mean(errors)),
+      errors: errors.map(rounded),
+      sizes,
+      chunks,
+      ...(way.kind === "heads" ? { strength: 0 } : {}),
+    };
   }
   return peers.compress(adapters, way, async (bytes, back) => {
     const errors = await Promise.all(adapters.map((adapter, i) => errorOf(adapter, back[i])));
@@ -141,7 +166,9 @@ export class Peers {
 
   static async start() {
     const child = await startPython("size.py");
-    return "reason" in child ? new Peers(undefined, "pip install lorashare==0.1.3 vlora-dev==1.0.0") : new Peers(child, undefined);
+    return "reason" in child
+      ? new Peers(undefined, "pip install lorashare==0.1.3 vlora-dev==1.0.0")
+      : new Peers(child, undefined);
   }
 
   /**
@@ -156,7 +183,13 @@ export class Peers {
     /** @type {Adapter[]} */
     let back = [];
     try {
-      const { bytes } = await this.child.ask({ package: kind, k, packed, adapters: adapters.map(({ file }) => file), out: join(out, kind) });
+      const { bytes } = await this.child.ask({
+        package: kind,
+        k,
+        packed,
+        adapters: adapters.map(({ file }) => file),
+        out: join(out, kind),
+      });
       back = await readAdapters(adapters.map(({ id }) => join(out, kind, "back", id)));
       return await work(bytes, back);
     } finally {
@@ -174,7 +207,11 @@ export class Peers {
 async function packErrors(adapters, chunks) {
   const pack = await openPack(new Blob(/** @type {BlobPart[]} */ (chunks)));
   const bases = await pack.takeBases();
-  const errors = await Promise.all(adapters.map(async (adapter) => errorOf(adapter, taskAdapter(pack, bases, adapter.id, await pack.load(adapter.id)))));
+  const errors = await Promise.all(
+    adapters.map(async (adapter) =>
+      errorOf(adapter, taskAdapter(pack, bases, adapter.id, await pack.load(adapter.id))),
+    ),
+  );
   await pack.close();
   return errors;
 }
@@ -185,7 +222,10 @@ async function errorOf(exact, stored) {
   for (const [name, module] of exact.modules) {
     const other = stored.modules.get(name);
     if (!other) throw new Error(`${stored.file}: no "${name}" was given back`);
-    const { difference, norm } = deltaError(toPair(module.rank, await module.read()), toPair(other.rank, await other.read()));
+    const { difference, norm } = deltaError(
+      toPair(module.rank, await module.read()),
+      toPair(other.rank, await other.read()),
+    );
     errors.push(relative(difference, norm));
   }
   return mean(errors);
@@ -220,7 +260,11 @@ async function storeOne(adapter, { rank, type }) {
 /** Of a head; its bias is f16 where the weights are integers, as in a pack. @param {Adapter} adapter @param {TensorType} type */
 function headBytes({ saved }, type) {
   const vector = type.startsWith("int") ? "f16" : type;
-  return sum(saved.map(({ shape: [rows, width] }) => (width === undefined ? tensorBytes(vector, 1, rows) : tensorBytes(type, rows, width))));
+  return sum(
+    saved.map(({ shape: [rows, width] }) =>
+      width === undefined ? tensorBytes(vector, 1, rows) : tensorBytes(type, rows, width),
+    ),
+  );
 }
 
 /** @param {number} rank @param {import("eigenlora/build").Factors} factors */

@@ -15,7 +15,7 @@ import { option, printParts } from "../report.js";
 import { Rows } from "../rows.js";
 import { SETTINGS, shapesPart } from "../shapes.js";
 import { keyOf, measure, Peers } from "./measure.js";
-import { Suite, SUITES } from "./suite.js";
+import { SUITES, Suite } from "./suite.js";
 import { drawFigures, Reader, tables } from "./tables.js";
 import { byThemselves, found, frontier, grid, nameOf, small, within } from "./ways.js";
 
@@ -36,13 +36,23 @@ const suites = await Promise.all(names.map((name) => Suite.open(name)));
 const peers = await Peers.start();
 
 // What says most comes first, so that a run of a few minutes says something.
-for (const suite of suites) await run(suite, suite.adapters.length, [...small(suite.adapters.length), ...byThemselves()], true);
+for (const suite of suites)
+  await run(suite, suite.adapters.length, [...small(suite.adapters.length), ...byThemselves()], true);
 for (const suite of suites) for (const n of suite.sizes) await run(suite, n, grid(n), false);
 for (const suite of suites) for (const n of suite.sizes) await run(suite, n, small(n), true);
 for (const suite of suites) await run(suite, suite.adapters.length, frontier(suite.adapters.length), true);
-for (const n of [...new Set(suites.flatMap(({ sizes }) => sizes))].sort((a, b) => a - b)) for (const suite of suites) if (suite.sizes.includes(n)) await run(suite, n, within(), false);
+for (const n of [...new Set(suites.flatMap(({ sizes }) => sizes))].sort((a, b) => a - b))
+  for (const suite of suites) if (suite.sizes.includes(n)) await run(suite, n, within(), false);
 for (const suite of suites) for (const n of suite.sizes) await run(suite, n, found(n), n === suite.adapters.length);
-for (const suite of suites) await run(suite, suite.adapters.length, found(suite.adapters.length).slice(1).map((way) => ({ ...way, judged: true })), true);
+for (const suite of suites)
+  await run(
+    suite,
+    suite.adapters.length,
+    found(suite.adapters.length)
+      .slice(1)
+      .map((way) => ({ ...way, judged: true })),
+    true,
+  );
 peers.stop();
 
 const reader = new Reader(rows.all(), suites, await readDistilled());
@@ -56,7 +66,10 @@ if (process.argv.includes("--shapes")) {
 const { reason, versions } = peers;
 printParts(
   parts,
-  /** @type {const} */ (["lorashare", "vlora"]).map((name) => ({ name, ...(reason ? { reason } : { version: versions[name] }) })),
+  /** @type {const} */ (["lorashare", "vlora"]).map((name) => ({
+    name,
+    ...(reason ? { reason } : { version: versions[name] }),
+  })),
 );
 for (const suite of suites) await suite.close();
 
@@ -67,7 +80,10 @@ async function run(suite, n, ways, asks) {
     const known = rows.get({ suite: suite.name, n, way: nameOf(way) });
     if (known && (known.accuracy || !asks)) continue;
     if ((way.kind === "lorashare" || way.kind === "vlora") && peers.reason) continue;
-    const most = way.kind === "auto" && "within" in way ? new Reader(rows.all(), suites).fileBytes(suite, n, nameOf(way.within)) : undefined;
+    const most =
+      way.kind === "auto" && "within" in way
+        ? new Reader(rows.all(), suites).fileBytes(suite, n, nameOf(way.within))
+        : undefined;
     if (Number.isNaN(most)) continue;
     await keep(await measure(suite, n, way, asks, peers, most));
   }
@@ -77,18 +93,30 @@ async function run(suite, n, ways, asks) {
 async function keep(row) {
   await rows.add(row);
   const accuracy = row.accuracy && row.accuracy.reduce((a, b) => a + b, 0) / row.accuracy.length;
-  process.stderr.write(`${keyOf(row)}: ${row.bytes} B, error ${row.error}, ${accuracy ? `accuracy ${accuracy.toFixed(4)}, ` : ""}${row.seconds} s\n`);
+  process.stderr.write(
+    `${keyOf(row)}: ${row.bytes} B, error ${row.error}, ${accuracy ? `accuracy ${accuracy.toFixed(4)}, ` : ""}${row.seconds} s\n`,
+  );
 }
 
 /** Packs of a size, all tasks distilled. @returns {Promise<import("./tables.js").Distilled[]>} */
 async function readDistilled() {
   const text = await readFile(new URL("../results/distill.jsonl", import.meta.url), "utf8").catch(() => "");
-  const lines = text.split("\n").filter(Boolean).map((line) => JSON.parse(line)).filter(({ bytes }) => bytes);
+  const lines = text
+    .split("\n")
+    .filter(Boolean)
+    .map((line) => JSON.parse(line))
+    .filter(({ bytes }) => bytes);
   return [...new Set(lines.map(({ settings }) => settings))].map((settings) => {
     const { SUITE: suite, RATIO, K, RANK, TYPES, GAUGE } = JSON.parse(settings);
     const own = lines.filter((line) => line.settings === settings);
     const size = RATIO === undefined ? `K ${K}` : `${RATIO} times fewer bytes`;
-    const way = [`${GAUGE} column`, ...(RANK ? [`rank ${RANK}`] : []), ...Object.entries(TYPES ?? { basis: "f16" }).map((part) => part.join(" ")), size, "distilled"].join(", ");
+    const way = [
+      `${GAUGE} column`,
+      ...(RANK ? [`rank ${RANK}`] : []),
+      ...Object.entries(TYPES ?? { basis: "f16" }).map((part) => part.join(" ")),
+      size,
+      "distilled",
+    ].join(", ");
     return { suite, way, bytes: own[0].bytes, accuracy: own.map(({ row }) => row["distilled, %"] / 100) };
   });
 }

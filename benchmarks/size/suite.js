@@ -1,13 +1,22 @@
 /**
  * One suite of real adapters: smaller sets of them, their size, and their test rows asked through a live session.
  */
-import * as ort from "onnxruntime-node";
+
 import { openPack } from "eigenlora";
 import { readAdapters } from "eigenlora/build";
 import { createJudge, inputMoments } from "eigenlora/distill";
 import { createEigenSession } from "eigenlora/onnxruntime";
+import * as ort from "onnxruntime-node";
 import { shuffle, uniform } from "../../dist/src/tensor/random.js";
-import { createEncoder, labelOf, model, readReference, readTask, runBatches, toBatches } from "../../examples/minilm.js";
+import {
+  createEncoder,
+  labelOf,
+  model,
+  readReference,
+  readTask,
+  runBatches,
+  toBatches,
+} from "../../examples/minilm.js";
 import { data } from "../report.js";
 
 /**
@@ -56,7 +65,12 @@ export class Suite {
 
   /** `n` adapters, by id; a larger set holds the smaller ones. @param {number} n */
   take(n) {
-    const chosen = new Set(shuffle(this.adapters.map(({ id }) => id), uniform(1)).slice(0, n));
+    const chosen = new Set(
+      shuffle(
+        this.adapters.map(({ id }) => id),
+        uniform(1),
+      ).slice(0, n),
+    );
     return this.adapters.filter(({ id }) => chosen.has(id));
   }
 
@@ -73,7 +87,10 @@ export class Suite {
     for (const { id } of this.adapters) {
       const { test } = await readTask(id);
       const rows = test.slice(0, MOST_ROWS);
-      const peft = /** @type {import("../../examples/minilm.js").Reference} */ (reference.get(id)).predictions.slice(0, rows.length);
+      const peft = /** @type {import("../../examples/minilm.js").Reference} */ (reference.get(id)).predictions.slice(
+        0,
+        rows.length,
+      );
       const texts = rows.map(([text]) => text);
       this.#questions.set(id, { batches: toBatches(encode, texts), labels: rows.map(([, label]) => label), peft });
     }
@@ -129,7 +146,10 @@ export class Suite {
     const tasks = await Promise.all(this.adapters.map(({ id }) => readTask(id)));
     const tests = new Set(tasks.flatMap(({ test }) => test.map(([text]) => text)));
     const all = tasks.flatMap(({ train }) => train.map(([text]) => text));
-    return shuffle([...new Set(all)].filter((text) => !tests.has(text)), uniform(1));
+    return shuffle(
+      [...new Set(all)].filter((text) => !tests.has(text)),
+      uniform(1),
+    );
   }
 
   async close() {

@@ -63,12 +63,26 @@ function part(row, suite, n) {
   const ids = new Set(suite.take(n).map(({ id }) => id));
   const pick = (/** @type {number[] | undefined} */ values) => values?.filter((_, i) => ids.has(suite.adapters[i].id));
   const [sizes, errors, accuracy, same] = [row.sizes, row.errors, row.accuracy, row.same].map(pick);
-  return { ...row, n, bytes: sum(sizes ?? []), error: mean(errors ?? []), ...(accuracy && same ? { accuracy, same } : {}) };
+  return {
+    ...row,
+    n,
+    bytes: sum(sizes ?? []),
+    error: mean(errors ?? []),
+    ...(accuracy && same ? { accuracy, same } : {}),
+  };
 }
 
 /** @param {Pick<Row, "way" | "bytes" | "error" | "accuracy" | "same">} row @returns {Point} */
 function pointOf({ way, bytes, error, accuracy, same }) {
-  return { way, family: familyOf(way), bytes, error, accuracy: accuracy && mean(accuracy), same: same && mean(same), tasks: accuracy?.length ?? 0 };
+  return {
+    way,
+    family: familyOf(way),
+    bytes,
+    error,
+    accuracy: accuracy && mean(accuracy),
+    same: same && mean(same),
+    tasks: accuracy?.length ?? 0,
+  };
 }
 
 /** @param {string} way */
@@ -80,7 +94,11 @@ function familyOf(way) {
 
 /** @param {Reader} reader @returns {Part[]} */
 export function tables(reader) {
-  return reader.suites.flatMap((suite) => suite.sizes.flatMap((n) => [behaviour(reader, suite, n), errors(reader, suite, n), searched(reader, suite, n)])).filter(({ rows }) => rows.length > 0);
+  return reader.suites
+    .flatMap((suite) =>
+      suite.sizes.flatMap((n) => [behaviour(reader, suite, n), errors(reader, suite, n), searched(reader, suite, n)]),
+    )
+    .filter(({ rows }) => rows.length > 0);
 }
 
 /** @param {Reader} reader @param {Suite} suite @param {number} n @returns {Part} */
@@ -118,10 +136,20 @@ function errors(reader, suite, n) {
   const families = [...new Set(points.map(({ family }) => family))].sort();
   const rows = families.map((family) => {
     const own = points.filter((one) => one.family === family);
-    const least = LEVELS.map((level) => Math.min(...own.filter(({ error }) => Number(error) <= level).map(({ bytes }) => bytes)));
-    return { name: family, ...Object.fromEntries(LEVELS.map((level, i) => [`≤ ${level}`, Number.isFinite(least[i]) ? least[i] / 1000 : null])) };
+    const least = LEVELS.map((level) =>
+      Math.min(...own.filter(({ error }) => Number(error) <= level).map(({ bytes }) => bytes)),
+    );
+    return {
+      name: family,
+      ...Object.fromEntries(
+        LEVELS.map((level, i) => [`≤ ${level}`, Number.isFinite(least[i]) ? least[i] / 1000 : null]),
+      ),
+    };
   });
-  return { question: `${suite.name}, ${n} adapters: fewest kB among those measured, by the mean ΔW error allowed`, rows };
+  return {
+    question: `${suite.name}, ${n} adapters: fewest kB among those measured, by the mean ΔW error allowed`,
+    rows,
+  };
 }
 
 /** @param {Reader} reader @param {Suite} suite @param {number} n @returns {Part} */
@@ -131,7 +159,15 @@ function searched(reader, suite, n) {
     const other = /^auto, within the bytes of (.*)$/.exec(point.way)?.[1];
     const theirs = points.find(({ way }) => way === other);
     if (!theirs || theirs.error === undefined || point.error === undefined) return [];
-    return [{ name: theirs.way, kB: reader.fileBytes(suite, n, theirs.way) / 1000, "ΔW error": theirs.error, "auto, kB": point.bytes / 1000, "auto, ΔW error": point.error }];
+    return [
+      {
+        name: theirs.way,
+        kB: reader.fileBytes(suite, n, theirs.way) / 1000,
+        "ΔW error": theirs.error,
+        "auto, kB": point.bytes / 1000,
+        "auto, ΔW error": point.error,
+      },
+    ];
   });
   const notes = ["Whole files: adapters by themselves have the headers of their files."];
   return { question: `${suite.name}, ${n} adapters: what does a search find within the bytes of others?`, rows, notes };
@@ -143,7 +179,10 @@ export function drawFigures(reader) {
   const figures = new Map();
   for (const suite of reader.suites) {
     const sizes = [suite.sizes[0], suite.adapters.length];
-    for (const [what, draw] of /** @type {const} */ ([["accuracy", drawAccuracy], ["error", drawErrors]])) {
+    for (const [what, draw] of /** @type {const} */ ([
+      ["accuracy", drawAccuracy],
+      ["error", drawErrors],
+    ])) {
       const panels = sizes.map((n) => draw(reader, suite, n)).filter((svg) => svg !== undefined);
       if (panels.length > 0) figures.set(`${suite.name}-${what}`, sideBySide(panels));
     }
@@ -168,8 +207,18 @@ function drawAccuracy(reader, suite, n) {
     { name: "vlora-dev", points: rising(of("vlora")) },
   ].filter(({ points }) => points.length > 0);
   if (series.length === 0) return undefined;
-  const lines = [["LoRA", lora], ["heads alone", heads]].flatMap(([name, y]) => (typeof y === "number" ? [{ name: String(name), y: 100 * y }] : []));
-  return drawLines({ title: `${suite.name}, ${n} adapters: accuracy`, x: "kB for all tasks, heads included", y: "mean accuracy, %", linear: true, lines, series });
+  const lines = [
+    ["LoRA", lora],
+    ["heads alone", heads],
+  ].flatMap(([name, y]) => (typeof y === "number" ? [{ name: String(name), y: 100 * y }] : []));
+  return drawLines({
+    title: `${suite.name}, ${n} adapters: accuracy`,
+    x: "kB for all tasks, heads included",
+    y: "mean accuracy, %",
+    linear: true,
+    lines,
+    series,
+  });
 }
 
 /** Those that no other of fewer bytes equals, as [kB, %]. @param {readonly Point[]} points fewest bytes first */
@@ -184,12 +233,31 @@ function rising(points) {
 
 /** @param {Reader} reader @param {Suite} suite @param {number} n */
 function drawErrors(reader, suite, n) {
-  const points = reader.points(suite, n).filter(({ error, family }) => error !== undefined && error > 0.01 && error < 1 && family !== "heads");
-  const names = { column: "column", joint: "joint", flat: "flat", auto: "auto", "each cut by SVD": "each cut by SVD", lorashare: "lorashare", vlora: "vlora-dev" };
-  const series = Object.entries(names).map(([family, name]) => ({ name, points: falling(points.filter((one) => one.family === family)) }));
+  const points = reader
+    .points(suite, n)
+    .filter(({ error, family }) => error !== undefined && error > 0.01 && error < 1 && family !== "heads");
+  const names = {
+    column: "column",
+    joint: "joint",
+    flat: "flat",
+    auto: "auto",
+    "each cut by SVD": "each cut by SVD",
+    lorashare: "lorashare",
+    vlora: "vlora-dev",
+  };
+  const series = Object.entries(names).map(([family, name]) => ({
+    name,
+    points: falling(points.filter((one) => one.family === family)),
+  }));
   const drawn = series.filter(({ points }) => points.length > 0);
   if (drawn.length === 0) return undefined;
-  return drawLines({ title: `${suite.name}, ${n} adapters: ΔW error`, x: "kB for all tasks, heads included", y: "mean ΔW error, %", linear: true, series: drawn });
+  return drawLines({
+    title: `${suite.name}, ${n} adapters: ΔW error`,
+    x: "kB for all tasks, heads included",
+    y: "mean ΔW error, %",
+    linear: true,
+    series: drawn,
+  });
 }
 
 /** Those that no other of fewer bytes equals, as [kB, %]. @param {readonly Point[]} points fewest bytes first */

@@ -20,7 +20,13 @@
  */
 function pack({ mode = "column", gauge = "as-trained", k, ratio, type = "f16", head = type, calibrated, ...more }) {
   const select = /** @type {BuildOptions["select"]} */ (k === undefined ? more.select : { kind: "k", k });
-  const options = { mode, gauge, ...more, ...(select ? { select } : {}), types: { basis: type, coefficients: type, head } };
+  const options = {
+    mode,
+    gauge,
+    ...more,
+    ...(select ? { select } : {}),
+    types: { basis: type, coefficients: type, head },
+  };
   return { kind: "pack", options, ...(ratio ? { ratio } : {}), ...(calibrated ? { calibrated } : {}) };
 }
 
@@ -35,9 +41,15 @@ export function nameOf(way) {
   if (way.kind === "auto") return `auto, ${way.ratio} times fewer bytes, by ${way.judged ? "answers" : "ΔW error"}`;
   if (way.kind !== "pack") return `${way.kind} K ${way.k}${way.packed ? ", NF4" : ""}`;
   const { mode, gauge, select, types, ...more } = way.options;
-  const rest = Object.entries(more).map(([name, value]) => `${name} ${typeof value === "object" ? JSON.stringify(value) : value}`);
+  const rest = Object.entries(more).map(
+    ([name, value]) => `${name} ${typeof value === "object" ? JSON.stringify(value) : value}`,
+  );
   return [
-    [...(gauge === "balanced" ? ["balanced"] : []), mode, ...(select ? [select.kind === "k" ? `K ${select.k}` : JSON.stringify(select)] : [])].join(" "),
+    [
+      ...(gauge === "balanced" ? ["balanced"] : []),
+      mode,
+      ...(select ? [select.kind === "k" ? `K ${select.k}` : JSON.stringify(select)] : []),
+    ].join(" "),
     ...rest,
     typesOf(types),
     ...(way.ratio ? [`${way.ratio} times fewer bytes`] : []),
@@ -48,7 +60,11 @@ export function nameOf(way) {
 /** @param {BuildOptions["types"]} types */
 function typesOf(types) {
   const { basis, coefficients, head } = /** @type {import("eigenlora/build").StorageTypes} */ (types);
-  return [basis, ...(coefficients === basis ? [] : [`coefficients ${coefficients}`]), ...(head === basis ? [] : [`heads ${head}`])].join(", ");
+  return [
+    basis,
+    ...(coefficients === basis ? [] : [`coefficients ${coefficients}`]),
+    ...(head === basis ? [] : [`heads ${head}`]),
+  ].join(", ");
 }
 
 /** Ways whose accuracy is asked of all adapters: each mode, and other packages. @param {number} n adapters @returns {Way[]} */
@@ -81,7 +97,14 @@ export function small(n) {
 
 /** Ways of each adapter by itself: what they give does not depend on the others, so they are asked once, of all. @returns {Way[]} */
 export function byThemselves() {
-  return [{ kind: "each", type: "f32", head: "f32" }, { kind: "heads", type: "f16" }, cut(1, "f32"), cut(2, "int4"), cut(2, "int3"), cut(4, "int4")];
+  return [
+    { kind: "each", type: "f32", head: "f32" },
+    { kind: "heads", type: "f16" },
+    cut(1, "f32"),
+    cut(2, "int4"),
+    cut(2, "int3"),
+    cut(4, "int4"),
+  ];
 }
 
 /** @param {number | undefined} rank @param {TensorType} type @returns {Each} */
@@ -99,7 +122,10 @@ function peers(n) {
   const flat = [...new Set([4, 8, 16].map((k) => Math.min(k, n - 1)))];
   return [
     ...[8, 16, 32].map((k) => /** @type {Peer} */ ({ kind: "lorashare", k })),
-    ...flat.flatMap((k) => [/** @type {Peer} */ ({ kind: "vlora", k }), /** @type {Peer} */ ({ kind: "vlora", k, packed: true })]),
+    ...flat.flatMap((k) => [
+      /** @type {Peer} */ ({ kind: "vlora", k }),
+      /** @type {Peer} */ ({ kind: "vlora", k, packed: true }),
+    ]),
   ];
 }
 
@@ -114,10 +140,16 @@ export function grid(n) {
     ...peers(n),
     ...TYPES.map((type) => cut(undefined, type)),
     ...TYPES.flatMap((type) => [1, 2, 4].map((rank) => cut(rank, type))),
-    ...GAUGES.flatMap((gauge) => TYPES.flatMap((type) => [16, 32, 48].map((k) => pack({ gauge, k, type, head: headOf(type) })))),
-    ...SMALL.flatMap((type) => [16, 32, 48, 64].map((k) => pack({ gauge: "balanced", rank: 4, k, type, head: headOf(type) }))),
+    ...GAUGES.flatMap((gauge) =>
+      TYPES.flatMap((type) => [16, 32, 48].map((k) => pack({ gauge, k, type, head: headOf(type) }))),
+    ),
+    ...SMALL.flatMap((type) =>
+      [16, 32, 48, 64].map((k) => pack({ gauge: "balanced", rank: 4, k, type, head: headOf(type) })),
+    ),
     ...[8, 24].map((k) => pack({ gauge: "balanced", rank: 4, private: 1, k, type: "int4" })),
-    ...GAUGES.flatMap((gauge) => TYPES.map((type) => pack({ mode: "flat", gauge, k: n - 1, type, head: headOf(type) }))),
+    ...GAUGES.flatMap((gauge) =>
+      TYPES.map((type) => pack({ mode: "flat", gauge, k: n - 1, type, head: headOf(type) })),
+    ),
     // It takes ten times as long as the others.
     ...FEW.map((type) => pack({ mode: "joint", k: 32, type })),
   ];

@@ -4,13 +4,14 @@
  *
  * node examples/page/build.js [FOLDER]
  */
-import { build } from "esbuild";
+
 import { createHash } from "node:crypto";
 import { cp, mkdir, readdir, readFile, rm, stat, writeFile } from "node:fs/promises";
 import { join, resolve } from "node:path";
 import { fileURLToPath } from "node:url";
 import { buildPack, readAdapters } from "eigenlora/build";
 import { openOnnxHost } from "eigenlora/onnx";
+import { build } from "esbuild";
 
 /** @param {string} path */
 const here = (path) => fileURLToPath(new URL(path, import.meta.url));

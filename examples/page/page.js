@@ -65,7 +65,8 @@ async function main() {
 /** Not before the page has what it needs itself. */
 async function keepOffline() {
   const note = byId("offline");
-  if (!navigator.serviceWorker) return void (note.textContent = "Not kept for offline use: browsers allow that over HTTPS only.");
+  if (!navigator.serviceWorker)
+    return void (note.textContent = "Not kept for offline use: browsers allow that over HTTPS only.");
   try {
     await navigator.serviceWorker.register("sw.js");
     await navigator.serviceWorker.ready;
@@ -288,9 +289,18 @@ function fail(error) {
 
 /** By tag: what happened and what to do. @type {Map<string, [title: string, advice: string]>} */
 const FAILURES = new Map([
-  ["wasm", ["This browser has no WebAssembly", "A setting or a lockdown mode may block it; allow it here, or try another browser."]],
+  [
+    "wasm",
+    [
+      "This browser has no WebAssembly",
+      "A setting or a lockdown mode may block it; allow it here, or try another browser.",
+    ],
+  ],
   ["worker", ["The worker did not start", "Open the page over HTTP with a recent browser: it needs module workers."]],
-  ["source", ["The pack cannot be read", "Check that the server is there and answers HTTP ranges; then reload the page."]],
+  [
+    "source",
+    ["The pack cannot be read", "Check that the server is there and answers HTTP ranges; then reload the page."],
+  ],
   ["format", ["The pack is damaged", "Build the page again, then reload it."]],
   ["base", ["Pack and model do not belong together", "Build the page again: it packs for the model it ships."]],
   ["backend", ["The model cannot run here", "Reload the page to go back to WASM, or try another browser."]],
@@ -319,7 +329,8 @@ let typedAt = 0;
 
 document.addEventListener("keydown", (event) => {
   const { key, target, ctrlKey, metaKey, altKey, timeStamp } = event;
-  const writing = target instanceof HTMLTextAreaElement || (target instanceof HTMLInputElement && target.type === "text");
+  const writing =
+    target instanceof HTMLTextAreaElement || (target instanceof HTMLInputElement && target.type === "text");
   if (writing || ctrlKey || metaKey || altKey || !/^[a-z0-9:+-]$/i.test(key)) return;
   typed = timeStamp - typedAt < TYPE_AHEAD ? typed + key.toLowerCase() : key.toLowerCase();
   typedAt = timeStamp;

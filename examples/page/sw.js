@@ -35,7 +35,8 @@ async function answer(request) {
   try {
     const response = await fetch(request);
     // The larger runtime is kept once somebody has used it; all else is there.
-    if (response.status === 200 && !(await cache.match(request.url))) await cache.put(request.url, response.clone()).catch(() => {});
+    if (response.status === 200 && !(await cache.match(request.url)))
+      await cache.put(request.url, response.clone()).catch(() => {});
     return response;
   } catch (error) {
     const kept = await cache.match(request.url, { ignoreSearch: true });

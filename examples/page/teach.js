@@ -13,26 +13,32 @@ import { byId, drawLoss, lessonOf, percent, size, time } from "./views.js";
 
 /** What the form begins with. */
 const LESSONS = [
-  ["astronomy", [
-    "desktop planetarium that shows the night sky",
-    "control telescopes and mounts from the command line",
-    "stacks photographs of deep sky objects",
-    "predicts when satellites pass overhead",
-    "star catalogue with a million entries",
-    "library to read images of observatories",
-    "calculates the phases of the moon",
-    "simulator of planets and their orbits",
-  ]],
-  ["chemistry", [
-    "draws molecules and reaction schemes",
-    "molecular dynamics of proteins in water",
-    "converts between file formats of molecules",
-    "viewer for crystal structures",
-    "periodic table of the elements",
-    "computes the spectra of small molecules",
-    "library for quantum chemistry",
-    "titration curves and the acidity of solutions",
-  ]],
+  [
+    "astronomy",
+    [
+      "desktop planetarium that shows the night sky",
+      "control telescopes and mounts from the command line",
+      "stacks photographs of deep sky objects",
+      "predicts when satellites pass overhead",
+      "star catalogue with a million entries",
+      "library to read images of observatories",
+      "calculates the phases of the moon",
+      "simulator of planets and their orbits",
+    ],
+  ],
+  [
+    "chemistry",
+    [
+      "draws molecules and reaction schemes",
+      "molecular dynamics of proteins in water",
+      "converts between file formats of molecules",
+      "viewer for crystal structures",
+      "periodic table of the elements",
+      "computes the spectra of small molecules",
+      "library for quantum chemistry",
+      "titration curves and the acidity of solutions",
+    ],
+  ],
 ];
 
 /** @type {HTMLFormElement} */

@@ -192,31 +192,36 @@ export function drawMemory({ model, adapters }, memory, tasks, resident) {
   );
   /** @type {[string, number][]} */
   const all = [["model", model], ...used];
-  byId("legend").replaceChildren(...all.map(([owner, bytes]) => {
-    const item = element("li");
-    const key = element("i");
-    key.dataset["owner"] = owner;
-    item.append(key, element("span", "", owner), element("b", "", size(bytes)));
-    return item;
-  }));
+  byId("legend").replaceChildren(
+    ...all.map(([owner, bytes]) => {
+      const item = element("li");
+      const key = element("i");
+      key.dataset["owner"] = owner;
+      item.append(key, element("span", "", owner), element("b", "", size(bytes)));
+      return item;
+    }),
+  );
 }
 
 /** @param {string} title @param {Weight[]} weights */
 function bars(title, weights) {
   const group = element("div", "bars");
   const longest = Math.max(...weights.map(({ bytes }) => bytes));
-  group.append(element("h3", "", title), ...weights.map(({ what, bytes, parts }) => {
-    const row = element("p", parts ? "ours" : "");
-    const track = element("span", "track");
-    for (const [owner, part] of parts ?? [["", bytes]]) {
-      const piece = element("i");
-      piece.dataset["owner"] = String(owner);
-      piece.style.width = `${(100 * Number(part)) / longest}%`;
-      track.append(piece);
-    }
-    row.append(element("span", "what", what), track, element("b", "", size(bytes)));
-    return row;
-  }));
+  group.append(
+    element("h3", "", title),
+    ...weights.map(({ what, bytes, parts }) => {
+      const row = element("p", parts ? "ours" : "");
+      const track = element("span", "track");
+      for (const [owner, part] of parts ?? [["", bytes]]) {
+        const piece = element("i");
+        piece.dataset["owner"] = String(owner);
+        piece.style.width = `${(100 * Number(part)) / longest}%`;
+        track.append(piece);
+      }
+      row.append(element("span", "what", what), track, element("b", "", size(bytes)));
+      return row;
+    }),
+  );
   return group;
 }
 
@@ -243,11 +248,23 @@ let lessonsMade = 0;
 export function lessonOf(label, examples) {
   const number = ++lessonsMade;
   const lesson = element("div", "lesson");
-  const input = Object.assign(document.createElement("input"), { type: "text", value: label, maxLength: 30, required: true, autocomplete: "off", placeholder: "label" });
+  const input = Object.assign(document.createElement("input"), {
+    type: "text",
+    value: label,
+    maxLength: 30,
+    required: true,
+    autocomplete: "off",
+    placeholder: "label",
+  });
   input.setAttribute("aria-label", `Label ${number}`);
   const remove = Object.assign(element("button", "remove", "×"), { type: "button" });
   remove.setAttribute("aria-label", `Remove label ${number}`);
-  const lines = Object.assign(document.createElement("textarea"), { value: examples, rows: 8, spellcheck: false, placeholder: "examples, one a line" });
+  const lines = Object.assign(document.createElement("textarea"), {
+    value: examples,
+    rows: 8,
+    spellcheck: false,
+    placeholder: "examples, one a line",
+  });
   lines.setAttribute("aria-label", `Examples of label ${number}, one a line`);
   lesson.append(input, remove, lines);
   return lesson;
@@ -262,7 +279,8 @@ export function drawLoss(losses, steps) {
   const points = losses.map((loss, i) => `${((i + 1) / steps) * 100},${100 - (loss / top) * 96}`);
   const picture = byId("loss");
   picture.querySelector("polyline")?.setAttribute("points", points.join(" "));
-  const fell = losses.length > 1 ? `: ${losses[0].toFixed(2)} at first, now ${losses[losses.length - 1].toFixed(2)}` : "";
+  const fell =
+    losses.length > 1 ? `: ${losses[0].toFixed(2)} at first, now ${losses[losses.length - 1].toFixed(2)}` : "";
   picture.setAttribute("aria-label", `The loss, step by step${fell}`);
 }
 

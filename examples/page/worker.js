@@ -124,7 +124,9 @@ const calls = {
     const before = { ...session.pack.reads };
     await session.pack.prefetch(ids);
     const milliseconds = performance.now() - started;
-    const coefficients = await Promise.all(ids.map(async (id) => /** @type {const} */ ([id, await coefficientsOf(id)])));
+    const coefficients = await Promise.all(
+      ids.map(async (id) => /** @type {const} */ ([id, await coefficientsOf(id)])),
+    );
     return { ...since(before), milliseconds, memory: session.memory(), coefficients };
   },
 
@@ -172,7 +174,10 @@ const calls = {
     let school;
     try {
       // Of its own: it costs the other one nothing, which goes on in its mode, and it is gone afterwards.
-      school = await createEigenSession(ort, /** @type {NonNullable<typeof files>} */ (files).model, session.pack, { trainable: true, session: options });
+      school = await createEigenSession(ort, /** @type {NonNullable<typeof files>} */ (files).model, session.pack, {
+        trainable: true,
+        session: options,
+      });
       // Before each batch the worker looks whether somebody has called.
       const encode = async (/** @type {string[]} */ texts) => (await turn(), tokenize(ort, texts).feeds);
       const trainer = await createTrainer(school, { ...lessons.trainer, labels, encode });
@@ -230,7 +235,9 @@ const calls = {
 
 /** @param {string} id @returns {Task} */
 function taskOf(id) {
-  const { bytes, metadata } = /** @type {import("eigenlora").TaskInfo} */ (files?.pack.tasks.get(id));
+  const { bytes, metadata } = /** @type {import("eigenlora").TaskInfo} */ (
+    /** @type {NonNullable<typeof files>} */ (files).pack.tasks.get(id)
+  );
   return { id, bytes: own.get(id)?.length ?? bytes, labels: metadata.labels ?? [], own: own.has(id) };
 }
 
@@ -271,7 +278,13 @@ const turn = () => new Promise((resolve) => void setTimeout(resolve));
  */
 async function oneBatch(text, tasks) {
   const { ort, session } = live();
-  const result = await session.run(tokenize(ort, tasks.map(() => text)).feeds, { tasks });
+  const result = await session.run(
+    tokenize(
+      ort,
+      tasks.map(() => text),
+    ).feeds,
+    { tasks },
+  );
   const { data, dims } = result.logits;
   const valid = [.../** @type {ReadonlyMap<string, readonly number[]>} */ (result.validColumns).values()][0];
   return tasks.map((id, row) => {
@@ -399,7 +412,11 @@ function tokenize(ort, texts) {
     const data = rows.flatMap((ids) => Array.from({ length: tokens }, (_, i) => BigInt(value(ids[i]))));
     return new ort.Tensor("int64", BigInt64Array.from(data), [rows.length, tokens]);
   };
-  const feeds = { input_ids: tensor((id = 0) => id), attention_mask: tensor((id) => Number(id !== undefined)), token_type_ids: tensor(() => 0) };
+  const feeds = {
+    input_ids: tensor((id = 0) => id),
+    attention_mask: tensor((id) => Number(id !== undefined)),
+    token_type_ids: tensor(() => 0),
+  };
   return { feeds, tokens };
 }
 
@@ -467,7 +484,9 @@ function inQueue(work) {
 }
 
 self.onmessage = ({ data: { id, call, args } }) => {
-  const run = /** @type {Record<string, (...args: unknown[]) => Promise<unknown>>} */ (/** @type {unknown} */ (calls))[call];
+  const run = /** @type {Record<string, (...args: unknown[]) => Promise<unknown>>} */ (/** @type {unknown} */ (calls))[
+    call
+  ];
   const answer = async () => {
     try {
       const value = await run(...args);

@@ -2,8 +2,9 @@
  * The way back: a canonical adapter as the two files that PEFT loads, giving the same weights. Scales stay in B, so
  * every module's alpha equals its rank. Makes the contents only; writing them is up to the caller.
  */
-import { encodeTensor } from "../tensor/encode.ts";
+
 import { AdapterError } from "../errors.ts";
+import { encodeTensor } from "../tensor/encode.ts";
 import type { SafetensorsEntry } from "../tensor/safetensors-writer.ts";
 import type { Adapter, AdapterModule } from "./adapter.ts";
 import { headsOf } from "./peft-config.ts";
@@ -142,7 +143,14 @@ function taskTypeOf({ metadata, saved }: Exportable): string | undefined {
 function headModule(owner: string, taskType: string | undefined): string {
   const heads = headsOf(taskType);
   const path = owner.split(".");
-  const depth = path.findIndex((_, i) => heads.some((head) => path.slice(0, i + 1).join(".").endsWith(head)));
+  const depth = path.findIndex((_, i) =>
+    heads.some((head) =>
+      path
+        .slice(0, i + 1)
+        .join(".")
+        .endsWith(head),
+    ),
+  );
   return depth < 0 ? owner : path.slice(0, depth + 1).join(".");
 }
 

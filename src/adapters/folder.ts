@@ -5,8 +5,8 @@
 import { readdir, readFile, stat } from "node:fs/promises";
 import { basename, dirname, join, resolve } from "node:path";
 import { openPath } from "#platform";
-import { AdapterError, TaskError } from "../errors.ts";
 import { nearest } from "../base/names.ts";
+import { AdapterError, TaskError } from "../errors.ts";
 import { isTaskId } from "../format/format.ts";
 import type { ByteSource } from "../source.ts";
 import type { Adapter } from "./adapter.ts";
@@ -122,7 +122,10 @@ async function subFolders(folder: string): Promise<string[]> {
 
 /** The folder, when both of an adapter's files are in it. */
 async function checkAdapter(folder: string): Promise<string> {
-  for (const [name, other] of [[TENSORS, CONFIG], [CONFIG, TENSORS]] as const) {
+  for (const [name, other] of [
+    [TENSORS, CONFIG],
+    [CONFIG, TENSORS],
+  ] as const) {
     if ((await kind(join(folder, name))) === "file") continue;
     if (name === TENSORS && (await kind(join(folder, PICKLE))) === "file") throw pickleError(join(folder, PICKLE));
     throw new AdapterError(`has no ${name} beside ${other}; copy it from where the adapter was saved`, {
@@ -148,10 +151,13 @@ function rename(found: readonly AdapterLocation[], names: ReadonlyMap<string, st
     if (meant.length !== 1) {
       const folders = meant.map((location) => location.folder).join(", ");
       const why = folders === "" ? "no adapter has this id or path" : `means several; use a path: ${folders}`;
-      throw new TaskError(
-        `--as ${old}=${id}: ${why}`,
-        { task: old, nearest: nearest(old, found.map((location) => location.id)) },
-      );
+      throw new TaskError(`--as ${old}=${id}: ${why}`, {
+        task: old,
+        nearest: nearest(
+          old,
+          found.map((location) => location.id),
+        ),
+      });
     }
     ids.set(meant[0]!.folder, id);
   }

@@ -42,15 +42,42 @@ const REFUSED: ReadonlyMap<string, string> = new Map([
 
 /** Fields that say how the adapter was trained, where it came from, or what the tensors' names say anyway. */
 const HARMLESS: ReadonlySet<string> = new Set([
-  "auto_mapping", "corda_config", "eva_config", "exclude_modules", "inference_mode", "layers_pattern",
-  "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core",
-  "peft_version", "qalora_group_size", "runtime_config", "target_modules",
+  "auto_mapping",
+  "corda_config",
+  "eva_config",
+  "exclude_modules",
+  "inference_mode",
+  "layers_pattern",
+  "layers_to_transform",
+  "loftq_config",
+  "lora_dropout",
+  "lora_ga_config",
+  "megatron_config",
+  "megatron_core",
+  "peft_version",
+  "qalora_group_size",
+  "runtime_config",
+  "target_modules",
 ]);
 
 const HONOURED: ReadonlySet<string> = new Set([
-  "alpha_pattern", "base_model_name_or_path", "bias", "ensure_weight_tying", "fan_in_fan_out", "init_lora_weights",
-  "lora_alpha", "lora_bias", "modules_to_save", "peft_type", "r", "rank_pattern", "revision", "task_type",
-  "trainable_token_indices", "use_dora", "use_rslora",
+  "alpha_pattern",
+  "base_model_name_or_path",
+  "bias",
+  "ensure_weight_tying",
+  "fan_in_fan_out",
+  "init_lora_weights",
+  "lora_alpha",
+  "lora_bias",
+  "modules_to_save",
+  "peft_type",
+  "r",
+  "rank_pattern",
+  "revision",
+  "task_type",
+  "trainable_token_indices",
+  "use_dora",
+  "use_rslora",
 ]);
 
 /** Heads that PEFT saves without being asked (peft_model.py); its early versions did not list them in the file. */
@@ -68,7 +95,14 @@ export function headsOf(taskType: string | undefined): readonly string[] {
 /** Initialisations that change the base's weights before training: the update alone does not give the model. */
 const MUTATING = /^(pissa|corda|olora$|lora_ga$)/;
 const UNTOUCHED: ReadonlySet<unknown> = new Set([
-  undefined, null, true, false, "gaussian", "eva", "orthogonal", "mica",
+  undefined,
+  null,
+  true,
+  false,
+  "gaussian",
+  "eva",
+  "orthogonal",
+  "mica",
 ]);
 
 /**
@@ -120,9 +154,9 @@ export function readPeftConfig(config: unknown, file: string): PeftConfig {
   const r = config.r ?? 8;
   if (!isRank(r)) throw wrong("r", "a positive integer");
   const alpha = config.lora_alpha ?? 8;
-  if (!isFinite(alpha)) throw wrong("lora_alpha", "a number");
+  if (!isFiniteNumber(alpha)) throw wrong("lora_alpha", "a number");
   const rankPattern = numbers("rank_pattern", isRank, "positive integer");
-  const alphaPattern = numbers("alpha_pattern", isFinite, "number");
+  const alphaPattern = numbers("alpha_pattern", isFiniteNumber, "number");
   const rslora = flag("use_rslora");
 
   const bias = config.bias ?? "none";
@@ -164,7 +198,7 @@ function isObject(value: unknown): value is Record<string, unknown> {
   return typeof value === "object" && value !== null && !Array.isArray(value);
 }
 
-function isFinite(value: unknown): value is number {
+function isFiniteNumber(value: unknown): value is number {
   return Number.isFinite(value);
 }
 
@@ -207,7 +241,7 @@ function initWarnings(init: unknown): string[] {
   }
   if (name === "loftq") {
     return [
-      "init_lora_weights is \"loftq\": the adapter was trained against the quantised base that LoftQ made. " +
+      'init_lora_weights is "loftq": the adapter was trained against the quantised base that LoftQ made. ' +
         "Use it with that base, not with the original weights",
     ];
   }

@@ -4,13 +4,13 @@
  * load, or would load in part only, is refused. Portable: folders are read in folder.ts.
  */
 import { AdapterError } from "../errors.ts";
-import { isFloatDtype, openSafetensors, type SafetensorsFile } from "../tensor/safetensors.ts";
-import type { ByteSource } from "../source.ts";
-import type { Adapter, AdapterModule, SavedTensor } from "./adapter.ts";
 import type { Layout, TaskMetadata } from "../format/format.ts";
+import type { ByteSource } from "../source.ts";
+import { isFloatDtype, openSafetensors, type SafetensorsFile } from "../tensor/safetensors.ts";
+import type { Adapter, AdapterModule, SavedTensor } from "./adapter.ts";
 import { readTaskMetadata } from "./metadata.ts";
-import { readPeftConfig, type PeftConfig } from "./peft-config.ts";
-import { parsePeftKeys, type Part } from "./peft-keys.ts";
+import { type PeftConfig, readPeftConfig } from "./peft-config.ts";
+import { type Part, parsePeftKeys } from "./peft-keys.ts";
 
 /** The files of one PEFT adapter. */
 export interface PeftFiles {

@@ -3,8 +3,8 @@
  * whoever has test rows; this reads them and parts the adapters.
  */
 import { basename, dirname } from "node:path";
-import { AdapterError } from "../errors.ts";
 import { nearest } from "../base/names.ts";
+import { AdapterError } from "../errors.ts";
 import type { Adapter } from "./adapter.ts";
 
 /** Accuracy of an adapter with its head, and of that head alone with ΔW at zero; shares from 0 to 1. */
@@ -30,7 +30,12 @@ export function readScores(json: unknown, file: string): Scores {
   const entries = fieldsOf(json, "", file);
   const flat = entries.every(([, entry]) => isObject(entry) && Object.values(entry).some((value) => !isObject(value)));
   const groups = flat ? [["", json] as const] : entries;
-  return new Map(groups.map(([group, scores]) => [group, new Map(fieldsOf(scores, group, file).map(([name, entry]) => [name, scoreOf(entry, name, file)]))]));
+  return new Map(
+    groups.map(([group, scores]) => [
+      group,
+      new Map(fieldsOf(scores, group, file).map(([name, entry]) => [name, scoreOf(entry, name, file)])),
+    ]),
+  );
 }
 
 /**
@@ -50,7 +55,10 @@ export function partByGain(
 ): { kept: Adapter[]; dropped: { id: string; gain: number }[] } {
   const unknown = adapters.filter((adapter) => groupsOf(adapter, scores).length === 0).map(nameOf);
   if (unknown.length > 0) {
-    const close = nearest(unknown[0]!, [...scores.values()].flatMap((group) => [...group.keys()]));
+    const close = nearest(
+      unknown[0]!,
+      [...scores.values()].flatMap((group) => [...group.keys()]),
+    );
     throw new AdapterError(
       `no scores of ${unknown.length} of ${adapters.length} adapters: ${unknown.slice(0, 5).join(", ")}${unknown.length > 5 ? ", …" : ""}` +
         `${close.length > 0 ? ` (nearest: ${close[0]})` : ""}; add them by the names of their folders, or pack without these adapters`,
@@ -67,7 +75,9 @@ export function partByGain(
   }
   if (kept.length === 0) {
     const most = Math.max(...dropped.map(({ gain }) => gain));
-    throw new RangeError(`none of ${adapters.length} adapters gains ${minGain} over its head; the most is ${most.toPrecision(3)}`);
+    throw new RangeError(
+      `none of ${adapters.length} adapters gains ${minGain} over its head; the most is ${most.toPrecision(3)}`,
+    );
   }
   return { kept, dropped };
 }
@@ -99,10 +109,13 @@ function isObject(value: unknown): value is Record<string, unknown> {
 function fieldsOf(value: unknown, name: string, file: string): [string, unknown][] {
   if (isObject(value) && Object.keys(value).length > 0) return Object.entries(value);
   const where = name === "" ? "it" : `"${name}"`;
-  throw new AdapterError(`${where} is not an object of scores; expected { "adapter": { "accuracy": …, "accuracy_head_only": … } }`, {
-    file,
-    ...(name === "" ? {} : { field: name }),
-  });
+  throw new AdapterError(
+    `${where} is not an object of scores; expected { "adapter": { "accuracy": …, "accuracy_head_only": … } }`,
+    {
+      file,
+      ...(name === "" ? {} : { field: name }),
+    },
+  );
 }
 
 function scoreOf(entry: unknown, name: string, file: string): Score {
@@ -110,7 +123,10 @@ function scoreOf(entry: unknown, name: string, file: string): Score {
     const value = isObject(entry) ? entry[field] : undefined;
     if (value === undefined) throw new AdapterError(`"${name}" has no ${field}${how}`, { file, field: name });
     if (typeof value === "number" && value >= 0 && value <= 1) return value;
-    throw new AdapterError(`${field} of "${name}" is ${JSON.stringify(value)}; expected a share from 0 to 1`, { file, field: name });
+    throw new AdapterError(`${field} of "${name}" is ${JSON.stringify(value)}; expected a share from 0 to 1`, {
+      file,
+      field: name,
+    });
   };
   return {
     accuracy: share("accuracy", ", the accuracy of the adapter with its head, from 0 to 1"),

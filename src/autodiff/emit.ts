@@ -3,7 +3,7 @@
  * again. No knowledge of gradients.
  */
 import { FLOAT } from "../onnx/linear.ts";
-import { makeFloats, makeInts, makeNode, PREFIX, type Attributes } from "../onnx/nodes.ts";
+import { type Attributes, makeFloats, makeInts, makeNode, PREFIX } from "../onnx/nodes.ts";
 import type { GraphProto, NodeProto } from "../onnx/onnx_pb.ts";
 
 /** A value by name, or a number as a constant. */

@@ -11,7 +11,11 @@ import type { Shapes } from "./shapes.ts";
  * @param nodes in order
  * @returns the nodes with a Gelu in place of the last of each five, and without the other four; the graph stays as it is
  */
-export function asGelu(nodes: readonly NodeProto[], { producers, consumers }: Graph, shapes: Shapes): readonly NodeProto[] {
+export function asGelu(
+  nodes: readonly NodeProto[],
+  { producers, consumers }: Graph,
+  shapes: Shapes,
+): readonly NodeProto[] {
   const outputs = new Map<NodeProto, NodeProto>();
   const inner = new Set<NodeProto>();
   const only = (value: string, opType: string): NodeProto | undefined => {
@@ -37,7 +41,10 @@ export function asGelu(nodes: readonly NodeProto[], { producers, consumers }: Gr
     // ½ in front or behind.
     const half = factor === x ? only(product.output[0]!, "Mul") : producers.get(factor);
     const last = factor === x ? half : product;
-    const right = factor === x ? beside(half, "Mul", 0.5) === product.output[0] : beside(half, "Mul", 0.5) === x && only(factor, "Mul") === product;
+    const right =
+      factor === x
+        ? beside(half, "Mul", 0.5) === product.output[0]
+        : beside(half, "Mul", 0.5) === x && only(factor, "Mul") === product;
     if (!right || !last) continue;
     outputs.set(last, makeNode("Gelu", last.name, [x], last.output[0]!));
     for (const node of [scaled!, erf, add!, product, half!]) if (node !== last) inner.add(node);

@@ -5,7 +5,7 @@
  * in here: the caller lends the one to look at shapes, and takes the steps.
  */
 import { FormatError } from "../errors.ts";
-import { tinyFeeds, type Feed } from "../onnx/feeds.ts";
+import { type Feed, tinyFeeds } from "../onnx/feeds.ts";
 import type { Grafted, TaskInput } from "../onnx/graft.ts";
 import { FLOAT, INT64 } from "../onnx/linear.ts";
 import { indexGraph, type OnnxModel } from "../onnx/model.ts";
@@ -83,12 +83,18 @@ const TRAINED: ReadonlySet<TaskInput["kind"]> = new Set(["A", "B", "headWeight",
  * @throws FormatError with every reason at once: operators that gradients do not pass (with the names of their nodes),
  *   trained layers that do not reach the loss, half-precision values, probe feeds that tell nothing, an old opset
  */
-export async function buildTrainingGraph(file: ModelFile, grafted: Grafted, options: TrainingGraphOptions): Promise<TrainingGraph> {
+export async function buildTrainingGraph(
+  file: ModelFile,
+  grafted: Grafted,
+  options: TrainingGraphOptions,
+): Promise<TrainingGraph> {
   const { model } = file;
   const main = model.graph.proto;
   const problems = new Problems();
   if (model.opset < LEAST_OPSET) {
-    problems.add(`its opset is ${model.opset}, at least ${LEAST_OPSET} is needed (export it again with opset_version=17)`);
+    problems.add(
+      `its opset is ${model.opset}, at least ${LEAST_OPSET} is needed (export it again with opset_version=17)`,
+    );
   }
   const logits = logitsOf(model, grafted, options.logits);
   const ofTasks = new Set(grafted.inputs.map(({ name }) => name));
@@ -105,7 +111,13 @@ export async function buildTrainingGraph(file: ModelFile, grafted: Grafted, opti
     feeds: feeds?.map((feed, i) => new Map([...feed, ...taskFeeds(grafted.inputs, TASK_SIZES[i]!)])),
     initializers: grafted.initializers,
   };
-  const way = await findWay(indexed, trained.map(({ name }) => name), logits, problems, probing);
+  const way = await findWay(
+    indexed,
+    trained.map(({ name }) => name),
+    logits,
+    problems,
+    probing,
+  );
   const emit = new Emitter(main, model.opset);
   let loss = "";
   const seed = (): string => {
@@ -128,18 +140,26 @@ export async function buildTrainingGraph(file: ModelFile, grafted: Grafted, opti
 }
 
 /** If(learn): the nodes and what they give; otherwise nothing of the same types. One flat graph would learn in every run. */
-function branch(nodes: readonly NodeProto[], results: readonly { value: string; as: string; rank: number }[]): NodeProto {
+function branch(
+  nodes: readonly NodeProto[],
+  results: readonly { value: string; as: string; rank: number }[],
+): NodeProto {
   const inner = (of: string, as: string): string => `${as}/${of}`;
   const given = (of: string): ValueInfoProto[] => results.map(({ as }) => makeValue(inner(of, as), FLOAT));
   const learning = create(GraphProtoSchema, {
     name: `${PREFIX}/learning`,
-    node: [...nodes, ...results.map(({ value, as }) => makeNode("Identity", inner("then", as), [value], inner("then", as)))],
+    node: [
+      ...nodes,
+      ...results.map(({ value, as }) => makeNode("Identity", inner("then", as), [value], inner("then", as))),
+    ],
     output: given("then"),
   });
   const answering = create(GraphProtoSchema, {
     name: `${PREFIX}/answering`,
     node: results.map(({ as }) => makeNode("Identity", inner("else", as), [inner("empty", as)], inner("else", as))),
-    initializer: results.map(({ as, rank }) => makeFloats(inner("empty", as), rank === 0 ? [0] : [], Array<number>(rank).fill(0))),
+    initializer: results.map(({ as, rank }) =>
+      makeFloats(inner("empty", as), rank === 0 ? [0] : [], Array<number>(rank).fill(0)),
+    ),
     output: given("else"),
   });
   const outputs = results.map(({ as }) => as);
@@ -147,14 +167,20 @@ function branch(nodes: readonly NodeProto[], results: readonly { value: string; 
 }
 
 function logitsOf({ name: file, graph }: OnnxModel, { probe }: Grafted, wanted: string | undefined): string {
-  const outputs = graph.proto.output.map(({ name }) => name).filter((name) => name !== probe?.x && name !== probe?.term);
-  const found = wanted === undefined && outputs.length === 1 ? outputs[0] : outputs.find((name) => name === (wanted ?? "logits"));
+  const outputs = graph.proto.output
+    .map(({ name }) => name)
+    .filter((name) => name !== probe?.x && name !== probe?.term);
+  const found =
+    wanted === undefined && outputs.length === 1 ? outputs[0] : outputs.find((name) => name === (wanted ?? "logits"));
   if (found !== undefined) return found;
   const message = `has no output "${wanted ?? "logits"}", only ${outputs.map((name) => `"${name}"`).join(", ")}; name the one that holds the logits`;
   throw new FormatError(message, { file, part: "graph" });
 }
 
-function madeUp(inputs: readonly ValueInfoProto[], problems: Problems): readonly ReadonlyMap<string, Feed>[] | undefined {
+function madeUp(
+  inputs: readonly ValueInfoProto[],
+  problems: Problems,
+): readonly ReadonlyMap<string, Feed>[] | undefined {
   const feeds = SIZES.map((sizes) => {
     const known = new Map<string, number>();
     return tinyFeeds(inputs, (dimension) => {

@@ -4,19 +4,42 @@
  * early as can be: the same numbers, for one position of each text. Forwards it saves most of a layer, backwards what would be
  * zeros.
  */
-import { attribute, indexGraph, type Graph, type OnnxModel, type Use } from "../onnx/model.ts";
+import { attribute, type Graph, indexGraph, type OnnxModel, type Use } from "../onnx/model.ts";
 import { makeInts, makeNode, PREFIX } from "../onnx/nodes.ts";
 import type { NodeProto } from "../onnx/onnx_pb.ts";
 import type { Shapes } from "./shapes.ts";
 
 /** Of each element by itself, with broadcasting. */
 const ELEMENTWISE: ReadonlySet<string> = new Set([
-  ...["Add", "Sub", "Mul", "Div", "Pow", "Erf", "Tanh", "Sigmoid", "Relu", "Gelu", "Sqrt", "Reciprocal", "Neg", "Exp", "Identity", "Cast"],
+  ...[
+    "Add",
+    "Sub",
+    "Mul",
+    "Div",
+    "Pow",
+    "Erf",
+    "Tanh",
+    "Sigmoid",
+    "Relu",
+    "Gelu",
+    "Sqrt",
+    "Reciprocal",
+    "Neg",
+    "Exp",
+    "Identity",
+    "Cast",
+  ],
   ...["Where", "IsNaN"],
 ]);
 
 /** Of all elements along the dimensions from `axis` on, or along `axis`. */
-const ALONG: ReadonlySet<string> = new Set(["Softmax", "LogSoftmax", "LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"]);
+const ALONG: ReadonlySet<string> = new Set([
+  "Softmax",
+  "LogSoftmax",
+  "LayerNormalization",
+  "RMSNormalization",
+  "SimplifiedLayerNormalization",
+]);
 
 /** What shapes for a Reshape are made with. */
 const SHAPES: ReadonlySet<string> = new Set(["Shape", "Gather", "Slice", "Cast", "Squeeze", "Unsqueeze", "Concat"]);
@@ -30,7 +53,9 @@ type Carried = ReadonlyMap<number, number>;
  * @returns the graph indexed anew; undefined where no product is spared
  */
 export function lift({ graph, name }: OnnxModel, shapes: Shapes): Graph | undefined {
-  const nodes = graph.proto.node.filter(({ input, output }) => [...input, ...output].every((value) => value === "" || shapes.has(value)));
+  const nodes = graph.proto.node.filter(({ input, output }) =>
+    [...input, ...output].every((value) => value === "" || shapes.has(value)),
+  );
   let lifted: Graph | undefined;
   for (const gather of nodes.filter(({ opType }) => opType === "Gather")) {
     if (liftOne(lifted ?? graph, gather, nodes, shapes)) lifted = indexGraph(graph.proto, name);
@@ -39,7 +64,12 @@ export function lift({ graph, name }: OnnxModel, shapes: Shapes): Graph | undefi
 }
 
 /** @param nodes those whose shapes are known, in order */
-function liftOne({ proto: main, consumers, producers }: Graph, gather: NodeProto, nodes: readonly NodeProto[], shapes: Shapes): boolean {
+function liftOne(
+  { proto: main, consumers, producers }: Graph,
+  gather: NodeProto,
+  nodes: readonly NodeProto[],
+  shapes: Shapes,
+): boolean {
   const [all, index] = gather.input as [string, string];
   const places = shapes.constant(index);
   const scalar = shapes.dims(index).length === 0;
@@ -55,7 +85,9 @@ function liftOne({ proto: main, consumers, producers }: Graph, gather: NodeProto
   /** Whether a shape ends at a Reshape that will get another one. */
   const vanishes = ({ node, input }: Use): boolean => {
     if (kept.has(node)) return node.opType === "Reshape" && input === 1;
-    return SHAPES.has(node.opType) && !outputs.has(node.output[0]!) && (consumers.get(node.output[0]!) ?? []).every(vanishes);
+    return (
+      SHAPES.has(node.opType) && !outputs.has(node.output[0]!) && (consumers.get(node.output[0]!) ?? []).every(vanishes)
+    );
   };
   for (const node of nodes.toReversed()) {
     const [made, ...more] = node.output.filter((value) => value !== "");
@@ -89,7 +121,11 @@ function liftOne({ proto: main, consumers, producers }: Graph, gather: NodeProto
       if (!taken.has(key)) {
         const name = `${prefix}/position_${taken.size}`;
         taken.set(key, name);
-        main.node.splice(main.node.indexOf(node), 0, makeNode("Gather", name, [value, `${prefix}/index`], name, { axis: along }));
+        main.node.splice(
+          main.node.indexOf(node),
+          0,
+          makeNode("Gather", name, [value, `${prefix}/index`], name, { axis: along }),
+        );
         shapes.narrow(value, along, name);
       }
       node.input[input] = taken.get(key)!;
@@ -97,7 +133,12 @@ function liftOne({ proto: main, consumers, producers }: Graph, gather: NodeProto
     const [made] = node.output as [string];
     shapes.narrow(made, [...wanted.get(made)!][0]!, made);
     if (node.opType !== "Reshape") continue;
-    main.initializer.push(makeInts(`${prefix}/shape/${made}`, shapes.dims(made).map((size) => size ?? -1)));
+    main.initializer.push(
+      makeInts(
+        `${prefix}/shape/${made}`,
+        shapes.dims(made).map((size) => size ?? -1),
+      ),
+    );
     node.input[1] = `${prefix}/shape/${made}`;
   }
   // One position is left, which the node would take.
@@ -142,8 +183,11 @@ function carriedBy(node: NodeProto, at: number, shapes: Shapes): Carried | undef
     }
     case "Reshape": {
       // The dimension with as much in front of it and as many places, so that all else is moved by itself. One may be free.
-      const before = (sizes: typeof made, axis: number): string => String([0, 1].map((run) => sizes.slice(0, axis).reduce((product, size) => product * size[run]!, 1)));
-      const along = first.findIndex((size, axis) => String(size) === String(made[at]) && before(first, axis) === before(made, at));
+      const before = (sizes: typeof made, axis: number): string =>
+        String([0, 1].map((run) => sizes.slice(0, axis).reduce((product, size) => product * size[run]!, 1)));
+      const along = first.findIndex(
+        (size, axis) => String(size) === String(made[at]) && before(first, axis) === before(made, at),
+      );
       const free = made.filter(([one, other], axis) => axis !== at && one !== other).length;
       return along >= 0 && free <= 1 ? new Map([[0, along]]) : undefined;
     }

@@ -39,7 +39,8 @@ export function findPath(graph: Graph, sources: readonly string[], end: string, 
     for (const value of [...flowing(node), ...captured(node)]) needed.add(value);
   }
   const active = new Set([...reached].filter((value) => value !== "" && needed.has(value)));
-  for (const source of sources) if (!active.has(source)) problems.add("what is trained does not reach the loss", source);
+  for (const source of sources)
+    if (!active.has(source)) problems.add("what is trained does not reach the loss", source);
 
   const path = nodes.filter((node) => {
     const enters = [...flowing(node), ...captured(node)].some((value) => active.has(value));

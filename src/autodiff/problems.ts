@@ -32,7 +32,12 @@ export class Problems {
     if (!this.any) return;
     const told = [...this.#found].map(([problem, names]) => {
       const more = names.length > NAMED ? ` and ${names.length - NAMED} more` : "";
-      return names.length === 0 ? problem : `${problem}: ${names.slice(0, NAMED).map((name) => `"${name}"`).join(", ")}${more}`;
+      return names.length === 0
+        ? problem
+        : `${problem}: ${names
+            .slice(0, NAMED)
+            .map((name) => `"${name}"`)
+            .join(", ")}${more}`;
     });
     throw new FormatError(`no training graph can be made of it; ${told.join("; ")}`, { file, part: "graph" });
   }

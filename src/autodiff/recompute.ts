@@ -7,7 +7,20 @@ import { makeNode, PREFIX } from "../onnx/nodes.ts";
 import type { NodeProto } from "../onnx/onnx_pb.ts";
 
 /** One element in, one element out, next to nothing to do for it: the parts of GELU, SiLU and the like. */
-const CHEAP: ReadonlySet<string> = new Set(["Add", "Sub", "Mul", "Div", "Neg", "Erf", "Tanh", "Sigmoid", "Sqrt", "Reciprocal", "Exp", "Pow"]);
+const CHEAP: ReadonlySet<string> = new Set([
+  "Add",
+  "Sub",
+  "Mul",
+  "Div",
+  "Neg",
+  "Erf",
+  "Tanh",
+  "Sigmoid",
+  "Sqrt",
+  "Reciprocal",
+  "Exp",
+  "Pow",
+]);
 
 /** Operators between a kept value and what is made of it again. */
 const LONGEST = 6;
@@ -21,7 +34,8 @@ export function recompute(graph: Graph, nodes: readonly NodeProto[]): NodeProto[
   const place = new Map(graph.proto.node.map((node, at) => [node, at]));
   const own = new Set(nodes.flatMap(({ output }) => output));
   const captured = new Set(nodes.flatMap(({ input }) => input).filter((value) => !own.has(value)));
-  const isConstant = (value: string): boolean => graph.initializers.has(value) || graph.producers.get(value)?.opType === "Constant";
+  const isConstant = (value: string): boolean =>
+    graph.initializers.has(value) || graph.producers.get(value)?.opType === "Constant";
   /** The nodes that make a value of one kept before it, undefined where there are none. */
   const chain = (value: string, kept: ReadonlySet<string>): NodeProto[] | undefined => {
     const made: NodeProto[] = [];
@@ -48,10 +62,20 @@ export function recompute(graph: Graph, nodes: readonly NodeProto[]): NodeProto[
   return nodes.flatMap((node) => {
     const first: NodeProto[] = [];
     for (const [i, input] of node.input.entries()) {
-      for (const { opType, input: inputs, output: [output], attribute } of chains.get(input) ?? []) {
+      for (const {
+        opType,
+        input: inputs,
+        output: [output],
+        attribute,
+      } of chains.get(input) ?? []) {
         if (done.has(output!)) continue;
         done.add(output!);
-        const copy = makeNode(opType, again(output!), inputs.map((one) => (done.has(one) ? again(one) : one)), again(output!));
+        const copy = makeNode(
+          opType,
+          again(output!),
+          inputs.map((one) => (done.has(one) ? again(one) : one)),
+          again(output!),
+        );
         copy.attribute = attribute;
         first.push(copy);
       }

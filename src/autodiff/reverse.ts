@@ -23,7 +23,8 @@ export function differentiate(
 ): ReadonlyMap<string, string> {
   for (const node of nodes) {
     const half = node.output.filter((value) => active.has(value)).find((value) => shapes.type(value) !== "float32");
-    if (half !== undefined) problems.node(node, `computes in ${shapes.type(half)}, which is not trained in (export in float32)`);
+    if (half !== undefined)
+      problems.node(node, `computes in ${shapes.type(half)}, which is not trained in (export in float32)`);
   }
   emit.dimensions = (value) => shapes.dimensions(value);
   const gradients = new Map([[end, seed()]]);

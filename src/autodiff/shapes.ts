@@ -10,7 +10,7 @@ import { makeNode, PREFIX } from "../onnx/nodes.ts";
 import type { ValueInfoProto } from "../onnx/onnx_pb.ts";
 import { create, ValueInfoProtoSchema } from "../onnx/protobuf.ts";
 import type { ModelFile } from "../onnx/read.ts";
-import { detachWeights, type DetachedModel } from "../onnx/write.ts";
+import { type DetachedModel, detachWeights } from "../onnx/write.ts";
 import type { Dimension } from "./emit.ts";
 import type { Problems } from "./problems.ts";
 
@@ -66,7 +66,8 @@ export function checkFeeds(
         if (value.case === "dimValue" || size === undefined || size === 0) continue;
         const named = value.case === "dimParam" && value.value !== "";
         const dimension = named ? value.value : `${name}, dimension ${axis}`;
-        if (size === 1) problems.add("a free dimension of the probe feeds is 1, which looks like broadcasting", dimension);
+        if (size === 1)
+          problems.add("a free dimension of the probe feeds is 1, which looks like broadcasting", dimension);
         // One without a name may be the same as any other.
         if (named) sizes.set(dimension, size);
         else if (before.get(dimension) === size) equal(size, dimension);
@@ -119,7 +120,10 @@ export async function probeShapes(
     const [first, second] = probed as [Probed, Probed];
     if (first.dims.length !== second.dims.length) problems.add("the rank of a value depends on the input", value);
     if (first.dims.some((size, axis) => size !== second.dims[axis] && (size === 1 || second.dims[axis] === 1))) {
-      problems.add("a free dimension becomes 1 on the probe feeds, which looks like broadcasting: pass larger ones", value);
+      problems.add(
+        "a free dimension becomes 1 on the probe feeds, which looks like broadcasting: pass larger ones",
+        value,
+      );
     }
     found.set(value, probed);
   }
@@ -162,9 +166,19 @@ export class Shapes {
       }
     }
     const all = [...free.values()];
-    for (const [i, { sizes: [a, b], ...one }] of all.entries()) {
+    for (const [
+      i,
+      {
+        sizes: [a, b],
+        ...one
+      },
+    ] of all.entries()) {
       ways([a, b], [one]);
-      for (const { sizes: [c, d], ...other } of all.slice(i)) ways([a * c, b * d], [one, other]);
+      for (const {
+        sizes: [c, d],
+        ...other
+      } of all.slice(i))
+        ways([a * c, b * d], [one, other]);
     }
   }
 
@@ -192,7 +206,10 @@ export class Shapes {
   /** From now on `name` is `value` with one place of a dimension. */
   narrow(value: string, axis: number, name: string): void {
     const runs = this.#found.get(value)!;
-    this.#found.set(name, runs.map(({ type, dims }) => ({ type, dims: dims.with(axis, 1), data: undefined })));
+    this.#found.set(
+      name,
+      runs.map(({ type, dims }) => ({ type, dims: dims.with(axis, 1), data: undefined })),
+    );
   }
 
   /** A vector of integers that was put into the graph. */
@@ -227,7 +244,8 @@ export class Shapes {
     while (pending.length > 0) {
       const name = pending.at(-1)!;
       const node = this.#graph.producers.get(name);
-      const needed = !node || node.opType === "Shape" || node.opType === "Size" ? [] : node.input.filter((input) => input !== "");
+      const needed =
+        !node || node.opType === "Shape" || node.opType === "Size" ? [] : node.input.filter((input) => input !== "");
       if (!this.#fixed.has(name)) {
         // Until it is known otherwise; this ends circles, which only a damaged file has.
         const opaque = node?.attribute.some(({ g, graphs }) => g !== undefined || graphs.length > 0) ?? false;

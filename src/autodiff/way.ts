@@ -9,7 +9,7 @@ import { asGelu } from "./gelu.ts";
 import { lift } from "./lift.ts";
 import { findPath, type Path } from "./path.ts";
 import type { Problems } from "./problems.ts";
-import { probeShapes, type Probe, type Shapes } from "./shapes.ts";
+import { type Probe, probeShapes, type Shapes } from "./shapes.ts";
 
 export interface Way extends Path {
   readonly graph: Graph;

@@ -2,7 +2,7 @@
  * The argument checks of every backend. A job that passes reads and writes inside its blocks only; what it computes is
  * the backend's business. Sizes are checked as doubles: a product too large to be exact is too large for any block.
  */
-import { rowBytes, tensorBytes, TENSOR_TYPES, type TensorType } from "../tensor/dtypes.ts";
+import { rowBytes, TENSOR_TYPES, type TensorType, tensorBytes } from "../tensor/dtypes.ts";
 import type { ExpandJob, FoldJob, ProjectJob, ScaleJob, Slice } from "./backend.ts";
 
 /** Counts are 32-bit in the kernels. */

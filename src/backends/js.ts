@@ -3,17 +3,18 @@
  * arrays. Sums are rounded to f32 after every step, in the order of the scalar and SIMD kernels, so that results are
  * theirs to the bit.
  */
+
+import { BackendError } from "../errors.ts";
 import {
   bf16ToF32,
   decodeTensor,
+  type FloatType,
   f16ToF32,
   f32ToBf16,
   f32ToF16,
-  tensorBytes,
-  type FloatType,
   type TensorType,
+  tensorBytes,
 } from "../tensor/dtypes.ts";
-import { BackendError } from "../errors.ts";
 import type { Backend, Block, ExpandJob, FoldJob, Owner, ProjectJob, ScaleJob, Slice } from "./backend.ts";
 import { checkApart, checkCount, checkExpand, checkFold, checkProject, checkScale, checkSlice } from "./checks.ts";
 

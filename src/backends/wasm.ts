@@ -2,8 +2,9 @@
  * The WebAssembly backend: the kernels of `assembly/` on a linear memory of their own. One thread; operations run when
  * called. Which of the three builds runs is decided by `WebAssembly.validate` on the binary itself.
  */
-import { TENSOR_TYPES, type TensorType } from "../tensor/dtypes.ts";
+
 import { BackendError } from "../errors.ts";
+import { TENSOR_TYPES, type TensorType } from "../tensor/dtypes.ts";
 import type { Backend, Block, ExpandJob, FoldJob, Owner, ProjectJob, ScaleJob, Slice } from "./backend.ts";
 import { checkApart, checkCount, checkExpand, checkFold, checkProject, checkScale, checkSlice } from "./checks.ts";
 import { createHeap, type Heap } from "./wasm-memory.ts";
@@ -26,20 +27,44 @@ export interface WasmOptions {
 export interface WasmKernels {
   variant: WebAssembly.Global;
   expand(
-    type: number, out: number, coefficients: number, basis: number, rank: number, rows: number, width: number, add: number,
+    type: number,
+    out: number,
+    coefficients: number,
+    basis: number,
+    rank: number,
+    rows: number,
+    width: number,
+    add: number,
   ): void;
   project(type: number, out: number, x: number, basis: number, count: number, rows: number, width: number): void;
   fold(
-    type: number, out: number, base: number, stride: number, rows: number, columns: number, left: number,
-    right: number, rank: number, rowScale: number, columnScale: number,
+    type: number,
+    out: number,
+    base: number,
+    stride: number,
+    rows: number,
+    columns: number,
+    left: number,
+    right: number,
+    rank: number,
+    rowScale: number,
+    columnScale: number,
   ): void;
   scaleRows: ScaleKernel;
   scaleColumns: ScaleKernel;
 }
 
 type ScaleKernel = (
-  type: number, out: number, magnitude: number, base: number, stride: number, rows: number, columns: number,
-  left: number, right: number, rank: number,
+  type: number,
+  out: number,
+  magnitude: number,
+  base: number,
+  stride: number,
+  rows: number,
+  columns: number,
+  left: number,
+  right: number,
+  rank: number,
 ) => void;
 
 /** A build at work on its memory. */
@@ -120,24 +145,42 @@ export async function createWasmBackend(options: WasmOptions = {}): Promise<Back
     expand(job: ExpandJob): void {
       checkExpand(job);
       kernels.expand(
-        code(job.type), address("out", job.out), address("coefficients", job.coefficients), address("basis", job.basis),
-        job.rank, job.rows, job.width, job.add ? 1 : 0,
+        code(job.type),
+        address("out", job.out),
+        address("coefficients", job.coefficients),
+        address("basis", job.basis),
+        job.rank,
+        job.rows,
+        job.width,
+        job.add ? 1 : 0,
       );
     },
 
     project(job: ProjectJob): void {
       checkProject(job);
       kernels.project(
-        code(job.type), address("out", job.out), address("x", job.x), address("basis", job.basis),
-        job.count, job.rows, job.width,
+        code(job.type),
+        address("out", job.out),
+        address("x", job.x),
+        address("basis", job.basis),
+        job.count,
+        job.rows,
+        job.width,
       );
     },
 
     fold(job: FoldJob): void {
       checkFold(job);
       kernels.fold(
-        code(job.type), address("out", job.out), address("base", job.base), job.stride, job.rows, job.columns,
-        address("left", job.left), address("right", job.right), job.rank,
+        code(job.type),
+        address("out", job.out),
+        address("base", job.base),
+        job.stride,
+        job.rows,
+        job.columns,
+        address("left", job.left),
+        address("right", job.right),
+        job.rank,
         job.rowScale ? address("rowScale", job.rowScale) : 0,
         job.columnScale ? address("columnScale", job.columnScale) : 0,
       );
@@ -147,8 +190,16 @@ export async function createWasmBackend(options: WasmOptions = {}): Promise<Back
       checkScale(job);
       const kernel = job.axis === "rows" ? kernels.scaleRows : kernels.scaleColumns;
       kernel(
-        code(job.type), address("out", job.out), address("magnitude", job.magnitude), address("base", job.base),
-        job.stride, job.rows, job.columns, address("left", job.left), address("right", job.right), job.rank,
+        code(job.type),
+        address("out", job.out),
+        address("magnitude", job.magnitude),
+        address("base", job.base),
+        job.stride,
+        job.rows,
+        job.columns,
+        address("left", job.left),
+        address("right", job.right),
+        job.rank,
       );
     },
 
@@ -209,7 +260,10 @@ export async function instantiate<Kernels extends { variant: WebAssembly.Global 
   }
 }
 
-async function compile<Variant extends string>(binaries: Binaries<Variant>, variant?: Variant): Promise<WebAssembly.Module> {
+async function compile<Variant extends string>(
+  binaries: Binaries<Variant>,
+  variant?: Variant,
+): Promise<WebAssembly.Module> {
   const reasons: string[] = [];
   for (const candidate of variant === undefined ? (Object.keys(binaries) as Variant[]).reverse() : [variant]) {
     const { default: base64 } = await binaries[candidate]();

@@ -62,9 +62,14 @@ export class Batch {
     if (ROLES.some((role) => covered[role].slice.block !== job[role].slice.block)) return false;
     // Inputs that lie beside the result are copied when bound, as they are then; results go up, so that none meets another.
     const { block, byteOffset } = job.out.slice;
-    if (block === job.numbers.slice.block || block === job.basis.slice.block || byteOffset < end(covered.out)) return false;
+    if (block === job.numbers.slice.block || block === job.basis.slice.block || byteOffset < end(covered.out))
+      return false;
     const { bindingBytes, alignment } = this.#blocks.limits;
-    const wider = { out: union(covered.out, job.out), numbers: union(covered.numbers, job.numbers), basis: union(covered.basis, job.basis) };
+    const wider = {
+      out: union(covered.out, job.out),
+      numbers: union(covered.numbers, job.numbers),
+      basis: union(covered.basis, job.basis),
+    };
     if (ROLES.some((role) => wider[role].byteLength + alignment > bindingBytes)) return false;
     this.#covered = wider;
     return true;
@@ -79,7 +84,12 @@ export class Batch {
     this.#covered = undefined;
     const bound = ROLES.map((role) => {
       const { name, slice, byteLength } = covered[role];
-      const { binding, at } = this.#blocks.bind(name, slice, byteLength, role === "out" ? undefined : covered.out.slice);
+      const { binding, at } = this.#blocks.bind(
+        name,
+        slice,
+        byteLength,
+        role === "out" ? undefined : covered.out.slice,
+      );
       return { binding, blockStart: at - slice.byteOffset };
     });
     let workgroups = 0;
@@ -88,11 +98,27 @@ export class Batch {
       workgroups += job.workgroups;
       const starts = ROLES.map((role, i) => bound[i]!.blockStart + job[role].slice.byteOffset);
       const packed = starts[2]! + scaleBytes(type, rows);
-      words.push(workgroups, count, rows, width, ...starts.map((byte) => byte / 4), packed, rowBytes(type, width), add ? 1 : 0);
+      words.push(
+        workgroups,
+        count,
+        rows,
+        width,
+        ...starts.map((byte) => byte / 4),
+        packed,
+        rowBytes(type, width),
+        add ? 1 : 0,
+      );
     }
     const { entry, type } = jobs[0]!;
     const format = TENSOR_TYPES.indexOf(type);
-    this.#recorder.dispatch({ shader: "components", entry, format, bindings: bound.map((b) => b.binding), job: words, count: workgroups });
+    this.#recorder.dispatch({
+      shader: "components",
+      entry,
+      format,
+      bindings: bound.map((b) => b.binding),
+      job: words,
+      count: workgroups,
+    });
   }
 }
 
@@ -104,5 +130,9 @@ function union(a: Range, b: Range): Range {
   if (a.byteLength === 0) return b;
   if (b.byteLength === 0) return a;
   const byteOffset = Math.min(a.slice.byteOffset, b.slice.byteOffset);
-  return { name: a.name, slice: { block: a.slice.block, byteOffset }, byteLength: Math.max(end(a), end(b)) - byteOffset };
+  return {
+    name: a.name,
+    slice: { block: a.slice.block, byteOffset },
+    byteLength: Math.max(end(a), end(b)) - byteOffset,
+  };
 }

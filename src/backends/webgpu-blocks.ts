@@ -3,8 +3,9 @@
  * sees a part of one.
  */
 /// <reference types="@webgpu/types" />
-import { align4 } from "../tensor/dtypes.ts";
+
 import { BackendError } from "../errors.ts";
+import { align4 } from "../tensor/dtypes.ts";
 import type { Block, DeviceBuffer, Owner, Slice } from "./backend.ts";
 import { checkCount } from "./checks.ts";
 import type { Binding, Held, Recorder } from "./webgpu-recorder.ts";
@@ -53,7 +54,11 @@ export class Blocks {
     return this.#keep({ ...created, owner }, byteLength, state);
   }
 
-  #keep(held: Held & { owner: Owner | undefined }, byteLength: number, state: { refused: boolean } = { refused: false }): Block {
+  #keep(
+    held: Held & { owner: Owner | undefined },
+    byteLength: number,
+    state: { refused: boolean } = { refused: false },
+  ): Block {
     const block: Block = Object.assign(state, { byteLength, device: held.buffer });
     this.#held.set(block, held);
     this.#byBuffer.set(held.buffer, block);

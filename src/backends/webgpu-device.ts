@@ -43,7 +43,8 @@ export async function openDevice({ device: given, hardware, timeout = TIMEOUT }:
     let gpu: GPU | undefined = (await openGpu()) as GPU;
     const asked = gpu.requestAdapter({ powerPreference: "high-performance" });
     const adapter = await inTime(asked, timeout, "the adapter");
-    if (!adapter) throw new Error("there is no adapter; a driver may be missing, or the browser may have WebGPU disabled");
+    if (!adapter)
+      throw new Error("there is no adapter; a driver may be missing, or the browser may have WebGPU disabled");
     if (hardware && adapter.info.isFallbackAdapter) {
       throw new Error(`the adapter is software (${describe(adapter.info)}); ask for it with backend: "webgpu"`);
     }

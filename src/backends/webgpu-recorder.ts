@@ -119,7 +119,11 @@ export class Recorder {
   }
 
   #buffer(label: string, size: number, usage: GPUBufferUsageFlags, refused?: () => void): GPUBuffer {
-    return this.#faults.guard(`${label} of ${size} bytes`, () => this.#device.createBuffer({ label, size, usage }), refused);
+    return this.#faults.guard(
+      `${label} of ${size} bytes`,
+      () => this.#device.createBuffer({ label, size, usage }),
+      refused,
+    );
   }
 
   destroy({ id, buffer }: Held): void {
@@ -293,7 +297,9 @@ export class Recorder {
  */
 export async function createRecorder(device: DeviceHandle, timeout: number | undefined): Promise<Recorder> {
   const { features } = device as GPUDevice;
-  const usable = Object.entries(shaders).filter(([, code]) => features.has("shader-f16") || !code.includes("enable f16;"));
+  const usable = Object.entries(shaders).filter(
+    ([, code]) => features.has("shader-f16") || !code.includes("enable f16;"),
+  );
   const modules = await Promise.all(
     usable.map(async ([name, code]) => [name, await compile(device, `${name}.wgsl`, code)] as const),
   );

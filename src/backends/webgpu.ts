@@ -3,12 +3,12 @@
  * at once. Blocks are buffers of their own; what crosses the bus is what is uploaded and read.
  */
 /// <reference types="@webgpu/types" />
-import { align4, rowBytes, tensorBytes, TENSOR_TYPES, type TensorType } from "../tensor/dtypes.ts";
+import { align4, rowBytes, TENSOR_TYPES, type TensorType, tensorBytes } from "../tensor/dtypes.ts";
 import type { Backend, DeviceBuffer, ExpandJob, FoldJob, ProjectJob, ScaleJob, Slice } from "./backend.ts";
 import { checkApart, checkExpand, checkFold, checkProject, checkScale, checkSlice } from "./checks.ts";
 import { Batch } from "./webgpu-batch.ts";
 import { Blocks, type Bound } from "./webgpu-blocks.ts";
-import { openDevice, type DeviceOptions } from "./webgpu-device.ts";
+import { type DeviceOptions, openDevice } from "./webgpu-device.ts";
 import { createRecorder } from "./webgpu-recorder.ts";
 
 export interface WebgpuOptions extends DeviceOptions {

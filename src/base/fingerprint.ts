@@ -2,9 +2,10 @@
  * Fingerprint of a base weight: 64 values at positions that follow from the module's name (SPEC.md, section 4.4). It tells
  * another model from the same one in another number format, by correlation. It is no proof against intent.
  */
-import { bf16ToF32, f16ToF32, type FloatType } from "../tensor/dtypes.ts";
+
 import { BaseMismatchError } from "../errors.ts";
 import { FINGERPRINT_SIZE, type PackModule } from "../format/format.ts";
+import { bf16ToF32, type FloatType, f16ToF32 } from "../tensor/dtypes.ts";
 
 /** Correlation from which two float models are the same. */
 export const SAME_FLOAT = 0.999;
@@ -20,7 +21,13 @@ export type WeightAt = (o: number, n: number) => number;
  * @param bytes of any alignment
  * @param transposed whether it is stored as [in, out]
  */
-export function weightAt(bytes: Uint8Array, type: FloatType, out: number, inputs: number, transposed: boolean): WeightAt {
+export function weightAt(
+  bytes: Uint8Array,
+  type: FloatType,
+  out: number,
+  inputs: number,
+  transposed: boolean,
+): WeightAt {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
   return (o, n) => {
     const at = transposed ? n * out + o : o * inputs + n;
@@ -53,7 +60,13 @@ export function fingerprint(name: string, out: number, inputs: number, at: Weigh
  * @param name of the weight in the base
  * @throws BaseMismatchError when the weight is not the one that the pack's fingerprint was taken of
  */
-export function checkFingerprint(module: PackModule, name: string, at: WeightAt, bases: Uint8Array, least: number): void {
+export function checkFingerprint(
+  module: PackModule,
+  name: string,
+  at: WeightAt,
+  bases: Uint8Array,
+  least: number,
+): void {
   const stored = new Float32Array(bases.slice(module.fingerprint!, module.fingerprint! + 4 * FINGERPRINT_SIZE).buffer);
   const found = correlation(stored, fingerprint(module.name, module.out, module.in, at));
   if (found >= least) return;

@@ -2,12 +2,13 @@
  * The base model's weights as the runtime sees them: who lists them, hands them out and, where they live in the user's
  * memory, takes the folded ones. Hosts know nothing of packs.
  */
-import { rowBytes, type FloatType } from "../tensor/dtypes.ts";
-import { BaseMismatchError, SourceError } from "../errors.ts";
+
 import type { DeviceBuffer } from "../backends/backend.ts";
+import { BaseMismatchError, SourceError } from "../errors.ts";
 import type { Layout } from "../format/format.ts";
+import { type FetchOptions, openSource, type ReadOptions, type SourceInput } from "../source.ts";
+import { type FloatType, rowBytes } from "../tensor/dtypes.ts";
 import type { SafetensorsFile } from "../tensor/safetensors.ts";
-import { openSource, type FetchOptions, type ReadOptions, type SourceInput } from "../source.ts";
 
 /** A tensor as it lies in memory: little-endian, row-major, `shape` elements of `dtype` from `byteOffset` of `data`. */
 export interface View {
@@ -166,7 +167,8 @@ export function memoryHost(tensors: Map<string, Tensor | DeviceTensor>): WeightH
   };
   return {
     *list() {
-      for (const [name, { dtype, shape, layout }] of tensors) yield { name, dtype, shape, ...(layout ? { layout } : {}) };
+      for (const [name, { dtype, shape, layout }] of tensors)
+        yield { name, dtype, shape, ...(layout ? { layout } : {}) };
     },
     async read(name, into) {
       const found = view(name);
@@ -191,7 +193,11 @@ export function memoryHost(tensors: Map<string, Tensor | DeviceTensor>): WeightH
             before.set(data);
             return;
           }
-          tensors.set(name, { dtype, shape: [...shape], ...(onDevice(data) ? { buffer: data, byteOffset } : { data: data.slice() }) });
+          tensors.set(name, {
+            dtype,
+            shape: [...shape],
+            ...(onDevice(data) ? { buffer: data, byteOffset } : { data: data.slice() }),
+          });
           undo.push(() => (old ? tensors.set(name, old) : tensors.delete(name)));
         },
         commit() {},

@@ -4,8 +4,8 @@
  */
 import { BaseMismatchError } from "../errors.ts";
 import type { PackModule } from "../format/format.ts";
+import { byteLengthOf, type Parameter, sameShape, type WeightHost } from "./host.ts";
 import { NameMatcher } from "./names.ts";
-import { byteLengthOf, sameShape, type Parameter, type WeightHost } from "./host.ts";
 
 /** A weight of the base that a module adapts. */
 export interface Located extends Parameter {
@@ -45,10 +45,7 @@ export class Locator {
    * @param byHand names of weights by module name, before anything else
    * @throws BaseMismatchError when the weight is missing, ambiguous or of another shape
    */
-  locate(
-    module: Pick<PackModule, "name" | "out" | "in" | "layout">,
-    byHand?: ReadonlyMap<string, string>,
-  ): Located {
+  locate(module: Pick<PackModule, "name" | "out" | "in" | "layout">, byHand?: ReadonlyMap<string, string>): Located {
     const weight = findWeight(this.names, module.name, byHand);
     const parameter = this.parameters.get(weight)!;
     const { shape, layout = module.layout } = parameter;

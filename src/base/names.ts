@@ -12,7 +12,10 @@ export function nearest(name: string, names: Iterable<string>): string[] {
     const distance = contains ? Math.abs(other.length - name.length) / 4 : editDistance(name, other);
     if (contains || distance <= Math.max(name.length, other.length) / 2) scored.push([distance, other]);
   }
-  return scored.sort((a, b) => a[0] - b[0] || (a[1] < b[1] ? -1 : 1)).slice(0, 3).map(([, other]) => other);
+  return scored
+    .sort((a, b) => a[0] - b[0] || (a[1] < b[1] ? -1 : 1))
+    .slice(0, 3)
+    .map(([, other]) => other);
 }
 
 function editDistance(a: string, b: string): number {

@@ -6,15 +6,15 @@ import { open, readFile, stat } from "node:fs/promises";
 import { resolve } from "node:path";
 import { readAdapters } from "../adapters/folder.ts";
 import { SourceError, TaskError } from "../errors.ts";
-import { projectAdapters } from "../pack/build.ts";
 import { TASK_FILE_MAGIC } from "../format/format.ts";
 import { layoutAppend, type TaskToWrite } from "../format/layout.ts";
-import { openPack, type Pack } from "../pack/pack.ts";
 import { parseTaskFile } from "../format/task-file.ts";
-import { renames, type Arguments } from "./args.ts";
+import { projectAdapters } from "../pack/build.ts";
+import { openPack, type Pack } from "../pack/pack.ts";
+import { type Arguments, renames } from "./args.ts";
 import { append } from "./files.ts";
-import { bytes, percent, table, type Output } from "./output.ts";
-import { closeAll, storedTypes, type Result } from "./packs.ts";
+import { bytes, type Output, percent, table } from "./output.ts";
+import { closeAll, type Result, storedTypes } from "./packs.ts";
 
 /** A task file that was named, and what its task is to be called. */
 interface NamedTask {
@@ -27,8 +27,14 @@ export async function addCommand(args: Arguments, out: Output): Promise<Result> 
   const [file = "", ...paths] = args.positionals;
   const found = await Promise.all(paths.map(isTaskFile));
   const names = renames(args);
-  const files = await nameTasks(paths.filter((_, i) => found[i]), names);
-  const adapters = await readAdapters(paths.filter((_, i) => !found[i]), { rename: names });
+  const files = await nameTasks(
+    paths.filter((_, i) => found[i]),
+    names,
+  );
+  const adapters = await readAdapters(
+    paths.filter((_, i) => !found[i]),
+    { rename: names },
+  );
   try {
     const done = await append(file, async () => {
       const pack = await openPack(file);
@@ -52,7 +58,9 @@ export async function addCommand(args: Arguments, out: Output): Promise<Result> 
     const added = [...adapters, ...files].map(({ id }) => id);
     const text = [
       `${file}: ${added.length} tasks added, ${bytes(before)} → ${bytes(bytesAfter)}`,
-      ...(residual.length > 0 ? [table([["task", "ΔW error", "largest"], ...residual.map((r) => [r.id, percent(r.mean), percent(r.max)])])] : []),
+      ...(residual.length > 0
+        ? [table([["task", "ΔW error", "largest"], ...residual.map((r) => [r.id, percent(r.mean), percent(r.max)])])]
+        : []),
       ...learned.map(({ entry, blob }) => `${entry.id}: ${bytes(blob.length)}, as it came`),
     ].join("\n");
     return { json: { file, added, bytesBefore: before, bytesAfter, residual }, text };

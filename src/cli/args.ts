@@ -3,9 +3,9 @@
  */
 import { resolve } from "node:path";
 import { parseArgs } from "node:util";
-import { TENSOR_TYPES, type TensorType } from "../tensor/dtypes.ts";
 import type { Selection } from "../extract/extract.ts";
 import type { StorageTypes } from "../pack/build.ts";
+import { TENSOR_TYPES, type TensorType } from "../tensor/dtypes.ts";
 
 /** A wrong command line: exit code 2. */
 export class UsageError extends Error {
@@ -13,7 +13,9 @@ export class UsageError extends Error {
 }
 
 /** Options by name, each with whether it takes a value and, in help, how that value is called. */
-export type OptionTable = Readonly<Record<string, { value?: string; short?: string; multiple?: boolean; help: string }>>;
+export type OptionTable = Readonly<
+  Record<string, { value?: string; short?: string; multiple?: boolean; help: string }>
+>;
 
 export interface Arguments {
   positionals: string[];
@@ -29,7 +31,11 @@ export function parse(args: readonly string[], table: OptionTable, min: number, 
   const options = Object.fromEntries(
     Object.entries(table).map(([name, { value, short, multiple }]) => [
       name,
-      { type: value ? ("string" as const) : ("boolean" as const), ...(short ? { short } : {}), multiple: multiple ?? false },
+      {
+        type: value ? ("string" as const) : ("boolean" as const),
+        ...(short ? { short } : {}),
+        multiple: multiple ?? false,
+      },
     ]),
   );
   try {
@@ -64,7 +70,13 @@ export function wholeNumber(args: Arguments, name: string, otherwise: number): n
 }
 
 /** @throws UsageError when the value is no number that `check` allows */
-export function number(args: Arguments, name: string, otherwise: number, check: (n: number) => boolean, what: string): number {
+export function number(
+  args: Arguments,
+  name: string,
+  otherwise: number,
+  check: (n: number) => boolean,
+  what: string,
+): number {
   const text = args.text(name);
   if (text === undefined) return otherwise;
   if (text.trim() === "" || !check(Number(text))) throw new UsageError(`--${name} ${text}: expected ${what}`);
@@ -91,7 +103,8 @@ export function selection(args: Arguments): Selection {
   const given = ["k", "energy", "error"].filter((name) => args.text(name) !== undefined);
   if (given.length > 1) throw new UsageError(`--${given.join(" and --")} exclude each other`);
   if (given[0] === "k") return { kind: "k", k: wholeNumber(args, "k", 1) };
-  if (given[0] === "error") return { kind: "error", max: number(args, "error", NaN, (n) => n > 0 && n < 1, "a share between 0 and 1") };
+  if (given[0] === "error")
+    return { kind: "error", max: number(args, "error", NaN, (n) => n > 0 && n < 1, "a share between 0 and 1") };
   if (given[0] === "energy") {
     return { kind: "energy", share: number(args, "energy", NaN, (n) => n > 0 && n <= 1, "a share above 0, at most 1") };
   }

@@ -6,23 +6,23 @@
 import { existsSync } from "node:fs";
 import { mkdir } from "node:fs/promises";
 import { dirname, join, resolve } from "node:path";
-import type { TaskMetadata } from "../format/format.ts";
 import { createBackend } from "../backends/select.ts";
-import { BaseMismatchError, FormatError, SourceError } from "../errors.ts";
 import { nearest } from "../base/names.ts";
-import { graft, type Grafted, type TaskInput } from "../onnx/graft.ts";
+import { BaseMismatchError, FormatError, SourceError } from "../errors.ts";
+import type { TaskMetadata } from "../format/format.ts";
+import { type Grafted, graft, type TaskInput } from "../onnx/graft.ts";
 import { PREFIX } from "../onnx/nodes.ts";
 import type { GraphProto } from "../onnx/onnx_pb.ts";
-import { readModel, type ModelFile } from "../onnx/read.ts";
+import { type ModelFile, readModel } from "../onnx/read.ts";
 import { EXTERNAL } from "../onnx/tensors.ts";
 import { embedWeights } from "../onnx/write.ts";
 import { openPack, type Pack } from "../pack/pack.ts";
 import { Workbench } from "../runtime/workbench.ts";
-import { writeSafetensors, type SafetensorsEntry } from "../tensor/safetensors-writer.ts";
-import { planSession, type Plan } from "../session/plan.ts";
+import { type Plan, planSession } from "../session/plan.ts";
 import { stackValues, TaskEvaluator, type TaskValues } from "../session/values.ts";
-import { openSource, type ByteSource } from "../source.ts";
-import { choice, refuseOverwriting, required, UsageError, type Arguments } from "./args.ts";
+import { type ByteSource, openSource } from "../source.ts";
+import { type SafetensorsEntry, writeSafetensors } from "../tensor/safetensors-writer.ts";
+import { type Arguments, choice, refuseOverwriting, required, UsageError } from "./args.ts";
 import { writeWhole } from "./files.ts";
 import { bytes, type Output } from "./output.ts";
 import type { Result } from "./packs.ts";
@@ -104,7 +104,10 @@ function namesByHand(args: Arguments): Map<string, string> {
 
 function refuseUnknown(module: string, { modules, name }: Pack): void {
   if (modules.some((known) => known.name === module)) return;
-  const close = nearest(module, modules.map((known) => known.name));
+  const close = nearest(
+    module,
+    modules.map((known) => known.name),
+  );
   const found = close.length > 0 ? `; the nearest are ${close.join(", ")}` : "";
   throw new UsageError(`--names ${module}=…: ${name} adapts no such module${found}`);
 }

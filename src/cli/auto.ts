@@ -2,22 +2,26 @@
  * Packing to a criterion: a budget of bytes, an error, or a divergence between the answers of adapters and pack.
  */
 import { readFile } from "node:fs/promises";
+import type { Ort } from "../../bindings/ort.ts";
 import type { Adapter } from "../adapters/adapter.ts";
 import { SourceError } from "../errors.ts";
-import { buildAuto, packWithin, type AutoOptions, type AutoReport, type Criterion } from "../pack/auto.ts";
-import { buildPack, type BuildOptions, type BuildReport } from "../pack/build.ts";
+import { type AutoOptions, type AutoReport, buildAuto, type Criterion, packWithin } from "../pack/auto.ts";
+import { type BuildOptions, type BuildReport, buildPack } from "../pack/build.ts";
 import { createJudge, type JudgeOptions } from "../train/judge.ts";
 import { inputMoments, type MomentsOptions } from "../train/moments.ts";
-import type { Ort } from "../../bindings/ort.ts";
-import { choice, number, required, selection, UsageError, wholeNumber, type Arguments } from "./args.ts";
-import { loadRuntime, loadTokenizer, type Encode } from "./model.ts";
-import { bytes, percent, table, type Output } from "./output.ts";
+import { type Arguments, choice, number, required, selection, UsageError, wholeNumber } from "./args.ts";
+import { type Encode, loadRuntime, loadTokenizer } from "./model.ts";
+import { bytes, type Output, percent, table } from "./output.ts";
 
 type Common = Pick<BuildOptions, "types" | "base" | "normalize">;
 
 /** What `pack` was asked for, read before anything else is. */
 export interface PackPlan {
-  run(adapters: readonly Adapter[], common: Common, out: Output): Promise<{ chunks: Uint8Array[]; report: BuildReport | AutoReport }>;
+  run(
+    adapters: readonly Adapter[],
+    common: Common,
+    out: Output,
+  ): Promise<{ chunks: Uint8Array[]; report: BuildReport | AutoReport }>;
 }
 
 const UNITS: Readonly<Record<string, number>> = { "": 1, B: 1, kB: 1e3, MB: 1e6, GB: 1e9 };
@@ -32,14 +36,18 @@ export function planOf(args: Arguments): PackPlan {
   if (mode === "auto") {
     const own = asked("gauge", "rank", "private", "centering", "k", "energy");
     if (own.length > 0) throw new UsageError(`--mode auto chooses --${own[0]} itself; leave it out, or name a mode`);
-    if (budgets.length === 0) throw new UsageError("--mode auto needs to know what for: --bytes, --ratio, --error or --divergence");
-    if (asked("model", "text").length === 1) throw new UsageError("--model and --text go together: answers to the text are what packs are judged by");
+    if (budgets.length === 0)
+      throw new UsageError("--mode auto needs to know what for: --bytes, --ratio, --error or --divergence");
+    if (asked("model", "text").length === 1)
+      throw new UsageError("--model and --text go together: answers to the text are what packs are judged by");
     if (calibrate && asked("model").length === 0) throw new UsageError("--calibrate needs --model and --text");
-    if (budgets[0] === "divergence" && asked("model").length === 0) throw new UsageError("--divergence needs --model and --text");
+    if (budgets[0] === "divergence" && asked("model").length === 0)
+      throw new UsageError("--divergence needs --model and --text");
     return { run: (adapters, common, out) => runAuto(args, adapters, common, out) };
   }
   const foreign = asked("divergence", ...(calibrate ? [] : ["model", "text", "tokenizer", "tokens"]));
-  if (foreign.length > 0) throw new UsageError(`--${foreign[0]} is for --mode auto${foreign[0] === "divergence" ? "" : " and --calibrate"}`);
+  if (foreign.length > 0)
+    throw new UsageError(`--${foreign[0]} is for --mode auto${foreign[0] === "divergence" ? "" : " and --calibrate"}`);
   if (calibrate && asked("model", "text").length < 2) throw new UsageError("--calibrate needs --model and --text");
   const gauge = asked("rank", "private").length > 0 ? "balanced" : "as-trained";
   const options = {
@@ -47,7 +55,9 @@ export function planOf(args: Arguments): PackPlan {
     gauge: choice(args, "gauge", ["as-trained", "balanced"] as const, gauge),
     ...(asked("rank").length > 0 ? { rank: wholeNumber(args, "rank", 1) } : {}),
     ...(asked("private").length > 0 ? { private: wholeNumber(args, "private", 1) } : {}),
-    ...(args.text("centering") === undefined ? {} : { centering: choice(args, "centering", ["keep", "none"] as const, "keep") }),
+    ...(args.text("centering") === undefined
+      ? {}
+      : { centering: choice(args, "centering", ["keep", "none"] as const, "keep") }),
   };
   const size = asked("bytes", "ratio").length > 0;
   const select = size ? undefined : selection(args);
@@ -70,7 +80,8 @@ function sizeOf(args: Arguments, adapters: readonly Adapter[]): number {
   }
   const [, digits = "", unit = ""] = /^([\d.]+) ?([a-zA-Z]*)$/.exec(text) ?? [];
   const size = Math.floor(Number(digits) * (UNITS[unit] ?? NaN));
-  if (!(digits !== "" && size > 0)) throw new UsageError(`--bytes ${text}: expected a size such as 300000, 300kB or 1.5MB`);
+  if (!(digits !== "" && size > 0))
+    throw new UsageError(`--bytes ${text}: expected a size such as 300000, 300kB or 1.5MB`);
   return size;
 }
 
@@ -82,7 +93,12 @@ function criterionOf(args: Arguments, adapters: readonly Adapter[]): Criterion {
   return { kind: "error", max: number(args, "error", NaN, (n) => n > 0 && n < 1, "a share between 0 and 1") };
 }
 
-async function runAuto(args: Arguments, adapters: readonly Adapter[], common: Common, out: Output): Promise<{ chunks: Uint8Array[]; report: AutoReport }> {
+async function runAuto(
+  args: Arguments,
+  adapters: readonly Adapter[],
+  common: Common,
+  out: Output,
+): Promise<{ chunks: Uint8Array[]; report: AutoReport }> {
   const asked = args.text("model") === undefined ? undefined : await textsOf(args, adapters);
   const judge = asked && createJudge(...asked);
   const moments = args.flag("calibrate") ? asked && (await inputMoments(...asked)) : undefined;
@@ -101,7 +117,10 @@ async function runAuto(args: Arguments, adapters: readonly Adapter[], common: Co
 }
 
 /** A runtime, the model, and what it is asked. */
-async function textsOf(args: Arguments, adapters: readonly Adapter[]): Promise<[Ort, string, MomentsOptions & JudgeOptions]> {
+async function textsOf(
+  args: Arguments,
+  adapters: readonly Adapter[],
+): Promise<[Ort, string, MomentsOptions & JudgeOptions]> {
   const model = required(args, "model");
   const texts = await readLines(required(args, "text"));
   const ort = await loadRuntime("pack");

@@ -5,22 +5,22 @@
 import { createHash } from "node:crypto";
 import { mkdir, readdir, readFile, rm, rmdir, stat } from "node:fs/promises";
 import { join, resolve } from "node:path";
+import { createEigenSession } from "../../bindings/onnxruntime.ts";
 import type { Adapter } from "../adapters/adapter.ts";
 import { readAdapters } from "../adapters/folder.ts";
 import { SourceError } from "../errors.ts";
-import { projectAdapter } from "../pack/build.ts";
 import { encodeTaskFile } from "../format/encode.ts";
 import { layoutFresh } from "../format/layout.ts";
-import { openPack, type Pack } from "../pack/pack.ts";
 import { parseTaskFile } from "../format/task-file.ts";
-import { distill, type Distilled } from "../train/distill.ts";
-import { createEigenSession } from "../../bindings/onnxruntime.ts";
-import { renames, required, wholeNumber, type Arguments } from "./args.ts";
+import { projectAdapter } from "../pack/build.ts";
+import { openPack, type Pack } from "../pack/pack.ts";
+import { type Distilled, distill } from "../train/distill.ts";
+import { type Arguments, renames, required, wholeNumber } from "./args.ts";
 import { readLines } from "./auto.ts";
 import { writeWhole } from "./files.ts";
 import { loadRuntime, loadTokenizer } from "./model.ts";
-import { bytes, table, timeLeft, type Output } from "./output.ts";
-import { storedTypes, type Result } from "./packs.ts";
+import { bytes, type Output, table, timeLeft } from "./output.ts";
+import { type Result, storedTypes } from "./packs.ts";
 
 /** What the outcome depends on beside pack and adapter. */
 interface Settings {
@@ -38,7 +38,11 @@ export async function distillCommand(args: Arguments, out: Output): Promise<Resu
   const target = required(args, "output");
   const model = required(args, "model");
   const textPath = required(args, "text");
-  const [steps, batch, tokens] = [wholeNumber(args, "steps", 240), wholeNumber(args, "batch", 8), wholeNumber(args, "tokens", 128)];
+  const [steps, batch, tokens] = [
+    wholeNumber(args, "steps", 240),
+    wholeNumber(args, "batch", 8),
+    wholeNumber(args, "tokens", 128),
+  ];
   const settings = { model: resolve(model), steps, batch, tokens, texts: await readLines(textPath) };
   const ort = await loadRuntime("distill");
   const encode = await loadTokenizer("distill", ort, model, args.text("tokenizer"), tokens);
@@ -61,7 +65,9 @@ export async function distillCommand(args: Arguments, out: Output): Promise<Resu
           const seconds = ((performance.now() - from) / 1000 / (gone - resumed())) * (adapters.length - gone);
           out.progress(`task ${i + 1} of ${adapters.length}, ${adapter.id}, ${timeLeft(seconds)}: step`, step, steps);
         };
-        const made = earlier ?? (await distill(session, { adapter, texts: settings.texts, encode: encodeFor, steps, batch, onStep }));
+        const made =
+          earlier ??
+          (await distill(session, { adapter, texts: settings.texts, encode: encodeFor, steps, batch, onStep }));
         if (!earlier) await finished.write(key, made);
         done.push({ ...made, resumed: earlier !== undefined });
       }
@@ -97,7 +103,15 @@ function basisOf({ basisId }: Pack): Uint8Array {
 /** A name for one task's outcome: of all it depends on. */
 async function keyOf(pack: Pack, { id, file, byteLength }: Adapter, { model, ...settings }: Settings): Promise<string> {
   const { bytes: blob } = await pack.load(id);
-  const of = { basis: pack.basisId, id, file: resolve(file), byteLength, model, modelBytes: (await stat(model)).size, ...settings };
+  const of = {
+    basis: pack.basisId,
+    id,
+    file: resolve(file),
+    byteLength,
+    model,
+    modelBytes: (await stat(model)).size,
+    ...settings,
+  };
   return createHash("sha256").update(JSON.stringify(of)).update(blob).digest("hex");
 }
 
@@ -127,7 +141,8 @@ class Finished {
 
   /** Those of earlier settings too, and nothing that is not ours. */
   async remove(): Promise<void> {
-    for (const name of await readdir(this.#folder).catch(() => [])) if (/^[0-9a-f]{64}(\.[0-9a-f]{8}\.tmp)?$/.test(name)) await rm(join(this.#folder, name));
+    for (const name of await readdir(this.#folder).catch(() => []))
+      if (/^[0-9a-f]{64}(\.[0-9a-f]{8}\.tmp)?$/.test(name)) await rm(join(this.#folder, name));
     await rmdir(this.#folder).catch(() => undefined);
   }
 }
@@ -140,12 +155,29 @@ async function layoutWith(pack: Pack, files: ReadonlyMap<string, Uint8Array>): P
     const blob = file ? parseTaskFile(file, `task "${id}"`).blob : (await pack.load(id)).bytes;
     tasks.push({ entry: { id, adapterBytes, metadata, brings }, blob });
   }
-  return layoutFresh({ description: pack.directory.basisBytes, bases: await pack.takeBases(), basisId: basisOf(pack), tasks });
+  return layoutFresh({
+    description: pack.directory.basisBytes,
+    bases: await pack.takeBases(),
+    basisId: basisOf(pack),
+    tasks,
+  });
 }
 
-function report(file: string, size: number, done: readonly (Distilled & { resumed: boolean })[], before: readonly string[], seconds: number): Result {
+function report(
+  file: string,
+  size: number,
+  done: readonly (Distilled & { resumed: boolean })[],
+  before: readonly string[],
+  seconds: number,
+): Result {
   const tasks = done.map(({ id, divergenceBefore, divergenceAfter, kept, resumed }) => {
-    return { id, divergence: { before: divergenceBefore, after: divergenceAfter }, kept, added: !before.includes(id), resumed };
+    return {
+      id,
+      divergence: { before: divergenceBefore, after: divergenceAfter },
+      kept,
+      added: !before.includes(id),
+      resumed,
+    };
   });
   const text = [
     `${file}: ${tasks.length} tasks distilled, ${bytes(size)}`,

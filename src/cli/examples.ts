@@ -2,8 +2,8 @@
  * Labelled texts from a file: JSON lines, or a table of two columns. Every line is checked, and a wrong one named.
  */
 import { readFile } from "node:fs/promises";
-import { SourceError } from "../errors.ts";
 import { nearest } from "../base/names.ts";
+import { SourceError } from "../errors.ts";
 
 export interface LabelledText {
   readonly text: string;
@@ -30,24 +30,32 @@ export async function readExamples(
   const content = await readFile(path, "utf8").catch((cause: Error) => {
     throw new SourceError(`cannot be read: ${cause.message}`, { file: path, cause });
   });
-  const at = (line: number, message: string): SourceError => new SourceError(`line ${line}: ${message}`, { file: path });
+  const at = (line: number, message: string): SourceError =>
+    new SourceError(`line ${line}: ${message}`, { file: path });
   const whole = content.replace(/^\uFEFF/, "");
-  const rows = whole.trimStart().startsWith("{") ? jsonRows(whole, at) : tableRows(whole, path.endsWith(".csv") ? "," : "\t", at);
+  const rows = whole.trimStart().startsWith("{")
+    ? jsonRows(whole, at)
+    : tableRows(whole, path.endsWith(".csv") ? "," : "\t", at);
   const seen = new Set<string>();
   const examples = rows.map(({ line, text, label }): LabelledText => {
     if (typeof text !== "string") throw at(line, `expected "text" with a string, got ${found(text)}`);
     if (text.trim() === "") throw at(line, "its text is empty");
-    if (typeof label !== "string" && typeof label !== "number") throw at(line, `expected "label" with a string, got ${found(label)}`);
+    if (typeof label !== "string" && typeof label !== "number")
+      throw at(line, `expected "label" with a string, got ${found(label)}`);
     const name = String(label).trim();
     if (name === "") throw at(line, "its label is empty");
     if (known && !known.includes(name)) {
       const close = nearest(name, known);
-      throw at(line, `the label "${name}" is none of --labels ${known.join(",")}${close.length > 0 ? `; did you mean ${close[0]}?` : ""}`);
+      throw at(
+        line,
+        `the label "${name}" is none of --labels ${known.join(",")}${close.length > 0 ? `; did you mean ${close[0]}?` : ""}`,
+      );
     }
     seen.add(name);
     return { text, label: name };
   });
-  if (examples.length === 0) throw new SourceError("has no examples; expected a text and its label on each line", { file: path });
+  if (examples.length === 0)
+    throw new SourceError("has no examples; expected a text and its label on each line", { file: path });
   if (seen.size < 2) {
     const message = `all ${examples.length} examples have the label "${[...seen][0]}"; two labels at least are needed to tell apart`;
     throw new SourceError(message, { file: path });
@@ -71,7 +79,8 @@ function jsonRows(content: string, at: Refuse): Row[] {
     } catch (cause) {
       throw at(i + 1, `is no JSON: ${(cause as Error).message}; ${expected}`);
     }
-    if (typeof value !== "object" || value === null || Array.isArray(value)) throw at(i + 1, `${expected}, got ${text.slice(0, 40)}`);
+    if (typeof value !== "object" || value === null || Array.isArray(value))
+      throw at(i + 1, `${expected}, got ${text.slice(0, 40)}`);
     const { text: words, label } = value as { text?: unknown; label?: unknown };
     return [{ line: i + 1, text: words, label }];
   });
@@ -86,7 +95,10 @@ function tableRows(content: string, separator: "," | "\t", at: Refuse): Row[] {
   return records.slice(named ? 1 : 0).map(({ line, cells }) => {
     if (cells.length !== columns) {
       const form = named ? head.join(separator) : `label${separator}text`;
-      throw at(line, `expected ${form.replaceAll("\t", "<TAB>")}, found ${cells.length} column${cells.length === 1 ? "" : "s"}`);
+      throw at(
+        line,
+        `expected ${form.replaceAll("\t", "<TAB>")}, found ${cells.length} column${cells.length === 1 ? "" : "s"}`,
+      );
     }
     return { line, label: cells[labelAt], text: cells[textAt] };
   });

@@ -3,18 +3,18 @@
  * into the pack.
  */
 import { basename, extname } from "node:path";
+import { createEigenSession } from "../../bindings/onnxruntime.ts";
 import { TaskError } from "../errors.ts";
-import type { Start } from "../train/start.ts";
-import type { TrainingStep } from "../train/trainer.ts";
 import { isTaskId } from "../format/format.ts";
 import { openPack, type Pack } from "../pack/pack.ts";
 import { createTrainer } from "../train/learn.ts";
-import { createEigenSession } from "../../bindings/onnxruntime.ts";
-import { choice, number, refuseOverwriting, required, UsageError, wholeNumber, type Arguments } from "./args.ts";
+import type { Start } from "../train/start.ts";
+import type { TrainingStep } from "../train/trainer.ts";
+import { type Arguments, choice, number, refuseOverwriting, required, UsageError, wholeNumber } from "./args.ts";
 import { readExamples } from "./examples.ts";
 import { writeWhole } from "./files.ts";
 import { loadRuntime, loadTokenizer } from "./model.ts";
-import { bytes, percent, table, type Output } from "./output.ts";
+import { bytes, type Output, percent, table } from "./output.ts";
 import type { Result } from "./packs.ts";
 
 /**
@@ -39,7 +39,8 @@ async function learn(args: Arguments, out: Output, signal: AbortSignal): Promise
   const model = required(args, "model");
   for (const path of [packPath, examplesPath, model]) refuseOverwriting(target, path);
   const id = args.text("id") ?? basename(target, extname(target));
-  if (!isTaskId(id)) throw new UsageError(`--id ${JSON.stringify(id)}: expected 1 to 255 bytes without control characters`);
+  if (!isTaskId(id))
+    throw new UsageError(`--id ${JSON.stringify(id)}: expected 1 to 255 bytes without control characters`);
   const rate = number(args, "rate", 0.02, (n) => n > 0, "a number above 0");
   const fit = {
     epochs: wholeNumber(args, "epochs", 8),
@@ -77,7 +78,19 @@ async function learn(args: Arguments, out: Output, signal: AbortSignal): Promise
       const size = await writeWhole(target, [await trainer.task({ id })]);
       const seconds = (performance.now() - started) / 1000;
       const { terms, head } = trainer.size;
-      return report({ file: target, id, bytes: size, labels, examples: examples.length, trained: { terms, head }, interrupted: signal.aborted, seconds }, steps);
+      return report(
+        {
+          file: target,
+          id,
+          bytes: size,
+          labels,
+          examples: examples.length,
+          trained: { terms, head },
+          interrupted: signal.aborted,
+          seconds,
+        },
+        steps,
+      );
     } finally {
       await session.release();
     }
@@ -88,7 +101,10 @@ async function learn(args: Arguments, out: Output, signal: AbortSignal): Promise
 
 /** --labels a,b,c. @throws UsageError for fewer than two, or two alike */
 function labelsOf(args: Arguments): string[] | undefined {
-  const labels = args.text("labels")?.split(",").map((label) => label.trim());
+  const labels = args
+    .text("labels")
+    ?.split(",")
+    .map((label) => label.trim());
   if (labels === undefined) return undefined;
   if (labels.length >= 2 && new Set(labels).size === labels.length && !labels.includes("")) return labels;
   throw new UsageError(`--labels ${args.text("labels")}: expected two at least, all different, as a,b,c`);
@@ -121,7 +137,10 @@ interface Learned {
 function report(learned: Learned, steps: readonly TrainingStep[]): Result {
   const epochs = [...new Set(steps.map(({ epoch }) => epoch))].map((epoch) => {
     const own = steps.filter((step) => step.epoch === epoch);
-    return { loss: own.reduce((sum, { loss }) => sum + loss, 0) / own.length, validation: own.at(-1)!.validation ?? null };
+    return {
+      loss: own.reduce((sum, { loss }) => sum + loss, 0) / own.length,
+      validation: own.at(-1)!.validation ?? null,
+    };
   });
   // The state of this epoch was kept; after Ctrl-C that of the last step.
   const judged = epochs.flatMap(({ validation }) => validation ?? []);
@@ -134,10 +153,16 @@ function report(learned: Learned, steps: readonly TrainingStep[]): Result {
       ...epochs.map(({ loss, validation }, i) => [
         i + 1,
         loss.toFixed(4),
-        ...(judged.length > 0 ? [validation?.loss.toFixed(4) ?? "", validation ? percent(validation.accuracy) : ""] : []),
+        ...(judged.length > 0
+          ? [validation?.loss.toFixed(4) ?? "", validation ? percent(validation.accuracy) : ""]
+          : []),
       ]),
     ]),
     `${trained.terms} numbers of terms and ${trained.head} of the head were trained; ${seconds.toFixed(2)} s`,
   ].join("\n");
-  return { json: { ...learned, steps: steps.length, epochs, validation: best ?? null }, text, exitCode: interrupted ? 1 : 0 };
+  return {
+    json: { ...learned, steps: steps.length, epochs, validation: best ?? null },
+    text,
+    exitCode: interrupted ? 1 : 0,
+  };
 }

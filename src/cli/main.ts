@@ -5,16 +5,16 @@
 import { spawnSync } from "node:child_process";
 import { existsSync } from "node:fs";
 import { fileURLToPath } from "node:url";
-import { EigenLoraError } from "../errors.ts";
 import { nearest } from "../base/names.ts";
+import { EigenLoraError } from "../errors.ts";
 import { VERSION } from "../version.ts";
 import { addCommand } from "./add.ts";
-import { parse, UsageError, type Arguments, type OptionTable } from "./args.ts";
+import { type Arguments, type OptionTable, parse, UsageError } from "./args.ts";
 import { attachCommand } from "./attach.ts";
 import { distillCommand } from "./distill.ts";
 import { learnCommand } from "./learn.ts";
 import { createOutput, type Output } from "./output.ts";
-import { inspectCommand, packCommand, removeCommand, verifyCommand, type Result } from "./packs.ts";
+import { inspectCommand, packCommand, type Result, removeCommand, verifyCommand } from "./packs.ts";
 import { assembleCommand, mergeCommand, projectCommand, shardCommand } from "./shard.ts";
 import { exportCommand, foldCommand } from "./weights.ts";
 
@@ -29,8 +29,12 @@ interface Command {
 const output = (value: string, help: string): OptionTable => ({ output: { value, short: "o", help } });
 const as: OptionTable = { as: { value: "OLD=NEW", multiple: true, help: "call the task of a folder OLD NEW" } };
 const gauge: OptionTable = { gauge: { value: "as-trained|balanced", help: "rewrite each pair as U√S, √SVᵀ first" } };
-const trim: OptionTable = { rank: { value: "N", help: "keep the N strongest directions of each adapter and module (balanced)" } };
-const normalize: OptionTable = { normalize: { help: "every task counts alike when components are sought, however large its update is" } };
+const trim: OptionTable = {
+  rank: { value: "N", help: "keep the N strongest directions of each adapter and module (balanced)" },
+};
+const normalize: OptionTable = {
+  normalize: { help: "every task counts alike when components are sought, however large its update is" },
+};
 const centering: OptionTable = { centering: { value: "keep|none", help: "store the mean of the rows, or do without" } };
 const amount: OptionTable = {
   k: { value: "N", help: "so many components per module and side" },
@@ -55,7 +59,10 @@ const COMMANDS = new Map<string, Command>([
         },
         ...gauge,
         ...trim,
-        private: { value: "N", help: "N rank-1 terms of each task's own beside the components; with --error N at most (balanced)" },
+        private: {
+          value: "N",
+          help: "N rank-1 terms of each task's own beside the components; with --error N at most (balanced)",
+        },
         calibrate: { help: "weigh errors by what enters the modules on --text, with --model; auto: try that too" },
         ...normalize,
         ...centering,
@@ -63,14 +70,26 @@ const COMMANDS = new Map<string, Command>([
         error: { value: "E", help: "fewest bytes for which no task's ΔW error exceeds E" },
         bytes: { value: "SIZE", help: "as many components as fit into a file of this size: 300kB" },
         ratio: { value: "R", help: "the same, R times smaller than the adapters" },
-        divergence: { value: "D", help: "auto: fewest bytes for which the mean KL between the answers of adapters and tasks is at most D nats" },
-        model: { value: "MODEL.onnx", help: "judge by answers to --text instead of by ΔW error (auto), or calibrate by it; needs onnxruntime-node" },
+        divergence: {
+          value: "D",
+          help: "auto: fewest bytes for which the mean KL between the answers of adapters and tasks is at most D nats",
+        },
+        model: {
+          value: "MODEL.onnx",
+          help: "judge by answers to --text instead of by ΔW error (auto), or calibrate by it; needs onnxruntime-node",
+        },
         text: { value: "LINES.txt", help: "plain text of the tasks' kind, one on each line; never what you test on" },
         tokens: { value: "N", help: "tokens of a text at most (128)" },
-        tokenizer: { value: "FILE", help: "tokenizer.json; beside the model unless given; needs @huggingface/tokenizers" },
+        tokenizer: {
+          value: "FILE",
+          help: "tokenizer.json; beside the model unless given; needs @huggingface/tokenizers",
+        },
         dtype: { value: "TYPE", help: "f32, f16 (default), bf16, int8, int4, int3; or basis=…,coefficients=…,head=…" },
         ...base,
-        scores: { value: "SCORES.json", help: "accuracy and accuracy_head_only of each adapter, from 0 to 1: leave out those that add little" },
+        scores: {
+          value: "SCORES.json",
+          help: "accuracy and accuracy_head_only of each adapter, from 0 to 1: leave out those that add little",
+        },
         "min-gain": { value: "X", help: "with --scores, what an adapter must add to the accuracy of its head (0.02)" },
         ...as,
       },
@@ -83,7 +102,14 @@ const COMMANDS = new Map<string, Command>([
     {
       usage: "shard ADAPTER_OR_FOLDER... -o PART",
       does: "statistics of some of very many adapters, to be merged with those of others (docs/hub.md)",
-      options: { ...output("PART", "the part to write; left alone when it is there and made of the same"), ...gauge, ...trim, ...normalize, ...columnOnly, ...as },
+      options: {
+        ...output("PART", "the part to write; left alone when it is there and made of the same"),
+        ...gauge,
+        ...trim,
+        ...normalize,
+        ...columnOnly,
+        ...as,
+      },
       positionals: [1, Infinity],
       run: shardCommand,
     },
@@ -169,12 +195,18 @@ const COMMANDS = new Map<string, Command>([
       does: "train coefficients until plain text is answered as by the adapters; new ones are added first; other tasks' bytes stay",
       options: {
         model: { value: "MODEL.onnx", help: "the model that tasks and adapters belong to; needs onnxruntime-node" },
-        text: { value: "LINES.txt", help: "plain text of the tasks' kind, one on each line; some hundreds, never what you test on" },
+        text: {
+          value: "LINES.txt",
+          help: "plain text of the tasks' kind, one on each line; some hundreds, never what you test on",
+        },
         ...output("OUT.eigen", "the pack to write; finished tasks wait in OUT.eigen.partial"),
         steps: { value: "N", help: "steps for each task (240)" },
         batch: { value: "N", help: "texts of a step (8)" },
         tokens: { value: "N", help: "tokens of a text at most (128)" },
-        tokenizer: { value: "FILE", help: "tokenizer.json; beside the model unless given; needs @huggingface/tokenizers" },
+        tokenizer: {
+          value: "FILE",
+          help: "tokenizer.json; beside the model unless given; needs @huggingface/tokenizers",
+        },
         ...as,
       },
       positionals: [2, Infinity],
@@ -190,18 +222,30 @@ const COMMANDS = new Map<string, Command>([
         model: { value: "MODEL.onnx", help: "the model that the pack's tasks belong to; needs onnxruntime-node" },
         ...output("TASK.eigentask", "the task file to write; after Ctrl-C with what was learned so far"),
         id: { value: "ID", help: "name of the task; that of the file unless given" },
-        labels: { value: "a,b,c", help: "the labels that there may be; those of EXAMPLES, as they appear, unless given" },
+        labels: {
+          value: "a,b,c",
+          help: "the labels that there may be; those of EXAMPLES, as they appear, unless given",
+        },
         epochs: { value: "N", help: "passes over the examples (8)" },
         batch: { value: "N", help: "examples of a step (16)" },
         validation: { value: "P", help: "share held back to judge each epoch by; the best is kept (0.2)" },
         rate: { value: "X", help: "learning rate (0.02)" },
         seed: { value: "N", help: "the same seed gives the same task (0)" },
         train: { value: "coefficients|lora", help: "over the pack's components, or whole factors as without a pack" },
-        rank: { value: "N", help: "rows of coefficients, or rank of the factors; that of most of the pack's tasks unless given" },
+        rank: {
+          value: "N",
+          help: "rows of coefficients, or rank of the factors; that of most of the pack's tasks unless given",
+        },
         terms: { value: "N", help: "free rank-1 terms of each module beside the coefficients (0)" },
-        init: { value: "auto|mean|random|fresh|ID", help: "where coefficients begin (auto), and factors (fresh, as in PEFT); ID: as this task of the pack" },
+        init: {
+          value: "auto|mean|random|fresh|ID",
+          help: "where coefficients begin (auto), and factors (fresh, as in PEFT); ID: as this task of the pack",
+        },
         tokens: { value: "N", help: "tokens of a text at most (128)" },
-        tokenizer: { value: "FILE", help: "tokenizer.json; beside the model unless given; needs @huggingface/tokenizers" },
+        tokenizer: {
+          value: "FILE",
+          help: "tokenizer.json; beside the model unless given; needs @huggingface/tokenizers",
+        },
       },
       positionals: [2, 2],
       run: learnCommand,
@@ -222,7 +266,11 @@ const COMMANDS = new Map<string, Command>([
     {
       usage: "export FILE --task ID -o DIR",
       does: "back to an adapter that PEFT loads",
-      options: { ...task, format: { value: "peft", help: "layout of the files" }, ...output("DIR", "the folder to write") },
+      options: {
+        ...task,
+        format: { value: "peft", help: "layout of the files" },
+        ...output("DIR", "the folder to write"),
+      },
       positionals: [1, 1],
       run: exportCommand,
     },
@@ -260,7 +308,22 @@ const COMMANDS = new Map<string, Command>([
   ],
 ]);
 
-const BENCHMARKS = ["memory", "switch", "fold", "pack", "size", "extract", "shapes", "hub", "learn", "distill", "calibrate", "step", "few-shot", "paper"];
+const BENCHMARKS = [
+  "memory",
+  "switch",
+  "fold",
+  "pack",
+  "size",
+  "extract",
+  "shapes",
+  "hub",
+  "learn",
+  "distill",
+  "calibrate",
+  "step",
+  "few-shot",
+  "paper",
+];
 
 function help(): string {
   const lines = [...COMMANDS.values()].map(({ usage, does, options }) => {
@@ -284,7 +347,9 @@ function help(): string {
 function bench(args: readonly string[]): number {
   const [name = "", ...rest] = args;
   if (!BENCHMARKS.includes(name)) throw new UsageError(`bench ${name}: expected ${BENCHMARKS.join(", ")}`);
-  const paths = [`${name}.js`, `${name}/run.js`].map((path) => fileURLToPath(new URL(`../../../benchmarks/${path}`, import.meta.url)));
+  const paths = [`${name}.js`, `${name}/run.js`].map((path) =>
+    fileURLToPath(new URL(`../../../benchmarks/${path}`, import.meta.url)),
+  );
   const script = paths.find((path) => existsSync(path));
   if (!script) {
     throw new UsageError("the benchmarks come with the repository, not with the package: clone it and run this there");

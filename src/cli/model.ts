@@ -4,9 +4,9 @@
  */
 import { readFile } from "node:fs/promises";
 import { dirname, join } from "node:path";
+import type { Ort } from "../../bindings/ort.ts";
 import { BackendError, BaseMismatchError, SourceError } from "../errors.ts";
 import type { BatchFeeds } from "../train/batch.ts";
-import type { Ort } from "../../bindings/ort.ts";
 
 /** From texts to the inputs of a model, one row each. */
 export type Encode = (texts: string[]) => BatchFeeds;
@@ -22,7 +22,10 @@ export async function loadRuntime(command: string): Promise<Ort> {
 /** A package that only some commands need. @throws BackendError naming it */
 async function peer<T>(command: string, name: string, load: () => Promise<unknown>): Promise<T> {
   const found = await load().catch((cause: Error) => {
-    throw new BackendError(`${command} needs the package ${name}: npm install ${name} (${cause.message})`, { backend: name, cause });
+    throw new BackendError(`${command} needs the package ${name}: npm install ${name} (${cause.message})`, {
+      backend: name,
+      cause,
+    });
   });
   return found as T;
 }
@@ -49,18 +52,30 @@ export async function loadTokenizer(
   tokenizer: string | undefined,
   most: number,
 ): Promise<(inputs: readonly string[]) => Encode> {
-  const { Tokenizer } = await peer<Tokenizers>(command, "@huggingface/tokenizers", () => import("@huggingface/tokenizers"));
+  const { Tokenizer } = await peer<Tokenizers>(
+    command,
+    "@huggingface/tokenizers",
+    () => import("@huggingface/tokenizers"),
+  );
   const path = tokenizer ?? join(dirname(model), "tokenizer.json");
   const rules = await readJson(path);
-  if (!rules) throw new SourceError("there is no tokenizer; say where its tokenizer.json is with --tokenizer", { file: path });
+  if (!rules)
+    throw new SourceError("there is no tokenizer; say where its tokenizer.json is with --tokenizer", { file: path });
   const made = new Tokenizer(rules, (await readJson(join(dirname(path), "tokenizer_config.json"))) ?? {});
-  const Tensor = ort.Tensor as unknown as new (type: "int64", data: BigInt64Array, dims: number[]) => BatchFeeds[string];
+  const Tensor = ort.Tensor as unknown as new (
+    type: "int64",
+    data: BigInt64Array,
+    dims: number[],
+  ) => BatchFeeds[string];
   return (inputs) => {
     const unknown = inputs.find((name) => !INPUTS.includes(name));
     if (unknown !== undefined) {
-      throw new BaseMismatchError(`the model takes "${unknown}", which a tokenizer does not give: use eigenlora/${command} with feeds of your own`, {
-        module: unknown,
-      });
+      throw new BaseMismatchError(
+        `the model takes "${unknown}", which a tokenizer does not give: use eigenlora/${command} with feeds of your own`,
+        {
+          module: unknown,
+        },
+      );
     }
     return (texts) => {
       const rows = texts.map((text) => {
@@ -74,7 +89,9 @@ export async function loadTokenizer(
         values.get("input_ids")!.set(row.map(BigInt), r * width);
         values.get("attention_mask")!.fill(1n, r * width, r * width + row.length);
       });
-      return Object.fromEntries(inputs.map((name) => [name, new Tensor("int64", values.get(name)!, [rows.length, width])]));
+      return Object.fromEntries(
+        inputs.map((name) => [name, new Tensor("int64", values.get(name)!, [rows.length, width])]),
+      );
     };
   };
 }

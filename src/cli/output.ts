@@ -68,7 +68,10 @@ export function table(rows: readonly (readonly (string | number)[])[]): string {
   const widths = text[0]!.map((_, c) => Math.max(...text.map((row) => row[c]!.length)));
   const right = text[0]!.map((_, c) => text.slice(1).every((row) => /^[-+]?[\d.,]+( ?[a-zA-Z%×]*)?$/.test(row[c]!)));
   const line = (row: string[]): string =>
-    row.map((cell, c) => (right[c] ? cell.padStart(widths[c]!) : cell.padEnd(widths[c]!))).join("  ").trimEnd();
+    row
+      .map((cell, c) => (right[c] ? cell.padStart(widths[c]!) : cell.padEnd(widths[c]!)))
+      .join("  ")
+      .trimEnd();
   const [head, ...body] = text;
   return [line(head!), widths.map((w) => "-".repeat(w)).join("  "), ...body.map(line)].join("\n");
 }

@@ -2,26 +2,27 @@
  * Commands on packs: pack, inspect, verify, remove (add: add.ts). Each takes parsed arguments and returns the object that `--json`
  * prints and the text that a person reads.
  */
+
+import type { Adapter } from "../adapters/adapter.ts";
 import { readAdapters, readJson } from "../adapters/folder.ts";
 import { partByGain, readScores } from "../adapters/scores.ts";
-import type { Adapter } from "../adapters/adapter.ts";
-import type { TensorType } from "../tensor/dtypes.ts";
+import { openHost } from "../base/host.ts";
 import { AdapterError, FormatError, TaskError } from "../errors.ts";
 import { deltaError, relative } from "../extract/error.ts";
-import { measureModule, openModule, type Gauge } from "../extract/extract.ts";
-import { breakEven, storageTypes, storedModule, type StorageTypes } from "../pack/build.ts";
+import { type Gauge, measureModule, openModule } from "../extract/extract.ts";
 import { basisId } from "../format/encode.ts";
-import { expandTerm } from "../pack/expand.ts";
 import { hex } from "../format/fields.ts";
-import { SECTION_FREE, WINDOW_BYTES, type TaskBlob } from "../format/format.ts";
+import { SECTION_FREE, type TaskBlob, WINDOW_BYTES } from "../format/format.ts";
 import { layoutFresh } from "../format/layout.ts";
+import { breakEven, type StorageTypes, storageTypes, storedModule } from "../pack/build.ts";
+import { expandTerm } from "../pack/expand.ts";
 import { openPack, type Pack } from "../pack/pack.ts";
-import { openHost } from "../base/host.ts";
 import { openSource } from "../source.ts";
-import { number, renames, required, storage, UsageError, type Arguments } from "./args.ts";
+import type { TensorType } from "../tensor/dtypes.ts";
+import { type Arguments, number, renames, required, storage, UsageError } from "./args.ts";
 import { autoText, planOf } from "./auto.ts";
 import { writeWhole } from "./files.ts";
-import { bytes, percent, table, type Output } from "./output.ts";
+import { bytes, type Output, percent, table } from "./output.ts";
 
 /** What a command gives back. */
 export interface Result {
@@ -52,7 +53,11 @@ export async function packCommand(args: Arguments, out: Output): Promise<Result>
   const base = basePath === undefined ? undefined : await openHost(basePath);
   try {
     const { kept, dropped } = choose(adapters);
-    const { chunks, report } = await plan.run(kept, { types, normalize: args.flag("normalize"), ...(base ? { base } : {}) }, out);
+    const { chunks, report } = await plan.run(
+      kept,
+      { types, normalize: args.flag("normalize"), ...(base ? { base } : {}) },
+      out,
+    );
     await writeWhole(file, chunks);
     for (const warning of report.warnings) out.warn(warning);
     const { types: stored, ...rest } = report;
@@ -126,9 +131,15 @@ export async function inspectCommand(args: Arguments): Promise<Result> {
     }));
     const tasks = directory.tasks.map((t) => ({ id: t.id, bytes: t.section.length, metadata: t.metadata }));
     const size = superblock.committed;
-    const even = breakEven(size, tasks.map((t) => t.bytes), directory.tasks.map((t) => t.adapterBytes));
+    const even = breakEven(
+      size,
+      tasks.map((t) => t.bytes),
+      directory.tasks.map((t) => t.adapterBytes),
+    );
     const { mode, gauge, centering, producer, baseModel } = directory.basis;
-    const dtype = [...new Set(pack.modules.flatMap((m) => [m.A?.tensor.type, m.B?.tensor.type]))].filter(Boolean).join(",");
+    const dtype = [...new Set(pack.modules.flatMap((m) => [m.A?.tensor.type, m.B?.tensor.type]))]
+      .filter(Boolean)
+      .join(",");
     const json = {
       version: pack.version,
       bytes: size,
@@ -208,11 +219,19 @@ export async function verifyCommand(args: Arguments, out: Output): Promise<Resul
       const adapters = await readAdapters(against, { rename: renames(args) });
       for (const adapter of adapters) {
         const blob = blobs.get(adapter.id);
-        if (!blob) throw new TaskError(`${adapter.file}: no task "${adapter.id}" in ${path}; say --as`, { task: adapter.id });
+        if (!blob)
+          throw new TaskError(`${adapter.file}: no task "${adapter.id}" in ${path}; say --as`, { task: adapter.id });
         const figures = await compare(pack, bases, blob, adapter);
         Object.assign(tasks.find((t) => t["id"] === adapter.id)!, figures);
         const { error, delta, bound } = figures;
-        lines.push([adapter.id, percent(error.mean), percent(error.max), delta.A.toFixed(3), delta.B.toFixed(3), bound.toFixed(3)]);
+        lines.push([
+          adapter.id,
+          percent(error.mean),
+          percent(error.max),
+          delta.A.toFixed(3),
+          delta.B.toFixed(3),
+          bound.toFixed(3),
+        ]);
       }
       await closeAll(adapters);
     }
@@ -250,7 +269,8 @@ async function paddingCheck(path: string, pack: Pack): Promise<{ name: string; o
     let end = WINDOW_BYTES;
     for (const { offset, length } of parts) {
       const gap = await source.read(end, offset - end);
-      if (gap.some((b) => b !== 0)) return { name: "padding", ok: false, detail: `not zero between ${end} and ${offset}` };
+      if (gap.some((b) => b !== 0))
+        return { name: "padding", ok: false, detail: `not zero between ${end} and ${offset}` };
       end = offset + length;
     }
     return { name: "padding", ok: true, detail: "zero" };

@@ -8,18 +8,34 @@ import { createReadStream, existsSync } from "node:fs";
 import { join } from "node:path";
 import type { Adapter } from "../adapters/adapter.ts";
 import { readAdapters } from "../adapters/folder.ts";
+import { openHost } from "../base/host.ts";
 import { FormatError, SourceError } from "../errors.ts";
 import { storageTypes } from "../pack/build.ts";
 import { openPack } from "../pack/pack.ts";
-import { openHost } from "../base/host.ts";
 import { buildBasis } from "../pack/shard/basis.ts";
 import { openPart, type PartKind } from "../pack/shard/part.ts";
-import { adapterStatistics, mergeStatistics, openStatistics, writeStatistics, type StatisticsPart } from "../pack/shard/statistics.ts";
+import {
+  adapterStatistics,
+  mergeStatistics,
+  openStatistics,
+  type StatisticsPart,
+  writeStatistics,
+} from "../pack/shard/statistics.ts";
 import { assemblePack, openTasks, projectTasks, type TaskPart } from "../pack/shard/tasks.ts";
 import { VERSION } from "../version.ts";
-import { choice, refuseOverwriting, renames, required, selection, storage, UsageError, wholeNumber, type Arguments } from "./args.ts";
+import {
+  type Arguments,
+  choice,
+  refuseOverwriting,
+  renames,
+  required,
+  selection,
+  storage,
+  UsageError,
+  wholeNumber,
+} from "./args.ts";
 import { writeWhole } from "./files.ts";
-import { bytes, percent, table, type Output } from "./output.ts";
+import { bytes, type Output, percent, table } from "./output.ts";
 import { closeAll, type Result } from "./packs.ts";
 
 /** `shard ADAPTER_OR_FOLDER... -o PART` */
@@ -47,7 +63,9 @@ export async function mergeCommand(args: Arguments, out: Output): Promise<Result
   const file = required(args, "output");
   columnOnly(args);
   for (const path of args.positionals) refuseOverwriting(file, path);
-  const finding = ["k", "energy", "error", "centering", "dtype", "base"].filter((name) => args.text(name) !== undefined);
+  const finding = ["k", "energy", "error", "centering", "dtype", "base"].filter(
+    (name) => args.text(name) !== undefined,
+  );
   if (args.flag("part") && finding.length > 0) {
     throw new UsageError(`--${finding[0]} is for a basis: leave it out with --part, and say it in the last merge`);
   }
@@ -63,10 +81,24 @@ export async function mergeCommand(args: Arguments, out: Output): Promise<Result
     const statistics = await mergeStatistics(parts, { anyBase: args.flag("any-base") });
     if (args.flag("part")) {
       const made = digest("merge", parts.map((part) => part.made).sort());
-      const figures = await makePart(file, "statistics", made, async () => writeStatistics(statistics, made, progress("side")));
-      return result(file, { adapters: statistics.adapters.length, modules: statistics.modules.size, gauge: statistics.gauge, ...figures, warnings: [] });
+      const figures = await makePart(file, "statistics", made, async () =>
+        writeStatistics(statistics, made, progress("side")),
+      );
+      return result(file, {
+        adapters: statistics.adapters.length,
+        modules: statistics.modules.size,
+        gauge: statistics.gauge,
+        ...figures,
+        warnings: [],
+      });
     }
-    const { chunks, report } = await buildBasis(statistics, { select, centering, type, ...(base ? { base } : {}), onProgress: progress("module") });
+    const { chunks, report } = await buildBasis(statistics, {
+      select,
+      centering,
+      type,
+      ...(base ? { base } : {}),
+      onProgress: progress("module"),
+    });
     await writeWhole(file, chunks);
     for (const warning of report.warnings) out.warn(warning);
     const { min, max } = report.components;
@@ -92,12 +124,25 @@ export async function projectCommand(args: Arguments, out: Output): Promise<Resu
     const made = digest("project", basis.basisId, types.coefficients, types.head, await contents(adapters));
     const warnings = warned(adapters, out);
     const onProgress = (done: number, of: number): void => out.progress("module", done, of);
-    const figures = await makePart(file, "tasks", made, async () => (await projectTasks(basis, adapters, made, { types, onProgress })).chunks);
+    const figures = await makePart(
+      file,
+      "tasks",
+      made,
+      async () => (await projectTasks(basis, adapters, made, { types, onProgress })).chunks,
+    );
     const part = await openTasks(file);
     await part.close();
-    const { json, text } = result(file, { adapters: adapters.length, modules: basis.modules.length, ...figures, warnings });
+    const { json, text } = result(file, {
+      adapters: adapters.length,
+      modules: basis.modules.length,
+      ...figures,
+      warnings,
+    });
     const rows = part.tasks.map(({ id, mean, max }) => [id, percent(mean), percent(max)]);
-    return { json: { ...json, residual: part.tasks }, text: `${text}\n${table([["task", "ΔW error", "largest"], ...rows])}` };
+    return {
+      json: { ...json, residual: part.tasks },
+      text: `${text}\n${table([["task", "ΔW error", "largest"], ...rows])}`,
+    };
   } finally {
     await basis.close();
     await closeAll(adapters);
@@ -135,7 +180,9 @@ export async function assembleCommand(args: Arguments): Promise<Result> {
 function columnOnly(args: Arguments): void {
   const mode = args.text("mode") ?? "column";
   if (mode === "column") return;
-  throw new UsageError(`--mode ${mode}: only column mode is made of parts, the others need all adapters at once; use eigenlora pack`);
+  throw new UsageError(
+    `--mode ${mode}: only column mode is made of parts, the others need all adapters at once; use eigenlora pack`,
+  );
 }
 
 function warned(adapters: readonly Adapter[], out: Output): string[] {
@@ -151,9 +198,16 @@ interface PartFigures {
 }
 
 /** Writes a part, unless it is there: whole, and made of the same. */
-async function makePart(file: string, kind: PartKind, made: string, make: () => Promise<AsyncIterable<Uint8Array>>): Promise<PartFigures> {
+async function makePart(
+  file: string,
+  kind: PartKind,
+  made: string,
+  make: () => Promise<AsyncIterable<Uint8Array>>,
+): Promise<PartFigures> {
   const found = existsSync(file) ? await wholePart(file, kind, made) : undefined;
-  return found === undefined ? { bytes: await writeWhole(file, await make()), present: false } : { bytes: found, present: true };
+  return found === undefined
+    ? { bytes: await writeWhole(file, await make()), present: false }
+    : { bytes: found, present: true };
 }
 
 /** Its size; undefined when it is damaged or another. */
@@ -174,7 +228,9 @@ async function wholePart(file: string, kind: PartKind, made: string): Promise<nu
 }
 
 function digest(...parts: unknown[]): string {
-  return createHash("sha256").update(JSON.stringify([VERSION, ...parts])).digest("hex");
+  return createHash("sha256")
+    .update(JSON.stringify([VERSION, ...parts]))
+    .digest("hex");
 }
 
 /** What adapters hold, whatever their files are called or dated. */
@@ -196,10 +252,17 @@ async function contents(adapters: readonly Adapter[]): Promise<[id: string, dige
 /** What the process took: of the clock, of the cores, of memory. */
 function usage(): { seconds: number; coreSeconds: number; peakMemoryBytes: number } {
   const { userCPUTime, systemCPUTime, maxRSS } = process.resourceUsage();
-  return { seconds: performance.now() / 1000, coreSeconds: (userCPUTime + systemCPUTime) / 1e6, peakMemoryBytes: maxRSS * 1024 };
+  return {
+    seconds: performance.now() / 1000,
+    coreSeconds: (userCPUTime + systemCPUTime) / 1e6,
+    peakMemoryBytes: maxRSS * 1024,
+  };
 }
 
-function result(file: string, figures: PartFigures & { adapters: number; modules: number; gauge?: string; warnings: string[] }): Result {
+function result(
+  file: string,
+  figures: PartFigures & { adapters: number; modules: number; gauge?: string; warnings: string[] },
+): Result {
   const { adapters, modules, present } = figures;
   return {
     json: { file, ...figures, ...usage() },

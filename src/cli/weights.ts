@@ -4,14 +4,14 @@
 import { mkdir } from "node:fs/promises";
 import { join } from "node:path";
 import { peftFiles } from "../adapters/export.ts";
+import { safetensorsHost } from "../base/host.ts";
 import { taskAdapter } from "../pack/expand.ts";
 import { openPack } from "../pack/pack.ts";
-import { safetensorsHost } from "../base/host.ts";
 import { createRuntime } from "../runtime/create.ts";
-import { writeSafetensors, type SafetensorsEntry } from "../tensor/safetensors-writer.ts";
-import { openSafetensors } from "../tensor/safetensors.ts";
 import { openSource } from "../source.ts";
-import { choice, required, type Arguments } from "./args.ts";
+import { openSafetensors } from "../tensor/safetensors.ts";
+import { type SafetensorsEntry, writeSafetensors } from "../tensor/safetensors-writer.ts";
+import { type Arguments, choice, required } from "./args.ts";
 import { writeWhole } from "./files.ts";
 import { bytes } from "./output.ts";
 import type { Result } from "./packs.ts";
@@ -28,9 +28,13 @@ export async function exportCommand(args: Arguments): Promise<Result> {
     const { config, tensors } = await peftFiles(adapter);
     await mkdir(directory, { recursive: true });
     const text = (value: object): Uint8Array[] => [new TextEncoder().encode(`${JSON.stringify(value, null, 2)}\n`)];
-    const size = await writeWhole(join(directory, "adapter_model.safetensors"), writeSafetensors(tensors, new Map([["format", "pt"]])));
+    const size = await writeWhole(
+      join(directory, "adapter_model.safetensors"),
+      writeSafetensors(tensors, new Map([["format", "pt"]])),
+    );
     await writeWhole(join(directory, "adapter_config.json"), text(config));
-    if (Object.keys(adapter.metadata).length > 0) await writeWhole(join(directory, "task.json"), text(adapter.metadata));
+    if (Object.keys(adapter.metadata).length > 0)
+      await writeWhole(join(directory, "task.json"), text(adapter.metadata));
     const modules = adapter.modules.size;
     return {
       json: { directory, task, modules, bytes: size },

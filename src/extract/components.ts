@@ -3,9 +3,9 @@
  * many as asked but never a direction that is only rounding error. In f64, from whichever Gram matrix is smaller. Knows
  * nothing of tasks, gauges or stored types.
  */
-import { symmetricEigen, type Eigen } from "./eigen.ts";
+import { type Eigen, symmetricEigen } from "./eigen.ts";
 import { largestEigen, type Operator } from "./lanczos.ts";
-import { addScaled, dot, gram, rowSquares, scale, timesTransposed, transpose, type Products } from "./linalg.ts";
+import { addScaled, dot, gram, type Products, rowSquares, scale, timesTransposed, transpose } from "./linalg.ts";
 
 /** The singular value decomposition of a stack as far as it was asked for. */
 export interface Components {
@@ -134,7 +134,8 @@ export function principalComponents(
  */
 function gramEigen(x: Float64Array, rows: number, width: number, products: Products, few?: number): Eigen {
   const found = few === undefined ? undefined : fewEigen(x, rows, width, few, products);
-  const eigen = found ?? symmetricEigen(smallerGram(x, rows, width, products), Math.min(rows, width), products.tridiagonalize);
+  const eigen =
+    found ?? symmetricEigen(smallerGram(x, rows, width, products), Math.min(rows, width), products.tridiagonalize);
   if (rows > width) return eigen;
   return {
     values: eigen.values,
@@ -159,7 +160,11 @@ function fewEigen(x: Float64Array, rows: number, width: number, few: number, pro
   const operator: Operator = {
     n,
     apply: (v, k) => half(products(v, x, k, other, n, false, !across), k),
-    start: (k, random) => half(Float64Array.from({ length: k * other }, () => random() - 0.5), k),
+    start: (k, random) =>
+      half(
+        Float64Array.from({ length: k * other }, () => random() - 0.5),
+        k,
+      ),
   };
   const release = products.hold?.(x);
   try {
@@ -174,7 +179,13 @@ function fewEigen(x: Float64Array, rows: number, width: number, few: number, pro
 /**
  * Makes vectors `from` to `from + count` unit vectors, the weak ones orthogonal to all before them (twice is enough).
  */
-export function orthonormalize(v: Float64Array, from: number, count: number, width: number, singular: Float64Array): void {
+export function orthonormalize(
+  v: Float64Array,
+  from: number,
+  count: number,
+  width: number,
+  singular: Float64Array,
+): void {
   for (let k = from; k < from + count; k++) {
     const weak = singular[k]! < WEAK * singular[0]!;
     for (let pass = 0; pass < (weak ? 2 : 0); pass++) {

@@ -6,11 +6,20 @@
  */
 import { decodeTensor, type TensorType } from "../tensor/dtypes.ts";
 import { encodeTensor } from "../tensor/encode.ts";
-import { centred, columnMeans, principalComponents, ROUNDING, type Components } from "./components.ts";
+import { type Components, centred, columnMeans, principalComponents, ROUNDING } from "./components.ts";
 import { deltaError, pairError, relative, type SideError } from "./error.ts";
 import { alignSigns, alignTo, balance, leadingRows, type Pair } from "./gauge.ts";
 import { jointComponents } from "./joint.ts";
-import { backwardSolve, cholesky, dot, rowSquares, scale, timesTransposed, transpose, type Products } from "./linalg.ts";
+import {
+  backwardSolve,
+  cholesky,
+  dot,
+  type Products,
+  rowSquares,
+  scale,
+  timesTransposed,
+  transpose,
+} from "./linalg.ts";
 import { fewBits, mirror, mix } from "./mixing.ts";
 import { turnTo, turnTogether } from "./procrustes.ts";
 import { pairsWithin } from "./search.ts";
@@ -20,11 +29,11 @@ import {
   lossOf,
   openSubspace,
   rounded,
-  solve,
-  targetsOf,
   type StoredBasis,
   type Subspace,
+  solve,
   type Target,
+  targetsOf,
 } from "./subspace.ts";
 
 /** One adapter's factors of one module: ΔW [out, in] = Btᵀ·A. */
@@ -163,20 +172,38 @@ export function extractModule(stack: ModuleStack, options: ExtractOptions): Modu
   const metric = options.moments && metricOf(options.moments, stack.in);
   const given = stack.members.map((member) => {
     const pair = toPair(member, stack.out, stack.in);
-    return metric ? { ...pair, A: timesTransposed(pair.A, transpose(metric, stack.in, stack.in), pair.rank, stack.in, stack.in) } : pair;
+    return metric
+      ? { ...pair, A: timesTransposed(pair.A, transpose(metric, stack.in, stack.in), pair.rank, stack.in, stack.in) }
+      : pair;
   });
   const own = gauge === "balanced" ? given.map((pair) => balance(pair, stack.out, stack.in)) : given;
   const rank = mode === "flat" ? Math.max(...own.map((pair) => pair.rank)) : undefined;
   const pairs = rank === undefined ? own : own.map((pair) => padded(pair, rank));
   // Without a mean a sign cancels between component and coefficient; with one it decides what the mean is.
   const kept = pairs.map((pair) => leadingRows(pair, options.rank ?? Infinity));
-  if (gauge === "balanced" && centering === "keep") (rank === undefined ? alignSigns : turnTogether)(kept, stack.out, stack.in);
+  if (gauge === "balanced" && centering === "keep")
+    (rank === undefined ? alignSigns : turnTogether)(kept, stack.out, stack.in);
   const found: Found = {
     stack,
     options,
     ranks: pairs.map((pair) => (rank === undefined ? pair.rank : 1)),
-    A: { ...decompose(pairs.map((pair) => pair.A), kept.map((pair) => pair.A), stack.in, rank, options), metric },
-    B: decompose(pairs.map((pair) => pair.Bt), kept.map((pair) => pair.Bt), stack.out, rank, options),
+    A: {
+      ...decompose(
+        pairs.map((pair) => pair.A),
+        kept.map((pair) => pair.A),
+        stack.in,
+        rank,
+        options,
+      ),
+      metric,
+    },
+    B: decompose(
+      pairs.map((pair) => pair.Bt),
+      kept.map((pair) => pair.Bt),
+      stack.out,
+      rank,
+      options,
+    ),
   };
   const { A, B, ranks } = found;
   if (rank === undefined && mirrors(options)) {
@@ -204,13 +231,29 @@ export function extractModule(stack: ModuleStack, options: ExtractOptions): Modu
 
 /** As many components on both sides as the selection asks for: of ΔW itself, so the numbers are judged together. */
 function storeJoint(found: Found, pairs: readonly Pair[]): ModuleExtraction {
-  const { stack: { name, out, in: inputs }, options: { select, products, normalize }, A, B } = found;
+  const {
+    stack: { name, out, in: inputs },
+    options: { select, products, normalize },
+    A,
+    B,
+  } = found;
   const most = Math.max(A.components.count, B.components.count);
-  const alike = normalize ? pairs.map(({ rank, A, Bt }) => ({ rank, A: A.map((v) => v * reciprocal(A)), Bt: Bt.map((v) => v * reciprocal(Bt)) })) : pairs;
+  const alike = normalize
+    ? pairs.map(({ rank, A, Bt }) => ({
+        rank,
+        A: A.map((v) => v * reciprocal(A)),
+        Bt: Bt.map((v) => v * reciprocal(Bt)),
+      }))
+    : pairs;
   const solve = (k: number): ModuleExtraction => {
     const [kA, kB] = [Math.min(k, A.components.count), Math.min(k, B.components.count)];
-    const made = kA * kB > 0 ? jointComponents(alike, kA, kB, out, inputs, products) : { A: A.components, B: B.components };
-    return store({ ...found, A: { ...A, components: made.A }, B: { ...B, components: made.B } }, made.A.count, made.B.count);
+    const made =
+      kA * kB > 0 ? jointComponents(alike, kA, kB, out, inputs, products) : { A: A.components, B: B.components };
+    return store(
+      { ...found, A: { ...A, components: made.A }, B: { ...B, components: made.B } },
+      made.A.count,
+      made.B.count,
+    );
   };
   if (select.kind === "k" || (select.kind === "energy" && select.share === 1)) return solve(most);
   const enough = ({ A: { explained }, tasks }: ModuleExtraction): boolean =>
@@ -230,7 +273,11 @@ function storeJoint(found: Found, pairs: readonly Pair[]): ModuleExtraction {
 }
 
 /** Opens both bases of a module for `projectModule` and `measureModule`. */
-export function openModule(basis: { A: StoredBasis; B: StoredBasis }, products?: Products, metric?: Float64Array): ModuleSpace {
+export function openModule(
+  basis: { A: StoredBasis; B: StoredBasis },
+  products?: Products,
+  metric?: Float64Array,
+): ModuleSpace {
   return { A: openSubspace(basis.A, products, metric), B: openSubspace(basis.B, products) };
 }
 
@@ -322,7 +369,9 @@ export function decompose(
       for (const end = at + factor.length / width; at < end; at++) own[at] = own[at]! > 0 ? first ** 2 / own[at]! : 0;
     }
   }
-  const weights = options.normalize ? factors.flatMap((factor) => Array<number>(factor.length / width).fill(reciprocal(factor))) : undefined;
+  const weights = options.normalize
+    ? factors.flatMap((factor) => Array<number>(factor.length / width).fill(reciprocal(factor)))
+    : undefined;
   const mean = options.centering === "keep" ? columnMeans(rows, count, width, weights) : undefined;
   const x = centred(rows, count, width, mean);
   // A row is as large as what is stored of it: coefficients for the centred row, the mean for the rest.
@@ -332,14 +381,7 @@ export function decompose(
     scale(weight, x, i * width, width);
     floors[i]! *= weight;
   });
-  const components = principalComponents(
-    x,
-    count,
-    width,
-    floors,
-    wanted(options),
-    options.products,
-  );
+  const components = principalComponents(x, count, width, floors, wanted(options), options.products);
   return { width, rank, rows: options.rank === undefined ? rows : stacked(all), mean, components };
 }
 
@@ -360,7 +402,10 @@ function stacked(factors: readonly Float64Array[]): Float64Array {
 }
 
 /** How many components a selection asks for, or what says so, given the singular values; an error is judged on all of them later. */
-export function wanted({ select, mode }: Pick<ExtractOptions, "select" | "mode">): number | ((singular: Float64Array, total: number) => number) {
+export function wanted({
+  select,
+  mode,
+}: Pick<ExtractOptions, "select" | "mode">): number | ((singular: Float64Array, total: number) => number) {
   if (select.kind === "k") return select.k;
   if (select.kind === "error" || mode === "joint" || select.share === 1) return (singular) => singular.length;
   return (singular, total) => {
@@ -372,7 +417,13 @@ export function wanted({ select, mode }: Pick<ExtractOptions, "select" | "mode">
 }
 
 /** The first `count` components, of few bits those mixed, and the mean as they are stored. @param mixed false: in their order */
-export function encodeBasis(side: Omit<Side, "rows">, count: number, type: TensorType, products?: Products, mixed: boolean = fewBits(type)): SideBasis {
+export function encodeBasis(
+  side: Omit<Side, "rows">,
+  count: number,
+  type: TensorType,
+  products?: Products,
+  mixed: boolean = fewBits(type),
+): SideBasis {
   const { width, rank, mean, metric } = side;
   const { vectors, singular, total } = side.components;
   const rows = count + (mean ? 1 : 0);
@@ -395,7 +446,12 @@ export function encodeBasis(side: Omit<Side, "rows">, count: number, type: Tenso
   };
 }
 
-function encodeModule({ A, B, options: { basisType, products } }: Found, kA: number, kB: number, mixed?: boolean): { A: SideBasis; B: SideBasis } {
+function encodeModule(
+  { A, B, options: { basisType, products } }: Found,
+  kA: number,
+  kB: number,
+  mixed?: boolean,
+): { A: SideBasis; B: SideBasis } {
   return { A: encodeBasis(A, kA, basisType, products, mixed), B: encodeBasis(B, kB, basisType, products, mixed) };
 }
 
@@ -503,21 +559,30 @@ const UNSEEN = 1e-3;
 
 /** L with E[x·xᵀ] = L·Lᵀ. */
 function metricOf(moments: Float64Array, width: number): Float64Array {
-  if (moments.length !== width * width) throw new RangeError(`moments: expected [${width}, ${width}], got ${moments.length} values`);
+  if (moments.length !== width * width)
+    throw new RangeError(`moments: expected [${width}, ${width}], got ${moments.length} values`);
   const square = moments.slice();
   let trace = 0;
   for (let i = 0; i < width; i++) trace += square[i * width + i]!;
-  if (!(trace > 0 && trace < Infinity)) throw new RangeError("moments: no second moments of any input, they are zero or no numbers");
+  if (!(trace > 0 && trace < Infinity))
+    throw new RangeError("moments: no second moments of any input, they are zero or no numbers");
   for (let i = 0; i < width; i++) square[i * width + i]! += (UNSEEN * trace) / width;
   return cholesky(square, width);
 }
 
 /** @throws RangeError for a rank that cannot be kept, or moments where they mean nothing */
-export function checkRank({ rank, gauge, mode, moments }: Pick<ExtractOptions, "rank" | "gauge" | "mode" | "moments">): void {
-  if (moments && mode === "flat") throw new RangeError("moments: flat mode keeps whole factors; take column or joint mode");
+export function checkRank({
+  rank,
+  gauge,
+  mode,
+  moments,
+}: Pick<ExtractOptions, "rank" | "gauge" | "mode" | "moments">): void {
+  if (moments && mode === "flat")
+    throw new RangeError("moments: flat mode keeps whole factors; take column or joint mode");
   if (rank === undefined) return;
   if (!(Number.isInteger(rank) && rank >= 1)) throw new RangeError(`rank must be a whole number from 1, got ${rank}`);
-  if (gauge !== "balanced") throw new RangeError("rank: only a balanced pair has its strongest directions first; take gauge balanced");
+  if (gauge !== "balanced")
+    throw new RangeError("rank: only a balanced pair has its strongest directions first; take gauge balanced");
   if (mode === "flat") throw new RangeError("rank: flat mode keeps whole factors; take column or joint mode");
 }
 

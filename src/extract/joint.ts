@@ -8,10 +8,10 @@
  * anyway; ΔW is never formed. The result does not depend on the gauge. A core is of the task's rank, so its coefficients are
  * the plain projections of both factors: file and runtime do not know the difference.
  */
-import { dominant, principalComponents, type Components } from "./components.ts";
+import { type Components, dominant, principalComponents } from "./components.ts";
 import { symmetricEigen } from "./eigen.ts";
 import { balance, type Pair } from "./gauge.ts";
-import { addScaled, cholesky, dot, gram, scale, timesTransposed, transpose, type Products } from "./linalg.ts";
+import { addScaled, cholesky, dot, gram, type Products, scale, timesTransposed, transpose } from "./linalg.ts";
 
 /** Turns at most; most modules need 20 to 80. */
 const MOST_TURNS = 400;
@@ -45,8 +45,22 @@ export function jointComponents(
     const [a, b] = [gram(A, rank, inputs), gram(Bt, rank, outputs)];
     return sum + dot(a, 0, b, 0, a.length);
   }, 0);
-  const throughB = (B: Rows): Rows => reach(pairs.map(({ rank, A, Bt }) => ({ rank, through: Bt, rows: A })), B, outputs, inputs, products);
-  const throughA = (A: Rows): Rows => reach(pairs.map(({ rank, A: through, Bt }) => ({ rank, through, rows: Bt })), A, inputs, outputs, products);
+  const throughB = (B: Rows): Rows =>
+    reach(
+      pairs.map(({ rank, A, Bt }) => ({ rank, through: Bt, rows: A })),
+      B,
+      outputs,
+      inputs,
+      products,
+    );
+  const throughA = (A: Rows): Rows =>
+    reach(
+      pairs.map(({ rank, A: through, Bt }) => ({ rank, through, rows: Bt })),
+      A,
+      inputs,
+      outputs,
+      products,
+    );
   let B = leading(joined(pairs.map(({ rank, Bt }) => ({ count: rank, values: Bt }))), kB, outputs, products);
   let A = leading(throughB(B), kA, inputs, products);
   for (let turn = 0, before = 0; turn < MOST_TURNS; turn++) {
@@ -71,13 +85,15 @@ function reach(
   width: number,
   products: Products,
 ): Rows {
-  return joined(tasks.map(({ rank, through, rows }) => {
-    const seen = products(P.values, through, P.count, rank, other);
-    const turned = transpose(rows, rank, width);
-    if (P.count <= rank) return { count: P.count, values: products(seen, turned, P.count, width, rank) };
-    const factor = transpose(cholesky(gram(transpose(seen, P.count, rank), rank, P.count), rank), rank, rank);
-    return { count: rank, values: products(factor, turned, rank, width, rank) };
-  }));
+  return joined(
+    tasks.map(({ rank, through, rows }) => {
+      const seen = products(P.values, through, P.count, rank, other);
+      const turned = transpose(rows, rank, width);
+      if (P.count <= rank) return { count: P.count, values: products(seen, turned, P.count, width, rank) };
+      const factor = transpose(cholesky(gram(transpose(seen, P.count, rank), rank, P.count), rank), rank, rank);
+      return { count: rank, values: products(factor, turned, rank, width, rank) };
+    }),
+  );
 }
 
 function joined(parts: readonly Rows[]): Rows {
@@ -99,7 +115,13 @@ function leading({ count, values }: Rows, k: number, width: number, products: Pr
 
 /** One step of subspace iteration: V ← orthonormal rows of V·RᵀR. */
 function step({ count, values }: Rows, V: Rows, width: number, products: Products): Rows {
-  const next = products(products(V.values, values, V.count, count, width), transpose(values, count, width), V.count, width, count);
+  const next = products(
+    products(V.values, values, V.count, count, width),
+    transpose(values, count, width),
+    V.count,
+    width,
+    count,
+  );
   return { count: V.count, values: orthonormal(next, V.values, V.count, width) };
 }
 
@@ -112,7 +134,8 @@ function orthonormal(rows: Float64Array, before: Float64Array, k: number, width:
     else scale(1 / lengths[i]!, rows, i * width, width);
     // Twice is enough.
     for (let pass = 0; pass < 2; pass++) {
-      for (let j = 0; j < i; j++) addScaled(-dot(rows, j * width, rows, i * width, width), rows, j * width, rows, i * width, width);
+      for (let j = 0; j < i; j++)
+        addScaled(-dot(rows, j * width, rows, i * width, width), rows, j * width, rows, i * width, width);
       const length = Math.sqrt(dot(rows, i * width, rows, i * width, width));
       if (length > 0) scale(1 / length, rows, i * width, width);
     }
@@ -121,11 +144,22 @@ function orthonormal(rows: Float64Array, before: Float64Array, k: number, width:
 }
 
 /** The same span, its directions by strength, the largest entry of each positive. */
-function sorted(rows: Rows, { count: k, values: V }: Rows, width: number, total: number, products: Products): Components {
+function sorted(
+  rows: Rows,
+  { count: k, values: V }: Rows,
+  width: number,
+  total: number,
+  products: Products,
+): Components {
   const { values, vectors } = symmetricEigen(gram(products(V, rows.values, k, rows.count, width), k, rows.count), k);
   const turned = products(vectors(k), transpose(V, k, width), k, width, k);
   for (let i = 0; i < k; i++) if (dominant(turned, i * width, width) < 0) scale(-1, turned, i * width, width);
-  return { count: k, vectors: orthonormal(turned, V, k, width), singular: values.map((value) => Math.sqrt(Math.max(0, value))), total };
+  return {
+    count: k,
+    vectors: orthonormal(turned, V, k, width),
+    singular: values.map((value) => Math.sqrt(Math.max(0, value))),
+    total,
+  };
 }
 
 function squares(values: Float64Array): number {

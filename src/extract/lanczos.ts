@@ -4,7 +4,7 @@
  * falls off, without its Gram matrix; `eigen.ts` solves the rest, and everything small.
  */
 import { generator, symmetricEigen } from "./eigen.ts";
-import { addScaled, dot, scale, type Products } from "./linalg.ts";
+import { addScaled, dot, type Products, scale } from "./linalg.ts";
 
 /** A block holds so many vectors more than are asked for: the gap that counts is the one behind them. */
 const EXTRA = 8;
@@ -44,7 +44,11 @@ export function largestEigen(
   if (steps < LEAST_STEPS) return undefined;
   const random = generator();
   const most = steps * block;
-  const [basis, images, projected] = [new Float64Array(most * n), new Float64Array(most * n), new Float64Array(most * most)];
+  const [basis, images, projected] = [
+    new Float64Array(most * n),
+    new Float64Array(most * n),
+    new Float64Array(most * most),
+  ];
   let next = start(block, random);
   let before = Infinity;
   for (let step = 1; step <= steps; step++) {
@@ -54,7 +58,10 @@ export function largestEigen(
     next = apply(basis.subarray(from * n, size * n), block);
     images.set(next, from * n);
     addRows(projected, most, from, products(next, v, block, size, n), size);
-    const small = Float64Array.from({ length: size * size }, (_, i) => projected[Math.floor(i / size) * most + (i % size)]!);
+    const small = Float64Array.from(
+      { length: size * size },
+      (_, i) => projected[Math.floor(i / size) * most + (i % size)]!,
+    );
     const ritz = symmetricEigen(small, size, products.tridiagonalize);
     const [values, turns] = [ritz.values, ritz.vectors(count)];
     // The last pair is the last to settle; all are looked at when it has.
@@ -106,7 +113,13 @@ const SPENT = 1e-12;
  * Rows [k, n] made orthonormal, and orthogonal to those of `before`, in place. A row of which nothing is left, as in a space that
  * is spent, becomes a random one.
  */
-function orthonormal(rows: Float64Array, before: Float64Array, n: number, random: () => number, products: Products): Float64Array {
+function orthonormal(
+  rows: Float64Array,
+  before: Float64Array,
+  n: number,
+  random: () => number,
+  products: Products,
+): Float64Array {
   const [count, size] = [rows.length / n, before.length / n];
   for (let again = true; again; ) {
     again = false;

@@ -79,7 +79,15 @@ export function timesTransposed(
 
 /** What extraction spends its time in: `timesTransposed`, or a faster one where there is one. */
 export interface Products {
-  (x: Float64Array, y: Float64Array, m: number, n: number, width: number, lower?: boolean, across?: boolean): Float64Array;
+  (
+    x: Float64Array,
+    y: Float64Array,
+    m: number,
+    n: number,
+    width: number,
+    lower?: boolean,
+    across?: boolean,
+  ): Float64Array;
   /** Keeps a copy of an array that will be multiplied several times and does not change meanwhile. Returns what frees it. */
   hold?: (operand: Float64Array) => () => void;
   /** As `tridiagonalize` of `eigen.ts`, which stands in where this is absent. */
@@ -97,12 +105,7 @@ export interface Tridiagonal {
 }
 
 /** X·Xᵀ [rows, rows] of X [rows, width]: symmetric to the bit. */
-export function gram(
-  x: Float64Array,
-  rows: number,
-  width: number,
-  products: Products = timesTransposed,
-): Float64Array {
+export function gram(x: Float64Array, rows: number, width: number, products: Products = timesTransposed): Float64Array {
   const g = products(x, x, rows, rows, width, true);
   for (let i = 0; i < rows; i++) {
     for (let j = 0; j < i; j++) g[j * rows + i] = g[i * rows + j]!;

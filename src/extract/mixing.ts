@@ -4,7 +4,7 @@
  * and so are α·V and (α·Hᵀ)·(H·V).
  */
 import type { TensorType } from "../tensor/dtypes.ts";
-import { timesTransposed, type Products } from "./linalg.ts";
+import { type Products, timesTransposed } from "./linalg.ts";
 
 /** Formats whose rounding loses enough for turns to pay. */
 export function fewBits(type: TensorType): boolean {
@@ -12,7 +12,12 @@ export function fewBits(type: TensorType): boolean {
 }
 
 /** Rows [rows, width] mixed evenly, each with each. Twice is as before. */
-export function mix(values: Float64Array, rows: number, width: number, products: Products = timesTransposed): Float64Array {
+export function mix(
+  values: Float64Array,
+  rows: number,
+  width: number,
+  products: Products = timesTransposed,
+): Float64Array {
   return products(hartley(rows), values, rows, width, rows, false, true);
 }
 

@@ -6,7 +6,15 @@
  */
 import { decodeTensor, isQuantized, type TensorType } from "../tensor/dtypes.ts";
 import { deltaError, relative } from "./error.ts";
-import { extractModule, openModule, type ExtractOptions, type ModuleExtraction, type ModuleMember, type ModuleStack, type ProjectedTask } from "./extract.ts";
+import {
+  type ExtractOptions,
+  extractModule,
+  type ModuleExtraction,
+  type ModuleMember,
+  type ModuleStack,
+  openModule,
+  type ProjectedTask,
+} from "./extract.ts";
 import { balance, leadingRows, type Pair } from "./gauge.ts";
 import { mix } from "./mixing.ts";
 import { expand, rounded, type Subspace } from "./subspace.ts";
@@ -47,13 +55,17 @@ export interface MixedExtraction extends ModuleExtraction {
  */
 export function extractMixed(stack: ModuleStack, options: PrivateOptions): MixedExtraction {
   const { select, gauge } = options;
-  if (!(Number.isInteger(options.private) && options.private >= 1)) throw new RangeError(`private must be a whole number from 1, got ${options.private}`);
+  if (!(Number.isInteger(options.private) && options.private >= 1))
+    throw new RangeError(`private must be a whole number from 1, got ${options.private}`);
   const { privateShare: share = 0 } = options;
   if (!(share >= 0 && share < 1)) throw new RangeError(`privateShare must be from 0 to less than 1, got ${share}`);
   if (gauge !== "balanced") throw new RangeError("private terms need gauge balanced");
   if (options.moments) throw new RangeError("private terms are not found by moments; leave one of them out");
-  if (options.mode === "flat") throw new RangeError("private terms stand beside shared rows; take column or joint mode");
-  const given = stack.members.map(({ rank, A, Bt }): Pair => ({ rank, A: Float64Array.from(A), Bt: Float64Array.from(Bt) }));
+  if (options.mode === "flat")
+    throw new RangeError("private terms stand beside shared rows; take column or joint mode");
+  const given = stack.members.map(
+    ({ rank, A, Bt }): Pair => ({ rank, A: Float64Array.from(A), Bt: Float64Array.from(Bt) }),
+  );
   if (select.kind !== "error") return alternate(stack, given, options).found;
 
   const rows = given.reduce((sum, { rank }) => sum + Math.min(rank, options.rank ?? rank), 0);
@@ -67,7 +79,9 @@ export function extractMixed(stack: ModuleStack, options: PrivateOptions): Mixed
     else if (best && tried.bytes > 1.2 * best.bytes) break;
   }
   if (best) return best.found;
-  throw new RangeError(`${stack.name}: an error of ${select.max} is out of reach of ${options.private} private terms in ${options.coefficientType}; allow more`);
+  throw new RangeError(
+    `${stack.name}: an error of ${select.max} is out of reach of ${options.private} private terms in ${options.coefficientType}; allow more`,
+  );
 }
 
 interface Mixed {
@@ -85,12 +99,18 @@ function alternate(stack: ModuleStack, given: readonly Pair[], options: PrivateO
   let best: Mixed | undefined;
   let members = stack.members;
   for (let round = 0; round < ROUNDS; round++) {
-    const shared = extractShared({ ...stack, members }, { ...options, rank: options.rank ?? Math.max(...given.map(({ rank }) => rank)) });
+    const shared = extractShared(
+      { ...stack, members },
+      { ...options, rank: options.rank ?? Math.max(...given.map(({ rank }) => rank)) },
+    );
     const parts = expanded(shared, options);
     const tasks = shared.tasks.map((task, i) => withPrivate(task, given[i]!, parts[i]!, options, error));
     const mixed: Mixed = {
       found: { ...shared, tasks: tasks.map(({ task }) => task) },
-      bytes: bytesOf(shared, tasks.map(({ task }) => task)),
+      bytes: bytesOf(
+        shared,
+        tasks.map(({ task }) => task),
+      ),
       lost: tasks.reduce((sum, { lost }) => sum + lost, 0),
       reached: tasks.every(({ reached }) => reached),
     };
@@ -112,20 +132,50 @@ function better(one: Mixed, other: Mixed): boolean {
 function extractShared(stack: ModuleStack, options: ExtractOptions): ModuleExtraction {
   if (options.select.kind !== "k" || options.select.k > 0) return extractModule(stack, options);
   const none = (width: number): ModuleExtraction["A"] => {
-    return { type: options.basisType, components: 0, width, mean: false, encoded: new Uint8Array(0), singular: new Float64Array(0), explained: 0 };
+    return {
+      type: options.basisType,
+      components: 0,
+      width,
+      mean: false,
+      encoded: new Uint8Array(0),
+      singular: new Float64Array(0),
+      explained: 0,
+    };
   };
   const empty = new Uint8Array(0);
-  const tasks = stack.members.map(({ id }) => ({ id, rank: 0, alphaA: empty, alphaB: empty, error: 1, bound: 1, deltaA: 1, deltaB: 1 }));
-  return { name: stack.name, out: stack.out, in: stack.in, A: none(stack.in), B: none(stack.out), tasks, delta: { A: 1, B: 1 } };
+  const tasks = stack.members.map(({ id }) => ({
+    id,
+    rank: 0,
+    alphaA: empty,
+    alphaB: empty,
+    error: 1,
+    bound: 1,
+    deltaA: 1,
+    deltaB: 1,
+  }));
+  return {
+    name: stack.name,
+    out: stack.out,
+    in: stack.in,
+    A: none(stack.in),
+    B: none(stack.out),
+    tasks,
+    delta: { A: 1, B: 1 },
+  };
 }
 
 /** The shared factors of every task, as stored. */
 function expanded({ A, B, tasks }: ModuleExtraction, { coefficientType, products }: ExtractOptions): Pair[] {
-  if (A.components + B.components === 0 && !A.mean) return tasks.map(() => ({ rank: 0, A: new Float64Array(0), Bt: new Float64Array(0) }));
+  if (A.components + B.components === 0 && !A.mean)
+    return tasks.map(() => ({ rank: 0, A: new Float64Array(0), Bt: new Float64Array(0) }));
   const space = openModule({ A, B }, products);
   const rows = (encoded: Uint8Array, side: Subspace, rank: number): Float64Array =>
     expand(side, Float64Array.from(decodeTensor(coefficientType, encoded, rank, side.components)), rank);
-  return tasks.map(({ rank, alphaA, alphaB }) => ({ rank, A: rows(alphaA, space.A, rank), Bt: rows(alphaB, space.B, rank) }));
+  return tasks.map(({ rank, alphaA, alphaB }) => ({
+    rank,
+    A: rows(alphaA, space.A, rank),
+    Bt: rows(alphaB, space.B, rank),
+  }));
 }
 
 /** The fewest private terms that reach the error, or all that are allowed. */
@@ -139,12 +189,16 @@ function withPrivate(
   const [width, height] = [given.A.length / given.rank, given.Bt.length / given.rank];
   const rest = balance(stackedPairs(given, shared, -1), height, width);
   const { norm: whole } = deltaError(given, given);
-  let least = error === undefined ? countFrom(rest, (options.privateShare ?? 0) * whole ** 2) : leastRank(rest, error, whole);
+  let least =
+    error === undefined ? countFrom(rest, (options.privateShare ?? 0) * whole ** 2) : leastRank(rest, error, whole);
   for (; ; least++) {
     const q = Math.min(least, options.private, rest.rank);
     const leading = leadingRows(rest, q);
     const own = isQuantized(options.coefficientType) ? mixed(leading, width, height) : leading;
-    const [ownA, ownB] = [rounded(options.coefficientType, own.A, q, width), rounded(options.coefficientType, own.Bt, q, height)];
+    const [ownA, ownB] = [
+      rounded(options.coefficientType, own.A, q, width),
+      rounded(options.coefficientType, own.Bt, q, height),
+    ];
     const rows = { rank: q, A: ownA.values, Bt: ownB.values };
     const stored = stackedPairs(shared, rows, 1);
     const nothing = { rank: 1, A: new Float64Array(width), Bt: new Float64Array(height) };
@@ -207,6 +261,10 @@ function without({ id, rank, A, Bt }: ModuleMember, own: Pair): ModuleMember {
 }
 
 function bytesOf({ A, B }: ModuleExtraction, tasks: readonly MixedTask[]): number {
-  const own = tasks.reduce((sum, { alphaA, alphaB, private: terms }) => sum + alphaA.length + alphaB.length + (terms ? terms.A.length + terms.Bt.length : 0), 0);
+  const own = tasks.reduce(
+    (sum, { alphaA, alphaB, private: terms }) =>
+      sum + alphaA.length + alphaB.length + (terms ? terms.A.length + terms.Bt.length : 0),
+    0,
+  );
   return A.encoded.length + B.encoded.length + own;
 }

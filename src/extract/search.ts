@@ -3,10 +3,10 @@
  * bytes. Everything is computed in coordinates of the components, where one more component of one side changes the r×r
  * matrices of `error.ts` by products of two vectors, so that thousands of pairs cost less than one expansion.
  */
-import { tensorBytes, type TensorType } from "../tensor/dtypes.ts";
+import { type TensorType, tensorBytes } from "../tensor/dtypes.ts";
 import { pairError, relative, type SideError } from "./error.ts";
 import { fewBits, mixColumns } from "./mixing.ts";
-import { leaveOut, lossOf, rounded, solve, type Subspace, type Target } from "./subspace.ts";
+import { leaveOut, lossOf, rounded, type Subspace, solve, type Target } from "./subspace.ts";
 
 /** One side of a module with all its components as stored, before any is cut. */
 export interface SearchSide {
@@ -114,7 +114,11 @@ function staircase(allowed: number, a: SearchSide, b: SearchSide): number[] {
   const walkA = walk(a);
   const walkB = walk(b);
   const fits = judge(a.targets.length, allowed);
-  const within = (): boolean => fits((task) => walkA.error(task), (task) => walkB.error(task));
+  const within = (): boolean =>
+    fits(
+      (task) => walkA.error(task),
+      (task) => walkB.error(task),
+    );
   while (walkB.count < limitB) walkB.add();
   const least: number[] = [];
   for (let kA = 0; kA <= a.space.components; kA++) {
@@ -145,7 +149,12 @@ function walk({ space, targets }: SearchSide): Walk {
   const { components, meanAt } = space;
   if (space.rank !== undefined) return expandingWalk({ space, targets });
   const errors = targets.map(({ rank, kept, rows, squares, alongMean }): SideError => {
-    const error = { rank, rows, lost: squares.slice(), cross: squares.map((value, ij) => value + alongMean[ij % rank]!) };
+    const error = {
+      rank,
+      rows,
+      lost: squares.slice(),
+      cross: squares.map((value, ij) => value + alongMean[ij % rank]!),
+    };
     leaveOut(error, kept);
     return error;
   });
@@ -192,7 +201,10 @@ function expandingWalk({ space, targets }: SearchSide): Walk {
 }
 
 /** The errors of one side with the first k components and rounded coefficients. Each is computed once. */
-function roundedErrors({ space, targets }: SearchSide, { basisType, coefficientType }: StoredTypes): (task: number, k: number) => SideError {
+function roundedErrors(
+  { space, targets }: SearchSide,
+  { basisType, coefficientType }: StoredTypes,
+): (task: number, k: number) => SideError {
   // Components of few bits are stored mixed, and coefficients are rounded as they are of those.
   const asStored = (coefficients: Float64Array, rows: number, k: number): Float64Array => {
     if (!fewBits(basisType)) return rounded(coefficientType, coefficients, rows, k).values;

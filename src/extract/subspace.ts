@@ -10,7 +10,7 @@
 import { decodeTensor, type TensorType } from "../tensor/dtypes.ts";
 import { encodeTensor } from "../tensor/encode.ts";
 import { centred, ROUNDING } from "./components.ts";
-import { sideError, type SideError } from "./error.ts";
+import { type SideError, sideError } from "./error.ts";
 import {
   addScaled,
   backwardSolve,
@@ -18,8 +18,8 @@ import {
   dot,
   forwardSolve,
   gram,
-  timesTransposed,
   type Products,
+  timesTransposed,
 } from "./linalg.ts";
 
 /** One side's basis as it lies in a pack. */
@@ -75,7 +75,11 @@ export interface Target {
  * Decodes and factors a basis.
  * @param metric L [width, width]: lengths are those of rows·L (`metricOf`)
  */
-export function openSubspace(stored: StoredBasis, products: Products = timesTransposed, metric?: Float64Array): Subspace {
+export function openSubspace(
+  stored: StoredBasis,
+  products: Products = timesTransposed,
+  metric?: Float64Array,
+): Subspace {
   const { components, width } = stored;
   const rows = components + (stored.mean ? 1 : 0);
   const decoded = Float64Array.from(decodeTensor(stored.type, stored.encoded, rows, width));
@@ -93,7 +97,12 @@ export function openSubspace(stored: StoredBasis, products: Products = timesTran
  * product costs less than many small ones.
  * @param most rows of a task that have coefficients
  */
-export function targetsOf(space: Subspace, rows: Float64Array, ranks: readonly number[], most: number = Infinity): Target[] {
+export function targetsOf(
+  space: Subspace,
+  rows: Float64Array,
+  ranks: readonly number[],
+  most: number = Infinity,
+): Target[] {
   const { components, width, mean } = space;
   const total = ranks.reduce((sum, rank) => sum + rank, 0);
   const x = centred(rows, total, width, mean);

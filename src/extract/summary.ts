@@ -4,10 +4,10 @@
  * exactly for rows and up to rounding for Gram matrices, in any order and any grouping. In f64. The mean is taken off at the
  * end, since it is known only there. For column mode: every other way of extraction needs all adapters at once.
  */
-import { fixSigns, orthonormalize, type Components } from "./components.ts";
-import { symmetricEigen, type Eigen } from "./eigen.ts";
+import { type Components, fixSigns, orthonormalize } from "./components.ts";
+import { type Eigen, symmetricEigen } from "./eigen.ts";
 import { largestEigen } from "./lanczos.ts";
-import { addScaled, dot, timesTransposed, transpose, type Products } from "./linalg.ts";
+import { addScaled, dot, type Products, timesTransposed, transpose } from "./linalg.ts";
 
 /** The summary of a stack [count, width]. */
 export type Summary = { readonly width: number; readonly count: number } & (
@@ -163,11 +163,13 @@ export function gramComponents(
   }
   const limit = Math.min(rows, width);
   const least = RESOLVED * (mean ? squares * dot(mean, 0, mean, 0, width) : 0);
-  const few = typeof choose === "number" ? strongestOf(square, width, Math.min(choose, limit), least, products) : undefined;
+  const few =
+    typeof choose === "number" ? strongestOf(square, width, Math.min(choose, limit), least, products) : undefined;
   const eigen = few ?? symmetricEigen(square, width, products.tridiagonalize);
   const singular = eigen.values.slice(0, limit).map((value) => Math.sqrt(Math.max(0, value)));
   let resolved = 0;
-  while (resolved < singular.length && eigen.values[resolved]! > Math.max(least, RESOLVED * eigen.values[0]!)) resolved++;
+  while (resolved < singular.length && eigen.values[resolved]! > Math.max(least, RESOLVED * eigen.values[0]!))
+    resolved++;
   if (resolved === 0) return { mean, components: { count: 0, vectors: new Float64Array(0), singular, total: 0 } };
   const count = Math.min(typeof choose === "number" ? choose : choose(singular, total), resolved);
   const vectors = eigen.vectors(count);
@@ -181,7 +183,8 @@ function strongestOf(g: Float64Array, n: number, count: number, least: number, p
   const release = products.hold?.(g);
   try {
     const apply = (v: Float64Array, k: number): Float64Array => products(v, g, k, n, n);
-    const start = (k: number, random: () => number): Float64Array => Float64Array.from({ length: k * n }, () => random() - 0.5);
+    const start = (k: number, random: () => number): Float64Array =>
+      Float64Array.from({ length: k * n }, () => random() - 0.5);
     const found = largestEigen({ n, apply, start }, count, products);
     if (!found || found.values[count - 1]! <= Math.max(least, RESOLVED * found.values[0]!)) return undefined;
     return { values: found.values, vectors: () => found.vectors };

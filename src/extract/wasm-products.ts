@@ -1,8 +1,9 @@
 /**
  * The large loops of extraction in WebAssembly. Apart from the backend, since only packing needs them.
  */
+
+import { type Binaries, claim, instantiate } from "../backends/wasm.ts";
 import type { Products } from "./linalg.ts";
-import { claim, instantiate, type Binaries } from "../backends/wasm.ts";
 
 type Variant = "scalar" | "simd";
 
@@ -35,7 +36,10 @@ export async function createWasmProducts(options: { variant?: Variant } = {}): P
     let next = start;
     const addresses = lengths.map((length) => (next += 8 * length) - 8 * length);
     try {
-      return work(addresses, lengths.map((length, i) => new Float64Array(memory.buffer, addresses[i]!, length)));
+      return work(
+        addresses,
+        lengths.map((length, i) => new Float64Array(memory.buffer, addresses[i]!, length)),
+      );
     } finally {
       heap.free(start, byteLength);
     }
@@ -44,7 +48,9 @@ export async function createWasmProducts(options: { variant?: Variant } = {}): P
   const held = new Map<Float64Array, number>();
   const products: Products = (x, y, m, n, width, lower = false, across = false) => {
     if (x.length < m * width || y.length < n * width) {
-      throw new RangeError(`products: [${m}, ${width}] and [${n}, ${width}] do not fit ${x.length} and ${y.length} values`);
+      throw new RangeError(
+        `products: [${m}, ${width}] and [${n}, ${width}] do not fit ${x.length} and ${y.length} values`,
+      );
     }
     const lengths = [m * n, held.has(x) ? 0 : m * width, held.has(y) || x === y ? 0 : n * width];
     return onBlocks(lengths, ([out, ownX, ownY], [result, xs, ys]) => {

@@ -9,17 +9,17 @@ import { align64 } from "./fields.ts";
 import {
   DIRECTORY_HEAD_BYTES,
   LAYOUTS,
+  type Layout,
   MAGIC,
+  type ParameterRole,
   ROLES,
   SECTION_ENTRY_BYTES,
-  TASK_BLOB_MAGIC,
-  TASK_FILE_MAGIC,
-  WINDOW_BYTES,
-  type Layout,
-  type ParameterRole,
   type Section,
   type Superblock,
+  TASK_BLOB_MAGIC,
+  TASK_FILE_MAGIC,
   type TaskEntry,
+  WINDOW_BYTES,
 } from "./format.ts";
 
 type Bytes = Uint8Array<ArrayBuffer>;
@@ -136,8 +136,11 @@ export function encodeBasis(basis: BasisInput): { description: Bytes; bases: Byt
 /** SHA-256 of description and bases: what ties a task file to its basis (SPEC.md, section 2). */
 export async function basisId(description: Uint8Array, bases: Uint8Array): Promise<Bytes> {
   const length = description.length + bases.length;
-  const adjacent = bases.buffer === description.buffer && bases.byteOffset === description.byteOffset + description.length;
-  const both = adjacent ? new Uint8Array(bases.buffer as ArrayBuffer, description.byteOffset, length) : new Uint8Array(length);
+  const adjacent =
+    bases.buffer === description.buffer && bases.byteOffset === description.byteOffset + description.length;
+  const both = adjacent
+    ? new Uint8Array(bases.buffer as ArrayBuffer, description.byteOffset, length)
+    : new Uint8Array(length);
   if (!adjacent) {
     both.set(description);
     both.set(bases, description.length);

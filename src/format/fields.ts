@@ -51,7 +51,10 @@ export class Fields {
 
   version(): string {
     const major = this.u16(8);
-    this.check(major === 1, () => `version ${major}.${this.u16(10)}, but this reader knows version 1; update eigenlora`);
+    this.check(
+      major === 1,
+      () => `version ${major}.${this.u16(10)}, but this reader knows version 1; update eigenlora`,
+    );
     return `${major}.${this.u16(10)}`;
   }
 

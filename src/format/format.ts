@@ -3,7 +3,7 @@
  * names before that size has been checked. Here window and directory, and what all parts are made of; task blobs are
  * `task.ts`, files of one task `task-file.ts`, writing `encode.ts`.
  */
-import { TENSOR_TYPES, tensorBytes, type TensorType } from "../tensor/dtypes.ts";
+import { TENSOR_TYPES, type TensorType, tensorBytes } from "../tensor/dtypes.ts";
 import { crc32c } from "./crc32c.ts";
 import { align64, Fields, hex } from "./fields.ts";
 import { decode, Value } from "./messagepack.ts";
@@ -247,7 +247,10 @@ export function parseDirectory(bytes: Uint8Array, superblock: Superblock, file: 
   checkTiling(f, sections, superblock);
   const known = [SECTION_BASES, SECTION_TASK, SECTION_FREE];
   for (const { kind, required } of sections) {
-    f.check(!required || known.includes(kind), () => `it needs a section of kind ${kind}, unknown here; update eigenlora`);
+    f.check(
+      !required || known.includes(kind),
+      () => `it needs a section of kind ${kind}, unknown here; update eigenlora`,
+    );
   }
   const all = sections.filter((s) => s.kind === SECTION_BASES);
   const bases = all[0];
@@ -262,7 +265,10 @@ export function parseDirectory(bytes: Uint8Array, superblock: Superblock, file: 
   const root = new Value(decode(bytes.subarray(start + basisLength), file, "task list"), file, "task list", "tasks");
   const blobs = sections.filter((s) => s.kind === SECTION_TASK);
   const list = root.array(1_048_576);
-  f.check(list.length === blobs.length, () => `${list.length} tasks are listed, but there are ${blobs.length} task blobs`);
+  f.check(
+    list.length === blobs.length,
+    () => `${list.length} tasks are listed, but there are ${blobs.length} task blobs`,
+  );
   const seen = new Set<string>();
   const entries: TaskEntry[] = [];
   const tasks = list.map((value, i) => {
@@ -305,27 +311,30 @@ function parseBasis(bytes: Uint8Array, basesLength: number, file: string): Basis
     return { type, rows, width, byteOffset, byteLength };
   };
   const names = new Set<string>();
-  const modules = root.get("modules").array(65_536).map((m: Value): PackModule => {
-    const name = m.get("name").string(1024);
-    m.check(!names.has(name), () => `two modules are named "${name}"`);
-    names.add(name);
-    const out = m.get("out").integer(1, 2 ** 31 - 1);
-    const inputs = m.get("in").integer(1, 2 ** 31 - 1);
-    const kernel = m.get("kernel");
-    const A = parseSide(m.get("A"), inputs, tensor);
-    const B = parseSide(m.get("B"), out, tensor);
-    m.check((A === undefined) === (B === undefined), () => `module "${name}" has a basis on one side only`);
-    return {
-      name,
-      out,
-      in: inputs,
-      layout: LAYOUTS[m.get("layout").integer(0, LAYOUTS.length - 1)]!,
-      kernel: kernel.absent ? undefined : kernel.array(8).map((k) => k.integer(1, 65_535)),
-      A,
-      B,
-      fingerprint: m.get("fingerprint").boolean() ? tensor("f32", 1, FINGERPRINT_SIZE).byteOffset : undefined,
-    };
-  });
+  const modules = root
+    .get("modules")
+    .array(65_536)
+    .map((m: Value): PackModule => {
+      const name = m.get("name").string(1024);
+      m.check(!names.has(name), () => `two modules are named "${name}"`);
+      names.add(name);
+      const out = m.get("out").integer(1, 2 ** 31 - 1);
+      const inputs = m.get("in").integer(1, 2 ** 31 - 1);
+      const kernel = m.get("kernel");
+      const A = parseSide(m.get("A"), inputs, tensor);
+      const B = parseSide(m.get("B"), out, tensor);
+      m.check((A === undefined) === (B === undefined), () => `module "${name}" has a basis on one side only`);
+      return {
+        name,
+        out,
+        in: inputs,
+        layout: LAYOUTS[m.get("layout").integer(0, LAYOUTS.length - 1)]!,
+        kernel: kernel.absent ? undefined : kernel.array(8).map((k) => k.integer(1, 65_535)),
+        A,
+        B,
+        fingerprint: m.get("fingerprint").boolean() ? tensor("f32", 1, FINGERPRINT_SIZE).byteOffset : undefined,
+      };
+    });
   root.check(end === basesLength, () => `its tensors end at ${end}, the bases have ${basesLength} bytes`);
   return {
     producer: root.get("producer").string(1024),
@@ -373,5 +382,5 @@ function parseBrings(value: Value, earlier: readonly TaskEntry[]): readonly stri
 
 /** Whether a string may name a task: 1 to 255 bytes of UTF-8, no control characters. */
 export function isTaskId(id: string): boolean {
-  return id.length > 0 && new TextEncoder().encode(id).length <= 255 && !/[\u0000-\u001f\u007f-\u009f]/.test(id);
+  return id.length > 0 && new TextEncoder().encode(id).length <= 255 && !/\p{Cc}/u.test(id);
 }

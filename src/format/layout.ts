@@ -13,14 +13,14 @@ import {
 } from "./encode.ts";
 import { align64 } from "./fields.ts";
 import {
+  type Directory,
   SECTION_BASES,
   SECTION_FREE,
   SECTION_TASK,
-  WINDOW_BYTES,
-  type Directory,
   type Section,
   type Superblock,
   type TaskEntry,
+  WINDOW_BYTES,
 } from "./format.ts";
 
 /** A task to be written. */
@@ -60,7 +60,10 @@ export function layoutFresh({ tasks, ...basis }: FreshPack): Uint8Array[] {
 }
 
 /** The same, with one blob in memory at a time. `bytes` is the size of the whole. */
-export function streamFresh(basis: FreshBasis, tasks: readonly TaskPlace[]): { bytes: number; chunks: AsyncGenerator<Uint8Array, void> } {
+export function streamFresh(
+  basis: FreshBasis,
+  tasks: readonly TaskPlace[],
+): { bytes: number; chunks: AsyncGenerator<Uint8Array, void> } {
   const { head, bytes } = freshHead(basis, tasks);
   async function* chunks(): AsyncGenerator<Uint8Array, void> {
     const first = padded(head, 0);

@@ -129,7 +129,10 @@ export class Value {
 
   #expected(what: string): never {
     const found = this.absent ? "nothing" : typeof this.value === "object" ? "a collection" : String(this.value);
-    throw new FormatError(`${this.path}: expected ${what}, found ${found.slice(0, 80)}`, { file: this.file, part: this.part });
+    throw new FormatError(`${this.path}: expected ${what}, found ${found.slice(0, 80)}`, {
+      file: this.file,
+      part: this.part,
+    });
   }
 
   missing(index: number): Value {

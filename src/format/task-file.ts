@@ -17,11 +17,20 @@ export function parseTaskFile(bytes: Uint8Array, file: string): TaskFile {
   f.version();
   f.crc(60, 60);
   const start = align64(64 + f.u32(12));
-  f.check(start + f.u32(48) === bytes.length, () => `${bytes.length} bytes, expected ${start + f.u32(48)}; fetch it again`);
+  f.check(
+    start + f.u32(48) === bytes.length,
+    () => `${bytes.length} bytes, expected ${start + f.u32(48)}; fetch it again`,
+  );
   const entry = bytes.subarray(64, 64 + f.u32(12));
-  f.check(bytes.subarray(64 + entry.length, start).every((b) => b === 0), () => "its padding is not zero: it is damaged");
+  f.check(
+    bytes.subarray(64 + entry.length, start).every((b) => b === 0),
+    () => "its padding is not zero: it is damaged",
+  );
   const blob = bytes.subarray(start);
-  f.check(crc32c(entry) === f.u32(52) && crc32c(blob) === f.u32(56), () => "its checksum does not match: it is damaged");
+  f.check(
+    crc32c(entry) === f.u32(52) && crc32c(blob) === f.u32(56),
+    () => "its checksum does not match: it is damaged",
+  );
   const parsed = parseEntry(new Value(decode(entry, file, f.part), file, f.part, "entry"), []);
   return { ...parsed, basisId: hex(bytes.subarray(16, 48)), blob };
 }

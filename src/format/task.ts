@@ -1,15 +1,16 @@
 /**
  * One task's blob: the header read and checked, its tensors located (SPEC.md, section 6).
  */
-import { align4, isQuantized, TENSOR_TYPES, tensorBytes } from "../tensor/dtypes.ts";
+
 import { FormatError } from "../errors.ts";
+import { align4, isQuantized, TENSOR_TYPES, tensorBytes } from "../tensor/dtypes.ts";
 import { Fields } from "./fields.ts";
 import {
-  ROLES,
-  TASK_BLOB_MAGIC,
   type Coefficients,
   type PackModule,
+  ROLES,
   type Side,
+  TASK_BLOB_MAGIC,
   type TaskBlob,
   type TaskParameter,
   type TaskTerm,
@@ -109,7 +110,9 @@ function parseParameter(
   const item = (i: number): Value => items[i] ?? parameter.missing(i);
   const name = item(0).string(1024);
   const role = ROLES[item(1).integer(0, ROLES.length - 1)]!;
-  const shape = item(3).array(8).map((d) => d.integer(1, 2 ** 31 - 1));
+  const shape = item(3)
+    .array(8)
+    .map((d) => d.integer(1, 2 ** 31 - 1));
   parameter.check(shape.length > 0, () => `"${name}" has no shape`);
   parameter.check(role !== "rows" || shape.length === 2, () => `"${name}" needs two dimensions, got [${shape}]`);
   parameter.check(
@@ -119,10 +122,21 @@ function parseParameter(
   const rows = shape.length === 1 ? 1 : shape[0]!;
   const width = shape.slice(shape.length === 1 ? 0 : 1).reduce((a, b) => a * b, 1);
   parameter.check(Number.isSafeInteger(rows * width), () => `"${name}" is too large: [${shape}]`);
-  const indices = role === "rows" ? item(4).array(shape[0]!).map((i) => i.integer(0, 2 ** 31 - 1)) : undefined;
+  const indices =
+    role === "rows"
+      ? item(4)
+          .array(shape[0]!)
+          .map((i) => i.integer(0, 2 ** 31 - 1))
+      : undefined;
   if (indices) {
-    parameter.check(indices.length === shape[0], () => `"${name}": ${indices.length} rows are named, ${shape[0]} stored`);
-    parameter.check(indices.every((v, i) => i === 0 || v > indices[i - 1]!), () => `"${name}": rows are not ascending`);
+    parameter.check(
+      indices.length === shape[0],
+      () => `"${name}": ${indices.length} rows are named, ${shape[0]} stored`,
+    );
+    parameter.check(
+      indices.every((v, i) => i === 0 || v > indices[i - 1]!),
+      () => `"${name}": rows are not ascending`,
+    );
   }
   return { name, role, shape, indices, tensor: tensor(item(2), rows, width) };
 }

@@ -3,10 +3,11 @@
  * MatMulInteger after DynamicQuantizeLinear, QLinearMatMul. For fingerprints and for the base's heads; the product itself
  * is the runtime's.
  */
-import { bf16ToF32, f16ToF32 } from "../tensor/dtypes.ts";
+
+import { type WeightAt, weightAt } from "../base/fingerprint.ts";
 import { FormatError } from "../errors.ts";
-import { weightAt, type WeightAt } from "../base/fingerprint.ts";
 import type { ReadOptions } from "../source.ts";
+import { bf16ToF32, f16ToF32 } from "../tensor/dtypes.ts";
 import { matrixShape, producer } from "./linear.ts";
 import { attribute, type OnnxModel, type Use } from "./model.ts";
 import type { OnnxParameter } from "./modules.ts";
@@ -38,7 +39,11 @@ export interface ReadWeight {
  * @throws FormatError when the weight is quantised in a way that is not read here, or its tensors do not fit each other
  * @throws SourceError when a file beside the model cannot be read
  */
-export async function readLinearWeight(file: ModelFile, parameter: OnnxParameter, options?: ReadOptions): Promise<ReadWeight> {
+export async function readLinearWeight(
+  file: ModelFile,
+  parameter: OnnxParameter,
+  options?: ReadOptions,
+): Promise<ReadWeight> {
   const { model } = file;
   const [out, inputs] = matrixShape(parameter) ?? [0, 0];
   const transposed = parameter.layout === "in-out";
@@ -50,21 +55,30 @@ export async function readLinearWeight(file: ModelFile, parameter: OnnxParameter
   const reader = new TensorReader(file, options);
   const use = parameter.uses[0];
   const packed = use?.node.opType === "MatMulNBits";
-  const at = packed ? await nBits(reader, use.node) : await affine(reader, model, parameter, use, transposed, out, inputs);
+  const at = packed
+    ? await nBits(reader, use.node)
+    : await affine(reader, model, parameter, use, transposed, out, inputs);
   if (at) return { at, quantized: true };
   const how = use ? `${use.node.opType} "${use.node.name}"` : "no node";
   const message = `"${parameter.name}" is quantised in a way that is not known here (used by ${how})`;
-  throw new FormatError(`${message}; pass a model where it is float, or anyBase: true where it is read for its fingerprint only`, {
-    file: model.name,
-    part: `initializer ${parameter.initializer}`,
-  });
+  throw new FormatError(
+    `${message}; pass a model where it is float, or anyBase: true where it is read for its fingerprint only`,
+    {
+      file: model.name,
+      part: `initializer ${parameter.initializer}`,
+    },
+  );
 }
 
 /**
  * A vector as f32, float or behind a DequantizeLinear.
  * @throws FormatError, SourceError as `readLinearWeight`
  */
-export async function readVector(file: ModelFile, { name, initializer }: OnnxParameter, options?: ReadOptions): Promise<Float32Array> {
+export async function readVector(
+  file: ModelFile,
+  { name, initializer }: OnnxParameter,
+  options?: ReadOptions,
+): Promise<Float32Array> {
   const { model } = file;
   const reader = new TensorReader(file, options);
   const values = await reader.values(initializer);
@@ -148,13 +162,18 @@ async function nBits(reader: TensorReader, node: NodeProto): Promise<WeightAt | 
   // A row of zero points is padded to whole bytes.
   const rowOfZeros = (Math.ceil((blocks * bits) / 8) * 8) / bits;
   const isWhole = packed.bytes.length * 8 >= out * blocks * size * bits && countOf(scales) >= out * blocks;
-  const isBased = !zeros || (zeros.integer ? zeros.bytes.length * 8 >= out * rowOfZeros * bits : countOf(zeros) >= out * blocks);
+  const isBased =
+    !zeros || (zeros.integer ? zeros.bytes.length * 8 >= out * rowOfZeros * bits : countOf(zeros) >= out * blocks);
   if (!isWhole || !isBased) return undefined;
   const zeroValues = zeros?.integer ? integers(viewOf(zeros.bytes), bits, false) : undefined;
   return (o, n) => {
     const block = Math.floor(n / size);
     const scale = scales.at(o * blocks + block);
-    const zero = zeroValues ? zeroValues(o * rowOfZeros + block) : zeros ? zeros.at(o * blocks + block) : 2 ** (bits - 1);
+    const zero = zeroValues
+      ? zeroValues(o * rowOfZeros + block)
+      : zeros
+        ? zeros.at(o * blocks + block)
+        : 2 ** (bits - 1);
     return (values((o * blocks + block) * size + (n % size)) - zero) * scale;
   };
 }
@@ -188,14 +207,18 @@ async function affine(
   const place = (row: number, column: number): number => {
     if (count === 1) return 0;
     if (block === 0) return axis === 0 ? row : column;
-    return axis === 0 ? Math.floor(row / block) * columns + column : row * Math.ceil(columns / block) + Math.floor(column / block);
+    return axis === 0
+      ? Math.floor(row / block) * columns + column
+      : row * Math.ceil(columns / block) + Math.floor(column / block);
   };
   const expected = block === 0 ? [1, axis === 0 ? rows : columns] : [place(rows - 1, columns - 1) + 1];
   if (!expected.includes(count)) return undefined;
   return (o, n) => {
     const [row, column] = transposed ? [n, o] : [o, n];
     const at = place(row, column);
-    return (values.at(row * columns + column) - (zeros ? zeros.at(zeros.shape.length === 0 ? 0 : at) : 0)) * scales.at(at);
+    return (
+      (values.at(row * columns + column) - (zeros ? zeros.at(zeros.shape.length === 0 ? 0 : at) : 0)) * scales.at(at)
+    );
   };
 }
 

@@ -123,7 +123,10 @@ export function checkGraftable(model: OnnxModel): void {
     throw new FormatError(message, { file: model.name, part: "opset" });
   }
   if (model.graph.proto.input.some(({ name }) => name.startsWith(`${PREFIX}.`))) {
-    throw new FormatError("has task inputs already; pass the model as it was before", { file: model.name, part: "graph" });
+    throw new FormatError("has task inputs already; pass the model as it was before", {
+      file: model.name,
+      part: "graph",
+    });
   }
 }
 
@@ -132,7 +135,11 @@ export function checkGraftable(model: OnnxModel): void {
  * @param options `probe: false` adds no outputs for a probe
  * @throws FormatError as `checkGraftable`
  */
-export function graft(model: OnnxModel, { modules, biases, rows, heads }: Graft, options: { probe?: boolean } = {}): Grafted {
+export function graft(
+  model: OnnxModel,
+  { modules, biases, rows, heads }: Graft,
+  options: { probe?: boolean } = {},
+): Grafted {
   checkGraftable(model);
   const grafter = new Grafter(model, options.probe ?? true);
   // A bias is added behind what DoRA scales, so before the term that goes between.
@@ -177,7 +184,8 @@ class Grafter {
       const end = rowScale ? linear.node : (biasAdd(this.#model, linear) ?? linear.node);
       const place = new Place(linear.graph, end, `${PREFIX}/${name}/${this.#count++}`, linear.type);
       const rank = linear.graph === this.#main ? this.#ranks.of(linear.x) : undefined;
-      const rows = rank === 3 || rank === 2 ? place.up(linear.x) : place.op("Flatten", [place.up(linear.x)], { axis: -1 });
+      const rows =
+        rank === 3 || rank === 2 ? place.up(linear.x) : place.op("Flatten", [place.up(linear.x)], { axis: -1 });
       // [batch, sequence, in] multiplies with [tasks, …] as it is.
       const byTask = (value: string, width: number): string => (rank === 3 ? value : this.#rowsOf(place, value, width));
       const terms: string[] = [];
@@ -270,7 +278,12 @@ class Grafter {
   }
 
   /** shape(value)[from:to], made once. */
-  #once(name: string, op: "Slice", [, value]: readonly ["Shape", string], [from, to]: readonly [number, number]): string {
+  #once(
+    name: string,
+    op: "Slice",
+    [, value]: readonly ["Shape", string],
+    [from, to]: readonly [number, number],
+  ): string {
     const out = `${PREFIX}/${name}/${value}`;
     if (!this.#shared.has(out)) {
       this.#shared.add(out);

@@ -2,12 +2,13 @@
  * An ONNX model as a base: its weights, under the names that adapters call them by. Read-only: what a task changes
  * reaches a model through the runtime that has loaded it.
  */
-import type { FloatType } from "../tensor/dtypes.ts";
-import { SourceError } from "../errors.ts";
+
 import type { View, WeightHost } from "../base/host.ts";
+import { SourceError } from "../errors.ts";
 import type { SourceInput } from "../source.ts";
+import type { FloatType } from "../tensor/dtypes.ts";
 import { findParameters, type OnnxParameter } from "./modules.ts";
-import { readModel, type ModelFile, type ModelOptions } from "./read.ts";
+import { type ModelFile, type ModelOptions, readModel } from "./read.ts";
 import { readTensor } from "./tensors.ts";
 
 /**

@@ -35,7 +35,11 @@ export class NotLinear {
 }
 
 /** [out, in] of a parameter that is the weight of a linear layer; undefined when its dimensions do not tell. */
-export function matrixShape({ shape, layout, uses }: OnnxParameter): readonly [out: number, inputs: number] | undefined {
+export function matrixShape({
+  shape,
+  layout,
+  uses,
+}: OnnxParameter): readonly [out: number, inputs: number] | undefined {
   const packed = uses.find(({ node }) => node.opType === "MatMulNBits")?.node;
   if (packed) return [Number(attribute(packed, "N")?.i ?? 0), Number(attribute(packed, "K")?.i ?? 0)];
   const [rows, columns] = shape;
@@ -132,7 +136,9 @@ export function biasAdd(model: OnnxModel, { node, graph }: Linear): NodeProto | 
  * added to by itself.
  */
 export function fusedNode(model: OnnxModel): NodeProto | undefined {
-  return model.graph.proto.node.find(({ domain, opType }) => domain === "com.microsoft" && /Attention$|MoE$/.test(opType));
+  return model.graph.proto.node.find(
+    ({ domain, opType }) => domain === "com.microsoft" && /Attention$|MoE$/.test(opType),
+  );
 }
 
 /** The node that makes a value, and its graph: the one given or one around it. */
@@ -153,7 +159,8 @@ export function producer(model: OnnxModel, graph: GraphProto, value: string): No
 /** The node that alone reads what a node makes, if it lies in the same graph and the value is no output of that. */
 function onlyConsumer(model: OnnxModel, graph: GraphProto, { output: [value = ""] }: NodeProto): NodeProto | undefined {
   const uses = model.graph.consumers.get(value) ?? [];
-  if (uses.length !== 1 || uses[0]!.graph !== graph || graph.output.some(({ name }) => name === value)) return undefined;
+  if (uses.length !== 1 || uses[0]!.graph !== graph || graph.output.some(({ name }) => name === value))
+    return undefined;
   return uses[0]!.node;
 }
 

@@ -6,7 +6,7 @@
 import type { Layout } from "../format/format.ts";
 import { attribute, type Graph, type OnnxModel, type Use } from "./model.ts";
 import type { NodeProto } from "./onnx_pb.ts";
-import { tensorType, type TensorType } from "./tensors.ts";
+import { type TensorType, tensorType } from "./tensors.ts";
 
 /** A parameter of the model, and the initializer that holds it. */
 export interface OnnxParameter extends TensorType {

@@ -35,13 +35,18 @@ export function makeNode(
 
 function makeAttribute(name: string, value: Attributes[string]): AttributeProto {
   if (typeof value === "number") return create(AttributeProtoSchema, { name, i: BigInt(value), type: ATTRIBUTE.int });
-  if (Array.isArray(value)) return create(AttributeProtoSchema, { name, ints: value.map(BigInt), type: ATTRIBUTE.ints });
+  if (Array.isArray(value))
+    return create(AttributeProtoSchema, { name, ints: value.map(BigInt), type: ATTRIBUTE.ints });
   if ("float" in value) return create(AttributeProtoSchema, { name, f: value.float, type: ATTRIBUTE.float });
   return create(AttributeProtoSchema, { name, g: value as GraphProto, type: ATTRIBUTE.graph });
 }
 
 /** A constant int64 vector, or a scalar where `dims` is empty. */
-export function makeInts(name: string, values: readonly number[], dims: readonly number[] = [values.length]): TensorProto {
+export function makeInts(
+  name: string,
+  values: readonly number[],
+  dims: readonly number[] = [values.length],
+): TensorProto {
   const rawData = new Uint8Array(BigInt64Array.from(values, BigInt).buffer);
   return create(TensorProtoSchema, { name, dims: dims.map(BigInt), dataType: INT64, rawData });
 }
@@ -144,10 +149,11 @@ function usedValues(graph: GraphProto, used: Set<string>): Set<string> {
   const visit = ({ node }: GraphProto): void => {
     for (const { input, attribute } of node) {
       for (const value of input) all.add(value);
-      for (const { g, graphs } of attribute) for (const nested of g ? [g, ...graphs] : graphs) {
-        visit(nested);
-        for (const { name } of nested.output) all.add(name);
-      }
+      for (const { g, graphs } of attribute)
+        for (const nested of g ? [g, ...graphs] : graphs) {
+          visit(nested);
+          for (const { name } of nested.output) all.add(name);
+        }
     }
   };
   visit(graph);

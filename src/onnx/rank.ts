@@ -7,7 +7,21 @@ import type { NodeProto, ValueInfoProto } from "./onnx_pb.ts";
 
 /** Operators whose result has the dimensions of their first input. */
 const KEEPS = new Set([
-  ...["Cast", "Identity", "Relu", "Gelu", "Erf", "Tanh", "Sigmoid", "Softmax", "Sqrt", "Neg", "Dropout", "Transpose", "Clip"],
+  ...[
+    "Cast",
+    "Identity",
+    "Relu",
+    "Gelu",
+    "Erf",
+    "Tanh",
+    "Sigmoid",
+    "Softmax",
+    "Sqrt",
+    "Neg",
+    "Dropout",
+    "Transpose",
+    "Clip",
+  ],
   ...["LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "SkipLayerNormalization"],
   ...["SkipSimplifiedLayerNormalization", "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "LeakyRelu"],
   ...["QuickGelu", "FastGelu", "BiasGelu", "MatMulNBits", "Reciprocal", "Slice", "Concat", "Softplus", "Mod", "Abs"],

@@ -2,9 +2,10 @@
  * The values of an initializer, wherever ONNX lets them lie: `raw_data`, the typed lists, or a file beside the model.
  * Bytes come out as they would lie in `raw_data`: little-endian, row-major. Values are not converted.
  */
-import type { FloatType } from "../tensor/dtypes.ts";
+
 import { FormatError, SourceError } from "../errors.ts";
 import type { ByteSource, ReadOptions } from "../source.ts";
+import type { FloatType } from "../tensor/dtypes.ts";
 import type { TensorProto } from "./onnx_pb.ts";
 
 /** `TensorProto.DataType` of the types in which this package reads weights. */

@@ -8,7 +8,7 @@ import type { Added } from "./graft.ts";
 import { FLOAT } from "./linear.ts";
 import type { GraphProto, TensorProto } from "./onnx_pb.ts";
 import { create, ModelProtoSchema, TensorProtoSchema, toBinary } from "./protobuf.ts";
-import { readAll, type ModelFile } from "./read.ts";
+import { type ModelFile, readAll } from "./read.ts";
 import { EXTERNAL } from "./tensors.ts";
 
 /** A file that the protobuf points into. */

@@ -3,7 +3,7 @@
  * the private terms of tasks that share nothing. This file finds that number for a budget, and tries several ways.
  */
 import type { Adapter } from "../adapters/adapter.ts";
-import { buildPack, type BuildOptions, type BuildReport, type StorageTypes } from "./build.ts";
+import { type BuildOptions, type BuildReport, buildPack, type StorageTypes } from "./build.ts";
 
 /** What a pack must keep to. */
 export type Criterion =
@@ -23,7 +23,8 @@ export interface Built {
 /** How much a pack's behaviour differs from its adapters', mean over tasks: 0 is alike. */
 export type Judge = (pack: Blob) => Promise<number>;
 
-export interface AutoOptions extends Omit<BuildOptions, "mode" | "gauge" | "select" | "rank" | "private" | "onProgress"> {
+export interface AutoOptions
+  extends Omit<BuildOptions, "mode" | "gauge" | "select" | "rank" | "private" | "onProgress"> {
   readonly criterion: Criterion;
   /** Which of two packs is better is decided by this where it is there, by the mean ΔW error otherwise. `createJudge` of `eigenlora/distill` makes one. */
   readonly judge?: Judge | undefined;
@@ -68,9 +69,20 @@ const MOST_COMPONENTS = 65_535;
  * with `k` 0, of those private terms that hold most of their ΔW.
  * @throws RangeError naming the least that this way can do
  */
-export async function packWithin(adapters: readonly Adapter[], options: Omit<BuildOptions, "select">, max: number, k?: 0): Promise<Built> {
+export async function packWithin(
+  adapters: readonly Adapter[],
+  options: Omit<BuildOptions, "select">,
+  max: number,
+  k?: 0,
+): Promise<Built> {
   const sizeOf = ({ report: { bytes } }: Built): number => bytes;
-  if (k === undefined) return grow((n) => buildPack(adapters, { ...options, select: { kind: "k", k: n } }), sizeOf, max, limitOf(adapters, options));
+  if (k === undefined)
+    return grow(
+      (n) => buildPack(adapters, { ...options, select: { kind: "k", k: n } }),
+      sizeOf,
+      max,
+      limitOf(adapters, options),
+    );
   const build = (privateShare: number): Promise<Built> =>
     buildPack(adapters, { ...options, private: limitOf(adapters, options, k), privateShare, select: { kind: "k", k } });
   return sharpen(build, sizeOf, max);
@@ -96,7 +108,11 @@ async function sharpen<T>(build: (share: number) => Promise<T>, sizeOf: (made: T
 }
 
 /** Components or private terms that there can be at most. */
-export function limitOf(adapters: readonly Adapter[], { mode, centering, rank: kept = Infinity }: Omit<BuildOptions, "select">, k?: 0): number {
+export function limitOf(
+  adapters: readonly Adapter[],
+  { mode, centering, rank: kept = Infinity }: Omit<BuildOptions, "select">,
+  k?: 0,
+): number {
   const modules = adapters.flatMap(({ modules }) => [...modules.values()]);
   if (k === 0) return Math.max(...modules.map(({ rank }) => rank));
   if (mode === "flat") return Math.max(1, adapters.length - (centering === "none" ? 0 : 1));
@@ -107,7 +123,12 @@ export function limitOf(adapters: readonly Adapter[], { mode, centering, rank: k
 }
 
 /** The most of something whose bytes stay within `max`; they grow with it nearly in a line. */
-async function grow<T>(build: (n: number) => Promise<T>, sizeOf: (made: T) => number, max: number, most: number): Promise<T> {
+async function grow<T>(
+  build: (n: number) => Promise<T>,
+  sizeOf: (made: T) => number,
+  max: number,
+  most: number,
+): Promise<T> {
   let low = { n: 1, made: await build(1) };
   const least = sizeOf(low.made);
   if (least > max) throw new RangeError(`${max} bytes are too few: the least is ${least}`);
@@ -133,13 +154,19 @@ async function grow<T>(build: (n: number) => Promise<T>, sizeOf: (made: T) => nu
  * budget of bytes the best that fits.
  * @throws RangeError when no way keeps to it, with the least that can be done
  */
-export async function buildAuto(adapters: readonly Adapter[], options: AutoOptions): Promise<{ chunks: Uint8Array[]; report: AutoReport }> {
+export async function buildAuto(
+  adapters: readonly Adapter[],
+  options: AutoOptions,
+): Promise<{ chunks: Uint8Array[]; report: AutoReport }> {
   if (adapters.length === 0) throw new RangeError("buildAuto: no adapters");
   const { criterion, judge, onProgress, ...rest } = options;
   if (!(criterion.max > 0)) throw new RangeError(`${criterion.kind}: expected a number above 0, got ${criterion.max}`);
   if (criterion.kind === "divergence" && !judge) throw new RangeError("divergence: needs a judge, a model and text");
   const { moments, ...common } = rest;
-  if (moments && !judge) throw new RangeError("moments: errors with and without them do not compare; give a judge, or a mode of its own to buildPack");
+  if (moments && !judge)
+    throw new RangeError(
+      "moments: errors with and without them do not compare; give a judge, or a mode of its own to buildPack",
+    );
   const shapes = shapesFor(adapters, rest.types, moments, criterion);
   const of = shapes.reduce((sum, ways) => sum + ways.length, 0);
   const tried: Tried[] = [];
@@ -162,9 +189,20 @@ export async function buildAuto(adapters: readonly Adapter[], options: AutoOptio
       before = made;
     }
   }
-  if (!best) throw new RangeError(`${criterion.kind} ${criterion.max}: out of reach of every way of packing. ${closest(tried, criterion)}`);
+  if (!best)
+    throw new RangeError(
+      `${criterion.kind} ${criterion.max}: out of reach of every way of packing. ${closest(tried, criterion)}`,
+    );
   const { divergence, chunks, report } = best;
-  return { chunks, report: { ...report, judgedBy: judge ? "divergence" : "error", ...(divergence === undefined ? {} : { divergence }), tried } };
+  return {
+    chunks,
+    report: {
+      ...report,
+      judgedBy: judge ? "divergence" : "error",
+      ...(divergence === undefined ? {} : { divergence }),
+      tried,
+    },
+  };
 }
 
 /** One way at its best. */
@@ -185,7 +223,12 @@ async function one(
   }
   const most = limitOf(adapters, options, k);
   const build = async (n: number): Promise<Judged> =>
-    judged(await buildPack(adapters, k === 0 ? { ...options, private: n, select: { kind: "k", k } } : { ...options, select: { kind: "k", k: n } }));
+    judged(
+      await buildPack(
+        adapters,
+        k === 0 ? { ...options, private: n, select: { kind: "k", k } } : { ...options, select: { kind: "k", k: n } },
+      ),
+    );
   // Behaviour gets better with more of it, but not with every one more: doubled until it is good, then halved.
   let [low, high, found] = [0, 1, await build(1)];
   while (found.divergence! > criterion.max) {
@@ -225,8 +268,14 @@ function better(one: Judged, other: Judged, { kind }: Criterion): boolean {
 }
 
 function closest(tried: readonly Tried[], { kind }: Criterion): string {
-  const reasons = tried.map(({ name, reason }) => ({ name, reason: reason ?? "", figure: Number(/least is (\d+)/.exec(reason ?? "")?.[1] ?? NaN) }));
-  const least = reasons.filter(({ figure }) => kind === "bytes" && figure > 0).sort((a, b) => a.figure - b.figure)[0] ?? reasons[0]!;
+  const reasons = tried.map(({ name, reason }) => ({
+    name,
+    reason: reason ?? "",
+    figure: Number(/least is (\d+)/.exec(reason ?? "")?.[1] ?? NaN),
+  }));
+  const least =
+    reasons.filter(({ figure }) => kind === "bytes" && figure > 0).sort((a, b) => a.figure - b.figure)[0] ??
+    reasons[0]!;
   return kind === "bytes" ? `The least is ${least.figure} bytes (${least.name})` : `${least.name}: ${least.reason}`;
 }
 
@@ -234,7 +283,12 @@ function closest(tried: readonly Tried[], { kind }: Criterion): string {
 const HEADS = { int3: "int4", int4: "int4", int8: "int8", f16: "f16" } as const;
 
 /** Which ways are worth trying: of each shape the number formats, fewest bits first. */
-function shapesFor(adapters: readonly Adapter[], fixed: Partial<StorageTypes> = {}, moments: BuildOptions["moments"], { kind }: Criterion): Way[][] {
+function shapesFor(
+  adapters: readonly Adapter[],
+  fixed: Partial<StorageTypes> = {},
+  moments: BuildOptions["moments"],
+  { kind }: Criterion,
+): Way[][] {
   const whole = Math.max(...adapters.flatMap(({ modules }) => [...modules.values()].map(({ rank }) => rank)));
   const half = Math.ceil(whole / 2);
   const shape = (name: string, way: Omit<Way, "name" | "types">): Way[] => {
@@ -249,12 +303,20 @@ function shapesFor(adapters: readonly Adapter[], fixed: Partial<StorageTypes> = 
   if (adapters.length === 1) return [alone];
   return [
     shape("column, as trained", {}),
-    ...[...new Set([whole, half, Math.ceil((3 * whole) / 8)])].map((rank) => shape(`column, balanced, rank ${rank}`, { gauge, rank })),
+    ...[...new Set([whole, half, Math.ceil((3 * whole) / 8)])].map((rank) =>
+      shape(`column, balanced, rank ${rank}`, { gauge, rank }),
+    ),
     // With moments an error is another one, which does not compare.
-    ...(moments && kind !== "error" ? [shape(`column, balanced, rank ${half}, calibrated`, { gauge, rank: half, moments })] : []),
+    ...(moments && kind !== "error"
+      ? [shape(`column, balanced, rank ${half}, calibrated`, { gauge, rank: half, moments })]
+      : []),
     shape(`joint, rank ${half}`, { mode: "joint", gauge, rank: half }),
     ...(adapters.length > 2 ? [shape("flat, balanced", { mode: "flat", gauge })] : []),
-    shape(`column, balanced, rank ${half}, private terms`, { gauge, rank: half, private: kind === "error" ? whole : 1 }),
+    shape(`column, balanced, rank ${half}, private terms`, {
+      gauge,
+      rank: half,
+      private: kind === "error" ? whole : 1,
+    }),
     alone,
   ];
 }

@@ -3,32 +3,39 @@
  * never all adapters. No file system: adapters are read through their sources, the result is a list of chunks.
  */
 import type { Adapter, AdapterModule, SavedTensor } from "../adapters/adapter.ts";
-import { isQuantized, type TensorType } from "../tensor/dtypes.ts";
-import { encodeTensor } from "../tensor/encode.ts";
-import { createWasmProducts } from "../extract/wasm-products.ts";
+import { fingerprint, weightAt } from "../base/fingerprint.ts";
+import type { WeightHost } from "../base/host.ts";
+import { Locator } from "../base/locate.ts";
 import { AdapterError } from "../errors.ts";
 import {
-  extractModule,
-  openModule,
-  projectModule,
   type ExtractOptions,
+  extractModule,
   type Gauge,
   type Mode,
   type ModuleExtraction,
   type ModuleMember,
   type ModuleSpace,
+  openModule,
   type ProjectedTask,
+  projectModule,
   type Selection,
   type TaskCoefficients,
 } from "../extract/extract.ts";
 import { extractMixed, type MixedExtraction, type MixedTask, type PrivateOptions } from "../extract/private.ts";
-import { fingerprint, weightAt } from "../base/fingerprint.ts";
-import type { WeightHost } from "../base/host.ts";
-import { Locator } from "../base/locate.ts";
-import { VERSION } from "../version.ts";
-import { basisId, encodeBasis, encodeTask, type ModuleInput, type ParameterInput, type TermInput } from "../format/encode.ts";
+import { createWasmProducts } from "../extract/wasm-products.ts";
+import {
+  basisId,
+  encodeBasis,
+  encodeTask,
+  type ModuleInput,
+  type ParameterInput,
+  type TermInput,
+} from "../format/encode.ts";
 import type { PackModule, TaskEntry } from "../format/format.ts";
 import { layoutFresh, type TaskToWrite } from "../format/layout.ts";
+import { isQuantized, type TensorType } from "../tensor/dtypes.ts";
+import { encodeTensor } from "../tensor/encode.ts";
+import { VERSION } from "../version.ts";
 import type { Pack } from "./pack.ts";
 
 /** Number formats of what is stored. */
@@ -114,13 +121,30 @@ export async function buildPack(
   if (adapters.length === 0) throw new RangeError("buildPack: no adapters");
   const { mode = "column", gauge = "as-trained", rank, select = { kind: "energy", share: 0.9 } } = options;
   const { centering = mode === "joint" ? "none" : "keep" } = options;
-  if (mode === "joint" && centering === "keep") throw new RangeError("joint mode has no mean: leave centring out, or take --mode column");
+  if (mode === "joint" && centering === "keep")
+    throw new RangeError("joint mode has no mean: leave centring out, or take --mode column");
   if (mode === "flat") checkFlat(select, adapters.length, centering);
   const types = storageTypes(options.types);
   const stored = { basisType: types.basis, coefficientType: types.coefficients };
-  const extraction = { mode, gauge, rank, private: options.private ?? 0, privateShare: options.privateShare, centering, normalize: options.normalize, select, ...stored, ...(await fastProducts()) };
+  const extraction = {
+    mode,
+    gauge,
+    rank,
+    private: options.private ?? 0,
+    privateShare: options.privateShare,
+    centering,
+    normalize: options.normalize,
+    select,
+    ...stored,
+    ...(await fastProducts()),
+  };
   const names = [...new Set(adapters.flatMap((a) => [...a.modules.keys()]))].sort();
-  const fingerprints = options.base && (await readFingerprints(options.base, names.map((name) => firstModule(adapters, name))));
+  const fingerprints =
+    options.base &&
+    (await readFingerprints(
+      options.base,
+      names.map((name) => firstModule(adapters, name)),
+    ));
   const modules: ModuleInput[] = [];
   const terms = adapters.map((): TermInput[] => []);
   const errors = new ErrorTally();
@@ -130,7 +154,10 @@ export async function buildPack(
     const first = owners[0]!.modules.get(name)!;
     for (const owner of owners) checkSame(first, owners[0]!.file, owner.modules.get(name)!, owner.file);
     const moments = options.moments?.get(name);
-    if (options.moments && !moments) throw new RangeError(`there are no moments of "${name}"; collect them for all adapted modules, or leave them out`);
+    if (options.moments && !moments)
+      throw new RangeError(
+        `there are no moments of "${name}"; collect them for all adapted modules, or leave them out`,
+      );
     const { module, magnitudes } = await extractFrom(owners, name, { ...extraction, moments });
     const shares = module.tasks.some(({ rank }) => rank > 0);
     for (const [i, task] of module.tasks.entries()) {
@@ -151,7 +178,8 @@ export async function buildPack(
     options.onProgress?.(index + 1, names.length);
   }
   const warnings = adapters.flatMap((a) => a.warnings.map((w) => `${a.id}: ${w}`));
-  if (!options.base) warnings.push("packed without a base model: the runtime can check shapes only, not which model it is");
+  if (!options.base)
+    warnings.push("packed without a base model: the runtime can check shapes only, not which model it is");
   const baseModels = [...new Set(adapters.map((a) => a.baseModel).filter((b) => b !== undefined))];
   if (baseModels.length > 1) warnings.push(`the adapters name different base models: ${baseModels.join(", ")}`);
   const counts = modules.flatMap(({ A, B }) => [A?.K ?? 0, B?.K ?? 0]);
@@ -190,7 +218,11 @@ export async function buildPack(
     },
     adapterBytes,
     ratio: adapterBytes / bytes,
-    breakEvenTasks: breakEven(bytes, tasks.map((t) => t.blob.length), tasks.map((t) => t.entry.adapterBytes)),
+    breakEvenTasks: breakEven(
+      bytes,
+      tasks.map((t) => t.blob.length),
+      tasks.map((t) => t.entry.adapterBytes),
+    ),
     error: errors.summary(),
     errors: errors.byTask(),
     warnings,
@@ -244,7 +276,8 @@ export async function projectAdapters(
       const opened = (space ??= openModule(storedModule(stored, bases, adapter), products));
       const { A, Bt, magnitude } = await module.read();
       const member = { id: adapter.id, rank: module.rank, A, Bt };
-      const project = (): ProjectedTask => projectModule(opened, member, { gauge, rank: basis.rank, coefficientType: types.coefficients });
+      const project = (): ProjectedTask =>
+        projectModule(opened, member, { gauge, rank: basis.rank, coefficientType: types.coefficients });
       const task = storable(adapter, stored, project);
       errors.add(adapter.id, stored.name, task.error);
       terms[i]!.push(encodeTerm(index, task, opened, magnitude, adapter, types));
@@ -263,7 +296,12 @@ export async function projectAdapters(
 }
 
 /** One adapter, as `projectAdapters`. */
-export async function projectAdapter(pack: Pack, bases: Uint8Array, adapter: Adapter, types: StorageTypes): Promise<ProjectedAdapter> {
+export async function projectAdapter(
+  pack: Pack,
+  bases: Uint8Array,
+  adapter: Adapter,
+  types: StorageTypes,
+): Promise<ProjectedAdapter> {
   return (await projectAdapters(pack, bases, [adapter], types))[0]!;
 }
 
@@ -326,7 +364,9 @@ function checkFlat(select: Selection, tasks: number, centering: "keep" | "none")
   const most = tasks - (centering === "keep" ? 1 : 0);
   if (select.kind !== "k" || select.k <= most) return;
   const beside = centering === "keep" ? " beside the mean" : "";
-  throw new RangeError(`${select.k} components: flat mode has at most ${most}${beside} for ${tasks} adapters; ask for fewer, or for --mode column`);
+  throw new RangeError(
+    `${select.k} components: flat mode has at most ${most}${beside} for ${tasks} adapters; ask for fewer, or for --mode column`,
+  );
 }
 
 async function extractFrom(
@@ -372,7 +412,15 @@ function encodeTerm(
 /** One side as it is written. */
 export function sideInput(side: ModuleExtraction["A"]): NonNullable<ModuleInput["A"]> {
   const { components: K, rank, mean, type, explained, encoded } = side;
-  return { kind: rank === undefined ? "column" : "flat", K, ...(rank === undefined ? {} : { rank }), mean, type, explained, encoded };
+  return {
+    kind: rank === undefined ? "column" : "flat",
+    K,
+    ...(rank === undefined ? {} : { rank }),
+    mean,
+    type,
+    explained,
+    encoded,
+  };
 }
 
 /**
@@ -392,7 +440,10 @@ export function checkSame(x: Shaped, file: string, y: Shaped, other: string): vo
 type Shaped = Pick<AdapterModule, "name" | "out" | "in" | "layout" | "kernel">;
 
 /** 64 weights of the base for each module (SPEC.md, section 4.4). @throws BaseMismatchError when it does not have one */
-export async function readFingerprints(base: WeightHost, modules: Iterable<Shaped>): Promise<Map<string, Float32Array>> {
+export async function readFingerprints(
+  base: WeightHost,
+  modules: Iterable<Shaped>,
+): Promise<Map<string, Float32Array>> {
   const locator = new Locator(base);
   const prints = new Map<string, Float32Array>();
   for (const module of modules) {
@@ -436,7 +487,12 @@ async function encodeParameters(adapter: Adapter, type: TensorType): Promise<Par
 }
 
 /** A vector: f16 where matrices are packed integers, since one scale for all of it would be coarse and save nothing. */
-function vector(values: Float32Array, type: TensorType, adapter: Adapter, name: string): Pick<ParameterInput, "type" | "encoded"> {
+function vector(
+  values: Float32Array,
+  type: TensorType,
+  adapter: Adapter,
+  name: string,
+): Pick<ParameterInput, "type" | "encoded"> {
   const own = isQuantized(type) ? "f16" : type;
   return { type: own, encoded: storable(adapter, { name }, () => encodeTensor(own, values, 1, values.length)) };
 }

@@ -3,8 +3,8 @@
  * kind of term. For export, verification and tests; the runtime has kernels of its own.
  */
 import type { Adapter, AdapterModule, SavedTensor } from "../adapters/adapter.ts";
-import { decodeTensor } from "../tensor/dtypes.ts";
 import type { Coefficients, PackModule, Side, TaskBlob, TaskTerm, TensorRef } from "../format/format.ts";
+import { decodeTensor } from "../tensor/dtypes.ts";
 import type { Pack } from "./pack.ts";
 
 /** Factors of one term: A [rank, in], Bᵀ [rank, out]; rank counts shared and private rows. */
@@ -18,7 +18,12 @@ export interface ExpandedTerm {
 /** Expands one term of a task. */
 export function expandTerm(blob: TaskBlob, term: TaskTerm, module: PackModule, bases: Uint8Array): ExpandedTerm {
   const rank = term.rank + term.q;
-  const side = (coefficients: Coefficients | undefined, basis: Side | undefined, own: TensorRef | undefined, width: number) => {
+  const side = (
+    coefficients: Coefficients | undefined,
+    basis: Side | undefined,
+    own: TensorRef | undefined,
+    width: number,
+  ) => {
     const out = new Float32Array(rank * width);
     if (coefficients && basis) out.set(expandSide(blob, coefficients, basis, bases));
     if (own) out.set(decode(blob.bytes, own), term.rank * width);
@@ -32,7 +37,12 @@ export function expandTerm(blob: TaskBlob, term: TaskTerm, module: PackModule, b
   };
 }
 
-function expandSide(blob: TaskBlob, { mean, tensor }: Coefficients, { K, tensor: basis }: Side, bases: Uint8Array): Float32Array {
+function expandSide(
+  blob: TaskBlob,
+  { mean, tensor }: Coefficients,
+  { K, tensor: basis }: Side,
+  bases: Uint8Array,
+): Float32Array {
   const components = decode(bases, basis);
   const alpha = decode(blob.bytes, tensor);
   const out = new Float32Array(tensor.rows * basis.width);
@@ -74,13 +84,15 @@ export function taskAdapter(pack: Pack, bases: Uint8Array, id: string, blob: Tas
       },
     });
   }
-  const saved = blob.parameters.map(({ name, role, shape, indices, tensor }): SavedTensor => ({
-    name,
-    role,
-    shape,
-    ...(indices ? { indices } : {}),
-    read: async () => decode(blob.bytes, tensor),
-  }));
+  const saved = blob.parameters.map(
+    ({ name, role, shape, indices, tensor }): SavedTensor => ({
+      name,
+      role,
+      shape,
+      ...(indices ? { indices } : {}),
+      read: async () => decode(blob.bytes, tensor),
+    }),
+  );
   const info = pack.tasks.get(id);
   return {
     id,

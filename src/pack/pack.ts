@@ -2,24 +2,25 @@
  * An open pack: which tasks and modules it has, and their bytes when they are wanted. Plans reads, checks what arrives and
  * keeps task blobs. It computes nothing; that is the runtime's part.
  */
-import { FormatError, TaskError } from "../errors.ts";
-import type { TaskMetadata } from "../format/format.ts";
+
 import { nearest } from "../base/names.ts";
-import { openSource, type ByteSource, type FetchOptions, type ReadOptions, type SourceInput } from "../source.ts";
+import { FormatError, TaskError } from "../errors.ts";
 import { crc32c } from "../format/crc32c.ts";
 import { align64 } from "../format/fields.ts";
+import type { TaskMetadata } from "../format/format.ts";
 import {
+  type Directory,
   isTaskId,
+  type PackModule,
   parseDirectory,
   parseWindow,
-  WINDOW_BYTES,
-  type Directory,
-  type PackModule,
   type Section,
   type TaskBlob,
+  WINDOW_BYTES,
   type Window,
 } from "../format/format.ts";
 import { checkFinite, parseTask } from "../format/task.ts";
+import { type ByteSource, type FetchOptions, openSource, type ReadOptions, type SourceInput } from "../source.ts";
 
 export interface OpenOptions extends FetchOptions {
   signal?: AbortSignal;
@@ -93,7 +94,10 @@ export async function openPack(input: SourceInput, options: OpenOptions = {}): P
     const { directoryOffset, directoryLength, basesOffset, basesLength, committed } = window.superblock;
     const size = inner.byteLength;
     if (size !== undefined && size < committed) {
-      throw new FormatError(`truncated: ${size} bytes of ${committed}; fetch it again`, { file: source.name, part: "window" });
+      throw new FormatError(`truncated: ${size} bytes of ${committed}; fetch it again`, {
+        file: source.name,
+        part: "window",
+      });
     }
     const together = options.bases !== "later" && basesOffset === align64(directoryOffset + directoryLength);
     const length = together ? basesOffset + basesLength - directoryOffset : directoryLength;
@@ -251,7 +255,10 @@ export class Pack {
 
   #checkCrc(bytes: Uint8Array, section: Section, part: string): void {
     if (crc32c(bytes) === section.crc) return;
-    throw new FormatError("its checksum does not match: the file is damaged, fetch it again", { file: this.name, part });
+    throw new FormatError("its checksum does not match: the file is damaged, fetch it again", {
+      file: this.name,
+      part,
+    });
   }
 
   /**

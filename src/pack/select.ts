@@ -3,10 +3,10 @@
  * caller's until one is found. It knows no model and no data; ΔW errors play no part in it.
  */
 import type { Adapter } from "../adapters/adapter.ts";
-import type { TensorType } from "../tensor/dtypes.ts";
 import type { Selection } from "../extract/extract.ts";
+import type { TensorType } from "../tensor/dtypes.ts";
 import { limitOf } from "./auto.ts";
-import { buildPack, type BuildOptions, type BuildReport, type StorageTypes } from "./build.ts";
+import { type BuildOptions, type BuildReport, buildPack, type StorageTypes } from "./build.ts";
 import { openPack, type Pack } from "./pack.ts";
 
 /** What a pack is made with, but for the number of components. */
@@ -18,7 +18,10 @@ export interface SelectOptions {
    * Scores of all tasks with this pack, by id; larger is better. Called for one pack at a time. The pack is closed afterwards, so
    * release sessions on it first. Ask the same rows in the same way each time: scores then differ by what the packs do alone.
    */
-  readonly validate: (pack: Pack, ids: readonly string[]) => Promise<ReadonlyMap<string, number> | Readonly<Record<string, number>>>;
+  readonly validate: (
+    pack: Pack,
+    ids: readonly string[],
+  ) => Promise<ReadonlyMap<string, number> | Readonly<Record<string, number>>>;
   /** What a score may lose, in its own unit: 0.01 is a point of accuracy. */
   readonly tolerance: number;
   /** What may lose no more than that: the score of every task, or their mean. "every" unless given. */
@@ -92,7 +95,8 @@ export async function selectComponents(options: SelectOptions): Promise<Selected
   const { adapters, tolerance, keep = "every", families = FAMILIES, signal } = options;
   if (adapters.length === 0) throw new RangeError("selectComponents: no adapters");
   if (!(tolerance >= 0)) throw new RangeError(`selectComponents: tolerance must be 0 or more, got ${tolerance}`);
-  if (families.length === 0 || options.ladder?.length === 0) throw new RangeError("selectComponents: families and ladder must not be empty");
+  if (families.length === 0 || options.ladder?.length === 0)
+    throw new RangeError("selectComponents: families and ladder must not be empty");
   const ids = adapters.map(({ id }) => id);
   const ask = async (chunks: Uint8Array[]): Promise<Map<string, number>> => {
     signal?.throwIfAborted();
@@ -119,7 +123,14 @@ export async function selectComponents(options: SelectOptions): Promise<Selected
       const { chunks, report } = await build(family, ladder[rung]!);
       const scores = await ask(chunks);
       const loss = lossOf(scores, reference, keep);
-      const evaluation: Evaluation = { family, select: ladder[rung]!, bytes: report.bytes, scores, loss, passes: loss <= tolerance };
+      const evaluation: Evaluation = {
+        family,
+        select: ladder[rung]!,
+        bytes: report.bytes,
+        scores,
+        loss,
+        passes: loss <= tolerance,
+      };
       evaluations.push(evaluation);
       asked.set(rung, evaluation);
       options.onEvaluation?.(evaluation);
@@ -127,7 +138,10 @@ export async function selectComponents(options: SelectOptions): Promise<Selected
     };
     // Packs are made to know their size, which costs little beside asking them.
     const most: number = best?.bytes ?? Infinity;
-    const smaller = most === Infinity ? ladder.length : await partition(ladder.length, async (rung) => (await build(family, ladder[rung]!)).report.bytes >= most);
+    const smaller =
+      most === Infinity
+        ? ladder.length
+        : await partition(ladder.length, async (rung) => (await build(family, ladder[rung]!)).report.bytes >= most);
     const found = await lowestPassing(ladder.length, smaller, passes);
     if (found !== undefined) best = asked.get(found)!;
   }
@@ -147,7 +161,11 @@ export async function selectComponents(options: SelectOptions): Promise<Selected
  * The lowest rung below `limit` that passes together with the one above it, if any; there is none above the last of `count`. Takes
  * it that what is above a passing rung mostly passes; where the one right above fails, goes on above both.
  */
-export async function lowestPassing(count: number, limit: number, passes: (rung: number) => Promise<boolean>): Promise<number | undefined> {
+export async function lowestPassing(
+  count: number,
+  limit: number,
+  passes: (rung: number) => Promise<boolean>,
+): Promise<number | undefined> {
   if (limit === 0 || !(await passes(limit - 1))) return undefined;
   for (let from = 0; from < limit; ) {
     const rung = from + (await partition(limit - 1 - from, (i) => passes(from + i)));
@@ -176,18 +194,28 @@ function ladderOf(adapters: readonly Adapter[], family: Family): Selection[] {
   return [...steps, most].map((k) => ({ kind: "k", k }));
 }
 
-function lossOf(scores: ReadonlyMap<string, number>, reference: ReadonlyMap<string, number>, keep: "every" | "mean"): number {
+function lossOf(
+  scores: ReadonlyMap<string, number>,
+  reference: ReadonlyMap<string, number>,
+  keep: "every" | "mean",
+): number {
   const losses = [...reference].map(([id, score]) => score - scores.get(id)!);
   return keep === "every" ? Math.max(...losses) : losses.reduce((a, b) => a + b, 0) / losses.length;
 }
 
-function scoresOf(given: ReadonlyMap<string, number> | Readonly<Record<string, number>>, ids: readonly string[], who: string): Map<string, number> {
+function scoresOf(
+  given: ReadonlyMap<string, number> | Readonly<Record<string, number>>,
+  ids: readonly string[],
+  who: string,
+): Map<string, number> {
   const scores = given instanceof Map ? given : new Map(Object.entries(given ?? {}));
   return new Map(
     ids.map((id) => {
       const score: unknown = scores.get(id);
       if (typeof score === "number" && Number.isFinite(score)) return [id, score];
-      throw new TypeError(`selectComponents: ${who} gives ${String(score)} for task "${id}"; expected a finite number for each of ${ids.length} tasks`);
+      throw new TypeError(
+        `selectComponents: ${who} gives ${String(score)} for task "${id}"; expected a finite number for each of ${ids.length} tasks`,
+      );
     }),
   );
 }

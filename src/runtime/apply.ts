@@ -4,11 +4,11 @@
  * Loaded when it is used.
  */
 import type { Slice } from "../backends/backend.ts";
+import { onDevice, type View } from "../base/host.ts";
 import type { PackModule } from "../format/format.ts";
 import type { Pack } from "../pack/pack.ts";
-import { onDevice, type View } from "../base/host.ts";
 import { loadParts, refuseMagnitudes, type Selection } from "./selection.ts";
-import { stage, Staging, type Expansion, type ModulePlan, type Part } from "./stage.ts";
+import { type Expansion, type ModulePlan, type Part, Staging, stage } from "./stage.ts";
 import { at, type Workbench } from "./workbench.ts";
 
 /** Rows of the batch that one task works on. */
@@ -32,7 +32,8 @@ export interface Applied {
 /** @throws TaskError for an unknown task, or one with DoRA on the module, which is no addition */
 export async function partsOfRows(pack: Pack, rows: readonly Selection[], index: number): Promise<Part[][]> {
   const known = new Map<Selection, Part[]>();
-  for (const row of rows) if (!known.has(row)) known.set(row, await loadParts(pack, row, undefined, undefined, new Set()));
+  for (const row of rows)
+    if (!known.has(row)) known.set(row, await loadParts(pack, row, undefined, undefined, new Set()));
   const parts = rows.map((row) => known.get(row)!);
   refuseMagnitudes(parts.flat(), pack, (module) => module === index, 'it is no addition to x·Wᵀ; use mode "folded"');
   return parts;
@@ -68,7 +69,11 @@ export async function apply(
   applyColumns(bench, module, runs, input, output, count);
   for (const run of runs) if (run.plan) applyFactors(bench, module, run, input, output);
   if (onDevice(y.data)) backend.submit!();
-  else y.data.set(backend.view ? backend.view(output, 4 * count * module.out) : await backend.read!(output, 4 * count * module.out), y.byteOffset);
+  else
+    y.data.set(
+      backend.view ? backend.view(output, 4 * count * module.out) : await backend.read!(output, 4 * count * module.out),
+      y.byteOffset,
+    );
   return applied;
 }
 
@@ -77,14 +82,21 @@ function checkShapes(module: PackModule, rows: number, x: View, y: View): number
   if (module.layout === "conv" || module.layout === "embedding") {
     throw new TypeError(`apply: "${module.name}" is no linear layer (${module.layout}); use mode "folded"`);
   }
-  for (const [name, view, width] of [["x", x, module.in], ["y", y, module.out]] as const) {
+  for (const [name, view, width] of [
+    ["x", x, module.in],
+    ["y", y, module.out],
+  ] as const) {
     if (view.dtype !== "f32") throw new TypeError(`apply: ${name} is ${view.dtype}, expected f32`);
     if (view.shape.length >= 2 && view.shape.at(-1) === width) continue;
-    throw new RangeError(`apply: ${name} is [${view.shape.join(", ")}], expected [rows, …, ${width}] for "${module.name}"`);
+    throw new RangeError(
+      `apply: ${name} is [${view.shape.join(", ")}], expected [rows, …, ${width}] for "${module.name}"`,
+    );
   }
   const [ofX, ofY] = [x, y].map(({ shape }) => shape.slice(0, -1));
-  if (ofX!.join() !== ofY!.join()) throw new RangeError(`apply: x has rows [${ofX!.join(", ")}], y [${ofY!.join(", ")}]`);
-  if (rows !== 1 && rows !== x.shape[0]) throw new RangeError(`apply: ${rows} tasks for ${x.shape[0]} rows; give one per row`);
+  if (ofX!.join() !== ofY!.join())
+    throw new RangeError(`apply: x has rows [${ofX!.join(", ")}], y [${ofY!.join(", ")}]`);
+  if (rows !== 1 && rows !== x.shape[0])
+    throw new RangeError(`apply: ${rows} tasks for ${x.shape[0]} rows; give one per row`);
   return ofX!.reduce((a, b) => a * b, 1);
 }
 
@@ -93,10 +105,17 @@ function same({ parts }: Applied, rows: readonly (readonly Part[])[]): boolean {
 }
 
 function sameParts(a: readonly Part[], b: readonly Part[]): boolean {
-  return a.length === b.length && a.every(({ blob, weight }, i) => blob.bytes === b[i]!.blob.bytes && weight === b[i]!.weight);
+  return (
+    a.length === b.length &&
+    a.every(({ blob, weight }, i) => blob.bytes === b[i]!.blob.bytes && weight === b[i]!.weight)
+  );
 }
 
-function uploadCoefficients(bench: Workbench, modules: readonly PackModule[], rows: readonly (readonly Part[])[]): Applied {
+function uploadCoefficients(
+  bench: Workbench,
+  modules: readonly PackModule[],
+  rows: readonly (readonly Part[])[],
+): Applied {
   const parts: (readonly Part[])[] = [];
   for (const row of rows) if (!parts.some((one) => sameParts(one, row))) parts.push(row);
   const stagings = parts.map(() => new Staging());
@@ -117,7 +136,9 @@ function uploadCoefficients(bench: Workbench, modules: readonly PackModule[], ro
 function placeOf(bench: Workbench, name: "x" | "y", { data, byteOffset }: View, length: number): Slice {
   if (onDevice(data)) {
     if (bench.backend.adopt) return { block: bench.backend.adopt(data), byteOffset };
-    throw new TypeError(`apply: ${name} lies on a device, and the backend is ${bench.backend.name}: pass webgpu: { device }`);
+    throw new TypeError(
+      `apply: ${name} lies on a device, and the backend is ${bench.backend.name}: pass webgpu: { device }`,
+    );
   }
   const place = bench.reserve(name, 4 * length);
   bench.backend.upload(place, data.subarray(byteOffset, byteOffset + 4 * length));
@@ -125,7 +146,14 @@ function placeOf(bench: Workbench, name: "x" | "y", { data, byteOffset }: View, 
 }
 
 /** Terms between components: y += ((x·E_Aᵀ)·α_Aᵀ·α_B)·E_B, the products with components once for all tasks. */
-function applyColumns(bench: Workbench, { A, B, in: inputs, out }: PackModule, runs: readonly Run[], x: Slice, y: Slice, count: number): void {
+function applyColumns(
+  bench: Workbench,
+  { A, B, in: inputs, out }: PackModule,
+  runs: readonly Run[],
+  x: Slice,
+  y: Slice,
+  count: number,
+): void {
   const pieces = runs.map(({ plan }) => {
     const all = (plan?.A.shared ?? []).map((a, i): [Expansion, Expansion] => [a, plan!.B.shared[i]!]);
     return all.filter(([a]) => a.basis.kind === "column");
@@ -147,7 +175,13 @@ function applyColumns(bench: Workbench, { A, B, in: inputs, out }: PackModule, r
       const [a] = pieces[i]![piece] ?? [];
       if (!a) continue;
       const of = { count: run.count, rows: a.rows, width: KA };
-      backend.project({ out: after(inner, 4 * run.row * ranks), x: after(onA, 4 * run.row * KA), basis: coefficients(run, a), type: "f32", ...of });
+      backend.project({
+        out: after(inner, 4 * run.row * ranks),
+        x: after(onA, 4 * run.row * KA),
+        basis: coefficients(run, a),
+        type: "f32",
+        ...of,
+      });
     }
     for (const [i, run] of runs.entries()) {
       const [a, b] = pieces[i]![piece] ?? [];
@@ -155,10 +189,25 @@ function applyColumns(bench: Workbench, { A, B, in: inputs, out }: PackModule, r
       // No rows make zeros, for rows of the batch without a task.
       const of = { rank: run.count, rows: a?.rows ?? 0, width: KB, add: piece > 0 };
       const basis = b ? coefficients(run, b) : at(applied);
-      backend.expand({ out: after(onB, 4 * run.row * KB), coefficients: after(inner, 4 * run.row * ranks), basis, type: "f32", ...of });
+      backend.expand({
+        out: after(onB, 4 * run.row * KB),
+        coefficients: after(inner, 4 * run.row * ranks),
+        basis,
+        type: "f32",
+        ...of,
+      });
     }
   }
-  backend.expand({ out: y, add: true, coefficients: onB, basis: bench.basis(B), type: B.tensor.type, rank: count, rows: KB, width: out });
+  backend.expand({
+    out: y,
+    add: true,
+    coefficients: onB,
+    basis: bench.basis(B),
+    type: B.tensor.type,
+    rank: count,
+    rows: KB,
+    width: out,
+  });
 }
 
 /** Terms of factors, the task's own and flat ones: y += (x·Aᵀ)·B. */
@@ -168,21 +217,46 @@ function applyFactors(bench: Workbench, { in: inputs, out }: PackModule, run: Ru
   const [rowsOfX, rowsOfY] = [after(x, 4 * run.row * inputs), after(y, 4 * run.row * out)];
   const add = (A: Slice, B: Slice, rank: number, between: Slice): void => {
     backend.project({ out: between, x: rowsOfX, basis: A, type: "f32", count: run.count, rows: rank, width: inputs });
-    backend.expand({ out: rowsOfY, add: true, coefficients: between, basis: B, type: "f32", rank: run.count, rows: rank, width: out });
+    backend.expand({
+      out: rowsOfY,
+      add: true,
+      coefficients: between,
+      basis: B,
+      type: "f32",
+      rank: run.count,
+      rows: rank,
+      width: out,
+    });
   };
   run.plan!.A.private.forEach(({ at: a, q }, i) => {
     const b = run.plan!.B.private[i]!.at;
-    add(at(applied, 4 * (run.start + a)), at(applied, 4 * (run.start + b)), q, bench.reserve("inner", 4 * run.count * q));
+    add(
+      at(applied, 4 * (run.start + a)),
+      at(applied, 4 * (run.start + b)),
+      q,
+      bench.reserve("inner", 4 * run.count * q),
+    );
   });
   run.plan!.A.shared.forEach((a, i) => {
     if (a.basis.kind === "column") return;
     const b = run.plan!.B.shared[i]!;
     const rank = a.basis.rank!;
     const factors = bench.reserve("factors", 4 * rank * (inputs + out)).block;
-    for (const [piece, start] of [[a, 0], [b, 4 * rank * inputs]] as const) {
+    for (const [piece, start] of [
+      [a, 0],
+      [b, 4 * rank * inputs],
+    ] as const) {
       const { type, rows, width } = piece.basis.tensor;
       const coefficients = at(applied, 4 * (run.start + piece.at));
-      backend.expand({ out: at(factors, start), coefficients, basis: bench.basis(piece.basis), type, rank: 1, rows, width });
+      backend.expand({
+        out: at(factors, start),
+        coefficients,
+        basis: bench.basis(piece.basis),
+        type,
+        rank: 1,
+        rows,
+        width,
+      });
     }
     add(at(factors), at(factors, 4 * rank * inputs), rank, bench.reserve("inner", 4 * run.count * rank));
   });

@@ -2,11 +2,11 @@
  * Makes a runtime: opens the base, finds the adapted weights in it and picks the backend that they go to; and again, where the
  * device of the first is lost.
  */
-import { createBackend, type BackendOptions } from "../backends/select.ts";
+import { type BackendOptions, createBackend } from "../backends/select.ts";
+import { type BaseInput, onDevice, openHost } from "../base/host.ts";
+import { Locator } from "../base/locate.ts";
 import type { Pack } from "../pack/pack.ts";
 import type { FetchOptions } from "../source.ts";
-import { onDevice, openHost, type BaseInput } from "../base/host.ts";
-import { Locator } from "../base/locate.ts";
 import { Runtime, type Started } from "./runtime.ts";
 import { findSlots, loadSlots } from "./slots.ts";
 import { Workbench } from "./workbench.ts";
@@ -43,7 +43,8 @@ export interface RuntimeOptions extends BackendOptions, FetchOptions {
  * const { data } = runtime.weight("encoder.layer.0.attention.self.query");
  */
 export async function createRuntime(pack: Pack, options: RuntimeOptions = {}): Promise<Runtime> {
-  const { base, mode = base ? "folded" : "core", policy = "copy", webgpu } = options;
+  const { base, mode = base ? "folded" : "core", policy = "copy" } = options;
+  const gpu = options.webgpu || {};
   if (!["folded", "factors", "core"].includes(mode)) throw new RangeError(`mode: got ${JSON.stringify(mode)}`);
   if (!["copy", "reload"].includes(policy)) throw new RangeError(`policy: got ${JSON.stringify(policy)}`);
   if (mode === "folded" && base === undefined) throw new TypeError('mode "folded" needs a base');
@@ -56,8 +57,8 @@ export async function createRuntime(pack: Pack, options: RuntimeOptions = {}): P
     if (policy === "reload" && (host?.begin || placed !== undefined)) {
       throw new TypeError('policy "reload" needs a base that is read from a file; this host is written in place');
     }
-    const device = placed !== undefined || (webgpu && webgpu.recreate) ? await import("./device-host.ts") : undefined;
-    device?.refuseHost(webgpu || {}, host, placed);
+    const device = placed !== undefined || gpu.recreate ? await import("./device-host.ts") : undefined;
+    device?.refuseHost(gpu, host, placed);
     const slots = host ? findSlots(pack.modules, locator, options.names) : [];
     const folded = mode === "folded";
     const keep = { pristine: folded && policy === "copy", active: folded && !host?.begin };
@@ -80,14 +81,17 @@ export async function createRuntime(pack: Pack, options: RuntimeOptions = {}): P
       }
     }
 
-    const { device: _given, recreate = false, ...how } = webgpu || {};
+    const { device: _given, recreate = false, ...how } = gpu;
     const restart = async (): Promise<Started> => {
       const renewed = typeof recreate === "function" ? { device: await recreate() } : {};
       return start({ ...options, backend: "webgpu", webgpu: { ...how, ...renewed } });
     };
     const started = await start(options, options.signal);
     const ignored = new Set(options.ignore);
-    return new Runtime({ pack, mode, policy, slots, locator, ignored, closeHost, restart: recreate ? restart : undefined }, started);
+    return new Runtime(
+      { pack, mode, policy, slots, locator, ignored, closeHost, restart: recreate ? restart : undefined },
+      started,
+    );
   } catch (error) {
     await closeHost?.();
     throw error;

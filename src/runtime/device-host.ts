@@ -15,7 +15,8 @@ function sliceOf(backend: Backend, view: View): Slice {
  * @throws TypeError when the backend computes elsewhere
  */
 export function deviceHost(host: WeightHost, backend: Backend): WeightHost {
-  if (!backend.adopt) throw new TypeError(`the base lies on a device; backend "${backend.name}" cannot fold there, "webgpu" can`);
+  if (!backend.adopt)
+    throw new TypeError(`the base lies on a device; backend "${backend.name}" cannot fold there, "webgpu" can`);
   /** Parameters that lie on the device, as they were before the first write. */
   const originals = new Map<string, View>();
   /** Buffers made for values that do not fit the original, for instance a head with other labels. */
@@ -92,6 +93,8 @@ export function refuseHost(
     throw new TypeError("webgpu.recreate: weights on a device are lost with it; pass a function that makes both again");
   }
   if (recreate && placed === undefined && host?.begin) {
-    throw new TypeError("webgpu.recreate needs a base that can be read again; this host holds the active task's weights");
+    throw new TypeError(
+      "webgpu.recreate needs a base that can be read again; this host holds the active task's weights",
+    );
   }
 }

@@ -2,10 +2,11 @@
  * Parameters of a task that are more than bytes of its blob: heads of several tasks as one, biases and token rows as differences
  * from the base's. Loaded when a selection has some.
  */
-import { decodeTensor } from "../tensor/dtypes.ts";
+
+import { sameShape, type View } from "../base/host.ts";
 import { BaseMismatchError, TaskError } from "../errors.ts";
 import type { Pack } from "../pack/pack.ts";
-import { sameShape, type View } from "../base/host.ts";
+import { decodeTensor } from "../tensor/dtypes.ts";
 import type { Change } from "./parameters.ts";
 
 /**
@@ -25,7 +26,9 @@ export function blendHeads(name: string, values: Float32Array, changes: readonly
   }
   const total = changes.reduce((s, c) => s + c.part.weight, 0);
   if (!(total > 0)) {
-    throw new TaskError(`the strengths add up to ${total}: say whose "${name}" to use, { head: id }`, { task: first.part.id });
+    throw new TaskError(`the strengths add up to ${total}: say whose "${name}" to use, { head: id }`, {
+      task: first.part.id,
+    });
   }
   for (let i = 0; i < values.length; i++) values[i]! *= first.part.weight / total;
   for (const change of changes.slice(1)) {

@@ -3,12 +3,13 @@
  * adapted modules. Computed in plain JS, since they are small; the result is the list of parameters that differ from the
  * base.
  */
-import { decodeTensor, encodeFloats, rowBytes, type FloatType } from "../tensor/dtypes.ts";
+
+import type { View, WeightHost } from "../base/host.ts";
+import type { Locator } from "../base/locate.ts";
 import { BaseMismatchError, TaskError } from "../errors.ts";
 import type { TaskParameter } from "../format/format.ts";
 import type { Pack } from "../pack/pack.ts";
-import type { View, WeightHost } from "../base/host.ts";
-import type { Locator } from "../base/locate.ts";
+import { decodeTensor, encodeFloats, type FloatType, rowBytes } from "../tensor/dtypes.ts";
 import type { Part } from "./stage.ts";
 
 /** A parameter of the active task that differs from the base's. */
@@ -171,7 +172,10 @@ export class Parameters {
       if (!pooled) this.allocated += length;
       return { view: { dtype, shape, data: encodeFloats(dtype, values, pooled), byteOffset: 0 }, added };
     } catch (cause) {
-      throw new TaskError(`"${name}" does not fit the base's ${dtype}: ${(cause as Error).message}`, { task: name, cause });
+      throw new TaskError(`"${name}" does not fit the base's ${dtype}: ${(cause as Error).message}`, {
+        task: name,
+        cause,
+      });
     }
   }
 }

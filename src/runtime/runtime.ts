@@ -4,16 +4,16 @@
  * the host's.
  */
 import type { DeviceHandle, Owner, Slice } from "../backends/backend.ts";
-import { BackendError } from "../errors.ts";
-import { nearest } from "../base/names.ts";
-import type { Pack } from "../pack/pack.ts";
 import { byteLengthOf, onDevice, type View, type WeightHost } from "../base/host.ts";
 import type { Locator } from "../base/locate.ts";
+import { nearest } from "../base/names.ts";
+import { BackendError } from "../errors.ts";
+import type { Pack } from "../pack/pack.ts";
 import type { Applied } from "./apply.ts";
 import { Parameters, type Replacement } from "./parameters.ts";
-import { readWeight, type Slot } from "./slots.ts";
 import { copySelection, loadParts, refuseMagnitudes, type Selection } from "./selection.ts";
-import { stage, type ModulePlan } from "./stage.ts";
+import { readWeight, type Slot } from "./slots.ts";
+import { type ModulePlan, stage } from "./stage.ts";
 import type { BaseWeight, Unfolded } from "./unfold.ts";
 import { at, type Workbench } from "./workbench.ts";
 
@@ -217,7 +217,8 @@ export class Runtime {
     this.#task = copySelection(selection);
     this.#head = head;
     const done = performance.now();
-    const named = (added: boolean): string[] => [...replacements].filter(([, r]) => r.added === added).map(([name]) => name);
+    const named = (added: boolean): string[] =>
+      [...replacements].filter(([, r]) => r.added === added).map(([name]) => name);
     return {
       task: this.#task,
       bytesRead: this.pack.reads.bytes - before.bytes,
@@ -278,7 +279,8 @@ export class Runtime {
     // A device is waited for before the host's weights change, which then happens without a pause.
     const fetched = new Map<number, Uint8Array>();
     if (bench.backend.read) {
-      for (const index of passing) fetched.set(index, await bench.backend.read(fold(index), slots[index]!.weight.byteLength));
+      for (const index of passing)
+        fetched.set(index, await bench.backend.read(fold(index), slots[index]!.weight.byteLength));
       await bench.backend.finish();
     }
     const transaction = this.#host!.begin();
@@ -302,10 +304,17 @@ export class Runtime {
   }
 
   /** The terms of the plans. Once the code is there, without a pause but on a device, so that nobody sees half of them. */
-  async #unfold(plans: readonly ModulePlan[], mode: "core" | "factors", read: ReadonlyMap<number, Uint8Array>): Promise<void> {
+  async #unfold(
+    plans: readonly ModulePlan[],
+    mode: "core" | "factors",
+    read: ReadonlyMap<number, Uint8Array>,
+  ): Promise<void> {
     // Apps that fold do without.
     const { unfold, unfoldOnDevice } = await import("./unfold.ts");
-    const weightOf = (module: number): BaseWeight => ({ weight: this.#parts.slots[module]!.weight, bytes: read.get(module)! });
+    const weightOf = (module: number): BaseWeight => ({
+      weight: this.#parts.slots[module]!.weight,
+      bytes: read.get(module)!,
+    });
     const all = [plans, this.#bench, this.pack.modules, mode, this.#unfolded, weightOf] as const;
     this.#unfolded = this.#bench.backend.view ? unfold(...all) : await unfoldOnDevice(...all);
   }
@@ -383,7 +392,10 @@ export class Runtime {
     if (this.mode === "folded") throw new TypeError('mode "folded" has no terms; use weight()');
     const index = this.pack.modules.findIndex((m) => m.name === name);
     if (index >= 0) return index;
-    const candidates = nearest(name, this.pack.modules.map((m) => m.name));
+    const candidates = nearest(
+      name,
+      this.pack.modules.map((m) => m.name),
+    );
     throw new RangeError(`no module "${name}"; nearest: ${candidates.join(", ")}`);
   }
 
@@ -459,5 +471,10 @@ export class Runtime {
 }
 
 function f32View(values: Float32Array, shape: readonly number[]): View {
-  return { dtype: "f32", shape, data: new Uint8Array(values.buffer, values.byteOffset, values.byteLength), byteOffset: 0 };
+  return {
+    dtype: "f32",
+    shape,
+    data: new Uint8Array(values.buffer, values.byteOffset, values.byteLength),
+    byteOffset: 0,
+  };
 }

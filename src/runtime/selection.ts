@@ -37,7 +37,8 @@ export async function loadParts(
     throw new TaskError(`head "${head}" is not one of the tasks switched to`, { task: head });
   }
   const additive = parts.length === 1 && parts[0]!.weight === 1;
-  if (!additive) refuseMagnitudes(parts, pack, () => true, "it cannot be blended or scaled, since its change is not additive");
+  if (!additive)
+    refuseMagnitudes(parts, pack, () => true, "it cannot be blended or scaled, since its change is not additive");
   return parts;
 }
 

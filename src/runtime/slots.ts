@@ -2,12 +2,12 @@
  * The adapted weights of a base model: found, held against the pack's fingerprints, and the copies of them that stay.
  */
 import type { Block, Slice } from "../backends/backend.ts";
-import { BaseMismatchError } from "../errors.ts";
-import type { PackModule } from "../format/format.ts";
-import type { ReadOptions } from "../source.ts";
 import { checkFingerprint, SAME_FLOAT, weightAt } from "../base/fingerprint.ts";
 import { onDevice, type WeightHost } from "../base/host.ts";
 import type { Located, Locator } from "../base/locate.ts";
+import { BaseMismatchError } from "../errors.ts";
+import type { PackModule } from "../format/format.ts";
+import type { ReadOptions } from "../source.ts";
 import { at, type Workbench } from "./workbench.ts";
 
 /** An adapted weight of the base. */
@@ -31,10 +31,13 @@ export function findSlots(
     const weight = locator.locate(module, byHand);
     const other = owners.get(weight.name);
     if (other !== undefined) {
-      throw new BaseMismatchError(`the modules "${other}" and "${module.name}" both match the weight "${weight.name}"`, {
-        module: module.name,
-        candidates: [weight.name],
-      });
+      throw new BaseMismatchError(
+        `the modules "${other}" and "${module.name}" both match the weight "${weight.name}"`,
+        {
+          module: module.name,
+          candidates: [weight.name],
+        },
+      );
     }
     owners.set(weight.name, module.name);
     return { module, weight, pristine: undefined, active: undefined };
@@ -97,9 +100,12 @@ export async function readWeight(
   const view = await host.read(weight.name, into, { signal });
   const bytes = (view.data as Uint8Array).subarray(view.byteOffset, view.byteOffset + weight.byteLength);
   if (bytes.length === weight.byteLength) return bytes;
-  throw new BaseMismatchError(`the base gave ${bytes.length} bytes for "${weight.name}", which has ${weight.byteLength}`, {
-    module: module.name,
-    expected: weight.byteLength,
-    found: bytes.length,
-  });
+  throw new BaseMismatchError(
+    `the base gave ${bytes.length} bytes for "${weight.name}", which has ${weight.byteLength}`,
+    {
+      module: module.name,
+      expected: weight.byteLength,
+      found: bytes.length,
+    },
+  );
 }

@@ -3,8 +3,9 @@
  * and says for every module which pieces its factors are made of. Pure: no backend, no host. The staged array is all that
  * a switch uploads.
  */
-import { decodeTensor } from "../tensor/dtypes.ts";
+
 import type { Coefficients, PackModule, Side, TaskBlob, TensorRef } from "../format/format.ts";
+import { decodeTensor } from "../tensor/dtypes.ts";
 
 /** A task of a switch and its strength. */
 export interface Part {

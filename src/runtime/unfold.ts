@@ -3,8 +3,8 @@
  * components on either side (docs/runtime.md, "Unfolded").
  */
 import type { Slice } from "../backends/backend.ts";
-import type { PackModule } from "../format/format.ts";
 import type { Located } from "../base/locate.ts";
+import type { PackModule } from "../format/format.ts";
 import type { ModulePlan } from "./stage.ts";
 import type { Workbench } from "./workbench.ts";
 
@@ -56,7 +56,9 @@ export function unfold(
 }
 
 /** The same on a device, from which factors and scales are read. */
-export async function unfoldOnDevice(...[plans, bench, modules, mode, old, weightOf]: Parameters<typeof unfold>): Promise<Map<number, Unfolded>> {
+export async function unfoldOnDevice(
+  ...[plans, bench, modules, mode, old, weightOf]: Parameters<typeof unfold>
+): Promise<Map<number, Unfolded>> {
   bench.prepare(plans);
   const terms = assemble(plans, bench, modules, mode, old, await fetchFactors(bench, modules, mode));
   for (const [plan, scale] of scales(plans, bench, weightOf)) {
@@ -144,7 +146,8 @@ async function fetchFactors(
     const all = await fetchFloats(bench, { block, byteOffset: 0 }, Math.floor(block.byteLength / 4));
     for (const [i, { module, rank }] of wanted.entries()) {
       const { A, B } = places[i]!;
-      const part = ({ byteOffset }: Slice, width: number): Float32Array => all.subarray(byteOffset / 4, byteOffset / 4 + rank * width);
+      const part = ({ byteOffset }: Slice, width: number): Float32Array =>
+        all.subarray(byteOffset / 4, byteOffset / 4 + rank * width);
       factors.set(module, { A: part(A, modules[module]!.in), B: part(B, modules[module]!.out) });
     }
   }
@@ -197,6 +200,13 @@ function addPrivate(term: Unfolded, plan: ModulePlan, { in: inputs, out }: PackM
 }
 
 /** from [rows, out] into columns `column`, `column` + 1, … of to [out, rank]. */
-function transpose(from: Float32Array, to: Float32Array, rows: number, out: number, rank: number, column: number): void {
+function transpose(
+  from: Float32Array,
+  to: Float32Array,
+  rows: number,
+  out: number,
+  rank: number,
+  column: number,
+): void {
   for (let k = 0; k < rows; k++) for (let o = 0; o < out; o++) to[o * rank + column + k] = from[k * out + o]!;
 }

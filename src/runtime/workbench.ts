@@ -6,17 +6,15 @@
  * factors stay in a cache; a device expands as many as fit at once.
  */
 import type { Backend, Block, FoldJob, Owner, Slice } from "../backends/backend.ts";
-import type { PackModule, Side } from "../format/format.ts";
 import type { Located } from "../base/locate.ts";
-import { Staging, type ModulePlan } from "./stage.ts";
+import type { PackModule, Side } from "../format/format.ts";
+import { type ModulePlan, Staging } from "./stage.ts";
 
 /** Bytes of the factors of a round on a device. */
 const ROUND_BYTES = 32 * 2 ** 20;
 
 /** Scratch memory, by what it is for. The second line is `apply.ts`'s: each step's own, so that a device can do its parts at once. */
-type Scratch =
-  | ("coefficients" | "factors" | "scale" | "weight")
-  | ("applied" | "x" | "y" | "onA" | "inner" | "onB");
+type Scratch = ("coefficients" | "factors" | "scale" | "weight") | ("applied" | "x" | "y" | "onA" | "inner" | "onB");
 
 /** Where the factors of a plan lie in the scratch block, and in which round they are there. */
 interface Place {
@@ -125,7 +123,10 @@ export class Workbench {
     const staged = this.reserve("coefficients", 0).block;
     for (const plan of plans) {
       const module = this.#modules[plan.module]!;
-      for (const [side, width] of [["A", module.in], ["B", module.out]] as const) {
+      for (const [side, width] of [
+        ["A", module.in],
+        ["B", module.out],
+      ] as const) {
         const start = this.#places.get(plan)![side];
         for (const piece of plan[side][part]) {
           const from = at(staged, 4 * piece.at);

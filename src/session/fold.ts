@@ -3,6 +3,8 @@
  * switch is a new content of that file and a new session on it; or each is an input, so that a switch writes the buffers that
  * a run is given.
  */
+
+import type { View } from "../base/host.ts";
 import { BaseMismatchError } from "../errors.ts";
 import { FLOAT, FLOAT16, origin } from "../onnx/linear.ts";
 import { attribute, type OnnxModel } from "../onnx/model.ts";
@@ -10,8 +12,7 @@ import type { OnnxParameter } from "../onnx/modules.ts";
 import { PREFIX } from "../onnx/nodes.ts";
 import type { GraphProto } from "../onnx/onnx_pb.ts";
 import { create, NodeProtoSchema, TensorProtoSchema, ValueInfoProtoSchema } from "../onnx/protobuf.ts";
-import { point, type DataFile } from "../onnx/write.ts";
-import type { View } from "../base/host.ts";
+import { type DataFile, point } from "../onnx/write.ts";
 
 export const FOLDED_FILE = "eigenlora-folded";
 
@@ -68,14 +69,21 @@ export function feedFolded(model: OnnxModel, parameters: readonly OnnxParameter[
   return parameters.map((parameter) => {
     const { name, shape, initializer, uses } = parameter;
     const input = `${PREFIX}/folded/${name}`;
-    const cast = parameter.dtype !== "f32" && uses.every((use) => castsFirst(model, use.graph, use.node.input[use.input]!, initializer));
+    const cast =
+      parameter.dtype !== "f32" &&
+      uses.every((use) => castsFirst(model, use.graph, use.node.input[use.input]!, initializer));
     const dtype = parameter.dtype === "f32" || cast ? "f32" : "f16";
     if (dtype === "f16" && parameter.dtype !== "f16") {
-      throw new BaseMismatchError(`"${name}" is ${parameter.dtype}, which cannot be an input; use mode "core" or "factors"`, { module: name });
+      throw new BaseMismatchError(
+        `"${name}" is ${parameter.dtype}, which cannot be an input; use mode "core" or "factors"`,
+        { module: name },
+      );
     }
     const { dims } = model.graph.initializers.get(initializer)!;
     const shapeProto = { dim: dims.map((d) => ({ value: { case: "dimValue" as const, value: d } })) };
-    const type = { value: { case: "tensorType" as const, value: { elemType: dtype === "f32" ? FLOAT : FLOAT16, shape: shapeProto } } };
+    const type = {
+      value: { case: "tensorType" as const, value: { elemType: dtype === "f32" ? FLOAT : FLOAT16, shape: shapeProto } },
+    };
     model.graph.proto.input.push(create(ValueInfoProtoSchema, { name: input, type }));
     for (const use of uses) {
       use.node.input[use.input] = copyChain(model, use.graph, use.node.input[use.input]!, initializer, input, cast);
@@ -104,7 +112,14 @@ function copyChain(model: OnnxModel, graph: GraphProto, value: string, from: str
   if (home.node.some((made) => made.name === name)) return name;
   const before = copyChain(model, home, node.input[0]!, from, to, cast);
   const { opType, attribute, domain, input } = node;
-  const copy = create(NodeProtoSchema, { opType, domain, attribute, name, input: [before, ...input.slice(1)], output: [name] });
+  const copy = create(NodeProtoSchema, {
+    opType,
+    domain,
+    attribute,
+    name,
+    input: [before, ...input.slice(1)],
+    output: [name],
+  });
   home.node.splice(home.node.indexOf(node) + 1, 0, copy);
   return name;
 }

@@ -3,13 +3,16 @@
  * change there, and which of it can be done without touching the weights. Checks that the model is the right one. Changes
  * nothing.
  */
-import { decodeTensor } from "../tensor/dtypes.ts";
-import { BaseMismatchError } from "../errors.ts";
+
+import { checkFingerprint, SAME_FLOAT, SAME_QUANTIZED } from "../base/fingerprint.ts";
+import { findWeight } from "../base/locate.ts";
 import { NameMatcher } from "../base/names.ts";
+import { BaseMismatchError } from "../errors.ts";
+import type { PackModule, TaskBlob, TaskTerm } from "../format/format.ts";
 import { readLinearWeight, readVector } from "../onnx/dequantize.ts";
 import {
-  checkGraftable,
   type Components,
+  checkGraftable,
   type Graft,
   type GraftBias,
   type GraftHead,
@@ -20,11 +23,9 @@ import { biasAdd, FLOAT, FLOAT16, fusedNode, linearsOf, matrixShape, NotLinear }
 import type { Use } from "../onnx/model.ts";
 import { findParameters, type OnnxParameter } from "../onnx/modules.ts";
 import type { ModelFile } from "../onnx/read.ts";
-import type { PackModule, TaskBlob, TaskTerm } from "../format/format.ts";
 import type { Pack } from "../pack/pack.ts";
-import { checkFingerprint, SAME_FLOAT, SAME_QUANTIZED } from "../base/fingerprint.ts";
-import { findWeight } from "../base/locate.ts";
 import type { ReadOptions } from "../source.ts";
+import { decodeTensor } from "../tensor/dtypes.ts";
 
 /** How a task reaches the model. */
 export type Mode = "core" | "factors" | "folded";
@@ -144,15 +145,25 @@ class Planner {
     const parameters = brought.filter(({ role }) => !OF_TERMS.has(role));
     const ignored = new Set(parameters.map(({ name }) => name).filter((name) => this.#isIgnored(name)));
     const wanted = brought.filter(({ name }) => !ignored.has(name));
-    const named = (of: string): Set<string> => new Set(wanted.filter(({ role }) => role === of).map(({ name }) => name));
+    const named = (of: string): Set<string> =>
+      new Set(wanted.filter(({ role }) => role === of).map(({ name }) => name));
     const [scaled, ownTerms] = [named("magnitude"), named("private")];
     const heads = this.#heads(wanted);
     const { biases, rows, others } = this.#beside(wanted, heads);
-    const modules = this.#pack.modules.map((module, i) => this.#graftModule(module, found[i]!, scaled.has(module.name)));
+    const modules = this.#pack.modules.map((module, i) =>
+      this.#graftModule(module, found[i]!, scaled.has(module.name)),
+    );
     const { mode, reason } = this.#choose();
-    if (!this.#options.anyBase) for (const [i, parameter] of found.entries()) await this.#check(this.#pack.modules[i]!, parameter);
+    if (!this.#options.anyBase)
+      for (const [i, parameter] of found.entries()) await this.#check(this.#pack.modules[i]!, parameter);
 
-    const base = { mode, ignored, heads: new Map<string, BaseHead>(), biases: new Map<string, Float32Array>(), weights: new Map<string, Float32Array>() };
+    const base = {
+      mode,
+      ignored,
+      heads: new Map<string, BaseHead>(),
+      biases: new Map<string, Float32Array>(),
+      weights: new Map<string, Float32Array>(),
+    };
     for (const head of heads) base.heads.set(head.graft.name, await this.#baseHead(head));
     const names = new Map(this.#pack.modules.map(({ name }, i) => [name, found[i]!.name]));
     const graftHeads = heads.map(({ graft }) => graft);
@@ -160,18 +171,27 @@ class Planner {
       const graft = { modules: [], biases: [], rows: [], heads: graftHeads };
       return { mode, reason, names, base, graft, folded: [...new Set([...found, ...others])] };
     }
-    for (const { name } of biases) base.biases.set(name, await readVector(this.#file, this.#parameter(name, "bias"), this.#options));
-    for (const [i, { name }] of this.#pack.modules.entries()) if (scaled.has(name)) base.weights.set(name, await this.#matrix(found[i]!));
+    for (const { name } of biases)
+      base.biases.set(name, await readVector(this.#file, this.#parameter(name, "bias"), this.#options));
+    for (const [i, { name }] of this.#pack.modules.entries())
+      if (scaled.has(name)) base.weights.set(name, await this.#matrix(found[i]!));
     const grafts = modules.filter((module) => module !== undefined);
     const filled = grafts.map((module) => {
       const components = mode === "core" ? this.#components(module.name) : undefined;
-      return { ...module, components, factors: !components || this.#options.privateTerms === true || ownTerms.has(module.name) };
+      return {
+        ...module,
+        components,
+        factors: !components || this.#options.privateTerms === true || ownTerms.has(module.name),
+      };
     });
     return { mode, reason, names, base, graft: { modules: filled, biases, rows, heads: graftHeads }, folded: [] };
   }
 
   /** What is neither a term nor a head: biases and token rows that can be added to, and all their parameters. */
-  #beside(wanted: readonly Brought[], heads: readonly Head[]): { biases: GraftBias[]; rows: GraftRows[]; others: OnnxParameter[] } {
+  #beside(
+    wanted: readonly Brought[],
+    heads: readonly Head[],
+  ): { biases: GraftBias[]; rows: GraftRows[]; others: OnnxParameter[] } {
     const headNames = new Set(heads.flatMap(({ weight, bias }) => [weight, bias]));
     const biases: GraftBias[] = [];
     const rows: GraftRows[] = [];
@@ -200,7 +220,9 @@ class Planner {
     const conv = parameter.shape.length > 2 && module.layout === "conv";
     const expected = table ? [module.in, module.out] : [module.out, module.in];
     const size = parameter.shape.slice(1).reduce((a, b) => a * b, 1);
-    const fits = conv ? parameter.shape[0] === module.out && size === module.in : shape?.every((n, i) => n === expected[i]);
+    const fits = conv
+      ? parameter.shape[0] === module.out && size === module.in
+      : shape?.every((n, i) => n === expected[i]);
     if (fits) return parameter;
     throw new BaseMismatchError(
       `the adapted module "${module.name}" is [out ${module.out}, in ${module.in}], but the model's "${name}" is ` +
@@ -211,7 +233,8 @@ class Planner {
 
   #weight(module: string): OnnxParameter {
     const byHand = this.#options.names?.get(module);
-    const held = byHand === undefined ? [] : [...this.#parameters.values()].filter(({ initializer }) => initializer === byHand);
+    const held =
+      byHand === undefined ? [] : [...this.#parameters.values()].filter(({ initializer }) => initializer === byHand);
     if (held.length === 1) return held[0]!;
     try {
       return this.#parameters.get(findWeight(this.#names, module, this.#options.names))!;
@@ -237,7 +260,7 @@ class Planner {
   }
 
   async #check(module: PackModule, parameter: OnnxParameter): Promise<void> {
-    if (module.fingerprint === undefined || parameter.shape.length !== 2 && parameter.dtype !== "other") return;
+    if (module.fingerprint === undefined || (parameter.shape.length !== 2 && parameter.dtype !== "other")) return;
     const { at, quantized } = await readLinearWeight(this.#file, parameter, this.#options);
     const turned = parameter.layout === "embedding" || module.layout === "embedding";
     const value = turned ? (o: number, n: number): number => at(n, o) : at;
@@ -283,7 +306,10 @@ class Planner {
       const linears = linearsOf(this.#file.model, parameter);
       if (!shape || linears instanceof NotLinear) continue;
       const bias = saved.has(`${moduleOf(weight)}.bias`) ? `${moduleOf(weight)}.bias` : undefined;
-      const places = linears.map((linear) => ({ linear, end: (bias && biasAdd(this.#file.model, linear)) || linear.node }));
+      const places = linears.map((linear) => ({
+        linear,
+        end: (bias && biasAdd(this.#file.model, linear)) || linear.node,
+      }));
       // A bias that is added somewhere else would be added to the task's own.
       if (bias && places.some(({ linear, end }) => !linear.addsBias && end === linear.node)) continue;
       heads.push({
@@ -300,7 +326,12 @@ class Planner {
     const { at } = await readLinearWeight(this.#file, parameter, this.#options);
     const weight = new Float32Array(graft.in * graft.out);
     for (let n = 0; n < graft.in; n++) for (let o = 0; o < graft.out; o++) weight[n * graft.out + o] = at(o, n);
-    return { weight, bias: bias === undefined ? undefined : await readVector(this.#file, this.#parameter(bias, "saved"), this.#options), labels: graft.out };
+    return {
+      weight,
+      bias:
+        bias === undefined ? undefined : await readVector(this.#file, this.#parameter(bias, "saved"), this.#options),
+      labels: graft.out,
+    };
   }
 
   #bias(name: string, parameter: OnnxParameter): GraftBias | undefined {
@@ -313,7 +344,8 @@ class Planner {
 
   #table(name: string, parameter: OnnxParameter): GraftRows | undefined {
     const places = parameter.uses.filter(({ node, input }) => node.opType === "Gather" && input === 0);
-    if (parameter.layout !== "embedding" || places.length === 0 || places.length < parameter.uses.length) return undefined;
+    if (parameter.layout !== "embedding" || places.length === 0 || places.length < parameter.uses.length)
+      return undefined;
     return { name, width: parameter.shape[1]!, type: typeWhereUsed(parameter), places };
   }
 
@@ -345,16 +377,19 @@ class Planner {
       throw refuse(this.#notUnfolded, "no mode can bring these tasks to this model", neither);
     }
     if (mode === "folded" && !folded) throw refuse(this.#notFolded, 'mode "folded"', '; use mode "core" or "factors"');
-    if (mode !== "auto" && mode !== "folded" && !unfolded) throw refuse(this.#notUnfolded, `mode "${mode}"`, '; use mode "folded"');
+    if (mode !== "auto" && mode !== "folded" && !unfolded)
+      throw refuse(this.#notUnfolded, `mode "${mode}"`, '; use mode "folded"');
     if (mode !== "auto") return { mode, reason: "asked for" };
     if (!unfolded) return { mode: "folded", reason: this.#notUnfolded[0]!.why };
     const why = folded ? "" : `; ${this.#notFolded[0]!.why}, which rules folding out`;
     const columns = this.#pack.modules.filter((m) => m.A?.kind === "column" && m.B?.kind === "column");
-    if (columns.length === 0) return { mode: "factors", reason: `the pack has no components that a core could go between${why}` };
+    if (columns.length === 0)
+      return { mode: "factors", reason: `the pack has no components that a core could go between${why}` };
     const K = Math.max(...columns.map((m) => Math.max(m.A!.tensor.rows, m.B!.tensor.rows)));
     // Up to here a run costs 5 % more at most, beyond it more than factors do (`bench switch --live`).
     const most = 48;
-    if (K > most) return { mode: "factors", reason: `up to ${K} components a side make the core dearer than factors${why}` };
+    if (K > most)
+      return { mode: "factors", reason: `up to ${K} components a side make the core dearer than factors${why}` };
     return { mode: "core", reason: `${K} components a side at most: a switch moves the core alone${why}` };
   }
 
@@ -377,11 +412,18 @@ class Planner {
 
 /** What a blob brings beside its low-rank terms, as the pack's directory says it (SPEC.md, section 4.3). */
 export function broughtBy({ terms, parameters }: TaskBlob, modules: readonly PackModule[]): string[] {
-  const named = (role: string, which: readonly TaskTerm[]): string[] => which.map(({ module }) => `${role} ${modules[module]!.name}`);
+  const named = (role: string, which: readonly TaskTerm[]): string[] =>
+    which.map(({ module }) => `${role} ${modules[module]!.name}`);
   return [
     ...parameters.map(({ role, name }) => `${role} ${name}`),
-    ...named("magnitude", terms.filter((term) => term.magnitude)),
-    ...named("private", terms.filter((term) => term.q > 0)),
+    ...named(
+      "magnitude",
+      terms.filter((term) => term.magnitude),
+    ),
+    ...named(
+      "private",
+      terms.filter((term) => term.q > 0),
+    ),
   ];
 }
 
@@ -400,7 +442,11 @@ export function turn(values: Float32Array, rows: number, columns: number): Float
 /** Whether a vector is added to the last dimension of what the node makes. */
 function addsLastDimension({ node, input }: Use): boolean {
   if (node.opType === "Add") return true;
-  const at = new Map([["Gemm", 2], ["LayerNormalization", 2], ["MatMulNBits", 5]]).get(node.opType);
+  const at = new Map([
+    ["Gemm", 2],
+    ["LayerNormalization", 2],
+    ["MatMulNBits", 5],
+  ]).get(node.opType);
   return at === input;
 }
 

@@ -55,7 +55,9 @@ export async function probeParity(
   try {
     after = await run(feeds, [task], fetches);
   } catch (cause) {
-    return { result: `skipped: the model does not run on the inputs of the probe (${(cause as Error).message.trim()}); pass \`probe: feeds\`` };
+    return {
+      result: `skipped: the model does not run on the inputs of the probe (${(cause as Error).message.trim()}); pass \`probe: feeds\``,
+    };
   }
   if (!probe) {
     const before = await run(feeds, [base], fetches);
@@ -65,11 +67,14 @@ export async function probeParity(
   const module = modules.find(({ name }) => name === probe.module)!;
   const expected = termOf(module, after[0]!, inputs, task);
   const largest = expected.reduce((m, v) => Math.max(m, Math.abs(v)), 0);
-  if (!(largest > 0)) return { result: `skipped: nothing enters "${probe.module}" on made-up inputs; pass \`probe: feeds\`` };
+  if (!(largest > 0))
+    return { result: `skipped: nothing enters "${probe.module}" on made-up inputs; pass \`probe: feeds\`` };
   const difference = expected.reduce((m, v, i) => Math.max(m, Math.abs(v - after[1]![i]!)), 0) / largest;
   // Not ≤: NaN must fail.
   if (!(difference < TOLERANCE)) {
-    fail(`is off by ${difference.toPrecision(2)} of the largest value in the term of "${probe.module}" (it may ignore inputs)`);
+    fail(
+      `is off by ${difference.toPrecision(2)} of the largest value in the term of "${probe.module}" (it may ignore inputs)`,
+    );
   }
   return { result: "passed", module: probe.module, difference };
 }
@@ -133,7 +138,9 @@ function termOf(
   const term = new Float64Array(rows * out);
   if (factors) {
     const [A, B] = [value("A"), value("B")];
-    multiply(multiply(x, A.data, rows, width, A.columns), B.data, rows, A.columns, out).forEach((v, i) => (term[i] = v));
+    multiply(multiply(x, A.data, rows, width, A.columns), B.data, rows, A.columns, out).forEach(
+      (v, i) => (term[i] = v),
+    );
   }
   if (!components) return term;
   const { At, B: E, KA, KB } = components;
@@ -142,7 +149,13 @@ function termOf(
   return term;
 }
 
-function multiply(a: ArrayLike<number>, b: ArrayLike<number>, rows: number, inner: number, columns: number): Float64Array {
+function multiply(
+  a: ArrayLike<number>,
+  b: ArrayLike<number>,
+  rows: number,
+  inner: number,
+  columns: number,
+): Float64Array {
   const out = new Float64Array(rows * columns);
   for (let r = 0; r < rows; r++) {
     for (let k = 0; k < inner; k++) {

@@ -2,18 +2,19 @@
  * What a task gives to each input of a grafted model: coefficients in, arrays out, for one task or for one task per row of
  * a batch. No model runtime here.
  */
-import { decodeTensor } from "../tensor/dtypes.ts";
-import { BaseMismatchError } from "../errors.ts";
-import type { TaskInput } from "../onnx/graft.ts";
-import type { PackModule, TaskParameter } from "../format/format.ts";
-import type { Pack } from "../pack/pack.ts";
+
 import { Locator } from "../base/locate.ts";
+import { BaseMismatchError } from "../errors.ts";
+import type { PackModule, TaskParameter } from "../format/format.ts";
+import type { TaskInput } from "../onnx/graft.ts";
+import type { Pack } from "../pack/pack.ts";
 import { Parameters } from "../runtime/parameters.ts";
 import { loadParts, type Selection } from "../runtime/selection.ts";
-import { stage, type Part } from "../runtime/stage.ts";
-import { unfold, type BaseWeight, type Unfolded } from "../runtime/unfold.ts";
+import { type Part, stage } from "../runtime/stage.ts";
+import { type BaseWeight, type Unfolded, unfold } from "../runtime/unfold.ts";
 import type { Workbench } from "../runtime/workbench.ts";
-import { broughtBy, moduleOf, turn, type BaseValues } from "./plan.ts";
+import { decodeTensor } from "../tensor/dtypes.ts";
+import { type BaseValues, broughtBy, moduleOf, turn } from "./plan.ts";
 
 /** The value of one input for one task, without the leading dimension `tasks`. */
 export interface InputValue {
@@ -59,7 +60,10 @@ export class TaskEvaluator {
    * @throws TaskError for an unknown id, a blend that cannot be; SourceError, FormatError when a task cannot be read
    * @throws BaseMismatchError when a task changes what the model was not prepared for
    */
-  async evaluate(selection: Selection, options: { head?: string | undefined; signal?: AbortSignal | undefined }): Promise<TaskValues> {
+  async evaluate(
+    selection: Selection,
+    options: { head?: string | undefined; signal?: AbortSignal | undefined },
+  ): Promise<TaskValues> {
     const { head, signal } = options;
     const parts = await loadParts(this.#pack, selection, head, signal, this.#base.ignored);
     this.#refuseUnprepared(parts);
@@ -69,7 +73,8 @@ export class TaskEvaluator {
     const inputs = new Map<string, InputValue>();
     const labels = new Map<string, number>();
     for (const input of this.#inputs) inputs.set(input.name, this.#value(input, parts, terms, heads));
-    for (const { kind, name, of } of this.#inputs) if (kind === "headWeight") labels.set(of, inputs.get(name)!.dims[1]!);
+    for (const { kind, name, of } of this.#inputs)
+      if (kind === "headWeight") labels.set(of, inputs.get(name)!.dims[1]!);
     return { inputs, labels };
   }
 
@@ -89,7 +94,11 @@ export class TaskEvaluator {
   }
 
   /** Saved modules of the selection, f32, by parameter name. */
-  async #heads(parts: readonly Part[], head: string | undefined, signal: AbortSignal | undefined): Promise<Map<string, InputValue>> {
+  async #heads(
+    parts: readonly Part[],
+    head: string | undefined,
+    signal: AbortSignal | undefined,
+  ): Promise<Map<string, InputValue>> {
     const saved = parts.map((part) => {
       const parameters = part.blob.parameters.filter((p) => p.role === "saved");
       return { ...part, blob: { ...part.blob, parameters } };
@@ -98,7 +107,10 @@ export class TaskEvaluator {
     const resolved = await new Parameters(undefined, new Locator(undefined)).resolve(saved, this.#pack, head, signal);
     const values = new Map<string, InputValue>();
     for (const [name, { view }] of resolved) {
-      values.set(name, { dims: view.shape, data: new Float32Array(view.data.buffer, view.data.byteOffset, view.data.length / 4) });
+      values.set(name, {
+        dims: view.shape,
+        data: new Float32Array(view.data.buffer, view.data.byteOffset, view.data.length / 4),
+      });
     }
     return values;
   }
@@ -112,7 +124,14 @@ export class TaskEvaluator {
       const weight = { name, shape: [out, inputs], dtype: "f32" as const, transposed: false, byteLength };
       return { weight, bytes: new Uint8Array(buffer, byteOffset, byteLength) };
     };
-    return unfold(plans, bench, this.#pack.modules, this.#base.mode === "core" ? "core" : "factors", new Map(), weightOf);
+    return unfold(
+      plans,
+      bench,
+      this.#pack.modules,
+      this.#base.mode === "core" ? "core" : "factors",
+      new Map(),
+      weightOf,
+    );
   }
 
   #value(
@@ -134,7 +153,9 @@ export class TaskEvaluator {
       case "A":
         return term ? { dims: [found.module.in, term.rank], data: turn(term.A, term.rank, found.module.in) } : zeros();
       case "B":
-        return term ? { dims: [term.rank, found.module.out], data: turn(term.B, found.module.out, term.rank) } : zeros();
+        return term
+          ? { dims: [term.rank, found.module.out], data: turn(term.B, found.module.out, term.rank) }
+          : zeros();
       case "scale":
         return { dims: own as number[], data: term?.rowScale ?? new Float32Array(found!.module.out).fill(1) };
       case "bias":
@@ -166,8 +187,11 @@ export class TaskEvaluator {
     for (const { weight, blob } of parts) {
       for (const parameter of blob.parameters) {
         if (parameter.name !== name) continue;
-        if (parameter.shape.length !== 1 || parameter.shape[0] !== size) throw this.#misfit(name, parameter.shape, [size]);
-        decode(parameter, blob.bytes).forEach((v, i) => (change[i]! += weight * (parameter.role === "bias-delta" ? v : v - base[i]!)));
+        if (parameter.shape.length !== 1 || parameter.shape[0] !== size)
+          throw this.#misfit(name, parameter.shape, [size]);
+        decode(parameter, blob.bytes).forEach(
+          (v, i) => (change[i]! += weight * (parameter.role === "bias-delta" ? v : v - base[i]!)),
+        );
       }
     }
     return change;
@@ -184,7 +208,10 @@ export class TaskEvaluator {
         indices.push(...parameter.indices.map(BigInt));
         if (kind === "rows") {
           if (parameter.shape[1] !== width) throw this.#misfit(name, parameter.shape, ["rows", width]);
-          values.push(decode(parameter, blob.bytes).map((v) => weight * v), new Float32Array([weight]));
+          values.push(
+            decode(parameter, blob.bytes).map((v) => weight * v),
+            new Float32Array([weight]),
+          );
         }
       }
     }
@@ -211,7 +238,10 @@ export class TaskEvaluator {
   }
 }
 
-function decode({ tensor: { type, rows, width, byteOffset, byteLength } }: TaskParameter, bytes: Uint8Array): Float32Array {
+function decode(
+  { tensor: { type, rows, width, byteOffset, byteLength } }: TaskParameter,
+  bytes: Uint8Array,
+): Float32Array {
   return decodeTensor(type, bytes.subarray(byteOffset, byteOffset + byteLength), rows, width);
 }
 

@@ -142,7 +142,11 @@ export function quantizedAt(bytes: Uint8Array, type: QuantizedType, byteOffset: 
  * @param out where to, aligned to 4 bytes; new memory unless given
  * @throws RangeError when a value is not finite or does not fit the type
  */
-export function encodeFloats(type: FloatType, values: ArrayLike<number>, out?: Uint8Array<ArrayBuffer>): Uint8Array<ArrayBuffer> {
+export function encodeFloats(
+  type: FloatType,
+  values: ArrayLike<number>,
+  out?: Uint8Array<ArrayBuffer>,
+): Uint8Array<ArrayBuffer> {
   const bytes = out ?? new Uint8Array(rowBytes(type, values.length));
   if (type === "f32") new Float32Array(bytes.buffer, bytes.byteOffset, values.length).set(values);
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);

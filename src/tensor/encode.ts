@@ -7,11 +7,11 @@ import {
   f16ToF32,
   f32ToF16,
   isQuantized,
+  type QuantizedType,
   rowBytes,
   scaleBytes,
-  tensorBytes,
-  type QuantizedType,
   type TensorType,
+  tensorBytes,
 } from "./dtypes.ts";
 
 /** Largest integer a quantised type stores; the smallest is its negative, so that 0 is exact and the range symmetric. */
@@ -40,7 +40,8 @@ export function encodeTensor(
     let peak = 0;
     for (let i = 0; i < width; i++) {
       const value = Math.abs(values[row * width + i]!);
-      if (!Number.isFinite(value)) throw new RangeError(`value ${row * width + i} is ${values[row * width + i]}, not a finite number`);
+      if (!Number.isFinite(value))
+        throw new RangeError(`value ${row * width + i} is ${values[row * width + i]}, not a finite number`);
       peak = Math.max(peak, value);
     }
     const half = bestScale(values, row * width, width, peak, largest);
@@ -78,7 +79,8 @@ function bestScale(values: ArrayLike<number>, start: number, width: number, peak
     const scale = f16ToF32(half);
     if (scale === 0) break;
     let lost = 0;
-    for (let j = start; j < start + width && lost < least; j++) lost += (values[j]! - scale * nearest(values[j]! / scale, largest)) ** 2;
+    for (let j = start; j < start + width && lost < least; j++)
+      lost += (values[j]! - scale * nearest(values[j]! / scale, largest)) ** 2;
     if (lost < least) [best, least] = [half, lost];
   }
   return best;

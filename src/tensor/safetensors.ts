@@ -3,9 +3,10 @@
  * little-endian tensors. The reader trusts nothing: every rule of the reference's `validate` is checked before a tensor
  * is read. It does not know what the tensors mean; writing is `safetensors-writer.ts`.
  */
-import { bf16ToF32, f16ToF32 } from "./dtypes.ts";
+
 import { FormatError, SourceError } from "../errors.ts";
 import type { ByteSource, ReadOptions } from "../source.ts";
+import { bf16ToF32, f16ToF32 } from "./dtypes.ts";
 
 /** Where one tensor lies. */
 export interface SafetensorsTensor {

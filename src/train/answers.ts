@@ -2,14 +2,15 @@
  * What adapters answer: their own factors and head in the place of those that a pack's coefficients make, in the session that
  * tasks are trained in. Between two such answers lies the divergence that distilling lessens and packing is judged by.
  */
-import type { Adapter } from "../adapters/adapter.ts";
-import { TaskError } from "../errors.ts";
-import type { Row } from "./examples.ts";
-import { Terms, type Factors, type TrainedModule } from "./terms.ts";
+
 import type { EigenSession } from "../../bindings/onnxruntime.ts";
 import type { Ort } from "../../bindings/ort.ts";
+import type { Adapter } from "../adapters/adapter.ts";
+import { TaskError } from "../errors.ts";
 import type { BatchFeeds } from "./batch.ts";
+import type { Row } from "./examples.ts";
 import { createMachine, headOf } from "./machine.ts";
+import { type Factors, Terms, type TrainedModule } from "./terms.ts";
 
 /** How texts become rows, and how many run together. */
 export interface AskOptions {
@@ -35,15 +36,20 @@ export async function askAdapter<O extends Ort>(
   for (const one of adapter.modules.values()) {
     const { name, in: inputs, out, rank } = one;
     const module = pack.modules.find((known) => known.name === name);
-    if (module?.in !== inputs || module.out !== out) throw new TaskError(`${adapter.file} adapts "${name}" [${out}, ${inputs}], which the pack does not`, { task: adapter.id });
+    if (module?.in !== inputs || module.out !== out)
+      throw new TaskError(`${adapter.file} adapts "${name}" [${out}, ${inputs}], which the pack does not`, {
+        task: adapter.id,
+      });
     const { A, Bt } = await one.read();
     modules.push({ name, in: inputs, out, own: rank });
     factors.set(name, { A: Float32Array.from(A), B: Float32Array.from(Bt) });
   }
-  const [weight, bias] = await Promise.all(["weight", "bias"].map(async (part) => {
-    const saved = head === undefined ? undefined : adapter.saved.find(({ name }) => name === `${head}.${part}`);
-    return Float32Array.from((await saved?.read()) ?? []);
-  })) as [Float32Array<ArrayBuffer>, Float32Array<ArrayBuffer>];
+  const [weight, bias] = (await Promise.all(
+    ["weight", "bias"].map(async (part) => {
+      const saved = head === undefined ? undefined : adapter.saved.find(({ name }) => name === `${head}.${part}`);
+      return Float32Array.from((await saved?.read()) ?? []);
+    }),
+  )) as [Float32Array<ArrayBuffer>, Float32Array<ArrayBuffer>];
   const layer = headOf(trainable!, head ?? false);
   const labels = Array.from({ length: layer ? weight.length / layer.in : 0 }, (_, i) => String(i));
   const machine = await createMachine(trainable!, new Terms(modules), layer, { encode, labels });
@@ -59,7 +65,9 @@ export async function askAdapter<O extends Ort>(
     const logits = await machine.answer(await machine.batch(some), { factors, weight, bias });
     const each = logits.length / some.length;
     if (!Number.isInteger(each) || each < 2) {
-      throw new TypeError(`distill: the model gives ${logits.length} logits for ${some.length} texts, expected [${some.length}, labels]`);
+      throw new TypeError(
+        `distill: the model gives ${logits.length} logits for ${some.length} texts, expected [${some.length}, labels]`,
+      );
     }
     places.forEach((place, i) => (answers[place] = softmax(logits.subarray(i * each, (i + 1) * each))));
   }
@@ -80,7 +88,8 @@ const TINY = 2 ** -126;
 export function meanDivergence(targets: readonly ArrayLike<number>[], answers: readonly ArrayLike<number>[]): number {
   let sum = 0;
   for (const [i, target] of targets.entries()) {
-    for (const [c, p] of Array.from(target).entries()) if (p > 0) sum += p * Math.log(p / Math.max(answers[i]![c]!, TINY));
+    for (const [c, p] of Array.from(target).entries())
+      if (p > 0) sum += p * Math.log(p / Math.max(answers[i]![c]!, TINY));
   }
   // Of rounded probabilities that are alike it can be a little less than 0.
   return Math.max(0, sum / targets.length);

@@ -4,15 +4,26 @@
 import { makeTensor, type Ort, type OrtTensor } from "../../bindings/ort.ts";
 
 /** Inputs of a batch by name: tensors of onnxruntime, or what has the fields of one (transformers.js). */
-export type BatchFeeds = Readonly<Record<string, { readonly type?: string; readonly dims: readonly number[]; readonly data: unknown }>>;
+export type BatchFeeds = Readonly<
+  Record<string, { readonly type?: string; readonly dims: readonly number[]; readonly data: unknown }>
+>;
 
 /** @throws TypeError naming what is no tensor */
 export function toTensors(ort: Ort, batch: BatchFeeds): Record<string, OrtTensor> {
-  return Object.fromEntries(Object.entries(batch).map(([name, { type, dims, data }]) => [name, ownTensor(ort, name, type, dims, data)]));
+  return Object.fromEntries(
+    Object.entries(batch).map(([name, { type, dims, data }]) => [name, ownTensor(ort, name, type, dims, data)]),
+  );
 }
 
-function ownTensor(ort: Ort, name: string, type: string | undefined, dims: readonly number[], data: unknown): OrtTensor {
-  if (!ArrayBuffer.isView(data) || !Array.isArray(dims)) throw new TypeError(`the input "${name}" of a batch is no tensor: expected { dims, data }`);
+function ownTensor(
+  ort: Ort,
+  name: string,
+  type: string | undefined,
+  dims: readonly number[],
+  data: unknown,
+): OrtTensor {
+  if (!ArrayBuffer.isView(data) || !Array.isArray(dims))
+    throw new TypeError(`the input "${name}" of a batch is no tensor: expected { dims, data }`);
   const Tensor = ort.Tensor as unknown as new (...of: unknown[]) => OrtTensor;
   return type === undefined ? makeTensor(ort, data as Float32Array, dims) : new Tensor(type, data, dims);
 }
@@ -29,16 +40,24 @@ export function joinFeeds(all: readonly BatchFeeds[]): BatchFeeds {
     const parts = all.map((feeds, i) => {
       const part = feeds[name];
       if (part && part.dims.slice(1).join() === dims.slice(1).join()) return part;
-      throw new TypeError(`the input "${name}" of example ${i} is [${part?.dims.join(", ") ?? "missing"}], another one's [${dims.join(", ")}]: pad them alike, or take batches of 1`);
+      throw new TypeError(
+        `the input "${name}" of example ${i} is [${part?.dims.join(", ") ?? "missing"}], another one's [${dims.join(", ")}]: pad them alike, or take batches of 1`,
+      );
     });
     const arrays = parts.map(({ data }) => data as Float32Array);
-    const data = new (arrays[0]!.constructor as Float32ArrayConstructor)(arrays.reduce((sum, { length }) => sum + length, 0));
+    const data = new (arrays[0]!.constructor as Float32ArrayConstructor)(
+      arrays.reduce((sum, { length }) => sum + length, 0),
+    );
     let at = 0;
     for (const array of arrays) {
       data.set(array, at);
       at += array.length;
     }
-    joined[name] = { ...(type === undefined ? {} : { type }), dims: [parts.reduce((sum, part) => sum + part.dims[0]!, 0), ...dims.slice(1)], data };
+    joined[name] = {
+      ...(type === undefined ? {} : { type }),
+      dims: [parts.reduce((sum, part) => sum + part.dims[0]!, 0), ...dims.slice(1)],
+      data,
+    };
   }
   return joined;
 }

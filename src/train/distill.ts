@@ -3,21 +3,22 @@
  * until the pack answers plain text as the adapter itself does. No labels are needed. The adapter runs in the same session, its
  * own factors in the place of those that coefficients make.
  */
-import type { Adapter } from "../adapters/adapter.ts";
-import { isQuantized } from "../tensor/dtypes.ts";
-import { TaskError } from "../errors.ts";
-import type { Example, Row } from "./examples.ts";
-import { shuffle, uniform } from "../tensor/random.ts";
-import type { FitOptions, Trainer, TrainingStep } from "./trainer.ts";
-import { encodeTaskFile } from "../format/encode.ts";
-import type { TaskBlob } from "../format/format.ts";
-import type { Pack, TaskInfo } from "../pack/pack.ts";
-import { parseTaskFile } from "../format/task-file.ts";
-import { askAdapter, meanDivergence } from "./answers.ts";
-import { createTrainer } from "./learn.ts";
+
 import type { EigenSession } from "../../bindings/onnxruntime.ts";
 import type { Ort } from "../../bindings/ort.ts";
+import type { Adapter } from "../adapters/adapter.ts";
+import { TaskError } from "../errors.ts";
+import { encodeTaskFile } from "../format/encode.ts";
+import type { TaskBlob } from "../format/format.ts";
+import { parseTaskFile } from "../format/task-file.ts";
+import type { Pack, TaskInfo } from "../pack/pack.ts";
+import { isQuantized } from "../tensor/dtypes.ts";
+import { shuffle, uniform } from "../tensor/random.ts";
+import { askAdapter, meanDivergence } from "./answers.ts";
 import type { BatchFeeds } from "./batch.ts";
+import type { Example, Row } from "./examples.ts";
+import { createTrainer } from "./learn.ts";
+import type { FitOptions, Trainer, TrainingStep } from "./trainer.ts";
 
 export type { BatchFeeds } from "./batch.ts";
 export { createJudge, type DivergenceByTask, type JudgeOptions, type PackJudge } from "./judge.ts";
@@ -86,11 +87,13 @@ const MOST_RATE = 0.02;
  */
 export async function distill<O extends Ort>(session: EigenSession<O>, options: DistillOptions): Promise<Distilled> {
   const { adapter, task: id = adapter.id, steps = 240, batch = 8, held = 0.125, seed = 0, signal } = options;
-  if (!session.trainable) throw new TypeError("distill: this session cannot be trained; create it with trainable: true");
+  if (!session.trainable)
+    throw new TypeError("distill: this session cannot be trained; create it with trainable: true");
   const all = inputsOf(options);
   if (!(held > 0 && held < 1)) throw new RangeError(`distill: held must be a share between 0 and 1, got ${held}`);
   for (const [name, value] of Object.entries({ steps, batch })) {
-    if (!(Number.isInteger(value) && value >= 1)) throw new RangeError(`distill: ${name} must be a whole number ≥ 1, got ${value}`);
+    if (!(Number.isInteger(value) && value >= 1))
+      throw new RangeError(`distill: ${name} must be a whole number ≥ 1, got ${value}`);
   }
   // The adapter is not asked what no step would see.
   const rows = shuffle(all, uniform(seed)).slice(0, Math.max(LEAST_TEXTS, Math.ceil((steps * batch) / (1 - held))));
@@ -100,7 +103,10 @@ export async function distill<O extends Ort>(session: EigenSession<O>, options: 
   const head = trainableHead(pack, id, blob);
   const answers = await askAdapter(session, adapter, head?.module, rows, { ...options, batch });
   if (head && head.labels !== answers[0]!.length) {
-    throw new TaskError(`task "${id}" has ${head.labels} labels, ${adapter.file} ${answers[0]!.length}: it was not made of this adapter`, { task: id });
+    throw new TaskError(
+      `task "${id}" has ${head.labels} labels, ${adapter.file} ${answers[0]!.length}: it was not made of this adapter`,
+      { task: id },
+    );
   }
   const labels = Array.from(answers[0]!, (_, i) => String(i));
   const examples = rows.map(({ text, feeds }, i): Example<BatchFeeds> => ({ text, feeds, target: answers[i] }));
@@ -108,15 +114,32 @@ export async function distill<O extends Ort>(session: EigenSession<O>, options: 
   const [judges, train] = [examples.slice(0, count), examples.slice(count)];
 
   const modules = blob.terms.filter(({ A }) => A).map(({ module }) => pack.modules[module]!.name);
-  const trainer = await createTrainer(session, { labels, init: { task: id }, modules, head: head?.module ?? false, encode: options.encode, seed });
+  const trainer = await createTrainer(session, {
+    labels,
+    init: { task: id },
+    modules,
+    head: head?.module ?? false,
+    encode: options.encode,
+    seed,
+  });
   await trainer.begin(id);
   const divergenceBefore = await divergence(trainer, judges, batch);
   const coefficients = blob.terms.find(({ A }) => A)!.A!.tensor.type;
-  const dtype = { coefficients, head: blob.parameters.find(({ shape }) => shape.length > 1)?.tensor.type ?? coefficients };
+  const dtype = {
+    coefficients,
+    head: blob.parameters.find(({ shape }) => shape.length > 1)?.tensor.type ?? coefficients,
+  };
   const { temperature = head ? temperatureOf(answers) : 1 } = options;
   const rate = Math.min(MOST_RATE, (WAY * Math.sqrt(divergenceBefore)) / steps);
   const rates = { terms: rate, head: rate, ...options.rates };
-  const fit = { ...options, steps, batch, temperature, rates, ...(isQuantized(dtype.coefficients) ? { stored: dtype } : {}) };
+  const fit = {
+    ...options,
+    steps,
+    batch,
+    temperature,
+    rates,
+    ...(isQuantized(dtype.coefficients) ? { stored: dtype } : {}),
+  };
   const lessons = train.map((one): Example<BatchFeeds> => ({ ...one, target: divided(one.target!, temperature) }));
   for await (const step of trainer.fit(lessons, fit)) options.onStep?.(step);
   const trained = await trainer.task({ id, dtype });
@@ -130,11 +153,13 @@ export async function distill<O extends Ort>(session: EigenSession<O>, options: 
 
 /** What each text is, as examples without answers. */
 function inputsOf({ texts, feeds, encode }: DistillOptions): Row<BatchFeeds>[] {
-  if ((texts === undefined) === (feeds === undefined)) throw new TypeError("distill: expected texts or feeds, one of them");
+  if ((texts === undefined) === (feeds === undefined))
+    throw new TypeError("distill: expected texts or feeds, one of them");
   if (texts && !encode) throw new TypeError("distill: texts need `encode`, a tokenizer");
   const some = { text: undefined, feeds: undefined, label: 0, weight: 1 };
   const rows = texts?.map((text) => ({ ...some, text })) ?? feeds!.map((own) => ({ ...some, feeds: own }));
-  if (rows.length < LEAST_TEXTS) throw new RangeError(`distill: ${rows.length} texts; ${LEAST_TEXTS} at least are needed, some hundreds to gain by`);
+  if (rows.length < LEAST_TEXTS)
+    throw new RangeError(`distill: ${rows.length} texts; ${LEAST_TEXTS} at least are needed, some hundreds to gain by`);
   const empty = texts?.findIndex((text) => text.trim() === "") ?? -1;
   if (empty >= 0) throw new RangeError(`distill: text ${empty} is empty`);
   return rows;
@@ -144,7 +169,11 @@ function inputsOf({ texts, feeds, encode }: DistillOptions): Row<BatchFeeds>[] {
  * The head that the task brings.
  * @throws TaskError when training would leave out some of what the task does
  */
-function trainableHead(pack: Pack, id: string, { terms, parameters }: TaskBlob): { module: string; labels: number } | undefined {
+function trainableHead(
+  pack: Pack,
+  id: string,
+  { terms, parameters }: TaskBlob,
+): { module: string; labels: number } | undefined {
   const refuse = (why: string): TaskError => new TaskError(`task "${id}" cannot be distilled: ${why}`, { task: id });
   if (!terms.some(({ A }) => A)) throw refuse("it has no coefficients");
   for (const { module, A, B, magnitude, q } of terms) {
@@ -156,10 +185,15 @@ function trainableHead(pack: Pack, id: string, { terms, parameters }: TaskBlob):
     if (basisA.kind !== "column" || basisB.kind !== "column") throw refuse(`"${name}" has no column basis`);
   }
   if (parameters.length === 0) return undefined;
-  const weight = parameters.find(({ name, role, shape }) => role === "saved" && shape.length === 2 && name.endsWith(".weight"));
+  const weight = parameters.find(
+    ({ name, role, shape }) => role === "saved" && shape.length === 2 && name.endsWith(".weight"),
+  );
   const module = weight?.name.slice(0, -".weight".length);
   const other = parameters.find((one) => one !== weight && !(one.role === "saved" && one.name === `${module}.bias`));
-  if (!weight || other) throw refuse(`it brings "${(other ?? parameters[0]!).name}" (${(other ?? parameters[0]!).role}), only one head can be trained`);
+  if (!weight || other)
+    throw refuse(
+      `it brings "${(other ?? parameters[0]!).name}" (${(other ?? parameters[0]!).role}), only one head can be trained`,
+    );
   if (parameters.length < 2) throw refuse(`its head "${module}" has no bias`);
   return { module: module!, labels: weight.shape[0]! };
 }
@@ -192,12 +226,27 @@ function temperatureOf(answers: readonly Float32Array[]): number {
 }
 
 /** Mean KL(targets ‖ trainer's answers), in nats. */
-async function divergence(trainer: Trainer<BatchFeeds>, examples: readonly Example<BatchFeeds>[], batch: number): Promise<number> {
+async function divergence(
+  trainer: Trainer<BatchFeeds>,
+  examples: readonly Example<BatchFeeds>[],
+  batch: number,
+): Promise<number> {
   const answers = await trainer.predict(examples, { batch: examples[0]!.feeds ? 1 : batch });
-  return meanDivergence(examples.map(({ target }) => target!), answers);
+  return meanDivergence(
+    examples.map(({ target }) => target!),
+    answers,
+  );
 }
 
 /** Under the entry that the task has in the pack. */
-function toFile({ basisId }: Pack, { id, adapterBytes, metadata, brings }: TaskInfo, blob: Uint8Array): Uint8Array<ArrayBuffer> {
-  return encodeTaskFile({ id, adapterBytes, metadata, brings }, Uint8Array.from(basisId.match(/../g)!, (byte) => parseInt(byte, 16)), blob);
+function toFile(
+  { basisId }: Pack,
+  { id, adapterBytes, metadata, brings }: TaskInfo,
+  blob: Uint8Array,
+): Uint8Array<ArrayBuffer> {
+  return encodeTaskFile(
+    { id, adapterBytes, metadata, brings },
+    Uint8Array.from(basisId.match(/../g)!, (byte) => parseInt(byte, 16)),
+    blob,
+  );
 }

@@ -34,20 +34,28 @@ export interface Row<Feeds = unknown> {
  * @throws RangeError for an unknown label, probabilities that are none, one label only, an empty text, a weight that is none
  * @throws TypeError for an example without text or feeds, or without label or target, and for texts where nothing encodes them
  */
-export function checkExamples<Feeds>(examples: readonly Example<Feeds>[], labels: readonly string[], encodes: boolean): Row<Feeds>[] {
+export function checkExamples<Feeds>(
+  examples: readonly Example<Feeds>[],
+  labels: readonly string[],
+  encodes: boolean,
+): Row<Feeds>[] {
   const rows = examples.map(({ text, feeds, label, target, weight = 1 }, i): Row<Feeds> => {
     const at = `example ${i}`;
-    if ((label === undefined) === (target === undefined)) throw new TypeError(`${at}: expected a label or a target, got ${target ? "both" : "neither"}`);
+    if ((label === undefined) === (target === undefined))
+      throw new TypeError(`${at}: expected a label or a target, got ${target ? "both" : "neither"}`);
     if (target) checkTarget(target, labels.length, at);
     const number = target ? largest(target) : typeof label === "number" ? label : labels.indexOf(label!);
     if (labels[number] === undefined) {
       const close = typeof label === "string" ? nearest(label, labels) : labels;
-      throw new RangeError(`${at}: the label ${JSON.stringify(label)} is none of the trainer's; nearest: ${close.join(", ")}`);
+      throw new RangeError(
+        `${at}: the label ${JSON.stringify(label)} is none of the trainer's; nearest: ${close.join(", ")}`,
+      );
     }
     if (text === undefined && feeds === undefined) throw new TypeError(`${at}: has neither text nor feeds`);
     if (feeds === undefined && text!.trim() === "") throw new RangeError(`${at}: its text is empty`);
     if (feeds === undefined && !encodes) throw new TypeError(`${at}: is a text, and the trainer has no \`encode\``);
-    if (!(weight >= 0 && weight < Infinity)) throw new RangeError(`${at}: its weight is ${weight}, expected a number ≥ 0`);
+    if (!(weight >= 0 && weight < Infinity))
+      throw new RangeError(`${at}: its weight is ${weight}, expected a number ≥ 0`);
     return { text: feeds === undefined ? text : undefined, feeds, label: number, target, weight };
   });
   const seen = new Set(rows.filter(({ weight }) => weight > 0).map(({ label }) => label));
@@ -60,12 +68,14 @@ export function checkExamples<Feeds>(examples: readonly Example<Feeds>[], labels
 }
 
 function checkTarget(target: ArrayLike<number>, labels: number, at: string): void {
-  if (target.length !== labels) throw new RangeError(`${at}: its target has ${target.length} probabilities, there are ${labels} labels`);
+  if (target.length !== labels)
+    throw new RangeError(`${at}: its target has ${target.length} probabilities, there are ${labels} labels`);
   const values = Array.from(target);
   const bad = values.find((value) => !(value >= 0 && value < Infinity));
   if (bad !== undefined) throw new RangeError(`${at}: its target has the probability ${bad}, expected numbers ≥ 0`);
   const sum = values.reduce((a, b) => a + b, 0);
-  if (Math.abs(sum - 1) > 1e-3) throw new RangeError(`${at}: the probabilities of its target sum to ${sum}, expected 1`);
+  if (Math.abs(sum - 1) > 1e-3)
+    throw new RangeError(`${at}: the probabilities of its target sum to ${sum}, expected 1`);
 }
 
 function largest(values: ArrayLike<number>): number {
@@ -77,7 +87,11 @@ function largest(values: ArrayLike<number>): number {
  * Holds back a share of every label's examples, but never the last two of a label.
  * @param share from 0 to less than 1
  */
-export function holdBack<T extends { label: number }>(rows: readonly T[], share: number, random: () => number): { train: T[]; held: T[] } {
+export function holdBack<T extends { label: number }>(
+  rows: readonly T[],
+  share: number,
+  random: () => number,
+): { train: T[]; held: T[] } {
   const byLabel = new Map<number, T[]>();
   for (const row of rows) byLabel.set(row.label, [...(byLabel.get(row.label) ?? []), row]);
   const train: T[] = [];
@@ -95,7 +109,12 @@ export function holdBack<T extends { label: number }>(rows: readonly T[], share:
 const SORTED = 8;
 
 /** All rows once, at random, and those of one batch of like lengths. */
-export function toBatches<T>(rows: readonly T[], size: number, lengths: ReadonlyMap<T, number>, random: () => number): T[][] {
+export function toBatches<T>(
+  rows: readonly T[],
+  size: number,
+  lengths: ReadonlyMap<T, number>,
+  random: () => number,
+): T[][] {
   const order = shuffle([...rows], random);
   const batches: T[][] = [];
   for (let from = 0; from < order.length; from += SORTED * size) {
@@ -109,7 +128,11 @@ export function toBatches<T>(rows: readonly T[], size: number, lengths: Readonly
  * Targets [rows, labels] of a batch: rows sum to their weight, of which `smoothing` is spread over all labels. Weights are
  * relative: those of a batch have the mean 1.
  */
-export function targetsOf(rows: readonly Pick<Row, "label" | "target" | "weight">[], labels: number, smoothing: number): Float32Array<ArrayBuffer> {
+export function targetsOf(
+  rows: readonly Pick<Row, "label" | "target" | "weight">[],
+  labels: number,
+  smoothing: number,
+): Float32Array<ArrayBuffer> {
   const targets = new Float32Array(rows.length * labels);
   const mean = rows.reduce((sum, { weight }) => sum + weight, 0) / rows.length || 1;
   for (const [i, { label, target, weight }] of rows.entries()) {

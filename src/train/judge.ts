@@ -1,13 +1,14 @@
 /**
  * Packs judged by behaviour: how far their tasks' answers to plain text are from those of the adapters that they were made of.
  */
-import type { Adapter } from "../adapters/adapter.ts";
-import { shuffle, uniform } from "../tensor/random.ts";
-import { taskAdapter } from "../pack/expand.ts";
-import { openPack } from "../pack/pack.ts";
-import { askAdapter, meanDivergence, type AskOptions } from "./answers.ts";
+
 import { createEigenSession, type EigenSession } from "../../bindings/onnxruntime.ts";
 import type { Ort } from "../../bindings/ort.ts";
+import type { Adapter } from "../adapters/adapter.ts";
+import { taskAdapter } from "../pack/expand.ts";
+import { openPack } from "../pack/pack.ts";
+import { shuffle, uniform } from "../tensor/random.ts";
+import { type AskOptions, askAdapter, meanDivergence } from "./answers.ts";
 import type { BatchFeeds } from "./batch.ts";
 
 export interface JudgeOptions extends Pick<AskOptions, "signal"> {
@@ -44,8 +45,19 @@ export interface PackJudge {
  * const { chunks, report } = await buildAuto(adapters, { criterion: { kind: "bytes", max: 300_000 }, judge });
  * await release();
  */
-export function createJudge<O extends Ort>(ort: O, model: Parameters<typeof createEigenSession>[1], options: JudgeOptions): PackJudge {
-  const { adapters, encode, most = Math.min(64, Math.max(16, Math.round(1280 / options.adapters.length))), batch = 16, seed = 0, signal } = options;
+export function createJudge<O extends Ort>(
+  ort: O,
+  model: Parameters<typeof createEigenSession>[1],
+  options: JudgeOptions,
+): PackJudge {
+  const {
+    adapters,
+    encode,
+    most = Math.min(64, Math.max(16, Math.round(1280 / options.adapters.length))),
+    batch = 16,
+    seed = 0,
+    signal,
+  } = options;
   if (options.texts.length === 0) throw new RangeError("judge: no texts");
   const rows = shuffle([...new Set(options.texts)], uniform(seed))
     .slice(0, most)
@@ -82,5 +94,7 @@ export function createJudge<O extends Ort>(ort: O, model: Parameters<typeof crea
 }
 
 function headNameOf({ saved }: Adapter): string | undefined {
-  return saved.find(({ name, role, shape }) => role === "saved" && shape.length === 2 && name.endsWith(".weight"))?.name.slice(0, -".weight".length);
+  return saved
+    .find(({ name, role, shape }) => role === "saved" && shape.length === 2 && name.endsWith(".weight"))
+    ?.name.slice(0, -".weight".length);
 }

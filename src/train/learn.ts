@@ -2,19 +2,20 @@
  * `eigenlora/learn`: a new task on the model of an onnxruntime session, by training coefficients only. The session learns and
  * answers with one copy of the weights; the trainer holds numbers.
  */
-import { usualRank } from "./start.ts";
-import { basesOf, Terms, type TrainedModule } from "./terms.ts";
-import { Trainer, type TrainerOptions } from "./trainer.ts";
+
 import type { EigenSession } from "../../bindings/onnxruntime.ts";
 import type { Ort } from "../../bindings/ort.ts";
 import type { BatchFeeds } from "./batch.ts";
 import { createMachine, headOf } from "./machine.ts";
+import { usualRank } from "./start.ts";
+import { basesOf, Terms, type TrainedModule } from "./terms.ts";
+import { Trainer, type TrainerOptions } from "./trainer.ts";
 
-export { Trainer, type FitOptions, type TrainerOptions, type TrainingStep } from "./trainer.ts";
+export type { BatchFeeds } from "./batch.ts";
 export type { Example } from "./examples.ts";
 export type { Start } from "./start.ts";
-export { zeroShotTask, type ZeroShotOptions } from "./zero-shot.ts";
-export type { BatchFeeds } from "./batch.ts";
+export { type FitOptions, Trainer, type TrainerOptions, type TrainingStep } from "./trainer.ts";
+export { type ZeroShotOptions, zeroShotTask } from "./zero-shot.ts";
 
 export interface CreateTrainerOptions extends TrainerOptions {
   /** Texts as the model's inputs, one row each: a tokenizer. Examples with feeds of their own do without. */
@@ -43,7 +44,10 @@ export interface CreateTrainerOptions extends TrainerOptions {
  * for await (const { loss } of trainer.fit(examples)) console.log(loss);
  * await session.addTask("mine", await trainer.task());
  */
-export async function createTrainer<O extends Ort>(session: EigenSession<O>, options: CreateTrainerOptions): Promise<Trainer<BatchFeeds>> {
+export async function createTrainer<O extends Ort>(
+  session: EigenSession<O>,
+  options: CreateTrainerOptions,
+): Promise<Trainer<BatchFeeds>> {
   const source = session.trainable;
   if (!source) throw new TypeError("createTrainer: this session cannot be trained; create it with trainable: true");
   const { pack } = session;
@@ -52,21 +56,30 @@ export async function createTrainer<O extends Ort>(session: EigenSession<O>, opt
     throw new RangeError(`train: expected "coefficients", "components" or "lora", got ${JSON.stringify(train)}`);
   }
   if (!(Number.isInteger(rank) && rank >= 1)) throw new RangeError(`rank: expected a whole number ≥ 1, got ${rank}`);
-  if (!(Number.isInteger(terms) && terms >= 0)) throw new RangeError(`terms: expected a whole number ≥ 0, got ${terms}`);
+  if (!(Number.isInteger(terms) && terms >= 0))
+    throw new RangeError(`terms: expected a whole number ≥ 0, got ${terms}`);
   const unknown = options.modules?.find((name) => !pack.modules.some((module) => module.name === name));
   if (unknown !== undefined) throw new RangeError(`modules: the pack has no "${unknown}"`);
   const flat = pack.modules.find(({ A, B }) => A?.kind === "flat" || B?.kind === "flat");
-  if (train === "components" && flat) throw new RangeError(`train: the components of "${flat.name}" are flat, only those of column mode are trained`);
+  if (train === "components" && flat)
+    throw new RangeError(`train: the components of "${flat.name}" are flat, only those of column mode are trained`);
   const head = headOf(source, options.head);
   const bases = await pack.takeBases();
-  const first = typeof init === "object" && options.rank === undefined && pack.tasks.has(init.task) ? await pack.load(init.task) : undefined;
+  const first =
+    typeof init === "object" && options.rank === undefined && pack.tasks.has(init.task)
+      ? await pack.load(init.task)
+      : undefined;
   const modules = pack.modules.flatMap((module, index): TrainedModule[] => {
     const { name, in: inputs, out } = module;
     if (options.modules?.includes(name) === false) return [];
     const components = basesOf(module, bases);
     const own = first?.terms.find((term) => term.module === index && term.A);
     // Flat components are of one rank.
-    const shared = components && { ...components, rank: module.A!.rank ?? own?.rank ?? rank, trained: train === "components" };
+    const shared = components && {
+      ...components,
+      rank: module.A!.rank ?? own?.rank ?? rank,
+      trained: train === "components",
+    };
     return [{ name, in: inputs, out, shared, own: shared ? terms : Math.max(terms, rank) }];
   });
   const origin = new Terms(modules);

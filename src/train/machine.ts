@@ -1,13 +1,14 @@
 /**
  * A session of onnxruntime as a machine that a trainer trains with: factors and a head in, logits, loss and gradients out.
  */
+
+import { makeTensor, type Ort, type OrtTensor } from "../../bindings/ort.ts";
+import { boolean, dataOf, type Trainable } from "../../bindings/ort-training.ts";
 import { BaseMismatchError } from "../errors.ts";
+import { turn } from "../session/plan.ts";
+import { type BatchFeeds, joinFeeds, toTensors } from "./batch.ts";
 import type { Terms } from "./terms.ts";
 import type { Machine, Point } from "./trainer.ts";
-import { turn } from "../session/plan.ts";
-import { makeTensor, type Ort, type OrtTensor } from "../../bindings/ort.ts";
-import { joinFeeds, toTensors, type BatchFeeds } from "./batch.ts";
-import { boolean, dataOf, type Trainable } from "../../bindings/ort-training.ts";
 
 /** The inputs of a head: its weight [1, in, labels], its bias [1, 1, labels]. */
 export interface Head {
@@ -34,13 +35,25 @@ export async function createMachine<O extends Ort>(
   source: Trainable<O>,
   terms: Terms,
   head: Head | undefined,
-  { encode, labels }: { readonly encode?: ((texts: string[]) => BatchFeeds | Promise<BatchFeeds>) | undefined; readonly labels: readonly string[] },
+  {
+    encode,
+    labels,
+  }: {
+    readonly encode?: ((texts: string[]) => BatchFeeds | Promise<BatchFeeds>) | undefined;
+    readonly labels: readonly string[];
+  },
 ): Promise<Machine<BatchFeeds>> {
   const { ort, graph, inputs } = source;
   const input = (of: string, kind: "A" | "B"): string => inputs.find((one) => one.of === of && one.kind === kind)!.name;
-  const modules = terms.modules.map((module) => ({ ...module, A: input(module.name, "A"), B: input(module.name, "B") }));
+  const modules = terms.modules.map((module) => ({
+    ...module,
+    A: input(module.name, "A"),
+    B: input(module.name, "B"),
+  }));
   const gradient = (of: string): string => graph.gradients.get(of)!;
-  const fetches = [...modules.flatMap(({ A, B }) => [A, B]), head?.weight, head?.bias].filter((name) => name !== undefined).map(gradient);
+  const fetches = [...modules.flatMap(({ A, B }) => [A, B]), head?.weight, head?.bias]
+    .filter((name) => name !== undefined)
+    .map(gradient);
   const floats = (data: Float32Array, ...dims: number[]): OrtTensor => makeTensor(ort, data, dims);
   const idle: Record<string, OrtTensor> = {};
   for (const [name, { data, dims }] of await source.base()) idle[name] = makeTensor(ort, data, [1, ...dims]);
@@ -59,7 +72,7 @@ export async function createMachine<O extends Ort>(
     return feeds;
   };
   const take = async (tensor: OrtTensor | undefined): Promise<Float32Array<ArrayBuffer>> =>
-    tensor ? ((await dataOf(tensor)) as Float32Array).slice() as Float32Array<ArrayBuffer> : new Float32Array(0);
+    tensor ? (((await dataOf(tensor)) as Float32Array).slice() as Float32Array<ArrayBuffer>) : new Float32Array(0);
   const check = (logits: Float32Array, rows: number): Float32Array => {
     const expected = rows * labels.length;
     if (logits.length === expected) return logits;
@@ -73,7 +86,8 @@ export async function createMachine<O extends Ort>(
 
     async batch(rows) {
       const texts = rows.flatMap(({ text }) => (text === undefined ? [] : [text]));
-      if (texts.length > 0 && texts.length < rows.length) throw new TypeError("a batch of texts and feeds together; give all examples in one way");
+      if (texts.length > 0 && texts.length < rows.length)
+        throw new TypeError("a batch of texts and feeds together; give all examples in one way");
       return texts.length > 0 ? encode!(texts) : joinFeeds(rows.map(({ feeds }) => feeds!));
     },
 
@@ -90,15 +104,32 @@ export async function createMachine<O extends Ort>(
 
     async step(batch, point, targets) {
       const rows = targets.length / labels.length;
-      const learn = { [graph.learnInput]: boolean(ort, true), [graph.targetsInput]: floats(targets, rows, labels.length) };
-      const results = await source.run({ ...feedsOf(batch, point), ...learn }, [graph.lossOutput, graph.logitsOutput, ...fetches]);
-      const of = (name: string | undefined): Promise<Float32Array<ArrayBuffer>> => take(name === undefined ? undefined : results[gradient(name)]);
+      const learn = {
+        [graph.learnInput]: boolean(ort, true),
+        [graph.targetsInput]: floats(targets, rows, labels.length),
+      };
+      const results = await source.run({ ...feedsOf(batch, point), ...learn }, [
+        graph.lossOutput,
+        graph.logitsOutput,
+        ...fetches,
+      ]);
+      const of = (name: string | undefined): Promise<Float32Array<ArrayBuffer>> =>
+        take(name === undefined ? undefined : results[gradient(name)]);
       const logits = check(await take(results[graph.logitsOutput]), rows);
-      const factors = new Map(await Promise.all(modules.map(async ({ name, in: inputs, A, B }) => {
-        const a = await of(A);
-        return [name, { A: turn(a, inputs, a.length / inputs) as Float32Array<ArrayBuffer>, B: await of(B) }] as const;
-      })));
-      const weight = head ? (turn(await of(head.weight), head.in, labels.length) as Float32Array<ArrayBuffer>) : new Float32Array(0);
+      const factors = new Map(
+        await Promise.all(
+          modules.map(async ({ name, in: inputs, A, B }) => {
+            const a = await of(A);
+            return [
+              name,
+              { A: turn(a, inputs, a.length / inputs) as Float32Array<ArrayBuffer>, B: await of(B) },
+            ] as const;
+          }),
+        ),
+      );
+      const weight = head
+        ? (turn(await of(head.weight), head.in, labels.length) as Float32Array<ArrayBuffer>)
+        : new Float32Array(0);
       const bias = head?.bias === undefined ? new Float32Array(head ? labels.length : 0) : await of(head.bias);
       return { loss: (await take(results[graph.lossOutput]))[0]!, logits, gradients: { factors, weight, bias } };
     },

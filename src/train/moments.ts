@@ -2,20 +2,21 @@
  * What enters the adapted modules of a model: second moments over plain text. An error of ΔW counts where inputs are; packs that are
  * made with these lose least of the modules' outputs instead of ΔW itself.
  */
+
+import { call, inTurn, type Ort, type OrtTensor } from "../../bindings/ort.ts";
+import { createSession } from "../../bindings/ort-carrier.ts";
+import { dataOf } from "../../bindings/ort-training.ts";
 import type { Adapter, AdapterModule } from "../adapters/adapter.ts";
+import { Locator } from "../base/locate.ts";
 import { BaseMismatchError } from "../errors.ts";
 import { onnxHost } from "../onnx/host.ts";
-import { shuffle, uniform } from "../tensor/random.ts";
 import { FLOAT, linearsOf, NotLinear } from "../onnx/linear.ts";
 import { findParameters } from "../onnx/modules.ts";
 import { makeValue } from "../onnx/nodes.ts";
 import { readModel } from "../onnx/read.ts";
 import { detachWeights } from "../onnx/write.ts";
-import { Locator } from "../base/locate.ts";
-import { call, inTurn, type Ort, type OrtTensor } from "../../bindings/ort.ts";
-import { toTensors, type BatchFeeds } from "./batch.ts";
-import { createSession } from "../../bindings/ort-carrier.ts";
-import { dataOf } from "../../bindings/ort-training.ts";
+import { shuffle, uniform } from "../tensor/random.ts";
+import { type BatchFeeds, toTensors } from "./batch.ts";
 
 export interface MomentsOptions {
   readonly adapters: readonly Adapter[];
@@ -48,7 +49,9 @@ export async function inputMoments<O extends Ort>(
     const entering = inputsOf(file.model, new Locator(onnxHost(file)), modulesOf(adapters));
     const there = new Set([...main.output, ...main.input].map(({ name }) => name));
     // Query, key and value are made of the same.
-    const sums = new Map([...entering.values()].map(({ x, width }) => [x, { width, sum: new Float64Array(width * width) }]));
+    const sums = new Map(
+      [...entering.values()].map(({ x, width }) => [x, { width, sum: new Float64Array(width * width) }]),
+    );
     for (const x of sums.keys()) if (!there.has(x)) main.output.push(makeValue(x, FLOAT));
     const session = await createSession({ ort, options: {} }, await detachWeights(file, []));
     try {
@@ -56,7 +59,9 @@ export async function inputMoments<O extends Ort>(
       const some = shuffle([...texts], uniform(0)).slice(0, most);
       for (let at = 0; at < some.length; at += batch) {
         const feeds = await encode(some.slice(at, at + batch), session.inputNames);
-        const found = (await inTurn(ort, () => call(session, toTensors(ort, feeds), session.outputNames, {}))) as Record<string, OrtTensor>;
+        const found = (await inTurn(ort, () =>
+          call(session, toTensors(ort, feeds), session.outputNames, {}),
+        )) as Record<string, OrtTensor>;
         const kept = feeds[mask] && Array.from(feeds[mask].data as ArrayLike<bigint | number>, Number);
         let rows = 0;
         for (const [x, { sum, width }] of sums) rows = add(sum, (await dataOf(found[x]!)) as Float32Array, width, kept);
@@ -85,7 +90,8 @@ function inputsOf(
   const parameters = new Map(findParameters(model).map((parameter) => [parameter.name, parameter]));
   const entering = new Map<string, { x: string; width: number }>();
   for (const [name, module] of modules) {
-    const refuse = (why: string): BaseMismatchError => new BaseMismatchError(`what enters "${name}" cannot be seen: ${why}`, { module: name });
+    const refuse = (why: string): BaseMismatchError =>
+      new BaseMismatchError(`what enters "${name}" cannot be seen: ${why}`, { module: name });
     const linears = linearsOf(model, parameters.get(locator.locate(module).name)!);
     if (linears instanceof NotLinear) throw refuse(linears.reason);
     const linear = linears.find(({ graph, type }) => graph === model.graph.proto && type === FLOAT);

@@ -2,15 +2,34 @@
  * A pack whose components were trained for a new task: the same modules with the new components, every old task solved again
  * for its factors, the new task behind them. What tasks bring beside coefficients stays as it is, byte for byte.
  */
+
+import { type ModuleSpace, openModule, projectModule } from "../extract/extract.ts";
+import type { Subspace } from "../extract/subspace.ts";
+import {
+  basisId,
+  encodeBasis,
+  encodeTask,
+  type ModuleInput,
+  type ParameterInput,
+  type SideInput,
+  type TensorInput,
+  type TermInput,
+} from "../format/encode.ts";
+import {
+  type Coefficients,
+  FINGERPRINT_SIZE,
+  type PackModule,
+  type Side,
+  type TaskBlob,
+  type TaskFile,
+  type TaskTerm,
+  type TensorRef,
+} from "../format/format.ts";
+import { layoutFresh, type TaskToWrite } from "../format/layout.ts";
+import { expandTerm } from "../pack/expand.ts";
+import type { Pack } from "../pack/pack.ts";
 import { decodeTensor, type TensorType } from "../tensor/dtypes.ts";
 import { encodeTensor } from "../tensor/encode.ts";
-import { openModule, projectModule, type ModuleSpace } from "../extract/extract.ts";
-import type { Subspace } from "../extract/subspace.ts";
-import { basisId, encodeBasis, encodeTask, type ModuleInput, type ParameterInput, type SideInput, type TensorInput, type TermInput } from "../format/encode.ts";
-import { expandTerm } from "../pack/expand.ts";
-import { FINGERPRINT_SIZE, type Coefficients, type PackModule, type Side, type TaskBlob, type TaskFile, type TaskTerm, type TensorRef } from "../format/format.ts";
-import { layoutFresh, type TaskToWrite } from "../format/layout.ts";
-import type { Pack } from "../pack/pack.ts";
 import { VERSION } from "../version.ts";
 import type { Terms } from "./terms.ts";
 
@@ -20,29 +39,61 @@ import type { Terms } from "./terms.ts";
  * @param learned the new task, made with these components
  * @throws RangeError when a component does not fit the type that the pack stores
  */
-export async function repack(pack: Pack, bases: Uint8Array, terms: Terms, parameters: Float32Array<ArrayBuffer>, learned: TaskFile): Promise<Uint8Array<ArrayBuffer>> {
+export async function repack(
+  pack: Pack,
+  bases: Uint8Array,
+  terms: Terms,
+  parameters: Float32Array<ArrayBuffer>,
+  learned: TaskFile,
+): Promise<Uint8Array<ArrayBuffer>> {
   const { mode, gauge, centering, rank, baseModel } = pack.directory.basis;
-  const sides = pack.modules.map((module) => [sideOf(module, "A", bases, terms, parameters), sideOf(module, "B", bases, terms, parameters)] as const);
+  const sides = pack.modules.map(
+    (module) => [sideOf(module, "A", bases, terms, parameters), sideOf(module, "B", bases, terms, parameters)] as const,
+  );
   const spaces = pack.modules.map(({ name }, i): ModuleSpace | undefined => {
     const [A, B] = sides[i]!;
     if (!A || !B || !terms.part(parameters, name, "componentsA")) return undefined;
     const { in: inputs, out } = pack.modules[i]!;
-    const stored = (side: SideInput, width: number) => ({ type: side.type, components: side.K, width, mean: side.mean, encoded: side.encoded });
+    const stored = (side: SideInput, width: number) => ({
+      type: side.type,
+      components: side.K,
+      width,
+      mean: side.mean,
+      encoded: side.encoded,
+    });
     return openModule({ A: stored(A, inputs), B: stored(B, out) });
   });
   const tasks: TaskToWrite[] = [];
   const captured = pack.modules.map(() => ({ A: new Captured(), B: new Captured() }));
   for (const { id, adapterBytes, metadata, brings } of pack.tasks.values()) {
     const blob = await pack.load(id);
-    const solved = blob.terms.map((term) => solve(blob, term, pack.modules[term.module]!, bases, spaces[term.module], captured[term.module]!));
-    tasks.push({ entry: { id, adapterBytes, metadata, brings }, blob: encodeTask(solved, blob.parameters.map((one) => ({ ...one, ...stored(blob.bytes, one.tensor) }) as ParameterInput)) });
+    const solved = blob.terms.map((term) =>
+      solve(blob, term, pack.modules[term.module]!, bases, spaces[term.module], captured[term.module]!),
+    );
+    tasks.push({
+      entry: { id, adapterBytes, metadata, brings },
+      blob: encodeTask(
+        solved,
+        blob.parameters.map((one) => ({ ...one, ...stored(blob.bytes, one.tensor) }) as ParameterInput),
+      ),
+    });
   }
   const { id, adapterBytes, metadata, brings } = learned;
   tasks.push({ entry: { id, adapterBytes, metadata, brings }, blob: learned.blob });
   const modules = pack.modules.map(({ name, out, in: inputs, layout, kernel, fingerprint }, i): ModuleInput => {
     const [A, B] = sides[i]!;
-    const share = (side: SideInput | undefined, which: "A" | "B"): SideInput | undefined => side && { ...side, explained: side.explained * captured[i]![which].share };
-    return { name, out, in: inputs, layout, kernel, A: share(A, "A"), B: share(B, "B"), fingerprint: fingerprint === undefined ? undefined : floatsAt(bases, fingerprint, FINGERPRINT_SIZE) };
+    const share = (side: SideInput | undefined, which: "A" | "B"): SideInput | undefined =>
+      side && { ...side, explained: side.explained * captured[i]![which].share };
+    return {
+      name,
+      out,
+      in: inputs,
+      layout,
+      kernel,
+      A: share(A, "A"),
+      B: share(B, "B"),
+      fingerprint: fingerprint === undefined ? undefined : floatsAt(bases, fingerprint, FINGERPRINT_SIZE),
+    };
   });
   const made = encodeBasis({ producer: `eigenlora ${VERSION}`, mode, gauge, centering, rank, baseModel, modules });
   const chunks = layoutFresh({ ...made, basisId: await basisId(made.description, made.bases), tasks });
@@ -56,32 +107,75 @@ export async function repack(pack: Pack, bases: Uint8Array, terms: Terms, parame
 }
 
 /** Components as they are to be stored: those that were trained, or the pack's own bytes. */
-function sideOf(module: PackModule, which: "A" | "B", bases: Uint8Array, terms: Terms, parameters: Float32Array<ArrayBuffer>): SideInput | undefined {
+function sideOf(
+  module: PackModule,
+  which: "A" | "B",
+  bases: Uint8Array,
+  terms: Terms,
+  parameters: Float32Array<ArrayBuffer>,
+): SideInput | undefined {
   const side: Side | undefined = module[which];
   if (!side) return undefined;
   const { kind, K, rank, mean, explained, tensor } = side;
   const trained = terms.part(parameters, module.name, `components${which}`);
-  const encoded = trained ? encodeTensor(tensor.type, trained, tensor.rows, tensor.width) : stored(bases, tensor).encoded;
+  const encoded = trained
+    ? encodeTensor(tensor.type, trained, tensor.rows, tensor.width)
+    : stored(bases, tensor).encoded;
   return { kind, K, ...(rank === undefined ? {} : { rank }), mean, type: tensor.type, explained, encoded };
 }
 
 /** A term on the new components: the least squares for the factors that it had on the old ones. */
-function solve(blob: TaskBlob, term: TaskTerm, module: PackModule, bases: Uint8Array, space: ModuleSpace | undefined, captured: { A: Captured; B: Captured }): TermInput {
+function solve(
+  blob: TaskBlob,
+  term: TaskTerm,
+  module: PackModule,
+  bases: Uint8Array,
+  space: ModuleSpace | undefined,
+  captured: { A: Captured; B: Captured },
+): TermInput {
   const { rank, q, A, B, privateA, privateBt, magnitude } = term;
   const beside = {
-    ...(privateA && privateBt ? { private: { q, type: privateA.type, A: stored(blob.bytes, privateA).encoded, Bt: stored(blob.bytes, privateBt).encoded } } : {}),
+    ...(privateA && privateBt
+      ? {
+          private: {
+            q,
+            type: privateA.type,
+            A: stored(blob.bytes, privateA).encoded,
+            Bt: stored(blob.bytes, privateBt).encoded,
+          },
+        }
+      : {}),
     ...(magnitude ? { magnitude: stored(blob.bytes, magnitude) } : {}),
   };
-  const side = ({ mean, tensor }: Coefficients, basis: Side): NonNullable<TermInput["A"]> => ({ ...stored(blob.bytes, tensor), kind: basis.kind, mean });
+  const side = ({ mean, tensor }: Coefficients, basis: Side): NonNullable<TermInput["A"]> => ({
+    ...stored(blob.bytes, tensor),
+    kind: basis.kind,
+    mean,
+  });
   if (!A || !B) return { module: term.module, rank, ...beside };
   if (!space) return { module: term.module, rank, A: side(A, module.A!), B: side(B, module.B!), ...beside };
   const old = expandTerm(blob, { ...term, q: 0, privateA: undefined, privateBt: undefined }, module, bases);
   const type: TensorType = A.tensor.type;
-  const found = projectModule(space, { id: "", rank, A: old.A, Bt: old.Bt }, { gauge: "as-trained", coefficientType: type });
+  const found = projectModule(
+    space,
+    { id: "", rank, A: old.A, Bt: old.Bt },
+    { gauge: "as-trained", coefficientType: type },
+  );
   captured.A.add(space.A, old.A, decodeTensor(type, found.alphaA, rank, A.tensor.width));
   captured.B.add(space.B, old.Bt, decodeTensor(type, found.alphaB, rank, B.tensor.width));
-  const solved = (encoded: Uint8Array, basis: Side): NonNullable<TermInput["A"]> => ({ type, encoded, kind: "column", mean: basis.mean });
-  return { module: term.module, rank, A: solved(found.alphaA, module.A!), B: solved(found.alphaB, module.B!), ...beside };
+  const solved = (encoded: Uint8Array, basis: Side): NonNullable<TermInput["A"]> => ({
+    type,
+    encoded,
+    kind: "column",
+    mean: basis.mean,
+  });
+  return {
+    module: term.module,
+    rank,
+    A: solved(found.alphaA, module.A!),
+    B: solved(found.alphaB, module.B!),
+    ...beside,
+  };
 }
 
 function stored(section: Uint8Array, { type, byteOffset, byteLength }: TensorRef): TensorInput {

@@ -1,12 +1,13 @@
 /**
  * What was learned, as a task file (SPEC.md, section 7): coefficients over the pack's components, free terms, the head.
  */
-import type { TaskMetadata } from "../format/format.ts";
-import { isQuantized, type TensorType } from "../tensor/dtypes.ts";
+
 import { encodeTask, encodeTaskFile, type ParameterInput, type TermInput } from "../format/encode.ts";
-import { encodeTensor } from "../tensor/encode.ts";
+import type { TaskMetadata } from "../format/format.ts";
 import { parseTask } from "../format/task.ts";
 import type { Pack } from "../pack/pack.ts";
+import { isQuantized, type TensorType } from "../tensor/dtypes.ts";
+import { encodeTensor } from "../tensor/encode.ts";
 import type { Terms, TrainedParameter } from "./terms.ts";
 
 export interface Learned {
@@ -14,7 +15,14 @@ export interface Learned {
   readonly parameters: Float32Array<ArrayBuffer>;
   readonly terms: Terms;
   /** Weight [labels, in], bias [labels] where the layer has one. */
-  readonly head: { readonly module: string; readonly in: number; readonly weight: Float32Array; readonly bias: Float32Array | undefined } | undefined;
+  readonly head:
+    | {
+        readonly module: string;
+        readonly in: number;
+        readonly weight: Float32Array;
+        readonly bias: Float32Array | undefined;
+      }
+    | undefined;
 }
 
 /** Number formats: of coefficients and free terms, and of the head, whose bias is f16 where its weight is integers. */
@@ -35,10 +43,14 @@ export function taskFile(
 ): Uint8Array<ArrayBuffer> {
   const terms: TermInput[] = [];
   for (const [module, { name, A, B }] of pack.modules.entries()) {
-    const of = (kind: TrainedParameter["kind"]): { rows: number; encoded: Uint8Array; type: TensorType } | undefined => {
+    const of = (
+      kind: TrainedParameter["kind"],
+    ): { rows: number; encoded: Uint8Array; type: TensorType } | undefined => {
       const values = trained.part(parameters, name, kind);
       if (!values) return undefined;
-      const [rows, width] = trained.parameters.find((parameter) => parameter.module === name && parameter.kind === kind)!.dims;
+      const [rows, width] = trained.parameters.find(
+        (parameter) => parameter.module === name && parameter.kind === kind,
+      )!.dims;
       return { rows, type: types.coefficients, encoded: encodeTensor(types.coefficients, values, rows, width) };
     };
     const [alphaA, alphaB, ownA, ownB] = [of("alphaA"), of("alphaB"), of("A"), of("B")];
@@ -48,7 +60,9 @@ export function taskFile(
       module,
       rank: shared ? (A.rank ?? alphaA.rows) : 0,
       ...(shared ? { A: { ...alphaA, kind: A.kind, mean: A.mean }, B: { ...alphaB, kind: B.kind, mean: B.mean } } : {}),
-      ...(ownA && ownB ? { private: { q: ownA.rows, type: types.coefficients, A: ownA.encoded, Bt: ownB.encoded } } : {}),
+      ...(ownA && ownB
+        ? { private: { q: ownA.rows, type: types.coefficients, A: ownA.encoded, Bt: ownB.encoded } }
+        : {}),
     });
   }
   const saved = head ? headParameters(head, types.head) : [];
@@ -61,11 +75,31 @@ export function taskFile(
   return encodeTaskFile({ id, adapterBytes: 0, metadata, brings }, basis, blob);
 }
 
-function headParameters({ module, in: inputs, weight, bias }: NonNullable<Learned["head"]>, type: TensorType): ParameterInput[] {
+function headParameters(
+  { module, in: inputs, weight, bias }: NonNullable<Learned["head"]>,
+  type: TensorType,
+): ParameterInput[] {
   const labels = weight.length / inputs;
   // One scale for a whole bias would be coarse and save nothing.
   const biasType = isQuantized(type) ? "f16" : type;
-  const saved = [{ name: `${module}.weight`, role: "saved" as const, shape: [labels, inputs], type, encoded: encodeTensor(type, weight, labels, inputs) }];
+  const saved = [
+    {
+      name: `${module}.weight`,
+      role: "saved" as const,
+      shape: [labels, inputs],
+      type,
+      encoded: encodeTensor(type, weight, labels, inputs),
+    },
+  ];
   if (!bias) return saved;
-  return [...saved, { name: `${module}.bias`, role: "saved", shape: [labels], type: biasType, encoded: encodeTensor(biasType, bias, 1, labels) }];
+  return [
+    ...saved,
+    {
+      name: `${module}.bias`,
+      role: "saved",
+      shape: [labels],
+      type: biasType,
+      encoded: encodeTensor(biasType, bias, 1, labels),
+    },
+  ];
 }

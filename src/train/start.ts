@@ -3,10 +3,11 @@
  * trained from one seed, whose rows correspond; random ones of their spread are for tasks of their own seeds (the paper's
  * zero-shot). All rows equal are no start: they would receive the same gradient for ever.
  */
-import { decodeTensor } from "../tensor/dtypes.ts";
+
 import { TaskError } from "../errors.ts";
 import type { TaskBlob, TensorRef } from "../format/format.ts";
 import type { Pack } from "../pack/pack.ts";
+import { decodeTensor } from "../tensor/dtypes.ts";
 import { normal } from "../tensor/random.ts";
 import type { Terms, TrainedParameter } from "./terms.ts";
 
@@ -71,7 +72,13 @@ export class Donors {
       const [rank, K] = parameter.dims;
       let moments = this.#moments.get(parameter);
       if (!moments) {
-        moments = { sums: new Float64Array(rank * K), columns: new Float64Array(K), squares: new Float64Array(K), count: 0, tasks: new Float64Array(rank) };
+        moments = {
+          sums: new Float64Array(rank * K),
+          columns: new Float64Array(K),
+          squares: new Float64Array(K),
+          count: 0,
+          tasks: new Float64Array(rank),
+        };
         this.#moments.set(parameter, moments);
       }
       for (let row = 0; row < Math.min(rows, rank); row++) moments.tasks[row]!++;
@@ -86,7 +93,10 @@ export class Donors {
   }
 
   /** What a task has of a parameter. */
-  #values(blob: TaskBlob, { module, kind, dims }: TrainedParameter): { values: Float32Array; rows: number } | undefined {
+  #values(
+    blob: TaskBlob,
+    { module, kind, dims }: TrainedParameter,
+  ): { values: Float32Array; rows: number } | undefined {
     const index = this.#pack.modules.findIndex(({ name }) => name === module);
     const term = blob.terms.find((one) => one.module === index);
     const tensors = { alphaA: term?.A?.tensor, alphaB: term?.B?.tensor, A: term?.privateA, B: term?.privateBt };
@@ -108,7 +118,10 @@ export class Donors {
       const own = donor && this.#values(donor.blob, parameter);
       if (own && own.rows !== dims[0]) {
         const [{ id }, which] = [donor, kind === "A" || kind === "B" ? "terms of its own" : "rank"];
-        throw new TaskError(`task "${id}" has ${which} ${own.rows} on "${module}", the trainer ${dims[0]}: leave \`rank\` and \`terms\` out`, { task: id });
+        throw new TaskError(
+          `task "${id}" has ${which} ${own.rows} on "${module}", the trainer ${dims[0]}: leave \`rank\` and \`terms\` out`,
+          { task: id },
+        );
       }
       if (own) values.set(own.values);
       else if (kind === "A") for (let i = 0; i < values.length; i++) values[i] = SMALL * normal(random);
@@ -143,14 +156,19 @@ export async function usualRank(pack: Pack): Promise<number> {
 }
 
 /** A tensor of a task as numbers. */
-function valuesOf({ bytes }: TaskBlob, { type, rows, width, byteOffset, byteLength }: TensorRef): Float32Array<ArrayBuffer> {
+function valuesOf(
+  { bytes }: TaskBlob,
+  { type, rows, width, byteOffset, byteLength }: TensorRef,
+): Float32Array<ArrayBuffer> {
   return new Float32Array(decodeTensor(type, bytes.subarray(byteOffset, byteOffset + byteLength), rows, width));
 }
 
 /** The head that a task brings, where it has the shape asked for. */
 export function headOf(blob: TaskBlob, module: string, labels: number, inputs: number): Head | undefined {
   const of = (name: string, shape: readonly number[]): Float32Array<ArrayBuffer> | undefined => {
-    const found = blob.parameters.find((one) => one.role === "saved" && one.name === `${module}.${name}` && one.shape.join() === shape.join());
+    const found = blob.parameters.find(
+      (one) => one.role === "saved" && one.name === `${module}.${name}` && one.shape.join() === shape.join(),
+    );
     return found && valuesOf(blob, found.tensor);
   };
   const weight = of("weight", [labels, inputs]);
@@ -159,5 +177,8 @@ export function headOf(blob: TaskBlob, module: string, labels: number, inputs: n
 
 /** A new head. */
 export function newHead(labels: number, inputs: number, random: () => number): Head {
-  return { weight: Float32Array.from({ length: labels * inputs }, () => SMALL * normal(random)), bias: new Float32Array(labels) };
+  return {
+    weight: Float32Array.from({ length: labels * inputs }, () => SMALL * normal(random)),
+    bias: new Float32Array(labels),
+  };
 }

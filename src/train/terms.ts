@@ -9,9 +9,10 @@
  *
  * Arithmetic only, in f32 with sums in f64: no graph, no runtime, no file.
  */
+
+import type { PackModule, Side } from "../format/format.ts";
 import { decodeTensor, type TensorType } from "../tensor/dtypes.ts";
 import { encodeTensor } from "../tensor/encode.ts";
-import type { PackModule, Side } from "../format/format.ts";
 
 /** Components of one side, as stored. */
 export interface Basis {
@@ -30,7 +31,9 @@ export interface TrainedModule {
   readonly in: number;
   readonly out: number;
   /** Components of both sides, and rows that are made of them. */
-  readonly shared?: { readonly rank: number; readonly A: Basis; readonly B: Basis; readonly trained: boolean } | undefined;
+  readonly shared?:
+    | { readonly rank: number; readonly A: Basis; readonly B: Basis; readonly trained: boolean }
+    | undefined;
   /** Rows of the task's own: a LoRA, or free rank-1 terms. */
   readonly own: number;
 }
@@ -67,8 +70,10 @@ export class Terms {
     const all: { module: string; kind: TrainedParameter["kind"]; dims: readonly [number, number] }[] = [];
     const sides = ["A", "B"] as const;
     for (const { name, in: inputs, out, shared, own } of modules) {
-      for (const side of shared ? sides : []) all.push({ module: name, kind: `alpha${side}`, dims: [rowsOf(shared!, side), shared![side].K] });
-      for (const side of own > 0 ? sides : []) all.push({ module: name, kind: side, dims: [own, side === "A" ? inputs : out] });
+      for (const side of shared ? sides : [])
+        all.push({ module: name, kind: `alpha${side}`, dims: [rowsOf(shared!, side), shared![side].K] });
+      for (const side of own > 0 ? sides : [])
+        all.push({ module: name, kind: side, dims: [own, side === "A" ? inputs : out] });
     }
     this.ofTasks = all.reduce((sum, { dims }) => sum + dims[0] * dims[1], 0);
     for (const { name, shared } of modules) {
@@ -88,7 +93,11 @@ export class Terms {
   }
 
   /** The part of `values` that is one parameter, undefined where there is none. */
-  part(values: Float32Array<ArrayBuffer>, module: string, kind: TrainedParameter["kind"]): Float32Array<ArrayBuffer> | undefined {
+  part(
+    values: Float32Array<ArrayBuffer>,
+    module: string,
+    kind: TrainedParameter["kind"],
+  ): Float32Array<ArrayBuffer> | undefined {
     const found = this.#at.get(`${kind} ${module}`);
     return found && values.subarray(found.offset, found.offset + found.dims[0] * found.dims[1]);
   }
@@ -103,7 +112,11 @@ export class Terms {
   /** The same numbers as they would be read from a file of this type; components, which are no task's, stay. */
   rounded(values: Float32Array<ArrayBuffer>, type: TensorType): Float32Array<ArrayBuffer> {
     const stored = values.slice();
-    for (const { kind, dims: [rows, columns], offset } of this.parameters) {
+    for (const {
+      kind,
+      dims: [rows, columns],
+      offset,
+    } of this.parameters) {
       if (kind === "componentsA" || kind === "componentsB") continue;
       const part = stored.subarray(offset, offset + rows * columns);
       part.set(decodeTensor(type, encodeTensor(type, part, rows, columns), rows, columns));
@@ -113,10 +126,19 @@ export class Terms {
 
   /** Factors of every module, in memory of their own. */
   expand(values: Float32Array<ArrayBuffer>): Map<string, Factors> {
-    return new Map(this.modules.map((module) => [module.name, { A: this.#expand(values, module, "A"), B: this.#expand(values, module, "B") }]));
+    return new Map(
+      this.modules.map((module) => [
+        module.name,
+        { A: this.#expand(values, module, "A"), B: this.#expand(values, module, "B") },
+      ]),
+    );
   }
 
-  #expand(values: Float32Array<ArrayBuffer>, { name, in: inputs, out, shared, own }: TrainedModule, side: Letter): Float32Array<ArrayBuffer> {
+  #expand(
+    values: Float32Array<ArrayBuffer>,
+    { name, in: inputs, out, shared, own }: TrainedModule,
+    side: Letter,
+  ): Float32Array<ArrayBuffer> {
     const d = side === "A" ? inputs : out;
     const rows = new Float32Array(((shared?.rank ?? 0) + own) * d);
     if (shared) {
@@ -140,7 +162,8 @@ export class Terms {
   pullBack(values: Float32Array<ArrayBuffer>, factors: ReadonlyMap<string, Factors>): Float32Array<ArrayBuffer> {
     const gradients = new Float32Array(this.size);
     for (const module of this.modules) {
-      for (const side of ["A", "B"] as const) this.#pullBack(values, gradients, module, side, factors.get(module.name)![side]);
+      for (const side of ["A", "B"] as const)
+        this.#pullBack(values, gradients, module, side, factors.get(module.name)![side]);
     }
     return gradients;
   }
@@ -179,7 +202,8 @@ function accumulate(sums: Float64Array, a: Float32Array, E: Float32Array): void 
   for (; k + 4 <= a.length; k += 4) {
     const [a0, a1, a2, a3] = [a[k]!, a[k + 1]!, a[k + 2]!, a[k + 3]!];
     const [at0, at1, at2, at3] = [k * width, (k + 1) * width, (k + 2) * width, (k + 3) * width];
-    for (let i = 0; i < width; i++) sums[i]! += a0 * E[at0 + i]! + a1 * E[at1 + i]! + (a2 * E[at2 + i]! + a3 * E[at3 + i]!);
+    for (let i = 0; i < width; i++)
+      sums[i]! += a0 * E[at0 + i]! + a1 * E[at1 + i]! + (a2 * E[at2 + i]! + a3 * E[at3 + i]!);
   }
   for (; k < a.length; k++) for (let i = 0, at = k * width; i < width; i++) sums[i]! += a[k]! * E[at + i]!;
 }

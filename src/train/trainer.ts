@@ -2,18 +2,18 @@
  * The training loop: batches in, steps of AdamW, the best state kept. It knows parameters and examples; the model, and how a
  * batch becomes numbers, are the machine's that it is given.
  */
-import { BackendError, TaskError, type EigenLoraError } from "../errors.ts";
+import { BackendError, type EigenLoraError, TaskError } from "../errors.ts";
 import type { TaskMetadata } from "../format/format.ts";
-import { decodeTensor, type TensorType } from "../tensor/dtypes.ts";
-import { encodeTensor } from "../tensor/encode.ts";
-import type { Pack } from "../pack/pack.ts";
 import { parseTask } from "../format/task.ts";
 import { parseTaskFile } from "../format/task-file.ts";
-import { AdamW, type AdamWOptions, type StepReport } from "./adamw.ts";
-import { checkExamples, holdBack, targetsOf, toBatches, type Example, type Row } from "./examples.ts";
+import type { Pack } from "../pack/pack.ts";
+import { decodeTensor, type TensorType } from "../tensor/dtypes.ts";
+import { encodeTensor } from "../tensor/encode.ts";
 import { normal, uniform } from "../tensor/random.ts";
-import { taskFile, type Dtypes } from "./result.ts";
-import { Donors, headOf, newHead, type Donor, type Start } from "./start.ts";
+import { AdamW, type AdamWOptions, type StepReport } from "./adamw.ts";
+import { checkExamples, type Example, holdBack, type Row, targetsOf, toBatches } from "./examples.ts";
+import { type Dtypes, taskFile } from "./result.ts";
+import { type Donor, Donors, headOf, newHead, type Start } from "./start.ts";
 import type { Factors, Terms } from "./terms.ts";
 
 /** All numbers that are trained: parameters of terms in one, weight [labels, in] and bias [labels] of the head. */
@@ -140,7 +140,10 @@ export class Trainer<Feeds = unknown> {
       throw new RangeError(`labels: expected two at least, all different, got ${JSON.stringify(labels)}`);
     }
     const coefficients = subject.terms.modules.some(({ shared }) => shared);
-    if (init === "fresh" && coefficients) throw new RangeError('init: "fresh" is for factors (train: "lora"); coefficients begin from "mean", "random" or a task');
+    if (init === "fresh" && coefficients)
+      throw new RangeError(
+        'init: "fresh" is for factors (train: "lora"); coefficients begin from "mean", "random" or a task',
+      );
     this.labels = [...labels];
     this.#subject = subject;
     this.#machine = subject.machine;
@@ -170,8 +173,10 @@ export class Trainer<Feeds = unknown> {
     whole("batch", batch);
     share("validation", validation);
     share("smoothing", smoothing);
-    if (!(temperature > 0 && temperature < Infinity)) throw new RangeError(`fit: temperature must be a number above 0, got ${temperature}`);
-    if (temperature !== 1 && !this.#machine.head) throw new RangeError("fit: a temperature needs a trainer with a head");
+    if (!(temperature > 0 && temperature < Infinity))
+      throw new RangeError(`fit: temperature must be a number above 0, got ${temperature}`);
+    if (temperature !== 1 && !this.#machine.head)
+      throw new RangeError("fit: a temperature needs a trainer with a head");
     const rows = checkExamples(examples, this.labels, this.#machine.encodes);
     if (this.#busy) throw new TypeError("fit: this trainer is at work; wait for its end");
     this.#busy = true;
@@ -202,10 +207,15 @@ export class Trainer<Feeds = unknown> {
           const { norm, applied } = exploded ? { norm: NaN, applied: false } : optimizer.step(gradients);
           if (!applied || !finite(state)) {
             assign(state, best?.state ?? good);
-            throw stopped(`step ${step + 1}: the loss is ${loss}, it was ${first} at first: training has gone astray. Take smaller rates`);
+            throw stopped(
+              `step ${step + 1}: the loss is ${loss}, it was ${first} at first: training has gone astray. Take smaller rates`,
+            );
           }
           step++;
-          const judged = held.length > 0 && (at === batches.length - 1 || step === steps) ? await this.#judge(held, batch, options, state) : undefined;
+          const judged =
+            held.length > 0 && (at === batches.length - 1 || step === steps)
+              ? await this.#judge(held, batch, options, state)
+              : undefined;
           if (judged && judged.loss < (best?.loss ?? Infinity)) best = { loss: judged.loss, state: copy(state) };
           yield { step, steps, epoch, loss, norm, ...(judged ? { validation: judged } : {}) };
         }
@@ -230,7 +240,10 @@ export class Trainer<Feeds = unknown> {
       { of: (all: State) => all.bias, rate: head, weightDecay: 0 },
       // What is not trained has no say in the clipping.
     ].filter(({ rate }) => rate !== 0);
-    const optimizer = new AdamW(groups.map(({ of, ...group }) => ({ values: of(state), ...group })), { steps, clip, warmup, decay });
+    const optimizer = new AdamW(
+      groups.map(({ of, ...group }) => ({ values: of(state), ...group })),
+      { steps, clip, warmup, decay },
+    );
     return { step: (gradients) => optimizer.step(groups.map(({ of }) => of(gradients))) };
   }
 
@@ -242,21 +255,34 @@ export class Trainer<Feeds = unknown> {
   ): Promise<{ loss: number; logits: Float32Array; gradients: State }> {
     const labels = this.labels.length;
     const targets = targetsOf(rows, labels, smoothing);
-    const divided = (part: Float32Array<ArrayBuffer>): Float32Array<ArrayBuffer> => (temperature === 1 ? part : part.map((value) => value / temperature));
+    const divided = (part: Float32Array<ArrayBuffer>): Float32Array<ArrayBuffer> =>
+      temperature === 1 ? part : part.map((value) => value / temperature);
     const seen = stored ? this.#rounded(state, stored) : state;
     const point = this.#point({ ...seen, weight: divided(seen.weight), bias: divided(seen.bias) });
     const logits = new Float32Array(targets.length);
-    const sum = { parameters: new Float32Array(state.parameters.length), weight: new Float32Array(state.weight.length), bias: new Float32Array(state.bias.length) };
+    const sum = {
+      parameters: new Float32Array(state.parameters.length),
+      weight: new Float32Array(state.weight.length),
+      bias: new Float32Array(state.bias.length),
+    };
     let loss = 0;
     for (let at = 0; at < rows.length; at += MOST_ROWS) {
       const some = rows.slice(at, at + MOST_ROWS);
-      const made = await this.#machine.step(await this.#machine.batch(some), point, targets.slice(at * labels, (at + some.length) * labels));
+      const made = await this.#machine.step(
+        await this.#machine.batch(some),
+        point,
+        targets.slice(at * labels, (at + some.length) * labels),
+      );
       // Each part is a mean over its own rows.
       const share = some.length / rows.length;
       loss += share * made.loss;
       logits.set(made.logits, at * labels);
       const { factors, weight, bias } = made.gradients;
-      const gradients = { parameters: this.#subject.terms.pullBack(state.parameters, factors), weight: divided(weight), bias: divided(bias) };
+      const gradients = {
+        parameters: this.#subject.terms.pullBack(state.parameters, factors),
+        weight: divided(weight),
+        bias: divided(bias),
+      };
       parts(sum).forEach((part, i) => parts(gradients)[i]!.forEach((g, j) => (part[j]! += share * g)));
     }
     return { loss, logits, gradients: sum };
@@ -266,8 +292,13 @@ export class Trainer<Feeds = unknown> {
   #rounded({ parameters, weight, bias }: State, { coefficients, head }: Dtypes): State {
     const inputs = this.#machine.head?.in ?? 1;
     const labels = weight.length / inputs;
-    const matrix = weight.length > 0 ? decodeTensor(head, encodeTensor(head, weight, labels, inputs), labels, inputs) : weight;
-    return { parameters: this.#subject.terms.rounded(parameters, coefficients), weight: new Float32Array(matrix), bias };
+    const matrix =
+      weight.length > 0 ? decodeTensor(head, encodeTensor(head, weight, labels, inputs), labels, inputs) : weight;
+    return {
+      parameters: this.#subject.terms.rounded(parameters, coefficients),
+      weight: new Float32Array(matrix),
+      bias,
+    };
   }
 
   #point({ parameters, weight, bias }: State): Point {
@@ -295,16 +326,23 @@ export class Trainer<Feeds = unknown> {
   #read(file: Uint8Array<ArrayBuffer>): Donor {
     const { id, basisId, blob } = parseTaskFile(file, "the task to begin with");
     const { pack } = this.#subject;
-    if (basisId !== pack.basisId) throw new TaskError(`task "${id}" belongs to the basis ${basisId}, this pack has ${pack.basisId}`, { task: id });
+    if (basisId !== pack.basisId)
+      throw new TaskError(`task "${id}" belongs to the basis ${basisId}, this pack has ${pack.basisId}`, { task: id });
     return { id, blob: parseTask(blob, pack.modules, "the task to begin with", id) };
   }
 
   async #from(start: "mean" | "random" | "fresh" | Donor, signal?: AbortSignal): Promise<State> {
-    const { pack, terms, origin, machine: { head } } = this.#subject;
+    const {
+      pack,
+      terms,
+      origin,
+      machine: { head },
+    } = this.#subject;
     const parameters = new Float32Array(terms.size);
     (await Donors.of(pack, terms, signal)).fill(start, parameters, this.#random);
     // A LoRA begins as the factors that coefficients make, unless the task to start from has factors of its own.
-    const made = origin !== terms && start !== "fresh" && (typeof start !== "object" || start.blob.terms.some(({ A }) => A));
+    const made =
+      origin !== terms && start !== "fresh" && (typeof start !== "object" || start.blob.terms.some(({ A }) => A));
     if (made) {
       const coefficients = new Float32Array(origin.size);
       (await Donors.of(pack, origin, signal)).fill(start, coefficients, this.#random);
@@ -319,18 +357,28 @@ export class Trainer<Feeds = unknown> {
   }
 
   /** Probabilities [labels] of each text or feed, as the task is now. */
-  async predict(examples: readonly Pick<Example<Feeds>, "text" | "feeds">[], { batch = 16 }: { batch?: number } = {}): Promise<Float32Array[]> {
+  async predict(
+    examples: readonly Pick<Example<Feeds>, "text" | "feeds">[],
+    { batch = 16 }: { batch?: number } = {},
+  ): Promise<Float32Array[]> {
     const state = this.#learned();
     const results: Float32Array[] = [];
     for (let at = 0; at < examples.length; at += batch) {
       const rows = examples.slice(at, at + batch).map(({ text, feeds }) => ({ text, feeds, label: 0, weight: 1 }));
       const logits = await this.#machine.answer(await this.#machine.batch(rows), this.#point(state));
-      rows.forEach((_, i) => results.push(softmax(logits.subarray(i * this.labels.length, (i + 1) * this.labels.length))));
+      rows.forEach((_, i) =>
+        results.push(softmax(logits.subarray(i * this.labels.length, (i + 1) * this.labels.length))),
+      );
     }
     return results;
   }
 
-  async #judge(held: readonly Row<Feeds>[], batch: number, { temperature, stored }: FitOptions, state: State): Promise<{ loss: number; accuracy: number }> {
+  async #judge(
+    held: readonly Row<Feeds>[],
+    batch: number,
+    { temperature, stored }: FitOptions,
+    state: State,
+  ): Promise<{ loss: number; accuracy: number }> {
     let [loss, right] = [0, 0];
     for (let at = 0; at < held.length; at += batch) {
       const rows = held.slice(at, at + batch).map((row) => ({ ...row, weight: 1 }));
@@ -348,8 +396,10 @@ export class Trainer<Feeds = unknown> {
   async #start(train: readonly Row<Feeds>[], batch: number, options: FitOptions): Promise<State> {
     const { pack, origin } = this.#subject;
     const init = this.#init;
-    if (init !== "auto") return this.#from(typeof init === "object" ? await this.#taskOf(init.task) : init, options.signal);
-    if (pack.tasks.size === 0 || !origin.modules.some(({ shared }) => shared)) return this.#from("random", options.signal);
+    if (init !== "auto")
+      return this.#from(typeof init === "object" ? await this.#taskOf(init.task) : init, options.signal);
+    if (pack.tasks.size === 0 || !origin.modules.some(({ shared }) => shared))
+      return this.#from("random", options.signal);
     let best: { loss: number; state: State } | undefined;
     for (const start of ["mean", "random"] as const) {
       const state = await this.#from(start, options.signal);
@@ -358,7 +408,10 @@ export class Trainer<Feeds = unknown> {
       let loss = Infinity;
       for (let i = 0; i < TRIAL_STEPS; i++) {
         options.signal?.throwIfAborted();
-        const rows = Array.from({ length: Math.min(batch, train.length) }, (_, at) => train[(i * batch + at) % train.length]!);
+        const rows = Array.from(
+          { length: Math.min(batch, train.length) },
+          (_, at) => train[(i * batch + at) % train.length]!,
+        );
         const made = await this.#step(rows, trial, { temperature: options.temperature });
         loss = made.loss;
         optimizer.step(made.gradients);
@@ -377,13 +430,22 @@ export class Trainer<Feeds = unknown> {
     const norm = Math.hypot(...parts(gradients).map((part) => part.reduce((sum, g) => sum + g * g, 0) ** 0.5));
     if (!(norm > 0)) {
       if (Number.isFinite(loss) && norm === 0) return;
-      throw stopped(`the loss is ${loss} and its gradient ${norm} before the first step: the model or the examples give no numbers`);
+      throw stopped(
+        `the loss is ${loss} and its gradient ${norm} before the first step: the model or the examples give no numbers`,
+      );
     }
     const noise = uniform(7);
     const along = parts(gradients).map((part) => part.map((g) => g / norm));
-    const aside = along.map((part) => part.map((d) => d + (0.5 * normal(noise)) / Math.sqrt(state.parameters.length + state.weight.length + state.bias.length)));
+    const aside = along.map((part) =>
+      part.map(
+        (d) => d + (0.5 * normal(noise)) / Math.sqrt(state.parameters.length + state.weight.length + state.bias.length),
+      ),
+    );
     for (const direction of [along, aside]) {
-      const slope = parts(gradients).reduce((sum, part, i) => sum + part.reduce((s, g, at) => s + g * direction[i]![at]!, 0), 0);
+      const slope = parts(gradients).reduce(
+        (sum, part, i) => sum + part.reduce((s, g, at) => s + g * direction[i]![at]!, 0),
+        0,
+      );
       // So far that the loss moves well above the noise of f32, and hardly bends.
       const step = Math.min(0.05, 0.01 / norm);
       const at = async (by: number): Promise<number> => {
@@ -395,8 +457,10 @@ export class Trainer<Feeds = unknown> {
       const found = (up + down) / 2;
       // Where nothing is left to learn the gradient is all but zero, and the bend is what is seen.
       const bend = Math.abs(up - down) / 2;
-      if (Math.abs(found - slope) <= 0.1 * Math.abs(slope) + bend + 1e-6 * (1 + loss) / step) continue;
-      throw stopped(`the loss changes by ${found.toPrecision(3)} where its gradient says ${slope.toPrecision(3)}: this provider computes gradients wrongly. Use another`);
+      if (Math.abs(found - slope) <= 0.1 * Math.abs(slope) + bend + (1e-6 * (1 + loss)) / step) continue;
+      throw stopped(
+        `the loss changes by ${found.toPrecision(3)} where its gradient says ${slope.toPrecision(3)}: this provider computes gradients wrongly. Use another`,
+      );
     }
   }
 
@@ -405,13 +469,17 @@ export class Trainer<Feeds = unknown> {
    * @param options `dtype` of coefficients and head, in one or apart, f16 unless given; `metadata` beside the labels, for
    *   instance a licence
    */
-  async task(options: { id?: string; dtype?: TensorType | Dtypes; metadata?: TaskMetadata } = {}): Promise<Uint8Array<ArrayBuffer>> {
+  async task(
+    options: { id?: string; dtype?: TensorType | Dtypes; metadata?: TaskMetadata } = {},
+  ): Promise<Uint8Array<ArrayBuffer>> {
     const { parameters } = this.#learned();
     const { terms } = this.#subject;
     const stored = new Float32Array(terms.size);
     terms.fillComponents(stored);
     if (parameters.some((value, i) => i >= terms.ofTasks && value !== stored[i])) {
-      throw new TypeError("task: components were trained too, so that the task is of no use beside the pack's; take trainer.pack()");
+      throw new TypeError(
+        "task: components were trained too, so that the task is of no use beside the pack's; take trainer.pack()",
+      );
     }
     return this.#file(options);
   }
@@ -422,18 +490,33 @@ export class Trainer<Feeds = unknown> {
    * @param options as of `task`
    * @throws TaskError when there is a task of that id
    */
-  async pack(options: { id?: string; dtype?: TensorType | Dtypes; metadata?: TaskMetadata } = {}): Promise<Uint8Array<ArrayBuffer>> {
+  async pack(
+    options: { id?: string; dtype?: TensorType | Dtypes; metadata?: TaskMetadata } = {},
+  ): Promise<Uint8Array<ArrayBuffer>> {
     const { pack, terms } = this.#subject;
     const { id = "task" } = options;
-    if (pack.tasks.has(id)) throw new TaskError(`there is a task "${id}" already: give the new one another \`id\``, { task: id });
+    if (pack.tasks.has(id))
+      throw new TaskError(`there is a task "${id}" already: give the new one another \`id\``, { task: id });
     const learned = parseTaskFile(this.#file(options), "the trained task");
     const { repack } = await import("./repack.ts");
     return repack(pack, await pack.takeBases(), terms, this.#learned().parameters, learned);
   }
 
-  #file({ id = "task", dtype = "f16", metadata = {} }: { id?: string; dtype?: TensorType | Dtypes; metadata?: TaskMetadata }): Uint8Array<ArrayBuffer> {
+  #file({
+    id = "task",
+    dtype = "f16",
+    metadata = {},
+  }: {
+    id?: string;
+    dtype?: TensorType | Dtypes;
+    metadata?: TaskMetadata;
+  }): Uint8Array<ArrayBuffer> {
     const { parameters, weight, bias } = this.#learned();
-    const { pack, terms, machine: { head } } = this.#subject;
+    const {
+      pack,
+      terms,
+      machine: { head },
+    } = this.#subject;
     const learned = { parameters, terms, head: head && { ...head, weight, bias: head.bias ? bias : undefined } };
     const types = typeof dtype === "object" ? dtype : { coefficients: dtype, head: dtype };
     return taskFile(pack, id, learned, types, { labels: [...this.labels], ...metadata });
@@ -450,7 +533,8 @@ function stopped(message: string): EigenLoraError {
 }
 
 function whole(name: string, value: number): void {
-  if (!Number.isInteger(value) || value < 1) throw new RangeError(`fit: ${name} must be a whole number ≥ 1, got ${value}`);
+  if (!Number.isInteger(value) || value < 1)
+    throw new RangeError(`fit: ${name} must be a whole number ≥ 1, got ${value}`);
 }
 
 function share(name: string, value: number): void {

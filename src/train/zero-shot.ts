@@ -3,10 +3,11 @@
  * random ones of their spread. They say how much of what the tasks do is common to them, and are a start for a head that is
  * trained alone.
  */
-import type { TaskMetadata } from "../format/format.ts";
-import type { TensorType } from "../tensor/dtypes.ts";
+
 import { TaskError } from "../errors.ts";
+import type { TaskMetadata } from "../format/format.ts";
 import type { Pack } from "../pack/pack.ts";
+import type { TensorType } from "../tensor/dtypes.ts";
 import { uniform } from "../tensor/random.ts";
 import { taskFile } from "./result.ts";
 import { Donors, usualRank } from "./start.ts";
@@ -37,16 +38,22 @@ export async function zeroShotTask(pack: Pack, options: ZeroShotOptions = {}): P
   const { from = "mean", seed = 0, id = "zero-shot", dtype = "f16", metadata = {} } = options;
   const rank = options.rank ?? (await usualRank(pack));
   if (!(Number.isInteger(rank) && rank >= 1)) throw new RangeError(`rank: expected a whole number ≥ 1, got ${rank}`);
-  if (from !== "mean" && from !== "random") throw new RangeError(`from: expected "mean" or "random", got ${JSON.stringify(from)}`);
+  if (from !== "mean" && from !== "random")
+    throw new RangeError(`from: expected "mean" or "random", got ${JSON.stringify(from)}`);
   const bases = await pack.takeBases();
   pack.keepBases(bases);
   const modules = pack.modules.flatMap((module) => {
     const components = basesOf(module, bases);
     const { name, in: inputs, out, A } = module;
-    return components ? [{ name, in: inputs, out, own: 0, shared: { ...components, rank: A!.rank ?? rank, trained: false } }] : [];
+    return components
+      ? [{ name, in: inputs, out, own: 0, shared: { ...components, rank: A!.rank ?? rank, trained: false } }]
+      : [];
   });
   if (pack.tasks.size === 0 || modules.length === 0) {
-    throw new TaskError(`${pack.name} has no ${modules.length === 0 ? "components" : "tasks"} to make coefficients of`, { task: id });
+    throw new TaskError(
+      `${pack.name} has no ${modules.length === 0 ? "components" : "tasks"} to make coefficients of`,
+      { task: id },
+    );
   }
   const terms = new Terms(modules);
   const parameters = new Float32Array(terms.size);

@@ -73,7 +73,8 @@ const choose: Rule = {
 };
 
 /** 2/√π · exp(−x²), the derivative of erf, in the fewest passes over the elements. */
-const erfSlope = (emit: Emitter, x: string): string => emit.op("Exp", [emit.sub(Math.log(2 / Math.sqrt(Math.PI)), emit.mul(x, x))]);
+const erfSlope = (emit: Emitter, x: string): string =>
+  emit.op("Exp", [emit.sub(Math.log(2 / Math.sqrt(Math.PI)), emit.mul(x, x))]);
 
 const SQRT_2_BY_PI = Math.sqrt(2 / Math.PI);
 /** Of the approximation of GELU by a hyperbolic tangent. */

@@ -9,7 +9,13 @@ import { REDUCTIONS } from "./reduce.ts";
 import { MOVES } from "./shape.ts";
 
 /** By operator of the standard domain. */
-export const RULES: ReadonlyMap<string, Rule> = new Map([...ELEMENTWISE, ...PRODUCTS, ...NORMALIZATIONS, ...REDUCTIONS, ...MOVES]);
+export const RULES: ReadonlyMap<string, Rule> = new Map([
+  ...ELEMENTWISE,
+  ...PRODUCTS,
+  ...NORMALIZATIONS,
+  ...REDUCTIONS,
+  ...MOVES,
+]);
 
 /** Operators whose results do not change with small changes of their inputs. */
 export const STOPS: ReadonlySet<string> = new Set([

@@ -24,8 +24,15 @@ const matMul: Rule = {
       const db = (): string => emit.op("Gemm", [x(), rows(g)], { transA: 1 });
       // Of a factor with few columns, whose number is free, by way of its transpose: products are fast for long rows. In this
       // order, since runtimes would join the Transpose with the Gemm.
-      const thin = (): string => emit.op("Transpose", [emit.unsqueeze(emit.op("Gemm", [rows(g), x()], { transA: 1 }), [0])], { perm: [0, 2, 1] });
-      if (step.wants(1)) step.give(1, !single ? db() : bDims[1] !== undefined && bDims[2] === undefined ? thin() : emit.unsqueeze(db(), [0]));
+      const thin = (): string =>
+        emit.op("Transpose", [emit.unsqueeze(emit.op("Gemm", [rows(g), x()], { transA: 1 }), [0])], {
+          perm: [0, 2, 1],
+        });
+      if (step.wants(1))
+        step.give(
+          1,
+          !single ? db() : bDims[1] !== undefined && bDims[2] === undefined ? thin() : emit.unsqueeze(db(), [0]),
+        );
       return;
     }
     // A vector is a matrix of one row or column.
@@ -52,14 +59,20 @@ const gemm: Rule = {
     const [transA, transB] = [step.int("transA") ?? 0, step.int("transB") ?? 0];
     const alpha = { float: step.float("alpha", 1) };
     if (step.wants(0)) {
-      step.give(0, transA
-        ? emit.op("Gemm", [b, g], { alpha, transA: transB, transB: 1 })
-        : emit.op("Gemm", [g, b], { alpha, transB: transB ? 0 : 1 }));
+      step.give(
+        0,
+        transA
+          ? emit.op("Gemm", [b, g], { alpha, transA: transB, transB: 1 })
+          : emit.op("Gemm", [g, b], { alpha, transB: transB ? 0 : 1 }),
+      );
     }
     if (step.wants(1)) {
-      step.give(1, transB
-        ? emit.op("Gemm", [g, a], { alpha, transA: 1, transB: transA })
-        : emit.op("Gemm", [a, g], { alpha, transA: transA ? 0 : 1 }));
+      step.give(
+        1,
+        transB
+          ? emit.op("Gemm", [g, a], { alpha, transA: 1, transB: transA })
+          : emit.op("Gemm", [a, g], { alpha, transA: transA ? 0 : 1 }),
+      );
     }
     const beta = step.float("beta", 1);
     step.giveSummed(2, () => (beta === 1 ? g : emit.mul(g, beta)));

@@ -20,7 +20,9 @@ const softmax: Rule = {
 function guarded({ graph, y }: Step): string {
   for (const { node } of graph.consumers.get(y) ?? []) {
     if (node.opType !== "IsNaN") continue;
-    const guard = graph.consumers.get(node.output[0]!)?.find((use) => use.node.opType === "Where" && use.input === 0)?.node;
+    const guard = graph.consumers
+      .get(node.output[0]!)
+      ?.find((use) => use.node.opType === "Where" && use.input === 0)?.node;
     if (guard?.input[2] === y) return guard.output[0]!;
   }
   return y;

@@ -28,7 +28,8 @@ const concat: Rule = {
     for (const [input, value] of node.input.entries()) {
       const size = sizes[input];
       const at: string = typeof from === "number" ? emit.ints([from]) : from;
-      const to: number | string = typeof from === "number" && size !== undefined ? from + size : emit.add(at, sizeOf(value));
+      const to: number | string =
+        typeof from === "number" && size !== undefined ? from + size : emit.add(at, sizeOf(value));
       if (step.wants(input)) {
         step.give(input, emit.op("Slice", [g, at, typeof to === "number" ? emit.ints([to]) : to, emit.ints([axis])]));
       }
@@ -54,7 +55,8 @@ const gather: Rule = {
     const { emit } = step;
     const [x, index] = [step.x(0), step.x(1)];
     const dims = step.dims(index);
-    if (dims.some((size) => size !== 1)) return step.refuse("takes several places at once, which gradients do not come back from");
+    if (dims.some((size) => size !== 1))
+      return step.refuse("takes several places at once, which gradients do not come back from");
     const rank = step.rank(x);
     const axis = step.axis(0, rank);
     const size = emit.size(x, axis);
@@ -63,7 +65,12 @@ const gather: Rule = {
     const met = emit.toFloat(emit.op("Equal", [emit.op("Range", [emit.int(0), size, emit.int(1)]), place]));
     const trailing = Array.from({ length: rank - axis - 1 }, (_, i) => i + 1);
     // The index has as many dimensions as it has put in the place of one.
-    const g = dims.length === 1 ? step.g : dims.length === 0 ? emit.unsqueeze(step.g, [axis]) : squeezed(step, axis, dims.length);
+    const g =
+      dims.length === 1
+        ? step.g
+        : dims.length === 0
+          ? emit.unsqueeze(step.g, [axis])
+          : squeezed(step, axis, dims.length);
     step.give(0, emit.mul(g, emit.unsqueeze(met, trailing)));
   },
 };
@@ -82,8 +89,9 @@ const slice: Rule = {
     const rank = dims.length;
     const [from, to] = [step.constant(starts), step.constant(ends)];
     const count = step.dims(starts)[0];
-    const axes = (step.has(3) ? step.constant(step.x(3)) : count === undefined ? undefined : [...Array(count).keys()])
-      ?.map((axis) => (axis < 0 ? axis + rank : axis));
+    const axes = (
+      step.has(3) ? step.constant(step.x(3)) : count === undefined ? undefined : [...Array(count).keys()]
+    )?.map((axis) => (axis < 0 ? axis + rank : axis));
     const steps = step.has(4) ? step.constant(step.x(4)) : axes?.map(() => 1);
     if (!axes || !steps) return step.refuse("takes axes or steps that depend on the input");
     if (steps.some((by) => by !== 1)) return step.refuse("takes steps other than 1");
@@ -98,7 +106,12 @@ const slice: Rule = {
         // Which places were taken, by what the operator itself takes of 0, 1, 2, …
         const all = emit.size(x, axis);
         const one = (value: string): string => emit.slice(value, 0, i, i + 1);
-        const taken = emit.op("Slice", [emit.op("Range", [emit.int(0), all, emit.int(1)]), one(starts), one(ends), emit.ints([0])]);
+        const taken = emit.op("Slice", [
+          emit.op("Range", [emit.int(0), all, emit.int(1)]),
+          one(starts),
+          one(ends),
+          emit.ints([0]),
+        ]);
         before[axis] = emit.slice(taken, 0, 0, 1);
         after[axis] = emit.sub(emit.sub(all, emit.int(1)), emit.slice(taken, 0, -1, 2 ** 31));
       }

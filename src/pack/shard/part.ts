@@ -7,9 +7,9 @@ import { FormatError } from "../../errors.ts";
 import { crc32c } from "../../format/crc32c.ts";
 import { MAGIC, TASK_FILE_MAGIC } from "../../format/format.ts";
 import { Value } from "../../format/messagepack.ts";
-import { openSafetensors, type SafetensorsFile } from "../../tensor/safetensors.ts";
-import { writeSafetensors, type SafetensorsEntry } from "../../tensor/safetensors-writer.ts";
 import { openSource, type SourceInput } from "../../source.ts";
+import { openSafetensors, type SafetensorsFile } from "../../tensor/safetensors.ts";
+import { type SafetensorsEntry, writeSafetensors } from "../../tensor/safetensors-writer.ts";
 
 /** What a part holds: statistics of adapters, or tasks on a basis. */
 export type PartKind = "statistics" | "tasks";
@@ -32,7 +32,12 @@ export type About = Readonly<Record<string, unknown>>;
  * The bytes of a part, one tensor at a time.
  * @param made a digest of everything the part depends on: the same digest is the same part
  */
-export async function* writePart(kind: PartKind, made: string, about: About, entries: readonly SafetensorsEntry[]): AsyncGenerator<Uint8Array, void> {
+export async function* writePart(
+  kind: PartKind,
+  made: string,
+  about: About,
+  entries: readonly SafetensorsEntry[],
+): AsyncGenerator<Uint8Array, void> {
   const checksums: number[] = [];
   const last: SafetensorsEntry = {
     name: CHECKSUMS,
@@ -79,7 +84,8 @@ export async function openPart(input: SourceInput, kind?: PartKind): Promise<Par
   const fail = (part: string, message: string): never => {
     throw new FormatError(message, { file, part });
   };
-  const damaged = (part: string): never => fail(part, "its checksum does not match: the part is damaged, make it again");
+  const damaged = (part: string): never =>
+    fail(part, "its checksum does not match: the part is damaged, make it again");
   try {
     const head = await source.read(0, Math.min(8, source.byteLength ?? 8));
     const begins = (magic: readonly number[]): boolean => magic.every((byte, i) => byte === head[i]);
@@ -88,9 +94,12 @@ export async function openPart(input: SourceInput, kind?: PartKind): Promise<Par
     const tensors = await openSafetensors(source);
     const text = tensors.metadata.get(ABOUT);
     if (text === undefined) fail("header", `this is not a part${kind ? `: ${COMMANDS[kind]}` : ""}`);
-    const places = [...tensors.tensors].sort(([, a], [, b]) => a.byteOffset - b.byteOffset || a.byteLength - b.byteLength);
+    const places = [...tensors.tensors].sort(
+      ([, a], [, b]) => a.byteOffset - b.byteOffset || a.byteLength - b.byteLength,
+    );
     const [name, { byteLength }] = places.pop() ?? ["", { byteLength: 0 }];
-    if (name !== CHECKSUMS || byteLength !== 4 * (places.length + 1)) fail("checksums", "they are missing: the part is damaged, make it again");
+    if (name !== CHECKSUMS || byteLength !== 4 * (places.length + 1))
+      fail("checksums", "they are missing: the part is damaged, make it again");
     const sums = await tensors.read(CHECKSUMS);
     const view = new DataView(sums.buffer, sums.byteOffset, sums.length);
     const start = Math.min(...[...tensors.tensors.values()].map(({ byteOffset }) => byteOffset));
@@ -100,7 +109,8 @@ export async function openPart(input: SourceInput, kind?: PartKind): Promise<Par
     const found = oneOf(about.get("kind"), ["statistics", "tasks"]);
     const version = about.get("version").integer(1, Number.MAX_SAFE_INTEGER);
     about.check(version === 1, () => `version ${version}, but this reader knows version 1; update eigenlora`);
-    if (kind && kind !== found) fail("header", `it holds ${found} (${COMMANDS[found]}), expected ${kind}: ${COMMANDS[kind]}`);
+    if (kind && kind !== found)
+      fail("header", `it holds ${found} (${COMMANDS[found]}), expected ${kind}: ${COMMANDS[kind]}`);
     const read = async (tensor: string): Promise<Uint8Array> => {
       const bytes = await tensors.read(tensor);
       if (crc32c(bytes) !== checksums.get(tensor)) damaged(`tensor ${tensor}`);
@@ -142,7 +152,10 @@ export function oneOf<T extends string>(value: Value, words: readonly T[]): T {
   const found = value.string(64);
   const known = words.find((word) => word === found);
   if (known !== undefined) return known;
-  throw new FormatError(`${value.path}: "${found}" is unknown here; update eigenlora`, { file: value.file, part: value.part });
+  throw new FormatError(`${value.path}: "${found}" is unknown here; update eigenlora`, {
+    file: value.file,
+    part: value.part,
+  });
 }
 
 /** A tensor's values. @param bytes of a little-endian F64 tensor, at any alignment */

@@ -5,15 +5,15 @@
  */
 import type { Adapter, AdapterModule } from "../../adapters/adapter.ts";
 import { AdapterError, FormatError, TaskError } from "../../errors.ts";
-import { checkRank, reciprocal, type Gauge } from "../../extract/extract.ts";
+import { checkRank, type Gauge, reciprocal } from "../../extract/extract.ts";
 import { balance, leadingRows } from "../../extract/gauge.ts";
 import type { Products } from "../../extract/linalg.ts";
-import { SummaryBuilder, summaryKind, triangle, type Summary } from "../../extract/summary.ts";
-import { checkSame, fastProducts, type BuildOptions } from "../build.ts";
+import { type Summary, SummaryBuilder, summaryKind, triangle } from "../../extract/summary.ts";
 import { isTaskId, LAYOUTS } from "../../format/format.ts";
 import type { Value } from "../../format/messagepack.ts";
-import type { SafetensorsEntry } from "../../tensor/safetensors-writer.ts";
 import type { SourceInput } from "../../source.ts";
+import type { SafetensorsEntry } from "../../tensor/safetensors-writer.ts";
+import { type BuildOptions, checkSame, fastProducts } from "../build.ts";
 import { oneOf, openPart, toBytes, toF64, writePart } from "./part.ts";
 
 /** One adapted module, and how many rows each of its sides has over all adapters. */
@@ -98,7 +98,8 @@ export async function adapterStatistics(
     modules,
     ranks: async (name) => Uint32Array.from(sorted, (adapter) => Math.min(adapter.modules.get(name)?.rank ?? 0, most)),
     async side(name, side) {
-      if (last?.name !== name) last = { name, sides: summarise(sorted, modules.get(name)!, { gauge, most, normalize, products }) };
+      if (last?.name !== name)
+        last = { name, sides: summarise(sorted, modules.get(name)!, { gauge, most, normalize, products }) };
       return (await last.sides)[side];
     },
   };
@@ -107,7 +108,12 @@ export async function adapterStatistics(
 async function summarise(
   adapters: readonly Adapter[],
   { name, out, in: inputs, rows }: StatisticsModule,
-  { gauge, most, normalize, products }: { gauge: Gauge; most: number; normalize: boolean; products: Products | undefined },
+  {
+    gauge,
+    most,
+    normalize,
+    products,
+  }: { gauge: Gauge; most: number; normalize: boolean; products: Products | undefined },
 ): Promise<Record<"A" | "B", Summary>> {
   const sides = { A: new SummaryBuilder(rows, inputs, products), B: new SummaryBuilder(rows, out, products) };
   for (const adapter of adapters) {
@@ -129,7 +135,10 @@ async function summarise(
  * @param options.anyBase take parts whose adapters name different base models
  * @throws TaskError for an adapter in two parts; AdapterError for parts of another gauge, base model or shapes
  */
-export async function mergeStatistics(given: readonly Statistics[], options: { anyBase?: boolean } = {}): Promise<Statistics> {
+export async function mergeStatistics(
+  given: readonly Statistics[],
+  options: { anyBase?: boolean } = {},
+): Promise<Statistics> {
   if (given.length === 0) throw new RangeError("mergeStatistics: no parts");
   const parts = [...given].sort((a, b) => compare(a.adapters[0]!.id, b.adapters[0]!.id));
   const first = parts[0]!;
@@ -141,10 +150,13 @@ export async function mergeStatistics(given: readonly Statistics[], options: { a
     for (const setting of ["gauge", "rank", "normalize"] as const) {
       const [ours, theirs] = [first[setting] ?? "whole", part[setting] ?? "whole"];
       if (ours === theirs) continue;
-      throw new AdapterError(`${setting} is ${theirs}, but ${ours} in ${first.file}: shard one of them again, with the same --${setting}`, {
-        file: part.file,
-        field: setting,
-      });
+      throw new AdapterError(
+        `${setting} is ${theirs}, but ${ours} in ${first.file}: shard one of them again, with the same --${setting}`,
+        {
+          file: part.file,
+          field: setting,
+        },
+      );
     }
     if (!options.anyBase) refuseOtherBase(first, part);
   }
@@ -175,17 +187,20 @@ export async function mergeStatistics(given: readonly Statistics[], options: { a
       const { rows, out, in: inputs } = modules.get(name)!;
       const width = side === "A" ? inputs : out;
       const builder = new SummaryBuilder(rows, width, products);
-      const add = (factor: Float64Array, rank: number): void => builder.add(factor, rank, first.normalize ? reciprocal(factor) : 1);
+      const add = (factor: Float64Array, rank: number): void =>
+        builder.add(factor, rank, first.normalize ? reciprocal(factor) : 1);
       if (summaryKind(rows, width) === "gram") {
         for (const part of parts.filter((part) => part.modules.has(name))) {
           const summary = await part.side(name, side);
           if (summary.kind === "gram") builder.merge(summary);
-          else for (const { factor, rank } of factorsOf(summary.values, await part.ranks(name), width)) add(factor, rank);
+          else
+            for (const { factor, rank } of factorsOf(summary.values, await part.ranks(name), width)) add(factor, rank);
         }
         return builder.finish();
       }
       const stacks = new Map<Statistics, Stacked[]>();
-      for (const [part, ranks] of await ranksOf(name)) stacks.set(part, factorsOf(rowsOf(await part.side(name, side)), ranks, width));
+      for (const [part, ranks] of await ranksOf(name))
+        stacks.set(part, factorsOf(rowsOf(await part.side(name, side)), ranks, width));
       for (const { part, index } of members) {
         const { factor, rank } = stacks.get(part)?.[index] ?? { factor: new Float64Array(0), rank: 0 };
         add(factor, rank);
@@ -216,7 +231,10 @@ function refuseTwice(sorted: readonly { id: string; file: string }[]): void {
   sorted.forEach(({ id, file }, i) => {
     const before = sorted[i - 1];
     if (before?.id !== id) return;
-    throw new TaskError(`${before.file} and ${file} both hold "${id}": an adapter counts once; leave it out of one of them`, { task: id });
+    throw new TaskError(
+      `${before.file} and ${file} both hold "${id}": an adapter counts once; leave it out of one of them`,
+      { task: id },
+    );
   });
 }
 
@@ -239,7 +257,11 @@ export function baseModels({ adapters }: Pick<Statistics, "adapters">): string[]
  * The bytes of a part, module by module.
  * @param made a digest of what the statistics were made of
  */
-export function writeStatistics(statistics: Statistics, made: string, onProgress?: (done: number, of: number) => void): AsyncGenerator<Uint8Array, void> {
+export function writeStatistics(
+  statistics: Statistics,
+  made: string,
+  onProgress?: (done: number, of: number) => void,
+): AsyncGenerator<Uint8Array, void> {
   const { gauge, rank, normalize, adapters, modules } = statistics;
   const entries: SafetensorsEntry[] = [];
   let done = 0;
@@ -270,7 +292,12 @@ export function writeStatistics(statistics: Statistics, made: string, onProgress
         part("sums", [2, width + 1], (s) => (s as Summary & { kind: "gram" }).sums, true);
       }
     }
-    entries.push({ name: `${name}.ranks`, dtype: "U32", shape: [adapters.length], read: async () => toBytes(await statistics.ranks(name)) });
+    entries.push({
+      name: `${name}.ranks`,
+      dtype: "U32",
+      shape: [adapters.length],
+      read: async () => toBytes(await statistics.ranks(name)),
+    });
   }
   return writePart("statistics", made, { gauge, rank, normalize, adapters, modules: [...modules.values()] }, entries);
 }
@@ -288,7 +315,10 @@ export async function openStatistics(input: SourceInput): Promise<StatisticsPart
     const rank = about.get("rank").absent ? undefined : about.get("rank").integer(1, LIMIT);
     const adapters = about.get("adapters").array(1_048_576).map(parseAdapter);
     about.check(adapters.length > 0, () => "it has no adapters");
-    about.check(adapters.every(({ id }, i) => i === 0 || compare(adapters[i - 1]!.id, id) < 0), () => "its adapters are not sorted, or one is there twice");
+    about.check(
+      adapters.every(({ id }, i) => i === 0 || compare(adapters[i - 1]!.id, id) < 0),
+      () => "its adapters are not sorted, or one is there twice",
+    );
     const modules = new Map<string, StatisticsModule>();
     const described: readonly Value[] = about.get("modules").array(65_536);
     for (const value of described) {
@@ -298,7 +328,11 @@ export async function openStatistics(input: SourceInput): Promise<StatisticsPart
       const place = (name: string, dtype: string, ...shape: number[]): void => {
         const found = tensors.get(`${module.name}.${name}`);
         const fits = found?.dtype === dtype && String(found.shape) === String(shape);
-        value.check(fits, () => `${module.name}.${name} is ${found ? `${found.dtype} [${found.shape}]` : "missing"}, expected ${dtype} [${shape}]`);
+        value.check(
+          fits,
+          () =>
+            `${module.name}.${name} is ${found ? `${found.dtype} [${found.shape}]` : "missing"}, expected ${dtype} [${shape}]`,
+        );
       };
       for (const side of SIDES) {
         const width = side === "A" ? module.in : module.out;
@@ -329,15 +363,24 @@ export async function openStatistics(input: SourceInput): Promise<StatisticsPart
         const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.length);
         const ranks = Uint32Array.from(adapters, (_, i) => view.getUint32(4 * i, true));
         const rows = ranks.reduce((sum, rank) => sum + rank, 0);
-        about.check(rows === modules.get(name)!.rows, () => `the ranks of ${name} add up to ${rows}, expected ${modules.get(name)!.rows}`);
+        about.check(
+          rows === modules.get(name)!.rows,
+          () => `the ranks of ${name} add up to ${rows}, expected ${modules.get(name)!.rows}`,
+        );
         return ranks;
       },
       async side(name, side) {
         const { rows: count, out, in: inputs } = modules.get(name)!;
         const width = side === "A" ? inputs : out;
         const stack = { width, count };
-        if (summaryKind(count, width) === "rows") return { ...stack, kind: "rows", values: await values(`${name}.${side}.rows`) };
-        return { ...stack, kind: "gram", gram: await values(`${name}.${side}.gram`), sums: await values(`${name}.${side}.sums`) };
+        if (summaryKind(count, width) === "rows")
+          return { ...stack, kind: "rows", values: await values(`${name}.${side}.rows`) };
+        return {
+          ...stack,
+          kind: "gram",
+          gram: await values(`${name}.${side}.gram`),
+          sums: await values(`${name}.${side}.sums`),
+        };
       },
       close: () => part.close(),
     };

@@ -3,17 +3,17 @@
  * whole task files (SPEC.md, section 7), so that every one of them is bound to its basis and checked like one that came alone.
  */
 import type { Adapter } from "../../adapters/adapter.ts";
-import { TENSOR_TYPES } from "../../tensor/dtypes.ts";
 import { AdapterError, FormatError, TaskError } from "../../errors.ts";
-import { breakEven, projectAdapters, storageTypes, type BuildReport, type StorageTypes } from "../build.ts";
 import { crc32c } from "../../format/crc32c.ts";
 import { encodeTaskFile } from "../../format/encode.ts";
 import { streamFresh, type TaskPlace } from "../../format/layout.ts";
 import type { Value } from "../../format/messagepack.ts";
-import type { Pack } from "../pack.ts";
 import { parseTaskFile } from "../../format/task-file.ts";
 import type { ByteSource, SourceInput } from "../../source.ts";
-import { oneOf, openPart, writePart, type Part } from "./part.ts";
+import { TENSOR_TYPES } from "../../tensor/dtypes.ts";
+import { type BuildReport, breakEven, projectAdapters, type StorageTypes, storageTypes } from "../build.ts";
+import type { Pack } from "../pack.ts";
+import { oneOf, openPart, type Part, writePart } from "./part.ts";
 import { compare } from "./statistics.ts";
 
 /** Number formats of tasks. */
@@ -53,7 +53,15 @@ export async function projectTasks(
   });
   const residual = projected.map((task) => task.residual);
   const { coefficients, head } = types;
-  return { chunks: writePart("tasks", made, { basisId: basis.basisId, types: { coefficients, head }, tasks: residual }, entries), residual };
+  return {
+    chunks: writePart(
+      "tasks",
+      made,
+      { basisId: basis.basisId, types: { coefficients, head }, tasks: residual },
+      entries,
+    ),
+    residual,
+  };
 }
 
 /** A pack of all tasks of some parts, and what became of the adapters. */
@@ -79,13 +87,21 @@ export async function assemblePack(basis: Pack, parts: readonly TaskPart[]): Pro
   const losses: (TaskLoss & { modules: number })[] = [];
   const places: TaskPlace[] = [];
   for (const { section, ...entry } of basis.directory.tasks) {
-    places.push({ entry, length: section.length, crc: section.crc, read: async () => (await basis.load(entry.id)).bytes });
+    places.push({
+      entry,
+      length: section.length,
+      crc: section.crc,
+      read: async () => (await basis.load(entry.id)).bytes,
+    });
   }
   for (const part of parts) {
     refuseOther(basis, first, part);
     for (const loss of part.tasks) {
       const other = owners.get(loss.id);
-      if (other !== undefined) throw new TaskError(`${other} and ${part.file} both hold the task "${loss.id}"; leave it out of one of them`, { task: loss.id });
+      if (other !== undefined)
+        throw new TaskError(`${other} and ${part.file} both hold the task "${loss.id}"; leave it out of one of them`, {
+          task: loss.id,
+        });
       owners.set(loss.id, part.file);
       const { place, modules } = await checkTask(basis, part, loss.id);
       places.push(place);
@@ -94,7 +110,10 @@ export async function assemblePack(basis: Pack, parts: readonly TaskPart[]): Pro
   }
   places.sort((a, b) => compare(a.entry.id, b.entry.id));
   const bases = await basis.takeBases();
-  const { bytes, chunks } = streamFresh({ description: basis.directory.basisBytes, bases, basisId: idBytes(basis) }, places);
+  const { bytes, chunks } = streamFresh(
+    { description: basis.directory.basisBytes, bases, basisId: idBytes(basis) },
+    places,
+  );
   const sizes = places.map(({ entry }) => entry.adapterBytes);
   const adapterBytes = sizes.reduce((sum, size) => sum + size, 0);
   const count = losses.reduce((sum, { modules }) => sum + modules, 0);
@@ -106,8 +125,16 @@ export async function assemblePack(basis: Pack, parts: readonly TaskPart[]): Pro
     bytes,
     adapterBytes,
     ratio: adapterBytes / bytes,
-    breakEvenTasks: breakEven(bytes, places.map(({ length }) => length), sizes),
-    error: { mean: losses.reduce((sum, { mean, modules }) => sum + mean * modules, 0) / Math.max(count, 1), max: worst.max, worstTask: worst.id },
+    breakEvenTasks: breakEven(
+      bytes,
+      places.map(({ length }) => length),
+      sizes,
+    ),
+    error: {
+      mean: losses.reduce((sum, { mean, modules }) => sum + mean * modules, 0) / Math.max(count, 1),
+      max: worst.max,
+      worstTask: worst.id,
+    },
   };
   return { chunks, report };
 }
@@ -115,14 +142,20 @@ export async function assemblePack(basis: Pack, parts: readonly TaskPart[]): Pro
 function refuseOther(basis: Pack, first: TaskPart, part: TaskPart): void {
   const { basisId, file, types } = part;
   if (basisId !== basis.basisId) {
-    throw new AdapterError(`it was projected onto the basis ${basisId}, ${basis.name} is ${basis.basisId}: project it again`, { file, field: "basis" });
+    throw new AdapterError(
+      `it was projected onto the basis ${basisId}, ${basis.name} is ${basis.basisId}: project it again`,
+      { file, field: "basis" },
+    );
   }
   for (const what of ["coefficients", "head"] as const) {
     if (types[what] === first.types[what]) continue;
-    throw new AdapterError(`its ${what} are ${types[what]}, those of ${first.file} ${first.types[what]}: project one of them again, with the same --dtype`, {
-      file,
-      field: what,
-    });
+    throw new AdapterError(
+      `its ${what} are ${types[what]}, those of ${first.file} ${first.types[what]}: project one of them again, with the same --dtype`,
+      {
+        file,
+        field: what,
+      },
+    );
   }
 }
 
@@ -131,8 +164,16 @@ async function checkTask(basis: Pack, part: TaskPart, id: string): Promise<{ pla
   const bytes = await part.read(id);
   const file = `${part.file}, ${nameOf(id)}`;
   const { blob, basisId: _, ...entry } = parseTaskFile(bytes, file);
-  if (entry.id !== id) throw new FormatError(`it holds the task "${entry.id}": the part is damaged, make it again`, { file: part.file, part: nameOf(id) });
-  const source: ByteSource = { name: file, byteLength: bytes.length, read: async (at, length) => bytes.subarray(at, at + length) };
+  if (entry.id !== id)
+    throw new FormatError(`it holds the task "${entry.id}": the part is damaged, make it again`, {
+      file: part.file,
+      part: nameOf(id),
+    });
+  const source: ByteSource = {
+    name: file,
+    byteLength: bytes.length,
+    read: async (at, length) => bytes.subarray(at, at + length),
+  };
   await basis.addTask(id, source);
   const modules = (await basis.load(id)).terms.length;
   basis.removeTask(id);
@@ -157,18 +198,27 @@ export async function openTasks(input: SourceInput): Promise<TaskPart> {
   try {
     const { file, made, tensors } = part;
     const about: Value = part.about;
-    const tasks = about.get("tasks").array(1_048_576).map((value: Value) => {
-      const id = value.get("id").string(255);
-      value.check(tensors.has(nameOf(id)), () => `the task "${id}" is missing`);
-      return { id, mean: value.get("mean").number(0, Infinity), max: value.get("max").number(0, Infinity) };
-    });
-    about.check(tasks.length > 0 && tasks.length === tensors.size - 1, () => `${tasks.length} tasks are listed, but there are ${tensors.size - 1}`);
+    const tasks = about
+      .get("tasks")
+      .array(1_048_576)
+      .map((value: Value) => {
+        const id = value.get("id").string(255);
+        value.check(tensors.has(nameOf(id)), () => `the task "${id}" is missing`);
+        return { id, mean: value.get("mean").number(0, Infinity), max: value.get("max").number(0, Infinity) };
+      });
+    about.check(
+      tasks.length > 0 && tasks.length === tensors.size - 1,
+      () => `${tasks.length} tasks are listed, but there are ${tensors.size - 1}`,
+    );
     const types = about.get("types");
     return {
       file,
       made,
       basisId: about.get("basisId").string(64),
-      types: { coefficients: oneOf(types.get("coefficients"), TENSOR_TYPES), head: oneOf(types.get("head"), TENSOR_TYPES) },
+      types: {
+        coefficients: oneOf(types.get("coefficients"), TENSOR_TYPES),
+        head: oneOf(types.get("head"), TENSOR_TYPES),
+      },
       tasks,
       read: (id) => part.read(nameOf(id)),
       close: () => part.close(),
