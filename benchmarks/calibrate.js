@@ -36,7 +36,7 @@ for (const k of [8, 16, 32]) {
       gauge: /** @type {const} */ ("balanced"),
       rank: 4,
       select: { kind: /** @type {const} */ ("k"), k },
-      types: { basis: type, coefficients: type },
+      dtype: { basis: type, coefficients: type },
     };
     /** @type {import("./report.js").Row} */
     const row = { name: `K ${k}, ${type}` };

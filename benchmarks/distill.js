@@ -58,7 +58,7 @@ const tests = new Set(tasks.flatMap(({ test }) => test.map(([text]) => text)));
 const pool = [...new Set(tasks.flatMap(({ train }) => train.map(([text]) => text)))].filter((text) => !tests.has(text));
 shuffle(pool, uniform(1));
 
-const how = { gauge: GAUGE, rank: RANK, types: TYPES };
+const how = { gauge: GAUGE, rank: RANK, dtype: TYPES };
 // As numbers in f32, whatever their files hold.
 const adapterBytes = adapters.reduce((sum, adapter) => sum + bytesOfAdapter(adapter), 0);
 const { chunks, report } =
@@ -106,7 +106,7 @@ await session.release();
 for (const adapter of adapters) await adapter.close();
 
 print({
-  question: `What does distilling win back (MiniLM, ${SUITE}, ${adapters.length} adapters of r 8, K ${report.components.max}, ${Object.values(report.types).join("/")}, ${report.bytes} bytes, ${(adapterBytes / report.bytes).toFixed(1)}× fewer than f32)?`,
+  question: `What does distilling win back (MiniLM, ${SUITE}, ${adapters.length} adapters of r 8, K ${report.components.max}, ${Object.values(report.dtype).join("/")}, ${report.bytes} bytes, ${(adapterBytes / report.bytes).toFixed(1)}× fewer than f32)?`,
   rows,
   peers: [],
   notes: [

@@ -88,7 +88,7 @@ export async function measureWebgpu({ matrices, size, ranks, runs: wanted }) {
   ];
   printParts(parts, peers, describe(adapter, clock));
   for (const on of [plain, halves]) {
-    on?.backend.dispose();
+    on?.backend.close();
     on?.close();
   }
 }
@@ -212,7 +212,7 @@ function foldOne(backend, { type, rank, size }, base, out, factors) {
   backend.fold({
     out: { block: out, byteOffset: 0 },
     base: { block: base, byteOffset: 0 },
-    type,
+    dtype: type,
     rank,
     rows: size,
     columns: size,

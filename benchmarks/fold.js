@@ -89,7 +89,7 @@ function measureFold(backend, type, rank) {
   const matrix = encodeTensor(type, uniform(length, 1), SIZE, SIZE);
   for (let i = 0; i < MATRICES; i++) backend.upload({ block: base, byteOffset: i * byteLength }, matrix);
   backend.upload({ block: factors, byteOffset: 0 }, new Uint8Array(uniform(2 * rank * SIZE, 2).buffer));
-  const job = { type, rank, rows: SIZE, columns: SIZE, stride: SIZE };
+  const job = { dtype: type, rank, rows: SIZE, columns: SIZE, stride: SIZE };
   const left = { block: factors, byteOffset: 0 };
   const right = { block: factors, byteOffset: rank * SIZE * 4 };
   const result = time(
@@ -164,7 +164,7 @@ async function measureCpu() {
       gigaMultiplyAdds: machine.peak / 1e9,
       gigaMultiplyAddsChained: machine.peakChained / 1e9,
     });
-    backend.dispose();
+    backend.close();
   }
   for (const type of /** @type {const} */ (["f32", "f16"])) {
     for (const rank of RANKS) addRow("js", rank, type, measureFold(createJsBackend(), type, rank));

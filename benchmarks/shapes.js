@@ -128,7 +128,7 @@ async function pack(name, type) {
   const start = performance.now();
   const { report } = await buildPack(adapters, {
     select: { kind: "k", k: SETTINGS[name].components },
-    types: { basis: type, coefficients: type, head: type },
+    dtype: { basis: type, coefficients: type, head: type },
     ...(process.stderr.isTTY
       ? { onProgress: (done, of) => process.stderr.write(`\r${name} ${type}: module ${done} of ${of} `) }
       : {}),

@@ -266,9 +266,9 @@ async function taskEntries(pack) {
   const bases = await pack.takeBases();
   pack.keepBases(bases);
   const blob = await pack.load(TASK);
-  /** @param {Uint8Array} section @param {{ type: any, rows: number, width: number, byteOffset: number, byteLength: number }} tensor */
-  const decode = (section, { type, rows, width, byteOffset, byteLength }) =>
-    decodeTensor(type, section.subarray(byteOffset, byteOffset + byteLength), rows, width);
+  /** @param {Uint8Array} section @param {{ dtype: any, rows: number, width: number, byteOffset: number, byteLength: number }} tensor */
+  const decode = (section, { dtype, rows, width, byteOffset, byteLength }) =>
+    decodeTensor(dtype, section.subarray(byteOffset, byteOffset + byteLength), rows, width);
   const entries = [];
   for (const term of blob.terms) {
     const module = pack.modules[term.module];

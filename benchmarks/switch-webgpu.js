@@ -53,8 +53,8 @@ export async function measureSwitches(on, software) {
     const counted = on.counts.live - before;
     const { basis, coefficients } = runtime.pack.residentBytes;
     const reported = runtime.memory().total - basis - coefficients;
-    await wasm.dispose();
-    await runtime.dispose();
+    await wasm.close();
+    await runtime.close();
     const apart = Math.abs(counted - reported) / counted;
     const row = { name: one.name, countedMB: counted / 1e6, reportedMB: reported / 1e6, "apart, %": 100 * apart };
     memory.push({ ...row, bytesLeft: on.counts.live - before });
@@ -207,7 +207,7 @@ async function compare(runtime, oracle) {
   await oracle.switchTask(runtime.task);
   for (const { name } of runtime.pack.modules) {
     const [a, b] = [await runtime.readWeight(name), await oracle.readWeight(name)].map(({ dtype, shape, data }) =>
-      decodeTensor(/** @type {import("eigenlora").FloatType} */ (dtype), data, shape[0], shape[1]),
+      decodeTensor(/** @type {import("eigenlora").FloatDtype} */ (dtype), data, shape[0], shape[1]),
     );
     const largest = b.reduce((most, x) => Math.max(most, Math.abs(x)), 0);
     // Sums in another order; a half may be rounded to its neighbour.

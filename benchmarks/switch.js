@@ -57,7 +57,7 @@ async function compare() {
       }
       const row = { name, how, "ms, median": median(times), "ms, min": min(times) };
       rows.push(reference === null ? row : { ...row, "× faster than PEFT": reference / median(times) });
-      await runtime.dispose();
+      await runtime.close();
     }
   }
   if ("figures" in peer) {

@@ -42,7 +42,7 @@ export async function foldedCarrier<O extends Ort>(
     return { session, task: copySelection(selection), ...toFeeds(ort, inputs, [values]) };
   };
   const dispose = async (): Promise<void> => {
-    await runtime.dispose();
+    await runtime.close();
     await file.close();
   };
   try {

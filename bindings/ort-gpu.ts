@@ -91,7 +91,7 @@ export async function gpuCarrier<O extends Ort>(
         return { expansion: total - coefficients - pristine, pristine, folded: bytes };
       },
       async dispose() {
-        await runtime.dispose();
+        await runtime.close();
         free();
       },
     };

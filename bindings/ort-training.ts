@@ -3,7 +3,7 @@
  * run it. Loaded when a session is made `trainable`.
  */
 import { buildTrainingGraph, type TrainingGraph } from "../src/autodiff/graph.ts";
-import type { Probe } from "../src/autodiff/shapes.ts";
+import type { ShapeProbe } from "../src/autodiff/shapes.ts";
 import type { Grafted, TaskInput } from "../src/onnx/graft.ts";
 import type { ModelFile } from "../src/onnx/read.ts";
 import type { InputValue } from "../src/session/values.ts";
@@ -101,7 +101,7 @@ export async function dataOf(tensor: OrtTensor): Promise<unknown> {
  * Looks at shapes with the caller's runtime: without the optimiser, which needs longer than two tiny runs, and on the CPU, since
  * shapes are the same there, and WebGPU would compile shaders for each operator, of which devices without f16 lack some.
  */
-function probeOf<O extends Ort>({ ort, options }: Pick<Parts<O>, "ort" | "options">): Probe {
+function probeOf<O extends Ort>({ ort, options }: Pick<Parts<O>, "ort" | "options">): ShapeProbe {
   return async (model, feeds) => {
     const { executionProviders, preferredOutputLocation, ...given } = (options.session ?? {}) as Record<
       string,

@@ -43,10 +43,10 @@ export async function unfoldedCarrier<O extends Ort>(parts: Parts<O>, bases: Uin
         const held = Object.values(backend.memory()).reduce((a, b) => a + b, 0);
         return { expansion: held + bench.staging.values.byteLength, pristine: 0, folded: 0 };
       },
-      dispose: async () => backend.dispose(),
+      dispose: async () => backend.close(),
     };
   } catch (error) {
-    backend.dispose();
+    backend.close();
     if (session) await inTurn(ort, () => session!.release());
     throw error;
   }

@@ -143,7 +143,7 @@ async function showMemory() {
 /** Packs all components as f32: what is left between us and PEFT is rounding. On the rows with PEFT's logits. */
 async function compareLossless() {
   /** @type {BuildOptions} */
-  const lossless = { select: { kind: "energy", share: 1 }, types: { basis: "f32", coefficients: "f32", head: "f32" } };
+  const lossless = { select: { kind: "energy", share: 1 }, dtype: { basis: "f32", coefficients: "f32", head: "f32" } };
   const { chunks } = await buildPack(adapters, lossless);
   for (const adapter of adapters) await adapter.close();
   const pack = await openPack(new Blob(/** @type {BlobPart[]} */ (chunks)));

@@ -7,13 +7,13 @@ export { type AdapterLocation, findAdapters, readAdapters } from "./adapters/fol
 export { readPeft } from "./adapters/peft.ts";
 export { partByGain, readScores, type Score, type Scores } from "./adapters/scores.ts";
 export type {
+  BasisMode,
+  ComponentSelection,
   ExtractOptions,
   Gauge,
-  Mode,
   ModuleExtraction,
   ModuleMember,
   ModuleStack,
-  Selection,
 } from "./extract/extract.ts";
 export { extractModule, measureModule, openModule, projectModule } from "./extract/extract.ts";
 export { encodeTaskFile } from "./format/encode.ts";
@@ -33,10 +33,10 @@ export {
   type BuildReport,
   breakEven,
   buildPack,
+  type Dtypes,
   type ProjectedAdapter,
   projectAdapter,
   projectAdapters,
-  type StorageTypes,
 } from "./pack/build.ts";
 export { expandTerm, taskAdapter } from "./pack/expand.ts";
 export { type Evaluation, type Family, type Selected, type SelectOptions, selectComponents } from "./pack/select.ts";

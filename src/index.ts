@@ -25,5 +25,5 @@ export {
 } from "./runtime/runtime.ts";
 export type { Selection } from "./runtime/selection.ts";
 export type { ByteSource, FetchOptions, ReadOptions, SourceInput } from "./source.ts";
-export type { FloatType, TensorType } from "./tensor/dtypes.ts";
+export type { Dtype, FloatDtype } from "./tensor/dtypes.ts";
 export { VERSION } from "./version.ts";

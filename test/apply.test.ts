@@ -41,7 +41,7 @@ for (const options of backends()) {
   t.test(`${name}: every kind of term, one task and one per row`, async (t) => {
     const pack = await openPack(data("goldens/pack/every-kind.eigen"));
     const runtime = await createRuntime(pack, { ...options, mode: "core" });
-    t.teardown(() => runtime.dispose());
+    t.teardown(() => runtime.close());
     const random = generator(31);
     let applied = 0;
     for (const { name, out, in: inputs, layout } of pack.modules) {
@@ -85,14 +85,14 @@ for (const options of backends()) {
 const TASKS = ["debtags-role", "debtags-game", "sections-1"];
 const { bytes } = await packOf(
   TASKS.map((n) => `adapters/own-seed/${n}`),
-  { types: { basis: "int8", coefficients: "f16", head: "f16" } },
+  { dtype: { basis: "int8", coefficients: "f16", head: "f16" } },
   (m) => m.includes("layer.0.attention.self"),
 );
 
 t.test("the active task, a blend and strengths: what the terms say", async (t) => {
   const pack = await openPack(bytes);
   const runtime = await createRuntime(pack, { mode: "factors" });
-  t.teardown(() => runtime.dispose());
+  t.teardown(() => runtime.close());
   const { name, out, in: inputs } = pack.modules[0]!;
   const random = generator(8);
   for (const selection of ["debtags-role", { "debtags-role": 0.5, "sections-1": -2 }, "sections-1", null] as const) {
@@ -118,7 +118,7 @@ t.test("the active task, a blend and strengths: what the terms say", async (t) =
 t.test("shapes and types that do not fit are refused", async (t) => {
   const pack = await openPack(bytes);
   const runtime = await createRuntime(pack, { mode: "core" });
-  t.teardown(() => runtime.dispose());
+  t.teardown(() => runtime.close());
   const { name, out, in: inputs } = pack.modules[0]!;
   const [x, y] = [view(new Float32Array(2 * inputs), 2, inputs), view(new Float32Array(2 * out), 2, out)];
   await t.rejects(runtime.apply("nothing", x, y), { name: "RangeError", message: /no module "nothing"; nearest: / });
@@ -147,7 +147,7 @@ t.test("shapes and types that do not fit are refused", async (t) => {
       ]),
     ),
   });
-  t.teardown(() => folded.dispose());
+  t.teardown(() => folded.close());
   await t.rejects(folded.apply(name, x, y), { name: "TypeError", message: /mode "folded"/ });
 });
 
@@ -158,7 +158,7 @@ t.test(
     const { device, counts, close } = await countingDevice();
     t.teardown(close);
     const runtime = await createRuntime(await openPack(bytes), { mode: "core", backend: "webgpu", webgpu: { device } });
-    t.teardown(() => runtime.dispose());
+    t.teardown(() => runtime.close());
     const oracle = await createRuntime(await openPack(bytes), { mode: "core", backend: "js" });
     const { modules } = runtime.pack;
     const random = generator(5);
@@ -193,6 +193,6 @@ t.test(
       t.ok(relativeDifference(new Float32Array(staging.getMappedRange().slice(0)), y) <= 2e-6, "the oracle's");
       staging.destroy();
     }
-    await oracle.dispose();
+    await oracle.close();
   },
 );

@@ -42,7 +42,7 @@ async function pack(...adapters: string[]): Promise<string> {
   const path = join(folder, `${adapters[0]!.replace("/", "-")}.eigen`);
   const { bytes } = await packOf(
     adapters.map((name) => `sessions/${name}`),
-    { select: { kind: "energy", share: 1 }, types: { basis: "f32", coefficients: "f32", head: "f32" } },
+    { select: { kind: "energy", share: 1 }, dtype: { basis: "f32", coefficients: "f32", head: "f32" } },
   );
   await writeFile(path, bytes);
   return path;

@@ -7,7 +7,7 @@ import type { Adapter } from "../dist/src/adapters/adapter.js";
 import { readAdapters } from "../dist/src/adapters/folder.js";
 import { deltaError, relative } from "../dist/src/extract/error.js";
 import { buildAuto, type Criterion, packWithin } from "../dist/src/pack/auto.js";
-import { type BuildOptions, buildPack, projectAdapter, storageTypes } from "../dist/src/pack/build.js";
+import { type BuildOptions, buildPack, completeDtypes, projectAdapter } from "../dist/src/pack/build.js";
 import { taskAdapter } from "../dist/src/pack/expand.js";
 import { openPack } from "../dist/src/pack/pack.js";
 import { createJudge } from "../dist/src/train/judge.js";
@@ -59,13 +59,13 @@ const INT4 = { basis: "int4", coefficients: "int4", head: "int8" } as const;
 
 for (const [name, options] of Object.entries({
   "rank 4": { rank: 4, select: { kind: "k", k: 12 } },
-  "rank 3, int4": { rank: 3, select: { kind: "k", k: 12 }, types: INT4 },
+  "rank 3, int4": { rank: 3, select: { kind: "k", k: 12 }, dtype: INT4 },
   "rank 4, an error": { rank: 4, select: { kind: "error", max: 0.6 } },
-  "rank 4, no mean": { rank: 4, centering: "none", select: { kind: "k", k: 12 }, types: F32 },
+  "rank 4, no mean": { rank: 4, centering: "none", select: { kind: "k", k: 12 }, dtype: F32 },
   "rank 4, joint": { mode: "joint", rank: 4, select: { kind: "k", k: 8 } },
-  "private terms beside components": { private: 2, rank: 4, select: { kind: "k", k: 6 } },
-  "private terms alone": { private: 2, select: { kind: "k", k: 0 }, types: INT4 },
-  "private terms and an error": { private: 8, rank: 4, select: { kind: "error", max: 0.4 }, types: INT4 },
+  "private terms beside components": { privateTerms: 2, rank: 4, select: { kind: "k", k: 6 } },
+  "private terms alone": { privateTerms: 2, select: { kind: "k", k: 0 }, dtype: INT4 },
+  "private terms and an error": { privateTerms: 8, rank: 4, select: { kind: "error", max: 0.4 }, dtype: INT4 },
   "every task counts alike": { normalize: true, rank: 4, select: { kind: "k", k: 12 } },
 } satisfies Record<string, BuildOptions>)) {
   t.test(`${name}: what the report says is lost is lost`, async (t) => {
@@ -92,7 +92,7 @@ t.test("private terms alone are the adapter cut by its own SVD", async (t) => {
   for (const [i, q] of [2, 4].entries()) {
     const { report } = await packOf(
       [...expected.keys()].map((id) => `adapters/own-seed/${id}`),
-      { gauge: "balanced", private: q, select: { kind: "k", k: 0 }, types: F32 },
+      { gauge: "balanced", privateTerms: q, select: { kind: "k", k: 0 }, dtype: F32 },
       (name) => name === module,
     );
     for (const { id, max } of report.errors) t.ok(Math.abs(max - expected.get(id)![i]!) < 1e-6, `${id}, ${q}: ${max}`);
@@ -100,21 +100,21 @@ t.test("private terms alone are the adapter cut by its own SVD", async (t) => {
 });
 
 t.test("taking turns with private terms finds better components than one turn", async (t) => {
-  const shared = { gauge: "balanced", rank: 8, select: { kind: "k", k: 6 }, types: F32 } as const;
+  const shared = { gauge: "balanced", rank: 8, select: { kind: "k", k: 6 }, dtype: F32 } as const;
   const alone = (await buildPack(adapters, shared)).report.error.mean;
   const [one, two] = [
-    (await buildPack(adapters, { ...shared, private: 1 })).report.error.mean,
-    (await buildPack(adapters, { ...shared, private: 2 })).report.error.mean,
+    (await buildPack(adapters, { ...shared, privateTerms: 1 })).report.error.mean,
+    (await buildPack(adapters, { ...shared, privateTerms: 2 })).report.error.mean,
   ];
   t.ok(two < one && one < alone, `${alone}, ${one}, ${two}`);
 });
 
 for (const [name, options] of [
-  ["private terms alone", { gauge: "balanced", private: 8, select: { kind: "k", k: 0 } }],
-  ["private terms beside components", { gauge: "balanced", private: 8, select: { kind: "k", k: 2 } }],
+  ["private terms alone", { gauge: "balanced", privateTerms: 8, select: { kind: "k", k: 0 } }],
+  ["private terms beside components", { gauge: "balanced", privateTerms: 8, select: { kind: "k", k: 2 } }],
 ] as const) {
   t.test(`${name}: sessions answer as with the adapters themselves`, async (t) => {
-    const bytes = await packBytes(["adapters"], "base", { ...options, types: LOSSLESS.types });
+    const bytes = await packBytes(["adapters"], "base", { ...options, dtype: LOSSLESS.dtype });
     for (const mode of MODES) {
       const session = await open(NODE, tinyModel("dynamo"), await openPack(bytes), { mode });
       for (const task of folders("adapters")) {
@@ -130,7 +130,7 @@ for (const [name, options] of [
 t.test("a later adapter is cut to the pack's rank", async (t) => {
   const { chunks } = await buildPack(adapters.slice(0, 4), { gauge: "balanced", rank: 3, select: { kind: "k", k: 8 } });
   const pack = await openPack(concat(chunks).buffer);
-  const { residual } = await projectAdapter(pack, await pack.takeBases(), adapters[4]!, storageTypes());
+  const { residual } = await projectAdapter(pack, await pack.takeBases(), adapters[4]!, completeDtypes());
   t.ok(residual.mean > 0 && residual.mean < 1);
   t.equal(pack.directory.basis.rank, 3);
   t.same(
@@ -156,7 +156,7 @@ t.test("an adapter a thousand times larger does not own the components when ever
   };
   const all = [large, ...adapters.slice(1)];
   const meanOf = async (normalize: boolean): Promise<number> => {
-    const { report } = await buildPack(all, { gauge: "balanced", normalize, select: { kind: "k", k: 12 }, types: F32 });
+    const { report } = await buildPack(all, { gauge: "balanced", normalize, select: { kind: "k", k: 12 }, dtype: F32 });
     const small = report.errors.slice(1);
     return small.reduce((sum, { mean }) => sum + mean, 0) / small.length;
   };
@@ -165,7 +165,7 @@ t.test("an adapter a thousand times larger does not own the components when ever
 });
 
 t.test("a budget of bytes is filled, never broken", async (t) => {
-  const options = { gauge: "balanced", rank: 4, types: INT4 } as const;
+  const options = { gauge: "balanced", rank: 4, dtype: INT4 } as const;
   for (const max of [30_000, 45_000]) {
     const { report } = await packWithin(adapters, options, max);
     const { report: more } = await buildPack(adapters, {
@@ -180,8 +180,8 @@ t.test("a budget of bytes is filled, never broken", async (t) => {
 });
 
 t.test("private terms alone within a budget: those that hold most of their ΔW, of all tasks and modules", async (t) => {
-  const options = { gauge: "balanced", types: INT4 } as const;
-  const { report: even } = await buildPack(adapters, { ...options, private: 2, select: { kind: "k", k: 0 } });
+  const options = { gauge: "balanced", dtype: INT4 } as const;
+  const { report: even } = await buildPack(adapters, { ...options, privateTerms: 2, select: { kind: "k", k: 0 } });
   const { report } = await packWithin(adapters, options, even.bytes, 0);
   t.ok(
     report.bytes <= even.bytes && report.error.mean < even.error.mean,
@@ -197,17 +197,27 @@ t.test("private terms alone within a budget: those that hold most of their ΔW, 
     [3, 3, 3, 2],
     [3, 2, 2, 1],
   ];
-  const made = await buildPack(adapters, { ...options, private: 8, privateShare: 0.1, select: { kind: "k", k: 0 } });
+  const made = await buildPack(adapters, {
+    ...options,
+    privateTerms: 8,
+    privateShare: 0.1,
+    select: { kind: "k", k: 0 },
+  });
   const pack = await openPack(concat(made.chunks).buffer);
   for (const [i, { id }] of adapters.entries())
     t.same(
-      (await pack.load(id)).terms.map(({ q }) => q),
+      (await pack.load(id)).terms.map(({ privateRank }) => privateRank),
       expected[i],
       id,
     );
 
   // Of a module where none holds so much nothing is stored, and nothing is done.
-  const few = await buildPack(adapters, { ...options, private: 8, privateShare: 0.6, select: { kind: "k", k: 0 } });
+  const few = await buildPack(adapters, {
+    ...options,
+    privateTerms: 8,
+    privateShare: 0.6,
+    select: { kind: "k", k: 0 },
+  });
   const found = await openPack(concat(few.chunks).buffer);
   const left = (await Promise.all(adapters.map(async ({ id }) => (await found.load(id)).terms.length))).reduce(
     (a, b) => a + b,
@@ -215,7 +225,7 @@ t.test("private terms alone within a budget: those that hold most of their ΔW, 
   );
   t.ok(left > 0 && left < adapters.length * 4, `${left} of ${adapters.length * 4} modules have terms`);
   t.ok(few.report.error.max === 1 && few.report.error.mean < 1);
-  await t.rejects(buildPack(adapters, { ...options, private: 1, privateShare: 1 }), /privateShare must be from 0/);
+  await t.rejects(buildPack(adapters, { ...options, privateTerms: 1, privateShare: 1 }), /privateShare must be from 0/);
 });
 
 t.test("int8 costs next to no error, a quarter of the bytes, and one more task under 7 kB", async (t) => {
@@ -224,7 +234,7 @@ t.test("int8 costs next to no error, a quarter of the bytes, and one more task u
   const of = async (type: "f32" | "int8", k: number) => {
     const { chunks, report } = await buildPack(all, {
       select: { kind: "k", k },
-      types: { basis: type, coefficients: type, head: type },
+      dtype: { basis: type, coefficients: type, head: type },
     });
     const pack = await openPack(concat(chunks).buffer);
     const blobs = await Promise.all(all.map(({ id }) => pack.load(id)));
@@ -251,7 +261,7 @@ async function singles(criterion: Criterion): Promise<{ bytes: number; error: nu
     { gauge: "balanced", rank: 4 },
     { mode: "joint" },
     { mode: "flat", gauge: "balanced" },
-    { gauge: "balanced", private: 8 },
+    { gauge: "balanced", privateTerms: 8 },
   ];
   const made = [];
   for (const way of ways) {
@@ -263,7 +273,7 @@ async function singles(criterion: Criterion): Promise<{ bytes: number; error: nu
       const options = { ...way, types };
       const work =
         criterion.kind === "bytes"
-          ? packWithin(adapters, options, criterion.max, way.private ? 0 : undefined)
+          ? packWithin(adapters, options, criterion.max, way.privateTerms ? 0 : undefined)
           : buildPack(adapters, { ...options, select: { kind: "error", max: criterion.max } });
       const built = await work.catch((error: unknown) => {
         if (error instanceof RangeError) return undefined;
@@ -321,7 +331,7 @@ t.test(
       some.map(({ id }) => id),
     );
 
-    const { report } = await buildAuto(some, { criterion: { kind: "bytes", max: 25_000 }, judge, types: INT4 });
+    const { report } = await buildAuto(some, { criterion: { kind: "bytes", max: 25_000 }, judge, dtype: INT4 });
     const found = report.tried.flatMap(({ divergence }) => divergence ?? []);
     t.ok(found.length > 3 && new Set(found).size > 3);
     t.equal(report.divergence, Math.min(...found));
@@ -330,7 +340,7 @@ t.test(
     const { report: enough } = await buildAuto(some, {
       criterion: { kind: "divergence", max: 0.0005 },
       judge,
-      types: INT4,
+      dtype: INT4,
     });
     t.ok(enough.divergence! <= 0.0005 && enough.bytes < 100_000, `${enough.divergence}, ${enough.bytes}`);
     await release();
@@ -350,8 +360,8 @@ t.test("what cannot be done is refused, with what can", async (t) => {
   await t.rejects(buildPack(adapters, { rank: 4 }), /gauge balanced/);
   await t.rejects(buildPack(adapters, { rank: 4, gauge: "balanced", mode: "flat" }), /flat mode keeps whole factors/);
   await t.rejects(buildPack(adapters, { rank: 0.5, gauge: "balanced" }), /whole number/);
-  await t.rejects(buildPack(adapters, { private: 1 }), /gauge balanced/);
-  await t.rejects(buildPack(adapters, { private: 1, gauge: "balanced", mode: "flat" }), /column or joint/);
+  await t.rejects(buildPack(adapters, { privateTerms: 1 }), /gauge balanced/);
+  await t.rejects(buildPack(adapters, { privateTerms: 1, gauge: "balanced", mode: "flat" }), /column or joint/);
   await t.rejects(buildPack(adapters, { select: { kind: "k", k: 0 } }), /whole number from 1/);
 });
 
@@ -394,7 +404,7 @@ t.test("second moments: those of the inputs, and less lost of the modules' outpu
   const lostOf = async (options: BuildOptions): Promise<number> => {
     const pack = await openPack(
       concat(
-        (await buildPack(adapters, { gauge: "balanced", select: { kind: "k", k: 6 }, types: F32, ...options })).chunks,
+        (await buildPack(adapters, { gauge: "balanced", select: { kind: "k", k: 6 }, dtype: F32, ...options })).chunks,
       ).buffer,
     );
     const bases = await pack.takeBases();
@@ -428,7 +438,7 @@ t.test("second moments: those of the inputs, and less lost of the modules' outpu
   );
 
   await t.rejects(buildPack(adapters, { moments, mode: "flat" }), /flat mode keeps whole factors/);
-  await t.rejects(buildPack(adapters, { moments, gauge: "balanced", private: 1 }), /not found by moments/);
+  await t.rejects(buildPack(adapters, { moments, gauge: "balanced", privateTerms: 1 }), /not found by moments/);
   await t.rejects(buildPack(whole, { moments }), /there are no moments of "bert.encoder.layer/);
   await t.rejects(
     buildPack(adapters, { moments: new Map([...moments.keys()].map((name) => [name, new Float64Array(9)])) }),

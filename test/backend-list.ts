@@ -11,7 +11,7 @@ setFlagsFromString("--experimental-wasm-relaxed-simd");
 
 /** Why Dawn does not start here; undefined where it does. */
 export const dawnMissing: string | undefined = (await createWebgpuBackend().then(
-  (backend) => backend.dispose(),
+  (backend) => backend.close(),
   (error: Error) => error.message,
 )) as string | undefined;
 

@@ -5,12 +5,12 @@
  */
 import fc from "fast-check";
 import type { Backend, Block, FoldJob, Slice } from "../dist/src/backends/backend.js";
-import type { FloatType, TensorType } from "../dist/src/tensor/dtypes.js";
+import type { Dtype, FloatDtype } from "../dist/src/tensor/dtypes.js";
 import { encodeTensor } from "../dist/src/tensor/encode.js";
 import type { SuiteTest } from "./stand-in.ts";
 
-const FLOATS: FloatType[] = ["f32", "f16", "bf16"];
-const TENSORS: TensorType[] = ["f32", "f16", "bf16", "int8", "int4", "int3"];
+const FLOATS: FloatDtype[] = ["f32", "f16", "bf16"];
+const TENSORS: Dtype[] = ["f32", "f16", "bf16", "int8", "int4", "int3"];
 const SEED = 20260115;
 
 /** Byte that fills whatever an operation must not touch. */
@@ -47,7 +47,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
 
   t.test("expand equals the sum in f64, for every tensor type", async (t) => {
     const backend = await create();
-    t.teardown(() => backend.dispose());
+    t.teardown(() => backend.close());
     const cases = fc.record({
       type: fc.constantFrom(...TENSORS),
       rank: fc.constantFrom(0, 1, 2, 3, 8, 17, 33),
@@ -69,7 +69,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
           coefficients: place(backend, bytesOf(coefficients), 4 * ((skew + 1) % 4)),
           basis: place(backend, encoded, 4 * ((skew + 2) % 4)),
         };
-        backend.expand({ out, add, ...slices, type, rank, rows, width });
+        backend.expand({ out, add, ...slices, dtype: type, rank, rows, width });
 
         const expected = add ? Float64Array.from(before) : new Float64Array(rank * width);
         for (let i = 0; i < rank; i++) {
@@ -90,7 +90,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
 
   t.test("project equals the sum in f64, for every tensor type", async (t) => {
     const backend = await create();
-    t.teardown(() => backend.dispose());
+    t.teardown(() => backend.close());
     const cases = fc.record({
       type: fc.constantFrom(...TENSORS),
       count: fc.constantFrom(0, 1, 2, 7, 8, 9, 17),
@@ -110,7 +110,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
           x: place(backend, bytesOf(x), 4 * ((skew + 1) % 4)),
           basis: place(backend, encoded, 4 * ((skew + 2) % 4)),
         };
-        backend.project({ out, ...slices, type, count, rows, width });
+        backend.project({ out, ...slices, dtype: type, count, rows, width });
 
         const expected = new Float64Array(count * rows);
         for (let i = 0; i < count; i++) {
@@ -129,14 +129,14 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
 
   t.test("operations take effect in the order of the calls", async (t) => {
     const backend = await create();
-    t.teardown(() => backend.dispose());
+    t.teardown(() => backend.close());
     const block = backend.allocate(4096, "scratch");
     const at = (float: number): Slice => ({ block, byteOffset: 4 * float });
     const other = backend.allocate(4096, "scratch");
     const on = (float: number): Slice => ({ block: other, byteOffset: 4 * float });
     backend.upload(at(0), bytesOf(Float32Array.from({ length: 8 }, (_, i) => i + 1)));
     backend.upload(at(8), bytesOf(Float32Array.of(2, 3)));
-    const shape = { type: "f32", rank: 1, rows: 1, width: 8 } as const;
+    const shape = { dtype: "f32", rank: 1, rows: 1, width: 8 } as const;
     // Two results side by side, one over the other, one that reads the first, an upload and a copy between them.
     backend.expand({ out: on(0), coefficients: at(8), basis: at(0), ...shape });
     backend.expand({ out: on(8), coefficients: at(9), basis: at(0), ...shape });
@@ -146,7 +146,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
     backend.expand({ out: at(64), coefficients: at(8), basis: on(8), ...shape });
     backend.copy(at(64), on(24), 32);
     backend.expand({ out: on(32), coefficients: at(8), basis: at(64), ...shape });
-    backend.project({ out: on(40), x: on(32), basis: on(0), type: "f32", count: 1, rows: 2, width: 8 });
+    backend.project({ out: on(40), x: on(32), basis: on(0), dtype: "f32", count: 1, rows: 2, width: 8 });
     const found = new Float32Array((await download(backend, on(0), 4 * 42)).buffer);
     const expected = [5, 3, 10, 6, 12].flatMap((factor) => Array.from({ length: 8 }, (_, i) => factor * (i + 1)));
     const squares = 204; // 1 + 4 + … + 64
@@ -167,7 +167,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
 
   t.test("fold equals the sum in f64, rounded once, for every float type", async (t) => {
     const backend = await create();
-    t.teardown(() => backend.dispose());
+    t.teardown(() => backend.close());
     await fc.assert(
       fc.asyncProperty(weights, async ({ type, rank, rows, columns, gap, skew, scaled, inPlace, seed }) => {
         const random = generator(seed);
@@ -185,7 +185,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
         const blank = new Uint8Array(length * size).fill(GUARD);
         const out = inPlace ? from : place(backend, blank, size * ((skew + 3) % 8));
         const job: FoldJob = {
-          ...{ out, base: from, type, rows, columns, stride, rank },
+          ...{ out, base: from, dtype: type, rows, columns, stride, rank },
           left: place(backend, bytesOf(left), 4 * (skew % 3)),
           right: place(backend, bytesOf(right), 4 * (skew % 5)),
           rowScale: rowScale && place(backend, bytesOf(rowScale), 4),
@@ -235,7 +235,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
 
   t.test("fold of rank 0 without scales copies bits, NaN payloads included", async (t) => {
     const backend = await create();
-    t.teardown(() => backend.dispose());
+    t.teardown(() => backend.close());
     const random = generator(7);
     for (const type of FLOATS) {
       const size = type === "f32" ? 4 : 2;
@@ -253,7 +253,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
         const base = place(backend, bytes, size);
         const out = place(backend, new Uint8Array(bytes.length).fill(GUARD), 3 * size);
         const nothing = place(backend, new Uint8Array(0), 0);
-        const shape = { type, rows, columns, stride, rank: 0, left: nothing, right: nothing };
+        const shape = { dtype: type, rows, columns, stride, rank: 0, left: nothing, right: nothing };
         backend.fold({ out, base, ...shape });
         const copied = await download(backend, out, bytes.length);
         for (let i = 0; i < rows; i++) {
@@ -268,7 +268,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
 
   t.test("halves are rounded to nearest, ties to even", async (t) => {
     const backend = await create();
-    t.teardown(() => backend.dispose());
+    t.teardown(() => backend.close());
     // [f32 value, half]: from the definition of the formats, not from a converter.
     const f16: [number, number][] = [
       [0, 0x0000],
@@ -318,7 +318,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
         // Values reach the rounding through right: base is zero and left is 1.
         const right = Float32Array.from({ length: columns }, (_, j) => cases[j % cases.length]![0]);
         const out = place(backend, new Uint8Array(2 * columns), 2);
-        const job = { type, rows: 1, columns, stride: columns, rank: 1 };
+        const job = { dtype: type, rows: 1, columns, stride: columns, rank: 1 };
         const left = place(backend, bytesOf(Float32Array.of(1)), 4);
         backend.fold({ out, base: out, left, right: place(backend, bytesOf(right), 4), ...job });
         const found = new Uint16Array((await download(backend, out, 2 * columns)).buffer);
@@ -337,12 +337,20 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
 
   t.test("halves decode to every value they can have", async (t) => {
     const backend = await create();
-    t.teardown(() => backend.dispose());
+    t.teardown(() => backend.close());
     for (const type of ["f16", "bf16"] as const) {
       const bytes = bytesOf(Uint16Array.from({ length: 65536 }, (_, i) => i));
       const out = place(backend, new Uint8Array(4 * 65536), 0);
       const coefficients = place(backend, bytesOf(Float32Array.of(1)), 0);
-      backend.expand({ out, coefficients, basis: place(backend, bytes, 0), type, rank: 1, rows: 1, width: 65536 });
+      backend.expand({
+        out,
+        coefficients,
+        basis: place(backend, bytes, 0),
+        dtype: type,
+        rank: 1,
+        rows: 1,
+        width: 65536,
+      });
       const found = new Float32Array((await download(backend, out, 4 * 65536)).buffer);
       const expected = decode(type, bytes, 1, 65536);
       const right = (value: number, i: number): boolean =>
@@ -354,7 +362,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
 
   t.test("scale gives magnitude over norm, on both axes", async (t) => {
     const backend = await create();
-    t.teardown(() => backend.dispose());
+    t.teardown(() => backend.close());
     await fc.assert(
       fc.asyncProperty(
         weights,
@@ -377,7 +385,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
             right: place(backend, bytesOf(right), 8),
             magnitude: place(backend, bytesOf(magnitude), 12),
           };
-          backend.scale({ out, ...slices, axis, type, rows, columns, stride, rank });
+          backend.scale({ out, ...slices, axis, dtype: type, rows, columns, stride, rank });
 
           const sums = new Float64Array(count);
           for (let i = 0; i < rows; i++) {
@@ -404,7 +412,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
 
   t.test("scale of a zero row or column is 0", async (t) => {
     const backend = await create();
-    t.teardown(() => backend.dispose());
+    t.teardown(() => backend.close());
     const base = Float32Array.of(0, 0, 0, 0, 3, 4);
     const nothing = place(backend, new Uint8Array(0), 0);
     for (const [axis, expected] of [
@@ -413,7 +421,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
     ] as const) {
       const out = place(backend, new Uint8Array(4 * expected.length), 0);
       const magnitude = place(backend, bytesOf(new Float32Array(expected.length).fill(2)), 0);
-      const weight = { base: place(backend, bytesOf(base), 0), type: "f32", rows: 2, columns: 3, stride: 3 } as const;
+      const weight = { base: place(backend, bytesOf(base), 0), dtype: "f32", rows: 2, columns: 3, stride: 3 } as const;
       backend.scale({ out, magnitude, ...weight, left: nothing, right: nothing, rank: 0, axis });
       const found = new Float32Array((await download(backend, out, 4 * expected.length)).buffer);
       t.strictSame([...found], expected.map(Math.fround), axis);
@@ -422,7 +430,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
 
   t.test("blocks are zeroed, never overlap, and keep their contents while memory grows", async (t) => {
     const backend = await create();
-    t.teardown(() => backend.dispose());
+    t.teardown(() => backend.close());
     const random = generator(3);
     const live: { block: Block; mark: number }[] = [];
     const check = async ({ block, mark }: { block: Block; mark: number }): Promise<void> => {
@@ -452,7 +460,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
 
   t.test("copy, upload and view move bytes between blocks", async (t) => {
     const backend = await create();
-    t.teardown(() => backend.dispose());
+    t.teardown(() => backend.close());
     const from = place(backend, Uint8Array.of(1, 2, 3, 4, 5, 6, 7, 8), 4);
     const to = place(backend, new Uint8Array(8), 8);
     backend.copy(from, to, 8);
@@ -465,11 +473,11 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
 
   t.test("a job that leaves its blocks is refused by name", async (t) => {
     const backend = await create();
-    t.teardown(() => backend.dispose());
+    t.teardown(() => backend.close());
     const block = backend.allocate(4096, "active");
     const at = (byteOffset: number): Slice => ({ block, byteOffset });
     const fold: FoldJob = {
-      ...{ out: at(0), base: at(0), type: "f32", rows: 8, columns: 8, stride: 8, rank: 2 },
+      ...{ out: at(0), base: at(0), dtype: "f32", rows: 8, columns: 8, stride: 8, rank: 2 },
       ...{ left: at(1024), right: at(2048), rowScale: at(3072), columnScale: at(3200) },
     };
     backend.fold(fold);
@@ -496,14 +504,14 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
     for (const [change, message] of refused) {
       t.throws(() => backend.fold({ ...fold, ...change }), { name: "RangeError", message }, String(message));
     }
-    t.throws(() => backend.fold({ ...fold, type: "int8" as FloatType }), TypeError);
+    t.throws(() => backend.fold({ ...fold, dtype: "int8" as FloatDtype }), TypeError);
 
     const expand = { out: at(0), coefficients: at(1024), basis: at(2048), rank: 2, rows: 4, width: 16 } as const;
-    backend.expand({ ...expand, type: "int3" });
-    t.throws(() => backend.expand({ ...expand, type: "f32", rows: 40 }), { message: /^basis / });
-    t.throws(() => backend.expand({ ...expand, type: "int4", rank: 65 }), { message: /^out / });
-    t.throws(() => backend.expand({ ...expand, type: "int4", coefficients: at(64) }), { message: /^out overlaps c/ });
-    const project = { out: at(0), x: at(1024), basis: at(2048), type: "f32", count: 2, rows: 4, width: 16 } as const;
+    backend.expand({ ...expand, dtype: "int3" });
+    t.throws(() => backend.expand({ ...expand, dtype: "f32", rows: 40 }), { message: /^basis / });
+    t.throws(() => backend.expand({ ...expand, dtype: "int4", rank: 65 }), { message: /^out / });
+    t.throws(() => backend.expand({ ...expand, dtype: "int4", coefficients: at(64) }), { message: /^out overlaps c/ });
+    const project = { out: at(0), x: at(1024), basis: at(2048), dtype: "f32", count: 2, rows: 4, width: 16 } as const;
     backend.project(project);
     t.throws(() => backend.project({ ...project, count: -2 }), { message: /^count / });
     t.throws(() => backend.project({ ...project, width: 40, rows: 40 }), { message: /^basis / });
@@ -548,7 +556,7 @@ function bytesOf(array: Float32Array | Uint16Array): Uint8Array {
 }
 
 /** Decodes an encoded tensor by the definitions of SPEC.md, bit by bit. */
-function decode(type: TensorType, bytes: Uint8Array, rows: number, width: number): Float64Array {
+function decode(type: Dtype, bytes: Uint8Array, rows: number, width: number): Float64Array {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
   const float = (bits: number, exponentBits: number, fractionBits: number): number => {
     const sign = bits >> (exponentBits + fractionBits) ? -1 : 1;

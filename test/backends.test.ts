@@ -10,7 +10,7 @@ import { createWebgpuBackend } from "../dist/src/backends/webgpu.js";
 import { symmetricEigen } from "../dist/src/extract/eigen.js";
 import { transpose } from "../dist/src/extract/linalg.js";
 import { createWasmProducts } from "../dist/src/extract/wasm-products.js";
-import type { FloatType } from "../dist/src/tensor/dtypes.js";
+import type { FloatDtype } from "../dist/src/tensor/dtypes.js";
 import { encodeTensor } from "../dist/src/tensor/encode.js";
 import { dawnMissing } from "./backend-list.ts";
 import { backendSuite, generator, values } from "./backend-suite.ts";
@@ -24,7 +24,7 @@ if (process.versions.node.startsWith("20.")) setFlagsFromString("--experimental-
 const available: WasmVariant[] = [];
 for (const variant of WASM_VARIANTS) {
   try {
-    (await createWasmBackend({ variant })).dispose();
+    (await createWasmBackend({ variant })).close();
     available.push(variant);
   } catch (error) {
     const reason = `this engine refuses it: ${(error as Error).message}`;
@@ -55,7 +55,7 @@ t.test("without a wish the best variant runs", async (t) => {
 });
 
 /** One fold or expand with the same seeded input on any backend; the bytes of its result. */
-function run(backend: Backend, type: FloatType, rank: number): Uint8Array {
+function run(backend: Backend, type: FloatDtype, rank: number): Uint8Array {
   const [rows, columns] = [37, 531];
   const random = generator(11);
   const put = (bytes: Uint8Array): { block: ReturnType<Backend["allocate"]>; byteOffset: number } => {
@@ -67,12 +67,12 @@ function run(backend: Backend, type: FloatType, rank: number): Uint8Array {
   const base = put(encodeTensor(type, values(rows * columns, random), 1, rows * columns));
   const right = floats(rank * columns);
   backend.expand({
-    ...{ out: right, coefficients: floats(rank * 50), type: "int4", rank, rows: 50, width: columns },
+    ...{ out: right, coefficients: floats(rank * 50), dtype: "int4", rank, rows: 50, width: columns },
     basis: put(encodeTensor("int4", values(50 * columns, random), 50, columns)),
   });
   const left = floats(rank * rows);
   const rowScale = type === "f32" ? undefined : floats(rows);
-  backend.fold({ out: base, base, type, rows, columns, stride: columns, left, right, rank, rowScale });
+  backend.fold({ out: base, base, dtype: type, rows, columns, stride: columns, left, right, rank, rowScale });
   return backend.view!(base, base.block.byteLength).slice();
 }
 

@@ -1,7 +1,7 @@
 /** Bases of seeded values for modules of a pack. */
 
 import type { Tensor } from "../dist/src/base/host.js";
-import type { FloatType } from "../dist/src/tensor/dtypes.js";
+import type { FloatDtype } from "../dist/src/tensor/dtypes.js";
 import { encodeTensor } from "../dist/src/tensor/encode.js";
 import { generator, values } from "./backend-suite.ts";
 import { concat } from "./packs.ts";
@@ -9,7 +9,7 @@ import { concat } from "./packs.ts";
 type Modules = readonly { name: string; out: number; in: number }[];
 
 /** A weight for each module, in memory, under the names of a checkpoint without "bert.". */
-export function seededTensors(modules: Modules, dtype: FloatType): Map<string, Tensor> {
+export function seededTensors(modules: Modules, dtype: FloatDtype): Map<string, Tensor> {
   const random = generator(77);
   const tensors = new Map<string, Tensor>();
   for (const { name, out, in: inputs } of modules) {

@@ -62,7 +62,7 @@ const learn = [
 ];
 
 t.test("learns, adds, verifies, runs, exports", async (t) => {
-  const made = json(0, ...learn, "-o", "mine.eigentask", "--terms", "1", "--rate", "0.01");
+  const made = json(0, ...learn, "-o", "mine.eigentask", "--private-terms", "1", "--rate", "0.01");
   t.match(made, {
     file: "mine.eigentask",
     id: "mine",
@@ -75,10 +75,8 @@ t.test("learns, adds, verifies, runs, exports", async (t) => {
   t.equal(made["bytes"], (await readFile(join(folder, "mine.eigentask"))).length);
   t.equal(made["epochs"].length, 4);
   t.ok(made["epochs"].at(-1).loss < 0.8 * made["epochs"][0].loss, JSON.stringify(made["epochs"]));
-  const best = made["epochs"]
-    .map((epoch: any) => epoch.validation)
-    .reduce((a: any, b: any) => (b.loss < a.loss ? b : a));
-  t.same(made["validation"], best, "the epoch that was kept");
+  const best = made["epochs"].map((epoch: any) => epoch.holdout).reduce((a: any, b: any) => (b.loss < a.loss ? b : a));
+  t.same(made["holdout"], best, "the epoch that was kept");
   t.ok(best.accuracy > 0.5, `${best.accuracy}`);
   t.same(made["trained"], { terms: 12 * 2 * (8 * 8 + 384), head: 3 * 385 });
 
@@ -121,9 +119,9 @@ t.test("learns, adds, verifies, runs, exports", async (t) => {
 });
 
 t.test("the same seed gives the same file; tables as JSON lines; a LoRA of another rank", async (t) => {
-  const few = [...learn, "--epochs", "1", "--validation", "0", "--seed", "7", "--id", "x"];
+  const few = [...learn, "--epochs", "1", "--holdout", "0", "--seed", "7", "--id", "x"];
   const made = json(0, ...few, "-o", "a.eigentask");
-  t.equal(made["validation"], null);
+  t.equal(made["holdout"], null);
   json(0, ...few.map((word) => (word === "rows.jsonl" ? "rows.tsv" : word)), "-o", "b.eigentask");
   const [a, b] = [await readFile(join(folder, "a.eigentask")), await readFile(join(folder, "b.eigentask"))];
   t.ok(a.equals(b));
@@ -161,7 +159,7 @@ t.test("Ctrl-C keeps what was learned, or says that nothing was", async (t) => {
   t.notOk((await readdir(folder)).includes("stopped.eigentask"));
   const { json: made, exitCode, text } = stopAt(3);
   t.equal(exitCode, 1);
-  t.match(made, { interrupted: true, file: "stopped.eigentask", validation: null });
+  t.match(made, { interrupted: true, file: "stopped.eigentask", holdout: null });
   // A signal arrives a moment after it was sent.
   t.ok(made.steps >= 3 && made.steps < 16, `${made.steps} steps`);
   t.match(text, /stopped at step \d+ of 16/);
@@ -225,9 +223,9 @@ t.test("files of examples: what is read, and which line is refused", async (t) =
   };
   refuse(2, { tag: "usage", message: /--labels a,a: expected two at least, all different/ }, "--labels", "a,a");
   refuse(1, { tag: "source", message: /line 1: the label ".*" is none of --labels a,b/ }, "--labels", "a,b");
-  refuse(2, { tag: "usage", message: /--validation 1: expected a share from 0 to less than 1/ }, "--validation", "1");
+  refuse(2, { tag: "usage", message: /--holdout 1: expected a share from 0 to less than 1/ }, "--holdout", "1");
   refuse(2, { tag: "usage", message: /--rate fast: expected a number above 0/ }, "--rate", "fast");
-  refuse(2, { tag: "usage", message: /--terms 0.5: expected a whole number from 0/ }, "--terms", "0.5");
+  refuse(2, { tag: "usage", message: /--private-terms 0.5: expected a whole number from 0/ }, "--private-terms", "0.5");
   refuse(2, { tag: "usage", message: /--train all: expected coefficients or lora/ }, "--train", "all");
   refuse(2, { tag: "usage", message: /would overwrite what it is made of/ }, "-o", "p.eigen");
   refuse(

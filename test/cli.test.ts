@@ -39,7 +39,7 @@ t.test("pack to a size, to an error, with less rank and private terms; auto says
   t.ok(sized["ratio"] >= 16 && sized["ratio"] < 17.5, `${sized["ratio"]}`);
   t.match(sized, { gauge: "balanced", mode: "column" });
   t.ok(json(0, "pack", ...some, "-o", "sized.eigen", "--bytes", "300kB")["bytes"] <= 300_000);
-  const owned = json(0, "pack", ...some, "-o", "owned.eigen", "--private", "1", "--k", "4");
+  const owned = json(0, "pack", ...some, "-o", "owned.eigen", "--private-terms", "1", "--k", "4");
   const verified = json(
     0,
     "verify",

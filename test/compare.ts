@@ -80,5 +80,5 @@ export async function checkGolden(t: SuiteTest, golden: Golden, options: Backend
   }
   await pristine.close?.();
   await source.close?.();
-  await runtime.dispose();
+  await runtime.close();
 }

@@ -166,7 +166,7 @@ t.test("what is held back is judged as the sessions judge it; the head is traine
 
 t.test("number formats of a task stay, packed integers too", async (t) => {
   const types = { basis: "f16", coefficients: "int8", head: "int4" } as const;
-  const session = await tiny(NODE, { ...SMALL, types });
+  const session = await tiny(NODE, { ...SMALL, dtype: types });
   t.teardown(() => session.release());
   const adapter = await adapterOf(t, "sessions/adapters/two");
   const made = await distill(session, { adapter, feeds: inputs(NODE, session, 32), steps: 30, batch: 16 });
@@ -175,8 +175,8 @@ t.test("number formats of a task stay, packed integers too", async (t) => {
   const kinds = async (id: string): Promise<unknown> => {
     const { terms, parameters } = await session.pack.load(id);
     return [
-      terms.map(({ A, B }) => [A!.tensor.type, B!.tensor.type]),
-      parameters.map(({ name, tensor }) => `${name} ${tensor.type}`).sort(),
+      terms.map(({ A, B }) => [A!.tensor.dtype, B!.tensor.dtype]),
+      parameters.map(({ name, tensor }) => `${name} ${tensor.dtype}`).sort(),
     ];
   };
   t.same(await kinds("distilled"), await kinds("two"));
@@ -211,7 +211,7 @@ t.test("what cannot be distilled is refused by name", async (t) => {
   await refused({ steps: 1.5 }, { name: "RangeError", message: /steps/ });
   await refused({ steps: 0 }, { name: "RangeError", message: /steps/ });
   await refused({ batch: 0 }, { name: "RangeError", message: /batch/ });
-  await refused({ held: 1 }, { name: "RangeError", message: /held/ });
+  await refused({ holdout: 1 }, { name: "RangeError", message: /holdout/ });
   const plain = await open(NODE, model("torchscript"), await openPack(await packBytes(["adapters"], "base")));
   t.teardown(() => plain.release());
   await t.rejects(distill(plain, { adapter: three!, feeds: all }), { name: "TypeError", message: /trainable: true/ });

@@ -32,7 +32,7 @@ t.test("f16 and bf16 agree with numpy and torch", async (t) => {
 t.test(
   "encode and decode: floats within their rounding, integers within half a step or, of few bits, losing no more than that",
   async (t) => {
-    const steps: Record<d.TensorType, number> = {
+    const steps: Record<d.Dtype, number> = {
       f32: 2 ** -24,
       f16: 2 ** -11,
       bf16: 2 ** -8,
@@ -43,7 +43,7 @@ t.test(
     t.doesNotThrow(() =>
       fc.assert(
         fc.property(
-          fc.constantFrom(...d.TENSOR_TYPES),
+          fc.constantFrom(...d.DTYPES),
           fc.integer({ min: 0, max: 5 }),
           fc.integer({ min: 1, max: 19 }),
           fc.infiniteStream(fc.float({ min: -100, max: 100, noNaN: true })),

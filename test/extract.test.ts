@@ -20,7 +20,7 @@ import {
 import { alignSigns, balance, type Pair } from "../dist/src/extract/gauge.js";
 import { dot, timesTransposed } from "../dist/src/extract/linalg.js";
 import { mirror, mix, mixColumns } from "../dist/src/extract/mixing.js";
-import { decodeTensor, type TensorType, tensorBytes } from "../dist/src/tensor/dtypes.js";
+import { type Dtype, decodeTensor, tensorBytes } from "../dist/src/tensor/dtypes.js";
 import { uniform } from "../dist/src/tensor/random.js";
 
 const DATA = new URL("data/", import.meta.url);
@@ -29,8 +29,8 @@ const F32: ExtractOptions = {
   gauge: "as-trained",
   centering: "keep",
   select: { kind: "energy", share: 1 },
-  basisType: "f32",
-  coefficientType: "f32",
+  basisDtype: "f32",
+  coefficientDtype: "f32",
 };
 
 // ---- reading ----------------------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ function difference(x: Float64Array, y: Float64Array): Float64Array {
 /** Decoded rows of a basis, the mean last. */
 function decoded(basis: SideBasis): { E: Float64Array[]; mean: Float64Array | undefined } {
   const rows = basis.components + (basis.mean ? 1 : 0);
-  const values = Float64Array.from(decodeTensor(basis.type, basis.encoded, rows, basis.width));
+  const values = Float64Array.from(decodeTensor(basis.dtype, basis.encoded, rows, basis.width));
   const all = Array.from({ length: rows }, (_, i) => values.subarray(i * basis.width, (i + 1) * basis.width));
   return { E: all.slice(0, basis.components), mean: basis.mean ? all[basis.components] : undefined };
 }
@@ -124,7 +124,7 @@ function rowsOf(basis: SideBasis, alpha: ArrayLike<number>, rank: number): Float
 }
 
 /** ‖ΔW − ΔW'‖ / ‖ΔW‖ of a stored task, from what is stored. */
-function storedError(result: ModuleExtraction, member: ModuleMember, type: TensorType): number {
+function storedError(result: ModuleExtraction, member: ModuleMember, type: Dtype): number {
   const task = result.tasks.find(({ id }) => id === member.id)!;
   const A = rowsOf(result.A, decodeTensor(type, task.alphaA, task.rank, result.A.components), task.rank);
   const Bt = rowsOf(result.B, decodeTensor(type, task.alphaB, task.rank, result.B.components), task.rank);
@@ -392,7 +392,12 @@ t.test("real adapters: all 20, three ways to choose K", async () => {
     t.ok(orthonormality(lossless.A) <= 1e-6 && orthonormality(lossless.B) <= 1e-6);
   }
   for (const type of ["f16", "bf16", "int8", "int4", "int3"] as const) {
-    const options = { ...F32, basisType: type, coefficientType: type, select: { kind: "energy", share: 0.9 } } as const;
+    const options = {
+      ...F32,
+      basisDtype: type,
+      coefficientDtype: type,
+      select: { kind: "energy", share: 0.9 },
+    } as const;
     const result = extractModule(stack, options);
     for (const side of [result.A, result.B]) {
       const squares = side.singular.map((value) => value * value);
@@ -425,7 +430,7 @@ t.test("components are orthonormal and energy 1 is lossless", async () => {
 });
 
 t.test("reported errors are those of what is stored", async () => {
-  const types = fc.constantFrom<TensorType>("f32", "f16", "bf16", "int8", "int4", "int3");
+  const types = fc.constantFrom<Dtype>("f32", "f16", "bf16", "int8", "int4", "int3");
   fc.assert(
     fc.property(
       stacks,
@@ -434,13 +439,13 @@ t.test("reported errors are those of what is stored", async () => {
       types,
       types,
       fc.integer({ min: 1, max: 8 }),
-      (stack, gauge, centering, basisType, coefficientType, k) => {
-        const options: ExtractOptions = { gauge, centering, basisType, coefficientType, select: { kind: "k", k } };
+      (stack, gauge, centering, basisDtype, coefficientDtype, k) => {
+        const options: ExtractOptions = { gauge, centering, basisDtype, coefficientDtype, select: { kind: "k", k } };
         const result = extractModule(stack, options);
         const space = openModule(result);
         return stack.members.every((member, i) => {
           const task = result.tasks[i]!;
-          const measured = storedError(result, member, coefficientType);
+          const measured = storedError(result, member, coefficientDtype);
           const again = measureModule(space, member, task, options);
           return (
             Math.abs(task.error - measured) <= 1e-6 * (1 + task.bound) &&
@@ -454,10 +459,10 @@ t.test("reported errors are those of what is stored", async () => {
 });
 
 t.test("no coefficients of a task are better than those found", async () => {
-  const types = fc.constantFrom<TensorType>("f32", "int8", "int4", "int3");
+  const types = fc.constantFrom<Dtype>("f32", "int8", "int4", "int3");
   fc.assert(
-    fc.property(stacks, centerings, types, fc.nat(), (stack, centering, basisType, seed) => {
-      const options: ExtractOptions = { ...F32, centering, basisType, select: { kind: "k", k: 4 } };
+    fc.property(stacks, centerings, types, fc.nat(), (stack, centering, basisDtype, seed) => {
+      const options: ExtractOptions = { ...F32, centering, basisDtype, select: { kind: "k", k: 4 } };
       const result = extractModule(stack, options);
       const random = generator(seed);
       const [member] = stack.members as [ModuleMember];
@@ -481,14 +486,14 @@ t.test("an error selection is honoured, and no pair of fewer bytes would do", as
       stacks,
       gauges,
       centerings,
-      fc.constantFrom<TensorType>("f32", "f16", "int8"),
+      fc.constantFrom<Dtype>("f32", "f16", "int8"),
       fc.double({ min: 0.05, max: 0.8, noNaN: true }),
       (stack, gauge, centering, type, max) => {
         const options: ExtractOptions = {
           gauge,
           centering,
-          basisType: type,
-          coefficientType: type,
+          basisDtype: type,
+          coefficientDtype: type,
           select: { kind: "error", max },
         };
         const result = extractModule(stack, options);
@@ -507,7 +512,7 @@ t.test("an error selection is honoured, and no pair of fewer bytes would do", as
             if (cost > spent || (cost === spent && kA >= result.A.components)) continue;
             const space = openModule({ A: cut(full.A, kA), B: cut(full.B, kB) });
             const fits = stack.members.every(
-              (member) => projectModule(space, member, { gauge, coefficientType: type }).error <= max - 1e-9,
+              (member) => projectModule(space, member, { gauge, coefficientDtype: type }).error <= max - 1e-9,
             );
             if (fits) return false;
           }
@@ -525,14 +530,14 @@ t.test("an error selection is honoured in few bits too", async () => {
       stacks,
       gauges,
       centerings,
-      fc.constantFrom<TensorType>("int4", "int3"),
+      fc.constantFrom<Dtype>("int4", "int3"),
       fc.double({ min: 0.1, max: 0.8, noNaN: true }),
       (stack, gauge, centering, type, max) => {
         const options: ExtractOptions = {
           gauge,
           centering,
-          basisType: type,
-          coefficientType: type,
+          basisDtype: type,
+          coefficientDtype: type,
           select: { kind: "error", max },
         };
         try {
@@ -583,7 +588,7 @@ t.test("of few bits rows are turned, which changes no ΔW and loses less of it",
 
 /** The first k components of a basis and its mean, in bytes of their own. */
 function cut(basis: SideBasis, k: number): SideBasis {
-  const { components, width, type, encoded } = basis;
+  const { components, width, dtype: type, encoded } = basis;
   const rows = k + (basis.mean ? 1 : 0);
   const scales = type === "int8" ? 2 : 0;
   const row = type === "f32" ? 4 * width : type === "f16" ? 2 * width : width;
@@ -601,7 +606,7 @@ function cut(basis: SideBasis, k: number): SideBasis {
 t.test("an error that the stored types cannot reach is refused with what can be reached", async () => {
   const stack = makeStack(5, [3, 3, 3], 12, 16);
   const select = { kind: "error", max: 1e-3 } as const;
-  const options: ExtractOptions = { ...F32, basisType: "int4", coefficientType: "int4", select };
+  const options: ExtractOptions = { ...F32, basisDtype: "int4", coefficientDtype: "int4", select };
   t.throws(() => extractModule(stack, options), { message: /layer.*0\.001.*int4.*f32/s });
   t.throws(() => extractModule(stack, { ...F32, select: { kind: "error", max: 1e-12 } }), RangeError);
   const reached = extractModule(stack, { ...F32, select: { kind: "error", max: 1e-6 } });
@@ -705,20 +710,20 @@ t.test("the order of the adapters does not matter", async () => {
 });
 
 t.test("an adapter of the stack, brought onto the stored basis again, gets the same coefficients", async () => {
-  for (const [gauge, coefficientType] of [
+  for (const [gauge, coefficientDtype] of [
     ["as-trained", "f16"],
     ["balanced", "f16"],
     ["balanced", "f32"],
   ] as const) {
     const stack = real[1]!;
-    const result = extractModule(stack, { ...F32, gauge, coefficientType, select: { kind: "k", k: 12 } });
+    const result = extractModule(stack, { ...F32, gauge, coefficientDtype, select: { kind: "k", k: 12 } });
     const space = openModule(result);
     stack.members.forEach((member, i) => {
-      const again = projectModule(space, member, { gauge, coefficientType });
+      const again = projectModule(space, member, { gauge, coefficientDtype });
       t.same(again, result.tasks[i]);
-      const measured = measureModule(space, member, again, { gauge, coefficientType });
+      const measured = measureModule(space, member, again, { gauge, coefficientDtype });
       for (const key of ["error", "bound", "deltaA", "deltaB"] as const) {
-        t.ok(Math.abs(measured[key] - again[key]) <= 1e-7, `${gauge} ${coefficientType} ${key}`);
+        t.ok(Math.abs(measured[key] - again[key]) <= 1e-7, `${gauge} ${coefficientDtype} ${key}`);
       }
     });
   }

@@ -20,7 +20,7 @@ import { buildPack, projectAdapter } from "../dist/src/pack/build.js";
 import { taskAdapter } from "../dist/src/pack/expand.js";
 import { openPack } from "../dist/src/pack/pack.js";
 import { createRuntime } from "../dist/src/runtime/create.js";
-import type { TensorType } from "../dist/src/tensor/dtypes.js";
+import type { Dtype } from "../dist/src/tensor/dtypes.js";
 import { createEncoder, readReference, readTask } from "../examples/minilm.js";
 import { backends } from "./backend-list.ts";
 import { generator, values } from "./backend-suite.ts";
@@ -34,8 +34,8 @@ const F32: ExtractOptions = {
   gauge: "as-trained",
   centering: "keep",
   select: { kind: "energy", share: 1 },
-  basisType: "f32",
-  coefficientType: "f32",
+  basisDtype: "f32",
+  coefficientDtype: "f32",
 };
 const own = (ids: readonly string[]): string[] => ids.map((id) => data(`adapters/own-seed/${id}`));
 
@@ -121,7 +121,7 @@ t.test("golden: flat keep K=4", async (t) => {
 });
 
 t.test("what is reported is what is stored; all components together lose nothing", async (t) => {
-  const types = fc.constantFrom<TensorType>("f32", "f16", "bf16", "int8", "int4", "int3");
+  const types = fc.constantFrom<Dtype>("f32", "f16", "bf16", "int8", "int4", "int3");
   const cases = fc.record({
     ranks: fc.array(fc.integer({ min: 1, max: 4 }), { minLength: 1, maxLength: 5 }),
     seed: fc.nat(),
@@ -138,12 +138,12 @@ t.test("what is reported is what is stored; all components together lose nothing
       const lossless = await buildPack(adapters, { mode: "flat", gauge, centering, ...LOSSLESS });
       if (lossless.report.error.max > 1e-6 || lossless.report.components.max > most) return false;
       if (most === 0) return true;
-      const types = { basis, coefficients };
+      const dtype = { basis, coefficients };
       const { chunks, report } = await buildPack(adapters, {
         mode: "flat",
         gauge,
         centering,
-        types,
+        dtype,
         select: { kind: "k", k: Math.min(k, most) },
       });
       const pack = await openPack(concat(chunks));
@@ -163,7 +163,7 @@ t.test("what is reported is what is stored; all components together lose nothing
 
 t.test("an adapter of the stack, brought onto the stored basis again, gets the same coefficients", async (t) => {
   const [stack] = (await stacksOf(["debtags-admin", "debtags-devel", "sections-0", "sections-1"])) as [ModuleStack];
-  const options: ExtractOptions = { ...F32, select: { kind: "k", k: 2 }, coefficientType: "f16" };
+  const options: ExtractOptions = { ...F32, select: { kind: "k", k: 2 }, coefficientDtype: "f16" };
   const result = extractModule(stack, options);
   const space = openModule(result);
   stack.members.forEach((member, i) => {
@@ -293,7 +293,7 @@ t.test("several components through every backend: the adapters' own weights", as
         t.ok(off <= 2e-5, `${runtime.backend}: ${id} ${weight} off by ${off}`);
       }
     }
-    await runtime.dispose();
+    await runtime.close();
   }
 });
 

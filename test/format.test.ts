@@ -53,7 +53,7 @@ t.test("a pack written from SPEC.md alone: every number format, every kind of te
     }
     for (const { name, shape, tensor } of blob.parameters) {
       const bytes = blob.bytes.subarray(tensor.byteOffset, tensor.byteOffset + tensor.byteLength);
-      t.same(decodeTensor(tensor.type, bytes, tensor.rows, tensor.width), expected.get(`${id}/${name}`)!.values);
+      t.same(decodeTensor(tensor.dtype, bytes, tensor.rows, tensor.width), expected.get(`${id}/${name}`)!.values);
       t.same(shape, expected.get(`${id}/${name}`)!.shape);
       seen.add(`${id}/${name}`);
     }

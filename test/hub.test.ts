@@ -36,7 +36,7 @@ t.test("53 adapters, 7 shards, two workers, one killed: the pack of one machine"
   t.ok(report.parts < 7, `killed when ${report.parts} of 7 shards were done`);
   const { bytes } = await packOf(["adapters/hub"], {
     select: { kind: "k", k: 32 },
-    types: { basis: "f32", coefficients: "f32", head: "f32" },
+    dtype: { basis: "f32", coefficients: "f32", head: "f32" },
   });
   const [found, expected] = [await openPack(out), await openPack(bytes)];
   t.same([...found.tasks.keys()], [...expected.tasks.keys()]);

@@ -24,7 +24,7 @@ const anyModule: fc.Arbitrary<TrainedModule> = fc
     ...{
       in: fc.integer({ min: 1, max: 5 }),
       out: fc.integer({ min: 1, max: 5 }),
-      own: fc.integer({ min: 0, max: 2 }),
+      privateRank: fc.integer({ min: 0, max: 2 }),
       rank: fc.integer({ min: 1, max: 3 }),
     },
     ...{
@@ -35,14 +35,14 @@ const anyModule: fc.Arbitrary<TrainedModule> = fc
     },
     ...{ flat: fc.boolean(), trained: fc.boolean(), shared: fc.boolean(), seed: fc.integer({ min: 1, max: 1e6 }) },
   })
-  .map(({ in: inputs, out, own, rank, KA, KB, meanA, meanB, flat, trained, shared, seed }) => {
+  .map(({ in: inputs, out, privateRank, rank, KA, KB, meanA, meanB, flat, trained, shared, seed }) => {
     const [kind, times] = flat ? (["flat", rank] as const) : (["column", 1] as const);
     const [A, B] = [basis(kind, KA, meanA, times * inputs, seed), basis(kind, KB, meanB, times * out, seed + 1)];
     return {
       name: `module ${seed}`,
       in: inputs,
       out,
-      own: shared ? own : own + 1,
+      privateRank: shared ? privateRank : privateRank + 1,
       shared: shared ? { rank, A, B, trained } : undefined,
     };
   });
@@ -56,7 +56,7 @@ t.test("factors are what the formula says", async (_t) => {
       const values = new Float32Array(noise(terms.size, seed));
       terms.fillComponents(values);
       const found = terms.expand(values);
-      for (const { name, in: inputs, out, shared, own } of all) {
+      for (const { name, in: inputs, out, shared, privateRank: own } of all) {
         for (const [side, d] of [
           ["A", inputs],
           ["B", out],
@@ -88,7 +88,7 @@ t.test("gradients are pulled back along what factors are made of", async (_t) =>
       const next = random(seed);
       // A loss that is linear in the factors, so that it is a polynomial of second degree in what is trained, and differences are exact.
       const weights = new Map(
-        all.map(({ name, in: inputs, out, shared, own }): [string, Factors] => {
+        all.map(({ name, in: inputs, out, shared, privateRank: own }): [string, Factors] => {
           const some = (d: number): Float32Array<ArrayBuffer> =>
             Float32Array.from({ length: ((shared?.rank ?? 0) + own) * d }, () => next() - 0.5);
           return [name, { A: some(inputs), B: some(out) }];
@@ -250,7 +250,7 @@ t.test("coefficients first, components last: a pack of its own, the old tasks in
       ];
       const off = Math.max(relative(b.A, a.A), relative(b.Bt, a.Bt));
       t.ok(off < 0.3, `${id}, ${module.name}: ${off}`);
-      t.equal(after.terms[i]!.q, term.q);
+      t.equal(after.terms[i]!.privateRank, term.privateRank);
     }
     t.same(
       after.parameters.map(({ tensor: { byteOffset, byteLength } }) =>

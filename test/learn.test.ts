@@ -25,7 +25,7 @@ for (const [name, ort] of [
 ] as const) {
   t.test(`${name}: learns, and the session answers with the task as the trainer does`, async (t) => {
     const session = await tiny(ort);
-    const trainer = await createTrainer(session, { labels: LABELS, seed: 3, terms: 1 });
+    const trainer = await createTrainer(session, { labels: LABELS, seed: 3, privateTerms: 1 });
     t.teardown(() => session.release());
     const known = examples(ort, session, 48, 1);
     const losses: number[] = [];
@@ -75,7 +75,7 @@ t.test("a LoRA without components, for comparison", async (t) => {
   for await (const { loss } of trainer.fit(known, { epochs: 6 })) losses.push(loss);
   t.ok(losses.at(-1)! < losses[0]!, `${losses[0]} → ${losses.at(-1)}`);
   await session.addTask("mine", await trainer.task({ dtype: "f32" }));
-  t.ok((await session.pack.load("mine")).terms.every(({ A, q }) => A === undefined && q === 2));
+  t.ok((await session.pack.load("mine")).terms.every(({ A, privateRank }) => A === undefined && privateRank === 2));
   await session.switchTask("mine");
   const logits = await outputOf(session, known[0]!.feeds as never);
   const [probabilities] = await trainer.predict(known.slice(0, 1));
@@ -93,7 +93,7 @@ t.test("a LoRA without components, for comparison", async (t) => {
 
 t.test("a learned task leaves as a PEFT adapter that answers alike in PyTorch", async (t) => {
   const session = await tiny(NODE);
-  const trainer = await createTrainer(session, { labels: LABELS, seed: 3, terms: 2 });
+  const trainer = await createTrainer(session, { labels: LABELS, seed: 3, privateTerms: 2 });
   t.teardown(() => session.release());
   for await (const _ of trainer.fit(examples(NODE, session, 32, 1), { epochs: 4 }));
   await session.addTask("mine", await trainer.task({ dtype: "f32" }));
@@ -136,7 +136,7 @@ t.test("the same seed gives the same bits, another one others", async (t) => {
   const files: Buffer[] = [];
   for (const seed of [5, 5, 6]) {
     const trainer = await createTrainer(session, { labels: LABELS, seed });
-    for await (const _ of trainer.fit(known, { epochs: 2, validation: 0.25 }));
+    for await (const _ of trainer.fit(known, { epochs: 2, holdout: 0.25 }));
     files.push(Buffer.from(await trainer.task()));
   }
   t.ok(files[0]!.equals(files[1]!));
@@ -238,7 +238,7 @@ t.test("examples that cannot be learned from are refused before anything runs", 
   });
   await t.rejects(fit(known, { steps: 1.5 }), { name: "RangeError", message: /steps/ });
   await t.rejects(fit(known, { epochs: 0 }), { name: "RangeError", message: /epochs/ });
-  await t.rejects(fit(known, { validation: 1 }), { name: "RangeError", message: /validation/ });
+  await t.rejects(fit(known, { holdout: 1 }), { name: "RangeError", message: /holdout/ });
   await t.rejects(fit(known, { temperature: 0 }), { name: "RangeError", message: /temperature/ });
   const bare = await createTrainer(session, { labels: LABELS, head: false });
   await t.rejects(bare.fit(known, { temperature: 0.5 }).next(), {

@@ -3,7 +3,7 @@ import { readdirSync, readFileSync } from "node:fs";
 import type * as common from "onnxruntime-common";
 import { readAdapters } from "../dist/src/adapters/folder.js";
 import { buildTrainingGraph, type TrainingGraph, type TrainingGraphOptions } from "../dist/src/autodiff/graph.js";
-import type { Probe } from "../dist/src/autodiff/shapes.js";
+import type { ShapeProbe } from "../dist/src/autodiff/shapes.js";
 import { findWeight } from "../dist/src/base/locate.js";
 import { NameMatcher } from "../dist/src/base/names.js";
 import { readLinearWeight, readVector } from "../dist/src/onnx/dequantize.js";
@@ -36,8 +36,10 @@ export function asJson({ dataType, dims, data }: Feed): object {
 }
 
 /** A probe that counts what it runs. */
-export function probeOf(ort: Ort): Probe & { runs: number } {
-  const probe = async (...[{ bytes, files }, feeds]: Parameters<Probe>): Promise<Awaited<ReturnType<Probe>>> => {
+export function probeOf(ort: Ort): ShapeProbe & { runs: number } {
+  const probe = async (
+    ...[{ bytes, files }, feeds]: Parameters<ShapeProbe>
+  ): Promise<Awaited<ReturnType<ShapeProbe>>> => {
     const session = await ort.InferenceSession.create(bytes, {
       externalData: [...files],
       graphOptimizationLevel: "disabled",

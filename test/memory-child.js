@@ -83,5 +83,5 @@ const runtime = await createRuntime(pack, { base: host, backend, ...(gpu && { we
 for (const task of ["a", "b", null, "b"]) await runtime.switchTask(task);
 const after = await settled();
 console.log(JSON.stringify({ measured: after - before, reported: runtime.memory() }));
-await runtime.dispose();
+await runtime.close();
 gpu?.close();

@@ -12,7 +12,7 @@ import { type Golden, relativeDifference } from "./compare.ts";
 /** Everything an adapter has goes into the pack. */
 export const LOSSLESS = {
   select: { kind: "energy", share: 1 },
-  types: { basis: "f32", coefficients: "f32", head: "f32" },
+  dtype: { basis: "f32", coefficients: "f32", head: "f32" },
 } as const;
 
 /** Absolute path of something under test/data. */
@@ -60,7 +60,7 @@ export async function goldenPacks(options: BuildOptions = {}): Promise<(Golden &
  */
 export async function packDifference(found: Pack, expected: Pack): Promise<{ bases: number; coefficients: number }> {
   const off = { bases: 0, coefficients: 0 };
-  const values = (bytes: Uint8Array, { type, rows, width, byteOffset, byteLength }: TensorRef): Float32Array =>
+  const values = (bytes: Uint8Array, { dtype: type, rows, width, byteOffset, byteLength }: TensorRef): Float32Array =>
     decodeTensor(type, bytes.subarray(byteOffset, byteOffset + byteLength), rows, width);
   const [bases, expectedBases] = [await found.takeBases(), await expected.takeBases()];
   for (const [i, module] of expected.modules.entries()) {

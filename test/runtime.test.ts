@@ -85,7 +85,7 @@ for (const options of backends()) {
       await runtime.switchTask(null);
       t.ok(same(), `${dtype}: pristine at the end, after ${nulls} nulls`);
       t.equal(seen.size, 4);
-      await runtime.dispose();
+      await runtime.close();
     }
   });
 
@@ -126,9 +126,9 @@ for (const options of backends()) {
       }
       await unfolded.switchTask(null);
       t.equal(unfolded.term(name), undefined);
-      await unfolded.dispose();
+      await unfolded.close();
     }
-    await folded.dispose();
+    await folded.close();
   });
 }
 
@@ -149,8 +149,8 @@ async function termDelta(
   if (!term.core) return out;
   const bases = await pack.takeBases();
   const rows = (side: "A" | "B"): Float32Array => {
-    const { type, rows: n, width, byteOffset, byteLength } = module[side]!.tensor;
-    return decodeTensor(type, bases.subarray(byteOffset, byteOffset + byteLength), n, width);
+    const { dtype, rows: n, width, byteOffset, byteLength } = module[side]!.tensor;
+    return decodeTensor(dtype, bases.subarray(byteOffset, byteOffset + byteLength), n, width);
   };
   const [EA, EB, core] = [rows("A"), rows("B"), floats(term.core)];
   const [ka, kb] = term.core.shape as [number, number];
@@ -229,7 +229,7 @@ t.test("every kind of term of the golden pack folds to its ΔW, on every backend
     await runtime.switchTask(null);
     for (const [k, v] of w0) t.same(base.get(k)!.data, v, `${k} is pristine`);
     t.equal(base.size, w0.size);
-    await runtime.dispose();
+    await runtime.close();
   }
 });
 
@@ -247,7 +247,7 @@ t.test("heads: blended with equal labels, else one is named", async (t) => {
   const game = runtime.weight("classifier.weight");
   t.equal(game.shape[0], pack.tasks.get("debtags-game")!.metadata.labels!.length);
   await t.rejects(runtime.switchTask({ "debtags-role": 1 }, { head: "debtags-game" }), /is not one of the tasks/);
-  await runtime.dispose();
+  await runtime.close();
 });
 
 t.test("a switch fails as a whole", async (t) => {
@@ -299,7 +299,7 @@ t.test("a switch fails as a whole", async (t) => {
   );
   t.same(order, ["debtags-game", null, "sections-1"], "calls are queued");
   const last = runtime.switchTask("debtags-use");
-  await runtime.dispose();
+  await runtime.close();
   t.equal((await last).task, "debtags-use", "dispose waits for what was asked before");
   await t.rejects(runtime.switchTask(null), { tag: "backend", message: /disposed/ });
   t.throws(() => runtime.weight("x"), /disposed/);
@@ -316,7 +316,7 @@ t.test("an array that was transferred away is found before anything is written",
   });
   await t.rejects(runtime.switchTask("debtags-role"), { tag: "base", message: /its data has 0/ });
   t.same(first.data, before);
-  await runtime.dispose();
+  await runtime.close();
 });
 
 t.test("the wrong base is named", async (t) => {
@@ -382,7 +382,7 @@ t.test("policy reload: half the memory, the same bits", async (t) => {
   t.equal(reload.memory().pristine, 0);
   t.equal(copy.memory().pristine, copy.memory().active);
   await t.rejects(createRuntime(pack, { base: fakeBase(pack.modules, "f32"), policy: "reload" }), /read from a file/);
-  await copy.dispose();
-  await reload.dispose();
+  await copy.close();
+  await reload.close();
   await adapter!.close();
 });

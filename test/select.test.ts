@@ -136,7 +136,7 @@ t.test("a lucky score alone decides nothing", async (t) => {
 t.test("of several families the smallest pack; of one that cannot win the largest alone is asked", async (t) => {
   const types = (type: "f16" | "int4") => ({ basis: type, coefficients: type, head: "int4" as const });
   const validate: SelectOptions["validate"] = async (pack) => evenly(pack.modules[0]!.A!.K >= 8 ? 1 : 0);
-  const families = [{ types: types("int4") }, { types: types("f16") }];
+  const families = [{ dtype: types("int4") }, { dtype: types("f16") }];
   const options = { adapters, tolerance: 0, validate };
   const { family, evaluations, reference } = await selectComponents({ ...options, families });
   t.same(family, families[0]);
@@ -221,7 +221,7 @@ t.test("through a live session: the pack keeps the accuracy it was chosen by", a
     tolerance: 0.03,
     keep: "mean",
     validate,
-    families: [{ gauge: "balanced", types: INT4 }],
+    families: [{ gauge: "balanced", dtype: INT4 }],
   });
   const again = await validate(await openPack(concat(found.chunks)), ids);
   t.same(again, found.scores);

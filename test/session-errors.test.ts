@@ -270,13 +270,13 @@ t.test("tasks that were added later", async (t) => {
       const { A, Bt } = await two.modules.get(name)!.read();
       const { rank: q, in: inputs, out } = two.modules.get(name)!;
       const [a, bt] = [encodeTensor("f32", A, q, inputs), encodeTensor("f32", Bt, q, out)];
-      terms.push({ module, rank: 0, private: { q, type: "f32" as const, A: a, Bt: bt } });
+      terms.push({ module, rank: 0, privateTerms: { rank: q, dtype: "f32" as const, A: a, Bt: bt } });
     }
     const parameters = [];
     for (const { name, role, shape, read } of two.saved) {
       const [rows, width] = shape.length === 1 ? [1, shape[0]!] : [shape[0]!, shape[1]!];
       const encoded = encodeTensor("f32", await read(), rows, width);
-      parameters.push({ name, role, shape, type: "f32" as const, encoded });
+      parameters.push({ name, role, shape, dtype: "f32" as const, encoded });
     }
     const entry = { id: "two", adapterBytes: 0, metadata: {} };
     return encodeTaskFile(entry, Buffer.from(pack.basisId, "hex"), encodeTask(terms, parameters));
@@ -310,7 +310,7 @@ t.test("tasks that were added later", async (t) => {
   for (const [id, message] of Object.entries(brought)) {
     const pack = await openPack(bytes);
     const [adapter] = await readAdapters([data(`sessions/adapters-more/${id}`)]);
-    const { entry, blob } = await projectAdapter(pack, await pack.takeBases(), adapter!, LOSSLESS.types);
+    const { entry, blob } = await projectAdapter(pack, await pack.takeBases(), adapter!, LOSSLESS.dtype);
     const session = await open(NODE, model("torchscript"), pack, { mode: "core" });
     await session.addTask(id, encodeTaskFile(entry, Buffer.from(pack.basisId, "hex"), blob));
     const error = await refusal(() => session.switchTask(id));

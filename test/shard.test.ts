@@ -115,11 +115,11 @@ async function assembled(
   basis: Pack,
   adapters: readonly Adapter[],
   count: number,
-  types: BuildOptions["types"],
+  dtype: BuildOptions["dtype"],
 ): Promise<Uint8Array> {
   const parts = [];
   for (const few of split(shuffled(adapters, count), count)) {
-    const { chunks } = await projectTasks(basis, few, "test", types ? { types } : {});
+    const { chunks } = await projectTasks(basis, few, "test", dtype ? { dtype } : {});
     parts.push(await openTasks(await collect(chunks)));
   }
   return collect((await assemblePack(basis, shuffled(parts, 7))).chunks);
@@ -133,24 +133,24 @@ function largestDifference(a: ArrayLike<number>, b: ArrayLike<number>): number {
 
 t.test("rows kept: 1, 3 and 7 shards, any order, a tree: the bytes of one machine's pack", async (t) => {
   const settings: (BuildOptions & { gauge: Gauge; centering: "keep" | "none" })[] = [
-    { gauge: "as-trained", centering: "keep", select: K16, types: F32 },
+    { gauge: "as-trained", centering: "keep", select: K16, dtype: F32 },
     { gauge: "as-trained", centering: "none", normalize: true, select: { kind: "energy", share: 0.7 } },
     {
       gauge: "balanced",
       centering: "none",
       select: { kind: "energy", share: 1 },
-      types: { basis: "int8", coefficients: "f16", head: "f32" },
+      dtype: { basis: "int8", coefficients: "f16", head: "f32" },
     },
     {
       gauge: "balanced",
       centering: "none",
       rank: 3,
       select: K16,
-      types: { basis: "int4", coefficients: "int4", head: "f16" },
+      dtype: { basis: "int4", coefficients: "int4", head: "f16" },
     },
   ];
   for (const options of settings) {
-    const { gauge, centering, rank, normalize, select, types } = options;
+    const { gauge, centering, rank, normalize, select, dtype } = options;
     const { chunks } = await buildPack(own, options);
     for (const count of [1, 3, 7]) {
       const parts = await Promise.all(
@@ -160,9 +160,9 @@ t.test("rows kept: 1, 3 and 7 shards, any order, a tree: the bytes of one machin
         const basis = await basisOf(statistics, {
           centering,
           select: select!,
-          ...(types?.basis ? { type: types.basis } : {}),
+          ...(dtype?.basis ? { dtype: dtype.basis } : {}),
         });
-        const pack = await assembled(basis, own, count, types);
+        const pack = await assembled(basis, own, count, dtype);
         t.ok(Buffer.from(pack).equals(concat(chunks)), `${gauge}, ${centering}, ${count} shards`);
       }
     }
@@ -177,13 +177,13 @@ t.test("Gram matrices kept: the same basis and tasks up to 1e-6", async (t) => {
     [hub, false],
     [loud, true],
   ] as const) {
-    const one = await openPack(concat((await buildPack(adapters, { select, normalize, types: F32 })).chunks));
+    const one = await openPack(concat((await buildPack(adapters, { select, normalize, dtype: F32 })).chunks));
     for (const count of [1, 3, 7]) {
       const parts = await Promise.all(split(shuffled(adapters, count), count).map((few) => shard(few, { normalize })));
       const merged = await mergeStatistics(shuffled(parts, 3));
       t.equal((await merged.side(merged.modules.keys().next().value!, "A")).kind, "gram");
       for (const statistics of [merged, await tree(parts)]) {
-        const basis = await basisOf(statistics, { select, type: "f32" });
+        const basis = await basisOf(statistics, { select, dtype: "f32" });
         const pack = await openPack(await assembled(basis, adapters, count, F32));
         t.same([...pack.tasks.keys()], [...one.tasks.keys()]);
         const off = await packDifference(pack, one);
@@ -208,10 +208,10 @@ t.test("modules that only some adapters adapt, different ranks, embeddings, magn
     const [adapter] = await readAdapters([data(`goldens/peft/${id}/adapter`)]);
     mixed.push({ ...adapter!, id });
   }
-  const { chunks } = await buildPack(mixed, { select: K16, types: F32 });
+  const { chunks } = await buildPack(mixed, { select: K16, dtype: F32 });
   for (const count of [2, 5]) {
     const parts = await Promise.all(split(mixed, count).map((few) => shard(few)));
-    const basis = await basisOf(await tree(parts), { select: K16, type: "f32" });
+    const basis = await basisOf(await tree(parts), { select: K16, dtype: "f32" });
     t.ok(Buffer.from(await assembled(basis, mixed, 3, F32)).equals(concat(chunks)), `${count} shards`);
   }
   await Promise.all(mixed.map((adapter) => adapter.close()));
@@ -349,7 +349,7 @@ t.test("parts that do not belong together are refused by file and reason", async
   const basis = await basisOf(await mergeStatistics([a, b]), { select: K16 });
   const another = await basisOf(a, { select: K16 });
   const tasks = async (on: Pack, adapters: Adapter[], types = {}) =>
-    openTasks(await collect((await projectTasks(on, adapters, "test", { types })).chunks));
+    openTasks(await collect((await projectTasks(on, adapters, "test", { dtype: types })).chunks));
   const [first, second] = [await tasks(basis, own.slice(0, 2)), await tasks(basis, own.slice(2, 3))];
   await t.rejects(assemblePack(basis, []), RangeError);
   await t.rejects(assemblePack(another, [first]), { tag: "adapter", field: "basis", message: /project it again/ });
@@ -590,7 +590,7 @@ t.test("the commands: restarts, interruptions, refusals, the keys of the contrac
     modules: 12,
     gauge: "as-trained",
     centering: "keep",
-    type: "f16",
+    dtype: "f16",
     components: { min: 8, max: 8 },
   });
   t.ok((await bytes("tree.eigen")).equals(await bytes("basis.eigen")));

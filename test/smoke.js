@@ -30,7 +30,7 @@ export async function smoke(url, options) {
   const after = [...base.values()];
   const identical = before.every((data, i) => data.every((v, k) => v === after[i]?.data[k]));
   const { backend } = runtime;
-  await runtime.dispose();
+  await runtime.close();
   return { backend, sums, identical, requests: pack.reads.requests };
 }
 

@@ -43,7 +43,7 @@ async function openSuite(suite) {
   const adapters = await readAdapters([data(`adapters/${suite}`)]);
   const base = await openOnnxHost(model);
   const types = /** @type {const} */ ({ basis: "f32", coefficients: "f32", head: "f32" });
-  const { chunks } = await buildPack(adapters, { base, select: { kind: "energy", share: 1 }, types });
+  const { chunks } = await buildPack(adapters, { base, select: { kind: "energy", share: 1 }, dtype: types });
   for (const adapter of adapters) await adapter.close();
   return createEigenSession(ort, model, await openPack(new Uint8Array(Buffer.concat(chunks))));
 }

@@ -84,7 +84,7 @@ for (const options of /** @type {import("eigenlora").RuntimeOptions[]} */ ([
   console.log(
     `${runtime.backend}: ${SWITCHES} switches, ${seen.size - 1} tasks, 0 bits drift${live} (${seconds.toFixed(0)} s)`,
   );
-  await runtime.dispose();
+  await runtime.close();
   if (device && device.counts.live !== 0) throw new Error(`${device.counts.live} bytes of buffers are left`);
 }
 if (typeof gpu !== "string") gpu.close();

@@ -114,9 +114,9 @@ for (const dtype of ["f32", "f16"] as const) {
     t.ok((await bytesOf(device, buffer)).equals(before), "the base's bits at null, around the weights too");
     t.equal((tensors.get("classifier.weight") as DeviceTensor).buffer, headBuffer, "the head's buffer is back");
     t.ok((await bytesOf(device, headBuffer)).equals(headBefore));
-    await runtime.dispose();
+    await runtime.close();
     t.doesNotThrow(() => device.queue.writeBuffer(buffer, 0, new Uint8Array(4)), "the caller's buffers stay");
-    await oracle.dispose();
+    await oracle.close();
   });
 }
 
@@ -164,7 +164,7 @@ t.test("auto: a GPU that is one, where results stay there", { skip }, async (t) 
   const base = await seededBase(modules);
   const open = async (options: Parameters<typeof createRuntime>[1]): Promise<Runtime> => {
     const runtime = await createRuntime(await openPack(packBytes), options);
-    t.teardown(() => runtime.dispose());
+    t.teardown(() => runtime.close());
     return runtime;
   };
   // Whether this machine has a GPU is not the test's business; that a software adapter is passed over is.
@@ -191,7 +191,7 @@ t.test("a lost device comes back with the active task, whole", { skip }, async (
   t.teardown(close);
   const base = await seededBase(modules);
   const runtime = await createRuntime(await openPack(packBytes), { base, webgpu: { device, recreate: true } });
-  t.teardown(() => runtime.dispose());
+  t.teardown(() => runtime.close());
   const pristine = await weights(runtime);
   await runtime.switchTask({ "debtags-role": 0.7, "sections-1": 0.3 }, { head: "sections-1" });
   const before = await weights(runtime);
@@ -244,7 +244,7 @@ t.test("a caller's device and buffers are made again by the caller", { skip }, a
     base: tensors,
     webgpu: { device: first.device, recreate },
   });
-  t.teardown(() => runtime.dispose());
+  t.teardown(() => runtime.close());
   await runtime.switchTask("debtags-role");
   const before = await weights(runtime);
   first.device.destroy();
@@ -263,7 +263,7 @@ t.test("a device that does not answer counts as lost", { skip }, async (t) => {
   t.teardown(close);
   const base = await seededBase(modules);
   const runtime = await createRuntime(await openPack(packBytes), { base, webgpu: { device, timeout: 300 } });
-  t.teardown(() => runtime.dispose());
+  t.teardown(() => runtime.close());
   await runtime.switchTask("debtags-role");
   hang(device);
   await t.rejects(runtime.switchTask("debtags-game"), {
@@ -279,7 +279,7 @@ t.test("a device that does not answer counts as lost", { skip }, async (t) => {
     base,
     webgpu: { device: again.device, timeout: 300, recreate: true },
   });
-  t.teardown(() => lasting.dispose());
+  t.teardown(() => lasting.close());
   hang(again.device);
   await t.rejects(lasting.switchTask("debtags-role"), { message: /did not answer/ });
   await lasting.switchTask("debtags-role");
@@ -357,7 +357,7 @@ t.test("memory that runs out is named, and nothing is half done", { skip }, asyn
   const small = await countingDevice();
   t.teardown(small.close);
   const runtime = await createRuntime(await openPack(packBytes), { base, webgpu: { device: small.device } });
-  t.teardown(() => runtime.dispose());
+  t.teardown(() => runtime.close());
   const pristine = await weights(runtime);
   const lift = limitMemory(small.device, 100);
   await t.rejects(runtime.switchTask("debtags-role"), {
@@ -378,7 +378,7 @@ t.test(
   async (t) => {
     const base = await seededBase(modules);
     const runtime = await createRuntime(await openPack(packBytes), { base, backend: "webgpu" });
-    t.teardown(() => runtime.dispose());
+    t.teardown(() => runtime.close());
     const random = generator(4);
     const seen = new Map<string | null, Buffer>();
     for (let round = 0; round < 20; round++) {

@@ -13,7 +13,7 @@ import { createWebgpuBackend } from "../dist/src/backends/webgpu.js";
 import { compile } from "../dist/src/backends/webgpu-device.js";
 import { openPack } from "../dist/src/pack/pack.js";
 import { createRuntime } from "../dist/src/runtime/create.js";
-import { decodeTensor, type FloatType, type TensorType } from "../dist/src/tensor/dtypes.js";
+import { type Dtype, decodeTensor, type FloatDtype } from "../dist/src/tensor/dtypes.js";
 import { encodeTensor } from "../dist/src/tensor/encode.js";
 import { dawnMissing } from "./backend-list.ts";
 import { generator, values } from "./backend-suite.ts";
@@ -44,7 +44,7 @@ function apart(found: Float32Array, expected: Float32Array): number {
 }
 
 /** Most representable values from one half to the other; where sums cancel, 1e-6 of the largest element is no distance. */
-function unitsApart(type: FloatType, found: Uint8Array, expected: Uint8Array): number {
+function unitsApart(type: FloatDtype, found: Uint8Array, expected: Uint8Array): number {
   const ordered = (half: number): number => (half & 0x8000 ? -(half & 0x7fff) : half);
   const halves = [found, expected].map((bytes) => new Uint16Array(bytes.slice().buffer));
   const [a, b] = [found, expected].map((bytes) => decodeHalves(type, bytes));
@@ -55,15 +55,15 @@ function unitsApart(type: FloatType, found: Uint8Array, expected: Uint8Array): n
   }, 0);
 }
 
-function decodeHalves(type: FloatType, bytes: Uint8Array): Float32Array {
+function decodeHalves(type: FloatDtype, bytes: Uint8Array): Float32Array {
   const padded = new Uint8Array(bytes.length + (bytes.length % 4));
   padded.set(bytes);
   return decodeTensor(type, padded, 1, bytes.length / 2);
 }
 
 interface Case {
-  basis: TensorType;
-  type: FloatType;
+  basis: Dtype;
+  type: FloatDtype;
   rank: number;
   /** Rows of the basis. */
   K: number;
@@ -96,8 +96,8 @@ async function compute(backend: Backend, job: Case): Promise<{ factor: Float32Ar
     left: put(backend, bytesOf(values(rank * rows, random)), 4),
   };
   const { left, ...expansion } = inputs;
-  backend.expand({ out: right, ...expansion, type: basis, rank, rows: K, width: columns });
-  backend.fold({ out, base, type, rows, columns, stride, left, right, rank });
+  backend.expand({ out: right, ...expansion, dtype: basis, rank, rows: K, width: columns });
+  backend.fold({ out, base, dtype: type, rows, columns, stride, left, right, rank });
   const factor = new Float32Array((await take(backend, right, 4 * rank * columns)).slice().buffer);
   const weight = await take(backend, out, length * size);
   for (const { block } of [right, base, out, ...Object.values(inputs)]) backend.free(block);
@@ -110,10 +110,10 @@ t.test(
   async (t) => {
     const js = createJsBackend();
     const backend = await createWebgpuBackend();
-    t.teardown(() => backend.dispose());
+    t.teardown(() => backend.close());
     const cases = fc.record({
-      basis: fc.constantFrom<TensorType[]>("f32", "f16", "bf16", "int8", "int4", "int3"),
-      type: fc.constantFrom<FloatType[]>("f32", "f16", "bf16"),
+      basis: fc.constantFrom<Dtype[]>("f32", "f16", "bf16", "int8", "int4", "int3"),
+      type: fc.constantFrom<FloatDtype[]>("f32", "f16", "bf16"),
       rank: fc.constantFrom(1, 2, 3, 8, 9, 16, 17, 33),
       K: fc.constantFrom(1, 2, 7, 16, 33),
       rows: fc.integer({ min: 1, max: 40 }),
@@ -148,7 +148,7 @@ t.test(
 t.test("weights larger than a binding are folded in parts, to the same bits", { skip }, async (t) => {
   const whole = await createWebgpuBackend();
   const parts = await createWebgpuBackend({ bindingBytes: 1536 });
-  t.teardown(() => (whole.dispose(), parts.dispose()));
+  t.teardown(() => (whole.close(), parts.close()));
   for (const type of ["f32", "f16", "bf16"] as const) {
     for (const [rows, columns, gap] of [
       [37, 31, 0],
@@ -166,7 +166,7 @@ t.test("weights larger than a binding are folded in parts, to the same bits", { 
       }
     }
   }
-  t.throws(() => parts.expand({ ...expansionOf(parts, 1000), type: "f32", rank: 1, rows: 1, width: 1000 }), {
+  t.throws(() => parts.expand({ ...expansionOf(parts, 1000), dtype: "f32", rank: 1, rows: 1, width: 1000 }), {
     tag: "backend",
     message: /out has 4000 bytes.*at most 1536.*maxStorageBufferBindingSize/s,
   });
@@ -179,7 +179,7 @@ function expansionOf(backend: Backend, width: number): { out: Slice; coefficient
 
 t.test("bytes at any offset: copies and uploads, shared memory too", { skip }, async (t) => {
   const backend = await createWebgpuBackend();
-  t.teardown(() => backend.dispose());
+  t.teardown(() => backend.close());
   const source = Uint8Array.from({ length: 61 }, (_, i) => i + 1);
   for (const [from, to, length] of [
     [0, 0, 61],
@@ -277,8 +277,8 @@ t.test(
     const { total, basis, coefficients, pristine, active, scratch, reserved } = runtime.memory();
     t.equal(total, basis + coefficients + pristine + active + scratch + reserved);
     for (const adapter of adapters) await adapter.close();
-    await oracle.dispose();
-    await runtime.dispose();
+    await oracle.close();
+    await runtime.close();
     t.equal(counts.live, 0, "every buffer is destroyed");
     t.doesNotThrow(() => device.createCommandEncoder(), "a device that was given is left alone");
   },
@@ -320,11 +320,11 @@ t.test("a lost device fails the switch by name; a new runtime goes on", { skip }
   await t.rejects(lost, { tag: "backend", message: /device was lost/ });
   t.equal(runtime.task, null);
   await t.rejects(runtime.switchTask("debtags-role"), { tag: "backend", message: /device was lost/ });
-  await runtime.dispose();
+  await runtime.close();
   const next = await createRuntime(await openPack(bytes), { backend: "webgpu", base });
   await next.switchTask("debtags-role");
   t.equal(next.task, "debtags-role");
-  await next.dispose();
+  await next.close();
 });
 
 t.test(
@@ -346,6 +346,6 @@ t.test(
       message: /submit, validation: .*eigenlora scratch/s,
     });
     await t.resolves(async () => backend.finish(), "reported once");
-    backend.dispose();
+    backend.close();
   },
 );

@@ -221,7 +221,7 @@ export class Bench {
       mode,
       gauge: "balanced",
       select: k ? { kind: "k", k } : { kind: "energy", share: 1 },
-      types: TYPES,
+      dtype: TYPES,
     });
     for (const adapter of adapters) await adapter.close();
     const session = await createEigenSession(ort, model, await openPack(new Uint8Array(Buffer.concat(chunks))), {

@@ -72,8 +72,8 @@ async function extract(adapters, name) {
     gauge: "as-trained",
     centering: "keep",
     select: { kind: "k", k: 1 },
-    basisType: "f32",
-    coefficientType: "f32",
+    basisDtype: "f32",
+    coefficientDtype: "f32",
   };
   return extractModule(
     { name, out: first.out, in: first.in, members },
@@ -98,7 +98,7 @@ async function errorPerLayer({ experiments }) {
     for (const id of test) {
       const adapters = await readAdapters(donors(id).map((one) => data(`adapters/${suite}/${one}`)));
       const [left] = await readAdapters([data(`adapters/${suite}/${id}`)]);
-      const { chunks } = await buildPack(adapters, { select: { kind: "k", k: K }, types: TYPES });
+      const { chunks } = await buildPack(adapters, { select: { kind: "k", k: K }, dtype: TYPES });
       const pack = await openPack(new Uint8Array(Buffer.concat(chunks)));
       const bases = await pack.takeBases();
       for (const [name, module] of left.modules) {

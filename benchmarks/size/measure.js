@@ -18,7 +18,7 @@ import { nameOf } from "./ways.js";
 /**
  * @typedef {import("./suite.js").Suite} Suite
  * @typedef {import("./ways.js").Way} Way
- * @typedef {import("eigenlora").TensorType} TensorType
+ * @typedef {import("eigenlora").Dtype} Dtype
  * @typedef {import("eigenlora/build").Adapter} Adapter
  * @typedef {import("eigenlora/build").AdapterModule} AdapterModule
  * @typedef {object} Row
@@ -36,10 +36,10 @@ import { nameOf } from "./ways.js";
  * @property {number} seconds
  */
 
-/** A way into a session for adapters that are not ours to compress: nothing of ΔW is lost but the last bits of f32. @param {TensorType} head */
+/** A way into a session for adapters that are not ours to compress: nothing of ΔW is lost but the last bits of f32. @param {Dtype} head */
 const lossless = (head) => ({
   select: /** @type {const} */ ({ kind: "energy", share: 1 }),
-  types: { basis: /** @type {const} */ ("f32"), coefficients: /** @type {const} */ ("f32"), head },
+  dtype: { basis: /** @type {const} */ ("f32"), coefficients: /** @type {const} */ ("f32"), head },
 });
 
 /** @param {{ suite: string, n: number, way: string }} cell */
@@ -257,7 +257,7 @@ async function storeOne(adapter, { rank, type }) {
   return { adapter: { ...adapter, modules }, bytes };
 }
 
-/** Of a head; its bias is f16 where the weights are integers, as in a pack. @param {Adapter} adapter @param {TensorType} type */
+/** Of a head; its bias is f16 where the weights are integers, as in a pack. @param {Adapter} adapter @param {Dtype} type */
 function headBytes({ saved }, type) {
   const vector = type.startsWith("int") ? "f16" : type;
   return sum(

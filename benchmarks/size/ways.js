@@ -1,21 +1,21 @@
 /**
  * What is compared: ways to store adapters, ours and others'. One more configuration is one more line here.
  *
- * @typedef {import("eigenlora").TensorType} TensorType
+ * @typedef {import("eigenlora").Dtype} Dtype
  * @typedef {import("eigenlora/build").BuildOptions} BuildOptions
  * @typedef {{ kind: "pack", options: BuildOptions, ratio?: number, calibrated?: boolean }} Packed a pack of
  *   all adapters; with a ratio, as many components as fit into so many times fewer bytes than the f32 adapters'
  * @typedef {{ kind: "auto", ratio: number, judged?: boolean }} Auto the best pack of so many times fewer bytes than the f32 adapters, by answers to plain text or by ΔW error
  * @typedef {{ kind: "auto", within: Each | Peer }} Within the best pack that is no larger than what another way stores, by ΔW error
- * @typedef {{ kind: "each", rank?: number, type: TensorType, head: TensorType }} Each every adapter by itself, cut to a rank by its own SVD
- * @typedef {{ kind: "heads", type: TensorType }} Heads heads without adapters
+ * @typedef {{ kind: "each", rank?: number, type: Dtype, head: Dtype }} Each every adapter by itself, cut to a rank by its own SVD
+ * @typedef {{ kind: "heads", type: Dtype }} Heads heads without adapters
  * @typedef {{ kind: "lorashare" | "vlora", k: number, packed?: boolean }} Peer packed: its components in 4 bits
  * @typedef {Packed | Auto | Within | Each | Heads | Peer} Way
  */
 
 /**
  * A pack; more options are any of `buildPack`.
- * @param {Omit<BuildOptions, "types"> & { k?: number, ratio?: number, type?: TensorType, head?: TensorType, calibrated?: boolean }} options
+ * @param {Omit<BuildOptions, "types"> & { k?: number, ratio?: number, type?: Dtype, head?: Dtype, calibrated?: boolean }} options
  * @returns {Packed}
  */
 function pack({ mode = "column", gauge = "as-trained", k, ratio, type = "f16", head = type, calibrated, ...more }) {
@@ -25,7 +25,7 @@ function pack({ mode = "column", gauge = "as-trained", k, ratio, type = "f16", h
     gauge,
     ...more,
     ...(select ? { select } : {}),
-    types: { basis: type, coefficients: type, head },
+    dtype: { basis: type, coefficients: type, head },
   };
   return { kind: "pack", options, ...(ratio ? { ratio } : {}), ...(calibrated ? { calibrated } : {}) };
 }
@@ -40,7 +40,7 @@ export function nameOf(way) {
   if (way.kind === "auto" && "within" in way) return `auto, within the bytes of ${nameOf(way.within)}`;
   if (way.kind === "auto") return `auto, ${way.ratio} times fewer bytes, by ${way.judged ? "answers" : "ΔW error"}`;
   if (way.kind !== "pack") return `${way.kind} K ${way.k}${way.packed ? ", NF4" : ""}`;
-  const { mode, gauge, select, types, ...more } = way.options;
+  const { mode, gauge, select, dtype, ...more } = way.options;
   const rest = Object.entries(more).map(
     ([name, value]) => `${name} ${typeof value === "object" ? JSON.stringify(value) : value}`,
   );
@@ -51,15 +51,15 @@ export function nameOf(way) {
       ...(select ? [select.kind === "k" ? `K ${select.k}` : JSON.stringify(select)] : []),
     ].join(" "),
     ...rest,
-    typesOf(types),
+    typesOf(dtype),
     ...(way.ratio ? [`${way.ratio} times fewer bytes`] : []),
     ...(way.calibrated ? ["calibrated"] : []),
   ].join(", ");
 }
 
-/** @param {BuildOptions["types"]} types */
+/** @param {BuildOptions["dtype"]} types */
 function typesOf(types) {
-  const { basis, coefficients, head } = /** @type {import("eigenlora/build").StorageTypes} */ (types);
+  const { basis, coefficients, head } = /** @type {import("eigenlora/build").Dtypes} */ (types);
   return [
     basis,
     ...(coefficients === basis ? [] : [`coefficients ${coefficients}`]),
@@ -74,7 +74,7 @@ export function frontier(n) {
     pack({ gauge: "balanced", rank: 4, ratio: ratiosOf(n)[1], type: "int3", head: "int4", calibrated: true }),
     pack({ gauge: "balanced", rank: 3, ratio: ratiosOf(n)[1], type: "int3" }),
     ...[2, 3].map((rank) => pack({ gauge: "balanced", rank, ratio: ratiosOf(n)[1], type: "int3", head: "int4" })),
-    pack({ gauge: "balanced", rank: 4, private: 1, k: 24, type: "int4" }),
+    pack({ gauge: "balanced", rank: 4, privateTerms: 1, k: 24, type: "int4" }),
     pack({ k: 32, type: "f16" }),
     pack({ mode: "joint", k: 32, type: "int4" }),
     pack({ mode: "flat", gauge: "balanced", k: n - 1, type: "int4" }),
@@ -107,12 +107,12 @@ export function byThemselves() {
   ];
 }
 
-/** @param {number | undefined} rank @param {TensorType} type @returns {Each} */
+/** @param {number | undefined} rank @param {Dtype} type @returns {Each} */
 function cut(rank, type) {
   return { kind: "each", ...(rank === undefined ? {} : { rank }), type, head: headOf(type) };
 }
 
-/** Heads are shared by nobody, so that their bytes soon count most. @param {TensorType} type @returns {TensorType} */
+/** Heads are shared by nobody, so that their bytes soon count most. @param {Dtype} type @returns {Dtype} */
 function headOf(type) {
   return type === "int3" ? "int4" : type;
 }
@@ -146,7 +146,7 @@ export function grid(n) {
     ...SMALL.flatMap((type) =>
       [16, 32, 48, 64].map((k) => pack({ gauge: "balanced", rank: 4, k, type, head: headOf(type) })),
     ),
-    ...[8, 24].map((k) => pack({ gauge: "balanced", rank: 4, private: 1, k, type: "int4" })),
+    ...[8, 24].map((k) => pack({ gauge: "balanced", rank: 4, privateTerms: 1, k, type: "int4" })),
     ...GAUGES.flatMap((gauge) =>
       TYPES.map((type) => pack({ mode: "flat", gauge, k: n - 1, type, head: headOf(type) })),
     ),

@@ -7,11 +7,11 @@
  */
 
 /** The tensors that one adapted module may have. `baseWeight` and `baseBias` are copies of the base's own. */
-export type Part = "A" | "B" | "embeddingA" | "embeddingB" | "loraBias" | "magnitude" | "baseWeight" | "baseBias";
+export type KeyRole = "A" | "B" | "embeddingA" | "embeddingB" | "loraBias" | "magnitude" | "baseWeight" | "baseBias";
 
 /** What a tensor is. Names of modules and parameters are those of the base model. */
 export type PeftKey =
-  | { kind: "part"; module: string; part: Part }
+  | { kind: "part"; module: string; part: KeyRole }
   /** Replaced rows of an embedding. */
   | { kind: "rows"; module: string }
   /** A parameter by its plain name: saved whole, or a bias. */
@@ -27,7 +27,7 @@ const PREFIX = "base_model.model.";
 /** Segments that PEFT's wrappers add. Left over in a name, they say that it was not understood. */
 const WRAPPER = /(^|\.)(base_layer|lora_[^.]*|token_adapter|modules_to_save|original_module)(\.|$)/;
 
-const PARTS: readonly (readonly [RegExp, Part])[] = [
+const PARTS: readonly (readonly [RegExp, KeyRole])[] = [
   [/^(.+)\.lora_A(?:\.[^.]+)?\.weight$/, "A"],
   [/^(.+)\.lora_B(?:\.[^.]+)?\.weight$/, "B"],
   [/^(.+)\.lora_B(?:\.[^.]+)?\.bias$/, "loraBias"],

@@ -10,7 +10,7 @@ import { isFloatDtype, openSafetensors, type SafetensorsFile } from "../tensor/s
 import type { Adapter, AdapterModule, SavedTensor } from "./adapter.ts";
 import { readTaskMetadata } from "./metadata.ts";
 import { type PeftConfig, readPeftConfig } from "./peft-config.ts";
-import { type Part, parsePeftKeys } from "./peft-keys.ts";
+import { type KeyRole, parsePeftKeys } from "./peft-keys.ts";
 
 /** The files of one PEFT adapter. */
 export interface PeftFiles {
@@ -66,12 +66,12 @@ const EMBEDDINGS =
   /(^|\.)(embed_tokens|lm_head|word_embeddings|shared|wte|embed_in|embed_out|tok_embeddings)\.(weight|bias)$/;
 
 /** What makes a module an adapted one. */
-const FACTORS: readonly Part[] = ["A", "B", "embeddingA", "embeddingB"];
+const FACTORS: readonly KeyRole[] = ["A", "B", "embeddingA", "embeddingB"];
 
 /** Where each tensor of a file belongs: its key by the name of the module or parameter. */
 interface Places {
   /** Tensors of adapted modules. */
-  parts: Map<string, Map<Part, string>>;
+  parts: Map<string, Map<KeyRole, string>>;
   /** Replaced rows, by module. */
   rows: Map<string, string>;
   /** Whole parameters. */
@@ -84,7 +84,7 @@ type Refuse = (field: string, message: string) => AdapterError;
 
 /** Gives every tensor of the file its place. @throws AdapterError naming those that have none */
 function place(tensors: SafetensorsFile, config: PeftConfig, refuse: Refuse): Places {
-  const parts = new Map<string, Map<Part, string>>();
+  const parts = new Map<string, Map<KeyRole, string>>();
   const rows = new Map<string, string>();
   const whole = new Map<string, string>();
   const wrapped = new Map<string, string>();
@@ -284,7 +284,7 @@ function savedRows({ rows }: Places, tensors: SafetensorsFile, config: PeftConfi
 /** One adapted module. @throws AdapterError when its tensors do not fit each other or the configuration */
 function readModule(
   name: string,
-  keys: ReadonlyMap<Part, string>,
+  keys: ReadonlyMap<KeyRole, string>,
   tensors: SafetensorsFile,
   config: PeftConfig,
 ): AdapterModule {

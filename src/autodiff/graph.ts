@@ -18,14 +18,14 @@ import { crossEntropy } from "./loss.ts";
 import { Problems } from "./problems.ts";
 import { recompute } from "./recompute.ts";
 import { differentiate } from "./reverse.ts";
-import { checkFeeds, type Probe } from "./shapes.ts";
+import { checkFeeds, type ShapeProbe } from "./shapes.ts";
 import { findWay } from "./way.ts";
 
 export interface TrainingGraphOptions {
   /** The output that holds the logits, [… , classes]. "logits" unless given, or the only output. */
   readonly logits?: string | undefined;
   /** Runs the model while the graph is made, on two tiny feeds. */
-  readonly probe: Probe;
+  readonly probe: ShapeProbe;
   /**
    * Two feeds of the model's own inputs, for models that made-up ones do not fit. Free dimensions must differ within a feed
    * and between the two, and be larger than 1: 2×5 and 3×7. What is equal in both, an empty cache say, is taken as fixed.

@@ -27,7 +27,7 @@ export interface Probed {
  * Loads a model, runs each feed once, and gives all outputs of each run by name: what any runtime of ONNX models can do. The
  * weights are files beside the graph (`externalData` of onnxruntime's options).
  */
-export type Probe = (
+export type ShapeProbe = (
   model: DetachedModel,
   feeds: readonly ReadonlyMap<string, Feed>[],
 ) => Promise<readonly Readonly<Record<string, Probed>>[]>;
@@ -91,7 +91,7 @@ export async function probeShapes(
   added: readonly Added[],
   values: Iterable<string>,
   feeds: readonly ReadonlyMap<string, Feed>[],
-  probe: Probe,
+  probe: ShapeProbe,
   problems: Problems,
 ): Promise<Shapes> {
   const { graph } = file.model;

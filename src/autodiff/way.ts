@@ -9,7 +9,7 @@ import { asGelu } from "./gelu.ts";
 import { lift } from "./lift.ts";
 import { findPath, type Path } from "./path.ts";
 import type { Problems } from "./problems.ts";
-import { type Probe, probeShapes, type Shapes } from "./shapes.ts";
+import { probeShapes, type ShapeProbe, type Shapes } from "./shapes.ts";
 
 export interface Way extends Path {
   readonly graph: Graph;
@@ -19,7 +19,7 @@ export interface Way extends Path {
 
 /** What the graph is run with, to look at shapes. */
 export interface Probing {
-  readonly probe: Probe;
+  readonly probe: ShapeProbe;
   /** Two, for every input; undefined when there are none, which `problems` says. */
   readonly feeds: readonly ReadonlyMap<string, Feed>[] | undefined;
   /** Tensors that the graph has beside its own. */

@@ -6,7 +6,7 @@
  * All matrices are row-major. Factors are stored by rank: A as [rank, in] and B transposed, Bᵀ as [rank, out], so that
  * both sides expand from their bases in the same way and either orientation of a weight folds with the same loop.
  */
-import type { FloatType, TensorType } from "../tensor/dtypes.ts";
+import type { Dtype, FloatDtype } from "../tensor/dtypes.ts";
 
 /** Whose bytes they are, as `runtime.memory()` reports them. */
 export type Owner = "basis" | "coefficients" | "pristine" | "active" | "scratch";
@@ -50,7 +50,7 @@ export interface ExpandJob {
   coefficients: Slice;
   /** One encoded tensor [rows, width] (`dtypes.ts`): scales first where the type has them, then rows of packed values. */
   basis: Slice;
-  type: TensorType;
+  dtype: Dtype;
   rank: number;
   rows: number;
   width: number;
@@ -64,7 +64,7 @@ export interface ProjectJob {
   x: Slice;
   /** One encoded tensor [rows, width], as in `ExpandJob`. */
   basis: Slice;
-  type: TensorType;
+  dtype: Dtype;
   count: number;
   rows: number;
   width: number;
@@ -76,7 +76,7 @@ export interface FoldJob {
   out: Slice;
   /** [rows, columns] of `type`, rows `stride` elements apart. */
   base: Slice;
-  type: FloatType;
+  dtype: FloatDtype;
   rows: number;
   columns: number;
   /** Elements from one row to the next, ≥ columns. */
@@ -137,5 +137,5 @@ export interface Backend {
   readonly device?: DeviceHandle;
   /** Resolves, with the reason, when the backend's device is lost: its memory is gone. CPU backends do not have it. */
   readonly lost?: Promise<Error>;
-  dispose(): void;
+  close(): void;
 }

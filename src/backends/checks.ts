@@ -2,13 +2,13 @@
  * The argument checks of every backend. A job that passes reads and writes inside its blocks only; what it computes is
  * the backend's business. Sizes are checked as doubles: a product too large to be exact is too large for any block.
  */
-import { rowBytes, TENSOR_TYPES, type TensorType, tensorBytes } from "../tensor/dtypes.ts";
+import { DTYPES, type Dtype, rowBytes, tensorBytes } from "../tensor/dtypes.ts";
 import type { ExpandJob, FoldJob, ProjectJob, ScaleJob, Slice } from "./backend.ts";
 
 /** Counts are 32-bit in the kernels. */
 const MAX_COUNT = 0x7fffffff;
 
-const FLOAT_TYPES: readonly TensorType[] = ["f32", "f16", "bf16"];
+const FLOAT_TYPES: readonly Dtype[] = ["f32", "f16", "bf16"];
 
 /** @throws RangeError unless `value` is a whole number from 0 to `max` */
 export function checkCount(name: string, value: number, max: number = MAX_COUNT): void {
@@ -31,18 +31,18 @@ export function checkSlice(name: string, slice: Slice, byteLength: number, align
 }
 
 /** @throws RangeError naming the count or slice at fault; TypeError for an unknown type */
-export function checkExpand({ type, rank, rows, width, out, coefficients, basis }: ExpandJob): void {
-  checkProducts(type, { rank, rows, width }, out, rank * width, "coefficients", coefficients, rank * rows, basis);
+export function checkExpand({ dtype, rank, rows, width, out, coefficients, basis }: ExpandJob): void {
+  checkProducts(dtype, { rank, rows, width }, out, rank * width, "coefficients", coefficients, rank * rows, basis);
 }
 
 /** @throws RangeError naming the count or slice at fault; TypeError for an unknown type */
-export function checkProject({ type, count, rows, width, out, x, basis }: ProjectJob): void {
-  checkProducts(type, { count, rows, width }, out, count * rows, "x", x, count * width, basis);
+export function checkProject({ dtype, count, rows, width, out, x, basis }: ProjectJob): void {
+  checkProducts(dtype, { count, rows, width }, out, count * rows, "x", x, count * width, basis);
 }
 
 /** Products of f32 numbers with a tensor [rows, width]. */
 function checkProducts(
-  type: TensorType,
+  type: Dtype,
   counts: { rows: number; width: number } & Record<string, number>,
   out: Slice,
   outLength: number,
@@ -51,7 +51,7 @@ function checkProducts(
   numbersLength: number,
   basis: Slice,
 ): void {
-  checkType(type, TENSOR_TYPES);
+  checkType(type, DTYPES);
   for (const [name, count] of Object.entries(counts)) checkCount(name, count);
   checkSlice("out", out, 4 * outLength, 4);
   for (const [name, slice, bytes] of [
@@ -67,7 +67,7 @@ function checkProducts(
 export function checkFold(job: FoldJob): void {
   const weight = checkProduct(job);
   const { out, base } = job;
-  checkSlice("out", out, weight, rowBytes(job.type, 1));
+  checkSlice("out", out, weight, rowBytes(job.dtype, 1));
   if (out.block !== base.block || out.byteOffset !== base.byteOffset) {
     checkApart("out", out, weight, "base", base, weight);
   }
@@ -97,13 +97,13 @@ export function checkScale(job: ScaleJob): void {
 
 /** What fold and scale share. Returns the bytes from the first to the last element of a weight, rows' gaps included. */
 function checkProduct(job: Omit<FoldJob, "out">): number {
-  checkType(job.type, FLOAT_TYPES);
+  checkType(job.dtype, FLOAT_TYPES);
   checkCount("rank", job.rank);
   checkCount("rows", job.rows);
   checkCount("columns", job.columns);
   checkCount("stride", job.stride);
   if (job.stride < job.columns) throw new RangeError(`stride must be ≥ columns ${job.columns}, got ${job.stride}`);
-  const size = rowBytes(job.type, 1);
+  const size = rowBytes(job.dtype, 1);
   const weight = job.rows === 0 ? 0 : ((job.rows - 1) * job.stride + job.columns) * size;
   checkSlice("base", job.base, weight, size);
   checkSlice("left", job.left, 4 * job.rank * job.rows, 4);
@@ -111,7 +111,7 @@ function checkProduct(job: Omit<FoldJob, "out">): number {
   return weight;
 }
 
-function checkType(type: TensorType, allowed: readonly TensorType[]): void {
+function checkType(type: Dtype, allowed: readonly Dtype[]): void {
   if (!allowed.includes(type)) throw new TypeError(`type must be one of ${allowed.join(", ")}, got ${String(type)}`);
 }
 

@@ -7,12 +7,12 @@
 import { BackendError } from "../errors.ts";
 import {
   bf16ToF32,
+  type Dtype,
   decodeTensor,
-  type FloatType,
+  type FloatDtype,
   f16ToF32,
   f32ToBf16,
   f32ToF16,
-  type TensorType,
   tensorBytes,
 } from "../tensor/dtypes.ts";
 import type { Backend, Block, ExpandJob, FoldJob, Owner, ProjectJob, ScaleJob, Slice } from "./backend.ts";
@@ -31,7 +31,7 @@ export function createJsBackend(): Backend {
   // The basis at work, decoded. Kept, so that a switch allocates nothing once the largest was seen.
   let decoded = new Float32Array(0);
 
-  function decode(type: TensorType, basis: Slice, rows: number, width: number): Float32Array {
+  function decode(type: Dtype, basis: Slice, rows: number, width: number): Float32Array {
     const encoded = bytes("basis", basis, tensorBytes(type, rows, width));
     if (decoded.length < rows * width) decoded = new Float32Array(rows * width);
     decodeTensor(type, encoded, rows, width, decoded);
@@ -57,7 +57,7 @@ export function createJsBackend(): Backend {
   function product(job: Omit<FoldJob, "out">): Product {
     const { rank, rows, columns } = job;
     return {
-      base: elements(job.type, held("base", job.base), job.base.byteOffset, job),
+      base: elements(job.dtype, held("base", job.base), job.base.byteOffset, job),
       left: floats("left", job.left, rank * rows),
       right: floats("right", job.right, rank * columns),
       rank,
@@ -108,7 +108,7 @@ export function createJsBackend(): Backend {
       const { rank, rows, width } = job;
       const out = floats("out", job.out, rank * width);
       const coefficients = floats("coefficients", job.coefficients, rank * rows);
-      const basis = decode(job.type, job.basis, rows, width);
+      const basis = decode(job.dtype, job.basis, rows, width);
       const before = job.add ? out.slice() : undefined;
       out.fill(0);
       for (let i = 0; i < rank; i++) {
@@ -123,7 +123,7 @@ export function createJsBackend(): Backend {
       const { count, rows, width } = job;
       const out = floats("out", job.out, count * rows);
       const x = floats("x", job.x, count * width);
-      const basis = decode(job.type, job.basis, rows, width);
+      const basis = decode(job.dtype, job.basis, rows, width);
       for (let i = 0; i < count; i++) {
         for (let k = 0; k < rows; k++) {
           let sum = 0;
@@ -137,7 +137,7 @@ export function createJsBackend(): Backend {
       checkFold(job);
       const { rows, columns, stride, rowScale, columnScale } = job;
       const from = product(job);
-      const out = elements(job.type, held("out", job.out), job.out.byteOffset, job);
+      const out = elements(job.dtype, held("out", job.out), job.out.byteOffset, job);
       const scaleOfRow = rowScale && floats("rowScale", rowScale, rows);
       const scaleOfColumn = columnScale && floats("columnScale", columnScale, columns);
       if (job.rank === 0 && !scaleOfRow && !scaleOfColumn) {
@@ -174,7 +174,7 @@ export function createJsBackend(): Backend {
       return total;
     },
 
-    dispose(): void {
+    close(): void {
       blocks.clear();
       decoded = new Float32Array(0);
     },
@@ -200,7 +200,7 @@ interface Product {
 }
 
 function elements(
-  type: FloatType,
+  type: FloatDtype,
   buffer: ArrayBuffer,
   byteOffset: number,
   { rows, columns, stride }: { rows: number; columns: number; stride: number },

@@ -4,7 +4,7 @@
  */
 
 import { BackendError } from "../errors.ts";
-import { TENSOR_TYPES, type TensorType } from "../tensor/dtypes.ts";
+import { DTYPES, type Dtype } from "../tensor/dtypes.ts";
 import type { Backend, Block, ExpandJob, FoldJob, Owner, ProjectJob, ScaleJob, Slice } from "./backend.ts";
 import { checkApart, checkCount, checkExpand, checkFold, checkProject, checkScale, checkSlice } from "./checks.ts";
 import { createHeap, type Heap } from "./wasm-memory.ts";
@@ -145,7 +145,7 @@ export async function createWasmBackend(options: WasmOptions = {}): Promise<Back
     expand(job: ExpandJob): void {
       checkExpand(job);
       kernels.expand(
-        code(job.type),
+        code(job.dtype),
         address("out", job.out),
         address("coefficients", job.coefficients),
         address("basis", job.basis),
@@ -159,7 +159,7 @@ export async function createWasmBackend(options: WasmOptions = {}): Promise<Back
     project(job: ProjectJob): void {
       checkProject(job);
       kernels.project(
-        code(job.type),
+        code(job.dtype),
         address("out", job.out),
         address("x", job.x),
         address("basis", job.basis),
@@ -172,7 +172,7 @@ export async function createWasmBackend(options: WasmOptions = {}): Promise<Back
     fold(job: FoldJob): void {
       checkFold(job);
       kernels.fold(
-        code(job.type),
+        code(job.dtype),
         address("out", job.out),
         address("base", job.base),
         job.stride,
@@ -190,7 +190,7 @@ export async function createWasmBackend(options: WasmOptions = {}): Promise<Back
       checkScale(job);
       const kernel = job.axis === "rows" ? kernels.scaleRows : kernels.scaleColumns;
       kernel(
-        code(job.type),
+        code(job.dtype),
         address("out", job.out),
         address("magnitude", job.magnitude),
         address("base", job.base),
@@ -215,15 +215,15 @@ export async function createWasmBackend(options: WasmOptions = {}): Promise<Back
       return total;
     },
 
-    dispose(): void {
+    close(): void {
       for (const [block, held] of blocks) heap.free(held.address, block.byteLength);
       blocks.clear();
     },
   };
 }
 
-function code(type: TensorType): number {
-  return TENSOR_TYPES.indexOf(type);
+function code(type: Dtype): number {
+  return DTYPES.indexOf(type);
 }
 
 /** Address of `byteLength` zeroed bytes. @throws BackendError when there are none */

@@ -3,7 +3,7 @@
  * that would be hundreds of small dispatches. Jobs are put together as long as they share their buffers, fit one binding
  * each, and write apart from one another; else what is waiting goes first, so that the order of calls is kept.
  */
-import { rowBytes, scaleBytes, TENSOR_TYPES, type TensorType } from "../tensor/dtypes.ts";
+import { DTYPES, type Dtype, rowBytes, scaleBytes } from "../tensor/dtypes.ts";
 import type { Slice } from "./backend.ts";
 import type { Blocks } from "./webgpu-blocks.ts";
 import type { Recorder } from "./webgpu-recorder.ts";
@@ -11,7 +11,7 @@ import type { Recorder } from "./webgpu-recorder.ts";
 /** A job of kernels/components.wgsl: `count` rows of numbers and a tensor [rows, width] make `out`. */
 export interface BatchJob {
   entry: "expand" | "project";
-  type: TensorType;
+  dtype: Dtype;
   count: number;
   rows: number;
   width: number;
@@ -58,7 +58,7 @@ export class Batch {
   #widen(job: BatchJob): boolean {
     const covered = this.#covered;
     const first = this.#jobs[0];
-    if (!covered || !first || first.entry !== job.entry || first.type !== job.type) return false;
+    if (!covered || !first || first.entry !== job.entry || first.dtype !== job.dtype) return false;
     if (ROLES.some((role) => covered[role].slice.block !== job[role].slice.block)) return false;
     // Inputs that lie beside the result are copied when bound, as they are then; results go up, so that none meets another.
     const { block, byteOffset } = job.out.slice;
@@ -94,10 +94,10 @@ export class Batch {
     });
     let workgroups = 0;
     const words: number[] = [];
-    for (const { type, count, rows, width, add, ...job } of jobs) {
+    for (const { dtype, count, rows, width, add, ...job } of jobs) {
       workgroups += job.workgroups;
       const starts = ROLES.map((role, i) => bound[i]!.blockStart + job[role].slice.byteOffset);
-      const packed = starts[2]! + scaleBytes(type, rows);
+      const packed = starts[2]! + scaleBytes(dtype, rows);
       words.push(
         workgroups,
         count,
@@ -105,12 +105,12 @@ export class Batch {
         width,
         ...starts.map((byte) => byte / 4),
         packed,
-        rowBytes(type, width),
+        rowBytes(dtype, width),
         add ? 1 : 0,
       );
     }
-    const { entry, type } = jobs[0]!;
-    const format = TENSOR_TYPES.indexOf(type);
+    const { entry, dtype } = jobs[0]!;
+    const format = DTYPES.indexOf(dtype);
     this.#recorder.dispatch({
       shader: "components",
       entry,

@@ -3,7 +3,7 @@
  * at once. Blocks are buffers of their own; what crosses the bus is what is uploaded and read.
  */
 /// <reference types="@webgpu/types" />
-import { align4, rowBytes, TENSOR_TYPES, type TensorType, tensorBytes } from "../tensor/dtypes.ts";
+import { align4, DTYPES, type Dtype, rowBytes, tensorBytes } from "../tensor/dtypes.ts";
 import type { Backend, DeviceBuffer, ExpandJob, FoldJob, ProjectJob, ScaleJob, Slice } from "./backend.ts";
 import { checkApart, checkExpand, checkFold, checkProject, checkScale, checkSlice } from "./checks.ts";
 import { Batch } from "./webgpu-batch.ts";
@@ -59,8 +59,8 @@ export async function createWebgpuBackend(options: WebgpuOptions = {}): Promise<
   }
 
   function foldRows(job: FoldJob, first: number, end: number): void {
-    const { type, rows, columns, stride, rank, out, base, rowScale, columnScale } = job;
-    const size = rowBytes(type, 1);
+    const { dtype, rows, columns, stride, rank, out, base, rowScale, columnScale } = job;
+    const size = rowBytes(dtype, 1);
     // The last word may hold the first element of one row more.
     const bytes = ((Math.min(end + 1, rows) - first - 1) * stride + columns) * size;
     const part = (slice: Slice): Slice => after(slice, first * stride * size);
@@ -71,13 +71,13 @@ export async function createWebgpuBackend(options: WebgpuOptions = {}): Promise<
     const right = bind("right", job.right, 4 * rank * columns, out);
     const scaleOfRow = rowScale ? bind("rowScale", rowScale, 4 * rows, out) : left;
     const scaleOfColumn = columnScale ? bind("columnScale", columnScale, 4 * columns, out) : left;
-    const native = type === "f16" && recorder.has("fold_f16");
+    const native = dtype === "f16" && recorder.has("fold_f16");
     const perWord = native ? 1 : 4 / size;
     const inputs = [left, right, scaleOfRow, scaleOfColumn, ...(inPlace ? [] : [source])];
     recorder.dispatch({
       shader: native ? "fold_f16" : "fold",
       entry: inPlace ? "fold_in_place" : "fold",
-      ...(native ? {} : { format: code(type) }),
+      ...(native ? {} : { format: code(dtype) }),
       bindings: [target, ...inputs].map(({ binding }) => binding),
       job: [
         ...[rows, columns, stride, rank, first, end, target.at / size, source.at / size, left.at / 4, right.at / 4],
@@ -138,36 +138,36 @@ export async function createWebgpuBackend(options: WebgpuOptions = {}): Promise<
 
     expand(job: ExpandJob): void {
       checkExpand(job);
-      const { type, rank, rows, width, add } = job;
+      const { dtype, rank, rows, width, add } = job;
       if (rank === 0 || width === 0) return;
       batch.add({
-        ...{ entry: "expand", type, count: rank, rows, width, add },
+        ...{ entry: "expand", dtype, count: rank, rows, width, add },
         out: { name: "out", slice: job.out, byteLength: 4 * rank * width },
         numbers: { name: "coefficients", slice: job.coefficients, byteLength: 4 * rank * rows },
-        basis: { name: "basis", slice: job.basis, byteLength: tensorBytes(type, rows, width) },
+        basis: { name: "basis", slice: job.basis, byteLength: tensorBytes(dtype, rows, width) },
         workgroups: Math.ceil(width / LANES) * Math.ceil(rank / ROWS),
       });
     },
 
     project(job: ProjectJob): void {
       checkProject(job);
-      const { type, count, rows, width } = job;
+      const { dtype, count, rows, width } = job;
       if (count === 0 || rows === 0) return;
       batch.add({
-        ...{ entry: "project", type, count, rows, width },
+        ...{ entry: "project", dtype, count, rows, width },
         out: { name: "out", slice: job.out, byteLength: 4 * count * rows },
         numbers: { name: "x", slice: job.x, byteLength: 4 * count * width },
-        basis: { name: "basis", slice: job.basis, byteLength: tensorBytes(type, rows, width) },
+        basis: { name: "basis", slice: job.basis, byteLength: tensorBytes(dtype, rows, width) },
         workgroups: rows * Math.ceil(count / ROWS),
       });
     },
 
     fold(job: FoldJob): void {
       checkFold(job);
-      const { type, rows, columns, stride, rank, out, base } = job;
+      const { dtype, rows, columns, stride, rank, out, base } = job;
       if (rows === 0 || columns === 0) return;
       batch.flush();
-      const rowSize = stride * rowBytes(type, 1);
+      const rowSize = stride * rowBytes(dtype, 1);
       if (rank === 0 && stride === columns && !job.rowScale && !job.columnScale) {
         if (out.block !== base.block || out.byteOffset !== base.byteOffset) backend.copy(base, out, rows * rowSize);
         return;
@@ -180,11 +180,11 @@ export async function createWebgpuBackend(options: WebgpuOptions = {}): Promise<
 
     scale(job: ScaleJob): void {
       checkScale(job);
-      const { type, rows, columns, stride, rank, axis } = job;
+      const { dtype, rows, columns, stride, rank, axis } = job;
       const length = axis === "rows" ? rows : columns;
       if (length === 0) return;
       batch.flush();
-      const size = rowBytes(type, 1);
+      const size = rowBytes(dtype, 1);
       const out = bind("out", job.out, 4 * length);
       const base = bind("base", job.base, rows === 0 ? 0 : ((rows - 1) * stride + columns) * size, job.out);
       const left = bind("left", job.left, 4 * rank * rows, job.out);
@@ -193,7 +193,7 @@ export async function createWebgpuBackend(options: WebgpuOptions = {}): Promise<
       recorder.dispatch({
         shader: "scale",
         entry: `scale_${axis}`,
-        format: code(type),
+        format: code(dtype),
         bindings: [out, left, right, magnitude, base].map(({ binding }) => binding),
         job: [
           ...[rows, columns, stride, rank],
@@ -217,7 +217,7 @@ export async function createWebgpuBackend(options: WebgpuOptions = {}): Promise<
     device,
     lost: recorder.lost,
 
-    dispose(): void {
+    close(): void {
       recorder.dispose();
       blocks.dispose();
       close();
@@ -230,6 +230,6 @@ function after({ block, byteOffset }: Slice, bytes: number): Slice {
   return { block, byteOffset: byteOffset + bytes };
 }
 
-function code(type: TensorType): number {
-  return TENSOR_TYPES.indexOf(type);
+function code(type: Dtype): number {
+  return DTYPES.indexOf(type);
 }

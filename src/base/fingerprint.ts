@@ -5,7 +5,7 @@
 
 import { BaseMismatchError } from "../errors.ts";
 import { FINGERPRINT_SIZE, type PackModule } from "../format/format.ts";
-import { bf16ToF32, type FloatType, f16ToF32 } from "../tensor/dtypes.ts";
+import { bf16ToF32, type FloatDtype, f16ToF32 } from "../tensor/dtypes.ts";
 
 /** Correlation from which two float models are the same. */
 export const SAME_FLOAT = 0.999;
@@ -23,7 +23,7 @@ export type WeightAt = (o: number, n: number) => number;
  */
 export function weightAt(
   bytes: Uint8Array,
-  type: FloatType,
+  type: FloatDtype,
   out: number,
   inputs: number,
   transposed: boolean,

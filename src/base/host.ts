@@ -7,12 +7,12 @@ import type { DeviceBuffer } from "../backends/backend.ts";
 import { BaseMismatchError, SourceError } from "../errors.ts";
 import type { Layout } from "../format/format.ts";
 import { type FetchOptions, openSource, type ReadOptions, type SourceInput } from "../source.ts";
-import { type FloatType, rowBytes } from "../tensor/dtypes.ts";
+import { type FloatDtype, rowBytes } from "../tensor/dtypes.ts";
 import type { SafetensorsFile } from "../tensor/safetensors.ts";
 
 /** A tensor as it lies in memory: little-endian, row-major, `shape` elements of `dtype` from `byteOffset` of `data`. */
 export interface View {
-  dtype: FloatType;
+  dtype: FloatDtype;
   shape: readonly number[];
   data: Uint8Array | DeviceBuffer;
   byteOffset: number;
@@ -23,7 +23,7 @@ export interface Parameter {
   /** As in the checkpoint: "encoder.layer.0.attention.self.query.weight". */
   name: string;
   shape: readonly number[];
-  dtype: FloatType;
+  dtype: FloatDtype;
   /** How a weight is stored. Absent: as the checkpoint the adapters were trained on stores it. */
   layout?: Layout;
 }
@@ -57,7 +57,7 @@ export interface WeightHost {
 
 /** A weight in the user's memory. Typed arrays are taken as they are; the runtime folds into them in place. */
 export interface Tensor {
-  dtype: FloatType;
+  dtype: FloatDtype;
   shape: readonly number[];
   data: Float32Array | Uint16Array | Uint8Array;
   layout?: Layout;
@@ -65,7 +65,7 @@ export interface Tensor {
 
 /** A weight on the WebGPU device that is given as `webgpu: { device }`. The runtime folds into the buffer in place. */
 export interface DeviceTensor {
-  dtype: FloatType;
+  dtype: FloatDtype;
   shape: readonly number[];
   /** With usage STORAGE | COPY_SRC | COPY_DST. */
   buffer: DeviceBuffer;
@@ -92,7 +92,7 @@ export async function openHost(base: BaseInput, options: FetchOptions & ReadOpti
   }
 }
 
-const DTYPES = new Map<string, FloatType>([
+const DTYPES = new Map<string, FloatDtype>([
   ["F32", "f32"],
   ["F16", "f16"],
   ["BF16", "bf16"],
@@ -138,7 +138,7 @@ function viewOf(tensor: Tensor | DeviceTensor): View {
 }
 
 /** Bytes of a parameter. */
-export function byteLengthOf({ dtype, shape }: { dtype: FloatType; shape: readonly number[] }): number {
+export function byteLengthOf({ dtype, shape }: { dtype: FloatDtype; shape: readonly number[] }): number {
   return shape.reduce((a, b) => a * b, rowBytes(dtype, 1));
 }
 

@@ -3,9 +3,9 @@
  */
 import { resolve } from "node:path";
 import { parseArgs } from "node:util";
-import type { Selection } from "../extract/extract.ts";
-import type { StorageTypes } from "../pack/build.ts";
-import { TENSOR_TYPES, type TensorType } from "../tensor/dtypes.ts";
+import type { ComponentSelection } from "../extract/extract.ts";
+import type { Dtypes } from "../pack/build.ts";
+import { DTYPES, type Dtype } from "../tensor/dtypes.ts";
 
 /** A wrong command line: exit code 2. */
 export class UsageError extends Error {
@@ -99,7 +99,7 @@ export function choice<T extends string>(args: Arguments, name: string, choices:
 }
 
 /** --k N, --energy P or --error E; 90 % of the energy unless given. @throws UsageError for two of them, or a bad number */
-export function selection(args: Arguments): Selection {
+export function selection(args: Arguments): ComponentSelection {
   const given = ["k", "energy", "error"].filter((name) => args.text(name) !== undefined);
   if (given.length > 1) throw new UsageError(`--${given.join(" and --")} exclude each other`);
   if (given[0] === "k") return { kind: "k", k: wholeNumber(args, "k", 1) };
@@ -112,16 +112,16 @@ export function selection(args: Arguments): Selection {
 }
 
 /** --dtype f16, or --dtype basis=f16,coefficients=f32,head=f16. @throws UsageError for an unknown part or type */
-export function storage(text: string | undefined): Partial<StorageTypes> {
+export function storage(text: string | undefined): Partial<Dtypes> {
   if (text === undefined) return {};
-  const type = (word: string): TensorType => {
-    if (!(TENSOR_TYPES as readonly string[]).includes(word)) {
-      throw new UsageError(`--dtype ${text}: "${word}" is not one of ${TENSOR_TYPES.join(", ")}`);
+  const type = (word: string): Dtype => {
+    if (!(DTYPES as readonly string[]).includes(word)) {
+      throw new UsageError(`--dtype ${text}: "${word}" is not one of ${DTYPES.join(", ")}`);
     }
-    return word as TensorType;
+    return word as Dtype;
   };
   if (!text.includes("=")) return { basis: type(text), coefficients: type(text), head: type(text) };
-  const types: Partial<StorageTypes> = {};
+  const types: Partial<Dtypes> = {};
   for (const assignment of text.split(",")) {
     const [part = "", word = ""] = assignment.split("=");
     if (part !== "basis" && part !== "coefficients" && part !== "head") {

@@ -247,7 +247,7 @@ async function writeInputs(
     }
     return { base, folder, tasks };
   } finally {
-    backend.dispose();
+    backend.close();
   }
 }
 

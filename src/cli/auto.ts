@@ -13,7 +13,7 @@ import { type Arguments, choice, number, required, selection, UsageError, wholeN
 import { type Encode, loadRuntime, loadTokenizer } from "./model.ts";
 import { bytes, type Output, percent, table } from "./output.ts";
 
-type Common = Pick<BuildOptions, "types" | "base" | "normalize">;
+type Common = Pick<BuildOptions, "dtype" | "base" | "normalize">;
 
 /** What `pack` was asked for, read before anything else is. */
 export interface PackPlan {
@@ -34,7 +34,7 @@ export function planOf(args: Arguments): PackPlan {
   if (budgets.length > 1) throw new UsageError(`--${budgets.join(" and --")} exclude each other`);
   const calibrate = args.flag("calibrate");
   if (mode === "auto") {
-    const own = asked("gauge", "rank", "private", "centering", "k", "energy");
+    const own = asked("gauge", "rank", "private-terms", "centering", "k", "energy");
     if (own.length > 0) throw new UsageError(`--mode auto chooses --${own[0]} itself; leave it out, or name a mode`);
     if (budgets.length === 0)
       throw new UsageError("--mode auto needs to know what for: --bytes, --ratio, --error or --divergence");
@@ -49,12 +49,12 @@ export function planOf(args: Arguments): PackPlan {
   if (foreign.length > 0)
     throw new UsageError(`--${foreign[0]} is for --mode auto${foreign[0] === "divergence" ? "" : " and --calibrate"}`);
   if (calibrate && asked("model", "text").length < 2) throw new UsageError("--calibrate needs --model and --text");
-  const gauge = asked("rank", "private").length > 0 ? "balanced" : "as-trained";
+  const gauge = asked("rank", "private-terms").length > 0 ? "balanced" : "as-trained";
   const options = {
     mode,
     gauge: choice(args, "gauge", ["as-trained", "balanced"] as const, gauge),
     ...(asked("rank").length > 0 ? { rank: wholeNumber(args, "rank", 1) } : {}),
-    ...(asked("private").length > 0 ? { private: wholeNumber(args, "private", 1) } : {}),
+    ...(asked("private-terms").length > 0 ? { privateTerms: wholeNumber(args, "private-terms", 1) } : {}),
     ...(args.text("centering") === undefined
       ? {}
       : { centering: choice(args, "centering", ["keep", "none"] as const, "keep") }),

@@ -45,13 +45,13 @@ async function learn(args: Arguments, out: Output, signal: AbortSignal): Promise
   const fit = {
     epochs: wholeNumber(args, "epochs", 8),
     batch: wholeNumber(args, "batch", 16),
-    validation: number(args, "validation", 0.2, (n) => n >= 0 && n < 1, "a share from 0 to less than 1"),
+    holdout: number(args, "holdout", 0.2, (n) => n >= 0 && n < 1, "a share from 0 to less than 1"),
     rates: { terms: rate, head: rate },
   };
   const options = {
     seed: number(args, "seed", 0, (n) => Number.isInteger(n) && n >= 0, "a whole number from 0"),
     train: choice(args, "train", ["coefficients", "lora"] as const, "coefficients"),
-    terms: number(args, "terms", 0, (n) => Number.isInteger(n) && n >= 0, "a whole number from 0"),
+    privateTerms: number(args, "private-terms", 0, (n) => Number.isInteger(n) && n >= 0, "a whole number from 0"),
     ...(args.text("rank") === undefined ? {} : { rank: wholeNumber(args, "rank", 8) }),
   };
   const tokens = wholeNumber(args, "tokens", 128);
@@ -139,29 +139,27 @@ function report(learned: Learned, steps: readonly TrainingStep[]): Result {
     const own = steps.filter((step) => step.epoch === epoch);
     return {
       loss: own.reduce((sum, { loss }) => sum + loss, 0) / own.length,
-      validation: own.at(-1)!.validation ?? null,
+      holdout: own.at(-1)!.holdout ?? null,
     };
   });
   // The state of this epoch was kept; after Ctrl-C that of the last step.
-  const judged = epochs.flatMap(({ validation }) => validation ?? []);
+  const judged = epochs.flatMap(({ holdout }) => holdout ?? []);
   const best = learned.interrupted ? undefined : judged.reduce((a, b) => (b.loss < a.loss ? b : a), judged[0]!);
   const { file, id, labels, trained, interrupted, seconds } = learned;
   const text = [
     `${file}: task "${id}", ${labels.length} labels, ${bytes(learned.bytes)}${interrupted ? `, stopped at step ${steps.length} of ${steps[0]!.steps}` : ""}`,
     table([
       ["epoch", "loss", ...(judged.length > 0 ? ["held back", "accuracy"] : [])],
-      ...epochs.map(({ loss, validation }, i) => [
+      ...epochs.map(({ loss, holdout }, i) => [
         i + 1,
         loss.toFixed(4),
-        ...(judged.length > 0
-          ? [validation?.loss.toFixed(4) ?? "", validation ? percent(validation.accuracy) : ""]
-          : []),
+        ...(judged.length > 0 ? [holdout?.loss.toFixed(4) ?? "", holdout ? percent(holdout.accuracy) : ""] : []),
       ]),
     ]),
     `${trained.terms} numbers of terms and ${trained.head} of the head were trained; ${seconds.toFixed(2)} s`,
   ].join("\n");
   return {
-    json: { ...learned, steps: steps.length, epochs, validation: best ?? null },
+    json: { ...learned, steps: steps.length, epochs, holdout: best ?? null },
     text,
     exitCode: interrupted ? 1 : 0,
   };

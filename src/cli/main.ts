@@ -59,7 +59,7 @@ const COMMANDS = new Map<string, Command>([
         },
         ...gauge,
         ...trim,
-        private: {
+        "private-terms": {
           value: "N",
           help: "N rank-1 terms of each task's own beside the components; with --error N at most (balanced)",
         },
@@ -228,7 +228,7 @@ const COMMANDS = new Map<string, Command>([
         },
         epochs: { value: "N", help: "passes over the examples (8)" },
         batch: { value: "N", help: "examples of a step (16)" },
-        validation: { value: "P", help: "share held back to judge each epoch by; the best is kept (0.2)" },
+        holdout: { value: "P", help: "share held back to judge each epoch by; the best is kept (0.2)" },
         rate: { value: "X", help: "learning rate (0.02)" },
         seed: { value: "N", help: "the same seed gives the same task (0)" },
         train: { value: "coefficients|lora", help: "over the pack's components, or whole factors as without a pack" },
@@ -236,7 +236,7 @@ const COMMANDS = new Map<string, Command>([
           value: "N",
           help: "rows of coefficients, or rank of the factors; that of most of the pack's tasks unless given",
         },
-        terms: { value: "N", help: "free rank-1 terms of each module beside the coefficients (0)" },
+        "private-terms": { value: "N", help: "free rank-1 terms of each module beside the coefficients (0)" },
         init: {
           value: "auto|mean|random|fresh|ID",
           help: "where coefficients begin (auto), and factors (fresh, as in PEFT); ID: as this task of the pack",

@@ -14,11 +14,11 @@ import { basisId } from "../format/encode.ts";
 import { hex } from "../format/fields.ts";
 import { SECTION_FREE, type TaskBlob, WINDOW_BYTES } from "../format/format.ts";
 import { layoutFresh } from "../format/layout.ts";
-import { breakEven, type StorageTypes, storageTypes, storedModule } from "../pack/build.ts";
+import { breakEven, completeDtypes, type Dtypes, storedModule } from "../pack/build.ts";
 import { expandTerm } from "../pack/expand.ts";
 import { openPack, type Pack } from "../pack/pack.ts";
 import { openSource } from "../source.ts";
-import type { TensorType } from "../tensor/dtypes.ts";
+import type { Dtype } from "../tensor/dtypes.ts";
 import { type Arguments, number, renames, required, storage, UsageError } from "./args.ts";
 import { autoText, planOf } from "./auto.ts";
 import { writeWhole } from "./files.ts";
@@ -32,7 +32,7 @@ export interface Result {
   exitCode?: number;
 }
 
-function typeName({ basis, coefficients, head }: StorageTypes): string {
+function typeName({ basis, coefficients, head }: Dtypes): string {
   if (basis === coefficients && basis === head) return basis;
   return `basis=${basis},coefficients=${coefficients},head=${head}`;
 }
@@ -46,7 +46,7 @@ export async function packCommand(args: Arguments, out: Output): Promise<Result>
   const started = performance.now();
   const file = required(args, "output");
   const plan = planOf(args);
-  const types = storage(args.text("dtype"));
+  const dtype = storage(args.text("dtype"));
   const choose = await goodAdapters(args);
   const adapters = await readAdapters(args.positionals, { rename: renames(args) });
   const basePath = args.text("base");
@@ -55,12 +55,12 @@ export async function packCommand(args: Arguments, out: Output): Promise<Result>
     const { kept, dropped } = choose(adapters);
     const { chunks, report } = await plan.run(
       kept,
-      { types, normalize: args.flag("normalize"), ...(base ? { base } : {}) },
+      { dtype, normalize: args.flag("normalize"), ...(base ? { base } : {}) },
       out,
     );
     await writeWhole(file, chunks);
     for (const warning of report.warnings) out.warn(warning);
-    const { types: stored, ...rest } = report;
+    const { dtype: stored, ...rest } = report;
     const seconds = (performance.now() - started) / 1000;
     const peakMemoryBytes = process.resourceUsage().maxRSS * 1024;
     const even = report.breakEvenTasks;
@@ -137,7 +137,7 @@ export async function inspectCommand(args: Arguments): Promise<Result> {
       directory.tasks.map((t) => t.adapterBytes),
     );
     const { mode, gauge, centering, producer, baseModel } = directory.basis;
-    const dtype = [...new Set(pack.modules.flatMap((m) => [m.A?.tensor.type, m.B?.tensor.type]))]
+    const dtype = [...new Set(pack.modules.flatMap((m) => [m.A?.tensor.dtype, m.B?.tensor.dtype]))]
       .filter(Boolean)
       .join(",");
     const json = {
@@ -300,13 +300,13 @@ async function compare(
     }
     const { A, Bt } = await source.read();
     const member = { id: adapter.id, rank: source.rank, A, Bt };
-    if (term.A && term.B && term.q === 0) {
+    if (term.A && term.B && term.privateRank === 0) {
       const gauge: Gauge = pack.directory.basis.gauge === "balanced" ? "balanced" : "as-trained";
       const bytesOf = ({ byteOffset, byteLength }: { byteOffset: number; byteLength: number }): Uint8Array =>
         blob.bytes.subarray(byteOffset, byteOffset + byteLength);
       const task = { rank: term.rank, alphaA: bytesOf(term.A.tensor), alphaB: bytesOf(term.B.tensor) };
       const space = openModule(storedModule(module, bases, adapter));
-      const figures = measureModule(space, member, task, { gauge, coefficientType: term.A.tensor.type });
+      const figures = measureModule(space, member, task, { gauge, coefficientDtype: term.A.tensor.dtype });
       errors.push(figures.error);
       delta.A = Math.max(delta.A, figures.deltaA);
       delta.B = Math.max(delta.B, figures.deltaB);
@@ -328,13 +328,13 @@ async function compare(
 }
 
 /** The types a pack's tasks are stored with, so that new ones are stored alike. */
-export async function storedTypes(pack: Pack): Promise<StorageTypes> {
+export async function storedTypes(pack: Pack): Promise<Dtypes> {
   const first = pack.tasks.keys().next().value;
-  if (first === undefined) return storageTypes();
+  if (first === undefined) return completeDtypes();
   const { terms, parameters } = await pack.load(first);
   const head = parameters.find((p) => p.shape.length > 1);
-  const coefficients: TensorType | undefined = terms.find((t) => t.A)?.A?.tensor.type;
-  return storageTypes({ ...(coefficients ? { coefficients } : {}), ...(head ? { head: head.tensor.type } : {}) });
+  const coefficients: Dtype | undefined = terms.find((t) => t.A)?.A?.tensor.dtype;
+  return completeDtypes({ ...(coefficients ? { coefficients } : {}), ...(head ? { head: head.tensor.dtype } : {}) });
 }
 
 /** `remove FILE TASK...` */

@@ -10,7 +10,7 @@ import type { Adapter } from "../adapters/adapter.ts";
 import { readAdapters } from "../adapters/folder.ts";
 import { openHost } from "../base/host.ts";
 import { FormatError, SourceError } from "../errors.ts";
-import { storageTypes } from "../pack/build.ts";
+import { completeDtypes } from "../pack/build.ts";
 import { openPack } from "../pack/pack.ts";
 import { buildBasis } from "../pack/shard/basis.ts";
 import { openPart, type PartKind } from "../pack/shard/part.ts";
@@ -71,7 +71,7 @@ export async function mergeCommand(args: Arguments, out: Output): Promise<Result
   }
   const select = selection(args);
   const centering = choice(args, "centering", ["keep", "none"] as const, "keep");
-  const type = storageTypes(storage(args.text("dtype"))).basis;
+  const dtype = completeDtypes(storage(args.text("dtype"))).basis;
   const progress = (what: string) => (done: number, of: number) => out.progress(what, done, of);
   const parts: StatisticsPart[] = [];
   const basePath = args.text("base");
@@ -95,7 +95,7 @@ export async function mergeCommand(args: Arguments, out: Output): Promise<Result
     const { chunks, report } = await buildBasis(statistics, {
       select,
       centering,
-      type,
+      dtype,
       ...(base ? { base } : {}),
       onProgress: progress("module"),
     });
@@ -117,7 +117,7 @@ export async function projectCommand(args: Arguments, out: Output): Promise<Resu
   const file = required(args, "output");
   const [basisPath = "", ...paths] = args.positionals;
   refuseOverwriting(file, basisPath);
-  const types = storageTypes(storage(args.text("dtype")));
+  const types = completeDtypes(storage(args.text("dtype")));
   const adapters = await readAdapters(paths, { rename: renames(args) });
   const basis = await openPack(basisPath);
   try {
@@ -128,7 +128,7 @@ export async function projectCommand(args: Arguments, out: Output): Promise<Resu
       file,
       "tasks",
       made,
-      async () => (await projectTasks(basis, adapters, made, { types, onProgress })).chunks,
+      async () => (await projectTasks(basis, adapters, made, { dtype: types, onProgress })).chunks,
     );
     const part = await openTasks(file);
     await part.close();

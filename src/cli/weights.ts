@@ -73,7 +73,7 @@ export async function foldCommand(args: Arguments): Promise<Result> {
         text: `${out}: task "${task}" in ${report.modules} modules, ${bytes(size)}`,
       };
     } finally {
-      await runtime.dispose();
+      await runtime.close();
     }
   } finally {
     await source.close?.();

@@ -4,7 +4,7 @@
  * whole factor is one. Also the way of one more adapter onto an existing basis. Works on one module at a time, on arrays
  * only: no files, no pack.
  */
-import { decodeTensor, type TensorType } from "../tensor/dtypes.ts";
+import { type Dtype, decodeTensor } from "../tensor/dtypes.ts";
 import { encodeTensor } from "../tensor/encode.ts";
 import { type Components, centred, columnMeans, principalComponents, ROUNDING } from "./components.ts";
 import { deltaError, pairError, relative, type SideError } from "./error.ts";
@@ -59,7 +59,7 @@ export interface ModuleStack {
  * What has coefficients of its own: a row of a factor, or a whole factor (DESIGN.md 2.4). Joint mode is column mode with bases that
  * lose least of ΔW instead of least of each factor.
  */
-export type Mode = "column" | "flat" | "joint";
+export type BasisMode = "column" | "flat" | "joint";
 
 /**
  * Whether factors are taken as they come or rewritten as B = U·√S, A = √S·Vᵀ first (DESIGN.md 2.2). Flat mode also turns
@@ -72,11 +72,14 @@ export type Gauge = "as-trained" | "balanced";
  * `k` that many; `energy` the fewest with that share of the squared singular values, 1 for all of them; `error` per
  * module the numbers of fewest stored bytes for which no task's ΔW error, after rounding, is above `max`.
  */
-export type Selection = { kind: "k"; k: number } | { kind: "energy"; share: number } | { kind: "error"; max: number };
+export type ComponentSelection =
+  | { kind: "k"; k: number }
+  | { kind: "energy"; share: number }
+  | { kind: "error"; max: number };
 
 export interface ExtractOptions {
   /** "column" unless given. */
-  mode?: Mode;
+  mode?: BasisMode;
   gauge: Gauge;
   /** The most rows that a task keeps of each module, its strongest directions: balanced gauge only, not in flat mode. All unless given. */
   rank?: number | undefined;
@@ -92,9 +95,9 @@ export interface ExtractOptions {
    * are the best for them. Not in flat mode, nor with private terms.
    */
   moments?: Float64Array | undefined;
-  select: Selection;
-  basisType: TensorType;
-  coefficientType: TensorType;
+  select: ComponentSelection;
+  basisDtype: Dtype;
+  coefficientDtype: Dtype;
   /** What multiplies large matrices, in place of the plain loop: half the time of an extraction is spent there. */
   products?: Products;
 }
@@ -108,7 +111,7 @@ export interface SideBasis extends StoredBasis {
 }
 
 /** What a task loses in one module. */
-export interface TaskError {
+export interface ModuleLoss {
   /**
    * ‖ΔW − ΔW'‖ / ‖ΔW‖ with ΔW' as stored; 0 where ΔW is zero. Extraction measures a balanced pair against itself,
    * without the directions that are zero within rounding: below 1e-6 of ‖ΔW‖.
@@ -133,7 +136,7 @@ export interface TaskCoefficients {
 }
 
 /** One adapter on a basis. */
-export interface ProjectedTask extends TaskCoefficients, TaskError {
+export interface ProjectedTask extends TaskCoefficients, ModuleLoss {
   id: string;
 }
 
@@ -157,7 +160,7 @@ export interface ModuleSpace {
 }
 
 /** How an adapter is brought onto a basis. */
-export type ProjectOptions = Pick<ExtractOptions, "gauge" | "coefficientType" | "rank">;
+export type ProjectOptions = Pick<ExtractOptions, "gauge" | "coefficientDtype" | "rank">;
 
 /**
  * Extracts one module.
@@ -290,7 +293,7 @@ export function projectModule(space: ModuleSpace, member: ModuleMember, options:
   const pair = gauged(toPair(member, rowWidth(space.B), rowWidth(space.A)), space, options);
   const a = targetOf(space.A, pair.A, options.rank);
   const b = targetOf(space.B, pair.Bt, options.rank);
-  return { id: member.id, ...project(space, a, b, options.coefficientType) };
+  return { id: member.id, ...project(space, a, b, options.coefficientDtype) };
 }
 
 /**
@@ -303,12 +306,12 @@ export function measureModule(
   member: ModuleMember,
   task: TaskCoefficients,
   options: ProjectOptions,
-): TaskError {
+): ModuleLoss {
   const given = toPair(member, rowWidth(space.B), rowWidth(space.A));
   const pair = gauged(given, space, options);
   const rows = (encoded: Uint8Array, side: Subspace): Float64Array => {
     const count = side.rank === undefined ? task.rank : 1;
-    const alpha = decodeTensor(options.coefficientType, encoded, count, side.components);
+    const alpha = decodeTensor(options.coefficientDtype, encoded, count, side.components);
     return expand(side, Float64Array.from(alpha), count);
   };
   const stored = { rank: task.rank, A: rows(task.alphaA, space.A), Bt: rows(task.alphaB, space.B) };
@@ -420,7 +423,7 @@ export function wanted({
 export function encodeBasis(
   side: Omit<Side, "rows">,
   count: number,
-  type: TensorType,
+  type: Dtype,
   products?: Products,
   mixed: boolean = fewBits(type),
 ): SideBasis {
@@ -435,7 +438,7 @@ export function encodeBasis(
   let held = 0;
   for (let k = 0; k < count; k++) held += singular[k]! ** 2;
   return {
-    type,
+    dtype: type,
     components: count,
     width,
     rank,
@@ -447,12 +450,12 @@ export function encodeBasis(
 }
 
 function encodeModule(
-  { A, B, options: { basisType, products } }: Found,
+  { A, B, options: { basisDtype, products } }: Found,
   kA: number,
   kB: number,
   mixed?: boolean,
 ): { A: SideBasis; B: SideBasis } {
-  return { A: encodeBasis(A, kA, basisType, products, mixed), B: encodeBasis(B, kB, basisType, products, mixed) };
+  return { A: encodeBasis(A, kA, basisDtype, products, mixed), B: encodeBasis(B, kB, basisDtype, products, mixed) };
 }
 
 function store(found: Found, kA: number, kB: number): ModuleExtraction {
@@ -461,7 +464,7 @@ function store(found: Found, kA: number, kB: number): ModuleExtraction {
   const space = openModule(basis, options.products, found.A.metric);
   const a = targetsOf(space.A, found.A.rows, ranks, options.rank);
   const b = targetsOf(space.B, found.B.rows, ranks, options.rank);
-  const tasks = stack.members.map(({ id }, i) => ({ id, ...project(space, a[i]!, b[i]!, options.coefficientType) }));
+  const tasks = stack.members.map(({ id }, i) => ({ id, ...project(space, a[i]!, b[i]!, options.coefficientDtype) }));
   const delta = {
     A: Math.max(...tasks.map((task) => task.deltaA)),
     B: Math.max(...tasks.map((task) => task.deltaB)),
@@ -469,7 +472,7 @@ function store(found: Found, kA: number, kB: number): ModuleExtraction {
   return { name: stack.name, out: stack.out, in: stack.in, ...basis, tasks, delta };
 }
 
-function project(space: ModuleSpace, a: Target, b: Target, type: TensorType): TaskCoefficients & TaskError {
+function project(space: ModuleSpace, a: Target, b: Target, type: Dtype): TaskCoefficients & ModuleLoss {
   const A = projectSide(space.A, a, type);
   const B = projectSide(space.B, b, type);
   const { difference, norm, bound } = pairError(A.loss, B.loss);
@@ -484,15 +487,15 @@ function project(space: ModuleSpace, a: Target, b: Target, type: TensorType): Ta
   };
 }
 
-function projectSide(space: Subspace, target: Target, type: TensorType): { encoded: Uint8Array; loss: SideError } {
+function projectSide(space: Subspace, target: Target, type: Dtype): { encoded: Uint8Array; loss: SideError } {
   const { components } = space;
   const { encoded, values } = rounded(type, solve(space, target, components), target.kept, components);
   return { encoded, loss: lossOf(space, target, values, components) };
 }
 
 /** Whether rows of unlike length would be rounded to few bits. */
-function mirrors({ gauge, coefficientType }: ProjectOptions): boolean {
-  return gauge === "balanced" && fewBits(coefficientType);
+function mirrors({ gauge, coefficientDtype }: ProjectOptions): boolean {
+  return gauge === "balanced" && fewBits(coefficientDtype);
 }
 
 /** The pair in the gauge of a pack, along the stored mean where there is one. */
@@ -587,7 +590,7 @@ export function checkRank({
 }
 
 /** @throws RangeError for a number out of range */
-export function checkSelection(select: Selection): void {
+export function checkSelection(select: ComponentSelection): void {
   if (select.kind === "k" && !(Number.isInteger(select.k) && select.k >= 1)) {
     throw new RangeError(`select.k must be a whole number from 1, got ${select.k}`);
   }

@@ -3,11 +3,11 @@
  * row: least in all when rows are of one length and no value stands out. (Bᵀ, A) and (R·Bᵀ, R·A) are the same ΔW for every rotation R,
  * and so are α·V and (α·Hᵀ)·(H·V).
  */
-import type { TensorType } from "../tensor/dtypes.ts";
+import type { Dtype } from "../tensor/dtypes.ts";
 import { type Products, timesTransposed } from "./linalg.ts";
 
 /** Formats whose rounding loses enough for turns to pay. */
-export function fewBits(type: TensorType): boolean {
+export function fewBits(type: Dtype): boolean {
   return type === "int4" || type === "int3";
 }
 

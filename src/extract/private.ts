@@ -4,7 +4,7 @@
  * others, and the shared components are found again for what is left. No components at all and only private terms is each adapter
  * cut by its own SVD: the other end of the scale.
  */
-import { decodeTensor, isQuantized, type TensorType } from "../tensor/dtypes.ts";
+import { type Dtype, decodeTensor, isQuantized } from "../tensor/dtypes.ts";
 import { deltaError, relative } from "./error.ts";
 import {
   type ExtractOptions,
@@ -27,22 +27,22 @@ const TRIED = [0, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128];
 
 /** Factors of a task's own, encoded: A [q, in], Bᵀ [q, out]. */
 export interface PrivateTerms {
-  q: number;
-  type: TensorType;
+  rank: number;
+  dtype: Dtype;
   A: Uint8Array;
   Bt: Uint8Array;
 }
 
 export interface PrivateOptions extends ExtractOptions {
   /** Rank of the private part: of every task with `select` by number or energy, the most with an error, where each task has as few as do. */
-  private: number;
+  privateTerms: number;
   /** Share of ‖ΔW‖² that each of them holds at least, where no error decides; 0 unless given. */
   privateShare?: number | undefined;
 }
 
 /** A task with what it keeps for itself. */
 export interface MixedTask extends ProjectedTask {
-  private?: PrivateTerms | undefined;
+  privateTerms?: PrivateTerms | undefined;
 }
 
 export interface MixedExtraction extends ModuleExtraction {
@@ -55,8 +55,8 @@ export interface MixedExtraction extends ModuleExtraction {
  */
 export function extractMixed(stack: ModuleStack, options: PrivateOptions): MixedExtraction {
   const { select, gauge } = options;
-  if (!(Number.isInteger(options.private) && options.private >= 1))
-    throw new RangeError(`private must be a whole number from 1, got ${options.private}`);
+  if (!(Number.isInteger(options.privateTerms) && options.privateTerms >= 1))
+    throw new RangeError(`private must be a whole number from 1, got ${options.privateTerms}`);
   const { privateShare: share = 0 } = options;
   if (!(share >= 0 && share < 1)) throw new RangeError(`privateShare must be from 0 to less than 1, got ${share}`);
   if (gauge !== "balanced") throw new RangeError("private terms need gauge balanced");
@@ -80,7 +80,7 @@ export function extractMixed(stack: ModuleStack, options: PrivateOptions): Mixed
   }
   if (best) return best.found;
   throw new RangeError(
-    `${stack.name}: an error of ${select.max} is out of reach of ${options.private} private terms in ${options.coefficientType}; allow more`,
+    `${stack.name}: an error of ${select.max} is out of reach of ${options.privateTerms} private terms in ${options.coefficientDtype}; allow more`,
   );
 }
 
@@ -133,7 +133,7 @@ function extractShared(stack: ModuleStack, options: ExtractOptions): ModuleExtra
   if (options.select.kind !== "k" || options.select.k > 0) return extractModule(stack, options);
   const none = (width: number): ModuleExtraction["A"] => {
     return {
-      type: options.basisType,
+      dtype: options.basisDtype,
       components: 0,
       width,
       mean: false,
@@ -165,12 +165,12 @@ function extractShared(stack: ModuleStack, options: ExtractOptions): ModuleExtra
 }
 
 /** The shared factors of every task, as stored. */
-function expanded({ A, B, tasks }: ModuleExtraction, { coefficientType, products }: ExtractOptions): Pair[] {
+function expanded({ A, B, tasks }: ModuleExtraction, { coefficientDtype, products }: ExtractOptions): Pair[] {
   if (A.components + B.components === 0 && !A.mean)
     return tasks.map(() => ({ rank: 0, A: new Float64Array(0), Bt: new Float64Array(0) }));
   const space = openModule({ A, B }, products);
   const rows = (encoded: Uint8Array, side: Subspace, rank: number): Float64Array =>
-    expand(side, Float64Array.from(decodeTensor(coefficientType, encoded, rank, side.components)), rank);
+    expand(side, Float64Array.from(decodeTensor(coefficientDtype, encoded, rank, side.components)), rank);
   return tasks.map(({ rank, alphaA, alphaB }) => ({
     rank,
     A: rows(alphaA, space.A, rank),
@@ -192,22 +192,22 @@ function withPrivate(
   let least =
     error === undefined ? countFrom(rest, (options.privateShare ?? 0) * whole ** 2) : leastRank(rest, error, whole);
   for (; ; least++) {
-    const q = Math.min(least, options.private, rest.rank);
+    const q = Math.min(least, options.privateTerms, rest.rank);
     const leading = leadingRows(rest, q);
-    const own = isQuantized(options.coefficientType) ? mixed(leading, width, height) : leading;
+    const own = isQuantized(options.coefficientDtype) ? mixed(leading, width, height) : leading;
     const [ownA, ownB] = [
-      rounded(options.coefficientType, own.A, q, width),
-      rounded(options.coefficientType, own.Bt, q, height),
+      rounded(options.coefficientDtype, own.A, q, width),
+      rounded(options.coefficientDtype, own.Bt, q, height),
     ];
     const rows = { rank: q, A: ownA.values, Bt: ownB.values };
     const stored = stackedPairs(shared, rows, 1);
     const nothing = { rank: 1, A: new Float64Array(width), Bt: new Float64Array(height) };
     const { difference, norm, bound } = deltaError(given, stored.rank > 0 ? stored : nothing);
     const found = relative(difference, norm);
-    if (error !== undefined && found > error && q < Math.min(options.private, rest.rank)) continue;
-    const terms = q > 0 ? { q, type: options.coefficientType, A: ownA.encoded, Bt: ownB.encoded } : undefined;
+    if (error !== undefined && found > error && q < Math.min(options.privateTerms, rest.rank)) continue;
+    const terms = q > 0 ? { rank: q, dtype: options.coefficientDtype, A: ownA.encoded, Bt: ownB.encoded } : undefined;
     return {
-      task: { ...task, error: found, bound: relative(bound, norm), private: terms },
+      task: { ...task, error: found, bound: relative(bound, norm), privateTerms: terms },
       own: rows,
       lost: difference ** 2,
       reached: error === undefined || found <= error,
@@ -262,7 +262,7 @@ function without({ id, rank, A, Bt }: ModuleMember, own: Pair): ModuleMember {
 
 function bytesOf({ A, B }: ModuleExtraction, tasks: readonly MixedTask[]): number {
   const own = tasks.reduce(
-    (sum, { alphaA, alphaB, private: terms }) =>
+    (sum, { alphaA, alphaB, privateTerms: terms }) =>
       sum + alphaA.length + alphaB.length + (terms ? terms.A.length + terms.Bt.length : 0),
     0,
   );

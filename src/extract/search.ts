@@ -3,7 +3,7 @@
  * bytes. Everything is computed in coordinates of the components, where one more component of one side changes the r×r
  * matrices of `error.ts` by products of two vectors, so that thousands of pairs cost less than one expansion.
  */
-import { type TensorType, tensorBytes } from "../tensor/dtypes.ts";
+import { type Dtype, tensorBytes } from "../tensor/dtypes.ts";
 import { pairError, relative, type SideError } from "./error.ts";
 import { fewBits, mixColumns } from "./mixing.ts";
 import { leaveOut, lossOf, rounded, type Subspace, solve, type Target } from "./subspace.ts";
@@ -16,9 +16,9 @@ export interface SearchSide {
 }
 
 /** The types whose bytes are counted and whose rounding is allowed for. */
-export interface StoredTypes {
-  basisType: TensorType;
-  coefficientType: TensorType;
+export interface StoredDtypes {
+  basisDtype: Dtype;
+  coefficientDtype: Dtype;
 }
 
 /**
@@ -39,7 +39,7 @@ export function* pairsWithin(
   allowed: number,
   a: SearchSide,
   b: SearchSide,
-  types: StoredTypes,
+  types: StoredDtypes,
 ): Generator<[kA: number, kB: number]> {
   const limitA = a.space.components;
   const limitB = b.space.components;
@@ -49,7 +49,7 @@ export function* pairsWithin(
   if (floor > allowed) {
     throw new RangeError(
       `an error of ${allowed} cannot be reached: all components together leave ${floor.toPrecision(4)} after ` +
-        `rounding to ${types.basisType} components and ${types.coefficientType} coefficients; allow that much or store f32`,
+        `rounding to ${types.basisDtype} components and ${types.coefficientDtype} coefficients; allow that much or store f32`,
     );
   }
   const least = staircase(allowed * SLACK, a, b);
@@ -96,12 +96,12 @@ function judge(tasks: number, allowed: number): (a: TaskErrors, b: TaskErrors) =
 }
 
 /** Bytes of one side by its number of components: basis, mean, and the coefficients of every task. */
-function sideBytes(side: SearchSide, types: StoredTypes): number[] {
+function sideBytes(side: SearchSide, types: StoredDtypes): number[] {
   const { components, width, mean } = side.space;
   return Array.from({ length: components + 1 }, (_, k) =>
     side.targets.reduce(
-      (sum, { kept }) => sum + tensorBytes(types.coefficientType, kept, k),
-      tensorBytes(types.basisType, k + (mean ? 1 : 0), width),
+      (sum, { kept }) => sum + tensorBytes(types.coefficientDtype, kept, k),
+      tensorBytes(types.basisDtype, k + (mean ? 1 : 0), width),
     ),
   );
 }
@@ -203,12 +203,12 @@ function expandingWalk({ space, targets }: SearchSide): Walk {
 /** The errors of one side with the first k components and rounded coefficients. Each is computed once. */
 function roundedErrors(
   { space, targets }: SearchSide,
-  { basisType, coefficientType }: StoredTypes,
+  { basisDtype, coefficientDtype }: StoredDtypes,
 ): (task: number, k: number) => SideError {
   // Components of few bits are stored mixed, and coefficients are rounded as they are of those.
   const asStored = (coefficients: Float64Array, rows: number, k: number): Float64Array => {
-    if (!fewBits(basisType)) return rounded(coefficientType, coefficients, rows, k).values;
-    return mixColumns(rounded(coefficientType, mixColumns(coefficients, rows, k), rows, k).values, rows, k);
+    if (!fewBits(basisDtype)) return rounded(coefficientDtype, coefficients, rows, k).values;
+    return mixColumns(rounded(coefficientDtype, mixColumns(coefficients, rows, k), rows, k).values, rows, k);
   };
   const known = targets.map(() => new Map<number, SideError>());
   return (task, k) => {

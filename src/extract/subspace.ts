@@ -7,7 +7,7 @@
  * basis whose first k vectors span the first k components. In these coordinates errors are sums of squares, for any
  * number of components at once, and no row is ever expanded.
  */
-import { decodeTensor, type TensorType } from "../tensor/dtypes.ts";
+import { type Dtype, decodeTensor } from "../tensor/dtypes.ts";
 import { encodeTensor } from "../tensor/encode.ts";
 import { centred, ROUNDING } from "./components.ts";
 import { type SideError, sideError } from "./error.ts";
@@ -24,7 +24,7 @@ import {
 
 /** One side's basis as it lies in a pack. */
 export interface StoredBasis {
-  type: TensorType;
+  dtype: Dtype;
   /** K. */
   components: number;
   width: number;
@@ -82,7 +82,7 @@ export function openSubspace(
 ): Subspace {
   const { components, width } = stored;
   const rows = components + (stored.mean ? 1 : 0);
-  const decoded = Float64Array.from(decodeTensor(stored.type, stored.encoded, rows, width));
+  const decoded = Float64Array.from(decodeTensor(stored.dtype, stored.encoded, rows, width));
   const values = metric ? products(decoded, metric, rows, width, width, false, true) : decoded;
   const vectors = values.subarray(0, components * width);
   const mean = stored.mean ? values.subarray(components * width) : undefined;
@@ -208,7 +208,7 @@ export function expand(space: Subspace, coefficients: Float64Array, rank: number
 
 /** Values [rows, width] as a tensor of `type` and as its reader will see them. */
 export function rounded(
-  type: TensorType,
+  type: Dtype,
   values: Float64Array,
   rows: number,
   width: number,

@@ -3,7 +3,7 @@
  * limits are checked there, so a writer ends by parsing what it wrote.
  */
 import { Packr } from "msgpackr/pack";
-import { align4, TENSOR_TYPES, type TensorType } from "../tensor/dtypes.ts";
+import { align4, DTYPES, type Dtype } from "../tensor/dtypes.ts";
 import { crc32c } from "./crc32c.ts";
 import { align64 } from "./fields.ts";
 import {
@@ -37,7 +37,7 @@ export interface SideInput {
   K: number;
   rank?: number;
   mean: boolean;
-  type: TensorType;
+  dtype: Dtype;
   explained: number;
   /** Encoded tensor: K rows, then the mean when there is one. */
   encoded: Uint8Array;
@@ -67,7 +67,7 @@ export interface BasisInput {
 
 /** An encoded tensor and its type. */
 export interface TensorInput {
-  type: TensorType;
+  dtype: Dtype;
   encoded: Uint8Array;
 }
 
@@ -77,7 +77,7 @@ export interface TermInput {
   A?: (TensorInput & { kind: "column" | "flat"; mean: boolean }) | undefined;
   B?: (TensorInput & { kind: "column" | "flat"; mean: boolean }) | undefined;
   /** Private factors: A [q, in] and Bᵀ [q, out], of one type. */
-  private?: { q: number; type: TensorType; A: Uint8Array; Bt: Uint8Array } | undefined;
+  privateTerms?: { rank: number; dtype: Dtype; A: Uint8Array; Bt: Uint8Array } | undefined;
   magnitude?: TensorInput | undefined;
 }
 
@@ -102,7 +102,7 @@ export function encodeBasis(basis: BasisInput): { description: Bytes; bases: Byt
     place(s.encoded);
     const { K, mean, explained } = s;
     const rank = s.kind === "flat" ? { rank: s.rank } : {};
-    return { kind: s.kind === "column" ? 1 : 2, K, ...rank, mean, type: TENSOR_TYPES.indexOf(s.type), explained };
+    return { kind: s.kind === "column" ? 1 : 2, K, ...rank, mean, type: DTYPES.indexOf(s.dtype), explained };
   };
   const modules = basis.modules.map((m) => {
     const sides = { A: side(m.A), B: side(m.B) };
@@ -151,23 +151,23 @@ export async function basisId(description: Uint8Array, bases: Uint8Array): Promi
 /** A task blob (SPEC.md, section 6). Terms must be sorted by module. */
 export function encodeTask(terms: readonly TermInput[], parameters: readonly ParameterInput[]): Bytes {
   const tensors: Uint8Array[] = [];
-  const code = (type: TensorType): number => TENSOR_TYPES.indexOf(type);
+  const code = (type: Dtype): number => DTYPES.indexOf(type);
   const head = pack([
     terms.map((t) => {
       const side = (s: TermInput["A"]): number | null => {
         if (!s) return null;
         tensors.push(s.encoded);
-        return (s.kind === "column" ? 1 : 2) + (s.mean ? 4 : 0) + 8 * code(s.type);
+        return (s.kind === "column" ? 1 : 2) + (s.mean ? 4 : 0) + 8 * code(s.dtype);
       };
       const [A, B] = [side(t.A), side(t.B)];
-      if (t.private) tensors.push(t.private.A, t.private.Bt);
+      if (t.privateTerms) tensors.push(t.privateTerms.A, t.privateTerms.Bt);
       if (t.magnitude) tensors.push(t.magnitude.encoded);
-      const type = t.private ? code(t.private.type) : 0;
-      return [t.module, t.rank, A, B, t.private?.q ?? 0, type, t.magnitude ? code(t.magnitude.type) : null];
+      const type = t.privateTerms ? code(t.privateTerms.dtype) : 0;
+      return [t.module, t.rank, A, B, t.privateTerms?.rank ?? 0, type, t.magnitude ? code(t.magnitude.dtype) : null];
     }),
     parameters.map((p) => {
       tensors.push(p.encoded);
-      const fields = [p.name, ROLES.indexOf(p.role), code(p.type), [...p.shape]];
+      const fields = [p.name, ROLES.indexOf(p.role), code(p.dtype), [...p.shape]];
       return p.indices ? [...fields, [...p.indices]] : fields;
     }),
   ]);

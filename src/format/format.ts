@@ -3,7 +3,7 @@
  * names before that size has been checked. Here window and directory, and what all parts are made of; task blobs are
  * `task.ts`, files of one task `task-file.ts`, writing `encode.ts`.
  */
-import { TENSOR_TYPES, type TensorType, tensorBytes } from "../tensor/dtypes.ts";
+import { DTYPES, type Dtype, tensorBytes } from "../tensor/dtypes.ts";
 import { crc32c } from "./crc32c.ts";
 import { align64, Fields, hex } from "./fields.ts";
 import { decode, Value } from "./messagepack.ts";
@@ -72,7 +72,7 @@ export interface Section {
 
 /** One encoded tensor: where it lies in its section and how to decode it. */
 export interface TensorRef {
-  type: TensorType;
+  dtype: Dtype;
   rows: number;
   width: number;
   byteOffset: number;
@@ -145,7 +145,7 @@ export interface TaskTerm {
   A: Coefficients | undefined;
   B: Coefficients | undefined;
   /** Rank of the private factors, 0 for none. */
-  q: number;
+  privateRank: number;
   privateA: TensorRef | undefined;
   privateBt: TensorRef | undefined;
   magnitude: TensorRef | undefined;
@@ -303,12 +303,12 @@ function checkTiling(f: Fields, sections: readonly Section[], superblock: Superb
 function parseBasis(bytes: Uint8Array, basesLength: number, file: string): BasisDescription {
   const root: Value = new Value(decode(bytes, file, "basis description"), file, "basis description", "basis");
   let end = 0;
-  const tensor = (type: TensorType, rows: number, width: number): TensorRef => {
+  const tensor = (dtype: Dtype, rows: number, width: number): TensorRef => {
     const byteOffset = Math.ceil(end / 16) * 16;
-    const byteLength = tensorBytes(type, rows, width);
+    const byteLength = tensorBytes(dtype, rows, width);
     end = byteOffset + byteLength;
     root.check(end <= basesLength, () => `its tensors need ${end} bytes or more, the bases have ${basesLength}`);
-    return { type, rows, width, byteOffset, byteLength };
+    return { dtype, rows, width, byteOffset, byteLength };
   };
   const names = new Set<string>();
   const modules = root
@@ -350,14 +350,14 @@ function parseBasis(bytes: Uint8Array, basesLength: number, file: string): Basis
 function parseSide(
   value: Value,
   dimension: number,
-  tensor: (type: TensorType, rows: number, width: number) => TensorRef,
+  tensor: (type: Dtype, rows: number, width: number) => TensorRef,
 ): Side | undefined {
   if (value.absent) return undefined;
   const kind = value.get("kind").integer(1, 2) === 1 ? "column" : "flat";
   const K = value.get("K").integer(0, 65_535);
   const mean = value.get("mean").boolean();
   const rank = kind === "flat" ? value.get("rank").integer(1, 65_535) : undefined;
-  const type = TENSOR_TYPES[value.get("type").integer(0, TENSOR_TYPES.length - 1)]!;
+  const type = DTYPES[value.get("type").integer(0, DTYPES.length - 1)]!;
   const explained = value.get("explained").number(0, 1);
   return { kind, K, rank, mean, explained, tensor: tensor(type, K + (mean ? 1 : 0), dimension * (rank ?? 1)) };
 }

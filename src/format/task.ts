@@ -3,7 +3,7 @@
  */
 
 import { FormatError } from "../errors.ts";
-import { align4, isQuantized, TENSOR_TYPES, tensorBytes } from "../tensor/dtypes.ts";
+import { align4, DTYPES, isQuantized, tensorBytes } from "../tensor/dtypes.ts";
 import { Fields } from "./fields.ts";
 import {
   type Coefficients,
@@ -31,12 +31,12 @@ export function parseTask(bytes: Uint8Array, modules: readonly PackModule[], fil
   const root = new Value(decode(bytes.subarray(8, 8 + headerLength), file, f.part), file, f.part, "header").array(8);
   let end = 8 + headerLength;
   const tensor = (code: Value, rows: number, width: number): TensorRef => {
-    const type = TENSOR_TYPES[code.integer(0, TENSOR_TYPES.length - 1)]!;
+    const dtype = DTYPES[code.integer(0, DTYPES.length - 1)]!;
     const byteOffset = align4(end);
-    const byteLength = tensorBytes(type, rows, width);
+    const byteLength = tensorBytes(dtype, rows, width);
     end = byteOffset + byteLength;
     f.check(end <= bytes.length, () => `its tensors need ${end} bytes or more, the blob has ${bytes.length}`);
-    return { type, rows, width, byteOffset, byteLength };
+    return { dtype, rows, width, byteOffset, byteLength };
   };
   f.check(root.length >= 2, () => "the header has no terms and parameters");
   let last = -1;
@@ -70,7 +70,7 @@ function parseTerm(
   const rank = item(1).integer(0, 65_535);
   const side = (value: Value, basis: Side | undefined): Coefficients | undefined => {
     if (value.absent) return undefined;
-    const code = value.integer(0, 8 * TENSOR_TYPES.length - 1);
+    const code = value.integer(0, 8 * DTYPES.length - 1);
     const kind = code & 3;
     value.check(
       basis !== undefined && kind === (basis.kind === "column" ? 1 : 2),
@@ -95,7 +95,7 @@ function parseTerm(
     rank,
     A,
     B,
-    q,
+    privateRank: q,
     privateA: q > 0 ? tensor(item(5), q, module.in) : undefined,
     privateBt: q > 0 ? tensor(item(5), q, module.out) : undefined,
     magnitude: item(6).absent ? undefined : tensor(item(6), 1, module.out),
@@ -146,17 +146,17 @@ function parseParameter(
  * @throws FormatError naming the tensor
  */
 export function checkFinite(section: Uint8Array, tensor: TensorRef, file: string, part: string, name: string): void {
-  const { type, rows, width } = tensor;
+  const { dtype, rows, width } = tensor;
   const start = section.byteOffset + tensor.byteOffset;
   const view = new DataView(section.buffer, start, tensor.byteLength);
   const bad = (row: number, what: string): never => {
     throw new FormatError(`${name}: ${what} of row ${row} is NaN or infinite`, { file, part });
   };
-  if (isQuantized(type)) {
+  if (isQuantized(dtype)) {
     for (let i = 0; i < rows; i++) if ((view.getUint16(2 * i, true) & 0x7c00) === 0x7c00) bad(i, "the scale");
     return;
   }
-  const [step, exponent] = type === "f32" ? [4, 0x7f80] : [2, type === "f16" ? 0x7c00 : 0x7f80];
+  const [step, exponent] = dtype === "f32" ? [4, 0x7f80] : [2, dtype === "f16" ? 0x7c00 : 0x7f80];
   for (let i = 0, at = step - 2; i < rows * width; i++, at += step) {
     if ((view.getUint16(at, true) & exponent) === exponent) bad(Math.floor(i / width), `value ${i % width}`);
   }

@@ -106,11 +106,11 @@ export interface Grafted {
   readonly inputs: readonly TaskInput[];
   readonly initializers: readonly Added[];
   /** Of the first adapted layer in the main graph: what enters it and the term, as graph outputs for a probe. */
-  readonly probe: Probe | undefined;
+  readonly probe: ProbeOutputs | undefined;
 }
 
 /** Values of one adapted layer that are outputs of the graph: x, f32 rows of [in], and the term, f32 rows of [out]. */
-export interface Probe {
+export interface ProbeOutputs {
   readonly module: string;
   readonly x: string;
   readonly term: string;
@@ -160,7 +160,7 @@ class Grafter {
   readonly #first: NodeProto[] = [];
   readonly #shared = new Set<string>();
   readonly #wantsProbe: boolean;
-  #probe: Probe | undefined;
+  #probe: ProbeOutputs | undefined;
   #count = 0;
 
   constructor(model: OnnxModel, wantsProbe: boolean) {

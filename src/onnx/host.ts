@@ -6,7 +6,7 @@
 import type { View, WeightHost } from "../base/host.ts";
 import { SourceError } from "../errors.ts";
 import type { SourceInput } from "../source.ts";
-import type { FloatType } from "../tensor/dtypes.ts";
+import type { FloatDtype } from "../tensor/dtypes.ts";
 import { findParameters, type OnnxParameter } from "./modules.ts";
 import { type ModelFile, type ModelOptions, readModel } from "./read.ts";
 import { readTensor } from "./tensors.ts";
@@ -28,7 +28,7 @@ export async function openOnnxHost(input: SourceInput, options: ModelOptions = {
 
 /** The float parameters of a model that has been read. Read-only. */
 export function onnxHost({ model, external, close }: ModelFile): WeightHost {
-  const parameters = new Map<string, OnnxParameter & { dtype: FloatType }>();
+  const parameters = new Map<string, OnnxParameter & { dtype: FloatDtype }>();
   for (const parameter of findParameters(model)) {
     const { name, dtype } = parameter;
     if (dtype !== "other") parameters.set(name, { ...parameter, dtype });

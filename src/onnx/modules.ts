@@ -6,10 +6,10 @@
 import type { Layout } from "../format/format.ts";
 import { attribute, type Graph, type OnnxModel, type Use } from "./model.ts";
 import type { NodeProto } from "./onnx_pb.ts";
-import { type TensorType, tensorType } from "./tensors.ts";
+import { type OnnxTensorType, tensorType } from "./tensors.ts";
 
 /** A parameter of the model, and the initializer that holds it. */
-export interface OnnxParameter extends TensorType {
+export interface OnnxParameter extends OnnxTensorType {
   /** As in the checkpoint, as far as the file tells; where it tells nothing, the initializer's own name. */
   readonly name: string;
   readonly initializer: string;
@@ -61,7 +61,7 @@ interface Claim {
  */
 export function findParameters(model: OnnxModel): OnnxParameter[] {
   const { graph } = model;
-  const types = new Map<string, TensorType>();
+  const types = new Map<string, OnnxTensorType>();
   const claims: Claim[] = [];
   for (const [initializer, tensor] of graph.initializers) {
     const type = tensorType(tensor, model.name);
@@ -113,7 +113,7 @@ function settle(claims: readonly Claim[]): Map<string, Claim[]> {
 }
 
 /** The names that an initializer's own name and its uses speak for: at least one. */
-function claimsOf(graph: Graph, initializer: string, { shape }: TensorType): Claim[] {
+function claimsOf(graph: Graph, initializer: string, { shape }: OnnxTensorType): Claim[] {
   const claims: Claim[] = [];
   const claim = (name: string, evidence: number, layout: Layout | undefined, use?: Use): void => {
     let found = claims.find((candidate) => candidate.name === name);

@@ -5,16 +5,16 @@
 
 import { FormatError, SourceError } from "../errors.ts";
 import type { ByteSource, ReadOptions } from "../source.ts";
-import type { FloatType } from "../tensor/dtypes.ts";
+import type { FloatDtype } from "../tensor/dtypes.ts";
 import type { TensorProto } from "./onnx_pb.ts";
 
 /** `TensorProto.DataType` of the types in which this package reads weights. */
-const FLOATS: ReadonlyMap<number, FloatType> = new Map([
+const FLOATS: ReadonlyMap<number, FloatDtype> = new Map([
   [1, "f32"],
   [10, "f16"],
   [16, "bf16"],
 ]);
-const BYTES: Record<FloatType, number> = { f32: 4, f16: 2, bf16: 2 };
+const BYTES: Record<FloatDtype, number> = { f32: 4, f16: 2, bf16: 2 };
 
 /** Element sizes of integers that may lie in `int32_data`: uint8, int8, uint16, int16, int32. */
 const INTEGER_BYTES: ReadonlyMap<number, number> = new Map([
@@ -29,14 +29,14 @@ const INTEGER_BYTES: ReadonlyMap<number, number> = new Map([
 export const EXTERNAL = 1;
 
 /** What an initializer is, without its values. */
-export interface TensorType {
+export interface OnnxTensorType {
   /** "other" for integers, quantised and all further types. */
-  readonly dtype: FloatType | "other";
+  readonly dtype: FloatDtype | "other";
   readonly shape: readonly number[];
 }
 
 /** An initializer and its bytes: a view of the model's or of the external file's where these hold them as they are. */
-export interface TensorBytes extends TensorType {
+export interface TensorBytes extends OnnxTensorType {
   readonly data: Uint8Array;
 }
 
@@ -49,7 +49,7 @@ const partOf = (tensor: TensorProto): string => `initializer ${tensor.name}`;
  * @param file name of the model, for messages
  * @throws FormatError when the dimensions are negative or their product is no safe integer
  */
-export function tensorType(tensor: TensorProto, file: string): TensorType {
+export function tensorType(tensor: TensorProto, file: string): OnnxTensorType {
   const shape = tensor.dims.map(Number);
   let count = 1;
   for (const size of shape) {
@@ -100,7 +100,7 @@ export async function readTensor(
   return { ...type, data: await source.read(offset, length, options) };
 }
 
-function embedded(tensor: TensorProto, file: string, { dtype, shape }: TensorType): Uint8Array {
+function embedded(tensor: TensorProto, file: string, { dtype, shape }: OnnxTensorType): Uint8Array {
   const { rawData, floatData, int32Data, dataType } = tensor;
   if (rawData.length > 0 || shape.includes(0)) return rawData;
   const size = dtype === "other" ? INTEGER_BYTES.get(dataType) : BYTES[dtype];

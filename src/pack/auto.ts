@@ -3,7 +3,7 @@
  * the private terms of tasks that share nothing. This file finds that number for a budget, and tries several ways.
  */
 import type { Adapter } from "../adapters/adapter.ts";
-import { type BuildOptions, type BuildReport, buildPack, type StorageTypes } from "./build.ts";
+import { type BuildOptions, type BuildReport, buildPack, type Dtypes } from "./build.ts";
 
 /** What a pack must keep to. */
 export type Criterion =
@@ -24,7 +24,7 @@ export interface Built {
 export type Judge = (pack: Blob) => Promise<number>;
 
 export interface AutoOptions
-  extends Omit<BuildOptions, "mode" | "gauge" | "select" | "rank" | "private" | "onProgress"> {
+  extends Omit<BuildOptions, "mode" | "gauge" | "select" | "rank" | "privateTerms" | "onProgress"> {
   readonly criterion: Criterion;
   /** Which of two packs is better is decided by this where it is there, by the mean ΔW error otherwise. `createJudge` of `eigenlora/distill` makes one. */
   readonly judge?: Judge | undefined;
@@ -56,7 +56,7 @@ interface Judged extends Built {
 }
 
 /** Everything but how many components. */
-interface Way extends Pick<BuildOptions, "mode" | "gauge" | "rank" | "private" | "moments" | "types"> {
+interface Way extends Pick<BuildOptions, "mode" | "gauge" | "rank" | "privateTerms" | "moments" | "dtype"> {
   readonly name: string;
   /** No components: what grows is the number of private terms. */
   readonly k?: 0 | undefined;
@@ -84,7 +84,12 @@ export async function packWithin(
       limitOf(adapters, options),
     );
   const build = (privateShare: number): Promise<Built> =>
-    buildPack(adapters, { ...options, private: limitOf(adapters, options, k), privateShare, select: { kind: "k", k } });
+    buildPack(adapters, {
+      ...options,
+      privateTerms: limitOf(adapters, options, k),
+      privateShare,
+      select: { kind: "k", k },
+    });
   return sharpen(build, sizeOf, max);
 }
 
@@ -167,7 +172,7 @@ export async function buildAuto(
     throw new RangeError(
       "moments: errors with and without them do not compare; give a judge, or a mode of its own to buildPack",
     );
-  const shapes = shapesFor(adapters, rest.types, moments, criterion);
+  const shapes = shapesFor(adapters, rest.dtype, moments, criterion);
   const of = shapes.reduce((sum, ways) => sum + ways.length, 0);
   const tried: Tried[] = [];
   let done = 0;
@@ -226,7 +231,9 @@ async function one(
     judged(
       await buildPack(
         adapters,
-        k === 0 ? { ...options, private: n, select: { kind: "k", k } } : { ...options, select: { kind: "k", k: n } },
+        k === 0
+          ? { ...options, privateTerms: n, select: { kind: "k", k } }
+          : { ...options, select: { kind: "k", k: n } },
       ),
     );
   // Behaviour gets better with more of it, but not with every one more: doubled until it is good, then halved.
@@ -285,21 +292,21 @@ const HEADS = { int3: "int4", int4: "int4", int8: "int8", f16: "f16" } as const;
 /** Which ways are worth trying: of each shape the number formats, fewest bits first. */
 function shapesFor(
   adapters: readonly Adapter[],
-  fixed: Partial<StorageTypes> = {},
+  fixed: Partial<Dtypes> = {},
   moments: BuildOptions["moments"],
   { kind }: Criterion,
 ): Way[][] {
   const whole = Math.max(...adapters.flatMap(({ modules }) => [...modules.values()].map(({ rank }) => rank)));
   const half = Math.ceil(whole / 2);
-  const shape = (name: string, way: Omit<Way, "name" | "types">): Way[] => {
-    if (fixed.basis || fixed.coefficients) return [{ name, ...way, types: fixed }];
+  const shape = (name: string, way: Omit<Way, "name" | "dtype">): Way[] => {
+    if (fixed.basis || fixed.coefficients) return [{ name, ...way, dtype: fixed }];
     return Object.entries(HEADS).map(([type, head]) => {
       const basis = type as keyof typeof HEADS;
       return { name: `${name}, ${basis}`, ...way, types: { basis, coefficients: basis, head: fixed.head ?? head } };
     });
   };
   const gauge = "balanced";
-  const alone = shape("private terms alone", { gauge, private: whole, k: 0 });
+  const alone = shape("private terms alone", { gauge, privateTerms: whole, k: 0 });
   if (adapters.length === 1) return [alone];
   return [
     shape("column, as trained", {}),
@@ -315,7 +322,7 @@ function shapesFor(
     shape(`column, balanced, rank ${half}, private terms`, {
       gauge,
       rank: half,
-      private: kind === "error" ? whole : 1,
+      privateTerms: kind === "error" ? whole : 1,
     }),
     alone,
   ];

@@ -8,17 +8,17 @@ import type { WeightHost } from "../base/host.ts";
 import { Locator } from "../base/locate.ts";
 import { AdapterError } from "../errors.ts";
 import {
+  type BasisMode,
+  type ComponentSelection,
   type ExtractOptions,
   extractModule,
   type Gauge,
-  type Mode,
   type ModuleExtraction,
   type ModuleMember,
   type ModuleSpace,
   openModule,
   type ProjectedTask,
   projectModule,
-  type Selection,
   type TaskCoefficients,
 } from "../extract/extract.ts";
 import { extractMixed, type MixedExtraction, type MixedTask, type PrivateOptions } from "../extract/private.ts";
@@ -33,17 +33,17 @@ import {
 } from "../format/encode.ts";
 import type { PackModule, TaskEntry } from "../format/format.ts";
 import { layoutFresh, type TaskToWrite } from "../format/layout.ts";
-import { isQuantized, type TensorType } from "../tensor/dtypes.ts";
+import { type Dtype, isQuantized } from "../tensor/dtypes.ts";
 import { encodeTensor } from "../tensor/encode.ts";
 import { VERSION } from "../version.ts";
 import type { Pack } from "./pack.ts";
 
 /** Number formats of what is stored. */
-export interface StorageTypes {
-  basis: TensorType;
-  coefficients: TensorType;
+export interface Dtypes {
+  basis: Dtype;
+  coefficients: Dtype;
   /** Saved modules; vectors of one dimension are stored as f16 where this is an integer type. */
-  head: TensorType;
+  head: Dtype;
 }
 
 export interface BuildOptions {
@@ -52,7 +52,7 @@ export interface BuildOptions {
    * that a task is much smaller and the components are larger; there are fewer components than tasks. "column" unless
    * given.
    */
-  mode?: Mode;
+  mode?: BasisMode;
   gauge?: Gauge;
   /** The most rank that a task keeps of each module, with gauge "balanced": the weakest directions of an adapter are noise. All unless given. */
   rank?: number | undefined;
@@ -60,7 +60,7 @@ export interface BuildOptions {
    * Rank-1 terms that each task has to itself in every module, with gauge "balanced", beside the components or, with `select` k 0,
    * instead of them. With an error to keep, the most there may be: each task has as few as do. None unless given.
    */
-  private?: number | undefined;
+  privateTerms?: number | undefined;
   /**
    * Share of ‖ΔW‖² that a private term must hold to be stored, where no error decides: tasks and modules then have as many of the
    * `private` terms as are worth their bytes. 0 unless given.
@@ -75,8 +75,8 @@ export interface BuildOptions {
    */
   moments?: ReadonlyMap<string, Float64Array> | undefined;
   /** How many components. 90 % of the squared singular values per module and side unless given. */
-  select?: Selection;
-  types?: Partial<StorageTypes>;
+  select?: ComponentSelection;
+  dtype?: Partial<Dtypes>;
   /** The base model, for fingerprints and an early check of names and shapes. */
   base?: WeightHost;
   /** Called after each module. */
@@ -88,10 +88,10 @@ export interface BuildOptions {
 export interface BuildReport {
   tasks: number;
   modules: number;
-  mode: Mode;
+  mode: BasisMode;
   gauge: Gauge;
   centering: "keep" | "none";
-  types: StorageTypes;
+  dtype: Dtypes;
   bytes: number;
   /** Components per module and side. */
   components: { min: number; mean: number; max: number };
@@ -124,13 +124,13 @@ export async function buildPack(
   if (mode === "joint" && centering === "keep")
     throw new RangeError("joint mode has no mean: leave centring out, or take --mode column");
   if (mode === "flat") checkFlat(select, adapters.length, centering);
-  const types = storageTypes(options.types);
-  const stored = { basisType: types.basis, coefficientType: types.coefficients };
+  const dtype = completeDtypes(options.dtype);
+  const stored = { basisDtype: dtype.basis, coefficientDtype: dtype.coefficients };
   const extraction = {
     mode,
     gauge,
     rank,
-    private: options.private ?? 0,
+    privateTerms: options.privateTerms ?? 0,
     privateShare: options.privateShare,
     centering,
     normalize: options.normalize,
@@ -162,8 +162,8 @@ export async function buildPack(
     const shares = module.tasks.some(({ rank }) => rank > 0);
     for (const [i, task] of module.tasks.entries()) {
       errors.add(task.id, name, task.error);
-      const term = encodeTerm(index, task, module, magnitudes[i], owners[i]!, types);
-      if (term.A || term.private || term.magnitude) terms[adapters.indexOf(owners[i]!)]!.push(term);
+      const term = encodeTerm(index, task, module, magnitudes[i], owners[i]!, dtype);
+      if (term.A || term.privateTerms || term.magnitude) terms[adapters.indexOf(owners[i]!)]!.push(term);
     }
     modules.push({
       name,
@@ -196,7 +196,7 @@ export async function buildPack(
   const id = await basisId(description, bases);
   const tasks = await Promise.all(
     adapters.map(async (adapter, i): Promise<TaskToWrite> => {
-      const parameters = await encodeParameters(adapter, types.head);
+      const parameters = await encodeParameters(adapter, dtype.head);
       return { entry: entryOf(adapter, terms[i]!, names), blob: encodeTask(terms[i]!, parameters) };
     }),
   );
@@ -209,7 +209,7 @@ export async function buildPack(
     mode,
     gauge,
     centering,
-    types,
+    dtype,
     bytes,
     components: {
       min: Math.min(...counts),
@@ -259,7 +259,7 @@ export async function projectAdapters(
   pack: Pack,
   bases: Uint8Array,
   adapters: readonly Adapter[],
-  types: StorageTypes,
+  types: Dtypes,
   onProgress?: (done: number, of: number) => void,
 ): Promise<ProjectedAdapter[]> {
   const { basis } = pack.directory;
@@ -277,7 +277,7 @@ export async function projectAdapters(
       const { A, Bt, magnitude } = await module.read();
       const member = { id: adapter.id, rank: module.rank, A, Bt };
       const project = (): ProjectedTask =>
-        projectModule(opened, member, { gauge, rank: basis.rank, coefficientType: types.coefficients });
+        projectModule(opened, member, { gauge, rank: basis.rank, coefficientDtype: types.coefficients });
       const task = storable(adapter, stored, project);
       errors.add(adapter.id, stored.name, task.error);
       terms[i]!.push(encodeTerm(index, task, opened, magnitude, adapter, types));
@@ -300,7 +300,7 @@ export async function projectAdapter(
   pack: Pack,
   bases: Uint8Array,
   adapter: Adapter,
-  types: StorageTypes,
+  types: Dtypes,
 ): Promise<ProjectedAdapter> {
   return (await projectAdapters(pack, bases, [adapter], types))[0]!;
 }
@@ -341,9 +341,9 @@ export function storedModule(
         field: module.name,
       });
     }
-    const { type, width, byteOffset, byteLength } = basis.tensor;
+    const { dtype, width, byteOffset, byteLength } = basis.tensor;
     const encoded = bases.subarray(byteOffset, byteOffset + byteLength);
-    return { type, components: basis.K, width, rank: basis.rank, mean: basis.mean, encoded };
+    return { dtype, components: basis.K, width, rank: basis.rank, mean: basis.mean, encoded };
   };
   return { A: side("A"), B: side("B") };
 }
@@ -355,12 +355,12 @@ export async function fastProducts(): Promise<{ products?: NonNullable<ExtractOp
 }
 
 /** f16 where nothing else is asked for. */
-export function storageTypes(types: Partial<StorageTypes> = {}): StorageTypes {
+export function completeDtypes(types: Partial<Dtypes> = {}): Dtypes {
   return { basis: types.basis ?? "f16", coefficients: types.coefficients ?? "f16", head: types.head ?? "f16" };
 }
 
 /** N tasks are N vectors in flat mode, and one dimension of them is the mean. */
-function checkFlat(select: Selection, tasks: number, centering: "keep" | "none"): void {
+function checkFlat(select: ComponentSelection, tasks: number, centering: "keep" | "none"): void {
   const most = tasks - (centering === "keep" ? 1 : 0);
   if (select.kind !== "k" || select.k <= most) return;
   const beside = centering === "keep" ? " beside the mean" : "";
@@ -382,7 +382,10 @@ async function extractFrom(
   });
   const magnitudes = factors.map((f) => f.magnitude);
   const stack = { name, out, in: inputs, members };
-  return { module: options.private > 0 ? extractMixed(stack, options) : extractModule(stack, options), magnitudes };
+  return {
+    module: options.privateTerms > 0 ? extractMixed(stack, options) : extractModule(stack, options),
+    magnitudes,
+  };
 }
 
 /** What of a module's bases is said in each of its terms. */
@@ -390,34 +393,34 @@ type Bases = Record<"A" | "B", { rank?: number | undefined; mean: unknown }>;
 
 function encodeTerm(
   module: number,
-  { rank, alphaA, alphaB, private: own }: TaskCoefficients & Pick<MixedTask, "private">,
+  { rank, alphaA, alphaB, privateTerms: own }: TaskCoefficients & Pick<MixedTask, "privateTerms">,
   { A, B }: Bases,
   magnitude: Float32Array | undefined,
   adapter: Adapter,
-  types: StorageTypes,
+  types: Dtypes,
 ): TermInput {
   const side = ({ rank: flat, mean }: Bases["A"], encoded: Uint8Array): NonNullable<TermInput["A"]> => {
-    return { kind: flat === undefined ? "column" : "flat", type: types.coefficients, mean: Boolean(mean), encoded };
+    return { kind: flat === undefined ? "column" : "flat", dtype: types.coefficients, mean: Boolean(mean), encoded };
   };
   return {
     module,
     rank,
     A: rank > 0 ? side(A, alphaA) : undefined,
     B: rank > 0 ? side(B, alphaB) : undefined,
-    private: own,
+    privateTerms: own,
     magnitude: magnitude && vector(magnitude, types.coefficients, adapter, "a DoRA magnitude"),
   };
 }
 
 /** One side as it is written. */
 export function sideInput(side: ModuleExtraction["A"]): NonNullable<ModuleInput["A"]> {
-  const { components: K, rank, mean, type, explained, encoded } = side;
+  const { components: K, rank, mean, dtype, explained, encoded } = side;
   return {
     kind: rank === undefined ? "column" : "flat",
     K,
     ...(rank === undefined ? {} : { rank }),
     mean,
-    type,
+    dtype,
     explained,
     encoded,
   };
@@ -465,12 +468,12 @@ function entryOf(adapter: Adapter, terms: readonly TermInput[], names: readonly 
   const brings = [
     ...saved.map(({ role, name }) => `${role} ${name}`),
     ...terms.filter((t) => t.magnitude).map((t) => `magnitude ${names[t.module]}`),
-    ...terms.filter((t) => t.private).map((t) => `private ${names[t.module]}`),
+    ...terms.filter((t) => t.privateTerms).map((t) => `private ${names[t.module]}`),
   ];
   return { id, adapterBytes: byteLength, metadata, brings: brings.sort() };
 }
 
-async function encodeParameters(adapter: Adapter, type: TensorType): Promise<ParameterInput[]> {
+async function encodeParameters(adapter: Adapter, type: Dtype): Promise<ParameterInput[]> {
   const parameters: ParameterInput[] = [];
   for (const saved of adapter.saved) {
     const { name, role, shape, indices } = saved;
@@ -481,7 +484,7 @@ async function encodeParameters(adapter: Adapter, type: TensorType): Promise<Par
     }
     const rows = shape[0]!;
     const encoded = storable(adapter, saved, () => encodeTensor(type, values, rows, values.length / rows));
-    parameters.push({ name, role, type, shape, indices, encoded });
+    parameters.push({ name, role, dtype: type, shape, indices, encoded });
   }
   return parameters;
 }
@@ -489,12 +492,12 @@ async function encodeParameters(adapter: Adapter, type: TensorType): Promise<Par
 /** A vector: f16 where matrices are packed integers, since one scale for all of it would be coarse and save nothing. */
 function vector(
   values: Float32Array,
-  type: TensorType,
+  type: Dtype,
   adapter: Adapter,
   name: string,
-): Pick<ParameterInput, "type" | "encoded"> {
+): Pick<ParameterInput, "dtype" | "encoded"> {
   const own = isQuantized(type) ? "f16" : type;
-  return { type: own, encoded: storable(adapter, { name }, () => encodeTensor(own, values, 1, values.length)) };
+  return { dtype: own, encoded: storable(adapter, { name }, () => encodeTensor(own, values, 1, values.length)) };
 }
 
 function storable<T>(adapter: Adapter, { name }: Pick<SavedTensor, "name">, encode: () => T): T {

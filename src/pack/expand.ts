@@ -17,7 +17,7 @@ export interface ExpandedTerm {
 
 /** Expands one term of a task. */
 export function expandTerm(blob: TaskBlob, term: TaskTerm, module: PackModule, bases: Uint8Array): ExpandedTerm {
-  const rank = term.rank + term.q;
+  const rank = term.rank + term.privateRank;
   const side = (
     coefficients: Coefficients | undefined,
     basis: Side | undefined,
@@ -58,8 +58,8 @@ function expandSide(
   return out;
 }
 
-function decode(section: Uint8Array, { type, rows, width, byteOffset, byteLength }: TensorRef): Float32Array {
-  return decodeTensor(type, section.subarray(byteOffset, byteOffset + byteLength), rows, width);
+function decode(section: Uint8Array, { dtype, rows, width, byteOffset, byteLength }: TensorRef): Float32Array {
+  return decodeTensor(dtype, section.subarray(byteOffset, byteOffset + byteLength), rows, width);
 }
 
 /**
@@ -75,7 +75,7 @@ export function taskAdapter(pack: Pack, bases: Uint8Array, id: string, blob: Tas
       name,
       out,
       in: inputs,
-      rank: term.rank + term.q,
+      rank: term.rank + term.privateRank,
       layout,
       ...(kernel ? { kernel } : {}),
       async read() {

@@ -3,10 +3,10 @@
  * caller's until one is found. It knows no model and no data; ΔW errors play no part in it.
  */
 import type { Adapter } from "../adapters/adapter.ts";
-import type { Selection } from "../extract/extract.ts";
-import type { TensorType } from "../tensor/dtypes.ts";
+import type { ComponentSelection } from "../extract/extract.ts";
+import type { Dtype } from "../tensor/dtypes.ts";
 import { limitOf } from "./auto.ts";
-import { type BuildOptions, type BuildReport, buildPack, type StorageTypes } from "./build.ts";
+import { type BuildOptions, type BuildReport, buildPack, type Dtypes } from "./build.ts";
 import { openPack, type Pack } from "./pack.ts";
 
 /** What a pack is made with, but for the number of components. */
@@ -34,7 +34,7 @@ export interface SelectOptions {
    */
   readonly families?: readonly Family[];
   /** Numbers of components to look among, from few to many. From 1 to all in steps of a fifth to a half unless given. */
-  readonly ladder?: readonly Selection[];
+  readonly ladder?: readonly ComponentSelection[];
   /** Called after each pack that was shown to `validate`. */
   readonly onEvaluation?: (evaluation: Evaluation) => void;
   readonly signal?: AbortSignal;
@@ -43,7 +43,7 @@ export interface SelectOptions {
 /** One pack and how its tasks did. */
 export interface Evaluation {
   readonly family: Family;
-  readonly select: Selection;
+  readonly select: ComponentSelection;
   readonly bytes: number;
   readonly scores: ReadonlyMap<string, number>;
   /** Reference − score: the largest of the tasks, or of the means. */
@@ -61,9 +61,9 @@ export interface Selected extends Evaluation {
   readonly evaluations: readonly Evaluation[];
 }
 
-const typesOf = (type: TensorType): StorageTypes => ({ basis: type, coefficients: type, head: type });
-const F32: StorageTypes = typesOf("f32");
-const FAMILIES: readonly Family[] = (["int4", "int8", "f16"] as const).map((type) => ({ types: typesOf(type) }));
+const typesOf = (type: Dtype): Dtypes => ({ basis: type, coefficients: type, head: type });
+const F32: Dtypes = typesOf("f32");
+const FAMILIES: readonly Family[] = (["int4", "int8", "f16"] as const).map((type) => ({ dtype: typesOf(type) }));
 
 /**
  * Finds the smallest pack that keeps the scores within a tolerance of their reference, by few calls of `validate`: about
@@ -107,11 +107,11 @@ export async function selectComponents(options: SelectOptions): Promise<Selected
       await pack.close();
     }
   };
-  const build = (family: Family, select: Selection): ReturnType<typeof buildPack> =>
+  const build = (family: Family, select: ComponentSelection): ReturnType<typeof buildPack> =>
     buildPack(adapters, { ...family, select, ...(signal ? { signal } : {}) });
   const reference = options.reference
     ? scoresOf(options.reference, ids, "reference")
-    : await ask((await build({ types: F32 }, { kind: "energy", share: 1 })).chunks);
+    : await ask((await build({ dtype: F32 }, { kind: "energy", share: 1 })).chunks);
   const evaluations: Evaluation[] = [];
   let best: Evaluation | undefined;
   for (const family of families) {
@@ -187,7 +187,7 @@ async function partition(count: number, holds: (i: number) => Promise<boolean>):
 }
 
 /** 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, … and the most components that a module can have. */
-function ladderOf(adapters: readonly Adapter[], family: Family): Selection[] {
+function ladderOf(adapters: readonly Adapter[], family: Family): ComponentSelection[] {
   const most = limitOf(adapters, family);
   const steps: number[] = [];
   for (let k = 1; k < most; k += Math.max(1, 2 ** (Math.floor(Math.log2(k)) - 2))) steps.push(k);

@@ -8,7 +8,7 @@ import { onDevice, type View } from "../base/host.ts";
 import type { PackModule } from "../format/format.ts";
 import type { Pack } from "../pack/pack.ts";
 import { loadParts, refuseMagnitudes, type Selection } from "./selection.ts";
-import { type Expansion, type ModulePlan, type Part, Staging, stage } from "./stage.ts";
+import { type ActiveTask, type Expansion, type ModulePlan, Staging, stage } from "./stage.ts";
 import { at, type Workbench } from "./workbench.ts";
 
 /** Rows of the batch that one task works on. */
@@ -24,14 +24,14 @@ interface Run {
 
 /** Coefficients of the tasks of a batch, as the backend has them. Kept for the next layer, which usually asks for the same. */
 export interface Applied {
-  parts: readonly (readonly Part[])[];
+  parts: readonly (readonly ActiveTask[])[];
   plans: readonly ReadonlyMap<number, ModulePlan>[];
   starts: readonly number[];
 }
 
 /** @throws TaskError for an unknown task, or one with DoRA on the module, which is no addition */
-export async function partsOfRows(pack: Pack, rows: readonly Selection[], index: number): Promise<Part[][]> {
-  const known = new Map<Selection, Part[]>();
+export async function partsOfRows(pack: Pack, rows: readonly Selection[], index: number): Promise<ActiveTask[][]> {
+  const known = new Map<Selection, ActiveTask[]>();
   for (const row of rows)
     if (!known.has(row)) known.set(row, await loadParts(pack, row, undefined, undefined, new Set()));
   const parts = rows.map((row) => known.get(row)!);
@@ -50,7 +50,7 @@ export async function apply(
   bench: Workbench,
   modules: readonly PackModule[],
   index: number,
-  rows: readonly (readonly Part[])[],
+  rows: readonly (readonly ActiveTask[])[],
   x: View,
   y: View,
   known: Applied | undefined,
@@ -100,23 +100,23 @@ function checkShapes(module: PackModule, rows: number, x: View, y: View): number
   return ofX!.reduce((a, b) => a * b, 1);
 }
 
-function same({ parts }: Applied, rows: readonly (readonly Part[])[]): boolean {
+function same({ parts }: Applied, rows: readonly (readonly ActiveTask[])[]): boolean {
   return rows.every((row) => parts.some((one) => sameParts(one, row)));
 }
 
-function sameParts(a: readonly Part[], b: readonly Part[]): boolean {
+function sameParts(a: readonly ActiveTask[], b: readonly ActiveTask[]): boolean {
   return (
     a.length === b.length &&
-    a.every(({ blob, weight }, i) => blob.bytes === b[i]!.blob.bytes && weight === b[i]!.weight)
+    a.every(({ blob, strength }, i) => blob.bytes === b[i]!.blob.bytes && strength === b[i]!.strength)
   );
 }
 
 function uploadCoefficients(
   bench: Workbench,
   modules: readonly PackModule[],
-  rows: readonly (readonly Part[])[],
+  rows: readonly (readonly ActiveTask[])[],
 ): Applied {
-  const parts: (readonly Part[])[] = [];
+  const parts: (readonly ActiveTask[])[] = [];
   for (const row of rows) if (!parts.some((one) => sameParts(one, row))) parts.push(row);
   const stagings = parts.map(() => new Staging());
   const plans = parts.map((one, i) => new Map(stage(one, modules, stagings[i]!).map((plan) => [plan.module, plan])));
@@ -168,7 +168,7 @@ function applyColumns(
   const onB = bench.reserve("onB", 4 * count * KB);
   const applied = bench.reserve("applied", 0).block;
   const coefficients = (run: Run, { at: first }: Expansion): Slice => at(applied, 4 * (run.start + first));
-  backend.project({ out: onA, x, basis: bench.basis(A), type: A.tensor.type, count, rows: KA, width: inputs });
+  backend.project({ out: onA, x, basis: bench.basis(A), dtype: A.tensor.dtype, count, rows: KA, width: inputs });
   // Piece by piece, so that a device does each step for all rows at once.
   for (let piece = 0; piece < most; piece++) {
     for (const [i, run] of runs.entries()) {
@@ -179,7 +179,7 @@ function applyColumns(
         out: after(inner, 4 * run.row * ranks),
         x: after(onA, 4 * run.row * KA),
         basis: coefficients(run, a),
-        type: "f32",
+        dtype: "f32",
         ...of,
       });
     }
@@ -193,7 +193,7 @@ function applyColumns(
         out: after(onB, 4 * run.row * KB),
         coefficients: after(inner, 4 * run.row * ranks),
         basis,
-        type: "f32",
+        dtype: "f32",
         ...of,
       });
     }
@@ -203,7 +203,7 @@ function applyColumns(
     add: true,
     coefficients: onB,
     basis: bench.basis(B),
-    type: B.tensor.type,
+    dtype: B.tensor.dtype,
     rank: count,
     rows: KB,
     width: out,
@@ -216,13 +216,13 @@ function applyFactors(bench: Workbench, { in: inputs, out }: PackModule, run: Ru
   const applied = bench.reserve("applied", 0).block;
   const [rowsOfX, rowsOfY] = [after(x, 4 * run.row * inputs), after(y, 4 * run.row * out)];
   const add = (A: Slice, B: Slice, rank: number, between: Slice): void => {
-    backend.project({ out: between, x: rowsOfX, basis: A, type: "f32", count: run.count, rows: rank, width: inputs });
+    backend.project({ out: between, x: rowsOfX, basis: A, dtype: "f32", count: run.count, rows: rank, width: inputs });
     backend.expand({
       out: rowsOfY,
       add: true,
       coefficients: between,
       basis: B,
-      type: "f32",
+      dtype: "f32",
       rank: run.count,
       rows: rank,
       width: out,
@@ -246,13 +246,13 @@ function applyFactors(bench: Workbench, { in: inputs, out }: PackModule, run: Ru
       [a, 0],
       [b, 4 * rank * inputs],
     ] as const) {
-      const { type, rows, width } = piece.basis.tensor;
+      const { dtype, rows, width } = piece.basis.tensor;
       const coefficients = at(applied, 4 * (run.start + piece.at));
       backend.expand({
         out: at(factors, start),
         coefficients,
         basis: bench.basis(piece.basis),
-        type,
+        dtype,
         rank: 1,
         rows,
         width,

@@ -76,7 +76,7 @@ export async function createRuntime(pack: Pack, options: RuntimeOptions = {}): P
         await backend.finish();
         return { bench, passedOver, host: readable };
       } catch (error) {
-        backend.dispose();
+        backend.close();
         throw error;
       }
     }

@@ -24,15 +24,15 @@ export function blendHeads(name: string, values: Float32Array, changes: readonly
       { task: change.part.id },
     );
   }
-  const total = changes.reduce((s, c) => s + c.part.weight, 0);
+  const total = changes.reduce((s, c) => s + c.part.strength, 0);
   if (!(total > 0)) {
     throw new TaskError(`the strengths add up to ${total}: say whose "${name}" to use, { head: id }`, {
       task: first.part.id,
     });
   }
-  for (let i = 0; i < values.length; i++) values[i]! *= first.part.weight / total;
+  for (let i = 0; i < values.length; i++) values[i]! *= first.part.strength / total;
   for (const change of changes.slice(1)) {
-    decodeParameter(change).forEach((v, i) => (values[i]! += (change.part.weight / total) * v));
+    decodeParameter(change).forEach((v, i) => (values[i]! += (change.part.strength / total) * v));
   }
 }
 
@@ -65,9 +65,9 @@ export function addDifferences(
     }
     decodeParameter(change).forEach((v, i) => {
       const at = indices ? indices[Math.floor(i / width)]! * width + (i % width) : i;
-      if (parameter.role === "bias-delta") values[at]! += part.weight * v;
-      else if (part.weight === 1 && changes.length === 1) values[at] = v;
-      else values[at]! += part.weight * (v - original[at]!);
+      if (parameter.role === "bias-delta") values[at]! += part.strength * v;
+      else if (part.strength === 1 && changes.length === 1) values[at] = v;
+      else values[at]! += part.strength * (v - original[at]!);
     });
   }
   return { values, shape };
@@ -76,7 +76,7 @@ export function addDifferences(
 /** In new memory. */
 function decodeParameter({ part, parameter: { tensor } }: Change): Float32Array {
   const bytes = part.blob.bytes.subarray(tensor.byteOffset, tensor.byteOffset + tensor.byteLength);
-  return decodeTensor(tensor.type, bytes, tensor.rows, tensor.width);
+  return decodeTensor(tensor.dtype, bytes, tensor.rows, tensor.width);
 }
 
 /** The bytes of a view, padded to a multiple of 4 for the decoder where they are not. */

@@ -9,8 +9,8 @@ import type { Locator } from "../base/locate.ts";
 import { BaseMismatchError, TaskError } from "../errors.ts";
 import type { TaskParameter } from "../format/format.ts";
 import type { Pack } from "../pack/pack.ts";
-import { decodeTensor, encodeFloats, type FloatType, rowBytes } from "../tensor/dtypes.ts";
-import type { Part } from "./stage.ts";
+import { decodeTensor, encodeFloats, type FloatDtype, rowBytes } from "../tensor/dtypes.ts";
+import type { ActiveTask } from "./stage.ts";
 
 /** A parameter of the active task that differs from the base's. */
 export interface Replacement {
@@ -21,7 +21,7 @@ export interface Replacement {
 
 /** A task's version of a parameter. */
 export interface Change {
-  part: Part;
+  part: ActiveTask;
   parameter: TaskParameter;
 }
 
@@ -83,7 +83,7 @@ export class Parameters {
    * @throws TaskError when heads cannot be blended, BaseMismatchError when a parameter does not fit the base
    */
   async resolve(
-    parts: readonly Part[],
+    parts: readonly ActiveTask[],
     pack: Pack,
     head: string | undefined,
     signal: AbortSignal | undefined,
@@ -92,7 +92,7 @@ export class Parameters {
     for (const part of parts) {
       for (const parameter of part.blob.parameters) {
         if (parameter.role === "saved" && head !== undefined && head !== part.id) continue;
-        const name = this.#baseName(parameter, part.id, parts.length === 1 && part.weight === 1);
+        const name = this.#baseName(parameter, part.id, parts.length === 1 && part.strength === 1);
         const list = changes.get(name);
         if (list) list.push({ part, parameter });
         else changes.set(name, [{ part, parameter }]);
@@ -150,12 +150,12 @@ export class Parameters {
 
   /** In memory that the next call uses again. */
   #decode({ part, parameter: { tensor } }: Change): Float32Array {
-    const { type, rows, width, byteOffset, byteLength } = tensor;
+    const { dtype, rows, width, byteOffset, byteLength } = tensor;
     if (this.#values.length < rows * width) {
       this.#values = new Float32Array(rows * width);
       this.allocated += this.#values.byteLength;
     }
-    decodeTensor(type, part.blob.bytes.subarray(byteOffset, byteOffset + byteLength), rows, width, this.#values);
+    decodeTensor(dtype, part.blob.bytes.subarray(byteOffset, byteOffset + byteLength), rows, width, this.#values);
     return this.#values.subarray(0, rows * width);
   }
 
@@ -163,7 +163,7 @@ export class Parameters {
     name: string,
     values: Float32Array,
     shape: readonly number[],
-    dtype: FloatType,
+    dtype: FloatDtype,
     added: boolean,
   ): Replacement {
     try {

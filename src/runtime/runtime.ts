@@ -154,7 +154,7 @@ export class Runtime {
   async #recover(): Promise<void> {
     if (!this.#loss || this.#disposed) return;
     if (!this.#parts.restart) throw this.#loss;
-    this.#bench.backend.dispose();
+    this.#bench.backend.close();
     const { bench, host } = await this.#parts.restart();
     this.#bench = bench;
     this.#host = this.#parameters.host = host;
@@ -457,11 +457,11 @@ export class Runtime {
   }
 
   /** Waits for switches under way, then frees everything. Weights in the caller's own memory stay as they are. */
-  async dispose(): Promise<void> {
+  async close(): Promise<void> {
     await this.#queue;
     if (this.#disposed) return;
     this.#disposed = true;
-    this.#bench.backend.dispose();
+    this.#bench.backend.close();
     await this.#parts.closeHost?.();
   }
 

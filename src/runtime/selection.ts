@@ -3,7 +3,7 @@
  */
 import { TaskError } from "../errors.ts";
 import type { Pack } from "../pack/pack.ts";
-import type { Part } from "./stage.ts";
+import type { ActiveTask } from "./stage.ts";
 
 /** What is active: a task, null for the pristine base, or tasks with strengths. */
 export type Selection = string | null | Readonly<Record<string, number>>;
@@ -25,18 +25,18 @@ export async function loadParts(
   head: string | undefined,
   signal: AbortSignal | undefined,
   ignored: ReadonlySet<string>,
-): Promise<Part[]> {
-  const parts: Part[] = await Promise.all(
-    toStrengths(selection).map(async ([id, weight]) => {
+): Promise<ActiveTask[]> {
+  const parts: ActiveTask[] = await Promise.all(
+    toStrengths(selection).map(async ([id, strength]) => {
       const blob = await pack.load(id, { signal });
       const parameters = blob.parameters.filter(({ name }) => !ignored.has(name));
-      return { id, weight, blob: { ...blob, parameters } };
+      return { id, strength, blob: { ...blob, parameters } };
     }),
   );
   if (head !== undefined && !parts.some((p) => p.id === head)) {
     throw new TaskError(`head "${head}" is not one of the tasks switched to`, { task: head });
   }
-  const additive = parts.length === 1 && parts[0]!.weight === 1;
+  const additive = parts.length === 1 && parts[0]!.strength === 1;
   if (!additive)
     refuseMagnitudes(parts, pack, () => true, "it cannot be blended or scaled, since its change is not additive");
   return parts;
@@ -47,7 +47,7 @@ export async function loadParts(
  * @throws TaskError for a task that uses DoRA on one of them
  */
 export function refuseMagnitudes(
-  parts: readonly Part[],
+  parts: readonly ActiveTask[],
   pack: Pack,
   which: (module: number) => boolean,
   why: string,

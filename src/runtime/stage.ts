@@ -8,9 +8,9 @@ import type { Coefficients, PackModule, Side, TaskBlob, TensorRef } from "../for
 import { decodeTensor } from "../tensor/dtypes.ts";
 
 /** A task of a switch and its strength. */
-export interface Part {
+export interface ActiveTask {
   id: string;
-  weight: number;
+  strength: number;
   blob: TaskBlob;
 }
 
@@ -62,10 +62,10 @@ export class Staging {
 }
 
 /** Plans, by module, of the tasks of one switch. Strengths multiply B, whose factors carry the adapter's scale already. */
-export function stage(parts: readonly Part[], modules: readonly PackModule[], staging: Staging): ModulePlan[] {
+export function stage(parts: readonly ActiveTask[], modules: readonly PackModule[], staging: Staging): ModulePlan[] {
   staging.used = 0;
   const plans = new Map<number, ModulePlan>();
-  for (const { blob, weight } of parts) {
+  for (const { blob, strength } of parts) {
     for (const term of blob.terms) {
       const module = modules[term.module]!;
       let plan = plans.get(term.module);
@@ -75,13 +75,17 @@ export function stage(parts: readonly Part[], modules: readonly PackModule[], st
       }
       if (term.A && term.B) {
         plan.A.shared.push(expansion(blob, term.A, module.A!, 1, plan.rank, staging));
-        plan.B.shared.push(expansion(blob, term.B, module.B!, weight, plan.rank, staging));
+        plan.B.shared.push(expansion(blob, term.B, module.B!, strength, plan.rank, staging));
         plan.rank += term.rank;
       }
       if (term.privateA && term.privateBt) {
-        plan.A.private.push({ at: values(blob, term.privateA, 1, staging), row: plan.rank, q: term.q });
-        plan.B.private.push({ at: values(blob, term.privateBt, weight, staging), row: plan.rank, q: term.q });
-        plan.rank += term.q;
+        plan.A.private.push({ at: values(blob, term.privateA, 1, staging), row: plan.rank, q: term.privateRank });
+        plan.B.private.push({
+          at: values(blob, term.privateBt, strength, staging),
+          row: plan.rank,
+          q: term.privateRank,
+        });
+        plan.rank += term.privateRank;
       }
       if (term.magnitude) plan.magnitude = values(blob, term.magnitude, 1, staging);
     }
@@ -125,5 +129,5 @@ function values(blob: TaskBlob, tensor: TensorRef, weight: number, staging: Stag
 
 function decode(blob: TaskBlob, tensor: TensorRef, out: Float32Array): void {
   const bytes = blob.bytes.subarray(tensor.byteOffset, tensor.byteOffset + tensor.byteLength);
-  decodeTensor(tensor.type, bytes, tensor.rows, tensor.width, out);
+  decodeTensor(tensor.dtype, bytes, tensor.rows, tensor.width, out);
 }

@@ -135,9 +135,9 @@ export class Workbench {
             this.copy(from, out, 4 * piece.q * width);
             continue;
           }
-          const { type, rows, width: basisWidth } = piece.basis.tensor;
+          const { dtype, rows, width: basisWidth } = piece.basis.tensor;
           const basis = this.basis(piece.basis);
-          this.backend.expand({ out, coefficients: from, basis, type, rank: piece.rows, rows, width: basisWidth });
+          this.backend.expand({ out, coefficients: from, basis, dtype, rank: piece.rows, rows, width: basisWidth });
           this.dispatches++;
         }
       }
@@ -157,11 +157,11 @@ export class Workbench {
     return this.#scale(plan, weight, this.#job(plan, weight, base));
   }
 
-  #job(plan: ModulePlan, { transposed, dtype: type }: Located, base: Slice): Omit<FoldJob, "out"> {
+  #job(plan: ModulePlan, { transposed, dtype }: Located, base: Slice): Omit<FoldJob, "out"> {
     const { in: inputs, out } = this.#modules[plan.module]!;
     const { A, B } = this.expand(plan);
     const [rows, columns, left, right] = transposed ? [inputs, out, A, B] : [out, inputs, B, A];
-    return { base, type, rows, columns, stride: columns, left, right, rank: plan.rank };
+    return { base, dtype, rows, columns, stride: columns, left, right, rank: plan.rank };
   }
 
   #scale(plan: ModulePlan, { transposed }: Located, job: Omit<FoldJob, "out">): Slice {

@@ -396,8 +396,8 @@ class Planner {
   #components(name: string): Components | undefined {
     const { A, B, in: inputs, out } = this.#pack.modules.find((m) => m.name === name)!;
     if (A?.kind !== "column" || B?.kind !== "column") return undefined;
-    const decode = ({ tensor: { type, rows, width, byteOffset, byteLength } }: typeof A): Float32Array =>
-      decodeTensor(type, this.#bases.subarray(byteOffset, byteOffset + byteLength), rows, width);
+    const decode = ({ tensor: { dtype, rows, width, byteOffset, byteLength } }: typeof A): Float32Array =>
+      decodeTensor(dtype, this.#bases.subarray(byteOffset, byteOffset + byteLength), rows, width);
     const [KA, KB] = [A.tensor.rows, B.tensor.rows];
     if (KA === 0 || KB === 0) return undefined;
     return { At: turn(decode(A), KA, inputs), B: decode(B).subarray(0, KB * out), KA, KB };
@@ -422,7 +422,7 @@ export function broughtBy({ terms, parameters }: TaskBlob, modules: readonly Pac
     ),
     ...named(
       "private",
-      terms.filter((term) => term.q > 0),
+      terms.filter((term) => term.privateRank > 0),
     ),
   ];
 }

@@ -5,7 +5,7 @@
  */
 import { BackendError } from "../errors.ts";
 import type { Feed } from "../onnx/feeds.ts";
-import type { GraftModule, Probe, TaskInput } from "../onnx/graft.ts";
+import type { GraftModule, ProbeOutputs, TaskInput } from "../onnx/graft.ts";
 import type { InputValue } from "./values.ts";
 
 /** What the probe found out. */
@@ -38,7 +38,7 @@ export async function probeParity(
   base: ReadonlyMap<string, InputValue>,
   inputs: readonly TaskInput[],
   modules: readonly GraftModule[],
-  probe: Probe | undefined,
+  probe: ProbeOutputs | undefined,
   outputs: readonly string[],
   provider: string,
 ): Promise<ProbeReport> {

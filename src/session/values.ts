@@ -10,7 +10,7 @@ import type { TaskInput } from "../onnx/graft.ts";
 import type { Pack } from "../pack/pack.ts";
 import { Parameters } from "../runtime/parameters.ts";
 import { loadParts, type Selection } from "../runtime/selection.ts";
-import { type Part, stage } from "../runtime/stage.ts";
+import { type ActiveTask, stage } from "../runtime/stage.ts";
 import { type BaseWeight, type Unfolded, unfold } from "../runtime/unfold.ts";
 import type { Workbench } from "../runtime/workbench.ts";
 import { decodeTensor } from "../tensor/dtypes.ts";
@@ -79,7 +79,7 @@ export class TaskEvaluator {
   }
 
   /** A task that was added to the pack after the model was prepared may change more than the others. */
-  #refuseUnprepared(parts: readonly Part[]): void {
+  #refuseUnprepared(parts: readonly ActiveTask[]): void {
     const { mode, heads } = this.#base;
     if (mode === "folded") return;
     for (const { id, blob } of parts) {
@@ -95,7 +95,7 @@ export class TaskEvaluator {
 
   /** Saved modules of the selection, f32, by parameter name. */
   async #heads(
-    parts: readonly Part[],
+    parts: readonly ActiveTask[],
     head: string | undefined,
     signal: AbortSignal | undefined,
   ): Promise<Map<string, InputValue>> {
@@ -115,7 +115,7 @@ export class TaskEvaluator {
     return values;
   }
 
-  #terms(parts: readonly Part[]): Map<number, Unfolded> {
+  #terms(parts: readonly ActiveTask[]): Map<number, Unfolded> {
     const bench = this.#bench;
     const plans = stage(parts, this.#pack.modules, bench.staging);
     const weightOf = (index: number): BaseWeight => {
@@ -136,7 +136,7 @@ export class TaskEvaluator {
 
   #value(
     { of, kind, dims }: TaskInput,
-    parts: readonly Part[],
+    parts: readonly ActiveTask[],
     terms: ReadonlyMap<number, Unfolded>,
     heads: ReadonlyMap<string, InputValue>,
   ): InputValue {
@@ -181,16 +181,16 @@ export class TaskEvaluator {
   }
 
   /** Σ strength · (the task's bias − the base's) */
-  #change(name: string, parts: readonly Part[], size: number): Float32Array {
+  #change(name: string, parts: readonly ActiveTask[], size: number): Float32Array {
     const base = this.#base.biases.get(name)!;
     const change = new Float32Array(size);
-    for (const { weight, blob } of parts) {
+    for (const { strength, blob } of parts) {
       for (const parameter of blob.parameters) {
         if (parameter.name !== name) continue;
         if (parameter.shape.length !== 1 || parameter.shape[0] !== size)
           throw this.#misfit(name, parameter.shape, [size]);
         decode(parameter, blob.bytes).forEach(
-          (v, i) => (change[i]! += weight * (parameter.role === "bias-delta" ? v : v - base[i]!)),
+          (v, i) => (change[i]! += strength * (parameter.role === "bias-delta" ? v : v - base[i]!)),
         );
       }
     }
@@ -198,19 +198,19 @@ export class TaskEvaluator {
   }
 
   /** Indices that embeddings never see where there is no row; each row ends with its strength. */
-  #rows(name: string, kind: "indices" | "rows", parts: readonly Part[], none: InputValue): InputValue {
+  #rows(name: string, kind: "indices" | "rows", parts: readonly ActiveTask[], none: InputValue): InputValue {
     const width = (kind === "rows" ? none.dims[1]! : 0) - 1;
     const indices: bigint[] = [];
     const values: Float32Array[] = [];
-    for (const { weight, blob } of parts) {
+    for (const { strength, blob } of parts) {
       for (const parameter of blob.parameters) {
         if (parameter.name !== name || !parameter.indices) continue;
         indices.push(...parameter.indices.map(BigInt));
         if (kind === "rows") {
           if (parameter.shape[1] !== width) throw this.#misfit(name, parameter.shape, ["rows", width]);
           values.push(
-            decode(parameter, blob.bytes).map((v) => weight * v),
-            new Float32Array([weight]),
+            decode(parameter, blob.bytes).map((v) => strength * v),
+            new Float32Array([strength]),
           );
         }
       }
@@ -239,10 +239,10 @@ export class TaskEvaluator {
 }
 
 function decode(
-  { tensor: { type, rows, width, byteOffset, byteLength } }: TaskParameter,
+  { tensor: { dtype, rows, width, byteOffset, byteLength } }: TaskParameter,
   bytes: Uint8Array,
 ): Float32Array {
-  return decodeTensor(type, bytes.subarray(byteOffset, byteOffset + byteLength), rows, width);
+  return decodeTensor(dtype, bytes.subarray(byteOffset, byteOffset + byteLength), rows, width);
 }
 
 /** A value as an input takes it: one task, or several one below the other, padded to the largest. */

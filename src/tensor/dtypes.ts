@@ -6,35 +6,35 @@
  */
 
 /** Types that hold a weight by itself. */
-export type FloatType = "f32" | "f16" | "bf16";
+export type FloatDtype = "f32" | "f16" | "bf16";
 /** Types of packed rows: symmetric integers times the row's f16 scale. */
-export type QuantizedType = "int8" | "int4" | "int3";
+export type QuantizedDtype = "int8" | "int4" | "int3";
 /** Every type a tensor of a pack may have. The order is the code in the file. */
-export type TensorType = FloatType | QuantizedType;
+export type Dtype = FloatDtype | QuantizedDtype;
 
 /** File code of a type is its index here. */
-export const TENSOR_TYPES: readonly TensorType[] = ["f32", "f16", "bf16", "int8", "int4", "int3"];
+export const DTYPES: readonly Dtype[] = ["f32", "f16", "bf16", "int8", "int4", "int3"];
 
 /** Bits of one value. */
-export const BITS: Record<TensorType, number> = { f32: 32, f16: 16, bf16: 16, int8: 8, int4: 4, int3: 3 };
+export const BITS: Record<Dtype, number> = { f32: 32, f16: 16, bf16: 16, int8: 8, int4: 4, int3: 3 };
 
 /** Whether rows of this type carry an f16 scale. */
-export function isQuantized(type: TensorType): type is QuantizedType {
+export function isQuantized(type: Dtype): type is QuantizedDtype {
   return type === "int8" || type === "int4" || type === "int3";
 }
 
 /** Bytes of one row's values: `width` values of `type`, padded to a whole byte. */
-export function rowBytes(type: TensorType, width: number): number {
+export function rowBytes(type: Dtype, width: number): number {
   return Math.ceil((width * BITS[type]) / 8);
 }
 
 /** Bytes of the scales in front of the rows: f16 per row, padded to 4; 0 for float types. */
-export function scaleBytes(type: TensorType, rows: number): number {
+export function scaleBytes(type: Dtype, rows: number): number {
   return isQuantized(type) ? align4(2 * rows) : 0;
 }
 
 /** Bytes of an encoded tensor [rows, width], scales and final padding to 4 included. */
-export function tensorBytes(type: TensorType, rows: number, width: number): number {
+export function tensorBytes(type: Dtype, rows: number, width: number): number {
   return scaleBytes(type, rows) + align4(rows * rowBytes(type, width));
 }
 
@@ -93,7 +93,7 @@ export function f32ToBf16(value: number): number {
  * @param bytes at least `tensorBytes(type, rows, width)` bytes, at any alignment
  */
 export function decodeTensor(
-  type: TensorType,
+  type: Dtype,
   bytes: Uint8Array,
   rows: number,
   width: number,
@@ -129,7 +129,7 @@ export function decodeTensor(
 }
 
 /** The `index`-th integer of the packed row that begins at `byteOffset`: two's complement, least significant bit first. */
-export function quantizedAt(bytes: Uint8Array, type: QuantizedType, byteOffset: number, index: number): number {
+export function quantizedAt(bytes: Uint8Array, type: QuantizedDtype, byteOffset: number, index: number): number {
   const bits = BITS[type];
   const bit = index * bits;
   const at = byteOffset + (bit >> 3);
@@ -143,7 +143,7 @@ export function quantizedAt(bytes: Uint8Array, type: QuantizedType, byteOffset: 
  * @throws RangeError when a value is not finite or does not fit the type
  */
 export function encodeFloats(
-  type: FloatType,
+  type: FloatDtype,
   values: ArrayLike<number>,
   out?: Uint8Array<ArrayBuffer>,
 ): Uint8Array<ArrayBuffer> {

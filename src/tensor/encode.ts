@@ -3,19 +3,19 @@
  */
 import {
   BITS,
+  type Dtype,
   encodeFloats,
   f16ToF32,
   f32ToF16,
   isQuantized,
-  type QuantizedType,
+  type QuantizedDtype,
   rowBytes,
   scaleBytes,
-  type TensorType,
   tensorBytes,
 } from "./dtypes.ts";
 
 /** Largest integer a quantised type stores; the smallest is its negative, so that 0 is exact and the range symmetric. */
-const LARGEST: Record<QuantizedType, number> = { int8: 127, int4: 7, int3: 3 };
+const LARGEST: Record<QuantizedDtype, number> = { int8: 127, int4: 7, int3: 3 };
 
 /**
  * Encodes f32 values [rows, width] as a tensor of `type`. A quantised row has the scale, an f16, that loses least of its squares:
@@ -23,7 +23,7 @@ const LARGEST: Record<QuantizedType, number> = { int8: 127, int4: 7, int3: 3 };
  * @throws RangeError when a value is not finite or does not fit the type
  */
 export function encodeTensor(
-  type: TensorType,
+  type: Dtype,
   values: ArrayLike<number>,
   rows: number,
   width: number,

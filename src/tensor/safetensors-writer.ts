@@ -1,7 +1,7 @@
 /**
  * Writes the safetensors format, chunk by chunk. Apart from the reader, since a run-time bundle has no use for it.
  */
-import { BITS, isSize, tensorByteLength } from "./safetensors.ts";
+import { isSize, SAFETENSORS_BITS, tensorByteLength } from "./safetensors.ts";
 
 /** A tensor to write. */
 export interface SafetensorsEntry {
@@ -22,7 +22,7 @@ export async function* writeSafetensors(
   entries: readonly SafetensorsEntry[],
   metadata?: ReadonlyMap<string, string>,
 ): AsyncGenerator<Uint8Array, void> {
-  const bitsOf = (entry: SafetensorsEntry): number => BITS.get(entry.dtype) ?? 0;
+  const bitsOf = (entry: SafetensorsEntry): number => SAFETENSORS_BITS.get(entry.dtype) ?? 0;
   const inOrder = [...entries].sort((a, b) => bitsOf(b) - bitsOf(a) || (a.name < b.name ? -1 : 1));
   const names = new Set(["__metadata__"]);
   const lengths: number[] = [];
@@ -32,7 +32,7 @@ export async function* writeSafetensors(
     const { name, dtype, shape } = entry;
     const length = shape.every(isSize) ? tensorByteLength(bitsOf(entry), shape) : undefined;
     if (names.has(name)) throw new RangeError(`writeSafetensors: two tensors or metadata are called ${name}`);
-    if (length === undefined || !BITS.has(dtype)) {
+    if (length === undefined || !SAFETENSORS_BITS.has(dtype)) {
       throw new RangeError(`writeSafetensors: ${name} cannot be ${dtype} [${shape.join(", ")}]`);
     }
     names.add(name);

@@ -44,7 +44,7 @@ export interface SafetensorsFile {
 const MAX_HEADER_BYTES = 100_000_000;
 
 /** Bits of one element, by dtype. */
-export const BITS: ReadonlyMap<string, number> = new Map([
+export const SAFETENSORS_BITS: ReadonlyMap<string, number> = new Map([
   ...["F64", "I64", "U64", "C64"].map((dtype) => [dtype, 64] as const),
   ...["F32", "I32", "U32"].map((dtype) => [dtype, 32] as const),
   ...["F16", "BF16", "I16", "U16"].map((dtype) => [dtype, 16] as const),
@@ -200,9 +200,9 @@ function checkTensor(name: string, value: unknown, dataStart: number, fail: Fail
   const part = `tensor ${name}`;
   if (!isObject(value)) throw fail(part, `is ${show(value)}, expected {dtype, shape, data_offsets}`);
   const { dtype, shape, data_offsets: offsets } = value;
-  const bits = typeof dtype === "string" ? BITS.get(dtype) : undefined;
+  const bits = typeof dtype === "string" ? SAFETENSORS_BITS.get(dtype) : undefined;
   if (bits === undefined) {
-    throw fail(part, `has dtype ${show(dtype)}, expected one of ${[...BITS.keys()].join(", ")}`);
+    throw fail(part, `has dtype ${show(dtype)}, expected one of ${[...SAFETENSORS_BITS.keys()].join(", ")}`);
   }
   if (!Array.isArray(shape) || !shape.every(isSize)) {
     throw fail(part, `has shape ${show(shape)}, expected an array of integers ≥ 0`);
@@ -249,7 +249,7 @@ function checkCoverage(
 
 function decode(dtype: string, bytes: Uint8Array): Float32Array<ArrayBuffer> {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
-  const count = bytes.byteLength / (BITS.get(dtype)! / 8);
+  const count = bytes.byteLength / (SAFETENSORS_BITS.get(dtype)! / 8);
   const out = new Float32Array(count);
   if (dtype === "F32") for (let i = 0; i < count; i++) out[i] = view.getFloat32(4 * i, true);
   else if (dtype === "F64") for (let i = 0; i < count; i++) out[i] = view.getFloat64(8 * i, true);

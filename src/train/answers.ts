@@ -41,7 +41,7 @@ export async function askAdapter<O extends Ort>(
         task: adapter.id,
       });
     const { A, Bt } = await one.read();
-    modules.push({ name, in: inputs, out, own: rank });
+    modules.push({ name, in: inputs, out, privateRank: rank });
     factors.set(name, { A: Float32Array.from(A), B: Float32Array.from(Bt) });
   }
   const [weight, bias] = (await Promise.all(

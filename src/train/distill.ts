@@ -51,7 +51,7 @@ export interface DistillOptions extends Pick<FitOptions, "weightDecay" | "clip" 
    */
   readonly temperature?: number | undefined;
   /** Share of the texts that nothing is learned from, to judge by; an eighth unless given. */
-  readonly held?: number | undefined;
+  readonly holdout?: number | undefined;
   readonly seed?: number | undefined;
   /** Called after each step. */
   readonly onStep?: ((step: TrainingStep) => void) | undefined;
@@ -86,17 +86,18 @@ const MOST_RATE = 0.02;
  * await session.addTask(`${adapter.id}, distilled`, file);
  */
 export async function distill<O extends Ort>(session: EigenSession<O>, options: DistillOptions): Promise<Distilled> {
-  const { adapter, task: id = adapter.id, steps = 240, batch = 8, held = 0.125, seed = 0, signal } = options;
+  const { adapter, task: id = adapter.id, steps = 240, batch = 8, holdout = 0.125, seed = 0, signal } = options;
   if (!session.trainable)
     throw new TypeError("distill: this session cannot be trained; create it with trainable: true");
   const all = inputsOf(options);
-  if (!(held > 0 && held < 1)) throw new RangeError(`distill: held must be a share between 0 and 1, got ${held}`);
+  if (!(holdout > 0 && holdout < 1))
+    throw new RangeError(`distill: holdout must be a share between 0 and 1, got ${holdout}`);
   for (const [name, value] of Object.entries({ steps, batch })) {
     if (!(Number.isInteger(value) && value >= 1))
       throw new RangeError(`distill: ${name} must be a whole number ≥ 1, got ${value}`);
   }
   // The adapter is not asked what no step would see.
-  const rows = shuffle(all, uniform(seed)).slice(0, Math.max(LEAST_TEXTS, Math.ceil((steps * batch) / (1 - held))));
+  const rows = shuffle(all, uniform(seed)).slice(0, Math.max(LEAST_TEXTS, Math.ceil((steps * batch) / (1 - holdout))));
   const { pack } = session;
   const blob = await pack.load(id, { signal });
   const info = pack.tasks.get(id)!;
@@ -110,7 +111,7 @@ export async function distill<O extends Ort>(session: EigenSession<O>, options: 
   }
   const labels = Array.from(answers[0]!, (_, i) => String(i));
   const examples = rows.map(({ text, feeds }, i): Example<BatchFeeds> => ({ text, feeds, target: answers[i] }));
-  const count = Math.min(Math.max(2, Math.round(held * examples.length)), examples.length - 2);
+  const count = Math.min(Math.max(2, Math.round(holdout * examples.length)), examples.length - 2);
   const [judges, train] = [examples.slice(0, count), examples.slice(count)];
 
   const modules = blob.terms.filter(({ A }) => A).map(({ module }) => pack.modules[module]!.name);
@@ -124,10 +125,10 @@ export async function distill<O extends Ort>(session: EigenSession<O>, options: 
   });
   await trainer.begin(id);
   const divergenceBefore = await divergence(trainer, judges, batch);
-  const coefficients = blob.terms.find(({ A }) => A)!.A!.tensor.type;
+  const coefficients = blob.terms.find(({ A }) => A)!.A!.tensor.dtype;
   const dtype = {
     coefficients,
-    head: blob.parameters.find(({ shape }) => shape.length > 1)?.tensor.type ?? coefficients,
+    head: blob.parameters.find(({ shape }) => shape.length > 1)?.tensor.dtype ?? coefficients,
   };
   const { temperature = head ? temperatureOf(answers) : 1 } = options;
   const rate = Math.min(MOST_RATE, (WAY * Math.sqrt(divergenceBefore)) / steps);
@@ -138,7 +139,7 @@ export async function distill<O extends Ort>(session: EigenSession<O>, options: 
     batch,
     temperature,
     rates,
-    ...(isQuantized(dtype.coefficients) ? { stored: dtype } : {}),
+    ...(isQuantized(dtype.coefficients) ? { dtype } : {}),
   };
   const lessons = train.map((one): Example<BatchFeeds> => ({ ...one, target: divided(one.target!, temperature) }));
   for await (const step of trainer.fit(lessons, fit)) options.onStep?.(step);
@@ -176,10 +177,10 @@ function trainableHead(
 ): { module: string; labels: number } | undefined {
   const refuse = (why: string): TaskError => new TaskError(`task "${id}" cannot be distilled: ${why}`, { task: id });
   if (!terms.some(({ A }) => A)) throw refuse("it has no coefficients");
-  for (const { module, A, B, magnitude, q } of terms) {
+  for (const { module, A, B, magnitude, privateRank } of terms) {
     const { name, A: basisA, B: basisB } = pack.modules[module]!;
     if (magnitude) throw refuse(`it brings a DoRA magnitude of "${name}"`);
-    if (q > 0) throw refuse(`it has terms of its own on "${name}"`);
+    if (privateRank > 0) throw refuse(`it has terms of its own on "${name}"`);
     if (!A || !B) continue;
     if (A.mean !== basisA?.mean || B.mean !== basisB?.mean) throw refuse(`it leaves out the mean of "${name}"`);
     if (basisA.kind !== "column" || basisB.kind !== "column") throw refuse(`"${name}" has no column basis`);

@@ -28,7 +28,7 @@ export interface CreateTrainerOptions extends TrainerOptions {
   /** Rows of coefficients of each side, or rank of the factors; as the task to start from, or most of the pack's first tasks, unless given. */
   readonly rank?: number | undefined;
   /** Free rank-1 terms of each module beside the coefficients, for what the components lack; 0 unless given. */
-  readonly terms?: number | undefined;
+  readonly privateTerms?: number | undefined;
   /** The modules that are trained; all of the pack unless given. */
   readonly modules?: readonly string[] | undefined;
   /** The layer that is trained whole, one that the session was made to train; the only one unless given. `false`: none. */
@@ -51,13 +51,13 @@ export async function createTrainer<O extends Ort>(
   const source = session.trainable;
   if (!source) throw new TypeError("createTrainer: this session cannot be trained; create it with trainable: true");
   const { pack } = session;
-  const { train = "coefficients", rank = await usualRank(pack), terms = 0, init } = options;
+  const { train = "coefficients", rank = await usualRank(pack), privateTerms = 0, init } = options;
   if (!["coefficients", "components", "lora"].includes(train)) {
     throw new RangeError(`train: expected "coefficients", "components" or "lora", got ${JSON.stringify(train)}`);
   }
   if (!(Number.isInteger(rank) && rank >= 1)) throw new RangeError(`rank: expected a whole number ≥ 1, got ${rank}`);
-  if (!(Number.isInteger(terms) && terms >= 0))
-    throw new RangeError(`terms: expected a whole number ≥ 0, got ${terms}`);
+  if (!(Number.isInteger(privateTerms) && privateTerms >= 0))
+    throw new RangeError(`privateTerms: expected a whole number ≥ 0, got ${privateTerms}`);
   const unknown = options.modules?.find((name) => !pack.modules.some((module) => module.name === name));
   if (unknown !== undefined) throw new RangeError(`modules: the pack has no "${unknown}"`);
   const flat = pack.modules.find(({ A, B }) => A?.kind === "flat" || B?.kind === "flat");
@@ -80,10 +80,14 @@ export async function createTrainer<O extends Ort>(
       rank: module.A!.rank ?? own?.rank ?? rank,
       trained: train === "components",
     };
-    return [{ name, in: inputs, out, shared, own: shared ? terms : Math.max(terms, rank) }];
+    return [{ name, in: inputs, out, shared, privateRank: shared ? privateTerms : Math.max(privateTerms, rank) }];
   });
   const origin = new Terms(modules);
-  const factors = modules.map((one) => ({ ...one, shared: undefined, own: Math.max(one.own, one.shared?.rank ?? 0) }));
+  const factors = modules.map((one) => ({
+    ...one,
+    shared: undefined,
+    privateRank: Math.max(one.privateRank, one.shared?.rank ?? 0),
+  }));
   const trained = train === "lora" ? new Terms(factors) : origin;
   const machine = await createMachine(source, trained, head, options);
   return new Trainer({ pack, machine, terms: trained, origin }, options);

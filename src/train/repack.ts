@@ -28,7 +28,7 @@ import {
 import { layoutFresh, type TaskToWrite } from "../format/layout.ts";
 import { expandTerm } from "../pack/expand.ts";
 import type { Pack } from "../pack/pack.ts";
-import { decodeTensor, type TensorType } from "../tensor/dtypes.ts";
+import { type Dtype, decodeTensor } from "../tensor/dtypes.ts";
 import { encodeTensor } from "../tensor/encode.ts";
 import { VERSION } from "../version.ts";
 import type { Terms } from "./terms.ts";
@@ -55,7 +55,7 @@ export async function repack(
     if (!A || !B || !terms.part(parameters, name, "componentsA")) return undefined;
     const { in: inputs, out } = pack.modules[i]!;
     const stored = (side: SideInput, width: number) => ({
-      type: side.type,
+      dtype: side.dtype,
       components: side.K,
       width,
       mean: side.mean,
@@ -119,9 +119,9 @@ function sideOf(
   const { kind, K, rank, mean, explained, tensor } = side;
   const trained = terms.part(parameters, module.name, `components${which}`);
   const encoded = trained
-    ? encodeTensor(tensor.type, trained, tensor.rows, tensor.width)
+    ? encodeTensor(tensor.dtype, trained, tensor.rows, tensor.width)
     : stored(bases, tensor).encoded;
-  return { kind, K, ...(rank === undefined ? {} : { rank }), mean, type: tensor.type, explained, encoded };
+  return { kind, K, ...(rank === undefined ? {} : { rank }), mean, dtype: tensor.dtype, explained, encoded };
 }
 
 /** A term on the new components: the least squares for the factors that it had on the old ones. */
@@ -133,13 +133,13 @@ function solve(
   space: ModuleSpace | undefined,
   captured: { A: Captured; B: Captured },
 ): TermInput {
-  const { rank, q, A, B, privateA, privateBt, magnitude } = term;
+  const { rank, privateRank, A, B, privateA, privateBt, magnitude } = term;
   const beside = {
     ...(privateA && privateBt
       ? {
-          private: {
-            q,
-            type: privateA.type,
+          privateTerms: {
+            rank: privateRank,
+            dtype: privateA.dtype,
             A: stored(blob.bytes, privateA).encoded,
             Bt: stored(blob.bytes, privateBt).encoded,
           },
@@ -154,17 +154,17 @@ function solve(
   });
   if (!A || !B) return { module: term.module, rank, ...beside };
   if (!space) return { module: term.module, rank, A: side(A, module.A!), B: side(B, module.B!), ...beside };
-  const old = expandTerm(blob, { ...term, q: 0, privateA: undefined, privateBt: undefined }, module, bases);
-  const type: TensorType = A.tensor.type;
+  const old = expandTerm(blob, { ...term, privateRank: 0, privateA: undefined, privateBt: undefined }, module, bases);
+  const dtype: Dtype = A.tensor.dtype;
   const found = projectModule(
     space,
     { id: "", rank, A: old.A, Bt: old.Bt },
-    { gauge: "as-trained", coefficientType: type },
+    { gauge: "as-trained", coefficientDtype: dtype },
   );
-  captured.A.add(space.A, old.A, decodeTensor(type, found.alphaA, rank, A.tensor.width));
-  captured.B.add(space.B, old.Bt, decodeTensor(type, found.alphaB, rank, B.tensor.width));
+  captured.A.add(space.A, old.A, decodeTensor(dtype, found.alphaA, rank, A.tensor.width));
+  captured.B.add(space.B, old.Bt, decodeTensor(dtype, found.alphaB, rank, B.tensor.width));
   const solved = (encoded: Uint8Array, basis: Side): NonNullable<TermInput["A"]> => ({
-    type,
+    dtype,
     encoded,
     kind: "column",
     mean: basis.mean,
@@ -178,8 +178,8 @@ function solve(
   };
 }
 
-function stored(section: Uint8Array, { type, byteOffset, byteLength }: TensorRef): TensorInput {
-  return { type, encoded: section.subarray(byteOffset, byteOffset + byteLength) };
+function stored(section: Uint8Array, { dtype, byteOffset, byteLength }: TensorRef): TensorInput {
+  return { dtype, encoded: section.subarray(byteOffset, byteOffset + byteLength) };
 }
 
 function floatsAt(bytes: Uint8Array, offset: number, count: number): Float32Array {

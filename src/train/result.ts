@@ -6,7 +6,7 @@ import { encodeTask, encodeTaskFile, type ParameterInput, type TermInput } from 
 import type { TaskMetadata } from "../format/format.ts";
 import { parseTask } from "../format/task.ts";
 import type { Pack } from "../pack/pack.ts";
-import { isQuantized, type TensorType } from "../tensor/dtypes.ts";
+import { type Dtype, isQuantized } from "../tensor/dtypes.ts";
 import { encodeTensor } from "../tensor/encode.ts";
 import type { Terms, TrainedParameter } from "./terms.ts";
 
@@ -26,9 +26,9 @@ export interface Learned {
 }
 
 /** Number formats: of coefficients and free terms, and of the head, whose bias is f16 where its weight is integers. */
-export interface Dtypes {
-  readonly coefficients: TensorType;
-  readonly head: TensorType;
+export interface TaskDtypes {
+  readonly coefficients: Dtype;
+  readonly head: Dtype;
 }
 
 /**
@@ -38,20 +38,18 @@ export function taskFile(
   pack: Pack,
   id: string,
   { parameters, terms: trained, head }: Learned,
-  types: Dtypes,
+  types: TaskDtypes,
   metadata: TaskMetadata,
 ): Uint8Array<ArrayBuffer> {
   const terms: TermInput[] = [];
   for (const [module, { name, A, B }] of pack.modules.entries()) {
-    const of = (
-      kind: TrainedParameter["kind"],
-    ): { rows: number; encoded: Uint8Array; type: TensorType } | undefined => {
+    const of = (kind: TrainedParameter["kind"]): { rows: number; encoded: Uint8Array; dtype: Dtype } | undefined => {
       const values = trained.part(parameters, name, kind);
       if (!values) return undefined;
       const [rows, width] = trained.parameters.find(
         (parameter) => parameter.module === name && parameter.kind === kind,
       )!.dims;
-      return { rows, type: types.coefficients, encoded: encodeTensor(types.coefficients, values, rows, width) };
+      return { rows, dtype: types.coefficients, encoded: encodeTensor(types.coefficients, values, rows, width) };
     };
     const [alphaA, alphaB, ownA, ownB] = [of("alphaA"), of("alphaB"), of("A"), of("B")];
     const shared = alphaA && alphaB && A && B;
@@ -61,7 +59,7 @@ export function taskFile(
       rank: shared ? (A.rank ?? alphaA.rows) : 0,
       ...(shared ? { A: { ...alphaA, kind: A.kind, mean: A.mean }, B: { ...alphaB, kind: B.kind, mean: B.mean } } : {}),
       ...(ownA && ownB
-        ? { private: { q: ownA.rows, type: types.coefficients, A: ownA.encoded, Bt: ownB.encoded } }
+        ? { privateTerms: { rank: ownA.rows, dtype: types.coefficients, A: ownA.encoded, Bt: ownB.encoded } }
         : {}),
     });
   }
@@ -69,7 +67,7 @@ export function taskFile(
   const blob = encodeTask(terms, saved);
   // A writer ends by reading what it wrote.
   parseTask(blob, pack.modules, "the trained task", id);
-  const own = terms.filter((term) => term.private).map(({ module }) => `private ${pack.modules[module]!.name}`);
+  const own = terms.filter((term) => term.privateTerms).map(({ module }) => `private ${pack.modules[module]!.name}`);
   const brings = [...saved.map(({ role, name }) => `${role} ${name}`), ...own];
   const basis = Uint8Array.from(pack.basisId.match(/../g)!, (byte) => parseInt(byte, 16));
   return encodeTaskFile({ id, adapterBytes: 0, metadata, brings }, basis, blob);
@@ -77,7 +75,7 @@ export function taskFile(
 
 function headParameters(
   { module, in: inputs, weight, bias }: NonNullable<Learned["head"]>,
-  type: TensorType,
+  type: Dtype,
 ): ParameterInput[] {
   const labels = weight.length / inputs;
   // One scale for a whole bias would be coarse and save nothing.
@@ -87,7 +85,7 @@ function headParameters(
       name: `${module}.weight`,
       role: "saved" as const,
       shape: [labels, inputs],
-      type,
+      dtype: type,
       encoded: encodeTensor(type, weight, labels, inputs),
     },
   ];
@@ -98,7 +96,7 @@ function headParameters(
       name: `${module}.bias`,
       role: "saved",
       shape: [labels],
-      type: biasType,
+      dtype: biasType,
       encoded: encodeTensor(biasType, bias, 1, labels),
     },
   ];

@@ -24,7 +24,7 @@ const MOST_DONORS = 64;
 const SMALL = 0.02;
 
 /** Weight [labels, in] and bias [labels]. */
-export interface Head {
+export interface HeadValues {
   readonly weight: Float32Array<ArrayBuffer>;
   readonly bias: Float32Array<ArrayBuffer>;
 }
@@ -158,13 +158,13 @@ export async function usualRank(pack: Pack): Promise<number> {
 /** A tensor of a task as numbers. */
 function valuesOf(
   { bytes }: TaskBlob,
-  { type, rows, width, byteOffset, byteLength }: TensorRef,
+  { dtype, rows, width, byteOffset, byteLength }: TensorRef,
 ): Float32Array<ArrayBuffer> {
-  return new Float32Array(decodeTensor(type, bytes.subarray(byteOffset, byteOffset + byteLength), rows, width));
+  return new Float32Array(decodeTensor(dtype, bytes.subarray(byteOffset, byteOffset + byteLength), rows, width));
 }
 
 /** The head that a task brings, where it has the shape asked for. */
-export function headOf(blob: TaskBlob, module: string, labels: number, inputs: number): Head | undefined {
+export function headOf(blob: TaskBlob, module: string, labels: number, inputs: number): HeadValues | undefined {
   const of = (name: string, shape: readonly number[]): Float32Array<ArrayBuffer> | undefined => {
     const found = blob.parameters.find(
       (one) => one.role === "saved" && one.name === `${module}.${name}` && one.shape.join() === shape.join(),
@@ -176,7 +176,7 @@ export function headOf(blob: TaskBlob, module: string, labels: number, inputs: n
 }
 
 /** A new head. */
-export function newHead(labels: number, inputs: number, random: () => number): Head {
+export function newHead(labels: number, inputs: number, random: () => number): HeadValues {
   return {
     weight: Float32Array.from({ length: labels * inputs }, () => SMALL * normal(random)),
     bias: new Float32Array(labels),

@@ -11,7 +11,7 @@
  */
 
 import type { PackModule, Side } from "../format/format.ts";
-import { decodeTensor, type TensorType } from "../tensor/dtypes.ts";
+import { type Dtype, decodeTensor } from "../tensor/dtypes.ts";
 import { encodeTensor } from "../tensor/encode.ts";
 
 /** Components of one side, as stored. */
@@ -35,7 +35,7 @@ export interface TrainedModule {
     | { readonly rank: number; readonly A: Basis; readonly B: Basis; readonly trained: boolean }
     | undefined;
   /** Rows of the task's own: a LoRA, or free rank-1 terms. */
-  readonly own: number;
+  readonly privateRank: number;
 }
 
 /** One matrix among the numbers that are trained. */
@@ -69,11 +69,11 @@ export class Terms {
     this.modules = modules;
     const all: { module: string; kind: TrainedParameter["kind"]; dims: readonly [number, number] }[] = [];
     const sides = ["A", "B"] as const;
-    for (const { name, in: inputs, out, shared, own } of modules) {
+    for (const { name, in: inputs, out, shared, privateRank } of modules) {
       for (const side of shared ? sides : [])
         all.push({ module: name, kind: `alpha${side}`, dims: [rowsOf(shared!, side), shared![side].K] });
-      for (const side of own > 0 ? sides : [])
-        all.push({ module: name, kind: side, dims: [own, side === "A" ? inputs : out] });
+      for (const side of privateRank > 0 ? sides : [])
+        all.push({ module: name, kind: side, dims: [privateRank, side === "A" ? inputs : out] });
     }
     this.ofTasks = all.reduce((sum, { dims }) => sum + dims[0] * dims[1], 0);
     for (const { name, shared } of modules) {
@@ -110,7 +110,7 @@ export class Terms {
   }
 
   /** The same numbers as they would be read from a file of this type; components, which are no task's, stay. */
-  rounded(values: Float32Array<ArrayBuffer>, type: TensorType): Float32Array<ArrayBuffer> {
+  rounded(values: Float32Array<ArrayBuffer>, type: Dtype): Float32Array<ArrayBuffer> {
     const stored = values.slice();
     for (const {
       kind,
@@ -136,11 +136,11 @@ export class Terms {
 
   #expand(
     values: Float32Array<ArrayBuffer>,
-    { name, in: inputs, out, shared, own }: TrainedModule,
+    { name, in: inputs, out, shared, privateRank }: TrainedModule,
     side: Letter,
   ): Float32Array<ArrayBuffer> {
     const d = side === "A" ? inputs : out;
-    const rows = new Float32Array(((shared?.rank ?? 0) + own) * d);
+    const rows = new Float32Array(((shared?.rank ?? 0) + privateRank) * d);
     if (shared) {
       const { K, mean, width, values: stored } = shared[side];
       const E = this.part(values, name, `components${side}`) ?? stored;
@@ -242,8 +242,8 @@ function rowsOf({ rank, ...sides }: NonNullable<TrainedModule["shared"]>, side: 
  */
 export function basesOf({ A, B }: PackModule, bases: Uint8Array): { A: Basis; B: Basis } | undefined {
   if (!A || !B || A.K === 0 || B.K === 0) return undefined;
-  const read = ({ kind, K, mean, tensor: { type, rows, width, byteOffset, byteLength } }: Side): Basis => {
-    const values = decodeTensor(type, bases.subarray(byteOffset, byteOffset + byteLength), rows, width);
+  const read = ({ kind, K, mean, tensor: { dtype, rows, width, byteOffset, byteLength } }: Side): Basis => {
+    const values = decodeTensor(dtype, bases.subarray(byteOffset, byteOffset + byteLength), rows, width);
     return { kind, K, mean, width, values };
   };
   return { A: read(A), B: read(B) };

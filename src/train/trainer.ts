@@ -7,12 +7,12 @@ import type { TaskMetadata } from "../format/format.ts";
 import { parseTask } from "../format/task.ts";
 import { parseTaskFile } from "../format/task-file.ts";
 import type { Pack } from "../pack/pack.ts";
-import { decodeTensor, type TensorType } from "../tensor/dtypes.ts";
+import { type Dtype, decodeTensor } from "../tensor/dtypes.ts";
 import { encodeTensor } from "../tensor/encode.ts";
 import { normal, uniform } from "../tensor/random.ts";
 import { AdamW, type AdamWOptions, type StepReport } from "./adamw.ts";
 import { checkExamples, type Example, holdBack, type Row, targetsOf, toBatches } from "./examples.ts";
-import { type Dtypes, taskFile } from "./result.ts";
+import { type TaskDtypes, taskFile } from "./result.ts";
 import { type Donor, Donors, headOf, newHead, type Start } from "./start.ts";
 import type { Factors, Terms } from "./terms.ts";
 
@@ -78,7 +78,7 @@ export interface FitOptions {
   /** Examples of a step; 16 unless given. */
   readonly batch?: number | undefined;
   /** Share of each label's examples that is held back to judge each epoch; then the best epoch is kept. 0 unless given. */
-  readonly validation?: number | undefined;
+  readonly holdout?: number | undefined;
   /** Learning rates of terms and head, 0.02 each unless given, and of components, 0.001. 0: it stays as it is. */
   readonly rates?: { readonly terms?: number; readonly head?: number; readonly components?: number } | undefined;
   /** Weight decay of both; 0 unless given. */
@@ -91,7 +91,7 @@ export interface FitOptions {
    * The number formats that the task will be stored in: every step sees the numbers as they will be read, and changes those behind
    * them (straight-through). Of use with int8, int4 and int3. Exact numbers unless given.
    */
-  readonly stored?: Dtypes | undefined;
+  readonly dtype?: TaskDtypes | undefined;
   /** Largest norm of a gradient; 1 unless given. */
   readonly clip?: number | undefined;
   /** Steps until the full rate is reached; a tenth of all unless given. */
@@ -111,7 +111,7 @@ export interface TrainingStep {
   /** Of the gradient before clipping. */
   readonly norm: number;
   /** After the last step of an epoch, on what was held back. */
-  readonly validation?: { readonly loss: number; readonly accuracy: number };
+  readonly holdout?: { readonly loss: number; readonly accuracy: number };
 }
 
 /** Steps with which "auto" compares two starts. */
@@ -167,11 +167,11 @@ export class Trainer<Feeds = unknown> {
    * for await (const { step, steps, loss } of trainer.fit(examples, { epochs: 8 })) console.log(`${step}/${steps}: ${loss}`);
    */
   async *fit(examples: readonly Example<Feeds>[], options: FitOptions = {}): AsyncGenerator<TrainingStep, void, void> {
-    const { epochs = 8, batch = 16, validation = 0, smoothing = 0, temperature = 1, signal } = options;
+    const { epochs = 8, batch = 16, holdout = 0, smoothing = 0, temperature = 1, signal } = options;
     whole("epochs", epochs);
     if (options.steps !== undefined) whole("steps", options.steps);
     whole("batch", batch);
-    share("validation", validation);
+    share("holdout", holdout);
     share("smoothing", smoothing);
     if (!(temperature > 0 && temperature < Infinity))
       throw new RangeError(`fit: temperature must be a number above 0, got ${temperature}`);
@@ -181,13 +181,13 @@ export class Trainer<Feeds = unknown> {
     if (this.#busy) throw new TypeError("fit: this trainer is at work; wait for its end");
     this.#busy = true;
     try {
-      const { train, held } = holdBack(rows, validation, this.#random);
+      const { train, held } = holdBack(rows, holdout, this.#random);
       const lengths = new Map<Row<Feeds>, number>();
       for (const row of train) lengths.set(row, await this.#machine.length(row));
       const steps = options.steps ?? epochs * Math.ceil(train.length / batch);
       const state = (this.#state ??= await this.#start(train, batch, options));
       // A loss of rounded numbers is a staircase, which has no gradient to be held against.
-      if (!this.#tested) await this.#test(train.slice(0, batch), state, { ...options, stored: undefined });
+      if (!this.#tested) await this.#test(train.slice(0, batch), state, { ...options, dtype: undefined });
       this.#tested = true;
       const optimizer = this.#optimizer(state, steps, options);
       let step = 0;
@@ -217,7 +217,7 @@ export class Trainer<Feeds = unknown> {
               ? await this.#judge(held, batch, options, state)
               : undefined;
           if (judged && judged.loss < (best?.loss ?? Infinity)) best = { loss: judged.loss, state: copy(state) };
-          yield { step, steps, epoch, loss, norm, ...(judged ? { validation: judged } : {}) };
+          yield { step, steps, epoch, loss, norm, ...(judged ? { holdout: judged } : {}) };
         }
       }
       if (best) assign(state, best.state);
@@ -251,13 +251,13 @@ export class Trainer<Feeds = unknown> {
   async #step(
     rows: readonly Row<Feeds>[],
     state: State,
-    { smoothing = 0, temperature = 1, stored }: Pick<FitOptions, "smoothing" | "temperature" | "stored">,
+    { smoothing = 0, temperature = 1, dtype }: Pick<FitOptions, "smoothing" | "temperature" | "dtype">,
   ): Promise<{ loss: number; logits: Float32Array; gradients: State }> {
     const labels = this.labels.length;
     const targets = targetsOf(rows, labels, smoothing);
     const divided = (part: Float32Array<ArrayBuffer>): Float32Array<ArrayBuffer> =>
       temperature === 1 ? part : part.map((value) => value / temperature);
-    const seen = stored ? this.#rounded(state, stored) : state;
+    const seen = dtype ? this.#rounded(state, dtype) : state;
     const point = this.#point({ ...seen, weight: divided(seen.weight), bias: divided(seen.bias) });
     const logits = new Float32Array(targets.length);
     const sum = {
@@ -289,7 +289,7 @@ export class Trainer<Feeds = unknown> {
   }
 
   /** As they would be read from a task file. */
-  #rounded({ parameters, weight, bias }: State, { coefficients, head }: Dtypes): State {
+  #rounded({ parameters, weight, bias }: State, { coefficients, head }: TaskDtypes): State {
     const inputs = this.#machine.head?.in ?? 1;
     const labels = weight.length / inputs;
     const matrix =
@@ -376,13 +376,13 @@ export class Trainer<Feeds = unknown> {
   async #judge(
     held: readonly Row<Feeds>[],
     batch: number,
-    { temperature, stored }: FitOptions,
+    { temperature, dtype }: FitOptions,
     state: State,
   ): Promise<{ loss: number; accuracy: number }> {
     let [loss, right] = [0, 0];
     for (let at = 0; at < held.length; at += batch) {
       const rows = held.slice(at, at + batch).map((row) => ({ ...row, weight: 1 }));
-      const made = await this.#step(rows, state, { temperature, stored });
+      const made = await this.#step(rows, state, { temperature, dtype });
       loss += made.loss * rows.length;
       rows.forEach(({ label }, i) => {
         const logits = [...made.logits.subarray(i * this.labels.length, (i + 1) * this.labels.length)];
@@ -470,7 +470,7 @@ export class Trainer<Feeds = unknown> {
    *   instance a licence
    */
   async task(
-    options: { id?: string; dtype?: TensorType | Dtypes; metadata?: TaskMetadata } = {},
+    options: { id?: string; dtype?: Dtype | TaskDtypes; metadata?: TaskMetadata } = {},
   ): Promise<Uint8Array<ArrayBuffer>> {
     const { parameters } = this.#learned();
     const { terms } = this.#subject;
@@ -491,7 +491,7 @@ export class Trainer<Feeds = unknown> {
    * @throws TaskError when there is a task of that id
    */
   async pack(
-    options: { id?: string; dtype?: TensorType | Dtypes; metadata?: TaskMetadata } = {},
+    options: { id?: string; dtype?: Dtype | TaskDtypes; metadata?: TaskMetadata } = {},
   ): Promise<Uint8Array<ArrayBuffer>> {
     const { pack, terms } = this.#subject;
     const { id = "task" } = options;
@@ -508,7 +508,7 @@ export class Trainer<Feeds = unknown> {
     metadata = {},
   }: {
     id?: string;
-    dtype?: TensorType | Dtypes;
+    dtype?: Dtype | TaskDtypes;
     metadata?: TaskMetadata;
   }): Uint8Array<ArrayBuffer> {
     const { parameters, weight, bias } = this.#learned();

@@ -7,7 +7,7 @@
 import { TaskError } from "../errors.ts";
 import type { TaskMetadata } from "../format/format.ts";
 import type { Pack } from "../pack/pack.ts";
-import type { TensorType } from "../tensor/dtypes.ts";
+import type { Dtype } from "../tensor/dtypes.ts";
 import { uniform } from "../tensor/random.ts";
 import { taskFile } from "./result.ts";
 import { Donors, usualRank } from "./start.ts";
@@ -23,7 +23,7 @@ export interface ZeroShotOptions {
   /** Rows of coefficients; that of most of the pack's first tasks unless given. Flat components have one of their own. */
   readonly rank?: number | undefined;
   /** Of the coefficients; f16 unless given. */
-  readonly dtype?: TensorType | undefined;
+  readonly dtype?: Dtype | undefined;
   readonly metadata?: TaskMetadata | undefined;
 }
 
@@ -46,7 +46,7 @@ export async function zeroShotTask(pack: Pack, options: ZeroShotOptions = {}): P
     const components = basesOf(module, bases);
     const { name, in: inputs, out, A } = module;
     return components
-      ? [{ name, in: inputs, out, own: 0, shared: { ...components, rank: A!.rank ?? rank, trained: false } }]
+      ? [{ name, in: inputs, out, privateRank: 0, shared: { ...components, rank: A!.rank ?? rank, trained: false } }]
       : [];
   });
   if (pack.tasks.size === 0 || modules.length === 0) {

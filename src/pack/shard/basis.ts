@@ -5,29 +5,29 @@
 
 import type { WeightHost } from "../../base/host.ts";
 import {
+  type ComponentSelection,
   checkSelection,
   decompose,
   type ExtractOptions,
   encodeBasis,
-  type Selection,
   type SideBasis,
   wanted,
 } from "../../extract/extract.ts";
 import { gramComponents, type Summary } from "../../extract/summary.ts";
 import { basisId, encodeBasis as encodeBases, type ModuleInput } from "../../format/encode.ts";
 import { layoutFresh } from "../../format/layout.ts";
-import type { TensorType } from "../../tensor/dtypes.ts";
+import type { Dtype } from "../../tensor/dtypes.ts";
 import { VERSION } from "../../version.ts";
 import { fastProducts, readFingerprints, sideInput } from "../build.ts";
 import { baseModels, factorsOf, type Statistics } from "./statistics.ts";
 
 export interface BasisOptions {
   /** How many components of each module and side: `k` or `energy`; 90 % of the squared singular values unless given. */
-  select?: Selection;
+  select?: ComponentSelection;
   /** "keep" unless given. */
   centering?: "keep" | "none";
   /** Of components and means; f16 unless given. */
-  type?: TensorType;
+  dtype?: Dtype;
   /** The base model, for fingerprints and an early check of names and shapes. */
   base?: WeightHost;
   /** Called after each module. */
@@ -40,7 +40,7 @@ export interface BasisReport {
   modules: number;
   gauge: Statistics["gauge"];
   centering: "keep" | "none";
-  type: TensorType;
+  dtype: Dtype;
   bytes: number;
   /** Components per module and side. */
   components: { min: number; mean: number; max: number };
@@ -58,7 +58,7 @@ export async function buildBasis(
   statistics: Statistics,
   options: BasisOptions = {},
 ): Promise<{ chunks: Uint8Array[]; report: BasisReport }> {
-  const { select = { kind: "energy", share: 0.9 }, centering = "keep", type = "f16", base } = options;
+  const { select = { kind: "energy", share: 0.9 }, centering = "keep", dtype = "f16", base } = options;
   const { gauge, rank, normalize } = statistics;
   checkSelection(select);
   if (select.kind === "error") {
@@ -76,8 +76,8 @@ export async function buildBasis(
     centering,
     normalize,
     select,
-    basisType: type,
-    coefficientType: type,
+    basisDtype: dtype,
+    coefficientDtype: dtype,
     ...(await fastProducts()),
   };
   const names = [...statistics.modules.keys()];
@@ -118,7 +118,7 @@ export async function buildBasis(
     modules: modules.length,
     gauge,
     centering,
-    type,
+    dtype,
     bytes: chunks.reduce((sum, chunk) => sum + chunk.length, 0),
     components: {
       min: Math.min(...counts),
@@ -137,14 +137,14 @@ function sideBasis(summary: Summary, ranks: Uint32Array, options: ExtractOptions
     return encodeBasis(
       { width, rank: undefined, ...found },
       found.components.count,
-      options.basisType,
+      options.basisDtype,
       options.products,
     );
   }
   const stacked = factorsOf(summary.values, ranks, width).filter(({ rank }) => rank > 0);
   const factors = stacked.map(({ factor }) => (options.gauge === "balanced" ? trimmed(factor, width) : factor));
   const side = decompose(factors, factors, width, undefined, options);
-  return encodeBasis(side, side.components.count, options.basisType, options.products);
+  return encodeBasis(side, side.components.count, options.basisDtype, options.products);
 }
 
 /** A balanced factor without the rows of zeros behind. */

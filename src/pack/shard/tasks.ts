@@ -10,14 +10,14 @@ import { streamFresh, type TaskPlace } from "../../format/layout.ts";
 import type { Value } from "../../format/messagepack.ts";
 import { parseTaskFile } from "../../format/task-file.ts";
 import type { ByteSource, SourceInput } from "../../source.ts";
-import { TENSOR_TYPES } from "../../tensor/dtypes.ts";
-import { type BuildReport, breakEven, projectAdapters, type StorageTypes, storageTypes } from "../build.ts";
+import { DTYPES } from "../../tensor/dtypes.ts";
+import { type BuildReport, breakEven, completeDtypes, type Dtypes, projectAdapters } from "../build.ts";
 import type { Pack } from "../pack.ts";
 import { oneOf, openPart, type Part, writePart } from "./part.ts";
 import { compare } from "./statistics.ts";
 
 /** Number formats of tasks. */
-type TaskTypes = Omit<StorageTypes, "basis">;
+type TaskTypes = Omit<Dtypes, "basis">;
 
 /** What a task lost, ‖ΔW − ΔW'‖ / ‖ΔW‖ over its modules. */
 export interface TaskLoss {
@@ -39,12 +39,12 @@ export async function projectTasks(
   basis: Pack,
   adapters: readonly Adapter[],
   made: string,
-  options: { types?: Partial<StorageTypes>; onProgress?: (done: number, of: number) => void } = {},
+  options: { dtype?: Partial<Dtypes>; onProgress?: (done: number, of: number) => void } = {},
 ): Promise<{ chunks: AsyncGenerator<Uint8Array, void>; residual: TaskLoss[] }> {
   const sorted = [...adapters].sort((a, b) => compare(a.id, b.id));
   const twice = sorted.find(({ id }, i) => sorted[i + 1]?.id === id);
   if (twice) throw new TaskError(`two adapters are called "${twice.id}"`, { task: twice.id });
-  const types = storageTypes(options.types);
+  const types = completeDtypes(options.dtype);
   const projected = await projectAdapters(basis, await basis.takeBases(), sorted, types, options.onProgress);
   const id = idBytes(basis);
   const entries = projected.map(({ entry, blob }) => {
@@ -216,8 +216,8 @@ export async function openTasks(input: SourceInput): Promise<TaskPart> {
       made,
       basisId: about.get("basisId").string(64),
       types: {
-        coefficients: oneOf(types.get("coefficients"), TENSOR_TYPES),
-        head: oneOf(types.get("head"), TENSOR_TYPES),
+        coefficients: oneOf(types.get("coefficients"), DTYPES),
+        head: oneOf(types.get("head"), DTYPES),
       },
       tasks,
       read: (id) => part.read(nameOf(id)),
