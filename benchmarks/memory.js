@@ -79,7 +79,7 @@ async function compare() {
     const { chunks } = await buildPack(adapters, { select: { kind: "k", k: 32 } });
     for (const adapter of adapters) await adapter.close();
     const pack = await openPack(new Uint8Array(Buffer.concat(chunks)));
-    const bases = await pack.takeBases();
+    const bases = (await pack.bases()).bytes;
     const ids = [...pack.tasks.keys()];
     /** @type {import("./report.js").Row[]} */
     const rows = [];
@@ -92,7 +92,7 @@ async function compare() {
         const id = ids[i % ids.length];
         tasks.push({ entry: { id: `${id} ${i}`, adapterBytes: 0, metadata: {} }, blob: (await pack.load(id)).bytes });
       }
-      const basisId = Uint8Array.from(Buffer.from(pack.basisId, "hex"));
+      const { basisId } = pack;
       const file = join(scratch, `${n}.eigen`);
       await writeFile(file, layoutFresh({ description: pack.directory.basisBytes, bases, basisId, tasks }));
       /** @type {import("./report.js").Row} */

@@ -263,8 +263,7 @@ async function baseEntries() {
  * @param {Pack} pack
  */
 async function taskEntries(pack) {
-  const bases = await pack.takeBases();
-  pack.keepBases(bases);
+  const bases = (await pack.bases()).bytes;
   const blob = await pack.load(TASK);
   /** @param {Uint8Array} section @param {{ dtype: any, rows: number, width: number, byteOffset: number, byteLength: number }} tensor */
   const decode = (section, { dtype, rows, width, byteOffset, byteLength }) =>

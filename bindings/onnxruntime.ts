@@ -134,9 +134,14 @@ export async function createEigenSession<O extends Ort>(
   if (options.trainable && mode !== "auto" && mode !== "factors")
     throw new RangeError(`mode: tasks are learned in mode "factors", got ${JSON.stringify(mode)}`);
   const file = await readModel(model, options);
+  const bases = await pack.bases(options);
   try {
-    const bases = await pack.takeBases(options);
-    const plan = await planSession(file, pack, bases, options.trainable ? { ...options, mode: "factors" } : options);
+    const plan = await planSession(
+      file,
+      pack,
+      bases.bytes,
+      options.trainable ? { ...options, mode: "factors" } : options,
+    );
     const own = file.model.graph.proto.input.filter(({ name }) => !file.model.graph.initializers.has(name));
     const outputs = file.model.graph.proto.output.map(({ name }) => name);
     const folded = plan.mode === "folded";
@@ -165,18 +170,18 @@ export async function createEigenSession<O extends Ort>(
       feeds,
       idle: training?.idle ?? {},
     };
-    // Folding takes the bases once more.
-    if (folded) pack.keepBases(bases);
     if (layout) return new EigenSession(parts, await foldedCarrier(parts, file, layout));
     if (fed) {
       const { gpuCarrier } = await import("./ort-gpu.ts");
       return new EigenSession(parts, await gpuCarrier(parts, file, fed));
     }
     await file.close();
-    return new EigenSession(parts, await unfoldedCarrier(parts, bases), training?.graph);
+    return new EigenSession(parts, await unfoldedCarrier(parts, bases.bytes), training?.graph);
   } catch (error) {
     await file.close();
     throw error;
+  } finally {
+    bases.close();
   }
 }
 

@@ -35,7 +35,6 @@ export {
   buildPack,
   type Dtypes,
   type ProjectedAdapter,
-  projectAdapter,
   projectAdapters,
 } from "./pack/build.ts";
 export { expandTerm, taskAdapter } from "./pack/expand.ts";

@@ -7,7 +7,7 @@ import type { Adapter } from "../dist/src/adapters/adapter.js";
 import { readAdapters } from "../dist/src/adapters/folder.js";
 import { deltaError, relative } from "../dist/src/extract/error.js";
 import { buildAuto, type Criterion, packWithin } from "../dist/src/pack/auto.js";
-import { type BuildOptions, buildPack, completeDtypes, projectAdapter } from "../dist/src/pack/build.js";
+import { type BuildOptions, buildPack, completeDtypes, projectAdapters } from "../dist/src/pack/build.js";
 import { taskAdapter } from "../dist/src/pack/expand.js";
 import { openPack } from "../dist/src/pack/pack.js";
 import { createJudge } from "../dist/src/train/judge.js";
@@ -36,10 +36,9 @@ const adapters = whole.map((adapter): Adapter => ({ ...adapter, modules: new Map
 /** The largest and the mean error of a pack's tasks, from what its reader makes of the file. */
 async function errorsOf(chunks: readonly Uint8Array[], of: readonly Adapter[]): Promise<{ max: number; mean: number }> {
   const pack = await openPack(concat(chunks).buffer);
-  const bases = await pack.takeBases();
   const found: number[] = [];
   for (const { id, modules } of of) {
-    const task = taskAdapter(pack, bases, id, await pack.load(id));
+    const task = await taskAdapter(pack, id);
     for (const [name, { rank, read }] of modules) {
       const stored = task.modules.get(name)!;
       const pair = ({ A, Bt }: { A: Float32Array; Bt: Float32Array }, rows: number) => ({
@@ -130,8 +129,8 @@ for (const [name, options] of [
 t.test("a later adapter is cut to the pack's rank", async (t) => {
   const { chunks } = await buildPack(adapters.slice(0, 4), { gauge: "balanced", rank: 3, select: { kind: "k", k: 8 } });
   const pack = await openPack(concat(chunks).buffer);
-  const { residual } = await projectAdapter(pack, await pack.takeBases(), adapters[4]!, completeDtypes());
-  t.ok(residual.mean > 0 && residual.mean < 1);
+  const [projected] = await projectAdapters(pack, [adapters[4]!], completeDtypes());
+  t.ok(projected!.residual.mean > 0 && projected!.residual.mean < 1);
   t.equal(pack.directory.basis.rank, 3);
   t.same(
     (await pack.load(IDS[0]!)).terms.map(({ rank }) => rank),
@@ -240,7 +239,7 @@ t.test("int8 costs next to no error, a quarter of the bytes, and one more task u
     const blobs = await Promise.all(all.map(({ id }) => pack.load(id)));
     return {
       error: report.error.mean,
-      bytes: pack.residentBytes.coefficients + (await pack.takeBases()).length,
+      bytes: pack.residentBytes.coefficients + (await pack.bases()).bytes.length,
       blobs,
     };
   };
@@ -407,7 +406,6 @@ t.test("second moments: those of the inputs, and less lost of the modules' outpu
         (await buildPack(adapters, { gauge: "balanced", select: { kind: "k", k: 6 }, dtype: F32, ...options })).chunks,
       ).buffer,
     );
-    const bases = await pack.takeBases();
     const square = moments.get(query!)!;
     const measure = (W: Float64Array): number => {
       let sum = 0;
@@ -420,11 +418,7 @@ t.test("second moments: those of the inputs, and less lost of the modules' outpu
     let total = 0;
     for (const { id, modules } of adapters.slice(0, 3)) {
       const full = update(await modules.get(query!)!.read());
-      const stored = update(
-        await taskAdapter(pack, bases, id, await pack.load(id))
-          .modules.get(query!)!
-          .read(),
-      );
+      const stored = update(await (await taskAdapter(pack, id)).modules.get(query!)!.read());
       total += measure(full.map((w, i) => w - stored[i]!)) / measure(full);
     }
     return total;

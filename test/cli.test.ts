@@ -212,10 +212,7 @@ t.test("add takes task files as they are, beside adapters", async (t) => {
   const pack = await openPack(await readFile(join(folder, "two.eigen")));
   const { bytes } = await pack.load("debtags-use");
   const write = (name: string, id: string, basis: string, blob: Uint8Array = bytes): Promise<void> =>
-    writeFile(
-      join(folder, name),
-      encodeTaskFile({ id, adapterBytes: 0, metadata: { labels: ["a"] } }, Buffer.from(basis, "hex"), blob),
-    );
+    writeFile(join(folder, name), encodeTaskFile({ id, adapterBytes: 0, metadata: { labels: ["a"] } }, basis, blob));
   await write("mine.eigentask", "mine", pack.basisId);
   await write("no extension", "other", pack.basisId);
   const before = await readFile(join(folder, "two.eigen"));

@@ -16,7 +16,7 @@ import {
 } from "../dist/src/extract/extract.js";
 import { turnTo } from "../dist/src/extract/procrustes.js";
 import { openOnnxHost } from "../dist/src/onnx/host.js";
-import { buildPack, projectAdapter } from "../dist/src/pack/build.js";
+import { buildPack, projectAdapters } from "../dist/src/pack/build.js";
 import { taskAdapter } from "../dist/src/pack/expand.js";
 import { openPack } from "../dist/src/pack/pack.js";
 import { createRuntime } from "../dist/src/runtime/create.js";
@@ -147,10 +147,9 @@ t.test("what is reported is what is stored; all components together lose nothing
         select: { kind: "k", k: Math.min(k, most) },
       });
       const pack = await openPack(concat(chunks));
-      const bases = await pack.takeBases();
       for (const [i, adapter] of adapters.entries()) {
         const factors = await adapter.modules.get("layer")!.read();
-        const stored = taskAdapter(pack, bases, adapter.id, await pack.load(adapter.id)).modules.get("layer")!;
+        const stored = (await taskAdapter(pack, adapter.id)).modules.get("layer")!;
         const measured = formedError({ rank: ranks[i]!, ...factors }, { rank: stored.rank, ...(await stored.read()) });
         if (Math.abs(measured - report.errors[i]!.max) > 1e-5 * (1 + measured)) return false;
       }
@@ -241,12 +240,11 @@ t.test("other ranks: padded, or refused by name", async (t) => {
   const adapters = [adapterOf("a", 3, 1), adapterOf("b", 2, 2), adapterOf("c", 3, 3)];
   const { chunks } = await buildPack(adapters, { mode: "flat", ...LOSSLESS });
   const pack = await openPack(concat(chunks));
-  const bases = await pack.takeBases();
   t.match(pack.modules[0]!.A, { kind: "flat", rank: 3, K: 2 });
   const types = { basis: "f32", coefficients: "f32", head: "f32" } as const;
-  const { residual } = await projectAdapter(pack, bases, { ...adapters[1]!, id: "again" }, types);
-  t.ok(residual.max <= 1e-6, "rank 2 on a basis of rank 3");
-  await t.rejects(projectAdapter(pack, bases, adapterOf("d", 4, 4), types), {
+  const [projected] = await projectAdapters(pack, [{ ...adapters[1]!, id: "again" }], types);
+  t.ok(projected!.residual.max <= 1e-6, "rank 2 on a basis of rank 3");
+  await t.rejects(projectAdapters(pack, [adapterOf("d", 4, 4)], types), {
     tag: "adapter",
     field: "layer",
     message: /rank 4, but the flat basis holds whole factors of rank 3/,

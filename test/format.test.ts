@@ -38,7 +38,7 @@ t.test("CRC-32C", async (t) => {
 t.test("a pack written from SPEC.md alone: every number format, every kind of term", async (t) => {
   const expected = await tensorsOf(data("goldens/pack/every-kind.safetensors"));
   const pack = await openPack(golden);
-  const bases = await pack.takeBases();
+  const bases = (await pack.bases()).bytes;
   const seen = new Set<string>();
   for (const id of pack.tasks.keys()) {
     const blob = await pack.load(id);
@@ -93,7 +93,7 @@ t.test("task files", async (t) => {
 /** Opens, and reads everything; what a reader could be made to believe. */
 async function readAll(bytes: Uint8Array): Promise<Pack> {
   const pack = await openPack(bytes);
-  await pack.takeBases();
+  (await pack.bases()).close();
   for (const id of pack.tasks.keys()) await pack.load(id);
   return pack;
 }
@@ -224,10 +224,7 @@ t.test("NaN and infinity are named", async (t) => {
   const at = pack.directory.bases.offset + pack.modules[0]!.A!.tensor.byteOffset;
   new DataView(bytes.buffer).setFloat32(at + 4 * 13, NaN, true);
   repairChecksums(bytes);
-  await t.rejects(
-    (await openPack(bytes)).takeBases(),
-    /basis A of "layers.0.f32": value 3 of row 1 is NaN or infinite/,
-  );
+  await t.rejects((await openPack(bytes)).bases(), /basis A of "layers.0.f32": value 3 of row 1 is NaN or infinite/);
 });
 
 t.test("an append leaves a readable pack at every byte of the way", async (t) => {
@@ -253,7 +250,7 @@ t.test("an append leaves a readable pack at every byte of the way", async (t) =>
   for (const id of pack.tasks.keys())
     t.same((await after.load(id)).bytes, (await pack.load(id)).bytes, `${id} is untouched`);
   const cold = await openPack(grown);
-  await cold.takeBases();
+  (await cold.bases()).close();
   await cold.load("two");
   t.equal(cold.reads.requests, 4, "after an append directory and bases are two reads");
   const again = layoutAppend(after.directory, after.window.superblock, [

@@ -164,7 +164,7 @@ t.test("a LoRA begins as PEFT's, or as the factors that coefficients make", asyn
   const known = examples(NODE, session, 8, 4);
   const factors = async (id: string): Promise<Float32Array[]> => {
     const blob = await session.pack.load(id);
-    const bases = await session.pack.takeBases();
+    const bases = (await session.pack.bases()).bytes;
     return blob.terms.flatMap((term) => {
       const { A, Bt } = expandTerm(blob, term, session.pack.modules[term.module]!, bases);
       return [A, Bt];
@@ -238,8 +238,8 @@ t.test("coefficients first, components last: a pack of its own, the old tasks in
     );
   }
   // The old tasks lose what the new components cannot say, and nothing else.
-  const bases = await session.pack.takeBases();
-  const others = await pack.takeBases();
+  const bases = (await session.pack.bases()).bytes;
+  const others = (await pack.bases()).bytes;
   for (const id of session.tasks.keys()) {
     const [before, after] = [await session.pack.load(id), await pack.load(id)];
     for (const [i, term] of before.terms.entries()) {

@@ -101,7 +101,7 @@ t.test("a learned task leaves as a PEFT adapter that answers alike in PyTorch", 
   const ours = await outputOf(session, feeds(NODE, session));
 
   const { pack } = session;
-  const adapter = taskAdapter(pack, await pack.takeBases(), "mine", await pack.load("mine"));
+  const adapter = await taskAdapter(pack, "mine");
   const { config, tensors } = await peftFiles(adapter);
   const folder = t.testdir({
     adapter: {},

@@ -62,7 +62,7 @@ export async function packDifference(found: Pack, expected: Pack): Promise<{ bas
   const off = { bases: 0, coefficients: 0 };
   const values = (bytes: Uint8Array, { dtype: type, rows, width, byteOffset, byteLength }: TensorRef): Float32Array =>
     decodeTensor(type, bytes.subarray(byteOffset, byteOffset + byteLength), rows, width);
-  const [bases, expectedBases] = [await found.takeBases(), await expected.takeBases()];
+  const [bases, expectedBases] = [(await found.bases()).bytes, (await expected.bases()).bytes];
   for (const [i, module] of expected.modules.entries()) {
     for (const side of ["A", "B"] as const) {
       const [a, b] = [values(bases, found.modules[i]![side]!.tensor), values(expectedBases, module[side]!.tensor)];

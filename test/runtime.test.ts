@@ -147,7 +147,7 @@ async function termDelta(
       for (let i = 0; i < module.in; i++) out[o * module.in + i]! += B[o * q + k]! * A[k * module.in + i]!;
   }
   if (!term.core) return out;
-  const bases = await pack.takeBases();
+  const bases = (await pack.bases()).bytes;
   const rows = (side: "A" | "B"): Float32Array => {
     const { dtype, rows: n, width, byteOffset, byteLength } = module[side]!.tensor;
     return decodeTensor(dtype, bases.subarray(byteOffset, byteOffset + byteLength), n, width);

@@ -22,7 +22,7 @@ import {
 } from "../dist/src/onnx/protobuf.js";
 import { readModel } from "../dist/src/onnx/read.js";
 import { embedWeights } from "../dist/src/onnx/write.js";
-import { buildPack, projectAdapter } from "../dist/src/pack/build.js";
+import { buildPack, projectAdapters } from "../dist/src/pack/build.js";
 import { openPack, type Pack } from "../dist/src/pack/pack.js";
 import { planSession } from "../dist/src/session/plan.js";
 import { encodeTensor } from "../dist/src/tensor/encode.js";
@@ -112,7 +112,7 @@ t.test("models", async (t) => {
 t.test("a model with task inputs already", async (t) => {
   const pack = await packFor("base");
   const file = await readModel(model("torchscript"));
-  const plan = await planSession(file, pack, await pack.takeBases(), { mode: "core" });
+  const plan = await planSession(file, pack, (await pack.bases()).bytes, { mode: "core" });
   const { initializers } = graft(file.model, plan.graft);
   const bytes = embedWeights(file, initializers);
   for (const mode of MODES) {
@@ -279,7 +279,7 @@ t.test("tasks that were added later", async (t) => {
       parameters.push({ name, role, shape, dtype: "f32" as const, encoded });
     }
     const entry = { id: "two", adapterBytes: 0, metadata: {} };
-    return encodeTaskFile(entry, Buffer.from(pack.basisId, "hex"), encodeTask(terms, parameters));
+    return encodeTaskFile(entry, pack.basisId, encodeTask(terms, parameters));
   };
   for (const mode of MODES) {
     for (const privateTerms of [false, true]) {
@@ -310,9 +310,9 @@ t.test("tasks that were added later", async (t) => {
   for (const [id, message] of Object.entries(brought)) {
     const pack = await openPack(bytes);
     const [adapter] = await readAdapters([data(`sessions/adapters-more/${id}`)]);
-    const { entry, blob } = await projectAdapter(pack, await pack.takeBases(), adapter!, LOSSLESS.dtype);
+    const [{ entry, blob }] = await projectAdapters(pack, [adapter!], LOSSLESS.dtype);
     const session = await open(NODE, model("torchscript"), pack, { mode: "core" });
-    await session.addTask(id, encodeTaskFile(entry, Buffer.from(pack.basisId, "hex"), blob));
+    await session.addTask(id, encodeTaskFile(entry, pack.basisId, blob));
     const error = await refusal(() => session.switchTask(id));
     t.match(error, { tag: "base", message }, `${id}: ${error.message}`);
     t.equal(session.task, null);

@@ -83,7 +83,7 @@ t.test("a graft keeps a model sound", async (t) => {
       const before = fromBinary(ModelProtoSchema, modelBytes(name)).graph!;
       const file = await readModel(model(name));
       const options = { mode, ...(answers === "encoder" && { ignore: ["classifier"] }) };
-      const plan = await planSession(file, pack, await pack.takeBases(), options);
+      const plan = await planSession(file, pack, (await pack.bases()).bytes, options);
       if (mode === "folded") layoutFolded(file.model, plan.folded);
       const grafted = graft(file.model, plan.graft);
       const after = file.model.proto.graph!;
@@ -131,7 +131,7 @@ t.test("beside [batch, sequence, in] terms need no reshapes, whoever exported th
   for (const name of ["torchscript", "dynamo", "f16", "external"]) {
     const pack = await packFor(GOLDENS.models[name]!);
     const file = await readModel(model(name));
-    const { graft: wanted } = await planSession(file, pack, await pack.takeBases(), { mode: "factors" });
+    const { graft: wanted } = await planSession(file, pack, (await pack.bases()).bytes, { mode: "factors" });
     graft(file.model, wanted);
     const added = file.model.proto.graph!.node.filter(
       (node) =>

@@ -27,7 +27,7 @@ t.test("every kind of source gives the same pack, and counts its requests", asyn
   for (const [name, source] of Object.entries(sources)) {
     const pack = await openPack(source);
     t.equal(pack.reads.requests, 2, `${name}: opened in two requests`);
-    await pack.takeBases();
+    (await pack.bases()).close();
     await pack.load("mixed");
     t.equal(pack.reads.requests, 3, `${name}: three to the first task`);
     await pack.load("all");

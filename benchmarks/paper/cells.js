@@ -4,7 +4,7 @@
  */
 
 import { openPack } from "eigenlora";
-import { buildPack, encodeTaskFile, projectAdapter, readAdapters } from "eigenlora/build";
+import { buildPack, encodeTaskFile, projectAdapters, readAdapters } from "eigenlora/build";
 import { distill } from "eigenlora/distill";
 import { createTrainer, zeroShotTask } from "eigenlora/learn";
 import { createEigenSession } from "eigenlora/onnxruntime";
@@ -182,10 +182,8 @@ export class Bench {
       const [adapter] = await readAdapters([
         data(`adapters/${this.experiments[domainOf(cell.task)].suite}/${cell.task}`),
       ]);
-      const bases = await pack.takeBases();
-      const { entry, blob } = await projectAdapter(pack, bases, adapter, TYPES);
-      pack.keepBases(bases);
-      await session.addTask(cell.task, encodeTaskFile(entry, Uint8Array.from(Buffer.from(pack.basisId, "hex")), blob));
+      const [{ entry, blob }] = await projectAdapters(pack, [adapter], TYPES);
+      await session.addTask(cell.task, encodeTaskFile(entry, pack.basisId, blob));
       let task = cell.task;
       if (cell.method === "distilled") {
         const encode = (/** @type {string[]} */ some) => this.encode(some);

@@ -1,7 +1,7 @@
 /** Figures of the paper, drawn from what was measured and from the adapters themselves. */
 
 import { openPack } from "eigenlora";
-import { buildPack, extractModule, projectAdapter, readAdapters } from "eigenlora/build";
+import { buildPack, extractModule, projectAdapters, readAdapters } from "eigenlora/build";
 import { drawLines } from "../chart.js";
 import { data } from "../report.js";
 import { STEPS } from "./cells.js";
@@ -100,13 +100,11 @@ async function errorPerLayer({ experiments }) {
       const [left] = await readAdapters([data(`adapters/${suite}/${id}`)]);
       const { chunks } = await buildPack(adapters, { select: { kind: "k", k: K }, dtype: TYPES });
       const pack = await openPack(new Uint8Array(Buffer.concat(chunks)));
-      const bases = await pack.takeBases();
       for (const [name, module] of left.modules) {
         const [, layer, kind] = /** @type {RegExpExecArray} */ (/layer\.(\d+)\..*\.(\w+)$/.exec(name));
-        const { residual } = await projectAdapter(
+        const [{ residual }] = await projectAdapters(
           pack,
-          bases,
-          { ...left, saved: [], modules: new Map([[name, module]]) },
+          [{ ...left, saved: [], modules: new Map([[name, module]]) }],
           TYPES,
         );
         const layers = found.get(kind) ?? [];

@@ -206,11 +206,8 @@ export class Peers {
 /** Mean error of each task, read from the pack. @param {readonly Adapter[]} adapters @param {Uint8Array[]} chunks */
 async function packErrors(adapters, chunks) {
   const pack = await openPack(new Blob(/** @type {BlobPart[]} */ (chunks)));
-  const bases = await pack.takeBases();
   const errors = await Promise.all(
-    adapters.map(async (adapter) =>
-      errorOf(adapter, taskAdapter(pack, bases, adapter.id, await pack.load(adapter.id))),
-    ),
+    adapters.map(async (adapter) => errorOf(adapter, await taskAdapter(pack, adapter.id))),
   );
   await pack.close();
   return errors;

@@ -42,7 +42,7 @@ export async function addCommand(args: Arguments, out: Output): Promise<Result> 
         refuseTaken(pack, [...adapters.map(({ id, file }) => ({ id, path: file })), ...files]);
         const types = await storedTypes(pack);
         const progress = (done: number, of: number): void => out.progress("module", done, of);
-        const projected = await projectAdapters(pack, await pack.takeBases(), adapters, types, progress);
+        const projected = await projectAdapters(pack, adapters, types, progress);
         const learned: TaskToWrite[] = [];
         for (const { path, id } of files) learned.push(await takeTask(pack, path, id));
         const { superblock } = pack.window;

@@ -52,7 +52,7 @@ export async function attachCommand(args: Arguments, out: Output): Promise<Resul
     for (const module of names.keys()) refuseUnknown(module, pack);
     const file = await readModel(modelPath);
     try {
-      const bases = await pack.takeBases();
+      const bases = (await pack.bases()).bytes;
       const plan = await planSession(file, pack, bases, options);
       refuseFolded(plan, pack);
       const wanted = new Set(args.list("task"));

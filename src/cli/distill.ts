@@ -12,7 +12,7 @@ import { SourceError } from "../errors.ts";
 import { encodeTaskFile } from "../format/encode.ts";
 import { layoutFresh } from "../format/layout.ts";
 import { parseTaskFile } from "../format/task-file.ts";
-import { projectAdapter } from "../pack/build.ts";
+import { projectAdapters } from "../pack/build.ts";
 import { openPack, type Pack } from "../pack/pack.ts";
 import { type Distilled, distill } from "../train/distill.ts";
 import { type Arguments, renames, required, wholeNumber } from "./args.ts";
@@ -88,16 +88,8 @@ async function addMissing(pack: Pack, adapters: readonly Adapter[]): Promise<voi
   const missing = adapters.filter(({ id }) => !pack.tasks.has(id));
   if (missing.length === 0) return;
   const types = await storedTypes(pack);
-  const bases = await pack.takeBases();
-  for (const adapter of missing) {
-    const { entry, blob } = await projectAdapter(pack, bases, adapter, types);
-    await pack.addTask(adapter.id, encodeTaskFile(entry, basisOf(pack), blob));
-  }
-  pack.keepBases(bases);
-}
-
-function basisOf({ basisId }: Pack): Uint8Array {
-  return Uint8Array.from(basisId.match(/../g)!, (byte) => parseInt(byte, 16));
+  for (const { entry, blob } of await projectAdapters(pack, missing, types))
+    await pack.addTask(entry.id, encodeTaskFile(entry, pack.basisId, blob));
 }
 
 /** A name for one task's outcome: of all it depends on. */
@@ -157,8 +149,8 @@ async function layoutWith(pack: Pack, files: ReadonlyMap<string, Uint8Array>): P
   }
   return layoutFresh({
     description: pack.directory.basisBytes,
-    bases: await pack.takeBases(),
-    basisId: basisOf(pack),
+    bases: (await pack.bases()).bytes,
+    basisId: pack.basisId,
     tasks,
   });
 }

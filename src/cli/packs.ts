@@ -10,10 +10,10 @@ import { openHost } from "../base/host.ts";
 import { AdapterError, FormatError, TaskError } from "../errors.ts";
 import { deltaError, relative } from "../extract/error.ts";
 import { type Gauge, measureModule, openModule } from "../extract/extract.ts";
-import { basisId } from "../format/encode.ts";
-import { hex } from "../format/fields.ts";
+import { basisIdOf } from "../format/encode.ts";
 import { SECTION_FREE, type TaskBlob, WINDOW_BYTES } from "../format/format.ts";
 import { layoutFresh } from "../format/layout.ts";
+import { encodedTensor } from "../format/tensors.ts";
 import { breakEven, completeDtypes, type Dtypes, storedModule } from "../pack/build.ts";
 import { expandTerm } from "../pack/expand.ts";
 import { openPack, type Pack } from "../pack/pack.ts";
@@ -201,7 +201,7 @@ export async function verifyCommand(args: Arguments, out: Output): Promise<Resul
         return undefined;
       }
     };
-    const bases = await checked("bases", () => pack.takeBases());
+    const bases = await checked("bases", async () => (await pack.bases()).bytes);
     const blobs = new Map<string, TaskBlob>();
     for (const [i, id] of [...pack.tasks.keys()].entries()) {
       const blob = await checked(`task ${id}`, () => pack.load(id));
@@ -253,7 +253,7 @@ async function sizeOf(path: string): Promise<number> {
 }
 
 async function basisIdCheck(pack: Pack, bases: Uint8Array): Promise<{ name: string; ok: boolean; detail: string }> {
-  const found = hex(await basisId(pack.directory.basisBytes, bases));
+  const found = await basisIdOf(pack.directory.basisBytes, bases);
   return { name: "basis id", ok: found === pack.basisId, detail: found.slice(0, 16) };
 }
 
@@ -302,9 +302,11 @@ async function compare(
     const member = { id: adapter.id, rank: source.rank, A, Bt };
     if (term.A && term.B && term.privateRank === 0) {
       const gauge: Gauge = pack.directory.basis.gauge === "balanced" ? "balanced" : "as-trained";
-      const bytesOf = ({ byteOffset, byteLength }: { byteOffset: number; byteLength: number }): Uint8Array =>
-        blob.bytes.subarray(byteOffset, byteOffset + byteLength);
-      const task = { rank: term.rank, alphaA: bytesOf(term.A.tensor), alphaB: bytesOf(term.B.tensor) };
+      const task = {
+        rank: term.rank,
+        alphaA: encodedTensor(blob.bytes, term.A.tensor),
+        alphaB: encodedTensor(blob.bytes, term.B.tensor),
+      };
       const space = openModule(storedModule(module, bases, adapter));
       const figures = measureModule(space, member, task, { gauge, coefficientDtype: term.A.tensor.dtype });
       errors.push(figures.error);
@@ -347,11 +349,10 @@ export async function removeCommand(args: Arguments): Promise<Result> {
       throw new UsageError(`that would remove every task of ${file}; delete the file instead`);
     }
     const bytesBefore = pack.window.superblock.committed;
-    const bases = await pack.takeBases();
+    const bases = (await pack.bases()).bytes;
     const tasks = [];
     for (const entry of pack.tasks.values()) tasks.push({ entry, blob: (await pack.load(entry.id)).bytes });
-    const id = Uint8Array.from(pack.basisId.match(/../g)!, (h) => parseInt(h, 16));
-    const fresh = layoutFresh({ description: pack.directory.basisBytes, bases, basisId: id, tasks });
+    const fresh = layoutFresh({ description: pack.directory.basisBytes, bases, basisId: pack.basisId, tasks });
     const bytesAfter = await writeWhole(file, fresh);
     return {
       json: { file, removed: ids, bytesBefore, bytesAfter },

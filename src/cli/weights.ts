@@ -23,8 +23,7 @@ export async function exportCommand(args: Arguments): Promise<Result> {
   const directory = required(args, "output");
   const pack = await openPack(args.positionals[0]!);
   try {
-    const blob = await pack.load(task);
-    const adapter = taskAdapter(pack, await pack.takeBases(), task, blob);
+    const adapter = await taskAdapter(pack, task);
     const { config, tensors } = await peftFiles(adapter);
     await mkdir(directory, { recursive: true });
     const text = (value: object): Uint8Array[] => [new TextEncoder().encode(`${JSON.stringify(value, null, 2)}\n`)];

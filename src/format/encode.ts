@@ -2,8 +2,10 @@
  * SPEC.md as code, the writing half: values in, bytes out. No I/O. What is written here, `format.ts` must be able to read;
  * limits are checked there, so a writer ends by parsing what it wrote.
  */
+
 import { Packr } from "msgpackr/pack";
 import { align4, DTYPES, type Dtype } from "../tensor/dtypes.ts";
+import { fromHex, toHex } from "../tensor/hex.ts";
 import { crc32c } from "./crc32c.ts";
 import { align64 } from "./fields.ts";
 import {
@@ -125,7 +127,7 @@ export function encodeBasis(basis: BasisInput): { description: Bytes; bases: Byt
   const { producer, mode, gauge, centering, rank } = basis;
   const kept = rank === undefined ? {} : { rank };
   const said = pack({ producer, mode, gauge, centering, ...kept, baseModel: basis.baseModel ?? null, modules });
-  // One behind the other, as `basisId` takes them: the bases of a large model are not copied for it.
+  // One behind the other, as `basisIdOf` takes them: the bases of a large model are not copied for it.
   const both = new Uint8Array(said.length + end);
   both.set(said);
   const [description, bases] = [both.subarray(0, said.length), both.subarray(said.length)];
@@ -134,7 +136,7 @@ export function encodeBasis(basis: BasisInput): { description: Bytes; bases: Byt
 }
 
 /** SHA-256 of description and bases: what ties a task file to its basis (SPEC.md, section 2). */
-export async function basisId(description: Uint8Array, bases: Uint8Array): Promise<Bytes> {
+export async function basisIdOf(description: Uint8Array, bases: Uint8Array): Promise<string> {
   const length = description.length + bases.length;
   const adjacent =
     bases.buffer === description.buffer && bases.byteOffset === description.byteOffset + description.length;
@@ -145,7 +147,7 @@ export async function basisId(description: Uint8Array, bases: Uint8Array): Promi
     both.set(description);
     both.set(bases, description.length);
   }
-  return new Uint8Array(await crypto.subtle.digest("SHA-256", both));
+  return toHex(new Uint8Array(await crypto.subtle.digest("SHA-256", both)));
 }
 
 /** A task blob (SPEC.md, section 6). Terms must be sorted by module. */
@@ -231,13 +233,13 @@ function entryMap({ id, adapterBytes, metadata, brings }: TaskEntry): object {
 }
 
 /** The window of a file with a single superblock. */
-export function encodeWindow(id: Uint8Array, superblock: Superblock): Bytes {
+export function encodeWindow(basisId: string, superblock: Superblock): Bytes {
   const bytes = new Uint8Array(WINDOW_BYTES);
   const view = new DataView(bytes.buffer);
   bytes.set(MAGIC);
   view.setUint16(8, 1, true);
   view.setUint32(12, WINDOW_BYTES, true);
-  bytes.set(id, 16);
+  bytes.set(fromHex(basisId), 16);
   view.setUint32(48, crc32c(bytes.subarray(0, 48)), true);
   bytes.set(encodeSuperblock(superblock), superblockOffset(superblock.generation));
   return bytes;
@@ -260,7 +262,7 @@ export function encodeSuperblock(s: Superblock): Bytes {
 }
 
 /** One task as a file of its own (SPEC.md, section 7). */
-export function encodeTaskFile(entry: TaskEntry, id: Uint8Array, blob: Uint8Array): Bytes {
+export function encodeTaskFile(entry: TaskEntry, basisId: string, blob: Uint8Array): Bytes {
   const map = pack(entryMap(entry));
   const start = align64(64 + map.length);
   const bytes = new Uint8Array(start + blob.length);
@@ -268,7 +270,7 @@ export function encodeTaskFile(entry: TaskEntry, id: Uint8Array, blob: Uint8Arra
   bytes.set(TASK_FILE_MAGIC);
   view.setUint16(8, 1, true);
   view.setUint32(12, map.length, true);
-  bytes.set(id, 16);
+  bytes.set(fromHex(basisId), 16);
   view.setUint32(48, blob.length, true);
   view.setUint32(52, crc32c(map), true);
   view.setUint32(56, crc32c(blob), true);

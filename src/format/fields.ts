@@ -1,16 +1,13 @@
 /**
  * Little-endian fields of one part of one file, read with checks, and what alignment the parts have.
  */
+import { toHex } from "../tensor/hex.ts";
 import { crc32c } from "./crc32c.ts";
 import { check } from "./messagepack.ts";
 
 /** Where the next section may start: the least multiple of 64 that is ≥ n. */
 export function align64(n: number): number {
   return Math.ceil(n / 64) * 64;
-}
-
-export function hex(bytes: Uint8Array): string {
-  return Array.from(bytes, (b) => b.toString(16).padStart(2, "0")).join("");
 }
 
 /** Checked reads of little-endian fields of one part of one file. */
@@ -27,10 +24,6 @@ export class Fields {
     this.part = part;
   }
 
-  u16(at: number): number {
-    return this.view.getUint16(at, true);
-  }
-
   u32(at: number): number {
     return this.view.getUint32(at, true);
   }
@@ -45,22 +38,20 @@ export class Fields {
     const found = this.bytes.subarray(0, 8);
     this.check(
       expected.every((b, i) => found[i] === b),
-      () => `this is not ${what}: it begins with ${hex(found)}, expected ${hex(Uint8Array.from(expected))}`,
+      () => `this is not ${what}: it begins with ${toHex(found)}, expected ${toHex(Uint8Array.from(expected))}`,
     );
   }
 
   version(): string {
-    const major = this.u16(8);
-    this.check(
-      major === 1,
-      () => `version ${major}.${this.u16(10)}, but this reader knows version 1; update eigenlora`,
-    );
-    return `${major}.${this.u16(10)}`;
+    const version = this.u32(8);
+    const text = `${version & 0xffff}.${version >>> 16}`;
+    this.check((version & 0xffff) === 1, () => `version ${text}, but this reader knows version 1; update eigenlora`);
+    return text;
   }
 
   crc(at: number, length: number): void {
     const found = crc32c(this.bytes.subarray(0, length));
-    this.check(found === this.u32(at), () => `its checksum does not match: the file is damaged, fetch it again`);
+    this.check(found === this.u32(at), () => "its checksum does not match: the file is damaged, fetch it again");
   }
 
   limit(found: number, most: number, what: string): void {

@@ -3,9 +3,11 @@
  * names before that size has been checked. Here window and directory, and what all parts are made of; task blobs are
  * `task.ts`, files of one task `task-file.ts`, writing `encode.ts`.
  */
+
 import { DTYPES, type Dtype, tensorBytes } from "../tensor/dtypes.ts";
+import { toHex } from "../tensor/hex.ts";
 import { crc32c } from "./crc32c.ts";
-import { align64, Fields, hex } from "./fields.ts";
+import { align64, Fields } from "./fields.ts";
 import { decode, Value } from "./messagepack.ts";
 
 /** Bytes of the window: enough to plan the next read (SPEC.md, section 2). */
@@ -199,7 +201,7 @@ export function parseWindow(bytes: Uint8Array, file: string, size?: number): Win
     offset >= WINDOW_BYTES && offset % 64 === 0 && offset + length <= committed;
   f.check(inside(directoryOffset, directoryLength), () => "the directory lies outside the file");
   f.check(inside(basesOffset, basesLength), () => "the bases lie outside the file");
-  return { version, basisId: hex(bytes.subarray(16, 48)), superblock: best };
+  return { version, basisId: toHex(bytes.subarray(16, 48)), superblock: best };
 }
 
 function parseSuperblock(bytes: Uint8Array, file: string): Superblock | undefined {
@@ -223,7 +225,10 @@ function parseSuperblock(bytes: Uint8Array, file: string): Superblock | undefine
 export function parseDirectory(bytes: Uint8Array, superblock: Superblock, file: string): Directory {
   const f: Fields = new Fields(bytes, file, "directory");
   f.check(bytes.length === superblock.directoryLength, () => `${bytes.length} bytes of ${superblock.directoryLength}`);
-  f.check(crc32c(bytes) === superblock.directoryCrc, () => "its checksum does not match: the file is damaged");
+  f.check(
+    crc32c(bytes) === superblock.directoryCrc,
+    () => "its checksum does not match: the file is damaged, fetch it again",
+  );
   f.check(bytes.length >= DIRECTORY_HEAD_BYTES, () => `${bytes.length} bytes are too few`);
   const [count, basisLength, tasksLength] = [f.u32(0), f.u32(4), f.u32(8)];
   f.limit(count, 1_048_576, "sections");

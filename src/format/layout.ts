@@ -34,8 +34,8 @@ export interface FreshBasis {
   /** Basis description, MessagePack. */
   description: Uint8Array;
   bases: Uint8Array;
-  /** 32 bytes. */
-  basisId: Uint8Array;
+  /** Hexadecimal, of 32 bytes. */
+  basisId: string;
 }
 
 /** The parts of a fresh pack. */

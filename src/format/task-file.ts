@@ -1,8 +1,9 @@
 /**
  * A task as a file of its own (SPEC.md, section 7). Loaded when an app adds such a task.
  */
+import { toHex } from "../tensor/hex.ts";
 import { crc32c } from "./crc32c.ts";
-import { align64, Fields, hex } from "./fields.ts";
+import { align64, Fields } from "./fields.ts";
 import { parseEntry, TASK_FILE_MAGIC, type TaskFile } from "./format.ts";
 import { decode, Value } from "./messagepack.ts";
 
@@ -32,5 +33,5 @@ export function parseTaskFile(bytes: Uint8Array, file: string): TaskFile {
     () => "its checksum does not match: it is damaged",
   );
   const parsed = parseEntry(new Value(decode(entry, file, f.part), file, f.part, "entry"), []);
-  return { ...parsed, basisId: hex(bytes.subarray(16, 48)), blob };
+  return { ...parsed, basisId: toHex(bytes.subarray(16, 48)), blob };
 }

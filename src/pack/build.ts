@@ -2,6 +2,7 @@
  * From adapters to a pack: module by module, read, extract, encode. Holds one module's stack and what goes into the pack,
  * never all adapters. No file system: adapters are read through their sources, the result is a list of chunks.
  */
+
 import type { Adapter, AdapterModule, SavedTensor } from "../adapters/adapter.ts";
 import { fingerprint, weightAt } from "../base/fingerprint.ts";
 import type { WeightHost } from "../base/host.ts";
@@ -24,7 +25,7 @@ import {
 import { extractMixed, type MixedExtraction, type MixedTask, type PrivateOptions } from "../extract/private.ts";
 import { createWasmProducts } from "../extract/wasm-products.ts";
 import {
-  basisId,
+  basisIdOf,
   encodeBasis,
   encodeTask,
   type ModuleInput,
@@ -33,6 +34,7 @@ import {
 } from "../format/encode.ts";
 import type { PackModule, TaskEntry } from "../format/format.ts";
 import { layoutFresh, type TaskToWrite } from "../format/layout.ts";
+import { encodedTensor } from "../format/tensors.ts";
 import { type Dtype, isQuantized } from "../tensor/dtypes.ts";
 import { encodeTensor } from "../tensor/encode.ts";
 import { VERSION } from "../version.ts";
@@ -193,7 +195,7 @@ export async function buildPack(
     // Handed over: the encoded components are in `bases` afterwards, and need not be held twice.
     modules: modules.splice(0),
   });
-  const id = await basisId(description, bases);
+  const id = await basisIdOf(description, bases);
   const tasks = await Promise.all(
     adapters.map(async (adapter, i): Promise<TaskToWrite> => {
       const parameters = await encodeParameters(adapter, dtype.head);
@@ -251,13 +253,11 @@ export interface ProjectedAdapter extends TaskToWrite {
 /**
  * Projects adapters onto the basis of a pack (DESIGN 2.10a), in the pack's gauge and to its rank; module by module, so that each
  * basis is opened once.
- * @param bases of the pack, as `pack.takeBases()` gives them
  * @param onProgress called after each module
  * @throws AdapterError when one adapts a module that the pack does not have, or of another shape
  */
 export async function projectAdapters(
   pack: Pack,
-  bases: Uint8Array,
   adapters: readonly Adapter[],
   types: Dtypes,
   onProgress?: (done: number, of: number) => void,
@@ -268,12 +268,13 @@ export async function projectAdapters(
   const { products } = await fastProducts();
   const errors = new ErrorTally();
   const terms = adapters.map((): TermInput[] => []);
+  const bases = await pack.bases();
   for (const [index, stored] of pack.modules.entries()) {
     let space: ModuleSpace | undefined;
     for (const [i, adapter] of adapters.entries()) {
       const module = adapter.modules.get(stored.name);
       if (!module) continue;
-      const opened = (space ??= openModule(storedModule(stored, bases, adapter), products));
+      const opened = (space ??= openModule(storedModule(stored, bases.bytes, adapter), products));
       const { A, Bt, magnitude } = await module.read();
       const member = { id: adapter.id, rank: module.rank, A, Bt };
       const project = (): ProjectedTask =>
@@ -284,6 +285,7 @@ export async function projectAdapters(
     }
     onProgress?.(index + 1, pack.modules.length);
   }
+  bases.close();
   const residuals = new Map(errors.byTask().map((residual) => [residual.id, residual]));
   const names = pack.modules.map((m) => m.name);
   return await Promise.all(
@@ -293,16 +295,6 @@ export async function projectAdapters(
       return { entry: entryOf(adapter, terms[i]!, names), blob, residual };
     }),
   );
-}
-
-/** One adapter, as `projectAdapters`. */
-export async function projectAdapter(
-  pack: Pack,
-  bases: Uint8Array,
-  adapter: Adapter,
-  types: Dtypes,
-): Promise<ProjectedAdapter> {
-  return (await projectAdapters(pack, bases, [adapter], types))[0]!;
 }
 
 /** @throws AdapterError when the pack has no basis for a module of an adapter */
@@ -341,8 +333,8 @@ export function storedModule(
         field: module.name,
       });
     }
-    const { dtype, width, byteOffset, byteLength } = basis.tensor;
-    const encoded = bases.subarray(byteOffset, byteOffset + byteLength);
+    const { dtype, width } = basis.tensor;
+    const encoded = encodedTensor(bases, basis.tensor);
     return { dtype, components: basis.K, width, rank: basis.rank, mean: basis.mean, encoded };
   };
   return { A: side("A"), B: side("B") };

@@ -2,9 +2,10 @@
  * A task of a pack as a canonical adapter: the way back from coefficients to factors, in plain JS with f64 sums. Reads every
  * kind of term. For export, verification and tests; the runtime has kernels of its own.
  */
+
 import type { Adapter, AdapterModule, SavedTensor } from "../adapters/adapter.ts";
 import type { Coefficients, PackModule, Side, TaskBlob, TaskTerm, TensorRef } from "../format/format.ts";
-import { decodeTensor } from "../tensor/dtypes.ts";
+import { readTensor } from "../format/tensors.ts";
 import type { Pack } from "./pack.ts";
 
 /** Factors of one term: A [rank, in], Bᵀ [rank, out]; rank counts shared and private rows. */
@@ -26,14 +27,14 @@ export function expandTerm(blob: TaskBlob, term: TaskTerm, module: PackModule, b
   ) => {
     const out = new Float32Array(rank * width);
     if (coefficients && basis) out.set(expandSide(blob, coefficients, basis, bases));
-    if (own) out.set(decode(blob.bytes, own), term.rank * width);
+    if (own) out.set(readTensor(blob.bytes, own), term.rank * width);
     return out;
   };
   return {
     rank,
     A: side(term.A, module.A, term.privateA, module.in),
     Bt: side(term.B, module.B, term.privateBt, module.out),
-    magnitude: term.magnitude && decode(blob.bytes, term.magnitude),
+    magnitude: term.magnitude && readTensor(blob.bytes, term.magnitude),
   };
 }
 
@@ -43,8 +44,8 @@ function expandSide(
   { K, tensor: basis }: Side,
   bases: Uint8Array,
 ): Float32Array {
-  const components = decode(bases, basis);
-  const alpha = decode(blob.bytes, tensor);
+  const components = readTensor(bases, basis);
+  const alpha = readTensor(blob.bytes, tensor);
   const out = new Float32Array(tensor.rows * basis.width);
   const sums = new Float64Array(basis.width);
   for (let row = 0; row < tensor.rows; row++) {
@@ -58,15 +59,13 @@ function expandSide(
   return out;
 }
 
-function decode(section: Uint8Array, { dtype, rows, width, byteOffset, byteLength }: TensorRef): Float32Array {
-  return decodeTensor(dtype, section.subarray(byteOffset, byteOffset + byteLength), rows, width);
-}
-
 /**
- * A task as an adapter, as the readers of adapter files give them.
- * @param bases of the pack, as `pack.takeBases()` gives them
+ * A task of a pack as an adapter, as the readers of adapter files give them. Holds the pack's bases until it is closed.
+ * @throws TaskError when there is no such task; SourceError, FormatError when it cannot be read
  */
-export function taskAdapter(pack: Pack, bases: Uint8Array, id: string, blob: TaskBlob): Adapter {
+export async function taskAdapter(pack: Pack, id: string): Promise<Adapter> {
+  const blob = await pack.load(id);
+  const bases = await pack.bases();
   const modules = new Map<string, AdapterModule>();
   for (const term of blob.terms) {
     const module = pack.modules[term.module]!;
@@ -79,7 +78,7 @@ export function taskAdapter(pack: Pack, bases: Uint8Array, id: string, blob: Tas
       layout,
       ...(kernel ? { kernel } : {}),
       async read() {
-        const { A, Bt, magnitude } = expandTerm(blob, term, module, bases);
+        const { A, Bt, magnitude } = expandTerm(blob, term, module, bases.bytes);
         return { A, Bt, ...(magnitude ? { magnitude } : {}) };
       },
     });
@@ -90,7 +89,7 @@ export function taskAdapter(pack: Pack, bases: Uint8Array, id: string, blob: Tas
       role,
       shape,
       ...(indices ? { indices } : {}),
-      read: async () => decode(blob.bytes, tensor),
+      read: async () => readTensor(blob.bytes, tensor),
     }),
   );
   const info = pack.tasks.get(id);
@@ -103,6 +102,6 @@ export function taskAdapter(pack: Pack, bases: Uint8Array, id: string, blob: Tas
     saved,
     metadata: info?.metadata ?? {},
     warnings: [],
-    close: async () => undefined,
+    close: async () => bases.close(),
   };
 }

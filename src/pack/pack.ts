@@ -62,6 +62,19 @@ interface TaskSlot {
   loading: Promise<TaskBlob> | undefined;
 }
 
+/** The bases section of a pack, for as long as it is needed. */
+export interface Bases {
+  /** As SPEC.md, section 4.4. Do not write to it. */
+  readonly bytes: Uint8Array;
+  close(): void;
+}
+
+interface SharedBases {
+  users: number;
+  bytes?: Uint8Array;
+  checked?: Promise<Uint8Array>;
+}
+
 /**
  * Opens a pack. Reads the window, then directory and bases (one request where they are adjacent, as in a fresh pack).
  * @param input path, URL (read by HTTP ranges), Blob, ArrayBuffer or any ByteSource
@@ -91,21 +104,14 @@ export async function openPack(input: SourceInput, options: OpenOptions = {}): P
     // A file shorter than the window still has to be told apart from a file of another kind.
     const head = Math.min(WINDOW_BYTES, inner.byteLength ?? WINDOW_BYTES);
     const window = parseWindow(await source.read(0, head, { signal }), source.name, inner.byteLength);
-    const { directoryOffset, directoryLength, basesOffset, basesLength, committed } = window.superblock;
-    const size = inner.byteLength;
-    if (size !== undefined && size < committed) {
-      throw new FormatError(`truncated: ${size} bytes of ${committed}; fetch it again`, {
-        file: source.name,
-        part: "window",
-      });
-    }
+    const { directoryOffset, directoryLength, basesOffset, basesLength } = window.superblock;
     const together = options.bases !== "later" && basesOffset === align64(directoryOffset + directoryLength);
     const length = together ? basesOffset + basesLength - directoryOffset : directoryLength;
     const bytes = await source.read(directoryOffset, length, { signal });
     // A copy: as a view the directory would keep the bases in memory.
     const directory = parseDirectory(bytes.slice(0, directoryLength), window.superblock, source.name);
-    const pack = new Pack(source, reads, window, directory, options.maxResidentBytes ?? Infinity);
-    if (together) pack.keepBases(bytes.subarray(basesOffset - directoryOffset));
+    const bases = together ? bytes.subarray(basesOffset - directoryOffset) : undefined;
+    const pack = new Pack(source, reads, window, directory, options.maxResidentBytes ?? Infinity, bases);
     return pack;
   } catch (error) {
     await inner.close?.();
@@ -135,7 +141,8 @@ export class Pack {
   readonly #maxResidentBytes: number;
   /** Resident blobs that could be read again, least recently used first. */
   readonly #recent = new Set<TaskSlot>();
-  #bases: Uint8Array | undefined;
+  /** The bases section while somebody works on it, or until somebody first does. */
+  #bases: SharedBases | undefined;
 
   constructor(
     source: ByteSource,
@@ -143,6 +150,7 @@ export class Pack {
     window: Window,
     directory: Directory,
     maxResidentBytes: number,
+    bases: Uint8Array | undefined,
   ) {
     this.#source = source;
     this.#maxResidentBytes = maxResidentBytes;
@@ -153,6 +161,10 @@ export class Pack {
     this.basisId = window.basisId;
     this.directory = directory;
     this.modules = directory.basis.modules;
+    if (bases) {
+      this.#checkCrc(bases, directory.bases, "bases");
+      this.#bases = { users: 0, bytes: bases };
+    }
     for (const task of directory.tasks) {
       this.#slots.set(task.id, { ...task, bytes: task.section.length, blob: undefined, loading: undefined });
     }
@@ -167,11 +179,11 @@ export class Pack {
     return infos;
   }
 
-  /** Bytes held by this object: task blobs, and the bases until a runtime takes them. */
+  /** Bytes held by this object: task blobs, and the bases while somebody works on them, or nobody has yet. */
   get residentBytes(): { coefficients: number; basis: number } {
     let coefficients = 0;
     for (const { blob } of this.#slots.values()) coefficients += blob?.bytes.length ?? 0;
-    return { coefficients, basis: this.#bases?.length ?? 0 };
+    return { coefficients, basis: this.#bases?.bytes?.length ?? 0 };
   }
 
   /**
@@ -228,23 +240,34 @@ export class Pack {
   }
 
   /**
-   * The bases section, checked. Handed over: the pack forgets it, so that the components are held once, by the runtime. A
-   * second call reads it again.
+   * The bases section, checked: all components and means. Everyone who asks shares one copy, and it is forgotten when the
+   * last of them closes; whoever asks after that has it read again.
+   * @throws SourceError, FormatError when it cannot be read or is damaged
    */
-  async takeBases(options: ReadOptions = {}): Promise<Uint8Array> {
-    const bases = this.#bases ?? (await this.#section(this.directory.bases, "bases", options));
-    this.#bases = undefined;
-    for (const { name, A, B } of this.modules) {
-      if (A) checkFinite(bases, A.tensor, this.name, "bases", `basis A of "${name}"`);
-      if (B) checkFinite(bases, B.tensor, this.name, "bases", `basis B of "${name}"`);
+  async bases(options: ReadOptions = {}): Promise<Bases> {
+    const shared = (this.#bases ??= { users: 0 });
+    shared.users++;
+    let open = true;
+    const close = (): void => {
+      if (open && --shared.users === 0 && this.#bases === shared) this.#bases = undefined;
+      open = false;
+    };
+    try {
+      shared.checked ??= this.#checkedBases(shared);
+      return { bytes: await unlessAborted(shared.checked, options.signal), close };
+    } catch (error) {
+      close();
+      throw error;
     }
-    return bases;
   }
 
-  /** @internal Bases that were read together with the directory. */
-  keepBases(bytes: Uint8Array): void {
-    this.#checkCrc(bytes, this.directory.bases, "bases");
-    this.#bases = bytes;
+  async #checkedBases(shared: SharedBases): Promise<Uint8Array> {
+    const bytes = (shared.bytes ??= await this.#section(this.directory.bases, "bases"));
+    for (const { name, A, B } of this.modules) {
+      if (A) checkFinite(bytes, A.tensor, this.name, "bases", `basis A of "${name}"`);
+      if (B) checkFinite(bytes, B.tensor, this.name, "bases", `basis B of "${name}"`);
+    }
+    return bytes;
   }
 
   async #section(section: Section, part: string, options: ReadOptions = {}): Promise<Uint8Array> {

@@ -2,6 +2,7 @@
  * Makes a runtime: opens the base, finds the adapted weights in it and picks the backend that they go to; and again, where the
  * device of the first is lost.
  */
+import type { Backend } from "../backends/backend.ts";
 import { type BackendOptions, createBackend } from "../backends/select.ts";
 import { type BaseInput, onDevice, openHost } from "../base/host.ts";
 import { Locator } from "../base/locate.ts";
@@ -66,18 +67,22 @@ export async function createRuntime(pack: Pack, options: RuntimeOptions = {}): P
     const onCpu = stays ? undefined : `${folded ? "weights" : "terms"} are wanted on the CPU`;
 
     async function start(how: BackendOptions, signal?: AbortSignal): Promise<Started> {
-      const { backend, passedOver } = await createBackend(how, onCpu);
+      const bases = await pack.bases({ signal });
+      let backend: Backend | undefined;
       try {
+        const made = await createBackend(how, onCpu);
+        backend = made.backend;
         const readable = placed === undefined ? host : device!.deviceHost(host!, backend);
-        const bases = await pack.takeBases({ signal });
-        const bench = new Workbench(backend, pack.modules, bases);
-        if (host) await loadSlots(slots, host, bench, bases, keep, { signal, anyBase: options.anyBase ?? false });
+        const bench = new Workbench(backend, pack.modules, bases.bytes);
+        if (host) await loadSlots(slots, host, bench, bases.bytes, keep, { signal, anyBase: options.anyBase ?? false });
         // A device that has no memory left says so only now.
         await backend.finish();
-        return { bench, passedOver, host: readable };
+        return { bench, passedOver: made.passedOver, host: readable };
       } catch (error) {
-        backend.close();
+        backend?.close();
         throw error;
+      } finally {
+        bases.close();
       }
     }
 

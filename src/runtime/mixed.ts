@@ -5,6 +5,7 @@
 
 import { sameShape, type View } from "../base/host.ts";
 import { BaseMismatchError, TaskError } from "../errors.ts";
+import { readTensor } from "../format/tensors.ts";
 import type { Pack } from "../pack/pack.ts";
 import { decodeTensor } from "../tensor/dtypes.ts";
 import type { Change } from "./parameters.ts";
@@ -75,8 +76,7 @@ export function addDifferences(
 
 /** In new memory. */
 function decodeParameter({ part, parameter: { tensor } }: Change): Float32Array {
-  const bytes = part.blob.bytes.subarray(tensor.byteOffset, tensor.byteOffset + tensor.byteLength);
-  return decodeTensor(tensor.dtype, bytes, tensor.rows, tensor.width);
+  return readTensor(part.blob.bytes, tensor);
 }
 
 /** The bytes of a view, padded to a multiple of 4 for the decoder where they are not. */

@@ -8,8 +8,9 @@ import type { View, WeightHost } from "../base/host.ts";
 import type { Locator } from "../base/locate.ts";
 import { BaseMismatchError, TaskError } from "../errors.ts";
 import type { TaskParameter } from "../format/format.ts";
+import { readTensor } from "../format/tensors.ts";
 import type { Pack } from "../pack/pack.ts";
-import { decodeTensor, encodeFloats, type FloatDtype, rowBytes } from "../tensor/dtypes.ts";
+import { encodeFloats, type FloatDtype, rowBytes } from "../tensor/dtypes.ts";
 import type { ActiveTask } from "./stage.ts";
 
 /** A parameter of the active task that differs from the base's. */
@@ -150,12 +151,12 @@ export class Parameters {
 
   /** In memory that the next call uses again. */
   #decode({ part, parameter: { tensor } }: Change): Float32Array {
-    const { dtype, rows, width, byteOffset, byteLength } = tensor;
+    const { rows, width } = tensor;
     if (this.#values.length < rows * width) {
       this.#values = new Float32Array(rows * width);
       this.allocated += this.#values.byteLength;
     }
-    decodeTensor(dtype, part.blob.bytes.subarray(byteOffset, byteOffset + byteLength), rows, width, this.#values);
+    readTensor(part.blob.bytes, tensor, this.#values);
     return this.#values.subarray(0, rows * width);
   }
 

@@ -5,7 +5,7 @@
  */
 
 import type { Coefficients, PackModule, Side, TaskBlob, TensorRef } from "../format/format.ts";
-import { decodeTensor } from "../tensor/dtypes.ts";
+import { readTensor } from "../format/tensors.ts";
 
 /** A task of a switch and its strength. */
 export interface ActiveTask {
@@ -110,7 +110,7 @@ function expansion(
   // The mean is the basis' last row: one more coefficient per row, 1 (times the strength) where the task uses it.
   const at = staging.reserve(rows * (K + 1));
   const out = staging.values;
-  decode(blob, coefficients.tensor, out.subarray(at, at + rows * K));
+  readTensor(blob.bytes, coefficients.tensor, out.subarray(at, at + rows * K));
   for (let i = rows - 1; i >= 0; i--) {
     for (let k = K - 1; k >= 0; k--) out[at + i * (K + 1) + k] = out[at + i * K + k]! * weight;
     out[at + i * (K + 1) + K] = coefficients.mean ? weight : 0;
@@ -122,12 +122,7 @@ function values(blob: TaskBlob, tensor: TensorRef, weight: number, staging: Stag
   const count = tensor.rows * tensor.width;
   const at = staging.reserve(count);
   const out = staging.values.subarray(at, at + count);
-  decode(blob, tensor, out);
+  readTensor(blob.bytes, tensor, out);
   if (weight !== 1) for (let i = 0; i < count; i++) out[i]! *= weight;
   return at;
-}
-
-function decode(blob: TaskBlob, tensor: TensorRef, out: Float32Array): void {
-  const bytes = blob.bytes.subarray(tensor.byteOffset, tensor.byteOffset + tensor.byteLength);
-  decodeTensor(tensor.dtype, bytes, tensor.rows, tensor.width, out);
 }

@@ -9,6 +9,7 @@ import { findWeight } from "../base/locate.ts";
 import { NameMatcher } from "../base/names.ts";
 import { BaseMismatchError } from "../errors.ts";
 import type { PackModule, TaskBlob, TaskTerm } from "../format/format.ts";
+import { readTensor } from "../format/tensors.ts";
 import { readLinearWeight, readVector } from "../onnx/dequantize.ts";
 import {
   type Components,
@@ -25,7 +26,6 @@ import { findParameters, type OnnxParameter } from "../onnx/modules.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import type { Pack } from "../pack/pack.ts";
 import type { ReadOptions } from "../source.ts";
-import { decodeTensor } from "../tensor/dtypes.ts";
 
 /** How a task reaches the model. */
 export type Mode = "core" | "factors" | "folded";
@@ -106,7 +106,7 @@ interface Brought {
 }
 
 /**
- * @param bases of the pack, as `pack.takeBases()` gives them
+ * @param bases of the pack, as `pack.bases()` gives them
  * @throws BaseMismatchError when a module is missing, ambiguous, of another shape or of another model, or when the mode
  *   asked for cannot do what the tasks bring; the message names another that can
  * @throws FormatError when the model's opset is too old, or the model has been grafted before
@@ -396,11 +396,14 @@ class Planner {
   #components(name: string): Components | undefined {
     const { A, B, in: inputs, out } = this.#pack.modules.find((m) => m.name === name)!;
     if (A?.kind !== "column" || B?.kind !== "column") return undefined;
-    const decode = ({ tensor: { dtype, rows, width, byteOffset, byteLength } }: typeof A): Float32Array =>
-      decodeTensor(dtype, this.#bases.subarray(byteOffset, byteOffset + byteLength), rows, width);
     const [KA, KB] = [A.tensor.rows, B.tensor.rows];
     if (KA === 0 || KB === 0) return undefined;
-    return { At: turn(decode(A), KA, inputs), B: decode(B).subarray(0, KB * out), KA, KB };
+    return {
+      At: turn(readTensor(this.#bases, A.tensor), KA, inputs),
+      B: readTensor(this.#bases, B.tensor).subarray(0, KB * out),
+      KA,
+      KB,
+    };
   }
 
   async #matrix(parameter: OnnxParameter): Promise<Float32Array> {

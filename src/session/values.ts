@@ -5,7 +5,8 @@
 
 import { Locator } from "../base/locate.ts";
 import { BaseMismatchError } from "../errors.ts";
-import type { PackModule, TaskParameter } from "../format/format.ts";
+import type { PackModule } from "../format/format.ts";
+import { readTensor } from "../format/tensors.ts";
 import type { TaskInput } from "../onnx/graft.ts";
 import type { Pack } from "../pack/pack.ts";
 import { Parameters } from "../runtime/parameters.ts";
@@ -13,7 +14,6 @@ import { loadParts, type Selection } from "../runtime/selection.ts";
 import { type ActiveTask, stage } from "../runtime/stage.ts";
 import { type BaseWeight, type Unfolded, unfold } from "../runtime/unfold.ts";
 import type { Workbench } from "../runtime/workbench.ts";
-import { decodeTensor } from "../tensor/dtypes.ts";
 import { type BaseValues, broughtBy, moduleOf, turn } from "./plan.ts";
 
 /** The value of one input for one task, without the leading dimension `tasks`. */
@@ -189,7 +189,7 @@ export class TaskEvaluator {
         if (parameter.name !== name) continue;
         if (parameter.shape.length !== 1 || parameter.shape[0] !== size)
           throw this.#misfit(name, parameter.shape, [size]);
-        decode(parameter, blob.bytes).forEach(
+        readTensor(blob.bytes, parameter.tensor).forEach(
           (v, i) => (change[i]! += strength * (parameter.role === "bias-delta" ? v : v - base[i]!)),
         );
       }
@@ -209,7 +209,7 @@ export class TaskEvaluator {
         if (kind === "rows") {
           if (parameter.shape[1] !== width) throw this.#misfit(name, parameter.shape, ["rows", width]);
           values.push(
-            decode(parameter, blob.bytes).map((v) => strength * v),
+            readTensor(blob.bytes, parameter.tensor).map((v) => strength * v),
             new Float32Array([strength]),
           );
         }
@@ -236,13 +236,6 @@ export class TaskEvaluator {
     const message = `a task brings "${name}" of [${found.join(", ")}], the model's needs [${expected.join(", ")}]`;
     return new BaseMismatchError(message, { module: name, expected, found });
   }
-}
-
-function decode(
-  { tensor: { dtype, rows, width, byteOffset, byteLength } }: TaskParameter,
-  bytes: Uint8Array,
-): Float32Array {
-  return decodeTensor(dtype, bytes.subarray(byteOffset, byteOffset + byteLength), rows, width);
 }
 
 /** A value as an input takes it: one task, or several one below the other, padded to the largest. */

@@ -245,9 +245,5 @@ function toFile(
   { id, adapterBytes, metadata, brings }: TaskInfo,
   blob: Uint8Array,
 ): Uint8Array<ArrayBuffer> {
-  return encodeTaskFile(
-    { id, adapterBytes, metadata, brings },
-    Uint8Array.from(basisId.match(/../g)!, (byte) => parseInt(byte, 16)),
-    blob,
-  );
+  return encodeTaskFile({ id, adapterBytes, metadata, brings }, basisId, blob);
 }

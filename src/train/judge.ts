@@ -68,16 +68,17 @@ export function createJudge<O extends Ort>(
     const pack = await openPack(bytes);
     const asked = (session ??= await createEigenSession(ort, model, pack, { trainable: true }));
     const ask = { encode: (some: string[]) => encode(some, asked.inputNames), batch, signal };
-    const bases = await pack.takeBases();
     const found = new Map<string, number>();
     for (const adapter of adapters) {
       const { id } = adapter;
       const head = headNameOf(adapter);
-      const answers = await askAdapter(asked, taskAdapter(pack, bases, id, await pack.load(id)), head, rows, ask);
+      const task = await taskAdapter(pack, id);
+      const answers = await askAdapter(asked, task, head, rows, ask);
+      await task.close();
       if (!expected.has(id)) expected.set(id, await askAdapter(asked, adapter, head, rows, ask));
       found.set(id, meanDivergence(expected.get(id)!, answers));
     }
-    pack.keepBases(bases);
+    await pack.close();
     return found;
   };
   return {

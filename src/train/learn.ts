@@ -64,7 +64,7 @@ export async function createTrainer<O extends Ort>(
   if (train === "components" && flat)
     throw new RangeError(`train: the components of "${flat.name}" are flat, only those of column mode are trained`);
   const head = headOf(source, options.head);
-  const bases = await pack.takeBases();
+  const bases = await pack.bases();
   const first =
     typeof init === "object" && options.rank === undefined && pack.tasks.has(init.task)
       ? await pack.load(init.task)
@@ -72,7 +72,7 @@ export async function createTrainer<O extends Ort>(
   const modules = pack.modules.flatMap((module, index): TrainedModule[] => {
     const { name, in: inputs, out } = module;
     if (options.modules?.includes(name) === false) return [];
-    const components = basesOf(module, bases);
+    const components = basesOf(module, bases.bytes);
     const own = first?.terms.find((term) => term.module === index && term.A);
     // Flat components are of one rank.
     const shared = components && {
@@ -82,6 +82,7 @@ export async function createTrainer<O extends Ort>(
     };
     return [{ name, in: inputs, out, shared, privateRank: shared ? privateTerms : Math.max(privateTerms, rank) }];
   });
+  bases.close();
   const origin = new Terms(modules);
   const factors = modules.map((one) => ({
     ...one,

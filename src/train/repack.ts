@@ -6,7 +6,7 @@
 import { type ModuleSpace, openModule, projectModule } from "../extract/extract.ts";
 import type { Subspace } from "../extract/subspace.ts";
 import {
-  basisId,
+  basisIdOf,
   encodeBasis,
   encodeTask,
   type ModuleInput,
@@ -26,6 +26,7 @@ import {
   type TensorRef,
 } from "../format/format.ts";
 import { layoutFresh, type TaskToWrite } from "../format/layout.ts";
+import { encodedTensor } from "../format/tensors.ts";
 import { expandTerm } from "../pack/expand.ts";
 import type { Pack } from "../pack/pack.ts";
 import { type Dtype, decodeTensor } from "../tensor/dtypes.ts";
@@ -34,7 +35,7 @@ import { VERSION } from "../version.ts";
 import type { Terms } from "./terms.ts";
 
 /**
- * @param bases of the pack, as `pack.takeBases()` gives them
+ * @param bases of the pack, as `pack.bases()` gives them
  * @param parameters of `terms`, components among them
  * @param learned the new task, made with these components
  * @throws RangeError when a component does not fit the type that the pack stores
@@ -96,7 +97,7 @@ export async function repack(
     };
   });
   const made = encodeBasis({ producer: `eigenlora ${VERSION}`, mode, gauge, centering, rank, baseModel, modules });
-  const chunks = layoutFresh({ ...made, basisId: await basisId(made.description, made.bases), tasks });
+  const chunks = layoutFresh({ ...made, basisId: await basisIdOf(made.description, made.bases), tasks });
   const whole = new Uint8Array(chunks.reduce((sum, { length }) => sum + length, 0));
   let at = 0;
   for (const chunk of chunks) {
@@ -178,8 +179,8 @@ function solve(
   };
 }
 
-function stored(section: Uint8Array, { dtype, byteOffset, byteLength }: TensorRef): TensorInput {
-  return { dtype, encoded: section.subarray(byteOffset, byteOffset + byteLength) };
+function stored(section: Uint8Array, tensor: TensorRef): TensorInput {
+  return { dtype: tensor.dtype, encoded: encodedTensor(section, tensor) };
 }
 
 function floatsAt(bytes: Uint8Array, offset: number, count: number): Float32Array {

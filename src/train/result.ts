@@ -69,8 +69,7 @@ export function taskFile(
   parseTask(blob, pack.modules, "the trained task", id);
   const own = terms.filter((term) => term.privateTerms).map(({ module }) => `private ${pack.modules[module]!.name}`);
   const brings = [...saved.map(({ role, name }) => `${role} ${name}`), ...own];
-  const basis = Uint8Array.from(pack.basisId.match(/../g)!, (byte) => parseInt(byte, 16));
-  return encodeTaskFile({ id, adapterBytes: 0, metadata, brings }, basis, blob);
+  return encodeTaskFile({ id, adapterBytes: 0, metadata, brings }, pack.basisId, blob);
 }
 
 function headParameters(

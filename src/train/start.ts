@@ -6,8 +6,8 @@
 
 import { TaskError } from "../errors.ts";
 import type { TaskBlob, TensorRef } from "../format/format.ts";
+import { readTensor } from "../format/tensors.ts";
 import type { Pack } from "../pack/pack.ts";
-import { decodeTensor } from "../tensor/dtypes.ts";
 import { normal } from "../tensor/random.ts";
 import type { Terms, TrainedParameter } from "./terms.ts";
 
@@ -156,11 +156,8 @@ export async function usualRank(pack: Pack): Promise<number> {
 }
 
 /** A tensor of a task as numbers. */
-function valuesOf(
-  { bytes }: TaskBlob,
-  { dtype, rows, width, byteOffset, byteLength }: TensorRef,
-): Float32Array<ArrayBuffer> {
-  return new Float32Array(decodeTensor(dtype, bytes.subarray(byteOffset, byteOffset + byteLength), rows, width));
+function valuesOf({ bytes }: TaskBlob, tensor: TensorRef): Float32Array<ArrayBuffer> {
+  return new Float32Array(readTensor(bytes, tensor));
 }
 
 /** The head that a task brings, where it has the shape asked for. */

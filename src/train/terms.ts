@@ -11,6 +11,7 @@
  */
 
 import type { PackModule, Side } from "../format/format.ts";
+import { readTensor } from "../format/tensors.ts";
 import { type Dtype, decodeTensor } from "../tensor/dtypes.ts";
 import { encodeTensor } from "../tensor/encode.ts";
 
@@ -238,13 +239,12 @@ function rowsOf({ rank, ...sides }: NonNullable<TrainedModule["shared"]>, side: 
 
 /**
  * The components of a module; undefined where it has none on a side, for there is nothing to take coefficients of.
- * @param bases of the pack, as `pack.takeBases()` gives them
+ * @param bases of the pack, as `pack.bases()` gives them
  */
 export function basesOf({ A, B }: PackModule, bases: Uint8Array): { A: Basis; B: Basis } | undefined {
   if (!A || !B || A.K === 0 || B.K === 0) return undefined;
-  const read = ({ kind, K, mean, tensor: { dtype, rows, width, byteOffset, byteLength } }: Side): Basis => {
-    const values = decodeTensor(dtype, bases.subarray(byteOffset, byteOffset + byteLength), rows, width);
-    return { kind, K, mean, width, values };
+  const read = ({ kind, K, mean, tensor }: Side): Basis => {
+    return { kind, K, mean, width: tensor.width, values: readTensor(bases, tensor) };
   };
   return { A: read(A), B: read(B) };
 }

@@ -499,7 +499,7 @@ export class Trainer<Feeds = unknown> {
       throw new TaskError(`there is a task "${id}" already: give the new one another \`id\``, { task: id });
     const learned = parseTaskFile(this.#file(options), "the trained task");
     const { repack } = await import("./repack.ts");
-    return repack(pack, await pack.takeBases(), terms, this.#learned().parameters, learned);
+    return repack(pack, (await pack.bases()).bytes, terms, this.#learned().parameters, learned);
   }
 
   #file({

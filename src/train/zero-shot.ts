@@ -40,15 +40,15 @@ export async function zeroShotTask(pack: Pack, options: ZeroShotOptions = {}): P
   if (!(Number.isInteger(rank) && rank >= 1)) throw new RangeError(`rank: expected a whole number ≥ 1, got ${rank}`);
   if (from !== "mean" && from !== "random")
     throw new RangeError(`from: expected "mean" or "random", got ${JSON.stringify(from)}`);
-  const bases = await pack.takeBases();
-  pack.keepBases(bases);
+  const bases = await pack.bases();
   const modules = pack.modules.flatMap((module) => {
-    const components = basesOf(module, bases);
+    const components = basesOf(module, bases.bytes);
     const { name, in: inputs, out, A } = module;
     return components
       ? [{ name, in: inputs, out, privateRank: 0, shared: { ...components, rank: A!.rank ?? rank, trained: false } }]
       : [];
   });
+  bases.close();
   if (pack.tasks.size === 0 || modules.length === 0) {
     throw new TaskError(
       `${pack.name} has no ${modules.length === 0 ? "components" : "tasks"} to make coefficients of`,

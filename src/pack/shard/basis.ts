@@ -14,7 +14,7 @@ import {
   wanted,
 } from "../../extract/extract.ts";
 import { gramComponents, type Summary } from "../../extract/summary.ts";
-import { basisId, encodeBasis as encodeBases, type ModuleInput } from "../../format/encode.ts";
+import { basisIdOf, encodeBasis as encodeBases, type ModuleInput } from "../../format/encode.ts";
 import { layoutFresh } from "../../format/layout.ts";
 import type { Dtype } from "../../tensor/dtypes.ts";
 import { VERSION } from "../../version.ts";
@@ -111,7 +111,7 @@ export async function buildBasis(
     baseModel: models[0],
     modules,
   });
-  const chunks = layoutFresh({ description, bases, basisId: await basisId(description, bases), tasks: [] });
+  const chunks = layoutFresh({ description, bases, basisId: await basisIdOf(description, bases), tasks: [] });
   const counts = modules.flatMap((m) => [m.A!.K, m.B!.K]);
   const report: BasisReport = {
     adapters: statistics.adapters.length,

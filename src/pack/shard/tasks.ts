@@ -45,8 +45,8 @@ export async function projectTasks(
   const twice = sorted.find(({ id }, i) => sorted[i + 1]?.id === id);
   if (twice) throw new TaskError(`two adapters are called "${twice.id}"`, { task: twice.id });
   const types = completeDtypes(options.dtype);
-  const projected = await projectAdapters(basis, await basis.takeBases(), sorted, types, options.onProgress);
-  const id = idBytes(basis);
+  const projected = await projectAdapters(basis, sorted, types, options.onProgress);
+  const id = basis.basisId;
   const entries = projected.map(({ entry, blob }) => {
     const file = encodeTaskFile(entry, id, blob);
     return { name: nameOf(entry.id), dtype: "U8", shape: [file.length], read: () => file };
@@ -109,9 +109,9 @@ export async function assemblePack(basis: Pack, parts: readonly TaskPart[]): Pro
     }
   }
   places.sort((a, b) => compare(a.entry.id, b.entry.id));
-  const bases = await basis.takeBases();
+  const bases = (await basis.bases()).bytes;
   const { bytes, chunks } = streamFresh(
-    { description: basis.directory.basisBytes, bases, basisId: idBytes(basis) },
+    { description: basis.directory.basisBytes, bases, basisId: basis.basisId },
     places,
   );
   const sizes = places.map(({ entry }) => entry.adapterBytes);
@@ -227,8 +227,4 @@ export async function openTasks(input: SourceInput): Promise<TaskPart> {
     await part.close();
     throw error;
   }
-}
-
-function idBytes({ basisId }: Pack): Uint8Array {
-  return Uint8Array.from(basisId.match(/../g)!, (digits) => parseInt(digits, 16));
 }
