@@ -1,0 +1,19 @@
+/**
+ * The low-rank term: what one task does to one module, in one orientation from adapter files to graphs and kernels.
+ */
+
+/** ΔW [out, in] = Btᵀ·A, the adapter's scale inside Bt. Arrays are row-major. */
+export interface Term {
+  /** Rows of A and Bt. */
+  readonly rank: number;
+  /** [rank, in]. */
+  readonly A: Float32Array;
+  /** B transposed: [rank, out]. */
+  readonly Bt: Float32Array;
+  /** [K_A, K_B], means counted: ΔW += E_Bᵀ·coreᵀ·E_A between the pack's components (docs/runtime.md, "Unfolded"). */
+  readonly core?: Float32Array | undefined;
+  /** DoRA's magnitude [out]. */
+  readonly magnitude?: Float32Array | undefined;
+  /** [out]: multiplies the rows of W + ΔW. What a magnitude comes to on a given W. */
+  readonly rowScale?: Float32Array | undefined;
+}
