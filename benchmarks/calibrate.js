@@ -7,6 +7,7 @@
 
 import { buildPack, readAdapters } from "eigenlora/build";
 import { createJudge, inputMoments } from "eigenlora/distill";
+import { createEngine } from "eigenlora/onnxruntime";
 import * as ort from "onnxruntime-node";
 import { shuffle, uniform } from "../dist/src/tensor/random.js";
 import { createEncoder, model, readTask } from "../examples/minilm.js";
@@ -26,8 +27,13 @@ const texts = shuffle(
 );
 const half = texts.length >> 1;
 const encode = await createEncoder(ort);
-const moments = await inputMoments(ort, model, { adapters, texts: texts.slice(0, half), encode });
-const { judge, release } = createJudge(ort, model, { adapters, texts: texts.slice(half), encode, most: 48 });
+const moments = await inputMoments(createEngine(ort), model, { adapters, texts: texts.slice(0, half), encode });
+const { judge, close } = createJudge(createEngine(ort), model, {
+  adapters,
+  texts: texts.slice(half),
+  encode,
+  most: 48,
+});
 /** @type {import("./report.js").Row[]} */
 const rows = [];
 for (const k of [8, 16, 32]) {
@@ -51,7 +57,7 @@ for (const k of [8, 16, 32]) {
     rows.push(row);
   }
 }
-await release();
+await close();
 for (const adapter of all) await adapter.close();
 print({
   question: `Do second moments of the inputs make better packs (MiniLM, ${SUITE}, ${adapters.length} adapters, balanced, rank 4)?`,

@@ -102,7 +102,7 @@ for (const [key, value] of Object.entries(rows[0] ?? {})) {
 }
 mean.kept = `distilled ${rows.filter(({ kept }) => kept === "distilled").length}`;
 rows.push(mean);
-await session.release();
+await session.close();
 for (const adapter of adapters) await adapter.close();
 
 print({

@@ -90,7 +90,7 @@ for (const left of TASKS) {
       "step ÷ forward": (median(steps) ?? NaN) / forward,
     });
   }
-  await session.release();
+  await session.close();
   await pack.close();
 }
 

@@ -91,7 +91,7 @@ async function compare() {
       progress(`${name}: switch, ${mode}`);
       const session = await open(on, model, packs, K, mode);
       const times = await measureSwitch(session, mode === "folded" ? CREATIONS * 2 : SWITCHES);
-      await session.release();
+      await session.close();
       const row = { name: `${name}, ${mode}`, "ms, median": median(times), "ms, min": min(times) };
       parts[0].rows.push({ ...row, "plain create, ms": again, "create ÷ switch": again / median(times) });
     }
@@ -224,7 +224,7 @@ async function measureRuns(on, model, packs) {
       row[`${batch}×${tokens}, min ÷`] = min(times[i]) / min(plainTimes);
     }
   }
-  for (const [, session] of sessions) await session.release();
+  for (const [, session] of sessions) await session.close();
   await plain.release();
   return [base, ...rows];
 }

@@ -185,8 +185,8 @@ async function time(pack, { name, batch, joined }, torch) {
       if (way === "coefficients" && answer) own.forEach((loss, i) => losses.push([loss, answer.losses[i]]));
     }
   }
-  await session.release();
-  await serving.release();
+  await session.close();
+  await serving.close();
   // The first round warms up.
   const middle = (/** @type {number[]} */ ms) => median(ms.slice(STEPS_OF_A_ROUND)) ?? null;
   const [ours, forward, coefficients, lora, torchForward] = Object.values(times).map(middle);
@@ -302,7 +302,7 @@ function entry(name, shape, values) {
  * @returns {Promise<import("./report.js").Part>}
  */
 async function creation(pack) {
-  /** @type {Record<string, () => Promise<{ release(): Promise<void> }>>} */
+  /** @type {Record<string, () => Promise<{ close(): Promise<void> } | { release(): Promise<void> }>>} */
   const ways = {
     plain: () => ort.InferenceSession.create(model, oneThread),
     "switches, factors": () => createEigenSession(ort, model, pack, { session: oneThread, mode: "factors" }),
@@ -314,7 +314,7 @@ async function creation(pack) {
       const started = performance.now();
       const session = await create();
       if (round > 0) times.get(name)?.push(performance.now() - started);
-      await session.release();
+      await ("close" in session ? session.close() : session.release());
     }
   }
   const rows = [...times].map(([name, ms]) => ({ name, "create, ms": median(ms) ?? null }));

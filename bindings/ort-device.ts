@@ -1,6 +1,5 @@
 /**
- * The WebGPU device that onnxruntime computes on: which one it is, and whether it is still there. Loaded where weights are
- * put on it.
+ * The WebGPU device that onnxruntime computes on: which one it is, and whether it is still there. Loaded where somebody asks.
  */
 /// <reference types="@webgpu/types" />
 import type { DeviceHandle } from "../src/backends/backend.ts";
@@ -14,21 +13,15 @@ import {
   toBinary,
   ValueInfoProtoSchema,
 } from "../src/onnx/protobuf.ts";
-import { call, inTurn, makeTensor, type Ort, type OrtTensor, type SessionOptions } from "./ort.ts";
-
-export interface UsedDevice {
-  readonly device: DeviceHandle;
-  /** Given in the provider's options, and not used. */
-  readonly ignored: boolean;
-}
+import { createEngine, type Ort } from "./ort-engine.ts";
 
 /**
- * Call it once a session is there. Some builds ignore the device that they are given without a word, others do not tell that
- * they use it, and may name that of another session; buffers of the wrong one would be read as zeros.
+ * Some builds ignore the device that they are given without a word, others do not tell that they use it, and may name that of
+ * another session; buffers of the wrong one would be read as zeros.
+ * @param provider as the session has it
  * @throws BackendError when onnxruntime does not tell its device
  */
-export async function deviceOf<O extends Ort>(ort: O, session: SessionOptions<O> | undefined): Promise<UsedDevice> {
-  const [provider] = (session as unknown as { executionProviders: readonly unknown[] }).executionProviders;
+export async function findDevice(ort: Ort, provider: unknown): Promise<{ device: DeviceHandle; ignored: boolean }> {
   const given = (provider as { device?: DeviceHandle }).device;
   if (given && (await computesOn(ort, given as GPUDevice, provider))) return { device: given, ignored: false };
   const device = (await (ort.env.webgpu as { device?: unknown } | undefined)?.device) as DeviceHandle | undefined;
@@ -40,21 +33,20 @@ export async function deviceOf<O extends Ort>(ort: O, session: SessionOptions<O>
 
 /** Whether what onnxruntime computes with this provider lies on the device: asked of a session on a model of one addition. */
 async function computesOn(ort: Ort, device: GPUDevice, provider: unknown): Promise<boolean> {
-  const options = { executionProviders: [provider], preferredOutputLocation: "gpu-buffer" };
-  const session = await inTurn(ort, () => ort.InferenceSession.create(oneAddition(), options as never));
+  const engine = createEngine(ort, {
+    executionProviders: [provider],
+    preferredOutputLocation: "gpu-buffer",
+  } as never);
+  const session = await engine.load({ bytes: oneAddition(), files: [] });
   try {
-    const x = makeTensor(ort, new Float32Array(4), [4]);
-    const { y } = (await inTurn(ort, () => call(session, { x }, ["y"], {}))) as Record<
-      string,
-      OrtTensor & { gpuBuffer: GPUBuffer }
-    >;
+    const { y } = await engine.run(session, { x: engine.tensor(new Float32Array(4), [4]) }, ["y"]);
     device.pushErrorScope("validation");
-    device.queue.writeBuffer(y!.gpuBuffer, 0, new Uint32Array(1));
+    device.queue.writeBuffer((y as unknown as { gpuBuffer: GPUBuffer }).gpuBuffer, 0, new Uint32Array(1));
     const refused = await device.popErrorScope();
     y!.dispose?.();
     return refused === null;
   } finally {
-    await inTurn(ort, () => session.release());
+    await engine.release(session);
   }
 }
 
@@ -65,10 +57,8 @@ function oneAddition(): Uint8Array {
   const [x, y] = ["x", "y"].map((name) => create(ValueInfoProtoSchema, { name, type }));
   const node = create(NodeProtoSchema, { opType: "Add", input: ["x", "x"], output: ["y"] });
   const graph = create(GraphProtoSchema, { name: "device", node: [node], input: [x!], output: [y!] });
-  return toBinary(
-    ModelProtoSchema,
-    create(ModelProtoSchema, { irVersion: 8n, graph, opsetImport: [{ domain: "", version: 13n }] }),
-  );
+  const model = { irVersion: 8n, graph, opsetImport: [{ domain: "", version: 13n }] };
+  return toBinary(ModelProtoSchema, create(ModelProtoSchema, model));
 }
 
 /**
@@ -78,7 +68,7 @@ function oneAddition(): Uint8Array {
 export function whileAlive(device: DeviceHandle): <T>(work: () => Promise<T>) => Promise<T> {
   let loss: BackendError | undefined;
   const lost = (device as GPUDevice).lost.then(({ reason, message }) => {
-    const what = `onnxruntime's WebGPU device was lost (${reason}): ${message.replace(/\.+$/, "")}. Release this session and make a new one`;
+    const what = `onnxruntime's WebGPU device was lost (${reason}): ${message.replace(/\.+$/, "")}. Close this session and make a new one`;
     throw (loss = new BackendError(what, { backend: "onnxruntime" }));
   });
   lost.catch(() => undefined);

@@ -3,8 +3,9 @@
  * Part of `eigenlora/transformers`, without an entry of its own.
  */
 import { BackendError, SourceError } from "../src/errors.ts";
+import type { EngineTensor } from "../src/session/engine.ts";
 import type { SourceInput } from "../src/source.ts";
-import type { Ort, OrtSession, OrtTensor } from "./onnxruntime.ts";
+import type { Ort, OrtSession } from "./ort-engine.ts";
 
 /** A model of transformers.js, as far as it is needed here. */
 export interface PipelineModel {
@@ -18,10 +19,10 @@ export interface PipelineSession extends OrtSession {
   /** What transformers.js adds. */
   config?: { device?: string; dtype?: string } | undefined;
   run(
-    feeds: Readonly<Record<string, OrtTensor>>,
-    fetches: readonly string[] | Readonly<Record<string, OrtTensor | null>>,
+    feeds: Readonly<Record<string, EngineTensor>>,
+    fetches: readonly string[] | Readonly<Record<string, EngineTensor | null>>,
     options?: object,
-  ): Promise<Record<string, OrtTensor>>;
+  ): Promise<Record<string, EngineTensor>>;
 }
 
 /** The onnxruntime that transformers.js runs. */

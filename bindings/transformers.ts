@@ -49,7 +49,7 @@ export interface AttachOptions extends EigenSessionOptions<PipelineOrt> {
   /**
    * What becomes of the pipeline's own session. "release" unless given: it goes once ours is made, so that for a moment
    * both are in memory. "release-first": it goes before ours is made; when making ours fails, the pipeline is of no use
-   * any more. "keep": it stays in memory for `detach`.
+   * any more. "keep": it stays in memory for `close`.
    */
   original?: "release" | "release-first" | "keep" | undefined;
   /**
@@ -118,7 +118,7 @@ export async function attachPack(
         refuseOther(session, shown);
         if (original === "release") await own.release();
       } catch (error) {
-        await session.release();
+        await session.close();
         throw error;
       }
       pipe.model.sessions[name] = standIn(shown, session, kept);
@@ -169,7 +169,7 @@ function standIn(shown: Shown, session: EigenSession<PipelineOrt>, kept: Pipelin
     ...shown,
     run: (feeds: Readonly<Record<string, never>>) => session.run(feeds),
     async release() {
-      await session.release();
+      await session.close();
       await kept?.release();
     },
   };
@@ -198,7 +198,7 @@ export class AttachedPack {
   readonly session: EigenSession<PipelineOrt>;
   readonly #parts: Parts;
   readonly #labels: ConfigLabels;
-  #detached = false;
+  #closed = false;
 
   /** @internal */
   constructor(parts: Parts) {
@@ -247,16 +247,20 @@ export class AttachedPack {
    *   dispose of the pipeline. Nothing has changed then
    * @throws SourceError when the model's files are not found any more
    */
-  detach(): Promise<void> {
+  close(): Promise<void> {
     const { pipe, name, session, held, own, kept, find } = this.#parts;
     return held.turns.change(async () => {
-      if (this.#detached) return;
+      if (this.#closed) return;
       pipe.model.sessions[name] = kept ?? (await remake(own, find));
-      this.#detached = true;
+      this.#closed = true;
       this.#labels.set("base");
       held.free();
-      await session.release();
+      await session.close();
     });
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.close();
   }
 }
 
@@ -295,7 +299,7 @@ function partOf(pipe: TransformersPipeline, part: string | undefined): string {
     const what = "a pipeline of transformers.js 4, as `await pipeline(…)` gives it";
     throw new TypeError(`attachPack: the first argument must be ${what}`);
   }
-  if (attached.has(pipe.model)) throw new TypeError("attachPack: the pipeline's model has a pack; detach() that first");
+  if (attached.has(pipe.model)) throw new TypeError("attachPack: the pipeline's model has a pack; close that first");
   const names = Object.keys(sessions);
   const known = names.map((name) => `"${name}"`).join(", ");
   if (part === undefined && names.length !== 1) {

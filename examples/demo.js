@@ -55,7 +55,7 @@ await showMemory();
 
 await session.switchTask(null);
 const identical = sameBits(base.logits, (await session.run(encode(SENTENCES))).logits);
-await session.release();
+await session.close();
 const { agree, difference } = await compareLossless();
 
 console.log(`back to the base: its logits are ${identical ? "bit-identical" : "NOT THE SAME"}`);
@@ -162,7 +162,7 @@ async function compareLossless() {
       for (const [c, value] of row.entries()) difference = Math.max(difference, Math.abs(value - logits16[r][c]));
     }
   }
-  await session.release();
+  await session.close();
   return { agree: agreement(found, expected), difference };
 }
 

@@ -2,7 +2,9 @@
  * Ways of packing that trade bytes for behaviour: less rank, private terms, a budget, and the search over all of them. Errors are
  * held against ΔW as the adapters' own files give it, and against numpy's singular values.
  */
+
 import t from "tap";
+import { createEngine } from "../dist/bindings/ort-engine.js";
 import type { Adapter } from "../dist/src/adapters/adapter.js";
 import { readAdapters } from "../dist/src/adapters/folder.js";
 import { deltaError, relative } from "../dist/src/extract/error.js";
@@ -121,7 +123,7 @@ for (const [name, options] of [
         const off = difference(await outputOf(session, feeds(NODE, session)), golden("base", task));
         t.ok(off < 1e-4, `${mode}, ${task}: ${off}`);
       }
-      await session.release();
+      await session.close();
     }
   });
 }
@@ -312,7 +314,7 @@ t.test(
     const some = adapters.slice(0, 3);
     const encode = await createEncoder(NODE);
     const { train } = await readTask("debtags-role");
-    const { judge, byTask, release } = createJudge(NODE, model, {
+    const { judge, byTask, close } = createJudge(createEngine(NODE), model, {
       adapters: some,
       texts: train.map(([text]) => text),
       encode,
@@ -342,7 +344,7 @@ t.test(
       dtype: INT4,
     });
     t.ok(enough.divergence! <= 0.0005 && enough.bytes < 100_000, `${enough.divergence}, ${enough.bytes}`);
-    await release();
+    await close();
   },
 );
 
@@ -388,8 +390,8 @@ t.test("second moments: those of the inputs, and less lost of the modules' outpu
   const encode = await createEncoder(NODE);
   const { train } = await readTask("debtags-role");
   const texts = train.slice(0, 24).map(([text]) => text);
-  const moments = await inputMoments(NODE, model, { adapters, texts, encode, batch: 5 });
-  const alone = await inputMoments(NODE, model, { adapters, texts, encode, batch: 1 });
+  const moments = await inputMoments(createEngine(NODE), model, { adapters, texts, encode, batch: 5 });
+  const alone = await inputMoments(createEngine(NODE), model, { adapters, texts, encode, batch: 1 });
   const [query, value] = ["query", "value"].map((name) => `bert.encoder.layer.0.attention.self.${name}`);
   t.same([...moments.keys()], [...adapters[0]!.modules.keys()]);
   t.same(moments.get(query!), moments.get(value!), "what enters both");

@@ -201,7 +201,7 @@ export async function switching(feeds, selections, switches) {
     back: same(await ask(), before),
   };
   const report = { ...result, memory: session.memory(), live };
-  await session.release();
+  await session.close();
   ort.InferenceSession.create = create;
   return { ...report, afterRelease: live, released: await failure(ask) };
 }
@@ -226,12 +226,12 @@ export async function given(feeds, build) {
     answers[`${task}, other`] = await answer(ort, other, feeds);
   }
   const { reason, probe } = session;
-  await session.release();
+  await session.close();
   // The one given is the caller's still.
   device.pushErrorScope("validation");
   device.createBuffer({ size: 16, usage: GPUBufferUsage.STORAGE }).destroy();
   const usable = (await device.popErrorScope()) === null;
-  await other.release();
+  await other.close();
   device.destroy();
   return { answers, reason, otherReason: other.reason, probe, usable, live };
 }
@@ -259,7 +259,7 @@ export async function lost(feeds, build, mode = "folded") {
     again: await failure(ask),
     switch: await failure(() => session.switchTask("three")),
   };
-  return { run, change, next, after, release: await failure(() => session.release()), live };
+  return { run, change, next, after, release: await failure(() => session.close()), live };
 }
 
 /** A new session after that. @param {Feeds} feeds */
@@ -267,7 +267,7 @@ export async function again(feeds) {
   const session = await open(native);
   await session.switchTask("two");
   const found = await answer(native, session, feeds);
-  await session.release();
+  await session.close();
   return found;
 }
 

@@ -3,7 +3,7 @@
  */
 import * as all from "onnxruntime-web/all";
 import * as webgpu from "onnxruntime-web/webgpu";
-import { onCpu } from "../dist/bindings/ort-training.js";
+import { optionsFor } from "../dist/bindings/ort-engine.js";
 import { train } from "./training.js";
 
 for (const { env } of [all, webgpu]) {
@@ -47,7 +47,7 @@ async function run(ort, provider, { name, feeds, turning }) {
   try {
     const session = await ort.InferenceSession.create(
       `/${name}.onnx`,
-      onCpu({ executionProviders: [provider] }, turning),
+      optionsFor({ executionProviders: [provider] }, { exactNodes: turning }),
     );
     const runs = [];
     for (const given of feeds) {

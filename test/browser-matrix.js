@@ -68,7 +68,7 @@ async function one(provider, model, pack, ignore, given, answers, mode) {
       differences[task] =
         found.length === expected.length ? Math.max(...expected.map((v, i) => Math.abs(v - found[i]))) : Infinity;
     }
-    await session.release();
+    await session.close();
     return { result: "works", differences, probe: session.probe.result };
   } catch (error) {
     return { result: "refused", why: String(/** @type {Error} */ (error).message) };

@@ -95,7 +95,7 @@ t.test("learns, adds, verifies, runs, exports", async (t) => {
     await session.switchTask(task);
     const { logits } = await session.run(feeds);
     t.same(logits!.dims, [60, 3]);
-    await session.release();
+    await session.close();
     return logits!.data as Float32Array;
   };
   const logits = await answers(after, "mine");

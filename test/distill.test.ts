@@ -80,7 +80,7 @@ for (const [name, ort] of [
   t.test(`${name}: a distilled task answers more like its adapter; a head whose rate is 0 stays`, async (t) => {
     const session = await tiny(ort);
     const teacher = await tiny(ort, LOSSLESS, ["adapters/three"]);
-    t.teardown(async () => (await session.release(), teacher.release()));
+    t.teardown(async () => (await session.close(), teacher.close()));
     const adapter = await adapterOf(t, "sessions/adapters/three");
     const all = inputs(ort, session, 64);
     const seen: number[] = [];
@@ -122,7 +122,7 @@ for (const [name, ort] of [
 t.test("what is held back is judged as the sessions judge it; the head is trained; the better is kept", async (t) => {
   const session = await tiny(NODE);
   const teacher = await tiny(NODE, LOSSLESS, ["adapters/five"]);
-  t.teardown(async () => (await session.release(), teacher.release()));
+  t.teardown(async () => (await session.close(), teacher.close()));
   const adapter = await adapterOf(t, "sessions/adapters/five");
   const [one] = inputs(NODE, session, 1);
   // All alike, so that the part held back is known.
@@ -167,7 +167,7 @@ t.test("what is held back is judged as the sessions judge it; the head is traine
 t.test("number formats of a task stay, packed integers too", async (t) => {
   const types = { basis: "f16", coefficients: "int8", head: "int4" } as const;
   const session = await tiny(NODE, { ...SMALL, dtype: types });
-  t.teardown(() => session.release());
+  t.teardown(() => session.close());
   const adapter = await adapterOf(t, "sessions/adapters/two");
   const made = await distill(session, { adapter, feeds: inputs(NODE, session, 32), steps: 30, batch: 16 });
   t.equal(made.kept, "distilled");
@@ -184,7 +184,7 @@ t.test("number formats of a task stay, packed integers too", async (t) => {
 
 t.test("what cannot be distilled is refused by name", async (t) => {
   const session = await tiny(NODE, SMALL, ["adapters/three", "adapters-more/dora", "adapters-more/bias-lora"]);
-  t.teardown(() => session.release());
+  t.teardown(() => session.close());
   const [three, two, dora, bias] = await Promise.all(
     ["adapters/three", "adapters/two", "adapters-more/dora", "adapters-more/bias-lora"].map((path) =>
       adapterOf(t, `sessions/${path}`),
@@ -213,7 +213,7 @@ t.test("what cannot be distilled is refused by name", async (t) => {
   await refused({ batch: 0 }, { name: "RangeError", message: /batch/ });
   await refused({ holdout: 1 }, { name: "RangeError", message: /holdout/ });
   const plain = await open(NODE, model("torchscript"), await openPack(await packBytes(["adapters"], "base")));
-  t.teardown(() => plain.release());
+  t.teardown(() => plain.close());
   await t.rejects(distill(plain, { adapter: three!, feeds: all }), { name: "TypeError", message: /trainable: true/ });
 });
 

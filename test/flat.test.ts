@@ -314,7 +314,7 @@ t.test("a session of the real model: factors, folded, and PEFT", async (t) => {
     await session.switchTask(task);
     const { test } = await readTask(task);
     const { logits } = await session.run(encode(test.slice(0, 16).map(([text]) => text)));
-    await session.release();
+    await session.close();
     return logits!.data as Float32Array;
   };
   for (const task of TASKS.slice(0, 2)) {

@@ -113,7 +113,7 @@ t.test("gradients are pulled back along what factors are made of", async (_t) =>
 
 t.test("zero-shot: the mean is the mean of the tasks' coefficients, random ones are of their spread", async (t) => {
   const session = await tiny(NODE);
-  t.teardown(() => session.release());
+  t.teardown(() => session.close());
   const { pack } = session;
   const ids = [...session.tasks.keys()];
   const coefficients = async (id: string): Promise<Float32Array[]> => {
@@ -159,7 +159,7 @@ t.test("zero-shot: the mean is the mean of the tasks' coefficients, random ones 
 
 t.test("a LoRA begins as PEFT's, or as the factors that coefficients make", async (t) => {
   const session = await tiny(NODE);
-  t.teardown(() => session.release());
+  t.teardown(() => session.close());
   const [task] = session.tasks.keys();
   const known = examples(NODE, session, 8, 4);
   const factors = async (id: string): Promise<Float32Array[]> => {
@@ -202,7 +202,7 @@ t.test("a LoRA begins as PEFT's, or as the factors that coefficients make", asyn
 
 t.test("coefficients first, components last: a pack of its own, the old tasks in it", async (t) => {
   const session = await tiny(NODE);
-  t.teardown(() => session.release());
+  t.teardown(() => session.close());
   const trainer = await createTrainer(session, { labels: LABELS, train: "components", seed: 3, init: "random" });
   t.ok(trainer.size.components > trainer.size.terms);
   const known = examples(NODE, session, 48, 1);
@@ -224,7 +224,7 @@ t.test("coefficients first, components last: a pack of its own, the old tasks in
   t.not(pack.basisId, session.pack.basisId);
   t.same([...pack.tasks.keys()], [...session.tasks.keys(), "mine"]);
   const own = await open(NODE, model("torchscript"), pack);
-  t.teardown(() => own.release());
+  t.teardown(() => own.close());
   await own.switchTask("mine");
   for (const [i, { feeds: row }] of known.slice(0, 4).entries()) {
     const logits = await outputOf(own, row as never);

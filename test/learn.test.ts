@@ -5,7 +5,7 @@ import { spawnSync } from "node:child_process";
 import { writeFile } from "node:fs/promises";
 import { fileURLToPath } from "node:url";
 import t from "tap";
-import { onCpu } from "../dist/bindings/ort-training.js";
+import { optionsFor } from "../dist/bindings/ort-engine.js";
 import { peftFiles } from "../dist/src/adapters/export.js";
 import { taskAdapter } from "../dist/src/pack/expand.js";
 import { openPack } from "../dist/src/pack/pack.js";
@@ -26,7 +26,7 @@ for (const [name, ort] of [
   t.test(`${name}: learns, and the session answers with the task as the trainer does`, async (t) => {
     const session = await tiny(ort);
     const trainer = await createTrainer(session, { labels: LABELS, seed: 3, privateTerms: 1 });
-    t.teardown(() => session.release());
+    t.teardown(() => session.close());
     const known = examples(ort, session, 48, 1);
     const losses: number[] = [];
     for await (const { loss, step, steps, epoch, norm } of trainer.fit(known, { epochs: 6, batch: 16 })) {
@@ -65,7 +65,7 @@ for (const [name, ort] of [
 t.test("a LoRA without components, for comparison", async (t) => {
   const session = await tiny(NODE);
   const trainer = await createTrainer(session, { labels: LABELS, seed: 1, train: "lora", rank: 2 });
-  t.teardown(() => session.release());
+  t.teardown(() => session.close());
   t.equal(
     trainer.size.terms,
     session.pack.modules.reduce((sum, { in: inputs, out }) => sum + 2 * (inputs + out), 0),
@@ -94,7 +94,7 @@ t.test("a LoRA without components, for comparison", async (t) => {
 t.test("a learned task leaves as a PEFT adapter that answers alike in PyTorch", async (t) => {
   const session = await tiny(NODE);
   const trainer = await createTrainer(session, { labels: LABELS, seed: 3, privateTerms: 2 });
-  t.teardown(() => session.release());
+  t.teardown(() => session.close());
   for await (const _ of trainer.fit(examples(NODE, session, 32, 1), { epochs: 4 }));
   await session.addTask("mine", await trainer.task({ dtype: "f32" }));
   await session.switchTask("mine");
@@ -131,7 +131,7 @@ t.test("a learned task leaves as a PEFT adapter that answers alike in PyTorch", 
 
 t.test("the same seed gives the same bits, another one others", async (t) => {
   const session = await tiny(NODE);
-  t.teardown(() => session.release());
+  t.teardown(() => session.close());
   const known = examples(NODE, session, 32, 2);
   const files: Buffer[] = [];
   for (const seed of [5, 5, 6]) {
@@ -145,7 +145,7 @@ t.test("the same seed gives the same bits, another one others", async (t) => {
 
 t.test("a batch that runs in parts gives the step of the whole", async (t) => {
   const session = await tiny(NODE);
-  t.teardown(() => session.release());
+  t.teardown(() => session.close());
   // 40 rows are parts of 16, 16 and 8. Repeated rows have the mean gradient of one round of them.
   const few = examples(NODE, session, 8, 2).map((one, i) => ({ ...one, weight: 1 + (i % 3) }));
   const learned: Float32Array[][] = [];
@@ -165,7 +165,7 @@ t.test("a batch that runs in parts gives the step of the whole", async (t) => {
 
 t.test("where it begins: mean, random, a task; a task of the pack is a start that is that task", async (t) => {
   const session = await tiny(NODE);
-  t.teardown(() => session.release());
+  t.teardown(() => session.close());
   const [known] = [examples(NODE, session, 8, 4)];
   const [task] = session.tasks.keys();
   for (const init of ["mean", "random", { task: task! }] as const) {
@@ -193,7 +193,7 @@ t.test("where it begins: mean, random, a task; a task of the pack is a start tha
 
 t.test("examples that cannot be learned from are refused before anything runs", async (t) => {
   const session = await tiny(NODE);
-  t.teardown(() => session.release());
+  t.teardown(() => session.close());
   const trainer = await createTrainer(session, { labels: LABELS });
   const known = examples(NODE, session, 8, 1);
   const fit = (all: Example<BatchFeeds>[], options = {}): Promise<unknown> => trainer.fit(all, options).next();
@@ -258,10 +258,10 @@ t.test("examples that cannot be learned from are refused before anything runs", 
   await t.rejects(createTrainer(session, { labels: LABELS, rank: 0 }), { name: "RangeError", message: /rank/ });
   await t.rejects(createTrainer(session, { labels: LABELS, head: "nothing" }), {
     name: "RangeError",
-    message: /the session trains "classifier", not "nothing"; create it with head: "nothing"/,
+    message: /the session trains "classifier", not "nothing"; create it with reserve: \{ head: "nothing" \}/,
   });
   const plain = await tiny(NODE, { trainable: false });
-  t.teardown(() => plain.release());
+  t.teardown(() => plain.close());
   await t.rejects(createTrainer(plain, { labels: LABELS }), { name: "TypeError", message: /trainable: true/ });
 });
 
@@ -269,7 +269,7 @@ t.test(
   "a task's head is a start too; what has a rate of 0 stays; steps end a fit; a task file can be gone on with",
   async (t) => {
     const session = await tiny(NODE);
-    t.teardown(() => session.release());
+    t.teardown(() => session.close());
     const labels = ["a", "b", "c"];
     const trainer = await createTrainer(session, { labels, init: { task: "three" } });
     const known = examples(NODE, session, 24, 6);
@@ -319,7 +319,7 @@ t.test(
 
 t.test("a temperature divides the logits that meet targets, and gradients agree", async (t) => {
   const session = await tiny(NODE);
-  t.teardown(() => session.release());
+  t.teardown(() => session.close());
   const trainer = await createTrainer(session, { labels: LABELS, init: { task: "three" } });
   await trainer.begin("three");
   const known = examples(NODE, session, 12, 6);
@@ -343,7 +343,7 @@ t.test("a temperature divides the logits that meet targets, and gradients agree"
 
 t.test("soft targets are learned as they are", async (t) => {
   const session = await tiny(NODE);
-  t.teardown(() => session.release());
+  t.teardown(() => session.close());
   const trainer = await createTrainer(session, { labels: LABELS, init: { task: "three" }, seed: 1 });
   const target = [0.6, 0.3, 0.1];
   // One kind of answer is enough: probabilities tell more than labels.
@@ -354,7 +354,7 @@ t.test("soft targets are learned as they are", async (t) => {
 
 t.test("aborting and leaving keep what was learned; a loss that explodes stops with the last good state", async (t) => {
   const session = await tiny(NODE);
-  t.teardown(() => session.release());
+  t.teardown(() => session.close());
   const known = examples(NODE, session, 32, 9);
   const trainer = await createTrainer(session, { labels: LABELS, seed: 2, init: "random" });
   const abort = new AbortController();
@@ -403,7 +403,7 @@ t.test("a provider whose gradients are wrong is found before the first step", as
   };
   const session = await tiny(bent);
   const trainer = await createTrainer(session, { labels: LABELS, init: "random" });
-  t.teardown(() => session.release());
+  t.teardown(() => session.close());
   await t.rejects(trainer.fit(examples(NODE, session, 16, 1)).next(), {
     tag: "backend",
     message: /computes gradients wrongly/,
@@ -492,7 +492,7 @@ t.test("the real model: a few lines for each of two labels, on a pack that has n
       .slice(0, most)
       .map(([text]) => ({ text, label: label === a ? 0 : 1 }));
   const trainer = await createTrainer(session, { labels: [labels[a]!, labels[b]!], encode: encode as never, seed: 1 });
-  t.teardown(() => session.release());
+  t.teardown(() => session.close());
   t.same(trainer.size, { terms: 12 * 8 * 2 * 16, head: 2 * 385, components: 0 });
   for await (const _ of trainer.fit([...pick(train, a, 24), ...pick(train, b, 24)], { epochs: 6 }));
   const asked = [...pick(test, a, 40), ...pick(test, b, 40)];
@@ -512,15 +512,17 @@ t.test("the real model: a few lines for each of two labels, on a pack that has n
 
 t.test("nodes that WebGPU is not exact enough for run on the CPU", (t) => {
   const options = { executionProviders: ["webgpu", "wasm"], graphOptimizationLevel: "all" };
-  t.same(onCpu(options, ["a", "b"]), {
+  t.same(optionsFor(options, { exactNodes: ["a", "b"] }), {
     ...options,
     executionProviders: [{ name: "webgpu", forceCpuNodeNames: ["a", "b"] }, "wasm"],
   });
   const given = { executionProviders: [{ name: "webgpu", preferredLayout: "NHWC", forceCpuNodeNames: ["c"] }] };
-  t.same(onCpu(given, ["a"]), {
+  t.same(optionsFor(given, { exactNodes: ["a"] }), {
     executionProviders: [{ name: "webgpu", preferredLayout: "NHWC", forceCpuNodeNames: ["c", "a"] }],
   });
-  for (const other of [undefined, {}, { executionProviders: ["wasm"] }]) t.equal(onCpu(other, ["a"]), other);
-  t.equal(onCpu(options, []), options);
+  for (const other of [{}, { executionProviders: ["wasm"] }]) t.equal(optionsFor(other, { exactNodes: ["a"] }), other);
+  t.equal(optionsFor(options, {}), options);
+  t.same(optionsFor(options, { purpose: "train" }), { enableMemPattern: false, ...options });
+  t.same(optionsFor(options, { purpose: "inspect" }), { graphOptimizationLevel: "disabled" });
   t.end();
 });

@@ -13,7 +13,7 @@ import { biasAdd, linearsOf, matrixShape, NotLinear } from "../dist/src/onnx/lin
 import { findParameters } from "../dist/src/onnx/modules.js";
 import { type ModelFile, readModel } from "../dist/src/onnx/read.js";
 import { detachWeights } from "../dist/src/onnx/write.js";
-import { turn } from "../dist/src/session/plan.js";
+import { transpose } from "../dist/src/session/plan.js";
 import { openSource } from "../dist/src/source.js";
 import { uniform } from "../dist/src/tensor/random.js";
 import { openSafetensors } from "../dist/src/tensor/safetensors.js";
@@ -239,10 +239,10 @@ export async function prepare(of: Case, options: Partial<TrainingGraphOptions> =
   for (const { name, kind, of: module, dims } of inputs) {
     const width = Math.max(...dims.filter((size) => typeof size === "number"));
     const { rank, A, B } = of.modules.get(module) ?? { rank: 0, A: undefined, B: undefined };
-    if (kind === "A") values.set(name, floats(turn(A!, rank, width), 1, width, rank));
+    if (kind === "A") values.set(name, floats(transpose(A!, rank, width), 1, width, rank));
     else if (kind === "B") values.set(name, floats(B!, 1, rank, width));
     else if (kind === "headWeight")
-      values.set(name, floats(turn(head!.weight, head!.out, head!.in), 1, head!.in, head!.out));
+      values.set(name, floats(transpose(head!.weight, head!.out, head!.in), 1, head!.in, head!.out));
     else values.set(name, floats(head!.bias, 1, 1, head!.out));
   }
   return { file, graph, inputs, feeds: new Map([...of.feeds, ...values, ...learning(graph, of.targets)]) };
@@ -266,7 +266,7 @@ export function compare(
   for (const { name, kind, of: module, dims } of inputs) {
     const gradient = Float32Array.from(values(graph.gradients.get(name)!));
     const width = Math.max(...dims.filter((size) => typeof size === "number"));
-    const turned = turn(
+    const turned = transpose(
       gradient,
       kind === "B" ? gradient.length / width : width,
       kind === "B" ? width : gradient.length / width,

@@ -141,7 +141,7 @@ t.test("teaches a task that answers beside the others, and leaves as a file", { 
     t.equal(parseTaskFile(bytes, "sky-or-lab.etask").id, "sky-or-lab");
     const pack = await openPack(join(folder, "tasks.eigen"));
     const session = await open(NODE, model, pack);
-    t.teardown(async () => (await session.release(), pack.close()));
+    t.teardown(async () => (await session.close(), pack.close()));
     await session.addTask("sky", bytes);
     t.same(session.tasks.get("sky")!.metadata.labels, ["astronomy", "chemistry"]);
     await session.switchTask("sky");

@@ -213,7 +213,7 @@ t.test("through a live session: the pack keeps the accuracy it was chosen by", a
       await session.switchTask(id);
       scores.set(id, agreement((await runBatches(session, batches)).map(labelOf), labels));
     }
-    await session.release();
+    await session.close();
     return scores;
   };
   const found = await selectComponents({

@@ -80,7 +80,7 @@ async function works(
   await session.switchTask(task);
   const off = difference(await outputOf(session, feeds(NODE, session)), golden(answers, task));
   t.ok(off <= 1e-5, `${session.mode}: off by ${off}`);
-  await session.release();
+  await session.close();
 }
 
 t.test("models", async (t) => {
@@ -136,7 +136,7 @@ t.test("packs of another base", async (t) => {
     await refused(t, model(name), tied, {}, { tag: "base", module: QUERY, expected: Number(least), message }, name);
     const session = await open(NODE, model(name), tied, { anyBase: true });
     t.equal(session.probe.result, "passed");
-    await session.release();
+    await session.close();
   }
   await refused(
     t,
@@ -235,7 +235,7 @@ t.test("arguments", async (t) => {
     const session = await open(ort, model("torchscript"), pack);
     const mine = { ...feeds(ort, session), [`eigenlora.${QUERY}.core`]: new ort.Tensor("float32", [0], [1]) };
     await t.rejects(session.run(mine), { name: "TypeError", message: /eigenlora.*is the session's own input/ });
-    await session.release();
+    await session.close();
   }
 });
 
@@ -284,12 +284,12 @@ t.test("tasks that were added later", async (t) => {
   for (const mode of MODES) {
     for (const privateTerms of [false, true]) {
       const pack = await openPack(bytes);
-      const session = await open(NODE, model("torchscript"), pack, { mode, privateTerms });
+      const session = await open(NODE, model("torchscript"), pack, { mode, reserve: { privateTerms } });
       await session.switchTask("five");
       await session.addTask("two", await privately(pack));
       const run = feeds(NODE, session);
       if (mode === "core" && !privateTerms) {
-        const message = /private.*make a new one with privateTerms: true/;
+        const message = /private.*make a new one with reserve: \{ privateTerms: true \}/;
         await t.rejects(session.switchTask("two"), { tag: "base", message });
         await t.rejects(session.run(run, { tasks: ["two", null, "five"] }), { tag: "base", message: /privateTerms/ });
         t.ok(difference(await outputOf(session, run), golden("base", "five")) <= 1e-5);
@@ -298,12 +298,12 @@ t.test("tasks that were added later", async (t) => {
         const off = difference(await outputOf(session, run), golden("base", "two"));
         t.ok(off <= 1e-5, `${mode}, privateTerms ${privateTerms}: off by ${off}`);
       }
-      await session.release();
+      await session.close();
       // Known when the session is made.
       const again = await open(NODE, model("torchscript"), pack, { mode });
       await again.switchTask("two");
       t.ok(difference(await outputOf(again, run), golden("base", "two")) <= 1e-5, mode);
-      await again.release();
+      await again.close();
     }
   }
   const brought = { dora: /magnitude/, "bias-lora": /\.bias" \(bias\)/, tokens: /word_embeddings\.weight" \(rows\)/ };
@@ -316,7 +316,7 @@ t.test("tasks that were added later", async (t) => {
     const error = await refusal(() => session.switchTask(id));
     t.match(error, { tag: "base", message }, `${id}: ${error.message}`);
     t.equal(session.task, null);
-    await session.release();
+    await session.close();
     await adapter!.close();
   }
   for (const adapter of adapters) await adapter.close();
@@ -366,13 +366,13 @@ t.test("a provider that ignores inputs is found", async (t) => {
       t.match(error, { tag: "backend", backend: '["cpu"]', message }, `${name}, ${mode}: ${error.message}`);
       const unseen = await open(fake, model("torchscript"), pack, { mode, probe: false });
       t.equal(unseen.probe.result, "skipped: asked not to");
-      await unseen.release();
+      await unseen.close();
       const own = feeds(ort, unseen);
       t.match(await refusal(() => open(fake, model("torchscript"), pack, { mode, probe: own })), { tag: "backend" });
       const honest = await open(ort, model("torchscript"), pack, { mode, probe: own });
       t.match(honest.probe, { result: "passed", module: QUERY });
       t.ok(honest.probe.difference! < 1e-5, `${honest.probe.difference}`);
-      await honest.release();
+      await honest.close();
     }
   }
 
@@ -383,7 +383,7 @@ t.test("a provider that ignores inputs is found", async (t) => {
   for (const adapter of adapters) await adapter.close();
   const session = await open(NODE, model("branches"), pack);
   t.same(session.probe, { result: "passed" });
-  await session.release();
+  await session.close();
   const fake = ignoring(NODE, (input) => input.startsWith("eigenlora."));
   const error = await refusal(() => open(fake, model("branches"), pack));
   t.match(error, { tag: "backend", message: /the same "logits" with and without a task/ });
@@ -431,14 +431,14 @@ t.test("where the probe cannot tell, it says so, and the session works", async (
         await session.switchTask("b");
         const run = own(session.inputNames);
         t.ok(difference(await outputOf(session, run), golden("mlp", "b")) <= 1e-5);
-        await session.release();
+        await session.close();
         const told = await open(ort, bytes, pack, { mode, probe: run });
         t.match(told.probe, { result: "passed", module: "mid" });
-        await told.release();
+        await told.close();
       }
     }
     const session = await open(ort, nothing, pack);
     t.match(session.probe.result, /^skipped: /);
-    await session.release();
+    await session.close();
   }
 });

@@ -165,7 +165,7 @@ t.test("a layer in a branch, once or twice", async (t) => {
         const found = [...mixed.subarray(0, 3), ...mixed.subarray(4, 8), ...mixed.subarray(8, 10)];
         t.ok(difference(found, expected) <= 1e-5, `${name}, ${mode}: a task per row inside a branch`);
       }
-      await session.release();
+      await session.close();
     }
   }
 });
@@ -191,7 +191,7 @@ t.test("what else reads a layer's result", async (t) => {
     const results = await session.run(feeds(NODE, session));
     t.ok(difference(results["logits"]!.data as Float32Array, golden("mlp", "b")) <= 1e-5);
     products.push(results["/mid/MatMul_output_0"]!.data as Float32Array);
-    await session.release();
+    await session.close();
   }
   for (const product of products) t.ok(difference(product, products[2]!) <= 1e-5, "as folded weights give it");
 
@@ -212,7 +212,7 @@ t.test("what else reads a layer's result", async (t) => {
   t.match(error, { tag: "base", module: /^classifier/, message });
   t.equal(session.task, null);
   t.ok(difference(await outputOf(session, feeds(NODE, session)), golden("mlp", null)) <= 1e-5);
-  await session.release();
+  await session.close();
 
   // A product that is scaled on its way has another change than the adapter's.
   const scaled = changed("gemm", (graph) => {
@@ -272,7 +272,7 @@ t.test("one task per row where the batch is not the first dimension is refused, 
         `${mode}, ${task}`,
       );
     }
-    await rows.release();
+    await rows.close();
     const mixed = await open(NODE, sequences("sequence"), await packFor("mlp"), { mode });
     for (const task of ["a", "b"]) {
       await mixed.switchTask(task);
@@ -287,7 +287,7 @@ t.test("one task per row where the batch is not the first dimension is refused, 
       tag: "backend",
       message: /the batch is not the first dimension of some adapted layer; run them one by one/,
     });
-    await mixed.release();
+    await mixed.close();
   }
 });
 

@@ -64,7 +64,7 @@ async function check(t: Test, ort: Ort, name: string, pack: Pack, answers: strin
     worst = Math.max(worst, off);
   }
   t.equal(failed, "", `${what} agrees`);
-  await session.release();
+  await session.close();
   return worst.toExponential(0);
 }
 
@@ -97,7 +97,7 @@ for (const { name: runtime, ort } of ORTS) {
         const left = difference(await outputOf(session, feeds(ort, session)), golden("base", null));
         t.ok(off <= 1e-5 && left <= 1e-5, `${name}, ${mode}: off by ${off}, back at the base by ${left}`);
         t.equal(session.mode, expected);
-        await session.release();
+        await session.close();
         return off.toExponential(0);
       };
       const only = foldedOnly[name];

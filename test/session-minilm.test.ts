@@ -48,7 +48,7 @@ async function check(ort: Ort, mode: Mode, tasks: readonly string[], rows: numbe
     }
     t.ok(largest <= 2e-3, `logits differ by ${largest} at most`);
     t.comment(`${tasks.length} tasks, logits by ${largest.toExponential(1)} at most`);
-    await session.release();
+    await session.close();
   });
 }
 

@@ -67,7 +67,7 @@ for (const { name: runtime, ort } of ORTS) {
         t.ok(worst <= 1e-5, `${name}, ${mode}: off by ${worst}`);
         t.ok(apart <= 1e-5, `${name}, ${mode}: ${apart} from the rows alone`);
         t.equal(invalid, 0, "columns behind a task's own hold the lowest number, and are told");
-        await session.release();
+        await session.close();
       }
     }
   });
@@ -81,14 +81,14 @@ for (const { name: runtime, ort } of ORTS) {
     t.match(await refusal(() => run(["two", "thre", null])), { tag: "task", task: "thre", nearest: ["three"] });
     t.ok(difference(await outputOf(session, feeds(ort, session)), golden("base", "two")) <= 1e-5, "still works");
     t.equal(session.task, "two");
-    await session.release();
+    await session.close();
 
     const folded = await open(ort, model("torchscript"), await packFor("base"), { mode: "folded" });
     await t.rejects(folded.run(feeds(ort, folded), { tasks: ["two", "two", "two"] }), {
       name: "TypeError",
       message: /needs mode "core" or "factors"; this session is "folded"/,
     });
-    await folded.release();
+    await folded.close();
 
     // Rows of every kind of parameter, base beside task.
     for (const task of ["dora", "bias", "bias-lora", "dense", "tokens"]) {
@@ -101,7 +101,7 @@ for (const { name: runtime, ort } of ORTS) {
         const off = difference(data.subarray(row * columns, row * columns + expected.length), expected);
         t.ok(off <= 1e-5, `${of} in row ${row}: off by ${off}`);
       }
-      await mixed.release();
+      await mixed.close();
     }
   });
 
@@ -147,7 +147,7 @@ for (const { name: runtime, ort } of ORTS) {
       t.equal(wrong, 0, `${mode}: ${wrong} of ${runs} runs gave what was not their task's`);
       t.ok(runs > switches / 10, `${mode}: ${runs} runs beside ${switches} switches`);
       t.same(session.memory(), before, `${mode}: memory stays`);
-      await session.release();
+      await session.close();
     }
   });
 
@@ -200,7 +200,7 @@ for (const { name: runtime, ort } of ORTS) {
       t.ok(difference(await output, golden("base", "three")) <= 1e-5);
       await session.switchTask("two");
       t.equal(session.memory().active, active, "nothing was left behind");
-      await session.release();
+      await session.close();
     }
   });
 
@@ -213,10 +213,10 @@ for (const { name: runtime, ort } of ORTS) {
       runs.push(outputOf(session, run));
       const order: string[] = [];
       runs.forEach((one, i) => void one.then(() => order.push(`run ${i}`)));
-      const released = [session.release(), session.release(), session.dispose()];
+      const released = [session.close(), session.close(), session.close()];
       released[0]!.then(() => order.push("released"));
-      await t.rejects(session.run(run), { tag: "backend", message: /released/ });
-      await t.rejects(session.switchTask("two"), { tag: "backend", message: /released/ });
+      await t.rejects(session.run(run), { tag: "backend", message: /closed/ });
+      await t.rejects(session.switchTask("two"), { tag: "backend", message: /closed/ });
       t.match(await change, { task: "five" });
       t.ok(difference(await runs[0]!, golden("base", null)) <= 1e-5);
       t.ok(difference(await runs[1]!, golden("base", "five")) <= 1e-5);
@@ -263,7 +263,7 @@ t.test("blends, strengths and what a switch reports", async (t) => {
   t.throws(() => session.removeTask("two"), { message: /"two" is active/ });
   session.removeTask("three");
   t.match(await refusal(() => session.switchTask("three")), { tag: "task" });
-  for (const one of sessions) await one.release();
+  for (const one of sessions) await one.close();
 });
 
 t.test("Timeline: every run sees the changes asked for before it, and no other", async (t) => {

@@ -73,7 +73,7 @@ for (const suite of SUITES.length > 0 ? SUITES : /** @type {const} */ (["own-see
       `logits within ${off.toExponential(1)} (${session.mode})`,
   );
   if (!(off <= MOST_OFF)) failed = true;
-  await session.release();
+  await session.close();
 }
 console.log(`all: ${((100 * equal) / rows).toFixed(3)} % of ${rows}`);
 if (!(equal / rows >= LEAST_EQUAL)) failed = true;
@@ -133,5 +133,5 @@ console.log(
     `the session's memory grew by ${grown} B, the process's by ${megabytes} MB (${seconds} s)`,
 );
 if (wrong > 0 || grown !== 0) failed = true;
-await session.release();
+await session.close();
 process.exitCode = failed ? 1 : 0;

@@ -42,6 +42,6 @@ export async function train(ort, { model, pack, provider, lines }) {
   await session.switchTask("mine");
   const { logits } = await session.run(feeds(lines));
   const result = { losses, logits: Array.from(/** @type {Float32Array} */ (await logits.getData())), file: [...file] };
-  await session.release();
+  await session.close();
   return result;
 }

@@ -51,7 +51,7 @@ export async function smoke(
   }
   await Promise.all(work);
   const probe = classes.session.probe.result;
-  await classes.detach();
+  await classes.close();
   const [{ label: detached }] = await classifier(texts[0]);
   await classifier.dispose();
   return { generated, labelled, probe, detached, logits: browser ? await external() : undefined };

@@ -230,7 +230,7 @@ t.test("text-classification answers as PEFT does, with each task's labels", { sk
   t.same(await pipe(rows(ROLE, 3), { top_k: null }), before, "the base's answers, to the bit");
   await tasks.switchTask(GAME);
   const ours = pipe.model.sessions["model"];
-  await tasks.detach();
+  await tasks.close();
   t.not(pipe.model.sessions["model"], ours);
   t.equal(pipe.model.sessions["model"]!.constructor.name, "InferenceSession");
   t.notOk(Object.hasOwn(pipe, "_call") || Object.hasOwn(pipe.model, "_call") || Object.hasOwn(pipe.model, "generate"));
@@ -245,8 +245,8 @@ t.test("text-classification answers as PEFT does, with each task's labels", { sk
       before.flat().map(({ score }) => score),
     ) < 1e-6,
   );
-  t.match(await refusal(() => tasks.switchTask(ROLE)), { tag: "backend", message: /released/ });
-  await tasks.detach();
+  t.match(await refusal(() => tasks.switchTask(ROLE)), { tag: "backend", message: /closed/ });
+  await tasks.close();
   const again = await attachPack(pipe, await pack("minilm"), { model: "minilm" });
   await again.switchTask(ROLE);
   t.same(
@@ -255,7 +255,7 @@ t.test("text-classification answers as PEFT does, with each task's labels", { sk
     "attached again",
   );
   await pipe.dispose();
-  t.match(await refusal(() => again.switchTask(ROLE)), { tag: "backend", message: /released/ });
+  t.match(await refusal(() => again.switchTask(ROLE)), { tag: "backend", message: /closed/ });
 });
 
 t.test("an answer is wholly one task's while calls and switches overlap", { skip }, async (t) => {
@@ -411,7 +411,7 @@ t.test("text-generation keeps one task from its first token to its last", { skip
     if (i % 5 === 0) await new Promise((resolve) => setTimeout(resolve, 3));
   }
   await Promise.all(work);
-  await tasks.detach();
+  await tasks.close();
   t.same(await generate(PROMPTS[0]!), of(null, PROMPTS[0]!).ids);
   await pipe.dispose();
 });
@@ -433,7 +433,7 @@ t.test("the model handed over, and what becomes of the pipeline's own session", 
     const tasks = await attachPack(pipe, await pack("decoder"), { model: given });
     await answers(pipe, tasks);
     t.match(await refusal(() => own.release()), { message: /disposed/ }, "released");
-    const error = await refusal(() => tasks.detach());
+    const error = await refusal(() => tasks.close());
     t.match(error, { tag: "backend", message: /original: "keep"/ });
     await answers(pipe, tasks);
     await pipe.dispose();
@@ -446,7 +446,7 @@ t.test("the model handed over, and what becomes of the pipeline's own session", 
   const own = pipe.model.sessions["model"] as { release(): Promise<void> };
   const tasks = await attachPack(pipe, await pack("decoder"), { model: path, original: "keep" });
   await answers(pipe, tasks);
-  await tasks.detach();
+  await tasks.close();
   t.equal(pipe.model.sessions["model"], own);
   const second = await attachPack(pipe, await pack("decoder"), { model: path, original: "keep", mode: "folded" });
   await answers(pipe, second);

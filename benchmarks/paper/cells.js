@@ -229,7 +229,7 @@ export class Bench {
     try {
       return await work(session);
     } finally {
-      await session.release();
+      await session.close();
       await session.pack.close();
     }
   }

@@ -5,7 +5,7 @@
 import { openPack } from "eigenlora";
 import { readAdapters } from "eigenlora/build";
 import { createJudge, inputMoments } from "eigenlora/distill";
-import { createEigenSession } from "eigenlora/onnxruntime";
+import { createEigenSession, createEngine } from "eigenlora/onnxruntime";
 import * as ort from "onnxruntime-node";
 import { shuffle, uniform } from "../../dist/src/tensor/random.js";
 import {
@@ -100,13 +100,13 @@ export class Suite {
   /** A judge of packs by plain text (`eigenlora/distill`), some texts of each task. @param {readonly Adapter[]} adapters */
   async judge(adapters) {
     const encode = /** @type {any} */ (await this.encode());
-    return createJudge(ort, model, { adapters, texts: await this.texts(), encode, most: JUDGED });
+    return createJudge(createEngine(ort), model, { adapters, texts: await this.texts(), encode, most: JUDGED });
   }
 
   /** Second moments of what enters the adapted modules, of plain texts. @param {Adapter[]} adapters */
   async moments(adapters) {
     const encode = /** @type {any} */ (await this.encode());
-    return inputMoments(ort, model, { adapters, texts: await this.texts(), encode });
+    return inputMoments(createEngine(ort), model, { adapters, texts: await this.texts(), encode });
   }
 
   /**
@@ -121,7 +121,7 @@ export class Suite {
     try {
       return await work(session);
     } finally {
-      await session.release();
+      await session.close();
       await pack.close();
     }
   }

@@ -172,11 +172,11 @@ const rgb = (hex) => [1, 3, 5].map((at) => parseInt(hex.trim().slice(at, at + 2)
 export function drawMemory({ model, adapters }, memory, tasks, resident) {
   /** @type {[string, number][]} */
   const owners = [
-    ["components", memory.components],
+    ["components", memory.basis],
     ["coefficients", memory.coefficients],
     ["active task", memory.active],
-    ["expansion", memory.expansion],
-    ["weights, twice", memory.pristine + memory.folded],
+    ["expansion", memory.scratch],
+    ["pristine weights", memory.pristine],
   ];
   const used = owners.filter(([, bytes]) => bytes > 0);
   byId("weights").replaceChildren(

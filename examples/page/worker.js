@@ -77,7 +77,7 @@ const calls = {
   async start(provider, wanted) {
     const started = performance.now();
     const before = files ? { ...files.pack.reads } : { requests: 0, bytes: 0 };
-    await running?.session.release();
+    await running?.session.close();
     running = undefined;
     const [ort, { pack, model }] = await Promise.all([loadOrt(provider), openFiles()]);
     progress("preparing the model");
@@ -194,7 +194,7 @@ const calls = {
       return { ...added, ...last, ...since(before), milliseconds: performance.now() - started };
     } finally {
       teaching = undefined;
-      await school?.release();
+      await school?.close();
     }
   },
 

@@ -10,7 +10,7 @@ import { createBackend } from "../backends/select.ts";
 import { nearest } from "../base/names.ts";
 import { BaseMismatchError, FormatError, SourceError } from "../errors.ts";
 import type { TaskMetadata } from "../format/format.ts";
-import { type Grafted, graft, type TaskInput } from "../onnx/graft.ts";
+import type { TaskInput } from "../onnx/graft.ts";
 import { PREFIX } from "../onnx/nodes.ts";
 import type { GraphProto } from "../onnx/onnx_pb.ts";
 import { type ModelFile, readModel } from "../onnx/read.ts";
@@ -18,7 +18,7 @@ import { EXTERNAL } from "../onnx/tensors.ts";
 import { embedWeights } from "../onnx/write.ts";
 import { openPack, type Pack } from "../pack/pack.ts";
 import { Workbench } from "../runtime/workbench.ts";
-import { type Plan, planSession } from "../session/plan.ts";
+import { type PreparedModel, prepareModel } from "../session/prepare.ts";
 import { stackValues, TaskEvaluator, type TaskValues } from "../session/values.ts";
 import { type ByteSource, openSource } from "../source.ts";
 import { type SafetensorsEntry, writeSafetensors } from "../tensor/safetensors-writer.ts";
@@ -45,7 +45,7 @@ export async function attachCommand(args: Arguments, out: Output): Promise<Resul
   }
   const mode = choice(args, "mode", ["auto", "core", "factors"] as const, "auto");
   const names = namesByHand(args);
-  const options = { mode, names, ignore: args.list("ignore"), anyBase: args.flag("any-base") };
+  const options = { mode, names, ignore: args.list("ignore"), anyBase: args.flag("any-base"), probeOutputs: false };
   for (const path of [modelPath, packPath]) refuseOverwriting(target, path);
   const pack = await openPack(packPath);
   try {
@@ -53,31 +53,29 @@ export async function attachCommand(args: Arguments, out: Output): Promise<Resul
     const file = await readModel(modelPath);
     try {
       const bases = (await pack.bases()).bytes;
-      const plan = await planSession(file, pack, bases, options);
-      refuseFolded(plan, pack);
+      const prepared = await prepareModel(file, pack, bases, options);
+      refuseFolded(prepared, pack);
       const wanted = new Set(args.list("task"));
       const ids = wanted.size > 0 ? [...wanted] : [...pack.tasks.keys()];
       // An unknown or damaged task is found before anything is written.
       await pack.prefetch(ids);
-      const grafted = graft(file.model, plan.graft, { probe: false });
       const marks: Marks = new Map([
         [`${PREFIX}.basis`, pack.basisId],
-        [`${PREFIX}.mode`, plan.mode],
+        [`${PREFIX}.mode`, prepared.mode],
       ]);
-      const model = serialise(file, grafted, marks, target);
+      const model = serialise(file, prepared, marks, target);
       const external = await writeExternal(file, target);
-      const written = await writeInputs({ pack, bases, plan, inputs: grafted.inputs, marks }, ids, target, out);
+      const written = await writeInputs({ prepared, bases, marks }, ids, target, out);
       // Last: a model that is there has all that belongs to it.
       const size = await writeWhole(target, [model]);
-      const { reason } = plan;
-      const { inputs } = grafted;
+      const { reason, mode, inputs } = prepared;
       const { base, tasks, folder } = written;
-      const modules = plan.graft.modules.length;
+      const modules = prepared.modules.length;
       const largest = Math.max(0, ...tasks.map((task) => task.bytes));
       return {
-        json: { file: target, mode: plan.mode, reason, modules, bytes: size, external, inputs, base, tasks },
+        json: { file: target, mode, reason, modules, bytes: size, external, inputs, base, tasks },
         text: [
-          `${target}: ${modules} modules, ${bytes(size)}, mode ${plan.mode} (${reason})`,
+          `${target}: ${modules} modules, ${bytes(size)}, mode ${mode} (${reason})`,
           ...external.map((path) => `  weights in ${path}`),
           `${inputs.length} inputs carry a task: without one, ${base.file}, ${bytes(base.bytes)}`,
           `  ${tasks.length} tasks in ${folder}, ${bytes(largest)} at most`,
@@ -113,7 +111,7 @@ function refuseUnknown(module: string, { modules, name }: Pack): void {
 }
 
 /** @throws BaseMismatchError when the tasks need other weights */
-function refuseFolded({ mode, reason }: Plan, { name }: Pack): void {
+function refuseFolded({ mode, reason }: PreparedModel, { name }: Pack): void {
   if (mode !== "folded") return;
   throw new BaseMismatchError(
     `the tasks of ${name} cannot come as inputs: ${reason}. Merge one into the checkpoint with eigenlora fold, ` +
@@ -123,7 +121,7 @@ function refuseFolded({ mode, reason }: Plan, { name }: Pack): void {
 }
 
 /** @throws FormatError when it becomes too large for a single file */
-function serialise(file: ModelFile, { initializers }: Grafted, marks: Marks, target: string): Uint8Array {
+function serialise(file: ModelFile, { initializers }: PreparedModel, marks: Marks, target: string): Uint8Array {
   const { metadataProps } = file.model.proto;
   for (const [key, value] of marks) metadataProps.push({ $typeName: "onnx.StringStringEntryProto", key, value });
   const model = embedWeights(file, initializers);
@@ -209,10 +207,8 @@ async function isSame(path: string, source: ByteSource): Promise<boolean> {
 
 /** What there is to say about the inputs of tasks. */
 interface Attached {
-  pack: Pack;
+  prepared: PreparedModel;
   bases: Uint8Array;
-  plan: Plan;
-  inputs: readonly TaskInput[];
   marks: Marks;
 }
 
@@ -224,24 +220,25 @@ interface WrittenInputs {
 
 /** The inputs of the base and of each task, one file each, beside the model. */
 async function writeInputs(
-  { pack, bases, plan, inputs, marks }: Attached,
+  { prepared, bases, marks }: Attached,
   ids: readonly string[],
   target: string,
   out: Output,
 ): Promise<WrittenInputs> {
+  const { pack, inputs } = prepared;
   const stem = target.replace(/\.onnx$/i, "");
   const { backend } = await createBackend({ webgpu: false });
   try {
-    const evaluator = new TaskEvaluator(pack, plan.base, inputs, new Workbench(backend, pack.modules, bases));
+    const evaluator = new TaskEvaluator(prepared, new Workbench(backend, pack.modules, bases));
     const folder = `${stem}.tasks`;
     await makeFolder(folder);
     const file = `${stem}.base.safetensors`;
-    const base = { file, bytes: await writeValues(file, inputs, await evaluator.evaluate(null, {}), marks) };
+    const base = { file, bytes: await writeValues(file, inputs, await evaluator.evaluate(null), marks) };
     const tasks = [];
     for (const [i, id] of ids.entries()) {
       const path = join(folder, `${fileName(id)}.safetensors`);
       const metadata = new Map([...asText(pack.tasks.get(id)!.metadata), ...marks, [`${PREFIX}.task`, id]]);
-      const size = await writeValues(path, inputs, await evaluator.evaluate(id, {}), metadata);
+      const size = await writeValues(path, inputs, await evaluator.evaluate(id), metadata);
       tasks.push({ id, file: path, bytes: size });
       out.progress("task", i + 1, ids.length);
     }

@@ -2,11 +2,12 @@
  * Packing to a criterion: a budget of bytes, an error, or a divergence between the answers of adapters and pack.
  */
 import { readFile } from "node:fs/promises";
-import type { Ort } from "../../bindings/ort.ts";
+import { createEngine } from "../../bindings/ort-engine.ts";
 import type { Adapter } from "../adapters/adapter.ts";
 import { SourceError } from "../errors.ts";
 import { type AutoOptions, type AutoReport, buildAuto, type Criterion, packWithin } from "../pack/auto.ts";
 import { type BuildOptions, type BuildReport, buildPack } from "../pack/build.ts";
+import type { Engine } from "../session/engine.ts";
 import { createJudge, type JudgeOptions } from "../train/judge.ts";
 import { inputMoments, type MomentsOptions } from "../train/moments.ts";
 import { type Arguments, choice, number, required, selection, UsageError, wholeNumber } from "./args.ts";
@@ -112,7 +113,7 @@ async function runAuto(
     };
     return await buildAuto(adapters, options);
   } finally {
-    await judge?.release();
+    await judge?.close();
   }
 }
 
@@ -120,13 +121,17 @@ async function runAuto(
 async function textsOf(
   args: Arguments,
   adapters: readonly Adapter[],
-): Promise<[Ort, string, MomentsOptions & JudgeOptions]> {
+): Promise<[Engine, string, MomentsOptions & JudgeOptions]> {
   const model = required(args, "model");
   const texts = await readLines(required(args, "text"));
   const ort = await loadRuntime("pack");
   const tokenizer = await loadTokenizer("pack", ort, model, args.text("tokenizer"), wholeNumber(args, "tokens", 128));
   let encode: Encode | undefined;
-  return [ort, model, { adapters, texts, encode: (some, inputs) => (encode ??= tokenizer(inputs))(some) }];
+  return [
+    createEngine(ort),
+    model,
+    { adapters, texts, encode: (some, inputs) => (encode ??= tokenizer(inputs))(some) },
+  ];
 }
 
 /** Texts, one on each line, without what is there twice. @throws SourceError when there is none */

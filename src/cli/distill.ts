@@ -75,7 +75,7 @@ export async function distillCommand(args: Arguments, out: Output): Promise<Resu
       await finished.remove();
       return report(target, size, done, ids, (performance.now() - started) / 1000);
     } finally {
-      await session.release();
+      await session.close();
     }
   } finally {
     await pack.close();

@@ -92,7 +92,7 @@ async function learn(args: Arguments, out: Output, signal: AbortSignal): Promise
         steps,
       );
     } finally {
-      await session.release();
+      await session.close();
     }
   } finally {
     await pack.close();

@@ -4,7 +4,7 @@
  */
 import { readFile } from "node:fs/promises";
 import { dirname, join } from "node:path";
-import type { Ort } from "../../bindings/ort.ts";
+import type { Ort } from "../../bindings/ort-engine.ts";
 import { BackendError, BaseMismatchError, SourceError } from "../errors.ts";
 import type { BatchFeeds } from "../train/batch.ts";
 

@@ -1,9 +1,11 @@
 /**
  * The class names that answers have while a task is active. From the pack alone; no model here.
  */
+
+import { bringsOf, parseBrought } from "../format/brings.ts";
 import type { Pack } from "../pack/pack.ts";
 import type { Selection } from "../runtime/selection.ts";
-import { broughtBy, moduleOf } from "./plan.ts";
+import { isIgnored } from "./match.ts";
 
 /** Names in the order of the head's rows; "numbered" for a head whose task has no names; "base" for the base's own. */
 export type Labels = readonly string[] | "numbered" | "base";
@@ -27,10 +29,9 @@ export async function labelsOf(
     const task = tasks.get(id);
     // The switch refuses it, in better words.
     if (!task) continue;
-    const brings = task.brings ?? broughtBy(await pack.load(id), pack.modules);
-    const saved = brings.filter((one) => one.startsWith("saved ")).map((one) => one.slice("saved ".length));
-    const used = saved.filter((name) => !ignore.includes(name) && !ignore.includes(moduleOf(name)));
-    if (used.length > 0) return task.metadata.labels ?? "numbered";
+    const brings = task.brings ?? bringsOf(await pack.load(id), pack.modules);
+    const saved = brings.map(parseBrought).filter(({ role }) => role === "saved");
+    if (saved.some(({ name }) => !isIgnored(name, ignore))) return task.metadata.labels ?? "numbered";
     // Adapters without a head of their own were trained on the base's; its classes may mean something else to them.
     if (saved.length === 0 && labels === "base") labels = task.metadata.labels ?? "base";
   }

@@ -1,82 +1,115 @@
 /**
- * The parity probe: a tiny run of a made-up task right after a session is made. The term that the first adapted layer got
+ * The parity probe: a tiny run of a made-up task right after a model is loaded. The term that the first adapted layer got
  * is held against plain arithmetic on what entered that layer; where it is out of reach, the outputs against the base's.
  * Some providers take our inputs and ignore them without a word; better to know before the first answer.
  */
 import { BackendError } from "../errors.ts";
 import type { Feed } from "../onnx/feeds.ts";
-import type { GraftModule, ProbeOutputs, TaskInput } from "../onnx/graft.ts";
+import type { ProbeOutputs, TaskInput } from "../onnx/graft.ts";
+import { type CarrierParts, type ProbeReport, toFeeds } from "./carrier.ts";
+import { dataOf, type Engine, type LoadedModel, type Tensors } from "./engine.ts";
+import type { AdaptedLayer } from "./prepare.ts";
 import type { InputValue } from "./values.ts";
 
-/** What the probe found out. */
-export interface ProbeReport {
-  /** "passed", or why nothing could be compared. */
-  readonly result: string;
-  /** Module whose term was compared, and the largest difference relative to the largest value. */
-  readonly module?: string;
-  readonly difference?: number;
-}
+type Inputs = ReadonlyMap<string, InputValue>;
 
-/** Runs the model on one task, or on one per row; gives the values of `fetches` as f32. */
+/** Runs the model on one task, or on one per row, and on more feeds; gives the values of `fetches` as f32. */
 export type ProbeRun = (
-  feeds: ReadonlyMap<string, Feed>,
-  tasks: readonly ReadonlyMap<string, InputValue>[],
+  tasks: readonly Inputs[],
   fetches: readonly string[],
-) => Promise<readonly (readonly number[] | Float32Array)[]>;
+  more?: Tensors,
+) => Promise<readonly Float32Array[]>;
 
 /** How far a provider that computes in f16 may be off. */
 const TOLERANCE = 2e-2;
 
+/** @param feeds of the model's own inputs, as tensors */
+export function probeRun(engine: Engine, inputs: readonly TaskInput[], model: LoadedModel, feeds: object): ProbeRun {
+  return async (tasks, fetches, more) => {
+    const task = toFeeds(
+      engine,
+      inputs,
+      tasks.map((values) => ({ inputs: values })),
+    ).feeds;
+    const results = await engine.run(model, { ...feeds, ...more, ...task }, fetches);
+    return Promise.all(fetches.map(async (name) => (await dataOf(results[name]!)) as Float32Array));
+  };
+}
+
+/** Made-up feeds as tensors. */
+export function toTensors(engine: Engine, feeds: ReadonlyMap<string, Feed>): Tensors {
+  return Object.fromEntries([...feeds].map(([name, { data, dims }]) => [name, engine.tensor(data, dims)]));
+}
+
 /**
- * @param base values of the inputs without a task
- * @param outputs of the model itself
+ * Does what a probe does on feeds of the caller's own or made-up ones.
+ * @param look compares what the model gives; undefined where it is not to be compared
+ */
+export async function withFeeds(
+  { engine, prepared, probe, idle }: CarrierParts,
+  model: LoadedModel,
+  look: (run: ProbeRun) => Promise<ProbeReport>,
+): Promise<ProbeReport> {
+  if (probe === false) return { result: "skipped: asked not to" };
+  const made = typeof probe === "object" ? probe : prepared.feeds && toTensors(engine, prepared.feeds);
+  if (!made) {
+    return { result: "skipped: the model's inputs are of kinds that cannot be made up; pass `probe: feeds`" };
+  }
+  let failure: unknown;
+  const run = probeRun(engine, prepared.inputs, model, { ...idle, ...made });
+  const noting: ProbeRun = (...of) => run(...of).catch((cause) => Promise.reject((failure = cause)));
+  try {
+    return await look(noting);
+  } catch (cause) {
+    if (cause !== failure) throw cause;
+    const why = (cause as Error).message.trim();
+    return { result: `skipped: the model does not run on the inputs of the probe (${why}); pass \`probe: feeds\`` };
+  }
+}
+
+/**
+ * @param base values of the task inputs without a task
  * @throws BackendError when the provider ignores the inputs or computes something else
  */
-export async function probeParity(
-  run: ProbeRun,
-  feeds: Map<string, Feed> | undefined,
-  base: ReadonlyMap<string, InputValue>,
-  inputs: readonly TaskInput[],
-  modules: readonly GraftModule[],
-  probe: ProbeOutputs | undefined,
-  outputs: readonly string[],
-  provider: string,
-): Promise<ProbeReport> {
-  if (!feeds) return { result: "skipped: the model's inputs are of kinds that cannot be made up; pass `probe: feeds`" };
-  if (!probe && modules.length === 0) return { result: "skipped: no layer is adapted in the graph" };
-  const task = madeUp(base, inputs);
-  const fail = (what: string): never => {
-    throw new BackendError(`the provider ${provider} ${what}: results would be silently wrong. Use another provider`, {
-      backend: provider,
-    });
-  };
-  const fetches = probe ? [probe.x, probe.term] : [outputs[0]!];
-  let after: Awaited<ReturnType<ProbeRun>>;
-  try {
-    after = await run(feeds, [task], fetches);
-  } catch (cause) {
-    return {
-      result: `skipped: the model does not run on the inputs of the probe (${(cause as Error).message.trim()}); pass \`probe: feeds\``,
-    };
+export async function probeParity(parts: CarrierParts, model: LoadedModel, base: Inputs): Promise<ProbeReport> {
+  const { engine, prepared } = parts;
+  const { modules, inputs, probe, outputNames } = prepared;
+  if (parts.probe !== false && !probe && modules.length === 0) {
+    return { result: "skipped: no layer is adapted in the graph" };
   }
-  if (!probe) {
-    const before = await run(feeds, [base], fetches);
-    if (same(before[0]!, after[0]!)) fail(`gives the same "${outputs[0]}" with and without a task`);
+  return withFeeds(parts, model, async (run) => {
+    const task = madeUp(base, inputs);
+    if (probe) return compareTerm(probe, prepared, task, await run([task], [probe.x, probe.term]), engine);
+    const [output] = outputNames as [string];
+    const [[after], [before]] = [await run([task], [output]), await run([base], [output])];
+    if (same(before!, after!)) throw wrong(engine, `gives the same "${output}" with and without a task`);
     return { result: "passed" };
-  }
+  });
+}
+
+function compareTerm(
+  probe: ProbeOutputs,
+  { modules, inputs }: CarrierParts["prepared"],
+  task: Inputs,
+  [x, term]: readonly Float32Array[],
+  engine: Engine,
+): ProbeReport {
   const module = modules.find(({ name }) => name === probe.module)!;
-  const expected = termOf(module, after[0]!, inputs, task);
+  const expected = termOf(module, x!, inputs, task);
   const largest = expected.reduce((m, v) => Math.max(m, Math.abs(v)), 0);
-  if (!(largest > 0))
+  if (!(largest > 0)) {
     return { result: `skipped: nothing enters "${probe.module}" on made-up inputs; pass \`probe: feeds\`` };
-  const difference = expected.reduce((m, v, i) => Math.max(m, Math.abs(v - after[1]![i]!)), 0) / largest;
-  // Not ≤: NaN must fail.
-  if (!(difference < TOLERANCE)) {
-    fail(
-      `is off by ${difference.toPrecision(2)} of the largest value in the term of "${probe.module}" (it may ignore inputs)`,
-    );
   }
-  return { result: "passed", module: probe.module, difference };
+  const difference = expected.reduce((m, v, i) => Math.max(m, Math.abs(v - term![i]!)), 0) / largest;
+  // Not ≤: NaN must fail.
+  if (difference < TOLERANCE) return { result: "passed", module: probe.module, difference };
+  const off = `is off by ${difference.toPrecision(2)} of the largest value in the term of "${probe.module}"`;
+  throw wrong(engine, `${off} (it may ignore inputs)`);
+}
+
+function wrong({ provider }: Engine, what: string): BackendError {
+  const message = `the provider ${provider} ${what}: results would be silently wrong. Use another provider`;
+  return new BackendError(message, { backend: provider });
 }
 
 /**
@@ -87,20 +120,19 @@ export async function probeParity(
  */
 export async function probeRows(
   run: ProbeRun,
-  feeds: ReadonlyMap<string, Feed>,
-  base: ReadonlyMap<string, InputValue>,
+  base: Inputs,
   inputs: readonly TaskInput[],
   output: string,
 ): Promise<void> {
   const task = madeUp(base, inputs);
-  const found: ArrayLike<number>[] = [];
+  const found: Float32Array[] = [];
   try {
-    for (const tasks of [[task], [base], [task, base]]) found.push((await run(feeds, tasks, [output]))[0]!);
+    for (const tasks of [[task], [base], [task, base]]) found.push((await run(tasks, [output]))[0]!);
   } catch {
     // Feeds that were made up prove nothing: the caller's own run will say what is wrong with it.
     return;
   }
-  const [alone, without, both] = found as [ArrayLike<number>, ArrayLike<number>, ArrayLike<number>];
+  const [alone, without, both] = found as [Float32Array, Float32Array, Float32Array];
   let [effect, off] = [0, 0];
   for (let i = 0; i < both.length; i++) {
     effect = Math.max(effect, Math.abs(alone[i]! - without[i]!));
@@ -109,11 +141,11 @@ export async function probeRows(
   // Rows of quantised models influence each other a little, whatever their tasks.
   if (effect === 0 || off < effect / 4) return;
   const message = `one task per row: tasks get into each other's rows of "${output}", so the batch is not the first dimension of some adapted layer; run them one by one`;
-  throw new BackendError(message, { backend: "onnxruntime" });
+  throw new BackendError(message, { backend: "session" });
 }
 
 /** Small values that differ everywhere, where the base has zeros. */
-function madeUp(base: ReadonlyMap<string, InputValue>, inputs: readonly TaskInput[]): Map<string, InputValue> {
+function madeUp(base: Inputs, inputs: readonly TaskInput[]): Map<string, InputValue> {
   const values = new Map(base);
   for (const { name, kind } of inputs) {
     if (kind !== "core" && kind !== "A" && kind !== "B") continue;
@@ -125,22 +157,20 @@ function madeUp(base: ReadonlyMap<string, InputValue>, inputs: readonly TaskInpu
 
 /** x·E_Aᵀ·S·E_B + x·A·B in f64, for the rows of x. */
 function termOf(
-  { name, in: width, out, components, factors }: GraftModule,
-  x: ArrayLike<number>,
+  { name, in: width, out, components, factors }: AdaptedLayer,
+  x: Float32Array,
   inputs: readonly TaskInput[],
-  values: ReadonlyMap<string, InputValue>,
+  values: Inputs,
 ): Float64Array {
   const rows = x.length / width;
   const value = (kind: string): { data: ArrayLike<number>; columns: number } => {
     const { data, dims } = values.get(inputs.find((input) => input.of === name && input.kind === kind)!.name)!;
     return { data: data as Float32Array, columns: dims[1]! };
   };
-  const term = new Float64Array(rows * out);
+  let term = new Float64Array(rows * out);
   if (factors) {
     const [A, B] = [value("A"), value("B")];
-    multiply(multiply(x, A.data, rows, width, A.columns), B.data, rows, A.columns, out).forEach(
-      (v, i) => (term[i] = v),
-    );
+    term = multiply(multiply(x, A.data, rows, width, A.columns), B.data, rows, A.columns, out);
   }
   if (!components) return term;
   const { At, B: E, KA, KB } = components;
@@ -155,7 +185,7 @@ function multiply(
   rows: number,
   inner: number,
   columns: number,
-): Float64Array {
+): Float64Array<ArrayBuffer> {
   const out = new Float64Array(rows * columns);
   for (let r = 0; r < rows; r++) {
     for (let k = 0; k < inner; k++) {
@@ -165,6 +195,6 @@ function multiply(
   return out;
 }
 
-function same(a: ArrayLike<number>, b: ArrayLike<number>): boolean {
-  return a.length === b.length && Array.prototype.every.call(a, (v: number, i: number) => v === b[i]);
+function same(a: Float32Array, b: Float32Array): boolean {
+  return a.length === b.length && a.every((v, i) => v === b[i]);
 }

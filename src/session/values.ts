@@ -1,20 +1,21 @@
 /**
- * What a task gives to each input of a grafted model: coefficients in, arrays out, for one task or for one task per row of
- * a batch. No model runtime here.
+ * What a task gives to each input of a prepared model: coefficients in, arrays out, for one task or for one task per row of a
+ * batch. No engine here.
  */
-
 import { Locator } from "../base/locate.ts";
 import { BaseMismatchError } from "../errors.ts";
-import type { PackModule } from "../format/format.ts";
+import { bringsOf, parseBrought } from "../format/brings.ts";
+import type { TaskBlob, TaskParameter } from "../format/format.ts";
 import { readTensor } from "../format/tensors.ts";
 import type { TaskInput } from "../onnx/graft.ts";
-import type { Pack } from "../pack/pack.ts";
 import { Parameters } from "../runtime/parameters.ts";
 import { loadParts, type Selection } from "../runtime/selection.ts";
 import { type ActiveTask, stage } from "../runtime/stage.ts";
 import { type BaseWeight, type Unfolded, unfold } from "../runtime/unfold.ts";
 import type { Workbench } from "../runtime/workbench.ts";
-import { type BaseValues, broughtBy, moduleOf, turn } from "./plan.ts";
+import { moduleOf } from "./match.ts";
+import { transpose } from "./plan.ts";
+import type { PreparedModel } from "./prepare.ts";
 
 /** The value of one input for one task, without the leading dimension `tasks`. */
 export interface InputValue {
@@ -29,213 +30,218 @@ export interface TaskValues {
   readonly labels: ReadonlyMap<string, number>;
 }
 
+export interface EvaluateOptions {
+  /** Whose saved modules (classifier) to use in a blend of tasks with different ones. */
+  readonly head?: string | undefined;
+  readonly signal?: AbortSignal | undefined;
+}
+
+/** What a selection is made of, while its inputs are computed. */
+interface Evaluation {
+  readonly tasks: readonly ActiveTask[];
+  /** By module name. */
+  readonly terms: ReadonlyMap<string, Unfolded>;
+  /** Saved parameters by name, f32. */
+  readonly saved: ReadonlyMap<string, InputValue>;
+}
+
 /** Stands where a task's head has fewer columns than its neighbours': no maximum, and nothing after a softmax. */
 const NO_LABEL = -3.4028234663852886e38;
 
-/** Makes the values of a plan's inputs. */
+/** Makes the values of a prepared model's inputs. */
 export class TaskEvaluator {
-  readonly #pack: Pack;
-  readonly #base: BaseValues;
-  readonly #inputs: readonly TaskInput[];
-  readonly #bench: Workbench;
-  readonly #modules = new Map<string, { index: number; module: PackModule }>();
+  readonly #model: Pick<PreparedModel, "pack" | "mode" | "base" | "inputs">;
+  readonly #bench: Workbench | undefined;
   /** What there are inputs for, as packs say what a task brings. */
   readonly #ready: ReadonlySet<string>;
 
-  constructor(pack: Pack, base: BaseValues, inputs: readonly TaskInput[], bench: Workbench) {
-    this.#pack = pack;
-    this.#base = base;
-    this.#inputs = inputs;
+  /** @param bench expands terms; not needed in mode "folded", whose inputs are heads alone */
+  constructor({ pack, mode, base, inputs }: PreparedModel, bench: Workbench | undefined) {
+    // Not all of the prepared model: its modules know the graph, and so the model's whole file.
+    this.#model = { pack, mode, base, inputs };
     this.#bench = bench;
-    for (const [index, module] of pack.modules.entries()) this.#modules.set(module.name, { index, module });
-    const prefix = new Map([
-      ["scale", "magnitude "],
-      ["A", "private "],
-    ]);
+    const prefix: Record<string, string> = { scale: "magnitude ", A: "private " };
     const telling = inputs.filter(({ kind }) => kind !== "core" && kind !== "B");
-    this.#ready = new Set(telling.map(({ of, kind }) => (prefix.get(kind) ?? "") + of));
+    this.#ready = new Set(telling.map(({ of, kind }) => (prefix[kind] ?? "") + of));
   }
 
   /**
    * @throws TaskError for an unknown id, a blend that cannot be; SourceError, FormatError when a task cannot be read
    * @throws BaseMismatchError when a task changes what the model was not prepared for
    */
-  async evaluate(
-    selection: Selection,
-    options: { head?: string | undefined; signal?: AbortSignal | undefined },
-  ): Promise<TaskValues> {
-    const { head, signal } = options;
-    const parts = await loadParts(this.#pack, selection, head, signal, this.#base.ignored);
-    this.#refuseUnprepared(parts);
-    const heads = await this.#heads(parts, head, signal);
+  async evaluate(selection: Selection, { head, signal }: EvaluateOptions = {}): Promise<TaskValues> {
+    const { pack, base, inputs } = this.#model;
+    const tasks = await loadParts(pack, selection, head, signal, base.ignored);
+    this.#refuseUnprepared(tasks);
+    const saved = await this.#saved(tasks, head, signal);
     signal?.throwIfAborted();
-    const terms = this.#base.mode === "folded" ? new Map<number, Unfolded>() : this.#terms(parts);
-    const inputs = new Map<string, InputValue>();
-    const labels = new Map<string, number>();
-    for (const input of this.#inputs) inputs.set(input.name, this.#value(input, parts, terms, heads));
-    for (const { kind, name, of } of this.#inputs)
-      if (kind === "headWeight") labels.set(of, inputs.get(name)!.dims[1]!);
-    return { inputs, labels };
+    const evaluation = { tasks, saved, terms: this.#terms(tasks) };
+    const values = new Map(inputs.map((input) => [input.name, this.#value(input, evaluation)]));
+    const heads = inputs.filter(({ kind }) => kind === "headWeight");
+    return { inputs: values, labels: new Map(heads.map(({ of, name }) => [of, values.get(name)!.dims[1]!])) };
   }
 
   /** A task that was added to the pack after the model was prepared may change more than the others. */
-  #refuseUnprepared(parts: readonly ActiveTask[]): void {
-    const { mode, heads } = this.#base;
+  #refuseUnprepared(tasks: readonly ActiveTask[]): void {
+    const { mode, base, pack } = this.#model;
     if (mode === "folded") return;
-    for (const { id, blob } of parts) {
-      for (const brought of broughtBy(blob, this.#pack.modules)) {
-        const [role, name] = [brought.slice(0, brought.indexOf(" ")), brought.slice(brought.indexOf(" ") + 1)];
-        if (this.#ready.has(brought) || this.#ready.has(name) || heads.has(moduleOf(name))) continue;
-        const hint = role === "private" ? " with privateTerms: true" : "";
+    for (const { id, blob } of tasks) {
+      for (const brought of bringsOf(blob, pack.modules)) {
+        const { role, name } = parseBrought(brought);
+        if (this.#ready.has(brought) || this.#ready.has(name) || base.heads.has(moduleOf(name))) continue;
+        const hint = role === "private" ? " with reserve: { privateTerms: true }" : "";
         const message = `task "${id}" brings "${name}" (${role}), which no task did when this session was made; make a new one${hint}`;
         throw new BaseMismatchError(message, { module: name });
       }
     }
   }
 
-  /** Saved modules of the selection, f32, by parameter name. */
-  async #heads(
-    parts: readonly ActiveTask[],
+  /** Saved modules of the selection. */
+  async #saved(
+    tasks: readonly ActiveTask[],
     head: string | undefined,
     signal: AbortSignal | undefined,
   ): Promise<Map<string, InputValue>> {
-    const saved = parts.map((part) => {
-      const parameters = part.blob.parameters.filter((p) => p.role === "saved");
-      return { ...part, blob: { ...part.blob, parameters } };
+    const heads = tasks.map(({ blob, ...task }) => {
+      return { ...task, blob: { ...blob, parameters: blob.parameters.filter(({ role }) => role === "saved") } };
     });
     // Memory of its own each time: values of earlier switches may still be on their way into a run.
-    const resolved = await new Parameters(undefined, new Locator(undefined)).resolve(saved, this.#pack, head, signal);
-    const values = new Map<string, InputValue>();
-    for (const [name, { view }] of resolved) {
-      values.set(name, {
-        dims: view.shape,
-        data: new Float32Array(view.data.buffer, view.data.byteOffset, view.data.length / 4),
-      });
-    }
-    return values;
-  }
-
-  #terms(parts: readonly ActiveTask[]): Map<number, Unfolded> {
-    const bench = this.#bench;
-    const plans = stage(parts, this.#pack.modules, bench.staging);
-    const weightOf = (index: number): BaseWeight => {
-      const { name, in: inputs, out } = this.#pack.modules[index]!;
-      const { buffer, byteOffset, byteLength } = this.#base.weights.get(name)!;
-      const weight = { name, shape: [out, inputs], dtype: "f32" as const, transposed: false, byteLength };
-      return { weight, bytes: new Uint8Array(buffer, byteOffset, byteLength) };
-    };
-    return unfold(
-      plans,
-      bench,
-      this.#pack.modules,
-      this.#base.mode === "core" ? "core" : "factors",
-      new Map(),
-      weightOf,
+    const resolved = await new Parameters(undefined, new Locator(undefined)).resolve(
+      heads,
+      this.#model.pack,
+      head,
+      signal,
+    );
+    return new Map(
+      [...resolved].map(
+        ([
+          name,
+          {
+            view: { shape, data },
+          },
+        ]) => {
+          return [name, { dims: shape, data: new Float32Array(data.buffer, data.byteOffset, data.length / 4) }];
+        },
+      ),
     );
   }
 
-  #value(
-    { of, kind, dims }: TaskInput,
-    parts: readonly ActiveTask[],
-    terms: ReadonlyMap<number, Unfolded>,
-    heads: ReadonlyMap<string, InputValue>,
-  ): InputValue {
-    const found = this.#modules.get(of);
-    const term = found && terms.get(found.index);
-    const own = dims.slice(1);
-    const zeros = (): InputValue => {
-      const fixed = own.map((d) => (typeof d === "number" ? d : 1));
-      return { dims: fixed, data: new Float32Array(fixed.reduce((a, b) => a * b, 1)) };
+  #terms(tasks: readonly ActiveTask[]): Map<string, Unfolded> {
+    const { pack, mode, base } = this.#model;
+    const bench = this.#bench;
+    if (mode === "folded" || !bench) return new Map();
+    const weightOf = (index: number): BaseWeight => {
+      const { name, in: inputs, out } = pack.modules[index]!;
+      const { buffer, byteOffset, byteLength } = base.weights.get(name)!;
+      const weight = { name, shape: [out, inputs], dtype: "f32" as const, transposed: false, byteLength };
+      return { weight, bytes: new Uint8Array(buffer, byteOffset, byteLength) };
     };
+    const plans = stage(tasks, pack.modules, bench.staging);
+    const terms = unfold(plans, bench, pack.modules, mode, new Map(), weightOf);
+    return new Map([...terms].map(([index, term]) => [pack.modules[index]!.name, term]));
+  }
+
+  #value({ of, kind, dims }: TaskInput, { tasks, terms, saved }: Evaluation): InputValue {
+    const term = terms.get(of);
+    const own = dims.slice(1);
+    const fixed = own.map((d) => (typeof d === "number" ? d : 1));
+    const [height = 1, width = 1] = fixed;
+    const zeros = (): InputValue => ({ dims: fixed, data: new Float32Array(height * width) });
     switch (kind) {
       case "core":
-        return term?.core ? { dims: own as number[], data: term.core } : zeros();
+        return term?.core ? { dims: fixed, data: term.core } : zeros();
       case "A":
-        return term ? { dims: [found.module.in, term.rank], data: turn(term.A, term.rank, found.module.in) } : zeros();
+        return term ? { dims: [height, term.rank], data: transpose(term.A, term.rank, height) } : zeros();
       case "B":
-        return term
-          ? { dims: [term.rank, found.module.out], data: turn(term.B, found.module.out, term.rank) }
-          : zeros();
+        return term ? { dims: [term.rank, width], data: transpose(term.B, width, term.rank) } : zeros();
       case "scale":
-        return { dims: own as number[], data: term?.rowScale ?? new Float32Array(found!.module.out).fill(1) };
+        return { dims: fixed, data: term?.rowScale ?? new Float32Array(width).fill(1) };
       case "bias":
-        return { dims: own as number[], data: this.#change(of, parts, own[1] as number) };
+        return { dims: fixed, data: this.#change(of, tasks, width) };
       case "indices":
+        return indicesOf(broughtRows(of, tasks));
       case "rows":
-        return this.#rows(of, kind, parts, zeros());
-      case "headWeight": {
-        const base = this.#base.heads.get(of)!;
-        const head = heads.get(`${of}.weight`);
-        const inputs = own[0] as number;
-        if (!head) return { dims: [inputs, base.labels], data: base.weight };
-        const [out = 0, width] = head.dims;
-        if (width !== inputs) throw this.#misfit(`${of}.weight`, head.dims, ["labels", inputs]);
-        return { dims: [inputs, out], data: turn(head.data as Float32Array, out, inputs) };
-      }
+        return rowsOf(of, broughtRows(of, tasks), width - 1) ?? zeros();
+      case "headWeight":
+        return this.#headWeight(of, saved, height);
       case "headBias": {
-        const base = this.#base.heads.get(of)!;
-        const head = heads.get(`${of}.bias`);
+        const base = this.#model.base.heads.get(of)!;
+        const head = saved.get(`${of}.bias`);
         return { dims: [1, head?.dims[0] ?? base.labels], data: head?.data ?? base.bias! };
       }
     }
   }
 
+  #headWeight(of: string, saved: ReadonlyMap<string, InputValue>, inputs: number): InputValue {
+    const base = this.#model.base.heads.get(of)!;
+    const head = saved.get(`${of}.weight`);
+    if (!head) return { dims: [inputs, base.labels], data: base.weight };
+    const [out = 0, width] = head.dims;
+    if (width !== inputs) throw misfit(`${of}.weight`, head.dims, ["labels", inputs]);
+    return { dims: [inputs, out], data: transpose(head.data as Float32Array, out, inputs) };
+  }
+
   /** Σ strength · (the task's bias − the base's) */
-  #change(name: string, parts: readonly ActiveTask[], size: number): Float32Array {
-    const base = this.#base.biases.get(name)!;
+  #change(name: string, tasks: readonly ActiveTask[], size: number): Float32Array {
+    const base = this.#model.base.biases.get(name)!;
     const change = new Float32Array(size);
-    for (const { strength, blob } of parts) {
-      for (const parameter of blob.parameters) {
-        if (parameter.name !== name) continue;
-        if (parameter.shape.length !== 1 || parameter.shape[0] !== size)
-          throw this.#misfit(name, parameter.shape, [size]);
-        readTensor(blob.bytes, parameter.tensor).forEach(
-          (v, i) => (change[i]! += strength * (parameter.role === "bias-delta" ? v : v - base[i]!)),
-        );
+    for (const { strength, blob } of tasks) {
+      for (const { name: own, role, shape, tensor } of blob.parameters) {
+        if (own !== name) continue;
+        if (shape.length !== 1 || shape[0] !== size) throw misfit(name, shape, [size]);
+        const values = readTensor(blob.bytes, tensor);
+        values.forEach((v, i) => (change[i]! += strength * (role === "bias-delta" ? v : v - base[i]!)));
       }
     }
     return change;
   }
+}
 
-  /** Indices that embeddings never see where there is no row; each row ends with its strength. */
-  #rows(name: string, kind: "indices" | "rows", parts: readonly ActiveTask[], none: InputValue): InputValue {
-    const width = (kind === "rows" ? none.dims[1]! : 0) - 1;
-    const indices: bigint[] = [];
-    const values: Float32Array[] = [];
-    for (const { strength, blob } of parts) {
-      for (const parameter of blob.parameters) {
-        if (parameter.name !== name || !parameter.indices) continue;
-        indices.push(...parameter.indices.map(BigInt));
-        if (kind === "rows") {
-          if (parameter.shape[1] !== width) throw this.#misfit(name, parameter.shape, ["rows", width]);
-          values.push(
-            readTensor(blob.bytes, parameter.tensor).map((v) => strength * v),
-            new Float32Array([strength]),
-          );
-        }
-      }
-    }
-    if (kind === "indices") {
-      const data = BigInt64Array.from(indices.length > 0 ? indices : [-1n]);
-      return { dims: [1, data.length], data };
-    }
-    if (indices.length === 0) return none;
-    const data = new Float32Array(indices.length * (width + 1));
-    let row = 0;
-    for (let i = 0; i < values.length; i += 2) {
-      const [block, strength] = [values[i]!, values[i + 1]![0]!];
-      for (let at = 0; at < block.length; at += width, row++) {
-        data.set(block.subarray(at, at + width), row * (width + 1));
-        data[row * (width + 1) + width] = strength;
-      }
-    }
-    return { dims: [indices.length, width + 1], data };
-  }
+/** Rows of an embedding that a task brings. */
+interface BroughtRows {
+  readonly strength: number;
+  readonly blob: TaskBlob;
+  readonly parameter: TaskParameter;
+  readonly indices: readonly number[];
+}
 
-  #misfit(name: string, found: readonly number[], expected: readonly (string | number)[]): BaseMismatchError {
-    const message = `a task brings "${name}" of [${found.join(", ")}], the model's needs [${expected.join(", ")}]`;
-    return new BaseMismatchError(message, { module: name, expected, found });
+function broughtRows(name: string, tasks: readonly ActiveTask[]): BroughtRows[] {
+  return tasks.flatMap(({ strength, blob }) =>
+    blob.parameters.flatMap((parameter) => {
+      const { indices } = parameter;
+      return parameter.name === name && indices ? [{ strength, blob, parameter, indices }] : [];
+    }),
+  );
+}
+
+/** Where there is no row, an index that embeddings never see. */
+function indicesOf(brought: readonly BroughtRows[]): InputValue {
+  const indices = brought.flatMap((one) => one.indices.map(BigInt));
+  const data = BigInt64Array.from(indices.length > 0 ? indices : [-1n]);
+  return { dims: [1, data.length], data };
+}
+
+/** Each row ends with its strength, which its values are multiplied with. */
+function rowsOf(name: string, brought: readonly BroughtRows[], width: number): InputValue | undefined {
+  const count = brought.reduce((sum, { indices }) => sum + indices.length, 0);
+  if (count === 0) return undefined;
+  const data = new Float32Array(count * (width + 1)).fill(1);
+  let row = 0;
+  for (const { strength, blob, parameter, indices } of brought) {
+    if (parameter.shape[1] !== width) throw misfit(name, parameter.shape, ["rows", width]);
+    const values = readTensor(blob.bytes, parameter.tensor);
+    for (let i = 0; i < indices.length; i++, row++) {
+      const out = data.subarray(row * (width + 1), (row + 1) * (width + 1));
+      out.set(values.subarray(i * width, (i + 1) * width));
+      for (let j = 0; j <= width; j++) out[j]! *= strength;
+    }
   }
+  return { dims: [count, width + 1], data };
+}
+
+function misfit(name: string, found: readonly number[], expected: readonly (string | number)[]): BaseMismatchError {
+  const message = `a task brings "${name}" of [${found.join(", ")}], the model's needs [${expected.join(", ")}]`;
+  return new BaseMismatchError(message, { module: name, expected, found });
 }
 
 /** A value as an input takes it: one task, or several one below the other, padded to the largest. */
@@ -245,10 +251,11 @@ export function stackValues(input: TaskInput, rows: readonly InputValue[]): Inpu
   const dims = first!.dims.map((_, i) => Math.max(...rows.map((row) => row.dims[i]!)));
   const [height = 1, width = 1] = dims;
   const size = height * width;
+  const stacked = [rows.length, ...dims];
   if (input.kind === "indices") {
     const data = new BigInt64Array(rows.length * size).fill(-1n);
     rows.forEach((row, t) => data.set(row.data as BigInt64Array, t * size));
-    return { dims: [rows.length, ...dims], data };
+    return { dims: stacked, data };
   }
   const data = new Float32Array(rows.length * size);
   if (input.kind === "headBias") data.fill(NO_LABEL);
@@ -257,5 +264,5 @@ export function stackValues(input: TaskInput, rows: readonly InputValue[]): Inpu
     const values = row.data as Float32Array;
     for (let i = 0; i < h; i++) data.set(values.subarray(i * w, (i + 1) * w), t * size + i * width);
   });
-  return { dims: [rows.length, ...dims], data };
+  return { dims: stacked, data };
 }

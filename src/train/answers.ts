@@ -3,13 +3,12 @@
  * tasks are trained in. Between two such answers lies the divergence that distilling lessens and packing is judged by.
  */
 
-import type { EigenSession } from "../../bindings/onnxruntime.ts";
-import type { Ort } from "../../bindings/ort.ts";
 import type { Adapter } from "../adapters/adapter.ts";
 import { TaskError } from "../errors.ts";
+import type { Session } from "../session/session.ts";
 import type { BatchFeeds } from "./batch.ts";
 import type { Row } from "./examples.ts";
-import { createMachine, headOf } from "./machine.ts";
+import { createMachine, headInputs } from "./machine.ts";
 import { type Factors, Terms, type TrainedModule } from "./terms.ts";
 
 /** How texts become rows, and how many run together. */
@@ -24,8 +23,8 @@ export interface AskOptions {
  * @param head the layer that it brings, undefined where the model's own outputs are the logits
  * @throws TaskError when it adapts what the pack does not
  */
-export async function askAdapter<O extends Ort>(
-  { trainable, pack }: EigenSession<O>,
+export async function askAdapter(
+  { trainable, pack }: Session,
   adapter: Adapter,
   head: string | undefined,
   rows: readonly Row<BatchFeeds>[],
@@ -50,7 +49,7 @@ export async function askAdapter<O extends Ort>(
       return Float32Array.from((await saved?.read()) ?? []);
     }),
   )) as [Float32Array<ArrayBuffer>, Float32Array<ArrayBuffer>];
-  const layer = headOf(trainable!, head ?? false);
+  const layer = headInputs(trainable!, head ?? false);
   const labels = Array.from({ length: layer ? weight.length / layer.in : 0 }, (_, i) => String(i));
   const machine = await createMachine(trainable!, new Terms(modules), layer, { encode, labels });
   const answers: Float32Array[] = [];

@@ -1,31 +1,20 @@
 /**
- * Batches of a model's inputs as callers give them: made into tensors of onnxruntime, and joined.
+ * Batches of a model's inputs as callers give them: made into tensors of an engine, and joined.
  */
-import { makeTensor, type Ort, type OrtTensor } from "../../bindings/ort.ts";
+import type { Engine, EngineTensor } from "../session/engine.ts";
 
-/** Inputs of a batch by name: tensors of onnxruntime, or what has the fields of one (transformers.js). */
+/** Inputs of a batch by name: tensors of the runtime, or what has the fields of one (transformers.js). */
 export type BatchFeeds = Readonly<
   Record<string, { readonly type?: string; readonly dims: readonly number[]; readonly data: unknown }>
 >;
 
 /** @throws TypeError naming what is no tensor */
-export function toTensors(ort: Ort, batch: BatchFeeds): Record<string, OrtTensor> {
-  return Object.fromEntries(
-    Object.entries(batch).map(([name, { type, dims, data }]) => [name, ownTensor(ort, name, type, dims, data)]),
-  );
-}
-
-function ownTensor(
-  ort: Ort,
-  name: string,
-  type: string | undefined,
-  dims: readonly number[],
-  data: unknown,
-): OrtTensor {
-  if (!ArrayBuffer.isView(data) || !Array.isArray(dims))
+export function batchTensors(engine: Engine, batch: BatchFeeds): Record<string, EngineTensor> {
+  const entries = Object.entries(batch).map(([name, { type, dims, data }]) => {
+    if (ArrayBuffer.isView(data) && Array.isArray(dims)) return [name, engine.tensor(data as Float32Array, dims, type)];
     throw new TypeError(`the input "${name}" of a batch is no tensor: expected { dims, data }`);
-  const Tensor = ort.Tensor as unknown as new (...of: unknown[]) => OrtTensor;
-  return type === undefined ? makeTensor(ort, data as Float32Array, dims) : new Tensor(type, data, dims);
+  });
+  return Object.fromEntries(entries);
 }
 
 /**

@@ -4,14 +4,13 @@
  * own factors in the place of those that coefficients make.
  */
 
-import type { EigenSession } from "../../bindings/onnxruntime.ts";
-import type { Ort } from "../../bindings/ort.ts";
 import type { Adapter } from "../adapters/adapter.ts";
 import { TaskError } from "../errors.ts";
 import { encodeTaskFile } from "../format/encode.ts";
 import type { TaskBlob } from "../format/format.ts";
 import { parseTaskFile } from "../format/task-file.ts";
 import type { Pack, TaskInfo } from "../pack/pack.ts";
+import type { Session } from "../session/session.ts";
 import { isQuantized } from "../tensor/dtypes.ts";
 import { shuffle, uniform } from "../tensor/random.ts";
 import { askAdapter, meanDivergence } from "./answers.ts";
@@ -85,7 +84,7 @@ const MOST_RATE = 0.02;
  * const { file, kept, divergenceBefore, divergenceAfter } = await distill(session, { adapter, texts, encode });
  * await session.addTask(`${adapter.id}, distilled`, file);
  */
-export async function distill<O extends Ort>(session: EigenSession<O>, options: DistillOptions): Promise<Distilled> {
+export async function distill(session: Session, options: DistillOptions): Promise<Distilled> {
   const { adapter, task: id = adapter.id, steps = 240, batch = 8, holdout = 0.125, seed = 0, signal } = options;
   if (!session.trainable)
     throw new TypeError("distill: this session cannot be trained; create it with trainable: true");

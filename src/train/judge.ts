@@ -2,11 +2,12 @@
  * Packs judged by behaviour: how far their tasks' answers to plain text are from those of the adapters that they were made of.
  */
 
-import { createEigenSession, type EigenSession } from "../../bindings/onnxruntime.ts";
-import type { Ort } from "../../bindings/ort.ts";
 import type { Adapter } from "../adapters/adapter.ts";
 import { taskAdapter } from "../pack/expand.ts";
 import { openPack } from "../pack/pack.ts";
+import type { Engine } from "../session/engine.ts";
+import { createSession, type Session } from "../session/session.ts";
+import type { SourceInput } from "../source.ts";
 import { shuffle, uniform } from "../tensor/random.ts";
 import { type AskOptions, askAdapter, meanDivergence } from "./answers.ts";
 import type { BatchFeeds } from "./batch.ts";
@@ -33,23 +34,20 @@ export interface PackJudge {
   byTask(pack: Blob): Promise<DivergenceByTask>;
   /** The mean over tasks, as `buildAuto` takes it. */
   judge(pack: Blob): Promise<number>;
-  release(): Promise<void>;
+  close(): Promise<void>;
 }
 
 /**
  * A judge of packs. One session runs adapters and tasks alike, so that nothing but the numbers differs.
+ * @param engine runs the model: `createEngine` of a binding makes one
  * @param model path, URL, Blob or bytes of the ONNX model
  * @throws RangeError when there is no text
  * @example
- * const { judge, release } = createJudge(ort, "model.onnx", { adapters, texts, encode });
+ * const { judge, close } = createJudge(createEngine(ort), "model.onnx", { adapters, texts, encode });
  * const { chunks, report } = await buildAuto(adapters, { criterion: { kind: "bytes", max: 300_000 }, judge });
- * await release();
+ * await close();
  */
-export function createJudge<O extends Ort>(
-  ort: O,
-  model: Parameters<typeof createEigenSession>[1],
-  options: JudgeOptions,
-): PackJudge {
+export function createJudge(engine: Engine, model: SourceInput, options: JudgeOptions): PackJudge {
   const {
     adapters,
     encode,
@@ -62,11 +60,11 @@ export function createJudge<O extends Ort>(
   const rows = shuffle([...new Set(options.texts)], uniform(seed))
     .slice(0, most)
     .map((text) => ({ text, feeds: undefined, label: 0, weight: 1 }));
-  let session: EigenSession<O> | undefined;
+  let session: Session | undefined;
   const expected = new Map<string, Float32Array[]>();
   const byTask = async (bytes: Blob): Promise<DivergenceByTask> => {
     const pack = await openPack(bytes);
-    const asked = (session ??= await createEigenSession(ort, model, pack, { trainable: true }));
+    const asked = (session ??= await createSession(engine, model, pack, { trainable: true }));
     const ask = { encode: (some: string[]) => encode(some, asked.inputNames), batch, signal };
     const found = new Map<string, number>();
     for (const adapter of adapters) {
@@ -87,8 +85,8 @@ export function createJudge<O extends Ort>(
       const all = [...(await byTask(pack)).values()];
       return all.reduce((a, b) => a + b, 0) / all.length;
     },
-    async release() {
-      await session?.release();
+    async close() {
+      await session?.close();
       session = undefined;
     },
   };

@@ -3,10 +3,9 @@
  * answers with one copy of the weights; the trainer holds numbers.
  */
 
-import type { EigenSession } from "../../bindings/onnxruntime.ts";
-import type { Ort } from "../../bindings/ort.ts";
+import type { Session } from "../session/session.ts";
 import type { BatchFeeds } from "./batch.ts";
-import { createMachine, headOf } from "./machine.ts";
+import { createMachine, headInputs } from "./machine.ts";
 import { usualRank } from "./start.ts";
 import { basesOf, Terms, type TrainedModule } from "./terms.ts";
 import { Trainer, type TrainerOptions } from "./trainer.ts";
@@ -44,10 +43,7 @@ export interface CreateTrainerOptions extends TrainerOptions {
  * for await (const { loss } of trainer.fit(examples)) console.log(loss);
  * await session.addTask("mine", await trainer.task());
  */
-export async function createTrainer<O extends Ort>(
-  session: EigenSession<O>,
-  options: CreateTrainerOptions,
-): Promise<Trainer<BatchFeeds>> {
+export async function createTrainer(session: Session, options: CreateTrainerOptions): Promise<Trainer<BatchFeeds>> {
   const source = session.trainable;
   if (!source) throw new TypeError("createTrainer: this session cannot be trained; create it with trainable: true");
   const { pack } = session;
@@ -63,7 +59,7 @@ export async function createTrainer<O extends Ort>(
   const flat = pack.modules.find(({ A, B }) => A?.kind === "flat" || B?.kind === "flat");
   if (train === "components" && flat)
     throw new RangeError(`train: the components of "${flat.name}" are flat, only those of column mode are trained`);
-  const head = headOf(source, options.head);
+  const head = headInputs(source, options.head);
   const bases = await pack.bases();
   const first =
     typeof init === "object" && options.rank === undefined && pack.tasks.has(init.task)

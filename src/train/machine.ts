@@ -1,137 +1,163 @@
 /**
- * A session of onnxruntime as a machine that a trainer trains with: factors and a head in, logits, loss and gradients out.
+ * A session that can learn, as the machine that a trainer trains with: factors and a head in; logits, loss and gradients out.
  */
-
-import { makeTensor, type Ort, type OrtTensor } from "../../bindings/ort.ts";
-import { boolean, dataOf, type Trainable } from "../../bindings/ort-training.ts";
 import { BaseMismatchError } from "../errors.ts";
-import { turn } from "../session/plan.ts";
-import { type BatchFeeds, joinFeeds, toTensors } from "./batch.ts";
-import type { Terms } from "./terms.ts";
-import type { Machine, Point } from "./trainer.ts";
+import { dataOf, type EngineTensor, type Tensors } from "../session/engine.ts";
+import { transpose } from "../session/plan.ts";
+import type { Trainable } from "../session/training.ts";
+import { type BatchFeeds, batchTensors, joinFeeds } from "./batch.ts";
+import type { Row } from "./examples.ts";
+import type { Terms, TrainedModule } from "./terms.ts";
+import type { Machine, MachineStep, Point } from "./trainer.ts";
+
+type Floats = Float32Array<ArrayBuffer>;
 
 /** The inputs of a head: its weight [1, in, labels], its bias [1, 1, labels]. */
-export interface Head {
+export interface HeadInputs {
   readonly module: string;
   readonly in: number;
   readonly weight: string;
   readonly bias: string | undefined;
 }
 
+/** Texts as the model's inputs, one row each: a tokenizer. */
+export type Encode = (texts: string[]) => BatchFeeds | Promise<BatchFeeds>;
+
 /** @throws RangeError when the session was not made to train the layer */
-export function headOf<O extends Ort>({ inputs }: Trainable<O>, wanted: string | false | undefined): Head | undefined {
+export function headInputs({ inputs }: Trainable, wanted: string | false | undefined): HeadInputs | undefined {
   const weights = inputs.filter(({ kind }) => kind === "headWeight");
   if (wanted === false || (wanted === undefined && weights.length === 0)) return undefined;
   const weight = weights.find(({ of }) => of === (wanted ?? of));
   if (!weight) {
     const there = weights.map(({ of }) => `"${of}"`).join(", ") || "none";
-    throw new RangeError(`head: the session trains ${there}, not "${wanted}"; create it with head: "${wanted}"`);
+    const message = `head: the session trains ${there}, not "${wanted}"; create it with reserve: { head: "${wanted}" }`;
+    throw new RangeError(message);
   }
   const bias = inputs.find(({ kind, of }) => kind === "headBias" && of === weight.of);
   return { module: weight.of, in: weight.dims[1] as number, weight: weight.name, bias: bias?.name };
 }
 
-export async function createMachine<O extends Ort>(
-  source: Trainable<O>,
+/** @param head the layer that is trained whole; undefined where the model's own outputs are the logits */
+export async function createMachine(
+  source: Trainable,
   terms: Terms,
-  head: Head | undefined,
-  {
-    encode,
-    labels,
-  }: {
-    readonly encode?: ((texts: string[]) => BatchFeeds | Promise<BatchFeeds>) | undefined;
-    readonly labels: readonly string[];
-  },
+  head: HeadInputs | undefined,
+  { encode, labels }: { readonly encode?: Encode | undefined; readonly labels: readonly string[] },
 ): Promise<Machine<BatchFeeds>> {
-  const { ort, graph, inputs } = source;
-  const input = (of: string, kind: "A" | "B"): string => inputs.find((one) => one.of === of && one.kind === kind)!.name;
-  const modules = terms.modules.map((module) => ({
-    ...module,
-    A: input(module.name, "A"),
-    B: input(module.name, "B"),
-  }));
-  const gradient = (of: string): string => graph.gradients.get(of)!;
-  const fetches = [...modules.flatMap(({ A, B }) => [A, B]), head?.weight, head?.bias]
-    .filter((name) => name !== undefined)
-    .map(gradient);
-  const floats = (data: Float32Array, ...dims: number[]): OrtTensor => makeTensor(ort, data, dims);
-  const idle: Record<string, OrtTensor> = {};
-  for (const [name, { data, dims }] of await source.base()) idle[name] = makeTensor(ort, data, [1, ...dims]);
+  const idle: Record<string, EngineTensor> = {};
+  for (const [name, { data, dims }] of await source.base()) idle[name] = source.engine.tensor(data, [1, ...dims]);
+  return new SessionMachine(source, terms.modules, head, encode, labels.length, idle);
+}
+
+class SessionMachine implements Machine<BatchFeeds> {
+  readonly head: Machine<BatchFeeds>["head"];
+  readonly encodes: boolean;
+  readonly #source: Trainable;
+  readonly #modules: readonly (TrainedModule & { readonly inputA: string; readonly inputB: string })[];
+  readonly #head: HeadInputs | undefined;
+  readonly #encode: Encode | undefined;
+  readonly #labels: number;
+  /** Inputs that carry what is not trained. */
+  readonly #idle: Tensors;
+
+  constructor(
+    source: Trainable,
+    modules: readonly TrainedModule[],
+    head: HeadInputs | undefined,
+    encode: Encode | undefined,
+    labels: number,
+    idle: Tensors,
+  ) {
+    const input = (of: string, kind: "A" | "B"): string =>
+      source.inputs.find((one) => one.of === of && one.kind === kind)!.name;
+    this.head = head && { module: head.module, in: head.in, bias: head.bias !== undefined };
+    this.encodes = encode !== undefined;
+    this.#source = source;
+    this.#modules = modules.map((one) => ({ ...one, inputA: input(one.name, "A"), inputB: input(one.name, "B") }));
+    this.#head = head;
+    this.#encode = encode;
+    this.#labels = labels;
+    this.#idle = idle;
+  }
+
+  async batch(rows: readonly Row<BatchFeeds>[]): Promise<BatchFeeds> {
+    const texts = rows.flatMap(({ text }) => (text === undefined ? [] : [text]));
+    if (texts.length > 0 && texts.length < rows.length) {
+      throw new TypeError("a batch of texts and feeds together; give all examples in one way");
+    }
+    return texts.length > 0 ? this.#encode!(texts) : joinFeeds(rows.map(({ feeds }) => feeds!));
+  }
+
+  async length({ text, feeds }: Row<BatchFeeds>): Promise<number> {
+    const batch = feeds ?? (await this.#encode!([text!]));
+    return Math.max(...Object.values(batch).map(({ dims }) => dims.reduce((a, b) => a * b, 1)));
+  }
+
+  async answer(batch: BatchFeeds, point: Point): Promise<Float32Array> {
+    const { logitsOutput } = this.#source.graph;
+    const results = await this.#source.run(this.#feeds(batch, point), [logitsOutput]);
+    return floatsOf(results[logitsOutput]!);
+  }
+
+  async step(batch: BatchFeeds, point: Point, targets: Floats): Promise<MachineStep> {
+    const { engine, graph, run } = this.#source;
+    const rows = targets.length / this.#labels;
+    const learn = {
+      [graph.learnInput]: engine.tensor(Uint8Array.of(1), []),
+      [graph.targetsInput]: engine.tensor(targets, [rows, this.#labels]),
+    };
+    const trained = [
+      ...this.#modules.flatMap(({ inputA, inputB }) => [inputA, inputB]),
+      ...(this.#head ? [this.#head.weight] : []),
+      ...(this.#head?.bias === undefined ? [] : [this.#head.bias]),
+    ];
+    const outputs = [graph.lossOutput, graph.logitsOutput, ...trained.map((name) => graph.gradients.get(name)!)];
+    const results = await run({ ...this.#feeds(batch, point), ...learn }, outputs);
+    const logits = await floatsOf(results[graph.logitsOutput]!);
+    if (logits.length !== targets.length) {
+      const message = `the model gives ${logits.length} logits for ${rows} rows of ${this.#labels} labels`;
+      const [expected, found] = [targets.length, logits.length];
+      throw new BaseMismatchError(message, { module: graph.logitsOutput, expected, found });
+    }
+    const loss = (await floatsOf(results[graph.lossOutput]!))[0]!;
+    return { loss, logits, gradients: await this.#gradients(results) };
+  }
 
   /** Inputs of a batch and a task. */
-  const feedsOf = (batch: BatchFeeds, { factors, weight, bias }: Point): Record<string, OrtTensor> => {
-    const feeds = { ...toTensors(ort, batch), ...idle };
-    for (const { name, in: inputs, out, A, B } of modules) {
-      const rows = factors.get(name)!;
-      const q = rows.B.length / out;
-      feeds[A] = floats(turn(rows.A, q, inputs), 1, inputs, q);
-      feeds[B] = floats(rows.B, 1, q, out);
+  #feeds(batch: BatchFeeds, { factors, weight, bias }: Point): Tensors {
+    const { engine } = this.#source;
+    const feeds = { ...batchTensors(engine, batch), ...this.#idle };
+    for (const { name, in: inputs, out, inputA, inputB } of this.#modules) {
+      const { A, B } = factors.get(name)!;
+      const rank = B.length / out;
+      feeds[inputA] = engine.tensor(transpose(A, rank, inputs), [1, inputs, rank]);
+      feeds[inputB] = engine.tensor(B, [1, rank, out]);
     }
-    if (head) feeds[head.weight] = floats(turn(weight, labels.length, head.in), 1, head.in, labels.length);
-    if (head?.bias !== undefined) feeds[head.bias] = floats(bias, 1, 1, labels.length);
+    if (!this.#head) return feeds;
+    const { in: inputs, weight: weightInput, bias: biasInput } = this.#head;
+    feeds[weightInput] = engine.tensor(transpose(weight, this.#labels, inputs), [1, inputs, this.#labels]);
+    if (biasInput !== undefined) feeds[biasInput] = engine.tensor(bias, [1, 1, this.#labels]);
     return feeds;
-  };
-  const take = async (tensor: OrtTensor | undefined): Promise<Float32Array<ArrayBuffer>> =>
-    tensor ? (((await dataOf(tensor)) as Float32Array).slice() as Float32Array<ArrayBuffer>) : new Float32Array(0);
-  const check = (logits: Float32Array, rows: number): Float32Array => {
-    const expected = rows * labels.length;
-    if (logits.length === expected) return logits;
-    const message = `the model gives ${logits.length} logits for ${rows} rows of ${labels.length} labels`;
-    throw new BaseMismatchError(message, { module: graph.logitsOutput, expected, found: logits.length });
-  };
+  }
 
-  return {
-    head: head && { module: head.module, in: head.in, bias: head.bias !== undefined },
-    encodes: encode !== undefined,
+  async #gradients(results: Tensors): Promise<Point> {
+    const of = (input: string): Promise<Floats> => floatsOf(results[this.#source.graph.gradients.get(input)!]!);
+    const factors = await Promise.all(
+      this.#modules.map(async ({ name, in: inputs, inputA, inputB }) => {
+        const A = await of(inputA);
+        return [name, { A: transpose(A, inputs, A.length / inputs), B: await of(inputB) }] as const;
+      }),
+    );
+    const head = this.#head;
+    return {
+      factors: new Map(factors),
+      weight: head ? transpose(await of(head.weight), head.in, this.#labels) : new Float32Array(0),
+      bias: head?.bias === undefined ? new Float32Array(head ? this.#labels : 0) : await of(head.bias),
+    };
+  }
+}
 
-    async batch(rows) {
-      const texts = rows.flatMap(({ text }) => (text === undefined ? [] : [text]));
-      if (texts.length > 0 && texts.length < rows.length)
-        throw new TypeError("a batch of texts and feeds together; give all examples in one way");
-      return texts.length > 0 ? encode!(texts) : joinFeeds(rows.map(({ feeds }) => feeds!));
-    },
-
-    async length({ text, feeds }) {
-      const batch = feeds ?? (await encode!([text!]));
-      return Math.max(...Object.values(batch).map(({ dims }) => dims.reduce((a, b) => a * b, 1)));
-    },
-
-    async answer(batch, point) {
-      const none = { [graph.learnInput]: boolean(ort, false), [graph.targetsInput]: floats(new Float32Array(1), 1, 1) };
-      const results = await source.run({ ...feedsOf(batch, point), ...none }, [graph.logitsOutput]);
-      return take(results[graph.logitsOutput]);
-    },
-
-    async step(batch, point, targets) {
-      const rows = targets.length / labels.length;
-      const learn = {
-        [graph.learnInput]: boolean(ort, true),
-        [graph.targetsInput]: floats(targets, rows, labels.length),
-      };
-      const results = await source.run({ ...feedsOf(batch, point), ...learn }, [
-        graph.lossOutput,
-        graph.logitsOutput,
-        ...fetches,
-      ]);
-      const of = (name: string | undefined): Promise<Float32Array<ArrayBuffer>> =>
-        take(name === undefined ? undefined : results[gradient(name)]);
-      const logits = check(await take(results[graph.logitsOutput]), rows);
-      const factors = new Map(
-        await Promise.all(
-          modules.map(async ({ name, in: inputs, A, B }) => {
-            const a = await of(A);
-            return [
-              name,
-              { A: turn(a, inputs, a.length / inputs) as Float32Array<ArrayBuffer>, B: await of(B) },
-            ] as const;
-          }),
-        ),
-      );
-      const weight = head
-        ? (turn(await of(head.weight), head.in, labels.length) as Float32Array<ArrayBuffer>)
-        : new Float32Array(0);
-      const bias = head?.bias === undefined ? new Float32Array(head ? labels.length : 0) : await of(head.bias);
-      return { loss: (await take(results[graph.lossOutput]))[0]!, logits, gradients: { factors, weight, bias } };
-    },
-  };
+/** In memory of their own: the runtime may use the tensor's again. */
+async function floatsOf(tensor: EngineTensor): Promise<Floats> {
+  return Float32Array.from((await dataOf(tensor)) as Float32Array);
 }

@@ -2,10 +2,6 @@
  * What enters the adapted modules of a model: second moments over plain text. An error of ΔW counts where inputs are; packs that are
  * made with these lose least of the modules' outputs instead of ΔW itself.
  */
-
-import { call, inTurn, type Ort, type OrtTensor } from "../../bindings/ort.ts";
-import { createSession } from "../../bindings/ort-carrier.ts";
-import { dataOf } from "../../bindings/ort-training.ts";
 import type { Adapter, AdapterModule } from "../adapters/adapter.ts";
 import { Locator } from "../base/locate.ts";
 import { BaseMismatchError } from "../errors.ts";
@@ -15,34 +11,37 @@ import { findParameters } from "../onnx/modules.ts";
 import { makeValue } from "../onnx/nodes.ts";
 import { readModel } from "../onnx/read.ts";
 import { detachWeights } from "../onnx/write.ts";
+import { dataOf, type Engine } from "../session/engine.ts";
+import type { SourceInput } from "../source.ts";
 import { shuffle, uniform } from "../tensor/random.ts";
-import { type BatchFeeds, toTensors } from "./batch.ts";
+import { type BatchFeeds, batchTensors } from "./batch.ts";
 
 export interface MomentsOptions {
   readonly adapters: readonly Adapter[];
   readonly texts: readonly string[];
   /** Texts as the model's inputs, which are named, one row each: a tokenizer. */
   readonly encode: (texts: string[], inputNames: readonly string[]) => BatchFeeds | Promise<BatchFeeds>;
-  /** The input that tells which tokens are padding; "attention_mask" unless given. Padding is left out where there is one. */
+  /** The input that tells which tokens are padding, which is left out where there is one. Default: "attention_mask". */
   readonly mask?: string | undefined;
-  /** Texts at most; 256 unless given. */
+  /** Most texts that are looked at. Default: 256. */
   readonly most?: number | undefined;
-  /** Texts of a run; 16 unless given. */
+  /** Texts of a run. Default: 16. */
   readonly batch?: number | undefined;
 }
 
 /**
  * Second moments E[x·xᵀ] [in, in], row-major, of what enters each module that the adapters change, on the model without adapters.
+ * @param engine runs the model: `createEngine` of a binding makes one
  * @param model path, URL, Blob or bytes of the ONNX model
  * @throws BaseMismatchError when a module is not in the model, or no float linear layer of its main graph
  * @throws RangeError when there is no text
  */
-export async function inputMoments<O extends Ort>(
-  ort: O,
-  model: Parameters<typeof readModel>[0],
+export async function inputMoments(
+  engine: Engine,
+  model: SourceInput,
   { adapters, texts, encode, mask = "attention_mask", most = 256, batch = 16 }: MomentsOptions,
 ): Promise<Map<string, Float64Array>> {
-  if (texts.length === 0) throw new RangeError("moments: no texts");
+  if (texts.length === 0) throw new RangeError("inputMoments: no texts");
   const file = await readModel(model);
   try {
     const main = file.model.graph.proto;
@@ -53,30 +52,29 @@ export async function inputMoments<O extends Ort>(
       [...entering.values()].map(({ x, width }) => [x, { width, sum: new Float64Array(width * width) }]),
     );
     for (const x of sums.keys()) if (!there.has(x)) main.output.push(makeValue(x, FLOAT));
-    const session = await createSession({ ort, options: {} }, await detachWeights(file, []));
+    const loaded = await engine.load(await detachWeights(file, []));
     try {
       let count = 0;
       const some = shuffle([...texts], uniform(0)).slice(0, most);
       for (let at = 0; at < some.length; at += batch) {
-        const feeds = await encode(some.slice(at, at + batch), session.inputNames);
-        const found = (await inTurn(ort, () =>
-          call(session, toTensors(ort, feeds), session.outputNames, {}),
-        )) as Record<string, OrtTensor>;
+        const feeds = await encode(some.slice(at, at + batch), loaded.inputNames);
+        const found = await engine.run(loaded, batchTensors(engine, feeds), loaded.outputNames);
         const kept = feeds[mask] && Array.from(feeds[mask].data as ArrayLike<bigint | number>, Number);
         let rows = 0;
-        for (const [x, { sum, width }] of sums) rows = add(sum, (await dataOf(found[x]!)) as Float32Array, width, kept);
+        for (const [x, { sum, width }] of sums) {
+          rows = add(sum, (await dataOf(found[x]!)) as Float32Array, width, kept);
+        }
         count += rows;
       }
       for (const { sum } of sums.values()) sum.forEach((value, i) => (sum[i] = value / count));
       return new Map([...entering].map(([name, { x }]) => [name, sums.get(x)!.sum]));
     } finally {
-      await inTurn(ort, () => session.release());
+      await engine.release(loaded);
     }
   } finally {
-    await file.close?.();
+    await file.close();
   }
 }
-
 function modulesOf(adapters: readonly Adapter[]): Map<string, AdapterModule> {
   return new Map(adapters.flatMap(({ modules }) => [...modules]));
 }

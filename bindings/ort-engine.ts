@@ -1,0 +1,172 @@
+/**
+ * onnxruntime-web, onnxruntime-node, or another module with their interface, as the engine of sessions and trainers. The module
+ * is the caller's own import; types are structural, so that neither package is needed to compile against this one.
+ */
+import type { DeviceBuffer, DeviceHandle } from "../src/backends/backend.ts";
+import { BackendError } from "../src/errors.ts";
+import type { Feed } from "../src/onnx/feeds.ts";
+import type { DetachedModel } from "../src/onnx/write.ts";
+import type { Engine, EngineGpu, EngineTensor, LoadOptions, Tensors } from "../src/session/engine.ts";
+
+/** A session of onnxruntime, as far as it is needed here. */
+export interface OrtSession {
+  readonly inputNames: readonly string[];
+  readonly outputNames: readonly string[];
+  readonly inputMetadata?: readonly unknown[];
+  readonly outputMetadata?: readonly unknown[];
+  run(feeds: never, fetches: never, options?: never): Promise<unknown>;
+  release(): Promise<void>;
+}
+
+/** The module `onnxruntime-web`, `onnxruntime-web/webgpu`, `onnxruntime-node` or another with the same interface. */
+export interface Ort {
+  readonly InferenceSession: { create(model: Uint8Array, options?: never): Promise<OrtSession> };
+  readonly Tensor: abstract new (...args: never) => unknown;
+  readonly env: { readonly versions?: { readonly web?: string | undefined }; readonly webgpu?: object };
+}
+
+/** The options of `InferenceSession.create` of this module. */
+export type SessionOptions<O extends Ort> = O["InferenceSession"]["create"] extends (
+  model: Uint8Array,
+  options?: infer Options,
+) => unknown
+  ? Options
+  : never;
+
+/** The part of those options that is looked at here. */
+interface KnownOptions {
+  readonly executionProviders?: readonly (string | { readonly name: string; readonly forceCpuNodeNames?: string[] })[];
+}
+
+const TYPES = new Map<unknown, string>([
+  [Float32Array, "float32"],
+  [BigInt64Array, "int64"],
+  [Int32Array, "int32"],
+  [Uint16Array, "float16"],
+  [Uint8Array, "bool"],
+]);
+
+const queues = new WeakMap<object, Promise<unknown>>();
+
+/**
+ * Makes an engine of onnxruntime, for what takes one: `createJudge` and `inputMoments` of `eigenlora/train`.
+ * @param ort the module that is to run models
+ * @param session passed to `InferenceSession.create`: `executionProviders`, `graphOptimizationLevel`, …
+ * @throws TypeError when `ort` is not such a module
+ * @example
+ * const engine = createEngine(ort, { executionProviders: ["wasm"] });
+ */
+export function createEngine<O extends Ort>(ort: O, session?: SessionOptions<O>): Engine<OrtSession> {
+  if (typeof ort?.InferenceSession?.create !== "function" || typeof ort.Tensor !== "function") {
+    throw new TypeError("expected the module onnxruntime-web or onnxruntime-node as the first argument");
+  }
+  return new OrtEngine(ort, session as KnownOptions | undefined);
+}
+
+class OrtEngine implements Engine<OrtSession> {
+  readonly name = "onnxruntime";
+  readonly gpu: EngineGpu | undefined;
+  readonly #ort: Ort;
+  readonly #options: KnownOptions | undefined;
+  /** Once the device is known: goes around all that runs on it. */
+  #whileAlive: (<T>(work: () => Promise<T>) => Promise<T>) | undefined;
+
+  constructor(ort: Ort, options: KnownOptions | undefined) {
+    this.#ort = ort;
+    this.#options = options;
+    if (!onWebgpu(options)) return;
+    this.gpu = {
+      device: () => this.#device(),
+      tensor: (buffer, dtype, dims) => bufferTensor(ort, buffer, dtype, dims),
+      exclusive: (work) => this.#inTurn(() => this.#guarded(work)),
+    };
+  }
+
+  get provider(): string {
+    return JSON.stringify(this.#options?.executionProviders ?? "default");
+  }
+
+  async load({ bytes, files }: DetachedModel, options: LoadOptions = {}): Promise<OrtSession> {
+    const given = { ...optionsFor(this.#options ?? {}, options), externalData: [...files] };
+    try {
+      return await this.#inTurn(() => this.#ort.InferenceSession.create(bytes, given as never));
+    } catch (cause) {
+      const message = `onnxruntime cannot load the model (providers: ${this.provider}): ${(cause as Error).message}`;
+      throw new BackendError(message, { backend: this.name, cause });
+    }
+  }
+
+  run(session: OrtSession, feeds: Tensors, fetches: unknown, options: object = {}): Promise<Tensors> {
+    const run = () => session.run(feeds as never, fetches as never, options as never) as Promise<Tensors>;
+    return this.#inTurn(() => this.#guarded(run));
+  }
+
+  tensor(data: Feed["data"], dims: readonly number[], type?: string): EngineTensor {
+    const Tensor = this.#ort.Tensor as unknown as new (...of: unknown[]) => EngineTensor;
+    return new Tensor(type ?? TYPES.get(data.constructor), data, dims);
+  }
+
+  release(session: OrtSession): Promise<void> {
+    return this.#inTurn(() => session.release());
+  }
+
+  async #device(): Promise<{ device: DeviceHandle; ignored: boolean }> {
+    const { findDevice, whileAlive } = await import("./ort-device.ts");
+    const found = await findDevice(this.#ort, this.#options!.executionProviders![0]!);
+    this.#whileAlive = whileAlive(found.device);
+    return found;
+  }
+
+  #guarded<T>(work: () => Promise<T>): Promise<T> {
+    return this.#whileAlive ? this.#whileAlive(work) : work();
+  }
+
+  /**
+   * onnxruntime-web overlaps nothing: in browsers a second run, creation or release fails with "Session already started", or
+   * hangs the page, even of another session. All that goes through here waits for its turn.
+   */
+  #inTurn<T>(work: () => Promise<T>): Promise<T> {
+    const { InferenceSession, env } = this.#ort;
+    if (env.versions?.web === undefined) return work();
+    const done = (queues.get(InferenceSession) ?? Promise.resolve()).then(work);
+    queues.set(
+      InferenceSession,
+      done.catch(() => undefined),
+    );
+    return done;
+  }
+}
+
+/** Whether a session's options put the model on WebGPU. */
+function onWebgpu(options: KnownOptions | undefined): boolean {
+  const [first] = options?.executionProviders ?? [];
+  return (typeof first === "string" ? first : first?.name) === "webgpu";
+}
+
+/** The user's options, for what a model is loaded for. */
+export function optionsFor(given: KnownOptions, { purpose, exactNodes = [] }: LoadOptions): object {
+  if (purpose === "inspect") {
+    const { executionProviders, preferredOutputLocation, ...rest } = given as Record<string, unknown>;
+    return { ...rest, graphOptimizationLevel: "disabled" };
+  }
+  // Patterns of memory are worth little to lengths that change, and each is memory of its own beside what was there.
+  const options = purpose === "train" ? { enableMemPattern: false, ...given } : given;
+  if (!onWebgpu(given) || exactNodes.length === 0) return options;
+  // Only onnxruntime-web's newer provider knows of these; the older one (jsep) reads past them.
+  const executionProviders = given.executionProviders!.map((one) => {
+    const provider = typeof one === "string" ? { name: one } : one;
+    if (provider.name !== "webgpu") return one;
+    return { ...provider, forceCpuNodeNames: [...(provider.forceCpuNodeNames ?? []), ...exactNodes] };
+  });
+  return { ...options, executionProviders };
+}
+
+function bufferTensor(ort: Ort, buffer: DeviceBuffer, dtype: "f32" | "f16", dims: readonly number[]): EngineTensor {
+  const { fromGpuBuffer } = ort.Tensor as unknown as {
+    fromGpuBuffer?: (buffer: unknown, options: object) => EngineTensor;
+  };
+  if (!fromGpuBuffer) {
+    throw new BackendError("this build of onnxruntime takes no buffers of a device", { backend: "onnxruntime" });
+  }
+  return fromGpuBuffer.call(ort.Tensor, buffer, { dataType: dtype === "f32" ? "float32" : "float16", dims });
+}

@@ -1,0 +1,163 @@
+/**
+ * Mode "folded" on WebGPU: the weights that tasks change are inputs of the model, and each is a buffer of the device that the
+ * engine computes on. A switch folds into those buffers: one submit, no copy, the same model. Loaded where it is used.
+ */
+/// <reference types="@webgpu/types" />
+import { byteLengthOf, type DeviceTensor, type View } from "../base/host.ts";
+import { BackendError, BaseMismatchError } from "../errors.ts";
+import { onnxHost } from "../onnx/host.ts";
+import type { ModelFile } from "../onnx/read.ts";
+import { createRuntime } from "../runtime/create.ts";
+import { viewBytes } from "../runtime/mixed.ts";
+import type { Runtime } from "../runtime/runtime.ts";
+import { copySelection, type Selection } from "../runtime/selection.ts";
+import { decodeTensor } from "../tensor/dtypes.ts";
+import { type Active, type Carrier, type CarrierParts, type ProbeReport, toFeeds } from "./carrier.ts";
+import type { EngineGpu, LoadedModel, Tensors } from "./engine.ts";
+import type { FoldedInput } from "./fold.ts";
+import { parametersLeftOut, switchOptions } from "./folded.ts";
+import { withFeeds } from "./probe.ts";
+import { type EvaluateOptions, TaskEvaluator, type TaskValues } from "./values.ts";
+
+/** STORAGE, COPY_SRC and COPY_DST of GPUBufferUsage, which is a global in browsers only. */
+const USAGE = 128 | 4 | 8;
+
+/** A parameter on the device. */
+type Placed = DeviceTensor & { buffer: GPUBuffer };
+
+/**
+ * @param file is closed: nothing of it stays in the CPU's memory
+ * @throws BackendError when the engine refuses the model, does not tell its device, or does not read the buffers
+ */
+export async function deviceCarrier(
+  parts: CarrierParts,
+  file: ModelFile,
+  fed: readonly FoldedInput[],
+  gpu: EngineGpu,
+): Promise<Carrier> {
+  const { engine } = parts;
+  const { pack, inputs, names } = parts.prepared;
+  const model = await engine.load(parts.detached, parts.load);
+  const tensors = new Map<string, Placed>();
+  const free = (): void => tensors.forEach(({ buffer }) => buffer.destroy());
+  try {
+    const { device, ignored } = await gpu.device();
+    await place(file, fed, device as GPUDevice, tensors);
+    await file.close();
+    const own = new Map([...tensors].map(([name, { buffer }]) => [name, buffer]));
+    const weights = Object.fromEntries(
+      fed.map(({ name, input, dtype, shape }) => [input, gpu.tensor(own.get(name)!, dtype, shape)]),
+    );
+    const runtime = await createRuntime(pack, {
+      ...{ base: tensors, backend: "webgpu", webgpu: { device }, anyBase: true },
+      ...{ names, ignore: parametersLeftOut(parts.prepared) },
+    });
+    const evaluator = new TaskEvaluator(parts.prepared, undefined);
+    const active = (task: Selection, values: TaskValues): Active => {
+      const { feeds, bytes } = toFeeds(engine, inputs, [values]);
+      return { model, task, feeds: { ...weights, ...feeds }, bytes };
+    };
+    const none = await evaluator.evaluate(null);
+    const probe = await probeBuffers(parts, model, fed, weights, none, device as GPUDevice, gpu);
+    const bytes = [...own.values()].reduce((sum, { size }) => sum + size, 0);
+    return {
+      ...{ evaluator, probe, first: active(null, none), bytesWritten: bytes },
+      ...(ignored && { note: `${engine.name} does not use the device it was given; the weights are on its own` }),
+      async make(selection, options) {
+        const values = await evaluator.evaluate(selection, options);
+        // Runs that were asked for before are through by then, and none begins meanwhile.
+        await gpu.exclusive(() => foldInPlace(runtime, selection, options, fed, tensors, own));
+        return active(copySelection(selection), values);
+      },
+      memory() {
+        const { total, coefficients, pristine } = runtime.memory();
+        return { scratch: total - coefficients - pristine, pristine, active: bytes };
+      },
+      async close() {
+        await runtime.close();
+        free();
+      },
+    };
+  } catch (error) {
+    free();
+    await engine.release(model);
+    throw error;
+  }
+}
+
+/** Puts the parameters on the device, as their inputs take them. */
+async function place(
+  file: ModelFile,
+  fed: readonly FoldedInput[],
+  device: GPUDevice,
+  tensors: Map<string, Placed>,
+): Promise<void> {
+  const host = onnxHost(file);
+  const layouts = new Map([...host.list()].map(({ name, layout }) => [name, layout]));
+  for (const { name, dtype, shape } of fed) {
+    const view = await host.read(name);
+    const count = shape.reduce((a, b) => a * b, 1);
+    // Whole vectors of four words, which kernels of runtimes read.
+    const bytes = new Uint8Array(roundUp16(count * (dtype === "f32" ? 4 : 2)));
+    const stored = viewBytes(view as View & { data: Uint8Array });
+    if (dtype === view.dtype) bytes.set(stored.subarray(0, byteLengthOf(view)));
+    else decodeTensor(view.dtype, stored, 1, count, new Float32Array(bytes.buffer));
+    const buffer = device.createBuffer({ label: `eigenlora ${name}`, size: bytes.length, usage: USAGE });
+    const layout = layouts.get(name);
+    tensors.set(name, { dtype, shape, buffer, ...(layout ? { layout } : {}) });
+    device.queue.writeBuffer(buffer, 0, bytes);
+  }
+}
+
+/** @throws BaseMismatchError when the task brings a parameter of another shape, which no input can take */
+async function foldInPlace(
+  runtime: Runtime,
+  selection: Selection,
+  options: EvaluateOptions,
+  fed: readonly FoldedInput[],
+  tensors: ReadonlyMap<string, Placed>,
+  own: ReadonlyMap<string, GPUBuffer>,
+): Promise<void> {
+  const before = runtime.task;
+  await runtime.switchTask(selection, switchOptions(options));
+  const misfit = fed.find(({ name }) => tensors.get(name)?.buffer !== own.get(name));
+  if (!misfit) return;
+  const { name, shape } = misfit;
+  const found = tensors.get(name)?.shape ?? [];
+  await runtime.switchTask(before);
+  const message = `a task brings "${name}" of [${found.join(", ")}], the model's needs [${shape.join(", ")}]`;
+  throw new BaseMismatchError(message, { module: name, expected: shape, found });
+}
+
+/** A tiny run on the base's weights and one on zeros: a provider that does not read the buffers gives the same twice. */
+async function probeBuffers(
+  parts: CarrierParts,
+  model: LoadedModel,
+  fed: readonly FoldedInput[],
+  weights: Tensors,
+  { inputs: base }: TaskValues,
+  device: GPUDevice,
+  gpu: EngineGpu,
+): Promise<ProbeReport> {
+  const [output] = parts.prepared.outputNames as [string];
+  const largest = Math.max(...Object.values(weights).map(({ dims }) => dims.reduce((a, b) => a * b, 4)));
+  const zeros = device.createBuffer({ label: "eigenlora zeros", size: roundUp16(largest), usage: USAGE });
+  const nothing = Object.fromEntries(fed.map(({ input, dtype, shape }) => [input, gpu.tensor(zeros, dtype, shape)]));
+  try {
+    return await withFeeds(parts, model, async (run) => {
+      const [[before], [after]] = [await run([base], [output], weights), await run([base], [output], nothing)];
+      if (before!.some((value, i) => value !== after![i])) return { result: "passed" };
+      throw new BackendError(
+        `the provider ${parts.engine.provider} gives the same "${output}" whatever the weights: results would be silently ` +
+          'wrong. Use the module "onnxruntime-web/webgpu", or mode "core"',
+        { backend: parts.engine.name },
+      );
+    });
+  } finally {
+    zeros.destroy();
+  }
+}
+
+function roundUp16(bytes: number): number {
+  return Math.max(16, Math.ceil(bytes / 16) * 16);
+}

@@ -1,0 +1,71 @@
+/**
+ * Mode "folded": weights change inside the model, which an engine takes only when it loads one: each switch loads a model.
+ */
+import type { View } from "../base/host.ts";
+import { onnxHost } from "../onnx/host.ts";
+import type { ModelFile } from "../onnx/read.ts";
+import { createRuntime } from "../runtime/create.ts";
+import type { Runtime } from "../runtime/runtime.ts";
+import { copySelection } from "../runtime/selection.ts";
+import { type Carrier, type CarrierParts, toFeeds } from "./carrier.ts";
+import { type FoldedLayout, fillFolded } from "./fold.ts";
+import type { PreparedModel } from "./prepare.ts";
+import { type EvaluateOptions, TaskEvaluator } from "./values.ts";
+
+/**
+ * @param file stays open: weights are folded from it
+ * @throws BackendError when the engine refuses the model
+ */
+export async function foldedCarrier(
+  { engine, prepared, detached, load }: CarrierParts,
+  file: ModelFile,
+  layout: FoldedLayout,
+): Promise<Carrier> {
+  const { inputs } = prepared;
+  const evaluator = new TaskEvaluator(prepared, undefined);
+  const host = onnxHost(file);
+  // The file is in memory anyway: no second copy of its weights.
+  const runtime = await createRuntime(prepared.pack, {
+    ...{ base: host, webgpu: false, policy: "reload", anyBase: true },
+    ...{ names: prepared.names, ignore: parametersLeftOut(prepared) },
+  });
+  const pristine = detached.files.reduce((sum, { data }) => sum + data.byteLength, detached.bytes.length);
+  const make: Carrier["make"] = async (selection, options) => {
+    const values = await evaluator.evaluate(selection, options);
+    await runtime.switchTask(selection, switchOptions(options));
+    const changed = runtime.changes();
+    const folded = await fillFolded(layout, (name): View | Promise<View> => changed.get(name) ?? host.read(name));
+    const model = await engine.load({ ...detached, files: [...detached.files, folded] }, load);
+    return { model, task: copySelection(selection), ...toFeeds(engine, inputs, [values]) };
+  };
+  const close = async (): Promise<void> => {
+    await runtime.close();
+    await file.close();
+  };
+  try {
+    return {
+      evaluator,
+      first: await make(null, {}),
+      probe: { result: "not needed: the weights themselves change" },
+      bytesWritten: layout.byteLength,
+      make,
+      memory() {
+        const { total, coefficients } = runtime.memory();
+        return { scratch: total - coefficients, pristine, active: 0 };
+      },
+      close,
+    };
+  } catch (error) {
+    await close();
+    throw error;
+  }
+}
+
+/** Parameters that a runtime leaves out: those that are ignored, and those that come as inputs. */
+export function parametersLeftOut({ base }: PreparedModel): string[] {
+  return [...base.ignored, ...[...base.heads.keys()].flatMap((head) => [`${head}.weight`, `${head}.bias`])];
+}
+
+export function switchOptions({ signal, head }: EvaluateOptions): NonNullable<Parameters<Runtime["switchTask"]>[1]> {
+  return { ...(signal && { signal }), ...(head !== undefined && { head }) };
+}

@@ -1,0 +1,137 @@
+/**
+ * A pack's modules and a model's parameters, held against each other: which weight each adapted module is, and whether it is
+ * the right model's. Changes nothing.
+ */
+import { checkFingerprint, SAME_FLOAT, SAME_QUANTIZED } from "../base/fingerprint.ts";
+import { findWeight } from "../base/locate.ts";
+import { NameMatcher } from "../base/names.ts";
+import { BaseMismatchError } from "../errors.ts";
+import type { PackModule } from "../format/format.ts";
+import { readLinearWeight } from "../onnx/dequantize.ts";
+import { fusedNode, matrixShape } from "../onnx/linear.ts";
+import { findParameters, type OnnxParameter } from "../onnx/modules.ts";
+import type { ModelFile } from "../onnx/read.ts";
+import type { ReadOptions } from "../source.ts";
+
+export interface MatchOptions extends ReadOptions {
+  /** Names of weights or of their initializers in the model, by module name of the pack, where they are not found. */
+  readonly names?: ReadonlyMap<string, string> | undefined;
+  /** Accept a model whose weights differ from the fingerprints, for instance one that was trained further. Default: false. */
+  readonly anyBase?: boolean | undefined;
+  /** Parameters of the tasks, or modules with all of theirs, to leave out: `["classifier"]` on a model without one. */
+  readonly ignore?: readonly string[] | undefined;
+}
+
+export class ModelMatcher {
+  readonly #file: ModelFile;
+  readonly #options: MatchOptions;
+  readonly #parameters = new Map<string, OnnxParameter>();
+  readonly #names: NameMatcher;
+
+  constructor(file: ModelFile, options: MatchOptions) {
+    this.#file = file;
+    this.#options = options;
+    for (const parameter of findParameters(file.model)) this.#parameters.set(parameter.name, parameter);
+    this.#names = new NameMatcher(this.#parameters.keys());
+  }
+
+  /**
+   * The weight of each module, in their order.
+   * @throws BaseMismatchError when one is missing, ambiguous, of another shape, or that of two modules
+   */
+  weights(modules: readonly PackModule[]): OnnxParameter[] {
+    const owners = new Map<string, string>();
+    return modules.map((module) => {
+      const parameter = this.#weight(module.name);
+      checkShape(module, parameter);
+      const other = owners.get(parameter.name);
+      if (other === undefined) {
+        owners.set(parameter.name, module.name);
+        return parameter;
+      }
+      throw new BaseMismatchError(
+        `the modules "${other}" and "${module.name}" both match the weight "${parameter.name}"; map one with the option \`names\``,
+        { module: module.name, candidates: [parameter.name] },
+      );
+    });
+  }
+
+  #weight(module: string): OnnxParameter {
+    const byHand = this.#options.names?.get(module);
+    const held =
+      byHand === undefined ? [] : [...this.#parameters.values()].filter(({ initializer }) => initializer === byHand);
+    if (held.length === 1) return held[0]!;
+    try {
+      return this.#parameters.get(findWeight(this.#names, module, this.#options.names))!;
+    } catch (error) {
+      const fused = fusedNode(this.#file.model);
+      if (!fused || !(error instanceof BaseMismatchError)) throw error;
+      const what = `the model is fused already (${fused.opType} "${fused.name}"): pass the unoptimised export`;
+      throw new BaseMismatchError(`${what}; ${error.message}`, { module, candidates: error.candidates ?? [] });
+    }
+  }
+
+  /** Holds weights against the pack's fingerprints. @throws BaseMismatchError when one is another model's */
+  async check(modules: readonly PackModule[], weights: readonly OnnxParameter[], bases: Uint8Array): Promise<void> {
+    if (this.#options.anyBase) return;
+    for (const [i, module] of modules.entries()) {
+      const parameter = weights[i]!;
+      if (module.fingerprint === undefined || (parameter.shape.length !== 2 && parameter.dtype !== "other")) continue;
+      const { at, quantized } = await readLinearWeight(this.#file, parameter, this.#options);
+      const turned = parameter.layout === "embedding" || module.layout === "embedding";
+      const value = turned ? (o: number, n: number): number => at(n, o) : at;
+      checkFingerprint(module, parameter.name, value, bases, quantized ? SAME_QUANTIZED : SAME_FLOAT);
+    }
+  }
+
+  /** Whether the model has a parameter by this name. */
+  has(name: string): boolean {
+    return "name" in this.#names.find(name);
+  }
+
+  /**
+   * A parameter that tasks bring.
+   * @throws BaseMismatchError when the model does not have it, or several match
+   */
+  parameter(name: string, role: string): OnnxParameter {
+    const found = this.#names.find(name);
+    if ("name" in found) return this.#parameters.get(found.name)!;
+    throw new BaseMismatchError(
+      `tasks change "${name}" (${role}), which ${found.ambiguous ? "several parameters of the model match" : "is not in the model"}; ` +
+        `candidates: ${found.candidates.join(", ") || "none"}. To use the tasks without it, pass ignore: ["${moduleOf(name)}"]`,
+      { module: name, candidates: found.candidates },
+    );
+  }
+
+  /** Whether the user wants a parameter left out. */
+  ignores(name: string): boolean {
+    return isIgnored(name, this.#options.ignore);
+  }
+}
+
+/** Whether a list of parameters and modules names this parameter. */
+export function isIgnored(parameter: string, ignore: readonly string[] = []): boolean {
+  return ignore.includes(parameter) || ignore.includes(moduleOf(parameter));
+}
+
+/** "classifier" of "classifier.weight". */
+export function moduleOf(parameter: string): string {
+  return parameter.replace(/\.[^.]*$/, "");
+}
+
+function checkShape(module: PackModule, parameter: OnnxParameter): void {
+  const shape = matrixShape(parameter);
+  const table = parameter.layout === "embedding" || module.layout === "embedding";
+  const conv = parameter.shape.length > 2 && module.layout === "conv";
+  const expected = table ? [module.in, module.out] : [module.out, module.in];
+  const size = parameter.shape.slice(1).reduce((a, b) => a * b, 1);
+  const fits = conv
+    ? parameter.shape[0] === module.out && size === module.in
+    : shape?.every((n, i) => n === expected[i]);
+  if (fits) return;
+  throw new BaseMismatchError(
+    `the adapted module "${module.name}" is [out ${module.out}, in ${module.in}], but the model's "${parameter.name}" is ` +
+      `[${(shape ?? parameter.shape).join(", ")}]: the adapters are of another model`,
+    { module: module.name, expected, found: shape ?? parameter.shape },
+  );
+}

@@ -1,0 +1,67 @@
+/**
+ * A model made ready for the tasks of a pack, before any engine has seen it: planned, its graph changed, its own inputs told
+ * from those that carry a task.
+ */
+import { type Feed, tinyFeeds } from "../onnx/feeds.ts";
+import { type Grafted, type GraftModule, graft } from "../onnx/graft.ts";
+import type { ModelFile } from "../onnx/read.ts";
+import type { Pack } from "../pack/pack.ts";
+import { type FoldedInput, type FoldedLayout, feedFolded, layoutFolded } from "./fold.ts";
+import { type BaseValues, type Mode, type PlanOptions, planSession } from "./plan.ts";
+
+/** A layer that gets a term: what is known of it without its graph. */
+export type AdaptedLayer = Pick<GraftModule, "name" | "in" | "out" | "components" | "factors">;
+
+/** Holds nothing of the model's file. */
+export interface PreparedModel extends Grafted {
+  readonly pack: Pack;
+  readonly mode: Mode;
+  /** Why this mode, for people. */
+  readonly reason: string;
+  /** The model's own. */
+  readonly inputNames: readonly string[];
+  readonly outputNames: readonly string[];
+  /** The layers that get a term. Empty in mode "folded". */
+  readonly modules: readonly AdaptedLayer[];
+  /** What the model's own inputs can be fed with to see it run; undefined where they are of kinds that cannot be made up. */
+  readonly feeds: ReadonlyMap<string, Feed> | undefined;
+  readonly base: BaseValues;
+  /** The model's names of the adapted weights, by module name of the pack. */
+  readonly names: ReadonlyMap<string, string>;
+  /** Mode "folded": where the weights that tasks change lie in a file of their own, or which inputs they are. */
+  readonly folded: FoldedLayout | readonly FoldedInput[] | undefined;
+}
+
+export interface PrepareOptions extends PlanOptions {
+  /** Mode "folded": the weights that change become inputs, which an engine can take from a device. Default: false. */
+  readonly foldedInputs?: boolean | undefined;
+  /** Whether the graph gets outputs for the parity probe. Default: true. */
+  readonly probeOutputs?: boolean | undefined;
+}
+
+/**
+ * Changes `file.model`.
+ * @param bases of the pack, as `pack.bases()` gives them
+ * @throws BaseMismatchError, FormatError as `planSession`
+ */
+export async function prepareModel(
+  file: ModelFile,
+  pack: Pack,
+  bases: Uint8Array,
+  options: PrepareOptions = {},
+): Promise<PreparedModel> {
+  const { mode, reason, base, names, folded, graft: wanted } = await planSession(file, pack, bases, options);
+  const { proto, initializers } = file.model.graph;
+  const own = proto.input.filter(({ name }) => !initializers.has(name));
+  const outputNames = proto.output.map(({ name }) => name);
+  const place = options.foldedInputs ? feedFolded : layoutFolded;
+  const placed = mode === "folded" ? place(file.model, folded) : undefined;
+  const grafted = graft(file.model, wanted, { probe: options.probeOutputs ?? true });
+  return {
+    ...{ pack, mode, reason, base, names, outputNames, folded: placed },
+    inputNames: own.map(({ name }) => name),
+    ...grafted,
+    modules: wanted.modules.map(({ linears, ...layer }) => layer),
+    feeds: tinyFeeds(own),
+  };
+}

@@ -1,0 +1,379 @@
+/**
+ * A loaded model that switches tasks. It owns the order of runs and switches; how tasks reach the model is the carrier's, what
+ * runs it is the engine's.
+ */
+import { BackendError, TaskError } from "../errors.ts";
+import { type ModelOptions, readModel } from "../onnx/read.ts";
+import { detachWeights } from "../onnx/write.ts";
+import type { Pack, TaskInfo } from "../pack/pack.ts";
+import type { Selection } from "../runtime/selection.ts";
+import type { SourceInput } from "../source.ts";
+import { type Active, type Carrier, type CarrierParts, type ProbeReport, toFeeds } from "./carrier.ts";
+import type { Engine, Tensors } from "./engine.ts";
+import { FOLDED_FILE } from "./fold.ts";
+import type { Mode, PlanOptions } from "./plan.ts";
+import { type PreparedModel, prepareModel } from "./prepare.ts";
+import { Timeline } from "./timeline.ts";
+import type { Trainable } from "./training.ts";
+import type { TaskValues } from "./values.ts";
+
+export interface SessionOptions extends ModelOptions, PlanOptions {
+  /**
+   * A tiny run that shows whether the provider takes a task into account: `false` leaves it out; or feeds of your own, where the
+   * model does not run on made-up ones. Default: true.
+   */
+  readonly probe?: boolean | object | undefined;
+  /**
+   * Whether `eigenlora/train` can train new tasks on it, in mode "factors" only; `logits` names the output that holds the logits,
+   * "logits" or the only one by default. Loss and gradients lie in the same graph, which takes longer to create, and costs a run a
+   * little. Default: false.
+   */
+  readonly trainable?: boolean | { readonly logits?: string | undefined } | undefined;
+}
+
+export interface SessionSwitchOptions {
+  readonly signal?: AbortSignal | undefined;
+  /** Whose saved modules (classifier) to use in a blend of tasks with different ones. */
+  readonly head?: string | undefined;
+}
+
+/** What a switch did and what it cost. */
+export interface SessionSwitchReport {
+  readonly task: Selection;
+  /** Read from the pack for this switch. */
+  readonly bytesRead: number;
+  readonly requests: number;
+  /** Bytes of the inputs that carry the task; mode "folded": of the weights that were written. */
+  readonly bytesFed: number;
+  readonly milliseconds: number;
+}
+
+export interface SessionRunOptions {
+  /** One task id per row of the batch, or null for the base; instead of the active task. */
+  readonly tasks?: readonly (string | null)[] | undefined;
+  /** Everything else goes to the engine. */
+  readonly [option: string]: unknown;
+}
+
+/** Beside the outputs of a run with `tasks`. */
+export interface ValidColumns {
+  /**
+   * How many columns of each row of a head's result are the task's own, by module name of the head. The columns behind them hold
+   * the lowest number, or 0 where the head has no bias. Not enumerable.
+   */
+  readonly validColumns?: ReadonlyMap<string, readonly number[]>;
+}
+
+/** What an engine's own runs take and give. */
+export interface SessionTypes {
+  readonly feeds: unknown;
+  readonly fetches: unknown;
+  readonly results: unknown;
+}
+
+/** Resident bytes beyond the engine's own copy of the model, by owner. */
+export interface SessionMemory {
+  /** Components inside the engine's model. */
+  readonly basis: number;
+  /** Resident task blobs. */
+  readonly coefficients: number;
+  /** What is folded from: the model's file, on WebGPU the weights on the device; mode "folded". */
+  readonly pristine: number;
+  /** Inputs of the active task, heads and biases of the base; mode "folded" on WebGPU: the weights that the model reads. */
+  readonly active: number;
+  /** Bases and scratch memory that expand coefficients; modes "factors" and "folded". */
+  readonly scratch: number;
+  readonly total: number;
+}
+
+/**
+ * Prepares a model for all tasks of a pack and loads it once.
+ * @param engine runs the model
+ * @param source bytes, path, URL or Blob of the ONNX file; files beside it are found by path or URL, or given by `external`
+ * @throws BaseMismatchError when modules are missing, ambiguous, of another shape or of another model; or when the mode
+ *   asked for cannot do what the tasks bring: the message names one that can
+ * @throws FormatError when the model is truncated, no ONNX model or of an opset before 11
+ * @throws BackendError when the engine refuses the model, or the probe finds that it computes something else
+ */
+export async function createSession<T extends SessionTypes>(
+  engine: Engine,
+  source: SourceInput,
+  pack: Pack,
+  options: SessionOptions = {},
+): Promise<Session<T>> {
+  const { trainable = false, mode = "auto" } = options;
+  if (!["auto", "core", "factors", "folded"].includes(mode)) {
+    throw new RangeError(`mode: expected "auto", "core", "factors" or "folded", got ${JSON.stringify(mode)}`);
+  }
+  if (trainable && mode !== "auto" && mode !== "factors") {
+    throw new RangeError(`mode: tasks are learned in mode "factors", got ${JSON.stringify(mode)}`);
+  }
+  const file = await readModel(source, options);
+  let bases: Awaited<ReturnType<Pack["bases"]>> | undefined;
+  try {
+    bases = await pack.bases(options);
+    const how = { ...options, foldedInputs: engine.gpu !== undefined, ...(trainable && { mode: "factors" as const }) };
+    const prepared = await prepareModel(file, pack, bases.bytes, how);
+    const logits = typeof trainable === "object" ? trainable.logits : undefined;
+    const training = trainable
+      ? await (await import("./training.ts")).addTraining(engine, file, prepared, logits)
+      : undefined;
+    const { folded } = prepared;
+    const supplied = folded && "places" in folded ? [FOLDED_FILE] : [];
+    const detached = await detachWeights(file, prepared.initializers, { ...options, supplied });
+    const parts = {
+      engine,
+      prepared,
+      detached,
+      probe: options.probe,
+      load: training?.load ?? {},
+      idle: training?.idle ?? {},
+    };
+    const carrier = await carrierOf(parts, file, bases.bytes);
+    return new Session<T>(engine, prepared, carrier, parts.idle, training?.graph);
+  } catch (error) {
+    await file.close();
+    throw error;
+  } finally {
+    bases?.close();
+  }
+}
+
+async function carrierOf(
+  parts: CarrierParts,
+  file: Awaited<ReturnType<typeof readModel>>,
+  bases: Uint8Array,
+): Promise<Carrier> {
+  const { folded } = parts.prepared;
+  if (!folded) {
+    await file.close();
+    return (await import("./unfolded.ts")).unfoldedCarrier(parts, bases);
+  }
+  if ("places" in folded) return (await import("./folded.ts")).foldedCarrier(parts, file, folded);
+  return (await import("./device.ts")).deviceCarrier(parts, file, folded, parts.engine.gpu!);
+}
+
+/** Values by task, with the blob that they were made of. */
+type RowValues = Map<string | null, { readonly bytes: Uint8Array | undefined; readonly values: TaskValues }>;
+
+/** A model that switches tasks. Made by `createSession`, or the function of a binding. */
+export class Session<T extends SessionTypes = SessionTypes> {
+  readonly pack: Pack;
+  /** How tasks reach the model, and why so. */
+  readonly mode: Mode;
+  readonly reason: string;
+  /** The model's own inputs and outputs. */
+  readonly inputNames: readonly string[];
+  readonly outputNames: readonly string[];
+  /** What the parity probe found. */
+  readonly probe: ProbeReport;
+  /** For `createTrainer`; undefined unless the session was made `trainable`. */
+  readonly trainable: Trainable | undefined;
+
+  readonly #engine: Engine;
+  readonly #base: PreparedModel["base"];
+  readonly #inputs: PreparedModel["inputs"];
+  readonly #idle: Tensors;
+  readonly #carrier: Carrier;
+  readonly #timeline: Timeline<Active>;
+  readonly #components: number;
+  /** Values of the tasks of the last run with one task per row: the next one usually asks for the same. */
+  #rowValues: RowValues = new Map();
+  #active: Active;
+  #closed: Promise<void> | undefined;
+  #rowsChecked: Promise<void> | undefined;
+
+  /** Use `createSession`, or the function of a binding. */
+  constructor(
+    engine: Engine,
+    prepared: PreparedModel,
+    carrier: Carrier,
+    idle: Tensors,
+    graph: Trainable["graph"] | undefined,
+  ) {
+    // Not the prepared model itself: it holds the components, which the engine has now.
+    const { pack, mode, reason, base, inputs, inputNames, outputNames, initializers } = prepared;
+    this.pack = pack;
+    this.mode = mode;
+    this.inputNames = inputNames;
+    this.outputNames = outputNames;
+    this.reason = carrier.note === undefined ? reason : `${reason}; ${carrier.note}`;
+    this.probe = carrier.probe;
+    this.#engine = engine;
+    this.#base = base;
+    this.#inputs = inputs;
+    this.#idle = idle;
+    this.#carrier = carrier;
+    this.#active = carrier.first;
+    this.#timeline = new Timeline(carrier.first);
+    this.#components = initializers.reduce((sum, { data }) => sum + data.byteLength, 0);
+    this.trainable = graph && this.#lend(graph);
+  }
+
+  #lend(graph: Trainable["graph"]): Trainable {
+    return {
+      engine: this.#engine,
+      graph,
+      inputs: this.#inputs,
+      base: async () => (await this.#carrier.evaluator.evaluate(null)).inputs,
+      run: async (feeds, fetches) => {
+        this.#live();
+        return this.#timeline.run(({ model }) => this.#engine.run(model, { ...this.#idle, ...feeds }, fetches));
+      },
+    };
+  }
+
+  /** What runs now belong to. */
+  get task(): Selection {
+    return this.#active.task;
+  }
+
+  /** The pack's tasks by id, with their metadata. */
+  get tasks(): ReadonlyMap<string, TaskInfo> {
+    return this.pack.tasks;
+  }
+
+  /**
+   * Makes a task, a blend or the pristine base active. Runs asked for before finish on the task they had; runs asked for
+   * after wait. When it fails or is aborted, the previous task stays whole.
+   * @param selection a task id; null for the base; or strengths by id
+   * @throws TaskError, SourceError, FormatError as `Runtime.switchTask`
+   */
+  async switchTask(selection: Selection, options: SessionSwitchOptions = {}): Promise<SessionSwitchReport> {
+    this.#live();
+    const started = performance.now();
+    const before = { ...this.pack.reads };
+    const change = this.#timeline.change(
+      async () => {
+        options.signal?.throwIfAborted();
+        const made = await this.#carrier.make(selection, options);
+        this.#active = made;
+        return made;
+      },
+      async (old) => {
+        if (old.model !== this.#active.model) await this.#engine.release(old.model);
+      },
+    );
+    const { task, bytes } = await change;
+    return {
+      task,
+      bytesRead: this.pack.reads.bytes - before.bytes,
+      requests: this.pack.reads.requests - before.requests,
+      bytesFed: bytes + this.#carrier.bytesWritten,
+      milliseconds: performance.now() - started,
+    };
+  }
+
+  /**
+   * Runs the model on the active task, or on one task per row of the batch.
+   * @param fetches names of outputs, or what else the engine takes; may be left out
+   * @throws TypeError when feeds use names of ours, or `tasks` does not have the batch's length
+   * @throws BackendError when the session has been closed
+   */
+  run(feeds: T["feeds"], options?: SessionRunOptions): Promise<T["results"] & ValidColumns>;
+  run(feeds: T["feeds"], fetches: T["fetches"], options?: SessionRunOptions): Promise<T["results"] & ValidColumns>;
+  async run(
+    feeds: T["feeds"],
+    second?: T["fetches"] | SessionRunOptions,
+    third?: SessionRunOptions,
+  ): Promise<T["results"] & ValidColumns> {
+    this.#live();
+    const fetched = isFetches(second, this.outputNames);
+    const { tasks, ...options } = (fetched ? third : (second as SessionRunOptions | undefined)) ?? {};
+    const fetches = fetched ? second : this.outputNames;
+    const own = feeds as Tensors;
+    for (const { name } of this.#inputs) {
+      if (name in own) throw new TypeError(`feeds: "${name}" is the session's own input; switchTask feeds it`);
+    }
+    const submit = (model: Active["model"], task: Tensors): Promise<Tensors> =>
+      this.#engine.run(model, { ...this.#idle, ...own, ...task }, fetches, options);
+    return this.#timeline.run(async (active) => {
+      if (!tasks) return submit(active.model, active.feeds);
+      const values = await this.#rows(tasks, own);
+      const result = await submit(active.model, toFeeds(this.#engine, this.#inputs, values).feeds);
+      const heads = [...this.#base.heads.keys()];
+      const valid = new Map(heads.map((head) => [head, values.map(({ labels }) => labels.get(head)!)]));
+      return Object.defineProperty(result, "validColumns", { value: valid, enumerable: false });
+    });
+  }
+
+  /** Values for each row of a batch; those of a task are computed once as long as runs go on asking for it. */
+  async #rows(tasks: readonly (string | null)[], feeds: Tensors): Promise<TaskValues[]> {
+    if (this.mode === "folded") {
+      throw new TypeError('run: one task per row needs mode "core" or "factors"; this session is "folded"');
+    }
+    const batch = Object.values(feeds).find(({ dims }) => dims.length > 0)?.dims[0];
+    if (tasks.length === 0 || tasks.length !== batch) {
+      throw new TypeError(`run: ${tasks.length} tasks for a batch of ${batch}; give one per row`);
+    }
+    if (tasks.length > 1) await (this.#rowsChecked ??= this.#carrier.checkRows?.());
+    const wanted: RowValues = new Map();
+    for (const task of new Set(tasks)) {
+      // A task can be removed and another one added under its name.
+      const bytes = task === null ? undefined : (await this.pack.load(task)).bytes;
+      const known = this.#rowValues.get(task);
+      const values = known?.bytes === bytes && known ? known.values : await this.#carrier.evaluator.evaluate(task);
+      wanted.set(task, { bytes, values });
+    }
+    this.#rowValues = wanted;
+    return tasks.map((task) => wanted.get(task)!.values);
+  }
+
+  /**
+   * Adds a task that came as a file of its own, for this pack in memory.
+   * @throws as `Pack.addTask`; `switchTask` throws BaseMismatchError when it changes what no task did before
+   */
+  async addTask(id: string, file: SourceInput): Promise<void> {
+    this.#live();
+    await this.pack.addTask(id, file);
+  }
+
+  /** @throws TaskError when there is no such task or it is active */
+  removeTask(id: string): void {
+    const { task } = this.#active;
+    const active = typeof task === "string" ? task === id : task !== null && Object.hasOwn(task, id);
+    if (active) throw new TaskError(`task "${id}" is active; switch to another first`, { task: id });
+    this.pack.removeTask(id);
+  }
+
+  /** Resident bytes that come on top of what a plain session holds. */
+  memory(): SessionMemory {
+    const { biases, heads, weights } = this.#base;
+    const held = this.#carrier.memory();
+    const own = [...heads.values()].flatMap(({ weight, bias }) => [weight, bias]);
+    const rows = [...this.#rowValues.values()].flatMap(({ values }) =>
+      [...values.inputs.values()].map(({ data }) => data),
+    );
+    // Heads of the base are values of rows too.
+    const arrays = new Set([...biases.values(), ...weights.values(), ...own, ...rows]);
+    const active = [...arrays].reduce((sum, array) => sum + (array?.byteLength ?? 0), this.#active.bytes + held.active);
+    const { coefficients } = this.pack.residentBytes;
+    const report = { basis: this.#components, coefficients, pristine: held.pristine, active, scratch: held.scratch };
+    return { ...report, total: Object.values(report).reduce((a, b) => a + b, 0) };
+  }
+
+  /** Waits for runs and switches under way, then frees everything. The pack stays open. */
+  close(): Promise<void> {
+    this.#closed ??= this.#end();
+    return this.#closed;
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.close();
+  }
+
+  async #end(): Promise<void> {
+    const { model } = await this.#timeline.end();
+    await this.#engine.release(model);
+    await this.#carrier.close();
+  }
+
+  #live(): void {
+    if (this.#closed) throw new BackendError("this session is closed; make a new one", { backend: this.#engine.name });
+  }
+}
+
+function isFetches(value: unknown, outputs: readonly string[]): boolean {
+  if (Array.isArray(value)) return true;
+  return typeof value === "object" && value !== null && Object.keys(value).some((key) => outputs.includes(key));
+}

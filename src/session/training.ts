@@ -1,0 +1,71 @@
+/**
+ * What a session needs to learn beside answering: a training graph in the same model, and a way for a trainer to run it. Loaded
+ * when a session is made `trainable`.
+ */
+import { buildTrainingGraph, type TrainingGraph } from "../autodiff/graph.ts";
+import type { ShapeProbe } from "../autodiff/shapes.ts";
+import type { TaskInput } from "../onnx/graft.ts";
+import type { ModelFile } from "../onnx/read.ts";
+import { dataOf, type Engine, type LoadOptions, type Tensors } from "./engine.ts";
+import type { PreparedModel } from "./prepare.ts";
+import { toTensors } from "./probe.ts";
+import type { InputValue } from "./values.ts";
+
+/** What a session that can learn lends to a trainer. */
+export interface Trainable {
+  readonly engine: Engine;
+  readonly graph: TrainingGraph;
+  /** The inputs that carry a task. */
+  readonly inputs: readonly TaskInput[];
+  /** Their values on the base. */
+  base(): Promise<ReadonlyMap<string, InputValue>>;
+  /** Runs the model on inputs that are all given, between the session's own runs. */
+  run(feeds: Tensors, fetches: readonly string[]): Promise<Tensors>;
+}
+
+/**
+ * Adds loss and gradients to a prepared model, in place.
+ * @param logits the output that holds the logits. Default: "logits", or the only one
+ * @returns the graph, how to load the model, and what every run is fed with that does not learn
+ * @throws FormatError naming every node that gradients do not pass
+ */
+export async function addTraining(
+  engine: Engine,
+  file: ModelFile,
+  prepared: PreparedModel,
+  logits: string | undefined,
+): Promise<{ graph: TrainingGraph; load: LoadOptions; idle: Tensors }> {
+  const graph = await buildTrainingGraph(file, prepared, { probe: probeOf(engine), logits });
+  const idle = {
+    [graph.learnInput]: engine.tensor(Uint8Array.of(0), []),
+    [graph.targetsInput]: engine.tensor(new Float32Array(1), [1, 1]),
+  };
+  // WGSL promises sine and cosine to 2⁻¹¹, too little for gradients. They turn positions: a few numbers.
+  const exactNodes = file.model.graph.proto.node.flatMap(({ opType, name }) =>
+    (opType === "Sin" || opType === "Cos") && name !== "" ? [name] : [],
+  );
+  return { graph, load: { purpose: "train", exactNodes }, idle };
+}
+
+/**
+ * Looks at shapes: without the optimiser, which needs longer than two tiny runs, and on the CPU, since shapes are the same there,
+ * and WebGPU would compile shaders for each operator, of which devices without f16 lack some.
+ */
+function probeOf(engine: Engine): ShapeProbe {
+  return async (detached, feeds) => {
+    const model = await engine.load(detached, { purpose: "inspect" });
+    try {
+      const results = [];
+      for (const feed of feeds) {
+        const found = await engine.run(model, toTensors(engine, feed), model.outputNames);
+        const entries = Object.entries(found).map(async ([name, tensor]) => {
+          return [name, { type: tensor.type, dims: tensor.dims, data: await dataOf(tensor) }] as const;
+        });
+        results.push(Object.fromEntries(await Promise.all(entries)));
+      }
+      return results;
+    } finally {
+      await engine.release(model);
+    }
+  };
+}

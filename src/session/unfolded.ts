@@ -1,0 +1,67 @@
+/**
+ * Modes "core" and "factors": one loaded model, whose extra inputs carry the active task.
+ */
+import { createBackend } from "../backends/select.ts";
+import { copySelection } from "../runtime/selection.ts";
+import { Workbench } from "../runtime/workbench.ts";
+import { type Carrier, type CarrierParts, toFeeds } from "./carrier.ts";
+import { probeParity, probeRows, probeRun, toTensors } from "./probe.ts";
+import { TaskEvaluator } from "./values.ts";
+
+/**
+ * @param bases of the pack
+ * @throws BackendError when the engine refuses the model, or the probe finds that it computes something else
+ */
+export async function unfoldedCarrier(parts: CarrierParts, bases: Uint8Array): Promise<Carrier> {
+  const { pack, mode, base, modules } = parts.prepared;
+  // The core is made of coefficients alone; everything else expands from the bases.
+  const expands = mode === "factors" || base.weights.size > 0 || modules.some((module) => !module.components);
+  const { backend } = await createBackend(expands ? { webgpu: false } : { backend: "js" });
+  try {
+    const bench = new Workbench(backend, pack.modules, expands ? bases : new Uint8Array(0));
+    return await onModel(parts, new TaskEvaluator(parts.prepared, bench), bench);
+  } catch (error) {
+    backend.close();
+    throw error;
+  }
+}
+
+// What stays is made here, by closures that know the little they need: not the prepared model, which holds the components.
+async function onModel(
+  parts: CarrierParts,
+  evaluator: TaskEvaluator,
+  { backend, staging }: Workbench,
+): Promise<Carrier> {
+  const { engine, idle } = parts;
+  const { inputs, feeds, outputNames } = parts.prepared;
+  const model = await engine.load(parts.detached, parts.load);
+  try {
+    // Runs fail once the device is lost, where the engine tells which one it has.
+    await engine.gpu?.device().catch(() => undefined);
+    const none = await evaluator.evaluate(null);
+    const made = typeof parts.probe === "object" ? undefined : feeds;
+    return {
+      evaluator,
+      first: { model, task: null, ...toFeeds(engine, inputs, [none]) },
+      probe: await probeParity(parts, model, none.inputs),
+      bytesWritten: 0,
+      async make(selection, options) {
+        const values = await evaluator.evaluate(selection, options);
+        return { model, task: copySelection(selection), ...toFeeds(engine, inputs, [values]) };
+      },
+      async checkRows() {
+        if (!made) return;
+        const run = probeRun(engine, inputs, model, { ...idle, ...toTensors(engine, made) });
+        await probeRows(run, none.inputs, inputs, outputNames[0]!);
+      },
+      memory() {
+        const held = Object.values(backend.memory()).reduce((a, b) => a + b, 0);
+        return { scratch: held + staging.values.byteLength, pristine: 0, active: 0 };
+      },
+      close: async () => backend.close(),
+    };
+  } catch (error) {
+    await engine.release(model);
+    throw error;
+  }
+}
