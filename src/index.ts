@@ -17,6 +17,7 @@ export type { Layout, PackModule, TaskMetadata } from "./format/format.ts";
 export { type OpenOptions, openPack, Pack, type TaskInfo } from "./pack/pack.ts";
 export { createRuntime, type RuntimeOptions } from "./runtime/create.ts";
 export {
+  type ApplyOptions,
   type MemoryReport,
   Runtime,
   type SwitchOptions,

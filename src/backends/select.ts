@@ -1,6 +1,7 @@
 /**
  * Picks a backend. Each arrives by dynamic import, so that an app loads the one it runs.
  */
+import { checkChoice } from "../arguments.ts";
 import type { Backend, DeviceHandle } from "./backend.ts";
 
 export interface BackendOptions {
@@ -54,9 +55,7 @@ export async function createBackend(
   onCpu?: string,
 ): Promise<{ backend: Backend; passedOver: string[] }> {
   const { backend = "auto", webgpu } = options;
-  if (backend !== "auto" && !Object.hasOwn(BACKENDS, backend)) {
-    throw new RangeError(`backend: expected "auto", "webgpu", "wasm" or "js", got ${JSON.stringify(backend)}`);
-  }
+  checkChoice("backend", backend, ["auto", "webgpu", "wasm", "js"]);
   if (backend !== "auto") return { backend: await BACKENDS[backend](options), passedOver: [] };
   const why = webgpu === false ? "left out" : webgpu?.device ? undefined : onCpu;
   const passedOver: string[] = why === undefined ? [] : [`webgpu: ${why}`];

@@ -3,6 +3,7 @@
  * made that is larger than the batch: x goes through the components, the task's coefficients and the other side's components.
  * Loaded when it is used.
  */
+import { checkArgument } from "../arguments.ts";
 import type { Slice } from "../backends/backend.ts";
 import { onDevice, type View } from "../base/host.ts";
 import type { PackModule } from "../format/format.ts";
@@ -31,6 +32,7 @@ export interface Applied {
 
 /** @throws TaskError for an unknown task, or one with DoRA on the module, which is no addition */
 export async function partsOfRows(pack: Pack, rows: readonly Selection[], index: number): Promise<ActiveTask[][]> {
+  checkArgument("apply: tasks", rows, "a list of one task per row", "map");
   const known = new Map<Selection, ActiveTask[]>();
   for (const row of rows)
     if (!known.has(row)) known.set(row, await loadParts(pack, row, undefined, undefined, new Set()));
@@ -86,6 +88,7 @@ function checkShapes(module: PackModule, rows: number, x: View, y: View): number
     ["x", x, module.in],
     ["y", y, module.out],
   ] as const) {
+    checkArgument(`apply: ${name}`, view, "a view { dtype, shape, data, byteOffset }", "dtype");
     if (view.dtype !== "f32") throw new TypeError(`apply: ${name} is ${view.dtype}, expected f32`);
     if (view.shape.length >= 2 && view.shape.at(-1) === width) continue;
     throw new RangeError(

@@ -2,6 +2,7 @@
  * Makes a runtime: opens the base, finds the adapted weights in it and picks the backend that they go to; and again, where the
  * device of the first is lost.
  */
+import { checkChoice, checkOptions, checkPack } from "../arguments.ts";
 import type { Backend } from "../backends/backend.ts";
 import { type BackendOptions, createBackend } from "../backends/select.ts";
 import { type BaseInput, onDevice, openHost } from "../base/host.ts";
@@ -44,10 +45,15 @@ export interface RuntimeOptions extends BackendOptions, FetchOptions {
  * const { data } = runtime.weight("encoder.layer.0.attention.self.query");
  */
 export async function createRuntime(pack: Pack, options: RuntimeOptions = {}): Promise<Runtime> {
+  checkPack("createRuntime", pack);
+  checkOptions("createRuntime", options, [
+    ...(["base", "mode", "policy", "names", "anyBase", "ignore", "signal"] as const),
+    ...(["backend", "webgpu", "wasm", "fetch", "headers", "timeout"] as const),
+  ]);
   const { base, mode = base ? "folded" : "core", policy = "copy" } = options;
   const gpu = options.webgpu || {};
-  if (!["folded", "factors", "core"].includes(mode)) throw new RangeError(`mode: got ${JSON.stringify(mode)}`);
-  if (!["copy", "reload"].includes(policy)) throw new RangeError(`policy: got ${JSON.stringify(policy)}`);
+  checkChoice("mode", mode, ["core", "factors", "folded"]);
+  checkChoice("policy", policy, ["copy", "reload"]);
   if (mode === "folded" && base === undefined) throw new TypeError('mode "folded" needs a base');
   const host = base === undefined ? undefined : await openHost(base, options);
   // A host that the caller made is the caller's to close.

@@ -3,10 +3,11 @@
  * each of them happen as a whole or not at all. The arithmetic is the backend's, the bytes are the pack's, the weights are
  * the host's.
  */
+
+import { checkOptions, nearest } from "../arguments.ts";
 import type { DeviceHandle, Owner, Slice } from "../backends/backend.ts";
 import { byteLengthOf, onDevice, type View, type WeightHost } from "../base/host.ts";
 import type { Locator } from "../base/locate.ts";
-import { nearest } from "../base/names.ts";
 import { BackendError } from "../errors.ts";
 import type { Pack } from "../pack/pack.ts";
 import type { Applied } from "./apply.ts";
@@ -21,6 +22,11 @@ export interface SwitchOptions {
   signal?: AbortSignal;
   /** Whose saved modules (classifier) to use in a blend of tasks with different ones. */
   head?: string;
+}
+
+export interface ApplyOptions {
+  /** By row; null leaves a row as it is. Default: the active task for all rows. */
+  readonly tasks?: readonly (string | null)[];
 }
 
 /** What a switch did and what it cost. */
@@ -181,7 +187,8 @@ export class Runtime {
    * await runtime.switchTask({ sst2: 0.7, cola: 0.3 });
    * await runtime.switchTask(null);
    */
-  switchTask(selection: Selection, options: SwitchOptions = {}): Promise<SwitchReport> {
+  async switchTask(selection: Selection, options: SwitchOptions = {}): Promise<SwitchReport> {
+    checkOptions("switchTask", options, ["signal", "head"]);
     return this.#enqueue(() => this.#switch(selection, options));
   }
 
@@ -406,12 +413,13 @@ export class Runtime {
    * @param name module name as in `pack.modules`
    * @param x f32 [rows, …, in]
    * @param y f32 [rows, …, out], added to
-   * @param tasks by row; null leaves a row as it is
    * @throws TaskError for an unknown task or one with DoRA on this module; TypeError, RangeError when shapes do not fit
    * @example
    * await runtime.apply("encoder.layer.0.attention.self.query", x, y, { tasks: ["sst2", null, "cola"] });
    */
-  apply(name: string, x: View, y: View, { tasks }: { tasks?: readonly (string | null)[] } = {}): Promise<void> {
+  async apply(name: string, x: View, y: View, options: ApplyOptions = {}): Promise<void> {
+    checkOptions("apply", options, ["tasks"]);
+    const { tasks } = options;
     return this.#enqueue(async () => {
       this.#live();
       if (this.#loss) await this.#recover();

@@ -1,6 +1,7 @@
 /**
  * What a caller asks to be active, and the task blobs that make it up.
  */
+import { described, isPlain } from "../arguments.ts";
 import { TaskError } from "../errors.ts";
 import type { Pack } from "../pack/pack.ts";
 import type { ActiveTask } from "./stage.ts";
@@ -62,11 +63,14 @@ export function refuseMagnitudes(
 function toStrengths(selection: Selection): [string, number][] {
   if (selection === null) return [];
   if (typeof selection === "string") return [[selection, 1]];
+  if (!isPlain(selection)) {
+    throw new TypeError(`task: expected an id, null for the base, or strengths by id, got ${described(selection)}`);
+  }
   const strengths = Object.entries(selection);
-  if (strengths.length === 0) throw new RangeError("switchTask: a blend without tasks; use null for the base");
-  for (const [id, weight] of strengths) {
-    if (Number.isFinite(weight)) continue;
-    throw new RangeError(`switchTask: the strength of "${id}" is ${String(weight)}, expected a finite number`);
+  if (strengths.length === 0) throw new RangeError("a blend without tasks; use null for the base");
+  for (const [id, strength] of strengths) {
+    if (Number.isFinite(strength)) continue;
+    throw new RangeError(`the strength of "${id}": expected a finite number, got ${described(strength)}`);
   }
   return strengths;
 }
