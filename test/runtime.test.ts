@@ -292,7 +292,10 @@ t.test("a switch fails as a whole", async (t) => {
   await t.rejects(runtime.switchTask("debtags-game", { signal: AbortSignal.abort() }), { name: "AbortError" });
   t.equal(runtime.task, "debtags-role");
   await t.rejects(runtime.switchTask({}), RangeError);
-  await t.rejects(runtime.switchTask({ "debtags-game": NaN }), /strength of "debtags-game": expected a finite number, got NaN/);
+  await t.rejects(
+    runtime.switchTask({ "debtags-game": NaN }),
+    /strength of "debtags-game": expected a finite number, got NaN/,
+  );
   const order: unknown[] = [];
   await Promise.all(
     ["debtags-game", null, "sections-1"].map(async (task) => order.push((await runtime.switchTask(task)).task)),
