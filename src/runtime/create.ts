@@ -15,24 +15,24 @@ import { Workbench } from "./workbench.ts";
 
 export interface RuntimeOptions extends BackendOptions, FetchOptions {
   /** The base model's weights. Needed for mode "folded"; in the others only for DoRA and for biases. */
-  base?: BaseInput;
+  readonly base?: BaseInput;
   /**
    * `folded`: W0 + ΔW is written where the weights are. `factors`: A and B of the active task are handed out. `core`: the
    * product of the coefficients is handed out, for a model that has the components built in. Folded when there is a base.
    */
-  mode?: "folded" | "factors" | "core";
+  readonly mode?: "folded" | "factors" | "core";
   /**
    * `copy` keeps the pristine weights in memory. `reload` reads them again at each switch: half the resident memory, for a
-   * base that is a file. `copy` unless given.
+   * base that is a file. Default: `copy`.
    */
-  policy?: "copy" | "reload";
+  readonly policy?: "copy" | "reload";
   /** Names of weights in the base, by module name of the pack, where matching by suffix does not find them. */
-  names?: ReadonlyMap<string, string>;
+  readonly names?: ReadonlyMap<string, string>;
   /** Accept a base whose fingerprint differs, for instance one that was trained further. */
-  anyBase?: boolean;
+  readonly anyBase?: boolean;
   /** Parameters of tasks that are left out, by the pack's names: "classifier.weight". */
-  ignore?: Iterable<string>;
-  signal?: AbortSignal;
+  readonly ignore?: Iterable<string>;
+  readonly signal?: AbortSignal;
 }
 
 /**

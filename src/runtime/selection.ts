@@ -9,6 +9,12 @@ import type { ActiveTask } from "./stage.ts";
 /** What is active: a task, null for the pristine base, or tasks with strengths. */
 export type Selection = string | null | Readonly<Record<string, number>>;
 
+export interface SwitchOptions {
+  readonly signal?: AbortSignal | undefined;
+  /** Whose saved modules (classifier) to use in a blend of tasks with different ones. */
+  readonly head?: string | undefined;
+}
+
 /** A selection that the caller's later changes do not reach. */
 export function copySelection(selection: Selection): Selection {
   return typeof selection === "object" && selection !== null ? { ...selection } : selection;
@@ -16,16 +22,14 @@ export function copySelection(selection: Selection): Selection {
 
 /**
  * Reads the tasks of a selection.
- * @param head whose saved modules to take
  * @param ignored parameters that are left out of the tasks, by the pack's names
  * @throws TaskError for an unknown id, a head that is none of the tasks, a blend or strength with DoRA
  */
 export async function loadParts(
   pack: Pack,
   selection: Selection,
-  head: string | undefined,
-  signal: AbortSignal | undefined,
-  ignored: ReadonlySet<string>,
+  { head, signal }: SwitchOptions = {},
+  ignored: ReadonlySet<string> = new Set(),
 ): Promise<ActiveTask[]> {
   const parts: ActiveTask[] = await Promise.all(
     toStrengths(selection).map(async ([id, strength]) => {
