@@ -4,13 +4,13 @@
  * Loaded when it is used.
  */
 import { checkArgument } from "../arguments.ts";
-import type { ExpandJob, Slice } from "../backends/backend.ts";
+import { after, at, type ExpandJob, type Slice } from "../backends/backend.ts";
 import { onDevice, type View } from "../base/host.ts";
 import type { PackModule } from "../format/format.ts";
 import type { Pack } from "../pack/pack.ts";
 import { loadParts, refuseMagnitudes, type Selection } from "./selection.ts";
 import { type ActiveTask, type Expansion, type ModulePlan, Staging, stage } from "./stage.ts";
-import { at, type Workbench } from "./workbench.ts";
+import type { Workbench } from "./workbench.ts";
 
 /** Rows of the batch that one task works on. */
 interface Run {
@@ -218,8 +218,4 @@ function applyFactors(bench: Workbench, { in: inputs, out }: PackModule, run: Ru
     backend.expand({ out: second, coefficients: staged(b.at), ...bench.components(b.basis), rank: 1 });
     add(factors, second, rank);
   }
-}
-
-function after({ block, byteOffset }: Slice, bytes: number): Slice {
-  return { block, byteOffset: byteOffset + bytes };
 }

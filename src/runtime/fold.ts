@@ -2,11 +2,11 @@
  * Mode "folded": W0 + ΔW of the plans goes where the weights are, and W0 where the task before had changed a weight and the
  * new one does not. Weights that the backend holds are folded in place; those of a host in the CPU's memory pass through it.
  */
-import type { Slice } from "../backends/backend.ts";
+import { at, type Slice } from "../backends/backend.ts";
 import type { Transaction, View } from "../base/host.ts";
 import type { Slot } from "./slots.ts";
 import type { ModulePlan } from "./stage.ts";
-import { at, type Workbench } from "./workbench.ts";
+import type { Workbench } from "./workbench.ts";
 
 /** A switch whose memory is there. Nothing is changed yet. */
 export interface Fold {

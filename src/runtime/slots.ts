@@ -1,14 +1,14 @@
 /**
  * The adapted weights of a base model: found, held against the pack's fingerprints, and the copies of them that stay.
  */
-import type { Block, Slice } from "../backends/backend.ts";
+import { at, type Block, type Slice } from "../backends/backend.ts";
 import { checkFingerprint, SAME_FLOAT, weightAt } from "../base/fingerprint.ts";
 import { onDevice, type WeightHost } from "../base/host.ts";
 import { type Located, type Locator, refuseShared } from "../base/locate.ts";
 import { BaseMismatchError } from "../errors.ts";
 import type { PackModule } from "../format/format.ts";
 import type { ReadOptions } from "../source.ts";
-import { at, type Workbench } from "./workbench.ts";
+import type { Workbench } from "./workbench.ts";
 
 /** An adapted weight of the base. */
 export interface Slot {

@@ -5,7 +5,15 @@
  * Factors live in one scratch block, for a round of modules at a time. A CPU expands one module after the other, so that its
  * factors stay in a cache; a device expands as many as fit at once.
  */
-import type { Backend, Block, ExpandJob, FoldJob, Owner, Slice } from "../backends/backend.ts";
+import {
+  at,
+  type Backend,
+  type Block,
+  type ExpandJob,
+  type FoldJob,
+  type Owner,
+  type Slice,
+} from "../backends/backend.ts";
 import type { Located } from "../base/locate.ts";
 import type { PackModule, Side } from "../format/format.ts";
 import { type ModulePlan, type Pieces, Staging } from "./stage.ts";
@@ -27,11 +35,6 @@ interface Place {
 type Stored = Pick<Located, "dtype" | "transposed">;
 
 type Components = Pick<ExpandJob, "basis" | "dtype" | "rows" | "width">;
-
-/** The beginning of a block, or a place in it. */
-export function at(block: Block, byteOffset = 0): Slice {
-  return { block, byteOffset };
-}
 
 export class Workbench {
   readonly backend: Backend;
