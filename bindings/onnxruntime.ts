@@ -6,14 +6,14 @@ import { type SessionOptions as CommonOptions, createSession, type Session } fro
 import type { SourceInput } from "../src/source.ts";
 import { createEngine, type Ort, type SessionOptions } from "./ort-engine.ts";
 
+export type { MemoryReport } from "../src/runtime/report.ts";
+export type { SwitchOptions } from "../src/runtime/selection.ts";
 export type { ProbeReport } from "../src/session/carrier.ts";
 export type { Engine } from "../src/session/engine.ts";
 export type { Mode } from "../src/session/plan.ts";
 export type {
   Session,
-  SessionMemory,
   SessionRunOptions,
-  SessionSwitchOptions,
   SessionSwitchReport,
   ValidColumns,
 } from "../src/session/session.ts";

@@ -13,10 +13,10 @@ import {
   createEigenSession,
   type EigenSession,
   type EigenSessionOptions,
+  type MemoryReport,
   type OrtSession,
-  type SessionMemory,
-  type SessionSwitchOptions,
   type SessionSwitchReport,
+  type SwitchOptions,
 } from "./onnxruntime.ts";
 import {
   externalFiles,
@@ -224,7 +224,7 @@ export class AttachedPack {
    * cache of keys and values that is handed from one `generate` to the next belongs to the task that made it.
    * @throws as `EigenSession.switchTask`
    */
-  switchTask(selection: Selection, options: SessionSwitchOptions = {}): Promise<SessionSwitchReport> {
+  switchTask(selection: Selection, options: SwitchOptions = {}): Promise<SessionSwitchReport> {
     const { session, held, ignore } = this.#parts;
     const asked = copySelection(selection);
     return held.turns.change(async () => {
@@ -236,7 +236,7 @@ export class AttachedPack {
   }
 
   /** Resident bytes that come on top of what the pipeline's own session holds. */
-  memory(): SessionMemory {
+  memory(): MemoryReport {
     return this.session.memory();
   }
 

@@ -109,9 +109,9 @@ async function showAccuracy() {
     const perText = (performance.now() - started) / test.length;
     const accuracies = [headOnly, peft, found].map((answers) => agreement(answers, labels));
     const shares = [...accuracies, agreement(found, peft)];
-    figures.push([...shares, milliseconds, perText]);
+    figures.push([...shares, milliseconds.total, perText]);
     const blob = pack.tasks.get(id)?.bytes ?? 0;
-    rows.push([id, String(test.length), ...shares.map(percent), kB(blob), ms(milliseconds), ms(perText)]);
+    rows.push([id, String(test.length), ...shares.map(percent), kB(blob), ms(milliseconds.total), ms(perText)]);
   }
   const means = figures[0].map((_, c) => figures.reduce((sum, row) => sum + row[c], 0) / figures.length);
   const total = rows.slice(1).reduce((sum, row) => sum + Number(row[1]), 0);

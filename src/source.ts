@@ -3,6 +3,7 @@
  * ranges, no state. Paths, blobs, buffers and URLs become sources in `openSource`. Not a cache, and nothing is retried.
  */
 import { openPath } from "#platform";
+import { described } from "./arguments.ts";
 import { SourceError } from "./errors.ts";
 
 /** Options of one read. */
@@ -59,7 +60,7 @@ export async function openSource(input: SourceInput, options: FetchOptions = {})
     return urlSource(new URL(text, base).href, options);
   }
   if (typeof (input as ByteSource | undefined)?.read === "function") return input as ByteSource;
-  throw new TypeError(`openSource: expected a path, URL, Blob, ArrayBuffer or ByteSource, got ${typeof input}`);
+  throw new TypeError(`openSource: expected a path, URL, Blob, ArrayBuffer or ByteSource, got ${described(input)}`);
 }
 
 function checkRange(name: string, offset: number, length: number, size: number): void {

@@ -130,7 +130,7 @@ function setTeachable() {
 
 /**
  * @param {Iterable<readonly [string, import("./worker.js").Coefficients]>} read
- * @param {import("./worker.js").SessionMemory} memory
+ * @param {import("./worker.js").MemoryReport} memory
  */
 function keep(read, memory) {
   for (const [id, coefficients] of read) {

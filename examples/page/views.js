@@ -165,7 +165,7 @@ const rgb = (hex) => [1, 3, 5].map((at) => parseInt(hex.trim().slice(at, at + 2)
 /**
  * Bars on one scale each: with the model, and what the tasks alone add.
  * @param {Facts} facts
- * @param {import("./worker.js").SessionMemory} memory
+ * @param {import("./worker.js").MemoryReport} memory
  * @param {number} tasks of the pack's file
  * @param {number} resident of these
  */

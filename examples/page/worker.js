@@ -12,7 +12,7 @@ import { createEigenSession } from "eigenlora/onnxruntime";
 
 /**
  * @typedef {"wasm" | "webgpu"} Provider
- * @typedef {import("eigenlora/onnxruntime").SessionMemory} SessionMemory
+ * @typedef {import("eigenlora/onnxruntime").MemoryReport} MemoryReport
  * @typedef {{ requests: number, bytes: number }} Reads
  */
 
@@ -111,7 +111,7 @@ const calls = {
     const report = await session.switchTask(strength === 1 ? task : { [task]: strength });
     const { requests, bytesRead, milliseconds } = report;
     const coefficients = await coefficientsOf(task);
-    return { requests, bytes: bytesRead, milliseconds, memory: session.memory(), coefficients };
+    return { requests, bytes: bytesRead, milliseconds: milliseconds.total, memory: session.memory(), coefficients };
   },
 
   /**

@@ -5,7 +5,7 @@
 import { readdir, readFile, stat } from "node:fs/promises";
 import { basename, dirname, join, resolve } from "node:path";
 import { openPath } from "#platform";
-import { nearest } from "../base/names.ts";
+import { nearest } from "../arguments.ts";
 import { AdapterError, TaskError } from "../errors.ts";
 import { isTaskId } from "../format/format.ts";
 import type { ByteSource } from "../source.ts";

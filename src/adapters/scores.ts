@@ -3,7 +3,7 @@
  * whoever has test rows; this reads them and parts the adapters.
  */
 import { basename, dirname } from "node:path";
-import { nearest } from "../base/names.ts";
+import { nearest } from "../arguments.ts";
 import { AdapterError } from "../errors.ts";
 import type { Adapter } from "./adapter.ts";
 

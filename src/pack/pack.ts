@@ -3,7 +3,7 @@
  * keeps task blobs. It computes nothing; that is the runtime's part.
  */
 
-import { nearest } from "../base/names.ts";
+import { checkChoice, checkOptions, described, nearest } from "../arguments.ts";
 import { FormatError, TaskError } from "../errors.ts";
 import { crc32c } from "../format/crc32c.ts";
 import { align64 } from "../format/fields.ts";
@@ -84,6 +84,8 @@ interface SharedBases {
  * console.log([...pack.tasks.keys()]);
  */
 export async function openPack(input: SourceInput, options: OpenOptions = {}): Promise<Pack> {
+  checkOptions("openPack", options, ["signal", "bases", "maxResidentBytes", "fetch", "headers", "timeout"]);
+  checkChoice("bases", options.bases ?? "now", ["now", "later"]);
   const inner = await openSource(input, options);
   try {
     const reads = { requests: 0, bytes: 0 };
@@ -300,7 +302,8 @@ export class Pack {
           { task: id },
         );
       }
-      if (!isTaskId(id)) throw new TaskError(`${JSON.stringify(id)} cannot name a task`, { task: id });
+      if (typeof id !== "string" || !isTaskId(id))
+        throw new TaskError(`${described(id)} cannot name a task`, { task: id });
       if (this.#slots.has(id)) throw new TaskError(`there is a task "${id}" already; choose another id`, { task: id });
       const blob = parseTask(task.blob, this.modules, source.name, id);
       this.#checkFinite(blob, id);
@@ -321,7 +324,8 @@ export class Pack {
     this.#slots.delete(id);
   }
 
-  #unknown(id: string): TaskError {
+  #unknown(id: string): Error {
+    if (typeof id !== "string") return new TypeError(`task: expected an id, got ${described(id)}`);
     const close = nearest(id, this.#slots.keys());
     const hint = close.length ? `; the nearest are ${close.map((n) => `"${n}"`).join(", ")}` : "";
     return new TaskError(`no task "${id}" in ${this.name}${hint}`, { task: id, nearest: close });

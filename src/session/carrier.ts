@@ -4,10 +4,10 @@
  */
 import type { TaskInput } from "../onnx/graft.ts";
 import type { DetachedModel } from "../onnx/write.ts";
-import type { Selection } from "../runtime/selection.ts";
+import type { Selection, SwitchOptions } from "../runtime/selection.ts";
 import type { Engine, LoadedModel, LoadOptions, Tensors } from "./engine.ts";
 import type { PreparedModel } from "./prepare.ts";
-import { type EvaluateOptions, stackValues, type TaskEvaluator, type TaskValues } from "./values.ts";
+import { stackValues, type TaskEvaluator, type TaskValues } from "./values.ts";
 
 /** What runs are made of while a selection is active. */
 export interface Active {
@@ -37,7 +37,7 @@ export interface Carrier {
   /** Of weights, at each switch. */
   readonly bytesWritten: number;
   /** When it fails, what was active before stays usable. */
-  make(selection: Selection, options: EvaluateOptions): Promise<Active>;
+  make(selection: Selection, options: SwitchOptions): Promise<Active>;
   /** Refuses a model that would mix the tasks of a batch. @throws BackendError */
   checkRows?(): Promise<void>;
   /** Resident bytes: what expands or folds, pristine weights, and weights that the model reads. */

@@ -3,21 +3,19 @@
  * engine computes on. A switch folds into those buffers: one submit, no copy, the same model. Loaded where it is used.
  */
 /// <reference types="@webgpu/types" />
-import { byteLengthOf, type DeviceTensor, type View } from "../base/host.ts";
+import { byteLengthOf, type CpuView, type DeviceTensor, viewValues } from "../base/host.ts";
 import { BackendError, BaseMismatchError } from "../errors.ts";
 import { onnxHost } from "../onnx/host.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { createRuntime } from "../runtime/create.ts";
-import { viewBytes } from "../runtime/mixed.ts";
 import type { Runtime } from "../runtime/runtime.ts";
-import { copySelection, type Selection } from "../runtime/selection.ts";
-import { decodeTensor } from "../tensor/dtypes.ts";
+import { copySelection, type Selection, type SwitchOptions } from "../runtime/selection.ts";
 import { type Active, type Carrier, type CarrierParts, type ProbeReport, toFeeds } from "./carrier.ts";
 import type { EngineGpu, LoadedModel, Tensors } from "./engine.ts";
 import type { FoldedInput } from "./fold.ts";
-import { parametersLeftOut, switchOptions } from "./folded.ts";
+import { parametersLeftOut } from "./folded.ts";
 import { withFeeds } from "./probe.ts";
-import { type EvaluateOptions, TaskEvaluator, type TaskValues } from "./values.ts";
+import { TaskEvaluator, type TaskValues } from "./values.ts";
 
 /** STORAGE, COPY_SRC and COPY_DST of GPUBufferUsage, which is a global in browsers only. */
 const USAGE = 128 | 4 | 8;
@@ -95,13 +93,12 @@ async function place(
   const host = onnxHost(file);
   const layouts = new Map([...host.list()].map(({ name, layout }) => [name, layout]));
   for (const { name, dtype, shape } of fed) {
-    const view = await host.read(name);
+    const view = (await host.read(name)) as CpuView;
     const count = shape.reduce((a, b) => a * b, 1);
     // Whole vectors of four words, which kernels of runtimes read.
     const bytes = new Uint8Array(roundUp16(count * (dtype === "f32" ? 4 : 2)));
-    const stored = viewBytes(view as View & { data: Uint8Array });
-    if (dtype === view.dtype) bytes.set(stored.subarray(0, byteLengthOf(view)));
-    else decodeTensor(view.dtype, stored, 1, count, new Float32Array(bytes.buffer));
+    if (dtype === view.dtype) bytes.set(view.data.subarray(view.byteOffset, view.byteOffset + byteLengthOf(view)));
+    else viewValues(view, new Float32Array(bytes.buffer));
     const buffer = device.createBuffer({ label: `eigenlora ${name}`, size: bytes.length, usage: USAGE });
     const layout = layouts.get(name);
     tensors.set(name, { dtype, shape, buffer, ...(layout ? { layout } : {}) });
@@ -113,13 +110,13 @@ async function place(
 async function foldInPlace(
   runtime: Runtime,
   selection: Selection,
-  options: EvaluateOptions,
+  options: SwitchOptions,
   fed: readonly FoldedInput[],
   tensors: ReadonlyMap<string, Placed>,
   own: ReadonlyMap<string, GPUBuffer>,
 ): Promise<void> {
   const before = runtime.task;
-  await runtime.switchTask(selection, switchOptions(options));
+  await runtime.switchTask(selection, options);
   const misfit = fed.find(({ name }) => tensors.get(name)?.buffer !== own.get(name));
   if (!misfit) return;
   const { name, shape } = misfit;

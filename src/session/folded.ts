@@ -5,12 +5,11 @@ import type { View } from "../base/host.ts";
 import { onnxHost } from "../onnx/host.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { createRuntime } from "../runtime/create.ts";
-import type { Runtime } from "../runtime/runtime.ts";
 import { copySelection } from "../runtime/selection.ts";
 import { type Carrier, type CarrierParts, toFeeds } from "./carrier.ts";
 import { type FoldedLayout, fillFolded } from "./fold.ts";
 import type { PreparedModel } from "./prepare.ts";
-import { type EvaluateOptions, TaskEvaluator } from "./values.ts";
+import { TaskEvaluator } from "./values.ts";
 
 /**
  * @param file stays open: weights are folded from it
@@ -32,7 +31,7 @@ export async function foldedCarrier(
   const pristine = detached.files.reduce((sum, { data }) => sum + data.byteLength, detached.bytes.length);
   const make: Carrier["make"] = async (selection, options) => {
     const values = await evaluator.evaluate(selection, options);
-    await runtime.switchTask(selection, switchOptions(options));
+    await runtime.switchTask(selection, options);
     const changed = runtime.changes();
     const folded = await fillFolded(layout, (name): View | Promise<View> => changed.get(name) ?? host.read(name));
     const model = await engine.load({ ...detached, files: [...detached.files, folded] }, load);
@@ -64,8 +63,4 @@ export async function foldedCarrier(
 /** Parameters that a runtime leaves out: those that are ignored, and those that come as inputs. */
 export function parametersLeftOut({ base }: PreparedModel): string[] {
   return [...base.ignored, ...[...base.heads.keys()].flatMap((head) => [`${head}.weight`, `${head}.bias`])];
-}
-
-export function switchOptions({ signal, head }: EvaluateOptions): NonNullable<Parameters<Runtime["switchTask"]>[1]> {
-  return { ...(signal && { signal }), ...(head !== undefined && { head }) };
 }

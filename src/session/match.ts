@@ -3,7 +3,7 @@
  * the right model's. Changes nothing.
  */
 import { checkFingerprint, SAME_FLOAT, SAME_QUANTIZED } from "../base/fingerprint.ts";
-import { findWeight } from "../base/locate.ts";
+import { findWeight, refuseShared, shapeMismatch } from "../base/locate.ts";
 import { NameMatcher } from "../base/names.ts";
 import { BaseMismatchError } from "../errors.ts";
 import type { PackModule } from "../format/format.ts";
@@ -40,20 +40,14 @@ export class ModelMatcher {
    * @throws BaseMismatchError when one is missing, ambiguous, of another shape, or that of two modules
    */
   weights(modules: readonly PackModule[]): OnnxParameter[] {
-    const owners = new Map<string, string>();
-    return modules.map((module) => {
+    const weights = modules.map((module) => {
       const parameter = this.#weight(module.name);
       checkShape(module, parameter);
-      const other = owners.get(parameter.name);
-      if (other === undefined) {
-        owners.set(parameter.name, module.name);
-        return parameter;
-      }
-      throw new BaseMismatchError(
-        `the modules "${other}" and "${module.name}" both match the weight "${parameter.name}"; map one with the option \`names\``,
-        { module: module.name, candidates: [parameter.name] },
-      );
+      return parameter;
     });
+    const names = weights.map(({ name }) => name);
+    refuseShared(modules, names);
+    return weights;
   }
 
   #weight(module: string): OnnxParameter {
@@ -129,9 +123,5 @@ function checkShape(module: PackModule, parameter: OnnxParameter): void {
     ? parameter.shape[0] === module.out && size === module.in
     : shape?.every((n, i) => n === expected[i]);
   if (fits) return;
-  throw new BaseMismatchError(
-    `the adapted module "${module.name}" is [out ${module.out}, in ${module.in}], but the model's "${parameter.name}" is ` +
-      `[${(shape ?? parameter.shape).join(", ")}]: the adapters are of another model`,
-    { module: module.name, expected, found: shape ?? parameter.shape },
-  );
+  throw shapeMismatch(module, parameter.name, expected, shape ?? parameter.shape);
 }

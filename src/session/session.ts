@@ -2,11 +2,13 @@
  * A loaded model that switches tasks. It owns the order of runs and switches; how tasks reach the model is the carrier's, what
  * runs it is the engine's.
  */
+import { checkChoice, checkOptions, checkPack } from "../arguments.ts";
 import { BackendError, TaskError } from "../errors.ts";
 import { type ModelOptions, readModel } from "../onnx/read.ts";
 import { detachWeights } from "../onnx/write.ts";
 import type { Pack, TaskInfo } from "../pack/pack.ts";
-import type { Selection } from "../runtime/selection.ts";
+import { type MemoryReport, memoryReport, type SwitchReport } from "../runtime/report.ts";
+import { loadParts, type Selection, type SwitchOptions } from "../runtime/selection.ts";
 import type { SourceInput } from "../source.ts";
 import { type Active, type Carrier, type CarrierParts, type ProbeReport, toFeeds } from "./carrier.ts";
 import type { Engine, Tensors } from "./engine.ts";
@@ -31,21 +33,15 @@ export interface SessionOptions extends ModelOptions, PlanOptions {
   readonly trainable?: boolean | { readonly logits?: string | undefined } | undefined;
 }
 
-export interface SessionSwitchOptions {
-  readonly signal?: AbortSignal | undefined;
-  /** Whose saved modules (classifier) to use in a blend of tasks with different ones. */
-  readonly head?: string | undefined;
-}
+const OPTIONS = [
+  ...(["mode", "names", "anyBase", "ignore", "reserve", "probe", "trainable"] as const),
+  ...(["external", "fetch", "headers", "timeout", "signal"] as const),
+] as const;
 
 /** What a switch did and what it cost. */
-export interface SessionSwitchReport {
-  readonly task: Selection;
-  /** Read from the pack for this switch. */
-  readonly bytesRead: number;
-  readonly requests: number;
+export interface SessionSwitchReport extends SwitchReport {
   /** Bytes of the inputs that carry the task; mode "folded": of the weights that were written. */
   readonly bytesFed: number;
-  readonly milliseconds: number;
 }
 
 export interface SessionRunOptions {
@@ -71,21 +67,6 @@ export interface SessionTypes {
   readonly results: unknown;
 }
 
-/** Resident bytes beyond the engine's own copy of the model, by owner. */
-export interface SessionMemory {
-  /** Components inside the engine's model. */
-  readonly basis: number;
-  /** Resident task blobs. */
-  readonly coefficients: number;
-  /** What is folded from: the model's file, on WebGPU the weights on the device; mode "folded". */
-  readonly pristine: number;
-  /** Inputs of the active task, heads and biases of the base; mode "folded" on WebGPU: the weights that the model reads. */
-  readonly active: number;
-  /** Bases and scratch memory that expand coefficients; modes "factors" and "folded". */
-  readonly scratch: number;
-  readonly total: number;
-}
-
 /**
  * Prepares a model for all tasks of a pack and loads it once.
  * @param engine runs the model
@@ -101,10 +82,10 @@ export async function createSession<T extends SessionTypes>(
   pack: Pack,
   options: SessionOptions = {},
 ): Promise<Session<T>> {
+  checkPack("createSession", pack);
+  checkOptions("createSession", options, OPTIONS);
   const { trainable = false, mode = "auto" } = options;
-  if (!["auto", "core", "factors", "folded"].includes(mode)) {
-    throw new RangeError(`mode: expected "auto", "core", "factors" or "folded", got ${JSON.stringify(mode)}`);
-  }
+  checkChoice("mode", mode, ["auto", "core", "factors", "folded"]);
   if (trainable && mode !== "auto" && mode !== "factors") {
     throw new RangeError(`mode: tasks are learned in mode "factors", got ${JSON.stringify(mode)}`);
   }
@@ -239,13 +220,17 @@ export class Session<T extends SessionTypes = SessionTypes> {
    * @param selection a task id; null for the base; or strengths by id
    * @throws TaskError, SourceError, FormatError as `Runtime.switchTask`
    */
-  async switchTask(selection: Selection, options: SessionSwitchOptions = {}): Promise<SessionSwitchReport> {
+  async switchTask(selection: Selection, options: SwitchOptions = {}): Promise<SessionSwitchReport> {
     this.#live();
     const started = performance.now();
     const before = { ...this.pack.reads };
+    let read = started;
     const change = this.#timeline.change(
       async () => {
         options.signal?.throwIfAborted();
+        // Nothing but for the report: what is read stays in the pack.
+        await loadParts(this.pack, selection, options);
+        read = performance.now();
         const made = await this.#carrier.make(selection, options);
         this.#active = made;
         return made;
@@ -255,12 +240,13 @@ export class Session<T extends SessionTypes = SessionTypes> {
       },
     );
     const { task, bytes } = await change;
+    const done = performance.now();
     return {
       task,
       bytesRead: this.pack.reads.bytes - before.bytes,
       requests: this.pack.reads.requests - before.requests,
       bytesFed: bytes + this.#carrier.bytesWritten,
-      milliseconds: performance.now() - started,
+      milliseconds: { read: read - started, compute: done - read, total: done - started },
     };
   }
 
@@ -336,20 +322,20 @@ export class Session<T extends SessionTypes = SessionTypes> {
     this.pack.removeTask(id);
   }
 
-  /** Resident bytes that come on top of what a plain session holds. */
-  memory(): SessionMemory {
+  /**
+   * Resident bytes beyond the engine's own copy of the model: `basis` are the components inside that model, `active` the inputs of
+   * the active task and, in mode "folded" on WebGPU, the weights that the model reads.
+   */
+  memory(): MemoryReport {
     const { biases, heads, weights } = this.#base;
-    const held = this.#carrier.memory();
+    const { scratch, pristine, active } = this.#carrier.memory();
     const own = [...heads.values()].flatMap(({ weight, bias }) => [weight, bias]);
-    const rows = [...this.#rowValues.values()].flatMap(({ values }) =>
-      [...values.inputs.values()].map(({ data }) => data),
-    );
+    const rows = [...this.#rowValues.values()].flatMap(({ values }) => [...values.inputs.values()]);
     // Heads of the base are values of rows too.
-    const arrays = new Set([...biases.values(), ...weights.values(), ...own, ...rows]);
-    const active = [...arrays].reduce((sum, array) => sum + (array?.byteLength ?? 0), this.#active.bytes + held.active);
+    const arrays = new Set([...biases.values(), ...weights.values(), ...own, ...rows.map(({ data }) => data)]);
+    const held = [...arrays].reduce((sum, array) => sum + (array?.byteLength ?? 0), this.#active.bytes + active);
     const { coefficients } = this.pack.residentBytes;
-    const report = { basis: this.#components, coefficients, pristine: held.pristine, active, scratch: held.scratch };
-    return { ...report, total: Object.values(report).reduce((a, b) => a + b, 0) };
+    return memoryReport({ basis: this.#components, coefficients, pristine, active: held, scratch, reserved: 0 });
   }
 
   /** Waits for runs and switches under way, then frees everything. The pack stays open. */

@@ -2,17 +2,17 @@
  * What a task gives to each input of a prepared model: coefficients in, arrays out, for one task or for one task per row of a
  * batch. No engine here.
  */
-import { Locator } from "../base/locate.ts";
 import { BaseMismatchError } from "../errors.ts";
 import { bringsOf, parseBrought } from "../format/brings.ts";
 import type { TaskBlob, TaskParameter } from "../format/format.ts";
 import { readTensor } from "../format/tensors.ts";
 import type { TaskInput } from "../onnx/graft.ts";
-import { Parameters } from "../runtime/parameters.ts";
-import { loadParts, type Selection } from "../runtime/selection.ts";
+import { savedModules } from "../runtime/parameters.ts";
+import { loadParts, type Selection, type SwitchOptions } from "../runtime/selection.ts";
 import { type ActiveTask, stage } from "../runtime/stage.ts";
-import { type BaseWeight, type Unfolded, unfold } from "../runtime/unfold.ts";
+import { type PristineWeight, unfold } from "../runtime/unfold.ts";
 import type { Workbench } from "../runtime/workbench.ts";
+import type { Term } from "../tensor/term.ts";
 import { moduleOf } from "./match.ts";
 import { transpose } from "./plan.ts";
 import type { PreparedModel } from "./prepare.ts";
@@ -30,19 +30,13 @@ export interface TaskValues {
   readonly labels: ReadonlyMap<string, number>;
 }
 
-export interface EvaluateOptions {
-  /** Whose saved modules (classifier) to use in a blend of tasks with different ones. */
-  readonly head?: string | undefined;
-  readonly signal?: AbortSignal | undefined;
-}
-
 /** What a selection is made of, while its inputs are computed. */
 interface Evaluation {
   readonly tasks: readonly ActiveTask[];
   /** By module name. */
-  readonly terms: ReadonlyMap<string, Unfolded>;
-  /** Saved parameters by name, f32. */
-  readonly saved: ReadonlyMap<string, InputValue>;
+  readonly terms: ReadonlyMap<string, Term>;
+  /** Saved parameters by name. */
+  readonly saved: ReturnType<typeof savedModules>;
 }
 
 /** Stands where a task's head has fewer columns than its neighbours': no maximum, and nothing after a softmax. */
@@ -69,12 +63,13 @@ export class TaskEvaluator {
    * @throws TaskError for an unknown id, a blend that cannot be; SourceError, FormatError when a task cannot be read
    * @throws BaseMismatchError when a task changes what the model was not prepared for
    */
-  async evaluate(selection: Selection, { head, signal }: EvaluateOptions = {}): Promise<TaskValues> {
+  async evaluate(selection: Selection, options: SwitchOptions = {}): Promise<TaskValues> {
     const { pack, base, inputs } = this.#model;
-    const tasks = await loadParts(pack, selection, head, signal, base.ignored);
+    const tasks = await loadParts(pack, selection, options, base.ignored);
     this.#refuseUnprepared(tasks);
-    const saved = await this.#saved(tasks, head, signal);
-    signal?.throwIfAborted();
+    options.signal?.throwIfAborted();
+    // In memory of its own each time: values of earlier switches may still be on their way into a run.
+    const saved = savedModules(tasks, pack, options.head);
     const evaluation = { tasks, saved, terms: this.#terms(tasks) };
     const values = new Map(inputs.map((input) => [input.name, this.#value(input, evaluation)]));
     const heads = inputs.filter(({ kind }) => kind === "headWeight");
@@ -96,48 +91,17 @@ export class TaskEvaluator {
     }
   }
 
-  /** Saved modules of the selection. */
-  async #saved(
-    tasks: readonly ActiveTask[],
-    head: string | undefined,
-    signal: AbortSignal | undefined,
-  ): Promise<Map<string, InputValue>> {
-    const heads = tasks.map(({ blob, ...task }) => {
-      return { ...task, blob: { ...blob, parameters: blob.parameters.filter(({ role }) => role === "saved") } };
-    });
-    // Memory of its own each time: values of earlier switches may still be on their way into a run.
-    const resolved = await new Parameters(undefined, new Locator(undefined)).resolve(
-      heads,
-      this.#model.pack,
-      head,
-      signal,
-    );
-    return new Map(
-      [...resolved].map(
-        ([
-          name,
-          {
-            view: { shape, data },
-          },
-        ]) => {
-          return [name, { dims: shape, data: new Float32Array(data.buffer, data.byteOffset, data.length / 4) }];
-        },
-      ),
-    );
-  }
-
-  #terms(tasks: readonly ActiveTask[]): Map<string, Unfolded> {
+  #terms(tasks: readonly ActiveTask[]): Map<string, Term> {
     const { pack, mode, base } = this.#model;
     const bench = this.#bench;
     if (mode === "folded" || !bench) return new Map();
-    const weightOf = (index: number): BaseWeight => {
+    const weightOf = (index: number): PristineWeight => {
       const { name, in: inputs, out } = pack.modules[index]!;
       const { buffer, byteOffset, byteLength } = base.weights.get(name)!;
-      const weight = { name, shape: [out, inputs], dtype: "f32" as const, transposed: false, byteLength };
-      return { weight, bytes: new Uint8Array(buffer, byteOffset, byteLength) };
+      const data = new Uint8Array(buffer, byteOffset, byteLength);
+      return { dtype: "f32", shape: [out, inputs], data, byteOffset: 0 };
     };
-    const plans = stage(tasks, pack.modules, bench.staging);
-    const terms = unfold(plans, bench, pack.modules, mode, new Map(), weightOf);
+    const terms = unfold(stage(tasks, pack.modules, bench.staging), bench, mode, weightOf);
     return new Map([...terms].map(([index, term]) => [pack.modules[index]!.name, term]));
   }
 
@@ -153,7 +117,7 @@ export class TaskEvaluator {
       case "A":
         return term ? { dims: [height, term.rank], data: transpose(term.A, term.rank, height) } : zeros();
       case "B":
-        return term ? { dims: [term.rank, width], data: transpose(term.B, width, term.rank) } : zeros();
+        return term ? { dims: [term.rank, width], data: term.Bt } : zeros();
       case "scale":
         return { dims: fixed, data: term?.rowScale ?? new Float32Array(width).fill(1) };
       case "bias":
@@ -167,18 +131,18 @@ export class TaskEvaluator {
       case "headBias": {
         const base = this.#model.base.heads.get(of)!;
         const head = saved.get(`${of}.bias`);
-        return { dims: [1, head?.dims[0] ?? base.labels], data: head?.data ?? base.bias! };
+        return { dims: [1, head?.shape[0] ?? base.labels], data: head?.values ?? base.bias! };
       }
     }
   }
 
-  #headWeight(of: string, saved: ReadonlyMap<string, InputValue>, inputs: number): InputValue {
+  #headWeight(of: string, saved: Evaluation["saved"], inputs: number): InputValue {
     const base = this.#model.base.heads.get(of)!;
     const head = saved.get(`${of}.weight`);
     if (!head) return { dims: [inputs, base.labels], data: base.weight };
-    const [out = 0, width] = head.dims;
-    if (width !== inputs) throw misfit(`${of}.weight`, head.dims, ["labels", inputs]);
-    return { dims: [inputs, out], data: transpose(head.data as Float32Array, out, inputs) };
+    const [out = 0, width] = head.shape;
+    if (width !== inputs) throw misfit(`${of}.weight`, head.shape, ["labels", inputs]);
+    return { dims: [inputs, out], data: transpose(head.values, out, inputs) };
   }
 
   /** Σ strength · (the task's bias − the base's) */
