@@ -6,7 +6,7 @@
  */
 
 import { buildPack, readAdapters } from "eigenlora/build";
-import { createJudge, inputMoments } from "eigenlora/distill";
+import { createJudge, inputMoments } from "eigenlora/train";
 import * as ort from "onnxruntime-node";
 import { shuffle, uniform } from "../dist/src/tensor/random.js";
 import { createEncoder, model, readTask } from "../examples/minilm.js";
@@ -27,7 +27,7 @@ const texts = shuffle(
 const half = texts.length >> 1;
 const encode = await createEncoder(ort);
 const moments = await inputMoments(ort, model, { adapters, texts: texts.slice(0, half), encode });
-const { judge, release } = createJudge(ort, model, { adapters, texts: texts.slice(half), encode, most: 48 });
+const { judge, close } = createJudge(ort, model, { adapters, texts: texts.slice(half), encode, most: 48 });
 /** @type {import("./report.js").Row[]} */
 const rows = [];
 for (const k of [8, 16, 32]) {
@@ -51,7 +51,7 @@ for (const k of [8, 16, 32]) {
     rows.push(row);
   }
 }
-await release();
+await close();
 for (const adapter of all) await adapter.close();
 print({
   question: `Do second moments of the inputs make better packs (MiniLM, ${SUITE}, ${adapters.length} adapters, balanced, rank 4)?`,

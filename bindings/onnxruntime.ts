@@ -46,7 +46,7 @@ export interface EigenSessionOptions<O extends Ort = Ort> extends ModelOptions, 
    */
   probe?: boolean | Feeds<O> | undefined;
   /**
-   * Whether `eigenlora/learn` can train new tasks on it; in mode "factors" only. Loss and gradients lie in the same graph, which
+   * Whether `eigenlora/train` can train new tasks on it; in mode "factors" only. Loss and gradients lie in the same graph, which
    * takes longer to create, and costs a run a little.
    */
   trainable?: boolean | undefined;

@@ -10,8 +10,7 @@ import { buildAuto, type Criterion, packWithin } from "../dist/src/pack/auto.js"
 import { type BuildOptions, buildPack, completeDtypes, projectAdapters } from "../dist/src/pack/build.js";
 import { taskAdapter } from "../dist/src/pack/expand.js";
 import { openPack } from "../dist/src/pack/pack.js";
-import { createJudge } from "../dist/src/train/judge.js";
-import { inputMoments } from "../dist/src/train/moments.js";
+import { createJudge, inputMoments } from "../dist/src/train/index.js";
 import { createEncoder, model, readTask } from "../examples/minilm.js";
 import { concat, data, LOSSLESS, packOf } from "./packs.ts";
 import {
@@ -312,7 +311,7 @@ t.test(
     const some = adapters.slice(0, 3);
     const encode = await createEncoder(NODE);
     const { train } = await readTask("debtags-role");
-    const { judge, byTask, release } = createJudge(NODE, model, {
+    const { judge, byTask, close } = createJudge(NODE, model, {
       adapters: some,
       texts: train.map(([text]) => text),
       encode,
@@ -342,7 +341,7 @@ t.test(
       dtype: INT4,
     });
     t.ok(enough.divergence! <= 0.0005 && enough.bytes < 100_000, `${enough.divergence}, ${enough.bytes}`);
-    await release();
+    await close();
   },
 );
 

@@ -95,7 +95,7 @@ async function store(suite, adapters, way, peers, asks, most) {
     const max = "ratio" in way ? budget(adapters, way.ratio) : (most ?? NaN);
     const criterion = /** @type {const} */ ({ kind: "bytes", max });
     const { chunks, report } = await buildAuto(adapters, { criterion, ...(judge ? { judge: judge.judge } : {}) });
-    await judge?.release();
+    await judge?.close();
     const same = report.tried.filter(({ bytes, error }) => bytes === report.bytes && error === report.error.mean);
     return {
       bytes: report.bytes,

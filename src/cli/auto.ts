@@ -112,7 +112,7 @@ async function runAuto(
     };
     return await buildAuto(adapters, options);
   } finally {
-    await judge?.release();
+    await judge?.close();
   }
 }
 

@@ -8,21 +8,25 @@ import type { Adapter } from "../adapters/adapter.ts";
 import { taskAdapter } from "../pack/expand.ts";
 import { openPack } from "../pack/pack.ts";
 import { shuffle, uniform } from "../tensor/random.ts";
-import { type AskOptions, askAdapter, meanDivergence } from "./answers.ts";
+import { askAdapter } from "./answers.ts";
 import type { BatchFeeds } from "./batch.ts";
+import { createInputs, type Inputs } from "./inputs.ts";
+import { meanDivergence } from "./probabilities.ts";
 
-export interface JudgeOptions extends Pick<AskOptions, "signal"> {
+export interface JudgeOptions {
   /** As they were packed. Stay open. */
   readonly adapters: readonly Adapter[];
   /** Plain text of the kind that the tasks are asked about. */
   readonly texts: readonly string[];
   /** Texts as the model's inputs, which are named, one row each: a tokenizer. */
   readonly encode: (texts: string[], inputNames: readonly string[]) => BatchFeeds | Promise<BatchFeeds>;
-  /** Texts that every task is asked, at most; 64 unless given, fewer where tasks are many: 1280 texts in all, 16 a task at least. */
+  /** Texts that every task is asked, at most. Default: 64, fewer where tasks are many: 1280 texts in all, 16 a task at least. */
   readonly most?: number | undefined;
-  /** Texts of a run; 16 unless given. */
+  /** Texts of a run. Default: 16. */
   readonly batch?: number | undefined;
+  /** Default: 0. */
   readonly seed?: number | undefined;
+  readonly signal?: AbortSignal | undefined;
 }
 
 /** Mean KL(adapter ‖ task) over texts, by task. */
@@ -33,7 +37,9 @@ export interface PackJudge {
   byTask(pack: Blob): Promise<DivergenceByTask>;
   /** The mean over tasks, as `buildAuto` takes it. */
   judge(pack: Blob): Promise<number>;
-  release(): Promise<void>;
+  /** Frees the session that answers. */
+  close(): Promise<void>;
+  [Symbol.asyncDispose](): Promise<void>;
 }
 
 /**
@@ -41,33 +47,29 @@ export interface PackJudge {
  * @param model path, URL, Blob or bytes of the ONNX model
  * @throws RangeError when there is no text
  * @example
- * const { judge, release } = createJudge(ort, "model.onnx", { adapters, texts, encode });
+ * const { judge, close } = createJudge(ort, "model.onnx", { adapters, texts, encode });
  * const { chunks, report } = await buildAuto(adapters, { criterion: { kind: "bytes", max: 300_000 }, judge });
- * await release();
+ * await close();
  */
 export function createJudge<O extends Ort>(
   ort: O,
   model: Parameters<typeof createEigenSession>[1],
   options: JudgeOptions,
 ): PackJudge {
-  const {
-    adapters,
-    encode,
-    most = Math.min(64, Math.max(16, Math.round(1280 / options.adapters.length))),
-    batch = 16,
-    seed = 0,
-    signal,
-  } = options;
-  if (options.texts.length === 0) throw new RangeError("judge: no texts");
+  const { adapters, encode, batch = 16, seed = 0, signal } = options;
+  const { most = Math.min(64, Math.max(16, Math.round(1280 / adapters.length))) } = options;
+  if (options.texts.length === 0) throw new RangeError("createJudge: no texts");
   const rows = shuffle([...new Set(options.texts)], uniform(seed))
     .slice(0, most)
-    .map((text) => ({ text, feeds: undefined, label: 0, weight: 1 }));
+    .map((text) => ({ text }));
   let session: EigenSession<O> | undefined;
+  let inputs: Inputs<BatchFeeds> | undefined;
   const expected = new Map<string, Float32Array[]>();
   const byTask = async (bytes: Blob): Promise<DivergenceByTask> => {
     const pack = await openPack(bytes);
     const asked = (session ??= await createEigenSession(ort, model, pack, { trainable: true }));
-    const ask = { encode: (some: string[]) => encode(some, asked.inputNames), batch, signal };
+    inputs ??= createInputs((texts) => encode(texts, asked.inputNames));
+    const ask = { where: "createJudge", inputs, batch, signal };
     const found = new Map<string, number>();
     for (const adapter of adapters) {
       const { id } = adapter;
@@ -81,16 +83,18 @@ export function createJudge<O extends Ort>(
     await pack.close();
     return found;
   };
+  const close = async (): Promise<void> => {
+    await session?.release();
+    session = undefined;
+  };
   return {
     byTask,
     async judge(pack) {
       const all = [...(await byTask(pack)).values()];
       return all.reduce((a, b) => a + b, 0) / all.length;
     },
-    async release() {
-      await session?.release();
-      session = undefined;
-    },
+    close,
+    [Symbol.asyncDispose]: close,
   };
 }
 

@@ -6,9 +6,9 @@ import { makeTensor, type Ort, type OrtTensor } from "../../bindings/ort.ts";
 import { boolean, dataOf, type Trainable } from "../../bindings/ort-training.ts";
 import { BaseMismatchError } from "../errors.ts";
 import { turn } from "../session/plan.ts";
-import { type BatchFeeds, joinFeeds, toTensors } from "./batch.ts";
+import { type BatchFeeds, toTensors } from "./batch.ts";
+import type { Machine, Point } from "./subject.ts";
 import type { Terms } from "./terms.ts";
-import type { Machine, Point } from "./trainer.ts";
 
 /** The inputs of a head: its weight [1, in, labels], its bias [1, 1, labels]. */
 export interface Head {
@@ -35,13 +35,7 @@ export async function createMachine<O extends Ort>(
   source: Trainable<O>,
   terms: Terms,
   head: Head | undefined,
-  {
-    encode,
-    labels,
-  }: {
-    readonly encode?: ((texts: string[]) => BatchFeeds | Promise<BatchFeeds>) | undefined;
-    readonly labels: readonly string[];
-  },
+  labels: readonly string[],
 ): Promise<Machine<BatchFeeds>> {
   const { ort, graph, inputs } = source;
   const input = (of: string, kind: "A" | "B"): string => inputs.find((one) => one.of === of && one.kind === kind)!.name;
@@ -59,13 +53,12 @@ export async function createMachine<O extends Ort>(
   for (const [name, { data, dims }] of await source.base()) idle[name] = makeTensor(ort, data, [1, ...dims]);
 
   /** Inputs of a batch and a task. */
-  const feedsOf = (batch: BatchFeeds, { factors, weight, bias }: Point): Record<string, OrtTensor> => {
+  const feedsOf = (batch: BatchFeeds, { terms: values, weight, bias }: Point): Record<string, OrtTensor> => {
     const feeds = { ...toTensors(ort, batch), ...idle };
     for (const { name, in: inputs, out, A, B } of modules) {
-      const rows = factors.get(name)!;
-      const q = rows.B.length / out;
-      feeds[A] = floats(turn(rows.A, q, inputs), 1, inputs, q);
-      feeds[B] = floats(rows.B, 1, q, out);
+      const { rank, ...term } = values.get(name)!;
+      feeds[A] = floats(turn(term.A, rank, inputs), 1, inputs, rank);
+      feeds[B] = floats(term.Bt, 1, rank, out);
     }
     if (head) feeds[head.weight] = floats(turn(weight, labels.length, head.in), 1, head.in, labels.length);
     if (head?.bias !== undefined) feeds[head.bias] = floats(bias, 1, 1, labels.length);
@@ -82,19 +75,6 @@ export async function createMachine<O extends Ort>(
 
   return {
     head: head && { module: head.module, in: head.in, bias: head.bias !== undefined },
-    encodes: encode !== undefined,
-
-    async batch(rows) {
-      const texts = rows.flatMap(({ text }) => (text === undefined ? [] : [text]));
-      if (texts.length > 0 && texts.length < rows.length)
-        throw new TypeError("a batch of texts and feeds together; give all examples in one way");
-      return texts.length > 0 ? encode!(texts) : joinFeeds(rows.map(({ feeds }) => feeds!));
-    },
-
-    async length({ text, feeds }) {
-      const batch = feeds ?? (await encode!([text!]));
-      return Math.max(...Object.values(batch).map(({ dims }) => dims.reduce((a, b) => a * b, 1)));
-    },
 
     async answer(batch, point) {
       const none = { [graph.learnInput]: boolean(ort, false), [graph.targetsInput]: floats(new Float32Array(1), 1, 1) };
@@ -116,14 +96,12 @@ export async function createMachine<O extends Ort>(
       const of = (name: string | undefined): Promise<Float32Array<ArrayBuffer>> =>
         take(name === undefined ? undefined : results[gradient(name)]);
       const logits = check(await take(results[graph.logitsOutput]), rows);
-      const factors = new Map(
+      const slopes = new Map(
         await Promise.all(
           modules.map(async ({ name, in: inputs, A, B }) => {
             const a = await of(A);
-            return [
-              name,
-              { A: turn(a, inputs, a.length / inputs) as Float32Array<ArrayBuffer>, B: await of(B) },
-            ] as const;
+            const rank = a.length / inputs;
+            return [name, { rank, A: turn(a, inputs, rank), Bt: await of(B) }] as const;
           }),
         ),
       );
@@ -131,7 +109,7 @@ export async function createMachine<O extends Ort>(
         ? (turn(await of(head.weight), head.in, labels.length) as Float32Array<ArrayBuffer>)
         : new Float32Array(0);
       const bias = head?.bias === undefined ? new Float32Array(head ? labels.length : 0) : await of(head.bias);
-      return { loss: (await take(results[graph.lossOutput]))[0]!, logits, gradients: { factors, weight, bias } };
+      return { loss: (await take(results[graph.lossOutput]))[0]!, logits, gradients: { terms: slopes, weight, bias } };
     },
   };
 }
