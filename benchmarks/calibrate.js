@@ -6,8 +6,8 @@
  */
 
 import { buildPack, readAdapters } from "eigenlora/build";
-import { createJudge, inputMoments } from "eigenlora/distill";
 import { createEngine } from "eigenlora/onnxruntime";
+import { createJudge, inputMoments } from "eigenlora/train";
 import * as ort from "onnxruntime-node";
 import { shuffle, uniform } from "../dist/src/tensor/random.js";
 import { createEncoder, model, readTask } from "../examples/minilm.js";

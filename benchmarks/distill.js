@@ -13,8 +13,8 @@
 import { appendFile, readFile } from "node:fs/promises";
 import { openPack } from "eigenlora";
 import { buildPack, packWithin, readAdapters } from "eigenlora/build";
-import { distill } from "eigenlora/distill";
 import { createEigenSession } from "eigenlora/onnxruntime";
+import { distill } from "eigenlora/train";
 import * as ort from "onnxruntime-node";
 import { shuffle, uniform } from "../dist/src/tensor/random.js";
 import {
@@ -141,7 +141,7 @@ async function measure(adapter, task) {
   const settings = {
     steps: STEPS,
     batch: BATCH,
-    rates: { ...(RATE === undefined ? {} : { terms: RATE }), ...(HEAD === undefined ? {} : { head: HEAD }) },
+    learningRates: { ...(RATE === undefined ? {} : { terms: RATE }), ...(HEAD === undefined ? {} : { head: HEAD }) },
     temperature: TEMPERATURE,
   };
   const made = await distill(session, { adapter, texts, encode: /** @type {any} */ (encode), ...settings });

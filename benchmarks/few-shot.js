@@ -35,7 +35,7 @@ const PAIRS = [
 ];
 const DRAWS = Number(option("draws") ?? 1);
 /** Beside the page's own way, which takes 20 steps: a head alone is not done by then. Rates as there. */
-const HEAD = { batch: 16, steps: 30, rates: { terms: 0, head: 0.02 } };
+const HEAD = { batch: 16, steps: 30, learningRates: { terms: 0, head: 0.02 } };
 const OTHERS = /** @type {const} */ ([
   ["head only, on the tasks' mean", { trainer: { init: "mean" }, fit: HEAD }],
   ["head only, on the plain model", { trainer: { modules: [] }, fit: HEAD }],

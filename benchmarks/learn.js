@@ -8,8 +8,8 @@
 import { readdir } from "node:fs/promises";
 import { openPack } from "eigenlora";
 import { buildPack, readAdapters } from "eigenlora/build";
-import { createTrainer } from "eigenlora/learn";
 import { createEigenSession } from "eigenlora/onnxruntime";
+import { createTrainer } from "eigenlora/train";
 import * as ort from "onnxruntime-node";
 import { createEncoder, model, readTask } from "../examples/minilm.js";
 import { data, median, print } from "./report.js";
@@ -66,7 +66,7 @@ for (const left of TASKS) {
       size = trainer.size;
       const examples = task.train.slice(0, EXAMPLES).map(([text, label]) => ({ text, label }));
       let before = performance.now();
-      for await (const _ of trainer.fit(examples, { epochs: EPOCHS, batch: BATCH, rates })) {
+      for await (const _ of trainer.fit(examples, { epochs: EPOCHS, batch: BATCH, learningRates: rates })) {
         steps.push(performance.now() - before);
         before = performance.now();
       }

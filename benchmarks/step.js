@@ -11,8 +11,8 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { openPack } from "eigenlora";
 import { buildPack, readAdapters, writeSafetensors } from "eigenlora/build";
-import { createTrainer } from "eigenlora/learn";
 import { createEigenSession } from "eigenlora/onnxruntime";
+import { createTrainer } from "eigenlora/train";
 import * as ort from "onnxruntime-node";
 import { openOnnxHost } from "../dist/src/onnx/host.js";
 import { decodeTensor } from "../dist/src/tensor/dtypes.js";
@@ -143,7 +143,13 @@ async function time(pack, { name, batch, joined }, torch) {
   await trainer.begin(TASK);
   await torch?.ask({ way: "begin" });
   const steps = (ROUNDS + 1) * STEPS_OF_A_ROUND;
-  const fit = trainer.fit(examples, { steps, batch, rates: { terms: RATE, head: RATE }, warmup: 0, decay: "none" });
+  const fit = trainer.fit(examples, {
+    steps,
+    batch,
+    learningRates: { terms: RATE, head: RATE },
+    warmup: 0,
+    decay: "none",
+  });
   /** @type {Record<string, number[]>} */
   const times = { ours: [], forward: [], coefficients: [], lora: [], torchForward: [] };
   /** CPU time, which others on the machine do not lengthen. @type {Record<"ours" | "coefficients" | "lora", number[]>} */

@@ -12,8 +12,7 @@ import { buildAuto, type Criterion, packWithin } from "../dist/src/pack/auto.js"
 import { type BuildOptions, buildPack, completeDtypes, projectAdapters } from "../dist/src/pack/build.js";
 import { taskAdapter } from "../dist/src/pack/expand.js";
 import { openPack } from "../dist/src/pack/pack.js";
-import { createJudge } from "../dist/src/train/judge.js";
-import { inputMoments } from "../dist/src/train/moments.js";
+import { createJudge, inputMoments } from "../dist/src/train/index.js";
 import { createEncoder, model, readTask } from "../examples/minilm.js";
 import { concat, data, LOSSLESS, packOf } from "./packs.ts";
 import {

@@ -13,8 +13,8 @@ import { readAdapters } from "../dist/src/adapters/folder.js";
 import { parseTaskFile } from "../dist/src/format/task-file.js";
 import { openPack } from "../dist/src/pack/pack.js";
 import { uniform } from "../dist/src/tensor/random.js";
-import { meanDivergence } from "../dist/src/train/answers.js";
-import { type BatchFeeds, type DistillOptions, distill } from "../dist/src/train/distill.js";
+import { type BatchFeeds, type DistillOptions, distill } from "../dist/src/train/index.js";
+import { meanDivergence } from "../dist/src/train/probabilities.js";
 import { readTask } from "../examples/minilm.js";
 import { data, LOSSLESS } from "./packs.ts";
 import { feeds, GOLDENS, model, NODE, type Ort, open, outputOf, packBytes, type Session, WEB } from "./sessions.ts";
@@ -89,7 +89,7 @@ for (const [name, ort] of [
       feeds: all,
       steps: 40,
       batch: 16,
-      rates: { head: 0 },
+      learningRates: { head: 0 },
       onStep: ({ step }) => seen.push(step),
     });
     t.match(made, { id: "three", steps: 40, kept: "distilled" });
@@ -119,13 +119,13 @@ for (const [name, ort] of [
   });
 }
 
-t.test("what is held back is judged as the sessions judge it; the head is trained; the better is kept", async (t) => {
+t.test("the hold-out is judged as the sessions judge it; the head is trained; the better is kept", async (t) => {
   const session = await tiny(NODE);
   const teacher = await tiny(NODE, LOSSLESS, ["adapters/five"]);
   t.teardown(async () => (await session.close(), teacher.close()));
   const adapter = await adapterOf(t, "sessions/adapters/five");
   const [one] = inputs(NODE, session, 1);
-  // All alike, so that the part held back is known.
+  // All alike, so that the hold-out is known.
   const all = Array.from({ length: 12 }, () => one!);
   const made = await distill(session, { adapter, feeds: all, steps: 10, batch: 4 });
   await session.addTask("distilled", made.file);
@@ -148,7 +148,7 @@ t.test("what is held back is judged as the sessions judge it; the head is traine
     feeds: inputs(NODE, teacher, 16),
     steps: 3,
     batch: 8,
-    rates: { terms: 1 },
+    learningRates: { terms: 1 },
   });
   t.ok(
     kept.divergenceBefore < 1e-6 && kept.divergenceAfter > 1e-3,

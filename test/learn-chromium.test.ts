@@ -5,19 +5,9 @@
 import t from "tap";
 import type { Feed } from "../dist/src/onnx/feeds.js";
 import { embedWeights } from "../dist/src/onnx/write.js";
+import { uniform } from "../dist/src/tensor/random.js";
 import { addRuntimes, answerOf, bundle, noChromium, openPage } from "./browser.ts";
-import {
-  asJson,
-  type Case,
-  compare,
-  floats,
-  golden,
-  learning,
-  type Prepared,
-  prepare,
-  random,
-  relative,
-} from "./learning.ts";
+import { asJson, type Case, compare, floats, golden, learning, type Prepared, prepare, relative } from "./learning.ts";
 import { required } from "./required.ts";
 import { difference, modelBytes, NODE, packBytes } from "./sessions.ts";
 import { type Trained, train } from "./training.js";
@@ -112,7 +102,7 @@ t.test(
   async (t) => {
     // Its weights are f16 behind Casts: software WebGPU has no f16.
     const [model, pack] = [modelBytes("f16"), await packBytes(["adapters"], "base")];
-    const next = random(5);
+    const next = uniform(5);
     const lines = Array.from({ length: 36 }, () => Array.from({ length: 6 }, () => 1 + Math.floor(next() * 8))).map(
       (ids) => ({ ids, label: ids[0]! % 2 ? "odd" : "even" }),
     );

@@ -22,7 +22,8 @@ import {
 } from "../dist/src/onnx/protobuf.js";
 import type { ModelFile } from "../dist/src/onnx/read.js";
 import { embedWeights } from "../dist/src/onnx/write.js";
-import { type Level, probeOf, random, type Tensors, tensor } from "./learning.ts";
+import { uniform } from "../dist/src/tensor/random.js";
+import { type Level, probeOf, type Tensors, tensor } from "./learning.ts";
 import { NODE } from "./sessions.ts";
 
 /** A dimension: fixed, or free by name. */
@@ -500,7 +501,7 @@ for (const [op, cases] of Object.entries(CASES)) {
       fc.integer(),
       fc.constantFrom<Level>("disabled", "all"),
       async (one, other, seed, level) => {
-        const next = random(seed);
+        const next = uniform(seed);
         const run = { n: Math.max(least, other.n), m: Math.max(least, other.m) };
         const probed =
           least === 3
@@ -571,7 +572,7 @@ t.test("equal maxima share a gradient", async (t) => {
   const [, both] = await differentiated(
     "ReduceMax",
     one,
-    PROBED.map((sizes) => feedsOf(one, sizes, random(1))),
+    PROBED.map((sizes) => feedsOf(one, sizes, uniform(1))),
   );
   const session = await NODE.InferenceSession.create(both);
   const x = new NODE.Tensor("float32", Float32Array.of(1, 3, 3, 0, 2, 2, 2, 2), [2, 4]);
@@ -732,7 +733,7 @@ t.test("uses of an operator that gradients do not pass", async (t) => {
     ),
   ];
   for (const { op, one, message } of uses) {
-    const feeds = PROBED.map((sizes) => feedsOf(one, sizes, random(1)));
+    const feeds = PROBED.map((sizes) => feedsOf(one, sizes, uniform(1)));
     await t.rejects(differentiated(op, one, feeds), { tag: "format", message }, op);
   }
 });

@@ -6,9 +6,11 @@ import fc from "fast-check";
 import t from "tap";
 import { expandTerm } from "../dist/src/pack/expand.js";
 import { openPack } from "../dist/src/pack/pack.js";
-import { createTrainer, zeroShotTask } from "../dist/src/train/learn.js";
-import { type Basis, type Factors, Terms, type TrainedModule } from "../dist/src/train/terms.js";
-import { examples, LABELS, noise, random, relative, tiny } from "./learning.ts";
+import { uniform } from "../dist/src/tensor/random.js";
+import type { Term } from "../dist/src/tensor/term.js";
+import { createTrainer, zeroShotTask } from "../dist/src/train/index.js";
+import { type Basis, Terms, type TrainedModule } from "../dist/src/train/terms.js";
+import { examples, F32, LABELS, noise, relative, tiny } from "./learning.ts";
 import { difference, feeds, model, NODE, open, outputOf } from "./sessions.ts";
 
 const basis = (kind: Basis["kind"], K: number, mean: boolean, width: number, seed: number): Basis => ({
@@ -57,14 +59,14 @@ t.test("factors are what the formula says", async (_t) => {
       terms.fillComponents(values);
       const found = terms.expand(values);
       for (const { name, in: inputs, out, shared, privateRank: own } of all) {
-        for (const [side, d] of [
-          ["A", inputs],
-          ["B", out],
+        for (const [side, factor, d] of [
+          ["A", "A", inputs],
+          ["B", "Bt", out],
         ] as const) {
           const rank = shared?.rank ?? 0;
           const expected = Array.from({ length: (rank + own) * d }, (_, at) => {
             const [row, i] = [Math.floor(at / d), at % d];
-            if (row >= rank) return terms.part(values, name, side)![(row - rank) * d + i]!;
+            if (row >= rank) return terms.part(values, name, `private${side}`)![(row - rank) * d + i]!;
             const { kind, K, width, mean, values: E } = shared![side];
             const alpha = terms.part(values, name, `alpha${side}`)!;
             const [first, place] = kind === "flat" ? [0, row * d + i] : [row * K, i];
@@ -72,8 +74,8 @@ t.test("factors are what the formula says", async (_t) => {
             for (let k = 0; k < K; k++) sum += alpha[first + k]! * E[k * width + place]!;
             return sum;
           });
-          if (difference(found.get(name)![side], expected) > 1e-6)
-            throw new Error(`${side} of ${name}: ${found.get(name)![side]} instead of ${expected}`);
+          if (difference(found.get(name)![factor], expected) > 1e-6)
+            throw new Error(`${factor} of ${name}: ${found.get(name)![factor]} instead of ${expected}`);
         }
       }
     }),
@@ -85,20 +87,20 @@ t.test("gradients are pulled back along what factors are made of", async (_t) =>
     fc.property(modules, fc.integer({ min: 1, max: 1e6 }), (all, seed) => {
       const terms = new Terms(all);
       const values = new Float32Array(noise(terms.size, seed));
-      const next = random(seed);
+      const next = uniform(seed);
       // A loss that is linear in the factors, so that it is a polynomial of second degree in what is trained, and differences are exact.
       const weights = new Map(
-        all.map(({ name, in: inputs, out, shared, privateRank: own }): [string, Factors] => {
-          const some = (d: number): Float32Array<ArrayBuffer> =>
-            Float32Array.from({ length: ((shared?.rank ?? 0) + own) * d }, () => next() - 0.5);
-          return [name, { A: some(inputs), B: some(out) }];
+        all.map(({ name, in: inputs, out, shared, privateRank: own }): [string, Term] => {
+          const rank = (shared?.rank ?? 0) + own;
+          const some = (d: number): Float32Array => Float32Array.from({ length: rank * d }, () => next() - 0.5);
+          return [name, { rank, A: some(inputs), Bt: some(out) }];
         }),
       );
       const loss = (at: Float32Array<ArrayBuffer>): number => {
         let sum = 0;
-        for (const [name, factors] of terms.expand(at))
-          for (const side of ["A", "B"] as const)
-            factors[side].forEach((v, i) => (sum += v * weights.get(name)![side][i]!));
+        for (const [name, term] of terms.expand(at))
+          for (const factor of ["A", "Bt"] as const)
+            term[factor].forEach((v, i) => (sum += v * weights.get(name)![factor][i]!));
         return sum;
       };
       const gradient = terms.pullBack(values, weights);
@@ -127,7 +129,7 @@ t.test("zero-shot: the mean is the mean of the tasks' coefficients, random ones 
   };
   const given = await Promise.all(ids.map(coefficients));
   const mean = (values: number[]): number => values.reduce((a, b) => a + b, 0) / values.length;
-  await session.addTask("mean", await zeroShotTask(pack, { dtype: "f32" }));
+  await session.addTask("mean", await zeroShotTask(pack, { dtype: F32 }));
   for (const [i, values] of (await coefficients("mean")).entries()) {
     t.ok(
       difference(
@@ -138,11 +140,11 @@ t.test("zero-shot: the mean is the mean of the tasks' coefficients, random ones 
     );
   }
   const [one, other] = [
-    await zeroShotTask(pack, { from: "random", seed: 1 }),
-    await zeroShotTask(pack, { from: "random", seed: 2 }),
+    await zeroShotTask(pack, { init: "random", seed: 1 }),
+    await zeroShotTask(pack, { init: "random", seed: 2 }),
   ];
   t.notSame(one, other, "another seed gives another task");
-  t.same(one, await zeroShotTask(pack, { from: "random", seed: 1 }), "the same seed the same bytes");
+  t.same(one, await zeroShotTask(pack, { init: "random", seed: 1 }), "the same seed the same bytes");
   await session.addTask("random", one);
   const of = feeds(NODE, session);
   const base = await outputOf(session, of);
@@ -154,7 +156,7 @@ t.test("zero-shot: the mean is the mean of the tasks' coefficients, random ones 
     );
   }
   await t.rejects(zeroShotTask(pack, { rank: 0 }), { name: "RangeError", message: /rank/ });
-  await t.rejects(zeroShotTask(pack, { from: "median" as "mean" }), { name: "RangeError", message: /"median"/ });
+  await t.rejects(zeroShotTask(pack, { init: "median" as "mean" }), { name: "RangeError", message: /"median"/ });
 });
 
 t.test("a LoRA begins as PEFT's, or as the factors that coefficients make", async (t) => {
@@ -173,9 +175,9 @@ t.test("a LoRA begins as PEFT's, or as the factors that coefficients make", asyn
   for (const init of [undefined, "mean", { task: task! }] as const) {
     const trainer = await createTrainer(session, { labels: LABELS, train: "lora", ...(init ? { init } : {}) });
     // Rates of 0 leave the start as it is.
-    for await (const _ of trainer.fit(known, { epochs: 1, rates: { terms: 0, head: 0 } }));
+    for await (const _ of trainer.fit(known, { epochs: 1, learningRates: { terms: 0, head: 0 } }));
     const id = `from ${JSON.stringify(init)}`;
-    await session.addTask(id, await trainer.task({ dtype: "f32" }));
+    await session.addTask(id, await trainer.task({ dtype: F32 }));
     const [ours, theirs] = [await factors(id), await factors(task!)];
     const off = ours.map((values, i) => relative(values, theirs[i]!));
     if (typeof init === "object") t.ok(Math.max(...off) < 1e-6, `${id}: the task's factors`);
@@ -187,8 +189,8 @@ t.test("a LoRA begins as PEFT's, or as the factors that coefficients make", asyn
       );
     // It is gone on with as it is.
     await trainer.begin(id);
-    t.same(await trainer.task({ dtype: "f32", id: "task" }), await trainer.task({ dtype: "f32", id: "task" }));
-    await session.addTask(`${id} again`, await trainer.task({ dtype: "f32" }));
+    t.same(await trainer.task({ dtype: F32, id: "task" }), await trainer.task({ dtype: F32, id: "task" }));
+    await session.addTask(`${id} again`, await trainer.task({ dtype: F32 }));
     t.ok(
       (await factors(`${id} again`)).every(
         (values, i) => relative(values, ours[i]!) < 1e-7 || ours[i]!.every((v) => v === 0),
@@ -206,13 +208,13 @@ t.test("coefficients first, components last: a pack of its own, the old tasks in
   const trainer = await createTrainer(session, { labels: LABELS, train: "components", seed: 3, init: "random" });
   t.ok(trainer.size.components > trainer.size.terms);
   const known = examples(NODE, session, 48, 1);
-  const fit = async (rates: object): Promise<number[]> => {
+  const fit = async (learningRates: object): Promise<number[]> => {
     const losses = [];
-    for await (const { loss } of trainer.fit(known, { epochs: 4, batch: 16, rates })) losses.push(loss);
+    for await (const { loss } of trainer.fit(known, { epochs: 4, batch: 16, learningRates })) losses.push(loss);
     return losses;
   };
   const first = await fit({ components: 0 });
-  const small = await trainer.task({ dtype: "f32" });
+  const small = await trainer.task({ dtype: F32 });
   t.ok(small.length > 0, "so far it is a task of the pack");
   const last = await fit({ terms: 0.005, components: 0.005 });
   t.ok(last.at(-1)! < first.at(-1)!, `${first.at(-1)} → ${last.at(-1)}`);
@@ -220,7 +222,7 @@ t.test("coefficients first, components last: a pack of its own, the old tasks in
   await t.rejects(trainer.pack({ id: [...session.tasks.keys()][0]! }), { tag: "task", message: /already/ });
 
   const probabilities = await trainer.predict(known.slice(0, 4));
-  const pack = await openPack(await trainer.pack({ id: "mine", dtype: "f32" }));
+  const pack = await openPack(await trainer.pack({ id: "mine", dtype: F32 }));
   t.not(pack.basisId, session.pack.basisId);
   t.same([...pack.tasks.keys()], [...session.tasks.keys(), "mine"]);
   const own = await open(NODE, model("torchscript"), pack);

@@ -11,10 +11,10 @@ import { taskAdapter } from "../dist/src/pack/expand.js";
 import { openPack } from "../dist/src/pack/pack.js";
 import { uniform } from "../dist/src/tensor/random.js";
 import { writeSafetensors } from "../dist/src/tensor/safetensors-writer.js";
-import { holdBack, targetsOf, toBatches } from "../dist/src/train/examples.js";
-import { type BatchFeeds, createTrainer, type Example } from "../dist/src/train/learn.js";
+import { splitHoldout, targetsOf, toBatches } from "../dist/src/train/examples.js";
+import { type BatchFeeds, createTrainer, type Example } from "../dist/src/train/index.js";
 import { createEncoder, readTask } from "../examples/minilm.js";
-import { examples, LABELS, tiny } from "./learning.ts";
+import { examples, F32, LABELS, tiny } from "./learning.ts";
 import { data, packOf } from "./packs.ts";
 import { required } from "./required.ts";
 import { difference, feeds, GOLDENS, NODE, type Ort, open, outputOf, WEB } from "./sessions.ts";
@@ -36,7 +36,7 @@ for (const [name, ort] of [
     t.equal(losses.length, 18);
     t.ok(losses.at(-1)! < 0.7 * losses[0]!, `loss ${losses[0]} → ${losses.at(-1)}`);
 
-    await session.addTask("mine", await trainer.task({ id: "mine", dtype: "f32", metadata: { origin: "a test" } }));
+    await session.addTask("mine", await trainer.task({ id: "mine", dtype: F32, metadata: { origin: "a test" } }));
     const added = session.tasks.get("mine")!;
     t.same(added.metadata, { labels: LABELS, origin: "a test" });
     t.ok(
@@ -74,7 +74,7 @@ t.test("a LoRA without components, for comparison", async (t) => {
   const losses: number[] = [];
   for await (const { loss } of trainer.fit(known, { epochs: 6 })) losses.push(loss);
   t.ok(losses.at(-1)! < losses[0]!, `${losses[0]} → ${losses.at(-1)}`);
-  await session.addTask("mine", await trainer.task({ dtype: "f32" }));
+  await session.addTask("mine", await trainer.task({ dtype: F32 }));
   t.ok((await session.pack.load("mine")).terms.every(({ A, privateRank }) => A === undefined && privateRank === 2));
   await session.switchTask("mine");
   const logits = await outputOf(session, known[0]!.feeds as never);
@@ -96,7 +96,7 @@ t.test("a learned task leaves as a PEFT adapter that answers alike in PyTorch", 
   const trainer = await createTrainer(session, { labels: LABELS, seed: 3, privateTerms: 2 });
   t.teardown(() => session.close());
   for await (const _ of trainer.fit(examples(NODE, session, 32, 1), { epochs: 4 }));
-  await session.addTask("mine", await trainer.task({ dtype: "f32" }));
+  await session.addTask("mine", await trainer.task({ dtype: F32 }));
   await session.switchTask("mine");
   const ours = await outputOf(session, feeds(NODE, session));
 
@@ -171,9 +171,9 @@ t.test("where it begins: mean, random, a task; a task of the pack is a start tha
   for (const init of ["mean", "random", { task: task! }] as const) {
     const trainer = await createTrainer(session, { labels: LABELS, init });
     // Rates of 0 leave the start as it is.
-    for await (const _ of trainer.fit(known, { epochs: 1, rates: { terms: 0, head: 0 } }));
+    for await (const _ of trainer.fit(known, { epochs: 1, learningRates: { terms: 0, head: 0 } }));
     const id = `from ${JSON.stringify(init)}`;
-    await session.addTask(id, await trainer.task({ dtype: "f32" }));
+    await session.addTask(id, await trainer.task({ dtype: F32 }));
     const [ours, theirs] = [await session.pack.load(id), await session.pack.load(task!)];
     const floats = (blob: typeof ours): Float32Array[] =>
       blob.terms.flatMap(({ A, B }) =>
@@ -280,10 +280,10 @@ t.test(
     await trainer.begin("three");
     t.ok(difference((await trainer.predict(known.slice(0, 1)))[0]!, own) < 1e-5, "it answers as the task does");
     const steps: number[] = [];
-    for await (const { step, steps: all } of trainer.fit(known, { steps: 5, batch: 8, rates: { head: 0 } }))
+    for await (const { step, steps: all } of trainer.fit(known, { steps: 5, batch: 8, learningRates: { head: 0 } }))
       steps.push(step, all);
     t.same(steps, [1, 5, 2, 5, 3, 5, 4, 5, 5, 5]);
-    const file = await trainer.task({ dtype: { coefficients: "f32", head: "f32" } });
+    const file = await trainer.task({ dtype: F32 });
     await session.addTask("mine", file);
     const head = async (id: string): Promise<string> => {
       const { parameters, bytes } = await session.pack.load(id);
@@ -335,7 +335,7 @@ t.test("a temperature divides the logits that meet targets, and gradients agree"
     }, 0);
   // The first step holds the gradient of head and terms against the loss.
   const { value } = await trainer
-    .fit(known, { steps: 1, batch: 12, temperature: 0.25, rates: { terms: 1e-9, head: 1e-9 } })
+    .fit(known, { steps: 1, batch: 12, temperature: 0.25, learningRates: { terms: 1e-9, head: 1e-9 } })
     .next();
   t.ok(Math.abs(value!.loss - lossAt(0.25)) < 1e-4, `${value!.loss}, ${lossAt(0.25)}`);
   t.ok(Math.abs(lossAt(1) - lossAt(0.25)) > 0.01, "not what it is undivided");
@@ -372,7 +372,7 @@ t.test("aborting and leaving keep what was learned; a loss that explodes stops w
     for await (const _ of trainer.fit(known, {
       epochs: 20,
       batch: 8,
-      rates: { terms: 1e20, head: 1e20 },
+      learningRates: { terms: 1e20, head: 1e20 },
       clip: Infinity,
       warmup: 0,
     }));
@@ -410,14 +410,14 @@ t.test("a provider whose gradients are wrong is found before the first step", as
   });
 });
 
-t.test("holding back keeps two of every label and takes a share of the rest", (t) => {
+t.test("a hold-out leaves two of every label and takes a share of the rest", (t) => {
   const rows = Array.from({ length: 43 }, (_, i) => ({ label: i < 3 ? 0 : 1, i }));
-  const { train, held } = holdBack(rows, 0.25, uniform(1));
-  t.equal(train.length + held.length, 43);
-  t.equal(held.filter(({ label }) => label === 0).length, 1);
-  t.equal(held.filter(({ label }) => label === 1).length, 10);
-  t.equal(new Set([...train, ...held].map(({ i }) => i)).size, 43);
-  t.same(holdBack(rows, 0, uniform(1)).held, []);
+  const { train, holdout } = splitHoldout(rows, 0.25, uniform(1));
+  t.equal(train.length + holdout.length, 43);
+  t.equal(holdout.filter(({ label }) => label === 0).length, 1);
+  t.equal(holdout.filter(({ label }) => label === 1).length, 10);
+  t.equal(new Set([...train, ...holdout].map(({ i }) => i)).size, 43);
+  t.same(splitHoldout(rows, 0, uniform(1)).holdout, []);
   t.end();
 });
 

@@ -17,7 +17,7 @@ import { transpose } from "../dist/src/session/plan.js";
 import { openSource } from "../dist/src/source.js";
 import { uniform } from "../dist/src/tensor/random.js";
 import { openSafetensors } from "../dist/src/tensor/safetensors.js";
-import type { BatchFeeds, Example } from "../dist/src/train/learn.js";
+import type { BatchFeeds, Example } from "../dist/src/train/index.js";
 import { data } from "./packs.ts";
 import { feeds as feedsOf, GOLDENS, model, NODE, type Ort, open, packFor, type Session } from "./sessions.ts";
 
@@ -313,24 +313,16 @@ export function relative(found: ArrayLike<number>, expected: ArrayLike<number>):
   return Number.isNaN(result) ? Infinity : result;
 }
 
-/** Numbers between 0 and 1 that are the same for the same seed. */
-export function random(seed: number): () => number {
-  let state = seed | 0;
-  return () => {
-    state = (state + 0x6d2b79f5) | 0;
-    let x = Math.imul(state ^ (state >>> 15), 1 | state);
-    x = (x + Math.imul(x ^ (x >>> 7), 61 | x)) ^ x;
-    return ((x ^ (x >>> 14)) >>> 0) / 2 ** 32;
-  };
-}
-
 /** Numbers of either sign, the same for the same seed. */
 export function noise(many: number, seed: number): Float32Array {
-  const next = random(seed);
+  const next = uniform(seed);
   return Float32Array.from({ length: many }, () => 0.6 * next() - 0.3);
 }
 
 export const LABELS = ["odd", "even", "neither"];
+
+/** Number formats that lose nothing. */
+export const F32 = { coefficients: "f32", head: "f32" } as const;
 
 /** Rows of the tiny model's inputs: random ids; the label follows from the first. */
 export function examples(ort: Ort, session: Session, count: number, seed: number): Example<BatchFeeds>[] {

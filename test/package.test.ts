@@ -125,8 +125,9 @@ t.test("names the package exports", async (t) => {
   t.ok("buildPack" in (await import("eigenlora/build")));
   t.ok("openOnnxHost" in (await import("eigenlora/onnx")));
   t.same(Object.keys(await import("eigenlora/onnxruntime")).sort(), ["createEigenSession", "createEngine"]);
-  t.same(Object.keys(await import("eigenlora/learn")).sort(), ["Trainer", "createTrainer", "zeroShotTask"]);
-  t.same(Object.keys(await import("eigenlora/distill")).sort(), ["createJudge", "distill", "inputMoments"]);
+  t.same(Object.keys(await import("eigenlora/train")).sort(), [
+    ...["Trainer", "createJudge", "createTrainer", "distill", "inputMoments", "zeroShotTask"],
+  ]);
   t.same(Object.keys(await import("eigenlora/transformers")).sort(), ["AttachedPack", "attachPack"]);
   t.same(Object.keys(manifest.dependencies), ["msgpackr"], "one run-time dependency");
 });

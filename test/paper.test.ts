@@ -101,15 +101,11 @@ t.test("the bootstrap agrees with the normal approximation, and draws within gro
 });
 
 t.test("a head on given features: loss and gradients", async (t) => {
-  const features = new Map([
-    ["x", Float32Array.of(1, 2)],
-    ["y", Float32Array.of(-1, 0.5)],
-  ]);
-  const machine = headMachine(features, 2);
-  const batch = await machine.batch(["x", "y"].map((text) => ({ text, feeds: undefined, label: 0, weight: 1 })));
+  const machine = headMachine(2);
+  const batch = [Float32Array.of(1, 2), Float32Array.of(-1, 0.5)];
   const targets = Float32Array.of(1, 0, 0.25, 0.75);
   const at = (weight: Float32Array<ArrayBuffer>) =>
-    machine.step(batch, { factors: new Map(), weight, bias: Float32Array.of(0.1, -0.1) }, targets);
+    machine.step(batch, { terms: new Map(), weight, bias: Float32Array.of(0.1, -0.1) }, targets);
   const weight = Float32Array.of(0.3, -0.2, 0.5, 0.4);
   const { loss, logits, gradients } = await at(weight);
   t.ok(Math.abs(logits[0]! - (0.3 - 0.4 + 0.1)) < 1e-6);

@@ -2,8 +2,8 @@
  * Learns one small task on a tiny model, in Node and in browsers alike: the same examples, seed and steps.
  */
 import { openPack } from "eigenlora";
-import { createTrainer } from "eigenlora/learn";
 import { createEigenSession } from "eigenlora/onnxruntime";
+import { createTrainer } from "eigenlora/train";
 
 /**
  * @typedef {{ ids: number[], label: string }[]} Lines token ids, of one length
@@ -37,7 +37,7 @@ export async function train(ort, { model, pack, provider, lines }) {
   const losses = [];
   const examples = lines.map((line) => ({ label: line.label, feeds: feeds([line]) }));
   for await (const { loss } of trainer.fit(examples, { steps: 16, batch: 12 })) losses.push(loss);
-  const file = await trainer.task({ dtype: "f32" });
+  const file = await trainer.task({ dtype: { coefficients: "f32", head: "f32" } });
   await session.addTask("mine", file);
   await session.switchTask("mine");
   const { logits } = await session.run(feeds(lines));

@@ -5,12 +5,11 @@
 
 import { openPack } from "eigenlora";
 import { buildPack, encodeTaskFile, projectAdapters, readAdapters } from "eigenlora/build";
-import { distill } from "eigenlora/distill";
-import { createTrainer, zeroShotTask } from "eigenlora/learn";
 import { createEigenSession } from "eigenlora/onnxruntime";
+import { createTrainer, distill, zeroShotTask } from "eigenlora/train";
 import * as ort from "onnxruntime-node";
 import { uniform } from "../../dist/src/tensor/random.js";
-import { holdBack } from "../../dist/src/train/examples.js";
+import { splitHoldout } from "../../dist/src/train/examples.js";
 import { createEncoder, labelOf, model, runBatches, toBatches } from "../../examples/minilm.js";
 import { data } from "../report.js";
 import { Rows } from "../rows.js";
@@ -120,11 +119,11 @@ export class Bench {
     const started = performance.now();
     const { labels, train, test } = /** @type {Task} */ (this.tasks.get(cell.task));
     const examples = train.map(([text, label]) => ({ text, label }));
-    const split = holdBack(examples, Math.min(HELD, MOST_HELD / train.length), uniform(1));
-    const texts = [...test.map(([text]) => text), ...split.held.map(({ text }) => text)];
+    const split = splitHoldout(examples, Math.min(HELD, MOST_HELD / train.length), uniform(1));
+    const texts = [...test.map(([text]) => text), ...split.holdout.map(({ text }) => text)];
     const { logits, ...result } = await this.#learn(cell, labels, split.train, texts);
     const answers = logits.slice(0, test.length).map(labelOf).join("");
-    const validation = judge(logits.slice(test.length), split.held);
+    const validation = judge(logits.slice(test.length), split.holdout);
     return { ...cell, ...result, validation, answers, seconds: Math.round((performance.now() - started) / 100) / 10 };
   }
 
@@ -192,7 +191,7 @@ export class Bench {
           texts: examples.map(({ text }) => text),
           encode,
           seed: cell.seed,
-          rates: cell.rates,
+          learningRates: cell.rates,
         });
         await session.addTask((task = "distilled"), file);
       }
@@ -245,13 +244,13 @@ export class Bench {
       const { method, rates, seed } = cell;
       const lora = method !== "coefficients" && method !== "flat";
       const fresh = method === "lora" || method === "lora r 1";
-      /** @type {import("eigenlora/learn").Start} */
+      /** @type {import("eigenlora/train").Start} */
       const init = fresh ? "fresh" : this.experiments[domainOf(cell.task)].start;
       const options = { labels, encode: this.encode, seed, init, rank: method === "lora r 1" ? 1 : RANK };
       const trainer = await createTrainer(session, { ...options, train: lora ? "lora" : "coefficients" });
       const loss = await fit(trainer, examples, rates);
       const { terms, head } = trainer.size;
-      await session.addTask("new", await trainer.task({ dtype: "f32" }));
+      await session.addTask("new", await trainer.task({ dtype: { coefficients: "f32", head: "f32" } }));
       await session.switchTask("new");
       return { trained: terms, head, loss, logits: await runBatches(session, toBatches(this.encode, texts)) };
     });
@@ -276,7 +275,7 @@ export class Bench {
         if (ZERO_SHOT.has(method)) {
           await session.addTask(
             "zero-shot",
-            await zeroShotTask(session.pack, { from: "random", seed, rank: RANK, dtype: "f32" }),
+            await zeroShotTask(session.pack, { init: "random", seed, rank: RANK, dtype: { coefficients: "f32" } }),
           );
           blend = { "zero-shot": 1 };
         }
@@ -297,14 +296,15 @@ export class Bench {
 }
 
 /**
- * @param {Pick<import("eigenlora/learn").Trainer<any>, "fit">} trainer
+ * @param {Pick<import("eigenlora/train").Trainer<any>, "fit">} trainer
  * @param {readonly Example[]} examples
  * @param {Rates} rates
  */
 async function fit(trainer, examples, rates) {
   /** @type {number[]} */
   const losses = [];
-  for await (const { loss } of trainer.fit(examples, { steps: STEPS, batch: BATCH, rates })) losses.push(loss);
+  for await (const { loss } of trainer.fit(examples, { steps: STEPS, batch: BATCH, learningRates: rates }))
+    losses.push(loss);
   return curveOf(losses);
 }
 

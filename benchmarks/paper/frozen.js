@@ -10,7 +10,7 @@ import { runBatches, toBatches } from "../../examples/minilm.js";
 
 /** How many numbers enter the head. */
 const WIDTH = 384;
-const HEAD = "classifier";
+const LAYER = { module: "classifier", in: WIDTH, bias: true };
 
 /**
  * What enters the head for each text, with tasks of the pack active.
@@ -23,16 +23,13 @@ const HEAD = "classifier";
 export async function readFeatures(session, encode, texts, blend) {
   const weight = new Float32Array(WIDTH * WIDTH);
   for (let i = 0; i < WIDTH; i++) weight[i * WIDTH + i] = 1;
-  const head = { module: HEAD, in: WIDTH, weight, bias: new Float32Array(WIDTH) };
+  const head = { weight, bias: new Float32Array(WIDTH) };
   await session.addTask(
     "features",
-    taskFile(
-      /** @type {any} */ (session.pack),
-      "features",
-      { parameters: new Float32Array(0), terms: new Terms([]), head },
-      { coefficients: "f32", head: "f32" },
-      {},
-    ),
+    taskFile(/** @type {any} */ (session.pack), new Terms([]), { ...head, parameters: new Float32Array(0) }, LAYER, {
+      id: "features",
+      dtype: { head: "f32" },
+    }),
   );
   await session.switchTask({ ...blend, features: 1 }, { head: "features" });
   const found = await runBatches(session, toBatches(encode, texts));
@@ -49,26 +46,26 @@ export async function readFeatures(session, encode, texts, blend) {
 export function headTrainer(features, { labels, seed }) {
   const pack = /** @type {any} */ ({ tasks: new Map() });
   const none = new Terms([]);
-  return new Trainer(
-    { pack, machine: headMachine(features, labels.length), terms: none, origin: none },
-    { labels, seed, init: "random" },
-  );
+  const machine = headMachine(labels.length);
+  /** @type {import("../../dist/src/train/inputs.js").Inputs<Float32Array[]>} */
+  const inputs = {
+    encodes: true,
+    lengths: async (rows) => new Map(rows.map((row) => [row, row.text?.length ?? 0])),
+    batch: async (rows) => rows.map(({ text = "" }) => /** @type {Float32Array} */ (features.get(text))),
+  };
+  return new Trainer({ pack, machine, inputs, terms: none, origin: none, labels }, { seed, init: "random" });
 }
 
 /**
- * @param {ReadonlyMap<string, Float32Array>} features by text
  * @param {number} labels
- * @returns {import("../../dist/src/train/trainer.js").Machine<Float32Array[]>}
+ * @returns {import("../../dist/src/train/subject.js").Machine<Float32Array[]>}
  */
-export function headMachine(features, labels) {
-  /** @param {Float32Array} x @param {import("../../dist/src/train/trainer.js").Point} point */
+export function headMachine(labels) {
+  /** @param {Float32Array} x @param {import("../../dist/src/train/subject.js").Point} point */
   const logitsOf = (x, { weight, bias }) =>
     Array.from(bias, (b, label) => x.reduce((sum, value, i) => sum + value * weight[label * x.length + i], b));
   return {
-    head: { module: HEAD, in: WIDTH, bias: true },
-    encodes: true,
-    batch: async (rows) => rows.map(({ text = "" }) => /** @type {Float32Array} */ (features.get(text))),
-    length: async ({ text = "" }) => text.length,
+    head: LAYER,
     answer: async (batch, point) => Float32Array.from(batch.flatMap((x) => logitsOf(x, point))),
     async step(batch, point, targets) {
       const width = point.weight.length / labels;
@@ -89,7 +86,7 @@ export function headMachine(features, labels) {
           for (let i = 0; i < width; i++) weight[label * width + i] += slope * x[i];
         }
       }
-      return { loss, logits, gradients: { factors: new Map(), weight, bias } };
+      return { loss, logits, gradients: { terms: new Map(), weight, bias } };
     },
   };
 }

@@ -2,7 +2,7 @@
 usage: step.py CONFIG.json BASE.safetensors TASK.safetensors RATE
 BASE: every weight of BertForSequenceClassification. TASK: per module E_A [K, in], M_A [in], alpha_A [r, K] and the same of B, and the head.
 Prints {"version"}, then answers one line for each line of its input: {"way": "coefficients" | "lora" | "forward", "batches": [{"ids", "mask", "labels"}]} → {"ms", "cpu", "losses"}; {"way": "begin"} → {}, from the start again.
-No dropout, AdamW without decay, gradients clipped to a norm of 1: as eigenlora/learn."""
+No dropout, AdamW without decay, gradients clipped to a norm of 1: as eigenlora/train."""
 import json, sys, time, torch, peft
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification

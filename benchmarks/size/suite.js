@@ -4,8 +4,8 @@
 
 import { openPack } from "eigenlora";
 import { readAdapters } from "eigenlora/build";
-import { createJudge, inputMoments } from "eigenlora/distill";
 import { createEigenSession, createEngine } from "eigenlora/onnxruntime";
+import { createJudge, inputMoments } from "eigenlora/train";
 import * as ort from "onnxruntime-node";
 import { shuffle, uniform } from "../../dist/src/tensor/random.js";
 import {
@@ -97,7 +97,7 @@ export class Suite {
     return this.#questions;
   }
 
-  /** A judge of packs by plain text (`eigenlora/distill`), some texts of each task. @param {readonly Adapter[]} adapters */
+  /** A judge of packs by plain text (`eigenlora/train`), some texts of each task. @param {readonly Adapter[]} adapters */
   async judge(adapters) {
     const encode = /** @type {any} */ (await this.encode());
     return createJudge(createEngine(ort), model, { adapters, texts: await this.texts(), encode, most: JUDGED });

@@ -7,8 +7,8 @@
  */
 import { Tokenizer } from "@huggingface/tokenizers";
 import { openPack } from "eigenlora";
-import { createTrainer } from "eigenlora/learn";
 import { createEigenSession } from "eigenlora/onnxruntime";
+import { createTrainer } from "eigenlora/train";
 
 /**
  * @typedef {"wasm" | "webgpu"} Provider
@@ -26,7 +26,7 @@ import { createEigenSession } from "eigenlora/onnxruntime";
 
 /** @typedef {{ text: string, label: string }} Example */
 /** @typedef {{ step: number, steps: number, loss: number }} Step */
-/** @typedef {{ trainer: { init?: import("eigenlora/learn").Start, modules?: string[] }, fit: import("eigenlora/learn").FitOptions }} Lessons */
+/** @typedef {{ trainer: { init?: import("eigenlora/train").Start, modules?: string[] }, fit: import("eigenlora/train").FitOptions }} Lessons */
 
 /**
  * A task's coefficients, the numbers that the pack keeps of it.
@@ -41,7 +41,10 @@ import { createEigenSession } from "eigenlora/onnxruntime";
 const MAX_TOKENS = 32;
 
 /** For a handful of examples (benchmarks/few-shot.js). @type {Lessons} */
-const TEACHING = { trainer: { init: "mean" }, fit: { batch: 16, steps: 20, rates: { terms: 0.005, head: 0.02 } } };
+const TEACHING = {
+  trainer: { init: "mean" },
+  fit: { batch: 16, steps: 20, learningRates: { terms: 0.005, head: 0.02 } },
+};
 
 /** @param {string} file */
 const beside = (file) => new URL(file, self.location.href).href;

@@ -121,7 +121,7 @@ export function storage(text: string | undefined): Partial<Dtypes> {
     return word as Dtype;
   };
   if (!text.includes("=")) return { basis: type(text), coefficients: type(text), head: type(text) };
-  const types: Partial<Dtypes> = {};
+  const types: Partial<Record<keyof Dtypes, Dtype>> = {};
   for (const assignment of text.split(",")) {
     const [part = "", word = ""] = assignment.split("=");
     if (part !== "basis" && part !== "coefficients" && part !== "head") {

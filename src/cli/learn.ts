@@ -46,7 +46,7 @@ async function learn(args: Arguments, out: Output, signal: AbortSignal): Promise
     epochs: wholeNumber(args, "epochs", 8),
     batch: wholeNumber(args, "batch", 16),
     holdout: number(args, "holdout", 0.2, (n) => n >= 0 && n < 1, "a share from 0 to less than 1"),
-    rates: { terms: rate, head: rate },
+    learningRates: { terms: rate, head: rate },
   };
   const options = {
     seed: number(args, "seed", 0, (n) => Number.isInteger(n) && n >= 0, "a whole number from 0"),
@@ -149,7 +149,7 @@ function report(learned: Learned, steps: readonly TrainingStep[]): Result {
   const text = [
     `${file}: task "${id}", ${labels.length} labels, ${bytes(learned.bytes)}${interrupted ? `, stopped at step ${steps.length} of ${steps[0]!.steps}` : ""}`,
     table([
-      ["epoch", "loss", ...(judged.length > 0 ? ["held back", "accuracy"] : [])],
+      ["epoch", "loss", ...(judged.length > 0 ? ["hold-out", "accuracy"] : [])],
       ...epochs.map(({ loss, holdout }, i) => [
         i + 1,
         loss.toFixed(4),

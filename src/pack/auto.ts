@@ -26,7 +26,7 @@ export type Judge = (pack: Blob) => Promise<number>;
 export interface AutoOptions
   extends Omit<BuildOptions, "mode" | "gauge" | "select" | "rank" | "privateTerms" | "onProgress"> {
   readonly criterion: Criterion;
-  /** Which of two packs is better is decided by this where it is there, by the mean ΔW error otherwise. `createJudge` of `eigenlora/distill` makes one. */
+  /** Which of two packs is better is decided by this where it is there, by the mean ΔW error otherwise. `createJudge` of `eigenlora/train` makes one. */
   readonly judge?: Judge | undefined;
   /** Called when a way has been tried. */
   readonly onProgress?: ((done: number, of: number, tried: Tried) => void) | undefined;

@@ -35,18 +35,12 @@ import {
 import type { PackModule, TaskEntry } from "../format/format.ts";
 import { layoutFresh, type TaskToWrite } from "../format/layout.ts";
 import { encodedTensor } from "../format/tensors.ts";
-import { type Dtype, isQuantized } from "../tensor/dtypes.ts";
+import { type Dtype, type Dtypes, isQuantized } from "../tensor/dtypes.ts";
 import { encodeTensor } from "../tensor/encode.ts";
 import { VERSION } from "../version.ts";
 import type { Pack } from "./pack.ts";
 
-/** Number formats of what is stored. */
-export interface Dtypes {
-  basis: Dtype;
-  coefficients: Dtype;
-  /** Saved modules; vectors of one dimension are stored as f16 where this is an integer type. */
-  head: Dtype;
-}
+export type { Dtypes } from "../tensor/dtypes.ts";
 
 export interface BuildOptions {
   /**
@@ -72,7 +66,7 @@ export interface BuildOptions {
   /** Every task counts alike when components are sought, however large its update is. */
   normalize?: boolean | undefined;
   /**
-   * Second moments [in, in] of what enters each module, by name (`inputMoments` of `eigenlora/distill`): errors are then those of the
+   * Second moments [in, in] of what enters each module, by name (`inputMoments` of `eigenlora/train`): errors are then those of the
    * modules' outputs, in choosing and in the report.
    */
   moments?: ReadonlyMap<string, Float64Array> | undefined;

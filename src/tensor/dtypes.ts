@@ -12,6 +12,17 @@ export type QuantizedDtype = "int8" | "int4" | "int3";
 /** Every type a tensor of a pack may have. The order is the code in the file. */
 export type Dtype = FloatDtype | QuantizedDtype;
 
+/** Number formats of what a pack stores. */
+export interface Dtypes {
+  readonly basis: Dtype;
+  readonly coefficients: Dtype;
+  /** Saved modules; vectors of one dimension are stored as f16 where this is an integer type. */
+  readonly head: Dtype;
+}
+
+/** Number formats of what a task stores: of coefficients and private terms, and of the head. */
+export type TaskDtypes = Omit<Dtypes, "basis">;
+
 /** File code of a type is its index here. */
 export const DTYPES: readonly Dtype[] = ["f32", "f16", "bf16", "int8", "int4", "int3"];
 

@@ -11,30 +11,32 @@
  * The schedule rises from 1/warmup to 1 over `warmup` steps, then falls to 0 at `steps`.
  */
 
+import { COUNT, checkNumbers, NOT_NEGATIVE, POSITIVE, SHARE, UNLIMITED } from "./limits.ts";
+
 /** Numbers that are trained alike. Parts of one vector are groups by `subarray`. */
 export interface ParameterGroup {
   /** Changed by each step. */
   readonly values: Float32Array;
   /** Learning rate at the top of the schedule. */
   readonly rate: number;
-  /** 0 unless given. */
+  /** Default: 0. */
   readonly weightDecay?: number | undefined;
 }
 
 export interface AdamWOptions {
-  /** 0.9 unless given. */
+  /** Default: 0.9. */
   readonly beta1?: number | undefined;
-  /** 0.999 unless given. */
+  /** Default: 0.999. */
   readonly beta2?: number | undefined;
-  /** 1e-8 unless given. */
+  /** Default: 1e-8. */
   readonly epsilon?: number | undefined;
-  /** The largest norm of all groups' gradients together; longer ones are shortened to it. Unlimited unless given. */
+  /** The largest norm of all groups' gradients together; longer ones are shortened to it. Default: no limit. */
   readonly clip?: number | undefined;
-  /** Steps until the rate is reached; 0 unless given. */
+  /** Steps until the rate is reached. Default: 0. */
   readonly warmup?: number | undefined;
   /** Steps in all, for `decay`; needed unless that is "none". */
   readonly steps?: number | undefined;
-  /** How the rate falls after the warm-up: "none" unless `steps` are given, else "linear". */
+  /** How the rate falls after the warm-up. Default: "linear"; "none" where there are no `steps`. */
   readonly decay?: "none" | "linear" | "cosine" | undefined;
 }
 
@@ -66,15 +68,13 @@ export class AdamW {
     const { beta1 = 0.9, beta2 = 0.999, epsilon = 1e-8, clip = Infinity, warmup = 0, steps = Infinity } = options;
     const { decay = steps === Infinity ? "none" : "linear" } = options;
     this.#options = { beta1, beta2, epsilon, clip, warmup, steps, decay };
-    inRange("beta1", beta1, beta1 >= 0 && beta1 < 1);
-    inRange("beta2", beta2, beta2 >= 0 && beta2 < 1);
-    inRange("epsilon", epsilon, epsilon > 0);
-    inRange("clip", clip, clip > 0);
-    inRange("warmup", warmup, Number.isInteger(warmup) && warmup >= 0);
-    inRange("steps", steps, decay === "none" || (Number.isInteger(steps) && steps > warmup));
+    const more = ["a whole number above `warmup`", (n: number) => Number.isInteger(n) && n > warmup] as const;
+    checkNumbers("AdamW", this.#options, {
+      ...{ beta1: SHARE, beta2: SHARE, epsilon: POSITIVE, warmup: COUNT, clip: UNLIMITED },
+      ...(decay === "none" ? {} : { steps: more }),
+    });
     this.#groups = groups.map(({ values, rate, weightDecay = 0 }) => {
-      inRange("rate", rate, rate >= 0 && rate < Infinity);
-      inRange("weightDecay", weightDecay, weightDecay >= 0 && weightDecay < Infinity);
+      checkNumbers("AdamW", { rate, weightDecay }, { rate: NOT_NEGATIVE, weightDecay: NOT_NEGATIVE });
       return { values, rate, weightDecay, m: new Float32Array(values.length), v: new Float32Array(values.length) };
     });
   }
@@ -89,12 +89,13 @@ export class AdamW {
    * @throws RangeError when their number or lengths are others than the groups'
    */
   step(gradients: readonly Float32Array[]): StepReport {
-    let squares = 0;
-    inRange("gradients", gradients.length, gradients.length === this.#groups.length);
-    for (const [i, gradient] of gradients.entries()) {
-      inRange(`length of gradient ${i}`, gradient.length, gradient.length === this.#groups[i]!.values.length);
-      for (const g of gradient) squares += g * g;
+    const expected = this.#groups.map(({ values }) => values.length);
+    if (gradients.map(({ length }) => length).join() !== expected.join()) {
+      const lengths = gradients.map(({ length }) => length).join(", ");
+      throw new RangeError(`AdamW: gradients: expected the lengths ${expected.join(", ")}, got ${lengths}`);
     }
+    let squares = 0;
+    for (const gradient of gradients) for (const g of gradient) squares += g * g;
     const norm = Math.sqrt(squares);
     const schedule = this.#schedule(this.#count + 1);
     if (!Number.isFinite(norm)) return { norm, schedule, applied: false };
@@ -127,8 +128,4 @@ export class AdamW {
     const gone = Math.min(1, (t - 1 - warmup) / (steps - warmup));
     return decay === "linear" ? 1 - gone : (1 + Math.cos(Math.PI * gone)) / 2;
   }
-}
-
-function inRange(name: string, found: number, is: boolean): void {
-  if (!is) throw new RangeError(`AdamW: ${name}: got ${found}`);
 }

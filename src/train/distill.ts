@@ -1,5 +1,5 @@
 /**
- * `eigenlora/distill`: what projecting an adapter onto a pack's components lost, won back by training the task's coefficients
+ * What projecting an adapter onto a pack's components lost, won back by training the task's coefficients
  * until the pack answers plain text as the adapter itself does. No labels are needed. The adapter runs in the same session, its
  * own factors in the place of those that coefficients make.
  */
@@ -9,48 +9,48 @@ import { TaskError } from "../errors.ts";
 import { encodeTaskFile } from "../format/encode.ts";
 import type { TaskBlob } from "../format/format.ts";
 import { parseTaskFile } from "../format/task-file.ts";
-import type { Pack, TaskInfo } from "../pack/pack.ts";
+import type { Pack } from "../pack/pack.ts";
 import type { Session } from "../session/session.ts";
 import { isQuantized } from "../tensor/dtypes.ts";
 import { shuffle, uniform } from "../tensor/random.ts";
-import { askAdapter, meanDivergence } from "./answers.ts";
+import { askAdapter } from "./answers.ts";
 import type { BatchFeeds } from "./batch.ts";
-import type { Example, Row } from "./examples.ts";
-import { createTrainer } from "./learn.ts";
+import type { Example, Unlabelled } from "./examples.ts";
+import { createInputs, type Encode } from "./inputs.ts";
+import { makeTrainer } from "./learn.ts";
+import { checkNumbers, type Limit, WHOLE } from "./limits.ts";
+import { meanDivergence, sureTemperature, tempered } from "./probabilities.ts";
 import type { FitOptions, Trainer, TrainingStep } from "./trainer.ts";
-
-export type { BatchFeeds } from "./batch.ts";
-export { createJudge, type DivergenceByTask, type JudgeOptions, type PackJudge } from "./judge.ts";
-export { inputMoments, type MomentsOptions } from "./moments.ts";
 
 export interface DistillOptions extends Pick<FitOptions, "weightDecay" | "clip" | "warmup" | "decay" | "signal"> {
   /**
-   * Learning rates of coefficients and head. Unless given, both are 7 √divergence / steps, 0.02 at most, of the divergence that there
-   * is to win back: its root is about how far the logits are off, and Adam's steps are as long as its rate, however short the way
-   * is. A head rate of 0 keeps the adapter's own head.
+   * Of coefficients and head. Default: both are 7 √divergence / steps, 0.02 at most, of the divergence that there is to win back: its
+   * root is about how far the logits are off, and Adam's steps are as long as its rate, however short the way is. A head rate of 0
+   * keeps the adapter's own head.
    */
-  readonly rates?: { readonly terms?: number; readonly head?: number } | undefined;
+  readonly learningRates?: { readonly terms?: number; readonly head?: number } | undefined;
   /** The adapter whose answers count, as the readers of `eigenlora/build` give it. Stays open. */
   readonly adapter: Adapter;
-  /** The task that was made of it; the one of its id unless given. */
+  /** The task that was made of it. Default: the one of its id. */
   readonly task?: string | undefined;
   /** Plain text of the kind that the task is asked about, 8 lines at least, better some hundreds. */
   readonly texts?: readonly string[] | undefined;
   /** Texts as the model's inputs, one row each: a tokenizer. */
-  readonly encode?: ((texts: string[]) => BatchFeeds | Promise<BatchFeeds>) | undefined;
+  readonly encode?: Encode | undefined;
   /** Instead of texts: the model's inputs of each, batches of one. */
   readonly feeds?: readonly BatchFeeds[] | undefined;
-  /** Texts of a step; 8 unless given. Many small steps gain more than few large ones. */
+  /** Texts of a step. Default: 8. Many small steps gain more than few large ones. */
   readonly batch?: number | undefined;
-  /** 240 unless given. */
+  /** Default: 240. */
   readonly steps?: number | undefined;
   /**
-   * What the logits of both are divided by while training. Unless given one, 1 at most, at which the adapter's largest probability
-   * is 0.9 on average: of an adapter that is never sure, labels are decided by differences that KL hardly sees.
+   * What the logits of both are divided by while training. Default: one, 1 at most, at which the adapter's largest probability is 0.9
+   * on average: of an adapter that is never sure, labels are decided by differences that KL hardly sees.
    */
   readonly temperature?: number | undefined;
-  /** Share of the texts that nothing is learned from, to judge by; an eighth unless given. */
+  /** Share of the texts that nothing is learned from, to judge by. Default: an eighth. */
   readonly holdout?: number | undefined;
+  /** Default: 0. */
   readonly seed?: number | undefined;
   /** Called after each step. */
   readonly onStep?: ((step: TrainingStep) => void) | undefined;
@@ -61,7 +61,7 @@ export interface Distilled {
   readonly id: string;
   /** Task file with the better coefficients, of the number formats that the task had. */
   readonly file: Uint8Array<ArrayBuffer>;
-  /** Mean KL(adapter ‖ pack) in nats on the texts held back, of tasks as they are stored. */
+  /** Mean KL(adapter ‖ pack) in nats on the hold-out, of tasks as they are stored. */
   readonly divergenceBefore: number;
   readonly divergenceAfter: number;
   readonly steps: number;
@@ -70,9 +70,11 @@ export interface Distilled {
 }
 
 const LEAST_TEXTS = 8;
-/** How far all steps of one coefficient go for each root of a nat. Chosen by texts held back of 12 tasks, whose own best lay between a third and three times of it. */
+/** How far all steps of one coefficient go for each root of a nat. Chosen by hold-outs of 12 tasks, whose own best lay between a third and three times of it. */
 const WAY = 7;
 const MOST_RATE = 0.02;
+
+const BETWEEN: Limit = ["a number between 0 and 1", (value) => value > 0 && value < 1];
 
 /**
  * Distils one task of a session's pack. The session's task and its pack stay as they are. The head is trained too: what a few
@@ -89,75 +91,60 @@ export async function distill(session: Session, options: DistillOptions): Promis
   if (!session.trainable)
     throw new TypeError("distill: this session cannot be trained; create it with trainable: true");
   const all = inputsOf(options);
-  if (!(holdout > 0 && holdout < 1))
-    throw new RangeError(`distill: holdout must be a share between 0 and 1, got ${holdout}`);
-  for (const [name, value] of Object.entries({ steps, batch })) {
-    if (!(Number.isInteger(value) && value >= 1))
-      throw new RangeError(`distill: ${name} must be a whole number ≥ 1, got ${value}`);
-  }
+  checkNumbers("distill", options, { steps: WHOLE, batch: WHOLE, holdout: BETWEEN });
   // The adapter is not asked what no step would see.
   const rows = shuffle(all, uniform(seed)).slice(0, Math.max(LEAST_TEXTS, Math.ceil((steps * batch) / (1 - holdout))));
   const { pack } = session;
   const blob = await pack.load(id, { signal });
-  const info = pack.tasks.get(id)!;
   const head = trainableHead(pack, id, blob);
-  const answers = await askAdapter(session, adapter, head?.module, rows, { ...options, batch });
-  if (head && head.labels !== answers[0]!.length) {
+  const inputs = createInputs(options.encode);
+  const answers = await askAdapter(session, adapter, head?.module, rows, { where: "distill", inputs, batch, signal });
+  const labels = Array.from(answers[0]!, (_, i) => String(i));
+  if (head && head.labels !== labels.length) {
     throw new TaskError(
-      `task "${id}" has ${head.labels} labels, ${adapter.file} ${answers[0]!.length}: it was not made of this adapter`,
+      `task "${id}" has ${head.labels} labels, ${adapter.file} ${labels.length}: it was not made of this adapter`,
       { task: id },
     );
   }
-  const labels = Array.from(answers[0]!, (_, i) => String(i));
-  const examples = rows.map(({ text, feeds }, i): Example<BatchFeeds> => ({ text, feeds, target: answers[i] }));
+  const examples = rows.map((row, i) => ({ ...row, target: answers[i]! }));
   const count = Math.min(Math.max(2, Math.round(holdout * examples.length)), examples.length - 2);
   const [judges, train] = [examples.slice(0, count), examples.slice(count)];
 
   const modules = blob.terms.filter(({ A }) => A).map(({ module }) => pack.modules[module]!.name);
-  const trainer = await createTrainer(session, {
-    labels,
-    init: { task: id },
-    modules,
-    head: head?.module ?? false,
-    encode: options.encode,
-    seed,
-  });
+  const start = { labels, init: { task: id }, modules, seed };
+  const trainer = await makeTrainer(session, { ...start, head: head?.module ?? false }, inputs);
   await trainer.begin(id);
   const divergenceBefore = await divergence(trainer, judges, batch);
   const coefficients = blob.terms.find(({ A }) => A)!.A!.tensor.dtype;
-  const dtype = {
-    coefficients,
-    head: blob.parameters.find(({ shape }) => shape.length > 1)?.tensor.dtype ?? coefficients,
-  };
-  const { temperature = head ? temperatureOf(answers) : 1 } = options;
+  const stored = blob.parameters.find(({ shape }) => shape.length > 1)?.tensor.dtype;
+  const dtype = { coefficients, head: stored ?? coefficients };
+  const { temperature = head ? sureTemperature(answers) : 1 } = options;
   const rate = Math.min(MOST_RATE, (WAY * Math.sqrt(divergenceBefore)) / steps);
-  const rates = { terms: rate, head: rate, ...options.rates };
-  const fit = {
-    ...options,
-    steps,
-    batch,
-    temperature,
-    rates,
-    ...(isQuantized(dtype.coefficients) ? { dtype } : {}),
+  const { weightDecay, clip, warmup, decay } = options;
+  const fit: FitOptions = {
+    ...{ steps, batch, temperature, weightDecay, clip, warmup, decay, signal },
+    learningRates: { terms: rate, head: rate, ...options.learningRates },
+    dtype: isQuantized(coefficients) ? dtype : undefined,
   };
-  const lessons = train.map((one): Example<BatchFeeds> => ({ ...one, target: divided(one.target!, temperature) }));
+  const lessons = train.map((one) => ({ ...one, target: tempered(one.target, temperature) }));
   for await (const step of trainer.fit(lessons, fit)) options.onStep?.(step);
   const trained = await trainer.task({ id, dtype });
   // As it is stored, since number formats of few bits may cost more than training gains.
   await trainer.begin(trained);
   const divergenceAfter = await divergence(trainer, judges, batch);
   const better = divergenceAfter < divergenceBefore;
-  const file = toFile(pack, info, better ? parseTaskFile(trained, "the distilled task").blob : blob.bytes);
+  const kept = better ? parseTaskFile(trained, "the distilled task").blob : blob.bytes;
+  const { adapterBytes, metadata, brings } = pack.tasks.get(id)!;
+  const file = encodeTaskFile({ id, adapterBytes, metadata, brings }, pack.basisId, kept);
   return { id, file, divergenceBefore, divergenceAfter, steps, kept: better ? "distilled" : "projected" };
 }
 
 /** What each text is, as examples without answers. */
-function inputsOf({ texts, feeds, encode }: DistillOptions): Row<BatchFeeds>[] {
+function inputsOf({ texts, feeds, encode }: DistillOptions): Unlabelled<BatchFeeds>[] {
   if ((texts === undefined) === (feeds === undefined))
     throw new TypeError("distill: expected texts or feeds, one of them");
   if (texts && !encode) throw new TypeError("distill: texts need `encode`, a tokenizer");
-  const some = { text: undefined, feeds: undefined, label: 0, weight: 1 };
-  const rows = texts?.map((text) => ({ ...some, text })) ?? feeds!.map((own) => ({ ...some, feeds: own }));
+  const rows = texts?.map((text) => ({ text })) ?? feeds!.map((own) => ({ feeds: own }));
   if (rows.length < LEAST_TEXTS)
     throw new RangeError(`distill: ${rows.length} texts; ${LEAST_TEXTS} at least are needed, some hundreds to gain by`);
   const empty = texts?.findIndex((text) => text.trim() === "") ?? -1;
@@ -179,7 +166,7 @@ function trainableHead(
   for (const { module, A, B, magnitude, privateRank } of terms) {
     const { name, A: basisA, B: basisB } = pack.modules[module]!;
     if (magnitude) throw refuse(`it brings a DoRA magnitude of "${name}"`);
-    if (privateRank > 0) throw refuse(`it has terms of its own on "${name}"`);
+    if (privateRank > 0) throw refuse(`it has private terms on "${name}"`);
     if (!A || !B) continue;
     if (A.mean !== basisA?.mean || B.mean !== basisB?.mean) throw refuse(`it leaves out the mean of "${name}"`);
     if (basisA.kind !== "column" || basisB.kind !== "column") throw refuse(`"${name}" has no column basis`);
@@ -198,51 +185,15 @@ function trainableHead(
   return { module: module!, labels: weight.shape[0]! };
 }
 
-/** The probabilities of logits that are divided by the temperature. */
-function divided(probabilities: ArrayLike<number>, temperature: number): Float32Array {
-  const values = Array.from(probabilities);
-  const top = Math.max(...values);
-  const powers = values.map((p) => (p / top) ** (1 / temperature));
-  const total = powers.reduce((a, b) => a + b, 0);
-  return Float32Array.from(powers, (value) => value / total);
-}
-
-const SURE = 0.9;
-const COLDEST = 0.05;
-
-/** At which the mean of the largest probabilities is `SURE`; from `COLDEST` to 1. */
-function temperatureOf(answers: readonly Float32Array[]): number {
-  const sure = (temperature: number): boolean =>
-    answers.reduce((sum, one) => sum + Math.max(...divided(one, temperature)), 0) >= SURE * answers.length;
-  if (sure(1)) return 1;
-  let [low, high] = [COLDEST, 1];
-  // Halved on a scale of logarithms, to a hundredth of a percent.
-  for (let i = 0; i < 15; i++) {
-    const middle = Math.sqrt(low * high);
-    if (sure(middle)) low = middle;
-    else high = middle;
-  }
-  return low;
-}
-
 /** Mean KL(targets ‖ trainer's answers), in nats. */
 async function divergence(
   trainer: Trainer<BatchFeeds>,
-  examples: readonly Example<BatchFeeds>[],
+  examples: readonly (Example<BatchFeeds> & { readonly target: Float32Array })[],
   batch: number,
 ): Promise<number> {
   const answers = await trainer.predict(examples, { batch: examples[0]!.feeds ? 1 : batch });
   return meanDivergence(
-    examples.map(({ target }) => target!),
+    Array.from(examples, ({ target }) => target),
     answers,
   );
-}
-
-/** Under the entry that the task has in the pack. */
-function toFile(
-  { basisId }: Pack,
-  { id, adapterBytes, metadata, brings }: TaskInfo,
-  blob: Uint8Array,
-): Uint8Array<ArrayBuffer> {
-  return encodeTaskFile({ id, adapterBytes, metadata, brings }, basisId, blob);
 }

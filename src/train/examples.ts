@@ -1,9 +1,10 @@
 /**
- * What is learned from: examples are checked whole before anything runs, some are held back to judge by, and each batch says
- * what its rows ought to be. No model here.
+ * What is learned from: examples are checked whole before anything runs, some are a hold-out to judge by, and each batch
+ * says what its rows ought to be. No model here.
  */
 import { nearest } from "../arguments.ts";
 import { shuffle } from "../tensor/random.ts";
+import { largest } from "./probabilities.ts";
 
 /** One example. `Feeds` are a runtime's inputs for it, a batch of one. */
 export interface Example<Feeds = unknown> {
@@ -15,9 +16,12 @@ export interface Example<Feeds = unknown> {
   readonly label?: string | number | undefined;
   /** Instead of a label: the probability of each label, for instance another model's answer. */
   readonly target?: ArrayLike<number> | undefined;
-  /** How much it counts; 1 unless given. */
+  /** How much it counts. Default: 1. */
   readonly weight?: number | undefined;
 }
+
+/** What a model is asked. */
+export type Unlabelled<Feeds> = Pick<Example<Feeds>, "text" | "feeds">;
 
 /** A checked example. */
 export interface Row<Feeds = unknown> {
@@ -78,31 +82,25 @@ function checkTarget(target: ArrayLike<number>, labels: number, at: string): voi
     throw new RangeError(`${at}: the probabilities of its target sum to ${sum}, expected 1`);
 }
 
-function largest(values: ArrayLike<number>): number {
-  const all = Array.from(values);
-  return all.indexOf(Math.max(...all));
-}
-
 /**
- * Holds back a share of every label's examples, but never the last two of a label.
+ * Takes a share of every label's examples as hold-out, but never the last two of a label.
  * @param share from 0 to less than 1
  */
-export function holdBack<T extends { label: number }>(
+export function splitHoldout<T extends { label: number }>(
   rows: readonly T[],
   share: number,
   random: () => number,
-): { train: T[]; held: T[] } {
-  const byLabel = new Map<number, T[]>();
-  for (const row of rows) byLabel.set(row.label, [...(byLabel.get(row.label) ?? []), row]);
+): { train: T[]; holdout: T[] } {
   const train: T[] = [];
-  const held: T[] = [];
-  for (const [, of] of [...byLabel].sort(([a], [b]) => a - b)) {
+  const holdout: T[] = [];
+  for (const label of [...new Set(rows.map((row) => row.label))].sort((a, b) => a - b)) {
+    const of = rows.filter((row) => row.label === label);
     const count = Math.max(0, Math.min(Math.round(of.length * share), of.length - 2));
-    const shuffled = shuffle([...of], random);
-    held.push(...shuffled.slice(0, count));
+    const shuffled = shuffle(of, random);
+    holdout.push(...shuffled.slice(0, count));
     train.push(...shuffled.slice(count));
   }
-  return { train, held };
+  return { train, holdout };
 }
 
 /** So many batches are cut from rows that were put in order of length: few enough for chance, enough to pad little. */

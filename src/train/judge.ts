@@ -9,21 +9,25 @@ import type { Engine } from "../session/engine.ts";
 import { createSession, type Session } from "../session/session.ts";
 import type { SourceInput } from "../source.ts";
 import { shuffle, uniform } from "../tensor/random.ts";
-import { type AskOptions, askAdapter, meanDivergence } from "./answers.ts";
+import { askAdapter } from "./answers.ts";
 import type { BatchFeeds } from "./batch.ts";
+import { createInputs, type Inputs } from "./inputs.ts";
+import { meanDivergence } from "./probabilities.ts";
 
-export interface JudgeOptions extends Pick<AskOptions, "signal"> {
+export interface JudgeOptions {
   /** As they were packed. Stay open. */
   readonly adapters: readonly Adapter[];
   /** Plain text of the kind that the tasks are asked about. */
   readonly texts: readonly string[];
   /** Texts as the model's inputs, which are named, one row each: a tokenizer. */
   readonly encode: (texts: string[], inputNames: readonly string[]) => BatchFeeds | Promise<BatchFeeds>;
-  /** Texts that every task is asked, at most; 64 unless given, fewer where tasks are many: 1280 texts in all, 16 a task at least. */
+  /** Texts that every task is asked, at most. Default: 64, fewer where tasks are many: 1280 texts in all, 16 a task at least. */
   readonly most?: number | undefined;
-  /** Texts of a run; 16 unless given. */
+  /** Texts of a run. Default: 16. */
   readonly batch?: number | undefined;
+  /** Default: 0. */
   readonly seed?: number | undefined;
+  readonly signal?: AbortSignal | undefined;
 }
 
 /** Mean KL(adapter ‖ task) over texts, by task. */
@@ -34,7 +38,9 @@ export interface PackJudge {
   byTask(pack: Blob): Promise<DivergenceByTask>;
   /** The mean over tasks, as `buildAuto` takes it. */
   judge(pack: Blob): Promise<number>;
+  /** Frees the session that answers. */
   close(): Promise<void>;
+  [Symbol.asyncDispose](): Promise<void>;
 }
 
 /**
@@ -48,24 +54,20 @@ export interface PackJudge {
  * await close();
  */
 export function createJudge(engine: Engine, model: SourceInput, options: JudgeOptions): PackJudge {
-  const {
-    adapters,
-    encode,
-    most = Math.min(64, Math.max(16, Math.round(1280 / options.adapters.length))),
-    batch = 16,
-    seed = 0,
-    signal,
-  } = options;
-  if (options.texts.length === 0) throw new RangeError("judge: no texts");
+  const { adapters, encode, batch = 16, seed = 0, signal } = options;
+  const { most = Math.min(64, Math.max(16, Math.round(1280 / adapters.length))) } = options;
+  if (options.texts.length === 0) throw new RangeError("createJudge: no texts");
   const rows = shuffle([...new Set(options.texts)], uniform(seed))
     .slice(0, most)
-    .map((text) => ({ text, feeds: undefined, label: 0, weight: 1 }));
+    .map((text) => ({ text }));
   let session: Session | undefined;
+  let inputs: Inputs<BatchFeeds> | undefined;
   const expected = new Map<string, Float32Array[]>();
   const byTask = async (bytes: Blob): Promise<DivergenceByTask> => {
     const pack = await openPack(bytes);
     const asked = (session ??= await createSession(engine, model, pack, { trainable: true }));
-    const ask = { encode: (some: string[]) => encode(some, asked.inputNames), batch, signal };
+    inputs ??= createInputs((texts) => encode(texts, asked.inputNames));
+    const ask = { where: "createJudge", inputs, batch, signal };
     const found = new Map<string, number>();
     for (const adapter of adapters) {
       const { id } = adapter;
@@ -79,16 +81,18 @@ export function createJudge(engine: Engine, model: SourceInput, options: JudgeOp
     await pack.close();
     return found;
   };
+  const close = async (): Promise<void> => {
+    await session?.close();
+    session = undefined;
+  };
   return {
     byTask,
     async judge(pack) {
       const all = [...(await byTask(pack)).values()];
       return all.reduce((a, b) => a + b, 0) / all.length;
     },
-    async close() {
-      await session?.close();
-      session = undefined;
-    },
+    close,
+    [Symbol.asyncDispose]: close,
   };
 }
 

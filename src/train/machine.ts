@@ -5,10 +5,9 @@ import { BaseMismatchError } from "../errors.ts";
 import { dataOf, type EngineTensor, type Tensors } from "../session/engine.ts";
 import { transpose } from "../session/plan.ts";
 import type { Trainable } from "../session/training.ts";
-import { type BatchFeeds, batchTensors, joinFeeds } from "./batch.ts";
-import type { Row } from "./examples.ts";
+import { type BatchFeeds, batchTensors } from "./batch.ts";
+import type { Machine, MachineStep, Point } from "./subject.ts";
 import type { Terms, TrainedModule } from "./terms.ts";
-import type { Machine, MachineStep, Point } from "./trainer.ts";
 
 type Floats = Float32Array<ArrayBuffer>;
 
@@ -19,9 +18,6 @@ export interface HeadInputs {
   readonly weight: string;
   readonly bias: string | undefined;
 }
-
-/** Texts as the model's inputs, one row each: a tokenizer. */
-export type Encode = (texts: string[]) => BatchFeeds | Promise<BatchFeeds>;
 
 /** @throws RangeError when the session was not made to train the layer */
 export function headInputs({ inputs }: Trainable, wanted: string | false | undefined): HeadInputs | undefined {
@@ -42,20 +38,18 @@ export async function createMachine(
   source: Trainable,
   terms: Terms,
   head: HeadInputs | undefined,
-  { encode, labels }: { readonly encode?: Encode | undefined; readonly labels: readonly string[] },
+  labels: readonly string[],
 ): Promise<Machine<BatchFeeds>> {
   const idle: Record<string, EngineTensor> = {};
   for (const [name, { data, dims }] of await source.base()) idle[name] = source.engine.tensor(data, [1, ...dims]);
-  return new SessionMachine(source, terms.modules, head, encode, labels.length, idle);
+  return new SessionMachine(source, terms.modules, head, labels.length, idle);
 }
 
 class SessionMachine implements Machine<BatchFeeds> {
   readonly head: Machine<BatchFeeds>["head"];
-  readonly encodes: boolean;
   readonly #source: Trainable;
   readonly #modules: readonly (TrainedModule & { readonly inputA: string; readonly inputB: string })[];
   readonly #head: HeadInputs | undefined;
-  readonly #encode: Encode | undefined;
   readonly #labels: number;
   /** Inputs that carry what is not trained. */
   readonly #idle: Tensors;
@@ -64,33 +58,17 @@ class SessionMachine implements Machine<BatchFeeds> {
     source: Trainable,
     modules: readonly TrainedModule[],
     head: HeadInputs | undefined,
-    encode: Encode | undefined,
     labels: number,
     idle: Tensors,
   ) {
     const input = (of: string, kind: "A" | "B"): string =>
       source.inputs.find((one) => one.of === of && one.kind === kind)!.name;
     this.head = head && { module: head.module, in: head.in, bias: head.bias !== undefined };
-    this.encodes = encode !== undefined;
     this.#source = source;
     this.#modules = modules.map((one) => ({ ...one, inputA: input(one.name, "A"), inputB: input(one.name, "B") }));
     this.#head = head;
-    this.#encode = encode;
     this.#labels = labels;
     this.#idle = idle;
-  }
-
-  async batch(rows: readonly Row<BatchFeeds>[]): Promise<BatchFeeds> {
-    const texts = rows.flatMap(({ text }) => (text === undefined ? [] : [text]));
-    if (texts.length > 0 && texts.length < rows.length) {
-      throw new TypeError("a batch of texts and feeds together; give all examples in one way");
-    }
-    return texts.length > 0 ? this.#encode!(texts) : joinFeeds(rows.map(({ feeds }) => feeds!));
-  }
-
-  async length({ text, feeds }: Row<BatchFeeds>): Promise<number> {
-    const batch = feeds ?? (await this.#encode!([text!]));
-    return Math.max(...Object.values(batch).map(({ dims }) => dims.reduce((a, b) => a * b, 1)));
   }
 
   async answer(batch: BatchFeeds, point: Point): Promise<Float32Array> {
@@ -124,14 +102,13 @@ class SessionMachine implements Machine<BatchFeeds> {
   }
 
   /** Inputs of a batch and a task. */
-  #feeds(batch: BatchFeeds, { factors, weight, bias }: Point): Tensors {
+  #feeds(batch: BatchFeeds, { terms, weight, bias }: Point): Tensors {
     const { engine } = this.#source;
     const feeds = { ...batchTensors(engine, batch), ...this.#idle };
     for (const { name, in: inputs, out, inputA, inputB } of this.#modules) {
-      const { A, B } = factors.get(name)!;
-      const rank = B.length / out;
+      const { rank, A, Bt } = terms.get(name)!;
       feeds[inputA] = engine.tensor(transpose(A, rank, inputs), [1, inputs, rank]);
-      feeds[inputB] = engine.tensor(B, [1, rank, out]);
+      feeds[inputB] = engine.tensor(Bt, [1, rank, out]);
     }
     if (!this.#head) return feeds;
     const { in: inputs, weight: weightInput, bias: biasInput } = this.#head;
@@ -142,15 +119,16 @@ class SessionMachine implements Machine<BatchFeeds> {
 
   async #gradients(results: Tensors): Promise<Point> {
     const of = (input: string): Promise<Floats> => floatsOf(results[this.#source.graph.gradients.get(input)!]!);
-    const factors = await Promise.all(
+    const terms = await Promise.all(
       this.#modules.map(async ({ name, in: inputs, inputA, inputB }) => {
         const A = await of(inputA);
-        return [name, { A: transpose(A, inputs, A.length / inputs), B: await of(inputB) }] as const;
+        const rank = A.length / inputs;
+        return [name, { rank, A: transpose(A, inputs, rank), Bt: await of(inputB) }] as const;
       }),
     );
     const head = this.#head;
     return {
-      factors: new Map(factors),
+      terms: new Map(terms),
       weight: head ? transpose(await of(head.weight), head.in, this.#labels) : new Float32Array(0),
       bias: head?.bias === undefined ? new Float32Array(head ? this.#labels : 0) : await of(head.bias),
     };

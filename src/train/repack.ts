@@ -35,18 +35,18 @@ import { VERSION } from "../version.ts";
 import type { Terms } from "./terms.ts";
 
 /**
- * @param bases of the pack, as `pack.bases()` gives them
  * @param parameters of `terms`, components among them
  * @param learned the new task, made with these components
  * @throws RangeError when a component does not fit the type that the pack stores
  */
 export async function repack(
   pack: Pack,
-  bases: Uint8Array,
   terms: Terms,
   parameters: Float32Array<ArrayBuffer>,
   learned: TaskFile,
 ): Promise<Uint8Array<ArrayBuffer>> {
+  const shared = await pack.bases();
+  const { bytes: bases } = shared;
   const { mode, gauge, centering, rank, baseModel } = pack.directory.basis;
   const sides = pack.modules.map(
     (module) => [sideOf(module, "A", bases, terms, parameters), sideOf(module, "B", bases, terms, parameters)] as const,
@@ -98,13 +98,8 @@ export async function repack(
   });
   const made = encodeBasis({ producer: `eigenlora ${VERSION}`, mode, gauge, centering, rank, baseModel, modules });
   const chunks = layoutFresh({ ...made, basisId: await basisIdOf(made.description, made.bases), tasks });
-  const whole = new Uint8Array(chunks.reduce((sum, { length }) => sum + length, 0));
-  let at = 0;
-  for (const chunk of chunks) {
-    whole.set(chunk, at);
-    at += chunk.length;
-  }
-  return whole;
+  shared.close();
+  return new Uint8Array(await new Blob(chunks as BlobPart[]).arrayBuffer());
 }
 
 /** Components as they are to be stored: those that were trained, or the pack's own bytes. */

@@ -1,102 +1,77 @@
 /**
- * What was learned, as a task file (SPEC.md, section 7): coefficients over the pack's components, free terms, the head.
+ * What was learned, as a task file (SPEC.md, section 7): coefficients over the pack's components, private terms, the head.
  */
-
-import { encodeTask, encodeTaskFile, type ParameterInput, type TermInput } from "../format/encode.ts";
+import { encodeTask, encodeTaskFile, type ParameterInput, type TensorInput, type TermInput } from "../format/encode.ts";
 import type { TaskMetadata } from "../format/format.ts";
 import { parseTask } from "../format/task.ts";
 import type { Pack } from "../pack/pack.ts";
-import { type Dtype, isQuantized } from "../tensor/dtypes.ts";
+import { type Dtype, isQuantized, type TaskDtypes } from "../tensor/dtypes.ts";
 import { encodeTensor } from "../tensor/encode.ts";
+import type { State } from "./state.ts";
+import type { Head } from "./subject.ts";
 import type { Terms, TrainedParameter } from "./terms.ts";
 
-export interface Learned {
-  /** All parameters of terms, in one. */
-  readonly parameters: Float32Array<ArrayBuffer>;
-  readonly terms: Terms;
-  /** Weight [labels, in], bias [labels] where the layer has one. */
-  readonly head:
-    | {
-        readonly module: string;
-        readonly in: number;
-        readonly weight: Float32Array;
-        readonly bias: Float32Array | undefined;
-      }
-    | undefined;
-}
-
-/** Number formats: of coefficients and free terms, and of the head, whose bias is f16 where its weight is integers. */
-export interface TaskDtypes {
-  readonly coefficients: Dtype;
-  readonly head: Dtype;
+/** How a task is stored. */
+export interface TaskFileOptions {
+  /** In the file; `addTask` may give another. */
+  readonly id?: string | undefined;
+  /** Number formats; the head's bias is f16 where its weight is integers. Default: f16. */
+  readonly dtype?: Partial<TaskDtypes> | undefined;
+  /** Beside the labels, for instance a licence. */
+  readonly metadata?: TaskMetadata | undefined;
 }
 
 /**
- * @throws FormatError when a value does not fit its type
+ * @param head the layer that `weight` [labels, in] and `bias` [labels] are of
+ * @throws RangeError when a value does not fit its number format
  */
 export function taskFile(
   pack: Pack,
-  id: string,
-  { parameters, terms: trained, head }: Learned,
-  types: TaskDtypes,
-  metadata: TaskMetadata,
+  trained: Terms,
+  { parameters, weight, bias }: Omit<State, "all">,
+  head: Head | undefined,
+  { id = "task", dtype = {}, metadata = {} }: TaskFileOptions,
 ): Uint8Array<ArrayBuffer> {
+  const { coefficients = "f16", head: headDtype = "f16" } = dtype;
   const terms: TermInput[] = [];
   for (const [module, { name, A, B }] of pack.modules.entries()) {
-    const of = (kind: TrainedParameter["kind"]): { rows: number; encoded: Uint8Array; dtype: Dtype } | undefined => {
-      const values = trained.part(parameters, name, kind);
-      if (!values) return undefined;
-      const [rows, width] = trained.parameters.find(
-        (parameter) => parameter.module === name && parameter.kind === kind,
-      )!.dims;
-      return { rows, dtype: types.coefficients, encoded: encodeTensor(types.coefficients, values, rows, width) };
+    const of = (kind: TrainedParameter["kind"]): (TensorInput & { rows: number }) | undefined => {
+      const [rows, width] = trained.parameter(name, kind)?.dims ?? [];
+      return rows && width
+        ? { rows, ...tensor(coefficients, trained.part(parameters, name, kind)!, rows, width) }
+        : undefined;
     };
-    const [alphaA, alphaB, ownA, ownB] = [of("alphaA"), of("alphaB"), of("A"), of("B")];
+    const [alphaA, alphaB, privateA, privateB] = [of("alphaA"), of("alphaB"), of("privateA"), of("privateB")];
     const shared = alphaA && alphaB && A && B;
-    if (!shared && !ownA) continue;
+    if (!shared && !privateA) continue;
     terms.push({
       module,
       rank: shared ? (A.rank ?? alphaA.rows) : 0,
-      ...(shared ? { A: { ...alphaA, kind: A.kind, mean: A.mean }, B: { ...alphaB, kind: B.kind, mean: B.mean } } : {}),
-      ...(ownA && ownB
-        ? { privateTerms: { rank: ownA.rows, dtype: types.coefficients, A: ownA.encoded, Bt: ownB.encoded } }
-        : {}),
+      ...(shared && { A: { ...alphaA, kind: A.kind, mean: A.mean }, B: { ...alphaB, kind: B.kind, mean: B.mean } }),
+      ...(privateA &&
+        privateB && {
+          privateTerms: { rank: privateA.rows, dtype: coefficients, A: privateA.encoded, Bt: privateB.encoded },
+        }),
     });
   }
-  const saved = head ? headParameters(head, types.head) : [];
+  const saved: ParameterInput[] = [];
+  const save = (part: string, dtype: Dtype, values: Float32Array, shape: number[]): void => {
+    const [width, rows = 1] = shape.toReversed() as [number, number?];
+    saved.push({ name: `${head!.module}.${part}`, role: "saved", shape, ...tensor(dtype, values, rows, width) });
+  };
+  if (head) save("weight", headDtype, weight, [bias.length, head.in]);
+  // One scale for a whole bias would be coarse and save nothing.
+  if (head?.bias) save("bias", isQuantized(headDtype) ? "f16" : headDtype, bias, [bias.length]);
   const blob = encodeTask(terms, saved);
   // A writer ends by reading what it wrote.
   parseTask(blob, pack.modules, "the trained task", id);
-  const own = terms.filter((term) => term.privateTerms).map(({ module }) => `private ${pack.modules[module]!.name}`);
-  const brings = [...saved.map(({ role, name }) => `${role} ${name}`), ...own];
+  const brings = [
+    ...saved.map(({ role, name }) => `${role} ${name}`),
+    ...terms.filter(({ privateTerms }) => privateTerms).map(({ module }) => `private ${pack.modules[module]!.name}`),
+  ];
   return encodeTaskFile({ id, adapterBytes: 0, metadata, brings }, pack.basisId, blob);
 }
 
-function headParameters(
-  { module, in: inputs, weight, bias }: NonNullable<Learned["head"]>,
-  type: Dtype,
-): ParameterInput[] {
-  const labels = weight.length / inputs;
-  // One scale for a whole bias would be coarse and save nothing.
-  const biasType = isQuantized(type) ? "f16" : type;
-  const saved = [
-    {
-      name: `${module}.weight`,
-      role: "saved" as const,
-      shape: [labels, inputs],
-      dtype: type,
-      encoded: encodeTensor(type, weight, labels, inputs),
-    },
-  ];
-  if (!bias) return saved;
-  return [
-    ...saved,
-    {
-      name: `${module}.bias`,
-      role: "saved",
-      shape: [labels],
-      dtype: biasType,
-      encoded: encodeTensor(biasType, bias, 1, labels),
-    },
-  ];
+function tensor(dtype: Dtype, values: Float32Array, rows: number, width: number): TensorInput {
+  return { dtype, encoded: encodeTensor(dtype, values, rows, width) };
 }

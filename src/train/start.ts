@@ -1,14 +1,17 @@
 /**
  * Where training begins: coefficients of the tasks that a pack has say where useful ones lie. Their mean is a start for tasks
  * trained from one seed, whose rows correspond; random ones of their spread are for tasks of their own seeds (the paper's
- * zero-shot). All rows equal are no start: they would receive the same gradient for ever.
+ * zero-shot). Rows must differ at the start: identical rows get identical gradients, for ever.
  */
-
 import { TaskError } from "../errors.ts";
 import type { TaskBlob, TensorRef } from "../format/format.ts";
+import { parseTask } from "../format/task.ts";
+import { parseTaskFile } from "../format/task-file.ts";
 import { readTensor } from "../format/tensors.ts";
 import type { Pack } from "../pack/pack.ts";
 import { normal } from "../tensor/random.ts";
+import { type State, stateLike } from "./state.ts";
+import type { Subject } from "./subject.ts";
 import type { Terms, TrainedParameter } from "./terms.ts";
 
 /**
@@ -23,125 +26,172 @@ const MOST_DONORS = 64;
 /** Deviation of factors that begin free, and of heads: as PyTorch's. */
 const SMALL = 0.02;
 
-/** Weight [labels, in] and bias [labels]. */
-export interface HeadValues {
-  readonly weight: Float32Array<ArrayBuffer>;
-  readonly bias: Float32Array<ArrayBuffer>;
-}
-
-interface Moments {
-  /** By row and column: sums of the tasks' coefficients. */
-  readonly sums: Float64Array;
-  /** By column: sums and sums of squares over rows and tasks. */
-  readonly columns: Float64Array;
-  readonly squares: Float64Array;
-  count: number;
-  /** By row: how many tasks have it. */
-  readonly tasks: Float64Array;
-}
-
 /** A task to start from. */
 export interface Donor {
   readonly id: string;
   readonly blob: TaskBlob;
 }
 
-/** Coefficients of the pack's tasks, for the parameters of a training graph. */
-export class Donors {
-  readonly #moments = new Map<TrainedParameter, Moments>();
-  readonly #pack: Pack;
-  readonly #terms: Terms;
-
-  private constructor(pack: Pack, terms: Terms) {
-    this.#pack = pack;
-    this.#terms = terms;
+/**
+ * @param task of the pack, or a task file made for it
+ * @throws TaskError when there is no such task, or it is of another basis
+ * @throws FormatError when the file is damaged
+ */
+export async function readDonor(pack: Pack, task: string | Uint8Array<ArrayBuffer>): Promise<Donor> {
+  if (typeof task === "string") {
+    if (pack.tasks.has(task)) return { id: task, blob: await pack.load(task) };
+    throw new TaskError(`there is no task "${task}" to start from`, { task });
   }
+  const { id, basisId, blob } = parseTaskFile(task, "the task to begin with");
+  if (basisId === pack.basisId) return { id, blob: parseTask(blob, pack.modules, "the task to begin with", id) };
+  throw new TaskError(`task "${id}" belongs to the basis ${basisId}, this pack has ${pack.basisId}`, { task: id });
+}
 
-  /** Reads the pack's first tasks. */
-  static async of(pack: Pack, terms: Terms, signal?: AbortSignal): Promise<Donors> {
-    const donors = new Donors(pack, terms);
-    for (const id of [...pack.tasks.keys()].slice(0, MOST_DONORS)) donors.#add(await pack.load(id, { signal }));
-    return donors;
+/** @throws TaskError when the task to start from is of another rank */
+export async function startState<Feeds>(
+  { pack, terms, origin, labels, machine: { head } }: Subject<Feeds>,
+  start: "mean" | "random" | "fresh" | Donor,
+  random: () => number,
+  signal?: AbortSignal,
+): Promise<State> {
+  const [outputs, inputs] = head ? [labels.length, head.in] : [0, 0];
+  const state = stateLike({
+    parameters: { length: terms.size },
+    weight: { length: outputs * inputs },
+    bias: { length: outputs },
+  });
+  await fillStart(pack, terms, start, state.parameters, random, signal);
+  const donor = typeof start === "object" ? start.blob : undefined;
+  // A LoRA begins as the factors that coefficients make, unless the task to start from has factors of its own.
+  if (origin !== terms && start !== "fresh" && (!donor || donor.terms.some(({ A }) => A))) {
+    const coefficients = new Float32Array(origin.size);
+    await fillStart(pack, origin, start, coefficients, random, signal);
+    for (const [module, { A, Bt }] of origin.expand(coefficients)) {
+      terms.part(state.parameters, module, "privateA")?.set(A);
+      terms.part(state.parameters, module, "privateB")?.set(Bt);
+    }
   }
+  const weight = head && donor && savedTensor(donor, `${head.module}.weight`, [outputs, inputs]);
+  if (weight) {
+    state.weight.set(weight);
+    state.bias.set(savedTensor(donor, `${head.module}.bias`, [outputs]) ?? []);
+  } else fillNormal(state.weight, random);
+  return state;
+}
 
-  #add(blob: TaskBlob): void {
-    for (const parameter of this.#terms.parameters) {
-      const found = parameter.kind.startsWith("alpha") ? this.#values(blob, parameter) : undefined;
-      if (!found) continue;
-      const { values, rows } = found;
-      const [rank, K] = parameter.dims;
-      let moments = this.#moments.get(parameter);
-      if (!moments) {
-        moments = {
-          sums: new Float64Array(rank * K),
-          columns: new Float64Array(K),
-          squares: new Float64Array(K),
-          count: 0,
-          tasks: new Float64Array(rank),
-        };
-        this.#moments.set(parameter, moments);
+function savedTensor({ parameters, bytes }: TaskBlob, name: string, shape: number[]): Float32Array | undefined {
+  const found = parameters.find(
+    (one) => one.role === "saved" && one.name === name && one.shape.join() === shape.join(),
+  );
+  return found && readTensor(bytes, found.tensor);
+}
+
+function fillNormal(values: Float32Array, random: () => number): void {
+  for (let i = 0; i < values.length; i++) values[i] = SMALL * normal(random);
+}
+
+/**
+ * Writes the start of all parameters.
+ * @throws TaskError when the task to start from is of another rank
+ */
+export async function fillStart(
+  pack: Pack,
+  terms: Terms,
+  start: "mean" | "random" | "fresh" | Donor,
+  out: Float32Array<ArrayBuffer>,
+  random: () => number,
+  signal?: AbortSignal,
+): Promise<void> {
+  const moments = await momentsOf(pack, terms, signal);
+  terms.fillComponents(out);
+  for (const parameter of terms.parameters) {
+    const { module, kind, dims } = parameter;
+    if (kind === "componentsA" || kind === "componentsB") continue;
+    const values = terms.part(out, module, kind)!;
+    const given = typeof start === "object" ? tensorOf(pack, start.blob, parameter) : undefined;
+    if (given && typeof start === "object") {
+      if (given.rows !== dims[0]) {
+        const which = kind.startsWith("private") ? "privateTerms" : "rank";
+        throw new TaskError(
+          `task "${start.id}" has ${which} ${given.rows} on "${module}", the trainer ${dims[0]}: leave \`rank\` and \`privateTerms\` out`,
+          { task: start.id },
+        );
       }
-      for (let row = 0; row < Math.min(rows, rank); row++) moments.tasks[row]!++;
-      moments.count += rows;
-      for (let i = 0; i < rows * K; i++) {
-        const value = values[i]!;
+      readTensor(start.blob.bytes, given, values);
+    } else if (kind === "privateB") values.fill(0);
+    else if (kind === "privateA") fillNormal(values, random);
+    else fillCoefficients(values, moments.get(parameter), start === "mean", random);
+  }
+}
+
+/** What a pack's first tasks have of a parameter [rank, K]. */
+interface Moments {
+  /** [rank, K]: sums over tasks. */
+  readonly sums: Float64Array;
+  /** [rank]: how many tasks have the row. */
+  readonly tasks: Float64Array;
+  /** [K]: sums and sums of squares over all rows of all tasks, and how many rows that are. */
+  readonly columns: Float64Array;
+  readonly squares: Float64Array;
+  count: number;
+}
+
+async function momentsOf(pack: Pack, terms: Terms, signal?: AbortSignal): Promise<Map<TrainedParameter, Moments>> {
+  const all = new Map<TrainedParameter, Moments>();
+  for (const id of [...pack.tasks.keys()].slice(0, MOST_DONORS)) {
+    const blob = await pack.load(id, { signal });
+    for (const parameter of terms.parameters) {
+      const tensor = parameter.kind.startsWith("alpha") ? tensorOf(pack, blob, parameter) : undefined;
+      if (!tensor) continue;
+      const values = readTensor(blob.bytes, tensor);
+      const [rank, K] = parameter.dims;
+      const zeros = (length: number): Float64Array => new Float64Array(length);
+      const moments = all.get(parameter) ?? {
+        ...{ sums: zeros(rank * K), tasks: zeros(rank), columns: zeros(K), squares: zeros(K), count: 0 },
+      };
+      all.set(parameter, moments);
+      moments.count += tensor.rows;
+      for (const [i, value] of values.entries()) {
         if (i < rank * K) moments.sums[i]! += value;
+        if (i < rank * K && i % K === 0) moments.tasks[i / K]!++;
         moments.columns[i % K]! += value;
         moments.squares[i % K]! += value * value;
       }
     }
   }
+  return all;
+}
 
-  /** What a task has of a parameter. */
-  #values(
-    blob: TaskBlob,
-    { module, kind, dims }: TrainedParameter,
-  ): { values: Float32Array; rows: number } | undefined {
-    const index = this.#pack.modules.findIndex(({ name }) => name === module);
-    const term = blob.terms.find((one) => one.module === index);
-    const tensors = { alphaA: term?.A?.tensor, alphaB: term?.B?.tensor, A: term?.privateA, B: term?.privateBt };
-    const tensor = tensors[kind as keyof typeof tensors];
-    return tensor?.width === dims[1] ? { values: valuesOf(blob, tensor), rows: tensor.rows } : undefined;
-  }
+/** What a task has of a parameter. */
+function tensorOf(pack: Pack, { terms }: TaskBlob, { module, kind, dims }: TrainedParameter): TensorRef | undefined {
+  const term = terms.find((one) => pack.modules[one.module]!.name === module);
+  const tensors: Partial<Record<TrainedParameter["kind"], TensorRef | undefined>> = {
+    alphaA: term?.A?.tensor,
+    alphaB: term?.B?.tensor,
+    privateA: term?.privateA,
+    privateB: term?.privateBt,
+  };
+  const tensor = tensors[kind];
+  return tensor?.width === dims[1] ? tensor : undefined;
+}
 
-  /**
-   * Writes the start of all parameters.
-   * @throws TaskError when the task to start from is of another rank
-   */
-  fill(start: "mean" | "random" | "fresh" | Donor, out: Float32Array<ArrayBuffer>, random: () => number): void {
-    const donor = typeof start === "object" ? start : undefined;
-    this.#terms.fillComponents(out);
-    for (const parameter of this.#terms.parameters) {
-      const { module, kind, dims } = parameter;
-      if (kind === "componentsA" || kind === "componentsB") continue;
-      const values = this.#terms.part(out, module, kind)!;
-      const own = donor && this.#values(donor.blob, parameter);
-      if (own && own.rows !== dims[0]) {
-        const [{ id }, which] = [donor, kind === "A" || kind === "B" ? "terms of its own" : "rank"];
-        throw new TaskError(
-          `task "${id}" has ${which} ${own.rows} on "${module}", the trainer ${dims[0]}: leave \`rank\` and \`terms\` out`,
-          { task: id },
-        );
-      }
-      if (own) values.set(own.values);
-      else if (kind === "A") for (let i = 0; i < values.length; i++) values[i] = SMALL * normal(random);
-      else if (kind === "B") values.fill(0);
-      else this.#begin(parameter, start === "mean" ? "mean" : "random", values, random);
-    }
-  }
-
-  #begin(parameter: TrainedParameter, start: "mean" | "random", values: Float32Array, random: () => number): void {
-    const moments = this.#moments.get(parameter);
-    const K = parameter.dims[1];
-    for (let i = 0; i < values.length; i++) {
-      const tasks = moments?.tasks[Math.floor(i / K)] ?? 0;
-      if (!moments) values[i] = SMALL * normal(random);
-      else if (start === "mean" && tasks > 0) values[i] = moments.sums[i]! / tasks;
-      else {
-        const mean = moments.columns[i % K]! / moments.count;
-        const variance = Math.max(0, moments.squares[i % K]! / moments.count - mean * mean);
-        values[i] = mean + Math.sqrt(variance) * normal(random);
-      }
+/** The mean of what tasks have, where they have it; else random numbers of their spread. */
+function fillCoefficients(
+  values: Float32Array,
+  moments: Moments | undefined,
+  mean: boolean,
+  random: () => number,
+): void {
+  if (!moments) return fillNormal(values, random);
+  const { sums, tasks, columns, squares, count } = moments;
+  const K = columns.length;
+  for (let i = 0; i < values.length; i++) {
+    const having = tasks[Math.floor(i / K)]!;
+    if (mean && having > 0) values[i] = sums[i]! / having;
+    else {
+      const centre = columns[i % K]! / count;
+      const variance = Math.max(0, squares[i % K]! / count - centre * centre);
+      values[i] = centre + Math.sqrt(variance) * normal(random);
     }
   }
 }
@@ -153,29 +203,4 @@ export async function usualRank(pack: Pack): Promise<number> {
     for (const { A, rank } of (await pack.load(id)).terms) if (A) counts.set(rank, (counts.get(rank) ?? 0) + 1);
   }
   return [...counts].sort((a, b) => b[1] - a[1])[0]?.[0] ?? 8;
-}
-
-/** A tensor of a task as numbers. */
-function valuesOf({ bytes }: TaskBlob, tensor: TensorRef): Float32Array<ArrayBuffer> {
-  return new Float32Array(readTensor(bytes, tensor));
-}
-
-/** The head that a task brings, where it has the shape asked for. */
-export function headOf(blob: TaskBlob, module: string, labels: number, inputs: number): HeadValues | undefined {
-  const of = (name: string, shape: readonly number[]): Float32Array<ArrayBuffer> | undefined => {
-    const found = blob.parameters.find(
-      (one) => one.role === "saved" && one.name === `${module}.${name}` && one.shape.join() === shape.join(),
-    );
-    return found && valuesOf(blob, found.tensor);
-  };
-  const weight = of("weight", [labels, inputs]);
-  return weight && { weight, bias: of("bias", [labels]) ?? new Float32Array(labels) };
-}
-
-/** A new head. */
-export function newHead(labels: number, inputs: number, random: () => number): HeadValues {
-  return {
-    weight: Float32Array.from({ length: labels * inputs }, () => SMALL * normal(random)),
-    bias: new Float32Array(labels),
-  };
 }

@@ -1,19 +1,19 @@
 /**
- * What the numbers that are trained mean: coefficients over a pack's components, the components themselves, factors of a task's
- * own. Here they become the factors that a model is fed with, and gradients of factors become theirs. For one side of a module,
- * with its rows d wide (d = in for A, out for B; rows of B are columns of the adapter's B, with the scale inside):
+ * What the numbers that are trained mean: coefficients over a pack's components, the components themselves, private terms. Here
+ * they become the terms that a model is fed with, and gradients of terms become theirs. For one side of a module, with its rows
+ * d wide (A: d = in; B: d = out, its rows are those of Bt):
  *
- *     column   row_i = mean + Σ_k alpha[i, k] · E[k]                      alpha [rank, K], E [K, d]
- *     flat     all rows in one = mean + Σ_k alpha[k] · E[k]               alpha [1, K], E [K, rank·d]
- *     own      row_i is trained itself                                    [q, d], below the shared rows
+ *     column    row_i = mean + Σ_k alpha[i, k] · E[k]                      alpha [rank, K], E [K, d]
+ *     flat      all rows in one = mean + Σ_k alpha[k] · E[k]               alpha [1, K], E [K, rank·d]
+ *     private   row_i is trained itself                                    [q, d], below the shared rows
  *
  * Arithmetic only, in f32 with sums in f64: no graph, no runtime, no file.
  */
-
 import type { PackModule, Side } from "../format/format.ts";
 import { readTensor } from "../format/tensors.ts";
 import { type Dtype, decodeTensor } from "../tensor/dtypes.ts";
 import { encodeTensor } from "../tensor/encode.ts";
+import type { Term } from "../tensor/term.ts";
 
 /** Components of one side, as stored. */
 export interface Basis {
@@ -26,39 +26,43 @@ export interface Basis {
   readonly width: number;
 }
 
+/** Components of both sides of a module, and how many rows are made of them. */
+export interface SharedRows {
+  readonly rank: number;
+  readonly A: Basis;
+  readonly B: Basis;
+  /** Whether the components are trained too. */
+  readonly trained: boolean;
+}
+
 /** What is trained of one module. */
 export interface TrainedModule {
   readonly name: string;
   readonly in: number;
   readonly out: number;
-  /** Components of both sides, and rows that are made of them. */
-  readonly shared?:
-    | { readonly rank: number; readonly A: Basis; readonly B: Basis; readonly trained: boolean }
-    | undefined;
-  /** Rows of the task's own: a LoRA, or free rank-1 terms. */
+  readonly shared?: SharedRows | undefined;
+  /** Rows of private terms; of a LoRA all. */
   readonly privateRank: number;
 }
+
+type SideName = "A" | "B";
+const SIDES: readonly SideName[] = ["A", "B"];
 
 /** One matrix among the numbers that are trained. */
 export interface TrainedParameter {
   readonly module: string;
-  readonly kind: "alphaA" | "alphaB" | "componentsA" | "componentsB" | "A" | "B";
+  readonly kind: `${"alpha" | "components" | "private"}${SideName}`;
   readonly dims: readonly [rows: number, columns: number];
   /** Of its first element. */
   readonly offset: number;
 }
 
-/** Rows of both sides of one module: A [q, in], B [q, out]. */
-export interface Factors {
-  readonly A: Float32Array<ArrayBuffer>;
-  readonly B: Float32Array<ArrayBuffer>;
-}
-
-type Letter = "A" | "B";
+/** Values of one kind of all parameters: the numbers themselves, or their gradients. */
+type Values = Float32Array<ArrayBuffer>;
 
 export class Terms {
   readonly modules: readonly TrainedModule[];
-  /** Coefficients and own rows first, then components. */
+  /** Coefficients and private rows first, then components. */
   readonly parameters: readonly TrainedParameter[];
   /** Numbers of all parameters. */
   readonly size: number;
@@ -68,84 +72,76 @@ export class Terms {
 
   constructor(modules: readonly TrainedModule[]) {
     this.modules = modules;
-    const all: { module: string; kind: TrainedParameter["kind"]; dims: readonly [number, number] }[] = [];
-    const sides = ["A", "B"] as const;
+    let offset = 0;
+    const add = (module: string, kind: TrainedParameter["kind"], rows: number, columns: number): void => {
+      this.#at.set(`${kind} ${module}`, { module, kind, dims: [rows, columns], offset });
+      offset += rows * columns;
+    };
     for (const { name, in: inputs, out, shared, privateRank } of modules) {
-      for (const side of shared ? sides : [])
-        all.push({ module: name, kind: `alpha${side}`, dims: [rowsOf(shared!, side), shared![side].K] });
-      for (const side of privateRank > 0 ? sides : [])
-        all.push({ module: name, kind: side, dims: [privateRank, side === "A" ? inputs : out] });
+      // Flat components have one row of coefficients for all rows.
+      for (const side of shared ? SIDES : [])
+        add(name, `alpha${side}`, shared![side].kind === "flat" ? 1 : shared!.rank, shared![side].K);
+      for (const side of privateRank > 0 ? SIDES : [])
+        add(name, `private${side}`, privateRank, side === "A" ? inputs : out);
     }
-    this.ofTasks = all.reduce((sum, { dims }) => sum + dims[0] * dims[1], 0);
+    this.ofTasks = offset;
     for (const { name, shared } of modules) {
-      for (const side of shared?.trained ? sides : []) {
+      for (const side of shared?.trained ? SIDES : []) {
         const { K, mean, width } = shared![side];
-        all.push({ module: name, kind: `components${side}`, dims: [K + Number(mean), width] });
+        add(name, `components${side}`, K + Number(mean), width);
       }
     }
-    let offset = 0;
-    this.parameters = all.map((one) => {
-      const parameter = { ...one, offset };
-      offset += one.dims[0] * one.dims[1];
-      this.#at.set(`${one.kind} ${one.module}`, parameter);
-      return parameter;
-    });
+    this.parameters = [...this.#at.values()];
     this.size = offset;
   }
 
-  /** The part of `values` that is one parameter, undefined where there is none. */
-  part(
-    values: Float32Array<ArrayBuffer>,
-    module: string,
-    kind: TrainedParameter["kind"],
-  ): Float32Array<ArrayBuffer> | undefined {
-    const found = this.#at.get(`${kind} ${module}`);
+  parameter(module: string, kind: TrainedParameter["kind"]): TrainedParameter | undefined {
+    return this.#at.get(`${kind} ${module}`);
+  }
+
+  /** The part of `values` that is one parameter, a view; undefined where there is none. */
+  part(values: Values, module: string, kind: TrainedParameter["kind"]): Values | undefined {
+    const found = this.parameter(module, kind);
     return found && values.subarray(found.offset, found.offset + found.dims[0] * found.dims[1]);
   }
 
   /** The components as they are stored, into those that are trained. */
-  fillComponents(values: Float32Array<ArrayBuffer>): void {
+  fillComponents(values: Values): void {
     for (const { name, shared } of this.modules) {
-      for (const side of ["A", "B"] as const) this.part(values, name, `components${side}`)?.set(shared![side].values);
+      for (const side of SIDES) this.part(values, name, `components${side}`)?.set(shared![side].values);
     }
   }
 
   /** The same numbers as they would be read from a file of this type; components, which are no task's, stay. */
-  rounded(values: Float32Array<ArrayBuffer>, type: Dtype): Float32Array<ArrayBuffer> {
+  rounded(values: Values, dtype: Dtype): Values {
     const stored = values.slice();
-    for (const {
-      kind,
-      dims: [rows, columns],
-      offset,
-    } of this.parameters) {
+    for (const { module, kind, dims } of this.parameters) {
       if (kind === "componentsA" || kind === "componentsB") continue;
-      const part = stored.subarray(offset, offset + rows * columns);
-      part.set(decodeTensor(type, encodeTensor(type, part, rows, columns), rows, columns));
+      const part = this.part(stored, module, kind)!;
+      part.set(asStored(part, dtype, ...dims));
     }
     return stored;
   }
 
-  /** Factors of every module, in memory of their own. */
-  expand(values: Float32Array<ArrayBuffer>): Map<string, Factors> {
+  /** Terms of every module, in memory of their own. */
+  expand(values: Values): Map<string, Term> {
     return new Map(
-      this.modules.map((module) => [
-        module.name,
-        { A: this.#expand(values, module, "A"), B: this.#expand(values, module, "B") },
-      ]),
+      this.modules.map((module) => {
+        const rank = (module.shared?.rank ?? 0) + module.privateRank;
+        const A = new Float32Array(rank * module.in);
+        const Bt = new Float32Array(rank * module.out);
+        this.#expand(values, module, "A", A);
+        this.#expand(values, module, "B", Bt);
+        return [module.name, { rank, A, Bt }];
+      }),
     );
   }
 
-  #expand(
-    values: Float32Array<ArrayBuffer>,
-    { name, in: inputs, out, shared, privateRank }: TrainedModule,
-    side: Letter,
-  ): Float32Array<ArrayBuffer> {
-    const d = side === "A" ? inputs : out;
-    const rows = new Float32Array(((shared?.rank ?? 0) + privateRank) * d);
+  /** @param rows [rank, d], gets the result */
+  #expand(values: Values, module: TrainedModule, side: SideName, rows: Float32Array): void {
+    const shared = this.#shared(values, module, side);
     if (shared) {
-      const { K, mean, width, values: stored } = shared[side];
-      const E = this.part(values, name, `components${side}`) ?? stored;
-      const alpha = this.part(values, name, `alpha${side}`)!;
+      const { K, mean, width, E, alpha } = shared;
       const sums = new Float64Array(width);
       for (let row = 0; row < alpha.length / K; row++) {
         if (mean) sums.set(E.subarray(K * width, (K + 1) * width));
@@ -154,36 +150,41 @@ export class Terms {
         rows.set(sums, row * width);
       }
     }
-    const free = this.part(values, name, side);
-    if (free) rows.set(free, rows.length - free.length);
-    return rows;
+    const own = this.part(values, module.name, `private${side}`);
+    if (own) rows.set(own, rows.length - own.length);
   }
 
-  /** Gradients of all parameters, from those of the factors. */
-  pullBack(values: Float32Array<ArrayBuffer>, factors: ReadonlyMap<string, Factors>): Float32Array<ArrayBuffer> {
+  /** What the shared rows of one side are made of. */
+  #shared(values: Values, { name, shared }: TrainedModule, side: SideName) {
+    return (
+      shared && {
+        ...shared[side],
+        E: this.part(values, name, `components${side}`) ?? shared[side].values,
+        alpha: this.part(values, name, `alpha${side}`)!,
+      }
+    );
+  }
+
+  /** Gradients of all parameters, from those of the terms. */
+  pullBack(values: Values, terms: ReadonlyMap<string, Term>): Values {
     const gradients = new Float32Array(this.size);
     for (const module of this.modules) {
-      for (const side of ["A", "B"] as const)
-        this.#pullBack(values, gradients, module, side, factors.get(module.name)![side]);
+      const { A, Bt } = terms.get(module.name)!;
+      this.#pullBack(values, gradients, module, "A", A);
+      this.#pullBack(values, gradients, module, "B", Bt);
     }
     return gradients;
   }
 
-  #pullBack(
-    values: Float32Array<ArrayBuffer>,
-    gradients: Float32Array<ArrayBuffer>,
-    { name, shared }: TrainedModule,
-    side: Letter,
-    rows: Float32Array,
-  ): void {
-    const free = this.part(gradients, name, side);
-    free?.set(rows.subarray(rows.length - free.length));
+  /** @param rows the gradient of one side [rank, d] */
+  #pullBack(values: Values, gradients: Values, module: TrainedModule, side: SideName, rows: Float32Array): void {
+    const own = this.part(gradients, module.name, `private${side}`);
+    own?.set(rows.subarray(rows.length - own.length));
+    const shared = this.#shared(values, module, side);
     if (!shared) return;
-    const { K, mean, width, values: stored } = shared[side];
-    const E = this.part(values, name, `components${side}`) ?? stored;
-    const alpha = this.part(values, name, `alpha${side}`)!;
-    const ofAlpha = this.part(gradients, name, `alpha${side}`)!;
-    const ofE = this.part(gradients, name, `components${side}`);
+    const { K, mean, width, E, alpha } = shared;
+    const ofAlpha = this.part(gradients, module.name, `alpha${side}`)!;
+    const ofE = this.part(gradients, module.name, `components${side}`);
     for (let row = 0; row < alpha.length / K; row++) {
       const g = rows.subarray(row * width, (row + 1) * width);
       products(ofAlpha.subarray(row * K, (row + 1) * K), g, E);
@@ -194,6 +195,11 @@ export class Terms {
       if (ofE && mean) for (let i = 0; i < width; i++) ofE[K * width + i]! += g[i]!;
     }
   }
+}
+
+/** Values [rows, width] as they would be read from a file. */
+export function asStored(values: Float32Array, dtype: Dtype, rows: number, width: number): Float32Array {
+  return decodeTensor(dtype, encodeTensor(dtype, values, rows, width), rows, width);
 }
 
 /** sums [width] += a [K] · E [K, width], four rows at a time: a step of training waits for this. */
@@ -232,19 +238,20 @@ function products(out: Float32Array, g: Float32Array, E: Float32Array): void {
   }
 }
 
-/** Rows of coefficients: one for each row that is made, or one for all. */
-function rowsOf({ rank, ...sides }: NonNullable<TrainedModule["shared"]>, side: Letter): number {
-  return sides[side].kind === "flat" ? 1 : rank;
-}
-
 /**
  * The components of a module; undefined where it has none on a side, for there is nothing to take coefficients of.
  * @param bases of the pack, as `pack.bases()` gives them
+ * @param rank of the rows; flat components are of a rank of their own
  */
-export function basesOf({ A, B }: PackModule, bases: Uint8Array): { A: Basis; B: Basis } | undefined {
+export function sharedRows(
+  { A, B }: PackModule,
+  bases: Uint8Array,
+  rank: number,
+  trained: boolean,
+): SharedRows | undefined {
   if (!A || !B || A.K === 0 || B.K === 0) return undefined;
   const read = ({ kind, K, mean, tensor }: Side): Basis => {
     return { kind, K, mean, width: tensor.width, values: readTensor(bases, tensor) };
   };
-  return { A: read(A), B: read(B) };
+  return { rank: A.rank ?? rank, A: read(A), B: read(B), trained };
 }

@@ -1,0 +1,116 @@
+/**
+ * Examples as batches of a model's inputs. Each text is tokenised once: a batch is put together from its rows, padded as the
+ * tokenizer itself pads. How it does is seen on the shortest and the longest text, encoded together. Where that does not explain
+ * the padding (positions that go on through it, say), batches are encoded as they come.
+ */
+import { type BatchFeeds, joinFeeds } from "./batch.ts";
+import type { Unlabelled } from "./examples.ts";
+
+/** Texts as a model's inputs, one row each: a tokenizer. */
+export type Encode = (texts: string[]) => BatchFeeds | Promise<BatchFeeds>;
+
+/** Rows as batches. `Feeds` are one batch of a model's inputs. */
+export interface Inputs<Feeds> {
+  /** Whether texts can be encoded. */
+  readonly encodes: boolean;
+  /**
+   * Encodes rows for later batches, and tells how long each is, in any unit: rows of like lengths go into one batch, since they are
+   * padded to the longest.
+   */
+  lengths<R extends Unlabelled<Feeds>>(rows: readonly R[]): Promise<ReadonlyMap<R, number>>;
+  /** @throws TypeError when the rows cannot be put into one batch */
+  batch(rows: readonly Unlabelled<Feeds>[]): Promise<Feeds>;
+}
+
+/** Fills rows up in front or behind, with one value for each input. */
+interface Padding {
+  readonly front: boolean;
+  readonly values: ReadonlyMap<string, number>;
+}
+
+export function createInputs(encode: Encode | undefined): Inputs<BatchFeeds> {
+  /** Batches of one, by text. */
+  const encoded = new Map<string, BatchFeeds>();
+  let padding: Padding | undefined;
+  /** The most places that padding was seen to fill. */
+  let seen = 0;
+
+  const learnPadding = async (short: string, long: string): Promise<void> => {
+    const [a, b] = [encoded.get(short)!, encoded.get(long)!];
+    const gap = sizeOf(b) - sizeOf(a);
+    if (gap <= seen) return;
+    seen = gap;
+    padding = paddingOf(a, b, await encode!([short, long]));
+  };
+
+  return {
+    encodes: encode !== undefined,
+
+    async lengths(rows) {
+      for (const { text } of rows) {
+        if (text !== undefined && !encoded.has(text)) encoded.set(text, await encode!([text]));
+      }
+      const lengths = new Map(rows.map((row) => [row, sizeOf(row.feeds ?? encoded.get(row.text!)!)]));
+      const texts = rows.filter(({ text }) => text !== undefined).sort((a, b) => lengths.get(a)! - lengths.get(b)!);
+      if (texts.length > 0) await learnPadding(texts[0]!.text!, texts.at(-1)!.text!);
+      return lengths;
+    },
+
+    async batch(rows) {
+      const texts = rows.flatMap(({ text }) => text ?? []);
+      if (texts.length === 0) return joinFeeds(rows.map(({ feeds }) => feeds!));
+      if (texts.length < rows.length)
+        throw new TypeError("a batch of texts and feeds together; give all examples in one way");
+      const known = texts.map((text) => encoded.get(text)).filter((one) => one !== undefined);
+      const padded = known.length === texts.length ? padAlike(known, padding) : undefined;
+      return padded ? joinFeeds(padded) : encode!(texts);
+    },
+  };
+}
+
+function sizeOf(feeds: BatchFeeds): number {
+  return Math.max(...Object.values(feeds).map(({ dims }) => dims.reduce((a, b) => a * b, 1)));
+}
+
+/**
+ * How `pair`, the texts of `short` and `long` encoded together, is padded; undefined where it is not those two rows, filled up with
+ * one value.
+ */
+function paddingOf(short: BatchFeeds, long: BatchFeeds, pair: BatchFeeds): Padding | undefined {
+  const side = (front: boolean): Padding | undefined => {
+    const values = new Map<string, number>();
+    for (const [name, { dims, data }] of Object.entries(pair)) {
+      const [own, other] = [short[name]?.data, long[name]?.data] as (Float32Array | undefined)[];
+      if (!own || !other || !ArrayBuffer.isView(data) || dims.length !== 2) return undefined;
+      const [gap, both] = [dims[1]! - own.length, data as Float32Array];
+      if (gap < 0 || both.length !== own.length + gap + other.length) return undefined;
+      const at = front ? 0 : own.length;
+      const [filling, rest] = [both.slice(at, at + gap), [...both.slice(0, at), ...both.slice(at + gap)]];
+      if (!filling.every((value) => value === filling[0])) return undefined;
+      if (![...own, ...other].every((value, i) => value === rest[i])) return undefined;
+      if (gap > 0) values.set(name, filling[0]!);
+    }
+    return { front, values };
+  };
+  return side(false) ?? side(true);
+}
+
+/** Batches of one, each input as long as the longest of them; undefined where padding does not make them so. */
+function padAlike(all: readonly BatchFeeds[], padding: Padding | undefined): BatchFeeds[] | undefined {
+  const padded = all.map((): Record<string, BatchFeeds[string]> => ({}));
+  for (const name of Object.keys(all[0]!)) {
+    const width = Math.max(...all.map((feeds) => feeds[name]?.dims.at(-1) ?? NaN));
+    for (const [i, feeds] of all.entries()) {
+      const one = feeds[name];
+      padded[i]![name] = one!;
+      if (one?.dims.at(-1) === width) continue;
+      const value = padding?.values.get(name);
+      if (one?.dims.length !== 2 || value === undefined) return undefined;
+      const own = one.data as Float32Array;
+      const data = new (own.constructor as Float32ArrayConstructor)(width).fill(value);
+      data.set(own, padding!.front ? width - own.length : 0);
+      padded[i]![name] = { ...(one.type === undefined ? {} : { type: one.type }), dims: [1, width], data };
+    }
+  }
+  return padded;
+}

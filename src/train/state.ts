@@ -1,0 +1,61 @@
+/**
+ * The numbers that are trained, in one vector, and how its parts are stepped.
+ */
+import { AdamW, type AdamWOptions } from "./adamw.ts";
+
+/** All numbers that are trained, and its parts: parameters of terms, weight [labels, in] and bias [labels] of the head. */
+export interface State {
+  readonly all: Float32Array<ArrayBuffer>;
+  readonly parameters: Float32Array<ArrayBuffer>;
+  readonly weight: Float32Array<ArrayBuffer>;
+  readonly bias: Float32Array<ArrayBuffer>;
+}
+
+/** A state with as many numbers in each part as another. @param all Default: zeros */
+export function stateLike(
+  { parameters, weight, bias }: Readonly<Record<"parameters" | "weight" | "bias", { readonly length: number }>>,
+  all: Float32Array<ArrayBuffer> = new Float32Array(parameters.length + weight.length + bias.length),
+): State {
+  const [first, second] = [parameters.length, parameters.length + weight.length];
+  return { all, parameters: all.subarray(0, first), weight: all.subarray(first, second), bias: all.subarray(second) };
+}
+
+export function copyOf(state: State): State {
+  return stateLike(state, state.all.slice());
+}
+
+export interface OptimizerOptions {
+  /** Of terms and head. Default: 0.02 each; of components: 0.001. What has a rate of 0 stays as it is. */
+  readonly learningRates?:
+    | { readonly terms?: number; readonly head?: number; readonly components?: number }
+    | undefined;
+  /** Weight decay of terms and of the head's weight. Default: 0. */
+  readonly weightDecay?: number | undefined;
+  /** Largest norm of a gradient. Default: 1. */
+  readonly clip?: number | undefined;
+  /** Steps until the full rate is reached. Default: a tenth of all. */
+  readonly warmup?: number | undefined;
+  readonly decay?: AdamWOptions["decay"];
+}
+
+/** @param ofTasks how many of the parameters, the first ones, are no components */
+export function optimizerOf(
+  state: State,
+  ofTasks: number,
+  steps: number,
+  { learningRates = {}, weightDecay = 0, clip = 1, warmup = Math.floor(steps / 10), decay }: OptimizerOptions,
+): { step(gradients: State): { readonly norm: number; readonly applied: boolean } } {
+  const { terms = 0.02, head = 0.02, components = 0.001 } = learningRates;
+  const groups = [
+    { of: ({ parameters }: State) => parameters.subarray(0, ofTasks), rate: terms, weightDecay },
+    { of: ({ parameters }: State) => parameters.subarray(ofTasks), rate: components },
+    { of: ({ weight }: State) => weight, rate: head, weightDecay },
+    { of: ({ bias }: State) => bias, rate: head },
+    // What is not trained has no say in the clipping.
+  ].filter(({ rate }) => rate !== 0);
+  const optimizer = new AdamW(
+    groups.map(({ of, ...group }) => ({ values: of(state), ...group })),
+    { steps, clip, warmup, decay },
+  );
+  return { step: (gradients) => optimizer.step(groups.map(({ of }) => of(gradients))) };
+}

@@ -1,0 +1,50 @@
+/**
+ * What a trainer trains: a model that runs with a task's numbers, and the pack that gives them a meaning. Shapes only.
+ */
+import type { Pack } from "../pack/pack.ts";
+import type { Term } from "../tensor/term.ts";
+import type { Inputs } from "./inputs.ts";
+import type { Terms } from "./terms.ts";
+
+/** The layer that is trained whole. */
+export interface Head {
+  readonly module: string;
+  readonly in: number;
+  readonly bias: boolean;
+}
+
+/** A task as a model is fed with it: terms by module name, weight [labels, in] and bias [labels] of the head. */
+export interface Point {
+  readonly terms: ReadonlyMap<string, Term>;
+  readonly weight: Float32Array<ArrayBuffer>;
+  readonly bias: Float32Array<ArrayBuffer>;
+}
+
+/** One run that learns. */
+export interface MachineStep {
+  readonly loss: number;
+  /** [rows, labels] */
+  readonly logits: Float32Array;
+  /** As the point. */
+  readonly gradients: Point;
+}
+
+/** A model that can be trained. `Feeds` are one batch of its inputs. */
+export interface Machine<Feeds> {
+  /** Undefined where the model's own outputs are the logits. */
+  readonly head: Head | undefined;
+  /** Logits [rows, labels] alone. */
+  answer(batch: Feeds, point: Point): Promise<Float32Array>;
+  /** @param targets [rows, labels] */
+  step(batch: Feeds, point: Point, targets: Float32Array<ArrayBuffer>): Promise<MachineStep>;
+}
+
+export interface Subject<Feeds> {
+  readonly pack: Pack;
+  readonly machine: Machine<Feeds>;
+  readonly inputs: Inputs<Feeds>;
+  readonly terms: Terms;
+  /** Terms over the pack's components that a LoRA can begin from; the same terms where coefficients are trained. */
+  readonly origin: Terms;
+  readonly labels: readonly string[];
+}

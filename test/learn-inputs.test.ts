@@ -1,0 +1,158 @@
+/**
+ * Texts as batches: each is tokenised once, and batches are to the bit what the tokenizer makes of their texts.
+ */
+import t from "tap";
+import { uniform } from "../dist/src/tensor/random.js";
+import { type BatchFeeds, createTrainer, type Encode } from "../dist/src/train/index.js";
+import { createInputs } from "../dist/src/train/inputs.js";
+import { createEncoder, readTask } from "../examples/minilm.js";
+import { LABELS, tiny } from "./learning.ts";
+import { GOLDENS, NODE } from "./sessions.ts";
+
+interface Style {
+  readonly front?: boolean;
+  /** Lengths are multiples of it. */
+  readonly multiple?: number;
+  /** Positions that go on through the padding. */
+  readonly positions?: boolean;
+}
+
+/** A tokenizer of letters, that counts the texts it is given. */
+function letters({ front = false, multiple = 1, positions = false }: Style): { encode: Encode; asked: string[] } {
+  const asked: string[] = [];
+  const encode: Encode = (texts) => {
+    asked.push(...texts);
+    const width = multiple * Math.ceil(Math.max(...texts.map(({ length }) => length)) / multiple);
+    const filled = (pad: number, of: (text: string) => number[]): BatchFeeds[string] => {
+      const rows = texts.map((text) => {
+        const padding = Array<number>(width - text.length).fill(pad);
+        return front ? [...padding, ...of(text)] : [...of(text), ...padding];
+      });
+      return { type: "int64", dims: [texts.length, width], data: BigInt64Array.from(rows.flat(), BigInt) };
+    };
+    return {
+      input_ids: filled(7, (text) => [...text].map((letter) => letter.charCodeAt(0))),
+      attention_mask: filled(0, (text) => Array<number>(text.length).fill(1)),
+      token_type_ids: filled(0, (text) => Array<number>(text.length).fill(0)),
+      ...(positions && {
+        position_ids: {
+          ...{ type: "int64", dims: [texts.length, width] },
+          data: BigInt64Array.from(
+            texts.flatMap(() => [...Array(width).keys()]),
+            BigInt,
+          ),
+        },
+      }),
+    };
+  };
+  return { encode, asked };
+}
+
+const plain = (feeds: BatchFeeds): unknown =>
+  Object.entries(feeds).map(([name, { type, dims, data }]) => [name, type, [...dims], [...(data as BigInt64Array)]]);
+
+for (const [name, style, once] of [
+  ["padding behind", {}, true],
+  ["padding in front", { front: true }, true],
+  ["lengths that are multiples of four", { multiple: 4 }, true],
+  ["one length", { multiple: 32 }, true],
+  ["positions that go on through the padding", { positions: true }, false],
+] as [string, Style, boolean][]) {
+  t.test(`a tokenizer with ${name}`, async (t) => {
+    const random = uniform(1);
+    const texts = Array.from({ length: 24 }, (_, i) => "abcdefghijklmnopqrstuvwx".slice(0, 2 + (i % 17)) + i);
+    const { encode, asked } = letters(style);
+    const inputs = createInputs(encode);
+    const rows = texts.map((text) => ({ text }));
+    await inputs.lengths(rows);
+    for (let i = 0; i < 20; i++) {
+      const some = rows.filter(() => random() < 0.3);
+      if (some.length === 0) continue;
+      const expected = await letters(style).encode(some.map(({ text }) => text));
+      t.same(plain(await inputs.batch(some)), plain(expected));
+    }
+    const more = asked.length - texts.length;
+    t.ok(once ? more <= 2 : more > 40, `${more} texts more than there are`);
+    const before = asked.length;
+    await inputs.lengths(rows);
+    t.equal(asked.length, before, "known texts are not encoded again");
+    await inputs.batch([{ text: "new" }, { text: "newer" }]);
+    t.equal(asked.length, before + 2);
+  });
+}
+
+t.test("a wider gap is looked at anew: one place of padding may hold anything", async (t) => {
+  const { encode, asked } = letters({ positions: true });
+  const inputs = createInputs(encode);
+  const batches = [
+    ["abc", "ab"],
+    ["abcdefgh", "a"],
+  ];
+  for (const texts of batches) {
+    const rows = texts.map((text) => ({ text }));
+    await inputs.lengths(rows);
+    t.same(plain(await inputs.batch(rows)), plain(await letters({ positions: true }).encode(texts)));
+  }
+  t.equal(asked.length, 2 + 2 + 2 + 2 + 2);
+});
+
+t.test("texts and feeds do not go into one batch; feeds are taken as they are", async (t) => {
+  const { encode, asked } = letters({});
+  const inputs = createInputs(encode);
+  const feeds = await letters({}).encode(["abc"]);
+  t.equal(await inputs.batch([{ feeds }]), feeds);
+  t.same([...(await inputs.lengths([{ feeds }])).values()], [3]);
+  t.equal(asked.length, 0);
+  await t.rejects(inputs.batch([{ feeds }, { text: "abc" }]), {
+    name: "TypeError",
+    message: /texts and feeds together/,
+  });
+});
+
+t.test("MiniLM's tokenizer: batches are what it makes of their texts", async (t) => {
+  const encode = (await createEncoder(NODE)) as unknown as Encode;
+  const { train } = await readTask("debtags-role");
+  const rows = train.slice(0, 96).map(([text]) => ({ text }));
+  let count = 0;
+  const inputs = createInputs((texts) => {
+    count += texts.length;
+    return encode(texts);
+  });
+  await inputs.lengths(rows);
+  for (let at = 0; at < rows.length; at += 12) {
+    const some = rows.slice(at, at + 12);
+    t.same(plain(await inputs.batch(some)), plain(await encode(some.map(({ text }) => text))));
+  }
+  t.equal(count, rows.length + 2);
+});
+
+t.test("a fit tokenises each text once, and again none", async (t) => {
+  const session = await tiny(NODE);
+  t.teardown(() => session.close());
+  const length = GOLDENS.feeds["input_ids"]![0]!.length;
+  const texts = Array.from({ length: 16 }, (_, i) => String.fromCharCode(97 + i).repeat(1 + (i % length)));
+  let count = 0;
+  const encode: Encode = (some) => {
+    count += some.length;
+    const width = Math.max(...some.map((text) => text.length));
+    const dims = [some.length, width];
+    const filled = (of: (text: string) => number): BatchFeeds[string] => ({
+      ...{ type: "int64", dims },
+      data: BigInt64Array.from(
+        some.flatMap((text) => Array.from({ length: width }, (_, i) => (i < text.length ? of(text) : 0))),
+        BigInt,
+      ),
+    });
+    const values = { input_ids: (text: string) => text.charCodeAt(0) - 90, attention_mask: () => 1 };
+    return Object.fromEntries(
+      session.inputNames.map((name) => [name, filled(values[name as keyof typeof values] ?? (() => 0))]),
+    );
+  };
+  const trainer = await createTrainer(session, { labels: LABELS, encode });
+  const known = texts.map((text, i) => ({ text, label: i % 2 }));
+  for await (const _ of trainer.fit(known, { epochs: 2, batch: 8, holdout: 0.25 }));
+  t.equal(count, texts.length + 2, "two show how it pads");
+  for await (const _ of trainer.fit(known, { epochs: 2, batch: 8 }));
+  await trainer.predict(known);
+  t.equal(count, texts.length + 2);
+});
