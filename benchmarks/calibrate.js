@@ -5,8 +5,10 @@
  * node benchmarks/calibrate.js [--suite own-seed|shared-seed|hub] [--tasks N] [--json]      after npm run build
  */
 
-import { buildPack, readAdapters } from "eigenlora/build";
+import { openPack } from "eigenlora";
+import { buildPack } from "eigenlora/build";
 import { createJudge, inputMoments } from "eigenlora/distill";
+import { readAdapters } from "eigenlora/node";
 import * as ort from "onnxruntime-node";
 import { shuffle, uniform } from "../dist/src/tensor/random.js";
 import { createEncoder, model, readTask } from "../examples/minilm.js";
@@ -46,7 +48,7 @@ for (const k of [8, 16, 32]) {
     ])) {
       const { chunks, report } = await buildPack(adapters, { ...options, moments: given });
       row.bytes = report.bytes;
-      row[`KL ${name}`] = await judge(new Blob(/** @type {BlobPart[]} */ (chunks)));
+      row[`KL ${name}`] = await judge(await openPack(new Blob(/** @type {BlobPart[]} */ (chunks))));
     }
     rows.push(row);
   }

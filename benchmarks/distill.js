@@ -12,8 +12,9 @@
  */
 import { appendFile, readFile } from "node:fs/promises";
 import { openPack } from "eigenlora";
-import { buildPack, packWithin, readAdapters } from "eigenlora/build";
+import { buildPack, searchPack } from "eigenlora/build";
 import { distill } from "eigenlora/distill";
+import { readAdapters } from "eigenlora/node";
 import { createEigenSession } from "eigenlora/onnxruntime";
 import * as ort from "onnxruntime-node";
 import { shuffle, uniform } from "../dist/src/tensor/random.js";
@@ -64,7 +65,7 @@ const adapterBytes = adapters.reduce((sum, adapter) => sum + bytesOfAdapter(adap
 const { chunks, report } =
   RATIO === undefined
     ? await buildPack(adapters, { ...how, select: { kind: "k", k: K } })
-    : await packWithin(adapters, how, adapterBytes / RATIO);
+    : await searchPack(adapters, { goal: { kind: "bytes", max: adapterBytes / RATIO }, ways: [how] });
 const pack = await openPack(new Blob(/** @type {BlobPart[]} */ (chunks)));
 const options = { trainable: true, session: THREADS > 0 ? { intraOpNumThreads: THREADS } : {} };
 const session = await createEigenSession(ort, model, pack, options);

@@ -7,8 +7,9 @@
  */
 import { readdir } from "node:fs/promises";
 import { openPack } from "eigenlora";
-import { buildPack, readAdapters } from "eigenlora/build";
+import { buildPack } from "eigenlora/build";
 import { createTrainer } from "eigenlora/learn";
+import { readAdapters } from "eigenlora/node";
 import { createEigenSession } from "eigenlora/onnxruntime";
 import * as ort from "onnxruntime-node";
 import { createEncoder, model, readTask } from "../examples/minilm.js";

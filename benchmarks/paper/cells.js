@@ -4,9 +4,10 @@
  */
 
 import { openPack } from "eigenlora";
-import { buildPack, encodeTaskFile, projectAdapters, readAdapters } from "eigenlora/build";
+import { buildPack, encodeTaskFile, projectAdapters } from "eigenlora/build";
 import { distill } from "eigenlora/distill";
 import { createTrainer, zeroShotTask } from "eigenlora/learn";
+import { readAdapters } from "eigenlora/node";
 import { createEigenSession } from "eigenlora/onnxruntime";
 import * as ort from "onnxruntime-node";
 import { uniform } from "../../dist/src/tensor/random.js";

@@ -6,7 +6,8 @@ import { mkdtemp, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { openPack } from "eigenlora";
-import { buildAuto, buildPack, packWithin, readAdapters, taskAdapter } from "eigenlora/build";
+import { buildPack, searchPack, taskAdapter } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
 import { deltaError, relative } from "../../dist/src/extract/error.js";
 import { balance } from "../../dist/src/extract/gauge.js";
 import { decodeTensor, tensorBytes } from "../../dist/src/tensor/dtypes.js";
@@ -93,8 +94,8 @@ async function store(suite, adapters, way, peers, asks, most) {
   if (way.kind === "auto") {
     const judge = "judged" in way && way.judged ? await suite.judge(adapters) : undefined;
     const max = "ratio" in way ? budget(adapters, way.ratio) : (most ?? NaN);
-    const criterion = /** @type {const} */ ({ kind: "bytes", max });
-    const { chunks, report } = await buildAuto(adapters, { criterion, ...(judge ? { judge: judge.judge } : {}) });
+    const goal = /** @type {const} */ ({ kind: "bytes", max });
+    const { chunks, report } = await searchPack(adapters, { goal, ...(judge ? { judge: judge.judge } : {}) });
     await judge?.release();
     const same = report.tried.filter(({ bytes, error }) => bytes === report.bytes && error === report.error.mean);
     return {
@@ -147,7 +148,9 @@ async function store(suite, adapters, way, peers, asks, most) {
 /** @param {Suite} suite @param {Adapter[]} adapters @param {import("./ways.js").Packed} way */
 async function build(suite, adapters, { options, ratio, calibrated }) {
   const all = calibrated ? { ...options, moments: await suite.moments(adapters) } : options;
-  return ratio === undefined ? buildPack(adapters, all) : packWithin(adapters, all, budget(adapters, ratio));
+  return ratio === undefined
+    ? buildPack(adapters, all)
+    : searchPack(adapters, { goal: { kind: "bytes", max: budget(adapters, ratio) }, ways: [all] });
 }
 
 /** So many times fewer bytes than the adapters in f32. @param {Adapter[]} adapters @param {number} ratio */
@@ -248,8 +251,8 @@ async function storeOne(adapter, { rank, type }) {
       bytes += encoded.length;
       return decodeTensor(type, encoded, kept, width);
     };
-    const factors = { A: stored(pair.A, module.in), Bt: stored(pair.Bt, module.out) };
-    modules.set(name, { ...module, rank: kept, read: async () => factors });
+    const term = { rank: kept, A: stored(pair.A, module.in), Bt: stored(pair.Bt, module.out) };
+    modules.set(name, { ...module, rank: kept, read: async () => term });
   }
   return { adapter: { ...adapter, modules }, bytes };
 }
@@ -264,7 +267,7 @@ function headBytes({ saved }, type) {
   );
 }
 
-/** @param {number} rank @param {import("eigenlora/build").Factors} factors */
+/** @param {number} rank @param {Pick<import("eigenlora/build").Term, "A" | "Bt">} factors */
 const toPair = (rank, { A, Bt }) => ({ rank, A: Float64Array.from(A), Bt: Float64Array.from(Bt) });
 
 /** @param {readonly number[]} values */

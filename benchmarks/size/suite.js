@@ -3,8 +3,8 @@
  */
 
 import { openPack } from "eigenlora";
-import { readAdapters } from "eigenlora/build";
 import { createJudge, inputMoments } from "eigenlora/distill";
+import { readAdapters } from "eigenlora/node";
 import { createEigenSession } from "eigenlora/onnxruntime";
 import * as ort from "onnxruntime-node";
 import { shuffle, uniform } from "../../dist/src/tensor/random.js";

@@ -3,8 +3,8 @@
  */
 import { resolve } from "node:path";
 import { parseArgs } from "node:util";
-import type { ComponentSelection } from "../extract/extract.ts";
-import type { Dtypes } from "../pack/build.ts";
+import type { ComponentSelection } from "../extract/options.ts";
+import type { Dtypes } from "../pack/report.ts";
 import { DTYPES, type Dtype } from "../tensor/dtypes.ts";
 
 /** A wrong command line: exit code 2. */
@@ -121,7 +121,7 @@ export function storage(text: string | undefined): Partial<Dtypes> {
     return word as Dtype;
   };
   if (!text.includes("=")) return { basis: type(text), coefficients: type(text), head: type(text) };
-  const types: Partial<Dtypes> = {};
+  const types: Partial<Record<keyof Dtypes, Dtype>> = {};
   for (const assignment of text.split(",")) {
     const [part = "", word = ""] = assignment.split("=");
     if (part !== "basis" && part !== "coefficients" && part !== "head") {

@@ -7,7 +7,7 @@
 import { type Components, fixSigns, orthonormalize } from "./components.ts";
 import { type Eigen, symmetricEigen } from "./eigen.ts";
 import { largestEigen } from "./lanczos.ts";
-import { addScaled, dot, type Products, timesTransposed, transpose } from "./linalg.ts";
+import { addScaled, dot, PLAIN, type Products, transpose } from "./linalg.ts";
 
 /** The summary of a stack [count, width]. */
 export type Summary = { readonly width: number; readonly count: number } & (
@@ -49,7 +49,7 @@ export class SummaryBuilder {
   #waiting = 0;
   #placed = 0;
 
-  constructor(count: number, width: number, products: Products = timesTransposed) {
+  constructor(count: number, width: number, products: Products = PLAIN) {
     const kind = summaryKind(count, width);
     const held = kind === "rows" ? count : Math.min(count, Math.max(1, Math.floor(BLOCK_VALUES / width)));
     this.#width = width;
@@ -118,8 +118,9 @@ export class SummaryBuilder {
       const left = columns.subarray(i * count, (i + m) * count);
       for (let j = 0; j <= i; j += PANEL) {
         const n = Math.min(PANEL, width - j);
-        const right = j === i ? left : columns.subarray(j * count, (j + n) * count);
-        const block = this.#products(left, right, m, n, count, j === i);
+        const right = columns.subarray(j * count, (j + n) * count);
+        const block =
+          j === i ? this.#products.gram(left, m, count) : this.#products.multiplyTransposed(left, right, m, n, count);
         for (let row = 0; row < m; row++) {
           const wanted = j === i ? row + 1 : n;
           addScaled(1, block, row * n, this.#gram, triangle(i + row) + j, wanted);
@@ -138,14 +139,13 @@ const RESOLVED = 2 ** -33;
 /**
  * Mean and components of a stack of which the Gram matrix is left.
  * @param choose as of `principalComponents`
- * @param products what multiplies, in place of `timesTransposed`
  * @returns components weaker than 1e-5 of the strongest, or of the mean, cannot be told from rounding and are left out
  */
 export function gramComponents(
   { gram, sums, count: rows, width }: Summary & { kind: "gram" },
   centering: "keep" | "none",
   choose: number | ((singular: Float64Array, total: number) => number),
-  products: Products = timesTransposed,
+  products: Products = PLAIN,
 ): { mean: Float64Array | undefined; components: Components } {
   // Rounded as `columnMeans` does: a pack in f32 stores exactly the mean that was taken off.
   const [sum, turned] = [sums.subarray(0, width), sums.subarray(width + 1, 2 * width + 1)];
@@ -182,7 +182,7 @@ export function gramComponents(
 function strongestOf(g: Float64Array, n: number, count: number, least: number, products: Products): Eigen | undefined {
   const release = products.hold?.(g);
   try {
-    const apply = (v: Float64Array, k: number): Float64Array => products(v, g, k, n, n);
+    const apply = (v: Float64Array, k: number): Float64Array => products.multiplyTransposed(v, g, k, n, n);
     const start = (k: number, random: () => number): Float64Array =>
       Float64Array.from({ length: k * n }, () => random() - 0.5);
     const found = largestEigen({ n, apply, start }, count, products);

@@ -6,7 +6,7 @@ import { createEigenSession, type EigenSession } from "../../bindings/onnxruntim
 import type { Ort } from "../../bindings/ort.ts";
 import type { Adapter } from "../adapters/adapter.ts";
 import { taskAdapter } from "../pack/expand.ts";
-import { openPack } from "../pack/pack.ts";
+import type { Pack } from "../pack/pack.ts";
 import { shuffle, uniform } from "../tensor/random.ts";
 import { type AskOptions, askAdapter, meanDivergence } from "./answers.ts";
 import type { BatchFeeds } from "./batch.ts";
@@ -30,9 +30,9 @@ export type DivergenceByTask = ReadonlyMap<string, number>;
 
 /** Asks packs of the same adapters, one after the other. */
 export interface PackJudge {
-  byTask(pack: Blob): Promise<DivergenceByTask>;
-  /** The mean over tasks, as `buildAuto` takes it. */
-  judge(pack: Blob): Promise<number>;
+  byTask(pack: Pack): Promise<DivergenceByTask>;
+  /** The mean over tasks, as `searchPack` takes it. */
+  judge(pack: Pack): Promise<number>;
   release(): Promise<void>;
 }
 
@@ -42,7 +42,7 @@ export interface PackJudge {
  * @throws RangeError when there is no text
  * @example
  * const { judge, release } = createJudge(ort, "model.onnx", { adapters, texts, encode });
- * const { chunks, report } = await buildAuto(adapters, { criterion: { kind: "bytes", max: 300_000 }, judge });
+ * const { chunks, report } = await searchPack(adapters, { goal: { kind: "bytes", max: 300_000 }, judge });
  * await release();
  */
 export function createJudge<O extends Ort>(
@@ -64,8 +64,7 @@ export function createJudge<O extends Ort>(
     .map((text) => ({ text, feeds: undefined, label: 0, weight: 1 }));
   let session: EigenSession<O> | undefined;
   const expected = new Map<string, Float32Array[]>();
-  const byTask = async (bytes: Blob): Promise<DivergenceByTask> => {
-    const pack = await openPack(bytes);
+  const byTask = async (pack: Pack): Promise<DivergenceByTask> => {
     const asked = (session ??= await createEigenSession(ort, model, pack, { trainable: true }));
     const ask = { encode: (some: string[]) => encode(some, asked.inputNames), batch, signal };
     const found = new Map<string, number>();
@@ -78,7 +77,6 @@ export function createJudge<O extends Ort>(
       if (!expected.has(id)) expected.set(id, await askAdapter(asked, adapter, head, rows, ask));
       found.set(id, meanDivergence(expected.get(id)!, answers));
     }
-    await pack.close();
     return found;
   };
   return {

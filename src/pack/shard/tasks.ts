@@ -3,28 +3,22 @@
  * whole task files (SPEC.md, section 7), so that every one of them is bound to its basis and checked like one that came alone.
  */
 import type { Adapter } from "../../adapters/adapter.ts";
+import { compare } from "../../adapters/modules.ts";
 import { AdapterError, FormatError, TaskError } from "../../errors.ts";
-import { crc32c } from "../../format/crc32c.ts";
 import { encodeTaskFile } from "../../format/encode.ts";
-import { streamFresh, type TaskPlace } from "../../format/layout.ts";
+import type { TaskPlace } from "../../format/layout.ts";
 import type { Value } from "../../format/messagepack.ts";
 import { parseTaskFile } from "../../format/task-file.ts";
 import type { ByteSource, SourceInput } from "../../source.ts";
 import { DTYPES } from "../../tensor/dtypes.ts";
-import { type BuildReport, breakEven, completeDtypes, type Dtypes, projectAdapters } from "../build.ts";
+import { freshPack, placeOf, tasksOf } from "../fresh.ts";
 import type { Pack } from "../pack.ts";
+import { projectAdapters } from "../project.ts";
+import { completeDtypes, type Dtypes, sizes, type TaskLoss, type TasksReport } from "../report.ts";
 import { oneOf, openPart, type Part, writePart } from "./part.ts";
-import { compare } from "./statistics.ts";
 
 /** Number formats of tasks. */
-type TaskTypes = Omit<Dtypes, "basis">;
-
-/** What a task lost, ‖ΔW − ΔW'‖ / ‖ΔW‖ over its modules. */
-export interface TaskLoss {
-  id: string;
-  mean: number;
-  max: number;
-}
+export type TaskDtypes = Omit<Dtypes, "basis">;
 
 const nameOf = (id: string): string => `task ${id}`;
 
@@ -44,40 +38,30 @@ export async function projectTasks(
   const sorted = [...adapters].sort((a, b) => compare(a.id, b.id));
   const twice = sorted.find(({ id }, i) => sorted[i + 1]?.id === id);
   if (twice) throw new TaskError(`two adapters are called "${twice.id}"`, { task: twice.id });
-  const types = completeDtypes(options.dtype);
-  const projected = await projectAdapters(basis, sorted, types, options.onProgress);
-  const id = basis.basisId;
+  const dtype = completeDtypes(options.dtype);
+  const projected = await projectAdapters(basis, sorted, dtype, options.onProgress);
+  const { basisId } = basis;
   const entries = projected.map(({ entry, blob }) => {
-    const file = encodeTaskFile(entry, id, blob);
+    const file = encodeTaskFile(entry, basisId, blob);
     return { name: nameOf(entry.id), dtype: "U8", shape: [file.length], read: () => file };
   });
   const residual = projected.map((task) => task.residual);
-  const { coefficients, head } = types;
-  return {
-    chunks: writePart(
-      "tasks",
-      made,
-      { basisId: basis.basisId, types: { coefficients, head }, tasks: residual },
-      entries,
-    ),
-    residual,
-  };
+  const { coefficients, head } = dtype;
+  const about = { basisId, types: { coefficients, head }, tasks: residual };
+  return { chunks: writePart("tasks", made, about, entries), residual };
 }
 
 /** A pack of all tasks of some parts, and what became of the adapters. */
 export interface AssembledPack {
-  chunks: AsyncGenerator<Uint8Array, void>;
-  report: Pick<BuildReport, "tasks" | "modules" | "bytes" | "adapterBytes" | "ratio" | "breakEvenTasks"> & {
-    error: { mean: number; max: number; worstTask: string };
-    types: TaskTypes;
-  };
+  readonly chunks: AsyncGenerator<Uint8Array, void>;
+  readonly report: TasksReport & { readonly dtype: TaskDtypes };
 }
 
 /**
  * Assembles a pack: the tasks of all parts, and those that the basis has already, by id, so that how they were spread over
  * parts makes no difference to a byte. Blobs are read twice, once to check them and once to be copied: parts and basis stay open
  * until the chunks have been written.
- * @throws FormatError for a damaged part; AdapterError for a part on another basis or of other types; TaskError for a task that
+ * @throws FormatError for a damaged part; AdapterError for a part on another basis or of other number formats; TaskError for a task that
  *   is there twice
  */
 export async function assemblePack(basis: Pack, parts: readonly TaskPart[]): Promise<AssembledPack> {
@@ -85,15 +69,7 @@ export async function assemblePack(basis: Pack, parts: readonly TaskPart[]): Pro
   if (!first) throw new RangeError("assemblePack: no parts");
   const owners = new Map<string, string>([...basis.tasks.keys()].map((id) => [id, basis.name]));
   const losses: (TaskLoss & { modules: number })[] = [];
-  const places: TaskPlace[] = [];
-  for (const { section, ...entry } of basis.directory.tasks) {
-    places.push({
-      entry,
-      length: section.length,
-      crc: section.crc,
-      read: async () => (await basis.load(entry.id)).bytes,
-    });
-  }
+  const places = await tasksOf(basis);
   for (const part of parts) {
     refuseOther(basis, first, part);
     for (const loss of part.tasks) {
@@ -109,27 +85,16 @@ export async function assemblePack(basis: Pack, parts: readonly TaskPart[]): Pro
     }
   }
   places.sort((a, b) => compare(a.entry.id, b.entry.id));
-  const bases = (await basis.bases()).bytes;
-  const { bytes, chunks } = streamFresh(
-    { description: basis.directory.basisBytes, bases, basisId: basis.basisId },
-    places,
-  );
-  const sizes = places.map(({ entry }) => entry.adapterBytes);
-  const adapterBytes = sizes.reduce((sum, size) => sum + size, 0);
+  const { bytes, chunks } = await freshPack(basis, places);
   const count = losses.reduce((sum, { modules }) => sum + modules, 0);
   const worst = losses.reduce((a, b) => (b.max > a.max ? b : a));
   const report = {
-    tasks: places.length,
-    modules: basis.modules.length,
-    types: first.types,
-    bytes,
-    adapterBytes,
-    ratio: adapterBytes / bytes,
-    breakEvenTasks: breakEven(
+    ...sizes(
       bytes,
-      places.map(({ length }) => length),
-      sizes,
+      places.map(({ length, entry }) => ({ blob: length, adapter: entry.adapterBytes })),
     ),
+    modules: basis.modules.length,
+    dtype: first.dtype,
     error: {
       mean: losses.reduce((sum, { mean, modules }) => sum + mean * modules, 0) / Math.max(count, 1),
       max: worst.max,
@@ -140,7 +105,7 @@ export async function assemblePack(basis: Pack, parts: readonly TaskPart[]): Pro
 }
 
 function refuseOther(basis: Pack, first: TaskPart, part: TaskPart): void {
-  const { basisId, file, types } = part;
+  const { basisId, file, dtype } = part;
   if (basisId !== basis.basisId) {
     throw new AdapterError(
       `it was projected onto the basis ${basisId}, ${basis.name} is ${basis.basisId}: project it again`,
@@ -148,13 +113,10 @@ function refuseOther(basis: Pack, first: TaskPart, part: TaskPart): void {
     );
   }
   for (const what of ["coefficients", "head"] as const) {
-    if (types[what] === first.types[what]) continue;
+    if (dtype[what] === first.dtype[what]) continue;
     throw new AdapterError(
-      `its ${what} are ${types[what]}, those of ${first.file} ${first.types[what]}: project one of them again, with the same --dtype`,
-      {
-        file,
-        field: what,
-      },
+      `its ${what} are ${dtype[what]}, those of ${first.file} ${first.dtype[what]}: project one of them again, with the same dtype`,
+      { file, field: what },
     );
   }
 }
@@ -178,14 +140,14 @@ async function checkTask(basis: Pack, part: TaskPart, id: string): Promise<{ pla
   const modules = (await basis.load(id)).terms.length;
   basis.removeTask(id);
   const read = async (): Promise<Uint8Array> => parseTaskFile(await part.read(id), file).blob;
-  return { place: { entry, length: blob.length, crc: crc32c(blob), read }, modules };
+  return { place: { ...placeOf({ entry, blob }), read }, modules };
 }
 
 /** A part with tasks, open. */
 export interface TaskPart extends Pick<Part, "file" | "made" | "close"> {
   /** Hexadecimal id of the basis. */
   readonly basisId: string;
-  readonly types: TaskTypes;
+  readonly dtype: TaskDtypes;
   /** Sorted by id. */
   readonly tasks: readonly TaskLoss[];
   /** The task file of a task. @throws FormatError when it is damaged */
@@ -215,7 +177,7 @@ export async function openTasks(input: SourceInput): Promise<TaskPart> {
       file,
       made,
       basisId: about.get("basisId").string(64),
-      types: {
+      dtype: {
         coefficients: oneOf(types.get("coefficients"), DTYPES),
         head: oneOf(types.get("head"), DTYPES),
       },
