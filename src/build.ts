@@ -29,24 +29,14 @@ export {
 } from "./extract/project.ts";
 export type { SideBasis } from "./extract/side.ts";
 export type { StoredBasis, Subspace } from "./extract/subspace.ts";
+export type { Summary } from "./extract/summary.ts";
 export { encodeTaskFile } from "./format/encode.ts";
-export type {
-  BasisDescription,
-  Coefficients,
-  Directory,
-  Section,
-  Side,
-  Superblock,
-  TaskBlob,
-  TaskEntry,
-  TaskParameter,
-  TaskTerm,
-  TensorRef,
-} from "./format/format.ts";
-export { type Append, layoutAppend, type TaskPlace, type TaskToWrite } from "./format/layout.ts";
+export type { ParameterRole, TaskEntry } from "./format/format.ts";
+export type { Append, TaskPlace, TaskToWrite } from "./format/layout.ts";
 export { type BuildOptions, type Built, buildPack } from "./pack/build.ts";
-export { expandTerm, taskAdapter } from "./pack/expand.ts";
-export { freshPack, placeOf, tasksOf } from "./pack/fresh.ts";
+export { taskAdapter } from "./pack/expand.ts";
+export { freshPack, placeOf, planAppend, tasksOf } from "./pack/fresh.ts";
+export type { Goal, Judge, PerTask, ScoreGoal, Tried } from "./pack/goal.ts";
 export { type ProjectedAdapter, projectAdapters } from "./pack/project.ts";
 export {
   type BuildReport,
@@ -56,16 +46,7 @@ export {
   type TaskLoss,
   type TasksReport,
 } from "./pack/report.ts";
-export {
-  type Goal,
-  type Judge,
-  type PerTask,
-  type ScoreGoal,
-  type SearchOptions,
-  type SearchReport,
-  searchPack,
-  type Tried,
-} from "./pack/search.ts";
+export { type SearchOptions, type SearchReport, searchPack } from "./pack/search.ts";
 export { type BasisOptions, type BasisReport, buildBasis } from "./pack/shard/basis.ts";
 export {
   adapterStatistics,

@@ -152,7 +152,7 @@ t.test("of several ways the smallest pack; of one that cannot win the largest al
   });
   t.same(mean.report.select, { kind: "k", k: 1 }, "one task of four may lose all where the mean is kept");
   const alone = await searchPack(adapters, {
-    goal,
+    goal: { ...goal, reference: evenly(1) },
     judge: async (pack) => {
       const found = await Promise.all(ids.map(async (id) => (await pack.load(id)).terms[0]!.privateRank));
       return evenly(Math.min(...found) >= 3 ? 1 : 0);

@@ -29,7 +29,7 @@ import {
   writeStatistics,
 } from "../dist/src/build.js";
 import { svd } from "../dist/src/extract/linalg.js";
-import { gramComponents, type Summary, SummaryBuilder, summaryKind, triangle } from "../dist/src/extract/summary.js";
+import { collectSummary, gramComponents, type Summary, summaryKind, triangle } from "../dist/src/extract/summary.js";
 import { readAdapters } from "../dist/src/node.js";
 import { openPack, type Pack } from "../dist/src/pack/pack.js";
 import { toBytes, writePart } from "../dist/src/pack/shard/part.js";
@@ -232,9 +232,9 @@ t.test("summaries: any split of a stack gives its Gram matrix, and the component
       const pieces = [rows.subarray(0, first * width), rows.subarray(first * width)].filter(
         (piece) => piece.length > 0,
       );
-      const all = new SummaryBuilder(count, width);
+      const all = collectSummary(count, width);
       for (const piece of pieces) {
-        const builder = new SummaryBuilder(piece.length / width, width);
+        const builder = collectSummary(piece.length / width, width);
         builder.add(piece, piece.length / width);
         const piecewise = builder.finish();
         if (piecewise.kind === "gram") all.merge(piecewise);
@@ -275,7 +275,7 @@ t.test("summaries: any split of a stack gives its Gram matrix, and the component
 
 t.test("summaries of stacks without a direction: equal rows, zeros, a mean that outweighs all", (t) => {
   const summaryOf = (rows: Float64Array, width: number): Summary & { kind: "gram" } => {
-    const builder = new SummaryBuilder(rows.length / width, width);
+    const builder = collectSummary(rows.length / width, width);
     builder.add(rows, rows.length / width);
     const summary = builder.finish();
     if (summary.kind !== "gram") throw new Error("expected a Gram matrix");
@@ -291,8 +291,8 @@ t.test("summaries of stacks without a direction: equal rows, zeros, a mean that 
   const { components } = gramComponents(summaryOf(far, 7), "keep", all);
   t.equal(components.count, 2, "what varies under a mean that is a thousand times larger");
   for (let k = 0; k < 2; k++) t.ok(Math.hypot(components.vectors[7 * k]!, components.vectors[7 * k + 1]!) > 1 - 1e-6);
-  t.throws(() => new SummaryBuilder(2, 3).finish(), RangeError);
-  t.throws(() => new SummaryBuilder(1, 3).add(new Float64Array(6), 2), RangeError);
+  t.throws(() => collectSummary(2, 3).finish(), RangeError);
+  t.throws(() => collectSummary(1, 3).add(new Float64Array(6), 2), RangeError);
   t.end();
 });
 
@@ -303,7 +303,7 @@ t.test("the strongest components alone are those among all", (t) => {
     { length: count * width },
     (_, i) => (random() - 0.5) * 0.8 ** (i % width) + 0.01 * (random() - 0.5),
   );
-  const builder = new SummaryBuilder(count, width);
+  const builder = collectSummary(count, width);
   builder.add(rows, count);
   const summary = builder.finish() as Summary & { kind: "gram" };
   const few = gramComponents(summary, "keep", 6).components;

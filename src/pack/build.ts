@@ -35,13 +35,13 @@ export interface BuildOptions {
    * that a task is much smaller and the components are larger; there are fewer components than tasks. "joint": as column, with
    * components that lose least of ΔW itself. Default: "column".
    */
-  readonly mode?: BasisMode;
+  readonly mode?: BasisMode | undefined;
   /** Default: "as-trained". */
-  readonly gauge?: Gauge;
+  readonly gauge?: Gauge | undefined;
   /** Default: "keep", in joint mode "none". */
-  readonly centering?: Centering;
+  readonly centering?: Centering | undefined;
   /** How many components. Default: those with 90 % of the squared singular values, by module and side. */
-  readonly select?: ComponentSelection;
+  readonly select?: ComponentSelection | undefined;
   /** Every task counts alike when components are sought, however large its update is. Default: false. */
   readonly normalize?: boolean | undefined;
   /**
@@ -66,12 +66,12 @@ export interface BuildOptions {
 
   // How it is written.
   /** Default: f16 for each. */
-  readonly dtype?: Partial<Dtypes>;
+  readonly dtype?: Partial<Dtypes> | undefined;
   /** The base model, for fingerprints and an early check of names and shapes. Default: none, with a warning. */
-  readonly base?: WeightHost;
+  readonly base?: WeightHost | undefined;
 
   /** Called after each module. */
-  readonly onProgress?: (done: number, of: number) => void;
+  readonly onProgress?: ((done: number, of: number) => void) | undefined;
   readonly signal?: AbortSignal | undefined;
 }
 
@@ -104,30 +104,11 @@ export async function buildPack(adapters: readonly Adapter[], options: BuildOpti
       options.base,
       [...shared.values()].map(({ shape }) => shape),
     ));
-  const modules: ModuleInput[] = [];
-  const terms = new Map(adapters.map((adapter): [Adapter, TermInput[]] => [adapter, []]));
-  const errors: ModuleError[] = [];
-  for (const [index, { shape, owners }] of [...shared.values()].entries()) {
-    options.signal?.throwIfAborted();
-    const { name } = shape;
-    const moments = options.moments?.get(name);
-    if (options.moments && !moments)
-      throw new RangeError(
-        `there are no moments of "${name}"; collect them for all adapted modules, or leave them out`,
-      );
-    const { module, magnitudes } = await extractFrom({ shape, owners }, { ...extraction, moments });
-    for (const [i, task] of module.tasks.entries()) {
-      errors.push({ task: task.id, module: name, error: task.error });
-      const term = encodeTerm(index, task, module, magnitudes[i], owners[i]!, dtype);
-      if (term.A || term.privateTerms || term.magnitude) terms.get(owners[i]!)!.push(term);
-    }
-    const bases = module.tasks.some(({ rank }) => rank > 0) ? { A: sideInput(module.A), B: sideInput(module.B) } : {};
-    modules.push({ ...shape, ...bases, fingerprint: fingerprints?.get(name) });
-    options.onProgress?.(index + 1, names.length);
-  }
+  const { modules, terms, errors } = await encodeModules([...shared.values()], extraction, dtype, options);
+  if (fingerprints) modules.forEach((module) => (module.fingerprint = fingerprints.get(module.name)));
   const components = componentsOf(modules);
   const tasks = await Promise.all(
-    adapters.map((adapter) => encodeAdapter(adapter, terms.get(adapter)!, names, dtype.head)),
+    adapters.map((adapter) => encodeAdapter(adapter, terms.get(adapter) ?? [], names, dtype.head)),
   );
   const baseModel = baseModels(adapters)[0];
   // Handed over: the encoded components are in the chunks afterwards, and need not be held twice.
@@ -152,6 +133,38 @@ export async function buildPack(adapters: readonly Adapter[], options: BuildOpti
     ],
   };
   return { chunks, report };
+}
+
+/** Extracts and encodes module after module. */
+async function encodeModules(
+  shared: readonly SharedModule<Adapter>[],
+  extraction: PrivateOptions,
+  dtype: Dtypes,
+  { moments: all, onProgress, signal }: BuildOptions,
+): Promise<{ modules: ModuleInput[]; terms: Map<Adapter, TermInput[]>; errors: ModuleError[] }> {
+  const modules: ModuleInput[] = [];
+  const terms = new Map<Adapter, TermInput[]>();
+  const errors: ModuleError[] = [];
+  for (const [index, { shape, owners }] of shared.entries()) {
+    signal?.throwIfAborted();
+    const { name } = shape;
+    const moments = all?.get(name);
+    if (all && !moments)
+      throw new RangeError(
+        `there are no moments of "${name}"; collect them for all adapted modules, or leave them out`,
+      );
+    const { module, magnitudes } = await extractFrom({ shape, owners }, { ...extraction, moments });
+    for (const [i, task] of module.tasks.entries()) {
+      const owner = owners[i]!;
+      errors.push({ task: task.id, module: name, error: task.error });
+      const term = encodeTerm(index, task, module, magnitudes[i], owner, dtype);
+      if (term.A || term.privateTerms || term.magnitude) terms.set(owner, [...(terms.get(owner) ?? []), term]);
+    }
+    const bases = module.tasks.some(({ rank }) => rank > 0) ? { A: sideInput(module.A), B: sideInput(module.B) } : {};
+    modules.push({ ...shape, ...bases });
+    onProgress?.(index + 1, shared.length);
+  }
+  return { modules, terms, errors };
 }
 
 /** Options of extraction, complete. @throws RangeError for those that do not go together */

@@ -4,7 +4,14 @@
 
 import { crc32c } from "../format/crc32c.ts";
 import { type BasisInput, basisIdOf, encodeBasis } from "../format/encode.ts";
-import { layoutFresh, streamFresh, type TaskPlace, type TaskToWrite } from "../format/layout.ts";
+import {
+  type Append,
+  layoutAppend,
+  layoutFresh,
+  streamFresh,
+  type TaskPlace,
+  type TaskToWrite,
+} from "../format/layout.ts";
 import { VERSION } from "../version.ts";
 import type { Pack } from "./pack.ts";
 
@@ -40,7 +47,10 @@ export async function tasksOf(pack: Pack, replaced: ReadonlyMap<string, Uint8Arr
  * A fresh pack on the basis of an open one, which must stay open until the chunks have been written.
  * @param tasks Default: those of the pack
  */
-export async function freshPack(pack: Pack, tasks?: readonly TaskPlace[]): Promise<ReturnType<typeof streamFresh>> {
+export async function freshPack(
+  pack: Pack,
+  tasks?: readonly TaskPlace[],
+): Promise<{ bytes: number; chunks: AsyncGenerator<Uint8Array, void> }> {
   const places = tasks ?? (await tasksOf(pack));
   const bases = await pack.bases();
   const basis = { description: pack.directory.basisBytes, bases: bases.bytes, basisId: pack.basisId };
@@ -53,4 +63,9 @@ export async function freshPack(pack: Pack, tasks?: readonly TaskPlace[]): Promi
     }
   }
   return { bytes, chunks: written() };
+}
+
+/** What to write to a pack's file so that it has these tasks too (SPEC.md, section 8). Their ids must be new and unique. */
+export function planAppend({ directory, window }: Pack, tasks: readonly TaskToWrite[]): Append {
+  return layoutAppend(directory, window.superblock, tasks);
 }

@@ -6,40 +6,19 @@ import type { Adapter } from "../adapters/adapter.ts";
 import type { ComponentSelection } from "../extract/options.ts";
 import { grow, lowestPassing, partition, sharpen, Unreachable } from "./bisect.ts";
 import { type BuildOptions, type Built, buildPack } from "./build.ts";
-import { openPack, type Pack } from "./pack.ts";
+import {
+  better,
+  figuresOf,
+  type Goal,
+  type Judge,
+  outOfReach,
+  type PerTask,
+  type ScoreGoal,
+  type Tried,
+} from "./goal.ts";
+import { openPack } from "./pack.ts";
 import type { BuildReport } from "./report.ts";
 import { allOf, limitOf, nameOf, type Way, waysFor } from "./ways.ts";
-
-/** A figure of each task, by id. */
-export type PerTask = ReadonlyMap<string, number> | Readonly<Record<string, number>>;
-
-/** What a pack must keep to. */
-export type Goal =
-  /** The best pack of at most so many bytes. */
-  | { readonly kind: "bytes"; readonly max: number }
-  /** The smallest pack with ‖ΔW − ΔW'‖ / ‖ΔW‖ of every task and module at most `max`. */
-  | { readonly kind: "error"; readonly max: number }
-  /** The smallest pack whose mean divergence, as `judge` says, is at most `max`. */
-  | { readonly kind: "divergence"; readonly max: number }
-  /** The smallest pack that keeps the scores that `judge` gives. */
-  | ScoreGoal;
-
-export interface ScoreGoal {
-  readonly kind: "score";
-  /** What a score may lose, in its own unit: 0.01 is a point of accuracy. */
-  readonly tolerance: number;
-  /** What may lose no more than that: the score of every task, or their mean. Default: "every". */
-  readonly keep?: "every" | "mean";
-  /** Scores to compare with, for instance of the adapters themselves. Default: those of a pack that loses nothing. */
-  readonly reference?: PerTask;
-}
-
-/**
- * What is made of an open pack: for a score the score of each task, larger is better; otherwise how much behaviour differs from the
- * adapters', for each task or as a mean, 0 is alike. Called for one pack at a time. The pack is closed afterwards, so close sessions
- * on it first. Ask the same rows in the same way each time: figures then differ by what the packs do alone.
- */
-export type Judge = (pack: Pack, ids: readonly string[]) => number | PerTask | Promise<number | PerTask>;
 
 /** What is sought, who judges, and where to look. */
 export interface SearchOptions extends Pick<BuildOptions, "dtype" | "centering" | "normalize" | "base"> {
@@ -64,38 +43,16 @@ export interface SearchOptions extends Pick<BuildOptions, "dtype" | "centering" 
   readonly signal?: AbortSignal | undefined;
 }
 
-/** A pack that was made, or a way that does not reach the goal. */
-export interface Tried {
-  readonly name: string;
-  readonly way: Way;
-  readonly select?: ComponentSelection;
-  /** Undefined where the goal is out of reach. */
-  readonly bytes?: number;
-  /** Mean ΔW error. */
-  readonly error?: number;
-  /** Mean over the tasks. */
-  readonly divergence?: number;
-  readonly scores?: ReadonlyMap<string, number>;
-  /** Reference − score: the largest of the tasks, or of the means. */
-  readonly loss?: number;
-  /** Whether `loss` is within the tolerance. */
-  readonly passes?: boolean;
-  /** Why there is no pack. */
-  readonly reason?: string;
-  /** The bytes of the smallest pack of this way, where those allowed are too few. */
-  readonly least?: number;
-}
-
 /** The pack that was chosen, what it was chosen by, and what else was tried. */
 export interface SearchReport extends BuildReport, Omit<Tried, "bytes" | "error" | "reason" | "least"> {
   readonly judgedBy: "error" | "divergence" | "score";
   /** Scores that were compared with. */
-  readonly reference?: ReadonlyMap<string, number>;
+  readonly reference?: ReadonlyMap<string, number> | undefined;
   /** In order; without the pack that gave the reference. */
   readonly tried: readonly Tried[];
 }
 
-/** A way at its best. */
+/** A pack that was judged. */
 interface Candidate {
   readonly tried: Tried;
   /** Packs that were judged by scores are made again rather than kept, since they may be large and there is one of each asked. */
@@ -106,7 +63,8 @@ interface Candidate {
 interface Search extends SearchOptions {
   readonly adapters: readonly Adapter[];
   readonly ids: readonly string[];
-  build(way: Way, select: ComponentSelection): Promise<Built>;
+  /** Scores to compare with. */
+  readonly reference?: ReadonlyMap<string, number>;
   note(tried: Tried): void;
 }
 
@@ -138,26 +96,23 @@ interface Search extends SearchOptions {
  * });
  */
 export async function searchPack(adapters: readonly Adapter[], options: SearchOptions): Promise<Built<SearchReport>> {
-  checkOptions(adapters, options);
+  checkSearch(adapters, options);
   const { goal, judge, moments, dtype = {}, ways } = options;
-  const groups =
-    ways?.map((way) => [way]) ??
-    (goal.kind === "score"
-      ? (["int4", "int8", "f16"] as const).map((type): Way[] => [{ dtype: { ...allOf(type), ...dtype } }])
-      : waysFor(adapters, dtype, moments, goal.kind === "error"));
-  const of = groups.reduce((sum, group) => sum + group.length, 0);
+  const groups = ways?.map((way) => [way]) ?? waysFor(adapters, dtype, moments, goal.kind);
+  const of = groups.flat().length;
   const tried: Tried[] = [];
   let [best, done]: [Candidate | undefined, number] = [undefined, 0];
-  const search = searchOf(adapters, options, (one) => {
+  const note = (one: Tried): void => {
     tried.push(one);
     options.onTry?.(one, done, of);
-  });
-  const reference = goal.kind === "score" ? await referenceOf(search, goal) : undefined;
+  };
+  const start: Search = { ...options, adapters, ids: adapters.map(({ id }) => id), note };
+  const search = goal.kind === "score" ? { ...start, reference: await referenceOf(start, goal) } : start;
   for (const group of groups) {
     let before: Candidate | undefined;
     for (const [i, way] of group.entries()) {
       done++;
-      const made = await attempt(search, way, () => seek(search, way, reference, best?.tried.bytes));
+      const made = await attempt(search, way, best?.tried.bytes);
       if (!made) continue;
       if (!best || better(made.tried, best.tried, goal)) best = made;
       // Once more bits have made it worse, still more bits do too.
@@ -172,16 +127,17 @@ export async function searchPack(adapters: readonly Adapter[], options: SearchOp
   const { chunks, report } = await best.built();
   const { bytes: _, error: __, ...chosen } = best.tried;
   const judgedBy = goal.kind === "score" ? "score" : judge ? "divergence" : "error";
-  return { chunks, report: { ...report, ...chosen, judgedBy, ...(reference ? { reference } : {}), tried } };
+  return { chunks, report: { ...report, ...chosen, judgedBy, reference: search.reference, tried } };
 }
 
 /** @throws RangeError for options that do not go together */
-function checkOptions(adapters: readonly Adapter[], { goal, judge, moments, ways, ladder }: SearchOptions): void {
+function checkSearch(adapters: readonly Adapter[], { goal, judge, moments, ways, ladder }: SearchOptions): void {
   const refuse = (message: string): RangeError => new RangeError(`searchPack: ${message}`);
   if (adapters.length === 0) throw refuse("no adapters");
-  if (goal.kind === "score") {
-    if (!(goal.tolerance >= 0)) throw refuse(`tolerance must be 0 or more, got ${goal.tolerance}`);
-  } else if (!(goal.max > 0)) throw refuse(`${goal.kind}: expected a number above 0, got ${goal.max}`);
+  if (goal.kind === "score" && !(goal.tolerance >= 0))
+    throw refuse(`tolerance must be 0 or more, got ${goal.tolerance}`);
+  if (goal.kind !== "score" && !(goal.max > 0))
+    throw refuse(`${goal.kind}: expected a number above 0, got ${goal.max}`);
   if (!judge && (goal.kind === "divergence" || goal.kind === "score"))
     throw refuse(`a ${goal.kind} needs a judge, a model and text`);
   if (moments && !judge && !ways)
@@ -191,77 +147,42 @@ function checkOptions(adapters: readonly Adapter[], { goal, judge, moments, ways
   if (ways?.length === 0 || ladder?.length === 0) throw refuse("ways and ladder must not be empty");
 }
 
-function searchOf(adapters: readonly Adapter[], options: SearchOptions, note: Search["note"]): Search {
-  const { dtype, centering, normalize, base, signal } = options;
-  const common = { dtype, centering, normalize, base, signal };
-  const given = Object.fromEntries(Object.entries(common).filter(([, value]) => value !== undefined));
-  return {
-    ...options,
-    adapters,
-    ids: adapters.map(({ id }) => id),
-    note,
-    async build({ name: _, privateOnly, ...way }, select) {
-      const privately = privateOnly && { privateTerms: way.privateTerms ?? limitOf(adapters, { privateOnly }) };
-      try {
-        return await buildPack(adapters, { ...given, ...way, ...privately, select });
-      } catch (cause) {
-        throw cause instanceof RangeError ? new Unreachable(cause.message, { cause }) : cause;
-      }
-    },
-  };
-}
-
-/** What a way comes to; undefined, and said why, where it does not reach the goal. */
-async function attempt<T>({ note }: Search, way: Way, work: () => Promise<T>): Promise<T | undefined> {
+/** Of `k` components on every side, or, where nothing is shared, of `k` private terms of each task. @throws Unreachable */
+async function build(
+  { adapters, dtype, centering, normalize, base, signal }: Search,
+  { name: _, privateOnly, ...way }: Way,
+  select: ComponentSelection,
+): Promise<Built> {
+  const common = { dtype, centering, normalize, base, signal, ...way };
+  const most = (): number => way.privateTerms ?? limitOf(adapters, { privateOnly: true });
+  const options: BuildOptions = !privateOnly
+    ? { ...common, select }
+    : select.kind === "k"
+      ? { ...common, privateTerms: select.k || most(), select: { kind: "k", k: 0 } }
+      : { ...common, privateTerms: most(), select };
   try {
-    return await work();
-  } catch (error) {
-    if (!(error instanceof Unreachable)) throw error;
-    note({ name: nameOf(way), way, reason: error.message, ...(error.least ? { least: error.least } : {}) });
-    return undefined;
+    return await buildPack(adapters, options);
+  } catch (cause) {
+    throw cause instanceof RangeError ? new Unreachable(cause.message, { cause }) : cause;
   }
 }
 
-/** One way at its best. */
-async function seek(
-  search: Search,
-  way: Way,
-  reference: ReadonlyMap<string, number> | undefined,
-  most: number = Infinity,
-): Promise<Candidate | undefined> {
-  const { goal } = search;
-  if (goal.kind === "score") return seekScore(search, goal, way, reference!, most);
-  const made =
-    goal.kind === "bytes"
-      ? await judged(search, await within(search, way, goal.max))
-      : goal.kind === "error"
-        ? await judged(search, await search.build(way, goal))
-        : await seekDivergence(search, way, goal.max);
-  const { built, divergence } = made;
+/** Asks the judge, if there is one. */
+async function judged(search: Search, way: Way, built: Built, select?: ComponentSelection): Promise<Candidate> {
+  const { goal, judge, ids, reference } = search;
   const { bytes, error } = built.report;
-  const tried: Tried = {
-    name: nameOf(way),
-    way,
-    bytes,
-    error: error.mean,
-    ...(divergence === undefined ? {} : { divergence }),
-  };
-  search.note(tried);
-  return { tried, built: async () => built };
-}
-
-/** A pack and what the judge, if any, says of it. */
-interface Judged {
-  readonly built: Built;
-  readonly divergence: number | undefined;
-}
-
-async function judged(search: Search, built: Built): Promise<Judged> {
-  if (!search.judge) return { built, divergence: undefined };
-  const found = await ask(search, search.judge, built);
-  if (typeof found === "number") return { built, divergence: found };
-  const all = [...figuresOf(found, search.ids, "judge").values()];
-  return { built, divergence: all.reduce((a, b) => a + b, 0) / all.length };
+  const tried: Tried = { name: nameOf(way), way, select, bytes, error: error.mean };
+  if (!judge) return { tried, built: async () => built };
+  const found = await ask(search, judge, built);
+  if (goal.kind !== "score") {
+    const divergence = typeof found === "number" ? found : mean([...figuresOf(found, ids, "judge").values()]);
+    return { tried: { ...tried, divergence }, built: async () => built };
+  }
+  const scores = figuresOf(found, ids, "judge");
+  const losses = [...reference!].map(([id, score]) => score - scores.get(id)!);
+  const loss = goal.keep === "mean" ? mean(losses) : Math.max(...losses);
+  const passes = loss <= goal.tolerance;
+  return { tried: { ...tried, scores, loss, passes }, built: () => build(search, way, select!) };
 }
 
 async function ask({ ids, signal }: Search, judge: Judge, { chunks }: Built): Promise<number | PerTask> {
@@ -274,11 +195,32 @@ async function ask({ ids, signal }: Search, judge: Judge, { chunks }: Built): Pr
   }
 }
 
-/** A pack of `n` components on every side, or of `n` private terms of each task where nothing is shared. */
-function buildSized(search: Search, way: Way, n: number): Promise<Built> {
-  return way.privateOnly
-    ? search.build({ ...way, privateTerms: n }, { kind: "k", k: 0 })
-    : search.build(way, { kind: "k", k: n });
+async function referenceOf(search: Search, { reference }: ScoreGoal): Promise<ReadonlyMap<string, number>> {
+  if (reference) return figuresOf(reference, search.ids, "reference");
+  const lossless = await build(search, { dtype: allOf("f32") }, { kind: "energy", share: 1 });
+  return figuresOf(await ask(search, search.judge!, lossless), search.ids, "judge");
+}
+
+/** One way at its best; undefined where it does not reach the goal, which is noted. */
+async function attempt(search: Search, way: Way, smallest: number = Infinity): Promise<Candidate | undefined> {
+  const { goal, note } = search;
+  try {
+    if (goal.kind === "score") return await seekScore(search, way, smallest);
+    const made =
+      goal.kind === "divergence"
+        ? await seekDivergence(search, way, goal.max)
+        : await judged(
+            search,
+            way,
+            await (goal.kind === "error" ? build(search, way, goal) : within(search, way, goal.max)),
+          );
+    note(made.tried);
+    return made;
+  } catch (error) {
+    if (!(error instanceof Unreachable)) throw error;
+    note({ name: nameOf(way), way, reason: error.message, least: error.least });
+    return undefined;
+  }
 }
 
 /**
@@ -288,64 +230,46 @@ function buildSized(search: Search, way: Way, n: number): Promise<Built> {
 function within(search: Search, way: Way, max: number): Promise<Built> {
   const sizeOf = ({ report: { bytes } }: Built): number => bytes;
   if (way.privateOnly)
-    return sharpen((privateShare) => search.build({ ...way, privateShare }, { kind: "k", k: 0 }), sizeOf, max);
-  return grow((n) => buildSized(search, way, n), sizeOf, max, limitOf(search.adapters, way));
+    return sharpen((privateShare) => build(search, { ...way, privateShare }, { kind: "k", k: 0 }), sizeOf, max);
+  return grow((k) => build(search, way, { kind: "k", k }), sizeOf, max, limitOf(search.adapters, way));
 }
 
 /** Behaviour gets better with more of it, but not with every one more: doubled until it is good, then halved. */
-async function seekDivergence(search: Search, way: Way, max: number): Promise<Judged> {
+async function seekDivergence(search: Search, way: Way, max: number): Promise<Candidate> {
   const most = limitOf(search.adapters, way);
-  const build = async (n: number): Promise<Judged> => judged(search, await buildSized(search, way, n));
-  let [low, high, found] = [0, 1, await build(1)];
-  while (found.divergence! > max) {
-    if (high >= most) throw new Unreachable(`a divergence of ${found.divergence!.toPrecision(3)} is the least`);
+  const show = async (k: number): Promise<Candidate> => judged(search, way, await build(search, way, { kind: "k", k }));
+  let [low, high, found] = [0, 1, await show(1)];
+  while (found.tried.divergence! > max) {
+    if (high >= most) throw new Unreachable(`a divergence of ${found.tried.divergence!.toPrecision(3)} is the least`);
     [low, high] = [high, Math.min(2 * high, most)];
-    found = await build(high);
+    found = await show(high);
   }
   while (high - low > Math.max(1, high >> 4)) {
     const middle = (low + high) >> 1;
-    const next = await build(middle);
-    if (next.divergence! <= max) [high, found] = [middle, next];
+    const next = await show(middle);
+    if (next.tried.divergence! <= max) [high, found] = [middle, next];
     else low = middle;
   }
   return found;
 }
 
-/** The smallest pack of a way that passes together with the next larger one, and is smaller than `most` bytes. */
-async function seekScore(
-  search: Search,
-  { tolerance, keep = "every" }: ScoreGoal,
-  way: Way,
-  reference: ReadonlyMap<string, number>,
-  most: number,
-): Promise<Candidate | undefined> {
-  const { ids, judge, note } = search;
+/** The smallest pack of a way that passes together with the next larger one, and is smaller than `smallest` bytes. */
+async function seekScore(search: Search, way: Way, smallest: number): Promise<Candidate | undefined> {
   const ladder = search.ladder ?? ladderOf(limitOf(search.adapters, way));
-  const build = (rung: number): Promise<Built> => {
-    const select = ladder[rung]!;
-    return select.kind === "k" ? buildSized(search, way, select.k) : search.build(way, select);
-  };
-  const asked = new Map<number, Tried>();
+  const asked = new Map<number, Candidate>();
   const passes = async (rung: number): Promise<boolean> => {
-    const known = asked.get(rung);
-    if (known) return known.passes!;
-    const built = await build(rung);
-    const { bytes, error } = built.report;
-    const scores = figuresOf(await ask(search, judge!, built), ids, "judge");
-    const loss = lossOf(scores, reference, keep);
     const select = ladder[rung]!;
-    const tried = { name: nameOf(way), way, select, bytes, error: error.mean, scores, loss, passes: loss <= tolerance };
-    asked.set(rung, tried);
-    note(tried);
-    return tried.passes;
+    const known = asked.get(rung) ?? (await judged(search, way, await build(search, way, select), select));
+    if (!asked.has(rung)) search.note(known.tried);
+    asked.set(rung, known);
+    return known.tried.passes!;
   };
   // Packs are made to know their size, which costs little beside asking them.
-  const smaller =
-    most === Infinity
-      ? ladder.length
-      : await partition(ladder.length, async (rung) => (await build(rung)).report.bytes >= most);
+  const large = async (rung: number): Promise<boolean> =>
+    (await build(search, way, ladder[rung]!)).report.bytes >= smallest;
+  const smaller = smallest === Infinity ? ladder.length : await partition(ladder.length, large);
   const found = await lowestPassing(ladder.length, smaller, passes);
-  return found === undefined ? undefined : { tried: asked.get(found)!, built: () => build(found) };
+  return found === undefined ? undefined : asked.get(found);
 }
 
 /** 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, … and the most that there can be. */
@@ -355,55 +279,6 @@ function ladderOf(most: number): ComponentSelection[] {
   return [...steps, most].map((k) => ({ kind: "k", k }));
 }
 
-async function referenceOf(search: Search, { reference }: ScoreGoal): Promise<Map<string, number>> {
-  if (reference) return figuresOf(reference, search.ids, "reference");
-  const lossless = await search.build({ dtype: allOf("f32") }, { kind: "energy", share: 1 });
-  return figuresOf(await ask(search, search.judge!, lossless), search.ids, "judge");
-}
-
-function lossOf(scores: ReadonlyMap<string, number>, reference: ReadonlyMap<string, number>, keep: string): number {
-  const losses = [...reference].map(([id, score]) => score - scores.get(id)!);
-  return keep === "every" ? Math.max(...losses) : losses.reduce((a, b) => a + b, 0) / losses.length;
-}
-
-/** @throws TypeError when a task is left out, or has no finite number */
-function figuresOf(given: number | PerTask, ids: readonly string[], who: string): Map<string, number> {
-  const figures = given instanceof Map ? given : new Map(Object.entries(given ?? {}));
-  return new Map(
-    ids.map((id) => {
-      const figure: unknown = figures.get(id);
-      if (typeof figure === "number" && Number.isFinite(figure)) return [id, figure];
-      throw new TypeError(
-        `searchPack: ${who} gives ${String(figure)} for task "${id}"; expected a finite number for each of ${ids.length} tasks`,
-      );
-    }),
-  );
-}
-
-function better(one: Tried, other: Tried, { kind }: Goal): boolean {
-  const cost = ({ bytes = Infinity, loss, divergence, error = Infinity }: Tried): [number, number] => {
-    const lost = loss ?? divergence ?? error;
-    return kind === "bytes" ? [lost, bytes] : [bytes, lost];
-  };
-  const [a, b] = [cost(one), cost(other)];
-  return a[0] !== b[0] ? a[0] < b[0] : a[1] < b[1];
-}
-
-function outOfReach(goal: Goal, tried: readonly Tried[]): RangeError {
-  const [first] = tried;
-  if (first?.reason !== undefined && tried.length === 1) return new RangeError(first.reason);
-  const losses = tried.flatMap(({ loss }) => loss ?? []);
-  if (goal.kind === "score" && losses.length > 0) {
-    const whose = goal.keep === "mean" ? "the mean" : "every task";
-    return new RangeError(
-      `searchPack: no pack keeps the score of ${whose} within ${goal.tolerance} with the next larger one; the least loss of ` +
-        `${losses.length} packs is ${Math.min(...losses).toPrecision(3)}: allow more, ask more rows, or give ways that lose less`,
-    );
-  }
-  const least = tried
-    .flatMap(({ name, least }) => (least ? [{ name, least }] : []))
-    .sort((a, b) => a.least - b.least)[0];
-  const closest = least ? `The least is ${least.least} bytes (${least.name})` : `${first?.name}: ${first?.reason}`;
-  const asked = goal.kind === "score" ? goal.tolerance : goal.max;
-  return new RangeError(`${goal.kind} ${asked}: out of reach of every way of packing. ${closest}`);
+function mean(figures: readonly number[]): number {
+  return figures.reduce((a, b) => a + b, 0) / figures.length;
 }

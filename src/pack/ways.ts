@@ -49,14 +49,16 @@ const HEADS = { int3: "int4", int4: "int4", int8: "int8", f16: "f16" } as const;
  * Which ways are worth trying: of each shape the number formats, fewest bits first.
  * @param fixed number formats that are not to be varied
  * @param moments adds a calibrated way
- * @param error whether all tasks must keep to an error
  */
 export function waysFor(
   adapters: readonly Adapter[],
   fixed: Partial<Dtypes>,
   moments: Way["moments"],
-  error: boolean,
+  goal: "bytes" | "error" | "divergence" | "score",
 ): Way[][] {
+  if (goal === "score")
+    return (["int4", "int8", "f16"] as const).map((dtype) => [{ dtype: { ...allOf(dtype), ...fixed } }]);
+  const error = goal === "error";
   const whole = Math.max(...adapters.flatMap(({ modules }) => [...modules.values()].map(({ rank }) => rank)));
   const half = Math.ceil(whole / 2);
   const shape = (name: string, way: Way): Way[] => {

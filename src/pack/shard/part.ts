@@ -134,6 +134,17 @@ export async function openPart(input: SourceInput, kind?: PartKind): Promise<Par
   }
 }
 
+/** Opens a part of one kind and reads its description; it is closed where that fails. */
+export async function readPart<T>(input: SourceInput, kind: PartKind, read: (part: Part) => T): Promise<T> {
+  const part = await openPart(input, kind);
+  try {
+    return read(part);
+  } catch (error) {
+    await part.close();
+    throw error;
+  }
+}
+
 /** JSON as a `Value`, whose maps have only the keys of the text. */
 function describe(text: string, file: string): Value {
   try {

@@ -9,7 +9,7 @@ import { isTaskId, LAYOUTS } from "../../format/format.ts";
 import type { Value } from "../../format/messagepack.ts";
 import type { SourceInput } from "../../source.ts";
 import type { SafetensorsEntry } from "../../tensor/safetensors-writer.ts";
-import { oneOf, openPart, type Part, toBytes, toF64, writePart } from "./part.ts";
+import { oneOf, type Part, readPart, toBytes, toF64, writePart } from "./part.ts";
 import type { CountedAdapter, Statistics, StatisticsModule } from "./statistics.ts";
 
 /** Statistics that hold a file open. */
@@ -79,14 +79,8 @@ function tensorsOf({ name, rows, ...module }: StatisticsModule, side: "A" | "B")
  * Opens a part with statistics.
  * @throws FormatError as `openPart`, and for a description that its tensors do not fit
  */
-export async function openStatistics(input: SourceInput): Promise<StatisticsPart> {
-  const part = await openPart(input, "statistics");
-  try {
-    return readStatistics(part);
-  } catch (error) {
-    await part.close();
-    throw error;
-  }
+export function openStatistics(input: SourceInput): Promise<StatisticsPart> {
+  return readPart(input, "statistics", readStatistics);
 }
 
 function readStatistics(part: Part): StatisticsPart {

@@ -9,7 +9,7 @@ import { AdapterError, TaskError } from "../../errors.ts";
 import { balance, leadingRows, pairOf } from "../../extract/gauge.ts";
 import { checkRank, type Gauge } from "../../extract/options.ts";
 import { reciprocal } from "../../extract/side.ts";
-import { type Summary, SummaryBuilder, summaryKind } from "../../extract/summary.ts";
+import { collectSummary, type Summary, summaryKind } from "../../extract/summary.ts";
 import { fastProducts } from "../../extract/wasm-products.ts";
 import type { BuildOptions } from "../build.ts";
 
@@ -64,7 +64,7 @@ export async function adapterStatistics(
   const summarise = async ({ shape, owners }: SharedModule<Adapter>): Promise<Record<"A" | "B", Summary>> => {
     const { name, out, in: inputs } = shape;
     const rows = owners.reduce((sum, owner) => sum + rowsOf(owner, name), 0);
-    const sides = { A: new SummaryBuilder(rows, inputs, products), B: new SummaryBuilder(rows, out, products) };
+    const sides = { A: collectSummary(rows, inputs, products), B: collectSummary(rows, out, products) };
     for (const owner of owners) {
       const given = pairOf(await owner.modules.get(name)!.read());
       const pair = gauge === "balanced" ? leadingRows(balance(given, out, inputs), most) : given;
@@ -141,7 +141,7 @@ export async function mergeStatistics(
     async side(name, side) {
       const { rows, out, in: inputs } = modules.get(name)!;
       const width = side === "A" ? inputs : out;
-      const builder = new SummaryBuilder(rows, width, products);
+      const builder = collectSummary(rows, width, products);
       const add = ({ factor, rank }: Stacked): void => builder.add(factor, rank, normalize ? reciprocal(factor) : 1);
       const kind = summaryKind(rows, width);
       const stacks = new Map<Statistics, Stacked[]>();

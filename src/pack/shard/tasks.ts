@@ -15,7 +15,7 @@ import { freshPack, placeOf, tasksOf } from "../fresh.ts";
 import type { Pack } from "../pack.ts";
 import { projectAdapters } from "../project.ts";
 import { completeDtypes, type Dtypes, sizes, type TaskLoss, type TasksReport } from "../report.ts";
-import { oneOf, openPart, type Part, writePart } from "./part.ts";
+import { oneOf, readPart, writePart } from "./part.ts";
 
 /** Number formats of tasks. */
 export type TaskDtypes = Omit<Dtypes, "basis">;
@@ -144,7 +144,11 @@ async function checkTask(basis: Pack, part: TaskPart, id: string): Promise<{ pla
 }
 
 /** A part with tasks, open. */
-export interface TaskPart extends Pick<Part, "file" | "made" | "close"> {
+export interface TaskPart {
+  /** Path, for messages. */
+  readonly file: string;
+  /** As given to `projectTasks`. */
+  readonly made: string;
   /** Hexadecimal id of the basis. */
   readonly basisId: string;
   readonly dtype: TaskDtypes;
@@ -152,22 +156,20 @@ export interface TaskPart extends Pick<Part, "file" | "made" | "close"> {
   readonly tasks: readonly TaskLoss[];
   /** The task file of a task. @throws FormatError when it is damaged */
   read(id: string): Promise<Uint8Array>;
+  close(): Promise<void>;
 }
 
 /** Opens a part with tasks. @throws FormatError as `openPart`, and for a description that its tensors do not fit */
-export async function openTasks(input: SourceInput): Promise<TaskPart> {
-  const part = await openPart(input, "tasks");
-  try {
+export function openTasks(input: SourceInput): Promise<TaskPart> {
+  return readPart(input, "tasks", (part) => {
     const { file, made, tensors } = part;
     const about: Value = part.about;
-    const tasks = about
-      .get("tasks")
-      .array(1_048_576)
-      .map((value: Value) => {
-        const id = value.get("id").string(255);
-        value.check(tensors.has(nameOf(id)), () => `the task "${id}" is missing`);
-        return { id, mean: value.get("mean").number(0, Infinity), max: value.get("max").number(0, Infinity) };
-      });
+    const listed: readonly Value[] = about.get("tasks").array(1_048_576);
+    const tasks = listed.map((value: Value) => {
+      const id = value.get("id").string(255);
+      value.check(tensors.has(nameOf(id)), () => `the task "${id}" is missing`);
+      return { id, mean: value.get("mean").number(0, Infinity), max: value.get("max").number(0, Infinity) };
+    });
     about.check(
       tasks.length > 0 && tasks.length === tensors.size - 1,
       () => `${tasks.length} tasks are listed, but there are ${tensors.size - 1}`,
@@ -177,16 +179,10 @@ export async function openTasks(input: SourceInput): Promise<TaskPart> {
       file,
       made,
       basisId: about.get("basisId").string(64),
-      dtype: {
-        coefficients: oneOf(types.get("coefficients"), DTYPES),
-        head: oneOf(types.get("head"), DTYPES),
-      },
+      dtype: { coefficients: oneOf(types.get("coefficients"), DTYPES), head: oneOf(types.get("head"), DTYPES) },
       tasks,
       read: (id) => part.read(nameOf(id)),
-      close: () => part.close(),
+      close: part.close,
     };
-  } catch (error) {
-    await part.close();
-    throw error;
-  }
+  });
 }
