@@ -9,7 +9,8 @@
 import { mkdtemp, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { extractModule, readAdapters } from "eigenlora/build";
+import { extractModule } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
 import { centred, columnMeans, principalComponents } from "../dist/src/extract/components.js";
 import { createWasmProducts } from "../dist/src/extract/wasm-products.js";
 import { data, option, print, startPython, startPythonFreely } from "./report.js";
@@ -60,7 +61,7 @@ async function casesOf(adapters, counts) {
     const members = [];
     for (const { id, modules } of adapters) {
       const module = modules.get(name);
-      if (module) members.push({ id, rank: module.rank, ...(await module.read()) });
+      if (module) members.push({ id, ...(await module.read()) });
     }
     const { out, in: inputs } = /** @type {import("eigenlora/build").AdapterModule} */ (adapters[0].modules.get(name));
     cases.push({ name, modules: counts?.[index] ?? 1, stack: { name, out, in: inputs, members } });
@@ -105,7 +106,9 @@ function components(sides, k) {
   );
   const lost = result.map(
     ({ centre, rows, width, vectors, total }) =>
-      1 - products(centre, vectors, rows, k, width).reduce((sum, value) => sum + value * value, 0) / total,
+      1 -
+      products.multiplyTransposed(centre, vectors, rows, k, width).reduce((sum, value) => sum + value * value, 0) /
+        total,
   );
   return { wall, cpu, lost };
 }

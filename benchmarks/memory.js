@@ -11,7 +11,8 @@ import { mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { createRuntime, openPack } from "eigenlora";
-import { buildPack, findAdapters, layoutFresh, openSafetensors, readAdapters } from "eigenlora/build";
+import { buildPack, freshPack, openSafetensors, placeOf } from "eigenlora/build";
+import { findAdapters, readAdapters } from "eigenlora/node";
 import { drawLines } from "./chart.js";
 import { data, print, python } from "./report.js";
 
@@ -79,7 +80,6 @@ async function compare() {
     const { chunks } = await buildPack(adapters, { select: { kind: "k", k: 32 } });
     for (const adapter of adapters) await adapter.close();
     const pack = await openPack(new Uint8Array(Buffer.concat(chunks)));
-    const bases = (await pack.bases()).bytes;
     const ids = [...pack.tasks.keys()];
     /** @type {import("./report.js").Row[]} */
     const rows = [];
@@ -92,9 +92,8 @@ async function compare() {
         const id = ids[i % ids.length];
         tasks.push({ entry: { id: `${id} ${i}`, adapterBytes: 0, metadata: {} }, blob: (await pack.load(id)).bytes });
       }
-      const { basisId } = pack;
       const file = join(scratch, `${n}.eigen`);
-      await writeFile(file, layoutFresh({ description: pack.directory.basisBytes, bases, basisId, tasks }));
+      await writeFile(file, (await freshPack(pack, tasks.map(placeOf))).chunks);
       /** @type {import("./report.js").Row} */
       const row = { name: `${n} adapters` };
       for (const way of ["all adapters", "one adapter", "pack, all tasks", "pack, active task"]) {

@@ -8,7 +8,8 @@ import { mkdtemp, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
-import { buildPack, findAdapters, readAdapters } from "eigenlora/build";
+import { buildPack } from "eigenlora/build";
+import { findAdapters, readAdapters } from "eigenlora/node";
 import { data, median, min, print, python } from "./report.js";
 
 const SUITE = data("adapters/own-seed");

@@ -4,7 +4,8 @@
  */
 /// <reference types="@webgpu/types" />
 import { createRuntime, openPack } from "eigenlora";
-import { buildPack, readAdapters, writeSafetensors } from "eigenlora/build";
+import { buildPack, writeSafetensors } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
 import { openOnnxHost } from "eigenlora/onnx";
 import { decodeTensor } from "../dist/src/tensor/dtypes.js";
 import { data, median, min, uniform } from "./report.js";
@@ -140,7 +141,11 @@ function makeAdapter(id, shapes, seed) {
     in: inputs,
     rank: RANK,
     layout: /** @type {const} */ ("out-in"),
-    read: async () => ({ A: uniform(RANK * inputs, seed + 2 * i), Bt: uniform(RANK * out, seed + 2 * i + 1) }),
+    read: async () => ({
+      rank: RANK,
+      A: uniform(RANK * inputs, seed + 2 * i),
+      Bt: uniform(RANK * out, seed + 2 * i + 1),
+    }),
   }));
   const bytes = modules.reduce((sum, module) => sum + 4 * RANK * (module.in + module.out), 0);
   const rest = { saved: [], metadata: {}, warnings: [], baseModel: undefined, close: async () => undefined };

@@ -5,7 +5,8 @@
  * Resident tasks only: nothing is read while the clock runs. With `--live` in a model that runs: see `live.js`.
  */
 import { createRuntime, openPack } from "eigenlora";
-import { buildPack, readAdapters } from "eigenlora/build";
+import { buildPack } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
 import { openOnnxHost } from "eigenlora/onnx";
 import { data, median, min, print, python } from "./report.js";
 

@@ -43,7 +43,7 @@ export function syntheticAdapters({ rank, adapters, modules, shared, noise }) {
             if (at !== index)
               [at, A, B] = [index, uniform(shared * shape.in, 2 * index), uniform(shared * shape.out, 2 * index + 1)];
             const seed = 100_000 * (task + 1) + 2 * index;
-            return { A: factor(A, shared, rank, noise, seed), Bt: factor(B, shared, rank, noise, seed + 1) };
+            return { rank, A: factor(A, shared, rank, noise, seed), Bt: factor(B, shared, rank, noise, seed + 1) };
           },
         },
       ]),

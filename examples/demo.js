@@ -7,7 +7,8 @@
  */
 import { stat } from "node:fs/promises";
 import { openPack } from "eigenlora";
-import { buildPack, readAdapters } from "eigenlora/build";
+import { buildPack } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
 import { openOnnxHost } from "eigenlora/onnx";
 import { createEigenSession } from "eigenlora/onnxruntime";
 import * as ort from "onnxruntime-web";

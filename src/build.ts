@@ -1,60 +1,70 @@
 /**
- * `eigenlora/build`: from adapters to packs and back. Not for run-time bundles.
+ * `eigenlora/build`: from adapters to packs and back, in any JavaScript runtime. Not for run-time bundles. Adapters in folders are
+ * read by `eigenlora/node`.
  */
-export type { Adapter, AdapterModule, Factors, SavedTensor } from "./adapters/adapter.ts";
+export type { Adapter, AdapterModule, ModuleShape, SavedTensor } from "./adapters/adapter.ts";
 export { type Exportable, peftFiles } from "./adapters/export.ts";
-export { type AdapterLocation, findAdapters, readAdapters } from "./adapters/folder.ts";
-export { readPeft } from "./adapters/peft.ts";
+export { type PeftFiles, readPeft } from "./adapters/peft.ts";
+export { type OpenSafetensors, openSafetensors } from "./adapters/safetensors.ts";
 export { partByGain, readScores, type Score, type Scores } from "./adapters/scores.ts";
+export { extractModule, type ModuleExtraction, type ModuleStack } from "./extract/extract.ts";
+export type { Products, Tridiagonal } from "./extract/linalg.ts";
 export type {
   BasisMode,
+  Centering,
   ComponentSelection,
   ExtractOptions,
   Gauge,
-  ModuleExtraction,
-  ModuleMember,
-  ModuleStack,
-} from "./extract/extract.ts";
-export { extractModule, measureModule, openModule, projectModule } from "./extract/extract.ts";
+  ProjectOptions,
+} from "./extract/options.ts";
+export {
+  type ModuleLoss,
+  type ModuleMember,
+  type ModuleSpace,
+  measureModule,
+  openModule,
+  type ProjectedTask,
+  projectModule,
+  type TaskCoefficients,
+} from "./extract/project.ts";
+export type { SideBasis } from "./extract/side.ts";
+export type { StoredBasis, Subspace } from "./extract/subspace.ts";
+export type { Summary } from "./extract/summary.ts";
 export { encodeTaskFile } from "./format/encode.ts";
-export { type Append, layoutAppend, layoutFresh, type TaskToWrite } from "./format/layout.ts";
+export type { ParameterRole, TaskEntry } from "./format/format.ts";
+export type { Append, TaskPlace, TaskToWrite } from "./format/layout.ts";
+export { type BuildOptions, type Built, buildPack } from "./pack/build.ts";
+export { taskAdapter } from "./pack/expand.ts";
+export { freshPack, placeOf, planAppend, tasksOf } from "./pack/fresh.ts";
+export type { Goal, Judge, PerTask, ScoreGoal, Tried } from "./pack/goal.ts";
+export { type ProjectedAdapter, projectAdapters } from "./pack/project.ts";
 export {
-  type AutoOptions,
-  type AutoReport,
-  type Built,
-  buildAuto,
-  type Criterion,
-  type Judge,
-  packWithin,
-  type Tried,
-} from "./pack/auto.ts";
-export {
-  type BuildOptions,
   type BuildReport,
   breakEven,
-  buildPack,
-  type Dtypes,
-  type ProjectedAdapter,
-  projectAdapters,
-} from "./pack/build.ts";
-export { expandTerm, taskAdapter } from "./pack/expand.ts";
-export { type Evaluation, type Family, type Selected, type SelectOptions, selectComponents } from "./pack/select.ts";
+  type PackReport,
+  type TaskLoss,
+  type TasksReport,
+} from "./pack/report.ts";
+export { type SearchOptions, type SearchReport, searchPack } from "./pack/search.ts";
 export { type BasisOptions, type BasisReport, buildBasis } from "./pack/shard/basis.ts";
 export {
   adapterStatistics,
+  type CountedAdapter,
   mergeStatistics,
-  openStatistics,
   type Statistics,
-  type StatisticsPart,
-  writeStatistics,
+  type StatisticsModule,
 } from "./pack/shard/statistics.ts";
+export { openStatistics, type StatisticsPart, writeStatistics } from "./pack/shard/statistics-part.ts";
 export {
   type AssembledPack,
   assemblePack,
   openTasks,
   projectTasks,
-  type TaskLoss,
+  type TaskDtypes,
   type TaskPart,
 } from "./pack/shard/tasks.ts";
-export { openSafetensors, type SafetensorsFile } from "./tensor/safetensors.ts";
+export type { Way } from "./pack/ways.ts";
+export type { Dtypes } from "./tensor/dtypes.ts";
+export type { SafetensorsFile, SafetensorsTensor } from "./tensor/safetensors.ts";
 export { type SafetensorsEntry, writeSafetensors } from "./tensor/safetensors-writer.ts";
+export type { Term } from "./tensor/term.ts";

@@ -8,10 +8,14 @@ import { createEngine } from "../dist/bindings/ort-engine.js";
 import type { Adapter } from "../dist/src/adapters/adapter.js";
 import { readAdapters } from "../dist/src/adapters/folder.js";
 import { deltaError, relative } from "../dist/src/extract/error.js";
-import { buildAuto, type Criterion, packWithin } from "../dist/src/pack/auto.js";
-import { type BuildOptions, buildPack, completeDtypes, projectAdapters } from "../dist/src/pack/build.js";
+import { type BuildOptions, type Built, buildPack } from "../dist/src/pack/build.js";
 import { taskAdapter } from "../dist/src/pack/expand.js";
+import type { Goal } from "../dist/src/pack/goal.js";
 import { openPack } from "../dist/src/pack/pack.js";
+import { projectAdapters } from "../dist/src/pack/project.js";
+import { completeDtypes } from "../dist/src/pack/report.js";
+import { searchPack } from "../dist/src/pack/search.js";
+import type { Way } from "../dist/src/pack/ways.js";
 import { createJudge, inputMoments } from "../dist/src/train/index.js";
 import { createEncoder, model, readTask } from "../examples/minilm.js";
 import { concat, data, LOSSLESS, packOf } from "./packs.ts";
@@ -53,6 +57,10 @@ async function errorsOf(chunks: readonly Uint8Array[], of: readonly Adapter[]): 
   }
   return { max: Math.max(...found), mean: found.reduce((a, b) => a + b, 0) / found.length };
 }
+
+/** The largest pack of one way that fits. */
+const packWithin = (of: readonly Adapter[], way: Way, max: number): Promise<Built> =>
+  searchPack(of, { goal: { kind: "bytes", max }, ways: [way] });
 
 const F32 = { basis: "f32", coefficients: "f32", head: "f32" } as const;
 const INT4 = { basis: "int4", coefficients: "int4", head: "int8" } as const;
@@ -148,7 +156,8 @@ t.test("an adapter a thousand times larger does not own the components when ever
           name,
           {
             ...module,
-            read: async () => module.read().then(({ A, Bt }) => ({ A, Bt: Bt.map((value) => 1000 * value) })),
+            read: async () =>
+              module.read().then(({ rank, A, Bt }) => ({ rank, A, Bt: Bt.map((value) => 1000 * value) })),
           },
         ];
       }),
@@ -182,7 +191,7 @@ t.test("a budget of bytes is filled, never broken", async (t) => {
 t.test("private terms alone within a budget: those that hold most of their ΔW, of all tasks and modules", async (t) => {
   const options = { gauge: "balanced", dtype: INT4 } as const;
   const { report: even } = await buildPack(adapters, { ...options, privateTerms: 2, select: { kind: "k", k: 0 } });
-  const { report } = await packWithin(adapters, options, even.bytes, 0);
+  const { report } = await packWithin(adapters, { ...options, privateOnly: true }, even.bytes);
   t.ok(
     report.bytes <= even.bytes && report.error.mean < even.error.mean,
     `${report.error.mean} < ${even.error.mean}, two of each`,
@@ -254,7 +263,7 @@ t.test("int8 costs next to no error, a quarter of the bytes, and one more task u
 });
 
 /** What a single way would have given. */
-async function singles(criterion: Criterion): Promise<{ bytes: number; error: number }[]> {
+async function singles(goal: Goal): Promise<{ bytes: number; error: number }[]> {
   const ways: BuildOptions[] = [
     {},
     { gauge: "balanced" },
@@ -265,16 +274,16 @@ async function singles(criterion: Criterion): Promise<{ bytes: number; error: nu
   ];
   const made = [];
   for (const way of ways) {
-    for (const types of [
+    for (const dtype of [
       INT4,
       { basis: "int8", coefficients: "int8", head: "int8" },
       { basis: "f16", coefficients: "f16", head: "f16" },
     ] as const) {
-      const options = { ...way, types };
+      const options = { ...way, dtype };
       const work =
-        criterion.kind === "bytes"
-          ? packWithin(adapters, options, criterion.max, way.privateTerms ? 0 : undefined)
-          : buildPack(adapters, { ...options, select: { kind: "error", max: criterion.max } });
+        goal.kind === "bytes"
+          ? packWithin(adapters, { ...options, privateOnly: way.privateTerms !== undefined }, goal.max)
+          : buildPack(adapters, { ...options, select: goal as { kind: "error"; max: number } });
       const built = await work.catch((error: unknown) => {
         if (error instanceof RangeError) return undefined;
         throw error;
@@ -287,9 +296,9 @@ async function singles(criterion: Criterion): Promise<{ bytes: number; error: nu
 
 t.test("auto is never larger than any single way at the same error, and its report says what was tried", async (t) => {
   for (const max of [0.4]) {
-    const criterion = { kind: "error", max } as const;
-    const { chunks, report } = await buildAuto(adapters, { criterion });
-    const others = await singles(criterion);
+    const goal = { kind: "error", max } as const;
+    const { chunks, report } = await searchPack(adapters, { goal });
+    const others = await singles(goal);
     t.ok(others.length > 8);
     for (const { bytes } of others) t.ok(report.bytes <= bytes, `${report.bytes} ≤ ${bytes}`);
     t.ok((await errorsOf(chunks, adapters)).max <= max);
@@ -300,10 +309,10 @@ t.test("auto is never larger than any single way at the same error, and its repo
 });
 
 t.test("auto loses no more than any single way within the same bytes", async (t) => {
-  const criterion = { kind: "bytes", max: 40_000 } as const;
-  const { report } = await buildAuto(adapters, { criterion });
+  const goal = { kind: "bytes", max: 40_000 } as const;
+  const { report } = await searchPack(adapters, { goal });
   t.ok(report.bytes <= 40_000);
-  for (const { error } of await singles(criterion))
+  for (const { error } of await singles(goal))
     t.ok(report.error.mean <= error + 1e-12, `${report.error.mean} ≤ ${error}`);
 });
 
@@ -324,21 +333,21 @@ t.test(
         async (options) => new Blob([concat((await buildPack(some, options)).chunks)]),
       ),
     );
-    const [none, much] = [await judge(lossless!), await judge(coarse!)];
+    const [none, much] = [await judge(await openPack(lossless!)), await judge(await openPack(coarse!))];
     t.ok(none < 1e-5 && much > 1e-4, `${none}, ${much}`);
     t.same(
-      [...(await byTask(coarse!)).keys()],
+      [...(await byTask(await openPack(coarse!))).keys()],
       some.map(({ id }) => id),
     );
 
-    const { report } = await buildAuto(some, { criterion: { kind: "bytes", max: 25_000 }, judge, dtype: INT4 });
+    const { report } = await searchPack(some, { goal: { kind: "bytes", max: 25_000 }, judge, dtype: INT4 });
     const found = report.tried.flatMap(({ divergence }) => divergence ?? []);
     t.ok(found.length > 3 && new Set(found).size > 3);
     t.equal(report.divergence, Math.min(...found));
     t.equal(report.judgedBy, "divergence");
 
-    const { report: enough } = await buildAuto(some, {
-      criterion: { kind: "divergence", max: 0.0005 },
+    const { report: enough } = await searchPack(some, {
+      goal: { kind: "divergence", max: 0.0005 },
       judge,
       dtype: INT4,
     });
@@ -348,15 +357,12 @@ t.test(
 );
 
 t.test("what cannot be done is refused, with what can", async (t) => {
-  const criterion = { kind: "bytes", max: 5_000 } as const;
-  await t.rejects(
-    buildAuto(adapters, { criterion }),
-    /out of reach of every way of packing. The least is \d+ bytes \(/,
-  );
-  await t.rejects(buildAuto(adapters, { criterion: { kind: "error", max: 1e-9 } }), /out of reach/);
-  await t.rejects(buildAuto([], { criterion }), /no adapters/);
-  await t.rejects(buildAuto(adapters, { criterion: { kind: "divergence", max: 0.1 } }), /needs a judge/);
-  await t.rejects(buildAuto(adapters, { criterion: { kind: "bytes", max: NaN } }), /above 0/);
+  const goal = { kind: "bytes", max: 5_000 } as const;
+  await t.rejects(searchPack(adapters, { goal }), /out of reach of every way of packing. The least is \d+ bytes \(/);
+  await t.rejects(searchPack(adapters, { goal: { kind: "error", max: 1e-9 } }), /out of reach/);
+  await t.rejects(searchPack([], { goal }), /no adapters/);
+  await t.rejects(searchPack(adapters, { goal: { kind: "divergence", max: 0.1 } }), /needs a judge/);
+  await t.rejects(searchPack(adapters, { goal: { kind: "bytes", max: NaN } }), /above 0/);
   await t.rejects(buildPack(adapters, { rank: 4 }), /gauge balanced/);
   await t.rejects(buildPack(adapters, { rank: 4, gauge: "balanced", mode: "flat" }), /flat mode keeps whole factors/);
   await t.rejects(buildPack(adapters, { rank: 0.5, gauge: "balanced" }), /whole number/);
@@ -366,10 +372,10 @@ t.test("what cannot be done is refused, with what can", async (t) => {
 });
 
 t.test("one adapter, adapters that are alike, and one that changes nothing", async (t) => {
-  const { report: one } = await buildAuto(adapters.slice(0, 1), { criterion: { kind: "error", max: 0.3 } });
+  const { report: one } = await searchPack(adapters.slice(0, 1), { goal: { kind: "error", max: 0.3 } });
   t.ok(one.error.max <= 0.3 && one.tried.every(({ name }) => name.startsWith("private")));
   const twins = ["a", "b", "c"].map((id) => ({ ...adapters[0]!, id }));
-  const { report: alike } = await buildAuto(twins, { criterion: { kind: "error", max: 0.3 } });
+  const { report: alike } = await searchPack(twins, { goal: { kind: "error", max: 0.3 } });
   t.ok(alike.error.max <= 0.3 && alike.bytes < 2 * one.bytes, `${alike.bytes}, ${one.bytes}`);
   const still: Adapter = {
     ...adapters[0]!,
@@ -377,11 +383,11 @@ t.test("one adapter, adapters that are alike, and one that changes nothing", asy
     modules: new Map(
       [...adapters[0]!.modules].map(([name, module]) => [
         name,
-        { ...module, read: async () => module.read().then(({ A, Bt }) => ({ A, Bt: Bt.fill(0) })) },
+        { ...module, read: async () => module.read().then(({ rank, A, Bt }) => ({ rank, A, Bt: Bt.fill(0) })) },
       ]),
     ),
   };
-  const { chunks } = await buildAuto([still, ...adapters.slice(1, 3)], { criterion: { kind: "error", max: 0.3 } });
+  const { chunks } = await searchPack([still, ...adapters.slice(1, 3)], { goal: { kind: "error", max: 0.3 } });
   t.ok((await errorsOf(chunks, adapters.slice(1, 3))).max <= 0.3);
 });
 
@@ -439,7 +445,7 @@ t.test("second moments: those of the inputs, and less lost of the modules' outpu
     buildPack(adapters, { moments: new Map([...moments.keys()].map((name) => [name, new Float64Array(9)])) }),
     /expected \[384, 384\]/,
   );
-  await t.rejects(buildAuto(adapters, { moments, criterion: { kind: "bytes", max: 40_000 } }), /give a judge/);
+  await t.rejects(searchPack(adapters, { moments, goal: { kind: "bytes", max: 40_000 } }), /give a judge/);
 });
 
 /** ΔW [384, 384]. */

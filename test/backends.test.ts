@@ -184,7 +184,7 @@ for (const variant of ["scalar", "simd"] as const) {
             [x, true],
           ] as const) {
             const columns = right === x ? m : n;
-            const g = products(x, right, m, columns, width, lower);
+            const g = lower ? products.gram(x, m, width) : products.multiplyTransposed(x, right, m, columns, width);
             let worst = 0;
             for (let i = 0; i < m; i++) {
               for (let j = 0; j < (lower ? i + 1 : columns); j++) {
@@ -196,15 +196,15 @@ for (const variant of ["scalar", "simd"] as const) {
             if (!(worst <= 1e-12 * Math.max(1, width))) t.fail(`[${m}, ${columns}, ${width}]: ${worst}`);
           }
           const [straight, across] = [
-            products(x, transpose(y, width, n), m, n, width),
-            products(x, y, m, n, width, false, true),
+            products.multiplyTransposed(x, transpose(y, width, n), m, n, width),
+            products.multiply(x, y, m, n, width),
           ];
           if (straight.some((sum, i) => !(Math.abs(sum - across[i]!) <= 1e-12 * Math.max(1, width))))
             t.fail(`[${m}, ${n}, ${width}] across`);
         }
       }
     }
-    t.throws(() => products(new Float64Array(5), new Float64Array(9), 2, 3, 3), RangeError);
+    t.throws(() => products.multiplyTransposed(new Float64Array(5), new Float64Array(9), 2, 3, 3), RangeError);
   });
 
   t.test(
@@ -212,14 +212,14 @@ for (const variant of ["scalar", "simd"] as const) {
     async (t) => {
       const products = await createWasmProducts({ variant });
       const [x, y] = [Float64Array.from(values(9 * 20, generator(1))), Float64Array.from(values(7 * 20, generator(2)))];
-      const expected = products(x, y, 9, 7, 20);
-      const square = products(x, x, 9, 9, 20);
+      const expected = products.multiplyTransposed(x, y, 9, 7, 20);
+      const square = products.multiplyTransposed(x, x, 9, 9, 20);
       for (const held of [[x], [y], [x, y]]) {
         const release = held.map((operand) => products.hold!(operand));
-        t.same(products(x, y, 9, 7, 20), expected);
-        t.same(products(x, x, 9, 9, 20), square);
+        t.same(products.multiplyTransposed(x, y, 9, 7, 20), expected);
+        t.same(products.multiplyTransposed(x, x, 9, 9, 20), square);
         for (const free of [...release, ...release]) free();
-        t.same(products(x, y, 9, 7, 20), expected);
+        t.same(products.multiplyTransposed(x, y, 9, 7, 20), expected);
       }
       // 4 GiB are the limit: a leak of 32 MB a round would end this.
       const large = new Float64Array(4e6);

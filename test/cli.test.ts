@@ -273,7 +273,7 @@ t.test("add takes task files as they are, beside adapters", async (t) => {
     message: /no extension and again.eigentask are both called other; .*--as again.eigentask=NEW/,
   });
   t.match(json(1, "add", "two.eigen", "again.eigentask", "--as", "nobody=x"), {
-    error: { tag: "task", message: /--as nobody=x: no adapter/ },
+    error: { tag: "task", message: /rename nobody to x: no adapter/ },
   });
   const damaged = await readFile(join(folder, "again.eigentask"));
   damaged[damaged.length - 1]! ^= 1;

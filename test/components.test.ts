@@ -12,11 +12,11 @@ import {
   principalComponents,
   ROUNDING,
 } from "../dist/src/extract/components.js";
-import { lq, type Products, rowSquares, timesTransposed, transpose } from "../dist/src/extract/linalg.js";
+import { lq, PLAIN, type Products, rowSquares, transpose } from "../dist/src/extract/linalg.js";
 import { createWasmProducts } from "../dist/src/extract/wasm-products.js";
 
 const ways: [string, Products][] = [
-  ["js", timesTransposed],
+  ["js", PLAIN],
   ["wasm", await createWasmProducts()],
 ];
 const wasm = ways[1]![1];
@@ -47,7 +47,7 @@ function withSingular(values: readonly number[], rows: number, width: number): F
     .slice(0, rank * rows)
     .map((value, i) => value * values[Math.floor(i / rows)]!);
   const right = rotation(width, 2).slice(0, rank * width);
-  return wasm(transpose(left, rank, rows), transpose(right, rank, width), rows, width, rank);
+  return wasm.multiplyTransposed(transpose(left, rank, rows), transpose(right, rank, width), rows, width, rank);
 }
 
 function floorsOf(x: Float64Array, rows: number, width: number): Float64Array {
@@ -56,7 +56,7 @@ function floorsOf(x: Float64Array, rows: number, width: number): Float64Array {
 
 /** Squares of the rows that lie in the span of the components. */
 function captured(x: Float64Array, rows: number, width: number, { vectors, count }: Components): number {
-  return wasm(x, vectors, rows, count, width).reduce((sum, value) => sum + value * value, 0);
+  return wasm.multiplyTransposed(x, vectors, rows, count, width).reduce((sum, value) => sum + value * value, 0);
 }
 
 function largest(x: Float64Array): number {
@@ -91,7 +91,7 @@ function compare(
     if (!(apart <= tolerance * value + (1e-15 * whole.singular[0]! ** 2) / value))
       t.fail(`${name}: singular value ${i} differs by ${apart / value}`);
   }
-  const cross = products(few.vectors, few.vectors, few.count, few.count, width);
+  const cross = products.multiplyTransposed(few.vectors, few.vectors, few.count, few.count, width);
   for (let i = 0; i < few.count; i++) cross[i * few.count + i]! -= 1;
   t.ok(largest(cross) <= 1e-8, `${name}: orthonormal within ${largest(cross)}`);
   const alone = few.singular.length < Math.min(rows, width);

@@ -6,20 +6,13 @@ import { readdirSync, readFileSync } from "node:fs";
 import fc from "fast-check";
 import t from "tap";
 import { deltaError } from "../dist/src/extract/error.js";
-import {
-  type ExtractOptions,
-  extractModule,
-  type ModuleExtraction,
-  type ModuleMember,
-  type ModuleStack,
-  measureModule,
-  openModule,
-  projectModule,
-  type SideBasis,
-} from "../dist/src/extract/extract.js";
+import { extractModule, type ModuleExtraction, type ModuleStack } from "../dist/src/extract/extract.js";
 import { alignSigns, balance, type Pair } from "../dist/src/extract/gauge.js";
-import { dot, timesTransposed } from "../dist/src/extract/linalg.js";
+import { dot, multiply, multiplyTransposed, PLAIN, type Products } from "../dist/src/extract/linalg.js";
 import { mirror, mix, mixColumns } from "../dist/src/extract/mixing.js";
+import type { ExtractOptions } from "../dist/src/extract/options.js";
+import { type ModuleMember, measureModule, openModule, projectModule } from "../dist/src/extract/project.js";
+import type { SideBasis } from "../dist/src/extract/side.js";
 import { type Dtype, decodeTensor, tensorBytes } from "../dist/src/tensor/dtypes.js";
 import { uniform } from "../dist/src/tensor/random.js";
 
@@ -564,10 +557,7 @@ t.test("of few bits rows are turned, which changes no ΔW and loses less of it",
   t.ok(Math.abs(dot(mixed, 0, mixed, 0, 24) - dot(rows, 0, rows, 0, 24)) < 1e-12, "lengths stay");
   // (α·Hᵀ)·(H·V) = α·V
   const [alpha, V] = [rows.slice(0, 3 * 7), Float64Array.from({ length: 7 * 5 }, () => random() - 0.5)];
-  same(
-    timesTransposed(mixColumns(alpha, 3, 7), mix(V, 7, 5), 3, 5, 7, false, true),
-    timesTransposed(alpha, V, 3, 5, 7, false, true),
-  );
+  same(multiply(mixColumns(alpha, 3, 7), mix(V, 7, 5), 3, 5, 7), multiply(alpha, V, 3, 5, 7));
 
   // Ranks 4 and 3, of which 2 are kept: the others stay, and so does each mean.
   const turned = rows.slice();
@@ -642,8 +632,8 @@ t.test("ΔW does not depend on the gauge, nor the balanced pack on the gauge it 
       t.ok(lost <= 1e-6 * length, "balancing keeps ΔW");
       const formed = norm(difference(product(member.A, member.Bt, 8), product(pair.A, pair.Bt, pair.rank)));
       t.ok(formed <= 1e-6 * length, "formed");
-      const rows = timesTransposed(pair.A, pair.A, pair.rank, pair.rank, stack.in);
-      const columns = timesTransposed(pair.Bt, pair.Bt, pair.rank, pair.rank, stack.out);
+      const rows = multiplyTransposed(pair.A, pair.A, pair.rank, pair.rank, stack.in);
+      const columns = multiplyTransposed(pair.Bt, pair.Bt, pair.rank, pair.rank, stack.out);
       t.ok(largest(rows, columns) <= 1e-12 * rows[0]!, "A·Aᵀ = Bᵀ·B");
       t.ok(
         rows.every((value, i) => i % (pair.rank + 1) === 0 || Math.abs(value) <= 1e-12 * rows[0]!),
@@ -868,9 +858,16 @@ t.test("the error of two pairs: tiny differences, other gauges, other ranks", as
 
 t.test("another product gives the same result", async () => {
   let calls = 0;
-  const products: typeof timesTransposed = (...given) => {
-    calls++;
-    return timesTransposed(...given);
+  const counted = <Given extends unknown[]>(work: (...given: Given) => Float64Array) => {
+    return (...given: Given): Float64Array => {
+      calls++;
+      return work(...given);
+    };
+  };
+  const products: Products = {
+    multiply: counted(PLAIN.multiply),
+    multiplyTransposed: counted(PLAIN.multiplyTransposed),
+    gram: counted(PLAIN.gram),
   };
   const stack = makeStack(17, [3, 3], 12, 16);
   for (const select of [

@@ -12,8 +12,8 @@ import {
   forwardSolve,
   gram,
   lq,
+  multiplyTransposed,
   svd,
-  timesTransposed,
   transpose,
 } from "../dist/src/extract/linalg.js";
 
@@ -87,12 +87,12 @@ t.test("products of rows at odd and even sizes", async () => {
   ]) {
     const x = noise(m! * width!, 1);
     const y = noise(n! * width!, 2);
-    t.ok(largest(timesTransposed(x, y, m!, n!, width!), product(x, y, m!, n!, width!)) <= 1e-14);
+    t.ok(largest(multiplyTransposed(x, y, m!, n!, width!), product(x, y, m!, n!, width!)) <= 1e-14);
     const g = gram(x, m!, width!);
     t.ok(largest(g, product(x, x, m!, m!, width!)) <= 1e-14);
     t.same(g, transpose(g, m!, m!), "symmetric to the bit");
   }
-  t.same(timesTransposed(noise(0, 1), noise(8, 1), 0, 2, 4), new Float64Array(0));
+  t.same(multiplyTransposed(noise(0, 1), noise(8, 1), 0, 2, 4), new Float64Array(0));
 });
 
 t.test("eigenvalues known in closed form", async () => {

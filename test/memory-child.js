@@ -38,7 +38,7 @@ function adapter(id) {
         in: SIZE,
         rank: 8,
         layout: /** @type {const} */ ("out-in"),
-        read: async () => ({ A: values(8 * SIZE), Bt: values(8 * SIZE) }),
+        read: async () => ({ rank: 8, A: values(8 * SIZE), Bt: values(8 * SIZE) }),
       },
     ]),
   );

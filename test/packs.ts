@@ -4,8 +4,9 @@ import { fileURLToPath } from "node:url";
 import { readAdapters } from "../dist/src/adapters/folder.js";
 import { openHost } from "../dist/src/base/host.js";
 import type { TensorRef } from "../dist/src/format/format.js";
-import { type BuildOptions, type BuildReport, buildPack } from "../dist/src/pack/build.js";
+import { type BuildOptions, buildPack } from "../dist/src/pack/build.js";
 import type { Pack } from "../dist/src/pack/pack.js";
+import type { BuildReport } from "../dist/src/pack/report.js";
 import { decodeTensor } from "../dist/src/tensor/dtypes.js";
 import { type Golden, relativeDifference } from "./compare.ts";
 

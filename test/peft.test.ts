@@ -730,10 +730,10 @@ t.test("folders: what is refused", async (t) => {
 
   const task = (message: RegExp, fields: object = {}): Expected => ({ tag: "task", message, ...fields });
   const [x, y] = [at("x/same"), at("y/same")];
-  const both = new RegExp(`${x} and ${y} are both called same; rename one with --as ${y}=NEW`);
+  const both = new RegExp(`${x} and ${y} are both called same; give one a new id with rename`);
   await fails(["x", "y"], task(both, { task: "same" }));
-  await fails(["x", "y"], task(/--as same=other: means several; use a path/), [["same", "other"]]);
-  await fails(["x"], task(/--as sane=other: no adapter has this id/, { nearest: ["same"] }), [["sane", "other"]]);
+  await fails(["x", "y"], task(/rename same to other: means several; use a path/), [["same", "other"]]);
+  await fails(["x"], task(/rename sane to other: no adapter has this id/, { nearest: ["same"] }), [["sane", "other"]]);
   await fails(["x"], task(/cannot be a task's id/), [["same", ""]]);
   await fails(["x"], task(/cannot be a task's id/), [["same", "é".repeat(128)]]);
   await fails(["ctrl"], task(/"a\\u0007b" cannot be a task's id/));
@@ -807,6 +807,7 @@ function made(modules: Partial<AdapterModule>[], saved: Partial<SavedTensor>[] =
     const module = { name: "m", out: 4, in: 6, rank: 2, layout: "out-in" as const, ...given };
     const { rank } = module;
     const read = async () => ({
+      rank,
       A: new Float32Array(rank * module.in).fill(1),
       Bt: new Float32Array(rank * module.out).fill(2),
     });
@@ -876,7 +877,12 @@ t.test("export: what PEFT has one switch for", async (t) => {
   const refused = async (adapter: Exportable, message: RegExp): Promise<void> => {
     await t.rejects(peftFiles(adapter), { tag: "adapter", file: "made", message });
   };
-  const dora = async () => ({ A: new Float32Array(12), Bt: new Float32Array(8), magnitude: new Float32Array(4) });
+  const dora = async () => ({
+    rank: 2,
+    A: new Float32Array(12),
+    Bt: new Float32Array(8),
+    magnitude: new Float32Array(4),
+  });
   const delta = { name: "m.bias", role: "bias-delta" as const, shape: [4] };
   const mixed = made([{ name: "a" }, { name: "b", layout: "in-out" }]);
   await refused(mixed, /fan_in_fan_out is one switch.*b is \[in, out\] and a/);

@@ -10,16 +10,10 @@ import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import fc from "fast-check";
 import t from "tap";
-import {
-  buildPack,
-  partByGain,
-  readAdapters,
-  readScores,
-  type SelectOptions,
-  selectComponents,
-} from "../dist/src/build.js";
-import { openPack } from "../dist/src/pack/pack.js";
-import { lowestPassing } from "../dist/src/pack/select.js";
+import { buildPack, type Judge, partByGain, readScores, type SearchOptions, searchPack } from "../dist/src/build.js";
+import { readAdapters } from "../dist/src/node.js";
+import { lowestPassing } from "../dist/src/pack/bisect.js";
+import { openPack, type Pack } from "../dist/src/pack/pack.js";
 import {
   agreement,
   createEncoder,
@@ -92,26 +86,25 @@ t.test(
       all.findIndex((scores) => [...scores.values()].every((value) => 1 - value <= tolerance));
     for (const tolerance of [0.05, 0.3, 0.6]) {
       const seen: number[] = [];
-      const options: SelectOptions = {
-        adapters,
-        tolerance,
+      const options: SearchOptions = {
+        goal: { kind: "score", tolerance, reference: evenly(1) },
         ladder,
-        families: [{}],
-        reference: evenly(1),
-        validate: async (pack, asked) => {
+        ways: [{}],
+        judge: async (pack, asked) => {
           t.same(asked, ids);
           return all[ladder.findIndex(({ k }) => k >= Math.max(...pack.modules.map(({ A }) => A!.K)))]!;
         },
-        onEvaluation: ({ select }) => seen.push((select as { k: number }).k),
+        onTry: ({ select }) => seen.push((select as { k: number }).k),
       };
-      const { select, chunks, report, bytes, loss, passes, evaluations } = await selectComponents(options);
+      const { chunks, report } = await searchPack(adapters, options);
+      const { select, bytes, loss, passes, tried } = report;
       t.same(select, ladder[within(tolerance)], `tolerance ${tolerance}`);
-      t.ok(passes && loss <= tolerance);
+      t.ok(passes && loss! <= tolerance);
       t.equal(concat(chunks).length, bytes);
-      t.equal(report.bytes, bytes);
+      t.equal(tried.find((one) => one.select === select)!.bytes, bytes);
       t.same(
         seen,
-        evaluations.map(({ select }) => (select as { k: number }).k),
+        tried.map(({ select }) => (select as { k: number }).k),
       );
       t.equal(new Set(seen).size, seen.length, "no pack is asked twice");
       t.ok(seen.length <= 6, `${seen.length} of ${ladder.length} packs asked`);
@@ -122,74 +115,95 @@ t.test(
 
 t.test("a lucky score alone decides nothing", async (t) => {
   const lucky = 4;
-  const { select } = await selectComponents({
-    adapters,
-    tolerance: 0.1,
+  const { report } = await searchPack(adapters, {
+    goal: { kind: "score", tolerance: 0.1, reference: evenly(1) },
     ladder: [1, 2, 4, 6, 8, 16, 32].map((k) => ({ kind: "k", k })),
-    families: [{}],
-    reference: evenly(1),
-    validate: async (pack) => evenly(pack.modules[0]!.A!.K === lucky || pack.modules[0]!.A!.K >= 16 ? 0.95 : 0.5),
+    ways: [{}],
+    judge: async (pack) => evenly(pack.modules[0]!.A!.K === lucky || pack.modules[0]!.A!.K >= 16 ? 0.95 : 0.5),
   });
-  t.same(select, { kind: "k", k: 16 });
+  t.same(report.select, { kind: "k", k: 16 });
 });
 
-t.test("of several families the smallest pack; of one that cannot win the largest alone is asked", async (t) => {
+t.test("of several ways the smallest pack; of one that cannot win the largest alone is asked", async (t) => {
   const types = (type: "f16" | "int4") => ({ basis: type, coefficients: type, head: "int4" as const });
-  const validate: SelectOptions["validate"] = async (pack) => evenly(pack.modules[0]!.A!.K >= 8 ? 1 : 0);
-  const families = [{ dtype: types("int4") }, { dtype: types("f16") }];
-  const options = { adapters, tolerance: 0, validate };
-  const { family, evaluations, reference } = await selectComponents({ ...options, families });
-  t.same(family, families[0]);
-  t.equal(evaluations.filter(({ family }) => family === families[1]).length, 1);
+  const judge: Judge = async (pack) => evenly(pack.modules[0]!.A!.K >= 8 ? 1 : 0);
+  const ways = [{ dtype: types("int4") }, { dtype: types("f16") }];
+  const goal = { kind: "score", tolerance: 0 } as const;
+  const { way, tried, reference, judgedBy } = (await searchPack(adapters, { goal, judge, ways })).report;
+  t.same(way, ways[0]);
+  t.equal(judgedBy, "score");
+  t.equal(tried.filter(({ way }) => way === ways[1]).length, 1);
   t.same(reference, evenly(1), "the reference is asked of a pack of everything");
-  const other = await selectComponents({ ...options, families: [...families].reverse() });
+  const other = (await searchPack(adapters, { goal, judge, ways: [...ways].reverse() })).report;
   t.same(
-    [other.family, other.select, other.bytes],
+    [other.way, other.select, other.bytes],
     [
-      families[0],
+      ways[0],
       { kind: "k", k: 8 },
-      evaluations.find(({ passes, select }) => passes && (select as { k: number }).k === 8)!.bytes,
+      tried.find(({ passes, select }) => passes && (select as { k: number }).k === 8)!.bytes,
     ],
   );
-  const flat = await selectComponents({ ...options, validate: async () => evenly(1), families: [{ mode: "flat" }] });
-  t.same(flat.select, { kind: "k", k: 1 });
-  const mean = await selectComponents({
-    ...options,
-    tolerance: 0.26,
-    keep: "mean",
-    families: [{}],
-    validate: async (pack) =>
-      Object.fromEntries(ids.map((id, i) => [id, i === 0 && pack.modules[0]!.A!.K < 32 ? 0 : 1])),
+  const flat = await searchPack(adapters, { goal, judge: async () => evenly(1), ways: [{ mode: "flat" }] });
+  t.same(flat.report.select, { kind: "k", k: 1 });
+  const mean = await searchPack(adapters, {
+    goal: { ...goal, tolerance: 0.26, keep: "mean" },
+    ways: [{}],
+    judge: async (pack) => Object.fromEntries(ids.map((id, i) => [id, i === 0 && pack.modules[0]!.A!.K < 32 ? 0 : 1])),
   });
-  t.same(mean.select, { kind: "k", k: 1 }, "one task of four may lose all where the mean is kept");
+  t.same(mean.report.select, { kind: "k", k: 1 }, "one task of four may lose all where the mean is kept");
+  const alone = await searchPack(adapters, {
+    goal: { ...goal, reference: evenly(1) },
+    judge: async (pack) => {
+      const found = await Promise.all(ids.map(async (id) => (await pack.load(id)).terms[0]!.privateRank));
+      return evenly(Math.min(...found) >= 3 ? 1 : 0);
+    },
+    ways: [{ gauge: "balanced", privateOnly: true }],
+  });
+  t.same(alone.report.select, { kind: "k", k: 3 }, "private terms, where nothing is shared");
+  t.equal(alone.report.name, "private terms alone, balanced");
 });
 
 t.test("what it refuses", async (t) => {
-  const validate: SelectOptions["validate"] = async () => evenly(0.5);
-  const options = { adapters, tolerance: 0.1, families: [{}], validate };
-  await t.rejects(selectComponents({ ...options, reference: evenly(1) }), {
+  const judge: Judge = async () => evenly(0.5);
+  const goal = { kind: "score", tolerance: 0.1 } as const;
+  const options = { goal, ways: [{}], judge };
+  const compared = { ...goal, reference: evenly(1) };
+  await t.rejects(searchPack(adapters, { ...options, goal: compared }), {
     name: "RangeError",
     message: /no pack keeps the score of every task within 0.1 .* is 0.500/,
   });
-  await t.rejects(selectComponents({ ...options, adapters: [] }), { message: /no adapters/ });
-  await t.rejects(selectComponents({ ...options, tolerance: NaN }), {
+  await t.rejects(searchPack([], options), { message: /no adapters/ });
+  await t.rejects(searchPack(adapters, { ...options, goal: { ...goal, tolerance: NaN } }), {
     message: /tolerance must be 0 or more, got NaN/,
   });
-  await t.rejects(selectComponents({ ...options, ladder: [] }), { message: /must not be empty/ });
-  await t.rejects(selectComponents({ ...options, reference: { "debtags-role": 1 } }), {
+  await t.rejects(searchPack(adapters, { ...options, ladder: [] }), { message: /must not be empty/ });
+  await t.rejects(searchPack(adapters, { ...options, ways: [] }), { message: /must not be empty/ });
+  await t.rejects(searchPack(adapters, { goal }), { message: /needs a judge/ });
+  await t.rejects(searchPack(adapters, { ...options, goal: { ...goal, reference: { "debtags-role": 1 } } }), {
     name: "TypeError",
     message: /reference gives undefined for task "debtags-suite"/,
   });
-  await t.rejects(selectComponents({ ...options, validate: async () => evenly(NaN) }), {
-    name: "TypeError",
-    message: /validate gives NaN for task "debtags-role"/,
-  });
-  await t.rejects(selectComponents({ ...options, validate: async () => Promise.reject(new Error("mine")) }), {
-    message: "mine",
-  });
+  for (const [judge, message] of [
+    [async () => evenly(NaN), /judge gives NaN for task "debtags-role"/],
+    [() => 1, /judge gives undefined for task "debtags-role"/],
+  ] as const)
+    await t.rejects(searchPack(adapters, { ...options, judge }), { name: "TypeError", message });
+  for (const error of [new Error("mine"), new RangeError("mine")])
+    await t.rejects(searchPack(adapters, { ...options, judge: () => Promise.reject(error) }), { message: "mine" });
   const stop = new AbortController();
-  const stopped = selectComponents({ ...options, signal: stop.signal, onEvaluation: () => stop.abort() });
+  const stopped = searchPack(adapters, { ...options, signal: stop.signal, onTry: () => stop.abort() });
   await t.rejects(stopped, { name: "AbortError" });
+});
+
+t.test("a judge may say how much each task diverges, or the mean", async (t) => {
+  const goal = { kind: "divergence", max: 0.3 } as const;
+  const [byTask, mean] = [
+    await searchPack(adapters, { goal, judge: (pack) => evenly(1 / pack.modules[0]!.A!.K), ways: [{}] }),
+    await searchPack(adapters, { goal, judge: (pack) => 1 / pack.modules[0]!.A!.K, ways: [{}] }),
+  ];
+  t.same(concat(byTask.chunks), concat(mean.chunks));
+  t.equal(byTask.report.components.max, 4);
+  t.equal(byTask.report.divergence, 0.25);
 });
 
 t.test("through a live session: the pack keeps the accuracy it was chosen by", async (t) => {
@@ -205,7 +219,7 @@ t.test("through a live session: the pack keeps the accuracy it was chosen by", a
       labels: test.map(([, label]) => label),
     });
   }
-  const validate: SelectOptions["validate"] = async (pack, asked) => {
+  const judge = async (pack: Pack, asked: readonly string[]) => {
     const session = await open(NODE, minilm, pack);
     const scores = new Map<string, number>();
     for (const id of asked) {
@@ -216,21 +230,19 @@ t.test("through a live session: the pack keeps the accuracy it was chosen by", a
     await session.close();
     return scores;
   };
-  const found = await selectComponents({
-    adapters: whole,
-    tolerance: 0.03,
-    keep: "mean",
-    validate,
-    families: [{ gauge: "balanced", dtype: INT4 }],
+  const { chunks, report } = await searchPack(whole, {
+    goal: { kind: "score", tolerance: 0.03, keep: "mean" },
+    judge,
+    ways: [{ gauge: "balanced", dtype: INT4 }],
   });
-  const again = await validate(await openPack(concat(found.chunks)), ids);
-  t.same(again, found.scores);
+  const again = await judge(await openPack(concat(chunks)), ids);
+  t.same(again, report.scores);
   const mean = (scores: ReadonlyMap<string, number>) => [...scores.values()].reduce((a, b) => a + b, 0) / ids.length;
-  t.ok(mean(found.reference) > 0.6, `adapters: ${mean(found.reference)}`);
-  t.ok(mean(found.reference) - mean(found.scores) <= 0.03 + 1e-12);
-  const smaller = found.evaluations.filter(({ passes, bytes }) => passes && bytes < found.bytes);
+  t.ok(mean(report.reference!) > 0.6, `adapters: ${mean(report.reference!)}`);
+  t.ok(mean(report.reference!) - mean(report.scores!) <= 0.03 + 1e-12);
+  const smaller = report.tried.filter(({ passes, bytes }) => passes && bytes! < report.bytes);
   t.same(smaller, [], "no smaller pack that was asked passed");
-  t.ok(found.report.ratio > 4, `${found.report.ratio.toFixed(1)} times fewer bytes`);
+  t.ok(report.ratio > 4, `${report.ratio.toFixed(1)} times fewer bytes`);
 });
 
 t.test("adapters that add little to their heads", async (t) => {

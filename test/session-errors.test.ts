@@ -22,8 +22,9 @@ import {
 } from "../dist/src/onnx/protobuf.js";
 import { readModel } from "../dist/src/onnx/read.js";
 import { embedWeights } from "../dist/src/onnx/write.js";
-import { buildPack, projectAdapters } from "../dist/src/pack/build.js";
+import { buildPack } from "../dist/src/pack/build.js";
 import { openPack, type Pack } from "../dist/src/pack/pack.js";
+import { projectAdapters } from "../dist/src/pack/project.js";
 import { planSession } from "../dist/src/session/plan.js";
 import { encodeTensor } from "../dist/src/tensor/encode.js";
 import { concat, data, LOSSLESS } from "./packs.ts";

@@ -6,7 +6,8 @@
  */
 
 import { openPack } from "eigenlora";
-import { buildPack, readAdapters } from "eigenlora/build";
+import { buildPack } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
 import { openOnnxHost } from "eigenlora/onnx";
 import { createEigenSession } from "eigenlora/onnxruntime";
 import * as ort from "onnxruntime-node";

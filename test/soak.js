@@ -9,7 +9,8 @@ import { createHash } from "node:crypto";
 import { fileURLToPath } from "node:url";
 import { setFlagsFromString } from "node:v8";
 import { createRuntime, openPack } from "eigenlora";
-import { buildPack, readAdapters } from "eigenlora/build";
+import { buildPack } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
 import { openOnnxHost } from "eigenlora/onnx";
 import { countingDevice } from "./counting-device.js";
 

@@ -1,7 +1,8 @@
 /** Figures of the paper, drawn from what was measured and from the adapters themselves. */
 
 import { openPack } from "eigenlora";
-import { buildPack, extractModule, projectAdapters, readAdapters } from "eigenlora/build";
+import { buildPack, extractModule, projectAdapters } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
 import { drawLines } from "../chart.js";
 import { data } from "../report.js";
 import { STEPS } from "./cells.js";
@@ -65,7 +66,7 @@ async function extract(adapters, name) {
   const members = await Promise.all(
     adapters.map(async ({ id, modules }) => {
       const module = /** @type {import("eigenlora/build").AdapterModule} */ (modules.get(name));
-      return { id, rank: module.rank, ...(await module.read()) };
+      return { id, ...(await module.read()) };
     }),
   );
   const options = {

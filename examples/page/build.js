@@ -9,7 +9,8 @@ import { createHash } from "node:crypto";
 import { cp, mkdir, readdir, readFile, rm, stat, writeFile } from "node:fs/promises";
 import { join, resolve } from "node:path";
 import { fileURLToPath } from "node:url";
-import { buildPack, readAdapters } from "eigenlora/build";
+import { buildPack } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
 import { openOnnxHost } from "eigenlora/onnx";
 import { build } from "esbuild";
 

@@ -6,30 +6,25 @@
  * Tensors are read on demand, one module at a time, so that packing many adapters holds one module's stack in memory.
  */
 import type { Layout, ParameterRole, TaskMetadata } from "../format/format.ts";
+import type { Term } from "../tensor/term.ts";
 
-/** One adapted module: ΔW [out, in] = B · A, read lazily. */
-export interface AdapterModule {
+/** An adapted layer of the base model. */
+export interface ModuleShape {
   /** Name as in the adapter, without PEFT's prefix: "bert.encoder.layer.0.attention.self.query". */
   readonly name: string;
   readonly out: number;
   /** For convolutions input channels times kernel size. */
   readonly in: number;
-  readonly rank: number;
   readonly layout: Layout;
   /** Kernel size of a convolution, for instance [3, 3]. */
-  readonly kernel?: readonly number[];
-  /** Reads and checks the factors. @throws AdapterError naming file and tensor for NaN or infinity */
-  read(): Promise<Factors>;
+  readonly kernel?: readonly number[] | undefined;
 }
 
-/** The factors of one module of one adapter, scale in B. */
-export interface Factors {
-  /** [rank, in], row-major. */
-  A: Float32Array;
-  /** B transposed: [rank, out], row-major, multiplied by the adapter's scale. */
-  Bt: Float32Array;
-  /** DoRA's magnitude [out]. */
-  magnitude?: Float32Array;
+/** One adapted module: ΔW [out, in] = B · A, read lazily. */
+export interface AdapterModule extends ModuleShape {
+  readonly rank: number;
+  /** Reads and checks the term, of this rank; the adapter's scale is in B. @throws AdapterError naming file and tensor for NaN or infinity */
+  read(): Promise<Term>;
 }
 
 /**
@@ -42,7 +37,7 @@ export interface SavedTensor {
   readonly role: ParameterRole;
   /** For `rows` [indices.length, dimension]. */
   readonly shape: readonly number[];
-  readonly indices?: readonly number[];
+  readonly indices?: readonly number[] | undefined;
   /** Reads and checks the values, as f32. @throws AdapterError for NaN or infinity */
   read(): Promise<Float32Array>;
 }

@@ -14,6 +14,9 @@ export type Exportable = Pick<Adapter, "id" | "baseModel" | "modules" | "saved" 
 
 const PREFIX = "base_model.model.";
 
+/** Takes one tensor, by its name in the base model. */
+type Add = (name: string, shape: readonly number[], values: Float32Array) => void;
+
 /**
  * Contents of adapter_config.json and of adapter_model.safetensors (f32), for `writeSafetensors` with the metadata
  * `format: "pt"` that PyTorch's tools expect. Holds one adapter in memory.
@@ -21,68 +24,83 @@ const PREFIX = "base_model.model.";
  * of weights, cannot say what this adapter holds; and whatever the adapter's `read` throws
  */
 export async function peftFiles(adapter: Exportable): Promise<{ config: object; tensors: SafetensorsEntry[] }> {
-  const modules = [...adapter.modules.values()];
-  const refuse = (field: string, message: string): AdapterError =>
-    new AdapterError(`${message}; fold it into its base instead`, { file: adapter.id, field });
   const tensors: SafetensorsEntry[] = [];
-  const add = (name: string, shape: readonly number[], values: Float32Array): void => {
+  const add: Add = (name, shape, values) => {
     const bytes = encodeTensor("f32", values, 1, values.length);
     tensors.push({ name: PREFIX + name, dtype: "F32", shape: [...shape], read: () => bytes });
   };
-
   const dora: string[] = [];
-  for (const module of modules) if (await addModule(module, add)) dora.push(module.name);
+  for (const module of adapter.modules.values()) if (await addModule(module, add)) dora.push(module.name);
+  const config = configOf(adapter, dora, await addSaved(adapter, add));
+  return { config, tensors };
+}
 
+function refusal({ id }: Exportable, field: string, message: string): AdapterError {
+  return new AdapterError(`${message}; fold it into its base instead`, { file: id, field });
+}
+
+/** Modules, by what they bring beside their factors. */
+interface SavedModules {
+  readonly heads: Set<string>;
+  readonly biased: string[];
+  readonly deltas: string[];
+  readonly rows: [string, readonly number[]][];
+}
+
+/** Adds the saved tensors. */
+async function addSaved(adapter: Exportable, add: Add): Promise<SavedModules> {
   const taskType = taskTypeOf(adapter);
-  const biased: string[] = [];
-  const deltas: string[] = [];
-  const heads = new Set<string>();
-  const rows: [string, readonly number[]][] = [];
+  const found: SavedModules = { heads: new Set(), biased: [], deltas: [], rows: [] };
   for (const tensor of adapter.saved) {
-    const { name, role, shape } = tensor;
+    const { name, role, shape, indices = [] } = tensor;
     const owner = name.slice(0, Math.max(0, name.lastIndexOf(".")));
     const adapted = adapter.modules.has(owner);
     let key = name;
-    if (role === "saved") heads.add(headModule(owner, taskType));
+    if (role === "saved") found.heads.add(headModule(owner, taskType));
     else if (role === "rows") {
-      rows.push([owner, tensor.indices ?? []]);
+      found.rows.push([owner, indices]);
       key = `${owner}.token_adapter.trainable_tokens_delta`;
     } else if (role === "bias") {
-      biased.push(owner);
+      found.biased.push(owner);
       if (adapted) key = `${owner}.base_layer.bias`;
     } else {
-      if (!adapted) throw refuse(name, `${name}: PEFT has no place for a bias delta of a module that is not adapted`);
-      deltas.push(owner);
+      if (!adapted)
+        throw refusal(adapter, name, `${name}: PEFT has no place for a bias delta of a module that is not adapted`);
+      found.deltas.push(owner);
       key = `${owner}.lora_B.bias`;
     }
     add(key, shape, await tensor.read());
   }
+  return found;
+}
 
+/** Contents of adapter_config.json. @throws AdapterError for a switch that only some modules need */
+function configOf(adapter: Exportable, dora: readonly string[], { heads, biased, deltas, rows }: SavedModules): object {
+  const modules = [...adapter.modules.values()];
   const all = (what: string, some: readonly string[]): boolean => {
-    const those = new Set(some);
-    const without = modules.find(({ name }) => !those.has(name));
-    if (those.size > 0 && without !== undefined) {
-      throw refuse(what, `${what} is one switch for all modules in PEFT, but ${without.name} does not have it`);
+    const without = modules.find(({ name }) => !some.includes(name));
+    if (some.length > 0 && without !== undefined) {
+      const message = `${what} is one switch for all modules in PEFT, but ${without.name} does not have it`;
+      throw refusal(adapter, what, message);
     }
-    return those.size > 0;
+    return some.length > 0;
   };
-  const inOut = modules.filter(({ layout }) => layout === "in-out").map(({ name }) => name);
+  const inOut = modules.find(({ layout }) => layout === "in-out");
   const outIn = modules.find(({ layout }) => layout === "out-in");
-  if (inOut.length > 0 && outIn !== undefined) {
-    const both = `${inOut[0]} is [in, out] and ${outIn.name} [out, in]`;
-    throw refuse("fan_in_fan_out", `fan_in_fan_out is one switch for all modules in PEFT, but ${both}`);
+  if (inOut && outIn) {
+    const both = `${inOut.name} is [in, out] and ${outIn.name} [out, in]`;
+    throw refusal(adapter, "fan_in_fan_out", `fan_in_fan_out is one switch for all modules in PEFT, but ${both}`);
   }
-  const useDora = all("use_dora", dora);
-  const loraBias = all("lora_bias", deltas);
-  if (useDora && loraBias) throw refuse("lora_bias", "PEFT does not combine lora_bias with use_dora");
+  const [useDora, loraBias] = [all("use_dora", dora), all("lora_bias", deltas)];
+  if (useDora && loraBias) throw refusal(adapter, "lora_bias", "PEFT does not combine lora_bias with use_dora");
 
   const rank = commonRank(modules);
   const odd = modules.filter((module) => rankOf(module) !== rank);
   const pattern = Object.fromEntries(odd.map((module) => [exactly(module.name), rankOf(module)]));
   const onlyAdapted = biased.every((owner) => adapter.modules.has(owner));
-  const config = {
+  return {
     peft_type: "LORA",
-    task_type: taskType ?? null,
+    task_type: taskTypeOf(adapter) ?? null,
     base_model_name_or_path: adapter.baseModel ?? null,
     revision: adapter.metadata.revision ?? null,
     inference_mode: true,
@@ -92,7 +110,7 @@ export async function peftFiles(adapter: Exportable): Promise<{ config: object; 
     rank_pattern: pattern,
     alpha_pattern: pattern,
     target_modules: modules.map(({ name }) => name),
-    fan_in_fan_out: inOut.length > 0,
+    fan_in_fan_out: inOut !== undefined,
     bias: biased.length === 0 ? "none" : onlyAdapted ? "lora_only" : "all",
     use_dora: useDora,
     use_rslora: false,
@@ -101,7 +119,6 @@ export async function peftFiles(adapter: Exportable): Promise<{ config: object; 
     modules_to_save: heads.size > 0 ? outermost(heads) : null,
     trainable_token_indices: rows.length > 0 ? Object.fromEntries(rows) : null,
   };
-  return { config, tensors };
 }
 
 /** PEFT has no rank 0: a module whose update is zero gets one component of zeros. */
@@ -110,10 +127,7 @@ function rankOf({ rank }: AdapterModule): number {
 }
 
 /** Adds one module's tensors. @returns whether it has a magnitude */
-async function addModule(
-  module: AdapterModule,
-  add: (name: string, shape: readonly number[], values: Float32Array) => void,
-): Promise<boolean> {
+async function addModule(module: AdapterModule, add: Add): Promise<boolean> {
   const { name, out, in: inputs, layout, kernel = [] } = module;
   const { A, Bt, magnitude } = await module.read();
   const rank = rankOf(module);
@@ -142,16 +156,8 @@ function taskTypeOf({ metadata, saved }: Exportable): string | undefined {
  */
 function headModule(owner: string, taskType: string | undefined): string {
   const heads = headsOf(taskType);
-  const path = owner.split(".");
-  const depth = path.findIndex((_, i) =>
-    heads.some((head) =>
-      path
-        .slice(0, i + 1)
-        .join(".")
-        .endsWith(head),
-    ),
-  );
-  return depth < 0 ? owner : path.slice(0, depth + 1).join(".");
+  const path = owner.split(".").map((_, i, all) => all.slice(0, i + 1).join("."));
+  return path.find((module) => heads.some((head) => module.endsWith(head))) ?? owner;
 }
 
 /** Without the modules that lie inside another: PEFT saves a module with its children. */

@@ -10,6 +10,7 @@ import { AdapterError, TaskError } from "../errors.ts";
 import { isTaskId } from "../format/format.ts";
 import type { ByteSource } from "../source.ts";
 import type { Adapter } from "./adapter.ts";
+import { compare } from "./modules.ts";
 import { readPeft } from "./peft.ts";
 
 const CONFIG = "adapter_config.json";
@@ -68,11 +69,6 @@ export async function readAdapters(
     throw error;
   }
   return adapters;
-}
-
-/** By code units, so that the order is the same on every machine. */
-function compare(a: string, b: string): number {
-  return a < b ? -1 : a > b ? 1 : 0;
 }
 
 async function kind(path: string): Promise<"file" | "folder" | undefined> {
@@ -151,7 +147,7 @@ function rename(found: readonly AdapterLocation[], names: ReadonlyMap<string, st
     if (meant.length !== 1) {
       const folders = meant.map((location) => location.folder).join(", ");
       const why = folders === "" ? "no adapter has this id or path" : `means several; use a path: ${folders}`;
-      throw new TaskError(`--as ${old}=${id}: ${why}`, {
+      throw new TaskError(`rename ${old} to ${id}: ${why}`, {
         task: old,
         nearest: nearest(
           old,
@@ -166,13 +162,13 @@ function rename(found: readonly AdapterLocation[], names: ReadonlyMap<string, st
     if (!isTaskId(id)) {
       throw new TaskError(
         `${folder}: ${JSON.stringify(id)} cannot be a task's id, which has 1 to 255 bytes and no control characters; ` +
-          `rename it with --as ${folder}=NEW`,
+          `give it a new one with rename`,
         { task: id },
       );
     }
     const other = owners.get(id);
     if (other !== undefined) {
-      throw new TaskError(`${other} and ${folder} are both called ${id}; rename one with --as ${folder}=NEW`, {
+      throw new TaskError(`${other} and ${folder} are both called ${id}; give one a new id with rename`, {
         task: id,
       });
     }

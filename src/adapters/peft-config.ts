@@ -112,60 +112,19 @@ const UNTOUCHED: ReadonlySet<unknown> = new Set([
  */
 export function readPeftConfig(config: unknown, file: string): PeftConfig {
   if (!isObject(config)) throw new AdapterError("is not a JSON object; expected PEFT's adapter_config.json", { file });
-  const refuse = (field: string, message: string): AdapterError =>
-    new AdapterError(`${field} ${message}`, { file, field });
-  const wrong = (field: string, expected: string, advice = "correct it in the file"): AdapterError =>
-    refuse(field, `is ${show(config[field])}, expected ${expected}; ${advice}`);
+  const { refuse, wrong, field, numbers } = fieldsOf(config, file);
+  if (config.peft_type !== "LORA") throw wrong("peft_type", `"LORA"`, "convert the adapter to LoRA, or train one");
+  const warnings = unknownFields(config, refuse);
 
-  if (config.peft_type !== "LORA") {
-    throw wrong("peft_type", `"LORA"`, "convert the adapter to LoRA, or train one");
-  }
-  const warnings: string[] = [];
-  for (const [field, value] of Object.entries(config)) {
-    if (HONOURED.has(field) || HARMLESS.has(field) || isOff(value)) continue;
-    const reason = REFUSED.get(field);
-    if (reason !== undefined) throw refuse(field, `is set: it ${reason}`);
-    warnings.push(`${field} is ${show(value)}: an unknown field, ignored; check that it does not change the maths`);
-  }
-
-  const flag = (field: string): boolean => {
-    const value = config[field] ?? false;
-    if (typeof value !== "boolean") throw wrong(field, "true or false");
-    return value;
-  };
-  const text = (field: string): string | undefined => {
-    const value = config[field] ?? undefined;
-    if (value !== undefined && typeof value !== "string") throw wrong(field, "a string or null");
-    return value;
-  };
-  const numbers = (field: string, isValid: (value: unknown) => value is number, what: string): [RegExp, number][] => {
-    const value = config[field] ?? {};
-    if (!isObject(value)) throw wrong(field, `an object of ${what}s by pattern`);
-    return Object.entries(value).map(([pattern, number]) => {
-      if (!isValid(number)) throw refuse(field, `gives ${show(number)} for ${show(pattern)}, expected a ${what}`);
-      const expression = patternOf(pattern);
-      if (expression === undefined) {
-        throw refuse(field, `has the pattern ${show(pattern)}, which only Python understands; write module names`);
-      }
-      return [expression, number];
-    });
-  };
-
-  const r = config.r ?? 8;
-  if (!isRank(r)) throw wrong("r", "a positive integer");
-  const alpha = config.lora_alpha ?? 8;
-  if (!isFiniteNumber(alpha)) throw wrong("lora_alpha", "a number");
+  const r = field("r", 8, isRank, "a positive integer");
+  const alpha = field("lora_alpha", 8, isFiniteNumber, "a number");
   const rankPattern = numbers("rank_pattern", isRank, "positive integer");
   const alphaPattern = numbers("alpha_pattern", isFiniteNumber, "number");
+  const flag = (name: string): boolean => field(name, false, isBoolean, "true or false");
+  const text = (name: string): string | undefined => field(name, undefined, isText, "a string or null");
   const rslora = flag("use_rslora");
-
-  const bias = config.bias ?? "none";
-  if (bias !== "none" && bias !== "all" && bias !== "lora_only") throw wrong("bias", `"none", "all" or "lora_only"`);
-
-  const modulesToSave = config.modules_to_save ?? [];
-  if (!Array.isArray(modulesToSave) || !modulesToSave.every((name) => typeof name === "string" && name !== "")) {
-    throw wrong("modules_to_save", "an array of module names");
-  }
+  const bias = field("bias", "none", isBias, `"none", "all" or "lora_only"`);
+  const modulesToSave = field("modules_to_save", [], isNames, "an array of module names");
   const taskType = text("task_type");
 
   warnings.push(...initWarnings(config.init_lora_weights));
@@ -174,7 +133,6 @@ export function readPeftConfig(config: unknown, file: string): PeftConfig {
       "ensure_weight_tying is set: a layer tied to the embedding follows it where the base stores one weight for both",
     );
   }
-
   return {
     baseModel: text("base_model_name_or_path"),
     revision: text("revision"),
@@ -194,17 +152,65 @@ export function readPeftConfig(config: unknown, file: string): PeftConfig {
   };
 }
 
+type Refuse = (field: string, message: string) => AdapterError;
+
+/** Readers of fields, which refuse what is not expected. */
+function fieldsOf(config: Record<string, unknown>, file: string) {
+  const refuse: Refuse = (name, message) => new AdapterError(`${name} ${message}`, { file, field: name });
+  const wrong = (name: string, expected: string, advice = "correct it in the file"): AdapterError =>
+    refuse(name, `is ${show(config[name])}, expected ${expected}; ${advice}`);
+  return {
+    refuse,
+    wrong,
+    /** A field's value, or what PEFT takes where it is absent or null. */
+    field<T>(name: string, absent: T, isValid: (value: unknown) => value is T, expected: string): T {
+      const value = config[name] ?? absent;
+      if (!isValid(value)) throw wrong(name, expected);
+      return value;
+    },
+    /** Numbers by the expressions that PEFT matches names with. */
+    numbers(name: string, isValid: (value: unknown) => value is number, what: string): [RegExp, number][] {
+      const value = config[name] ?? {};
+      if (!isObject(value)) throw wrong(name, `an object of ${what}s by pattern`);
+      return Object.entries(value).map(([pattern, number]) => {
+        if (!isValid(number)) throw refuse(name, `gives ${show(number)} for ${show(pattern)}, expected a ${what}`);
+        const expression = patternOf(pattern);
+        if (expression === undefined)
+          throw refuse(name, `has the pattern ${show(pattern)}, which only Python understands; write module names`);
+        return [expression, number];
+      });
+    },
+  };
+}
+
+/** Warnings of fields that are not known. @throws AdapterError for one that is set and refused */
+function unknownFields(config: Record<string, unknown>, refuse: Refuse): string[] {
+  const warnings: string[] = [];
+  for (const [field, value] of Object.entries(config)) {
+    if (HONOURED.has(field) || HARMLESS.has(field) || isOff(value)) continue;
+    const reason = REFUSED.get(field);
+    if (reason !== undefined) throw refuse(field, `is set: it ${reason}`);
+    warnings.push(`${field} is ${show(value)}: an unknown field, ignored; check that it does not change the maths`);
+  }
+  return warnings;
+}
+
+const isBoolean = (value: unknown): value is boolean => typeof value === "boolean";
+
+const isText = (value: unknown): value is string | undefined => value === undefined || typeof value === "string";
+
+const isBias = (value: unknown): value is PeftConfig["bias"] => ["none", "all", "lora_only"].includes(value as string);
+
+const isNames = (value: unknown): value is string[] =>
+  Array.isArray(value) && value.every((name) => typeof name === "string" && name !== "");
+
 function isObject(value: unknown): value is Record<string, unknown> {
   return typeof value === "object" && value !== null && !Array.isArray(value);
 }
 
-function isFiniteNumber(value: unknown): value is number {
-  return Number.isFinite(value);
-}
+const isFiniteNumber = (value: unknown): value is number => Number.isFinite(value);
 
-function isRank(value: unknown): value is number {
-  return Number.isSafeInteger(value) && (value as number) > 0;
-}
+const isRank = (value: unknown): value is number => Number.isSafeInteger(value) && (value as number) > 0;
 
 /** What Python takes as false. An empty object counts as set: PEFT makes a configuration with defaults of it. */
 function isOff(value: unknown): boolean {

@@ -2,7 +2,6 @@
  * What adapters are worth beside their own heads: the paper leaves out those that add little to it. The scores are measured by
  * whoever has test rows; this reads them and parts the adapters.
  */
-import { basename, dirname } from "node:path";
 import { nearest } from "../arguments.ts";
 import { AdapterError } from "../errors.ts";
 import type { Adapter } from "./adapter.ts";
@@ -83,18 +82,21 @@ export function partByGain(
 }
 
 /** Renaming a task does not rename its folder, and scores were measured before. */
-const nameOf = ({ file }: Adapter): string => basename(file);
+const nameOf = ({ file }: Adapter): string => segmentsOf(file).at(-1) ?? file;
+
+/** Of a path or address; a slash at its end counts for nothing. */
+const segmentsOf = (file: string): string[] => file.split(/[/\\]/).filter((segment) => segment !== "");
 
 const groupsOf = (adapter: Adapter, scores: Scores): string[] =>
   [...scores].filter(([, group]) => group.has(nameOf(adapter))).map(([name]) => name);
 
 function scoreFor(adapter: Adapter, scores: Scores, file: string): Score {
   const groups = groupsOf(adapter, scores);
-  const own = basename(dirname(adapter.file));
-  const group = groups.length === 1 ? groups[0]! : groups.find((name) => name === own);
+  const folder = segmentsOf(adapter.file).at(-2) ?? "";
+  const group = groups.length === 1 ? groups[0]! : groups.find((name) => name === folder);
   if (group === undefined) {
     throw new AdapterError(
-      `"${nameOf(adapter)}" is in the groups ${groups.join(", ")}, and its folder lies in "${own}": give a file of one group, or call ` +
+      `"${nameOf(adapter)}" is in the groups ${groups.join(", ")}, and its folder lies in "${folder}": give a file of one group, or call ` +
         "the folder like its group",
       { file, field: nameOf(adapter) },
     );

@@ -3,8 +3,8 @@
  */
 import { resolve } from "node:path";
 import { parseArgs } from "node:util";
-import type { ComponentSelection } from "../extract/extract.ts";
-import type { Dtypes } from "../pack/build.ts";
+import type { ComponentSelection } from "../extract/options.ts";
+import type { Dtypes } from "../tensor/dtypes.ts";
 import { DTYPES, type Dtype } from "../tensor/dtypes.ts";
 
 /** A wrong command line: exit code 2. */

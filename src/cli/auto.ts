@@ -5,8 +5,10 @@ import { readFile } from "node:fs/promises";
 import { createEngine } from "../../bindings/ort-engine.ts";
 import type { Adapter } from "../adapters/adapter.ts";
 import { SourceError } from "../errors.ts";
-import { type AutoOptions, type AutoReport, buildAuto, type Criterion, packWithin } from "../pack/auto.ts";
-import { type BuildOptions, type BuildReport, buildPack } from "../pack/build.ts";
+import { type BuildOptions, type Built, buildPack } from "../pack/build.ts";
+import type { Goal } from "../pack/goal.ts";
+import type { BuildReport } from "../pack/report.ts";
+import { type SearchReport, searchPack } from "../pack/search.ts";
 import type { Engine } from "../session/engine.ts";
 import { createJudge, type JudgeOptions } from "../train/judge.ts";
 import { inputMoments, type MomentsOptions } from "../train/moments.ts";
@@ -18,11 +20,7 @@ type Common = Pick<BuildOptions, "dtype" | "base" | "normalize">;
 
 /** What `pack` was asked for, read before anything else is. */
 export interface PackPlan {
-  run(
-    adapters: readonly Adapter[],
-    common: Common,
-    out: Output,
-  ): Promise<{ chunks: Uint8Array[]; report: BuildReport | AutoReport }>;
+  run(adapters: readonly Adapter[], common: Common, out: Output): Promise<Built<BuildReport | SearchReport>>;
 }
 
 const UNITS: Readonly<Record<string, number>> = { "": 1, B: 1, kB: 1e3, MB: 1e6, GB: 1e9 };
@@ -66,7 +64,12 @@ export function planOf(args: Arguments): PackPlan {
     run: async (adapters, common, out) => {
       const moments = calibrate ? await inputMoments(...(await textsOf(args, adapters))) : undefined;
       const all = { ...options, ...common, moments };
-      if (!select) return packWithin(adapters, all, sizeOf(args, adapters));
+      if (!select) {
+        const goal = { kind: "bytes", max: sizeOf(args, adapters) } as const;
+        const { chunks, report } = await searchPack(adapters, { goal, ways: [all] });
+        const { name: _, way: __, judgedBy: ___, tried: ____, ...plain } = report;
+        return { chunks, report: plain };
+      }
       return buildPack(adapters, { ...all, select, onProgress: (done, of) => out.progress("module", done, of) });
     },
   };
@@ -86,7 +89,7 @@ function sizeOf(args: Arguments, adapters: readonly Adapter[]): number {
   return size;
 }
 
-function criterionOf(args: Arguments, adapters: readonly Adapter[]): Criterion {
+function goalOf(args: Arguments, adapters: readonly Adapter[]): Goal {
   if (args.text("divergence") !== undefined) {
     return { kind: "divergence", max: number(args, "divergence", NaN, (n) => n > 0 && n < Infinity, "nats above 0") };
   }
@@ -99,19 +102,18 @@ async function runAuto(
   adapters: readonly Adapter[],
   common: Common,
   out: Output,
-): Promise<{ chunks: Uint8Array[]; report: AutoReport }> {
+): Promise<Built<SearchReport>> {
   const asked = args.text("model") === undefined ? undefined : await textsOf(args, adapters);
   const judge = asked && createJudge(...asked);
   const moments = args.flag("calibrate") ? asked && (await inputMoments(...asked)) : undefined;
   try {
-    const options: AutoOptions = {
+    return await searchPack(adapters, {
       ...common,
-      criterion: criterionOf(args, adapters),
+      goal: goalOf(args, adapters),
       judge: judge?.judge,
       moments,
-      onProgress: (done, of, { name }) => out.progress(`tried ${name}:`, done, of),
-    };
-    return await buildAuto(adapters, options);
+      onTry: ({ name }, done, of) => out.progress(`tried ${name}:`, done, of),
+    });
   } finally {
     await judge?.close();
   }
@@ -145,7 +147,7 @@ export async function readLines(path: string): Promise<string[]> {
 }
 
 /** What was tried, the best last. */
-export function autoText({ judgedBy, divergence, tried }: AutoReport): string {
+export function autoText({ judgedBy, divergence, tried }: SearchReport): string {
   const rows = tried.map(({ name, bytes: size, error, divergence: kl }) => [
     name,
     size === undefined ? "out of reach" : bytes(size),

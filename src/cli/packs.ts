@@ -9,16 +9,17 @@ import { partByGain, readScores } from "../adapters/scores.ts";
 import { openHost } from "../base/host.ts";
 import { AdapterError, FormatError, TaskError } from "../errors.ts";
 import { deltaError, relative } from "../extract/error.ts";
-import { type Gauge, measureModule, openModule } from "../extract/extract.ts";
+import { measureModule, openModule } from "../extract/project.ts";
 import { basisIdOf } from "../format/encode.ts";
 import { SECTION_FREE, type TaskBlob, WINDOW_BYTES } from "../format/format.ts";
 import { layoutFresh } from "../format/layout.ts";
 import { encodedTensor } from "../format/tensors.ts";
-import { breakEven, completeDtypes, type Dtypes, storedModule } from "../pack/build.ts";
 import { expandTerm } from "../pack/expand.ts";
 import { openPack, type Pack } from "../pack/pack.ts";
+import { gaugeOf, storedModule } from "../pack/project.ts";
+import { breakEven, completeDtypes } from "../pack/report.ts";
 import { openSource } from "../source.ts";
-import type { Dtype } from "../tensor/dtypes.ts";
+import type { Dtype, Dtypes } from "../tensor/dtypes.ts";
 import { type Arguments, number, renames, required, storage, UsageError } from "./args.ts";
 import { autoText, planOf } from "./auto.ts";
 import { writeWhole } from "./files.ts";
@@ -301,14 +302,16 @@ async function compare(
     const { A, Bt } = await source.read();
     const member = { id: adapter.id, rank: source.rank, A, Bt };
     if (term.A && term.B && term.privateRank === 0) {
-      const gauge: Gauge = pack.directory.basis.gauge === "balanced" ? "balanced" : "as-trained";
       const task = {
         rank: term.rank,
         alphaA: encodedTensor(blob.bytes, term.A.tensor),
         alphaB: encodedTensor(blob.bytes, term.B.tensor),
       };
       const space = openModule(storedModule(module, bases, adapter));
-      const figures = measureModule(space, member, task, { gauge, coefficientDtype: term.A.tensor.dtype });
+      const figures = measureModule(space, member, task, {
+        gauge: gaugeOf(pack),
+        coefficientDtype: term.A.tensor.dtype,
+      });
       errors.push(figures.error);
       delta.A = Math.max(delta.A, figures.deltaA);
       delta.B = Math.max(delta.B, figures.deltaB);

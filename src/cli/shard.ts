@@ -10,17 +10,12 @@ import type { Adapter } from "../adapters/adapter.ts";
 import { readAdapters } from "../adapters/folder.ts";
 import { openHost } from "../base/host.ts";
 import { FormatError, SourceError } from "../errors.ts";
-import { completeDtypes } from "../pack/build.ts";
 import { openPack } from "../pack/pack.ts";
+import { completeDtypes } from "../pack/report.ts";
 import { buildBasis } from "../pack/shard/basis.ts";
 import { openPart, type PartKind } from "../pack/shard/part.ts";
-import {
-  adapterStatistics,
-  mergeStatistics,
-  openStatistics,
-  type StatisticsPart,
-  writeStatistics,
-} from "../pack/shard/statistics.ts";
+import { adapterStatistics, mergeStatistics } from "../pack/shard/statistics.ts";
+import { openStatistics, type StatisticsPart, writeStatistics } from "../pack/shard/statistics-part.ts";
 import { assemblePack, openTasks, projectTasks, type TaskPart } from "../pack/shard/tasks.ts";
 import { VERSION } from "../version.ts";
 import {
@@ -160,10 +155,10 @@ export async function assembleCommand(args: Arguments): Promise<Result> {
     for (const path of paths) parts.push(await openTasks(path));
     const { chunks, report } = await assemblePack(basis, parts);
     await writeWhole(file, chunks);
-    const { types, ...rest } = report;
+    const { dtype, ...rest } = report;
     const even = report.breakEvenTasks;
     return {
-      json: { file, ...types, ...rest, ...usage() },
+      json: { file, ...dtype, ...rest, ...usage() },
       text: [
         `${file}: ${report.tasks} tasks, ${report.modules} modules, ${bytes(report.bytes)} (${report.ratio.toFixed(1)}× smaller than the adapters)`,
         `ΔW error: mean ${percent(report.error.mean)}, largest ${percent(report.error.max)} (${report.error.worstTask})`,

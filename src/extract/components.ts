@@ -5,7 +5,7 @@
  */
 import { type Eigen, symmetricEigen } from "./eigen.ts";
 import { largestEigen, type Operator } from "./lanczos.ts";
-import { addScaled, dot, gram, type Products, rowSquares, scale, timesTransposed, transpose } from "./linalg.ts";
+import { addScaled, norm, PLAIN, type Products, rowSquares, scale, straighten, transpose } from "./linalg.ts";
 
 /** The singular value decomposition of a stack as far as it was asked for. */
 export interface Components {
@@ -69,7 +69,6 @@ export function centred(x: Float64Array, rows: number, width: number, mean: Floa
  * @param floors per row, the length below which what is left of it is rounding error: `ROUNDING` times its own size
  * @param choose how many components are wanted, or what says so, given all singular values and their sum of squares; clipped
  *   to the numerical rank
- * @param products what multiplies, in place of `timesTransposed`
  */
 export function principalComponents(
   x: Float64Array,
@@ -77,7 +76,7 @@ export function principalComponents(
   width: number,
   floors: Float64Array,
   choose: number | ((singular: Float64Array, total: number) => number),
-  products: Products = timesTransposed,
+  products: Products = PLAIN,
 ): Components {
   const limit = Math.min(rows, width);
   let singular = new Float64Array(limit);
@@ -114,8 +113,8 @@ export function principalComponents(
       break;
     }
     const added = vectors.subarray(count * width, (count + take) * width);
-    const along = products(rest, added, rows, take, width);
-    rest = without(rest, products(along, added, rows, width, take, false, true));
+    const along = products.multiplyTransposed(rest, added, rows, take, width);
+    rest = without(rest, products.multiply(along, added, rows, width, take));
     if (level === 0) count += take;
     else {
       const kept = needed(rowSquares(rest, rows, width), along, take, floors);
@@ -140,7 +139,7 @@ function gramEigen(x: Float64Array, rows: number, width: number, products: Produ
   return {
     values: eigen.values,
     vectors(count) {
-      const out = products(eigen.vectors(count), x, count, width, rows, false, true);
+      const out = products.multiply(eigen.vectors(count), x, count, width, rows);
       for (let k = 0; k < count; k++) scale(1 / Math.sqrt(eigen.values[k]!), out, k * width, width);
       return out;
     },
@@ -148,7 +147,7 @@ function gramEigen(x: Float64Array, rows: number, width: number, products: Produ
 }
 
 function smallerGram(x: Float64Array, rows: number, width: number, products: Products): Float64Array {
-  return rows > width ? gram(transpose(x, rows, width), width, rows, products) : gram(x, rows, width, products);
+  return rows > width ? products.gram(transpose(x, rows, width), width, rows) : products.gram(x, rows, width);
 }
 
 /** The largest eigenpairs alone; undefined where that does not pay, or where one is not resolved. */
@@ -156,10 +155,12 @@ function fewEigen(x: Float64Array, rows: number, width: number, few: number, pro
   // G = Y·Yᵀ, where Y [n, other] is X or lies across it.
   const across = rows > width;
   const [n, other] = across ? [width, rows] : [rows, width];
-  const half = (v: Float64Array, k: number): Float64Array => products(v, x, k, n, other, false, across);
+  const { multiply, multiplyTransposed } = products;
+  const [toY, fromY] = across ? [multiplyTransposed, multiply] : [multiply, multiplyTransposed];
+  const half = (v: Float64Array, k: number): Float64Array => fromY(v, x, k, n, other);
   const operator: Operator = {
     n,
-    apply: (v, k) => half(products(v, x, k, other, n, false, !across), k),
+    apply: (v, k) => half(toY(v, x, k, other, n), k),
     start: (k, random) =>
       half(
         Float64Array.from({ length: k * other }, () => random() - 0.5),
@@ -188,12 +189,8 @@ export function orthonormalize(
 ): void {
   for (let k = from; k < from + count; k++) {
     const weak = singular[k]! < WEAK * singular[0]!;
-    for (let pass = 0; pass < (weak ? 2 : 0); pass++) {
-      for (let j = 0; j < k; j++) {
-        addScaled(-dot(v, j * width, v, k * width, width), v, j * width, v, k * width, width);
-      }
-    }
-    scale(1 / Math.sqrt(dot(v, k * width, v, k * width, width)), v, k * width, width);
+    for (let pass = 0; pass < (weak ? 2 : 0); pass++) straighten(v, k, width);
+    scale(1 / norm(v, k * width, width), v, k * width, width);
   }
 }
 

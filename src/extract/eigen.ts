@@ -4,7 +4,8 @@
  * iteration for the vectors (Golub & Van Loan, "Matrix Computations", 8.3 and 8.2.2). Not a general eigensolver: no
  * generalised or complex problems.
  */
-import { addScaled, dot, EPSILON, reflect, reflector, scale, type Tridiagonal } from "./linalg.ts";
+import { uniform } from "../tensor/random.ts";
+import { dot, EPSILON, norm, reflect, reflector, scale, straighten, type Tridiagonal } from "./linalg.ts";
 
 /** Eigenvalues and, on demand, eigenvectors of a symmetric matrix. */
 export interface Eigen {
@@ -185,12 +186,12 @@ const CLUSTER = 1e-4;
 
 /** Eigenvectors of the `count` largest values by inverse iteration, each made orthogonal to its close predecessors. */
 function tridiagonalVectors(t: Normed, values: Float64Array, count: number): Float64Array {
-  const { n, norm } = t;
+  const { n, norm: size } = t;
   const z = new Float64Array(count * n);
   const solve = shiftedSolver(t);
-  const random = generator();
+  const random = uniform(SEED);
   for (let k = 0, first = 0; k < count; k++) {
-    while (values[first]! - values[k]! > CLUSTER * norm) first++;
+    while (values[first]! - values[k]! > CLUSTER * size) first++;
     const x = z.subarray(k * n, (k + 1) * n);
     const restart = (): void => {
       for (let i = 0; i < n; i++) x[i] = random() - 0.5;
@@ -204,11 +205,11 @@ function tridiagonalVectors(t: Normed, values: Float64Array, count: number): Flo
       const grown = normalize(x);
       let kept = 1;
       for (let pass = 0; pass < 2; pass++) {
-        for (let j = first; j < k; j++) addScaled(-dot(z, j * n, x, 0, n), z, j * n, x, 0, n);
+        straighten(z, k, n, first);
         kept *= normalize(x);
       }
       if (!(kept > 0) || !Number.isFinite(grown)) restart();
-      else if (round > 0 && grown * kept * norm * EPSILON * n > 0.1) break;
+      else if (round > 0 && grown * kept * size * EPSILON * n > 0.1) break;
     }
   }
   return z;
@@ -278,18 +279,10 @@ function shiftedSolver(t: Normed): { shift(value: number): void; apply(x: Float6
 
 /** Scales x to length 1 and returns its former length; x stays as it is when that is 0 or not finite. */
 function normalize(x: Float64Array): number {
-  const length = Math.sqrt(dot(x, 0, x, 0, x.length));
+  const length = norm(x);
   if (length > 0 && Number.isFinite(length)) scale(1 / length, x, 0, x.length);
   return length;
 }
 
-/** Start vectors: uniform in [0, 1), the same in every run and runtime, so that packs are reproducible (mulberry32). */
-export function generator(): () => number {
-  let state = 0x9e3779b9;
-  return () => {
-    state = (state + 0x6d2b79f5) | 0;
-    let x = Math.imul(state ^ (state >>> 15), state | 1);
-    x = (x + Math.imul(x ^ (x >>> 7), x | 61)) ^ x;
-    return ((x ^ (x >>> 14)) >>> 0) / 2 ** 32;
-  };
-}
+/** Of all start vectors, so that packs are the same in every run and runtime. */
+export const SEED = 0x9e3779b9;

@@ -8,7 +8,7 @@
  * ‖ΔW‖² + ‖ΔW'‖² − 2⟨ΔW, ΔW'⟩ would cancel instead.
  */
 import type { Pair } from "./gauge.ts";
-import { gram, timesTransposed } from "./linalg.ts";
+import { gram, lengthened, multiplyTransposed } from "./linalg.ts";
 
 /** What one side of an approximation contributes: r×r matrices of its rows and of D = rows − approximation. */
 export interface SideError {
@@ -39,7 +39,7 @@ export function sideError(rows: Float64Array, approximation: Float64Array, rank:
     rank,
     rows: gram(rows, rank, width),
     lost: gram(lost, rank, width),
-    cross: timesTransposed(rows, lost, rank, rank, width),
+    cross: multiplyTransposed(rows, lost, rank, rank, width),
   };
 }
 
@@ -93,15 +93,7 @@ export function deltaError(exact: Pair, approximation: Pair): PairError {
     if (other.length / approximation.rank !== width) {
       throw new RangeError(`deltaError: factors of width ${width} and ${other.length / approximation.rank}`);
     }
-    return sideError(padded(rows, rank * width), padded(other, rank * width), rank, width);
+    return sideError(lengthened(rows, rank * width), lengthened(other, rank * width), rank, width);
   };
   return pairError(side(exact.A, approximation.A), side(exact.Bt, approximation.Bt));
-}
-
-/** Rows with zero rows behind: a factor of a higher rank of the same ΔW. */
-function padded(x: Float64Array, length: number): Float64Array {
-  if (x.length === length) return x;
-  const out = new Float64Array(length);
-  out.set(x);
-  return out;
 }

@@ -2,14 +2,22 @@
  * The gauge of an adapter: (B·R, R⁻¹·A) is the same ΔW for every invertible R, but Algorithm 1 stacks A and B
  * separately, so its result depends on R (DESIGN.md 2.2). This file makes the balanced pair and settles its signs.
  */
+import type { Term } from "../tensor/term.ts";
 import { dominant, ROUNDING } from "./components.ts";
-import { addScaled, dot, lq, scale, svd, timesTransposed, transpose } from "./linalg.ts";
+import { addScaled, dot, lq, multiply, scale, svd, transpose } from "./linalg.ts";
 
-/** ΔW [out, in] = Btᵀ·A: A [rank, in], Bt [rank, out], row-major, the adapter's scale in Bt. */
+/**
+ * The factors of a term in f64, to compute with: rows are turned, mirrored and replaced here, which nothing that comes from a
+ * reader may be. ΔW [out, in] = Btᵀ·A: A [rank, in], Bt [rank, out].
+ */
 export interface Pair {
   rank: number;
   A: Float64Array;
   Bt: Float64Array;
+}
+
+export function pairOf({ rank, A, Bt }: Pick<Term, "rank" | "A" | "Bt">): Pair {
+  return { rank, A: Float64Array.from(A), Bt: Float64Array.from(Bt) };
 }
 
 /**
@@ -21,12 +29,12 @@ export function balance(pair: Pair, outputs: number, inputs: number): Pair {
   const { L: LA, Q: QA, size: m } = lq(pair.A.slice(), pair.rank, inputs);
   const { L: LB, Q: QB, size: n } = lq(pair.Bt.slice(), pair.rank, outputs);
   // ΔW = QBᵀ·(LBᵀ·LA)·QA, and the core [n, m] in brackets has the singular values of ΔW.
-  const core = timesTransposed(transpose(LB, pair.rank, n), transpose(LA, pair.rank, m), n, m, pair.rank);
+  const core = multiply(transpose(LB, pair.rank, n), LA, n, m, pair.rank);
   const { U, S, V } = svd(core, n, m);
   let rank = 1;
   while (rank < Math.min(n, m) && S[rank]! > ROUNDING * S[0]!) rank++;
-  const A = timesTransposed(V, transpose(QA, m, inputs), rank, inputs, m);
-  const Bt = timesTransposed(U, transpose(QB, n, outputs), rank, outputs, n);
+  const A = multiply(V, QA, rank, inputs, m);
+  const Bt = multiply(U, QB, rank, outputs, n);
   for (let i = 0; i < rank; i++) {
     const factor = Math.sqrt(S[i]!) * (dominant(A, i * inputs, inputs) < 0 ? -1 : 1);
     scale(factor, A, i * inputs, inputs);
@@ -42,10 +50,7 @@ export function leadingRows({ rank, A, Bt }: Pair, most: number): Pair {
 }
 
 /** A direction of both sides at once: a sum of row pairs, such as the mean. */
-interface Direction {
-  A: Float64Array;
-  Bt: Float64Array;
-}
+export type Direction = Pick<Pair, "A" | "Bt">;
 
 /**
  * Settles the signs of all balanced pairs of a stack: every row pair (a, b) is turned to point along the stack's mean,
@@ -66,7 +71,7 @@ export function alignSigns(pairs: readonly Pair[], outputs: number, inputs: numb
   }
   // The cap only guards against rounding errors taking turns; a handful of rounds is usual.
   for (let round = 0; round < 50; round++) {
-    const turned = pairs.map((pair) => alignTo(pair, direction.A, direction.Bt)).some(Boolean);
+    const turned = pairs.map((pair) => alignTo(pair, direction)).some(Boolean);
     if (!turned && round > 0) return;
     direction = combine(pairs, direction, () => 1);
   }
@@ -77,8 +82,7 @@ export function alignSigns(pairs: readonly Pair[], outputs: number, inputs: numb
  * rule as `alignSigns`, for an adapter that comes later. Rows at right angles to the mean, as rows of one adapter are
  * to each other, stay as they are: there the sign would be that of a rounding error.
  */
-export function alignTo(pair: Pair, meanA: Float64Array, meanB: Float64Array): boolean {
-  const mean = { A: meanA, Bt: meanB };
+export function alignTo(pair: Pair, mean: Direction): boolean {
   const length = Math.sqrt(squareOf(mean));
   let turned = false;
   for (let i = 0; i < pair.rank; i++) {
@@ -105,7 +109,7 @@ function alongOf(x: Direction, y: Direction): number {
   return dot(x.A, 0, y.A, 0, x.A.length) + dot(x.Bt, 0, y.Bt, 0, x.Bt.length);
 }
 
-function squareOf(x: Direction): number {
+export function squareOf(x: Direction): number {
   return alongOf(x, x);
 }
 

@@ -8,10 +8,10 @@
  * anyway; ΔW is never formed. The result does not depend on the gauge. A core is of the task's rank, so its coefficients are
  * the plain projections of both factors: file and runtime do not know the difference.
  */
-import { type Components, dominant, principalComponents } from "./components.ts";
+import { type Components, fixSigns, principalComponents } from "./components.ts";
 import { symmetricEigen } from "./eigen.ts";
 import { balance, type Pair } from "./gauge.ts";
-import { addScaled, cholesky, dot, gram, type Products, scale, timesTransposed, transpose } from "./linalg.ts";
+import { cholesky, dot, gram, norm, PLAIN, type Products, scale, straighten, transpose } from "./linalg.ts";
 
 /** Turns at most; most modules need 20 to 80. */
 const MOST_TURNS = 400;
@@ -38,7 +38,7 @@ export function jointComponents(
   kB: number,
   outputs: number,
   inputs: number,
-  products: Products = timesTransposed,
+  products: Products = PLAIN,
 ): { A: Components; B: Components } {
   const pairs = given.map((pair) => balance(pair, outputs, inputs));
   const total = pairs.reduce((sum, { rank, A, Bt }) => {
@@ -68,7 +68,7 @@ export function jointComponents(
     A = whole ? leading(rowsA, kA, inputs, products) : step(rowsA, A, inputs, products);
     const rowsB = throughA(A);
     B = whole ? leading(rowsB, kB, outputs, products) : step(rowsB, B, outputs, products);
-    const captured = squares(products(rowsB.values, B.values, rowsB.count, B.count, outputs));
+    const captured = squares(products.multiplyTransposed(rowsB.values, B.values, rowsB.count, B.count, outputs));
     if (captured - before <= SETTLED * captured) break;
     before = captured;
   }
@@ -87,11 +87,12 @@ function reach(
 ): Rows {
   return joined(
     tasks.map(({ rank, through, rows }) => {
-      const seen = products(P.values, through, P.count, rank, other);
+      const seen = products.multiplyTransposed(P.values, through, P.count, rank, other);
       const turned = transpose(rows, rank, width);
-      if (P.count <= rank) return { count: P.count, values: products(seen, turned, P.count, width, rank) };
+      if (P.count <= rank)
+        return { count: P.count, values: products.multiplyTransposed(seen, turned, P.count, width, rank) };
       const factor = transpose(cholesky(gram(transpose(seen, P.count, rank), rank, P.count), rank), rank, rank);
-      return { count: rank, values: products(factor, turned, rank, width, rank) };
+      return { count: rank, values: products.multiplyTransposed(factor, turned, rank, width, rank) };
     }),
   );
 }
@@ -115,8 +116,8 @@ function leading({ count, values }: Rows, k: number, width: number, products: Pr
 
 /** One step of subspace iteration: V ← orthonormal rows of V·RᵀR. */
 function step({ count, values }: Rows, V: Rows, width: number, products: Products): Rows {
-  const next = products(
-    products(V.values, values, V.count, count, width),
+  const next = products.multiplyTransposed(
+    products.multiplyTransposed(V.values, values, V.count, count, width),
     transpose(values, count, width),
     V.count,
     width,
@@ -127,16 +128,15 @@ function step({ count, values }: Rows, V: Rows, width: number, products: Product
 
 /** Rows made orthonormal; those that nothing is left of stay as they were, at right angles to the rest. */
 function orthonormal(rows: Float64Array, before: Float64Array, k: number, width: number): Float64Array {
-  const lengths = Array.from({ length: k }, (_, i) => Math.sqrt(dot(rows, i * width, rows, i * width, width)));
+  const lengths = Array.from({ length: k }, (_, i) => norm(rows, i * width, width));
   const largest = Math.max(...lengths);
   for (let i = 0; i < k; i++) {
     if (lengths[i]! <= 1e-14 * largest) rows.set(before.subarray(i * width, (i + 1) * width), i * width);
     else scale(1 / lengths[i]!, rows, i * width, width);
     // Twice is enough.
     for (let pass = 0; pass < 2; pass++) {
-      for (let j = 0; j < i; j++)
-        addScaled(-dot(rows, j * width, rows, i * width, width), rows, j * width, rows, i * width, width);
-      const length = Math.sqrt(dot(rows, i * width, rows, i * width, width));
+      straighten(rows, i, width);
+      const length = norm(rows, i * width, width);
       if (length > 0) scale(1 / length, rows, i * width, width);
     }
   }
@@ -151,9 +151,12 @@ function sorted(
   total: number,
   products: Products,
 ): Components {
-  const { values, vectors } = symmetricEigen(gram(products(V, rows.values, k, rows.count, width), k, rows.count), k);
-  const turned = products(vectors(k), transpose(V, k, width), k, width, k);
-  for (let i = 0; i < k; i++) if (dominant(turned, i * width, width) < 0) scale(-1, turned, i * width, width);
+  const { values, vectors } = symmetricEigen(
+    gram(products.multiplyTransposed(V, rows.values, k, rows.count, width), k, rows.count),
+    k,
+  );
+  const turned = products.multiplyTransposed(vectors(k), transpose(V, k, width), k, width, k);
+  fixSigns(turned, k, width);
   return {
     count: k,
     vectors: orthonormal(turned, V, k, width),

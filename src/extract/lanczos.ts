@@ -3,8 +3,9 @@
  * reorthogonalisation (Golub & Van Loan, "Matrix Computations", 10.3.6). For the few components of a large stack whose spectrum
  * falls off, without its Gram matrix; `eigen.ts` solves the rest, and everything small.
  */
-import { generator, symmetricEigen } from "./eigen.ts";
-import { addScaled, dot, type Products, scale } from "./linalg.ts";
+import { uniform } from "../tensor/random.ts";
+import { SEED, symmetricEigen } from "./eigen.ts";
+import { addScaled, norm, type Products, scale, straighten } from "./linalg.ts";
 
 /** A block holds so many vectors more than are asked for: the gap that counts is the one behind them. */
 const EXTRA = 8;
@@ -42,7 +43,7 @@ export function largestEigen(
   const block = count + EXTRA;
   const steps = Math.floor((MOST * n) / block);
   if (steps < LEAST_STEPS) return undefined;
-  const random = generator();
+  const random = uniform(SEED);
   const most = steps * block;
   const [basis, images, projected] = [
     new Float64Array(most * n),
@@ -57,7 +58,7 @@ export function largestEigen(
     basis.set(orthonormal(next, basis.subarray(0, from * n), n, random, products), from * n);
     next = apply(basis.subarray(from * n, size * n), block);
     images.set(next, from * n);
-    addRows(projected, most, from, products(next, v, block, size, n), size);
+    addRows(projected, most, from, products.multiplyTransposed(next, v, block, size, n), size);
     const small = Float64Array.from(
       { length: size * size },
       (_, i) => projected[Math.floor(i / size) * most + (i % size)]!,
@@ -73,8 +74,8 @@ export function largestEigen(
     }
     const residual = worstResidual(image, last, values.subarray(count - 1), n);
     if (residual <= RESIDUAL) {
-      const vectors = products(turns, v, count, n, size, false, true);
-      const moved = products(turns, images, count, n, size, false, true);
+      const vectors = products.multiply(turns, v, count, n, size);
+      const moved = products.multiply(turns, images, count, n, size);
       if (worstResidual(moved, vectors, values, n) <= RESIDUAL) return { values: values.slice(0, count), vectors };
     }
     // Convergence speeds up if anything: a try that would still fail at this rate, squared, is given up. So is one with a zero value.
@@ -123,12 +124,12 @@ function orthonormal(
   const [count, size] = [rows.length / n, before.length / n];
   for (let again = true; again; ) {
     again = false;
-    const inside = products(products(rows, before, count, size, n), before, count, n, size, false, true);
+    const inside = products.multiply(products.multiplyTransposed(rows, before, count, size, n), before, count, n, size);
     for (let i = 0; i < count; i++) {
       const at = i * n;
       const length = norm(rows, at, n);
       for (let j = 0; j < n; j++) rows[at + j]! -= inside[at + j]!;
-      for (let j = 0; j < at; j += n) addScaled(-dot(rows, j, rows, at, n), rows, j, rows, at, n);
+      straighten(rows, i, n);
       let left = norm(rows, at, n);
       if (!(left > LOST * length)) again = true;
       if (!(left > SPENT * length)) {
@@ -139,8 +140,4 @@ function orthonormal(
     }
   }
   return rows;
-}
-
-function norm(x: Float64Array, at: number, count: number): number {
-  return Math.sqrt(dot(x, at, x, at, count));
 }

@@ -4,7 +4,7 @@
  * and so are α·V and (α·Hᵀ)·(H·V).
  */
 import type { Dtype } from "../tensor/dtypes.ts";
-import { type Products, timesTransposed } from "./linalg.ts";
+import { multiplyTransposed, PLAIN, type Products } from "./linalg.ts";
 
 /** Formats whose rounding loses enough for turns to pay. */
 export function fewBits(type: Dtype): boolean {
@@ -12,18 +12,13 @@ export function fewBits(type: Dtype): boolean {
 }
 
 /** Rows [rows, width] mixed evenly, each with each. Twice is as before. */
-export function mix(
-  values: Float64Array,
-  rows: number,
-  width: number,
-  products: Products = timesTransposed,
-): Float64Array {
-  return products(hartley(rows), values, rows, width, rows, false, true);
+export function mix(values: Float64Array, rows: number, width: number, products: Products = PLAIN): Float64Array {
+  return products.multiply(hartley(rows), values, rows, width, rows);
 }
 
 /** Coefficients [rows, k] of k components after `mix`, from those before, or the other way. */
 export function mixColumns(values: Float64Array, rows: number, k: number): Float64Array {
-  return timesTransposed(values, hartley(k), rows, k, k);
+  return multiplyTransposed(values, hartley(k), rows, k, k);
 }
 
 /**

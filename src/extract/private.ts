@@ -4,20 +4,14 @@
  * others, and the shared components are found again for what is left. No components at all and only private terms is each adapter
  * cut by its own SVD: the other end of the scale.
  */
-import { type Dtype, decodeTensor, isQuantized } from "../tensor/dtypes.ts";
+import { type Dtype, isQuantized } from "../tensor/dtypes.ts";
 import { deltaError, relative } from "./error.ts";
-import {
-  type ExtractOptions,
-  extractModule,
-  type ModuleExtraction,
-  type ModuleMember,
-  type ModuleStack,
-  openModule,
-  type ProjectedTask,
-} from "./extract.ts";
-import { balance, leadingRows, type Pair } from "./gauge.ts";
+import { extractModule, type ModuleExtraction, type ModuleStack } from "./extract.ts";
+import { balance, leadingRows, type Pair, pairOf } from "./gauge.ts";
 import { mix } from "./mixing.ts";
-import { expand, rounded, type Subspace } from "./subspace.ts";
+import type { ExtractOptions } from "./options.ts";
+import { type ModuleMember, openModule, type ProjectedTask, storedPair } from "./project.ts";
+import { rounded } from "./subspace.ts";
 
 /** How often components are found again. The first time gains most, the third next to nothing. */
 const ROUNDS = 3;
@@ -25,19 +19,19 @@ const ROUNDS = 3;
 /** Numbers of components that are tried where an error decides; between them the bytes change little. */
 const TRIED = [0, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128];
 
-/** Factors of a task's own, encoded: A [q, in], Bᵀ [q, out]. */
+/** Private terms, encoded: A [q, in], Bᵀ [q, out]. */
 export interface PrivateTerms {
-  rank: number;
-  dtype: Dtype;
-  A: Uint8Array;
-  Bt: Uint8Array;
+  readonly rank: number;
+  readonly dtype: Dtype;
+  readonly A: Uint8Array;
+  readonly Bt: Uint8Array;
 }
 
 export interface PrivateOptions extends ExtractOptions {
   /** Rank of the private part: of every task with `select` by number or energy, the most with an error, where each task has as few as do. */
-  privateTerms: number;
-  /** Share of ‖ΔW‖² that each of them holds at least, where no error decides; 0 unless given. */
-  privateShare?: number | undefined;
+  readonly privateTerms: number;
+  /** Share of ‖ΔW‖² that each of them holds at least, where no error decides. Default: 0. */
+  readonly privateShare?: number | undefined;
 }
 
 /** A task with what it keeps for itself. */
@@ -56,16 +50,14 @@ export interface MixedExtraction extends ModuleExtraction {
 export function extractMixed(stack: ModuleStack, options: PrivateOptions): MixedExtraction {
   const { select, gauge } = options;
   if (!(Number.isInteger(options.privateTerms) && options.privateTerms >= 1))
-    throw new RangeError(`private must be a whole number from 1, got ${options.privateTerms}`);
+    throw new RangeError(`privateTerms must be a whole number from 1, got ${options.privateTerms}`);
   const { privateShare: share = 0 } = options;
   if (!(share >= 0 && share < 1)) throw new RangeError(`privateShare must be from 0 to less than 1, got ${share}`);
   if (gauge !== "balanced") throw new RangeError("private terms need gauge balanced");
   if (options.moments) throw new RangeError("private terms are not found by moments; leave one of them out");
   if (options.mode === "flat")
     throw new RangeError("private terms stand beside shared rows; take column or joint mode");
-  const given = stack.members.map(
-    ({ rank, A, Bt }): Pair => ({ rank, A: Float64Array.from(A), Bt: Float64Array.from(Bt) }),
-  );
+  const given = stack.members.map(pairOf);
   if (select.kind !== "error") return alternate(stack, given, options).found;
 
   const rows = given.reduce((sum, { rank }) => sum + Math.min(rank, options.rank ?? rank), 0);
@@ -105,20 +97,18 @@ function alternate(stack: ModuleStack, given: readonly Pair[], options: PrivateO
     );
     const parts = expanded(shared, options);
     const tasks = shared.tasks.map((task, i) => withPrivate(task, given[i]!, parts[i]!, options, error));
+    const found = { ...shared, tasks: tasks.map(({ task }) => task) };
     const mixed: Mixed = {
-      found: { ...shared, tasks: tasks.map(({ task }) => task) },
-      bytes: bytesOf(
-        shared,
-        tasks.map(({ task }) => task),
-      ),
+      found,
+      bytes: bytesOf(found),
       lost: tasks.reduce((sum, { lost }) => sum + lost, 0),
       reached: tasks.every(({ reached }) => reached),
     };
     if (best && !better(mixed, best)) break;
     best = mixed;
     const none = options.select.kind === "k" && options.select.k === 0;
-    if (none || tasks.every(({ own }) => own.rank === 0)) break;
-    members = stack.members.map((member, i) => without(member, tasks[i]!.own));
+    if (none || tasks.every(({ terms }) => terms.rank === 0)) break;
+    members = stack.members.map((member, i) => without(member, tasks[i]!.terms));
   }
   return best!;
 }
@@ -131,35 +121,18 @@ function better(one: Mixed, other: Mixed): boolean {
 /** Column or joint mode, or nothing shared at all. */
 function extractShared(stack: ModuleStack, options: ExtractOptions): ModuleExtraction {
   if (options.select.kind !== "k" || options.select.k > 0) return extractModule(stack, options);
-  const none = (width: number): ModuleExtraction["A"] => {
-    return {
-      dtype: options.basisDtype,
-      components: 0,
-      width,
-      mean: false,
-      encoded: new Uint8Array(0),
-      singular: new Float64Array(0),
-      explained: 0,
-    };
-  };
+  const { name, out, in: inputs, members } = stack;
   const empty = new Uint8Array(0);
-  const tasks = stack.members.map(({ id }) => ({
-    id,
-    rank: 0,
-    alphaA: empty,
-    alphaB: empty,
-    error: 1,
-    bound: 1,
-    deltaA: 1,
-    deltaB: 1,
-  }));
+  const none = { dtype: options.basisDtype, components: 0, mean: false, encoded: empty, explained: 0 };
+  const singular = new Float64Array(0);
+  const nothing = { rank: 0, alphaA: empty, alphaB: empty, error: 1, bound: 1, deltaA: 1, deltaB: 1 };
   return {
-    name: stack.name,
-    out: stack.out,
-    in: stack.in,
-    A: none(stack.in),
-    B: none(stack.out),
-    tasks,
+    name,
+    out,
+    in: inputs,
+    A: { ...none, width: inputs, singular },
+    B: { ...none, width: out, singular },
+    tasks: members.map(({ id }) => ({ id, ...nothing })),
     delta: { A: 1, B: 1 },
   };
 }
@@ -169,13 +142,7 @@ function expanded({ A, B, tasks }: ModuleExtraction, { coefficientDtype, product
   if (A.components + B.components === 0 && !A.mean)
     return tasks.map(() => ({ rank: 0, A: new Float64Array(0), Bt: new Float64Array(0) }));
   const space = openModule({ A, B }, products);
-  const rows = (encoded: Uint8Array, side: Subspace, rank: number): Float64Array =>
-    expand(side, Float64Array.from(decodeTensor(coefficientDtype, encoded, rank, side.components)), rank);
-  return tasks.map(({ rank, alphaA, alphaB }) => ({
-    rank,
-    A: rows(alphaA, space.A, rank),
-    Bt: rows(alphaB, space.B, rank),
-  }));
+  return tasks.map((task) => storedPair(space, task, coefficientDtype));
 }
 
 /** The fewest private terms that reach the error, or all that are allowed. */
@@ -183,41 +150,33 @@ function withPrivate(
   task: ProjectedTask,
   given: Pair,
   shared: Pair,
-  options: PrivateOptions,
+  { coefficientDtype: dtype, privateTerms, privateShare = 0 }: PrivateOptions,
   error: number | undefined,
-): { task: MixedTask; own: Pair; lost: number; reached: boolean } {
+): { task: MixedTask; terms: Pair; lost: number; reached: boolean } {
   const [width, height] = [given.A.length / given.rank, given.Bt.length / given.rank];
   const rest = balance(stackedPairs(given, shared, -1), height, width);
   const { norm: whole } = deltaError(given, given);
-  let least =
-    error === undefined ? countFrom(rest, (options.privateShare ?? 0) * whole ** 2) : leastRank(rest, error, whole);
+  const most = Math.min(privateTerms, rest.rank);
+  let least = error === undefined ? countFrom(rest, privateShare * whole ** 2) : leastRank(rest, error, whole);
   for (; ; least++) {
-    const q = Math.min(least, options.privateTerms, rest.rank);
+    const q = Math.min(least, most);
     const leading = leadingRows(rest, q);
-    const own = isQuantized(options.coefficientDtype) ? mixed(leading, width, height) : leading;
-    const [ownA, ownB] = [
-      rounded(options.coefficientDtype, own.A, q, width),
-      rounded(options.coefficientDtype, own.Bt, q, height),
-    ];
-    const rows = { rank: q, A: ownA.values, Bt: ownB.values };
+    const even = isQuantized(dtype) ? { A: mix(leading.A, q, width), Bt: mix(leading.Bt, q, height) } : leading;
+    const [A, Bt] = [rounded(dtype, even.A, q, width), rounded(dtype, even.Bt, q, height)];
+    const rows = { rank: q, A: A.values, Bt: Bt.values };
     const stored = stackedPairs(shared, rows, 1);
     const nothing = { rank: 1, A: new Float64Array(width), Bt: new Float64Array(height) };
     const { difference, norm, bound } = deltaError(given, stored.rank > 0 ? stored : nothing);
     const found = relative(difference, norm);
-    if (error !== undefined && found > error && q < Math.min(options.privateTerms, rest.rank)) continue;
-    const terms = q > 0 ? { rank: q, dtype: options.coefficientDtype, A: ownA.encoded, Bt: ownB.encoded } : undefined;
+    if (error !== undefined && found > error && q < most) continue;
+    const terms = q > 0 ? { rank: q, dtype, A: A.encoded, Bt: Bt.encoded } : undefined;
     return {
       task: { ...task, error: found, bound: relative(bound, norm), privateTerms: terms },
-      own: rows,
+      terms: rows,
       lost: difference ** 2,
       reached: error === undefined || found <= error,
     };
   }
-}
-
-/** Rows of one length, of the same ΔW. */
-function mixed({ rank, A, Bt }: Pair, width: number, height: number): Pair {
-  return { rank, A: mix(A, rank, width), Bt: mix(Bt, rank, height) };
 }
 
 /** How many singular values of what is left must be taken away, before rounding. */
@@ -255,16 +214,12 @@ function stackedPairs(one: Pair, other: Pair, sign: 1 | -1): Pair {
 }
 
 /** The member without a part of it. */
-function without({ id, rank, A, Bt }: ModuleMember, own: Pair): ModuleMember {
-  const pair = stackedPairs({ rank, A: Float64Array.from(A), Bt: Float64Array.from(Bt) }, own, -1);
-  return { id, rank: pair.rank, A: Float32Array.from(pair.A), Bt: Float32Array.from(pair.Bt) };
+function without(member: ModuleMember, part: Pair): ModuleMember {
+  const pair = stackedPairs(pairOf(member), part, -1);
+  return { id: member.id, rank: pair.rank, A: Float32Array.from(pair.A), Bt: Float32Array.from(pair.Bt) };
 }
 
-function bytesOf({ A, B }: ModuleExtraction, tasks: readonly MixedTask[]): number {
-  const own = tasks.reduce(
-    (sum, { alphaA, alphaB, privateTerms: terms }) =>
-      sum + alphaA.length + alphaB.length + (terms ? terms.A.length + terms.Bt.length : 0),
-    0,
-  );
-  return A.encoded.length + B.encoded.length + own;
+function bytesOf({ A, B, tasks }: MixedExtraction): number {
+  const stored = tasks.flatMap(({ alphaA, alphaB, privateTerms: terms }) => [alphaA, alphaB, terms?.A, terms?.Bt]);
+  return [A.encoded, B.encoded, ...stored].reduce((sum, bytes) => sum + (bytes?.length ?? 0), 0);
 }

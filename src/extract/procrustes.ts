@@ -3,8 +3,8 @@
  * flat mode compares whole factors, so rotations left to chance spread the adapters apart (generalised Procrustes
  * analysis). Balanced pairs stay balanced: A·Aᵀ = Bᵀ·B holds after any turn.
  */
-import type { Pair } from "./gauge.ts";
-import { addScaled, dot, scale, svd, timesTransposed, transpose } from "./linalg.ts";
+import { type Direction, type Pair, squareOf } from "./gauge.ts";
+import { addScaled, dot, multiply, multiplyTransposed, scale, straighten, svd, transpose } from "./linalg.ts";
 
 /** Settled when the mean moves by less than this share of its length: a tenth of that changes no error by 1e-3. */
 const SETTLED = 1e-2;
@@ -17,9 +17,9 @@ const MOST_ROUNDS = 100;
  */
 export function turnTogether(pairs: readonly Pair[], outputs: number, inputs: number): void {
   const longest = pairs.reduce((a, b) => (squareOf(b) > squareOf(a) ? b : a));
-  let mean: Pick<Pair, "A" | "Bt"> = { A: longest.A.slice(), Bt: longest.Bt.slice() };
+  let mean: Direction = { A: longest.A.slice(), Bt: longest.Bt.slice() };
   for (let round = 0; round < MOST_ROUNDS; round++) {
-    for (const pair of pairs) turnTo(pair, mean.A, mean.Bt, outputs, inputs);
+    for (const pair of pairs) turnTo(pair, mean, outputs, inputs);
     const next = { A: meanOf(pairs, "A"), Bt: meanOf(pairs, "Bt") };
     const moved = distance(next.A, mean.A) + distance(next.Bt, mean.Bt);
     mean = next;
@@ -28,15 +28,15 @@ export function turnTogether(pairs: readonly Pair[], outputs: number, inputs: nu
 }
 
 /** Turns a pair to lie nearest to factors of its shape. */
-export function turnTo(pair: Pair, A: Float64Array, Bt: Float64Array, outputs: number, inputs: number): void {
+export function turnTo(pair: Pair, { A, Bt }: Direction, outputs: number, inputs: number): void {
   const { rank } = pair;
-  const cross = timesTransposed(A, pair.A, rank, rank, inputs);
-  addScaled(1, timesTransposed(Bt, pair.Bt, rank, rank, outputs), 0, cross, 0, rank * rank);
+  const cross = multiplyTransposed(A, pair.A, rank, rank, inputs);
+  addScaled(1, multiplyTransposed(Bt, pair.Bt, rank, rank, outputs), 0, cross, 0, rank * rank);
   const { U, V } = svd(cross, rank, rank);
   orthonormalize(V, rank);
-  const turn = timesTransposed(transpose(U, rank, rank), transpose(V, rank, rank), rank, rank, rank);
-  pair.A = timesTransposed(turn, transpose(pair.A, rank, inputs), rank, inputs, rank);
-  pair.Bt = timesTransposed(turn, transpose(pair.Bt, rank, outputs), rank, outputs, rank);
+  const turn = multiply(transpose(U, rank, rank), V, rank, rank, rank);
+  pair.A = multiply(turn, pair.A, rank, inputs, rank);
+  pair.Bt = multiply(turn, pair.Bt, rank, outputs, rank);
 }
 
 /**
@@ -45,27 +45,21 @@ export function turnTo(pair: Pair, A: Float64Array, Bt: Float64Array, outputs: n
  */
 function orthonormalize(rows: Float64Array, n: number): void {
   for (let i = 0; i < n; i++) {
-    let left = straighten(rows, i, n);
+    let left = cleared(rows, i, n);
     // Of n axes one at least is that far from fewer than n others.
     for (let axis = 0; left * n * 2 < 1; axis++) {
       rows.fill(0, i * n, (i + 1) * n);
       rows[i * n + axis] = 1;
-      left = straighten(rows, i, n);
+      left = cleared(rows, i, n);
     }
     scale(1 / Math.sqrt(left), rows, i * n, n);
   }
 }
 
 /** Takes out of row i what lies along the rows before it (twice is enough). Returns the square of what is left. */
-function straighten(rows: Float64Array, i: number, n: number): number {
-  for (let pass = 0; pass < 2; pass++) {
-    for (let j = 0; j < i; j++) addScaled(-dot(rows, j * n, rows, i * n, n), rows, j * n, rows, i * n, n);
-  }
+function cleared(rows: Float64Array, i: number, n: number): number {
+  for (let pass = 0; pass < 2; pass++) straighten(rows, i, n);
   return dot(rows, i * n, rows, i * n, n);
-}
-
-function squareOf({ A, Bt }: Pick<Pair, "A" | "Bt">): number {
-  return dot(A, 0, A, 0, A.length) + dot(Bt, 0, Bt, 0, Bt.length);
 }
 
 function meanOf(pairs: readonly Pair[], side: "A" | "Bt"): Float64Array {

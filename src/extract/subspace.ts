@@ -17,9 +17,9 @@ import {
   cholesky,
   dot,
   forwardSolve,
-  gram,
+  multiplyTransposed,
+  PLAIN,
   type Products,
-  timesTransposed,
 } from "./linalg.ts";
 
 /** One side's basis as it lies in a pack. */
@@ -75,19 +75,15 @@ export interface Target {
  * Decodes and factors a basis.
  * @param metric L [width, width]: lengths are those of rows·L (`metricOf`)
  */
-export function openSubspace(
-  stored: StoredBasis,
-  products: Products = timesTransposed,
-  metric?: Float64Array,
-): Subspace {
+export function openSubspace(stored: StoredBasis, products: Products = PLAIN, metric?: Float64Array): Subspace {
   const { components, width } = stored;
   const rows = components + (stored.mean ? 1 : 0);
   const decoded = Float64Array.from(decodeTensor(stored.dtype, stored.encoded, rows, width));
-  const values = metric ? products(decoded, metric, rows, width, width, false, true) : decoded;
+  const values = metric ? products.multiply(decoded, metric, rows, width, width) : decoded;
   const vectors = values.subarray(0, components * width);
   const mean = stored.mean ? values.subarray(components * width) : undefined;
-  const factor = cholesky(gram(vectors, components, width, products), components);
-  const meanAt = mean ? timesTransposed(mean, vectors, 1, components, width) : new Float64Array(components);
+  const factor = cholesky(products.gram(vectors, components, width), components);
+  const meanAt = mean ? multiplyTransposed(mean, vectors, 1, components, width) : new Float64Array(components);
   forwardSolve(factor, components, meanAt, 1);
   return { components, width, rank: stored.rank, mean, vectors, factor, meanAt, products };
 }
@@ -106,9 +102,9 @@ export function targetsOf(
   const { components, width, mean } = space;
   const total = ranks.reduce((sum, rank) => sum + rank, 0);
   const x = centred(rows, total, width, mean);
-  const at = space.products(x, space.vectors, total, components, width);
+  const at = space.products.multiplyTransposed(x, space.vectors, total, components, width);
   forwardSolve(space.factor, components, at, total);
-  const alongMean = mean ? timesTransposed(x, mean, total, 1, width) : new Float64Array(total);
+  const alongMean = mean ? multiplyTransposed(x, mean, total, 1, width) : new Float64Array(total);
   let from = 0;
   return ranks.map((rank) => {
     const to = from + rank;
@@ -117,8 +113,8 @@ export function targetsOf(
       rank,
       kept: Math.min(rank, most),
       values,
-      rows: gram(values, rank, width, space.products),
-      squares: gram(x.subarray(from * width, to * width), rank, width, space.products),
+      rows: space.products.gram(values, rank, width),
+      squares: space.products.gram(x.subarray(from * width, to * width), rank, width),
       alongMean: alongMean.subarray(from, to),
       at: at.subarray(from * components, to * components),
     };
@@ -201,7 +197,7 @@ export function leaveOut({ rank, rows, lost, cross }: SideError, kept: number): 
 /** α·E + M: the rows [rank, width] that coefficients [rank, components] stand for. */
 export function expand(space: Subspace, coefficients: Float64Array, rank: number): Float64Array {
   const { components, width, mean } = space;
-  const rows = space.products(coefficients, space.vectors, rank, width, components, false, true);
+  const rows = space.products.multiply(coefficients, space.vectors, rank, width, components);
   if (mean) for (let i = 0; i < rows.length; i++) rows[i]! += mean[i % width]!;
   return rows;
 }

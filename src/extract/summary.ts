@@ -7,7 +7,7 @@
 import { type Components, fixSigns, orthonormalize } from "./components.ts";
 import { type Eigen, symmetricEigen } from "./eigen.ts";
 import { largestEigen } from "./lanczos.ts";
-import { addScaled, dot, type Products, timesTransposed, transpose } from "./linalg.ts";
+import { addScaled, dot, PLAIN, type Products, transpose } from "./linalg.ts";
 
 /** The summary of a stack [count, width]. */
 export type Summary = { readonly width: number; readonly count: number } & (
@@ -36,95 +36,81 @@ const BLOCK_VALUES = 2 ** 22;
 /** Rows and columns of a Gram matrix that are computed at once: what a product takes and gives stays small. */
 const PANEL = 512;
 
-/** Collects a summary. How many rows will come is said first, because it decides what is kept. */
-export class SummaryBuilder {
-  readonly #width: number;
-  readonly #count: number;
-  readonly #products: Products;
-  readonly #kind: Summary["kind"];
-  /** All rows, or those that wait for the next product. */
-  readonly #rows: Float64Array;
-  readonly #gram: Float64Array;
-  readonly #sums: Float64Array;
-  #waiting = 0;
-  #placed = 0;
-
-  constructor(count: number, width: number, products: Products = timesTransposed) {
-    const kind = summaryKind(count, width);
-    const held = kind === "rows" ? count : Math.min(count, Math.max(1, Math.floor(BLOCK_VALUES / width)));
-    this.#width = width;
-    this.#count = count;
-    this.#products = products;
-    this.#kind = kind;
-    this.#rows = new Float64Array(held * width);
-    this.#gram = new Float64Array(kind === "gram" ? triangle(width) : 0);
-    this.#sums = new Float64Array(kind === "gram" ? 2 * (width + 1) : 0);
-  }
-
+/** Collects a summary. */
+export interface SummaryCollector {
   /**
    * Adds rows [rows, width]; `values` may end early, the rest is zero.
-   * @param weight what the rows count, where they are not kept; who takes components of kept rows weighs them then
+   * @param weight what the rows count, where they are not kept; who takes components of kept rows weighs them then. Default: 1
    * @throws RangeError for more rows than were announced
    */
-  add(values: Float64Array, rows: number, weight = 1): void {
-    this.#place(rows);
-    const width = this.#width;
-    if (this.#kind === "rows") {
-      this.#rows.set(values, (this.#placed - rows) * width);
-      return;
-    }
-    for (let at = 0; at < rows * width; at += width) {
-      this.#sums[width]! += weight;
-      this.#sums[2 * width + 1]! += weight ** 2;
-      // A row of zeros counts in the mean and changes nothing else.
-      if (at >= values.length) continue;
-      const row = this.#waiting * width;
-      for (let j = 0; j < width; j++) this.#rows[row + j] = weight * values[at + j]!;
-      addScaled(1, this.#rows, row, this.#sums, 0, width);
-      addScaled(weight, this.#rows, row, this.#sums, width + 1, width);
-      if (++this.#waiting * width === this.#rows.length) this.#multiply();
-    }
-  }
-
+  add(values: Float64Array, rows: number, weight?: number): void;
   /** Adds a Gram matrix. @throws RangeError as `add` */
-  merge(other: Summary & { kind: "gram" }): void {
-    this.#place(other.count);
-    addScaled(1, other.gram, 0, this.#gram, 0, other.gram.length);
-    addScaled(1, other.sums, 0, this.#sums, 0, other.sums.length);
-  }
-
+  merge(other: Summary & { kind: "gram" }): void;
   /** @throws RangeError for fewer rows than were announced */
-  finish(): Summary {
-    if (this.#placed !== this.#count) throw new RangeError(`${this.#placed} rows came of ${this.#count}`);
-    const stack = { width: this.#width, count: this.#count };
-    if (this.#kind === "rows") return { ...stack, kind: "rows", values: this.#rows };
-    this.#multiply();
-    return { ...stack, kind: "gram", gram: this.#gram, sums: this.#sums };
-  }
+  finish(): Summary;
+}
 
-  #place(rows: number): void {
-    this.#placed += rows;
-    if (this.#placed > this.#count) throw new RangeError(`${this.#placed} rows came of ${this.#count}`);
-  }
-
-  /** Brings the waiting rows into the Gram matrix. */
-  #multiply(): void {
-    const [count, width] = [this.#waiting, this.#width];
-    if (count === 0) return;
-    this.#waiting = 0;
-    const columns = transpose(this.#rows, count, width);
-    for (let i = 0; i < width; i += PANEL) {
-      const m = Math.min(PANEL, width - i);
-      const left = columns.subarray(i * count, (i + m) * count);
-      for (let j = 0; j <= i; j += PANEL) {
-        const n = Math.min(PANEL, width - j);
-        const right = j === i ? left : columns.subarray(j * count, (j + n) * count);
-        const block = this.#products(left, right, m, n, count, j === i);
-        for (let row = 0; row < m; row++) {
-          const wanted = j === i ? row + 1 : n;
-          addScaled(1, block, row * n, this.#gram, triangle(i + row) + j, wanted);
-        }
+/** Collects the summary of a stack [count, width]. How many rows will come is said first, because it decides what is kept. */
+export function collectSummary(count: number, width: number, products: Products = PLAIN): SummaryCollector {
+  const kind = summaryKind(count, width);
+  const held = kind === "rows" ? count : Math.min(count, Math.max(1, Math.floor(BLOCK_VALUES / width)));
+  /** All rows, or those that wait for the next product. */
+  const values = new Float64Array(held * width);
+  const gram = new Float64Array(kind === "gram" ? triangle(width) : 0);
+  const sums = new Float64Array(kind === "gram" ? 2 * (width + 1) : 0);
+  let [waiting, placed] = [0, 0];
+  const place = (rows: number, allowed: boolean = placed + rows <= count): void => {
+    placed += rows;
+    if (!allowed) throw new RangeError(`${placed} rows came of ${count}`);
+  };
+  const multiplyWaiting = (): void => {
+    if (waiting > 0) addGram(gram, values.subarray(0, waiting * width), waiting, width, products);
+    waiting = 0;
+  };
+  return {
+    add(given, rows, weight = 1) {
+      place(rows);
+      if (kind === "rows") {
+        values.set(given, (placed - rows) * width);
+        return;
       }
+      for (let at = 0; at < rows * width; at += width) {
+        sums[width]! += weight;
+        sums[2 * width + 1]! += weight ** 2;
+        // A row of zeros counts in the mean and changes nothing else.
+        if (at >= given.length) continue;
+        const row = waiting * width;
+        for (let j = 0; j < width; j++) values[row + j] = weight * given[at + j]!;
+        addScaled(1, values, row, sums, 0, width);
+        addScaled(weight, values, row, sums, width + 1, width);
+        if (++waiting === held) multiplyWaiting();
+      }
+    },
+    merge(other) {
+      place(other.count);
+      addScaled(1, other.gram, 0, gram, 0, other.gram.length);
+      addScaled(1, other.sums, 0, sums, 0, other.sums.length);
+    },
+    finish() {
+      place(0, placed === count);
+      multiplyWaiting();
+      return kind === "rows" ? { width, count, kind, values } : { width, count, kind, gram, sums };
+    },
+  };
+}
+
+/** Brings rows [count, width] into the triangle of a Gram matrix. */
+function addGram(gram: Float64Array, rows: Float64Array, count: number, width: number, products: Products): void {
+  const columns = transpose(rows, count, width);
+  for (let i = 0; i < width; i += PANEL) {
+    const m = Math.min(PANEL, width - i);
+    const left = columns.subarray(i * count, (i + m) * count);
+    for (let j = 0; j <= i; j += PANEL) {
+      const n = Math.min(PANEL, width - j);
+      const right = columns.subarray(j * count, (j + n) * count);
+      const block = j === i ? products.gram(left, m, count) : products.multiplyTransposed(left, right, m, n, count);
+      for (let row = 0; row < m; row++)
+        addScaled(1, block, row * n, gram, triangle(i + row) + j, j === i ? row + 1 : n);
     }
   }
 }
@@ -138,14 +124,13 @@ const RESOLVED = 2 ** -33;
 /**
  * Mean and components of a stack of which the Gram matrix is left.
  * @param choose as of `principalComponents`
- * @param products what multiplies, in place of `timesTransposed`
  * @returns components weaker than 1e-5 of the strongest, or of the mean, cannot be told from rounding and are left out
  */
 export function gramComponents(
   { gram, sums, count: rows, width }: Summary & { kind: "gram" },
   centering: "keep" | "none",
   choose: number | ((singular: Float64Array, total: number) => number),
-  products: Products = timesTransposed,
+  products: Products = PLAIN,
 ): { mean: Float64Array | undefined; components: Components } {
   // Rounded as `columnMeans` does: a pack in f32 stores exactly the mean that was taken off.
   const [sum, turned] = [sums.subarray(0, width), sums.subarray(width + 1, 2 * width + 1)];
@@ -182,7 +167,7 @@ export function gramComponents(
 function strongestOf(g: Float64Array, n: number, count: number, least: number, products: Products): Eigen | undefined {
   const release = products.hold?.(g);
   try {
-    const apply = (v: Float64Array, k: number): Float64Array => products(v, g, k, n, n);
+    const apply = (v: Float64Array, k: number): Float64Array => products.multiplyTransposed(v, g, k, n, n);
     const start = (k: number, random: () => number): Float64Array =>
       Float64Array.from({ length: k * n }, () => random() - 0.5);
     const found = largestEigen({ n, apply, start }, count, products);

@@ -2,8 +2,8 @@
  * The large loops of extraction in WebAssembly. Apart from the backend, since only packing needs them.
  */
 
-import { type Binaries, claim, instantiate } from "../backends/wasm.ts";
-import type { Products } from "./linalg.ts";
+import { type Binaries, claim, type Instance, instantiate } from "../backends/wasm.ts";
+import { mirrored, PLAIN, type Products, type Tridiagonal } from "./linalg.ts";
 
 type Variant = "scalar" | "simd";
 
@@ -21,68 +21,87 @@ const BINARIES: Binaries<Variant> = {
 };
 
 /**
- * Products and reductions of extraction (`Products` in `src/extract/linalg.ts`) in WebAssembly. Data is copied in and out;
- * the memory stays as large as the largest call needs.
+ * Products and reductions of extraction in WebAssembly. Data is copied in and out; the memory stays as large as the largest
+ * call needs.
  * @throws BackendError as `createWasmBackend`; the functions when memory is short
  */
-export async function createWasmProducts(options: { variant?: Variant } = {}): Promise<Products> {
+export async function createWasmProducts(options: { variant?: Variant } = {}): Promise<Required<Products>> {
   const instance = await instantiate<ExtractionKernels, Variant>(BINARIES, options);
   const { kernels, memory, heap } = instance;
-
-  /** Runs `work` on f64 blocks of these lengths, one behind the other, at their addresses. */
-  function onBlocks<T>(lengths: readonly number[], work: (addresses: number[], views: Float64Array[]) => T): T {
-    const byteLength = 8 * lengths.reduce((sum, length) => sum + length, 0);
-    const start = claim(instance, byteLength, "scratch");
-    let next = start;
-    const addresses = lengths.map((length) => (next += 8 * length) - 8 * length);
-    try {
-      return work(
-        addresses,
-        lengths.map((length, i) => new Float64Array(memory.buffer, addresses[i]!, length)),
-      );
-    } finally {
-      heap.free(start, byteLength);
-    }
-  }
-
   const held = new Map<Float64Array, number>();
-  const products: Products = (x, y, m, n, width, lower = false, across = false) => {
-    if (x.length < m * width || y.length < n * width) {
-      throw new RangeError(
-        `products: [${m}, ${width}] and [${n}, ${width}] do not fit ${x.length} and ${y.length} values`,
-      );
-    }
-    const lengths = [m * n, held.has(x) ? 0 : m * width, held.has(y) || x === y ? 0 : n * width];
-    return onBlocks(lengths, ([out, ownX, ownY], [result, xs, ys]) => {
-      xs!.set(x.subarray(0, xs!.length));
-      ys!.set(y.subarray(0, ys!.length));
-      const xAt = held.get(x) ?? ownX!;
-      kernels.products(xAt, x === y ? xAt : (held.get(y) ?? ownY!), m, n, width, lower ? 1 : 0, across ? 1 : 0, out!);
-      return result!.slice();
-    });
-  };
-  products.hold = (operand) => {
-    const at = claim(instance, operand.byteLength, "scratch");
-    new Float64Array(memory.buffer, at, operand.length).set(operand);
-    held.set(operand, at);
-    return () => {
-      if (held.delete(operand)) heap.free(at, operand.byteLength);
+  const product =
+    (lower: 0 | 1, across: 0 | 1): Products["multiply"] =>
+    (x, y, m, n, width) => {
+      if (x.length < m * width || y.length < n * width) {
+        throw new RangeError(
+          `products: [${m}, ${width}] and [${n}, ${width}] do not fit ${x.length} and ${y.length} values`,
+        );
+      }
+      const lengths = [m * n, held.has(x) ? 0 : m * width, held.has(y) || x === y ? 0 : n * width];
+      return onBlocks(instance, lengths, ([out, ownX, ownY], [result, xs, ys]) => {
+        xs!.set(x.subarray(0, xs!.length));
+        ys!.set(y.subarray(0, ys!.length));
+        const xAt = held.get(x) ?? ownX!;
+        kernels.products(xAt, x === y ? xAt : (held.get(y) ?? ownY!), m, n, width, lower, across, out!);
+        return result!.slice();
+      });
     };
+  const lowerHalf = product(1, 0);
+  return {
+    multiply: product(0, 1),
+    multiplyTransposed: product(0, 0),
+    gram: (x, rows, width) => mirrored(lowerHalf(x, x, rows, rows, width), rows),
+    hold(operand) {
+      const at = claim(instance, operand.byteLength, "scratch");
+      new Float64Array(memory.buffer, at, operand.length).set(operand);
+      held.set(operand, at);
+      return () => {
+        if (held.delete(operand)) heap.free(at, operand.byteLength);
+      };
+    },
+    tridiagonalize: (a, n) => tridiagonalize(instance, a, n),
   };
-  products.tridiagonalize = (a, n) =>
-    onBlocks([n * n, n, n, 3 * n], ([at, diagonalAt, offAt, tausAt], [values, diagonal, off, taus]) => {
-      values!.set(a);
-      kernels.tridiagonalize(at!, n, diagonalAt!, offAt!, tausAt!);
-      const [reflectors, factors] = [values!.slice(), taus!.slice(0, n)];
-      const turn = (z: Float64Array, count: number): void =>
-        onBlocks([n * n, n, count * n], ([at, tausAt, zAt], [values, taus, vectors]) => {
-          values!.set(reflectors);
-          taus!.set(factors);
-          vectors!.set(z);
-          kernels.turnBack(at!, n, tausAt!, zAt!, count);
-          z.set(vectors!);
-        });
-      return { diagonal: diagonal!.slice(), off: off!.slice(), turn };
-    });
-  return products;
+}
+
+/** In WebAssembly where the engine has it. */
+export async function fastProducts(): Promise<Products> {
+  return typeof WebAssembly === "undefined" ? PLAIN : createWasmProducts();
+}
+
+/** Runs `work` on f64 blocks of these lengths, one behind the other, at their addresses. */
+function onBlocks<T>(
+  instance: Instance<ExtractionKernels>,
+  lengths: readonly number[],
+  work: (addresses: number[], views: Float64Array[]) => T,
+): T {
+  const byteLength = 8 * lengths.reduce((sum, length) => sum + length, 0);
+  const start = claim(instance, byteLength, "scratch");
+  let next = start;
+  const addresses = lengths.map((length) => (next += 8 * length) - 8 * length);
+  try {
+    return work(
+      addresses,
+      lengths.map((length, i) => new Float64Array(instance.memory.buffer, addresses[i]!, length)),
+    );
+  } finally {
+    instance.heap.free(start, byteLength);
+  }
+}
+
+function tridiagonalize(instance: Instance<ExtractionKernels>, a: Float64Array, n: number): Tridiagonal {
+  const { kernels } = instance;
+  return onBlocks(instance, [n * n, n, n, 3 * n], ([at, diagonalAt, offAt, tausAt], [values, diagonal, off, taus]) => {
+    values!.set(a);
+    kernels.tridiagonalize(at!, n, diagonalAt!, offAt!, tausAt!);
+    const [reflectors, factors] = [values!.slice(), taus!.slice(0, n)];
+    const turn = (z: Float64Array, count: number): void =>
+      onBlocks(instance, [n * n, n, count * n], ([at, tausAt, zAt], [values, taus, vectors]) => {
+        values!.set(reflectors);
+        taus!.set(factors);
+        vectors!.set(z);
+        kernels.turnBack(at!, n, tausAt!, zAt!, count);
+        z.set(vectors!);
+      });
+    return { diagonal: diagonal!.slice(), off: off!.slice(), turn };
+  });
 }

@@ -6,28 +6,21 @@
 import type { Adapter, AdapterModule, SavedTensor } from "../adapters/adapter.ts";
 import type { Coefficients, PackModule, Side, TaskBlob, TaskTerm, TensorRef } from "../format/format.ts";
 import { readTensor } from "../format/tensors.ts";
+import type { Term } from "../tensor/term.ts";
 import type { Pack } from "./pack.ts";
 
-/** Factors of one term: A [rank, in], Bᵀ [rank, out]; rank counts shared and private rows. */
-export interface ExpandedTerm {
-  rank: number;
-  A: Float32Array;
-  Bt: Float32Array;
-  magnitude: Float32Array | undefined;
-}
-
-/** Expands one term of a task. */
-export function expandTerm(blob: TaskBlob, term: TaskTerm, module: PackModule, bases: Uint8Array): ExpandedTerm {
+/** Expands one term of a task: its rank counts shared and private rows. */
+export function expandTerm(blob: TaskBlob, term: TaskTerm, module: PackModule, bases: Uint8Array): Term {
   const rank = term.rank + term.privateRank;
   const side = (
     coefficients: Coefficients | undefined,
     basis: Side | undefined,
-    own: TensorRef | undefined,
+    privateRows: TensorRef | undefined,
     width: number,
   ) => {
     const out = new Float32Array(rank * width);
     if (coefficients && basis) out.set(expandSide(blob, coefficients, basis, bases));
-    if (own) out.set(readTensor(blob.bytes, own), term.rank * width);
+    if (privateRows) out.set(readTensor(blob.bytes, privateRows), term.rank * width);
     return out;
   };
   return {
@@ -76,11 +69,8 @@ export async function taskAdapter(pack: Pack, id: string): Promise<Adapter> {
       in: inputs,
       rank: term.rank + term.privateRank,
       layout,
-      ...(kernel ? { kernel } : {}),
-      async read() {
-        const { A, Bt, magnitude } = expandTerm(blob, term, module, bases.bytes);
-        return { A, Bt, ...(magnitude ? { magnitude } : {}) };
-      },
+      kernel,
+      read: async () => expandTerm(blob, term, module, bases.bytes),
     });
   }
   const saved = blob.parameters.map(
@@ -88,7 +78,7 @@ export async function taskAdapter(pack: Pack, id: string): Promise<Adapter> {
       name,
       role,
       shape,
-      ...(indices ? { indices } : {}),
+      indices,
       read: async () => readTensor(blob.bytes, tensor),
     }),
   );

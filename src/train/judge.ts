@@ -4,7 +4,7 @@
 
 import type { Adapter } from "../adapters/adapter.ts";
 import { taskAdapter } from "../pack/expand.ts";
-import { openPack } from "../pack/pack.ts";
+import type { Pack } from "../pack/pack.ts";
 import type { Engine } from "../session/engine.ts";
 import { createSession, type Session } from "../session/session.ts";
 import type { SourceInput } from "../source.ts";
@@ -35,9 +35,9 @@ export type DivergenceByTask = ReadonlyMap<string, number>;
 
 /** Asks packs of the same adapters, one after the other. */
 export interface PackJudge {
-  byTask(pack: Blob): Promise<DivergenceByTask>;
-  /** The mean over tasks, as `buildAuto` takes it. */
-  judge(pack: Blob): Promise<number>;
+  byTask(pack: Pack): Promise<DivergenceByTask>;
+  /** The mean over tasks, as `searchPack` takes it. */
+  judge(pack: Pack): Promise<number>;
   /** Frees the session that answers. */
   close(): Promise<void>;
   [Symbol.asyncDispose](): Promise<void>;
@@ -50,7 +50,7 @@ export interface PackJudge {
  * @throws RangeError when there is no text
  * @example
  * const { judge, close } = createJudge(createEngine(ort), "model.onnx", { adapters, texts, encode });
- * const { chunks, report } = await buildAuto(adapters, { criterion: { kind: "bytes", max: 300_000 }, judge });
+ * const { chunks, report } = await searchPack(adapters, { goal: { kind: "bytes", max: 300_000 }, judge });
  * await close();
  */
 export function createJudge(engine: Engine, model: SourceInput, options: JudgeOptions): PackJudge {
@@ -63,8 +63,7 @@ export function createJudge(engine: Engine, model: SourceInput, options: JudgeOp
   let session: Session | undefined;
   let inputs: Inputs<BatchFeeds> | undefined;
   const expected = new Map<string, Float32Array[]>();
-  const byTask = async (bytes: Blob): Promise<DivergenceByTask> => {
-    const pack = await openPack(bytes);
+  const byTask = async (pack: Pack): Promise<DivergenceByTask> => {
     const asked = (session ??= await createSession(engine, model, pack, { trainable: true }));
     inputs ??= createInputs((texts) => encode(texts, asked.inputNames));
     const ask = { where: "createJudge", inputs, batch, signal };
@@ -78,7 +77,6 @@ export function createJudge(engine: Engine, model: SourceInput, options: JudgeOp
       if (!expected.has(id)) expected.set(id, await askAdapter(asked, adapter, head, rows, ask));
       found.set(id, meanDivergence(expected.get(id)!, answers));
     }
-    await pack.close();
     return found;
   };
   const close = async (): Promise<void> => {

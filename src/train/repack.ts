@@ -3,7 +3,7 @@
  * for its factors, the new task behind them. What tasks bring beside coefficients stays as it is, byte for byte.
  */
 
-import { type ModuleSpace, openModule, projectModule } from "../extract/extract.ts";
+import { type ModuleSpace, openModule, projectModule } from "../extract/project.ts";
 import type { Subspace } from "../extract/subspace.ts";
 import {
   basisIdOf,

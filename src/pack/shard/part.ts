@@ -19,10 +19,10 @@ const ABOUT = "eigenlora part";
 /** The last tensor, whatever the others are called: CRC-32C of the header, then of each tensor in the order of the file. */
 const CHECKSUMS = "~checksums";
 
-/** Which command writes a kind of part, and which ones take it. */
-const COMMANDS = {
-  statistics: "shard and merge --part write it, merge takes it",
-  tasks: "project writes it, assemble takes it",
+/** What writes a kind of part, and what takes it. */
+const USES = {
+  statistics: "sharding and merging write it, merging takes it",
+  tasks: "projecting writes it, assembling takes it",
 } as const;
 
 /** Values a description may hold: what JSON can say. */
@@ -89,11 +89,11 @@ export async function openPart(input: SourceInput, kind?: PartKind): Promise<Par
   try {
     const head = await source.read(0, Math.min(8, source.byteLength ?? 8));
     const begins = (magic: readonly number[]): boolean => magic.every((byte, i) => byte === head[i]);
-    if (begins(MAGIC)) fail("header", `this is a pack, not a part${kind ? `: ${COMMANDS[kind]}` : ""}`);
-    if (begins(TASK_FILE_MAGIC)) fail("header", "this is a task file, not a part: add takes it");
+    if (begins(MAGIC)) fail("header", `this is a pack, not a part${kind ? `: ${USES[kind]}` : ""}`);
+    if (begins(TASK_FILE_MAGIC)) fail("header", "this is a task file, not a part: add it to a pack");
     const tensors = await openSafetensors(source);
     const text = tensors.metadata.get(ABOUT);
-    if (text === undefined) fail("header", `this is not a part${kind ? `: ${COMMANDS[kind]}` : ""}`);
+    if (text === undefined) fail("header", `this is not a part${kind ? `: ${USES[kind]}` : ""}`);
     const places = [...tensors.tensors].sort(
       ([, a], [, b]) => a.byteOffset - b.byteOffset || a.byteLength - b.byteLength,
     );
@@ -109,8 +109,7 @@ export async function openPart(input: SourceInput, kind?: PartKind): Promise<Par
     const found = oneOf(about.get("kind"), ["statistics", "tasks"]);
     const version = about.get("version").integer(1, Number.MAX_SAFE_INTEGER);
     about.check(version === 1, () => `version ${version}, but this reader knows version 1; update eigenlora`);
-    if (kind && kind !== found)
-      fail("header", `it holds ${found} (${COMMANDS[found]}), expected ${kind}: ${COMMANDS[kind]}`);
+    if (kind && kind !== found) fail("header", `it holds ${found} (${USES[found]}), expected ${kind}: ${USES[kind]}`);
     const read = async (tensor: string): Promise<Uint8Array> => {
       const bytes = await tensors.read(tensor);
       if (crc32c(bytes) !== checksums.get(tensor)) damaged(`tensor ${tensor}`);
@@ -131,6 +130,17 @@ export async function openPart(input: SourceInput, kind?: PartKind): Promise<Par
     };
   } catch (error) {
     await source.close?.();
+    throw error;
+  }
+}
+
+/** Opens a part of one kind and reads its description; it is closed where that fails. */
+export async function readPart<T>(input: SourceInput, kind: PartKind, read: (part: Part) => T): Promise<T> {
+  const part = await openPart(input, kind);
+  try {
+    return read(part);
+  } catch (error) {
+    await part.close();
     throw error;
   }
 }

@@ -3,28 +3,23 @@
  * whole task files (SPEC.md, section 7), so that every one of them is bound to its basis and checked like one that came alone.
  */
 import type { Adapter } from "../../adapters/adapter.ts";
+import { compare } from "../../adapters/modules.ts";
 import { AdapterError, FormatError, TaskError } from "../../errors.ts";
-import { crc32c } from "../../format/crc32c.ts";
 import { encodeTaskFile } from "../../format/encode.ts";
-import { streamFresh, type TaskPlace } from "../../format/layout.ts";
+import type { TaskPlace } from "../../format/layout.ts";
 import type { Value } from "../../format/messagepack.ts";
 import { parseTaskFile } from "../../format/task-file.ts";
 import type { ByteSource, SourceInput } from "../../source.ts";
+import type { Dtypes } from "../../tensor/dtypes.ts";
 import { DTYPES } from "../../tensor/dtypes.ts";
-import { type BuildReport, breakEven, completeDtypes, type Dtypes, projectAdapters } from "../build.ts";
+import { freshPack, placeOf, tasksOf } from "../fresh.ts";
 import type { Pack } from "../pack.ts";
-import { oneOf, openPart, type Part, writePart } from "./part.ts";
-import { compare } from "./statistics.ts";
+import { projectAdapters } from "../project.ts";
+import { completeDtypes, sizes, type TaskLoss, type TasksReport } from "../report.ts";
+import { oneOf, readPart, writePart } from "./part.ts";
 
 /** Number formats of tasks. */
-type TaskTypes = Omit<Dtypes, "basis">;
-
-/** What a task lost, ‖ΔW − ΔW'‖ / ‖ΔW‖ over its modules. */
-export interface TaskLoss {
-  id: string;
-  mean: number;
-  max: number;
-}
+export type TaskDtypes = Omit<Dtypes, "basis">;
 
 const nameOf = (id: string): string => `task ${id}`;
 
@@ -44,40 +39,30 @@ export async function projectTasks(
   const sorted = [...adapters].sort((a, b) => compare(a.id, b.id));
   const twice = sorted.find(({ id }, i) => sorted[i + 1]?.id === id);
   if (twice) throw new TaskError(`two adapters are called "${twice.id}"`, { task: twice.id });
-  const types = completeDtypes(options.dtype);
-  const projected = await projectAdapters(basis, sorted, types, options.onProgress);
-  const id = basis.basisId;
+  const dtype = completeDtypes(options.dtype);
+  const projected = await projectAdapters(basis, sorted, dtype, options.onProgress);
+  const { basisId } = basis;
   const entries = projected.map(({ entry, blob }) => {
-    const file = encodeTaskFile(entry, id, blob);
+    const file = encodeTaskFile(entry, basisId, blob);
     return { name: nameOf(entry.id), dtype: "U8", shape: [file.length], read: () => file };
   });
   const residual = projected.map((task) => task.residual);
-  const { coefficients, head } = types;
-  return {
-    chunks: writePart(
-      "tasks",
-      made,
-      { basisId: basis.basisId, types: { coefficients, head }, tasks: residual },
-      entries,
-    ),
-    residual,
-  };
+  const { coefficients, head } = dtype;
+  const about = { basisId, types: { coefficients, head }, tasks: residual };
+  return { chunks: writePart("tasks", made, about, entries), residual };
 }
 
 /** A pack of all tasks of some parts, and what became of the adapters. */
 export interface AssembledPack {
-  chunks: AsyncGenerator<Uint8Array, void>;
-  report: Pick<BuildReport, "tasks" | "modules" | "bytes" | "adapterBytes" | "ratio" | "breakEvenTasks"> & {
-    error: { mean: number; max: number; worstTask: string };
-    types: TaskTypes;
-  };
+  readonly chunks: AsyncGenerator<Uint8Array, void>;
+  readonly report: TasksReport & { readonly dtype: TaskDtypes };
 }
 
 /**
  * Assembles a pack: the tasks of all parts, and those that the basis has already, by id, so that how they were spread over
  * parts makes no difference to a byte. Blobs are read twice, once to check them and once to be copied: parts and basis stay open
  * until the chunks have been written.
- * @throws FormatError for a damaged part; AdapterError for a part on another basis or of other types; TaskError for a task that
+ * @throws FormatError for a damaged part; AdapterError for a part on another basis or of other number formats; TaskError for a task that
  *   is there twice
  */
 export async function assemblePack(basis: Pack, parts: readonly TaskPart[]): Promise<AssembledPack> {
@@ -85,15 +70,7 @@ export async function assemblePack(basis: Pack, parts: readonly TaskPart[]): Pro
   if (!first) throw new RangeError("assemblePack: no parts");
   const owners = new Map<string, string>([...basis.tasks.keys()].map((id) => [id, basis.name]));
   const losses: (TaskLoss & { modules: number })[] = [];
-  const places: TaskPlace[] = [];
-  for (const { section, ...entry } of basis.directory.tasks) {
-    places.push({
-      entry,
-      length: section.length,
-      crc: section.crc,
-      read: async () => (await basis.load(entry.id)).bytes,
-    });
-  }
+  const places = await tasksOf(basis);
   for (const part of parts) {
     refuseOther(basis, first, part);
     for (const loss of part.tasks) {
@@ -109,27 +86,16 @@ export async function assemblePack(basis: Pack, parts: readonly TaskPart[]): Pro
     }
   }
   places.sort((a, b) => compare(a.entry.id, b.entry.id));
-  const bases = (await basis.bases()).bytes;
-  const { bytes, chunks } = streamFresh(
-    { description: basis.directory.basisBytes, bases, basisId: basis.basisId },
-    places,
-  );
-  const sizes = places.map(({ entry }) => entry.adapterBytes);
-  const adapterBytes = sizes.reduce((sum, size) => sum + size, 0);
+  const { bytes, chunks } = await freshPack(basis, places);
   const count = losses.reduce((sum, { modules }) => sum + modules, 0);
   const worst = losses.reduce((a, b) => (b.max > a.max ? b : a));
   const report = {
-    tasks: places.length,
-    modules: basis.modules.length,
-    types: first.types,
-    bytes,
-    adapterBytes,
-    ratio: adapterBytes / bytes,
-    breakEvenTasks: breakEven(
+    ...sizes(
       bytes,
-      places.map(({ length }) => length),
-      sizes,
+      places.map(({ length, entry }) => ({ blob: length, adapter: entry.adapterBytes })),
     ),
+    modules: basis.modules.length,
+    dtype: first.dtype,
     error: {
       mean: losses.reduce((sum, { mean, modules }) => sum + mean * modules, 0) / Math.max(count, 1),
       max: worst.max,
@@ -140,7 +106,7 @@ export async function assemblePack(basis: Pack, parts: readonly TaskPart[]): Pro
 }
 
 function refuseOther(basis: Pack, first: TaskPart, part: TaskPart): void {
-  const { basisId, file, types } = part;
+  const { basisId, file, dtype } = part;
   if (basisId !== basis.basisId) {
     throw new AdapterError(
       `it was projected onto the basis ${basisId}, ${basis.name} is ${basis.basisId}: project it again`,
@@ -148,13 +114,10 @@ function refuseOther(basis: Pack, first: TaskPart, part: TaskPart): void {
     );
   }
   for (const what of ["coefficients", "head"] as const) {
-    if (types[what] === first.types[what]) continue;
+    if (dtype[what] === first.dtype[what]) continue;
     throw new AdapterError(
-      `its ${what} are ${types[what]}, those of ${first.file} ${first.types[what]}: project one of them again, with the same --dtype`,
-      {
-        file,
-        field: what,
-      },
+      `its ${what} are ${dtype[what]}, those of ${first.file} ${first.dtype[what]}: project one of them again, with the same dtype`,
+      { file, field: what },
     );
   }
 }
@@ -178,34 +141,36 @@ async function checkTask(basis: Pack, part: TaskPart, id: string): Promise<{ pla
   const modules = (await basis.load(id)).terms.length;
   basis.removeTask(id);
   const read = async (): Promise<Uint8Array> => parseTaskFile(await part.read(id), file).blob;
-  return { place: { entry, length: blob.length, crc: crc32c(blob), read }, modules };
+  return { place: { ...placeOf({ entry, blob }), read }, modules };
 }
 
 /** A part with tasks, open. */
-export interface TaskPart extends Pick<Part, "file" | "made" | "close"> {
+export interface TaskPart {
+  /** Path, for messages. */
+  readonly file: string;
+  /** As given to `projectTasks`. */
+  readonly made: string;
   /** Hexadecimal id of the basis. */
   readonly basisId: string;
-  readonly types: TaskTypes;
+  readonly dtype: TaskDtypes;
   /** Sorted by id. */
   readonly tasks: readonly TaskLoss[];
   /** The task file of a task. @throws FormatError when it is damaged */
   read(id: string): Promise<Uint8Array>;
+  close(): Promise<void>;
 }
 
 /** Opens a part with tasks. @throws FormatError as `openPart`, and for a description that its tensors do not fit */
-export async function openTasks(input: SourceInput): Promise<TaskPart> {
-  const part = await openPart(input, "tasks");
-  try {
+export function openTasks(input: SourceInput): Promise<TaskPart> {
+  return readPart(input, "tasks", (part) => {
     const { file, made, tensors } = part;
     const about: Value = part.about;
-    const tasks = about
-      .get("tasks")
-      .array(1_048_576)
-      .map((value: Value) => {
-        const id = value.get("id").string(255);
-        value.check(tensors.has(nameOf(id)), () => `the task "${id}" is missing`);
-        return { id, mean: value.get("mean").number(0, Infinity), max: value.get("max").number(0, Infinity) };
-      });
+    const listed: readonly Value[] = about.get("tasks").array(1_048_576);
+    const tasks = listed.map((value: Value) => {
+      const id = value.get("id").string(255);
+      value.check(tensors.has(nameOf(id)), () => `the task "${id}" is missing`);
+      return { id, mean: value.get("mean").number(0, Infinity), max: value.get("max").number(0, Infinity) };
+    });
     about.check(
       tasks.length > 0 && tasks.length === tensors.size - 1,
       () => `${tasks.length} tasks are listed, but there are ${tensors.size - 1}`,
@@ -215,16 +180,10 @@ export async function openTasks(input: SourceInput): Promise<TaskPart> {
       file,
       made,
       basisId: about.get("basisId").string(64),
-      types: {
-        coefficients: oneOf(types.get("coefficients"), DTYPES),
-        head: oneOf(types.get("head"), DTYPES),
-      },
+      dtype: { coefficients: oneOf(types.get("coefficients"), DTYPES), head: oneOf(types.get("head"), DTYPES) },
       tasks,
       read: (id) => part.read(nameOf(id)),
-      close: () => part.close(),
+      close: part.close,
     };
-  } catch (error) {
-    await part.close();
-    throw error;
-  }
+  });
 }

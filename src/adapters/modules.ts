@@ -1,0 +1,55 @@
+/**
+ * Modules that several adapters, or parts made of adapters, have in common: the same layer must be the same in all of them.
+ */
+import { AdapterError } from "../errors.ts";
+import type { ModuleShape } from "./adapter.ts";
+
+/** By code units, so that the order is the same on every machine. */
+export function compare(a: string, b: string): number {
+  return a < b ? -1 : a > b ? 1 : 0;
+}
+
+/** Who has modules, from which file. */
+interface Owner<M extends ModuleShape> {
+  readonly file: string;
+  readonly modules: ReadonlyMap<string, M>;
+}
+
+/** A module, and all who have it. */
+export interface SharedModule<O> {
+  readonly shape: ModuleShape;
+  readonly owners: readonly O[];
+}
+
+/**
+ * All modules that somebody has, sorted by name.
+ * @throws AdapterError naming the second file when two mean different modules by one name
+ */
+export function sharedModules<M extends ModuleShape, O extends Owner<M>>(
+  all: readonly (O & Owner<M>)[],
+): Map<string, SharedModule<O>> {
+  const names = [...new Set(all.flatMap(({ modules }) => [...modules.keys()]))].sort();
+  return new Map(
+    names.map((name) => {
+      const owners = all.filter(({ modules }) => modules.has(name));
+      const { out, in: inputs, layout, kernel } = owners[0]!.modules.get(name)!;
+      const shape = { name, out, in: inputs, layout, kernel };
+      for (const { file, modules } of owners) checkSame(shape, owners[0]!.file, modules.get(name)!, file);
+      return [name, { shape, owners }];
+    }),
+  );
+}
+
+function checkSame(x: ModuleShape, file: string, y: ModuleShape, other: string): void {
+  if (x.out === y.out && x.in === y.in && x.layout === y.layout && String(x.kernel) === String(y.kernel)) return;
+  throw new AdapterError(
+    `"${y.name}" is [${y.out}, ${y.in}] ${y.layout} here, but [${x.out}, ${x.in}] ${x.layout} in ${file}: adapters of ` +
+      "different base models cannot share a pack",
+    { file: other, field: y.name },
+  );
+}
+
+/** The base models that adapters name, in the order of the adapters. */
+export function baseModels(adapters: readonly { readonly baseModel: string | undefined }[]): string[] {
+  return [...new Set(adapters.map(({ baseModel }) => baseModel).filter((name) => name !== undefined))];
+}

@@ -1,0 +1,33 @@
+/** Safetensors files from anything that names or holds bytes. */
+import { type FetchOptions, openSource, type ReadOptions, type SourceInput } from "../source.ts";
+import { openSafetensors as readHeader, type SafetensorsFile } from "../tensor/safetensors.ts";
+
+/** A safetensors file that is open until it is closed. */
+export interface OpenSafetensors extends SafetensorsFile {
+  /** Closes what the file is read from. */
+  close(): Promise<void>;
+  [Symbol.asyncDispose](): Promise<void>;
+}
+
+/**
+ * Opens a safetensors file: reads and checks its header. Tensors are read later, one range each.
+ * @param input path, URL (read by HTTP ranges), Blob, ArrayBuffer or any ByteSource
+ * @throws SourceError when bytes cannot be had, FormatError when a rule of the format is broken
+ * @example
+ * const file = await openSafetensors("adapter_model.safetensors");
+ * for (const [name, { shape }] of file.tensors) console.log(name, shape);
+ * await file.close();
+ */
+export async function openSafetensors(
+  input: SourceInput,
+  options: FetchOptions & ReadOptions = {},
+): Promise<OpenSafetensors> {
+  const source = await openSource(input, options);
+  const close = async (): Promise<void> => source.close?.();
+  try {
+    return { ...(await readHeader(source, options)), close, [Symbol.asyncDispose]: close };
+  } catch (error) {
+    await close();
+    throw error;
+  }
+}

@@ -1,0 +1,101 @@
+/**
+ * How one module is extracted: what the caller chooses, and the checks of it.
+ */
+import type { Dtype } from "../tensor/dtypes.ts";
+import type { Products } from "./linalg.ts";
+
+/**
+ * What has coefficients of its own: a row of a factor, or a whole factor (DESIGN.md 2.4). Joint mode is column mode with bases that
+ * lose least of ΔW instead of least of each factor.
+ */
+export type BasisMode = "column" | "flat" | "joint";
+
+/**
+ * Whether factors are taken as they come or rewritten as B = U·√S, A = √S·Vᵀ first (DESIGN.md 2.2). Flat mode also turns
+ * balanced pairs towards their mean, where it is kept.
+ */
+export type Gauge = "as-trained" | "balanced";
+
+/** Whether the mean of the rows is subtracted and stored, or not used at all. */
+export type Centering = "keep" | "none";
+
+/**
+ * How many components a side keeps, never more than its numerical rank:
+ * `k` that many; `energy` the fewest with that share of the squared singular values, 1 for all of them; `error` per
+ * module the numbers of fewest stored bytes for which no task's ΔW error, after rounding, is above `max`.
+ */
+export type ComponentSelection =
+  | { readonly kind: "k"; readonly k: number }
+  | { readonly kind: "energy"; readonly share: number }
+  | { readonly kind: "error"; readonly max: number };
+
+export interface ExtractOptions {
+  /** Default: "column". */
+  readonly mode?: BasisMode;
+  readonly gauge: Gauge;
+  /** The most rows that a task keeps of each module, its strongest directions: balanced gauge only, not in flat mode. Default: all. */
+  readonly rank?: number | undefined;
+  readonly centering: Centering;
+  /**
+   * Whether every task counts alike when components are sought, however large its update is: one a thousand times larger than the
+   * others would have them to itself. Default: false.
+   */
+  readonly normalize?: boolean | undefined;
+  /**
+   * Second moments E[x·xᵀ] [in, in] of what enters the module. Errors are then those of its outputs, ‖(ΔW − ΔW')·x‖, and components
+   * are the best for them. Not in flat mode, nor with private terms.
+   */
+  readonly moments?: Float64Array | undefined;
+  readonly select: ComponentSelection;
+  readonly basisDtype: Dtype;
+  readonly coefficientDtype: Dtype;
+  /** What multiplies large matrices: half the time of an extraction is spent there. Default: the plain loops. */
+  readonly products?: Products | undefined;
+}
+
+/** How an adapter is brought onto a basis. */
+export type ProjectOptions = Pick<ExtractOptions, "gauge" | "coefficientDtype" | "rank">;
+
+/** How many components a selection asks for, or what says so, given the singular values; an error is judged on all of them later. */
+export function wanted({
+  select,
+  mode,
+}: Pick<ExtractOptions, "select" | "mode">): number | ((singular: Float64Array, total: number) => number) {
+  if (select.kind === "k") return select.k;
+  if (select.kind === "error" || mode === "joint" || select.share === 1) return (singular) => singular.length;
+  return (singular, total) => {
+    let held = 0;
+    let k = 0;
+    while (k < singular.length && held < select.share * total) held += singular[k++]! ** 2;
+    return k;
+  };
+}
+
+/** @throws RangeError for a rank that cannot be kept, or moments where they mean nothing */
+export function checkRank({
+  rank,
+  gauge,
+  mode,
+  moments,
+}: Pick<ExtractOptions, "rank" | "gauge" | "mode" | "moments">): void {
+  if (moments && mode === "flat")
+    throw new RangeError("moments: flat mode keeps whole factors; take column or joint mode");
+  if (rank === undefined) return;
+  if (!(Number.isInteger(rank) && rank >= 1)) throw new RangeError(`rank must be a whole number from 1, got ${rank}`);
+  if (gauge !== "balanced")
+    throw new RangeError("rank: only a balanced pair has its strongest directions first; take gauge balanced");
+  if (mode === "flat") throw new RangeError("rank: flat mode keeps whole factors; take column or joint mode");
+}
+
+/** @throws RangeError for a number out of range */
+export function checkSelection(select: ComponentSelection): void {
+  if (select.kind === "k" && !(Number.isInteger(select.k) && select.k >= 1)) {
+    throw new RangeError(`select.k must be a whole number from 1, got ${select.k}`);
+  }
+  if (select.kind === "energy" && !(select.share > 0 && select.share <= 1)) {
+    throw new RangeError(`select.share must be above 0 and at most 1, got ${select.share}`);
+  }
+  if (select.kind === "error" && !(select.max > 0)) {
+    throw new RangeError(`select.max must be above 0, got ${select.max}`);
+  }
+}

@@ -1,0 +1,117 @@
+/**
+ * One side of a module, from the stacked rows of all tasks to a basis that is ready to be written: mean, components, encoding.
+ */
+import type { Dtype } from "../tensor/dtypes.ts";
+import { encodeTensor } from "../tensor/encode.ts";
+import { type Components, centred, columnMeans, principalComponents, ROUNDING } from "./components.ts";
+import { backwardSolve, norm, type Products, rowSquares, scale } from "./linalg.ts";
+import { fewBits, mix } from "./mixing.ts";
+import { type ExtractOptions, wanted } from "./options.ts";
+import type { StoredBasis } from "./subspace.ts";
+
+/** One side's basis, ready to be written, and what is known of the stack it came from. */
+export interface SideBasis extends StoredBasis {
+  /** Singular values of the (centred) stack, descending, min(rows, width) of them; the smallest may be rounding. */
+  singular: Float64Array;
+  /** Share of the squared singular values that the components hold; 1 where there are none to hold. */
+  explained: number;
+}
+
+/** One side of a stack, decomposed. */
+export interface Side {
+  /** Of a vector: of a row, times the rank in flat mode. */
+  width: number;
+  rank: number | undefined;
+  /** All tasks' rows, stacked [Σ ranks, width], those without coefficients too. */
+  rows: Float64Array;
+  mean: Float64Array | undefined;
+  components: Components;
+  /** L: everything here is of rows·L, what is stored is not. */
+  metric?: Float64Array | undefined;
+}
+
+/**
+ * Mean and components of one side.
+ * @param all factors whole
+ * @param factors what is kept of them
+ * @param rank in flat mode, of all factors [rank, inner]
+ */
+export function decompose(
+  all: readonly Float64Array[],
+  factors: readonly Float64Array[],
+  inner: number,
+  rank: number | undefined,
+  options: ExtractOptions,
+): Side {
+  const width = inner * (rank ?? 1);
+  const rows = stacked(factors);
+  const count = rows.length / width;
+  const own = rowSquares(rows, count, width).map(Math.sqrt);
+  if (options.gauge === "balanced" && rank === undefined) {
+    // Row i counts in ΔW by its square, s_i, and carries the rounding errors of all of ΔW, s_1, magnified by √s_i.
+    let at = 0;
+    for (const factor of factors) {
+      const first = own[at]!;
+      for (const end = at + factor.length / width; at < end; at++) own[at] = own[at]! > 0 ? first ** 2 / own[at]! : 0;
+    }
+  }
+  const weights = options.normalize
+    ? factors.flatMap((factor) => Array<number>(factor.length / width).fill(reciprocal(factor)))
+    : undefined;
+  const mean = options.centering === "keep" ? columnMeans(rows, count, width, weights) : undefined;
+  const x = centred(rows, count, width, mean);
+  // A row is as large as what is stored of it: coefficients for the centred row, the mean for the rest.
+  const left = rowSquares(x, count, width);
+  const floors = own.map((size, i) => ROUNDING * Math.max(size, Math.sqrt(left[i]!)));
+  weights?.forEach((weight, i) => {
+    scale(weight, x, i * width, width);
+    floors[i]! *= weight;
+  });
+  const components = principalComponents(x, count, width, floors, wanted(options), options.products);
+  return { width, rank, rows: options.rank === undefined ? rows : stacked(all), mean, components };
+}
+
+/** Of a factor's length; 0 where it has none. */
+export function reciprocal(factor: Float64Array): number {
+  return 1 / (norm(factor) || Infinity);
+}
+
+function stacked(factors: readonly Float64Array[]): Float64Array {
+  const rows = new Float64Array(factors.reduce((sum, factor) => sum + factor.length, 0));
+  let at = 0;
+  for (const factor of factors) {
+    rows.set(factor, at);
+    at += factor.length;
+  }
+  return rows;
+}
+
+/** The first `count` components, of few bits those mixed, and the mean as they are stored. @param mixed false: in their order */
+export function encodeSide(
+  side: Omit<Side, "rows">,
+  count: number,
+  type: Dtype,
+  products?: Products,
+  mixed: boolean = fewBits(type),
+): SideBasis {
+  const { width, rank, mean, metric } = side;
+  const { vectors, singular, total } = side.components;
+  const rows = count + (mean ? 1 : 0);
+  const values = new Float64Array(rows * width);
+  const first = vectors.subarray(0, count * width);
+  values.set(mixed ? mix(first, count, width, products) : first);
+  if (mean) values.set(mean, count * width);
+  if (metric) backwardSolve(metric, width, width, values, rows);
+  let held = 0;
+  for (let k = 0; k < count; k++) held += singular[k]! ** 2;
+  return {
+    dtype: type,
+    components: count,
+    width,
+    rank,
+    mean: mean !== undefined,
+    encoded: encodeTensor(type, values, rows, width),
+    singular,
+    explained: total > 0 ? Math.min(1, held / total) : 1,
+  };
+}

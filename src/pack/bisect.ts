@@ -1,0 +1,96 @@
+/**
+ * Searches along one number that bytes and behaviour mostly grow with. They know nothing of packs.
+ */
+
+/** A goal that one way of packing does not reach. */
+export class Unreachable extends RangeError {
+  /** Bytes of the smallest pack, where those allowed are too few. */
+  readonly least: number | undefined;
+
+  constructor(message: string, { least, cause }: { least?: number; cause?: unknown } = {}) {
+    super(message, { cause });
+    this.least = least;
+  }
+}
+
+function tooFew(max: number, least: number): Unreachable {
+  return new Unreachable(`${max} bytes are too few: the least is ${least}`, { least });
+}
+
+/** Shares of ‖ΔW‖² below which a private term is noise, and above which few are left. */
+const [LEAST_SHARE, MOST_SHARE] = [2 ** -24, 0.999];
+
+/** The smallest share whose bytes stay within `max`, to half a percent of them; bytes shrink as it grows. */
+export async function sharpen<T>(
+  build: (share: number) => Promise<T>,
+  sizeOf: (made: T) => number,
+  max: number,
+): Promise<T> {
+  const all = await build(LEAST_SHARE);
+  if (sizeOf(all) <= max) return all;
+  let found = await build(MOST_SHARE);
+  if (sizeOf(found) > max) throw tooFew(max, sizeOf(found));
+  let [low, high] = [LEAST_SHARE, MOST_SHARE];
+  while (sizeOf(found) < 0.995 * max && high > 1.001 * low) {
+    const middle = Math.sqrt(low * high);
+    const made = await build(middle);
+    if (sizeOf(made) <= max) [high, found] = [middle, made];
+    else low = middle;
+  }
+  return found;
+}
+
+/** The most of something whose bytes stay within `max`; they grow with it nearly in a line. */
+export async function grow<T>(
+  build: (n: number) => Promise<T>,
+  sizeOf: (made: T) => number,
+  max: number,
+  most: number,
+): Promise<T> {
+  let low = { n: 1, made: await build(1) };
+  const least = sizeOf(low.made);
+  if (least > max) throw tooFew(max, least);
+  let high = most + 1;
+  let slope = 0;
+  for (let guess = Math.min(8, most); low.n + 1 < high; ) {
+    const n = Math.min(Math.max(guess, low.n + 1), high - 1);
+    const made = await build(n);
+    const bytes = sizeOf(made);
+    slope = (bytes - sizeOf(low.made)) / (n - low.n);
+    if (bytes <= max) low = { n, made };
+    else high = n;
+    // Nothing more to take.
+    if (slope <= 0) break;
+    guess = low.n + Math.floor((max - sizeOf(low.made)) / slope);
+  }
+  return low.made;
+}
+
+/**
+ * The lowest rung below `limit` that passes together with the one above it, if any; there is none above the last of `count`. Takes
+ * it that what is above a passing rung mostly passes; where the one right above fails, goes on above both.
+ */
+export async function lowestPassing(
+  count: number,
+  limit: number,
+  passes: (rung: number) => Promise<boolean>,
+): Promise<number | undefined> {
+  if (limit === 0 || !(await passes(limit - 1))) return undefined;
+  for (let from = 0; from < limit; ) {
+    const rung = from + (await partition(limit - 1 - from, (i) => passes(from + i)));
+    if (rung + 1 >= count || (await passes(rung + 1))) return rung;
+    from = rung + 2;
+  }
+  return undefined;
+}
+
+/** How many of `count` come before the first of which `holds` is true, if it holds for all behind that one too. */
+export async function partition(count: number, holds: (i: number) => Promise<boolean>): Promise<number> {
+  let [low, high] = [0, count];
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (await holds(middle)) high = middle;
+    else low = middle + 1;
+  }
+  return low;
+}

@@ -1,0 +1,22 @@
+/** Fingerprints of the base model that a pack is made for. */
+import type { ModuleShape } from "../adapters/adapter.ts";
+import { fingerprint, weightAt } from "../base/fingerprint.ts";
+import type { WeightHost } from "../base/host.ts";
+import { Locator } from "../base/locate.ts";
+
+/** 64 weights of the base for each module (SPEC.md, section 4.4). @throws BaseMismatchError when it does not have one */
+export async function readFingerprints(
+  base: WeightHost,
+  modules: Iterable<ModuleShape>,
+): Promise<Map<string, Float32Array>> {
+  const locator = new Locator(base);
+  const prints = new Map<string, Float32Array>();
+  for (const module of modules) {
+    const located = locator.locate(module);
+    const view = await base.read(located.name);
+    const bytes = (view.data as Uint8Array).subarray(view.byteOffset);
+    const values = weightAt(bytes, located.dtype, module.out, module.in, located.transposed);
+    prints.set(module.name, fingerprint(module.name, module.out, module.in, values));
+  }
+  return prints;
+}

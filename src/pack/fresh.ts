@@ -1,0 +1,71 @@
+/**
+ * Fresh packs: of a new basis, or of the basis of a pack that is open and other tasks.
+ */
+
+import { crc32c } from "../format/crc32c.ts";
+import { type BasisInput, basisIdOf, encodeBasis } from "../format/encode.ts";
+import {
+  type Append,
+  layoutAppend,
+  layoutFresh,
+  streamFresh,
+  type TaskPlace,
+  type TaskToWrite,
+} from "../format/layout.ts";
+import { VERSION } from "../version.ts";
+import type { Pack } from "./pack.ts";
+
+/** A pack as consecutive chunks. */
+export async function newPack(
+  basis: Omit<BasisInput, "producer">,
+  tasks: readonly TaskToWrite[],
+): Promise<Uint8Array[]> {
+  const { description, bases } = encodeBasis({ producer: `eigenlora ${VERSION}`, ...basis });
+  return layoutFresh({ description, bases, basisId: await basisIdOf(description, bases), tasks });
+}
+
+/** A task whose blob is in memory. */
+export function placeOf({ entry, blob }: TaskToWrite): TaskPlace {
+  return { entry, length: blob.length, crc: crc32c(blob), read: async () => blob };
+}
+
+/**
+ * The tasks of an open pack, those added and without those removed, as they are to be written elsewhere.
+ * @param replaced other blobs, by id
+ */
+export async function tasksOf(pack: Pack, replaced: ReadonlyMap<string, Uint8Array> = new Map()): Promise<TaskPlace[]> {
+  const places: TaskPlace[] = [];
+  for (const { id, adapterBytes, metadata, brings } of pack.tasks.values()) {
+    const read = async (): Promise<Uint8Array> => replaced.get(id) ?? (await pack.load(id)).bytes;
+    const entry = { id, adapterBytes, metadata, brings };
+    places.push({ ...placeOf({ entry, blob: await read() }), read });
+  }
+  return places;
+}
+
+/**
+ * A fresh pack on the basis of an open one, which must stay open until the chunks have been written.
+ * @param tasks Default: those of the pack
+ */
+export async function freshPack(
+  pack: Pack,
+  tasks?: readonly TaskPlace[],
+): Promise<{ bytes: number; chunks: AsyncGenerator<Uint8Array, void> }> {
+  const places = tasks ?? (await tasksOf(pack));
+  const bases = await pack.bases();
+  const basis = { description: pack.directory.basisBytes, bases: bases.bytes, basisId: pack.basisId };
+  const { bytes, chunks } = streamFresh(basis, places);
+  async function* written(): AsyncGenerator<Uint8Array, void> {
+    try {
+      yield* chunks;
+    } finally {
+      bases.close();
+    }
+  }
+  return { bytes, chunks: written() };
+}
+
+/** What to write to a pack's file so that it has these tasks too (SPEC.md, section 8). Their ids must be new and unique. */
+export function planAppend({ directory, window }: Pack, tasks: readonly TaskToWrite[]): Append {
+  return layoutAppend(directory, window.superblock, tasks);
+}

@@ -1,0 +1,103 @@
+/**
+ * What a search for packs is after, who judges, and how two packs compare.
+ */
+import type { ComponentSelection } from "../extract/options.ts";
+import type { Pack } from "./pack.ts";
+import type { Way } from "./ways.ts";
+
+/** A figure of each task, by id. */
+export type PerTask = ReadonlyMap<string, number> | Readonly<Record<string, number>>;
+
+/** What a pack must keep to. */
+export type Goal =
+  /** The best pack of at most so many bytes. */
+  | { readonly kind: "bytes"; readonly max: number }
+  /** The smallest pack with ‖ΔW − ΔW'‖ / ‖ΔW‖ of every task and module at most `max`. */
+  | { readonly kind: "error"; readonly max: number }
+  /** The smallest pack whose mean divergence, as `judge` says, is at most `max`. */
+  | { readonly kind: "divergence"; readonly max: number }
+  /** The smallest pack that keeps the scores that `judge` gives. */
+  | ScoreGoal;
+
+export interface ScoreGoal {
+  readonly kind: "score";
+  /** What a score may lose, in its own unit: 0.01 is a point of accuracy. */
+  readonly tolerance: number;
+  /** What may lose no more than that: the score of every task, or their mean. Default: "every". */
+  readonly keep?: "every" | "mean";
+  /** Scores to compare with, for instance of the adapters themselves. Default: those of a pack that loses nothing. */
+  readonly reference?: PerTask;
+}
+
+/**
+ * What is made of an open pack: for a score the score of each task, larger is better; otherwise how much behaviour differs from the
+ * adapters', for each task or as a mean, 0 is alike. Called for one pack at a time. The pack is closed afterwards, so close sessions
+ * on it first. Ask the same rows in the same way each time: figures then differ by what the packs do alone.
+ */
+export type Judge = (pack: Pack, ids: readonly string[]) => number | PerTask | Promise<number | PerTask>;
+
+/** A pack that was made, or a way that does not reach the goal. */
+export interface Tried {
+  readonly name: string;
+  readonly way: Way;
+  readonly select?: ComponentSelection | undefined;
+  /** Undefined where the goal is out of reach. */
+  readonly bytes?: number | undefined;
+  /** Mean ΔW error. */
+  readonly error?: number | undefined;
+  /** Mean over the tasks. */
+  readonly divergence?: number | undefined;
+  readonly scores?: ReadonlyMap<string, number> | undefined;
+  /** Reference − score: the largest of the tasks, or of the means. */
+  readonly loss?: number | undefined;
+  /** Whether `loss` is within the tolerance. */
+  readonly passes?: boolean | undefined;
+  /** Why there is no pack. */
+  readonly reason?: string | undefined;
+  /** The bytes of the smallest pack of this way, where those allowed are too few. */
+  readonly least?: number | undefined;
+}
+
+/** @throws TypeError when a task is left out, or has no finite number */
+export function figuresOf(given: number | PerTask, ids: readonly string[], who: string): Map<string, number> {
+  const figures = given instanceof Map ? given : new Map(Object.entries(given ?? {}));
+  return new Map(
+    ids.map((id) => {
+      const figure: unknown = figures.get(id);
+      if (typeof figure === "number" && Number.isFinite(figure)) return [id, figure];
+      throw new TypeError(
+        `searchPack: ${who} gives ${String(figure)} for task "${id}"; expected a finite number for each of ${ids.length} tasks`,
+      );
+    }),
+  );
+}
+
+/** Whether the goal prefers one pack to another. */
+export function better(one: Tried, other: Tried, { kind }: Goal): boolean {
+  const cost = ({ bytes = Infinity, loss, divergence, error = Infinity }: Tried): [number, number] => {
+    const lost = loss ?? divergence ?? error;
+    return kind === "bytes" ? [lost, bytes] : [bytes, lost];
+  };
+  const [a, b] = [cost(one), cost(other)];
+  return a[0] !== b[0] ? a[0] < b[0] : a[1] < b[1];
+}
+
+/** Why nothing was found, and the least that can be done. */
+export function outOfReach(goal: Goal, tried: readonly Tried[]): RangeError {
+  const [first] = tried;
+  if (first?.reason !== undefined && tried.length === 1) return new RangeError(first.reason);
+  const losses = tried.flatMap(({ loss }) => loss ?? []);
+  if (goal.kind === "score" && losses.length > 0) {
+    const whose = goal.keep === "mean" ? "the mean" : "every task";
+    return new RangeError(
+      `searchPack: no pack keeps the score of ${whose} within ${goal.tolerance} with the next larger one; the least loss of ` +
+        `${losses.length} packs is ${Math.min(...losses).toPrecision(3)}: allow more, ask more rows, or give ways that lose less`,
+    );
+  }
+  const least = tried
+    .flatMap(({ name, least }) => (least ? [{ name, least }] : []))
+    .sort((a, b) => a.least - b.least)[0];
+  const closest = least ? `The least is ${least.least} bytes (${least.name})` : `${first?.name}: ${first?.reason}`;
+  const asked = goal.kind === "score" ? goal.tolerance : goal.max;
+  return new RangeError(`${goal.kind} ${asked}: out of reach of every way of packing. ${closest}`);
+}

@@ -1,0 +1,284 @@
+/**
+ * The smallest pack for a goal, or the best of a size: packs are made in several ways, and shown to a judge where there is one.
+ * It knows no model and no data.
+ */
+import type { Adapter } from "../adapters/adapter.ts";
+import type { ComponentSelection } from "../extract/options.ts";
+import { grow, lowestPassing, partition, sharpen, Unreachable } from "./bisect.ts";
+import { type BuildOptions, type Built, buildPack } from "./build.ts";
+import {
+  better,
+  figuresOf,
+  type Goal,
+  type Judge,
+  outOfReach,
+  type PerTask,
+  type ScoreGoal,
+  type Tried,
+} from "./goal.ts";
+import { openPack } from "./pack.ts";
+import type { BuildReport } from "./report.ts";
+import { allOf, limitOf, nameOf, type Way, waysFor } from "./ways.ts";
+
+/** What is sought, who judges, and where to look. */
+export interface SearchOptions extends Pick<BuildOptions, "dtype" | "centering" | "normalize" | "base"> {
+  readonly goal: Goal;
+  /**
+   * Decides which of two packs is better. Goals of divergence and score need one; `createJudge` of `eigenlora/distill` makes one of
+   * divergence. Default: the mean ΔW error decides, which is a proxy.
+   */
+  readonly judge?: Judge | undefined;
+  /**
+   * Where to look. With a score the one that is likely best comes first: of the others only packs smaller than the best so far are
+   * made. Default: for a score column mode in int4, int8 and f16; otherwise column mode as trained and balanced with less and less
+   * rank, joint and flat mode, private terms beside components and alone, in the number formats that `dtype` leaves open.
+   */
+  readonly ways?: readonly Way[];
+  /** Second moments, as of `buildPack`: where a judge decides, one of the default ways is calibrated by them. */
+  readonly moments?: BuildOptions["moments"];
+  /** For a score: numbers of components to look among, from few to many. Default: from 1 to all in steps of a fifth to a half. */
+  readonly ladder?: readonly ComponentSelection[];
+  /** Called when a way has been tried, with a score after each pack that was judged; `done` of the `of` ways have been begun. */
+  readonly onTry?: (tried: Tried, done: number, of: number) => void;
+  readonly signal?: AbortSignal | undefined;
+}
+
+/** The pack that was chosen, what it was chosen by, and what else was tried. */
+export interface SearchReport extends BuildReport, Omit<Tried, "bytes" | "error" | "reason" | "least"> {
+  readonly judgedBy: "error" | "divergence" | "score";
+  /** Scores that were compared with. */
+  readonly reference?: ReadonlyMap<string, number> | undefined;
+  /** In order; without the pack that gave the reference. */
+  readonly tried: readonly Tried[];
+}
+
+/** A pack that was judged. */
+interface Candidate {
+  readonly tried: Tried;
+  /** Packs that were judged by scores are made again rather than kept, since they may be large and there is one of each asked. */
+  built(): Promise<Built>;
+}
+
+/** What all steps of one search share. */
+interface Search extends SearchOptions {
+  readonly adapters: readonly Adapter[];
+  readonly ids: readonly string[];
+  /** Scores to compare with. */
+  readonly reference?: ReadonlyMap<string, number>;
+  note(tried: Tried): void;
+}
+
+/**
+ * Makes packs until one keeps to the goal and none of the others is better: the smallest, or with a budget of bytes the one that
+ * loses least.
+ *
+ * Scores are noisy and need not rise with the number of components. Three rules follow. What is chosen was itself asked and passed;
+ * nothing is interpolated. It counts as passed only if the next larger number of components passes too, so that a lucky score alone
+ * decides nothing. And a way whose largest pack fails is left: with `keep: "every"` and few rows a task that can be bad luck; ask more
+ * rows, allow more, or keep the mean. The judge is called about log2(ladder) + 2 times for the first way, once for each way that
+ * cannot do better, and once for the reference.
+ *
+ * @throws RangeError when no pack keeps to the goal, with the least that can be done
+ * @throws TypeError when `judge` or `reference` leaves out a task or gives no finite number
+ * @throws AdapterError, BaseMismatchError as `buildPack`
+ * @example
+ * const { chunks, report } = await searchPack(adapters, { goal: { kind: "bytes", max: 300_000 } });
+ * @example
+ * await searchPack(adapters, {
+ *   goal: { kind: "score", tolerance: 0.01, keep: "mean" },
+ *   async judge(pack, ids) {
+ *     const session = await createEigenSession(ort, model, pack);
+ *     const scores = new Map();
+ *     for (const id of ids) scores.set(id, await accuracy(session, id)); // switchTask(id), run, count
+ *     await session.close();
+ *     return scores;
+ *   },
+ * });
+ */
+export async function searchPack(adapters: readonly Adapter[], options: SearchOptions): Promise<Built<SearchReport>> {
+  checkSearch(adapters, options);
+  const { goal, judge, moments, dtype = {}, ways } = options;
+  const groups = ways?.map((way) => [way]) ?? waysFor(adapters, dtype, moments, goal.kind);
+  const of = groups.flat().length;
+  const tried: Tried[] = [];
+  let [best, done]: [Candidate | undefined, number] = [undefined, 0];
+  const note = (one: Tried): void => {
+    tried.push(one);
+    options.onTry?.(one, done, of);
+  };
+  const start: Search = { ...options, adapters, ids: adapters.map(({ id }) => id), note };
+  const search = goal.kind === "score" ? { ...start, reference: await referenceOf(start, goal) } : start;
+  for (const group of groups) {
+    let before: Candidate | undefined;
+    for (const [i, way] of group.entries()) {
+      done++;
+      const made = await attempt(search, way, best?.tried.bytes);
+      if (!made) continue;
+      if (!best || better(made.tried, best.tried, goal)) best = made;
+      // Once more bits have made it worse, still more bits do too.
+      if (before && better(before.tried, made.tried, goal)) {
+        done += group.length - 1 - i;
+        break;
+      }
+      before = made;
+    }
+  }
+  if (!best) throw outOfReach(goal, tried);
+  const { chunks, report } = await best.built();
+  const { bytes: _, error: __, ...chosen } = best.tried;
+  const judgedBy = goal.kind === "score" ? "score" : judge ? "divergence" : "error";
+  return { chunks, report: { ...report, ...chosen, judgedBy, reference: search.reference, tried } };
+}
+
+/** @throws RangeError for options that do not go together */
+function checkSearch(adapters: readonly Adapter[], { goal, judge, moments, ways, ladder }: SearchOptions): void {
+  const refuse = (message: string): RangeError => new RangeError(`searchPack: ${message}`);
+  if (adapters.length === 0) throw refuse("no adapters");
+  if (goal.kind === "score" && !(goal.tolerance >= 0))
+    throw refuse(`tolerance must be 0 or more, got ${goal.tolerance}`);
+  if (goal.kind !== "score" && !(goal.max > 0))
+    throw refuse(`${goal.kind}: expected a number above 0, got ${goal.max}`);
+  if (!judge && (goal.kind === "divergence" || goal.kind === "score"))
+    throw refuse(`a ${goal.kind} needs a judge, a model and text`);
+  if (moments && !judge && !ways)
+    throw refuse(
+      "moments: errors with and without them do not compare; give a judge, or ways with moments of their own",
+    );
+  if (ways?.length === 0 || ladder?.length === 0) throw refuse("ways and ladder must not be empty");
+}
+
+/** Of `k` components on every side, or, where nothing is shared, of `k` private terms of each task. @throws Unreachable */
+async function build(
+  { adapters, dtype, centering, normalize, base, signal }: Search,
+  { name: _, privateOnly, ...way }: Way,
+  select: ComponentSelection,
+): Promise<Built> {
+  const common = { dtype, centering, normalize, base, signal, ...way };
+  const most = (): number => way.privateTerms ?? limitOf(adapters, { privateOnly: true });
+  const options: BuildOptions = !privateOnly
+    ? { ...common, select }
+    : select.kind === "k"
+      ? { ...common, privateTerms: select.k || most(), select: { kind: "k", k: 0 } }
+      : { ...common, privateTerms: most(), select };
+  try {
+    return await buildPack(adapters, options);
+  } catch (cause) {
+    throw cause instanceof RangeError ? new Unreachable(cause.message, { cause }) : cause;
+  }
+}
+
+/** Asks the judge, if there is one. */
+async function judged(search: Search, way: Way, built: Built, select?: ComponentSelection): Promise<Candidate> {
+  const { goal, judge, ids, reference } = search;
+  const { bytes, error } = built.report;
+  const tried: Tried = { name: nameOf(way), way, select, bytes, error: error.mean };
+  if (!judge) return { tried, built: async () => built };
+  const found = await ask(search, judge, built);
+  if (goal.kind !== "score") {
+    const divergence = typeof found === "number" ? found : mean([...figuresOf(found, ids, "judge").values()]);
+    return { tried: { ...tried, divergence }, built: async () => built };
+  }
+  const scores = figuresOf(found, ids, "judge");
+  const losses = [...reference!].map(([id, score]) => score - scores.get(id)!);
+  const loss = goal.keep === "mean" ? mean(losses) : Math.max(...losses);
+  const passes = loss <= goal.tolerance;
+  return { tried: { ...tried, scores, loss, passes }, built: () => build(search, way, select!) };
+}
+
+async function ask({ ids, signal }: Search, judge: Judge, { chunks }: Built): Promise<number | PerTask> {
+  signal?.throwIfAborted();
+  const pack = await openPack(new Blob(chunks as BlobPart[]));
+  try {
+    return await judge(pack, ids);
+  } finally {
+    await pack.close();
+  }
+}
+
+async function referenceOf(search: Search, { reference }: ScoreGoal): Promise<ReadonlyMap<string, number>> {
+  if (reference) return figuresOf(reference, search.ids, "reference");
+  const lossless = await build(search, { dtype: allOf("f32") }, { kind: "energy", share: 1 });
+  return figuresOf(await ask(search, search.judge!, lossless), search.ids, "judge");
+}
+
+/** One way at its best; undefined where it does not reach the goal, which is noted. */
+async function attempt(search: Search, way: Way, smallest: number = Infinity): Promise<Candidate | undefined> {
+  const { goal, note } = search;
+  try {
+    if (goal.kind === "score") return await seekScore(search, way, smallest);
+    const made =
+      goal.kind === "divergence"
+        ? await seekDivergence(search, way, goal.max)
+        : await judged(
+            search,
+            way,
+            await (goal.kind === "error" ? build(search, way, goal) : within(search, way, goal.max)),
+          );
+    note(made.tried);
+    return made;
+  } catch (error) {
+    if (!(error instanceof Unreachable)) throw error;
+    note({ name: nameOf(way), way, reason: error.message, least: error.least });
+    return undefined;
+  }
+}
+
+/**
+ * The largest pack of one way that is no larger than `max` bytes: of as many components on every side as there is room for, or of
+ * those private terms that hold most of their ΔW.
+ */
+function within(search: Search, way: Way, max: number): Promise<Built> {
+  const sizeOf = ({ report: { bytes } }: Built): number => bytes;
+  if (way.privateOnly)
+    return sharpen((privateShare) => build(search, { ...way, privateShare }, { kind: "k", k: 0 }), sizeOf, max);
+  return grow((k) => build(search, way, { kind: "k", k }), sizeOf, max, limitOf(search.adapters, way));
+}
+
+/** Behaviour gets better with more of it, but not with every one more: doubled until it is good, then halved. */
+async function seekDivergence(search: Search, way: Way, max: number): Promise<Candidate> {
+  const most = limitOf(search.adapters, way);
+  const show = async (k: number): Promise<Candidate> => judged(search, way, await build(search, way, { kind: "k", k }));
+  let [low, high, found] = [0, 1, await show(1)];
+  while (found.tried.divergence! > max) {
+    if (high >= most) throw new Unreachable(`a divergence of ${found.tried.divergence!.toPrecision(3)} is the least`);
+    [low, high] = [high, Math.min(2 * high, most)];
+    found = await show(high);
+  }
+  while (high - low > Math.max(1, high >> 4)) {
+    const middle = (low + high) >> 1;
+    const next = await show(middle);
+    if (next.tried.divergence! <= max) [high, found] = [middle, next];
+    else low = middle;
+  }
+  return found;
+}
+
+/** The smallest pack of a way that passes together with the next larger one, and is smaller than `smallest` bytes. */
+async function seekScore(search: Search, way: Way, smallest: number): Promise<Candidate | undefined> {
+  const ladder = search.ladder ?? ladderOf(limitOf(search.adapters, way));
+  const asked = new Map<number, Candidate>();
+  const passes = async (rung: number): Promise<boolean> => {
+    const select = ladder[rung]!;
+    const known = asked.get(rung) ?? (await judged(search, way, await build(search, way, select), select));
+    if (!asked.has(rung)) search.note(known.tried);
+    asked.set(rung, known);
+    return known.tried.passes!;
+  };
+  // Packs are made to know their size, which costs little beside asking them.
+  const large = async (rung: number): Promise<boolean> =>
+    (await build(search, way, ladder[rung]!)).report.bytes >= smallest;
+  const smaller = smallest === Infinity ? ladder.length : await partition(ladder.length, large);
+  const found = await lowestPassing(ladder.length, smaller, passes);
+  return found === undefined ? undefined : asked.get(found);
+}
+
+/** 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, … and the most that there can be. */
+function ladderOf(most: number): ComponentSelection[] {
+  const steps: number[] = [];
+  for (let k = 1; k < most; k += Math.max(1, 2 ** (Math.floor(Math.log2(k)) - 2))) steps.push(k);
+  return [...steps, most].map((k) => ({ kind: "k", k }));
+}
+
+function mean(figures: readonly number[]): number {
+  return figures.reduce((a, b) => a + b, 0) / figures.length;
+}

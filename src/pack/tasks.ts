@@ -1,0 +1,98 @@
+/**
+ * An adapter as a task of a pack, encoded: its terms on the pack's components, and what it brings beside them.
+ */
+import type { Adapter, SavedTensor } from "../adapters/adapter.ts";
+import { AdapterError } from "../errors.ts";
+import type { PrivateTerms } from "../extract/private.ts";
+import type { TaskCoefficients } from "../extract/project.ts";
+import { encodeTask, type ParameterInput, type TermInput } from "../format/encode.ts";
+import type { TaskToWrite } from "../format/layout.ts";
+import type { Dtypes } from "../tensor/dtypes.ts";
+import { type Dtype, isQuantized } from "../tensor/dtypes.ts";
+import { encodeTensor } from "../tensor/encode.ts";
+
+/** What of a module's bases is said in each of its terms. */
+type Bases = Record<"A" | "B", { rank?: number | undefined; mean: unknown }>;
+
+export function encodeTerm(
+  module: number,
+  { rank, alphaA, alphaB, privateTerms }: TaskCoefficients & { readonly privateTerms?: PrivateTerms | undefined },
+  { A, B }: Bases,
+  magnitude: Float32Array | undefined,
+  adapter: Adapter,
+  dtype: Dtypes,
+): TermInput {
+  const side = ({ rank: flat, mean }: Bases["A"], encoded: Uint8Array): NonNullable<TermInput["A"]> => {
+    return { kind: flat === undefined ? "column" : "flat", dtype: dtype.coefficients, mean: Boolean(mean), encoded };
+  };
+  return {
+    module,
+    rank,
+    A: rank > 0 ? side(A, alphaA) : undefined,
+    B: rank > 0 ? side(B, alphaB) : undefined,
+    privateTerms,
+    magnitude: magnitude && vector(magnitude, dtype.coefficients, adapter, "a DoRA magnitude"),
+  };
+}
+
+/**
+ * A task as it is written.
+ * @param terms sorted by module
+ * @param names of the pack's modules
+ * @throws AdapterError for a value that its number format cannot hold
+ */
+export async function encodeAdapter(
+  adapter: Adapter,
+  terms: readonly TermInput[],
+  names: readonly string[],
+  head: Dtype,
+): Promise<TaskToWrite> {
+  const { id, byteLength, metadata, saved } = adapter;
+  const brings = [
+    ...saved.map(({ role, name }) => `${role} ${name}`),
+    ...terms.filter((t) => t.magnitude).map((t) => `magnitude ${names[t.module]}`),
+    ...terms.filter((t) => t.privateTerms).map((t) => `private ${names[t.module]}`),
+  ];
+  const blob = encodeTask(terms, await encodeParameters(adapter, head));
+  return { entry: { id, adapterBytes: byteLength, metadata, brings: brings.sort() }, blob };
+}
+
+async function encodeParameters(adapter: Adapter, type: Dtype): Promise<ParameterInput[]> {
+  const parameters: ParameterInput[] = [];
+  for (const saved of adapter.saved) {
+    const { name, role, shape, indices } = saved;
+    const values = await saved.read();
+    if (shape.length === 1) {
+      parameters.push({ name, role, shape, ...vector(values, type, adapter, `"${name}"`) });
+      continue;
+    }
+    const rows = shape[0]!;
+    const encoded = storable(adapter, saved, () => encodeTensor(type, values, rows, values.length / rows));
+    parameters.push({ name, role, dtype: type, shape, indices, encoded });
+  }
+  return parameters;
+}
+
+/** A vector: f16 where matrices are packed integers, since one scale for all of it would be coarse and save nothing. */
+function vector(
+  values: Float32Array,
+  type: Dtype,
+  adapter: Adapter,
+  name: string,
+): Pick<ParameterInput, "dtype" | "encoded"> {
+  const own = isQuantized(type) ? "f16" : type;
+  return { dtype: own, encoded: storable(adapter, { name }, () => encodeTensor(own, values, 1, values.length)) };
+}
+
+/** @throws AdapterError where `encode` does for a value that cannot be stored */
+export function storable<T>(adapter: Adapter, { name }: Pick<SavedTensor, "name">, encode: () => T): T {
+  try {
+    return encode();
+  } catch (cause) {
+    throw new AdapterError(`${name} cannot be stored: ${(cause as Error).message}`, {
+      file: adapter.file,
+      field: name,
+      cause,
+    });
+  }
+}
