@@ -17,12 +17,13 @@ const LOOK = `
 /** GPUBufferUsage, which is a global in browsers only. */
 const [MAP_READ, COPY_SRC, COPY_DST, STORAGE, QUERY_RESOLVE] = [1, 4, 8, 128, 512];
 
-/** @param {GPUDevice} device of which encoders and submits are watched from now on */
-export function createClock(device) {
-  const { queue, createCommandEncoder } = device;
-  const { submit } = queue;
-  const timestamps = device.features.has("timestamp-query");
-  const queries = timestamps ? device.createQuerySet({ type: "timestamp", count: 2 }) : undefined;
+/**
+ * Timestamps around commands; undefined where the device has none.
+ * @param {GPUDevice} device
+ */
+function createTimestamps(device) {
+  if (!device.features.has("timestamp-query")) return undefined;
+  const querySet = device.createQuerySet({ type: "timestamp", count: 2 });
   const resolved = device.createBuffer({ size: 16, usage: QUERY_RESOLVE | COPY_SRC });
   const readable = device.createBuffer({ size: 16, usage: MAP_READ | COPY_DST });
   const seen = device.createBuffer({ size: 4, usage: STORAGE });
@@ -30,41 +31,56 @@ export function createClock(device) {
     layout: "auto",
     compute: { module: device.createShaderModule({ code: LOOK }), entryPoint: "look" },
   });
+  return {
+    /** @param {GPUCommandEncoder} encoder @param {GPUBuffer} watched @param {0 | 1} index of the timestamp */
+    mark(encoder, watched, index) {
+      const entries = [watched, seen].map((buffer, binding) => ({ binding, resource: { buffer, size: 4 } }));
+      const pass = encoder.beginComputePass({ timestampWrites: { querySet, endOfPassWriteIndex: index } });
+      pass.setPipeline(pipeline);
+      pass.setBindGroup(0, device.createBindGroup({ layout: pipeline.getBindGroupLayout(0), entries }));
+      pass.dispatchWorkgroups(1);
+      pass.end();
+    },
+
+    /** @param {GPUCommandEncoder} encoder */
+    resolve(encoder) {
+      encoder.resolveQuerySet(querySet, 0, 2, resolved, 0);
+      encoder.copyBufferToBuffer(resolved, 0, readable, 0, 16);
+    },
+
+    /** Seconds between the two. */
+    async read() {
+      await readable.mapAsync(MAP_READ);
+      const [from = 0n, to = 0n] = new BigUint64Array(readable.getMappedRange());
+      readable.unmap();
+      return Number(to - from) / 1e9;
+    },
+  };
+}
+
+/** @param {GPUDevice} device of which encoders and submits are watched from now on */
+export function createClock(device) {
+  const { queue, createCommandEncoder } = device;
+  const { submit } = queue;
+  const timestamps = createTimestamps(device);
   /** @type {GPUBuffer | undefined} */
   let watched;
   let encoders = 0;
   /** Milliseconds as performance.now has them: when the first submit of what is timed began, when the last one returned. */
-  let began = NaN;
-  let returned = NaN;
-
-  /**
-   * @param {GPUCommandEncoder} encoder
-   * @param {GPUQuerySet} querySet
-   * @param {GPUBuffer} buffer
-   * @param {0 | 1} index of the timestamp
-   */
-  function mark(encoder, querySet, buffer, index) {
-    const entries = [buffer, seen].map((buffer, binding) => ({ binding, resource: { buffer, size: 4 } }));
-    const pass = encoder.beginComputePass({ timestampWrites: { querySet, endOfPassWriteIndex: index } });
-    pass.setPipeline(pipeline);
-    pass.setBindGroup(0, device.createBindGroup({ layout: pipeline.getBindGroupLayout(0), entries }));
-    pass.dispatchWorkgroups(1);
-    pass.end();
-  }
+  let [began, returned] = [NaN, NaN];
 
   device.createCommandEncoder = (descriptor) => {
     const encoder = createCommandEncoder.call(device, descriptor);
     const buffer = watched;
     if (!buffer) return encoder;
     const first = encoders++ === 0;
-    if (!queries) return encoder;
+    if (!timestamps) return encoder;
     const { finish } = encoder;
-    if (first) mark(encoder, queries, buffer, 0);
+    if (first) timestamps.mark(encoder, buffer, 0);
     encoder.finish = (options) => {
       // Where there are several encoders, the last one's stays.
-      mark(encoder, queries, buffer, 1);
-      encoder.resolveQuerySet(queries, 0, 2, resolved, 0);
-      encoder.copyBufferToBuffer(resolved, 0, readable, 0, 16);
+      timestamps.mark(encoder, buffer, 1);
+      timestamps.resolve(encoder);
       return finish.call(encoder, options);
     };
     return encoder;
@@ -79,9 +95,7 @@ export function createClock(device) {
     how: timestamps ? "timestamps of the device" : "wall clock, submit to done",
 
     /** When the last submit returned, in milliseconds as performance.now has them. */
-    get submitted() {
-      return returned;
-    },
+    submitted: () => returned,
 
     /**
      * Seconds from the first command that is encoded to the last.
@@ -89,9 +103,7 @@ export function createClock(device) {
      * @param {() => Promise<unknown>} run encodes, submits and waits until the device is done
      */
     async time(buffer, run) {
-      watched = buffer;
-      encoders = 0;
-      began = NaN;
+      [watched, encoders, began] = [buffer, 0, NaN];
       device.pushErrorScope("validation");
       try {
         await run();
@@ -102,11 +114,7 @@ export function createClock(device) {
       const error = await device.popErrorScope();
       if (error) throw new Error(`the clock: ${error.message}`);
       if (encoders === 0) throw new Error("the clock: nothing was encoded");
-      if (!queries) return (done - began) / 1000;
-      await readable.mapAsync(MAP_READ);
-      const [from = 0n, to = 0n] = new BigUint64Array(readable.getMappedRange());
-      readable.unmap();
-      return Number(to - from) / 1e9;
+      return timestamps ? timestamps.read() : (done - began) / 1000;
     },
   };
 }

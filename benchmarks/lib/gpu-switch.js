@@ -118,7 +118,7 @@ async function measure({ counts, clock }, runtime, wasm, turns) {
     if (i < 0) continue;
     times.wasm.push(performance.now() - done);
     times.ms.push(done - called);
-    times.encode.push(clock.submitted - called);
+    times.encode.push(clock.submitted() - called);
     for (const what of /** @type {const} */ (["submits", "dispatches", "written"]))
       most[what] = Math.max(most[what], counts[what]);
   }

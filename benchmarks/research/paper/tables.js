@@ -3,7 +3,7 @@
  * missing is said.
  */
 
-import { mean } from "simple-statistics";
+import { mean, sum } from "simple-statistics";
 import { remaining } from "./data.js";
 import { cellOf, chosenRates, METHODS, methodOf, SEEDS, TUNED, tried } from "./plan.js";
 import { deviation, pairedBootstrap, rightOf } from "./statistics.js";
@@ -64,71 +64,72 @@ export class Reader {
  * @returns {Table & { verdict: Record<string, number | boolean> }}
  */
 export function claimTable(reader) {
-  const [ours, lora] = ["ours", "LoRA r 8"].map(methodOf);
-  /** @type {Line[]} */
-  const lines = [];
-  /** @type {number[][]} */
-  const groups = [];
-  /** Differences by seed and row. @type {number[][]} */
-  const bySeed = SEEDS.map(() => []);
-  /** @type {string[]} */
-  const missing = [];
-  const sizes = { ours: NaN, lora: NaN };
-  for (const experiment of [reader.experiments.sections, reader.experiments.debtags]) {
-    for (const task of experiment.test) {
-      const [own, theirs] = [ours, lora].map((plan) => reader.cells(plan, task));
-      const seeds = SEEDS.filter((seed) => [own, theirs].every((cells) => cells.some((one) => one.seed === seed)));
-      if (seeds.length < SEEDS.length) missing.push(`${task} ${seeds.length}`);
-      if (seeds.length === 0) continue;
-      const of = (/** @type {Row[]} */ cells) =>
-        seeds.map((seed) =>
-          reader.right(task, /** @type {Row} */ (cells.find((one) => one.seed === seed)).answers, "kept"),
-        );
-      const [a, b] = [of(own), of(theirs)];
-      const differences = a[0].map((_, row) => 100 * mean(seeds.map((_, s) => a[s][row] - b[s][row])));
-      groups.push(differences);
-      for (const [s, seed] of seeds.entries())
-        bySeed[SEEDS.indexOf(seed)].push(...a[s].map((right, row) => 100 * (right - b[s][row])));
-      [sizes.ours, sizes.lora] = [own[0].trained, theirs[0].trained];
-      lines.push({
-        task,
-        rows: differences.length,
-        "LoRA r 8, %": 100 * mean(b.flat()),
-        "ours, %": 100 * mean(a.flat()),
-        ...interval([differences]),
-      });
-    }
-  }
+  const { sections, debtags } = reader.experiments;
+  const tasks = [...sections.test, ...debtags.test].map((task) => claimOf(reader, task));
+  const found = tasks.filter(({ seeds }) => seeds.length > 0);
+  const missing = tasks.filter(({ seeds }) => seeds.length < SEEDS.length);
+  const groups = found.map(({ differences }) => differences);
+  const rows = sum(groups.map(({ length }) => length));
   const pooled = interval(groups);
-  const weighted = (/** @type {string} */ key) =>
-    lines.reduce((sum, line) => sum + Number(line[key]) * Number(line.rows), 0) / groups.flat().length;
-  lines.push({
-    task: "pooled",
-    rows: groups.flat().length,
-    "LoRA r 8, %": weighted("LoRA r 8, %"),
-    "ours, %": weighted("ours, %"),
-    ...pooled,
-  });
-  const seeds = bySeed.filter((all) => all.length > 0 && all.length === groups.flat().length).map(mean);
+  const weighted = (/** @type {"ours" | "lora"} */ of) =>
+    sum(found.map((one) => one[of] * one.differences.length)) / rows;
+  const lines = [
+    ...found.map(({ task, ours, lora, differences }) =>
+      claimLine(task, differences.length, lora, ours, interval([differences])),
+    ),
+    claimLine("pooled", rows, weighted("lora"), weighted("ours"), pooled),
+  ];
+  const complete = found.length > 0 && missing.length === 0;
+  const bySeed = SEEDS.map((seed) => found.flatMap((one) => one.bySeed.get(seed) ?? []));
+  const seeds = bySeed.filter((all) => all.length > 0 && all.length === rows).map(mean);
+  const sizes = found.at(-1)?.trained ?? { ours: NaN, lora: NaN };
   const ratio = sizes.lora / sizes.ours;
-  const complete = seeds.length === SEEDS.length;
   const holds = complete && pooled.difference >= -CLAIM.centre && pooled.low >= -CLAIM.end && ratio >= CLAIM.ratio;
+  const soFar = missing.map(({ task, seeds }) => `${task} ${seeds.length}`).join(", ");
   const notes = [
     `Trained beside the head: LoRA ${sizes.lora}, ours ${sizes.ours} (${ratio.toFixed(1)} times fewer).`,
     `Pooled difference by seed: ${seeds.map((value) => value.toFixed(2)).join(", ")} points.`,
     `At most ${CLAIM.centre} points below LoRA, the interval's end at most ${CLAIM.end}, at least ${CLAIM.ratio} times fewer numbers: ${complete ? (holds ? "holds" : "does not hold") : "not judged before all seeds are there"}.`,
-    ...(missing.length > 0 ? [`Not all ${SEEDS.length} seeds are measured yet, so far: ${missing.join(", ")}.`] : []),
+    ...(soFar ? [`Not all ${SEEDS.length} seeds are measured yet, so far: ${soFar}.`] : []),
   ];
-  const verdict = {
-    centre: pooled.difference,
-    low: pooled.low,
-    high: pooled.high,
-    ratio,
-    rows: groups.flat().length,
-    seeds: seeds.length,
-    holds,
-  };
+  const { difference: centre, low, high } = pooled;
+  const verdict = { centre, low, high, ratio, rows, seeds: seeds.length, holds };
   return { id: "claim", title: "Coefficients and head against LoRA", lines, notes, verdict };
+}
+
+/** @param {string} task @param {number} rows @param {number} lora @param {number} ours @param {ReturnType<typeof interval>} between @returns {Line} */
+const claimLine = (task, rows, lora, ours, between) => ({
+  task,
+  rows,
+  "LoRA r 8, %": lora,
+  "ours, %": ours,
+  ...between,
+});
+
+/**
+ * One task, over the seeds that both methods have: percent, differences of its rows in points, and the same by seed.
+ * @param {Reader} reader
+ * @param {string} task
+ */
+function claimOf(reader, task) {
+  const [own, theirs] = ["ours", "LoRA r 8"].map((name) => reader.cells(methodOf(name), task));
+  const seeds = SEEDS.filter((seed) => [own, theirs].every((cells) => cells.some((one) => one.seed === seed)));
+  if (seeds.length === 0)
+    return { task, seeds, ours: NaN, lora: NaN, differences: [], bySeed: new Map(), trained: undefined };
+  const [a, b] = [own, theirs].map((cells) =>
+    seeds.map((seed) =>
+      reader.right(task, /** @type {Row} */ (cells.find((one) => one.seed === seed)).answers, "kept"),
+    ),
+  );
+  return {
+    task,
+    seeds,
+    ours: 100 * mean(a.flat()),
+    lora: 100 * mean(b.flat()),
+    differences: a[0].map((_, row) => 100 * mean(seeds.map((_, s) => a[s][row] - b[s][row]))),
+    bySeed: new Map(seeds.map((seed, s) => [seed, a[s].map((right, row) => 100 * (right - b[s][row]))])),
+    trained: { ours: own[0].trained, lora: theirs[0].trained },
+  };
 }
 
 /** @param {number[][]} groups */
