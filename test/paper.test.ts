@@ -5,8 +5,9 @@
 import { mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { mean } from "simple-statistics";
 import t from "tap";
-import { Results, type Row } from "../benchmarks/paper/cells.js";
+import { Results, type Row } from "../benchmarks/research/paper/cells.js";
 import {
   domainOf,
   experiments,
@@ -17,10 +18,10 @@ import {
   readTasks,
   remaining,
   searchSplit,
-} from "../benchmarks/paper/data.js";
-import { headMachine } from "../benchmarks/paper/frozen.js";
-import { chosenRates, methodOf, nextCells, TUNED } from "../benchmarks/paper/plan.js";
-import { deviation, mean, pairedBootstrap, rightOf } from "../benchmarks/paper/statistics.js";
+} from "../benchmarks/research/paper/data.js";
+import { headMachine } from "../benchmarks/research/paper/frozen.js";
+import { chosenRates, methodOf, nextCells, TUNED } from "../benchmarks/research/paper/plan.js";
+import { deviation, pairedBootstrap, rightOf } from "../benchmarks/research/paper/statistics.js";
 import type { Task } from "../examples/minilm.js";
 
 function task(name: string, train: string[], test: string[]): Task {

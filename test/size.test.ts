@@ -5,10 +5,22 @@
 
 import { readdirSync } from "node:fs";
 import t from "tap";
-import { measure, Peers, type Row } from "../benchmarks/size/measure.js";
-import { bytesOfAdapter, SUITES, Suite } from "../benchmarks/size/suite.js";
-import { drawFigures, Reader, tables } from "../benchmarks/size/tables.js";
-import { byThemselves, found, frontier, grid, nameOf, small, type Way, within } from "../benchmarks/size/ways.js";
+import { bytesOfAdapter, SUITES } from "../benchmarks/lib/adapters.js";
+import { drawFigures } from "../benchmarks/research/size/figures.js";
+import { measure, type Row } from "../benchmarks/research/size/measure.js";
+import { Peers } from "../benchmarks/research/size/peers.js";
+import { Suite } from "../benchmarks/research/size/suite.js";
+import { Reader, tables } from "../benchmarks/research/size/tables.js";
+import {
+  byThemselves,
+  found,
+  frontier,
+  grid,
+  nameOf,
+  small,
+  type Way,
+  within,
+} from "../benchmarks/research/size/ways.js";
 import { buildPack } from "../dist/src/build.js";
 import { data } from "./packs.ts";
 

@@ -347,7 +347,7 @@ function help(): string {
 function bench(args: readonly string[]): number {
   const [name = "", ...rest] = args;
   if (!BENCHMARKS.includes(name)) throw new UsageError(`bench ${name}: expected ${BENCHMARKS.join(", ")}`);
-  const paths = [`${name}.js`, `${name}/run.js`].map((path) =>
+  const paths = [`${name}.js`, `research/${name}.js`].map((path) =>
     fileURLToPath(new URL(`../../../benchmarks/${path}`, import.meta.url)),
   );
   const script = paths.find((path) => existsSync(path));

@@ -1,0 +1,93 @@
+/** Fold on a CPU backend, and what the machine could do at best. */
+import { setFlagsFromString } from "node:v8";
+import { median, min } from "simple-statistics";
+import { encodeTensor } from "../../dist/src/tensor/encode.js";
+import { smallNumbers } from "./adapters.js";
+
+// Node 20 has relaxed SIMD behind a flag; later versions have it anyway and do not know the flag.
+if (process.versions.node.startsWith("20.")) setFlagsFromString("--experimental-wasm-relaxed-simd");
+
+/**
+ * @typedef {import("../../dist/src/backends/backend.js").Backend} Backend
+ * @typedef {{ min: number, median: number }} Seconds the least is what the machine can do, the median what it did
+ * @typedef {{ copy: Seconds, peak: number, peakChained: number }} Machine multiply-adds per second
+ * @typedef {{ warmUp: number, runs: number }} Often
+ */
+
+export const MATRICES = 24;
+export const SIZE = 768;
+export const RANKS = [8, 16];
+/** Rounds of the peak loops: some milliseconds. */
+const ROUNDS = 1_000_000;
+
+/** @param {() => void} run @param {Often} often @returns {Seconds} */
+function time(run, { warmUp, runs }) {
+  const seconds = [];
+  for (let i = -warmUp; i < runs; i++) {
+    const start = performance.now();
+    run();
+    if (i >= 0) seconds.push((performance.now() - start) / 1000);
+  }
+  return { min: min(seconds), median: median(seconds) };
+}
+
+/**
+ * Seconds to copy the matrices, and multiply-adds per second of the better loop on registers.
+ * @param {import("../../dist/src/backends/wasm.js").WasmVariant} variant
+ * @param {number} runs
+ * @returns {Promise<Machine>}
+ */
+export async function measureMachine(variant, runs) {
+  const bytes = MATRICES * SIZE * SIZE * 4;
+  const memory = new WebAssembly.Memory({ initial: 1 + Math.ceil((2 * bytes) / 65536) });
+  // The compiler is large: `--help` does without it.
+  const { compile } = await import("../../assembly/compile.mjs");
+  const module = await WebAssembly.compile(await compile("peak", variant));
+  const { exports } = await WebAssembly.instantiate(module, { env: { memory } });
+  const { copy, perRound, chained, crossed } = /** @type {Record<string, (...args: number[]) => number>} */ (
+    /** @type {unknown} */ (exports)
+  );
+  if (!copy || !perRound || !chained || !crossed) throw new Error("assembly/peak.ts lacks an export");
+  // Factors just below 1, so that sums neither overflow nor become subnormal, which would cost time of its own.
+  new Float32Array(memory.buffer, 0, 10).fill(0.999);
+  new Uint8Array(memory.buffer, 65536).fill(1);
+  const length = bytes / MATRICES;
+  const often = { warmUp: 5, runs };
+  const peak = [chained, crossed].map((loop) => (ROUNDS * perRound()) / time(() => loop(0, ROUNDS), often).min);
+  return {
+    copy: time(() => {
+      for (let i = 0; i < MATRICES; i++) copy(65536 + bytes + i * length, 65536 + i * length, length);
+    }, often),
+    peak: Math.max(...peak),
+    peakChained: peak[0],
+  };
+}
+
+/**
+ * Times fold of all matrices from one block to another.
+ * @param {Backend} backend
+ * @param {"f32" | "f16"} dtype
+ * @param {number} rank
+ * @param {Often} often
+ */
+export function measureFold(backend, dtype, rank, often) {
+  const length = SIZE * SIZE;
+  const byteLength = length * (dtype === "f32" ? 4 : 2);
+  const base = backend.allocate(MATRICES * byteLength, "pristine");
+  const out = backend.allocate(MATRICES * byteLength, "active");
+  const factors = backend.allocate(2 * rank * SIZE * 4, "scratch");
+  const matrix = encodeTensor(dtype, smallNumbers(length, 1), SIZE, SIZE);
+  for (let i = 0; i < MATRICES; i++) backend.upload({ block: base, byteOffset: i * byteLength }, matrix);
+  backend.upload({ block: factors, byteOffset: 0 }, new Uint8Array(smallNumbers(2 * rank * SIZE, 2).buffer));
+  const job = { dtype, rank, rows: SIZE, columns: SIZE, stride: SIZE };
+  const left = { block: factors, byteOffset: 0 };
+  const right = { block: factors, byteOffset: rank * SIZE * 4 };
+  const result = time(() => {
+    for (let i = 0; i < MATRICES; i++) {
+      const byteOffset = i * byteLength;
+      backend.fold({ out: { block: out, byteOffset }, base: { block: base, byteOffset }, ...job, left, right });
+    }
+  }, often);
+  for (const block of [base, out, factors]) backend.free(block);
+  return result;
+}

@@ -1,0 +1,161 @@
+/**
+ * Whole switches on a GPU: createRuntime and switchTask on a device that counts, beside the wasm backend on the same pack and base,
+ * in turns; and whether the device holds what `runtime.memory()` says.
+ */
+/// <reference types="@webgpu/types" />
+import { createRuntime, openPack } from "eigenlora";
+import { max, median, min } from "simple-statistics";
+import { decodeTensor } from "../../dist/src/tensor/dtypes.js";
+import { cases, TASKS } from "./gpu-cases.js";
+import { describe, noDevice, openDevice, SOFTWARE } from "./gpu-device.js";
+
+/**
+ * @typedef {import("eigenlora").Runtime} Runtime
+ * @typedef {import("./gpu-device.js").Device} Device
+ * @typedef {import("./report.js").Row} Row
+ * @typedef {import("./report.js").Part} Part
+ * @typedef {import("./report.js").Peer} Peer
+ */
+
+/** Times that every task has its turn, on a GPU and on a software adapter. */
+const [TURNS, SOFTWARE_TURNS] = [20, 2];
+/** Where so many bytes are held, what is counted and what is reported may differ by so much. */
+const [MANY, MOST_APART] = [50e6, 0.02];
+
+const QUESTION = "How long does a whole switch of resident tasks take, and what does it ask of the device?";
+
+/** On a device of its own. @returns {Promise<import("./report.js").Result>} */
+export async function switchesOnGpu() {
+  let device;
+  try {
+    device = await openDevice(false);
+  } catch (error) {
+    return noDevice(QUESTION, error);
+  }
+  const { parts, peers } = await measureSwitches(device);
+  const about = describe(device);
+  device.close();
+  return [parts, peers, about];
+}
+
+/** @param {Device} on @returns {Promise<{ parts: Part[], peers: Peer[] }>} */
+export async function measureSwitches(on) {
+  const turns = on.software ? SOFTWARE_TURNS : TURNS;
+  /** @type {Row[]} */
+  const switches = [];
+  /** @type {Row[]} */
+  const memory = [];
+  let peer = "";
+  for await (const one of cases()) {
+    const before = on.counts.live;
+    const runtime = await start(one, { backend: "webgpu", webgpu: { device: on.device } });
+    const wasm = await start(one, { backend: "wasm" });
+    peer = wasm.backend;
+    switches.push({ name: one.name, ...(await measure(on, runtime, wasm, turns)) });
+    await compare(runtime, wasm);
+    const counted = on.counts.live - before;
+    const { basis, coefficients } = runtime.pack.residentBytes;
+    const reported = runtime.memory().total - basis - coefficients;
+    await wasm.close();
+    await runtime.close();
+    const apart = Math.abs(counted - reported) / counted;
+    const row = { name: one.name, countedMB: counted / 1e6, reportedMB: reported / 1e6, "apart, %": 100 * apart };
+    memory.push({ ...row, bytesLeft: on.counts.live - before });
+    if ((counted >= MANY && apart > MOST_APART) || on.counts.live !== before) process.exitCode = 1;
+  }
+  return { parts: partsOf(on, switches, memory, turns), peers: [{ name: "a switch on the CPU", version: peer }] };
+}
+
+/** @param {Device} on @param {Row[]} switches @param {Row[]} memory @param {number} turns @returns {Part[]} */
+const partsOf = ({ clock, software }, switches, memory, turns) => [
+  {
+    question: QUESTION,
+    rows: switches,
+    notes: [
+      `ms: from the call until the device is done, of ${turns * TASKS} switches among ${TASKS} tasks. encodeMs: until submit has`,
+      `returned, all that the CPU does. gpuMs: the switch's commands by ${clock.how}, in switches of their own.`,
+      "wasmMs: the same switch by the wasm backend, in turns, one thread. Median of each. Submits, dispatches and bytes",
+      "over the bus: the most of any switch, counted at the device. Weights of both are compared after the last.",
+      ...(software ? [SOFTWARE] : []),
+    ],
+  },
+  {
+    question: "Does the device hold what runtime.memory() reports?",
+    rows: memory,
+    notes: [
+      "Counted: bytes of live buffers, by createBuffer and destroy. Reported: the total less the pack's own, on the CPU.",
+      `Above ${MANY / 1e6} MB they may be ${100 * MOST_APART} % apart, and after close no byte may be left, or this exits 1.`,
+    ],
+  },
+];
+
+/** @param {import("./gpu-cases.js").Case} one @param {import("eigenlora").RuntimeOptions} options */
+async function start({ bytes, base }, options) {
+  const pack = await openPack(bytes);
+  await pack.prefetch(pack.tasks.keys());
+  return createRuntime(pack, { ...options, base });
+}
+
+/**
+ * @param {Device} on
+ * @param {Runtime} runtime
+ * @param {Runtime} wasm
+ * @param {number} turns of every task
+ * @returns {Promise<Row>}
+ */
+async function measure({ counts, clock }, runtime, wasm, turns) {
+  const tasks = [...runtime.pack.tasks.keys()].slice(0, TASKS);
+  /** @type {Record<"ms" | "encode" | "gpu" | "wasm", number[]>} */
+  const times = { ms: [], encode: [], gpu: [], wasm: [] };
+  const most = { submits: 0, dispatches: 0, written: 0 };
+  for (let i = -TASKS; i < turns * TASKS; i++) {
+    const task = tasks[(i + TASKS) % TASKS];
+    Object.assign(counts, { submits: 0, dispatches: 0, written: 0 });
+    const called = performance.now();
+    await runtime.switchTask(task);
+    const done = performance.now();
+    await wasm.switchTask(task);
+    if (i < 0) continue;
+    times.wasm.push(performance.now() - done);
+    times.ms.push(done - called);
+    times.encode.push(clock.submitted() - called);
+    for (const what of /** @type {const} */ (["submits", "dispatches", "written"]))
+      most[what] = Math.max(most[what], counts[what]);
+  }
+  const last = runtime.weight(runtime.pack.modules.at(-1)?.name ?? "").data;
+  for (const task of tasks) {
+    const seconds = await clock.time(/** @type {GPUBuffer} */ (last), () => runtime.switchTask(task));
+    times.gpu.push(1e3 * seconds);
+  }
+  return {
+    ms: median(times.ms),
+    minMs: min(times.ms),
+    encodeMs: median(times.encode),
+    gpuMs: median(times.gpu),
+    wasmMs: median(times.wasm),
+    "encode ÷ wasm": median(times.encode) / median(times.wasm),
+    submits: most.submits,
+    dispatches: most.dispatches,
+    bytesOverBus: most.written,
+  };
+}
+
+/**
+ * @param {Runtime} runtime
+ * @param {Runtime} oracle
+ * @throws Error when a folded weight is another than the oracle's
+ */
+async function compare(runtime, oracle) {
+  await oracle.switchTask(runtime.task);
+  for (const { name } of runtime.pack.modules) {
+    const [a, b] = [await runtime.readWeight(name), await oracle.readWeight(name)].map(({ dtype, shape, data }) =>
+      decodeTensor(/** @type {import("eigenlora").FloatDtype} */ (dtype), data, shape[0], shape[1]),
+    );
+    const largest = max(Array.from(b, Math.abs));
+    // Sums in another order; a half may be rounded to its neighbour.
+    const tolerance = largest * (runtime.weight(name).dtype === "f32" ? 2e-6 : 2 ** -10);
+    const wrong = b.findIndex((x, i) => !(Math.abs(a[i] - x) <= tolerance));
+    if (wrong >= 0)
+      throw new Error(`${name}: element ${wrong} is ${a[wrong]} on WebGPU, ${b[wrong]} on ${oracle.backend}`);
+  }
+}

@@ -1,0 +1,75 @@
+/** Work in a fresh process, memory of a process, temporary folders, and clocks. */
+import { spawnSync } from "node:child_process";
+import { mkdtemp, readFile, rm } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { fileURLToPath } from "node:url";
+
+const CALL = fileURLToPath(new URL("call.js", import.meta.url));
+
+/**
+ * Calls an exported function of a module in a process of its own, with garbage collection at hand.
+ * @param {URL} module
+ * @param {string} name
+ * @param {readonly (string | number)[]} args
+ * @returns {any} what it gave, by way of JSON
+ * @throws Error where it failed; the process has said why on stderr
+ */
+export function inFreshProcess(module, name, args) {
+  const { status, stdout } = spawnSync(
+    process.execPath,
+    ["--expose-gc", CALL, module.href, name, JSON.stringify(args)],
+    {
+      encoding: "utf8",
+      stdio: ["ignore", "pipe", "inherit"],
+    },
+  );
+  if (status !== 0) throw new Error(`${name}(${args.join(", ")}) failed`);
+  return JSON.parse(stdout.trim().split("\n").at(-1) ?? "");
+}
+
+/** Memory of this process after full collections. */
+export async function settledMemory() {
+  for (let i = 0; i < 5; i++) {
+    globalThis.gc?.();
+    await new Promise((resolve) => setTimeout(resolve, 20));
+  }
+  return { ...process.memoryUsage(), rss: (await procStatus("VmRSS")) ?? process.memoryUsage().rss };
+}
+
+/** Most bytes that were ever resident. */
+export const peakMemory = async () => (await procStatus("VmHWM")) ?? process.resourceUsage().maxRSS * 1024;
+
+/** Bytes, where there is /proc. @param {string} field */
+async function procStatus(field) {
+  const status = await readFile("/proc/self/status", "utf8").catch(() => "");
+  const kilobytes = new RegExp(`${field}:\\s+(\\d+)`).exec(status)?.[1];
+  return kilobytes ? Number(kilobytes) * 1024 : undefined;
+}
+
+/**
+ * A folder that is gone after the work.
+ * @template T
+ * @param {(folder: string) => Promise<T>} work
+ */
+export async function inScratch(work) {
+  const folder = await mkdtemp(join(tmpdir(), "eigenlora-bench-"));
+  try {
+    return await work(folder);
+  } finally {
+    await rm(folder, { recursive: true });
+  }
+}
+
+/**
+ * Milliseconds of some work, by the clock and of all threads' CPU time, which others on the machine lengthen least.
+ * @template T
+ * @param {() => T | Promise<T>} work
+ */
+export async function clocked(work) {
+  const [used, started] = [process.cpuUsage(), performance.now()];
+  const result = await work();
+  const ms = performance.now() - started;
+  const { user, system } = process.cpuUsage(used);
+  return { ms, cpu: (user + system) / 1000, result };
+}

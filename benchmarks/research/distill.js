@@ -1,0 +1,182 @@
+/**
+ * What does distilling win back? Real adapters of one suite in a pack of few components, distilled on train texts without their
+ * labels, asked on test rows through onnxruntime-node: as projected and as distilled (or as projected, where that is better on the
+ * texts held back), beside PEFT's own answers with the adapters. A task's own train texts come first; where they are fewer than
+ * half of `--texts`, other tasks' fill up. No text of any test split of the suite is among them.
+ *
+ * `--into` keeps the row of each task as a line of JSON as soon as it is there; a later run with the same file goes on.
+ */
+import { appendFile, readFile } from "node:fs/promises";
+import { openPack } from "eigenlora";
+import { buildPack, searchPack } from "eigenlora/build";
+import { createEigenSession } from "eigenlora/onnxruntime";
+import { distill } from "eigenlora/train";
+import * as ort from "onnxruntime-node";
+import { mean, sum } from "simple-statistics";
+import { shuffle, uniform } from "../../dist/src/tensor/random.js";
+import {
+  agreement,
+  createEncoder,
+  labelOf,
+  model,
+  readReference,
+  readTask,
+  runBatches,
+  toBatches,
+} from "../../examples/minilm.js";
+import { bytesOfAdapter, folderOf, plainTexts, SUITES, testTexts, withAdapters } from "../lib/adapters.js";
+import { choice, number, readArguments, text } from "../lib/arguments.js";
+import { clocked } from "../lib/process.js";
+import { print, progress } from "../lib/report.js";
+
+/**
+ * @typedef {import("eigenlora/build").Adapter} Adapter
+ * @typedef {import("../lib/report.js").Row} Row
+ */
+
+const MOST_ROWS = 240;
+
+const given = readArguments("What does distilling win back?", {
+  suite: choice(SUITES, "which adapters", "own-seed"),
+  k: number("components of the pack", 8, 1),
+  ratio: number("so many times fewer bytes than the adapters in f32, instead of --k"),
+  rank: number("strongest directions of each module that are kept. Default: all"),
+  dtype: text("PART=TYPE,…", "number formats of basis, coefficients and head", "basis=f16"),
+  tasks: number("distil so many tasks", Infinity, 1),
+  texts: number("of a task's own texts at most", 512, 1),
+  steps: number("steps of each task", 240),
+  batch: number("texts of a step", 8, 1),
+  rate: number("learning rate of coefficients. Default: distill's own"),
+  "head-rate": number("learning rate of the head. Default: distill's own"),
+  gauge: choice(["balanced", "as-trained"], "gauge of the pack", "balanced"),
+  temperature: number("of the answers. Default: distill's own"),
+  threads: number("of the session; 0: as many as the runtime takes by itself", 0),
+  into: text("FILE", "keep rows there, and go on from those that are there"),
+});
+const { suite, k, ratio, rank, gauge, texts: MOST_TEXTS, steps, batch, rate, temperature, into } = given;
+const dtype = Object.fromEntries(given.dtype.split(",").map((part) => part.split("=")));
+
+const settings = JSON.stringify({
+  SUITE: suite,
+  ...(ratio === undefined ? { K: k } : { RATIO: ratio, RANK: rank, TYPES: dtype }),
+  TEXTS: MOST_TEXTS,
+  STEPS: steps,
+  BATCH: batch,
+  RATE: rate ?? "own",
+  HEAD: given["head-rate"] ?? "own",
+  GAUGE: gauge,
+  TEMPERATURE: temperature ?? "own",
+});
+const reference = await readReference(suite);
+const encode = await createEncoder(ort);
+
+await withAdapters([folderOf(suite)], async (adapters) => {
+  const tasks = await Promise.all(adapters.map(({ id }) => readTask(id)));
+  const texts = { tests: testTexts(tasks), pool: plainTexts(tasks) };
+  // As numbers in f32, whatever their files hold.
+  const adapterBytes = sum(adapters.map(bytesOfAdapter));
+  const how = { gauge, rank, dtype };
+  const { chunks, report } =
+    ratio === undefined
+      ? await buildPack(adapters, { ...how, select: { kind: "k", k } })
+      : await searchPack(adapters, { goal: { kind: "bytes", max: adapterBytes / ratio }, ways: [how] });
+  const pack = await openPack(new Blob(/** @type {BlobPart[]} */ (chunks)));
+  const session = await createEigenSession(ort, model, pack, {
+    trainable: true,
+    session: given.threads > 0 ? { intraOpNumThreads: given.threads } : {},
+  });
+  const earlier = await readEarlier();
+  /** @type {Row[]} */
+  const rows = [];
+  for (const [i, adapter] of adapters.slice(0, given.tasks).entries()) {
+    const known = earlier.get(adapter.id);
+    const row = known ?? (await measure(session, adapter, tasks[i], texts));
+    if (into && !known) await appendFile(into, `${JSON.stringify({ settings, bytes: report.bytes, row })}\n`);
+    rows.push(row);
+    progress(JSON.stringify(row));
+  }
+  await session.close();
+  const question = `What does distilling win back (MiniLM, ${suite}, ${adapters.length} adapters of r 8, K ${report.components.max}, ${Object.values(report.dtype).join("/")}, ${report.bytes} bytes, ${(adapterBytes / report.bytes).toFixed(1)}× fewer than f32)?`;
+  const notes = [
+    `${steps} steps of ${batch} texts without labels, ${MOST_TEXTS} of the task's own at most, filled up to ${MOST_TEXTS / 2}; an eighth is held back for KL(adapter ‖ pack), in nats.`,
+    `Accuracy on ${MOST_ROWS} test rows of each task at most. LoRA: PEFT's answers. s: to distil one task.`,
+  ];
+  print(given.json, [{ question, rows: [...rows, meanOf(rows)], notes }]);
+});
+
+/** Rows of the same settings that are in the file, by task. @returns {Promise<Map<string, Row>>} */
+async function readEarlier() {
+  const lines = into ? (await readFile(into, "utf8").catch(() => "")).split("\n").filter((line) => line !== "") : [];
+  return new Map(
+    lines
+      .map((line) => JSON.parse(line))
+      .filter((one) => one.settings === settings)
+      .map(({ row }) => [row.name, row]),
+  );
+}
+
+/** @param {Row[]} rows @returns {Row} */
+function meanOf(rows) {
+  const numbers = Object.keys(rows[0]).filter((key) => typeof rows[0][key] === "number");
+  return {
+    name: `mean of ${rows.length}`,
+    ...Object.fromEntries(numbers.map((key) => [key, mean(rows.map((row) => Number(row[key])))])),
+    kept: `distilled ${rows.filter(({ kept }) => kept === "distilled").length}`,
+  };
+}
+
+/**
+ * @param {import("eigenlora/onnxruntime").EigenSession<typeof ort>} session
+ * @param {Adapter} adapter
+ * @param {import("../../examples/minilm.js").Task} task
+ * @param {{ tests: ReadonlySet<string>, pool: readonly string[] }} suite texts of all test splits, and others
+ */
+async function measure(session, adapter, task, { tests, pool }) {
+  const { id } = adapter;
+  const test = task.test.slice(0, MOST_ROWS);
+  const labels = test.map(([, label]) => label);
+  const own = shuffle(
+    [...new Set(task.train.map(([text]) => text))].filter((text) => !tests.has(text)),
+    uniform(2),
+  ).slice(0, MOST_TEXTS);
+  const texts = [...new Set([...own, ...pool])].slice(0, Math.max(own.length, MOST_TEXTS / 2));
+  const batches = toBatches(
+    encode,
+    test.map(([text]) => text),
+  );
+  /** @param {string} task */
+  const accuracy = async (task) => {
+    await session.switchTask(task);
+    return 100 * agreement((await runBatches(session, batches)).map(labelOf), labels);
+  };
+  const rates = {
+    ...(rate === undefined ? {} : { terms: rate }),
+    ...(given["head-rate"] === undefined ? {} : { head: given["head-rate"] }),
+  };
+  const options = {
+    adapter,
+    texts,
+    encode: /** @type {any} */ (encode),
+    steps,
+    batch,
+    learningRates: rates,
+    temperature,
+  };
+  const { ms, result: made } = await clocked(() => distill(session, options));
+  await session.addTask("distilled", made.file);
+  const [projected, distilled] = [await accuracy(id), await accuracy("distilled")];
+  await session.switchTask(id);
+  await session.removeTask("distilled");
+  return {
+    name: id,
+    texts: texts.length,
+    "own texts": own.length,
+    "KL before": made.divergenceBefore,
+    "KL after": made.divergenceAfter,
+    "projected, %": projected,
+    "distilled, %": distilled,
+    kept: made.kept,
+    "LoRA, %": 100 * agreement(reference.get(id)?.predictions ?? [], labels),
+    s: ms / 1000,
+  };
+}

@@ -1,0 +1,92 @@
+/**
+ * Methods that train a head alone, on what a frozen model makes of the texts: the trainer's own loop, with a table of the head's
+ * inputs in place of a training graph, since these never change. One run of the model then serves all rates and seeds.
+ */
+
+import { taskFile } from "../../../dist/src/train/result.js";
+import { Terms } from "../../../dist/src/train/terms.js";
+import { Trainer } from "../../../dist/src/train/trainer.js";
+import { runBatches, toBatches } from "../../../examples/minilm.js";
+
+/** How many numbers enter the head. */
+const WIDTH = 384;
+const LAYER = { module: "classifier", in: WIDTH, bias: true };
+
+/**
+ * What enters the head for each text, with tasks of the pack active.
+ * @param {import("./cells.js").Session} session
+ * @param {Parameters<typeof toBatches>[0]} encode
+ * @param {readonly string[]} texts
+ * @param {Record<string, number>} blend strengths of tasks; none: the base
+ * @returns {Promise<Map<string, Float32Array>>}
+ */
+export async function readFeatures(session, encode, texts, blend) {
+  const weight = new Float32Array(WIDTH * WIDTH);
+  for (let i = 0; i < WIDTH; i++) weight[i * WIDTH + i] = 1;
+  const head = { weight, bias: new Float32Array(WIDTH) };
+  await session.addTask(
+    "features",
+    taskFile(/** @type {any} */ (session.pack), new Terms([]), { ...head, parameters: new Float32Array(0) }, LAYER, {
+      id: "features",
+      dtype: { head: "f32" },
+    }),
+  );
+  await session.switchTask({ ...blend, features: 1 }, { head: "features" });
+  const found = await runBatches(session, toBatches(encode, texts));
+  await session.switchTask(null);
+  session.removeTask("features");
+  return new Map(texts.map((text, i) => [text, found[i]]));
+}
+
+/**
+ * A trainer of a head. It begins like every other, and asks no pack.
+ * @param {ReadonlyMap<string, Float32Array>} features by text
+ * @param {{ labels: readonly string[], seed: number }} options
+ */
+export function headTrainer(features, { labels, seed }) {
+  const pack = /** @type {any} */ ({ tasks: new Map() });
+  const none = new Terms([]);
+  const machine = headMachine(labels.length);
+  /** @type {import("../../../dist/src/train/inputs.js").Inputs<Float32Array[]>} */
+  const inputs = {
+    encodes: true,
+    lengths: async (rows) => new Map(rows.map((row) => [row, row.text?.length ?? 0])),
+    batch: async (rows) => rows.map(({ text = "" }) => /** @type {Float32Array} */ (features.get(text))),
+  };
+  return new Trainer({ pack, machine, inputs, terms: none, origin: none, labels }, { seed, init: "random" });
+}
+
+/**
+ * @param {number} labels
+ * @returns {import("../../../dist/src/train/subject.js").Machine<Float32Array[]>}
+ */
+export function headMachine(labels) {
+  /** @param {Float32Array} x @param {import("../../../dist/src/train/subject.js").Point} point */
+  const logitsOf = (x, { weight, bias }) =>
+    Array.from(bias, (b, label) => x.reduce((sum, value, i) => sum + value * weight[label * x.length + i], b));
+  return {
+    head: LAYER,
+    answer: async (batch, point) => Float32Array.from(batch.flatMap((x) => logitsOf(x, point))),
+    async step(batch, point, targets) {
+      const width = point.weight.length / labels;
+      const [logits, weight, bias] = [batch.length * labels, point.weight.length, labels].map(
+        (length) => new Float32Array(length),
+      );
+      let loss = 0;
+      for (const [row, x] of batch.entries()) {
+        const z = logitsOf(x, point);
+        const top = Math.max(...z);
+        const total = z.reduce((sum, value) => sum + Math.exp(value - top), 0);
+        for (let label = 0; label < labels; label++) {
+          const at = row * labels + label;
+          logits[at] = z[label];
+          loss -= (targets[at] * (z[label] - top - Math.log(total))) / batch.length;
+          const slope = (Math.exp(z[label] - top) / total - targets[at]) / batch.length;
+          bias[label] += slope;
+          for (let i = 0; i < width; i++) weight[label * width + i] += slope * x[i];
+        }
+      }
+      return { loss, logits, gradients: { terms: new Map(), weight, bias } };
+    },
+  };
+}

@@ -1,0 +1,52 @@
+/** Every benchmark says what it takes, and refuses what it does not know. Nothing is measured. */
+
+import { execFile } from "node:child_process";
+import { readdirSync } from "node:fs";
+import { fileURLToPath } from "node:url";
+import { promisify } from "node:util";
+import t from "tap";
+import { choice, flag, number, type Option, text } from "../benchmarks/lib/arguments.js";
+
+const folder = new URL("../benchmarks/", import.meta.url);
+const scripts = ["", "research/"].flatMap((under) =>
+  readdirSync(new URL(under, folder))
+    .filter((name) => name.endsWith(".js"))
+    .map((name) => `${under}${name}`),
+);
+
+interface Ended {
+  code?: number;
+  stdout: string;
+  stderr: string;
+}
+
+const run = (script: string, ...args: string[]): Promise<Ended> =>
+  promisify(execFile)(process.execPath, [fileURLToPath(new URL(script, folder)), ...args]).catch(
+    (error: Ended) => error,
+  );
+
+for (const script of scripts) {
+  t.test(script, async (t) => {
+    const name = script.replace("research/", "").replace(".js", "");
+    const [help, wrong] = await Promise.all([run(script, "--help"), run(script, "--speling", "3")]);
+    t.equal(help.code, undefined, help.stderr);
+    t.match(help.stdout, new RegExp(`^eigenlora bench ${name} \\[options\\]\n\n[\\s\\S]+\n {2}--json `));
+    t.equal(wrong.code, 2);
+    t.match(wrong.stderr, `${name}: Unknown option '--speling'; see --help`);
+    t.equal(wrong.stdout, "");
+  });
+}
+
+t.test("values of options", (t) => {
+  const refuses = (option: Option<unknown>, given: string, why: string) =>
+    t.throws(() => option.read(given), new Error(why));
+  t.equal(number("", 3).missing, 3);
+  t.equal(number("").read("0.5"), 0.5);
+  refuses(number("", 3, 1), "0", 'expected a number from 1, got "0"');
+  refuses(number(""), "many", 'expected a number from 0, got "many"');
+  refuses(number(""), "", 'expected a number from 0, got ""');
+  t.equal(choice(["a", "b"], "").read("b"), "b");
+  refuses(choice(["a", "b"], ""), "c", 'expected a, b, got "c"');
+  t.same([text("FILE", "").read("x"), flag("").read(""), flag("").missing], ["x", true, false]);
+  t.end();
+});
