@@ -8,7 +8,7 @@ import type { Ort } from "../../bindings/ort.ts";
 import type { Pack } from "../pack/pack.ts";
 import type { BatchFeeds } from "./batch.ts";
 import { createInputs, type Encode, type Inputs } from "./inputs.ts";
-import { COUNT, checkNumbers, WHOLE } from "./limits.ts";
+import { checkNumbers } from "./limits.ts";
 import { createMachine, headOf } from "./machine.ts";
 import { usualRank } from "./start.ts";
 import { sharedRows, Terms, type TrainedModule } from "./terms.ts";
@@ -60,7 +60,7 @@ export async function makeTrainer<O extends Ort>(
   if (!["coefficients", "components", "lora"].includes(train)) {
     throw new RangeError(`train: expected "coefficients", "components" or "lora", got ${JSON.stringify(train)}`);
   }
-  checkNumbers("createTrainer", options, { rank: WHOLE, privateTerms: COUNT });
+  checkNumbers("createTrainer", options, { rank: "whole", privateTerms: "count" });
   const head = headOf(source, options.head);
   const modules = await trainedModules(pack, options, train === "components");
   const origin = new Terms(modules);

@@ -3,14 +3,15 @@
  */
 
 /** What a number must be, in words and as a test. */
-export type Limit = readonly [expected: string, valid: (value: number) => boolean];
-
-export const WHOLE: Limit = ["a whole number ≥ 1", (value) => Number.isInteger(value) && value >= 1];
-export const COUNT: Limit = ["a whole number ≥ 0", (value) => Number.isInteger(value) && value >= 0];
-export const SHARE: Limit = ["a number from 0 to less than 1", (value) => value >= 0 && value < 1];
-export const POSITIVE: Limit = ["a number above 0", (value) => value > 0 && value < Infinity];
-export const UNLIMITED: Limit = ["a number above 0, or Infinity", (value) => value > 0];
-export const NOT_NEGATIVE: Limit = ["a number ≥ 0", (value) => value >= 0 && value < Infinity];
+const LIMITS = {
+  whole: ["a whole number ≥ 1", (value: number) => Number.isInteger(value) && value >= 1],
+  count: ["a whole number ≥ 0", (value: number) => Number.isInteger(value) && value >= 0],
+  share: ["a number from 0 to less than 1", (value: number) => value >= 0 && value < 1],
+  between: ["a number between 0 and 1", (value: number) => value > 0 && value < 1],
+  positive: ["a number above 0", (value: number) => value > 0 && value < Infinity],
+  unlimited: ["a number above 0, or Infinity", (value: number) => value > 0],
+  rate: ["a number ≥ 0", (value: number) => value >= 0 && value < Infinity],
+} as const;
 
 /**
  * @param where the public function, for the message
@@ -20,9 +21,10 @@ export const NOT_NEGATIVE: Limit = ["a number ≥ 0", (value) => value >= 0 && v
 export function checkNumbers<Options extends object>(
   where: string,
   options: Options,
-  limits: { readonly [Name in keyof Options]?: Limit },
+  limits: { readonly [Name in keyof Options]?: keyof typeof LIMITS },
 ): void {
-  for (const [name, [expected, valid]] of Object.entries(limits as Record<string, Limit>)) {
+  for (const [name, kind] of Object.entries(limits)) {
+    const [expected, valid] = LIMITS[kind as keyof typeof LIMITS];
     const value: unknown = options[name as keyof Options];
     if (value !== undefined && !(typeof value === "number" && valid(value)))
       throw new RangeError(`${where}: ${name}: expected ${expected}, got ${String(value)}`);
