@@ -48,6 +48,9 @@ function letters({ front = false, multiple = 1, positions = false, features = fa
           ),
         },
       }),
+      ...(features && {
+        features: { type: "float32", dims: [texts.length, width, 1], data: new Float32Array(texts.length * width) },
+      }),
     };
   };
   return { encode, asked };

@@ -2,16 +2,18 @@
  * Numbers among options, checked by name.
  */
 
+type Kind = "whole" | "count" | "share" | "between" | "positive" | "unlimited" | "rate";
+
 /** What a number must be, in words and as a test. */
-const LIMITS = {
-  whole: ["a whole number ≥ 1", (value: number) => Number.isInteger(value) && value >= 1],
-  count: ["a whole number ≥ 0", (value: number) => Number.isInteger(value) && value >= 0],
-  share: ["a number from 0 to less than 1", (value: number) => value >= 0 && value < 1],
-  between: ["a number between 0 and 1", (value: number) => value > 0 && value < 1],
-  positive: ["a number above 0", (value: number) => value > 0 && value < Infinity],
-  unlimited: ["a number above 0, or Infinity", (value: number) => value > 0],
-  rate: ["a number ≥ 0", (value: number) => value >= 0 && value < Infinity],
-} as const;
+const LIMITS: Readonly<Record<Kind, readonly [expected: string, valid: (value: number) => boolean]>> = {
+  whole: ["a whole number ≥ 1", (value) => Number.isInteger(value) && value >= 1],
+  count: ["a whole number ≥ 0", (value) => Number.isInteger(value) && value >= 0],
+  share: ["a number from 0 to less than 1", (value) => value >= 0 && value < 1],
+  between: ["a number between 0 and 1", (value) => value > 0 && value < 1],
+  positive: ["a number above 0", (value) => value > 0 && value < Infinity],
+  unlimited: ["a number above 0, or Infinity", (value) => value > 0],
+  rate: ["a number ≥ 0", (value) => value >= 0 && value < Infinity],
+};
 
 /**
  * @param where the public function, for the message
@@ -21,10 +23,10 @@ const LIMITS = {
 export function checkNumbers<Options extends object>(
   where: string,
   options: Options,
-  limits: { readonly [Name in keyof Options]?: keyof typeof LIMITS },
+  limits: { readonly [Name in keyof Options]?: Kind },
 ): void {
-  for (const [name, kind] of Object.entries(limits)) {
-    const [expected, valid] = LIMITS[kind as keyof typeof LIMITS];
+  for (const [name, kind] of Object.entries<Kind>(limits as Record<string, Kind>)) {
+    const [expected, valid] = LIMITS[kind];
     const value: unknown = options[name as keyof Options];
     if (value !== undefined && !(typeof value === "number" && valid(value)))
       throw new RangeError(`${where}: ${name}: expected ${expected}, got ${String(value)}`);
