@@ -15,10 +15,15 @@ interface Style {
   readonly multiple?: number;
   /** Positions that go on through the padding. */
   readonly positions?: boolean;
+  /** An input of three dimensions. */
+  readonly features?: boolean;
 }
 
 /** A tokenizer of letters, that counts the texts it is given. */
-function letters({ front = false, multiple = 1, positions = false }: Style): { encode: Encode; asked: string[] } {
+function letters({ front = false, multiple = 1, positions = false, features = false }: Style): {
+  encode: Encode;
+  asked: string[];
+} {
   const asked: string[] = [];
   const encode: Encode = (texts) => {
     asked.push(...texts);
@@ -43,6 +48,9 @@ function letters({ front = false, multiple = 1, positions = false }: Style): { e
           ),
         },
       }),
+      ...(features && {
+        features: { type: "float32", dims: [texts.length, width, 1], data: new Float32Array(texts.length * width) },
+      }),
     };
   };
   return { encode, asked };
@@ -57,6 +65,7 @@ for (const [name, style, once] of [
   ["lengths that are multiples of four", { multiple: 4 }, true],
   ["one length", { multiple: 32 }, true],
   ["positions that go on through the padding", { positions: true }, false],
+  ["inputs of three dimensions", { features: true }, false],
 ] as [string, Style, boolean][]) {
   t.test(`a tokenizer with ${name}`, async (t) => {
     const random = uniform(1);

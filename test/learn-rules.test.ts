@@ -5,10 +5,10 @@
 import fc from "fast-check";
 import t from "tap";
 import { Emitter } from "../dist/src/autodiff/emit.js";
+import { type ProbedPath, probePath } from "../dist/src/autodiff/probed-path.js";
 import { Problems } from "../dist/src/autodiff/problems.js";
 import { differentiate } from "../dist/src/autodiff/reverse.js";
 import { RULES } from "../dist/src/autodiff/rules/index.js";
-import { findWay, type Way } from "../dist/src/autodiff/way.js";
 import type { Feed } from "../dist/src/onnx/feeds.js";
 import { indexGraph, parseModel } from "../dist/src/onnx/model.js";
 import { type Attributes, makeFloats, makeInts, makeNode, makeValue } from "../dist/src/onnx/nodes.js";
@@ -453,7 +453,7 @@ async function derive(
   opset: number,
   sources: readonly string[],
   feeds: readonly Map<string, Feed>[],
-): Promise<{ forward: Uint8Array; both: Uint8Array; way: Way }> {
+): Promise<{ forward: Uint8Array; both: Uint8Array; path: ProbedPath }> {
   graph.output.push(makeValue("whole", 1));
   const opsetImport = [{ $typeName: "onnx.OperatorSetIdProto" as const, domain: "", version: BigInt(opset) }];
   const forward = toBinary(
@@ -470,8 +470,8 @@ async function derive(
   };
   const emit = new Emitter(main, opset);
   const problems = new Problems();
-  const way = await findWay(file, sources, "whole", problems, { probe: probeOf(NODE), feeds, initializers: [] });
-  const gradients = differentiate(way, "whole", () => "seed", emit, problems);
+  const path = await probePath(file, sources, "whole", problems, { probe: probeOf(NODE), feeds, initializers: [] });
+  const gradients = differentiate(path, "whole", () => "seed", emit, problems);
   problems.throwIfAny(name);
   main.node.push(...emit.shapes, ...emit.nodes);
   main.input.push(makeValue("seed", 1, ["", ""]));
@@ -479,7 +479,7 @@ async function derive(
     main.node.push(makeNode("Identity", `d${source}`, [gradients.get(source)!], `d${source}`));
     main.output.push(makeValue(`d${source}`, 1));
   }
-  return { forward, both: embedWeights(file, []), way };
+  return { forward, both: embedWeights(file, []), path };
 }
 
 /** Step of the finite differences. Values are apart by more than twice that. */
@@ -581,7 +581,7 @@ t.test("equal maxima share a gradient", async (t) => {
   await session.release();
 });
 
-t.test("GELU in five nodes is one operator on the way back", async (t) => {
+t.test("GELU in five nodes is one operator backward", async (t) => {
   type Nodes = readonly (readonly [op: string, a: string, b: string, made: string])[];
   const variants: readonly [what: string, nodes: Nodes, fused: boolean][] = [
     [
@@ -673,9 +673,9 @@ t.test("GELU in five nodes is one operator on the way back", async (t) => {
     const feeds = PROBED.map(
       ({ n, m }) => new Map([["x", { dataType: 1, dims: [n, m], data: new Float32Array(n * m).fill(0.5) }]]),
     );
-    const { forward, both, way } = await derive(what, graph, 17, ["x"], feeds);
+    const { forward, both, path } = await derive(what, graph, 17, ["x"], feeds);
     t.same(
-      way.nodes.map(({ opType }) => opType),
+      path.nodes.map(({ opType }) => opType),
       fused ? ["Gelu", "Identity"] : [...nodes.map(([op]) => op), "Identity"],
       what,
     );

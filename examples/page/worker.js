@@ -181,13 +181,16 @@ const calls = {
         trainable: true,
         session: options,
       });
-      // Before each batch the worker looks whether somebody has called.
-      const encode = async (/** @type {string[]} */ texts) => (await turn(), tokenize(ort, texts).feeds);
+      const encode = (/** @type {string[]} */ texts) => tokenize(ort, texts).feeds;
       const trainer = await createTrainer(school, { ...lessons.trainer, labels, encode });
       let last = { step: 0, steps: 0, loss: NaN };
       try {
         const fit = trainer.fit(examples, { ...lessons.fit, signal });
-        for await (const { step, steps, loss } of fit) report("step", (last = { step, steps, loss }));
+        for await (const { step, steps, loss } of fit) {
+          report("step", (last = { step, steps, loss }));
+          // Between two steps the worker looks whether somebody has called.
+          await turn();
+        }
       } catch (error) {
         if (!signal.aborted) throw error;
       }

@@ -15,11 +15,11 @@ import { create, GraphProtoSchema } from "../onnx/protobuf.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { Emitter } from "./emit.ts";
 import { crossEntropy } from "./loss.ts";
+import { probePath } from "./probed-path.ts";
 import { Problems } from "./problems.ts";
 import { recompute } from "./recompute.ts";
 import { differentiate } from "./reverse.ts";
 import { checkFeeds, type ShapeProbe } from "./shapes.ts";
-import { findWay } from "./way.ts";
 
 export interface TrainingGraphOptions {
   /** The output that holds the logits, [… , classes]. "logits" unless given, or the only output. */
@@ -111,7 +111,7 @@ export async function buildTrainingGraph(
     feeds: feeds?.map((feed, i) => new Map([...feed, ...taskFeeds(grafted.inputs, TASK_SIZES[i]!)])),
     initializers: grafted.initializers,
   };
-  const way = await findWay(
+  const path = await probePath(
     indexed,
     trained.map(({ name }) => name),
     logits,
@@ -125,7 +125,7 @@ export async function buildTrainingGraph(
     loss = made.loss;
     return made.gradient;
   };
-  const found = differentiate(way, logits, seed, emit, problems);
+  const found = differentiate(path, logits, seed, emit, problems);
   problems.throwIfAny(model.name);
 
   const gradients = new Map(trained.map(({ name }) => [name, `${name}.gradient`]));
@@ -134,7 +134,7 @@ export async function buildTrainingGraph(
     ...trained.map(({ name, dims }) => ({ value: found.get(name)!, as: gradients.get(name)!, rank: dims.length })),
   ];
   main.input.push(makeValue(TARGETS, FLOAT, ["", ""]), makeValue(LEARN, BOOL, []));
-  main.node.push(...emit.shapes, branch(recompute(way.graph, emit.nodes), results));
+  main.node.push(...emit.shapes, branch(recompute(path.graph, emit.nodes), results));
   main.output.push(...results.map(({ as }) => makeValue(as, FLOAT)));
   return { learnInput: LEARN, targetsInput: TARGETS, logitsOutput: logits, lossOutput: LOSS, gradients };
 }

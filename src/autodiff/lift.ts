@@ -7,45 +7,25 @@
 import { attribute, type Graph, indexGraph, type OnnxModel, type Use } from "../onnx/model.ts";
 import { makeInts, makeNode, PREFIX } from "../onnx/nodes.ts";
 import type { NodeProto } from "../onnx/onnx_pb.ts";
-import type { Shapes } from "./shapes.ts";
+import { fromFront, type Shapes } from "./shapes.ts";
 
 /** Of each element by itself, with broadcasting. */
-const ELEMENTWISE: ReadonlySet<string> = new Set([
-  ...[
-    "Add",
-    "Sub",
-    "Mul",
-    "Div",
-    "Pow",
-    "Erf",
-    "Tanh",
-    "Sigmoid",
-    "Relu",
-    "Gelu",
-    "Sqrt",
-    "Reciprocal",
-    "Neg",
-    "Exp",
-    "Identity",
-    "Cast",
-  ],
-  ...["Where", "IsNaN"],
-]);
+const ELEMENTWISE =
+  /^(Add|Sub|Mul|Div|Pow|Erf|Tanh|Sigmoid|Relu|Gelu|Sqrt|Reciprocal|Neg|Exp|Identity|Cast|Where|IsNaN)$/;
 
 /** Of all elements along the dimensions from `axis` on, or along `axis`. */
-const ALONG: ReadonlySet<string> = new Set([
-  "Softmax",
-  "LogSoftmax",
-  "LayerNormalization",
-  "RMSNormalization",
-  "SimplifiedLayerNormalization",
-]);
+const ALONG = /^(LogSoftmax|Softmax|(Simplified)?LayerNormalization|RMSNormalization)$/;
 
 /** What shapes for a Reshape are made with. */
-const SHAPES: ReadonlySet<string> = new Set(["Shape", "Gather", "Slice", "Cast", "Squeeze", "Unsqueeze", "Concat"]);
+const SHAPES = /^(Shape|Gather|Slice|Cast|Squeeze|Unsqueeze|Concat)$/;
 
-/** For inputs that have the positions, along which dimension. */
-type Carried = ReadonlyMap<number, number>;
+/** A node that computes one position only. */
+interface Lifted {
+  /** Along which dimension of the output. */
+  readonly at: number;
+  /** The inputs that have the positions, and along which dimension. */
+  readonly carried: ReadonlyMap<number, number>;
+}
 
 /**
  * Takes positions as early as shapes allow, in place.
@@ -58,106 +38,115 @@ export function lift({ graph, name }: OnnxModel, shapes: Shapes): Graph | undefi
   );
   let lifted: Graph | undefined;
   for (const gather of nodes.filter(({ opType }) => opType === "Gather")) {
-    if (liftOne(lifted ?? graph, gather, nodes, shapes)) lifted = indexGraph(graph.proto, name);
+    const [all, index] = gather.input as [string, string];
+    if (shapes.constant(index)?.length !== 1 || shapes.dims(index).length > 1) continue;
+    const axis = fromFront(Number(attribute(gather, "axis")?.i ?? 0n), shapes.dims(all).length);
+    const found = liftable(lifted ?? graph, gather, axis, nodes, shapes);
+    if (![...found.keys()].some(({ opType }) => opType === "MatMul")) continue;
+    takeEarly(lifted ?? graph, gather, axis, found, shapes);
+    lifted = indexGraph(graph.proto, name);
   }
   return lifted;
 }
 
-/** @param nodes those whose shapes are known, in order */
-function liftOne(
-  { proto: main, consumers, producers }: Graph,
+/**
+ * The nodes in front of a Gather of one position that need to compute no other.
+ * @param nodes those whose shapes are known, in order
+ */
+function liftable(
+  { proto: main, consumers }: Graph,
   gather: NodeProto,
+  axis: number,
   nodes: readonly NodeProto[],
   shapes: Shapes,
-): boolean {
-  const [all, index] = gather.input as [string, string];
-  const places = shapes.constant(index);
-  const scalar = shapes.dims(index).length === 0;
-  if (places?.length !== 1 || shapes.dims(index).length > 1) return false;
-  const rank = shapes.dims(all).length;
-  const given = Number(attribute(gather, "axis")?.i ?? 0n);
-  const axis = given < 0 ? given + rank : given;
-
+): ReadonlyMap<NodeProto, Lifted> {
   const outputs = new Set(main.output.map(({ name }) => name));
-  /** The dimension along which a value is wanted at one position. */
-  const wanted = new Map<string, Set<number>>([[all, new Set([axis])]]);
-  const kept = new Map<NodeProto, Carried>();
+  const users = (value: string): readonly Use[] => consumers.get(value) ?? [];
+  /** The dimensions along which a value is wanted at one position. */
+  const wanted = new Map([[gather.input[0]!, new Set([axis])]]);
+  const found = new Map<NodeProto, Lifted>();
   /** Whether a shape ends at a Reshape that will get another one. */
   const vanishes = ({ node, input }: Use): boolean => {
-    if (kept.has(node)) return node.opType === "Reshape" && input === 1;
-    return (
-      SHAPES.has(node.opType) && !outputs.has(node.output[0]!) && (consumers.get(node.output[0]!) ?? []).every(vanishes)
-    );
+    if (found.has(node)) return node.opType === "Reshape" && input === 1;
+    return SHAPES.test(node.opType) && !outputs.has(node.output[0]!) && users(node.output[0]!).every(vanishes);
+  };
+  // What something else needs whole stays, and so does what is before it.
+  const alone = (use: Use): boolean | undefined => {
+    if (use.node === gather) return use.input === 0;
+    return use.node.opType === "Shape" ? vanishes(use) : found.get(use.node)?.carried.has(use.input);
   };
   for (const node of nodes.toReversed()) {
     const [made, ...more] = node.output.filter((value) => value !== "");
     const [at, ...others] = wanted.get(made!) ?? [];
     if (at === undefined || others.length > 0 || more.length > 0 || outputs.has(made!)) continue;
-    // What something else needs whole stays, and so does what is before it.
-    const alone = (use: Use): boolean | undefined => {
-      if (use.node === gather) return use.input === 0;
-      return use.node.opType === "Shape" ? vanishes(use) : kept.get(use.node)?.has(use.input);
-    };
-    if (!(consumers.get(made!) ?? []).every(alone)) continue;
+    if (!users(made!).every(alone)) continue;
     const carried = carriedBy(node, at, shapes);
     if (!carried) continue;
-    kept.set(node, carried);
+    found.set(node, { at, carried });
     for (const [input, along] of carried) {
       const value = node.input[input]!;
       wanted.set(value, (wanted.get(value) ?? new Set()).add(along));
     }
   }
-  if (![...kept.keys()].some(({ opType }) => opType === "MatMul")) return false;
+  return found;
+}
 
+/** Puts a Gather of the position in front of the nodes that were found, in place; nothing is left to do for the old one. */
+function takeEarly(
+  { proto: main, producers }: Graph,
+  gather: NodeProto,
+  axis: number,
+  found: ReadonlyMap<NodeProto, Lifted>,
+  shapes: Shapes,
+): void {
   const prefix = `${PREFIX}/lift/${gather.output[0]}`;
+  const index = gather.input[1]!;
+  const places = shapes.constant(index)!;
+  const constant = (name: string, values: readonly number[]): string => {
+    main.initializer.push(makeInts(`${prefix}/${name}`, values));
+    return `${prefix}/${name}`;
+  };
+  const place = constant("index", places);
+  shapes.addInts(place, places);
   const taken = new Map<string, string>();
-  main.initializer.push(makeInts(`${prefix}/index`, places));
-  shapes.addInts(`${prefix}/index`, places);
-  for (const node of nodes.filter((one) => kept.has(one))) {
-    for (const [input, along] of kept.get(node)!) {
+  for (const node of main.node.filter((one) => found.has(one))) {
+    const { at, carried } = found.get(node)!;
+    for (const [input, along] of carried) {
       const value = node.input[input]!;
-      if (kept.has(producers.get(value)!)) continue;
+      if (found.has(producers.get(value)!)) continue;
       const key = `${value} ${along}`;
+      const name = taken.get(key) ?? `${prefix}/position_${taken.size}`;
       if (!taken.has(key)) {
-        const name = `${prefix}/position_${taken.size}`;
-        taken.set(key, name);
-        main.node.splice(
-          main.node.indexOf(node),
-          0,
-          makeNode("Gather", name, [value, `${prefix}/index`], name, { axis: along }),
-        );
+        const take = makeNode("Gather", name, [value, place], name, { axis: along });
+        main.node.splice(main.node.indexOf(node), 0, take);
         shapes.narrow(value, along, name);
       }
-      node.input[input] = taken.get(key)!;
+      taken.set(key, name);
+      node.input[input] = name;
     }
     const [made] = node.output as [string];
-    shapes.narrow(made, [...wanted.get(made)!][0]!, made);
+    shapes.narrow(made, at, made);
     if (node.opType !== "Reshape") continue;
-    main.initializer.push(
-      makeInts(
-        `${prefix}/shape/${made}`,
-        shapes.dims(made).map((size) => size ?? -1),
-      ),
-    );
-    node.input[1] = `${prefix}/shape/${made}`;
+    const sizes = shapes.dims(made).map((size) => size ?? -1);
+    node.input[1] = constant(`shape/${made}`, sizes);
   }
   // One position is left, which the node would take.
+  const scalar = shapes.dims(index).length === 0;
   gather.opType = scalar ? "Squeeze" : "Identity";
   gather.attribute.length = 0;
-  main.initializer.push(makeInts(`${prefix}/axis`, [axis]));
-  gather.input.splice(1, 1, ...(scalar ? [`${prefix}/axis`] : []));
-  return true;
+  const axes = constant("axis", [axis]);
+  gather.input.splice(1, 1, ...(scalar ? [axes] : []));
 }
 
 /** Which inputs the one position `at` of a node's output needs at one position too; undefined where it may need all of an input. */
-function carriedBy(node: NodeProto, at: number, shapes: Shapes): Carried | undefined {
+function carriedBy(node: NodeProto, at: number, shapes: Shapes): Lifted["carried"] | undefined {
   const { opType, input, output } = node;
   const made = shapes.sizes(output[0]!);
   const rank = made.length;
   const ints = (name: string): readonly number[] | undefined => attribute(node, name)?.ints.map(Number);
   const int = (name: string, otherwise: number): number => Number(attribute(node, name)?.i ?? otherwise);
   const first = shapes.sizes(input[0]!);
-  if (ELEMENTWISE.has(opType)) {
+  if (ELEMENTWISE.test(opType)) {
     const carried = input.flatMap((value, i) => {
       const sizes = value === "" ? [] : shapes.sizes(value);
       const along = at - (rank - sizes.length);
@@ -165,21 +154,19 @@ function carriedBy(node: NodeProto, at: number, shapes: Shapes): Carried | undef
     });
     return new Map(carried);
   }
-  if (ALONG.has(opType)) {
-    const axis = int("axis", -1);
-    return at < (axis < 0 ? axis + rank : axis) ? new Map([[0, at]]) : undefined;
-  }
+  /** Only the first input has the positions. */
+  const one = (along: number | undefined): Lifted["carried"] | undefined =>
+    along === undefined ? undefined : new Map([[0, along]]);
+  if (ALONG.test(opType)) return one(at < fromFront(int("axis", -1), rank) ? at : undefined);
   switch (opType) {
     case "MatMul":
-      return at === rank - 2 && first.length >= 2 ? new Map([[0, first.length - 2]]) : undefined;
-    case "Transpose": {
-      const perm = ints("perm");
-      return perm && new Map([[0, perm[at]!]]);
-    }
+      return one(at === rank - 2 && first.length >= 2 ? first.length - 2 : undefined);
+    case "Transpose":
+      return one(ints("perm")?.[at]);
     case "ReduceMean": {
       const axes = ints("axes") ?? shapes.constant(input[1] ?? "");
-      const apart = axes !== undefined && axes.length > 0 && !axes.some((axis) => axis === at || axis + rank === at);
-      return apart && int("keepdims", 1) === 1 ? new Map([[0, at]]) : undefined;
+      const apart = axes !== undefined && axes.length > 0 && !axes.some((axis) => fromFront(axis, rank) === at);
+      return one(apart && int("keepdims", 1) === 1 ? at : undefined);
     }
     case "Reshape": {
       // The dimension with as much in front of it and as many places, so that all else is moved by itself. One may be free.
@@ -189,7 +176,7 @@ function carriedBy(node: NodeProto, at: number, shapes: Shapes): Carried | undef
         (size, axis) => String(size) === String(made[at]) && before(first, axis) === before(made, at),
       );
       const free = made.filter(([one, other], axis) => axis !== at && one !== other).length;
-      return along >= 0 && free <= 1 ? new Map([[0, along]]) : undefined;
+      return one(along >= 0 && free <= 1 ? along : undefined);
     }
     default:
       return undefined;

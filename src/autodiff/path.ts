@@ -1,5 +1,5 @@
 /**
- * Which nodes and values gradients flow through: those that lie on a way from a trained value to the loss, by the inputs
+ * Which nodes and values gradients flow through: those between a trained value and the loss, by the inputs
  * that an operator can be differentiated by. Operators and names only; no shapes.
  */
 import { attribute, type Graph } from "../onnx/model.ts";

@@ -1,33 +1,20 @@
 /**
- * What the way back needs of the way forth is kept from then on, by a model that only answers too, and cannot be fused away. So
- * what is made of a kept value by a few cheap operators is made again where it is needed. Operators and names only.
+ * Values that the backward nodes need are kept from the forward run on, by a model that only answers too, and cannot be fused away.
+ * So what is made of a kept value by a few cheap operators is made again where it is needed. Operators and names only.
  */
 import type { Graph } from "../onnx/model.ts";
 import { makeNode, PREFIX } from "../onnx/nodes.ts";
 import type { NodeProto } from "../onnx/onnx_pb.ts";
 
 /** One element in, one element out, next to nothing to do for it: the parts of GELU, SiLU and the like. */
-const CHEAP: ReadonlySet<string> = new Set([
-  "Add",
-  "Sub",
-  "Mul",
-  "Div",
-  "Neg",
-  "Erf",
-  "Tanh",
-  "Sigmoid",
-  "Sqrt",
-  "Reciprocal",
-  "Exp",
-  "Pow",
-]);
+const CHEAP = /^(Add|Sub|Mul|Div|Neg|Erf|Tanh|Sigmoid|Sqrt|Reciprocal|Exp|Pow)$/;
 
 /** Operators between a kept value and what is made of it again. */
 const LONGEST = 6;
 
 /**
- * @param graph the way forth
- * @param nodes the way back, in order; inputs are changed
+ * @param graph of the forward nodes
+ * @param nodes the backward ones, in order; inputs are changed
  * @returns the nodes with those in front of them that make values again
  */
 export function recompute(graph: Graph, nodes: readonly NodeProto[]): NodeProto[] {
@@ -42,7 +29,7 @@ export function recompute(graph: Graph, nodes: readonly NodeProto[]): NodeProto[
     for (let at = value; made.length < LONGEST; ) {
       const node = graph.producers.get(at);
       const changing = node?.input.filter((input) => !isConstant(input)) ?? [];
-      if (!node || !CHEAP.has(node.opType) || node.output.length > 1 || changing.length !== 1) return undefined;
+      if (!node || !CHEAP.test(node.opType) || node.output.length > 1 || changing.length !== 1) return undefined;
       made.unshift(node);
       if (kept.has(changing[0]!)) return made;
       at = changing[0]!;
@@ -62,21 +49,13 @@ export function recompute(graph: Graph, nodes: readonly NodeProto[]): NodeProto[
   return nodes.flatMap((node) => {
     const first: NodeProto[] = [];
     for (const [i, input] of node.input.entries()) {
-      for (const {
-        opType,
-        input: inputs,
-        output: [output],
-        attribute,
-      } of chains.get(input) ?? []) {
-        if (done.has(output!)) continue;
-        done.add(output!);
-        const copy = makeNode(
-          opType,
-          again(output!),
-          inputs.map((one) => (done.has(one) ? again(one) : one)),
-          again(output!),
-        );
-        copy.attribute = attribute;
+      for (const one of chains.get(input) ?? []) {
+        const output = one.output[0]!;
+        if (done.has(output)) continue;
+        done.add(output);
+        const inputs = one.input.map((value) => (done.has(value) ? again(value) : value));
+        const copy = makeNode(one.opType, again(output), inputs, again(output));
+        copy.attribute = one.attribute;
         first.push(copy);
       }
       if (chains.has(input)) node.input[i] = again(input);

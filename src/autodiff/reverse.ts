@@ -3,10 +3,10 @@
  * trained values.
  */
 import type { Emitter } from "./emit.ts";
+import { NodeGradient, type Walk } from "./node-gradient.ts";
+import type { ProbedPath } from "./probed-path.ts";
 import type { Problems } from "./problems.ts";
 import { RULES } from "./rules/index.ts";
-import { Step, type Walk } from "./step.ts";
-import type { Way } from "./way.ts";
 
 /**
  * Emits the nodes that compute gradients.
@@ -15,7 +15,7 @@ import type { Way } from "./way.ts";
  * @returns the gradients by value
  */
 export function differentiate(
-  { graph, nodes, active, shapes }: Way,
+  { graph, nodes, active, shapes }: ProbedPath,
   end: string,
   seed: () => string,
   emit: Emitter,
@@ -43,7 +43,7 @@ export function differentiate(
     if (!rule.manyOutputs && came.lastIndexOf(true) > 0) {
       problems.node(node, "is used by more than its first output, which gradients do not come back from");
     } else {
-      rule.backward(new Step(node, walk));
+      rule.backward(new NodeGradient(node, walk));
     }
   }
   return gradients;

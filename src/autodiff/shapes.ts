@@ -35,6 +35,11 @@ export type ShapeProbe = (
 /** Dimensions; undefined where they are free. */
 export type Dims = readonly (number | undefined)[];
 
+/** An axis that may be counted from the back, counted from the front. */
+export function fromFront(axis: number, rank: number): number {
+  return axis < 0 ? axis + rank : axis;
+}
+
 /** Constants of more elements are not compared. */
 const LARGEST_CONSTANT = 64;
 
@@ -146,39 +151,31 @@ export class Shapes {
   readonly #found: Map<string, readonly Probed[]>;
   readonly #graph: Graph;
   readonly #fixed = new Map<string, boolean>();
-  /** How sizes in the two runs are made of those of inputs. */
-  readonly #ways = new Map<string, Exclude<Dimension, number>[]>();
+  /** Sizes of inputs whose product a size is, by the size in the two runs. */
+  readonly #products = new Map<string, Exclude<Dimension, number>[]>();
 
   constructor(found: Map<string, readonly Probed[]>, graph: Graph, feeds: readonly ReadonlyMap<string, Feed>[]) {
     this.#found = found;
     this.#graph = graph;
     const [first, second] = feeds as [ReadonlyMap<string, Feed>, ReadonlyMap<string, Feed>];
-    const ways = (sizes: readonly number[], factors: Exclude<Dimension, number>): void => {
-      const key = sizes.join();
-      this.#ways.set(key, [...(this.#ways.get(key) ?? []), factors]);
-    };
     /** One place for each size, since inputs share dimensions. */
-    const free = new Map<string, { sizes: readonly [number, number]; input: string; axis: number }>();
+    const free = new Map<string, { sizes: readonly [number, number]; factor: { input: string; axis: number } }>();
     for (const [input, { dims }] of first) {
       for (const [axis, size] of dims.entries()) {
         const sizes = [size, second.get(input)!.dims[axis]!] as const;
-        if (sizes[0] !== sizes[1] && !free.has(sizes.join())) free.set(sizes.join(), { sizes, input, axis });
+        if (sizes[0] !== sizes[1] && !free.has(sizes.join()))
+          free.set(sizes.join(), { sizes, factor: { input, axis } });
       }
     }
+    const add = (sizes: readonly number[], product: Exclude<Dimension, number>): void => {
+      const key = sizes.join();
+      this.#products.set(key, [...(this.#products.get(key) ?? []), product]);
+    };
     const all = [...free.values()];
-    for (const [
-      i,
-      {
-        sizes: [a, b],
-        ...one
-      },
-    ] of all.entries()) {
-      ways([a, b], [one]);
-      for (const {
-        sizes: [c, d],
-        ...other
-      } of all.slice(i))
-        ways([a * c, b * d], [one, other]);
+    for (const [i, one] of all.entries()) {
+      add(one.sizes, [one.factor]);
+      for (const other of all.slice(i))
+        add([one.sizes[0] * other.sizes[0], one.sizes[1] * other.sizes[1]], [one.factor, other.factor]);
     }
   }
 
@@ -187,8 +184,8 @@ export class Shapes {
     const [first, second] = this.#found.get(value) ?? [];
     const known = first?.dims.map((size, axis) => {
       const other = second!.dims[axis]!;
-      const [way, ...more] = size === other ? [size] : (this.#ways.get(`${size},${other}`) ?? []);
-      return more.length === 0 ? way : undefined;
+      const [product, ...more] = size === other ? [size] : (this.#products.get(`${size},${other}`) ?? []);
+      return more.length === 0 ? product : undefined;
     });
     return known?.every((one) => one !== undefined) ? known : undefined;
   }

@@ -24,7 +24,7 @@ import { allOf, limitOf, nameOf, type Way, waysFor } from "./ways.ts";
 export interface SearchOptions extends Pick<BuildOptions, "dtype" | "centering" | "normalize" | "base"> {
   readonly goal: Goal;
   /**
-   * Decides which of two packs is better. Goals of divergence and score need one; `createJudge` of `eigenlora/distill` makes one of
+   * Decides which of two packs is better. Goals of divergence and score need one; `createJudge` of `eigenlora/train` makes one of
    * divergence. Default: the mean ΔW error decides, which is a proxy.
    */
   readonly judge?: Judge | undefined;

@@ -11,7 +11,7 @@
  * The schedule rises from 1/warmup to 1 over `warmup` steps, then falls to 0 at `steps`.
  */
 
-import { COUNT, checkNumbers, NOT_NEGATIVE, POSITIVE, SHARE, UNLIMITED } from "./limits.ts";
+import { checkNumbers } from "./limits.ts";
 
 /** Numbers that are trained alike. Parts of one vector are groups by `subarray`. */
 export interface ParameterGroup {
@@ -68,13 +68,12 @@ export class AdamW {
     const { beta1 = 0.9, beta2 = 0.999, epsilon = 1e-8, clip = Infinity, warmup = 0, steps = Infinity } = options;
     const { decay = steps === Infinity ? "none" : "linear" } = options;
     this.#options = { beta1, beta2, epsilon, clip, warmup, steps, decay };
-    const more = ["a whole number above `warmup`", (n: number) => Number.isInteger(n) && n > warmup] as const;
-    checkNumbers("AdamW", this.#options, {
-      ...{ beta1: SHARE, beta2: SHARE, epsilon: POSITIVE, warmup: COUNT, clip: UNLIMITED },
-      ...(decay === "none" ? {} : { steps: more }),
-    });
+    const limits = { beta1: "share", beta2: "share", epsilon: "positive", warmup: "count", clip: "unlimited" } as const;
+    checkNumbers("AdamW", this.#options, limits);
+    if (decay !== "none" && !(Number.isInteger(steps) && steps > warmup))
+      throw new RangeError(`AdamW: steps: expected a whole number above \`warmup\`, got ${steps}`);
     this.#groups = groups.map(({ values, rate, weightDecay = 0 }) => {
-      checkNumbers("AdamW", { rate, weightDecay }, { rate: NOT_NEGATIVE, weightDecay: NOT_NEGATIVE });
+      checkNumbers("AdamW", { rate, weightDecay }, { rate: "rate", weightDecay: "rate" });
       return { values, rate, weightDecay, m: new Float32Array(values.length), v: new Float32Array(values.length) };
     });
   }

@@ -18,7 +18,7 @@ import type { BatchFeeds } from "./batch.ts";
 import type { Example, Unlabelled } from "./examples.ts";
 import { createInputs, type Encode } from "./inputs.ts";
 import { makeTrainer } from "./learn.ts";
-import { checkNumbers, type Limit, WHOLE } from "./limits.ts";
+import { checkNumbers } from "./limits.ts";
 import { meanDivergence, sureTemperature, tempered } from "./probabilities.ts";
 import type { FitOptions, Trainer, TrainingStep } from "./trainer.ts";
 
@@ -74,8 +74,6 @@ const LEAST_TEXTS = 8;
 const WAY = 7;
 const MOST_RATE = 0.02;
 
-const BETWEEN: Limit = ["a number between 0 and 1", (value) => value > 0 && value < 1];
-
 /**
  * Distils one task of a session's pack. The session's task and its pack stay as they are. The head is trained too: what a few
  * components make of a text is not quite what the adapter's head was trained on, and another head costs no bytes.
@@ -91,7 +89,7 @@ export async function distill(session: Session, options: DistillOptions): Promis
   if (!session.trainable)
     throw new TypeError("distill: this session cannot be trained; create it with trainable: true");
   const all = inputsOf(options);
-  checkNumbers("distill", options, { steps: WHOLE, batch: WHOLE, holdout: BETWEEN });
+  checkNumbers("distill", options, { steps: "whole", batch: "whole", holdout: "between" });
   // The adapter is not asked what no step would see.
   const rows = shuffle(all, uniform(seed)).slice(0, Math.max(LEAST_TEXTS, Math.ceil((steps * batch) / (1 - holdout))));
   const { pack } = session;
@@ -134,8 +132,7 @@ export async function distill(session: Session, options: DistillOptions): Promis
   const divergenceAfter = await divergence(trainer, judges, batch);
   const better = divergenceAfter < divergenceBefore;
   const kept = better ? parseTaskFile(trained, "the distilled task").blob : blob.bytes;
-  const { adapterBytes, metadata, brings } = pack.tasks.get(id)!;
-  const file = encodeTaskFile({ id, adapterBytes, metadata, brings }, pack.basisId, kept);
+  const file = encodeTaskFile(pack.tasks.get(id)!, pack.basisId, kept);
   return { id, file, divergenceBefore, divergenceAfter, steps, kept: better ? "distilled" : "projected" };
 }
 

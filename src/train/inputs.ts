@@ -72,27 +72,20 @@ function sizeOf(feeds: BatchFeeds): number {
   return Math.max(...Object.values(feeds).map(({ dims }) => dims.reduce((a, b) => a * b, 1)));
 }
 
-/**
- * How `pair`, the texts of `short` and `long` encoded together, is padded; undefined where it is not those two rows, filled up with
- * one value.
- */
+/** How `pair`, the texts of `short` and `long` encoded together, is padded; undefined where one value does not explain it. */
 function paddingOf(short: BatchFeeds, long: BatchFeeds, pair: BatchFeeds): Padding | undefined {
-  const side = (front: boolean): Padding | undefined => {
+  const same = ([name, { dims, data }]: [string, BatchFeeds[string]], other: BatchFeeds): boolean =>
+    dims.join() === other[name]!.dims.join() && String(data) === String(other[name]!.data);
+  for (const front of [false, true]) {
     const values = new Map<string, number>();
     for (const [name, { dims, data }] of Object.entries(pair)) {
-      const [own, other] = [short[name]?.data, long[name]?.data] as (Float32Array | undefined)[];
-      if (!own || !other || !ArrayBuffer.isView(data) || dims.length !== 2) return undefined;
-      const [gap, both] = [dims[1]! - own.length, data as Float32Array];
-      if (gap < 0 || both.length !== own.length + gap + other.length) return undefined;
-      const at = front ? 0 : own.length;
-      const [filling, rest] = [both.slice(at, at + gap), [...both.slice(0, at), ...both.slice(at + gap)]];
-      if (!filling.every((value) => value === filling[0])) return undefined;
-      if (![...own, ...other].every((value, i) => value === rest[i])) return undefined;
-      if (gap > 0) values.set(name, filling[0]!);
+      const [own, width] = [short[name]?.dims.at(-1), dims.at(-1)!];
+      if (own !== width) values.set(name, (data as Float32Array)[front ? 0 : width - 1]!);
     }
-    return { front, values };
-  };
-  return side(false) ?? side(true);
+    const made = padAlike([short, long], { front, values });
+    if (made && Object.entries(joinFeeds(made)).every((one) => same(one, pair))) return { front, values };
+  }
+  return undefined;
 }
 
 /** Batches of one, each input as long as the longest of them; undefined where padding does not make them so. */
@@ -100,13 +93,15 @@ function padAlike(all: readonly BatchFeeds[], padding: Padding | undefined): Bat
   const padded = all.map((): Record<string, BatchFeeds[string]> => ({}));
   for (const name of Object.keys(all[0]!)) {
     const width = Math.max(...all.map((feeds) => feeds[name]?.dims.at(-1) ?? NaN));
+    const longest = all.find((feeds) => feeds[name]?.dims.at(-1) === width)?.[name]?.dims.join();
     for (const [i, feeds] of all.entries()) {
       const one = feeds[name];
       padded[i]![name] = one!;
-      if (one?.dims.at(-1) === width) continue;
+      if (one && one.dims.join() === longest) continue;
       const value = padding?.values.get(name);
-      if (one?.dims.length !== 2 || value === undefined) return undefined;
-      const own = one.data as Float32Array;
+      if (one?.dims.slice(0, -1).join() !== "1" || value === undefined || !ArrayBuffer.isView(one.data))
+        return undefined;
+      const own = one.data as unknown as Float32Array;
       const data = new (own.constructor as Float32ArrayConstructor)(width).fill(value);
       data.set(own, padding!.front ? width - own.length : 0);
       padded[i]![name] = { ...(one.type === undefined ? {} : { type: one.type }), dims: [1, width], data };

@@ -7,7 +7,7 @@ import type { Pack } from "../pack/pack.ts";
 import type { Session } from "../session/session.ts";
 import type { BatchFeeds } from "./batch.ts";
 import { createInputs, type Encode, type Inputs } from "./inputs.ts";
-import { COUNT, checkNumbers, WHOLE } from "./limits.ts";
+import { checkNumbers } from "./limits.ts";
 import { createMachine, headInputs } from "./machine.ts";
 import { usualRank } from "./start.ts";
 import { sharedRows, Terms, type TrainedModule } from "./terms.ts";
@@ -56,7 +56,7 @@ export async function makeTrainer(
   if (!["coefficients", "components", "lora"].includes(train)) {
     throw new RangeError(`train: expected "coefficients", "components" or "lora", got ${JSON.stringify(train)}`);
   }
-  checkNumbers("createTrainer", options, { rank: WHOLE, privateTerms: COUNT });
+  checkNumbers("createTrainer", options, { rank: "whole", privateTerms: "count" });
   const head = headInputs(source, options.head);
   const modules = await trainedModules(pack, options, train === "components");
   const origin = new Terms(modules);

@@ -2,15 +2,18 @@
  * Numbers among options, checked by name.
  */
 
-/** What a number must be, in words and as a test. */
-export type Limit = readonly [expected: string, valid: (value: number) => boolean];
+type Kind = "whole" | "count" | "share" | "between" | "positive" | "unlimited" | "rate";
 
-export const WHOLE: Limit = ["a whole number ≥ 1", (value) => Number.isInteger(value) && value >= 1];
-export const COUNT: Limit = ["a whole number ≥ 0", (value) => Number.isInteger(value) && value >= 0];
-export const SHARE: Limit = ["a number from 0 to less than 1", (value) => value >= 0 && value < 1];
-export const POSITIVE: Limit = ["a number above 0", (value) => value > 0 && value < Infinity];
-export const UNLIMITED: Limit = ["a number above 0, or Infinity", (value) => value > 0];
-export const NOT_NEGATIVE: Limit = ["a number ≥ 0", (value) => value >= 0 && value < Infinity];
+/** What a number must be, in words and as a test. */
+const LIMITS: Readonly<Record<Kind, readonly [expected: string, valid: (value: number) => boolean]>> = {
+  whole: ["a whole number ≥ 1", (value) => Number.isInteger(value) && value >= 1],
+  count: ["a whole number ≥ 0", (value) => Number.isInteger(value) && value >= 0],
+  share: ["a number from 0 to less than 1", (value) => value >= 0 && value < 1],
+  between: ["a number between 0 and 1", (value) => value > 0 && value < 1],
+  positive: ["a number above 0", (value) => value > 0 && value < Infinity],
+  unlimited: ["a number above 0, or Infinity", (value) => value > 0],
+  rate: ["a number ≥ 0", (value) => value >= 0 && value < Infinity],
+};
 
 /**
  * @param where the public function, for the message
@@ -20,9 +23,10 @@ export const NOT_NEGATIVE: Limit = ["a number ≥ 0", (value) => value >= 0 && v
 export function checkNumbers<Options extends object>(
   where: string,
   options: Options,
-  limits: { readonly [Name in keyof Options]?: Limit },
+  limits: { readonly [Name in keyof Options]?: Kind },
 ): void {
-  for (const [name, [expected, valid]] of Object.entries(limits as Record<string, Limit>)) {
+  for (const [name, kind] of Object.entries<Kind>(limits as Record<string, Kind>)) {
+    const [expected, valid] = LIMITS[kind];
     const value: unknown = options[name as keyof Options];
     if (value !== undefined && !(typeof value === "number" && valid(value)))
       throw new RangeError(`${where}: ${name}: expected ${expected}, got ${String(value)}`);

@@ -2,24 +2,19 @@
  * A pack whose components were trained for a new task: the same modules with the new components, every old task solved again
  * for its factors, the new task behind them. What tasks bring beside coefficients stays as it is, byte for byte.
  */
-
 import { type ModuleSpace, openModule, projectModule } from "../extract/project.ts";
 import type { Subspace } from "../extract/subspace.ts";
 import {
   basisIdOf,
   encodeBasis,
   encodeTask,
-  type ModuleInput,
-  type ParameterInput,
   type SideInput,
   type TensorInput,
   type TermInput,
 } from "../format/encode.ts";
 import {
-  type Coefficients,
   FINGERPRINT_SIZE,
   type PackModule,
-  type Side,
   type TaskBlob,
   type TaskFile,
   type TaskTerm,
@@ -29,10 +24,20 @@ import { layoutFresh, type TaskToWrite } from "../format/layout.ts";
 import { encodedTensor } from "../format/tensors.ts";
 import { expandTerm } from "../pack/expand.ts";
 import type { Pack } from "../pack/pack.ts";
-import { type Dtype, decodeTensor } from "../tensor/dtypes.ts";
+import { decodeTensor } from "../tensor/dtypes.ts";
 import { encodeTensor } from "../tensor/encode.ts";
 import { VERSION } from "../version.ts";
 import type { Terms } from "./terms.ts";
+
+/** A module of the new pack. */
+interface Place {
+  readonly module: PackModule;
+  readonly A: SideInput | undefined;
+  readonly B: SideInput | undefined;
+  /** The components, where they were trained. */
+  readonly space: ModuleSpace | undefined;
+  readonly captured: { readonly A: Captured; readonly B: Captured };
+}
 
 /**
  * @param parameters of `terms`, components among them
@@ -46,141 +51,94 @@ export async function repack(
   learned: TaskFile,
 ): Promise<Uint8Array<ArrayBuffer>> {
   const shared = await pack.bases();
-  const { bytes: bases } = shared;
-  const { mode, gauge, centering, rank, baseModel } = pack.directory.basis;
-  const sides = pack.modules.map(
-    (module) => [sideOf(module, "A", bases, terms, parameters), sideOf(module, "B", bases, terms, parameters)] as const,
-  );
-  const spaces = pack.modules.map(({ name }, i): ModuleSpace | undefined => {
-    const [A, B] = sides[i]!;
-    if (!A || !B || !terms.part(parameters, name, "componentsA")) return undefined;
-    const { in: inputs, out } = pack.modules[i]!;
-    const stored = (side: SideInput, width: number) => ({
-      dtype: side.dtype,
-      components: side.K,
-      width,
-      mean: side.mean,
-      encoded: side.encoded,
-    });
-    return openModule({ A: stored(A, inputs), B: stored(B, out) });
-  });
+  const bases = shared.bytes;
+  const places = pack.modules.map((module) => placeOf(module, bases, terms, parameters));
   const tasks: TaskToWrite[] = [];
-  const captured = pack.modules.map(() => ({ A: new Captured(), B: new Captured() }));
-  for (const { id, adapterBytes, metadata, brings } of pack.tasks.values()) {
-    const blob = await pack.load(id);
-    const solved = blob.terms.map((term) =>
-      solve(blob, term, pack.modules[term.module]!, bases, spaces[term.module], captured[term.module]!),
-    );
-    tasks.push({
-      entry: { id, adapterBytes, metadata, brings },
-      blob: encodeTask(
-        solved,
-        blob.parameters.map((one) => ({ ...one, ...stored(blob.bytes, one.tensor) }) as ParameterInput),
-      ),
-    });
+  for (const entry of pack.tasks.values()) {
+    const blob = await pack.load(entry.id);
+    const solved = blob.terms.map((term) => solve(blob, term, places[term.module]!, bases));
+    const saved = blob.parameters.map((one) => ({ ...one, ...stored(blob.bytes, one.tensor) }));
+    tasks.push({ entry, blob: encodeTask(solved, saved) });
   }
-  const { id, adapterBytes, metadata, brings } = learned;
-  tasks.push({ entry: { id, adapterBytes, metadata, brings }, blob: learned.blob });
-  const modules = pack.modules.map(({ name, out, in: inputs, layout, kernel, fingerprint }, i): ModuleInput => {
-    const [A, B] = sides[i]!;
-    const share = (side: SideInput | undefined, which: "A" | "B"): SideInput | undefined =>
-      side && { ...side, explained: side.explained * captured[i]![which].share };
+  tasks.push({ entry: learned, blob: learned.blob });
+  const modules = places.map(({ module, A, B, captured }) => {
+    const at = module.fingerprint;
     return {
-      name,
-      out,
-      in: inputs,
-      layout,
-      kernel,
-      A: share(A, "A"),
-      B: share(B, "B"),
-      fingerprint: fingerprint === undefined ? undefined : floatsAt(bases, fingerprint, FINGERPRINT_SIZE),
+      ...module,
+      A: A && { ...A, explained: A.explained * captured.A.share },
+      B: B && { ...B, explained: B.explained * captured.B.share },
+      fingerprint: at === undefined ? at : new Float32Array(bases.slice(at, at + 4 * FINGERPRINT_SIZE).buffer),
     };
   });
-  const made = encodeBasis({ producer: `eigenlora ${VERSION}`, mode, gauge, centering, rank, baseModel, modules });
+  const made = encodeBasis({ ...pack.directory.basis, producer: `eigenlora ${VERSION}`, modules });
   const chunks = layoutFresh({ ...made, basisId: await basisIdOf(made.description, made.bases), tasks });
   shared.close();
   return new Uint8Array(await new Blob(chunks as BlobPart[]).arrayBuffer());
 }
 
-/** Components as they are to be stored: those that were trained, or the pack's own bytes. */
-function sideOf(
-  module: PackModule,
-  which: "A" | "B",
-  bases: Uint8Array,
-  terms: Terms,
-  parameters: Float32Array<ArrayBuffer>,
-): SideInput | undefined {
-  const side: Side | undefined = module[which];
-  if (!side) return undefined;
-  const { kind, K, rank, mean, explained, tensor } = side;
-  const trained = terms.part(parameters, module.name, `components${which}`);
-  const encoded = trained
-    ? encodeTensor(tensor.dtype, trained, tensor.rows, tensor.width)
-    : stored(bases, tensor).encoded;
-  return { kind, K, ...(rank === undefined ? {} : { rank }), mean, dtype: tensor.dtype, explained, encoded };
+function placeOf(module: PackModule, bases: Uint8Array, terms: Terms, parameters: Float32Array<ArrayBuffer>): Place {
+  const captured = { A: new Captured(), B: new Captured() };
+  const trained = (side: "A" | "B"): Float32Array | undefined =>
+    terms.part(parameters, module.name, `components${side}`);
+  /** Components as they are to be stored: those that were trained, or the pack's own bytes. */
+  const sideOf = (which: "A" | "B"): SideInput | undefined => {
+    if (!module[which]) return undefined;
+    const { rank, tensor, ...side } = module[which];
+    const { dtype, rows, width } = tensor;
+    const values = trained(which);
+    return {
+      ...side,
+      ...(rank === undefined ? {} : { rank }),
+      dtype,
+      encoded: values ? encodeTensor(dtype, values, rows, width) : encodedTensor(bases, tensor),
+    };
+  };
+  const [A, B] = [sideOf("A"), sideOf("B")];
+  if (!A || !B || !trained("A")) return { module, A, B, space: undefined, captured };
+  const space = openModule({
+    A: { ...A, components: A.K, width: module.in },
+    B: { ...B, components: B.K, width: module.out },
+  });
+  return { module, A, B, space, captured };
 }
 
 /** A term on the new components: the least squares for the factors that it had on the old ones. */
-function solve(
-  blob: TaskBlob,
-  term: TaskTerm,
-  module: PackModule,
-  bases: Uint8Array,
-  space: ModuleSpace | undefined,
-  captured: { A: Captured; B: Captured },
-): TermInput {
+function solve(blob: TaskBlob, term: TaskTerm, { module, space, captured }: Place, bases: Uint8Array): TermInput {
   const { rank, privateRank, A, B, privateA, privateBt, magnitude } = term;
+  const bytesOf = (tensor: TensorRef): Uint8Array => encodedTensor(blob.bytes, tensor);
   const beside = {
-    ...(privateA && privateBt
-      ? {
-          privateTerms: {
-            rank: privateRank,
-            dtype: privateA.dtype,
-            A: stored(blob.bytes, privateA).encoded,
-            Bt: stored(blob.bytes, privateBt).encoded,
-          },
-        }
-      : {}),
-    ...(magnitude ? { magnitude: stored(blob.bytes, magnitude) } : {}),
+    ...{ module: term.module, rank },
+    ...(privateA &&
+      privateBt && {
+        privateTerms: { rank: privateRank, dtype: privateA.dtype, A: bytesOf(privateA), Bt: bytesOf(privateBt) },
+      }),
+    ...(magnitude && { magnitude: stored(blob.bytes, magnitude) }),
   };
-  const side = ({ mean, tensor }: Coefficients, basis: Side): NonNullable<TermInput["A"]> => ({
-    ...stored(blob.bytes, tensor),
-    kind: basis.kind,
+  if (!A || !B) return beside;
+  const side = (which: "A" | "B", mean: boolean, tensor: TensorInput): NonNullable<TermInput["A"]> => ({
+    ...tensor,
+    kind: module[which]!.kind,
     mean,
   });
-  if (!A || !B) return { module: term.module, rank, ...beside };
-  if (!space) return { module: term.module, rank, A: side(A, module.A!), B: side(B, module.B!), ...beside };
+  if (!space) {
+    const [a, b] = [stored(blob.bytes, A.tensor), stored(blob.bytes, B.tensor)];
+    return { ...beside, A: side("A", A.mean, a), B: side("B", B.mean, b) };
+  }
   const old = expandTerm(blob, { ...term, privateRank: 0, privateA: undefined, privateBt: undefined }, module, bases);
-  const dtype: Dtype = A.tensor.dtype;
-  const found = projectModule(
-    space,
-    { id: "", rank, A: old.A, Bt: old.Bt },
-    { gauge: "as-trained", coefficientDtype: dtype },
-  );
-  captured.A.add(space.A, old.A, decodeTensor(dtype, found.alphaA, rank, A.tensor.width));
-  captured.B.add(space.B, old.Bt, decodeTensor(dtype, found.alphaB, rank, B.tensor.width));
-  const solved = (encoded: Uint8Array, basis: Side): NonNullable<TermInput["A"]> => ({
-    dtype,
-    encoded,
-    kind: "column",
-    mean: basis.mean,
-  });
+  const { dtype } = A.tensor;
+  const member = { id: "", rank, A: old.A, Bt: old.Bt };
+  const { alphaA, alphaB } = projectModule(space, member, { gauge: "as-trained", coefficientDtype: dtype });
+  captured.A.add(space.A, old.A, decodeTensor(dtype, alphaA, rank, A.tensor.width));
+  captured.B.add(space.B, old.Bt, decodeTensor(dtype, alphaB, rank, B.tensor.width));
   return {
-    module: term.module,
-    rank,
-    A: solved(found.alphaA, module.A!),
-    B: solved(found.alphaB, module.B!),
     ...beside,
+    A: side("A", module.A!.mean, { dtype, encoded: alphaA }),
+    B: side("B", module.B!.mean, { dtype, encoded: alphaB }),
   };
 }
 
 function stored(section: Uint8Array, tensor: TensorRef): TensorInput {
   return { dtype: tensor.dtype, encoded: encodedTensor(section, tensor) };
-}
-
-function floatsAt(bytes: Uint8Array, offset: number, count: number): Float32Array {
-  const view = new DataView(bytes.buffer, bytes.byteOffset + offset, 4 * count);
-  return Float32Array.from({ length: count }, (_, i) => view.getFloat32(4 * i, true));
 }
 
 /** How much of the tasks' rows about the mean the new components hold. */

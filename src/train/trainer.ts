@@ -6,7 +6,7 @@ import { TaskError } from "../errors.ts";
 import { parseTaskFile } from "../format/task-file.ts";
 import { uniform } from "../tensor/random.ts";
 import { checkExamples, type Example, type Row, splitHoldout, toBatches, type Unlabelled } from "./examples.ts";
-import { COUNT, checkNumbers, NOT_NEGATIVE, POSITIVE, SHARE, UNLIMITED, WHOLE } from "./limits.ts";
+import { checkNumbers } from "./limits.ts";
 import { evaluate, type ObjectiveOptions, pointOf } from "./objective.ts";
 import { largest, rowsOf, softmax } from "./probabilities.ts";
 import { type TaskFileOptions, taskFile } from "./result.ts";
@@ -103,12 +103,11 @@ export class Trainer<Feeds = unknown> {
   async *fit(examples: readonly Example<Feeds>[], options: FitOptions = {}): AsyncGenerator<TrainingStep, void, void> {
     const { inputs, labels, machine } = this.#subject;
     checkNumbers("fit", options, {
-      ...{ epochs: WHOLE, steps: WHOLE, batch: WHOLE, holdout: SHARE, smoothing: SHARE },
-      ...{ temperature: POSITIVE, weightDecay: NOT_NEGATIVE, warmup: COUNT, clip: UNLIMITED },
+      ...({ epochs: "whole", steps: "whole", batch: "whole", holdout: "share", smoothing: "share" } as const),
+      ...({ temperature: "positive", weightDecay: "rate", clip: "unlimited", warmup: "count" } as const),
     });
-    checkNumbers("fit: learningRates", options.learningRates ?? {}, {
-      ...{ terms: NOT_NEGATIVE, head: NOT_NEGATIVE, components: NOT_NEGATIVE },
-    });
+    const rates = { terms: "rate", head: "rate", components: "rate" } as const;
+    checkNumbers("fit: learningRates", options.learningRates ?? {}, rates);
     if ((options.temperature ?? 1) !== 1 && !machine.head)
       throw new RangeError("fit: a temperature needs a trainer with a head");
     const rows = checkExamples(examples, labels, inputs.encodes);

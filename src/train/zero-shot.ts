@@ -7,7 +7,7 @@
 import { TaskError } from "../errors.ts";
 import type { Pack } from "../pack/pack.ts";
 import { uniform } from "../tensor/random.ts";
-import { checkNumbers, WHOLE } from "./limits.ts";
+import { checkNumbers } from "./limits.ts";
 import { type TaskFileOptions, taskFile } from "./result.ts";
 import { fillStart, usualRank } from "./start.ts";
 import { sharedRows, Terms } from "./terms.ts";
@@ -30,7 +30,7 @@ export interface ZeroShotOptions extends TaskFileOptions {
  */
 export async function zeroShotTask(pack: Pack, options: ZeroShotOptions = {}): Promise<Uint8Array<ArrayBuffer>> {
   const { init = "mean", seed = 0, id = "zero-shot" } = options;
-  checkNumbers("zeroShotTask", options, { rank: WHOLE });
+  checkNumbers("zeroShotTask", options, { rank: "whole" });
   if (init !== "mean" && init !== "random")
     throw new RangeError(`init: expected "mean" or "random", got ${JSON.stringify(init)}`);
   const rank = options.rank ?? (await usualRank(pack));

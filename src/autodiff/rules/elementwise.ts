@@ -2,73 +2,35 @@
  * Operators that work on each element by itself, and those that broadcast two or more inputs.
  */
 import type { Emitter } from "../emit.ts";
-import type { Rule, Step } from "../step.ts";
+import { broadcast, type NodeGradient, type Rule } from "../node-gradient.ts";
 
 /** Of one input: `derive` gives g · dy/dx. */
-function unary(derive: (emit: Emitter, g: string, x: string, y: string, step: Step) => string): Rule {
-  return { inputs: [0], backward: (step) => step.give(0, derive(step.emit, step.g, step.x(), step.y, step)) };
-}
-
-/** g where a condition holds, 0 elsewhere: never 0 · NaN. */
-function where(emit: Emitter, condition: string, g: string): string {
-  return emit.op("Where", [condition, g, 0]);
+function unary(derive: (emit: Emitter, g: string, x: string, y: string, node: NodeGradient) => string): Rule {
+  return broadcast({ 0: (node) => derive(node.emit, node.g, node.x(), node.y, node) });
 }
 
 const pass = unary((_, g) => g);
 
 const add: Rule = {
-  backward(step) {
-    for (const input of step.node.input.keys()) step.giveSummed(input, () => step.g);
-  },
-};
-
-const sub: Rule = {
-  backward(step) {
-    step.giveSummed(0, () => step.g);
-    step.giveSummed(1, () => step.emit.neg(step.g));
-  },
-};
-
-const mul: Rule = {
-  backward(step) {
-    step.giveSummed(0, () => step.emit.mul(step.g, step.x(1)));
-    step.giveSummed(1, () => step.emit.mul(step.g, step.x(0)));
-  },
-};
-
-const div: Rule = {
-  backward(step) {
-    const { emit, g, y } = step;
-    // Multiplying is faster.
-    const known = step.constant(step.x(1));
-    step.giveSummed(0, () => (known?.length === 1 ? emit.mul(g, 1 / known[0]!) : emit.div(g, step.x(1))));
-    step.giveSummed(1, () => emit.neg(emit.div(emit.mul(g, y), step.x(1))));
+  backward(node) {
+    for (const input of node.proto.input.keys()) node.giveSummed(input, () => node.g);
   },
 };
 
 const pow: Rule = {
-  backward(step) {
-    const { emit, g, y } = step;
-    if (step.wants(1)) return step.refuse("has a trained exponent, which gradients do not flow to");
-    const [x, exponent] = [step.x(0), step.x(1)];
-    const known = step.constant(exponent);
+  backward(node) {
+    const { emit, g, y } = node;
+    if (node.wants(1)) return node.refuse("has a trained exponent, which gradients do not flow to");
+    const [x, exponent] = [node.x(0), node.x(1)];
+    const known = node.constant(exponent);
     const [e] = known?.length === 1 ? known : [];
-    step.giveSummed(0, () => {
+    node.giveSummed(0, () => {
       if (e === 2) return emit.mul(g, emit.mul(x, 2));
       if (e === 3) return emit.mul(g, emit.mul(emit.mul(x, x), 3));
       if (e === 0.5) return emit.div(emit.mul(g, 0.5), y);
       if (e !== undefined) return emit.mul(g, emit.mul(emit.op("Pow", [x, e - 1]), e));
       return emit.mul(g, emit.mul(exponent, emit.op("Pow", [x, emit.sub(exponent, 1)])));
     });
-  },
-};
-
-const choose: Rule = {
-  inputs: [1, 2],
-  backward(step) {
-    const { emit, g } = step;
-    step.giveSummed(1, () => where(emit, step.x(0), g));
-    step.giveSummed(2, () => emit.op("Where", [step.x(0), 0, g]));
   },
 };
 
@@ -81,8 +43,8 @@ const SQRT_2_BY_PI = Math.sqrt(2 / Math.PI);
 const CUBIC = 0.044715;
 
 /** x · Φ(x), or its approximation. */
-const gelu = unary((emit, g, x, _, step) => {
-  if (step.text("approximate") !== "tanh") {
+const gelu = unary((emit, g, x, _, node) => {
+  if (node.text("approximate") !== "tanh") {
     const u = emit.mul(x, Math.SQRT1_2);
     return emit.mul(emit.mul(g, 0.5), emit.add(emit.add(emit.op("Erf", [u]), emit.mul(u, erfSlope(emit, u))), 1));
   }
@@ -93,17 +55,34 @@ const gelu = unary((emit, g, x, _, step) => {
   return emit.mul(g, emit.mul(emit.add(emit.add(t, 1), slope), 0.5));
 });
 
+/** Where a gradient does not pass it is 0: never 0 · NaN. */
 export const ELEMENTWISE: readonly (readonly [string, Rule])[] = [
   ["Identity", pass],
   ["Cast", pass],
   ["Dropout", pass],
   ["Add", add],
   ["Sum", add],
-  ["Sub", sub],
-  ["Mul", mul],
-  ["Div", div],
+  ["Sub", broadcast({ 0: ({ g }) => g, 1: ({ emit, g }) => emit.neg(g) })],
+  ["Mul", broadcast({ 0: (node) => node.emit.mul(node.g, node.x(1)), 1: (node) => node.emit.mul(node.g, node.x(0)) })],
+  [
+    "Div",
+    broadcast({
+      0(node) {
+        // Multiplying is faster.
+        const known = node.constant(node.x(1));
+        return known?.length === 1 ? node.emit.mul(node.g, 1 / known[0]!) : node.emit.div(node.g, node.x(1));
+      },
+      1: (node) => node.emit.neg(node.emit.div(node.emit.mul(node.g, node.y), node.x(1))),
+    }),
+  ],
   ["Pow", pow],
-  ["Where", choose],
+  [
+    "Where",
+    broadcast({
+      1: (node) => node.emit.op("Where", [node.x(0), node.g, 0]),
+      2: (node) => node.emit.op("Where", [node.x(0), 0, node.g]),
+    }),
+  ],
   ["Gelu", gelu],
   ["Neg", unary((emit, g) => emit.neg(g))],
   ["Reciprocal", unary((emit, g, _, y) => emit.neg(emit.mul(g, emit.mul(y, y))))],
@@ -114,7 +93,7 @@ export const ELEMENTWISE: readonly (readonly [string, Rule])[] = [
   ["Tanh", unary((emit, g, _, y) => emit.mul(g, emit.sub(1, emit.mul(y, y))))],
   ["Sigmoid", unary((emit, g, _, y) => emit.mul(g, emit.mul(y, emit.sub(1, y))))],
   ["Softplus", unary((emit, g, x) => emit.mul(g, emit.op("Sigmoid", [x])))],
-  ["Relu", unary((emit, g, _, y) => where(emit, emit.op("Less", [0, y]), g))],
+  ["Relu", unary((emit, g, _, y) => emit.op("Where", [emit.op("Less", [0, y]), g, 0]))],
   // Where nothing was cut off.
-  ["Clip", unary((emit, g, x, y) => where(emit, emit.op("Equal", [x, y]), g))],
+  ["Clip", unary((emit, g, x, y) => emit.op("Where", [emit.op("Equal", [x, y]), g, 0]))],
 ];

@@ -1,7 +1,7 @@
 /**
  * Every operator that gradients pass, and those at which they end.
  */
-import type { Rule } from "../step.ts";
+import type { Rule } from "../node-gradient.ts";
 import { ELEMENTWISE } from "./elementwise.ts";
 import { PRODUCTS } from "./matmul.ts";
 import { NORMALIZATIONS } from "./normalization.ts";

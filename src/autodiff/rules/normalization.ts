@@ -1,15 +1,16 @@
 /**
  * Softmax and the normalisations. What a forward operator has computed on the way and does not give out is computed again.
  */
-import type { Rule, Step } from "../step.ts";
+import type { Use } from "../../onnx/model.ts";
+import type { NodeGradient, Rule } from "../node-gradient.ts";
 
 const softmax: Rule = {
-  backward(step) {
-    const { emit, g } = step;
-    const axes = [step.axis(-1, step.rank(step.y))];
-    const y = guarded(step);
+  backward(node) {
+    const { emit, g } = node;
+    const axes = [node.axis(-1, node.rank(node.y))];
+    const y = guarded(node);
     const along = emit.sum(emit.mul(g, y), axes, true);
-    step.give(0, emit.mul(y, emit.sub(g, along)));
+    node.give(0, emit.mul(y, emit.sub(g, along)));
   },
 };
 
@@ -17,45 +18,42 @@ const softmax: Rule = {
  * Exporters of scaled dot-product attention put Where(IsNaN(y), 0, y) behind the softmax, for rows that see nothing. Their
  * gradient is 0 as well, and 0 · NaN would spoil all others.
  */
-function guarded({ graph, y }: Step): string {
-  for (const { node } of graph.consumers.get(y) ?? []) {
-    if (node.opType !== "IsNaN") continue;
-    const guard = graph.consumers
-      .get(node.output[0]!)
-      ?.find((use) => use.node.opType === "Where" && use.input === 0)?.node;
-    if (guard?.input[2] === y) return guard.output[0]!;
-  }
-  return y;
+function guarded({ graph, y }: NodeGradient): string {
+  const users = (value: string): readonly Use[] => graph.consumers.get(value) ?? [];
+  const guards = users(y)
+    .filter(({ node }) => node.opType === "IsNaN")
+    .flatMap(({ node }) => users(node.output[0]!).filter((use) => use.node.opType === "Where" && use.input === 0));
+  return guards.find(({ node }) => node.input[2] === y)?.node.output[0] ?? y;
 }
 
 const logSoftmax: Rule = {
-  backward(step) {
-    const { emit, g, y } = step;
-    const axes = [step.axis(-1, step.rank(y))];
-    step.give(0, emit.sub(g, emit.mul(emit.op("Exp", [y]), emit.sum(g, axes, true))));
+  backward(node) {
+    const { emit, g, y } = node;
+    const axes = [node.axis(-1, node.rank(y))];
+    node.give(0, emit.sub(g, emit.mul(emit.op("Exp", [y]), emit.sum(g, axes, true))));
   },
 };
 
 /** y = x̂ · scale + bias, x̂ = (x − mean) / √(variance + ε) over the last dimensions; `centred`: false has no mean. */
 function normalization(centred: boolean): Rule {
   return {
-    backward(step) {
-      const { emit, g } = step;
-      const [x, rank] = [step.x(0), step.rank(step.x(0))];
-      const first = step.axis(-1, rank);
+    backward(node) {
+      const { emit, g } = node;
+      const [x, rank] = [node.x(0), node.rank(node.x(0))];
+      const first = node.axis(-1, rank);
       const axes = Array.from({ length: rank - first }, (_, i) => first + i);
       const deviation = centred ? emit.sub(x, emit.mean(x, axes)) : x;
       const variance = emit.mean(emit.mul(deviation, deviation), axes);
-      const inverse = emit.op("Reciprocal", [emit.op("Sqrt", [emit.add(variance, step.float("epsilon", 1e-5))])]);
+      const inverse = emit.op("Reciprocal", [emit.op("Sqrt", [emit.add(variance, node.float("epsilon", 1e-5))])]);
       const normal = emit.mul(deviation, inverse);
-      if (step.wants(0)) {
-        const scaled = step.has(1) ? emit.mul(g, step.x(1)) : g;
+      if (node.wants(0)) {
+        const scaled = node.has(1) ? emit.mul(g, node.x(1)) : g;
         const along = emit.mul(normal, emit.mean(emit.mul(scaled, normal), axes));
         const across = centred ? emit.sub(scaled, emit.mean(scaled, axes)) : scaled;
-        step.give(0, emit.mul(inverse, emit.sub(across, along)));
+        node.give(0, emit.mul(inverse, emit.sub(across, along)));
       }
-      step.giveSummed(1, () => emit.mul(g, normal));
-      step.giveSummed(2, () => g);
+      node.giveSummed(1, () => emit.mul(g, normal));
+      node.giveSummed(2, () => g);
     },
   };
 }

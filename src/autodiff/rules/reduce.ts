@@ -1,51 +1,52 @@
 /**
  * Sums, means and maxima over dimensions.
  */
-import type { Rule, Step } from "../step.ts";
+import type { NodeGradient, Rule } from "../node-gradient.ts";
+import { fromFront } from "../shapes.ts";
 
 /** @param derive from the gradient with the dimensions kept to that of the input, which may still have to be repeated */
-function reduction(derive: (step: Step, g: string, axes: readonly number[]) => string): Rule {
+function reduction(derive: (node: NodeGradient, g: string, axes: readonly number[]) => string): Rule {
   return {
     inputs: [0],
-    backward(step) {
-      const axes = axesOf(step);
-      if (!axes) return step.refuse("reduces over axes that depend on the input");
-      if (axes.length === 0) return step.give(0, step.g);
-      const kept = step.int("keepdims") === 0 ? step.emit.unsqueeze(step.g, axes) : step.g;
-      step.give(0, derive(step, kept, axes));
+    backward(node) {
+      const axes = axesOf(node);
+      if (!axes) return node.refuse("reduces over axes that depend on the input");
+      if (axes.length === 0) return node.give(0, node.g);
+      const kept = node.int("keepdims") === 0 ? node.emit.unsqueeze(node.g, axes) : node.g;
+      node.give(0, derive(node, kept, axes));
     },
   };
 }
 
 /** Counted from the front; undefined where they are not fixed. */
-function axesOf(step: Step): readonly number[] | undefined {
-  const rank = step.rank(step.x(0));
-  const given = step.has(1) ? step.constant(step.x(1)) : (step.ints("axes") ?? []);
-  if (given?.length === 0) return step.int("noop_with_empty_axes") ? [] : [...Array(rank).keys()];
-  return given?.map((axis) => (axis < 0 ? axis + rank : axis)).sort((a, b) => a - b);
+function axesOf(node: NodeGradient): readonly number[] | undefined {
+  const rank = node.rank(node.x());
+  const given = node.has(1) ? node.constant(node.x(1)) : (node.ints("axes") ?? []);
+  if (given?.length === 0) return node.int("noop_with_empty_axes") ? [] : [...Array(rank).keys()];
+  return given?.map((axis) => fromFront(axis, rank)).sort((a, b) => a - b);
 }
 
-function repeated({ emit }: Step, input: string, g: string): string {
-  return emit.op("Expand", [g, emit.shape(input)]);
+function repeated(node: NodeGradient, g: string): string {
+  return node.emit.op("Expand", [g, node.emit.shape(node.x())]);
 }
 
-const sum = reduction((step, g) => repeated(step, step.x(0), g));
+const sum = reduction(repeated);
 
-const mean = reduction((step, g, axes) => {
-  const { emit } = step;
-  const x = step.x(0);
-  const sizes = axes.map((axis) => step.dims(x)[axis]);
-  const fixed = sizes.every((size) => size !== undefined) ? (sizes as number[]).reduce((a, b) => a * b, 1) : undefined;
-  const count = fixed ?? emit.toFloat(axes.map((axis) => emit.size(x, axis)).reduce((a, b) => emit.mul(a, b)));
-  return repeated(step, x, emit.div(g, count));
+const mean = reduction((node, g, axes) => {
+  const { emit } = node;
+  const x = node.x();
+  const sizes = axes.map((axis) => node.dims(x)[axis]);
+  const count = sizes.every((size) => size !== undefined)
+    ? sizes.reduce((a, b) => a * b, 1)
+    : emit.toFloat(axes.map((axis) => emit.size(x, axis)).reduce((a, b) => emit.mul(a, b)));
+  return repeated(node, emit.div(g, count));
 });
 
 /** Shared evenly where several elements are the largest. */
-const max = reduction((step, g, axes) => {
-  const { emit } = step;
-  const x = step.x(0);
-  const y = step.int("keepdims") === 0 ? emit.unsqueeze(step.y, axes) : step.y;
-  const met = emit.toFloat(emit.op("Equal", [x, y]));
+const max = reduction((node, g, axes) => {
+  const { emit } = node;
+  const y = node.int("keepdims") === 0 ? emit.unsqueeze(node.y, axes) : node.y;
+  const met = emit.toFloat(emit.op("Equal", [node.x(), y]));
   return emit.mul(met, emit.div(g, emit.sum(met, axes, true)));
 });
 

@@ -1,37 +1,36 @@
 /**
  * Operators that move elements and compute nothing: their gradients are moved back.
  */
-import type { Rule, Step } from "../step.ts";
+import { broadcast, type NodeGradient, type Rule } from "../node-gradient.ts";
+import { fromFront } from "../shapes.ts";
 
 /** The same elements in another shape. */
-const reshape: Rule = { inputs: [0], backward: (step) => step.giveReshaped(0, step.g) };
+const reshape: Rule = { inputs: [0], backward: (node) => node.giveReshaped(0, node.g) };
 
 const transpose: Rule = {
-  backward(step) {
-    const rank = step.rank(step.x(0));
-    const perm = step.ints("perm") ?? [...Array(rank).keys()].reverse();
+  backward(node) {
+    const rank = node.rank(node.x(0));
+    const perm = node.ints("perm") ?? [...Array(rank).keys()].reverse();
     const inverse = perm.map((_, axis) => perm.indexOf(axis));
-    step.give(0, step.emit.op("Transpose", [step.g], { perm: inverse }));
+    node.give(0, node.emit.op("Transpose", [node.g], { perm: inverse }));
   },
 };
 
-const expand: Rule = { inputs: [0], backward: (step) => step.giveSummed(0, () => step.g) };
-
 const concat: Rule = {
-  backward(step) {
-    const { emit, g, node } = step;
-    const axis = step.axis(0, step.rank(step.y));
-    const sizes = node.input.map((value) => step.dims(value)[axis]);
-    const sizeOf = (value: string): string => emit.slice(emit.shape(value), 0, axis, axis + 1);
+  backward(node) {
+    const { emit, g } = node;
+    const axis = node.axis(0, node.rank(node.y));
     // A number as long as all sizes before are fixed.
     let from: number | string = 0;
-    for (const [input, value] of node.input.entries()) {
-      const size = sizes[input];
+    for (const [input, value] of node.proto.input.entries()) {
+      const size = node.dims(value)[axis];
       const at: string = typeof from === "number" ? emit.ints([from]) : from;
       const to: number | string =
-        typeof from === "number" && size !== undefined ? from + size : emit.add(at, sizeOf(value));
-      if (step.wants(input)) {
-        step.give(input, emit.op("Slice", [g, at, typeof to === "number" ? emit.ints([to]) : to, emit.ints([axis])]));
+        typeof from === "number" && size !== undefined
+          ? from + size
+          : emit.add(at, emit.slice(emit.shape(value), 0, axis, axis + 1));
+      if (node.wants(input)) {
+        node.give(input, emit.op("Slice", [g, at, typeof to === "number" ? emit.ints([to]) : to, emit.ints([axis])]));
       }
       from = to;
     }
@@ -41,60 +40,53 @@ const concat: Rule = {
 const split: Rule = {
   inputs: [0],
   manyOutputs: true,
-  backward(step) {
-    const { emit, node } = step;
-    const pieces = node.output.map((output) => step.gradient(output) ?? emit.zerosLike(output));
-    step.give(0, emit.concat(pieces, step.axis(0, step.rank(step.x(0)))));
+  backward(node) {
+    const { emit } = node;
+    const pieces = node.proto.output.map((output) => node.gradient(output) ?? emit.zerosLike(output));
+    node.give(0, emit.concat(pieces, node.axis(0, node.rank(node.x(0)))));
   },
 };
 
 /** One place of a dimension. Several would need a sum over those that name the same place. */
 const gather: Rule = {
   inputs: [0],
-  backward(step) {
-    const { emit } = step;
-    const [x, index] = [step.x(0), step.x(1)];
-    const dims = step.dims(index);
+  backward(node) {
+    const { emit } = node;
+    const [x, index] = [node.x(0), node.x(1)];
+    const dims = node.dims(index);
     if (dims.some((size) => size !== 1))
-      return step.refuse("takes several places at once, which gradients do not come back from");
-    const rank = step.rank(x);
-    const axis = step.axis(0, rank);
+      return node.refuse("takes several places at once, which gradients do not come back from");
+    const rank = node.rank(x);
+    const axis = node.axis(0, rank);
     const size = emit.size(x, axis);
     const at = emit.op("Reshape", [emit.op("Cast", [index], { to: 7 }), emit.ints([1])]);
     const place = emit.op("Where", [emit.op("Less", [at, emit.int(0)]), emit.add(at, size), at]);
     const met = emit.toFloat(emit.op("Equal", [emit.op("Range", [emit.int(0), size, emit.int(1)]), place]));
     const trailing = Array.from({ length: rank - axis - 1 }, (_, i) => i + 1);
     // The index has as many dimensions as it has put in the place of one.
-    const g =
-      dims.length === 1
-        ? step.g
-        : dims.length === 0
-          ? emit.unsqueeze(step.g, [axis])
-          : squeezed(step, axis, dims.length);
-    step.give(0, emit.mul(g, emit.unsqueeze(met, trailing)));
+    let { g } = node;
+    if (dims.length === 0) g = emit.unsqueeze(g, [axis]);
+    if (dims.length > 1) g = emit.op("Squeeze", [g, emit.ints(dims.slice(1).map((_, i) => axis + i))]);
+    node.give(0, emit.mul(g, emit.unsqueeze(met, trailing)));
   },
 };
-
-function squeezed({ emit, g }: Step, axis: number, many: number): string {
-  return emit.op("Squeeze", [g, emit.ints(Array.from({ length: many - 1 }, (_, i) => axis + i))]);
-}
 
 /** Zeros where nothing was taken. */
 const slice: Rule = {
   inputs: [0],
-  backward(step) {
-    const { emit } = step;
-    const [x, starts, ends] = [step.x(0), step.x(1), step.x(2)];
-    const dims = step.dims(x);
+  backward(node) {
+    const { emit } = node;
+    const [x, starts, ends] = [node.x(0), node.x(1), node.x(2)];
+    const dims = node.dims(x);
     const rank = dims.length;
-    const [from, to] = [step.constant(starts), step.constant(ends)];
-    const count = step.dims(starts)[0];
+    const [from, to] = [node.constant(starts), node.constant(ends)];
+    const count = node.dims(starts)[0];
     const axes = (
-      step.has(3) ? step.constant(step.x(3)) : count === undefined ? undefined : [...Array(count).keys()]
-    )?.map((axis) => (axis < 0 ? axis + rank : axis));
-    const steps = step.has(4) ? step.constant(step.x(4)) : axes?.map(() => 1);
-    if (!axes || !steps) return step.refuse("takes axes or steps that depend on the input");
-    if (steps.some((by) => by !== 1)) return step.refuse("takes steps other than 1");
+      node.has(3) ? node.constant(node.x(3)) : count === undefined ? undefined : [...Array(count).keys()]
+    )?.map((axis) => fromFront(axis, rank));
+    const steps = node.has(4) ? node.constant(node.x(4)) : axes?.map(() => 1);
+    if (!axes || !steps) return node.refuse("takes axes or steps that depend on the input");
+    if (steps.some((by) => by !== 1)) return node.refuse("takes steps other than 1");
     const [before, after] = [Array<number | string>(rank).fill(0), Array<number | string>(rank).fill(0)];
     for (const [i, axis] of axes.entries()) {
       const size = dims[axis];
@@ -116,11 +108,11 @@ const slice: Rule = {
         after[axis] = emit.sub(emit.sub(all, emit.int(1)), emit.slice(taken, 0, -1, 2 ** 31));
       }
     }
-    step.give(0, padded(step, [...before, ...after]));
+    node.give(0, padded(node, [...before, ...after]));
   },
 };
 
-function padded({ emit, g }: Step, pads: readonly (number | string)[]): string {
+function padded({ emit, g }: NodeGradient, pads: readonly (number | string)[]): string {
   if (pads.every((pad) => pad === 0)) return g;
   if (pads.every((pad) => typeof pad === "number")) return emit.op("Pad", [g, emit.ints(pads)]);
   const parts = pads.map((pad) => (typeof pad === "number" ? emit.ints([pad]) : pad));
@@ -133,7 +125,7 @@ export const MOVES: readonly (readonly [string, Rule])[] = [
   ["Squeeze", reshape],
   ["Unsqueeze", reshape],
   ["Transpose", transpose],
-  ["Expand", expand],
+  ["Expand", broadcast({ 0: ({ g }) => g })],
   ["Concat", concat],
   ["Split", split],
   ["Gather", gather],

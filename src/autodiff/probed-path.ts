@@ -11,7 +11,7 @@ import { findPath, type Path } from "./path.ts";
 import type { Problems } from "./problems.ts";
 import { probeShapes, type ShapeProbe, type Shapes } from "./shapes.ts";
 
-export interface Way extends Path {
+export interface ProbedPath extends Path {
   readonly graph: Graph;
   /** Of all values of the nodes. */
   readonly shapes: Shapes;
@@ -34,13 +34,13 @@ export interface Probing {
  * @param problems found so far; gets what gradients do not pass
  * @throws FormatError with all problems, where there are too many to look at shapes
  */
-export async function findWay(
+export async function probePath(
   file: ModelFile,
   sources: readonly string[],
   end: string,
   problems: Problems,
   { probe, feeds, initializers }: Probing,
-): Promise<Way> {
+): Promise<ProbedPath> {
   const { model } = file;
   const path = findPath(model.graph, sources, end, problems);
   const values = path.nodes.flatMap(({ input, output }) => [...input, ...output]).filter((value) => value !== "");

@@ -1,23 +1,34 @@
 /**
- * One node on the way back: what a rule sees of it, and where it puts the gradients of the node's inputs.
+ * One node on the way backward: what a rule sees of it, and where it puts the gradients of the node's inputs.
  */
 import { attribute, type Graph } from "../onnx/model.ts";
 import type { NodeProto } from "../onnx/onnx_pb.ts";
 import type { Emitter } from "./emit.ts";
 import type { Problems } from "./problems.ts";
-import type { Dims, Shapes } from "./shapes.ts";
+import { type Dims, fromFront, type Shapes } from "./shapes.ts";
 
 /** How one operator is differentiated. */
 export interface Rule {
-  /** The inputs that a gradient can flow to; all of them unless given. */
+  /** The inputs that a gradient can flow to. Default: all of them. */
   readonly inputs?: readonly number[];
   /** Whether gradients of other outputs than the first are taken. */
   readonly manyOutputs?: boolean;
   /** Gives the gradients of the inputs that are wanted. */
-  readonly backward: (step: Step) => void;
+  readonly backward: (node: NodeGradient) => void;
 }
 
-/** What is known while walking back. */
+/** Gradients of inputs that the operator broadcasts: of each, in the shape of the output. Others have none. */
+export function broadcast(derive: Readonly<Record<number, (node: NodeGradient) => string>>): Rule {
+  const inputs = Object.keys(derive).map(Number);
+  return {
+    inputs,
+    backward(node) {
+      for (const input of inputs) node.giveSummed(input, () => derive[input]!(node));
+    },
+  };
+}
+
+/** What is known while walking backward. */
 export interface Walk {
   readonly graph: Graph;
   readonly active: ReadonlySet<string>;
@@ -30,13 +41,13 @@ export interface Walk {
   add(value: string, gradient: string): void;
 }
 
-export class Step {
-  readonly node: NodeProto;
+export class NodeGradient {
+  readonly proto: NodeProto;
   readonly emit: Emitter;
   readonly #walk: Walk;
 
-  constructor(node: NodeProto, walk: Walk) {
-    this.node = node;
+  constructor(proto: NodeProto, walk: Walk) {
+    this.proto = proto;
     this.emit = walk.emit;
     this.#walk = walk;
   }
@@ -47,7 +58,7 @@ export class Step {
 
   /** The first output. */
   get y(): string {
-    return this.node.output[0]!;
+    return this.proto.output[0]!;
   }
 
   /** The gradient of the first output. */
@@ -61,11 +72,11 @@ export class Step {
   }
 
   x(input = 0): string {
-    return this.node.input[input]!;
+    return this.proto.input[input]!;
   }
 
   has(input: number): boolean {
-    return (this.node.input[input] ?? "") !== "";
+    return (this.proto.input[input] ?? "") !== "";
   }
 
   wants(input: number): boolean {
@@ -86,26 +97,25 @@ export class Step {
   }
 
   int(name: string): number | undefined {
-    const found = attribute(this.node, name);
+    const found = attribute(this.proto, name);
     return found && Number(found.i);
   }
 
   ints(name: string): readonly number[] | undefined {
-    return attribute(this.node, name)?.ints.map(Number);
+    return attribute(this.proto, name)?.ints.map(Number);
   }
 
   float(name: string, otherwise: number): number {
-    return attribute(this.node, name)?.f ?? otherwise;
+    return attribute(this.proto, name)?.f ?? otherwise;
   }
 
   text(name: string): string {
-    return new TextDecoder().decode(attribute(this.node, name)?.s);
+    return new TextDecoder().decode(attribute(this.proto, name)?.s);
   }
 
   /** An axis of the attribute `axis`, counted from the front. */
   axis(otherwise: number, rank: number): number {
-    const axis = this.int("axis") ?? otherwise;
-    return axis < 0 ? axis + rank : axis;
+    return fromFront(this.int("axis") ?? otherwise, rank);
   }
 
   /** A gradient in the shape of the input. */
@@ -133,6 +143,6 @@ export class Step {
 
   /** This node cannot be differentiated as it is used here. */
   refuse(why: string): void {
-    this.#walk.problems.node(this.node, why);
+    this.#walk.problems.node(this.proto, why);
   }
 }
