@@ -15,7 +15,8 @@ const BUDGET = { js: 20_000, wasm: 10_000 };
  * Loaded only when they are used: the kernels, the kinds of bases, the reader of task files, the other backends, the
  * unfolded modes, weights on a device, parameters beside the terms.
  */
-const LAZY = /^#wasm\/|\/(safetensors-host|memory-host|task-file|js|webgpu|unfold|device-host|apply|parameters)\.js$/;
+const LAZY =
+  /^#wasm\/|\/(safetensors-host|memory-host|fingerprint|task-file|js|webgpu|unfold|device-host|apply|parameters)\.js$/;
 
 /** The WebGPU half with its shaders, on top of what every app loads. */
 const WEBGPU_BUDGET = 12_000;

@@ -7,7 +7,7 @@
 
 import { checkOptions, nearest } from "../arguments.ts";
 import type { DeviceHandle } from "../backends/backend.ts";
-import { byteLengthOf, type CpuView, onDevice, type View, viewValues, type WeightHost } from "../base/host.ts";
+import { byteLengthOf, type CpuView, onDevice, type View, type WeightHost } from "../base/host.ts";
 import type { Locator } from "../base/locate.ts";
 import { BackendError } from "../errors.ts";
 import type { Pack } from "../pack/pack.ts";
@@ -337,11 +337,11 @@ export class Runtime {
     const index = this.#indexOf(name);
     const { in: inputs, out } = this.pack.modules[index]!;
     const found = this.#parts.locator.names.find(`${name}.bias`);
-    const bias = this.#active.get("name" in found ? found.name : `${name}.bias`)?.view;
+    const bias = this.#parameters?.values("name" in found ? found.name : `${name}.bias`);
     const term = this.#unfolded.get(index);
     if (!bias) return term;
     const none = { rank: 1, A: new Float32Array(inputs), Bt: new Float32Array(out) };
-    return { ...(term ?? none), bias: viewValues(bias) };
+    return { ...(term ?? none), bias };
   }
 
   /** Of a module, where its term stands beside the weight. */
