@@ -9,7 +9,8 @@
 import { setFlagsFromString } from "node:v8";
 import { compile } from "../assembly/compile.mjs";
 import { createJsBackend } from "../dist/src/backends/js.js";
-import { createWasmBackend, WASM_VARIANTS } from "../dist/src/backends/wasm.js";
+import { createWasmBackend } from "../dist/src/backends/wasm.js";
+import { WASM_VARIANTS } from "../dist/src/backends/wasm-instance.js";
 import { encodeTensor } from "../dist/src/tensor/encode.js";
 import { median, min, option, print, python, uniform } from "./report.js";
 
@@ -26,7 +27,7 @@ const runs = option("runs") === undefined ? undefined : Number(option("runs"));
 const measured = runs ?? 15;
 
 /** @typedef {import("../dist/src/backends/backend.js").Backend} Backend */
-/** @typedef {import("../dist/src/backends/wasm.js").WasmVariant} WasmVariant */
+/** @typedef {import("../dist/src/backends/wasm-instance.js").WasmVariant} WasmVariant */
 /** @typedef {{ min: number, median: number }} Seconds */
 /** @typedef {{ copy: Seconds, peak: number, peakChained: number }} Machine multiply-adds per second */
 

@@ -2,7 +2,7 @@
  * The large loops of extraction in WebAssembly. Apart from the backend, since only packing needs them.
  */
 
-import { type Binaries, claim, instantiate } from "../backends/wasm.ts";
+import { type Binaries, claim, instantiate } from "../backends/wasm-instance.ts";
 import type { Products } from "./linalg.ts";
 
 type Variant = "scalar" | "simd";

@@ -124,6 +124,11 @@ export class Value {
     check(condition, this.file, this.part, () => `${this.path}: ${message()}`);
   }
 
+  /** What `read` makes of it; undefined where it is absent. */
+  maybe<T>(read: (value: Value) => T): T | undefined {
+    return this.absent ? undefined : read(this);
+  }
+
   #expected(what: string): never {
     const found = this.absent ? "nothing" : typeof this.value === "object" ? "a collection" : String(this.value);
     throw new FormatError(`${this.path}: expected ${what}, found ${found.slice(0, 80)}`, {

@@ -16,7 +16,7 @@ export function parseTaskFile(bytes: Uint8Array, file: string): TaskFile {
   f.check(bytes.length >= 64, () => `truncated: ${bytes.length} bytes, its head alone has 64`);
   f.magic(TASK_FILE_MAGIC, "an EigenLoRA task file");
   f.version();
-  f.crc(60, 60);
+  f.crc(f.u32(60), 60);
   const start = align64(64 + f.u32(12));
   f.check(
     start + f.u32(48) === bytes.length,

@@ -105,7 +105,7 @@ function parseTerm(
     privateRank: q,
     privateA: q > 0 ? tensor(item(5), q, module.in) : undefined,
     privateBt: q > 0 ? tensor(item(5), q, module.out) : undefined,
-    magnitude: item(6).absent ? undefined : tensor(item(6), 1, module.out),
+    magnitude: item(6).maybe((code) => tensor(code, 1, module.out)),
   };
 }
 

@@ -3,11 +3,18 @@
  */
 import { described } from "../arguments.ts";
 import { TaskError } from "../errors.ts";
-import { isTaskId, type TaskBlob, type TaskEntry } from "../format/format.ts";
+import { isTaskId, type PackModule, type TaskBlob, type TaskEntry } from "../format/format.ts";
 import { parseTask } from "../format/task.ts";
 import { parseTaskFile } from "../format/task-file.ts";
-import { openSource, type SourceInput } from "../source.ts";
-import type { Pack } from "./pack.ts";
+import { openSource } from "../open-source.ts";
+import type { SourceInput } from "../source.ts";
+
+/** The open pack. */
+interface Target {
+  readonly basisId: string;
+  readonly modules: readonly PackModule[];
+  readonly tasks: ReadonlyMap<string, unknown>;
+}
 
 /**
  * @param id the task's in the pack
@@ -16,7 +23,7 @@ import type { Pack } from "./pack.ts";
 export async function readTaskFile(
   file: SourceInput,
   id: string,
-  { basisId, modules, tasks }: Pack,
+  { basisId, modules, tasks }: Target,
 ): Promise<TaskEntry & { readonly blob: TaskBlob }> {
   const source = await openSource(file);
   try {
