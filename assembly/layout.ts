@@ -3,11 +3,7 @@
  * data, so nothing else is ever there. Also the codes shared with `src/backends/wasm.ts`.
  */
 
-/** Eight tables of 256 words for CRC-32C, made on first use. Address 0 stays free: it means "absent". */
-// @ts-ignore: decorator
-@inline export const CRC_TABLES: usize = 1024;
-
-/** Partial sums in f64: one per row or column of a panel. */
+/** Partial sums in f64: one per row or column of a panel. Address 0 stays free: it means "absent". */
 // @ts-ignore: decorator
 @inline export const SUMS: usize = 16384;
 
@@ -17,7 +13,7 @@
 // @ts-ignore: decorator
 @inline export const PANEL_VALUES: i32 = 8192;
 
-/** Tensor types: index in TENSOR_TYPES of `src/tensor/dtypes.ts`. */
+/** Tensor types: index in DTYPES of `src/tensor/dtypes.ts`. */
 // @ts-ignore: decorator
 @inline export const F32: i32 = 0;
 // @ts-ignore: decorator

@@ -5,7 +5,8 @@
  * With `--backend webgpu` on a GPU instead.
  */
 import { createJsBackend } from "../dist/src/backends/js.js";
-import { createWasmBackend, WASM_VARIANTS } from "../dist/src/backends/wasm.js";
+import { createWasmBackend } from "../dist/src/backends/wasm.js";
+import { WASM_VARIANTS } from "../dist/src/backends/wasm-instance.js";
 import { choice, number, readArguments } from "./lib/arguments.js";
 import { MATRICES, measureFold, measureMachine, RANKS, SIZE } from "./lib/fold.js";
 import { python } from "./lib/peers.js";

@@ -6,7 +6,7 @@ import { fileURLToPath } from "node:url";
 import * as ort from "onnxruntime-node";
 import t, { type Test } from "tap";
 import { fromBinary, ModelProtoSchema, toBinary } from "../dist/src/onnx/protobuf.js";
-import { openSource } from "../dist/src/source.js";
+import { openSource } from "../dist/src/open-source.js";
 import { openSafetensors } from "../dist/src/tensor/safetensors.js";
 import { data, packOf } from "./packs.ts";
 import { required } from "./required.ts";

@@ -3,10 +3,12 @@
  * a browser runs it too. Strings name files as the platform does: paths, or URLs.
  */
 import type { BackendOptions } from "../dist/src/backends/select.js";
-import { openHost, type View } from "../dist/src/base/host.js";
+import type { View } from "../dist/src/base/host.js";
+import { openHost } from "../dist/src/base/open.js";
+import { openSource } from "../dist/src/open-source.js";
 import { openPack } from "../dist/src/pack/pack.js";
 import { createRuntime } from "../dist/src/runtime/create.js";
-import { openSource, type SourceInput } from "../dist/src/source.js";
+import type { SourceInput } from "../dist/src/source.js";
 import { decodeTensor } from "../dist/src/tensor/dtypes.js";
 import { openSafetensors } from "../dist/src/tensor/safetensors.js";
 import type { SuiteTest } from "./stand-in.ts";

@@ -1,7 +1,7 @@
 import { readFile } from "node:fs/promises";
 import fc from "fast-check";
 import t from "tap";
-import { openSource } from "../dist/src/source.js";
+import { openSource } from "../dist/src/open-source.js";
 import * as d from "../dist/src/tensor/dtypes.js";
 import { encodeTensor } from "../dist/src/tensor/encode.js";
 import { uniform } from "../dist/src/tensor/random.js";

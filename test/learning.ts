@@ -13,8 +13,8 @@ import { biasAdd, linearsOf, matrixShape, NotLinear } from "../dist/src/onnx/lin
 import { findParameters } from "../dist/src/onnx/modules.js";
 import { type ModelFile, readModel } from "../dist/src/onnx/read.js";
 import { detachWeights } from "../dist/src/onnx/write.js";
+import { openSource } from "../dist/src/open-source.js";
 import { transpose } from "../dist/src/session/plan.js";
-import { openSource } from "../dist/src/source.js";
 import { uniform } from "../dist/src/tensor/random.js";
 import { openSafetensors } from "../dist/src/tensor/safetensors.js";
 import type { BatchFeeds, Example } from "../dist/src/train/index.js";

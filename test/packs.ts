@@ -2,7 +2,7 @@
 import { readdir, readFile } from "node:fs/promises";
 import { fileURLToPath } from "node:url";
 import { readAdapters } from "../dist/src/adapters/folder.js";
-import { openHost } from "../dist/src/base/host.js";
+import { openHost } from "../dist/src/base/open.js";
 import type { TensorRef } from "../dist/src/format/format.js";
 import { type BuildOptions, buildPack } from "../dist/src/pack/build.js";
 import type { Pack } from "../dist/src/pack/pack.js";

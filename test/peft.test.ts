@@ -12,7 +12,7 @@ import { type Exportable, peftFiles } from "../dist/src/adapters/export.js";
 import { findAdapters, readAdapters } from "../dist/src/adapters/folder.js";
 import { readPeft } from "../dist/src/adapters/peft.js";
 import { AdapterError, EigenLoraError, FormatError } from "../dist/src/errors.js";
-import { openSource } from "../dist/src/source.js";
+import { openSource } from "../dist/src/open-source.js";
 import { f32ToBf16, f32ToF16 } from "../dist/src/tensor/dtypes.js";
 import { openSafetensors } from "../dist/src/tensor/safetensors.js";
 import { type SafetensorsEntry, writeSafetensors } from "../dist/src/tensor/safetensors-writer.js";

@@ -5,7 +5,7 @@ import * as node from "onnxruntime-node";
 import * as web from "onnxruntime-web";
 import { createEigenSession, type EigenSession, type EigenSessionOptions } from "../dist/bindings/onnxruntime.js";
 import { readAdapters } from "../dist/src/adapters/folder.js";
-import { openHost } from "../dist/src/base/host.js";
+import { openHost } from "../dist/src/base/open.js";
 import { type BuildOptions, buildPack } from "../dist/src/pack/build.js";
 import { openPack, type Pack } from "../dist/src/pack/pack.js";
 import { concat, data, LOSSLESS } from "./packs.ts";

@@ -3,8 +3,8 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import t from "tap";
 import { SourceError } from "../dist/src/errors.js";
+import { openSource } from "../dist/src/open-source.js";
 import { openPack } from "../dist/src/pack/pack.js";
-import { openSource } from "../dist/src/source.js";
 import { data } from "./packs.ts";
 import { type Fault, serve } from "./range-server.ts";
 

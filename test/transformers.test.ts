@@ -466,7 +466,7 @@ t.test("blends, tasks without names, tasks of the whole directory", { skip }, as
   t.same(await labels(), [...SUITES.get(ROLE)!.labels].sort());
   await pipe.dispose();
   const tiny = await attach("text-classification", "external");
-  delete tiny.tasks.tasks.get("five")!.metadata.labels;
+  delete (tiny.tasks.tasks.get("five")!.metadata as { labels?: string[] }).labels;
   await tiny.tasks.switchTask("five");
   const found = (await tiny.pipe("w5 w9", { top_k: null })) as Answer[];
   t.same(found.map(({ label }) => label).sort(), ["LABEL_0", "LABEL_1", "LABEL_2", "LABEL_3", "LABEL_4"]);
@@ -721,10 +721,10 @@ t.test("labels of a selection", async (t) => {
   t.equal(await labelsOf(minilm, "unknown", undefined), "base");
   const tiny = await pack("tiny");
   t.same(await labelsOf(tiny, "two", undefined), ["two 0", "two 1"]);
-  delete tiny.tasks.get("five")!.metadata.labels;
+  delete (tiny.tasks.get("five")!.metadata as { labels?: string[] }).labels;
   t.equal(await labelsOf(tiny, "five", undefined), "numbered");
   const decoder = await pack("decoder");
   t.equal(await labelsOf(decoder, "upper", undefined), "base", "no head, no names");
-  decoder.tasks.get("upper")!.metadata.labels = ["yes", "no"];
+  (decoder.tasks.get("upper")!.metadata as { labels?: string[] }).labels = ["yes", "no"];
   t.same(await labelsOf(decoder, { lower: 1, upper: 1 }, undefined), ["yes", "no"], "names for the base's head");
 });

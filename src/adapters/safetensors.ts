@@ -1,5 +1,6 @@
 /** Safetensors files from anything that names or holds bytes. */
-import { type FetchOptions, openSource, type ReadOptions, type SourceInput } from "../source.ts";
+import { openSource } from "../open-source.ts";
+import type { FetchOptions, ReadOptions, SourceInput } from "../source.ts";
 import { openSafetensors as readHeader, type SafetensorsFile } from "../tensor/safetensors.ts";
 
 /** A safetensors file that is open until it is closed. */

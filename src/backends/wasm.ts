@@ -3,16 +3,11 @@
  * called. Which of the three builds runs is decided by `WebAssembly.validate` on the binary itself.
  */
 
-import { BackendError } from "../errors.ts";
 import { DTYPES, type Dtype } from "../tensor/dtypes.ts";
 import type { Backend, ExpandJob, FoldJob, Owner, ProjectJob, ScaleJob, Slice } from "./backend.ts";
-import { checkCount, checkExpand, checkFold, checkProject, checkScale } from "./checks.ts";
+import { checkExpand, checkFold, checkProject, checkScale } from "./checks.ts";
 import { CpuBackend } from "./cpu.ts";
-import { createHeap, type Heap } from "./wasm-memory.ts";
-
-/** The builds, best last; a build's index is the value of its export `variant`. */
-export const WASM_VARIANTS = ["scalar", "simd", "relaxed-simd"] as const;
-export type WasmVariant = (typeof WASM_VARIANTS)[number];
+import { type Binaries, claim, type Instance, instantiate, type WasmVariant } from "./wasm-instance.ts";
 
 export interface WasmOptions {
   /** Insist on one build. Default: the best that this engine accepts. */
@@ -67,21 +62,6 @@ type ScaleKernel = (
   right: number,
   rank: number,
 ) => void;
-
-/** A build at work on its memory. */
-export interface Instance<Kernels> {
-  readonly variant: WasmVariant;
-  readonly kernels: Kernels;
-  readonly memory: WebAssembly.Memory;
-  readonly heap: Heap;
-}
-
-/** The kernels keep tables and panels in the first page (`assembly/layout.ts`); blocks begin after it. */
-const RESERVED_BYTES = 65536;
-const RESERVED_PAGES = 1;
-
-/** Where the builds of a module are, best last. */
-export type Binaries<Variant extends string> = Record<Variant, () => Promise<{ default: string }>>;
 
 /** Literal specifiers, so that bundlers see them; three, so that only the build that runs is loaded. */
 const BINARIES: Binaries<WasmVariant> = {
@@ -172,52 +152,4 @@ class WasmBackend extends CpuBackend<number> {
 
 function code({ dtype }: { readonly dtype: Dtype }): number {
   return DTYPES.indexOf(dtype);
-}
-
-/** Address of `byteLength` zeroed bytes. @throws BackendError when there are none */
-export function claim({ heap, memory }: Instance<unknown>, byteLength: number, owner: Owner): number {
-  checkCount("byteLength", byteLength, Number.MAX_SAFE_INTEGER);
-  const start = heap.allocate(byteLength);
-  if (start !== undefined) return start;
-  throw new BackendError(
-    `wasm: no memory for ${byteLength} bytes (${owner}); ${memory.buffer.byteLength} are held, and the limit is ` +
-      "4 GiB or what the device has left. Load fewer tasks, or use the fold policy that keeps no copy",
-    { backend: "wasm" },
-  );
-}
-
-/** The module given, the build asked for, or the best that validates, on a memory of its own. */
-export async function instantiate<Kernels extends { variant: WebAssembly.Global }, Variant extends string>(
-  binaries: Binaries<Variant>,
-  options: { variant?: Variant; module?: WebAssembly.Module },
-): Promise<Instance<Kernels>> {
-  if (typeof WebAssembly === "undefined") {
-    throw new BackendError("wasm: this engine has no WebAssembly; use the js backend", { backend: "wasm" });
-  }
-  const memory = new WebAssembly.Memory({ initial: RESERVED_PAGES });
-  const module = options.module ?? (await compile(binaries, options.variant));
-  try {
-    const kernels = (await WebAssembly.instantiate(module, { env: { memory } })).exports as unknown as Kernels;
-    const variant = WASM_VARIANTS[kernels.variant.value as number]!;
-    return { variant, kernels, memory, heap: createHeap(memory, RESERVED_BYTES) };
-  } catch (cause) {
-    throw new BackendError(`wasm: the module is none of eigenlora/wasm/*.wasm: ${String(cause)}`, {
-      backend: "wasm",
-      cause,
-    });
-  }
-}
-
-async function compile<Variant extends string>(
-  binaries: Binaries<Variant>,
-  variant?: Variant,
-): Promise<WebAssembly.Module> {
-  const reasons: string[] = [];
-  for (const candidate of variant === undefined ? (Object.keys(binaries) as Variant[]).reverse() : [variant]) {
-    const { default: base64 } = await binaries[candidate]();
-    const bytes = Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
-    if (WebAssembly.validate(bytes)) return WebAssembly.compile(bytes);
-    reasons.push(`${candidate}: not supported by this engine`);
-  }
-  throw new BackendError(`wasm: ${reasons.join("; ")}`, { backend: "wasm", reasons });
 }

@@ -5,7 +5,7 @@
 
 import type { DeviceBuffer } from "../backends/backend.ts";
 import type { Layout } from "../format/format.ts";
-import { type FetchOptions, openSource, type ReadOptions, type SourceInput } from "../source.ts";
+import type { ReadOptions, SourceInput } from "../source.ts";
 import { align4, decodeTensor, type FloatDtype, rowBytes } from "../tensor/dtypes.ts";
 
 /** A tensor as it lies in memory: little-endian, row-major, `shape` elements of `dtype` from `byteOffset` of `data`. */
@@ -77,15 +77,6 @@ export interface DeviceTensor {
 
 /** Whatever can serve as the base model: a host, tensors by parameter name, or a safetensors file. */
 export type BaseInput = WeightHost | Map<string, Tensor | DeviceTensor> | SourceInput;
-
-/** @throws TypeError when `base` is none of the accepted kinds; SourceError, FormatError when the file cannot be read */
-export async function openHost(base: BaseInput, options: FetchOptions & ReadOptions = {}): Promise<WeightHost> {
-  if (typeof (base as Partial<WeightHost> | null)?.list === "function") return base as WeightHost;
-  // An app has a base of one kind.
-  if (base instanceof Map) return (await import("./memory-host.ts")).memoryHost(base);
-  const { openSafetensorsHost } = await import("./safetensors-host.ts");
-  return openSafetensorsHost(await openSource(base as SourceInput, options), options);
-}
 
 /** Whether data lies on a device. */
 export function onDevice(data: View["data"]): data is DeviceBuffer {

@@ -8,7 +8,7 @@ import { createReadStream, existsSync } from "node:fs";
 import { join } from "node:path";
 import type { Adapter } from "../adapters/adapter.ts";
 import { readAdapters } from "../adapters/folder.ts";
-import { openHost } from "../base/host.ts";
+import { openHost } from "../base/open.ts";
 import { FormatError, SourceError } from "../errors.ts";
 import { openPack } from "../pack/pack.ts";
 import { completeDtypes } from "../pack/report.ts";

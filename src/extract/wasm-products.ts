@@ -2,7 +2,7 @@
  * The large loops of extraction in WebAssembly. Apart from the backend, since only packing needs them.
  */
 
-import { type Binaries, claim, type Instance, instantiate } from "../backends/wasm.ts";
+import { type Binaries, claim, type Instance, instantiate } from "../backends/wasm-instance.ts";
 import { mirrored, PLAIN, type Products, type Tridiagonal } from "./linalg.ts";
 
 type Variant = "scalar" | "simd";

@@ -35,59 +35,59 @@ function pack(value: unknown): Bytes {
 
 /** One side of one module, ready to be written. */
 export interface SideInput {
-  kind: "column" | "flat";
-  K: number;
-  rank?: number;
-  mean: boolean;
-  dtype: Dtype;
-  explained: number;
+  readonly kind: "column" | "flat";
+  readonly K: number;
+  readonly rank?: number;
+  readonly mean: boolean;
+  readonly dtype: Dtype;
+  readonly explained: number;
   /** Encoded tensor: K rows, then the mean when there is one. */
-  encoded: Uint8Array;
+  readonly encoded: Uint8Array;
 }
 
 export interface ModuleInput {
-  name: string;
-  out: number;
-  in: number;
-  layout: Layout;
-  kernel?: readonly number[] | undefined;
-  A?: SideInput | undefined;
-  B?: SideInput | undefined;
+  readonly name: string;
+  readonly out: number;
+  readonly in: number;
+  readonly layout: Layout;
+  readonly kernel?: readonly number[] | undefined;
+  readonly A?: SideInput | undefined;
+  readonly B?: SideInput | undefined;
   /** 64 weights of the base at the module's fingerprint positions. */
-  fingerprint?: Float32Array | undefined;
+  readonly fingerprint?: Float32Array | undefined;
 }
 
 export interface BasisInput {
-  producer: string;
-  mode: string;
-  gauge: string;
-  centering: string;
-  rank?: number | undefined;
-  baseModel?: string | undefined;
-  modules: readonly ModuleInput[];
+  readonly producer: string;
+  readonly mode: string;
+  readonly gauge: string;
+  readonly centering: string;
+  readonly rank?: number | undefined;
+  readonly baseModel?: string | undefined;
+  readonly modules: readonly ModuleInput[];
 }
 
 /** An encoded tensor and its type. */
 export interface TensorInput {
-  dtype: Dtype;
-  encoded: Uint8Array;
+  readonly dtype: Dtype;
+  readonly encoded: Uint8Array;
 }
 
 export interface TermInput {
-  module: number;
-  rank: number;
-  A?: (TensorInput & { kind: "column" | "flat"; mean: boolean }) | undefined;
-  B?: (TensorInput & { kind: "column" | "flat"; mean: boolean }) | undefined;
+  readonly module: number;
+  readonly rank: number;
+  readonly A?: (TensorInput & { kind: "column" | "flat"; mean: boolean }) | undefined;
+  readonly B?: (TensorInput & { kind: "column" | "flat"; mean: boolean }) | undefined;
   /** Private factors: A [q, in] and Bᵀ [q, out], of one type. */
-  privateTerms?: { rank: number; dtype: Dtype; A: Uint8Array; Bt: Uint8Array } | undefined;
-  magnitude?: TensorInput | undefined;
+  readonly privateTerms?: { rank: number; dtype: Dtype; A: Uint8Array; Bt: Uint8Array } | undefined;
+  readonly magnitude?: TensorInput | undefined;
 }
 
 export interface ParameterInput extends TensorInput {
-  name: string;
-  role: ParameterRole;
-  shape: readonly number[];
-  indices?: readonly number[] | undefined;
+  readonly name: string;
+  readonly role: ParameterRole;
+  readonly shape: readonly number[];
+  readonly indices?: readonly number[] | undefined;
 }
 
 /** The bases section and the description that goes with it (SPEC.md, sections 4.2 and 4.4). */

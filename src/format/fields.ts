@@ -49,9 +49,10 @@ export class Fields {
     return text;
   }
 
-  crc(at: number, length: number): void {
+  /** The first `length` bytes, Default: all, against their checksum. */
+  crc(expected: number, length?: number): void {
     const found = crc32c(this.bytes.subarray(0, length));
-    this.check(found === this.u32(at), () => "its checksum does not match: the file is damaged, fetch it again");
+    this.check(found === expected, () => "its checksum does not match: the file is damaged, fetch it again");
   }
 
   limit(found: number, most: number, what: string): void {

@@ -8,7 +8,7 @@ import { DTYPES, type Dtype, tensorBytes } from "../tensor/dtypes.ts";
 import { toHex } from "../tensor/hex.ts";
 import { crc32c } from "./crc32c.ts";
 import { align64, Fields } from "./fields.ts";
-import { decode, Value } from "./messagepack.ts";
+import { decode, type Value } from "./messagepack.ts";
 
 /** Bytes of the window: enough to plan the next read (SPEC.md, section 2). */
 export const WINDOW_BYTES = 1536;
@@ -30,10 +30,10 @@ export type ParameterRole = "saved" | "bias" | "bias-delta" | "rows";
 /** What is known about a task beside its numbers. Kept in the pack as it is. */
 export interface TaskMetadata {
   /** Class names of a classifier, in the order of its rows. */
-  labels?: string[];
-  license?: string;
+  readonly labels?: string[];
+  readonly license?: string;
   /** Where the adapter came from. */
-  origin?: string;
+  readonly origin?: string;
   /** Other plain values: strings, numbers, booleans, null, arrays and objects of these. */
   [key: string]: unknown;
 }
@@ -44,20 +44,20 @@ export const FINGERPRINT_SIZE = 64;
 
 /** Which of two superblocks is current, and where it points. */
 export interface Superblock {
-  generation: number;
-  committed: number;
-  directoryOffset: number;
-  directoryLength: number;
-  basesOffset: number;
-  basesLength: number;
-  directoryCrc: number;
+  readonly generation: number;
+  readonly committed: number;
+  readonly directoryOffset: number;
+  readonly directoryLength: number;
+  readonly basesOffset: number;
+  readonly basesLength: number;
+  readonly directoryCrc: number;
 }
 
 export interface Window {
-  version: string;
+  readonly version: string;
   /** Hexadecimal SHA-256. */
-  basisId: string;
-  superblock: Superblock;
+  readonly basisId: string;
+  readonly superblock: Superblock;
 }
 
 export const SECTION_BASES = 1;
@@ -65,114 +65,114 @@ export const SECTION_TASK = 2;
 export const SECTION_FREE = 3;
 
 export interface Section {
-  kind: number;
-  required: boolean;
-  offset: number;
-  length: number;
-  crc: number;
+  readonly kind: number;
+  readonly required: boolean;
+  readonly offset: number;
+  readonly length: number;
+  readonly crc: number;
 }
 
 /** One encoded tensor: where it lies in its section and how to decode it. */
 export interface TensorRef {
-  dtype: Dtype;
-  rows: number;
-  width: number;
-  byteOffset: number;
-  byteLength: number;
+  readonly dtype: Dtype;
+  readonly rows: number;
+  readonly width: number;
+  readonly byteOffset: number;
+  readonly byteLength: number;
 }
 
 /** The basis of one side of one module. `tensor` has `K` rows, and the mean as one row more when `mean`. */
 export interface Side {
-  kind: "column" | "flat";
-  K: number;
+  readonly kind: "column" | "flat";
+  readonly K: number;
   /** Flat: the rank of every task. Column: undefined. */
-  rank: number | undefined;
-  mean: boolean;
-  explained: number;
-  tensor: TensorRef;
+  readonly rank: number | undefined;
+  readonly mean: boolean;
+  readonly explained: number;
+  readonly tensor: TensorRef;
 }
 
 /** One adapted module of the pack. */
 export interface PackModule {
-  name: string;
-  out: number;
-  in: number;
-  layout: Layout;
-  kernel: readonly number[] | undefined;
-  A: Side | undefined;
-  B: Side | undefined;
+  readonly name: string;
+  readonly out: number;
+  readonly in: number;
+  readonly layout: Layout;
+  readonly kernel: readonly number[] | undefined;
+  readonly A: Side | undefined;
+  readonly B: Side | undefined;
   /** Byte offset of 64 f32 in the bases, when stored. */
-  fingerprint: number | undefined;
+  readonly fingerprint: number | undefined;
 }
 
 export interface BasisDescription {
-  producer: string;
-  mode: string;
-  gauge: string;
-  centering: string;
+  readonly producer: string;
+  readonly mode: string;
+  readonly gauge: string;
+  readonly centering: string;
   /** The most rank that was kept of each module, where that was limited. */
-  rank: number | undefined;
-  baseModel: string | undefined;
-  modules: readonly PackModule[];
+  readonly rank: number | undefined;
+  readonly baseModel: string | undefined;
+  readonly modules: readonly PackModule[];
 }
 
 export interface TaskEntry {
-  id: string;
-  adapterBytes: number;
-  metadata: TaskMetadata;
+  readonly id: string;
+  readonly adapterBytes: number;
+  readonly metadata: TaskMetadata;
   /** What the task changes beside its terms, as "role name": see SPEC.md, section 4.3. Undefined when not said. */
-  brings?: readonly string[] | undefined;
+  readonly brings?: readonly string[] | undefined;
 }
 
 export interface Directory {
-  sections: readonly Section[];
-  basis: BasisDescription;
+  readonly sections: readonly Section[];
+  readonly basis: BasisDescription;
   /** The description as stored; an append copies it, so that the basis id stays true. */
-  basisBytes: Uint8Array;
-  bases: Section;
+  readonly basisBytes: Uint8Array;
+  readonly bases: Section;
   /** In the order of the blobs. */
-  tasks: readonly (TaskEntry & { section: Section })[];
+  readonly tasks: readonly (TaskEntry & { section: Section })[];
 }
 
 /** One side's coefficients in a task blob. */
 export interface Coefficients {
-  mean: boolean;
-  tensor: TensorRef;
+  readonly mean: boolean;
+  readonly tensor: TensorRef;
 }
 
 /** What a task does to one module (SPEC.md, section 6.1). */
 export interface TaskTerm {
-  module: number;
-  rank: number;
-  A: Coefficients | undefined;
-  B: Coefficients | undefined;
+  readonly module: number;
+  readonly rank: number;
+  readonly A: Coefficients | undefined;
+  readonly B: Coefficients | undefined;
   /** Rank of the private factors, 0 for none. */
-  privateRank: number;
-  privateA: TensorRef | undefined;
-  privateBt: TensorRef | undefined;
-  magnitude: TensorRef | undefined;
+  readonly privateRank: number;
+  readonly privateA: TensorRef | undefined;
+  readonly privateBt: TensorRef | undefined;
+  readonly magnitude: TensorRef | undefined;
 }
 
 /** A whole parameter that comes with a task (SPEC.md, section 6.2). */
 export interface TaskParameter {
-  name: string;
-  role: ParameterRole;
-  shape: readonly number[];
-  indices: readonly number[] | undefined;
-  tensor: TensorRef;
+  readonly name: string;
+  readonly role: ParameterRole;
+  readonly shape: readonly number[];
+  readonly indices: readonly number[] | undefined;
+  readonly tensor: TensorRef;
 }
 
 /** A parsed task blob. Tensors are decoded from `bytes` when they are needed. */
 export interface TaskBlob {
-  terms: readonly TaskTerm[];
-  parameters: readonly TaskParameter[];
-  bytes: Uint8Array;
+  readonly terms: readonly TaskTerm[];
+  readonly parameters: readonly TaskParameter[];
+  readonly bytes: Uint8Array;
 }
 
 /** A parsed task file (SPEC.md, section 7). */
 export interface TaskFile extends TaskEntry {
-  basisId: string;
-  blob: Uint8Array;
+  readonly basisId: string;
+  readonly blob: Uint8Array;
 }
 
 /**
@@ -188,7 +188,7 @@ export function parseWindow(bytes: Uint8Array, file: string, size?: number): Win
   f.check(bytes.length >= WINDOW_BYTES, () => `truncated: ${bytes.length} bytes, the window alone has ${WINDOW_BYTES}`);
   const version = f.version();
   f.check(f.u32(12) === WINDOW_BYTES, () => `window of ${f.u32(12)} bytes, expected ${WINDOW_BYTES}`);
-  f.crc(48, 48);
+  f.crc(f.u32(48), 48);
   let best: Superblock | undefined;
   for (const index of [0, 1]) {
     const block = parseSuperblock(bytes.subarray(512 * (index + 1), 512 * (index + 1) + 64), file);
@@ -225,10 +225,7 @@ function parseSuperblock(bytes: Uint8Array, file: string): Superblock | undefine
 export function parseDirectory(bytes: Uint8Array, superblock: Superblock, file: string): Directory {
   const f: Fields = new Fields(bytes, file, "directory");
   f.check(bytes.length === superblock.directoryLength, () => `${bytes.length} bytes of ${superblock.directoryLength}`);
-  f.check(
-    crc32c(bytes) === superblock.directoryCrc,
-    () => "its checksum does not match: the file is damaged, fetch it again",
-  );
+  f.crc(superblock.directoryCrc);
   f.check(bytes.length >= DIRECTORY_HEAD_BYTES, () => `${bytes.length} bytes are too few`);
   const [count, basisLength, tasksLength] = [f.u32(0), f.u32(4), f.u32(8)];
   f.limit(count, 1_048_576, "sections");
@@ -267,7 +264,7 @@ export function parseDirectory(bytes: Uint8Array, superblock: Superblock, file: 
   const start = DIRECTORY_HEAD_BYTES + count * SECTION_ENTRY_BYTES;
   const basisBytes = bytes.subarray(start, start + basisLength);
   const basis = parseBasis(basisBytes, bases.length, file);
-  const root = new Value(decode(bytes.subarray(start + basisLength), file, "task list"), file, "task list", "tasks");
+  const root = decode(bytes.subarray(start + basisLength), file, "task list", "tasks");
   const blobs = sections.filter((s) => s.kind === SECTION_TASK);
   const list = root.array(1_048_576);
   f.check(
@@ -306,7 +303,7 @@ function checkTiling(f: Fields, sections: readonly Section[], superblock: Superb
 }
 
 function parseBasis(bytes: Uint8Array, basesLength: number, file: string): BasisDescription {
-  const root: Value = new Value(decode(bytes, file, "basis description"), file, "basis description", "basis");
+  const root: Value = decode(bytes, file, "basis description", "basis");
   let end = 0;
   const tensor = (dtype: Dtype, rows: number, width: number): TensorRef => {
     const byteOffset = Math.ceil(end / 16) * 16;
@@ -325,7 +322,6 @@ function parseBasis(bytes: Uint8Array, basesLength: number, file: string): Basis
       names.add(name);
       const out = m.get("out").integer(1, 2 ** 31 - 1);
       const inputs = m.get("in").integer(1, 2 ** 31 - 1);
-      const kernel = m.get("kernel");
       const A = parseSide(m.get("A"), inputs, tensor);
       const B = parseSide(m.get("B"), out, tensor);
       m.check((A === undefined) === (B === undefined), () => `module "${name}" has a basis on one side only`);
@@ -334,7 +330,7 @@ function parseBasis(bytes: Uint8Array, basesLength: number, file: string): Basis
         out,
         in: inputs,
         layout: LAYOUTS[m.get("layout").integer(0, LAYOUTS.length - 1)]!,
-        kernel: kernel.absent ? undefined : kernel.array(8).map((k) => k.integer(1, 65_535)),
+        kernel: m.get("kernel").maybe((kernel) => kernel.array(8).map((k) => k.integer(1, 65_535))),
         A,
         B,
         fingerprint: m.get("fingerprint").boolean() ? tensor("f32", 1, FINGERPRINT_SIZE).byteOffset : undefined,
@@ -346,8 +342,8 @@ function parseBasis(bytes: Uint8Array, basesLength: number, file: string): Basis
     mode: root.get("mode").string(64),
     gauge: root.get("gauge").string(64),
     centering: root.get("centering").string(64),
-    rank: root.get("rank").absent ? undefined : root.get("rank").integer(1, 65_535),
-    baseModel: root.get("baseModel").absent ? undefined : root.get("baseModel").string(4096),
+    rank: root.get("rank").maybe((rank) => rank.integer(1, 65_535)),
+    baseModel: root.get("baseModel").maybe((name) => name.string(4096)),
     modules,
   };
 }

@@ -25,31 +25,31 @@ import {
 
 /** A task to be written. */
 export interface TaskToWrite {
-  entry: TaskEntry;
-  blob: Uint8Array;
+  readonly entry: TaskEntry;
+  readonly blob: Uint8Array;
 }
 
 /** What a fresh pack has before its tasks. */
 export interface FreshBasis {
   /** Basis description, MessagePack. */
-  description: Uint8Array;
-  bases: Uint8Array;
+  readonly description: Uint8Array;
+  readonly bases: Uint8Array;
   /** Hexadecimal, of 32 bytes. */
-  basisId: string;
+  readonly basisId: string;
 }
 
 /** The parts of a fresh pack. */
 export interface FreshPack extends FreshBasis {
-  tasks: readonly TaskToWrite[];
+  readonly tasks: readonly TaskToWrite[];
 }
 
 /** A task whose blob lies elsewhere until its turn comes. */
 export interface TaskPlace {
-  entry: TaskEntry;
+  readonly entry: TaskEntry;
   /** Of the blob, in bytes. */
-  length: number;
+  readonly length: number;
   /** CRC-32C of the blob. */
-  crc: number;
+  readonly crc: number;
   read(): Promise<Uint8Array>;
 }
 
@@ -107,10 +107,10 @@ function freshHead(
 
 /** What an append writes: `body` at `offset`, flush, then `superblock` at `superblockOffset`, flush. */
 export interface Append {
-  offset: number;
-  body: Uint8Array[];
-  superblock: Uint8Array;
-  superblockOffset: number;
+  readonly offset: number;
+  readonly body: Uint8Array[];
+  readonly superblock: Uint8Array;
+  readonly superblockOffset: number;
 }
 
 /** Plans an append. The ids of `tasks` must be new and unique. */

@@ -2,7 +2,8 @@
  * An ONNX model and the files beside it, as bytes. Reading and finding files only; what the bytes mean is `model.ts`.
  */
 import { FormatError, SourceError } from "../errors.ts";
-import { type ByteSource, type FetchOptions, openSource, type ReadOptions, type SourceInput } from "../source.ts";
+import { openSource } from "../open-source.ts";
+import type { ByteSource, FetchOptions, ReadOptions, SourceInput } from "../source.ts";
 import { type OnnxModel, parseModel } from "./model.ts";
 import type { OpenExternal } from "./tensors.ts";
 

@@ -104,8 +104,8 @@ export async function buildPack(adapters: readonly Adapter[], options: BuildOpti
       options.base,
       [...shared.values()].map(({ shape }) => shape),
     ));
-  const { modules, terms, errors } = await encodeModules([...shared.values()], extraction, dtype, options);
-  if (fingerprints) modules.forEach((module) => (module.fingerprint = fingerprints.get(module.name)));
+  const { modules: encoded, terms, errors } = await encodeModules([...shared.values()], extraction, dtype, options);
+  const modules = encoded.map((module) => ({ ...module, fingerprint: fingerprints?.get(module.name) }));
   const components = componentsOf(modules);
   const tasks = await Promise.all(
     adapters.map((adapter) => encodeAdapter(adapter, terms.get(adapter) ?? [], names, dtype.head)),

@@ -2,15 +2,13 @@
  * An open pack: which tasks and modules it has, and their bytes when they are wanted. Plans reads, checks what arrives and
  * keeps task blobs. It computes nothing; that is the runtime's part.
  */
-
+/// <reference lib="esnext.disposable" preserve="true" />
 import { checkChoice, checkOptions, described, nearest } from "../arguments.ts";
-import { FormatError, TaskError } from "../errors.ts";
-import { crc32c } from "../format/crc32c.ts";
-import { align64 } from "../format/fields.ts";
+import { TaskError } from "../errors.ts";
+import { align64, Fields } from "../format/fields.ts";
 import type { TaskMetadata } from "../format/format.ts";
 import {
   type Directory,
-  isTaskId,
   type PackModule,
   parseDirectory,
   parseWindow,
@@ -20,17 +18,18 @@ import {
   type Window,
 } from "../format/format.ts";
 import { checkFinite, parseTask } from "../format/task.ts";
-import { type ByteSource, type FetchOptions, openSource, type ReadOptions, type SourceInput } from "../source.ts";
+import { openSource } from "../open-source.ts";
+import type { ByteSource, FetchOptions, ReadOptions, SourceInput } from "../source.ts";
 
 export interface OpenOptions extends FetchOptions {
-  signal?: AbortSignal;
+  readonly signal?: AbortSignal;
   /**
    * `now` reads the bases together with the directory, so that a first task costs three requests. `later` reads the
-   * directory only; the runtime fetches the bases when it starts. `now` unless given.
+   * directory only; the runtime fetches the bases when it starts. Default: `now`.
    */
-  bases?: "now" | "later";
-  /** Most bytes of task blobs to keep; those used least recently go first. No limit unless given. */
-  maxResidentBytes?: number;
+  readonly bases?: "now" | "later";
+  /** Most bytes of task blobs to keep; those used least recently go first. Default: no limit. */
+  readonly maxResidentBytes?: number;
 }
 
 /** A task of the pack. */
@@ -67,6 +66,8 @@ export interface Bases {
   /** As SPEC.md, section 4.4. Do not write to it. */
   readonly bytes: Uint8Array;
   close(): void;
+  /** With `using`. */
+  [Symbol.dispose](): void;
 }
 
 interface SharedBases {
@@ -89,32 +90,26 @@ export async function openPack(input: SourceInput, options: OpenOptions = {}): P
   const inner = await openSource(input, options);
   try {
     const reads = { requests: 0, bytes: 0 };
-    const source: ByteSource = {
-      name: inner.name,
-      get byteLength() {
-        return inner.byteLength;
-      },
-      async read(offset, length, readOptions) {
-        reads.requests++;
-        const bytes = await inner.read(offset, length, readOptions);
-        reads.bytes += bytes.length;
-        return bytes;
-      },
-      close: async () => inner.close?.(),
+    const read: ByteSource["read"] = async (...range) => {
+      reads.requests++;
+      const bytes = await inner.read(...range);
+      reads.bytes += bytes.length;
+      return bytes;
     };
-    const signal = options.signal;
+    const { signal } = options;
+    const { name } = inner;
     // A file shorter than the window still has to be told apart from a file of another kind.
     const head = Math.min(WINDOW_BYTES, inner.byteLength ?? WINDOW_BYTES);
-    const window = parseWindow(await source.read(0, head, { signal }), source.name, inner.byteLength);
+    const window = parseWindow(await read(0, head, { signal }), name, inner.byteLength);
     const { directoryOffset, directoryLength, basesOffset, basesLength } = window.superblock;
     const together = options.bases !== "later" && basesOffset === align64(directoryOffset + directoryLength);
     const length = together ? basesOffset + basesLength - directoryOffset : directoryLength;
-    const bytes = await source.read(directoryOffset, length, { signal });
+    const bytes = await read(directoryOffset, length, { signal });
     // A copy: as a view the directory would keep the bases in memory.
-    const directory = parseDirectory(bytes.slice(0, directoryLength), window.superblock, source.name);
+    const directory = parseDirectory(bytes.slice(0, directoryLength), window.superblock, name);
     const bases = together ? bytes.subarray(basesOffset - directoryOffset) : undefined;
-    const pack = new Pack(source, reads, window, directory, options.maxResidentBytes ?? Infinity, bases);
-    return pack;
+    const source = { name, byteLength: inner.byteLength, read, close: async () => inner.close?.() };
+    return new Pack(source, reads, window, directory, options.maxResidentBytes ?? Infinity, bases);
   } catch (error) {
     await inner.close?.();
     throw error;
@@ -164,7 +159,7 @@ export class Pack {
     this.directory = directory;
     this.modules = directory.basis.modules;
     if (bases) {
-      this.#checkCrc(bases, directory.bases, "bases");
+      new Fields(bases, this.name, "bases").crc(directory.bases.crc);
       this.#bases = { users: 0, bytes: bases };
     }
     for (const task of directory.tasks) {
@@ -215,7 +210,6 @@ export class Pack {
 
   async #fetch(slot: TaskSlot): Promise<TaskBlob> {
     const blob = parseTask(await this.#section(slot.section!, `task "${slot.id}"`), this.modules, this.name, slot.id);
-    this.#checkFinite(blob, slot.id);
     slot.blob = blob;
     this.#recent.add(slot);
     let held = 0;
@@ -227,18 +221,6 @@ export class Pack {
       this.#recent.delete(other);
     }
     return blob;
-  }
-
-  #checkFinite(blob: TaskBlob, id: string): void {
-    const part = `task "${id}"`;
-    for (const term of blob.terms) {
-      const name = this.modules[term.module]!.name;
-      const tensors = { A: term.A?.tensor, B: term.B?.tensor, "private A": term.privateA, "private B": term.privateBt };
-      for (const [what, tensor] of Object.entries({ ...tensors, magnitude: term.magnitude })) {
-        if (tensor) checkFinite(blob.bytes, tensor, this.name, part, `${what} of "${name}"`);
-      }
-    }
-    for (const { name, tensor } of blob.parameters) checkFinite(blob.bytes, tensor, this.name, part, `"${name}"`);
   }
 
   /**
@@ -256,7 +238,7 @@ export class Pack {
     };
     try {
       shared.checked ??= this.#checkedBases(shared);
-      return { bytes: await unlessAborted(shared.checked, options.signal), close };
+      return { bytes: await unlessAborted(shared.checked, options.signal), close, [Symbol.dispose]: close };
     } catch (error) {
       close();
       throw error;
@@ -274,16 +256,8 @@ export class Pack {
 
   async #section(section: Section, part: string, options: ReadOptions = {}): Promise<Uint8Array> {
     const bytes = await this.#source.read(section.offset, section.length, options);
-    this.#checkCrc(bytes, section, part);
+    new Fields(bytes, this.name, part).crc(section.crc);
     return bytes;
-  }
-
-  #checkCrc(bytes: Uint8Array, section: Section, part: string): void {
-    if (crc32c(bytes) === section.crc) return;
-    throw new FormatError("its checksum does not match: the file is damaged, fetch it again", {
-      file: this.name,
-      part,
-    });
   }
 
   /**
@@ -291,26 +265,9 @@ export class Pack {
    * @throws FormatError when the file is damaged, TaskError when it belongs to another basis or the id is taken
    */
   async addTask(id: string, file: SourceInput): Promise<void> {
-    const source = await openSource(file);
-    try {
-      if (source.byteLength === undefined) await source.read(0, 64);
-      const { parseTaskFile } = await import("../format/task-file.ts");
-      const task = parseTaskFile(await source.read(0, source.byteLength ?? 0), source.name);
-      if (task.basisId !== this.basisId) {
-        throw new TaskError(
-          `${source.name} belongs to the basis ${task.basisId}, this pack has ${this.basisId}; make it for this pack`,
-          { task: id },
-        );
-      }
-      if (typeof id !== "string" || !isTaskId(id))
-        throw new TaskError(`${described(id)} cannot name a task`, { task: id });
-      if (this.#slots.has(id)) throw new TaskError(`there is a task "${id}" already; choose another id`, { task: id });
-      const blob = parseTask(task.blob, this.modules, source.name, id);
-      this.#checkFinite(blob, id);
-      this.#slots.set(id, { ...task, id, bytes: task.blob.length, section: undefined, blob, loading: undefined });
-    } finally {
-      await source.close?.();
-    }
+    const { readTaskFile } = await import("./task-file.ts");
+    const { blob, ...task } = await readTaskFile(file, id, this);
+    this.#slots.set(id, { ...task, id, bytes: blob.bytes.length, section: undefined, blob, loading: undefined });
   }
 
   /**
@@ -334,6 +291,11 @@ export class Pack {
   /** Closes the file. Resident tasks stay usable. */
   async close(): Promise<void> {
     await this.#source.close?.();
+  }
+
+  /** With `await using`. In engines without the symbol a method that nobody calls. */
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.close();
   }
 }
 

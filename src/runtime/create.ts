@@ -5,11 +5,12 @@
 import { checkChoice, checkOptions, checkPack } from "../arguments.ts";
 import type { Backend } from "../backends/backend.ts";
 import { type BackendOptions, createBackend } from "../backends/select.ts";
-import { type BaseInput, onDevice, openHost } from "../base/host.ts";
+import { type BaseInput, onDevice, type WeightHost } from "../base/host.ts";
 import { Locator } from "../base/locate.ts";
+import { openHost } from "../base/open.ts";
 import type { Pack } from "../pack/pack.ts";
 import type { FetchOptions } from "../source.ts";
-import { Runtime, type Started } from "./runtime.ts";
+import { Runtime, type RuntimeParts, type Started } from "./runtime.ts";
 import { findSlots, loadSlots } from "./slots.ts";
 import { Workbench } from "./workbench.ts";
 
@@ -51,7 +52,6 @@ export async function createRuntime(pack: Pack, options: RuntimeOptions = {}): P
     ...(["backend", "webgpu", "wasm", "fetch", "headers", "timeout"] as const),
   ]);
   const { base, mode = base ? "folded" : "core", policy = "copy" } = options;
-  const gpu = options.webgpu || {};
   checkChoice("mode", mode, ["core", "factors", "folded"]);
   checkChoice("policy", policy, ["copy", "reload"]);
   if (mode === "folded" && base === undefined) throw new TypeError('mode "folded" needs a base');
@@ -59,52 +59,60 @@ export async function createRuntime(pack: Pack, options: RuntimeOptions = {}): P
   // A host that the caller made is the caller's to close.
   const closeHost = host === base ? undefined : async () => host?.close?.();
   try {
-    const locator = new Locator(host);
-    const placed = [...locator.parameters.keys()].find((name) => host?.view && onDevice(host.view(name).data));
-    if (policy === "reload" && (host?.begin || placed !== undefined)) {
-      throw new TypeError('policy "reload" needs a base that is read from a file; this host is written in place');
-    }
-    const device = placed !== undefined || gpu.recreate ? await import("./device-host.ts") : undefined;
-    device?.refuseHost(gpu, host, placed);
-    const slots = host ? findSlots(pack.modules, locator, options.names) : [];
-    const folded = mode === "folded";
-    const keep = { pristine: folded && policy === "copy", active: folded && !host?.begin };
-    const stays = folded && (!host?.begin || placed !== undefined);
-    const onCpu = stays ? undefined : `${folded ? "weights" : "terms"} are wanted on the CPU`;
-
-    async function start(how: BackendOptions, signal?: AbortSignal): Promise<Started> {
-      const bases = await pack.bases({ signal });
-      let backend: Backend | undefined;
-      try {
-        const made = await createBackend(how, onCpu);
-        backend = made.backend;
-        const readable = placed === undefined ? host : device!.deviceHost(host!, backend);
-        const bench = new Workbench(backend, pack.modules, bases.bytes);
-        if (host) await loadSlots(slots, host, bench, bases.bytes, keep, { signal, anyBase: options.anyBase ?? false });
-        // A device that has no memory left says so only now.
-        await backend.finish();
-        return { bench, passedOver: made.passedOver, host: readable };
-      } catch (error) {
-        backend?.close();
-        throw error;
-      } finally {
-        bases.close();
-      }
-    }
-
-    const { device: _given, recreate = false, ...how } = gpu;
-    const restart = async (): Promise<Started> => {
-      const renewed = typeof recreate === "function" ? { device: await recreate() } : {};
-      return start({ ...options, backend: "webgpu", webgpu: { ...how, ...renewed } });
-    };
-    const started = await start(options, options.signal);
+    const { locator, slots, start, restart } = await prepare(pack, host, mode === "folded", policy, options);
     const ignored = new Set(options.ignore);
-    return new Runtime(
-      { pack, mode, policy, slots, locator, ignored, closeHost, restart: recreate ? restart : undefined },
-      started,
-    );
+    const started = await start(options, options.signal);
+    return new Runtime({ pack, mode, policy, slots, locator, ignored, closeHost, restart }, started);
   } catch (error) {
     await closeHost?.();
     throw error;
   }
+}
+
+/** What a runtime has whatever its backend, and how it gets one. */
+type Prepared = Pick<RuntimeParts, "locator" | "slots" | "restart"> & {
+  start(how: BackendOptions, signal?: AbortSignal): Promise<Started>;
+};
+
+async function prepare(
+  pack: Pack,
+  host: WeightHost | undefined,
+  folded: boolean,
+  policy: Runtime["policy"],
+  options: RuntimeOptions,
+): Promise<Prepared> {
+  const locator = new Locator(host);
+  const placed = [...locator.parameters.keys()].find((name) => host?.view && onDevice(host.view(name).data));
+  if (policy === "reload" && (host?.begin || placed !== undefined)) {
+    throw new TypeError('policy "reload" needs a base that is read from a file; this host is written in place');
+  }
+  const gpu = options.webgpu || {};
+  const device = placed !== undefined || gpu.recreate ? await import("./device-host.ts") : undefined;
+  device?.refuseHost(gpu, host, placed);
+  const slots = host ? findSlots(pack.modules, locator, options.names) : [];
+  const keep = { pristine: folded && policy === "copy", active: folded && !host?.begin };
+  const stays = folded && (!host?.begin || placed !== undefined);
+  const onCpu = stays ? undefined : `${folded ? "weights" : "terms"} are wanted on the CPU`;
+
+  async function start(how: BackendOptions, signal?: AbortSignal): Promise<Started> {
+    const bases = await pack.bases({ signal });
+    let backend: Backend | undefined;
+    try {
+      const made = await createBackend(how, onCpu);
+      backend = made.backend;
+      const readable = placed === undefined ? host : device!.deviceHost(host!, backend);
+      const bench = new Workbench(backend, pack.modules, bases.bytes);
+      if (host) await loadSlots(slots, host, bench, bases.bytes, keep, { signal, anyBase: options.anyBase ?? false });
+      // A device that has no memory left says so only now.
+      await backend.finish();
+      return { bench, passedOver: made.passedOver, host: readable };
+    } catch (error) {
+      backend?.close();
+      throw error;
+    } finally {
+      bases.close();
+    }
+  }
+
+  return { locator, slots, start, restart: gpu.recreate ? device!.restarting(start, options) : undefined };
 }

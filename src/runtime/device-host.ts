@@ -1,9 +1,12 @@
 /**
- * A host some of whose parameters lie on the runtime's device, as a host in the CPU's memory: heads, biases and token rows are
- * computed there. Loaded where a base has such parameters. Adapted weights do not come through here: they are folded in place.
+ * What a runtime on a device needs beside the operations of its backend: hosts some of whose parameters lie on the device, as
+ * hosts in the CPU's memory, since heads, biases and token rows are computed there; and values that are fetched from it.
+ * Loaded where a device is at work. Adapted weights of such a host do not come through here: they are folded in place.
  */
 import type { Backend, Block, DeviceBuffer, DeviceHandle, Slice } from "../backends/backend.ts";
-import { byteLengthOf, onDevice, type Transaction, type View, type WeightHost } from "../base/host.ts";
+import type { BackendOptions } from "../backends/select.ts";
+import { byteLengthOf, type CpuView, onDevice, type Transaction, type View, type WeightHost } from "../base/host.ts";
+import type { Fold } from "./fold.ts";
 
 /** Where a view lies, as the backend sees it. */
 function sliceOf(backend: Backend, view: View): Slice {
@@ -40,7 +43,7 @@ export function deviceHost(host: WeightHost, backend: Backend): WeightHost {
     async read(name, into, options) {
       const view = original(name);
       if (!view) return host.read(name, into, options);
-      return { ...view, data: await backend.read!(sliceOf(backend, view), byteLengthOf(view)), byteOffset: 0 };
+      return fetchView(backend, view);
     },
     view: (name) => host.view!(name),
     ...(host.begin && { begin: () => transaction(host.begin!(), backend, originals) }),
@@ -80,6 +83,20 @@ function transaction(inner: Transaction, backend: Backend, { original, made }: O
   };
 }
 
+/** The passing weights of a fold, which a host takes without a pause once the device is waited for. */
+export async function fetchFolded({ bench, slots, passing, weight }: Fold): Promise<Map<number, Uint8Array>> {
+  const { backend } = bench;
+  const fetched = new Map<number, Uint8Array>();
+  for (const index of passing) fetched.set(index, await backend.read!(weight(index), slots[index]!.weight.byteLength));
+  await backend.finish();
+  return fetched;
+}
+
+/** A view on the device, copied into the CPU's memory. */
+export async function fetchView(backend: Backend, view: View): Promise<CpuView> {
+  return { ...view, data: await backend.read!(sliceOf(backend, view), byteLengthOf(view)), byteOffset: 0 };
+}
+
 /**
  * @param placed name of a parameter that lies on a device
  * @throws TypeError where the host cannot be what the options ask of it
@@ -100,4 +117,16 @@ export function refuseHost(
       "webgpu.recreate needs a base that can be read again; this host holds the active task's weights",
     );
   }
+}
+
+/** Starts again where the device was lost: on another one of the system's, or on the one that the caller makes. */
+export function restarting<Started>(
+  start: (how: BackendOptions) => Promise<Started>,
+  options: BackendOptions,
+): () => Promise<Started> {
+  const { device: _lost, recreate, ...gpu } = options.webgpu || {};
+  return async () => {
+    const device = typeof recreate === "function" ? { device: await recreate() } : {};
+    return start({ ...options, backend: "webgpu", webgpu: { ...gpu, ...device } });
+  };
 }

@@ -50,21 +50,6 @@ export function prepareFold(
   };
 }
 
-/** The passing weights from a device, which is waited for before a host changes; undefined on a backend of the CPU. */
-export async function fetchFolded({
-  bench,
-  slots,
-  passing,
-  weight,
-}: Fold): Promise<Map<number, Uint8Array> | undefined> {
-  const { backend } = bench;
-  if (!backend.read) return undefined;
-  const fetched = new Map<number, Uint8Array>();
-  for (const index of passing) fetched.set(index, await backend.read(weight(index), slots[index]!.weight.byteLength));
-  await backend.finish();
-  return fetched;
-}
-
 /**
  * Passing weights and other parameters into the host: all of them or, where one fails, none. Without a pause between weights
  * where the host makes none.

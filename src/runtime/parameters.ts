@@ -98,6 +98,12 @@ export class Parameters {
     return this.#pristine.get(name);
   }
 
+  /** The values of a parameter of the active task. */
+  values(name: string): Float32Array | undefined {
+    const view = this.active.get(name)?.view;
+    return view && viewValues(view);
+  }
+
   get pristineBytes(): number {
     let bytes = 0;
     for (const { data } of this.#pristine.values()) bytes += data.length;

@@ -7,13 +7,13 @@
 
 import { checkOptions, nearest } from "../arguments.ts";
 import type { DeviceHandle } from "../backends/backend.ts";
-import { byteLengthOf, type CpuView, onDevice, type View, viewValues, type WeightHost } from "../base/host.ts";
+import { type CpuView, onDevice, type View, type WeightHost } from "../base/host.ts";
 import type { Locator } from "../base/locate.ts";
 import { BackendError } from "../errors.ts";
 import type { Pack } from "../pack/pack.ts";
 import type { Term } from "../tensor/term.ts";
 import type { Applied } from "./apply.ts";
-import { fetchFolded, prepareFold, writeFolded } from "./fold.ts";
+import { prepareFold, writeFolded } from "./fold.ts";
 import type { Parameters, Replacement } from "./parameters.ts";
 import { type MemoryReport, memoryReport, type SwitchReport } from "./report.ts";
 import { copySelection, loadParts, refuseMagnitudes, type Selection, type SwitchOptions } from "./selection.ts";
@@ -263,7 +263,7 @@ export class Runtime {
     for (const [name, { added }] of this.#active)
       parameters.set(name, added ? null : this.#parameters!.pristine(name)!);
     for (const [name, { view }] of replacements) parameters.set(name, view);
-    const fetched = await fetchFolded(fold);
+    const fetched = this.#bench.backend.read && (await (await import("./device-host.ts")).fetchFolded(fold));
     await writeFolded(fold, fetched, host.begin(), parameters);
   }
 
@@ -319,11 +319,8 @@ export class Runtime {
    */
   async readWeight(name: string): Promise<CpuView> {
     const view = this.weight(name);
-    const { data, byteOffset } = view;
-    if (!onDevice(data)) return { ...view, data };
-    const { backend } = this.#bench;
-    const bytes = await backend.read!({ block: backend.adopt!(data), byteOffset }, byteLengthOf(view));
-    return { ...view, data: bytes, byteOffset: 0 };
+    if (!onDevice(view.data)) return view as CpuView;
+    return (await import("./device-host.ts")).fetchView(this.#bench.backend, view);
   }
 
   /**
@@ -337,11 +334,11 @@ export class Runtime {
     const index = this.#indexOf(name);
     const { in: inputs, out } = this.pack.modules[index]!;
     const found = this.#parts.locator.names.find(`${name}.bias`);
-    const bias = this.#active.get("name" in found ? found.name : `${name}.bias`)?.view;
+    const bias = this.#parameters?.values("name" in found ? found.name : `${name}.bias`);
     const term = this.#unfolded.get(index);
     if (!bias) return term;
     const none = { rank: 1, A: new Float32Array(inputs), Bt: new Float32Array(out) };
-    return { ...(term ?? none), bias: viewValues(bias) };
+    return { ...(term ?? none), bias };
   }
 
   /** Of a module, where its term stands beside the weight. */

@@ -7,7 +7,8 @@ import { FormatError } from "../../errors.ts";
 import { crc32c } from "../../format/crc32c.ts";
 import { MAGIC, TASK_FILE_MAGIC } from "../../format/format.ts";
 import { Value } from "../../format/messagepack.ts";
-import { openSource, type SourceInput } from "../../source.ts";
+import { openSource } from "../../open-source.ts";
+import type { SourceInput } from "../../source.ts";
 import { openSafetensors, type SafetensorsFile } from "../../tensor/safetensors.ts";
 import { type SafetensorsEntry, writeSafetensors } from "../../tensor/safetensors-writer.ts";
 

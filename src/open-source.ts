@@ -1,0 +1,58 @@
+/**
+ * Sources of bytes from whatever names or holds them.
+ */
+import { openPath } from "#platform";
+import { described } from "./arguments.ts";
+import { type ByteSource, checkRange, type FetchOptions, type SourceInput } from "./source.ts";
+
+/**
+ * Makes a source of whatever names or holds bytes. URLs are not contacted before the first read.
+ * @throws TypeError when `input` is none of the accepted kinds
+ * @throws SourceError when a path cannot be opened
+ */
+export async function openSource(input: SourceInput, options: FetchOptions = {}): Promise<ByteSource> {
+  if (input instanceof ArrayBuffer || input instanceof Uint8Array) {
+    // A plain view: Node's Buffer is a Uint8Array whose `slice` does not copy.
+    const bytes =
+      input instanceof ArrayBuffer
+        ? new Uint8Array(input)
+        : new Uint8Array(input.buffer, input.byteOffset, input.byteLength);
+    const name = input instanceof ArrayBuffer ? "ArrayBuffer" : "Uint8Array";
+    return localSource(name, bytes.length, (start, end) => bytes.subarray(start, end));
+  }
+  if (typeof Blob !== "undefined" && input instanceof Blob) {
+    const get = async (start: number, end: number) => new Uint8Array(await input.slice(start, end).arrayBuffer());
+    return localSource((input as Partial<File>).name ?? "Blob", input.size, get);
+  }
+  if (typeof input === "string" || input instanceof URL) {
+    const text = String(input);
+    if (!/^(https?|blob|data):/i.test(text) && openPath) return openPath(text);
+    const base = (globalThis as { location?: { href: string } }).location?.href;
+    if (!URL.canParse(text, base))
+      throw new TypeError(`openSource: "${text}" is not a URL, and there are no files here`);
+    // Apps that have the bytes, a Blob or a file do without.
+    const { UrlSource } = await import("./url-source.ts");
+    return new UrlSource(new URL(text, base).href, options);
+  }
+  if (typeof (input as ByteSource | undefined)?.read === "function") return input as ByteSource;
+  throw new TypeError(`openSource: expected a path, URL, Blob, ArrayBuffer or ByteSource, got ${described(input)}`);
+}
+
+/** @param get exactly the bytes of a range that was checked */
+function localSource(
+  name: string,
+  byteLength: number,
+  get: (start: number, end: number) => Uint8Array | Promise<Uint8Array>,
+): ByteSource {
+  return {
+    name,
+    byteLength,
+    async read(offset, length, options) {
+      options?.signal?.throwIfAborted();
+      checkRange(name, offset, length, byteLength);
+      const bytes = await get(offset, offset + length);
+      options?.signal?.throwIfAborted();
+      return bytes;
+    },
+  };
+}
