@@ -4,17 +4,15 @@
  */
 /// <reference types="@webgpu/types" />
 
-import { byteLengthOf, type DeviceTensor, type View } from "../src/base/host.ts";
+import { byteLengthOf, type CpuView, type DeviceTensor, viewValues } from "../src/base/host.ts";
 import { BackendError, BaseMismatchError } from "../src/errors.ts";
 import { onnxHost } from "../src/onnx/host.ts";
 import type { ModelFile } from "../src/onnx/read.ts";
 import { createRuntime } from "../src/runtime/create.ts";
-import { viewBytes } from "../src/runtime/mixed.ts";
 import { copySelection, type Selection } from "../src/runtime/selection.ts";
 import type { FoldedInput } from "../src/session/fold.ts";
 import type { ProbeReport } from "../src/session/probe.ts";
 import type { InputValue } from "../src/session/values.ts";
-import { decodeTensor } from "../src/tensor/dtypes.ts";
 import { bufferTensor, inTurn, type Ort, type OrtTensor, type Session } from "./ort.ts";
 import { type Carrier, createSession, type Parts, probeRun, providersOf, toFeeds } from "./ort-carrier.ts";
 import { deviceOf, whileAlive } from "./ort-device.ts";
@@ -112,13 +110,12 @@ async function place(
   const host = onnxHost(file);
   const layouts = new Map([...host.list()].map(({ name, layout }) => [name, layout]));
   for (const { name, dtype, shape } of fed) {
-    const view = await host.read(name);
+    const view = (await host.read(name)) as CpuView;
     const count = shape.reduce((a, b) => a * b, 1);
     // Whole vectors of four words, which kernels of onnxruntime read.
     const bytes = new Uint8Array(Math.max(16, Math.ceil((count * (dtype === "f32" ? 4 : 2)) / 16) * 16));
-    const stored = viewBytes(view as View & { data: Uint8Array });
-    if (dtype === view.dtype) bytes.set(stored.subarray(0, byteLengthOf(view)));
-    else decodeTensor(view.dtype, stored, 1, count, new Float32Array(bytes.buffer));
+    if (dtype === view.dtype) bytes.set(view.data.subarray(view.byteOffset, view.byteOffset + byteLengthOf(view)));
+    else viewValues(view, new Float32Array(bytes.buffer));
     const buffer = device.createBuffer({ label: `eigenlora ${name}`, size: bytes.length, usage: USAGE });
     const layout = layouts.get(name);
     tensors.set(name, { dtype, shape, buffer, ...(layout ? { layout } : {}) });

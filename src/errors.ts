@@ -18,6 +18,9 @@ export abstract class EigenLoraError extends Error {
 /** An adapter cannot be represented as a canonical adapter. Fix the file named, or convert it as the message says. */
 export class AdapterError extends EigenLoraError {
   readonly tag = "adapter";
+  override get name(): string {
+    return "AdapterError";
+  }
   /** Path or name of the offending file. */
   declare readonly file: string;
   /** The tensor or configuration field at fault, where there is one. */
@@ -31,6 +34,9 @@ export class AdapterError extends EigenLoraError {
 /** Bytes are not what their format says: truncated, damaged, lying or of an unknown version. Fetch or pack again. */
 export class FormatError extends EigenLoraError {
   readonly tag = "format";
+  override get name(): string {
+    return "FormatError";
+  }
   /** Name of the source that was read. */
   declare readonly file: string;
   /** The part of the file at fault: "window", "directory", "bases", "task sst2", … */
@@ -44,6 +50,9 @@ export class FormatError extends EigenLoraError {
 /** Bytes could not be read: network, disk, a server that ignores ranges, a file that changed. Usually worth a retry. */
 export class SourceError extends EigenLoraError {
   readonly tag = "source";
+  override get name(): string {
+    return "SourceError";
+  }
   /** Name of the source: path or URL. */
   declare readonly file: string;
   /** HTTP status, where the source is a URL that answered. */
@@ -57,6 +66,9 @@ export class SourceError extends EigenLoraError {
 /** Pack and base model do not belong together: a module is missing, ambiguous, of another shape or of another model. */
 export class BaseMismatchError extends EigenLoraError {
   readonly tag = "base";
+  override get name(): string {
+    return "BaseMismatchError";
+  }
   /** The adapted module at fault. */
   declare readonly module: string;
   declare readonly expected?: unknown;
@@ -75,6 +87,9 @@ export class BaseMismatchError extends EigenLoraError {
 /** A task cannot be used as asked: unknown id, duplicate id, a blend its kind does not allow. The active task stays. */
 export class TaskError extends EigenLoraError {
   readonly tag = "task";
+  override get name(): string {
+    return "TaskError";
+  }
   declare readonly task: string;
   /** Ids of the tasks most like the one asked for, nearest first. */
   declare readonly nearest?: readonly string[];
@@ -87,6 +102,9 @@ export class TaskError extends EigenLoraError {
 /** No backend could start, or the one in use failed. `reasons` says what each one tried said. */
 export class BackendError extends EigenLoraError {
   readonly tag = "backend";
+  override get name(): string {
+    return "BackendError";
+  }
   declare readonly backend: string;
   declare readonly reasons: readonly string[];
 

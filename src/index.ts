@@ -3,7 +3,16 @@
  */
 
 export type { DeviceBuffer, DeviceHandle } from "./backends/backend.ts";
-export type { BaseInput, DeviceTensor, Parameter, Tensor, Transaction, View, WeightHost } from "./base/host.ts";
+export type {
+  BaseInput,
+  CpuView,
+  DeviceTensor,
+  Parameter,
+  Tensor,
+  Transaction,
+  View,
+  WeightHost,
+} from "./base/host.ts";
 export {
   AdapterError,
   BackendError,
@@ -16,14 +25,10 @@ export {
 export type { Layout, PackModule, TaskMetadata } from "./format/format.ts";
 export { type OpenOptions, openPack, Pack, type TaskInfo } from "./pack/pack.ts";
 export { createRuntime, type RuntimeOptions } from "./runtime/create.ts";
-export {
-  type MemoryReport,
-  Runtime,
-  type SwitchOptions,
-  type SwitchReport,
-  type Term,
-} from "./runtime/runtime.ts";
-export type { Selection } from "./runtime/selection.ts";
+export type { MemoryReport, SwitchReport } from "./runtime/report.ts";
+export { type ApplyOptions, type ModuleTerm, Runtime, type RuntimeSwitchReport } from "./runtime/runtime.ts";
+export type { Selection, SwitchOptions } from "./runtime/selection.ts";
 export type { ByteSource, FetchOptions, ReadOptions, SourceInput } from "./source.ts";
 export type { Dtype, FloatDtype } from "./tensor/dtypes.ts";
+export type { Term } from "./tensor/term.ts";
 export { VERSION } from "./version.ts";

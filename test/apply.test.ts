@@ -103,12 +103,11 @@ t.test("the active task, a blend and strengths: what the terms say", async (t) =
     const term = runtime.term(name);
     const expected = new Float64Array(6 * out);
     if (term) {
-      const [A, B] = [term.A, term.B].map(({ data }) => new Float32Array((data as Uint8Array).slice().buffer));
-      const rank = term.A.shape[0]!;
+      const { rank, A, Bt } = term;
       const delta = new Float64Array(out * inputs);
       for (let o = 0; o < out; o++)
         for (let k = 0; k < rank; k++)
-          for (let i = 0; i < inputs; i++) delta[o * inputs + i]! += B![o * rank + k]! * A![k * inputs + i]!;
+          for (let i = 0; i < inputs; i++) delta[o * inputs + i]! += Bt[k * out + o]! * A[k * inputs + i]!;
       addTerm(expected, x, delta, out, inputs, 0, 6);
     }
     t.ok(relativeDifference(y, expected) <= 2e-6, JSON.stringify(selection));

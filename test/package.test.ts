@@ -12,11 +12,11 @@ const manifest = JSON.parse(await readFile(new URL("../package.json", import.met
 const BUDGET = { js: 20_000, wasm: 10_000 };
 
 /**
- * Loaded only when they are used: the kernels, the readers of safetensors and task files, the other backends, the
- * unfolded modes, weights on a device, blended heads and biases.
+ * Loaded only when they are used: the kernels, the kinds of bases, the reader of task files, the other backends, the
+ * unfolded modes, weights on a device, parameters beside the terms.
  */
 const LAZY =
-  /^#wasm\/|\/safetensors\.js$|\/task-file\.js$|\/js\.js$|\/webgpu\.js$|\/unfold\.js$|\/device-host\.js$|\/apply\.js$|\/mixed\.js$/;
+  /^#wasm\/|\/(safetensors-host|memory-host|fingerprint|task-file|js|webgpu|unfold|device-host|apply|parameters)\.js$/;
 
 /** The WebGPU half with its shaders, on top of what every app loads. */
 const WEBGPU_BUDGET = 12_000;

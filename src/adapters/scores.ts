@@ -2,7 +2,7 @@
  * What adapters are worth beside their own heads: the paper leaves out those that add little to it. The scores are measured by
  * whoever has test rows; this reads them and parts the adapters.
  */
-import { nearest } from "../base/names.ts";
+import { nearest } from "../arguments.ts";
 import { AdapterError } from "../errors.ts";
 import type { Adapter } from "./adapter.ts";
 

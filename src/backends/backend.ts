@@ -40,57 +40,67 @@ export interface Slice {
   readonly byteOffset: number;
 }
 
+/** The beginning of a block, or a place in it. */
+export function at(block: Block, byteOffset = 0): Slice {
+  return { block, byteOffset };
+}
+
+/** The place that many bytes behind another. */
+export function after({ block, byteOffset }: Slice, bytes: number): Slice {
+  return { block, byteOffset: byteOffset + bytes };
+}
+
 /** out[i, :] = Σ_k coefficients[i, k] · basis[k, :], for i < rank and k < rows. */
 export interface ExpandJob {
   /** f32 [rank, width]; overwritten, or added to. */
-  out: Slice;
+  readonly out: Slice;
   /** Whether the sums are added to what `out` holds. */
-  add?: boolean | undefined;
+  readonly add?: boolean | undefined;
   /** f32 [rank, rows]. A mean is the basis' last row with coefficient 1. */
-  coefficients: Slice;
+  readonly coefficients: Slice;
   /** One encoded tensor [rows, width] (`dtypes.ts`): scales first where the type has them, then rows of packed values. */
-  basis: Slice;
-  dtype: Dtype;
-  rank: number;
-  rows: number;
-  width: number;
+  readonly basis: Slice;
+  readonly dtype: Dtype;
+  readonly rank: number;
+  readonly rows: number;
+  readonly width: number;
 }
 
 /** out[i, k] = Σ_j x[i, j] · basis[k, j], for i < count, k < rows and j < width. */
 export interface ProjectJob {
   /** f32 [count, rows]; overwritten. */
-  out: Slice;
+  readonly out: Slice;
   /** f32 [count, width]. */
-  x: Slice;
+  readonly x: Slice;
   /** One encoded tensor [rows, width], as in `ExpandJob`. */
-  basis: Slice;
-  dtype: Dtype;
-  count: number;
-  rows: number;
-  width: number;
+  readonly basis: Slice;
+  readonly dtype: Dtype;
+  readonly count: number;
+  readonly rows: number;
+  readonly width: number;
 }
 
 /** weight[i, j] = (base[i, j] + Σ_k left[k, i] · right[k, j]) · rowScale[i] · columnScale[j], computed in f32, rounded once. */
 export interface FoldJob {
   /** [rows, columns] of `type`, rows `stride` elements apart. May be exactly `base`; must not overlap it otherwise. */
-  out: Slice;
+  readonly out: Slice;
   /** [rows, columns] of `type`, rows `stride` elements apart. */
-  base: Slice;
-  dtype: FloatDtype;
-  rows: number;
-  columns: number;
+  readonly base: Slice;
+  readonly dtype: FloatDtype;
+  readonly rows: number;
+  readonly columns: number;
   /** Elements from one row to the next, ≥ columns. */
-  stride: number;
+  readonly stride: number;
   /** f32 [rank, rows]. */
-  left: Slice;
+  readonly left: Slice;
   /** f32 [rank, columns]. */
-  right: Slice;
+  readonly right: Slice;
   /** ≥ 0; 0 copies base to out (times the scales). */
-  rank: number;
+  readonly rank: number;
   /** f32 [rows]; absent: ones. */
-  rowScale?: Slice | undefined;
+  readonly rowScale?: Slice | undefined;
   /** f32 [columns]; absent: ones. */
-  columnScale?: Slice | undefined;
+  readonly columnScale?: Slice | undefined;
 }
 
 /**
@@ -99,13 +109,13 @@ export interface FoldJob {
  */
 export interface ScaleJob extends Omit<FoldJob, "out" | "rowScale" | "columnScale"> {
   /** f32 [rows] or [columns]. */
-  out: Slice;
+  readonly out: Slice;
   /** f32, as long as `out`. */
-  magnitude: Slice;
-  axis: "rows" | "columns";
+  readonly magnitude: Slice;
+  readonly axis: "rows" | "columns";
 }
 
-/** One way to hold and compute weights. Made by `createBackend`; freed by `dispose`. */
+/** One way to hold and compute weights. Made by `createBackend`; freed by `close`. */
 export interface Backend {
   readonly name: "js" | "wasm" | "webgpu";
   /** Which build runs: "scalar", "simd", "relaxed-simd"; for js "js"; for webgpu the adapter's name. */
@@ -132,7 +142,7 @@ export interface Backend {
   /** Resolves when all operations so far have taken effect. CPU backends return nothing. */
   finish(): Promise<void> | void;
   /** Live bytes by owner, and `reserved`: bytes held beyond them (allocator slack, wasm pages of code and stack). */
-  memory(): Record<Owner, number> & { reserved: number };
+  memory(): Record<Owner | "reserved", number>;
   /** What it computes on. CPU backends do not have it. */
   readonly device?: DeviceHandle;
   /** Resolves, with the reason, when the backend's device is lost: its memory is gone. CPU backends do not have it. */

@@ -2,7 +2,7 @@
  * The argument checks of every backend. A job that passes reads and writes inside its blocks only; what it computes is
  * the backend's business. Sizes are checked as doubles: a product too large to be exact is too large for any block.
  */
-import { DTYPES, type Dtype, rowBytes, tensorBytes } from "../tensor/dtypes.ts";
+import { DTYPES, type Dtype, type FloatDtype, rowBytes, tensorBytes } from "../tensor/dtypes.ts";
 import type { ExpandJob, FoldJob, ProjectJob, ScaleJob, Slice } from "./backend.ts";
 
 /** Counts are 32-bit in the kernels. */
@@ -30,89 +30,84 @@ export function checkSlice(name: string, slice: Slice, byteLength: number, align
   }
 }
 
+/** Bytes that a job reads or writes. */
+type Range = readonly [name: string, slice: Slice | undefined, byteLength: number, align?: number];
+
 /** @throws RangeError naming the count or slice at fault; TypeError for an unknown type */
 export function checkExpand({ dtype, rank, rows, width, out, coefficients, basis }: ExpandJob): void {
-  checkProducts(dtype, { rank, rows, width }, out, rank * width, "coefficients", coefficients, rank * rows, basis);
+  checkJob(dtype, DTYPES, { rank, rows, width }, out, 4 * rank * width, 4, [
+    ["coefficients", coefficients, 4 * rank * rows],
+    ["basis", basis, tensorBytes(dtype, rows, width)],
+  ]);
 }
 
 /** @throws RangeError naming the count or slice at fault; TypeError for an unknown type */
 export function checkProject({ dtype, count, rows, width, out, x, basis }: ProjectJob): void {
-  checkProducts(dtype, { count, rows, width }, out, count * rows, "x", x, count * width, basis);
-}
-
-/** Products of f32 numbers with a tensor [rows, width]. */
-function checkProducts(
-  type: Dtype,
-  counts: { rows: number; width: number } & Record<string, number>,
-  out: Slice,
-  outLength: number,
-  numbersName: string,
-  numbers: Slice,
-  numbersLength: number,
-  basis: Slice,
-): void {
-  checkType(type, DTYPES);
-  for (const [name, count] of Object.entries(counts)) checkCount(name, count);
-  checkSlice("out", out, 4 * outLength, 4);
-  for (const [name, slice, bytes] of [
-    [numbersName, numbers, 4 * numbersLength],
-    ["basis", basis, tensorBytes(type, counts.rows, counts.width)],
-  ] as const) {
-    checkSlice(name, slice, bytes, 4);
-    checkApart("out", out, 4 * outLength, name, slice, bytes);
-  }
+  checkJob(dtype, DTYPES, { count, rows, width }, out, 4 * count * rows, 4, [
+    ["x", x, 4 * count * width],
+    ["basis", basis, tensorBytes(dtype, rows, width)],
+  ]);
 }
 
 /** @throws RangeError naming the count or slice at fault; TypeError for an unknown type */
 export function checkFold(job: FoldJob): void {
-  const weight = checkProduct(job);
-  const { out, base } = job;
-  checkSlice("out", out, weight, rowBytes(job.dtype, 1));
-  if (out.block !== base.block || out.byteOffset !== base.byteOffset) {
-    checkApart("out", out, weight, "base", base, weight);
-  }
-  checkApart("out", out, weight, "left", job.left, 4 * job.rank * job.rows);
-  checkApart("out", out, weight, "right", job.right, 4 * job.rank * job.columns);
-  for (const [name, scale, count] of [
-    ["rowScale", job.rowScale, job.rows],
-    ["columnScale", job.columnScale, job.columns],
-  ] as const) {
-    if (scale === undefined) continue;
-    checkSlice(name, scale, 4 * count, 4);
-    checkApart("out", out, weight, name, scale, 4 * count);
-  }
+  const { dtype, rows, columns, stride, out, base, rowScale, columnScale } = job;
+  const bytes = weightBytes(dtype, rows, columns, stride);
+  const scales: Range[] = [
+    ["rowScale", rowScale, 4 * rows],
+    ["columnScale", columnScale, 4 * columns],
+  ];
+  const inPlace = out.byteOffset === base.byteOffset ? base : undefined;
+  checkProduct(job, out, bytes, rowBytes(dtype, 1), scales, inPlace);
 }
 
 /** @throws RangeError naming the count or slice at fault; TypeError for an unknown type */
 export function checkScale(job: ScaleJob): void {
-  const weight = checkProduct(job);
   const bytes = 4 * (job.axis === "rows" ? job.rows : job.columns);
-  checkSlice("out", job.out, bytes, 4);
-  checkSlice("magnitude", job.magnitude, bytes, 4);
-  checkApart("out", job.out, bytes, "magnitude", job.magnitude, bytes);
-  checkApart("out", job.out, bytes, "base", job.base, weight);
-  checkApart("out", job.out, bytes, "left", job.left, 4 * job.rank * job.rows);
-  checkApart("out", job.out, bytes, "right", job.right, 4 * job.rank * job.columns);
+  checkProduct(job, job.out, bytes, 4, [["magnitude", job.magnitude, bytes]]);
 }
 
-/** What fold and scale share. Returns the bytes from the first to the last element of a weight, rows' gaps included. */
-function checkProduct(job: Omit<FoldJob, "out">): number {
-  checkType(job.dtype, FLOAT_TYPES);
-  checkCount("rank", job.rank);
-  checkCount("rows", job.rows);
-  checkCount("columns", job.columns);
-  checkCount("stride", job.stride);
-  if (job.stride < job.columns) throw new RangeError(`stride must be ≥ columns ${job.columns}, got ${job.stride}`);
-  const size = rowBytes(job.dtype, 1);
-  const weight = job.rows === 0 ? 0 : ((job.rows - 1) * job.stride + job.columns) * size;
-  checkSlice("base", job.base, weight, size);
-  checkSlice("left", job.left, 4 * job.rank * job.rows, 4);
-  checkSlice("right", job.right, 4 * job.rank * job.columns, 4);
-  return weight;
+/** What fold and scale share. @param inPlace an input that may be the result's very place */
+function checkProduct(
+  { dtype, rank, rows, columns, stride, base, left, right }: Omit<FoldJob, "out">,
+  out: Slice,
+  outBytes: number,
+  outAlign: number,
+  others: readonly Range[],
+  inPlace?: Slice,
+): void {
+  const inputs: Range[] = [
+    ["base", base, weightBytes(dtype, rows, columns, stride), rowBytes(dtype, 1)],
+    ["left", left, 4 * rank * rows],
+    ["right", right, 4 * rank * columns],
+    ...others,
+  ];
+  checkJob(dtype, FLOAT_TYPES, { rank, rows, columns, stride }, out, outBytes, outAlign, inputs, inPlace);
+  if (stride < columns) throw new RangeError(`stride must be ≥ columns ${columns}, got ${stride}`);
 }
 
-function checkType(type: Dtype, allowed: readonly Dtype[]): void {
-  if (!allowed.includes(type)) throw new TypeError(`type must be one of ${allowed.join(", ")}, got ${String(type)}`);
+/** From the first to the last element of a weight, rows' gaps included. */
+function weightBytes(dtype: FloatDtype, rows: number, columns: number, stride: number): number {
+  return rows === 0 ? 0 : ((rows - 1) * stride + columns) * rowBytes(dtype, 1);
+}
+
+function checkJob(
+  dtype: Dtype,
+  allowed: readonly Dtype[],
+  counts: Readonly<Record<string, number>>,
+  out: Slice,
+  outBytes: number,
+  outAlign: number,
+  inputs: readonly Range[],
+  inPlace?: Slice,
+): void {
+  if (!allowed.includes(dtype)) throw new TypeError(`type must be one of ${allowed.join(", ")}, got ${String(dtype)}`);
+  for (const [name, count] of Object.entries(counts)) checkCount(name, count);
+  for (const [name, slice, byteLength, align = 4] of inputs) if (slice) checkSlice(name, slice, byteLength, align);
+  checkSlice("out", out, outBytes, outAlign);
+  for (const [name, slice, byteLength] of inputs) {
+    if (slice && slice !== inPlace) checkApart("out", out, outBytes, name, slice, byteLength);
+  }
 }
 
 /** @throws RangeError when a result would overwrite what it is computed from */

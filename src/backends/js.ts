@@ -7,7 +7,6 @@
 import { BackendError } from "../errors.ts";
 import {
   bf16ToF32,
-  type Dtype,
   decodeTensor,
   type FloatDtype,
   f16ToF32,
@@ -15,170 +14,132 @@ import {
   f32ToF16,
   tensorBytes,
 } from "../tensor/dtypes.ts";
-import type { Backend, Block, ExpandJob, FoldJob, Owner, ProjectJob, ScaleJob, Slice } from "./backend.ts";
-import { checkApart, checkCount, checkExpand, checkFold, checkProject, checkScale, checkSlice } from "./checks.ts";
+import type { Backend, ExpandJob, FoldJob, Owner, ProjectJob, ScaleJob, Slice } from "./backend.ts";
+import { checkCount, checkExpand, checkFold, checkProject, checkScale } from "./checks.ts";
+import { CpuBackend } from "./cpu.ts";
 
 const { fround } = Math;
 
-interface JsBlock extends Block {
-  readonly buffer: ArrayBuffer;
-  readonly owner: Owner;
-}
-
 /** A backend whose blocks are `ArrayBuffer`s. Operations run when called. */
 export function createJsBackend(): Backend {
-  const blocks = new Map<Block, JsBlock>();
-  // The basis at work, decoded. Kept, so that a switch allocates nothing once the largest was seen.
-  let decoded = new Float32Array(0);
+  return new JsBackend();
+}
 
-  function decode(type: Dtype, basis: Slice, rows: number, width: number): Float32Array {
-    const encoded = bytes("basis", basis, tensorBytes(type, rows, width));
-    if (decoded.length < rows * width) decoded = new Float32Array(rows * width);
-    decodeTensor(type, encoded, rows, width, decoded);
-    return decoded;
+class JsBackend extends CpuBackend<ArrayBuffer> {
+  readonly name = "js";
+  readonly variant = "js";
+  /** The basis at work, decoded. Kept, so that a switch allocates nothing once the largest was seen. */
+  #decoded = new Float32Array(0);
+
+  protected claim(byteLength: number, owner: Owner): ArrayBuffer {
+    checkCount("byteLength", byteLength, Number.MAX_SAFE_INTEGER);
+    try {
+      return new ArrayBuffer(byteLength);
+    } catch (cause) {
+      throw new BackendError(`js: no memory for ${byteLength} bytes (${owner})`, { backend: "js", cause });
+    }
   }
 
-  function held(name: string, slice: Slice): ArrayBuffer {
-    const block = blocks.get(slice.block);
-    if (block === undefined) throw new TypeError(`${name}.block is not held by this backend; was it freed?`);
-    return block.buffer;
+  protected release(): void {}
+
+  protected bytesAt(place: ArrayBuffer, byteOffset: number, byteLength: number): Uint8Array {
+    return new Uint8Array(place, byteOffset, byteLength);
   }
 
-  function bytes(name: string, slice: Slice, byteLength: number): Uint8Array {
-    const buffer = held(name, slice);
-    checkSlice(name, slice, byteLength);
-    return new Uint8Array(buffer, slice.byteOffset, byteLength);
+  protected beyond(): number {
+    return this.#decoded.byteLength;
   }
 
-  function floats(name: string, slice: Slice, length: number): Float32Array {
-    return new Float32Array(held(name, slice), slice.byteOffset, length);
+  override close(): void {
+    super.close();
+    this.#decoded = new Float32Array(0);
   }
 
-  function product(job: Omit<FoldJob, "out">): Product {
-    const { rank, rows, columns } = job;
+  #decode({ dtype, basis, rows, width }: ExpandJob | ProjectJob): Float32Array {
+    const encoded = this.bytes("basis", basis, tensorBytes(dtype, rows, width));
+    if (this.#decoded.length < rows * width) this.#decoded = new Float32Array(rows * width);
+    return decodeTensor(dtype, encoded, rows, width, this.#decoded);
+  }
+
+  #floats(name: string, slice: Slice, length: number): Float32Array {
+    return new Float32Array(this.place(name, slice), slice.byteOffset, length);
+  }
+
+  #elements(name: "base" | "out", slice: Slice, job: Omit<FoldJob, "out">): Elements {
+    return elements(job.dtype, this.place(name, slice), slice.byteOffset, job);
+  }
+
+  #product(job: Omit<FoldJob, "out">): Product {
+    const { rank, rows, columns, stride } = job;
     return {
-      base: elements(job.dtype, held("base", job.base), job.base.byteOffset, job),
-      left: floats("left", job.left, rank * rows),
-      right: floats("right", job.right, rank * columns),
-      rank,
-      rows,
-      columns,
-      stride: job.stride,
+      ...{ rank, rows, columns, stride, base: this.#elements("base", job.base, job) },
+      left: this.#floats("left", job.left, rank * rows),
+      right: this.#floats("right", job.right, rank * columns),
     };
   }
 
-  return {
-    name: "js",
-    variant: "js",
+  expand(job: ExpandJob): void {
+    checkExpand(job);
+    const { rank, rows, width } = job;
+    const out = this.#floats("out", job.out, rank * width);
+    const coefficients = this.#floats("coefficients", job.coefficients, rank * rows);
+    const basis = this.#decode(job);
+    const before = job.add ? out.slice() : undefined;
+    out.fill(0);
+    for (let i = 0; i < rank; i++) {
+      addProduct(out.subarray(i * width, (i + 1) * width), coefficients, i * rows, 1, basis, rows);
+    }
+    // Last, so that a small sum is made at its own magnitude.
+    before?.forEach((value, i) => (out[i]! += value));
+  }
 
-    allocate(byteLength: number, owner: Owner): Block {
-      checkCount("byteLength", byteLength, Number.MAX_SAFE_INTEGER);
-      let buffer: ArrayBuffer;
-      try {
-        buffer = new ArrayBuffer(byteLength);
-      } catch (cause) {
-        throw new BackendError(`js: no memory for ${byteLength} bytes (${owner})`, { backend: "js", cause });
+  project(job: ProjectJob): void {
+    checkProject(job);
+    const { count, rows, width } = job;
+    const out = this.#floats("out", job.out, count * rows);
+    const x = this.#floats("x", job.x, count * width);
+    const basis = this.#decode(job);
+    for (let i = 0; i < count; i++) {
+      for (let k = 0; k < rows; k++) {
+        let sum = 0;
+        for (let j = 0; j < width; j++) sum += x[i * width + j]! * basis[k * width + j]!;
+        out[i * rows + k] = sum;
       }
-      const block: JsBlock = { byteLength, buffer, owner };
-      blocks.set(block, block);
-      return block;
-    },
+    }
+  }
 
-    free(block: Block): void {
-      blocks.delete(block);
-    },
+  fold(job: FoldJob): void {
+    checkFold(job);
+    const { rows, columns, stride, rowScale, columnScale } = job;
+    const from = this.#product(job);
+    const out = this.#elements("out", job.out, job);
+    const scaleOfRow = rowScale && this.#floats("rowScale", rowScale, rows);
+    const scaleOfColumn = columnScale && this.#floats("columnScale", columnScale, columns);
+    if (job.rank === 0 && !scaleOfRow && !scaleOfColumn) {
+      const source = from.base.raw;
+      for (let at = 0; at < rows * stride; at += stride) out.raw.set(source.subarray(at, at + columns), at);
+      return;
+    }
+    forEachRow(from, (row, i) => {
+      if (scaleOfRow) for (let j = 0; j < columns; j++) row[j]! *= scaleOfRow[i]!;
+      if (scaleOfColumn) for (let j = 0; j < columns; j++) row[j]! *= scaleOfColumn[j]!;
+      out.write(i * stride, row);
+    });
+  }
 
-    upload(to: Slice, source: Uint8Array): void {
-      bytes("to", to, source.byteLength).set(source);
-    },
-
-    copy(from: Slice, to: Slice, byteLength: number): void {
-      const source = bytes("from", from, byteLength);
-      const target = bytes("to", to, byteLength);
-      checkApart("to", to, byteLength, "from", from, byteLength);
-      target.set(source);
-    },
-
-    view(at: Slice, byteLength: number): Uint8Array {
-      return bytes("at", at, byteLength);
-    },
-
-    expand(job: ExpandJob): void {
-      checkExpand(job);
-      const { rank, rows, width } = job;
-      const out = floats("out", job.out, rank * width);
-      const coefficients = floats("coefficients", job.coefficients, rank * rows);
-      const basis = decode(job.dtype, job.basis, rows, width);
-      const before = job.add ? out.slice() : undefined;
-      out.fill(0);
-      for (let i = 0; i < rank; i++) {
-        addProduct(out.subarray(i * width, (i + 1) * width), coefficients, i * rows, 1, basis, rows);
-      }
-      // Last, so that a small sum is made at its own magnitude.
-      before?.forEach((value, i) => (out[i]! += value));
-    },
-
-    project(job: ProjectJob): void {
-      checkProject(job);
-      const { count, rows, width } = job;
-      const out = floats("out", job.out, count * rows);
-      const x = floats("x", job.x, count * width);
-      const basis = decode(job.dtype, job.basis, rows, width);
-      for (let i = 0; i < count; i++) {
-        for (let k = 0; k < rows; k++) {
-          let sum = 0;
-          for (let j = 0; j < width; j++) sum += x[i * width + j]! * basis[k * width + j]!;
-          out[i * rows + k] = sum;
-        }
-      }
-    },
-
-    fold(job: FoldJob): void {
-      checkFold(job);
-      const { rows, columns, stride, rowScale, columnScale } = job;
-      const from = product(job);
-      const out = elements(job.dtype, held("out", job.out), job.out.byteOffset, job);
-      const scaleOfRow = rowScale && floats("rowScale", rowScale, rows);
-      const scaleOfColumn = columnScale && floats("columnScale", columnScale, columns);
-      if (job.rank === 0 && !scaleOfRow && !scaleOfColumn) {
-        const source = from.base.raw;
-        for (let at = 0; at < rows * stride; at += stride) out.raw.set(source.subarray(at, at + columns), at);
-        return;
-      }
-      forEachRow(from, (row, i) => {
-        if (scaleOfRow) for (let j = 0; j < columns; j++) row[j]! *= scaleOfRow[i]!;
-        if (scaleOfColumn) for (let j = 0; j < columns; j++) row[j]! *= scaleOfColumn[j]!;
-        out.write(i * stride, row);
-      });
-    },
-
-    scale(job: ScaleJob): void {
-      checkScale(job);
-      const { rows, columns } = job;
-      const byRow = job.axis === "rows";
-      const length = byRow ? rows : columns;
-      const magnitude = floats("magnitude", job.magnitude, length);
-      const out = floats("out", job.out, length);
-      const sums = new Float64Array(length);
-      forEachRow(product(job), (row, i) => {
-        for (let j = 0; j < columns; j++) sums[byRow ? i : j]! += row[j]! * row[j]!;
-      });
-      for (let i = 0; i < length; i++) out[i] = sums[i] === 0 ? 0 : magnitude[i]! / Math.sqrt(sums[i]!);
-    },
-
-    finish(): void {},
-
-    memory(): Record<Owner, number> & { reserved: number } {
-      const total = { basis: 0, coefficients: 0, pristine: 0, active: 0, scratch: 0, reserved: decoded.byteLength };
-      for (const { owner, byteLength } of blocks.values()) total[owner] += byteLength;
-      return total;
-    },
-
-    close(): void {
-      blocks.clear();
-      decoded = new Float32Array(0);
-    },
-  };
+  scale(job: ScaleJob): void {
+    checkScale(job);
+    const { rows, columns } = job;
+    const byRow = job.axis === "rows";
+    const length = byRow ? rows : columns;
+    const magnitude = this.#floats("magnitude", job.magnitude, length);
+    const out = this.#floats("out", job.out, length);
+    const sums = new Float64Array(length);
+    forEachRow(this.#product(job), (row, i) => {
+      for (let j = 0; j < columns; j++) sums[byRow ? i : j]! += row[j]! * row[j]!;
+    });
+    for (let i = 0; i < length; i++) out[i] = sums[i] === 0 ? 0 : magnitude[i]! / Math.sqrt(sums[i]!);
+  }
 }
 
 /** The elements of a weight, as numbers and as they lie in memory. */
@@ -189,21 +150,17 @@ interface Elements {
 }
 
 /** base + leftᵀ·right, still to be computed. */
-interface Product {
-  base: Elements;
-  left: Float32Array;
-  right: Float32Array;
-  rank: number;
-  rows: number;
-  columns: number;
-  stride: number;
+interface Product extends Pick<FoldJob, "rank" | "rows" | "columns" | "stride"> {
+  readonly base: Elements;
+  readonly left: Float32Array;
+  readonly right: Float32Array;
 }
 
 function elements(
   type: FloatDtype,
   buffer: ArrayBuffer,
   byteOffset: number,
-  { rows, columns, stride }: { rows: number; columns: number; stride: number },
+  { rows, columns, stride }: Pick<FoldJob, "rows" | "columns" | "stride">,
 ): Elements {
   const length = rows === 0 ? 0 : (rows - 1) * stride + columns;
   if (type === "f32") {

@@ -1,6 +1,7 @@
 /**
  * Picks a backend. Each arrives by dynamic import, so that an app loads the one it runs.
  */
+import { checkChoice } from "../arguments.ts";
 import type { Backend, DeviceHandle } from "./backend.ts";
 
 export interface BackendOptions {
@@ -8,28 +9,28 @@ export interface BackendOptions {
    * "auto" tries webgpu, then wasm, then js. It takes a GPU that is one, and only where results stay there: not for weights in
    * the CPU's memory, nor for terms that are handed out.
    */
-  backend?: "auto" | "webgpu" | "wasm" | "js" | undefined;
+  readonly backend?: "auto" | "webgpu" | "wasm" | "js" | undefined;
   /** `false`: "auto" leaves WebGPU out, so that weights are always in the CPU's memory. */
   webgpu?:
     | false
     | {
         /** The WebGPU device to use, for instance the one that the model runs on. Without one, the system's is requested. */
-        device?: DeviceHandle | undefined;
+        readonly device?: DeviceHandle | undefined;
         /**
          * What to do when the device is lost: get a new one, the system's or the one that the function makes, and bring the
          * active task back.
          */
-        recreate?: boolean | (() => Promise<DeviceHandle>);
+        readonly recreate?: boolean | (() => Promise<DeviceHandle>);
         /** Milliseconds to wait for the device before it counts as lost; 60 000 unless given. */
-        timeout?: number;
+        readonly timeout?: number;
       }
     | undefined;
   wasm?:
     | {
         /** Instead of the best build that this engine validates. */
-        variant?: "scalar" | "simd" | "relaxed-simd";
+        readonly variant?: "scalar" | "simd" | "relaxed-simd";
         /** A precompiled build, for engines that do not compile at run time (`eigenlora/wasm/simd.wasm`). */
-        module?: WebAssembly.Module;
+        readonly module?: WebAssembly.Module;
       }
     | undefined;
 }
@@ -54,9 +55,7 @@ export async function createBackend(
   onCpu?: string,
 ): Promise<{ backend: Backend; passedOver: string[] }> {
   const { backend = "auto", webgpu } = options;
-  if (backend !== "auto" && !Object.hasOwn(BACKENDS, backend)) {
-    throw new RangeError(`backend: expected "auto", "webgpu", "wasm" or "js", got ${JSON.stringify(backend)}`);
-  }
+  checkChoice("backend", backend, ["auto", "webgpu", "wasm", "js"]);
   if (backend !== "auto") return { backend: await BACKENDS[backend](options), passedOver: [] };
   const why = webgpu === false ? "left out" : webgpu?.device ? undefined : onCpu;
   const passedOver: string[] = why === undefined ? [] : [`webgpu: ${why}`];

@@ -5,8 +5,9 @@
 
 import { BackendError } from "../errors.ts";
 import { DTYPES, type Dtype } from "../tensor/dtypes.ts";
-import type { Backend, Block, ExpandJob, FoldJob, Owner, ProjectJob, ScaleJob, Slice } from "./backend.ts";
-import { checkApart, checkCount, checkExpand, checkFold, checkProject, checkScale, checkSlice } from "./checks.ts";
+import type { Backend, ExpandJob, FoldJob, Owner, ProjectJob, ScaleJob, Slice } from "./backend.ts";
+import { checkCount, checkExpand, checkFold, checkProject, checkScale } from "./checks.ts";
+import { CpuBackend } from "./cpu.ts";
 import { createHeap, type Heap } from "./wasm-memory.ts";
 
 /** The builds, best last; a build's index is the value of its export `variant`. */
@@ -15,12 +16,12 @@ export type WasmVariant = (typeof WASM_VARIANTS)[number];
 
 export interface WasmOptions {
   /** Insist on one build. Default: the best that this engine accepts. */
-  variant?: WasmVariant;
+  readonly variant?: WasmVariant;
   /**
    * One of the package's `wasm/*.wasm`, compiled by the caller, for engines that refuse to compile bytes at run time
    * (workerd: `import module from "eigenlora/wasm/simd.wasm"`).
    */
-  module?: WebAssembly.Module;
+  readonly module?: WebAssembly.Module;
 }
 
 /** Exports of `assembly/exports.ts`. Addresses and counts are 32-bit, unsigned; 0 stands for an absent address. */
@@ -69,10 +70,10 @@ type ScaleKernel = (
 
 /** A build at work on its memory. */
 export interface Instance<Kernels> {
-  variant: WasmVariant;
-  kernels: Kernels;
-  memory: WebAssembly.Memory;
-  heap: Heap;
+  readonly variant: WasmVariant;
+  readonly kernels: Kernels;
+  readonly memory: WebAssembly.Memory;
+  readonly heap: Heap;
 }
 
 /** The kernels keep tables and panels in the first page (`assembly/layout.ts`); blocks begin after it. */
@@ -94,136 +95,83 @@ const BINARIES: Binaries<WasmVariant> = {
  * @throws BackendError when the engine has no WebAssembly, refuses the variant asked for, or refuses the module
  */
 export async function createWasmBackend(options: WasmOptions = {}): Promise<Backend> {
-  const instance = await instantiate<WasmKernels, WasmVariant>(BINARIES, options);
-  const { variant, kernels, memory, heap } = instance;
-  const blocks = new Map<Block, { address: number; owner: Owner }>();
-
-  function address(name: string, slice: Slice): number {
-    const block = blocks.get(slice.block);
-    if (block === undefined) throw new TypeError(`${name}.block is not held by this backend; was it freed?`);
-    return block.address + slice.byteOffset;
-  }
-
-  function bytes(name: string, slice: Slice, byteLength: number): Uint8Array {
-    checkSlice(name, slice, byteLength);
-    return new Uint8Array(memory.buffer, address(name, slice), byteLength);
-  }
-
-  return {
-    name: "wasm",
-    variant,
-
-    allocate(byteLength: number, owner: Owner): Block {
-      const start = claim(instance, byteLength, owner);
-      const block: Block = { byteLength };
-      blocks.set(block, { address: start, owner });
-      return block;
-    },
-
-    free(block: Block): void {
-      const held = blocks.get(block);
-      if (held === undefined) return;
-      blocks.delete(block);
-      heap.free(held.address, block.byteLength);
-    },
-
-    upload(to: Slice, source: Uint8Array): void {
-      bytes("to", to, source.byteLength).set(source);
-    },
-
-    copy(from: Slice, to: Slice, byteLength: number): void {
-      const source = bytes("from", from, byteLength);
-      const target = bytes("to", to, byteLength);
-      checkApart("to", to, byteLength, "from", from, byteLength);
-      target.set(source);
-    },
-
-    view(at: Slice, byteLength: number): Uint8Array {
-      return bytes("at", at, byteLength);
-    },
-
-    expand(job: ExpandJob): void {
-      checkExpand(job);
-      kernels.expand(
-        code(job.dtype),
-        address("out", job.out),
-        address("coefficients", job.coefficients),
-        address("basis", job.basis),
-        job.rank,
-        job.rows,
-        job.width,
-        job.add ? 1 : 0,
-      );
-    },
-
-    project(job: ProjectJob): void {
-      checkProject(job);
-      kernels.project(
-        code(job.dtype),
-        address("out", job.out),
-        address("x", job.x),
-        address("basis", job.basis),
-        job.count,
-        job.rows,
-        job.width,
-      );
-    },
-
-    fold(job: FoldJob): void {
-      checkFold(job);
-      kernels.fold(
-        code(job.dtype),
-        address("out", job.out),
-        address("base", job.base),
-        job.stride,
-        job.rows,
-        job.columns,
-        address("left", job.left),
-        address("right", job.right),
-        job.rank,
-        job.rowScale ? address("rowScale", job.rowScale) : 0,
-        job.columnScale ? address("columnScale", job.columnScale) : 0,
-      );
-    },
-
-    scale(job: ScaleJob): void {
-      checkScale(job);
-      const kernel = job.axis === "rows" ? kernels.scaleRows : kernels.scaleColumns;
-      kernel(
-        code(job.dtype),
-        address("out", job.out),
-        address("magnitude", job.magnitude),
-        address("base", job.base),
-        job.stride,
-        job.rows,
-        job.columns,
-        address("left", job.left),
-        address("right", job.right),
-        job.rank,
-      );
-    },
-
-    finish(): void {},
-
-    memory(): Record<Owner, number> & { reserved: number } {
-      const reserved = memory.buffer.byteLength;
-      const total = { basis: 0, coefficients: 0, pristine: 0, active: 0, scratch: 0, reserved };
-      for (const [{ byteLength }, { owner }] of blocks) {
-        total[owner] += byteLength;
-        total.reserved -= byteLength;
-      }
-      return total;
-    },
-
-    close(): void {
-      for (const [block, held] of blocks) heap.free(held.address, block.byteLength);
-      blocks.clear();
-    },
-  };
+  return new WasmBackend(await instantiate<WasmKernels, WasmVariant>(BINARIES, options));
 }
 
-function code(type: Dtype): number {
-  return DTYPES.indexOf(type);
+class WasmBackend extends CpuBackend<number> {
+  readonly name = "wasm";
+  readonly variant: WasmVariant;
+  readonly #instance: Instance<WasmKernels>;
+
+  constructor(instance: Instance<WasmKernels>) {
+    super();
+    this.variant = instance.variant;
+    this.#instance = instance;
+  }
+
+  protected claim(byteLength: number, owner: Owner): number {
+    return claim(this.#instance, byteLength, owner);
+  }
+
+  protected release(address: number, byteLength: number): void {
+    this.#instance.heap.free(address, byteLength);
+  }
+
+  protected bytesAt(address: number, byteOffset: number, byteLength: number): Uint8Array {
+    return new Uint8Array(this.#instance.memory.buffer, address + byteOffset, byteLength);
+  }
+
+  protected beyond(blockBytes: number): number {
+    return this.#instance.memory.buffer.byteLength - blockBytes;
+  }
+
+  /** Addresses of a job's slices; 0 for one that is absent. */
+  #at<Job, const Names extends readonly (keyof Job & string)[]>(
+    job: Job,
+    ...names: Names
+  ): { -readonly [I in keyof Names]: number } {
+    return names.map((name) => {
+      const slice = job[name] as Slice | undefined;
+      return slice ? this.place(name, slice) + slice.byteOffset : 0;
+    }) as { -readonly [I in keyof Names]: number };
+  }
+
+  expand(job: ExpandJob): void {
+    checkExpand(job);
+    const { rank, rows, width, add } = job;
+    const places = this.#at(job, "out", "coefficients", "basis");
+    this.#instance.kernels.expand(code(job), ...places, rank, rows, width, add ? 1 : 0);
+  }
+
+  project(job: ProjectJob): void {
+    checkProject(job);
+    const { count, rows, width } = job;
+    this.#instance.kernels.project(code(job), ...this.#at(job, "out", "x", "basis"), count, rows, width);
+  }
+
+  fold(job: FoldJob): void {
+    checkFold(job);
+    const { stride, rows, columns, rank } = job;
+    const [out, base, left, right, rowScale, columnScale] = this.#at(
+      job,
+      ...(["out", "base", "left", "right", "rowScale", "columnScale"] as const),
+    );
+    const { fold } = this.#instance.kernels;
+    fold(code(job), out, base, stride, rows, columns, left, right, rank, rowScale, columnScale);
+  }
+
+  scale(job: ScaleJob): void {
+    checkScale(job);
+    const { stride, rows, columns, rank, axis } = job;
+    const places = this.#at(job, "out", "magnitude", "base");
+    const { scaleRows, scaleColumns } = this.#instance.kernels;
+    const kernel = axis === "rows" ? scaleRows : scaleColumns;
+    kernel(code(job), ...places, stride, rows, columns, ...this.#at(job, "left", "right"), rank);
+  }
+}
+
+function code({ dtype }: { readonly dtype: Dtype }): number {
+  return DTYPES.indexOf(dtype);
 }
 
 /** Address of `byteLength` zeroed bytes. @throws BackendError when there are none */

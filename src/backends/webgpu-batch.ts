@@ -10,24 +10,24 @@ import type { Recorder } from "./webgpu-recorder.ts";
 
 /** A job of kernels/components.wgsl: `count` rows of numbers and a tensor [rows, width] make `out`. */
 export interface BatchJob {
-  entry: "expand" | "project";
-  dtype: Dtype;
-  count: number;
-  rows: number;
-  width: number;
-  out: Range;
+  readonly entry: "expand" | "project";
+  readonly dtype: Dtype;
+  readonly count: number;
+  readonly rows: number;
+  readonly width: number;
+  readonly out: Range;
   /** Coefficients of expand, x of project. */
-  numbers: Range;
-  basis: Range;
-  add?: boolean | undefined;
-  workgroups: number;
+  readonly numbers: Range;
+  readonly basis: Range;
+  readonly add?: boolean | undefined;
+  readonly workgroups: number;
 }
 
 /** Bytes of a slice, and what they are called in errors. */
 export interface Range {
-  name: string;
-  slice: Slice;
-  byteLength: number;
+  readonly name: string;
+  readonly slice: Slice;
+  readonly byteLength: number;
 }
 
 const ROLES = ["out", "numbers", "basis"] as const;

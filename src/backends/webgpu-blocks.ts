@@ -12,16 +12,16 @@ import type { Binding, Held, Recorder } from "./webgpu-recorder.ts";
 
 /** What a kernel sees of a slice: a binding, and the slice's first byte in it. */
 export interface Bound {
-  binding: Binding;
-  at: number;
+  readonly binding: Binding;
+  readonly at: number;
 }
 
 export interface Limits {
   /** Most bytes that a kernel sees of one buffer. */
-  bindingBytes: number;
+  readonly bindingBytes: number;
   /** Of a binding's first byte. */
-  alignment: number;
-  bufferBytes: number;
+  readonly alignment: number;
+  readonly bufferBytes: number;
 }
 
 /** What kernels and copies need of a buffer: COPY_SRC, COPY_DST and STORAGE of GPUBufferUsage. */
@@ -127,7 +127,7 @@ export class Blocks {
   }
 
   /** Live bytes by owner; the caller's buffers are not counted. */
-  memory(): Record<Owner, number> & { reserved: number } {
+  memory(): Record<Owner | "reserved", number> {
     const total = { basis: 0, coefficients: 0, pristine: 0, active: 0, scratch: 0, reserved: this.#recorder.reserved };
     for (const [{ byteLength }, { owner }] of this.#held) {
       if (owner === undefined) continue;
@@ -137,7 +137,7 @@ export class Blocks {
     return total;
   }
 
-  dispose(): void {
+  close(): void {
     for (const { buffer, owner } of this.#held.values()) if (owner !== undefined) buffer.destroy();
     this.#held.clear();
     this.#byBuffer.clear();

@@ -11,17 +11,17 @@ const ADVICE = "Make a new runtime, or let it come back by itself with webgpu: {
 
 export interface DeviceOptions {
   /** The device to compute on, which stays the caller's. Absent: one is requested, and destroyed by `close`. */
-  device?: DeviceHandle | undefined;
+  readonly device?: DeviceHandle | undefined;
   /** Refuse an adapter that computes on the CPU. */
-  hardware?: boolean | undefined;
+  readonly hardware?: boolean | undefined;
   /** Milliseconds to wait for the device, each time; 60 000 unless given. */
-  timeout?: number | undefined;
+  readonly timeout?: number | undefined;
 }
 
 export interface OpenDevice {
-  device: DeviceHandle;
+  readonly device: DeviceHandle;
   /** Of the adapter, for people. */
-  description: string;
+  readonly description: string;
   /** Ends the device, if it was asked for here. */
   close(): void;
 }

@@ -16,36 +16,36 @@ export interface Held {
 
 /** The part of a buffer that a kernel sees. */
 export interface Binding {
-  held: Held;
-  offset: number;
-  size: number;
+  readonly held: Held;
+  readonly offset: number;
+  readonly size: number;
 }
 
 export interface Dispatch {
-  shader: keyof typeof shaders;
-  entry: string;
+  readonly shader: keyof typeof shaders;
+  readonly entry: string;
   /** The shader's FORMAT, where it has one. */
-  format?: number;
+  readonly format?: number;
   /** By binding, from 1. */
-  bindings: readonly Binding[];
+  readonly bindings: readonly Binding[];
   /** The shader's `Job`, or several of them in a row: 32-bit words. */
-  job: readonly number[];
+  readonly job: readonly number[];
   /** Workgroups. */
-  count: number;
+  readonly count: number;
 }
 
 interface Prepared {
-  pipeline: GPUComputePipeline;
-  group: GPUBindGroup;
-  slot: Slot;
-  ids: readonly number[];
+  readonly pipeline: GPUComputePipeline;
+  readonly group: GPUBindGroup;
+  readonly slot: Slot;
+  readonly ids: readonly number[];
 }
 
 /** Where a job lies: in a buffer that many share, or, if it is long, in one of its own. */
 interface Slot {
-  buffer: GPUBuffer;
-  offset: number;
-  own: boolean;
+  readonly buffer: GPUBuffer;
+  readonly offset: number;
+  readonly own: boolean;
 }
 
 /** Bytes of a slot, the alignment of bindings; slots of a buffer. */
@@ -280,7 +280,7 @@ export class Recorder {
   }
 
   /** Drops what is recorded and frees the jobs; other buffers are the caller's to free. */
-  dispose(): void {
+  close(): void {
     this.#encoder = this.#pass = undefined;
     this.#waiting.clear();
     for (const { buffer } of this.#temporaries) buffer.destroy();

@@ -3,17 +3,29 @@
  * at once. Blocks are buffers of their own; what crosses the bus is what is uploaded and read.
  */
 /// <reference types="@webgpu/types" />
-import { align4, DTYPES, type Dtype, rowBytes, tensorBytes } from "../tensor/dtypes.ts";
-import type { Backend, DeviceBuffer, ExpandJob, FoldJob, ProjectJob, ScaleJob, Slice } from "./backend.ts";
+import { align4, DTYPES, rowBytes, tensorBytes } from "../tensor/dtypes.ts";
+import {
+  after,
+  type Backend,
+  type Block,
+  type DeviceBuffer,
+  type DeviceHandle,
+  type ExpandJob,
+  type FoldJob,
+  type Owner,
+  type ProjectJob,
+  type ScaleJob,
+  type Slice,
+} from "./backend.ts";
 import { checkApart, checkExpand, checkFold, checkProject, checkScale, checkSlice } from "./checks.ts";
 import { Batch } from "./webgpu-batch.ts";
 import { Blocks, type Bound } from "./webgpu-blocks.ts";
 import { type DeviceOptions, openDevice } from "./webgpu-device.ts";
-import { createRecorder } from "./webgpu-recorder.ts";
+import { createRecorder, type Recorder } from "./webgpu-recorder.ts";
 
 export interface WebgpuOptions extends DeviceOptions {
   /** Most bytes that a kernel sees of one buffer, if less than the device allows: larger weights are folded in parts. */
-  bindingBytes?: number;
+  readonly bindingBytes?: number;
 }
 
 /** Of the kernels: columns or words of a workgroup; rows of a fold's tile; rows of an expansion or projection; columns of a norm. */
@@ -27,24 +39,96 @@ const ACROSS = 16;
  * @throws BackendError when there is no WebGPU, no adapter, no device, or a shader is refused
  */
 export async function createWebgpuBackend(options: WebgpuOptions = {}): Promise<Backend> {
-  const { device, description, close } = await openDevice(options);
-  const { limits } = device as GPUDevice;
-  const bindingBytes = Math.min(options.bindingBytes ?? Infinity, limits.maxStorageBufferBindingSize);
-  const alignment = limits.minStorageBufferOffsetAlignment;
-  const recorder = await createRecorder(device, options.timeout);
-  const blocks = new Blocks(recorder, { bindingBytes, alignment, bufferBytes: limits.maxBufferSize });
-  const batch = new Batch(recorder, blocks);
-  const bind: Blocks["bind"] = (...of) => blocks.bind(...of);
+  const opened = await openDevice(options);
+  return new WebgpuBackend(opened, await createRecorder(opened.device, options.timeout), options.bindingBytes);
+}
+
+class WebgpuBackend implements Backend {
+  readonly name = "webgpu";
+  readonly variant: string;
+  readonly device: DeviceHandle;
+  readonly lost: Promise<Error>;
+  readonly #recorder: Recorder;
+  readonly #blocks: Blocks;
+  readonly #batch: Batch;
+  /** Most bytes that a kernel sees of a buffer, and what offsets of bindings are multiples of. */
+  readonly #bindingBytes: number;
+  readonly #alignment: number;
+  readonly #closeDevice: () => void;
+
+  constructor(
+    { device, description, close }: Awaited<ReturnType<typeof openDevice>>,
+    recorder: Recorder,
+    bindingBytes = Infinity,
+  ) {
+    const { limits } = device as GPUDevice;
+    this.variant = description;
+    this.device = device;
+    this.lost = recorder.lost;
+    this.#recorder = recorder;
+    this.#bindingBytes = Math.min(bindingBytes, limits.maxStorageBufferBindingSize);
+    this.#alignment = limits.minStorageBufferOffsetAlignment;
+    this.#closeDevice = close;
+    this.#blocks = new Blocks(recorder, {
+      ...{ bindingBytes: this.#bindingBytes, alignment: this.#alignment, bufferBytes: limits.maxBufferSize },
+    });
+    this.#batch = new Batch(recorder, this.#blocks);
+  }
+
+  allocate(byteLength: number, owner: Owner): Block {
+    return this.#blocks.allocate(byteLength, owner);
+  }
+
+  adopt(buffer: DeviceBuffer): Block {
+    return this.#blocks.adopt(buffer);
+  }
+
+  free(block: Block): void {
+    this.#batch.flush();
+    this.#blocks.free(block);
+  }
+
+  upload(to: Slice, bytes: Uint8Array): void {
+    const target = this.#blocks.held("to", to);
+    checkSlice("to", to, bytes.byteLength);
+    if (bytes.byteLength === 0) return;
+    this.#batch.flush();
+    if (wordwise(to, bytes.byteLength)) return this.#recorder.write(target, to.byteOffset, bytes);
+    for (const [start, length] of this.#pieces(bytes.byteLength)) {
+      const size = align4(length);
+      const source = this.#recorder.temporary(size);
+      this.#recorder.write(source, 0, bytes.subarray(start, start + length));
+      const from = { binding: { held: source, offset: 0, size }, at: 0 };
+      this.#copyBytes(from, this.#blocks.bind("to", after(to, start), length), length);
+    }
+  }
+
+  copy(from: Slice, to: Slice, byteLength: number): void {
+    const source = this.#blocks.held("from", from);
+    const target = this.#blocks.held("to", to);
+    checkSlice("from", from, byteLength);
+    checkSlice("to", to, byteLength);
+    checkApart("to", to, byteLength, "from", from, byteLength);
+    if (byteLength === 0) return;
+    this.#batch.flush();
+    if (from.byteOffset % 4 === 0 && from.block !== to.block && wordwise(to, byteLength)) {
+      return this.#recorder.copy(source, from.byteOffset, target, to.byteOffset, align4(byteLength));
+    }
+    for (const [start, length] of this.#pieces(byteLength)) {
+      const bound = this.#blocks.bind("from", after(from, start), length, to);
+      this.#copyBytes(bound, this.#blocks.bind("to", after(to, start), length), length);
+    }
+  }
 
   /** Ranges of `byteLength` bytes, each as long as a binding allows wherever it begins. */
-  function pieces(byteLength: number): [start: number, length: number][] {
-    const most = bindingBytes - alignment - 8;
+  #pieces(byteLength: number): [start: number, length: number][] {
+    const most = this.#bindingBytes - this.#alignment - 8;
     const starts = Array.from({ length: Math.ceil(byteLength / most) }, (_, i) => i * most);
     return starts.map((start) => [start, Math.min(most, byteLength - start)]);
   }
 
-  function copyBytes(from: Bound, to: Bound, byteLength: number): void {
-    recorder.dispatch({
+  #copyBytes(from: Bound, to: Bound, byteLength: number): void {
+    this.#recorder.dispatch({
       shader: "copy",
       entry: "copy",
       bindings: [to.binding, from.binding],
@@ -53,31 +137,76 @@ export async function createWebgpuBackend(options: WebgpuOptions = {}): Promise<
     });
   }
 
-  /** Whether bytes can be written by whole words: up to a word's end, or into the padding at the block's. */
-  function wordwise({ byteOffset, block }: Slice, byteLength: number): boolean {
-    return byteOffset % 4 === 0 && (byteLength % 4 === 0 || byteOffset + byteLength === block.byteLength);
+  async read(at: Slice, byteLength: number): Promise<Uint8Array<ArrayBuffer>> {
+    const source = this.#blocks.held("at", at);
+    checkSlice("at", at, byteLength);
+    this.#batch.flush();
+    return this.#recorder.read(source, at.byteOffset, byteLength);
   }
 
-  function foldRows(job: FoldJob, first: number, end: number): void {
+  expand(job: ExpandJob): void {
+    checkExpand(job);
+    const { dtype, rank, rows, width, add } = job;
+    if (rank === 0 || width === 0) return;
+    this.#batch.add({
+      ...{ entry: "expand", dtype, count: rank, rows, width, add },
+      out: { name: "out", slice: job.out, byteLength: 4 * rank * width },
+      numbers: { name: "coefficients", slice: job.coefficients, byteLength: 4 * rank * rows },
+      basis: { name: "basis", slice: job.basis, byteLength: tensorBytes(dtype, rows, width) },
+      workgroups: Math.ceil(width / LANES) * Math.ceil(rank / ROWS),
+    });
+  }
+
+  project(job: ProjectJob): void {
+    checkProject(job);
+    const { dtype, count, rows, width } = job;
+    if (count === 0 || rows === 0) return;
+    this.#batch.add({
+      ...{ entry: "project", dtype, count, rows, width },
+      out: { name: "out", slice: job.out, byteLength: 4 * count * rows },
+      numbers: { name: "x", slice: job.x, byteLength: 4 * count * width },
+      basis: { name: "basis", slice: job.basis, byteLength: tensorBytes(dtype, rows, width) },
+      workgroups: rows * Math.ceil(count / ROWS),
+    });
+  }
+
+  fold(job: FoldJob): void {
+    checkFold(job);
+    const { dtype, rows, columns, stride, rank, out, base } = job;
+    if (rows === 0 || columns === 0) return;
+    this.#batch.flush();
+    const rowSize = stride * rowBytes(dtype, 1);
+    if (rank === 0 && stride === columns && !job.rowScale && !job.columnScale) {
+      if (!samePlace(out, base)) this.copy(base, out, rows * rowSize);
+      return;
+    }
+    // An even number of rows, so that every part begins at the same half of a word; one row more is bound.
+    const most = 2 * Math.floor((this.#bindingBytes - this.#alignment - rowSize) / rowSize / 2);
+    const step = rows * rowSize + this.#alignment <= this.#bindingBytes ? rows : Math.max(2, most);
+    for (let first = 0; first < rows; first += step) this.#foldRows(job, first, Math.min(rows, first + step));
+  }
+
+  #foldRows(job: FoldJob, first: number, end: number): void {
     const { dtype, rows, columns, stride, rank, out, base, rowScale, columnScale } = job;
+    const bind: Blocks["bind"] = (...of) => this.#blocks.bind(...of);
     const size = rowBytes(dtype, 1);
     // The last word may hold the first element of one row more.
     const bytes = ((Math.min(end + 1, rows) - first - 1) * stride + columns) * size;
     const part = (slice: Slice): Slice => after(slice, first * stride * size);
-    const inPlace = out.block === base.block && out.byteOffset === base.byteOffset;
+    const inPlace = samePlace(out, base);
     const target = bind("out", part(out), bytes);
     const source = inPlace ? target : bind("base", part(base), bytes, out);
     const left = bind("left", job.left, 4 * rank * rows, out);
     const right = bind("right", job.right, 4 * rank * columns, out);
     const scaleOfRow = rowScale ? bind("rowScale", rowScale, 4 * rows, out) : left;
     const scaleOfColumn = columnScale ? bind("columnScale", columnScale, 4 * columns, out) : left;
-    const native = dtype === "f16" && recorder.has("fold_f16");
+    const native = dtype === "f16" && this.#recorder.has("fold_f16");
     const perWord = native ? 1 : 4 / size;
     const inputs = [left, right, scaleOfRow, scaleOfColumn, ...(inPlace ? [] : [source])];
-    recorder.dispatch({
+    this.#recorder.dispatch({
       shader: native ? "fold_f16" : "fold",
       entry: inPlace ? "fold_in_place" : "fold",
-      ...(native ? {} : { format: code(dtype) }),
+      ...(native ? {} : { format: DTYPES.indexOf(dtype) }),
       bindings: [target, ...inputs].map(({ binding }) => binding),
       job: [
         ...[rows, columns, stride, rank, first, end, target.at / size, source.at / size, left.at / 4, right.at / 4],
@@ -87,149 +216,58 @@ export async function createWebgpuBackend(options: WebgpuOptions = {}): Promise<
     });
   }
 
-  const backend: Backend = {
-    name: "webgpu",
-    variant: description,
+  scale(job: ScaleJob): void {
+    checkScale(job);
+    const { dtype, rows, columns, stride, rank, axis } = job;
+    const length = axis === "rows" ? rows : columns;
+    if (length === 0) return;
+    this.#batch.flush();
+    const size = rowBytes(dtype, 1);
+    const bind = (name: "base" | "left" | "right" | "magnitude", bytes: number): Bound =>
+      this.#blocks.bind(name, job[name], bytes, job.out);
+    const out = this.#blocks.bind("out", job.out, 4 * length);
+    const base = bind("base", rows === 0 ? 0 : ((rows - 1) * stride + columns) * size);
+    const [left, right] = [bind("left", 4 * rank * rows), bind("right", 4 * rank * columns)];
+    const magnitude = bind("magnitude", 4 * length);
+    this.#recorder.dispatch({
+      shader: "scale",
+      entry: `scale_${axis}`,
+      format: DTYPES.indexOf(dtype),
+      bindings: [out, left, right, magnitude, base].map(({ binding }) => binding),
+      job: [
+        ...[rows, columns, stride, rank],
+        ...[out.at / 4, base.at / size, left.at / 4, right.at / 4, magnitude.at / 4],
+      ],
+      count: axis === "rows" ? rows : Math.ceil(columns / ACROSS),
+    });
+  }
 
-    allocate: (byteLength, owner) => blocks.allocate(byteLength, owner),
-    adopt: (buffer: DeviceBuffer) => blocks.adopt(buffer),
+  submit(): void {
+    this.#batch.flush();
+    this.#recorder.submit();
+  }
 
-    free(block) {
-      batch.flush();
-      blocks.free(block);
-    },
+  async finish(): Promise<void> {
+    this.#batch.flush();
+    await this.#recorder.finish();
+  }
 
-    upload(to: Slice, bytes: Uint8Array): void {
-      const target = blocks.held("to", to);
-      checkSlice("to", to, bytes.byteLength);
-      if (bytes.byteLength === 0) return;
-      batch.flush();
-      if (wordwise(to, bytes.byteLength)) return recorder.write(target, to.byteOffset, bytes);
-      for (const [start, length] of pieces(bytes.byteLength)) {
-        const size = align4(length);
-        const source = recorder.temporary(size);
-        recorder.write(source, 0, bytes.subarray(start, start + length));
-        copyBytes({ binding: { held: source, offset: 0, size }, at: 0 }, bind("to", after(to, start), length), length);
-      }
-    },
+  memory(): Record<Owner | "reserved", number> {
+    return this.#blocks.memory();
+  }
 
-    copy(from: Slice, to: Slice, byteLength: number): void {
-      const source = blocks.held("from", from);
-      const target = blocks.held("to", to);
-      checkSlice("from", from, byteLength);
-      checkSlice("to", to, byteLength);
-      checkApart("to", to, byteLength, "from", from, byteLength);
-      if (byteLength === 0) return;
-      batch.flush();
-      if (from.byteOffset % 4 === 0 && from.block !== to.block && wordwise(to, byteLength)) {
-        return recorder.copy(source, from.byteOffset, target, to.byteOffset, align4(byteLength));
-      }
-      for (const [start, length] of pieces(byteLength)) {
-        copyBytes(bind("from", after(from, start), length, to), bind("to", after(to, start), length), length);
-      }
-    },
-
-    async read(at: Slice, byteLength: number): Promise<Uint8Array<ArrayBuffer>> {
-      const source = blocks.held("at", at);
-      checkSlice("at", at, byteLength);
-      batch.flush();
-      return recorder.read(source, at.byteOffset, byteLength);
-    },
-
-    expand(job: ExpandJob): void {
-      checkExpand(job);
-      const { dtype, rank, rows, width, add } = job;
-      if (rank === 0 || width === 0) return;
-      batch.add({
-        ...{ entry: "expand", dtype, count: rank, rows, width, add },
-        out: { name: "out", slice: job.out, byteLength: 4 * rank * width },
-        numbers: { name: "coefficients", slice: job.coefficients, byteLength: 4 * rank * rows },
-        basis: { name: "basis", slice: job.basis, byteLength: tensorBytes(dtype, rows, width) },
-        workgroups: Math.ceil(width / LANES) * Math.ceil(rank / ROWS),
-      });
-    },
-
-    project(job: ProjectJob): void {
-      checkProject(job);
-      const { dtype, count, rows, width } = job;
-      if (count === 0 || rows === 0) return;
-      batch.add({
-        ...{ entry: "project", dtype, count, rows, width },
-        out: { name: "out", slice: job.out, byteLength: 4 * count * rows },
-        numbers: { name: "x", slice: job.x, byteLength: 4 * count * width },
-        basis: { name: "basis", slice: job.basis, byteLength: tensorBytes(dtype, rows, width) },
-        workgroups: rows * Math.ceil(count / ROWS),
-      });
-    },
-
-    fold(job: FoldJob): void {
-      checkFold(job);
-      const { dtype, rows, columns, stride, rank, out, base } = job;
-      if (rows === 0 || columns === 0) return;
-      batch.flush();
-      const rowSize = stride * rowBytes(dtype, 1);
-      if (rank === 0 && stride === columns && !job.rowScale && !job.columnScale) {
-        if (out.block !== base.block || out.byteOffset !== base.byteOffset) backend.copy(base, out, rows * rowSize);
-        return;
-      }
-      // An even number of rows, so that every part begins at the same half of a word; one row more is bound.
-      const most = 2 * Math.floor((bindingBytes - alignment - rowSize) / rowSize / 2);
-      const step = rows * rowSize + alignment <= bindingBytes ? rows : Math.max(2, most);
-      for (let first = 0; first < rows; first += step) foldRows(job, first, Math.min(rows, first + step));
-    },
-
-    scale(job: ScaleJob): void {
-      checkScale(job);
-      const { dtype, rows, columns, stride, rank, axis } = job;
-      const length = axis === "rows" ? rows : columns;
-      if (length === 0) return;
-      batch.flush();
-      const size = rowBytes(dtype, 1);
-      const out = bind("out", job.out, 4 * length);
-      const base = bind("base", job.base, rows === 0 ? 0 : ((rows - 1) * stride + columns) * size, job.out);
-      const left = bind("left", job.left, 4 * rank * rows, job.out);
-      const right = bind("right", job.right, 4 * rank * columns, job.out);
-      const magnitude = bind("magnitude", job.magnitude, 4 * length, job.out);
-      recorder.dispatch({
-        shader: "scale",
-        entry: `scale_${axis}`,
-        format: code(dtype),
-        bindings: [out, left, right, magnitude, base].map(({ binding }) => binding),
-        job: [
-          ...[rows, columns, stride, rank],
-          ...[out.at / 4, base.at / size, left.at / 4, right.at / 4, magnitude.at / 4],
-        ],
-        count: axis === "rows" ? rows : Math.ceil(columns / ACROSS),
-      });
-    },
-
-    submit(): void {
-      batch.flush();
-      recorder.submit();
-    },
-
-    async finish(): Promise<void> {
-      batch.flush();
-      await recorder.finish();
-    },
-
-    memory: () => blocks.memory(),
-    device,
-    lost: recorder.lost,
-
-    close(): void {
-      recorder.dispose();
-      blocks.dispose();
-      close();
-    },
-  };
-  return backend;
+  close(): void {
+    this.#recorder.close();
+    this.#blocks.close();
+    this.#closeDevice();
+  }
 }
 
-function after({ block, byteOffset }: Slice, bytes: number): Slice {
-  return { block, byteOffset: byteOffset + bytes };
+/** Whether bytes can be written by whole words: up to a word's end, or into the padding at the block's. */
+function wordwise({ byteOffset, block }: Slice, byteLength: number): boolean {
+  return byteOffset % 4 === 0 && (byteLength % 4 === 0 || byteOffset + byteLength === block.byteLength);
 }
 
-function code(type: Dtype): number {
-  return DTYPES.indexOf(type);
+function samePlace(a: Slice, b: Slice): boolean {
+  return a.block === b.block && a.byteOffset === b.byteOffset;
 }

@@ -10,8 +10,8 @@ import { NameMatcher } from "./names.ts";
 /** A weight of the base that a module adapts. */
 export interface Located extends Parameter {
   /** Stored as [in, out]. */
-  transposed: boolean;
-  byteLength: number;
+  readonly transposed: boolean;
+  readonly byteLength: number;
 }
 
 /**
@@ -27,6 +27,38 @@ export function findWeight(names: NameMatcher, module: string, byHand?: Readonly
       `candidates: ${found.candidates.join(", ") || "none"}. If the names differ, map them with the option \`names\``,
     { module, candidates: found.candidates },
   );
+}
+
+/** @param transposed whether the weight is stored as [in, out] */
+export function shapeMismatch(
+  module: Pick<PackModule, "name" | "out" | "in">,
+  weight: string,
+  expected: readonly number[],
+  found: readonly number[],
+  transposed = false,
+): BaseMismatchError {
+  return new BaseMismatchError(
+    `the adapted module "${module.name}" is [out ${module.out}, in ${module.in}], but the base's "${weight}" is ` +
+      `[${found.join(", ")}]${transposed ? " (stored as [in, out])" : ""}: the adapters are of another model`,
+    { module: module.name, expected, found },
+  );
+}
+
+/**
+ * @param weights the base's name of each module's weight
+ * @throws BaseMismatchError when two modules match one weight
+ */
+export function refuseShared(modules: readonly Pick<PackModule, "name">[], weights: readonly string[]): void {
+  const owners = new Map<string, string>();
+  for (const [i, weight] of weights.entries()) {
+    const module = modules[i]!.name;
+    const other = owners.get(weight);
+    if (other !== undefined) {
+      const message = `the modules "${other}" and "${module}" both match the weight "${weight}"`;
+      throw new BaseMismatchError(`${message}; map one with the option \`names\``, { module, candidates: [weight] });
+    }
+    owners.set(weight, module);
+  }
 }
 
 /** The parameters of a host, found by an adapter's names. */
@@ -52,13 +84,7 @@ export class Locator {
     const transposed = layout === "in-out" || layout === "embedding";
     const matrix = [shape[0] ?? 0, shape.slice(1).reduce((a, b) => a * b, 1)];
     const expected = transposed ? [module.in, module.out] : [module.out, module.in];
-    if (!sameShape(expected, matrix)) {
-      throw new BaseMismatchError(
-        `the adapted module "${module.name}" is [out ${module.out}, in ${module.in}], but the base's "${weight}" is ` +
-          `[${shape.join(", ")}]${transposed ? " (stored as [in, out])" : ""}: the adapters are of another model`,
-        { module: module.name, expected, found: shape },
-      );
-    }
+    if (!sameShape(expected, matrix)) throw shapeMismatch(module, weight, expected, shape, transposed);
     return { ...parameter, transposed, byteLength: byteLengthOf(parameter) };
   }
 }

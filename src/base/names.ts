@@ -1,35 +1,7 @@
 /**
- * Names: which of many is nearest to a mistyped one, and which parameter of a base model an adapter's module means.
+ * Which parameter of a base model an adapter's module means.
  */
-
-/**
- * Up to three of `names` most like `name`, nearest first, by edit distance; none that differs in more than half.
- */
-export function nearest(name: string, names: Iterable<string>): string[] {
-  const scored: [number, string][] = [];
-  for (const other of names) {
-    const contains = other.includes(name) || name.includes(other);
-    const distance = contains ? Math.abs(other.length - name.length) / 4 : editDistance(name, other);
-    if (contains || distance <= Math.max(name.length, other.length) / 2) scored.push([distance, other]);
-  }
-  return scored
-    .sort((a, b) => a[0] - b[0] || (a[1] < b[1] ? -1 : 1))
-    .slice(0, 3)
-    .map(([, other]) => other);
-}
-
-function editDistance(a: string, b: string): number {
-  let row = Array.from({ length: b.length + 1 }, (_, j) => j);
-  for (let i = 1; i <= a.length; i++) {
-    const next = [i];
-    for (let j = 1; j <= b.length; j++) {
-      const change = row[j - 1]! + (a[i - 1] === b[j - 1] ? 0 : 1);
-      next.push(Math.min(change, row[j]! + 1, next[j - 1]! + 1));
-    }
-    row = next;
-  }
-  return row[b.length]!;
-}
+import { nearest } from "../arguments.ts";
 
 /**
  * Finds, for names of an adapter, the parameters of a base model they mean: by the longest common suffix of whole dotted

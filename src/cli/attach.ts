@@ -6,8 +6,8 @@
 import { existsSync } from "node:fs";
 import { mkdir } from "node:fs/promises";
 import { dirname, join, resolve } from "node:path";
+import { nearest } from "../arguments.ts";
 import { createBackend } from "../backends/select.ts";
-import { nearest } from "../base/names.ts";
 import { BaseMismatchError, FormatError, SourceError } from "../errors.ts";
 import type { TaskMetadata } from "../format/format.ts";
 import { type Grafted, graft, type TaskInput } from "../onnx/graft.ts";

@@ -2,7 +2,7 @@
  * Labelled texts from a file: JSON lines, or a table of two columns. Every line is checked, and a wrong one named.
  */
 import { readFile } from "node:fs/promises";
-import { nearest } from "../base/names.ts";
+import { nearest } from "../arguments.ts";
 import { SourceError } from "../errors.ts";
 
 export interface LabelledText {

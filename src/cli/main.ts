@@ -5,7 +5,7 @@
 import { spawnSync } from "node:child_process";
 import { existsSync } from "node:fs";
 import { fileURLToPath } from "node:url";
-import { nearest } from "../base/names.ts";
+import { nearest } from "../arguments.ts";
 import { EigenLoraError } from "../errors.ts";
 import { VERSION } from "../version.ts";
 import { addCommand } from "./add.ts";

@@ -4,7 +4,7 @@
 import { mkdir } from "node:fs/promises";
 import { join } from "node:path";
 import { peftFiles } from "../adapters/export.ts";
-import { safetensorsHost } from "../base/host.ts";
+import { safetensorsHost } from "../base/safetensors-host.ts";
 import { taskAdapter } from "../pack/expand.ts";
 import { openPack } from "../pack/pack.ts";
 import { createRuntime } from "../runtime/create.ts";

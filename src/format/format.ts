@@ -8,7 +8,7 @@ import { DTYPES, type Dtype, tensorBytes } from "../tensor/dtypes.ts";
 import { toHex } from "../tensor/hex.ts";
 import { crc32c } from "./crc32c.ts";
 import { align64, Fields } from "./fields.ts";
-import { decode, Value } from "./messagepack.ts";
+import { decode, type Value } from "./messagepack.ts";
 
 /** Bytes of the window: enough to plan the next read (SPEC.md, section 2). */
 export const WINDOW_BYTES = 1536;
@@ -267,7 +267,7 @@ export function parseDirectory(bytes: Uint8Array, superblock: Superblock, file: 
   const start = DIRECTORY_HEAD_BYTES + count * SECTION_ENTRY_BYTES;
   const basisBytes = bytes.subarray(start, start + basisLength);
   const basis = parseBasis(basisBytes, bases.length, file);
-  const root = new Value(decode(bytes.subarray(start + basisLength), file, "task list"), file, "task list", "tasks");
+  const root = decode(bytes.subarray(start + basisLength), file, "task list", "tasks");
   const blobs = sections.filter((s) => s.kind === SECTION_TASK);
   const list = root.array(1_048_576);
   f.check(
@@ -306,7 +306,7 @@ function checkTiling(f: Fields, sections: readonly Section[], superblock: Superb
 }
 
 function parseBasis(bytes: Uint8Array, basesLength: number, file: string): BasisDescription {
-  const root: Value = new Value(decode(bytes, file, "basis description"), file, "basis description", "basis");
+  const root: Value = decode(bytes, file, "basis description", "basis");
   let end = 0;
   const tensor = (dtype: Dtype, rows: number, width: number): TensorRef => {
     const byteOffset = Math.ceil(end / 16) * 16;

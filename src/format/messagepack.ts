@@ -10,13 +10,17 @@ export function check(condition: boolean, file: string, part: string, message: (
   if (!condition) throw new FormatError(message(), { file, part });
 }
 
-/** Decodes one value that fills `bytes` exactly; maps become `Map`s. @throws FormatError when it is malformed or not plain */
-export function decode(bytes: Uint8Array, file: string, part: string): unknown {
+/**
+ * Decodes one value that fills `bytes` exactly; maps become `Map`s.
+ * @param path what the value is called in errors
+ * @throws FormatError when it is malformed or not plain
+ */
+export function decode(bytes: Uint8Array, file: string, part: string, path: string): Value {
   const reader = new Reader(bytes);
   try {
     const value = reader.value(16);
     if (reader.at !== bytes.length) throw new RangeError(`${bytes.length - reader.at} bytes are left over`);
-    return value;
+    return new Value(value, file, part, path);
   } catch (cause) {
     throw new FormatError(`its MessagePack is malformed: ${(cause as Error).message}`, { file, part, cause });
   }
@@ -44,7 +48,7 @@ class Reader {
     if (code >= 0xe0) return code - 256;
     // From 0xcc on, and for lengths, the low bits of the code say how many bytes follow: 1, 2, 4, 8.
     if (code >= 0xcc && code <= 0xcf) return this.#number(1 << (code & 3));
-    if (code >= 0xd0 && code <= 0xd3) return this.#signed(1 << (code & 3));
+    if (code >= 0xd0 && code <= 0xd3) return this.#number(1 << (code & 3), true);
     if (code >= 0xd9 && code <= 0xdb) return this.#string(this.#number(1 << (code - 0xd9)));
     if (code >= 0xdc) {
       const items = this.#number(2 << (code & 1));
@@ -64,18 +68,11 @@ class Reader {
     return start;
   }
 
-  #number(width: number): number {
-    let value = 0;
-    for (let at = this.#skip(width), end = at + width; at < end; at++) value = value * 256 + this.#bytes[at]!;
-    return value;
-  }
-
-  #signed(width: number): number {
+  #number(width: number, signed = false): number {
     const start = this.#skip(width);
-    if (width === 1) return this.#view.getInt8(start);
-    if (width === 2) return this.#view.getInt16(start);
-    const high = this.#view.getInt32(start);
-    return width === 4 ? high : high * 2 ** 32 + this.#view.getUint32(start + 4);
+    let value = signed ? this.#view.getInt8(start) : this.#bytes[start]!;
+    for (let at = start + 1; at < start + width; at++) value = value * 256 + this.#bytes[at]!;
+    return value;
   }
 
   #string(length: number): string {
@@ -135,19 +132,30 @@ export class Value {
     });
   }
 
-  missing(index: number): Value {
-    return new Value(undefined, this.file, this.part, `${this.path}[${index}]`);
+  #part(value: unknown, key: string): Value {
+    return new Value(value, this.file, this.part, this.path + key);
+  }
+
+  /** Another value in the place of this one. */
+  of(value: unknown): Value {
+    return this.#part(value, "");
+  }
+
+  /** An array that may be longer or shorter than what is read of it: absent values where it ends. */
+  items(): (index: number) => Value {
+    const items = this.array(16);
+    return (index) => items[index] ?? this.#part(undefined, `[${index}]`);
   }
 
   get(key: string): Value {
     if (!(this.value instanceof Map)) this.#expected("a map");
-    return new Value(this.value.get(key), this.file, this.part, `${this.path}.${key}`);
+    return this.#part(this.value.get(key), `.${key}`);
   }
 
   array(max: number): Value[] {
     if (!Array.isArray(this.value)) this.#expected("an array");
     this.check(this.value.length <= max, () => `${(this.value as unknown[]).length} items, at most ${max} are allowed`);
-    return this.value.map((v, i) => new Value(v, this.file, this.part, `${this.path}[${i}]`));
+    return this.value.map((v, i) => this.#part(v, `[${i}]`));
   }
 
   integer(min: number, max: number): number {

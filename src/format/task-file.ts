@@ -5,7 +5,7 @@ import { toHex } from "../tensor/hex.ts";
 import { crc32c } from "./crc32c.ts";
 import { align64, Fields } from "./fields.ts";
 import { parseEntry, TASK_FILE_MAGIC, type TaskFile } from "./format.ts";
-import { decode, Value } from "./messagepack.ts";
+import { decode } from "./messagepack.ts";
 
 /**
  * Checks a task file and cuts it into entry and blob.
@@ -32,6 +32,6 @@ export function parseTaskFile(bytes: Uint8Array, file: string): TaskFile {
     crc32c(entry) === f.u32(52) && crc32c(blob) === f.u32(56),
     () => "its checksum does not match: it is damaged",
   );
-  const parsed = parseEntry(new Value(decode(entry, file, f.part), file, f.part, "entry"), []);
+  const parsed = parseEntry(decode(entry, file, f.part, "entry"), []);
   return { ...parsed, basisId: toHex(bytes.subarray(16, 48)), blob };
 }

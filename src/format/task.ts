@@ -16,10 +16,10 @@ import {
   type TaskTerm,
   type TensorRef,
 } from "./format.ts";
-import { decode, Value } from "./messagepack.ts";
+import { decode, type Value } from "./messagepack.ts";
 
 /**
- * Checks a task blob against the basis it belongs to.
+ * Checks a task blob against the basis it belongs to, its numbers included.
  * @param bytes the whole blob; kept by the result
  * @throws FormatError saying which rule of SPEC.md, section 6, does not hold
  */
@@ -28,7 +28,7 @@ export function parseTask(bytes: Uint8Array, modules: readonly PackModule[], fil
   f.check(bytes.length >= 8 && f.u32(0) === TASK_BLOB_MAGIC, () => "this is not a task blob");
   const headerLength = f.u32(4);
   f.check(headerLength <= bytes.length - 8, () => `a header of ${headerLength} bytes in a blob of ${bytes.length}`);
-  const root = new Value(decode(bytes.subarray(8, 8 + headerLength), file, f.part), file, f.part, "header").array(8);
+  const root = decode(bytes.subarray(8, 8 + headerLength), file, f.part, "header").array(8);
   let end = 8 + headerLength;
   const tensor = (code: Value, rows: number, width: number): TensorRef => {
     const dtype = DTYPES[code.integer(0, DTYPES.length - 1)]!;
@@ -55,6 +55,14 @@ export function parseTask(bytes: Uint8Array, modules: readonly PackModule[], fil
     return parsed;
   });
   f.check(end === bytes.length, () => `its tensors end at ${end}, the blob has ${bytes.length} bytes`);
+  const finite = (tensor: TensorRef | undefined, name: string): void => {
+    if (tensor) checkFinite(bytes, tensor, file, f.part, name);
+  };
+  for (const { module, A, B, privateA, privateBt, magnitude } of terms) {
+    const tensors = { A: A?.tensor, B: B?.tensor, "private A": privateA, "private B": privateBt, magnitude };
+    for (const [what, tensor] of Object.entries(tensors)) finite(tensor, `${what} of "${modules[module]!.name}"`);
+  }
+  for (const { name, tensor } of parameters) finite(tensor, `"${name}"`);
   return { terms, parameters, bytes };
 }
 
@@ -63,8 +71,7 @@ function parseTerm(
   modules: readonly PackModule[],
   tensor: (code: Value, rows: number, width: number) => TensorRef,
 ): TaskTerm {
-  const items = term.array(16);
-  const item = (i: number): Value => items[i] ?? term.missing(i);
+  const item = term.items();
   const index = item(0).integer(0, modules.length - 1);
   const module = modules[index]!;
   const rank = item(1).integer(0, 65_535);
@@ -83,7 +90,7 @@ function parseTerm(
       () => `rank ${rank}, but the basis is ${basis.kind}${basis.rank === undefined ? "" : ` of rank ${basis.rank}`}`,
     );
     const rows = basis.kind === "column" ? rank : 1;
-    return { mean, tensor: tensor(new Value(code >> 3, value.file, value.part, value.path), rows, basis.K) };
+    return { mean, tensor: tensor(value.of(code >> 3), rows, basis.K) };
   };
   const A = side(item(2), module.A);
   const B = side(item(3), module.B);
@@ -106,8 +113,7 @@ function parseParameter(
   parameter: Value,
   tensor: (code: Value, rows: number, width: number) => TensorRef,
 ): TaskParameter {
-  const items = parameter.array(16);
-  const item = (i: number): Value => items[i] ?? parameter.missing(i);
+  const item = parameter.items();
   const name = item(0).string(1024);
   const role = ROLES[item(1).integer(0, ROLES.length - 1)]!;
   const shape = item(3)

@@ -3,14 +3,13 @@
  * keeps task blobs. It computes nothing; that is the runtime's part.
  */
 
-import { nearest } from "../base/names.ts";
+import { checkChoice, checkOptions, described, nearest } from "../arguments.ts";
 import { FormatError, TaskError } from "../errors.ts";
 import { crc32c } from "../format/crc32c.ts";
 import { align64 } from "../format/fields.ts";
 import type { TaskMetadata } from "../format/format.ts";
 import {
   type Directory,
-  isTaskId,
   type PackModule,
   parseDirectory,
   parseWindow,
@@ -84,6 +83,8 @@ interface SharedBases {
  * console.log([...pack.tasks.keys()]);
  */
 export async function openPack(input: SourceInput, options: OpenOptions = {}): Promise<Pack> {
+  checkOptions("openPack", options, ["signal", "bases", "maxResidentBytes", "fetch", "headers", "timeout"]);
+  checkChoice("bases", options.bases ?? "now", ["now", "later"]);
   const inner = await openSource(input, options);
   try {
     const reads = { requests: 0, bytes: 0 };
@@ -213,7 +214,6 @@ export class Pack {
 
   async #fetch(slot: TaskSlot): Promise<TaskBlob> {
     const blob = parseTask(await this.#section(slot.section!, `task "${slot.id}"`), this.modules, this.name, slot.id);
-    this.#checkFinite(blob, slot.id);
     slot.blob = blob;
     this.#recent.add(slot);
     let held = 0;
@@ -225,18 +225,6 @@ export class Pack {
       this.#recent.delete(other);
     }
     return blob;
-  }
-
-  #checkFinite(blob: TaskBlob, id: string): void {
-    const part = `task "${id}"`;
-    for (const term of blob.terms) {
-      const name = this.modules[term.module]!.name;
-      const tensors = { A: term.A?.tensor, B: term.B?.tensor, "private A": term.privateA, "private B": term.privateBt };
-      for (const [what, tensor] of Object.entries({ ...tensors, magnitude: term.magnitude })) {
-        if (tensor) checkFinite(blob.bytes, tensor, this.name, part, `${what} of "${name}"`);
-      }
-    }
-    for (const { name, tensor } of blob.parameters) checkFinite(blob.bytes, tensor, this.name, part, `"${name}"`);
   }
 
   /**
@@ -289,25 +277,9 @@ export class Pack {
    * @throws FormatError when the file is damaged, TaskError when it belongs to another basis or the id is taken
    */
   async addTask(id: string, file: SourceInput): Promise<void> {
-    const source = await openSource(file);
-    try {
-      if (source.byteLength === undefined) await source.read(0, 64);
-      const { parseTaskFile } = await import("../format/task-file.ts");
-      const task = parseTaskFile(await source.read(0, source.byteLength ?? 0), source.name);
-      if (task.basisId !== this.basisId) {
-        throw new TaskError(
-          `${source.name} belongs to the basis ${task.basisId}, this pack has ${this.basisId}; make it for this pack`,
-          { task: id },
-        );
-      }
-      if (!isTaskId(id)) throw new TaskError(`${JSON.stringify(id)} cannot name a task`, { task: id });
-      if (this.#slots.has(id)) throw new TaskError(`there is a task "${id}" already; choose another id`, { task: id });
-      const blob = parseTask(task.blob, this.modules, source.name, id);
-      this.#checkFinite(blob, id);
-      this.#slots.set(id, { ...task, id, bytes: task.blob.length, section: undefined, blob, loading: undefined });
-    } finally {
-      await source.close?.();
-    }
+    const { readTaskFile } = await import("./task-file.ts");
+    const { blob, ...task } = await readTaskFile(file, id, this);
+    this.#slots.set(id, { ...task, id, bytes: blob.bytes.length, section: undefined, blob, loading: undefined });
   }
 
   /**
@@ -321,7 +293,8 @@ export class Pack {
     this.#slots.delete(id);
   }
 
-  #unknown(id: string): TaskError {
+  #unknown(id: string): Error {
+    if (typeof id !== "string") return new TypeError(`task: expected an id, got ${described(id)}`);
     const close = nearest(id, this.#slots.keys());
     const hint = close.length ? `; the nearest are ${close.map((n) => `"${n}"`).join(", ")}` : "";
     return new TaskError(`no task "${id}" in ${this.name}${hint}`, { task: id, nearest: close });

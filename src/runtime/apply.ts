@@ -3,37 +3,38 @@
  * made that is larger than the batch: x goes through the components, the task's coefficients and the other side's components.
  * Loaded when it is used.
  */
-import type { Slice } from "../backends/backend.ts";
+import { checkArgument } from "../arguments.ts";
+import { after, at, type ExpandJob, type Slice } from "../backends/backend.ts";
 import { onDevice, type View } from "../base/host.ts";
 import type { PackModule } from "../format/format.ts";
 import type { Pack } from "../pack/pack.ts";
 import { loadParts, refuseMagnitudes, type Selection } from "./selection.ts";
 import { type ActiveTask, type Expansion, type ModulePlan, Staging, stage } from "./stage.ts";
-import { at, type Workbench } from "./workbench.ts";
+import type { Workbench } from "./workbench.ts";
 
 /** Rows of the batch that one task works on. */
 interface Run {
   /** What the task does to the module; undefined where it leaves it alone. */
-  plan: ModulePlan | undefined;
+  readonly plan: ModulePlan | undefined;
   /** First value of its coefficients in the uploaded ones. */
-  start: number;
+  readonly start: number;
   /** First row of vectors, and how many. */
-  row: number;
-  count: number;
+  readonly row: number;
+  readonly count: number;
 }
 
 /** Coefficients of the tasks of a batch, as the backend has them. Kept for the next layer, which usually asks for the same. */
 export interface Applied {
-  parts: readonly (readonly ActiveTask[])[];
-  plans: readonly ReadonlyMap<number, ModulePlan>[];
-  starts: readonly number[];
+  readonly parts: readonly (readonly ActiveTask[])[];
+  readonly plans: readonly ReadonlyMap<number, ModulePlan>[];
+  readonly starts: readonly number[];
 }
 
 /** @throws TaskError for an unknown task, or one with DoRA on the module, which is no addition */
 export async function partsOfRows(pack: Pack, rows: readonly Selection[], index: number): Promise<ActiveTask[][]> {
+  checkArgument("apply: tasks", rows, "a list of one task per row", "map");
   const known = new Map<Selection, ActiveTask[]>();
-  for (const row of rows)
-    if (!known.has(row)) known.set(row, await loadParts(pack, row, undefined, undefined, new Set()));
+  for (const row of rows) if (!known.has(row)) known.set(row, await loadParts(pack, row));
   const parts = rows.map((row) => known.get(row)!);
   refuseMagnitudes(parts.flat(), pack, (module) => module === index, 'it is no addition to x·Wᵀ; use mode "folded"');
   return parts;
@@ -86,6 +87,7 @@ function checkShapes(module: PackModule, rows: number, x: View, y: View): number
     ["x", x, module.in],
     ["y", y, module.out],
   ] as const) {
+    checkArgument(`apply: ${name}`, view, "a view { dtype, shape, data, byteOffset }", "dtype");
     if (view.dtype !== "f32") throw new TypeError(`apply: ${name} is ${view.dtype}, expected f32`);
     if (view.shape.length >= 2 && view.shape.at(-1) === width) continue;
     throw new RangeError(
@@ -145,17 +147,20 @@ function placeOf(bench: Workbench, name: "x" | "y", { data, byteOffset }: View, 
   return place;
 }
 
+/** f32 arrays in the backend, with what is to be multiplied by them. */
+type Factor = Pick<ExpandJob, "basis" | "dtype" | "rows" | "width">;
+
 /** Terms between components: y += ((x·E_Aᵀ)·α_Aᵀ·α_B)·E_B, the products with components once for all tasks. */
 function applyColumns(
   bench: Workbench,
-  { A, B, in: inputs, out }: PackModule,
+  { A, B }: PackModule,
   runs: readonly Run[],
   x: Slice,
   y: Slice,
   count: number,
 ): void {
   const pieces = runs.map(({ plan }) => {
-    const all = (plan?.A.shared ?? []).map((a, i): [Expansion, Expansion] => [a, plan!.B.shared[i]!]);
+    const all = (plan?.A.shared ?? []).map((a, i): [Expansion, Expansion] => [a, plan!.Bt.shared[i]!]);
     return all.filter(([a]) => a.basis.kind === "column");
   });
   const most = Math.max(...pieces.map(({ length }) => length));
@@ -166,102 +171,51 @@ function applyColumns(
   const onA = bench.reserve("onA", 4 * count * KA);
   const inner = bench.reserve("inner", 4 * count * ranks);
   const onB = bench.reserve("onB", 4 * count * KB);
-  const applied = bench.reserve("applied", 0).block;
-  const coefficients = (run: Run, { at: first }: Expansion): Slice => at(applied, 4 * (run.start + first));
-  backend.project({ out: onA, x, basis: bench.basis(A), dtype: A.tensor.dtype, count, rows: KA, width: inputs });
+  const { block } = bench.reserved("applied");
+  const factor = (run: Run, piece: Expansion | undefined, width: number): Factor => {
+    // No rows make zeros, for rows of the batch without a task.
+    return { basis: at(block, piece && 4 * (run.start + piece.at)), dtype: "f32", rows: piece?.rows ?? 0, width };
+  };
+  backend.project({ out: onA, x, ...bench.components(A), count });
   // Piece by piece, so that a device does each step for all rows at once.
   for (let piece = 0; piece < most; piece++) {
     for (const [i, run] of runs.entries()) {
-      const [a] = pieces[i]![piece] ?? [];
-      if (!a) continue;
-      const of = { count: run.count, rows: a.rows, width: KA };
-      backend.project({
-        out: after(inner, 4 * run.row * ranks),
-        x: after(onA, 4 * run.row * KA),
-        basis: coefficients(run, a),
-        dtype: "f32",
-        ...of,
-      });
+      const a = pieces[i]![piece]?.[0];
+      const out = after(inner, 4 * run.row * ranks);
+      if (a) backend.project({ out, x: after(onA, 4 * run.row * KA), ...factor(run, a, KA), count: run.count });
     }
     for (const [i, run] of runs.entries()) {
-      const [a, b] = pieces[i]![piece] ?? [];
-      if (!a && piece > 0) continue;
-      // No rows make zeros, for rows of the batch without a task.
-      const of = { rank: run.count, rows: a?.rows ?? 0, width: KB, add: piece > 0 };
-      const basis = b ? coefficients(run, b) : at(applied);
-      backend.expand({
-        out: after(onB, 4 * run.row * KB),
-        coefficients: after(inner, 4 * run.row * ranks),
-        basis,
-        dtype: "f32",
-        ...of,
-      });
+      const b = pieces[i]![piece]?.[1];
+      if (!b && piece > 0) continue;
+      const [out, coefficients] = [after(onB, 4 * run.row * KB), after(inner, 4 * run.row * ranks)];
+      backend.expand({ out, coefficients, ...factor(run, b, KB), rank: run.count, add: piece > 0 });
     }
   }
-  backend.expand({
-    out: y,
-    add: true,
-    coefficients: onB,
-    basis: bench.basis(B),
-    dtype: B.tensor.dtype,
-    rank: count,
-    rows: KB,
-    width: out,
-  });
+  backend.expand({ out: y, coefficients: onB, ...bench.components(B), rank: count, add: true });
 }
 
-/** Terms of factors, the task's own and flat ones: y += (x·Aᵀ)·B. */
+/** Terms of factors, the task's own and flat ones: y += (x·Aᵀ)·Bt. */
 function applyFactors(bench: Workbench, { in: inputs, out }: PackModule, run: Run, x: Slice, y: Slice): void {
   const { backend } = bench;
-  const applied = bench.reserve("applied", 0).block;
-  const [rowsOfX, rowsOfY] = [after(x, 4 * run.row * inputs), after(y, 4 * run.row * out)];
-  const add = (A: Slice, B: Slice, rank: number, between: Slice): void => {
-    backend.project({ out: between, x: rowsOfX, basis: A, dtype: "f32", count: run.count, rows: rank, width: inputs });
-    backend.expand({
-      out: rowsOfY,
-      add: true,
-      coefficients: between,
-      basis: B,
-      dtype: "f32",
-      rank: run.count,
-      rows: rank,
-      width: out,
-    });
+  const { block } = bench.reserved("applied");
+  const staged = (first: number): Slice => at(block, 4 * (run.start + first));
+  const add = (A: Slice, Bt: Slice, rank: number): void => {
+    const between = bench.reserve("inner", 4 * run.count * rank);
+    const of = { dtype: "f32", rows: rank } as const;
+    const [rowsOfX, rowsOfY] = [after(x, 4 * run.row * inputs), after(y, 4 * run.row * out)];
+    backend.project({ out: between, x: rowsOfX, basis: A, ...of, count: run.count, width: inputs });
+    backend.expand({ out: rowsOfY, coefficients: between, basis: Bt, ...of, rank: run.count, width: out, add: true });
   };
-  run.plan!.A.private.forEach(({ at: a, q }, i) => {
-    const b = run.plan!.B.private[i]!.at;
-    add(
-      at(applied, 4 * (run.start + a)),
-      at(applied, 4 * (run.start + b)),
-      q,
-      bench.reserve("inner", 4 * run.count * q),
-    );
-  });
-  run.plan!.A.shared.forEach((a, i) => {
-    if (a.basis.kind === "column") return;
-    const b = run.plan!.B.shared[i]!;
+  const { A, Bt } = run.plan!;
+  for (const [i, { at: a, rank }] of A.private.entries()) add(staged(a), staged(Bt.private[i]!.at), rank);
+  for (const [i, a] of A.shared.entries()) {
+    if (a.basis.kind === "column") continue;
+    const b = Bt.shared[i]!;
     const rank = a.basis.rank!;
-    const factors = bench.reserve("factors", 4 * rank * (inputs + out)).block;
-    for (const [piece, start] of [
-      [a, 0],
-      [b, 4 * rank * inputs],
-    ] as const) {
-      const { dtype, rows, width } = piece.basis.tensor;
-      const coefficients = at(applied, 4 * (run.start + piece.at));
-      backend.expand({
-        out: at(factors, start),
-        coefficients,
-        basis: bench.basis(piece.basis),
-        dtype,
-        rank: 1,
-        rows,
-        width,
-      });
-    }
-    add(at(factors), at(factors, 4 * rank * inputs), rank, bench.reserve("inner", 4 * run.count * rank));
-  });
-}
-
-function after({ block, byteOffset }: Slice, bytes: number): Slice {
-  return { block, byteOffset: byteOffset + bytes };
+    const factors = bench.reserve("factors", 4 * rank * (inputs + out));
+    const second = after(factors, 4 * rank * inputs);
+    backend.expand({ out: factors, coefficients: staged(a.at), ...bench.components(a.basis), rank: 1 });
+    backend.expand({ out: second, coefficients: staged(b.at), ...bench.components(b.basis), rank: 1 });
+    add(factors, second, rank);
+  }
 }

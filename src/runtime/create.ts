@@ -2,6 +2,7 @@
  * Makes a runtime: opens the base, finds the adapted weights in it and picks the backend that they go to; and again, where the
  * device of the first is lost.
  */
+import { checkChoice, checkOptions, checkPack } from "../arguments.ts";
 import type { Backend } from "../backends/backend.ts";
 import { type BackendOptions, createBackend } from "../backends/select.ts";
 import { type BaseInput, onDevice, openHost } from "../base/host.ts";
@@ -14,24 +15,24 @@ import { Workbench } from "./workbench.ts";
 
 export interface RuntimeOptions extends BackendOptions, FetchOptions {
   /** The base model's weights. Needed for mode "folded"; in the others only for DoRA and for biases. */
-  base?: BaseInput;
+  readonly base?: BaseInput;
   /**
    * `folded`: W0 + ΔW is written where the weights are. `factors`: A and B of the active task are handed out. `core`: the
    * product of the coefficients is handed out, for a model that has the components built in. Folded when there is a base.
    */
-  mode?: "folded" | "factors" | "core";
+  readonly mode?: "folded" | "factors" | "core";
   /**
    * `copy` keeps the pristine weights in memory. `reload` reads them again at each switch: half the resident memory, for a
-   * base that is a file. `copy` unless given.
+   * base that is a file. Default: `copy`.
    */
-  policy?: "copy" | "reload";
+  readonly policy?: "copy" | "reload";
   /** Names of weights in the base, by module name of the pack, where matching by suffix does not find them. */
-  names?: ReadonlyMap<string, string>;
+  readonly names?: ReadonlyMap<string, string>;
   /** Accept a base whose fingerprint differs, for instance one that was trained further. */
-  anyBase?: boolean;
+  readonly anyBase?: boolean;
   /** Parameters of tasks that are left out, by the pack's names: "classifier.weight". */
-  ignore?: Iterable<string>;
-  signal?: AbortSignal;
+  readonly ignore?: Iterable<string>;
+  readonly signal?: AbortSignal;
 }
 
 /**
@@ -44,10 +45,15 @@ export interface RuntimeOptions extends BackendOptions, FetchOptions {
  * const { data } = runtime.weight("encoder.layer.0.attention.self.query");
  */
 export async function createRuntime(pack: Pack, options: RuntimeOptions = {}): Promise<Runtime> {
+  checkPack("createRuntime", pack);
+  checkOptions("createRuntime", options, [
+    ...(["base", "mode", "policy", "names", "anyBase", "ignore", "signal"] as const),
+    ...(["backend", "webgpu", "wasm", "fetch", "headers", "timeout"] as const),
+  ]);
   const { base, mode = base ? "folded" : "core", policy = "copy" } = options;
   const gpu = options.webgpu || {};
-  if (!["folded", "factors", "core"].includes(mode)) throw new RangeError(`mode: got ${JSON.stringify(mode)}`);
-  if (!["copy", "reload"].includes(policy)) throw new RangeError(`policy: got ${JSON.stringify(policy)}`);
+  checkChoice("mode", mode, ["core", "factors", "folded"]);
+  checkChoice("policy", policy, ["copy", "reload"]);
   if (mode === "folded" && base === undefined) throw new TypeError('mode "folded" needs a base');
   const host = base === undefined ? undefined : await openHost(base, options);
   // A host that the caller made is the caller's to close.

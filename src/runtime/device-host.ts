@@ -3,11 +3,19 @@
  * computed there. Loaded where a base has such parameters. Adapted weights do not come through here: they are folded in place.
  */
 import type { Backend, Block, DeviceBuffer, DeviceHandle, Slice } from "../backends/backend.ts";
-import { byteLengthOf, onDevice, type View, type WeightHost } from "../base/host.ts";
+import { byteLengthOf, onDevice, type Transaction, type View, type WeightHost } from "../base/host.ts";
 
 /** Where a view lies, as the backend sees it. */
 function sliceOf(backend: Backend, view: View): Slice {
   return { block: backend.adopt!(view.data as DeviceBuffer), byteOffset: view.byteOffset };
+}
+
+/** What a host has had on the device. */
+interface Originals {
+  /** The parameter as it was before the first write, where it lies on the device. */
+  original(name: string): View | undefined;
+  /** Buffers made for values that do not fit the original, for instance a head with other labels. */
+  readonly made: Map<string, Block>;
 }
 
 /**
@@ -17,21 +25,16 @@ function sliceOf(backend: Backend, view: View): Slice {
 export function deviceHost(host: WeightHost, backend: Backend): WeightHost {
   if (!backend.adopt)
     throw new TypeError(`the base lies on a device; backend "${backend.name}" cannot fold there, "webgpu" can`);
-  /** Parameters that lie on the device, as they were before the first write. */
-  const originals = new Map<string, View>();
-  /** Buffers made for values that do not fit the original, for instance a head with other labels. */
-  const made = new Map<string, Block>();
-
+  const known = new Map<string, View>();
   const original = (name: string): View | undefined => {
-    const known = originals.get(name);
-    if (known) return known;
+    if (known.has(name)) return known.get(name);
     if (![...host.list()].some((parameter) => parameter.name === name)) return undefined;
     const view = host.view!(name);
     if (!onDevice(view.data)) return undefined;
-    originals.set(name, view);
+    known.set(name, view);
     return view;
   };
-
+  const originals: Originals = { original, made: new Map() };
   return {
     list: () => host.list(),
     async read(name, into, options) {
@@ -40,40 +43,40 @@ export function deviceHost(host: WeightHost, backend: Backend): WeightHost {
       return { ...view, data: await backend.read!(sliceOf(backend, view), byteLengthOf(view)), byteOffset: 0 };
     },
     view: (name) => host.view!(name),
-    ...(host.begin && {
-      begin() {
-        const inner = host.begin!();
-        /** By name; undefined where the original takes the value. */
-        const fresh = new Map<string, Block | undefined>();
-        return {
-          async write(name: string, view: View | null) {
-            const place = original(name);
-            if (!place || !view) return inner.write(name, view);
-            const bytes = view.data as Uint8Array;
-            const fits = byteLengthOf(place) === bytes.length;
-            const block = fits ? undefined : backend.allocate(bytes.length, "active");
-            fresh.set(name, block);
-            backend.upload(block ? { block, byteOffset: 0 } : sliceOf(backend, place), bytes);
-            if (block) await inner.write(name, { ...view, data: block.device!, byteOffset: 0 });
-            else if (made.has(name)) await inner.write(name, place);
-          },
-          async commit() {
-            await inner.commit();
-            for (const [name, block] of fresh) {
-              const old = made.get(name);
-              if (old) backend.free(old);
-              if (block) made.set(name, block);
-              else made.delete(name);
-            }
-          },
-          async rollback() {
-            await inner.rollback();
-            for (const block of fresh.values()) if (block) backend.free(block);
-          },
-        };
-      },
-    }),
+    ...(host.begin && { begin: () => transaction(host.begin!(), backend, originals) }),
     ...(host.close && { close: () => host.close!() }),
+  };
+}
+
+/** Values go to where the original lies, or to buffers of their own where they do not fit. */
+function transaction(inner: Transaction, backend: Backend, { original, made }: Originals): Transaction {
+  /** By name; undefined where the original takes the value. */
+  const fresh = new Map<string, Block | undefined>();
+  return {
+    async write(name, view) {
+      const place = original(name);
+      if (!place || !view) return inner.write(name, view);
+      const bytes = view.data as Uint8Array;
+      const fits = byteLengthOf(place) === bytes.length;
+      const block = fits ? undefined : backend.allocate(bytes.length, "active");
+      fresh.set(name, block);
+      backend.upload(block ? { block, byteOffset: 0 } : sliceOf(backend, place), bytes);
+      if (block) await inner.write(name, { ...view, data: block.device!, byteOffset: 0 });
+      else if (made.has(name)) await inner.write(name, place);
+    },
+    async commit() {
+      await inner.commit();
+      for (const [name, block] of fresh) {
+        const old = made.get(name);
+        if (old) backend.free(old);
+        if (block) made.set(name, block);
+        else made.delete(name);
+      }
+    },
+    async rollback() {
+      await inner.rollback();
+      for (const block of fresh.values()) if (block) backend.free(block);
+    },
   };
 }
 

@@ -3,86 +3,72 @@
  * each of them happen as a whole or not at all. The arithmetic is the backend's, the bytes are the pack's, the weights are
  * the host's.
  */
-import type { DeviceHandle, Owner, Slice } from "../backends/backend.ts";
-import { byteLengthOf, onDevice, type View, type WeightHost } from "../base/host.ts";
+/// <reference lib="esnext.disposable" preserve="true" />
+
+import { checkOptions, nearest } from "../arguments.ts";
+import type { DeviceHandle } from "../backends/backend.ts";
+import { byteLengthOf, type CpuView, onDevice, type View, type WeightHost } from "../base/host.ts";
 import type { Locator } from "../base/locate.ts";
-import { nearest } from "../base/names.ts";
 import { BackendError } from "../errors.ts";
 import type { Pack } from "../pack/pack.ts";
+import type { Term } from "../tensor/term.ts";
 import type { Applied } from "./apply.ts";
-import { Parameters, type Replacement } from "./parameters.ts";
-import { copySelection, loadParts, refuseMagnitudes, type Selection } from "./selection.ts";
+import { fetchFolded, prepareFold, writeFolded } from "./fold.ts";
+import type { Parameters, Replacement } from "./parameters.ts";
+import { type MemoryReport, memoryReport, type SwitchReport } from "./report.ts";
+import { copySelection, loadParts, refuseMagnitudes, type Selection, type SwitchOptions } from "./selection.ts";
 import { readWeight, type Slot } from "./slots.ts";
-import { type ModulePlan, stage } from "./stage.ts";
-import type { BaseWeight, Unfolded } from "./unfold.ts";
-import { at, type Workbench } from "./workbench.ts";
+import { type ActiveTask, type ModulePlan, stage } from "./stage.ts";
+import type { PristineWeight } from "./unfold.ts";
+import type { Workbench } from "./workbench.ts";
 
-export interface SwitchOptions {
-  signal?: AbortSignal;
-  /** Whose saved modules (classifier) to use in a blend of tasks with different ones. */
-  head?: string;
+export interface ApplyOptions {
+  /** By row; null leaves a row as it is. Default: the active task for all rows. */
+  readonly tasks?: readonly (string | null)[];
 }
 
 /** What a switch did and what it cost. */
-export interface SwitchReport {
-  task: Selection;
-  /** Read from the pack for this switch. */
-  bytesRead: number;
-  requests: number;
+export interface RuntimeSwitchReport extends SwitchReport {
   /** Adapted modules written: those of the new task and those put back to the base. */
-  modules: number;
+  readonly modules: number;
   /** Operations handed to the backend. */
-  dispatches: number;
+  readonly dispatches: number;
   /** Bytes of new memory for weights, factors and parameters; 0 once warm. */
-  allocated: number;
+  readonly allocated: number;
   /** Parameters the task brings that the base lacks. */
-  added: string[];
+  readonly added: readonly string[];
   /** Parameters replaced whole: heads, biases, token rows. */
-  replaced: string[];
-  milliseconds: { read: number; compute: number; total: number };
+  readonly replaced: readonly string[];
 }
 
 /** What the active task does to one module, for a model that adds it itself (docs/runtime.md, "Unfolded"). */
-export interface Term {
-  /** Mode "core": [K_A + mean, K_B + mean] with ΔW = E_B'ᵀ · coreᵀ · E_A', components first, mean last. */
-  core?: View;
-  /** [q, in] */
-  A: View;
-  /** [out, q]; q ≥ 1, zeros where there is nothing. */
-  B: View;
-  /** [out], multiplies the rows of W + ΔW (DoRA). */
-  rowScale?: View;
+export interface ModuleTerm extends Term {
   /** [out], the layer's whole bias, where the task changes it. */
-  bias?: View;
-}
-
-/** Resident bytes by owner. */
-export interface MemoryReport extends Record<Owner, number> {
-  /** Held by the backend beyond what is in use. */
-  reserved: number;
-  total: number;
+  readonly bias?: Float32Array | undefined;
 }
 
 /** What lives and dies with a backend. */
 export interface Started {
-  bench: Workbench;
-  passedOver: readonly string[];
+  readonly bench: Workbench;
+  readonly passedOver: readonly string[];
   /** Parameters beside the adapted weights are read and written here. */
-  host: WeightHost | undefined;
+  readonly host: WeightHost | undefined;
 }
 
 /** What stays. */
 export interface RuntimeParts {
-  pack: Pack;
-  mode: Runtime["mode"];
-  policy: Runtime["policy"];
-  slots: readonly Slot[];
-  locator: Locator;
-  ignored: ReadonlySet<string>;
-  closeHost: (() => Promise<void>) | undefined;
+  readonly pack: Pack;
+  readonly mode: Runtime["mode"];
+  readonly policy: Runtime["policy"];
+  readonly slots: readonly Slot[];
+  readonly locator: Locator;
+  readonly ignored: ReadonlySet<string>;
+  readonly closeHost: (() => Promise<void>) | undefined;
   /** Another backend in place of one whose device was lost. */
-  restart: (() => Promise<Started>) | undefined;
+  readonly restart: (() => Promise<Started>) | undefined;
 }
+
+const NO_PARAMETERS: ReadonlyMap<string, Replacement> = new Map();
 
 /** A pack at work. Made by `createRuntime`. */
 export class Runtime {
@@ -95,11 +81,12 @@ export class Runtime {
   #bench: Workbench;
   #host: WeightHost | undefined;
   readonly #slotsByName = new Map<string, Slot>();
-  readonly #parameters: Parameters;
+  /** Once a task has brought some. */
+  #parameters: Parameters | undefined;
   readonly #parts: RuntimeParts;
   /** Modules, by index, that are not pristine now. */
   #changed = new Set<number>();
-  #unfolded = new Map<number, Unfolded>();
+  #unfolded: ReadonlyMap<number, Term> = new Map();
   #applied: Applied | undefined;
   #task: Selection = null;
   /** Of the active task. */
@@ -107,11 +94,11 @@ export class Runtime {
   /** Why the device is gone, until another one is at work. */
   #loss: Error | undefined;
   #queue: Promise<unknown> = Promise.resolve();
-  #disposed = false;
+  #closed = false;
 
   /** Use `createRuntime`. */
   constructor(parts: RuntimeParts, { bench, passedOver, host }: Started) {
-    const { pack, mode, policy, slots, locator } = parts;
+    const { pack, mode, policy, slots } = parts;
     this.pack = pack;
     this.mode = mode;
     this.policy = policy;
@@ -119,7 +106,6 @@ export class Runtime {
     this.#parts = parts;
     this.#bench = bench;
     this.#host = host;
-    this.#parameters = new Parameters(host, locator);
     for (const slot of slots) {
       for (const name of [slot.weight.name, slot.module.name]) {
         this.#slotsByName.set(name, slot);
@@ -143,7 +129,7 @@ export class Runtime {
   #watch(): void {
     const { backend } = this.#bench;
     void backend.lost?.then((reason) => {
-      if (this.#disposed || this.#bench.backend !== backend) return;
+      if (this.#closed || this.#bench.backend !== backend) return;
       this.#loss = reason;
       if (!this.#parts.restart) return;
       this.#enqueue(() => this.#recover()).catch(() => undefined);
@@ -152,17 +138,17 @@ export class Runtime {
 
   /** Where the device is gone: gets another one and brings the active task back. @throws BackendError when it cannot */
   async #recover(): Promise<void> {
-    if (!this.#loss || this.#disposed) return;
+    if (!this.#loss || this.#closed) return;
     if (!this.#parts.restart) throw this.#loss;
     this.#bench.backend.close();
     const { bench, host } = await this.#parts.restart();
     this.#bench = bench;
-    this.#host = this.#parameters.host = host;
+    this.#host = host;
     this.#changed.clear();
     this.#applied = undefined;
     this.#loss = undefined;
     this.#watch();
-    await this.#switch(this.#task, this.#head === undefined ? {} : { head: this.#head });
+    await this.#switch(this.#task, { head: this.#head });
   }
 
   /** The active task. */
@@ -181,7 +167,8 @@ export class Runtime {
    * await runtime.switchTask({ sst2: 0.7, cola: 0.3 });
    * await runtime.switchTask(null);
    */
-  switchTask(selection: Selection, options: SwitchOptions = {}): Promise<SwitchReport> {
+  async switchTask(selection: Selection, options: SwitchOptions = {}): Promise<RuntimeSwitchReport> {
+    checkOptions("switchTask", options, ["signal", "head"]);
     return this.#enqueue(() => this.#switch(selection, options));
   }
 
@@ -191,15 +178,15 @@ export class Runtime {
     return run;
   }
 
-  async #switch(selection: Selection, { signal, head }: SwitchOptions): Promise<SwitchReport> {
+  async #switch(selection: Selection, options: SwitchOptions): Promise<RuntimeSwitchReport> {
     const started = performance.now();
-    this.#live();
-    if (this.#loss) await this.#recover();
+    const { signal, head } = options;
+    await this.#ready();
     signal?.throwIfAborted();
     const before = { ...this.pack.reads };
-    const parts = await loadParts(this.pack, selection, head, signal, this.#parts.ignored);
+    const parts = await loadParts(this.pack, selection, options, this.#parts.ignored);
     if (!this.#host) refuseMagnitudes(parts, this.pack, () => true, "pass `base`");
-    const replacements = await this.#parameters.resolve(parts, this.pack, head, signal);
+    const replacements = await this.#resolve(parts, options);
     const plans = stage(parts, this.pack.modules, this.#bench.staging);
     const touched = new Set([...this.#changed, ...plans.map((p) => p.module)]);
     const pristine = await this.#readPristine(plans, touched, signal);
@@ -211,8 +198,8 @@ export class Runtime {
     if (this.mode === "folded") await this.#fold(plans, touched, pristine, replacements);
     else await this.#unfold(plans, this.mode, pristine);
     await this.#bench.backend.finish();
-    const allocated = this.#bench.allocated + this.#parameters.allocated;
-    this.#parameters.activate(replacements);
+    const allocated = this.#bench.allocated + (this.#parameters?.allocated ?? 0);
+    this.#parameters?.activate(replacements);
     this.#changed = new Set(plans.map((p) => p.module));
     this.#task = copySelection(selection);
     this.#head = head;
@@ -232,6 +219,19 @@ export class Runtime {
     };
   }
 
+  /** Parameters of the tasks beside their terms. */
+  async #resolve(parts: readonly ActiveTask[], options: SwitchOptions): Promise<ReadonlyMap<string, Replacement>> {
+    if (!parts.some(({ blob }) => blob.parameters.length > 0)) return NO_PARAMETERS;
+    const { Parameters } = await import("./parameters.ts");
+    this.#parameters ??= new Parameters(this.#parts.locator);
+    return this.#parameters.resolve(parts, this.pack, this.#host, options);
+  }
+
+  /** Those of the active task. */
+  get #active(): ReadonlyMap<string, Replacement> {
+    return this.#parameters?.active ?? NO_PARAMETERS;
+  }
+
   /** Pristine weights that a switch needs and memory does not hold, all of them read before anything is changed. */
   async #readPristine(
     plans: readonly ModulePlan[],
@@ -247,60 +247,24 @@ export class Runtime {
     return read;
   }
 
-  /** Writes W0 + ΔW of the plans, and W0 where the previous task had changed a weight and the new one does not. */
   async #fold(
     plans: readonly ModulePlan[],
     touched: ReadonlySet<number>,
     read: ReadonlyMap<number, Uint8Array>,
     replacements: ReadonlyMap<string, Replacement>,
   ): Promise<void> {
-    const bench = this.#bench;
-    const { slots } = this.#parts;
-    bench.prepare(plans);
-    // Weights that the host holds in the CPU's memory pass through here.
-    const passing = [...touched].filter((index) => !slots[index]!.active);
-    const passage = bench.reserve("weight", Math.max(0, ...passing.map((index) => slots[index]!.weight.byteLength)));
-    const planOf = new Map(plans.map((p) => [p.module, p]));
-    const fold = (index: number): Slice => {
-      const { weight, pristine, active } = slots[index]!;
-      const out = active ?? passage;
-      const fresh = read.get(index);
-      if (fresh) bench.backend.upload(out, fresh);
-      const base = fresh ? out : at(pristine!);
-      const plan = planOf.get(index);
-      if (plan) bench.fold(plan, weight, base, out);
-      else if (!fresh) bench.copy(base, out, weight.byteLength);
-      return out;
-    };
+    const fold = prepareFold(this.#bench, this.#parts.slots, plans, touched, read);
     // From here on every touched weight counts as changed, so that the next switch repairs what a failure leaves behind.
     this.#changed = new Set(touched);
-    for (const index of touched) if (slots[index]!.active) fold(index);
-    if (!this.#host!.begin) return;
-    // A device is waited for before the host's weights change, which then happens without a pause.
-    const fetched = new Map<number, Uint8Array>();
-    if (bench.backend.read) {
-      for (const index of passing)
-        fetched.set(index, await bench.backend.read(fold(index), slots[index]!.weight.byteLength));
-      await bench.backend.finish();
-    }
-    const transaction = this.#host!.begin();
-    try {
-      for (const index of passing) {
-        const { name, dtype, shape, byteLength } = slots[index]!.weight;
-        const data = fetched.get(index) ?? bench.backend.view!(fold(index), byteLength);
-        const written = transaction.write(name, { dtype, shape, data, byteOffset: 0 });
-        if (written) await written;
-      }
-      for (const [name, { added }] of this.#parameters.active) {
-        if (replacements.has(name)) continue;
-        await transaction.write(name, added ? null : this.#parameters.pristine(name)!);
-      }
-      for (const [name, { view }] of replacements) await transaction.write(name, view);
-      await transaction.commit();
-    } catch (error) {
-      await transaction.rollback();
-      throw error;
-    }
+    for (const index of fold.held) fold.weight(index);
+    const host = this.#host!;
+    if (!host.begin) return;
+    const parameters = new Map<string, View | null>();
+    for (const [name, { added }] of this.#active)
+      parameters.set(name, added ? null : this.#parameters!.pristine(name)!);
+    for (const [name, { view }] of replacements) parameters.set(name, view);
+    const fetched = await fetchFolded(fold);
+    await writeFolded(fold, fetched, host.begin(), parameters);
   }
 
   /** The terms of the plans. Once the code is there, without a pause but on a device, so that nobody sees half of them. */
@@ -311,11 +275,10 @@ export class Runtime {
   ): Promise<void> {
     // Apps that fold do without.
     const { unfold, unfoldOnDevice } = await import("./unfold.ts");
-    const weightOf = (module: number): BaseWeight => ({
-      weight: this.#parts.slots[module]!.weight,
-      bytes: read.get(module)!,
-    });
-    const all = [plans, this.#bench, this.pack.modules, mode, this.#unfolded, weightOf] as const;
+    const weightOf = (module: number): PristineWeight => {
+      return { ...this.#parts.slots[module]!.weight, data: read.get(module)!, byteOffset: 0 };
+    };
+    const all = [plans, this.#bench, mode, weightOf, this.#unfolded] as const;
     this.#unfolded = this.#bench.backend.view ? unfold(...all) : await unfoldOnDevice(...all);
   }
 
@@ -331,7 +294,7 @@ export class Runtime {
     if (this.mode !== "folded") throw new TypeError(`weight: mode "${this.mode}" does not fold; use term("${name}")`);
     const found = this.#parts.locator.names.find(name);
     const parameter = "name" in found ? found.name : name;
-    const replaced = this.#parameters.active.get(parameter) ?? this.#parameters.active.get(name);
+    const replaced = this.#active.get(parameter) ?? this.#active.get(name);
     if (replaced) return replaced.view;
     const slot = this.#slotsByName.get(name) ?? this.#slotsByName.get(parameter);
     const host = this.#host!;
@@ -344,9 +307,9 @@ export class Runtime {
       const data = block.device ?? this.#bench.backend.view!(slot.active!, slot.weight.byteLength);
       return { dtype: slot.weight.dtype, shape: slot.weight.shape, data, byteOffset };
     }
-    const pristine = this.#parameters.pristine(parameter);
+    const pristine = this.#parameters?.pristine(parameter);
     if (pristine) return pristine;
-    const candidates = nearest(name, [...this.#slotsByName.keys(), ...this.#parameters.active.keys()]);
+    const candidates = nearest(name, [...this.#slotsByName.keys(), ...this.#active.keys()]);
     throw new RangeError(`weight: "${name}" is not changed by the active task; nearest: ${candidates.join(", ")}`);
   }
 
@@ -354,7 +317,7 @@ export class Runtime {
    * As `weight`, in the CPU's memory: what lies on a device is copied from there.
    * @throws RangeError, TypeError as `weight`; BackendError when the device fails
    */
-  async readWeight(name: string): Promise<View & { data: Uint8Array }> {
+  async readWeight(name: string): Promise<CpuView> {
     const view = this.weight(name);
     const { data, byteOffset } = view;
     if (!onDevice(data)) return { ...view, data };
@@ -369,22 +332,16 @@ export class Runtime {
    * @param name module name as in `pack.modules`
    * @throws RangeError for a module the pack does not have, TypeError in mode "folded"
    */
-  term(name: string): Term | undefined {
+  term(name: string): ModuleTerm | undefined {
     this.#live();
     const index = this.#indexOf(name);
-    const module = this.pack.modules[index]!;
+    const { in: inputs, out } = this.pack.modules[index]!;
     const found = this.#parts.locator.names.find(`${name}.bias`);
-    const bias = this.#parameters.active.get("name" in found ? found.name : `${name}.bias`)?.view;
+    const bias = this.#parameters?.values("name" in found ? found.name : `${name}.bias`);
     const term = this.#unfolded.get(index);
-    if (!term && !bias) return undefined;
-    const rank = term?.rank ?? 1;
-    return {
-      ...(term?.core ? { core: f32View(term.core, [module.A!.tensor.rows, module.B!.tensor.rows]) } : {}),
-      A: f32View(term?.A ?? new Float32Array(module.in), [rank, module.in]),
-      B: f32View(term?.B ?? new Float32Array(module.out), [module.out, rank]),
-      ...(term?.rowScale ? { rowScale: f32View(term.rowScale, [module.out]) } : {}),
-      ...(bias ? { bias } : {}),
-    };
+    if (!bias) return term;
+    const none = { rank: 1, A: new Float32Array(inputs), Bt: new Float32Array(out) };
+    return { ...(term ?? none), bias };
   }
 
   /** Of a module, where its term stands beside the weight. */
@@ -406,15 +363,15 @@ export class Runtime {
    * @param name module name as in `pack.modules`
    * @param x f32 [rows, …, in]
    * @param y f32 [rows, …, out], added to
-   * @param tasks by row; null leaves a row as it is
    * @throws TaskError for an unknown task or one with DoRA on this module; TypeError, RangeError when shapes do not fit
    * @example
    * await runtime.apply("encoder.layer.0.attention.self.query", x, y, { tasks: ["sst2", null, "cola"] });
    */
-  apply(name: string, x: View, y: View, { tasks }: { tasks?: readonly (string | null)[] } = {}): Promise<void> {
+  async apply(name: string, x: View, y: View, options: ApplyOptions = {}): Promise<void> {
+    checkOptions("apply", options, ["tasks"]);
+    const { tasks } = options;
     return this.#enqueue(async () => {
-      this.#live();
-      if (this.#loss) await this.#recover();
+      await this.#ready();
       const index = this.#indexOf(name);
       const { apply, partsOfRows } = await import("./apply.ts");
       const rows = await partsOfRows(this.pack, tasks ?? [this.#task], index);
@@ -433,7 +390,7 @@ export class Runtime {
       const { name } = this.#parts.slots[index]!.weight;
       views.set(name, this.weight(name));
     }
-    for (const [name, { view }] of this.#parameters.active) views.set(name, view);
+    for (const [name, { view }] of this.#active) views.set(name, view);
     return views;
   }
 
@@ -442,39 +399,39 @@ export class Runtime {
     const { basis, coefficients, pristine, active, scratch, reserved } = this.#bench.backend.memory();
     const held = this.pack.residentBytes;
     let unfolded = 0;
-    for (const { core, A, B, rowScale } of this.#unfolded.values()) {
-      for (const array of [core, A, B, rowScale]) unfolded += array?.byteLength ?? 0;
+    for (const { core, A, Bt, rowScale } of this.#unfolded.values()) {
+      for (const array of [core, A, Bt, rowScale]) unfolded += array?.byteLength ?? 0;
     }
-    const report = {
+    return memoryReport({
       basis: basis + held.basis,
       coefficients: coefficients + held.coefficients,
-      pristine: pristine + this.#parameters.pristineBytes,
-      active: active + this.#parameters.activeBytes + unfolded,
+      pristine: pristine + (this.#parameters?.pristineBytes ?? 0),
+      active: active + (this.#parameters?.activeBytes ?? 0) + unfolded,
       scratch: scratch + this.#bench.staging.values.byteLength,
       reserved,
-    };
-    return { ...report, total: Object.values(report).reduce((a, b) => a + b, 0) };
+    });
   }
 
   /** Waits for switches under way, then frees everything. Weights in the caller's own memory stay as they are. */
   async close(): Promise<void> {
     await this.#queue;
-    if (this.#disposed) return;
-    this.#disposed = true;
+    if (this.#closed) return;
+    this.#closed = true;
     this.#bench.backend.close();
     await this.#parts.closeHost?.();
   }
 
-  #live(): void {
-    if (this.#disposed) throw new BackendError("this runtime is disposed; make a new one", { backend: this.backend });
+  /** With `await using`. */
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.close();
   }
-}
 
-function f32View(values: Float32Array, shape: readonly number[]): View {
-  return {
-    dtype: "f32",
-    shape,
-    data: new Uint8Array(values.buffer, values.byteOffset, values.byteLength),
-    byteOffset: 0,
-  };
+  #live(): void {
+    if (this.#closed) throw new BackendError("this runtime is closed; make a new one", { backend: this.backend });
+  }
+
+  async #ready(): Promise<void> {
+    this.#live();
+    if (this.#loss) await this.#recover();
+  }
 }

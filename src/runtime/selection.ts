@@ -1,12 +1,19 @@
 /**
  * What a caller asks to be active, and the task blobs that make it up.
  */
+import { described, isPlain } from "../arguments.ts";
 import { TaskError } from "../errors.ts";
 import type { Pack } from "../pack/pack.ts";
 import type { ActiveTask } from "./stage.ts";
 
 /** What is active: a task, null for the pristine base, or tasks with strengths. */
 export type Selection = string | null | Readonly<Record<string, number>>;
+
+export interface SwitchOptions {
+  readonly signal?: AbortSignal | undefined;
+  /** Whose saved modules (classifier) to use in a blend of tasks with different ones. */
+  readonly head?: string | undefined;
+}
 
 /** A selection that the caller's later changes do not reach. */
 export function copySelection(selection: Selection): Selection {
@@ -15,16 +22,14 @@ export function copySelection(selection: Selection): Selection {
 
 /**
  * Reads the tasks of a selection.
- * @param head whose saved modules to take
  * @param ignored parameters that are left out of the tasks, by the pack's names
  * @throws TaskError for an unknown id, a head that is none of the tasks, a blend or strength with DoRA
  */
 export async function loadParts(
   pack: Pack,
   selection: Selection,
-  head: string | undefined,
-  signal: AbortSignal | undefined,
-  ignored: ReadonlySet<string>,
+  { head, signal }: SwitchOptions = {},
+  ignored: ReadonlySet<string> = new Set(),
 ): Promise<ActiveTask[]> {
   const parts: ActiveTask[] = await Promise.all(
     toStrengths(selection).map(async ([id, strength]) => {
@@ -62,11 +67,14 @@ export function refuseMagnitudes(
 function toStrengths(selection: Selection): [string, number][] {
   if (selection === null) return [];
   if (typeof selection === "string") return [[selection, 1]];
+  if (!isPlain(selection)) {
+    throw new TypeError(`task: expected an id, null for the base, or strengths by id, got ${described(selection)}`);
+  }
   const strengths = Object.entries(selection);
-  if (strengths.length === 0) throw new RangeError("switchTask: a blend without tasks; use null for the base");
-  for (const [id, weight] of strengths) {
-    if (Number.isFinite(weight)) continue;
-    throw new RangeError(`switchTask: the strength of "${id}" is ${String(weight)}, expected a finite number`);
+  if (strengths.length === 0) throw new RangeError("a blend without tasks; use null for the base");
+  for (const [id, strength] of strengths) {
+    if (Number.isFinite(strength)) continue;
+    throw new RangeError(`the strength of "${id}": expected a finite number, got ${described(strength)}`);
   }
   return strengths;
 }

@@ -1,19 +1,18 @@
 /**
  * The adapted weights of a base model: found, held against the pack's fingerprints, and the copies of them that stay.
  */
-import type { Block, Slice } from "../backends/backend.ts";
-import { checkFingerprint, SAME_FLOAT, weightAt } from "../base/fingerprint.ts";
+import { at, type Block, type Slice } from "../backends/backend.ts";
 import { onDevice, type WeightHost } from "../base/host.ts";
-import type { Located, Locator } from "../base/locate.ts";
+import { type Located, type Locator, refuseShared } from "../base/locate.ts";
 import { BaseMismatchError } from "../errors.ts";
 import type { PackModule } from "../format/format.ts";
 import type { ReadOptions } from "../source.ts";
-import { at, type Workbench } from "./workbench.ts";
+import type { Workbench } from "./workbench.ts";
 
 /** An adapted weight of the base. */
 export interface Slot {
-  module: PackModule;
-  weight: Located;
+  readonly module: PackModule;
+  readonly weight: Located;
   /** The weight as loaded, with policy "copy". */
   pristine: Block | undefined;
   /** The weight as the active task has it: where the host has it on the device, or where it cannot be written. */
@@ -26,22 +25,14 @@ export function findSlots(
   locator: Locator,
   byHand: ReadonlyMap<string, string> | undefined,
 ): Slot[] {
-  const owners = new Map<string, string>();
-  return modules.map((module) => {
-    const weight = locator.locate(module, byHand);
-    const other = owners.get(weight.name);
-    if (other !== undefined) {
-      throw new BaseMismatchError(
-        `the modules "${other}" and "${module.name}" both match the weight "${weight.name}"`,
-        {
-          module: module.name,
-          candidates: [weight.name],
-        },
-      );
-    }
-    owners.set(weight.name, module.name);
-    return { module, weight, pristine: undefined, active: undefined };
+  const slots = modules.map((module): Slot => {
+    return { module, weight: locator.locate(module, byHand), pristine: undefined, active: undefined };
   });
+  refuseShared(
+    modules,
+    slots.map(({ weight }) => weight.name),
+  );
+  return slots;
 }
 
 /**
@@ -78,6 +69,8 @@ export async function loadSlots(
       if (slot.active) backend.upload(slot.active, bytes);
     }
     if (!check) continue;
+    // Packs that were made without a base have no fingerprints.
+    const { checkFingerprint, SAME_FLOAT, weightAt } = await import("../base/fingerprint.ts");
     const { name, dtype, transposed } = slot.weight;
     const values = weightAt(bytes!, dtype, slot.module.out, slot.module.in, transposed);
     checkFingerprint(slot.module, name, values, bases, SAME_FLOAT);

@@ -9,38 +9,44 @@ import { readTensor } from "../format/tensors.ts";
 
 /** A task of a switch and its strength. */
 export interface ActiveTask {
-  id: string;
-  strength: number;
-  blob: TaskBlob;
+  readonly id: string;
+  readonly strength: number;
+  readonly blob: TaskBlob;
 }
 
 /** Rows of a factor that expand from a basis. */
 export interface Expansion {
   /** First f32 of the coefficients [rows, basis rows] in the staged array. */
-  at: number;
+  readonly at: number;
   /** Rows of coefficients: the rank (column) or 1 (flat). */
-  rows: number;
-  basis: Side;
+  readonly rows: number;
+  readonly basis: Side;
   /** First row of the factor that is made. */
-  row: number;
+  readonly row: number;
 }
 
 /** Rows of a factor that the task brings itself. */
 export interface Private {
   /** First f32 of the rows in the staged array. */
-  at: number;
-  row: number;
-  q: number;
+  readonly at: number;
+  readonly row: number;
+  readonly rank: number;
 }
 
-/** What a switch does to one module: factors A [rank, in] and Bᵀ [rank, out], piece by piece. */
+/** The pieces of a factor. */
+export interface Pieces {
+  readonly shared: readonly Expansion[];
+  readonly private: readonly Private[];
+}
+
+/** What a switch does to one module: factors A [rank, in] and Bt [rank, out], piece by piece. */
 export interface ModulePlan {
-  module: number;
-  rank: number;
-  A: { shared: Expansion[]; private: Private[] };
-  B: { shared: Expansion[]; private: Private[] };
+  readonly module: number;
+  readonly rank: number;
+  readonly A: Pieces;
+  readonly Bt: Pieces;
   /** First f32 of DoRA's magnitudes [out] in the staged array. */
-  magnitude: number | undefined;
+  readonly magnitude: number | undefined;
 }
 
 /** A growing f32 array that is used again by each switch. */
@@ -61,31 +67,36 @@ export class Staging {
   }
 }
 
+/** A plan that more tasks may add to. */
+interface Draft extends ModulePlan {
+  rank: number;
+  readonly A: { readonly shared: Expansion[]; readonly private: Private[] };
+  readonly Bt: Draft["A"];
+  magnitude: number | undefined;
+}
+
 /** Plans, by module, of the tasks of one switch. Strengths multiply B, whose factors carry the adapter's scale already. */
 export function stage(parts: readonly ActiveTask[], modules: readonly PackModule[], staging: Staging): ModulePlan[] {
   staging.used = 0;
-  const plans = new Map<number, ModulePlan>();
+  const plans = new Map<number, Draft>();
   for (const { blob, strength } of parts) {
     for (const term of blob.terms) {
       const module = modules[term.module]!;
-      let plan = plans.get(term.module);
-      if (!plan) {
-        const [A, B] = [side(), side()];
-        plans.set(term.module, (plan = { module: term.module, rank: 0, A, B, magnitude: undefined }));
-      }
+      const plan: Draft = plans.get(term.module) ?? {
+        ...{ module: term.module, rank: 0, magnitude: undefined },
+        ...{ A: { shared: [], private: [] }, Bt: { shared: [], private: [] } },
+      };
+      plans.set(term.module, plan);
       if (term.A && term.B) {
         plan.A.shared.push(expansion(blob, term.A, module.A!, 1, plan.rank, staging));
-        plan.B.shared.push(expansion(blob, term.B, module.B!, strength, plan.rank, staging));
+        plan.Bt.shared.push(expansion(blob, term.B, module.B!, strength, plan.rank, staging));
         plan.rank += term.rank;
       }
       if (term.privateA && term.privateBt) {
-        plan.A.private.push({ at: values(blob, term.privateA, 1, staging), row: plan.rank, q: term.privateRank });
-        plan.B.private.push({
-          at: values(blob, term.privateBt, strength, staging),
-          row: plan.rank,
-          q: term.privateRank,
-        });
-        plan.rank += term.privateRank;
+        const [row, rank] = [plan.rank, term.privateRank];
+        plan.A.private.push({ at: values(blob, term.privateA, 1, staging), row, rank });
+        plan.Bt.private.push({ at: values(blob, term.privateBt, strength, staging), row, rank });
+        plan.rank += rank;
       }
       if (term.magnitude) plan.magnitude = values(blob, term.magnitude, 1, staging);
     }
@@ -93,36 +104,32 @@ export function stage(parts: readonly ActiveTask[], modules: readonly PackModule
   return [...plans.values()];
 }
 
-function side(): ModulePlan["A"] {
-  return { shared: [], private: [] };
-}
-
 function expansion(
   blob: TaskBlob,
   coefficients: Coefficients,
   basis: Side,
-  weight: number,
+  strength: number,
   row: number,
   staging: Staging,
 ): Expansion {
   const { rows, width: K } = coefficients.tensor;
-  if (!basis.mean) return { at: values(blob, coefficients.tensor, weight, staging), rows, basis, row };
+  if (!basis.mean) return { at: values(blob, coefficients.tensor, strength, staging), rows, basis, row };
   // The mean is the basis' last row: one more coefficient per row, 1 (times the strength) where the task uses it.
   const at = staging.reserve(rows * (K + 1));
   const out = staging.values;
   readTensor(blob.bytes, coefficients.tensor, out.subarray(at, at + rows * K));
   for (let i = rows - 1; i >= 0; i--) {
-    for (let k = K - 1; k >= 0; k--) out[at + i * (K + 1) + k] = out[at + i * K + k]! * weight;
-    out[at + i * (K + 1) + K] = coefficients.mean ? weight : 0;
+    for (let k = K - 1; k >= 0; k--) out[at + i * (K + 1) + k] = out[at + i * K + k]! * strength;
+    out[at + i * (K + 1) + K] = coefficients.mean ? strength : 0;
   }
   return { at, rows, basis, row };
 }
 
-function values(blob: TaskBlob, tensor: TensorRef, weight: number, staging: Staging): number {
+function values(blob: TaskBlob, tensor: TensorRef, strength: number, staging: Staging): number {
   const count = tensor.rows * tensor.width;
   const at = staging.reserve(count);
   const out = staging.values.subarray(at, at + count);
   readTensor(blob.bytes, tensor, out);
-  if (weight !== 1) for (let i = 0; i < count; i++) out[i]! *= weight;
+  if (strength !== 1) for (let i = 0; i < count; i++) out[i]! *= strength;
   return at;
 }

@@ -5,10 +5,18 @@
  * Factors live in one scratch block, for a round of modules at a time. A CPU expands one module after the other, so that its
  * factors stay in a cache; a device expands as many as fit at once.
  */
-import type { Backend, Block, FoldJob, Owner, Slice } from "../backends/backend.ts";
+import {
+  at,
+  type Backend,
+  type Block,
+  type ExpandJob,
+  type FoldJob,
+  type Owner,
+  type Slice,
+} from "../backends/backend.ts";
 import type { Located } from "../base/locate.ts";
 import type { PackModule, Side } from "../format/format.ts";
-import { type ModulePlan, Staging } from "./stage.ts";
+import { type ModulePlan, type Pieces, Staging } from "./stage.ts";
 
 /** Bytes of the factors of a round on a device. */
 const ROUND_BYTES = 32 * 2 ** 20;
@@ -18,24 +26,24 @@ type Scratch = ("coefficients" | "factors" | "scale" | "weight") | ("applied" | 
 
 /** Where the factors of a plan lie in the scratch block, and in which round they are there. */
 interface Place {
-  A: number;
-  B: number;
-  round: number;
+  readonly A: number;
+  readonly Bt: number;
+  readonly round: number;
 }
 
-/** The beginning of a block, or a place in it. */
-export function at(block: Block, byteOffset = 0): Slice {
-  return { block, byteOffset };
-}
+/** How a weight is stored. */
+type Stored = Pick<Located, "dtype" | "transposed">;
+
+type Components = Pick<ExpandJob, "basis" | "dtype" | "rows" | "width">;
 
 export class Workbench {
   readonly backend: Backend;
   /** Coefficients of the switch under way; `prepare` uploads them. */
   readonly staging: Staging = new Staging();
-  /** Bytes allocated and operations since `begin`. */
+  readonly modules: readonly PackModule[];
+  /** Bytes allocated and operations, counted until the caller sets them to 0. */
   allocated = 0;
   dispatches = 0;
-  readonly #modules: readonly PackModule[];
   readonly #basis: Block;
   readonly #scratch = new Map<string, Block>();
   /** Prepared plans whose factors are there at the same time. */
@@ -47,7 +55,7 @@ export class Workbench {
   /** Uploads the bases. */
   constructor(backend: Backend, modules: readonly PackModule[], bases: Uint8Array) {
     this.backend = backend;
-    this.#modules = modules;
+    this.modules = modules;
     this.#basis = backend.allocate(Math.max(bases.length, 16), "basis");
     backend.upload(at(this.#basis), bases);
   }
@@ -57,9 +65,9 @@ export class Workbench {
     return this.backend.allocate(bytes, owner);
   }
 
-  /** Components of a side. */
-  basis({ tensor }: Side): Slice {
-    return at(this.#basis, tensor.byteOffset);
+  /** Components of a side, and its mean, as operations of a backend take them. */
+  components({ tensor: { dtype, rows, width, byteOffset } }: Side): Components {
+    return { basis: at(this.#basis, byteOffset), dtype, rows, width };
   }
 
   /** Memory of at least `bytes` that lasts until the next call with this name asks for more. */
@@ -73,13 +81,18 @@ export class Workbench {
     return at(block);
   }
 
+  /** What `reserve` gave for this name last. */
+  reserved(name: Scratch): Slice {
+    return at(this.#scratch.get(name)!);
+  }
+
   /** Everything that can fail before a switch changes anything: memory for its factors, and the upload of what is staged. */
   prepare(plans: readonly ModulePlan[]): void {
     const { values, used } = this.staging;
     const staged = this.reserve("coefficients", 4 * used);
     this.reserve("factors", this.#layOut(plans));
     const scaled = plans.filter((plan) => plan.magnitude !== undefined);
-    this.reserve("scale", 4 * Math.max(0, ...scaled.map((plan) => this.#modules[plan.module]!.out)));
+    this.reserve("scale", 4 * Math.max(0, ...scaled.map((plan) => this.modules[plan.module]!.out)));
     this.backend.upload(staged, new Uint8Array(values.buffer, 0, 4 * used));
   }
 
@@ -91,7 +104,7 @@ export class Workbench {
     this.#expanded = -1;
     let [largest, used] = [0, 0];
     for (const plan of plans) {
-      const module = this.#modules[plan.module]!;
+      const module = this.modules[plan.module]!;
       const [bytesA, bytesB] = [align16(4 * plan.rank * module.in), align16(4 * plan.rank * module.out)];
       if (rounds.length === 0 || used + bytesA + bytesB > most) {
         rounds.push([]);
@@ -99,7 +112,7 @@ export class Workbench {
       }
       const round = rounds.length - 1;
       rounds[round]!.push(plan);
-      this.#places.set(plan, { A: used, B: used + bytesA, round });
+      this.#places.set(plan, { A: used, Bt: used + bytesA, round });
       used += bytesA + bytesB;
       largest = Math.max(largest, used);
     }
@@ -107,45 +120,39 @@ export class Workbench {
     return largest;
   }
 
-  /** A [rank, in] and Bᵀ [rank, out] of a plan that was prepared, in scratch memory until another round's are asked for. */
-  expand(plan: ModulePlan): { A: Slice; B: Slice } {
-    const { A, B, round } = this.#places.get(plan)!;
-    const { block } = this.reserve("factors", 0);
+  /** A [rank, in] and Bt [rank, out] of a plan that was prepared, in scratch memory until another round's are asked for. */
+  expand(plan: ModulePlan): { A: Slice; Bt: Slice } {
+    const { A, Bt, round } = this.#places.get(plan)!;
+    const { block } = this.reserved("factors");
     if (this.#expanded !== round) {
       this.#expanded = round;
       // Copies first: a device then has all expansions in a row.
-      for (const part of ["private", "shared"] as const) this.#fill(block, this.rounds[round]!, part);
-    }
-    return { A: at(block, A), B: at(block, B) };
-  }
-
-  #fill(factors: Block, plans: readonly ModulePlan[], part: "private" | "shared"): void {
-    const staged = this.reserve("coefficients", 0).block;
-    for (const plan of plans) {
-      const module = this.#modules[plan.module]!;
-      for (const [side, width] of [
-        ["A", module.in],
-        ["B", module.out],
-      ] as const) {
-        const start = this.#places.get(plan)![side];
-        for (const piece of plan[side][part]) {
-          const from = at(staged, 4 * piece.at);
-          const out = at(factors, start + 4 * piece.row * width);
-          if ("q" in piece) {
-            this.copy(from, out, 4 * piece.q * width);
-            continue;
-          }
-          const { dtype, rows, width: basisWidth } = piece.basis.tensor;
-          const basis = this.basis(piece.basis);
-          this.backend.expand({ out, coefficients: from, basis, dtype, rank: piece.rows, rows, width: basisWidth });
-          this.dispatches++;
+      for (const kind of ["private", "shared"] as const) {
+        for (const each of this.rounds[round]!) {
+          const module = this.modules[each.module]!;
+          const place = this.#places.get(each)!;
+          this.#fill(each.A[kind], at(block, place.A), module.in);
+          this.#fill(each.Bt[kind], at(block, place.Bt), module.out);
         }
       }
+    }
+    return { A: at(block, A), Bt: at(block, Bt) };
+  }
+
+  #fill(pieces: Pieces["private" | "shared"], { block, byteOffset }: Slice, width: number): void {
+    const staged = this.reserved("coefficients").block;
+    for (const piece of pieces) {
+      const coefficients = at(staged, 4 * piece.at);
+      const out = at(block, byteOffset + 4 * piece.row * width);
+      if ("basis" in piece) {
+        this.backend.expand({ out, coefficients, ...this.components(piece.basis), rank: piece.rows });
+        this.dispatches++;
+      } else this.copy(coefficients, out, 4 * piece.rank * width);
     }
   }
 
   /** out = base + ΔW of the plan, rows scaled where the task has magnitudes; out may be base. */
-  fold(plan: ModulePlan, weight: Located, base: Slice, out: Slice): void {
+  fold(plan: ModulePlan, weight: Stored, base: Slice, out: Slice): void {
     const job = this.#job(plan, weight, base);
     const scale = plan.magnitude === undefined ? undefined : this.#scale(plan, weight, job);
     this.backend.fold({ ...job, out, ...(weight.transposed ? { columnScale: scale } : { rowScale: scale }) });
@@ -153,20 +160,20 @@ export class Workbench {
   }
 
   /** DoRA's scale [out] of a plan with magnitudes, f32. */
-  rowScale(plan: ModulePlan, weight: Located, base: Slice): Slice {
+  rowScale(plan: ModulePlan, weight: Stored, base: Slice): Slice {
     return this.#scale(plan, weight, this.#job(plan, weight, base));
   }
 
-  #job(plan: ModulePlan, { transposed, dtype }: Located, base: Slice): Omit<FoldJob, "out"> {
-    const { in: inputs, out } = this.#modules[plan.module]!;
-    const { A, B } = this.expand(plan);
-    const [rows, columns, left, right] = transposed ? [inputs, out, A, B] : [out, inputs, B, A];
+  #job(plan: ModulePlan, { transposed, dtype }: Stored, base: Slice): Omit<FoldJob, "out"> {
+    const { in: inputs, out } = this.modules[plan.module]!;
+    const { A, Bt } = this.expand(plan);
+    const [rows, columns, left, right] = transposed ? [inputs, out, A, Bt] : [out, inputs, Bt, A];
     return { base, dtype, rows, columns, stride: columns, left, right, rank: plan.rank };
   }
 
-  #scale(plan: ModulePlan, { transposed }: Located, job: Omit<FoldJob, "out">): Slice {
-    const out = this.reserve("scale", 0);
-    const magnitude = at(this.reserve("coefficients", 0).block, 4 * plan.magnitude!);
+  #scale(plan: ModulePlan, { transposed }: Stored, job: Omit<FoldJob, "out">): Slice {
+    const out = this.reserved("scale");
+    const magnitude = at(this.reserved("coefficients").block, 4 * plan.magnitude!);
     this.backend.scale({ ...job, out, magnitude, axis: transposed ? "columns" : "rows" });
     this.dispatches++;
     return out;

@@ -5,7 +5,7 @@
  */
 
 import { checkFingerprint, SAME_FLOAT, SAME_QUANTIZED } from "../base/fingerprint.ts";
-import { findWeight } from "../base/locate.ts";
+import { findWeight, refuseShared, shapeMismatch } from "../base/locate.ts";
 import { NameMatcher } from "../base/names.ts";
 import { BaseMismatchError } from "../errors.ts";
 import type { PackModule, TaskBlob, TaskTerm } from "../format/format.ts";
@@ -140,7 +140,10 @@ class Planner {
 
   async plan(): Promise<Plan> {
     const found = this.#pack.modules.map((module) => this.#module(module));
-    this.#refuseTwice(found);
+    refuseShared(
+      this.#pack.modules,
+      found.map(({ name }) => name),
+    );
     const brought = await this.#brought();
     const parameters = brought.filter(({ role }) => !OF_TERMS.has(role));
     const ignored = new Set(parameters.map(({ name }) => name).filter((name) => this.#isIgnored(name)));
@@ -224,11 +227,7 @@ class Planner {
       ? parameter.shape[0] === module.out && size === module.in
       : shape?.every((n, i) => n === expected[i]);
     if (fits) return parameter;
-    throw new BaseMismatchError(
-      `the adapted module "${module.name}" is [out ${module.out}, in ${module.in}], but the model's "${name}" is ` +
-        `[${(shape ?? parameter.shape).join(", ")}]: the adapters are of another model`,
-      { module: module.name, expected, found: shape ?? parameter.shape },
-    );
+    throw shapeMismatch(module, name, expected, shape ?? parameter.shape);
   }
 
   #weight(module: string): OnnxParameter {
@@ -243,19 +242,6 @@ class Planner {
       if (!fused || !(error instanceof BaseMismatchError)) throw error;
       const what = `the model is fused already (${fused.opType} "${fused.name}"): pass the unoptimised export`;
       throw new BaseMismatchError(`${what}; ${error.message}`, { module, candidates: error.candidates ?? [] });
-    }
-  }
-
-  #refuseTwice(found: readonly OnnxParameter[]): void {
-    const owners = new Map<string, string>();
-    for (const [i, { name }] of found.entries()) {
-      const module = this.#pack.modules[i]!.name;
-      const other = owners.get(name);
-      if (other !== undefined) {
-        const message = `the modules "${other}" and "${module}" both match the weight "${name}"; map one with the option \`names\``;
-        throw new BaseMismatchError(message, { module, candidates: [name] });
-      }
-      owners.set(name, module);
     }
   }
 

@@ -3,17 +3,17 @@
  * a batch. No model runtime here.
  */
 
-import { Locator } from "../base/locate.ts";
 import { BaseMismatchError } from "../errors.ts";
 import type { PackModule } from "../format/format.ts";
 import { readTensor } from "../format/tensors.ts";
 import type { TaskInput } from "../onnx/graft.ts";
 import type { Pack } from "../pack/pack.ts";
-import { Parameters } from "../runtime/parameters.ts";
+import { savedModules } from "../runtime/parameters.ts";
 import { loadParts, type Selection } from "../runtime/selection.ts";
 import { type ActiveTask, stage } from "../runtime/stage.ts";
-import { type BaseWeight, type Unfolded, unfold } from "../runtime/unfold.ts";
+import { type PristineWeight, unfold } from "../runtime/unfold.ts";
 import type { Workbench } from "../runtime/workbench.ts";
+import type { Term } from "../tensor/term.ts";
 import { type BaseValues, broughtBy, moduleOf, turn } from "./plan.ts";
 
 /** The value of one input for one task, without the leading dimension `tasks`. */
@@ -65,11 +65,14 @@ export class TaskEvaluator {
     options: { head?: string | undefined; signal?: AbortSignal | undefined },
   ): Promise<TaskValues> {
     const { head, signal } = options;
-    const parts = await loadParts(this.#pack, selection, head, signal, this.#base.ignored);
+    const parts = await loadParts(this.#pack, selection, options, this.#base.ignored);
     this.#refuseUnprepared(parts);
-    const heads = await this.#heads(parts, head, signal);
+    // In memory of its own each time: values of earlier switches may still be on their way into a run.
+    const heads = new Map<string, InputValue>();
+    for (const [name, { shape, values: data }] of savedModules(parts, this.#pack, head))
+      heads.set(name, { dims: shape, data });
     signal?.throwIfAborted();
-    const terms = this.#base.mode === "folded" ? new Map<number, Unfolded>() : this.#terms(parts);
+    const terms = this.#base.mode === "folded" ? new Map<number, Term>() : this.#terms(parts);
     const inputs = new Map<string, InputValue>();
     const labels = new Map<string, number>();
     for (const input of this.#inputs) inputs.set(input.name, this.#value(input, parts, terms, heads));
@@ -93,51 +96,22 @@ export class TaskEvaluator {
     }
   }
 
-  /** Saved modules of the selection, f32, by parameter name. */
-  async #heads(
-    parts: readonly ActiveTask[],
-    head: string | undefined,
-    signal: AbortSignal | undefined,
-  ): Promise<Map<string, InputValue>> {
-    const saved = parts.map((part) => {
-      const parameters = part.blob.parameters.filter((p) => p.role === "saved");
-      return { ...part, blob: { ...part.blob, parameters } };
-    });
-    // Memory of its own each time: values of earlier switches may still be on their way into a run.
-    const resolved = await new Parameters(undefined, new Locator(undefined)).resolve(saved, this.#pack, head, signal);
-    const values = new Map<string, InputValue>();
-    for (const [name, { view }] of resolved) {
-      values.set(name, {
-        dims: view.shape,
-        data: new Float32Array(view.data.buffer, view.data.byteOffset, view.data.length / 4),
-      });
-    }
-    return values;
-  }
-
-  #terms(parts: readonly ActiveTask[]): Map<number, Unfolded> {
-    const bench = this.#bench;
-    const plans = stage(parts, this.#pack.modules, bench.staging);
-    const weightOf = (index: number): BaseWeight => {
-      const { name, in: inputs, out } = this.#pack.modules[index]!;
+  #terms(parts: readonly ActiveTask[]): Map<number, Term> {
+    const { modules } = this.#pack;
+    const plans = stage(parts, modules, this.#bench.staging);
+    const weightOf = (index: number): PristineWeight => {
+      const { name, in: inputs, out } = modules[index]!;
       const { buffer, byteOffset, byteLength } = this.#base.weights.get(name)!;
-      const weight = { name, shape: [out, inputs], dtype: "f32" as const, transposed: false, byteLength };
-      return { weight, bytes: new Uint8Array(buffer, byteOffset, byteLength) };
+      const data = new Uint8Array(buffer, byteOffset, byteLength);
+      return { dtype: "f32", shape: [out, inputs], data, byteOffset: 0 };
     };
-    return unfold(
-      plans,
-      bench,
-      this.#pack.modules,
-      this.#base.mode === "core" ? "core" : "factors",
-      new Map(),
-      weightOf,
-    );
+    return unfold(plans, this.#bench, this.#base.mode === "core" ? "core" : "factors", weightOf);
   }
 
   #value(
     { of, kind, dims }: TaskInput,
     parts: readonly ActiveTask[],
-    terms: ReadonlyMap<number, Unfolded>,
+    terms: ReadonlyMap<number, Term>,
     heads: ReadonlyMap<string, InputValue>,
   ): InputValue {
     const found = this.#modules.get(of);
@@ -153,9 +127,7 @@ export class TaskEvaluator {
       case "A":
         return term ? { dims: [found.module.in, term.rank], data: turn(term.A, term.rank, found.module.in) } : zeros();
       case "B":
-        return term
-          ? { dims: [term.rank, found.module.out], data: turn(term.B, found.module.out, term.rank) }
-          : zeros();
+        return term ? { dims: [term.rank, found.module.out], data: term.Bt } : zeros();
       case "scale":
         return { dims: own as number[], data: term?.rowScale ?? new Float32Array(found!.module.out).fill(1) };
       case "bias":

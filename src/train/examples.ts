@@ -2,7 +2,7 @@
  * What is learned from: examples are checked whole before anything runs, some are held back to judge by, and each batch says
  * what its rows ought to be. No model here.
  */
-import { nearest } from "../base/names.ts";
+import { nearest } from "../arguments.ts";
 import { shuffle } from "../tensor/random.ts";
 
 /** One example. `Feeds` are a runtime's inputs for it, a batch of one. */

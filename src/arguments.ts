@@ -1,0 +1,104 @@
+/**
+ * Checks of what a caller passes to a public function: unknown options, words that are none of the choices, and arguments
+ * that are something else than expected. What they refuse is said by name, with what to write instead.
+ */
+
+/** An option that a list of known ones lacks. */
+interface Missing<Name> {
+  readonly "the list of known options lacks": Name;
+}
+
+/** A list of all keys of `Options`; a list that lacks one does not compile. */
+type AllKeys<Options, Names extends readonly string[]> = [Exclude<keyof Options, Names[number]>] extends [never]
+  ? Names
+  : Missing<Exclude<keyof Options, Names[number]>>;
+
+/**
+ * @param where the public function, for the message
+ * @param known all options there are; the compiler refuses a list that lacks one
+ * @throws TypeError when `options` is no plain object or has an option that is not known
+ * @example
+ * checkOptions("openPack", options, ["signal", "fetch"]);
+ */
+export function checkOptions<Options extends object, const Names extends readonly (keyof Options & string)[]>(
+  where: string,
+  options: Options,
+  known: Names & AllKeys<Options, Names>,
+): void {
+  if (!isPlain(options)) throw new TypeError(`${where}: expected an object of options, got ${described(options)}`);
+  for (const name of Object.keys(options)) {
+    if ((known as Names).includes(name as Names[number])) continue;
+    const [meant] = nearest(name, known as Names);
+    const advice = meant ? `did you mean "${meant}"?` : `known are ${(known as Names).join(", ")}`;
+    throw new TypeError(`${where}: unknown option "${name}"; ${advice}`);
+  }
+}
+
+/** Whether a value is an object written as a literal, of whatever realm: no array, promise, map or file. */
+export function isPlain(value: unknown): value is object {
+  if (typeof value !== "object" || !value) return false;
+  const prototype: unknown = Object.getPrototypeOf(value);
+  return !prototype || !Object.getPrototypeOf(prototype);
+}
+
+/**
+ * @param name of the option or argument
+ * @param choices of at least two words
+ * @throws RangeError when `value` is none of the choices
+ */
+export function checkChoice(name: string, value: unknown, choices: readonly string[]): void {
+  if (choices.includes(value as string)) return;
+  const words = choices.map((word) => `"${word}"`);
+  const last = words.pop()!;
+  throw new RangeError(`${name}: expected ${words.join(", ")} or ${last}, got ${described(value)}`);
+}
+
+/**
+ * @param expected what the argument should be, and where to get it: "an open pack (await openPack(…))"
+ * @param member something that every such object has
+ * @throws TypeError when `value` is no object with that member
+ */
+export function checkArgument(where: string, value: unknown, expected: string, member: string): void {
+  if (typeof value === "object" && value && member in value) return;
+  throw new TypeError(`${where}: expected ${expected}, got ${described(value)}`);
+}
+
+/** @throws TypeError when `pack` is not what `openPack` resolves to */
+export function checkPack(where: string, pack: unknown): void {
+  checkArgument(where, pack, "an open pack (await openPack(…))", "basisId");
+}
+
+/** A value for a message: what it is, and what is wrong where that can be told. */
+export function described(value: unknown): string {
+  if (typeof value === "string") return JSON.stringify(value);
+  if (typeof value !== "object" || !value) return typeof value === "function" ? "a function" : String(value);
+  if (typeof (value as PromiseLike<unknown>).then === "function") return "a promise; did you forget await?";
+  return `an object (${(value as Partial<object>).constructor?.name ?? "without prototype"})`;
+}
+
+/** Up to three of `names` most like `name`, nearest first, by edit distance; none that differs in more than half. */
+export function nearest(name: string, names: Iterable<string>): string[] {
+  const scored: [number, string][] = [];
+  for (const other of names) {
+    const contains = other.includes(name) || name.includes(other);
+    const distance = contains ? Math.abs(other.length - name.length) / 4 : editDistance(name, other);
+    if (contains || distance <= Math.max(name.length, other.length) / 2) scored.push([distance, other]);
+  }
+  return scored
+    .sort((a, b) => a[0] - b[0] || (a[1] < b[1] ? -1 : 1))
+    .slice(0, 3)
+    .map(([, other]) => other);
+}
+
+function editDistance(a: string, b: string): number {
+  let row = Array.from({ length: b.length + 1 }, (_, j) => j);
+  for (let i = 1; i <= a.length; i++) {
+    const next = [i];
+    for (let j = 1; j <= b.length; j++) {
+      const change = row[j - 1]! + (a[i - 1] === b[j - 1] ? 0 : 1);
+      next.push(Math.min(change, row[j]! + 1, next[j - 1]! + 1));
+    }
+    row = next;
+  }
+  return row[b.length]!;
+}

@@ -1,0 +1,91 @@
+/**
+ * Tensors in the user's memory as the base model, written in place. Loaded where the base is a map of tensors.
+ */
+import { BaseMismatchError } from "../errors.ts";
+import {
+  byteLengthOf,
+  type DeviceTensor,
+  onDevice,
+  sameShape,
+  type Tensor,
+  type View,
+  type WeightHost,
+} from "./host.ts";
+
+type Tensors = Map<string, Tensor | DeviceTensor>;
+
+/**
+ * Added parameters become new entries of the map.
+ * @throws BaseMismatchError when a tensor's data is not as long as its shape says, for instance because it was transferred
+ */
+export function memoryHost(tensors: Tensors): WeightHost {
+  checkSizes(tensors);
+  const view = (name: string): View => {
+    const tensor = tensors.get(name);
+    if (!tensor) throw new RangeError(`the base has no tensor "${name}"`);
+    return viewOf(tensor);
+  };
+  return {
+    *list() {
+      for (const [name, { dtype, shape, layout }] of tensors) yield { name, dtype, shape, ...(layout && { layout }) };
+    },
+    async read(name, into) {
+      const found = view(name);
+      if (onDevice(found.data) || !into) return found;
+      into.set(found.data);
+      return { ...found, data: into };
+    },
+    view,
+    begin() {
+      // The one way a write in place can fail is an array that was transferred away: find it before the first write.
+      checkSizes(tensors);
+      const undo: (() => void)[] = [];
+      return {
+        write: (name, value) => write(tensors, name, value, undo),
+        commit() {},
+        rollback() {
+          for (const step of undo.reverse()) step();
+        },
+      };
+    },
+  };
+}
+
+function checkSizes(tensors: Tensors): void {
+  for (const [name, tensor] of tensors) {
+    const { dtype, shape } = tensor;
+    const bytes = byteLengthOf(tensor);
+    const found = "buffer" in tensor ? tensor.buffer.size - (tensor.byteOffset ?? 0) : tensor.data.byteLength;
+    if ("buffer" in tensor ? found >= bytes : found === bytes) continue;
+    throw new BaseMismatchError(
+      `base tensor "${name}": ${dtype} [${shape.join(", ")}] needs ${bytes} bytes, its data has ${found}`,
+      { module: name, expected: bytes, found },
+    );
+  }
+}
+
+function viewOf(tensor: Tensor | DeviceTensor): View {
+  const { dtype, shape } = tensor;
+  if ("buffer" in tensor) return { dtype, shape, data: tensor.buffer, byteOffset: tensor.byteOffset ?? 0 };
+  const { buffer, byteOffset, byteLength } = tensor.data;
+  return { dtype, shape, data: new Uint8Array(buffer, byteOffset, byteLength), byteOffset: 0 };
+}
+
+/** In place where the value has the tensor's type and shape, else as a new entry. */
+function write(tensors: Tensors, name: string, value: View | null, undo: (() => void)[]): void {
+  const old = tensors.get(name);
+  if (!value) {
+    tensors.delete(name);
+    undo.push(() => old && tensors.set(name, old));
+    return;
+  }
+  const { dtype, shape, data, byteOffset } = value;
+  const before = old && viewOf(old).data;
+  if (before && !onDevice(before) && !onDevice(data) && old.dtype === dtype && sameShape(old.shape, shape)) {
+    before.set(data);
+    return;
+  }
+  const place = onDevice(data) ? { buffer: data, byteOffset } : { data: data.slice() };
+  tensors.set(name, { dtype, shape: [...shape], ...place });
+  undo.push(() => (old ? tensors.set(name, old) : tensors.delete(name)));
+}

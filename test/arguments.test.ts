@@ -1,0 +1,116 @@
+/** What a public function says when it is given something else than it takes. */
+import { build } from "esbuild";
+import t from "tap";
+import { checkChoice, checkOptions, nearest } from "../dist/src/arguments.js";
+import * as errors from "../dist/src/errors.js";
+import { openPack } from "../dist/src/pack/pack.js";
+import { createRuntime } from "../dist/src/runtime/create.js";
+import { data } from "./packs.ts";
+
+/** Calls that the compiler would refuse. */
+const wrong = (value: unknown): never => value as never;
+const pack = () => openPack(data("goldens/pack/every-kind.eigen"));
+
+t.test("options", async (t) => {
+  const check = (options: unknown) =>
+    checkOptions("f", options as { mode?: string; names?: string }, ["mode", "names"]);
+  for (const options of [{}, { mode: "x" }, { names: undefined }, Object.create(null)]) check(options);
+  t.throws(() => check({ moode: 1 }), new TypeError('f: unknown option "moode"; did you mean "mode"?'));
+  t.throws(() => check({ zzzzzzzzzz: 1 }), new TypeError('f: unknown option "zzzzzzzzzz"; known are mode, names'));
+  t.throws(() => check("core"), new TypeError('f: expected an object of options, got "core"'));
+  t.throws(() => check(null), new TypeError("f: expected an object of options, got null"));
+  t.throws(() => check(new Map()), new TypeError("f: expected an object of options, got an object (Map)"));
+  t.throws(() => check([]), new TypeError("f: expected an object of options, got an object (Array)"));
+  const forgotten = new TypeError("f: expected an object of options, got a promise; did you forget await?");
+  t.throws(() => check(Promise.resolve({})), forgotten);
+  // @ts-expect-error: a list that lacks an option does not compile.
+  checkOptions("f", {} as { mode?: string; names?: string }, ["mode"]);
+});
+
+t.test("choices and nearest names", async (t) => {
+  checkChoice("mode", "core", ["core", "folded"]);
+  const message = 'mode: expected "core", "factors" or "folded", got "x"';
+  t.throws(() => checkChoice("mode", "x", ["core", "factors", "folded"]), new RangeError(message));
+  t.throws(
+    () => checkChoice("mode", 3, ["core", "folded"]),
+    new RangeError('mode: expected "core" or "folded", got 3'),
+  );
+  t.same(nearest("sst", ["cola", "sst2", "mnli"]), ["sst2"]);
+});
+
+t.test("the public functions", async (t) => {
+  const open = await pack();
+  const runtime = await createRuntime(open, { backend: "js" });
+  const forgotten = "a promise; did you forget await?";
+  const [first] = open.tasks.keys();
+  for (const [call, message] of [
+    [
+      () => openPack(wrong(pack())),
+      `openSource: expected a path, URL, Blob, ArrayBuffer or ByteSource, got ${forgotten}`,
+    ],
+    [
+      () => openPack(wrong(undefined)),
+      "openSource: expected a path, URL, Blob, ArrayBuffer or ByteSource, got undefined",
+    ],
+    [() => openPack("x", wrong({ signals: 1 })), 'openPack: unknown option "signals"; did you mean "signal"?'],
+    [() => createRuntime(wrong(pack())), `createRuntime: expected an open pack (await openPack(…)), got ${forgotten}`],
+    [() => createRuntime(wrong("a.eigen")), 'createRuntime: expected an open pack (await openPack(…)), got "a.eigen"'],
+    [
+      () => createRuntime(open, wrong({ moode: "core" })),
+      'createRuntime: unknown option "moode"; did you mean "mode"?',
+    ],
+    [() => createRuntime(open, wrong("core")), 'createRuntime: expected an object of options, got "core"'],
+    [
+      () => runtime.switchTask(wrong(undefined)),
+      "task: expected an id, null for the base, or strengths by id, got undefined",
+    ],
+    [
+      () => runtime.switchTask(wrong([first])),
+      "task: expected an id, null for the base, or strengths by id, got an object (Array)",
+    ],
+    [() => runtime.switchTask(first!, wrong({ haed: "x" })), 'switchTask: unknown option "haed"; did you mean "head"?'],
+    [
+      () => runtime.apply("x", wrong(0), wrong(0), wrong({ task: "x" })),
+      'apply: unknown option "task"; did you mean "tasks"?',
+    ],
+    [() => open.load(wrong(undefined)), "task: expected an id, got undefined"],
+    [
+      () => open.addTask("new", wrong(pack())),
+      `openSource: expected a path, URL, Blob, ArrayBuffer or ByteSource, got ${forgotten}`,
+    ],
+  ] as const)
+    await t.rejects(async () => void (await call()), new TypeError(message), message);
+  for (const [option, message] of [
+    [{ mode: "x" }, 'mode: expected "core", "factors" or "folded", got "x"'],
+    [{ policy: "x" }, 'policy: expected "copy" or "reload", got "x"'],
+    [{ backend: "gpu" }, 'backend: expected "auto", "webgpu", "wasm" or "js", got "gpu"'],
+  ] as const)
+    await t.rejects(createRuntime(open, wrong(option)), new RangeError(message));
+  await t.rejects(openPack("x", wrong({ bases: "x" })), new RangeError('bases: expected "now" or "later", got "x"'));
+  await runtime.close();
+  await open.close();
+});
+
+t.test("an error's name is its class, also minified", async (t) => {
+  const contents = 'export * from "./dist/src/errors.js"';
+  const stdin = { contents, resolveDir: new URL("..", import.meta.url).pathname };
+  const { outputFiles } = await build({ stdin, bundle: true, minify: true, format: "esm", write: false });
+  const url = `data:text/javascript,${encodeURIComponent(outputFiles[0]!.text)}`;
+  const minified = (await import(url)) as typeof errors;
+  for (const { FormatError, TaskError, BaseMismatchError, AdapterError, SourceError, BackendError } of [
+    errors,
+    minified,
+  ]) {
+    for (const [error, name] of [
+      [new FormatError("m", { file: "f", part: "p" }), "FormatError"],
+      [new SourceError("m", { file: "f" }), "SourceError"],
+      [new AdapterError("m", { file: "f" }), "AdapterError"],
+      [new TaskError("m", { task: "t" }), "TaskError"],
+      [new BaseMismatchError("m", { module: "m" }), "BaseMismatchError"],
+      [new BackendError("m", { backend: "b" }), "BackendError"],
+    ] as const) {
+      t.equal(error.name, name);
+      t.match(error.stack, new RegExp(`^${name}: `));
+    }
+  }
+});
