@@ -190,6 +190,15 @@ t.test("what it refuses", async (t) => {
     await t.rejects(searchPack(adapters, { ...options, judge }), { name: "TypeError", message });
   for (const error of [new Error("mine"), new RangeError("mine")])
     await t.rejects(searchPack(adapters, { ...options, judge: () => Promise.reject(error) }), { message: "mine" });
+  await t.rejects(searchPack(adapters, { ...options, families: [{}] } as never), {
+    name: "TypeError",
+    message: /searchPack: unknown option "families"/,
+  });
+  await t.rejects(buildPack(adapters, { privateTerm: 1 } as never), {
+    name: "TypeError",
+    message: /unknown option "privateTerm"; did you mean "privateTerms"/,
+  });
+  await t.rejects(searchPack(adapters, { ...options, ways: [{ gaug: "balanced" } as never] }), { name: "TypeError" });
   const stop = new AbortController();
   const stopped = searchPack(adapters, { ...options, signal: stop.signal, onTry: () => stop.abort() });
   await t.rejects(stopped, { name: "AbortError" });

@@ -5,7 +5,7 @@
 import { readdir, readFile, stat } from "node:fs/promises";
 import { basename, dirname, join, resolve } from "node:path";
 import { openPath } from "#platform";
-import { nearest } from "../arguments.ts";
+import { checkOptions, nearest } from "../arguments.ts";
 import { AdapterError, TaskError } from "../errors.ts";
 import { isTaskId } from "../format/format.ts";
 import type { ByteSource } from "../source.ts";
@@ -52,6 +52,7 @@ export async function readAdapters(
   paths: readonly string[],
   options: { rename?: ReadonlyMap<string, string> } = {},
 ): Promise<Adapter[]> {
+  checkOptions("readAdapters", options, ["rename"]);
   const locations = rename(await findAdapters(paths), options.rename ?? new Map());
   const adapters: Adapter[] = [];
   const sources: ByteSource[] = [];

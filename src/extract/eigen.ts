@@ -5,7 +5,7 @@
  * generalised or complex problems.
  */
 import { uniform } from "../tensor/random.ts";
-import { dot, EPSILON, norm, reflect, reflector, scale, straighten, type Tridiagonal } from "./linalg.ts";
+import { addScaled, dot, EPSILON, norm, reflect, reflector, scale, type Tridiagonal } from "./linalg.ts";
 
 /** Eigenvalues and, on demand, eigenvectors of a symmetric matrix. */
 export interface Eigen {
@@ -205,7 +205,7 @@ function tridiagonalVectors(t: Normed, values: Float64Array, count: number): Flo
       const grown = normalize(x);
       let kept = 1;
       for (let pass = 0; pass < 2; pass++) {
-        straighten(z, k, n, first);
+        for (let j = first; j < k; j++) addScaled(-dot(z, j * n, x, 0, n), z, j * n, x, 0, n);
         kept *= normalize(x);
       }
       if (!(kept > 0) || !Number.isFinite(grown)) restart();

@@ -172,9 +172,9 @@ export function norm(x: Float64Array, at: number = 0, count: number = x.length):
   return Math.sqrt(dot(x, at, x, at, count));
 }
 
-/** Takes out of row `i` of X [_, width] what lies along each of the unit rows from `first` to the one before it. */
-export function straighten(x: Float64Array, i: number, width: number, first: number = 0): void {
-  for (let j = first; j < i; j++) addScaled(-dot(x, j * width, x, i * width, width), x, j * width, x, i * width, width);
+/** Takes out of row `i` of X [_, width] what lies along each of the unit rows before it. */
+export function straighten(x: Float64Array, i: number, width: number): void {
+  for (let j = 0; j < i; j++) addScaled(-dot(x, j * width, x, i * width, width), x, j * width, x, i * width, width);
 }
 
 /** Multiplies `count` values from `at` by `factor`. */

@@ -5,6 +5,7 @@
 
 import type { Adapter } from "../adapters/adapter.ts";
 import { baseModels, type SharedModule, sharedModules } from "../adapters/modules.ts";
+import { checkOptions } from "../arguments.ts";
 import type { WeightHost } from "../base/host.ts";
 import { extractModule } from "../extract/extract.ts";
 import type { BasisMode, Centering, ComponentSelection, Gauge } from "../extract/options.ts";
@@ -75,6 +76,22 @@ export interface BuildOptions {
   readonly signal?: AbortSignal | undefined;
 }
 
+const OPTIONS = [
+  "mode",
+  "gauge",
+  "centering",
+  "select",
+  "normalize",
+  "moments",
+  "rank",
+  "privateTerms",
+  "privateShare",
+  "dtype",
+  "base",
+  "onProgress",
+  "signal",
+] as const;
+
 /** A pack that was made. */
 export interface Built<Report = BuildReport> {
   /** The pack as consecutive chunks. */
@@ -86,12 +103,13 @@ export interface Built<Report = BuildReport> {
  * Packs adapters.
  * @throws AdapterError when adapters do not agree about a module or a tensor cannot be stored
  * @throws BaseMismatchError when the base given does not have the adapted modules
- * @throws RangeError for options that do not go together, or an error that is out of reach
+ * @throws RangeError for options that do not go together, or an error that is out of reach; TypeError for an unknown option
  * @returns the pack, and what became of the adapters
  * @example
  * const { chunks, report } = await buildPack(adapters, { select: { kind: "k", k: 16 } });
  */
 export async function buildPack(adapters: readonly Adapter[], options: BuildOptions = {}): Promise<Built> {
+  checkOptions("buildPack", options, OPTIONS);
   if (adapters.length === 0) throw new RangeError("buildPack: no adapters");
   const extraction = await extractionOf(options, adapters.length);
   const { mode = "column", gauge, centering, rank } = extraction;

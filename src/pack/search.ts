@@ -3,6 +3,7 @@
  * It knows no model and no data.
  */
 import type { Adapter } from "../adapters/adapter.ts";
+import { checkOptions } from "../arguments.ts";
 import type { ComponentSelection } from "../extract/options.ts";
 import { grow, lowestPassing, partition, sharpen, Unreachable } from "./bisect.ts";
 import { type BuildOptions, type Built, buildPack } from "./build.ts";
@@ -130,8 +131,24 @@ export async function searchPack(adapters: readonly Adapter[], options: SearchOp
   return { chunks, report: { ...report, ...chosen, judgedBy, reference: search.reference, tried } };
 }
 
-/** @throws RangeError for options that do not go together */
-function checkSearch(adapters: readonly Adapter[], { goal, judge, moments, ways, ladder }: SearchOptions): void {
+const OPTIONS = [
+  "goal",
+  "judge",
+  "ways",
+  "moments",
+  "ladder",
+  "onTry",
+  "dtype",
+  "centering",
+  "normalize",
+  "base",
+  "signal",
+] as const;
+
+/** @throws RangeError for options that do not go together; TypeError for one that is not known */
+function checkSearch(adapters: readonly Adapter[], options: SearchOptions): void {
+  checkOptions("searchPack", options, OPTIONS);
+  const { goal, judge, moments, ways, ladder } = options;
   const refuse = (message: string): RangeError => new RangeError(`searchPack: ${message}`);
   if (adapters.length === 0) throw refuse("no adapters");
   if (goal.kind === "score" && !(goal.tolerance >= 0))

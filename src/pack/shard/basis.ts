@@ -2,7 +2,9 @@
  * From statistics to a basis: a pack without tasks, onto which adapters are projected wherever they are. Column mode only; what
  * needs all adapters at once is refused by name.
  */
+
 import { baseModels } from "../../adapters/modules.ts";
+import { checkOptions } from "../../arguments.ts";
 import { checkSelection, type ExtractOptions, wanted } from "../../extract/options.ts";
 import { decompose, encodeSide, type SideBasis } from "../../extract/side.ts";
 import { gramComponents, type Summary } from "../../extract/summary.ts";
@@ -35,6 +37,7 @@ export interface BasisReport extends PackReport {
  * @returns a pack without tasks, and what was found
  */
 export async function buildBasis(statistics: Statistics, options: BasisOptions = {}): Promise<Built<BasisReport>> {
+  checkOptions("buildBasis", options, ["select", "centering", "base", "onProgress", "dtype"]);
   const { select = { kind: "energy", share: 0.9 }, centering = "keep", dtype = "f16", base } = options;
   const { gauge, rank, normalize } = statistics;
   checkSelection(select);

@@ -5,6 +5,7 @@
  */
 import type { Adapter, ModuleShape } from "../../adapters/adapter.ts";
 import { baseModels, compare, type SharedModule, sharedModules } from "../../adapters/modules.ts";
+import { checkOptions } from "../../arguments.ts";
 import { AdapterError, TaskError } from "../../errors.ts";
 import { balance, leadingRows, pairOf } from "../../extract/gauge.ts";
 import { checkRank, type Gauge } from "../../extract/options.ts";
@@ -51,8 +52,10 @@ export interface Statistics {
  */
 export async function adapterStatistics(
   adapters: readonly Adapter[],
-  { gauge = "as-trained", rank, normalize = false }: Pick<BuildOptions, "gauge" | "rank" | "normalize"> = {},
+  options: Pick<BuildOptions, "gauge" | "rank" | "normalize"> = {},
 ): Promise<Statistics> {
+  checkOptions("adapterStatistics", options, ["gauge", "rank", "normalize"]);
+  const { gauge = "as-trained", rank, normalize = false } = options;
   if (adapters.length === 0) throw new RangeError("adapterStatistics: no adapters");
   checkRank({ gauge, rank });
   const most = rank ?? Infinity;
@@ -112,6 +115,7 @@ export async function mergeStatistics(
   given: readonly Statistics[],
   options: { readonly anyBase?: boolean } = {},
 ): Promise<Statistics> {
+  checkOptions("mergeStatistics", options, ["anyBase"]);
   if (given.length === 0) throw new RangeError("mergeStatistics: no parts");
   const parts = [...given].sort((a, b) => compare(a.adapters[0]!.id, b.adapters[0]!.id));
   const { file, gauge, rank, normalize } = parts[0]!;
