@@ -299,7 +299,7 @@ export class Runtime {
     const host = this.#host!;
     if (host.begin) {
       if (host.view) return host.view(slot?.weight.name ?? parameter);
-      throw new TypeError("weight: the weights are in the host you passed; read them there");
+      throw new TypeError("weight: the weights are in the host; read them there");
     }
     if (slot) {
       const { block, byteOffset } = slot.active!;
