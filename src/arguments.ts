@@ -73,7 +73,7 @@ export function described(value: unknown): string {
   if (typeof value === "string") return JSON.stringify(value);
   if (typeof value !== "object" || !value) return typeof value === "function" ? "a function" : String(value);
   if (typeof (value as PromiseLike<unknown>).then === "function") return "a promise; did you forget await?";
-  return `an object (${(value as Partial<object>).constructor?.name ?? "without prototype"})`;
+  return `an object (${(value as Partial<object>).constructor?.name ?? "plain"})`;
 }
 
 /** Up to three of `names` most like `name`, nearest first, by edit distance; none that differs in more than half. */

@@ -390,3 +390,15 @@ t.test("policy reload: half the memory, the same bits", async (t) => {
   await reload.close();
   await adapter!.close();
 });
+
+t.test("packs, bases and runtimes are disposable", async (t) => {
+  const pack = await openPack(smallPack, { bases: "later" });
+  const bases = await pack.bases();
+  t.ok(pack.residentBytes.basis > 0);
+  bases[Symbol.dispose]();
+  t.equal(pack.residentBytes.basis, 0);
+  const runtime = await createRuntime(pack, { backend: "js" });
+  await runtime[Symbol.asyncDispose]();
+  await t.rejects(runtime.switchTask(null), { name: "BackendError", message: /closed/ });
+  await pack[Symbol.asyncDispose]();
+});

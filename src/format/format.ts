@@ -30,10 +30,10 @@ export type ParameterRole = "saved" | "bias" | "bias-delta" | "rows";
 /** What is known about a task beside its numbers. Kept in the pack as it is. */
 export interface TaskMetadata {
   /** Class names of a classifier, in the order of its rows. */
-  readonly labels?: string[];
-  readonly license?: string;
+  labels?: string[];
+  license?: string;
   /** Where the adapter came from. */
-  readonly origin?: string;
+  origin?: string;
   /** Other plain values: strings, numbers, booleans, null, arrays and objects of these. */
   [key: string]: unknown;
 }

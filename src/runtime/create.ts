@@ -102,7 +102,7 @@ async function prepare(
       backend = made.backend;
       const readable = placed === undefined ? host : device!.deviceHost(host!, backend);
       const bench = new Workbench(backend, pack.modules, bases.bytes);
-      if (host) await loadSlots(slots, host, bench, bases.bytes, keep, { signal, anyBase: options.anyBase ?? false });
+      if (host) await loadSlots(slots, host, bench, bases.bytes, keep, { signal, anyBase: options.anyBase });
       // A device that has no memory left says so only now.
       await backend.finish();
       return { bench, passedOver: made.passedOver, host: readable };

@@ -222,8 +222,7 @@ export class Runtime {
   /** Parameters of the tasks beside their terms. */
   async #resolve(parts: readonly ActiveTask[], options: SwitchOptions): Promise<ReadonlyMap<string, Replacement>> {
     if (!parts.some(({ blob }) => blob.parameters.length > 0)) return NO_PARAMETERS;
-    const { Parameters } = await import("./parameters.ts");
-    this.#parameters ??= new Parameters(this.#parts.locator);
+    this.#parameters ??= new (await import("./parameters.ts")).Parameters(this.#parts.locator);
     return this.#parameters.resolve(parts, this.pack, this.#host, options);
   }
 
@@ -300,7 +299,7 @@ export class Runtime {
     const host = this.#host!;
     if (host.begin) {
       if (host.view) return host.view(slot?.weight.name ?? parameter);
-      throw new TypeError("weight: the weights are in the host you passed; read them there");
+      throw new TypeError("weight: the weights are in the host; read them there");
     }
     if (slot) {
       const { block, byteOffset } = slot.active!;

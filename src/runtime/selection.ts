@@ -41,8 +41,7 @@ export async function loadParts(
   if (head !== undefined && !parts.some((p) => p.id === head)) {
     throw new TaskError(`head "${head}" is not one of the tasks switched to`, { task: head });
   }
-  const additive = parts.length === 1 && parts[0]!.strength === 1;
-  if (!additive)
+  if (parts.length !== 1 || parts[0]!.strength !== 1)
     refuseMagnitudes(parts, pack, () => true, "it cannot be blended or scaled, since its change is not additive");
   return parts;
 }

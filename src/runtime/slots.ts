@@ -46,7 +46,7 @@ export async function loadSlots(
   bench: Workbench,
   bases: Uint8Array,
   keep: { pristine: boolean; active: boolean },
-  options: ReadOptions & { anyBase: boolean },
+  options: ReadOptions & { anyBase?: boolean | undefined },
 ): Promise<void> {
   for (const slot of slots) {
     const { byteLength } = slot.weight;

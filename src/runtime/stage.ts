@@ -82,11 +82,11 @@ export function stage(parts: readonly ActiveTask[], modules: readonly PackModule
   for (const { blob, strength } of parts) {
     for (const term of blob.terms) {
       const module = modules[term.module]!;
-      const plan: Draft = plans.get(term.module) ?? {
-        ...{ module: term.module, rank: 0, magnitude: undefined },
-        ...{ A: { shared: [], private: [] }, Bt: { shared: [], private: [] } },
-      };
-      plans.set(term.module, plan);
+      let plan = plans.get(term.module);
+      if (!plan) {
+        plan = { module: term.module, rank: 0, A: none(), Bt: none(), magnitude: undefined };
+        plans.set(term.module, plan);
+      }
       if (term.A && term.B) {
         plan.A.shared.push(expansion(blob, term.A, module.A!, 1, plan.rank, staging));
         plan.Bt.shared.push(expansion(blob, term.B, module.B!, strength, plan.rank, staging));
@@ -102,6 +102,10 @@ export function stage(parts: readonly ActiveTask[], modules: readonly PackModule
     }
   }
   return [...plans.values()];
+}
+
+function none(): Draft["A"] {
+  return { shared: [], private: [] };
 }
 
 function expansion(
