@@ -8,7 +8,10 @@ import { readAdapters } from "../dist/src/adapters/folder.js";
 import { openHost } from "../dist/src/base/open.js";
 import { type BuildOptions, buildPack } from "../dist/src/pack/build.js";
 import { openPack, type Pack } from "../dist/src/pack/pack.js";
+import type { Engine } from "../dist/src/session/engine.js";
+import { createSession, type SessionOptions } from "../dist/src/session/session.js";
 import { concat, data, LOSSLESS } from "./packs.ts";
+import { PlainEngine, PlainTensor } from "./plain-engine.ts";
 
 export type Ort = typeof common;
 export type Session = EigenSession<Ort>;
@@ -24,6 +27,13 @@ node.env.logLevel = "error";
 export const ORTS: readonly { name: string; ort: Ort }[] = [
   { name: "onnxruntime-node", ort: node },
   { name: "onnxruntime-web", ort: web },
+];
+/** What sessions are tested on: modules of onnxruntime, or an engine with its tensors. */
+export type Runtime = Ort | { readonly Tensor: Ort["Tensor"]; readonly engine: Engine };
+
+export const RUNTIMES: readonly { name: string; ort: Runtime }[] = [
+  ...ORTS,
+  { name: "a plain engine", ort: { Tensor: PlainTensor as unknown as Ort["Tensor"], engine: new PlainEngine() } },
 ];
 export const NODE: Ort = node;
 export const WEB: Ort = web;
@@ -96,7 +106,7 @@ export async function packFor(answers: string): Promise<Pack> {
 
 /** The feeds of the goldens that a session takes; of some rows only, where asked. */
 export function feeds(
-  ort: Ort,
+  ort: Pick<Ort, "Tensor">,
   session: { inputNames: readonly string[] },
   rows: readonly number[] = [0, 1, 2],
 ): Feeds {
@@ -117,8 +127,9 @@ export function feeds(
   return made;
 }
 
-export function open(ort: Ort, input: string | Uint8Array, pack: Pack, options: Options = {}): Promise<Session> {
-  return createEigenSession(ort, input, pack, options);
+export function open(ort: Runtime, input: string | Uint8Array, pack: Pack, options: Options = {}): Promise<Session> {
+  if (!("engine" in ort)) return createEigenSession(ort, input, pack, options);
+  return createSession(ort.engine, input, pack, options as SessionOptions);
 }
 
 /** The first output of a run as numbers. */
