@@ -4,17 +4,17 @@
  */
 import { open, readFile, stat } from "node:fs/promises";
 import { resolve } from "node:path";
-import { readAdapters } from "../adapters/folder.ts";
 import { SourceError, TaskError } from "../errors.ts";
 import { TASK_FILE_MAGIC } from "../format/format.ts";
 import { layoutAppend, type TaskToWrite } from "../format/layout.ts";
 import { parseTaskFile } from "../format/task-file.ts";
 import { projectAdapters } from "../pack/build.ts";
 import { openPack, type Pack } from "../pack/pack.ts";
-import { type Arguments, renames } from "./args.ts";
+import { type Attach, command } from "./command.ts";
 import { append } from "./files.ts";
-import { bytes, type Output, percent, table } from "./output.ts";
-import { closeAll, type Result, storedTypes } from "./packs.ts";
+import { openAdapters, storedDtypes, taskOf, warnings } from "./open.ts";
+import { as } from "./options.ts";
+import { bytes, counting, lossTable } from "./output.ts";
 
 /** A task file that was named, and what its task is to be called. */
 interface NamedTask {
@@ -22,57 +22,52 @@ interface NamedTask {
   readonly id: string;
 }
 
-/** `add FILE ADAPTER_OR_TASK...` */
-export async function addCommand(args: Arguments, out: Output): Promise<Result> {
-  const [file = "", ...paths] = args.positionals;
-  const found = await Promise.all(paths.map(isTaskFile));
-  const names = renames(args);
-  const files = await nameTasks(
-    paths.filter((_, i) => found[i]),
-    names,
-  );
-  const adapters = await readAdapters(
-    paths.filter((_, i) => !found[i]),
-    { rename: names },
-  );
-  try {
-    const done = await append(file, async () => {
-      const pack = await openPack(file);
-      try {
-        refuseTaken(pack, [...adapters.map(({ id, file }) => ({ id, path: file })), ...files]);
-        const types = await storedTypes(pack);
-        const progress = (done: number, of: number): void => out.progress("module", done, of);
-        const projected = await projectAdapters(pack, adapters, types, progress);
-        const learned: TaskToWrite[] = [];
-        for (const { path, id } of files) learned.push(await takeTask(pack, path, id));
-        const { superblock } = pack.window;
-        const plan = layoutAppend(pack.directory, superblock, [...projected, ...learned]);
-        return { ...plan, residual: projected.map((t) => t.residual), learned, before: superblock.committed };
-      } finally {
-        await pack.close();
+export const add: Attach = command({
+  usage: "add <PACK> <ADAPTER_OR_TASKFILE...>",
+  does: "append tasks: adapters projected onto the components, or task files",
+  details:
+    "Adapters may come as a folder of them. Task files (.eigentask) are taken as they are. The bytes of other tasks stay.",
+  options: { as },
+  async run([file, ...paths]: [string, ...string[]], { as }, run) {
+    const found = await Promise.all(paths.map(isTaskFile));
+    const names = new Map(as);
+    const files = await nameTasks(
+      paths.filter((_, i) => found[i]),
+      names,
+    );
+    const folders = paths.filter((_, i) => !found[i]);
+    const adapters = await openAdapters(folders, names, run);
+    const { before, residual, learned, ...done } = await append(file, async () => {
+      const pack = run.closing(await openPack(file));
+      refuseTaken(pack, [...adapters.map(({ id, file }) => ({ id, path: file })), ...files]);
+      const projected = await projectAdapters(pack, adapters, await storedDtypes(pack), counting(run, "module"));
+      const learned: TaskToWrite[] = [];
+      for (const { path, id } of files) {
+        await pack.addTask(id, path);
+        learned.push(await taskOf(pack, id));
       }
+      const { superblock } = pack.window;
+      const plan = layoutAppend(pack.directory, superblock, [...projected, ...learned]);
+      return { ...plan, residual: projected.map((task) => task.residual), learned, before: superblock.committed };
     });
-    for (const adapter of adapters) for (const warning of adapter.warnings) out.warn(`${adapter.id}: ${warning}`);
-    const { before, residual, learned } = done;
-    const bytesAfter = done.offset + done.body.reduce((sum, c) => sum + c.length, 0);
+    warnings(adapters, run);
+    const bytesAfter = done.offset + done.body.reduce((sum, chunk) => sum + chunk.length, 0);
     const added = [...adapters, ...files].map(({ id }) => id);
-    const text = [
-      `${file}: ${added.length} tasks added, ${bytes(before)} → ${bytes(bytesAfter)}`,
-      ...(residual.length > 0
-        ? [table([["task", "ΔW error", "largest"], ...residual.map((r) => [r.id, percent(r.mean), percent(r.max)])])]
-        : []),
-      ...learned.map(({ entry, blob }) => `${entry.id}: ${bytes(blob.length)}, as it came`),
-    ].join("\n");
-    return { json: { file, added, bytesBefore: before, bytesAfter, residual }, text };
-  } finally {
-    await closeAll(adapters);
-  }
-}
+    return {
+      json: { file, added, bytesBefore: before, bytesAfter, residual },
+      text: [
+        `${file}: ${added.length} tasks added, ${bytes(before)} → ${bytes(bytesAfter)}`,
+        ...(residual.length > 0 ? [lossTable(residual)] : []),
+        ...learned.map(({ entry, blob }) => `${entry.id}: ${bytes(blob.length)}, as it came`),
+      ],
+    };
+  },
+});
 
 /** By what it begins with, or what it is called: one that is damaged is to be refused as what it was. */
 async function isTaskFile(path: string): Promise<boolean> {
   if (!(await stat(path).catch(() => undefined))?.isFile()) return false;
-  if (/\.(eigentask|etask)$/.test(path)) return true;
+  if (path.endsWith(".eigentask")) return true;
   const file = await open(path).catch((cause: Error) => {
     throw new SourceError(`cannot be read: ${cause.message}`, { file: path, cause });
   });
@@ -111,10 +106,4 @@ function refuseTaken(pack: Pack, added: readonly NamedTask[]): void {
     }
     owners.set(id, path);
   }
-}
-
-async function takeTask(pack: Pack, path: string, id: string): Promise<TaskToWrite> {
-  await pack.addTask(id, path);
-  const { adapterBytes, metadata, brings } = pack.tasks.get(id)!;
-  return { entry: { id, adapterBytes, metadata, brings }, blob: (await pack.load(id)).bytes };
 }

@@ -4,7 +4,6 @@
  * weights themselves changed are refused.
  */
 import { existsSync } from "node:fs";
-import { mkdir } from "node:fs/promises";
 import { dirname, join, resolve } from "node:path";
 import { createBackend } from "../backends/select.ts";
 import { nearest } from "../base/names.ts";
@@ -22,10 +21,10 @@ import { type Plan, planSession } from "../session/plan.ts";
 import { stackValues, TaskEvaluator, type TaskValues } from "../session/values.ts";
 import { type ByteSource, openSource } from "../source.ts";
 import { type SafetensorsEntry, writeSafetensors } from "../tensor/safetensors-writer.ts";
-import { type Arguments, choice, refuseOverwriting, required, UsageError } from "./args.ts";
-import { writeWhole } from "./files.ts";
-import { bytes, type Output } from "./output.ts";
-import type { Result } from "./packs.ts";
+import { type Attach, command, type Run } from "./command.ts";
+import { makeFolder, refuseOverwriting, writeWhole } from "./files.ts";
+import { assignments, byDefault, choice, list, output, toggle, UsageError } from "./options.ts";
+import { bytes } from "./output.ts";
 
 /** The most that protobuf allows, and so the most that runtimes load. */
 const MOST_MODEL_BYTES = 2 ** 31 - 1;
@@ -35,72 +34,65 @@ const CHUNK_BYTES = 2 ** 24;
 /** By these a program can tell whether a model and the inputs of a task belong together. */
 type Marks = ReadonlyMap<string, string>;
 
-/** `attach MODEL.onnx PACK -o OUT.onnx` */
-export async function attachCommand(args: Arguments, out: Output): Promise<Result> {
-  const [modelPath = "", packPath = ""] = args.positionals;
-  const target = required(args, "output");
-  if (args.text("mode") === "folded") {
-    const others = 'use eigenlora fold, or createEigenSession with mode "folded"';
-    throw new UsageError(`--mode folded: weights are no inputs; ${others}`);
-  }
-  const mode = choice(args, "mode", ["auto", "core", "factors"] as const, "auto");
-  const names = namesByHand(args);
-  const options = { mode, names, ignore: args.list("ignore"), anyBase: args.flag("any-base") };
-  for (const path of [modelPath, packPath]) refuseOverwriting(target, path);
-  const pack = await openPack(packPath);
-  try {
-    for (const module of names.keys()) refuseUnknown(module, pack);
-    const file = await readModel(modelPath);
-    try {
-      const bases = (await pack.bases()).bytes;
-      const plan = await planSession(file, pack, bases, options);
-      refuseFolded(plan, pack);
-      const wanted = new Set(args.list("task"));
-      const ids = wanted.size > 0 ? [...wanted] : [...pack.tasks.keys()];
-      // An unknown or damaged task is found before anything is written.
-      await pack.prefetch(ids);
-      const grafted = graft(file.model, plan.graft, { probe: false });
-      const marks: Marks = new Map([
-        [`${PREFIX}.basis`, pack.basisId],
-        [`${PREFIX}.mode`, plan.mode],
-      ]);
-      const model = serialise(file, grafted, marks, target);
-      const external = await writeExternal(file, target);
-      const written = await writeInputs({ pack, bases, plan, inputs: grafted.inputs, marks }, ids, target, out);
-      // Last: a model that is there has all that belongs to it.
-      const size = await writeWhole(target, [model]);
-      const { reason } = plan;
-      const { inputs } = grafted;
-      const { base, tasks, folder } = written;
-      const modules = plan.graft.modules.length;
-      const largest = Math.max(0, ...tasks.map((task) => task.bytes));
-      return {
-        json: { file: target, mode: plan.mode, reason, modules, bytes: size, external, inputs, base, tasks },
-        text: [
-          `${target}: ${modules} modules, ${bytes(size)}, mode ${plan.mode} (${reason})`,
-          ...external.map((path) => `  weights in ${path}`),
-          `${inputs.length} inputs carry a task: without one, ${base.file}, ${bytes(base.bytes)}`,
-          `  ${tasks.length} tasks in ${folder}, ${bytes(largest)} at most`,
-        ].join("\n"),
-      };
-    } finally {
-      await file.close();
+export const attach: Attach = command({
+  usage: "attach <MODEL.onnx> <PACK>",
+  does: "write an ONNX model with the components inside",
+  details: "Tasks come beside it, as small input files. For runtimes that this package has no binding for.",
+  options: {
+    output: output("OUT.onnx", "The model to write; OUT.base.safetensors and OUT.tasks/ID.safetensors come beside it."),
+    mode: byDefault(
+      "auto",
+      choice(["auto", "core", "factors", "folded"], "Inputs are cores between the components, or expanded factors."),
+    ),
+    task: list("ID", "Write the inputs of this task only. May be given again."),
+    names: assignments(
+      "MODULE=WEIGHT",
+      "The model's name for a module, where it is not found. May be given again.",
+      "first",
+    ),
+    ignore: list("NAME", "Leave out a parameter or module of the tasks, as classifier. May be given again."),
+    anyBase: toggle("Accept a model whose weights differ from the pack's fingerprints."),
+  },
+  async run([modelPath, packPath]: [string, string], { output: target, mode, task, ...options }, run) {
+    if (mode === "folded") {
+      const others = 'use eigenlora fold, or createEigenSession with mode "folded"';
+      throw new UsageError(`--mode folded: weights are no inputs; ${others}`);
     }
-  } finally {
-    await pack.close();
-  }
-}
-
-/** --names MODULE=WEIGHT, any number of times. @throws UsageError when one is not of this form */
-function namesByHand(args: Arguments): Map<string, string> {
-  return new Map(
-    args.list("names").map((text) => {
-      const cut = text.indexOf("=");
-      if (cut < 1 || cut === text.length - 1) throw new UsageError(`--names ${text}: expected MODULE=WEIGHT`);
-      return [text.slice(0, cut), text.slice(cut + 1)];
-    }),
-  );
-}
+    refuseOverwriting(target, modelPath, packPath);
+    const pack = run.closing(await openPack(packPath));
+    for (const module of options.names.keys()) refuseUnknown(module, pack);
+    const file = run.closing(await readModel(modelPath));
+    const bases = (await pack.bases()).bytes;
+    const plan = await planSession(file, pack, bases, { ...options, mode });
+    refuseFolded(plan, pack);
+    const ids = task.length > 0 ? [...new Set(task)] : [...pack.tasks.keys()];
+    // An unknown or damaged task is found before anything is written.
+    await pack.prefetch(ids);
+    const grafted = graft(file.model, plan.graft, { probe: false });
+    const { inputs } = grafted;
+    const marks: Marks = new Map([
+      [`${PREFIX}.basis`, pack.basisId],
+      [`${PREFIX}.mode`, plan.mode],
+    ]);
+    const model = serialise(file, grafted, marks, target);
+    const external = await writeExternal(file, target);
+    const { base, tasks, folder } = await writeInputs({ pack, bases, plan, inputs, marks }, ids, target, run);
+    // Last: a model that is there has all that belongs to it.
+    const size = await writeWhole(target, [model]);
+    const { reason } = plan;
+    const modules = plan.graft.modules.length;
+    const largest = Math.max(0, ...tasks.map((one) => one.bytes));
+    return {
+      json: { file: target, mode: plan.mode, reason, modules, bytes: size, external, inputs, base, tasks },
+      text: [
+        `${target}: ${modules} modules, ${bytes(size)}, mode ${plan.mode} (${reason})`,
+        ...external.map((path) => `  weights in ${path}`),
+        `${inputs.length} inputs carry a task: without one, ${base.file}, ${bytes(base.bytes)}`,
+        `  ${tasks.length} tasks in ${folder}, ${bytes(largest)} at most`,
+      ],
+    };
+  },
+});
 
 function refuseUnknown(module: string, { modules, name }: Pack): void {
   if (modules.some((known) => known.name === module)) return;
@@ -180,13 +172,6 @@ async function copyTo(path: string, source: ByteSource): Promise<void> {
   await writeWhole(path, chunksOf(source));
 }
 
-/** @throws SourceError when there cannot be one */
-async function makeFolder(path: string): Promise<void> {
-  await mkdir(path, { recursive: true }).catch((cause: Error) => {
-    throw new SourceError(`cannot be made a folder: ${cause.message}`, { file: path, cause });
-  });
-}
-
 async function* chunksOf(source: ByteSource): AsyncGenerator<Uint8Array, void> {
   const size = source.byteLength!;
   for (let at = 0; at < size; at += CHUNK_BYTES) yield await source.read(at, Math.min(CHUNK_BYTES, size - at));
@@ -209,17 +194,17 @@ async function isSame(path: string, source: ByteSource): Promise<boolean> {
 
 /** What there is to say about the inputs of tasks. */
 interface Attached {
-  pack: Pack;
-  bases: Uint8Array;
-  plan: Plan;
-  inputs: readonly TaskInput[];
-  marks: Marks;
+  readonly pack: Pack;
+  readonly bases: Uint8Array;
+  readonly plan: Plan;
+  readonly inputs: readonly TaskInput[];
+  readonly marks: Marks;
 }
 
 interface WrittenInputs {
-  base: { file: string; bytes: number };
-  folder: string;
-  tasks: { id: string; file: string; bytes: number }[];
+  readonly base: { readonly file: string; readonly bytes: number };
+  readonly folder: string;
+  readonly tasks: readonly { readonly id: string; readonly file: string; readonly bytes: number }[];
 }
 
 /** The inputs of the base and of each task, one file each, beside the model. */
@@ -227,28 +212,24 @@ async function writeInputs(
   { pack, bases, plan, inputs, marks }: Attached,
   ids: readonly string[],
   target: string,
-  out: Output,
+  run: Run,
 ): Promise<WrittenInputs> {
   const stem = target.replace(/\.onnx$/i, "");
-  const { backend } = await createBackend({ webgpu: false });
-  try {
-    const evaluator = new TaskEvaluator(pack, plan.base, inputs, new Workbench(backend, pack.modules, bases));
-    const folder = `${stem}.tasks`;
-    await makeFolder(folder);
-    const file = `${stem}.base.safetensors`;
-    const base = { file, bytes: await writeValues(file, inputs, await evaluator.evaluate(null, {}), marks) };
-    const tasks = [];
-    for (const [i, id] of ids.entries()) {
-      const path = join(folder, `${fileName(id)}.safetensors`);
-      const metadata = new Map([...asText(pack.tasks.get(id)!.metadata), ...marks, [`${PREFIX}.task`, id]]);
-      const size = await writeValues(path, inputs, await evaluator.evaluate(id, {}), metadata);
-      tasks.push({ id, file: path, bytes: size });
-      out.progress("task", i + 1, ids.length);
-    }
-    return { base, folder, tasks };
-  } finally {
-    backend.close();
+  const backend = run.closing((await createBackend({ webgpu: false })).backend);
+  const evaluator = new TaskEvaluator(pack, plan.base, inputs, new Workbench(backend, pack.modules, bases));
+  const folder = `${stem}.tasks`;
+  await makeFolder(folder);
+  const file = `${stem}.base.safetensors`;
+  const base = { file, bytes: await writeValues(file, inputs, await evaluator.evaluate(null, {}), marks) };
+  const tasks = [];
+  for (const [i, id] of ids.entries()) {
+    const path = join(folder, `${fileName(id)}.safetensors`);
+    const metadata = new Map([...asText(pack.tasks.get(id)!.metadata), ...marks, [`${PREFIX}.task`, id]]);
+    const size = await writeValues(path, inputs, await evaluator.evaluate(id, {}), metadata);
+    tasks.push({ id, file: path, bytes: size });
+    run.progress("task", i + 1, ids.length);
   }
+  return { base, folder, tasks };
 }
 
 /** Metadata of a safetensors file are text: each value as JSON. */

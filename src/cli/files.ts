@@ -3,12 +3,38 @@
  * content (SPEC.md, section 8). The only code of the package that writes to disk.
  */
 import { randomUUID } from "node:crypto";
-import { open, rename, unlink } from "node:fs/promises";
-import { dirname } from "node:path";
+import { mkdir, open, readFile, rename, unlink } from "node:fs/promises";
+import { dirname, resolve } from "node:path";
 import { SourceError } from "../errors.ts";
 import type { Append } from "../format/layout.ts";
+import { UsageError } from "./options.ts";
 
 type Chunks = Iterable<Uint8Array> | AsyncIterable<Uint8Array>;
+
+/** @throws UsageError when `target` is one of the files that it is made of */
+export function refuseOverwriting(target: string, ...paths: readonly string[]): void {
+  if (!paths.some((path) => resolve(path) === resolve(target))) return;
+  throw new UsageError(`--output ${target}: that would overwrite what it is made of; choose another name`);
+}
+
+/** @throws SourceError when it cannot be read */
+export async function readText(path: string): Promise<string> {
+  return readFile(path, "utf8").catch((cause: Error) => {
+    throw new SourceError(`cannot be read: ${cause.message}`, { file: path, cause });
+  });
+}
+
+/** @throws SourceError when there cannot be one */
+export async function makeFolder(path: string): Promise<void> {
+  await mkdir(path, { recursive: true }).catch((cause: Error) => {
+    throw new SourceError(`cannot be made a folder: ${cause.message}`, { file: path, cause });
+  });
+}
+
+/** An object as a JSON file for people. */
+export function jsonFile(value: object): Uint8Array[] {
+  return [new TextEncoder().encode(`${JSON.stringify(value, null, 2)}\n`)];
+}
 
 /**
  * Writes a file as a whole or not at all.
@@ -56,7 +82,7 @@ export async function append<T extends Append>(path: string, plan: () => Promise
   const lock = `${path}.lock`;
   const held = await open(lock, "wx").catch((cause: NodeJS.ErrnoException) => {
     const why = cause.code === "EEXIST" ? `another append is under way; if none is, delete ${lock}` : cause.message;
-    throw new SourceError(`cannot be appended to: ${why}`, { file: path, cause });
+    throw refused(path, cause, why);
   });
   try {
     const planned = await plan();
@@ -68,9 +94,13 @@ export async function append<T extends Append>(path: string, plan: () => Promise
   }
 }
 
+function refused(path: string, cause: Error, why: string = cause.message): SourceError {
+  return new SourceError(`cannot be appended to: ${why}`, { file: path, cause });
+}
+
 async function carryOut(path: string, { offset, body, superblock, superblockOffset }: Append): Promise<void> {
   const file = await open(path, "r+").catch((cause: Error) => {
-    throw new SourceError(`cannot be appended to: ${cause.message}`, { file: path, cause });
+    throw refused(path, cause);
   });
   try {
     let at = offset;
@@ -84,10 +114,7 @@ async function carryOut(path: string, { offset, body, superblock, superblockOffs
       await file.sync();
     } catch (cause) {
       await file.truncate(offset).catch(() => undefined);
-      throw new SourceError(`cannot be appended to: ${(cause as Error).message}; it is as it was before`, {
-        file: path,
-        cause,
-      });
+      throw refused(path, cause as Error, `${(cause as Error).message}; it is as it was before`);
     }
     // What lies behind the new end was left by an append that never finished.
     await file.truncate(at);

@@ -27,6 +27,11 @@ export function createOutput(json: boolean): Output {
   };
 }
 
+/** A listener that shows how many of something are done. */
+export function counting(out: Output, what: string): (done: number, of: number) => void {
+  return (done, of) => out.progress(what, done, of);
+}
+
 /** An estimate from less than this is not shown. */
 const SHORTEST = 2000;
 
@@ -74,4 +79,27 @@ export function table(rows: readonly (readonly (string | number)[])[]): string {
       .trimEnd();
   const [head, ...body] = text;
   return [line(head!), widths.map((w) => "-".repeat(w)).join("  "), ...body.map(line)].join("\n");
+}
+
+/** What was lost on the way into a pack, by task. */
+export function lossTable(rows: readonly { id: string; mean: number; max: number }[]): string {
+  return table([
+    ["task", "ΔW error", "largest"],
+    ...rows.map(({ id, mean, max }) => [id, percent(mean), percent(max)]),
+  ]);
+}
+
+/** @param breakEven from how many tasks on a pack is smaller than its adapters; null: never */
+export function sharing(breakEven: number | null): string {
+  return `Sharing pays from ${breakEven ?? "no number of"} tasks on.`;
+}
+
+/** What the process took so far: of the clock, of the cores, of memory. */
+export function resources(): { seconds: number; coreSeconds: number; peakMemoryBytes: number } {
+  const { userCPUTime, systemCPUTime, maxRSS } = process.resourceUsage();
+  return {
+    seconds: performance.now() / 1000,
+    coreSeconds: (userCPUTime + systemCPUTime) / 1e6,
+    peakMemoryBytes: maxRSS * 1024,
+  };
 }

@@ -1,0 +1,275 @@
+/**
+ * The command pack: from adapters to a pack, of so many components or to a criterion: a budget of bytes, an error, or a divergence
+ * between the answers of adapters and pack.
+ */
+import type { Ort } from "../../bindings/ort.ts";
+import type { Adapter } from "../adapters/adapter.ts";
+import { readJson } from "../adapters/folder.ts";
+import { partByGain, readScores } from "../adapters/scores.ts";
+import { type AutoReport, buildAuto, type Criterion, packWithin } from "../pack/auto.ts";
+import { type BuildOptions, type BuildReport, buildPack, type Dtypes } from "../pack/build.ts";
+import { createJudge, type JudgeOptions } from "../train/judge.ts";
+import { inputMoments, type MomentsOptions } from "../train/moments.ts";
+import { type Attach, command, type Run } from "./command.ts";
+import { readLines } from "./examples.ts";
+import { writeWhole } from "./files.ts";
+import { type Encode, openModel, tokenizer, tokens } from "./model.ts";
+import { openAdapters, openBase } from "./open.ts";
+import {
+  amount,
+  as,
+  base,
+  byDefault,
+  centering,
+  choice,
+  dtype,
+  exclusive,
+  from,
+  gauge,
+  given,
+  group,
+  normalize,
+  number,
+  type OptionSpec,
+  output,
+  POSITIVE,
+  rank,
+  selection,
+  text,
+  toggle,
+  UsageError,
+  type Values,
+} from "./options.ts";
+import { bytes, counting, percent, resources, sharing, table } from "./output.ts";
+
+const UNITS: Readonly<Record<string, number>> = { "": 1, B: 1, kB: 1e3, MB: 1e6, GB: 1e9 };
+
+const size: OptionSpec<number | undefined> = {
+  value: "SIZE",
+  help: "As many components as fit into a file of this size: 300000, 300kB or 1.5MB.",
+  parse(given, flag) {
+    const [, digits = "", unit = ""] = /^([\d.]+) ?([a-zA-Z]*)$/.exec(given) ?? [];
+    const found = Math.floor(Number(digits) * (UNITS[unit] ?? NaN));
+    if (digits !== "" && found > 0) return found;
+    throw new UsageError(`${flag} ${given}: expected a size such as 300000, 300kB or 1.5MB`);
+  },
+};
+
+const OPTIONS = {
+  output: output("PACK", "The pack to write."),
+  ...group("How much to keep, one of these", {
+    ...amount,
+    bytes: size,
+    ratio: number("R", "The same, R times smaller than the adapters.", {
+      ...POSITIVE,
+      expected: "how many times smaller than the adapters",
+    }),
+    divergence: number(
+      "D",
+      "With --mode auto: fewest bytes for which the mean KL between the answers of adapters and tasks is at most D nats.",
+      { ...POSITIVE, expected: "nats above 0" },
+    ),
+  }),
+  ...group("How", {
+    mode: byDefault(
+      "column",
+      choice(
+        ["column", "flat", "joint", "auto"],
+        "Column: coefficients for every row of a factor. Flat: one vector for a whole factor. Joint: the bases that lose least " +
+          "of ΔW. Auto: what is best for --bytes, --ratio, --error or --divergence.",
+      ),
+    ),
+    gauge,
+    rank,
+    privateTerms: number(
+      "N",
+      "N rank-1 terms of each task's own beside the components, with --error N at most; needs the balanced gauge.",
+      from(1),
+    ),
+    centering,
+    normalize,
+    dtype,
+    base,
+  }),
+  ...group("Judged by answers", {
+    model: text(
+      "MODEL.onnx",
+      "Judge by answers to --text instead of by ΔW error (auto), or calibrate by it. Needs onnxruntime-node.",
+    ),
+    text: text("LINES.txt", "Plain text of the tasks' kind, one on each line; never what you test on."),
+    calibrate: toggle("Weigh errors by what enters the modules on --text, with --model; auto tries that too."),
+    tokens,
+    tokenizer,
+  }),
+  ...group("Which adapters", {
+    scores: text(
+      "SCORES.json",
+      "accuracy and accuracy_head_only of each adapter, from 0 to 1: leave out those that add little.",
+    ),
+    minGain: number("X", "With --scores, what an adapter must add to the accuracy of its head. Default: 0.02.", {
+      expected: "a difference of shares, from -1 to 1",
+      holds: (n) => n >= -1 && n <= 1,
+    }),
+    as,
+  }),
+};
+
+type PackOptions = Values<typeof OPTIONS>;
+type Common = Pick<BuildOptions, "dtype" | "base" | "normalize">;
+type Build = (
+  adapters: readonly Adapter[],
+  common: Common,
+) => Promise<{ chunks: Uint8Array[]; report: BuildReport | AutoReport }>;
+
+export const pack: Attach = command({
+  usage: "pack <ADAPTER_OR_FOLDER...>",
+  does: "make a pack of adapters",
+  details: "Says what it lost, and from how many tasks on it pays.",
+  options: OPTIONS,
+  async run(paths, options, run) {
+    const file = options.output;
+    const build = planOf(options, run);
+    const choose = await goodAdapters(options);
+    const adapters = await openAdapters(paths, options.as, run);
+    const { kept, dropped } = choose(adapters);
+    const { dtype, normalize } = options;
+    const { chunks, report } = await build(kept, { dtype, normalize, ...(await openBase(options.base, run)) });
+    await writeWhole(file, chunks);
+    for (const warning of report.warnings) run.warn(warning);
+    const took = resources();
+    return {
+      json: { file, ...report, dtype: nameOf(report.dtype), dropped, ...took },
+      text: [
+        ...dropped.map(({ id, gain }) => `left out ${id}: ${points(gain)} over its head`),
+        ...reportText(file, report),
+        ...("tried" in report ? autoText(report) : []),
+        `${took.seconds.toFixed(2)} s`,
+      ],
+    };
+  },
+});
+
+/** @throws UsageError for options that do not go together */
+function planOf(options: PackOptions, run: Run): Build {
+  const { bytes, ratio, error, divergence, k, energy, mode, rank, privateTerms, centering, calibrate } = options;
+  const budget = exclusive({ bytes, ratio, error, divergence, k, energy });
+  if (mode === "auto") {
+    checkAuto(options, budget);
+    return (adapters, common) => runAuto(options, adapters, common, run);
+  }
+  const { model, text, tokenizer, tokens } = options;
+  const [foreign] = given({ divergence, ...(calibrate ? {} : { model, text, tokenizer, tokens }) });
+  if (foreign !== undefined)
+    throw new UsageError(`${foreign} is for --mode auto${divergence === undefined ? " and --calibrate" : ""}`);
+  if (calibrate && given({ model, text }).length < 2) throw new UsageError("--calibrate needs --model and --text");
+  const { gauge = (rank ?? privateTerms) === undefined ? "as-trained" : "balanced" } = options;
+  const select = (bytes ?? ratio) === undefined ? selection(options) : undefined;
+  return async (adapters, common) => {
+    const moments = calibrate ? await inputMoments(...(await askedOf(options, adapters))) : undefined;
+    const all = { mode, gauge, rank, privateTerms, ...(centering ? { centering } : {}), ...common, moments };
+    if (!select) return packWithin(adapters, all, sizeOf(options, adapters));
+    return buildPack(adapters, { ...all, select, onProgress: counting(run, "module") });
+  };
+}
+
+function checkAuto(options: PackOptions, budget: string | undefined): void {
+  const { gauge, rank, privateTerms, centering, k, energy, model, text, calibrate, divergence } = options;
+  const [own] = given({ gauge, rank, privateTerms, centering, k, energy });
+  if (own !== undefined) throw new UsageError(`--mode auto chooses ${own} itself; leave it out, or name a mode`);
+  if (budget === undefined)
+    throw new UsageError("--mode auto needs to know what for: --bytes, --ratio, --error or --divergence");
+  const asked = given({ model, text }).length;
+  if (asked === 1)
+    throw new UsageError("--model and --text go together: answers to the text are what packs are judged by");
+  const [needs] = given({ calibrate, divergence });
+  if (asked === 0 && needs !== undefined) throw new UsageError(`${needs} needs --model and --text`);
+}
+
+function sizeOf({ bytes, ratio }: PackOptions, adapters: readonly Adapter[]): number {
+  return bytes ?? Math.floor(adapters.reduce((sum, { byteLength }) => sum + byteLength, 0) / ratio!);
+}
+
+function criterionOf(options: PackOptions, adapters: readonly Adapter[]): Criterion {
+  const { divergence, error } = options;
+  if (divergence !== undefined) return { kind: "divergence", max: divergence };
+  return error === undefined ? { kind: "bytes", max: sizeOf(options, adapters) } : { kind: "error", max: error };
+}
+
+async function runAuto(options: PackOptions, adapters: readonly Adapter[], common: Common, run: Run) {
+  const asked = options.model === undefined ? undefined : await askedOf(options, adapters);
+  const judge = asked && createJudge(...asked);
+  if (judge) run.closing({ close: () => judge.release() });
+  return buildAuto(adapters, {
+    ...common,
+    criterion: criterionOf(options, adapters),
+    judge: judge?.judge,
+    moments: asked && options.calibrate ? await inputMoments(...asked) : undefined,
+    onProgress: (done, of, { name }) => run.progress(`tried ${name}:`, done, of),
+  });
+}
+
+/** A runtime, the model, and what it is asked. */
+async function askedOf(
+  { model, text, tokenizer, tokens }: PackOptions,
+  adapters: readonly Adapter[],
+): Promise<[Ort, string, MomentsOptions & JudgeOptions]> {
+  const texts = await readLines(text!);
+  const { ort, encodeFor } = await openModel("pack", model!, { tokenizer, tokens });
+  let encode: Encode | undefined;
+  return [ort, model!, { adapters, texts, encode: (some, inputs) => (encode ??= encodeFor(inputs))(some) }];
+}
+
+/** --scores and --min-gain, read before any adapter is. */
+async function goodAdapters({
+  scores: path,
+  minGain,
+}: PackOptions): Promise<(adapters: Adapter[]) => ReturnType<typeof partByGain>> {
+  if (path === undefined) {
+    if (minGain !== undefined) throw new UsageError("--min-gain needs --scores SCORES.json");
+    return (adapters) => ({ kept: adapters, dropped: [] });
+  }
+  const scores = readScores(await readJson(path), path);
+  return (adapters) => partByGain(adapters, scores, minGain ?? 0.02, path);
+}
+
+function nameOf({ basis, coefficients, head }: Dtypes): string {
+  if (basis === coefficients && basis === head) return basis;
+  return `basis=${basis},coefficients=${coefficients},head=${head}`;
+}
+
+function points(gain: number): string {
+  const tenths = Math.round(1000 * gain);
+  return `${tenths > 0 ? "+" : ""}${((tenths || 0) / 10).toFixed(1)} points`;
+}
+
+function reportText(file: string, report: BuildReport): string[] {
+  const { error, components, ratio, breakEvenTasks } = report;
+  return [
+    `${file}: ${report.tasks} tasks, ${report.modules} modules, ${bytes(report.bytes)}`,
+    table([
+      ["", "adapters", "pack"],
+      ["size", bytes(report.adapterBytes), `${bytes(report.bytes)} (${ratio.toFixed(1)}× smaller)`],
+      ["ΔW error, mean / largest", "0", `${percent(error.mean)} / ${percent(error.max)}`],
+      ["components per side", "", `${components.min} to ${components.max}`],
+    ]),
+    ...(ratio < 1 ? ["The pack is larger than its adapters."] : []),
+    sharing(breakEvenTasks),
+  ];
+}
+
+/** What was tried, the best last. */
+function autoText({ judgedBy, divergence, tried }: AutoReport): string[] {
+  const judged = judgedBy === "divergence";
+  const rows = tried.map(({ name, bytes: size, error, divergence: kl }) => [
+    name,
+    size === undefined ? "out of reach" : bytes(size),
+    error === undefined ? "" : percent(error),
+    ...(judged ? [kl === undefined ? "" : kl.toFixed(4)] : []),
+  ]);
+  return [
+    table([["tried", "size", "ΔW error", ...(judged ? ["KL"] : [])], ...rows]),
+    judged
+      ? `Chosen by answers to the text: mean KL(adapter ‖ pack) ${divergence?.toFixed(4)}. eigenlora distill may win more of it back.`
+      : "Chosen by ΔW error, which is a proxy: with --model and --text answers decide.",
+  ];
+}
