@@ -8,23 +8,22 @@ import { dirname, join, resolve } from "node:path";
 import { createBackend } from "../backends/select.ts";
 import { nearest } from "../base/names.ts";
 import { BaseMismatchError, FormatError, SourceError } from "../errors.ts";
-import type { TaskMetadata } from "../format/format.ts";
 import { type Grafted, graft, type TaskInput } from "../onnx/graft.ts";
 import { PREFIX } from "../onnx/nodes.ts";
 import type { GraphProto } from "../onnx/onnx_pb.ts";
 import { type ModelFile, readModel } from "../onnx/read.ts";
 import { EXTERNAL } from "../onnx/tensors.ts";
 import { embedWeights } from "../onnx/write.ts";
-import { openPack, type Pack } from "../pack/pack.ts";
+import type { Pack } from "../pack/pack.ts";
 import { Workbench } from "../runtime/workbench.ts";
 import { type Plan, planSession } from "../session/plan.ts";
-import { stackValues, TaskEvaluator, type TaskValues } from "../session/values.ts";
+import { stackValues, TaskEvaluator } from "../session/values.ts";
 import { type ByteSource, openSource } from "../source.ts";
 import { type SafetensorsEntry, writeSafetensors } from "../tensor/safetensors-writer.ts";
-import { type Attach, command, type Run } from "./command.ts";
+import { type Attach, command } from "./command.ts";
 import { makeFolder, refuseOverwriting, writeWhole } from "./files.ts";
 import { assignments, byDefault, choice, list, output, toggle, UsageError } from "./options.ts";
-import { bytes } from "./output.ts";
+import { bytes, type Output } from "./output.ts";
 
 /** The most that protobuf allows, and so the most that runtimes load. */
 const MOST_MODEL_BYTES = 2 ** 31 - 1;
@@ -36,7 +35,7 @@ type Marks = ReadonlyMap<string, string>;
 
 export const attach: Attach = command({
   usage: "attach <MODEL.onnx> <PACK>",
-  does: "write an ONNX model with the components inside",
+  does: "Write an ONNX model with the components inside.",
   details: "Tasks come beside it, as small input files. For runtimes that this package has no binding for.",
   options: {
     output: output("OUT.onnx", "The model to write; OUT.base.safetensors and OUT.tasks/ID.safetensors come beside it."),
@@ -53,13 +52,13 @@ export const attach: Attach = command({
     ignore: list("NAME", "Leave out a parameter or module of the tasks, as classifier. May be given again."),
     anyBase: toggle("Accept a model whose weights differ from the pack's fingerprints."),
   },
-  async run([modelPath, packPath]: [string, string], { output: target, mode, task, ...options }, run) {
+  async run([modelPath, packPath]: [string, string], { output: target, mode, task, ...options }, run, out) {
     if (mode === "folded") {
       const others = 'use eigenlora fold, or createEigenSession with mode "folded"';
       throw new UsageError(`--mode folded: weights are no inputs; ${others}`);
     }
     refuseOverwriting(target, modelPath, packPath);
-    const pack = run.closing(await openPack(packPath));
+    const pack = await run.pack(packPath);
     for (const module of options.names.keys()) refuseUnknown(module, pack);
     const file = run.closing(await readModel(modelPath));
     const bases = (await pack.bases()).bytes;
@@ -76,7 +75,9 @@ export const attach: Attach = command({
     ]);
     const model = serialise(file, grafted, marks, target);
     const external = await writeExternal(file, target);
-    const { base, tasks, folder } = await writeInputs({ pack, bases, plan, inputs, marks }, ids, target, run);
+    const backend = run.closing((await createBackend({ webgpu: false })).backend);
+    const evaluator = new TaskEvaluator(pack, plan.base, inputs, new Workbench(backend, pack.modules, bases));
+    const { base, tasks, folder } = await writeInputs({ pack, inputs, evaluator, marks }, ids, target, out);
     // Last: a model that is there has all that belongs to it.
     const size = await writeWhole(target, [model]);
     const { reason } = plan;
@@ -95,11 +96,9 @@ export const attach: Attach = command({
 });
 
 function refuseUnknown(module: string, { modules, name }: Pack): void {
-  if (modules.some((known) => known.name === module)) return;
-  const close = nearest(
-    module,
-    modules.map((known) => known.name),
-  );
+  const known = modules.map((one) => one.name);
+  if (known.includes(module)) return;
+  const close = nearest(module, known);
   const found = close.length > 0 ? `; the nearest are ${close.join(", ")}` : "";
   throw new UsageError(`--names ${module}=…: ${name} adapts no such module${found}`);
 }
@@ -195,64 +194,39 @@ async function isSame(path: string, source: ByteSource): Promise<boolean> {
 /** What there is to say about the inputs of tasks. */
 interface Attached {
   readonly pack: Pack;
-  readonly bases: Uint8Array;
-  readonly plan: Plan;
   readonly inputs: readonly TaskInput[];
+  readonly evaluator: TaskEvaluator;
   readonly marks: Marks;
 }
 
-interface WrittenInputs {
-  readonly base: { readonly file: string; readonly bytes: number };
-  readonly folder: string;
-  readonly tasks: readonly { readonly id: string; readonly file: string; readonly bytes: number }[];
-}
-
 /** The inputs of the base and of each task, one file each, beside the model. */
-async function writeInputs(
-  { pack, bases, plan, inputs, marks }: Attached,
-  ids: readonly string[],
-  target: string,
-  run: Run,
-): Promise<WrittenInputs> {
+async function writeInputs(attached: Attached, ids: readonly string[], target: string, out: Output) {
   const stem = target.replace(/\.onnx$/i, "");
-  const backend = run.closing((await createBackend({ webgpu: false })).backend);
-  const evaluator = new TaskEvaluator(pack, plan.base, inputs, new Workbench(backend, pack.modules, bases));
+  const base = await writeValues(attached, `${stem}.base.safetensors`, null);
   const folder = `${stem}.tasks`;
   await makeFolder(folder);
-  const file = `${stem}.base.safetensors`;
-  const base = { file, bytes: await writeValues(file, inputs, await evaluator.evaluate(null, {}), marks) };
   const tasks = [];
   for (const [i, id] of ids.entries()) {
-    const path = join(folder, `${fileName(id)}.safetensors`);
-    const metadata = new Map([...asText(pack.tasks.get(id)!.metadata), ...marks, [`${PREFIX}.task`, id]]);
-    const size = await writeValues(path, inputs, await evaluator.evaluate(id, {}), metadata);
-    tasks.push({ id, file: path, bytes: size });
-    run.progress("task", i + 1, ids.length);
+    // An id may hold any character; a file's name may not. What this leaves as it is may stand in names everywhere.
+    const name = encodeURIComponent(id).replaceAll("*", "%2A");
+    tasks.push({ id, ...(await writeValues(attached, join(folder, `${name}.safetensors`), id)) });
+    out.progress("task", i + 1, ids.length);
   }
   return { base, folder, tasks };
 }
 
-/** Metadata of a safetensors file are text: each value as JSON. */
-function asText(metadata: TaskMetadata): [string, string][] {
-  return Object.entries(metadata).map(([key, value]) => [key, JSON.stringify(value)]);
-}
-
-/** An id may hold any character; a file's name may not. What this leaves as it is may stand in names everywhere. */
-function fileName(id: string): string {
-  return encodeURIComponent(id).replaceAll("*", "%2A");
-}
-
-function writeValues(
-  path: string,
-  inputs: readonly TaskInput[],
-  values: TaskValues,
-  metadata: ReadonlyMap<string, string>,
-): Promise<number> {
+/** @param id of a task; null for the base */
+async function writeValues({ pack, inputs, evaluator, marks }: Attached, file: string, id: string | null) {
+  const values = await evaluator.evaluate(id, {});
   const entries = inputs.map((input): SafetensorsEntry => {
     const { dims, data } = stackValues(input, [values.inputs.get(input.name)!]);
     const dtype = data instanceof BigInt64Array ? "I64" : "F32";
     const read = (): Uint8Array => new Uint8Array(data.buffer, data.byteOffset, data.byteLength);
     return { name: input.name, dtype, shape: dims, read };
   });
-  return writeWhole(path, writeSafetensors(entries, metadata));
+  // Metadata of a safetensors file are text: each value as JSON.
+  const own = Object.entries(id === null ? {} : pack.tasks.get(id)!.metadata);
+  const metadata = new Map([...own.map(([key, value]) => [key, JSON.stringify(value)] as const), ...marks]);
+  if (id !== null) metadata.set(`${PREFIX}.task`, id);
+  return { file, bytes: await writeWhole(file, writeSafetensors(entries, metadata)) };
 }

@@ -3,49 +3,39 @@
  * package.
  */
 import { spawnSync } from "node:child_process";
-import { existsSync } from "node:fs";
+import { existsSync, readdirSync } from "node:fs";
+import { basename, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import type { Attach } from "./command.ts";
 import { UsageError } from "./options.ts";
 
-const BENCHMARKS = [
-  "memory",
-  "switch",
-  "fold",
-  "pack",
-  "size",
-  "extract",
-  "shapes",
-  "hub",
-  "learn",
-  "distill",
-  "calibrate",
-  "step",
-  "few-shot",
-  "paper",
-];
-
-/** Where the script of a benchmark may lie. */
-const PLACES = ["", "research/"].flatMap((folder) => [`${folder}NAME.js`, `${folder}NAME/run.js`]);
-
-export const bench: Attach = (program) => {
+export const bench: Attach = (program, _, done) => {
+  const scripts = benchmarks();
+  const names = [...scripts.keys()].join(", ");
   program
     .command("bench <NAME> [OPTIONS...]")
-    .summary("run a benchmark, in a checkout of the repository")
-    .description(`Run a benchmark, in a checkout of the repository: ${BENCHMARKS.join(", ")}.`)
+    .summary("Run a benchmark, in a checkout of the repository.")
+    .description(names ? `Run a benchmark: ${names}.` : "Run a benchmark, in a checkout of the repository.")
+    .option("--json", "Print one JSON object.")
     .passThroughOptions()
-    .action((name: string, options: string[]) => {
-      process.exitCode = run(name, options);
+    .action((name: string, options: string[], { json }: { json?: boolean }) => {
+      if (!names)
+        throw new UsageError(
+          "the benchmarks come with the repository, not with the package: clone it and run this there",
+        );
+      const script = scripts.get(name);
+      if (!script) throw new UsageError(`${name}: expected ${names}`);
+      const { status } = spawnSync(process.execPath, ["--expose-gc", script, ...options, ...(json ? ["--json"] : [])], {
+        stdio: "inherit",
+      });
+      done(status ?? 1);
     });
 };
 
-function run(name: string, options: readonly string[]): number {
-  if (!BENCHMARKS.includes(name)) throw new UsageError(`${name}: expected ${BENCHMARKS.join(", ")}`);
-  const script = PLACES.map((place) =>
-    fileURLToPath(new URL(`../../../benchmarks/${place.replace("NAME", name)}`, import.meta.url)),
-  ).find((path) => existsSync(path));
-  if (!script) {
-    throw new UsageError("the benchmarks come with the repository, not with the package: clone it and run this there");
-  }
-  return spawnSync(process.execPath, ["--expose-gc", script, ...options], { stdio: "inherit" }).status ?? 1;
+/** The scripts of a checkout, by name. */
+function benchmarks(): Map<string, string> {
+  const root = fileURLToPath(new URL("../../../benchmarks", import.meta.url));
+  const folders = [root, join(root, "research")].filter((folder) => existsSync(folder));
+  const files = folders.flatMap((folder) => readdirSync(folder).map((name) => join(folder, name)));
+  return new Map(files.filter((file) => file.endsWith(".js")).map((file) => [basename(file, ".js"), file]));
 }

@@ -5,35 +5,25 @@
 import { createHash } from "node:crypto";
 import { readdir, readFile, rm, rmdir, stat } from "node:fs/promises";
 import { join, resolve } from "node:path";
-import { createEigenSession } from "../../bindings/onnxruntime.ts";
 import type { Adapter } from "../adapters/adapter.ts";
 import { encodeTaskFile } from "../format/encode.ts";
 import { parseTaskFile } from "../format/task-file.ts";
 import { projectAdapters } from "../pack/build.ts";
-import { openPack, type Pack } from "../pack/pack.ts";
+import type { Pack } from "../pack/pack.ts";
 import { type Distilled, distill as distillTask } from "../train/distill.ts";
 import { type Attach, command, type Result } from "./command.ts";
 import { readLines } from "./examples.ts";
-import { makeFolder, writeWhole } from "./files.ts";
-import { openModel, tokenizer, tokens } from "./model.ts";
-import { openAdapters, packWith, storedDtypes, taskOf } from "./open.ts";
+import { jsonFile, makeFolder, writeWhole } from "./files.ts";
+import { openTrainable, tokenizer, tokens } from "./model.ts";
 import { as, byDefault, from, group, number, output, required, text } from "./options.ts";
-import { bytes, type Output, resources, table, timeLeft } from "./output.ts";
-
-/** What the outcome depends on beside pack and adapter. */
-interface Settings {
-  readonly model: string;
-  readonly steps: number;
-  readonly batch: number;
-  readonly tokens: number;
-  readonly texts: readonly string[];
-}
+import { bytes, resources, table } from "./output.ts";
+import { packWith, storedDtypes, taskOf } from "./tasks.ts";
 
 type Done = Distilled & { readonly resumed: boolean };
 
 export const distill: Attach = command({
   usage: "distill <PACK> <ADAPTER_OR_FOLDER...>",
-  does: "train coefficients until tasks answer plain text as their adapters do",
+  does: "Train coefficients until tasks answer plain text as their adapters do.",
   details: "Adapters that are no tasks yet are added first. The bytes of other tasks stay.",
   options: {
     output: output("OUT.eigen", "The pack to write; finished tasks wait in OUT.eigen.partial."),
@@ -49,52 +39,39 @@ export const distill: Attach = command({
       tokenizer,
     }),
   },
-  async run([packPath, ...paths]: [string, ...string[]], options, run) {
+  async run([packPath, ...paths]: [string, ...string[]], options, run, out) {
     const { output: target, model, steps, batch, tokens = 128, tokenizer } = options;
     const texts = await readLines(options.text);
-    const { ort, encodeFor } = await openModel("distill", model, { tokens, tokenizer });
-    const adapters = await openAdapters(paths, options.as, run);
-    const pack = run.closing(await openPack(packPath));
+    const adapters = await run.adapters(paths, options.as);
+    const pack = await run.pack(packPath);
     const before = [...pack.tasks.keys()];
     await addMissing(pack, adapters);
-    const session = await createEigenSession(ort, model, pack, { trainable: true });
-    run.closing({ close: () => session.release() });
-    const encode = encodeFor(session.inputNames);
-    const settings = { model: resolve(model), steps, batch, tokens, texts };
-    const finished = new Finished(`${target}.partial`);
+    const { session, encode } = await openTrainable("distill", model, pack, { tokens, tokenizer }, run);
+    const modelBytes = (await stat(model)).size;
+    const settings = { model: resolve(model), modelBytes, steps, batch, tokens, texts };
+    const finished = `${target}.partial`;
     const done: Done[] = [];
-    const showStep = progressOf(adapters, done, steps, run);
-    for (const adapter of adapters) {
-      const key = await keyOf(pack, adapter, settings);
-      const earlier = await finished.read(key);
-      const onStep = ({ step }: { step: number }): void => showStep(step);
+    let resumed = 0;
+    for (const [i, adapter] of adapters.entries()) {
+      const path = join(finished, await keyOf(pack, adapter, settings));
+      const earlier = await readFinished(path);
+      if (earlier) resumed++;
+      const onStep = ({ step }: { step: number }): void => {
+        const [gone, of] = [(i - resumed) * steps + step, (adapters.length - resumed) * steps];
+        out.progress("step", gone, of, `task ${i + 1} of ${adapters.length}, ${adapter.id}`);
+      };
       const made = earlier ?? (await distillTask(session, { adapter, texts, encode, steps, batch, onStep }));
-      if (!earlier) await finished.write(key, made);
+      if (!earlier) {
+        await makeFolder(finished);
+        await writeWhole(path, jsonFile({ ...made, file: Buffer.from(made.file).toString("base64") }));
+      }
       done.push({ ...made, resumed: earlier !== undefined });
     }
     const size = await writeWhole(target, await withDistilled(pack, done));
-    await finished.remove();
+    await removeFinished(finished);
     return report(target, size, done, before);
   },
 });
-
-/** Shows a step of the adapter that comes after those that are done. */
-function progressOf(
-  adapters: readonly Adapter[],
-  done: readonly Done[],
-  steps: number,
-  out: Output,
-): (step: number) => void {
-  const started = performance.now();
-  return (step) => {
-    const i = done.length;
-    const gone = i + step / steps;
-    const own = gone - done.filter(({ resumed }) => resumed).length;
-    const seconds = ((performance.now() - started) / 1000 / own) * (adapters.length - gone);
-    const { id } = adapters[i]!;
-    out.progress(`task ${i + 1} of ${adapters.length}, ${id}, ${timeLeft(seconds)}: step`, step, steps);
-  };
-}
 
 /** Projects adapters that are no tasks yet, as `add` does. */
 async function addMissing(pack: Pack, adapters: readonly Adapter[]): Promise<void> {
@@ -105,48 +82,25 @@ async function addMissing(pack: Pack, adapters: readonly Adapter[]): Promise<voi
 }
 
 /** A name for one task's outcome: of all it depends on. */
-async function keyOf(pack: Pack, { id, file, byteLength }: Adapter, { model, ...settings }: Settings): Promise<string> {
+async function keyOf(pack: Pack, { id, file, byteLength }: Adapter, settings: object): Promise<string> {
+  const of = { basis: pack.basisId, id, file: resolve(file), byteLength, ...settings };
   const { bytes: blob } = await pack.load(id);
-  const of = {
-    basis: pack.basisId,
-    id,
-    file: resolve(file),
-    byteLength,
-    model,
-    modelBytes: (await stat(model)).size,
-    ...settings,
-  };
   return createHash("sha256").update(JSON.stringify(of)).update(blob).digest("hex");
 }
 
-/** Outcomes in a folder beside the target, one file each. */
-class Finished {
-  readonly #folder: string;
+/** An outcome of before in the folder beside the target; undefined when there is none. */
+async function readFinished(path: string): Promise<Distilled | undefined> {
+  const text = await readFile(path, "utf8").catch(() => undefined);
+  if (text === undefined) return undefined;
+  const { file, ...figures } = JSON.parse(text) as Omit<Distilled, "file"> & { file: string };
+  return { ...figures, file: new Uint8Array(Buffer.from(file, "base64")) };
+}
 
-  constructor(folder: string) {
-    this.#folder = folder;
-  }
-
-  /** Undefined when there is none. */
-  async read(key: string): Promise<Distilled | undefined> {
-    const text = await readFile(join(this.#folder, key), "utf8").catch(() => undefined);
-    if (text === undefined) return undefined;
-    const { file, ...figures } = JSON.parse(text) as Omit<Distilled, "file"> & { file: string };
-    return { ...figures, file: new Uint8Array(Buffer.from(file, "base64")) };
-  }
-
-  async write(key: string, { file, ...figures }: Distilled): Promise<void> {
-    await makeFolder(this.#folder);
-    const text = JSON.stringify({ ...figures, file: Buffer.from(file).toString("base64") });
-    await writeWhole(join(this.#folder, key), [new TextEncoder().encode(text)]);
-  }
-
-  /** Those of earlier settings too, and nothing that is not ours. */
-  async remove(): Promise<void> {
-    for (const name of await readdir(this.#folder).catch(() => []))
-      if (/^[0-9a-f]{64}(\.[0-9a-f]{8}\.tmp)?$/.test(name)) await rm(join(this.#folder, name));
-    await rmdir(this.#folder).catch(() => undefined);
-  }
+/** Those of earlier settings too, and nothing that is not ours. */
+async function removeFinished(folder: string): Promise<void> {
+  for (const name of await readdir(folder).catch(() => []))
+    if (/^[0-9a-f]{64}(\.[0-9a-f]{8}\.tmp)?$/.test(name)) await rm(join(folder, name));
+  await rmdir(folder).catch(() => undefined);
 }
 
 /** The pack with other blobs for those of its tasks that were distilled. */
@@ -168,8 +122,7 @@ function report(file: string, size: number, done: readonly Done[], before: reado
   });
   const rows = tasks.map(({ id, divergence, kept }) => [
     id,
-    divergence.before.toFixed(4),
-    divergence.after.toFixed(4),
+    ...Object.values(divergence).map((nats) => nats.toFixed(4)),
     kept,
   ]);
   return {

@@ -2,7 +2,6 @@
 import { join } from "node:path";
 import { peftFiles } from "../adapters/export.ts";
 import { taskAdapter } from "../pack/expand.ts";
-import { openPack } from "../pack/pack.ts";
 import { writeSafetensors } from "../tensor/safetensors-writer.ts";
 import { type Attach, command } from "./command.ts";
 import { jsonFile, makeFolder, writeWhole } from "./files.ts";
@@ -11,14 +10,14 @@ import { bytes } from "./output.ts";
 
 export const exportTask: Attach = command({
   usage: "export <PACK>",
-  does: "write a task as an adapter that PEFT loads",
+  does: "Write a task as an adapter that PEFT loads.",
   options: {
     output: output("FOLDER", "The folder to write."),
     task,
     format: byDefault("peft", choice(["peft"], "Layout of the files.")),
   },
   async run([path]: [string], { output: directory, task }, run) {
-    const adapter = await taskAdapter(run.closing(await openPack(path)), task);
+    const adapter = await taskAdapter(await run.pack(path), task);
     const { config, tensors } = await peftFiles(adapter);
     await makeFolder(directory);
     const weights = writeSafetensors(tensors, new Map([["format", "pt"]]));

@@ -17,18 +17,31 @@ export function refuseOverwriting(target: string, ...paths: readonly string[]): 
   throw new UsageError(`--output ${target}: that would overwrite what it is made of; choose another name`);
 }
 
+/** For `catch`: says what could not be done with a file. */
+function failed(path: string, what: string, how?: string): (cause: unknown) => never {
+  return (cause) => {
+    throw new SourceError(`cannot be ${what}: ${how ?? (cause as Error).message}`, { file: path, cause });
+  };
+}
+
 /** @throws SourceError when it cannot be read */
-export async function readText(path: string): Promise<string> {
-  return readFile(path, "utf8").catch((cause: Error) => {
-    throw new SourceError(`cannot be read: ${cause.message}`, { file: path, cause });
-  });
+export function readText(path: string): Promise<string> {
+  return readFile(path, "utf8").catch(failed(path, "read"));
+}
+
+/** @throws SourceError when it cannot be read or is no JSON */
+export async function readJson(path: string): Promise<unknown> {
+  const text = await readText(path);
+  try {
+    return JSON.parse(text);
+  } catch (cause) {
+    throw new SourceError(`is not JSON: ${(cause as Error).message}`, { file: path, cause });
+  }
 }
 
 /** @throws SourceError when there cannot be one */
 export async function makeFolder(path: string): Promise<void> {
-  await mkdir(path, { recursive: true }).catch((cause: Error) => {
-    throw new SourceError(`cannot be made a folder: ${cause.message}`, { file: path, cause });
-  });
+  await mkdir(path, { recursive: true }).catch(failed(path, "made a folder"));
 }
 
 /** An object as a JSON file for people. */
@@ -62,7 +75,7 @@ export async function writeWhole(path: string, chunks: Chunks): Promise<number> 
   } catch (cause) {
     await unlink(beside).catch(() => undefined);
     if ((cause as NodeJS.ErrnoException).code === undefined) throw cause;
-    throw new SourceError(`cannot be written: ${(cause as Error).message}`, { file: path, cause });
+    return failed(path, "written")(cause);
   }
 }
 
@@ -81,8 +94,8 @@ async function syncFolder(path: string): Promise<void> {
 export async function append<T extends Append>(path: string, plan: () => Promise<T>): Promise<T> {
   const lock = `${path}.lock`;
   const held = await open(lock, "wx").catch((cause: NodeJS.ErrnoException) => {
-    const why = cause.code === "EEXIST" ? `another append is under way; if none is, delete ${lock}` : cause.message;
-    throw refused(path, cause, why);
+    const why = cause.code === "EEXIST" ? `another append is under way; if none is, delete ${lock}` : undefined;
+    return failed(path, "appended to", why)(cause);
   });
   try {
     const planned = await plan();
@@ -94,14 +107,8 @@ export async function append<T extends Append>(path: string, plan: () => Promise
   }
 }
 
-function refused(path: string, cause: Error, why: string = cause.message): SourceError {
-  return new SourceError(`cannot be appended to: ${why}`, { file: path, cause });
-}
-
 async function carryOut(path: string, { offset, body, superblock, superblockOffset }: Append): Promise<void> {
-  const file = await open(path, "r+").catch((cause: Error) => {
-    throw refused(path, cause);
-  });
+  const file = await open(path, "r+").catch(failed(path, "appended to"));
   try {
     let at = offset;
     try {
@@ -114,7 +121,7 @@ async function carryOut(path: string, { offset, body, superblock, superblockOffs
       await file.sync();
     } catch (cause) {
       await file.truncate(offset).catch(() => undefined);
-      throw refused(path, cause as Error, `${(cause as Error).message}; it is as it was before`);
+      failed(path, "appended to", `${(cause as Error).message}; it is as it was before`)(cause);
     }
     // What lies behind the new end was left by an append that never finished.
     await file.truncate(at);

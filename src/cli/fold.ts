@@ -1,6 +1,5 @@
 /** The command fold: weights of a base model with a task merged into them. */
 import { safetensorsHost } from "../base/host.ts";
-import { openPack } from "../pack/pack.ts";
 import { createRuntime } from "../runtime/create.ts";
 import { openSource } from "../source.ts";
 import { openSafetensors } from "../tensor/safetensors.ts";
@@ -14,14 +13,14 @@ const DTYPES = { f32: "F32", f16: "F16", bf16: "BF16" } as const;
 
 export const fold: Attach = command({
   usage: "fold <PACK>",
-  does: "merge a task into the weights of the base model",
+  does: "Merge a task into the weights of the base model.",
   options: {
     output: output("OUT.safetensors", "The file to write."),
     task,
     base: required(text("MODEL.safetensors", "The base model.")),
   },
   async run([path]: [string], { output: file, task, base: basePath }, run) {
-    const pack = run.closing(await openPack(path));
+    const pack = await run.pack(path);
     const base = await openSafetensors(run.closing(await openSource(basePath)));
     const runtime = run.closing(await createRuntime(pack, { base: safetensorsHost(base), webgpu: false }));
     const { modules, added } = await runtime.switchTask(task);

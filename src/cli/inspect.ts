@@ -1,16 +1,16 @@
 /** The command inspect: what is in a pack, as its directory says. */
 import { SECTION_FREE, WINDOW_BYTES } from "../format/format.ts";
 import { breakEven } from "../pack/build.ts";
-import { openPack, type Pack } from "../pack/pack.ts";
+import type { Pack } from "../pack/pack.ts";
 import { type Attach, command } from "./command.ts";
 import { bytes, percent, sharing, table } from "./output.ts";
 
 export const inspect: Attach = command({
   usage: "inspect <PACK>",
-  does: "show sections, tasks, components, explained variance and break-even",
+  does: "Show sections, tasks, components, explained variance and break-even.",
   options: {},
   async run([path]: [string], _, run) {
-    const pack = run.closing(await openPack(path, { bases: "later" }));
+    const pack = await run.pack(path, { bases: "later" });
     const { version, basisId, directory } = pack;
     const { committed, basesLength } = pack.window.superblock;
     const sections = sectionsOf(pack);

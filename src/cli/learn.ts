@@ -3,17 +3,16 @@
  * into the pack.
  */
 import { basename, extname } from "node:path";
-import { createEigenSession } from "../../bindings/onnxruntime.ts";
 import { TaskError } from "../errors.ts";
 import { isTaskId } from "../format/format.ts";
-import { openPack, type Pack } from "../pack/pack.ts";
+import type { Pack } from "../pack/pack.ts";
 import { createTrainer } from "../train/learn.ts";
 import type { Start } from "../train/start.ts";
 import type { TrainingStep } from "../train/trainer.ts";
-import { type Attach, command, type Result, type Run } from "./command.ts";
+import { type Attach, command } from "./command.ts";
 import { readExamples } from "./examples.ts";
 import { refuseOverwriting, writeWhole } from "./files.ts";
-import { openModel, tokenizer, tokens } from "./model.ts";
+import { openTrainable, tokenizer, tokens } from "./model.ts";
 import {
   byDefault,
   choice,
@@ -28,6 +27,7 @@ import {
   UsageError,
 } from "./options.ts";
 import { bytes, percent, resources, table } from "./output.ts";
+import type { Run } from "./run.ts";
 
 const labels: OptionSpec<readonly string[] | undefined> = {
   value: "a,b,c",
@@ -82,44 +82,55 @@ const OPTIONS = {
 /** The first Ctrl-C ends it between two steps, and what was learned is written; a second ends the process. */
 export const learn: Attach = command({
   usage: "learn <PACK> <EXAMPLES>",
-  does: "train a new task on labelled texts, as a task file",
+  does: "Train a new task on labelled texts, as a task file.",
   details:
     "EXAMPLES is a file of JSON lines, tab-separated or comma-separated values. Only coefficients over the pack's components are " +
     "trained. eigenlora add PACK TASK.eigentask brings the task in.",
   options: OPTIONS,
-  async run([packPath, examplesPath]: [string, string], options, run) {
-    const { output: target, model, id = basename(target, extname(target)) } = options;
-    refuseOverwriting(target, packPath, examplesPath, model);
+  async run([packPath, examplesPath]: [string, string], options, run, out) {
+    const { output: file, model, id = basename(file, extname(file)) } = options;
+    refuseOverwriting(file, packPath, examplesPath, model);
     if (!isTaskId(id))
       throw new UsageError(`--id ${JSON.stringify(id)}: expected 1 to 255 bytes without control characters`);
     const { signal } = interrupts(run);
     const { examples, labels } = await readExamples(examplesPath, options.labels);
-    const { ort, encodeFor } = await openModel("learn", model, options);
-    const pack = run.closing(await openPack(packPath));
+    const pack = await run.pack(packPath);
     const init = startOf(options.init, pack);
-    const session = await createEigenSession(ort, model, pack, { trainable: true });
-    run.closing({ close: () => session.release() });
+    const { session, encode } = await openTrainable("learn", model, pack, options, run);
     refuseInterrupted(signal, id);
-    const { seed, train, rank, privateTerms } = options;
-    const encode = encodeFor(session.inputNames);
+    const { seed, train, rank, privateTerms, rate } = options;
     const trainer = await createTrainer(session, { seed, train, rank, privateTerms, labels, init, encode });
     const steps: TrainingStep[] = [];
-    const { epochs, batch, holdout, rate } = options;
     try {
+      const { epochs, batch, holdout } = options;
       const rates = { terms: rate, head: rate };
       for await (const step of trainer.fit(examples, { epochs, batch, holdout, rates, signal })) {
         steps.push(step);
-        run.progress(`epoch ${step.epoch}, loss ${step.loss.toFixed(3)}: step`, step.step, step.steps);
+        out.progress("step", step.step, step.steps, `epoch ${step.epoch}, loss ${step.loss.toFixed(3)}`);
       }
     } catch (error) {
       if (error !== signal.reason) throw error;
     }
     if (steps.length === 0) refuseInterrupted(signal, id);
-    const size = await writeWhole(target, [await trainer.task({ id })]);
+    const size = await writeWhole(file, [await trainer.task({ id })]);
     const { terms, head } = trainer.size;
     const { seconds } = resources();
-    const learned = { file: target, id, bytes: size, labels, examples: examples.length, trained: { terms, head } };
-    return report({ ...learned, interrupted: signal.aborted, seconds }, steps);
+    const interrupted = signal.aborted;
+    const epochs = epochsOf(steps);
+    // The state of this epoch was kept; after Ctrl-C that of the last step.
+    const judged = interrupted ? [] : epochs.flatMap((epoch) => epoch.holdout ?? []);
+    const best = judged.reduce((a, b) => (b.loss < a.loss ? b : a), judged[0]!) ?? null;
+    const learned = { file, id, bytes: size, labels, examples: examples.length, trained: { terms, head } };
+    const stopped = interrupted ? `, stopped at step ${steps.length} of ${steps[0]!.steps}` : "";
+    return {
+      json: { ...learned, interrupted, seconds, steps: steps.length, epochs, holdout: best },
+      text: [
+        `${file}: task "${id}", ${labels.length} labels, ${bytes(size)}${stopped}`,
+        epochTable(epochs),
+        `${terms} numbers of terms and ${head} of the head were trained; ${seconds.toFixed(2)} s`,
+      ],
+      exitCode: interrupted ? 1 : 0,
+    };
   },
 });
 
@@ -144,44 +155,25 @@ function refuseInterrupted({ aborted }: AbortSignal, id: string): void {
   if (aborted) throw new TaskError("stopped before the first step: nothing was learned, nothing written", { task: id });
 }
 
-interface Learned {
-  readonly file: string;
-  readonly id: string;
-  readonly bytes: number;
-  readonly labels: readonly string[];
-  readonly examples: number;
-  readonly trained: { readonly terms: number; readonly head: number };
-  readonly interrupted: boolean;
-  readonly seconds: number;
+interface Epoch {
+  /** Mean of its steps. */
+  readonly loss: number;
+  readonly holdout: TrainingStep["holdout"] | null;
 }
 
-function report(learned: Learned, steps: readonly TrainingStep[]): Result {
-  const epochs = [...new Set(steps.map(({ epoch }) => epoch))].map((epoch) => {
+function epochsOf(steps: readonly TrainingStep[]): Epoch[] {
+  return [...new Set(steps.map(({ epoch }) => epoch))].map((epoch) => {
     const own = steps.filter((step) => step.epoch === epoch);
-    return {
-      loss: own.reduce((sum, { loss }) => sum + loss, 0) / own.length,
-      holdout: own.at(-1)!.holdout ?? null,
-    };
+    const loss = own.reduce((sum, step) => sum + step.loss, 0) / own.length;
+    return { loss, holdout: own.at(-1)!.holdout ?? null };
   });
-  // The state of this epoch was kept; after Ctrl-C that of the last step.
-  const judged = epochs.flatMap(({ holdout }) => holdout ?? []);
-  const best = learned.interrupted ? undefined : judged.reduce((a, b) => (b.loss < a.loss ? b : a), judged[0]!);
-  const { file, id, labels, trained, interrupted, seconds } = learned;
-  const text = [
-    `${file}: task "${id}", ${labels.length} labels, ${bytes(learned.bytes)}${interrupted ? `, stopped at step ${steps.length} of ${steps[0]!.steps}` : ""}`,
-    table([
-      ["epoch", "loss", ...(judged.length > 0 ? ["held back", "accuracy"] : [])],
-      ...epochs.map(({ loss, holdout }, i) => [
-        i + 1,
-        loss.toFixed(4),
-        ...(judged.length > 0 ? [holdout?.loss.toFixed(4) ?? "", holdout ? percent(holdout.accuracy) : ""] : []),
-      ]),
-    ]),
-    `${trained.terms} numbers of terms and ${trained.head} of the head were trained; ${seconds.toFixed(2)} s`,
-  ];
-  return {
-    json: { ...learned, steps: steps.length, epochs, holdout: best ?? null },
-    text,
-    exitCode: interrupted ? 1 : 0,
-  };
+}
+
+function epochTable(epochs: readonly Epoch[]): string {
+  const rows = epochs.map(({ loss, holdout }, i) => [
+    i + 1,
+    loss.toFixed(4),
+    ...(holdout ? [holdout.loss.toFixed(4), percent(holdout.accuracy)] : []),
+  ]);
+  return table([["epoch", "loss", "hold-out", "accuracy"].slice(0, rows[0]!.length), ...rows]);
 }

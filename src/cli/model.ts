@@ -2,12 +2,16 @@
  * What commands need that run a model: onnxruntime and a tokenizer. Both are optional peers of the package, loaded when they are
  * used.
  */
-import { readFile } from "node:fs/promises";
+import { existsSync } from "node:fs";
 import { dirname, join } from "node:path";
+import { createEigenSession, type EigenSession } from "../../bindings/onnxruntime.ts";
 import type { Ort } from "../../bindings/ort.ts";
 import { BackendError, BaseMismatchError, SourceError } from "../errors.ts";
+import type { Pack } from "../pack/pack.ts";
 import type { BatchFeeds } from "../train/batch.ts";
+import { readJson } from "./files.ts";
 import { from, number, type OptionSpec, text } from "./options.ts";
+import type { Run } from "./run.ts";
 
 /** From texts to the inputs of a model, one row each. */
 export type Encode = (texts: string[]) => BatchFeeds;
@@ -48,12 +52,12 @@ export async function openModel(
   (ort.env as { logLevel?: string }).logLevel = "error";
   const load = () => import("@huggingface/tokenizers");
   const { Tokenizer } = await peer<Tokenizers>(command, "@huggingface/tokenizers", load);
-  const rules = await readJson(tokenizer);
-  if (!rules)
-    throw new SourceError("there is no tokenizer; say where its tokenizer.json is with --tokenizer", {
-      file: tokenizer,
-    });
-  const made = new Tokenizer(rules, (await readJson(join(dirname(tokenizer), "tokenizer_config.json"))) ?? {});
+  if (!existsSync(tokenizer)) {
+    const message = "there is no tokenizer; say where its tokenizer.json is with --tokenizer";
+    throw new SourceError(message, { file: tokenizer });
+  }
+  const config = join(dirname(tokenizer), "tokenizer_config.json");
+  const made = new Tokenizer(await readJson(tokenizer), existsSync(config) ? await readJson(config) : {});
   const idsOf = (one: string): number[] => {
     const { ids } = made.encode(one);
     // The last token closes the text, wherever it is cut.
@@ -70,6 +74,20 @@ export async function openModel(
   return { ort, encodeFor };
 }
 
+/** The same with a session that can be trained, and the encoder of its model. */
+export async function openTrainable(
+  command: string,
+  model: string,
+  pack: Pack,
+  options: ModelOptions,
+  run: Run,
+): Promise<{ session: EigenSession; encode: Encode }> {
+  const { ort, encodeFor } = await openModel(command, model, options);
+  const session = await createEigenSession(ort, model, pack, { trainable: true });
+  run.closing({ close: () => session.release() });
+  return { session, encode: encodeFor(session.inputNames) };
+}
+
 /** A package that only some commands need. @throws BackendError naming it */
 async function peer<T>(command: string, name: string, load: () => Promise<unknown>): Promise<T> {
   const found = await load().catch((cause: Error) => {
@@ -81,7 +99,7 @@ async function peer<T>(command: string, name: string, load: () => Promise<unknow
 
 /** A tokenizer of @huggingface/tokenizers, as far as it is used. */
 interface Tokenizers {
-  readonly Tokenizer: new (rules: object, config: object) => { encode(text: string): { ids: number[] } };
+  readonly Tokenizer: new (rules: unknown, config: unknown) => { encode(text: string): { ids: number[] } };
 }
 
 /** What a tokenizer gives. */
@@ -101,13 +119,4 @@ function feedsOf(ort: Ort, inputs: readonly string[], rows: readonly number[][])
     dims: number[],
   ) => BatchFeeds[string];
   return Object.fromEntries(inputs.map((name) => [name, new Tensor("int64", values.get(name)!, [rows.length, width])]));
-}
-
-async function readJson(path: string): Promise<object | undefined> {
-  const content = await readFile(path, "utf8").catch(() => undefined);
-  try {
-    return content === undefined ? undefined : (JSON.parse(content) as object);
-  } catch (cause) {
-    throw new SourceError(`is no JSON: ${(cause as Error).message}`, { file: path, cause });
-  }
 }

@@ -3,7 +3,10 @@
  */
 import type { ComponentSelection, Gauge } from "../extract/extract.ts";
 import type { Dtypes } from "../pack/build.ts";
-import { DTYPES, type Dtype } from "../tensor/dtypes.ts";
+import { DTYPES } from "../tensor/dtypes.ts";
+
+/** "a, b or c" */
+const OR = new Intl.ListFormat("en-GB", { type: "disjunction" });
 
 /** A wrong command line: exit code 2. */
 export class UsageError extends Error {
@@ -15,9 +18,11 @@ export interface OptionSpec<T> {
   readonly help: string;
   /** How help calls its value; a switch has none. */
   readonly value?: string;
+  /** Its other name in front, as "-o, ". */
   readonly short?: string;
   /** Heading in help. */
   readonly group?: string;
+  /** Left out of help: known so that what is wrong with it can be said. */
   readonly hidden?: boolean;
   readonly required?: boolean;
   /** What it is when it is not given. */
@@ -53,11 +58,6 @@ export function required<T>(spec: OptionSpec<T>): OptionSpec<Exclude<T, undefine
   return { ...spec, required: true } as OptionSpec<Exclude<T, undefined>>;
 }
 
-/** Known so that what is wrong with it can be said. */
-export function hidden<T>(spec: OptionSpec<T>): OptionSpec<T> {
-  return { ...spec, hidden: true };
-}
-
 /** An option without a value. */
 export function toggle(help: string): OptionSpec<boolean> {
   return { help, otherwise: false, parse: () => true };
@@ -69,7 +69,7 @@ export function text(value: string, help: string): Maybe<string> {
 
 /** Where a command writes to. */
 export function output(value: string, help: string): OptionSpec<string> {
-  return required({ ...text(value, help), short: "o" });
+  return required({ ...text(value, help), short: "-o, " });
 }
 
 /** An option that may be given several times. */
@@ -102,14 +102,10 @@ export function number(value: string, help: string, { expected, holds }: Range):
 export function choice<const T extends string>(choices: readonly T[], help: string): Maybe<T> {
   const parse = (given: string, flag: string): T => {
     const found = choices.find((one) => one === given);
-    if (found === undefined) throw new UsageError(`${flag} ${given}: expected ${alternatives(choices)}`);
+    if (found === undefined) throw new UsageError(`${flag} ${given}: expected ${OR.format(choices)}`);
     return found;
   };
   return { value: choices.join("|"), help, parse };
-}
-
-function alternatives(words: readonly string[]): string {
-  return words.length > 1 ? `${words.slice(0, -1).join(", ")} or ${words.at(-1)}` : String(words[0]);
 }
 
 /**
@@ -134,15 +130,13 @@ export function assignments(
 }
 
 /** The flags of those options that were given. */
-export function given(options: Readonly<Record<string, unknown>>): string[] {
-  return Object.keys(options)
-    .filter((name) => options[name] !== undefined && options[name] !== false)
-    .map(flagOf);
+export function given<O extends object>(options: O, ...names: readonly (keyof O & string)[]): string[] {
+  return names.filter((name) => options[name] !== undefined && options[name] !== false).map(flagOf);
 }
 
 /** The flag of the one that was given, if any. @throws UsageError when several were */
-export function exclusive(options: Readonly<Record<string, unknown>>): string | undefined {
-  const flags = given(options);
+export function exclusive<O extends object>(options: O, ...names: readonly (keyof O & string)[]): string | undefined {
+  const flags = given(options, ...names);
   if (flags.length > 1) throw new UsageError(`${flags.join(" and ")} exclude each other`);
   return flags[0];
 }
@@ -173,25 +167,22 @@ export const centering: Maybe<"keep" | "none"> = choice(
   ["keep", "none"],
   "Store the mean of the rows, or do without. Default: keep, but none in joint mode.",
 );
-export const dtype: OptionSpec<Partial<Dtypes>> = {
+const PARTS = ["basis", "coefficients", "head"];
+export const dtype: Maybe<Partial<Dtypes>> = {
   value: "TYPE",
   help: `Number format: ${DTYPES.join(", ")}; or for each part, as basis=int4,coefficients=f16,head=f16. Default: f16.`,
-  otherwise: {},
   parse(given, flag) {
-    const refuse = (word: string, words: readonly string[]): UsageError =>
-      new UsageError(`${flag} ${given}: "${word}" is not one of ${words.join(", ")}`);
-    const known = (word: string): Dtype => {
-      if (!(DTYPES as readonly string[]).includes(word)) throw refuse(word, DTYPES);
-      return word as Dtype;
+    const assigned = given.includes("=")
+      ? given.split(",").map((assignment) => assignment.split("="))
+      : PARTS.map((part) => [part, given]);
+    const check = (word: string, words: readonly string[]): void => {
+      if (!words.includes(word)) throw new UsageError(`${flag} ${given}: "${word}" is not one of ${words.join(", ")}`);
     };
-    const parts = ["basis", "coefficients", "head"] as const;
-    if (!given.includes("=")) return Object.fromEntries(parts.map((part) => [part, known(given)]));
-    const assigned = given.split(",").map((assignment) => {
-      const [part = "", word = ""] = assignment.split("=");
-      if (!(parts as readonly string[]).includes(part)) throw refuse(part, parts);
-      return [part, known(word)];
-    });
-    return Object.fromEntries(assigned);
+    for (const [part = "", word = ""] of assigned) {
+      check(part, PARTS);
+      check(word, DTYPES);
+    }
+    return Object.fromEntries(assigned) as Partial<Dtypes>;
   },
 };
 
@@ -206,8 +197,9 @@ export const amount: { k: Maybe<number>; energy: Maybe<number>; error: Maybe<num
 };
 
 /** @throws UsageError for two of them */
-export function selection({ k, energy, error }: Values<typeof amount>): ComponentSelection {
-  exclusive({ k, energy, error });
+export function selection(options: Values<typeof amount>): ComponentSelection {
+  exclusive(options, "k", "energy", "error");
+  const { k, energy = 0.9, error } = options;
   if (k !== undefined) return { kind: "k", k };
-  return error === undefined ? { kind: "energy", share: energy ?? 0.9 } : { kind: "error", max: error };
+  return error === undefined ? { kind: "energy", share: energy } : { kind: "error", max: error };
 }

@@ -1,12 +1,16 @@
 /**
  * What the command line prints: one JSON object on stdout, or text for people; progress on stderr while someone watches.
  */
+import type { Adapter } from "../adapters/adapter.ts";
 
 /** Where a command's output goes. */
 export interface Output {
-  json: boolean;
-  /** Shows how far a long piece of work is, and how long it will still take; nothing when nobody watches. */
-  progress(what: string, done: number, of: number): void;
+  readonly json: boolean;
+  /**
+   * Shows how far a long piece of work is, and how long it will still take; nothing when nobody watches.
+   * @param detail what there is to say besides, which may change from call to call
+   */
+  progress(what: string, done: number, of: number, ...detail: string[]): void;
   warn(message: string): void;
 }
 
@@ -16,15 +20,23 @@ export function createOutput(json: boolean): Output {
   const estimate = createEstimate();
   return {
     json,
-    progress(what, done, of) {
+    progress(what, done, of, ...detail) {
       const left = estimate(what, done, of);
       if (!live || (Date.now() - started < 500 && done < of)) return;
-      process.stderr.write(`\r\u001b[K${done < of ? [`${what} ${done} of ${of}`, ...left].join(", ") : ""}`);
+      const line = [...detail, `${what} ${done} of ${of}`, ...left].join(", ");
+      process.stderr.write(`\r\u001b[K${done < of ? line : ""}`);
     },
     warn(message) {
       if (!json) process.stderr.write(`warning: ${message}\n`);
     },
   };
+}
+
+/** Warns of what adapters' files say. @returns the warnings */
+export function warnOf(adapters: readonly Adapter[], out: Output): string[] {
+  const all = adapters.flatMap(({ id, warnings }) => warnings.map((warning) => `${id}: ${warning}`));
+  for (const warning of all) out.warn(warning);
+  return all;
 }
 
 /** A listener that shows how many of something are done. */
@@ -61,6 +73,10 @@ export function bytes(n: number): string {
   const unit = n < 1e6 ? "kB" : n < 1e9 ? "MB" : "GB";
   const value = n / (n < 1e6 ? 1e3 : n < 1e9 ? 1e6 : 1e9);
   return `${value.toFixed(value < 10 ? 2 : 1)} ${unit}`;
+}
+
+export function sum(numbers: readonly number[]): number {
+  return numbers.reduce((a, b) => a + b, 0);
 }
 
 export function percent(share: number): string {

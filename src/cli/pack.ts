@@ -4,17 +4,15 @@
  */
 import type { Ort } from "../../bindings/ort.ts";
 import type { Adapter } from "../adapters/adapter.ts";
-import { readJson } from "../adapters/folder.ts";
 import { partByGain, readScores } from "../adapters/scores.ts";
-import { type AutoReport, buildAuto, type Criterion, packWithin } from "../pack/auto.ts";
-import { type BuildOptions, type BuildReport, buildPack, type Dtypes } from "../pack/build.ts";
+import { type AutoReport, buildAuto, packWithin, type Tried } from "../pack/auto.ts";
+import { type BuildReport, buildPack, type Dtypes } from "../pack/build.ts";
 import { createJudge, type JudgeOptions } from "../train/judge.ts";
 import { inputMoments, type MomentsOptions } from "../train/moments.ts";
-import { type Attach, command, type Run } from "./command.ts";
+import { type Attach, command } from "./command.ts";
 import { readLines } from "./examples.ts";
-import { writeWhole } from "./files.ts";
+import { readJson, writeWhole } from "./files.ts";
 import { type Encode, openModel, tokenizer, tokens } from "./model.ts";
-import { openAdapters, openBase } from "./open.ts";
 import {
   amount,
   as,
@@ -40,7 +38,8 @@ import {
   UsageError,
   type Values,
 } from "./options.ts";
-import { bytes, counting, percent, resources, sharing, table } from "./output.ts";
+import { bytes, counting, type Output, percent, resources, sharing, sum, table } from "./output.ts";
+import type { Run } from "./run.ts";
 
 const UNITS: Readonly<Record<string, number>> = { "": 1, B: 1, kB: 1e3, MB: 1e6, GB: 1e9 };
 
@@ -115,27 +114,24 @@ const OPTIONS = {
 };
 
 type PackOptions = Values<typeof OPTIONS>;
-type Common = Pick<BuildOptions, "dtype" | "base" | "normalize">;
-type Build = (
-  adapters: readonly Adapter[],
-  common: Common,
-) => Promise<{ chunks: Uint8Array[]; report: BuildReport | AutoReport }>;
 
 export const pack: Attach = command({
   usage: "pack <ADAPTER_OR_FOLDER...>",
-  does: "make a pack of adapters",
+  does: "Make a pack of adapters.",
   details: "Says what it lost, and from how many tasks on it pays.",
   options: OPTIONS,
-  async run(paths, options, run) {
-    const file = options.output;
-    const build = planOf(options, run);
-    const choose = await goodAdapters(options);
-    const adapters = await openAdapters(paths, options.as, run);
-    const { kept, dropped } = choose(adapters);
-    const { dtype, normalize } = options;
-    const { chunks, report } = await build(kept, { dtype, normalize, ...(await openBase(options.base, run)) });
+  async run(paths, options, run, out) {
+    checkOptions(options);
+    const { output: file, scores, minGain } = options;
+    // Read before any adapter is.
+    const known = scores === undefined ? undefined : readScores(await readJson(scores), scores);
+    const adapters = await run.adapters(paths, options.as);
+    const { kept, dropped } = known
+      ? partByGain(adapters, known, minGain ?? 0.02, scores!)
+      : { kept: adapters, dropped: [] };
+    const { chunks, report } = await build(kept, options, run, out);
     await writeWhole(file, chunks);
-    for (const warning of report.warnings) run.warn(warning);
+    for (const warning of report.warnings) out.warn(warning);
     const took = resources();
     return {
       json: { file, ...report, dtype: nameOf(report.dtype), dropped, ...took },
@@ -150,62 +146,52 @@ export const pack: Attach = command({
 });
 
 /** @throws UsageError for options that do not go together */
-function planOf(options: PackOptions, run: Run): Build {
-  const { bytes, ratio, error, divergence, k, energy, mode, rank, privateTerms, centering, calibrate } = options;
-  const budget = exclusive({ bytes, ratio, error, divergence, k, energy });
-  if (mode === "auto") {
-    checkAuto(options, budget);
-    return (adapters, common) => runAuto(options, adapters, common, run);
+function checkOptions(options: PackOptions): void {
+  const budget = exclusive(options, "bytes", "ratio", "error", "divergence", "k", "energy");
+  const asked = given(options, "model", "text").length;
+  if (options.mode === "auto") {
+    const [own] = given(options, "gauge", "rank", "privateTerms", "centering", "k", "energy");
+    if (own !== undefined) throw new UsageError(`--mode auto chooses ${own} itself; leave it out, or name a mode`);
+    if (budget === undefined)
+      throw new UsageError("--mode auto needs to know what for: --bytes, --ratio, --error or --divergence");
+    if (asked === 1)
+      throw new UsageError("--model and --text go together: answers to the text are what packs are judged by");
+  } else {
+    if (budget === "--divergence") throw new UsageError("--divergence is for --mode auto");
+    const [foreign] = given(options, "model", "text", "tokenizer", "tokens");
+    if (foreign !== undefined && !options.calibrate)
+      throw new UsageError(`${foreign} is for --mode auto and --calibrate`);
   }
-  const { model, text, tokenizer, tokens } = options;
-  const [foreign] = given({ divergence, ...(calibrate ? {} : { model, text, tokenizer, tokens }) });
-  if (foreign !== undefined)
-    throw new UsageError(`${foreign} is for --mode auto${divergence === undefined ? " and --calibrate" : ""}`);
-  if (calibrate && given({ model, text }).length < 2) throw new UsageError("--calibrate needs --model and --text");
-  const { gauge = (rank ?? privateTerms) === undefined ? "as-trained" : "balanced" } = options;
-  const select = (bytes ?? ratio) === undefined ? selection(options) : undefined;
-  return async (adapters, common) => {
-    const moments = calibrate ? await inputMoments(...(await askedOf(options, adapters))) : undefined;
-    const all = { mode, gauge, rank, privateTerms, ...(centering ? { centering } : {}), ...common, moments };
-    if (!select) return packWithin(adapters, all, sizeOf(options, adapters));
-    return buildPack(adapters, { ...all, select, onProgress: counting(run, "module") });
-  };
+  const [needs] = given(options, "calibrate", "divergence");
+  if (needs !== undefined && asked < 2) throw new UsageError(`${needs} needs --model and --text`);
+  if (options.minGain !== undefined && options.scores === undefined)
+    throw new UsageError("--min-gain needs --scores SCORES.json");
 }
 
-function checkAuto(options: PackOptions, budget: string | undefined): void {
-  const { gauge, rank, privateTerms, centering, k, energy, model, text, calibrate, divergence } = options;
-  const [own] = given({ gauge, rank, privateTerms, centering, k, energy });
-  if (own !== undefined) throw new UsageError(`--mode auto chooses ${own} itself; leave it out, or name a mode`);
-  if (budget === undefined)
-    throw new UsageError("--mode auto needs to know what for: --bytes, --ratio, --error or --divergence");
-  const asked = given({ model, text }).length;
-  if (asked === 1)
-    throw new UsageError("--model and --text go together: answers to the text are what packs are judged by");
-  const [needs] = given({ calibrate, divergence });
-  if (asked === 0 && needs !== undefined) throw new UsageError(`${needs} needs --model and --text`);
-}
-
-function sizeOf({ bytes, ratio }: PackOptions, adapters: readonly Adapter[]): number {
-  return bytes ?? Math.floor(adapters.reduce((sum, { byteLength }) => sum + byteLength, 0) / ratio!);
-}
-
-function criterionOf(options: PackOptions, adapters: readonly Adapter[]): Criterion {
-  const { divergence, error } = options;
-  if (divergence !== undefined) return { kind: "divergence", max: divergence };
-  return error === undefined ? { kind: "bytes", max: sizeOf(options, adapters) } : { kind: "error", max: error };
-}
-
-async function runAuto(options: PackOptions, adapters: readonly Adapter[], common: Common, run: Run) {
+async function build(
+  adapters: readonly Adapter[],
+  options: PackOptions,
+  run: Run,
+  out: Output,
+): Promise<{ chunks: Uint8Array[]; report: BuildReport | AutoReport }> {
+  const { mode, rank, privateTerms, centering, bytes, ratio, error, divergence, dtype = {}, normalize } = options;
   const asked = options.model === undefined ? undefined : await askedOf(options, adapters);
-  const judge = asked && createJudge(...asked);
-  if (judge) run.closing({ close: () => judge.release() });
-  return buildAuto(adapters, {
-    ...common,
-    criterion: criterionOf(options, adapters),
-    judge: judge?.judge,
-    moments: asked && options.calibrate ? await inputMoments(...asked) : undefined,
-    onProgress: (done, of, { name }) => run.progress(`tried ${name}:`, done, of),
-  });
+  const moments = asked && options.calibrate ? await inputMoments(...asked) : undefined;
+  const common = { dtype, normalize, moments, ...(await run.base(options.base)) };
+  const most = ratio === undefined ? bytes : Math.floor(sum(adapters.map(({ byteLength }) => byteLength)) / ratio);
+  if (mode === "auto") {
+    const judge = asked && createJudge(...asked);
+    if (judge) run.closing({ close: () => judge.release() });
+    const max = divergence ?? error ?? most!;
+    const kind = divergence === undefined ? (error === undefined ? "bytes" : "error") : "divergence";
+    const criterion = { kind, max } as const;
+    const onProgress = (done: number, of: number, { name }: Tried): void => out.progress("way", done, of, name);
+    return buildAuto(adapters, { ...common, criterion, judge: judge?.judge, onProgress });
+  }
+  const { gauge = (rank ?? privateTerms) === undefined ? "as-trained" : "balanced" } = options;
+  const all = { mode, gauge, rank, privateTerms, ...(centering ? { centering } : {}), ...common };
+  if (most !== undefined) return packWithin(adapters, all, most);
+  return buildPack(adapters, { ...all, select: selection(options), onProgress: counting(out, "module") });
 }
 
 /** A runtime, the model, and what it is asked. */
@@ -217,19 +203,6 @@ async function askedOf(
   const { ort, encodeFor } = await openModel("pack", model!, { tokenizer, tokens });
   let encode: Encode | undefined;
   return [ort, model!, { adapters, texts, encode: (some, inputs) => (encode ??= encodeFor(inputs))(some) }];
-}
-
-/** --scores and --min-gain, read before any adapter is. */
-async function goodAdapters({
-  scores: path,
-  minGain,
-}: PackOptions): Promise<(adapters: Adapter[]) => ReturnType<typeof partByGain>> {
-  if (path === undefined) {
-    if (minGain !== undefined) throw new UsageError("--min-gain needs --scores SCORES.json");
-    return (adapters) => ({ kept: adapters, dropped: [] });
-  }
-  const scores = readScores(await readJson(path), path);
-  return (adapters) => partByGain(adapters, scores, minGain ?? 0.02, path);
 }
 
 function nameOf({ basis, coefficients, head }: Dtypes): string {

@@ -20,10 +20,12 @@ export const part: OptionSpec<string> = output(
   "The part to write; left alone when it is there and made of the same.",
 );
 
+/** What there is to say of a part beside its size. */
 interface PartFigures {
-  readonly bytes: number;
-  /** Whether the part was there already. */
-  readonly present: boolean;
+  readonly adapters: number;
+  readonly modules: number;
+  readonly gauge?: string;
+  readonly warnings?: readonly string[];
 }
 
 /** Writes a part, unless it is there: whole, and made of the same. */
@@ -31,12 +33,18 @@ export async function makePart(
   file: string,
   kind: PartKind,
   made: string,
+  figures: PartFigures,
   make: () => Promise<AsyncIterable<Uint8Array>>,
-): Promise<PartFigures> {
+): Promise<Result> {
   const found = existsSync(file) ? await wholePart(file, kind, made) : undefined;
-  return found === undefined
-    ? { bytes: await writeWhole(file, await make()), present: false }
-    : { bytes: found, present: true };
+  const size = found ?? (await writeWhole(file, await make()));
+  const present = found !== undefined;
+  const { adapters, modules, warnings = [] } = figures;
+  const there = present ? ", was there already" : "";
+  return {
+    json: { file, ...figures, warnings, bytes: size, present, ...resources() },
+    text: [`${file}: ${adapters} adapters, ${modules} modules, ${bytes(size)}${there}`],
+  };
 }
 
 /** Its size; undefined when it is damaged or another. */
@@ -76,18 +84,4 @@ export async function contents(adapters: readonly Adapter[]): Promise<[id: strin
     digests.push([id, hash.digest("hex")]);
   }
   return digests;
-}
-
-/** What a command says of the part that it made. */
-export function partResult(
-  file: string,
-  figures: PartFigures & { adapters: number; modules: number; gauge?: string; warnings: string[] },
-): Result {
-  const { adapters, modules, present } = figures;
-  return {
-    json: { file, ...figures, ...resources() },
-    text: [
-      `${file}: ${adapters} adapters, ${modules} modules, ${bytes(figures.bytes)}${present ? ", was there already" : ""}`,
-    ],
-  };
 }

@@ -3,44 +3,40 @@
  * they give the same bytes for the same input.
  */
 import { completeDtypes } from "../pack/build.ts";
-import { openPack } from "../pack/pack.ts";
 import { assemblePack, openTasks, projectTasks } from "../pack/shard/tasks.ts";
 import { type Attach, command } from "./command.ts";
 import { refuseOverwriting, writeWhole } from "./files.ts";
-import { openAdapters, warnings } from "./open.ts";
 import { as, dtype, output } from "./options.ts";
-import { bytes, counting, lossTable, percent, resources, sharing } from "./output.ts";
-import { contents, digest, makePart, part, partResult } from "./parts.ts";
+import { bytes, counting, lossTable, percent, resources, sharing, warnOf } from "./output.ts";
+import { contents, digest, makePart, part } from "./parts.ts";
 
 export const project: Attach = command({
   usage: "project <BASIS> <ADAPTER_OR_FOLDER...>",
-  does: "make tasks of some adapters, on a basis that others hold too",
+  does: "Make tasks of some adapters, on a basis that others hold too.",
   options: { output: part, dtype, as },
-  async run([basisPath, ...paths]: [string, ...string[]], { output: file, dtype, as }, run) {
+  async run([basisPath, ...paths]: [string, ...string[]], { output: file, dtype, as }, run, out) {
     refuseOverwriting(file, basisPath);
     const types = completeDtypes(dtype);
-    const adapters = await openAdapters(paths, as, run);
-    const basis = run.closing(await openPack(basisPath));
+    const adapters = await run.adapters(paths, as);
+    const basis = await run.pack(basisPath);
     const made = digest("project", basis.basisId, types.coefficients, types.head, await contents(adapters));
-    const warned = warnings(adapters, run);
-    const onProgress = counting(run, "module");
-    const figures = await makePart(file, "tasks", made, async () => {
+    const onProgress = counting(out, "module");
+    const figures = { adapters: adapters.length, modules: basis.modules.length, warnings: warnOf(adapters, out) };
+    const { json, text } = await makePart(file, "tasks", made, figures, async () => {
       return (await projectTasks(basis, adapters, made, { dtype: types, onProgress })).chunks;
     });
     const { tasks } = run.closing(await openTasks(file));
-    const modules = basis.modules.length;
-    const { json, text } = partResult(file, { adapters: adapters.length, modules, ...figures, warnings: warned });
     return { json: { ...json, residual: tasks }, text: [...text, lossTable(tasks)] };
   },
 });
 
 export const assemble: Attach = command({
   usage: "assemble <BASIS> <PART...>",
-  does: "make a pack of the tasks of all parts, sorted by id",
+  does: "Make a pack of the tasks of all parts, sorted by id.",
   options: { output: output("PACK", "The pack to write.") },
   async run([basisPath, ...paths]: [string, ...string[]], { output: file }, run) {
     refuseOverwriting(file, basisPath, ...paths);
-    const basis = run.closing(await openPack(basisPath));
+    const basis = await run.pack(basisPath);
     const parts = [];
     for (const path of paths) parts.push(run.closing(await openTasks(path)));
     const { chunks, report } = await assemblePack(basis, parts);

@@ -1,18 +1,17 @@
 /** The command remove: drops tasks of a pack. */
-import { openPack } from "../pack/pack.ts";
 import { type Attach, command } from "./command.ts";
 import { writeWhole } from "./files.ts";
-import { packWith, taskOf } from "./open.ts";
 import { UsageError } from "./options.ts";
 import { bytes } from "./output.ts";
+import { packWith, taskOf } from "./tasks.ts";
 
 export const remove: Attach = command({
   usage: "remove <PACK> <TASK...>",
-  does: "drop tasks",
+  does: "Drop tasks.",
   details: "The bytes of the other tasks stay.",
   options: {},
   async run([file, ...ids]: [string, ...string[]], _, run) {
-    const pack = run.closing(await openPack(file));
+    const pack = await run.pack(file);
     for (const id of ids) pack.removeTask(id);
     if (pack.tasks.size === 0) throw new UsageError(`that would remove every task of ${file}; delete the file instead`);
     const bytesBefore = pack.window.superblock.committed;

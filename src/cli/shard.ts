@@ -4,10 +4,15 @@
  */
 import { completeDtypes } from "../pack/build.ts";
 import { buildBasis } from "../pack/shard/basis.ts";
-import { adapterStatistics, mergeStatistics, openStatistics, writeStatistics } from "../pack/shard/statistics.ts";
+import {
+  adapterStatistics,
+  mergeStatistics,
+  openStatistics,
+  type Statistics,
+  writeStatistics,
+} from "../pack/shard/statistics.ts";
 import { type Attach, command } from "./command.ts";
 import { refuseOverwriting, writeWhole } from "./files.ts";
-import { openAdapters, openBase, warnings } from "./open.ts";
 import {
   amount,
   as,
@@ -17,7 +22,6 @@ import {
   gauge,
   given,
   group,
-  hidden,
   normalize,
   type OptionSpec,
   output,
@@ -26,72 +30,67 @@ import {
   toggle,
   UsageError,
 } from "./options.ts";
-import { bytes, counting, resources } from "./output.ts";
-import { contents, digest, makePart, part, partResult } from "./parts.ts";
+import { bytes, counting, resources, warnOf } from "./output.ts";
+import { contents, digest, makePart, part } from "./parts.ts";
 
 /** Statistics of rows serve column mode; the other modes see all adapters at once. */
-const mode: OptionSpec<string> = hidden({
+const mode: OptionSpec<string> = {
   value: "column",
-  help: "The only mode that is made of parts.",
-  otherwise: "column",
+  help: "",
+  hidden: true,
   parse(given, flag) {
     if (given === "column") return given;
-    throw new UsageError(
-      `${flag} ${given}: only column mode is made of parts, the others need all adapters at once; use eigenlora pack`,
-    );
+    const why = "only column mode is made of parts, the others need all adapters at once; use eigenlora pack";
+    throw new UsageError(`${flag} ${given}: ${why}`);
   },
-});
+};
 
 export const shard: Attach = command({
   usage: "shard <ADAPTER_OR_FOLDER...>",
-  does: "count some of very many adapters, to be merged with others",
+  does: "Count some of very many adapters, to be merged with others.",
   options: { output: part, gauge, rank, normalize, mode, as },
-  async run(paths, { output: file, gauge = "as-trained", rank, normalize, as }, run) {
-    const adapters = await openAdapters(paths, as, run);
+  async run(paths, { output: file, gauge = "as-trained", rank, normalize, as }, run, out) {
+    const adapters = await run.adapters(paths, as);
     const statistics = await adapterStatistics(adapters, { gauge, rank, normalize });
     const made = digest("shard", gauge, rank, normalize, await contents(adapters));
-    const warned = warnings(adapters, run);
-    const figures = await makePart(file, "statistics", made, async () =>
-      writeStatistics(statistics, made, counting(run, "side")),
+    const figures = { ...sizesOf(statistics), warnings: warnOf(adapters, out) };
+    return makePart(file, "statistics", made, figures, async () =>
+      writeStatistics(statistics, made, counting(out, "side")),
     );
-    const modules = statistics.modules.size;
-    return partResult(file, { adapters: adapters.length, modules, gauge, ...figures, warnings: warned });
   },
 });
 
 export const merge: Attach = command({
   usage: "merge <PART...>",
-  does: "make components of the counts of all adapters: a pack without tasks",
+  does: "Make components of the counts of all adapters: a pack without tasks.",
   options: {
     output: output("BASIS", "The basis to write, or with --part the part."),
     part: toggle("Write a part again, to be merged with others."),
     anyBase: toggle("Take parts whose adapters name different base models."),
-    ...group("Of a basis", { ...amount, error: hidden(amount.error), centering, dtype, base, mode }),
+    ...group("Of a basis", { ...amount, error: { ...amount.error, hidden: true }, centering, dtype, base, mode }),
   },
-  async run(paths, { output: file, part, anyBase, ...options }, run) {
+  async run(paths, { output: file, part, anyBase, ...options }, run, out) {
     refuseOverwriting(file, ...paths);
-    const { k, energy, error, centering = "keep", base } = options;
-    const [foreign] = given({ k, energy, error, centering: options.centering, ...options.dtype, base });
+    const [foreign] = given(options, "k", "energy", "error", "centering", "dtype", "base");
     if (part && foreign !== undefined)
       throw new UsageError(`${foreign} is for a basis: leave it out with --part, and say it in the last merge`);
     const select = selection(options);
-    const opened = await openBase(base, run);
+    const opened = await run.base(options.base);
     const parts = [];
     for (const path of paths) parts.push(run.closing(await openStatistics(path)));
     const statistics = await mergeStatistics(parts, { anyBase });
     if (part) {
       const made = digest("merge", parts.map(({ made }) => made).sort());
-      const figures = await makePart(file, "statistics", made, async () =>
-        writeStatistics(statistics, made, counting(run, "side")),
+      return makePart(file, "statistics", made, sizesOf(statistics), async () =>
+        writeStatistics(statistics, made, counting(out, "side")),
       );
-      const { adapters, modules, gauge } = statistics;
-      return partResult(file, { adapters: adapters.length, modules: modules.size, gauge, ...figures, warnings: [] });
     }
+    const { centering = "keep" } = options;
     const dtype = completeDtypes(options.dtype).basis;
-    const onProgress = counting(run, "module");
+    const onProgress = counting(out, "module");
     const { chunks, report } = await buildBasis(statistics, { select, centering, dtype, ...opened, onProgress });
     await writeWhole(file, chunks);
-    for (const warning of report.warnings) run.warn(warning);
+    for (const warning of report.warnings) out.warn(warning);
     const { adapters, modules, components } = report;
     const sides = `${components.min} to ${components.max} components per side`;
     return {
@@ -100,3 +99,7 @@ export const merge: Attach = command({
     };
   },
 });
+
+function sizesOf({ adapters, modules, gauge }: Statistics): { adapters: number; modules: number; gauge: string } {
+  return { adapters: adapters.length, modules: modules.size, gauge };
+}

@@ -2,18 +2,18 @@
 import type { Adapter } from "../adapters/adapter.ts";
 import { AdapterError, FormatError, TaskError } from "../errors.ts";
 import { deltaError, relative } from "../extract/error.ts";
-import { measureModule, openModule } from "../extract/extract.ts";
+import { type ModuleLoss, measureModule, openModule } from "../extract/extract.ts";
 import { basisIdOf } from "../format/encode.ts";
 import { type TaskBlob, WINDOW_BYTES } from "../format/format.ts";
 import { encodedTensor } from "../format/tensors.ts";
 import { storedModule } from "../pack/build.ts";
 import { expandTerm } from "../pack/expand.ts";
-import { openPack, type Pack } from "../pack/pack.ts";
+import type { Pack } from "../pack/pack.ts";
 import { type ByteSource, openSource } from "../source.ts";
-import { type Attach, command, type Run } from "./command.ts";
-import { openAdapters } from "./open.ts";
+import { type Attach, command } from "./command.ts";
 import { as, list } from "./options.ts";
-import { percent, table } from "./output.ts";
+import { type Output, percent, sum, table } from "./output.ts";
+import type { Run } from "./run.ts";
 
 interface Check {
   readonly name: string;
@@ -21,28 +21,20 @@ interface Check {
   readonly detail: string;
 }
 
-interface Checked {
-  readonly checks: readonly Check[];
-  /** Undefined when they are damaged. */
-  readonly bases: Uint8Array | undefined;
-  /** Those that are whole. */
-  readonly blobs: ReadonlyMap<string, TaskBlob>;
-}
-
 export const verify: Attach = command({
   usage: "verify <PACK>",
-  does: "check sums and limits, and with adapters the ΔW error of each task",
+  does: "Check sums and limits, and with adapters the ΔW error of each task.",
   options: {
     against: list("ADAPTER_OR_FOLDER", "Adapters that the tasks were made of. May be given again."),
     as,
   },
-  async run([path]: [string], { against, as }, run) {
-    const pack = run.closing(await openPack(path, { bases: "later" }));
-    const { checks, bases, blobs } = await checkSections(path, pack, run);
+  async run([path]: [string], { against, as }, run, out) {
+    const pack = await run.pack(path, { bases: "later" });
+    const { checks, bases, blobs } = await checkSections(path, pack, run, out);
     const ok = checks.every((check) => check.ok);
     const figures = new Map<string, Figures>();
     if (against.length > 0 && bases && ok) {
-      for (const adapter of await openAdapters(against, as, run)) {
+      for (const adapter of await run.adapters(against, as)) {
         const { id, file } = adapter;
         const blob = blobs.get(id);
         if (!blob) throw new TaskError(`${file}: no task "${id}" in ${path}; say --as`, { task: id });
@@ -65,51 +57,52 @@ export const verify: Attach = command({
   },
 });
 
-async function checkSections(path: string, pack: Pack, run: Run): Promise<Checked> {
-  // Opening checked window, directory, tiling, limits and the bases' place: a pack that fails these is an error.
-  const checks: Check[] = [{ name: "window, directory and sections", ok: true, detail: `version ${pack.version}` }];
+async function checkSections(path: string, pack: Pack, run: Run, out: Output) {
+  const checks: Check[] = [];
+  const note = (name: string, ok: boolean, detail: string): unknown => checks.push({ name, ok, detail });
   /** What a section holds; a damaged one is reported, and the others are checked all the same. */
   const checked = async <T>(name: string, read: () => Promise<T>): Promise<T | undefined> => {
     try {
       const value = await read();
-      checks.push({ name, ok: true, detail: "" });
+      note(name, true, "");
       return value;
     } catch (error) {
       if (!(error instanceof FormatError)) throw error;
-      checks.push({ name, ok: false, detail: error.message });
+      note(name, false, error.message);
       return undefined;
     }
   };
+  // Opening checked window, directory, tiling, limits and the bases' place: a pack that fails these is an error.
+  note("window, directory and sections", true, `version ${pack.version}`);
   const bases = await checked("bases", async () => (await pack.bases()).bytes);
   const blobs = new Map<string, TaskBlob>();
   for (const [i, id] of [...pack.tasks.keys()].entries()) {
     const blob = await checked(`task ${id}`, () => pack.load(id));
     if (blob) blobs.set(id, blob);
-    run.progress("task", i + 1, pack.tasks.size);
+    out.progress("task", i + 1, pack.tasks.size);
   }
   if (bases) {
     const found = await basisIdOf(pack.directory.basisBytes, bases);
-    checks.push({ name: "basis id", ok: found === pack.basisId, detail: found.slice(0, 16) });
+    note("basis id", found === pack.basisId, found.slice(0, 16));
   }
   const source = run.closing(await openSource(path));
-  checks.push(await paddingCheck(source, pack));
-  const trailing = (source.byteLength ?? 0) - pack.window.superblock.committed;
-  checks.push({ name: "bytes behind the end", ok: true, detail: `${trailing} (ignored)` });
+  const gap = await unpadded(source, pack);
+  note("padding", gap === undefined, gap ?? "zero");
+  note("bytes behind the end", true, `${(source.byteLength ?? 0) - pack.window.superblock.committed} (ignored)`);
   return { checks, bases, blobs };
 }
 
-/** SPEC.md, section 1: bytes between sections are zero. */
-async function paddingCheck(source: ByteSource, { window, directory }: Pack): Promise<Check> {
+/** Where bytes between sections are not zero, against SPEC.md, section 1. */
+async function unpadded(source: ByteSource, { window, directory }: Pack): Promise<string | undefined> {
   const { directoryOffset, directoryLength } = window.superblock;
   const parts = [{ offset: directoryOffset, length: directoryLength }, ...directory.sections];
   let end = WINDOW_BYTES;
   for (const { offset, length } of parts.sort((a, b) => a.offset - b.offset)) {
     const gap = await source.read(end, offset - end);
-    if (gap.some((byte) => byte !== 0))
-      return { name: "padding", ok: false, detail: `not zero between ${end} and ${offset}` };
+    if (gap.some((byte) => byte !== 0)) return `not zero between ${end} and ${offset}`;
     end = offset + length;
   }
-  return { name: "padding", ok: true, detail: "zero" };
+  return undefined;
 }
 
 interface Figures {
@@ -120,10 +113,7 @@ interface Figures {
 
 /** ΔW error, δ and bound of a task against the adapter it was made of. */
 async function compare(pack: Pack, bases: Uint8Array, blob: TaskBlob, adapter: Adapter): Promise<Figures> {
-  const errors: number[] = [];
-  const delta = { A: 0, B: 0 };
-  let bound = 0;
-  const gauge = pack.directory.basis.gauge === "balanced" ? "balanced" : "as-trained";
+  const found: ModuleLoss[] = [];
   for (const term of blob.terms) {
     const module = pack.modules[term.module]!;
     const { name } = module;
@@ -135,24 +125,24 @@ async function compare(pack: Pack, bases: Uint8Array, blob: TaskBlob, adapter: A
     const { A, Bt } = await source.read();
     const member = { id: adapter.id, rank: source.rank, A, Bt };
     if (term.A && term.B && term.privateRank === 0) {
+      const gauge = pack.directory.basis.gauge === "balanced" ? "balanced" : "as-trained";
       const alphaA = encodedTensor(blob.bytes, term.A.tensor);
       const alphaB = encodedTensor(blob.bytes, term.B.tensor);
-      const space = openModule(storedModule(module, bases, adapter));
       const stored = { rank: term.rank, alphaA, alphaB };
-      const figures = measureModule(space, member, stored, { gauge, coefficientDtype: term.A.tensor.dtype });
-      errors.push(figures.error);
-      delta.A = Math.max(delta.A, figures.deltaA);
-      delta.B = Math.max(delta.B, figures.deltaB);
-      bound = Math.max(bound, figures.bound);
+      const space = openModule(storedModule(module, bases, adapter));
+      found.push(measureModule(space, member, stored, { gauge, coefficientDtype: term.A.tensor.dtype }));
     } else {
-      const stored = expandTerm(blob, term, module, bases);
-      const found = deltaError(exact(member), exact(stored));
-      errors.push(relative(found.difference, found.norm));
-      bound = Math.max(bound, relative(found.bound, found.norm));
+      const { difference, bound, norm } = deltaError(exact(member), exact(expandTerm(blob, term, module, bases)));
+      found.push({ error: relative(difference, norm), bound: relative(bound, norm), deltaA: 0, deltaB: 0 });
     }
   }
-  const mean = errors.reduce((a, b) => a + b, 0) / Math.max(errors.length, 1);
-  return { error: { mean, max: Math.max(0, ...errors) }, delta, bound };
+  const most = (figure: keyof ModuleLoss): number => Math.max(0, ...found.map((one) => one[figure]));
+  const mean = sum(found.map(({ error }) => error)) / Math.max(found.length, 1);
+  return {
+    error: { mean, max: most("error") },
+    delta: { A: most("deltaA"), B: most("deltaB") },
+    bound: most("bound"),
+  };
 }
 
 function exact({ rank, A, Bt }: { rank: number; A: ArrayLike<number>; Bt: ArrayLike<number> }) {

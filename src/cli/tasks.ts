@@ -1,36 +1,9 @@
 /**
- * What commands open and read: adapters, base models, and tasks of a pack as they are written again.
+ * Tasks of a pack as they are written again, and like which new ones are written.
  */
-import type { Adapter } from "../adapters/adapter.ts";
-import { readAdapters } from "../adapters/folder.ts";
-import { openHost } from "../base/host.ts";
 import { layoutFresh, type TaskToWrite } from "../format/layout.ts";
-import type { BuildOptions } from "../pack/build.ts";
 import { completeDtypes, type Dtypes } from "../pack/build.ts";
 import type { Pack } from "../pack/pack.ts";
-import type { Run } from "./command.ts";
-import type { Output } from "./output.ts";
-
-/** The adapters under some paths, open until the command ends. */
-export async function openAdapters(
-  paths: readonly string[],
-  rename: ReadonlyMap<string, string>,
-  run: Run,
-): Promise<Adapter[]> {
-  return (await readAdapters(paths, { rename })).map((adapter) => run.closing(adapter));
-}
-
-/** Warns of what adapters' files say. @returns the warnings */
-export function warnings(adapters: readonly Adapter[], out: Output): string[] {
-  const all = adapters.flatMap(({ id, warnings }) => warnings.map((warning) => `${id}: ${warning}`));
-  for (const warning of all) out.warn(warning);
-  return all;
-}
-
-/** The base model, where one was named. */
-export async function openBase(path: string | undefined, run: Run): Promise<Pick<BuildOptions, "base">> {
-  return path === undefined ? {} : { base: run.closing(await openHost(path)) };
-}
 
 /** A task of the pack as it is. */
 export async function taskOf(pack: Pack, id: string): Promise<TaskToWrite> {
