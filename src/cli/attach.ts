@@ -33,16 +33,22 @@ const CHUNK_BYTES = 2 ** 24;
 /** By these a program can tell whether a model and the inputs of a task belong together. */
 type Marks = ReadonlyMap<string, string>;
 
+const modes = choice(["auto", "core", "factors"], "Inputs are cores between the components, or expanded factors.");
+
 export const attach: Attach = command({
   usage: "attach <MODEL.onnx> <PACK>",
   does: "Write an ONNX model with the components inside.",
   details: "Tasks come beside it, as small input files. For runtimes that this package has no binding for.",
   options: {
     output: output("OUT.onnx", "The model to write; OUT.base.safetensors and OUT.tasks/ID.safetensors come beside it."),
-    mode: byDefault(
-      "auto",
-      choice(["auto", "core", "factors", "folded"], "Inputs are cores between the components, or expanded factors."),
-    ),
+    mode: byDefault("auto", {
+      ...modes,
+      parse(given, flag, before) {
+        if (given !== "folded") return modes.parse(given, flag, before);
+        const others = 'use eigenlora fold, or createEigenSession with mode "folded"';
+        throw new UsageError(`--mode folded: weights are no inputs; ${others}`);
+      },
+    }),
     task: list("ID", "Write the inputs of this task only. May be given again."),
     names: assignments(
       "MODULE=WEIGHT",
@@ -53,10 +59,6 @@ export const attach: Attach = command({
     anyBase: toggle("Accept a model whose weights differ from the pack's fingerprints."),
   },
   async run([modelPath, packPath]: [string, string], { output: target, mode, task, ...options }, run, out) {
-    if (mode === "folded") {
-      const others = 'use eigenlora fold, or createEigenSession with mode "folded"';
-      throw new UsageError(`--mode folded: weights are no inputs; ${others}`);
-    }
     refuseOverwriting(target, modelPath, packPath);
     const pack = await run.pack(packPath);
     for (const module of options.names.keys()) refuseUnknown(module, pack);
@@ -202,9 +204,9 @@ interface Attached {
 /** The inputs of the base and of each task, one file each, beside the model. */
 async function writeInputs(attached: Attached, ids: readonly string[], target: string, out: Output) {
   const stem = target.replace(/\.onnx$/i, "");
-  const base = await writeValues(attached, `${stem}.base.safetensors`, null);
   const folder = `${stem}.tasks`;
   await makeFolder(folder);
+  const base = await writeValues(attached, `${stem}.base.safetensors`, null);
   const tasks = [];
   for (const [i, id] of ids.entries()) {
     // An id may hold any character; a file's name may not. What this leaves as it is may stand in names everywhere.

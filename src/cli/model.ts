@@ -13,9 +13,6 @@ import { readJson } from "./files.ts";
 import { from, number, type OptionSpec, text } from "./options.ts";
 import type { Run } from "./run.ts";
 
-/** From texts to the inputs of a model, one row each. */
-export type Encode = (texts: string[]) => BatchFeeds;
-
 interface ModelOptions {
   readonly tokens: number | undefined;
   readonly tokenizer: string | undefined;
@@ -25,10 +22,10 @@ interface ModelOptions {
 export interface OpenedModel {
   readonly ort: Ort;
   /**
-   * The encoder for a model, by the names of its inputs.
+   * From texts to the inputs of a model, which are named, one row each.
    * @throws BaseMismatchError for an input that a tokenizer does not give
    */
-  encodeFor(inputs: readonly string[]): Encode;
+  encode(texts: readonly string[], inputs: readonly string[]): BatchFeeds;
 }
 
 export const tokens: OptionSpec<number | undefined> = number("N", "Most tokens of a text. Default: 128.", from(1));
@@ -58,20 +55,18 @@ export async function openModel(
   }
   const config = join(dirname(tokenizer), "tokenizer_config.json");
   const made = new Tokenizer(await readJson(tokenizer), existsSync(config) ? await readJson(config) : {});
-  const idsOf = (one: string): number[] => {
-    const { ids } = made.encode(one);
-    // The last token closes the text, wherever it is cut.
-    return ids.length > tokens ? [...ids.slice(0, tokens - 1), ids.at(-1)!] : ids;
+  const encode: OpenedModel["encode"] = (texts, inputs) => {
+    const rows = texts.map((one) => {
+      const { ids } = made.encode(one);
+      // The last token closes the text, wherever it is cut.
+      return ids.length > tokens ? [...ids.slice(0, tokens - 1), ids.at(-1)!] : ids;
+    });
+    const unknown = inputs.find((name) => !INPUTS.has(name));
+    if (unknown === undefined) return feedsOf(inputs, rows);
+    const message = `the model takes "${unknown}", which a tokenizer does not give: use eigenlora/${command} with feeds of your own`;
+    throw new BaseMismatchError(message, { module: unknown });
   };
-  const encodeFor = (inputs: readonly string[]): Encode => {
-    const unknown = inputs.find((name) => !INPUTS.includes(name));
-    if (unknown !== undefined) {
-      const message = `the model takes "${unknown}", which a tokenizer does not give: use eigenlora/${command} with feeds of your own`;
-      throw new BaseMismatchError(message, { module: unknown });
-    }
-    return (texts) => feedsOf(ort, inputs, texts.map(idsOf));
-  };
-  return { ort, encodeFor };
+  return { ort, encode };
 }
 
 /** The same with a session that can be trained, and the encoder of its model. */
@@ -81,11 +76,11 @@ export async function openTrainable(
   pack: Pack,
   options: ModelOptions,
   run: Run,
-): Promise<{ session: EigenSession; encode: Encode }> {
-  const { ort, encodeFor } = await openModel(command, model, options);
+): Promise<{ session: EigenSession; encode: (texts: string[]) => BatchFeeds }> {
+  const { ort, encode } = await openModel(command, model, options);
   const session = await createEigenSession(ort, model, pack, { trainable: true });
   run.closing({ close: () => session.release() });
-  return { session, encode: encodeFor(session.inputNames) };
+  return { session, encode: (texts) => encode(texts, session.inputNames) };
 }
 
 /** A package that only some commands need. @throws BackendError naming it */
@@ -102,21 +97,21 @@ interface Tokenizers {
   readonly Tokenizer: new (rules: unknown, config: unknown) => { encode(text: string): { ids: number[] } };
 }
 
-/** What a tokenizer gives. */
-const INPUTS = ["input_ids", "attention_mask", "token_type_ids"];
+/** What a tokenizer gives, of a token. */
+const INPUTS = new Map<string, (id: number) => bigint>([
+  ["input_ids", BigInt],
+  ["attention_mask", () => 1n],
+  ["token_type_ids", () => 0n],
+]);
 
 /** Token ids as a model's inputs, padded to the longest row. */
-function feedsOf(ort: Ort, inputs: readonly string[], rows: readonly number[][]): BatchFeeds {
+function feedsOf(inputs: readonly string[], rows: readonly number[][]): BatchFeeds {
   const width = Math.max(...rows.map(({ length }) => length));
-  const values = new Map(INPUTS.map((name) => [name, new BigInt64Array(rows.length * width)]));
-  rows.forEach((row, r) => {
-    values.get("input_ids")!.set(row.map(BigInt), r * width);
-    values.get("attention_mask")!.fill(1n, r * width, r * width + row.length);
+  const dims = [rows.length, width];
+  const feeds = inputs.map((name) => {
+    const data = new BigInt64Array(rows.length * width);
+    for (const [r, row] of rows.entries()) data.set(row.map(INPUTS.get(name)!), r * width);
+    return [name, { type: "int64", dims, data }];
   });
-  const Tensor = ort.Tensor as unknown as new (
-    type: "int64",
-    data: BigInt64Array,
-    dims: number[],
-  ) => BatchFeeds[string];
-  return Object.fromEntries(inputs.map((name) => [name, new Tensor("int64", values.get(name)!, [rows.length, width])]));
+  return Object.fromEntries(feeds) as BatchFeeds;
 }

@@ -85,16 +85,21 @@ export function percent(share: number): string {
 
 /** Rows as a text table; the first row is the head. Columns of numbers are aligned right. */
 export function table(rows: readonly (readonly (string | number)[])[]): string {
-  const text = rows.map((row) => row.map(String));
-  const widths = text[0]!.map((_, c) => Math.max(...text.map((row) => row[c]!.length)));
-  const right = text[0]!.map((_, c) => text.slice(1).every((row) => /^[-+]?[\d.,]+( ?[a-zA-Z%×]*)?$/.test(row[c]!)));
-  const line = (row: string[]): string =>
-    row
-      .map((cell, c) => (right[c] ? cell.padStart(widths[c]!) : cell.padEnd(widths[c]!)))
-      .join("  ")
-      .trimEnd();
-  const [head, ...body] = text;
-  return [line(head!), widths.map((w) => "-".repeat(w)).join("  "), ...body.map(line)].join("\n");
+  const columns = rows[0]!.map((_, c) => {
+    const cells = rows.map((row) => String(row[c]));
+    const width = Math.max(...cells.map(({ length }) => length));
+    const right = cells.slice(1).every((cell) => /^[-+]?[\d.,]+( ?[a-zA-Z%×]*)?$/.test(cell));
+    cells.splice(1, 0, "-".repeat(width));
+    return cells.map((cell) => (right ? cell.padStart(width) : cell.padEnd(width)));
+  });
+  return columns[0]!
+    .map((_, r) =>
+      columns
+        .map((cells) => cells[r])
+        .join("  ")
+        .trimEnd(),
+    )
+    .join("\n");
 }
 
 /** What was lost on the way into a pack, by task. */

@@ -12,7 +12,7 @@ import { inputMoments, type MomentsOptions } from "../train/moments.ts";
 import { type Attach, command } from "./command.ts";
 import { readLines } from "./examples.ts";
 import { readJson, writeWhole } from "./files.ts";
-import { type Encode, openModel, tokenizer, tokens } from "./model.ts";
+import { openModel, tokenizer, tokens } from "./model.ts";
 import {
   amount,
   as,
@@ -200,9 +200,8 @@ async function askedOf(
   adapters: readonly Adapter[],
 ): Promise<[Ort, string, MomentsOptions & JudgeOptions]> {
   const texts = await readLines(text!);
-  const { ort, encodeFor } = await openModel("pack", model!, { tokenizer, tokens });
-  let encode: Encode | undefined;
-  return [ort, model!, { adapters, texts, encode: (some, inputs) => (encode ??= encodeFor(inputs))(some) }];
+  const { ort, encode } = await openModel("pack", model!, { tokenizer, tokens });
+  return [ort, model!, { adapters, texts, encode }];
 }
 
 function nameOf({ basis, coefficients, head }: Dtypes): string {

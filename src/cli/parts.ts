@@ -25,7 +25,7 @@ interface PartFigures {
   readonly adapters: number;
   readonly modules: number;
   readonly gauge?: string;
-  readonly warnings?: readonly string[];
+  readonly warnings: readonly string[];
 }
 
 /** Writes a part, unless it is there: whole, and made of the same. */
@@ -39,10 +39,10 @@ export async function makePart(
   const found = existsSync(file) ? await wholePart(file, kind, made) : undefined;
   const size = found ?? (await writeWhole(file, await make()));
   const present = found !== undefined;
-  const { adapters, modules, warnings = [] } = figures;
+  const { adapters, modules } = figures;
   const there = present ? ", was there already" : "";
   return {
-    json: { file, ...figures, warnings, bytes: size, present, ...resources() },
+    json: { file, ...figures, bytes: size, present, ...resources() },
     text: [`${file}: ${adapters} adapters, ${modules} modules, ${bytes(size)}${there}`],
   };
 }

@@ -11,7 +11,7 @@ import {
   type Statistics,
   writeStatistics,
 } from "../pack/shard/statistics.ts";
-import { type Attach, command } from "./command.ts";
+import { type Attach, command, type Result } from "./command.ts";
 import { refuseOverwriting, writeWhole } from "./files.ts";
 import {
   amount,
@@ -30,7 +30,7 @@ import {
   toggle,
   UsageError,
 } from "./options.ts";
-import { bytes, counting, resources, warnOf } from "./output.ts";
+import { bytes, counting, type Output, resources, warnOf } from "./output.ts";
 import { contents, digest, makePart, part } from "./parts.ts";
 
 /** Statistics of rows serve column mode; the other modes see all adapters at once. */
@@ -53,10 +53,7 @@ export const shard: Attach = command({
     const adapters = await run.adapters(paths, as);
     const statistics = await adapterStatistics(adapters, { gauge, rank, normalize });
     const made = digest("shard", gauge, rank, normalize, await contents(adapters));
-    const figures = { ...sizesOf(statistics), warnings: warnOf(adapters, out) };
-    return makePart(file, "statistics", made, figures, async () =>
-      writeStatistics(statistics, made, counting(out, "side")),
-    );
+    return writePart(file, statistics, made, warnOf(adapters, out), out);
   },
 });
 
@@ -81,9 +78,7 @@ export const merge: Attach = command({
     const statistics = await mergeStatistics(parts, { anyBase });
     if (part) {
       const made = digest("merge", parts.map(({ made }) => made).sort());
-      return makePart(file, "statistics", made, sizesOf(statistics), async () =>
-        writeStatistics(statistics, made, counting(out, "side")),
-      );
+      return writePart(file, statistics, made, [], out);
     }
     const { centering = "keep" } = options;
     const dtype = completeDtypes(options.dtype).basis;
@@ -100,6 +95,16 @@ export const merge: Attach = command({
   },
 });
 
-function sizesOf({ adapters, modules, gauge }: Statistics): { adapters: number; modules: number; gauge: string } {
-  return { adapters: adapters.length, modules: modules.size, gauge };
+function writePart(
+  file: string,
+  statistics: Statistics,
+  made: string,
+  warnings: readonly string[],
+  out: Output,
+): Promise<Result> {
+  const { adapters, modules, gauge } = statistics;
+  const figures = { adapters: adapters.length, modules: modules.size, gauge, warnings };
+  return makePart(file, "statistics", made, figures, async () =>
+    writeStatistics(statistics, made, counting(out, "side")),
+  );
 }
