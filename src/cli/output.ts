@@ -5,7 +5,6 @@ import type { Adapter } from "../adapters/adapter.ts";
 
 /** Where a command's output goes. */
 export interface Output {
-  readonly json: boolean;
   /**
    * Shows how far a long piece of work is, and how long it will still take; nothing when nobody watches.
    * @param detail what there is to say besides, which may change from call to call
@@ -19,7 +18,6 @@ export function createOutput(json: boolean): Output {
   const started = Date.now();
   const estimate = createEstimate();
   return {
-    json,
     progress(what, done, of, ...detail) {
       const left = estimate(what, done, of);
       if (!live || (Date.now() - started < 500 && done < of)) return;
