@@ -292,7 +292,7 @@ t.test("what cannot be is refused, and nothing is written", async (t) => {
     (await readdir(folder)).filter((name) => name.startsWith("blocked")),
     ["blocked.tasks"],
   );
-  t.match(json(2, "attach", torchscript, bert), { error: { message: /--output is missing/ } });
+  t.match(json(2, "attach", torchscript, bert), { error: { message: /missing --output/ } });
   await cp(sessions("gemm.onnx"), join(folder, "own.onnx"));
   t.match(json(2, "attach", "own.onnx", mlp, "-o", "./own.onnx"), { error: { tag: "usage", message: /overwrite/ } });
   t.match(json(2, "attach", "own.onnx", mlp, "-o", mlp), { error: { tag: "usage", message: /overwrite/ } });

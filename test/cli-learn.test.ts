@@ -134,19 +134,19 @@ t.test("Ctrl-C keeps what was learned, or says that nothing was", async (t) => {
   // A process of its own, which signals itself at a known moment: behind step 3, or before anything is loaded.
   const modules = new URL("../dist/src/cli/", import.meta.url);
   const program = `
-    import { parse } from ${JSON.stringify(new URL("args.js", modules).href)};
-    import { learnCommand } from ${JSON.stringify(new URL("learn.js", modules).href)};
+    import { Command } from ${JSON.stringify(new URL("commander.js", modules).href)};
+    import { learn } from ${JSON.stringify(new URL("learn.js", modules).href)};
     const [at, ...words] = process.argv.slice(1);
     const interrupt = () => process.kill(process.pid, "SIGINT");
-    const names = words.filter((word) => word.startsWith("-")).map((word) => word.replace(/^-+/, "").replace(/^o$/, "output"));
-    const table = Object.fromEntries(names.map((name) => [name, { value: "X", short: name === "output" ? "o" : undefined, help: "" }]));
     const progress = (what, done) => done === Number(at) && interrupt();
-    const work = learnCommand(parse(words, table, 2), { json: true, progress, warn() {} });
+    const program = new Command();
+    learn(program, { progress, warn() {} }, (result) => console.log(JSON.stringify(result)));
+    const work = program.parseAsync(words, { from: "user" });
     if (at === "0") interrupt();
-    console.log(JSON.stringify(await work.catch(({ tag, message }) => ({ tag, message }))));
+    await work.catch(({ tag, message }) => console.log(JSON.stringify({ tag, message })));
   `;
   const stopAt = (step: number): Record<string, any> => {
-    const words = [...learn.slice(1), "-o", "stopped.eigentask"];
+    const words = [...learn, "-o", "stopped.eigentask"];
     const { stdout, stderr, signal } = spawnSync(
       process.execPath,
       ["--input-type=module", "-e", program, String(step), ...words],
@@ -162,7 +162,7 @@ t.test("Ctrl-C keeps what was learned, or says that nothing was", async (t) => {
   t.match(made, { interrupted: true, file: "stopped.eigentask", holdout: null });
   // A signal arrives a moment after it was sent.
   t.ok(made.steps >= 3 && made.steps < 16, `${made.steps} steps`);
-  t.match(text, /stopped at step \d+ of 16/);
+  t.match(text.join("\n"), /stopped at step \d+ of 16/);
   t.equal(parseTaskFile(new Uint8Array(await readFile(join(folder, "stopped.eigentask"))), "stopped").id, "stopped");
 });
 
@@ -245,7 +245,7 @@ t.test("files of examples: what is read, and which line is refused", async (t) =
     error: { tag: "source", message: /missing.jsonl: cannot be read/ },
   });
   t.match(json(2, "learn", "p.eigen", "rows.jsonl", "-o", "x"), {
-    error: { tag: "usage", message: /--model is missing/ },
+    error: { tag: "usage", message: /missing --model/ },
   });
   t.notOk(
     (await readdir(folder)).some((name) => name.startsWith("x.eigentask")),

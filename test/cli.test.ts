@@ -501,16 +501,16 @@ t.test("bad input: what, where, and what to do; exit 1, or 2 for usage", async (
   ];
   for (const [args, error] of failures) t.match(json(1, ...args), { error }, args.join(" "));
   const usage: [string[], RegExp][] = [
-    [["pack", own], /--output is missing/],
-    [["pack", "-o", "x"], /at least 1 arguments, got 0/],
+    [["pack", own], /pack: missing --output/],
+    [["pack", "-o", "x"], /pack: missing ADAPTER_OR_FOLDER/],
     [["pack", own, "-o", "x", "--k", "3", "--energy", "0.5"], /exclude each other/],
     [["pack", own, "-o", "x", "--k", "0"], /whole number/],
     [["pack", own, "-o", "x", "--error", "2"], /between 0 and 1/],
     [["pack", own, "-o", "x", "--dtype", "f8"], /f8/],
-    [["pack", own, "-o", "x", "--mode", "cubic"], /--mode cubic: expected column or flat or joint/],
-    [["pack", own, "-o", "x", "--gage", "balanced"], /gage/],
+    [["pack", own, "-o", "x", "--mode", "cubic"], /--mode cubic: expected column, flat, joint or auto/],
+    [["pack", own, "-o", "x", "--gage", "balanced"], /unknown option .--gage.; did you mean --gauge\?/],
     [["inspekt", "own.eigen"], /did you mean inspect/],
-    [["remove", "own.eigen"], /at least 2/],
+    [["remove", "own.eigen"], /remove: missing TASK/],
     [["bench", "everything"], /expected memory/],
   ];
   for (const [args, message] of usage) t.match(json(2, ...args), { error: { tag: "usage", message } }, args.join(" "));

@@ -3,8 +3,8 @@ import { parseModel } from "../dist/src/onnx/model.js";
 import type { TensorProto } from "../dist/src/onnx/onnx_pb.js";
 import { readTensor } from "../dist/src/onnx/tensors.js";
 import type { DetachedModel } from "../dist/src/onnx/write.js";
+import { openSource } from "../dist/src/open-source.js";
 import type { Engine, EngineTensor, LoadedModel, Tensors } from "../dist/src/session/engine.js";
-import { openSource } from "../dist/src/source.js";
 import { f16ToF32 } from "../dist/src/tensor/dtypes.js";
 import { fail, OPERATORS, type Value } from "./plain-operators.ts";
 

@@ -2,19 +2,21 @@
  * The command add: more tasks behind those of a pack, whose bytes stay. An adapter is projected onto the components, a task
  * file (SPEC.md, section 7) belongs to them already.
  */
-import { open, readFile, stat } from "node:fs/promises";
+import { readFile, stat } from "node:fs/promises";
 import { resolve } from "node:path";
-import { readAdapters } from "../adapters/folder.ts";
-import { SourceError, TaskError } from "../errors.ts";
+import { TaskError } from "../errors.ts";
 import { TASK_FILE_MAGIC } from "../format/format.ts";
 import { layoutAppend, type TaskToWrite } from "../format/layout.ts";
 import { parseTaskFile } from "../format/task-file.ts";
-import { openPack, type Pack } from "../pack/pack.ts";
+import { openSource } from "../open-source.ts";
+import type { Pack } from "../pack/pack.ts";
 import { projectAdapters } from "../pack/project.ts";
-import { type Arguments, renames } from "./args.ts";
+import { type Attach, command } from "./command.ts";
 import { append } from "./files.ts";
-import { bytes, type Output, percent, table } from "./output.ts";
-import { closeAll, type Result, storedTypes } from "./packs.ts";
+import { as } from "./options.ts";
+import { bytes, counting, lossTable, sum, warnOf } from "./output.ts";
+import type { Run } from "./run.ts";
+import { storedDtypes, taskOf } from "./tasks.ts";
 
 /** A task file that was named, and what its task is to be called. */
 interface NamedTask {
@@ -22,77 +24,67 @@ interface NamedTask {
   readonly id: string;
 }
 
-/** `add FILE ADAPTER_OR_TASK...` */
-export async function addCommand(args: Arguments, out: Output): Promise<Result> {
-  const [file = "", ...paths] = args.positionals;
-  const found = await Promise.all(paths.map(isTaskFile));
-  const names = renames(args);
-  const files = await nameTasks(
-    paths.filter((_, i) => found[i]),
-    names,
-  );
-  const adapters = await readAdapters(
-    paths.filter((_, i) => !found[i]),
-    { rename: names },
-  );
-  try {
-    const done = await append(file, async () => {
-      const pack = await openPack(file);
-      try {
-        refuseTaken(pack, [...adapters.map(({ id, file }) => ({ id, path: file })), ...files]);
-        const types = await storedTypes(pack);
-        const progress = (done: number, of: number): void => out.progress("module", done, of);
-        const projected = await projectAdapters(pack, adapters, types, progress);
-        const learned: TaskToWrite[] = [];
-        for (const { path, id } of files) learned.push(await takeTask(pack, path, id));
-        const { superblock } = pack.window;
-        const plan = layoutAppend(pack.directory, superblock, [...projected, ...learned]);
-        return { ...plan, residual: projected.map((t) => t.residual), learned, before: superblock.committed };
-      } finally {
-        await pack.close();
+export const add: Attach = command({
+  usage: "add <PACK> <ADAPTER_OR_TASKFILE...>",
+  does: "Append tasks: adapters projected onto the components, or task files.",
+  details:
+    "Adapters may come as a folder of them. Task files (.eigentask) are taken as they are. The bytes of other tasks stay.",
+  options: { as },
+  async run([file, ...paths]: [string, ...string[]], { as }, run, out) {
+    const found = await Promise.all(paths.map((path) => isTaskFile(path, run)));
+    const names = new Map(as);
+    const files = await nameTasks(
+      paths.filter((_, i) => found[i]),
+      names,
+    );
+    const folders = paths.filter((_, i) => !found[i]);
+    const adapters = await run.adapters(folders, names);
+    const { before, residual, learned, ...done } = await append(file, async () => {
+      const pack = await run.pack(file);
+      refuseTaken(pack, [...adapters.map(({ id, file }) => ({ id, path: file })), ...files]);
+      const projected = await projectAdapters(pack, adapters, await storedDtypes(pack), counting(out, "module"));
+      const learned: TaskToWrite[] = [];
+      for (const { path, id } of files) {
+        await pack.addTask(id, path);
+        learned.push(await taskOf(pack, id));
       }
+      const { superblock } = pack.window;
+      const plan = layoutAppend(pack.directory, superblock, [...projected, ...learned]);
+      return { ...plan, residual: projected.map((task) => task.residual), learned, before: superblock.committed };
     });
-    for (const adapter of adapters) for (const warning of adapter.warnings) out.warn(`${adapter.id}: ${warning}`);
-    const { before, residual, learned } = done;
-    const bytesAfter = done.offset + done.body.reduce((sum, c) => sum + c.length, 0);
+    warnOf(adapters, out);
+    const bytesAfter = done.offset + sum(done.body.map(({ length }) => length));
     const added = [...adapters, ...files].map(({ id }) => id);
-    const text = [
-      `${file}: ${added.length} tasks added, ${bytes(before)} → ${bytes(bytesAfter)}`,
-      ...(residual.length > 0
-        ? [table([["task", "ΔW error", "largest"], ...residual.map((r) => [r.id, percent(r.mean), percent(r.max)])])]
-        : []),
-      ...learned.map(({ entry, blob }) => `${entry.id}: ${bytes(blob.length)}, as it came`),
-    ].join("\n");
-    return { json: { file, added, bytesBefore: before, bytesAfter, residual }, text };
-  } finally {
-    await closeAll(adapters);
-  }
-}
+    return {
+      json: { file, added, bytesBefore: before, bytesAfter, residual },
+      text: [
+        `${file}: ${added.length} tasks added, ${bytes(before)} → ${bytes(bytesAfter)}`,
+        ...(residual.length > 0 ? [lossTable(residual)] : []),
+        ...learned.map(({ entry, blob }) => `${entry.id}: ${bytes(blob.length)}, as it came`),
+      ],
+    };
+  },
+});
 
 /** By what it begins with, or what it is called: one that is damaged is to be refused as what it was. */
-async function isTaskFile(path: string): Promise<boolean> {
+async function isTaskFile(path: string, run: Run): Promise<boolean> {
   if (!(await stat(path).catch(() => undefined))?.isFile()) return false;
-  if (/\.(eigentask|etask)$/.test(path)) return true;
-  const file = await open(path).catch((cause: Error) => {
-    throw new SourceError(`cannot be read: ${cause.message}`, { file: path, cause });
-  });
-  try {
-    const { buffer, bytesRead } = await file.read(new Uint8Array(TASK_FILE_MAGIC.length));
-    return bytesRead === buffer.length && TASK_FILE_MAGIC.every((byte, i) => byte === buffer[i]);
-  } finally {
-    await file.close();
-  }
+  if (path.endsWith(".eigentask")) return true;
+  const source = run.closing(await openSource(path));
+  const { length } = TASK_FILE_MAGIC;
+  const head = source.byteLength! < length ? [] : await source.read(0, length);
+  return TASK_FILE_MAGIC.every((byte, i) => byte === head[i]);
 }
 
 /** Takes the new names of task files, by id or path, out of `names`; the rest are of adapters. */
 async function nameTasks(paths: readonly string[], names: Map<string, string>): Promise<NamedTask[]> {
-  const used = new Set<string>();
   const tasks: NamedTask[] = [];
+  const used: string[] = [];
   for (const path of paths) {
     const { id } = parseTaskFile(new Uint8Array(await readFile(path)), path);
-    const old = [...names.keys()].find((name) => name === id || resolve(name) === resolve(path));
-    if (old !== undefined) used.add(old);
-    tasks.push({ path, id: (old === undefined ? undefined : names.get(old)) ?? id });
+    const [old, name = id] = [...names].find(([old]) => old === id || resolve(old) === resolve(path)) ?? [];
+    if (old !== undefined) used.push(old);
+    tasks.push({ path, id: name });
   }
   for (const name of used) names.delete(name);
   return tasks;
@@ -100,21 +92,13 @@ async function nameTasks(paths: readonly string[], names: Map<string, string>): 
 
 /** @throws TaskError naming an id that two would have */
 function refuseTaken(pack: Pack, added: readonly NamedTask[]): void {
-  const owners = new Map([...pack.tasks.keys()].map((id) => [id, pack.name]));
+  const owners = new Map<string, string>();
   for (const { id, path } of added) {
-    const owner = owners.get(id);
-    if (owner === pack.name) {
-      throw new TaskError(`${owner} has a task "${id}" already; rename the new one: --as ${id}=NEW`, { task: id });
-    }
-    if (owner !== undefined) {
-      throw new TaskError(`${owner} and ${path} are both called ${id}; rename one with --as ${path}=NEW`, { task: id });
-    }
+    const other = owners.get(id);
+    const message = pack.tasks.has(id)
+      ? `${pack.name} has a task "${id}" already; rename the new one: --as ${id}=NEW`
+      : other && `${other} and ${path} are both called ${id}; rename one with --as ${path}=NEW`;
+    if (message) throw new TaskError(message, { task: id });
     owners.set(id, path);
   }
-}
-
-async function takeTask(pack: Pack, path: string, id: string): Promise<TaskToWrite> {
-  await pack.addTask(id, path);
-  const { adapterBytes, metadata, brings } = pack.tasks.get(id)!;
-  return { entry: { id, adapterBytes, metadata, brings }, blob: (await pack.load(id)).bytes };
 }

@@ -4,29 +4,27 @@
  * weights themselves changed are refused.
  */
 import { existsSync } from "node:fs";
-import { mkdir } from "node:fs/promises";
 import { dirname, join, resolve } from "node:path";
 import { nearest } from "../arguments.ts";
 import { createBackend } from "../backends/select.ts";
 import { BaseMismatchError, FormatError, SourceError } from "../errors.ts";
-import type { TaskMetadata } from "../format/format.ts";
-import type { TaskInput } from "../onnx/graft.ts";
+import type { Grafted, TaskInput } from "../onnx/graft.ts";
 import { PREFIX } from "../onnx/nodes.ts";
 import type { GraphProto } from "../onnx/onnx_pb.ts";
 import { type ModelFile, readModel } from "../onnx/read.ts";
 import { EXTERNAL } from "../onnx/tensors.ts";
 import { embedWeights } from "../onnx/write.ts";
 import { openSource } from "../open-source.ts";
-import { openPack, type Pack } from "../pack/pack.ts";
+import type { Pack } from "../pack/pack.ts";
 import { Workbench } from "../runtime/workbench.ts";
 import { type PreparedModel, prepareModel } from "../session/prepare.ts";
-import { stackValues, TaskEvaluator, type TaskValues } from "../session/values.ts";
+import { stackValues, TaskEvaluator } from "../session/values.ts";
 import type { ByteSource } from "../source.ts";
 import { type SafetensorsEntry, writeSafetensors } from "../tensor/safetensors-writer.ts";
-import { type Arguments, choice, refuseOverwriting, required, UsageError } from "./args.ts";
-import { writeWhole } from "./files.ts";
+import { type Attach, command } from "./command.ts";
+import { makeFolder, refuseOverwriting, writeWhole } from "./files.ts";
+import { assignments, byDefault, choice, list, output, toggle, UsageError } from "./options.ts";
 import { bytes, type Output } from "./output.ts";
-import type { Result } from "./packs.ts";
 
 /** The most that protobuf allows, and so the most that runtimes load. */
 const MOST_MODEL_BYTES = 2 ** 31 - 1;
@@ -36,77 +34,71 @@ const CHUNK_BYTES = 2 ** 24;
 /** By these a program can tell whether a model and the inputs of a task belong together. */
 type Marks = ReadonlyMap<string, string>;
 
-/** `attach MODEL.onnx PACK -o OUT.onnx` */
-export async function attachCommand(args: Arguments, out: Output): Promise<Result> {
-  const [modelPath = "", packPath = ""] = args.positionals;
-  const target = required(args, "output");
-  if (args.text("mode") === "folded") {
-    const others = 'use eigenlora fold, or createEigenSession with mode "folded"';
-    throw new UsageError(`--mode folded: weights are no inputs; ${others}`);
-  }
-  const mode = choice(args, "mode", ["auto", "core", "factors"] as const, "auto");
-  const names = namesByHand(args);
-  const options = { mode, names, ignore: args.list("ignore"), anyBase: args.flag("any-base"), probeOutputs: false };
-  for (const path of [modelPath, packPath]) refuseOverwriting(target, path);
-  const pack = await openPack(packPath);
-  try {
-    for (const module of names.keys()) refuseUnknown(module, pack);
-    const file = await readModel(modelPath);
-    try {
-      const bases = (await pack.bases()).bytes;
-      const prepared = await prepareModel(file, pack, bases, options);
-      refuseFolded(prepared, pack);
-      const wanted = new Set(args.list("task"));
-      const ids = wanted.size > 0 ? [...wanted] : [...pack.tasks.keys()];
-      // An unknown or damaged task is found before anything is written.
-      await pack.prefetch(ids);
-      const marks: Marks = new Map([
-        [`${PREFIX}.basis`, pack.basisId],
-        [`${PREFIX}.mode`, prepared.mode],
-      ]);
-      const model = serialise(file, prepared, marks, target);
-      const external = await writeExternal(file, target);
-      const written = await writeInputs({ prepared, bases, marks }, ids, target, out);
-      // Last: a model that is there has all that belongs to it.
-      const size = await writeWhole(target, [model]);
-      const { reason, mode, inputs } = prepared;
-      const { base, tasks, folder } = written;
-      const modules = prepared.modules.length;
-      const largest = Math.max(0, ...tasks.map((task) => task.bytes));
-      return {
-        json: { file: target, mode, reason, modules, bytes: size, external, inputs, base, tasks },
-        text: [
-          `${target}: ${modules} modules, ${bytes(size)}, mode ${mode} (${reason})`,
-          ...external.map((path) => `  weights in ${path}`),
-          `${inputs.length} inputs carry a task: without one, ${base.file}, ${bytes(base.bytes)}`,
-          `  ${tasks.length} tasks in ${folder}, ${bytes(largest)} at most`,
-        ].join("\n"),
-      };
-    } finally {
-      await file.close();
-    }
-  } finally {
-    await pack.close();
-  }
-}
+const modes = choice(["auto", "core", "factors"], "Inputs are cores between the components, or expanded factors.");
 
-/** --names MODULE=WEIGHT, any number of times. @throws UsageError when one is not of this form */
-function namesByHand(args: Arguments): Map<string, string> {
-  return new Map(
-    args.list("names").map((text) => {
-      const cut = text.indexOf("=");
-      if (cut < 1 || cut === text.length - 1) throw new UsageError(`--names ${text}: expected MODULE=WEIGHT`);
-      return [text.slice(0, cut), text.slice(cut + 1)];
+export const attach: Attach = command({
+  usage: "attach <MODEL.onnx> <PACK>",
+  does: "Write an ONNX model with the components inside.",
+  details: "Tasks come beside it, as small input files. For runtimes that this package has no binding for.",
+  options: {
+    output: output("OUT.onnx", "The model to write; OUT.base.safetensors and OUT.tasks/ID.safetensors come beside it."),
+    mode: byDefault("auto", {
+      ...modes,
+      parse(given, flag, before) {
+        if (given !== "folded") return modes.parse(given, flag, before);
+        const others = 'use eigenlora fold, or createEigenSession with mode "folded"';
+        throw new UsageError(`--mode folded: weights are no inputs; ${others}`);
+      },
     }),
-  );
-}
+    task: list("ID", "Write the inputs of this task only. May be given again."),
+    names: assignments(
+      "MODULE=WEIGHT",
+      "The model's name for a module, where it is not found. May be given again.",
+      "first",
+    ),
+    ignore: list("NAME", "Leave out a parameter or module of the tasks, as classifier. May be given again."),
+    anyBase: toggle("Accept a model whose weights differ from the pack's fingerprints."),
+  },
+  async run([modelPath, packPath]: [string, string], { output: target, mode, task, ...options }, run, out) {
+    refuseOverwriting(target, modelPath, packPath);
+    const pack = await run.pack(packPath);
+    for (const module of options.names.keys()) refuseUnknown(module, pack);
+    const file = run.closing(await readModel(modelPath));
+    const bases = (await pack.bases()).bytes;
+    const prepared = await prepareModel(file, pack, bases, { ...options, mode, probeOutputs: false });
+    refuseFolded(prepared, pack);
+    const ids = task.length > 0 ? [...new Set(task)] : [...pack.tasks.keys()];
+    // An unknown or damaged task is found before anything is written.
+    await pack.prefetch(ids);
+    const { mode: chosen, reason, inputs, modules } = prepared;
+    const marks: Marks = new Map([
+      [`${PREFIX}.basis`, pack.basisId],
+      [`${PREFIX}.mode`, chosen],
+    ]);
+    const model = serialise(file, prepared, marks, target);
+    const external = await writeExternal(file, target);
+    const backend = run.closing((await createBackend({ webgpu: false })).backend);
+    const evaluator = new TaskEvaluator(prepared, new Workbench(backend, pack.modules, bases));
+    const { base, tasks, folder } = await writeInputs({ pack, inputs, evaluator, marks }, ids, target, out);
+    // Last: a model that is there has all that belongs to it.
+    const size = await writeWhole(target, [model]);
+    const largest = Math.max(0, ...tasks.map((one) => one.bytes));
+    return {
+      json: { file: target, mode: chosen, reason, modules: modules.length, bytes: size, external, inputs, base, tasks },
+      text: [
+        `${target}: ${modules.length} modules, ${bytes(size)}, mode ${chosen} (${reason})`,
+        ...external.map((path) => `  weights in ${path}`),
+        `${inputs.length} inputs carry a task: without one, ${base.file}, ${bytes(base.bytes)}`,
+        `  ${tasks.length} tasks in ${folder}, ${bytes(largest)} at most`,
+      ],
+    };
+  },
+});
 
 function refuseUnknown(module: string, { modules, name }: Pack): void {
-  if (modules.some((known) => known.name === module)) return;
-  const close = nearest(
-    module,
-    modules.map((known) => known.name),
-  );
+  const known = modules.map((one) => one.name);
+  if (known.includes(module)) return;
+  const close = nearest(module, known);
   const found = close.length > 0 ? `; the nearest are ${close.join(", ")}` : "";
   throw new UsageError(`--names ${module}=…: ${name} adapts no such module${found}`);
 }
@@ -122,7 +114,7 @@ function refuseFolded({ mode, reason }: PreparedModel, { name }: Pack): void {
 }
 
 /** @throws FormatError when it becomes too large for a single file */
-function serialise(file: ModelFile, { initializers }: PreparedModel, marks: Marks, target: string): Uint8Array {
+function serialise(file: ModelFile, { initializers }: Grafted, marks: Marks, target: string): Uint8Array {
   const { metadataProps } = file.model.proto;
   for (const [key, value] of marks) metadataProps.push({ $typeName: "onnx.StringStringEntryProto", key, value });
   const model = embedWeights(file, initializers);
@@ -179,13 +171,6 @@ async function copyTo(path: string, source: ByteSource): Promise<void> {
   await writeWhole(path, chunksOf(source));
 }
 
-/** @throws SourceError when there cannot be one */
-async function makeFolder(path: string): Promise<void> {
-  await mkdir(path, { recursive: true }).catch((cause: Error) => {
-    throw new SourceError(`cannot be made a folder: ${cause.message}`, { file: path, cause });
-  });
-}
-
 async function* chunksOf(source: ByteSource): AsyncGenerator<Uint8Array, void> {
   const size = source.byteLength!;
   for (let at = 0; at < size; at += CHUNK_BYTES) yield await source.read(at, Math.min(CHUNK_BYTES, size - at));
@@ -208,68 +193,40 @@ async function isSame(path: string, source: ByteSource): Promise<boolean> {
 
 /** What there is to say about the inputs of tasks. */
 interface Attached {
-  prepared: PreparedModel;
-  bases: Uint8Array;
-  marks: Marks;
-}
-
-interface WrittenInputs {
-  base: { file: string; bytes: number };
-  folder: string;
-  tasks: { id: string; file: string; bytes: number }[];
+  readonly pack: Pack;
+  readonly inputs: readonly TaskInput[];
+  readonly evaluator: TaskEvaluator;
+  readonly marks: Marks;
 }
 
 /** The inputs of the base and of each task, one file each, beside the model. */
-async function writeInputs(
-  { prepared, bases, marks }: Attached,
-  ids: readonly string[],
-  target: string,
-  out: Output,
-): Promise<WrittenInputs> {
-  const { pack, inputs } = prepared;
+async function writeInputs(attached: Attached, ids: readonly string[], target: string, out: Output) {
   const stem = target.replace(/\.onnx$/i, "");
-  const { backend } = await createBackend({ webgpu: false });
-  try {
-    const evaluator = new TaskEvaluator(prepared, new Workbench(backend, pack.modules, bases));
-    const folder = `${stem}.tasks`;
-    await makeFolder(folder);
-    const file = `${stem}.base.safetensors`;
-    const base = { file, bytes: await writeValues(file, inputs, await evaluator.evaluate(null), marks) };
-    const tasks = [];
-    for (const [i, id] of ids.entries()) {
-      const path = join(folder, `${fileName(id)}.safetensors`);
-      const metadata = new Map([...asText(pack.tasks.get(id)!.metadata), ...marks, [`${PREFIX}.task`, id]]);
-      const size = await writeValues(path, inputs, await evaluator.evaluate(id), metadata);
-      tasks.push({ id, file: path, bytes: size });
-      out.progress("task", i + 1, ids.length);
-    }
-    return { base, folder, tasks };
-  } finally {
-    backend.close();
+  const folder = `${stem}.tasks`;
+  await makeFolder(folder);
+  const base = await writeValues(attached, `${stem}.base.safetensors`, null);
+  const tasks = [];
+  for (const [i, id] of ids.entries()) {
+    // An id may hold any character; a file's name may not. What this leaves as it is may stand in names everywhere.
+    const name = encodeURIComponent(id).replaceAll("*", "%2A");
+    tasks.push({ id, ...(await writeValues(attached, join(folder, `${name}.safetensors`), id)) });
+    out.progress("task", i + 1, ids.length);
   }
+  return { base, folder, tasks };
 }
 
-/** Metadata of a safetensors file are text: each value as JSON. */
-function asText(metadata: TaskMetadata): [string, string][] {
-  return Object.entries(metadata).map(([key, value]) => [key, JSON.stringify(value)]);
-}
-
-/** An id may hold any character; a file's name may not. What this leaves as it is may stand in names everywhere. */
-function fileName(id: string): string {
-  return encodeURIComponent(id).replaceAll("*", "%2A");
-}
-
-function writeValues(
-  path: string,
-  inputs: readonly TaskInput[],
-  values: TaskValues,
-  metadata: ReadonlyMap<string, string>,
-): Promise<number> {
+/** @param id of a task; null for the base */
+async function writeValues({ pack, inputs, evaluator, marks }: Attached, file: string, id: string | null) {
+  const values = await evaluator.evaluate(id);
   const entries = inputs.map((input): SafetensorsEntry => {
     const { dims, data } = stackValues(input, [values.inputs.get(input.name)!]);
     const dtype = data instanceof BigInt64Array ? "I64" : "F32";
     const read = (): Uint8Array => new Uint8Array(data.buffer, data.byteOffset, data.byteLength);
     return { name: input.name, dtype, shape: dims, read };
   });
-  return writeWhole(path, writeSafetensors(entries, metadata));
+  // Metadata of a safetensors file are text: each value as JSON.
+  const own = Object.entries(id === null ? {} : pack.tasks.get(id)!.metadata);
+  const metadata = new Map([...own.map(([key, value]) => [key, JSON.stringify(value)] as const), ...marks]);
+  if (id !== null) metadata.set(`${PREFIX}.task`, id);
+  return { file, bytes: await writeWhole(file, writeSafetensors(entries, metadata)) };
 }

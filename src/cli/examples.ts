@@ -1,9 +1,18 @@
 /**
- * Labelled texts from a file: JSON lines, or a table of two columns. Every line is checked, and a wrong one named.
+ * Texts from a file: plain, one on each line; or labelled, as JSON lines or a table of two columns. Every line is checked, and a
+ * wrong one named.
  */
-import { readFile } from "node:fs/promises";
 import { nearest } from "../arguments.ts";
 import { SourceError } from "../errors.ts";
+import { readText } from "./files.ts";
+
+/** Texts, one on each line, without what is there twice. @throws SourceError when there is none */
+export async function readLines(path: string): Promise<string[]> {
+  const lines = (await readText(path)).split(/\r?\n/).map((line) => line.trim());
+  const texts = [...new Set(lines)].filter((line) => line !== "");
+  if (texts.length === 0) throw new SourceError("has no text; expected one on each line", { file: path });
+  return texts;
+}
 
 export interface LabelledText {
   readonly text: string;
@@ -20,19 +29,16 @@ interface Row {
 /**
  * Reads `{"text": "…", "label": "…"}` on each line; or `label<TAB>text`, or in a file named .csv `label,text`, whose first line
  * may name the columns in either order.
- * @param known the labels that there may be; those of the file, in the order in which they appear, unless given
+ * @param known the labels that there may be. Default: those of the file, in the order in which they appear
  * @throws SourceError naming the line, what was expected and what was found
  */
 export async function readExamples(
   path: string,
   known: readonly string[] | undefined,
 ): Promise<{ examples: LabelledText[]; labels: readonly string[] }> {
-  const content = await readFile(path, "utf8").catch((cause: Error) => {
-    throw new SourceError(`cannot be read: ${cause.message}`, { file: path, cause });
-  });
   const at = (line: number, message: string): SourceError =>
     new SourceError(`line ${line}: ${message}`, { file: path });
-  const whole = content.replace(/^\uFEFF/, "");
+  const whole = (await readText(path)).replace(/^\uFEFF/, "");
   const rows = whole.trimStart().startsWith("{")
     ? jsonRows(whole, at)
     : tableRows(whole, path.endsWith(".csv") ? "," : "\t", at);
@@ -45,19 +51,19 @@ export async function readExamples(
     const name = String(label).trim();
     if (name === "") throw at(line, "its label is empty");
     if (known && !known.includes(name)) {
-      const close = nearest(name, known);
-      throw at(
-        line,
-        `the label "${name}" is none of --labels ${known.join(",")}${close.length > 0 ? `; did you mean ${close[0]}?` : ""}`,
-      );
+      const [close] = nearest(name, known);
+      const meant = close === undefined ? "" : `; did you mean ${close}?`;
+      throw at(line, `the label "${name}" is none of --labels ${known.join(",")}${meant}`);
     }
     seen.add(name);
     return { text, label: name };
   });
-  if (examples.length === 0)
-    throw new SourceError("has no examples; expected a text and its label on each line", { file: path });
   if (seen.size < 2) {
-    const message = `all ${examples.length} examples have the label "${[...seen][0]}"; two labels at least are needed to tell apart`;
+    const [only] = seen;
+    const message =
+      only === undefined
+        ? "has no examples; expected a text and its label on each line"
+        : `all ${examples.length} examples have the label "${only}"; two labels at least are needed to tell apart`;
     throw new SourceError(message, { file: path });
   }
   return { examples, labels: known ?? [...seen] };
@@ -95,10 +101,8 @@ function tableRows(content: string, separator: "," | "\t", at: Refuse): Row[] {
   return records.slice(named ? 1 : 0).map(({ line, cells }) => {
     if (cells.length !== columns) {
       const form = named ? head.join(separator) : `label${separator}text`;
-      throw at(
-        line,
-        `expected ${form.replaceAll("\t", "<TAB>")}, found ${cells.length} column${cells.length === 1 ? "" : "s"}`,
-      );
+      const expected = form.replaceAll("\t", "<TAB>");
+      throw at(line, `expected ${expected}, found ${cells.length} column${cells.length === 1 ? "" : "s"}`);
     }
     return { line, label: cells[labelAt], text: cells[textAt] };
   });

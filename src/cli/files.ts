@@ -3,12 +3,51 @@
  * content (SPEC.md, section 8). The only code of the package that writes to disk.
  */
 import { randomUUID } from "node:crypto";
-import { open, rename, unlink } from "node:fs/promises";
-import { dirname } from "node:path";
+import { mkdir, open, readFile, rename, unlink } from "node:fs/promises";
+import { dirname, resolve } from "node:path";
 import { SourceError } from "../errors.ts";
 import type { Append } from "../format/layout.ts";
+import { UsageError } from "./options.ts";
 
 type Chunks = Iterable<Uint8Array> | AsyncIterable<Uint8Array>;
+
+/** @throws UsageError when `target` is one of the files that it is made of */
+export function refuseOverwriting(target: string, ...paths: readonly string[]): void {
+  if (!paths.some((path) => resolve(path) === resolve(target))) return;
+  throw new UsageError(`--output ${target}: that would overwrite what it is made of; choose another name`);
+}
+
+/** For `catch`: says what could not be done with a file. */
+function failed(path: string, what: string, how?: string): (cause: unknown) => never {
+  return (cause) => {
+    throw new SourceError(`cannot be ${what}: ${how ?? (cause as Error).message}`, { file: path, cause });
+  };
+}
+
+/** @throws SourceError when it cannot be read */
+export function readText(path: string): Promise<string> {
+  return readFile(path, "utf8").catch(failed(path, "read"));
+}
+
+/** @throws SourceError when it cannot be read or is no JSON */
+export async function readJson(path: string): Promise<unknown> {
+  const text = await readText(path);
+  try {
+    return JSON.parse(text);
+  } catch (cause) {
+    throw new SourceError(`is not JSON: ${(cause as Error).message}`, { file: path, cause });
+  }
+}
+
+/** @throws SourceError when there cannot be one */
+export async function makeFolder(path: string): Promise<void> {
+  await mkdir(path, { recursive: true }).catch(failed(path, "made a folder"));
+}
+
+/** An object as a JSON file for people. */
+export function jsonFile(value: object): Uint8Array[] {
+  return [new TextEncoder().encode(`${JSON.stringify(value, null, 2)}\n`)];
+}
 
 /**
  * Writes a file as a whole or not at all.
@@ -36,7 +75,7 @@ export async function writeWhole(path: string, chunks: Chunks): Promise<number> 
   } catch (cause) {
     await unlink(beside).catch(() => undefined);
     if ((cause as NodeJS.ErrnoException).code === undefined) throw cause;
-    throw new SourceError(`cannot be written: ${(cause as Error).message}`, { file: path, cause });
+    return failed(path, "written")(cause);
   }
 }
 
@@ -55,8 +94,8 @@ async function syncFolder(path: string): Promise<void> {
 export async function append<T extends Append>(path: string, plan: () => Promise<T>): Promise<T> {
   const lock = `${path}.lock`;
   const held = await open(lock, "wx").catch((cause: NodeJS.ErrnoException) => {
-    const why = cause.code === "EEXIST" ? `another append is under way; if none is, delete ${lock}` : cause.message;
-    throw new SourceError(`cannot be appended to: ${why}`, { file: path, cause });
+    const why = cause.code === "EEXIST" ? `another append is under way; if none is, delete ${lock}` : undefined;
+    return failed(path, "appended to", why)(cause);
   });
   try {
     const planned = await plan();
@@ -69,9 +108,7 @@ export async function append<T extends Append>(path: string, plan: () => Promise
 }
 
 async function carryOut(path: string, { offset, body, superblock, superblockOffset }: Append): Promise<void> {
-  const file = await open(path, "r+").catch((cause: Error) => {
-    throw new SourceError(`cannot be appended to: ${cause.message}`, { file: path, cause });
-  });
+  const file = await open(path, "r+").catch(failed(path, "appended to"));
   try {
     let at = offset;
     try {
@@ -84,10 +121,7 @@ async function carryOut(path: string, { offset, body, superblock, superblockOffs
       await file.sync();
     } catch (cause) {
       await file.truncate(offset).catch(() => undefined);
-      throw new SourceError(`cannot be appended to: ${(cause as Error).message}; it is as it was before`, {
-        file: path,
-        cause,
-      });
+      failed(path, "appended to", `${(cause as Error).message}; it is as it was before`)(cause);
     }
     // What lies behind the new end was left by an append that never finished.
     await file.truncate(at);

@@ -3,116 +3,148 @@
  * into the pack.
  */
 import { basename, extname } from "node:path";
-import { createEigenSession } from "../../bindings/onnxruntime.ts";
 import { TaskError } from "../errors.ts";
 import { isTaskId } from "../format/format.ts";
-import { openPack, type Pack } from "../pack/pack.ts";
+import type { Pack } from "../pack/pack.ts";
 import { createTrainer } from "../train/learn.ts";
 import type { Start } from "../train/start.ts";
 import type { TrainingStep } from "../train/trainer.ts";
-import { type Arguments, choice, number, refuseOverwriting, required, UsageError, wholeNumber } from "./args.ts";
+import { type Attach, command } from "./command.ts";
 import { readExamples } from "./examples.ts";
-import { writeWhole } from "./files.ts";
-import { loadRuntime, loadTokenizer } from "./model.ts";
-import { bytes, type Output, percent, table } from "./output.ts";
-import type { Result } from "./packs.ts";
+import { refuseOverwriting, writeWhole } from "./files.ts";
+import { openTrainable, tokenizer, tokens } from "./model.ts";
+import {
+  byDefault,
+  choice,
+  from,
+  group,
+  number,
+  type OptionSpec,
+  output,
+  POSITIVE,
+  required,
+  text,
+  UsageError,
+} from "./options.ts";
+import { bytes, percent, resources, table } from "./output.ts";
+import type { Run } from "./run.ts";
 
-/**
- * `learn PACK EXAMPLES --model MODEL.onnx -o TASK.eigentask`. The first Ctrl-C ends it between two steps, and what was learned is
- * written; a second ends the process.
- */
-export async function learnCommand(args: Arguments, out: Output): Promise<Result> {
-  const interrupt = new AbortController();
-  const stop = (): void => interrupt.abort();
-  process.once("SIGINT", stop);
-  try {
-    return await learn(args, out, interrupt.signal);
-  } finally {
-    process.off("SIGINT", stop);
-  }
-}
+const labels: OptionSpec<readonly string[] | undefined> = {
+  value: "a,b,c",
+  help: "The labels that there may be. Default: those of EXAMPLES, as they appear.",
+  parse(given, flag) {
+    const names = given.split(",").map((label) => label.trim());
+    if (names.length >= 2 && new Set(names).size === names.length && !names.includes("")) return names;
+    throw new UsageError(`${flag} ${given}: expected two at least, all different, as a,b,c`);
+  },
+};
 
-async function learn(args: Arguments, out: Output, signal: AbortSignal): Promise<Result> {
-  const started = performance.now();
-  const [packPath = "", examplesPath = ""] = args.positionals;
-  const target = required(args, "output");
-  const model = required(args, "model");
-  for (const path of [packPath, examplesPath, model]) refuseOverwriting(target, path);
-  const id = args.text("id") ?? basename(target, extname(target));
-  if (!isTaskId(id))
-    throw new UsageError(`--id ${JSON.stringify(id)}: expected 1 to 255 bytes without control characters`);
-  const rate = number(args, "rate", 0.02, (n) => n > 0, "a number above 0");
-  const fit = {
-    epochs: wholeNumber(args, "epochs", 8),
-    batch: wholeNumber(args, "batch", 16),
-    holdout: number(args, "holdout", 0.2, (n) => n >= 0 && n < 1, "a share from 0 to less than 1"),
-    learningRates: { terms: rate, head: rate },
-  };
-  const options = {
-    seed: number(args, "seed", 0, (n) => Number.isInteger(n) && n >= 0, "a whole number from 0"),
-    train: choice(args, "train", ["coefficients", "lora"] as const, "coefficients"),
-    privateTerms: number(args, "private-terms", 0, (n) => Number.isInteger(n) && n >= 0, "a whole number from 0"),
-    ...(args.text("rank") === undefined ? {} : { rank: wholeNumber(args, "rank", 8) }),
-  };
-  const tokens = wholeNumber(args, "tokens", 128);
-  const { examples, labels } = await readExamples(examplesPath, labelsOf(args));
-  const ort = await loadRuntime("learn");
-  const encodeFor = await loadTokenizer("learn", ort, model, args.text("tokenizer"), tokens);
-  const pack = await openPack(packPath);
-  try {
-    const init = startOf(args, pack);
-    const session = await createEigenSession(ort, model, pack, { trainable: true });
+const OPTIONS = {
+  output: output("TASK.eigentask", "The task file to write; after Ctrl-C with what was learned so far."),
+  id: text("ID", "Name of the task. Default: that of the file."),
+  labels,
+  ...group("The model", {
+    model: required(text("MODEL.onnx", "The model that the pack's tasks belong to. Needs onnxruntime-node.")),
+    tokens,
+    tokenizer,
+  }),
+  ...group("What is trained", {
+    train: byDefault(
+      "coefficients",
+      choice(["coefficients", "lora"], "Coefficients over the pack's components, or whole factors as without a pack."),
+    ),
+    rank: number("N", "Rows of coefficients, or rank of the factors. Default: as most of the pack's tasks.", from(1)),
+    privateTerms: byDefault(
+      0,
+      number("N", "Rank-1 terms of the task's own in each module, beside the coefficients.", from(0)),
+    ),
+    init: text(
+      "START",
+      "Where training begins: auto, mean, random, fresh (as in PEFT, for lora), or the id of a task of the pack. " +
+        "Default: auto, but fresh for lora.",
+    ),
+  }),
+  ...group("How", {
+    epochs: byDefault(8, number("N", "Passes over the examples.", from(1))),
+    batch: byDefault(16, number("N", "Examples of a step.", from(1))),
+    holdout: byDefault(
+      0.2,
+      number("P", "Share held back to judge each epoch by; the best is kept.", {
+        expected: "a share from 0 to less than 1",
+        holds: (n) => n >= 0 && n < 1,
+      }),
+    ),
+    rate: byDefault(0.02, number("X", "Learning rate.", POSITIVE)),
+    seed: byDefault(0, number("N", "The same seed gives the same task.", from(0))),
+  }),
+};
+
+/** The first Ctrl-C ends it between two steps, and what was learned is written; a second ends the process. */
+export const learn: Attach = command({
+  usage: "learn <PACK> <EXAMPLES>",
+  does: "Train a new task on labelled texts, as a task file.",
+  details:
+    "EXAMPLES is a file of JSON lines, tab-separated or comma-separated values. Only coefficients over the pack's components are " +
+    "trained. eigenlora add PACK TASK.eigentask brings the task in.",
+  options: OPTIONS,
+  async run([packPath, examplesPath]: [string, string], options, run, out) {
+    const { output: file, model, id = basename(file, extname(file)) } = options;
+    refuseOverwriting(file, packPath, examplesPath, model);
+    if (!isTaskId(id))
+      throw new UsageError(`--id ${JSON.stringify(id)}: expected 1 to 255 bytes without control characters`);
+    const { signal } = interrupts(run);
+    const { examples, labels } = await readExamples(examplesPath, options.labels);
+    const pack = await run.pack(packPath);
+    const init = startOf(options.init, pack);
+    const { session, encode } = await openTrainable("learn", model, pack, options, run);
+    refuseInterrupted(signal, id);
+    const { seed, train, rank, privateTerms, rate } = options;
+    const trainer = await createTrainer(session, { seed, train, rank, privateTerms, labels, init, encode });
+    const steps: TrainingStep[] = [];
     try {
-      refuseInterrupted(signal, id);
-      const trainer = await createTrainer(session, { ...options, labels, init, encode: encodeFor(session.inputNames) });
-      const steps: TrainingStep[] = [];
-      try {
-        for await (const step of trainer.fit(examples, { ...fit, signal })) {
-          steps.push(step);
-          out.progress(`epoch ${step.epoch}, loss ${step.loss.toFixed(3)}: step`, step.step, step.steps);
-        }
-      } catch (error) {
-        if (error !== signal.reason) throw error;
+      const { epochs, batch, holdout } = options;
+      const learningRates = { terms: rate, head: rate };
+      for await (const step of trainer.fit(examples, { epochs, batch, holdout, learningRates, signal })) {
+        steps.push(step);
+        out.progress("step", step.step, step.steps, `epoch ${step.epoch}, loss ${step.loss.toFixed(3)}`);
       }
-      if (steps.length === 0) refuseInterrupted(signal, id);
-      const size = await writeWhole(target, [await trainer.task({ id })]);
-      const seconds = (performance.now() - started) / 1000;
-      const { terms, head } = trainer.size;
-      return report(
-        {
-          file: target,
-          id,
-          bytes: size,
-          labels,
-          examples: examples.length,
-          trained: { terms, head },
-          interrupted: signal.aborted,
-          seconds,
-        },
-        steps,
-      );
-    } finally {
-      await session.close();
+    } catch (error) {
+      if (error !== signal.reason) throw error;
     }
-  } finally {
-    await pack.close();
-  }
+    if (steps.length === 0) refuseInterrupted(signal, id);
+    const size = await writeWhole(file, [await trainer.task({ id })]);
+    const { terms, head } = trainer.size;
+    const { seconds } = resources();
+    const interrupted = signal.aborted;
+    const epochs = epochsOf(steps);
+    // The state of this epoch was kept; after Ctrl-C that of the last step.
+    const judged = interrupted ? [] : epochs.flatMap((epoch) => epoch.holdout ?? []);
+    const best = judged.reduce((a, b) => (b.loss < a.loss ? b : a), judged[0]!) ?? null;
+    const learned = { file, id, bytes: size, labels, examples: examples.length, trained: { terms, head } };
+    const stopped = interrupted ? `, stopped at step ${steps.length} of ${steps[0]!.steps}` : "";
+    return {
+      json: { ...learned, interrupted, seconds, steps: steps.length, epochs, holdout: best },
+      text: [
+        `${file}: task "${id}", ${labels.length} labels, ${bytes(size)}${stopped}`,
+        epochTable(epochs),
+        `${terms} numbers of terms and ${head} of the head were trained; ${seconds.toFixed(2)} s`,
+      ],
+      exitCode: interrupted ? 1 : 0,
+    };
+  },
+});
+
+/** Aborted by Ctrl-C. */
+function interrupts(run: Run): AbortController {
+  const controller = new AbortController();
+  const stop = (): void => controller.abort();
+  process.once("SIGINT", stop);
+  run.closing({ close: () => process.off("SIGINT", stop) });
+  return controller;
 }
 
-/** --labels a,b,c. @throws UsageError for fewer than two, or two alike */
-function labelsOf(args: Arguments): string[] | undefined {
-  const labels = args
-    .text("labels")
-    ?.split(",")
-    .map((label) => label.trim());
-  if (labels === undefined) return undefined;
-  if (labels.length >= 2 && new Set(labels).size === labels.length && !labels.includes("")) return labels;
-  throw new UsageError(`--labels ${args.text("labels")}: expected two at least, all different, as a,b,c`);
-}
-
-/** --init auto|mean|random|fresh, or a task of the pack. @throws TaskError when there is none of that id */
-function startOf(args: Arguments, { tasks, name }: Pack): Start | undefined {
-  const text = args.text("init");
+/** @throws TaskError when it is no task of the pack either */
+function startOf(text: string | undefined, { tasks, name }: Pack): Start | undefined {
   if (text === undefined || text === "auto" || text === "mean" || text === "random" || text === "fresh") return text;
   if (tasks.has(text)) return { task: text };
   throw new TaskError(`--init ${text}: expected auto, mean, random, fresh, or a task of ${name}`, { task: text });
@@ -123,44 +155,25 @@ function refuseInterrupted({ aborted }: AbortSignal, id: string): void {
   if (aborted) throw new TaskError("stopped before the first step: nothing was learned, nothing written", { task: id });
 }
 
-interface Learned {
-  file: string;
-  id: string;
-  bytes: number;
-  labels: readonly string[];
-  examples: number;
-  trained: { terms: number; head: number };
-  interrupted: boolean;
-  seconds: number;
+interface Epoch {
+  /** Mean of its steps. */
+  readonly loss: number;
+  readonly holdout: TrainingStep["holdout"] | null;
 }
 
-function report(learned: Learned, steps: readonly TrainingStep[]): Result {
-  const epochs = [...new Set(steps.map(({ epoch }) => epoch))].map((epoch) => {
+function epochsOf(steps: readonly TrainingStep[]): Epoch[] {
+  return [...new Set(steps.map(({ epoch }) => epoch))].map((epoch) => {
     const own = steps.filter((step) => step.epoch === epoch);
-    return {
-      loss: own.reduce((sum, { loss }) => sum + loss, 0) / own.length,
-      holdout: own.at(-1)!.holdout ?? null,
-    };
+    const loss = own.reduce((sum, step) => sum + step.loss, 0) / own.length;
+    return { loss, holdout: own.at(-1)!.holdout ?? null };
   });
-  // The state of this epoch was kept; after Ctrl-C that of the last step.
-  const judged = epochs.flatMap(({ holdout }) => holdout ?? []);
-  const best = learned.interrupted ? undefined : judged.reduce((a, b) => (b.loss < a.loss ? b : a), judged[0]!);
-  const { file, id, labels, trained, interrupted, seconds } = learned;
-  const text = [
-    `${file}: task "${id}", ${labels.length} labels, ${bytes(learned.bytes)}${interrupted ? `, stopped at step ${steps.length} of ${steps[0]!.steps}` : ""}`,
-    table([
-      ["epoch", "loss", ...(judged.length > 0 ? ["hold-out", "accuracy"] : [])],
-      ...epochs.map(({ loss, holdout }, i) => [
-        i + 1,
-        loss.toFixed(4),
-        ...(judged.length > 0 ? [holdout?.loss.toFixed(4) ?? "", holdout ? percent(holdout.accuracy) : ""] : []),
-      ]),
-    ]),
-    `${trained.terms} numbers of terms and ${trained.head} of the head were trained; ${seconds.toFixed(2)} s`,
-  ].join("\n");
-  return {
-    json: { ...learned, steps: steps.length, epochs, holdout: best ?? null },
-    text,
-    exitCode: interrupted ? 1 : 0,
-  };
+}
+
+function epochTable(epochs: readonly Epoch[]): string {
+  const rows = epochs.map(({ loss, holdout }, i) => [
+    i + 1,
+    loss.toFixed(4),
+    ...(holdout ? [holdout.loss.toFixed(4), percent(holdout.accuracy)] : []),
+  ]);
+  return table([["epoch", "loss", "hold-out", "accuracy"].slice(0, rows[0]!.length), ...rows]);
 }

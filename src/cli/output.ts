@@ -1,12 +1,15 @@
 /**
  * What the command line prints: one JSON object on stdout, or text for people; progress on stderr while someone watches.
  */
+import type { Adapter } from "../adapters/adapter.ts";
 
 /** Where a command's output goes. */
 export interface Output {
-  json: boolean;
-  /** Shows how far a long piece of work is, and how long it will still take; nothing when nobody watches. */
-  progress(what: string, done: number, of: number): void;
+  /**
+   * Shows how far a long piece of work is, and how long it will still take; nothing when nobody watches.
+   * @param detail what there is to say besides, which may change from call to call
+   */
+  progress(what: string, done: number, of: number, ...detail: string[]): void;
   warn(message: string): void;
 }
 
@@ -15,16 +18,28 @@ export function createOutput(json: boolean): Output {
   const started = Date.now();
   const estimate = createEstimate();
   return {
-    json,
-    progress(what, done, of) {
+    progress(what, done, of, ...detail) {
       const left = estimate(what, done, of);
       if (!live || (Date.now() - started < 500 && done < of)) return;
-      process.stderr.write(`\r\u001b[K${done < of ? [`${what} ${done} of ${of}`, ...left].join(", ") : ""}`);
+      const line = [...detail, `${what} ${done} of ${of}`, ...left].join(", ");
+      process.stderr.write(`\r\u001b[K${done < of ? line : ""}`);
     },
     warn(message) {
       if (!json) process.stderr.write(`warning: ${message}\n`);
     },
   };
+}
+
+/** Warns of what adapters' files say. @returns the warnings */
+export function warnOf(adapters: readonly Adapter[], out: Output): string[] {
+  const all = adapters.flatMap(({ id, warnings }) => warnings.map((warning) => `${id}: ${warning}`));
+  for (const warning of all) out.warn(warning);
+  return all;
+}
+
+/** A listener that shows how many of something are done. */
+export function counting(out: Output, what: string): (done: number, of: number) => void {
+  return (done, of) => out.progress(what, done, of);
 }
 
 /** An estimate from less than this is not shown. */
@@ -58,20 +73,52 @@ export function bytes(n: number): string {
   return `${value.toFixed(value < 10 ? 2 : 1)} ${unit}`;
 }
 
+export function sum(numbers: readonly number[]): number {
+  return numbers.reduce((a, b) => a + b, 0);
+}
+
 export function percent(share: number): string {
   return `${(100 * share).toFixed(1)} %`;
 }
 
 /** Rows as a text table; the first row is the head. Columns of numbers are aligned right. */
 export function table(rows: readonly (readonly (string | number)[])[]): string {
-  const text = rows.map((row) => row.map(String));
-  const widths = text[0]!.map((_, c) => Math.max(...text.map((row) => row[c]!.length)));
-  const right = text[0]!.map((_, c) => text.slice(1).every((row) => /^[-+]?[\d.,]+( ?[a-zA-Z%×]*)?$/.test(row[c]!)));
-  const line = (row: string[]): string =>
-    row
-      .map((cell, c) => (right[c] ? cell.padStart(widths[c]!) : cell.padEnd(widths[c]!)))
-      .join("  ")
-      .trimEnd();
-  const [head, ...body] = text;
-  return [line(head!), widths.map((w) => "-".repeat(w)).join("  "), ...body.map(line)].join("\n");
+  const columns = rows[0]!.map((_, c) => {
+    const cells = rows.map((row) => String(row[c]));
+    const width = Math.max(...cells.map(({ length }) => length));
+    const right = cells.slice(1).every((cell) => /^[-+]?[\d.,]+( ?[a-zA-Z%×]*)?$/.test(cell));
+    cells.splice(1, 0, "-".repeat(width));
+    return cells.map((cell) => (right ? cell.padStart(width) : cell.padEnd(width)));
+  });
+  return columns[0]!
+    .map((_, r) =>
+      columns
+        .map((cells) => cells[r])
+        .join("  ")
+        .trimEnd(),
+    )
+    .join("\n");
+}
+
+/** What was lost on the way into a pack, by task. */
+export function lossTable(rows: readonly { id: string; mean: number; max: number }[]): string {
+  return table([
+    ["task", "ΔW error", "largest"],
+    ...rows.map(({ id, mean, max }) => [id, percent(mean), percent(max)]),
+  ]);
+}
+
+/** @param breakEven from how many tasks on a pack is smaller than its adapters; null: never */
+export function sharing(breakEven: number | null): string {
+  return `Sharing pays from ${breakEven ?? "no number of"} tasks on.`;
+}
+
+/** What the process took so far: of the clock, of the cores, of memory. */
+export function resources(): { seconds: number; coreSeconds: number; peakMemoryBytes: number } {
+  const { userCPUTime, systemCPUTime, maxRSS } = process.resourceUsage();
+  return {
+    seconds: performance.now() / 1000,
+    coreSeconds: (userCPUTime + systemCPUTime) / 1e6,
+    peakMemoryBytes: maxRSS * 1024,
+  };
 }

@@ -1,0 +1,78 @@
+/**
+ * How a command is declared: its arguments, its options and what it does, in one place. main.ts attaches it to the program.
+ */
+import { type Command, Option } from "./commander.ts";
+import { flagOf, type OptionSpec, type Options, UsageError, type Values } from "./options.ts";
+import type { Output } from "./output.ts";
+import { Run } from "./run.ts";
+
+/** What a command gives back. */
+export interface Result {
+  /** What `--json` prints; the keys are a contract. */
+  readonly json: Readonly<Record<string, unknown>>;
+  /** Lines for people. */
+  readonly text: readonly string[];
+  /** 1 when the command ran but its verdict is bad. Default: 0. */
+  readonly exitCode?: number;
+}
+
+interface Declaration<A extends readonly string[], O extends Options> {
+  /** Name and arguments, as `add <PACK> <ADAPTER...>`. */
+  readonly usage: string;
+  /** A line in the list of commands. */
+  readonly does: string;
+  /** What else its own help says. */
+  readonly details?: string;
+  readonly options: O;
+  run(args: A, options: Values<O>, run: Run, out: Output): Promise<Result>;
+}
+
+/**
+ * Adds a command to the program. `done` gets its result once all is closed, or the exit code of a process that has printed for
+ * itself.
+ */
+export type Attach = (program: Command, out: Output, done: (result: Result | number) => void) => void;
+
+/** @throws UsageError from the command when a required option is missing or has a wrong value */
+export function command<A extends readonly string[], O extends Options>(declared: Declaration<A, O>): Attach {
+  const { usage, does, details = "", options } = declared;
+  return (program, out, done) => {
+    const made = program.command(usage).summary(does).description(`${does} ${details}`);
+    for (const [name, spec] of Object.entries(options)) made.addOption(toOption(flagOf(name), spec));
+    made.option("--json", "Print one JSON object.").action(async () => {
+      const run = new Run();
+      let result: Result;
+      try {
+        // The parser has seen to it that there are as many arguments as `usage` says.
+        result = await declared.run(made.args as string[] & A, valuesOf(options, made.opts()), run, out);
+      } finally {
+        await run.close();
+      }
+      done(result);
+    });
+  };
+}
+
+function toOption(
+  flag: string,
+  { value, short = "", help, otherwise, group, hidden, parse }: OptionSpec<unknown>,
+): Option {
+  const says = ["string", "number"].includes(typeof otherwise) ? `${help} Default: ${otherwise}.` : help;
+  const option = new Option(`${short}${flag}${value ? ` <${value}>` : ""}`, says);
+  if (hidden) option.hideHelp();
+  if (group) option.helpGroup(group);
+  if (!value) return option;
+  return option.argParser((text: string, before: unknown) => {
+    // Else `--model --text lines.txt` would take the next option for a file.
+    if (text.startsWith("--")) throw new UsageError(`${flag} needs a value, got the option ${text}`);
+    return parse(text, flag, before);
+  });
+}
+
+function valuesOf<O extends Options>(options: O, given: Readonly<Record<string, unknown>>): Values<O> {
+  const values = Object.entries(options).map(([name, { required, otherwise }]) => {
+    if (required && given[name] === undefined) throw new UsageError(`missing ${flagOf(name)}`);
+    return [name, given[name] ?? otherwise];
+  });
+  return Object.fromEntries(values) as Values<O>;
+}

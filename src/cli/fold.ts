@@ -1,0 +1,42 @@
+/** The command fold: weights of a base model with a task merged into them. */
+import { safetensorsHost } from "../base/safetensors-host.ts";
+import { openSource } from "../open-source.ts";
+import { createRuntime } from "../runtime/create.ts";
+import { openSafetensors } from "../tensor/safetensors.ts";
+import { type SafetensorsEntry, writeSafetensors } from "../tensor/safetensors-writer.ts";
+import { type Attach, command } from "./command.ts";
+import { writeWhole } from "./files.ts";
+import { output, required, task, text } from "./options.ts";
+import { bytes } from "./output.ts";
+
+const DTYPES = { f32: "F32", f16: "F16", bf16: "BF16" } as const;
+
+export const fold: Attach = command({
+  usage: "fold <PACK>",
+  does: "Merge a task into the weights of the base model.",
+  options: {
+    output: output("OUT.safetensors", "The file to write."),
+    task,
+    base: required(text("MODEL.safetensors", "The base model.")),
+  },
+  async run([path]: [string], { output: file, task, base: basePath }, run) {
+    const pack = await run.pack(path);
+    const base = await openSafetensors(run.closing(await openSource(basePath)));
+    const runtime = run.closing(await createRuntime(pack, { base: safetensorsHost(base), webgpu: false }));
+    const { modules, added } = await runtime.switchTask(task);
+    const folded = runtime.changes();
+    const entries: SafetensorsEntry[] = [];
+    for (const [name, { dtype, shape }] of base.tensors) {
+      if (!folded.has(name)) entries.push({ name, dtype, shape, read: () => base.read(name) });
+    }
+    for (const [name, { dtype, shape, data, byteOffset }] of folded) {
+      const read = (): Uint8Array => (data as Uint8Array).subarray(byteOffset);
+      entries.push({ name, dtype: DTYPES[dtype], shape, read });
+    }
+    const size = await writeWhole(file, writeSafetensors(entries, base.metadata));
+    return {
+      json: { file, task, modules, added, bytes: size },
+      text: [`${file}: task "${task}" in ${modules} modules, ${bytes(size)}`],
+    };
+  },
+});

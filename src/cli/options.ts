@@ -1,0 +1,205 @@
+/**
+ * Options of commands: their help and their values, checked before any file is touched; and those that several commands have.
+ */
+import type { ComponentSelection, Gauge } from "../extract/options.ts";
+import type { Dtypes } from "../tensor/dtypes.ts";
+import { DTYPES } from "../tensor/dtypes.ts";
+
+/** "a, b or c" */
+const OR = new Intl.ListFormat("en-GB", { type: "disjunction" });
+
+/** A wrong command line: exit code 2. */
+export class UsageError extends Error {
+  readonly tag = "usage";
+}
+
+/** An option; its name is that of the property which holds it, in kebab case. */
+export interface OptionSpec<T> {
+  readonly help: string;
+  /** How help calls its value; a switch has none. */
+  readonly value?: string;
+  /** Its other name in front, as "-o, ". */
+  readonly short?: string;
+  /** Heading in help. */
+  readonly group?: string;
+  /** Left out of help: known so that what is wrong with it can be said. */
+  readonly hidden?: boolean;
+  readonly required?: boolean;
+  /** What it is when it is not given. */
+  readonly otherwise?: T;
+  /** @throws UsageError saying what was expected */
+  parse(text: string, flag: string, before: T | undefined): T;
+}
+
+export type Options = Readonly<Record<string, OptionSpec<unknown>>>;
+
+/** What a command gets of its options. */
+export type Values<O extends Options> = { readonly [K in keyof O]: O[K] extends OptionSpec<infer T> ? T : never };
+
+type Maybe<T> = OptionSpec<T | undefined>;
+
+/** `privateTerms` → `--private-terms` */
+export function flagOf(name: string): string {
+  return `--${name.replace(/[A-Z]/g, (letter) => `-${letter.toLowerCase()}`)}`;
+}
+
+/** Puts options under a heading of their own in help. */
+export function group<O extends Options>(heading: string, options: O): O {
+  const entries = Object.entries(options).map(([name, spec]) => [name, { ...spec, group: `${heading}:` }]);
+  return Object.fromEntries(entries) as O;
+}
+
+/** The option with a value for when it is not given, which help tells. */
+export function byDefault<T>(otherwise: NoInfer<T>, spec: Maybe<T>): OptionSpec<T> {
+  return { ...spec, otherwise } as OptionSpec<T>;
+}
+
+export function required<T>(spec: OptionSpec<T>): OptionSpec<Exclude<T, undefined>> {
+  return { ...spec, required: true } as OptionSpec<Exclude<T, undefined>>;
+}
+
+/** An option without a value. */
+export function toggle(help: string): OptionSpec<boolean> {
+  return { help, otherwise: false, parse: () => true };
+}
+
+export function text(value: string, help: string): Maybe<string> {
+  return { value, help, parse: (given) => given };
+}
+
+/** Where a command writes to. */
+export function output(value: string, help: string): OptionSpec<string> {
+  return required({ ...text(value, help), short: "-o, " });
+}
+
+/** An option that may be given several times. */
+export function list(value: string, help: string): OptionSpec<readonly string[]> {
+  return { value, help, otherwise: [], parse: (given, _, before = []) => [...before, given] };
+}
+
+/** A number's range, and how a message calls it. */
+export interface Range {
+  readonly expected: string;
+  holds(n: number): boolean;
+}
+
+export const POSITIVE: Range = { expected: "a number above 0", holds: (n) => n > 0 && n < Infinity };
+export const SHARE: Range = { expected: "a share between 0 and 1", holds: (n) => n > 0 && n < 1 };
+
+/** Whole numbers from `least` on. */
+export function from(least: number): Range {
+  return { expected: `a whole number from ${least}`, holds: (n) => Number.isSafeInteger(n) && n >= least };
+}
+
+export function number(value: string, help: string, { expected, holds }: Range): Maybe<number> {
+  const parse = (given: string, flag: string): number => {
+    if (given.trim() === "" || !holds(Number(given))) throw new UsageError(`${flag} ${given}: expected ${expected}`);
+    return Number(given);
+  };
+  return { value, help, parse };
+}
+
+export function choice<const T extends string>(choices: readonly T[], help: string): Maybe<T> {
+  const parse = (given: string, flag: string): T => {
+    const found = choices.find((one) => one === given);
+    if (found === undefined) throw new UsageError(`${flag} ${given}: expected ${OR.format(choices)}`);
+    return found;
+  };
+  return { value: choices.join("|"), help, parse };
+}
+
+/**
+ * `LEFT=RIGHT`, any number of times.
+ * @param cut which "=" parts them, where there are several: that side may hold none
+ */
+export function assignments(
+  value: string,
+  help: string,
+  cut: "first" | "last",
+): OptionSpec<ReadonlyMap<string, string>> {
+  return {
+    value,
+    help,
+    otherwise: new Map(),
+    parse(given, flag, before = new Map()) {
+      const at = cut === "first" ? given.indexOf("=") : given.lastIndexOf("=");
+      if (at < 1 || at === given.length - 1) throw new UsageError(`${flag} ${given}: expected ${value}`);
+      return new Map([...before, [given.slice(0, at), given.slice(at + 1)]]);
+    },
+  };
+}
+
+/** The flags of those options that were given. */
+export function given<O extends object>(options: O, ...names: readonly (keyof O & string)[]): string[] {
+  return names.filter((name) => options[name] !== undefined && options[name] !== false).map(flagOf);
+}
+
+/** The flag of the one that was given, if any. @throws UsageError when several were */
+export function exclusive<O extends object>(options: O, ...names: readonly (keyof O & string)[]): string | undefined {
+  const flags = given(options, ...names);
+  if (flags.length > 1) throw new UsageError(`${flags.join(" and ")} exclude each other`);
+  return flags[0];
+}
+
+export const as: OptionSpec<ReadonlyMap<string, string>> = assignments(
+  "OLD=NEW",
+  "Call the task of the folder or id OLD NEW. May be given again.",
+  "last",
+);
+export const task: OptionSpec<string> = required(text("ID", "Which task."));
+export const base: Maybe<string> = text(
+  "MODEL.safetensors",
+  "Check names and shapes against this base model, and store fingerprints of it.",
+);
+export const gauge: Maybe<Gauge> = choice(
+  ["as-trained", "balanced"],
+  "Balanced: rewrite each pair as U√S, √SVᵀ first. Default: as-trained, or balanced where another option needs it.",
+);
+export const rank: Maybe<number> = number(
+  "N",
+  "Keep the N strongest directions of each adapter and module; needs the balanced gauge.",
+  from(1),
+);
+export const normalize: OptionSpec<boolean> = toggle(
+  "Count every task alike when components are sought, however large its update is.",
+);
+export const centering: Maybe<"keep" | "none"> = choice(
+  ["keep", "none"],
+  "Store the mean of the rows, or do without. Default: keep, but none in joint mode.",
+);
+const PARTS = ["basis", "coefficients", "head"];
+export const dtype: Maybe<Partial<Dtypes>> = {
+  value: "TYPE",
+  help: `Number format: ${DTYPES.join(", ")}; or for each part, as basis=int4,coefficients=f16,head=f16. Default: f16.`,
+  parse(given, flag) {
+    const assigned = given.includes("=")
+      ? given.split(",").map((assignment) => assignment.split("="))
+      : PARTS.map((part) => [part, given]);
+    const check = (word: string, words: readonly string[]): void => {
+      if (!words.includes(word)) throw new UsageError(`${flag} ${given}: "${word}" is not one of ${words.join(", ")}`);
+    };
+    for (const [part = "", word = ""] of assigned) {
+      check(part, PARTS);
+      check(word, DTYPES);
+    }
+    return Object.fromEntries(assigned) as Partial<Dtypes>;
+  },
+};
+
+/** How many components. */
+export const amount: { k: Maybe<number>; energy: Maybe<number>; error: Maybe<number> } = {
+  k: number("N", "So many components per module and side.", from(1)),
+  energy: number("P", "Components that keep this share of the squared singular values. Default: 0.9.", {
+    expected: "a share above 0, at most 1",
+    holds: (n) => n > 0 && n <= 1,
+  }),
+  error: number("E", "Fewest bytes for which no task's ΔW error exceeds E.", SHARE),
+};
+
+/** @throws UsageError for two of them */
+export function selection(options: Values<typeof amount>): ComponentSelection {
+  exclusive(options, "k", "energy", "error");
+  const { k, energy = 0.9, error } = options;
+  if (k !== undefined) return { kind: "k", k };
+  return error === undefined ? { kind: "energy", share: energy } : { kind: "error", max: error };
+}

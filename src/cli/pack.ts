@@ -1,0 +1,254 @@
+/**
+ * The command pack: from adapters to a pack, of so many components or to a criterion: a budget of bytes, an error, or a divergence
+ * between the answers of adapters and pack.
+ */
+import { createEngine } from "../../bindings/ort-engine.ts";
+import type { Adapter } from "../adapters/adapter.ts";
+import { partByGain, readScores } from "../adapters/scores.ts";
+import { buildPack } from "../pack/build.ts";
+import type { Tried } from "../pack/goal.ts";
+import type { BuildReport } from "../pack/report.ts";
+import { type SearchReport, searchPack } from "../pack/search.ts";
+import type { Engine } from "../session/engine.ts";
+import type { Dtypes } from "../tensor/dtypes.ts";
+import { createJudge, type JudgeOptions } from "../train/judge.ts";
+import { inputMoments, type MomentsOptions } from "../train/moments.ts";
+import { type Attach, command } from "./command.ts";
+import { readLines } from "./examples.ts";
+import { readJson, writeWhole } from "./files.ts";
+import { openModel, tokenizer, tokens } from "./model.ts";
+import {
+  amount,
+  as,
+  base,
+  byDefault,
+  centering,
+  choice,
+  dtype,
+  exclusive,
+  from,
+  gauge,
+  given,
+  group,
+  normalize,
+  number,
+  type OptionSpec,
+  output,
+  POSITIVE,
+  rank,
+  selection,
+  text,
+  toggle,
+  UsageError,
+  type Values,
+} from "./options.ts";
+import { bytes, counting, type Output, percent, resources, sharing, sum, table } from "./output.ts";
+import type { Run } from "./run.ts";
+
+const UNITS: Readonly<Record<string, number>> = { "": 1, B: 1, kB: 1e3, MB: 1e6, GB: 1e9 };
+
+const size: OptionSpec<number | undefined> = {
+  value: "SIZE",
+  help: "As many components as fit into a file of this size: 300000, 300kB or 1.5MB.",
+  parse(given, flag) {
+    const [, digits = "", unit = ""] = /^([\d.]+) ?([a-zA-Z]*)$/.exec(given) ?? [];
+    const found = Math.floor(Number(digits) * (UNITS[unit] ?? NaN));
+    if (digits !== "" && found > 0) return found;
+    throw new UsageError(`${flag} ${given}: expected a size such as 300000, 300kB or 1.5MB`);
+  },
+};
+
+const OPTIONS = {
+  output: output("PACK", "The pack to write."),
+  ...group("How much to keep, one of these", {
+    ...amount,
+    bytes: size,
+    ratio: number("R", "The same, R times smaller than the adapters.", {
+      ...POSITIVE,
+      expected: "how many times smaller than the adapters",
+    }),
+    divergence: number(
+      "D",
+      "With --mode auto: fewest bytes for which the mean KL between the answers of adapters and tasks is at most D nats.",
+      { ...POSITIVE, expected: "nats above 0" },
+    ),
+  }),
+  ...group("How", {
+    mode: byDefault(
+      "column",
+      choice(
+        ["column", "flat", "joint", "auto"],
+        "Column: coefficients for every row of a factor. Flat: one vector for a whole factor. Joint: the bases that lose least " +
+          "of ΔW. Auto: what is best for --bytes, --ratio, --error or --divergence.",
+      ),
+    ),
+    gauge,
+    rank,
+    privateTerms: number(
+      "N",
+      "N rank-1 terms of each task's own beside the components, with --error N at most; needs the balanced gauge.",
+      from(1),
+    ),
+    centering,
+    normalize,
+    dtype,
+    base,
+  }),
+  ...group("Judged by answers", {
+    model: text(
+      "MODEL.onnx",
+      "Judge by answers to --text instead of by ΔW error (auto), or calibrate by it. Needs onnxruntime-node.",
+    ),
+    text: text("LINES.txt", "Plain text of the tasks' kind, one on each line; never what you test on."),
+    calibrate: toggle("Weigh errors by what enters the modules on --text, with --model; auto tries that too."),
+    tokens,
+    tokenizer,
+  }),
+  ...group("Which adapters", {
+    scores: text(
+      "SCORES.json",
+      "accuracy and accuracy_head_only of each adapter, from 0 to 1: leave out those that add little.",
+    ),
+    minGain: number("X", "With --scores, what an adapter must add to the accuracy of its head. Default: 0.02.", {
+      expected: "a difference of shares, from -1 to 1",
+      holds: (n) => n >= -1 && n <= 1,
+    }),
+    as,
+  }),
+};
+
+type PackOptions = Values<typeof OPTIONS>;
+
+export const pack: Attach = command({
+  usage: "pack <ADAPTER_OR_FOLDER...>",
+  does: "Make a pack of adapters.",
+  details: "Says what it lost, and from how many tasks on it pays.",
+  options: OPTIONS,
+  async run(paths, options, run, out) {
+    checkOptions(options);
+    const { output: file, scores, minGain } = options;
+    // Read before any adapter is.
+    const known = scores === undefined ? undefined : readScores(await readJson(scores), scores);
+    const adapters = await run.adapters(paths, options.as);
+    const { kept, dropped } = known
+      ? partByGain(adapters, known, minGain ?? 0.02, scores!)
+      : { kept: adapters, dropped: [] };
+    const { chunks, report } = await build(kept, options, run, out);
+    await writeWhole(file, chunks);
+    for (const warning of report.warnings) out.warn(warning);
+    const took = resources();
+    return {
+      json: { file, ...report, dtype: nameOf(report.dtype), dropped, ...took },
+      text: [
+        ...dropped.map(({ id, gain }) => `left out ${id}: ${points(gain)} over its head`),
+        ...reportText(file, report),
+        ...("tried" in report ? autoText(report) : []),
+        `${took.seconds.toFixed(2)} s`,
+      ],
+    };
+  },
+});
+
+/** @throws UsageError for options that do not go together */
+function checkOptions(options: PackOptions): void {
+  const budget = exclusive(options, "bytes", "ratio", "error", "divergence", "k", "energy");
+  const asked = given(options, "model", "text").length;
+  if (options.mode === "auto") {
+    const [own] = given(options, "gauge", "rank", "privateTerms", "centering", "k", "energy");
+    if (own !== undefined) throw new UsageError(`--mode auto chooses ${own} itself; leave it out, or name a mode`);
+    if (budget === undefined)
+      throw new UsageError("--mode auto needs to know what for: --bytes, --ratio, --error or --divergence");
+    if (asked === 1)
+      throw new UsageError("--model and --text go together: answers to the text are what packs are judged by");
+  } else {
+    if (budget === "--divergence") throw new UsageError("--divergence is for --mode auto");
+    const [foreign] = given(options, "model", "text", "tokenizer", "tokens");
+    if (foreign !== undefined && !options.calibrate)
+      throw new UsageError(`${foreign} is for --mode auto and --calibrate`);
+  }
+  const [needs] = given(options, "calibrate", "divergence");
+  if (needs !== undefined && asked < 2) throw new UsageError(`${needs} needs --model and --text`);
+  if (options.minGain !== undefined && options.scores === undefined)
+    throw new UsageError("--min-gain needs --scores SCORES.json");
+}
+
+async function build(
+  adapters: readonly Adapter[],
+  options: PackOptions,
+  run: Run,
+  out: Output,
+): Promise<{ chunks: Uint8Array[]; report: BuildReport | SearchReport }> {
+  const { mode, rank, privateTerms, centering, bytes, ratio, error, divergence, dtype = {}, normalize } = options;
+  const asked = options.model === undefined ? undefined : await askedOf(options, adapters);
+  const moments = asked && options.calibrate ? await inputMoments(...asked) : undefined;
+  const common = { dtype, normalize, moments, ...(await run.base(options.base)) };
+  const most = ratio === undefined ? bytes : Math.floor(sum(adapters.map(({ byteLength }) => byteLength)) / ratio);
+  if (mode === "auto") {
+    const judge = asked && createJudge(...asked);
+    if (judge) run.closing(judge);
+    const max = divergence ?? error ?? most!;
+    const kind = divergence === undefined ? (error === undefined ? "bytes" : "error") : "divergence";
+    const onTry = ({ name }: Tried, done: number, of: number): void => out.progress("way", done, of, name);
+    return searchPack(adapters, { ...common, goal: { kind, max }, judge: judge?.judge, onTry });
+  }
+  const { gauge = (rank ?? privateTerms) === undefined ? "as-trained" : "balanced" } = options;
+  const all = { mode, gauge, rank, privateTerms, ...(centering ? { centering } : {}), ...common };
+  if (most !== undefined) {
+    const { chunks, report } = await searchPack(adapters, { goal: { kind: "bytes", max: most }, ways: [all] });
+    const { name: _, way: __, judgedBy: ___, tried: ____, ...plain } = report;
+    return { chunks, report: plain };
+  }
+  return buildPack(adapters, { ...all, select: selection(options), onProgress: counting(out, "module") });
+}
+
+/** A runtime, the model, and what it is asked. */
+async function askedOf(
+  { model, text, tokenizer, tokens }: PackOptions,
+  adapters: readonly Adapter[],
+): Promise<[Engine, string, MomentsOptions & JudgeOptions]> {
+  const texts = await readLines(text!);
+  const { ort, encode } = await openModel("pack", model!, { tokenizer, tokens });
+  return [createEngine(ort), model!, { adapters, texts, encode }];
+}
+
+function nameOf({ basis, coefficients, head }: Dtypes): string {
+  if (basis === coefficients && basis === head) return basis;
+  return `basis=${basis},coefficients=${coefficients},head=${head}`;
+}
+
+function points(gain: number): string {
+  const tenths = Math.round(1000 * gain);
+  return `${tenths > 0 ? "+" : ""}${((tenths || 0) / 10).toFixed(1)} points`;
+}
+
+function reportText(file: string, report: BuildReport): string[] {
+  const { error, components, ratio, breakEvenTasks } = report;
+  return [
+    `${file}: ${report.tasks} tasks, ${report.modules} modules, ${bytes(report.bytes)}`,
+    table([
+      ["", "adapters", "pack"],
+      ["size", bytes(report.adapterBytes), `${bytes(report.bytes)} (${ratio.toFixed(1)}× smaller)`],
+      ["ΔW error, mean / largest", "0", `${percent(error.mean)} / ${percent(error.max)}`],
+      ["components per side", "", `${components.min} to ${components.max}`],
+    ]),
+    ...(ratio < 1 ? ["The pack is larger than its adapters."] : []),
+    sharing(breakEvenTasks),
+  ];
+}
+
+/** What was tried, the best last. */
+function autoText({ judgedBy, divergence, tried }: SearchReport): string[] {
+  const judged = judgedBy === "divergence";
+  const rows = tried.map(({ name, bytes: size, error, divergence: kl }) => [
+    name,
+    size === undefined ? "out of reach" : bytes(size),
+    error === undefined ? "" : percent(error),
+    ...(judged ? [kl === undefined ? "" : kl.toFixed(4)] : []),
+  ]);
+  return [
+    table([["tried", "size", "ΔW error", ...(judged ? ["KL"] : [])], ...rows]),
+    judged
+      ? `Chosen by answers to the text: mean KL(adapter ‖ pack) ${divergence?.toFixed(4)}. eigenlora distill may win more of it back.`
+      : "Chosen by ΔW error, which is a proxy: with --model and --text answers decide.",
+  ];
+}

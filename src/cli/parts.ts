@@ -1,0 +1,87 @@
+/**
+ * Parts of packs too large for one machine (docs/hub.md): written once, and described. A part that is there already, whole and made
+ * of the same, is left alone.
+ */
+import { createHash } from "node:crypto";
+import { createReadStream, existsSync } from "node:fs";
+import { join } from "node:path";
+import type { Adapter } from "../adapters/adapter.ts";
+import { FormatError, SourceError } from "../errors.ts";
+import { openPart, type PartKind } from "../pack/shard/part.ts";
+import { VERSION } from "../version.ts";
+import type { Result } from "./command.ts";
+import { writeWhole } from "./files.ts";
+import { type OptionSpec, output } from "./options.ts";
+import { bytes, resources } from "./output.ts";
+
+/** Where a part is written to. */
+export const part: OptionSpec<string> = output(
+  "PART",
+  "The part to write; left alone when it is there and made of the same.",
+);
+
+/** What there is to say of a part beside its size. */
+interface PartFigures {
+  readonly adapters: number;
+  readonly modules: number;
+  readonly gauge?: string;
+  readonly warnings: readonly string[];
+}
+
+/** Writes a part, unless it is there: whole, and made of the same. */
+export async function makePart(
+  file: string,
+  kind: PartKind,
+  made: string,
+  figures: PartFigures,
+  make: () => Promise<AsyncIterable<Uint8Array>>,
+): Promise<Result> {
+  const found = existsSync(file) ? await wholePart(file, kind, made) : undefined;
+  const size = found ?? (await writeWhole(file, await make()));
+  const present = found !== undefined;
+  const { adapters, modules } = figures;
+  const there = present ? ", was there already" : "";
+  return {
+    json: { file, ...figures, bytes: size, present, ...resources() },
+    text: [`${file}: ${adapters} adapters, ${modules} modules, ${bytes(size)}${there}`],
+  };
+}
+
+/** Its size; undefined when it is damaged or another. */
+async function wholePart(file: string, kind: PartKind, made: string): Promise<number | undefined> {
+  try {
+    const part = await openPart(file, kind);
+    try {
+      if (part.made !== made) return undefined;
+      await part.verify();
+      return part.byteLength;
+    } finally {
+      await part.close();
+    }
+  } catch (error) {
+    if (error instanceof FormatError || error instanceof SourceError) return undefined;
+    throw error;
+  }
+}
+
+export function digest(...parts: unknown[]): string {
+  return createHash("sha256")
+    .update(JSON.stringify([VERSION, ...parts]))
+    .digest("hex");
+}
+
+/** What adapters hold, whatever their files are called or dated. */
+export async function contents(adapters: readonly Adapter[]): Promise<[id: string, digest: string][]> {
+  const digests: [string, string][] = [];
+  for (const { id, file } of adapters) {
+    const hash = createHash("sha256");
+    for (const name of ["adapter_config.json", "task.json", "adapter_model.safetensors"]) {
+      const path = join(file, name);
+      if (!existsSync(path)) continue;
+      hash.update(`${name}\n`);
+      for await (const chunk of createReadStream(path)) hash.update(chunk as Uint8Array);
+    }
+    digests.push([id, hash.digest("hex")]);
+  }
+  return digests;
+}

@@ -1,0 +1,40 @@
+/**
+ * What a command opens while it runs: all is closed when it ends, however it ends.
+ */
+import type { Adapter } from "../adapters/adapter.ts";
+import { readAdapters } from "../adapters/folder.ts";
+import { openHost } from "../base/open.ts";
+import type { BuildOptions } from "../pack/build.ts";
+import { type OpenOptions, openPack, type Pack } from "../pack/pack.ts";
+
+interface Closable {
+  close?(): unknown;
+}
+
+export class Run {
+  readonly #opened: Closable[] = [];
+
+  /** Closes `thing` when the command ends; what was opened last goes first. */
+  closing<T extends Closable>(thing: T): T {
+    this.#opened.unshift(thing);
+    return thing;
+  }
+
+  async pack(path: string, options?: OpenOptions): Promise<Pack> {
+    return this.closing(await openPack(path, options));
+  }
+
+  /** @param rename new ids, by old id or by path */
+  async adapters(paths: readonly string[], rename: ReadonlyMap<string, string>): Promise<Adapter[]> {
+    return (await readAdapters(paths, { rename })).map((adapter) => this.closing(adapter));
+  }
+
+  /** The base model, where one was named. */
+  async base(path: string | undefined): Promise<Pick<BuildOptions, "base">> {
+    return path === undefined ? {} : { base: this.closing(await openHost(path)) };
+  }
+
+  async close(): Promise<void> {
+    for (const thing of this.#opened) await thing.close?.();
+  }
+}

@@ -1,0 +1,151 @@
+/** The command verify: whether a pack is whole, and how far its tasks are from the adapters they were made of. */
+import type { Adapter } from "../adapters/adapter.ts";
+import { AdapterError, FormatError, TaskError } from "../errors.ts";
+import { deltaError, relative } from "../extract/error.ts";
+import { type ModuleLoss, measureModule, openModule } from "../extract/project.ts";
+import { basisIdOf } from "../format/encode.ts";
+import { type TaskBlob, WINDOW_BYTES } from "../format/format.ts";
+import { encodedTensor } from "../format/tensors.ts";
+import { openSource } from "../open-source.ts";
+import { expandTerm } from "../pack/expand.ts";
+import type { Pack } from "../pack/pack.ts";
+import { storedModule } from "../pack/project.ts";
+import type { ByteSource } from "../source.ts";
+import { type Attach, command } from "./command.ts";
+import { as, list } from "./options.ts";
+import { type Output, percent, sum, table } from "./output.ts";
+import type { Run } from "./run.ts";
+
+interface Check {
+  readonly name: string;
+  readonly ok: boolean;
+  readonly detail: string;
+}
+
+export const verify: Attach = command({
+  usage: "verify <PACK>",
+  does: "Check sums and limits, and with adapters the ΔW error of each task.",
+  options: {
+    against: list("ADAPTER_OR_FOLDER", "Adapters that the tasks were made of. May be given again."),
+    as,
+  },
+  async run([path]: [string], { against, as }, run, out) {
+    const pack = await run.pack(path, { bases: "later" });
+    const { checks, bases, blobs } = await checkSections(path, pack, run, out);
+    const ok = checks.every((check) => check.ok);
+    const figures = new Map<string, Figures>();
+    if (against.length > 0 && bases && ok) {
+      for (const adapter of await run.adapters(against, as)) {
+        const { id, file } = adapter;
+        const blob = blobs.get(id);
+        if (!blob) throw new TaskError(`${file}: no task "${id}" in ${path}; say --as`, { task: id });
+        figures.set(id, await compare(pack, bases, blob, adapter));
+      }
+    }
+    const rows = [...figures].map(([id, { error, delta, bound }]) => [
+      id,
+      ...[error.mean, error.max].map(percent),
+      ...[delta.A, delta.B, bound].map((n) => n.toFixed(3)),
+    ]);
+    return {
+      json: { ok, checks, tasks: [...pack.tasks.keys()].map((id) => ({ id, ...figures.get(id) })) },
+      text: [
+        table([["check", "", ""], ...checks.map(({ name, ok, detail }) => [name, ok ? "ok" : "FAILED", detail])]),
+        ...(rows.length ? ["", table([["task", "ΔW error", "largest", "δ of A", "δ of B", "bound"], ...rows])] : []),
+      ],
+      exitCode: ok ? 0 : 1,
+    };
+  },
+});
+
+async function checkSections(path: string, pack: Pack, run: Run, out: Output) {
+  const checks: Check[] = [];
+  const note = (name: string, ok: boolean, detail: string): unknown => checks.push({ name, ok, detail });
+  /** What a section holds; a damaged one is reported, and the others are checked all the same. */
+  const checked = async <T>(name: string, read: () => Promise<T>): Promise<T | undefined> => {
+    try {
+      const value = await read();
+      note(name, true, "");
+      return value;
+    } catch (error) {
+      if (!(error instanceof FormatError)) throw error;
+      note(name, false, error.message);
+      return undefined;
+    }
+  };
+  // Opening checked window, directory, tiling, limits and the bases' place: a pack that fails these is an error.
+  note("window, directory and sections", true, `version ${pack.version}`);
+  const bases = await checked("bases", async () => (await pack.bases()).bytes);
+  const blobs = new Map<string, TaskBlob>();
+  for (const [i, id] of [...pack.tasks.keys()].entries()) {
+    const blob = await checked(`task ${id}`, () => pack.load(id));
+    if (blob) blobs.set(id, blob);
+    out.progress("task", i + 1, pack.tasks.size);
+  }
+  if (bases) {
+    const found = await basisIdOf(pack.directory.basisBytes, bases);
+    note("basis id", found === pack.basisId, found.slice(0, 16));
+  }
+  const source = run.closing(await openSource(path));
+  const gap = await unpadded(source, pack);
+  note("padding", gap === undefined, gap ?? "zero");
+  note("bytes behind the end", true, `${(source.byteLength ?? 0) - pack.window.superblock.committed} (ignored)`);
+  return { checks, bases, blobs };
+}
+
+/** Where bytes between sections are not zero, against SPEC.md, section 1. */
+async function unpadded(source: ByteSource, { window, directory }: Pack): Promise<string | undefined> {
+  const { directoryOffset, directoryLength } = window.superblock;
+  const parts = [{ offset: directoryOffset, length: directoryLength }, ...directory.sections];
+  let end = WINDOW_BYTES;
+  for (const { offset, length } of parts.sort((a, b) => a.offset - b.offset)) {
+    const gap = await source.read(end, offset - end);
+    if (gap.some((byte) => byte !== 0)) return `not zero between ${end} and ${offset}`;
+    end = offset + length;
+  }
+  return undefined;
+}
+
+interface Figures {
+  readonly error: { readonly mean: number; readonly max: number };
+  readonly delta: { readonly A: number; readonly B: number };
+  readonly bound: number;
+}
+
+/** ΔW error, δ and bound of a task against the adapter it was made of. */
+async function compare(pack: Pack, bases: Uint8Array, blob: TaskBlob, adapter: Adapter): Promise<Figures> {
+  const found: ModuleLoss[] = [];
+  for (const term of blob.terms) {
+    const module = pack.modules[term.module]!;
+    const { name } = module;
+    const source = adapter.modules.get(name);
+    if (!source) {
+      const { file } = adapter;
+      throw new AdapterError(`it does not adapt "${name}", the task of the pack does`, { file, field: name });
+    }
+    const { A, Bt } = await source.read();
+    const member = { id: adapter.id, rank: source.rank, A, Bt };
+    if (term.A && term.B && term.privateRank === 0) {
+      const gauge = pack.directory.basis.gauge === "balanced" ? "balanced" : "as-trained";
+      const alphaA = encodedTensor(blob.bytes, term.A.tensor);
+      const alphaB = encodedTensor(blob.bytes, term.B.tensor);
+      const stored = { rank: term.rank, alphaA, alphaB };
+      const space = openModule(storedModule(module, bases, adapter));
+      found.push(measureModule(space, member, stored, { gauge, coefficientDtype: term.A.tensor.dtype }));
+    } else {
+      const { difference, bound, norm } = deltaError(exact(member), exact(expandTerm(blob, term, module, bases)));
+      found.push({ error: relative(difference, norm), bound: relative(bound, norm), deltaA: 0, deltaB: 0 });
+    }
+  }
+  const most = (figure: keyof ModuleLoss): number => Math.max(0, ...found.map((one) => one[figure]));
+  const mean = sum(found.map(({ error }) => error)) / Math.max(found.length, 1);
+  return {
+    error: { mean, max: most("error") },
+    delta: { A: most("deltaA"), B: most("deltaB") },
+    bound: most("bound"),
+  };
+}
+
+function exact({ rank, A, Bt }: { rank: number; A: ArrayLike<number>; Bt: ArrayLike<number> }) {
+  return { rank, A: Float64Array.from(A), Bt: Float64Array.from(Bt) };
+}

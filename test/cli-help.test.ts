@@ -1,0 +1,121 @@
+/** What the command line says of itself: help of every command, versions, and words that it does not know. */
+import { spawnSync } from "node:child_process";
+import { readFile } from "node:fs/promises";
+import { fileURLToPath } from "node:url";
+import t from "tap";
+import { runProgram } from "../dist/src/cli/program.js";
+
+interface Answer {
+  status: number | null;
+  stdout: string;
+  stderr: string;
+}
+
+/** In this process, which is much faster. */
+async function run(...args: string[]): Promise<Answer> {
+  const answer = { stdout: "", stderr: "" };
+  const stream = (name: "stdout" | "stderr") => ({
+    write: (text: string) => {
+      answer[name] += text;
+    },
+  });
+  return { status: await runProgram(args, stream("stdout"), stream("stderr")), ...answer };
+}
+
+const list = (await run("--help")).stdout;
+const commands = list
+  .slice(list.indexOf("Commands:"))
+  .split("\n")
+  .flatMap((line) => /^ {2}([a-z]+)/.exec(line)?.[1] ?? []);
+
+t.test("a short list, and help of each command that fits 80 columns", async (t) => {
+  t.same(
+    commands.sort(),
+    "add assemble attach bench distill export fold help inspect learn merge pack project remove shard verify".split(
+      " ",
+    ),
+  );
+  t.ok(list.split("\n").length <= 40, "short");
+  for (const command of ["", ...commands]) {
+    const asked = command === "" ? ["--help"] : [command, "--help"];
+    const { status, stdout, stderr } = await run(...asked);
+    t.match({ status, stderr }, { status: 0, stderr: "" }, command);
+    const wide = stdout.split("\n").filter((line) => line.length > 80);
+    t.same(wide, [], `${command}: within 80 columns`);
+    t.match(stdout, new RegExp(`^Usage: eigenlora ${command}`), "it says how it is called");
+    t.notMatch(stdout, /undefined|\[object|unless given/, command);
+  }
+});
+
+t.test("every way to ask for help and version", async (t) => {
+  const help = (await run("pack", "--help")).stdout;
+  t.match(help, /Default: column\./);
+  for (const asked of [
+    ["pack", "-h"],
+    ["help", "pack"],
+    ["pack", "--help", "-o", "x"],
+  ])
+    t.equal((await run(...asked)).stdout, help, asked.join(" "));
+  for (const asked of [["-h"], ["help"]]) t.equal((await run(...asked)).stdout, list, asked.join(" "));
+  t.same(JSON.parse((await run("pack", "--help", "--json")).stdout), { help });
+  t.same(JSON.parse((await run("help", "pack", "--json")).stdout), { help });
+  const { version } = JSON.parse(await readFile(new URL("../package.json", import.meta.url), "utf8"));
+  for (const flag of ["-v", "--version"]) t.match(await run(flag), { status: 0, stdout: `${version}\n`, stderr: "" });
+  t.same(JSON.parse((await run("--version", "--json")).stdout), { version });
+});
+
+t.test("without a command: the list, and exit code 2", async (t) => {
+  t.match(await run(), { status: 2, stdout: list });
+  const { status, stdout } = await run("--json");
+  t.equal(status, 2);
+  t.match(JSON.parse(stdout), { error: { tag: "usage", message: "missing COMMAND" } });
+});
+
+t.test("what is missing, unknown or too much is named, with the nearest", async (t) => {
+  const cases: [string[], string][] = [
+    [["pack"], "pack: missing ADAPTER_OR_FOLDER"],
+    [["pack", "x"], "pack: missing --output"],
+    [["learn", "p.eigen", "-o", "x"], "learn: missing EXAMPLES"],
+    [["remove", "p.eigen"], "remove: missing TASK"],
+    [["bench"], "bench: missing NAME"],
+    [["pakc", "x"], "unknown command 'pakc'; did you mean pack?"],
+    [["help", "pakc"], "unknown command 'pakc'; did you mean pack?"],
+    [["xyzzy"], "unknown command 'xyzzy'"],
+    [["pack", "x", "--centring", "none"], "pack: unknown option '--centring'; did you mean --centering?"],
+    [["verify", "p.eigen", "--jsn"], "verify: unknown option '--jsn'; did you mean --json?"],
+    [["inspect", "a", "b"], "inspect: too many arguments for 'inspect'. Expected 1 argument but got 2."],
+    [["pack", "x", "-o"], "pack: option '-o, --output <PACK>' argument missing"],
+    [["pack", "x", "--model", "--text", "t"], "pack: --model needs a value, got the option --text"],
+    [["pack", "x", "--k", "-3"], "pack: --k -3: expected a whole number from 1"],
+    [["pack", "x", "--k", ""], "pack: --k : expected a whole number from 1"],
+    [["pack", "x", "--as", "new"], "pack: --as new: expected OLD=NEW"],
+    [["pack", "x", "--gauge", "even"], "pack: --gauge even: expected as-trained or balanced"],
+    [["fold", "p.eigen", "-o", "x", "--base", "b"], "fold: missing --task"],
+  ];
+  for (const [args, message] of cases) {
+    const { status, stdout, stderr } = await run(...args);
+    t.match({ status, stdout }, { status: 2, stdout: "" }, args.join(" "));
+    const command = /^([a-z]+): /.exec(message)?.[1];
+    t.equal(stderr, `eigenlora: ${message}\nSee eigenlora ${command ? `${command} ` : ""}--help.\n`);
+    const json = await run(...args, "--json");
+    if (args.at(-1) === "-o") continue; // Else --json is the value.
+    t.match({ status: json.status, stderr: json.stderr }, { status: 2, stderr: "" }, args.join(" "));
+    t.same(JSON.parse(json.stdout), { error: { tag: "usage", message } });
+  }
+});
+
+t.test("the program that is installed", async (t) => {
+  const main = fileURLToPath(new URL("../dist/src/cli/main.js", import.meta.url));
+  const { status, stdout, stderr } = spawnSync(process.execPath, [main, "pack"], { encoding: "utf8" });
+  t.match(
+    { status, stdout, stderr },
+    { status: 2, stdout: "", stderr: "eigenlora: pack: missing ADAPTER_OR_FOLDER\nSee eigenlora pack --help.\n" },
+  );
+  t.equal(spawnSync(process.execPath, [main, "--help"], { encoding: "utf8" }).stdout, list);
+});
+
+t.test("nothing but the bundled parser: the package has one dependency", async (t) => {
+  const bundle = await readFile(new URL("../dist/src/cli/commander.js", import.meta.url), "utf8");
+  t.notMatch(bundle, /from "commander"/);
+  t.match(bundle, /The MIT License[\s\S]*Copyright \(c\) 2011 TJ Holowaychuk/, "its licence comes with it");
+});
