@@ -41,7 +41,7 @@ export interface RuntimeOptions extends BackendOptions, FetchOptions {
  * @example
  * const runtime = await createRuntime(pack, { base: "model.safetensors" });
  * await runtime.switchTask("sst2");
- * const { data } = runtime.weight("encoder.layer.0.attention.self.query");
+ * const { data } = runtime.weight("bert.encoder.layer.0.attention.self.query");
  */
 export async function createRuntime(pack: Pack, options: RuntimeOptions = {}): Promise<Runtime> {
   const { base, mode = base ? "folded" : "core", policy = "copy" } = options;

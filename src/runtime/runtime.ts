@@ -409,7 +409,7 @@ export class Runtime {
    * @param tasks by row; null leaves a row as it is
    * @throws TaskError for an unknown task or one with DoRA on this module; TypeError, RangeError when shapes do not fit
    * @example
-   * await runtime.apply("encoder.layer.0.attention.self.query", x, y, { tasks: ["sst2", null, "cola"] });
+   * await runtime.apply("bert.encoder.layer.0.attention.self.query", x, y, { tasks: ["sst2", null, "cola"] });
    */
   apply(name: string, x: View, y: View, { tasks }: { tasks?: readonly (string | null)[] } = {}): Promise<void> {
     return this.#enqueue(async () => {

@@ -17,7 +17,7 @@ export const REPORT = fileURLToPath(new URL("../../docs/api-report.md", import.m
 const MAIN = "eigenlora";
 
 /**
- * @typedef {{ subpath: string, name: string, text: string, documented: boolean }} Export
+ * @typedef {{ subpath: string, name: string, text: string, documented: boolean, examples: string[] }} Export
  * @typedef {{ exports: Export[], hidden: string[] }} Surface `hidden`: names in signatures that cannot be imported, as "subpath: Export uses Name".
  */
 
@@ -71,6 +71,7 @@ export function surface() {
         name,
         text: text.join("\n").replace(/^ +/gm, (s) => s.slice(s.length / 2)),
         documented,
+        examples: nodes.flatMap(examplesOf),
       });
       for (const hidden of hiddenNames(nodes, known, checker, resolve)) {
         found.hidden.push(`${subpath}: ${name} uses ${hidden}`);
@@ -107,6 +108,13 @@ function hiddenNames(nodes, known, checker, resolve) {
   };
   nodes.forEach(visit);
   return names;
+}
+
+/** Code of the `@example`s of a declaration and of its members. @param {ts.Node} node @returns {string[]} */
+function examplesOf(node) {
+  const members = ts.isClassDeclaration(node) || ts.isInterfaceDeclaration(node) ? node.members : [];
+  const tags = ts.getJSDocTags(node).filter(({ tagName }) => tagName.text === "example");
+  return [...tags.map(({ comment }) => ts.getTextOfJSDocComment(comment) ?? ""), ...members.flatMap(examplesOf)];
 }
 
 /** Whether a member is for the package itself: marked `@internal`. */
