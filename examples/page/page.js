@@ -379,7 +379,7 @@ const drawStep = setUpTeaching(worker, {
 byId("download").addEventListener("click", async () => {
   try {
     const url = URL.createObjectURL(new Blob([await worker.call("file", active)]));
-    Object.assign(document.createElement("a"), { href: url, download: `${active}.etask` }).click();
+    Object.assign(document.createElement("a"), { href: url, download: `${active}.eigentask` }).click();
     URL.revokeObjectURL(url);
   } catch (error) {
     fail(error);

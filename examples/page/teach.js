@@ -105,7 +105,7 @@ export function setUpTeaching(worker, { onBusy, onAdded }) {
     if (!chosen) return;
     try {
       const bytes = new Uint8Array(await chosen.arrayBuffer());
-      const added = await worker.call("open", chosen.name.replace(/\.etask$/, ""), bytes);
+      const added = await worker.call("open", chosen.name.replace(/\.eigentask$/, ""), bytes);
       await onAdded(added, `opened ${added.task.id}`);
       note(`${added.task.id} is open. Type a sentence above to try it.`);
     } catch (error) {
