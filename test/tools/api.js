@@ -93,7 +93,6 @@ function hiddenNames(nodes, known, checker, resolve) {
   /** @type {Set<string>} */
   const names = new Set();
   const visit = (/** @type {ts.Node} */ node) => {
-    if (isInternal(node)) return;
     if (ts.isIdentifier(node)) {
       const at = checker.getSymbolAtLocation(node);
       const symbol = at && resolve(at);
@@ -115,11 +114,6 @@ function examplesOf(node) {
   const members = ts.isClassDeclaration(node) || ts.isInterfaceDeclaration(node) ? node.members : [];
   const tags = ts.getJSDocTags(node).filter(({ tagName }) => tagName.text === "example");
   return [...tags.map(({ comment }) => ts.getTextOfJSDocComment(comment) ?? ""), ...members.flatMap(examplesOf)];
-}
-
-/** Whether a member is for the package itself: marked `@internal`. */
-function isInternal(/** @type {ts.Node} */ node) {
-  return ts.isClassElement(node) && ts.getJSDocTags(node).some(({ tagName }) => tagName.text === "internal");
 }
 
 /** The report as Markdown. */
