@@ -11,8 +11,9 @@ import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
 import t from "tap";
 import ts from "typescript";
+import { readAdapters } from "../dist/src/adapters/folder.js";
 import { openHost } from "../dist/src/base/host.js";
-import { buildPack, readAdapters } from "../dist/src/build.js";
+import { buildPack } from "../dist/src/pack/build.js";
 import { concat, data, LOSSLESS } from "./packs.ts";
 import { surface } from "./tools/api.js";
 
@@ -156,6 +157,9 @@ async function workplace(): Promise<string> {
   const base = await openHost(data("sessions/base.safetensors"));
   const { chunks } = await buildPack(await readAdapters([join(place, "my-adapters")]), { ...LOSSLESS, base });
   await writeFile(join(place, "tasks.eigen"), concat(chunks));
+  for (const file of ["adapter_config.json", "adapter_model.safetensors"]) {
+    await cp(data(`sessions/adapters/two/${file}`), join(place, file));
+  }
   await cp(data("sessions/torchscript.onnx"), join(place, "model.onnx"));
   await cp(data("sessions/base.safetensors"), join(place, "model.safetensors"));
   return place;

@@ -13,12 +13,9 @@ import ts from "typescript";
 const root = fileURLToPath(new URL("../..", import.meta.url));
 export const REPORT = fileURLToPath(new URL("../../docs/api-report.md", import.meta.url));
 
-/** What a user of any subpath has at hand beside it: the main one. */
-const MAIN = "eigenlora";
-
 /**
  * @typedef {{ subpath: string, name: string, text: string, documented: boolean, examples: string[] }} Export
- * @typedef {{ exports: Export[], hidden: string[] }} Surface `hidden`: names in signatures that cannot be imported, as "subpath: Export uses Name".
+ * @typedef {{ exports: Export[], hidden: string[] }} Surface `hidden`: names in signatures that no subpath exports, as "subpath: Export uses Name".
  */
 
 /** Subpaths with types: what they are imported as, and their declaration file. @returns {{ subpath: string, file: string }[]} */
@@ -54,12 +51,11 @@ export function surface() {
       .map((symbol) => ({ name: symbol.name, symbol: resolve(symbol) }));
     return { subpath, symbols: symbols.sort((a, b) => (a.name < b.name ? -1 : 1)) };
   });
-  const main = new Set(modules.find(({ subpath }) => subpath === MAIN)?.symbols.map(({ symbol }) => symbol));
+  const known = new Set(modules.flatMap(({ symbols }) => symbols.map(({ symbol }) => symbol)));
   const printer = ts.createPrinter({ removeComments: true });
   /** @type {Surface} */
   const found = { exports: [], hidden: [] };
   for (const { subpath, symbols } of modules) {
-    const known = new Set([...main, ...symbols.map(({ symbol }) => symbol)]);
     for (const { name, symbol } of symbols) {
       const nodes = (symbol.declarations ?? []).map((node) =>
         ts.isVariableDeclaration(node) ? node.parent.parent : node,
