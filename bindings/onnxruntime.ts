@@ -4,7 +4,8 @@
 import type { Pack } from "../src/pack/pack.ts";
 import { type SessionOptions as CommonOptions, createSession, type Session } from "../src/session/session.ts";
 import type { SourceInput } from "../src/source.ts";
-import { createEngine, type Ort, type SessionOptions } from "./ort-engine.ts";
+import type { Ort, SessionOptions } from "./ort.ts";
+import { createEngine } from "./ort-engine.ts";
 
 export type { MemoryReport } from "../src/runtime/report.ts";
 export type { SwitchOptions } from "../src/runtime/selection.ts";
@@ -17,20 +18,23 @@ export type {
   SessionSwitchReport,
   ValidColumns,
 } from "../src/session/session.ts";
-export { createEngine, type Ort, type OrtSession } from "./ort-engine.ts";
+export type { Ort, OrtSession, SessionOptions } from "./ort.ts";
+export { createEngine } from "./ort-engine.ts";
 
-type Native<O extends Ort> = Awaited<ReturnType<O["InferenceSession"]["create"]>>;
+/** A session of this module. */
+export type NativeSession<O extends Ort> = Awaited<ReturnType<O["InferenceSession"]["create"]>>;
 
 /** What this module's own sessions take and give. */
 export interface OrtTypes<O extends Ort> {
-  readonly feeds: Parameters<Native<O>["run"]>[0];
-  readonly fetches: Parameters<Native<O>["run"]>[1];
-  readonly results: Awaited<ReturnType<Native<O>["run"]>>;
+  readonly feeds: Parameters<NativeSession<O>["run"]>[0];
+  readonly fetches: Parameters<NativeSession<O>["run"]>[1];
+  readonly results: Awaited<ReturnType<NativeSession<O>["run"]>>;
 }
 
 /** A session of onnxruntime that switches tasks; has the shape of its `InferenceSession`. */
 export type EigenSession<O extends Ort = Ort> = Session<OrtTypes<O>>;
 
+/** Options of `createEigenSession`. */
 export interface EigenSessionOptions<O extends Ort = Ort> extends CommonOptions {
   /** Passed to `InferenceSession.create`: `executionProviders`, `graphOptimizationLevel`, … */
   readonly session?: SessionOptions<O> | undefined;

@@ -13,17 +13,23 @@ import {
   toBinary,
   ValueInfoProtoSchema,
 } from "../src/onnx/protobuf.ts";
-import { createEngine, type Ort } from "./ort-engine.ts";
+import type { Engine } from "../src/session/engine.ts";
+import type { Ort, OrtSession } from "./ort.ts";
 
 /**
  * Some builds ignore the device that they are given without a word, others do not tell that they use it, and may name that of
  * another session; buffers of the wrong one would be read as zeros.
  * @param provider as the session has it
+ * @param engineOf makes an engine of the same module with other options
  * @throws BackendError when onnxruntime does not tell its device
  */
-export async function findDevice(ort: Ort, provider: unknown): Promise<{ device: DeviceHandle; ignored: boolean }> {
+export async function findDevice(
+  ort: Ort,
+  provider: unknown,
+  engineOf: (options: object) => Engine<OrtSession>,
+): Promise<{ device: DeviceHandle; ignored: boolean }> {
   const given = (provider as { device?: DeviceHandle }).device;
-  if (given && (await computesOn(ort, given as GPUDevice, provider))) return { device: given, ignored: false };
+  if (given && (await computesOn(engineOf, given as GPUDevice, provider))) return { device: given, ignored: false };
   const device = (await (ort.env.webgpu as { device?: unknown } | undefined)?.device) as DeviceHandle | undefined;
   if (device) return { device, ignored: given !== undefined };
   throw new BackendError('onnxruntime does not tell its WebGPU device; use mode "core" or "factors"', {
@@ -32,11 +38,12 @@ export async function findDevice(ort: Ort, provider: unknown): Promise<{ device:
 }
 
 /** Whether what onnxruntime computes with this provider lies on the device: asked of a session on a model of one addition. */
-async function computesOn(ort: Ort, device: GPUDevice, provider: unknown): Promise<boolean> {
-  const engine = createEngine(ort, {
-    executionProviders: [provider],
-    preferredOutputLocation: "gpu-buffer",
-  } as never);
+async function computesOn(
+  engineOf: (options: object) => Engine<OrtSession>,
+  device: GPUDevice,
+  provider: unknown,
+): Promise<boolean> {
+  const engine = engineOf({ executionProviders: [provider], preferredOutputLocation: "gpu-buffer" });
   const session = await engine.load({ bytes: oneAddition(), files: [] });
   try {
     const { y } = await engine.run(session, { x: engine.tensor(new Float32Array(4), [4]) }, ["y"]);

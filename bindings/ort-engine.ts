@@ -1,37 +1,12 @@
 /**
- * onnxruntime-web, onnxruntime-node, or another module with their interface, as the engine of sessions and trainers. The module
- * is the caller's own import; types are structural, so that neither package is needed to compile against this one.
+ * onnxruntime-web, onnxruntime-node, or another module with their interface, as the engine of sessions and trainers.
  */
 import type { DeviceBuffer, DeviceHandle } from "../src/backends/backend.ts";
 import { BackendError } from "../src/errors.ts";
 import type { Feed } from "../src/onnx/feeds.ts";
 import type { DetachedModel } from "../src/onnx/write.ts";
 import type { Engine, EngineGpu, EngineTensor, LoadOptions, Tensors } from "../src/session/engine.ts";
-
-/** A session of onnxruntime, as far as it is needed here. */
-export interface OrtSession {
-  readonly inputNames: readonly string[];
-  readonly outputNames: readonly string[];
-  readonly inputMetadata?: readonly unknown[];
-  readonly outputMetadata?: readonly unknown[];
-  run(feeds: never, fetches: never, options?: never): Promise<unknown>;
-  release(): Promise<void>;
-}
-
-/** The module `onnxruntime-web`, `onnxruntime-web/webgpu`, `onnxruntime-node` or another with the same interface. */
-export interface Ort {
-  readonly InferenceSession: { create(model: Uint8Array, options?: never): Promise<OrtSession> };
-  readonly Tensor: abstract new (...args: never) => unknown;
-  readonly env: { readonly versions?: { readonly web?: string | undefined }; readonly webgpu?: object };
-}
-
-/** The options of `InferenceSession.create` of this module. */
-export type SessionOptions<O extends Ort> = O["InferenceSession"]["create"] extends (
-  model: Uint8Array,
-  options?: infer Options,
-) => unknown
-  ? Options
-  : never;
+import type { Ort, OrtSession, SessionOptions } from "./ort.ts";
 
 /** The part of those options that is looked at here. */
 interface KnownOptions {
@@ -112,7 +87,11 @@ class OrtEngine implements Engine<OrtSession> {
 
   async #device(): Promise<{ device: DeviceHandle; ignored: boolean }> {
     const { findDevice, whileAlive } = await import("./ort-device.ts");
-    const found = await findDevice(this.#ort, this.#options!.executionProviders![0]!);
+    const found = await findDevice(
+      this.#ort,
+      this.#options!.executionProviders![0]!,
+      (options) => new OrtEngine(this.#ort, options),
+    );
     this.#whileAlive = whileAlive(found.device);
     return found;
   }

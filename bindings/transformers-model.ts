@@ -5,7 +5,7 @@
 import { BackendError, SourceError } from "../src/errors.ts";
 import type { EngineTensor } from "../src/session/engine.ts";
 import type { SourceInput } from "../src/source.ts";
-import type { Ort, OrtSession } from "./ort-engine.ts";
+import type { Ort, OrtSession } from "./ort.ts";
 
 /** A model of transformers.js, as far as it is needed here. */
 export interface PipelineModel {

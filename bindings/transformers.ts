@@ -38,6 +38,7 @@ export interface TransformersPipeline {
   readonly tokenizer?: unknown;
 }
 
+/** Options of `attachPack`. */
 export interface AttachOptions extends EigenSessionOptions<PipelineOrt> {
   /**
    * The pipeline's model: its id as given to `pipeline()`, or path, URL, Blob or bytes of its ONNX file. A string that

@@ -1,7 +1,7 @@
 /**
- * The whole way on real parts: packs 20 LoRA adapters, puts them on the real model in onnxruntime-web (WebAssembly,
- * nothing native), classifies sentences while switching tasks, holds the answers against PEFT's, and goes back to the
- * base bit for bit. Exits 1 when that way back or the agreement with PEFT fails.
+ * The demo: packs 20 LoRA adapters, puts the pack on the real model in onnxruntime-web (WebAssembly, nothing native),
+ * classifies sentences while switching tasks, compares the answers with PEFT's, and returns to the base bit for bit.
+ * Exits 1 if the base is not restored or the answers do not agree with PEFT's.
  *
  * Run with `npm run demo`, or `npm run demo -- --all` for all test rows. Everything it reads is in test/data.
  */
@@ -24,7 +24,7 @@ import {
   toBatches,
 } from "./minilm.js";
 
-/** Of each task, unless `--all`. */
+/** Test rows per task, without `--all`. */
 const ROWS = process.argv.includes("--all") ? Infinity : 40;
 const SENTENCES = [
   "a fast mail reader for the terminal",
@@ -33,7 +33,7 @@ const SENTENCES = [
   "development files for reading and writing archives in C",
 ];
 const TASKS = ["debtags-role", "debtags-use", "debtags-works-with", "debtags-implemented-in"];
-/** Bounds of what counts as agreement with PEFT: logits where nothing is lost, mean accuracy where something is. */
+/** Largest differences from PEFT that are accepted: of logits for a lossless pack, of mean accuracy for the default pack. */
 const [MAX_LOGIT_DIFFERENCE, MAX_ACCURACY_LOST] = [2e-3, 0.05];
 
 /** @typedef {import("eigenlora/build").BuildOptions} BuildOptions */
@@ -73,7 +73,7 @@ if (!passed) {
   process.exitCode = 1;
 }
 
-/** What each of some tasks says about the sentences. */
+/** The answers of some tasks to the sentences. */
 async function showSentences() {
   const runtime = `onnxruntime-web ${ort.env.versions.web}`;
   console.log(`${pack.tasks.size} tasks on MiniLM in ${runtime}, mode "${session.mode}": ${session.reason}\n`);
@@ -88,7 +88,7 @@ async function showSentences() {
   print([["sentence", ...TASKS], ...SENTENCES.map((sentence, s) => [sentence, ...answers.map((row) => row[s])])]);
 }
 
-/** Accuracy of each task beside PEFT's on the same rows; returns the mean that is lost. */
+/** Accuracy of each task and PEFT's on the same rows; returns the mean loss. */
 async function showAccuracy() {
   const rows = [["task", "rows", "head only", "PEFT", "pack", "same answer", "blob", "switch", "run, per text"]];
   /** @type {number[][]} */
@@ -121,7 +121,7 @@ async function showAccuracy() {
   return means[1] - means[2];
 }
 
-/** What is held beside the model, and what other ways to have these tasks would hold. */
+/** Memory in addition to the model, compared with other ways to have these tasks. */
 async function showMemory() {
   const blobs = [...pack.tasks.values()].map(({ bytes }) => bytes);
   const mean = (/** @type {number[]} */ values) => values.reduce((a, b) => a + b, 0) / values.length;
@@ -141,7 +141,7 @@ async function showMemory() {
   ]);
 }
 
-/** Packs all components as f32: what is left between us and PEFT is rounding. On the rows with PEFT's logits. */
+/** Packs all components as f32, so only rounding separates the logits from PEFT's. On the rows with PEFT's logits. */
 async function compareLossless() {
   /** @type {BuildOptions} */
   const lossless = { select: { kind: "energy", share: 1 }, dtype: { basis: "f32", coefficients: "f32", head: "f32" } };

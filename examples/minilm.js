@@ -1,7 +1,6 @@
 /**
  * What the demo and the benchmarks share about the bundled model and its tasks (test/data/README.md): the tokenizer,
- * test rows as inputs, labels from outputs, and PEFT's answers. Nothing of this package is in here: any session that
- * has `run` will do.
+ * test rows as inputs, labels from outputs, and PEFT's answers. It does not use this package: any session with `run` works.
  */
 import { readFile } from "node:fs/promises";
 import { fileURLToPath } from "node:url";
@@ -26,7 +25,7 @@ import { Tokenizer } from "@huggingface/tokenizers";
  * @typedef {{ rows: number[], feeds: ReturnType<Encoder<T>> }} Batch which texts, and their inputs
  */
 
-/** Special tokens included; as the adapters were trained and PEFT was asked. */
+/** Most tokens of a text, special tokens included: the limit that the adapters were trained and measured with. */
 const MAX_TOKENS = 32;
 
 /**
@@ -124,7 +123,7 @@ export async function runBatches(session, batches) {
 export const labelOf = (logits) => logits.indexOf(Math.max(...logits));
 
 /**
- * Share of places at which two lists are equal, as long as the shorter.
+ * Share of positions at which two lists are equal, up to the length of the shorter.
  * @param {readonly number[]} found
  * @param {readonly number[]} expected
  */

@@ -2,7 +2,8 @@
  * `eigenlora`: open a pack, put it on a base model, switch tasks. The run-time half; packing is `eigenlora/build`.
  */
 
-export type { DeviceBuffer, DeviceHandle } from "./backends/backend.ts";
+export type { DeviceBuffer, DeviceHandle, Owner } from "./backends/backend.ts";
+export type { BackendOptions } from "./backends/select.ts";
 export type {
   BaseInput,
   CpuView,
@@ -22,13 +23,28 @@ export {
   SourceError,
   TaskError,
 } from "./errors.ts";
-export type { Layout, PackModule, TaskMetadata } from "./format/format.ts";
-export { type OpenOptions, openPack, Pack, type TaskInfo } from "./pack/pack.ts";
+export type {
+  BasisDescription,
+  Coefficients,
+  Directory,
+  Layout,
+  PackModule,
+  Section,
+  Side,
+  Superblock,
+  TaskBlob,
+  TaskMetadata,
+  TaskParameter,
+  TaskTerm,
+  TensorRef,
+  Window,
+} from "./format/format.ts";
+export { type Bases, type OpenOptions, openPack, Pack, type TaskInfo } from "./pack/pack.ts";
 export { createRuntime, type RuntimeOptions } from "./runtime/create.ts";
-export type { MemoryReport, SwitchReport } from "./runtime/report.ts";
-export { type ApplyOptions, type ModuleTerm, Runtime, type RuntimeSwitchReport } from "./runtime/runtime.ts";
+export type { MemoryReport, RuntimeSwitchReport, SwitchReport } from "./runtime/report.ts";
+export { type ApplyOptions, type ModuleTerm, Runtime } from "./runtime/runtime.ts";
 export type { Selection, SwitchOptions } from "./runtime/selection.ts";
 export type { ByteSource, FetchOptions, ReadOptions, SourceInput } from "./source.ts";
-export type { Dtype, FloatDtype } from "./tensor/dtypes.ts";
+export type { Dtype, FloatDtype, QuantizedDtype } from "./tensor/dtypes.ts";
 export type { Term } from "./tensor/term.ts";
 export { VERSION } from "./version.ts";

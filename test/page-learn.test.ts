@@ -135,10 +135,10 @@ t.test("teaches a task that answers beside the others, and leaves as a file", { 
     const download = page.waitForEvent("download");
     await page.locator("#download").click();
     const file = await download;
-    t.equal(file.suggestedFilename(), "sky-or-lab.etask");
+    t.equal(file.suggestedFilename(), "sky-or-lab.eigentask");
     const bytes = new Uint8Array(await readFile(await file.path()));
     t.match(await page.locator("#download").textContent(), `${(bytes.length / 1e3).toFixed(1)} kB`);
-    t.equal(parseTaskFile(bytes, "sky-or-lab.etask").id, "sky-or-lab");
+    t.equal(parseTaskFile(bytes, "sky-or-lab.eigentask").id, "sky-or-lab");
     const pack = await openPack(join(folder, "tasks.eigen"));
     const session = await open(NODE, model, pack);
     t.teardown(async () => (await session.close(), pack.close()));
@@ -155,16 +155,18 @@ t.test("teaches a task that answers beside the others, and leaves as a file", { 
       );
     }
 
-    await page.locator("#task-file").setInputFiles({ name: "theirs.etask", mimeType: "", buffer: Buffer.from(bytes) });
+    await page
+      .locator("#task-file")
+      .setInputFiles({ name: "theirs.eigentask", mimeType: "", buffer: Buffer.from(bytes) });
     await note(page, /^theirs is open/);
     await settled(page);
     t.equal(await page.locator("#active-name").textContent(), "theirs");
     t.same((await heard(page)).probabilities.at(-1), inPage[2], "opened again, it gives the same numbers");
     t.equal(await page.locator('.card[data-task="theirs"] .said').textContent(), await said.textContent());
-    const wrong = { name: "x.etask", mimeType: "", buffer: Buffer.from(bytes.with(200, bytes[200]! ^ 1)) };
+    const wrong = { name: "x.eigentask", mimeType: "", buffer: Buffer.from(bytes.with(200, bytes[200]! ^ 1)) };
     await page.locator("#task-file").setInputFiles(wrong);
     await note(page, /its checksum does not match/);
-    await page.locator("#task-file").setInputFiles({ ...wrong, name: "theirs.etask", buffer: Buffer.from(bytes) });
+    await page.locator("#task-file").setInputFiles({ ...wrong, name: "theirs.eigentask", buffer: Buffer.from(bytes) });
     await note(page, /there is a task "theirs" already/);
   });
 

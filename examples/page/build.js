@@ -1,6 +1,6 @@
 /**
  * Builds the page into a folder of static files: script and worker as bundles, the runtime's binaries, the model, the
- * tokenizer, a pack of all bundled adapters, and the sizes of what the pack stands for. Not a server (serve.js).
+ * tokenizer, a pack of all bundled adapters, and the sizes of the adapters for comparison. Not a server (serve.js).
  *
  * node examples/page/build.js [FOLDER]
  */
@@ -27,7 +27,7 @@ const MODEL = ["model_fp16.onnx", "tokenizer.json", "tokenizer_config.json"];
 const EXAMPLES = 12;
 
 /**
- * @param {string} folder made anew
+ * @param {string} folder emptied first
  * @returns {Promise<import("eigenlora/build").BuildReport>} of the pack
  */
 export async function buildPage(folder) {
@@ -69,7 +69,7 @@ export async function buildPage(folder) {
 }
 
 /**
- * sw.js, with the files to keep: all but the runtime that is used on WebGPU only.
+ * sw.js with the files to cache: all except the runtime that only WebGPU uses.
  * @param {string} folder
  */
 async function offlineWorker(folder) {

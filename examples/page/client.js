@@ -5,10 +5,10 @@
 /**
  * @typedef {import("./worker.js").Calls} Calls
  * @typedef {{ what: string, done?: number, total?: number }} Progress
- * @typedef {{ progress: Progress, step: import("./worker.js").Step }} Events what the worker tells unasked
+ * @typedef {{ progress: Progress, step: import("./worker.js").Step }} Events what the worker reports by itself
  */
 
-/** An error that the worker reports. `tag` is the kind of an EigenLoRA error, where it is one. */
+/** An error that the worker reports. `tag` is the kind of an EigenLoRA error, if it is one. */
 export class WorkerFailure extends Error {
   /** @param {{ message: string, tag?: string }} error */
   constructor({ message, tag }) {

@@ -1,5 +1,5 @@
 /**
- * The page's state and events: which sentence, which task, which provider, and what is asked of the worker when one of
+ * The page's state and events: which sentence, which task, which provider, and the calls to the worker when one of
  * them changes. Drawing is in views.js, computing in worker.js.
  */
 import { startWorker } from "./client.js";
@@ -22,9 +22,9 @@ import {
   time,
 } from "./views.js";
 
-/** Tasks of one call for the overview: small enough that a key pressed meanwhile is answered soon. */
+/** Tasks per call for the overview: few, so that a key pressed meanwhile is answered soon. */
 const ROWS = 5;
-/** Milliseconds between two keys of one name or number. */
+/** Longest pause in milliseconds between two keys of one name or number. */
 const TYPE_AHEAD = 700;
 
 /** @type {HTMLTextAreaElement} */
@@ -62,7 +62,7 @@ async function main() {
   await keepOffline();
 }
 
-/** Not before the page has what it needs itself. */
+/** Only after the page has loaded what it needs itself. */
 async function keepOffline() {
   const note = byId("offline");
   if (!navigator.serviceWorker)
@@ -174,7 +174,7 @@ function showTask() {
   history.replaceState(null, "", `#${encodeURIComponent(active)}`);
 }
 
-/** The latest wish; calls while one is under way only replace it. */
+/** The latest request; calls during a switch only replace it. */
 let wish = { task: "", strength: 1 };
 let switching = false;
 
@@ -215,12 +215,12 @@ async function switchTo(task, amount = 1) {
 let asking = false;
 let askAgain = false;
 
-/** Screen readers, and the test, wait for what is coming. */
+/** Tells screen readers, and the test, to wait. */
 function showBusy() {
   document.querySelector("main")?.setAttribute("aria-busy", String(!started || switching || asking));
 }
 
-/** Brings answer and cards up to date with sentence and task; starts over when one of them changes meanwhile. */
+/** Updates answer and cards for the sentence and the task; starts over when one of them changes meanwhile. */
 async function ask() {
   askAgain = true;
   if (asking || !started) return;
@@ -379,7 +379,7 @@ const drawStep = setUpTeaching(worker, {
 byId("download").addEventListener("click", async () => {
   try {
     const url = URL.createObjectURL(new Blob([await worker.call("file", active)]));
-    Object.assign(document.createElement("a"), { href: url, download: `${active}.etask` }).click();
+    Object.assign(document.createElement("a"), { href: url, download: `${active}.eigentask` }).click();
     URL.revokeObjectURL(url);
   } catch (error) {
     fail(error);
@@ -415,7 +415,7 @@ byId("providers").addEventListener("change", (event) => {
 });
 
 /**
- * Back to WASM where WebGPU fails, with what it said.
+ * Goes back to WASM if WebGPU fails, and shows its error.
  * @param {HTMLInputElement} radio
  */
 async function changeProvider({ value }) {

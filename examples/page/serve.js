@@ -1,6 +1,6 @@
 /**
- * A small static file server with honest HTTP ranges, for the page and its test. One range per request, entity tags, no
- * directory listings; no compression and no TLS. Any other static host does as well, as long as it answers ranges.
+ * A small static file server with correct HTTP ranges, for the page and its test. One range per request, entity tags; no
+ * directory listings, no compression, no TLS. Any static host that answers ranges can replace it.
  *
  * node examples/page/serve.js [--port 8080]    builds the page, then serves it
  */
@@ -13,7 +13,7 @@ import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
 import { buildPage } from "./build.js";
 
-/** Browsers run modules, and compile WASM while it arrives, only under the right type. */
+/** Browsers run modules, and compile WASM while it arrives, only with the right content type. */
 const TYPES = new Map([
   [".html", "text/html; charset=utf-8"],
   [".css", "text/css; charset=utf-8"],
@@ -42,7 +42,7 @@ export async function serveFolder(folder, { port = 0, onAnswer } = {}) {
     onAnswer?.({ path, status, range: request.headers.range });
     response.writeHead(status, headers);
     if (!range || request.method === "HEAD") return void response.end();
-    // A visitor who leaves in the middle is no error.
+    // A visitor who leaves during a response is not an error.
     pipeline(createReadStream(join(folder, path), range), response, () => {});
   });
   await new Promise((resolve, reject) => {
@@ -87,7 +87,7 @@ async function plan(folder, path, { method, headers: asked }) {
   const headers = {
     "content-type": TYPES.get(extname(path)) ?? "application/octet-stream",
     "accept-ranges": "bytes",
-    // Kept, but asked about each time: the page is built anew under the same names.
+    // Cached, but revalidated each time: a new build has the same names.
     "cache-control": "no-cache",
     etag,
   };

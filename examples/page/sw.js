@@ -1,6 +1,6 @@
 /**
- * The page without its server: keeps what build.js lists, and answers from that where the network does not. Fresh files come
- * first, so that a page built anew is seen at once. Knows nothing of what the files are.
+ * The page without its server: caches the files that build.js lists, and answers from the cache if the network does not.
+ * The network comes first, so a new build is seen at once. Does not know what the files are.
  */
 
 const scope = /** @type {any} */ (self);
@@ -34,7 +34,7 @@ async function answer(request) {
   const cache = await caches.open(VERSION);
   try {
     const response = await fetch(request);
-    // The larger runtime is kept once somebody has used it; all else is there.
+    // The larger runtime is cached once it has been used; everything else is cached already.
     if (response.status === 200 && !(await cache.match(request.url)))
       await cache.put(request.url, response.clone()).catch(() => {});
     return response;

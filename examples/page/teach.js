@@ -1,6 +1,5 @@
 /**
- * The form with which a visitor teaches a task: labels with examples, the loss while it falls, files of tasks. What becomes of
- * a task is page.js's.
+ * The form in which a visitor teaches a task: labels with examples, a curve of the loss, task files. page.js does the rest.
  */
 import { byId, drawLoss, lessonOf, percent, size, time } from "./views.js";
 
@@ -11,7 +10,7 @@ import { byId, drawLoss, lessonOf, percent, size, time } from "./views.js";
  * @typedef {{ milliseconds: number, requests: number, bytes: number }} Cost
  */
 
-/** What the form begins with. */
+/** Initial content of the form. */
 const LESSONS = [
   [
     "astronomy",
@@ -105,13 +104,13 @@ export function setUpTeaching(worker, { onBusy, onAdded }) {
     if (!chosen) return;
     try {
       const bytes = new Uint8Array(await chosen.arrayBuffer());
-      const added = await worker.call("open", chosen.name.replace(/\.etask$/, ""), bytes);
+      const added = await worker.call("open", chosen.name.replace(/\.eigentask$/, ""), bytes);
       await onAdded(added, `opened ${added.task.id}`);
       note(`${added.task.id} is open. Type a sentence above to try it.`);
     } catch (error) {
       note(/** @type {Error} */ (error).message, true);
     } finally {
-      // The same file can be chosen again.
+      // So that the same file can be chosen again.
       file.value = "";
     }
   });
@@ -120,7 +119,7 @@ export function setUpTeaching(worker, { onBusy, onAdded }) {
     losses.push(loss);
     drawLoss(losses, steps);
     byId("teach-step").textContent = `Step ${step} of ${steps}, loss ${loss.toFixed(3)}`;
-    // Not each step is worth hearing.
+    // Screen readers need not hear every step.
     if (step % Math.ceil(steps / 4) === 0) note(`${percent(step / steps)} done`);
   };
 }
@@ -132,7 +131,7 @@ function addLesson(label, examples) {
   return lesson;
 }
 
-/** Labels and examples as they are written; what cannot be learned from is the library's to say. */
+/** Labels and examples as written. The library says what cannot be learned from. */
 function written() {
   const blocks = Array.from(lessons.querySelectorAll(".lesson"), (block) => {
     const label = /** @type {HTMLInputElement} */ (block.querySelector("input")).value.trim();

@@ -1,5 +1,5 @@
 /**
- * Draws what page.js knows into the document. No state, no events, no computing beyond units of measure.
+ * Draws the state of page.js into the document. No state, no events, no computing except units of measure.
  */
 
 /**

@@ -1,9 +1,9 @@
 /**
- * The worker of the page: owns tokenizer, pack, session and trainer, and answers calls one after the other, so that the page
- * stays responsive while WASM computes. Knows nothing of the document.
+ * The worker of the page: owns tokenizer, pack, session and trainer, and answers calls one after the other, so the page stays
+ * responsive while WASM computes. Knows nothing of the document.
  *
  * The page sends { id, call, args }; the worker answers { id, value } or { id, error } and reports { event, detail } meanwhile.
- * Teaching does not stand in the queue of calls: other answers come between two of its steps.
+ * Teaching does not block the queue of calls: they are answered between two of its steps.
  */
 import { Tokenizer } from "@huggingface/tokenizers";
 import { openPack } from "eigenlora";
@@ -21,7 +21,7 @@ import { createTrainer } from "eigenlora/train";
  * @property {string} id
  * @property {readonly string[]} labels
  * @property {number} bytes of its blob in the pack
- * @property {boolean} own taught or opened here, not of the pack's file
+ * @property {boolean} own taught or opened here, not from the pack's file
  */
 
 /** @typedef {{ text: string, label: string }} Example */
@@ -176,7 +176,7 @@ const calls = {
     const { signal } = (teaching = new AbortController());
     let school;
     try {
-      // Of its own: it costs the other one nothing, which goes on in its mode, and it is gone afterwards.
+      // A separate session, closed afterwards: the other one keeps its mode and costs nothing extra.
       school = await createEigenSession(ort, /** @type {NonNullable<typeof files>} */ (files).model, session.pack, {
         trainable: true,
         session: options,

@@ -4,6 +4,7 @@
 import { checkChoice } from "../arguments.ts";
 import type { Backend, DeviceHandle } from "./backend.ts";
 
+/** Which backend computes. */
 export interface BackendOptions {
   /**
    * "auto" tries webgpu, then wasm, then js. It takes a GPU that is one, and only where results stay there: not for weights in

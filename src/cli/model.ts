@@ -5,7 +5,7 @@
 import { existsSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { createEigenSession, type EigenSession } from "../../bindings/onnxruntime.ts";
-import type { Ort } from "../../bindings/ort-engine.ts";
+import type { Ort } from "../../bindings/ort.ts";
 import { BackendError, BaseMismatchError, SourceError } from "../errors.ts";
 import type { Pack } from "../pack/pack.ts";
 import type { BatchFeeds } from "../train/batch.ts";

@@ -29,6 +29,7 @@ export type ComponentSelection =
   | { readonly kind: "energy"; readonly share: number }
   | { readonly kind: "error"; readonly max: number };
 
+/** How the components of one module are found. */
 export interface ExtractOptions {
   /** Default: "column". */
   readonly mode?: BasisMode;

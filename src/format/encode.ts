@@ -262,7 +262,7 @@ export function encodeSuperblock(s: Superblock): Bytes {
 }
 
 /** One task as a file of its own (SPEC.md, section 7). */
-export function encodeTaskFile(entry: TaskEntry, basisId: string, blob: Uint8Array): Bytes {
+export function encodeTaskFile(entry: TaskEntry, basisId: string, blob: Uint8Array): Uint8Array<ArrayBuffer> {
   const map = pack(entryMap(entry));
   const start = align64(64 + map.length);
   const bytes = new Uint8Array(start + blob.length);

@@ -53,6 +53,7 @@ export interface Superblock {
   readonly directoryCrc: number;
 }
 
+/** The head of a pack file, with the superblock that counts (SPEC.md, section 2). */
 export interface Window {
   readonly version: string;
   /** Hexadecimal SHA-256. */
@@ -64,6 +65,7 @@ export const SECTION_BASES = 1;
 export const SECTION_TASK = 2;
 export const SECTION_FREE = 3;
 
+/** A stretch of the file and the checksum of its bytes. */
 export interface Section {
   readonly kind: number;
   readonly required: boolean;
@@ -105,6 +107,7 @@ export interface PackModule {
   readonly fingerprint: number | undefined;
 }
 
+/** What the components are and were made of. */
 export interface BasisDescription {
   readonly producer: string;
   readonly mode: string;
@@ -116,6 +119,7 @@ export interface BasisDescription {
   readonly modules: readonly PackModule[];
 }
 
+/** What the directory says of a task. */
 export interface TaskEntry {
   readonly id: string;
   readonly adapterBytes: number;
@@ -124,6 +128,7 @@ export interface TaskEntry {
   readonly brings?: readonly string[] | undefined;
 }
 
+/** What a pack says of what it holds. */
 export interface Directory {
   readonly sections: readonly Section[];
   readonly basis: BasisDescription;

@@ -19,6 +19,7 @@ export type Goal =
   /** The smallest pack that keeps the scores that `judge` gives. */
   | ScoreGoal;
 
+/** The smallest pack that keeps the scores that `judge` gives. */
 export interface ScoreGoal {
   readonly kind: "score";
   /** What a score may lose, in its own unit: 0.01 is a point of accuracy. */

@@ -21,6 +21,7 @@ import { checkFinite, parseTask } from "../format/task.ts";
 import { openSource } from "../open-source.ts";
 import type { ByteSource, FetchOptions, ReadOptions, SourceInput } from "../source.ts";
 
+/** Options of `openPack`. */
 export interface OpenOptions extends FetchOptions {
   readonly signal?: AbortSignal;
   /**
@@ -126,9 +127,9 @@ export class Pack {
   readonly basisId: string;
   /** Adapted modules, in the order of the bases. */
   readonly modules: readonly PackModule[];
-  /** Everything the file says about itself; read-only. */
+  /** Everything the file says about itself. */
   readonly directory: Directory;
-  /** The window as read; read-only. */
+  /** The window as read. */
   readonly window: Window;
   /** Requests made and bytes read so far. */
   readonly reads: Readonly<{ requests: number; bytes: number }>;
@@ -141,6 +142,7 @@ export class Pack {
   /** The bases section while somebody works on it, or until somebody first does. */
   #bases: SharedBases | undefined;
 
+  /** @internal Use `openPack`. */
   constructor(
     source: ByteSource,
     reads: { requests: number; bytes: number },

@@ -10,10 +10,12 @@ import { Locator } from "../base/locate.ts";
 import { openHost } from "../base/open.ts";
 import type { Pack } from "../pack/pack.ts";
 import type { FetchOptions } from "../source.ts";
-import { Runtime, type RuntimeParts, type Started } from "./runtime.ts";
+import type { RuntimeParts, Started } from "./parts.ts";
+import { Runtime } from "./runtime.ts";
 import { findSlots, loadSlots } from "./slots.ts";
 import { Workbench } from "./workbench.ts";
 
+/** Options of `createRuntime`. */
 export interface RuntimeOptions extends BackendOptions, FetchOptions {
   /** The base model's weights. Needed for mode "folded"; in the others only for DoRA and for biases. */
   readonly base?: BaseInput;
@@ -43,7 +45,7 @@ export interface RuntimeOptions extends BackendOptions, FetchOptions {
  * @example
  * const runtime = await createRuntime(pack, { base: "model.safetensors" });
  * await runtime.switchTask("sst2");
- * const { data } = runtime.weight("encoder.layer.0.attention.self.query");
+ * const { data } = runtime.weight("bert.encoder.layer.0.attention.self.query");
  */
 export async function createRuntime(pack: Pack, options: RuntimeOptions = {}): Promise<Runtime> {
   checkPack("createRuntime", pack);

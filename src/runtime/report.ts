@@ -26,3 +26,17 @@ export interface MemoryReport extends Readonly<Record<Owner, number>> {
 export function memoryReport(bytes: Record<Owner | "reserved", number>): MemoryReport {
   return { ...bytes, total: Object.values(bytes).reduce((a, b) => a + b, 0) };
 }
+
+/** What a switch did and what it cost. */
+export interface RuntimeSwitchReport extends SwitchReport {
+  /** Adapted modules written: those of the new task and those put back to the base. */
+  readonly modules: number;
+  /** Operations handed to the backend. */
+  readonly dispatches: number;
+  /** Bytes of new memory for weights, factors and parameters; 0 once warm. */
+  readonly allocated: number;
+  /** Parameters the task brings that the base lacks. */
+  readonly added: readonly string[];
+  /** Parameters replaced whole: heads, biases, token rows. */
+  readonly replaced: readonly string[];
+}

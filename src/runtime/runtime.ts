@@ -8,64 +8,30 @@
 import { checkOptions, nearest } from "../arguments.ts";
 import type { DeviceHandle } from "../backends/backend.ts";
 import { type CpuView, onDevice, type View, type WeightHost } from "../base/host.ts";
-import type { Locator } from "../base/locate.ts";
 import { BackendError } from "../errors.ts";
 import type { Pack } from "../pack/pack.ts";
 import type { Term } from "../tensor/term.ts";
 import type { Applied } from "./apply.ts";
 import { prepareFold, writeFolded } from "./fold.ts";
 import type { Parameters, Replacement } from "./parameters.ts";
-import { type MemoryReport, memoryReport, type SwitchReport } from "./report.ts";
+import type { RuntimeParts, Started } from "./parts.ts";
+import { type MemoryReport, memoryReport, type RuntimeSwitchReport } from "./report.ts";
 import { copySelection, loadParts, refuseMagnitudes, type Selection, type SwitchOptions } from "./selection.ts";
 import { readWeight, type Slot } from "./slots.ts";
 import { type ActiveTask, type ModulePlan, stage } from "./stage.ts";
 import type { PristineWeight } from "./unfold.ts";
 import type { Workbench } from "./workbench.ts";
 
+/** Options of `apply`. */
 export interface ApplyOptions {
   /** By row; null leaves a row as it is. Default: the active task for all rows. */
   readonly tasks?: readonly (string | null)[];
-}
-
-/** What a switch did and what it cost. */
-export interface RuntimeSwitchReport extends SwitchReport {
-  /** Adapted modules written: those of the new task and those put back to the base. */
-  readonly modules: number;
-  /** Operations handed to the backend. */
-  readonly dispatches: number;
-  /** Bytes of new memory for weights, factors and parameters; 0 once warm. */
-  readonly allocated: number;
-  /** Parameters the task brings that the base lacks. */
-  readonly added: readonly string[];
-  /** Parameters replaced whole: heads, biases, token rows. */
-  readonly replaced: readonly string[];
 }
 
 /** What the active task does to one module, for a model that adds it itself (docs/runtime.md, "Unfolded"). */
 export interface ModuleTerm extends Term {
   /** [out], the layer's whole bias, where the task changes it. */
   readonly bias?: Float32Array | undefined;
-}
-
-/** What lives and dies with a backend. */
-export interface Started {
-  readonly bench: Workbench;
-  readonly passedOver: readonly string[];
-  /** Parameters beside the adapted weights are read and written here. */
-  readonly host: WeightHost | undefined;
-}
-
-/** What stays. */
-export interface RuntimeParts {
-  readonly pack: Pack;
-  readonly mode: Runtime["mode"];
-  readonly policy: Runtime["policy"];
-  readonly slots: readonly Slot[];
-  readonly locator: Locator;
-  readonly ignored: ReadonlySet<string>;
-  readonly closeHost: (() => Promise<void>) | undefined;
-  /** Another backend in place of one whose device was lost. */
-  readonly restart: (() => Promise<Started>) | undefined;
 }
 
 const NO_PARAMETERS: ReadonlyMap<string, Replacement> = new Map();
@@ -96,7 +62,7 @@ export class Runtime {
   #queue: Promise<unknown> = Promise.resolve();
   #closed = false;
 
-  /** Use `createRuntime`. */
+  /** @internal Use `createRuntime`. */
   constructor(parts: RuntimeParts, { bench, passedOver, host }: Started) {
     const { pack, mode, policy, slots } = parts;
     this.pack = pack;
@@ -361,7 +327,7 @@ export class Runtime {
    * @param y f32 [rows, …, out], added to
    * @throws TaskError for an unknown task or one with DoRA on this module; TypeError, RangeError when shapes do not fit
    * @example
-   * await runtime.apply("encoder.layer.0.attention.self.query", x, y, { tasks: ["sst2", null, "cola"] });
+   * await runtime.apply("bert.encoder.layer.0.attention.self.query", x, y, { tasks: ["sst2", null, "cola"] });
    */
   async apply(name: string, x: View, y: View, options: ApplyOptions = {}): Promise<void> {
     checkOptions("apply", options, ["tasks"]);

@@ -9,6 +9,7 @@ import type { ActiveTask } from "./stage.ts";
 /** What is active: a task, null for the pristine base, or tasks with strengths. */
 export type Selection = string | null | Readonly<Record<string, number>>;
 
+/** Options of `switchTask`. */
 export interface SwitchOptions {
   readonly signal?: AbortSignal | undefined;
   /** Whose saved modules (classifier) to use in a blend of tasks with different ones. */

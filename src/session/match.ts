@@ -13,6 +13,7 @@ import { findParameters, type OnnxParameter } from "../onnx/modules.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import type { ReadOptions } from "../source.ts";
 
+/** How a pack is held against a model. */
 export interface MatchOptions extends ReadOptions {
   /** Names of weights or of their initializers in the model, by module name of the pack, where they are not found. */
   readonly names?: ReadonlyMap<string, string> | undefined;

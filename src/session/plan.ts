@@ -26,6 +26,7 @@ import { type MatchOptions, ModelMatcher, moduleOf } from "./match.ts";
 /** How a task reaches the model. */
 export type Mode = "core" | "factors" | "folded";
 
+/** How a model is prepared for a pack. */
 export interface PlanOptions extends MatchOptions {
   /**
    * "core": the task is a small matrix between the pack's components, which the model gets once. "factors": it is expanded to A

@@ -19,6 +19,7 @@ import { Timeline } from "./timeline.ts";
 import type { Trainable } from "./training.ts";
 import type { TaskValues } from "./values.ts";
 
+/** Options of `createSession`. */
 export interface SessionOptions extends ModelOptions, PlanOptions {
   /**
    * A tiny run that shows whether the provider takes a task into account: `false` leaves it out; or feeds of your own, where the
@@ -44,6 +45,7 @@ export interface SessionSwitchReport extends SwitchReport {
   readonly bytesFed: number;
 }
 
+/** Options of a session's `run`. */
 export interface SessionRunOptions {
   /** One task id per row of the batch, or null for the base; instead of the active task. */
   readonly tasks?: readonly (string | null)[] | undefined;
@@ -148,7 +150,7 @@ export class Session<T extends SessionTypes = SessionTypes> {
   readonly outputNames: readonly string[];
   /** What the parity probe found. */
   readonly probe: ProbeReport;
-  /** For `createTrainer`; undefined unless the session was made `trainable`. */
+  /** @internal For `createTrainer`; undefined unless the session was made `trainable`. */
   readonly trainable: Trainable | undefined;
 
   readonly #engine: Engine;
@@ -164,7 +166,7 @@ export class Session<T extends SessionTypes = SessionTypes> {
   #closed: Promise<void> | undefined;
   #rowsChecked: Promise<void> | undefined;
 
-  /** Use `createSession`, or the function of a binding. */
+  /** @internal Use `createSession`, or the function of a binding. */
   constructor(
     engine: Engine,
     prepared: PreparedModel,

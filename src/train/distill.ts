@@ -22,6 +22,7 @@ import { checkNumbers } from "./limits.ts";
 import { meanDivergence, sureTemperature, tempered } from "./probabilities.ts";
 import type { FitOptions, Trainer, TrainingStep } from "./trainer.ts";
 
+/** Options of `distill`. */
 export interface DistillOptions extends Pick<FitOptions, "weightDecay" | "clip" | "warmup" | "decay" | "signal"> {
   /**
    * Of coefficients and head. Default: both are 7 √divergence / steps, 0.02 at most, of the divergence that there is to win back: its

@@ -2,9 +2,11 @@
  * `eigenlora/train`: new tasks on the model of a session, by training coefficients; tasks that answer as their adapters do
  * (distilling); packs judged by their answers.
  */
+
+export type { TaskDtypes } from "../tensor/dtypes.ts";
 export type { BatchFeeds } from "./batch.ts";
 export { type Distilled, type DistillOptions, distill } from "./distill.ts";
-export type { Example } from "./examples.ts";
+export type { Example, Unlabelled } from "./examples.ts";
 export type { Encode } from "./inputs.ts";
 export { createJudge, type DivergenceByTask, type JudgeOptions, type PackJudge } from "./judge.ts";
 export { type CreateTrainerOptions, createTrainer } from "./learn.ts";

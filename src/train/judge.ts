@@ -14,6 +14,7 @@ import type { BatchFeeds } from "./batch.ts";
 import { createInputs, type Inputs } from "./inputs.ts";
 import { meanDivergence } from "./probabilities.ts";
 
+/** Options of `createJudge`. */
 export interface JudgeOptions {
   /** As they were packed. Stay open. */
   readonly adapters: readonly Adapter[];

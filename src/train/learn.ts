@@ -13,6 +13,7 @@ import { usualRank } from "./start.ts";
 import { sharedRows, Terms, type TrainedModule } from "./terms.ts";
 import { Trainer, type TrainerOptions } from "./trainer.ts";
 
+/** Options of `createTrainer`. */
 export interface CreateTrainerOptions extends TrainerOptions {
   /** Texts as the model's inputs, one row each: a tokenizer. Examples with feeds of their own do without. */
   readonly encode?: Encode | undefined;

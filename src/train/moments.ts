@@ -16,6 +16,7 @@ import type { SourceInput } from "../source.ts";
 import { shuffle, uniform } from "../tensor/random.ts";
 import { type BatchFeeds, batchTensors } from "./batch.ts";
 
+/** Options of `inputMoments`. */
 export interface MomentsOptions {
   readonly adapters: readonly Adapter[];
   readonly texts: readonly string[];

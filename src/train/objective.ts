@@ -7,6 +7,7 @@ import { type State, stateLike } from "./state.ts";
 import type { Point, Subject } from "./subject.ts";
 import { asStored } from "./terms.ts";
 
+/** What training brings the loss of down: targets, and the numbers that logits come from. */
 export interface ObjectiveOptions {
   /** Share of every target that is spread over all labels. Default: 0. */
   readonly smoothing?: number | undefined;

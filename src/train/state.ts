@@ -1,7 +1,7 @@
 /**
  * The numbers that are trained, in one vector, and how its parts are stepped.
  */
-import { AdamW, type AdamWOptions } from "./adamw.ts";
+import { AdamW } from "./adamw.ts";
 
 /** All numbers that are trained, and its parts: parameters of terms, weight [labels, in] and bias [labels] of the head. */
 export interface State {
@@ -24,6 +24,7 @@ export function copyOf(state: State): State {
   return stateLike(state, state.all.slice());
 }
 
+/** How AdamW moves what is trained (Loshchilov and Hutter, 2019). */
 export interface OptimizerOptions {
   /** Of terms and head. Default: 0.02 each; of components: 0.001. What has a rate of 0 stays as it is. */
   readonly learningRates?:
@@ -35,7 +36,8 @@ export interface OptimizerOptions {
   readonly clip?: number | undefined;
   /** Steps until the full rate is reached. Default: a tenth of all. */
   readonly warmup?: number | undefined;
-  readonly decay?: AdamWOptions["decay"];
+  /** Of the rate, to 0 over all steps. Default: "linear". */
+  readonly decay?: "linear" | "cosine" | "none" | undefined;
 }
 
 /** @param ofTasks how many of the parameters, the first ones, are no components */

@@ -15,6 +15,7 @@ import { readDonor, type Start, startState } from "./start.ts";
 import { copyOf, type OptimizerOptions, optimizerOf, type State } from "./state.ts";
 import type { Subject } from "./subject.ts";
 
+/** Options of every trainer. */
 export interface TrainerOptions {
   /** Names of the new task's labels, two at least. */
   readonly labels: readonly string[];
@@ -24,6 +25,7 @@ export interface TrainerOptions {
   readonly seed?: number | undefined;
 }
 
+/** Options of a trainer's `fit`. */
 export interface FitOptions extends ObjectiveOptions, OptimizerOptions {
   /** Passes over the examples. Default: 8. */
   readonly epochs?: number | undefined;
@@ -65,7 +67,7 @@ export class Trainer<Feeds = unknown> {
   #tested = false;
   #busy = false;
 
-  /** @throws RangeError for fewer than two labels, or two alike */
+  /** @internal Use `createTrainer`. @throws RangeError for fewer than two labels, or two alike */
   constructor(subject: Subject<Feeds>, { init, seed = 0 }: Omit<TrainerOptions, "labels">) {
     const { labels, terms } = subject;
     if (labels.length < 2 || new Set(labels).size < labels.length) {

@@ -12,6 +12,7 @@ import { type TaskFileOptions, taskFile } from "./result.ts";
 import { fillStart, usualRank } from "./start.ts";
 import { sharedRows, Terms } from "./terms.ts";
 
+/** Options of `zeroShotTask`. */
 export interface ZeroShotOptions extends TaskFileOptions {
   /** "mean" is for tasks trained from one seed, whose rows correspond; "random" for others. Default: "mean". */
   readonly init?: "mean" | "random" | undefined;

@@ -42,6 +42,7 @@ export async function readFeatures(session, encode, texts, blend) {
  * A trainer of a head. It begins like every other, and asks no pack.
  * @param {ReadonlyMap<string, Float32Array>} features by text
  * @param {{ labels: readonly string[], seed: number }} options
+ * @returns {Trainer<Float32Array[]>}
  */
 export function headTrainer(features, { labels, seed }) {
   const pack = /** @type {any} */ ({ tasks: new Map() });
@@ -53,7 +54,10 @@ export function headTrainer(features, { labels, seed }) {
     lengths: async (rows) => new Map(rows.map((row) => [row, row.text?.length ?? 0])),
     batch: async (rows) => rows.map(({ text = "" }) => /** @type {Float32Array} */ (features.get(text))),
   };
-  return new Trainer({ pack, machine, inputs, terms: none, origin: none, labels }, { seed, init: "random" });
+  return new /** @type {any} */ (Trainer)(
+    { pack, machine, inputs, terms: none, origin: none, labels },
+    { seed, init: "random" },
+  );
 }
 
 /**

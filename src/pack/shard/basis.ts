@@ -23,6 +23,7 @@ export interface BasisOptions extends Pick<BuildOptions, "select" | "centering" 
   readonly dtype?: Dtype;
 }
 
+/** What a basis is made of. */
 export interface BasisReport extends PackReport {
   readonly dtype: Dtype;
   /** That were counted. */

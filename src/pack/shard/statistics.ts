@@ -26,6 +26,7 @@ export interface CountedAdapter {
   readonly baseModel: string | undefined;
 }
 
+/** What adapters are counted for: from these alone components are found, as from the adapters themselves. */
 export interface Statistics {
   /** What they were made of, for messages. */
   readonly file: string;

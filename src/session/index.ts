@@ -1,0 +1,22 @@
+/**
+ * `eigenlora/session`: sessions on an engine of one's own. `eigenlora/onnxruntime` has the engine for onnxruntime.
+ */
+
+export type { Feed } from "../onnx/feeds.ts";
+export type { DataFile, DetachedModel } from "../onnx/write.ts";
+export type { MemoryReport, SwitchReport } from "../runtime/report.ts";
+export type { Selection, SwitchOptions } from "../runtime/selection.ts";
+export type { ReadOptions } from "../source.ts";
+export type { ProbeReport } from "./carrier.ts";
+export type { Engine, EngineGpu, EngineTensor, LoadedModel, LoadOptions, Tensors } from "./engine.ts";
+export type { MatchOptions } from "./match.ts";
+export type { Mode, PlanOptions } from "./plan.ts";
+export {
+  createSession,
+  type Session,
+  type SessionOptions,
+  type SessionRunOptions,
+  type SessionSwitchReport,
+  type SessionTypes,
+  type ValidColumns,
+} from "./session.ts";

@@ -1,0 +1,37 @@
+/** Runs examples in the current folder, each a module with a function of what it takes for granted. Started by test/examples.test.ts. */
+import { readFileSync } from "node:fs";
+import { pathToFileURL } from "node:url";
+import { Absent, values } from "./values.js";
+
+// The server that examples read from.
+const files = globalThis.fetch;
+globalThis.fetch = async (/** @type {string | URL | Request} */ input, /** @type {RequestInit | undefined} */ init) => {
+  const url = String(input instanceof Request ? input.url : input);
+  if (!url.startsWith("https://example.org/")) return files(input, init);
+  const bytes = readFileSync(new URL(url).pathname.slice(1));
+  const range = /bytes=(\d+)-(\d+)/.exec(new Headers(init?.headers).get("range") ?? "");
+  if (!range) return new Response(bytes, { headers: { "content-length": String(bytes.length) } });
+  const [from, to] = [Number(range[1]), Math.min(Number(range[2]), bytes.length - 1)];
+  return new Response(bytes.subarray(from, to + 1), {
+    status: 206,
+    headers: { "content-range": `bytes ${from}-${to}/${bytes.length}`, "content-length": String(to + 1 - from) },
+  });
+};
+
+/** @type {{ file: string, names: (keyof typeof values)[] }[]} */
+const examples = JSON.parse(readFileSync("examples.json", "utf8"));
+/** @type {{ error?: string, absent?: string }[]} */
+const results = [];
+for (const { file, names } of examples) {
+  try {
+    /** @type {Record<string, unknown>} */
+    const given = {};
+    for (const name of names) given[name] = await values[name]();
+    await (await import(pathToFileURL(file).href)).default(given);
+    results.push({});
+  } catch (error) {
+    const { stack, message } = /** @type {Error} */ (error);
+    results.push(error instanceof Absent ? { absent: message } : { error: stack ?? message });
+  }
+}
+process.stdout.write(`\n${JSON.stringify(results)}\n`, () => process.exit());

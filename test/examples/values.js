@@ -1,0 +1,107 @@
+/**
+ * What examples in doc comments and documents take for granted, by name: "the pack", "your tokenizer". Each is made when an example
+ * uses it, in a folder with the files that `test/examples.test.ts` puts there. What is absent here can only be type-checked.
+ */
+import { readFileSync } from "node:fs";
+import * as onnxruntime from "onnxruntime-node";
+import { createEigenSession } from "../../dist/bindings/onnxruntime.js";
+import { readAdapters } from "../../dist/src/adapters/folder.js";
+import { createRuntime, openPack } from "../../dist/src/index.js";
+import { createTrainer } from "../../dist/src/train/learn.js";
+
+/** Thrown for what a test machine does not have. */
+export class Absent extends Error {}
+
+/** @returns {never} */
+function absent(/** @type {string} */ what) {
+  throw new Absent(what);
+}
+
+const NAME = "bert.encoder.layer.0.attention.self.query";
+const WIDTH = 32;
+/** Most tokens that the model takes. */
+const LENGTH = 12;
+const LABELS = ["spam", "fine"];
+const TEXTS = [
+  "cheap pills",
+  "see you at noon",
+  "you have won",
+  "the train is late",
+  "free money",
+  "lunch is ready",
+  "click here",
+  "call home",
+];
+
+/** A letter is a token, for a model that knows 64 of them. */
+function encode(/** @type {readonly string[]} */ texts) {
+  const length = Math.min(LENGTH, Math.max(...texts.map((text) => text.length)));
+  /** @param {(text: string, at: number) => number} value */
+  const tensor = (value) => {
+    const data = BigInt64Array.from(
+      texts.flatMap((text) => Array.from({ length }, (_, at) => BigInt(value(text, at)))),
+    );
+    return { data, dims: [texts.length, length] };
+  };
+  return {
+    input_ids: tensor((text, at) => (at < text.length ? text.charCodeAt(at) % 64 : 0)),
+    attention_mask: tensor((text, at) => Number(at < text.length)),
+    token_type_ids: tensor(() => 0),
+  };
+}
+
+/** @returns {import("onnxruntime-common").InferenceSession.FeedsType} */
+function feeds() {
+  return Object.fromEntries(
+    Object.entries(encode(TEXTS.slice(0, 3))).map(([name, { data, dims }]) => [
+      name,
+      new onnxruntime.Tensor("int64", data, dims),
+    ]),
+  );
+}
+
+/** Rows for a layer of the model. @returns {import("eigenlora").View} */
+function rows() {
+  return { dtype: "f32", shape: [3, WIDTH], data: new Uint8Array(4 * 3 * WIDTH), byteOffset: 0 };
+}
+
+const session = async () =>
+  createEigenSession(onnxruntime, "model.onnx", await openPack("tasks.eigen"), { trainable: true });
+
+export const values = {
+  ort: () => onnxruntime,
+  model: () => "model.onnx",
+  feeds,
+  pack: () => openPack("tasks.eigen"),
+  runtime: async () => createRuntime(await openPack("tasks.eigen"), { mode: "core" }),
+  session,
+  trainer: async () => createTrainer(await session(), { labels: LABELS, encode }),
+  adapters: () => readAdapters(["my-adapters"]),
+  adapter: async () => /** @type {import("eigenlora/build").Adapter} */ ((await readAdapters(["my-adapters"]))[0]),
+  encode: () => encode,
+  tokenizer: () => encode,
+  labels: () => LABELS,
+  texts: () => TEXTS,
+  examples: () => TEXTS.map((text, i) => ({ text, label: /** @type {string} */ (LABELS[i % 2]) })),
+  signal: () => new AbortController().signal,
+  show: () => (/** @type {number} */ _share, /** @type {number} */ _loss) => {},
+  name: () => NAME,
+  /** @returns {Float32Array} */
+  queryWeights: () => absent("a model of that size"),
+  bytes: () => new Uint8Array(4),
+  x: rows,
+  y: rows,
+  text: () => readFileSync("scores.json", "utf8"),
+  writeFile: () => async (/** @type {string} */ _path, /** @type {unknown} */ _chunks) => {},
+  /** @returns {import("eigenlora").DeviceBuffer} */
+  buffer: () => absent("a WebGPU device"),
+  /** @returns {import("eigenlora").DeviceHandle} */
+  device: () => absent("a WebGPU device"),
+  accuracy: () => async (/** @type {unknown} */ _session, /** @type {string} */ _id) => 0.9,
+  /** @returns {any} */
+  pipeline: () => absent("transformers.js"),
+  /** @returns {any} */
+  pipe: () => absent("transformers.js"),
+  /** @returns {import("eigenlora/transformers").AttachedPack} */
+  tasks: () => absent("transformers.js"),
+};

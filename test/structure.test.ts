@@ -1,0 +1,155 @@
+/**
+ * The map of the house, held against the imports of src and bindings: an import points down, nothing goes in a circle, no file and no
+ * function is longer than one can hold in mind.
+ */
+import { readdirSync, readFileSync } from "node:fs";
+import { dirname, join, normalize } from "node:path";
+import { fileURLToPath } from "node:url";
+import t from "tap";
+import ts from "typescript";
+
+const root = fileURLToPath(new URL("..", import.meta.url));
+
+/** Lowest first. A file belongs to the first entry that it is or lies in. */
+const LAYERS: readonly (readonly string[])[] = [
+  ["src/errors.ts", "src/version.ts", "src/arguments.ts"],
+  ["src/source.ts", "src/url-source.ts", "src/open-source.ts"],
+  ["src/tensor/"],
+  ["src/format/"],
+  ["src/backends/"],
+  ["src/base/"],
+  ["src/adapters/"],
+  ["src/extract/"],
+  ["src/pack/shard/", "src/pack/"],
+  ["src/runtime/"],
+  ["src/onnx/"],
+  ["src/autodiff/"],
+  ["src/session/"],
+  ["src/train/"],
+  ["bindings/"],
+  // What a subpath exports, where that is not one file of a layer.
+  ["src/index.ts", "src/build.ts", "src/node.ts"],
+  ["src/cli/"],
+];
+const MAX_FILE = 400;
+const MAX_FUNCTION = 60;
+
+/** Generated. */
+const GENERATED = "src/onnx/onnx_pb.ts";
+
+const files = ["src", "bindings"].flatMap((folder) =>
+  readdirSync(join(root, folder), { recursive: true, encoding: "utf8" })
+    .filter((file) => file.endsWith(".ts"))
+    .map((file) => `${folder}/${file.replaceAll("\\", "/")}`),
+);
+const sources = new Map(
+  files.map((file) => [
+    file,
+    ts.createSourceFile(file, readFileSync(join(root, file), "utf8"), ts.ScriptTarget.Latest, true),
+  ]),
+);
+
+/** Files that a file imports by a relative path: statements, types and `import()`. */
+function importsOf(source: ts.SourceFile): string[] {
+  const found = new Set<string>();
+  const visit = (node: ts.Node): void => {
+    const specifier =
+      ts.isImportDeclaration(node) || ts.isExportDeclaration(node)
+        ? node.moduleSpecifier
+        : ts.isCallExpression(node) && node.expression.kind === ts.SyntaxKind.ImportKeyword
+          ? node.arguments[0]
+          : ts.isImportTypeNode(node) && ts.isLiteralTypeNode(node.argument)
+            ? node.argument.literal
+            : undefined;
+    if (specifier && ts.isStringLiteral(specifier) && specifier.text.startsWith(".")) {
+      found.add(normalize(join(dirname(source.fileName), specifier.text)).replaceAll("\\", "/"));
+    }
+    ts.forEachChild(node, visit);
+  };
+  visit(source);
+  return [...found].filter((file) => sources.has(file));
+}
+const imports = new Map([...sources].map(([file, source]) => [file, importsOf(source)]));
+
+function layerOf(file: string): number {
+  return LAYERS.findIndex((places) =>
+    places.some((place) => file === place || (place.endsWith("/") && file.startsWith(place))),
+  );
+}
+
+/** Circles of a graph, each once, as the names along it. */
+function circles(graph: ReadonlyMap<string, readonly string[]>): string[] {
+  const state = new Map<string, "open" | "done">();
+  const found: string[] = [];
+  const walk = (name: string, path: readonly string[]): void => {
+    if (state.get(name) === "done") return;
+    if (state.get(name) === "open") {
+      found.push([...path.slice(path.indexOf(name)), name].join(" → "));
+      return;
+    }
+    state.set(name, "open");
+    for (const next of graph.get(name) ?? []) walk(next, [...path, name]);
+    state.set(name, "done");
+  };
+  for (const name of graph.keys()) walk(name, []);
+  return found;
+}
+
+t.test("every file has a place on the map", async (t) => {
+  t.same(
+    files.filter((file) => layerOf(file) < 0),
+    [],
+  );
+});
+
+t.test("an import points down", async (t) => {
+  const climbs = [...imports].flatMap(([file, targets]) =>
+    targets.filter((target) => layerOf(target) > layerOf(file)).map((target) => `${file} → ${target}`),
+  );
+  t.same(climbs, []);
+});
+
+t.test("no circle of files", async (t) => {
+  t.same(circles(imports), []);
+});
+
+t.test("no circle of folders", async (t) => {
+  // A folder inside a layer's folder is a part of that layer.
+  const folderOf = (file: string): string =>
+    file
+      .split("/")
+      .slice(0, file.startsWith("src/") ? 2 : 1)
+      .join("/");
+  const folders = new Map<string, string[]>();
+  for (const [file, targets] of imports) {
+    const folder = folderOf(file);
+    const others = targets.map(folderOf).filter((other) => other !== folder);
+    folders.set(folder, [...new Set([...(folders.get(folder) ?? []), ...others])]);
+  }
+  t.same(circles(folders), []);
+});
+
+t.test(`no file above ${MAX_FILE} lines`, async (t) => {
+  const long = [...sources].flatMap(([file, { text }]) => {
+    const lines = text.trimEnd().split("\n").length;
+    return file !== GENERATED && lines > MAX_FILE ? [`${file}: ${lines}`] : [];
+  });
+  t.same(long, []);
+});
+
+t.test(`no function above ${MAX_FUNCTION} lines`, async (t) => {
+  const long: string[] = [];
+  for (const [file, source] of sources) {
+    const visit = (node: ts.Node): void => {
+      if (ts.isFunctionLike(node) && "body" in node && node.body) {
+        const [from, to] = [node.getStart(source), node.end].map((at) => source.getLineAndCharacterOfPosition(at).line);
+        const lines = to! - from! + 1;
+        const name = node.name ?? (ts.isVariableDeclaration(node.parent) ? node.parent.name : undefined);
+        if (lines > MAX_FUNCTION) long.push(`${file}:${from! + 1} ${name?.getText(source) ?? "(no name)"}: ${lines}`);
+      }
+      ts.forEachChild(node, visit);
+    };
+    if (file !== GENERATED) visit(source);
+  }
+  t.same(long, []);
+});
