@@ -146,7 +146,7 @@ async function workplace(): Promise<string> {
   const copies = { "debtags-role": "two", sst2: "three", cola: "three", sentiment: "two", topics: "five" };
   const gain = { accuracy: 0.9, accuracy_head_only: 0.5 };
   for (const [id, name] of Object.entries(copies)) {
-    for (const hub of ["my-adapters", "hub"]) {
+    for (const hub of ["my-adapters", "hub", "adapters"]) {
       await cp(data(`sessions/adapters/${name}`), join(place, hub, id), { recursive: true });
     }
   }

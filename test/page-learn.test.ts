@@ -1,7 +1,7 @@
 /**
  * Teaching in the page as visitors get it: built, served, in a real Chromium on WASM, from a handful of examples. Software WebGPU
  * takes minutes for it: learn-chromium.test.ts trains a smaller model there. What it costs and how good it gets is
- * benchmarks/few-shot.js's.
+ * benchmarks/research/few-shot.js's.
  */
 
 import { mkdtemp, readFile, rm } from "node:fs/promises";
