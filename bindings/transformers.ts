@@ -48,7 +48,7 @@ export interface AttachOptions extends EigenSessionOptions<PipelineOrt> {
   /** Which of the model's sessions runs the adapted layers. Needed where there are several. */
   part?: string | undefined;
   /**
-   * What becomes of the pipeline's own session. "release" unless given: it goes once ours is made, so that for a moment
+   * What becomes of the pipeline's own session. Default: "release", it goes once ours is made, so that for a moment
    * both are in memory. "release-first": it goes before ours is made; when making ours fails, the pipeline is of no use
    * any more. "keep": it stays in memory for `close`.
    */

@@ -6,8 +6,9 @@ import t from "tap";
 import type { View } from "../dist/src/base/host.js";
 import { openPack } from "../dist/src/pack/pack.js";
 import { createRuntime } from "../dist/src/runtime/create.js";
+import { uniform } from "../dist/src/tensor/random.js";
 import { backends, dawnMissing } from "./backend-list.ts";
-import { generator, values } from "./backend-suite.ts";
+import { values } from "./backend-suite.ts";
 import { relativeDifference, tensorsOf } from "./compare.ts";
 import { countingDevice } from "./counting-device.js";
 import { data, packOf } from "./packs.ts";
@@ -42,7 +43,7 @@ for (const options of backends()) {
     const pack = await openPack(data("goldens/pack/every-kind.eigen"));
     const runtime = await createRuntime(pack, { ...options, mode: "core" });
     t.teardown(() => runtime.close());
-    const random = generator(31);
+    const random = uniform(31);
     let applied = 0;
     for (const { name, out, in: inputs, layout } of pack.modules) {
       if (layout === "conv" || layout === "embedding") {
@@ -94,7 +95,7 @@ t.test("the active task, a blend and strengths: what the terms say", async (t) =
   const runtime = await createRuntime(pack, { mode: "factors" });
   t.teardown(() => runtime.close());
   const { name, out, in: inputs } = pack.modules[0]!;
-  const random = generator(8);
+  const random = uniform(8);
   for (const selection of ["debtags-role", { "debtags-role": 0.5, "sections-1": -2 }, "sections-1", null] as const) {
     await runtime.switchTask(selection, typeof selection === "object" && selection ? { head: "sections-1" } : {});
     const x = values(6 * inputs, random);
@@ -160,7 +161,7 @@ t.test(
     t.teardown(() => runtime.close());
     const oracle = await createRuntime(await openPack(bytes), { mode: "core", backend: "js" });
     const { modules } = runtime.pack;
-    const random = generator(5);
+    const random = uniform(5);
     const [rows, length] = [5, 7];
     const tasks = ["sections-1", null, "debtags-role", "debtags-game", "sections-1"];
     const usage = 128 | 4 | 8;

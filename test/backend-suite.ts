@@ -7,6 +7,7 @@ import fc from "fast-check";
 import type { Backend, Block, FoldJob, Slice } from "../dist/src/backends/backend.js";
 import type { Dtype, FloatDtype } from "../dist/src/tensor/dtypes.js";
 import { encodeTensor } from "../dist/src/tensor/encode.js";
+import { uniform } from "../dist/src/tensor/random.js";
 import type { SuiteTest } from "./stand-in.ts";
 
 const FLOATS: FloatDtype[] = ["f32", "f16", "bf16"];
@@ -59,7 +60,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
     });
     await fc.assert(
       fc.asyncProperty(cases, async ({ type, rank, rows, width, skew, add, seed }) => {
-        const random = generator(seed);
+        const random = uniform(seed);
         const coefficients = values(rank * rows, random);
         const encoded = encodeTensor(type, values(rows * width, random), rows, width);
         const basis = decode(type, encoded, rows, width);
@@ -101,7 +102,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
     });
     await fc.assert(
       fc.asyncProperty(cases, async ({ type, count, rows, width, skew, seed }) => {
-        const random = generator(seed);
+        const random = uniform(seed);
         const x = values(count * width, random);
         const encoded = encodeTensor(type, values(rows * width, random), rows, width);
         const basis = decode(type, encoded, rows, width);
@@ -170,7 +171,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
     t.teardown(() => backend.close());
     await fc.assert(
       fc.asyncProperty(weights, async ({ type, rank, rows, columns, gap, skew, scaled, inPlace, seed }) => {
-        const random = generator(seed);
+        const random = uniform(seed);
         const stride = columns + gap;
         const size = type === "f32" ? 4 : 2;
         const length = rows === 0 ? 0 : (rows - 1) * stride + columns;
@@ -236,7 +237,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
   t.test("fold of rank 0 without scales copies bits, NaN payloads included", async (t) => {
     const backend = await create();
     t.teardown(() => backend.close());
-    const random = generator(7);
+    const random = uniform(7);
     for (const type of FLOATS) {
       const size = type === "f32" ? 4 : 2;
       for (const [rows, columns, stride] of [
@@ -368,7 +369,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
         weights,
         fc.constantFrom("rows" as const, "columns" as const),
         async ({ type, rank, rows, columns, gap, skew, seed }, axis) => {
-          const random = generator(seed);
+          const random = uniform(seed);
           const stride = columns + gap;
           const size = type === "f32" ? 4 : 2;
           const length = rows === 0 ? 0 : (rows - 1) * stride + columns;
@@ -431,7 +432,7 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
   t.test("blocks are zeroed, never overlap, and keep their contents while memory grows", async (t) => {
     const backend = await create();
     t.teardown(() => backend.close());
-    const random = generator(3);
+    const random = uniform(3);
     const live: { block: Block; mark: number }[] = [];
     const check = async ({ block, mark }: { block: Block; mark: number }): Promise<void> => {
       const bytes = await download(backend, { block, byteOffset: 0 }, block.byteLength);
@@ -530,17 +531,6 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
     t.throws(() => backend.allocate(-1, "active"), { name: "RangeError", message: /^byteLength / });
     t.throws(() => backend.allocate(2 ** 45, "active"), { tag: "backend", message: /35184372088832 bytes/ });
   });
-}
-
-/** mulberry32: numbers in [0, 1) that are the same on every machine. */
-export function generator(seed: number): () => number {
-  let state = seed >>> 0;
-  return () => {
-    state = (state + 0x6d2b79f5) >>> 0;
-    let x = Math.imul(state ^ (state >>> 15), 1 | state);
-    x ^= x + Math.imul(x ^ (x >>> 7), 61 | x);
-    return ((x ^ (x >>> 14)) >>> 0) / 2 ** 32;
-  };
 }
 
 /** Values in [-1, 1), none so near to 0 that the norm of a vector of one could be. */

@@ -13,8 +13,9 @@ import { transpose } from "../dist/src/extract/linalg.js";
 import { createWasmProducts } from "../dist/src/extract/wasm-products.js";
 import type { FloatDtype } from "../dist/src/tensor/dtypes.js";
 import { encodeTensor } from "../dist/src/tensor/encode.js";
+import { uniform } from "../dist/src/tensor/random.js";
 import { dawnMissing } from "./backend-list.ts";
-import { backendSuite, generator, values } from "./backend-suite.ts";
+import { backendSuite, values } from "./backend-suite.ts";
 import { countingDevice } from "./counting-device.js";
 import { required } from "./required.ts";
 
@@ -58,7 +59,7 @@ t.test("without a wish the best variant runs", async (t) => {
 /** One fold or expand with the same seeded input on any backend; the bytes of its result. */
 function run(backend: Backend, type: FloatDtype, rank: number): Uint8Array {
   const [rows, columns] = [37, 531];
-  const random = generator(11);
+  const random = uniform(11);
   const put = (bytes: Uint8Array): { block: ReturnType<Backend["allocate"]>; byteOffset: number } => {
     const block = backend.allocate(bytes.byteLength, "scratch");
     backend.upload({ block, byteOffset: 0 }, bytes);
@@ -117,7 +118,7 @@ t.test("heap: first fit, coalescing, growth by what is missing", (t) => {
 t.test("heap: a random walk that ends empty ends in one range", (t) => {
   fc.assert(
     fc.property(fc.array(fc.nat(5000), { minLength: 1, maxLength: 60 }), fc.integer(), (sizes, seed) => {
-      const random = generator(seed);
+      const random = uniform(seed);
       const memory = new WebAssembly.Memory({ initial: 1 });
       const heap = createHeap(memory, 65536);
       const live: [number, number][] = [];
@@ -178,8 +179,8 @@ for (const variant of ["scalar", "simd"] as const) {
     for (const m of [0, 1, 2, 3, 5, 9, 31]) {
       for (const n of [1, 2, 4, 7, 31]) {
         for (const width of [0, 1, 2, 7, 64, 385]) {
-          const x = Float64Array.from(values(m * width, generator(m * 1000 + width)));
-          const y = Float64Array.from(values(n * width, generator(n * 77 + width)));
+          const x = Float64Array.from(values(m * width, uniform(m * 1000 + width)));
+          const y = Float64Array.from(values(n * width, uniform(n * 77 + width)));
           for (const [right, lower] of [
             [y, false],
             [x, true],
@@ -212,7 +213,7 @@ for (const variant of ["scalar", "simd"] as const) {
     `${variant}: held operands give the same products until they are freed, and then memory is used again`,
     async (t) => {
       const products = await createWasmProducts({ variant });
-      const [x, y] = [Float64Array.from(values(9 * 20, generator(1))), Float64Array.from(values(7 * 20, generator(2)))];
+      const [x, y] = [Float64Array.from(values(9 * 20, uniform(1))), Float64Array.from(values(7 * 20, uniform(2)))];
       const expected = products.multiplyTransposed(x, y, 9, 7, 20);
       const square = products.multiplyTransposed(x, x, 9, 9, 20);
       for (const held of [[x], [y], [x, y]]) {
@@ -231,7 +232,7 @@ for (const variant of ["scalar", "simd"] as const) {
   t.test(`${variant}: tridiagonal forms have the eigenpairs of the matrix`, async (t) => {
     const { tridiagonalize } = await createWasmProducts({ variant });
     for (const n of [1, 2, 3, 4, 5, 8, 17, 64, 101]) {
-      const random = generator(n);
+      const random = uniform(n);
       const kinds: [string, Float64Array][] = [
         ["full", Float64Array.from(values(n * n, random))],
         ["ones", new Float64Array(n * n).fill(1)],

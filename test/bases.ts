@@ -3,14 +3,15 @@
 import type { Tensor } from "../dist/src/base/host.js";
 import type { FloatDtype } from "../dist/src/tensor/dtypes.js";
 import { encodeTensor } from "../dist/src/tensor/encode.js";
-import { generator, values } from "./backend-suite.ts";
+import { uniform } from "../dist/src/tensor/random.js";
+import { values } from "./backend-suite.ts";
 import { concat } from "./packs.ts";
 
 type Modules = readonly { name: string; out: number; in: number }[];
 
 /** A weight for each module, in memory, under the names of a checkpoint without "bert.". */
 export function seededTensors(modules: Modules, dtype: FloatDtype): Map<string, Tensor> {
-  const random = generator(77);
+  const random = uniform(77);
   const tensors = new Map<string, Tensor>();
   for (const { name, out, in: inputs } of modules) {
     const data = encodeTensor(dtype, values(out * inputs, random), out, inputs);

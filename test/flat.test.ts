@@ -16,9 +16,10 @@ import { openPack } from "../dist/src/pack/pack.js";
 import { projectAdapters } from "../dist/src/pack/project.js";
 import { createRuntime } from "../dist/src/runtime/create.js";
 import type { Dtype } from "../dist/src/tensor/dtypes.js";
+import { uniform } from "../dist/src/tensor/random.js";
 import { createEncoder, readReference, readTask } from "../examples/minilm.js";
 import { backends } from "./backend-list.ts";
-import { generator, values } from "./backend-suite.ts";
+import { values } from "./backend-suite.ts";
 import { seededTensors } from "./bases.ts";
 import { checkGolden, floats, relativeDifference } from "./compare.ts";
 import { concat, data, goldenPacks, LOSSLESS, packOf } from "./packs.ts";
@@ -82,7 +83,7 @@ function adapterOf(
   seed: number,
   [out, inputs]: readonly [number, number] = [10, 14],
 ): Awaited<ReturnType<typeof readAdapters>>[number] {
-  const random = generator(seed);
+  const random = uniform(seed);
   const [A, Bt] = [values(rank * inputs, random), values(rank * out, random)];
   const module = {
     name: "layer",
@@ -187,7 +188,7 @@ t.test("an adapter of the stack, brought onto the stored basis again, gets the s
 });
 
 t.test("turning keeps ΔW, brings pairs nearer, and lowers the error on real adapters", async (t) => {
-  const random = generator(3);
+  const random = uniform(3);
   for (const zero of [0, 1, 3]) {
     const fill = (width: number): Float64Array =>
       Float64Array.from(values(4 * width, random)).fill(0, (4 - zero) * width);

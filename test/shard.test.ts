@@ -33,6 +33,7 @@ import { collectSummary, gramComponents, type Summary, summaryKind, triangle } f
 import { readAdapters } from "../dist/src/node.js";
 import { openPack, type Pack } from "../dist/src/pack/pack.js";
 import { toBytes, writePart } from "../dist/src/pack/shard/part.js";
+import { shuffle, uniform } from "../dist/src/tensor/random.js";
 import type { SafetensorsEntry } from "../dist/src/tensor/safetensors-writer.js";
 import { concat, data, packDifference } from "./packs.ts";
 
@@ -73,25 +74,7 @@ const shard = async (
   options: Pick<BuildOptions, "gauge" | "rank" | "normalize"> = {},
 ): Promise<StatisticsPart> => part(await adapterStatistics(adapters, options));
 
-/** mulberry32, so that every run draws alike. */
-function draws(seed: number): () => number {
-  return () => {
-    seed = (seed + 0x6d2b79f5) | 0;
-    let x = Math.imul(seed ^ (seed >>> 15), 1 | seed);
-    x ^= x + Math.imul(x ^ (x >>> 7), 61 | x);
-    return ((x ^ (x >>> 14)) >>> 0) / 2 ** 32;
-  };
-}
-
-function shuffled<T>(items: readonly T[], seed: number): T[] {
-  const random = draws(seed);
-  const out = [...items];
-  for (let i = out.length - 1; i > 0; i--) {
-    const j = Math.floor(random() * (i + 1));
-    [out[i], out[j]] = [out[j]!, out[i]!];
-  }
-  return out;
-}
+const shuffled = <T>(items: readonly T[], seed: number): T[] => shuffle([...items], uniform(seed));
 
 function split<T>(items: readonly T[], count: number): T[][] {
   return Array.from({ length: count }, (_, i) => items.filter((__, at) => at % count === i));
@@ -226,7 +209,7 @@ t.test("summaries: any split of a stack gives its Gram matrix, and the component
   });
   fc.assert(
     fc.property(shape, ({ width, count, cut, seed }) => {
-      const random = draws(seed);
+      const random = uniform(seed);
       const rows = Float64Array.from({ length: count * width }, () => random() - 0.5 + (seed & 1));
       const first = Math.floor(cut * count);
       const pieces = [rows.subarray(0, first * width), rows.subarray(first * width)].filter(
@@ -286,7 +269,7 @@ t.test("summaries of stacks without a direction: equal rows, zeros, a mean that 
   t.equal(gramComponents(summaryOf(equal, 7), "keep", all).components.count, 0, "equal rows");
   t.equal(gramComponents(summaryOf(equal, 7), "none", all).components.count, 1);
   t.equal(gramComponents(summaryOf(new Float64Array(40 * 7), 7), "none", all).components.count, 0, "zeros");
-  const random = draws(5);
+  const random = uniform(5);
   const far = Float64Array.from({ length: 40 * 7 }, (_, i) => (i % 7 < 2 ? 1e-3 * (random() - 0.5) : 0) + 1);
   const { components } = gramComponents(summaryOf(far, 7), "keep", all);
   t.equal(components.count, 2, "what varies under a mean that is a thousand times larger");
@@ -298,7 +281,7 @@ t.test("summaries of stacks without a direction: equal rows, zeros, a mean that 
 
 t.test("the strongest components alone are those among all", (t) => {
   const [width, count] = [300, 400];
-  const random = draws(9);
+  const random = uniform(9);
   const rows = Float64Array.from(
     { length: count * width },
     (_, i) => (random() - 0.5) * 0.8 ** (i % width) + 0.01 * (random() - 0.5),
@@ -411,7 +394,7 @@ t.test("every damage of a part is found: each byte of the header, samples of the
   for (const [kind, bytes, use] of parts) {
     await use(bytes);
     const header = 8 + new DataView(bytes.buffer).getUint32(0, true);
-    const random = draws(1);
+    const random = uniform(1);
     const places = [
       ...Array(header).keys(),
       ...Array.from({ length: 200 }, () => header + Math.floor(random() * (bytes.length - header))),

@@ -9,8 +9,8 @@ import type { DeviceTensor, Tensor } from "../dist/src/base/host.js";
 import { openPack } from "../dist/src/pack/pack.js";
 import { createRuntime } from "../dist/src/runtime/create.js";
 import type { Runtime } from "../dist/src/runtime/runtime.js";
+import { uniform } from "../dist/src/tensor/random.js";
 import { dawnMissing } from "./backend-list.ts";
-import { generator } from "./backend-suite.ts";
 import { seededBase, seededTensors } from "./bases.ts";
 import { countingDevice } from "./counting-device.js";
 import { packOf } from "./packs.ts";
@@ -379,7 +379,7 @@ t.test(
     const base = await seededBase(modules);
     const runtime = await createRuntime(await openPack(packBytes), { base, backend: "webgpu" });
     t.teardown(() => runtime.close());
-    const random = generator(4);
+    const random = uniform(4);
     const seen = new Map<string | null, Buffer>();
     for (let round = 0; round < 20; round++) {
       const choices = Array.from({ length: 4 }, () => [...TASKS, null][Math.floor(random() * 4)]!);

@@ -15,8 +15,9 @@ import { openPack } from "../dist/src/pack/pack.js";
 import { createRuntime } from "../dist/src/runtime/create.js";
 import { type Dtype, decodeTensor, type FloatDtype } from "../dist/src/tensor/dtypes.js";
 import { encodeTensor } from "../dist/src/tensor/encode.js";
+import { uniform } from "../dist/src/tensor/random.js";
 import { dawnMissing } from "./backend-list.ts";
-import { generator, values } from "./backend-suite.ts";
+import { values } from "./backend-suite.ts";
 import { seededBase } from "./bases.ts";
 import { countingDevice } from "./counting-device.js";
 import { data, packOf } from "./packs.ts";
@@ -79,7 +80,7 @@ interface Case {
 /** One expansion and one fold with it, seeded. Returns the factor and the weight. */
 async function compute(backend: Backend, job: Case): Promise<{ factor: Float32Array; weight: Uint8Array }> {
   const { basis, type, rank, K, rows, columns, gap, skew, seed } = job;
-  const random = generator(seed);
+  const random = uniform(seed);
   const stride = columns + gap;
   const size = type === "f32" ? 4 : 2;
   const length = (rows - 1) * stride + columns;
@@ -252,7 +253,7 @@ t.test(
       return pack.modules.reduce((bytes, module) => bytes + 4 * rows(module), 0);
     };
     const live = counts.live;
-    const random = generator(12);
+    const random = uniform(12);
     for (let i = 0; i < 500; i++) {
       const task = i === 499 ? null : [...TASKS, null][Math.floor(random() * 5)]!;
       Object.assign(counts, { submits: 0, dispatches: 0, written: 0 });

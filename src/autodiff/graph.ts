@@ -22,7 +22,7 @@ import { differentiate } from "./reverse.ts";
 import { checkFeeds, type ShapeProbe } from "./shapes.ts";
 
 export interface TrainingGraphOptions {
-  /** The output that holds the logits, [… , classes]. "logits" unless given, or the only output. */
+  /** The output that holds the logits, [… , classes]. Default: "logits", or the only output. */
   readonly logits?: string | undefined;
   /** Runs the model while the graph is made, on two tiny feeds. */
   readonly probe: ShapeProbe;

@@ -22,7 +22,7 @@ export interface BackendOptions {
          * active task back.
          */
         readonly recreate?: boolean | (() => Promise<DeviceHandle>);
-        /** Milliseconds to wait for the device before it counts as lost; 60 000 unless given. */
+        /** Milliseconds to wait for the device before it counts as lost. Default: 60 000. */
         readonly timeout?: number;
       }
     | undefined;

@@ -14,7 +14,7 @@ export interface DeviceOptions {
   readonly device?: DeviceHandle | undefined;
   /** Refuse an adapter that computes on the CPU. */
   readonly hardware?: boolean | undefined;
-  /** Milliseconds to wait for the device, each time; 60 000 unless given. */
+  /** Milliseconds to wait for the device, each time. Default: 60 000. */
   readonly timeout?: number | undefined;
 }
 

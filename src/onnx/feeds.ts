@@ -16,7 +16,7 @@ const BOOL = 9;
 const INT32 = 6;
 
 /**
- * @param size of a free dimension, by its name, or by its place where it has none; 2 unless given
+ * @param size of a free dimension, by its name, or by its place where it has none. Default: 2
  * @returns undefined when an input is of a kind that cannot be guessed
  */
 export function tinyFeeds(

@@ -150,7 +150,7 @@ export function quantizedAt(bytes: Uint8Array, type: QuantizedDtype, byteOffset:
 
 /**
  * Encodes values as f32, f16 or bf16, rounded to nearest even: the values only, without a tensor's final padding.
- * @param out where to, aligned to 4 bytes; new memory unless given
+ * @param out where to, aligned to 4 bytes. Default: new memory
  * @throws RangeError when a value is not finite or does not fit the type
  */
 export function encodeFloats(
