@@ -304,7 +304,7 @@ t.test("the command line, on the real model", async (t) => {
   refuse(2, { tag: "usage", message: /--steps 0/ }, "--steps", "0");
   refuse(2, { tag: "usage", message: /stepps/ }, "--stepps", "3");
   t.match(json(2, "distill", "p.eigen", own("debtags-role"), "-o", "x"), {
-    error: { tag: "usage", message: /missing --model/ },
+    error: { tag: "usage", message: /missing --text/ },
   });
   const other = ["distill", "p.eigen", data("sessions/adapters/two"), ...settings, "-o", "x.eigen"];
   t.match(json(1, ...other), { error: { tag: "adapter", message: /two/ } }, "an adapter of another base");

@@ -26,7 +26,12 @@ export class Run {
 
   /** @param rename new ids, by old id or by path */
   async adapters(paths: readonly string[], rename: ReadonlyMap<string, string>): Promise<Adapter[]> {
-    return (await readAdapters(paths, { rename })).map((adapter) => this.closing(adapter));
+    const adapters = await readAdapters(paths, { rename }).catch((error: Error) => {
+      // The library speaks of its own option.
+      error.message = error.message.replace("with rename", "with --as");
+      throw error;
+    });
+    return adapters.map((adapter) => this.closing(adapter));
   }
 
   /** The base model, where one was named. */
