@@ -1,8 +1,14 @@
 /**
  * `eigenlora/onnxruntime`: a pack on a model that onnxruntime-web or onnxruntime-node runs.
  */
+import { checkOptions } from "../src/arguments.ts";
 import type { Pack } from "../src/pack/pack.ts";
-import { type SessionOptions as CommonOptions, createSession, type Session } from "../src/session/session.ts";
+import {
+  type SessionOptions as CommonOptions,
+  createSession,
+  SESSION_OPTIONS,
+  type Session,
+} from "../src/session/session.ts";
 import type { SourceInput } from "../src/source.ts";
 import type { Ort, SessionOptions } from "./ort.ts";
 import { createEngine } from "./ort-engine.ts";
@@ -59,7 +65,9 @@ export async function createEigenSession<O extends Ort>(
   ort: O,
   model: SourceInput,
   pack: Pack,
-  { session, ...options }: EigenSessionOptions<O> = {},
+  given: EigenSessionOptions<O> = {},
 ): Promise<EigenSession<O>> {
+  checkOptions("createEigenSession", given, [...SESSION_OPTIONS, "session"]);
+  const { session, ...options } = given;
   return createSession(createEngine(ort, session), model, pack, options as CommonOptions);
 }

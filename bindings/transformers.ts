@@ -3,10 +3,12 @@
  * switches tasks; the pipeline stays what it is, and so do its tokenizer, generation and post-processing. Nothing of
  * transformers.js or onnxruntime is imported here: both are reached through the pipeline.
  */
+import { checkChoice, checkOptions, checkPack } from "../src/arguments.ts";
 import type { Pack, TaskInfo } from "../src/pack/pack.ts";
 import { copySelection, type Selection } from "../src/runtime/selection.ts";
 import { hold } from "../src/session/hold.ts";
 import { type Labels, labelsOf } from "../src/session/labels.ts";
+import { SESSION_OPTIONS } from "../src/session/session.ts";
 import { Turns } from "../src/session/turns.ts";
 import type { SourceInput } from "../src/source.ts";
 import {
@@ -63,6 +65,8 @@ export interface AttachOptions extends EigenSessionOptions<PipelineOrt> {
   Tensor?: PipelineOrt["Tensor"] | undefined;
 }
 
+const OPTIONS = [...SESSION_OPTIONS, "session", "model", "part", "original", "pretrained", "Tensor"] as const;
+
 /** Models that have a pack. */
 const attached = new WeakSet<object>();
 
@@ -90,14 +94,15 @@ export async function attachPack(
   pack: Pack,
   options: AttachOptions,
 ): Promise<AttachedPack> {
+  checkPack("attachPack", pack);
+  // Before anything of the pipeline is given up.
+  checkOptions("attachPack", options ?? {}, OPTIONS);
   const { model, part, original = "release", pretrained = {}, Tensor, ...rest } = options ?? {};
   if (model === undefined) {
     const what = "pass { model }, the id as given to pipeline(), or the ONNX file";
     throw new TypeError(`attachPack: a pipeline does not keep its model; ${what}`);
   }
-  if (!["release", "release-first", "keep"].includes(original)) {
-    throw new RangeError(`original: got ${JSON.stringify(original)}`);
-  }
+  checkChoice("original", original, ["release", "release-first", "keep"]);
   const name = partOf(pipe, part);
   const own = pipe.model.sessions[name] as PipelineSession;
   const InferenceSession = own.constructor as never;

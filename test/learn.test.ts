@@ -12,7 +12,14 @@ import { openPack } from "../dist/src/pack/pack.js";
 import { uniform } from "../dist/src/tensor/random.js";
 import { writeSafetensors } from "../dist/src/tensor/safetensors-writer.js";
 import { splitHoldout, targetsOf, toBatches } from "../dist/src/train/examples.js";
-import { type BatchFeeds, createTrainer, type Example } from "../dist/src/train/index.js";
+import {
+  type BatchFeeds,
+  createJudge,
+  createTrainer,
+  type Example,
+  inputMoments,
+  zeroShotTask,
+} from "../dist/src/train/index.js";
 import { createEncoder, readTask } from "../examples/minilm.js";
 import { examples, F32, LABELS, tiny } from "./learning.ts";
 import { data, packOf } from "./packs.ts";
@@ -89,6 +96,23 @@ t.test("a LoRA without components, for comparison", async (t) => {
     name: "RangeError",
     message: /train: expected/,
   });
+  const wrong = (options: object): never => options as never;
+  const refusals: [() => Promise<unknown>, string][] = [
+    [() => createTrainer(session, wrong({ labels: LABELS, terms: 2 })), 'createTrainer: unknown option "terms"'],
+    [() => trainer.fit(known, wrong({ rates: {} })).next(), 'fit: unknown option "rates"'],
+    [() => zeroShotTask(session.pack, wrong({ sede: 1 })), 'zeroShotTask: unknown option "sede"; did you mean "seed"?'],
+    [() => session.switchTask("two", wrong({ haed: "two" })), 'switchTask: unknown option "haed"'],
+    [() => createTrainer(Promise.resolve(session) as never, { labels: LABELS }), "createTrainer: expected a session"],
+    [
+      async () => createJudge(NODE as never, "m.onnx", wrong({})),
+      "createJudge: expected an engine (createEngine(ort))",
+    ],
+    [() => inputMoments(NODE as never, "m.onnx", wrong({})), "inputMoments: expected an engine (createEngine(ort))"],
+  ];
+  for (const [refused, message] of refusals) {
+    const error = await refused().catch((thrown: Error) => thrown);
+    t.ok(error instanceof TypeError && error.message.startsWith(message), String(error));
+  }
 });
 
 t.test("a learned task leaves as a PEFT adapter that answers alike in PyTorch", async (t) => {

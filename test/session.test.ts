@@ -241,6 +241,23 @@ t.test("an engine that lacks an operator says which", async (t) => {
   });
 });
 
+t.test("a switch reads each task once, even where nothing stays in memory", async (t) => {
+  const { ort } = ORTS[0]!;
+  const pack = await packFor("base", { maxResidentBytes: 0 });
+  const session = await open(ort, model("torchscript"), pack, { mode: "core" });
+  const selections: Record<string, number>[] = [
+    { two: 0.5, three: 0.5 },
+    { five: 1, two: 0.1 },
+  ];
+  for (const selection of selections) {
+    await session.switchTask(null);
+    const { requests } = await session.switchTask(selection, { head: "two" });
+    t.ok(requests >= 1 && requests <= 2, `${requests} requests for two tasks`);
+  }
+  await session.close();
+  await pack.close();
+});
+
 t.test("blends, strengths and what a switch reports", async (t) => {
   const { ort } = ORTS[0]!;
   const names = ["core", "factors", "folded"] as const;

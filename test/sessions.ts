@@ -7,7 +7,7 @@ import { createEigenSession, type EigenSession, type EigenSessionOptions } from 
 import { readAdapters } from "../dist/src/adapters/folder.js";
 import { openHost } from "../dist/src/base/open.js";
 import { type BuildOptions, buildPack } from "../dist/src/pack/build.js";
-import { openPack, type Pack } from "../dist/src/pack/pack.js";
+import { type OpenOptions, openPack, type Pack } from "../dist/src/pack/pack.js";
 import type { Engine } from "../dist/src/session/engine.js";
 import { createSession, type SessionOptions } from "../dist/src/session/session.js";
 import { concat, data, LOSSLESS } from "./packs.ts";
@@ -98,10 +98,10 @@ const PACKS: Record<string, readonly [adapters: readonly string[], base: string]
 const made = new Map<string, Promise<Uint8Array<ArrayBuffer>>>();
 
 /** A pack of its own of all adapters that a model has answers for. */
-export async function packFor(answers: string): Promise<Pack> {
+export async function packFor(answers: string, options?: OpenOptions): Promise<Pack> {
   let bytes = made.get(answers);
   if (!bytes) made.set(answers, (bytes = packBytes(...PACKS[answers]!)));
-  return openPack(await bytes);
+  return openPack(await bytes, options);
 }
 
 /** The feeds of the goldens that a session takes; of some rows only, where asked. */

@@ -217,7 +217,7 @@ async function writeInputs(attached: Attached, ids: readonly string[], target: s
 
 /** @param id of a task; null for the base */
 async function writeValues({ pack, inputs, evaluator, marks }: Attached, file: string, id: string | null) {
-  const values = await evaluator.evaluate(id);
+  const values = await evaluator.read(id);
   const entries = inputs.map((input): SafetensorsEntry => {
     const { dims, data } = stackValues(input, [values.inputs.get(input.name)!]);
     const dtype = data instanceof BigInt64Array ? "I64" : "F32";

@@ -5,6 +5,7 @@
 import type { TaskInput } from "../onnx/graft.ts";
 import type { DetachedModel } from "../onnx/write.ts";
 import type { Selection, SwitchOptions } from "../runtime/selection.ts";
+import type { ActiveTask } from "../runtime/stage.ts";
 import type { Engine, LoadedModel, LoadOptions, Tensors } from "./engine.ts";
 import type { PreparedModel } from "./prepare.ts";
 import { stackValues, type TaskEvaluator, type TaskValues } from "./values.ts";
@@ -36,8 +37,11 @@ export interface Carrier {
   readonly note?: string;
   /** Of weights, at each switch. */
   readonly bytesWritten: number;
-  /** When it fails, what was active before stays usable. */
-  make(selection: Selection, options: SwitchOptions): Promise<Active>;
+  /**
+   * When it fails, what was active before stays usable.
+   * @param tasks those of the selection, as `evaluator.load` gives them
+   */
+  make(selection: Selection, tasks: readonly ActiveTask[], options: SwitchOptions): Promise<Active>;
   /** Refuses a model that would mix the tasks of a batch. @throws BackendError */
   checkRows?(): Promise<void>;
   /** Resident bytes: what expands or folds, pristine weights, and weights that the model reads. */

@@ -55,14 +55,14 @@ export async function deviceCarrier(
       const { feeds, bytes } = toFeeds(engine, inputs, [values]);
       return { model, task, feeds: { ...weights, ...feeds }, bytes };
     };
-    const none = await evaluator.evaluate(null);
+    const none = await evaluator.read(null);
     const probe = await probeBuffers(parts, model, fed, weights, none, device as GPUDevice, gpu);
     const bytes = [...own.values()].reduce((sum, { size }) => sum + size, 0);
     return {
       ...{ evaluator, probe, first: active(null, none), bytesWritten: bytes },
       ...(ignored && { note: `${engine.name} does not use the device it was given; the weights are on its own` }),
-      async make(selection, options) {
-        const values = await evaluator.evaluate(selection, options);
+      async make(selection, tasks, options) {
+        const values = evaluator.evaluate(tasks, options.head);
         // Runs that were asked for before are through by then, and none begins meanwhile.
         await gpu.exclusive(() => foldInPlace(runtime, selection, options, fed, tensors, own));
         return active(copySelection(selection), values);

@@ -29,8 +29,8 @@ export async function foldedCarrier(
     ...{ names: prepared.names, ignore: parametersLeftOut(prepared) },
   });
   const pristine = detached.files.reduce((sum, { data }) => sum + data.byteLength, detached.bytes.length);
-  const make: Carrier["make"] = async (selection, options) => {
-    const values = await evaluator.evaluate(selection, options);
+  const make: Carrier["make"] = async (selection, tasks, options) => {
+    const values = evaluator.evaluate(tasks, options.head);
     await runtime.switchTask(selection, options);
     const changed = runtime.changes();
     const folded = await fillFolded(layout, (name): View | Promise<View> => changed.get(name) ?? host.read(name));
@@ -44,7 +44,7 @@ export async function foldedCarrier(
   try {
     return {
       evaluator,
-      first: await make(null, {}),
+      first: await make(null, [], {}),
       probe: { result: "not needed: the weights themselves change" },
       bytesWritten: layout.byteLength,
       make,

@@ -2,13 +2,13 @@
  * A loaded model that switches tasks. It owns the order of runs and switches; how tasks reach the model is the carrier's, what
  * runs it is the engine's.
  */
-import { checkChoice, checkOptions, checkPack } from "../arguments.ts";
+import { checkArgument, checkChoice, checkOptions, checkPack } from "../arguments.ts";
 import { BackendError, TaskError } from "../errors.ts";
 import { type ModelOptions, readModel } from "../onnx/read.ts";
 import { detachWeights } from "../onnx/write.ts";
 import type { Pack, TaskInfo } from "../pack/pack.ts";
 import { type MemoryReport, memoryReport, type SwitchReport } from "../runtime/report.ts";
-import { loadParts, type Selection, type SwitchOptions } from "../runtime/selection.ts";
+import type { Selection, SwitchOptions } from "../runtime/selection.ts";
 import type { SourceInput } from "../source.ts";
 import { type Active, type Carrier, type CarrierParts, type ProbeReport, toFeeds } from "./carrier.ts";
 import type { Engine, Tensors } from "./engine.ts";
@@ -34,9 +34,20 @@ export interface SessionOptions extends ModelOptions, PlanOptions {
   readonly trainable?: boolean | { readonly logits?: string | undefined } | undefined;
 }
 
-const OPTIONS = [
-  ...(["mode", "names", "anyBase", "ignore", "reserve", "probe", "trainable"] as const),
-  ...(["external", "fetch", "headers", "timeout", "signal"] as const),
+/** All options of `createSession`. */
+export const SESSION_OPTIONS = [
+  "mode",
+  "names",
+  "anyBase",
+  "ignore",
+  "reserve",
+  "probe",
+  "trainable",
+  "external",
+  "fetch",
+  "headers",
+  "timeout",
+  "signal",
 ] as const;
 
 /** What a switch did and what it cost. */
@@ -84,8 +95,9 @@ export async function createSession<T extends SessionTypes>(
   pack: Pack,
   options: SessionOptions = {},
 ): Promise<Session<T>> {
+  checkArgument("createSession", engine, "an engine (createEngine(ort))", "load");
   checkPack("createSession", pack);
-  checkOptions("createSession", options, OPTIONS);
+  checkOptions("createSession", options, SESSION_OPTIONS);
   const { trainable = false, mode = "auto" } = options;
   checkChoice("mode", mode, ["auto", "core", "factors", "folded"]);
   if (trainable && mode !== "auto" && mode !== "factors") {
@@ -198,7 +210,7 @@ export class Session<T extends SessionTypes = SessionTypes> {
       engine: this.#engine,
       graph,
       inputs: this.#inputs,
-      base: async () => (await this.#carrier.evaluator.evaluate(null)).inputs,
+      base: async () => (await this.#carrier.evaluator.read(null)).inputs,
       run: async (feeds, fetches) => {
         this.#live();
         return this.#timeline.run(({ model }) => this.#engine.run(model, { ...this.#idle, ...feeds }, fetches));
@@ -223,6 +235,7 @@ export class Session<T extends SessionTypes = SessionTypes> {
    * @throws TaskError, SourceError, FormatError as `Runtime.switchTask`
    */
   async switchTask(selection: Selection, options: SwitchOptions = {}): Promise<SessionSwitchReport> {
+    checkOptions("switchTask", options, ["signal", "head"]);
     this.#live();
     const started = performance.now();
     const before = { ...this.pack.reads };
@@ -230,10 +243,9 @@ export class Session<T extends SessionTypes = SessionTypes> {
     const change = this.#timeline.change(
       async () => {
         options.signal?.throwIfAborted();
-        // Nothing but for the report: what is read stays in the pack.
-        await loadParts(this.pack, selection, options);
+        const tasks = await this.#carrier.evaluator.load(selection, options);
         read = performance.now();
-        const made = await this.#carrier.make(selection, options);
+        const made = await this.#carrier.make(selection, tasks, options);
         this.#active = made;
         return made;
       },
@@ -300,7 +312,7 @@ export class Session<T extends SessionTypes = SessionTypes> {
       // A task can be removed and another one added under its name.
       const bytes = task === null ? undefined : (await this.pack.load(task)).bytes;
       const known = this.#rowValues.get(task);
-      const values = known?.bytes === bytes && known ? known.values : await this.#carrier.evaluator.evaluate(task);
+      const values = known?.bytes === bytes && known ? known.values : await this.#carrier.evaluator.read(task);
       wanted.set(task, { bytes, values });
     }
     this.#rowValues = wanted;

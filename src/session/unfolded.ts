@@ -38,15 +38,15 @@ async function onModel(
   try {
     // Runs fail once the device is lost, where the engine tells which one it has.
     await engine.gpu?.device().catch(() => undefined);
-    const none = await evaluator.evaluate(null);
+    const none = await evaluator.read(null);
     const made = typeof parts.probe === "object" ? undefined : feeds;
     return {
       evaluator,
       first: { model, task: null, ...toFeeds(engine, inputs, [none]) },
       probe: await probeParity(parts, model, none.inputs),
       bytesWritten: 0,
-      async make(selection, options) {
-        const values = await evaluator.evaluate(selection, options);
+      async make(selection, tasks, { head }) {
+        const values = evaluator.evaluate(tasks, head);
         return { model, task: copySelection(selection), ...toFeeds(engine, inputs, [values]) };
       },
       async checkRows() {

@@ -60,16 +60,31 @@ export class TaskEvaluator {
   }
 
   /**
+   * Reads the tasks of a selection.
    * @throws TaskError for an unknown id, a blend that cannot be; SourceError, FormatError when a task cannot be read
    * @throws BaseMismatchError when a task changes what the model was not prepared for
    */
-  async evaluate(selection: Selection, options: SwitchOptions = {}): Promise<TaskValues> {
-    const { pack, base, inputs } = this.#model;
+  async load(selection: Selection, options: SwitchOptions = {}): Promise<ActiveTask[]> {
+    const { pack, base } = this.#model;
     const tasks = await loadParts(pack, selection, options, base.ignored);
     this.#refuseUnprepared(tasks);
     options.signal?.throwIfAborted();
+    return tasks;
+  }
+
+  /** The values of a selection that is read here and now. @throws as `load` and `evaluate` */
+  async read(selection: Selection): Promise<TaskValues> {
+    return this.evaluate(await this.load(selection));
+  }
+
+  /**
+   * @param head the task whose head the model gets
+   * @throws TaskError for heads that cannot be blended
+   */
+  evaluate(tasks: readonly ActiveTask[], head?: string): TaskValues {
+    const { pack, inputs } = this.#model;
     // In memory of its own each time: values of earlier switches may still be on their way into a run.
-    const saved = savedModules(tasks, pack, options.head);
+    const saved = savedModules(tasks, pack, head);
     const evaluation = { tasks, saved, terms: this.#terms(tasks) };
     const values = new Map(inputs.map((input) => [input.name, this.#value(input, evaluation)]));
     const heads = inputs.filter(({ kind }) => kind === "headWeight");

@@ -5,6 +5,7 @@
  */
 
 import type { Adapter } from "../adapters/adapter.ts";
+import { checkOptions } from "../arguments.ts";
 import { TaskError } from "../errors.ts";
 import { encodeTaskFile } from "../format/encode.ts";
 import type { TaskBlob } from "../format/format.ts";
@@ -18,9 +19,14 @@ import type { BatchFeeds } from "./batch.ts";
 import type { Example, Unlabelled } from "./examples.ts";
 import { createInputs, type Encode } from "./inputs.ts";
 import { makeTrainer } from "./learn.ts";
-import { checkNumbers } from "./limits.ts";
+import { checkNumbers, checkSession } from "./limits.ts";
 import { meanDivergence, sureTemperature, tempered } from "./probabilities.ts";
 import type { FitOptions, Trainer, TrainingStep } from "./trainer.ts";
+
+const OPTIONS = [
+  ...(["adapter", "task", "texts", "encode", "feeds", "batch", "steps", "temperature", "holdout", "seed"] as const),
+  ...(["learningRates", "weightDecay", "clip", "warmup", "decay", "signal", "onStep"] as const),
+] as const;
 
 /** Options of `distill`. */
 export interface DistillOptions extends Pick<FitOptions, "weightDecay" | "clip" | "warmup" | "decay" | "signal"> {
@@ -86,9 +92,9 @@ const MOST_RATE = 0.02;
  * await session.addTask(`${adapter.id}, distilled`, file);
  */
 export async function distill(session: Session, options: DistillOptions): Promise<Distilled> {
+  checkSession("distill", session);
+  checkOptions("distill", options, OPTIONS);
   const { adapter, task: id = adapter.id, steps = 240, batch = 8, holdout = 0.125, seed = 0, signal } = options;
-  if (!session.trainable)
-    throw new TypeError("distill: this session cannot be trained; create it with trainable: true");
   const all = inputsOf(options);
   checkNumbers("distill", options, { steps: "whole", batch: "whole", holdout: "between" });
   // The adapter is not asked what no step would see.

@@ -3,6 +3,7 @@
  */
 
 import type { Adapter } from "../adapters/adapter.ts";
+import { checkArgument, checkOptions } from "../arguments.ts";
 import { taskAdapter } from "../pack/expand.ts";
 import type { Pack } from "../pack/pack.ts";
 import type { Engine } from "../session/engine.ts";
@@ -55,6 +56,8 @@ export interface PackJudge {
  * await close();
  */
 export function createJudge(engine: Engine, model: SourceInput, options: JudgeOptions): PackJudge {
+  checkArgument("createJudge", engine, "an engine (createEngine(ort))", "load");
+  checkOptions("createJudge", options, ["adapters", "texts", "encode", "most", "batch", "seed", "signal"]);
   const { adapters, encode, batch = 16, seed = 0, signal } = options;
   const { most = Math.min(64, Math.max(16, Math.round(1280 / adapters.length))) } = options;
   if (options.texts.length === 0) throw new RangeError("createJudge: no texts");

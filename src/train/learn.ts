@@ -3,11 +3,12 @@
  * numbers.
  */
 
+import { checkChoice, checkOptions } from "../arguments.ts";
 import type { Pack } from "../pack/pack.ts";
 import type { Session } from "../session/session.ts";
 import type { BatchFeeds } from "./batch.ts";
 import { createInputs, type Encode, type Inputs } from "./inputs.ts";
-import { checkNumbers } from "./limits.ts";
+import { checkNumbers, checkSession } from "./limits.ts";
 import { createMachine, headInputs } from "./machine.ts";
 import { usualRank } from "./start.ts";
 import { sharedRows, Terms, type TrainedModule } from "./terms.ts";
@@ -42,6 +43,10 @@ export interface CreateTrainerOptions extends TrainerOptions {
  * await session.addTask("mine", await trainer.task());
  */
 export async function createTrainer(session: Session, options: CreateTrainerOptions): Promise<Trainer<BatchFeeds>> {
+  checkSession("createTrainer", session);
+  checkOptions("createTrainer", options, [
+    ...(["labels", "init", "seed", "encode", "train", "rank", "privateTerms", "modules", "head"] as const),
+  ]);
   return makeTrainer(session, options, createInputs(options.encode));
 }
 
@@ -51,12 +56,10 @@ export async function makeTrainer(
   options: CreateTrainerOptions,
   inputs: Inputs<BatchFeeds>,
 ): Promise<Trainer<BatchFeeds>> {
-  const { pack, trainable: source } = session;
-  if (!source) throw new TypeError("createTrainer: this session cannot be trained; create it with trainable: true");
+  const { pack, trainable } = session;
+  const source = trainable!;
   const { train = "coefficients", labels } = options;
-  if (!["coefficients", "components", "lora"].includes(train)) {
-    throw new RangeError(`train: expected "coefficients", "components" or "lora", got ${JSON.stringify(train)}`);
-  }
+  checkChoice("train", train, ["coefficients", "components", "lora"]);
   checkNumbers("createTrainer", options, { rank: "whole", privateTerms: "count" });
   const head = headInputs(source, options.head);
   const modules = await trainedModules(pack, options, train === "components");

@@ -1,6 +1,8 @@
 /**
- * Numbers among options, checked by name.
+ * Checks of what training is given.
  */
+import { checkArgument } from "../arguments.ts";
+import type { Session } from "../session/session.ts";
 
 type Kind = "whole" | "count" | "share" | "between" | "positive" | "unlimited" | "rate";
 
@@ -31,4 +33,11 @@ export function checkNumbers<Options extends object>(
     if (value !== undefined && !(typeof value === "number" && valid(value)))
       throw new RangeError(`${where}: ${name}: expected ${expected}, got ${String(value)}`);
   }
+}
+
+/** @throws TypeError when `session` is none, or one that cannot be trained */
+export function checkSession(where: string, session: Session): void {
+  checkArgument(where, session, "a session (await createEigenSession(…))", "trainable");
+  if (session.trainable) return;
+  throw new TypeError(`${where}: this session cannot be trained; create it with trainable: true`);
 }

@@ -2,7 +2,9 @@
  * What enters the adapted modules of a model: second moments over plain text. An error of ΔW counts where inputs are; packs that are
  * made with these lose least of the modules' outputs instead of ΔW itself.
  */
+
 import type { Adapter, AdapterModule } from "../adapters/adapter.ts";
+import { checkArgument, checkOptions } from "../arguments.ts";
 import { Locator } from "../base/locate.ts";
 import { BaseMismatchError } from "../errors.ts";
 import { onnxHost } from "../onnx/host.ts";
@@ -40,8 +42,11 @@ export interface MomentsOptions {
 export async function inputMoments(
   engine: Engine,
   model: SourceInput,
-  { adapters, texts, encode, mask = "attention_mask", most = 256, batch = 16 }: MomentsOptions,
+  options: MomentsOptions,
 ): Promise<Map<string, Float64Array>> {
+  checkArgument("inputMoments", engine, "an engine (createEngine(ort))", "load");
+  checkOptions("inputMoments", options, ["adapters", "texts", "encode", "mask", "most", "batch"]);
+  const { adapters, texts, encode, mask = "attention_mask", most = 256, batch = 16 } = options;
   if (texts.length === 0) throw new RangeError("inputMoments: no texts");
   const file = await readModel(model);
   try {

@@ -2,6 +2,7 @@
  * The training loop: batches in, steps of AdamW, the best state kept. It knows numbers and examples; the model, and how a batch
  * becomes its inputs, come with the subject that it is given.
  */
+import { checkOptions } from "../arguments.ts";
 import { TaskError } from "../errors.ts";
 import { parseTaskFile } from "../format/task-file.ts";
 import { uniform } from "../tensor/random.ts";
@@ -14,6 +15,11 @@ import { checkGradients, stopped } from "./self-test.ts";
 import { readDonor, type Start, startState } from "./start.ts";
 import { copyOf, type OptimizerOptions, optimizerOf, type State } from "./state.ts";
 import type { Subject } from "./subject.ts";
+
+const OPTIONS = [
+  ...(["epochs", "steps", "batch", "holdout", "signal", "smoothing", "temperature", "dtype"] as const),
+  ...(["learningRates", "weightDecay", "clip", "warmup", "decay"] as const),
+] as const;
 
 /** Options of every trainer. */
 export interface TrainerOptions {
@@ -104,6 +110,7 @@ export class Trainer<Feeds = unknown> {
    */
   async *fit(examples: readonly Example<Feeds>[], options: FitOptions = {}): AsyncGenerator<TrainingStep, void, void> {
     const { inputs, labels, machine } = this.#subject;
+    checkOptions("fit", options, OPTIONS);
     checkNumbers("fit", options, {
       ...({ epochs: "whole", steps: "whole", batch: "whole", holdout: "share", smoothing: "share" } as const),
       ...({ temperature: "positive", weightDecay: "rate", clip: "unlimited", warmup: "count" } as const),

@@ -4,13 +4,14 @@
  * trained alone.
  */
 
+import { checkChoice, checkOptions, checkPack } from "../arguments.ts";
 import { TaskError } from "../errors.ts";
 import type { Pack } from "../pack/pack.ts";
 import { uniform } from "../tensor/random.ts";
 import { checkNumbers } from "./limits.ts";
 import { type TaskFileOptions, taskFile } from "./result.ts";
 import { fillStart, usualRank } from "./start.ts";
-import { sharedRows, Terms } from "./terms.ts";
+import { sharedRows, Terms, type TrainedModule } from "./terms.ts";
 
 /** Options of `zeroShotTask`. */
 export interface ZeroShotOptions extends TaskFileOptions {
@@ -31,16 +32,21 @@ export interface ZeroShotOptions extends TaskFileOptions {
  */
 export async function zeroShotTask(pack: Pack, options: ZeroShotOptions = {}): Promise<Uint8Array<ArrayBuffer>> {
   const { init = "mean", seed = 0, id = "zero-shot" } = options;
+  checkPack("zeroShotTask", pack);
+  checkOptions("zeroShotTask", options, ["init", "seed", "rank", "id", "dtype", "metadata"]);
   checkNumbers("zeroShotTask", options, { rank: "whole" });
-  if (init !== "mean" && init !== "random")
-    throw new RangeError(`init: expected "mean" or "random", got ${JSON.stringify(init)}`);
+  checkChoice("init", init, ["mean", "random"]);
   const rank = options.rank ?? (await usualRank(pack));
   const bases = await pack.bases();
-  const modules = pack.modules.flatMap((module) => {
-    const shared = sharedRows(module, bases.bytes, rank, false);
-    return shared ? [{ name: module.name, in: module.in, out: module.out, privateRank: 0, shared }] : [];
-  });
-  bases.close();
+  let modules: TrainedModule[];
+  try {
+    modules = pack.modules.flatMap((module) => {
+      const shared = sharedRows(module, bases.bytes, rank, false);
+      return shared ? [{ name: module.name, in: module.in, out: module.out, privateRank: 0, shared }] : [];
+    });
+  } finally {
+    bases.close();
+  }
   if (pack.tasks.size === 0 || modules.length === 0) {
     const lacking = modules.length === 0 ? "components" : "tasks";
     throw new TaskError(`${pack.name} has no ${lacking} to make coefficients of`, { task: id });
