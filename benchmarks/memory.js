@@ -68,7 +68,7 @@ async function repeated(count) {
     const id = ids[i % ids.length];
     tasks.push({ entry: { id: `${id} ${i}`, adapterBytes: 0, metadata: {} }, blob: (await pack.load(id)).bytes });
   }
-  const { chunks } = await freshPack(pack, tasks.map(placeOf));
+  const { chunks } = await freshPack(pack, await Promise.all(tasks.map(placeOf)));
   await pack.close();
   return chunks;
 }

@@ -31,12 +31,13 @@ export type { SideBasis } from "./extract/side.ts";
 export type { StoredBasis, Subspace } from "./extract/subspace.ts";
 export type { Summary } from "./extract/summary.ts";
 export { encodeTaskFile } from "./format/encode.ts";
-export type { ParameterRole, TaskEntry } from "./format/format.ts";
-export type { Append, TaskPlace, TaskToWrite } from "./format/layout.ts";
+export type { ParameterRole, Signature, TaskEntry } from "./format/format.ts";
+export { type Append, placeOf, type Sign, type TaskPlace, type TaskToWrite } from "./format/layout.ts";
 export { type BuildOptions, type Built, buildPack } from "./pack/build.ts";
 export { taskAdapter } from "./pack/expand.ts";
-export { freshPack, placeOf, planAppend, tasksOf } from "./pack/fresh.ts";
+export { freshPack, planAppend, tasksOf } from "./pack/fresh.ts";
 export type { Goal, Judge, PerTask, ScoreGoal, Tried } from "./pack/goal.ts";
+export { createSigner, type SigningKey } from "./pack/keys.ts";
 export { type ProjectedAdapter, projectAdapters } from "./pack/project.ts";
 export {
   type BuildReport,

@@ -1,12 +1,12 @@
 /**
- * The errors this package throws: one abstract parent, six kinds. Each is told by its `tag`, so that a check works
+ * The errors this package throws: one abstract parent, seven kinds. Each is told by its `tag`, so that a check works
  * across bundles and realms where `instanceof` does not. A wrong argument is a plain `TypeError` or `RangeError`.
  */
 
 /** Parent of every error thrown on purpose. `cause` holds what was caught, if anything. */
 export abstract class EigenLoraError extends Error {
-  /** Which of the six kinds this is. */
-  abstract readonly tag: "adapter" | "format" | "source" | "base" | "task" | "backend";
+  /** Which of the seven kinds this is. */
+  abstract readonly tag: "adapter" | "format" | "trust" | "source" | "base" | "task" | "backend";
 
   constructor(message: string, { cause, ...fields }: Readonly<Record<string, unknown>>) {
     super(message, cause === undefined ? undefined : { cause });
@@ -44,6 +44,20 @@ export class FormatError extends EigenLoraError {
 
   constructor(message: string, at: { file: string; part: string; cause?: unknown }) {
     super(`${at.file}, ${at.part}: ${message}`, at);
+  }
+}
+
+/** A pack or task file is not what the caller trusts: another hash, not signed, signed by a stranger, revoked. Do not use it. */
+export class TrustError extends EigenLoraError {
+  readonly tag = "trust";
+  override get name(): string {
+    return "TrustError";
+  }
+  /** Path or URL of the file. */
+  declare readonly file: string;
+
+  constructor(message: string, at: { file: string; cause?: unknown }) {
+    super(`${at.file}: ${message}`, at);
   }
 }
 

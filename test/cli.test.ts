@@ -377,7 +377,7 @@ t.test("a full disk leaves the pack as it was, wherever it strikes", async (t) =
   const pack = await openPack(before);
   const blob = (await pack.load("debtags-role")).bytes;
   const tasks = ["a", "b", "c"].map((id) => ({ entry: { id, adapterBytes: 0, metadata: {} }, blob }));
-  const plan = layoutAppend(pack.directory, pack.window.superblock, tasks);
+  const plan = await layoutAppend(pack, tasks);
   const size = plan.body.reduce((sum, c) => sum + c.length, 0);
   // The disk is a mock, since a real one that fills up needs a mount: it takes `room` bytes, then says ENOSPC.
   let room = 0;

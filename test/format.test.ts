@@ -231,7 +231,7 @@ t.test("an append leaves a readable pack at every byte of the way", async (t) =>
   const pack = await openPack(golden);
   const blob = (await pack.load("mixed")).bytes;
   const tasks = ["one", "two"].map((id) => ({ entry: { id, adapterBytes: 7, metadata: { labels: [id] } }, blob }));
-  const plan = layoutAppend(pack.directory, pack.window.superblock, tasks);
+  const plan = await layoutAppend(pack, tasks);
   const body = concat(plan.body);
   const grown = concat([golden, body]);
   for (let written = 0; written <= body.length; written += written % 64 === 0 ? 1 : 13) {
@@ -253,9 +253,7 @@ t.test("an append leaves a readable pack at every byte of the way", async (t) =>
   (await cold.bases()).close();
   await cold.load("two");
   t.equal(cold.reads.requests, 4, "after an append directory and bases are two reads");
-  const again = layoutAppend(after.directory, after.window.superblock, [
-    { ...tasks[0]!, entry: { ...tasks[0]!.entry, id: "three" } },
-  ]);
+  const again = await layoutAppend(after, [{ ...tasks[0]!, entry: { ...tasks[0]!.entry, id: "three" } }]);
   const twice = concat([grown, ...again.body]);
   twice.set(again.superblock, again.superblockOffset);
   t.not(again.superblockOffset, plan.superblockOffset, "superblocks take turns");
@@ -284,8 +282,8 @@ t.test("what tasks bring is in the directory, equal lists once", async (t) => {
   t.equal(pack.reads.requests, 2, "known before any blob is read");
 
   const blob = (await pack.load("two")).bytes;
-  const grow = (entry: object): Promise<Pack> => {
-    const plan = layoutAppend(pack.directory, pack.window.superblock, [{ entry: entry as TaskEntry, blob }]);
+  const grow = async (entry: object): Promise<Pack> => {
+    const plan = await layoutAppend(pack, [{ entry: entry as TaskEntry, blob }]);
     const grown = concat([bytes, ...plan.body]);
     grown.set(plan.superblock, plan.superblockOffset);
     return openPack(grown);

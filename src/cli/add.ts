@@ -49,7 +49,7 @@ export const add: Attach = command({
         learned.push(await taskOf(pack, id));
       }
       const { superblock } = pack.window;
-      const plan = layoutAppend(pack.directory, superblock, [...projected, ...learned]);
+      const plan = await layoutAppend(pack, [...projected, ...learned]);
       return { ...plan, residual: projected.map((task) => task.residual), learned, before: superblock.committed };
     });
     warnOf(adapters, out);

@@ -1,6 +1,6 @@
 /**
  * Files of the command line: written beside the target and renamed, or appended so that a crash at any byte leaves the old
- * content (SPEC.md, section 8). The only code of the package that writes to disk.
+ * content (SPEC.md, section 9). The only code of the package that writes to disk.
  */
 import { randomUUID } from "node:crypto";
 import { mkdir, open, readFile, rename, unlink } from "node:fs/promises";

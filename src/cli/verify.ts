@@ -3,14 +3,15 @@ import type { Adapter } from "../adapters/adapter.ts";
 import { AdapterError, FormatError, TaskError } from "../errors.ts";
 import { deltaError, relative } from "../extract/error.ts";
 import { type ModuleLoss, measureModule, openModule } from "../extract/project.ts";
-import { basisIdOf } from "../format/encode.ts";
 import { type TaskBlob, WINDOW_BYTES } from "../format/format.ts";
+import { sha256 } from "../format/hash.ts";
 import { encodedTensor } from "../format/tensors.ts";
 import { openSource } from "../open-source.ts";
 import { expandTerm } from "../pack/expand.ts";
 import type { Pack } from "../pack/pack.ts";
 import { storedModule } from "../pack/project.ts";
 import type { ByteSource } from "../source.ts";
+import { toHex } from "../tensor/hex.ts";
 import { type Attach, command } from "./command.ts";
 import { as, list } from "./options.ts";
 import { type Output, percent, sum, table } from "./output.ts";
@@ -83,7 +84,7 @@ async function checkSections(path: string, pack: Pack, run: Run, out: Output) {
     out.progress("task", i + 1, pack.tasks.size);
   }
   if (bases) {
-    const found = await basisIdOf(pack.directory.basisBytes, bases);
+    const found = toHex(await sha256(pack.directory.basisBytes, bases));
     note("basis id", found === pack.basisId, found.slice(0, 16));
   }
   const source = run.closing(await openSource(path));

@@ -5,11 +5,14 @@
 
 import { Packr } from "msgpackr/pack";
 import { align4, DTYPES, type Dtype } from "../tensor/dtypes.ts";
-import { fromHex, toHex } from "../tensor/hex.ts";
+import { fromHex } from "../tensor/hex.ts";
 import { crc32c } from "./crc32c.ts";
 import { align64 } from "./fields.ts";
 import {
+  BLOCK_BYTES,
   DIRECTORY_HEAD_BYTES,
+  HASH_BYTES,
+  HEAD_BYTES,
   LAYOUTS,
   type Layout,
   MAGIC,
@@ -17,12 +20,16 @@ import {
   ROLES,
   SECTION_ENTRY_BYTES,
   type Section,
+  SIGNATURE_BYTES,
+  SIGNATURE_OFFSET,
   type Superblock,
   TASK_BLOB_MAGIC,
   TASK_FILE_MAGIC,
   type TaskEntry,
+  type TaskFile,
   WINDOW_BYTES,
 } from "./format.ts";
+import { fromIntegrity } from "./integrity.ts";
 
 type Bytes = Uint8Array<ArrayBuffer>;
 
@@ -127,27 +134,12 @@ export function encodeBasis(basis: BasisInput): { description: Bytes; bases: Byt
   const { producer, mode, gauge, centering, rank } = basis;
   const kept = rank === undefined ? {} : { rank };
   const said = pack({ producer, mode, gauge, centering, ...kept, baseModel: basis.baseModel ?? null, modules });
-  // One behind the other, as `basisIdOf` takes them: the bases of a large model are not copied for it.
+  // One behind the other, as the basis id takes them: the bases of a large model are not copied for it.
   const both = new Uint8Array(said.length + end);
   both.set(said);
   const [description, bases] = [both.subarray(0, said.length), both.subarray(said.length)];
   for (const { at, bytes } of tensors) bases.set(bytes, at);
   return { description, bases };
-}
-
-/** SHA-256 of description and bases: what ties a task file to its basis (SPEC.md, section 2). */
-export async function basisIdOf(description: Uint8Array, bases: Uint8Array): Promise<string> {
-  const length = description.length + bases.length;
-  const adjacent =
-    bases.buffer === description.buffer && bases.byteOffset === description.byteOffset + description.length;
-  const both = adjacent
-    ? new Uint8Array(bases.buffer as ArrayBuffer, description.byteOffset, length)
-    : new Uint8Array(length);
-  if (!adjacent) {
-    both.set(description);
-    both.set(bases, description.length);
-  }
-  return toHex(new Uint8Array(await crypto.subtle.digest("SHA-256", both)));
 }
 
 /** A task blob (SPEC.md, section 6). Terms must be sorted by module. */
@@ -188,13 +180,20 @@ export function encodeTask(terms: readonly TermInput[], parameters: readonly Par
   return blob;
 }
 
-/** The directory (SPEC.md, section 4). `sections` must be sorted by offset, tasks in the order of their sections. */
+/**
+ * The directory (SPEC.md, section 4). Its hashes are there when all sections have theirs.
+ * @param sections sorted by offset, tasks in the order of their sections
+ */
 export function encodeDirectory(sections: readonly Section[], description: Uint8Array, tasks: Uint8Array): Bytes {
-  const bytes = new Uint8Array(directoryBytes(sections.length, description, tasks));
+  const hashed = sections.every(({ integrity }) => integrity !== undefined);
+  const bytes = new Uint8Array(directoryBytes(sections.length, hashed, description, tasks));
   const view = new DataView(bytes.buffer);
+  const start = DIRECTORY_HEAD_BYTES + sections.length * SECTION_ENTRY_BYTES;
+  const hashes = start + description.length + tasks.length;
   view.setUint32(0, sections.length, true);
   view.setUint32(4, description.length, true);
   view.setUint32(8, tasks.length, true);
+  view.setUint32(12, bytes.length - hashes, true);
   sections.forEach((s, i) => {
     const at = DIRECTORY_HEAD_BYTES + i * SECTION_ENTRY_BYTES;
     view.setUint32(at, s.kind, true);
@@ -202,16 +201,17 @@ export function encodeDirectory(sections: readonly Section[], description: Uint8
     setU64(view, at + 8, s.offset);
     setU64(view, at + 16, s.length);
     view.setUint32(at + 24, s.crc, true);
+    if (hashed) bytes.set(fromIntegrity(s.integrity!), hashes + i * HASH_BYTES);
   });
-  const start = DIRECTORY_HEAD_BYTES + sections.length * SECTION_ENTRY_BYTES;
   bytes.set(description, start);
   bytes.set(tasks, start + description.length);
   return bytes;
 }
 
 /** Size of a directory: known before the offsets in it are. */
-export function directoryBytes(sections: number, description: Uint8Array, tasks: Uint8Array): number {
-  return DIRECTORY_HEAD_BYTES + sections * SECTION_ENTRY_BYTES + description.length + tasks.length;
+export function directoryBytes(sections: number, hashed: boolean, description: Uint8Array, tasks: Uint8Array): number {
+  const each = SECTION_ENTRY_BYTES + (hashed ? HASH_BYTES : 0);
+  return DIRECTORY_HEAD_BYTES + sections * each + description.length + tasks.length;
 }
 
 /** The task list (SPEC.md, section 4.3). */
@@ -232,32 +232,47 @@ function entryMap({ id, adapterBytes, metadata, brings }: TaskEntry): object {
   return { id, adapterBytes, ...(Object.keys(metadata).length > 0 ? { metadata } : {}), ...(brings ? { brings } : {}) };
 }
 
-/** The window of a file with a single superblock. */
-export function encodeWindow(basisId: string, superblock: Superblock): Bytes {
-  const bytes = new Uint8Array(WINDOW_BYTES);
+/** First bytes of the window (SPEC.md, section 2). */
+export function encodeHead(basisId: string): Bytes {
+  const bytes = new Uint8Array(HEAD_BYTES);
   const view = new DataView(bytes.buffer);
   bytes.set(MAGIC);
   view.setUint16(8, 1, true);
   view.setUint32(12, WINDOW_BYTES, true);
   bytes.set(fromHex(basisId), 16);
-  view.setUint32(48, crc32c(bytes.subarray(0, 48)), true);
+  return bytes;
+}
+
+/** The window of a file with a single superblock. */
+export function encodeWindow(head: Uint8Array, superblock: Superblock): Bytes {
+  const bytes = new Uint8Array(WINDOW_BYTES);
+  bytes.set(head);
+  new DataView(bytes.buffer).setUint32(HEAD_BYTES, crc32c(head), true);
   bytes.set(encodeSuperblock(superblock), superblockOffset(superblock.generation));
   return bytes;
 }
 
 /** Where the superblock of a generation lies. */
 export function superblockOffset(generation: number): number {
-  return 512 * (1 + (generation % 2));
+  return BLOCK_BYTES * (1 + (generation % 2));
 }
 
-export function encodeSuperblock(s: Superblock): Bytes {
-  const bytes = new Uint8Array(64);
+/** A superblock, its signature, and zeros: 512 bytes. */
+export function encodeSuperblock({ signature, ...s }: Superblock): Bytes {
+  const bytes = new Uint8Array(BLOCK_BYTES);
   const view = new DataView(bytes.buffer);
   [s.generation, s.committed, s.directoryOffset, s.directoryLength, s.basesOffset, s.basesLength].forEach((v, i) =>
     setU64(view, 8 * i, v),
   );
   view.setUint32(48, s.directoryCrc, true);
+  view.setUint32(52, signature ? 1 : 0, true);
   view.setUint32(60, crc32c(bytes.subarray(0, 60)), true);
+  if (signature) {
+    const crcAt = SIGNATURE_OFFSET + SIGNATURE_BYTES - 4;
+    bytes.set(signature.key, SIGNATURE_OFFSET);
+    bytes.set(signature.bytes, SIGNATURE_OFFSET + signature.key.length);
+    view.setUint32(crcAt, crc32c(bytes.subarray(0, crcAt)), true);
+  }
   return bytes;
 }
 
@@ -277,6 +292,18 @@ export function encodeTaskFile(entry: TaskEntry, basisId: string, blob: Uint8Arr
   view.setUint32(60, crc32c(bytes.subarray(0, 60)), true);
   bytes.set(map, 64);
   bytes.set(blob, start);
+  return bytes;
+}
+
+/** The same file with a signature in the place of the one it may have (SPEC.md, section 8). */
+export function encodeSignedTaskFile({ content, signature }: Pick<TaskFile, "content" | "signature">): Bytes {
+  if (!signature) return content.slice();
+  const start = align64(content.length);
+  const bytes = new Uint8Array(start + SIGNATURE_BYTES);
+  bytes.set(content);
+  bytes.set(signature.key, start);
+  bytes.set(signature.bytes, start + signature.key.length);
+  new DataView(bytes.buffer).setUint32(bytes.length - 4, crc32c(bytes.subarray(start, bytes.length - 4)), true);
   return bytes;
 }
 

@@ -59,6 +59,14 @@ export class Fields {
     this.check(found <= most, () => `${found} ${what}, at most ${most} are allowed`);
   }
 
+  /** Bytes that no version 1 gives a meaning to. */
+  zero(from: number, to: number): void {
+    this.check(
+      this.bytes.subarray(from, to).every((byte) => byte === 0),
+      () => `bytes ${from} to ${to} are not all zero: the file is damaged, or not of version 1`,
+    );
+  }
+
   check(condition: boolean, message: () => string): asserts condition {
     check(condition, this.file, this.part, message);
   }

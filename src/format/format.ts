@@ -8,6 +8,7 @@ import { DTYPES, type Dtype, tensorBytes } from "../tensor/dtypes.ts";
 import { toHex } from "../tensor/hex.ts";
 import { crc32c } from "./crc32c.ts";
 import { align64, Fields } from "./fields.ts";
+import { toIntegrity } from "./integrity.ts";
 import { decode, type Value } from "./messagepack.ts";
 
 /** Bytes of the window: enough to plan the next read (SPEC.md, section 2). */
@@ -16,6 +17,15 @@ export const MAGIC: readonly number[] = [0x89, 0x45, 0x49, 0x47, 0x45, 0x4e, 0x0
 export const TASK_FILE_MAGIC: readonly number[] = [0x89, 0x45, 0x54, 0x41, 0x53, 0x4b, 0x0d, 0x0a];
 export const TASK_BLOB_MAGIC = 0x4b534154;
 export const SECTION_ENTRY_BYTES = 32;
+/** Of a SHA-256. */
+export const HASH_BYTES = 32;
+/** First bytes of the window: what a root covers beside the directory. */
+export const HEAD_BYTES = 48;
+/** Of a superblock with what is behind it. */
+export const BLOCK_BYTES = 512;
+/** Where the signature begins in it, and its bytes: key, signature, CRC. */
+export const SIGNATURE_OFFSET = 64;
+export const SIGNATURE_BYTES = 100;
 export const DIRECTORY_HEAD_BYTES = 16;
 /**
  * How the base checkpoint stores an adapted weight:
@@ -42,7 +52,15 @@ export const LAYOUTS: readonly Layout[] = ["out-in", "in-out", "conv", "embeddin
 export const ROLES: readonly ParameterRole[] = ["saved", "bias", "bias-delta", "rows"];
 export const FINGERPRINT_SIZE = 64;
 
-/** Which of two superblocks is current, and where it points. */
+/** Who vouches for a pack or a task file (SPEC.md, section 8). */
+export interface Signature {
+  /** Ed25519 public key, 32 bytes. */
+  readonly key: Uint8Array;
+  /** Ed25519 signature, 64 bytes. */
+  readonly bytes: Uint8Array;
+}
+
+/** Where the parts of a generation are. */
 export interface Superblock {
   readonly generation: number;
   readonly committed: number;
@@ -51,6 +69,8 @@ export interface Superblock {
   readonly basesOffset: number;
   readonly basesLength: number;
   readonly directoryCrc: number;
+  /** Whose the root is, says its key. Undefined where nobody signed it. */
+  readonly signature: Signature | undefined;
 }
 
 /** The head of a pack file, with the superblock that counts (SPEC.md, section 2). */
@@ -59,6 +79,8 @@ export interface Window {
   /** Hexadecimal SHA-256. */
   readonly basisId: string;
   readonly superblock: Superblock;
+  /** The first 48 bytes of the file. */
+  readonly head: Uint8Array;
 }
 
 export const SECTION_BASES = 1;
@@ -72,6 +94,8 @@ export interface Section {
   readonly offset: number;
   readonly length: number;
   readonly crc: number;
+  /** SHA-256 of its bytes, "sha256-…", of zeros where they are free. Undefined in packs without hashes. */
+  readonly integrity: string | undefined;
 }
 
 /** One encoded tensor: where it lies in its section and how to decode it. */
@@ -131,6 +155,8 @@ export interface TaskEntry {
 /** What a pack says of what it holds. */
 export interface Directory {
   readonly sections: readonly Section[];
+  /** As stored. */
+  readonly bytes: Uint8Array;
   readonly basis: BasisDescription;
   /** The description as stored; an append copies it, so that the basis id stays true. */
   readonly basisBytes: Uint8Array;
@@ -178,6 +204,10 @@ export interface TaskBlob {
 export interface TaskFile extends TaskEntry {
   readonly basisId: string;
   readonly blob: Uint8Array;
+  /** What a hash or signature of the file covers: all up to the end of the blob. */
+  readonly content: Uint8Array;
+  /** Undefined where the file is not signed. */
+  readonly signature: Signature | undefined;
 }
 
 /**
@@ -193,10 +223,12 @@ export function parseWindow(bytes: Uint8Array, file: string, size?: number): Win
   f.check(bytes.length >= WINDOW_BYTES, () => `truncated: ${bytes.length} bytes, the window alone has ${WINDOW_BYTES}`);
   const version = f.version();
   f.check(f.u32(12) === WINDOW_BYTES, () => `window of ${f.u32(12)} bytes, expected ${WINDOW_BYTES}`);
-  f.crc(f.u32(48), 48);
+  f.crc(f.u32(HEAD_BYTES), HEAD_BYTES);
+  f.zero(HEAD_BYTES + 4, 512);
   let best: Superblock | undefined;
   for (const index of [0, 1]) {
-    const block = parseSuperblock(bytes.subarray(512 * (index + 1), 512 * (index + 1) + 64), file);
+    const at = BLOCK_BYTES * (index + 1);
+    const block = parseSuperblock(bytes.subarray(at, at + BLOCK_BYTES), file);
     if (block && block.generation % 2 === index && block.generation > (best?.generation ?? 0)) best = block;
   }
   f.check(best !== undefined, () => "neither superblock is whole: the file is damaged, fetch it again");
@@ -206,12 +238,24 @@ export function parseWindow(bytes: Uint8Array, file: string, size?: number): Win
     offset >= WINDOW_BYTES && offset % 64 === 0 && offset + length <= committed;
   f.check(inside(directoryOffset, directoryLength), () => "the directory lies outside the file");
   f.check(inside(basesOffset, basesLength), () => "the bases lie outside the file");
-  return { version, basisId: toHex(bytes.subarray(16, 48)), superblock: best };
+  // A copy: as a view it would keep what else was read with it.
+  const head = bytes.slice(0, HEAD_BYTES);
+  return { version, basisId: toHex(head.subarray(16)), superblock: best, head };
 }
 
+/** Undefined where the block is not whole: never written, or torn. */
 function parseSuperblock(bytes: Uint8Array, file: string): Superblock | undefined {
   const f: Fields = new Fields(bytes, file, "superblock");
   if (f.u32(60) !== crc32c(bytes.subarray(0, 60))) return undefined;
+  const signatureEnd = SIGNATURE_OFFSET + SIGNATURE_BYTES;
+  const signed = f.u32(52) === 1;
+  const behind = bytes.subarray(SIGNATURE_OFFSET, signatureEnd);
+  // Both are written at once: where the signature is torn, so is the whole.
+  if (signed ? f.u32(signatureEnd - 4) !== crc32c(bytes.subarray(0, signatureEnd - 4)) : behind.some(Boolean))
+    return undefined;
+  f.check(f.u32(52) <= 1, () => `flags ${f.u32(52)}, expected 0 or 1`);
+  f.zero(56, 60);
+  f.zero(signatureEnd, BLOCK_BYTES);
   return {
     generation: f.u64(0),
     committed: f.u64(8),
@@ -220,7 +264,13 @@ function parseSuperblock(bytes: Uint8Array, file: string): Superblock | undefine
     basesOffset: f.u64(32),
     basesLength: f.u64(40),
     directoryCrc: f.u32(48),
+    signature: signed ? signatureOf(behind) : undefined,
   };
+}
+
+/** @param bytes key, signature, CRC */
+export function signatureOf(bytes: Uint8Array): Signature {
+  return { key: bytes.slice(0, 32), bytes: bytes.slice(32, 96) };
 }
 
 /**
@@ -236,21 +286,12 @@ export function parseDirectory(bytes: Uint8Array, superblock: Superblock, file: 
   f.limit(count, 1_048_576, "sections");
   f.limit(basisLength, 67_108_864, "bytes of basis description");
   f.limit(tasksLength, 268_435_456, "bytes of task list");
-  const described = DIRECTORY_HEAD_BYTES + count * SECTION_ENTRY_BYTES + basisLength + tasksLength;
+  const hashes = f.u32(12);
+  f.check(hashes === 0 || hashes === HASH_BYTES * count, () => `${hashes} bytes of hashes for ${count} sections`);
+  const described = DIRECTORY_HEAD_BYTES + count * SECTION_ENTRY_BYTES + basisLength + tasksLength + hashes;
   f.check(described === bytes.length, () => `${bytes.length} bytes, but its parts add up to ${described}`);
   const sections: Section[] = [];
-  for (let i = 0; i < count; i++) {
-    const at = DIRECTORY_HEAD_BYTES + i * SECTION_ENTRY_BYTES;
-    const section = {
-      kind: f.u32(at),
-      required: (f.u32(at + 4) & 1) === 1,
-      offset: f.u64(at + 8),
-      length: f.u64(at + 16),
-      crc: f.u32(at + 24),
-    };
-    f.check(section.length > 0 || section.kind === SECTION_BASES, () => `section ${i} is empty`);
-    sections.push(section);
-  }
+  for (let i = 0; i < count; i++) sections.push(parseSection(f, i, hashes && bytes.length - hashes));
   checkTiling(f, sections, superblock);
   const known = [SECTION_BASES, SECTION_TASK, SECTION_FREE];
   for (const { kind, required } of sections) {
@@ -269,7 +310,8 @@ export function parseDirectory(bytes: Uint8Array, superblock: Superblock, file: 
   const start = DIRECTORY_HEAD_BYTES + count * SECTION_ENTRY_BYTES;
   const basisBytes = bytes.subarray(start, start + basisLength);
   const basis = parseBasis(basisBytes, bases.length, file);
-  const root = decode(bytes.subarray(start + basisLength), file, "task list", "tasks");
+  const tasksStart = start + basisLength;
+  const root = decode(bytes.subarray(tasksStart, tasksStart + tasksLength), file, "task list", "tasks");
   const blobs = sections.filter((s) => s.kind === SECTION_TASK);
   const list = root.array(1_048_576);
   f.check(
@@ -285,7 +327,29 @@ export function parseDirectory(bytes: Uint8Array, superblock: Superblock, file: 
     seen.add(entry.id);
     return { ...entry, section: blobs[i]! };
   });
-  return { sections, basis, basisBytes, bases, tasks };
+  return { sections, bytes, basis, basisBytes, bases, tasks };
+}
+
+/** @param hashes where the hashes begin, 0 where there are none */
+function parseSection(f: Fields, index: number, hashes: number): Section {
+  const at = DIRECTORY_HEAD_BYTES + index * SECTION_ENTRY_BYTES;
+  const hash = hashes + index * HASH_BYTES;
+  const section = {
+    kind: f.u32(at),
+    required: f.u32(at + 4) === 1,
+    offset: f.u64(at + 8),
+    length: f.u64(at + 16),
+    crc: f.u32(at + 24),
+    integrity: hashes > 0 ? toIntegrity(f.bytes.subarray(hash, hash + HASH_BYTES)) : undefined,
+  };
+  f.check(f.u32(at + 4) <= 1, () => `section ${index} has flags ${f.u32(at + 4)}, expected 0 or 1`);
+  f.check(section.length > 0 || section.kind === SECTION_BASES, () => `section ${index} is empty`);
+  f.zero(at + 28, at + 32);
+  if (section.kind === SECTION_FREE) {
+    f.zero(at + 24, at + 28);
+    if (hashes > 0) f.zero(hash, hash + HASH_BYTES);
+  }
+  return section;
 }
 
 function checkTiling(f: Fields, sections: readonly Section[], superblock: Superblock): void {
@@ -330,12 +394,19 @@ function parseBasis(bytes: Uint8Array, basesLength: number, file: string): Basis
       const A = parseSide(m.get("A"), inputs, tensor);
       const B = parseSide(m.get("B"), out, tensor);
       m.check((A === undefined) === (B === undefined), () => `module "${name}" has a basis on one side only`);
+      const layout = LAYOUTS[m.get("layout").integer(0, LAYOUTS.length - 1)]!;
+      const kernel = m.get("kernel").maybe((kernel) => kernel.array(8).map((k) => k.integer(1, 65_535)));
+      const size = kernel?.reduce((a, b) => a * b, 1);
+      m.check(
+        layout === "conv" ? size !== undefined && inputs % size === 0 : !kernel,
+        () => `"${name}" has layout ${layout}, in ${inputs} and kernel ${kernel ? `[${kernel}]` : "none"}`,
+      );
       return {
         name,
         out,
         in: inputs,
-        layout: LAYOUTS[m.get("layout").integer(0, LAYOUTS.length - 1)]!,
-        kernel: m.get("kernel").maybe((kernel) => kernel.array(8).map((k) => k.integer(1, 65_535))),
+        layout,
+        kernel,
         A,
         B,
         fingerprint: m.get("fingerprint").boolean() ? tensor("f32", 1, FINGERPRINT_SIZE).byteOffset : undefined,
@@ -362,7 +433,9 @@ function parseSide(
   const kind = value.get("kind").integer(1, 2) === 1 ? "column" : "flat";
   const K = value.get("K").integer(0, 65_535);
   const mean = value.get("mean").boolean();
-  const rank = kind === "flat" ? value.get("rank").integer(1, 65_535) : undefined;
+  value.check(K > 0 || mean, () => "it has neither components nor a mean");
+  const rank = value.get("rank").maybe((rank) => rank.integer(1, 65_535));
+  value.check((kind === "flat") === (rank !== undefined), () => `a rank belongs to kind 2, this is ${kind}`);
   const type = DTYPES[value.get("type").integer(0, DTYPES.length - 1)]!;
   const explained = value.get("explained").number(0, 1);
   return { kind, K, rank, mean, explained, tensor: tensor(type, K + (mean ? 1 : 0), dimension * (rank ?? 1)) };
@@ -383,7 +456,8 @@ export function parseEntry(value: Value, earlier: readonly TaskEntry[]): TaskEnt
 function parseBrings(value: Value, earlier: readonly TaskEntry[]): readonly string[] | undefined {
   if (value.absent) return undefined;
   if (typeof value.value === "number") return earlier[value.integer(0, earlier.length - 1)]!.brings;
-  return value.array(65_536).map((name) => name.string(1024));
+  // "bias-delta", a space, a name.
+  return value.array(65_536).map((name) => name.string(1035));
 }
 
 /** Whether a string may name a task: 1 to 255 bytes of UTF-8, no control characters. */

@@ -1,11 +1,12 @@
 /**
  * Where the parts of a pack go: a fresh file as a stream of chunks, and an append as a list of writes. Pure; the file
- * system is the caller's (SPEC.md, section 8).
+ * system is the caller's (SPEC.md, section 9).
  */
 import { crc32c } from "./crc32c.ts";
 import {
   directoryBytes,
   encodeDirectory,
+  encodeHead,
   encodeSuperblock,
   encodeTaskList,
   encodeWindow,
@@ -14,14 +15,19 @@ import {
 import { align64 } from "./fields.ts";
 import {
   type Directory,
+  HASH_BYTES,
   SECTION_BASES,
   SECTION_FREE,
   SECTION_TASK,
   type Section,
+  type Signature,
   type Superblock,
   type TaskEntry,
   WINDOW_BYTES,
+  type Window,
 } from "./format.ts";
+import { integrityOf, sha256 } from "./hash.ts";
+import { toIntegrity } from "./integrity.ts";
 
 /** A task to be written. */
 export interface TaskToWrite {
@@ -50,21 +56,27 @@ export interface TaskPlace {
   readonly length: number;
   /** CRC-32C of the blob. */
   readonly crc: number;
+  /** SHA-256 of the blob, "sha256-…". */
+  readonly integrity: string;
   read(): Promise<Uint8Array>;
 }
 
+/** Vouches for a hash: the root of a pack, or that of a task file (SPEC.md, section 8). */
+export type Sign = (kind: "pack" | "task", hash: Uint8Array) => Promise<Signature>;
+
 /** A fresh pack as consecutive chunks: window, directory, bases, blobs. */
-export function layoutFresh({ tasks, ...basis }: FreshPack): Uint8Array[] {
-  const places = tasks.map(({ entry, blob }) => ({ entry, length: blob.length, crc: crc32c(blob) }));
-  return padded([...freshHead(basis, places).head, ...tasks.map((t) => t.blob)], 0);
+export async function layoutFresh({ tasks, ...basis }: FreshPack, sign?: Sign): Promise<Uint8Array[]> {
+  const { head } = await freshHead(basis, await Promise.all(tasks.map(placeOf)), sign);
+  return padded([...head, ...tasks.map((t) => t.blob)], 0);
 }
 
 /** The same, with one blob in memory at a time. `bytes` is the size of the whole. */
-export function streamFresh(
+export async function streamFresh(
   basis: FreshBasis,
   tasks: readonly TaskPlace[],
-): { bytes: number; chunks: AsyncGenerator<Uint8Array, void> } {
-  const { head, bytes } = freshHead(basis, tasks);
+  sign?: Sign,
+): Promise<{ bytes: number; chunks: AsyncGenerator<Uint8Array, void> }> {
+  const { head, bytes } = await freshHead(basis, tasks, sign);
   async function* chunks(): AsyncGenerator<Uint8Array, void> {
     const first = padded(head, 0);
     yield* first;
@@ -77,22 +89,32 @@ export function streamFresh(
   return { bytes, chunks: chunks() };
 }
 
-function freshHead(
+/** A task whose blob is in memory. */
+export async function placeOf({ entry, blob }: TaskToWrite): Promise<TaskPlace> {
+  return { entry, length: blob.length, crc: crc32c(blob), integrity: await integrityOf(blob), read: async () => blob };
+}
+
+async function freshHead(
   { description, bases, basisId }: FreshBasis,
-  tasks: readonly Pick<TaskPlace, "entry" | "length" | "crc">[],
-): { head: Uint8Array[]; bytes: number } {
+  tasks: readonly Omit<TaskPlace, "read">[],
+  sign: Sign | undefined,
+): Promise<{ head: Uint8Array[]; bytes: number }> {
   const list = encodeTaskList(tasks.map((t) => t.entry));
-  const directoryLength = directoryBytes(1 + tasks.length, description, list);
+  const directoryLength = directoryBytes(1 + tasks.length, true, description, list);
   const basesOffset = align64(WINDOW_BYTES + directoryLength);
-  let end = basesOffset + bases.length;
-  const sections: Section[] = [
-    { kind: SECTION_BASES, required: true, offset: basesOffset, length: bases.length, crc: crc32c(bases) },
-  ];
-  for (const { length, crc } of tasks) {
-    sections.push({ kind: SECTION_TASK, required: true, offset: align64(end), length, crc });
-    end = align64(end) + length;
-  }
+  let end = basesOffset;
+  const section = (
+    kind: number,
+    { length, crc, integrity }: Pick<Section, "length" | "crc" | "integrity">,
+  ): Section => {
+    const offset = align64(end);
+    end = offset + length;
+    return { kind, required: true, offset, length, crc, integrity };
+  };
+  const all = { length: bases.length, crc: crc32c(bases), integrity: await integrityOf(bases) };
+  const sections = [section(SECTION_BASES, all), ...tasks.map((task) => section(SECTION_TASK, task))];
   const directory = encodeDirectory(sections, description, list);
+  const window = encodeHead(basisId);
   const superblock: Superblock = {
     generation: 1,
     committed: end,
@@ -101,8 +123,9 @@ function freshHead(
     basesOffset,
     basesLength: bases.length,
     directoryCrc: crc32c(directory),
+    signature: await sign?.("pack", await sha256(window, directory)),
   };
-  return { head: [encodeWindow(basisId, superblock), directory, bases], bytes: end };
+  return { head: [encodeWindow(window, superblock), directory, bases], bytes: end };
 }
 
 /** What an append writes: `body` at `offset`, flush, then `superblock` at `superblockOffset`, flush. */
@@ -113,15 +136,29 @@ export interface Append {
   readonly superblockOffset: number;
 }
 
-/** Plans an append. The ids of `tasks` must be new and unique. */
-export function layoutAppend(directory: Directory, current: Superblock, tasks: readonly TaskToWrite[]): Append {
+/** What is known of a pack that is open. */
+interface Current {
+  readonly window: Window;
+  readonly directory: Directory;
+}
+
+/** Plans an append. The ids of `tasks` must be new and unique. A pack that has no hashes stays without. */
+export async function layoutAppend(
+  { window, directory }: Current,
+  tasks: readonly TaskToWrite[],
+  sign?: Sign,
+): Promise<Append> {
+  const current = window.superblock;
   const entries = [...directory.tasks] as TaskEntry[];
   const added: Section[] = [];
+  const hashed = directory.bases.integrity !== undefined;
   let end = current.committed;
-  for (const { entry, blob } of tasks) {
+  for (const task of tasks) {
+    const { entry, length, crc, integrity } = await placeOf(task);
+    const offset = align64(end);
     entries.push(entry);
-    added.push(taskSection(align64(end), blob));
-    end = align64(end) + blob.length;
+    added.push({ kind: SECTION_TASK, required: true, offset, length, crc, integrity: hashed ? integrity : undefined });
+    end = offset + length;
   }
   const superseded: Section = {
     kind: SECTION_FREE,
@@ -129,8 +166,11 @@ export function layoutAppend(directory: Directory, current: Superblock, tasks: r
     offset: current.directoryOffset,
     length: current.directoryLength,
     crc: 0,
+    integrity: hashed ? toIntegrity(new Uint8Array(HASH_BYTES)) : undefined,
   };
-  const sections = [...directory.sections, superseded, ...added].sort((a, b) => a.offset - b.offset);
+  const sections = [...directory.sections, superseded, ...added].sort(
+    (a, b) => a.offset - b.offset || a.length - b.length,
+  );
   const bytes = encodeDirectory(sections, directory.basisBytes, encodeTaskList(entries));
   const superblock: Superblock = {
     ...current,
@@ -139,6 +179,7 @@ export function layoutAppend(directory: Directory, current: Superblock, tasks: r
     directoryOffset: align64(end),
     directoryLength: bytes.length,
     directoryCrc: crc32c(bytes),
+    signature: await sign?.("pack", await sha256(window.head, bytes)),
   };
   return {
     offset: current.committed,
@@ -148,8 +189,17 @@ export function layoutAppend(directory: Directory, current: Superblock, tasks: r
   };
 }
 
-function taskSection(offset: number, blob: Uint8Array): Section {
-  return { kind: SECTION_TASK, required: true, offset, length: blob.length, crc: crc32c(blob) };
+/** Plans the signing of a pack as it is: a generation of the same directory, so that a crash leaves one of both. */
+export async function layoutSigned({ window, directory }: Current, sign: Sign): Promise<Append> {
+  const { superblock } = window;
+  const generation = superblock.generation + 1;
+  const signature = await sign("pack", await sha256(window.head, directory.bytes));
+  return {
+    offset: superblock.committed,
+    body: [],
+    superblock: encodeSuperblock({ ...superblock, generation, signature }),
+    superblockOffset: superblockOffset(generation),
+  };
 }
 
 /** The parts with zeros in front of each, so that all start at multiples of 64 when the first byte lands at `offset`. */

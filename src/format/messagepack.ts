@@ -26,15 +26,21 @@ export function decode(bytes: Uint8Array, file: string, part: string, path: stri
   }
 }
 
+/** As they are: a byte order mark is a character like any other. */
+const utf8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
+
 /** Reads values one after the other. A DataView does the bounds checks; counts are held against the bytes that are left. */
 class Reader {
   at = 0;
+  /** Maps and arrays that may still come: in memory each is a hundred times the byte that an empty one takes in the file. */
+  #collections: number;
   readonly #bytes: Uint8Array;
   readonly #view: DataView;
 
   constructor(bytes: Uint8Array) {
     this.#bytes = bytes;
     this.#view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+    this.#collections = 1024 + bytes.length / 3;
   }
 
   /** @param depth levels of nesting still allowed */
@@ -77,13 +83,14 @@ class Reader {
 
   #string(length: number): string {
     const at = this.#skip(length);
-    return new TextDecoder("utf-8", { fatal: true }).decode(this.#bytes.subarray(at, at + length));
+    return utf8.decode(this.#bytes.subarray(at, at + length));
   }
 
   /** Every item takes a byte or more, so a count can be checked before anything is made of it. */
   #count(items: number): number {
     const left = this.#bytes.length - this.at;
     if (items > left) throw new RangeError(`it declares ${items} items with ${left} bytes left`);
+    if (--this.#collections < 0) throw new RangeError("it has more maps and arrays than a third of its bytes");
     return items;
   }
 
@@ -96,6 +103,7 @@ class Reader {
     for (let i = this.#count(items); i > 0; i--) {
       const key = this.value(depth - 1);
       if (typeof key !== "string") throw new RangeError("a key is not a string");
+      if (map.has(key)) throw new RangeError(`the key ${JSON.stringify(key.slice(0, 80))} is there twice`);
       map.set(key, this.value(depth - 1));
     }
     return map;
@@ -146,10 +154,11 @@ export class Value {
     return this.#part(value, "");
   }
 
-  /** An array that may be longer or shorter than what is read of it: absent values where it ends. */
-  items(): (index: number) => Value {
-    const items = this.array(16);
-    return (index) => items[index] ?? this.#part(undefined, `[${index}]`);
+  /** An array of exactly so many items: one more would mean something that this reader does not know. */
+  items(count: number): Value[] {
+    const items = this.array(count);
+    this.check(items.length === count, () => `${items.length} items, expected ${count}`);
+    return items;
   }
 
   get(key: string): Value {

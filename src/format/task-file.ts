@@ -4,7 +4,7 @@
 import { toHex } from "../tensor/hex.ts";
 import { crc32c } from "./crc32c.ts";
 import { align64, Fields } from "./fields.ts";
-import { parseEntry, TASK_FILE_MAGIC, type TaskFile } from "./format.ts";
+import { parseEntry, SIGNATURE_BYTES, type Signature, signatureOf, TASK_FILE_MAGIC, type TaskFile } from "./format.ts";
 import { decode } from "./messagepack.ts";
 
 /**
@@ -18,20 +18,24 @@ export function parseTaskFile(bytes: Uint8Array, file: string): TaskFile {
   f.version();
   f.crc(f.u32(60), 60);
   const start = align64(64 + f.u32(12));
-  f.check(
-    start + f.u32(48) === bytes.length,
-    () => `${bytes.length} bytes, expected ${start + f.u32(48)}; fetch it again`,
-  );
+  const end = start + f.u32(48);
+  const signatureAt = align64(end);
+  const signed = bytes.length === signatureAt + SIGNATURE_BYTES;
+  f.check(end === bytes.length || signed, () => `${bytes.length} bytes, expected ${end}; fetch it again`);
   const entry = bytes.subarray(64, 64 + f.u32(12));
-  f.check(
-    bytes.subarray(64 + entry.length, start).every((b) => b === 0),
-    () => "its padding is not zero: it is damaged",
-  );
-  const blob = bytes.subarray(start);
+  f.zero(64 + entry.length, start);
+  const blob = bytes.subarray(start, end);
   f.check(
     crc32c(entry) === f.u32(52) && crc32c(blob) === f.u32(56),
     () => "its checksum does not match: it is damaged",
   );
   const parsed = parseEntry(decode(entry, file, f.part, "entry"), []);
-  return { ...parsed, basisId: toHex(bytes.subarray(16, 48)), blob };
+  let signature: Signature | undefined;
+  if (signed) {
+    f.zero(end, signatureAt);
+    const behind: Fields = new Fields(bytes.subarray(signatureAt), file, "signature");
+    behind.crc(behind.u32(SIGNATURE_BYTES - 4), SIGNATURE_BYTES - 4);
+    signature = signatureOf(behind.bytes);
+  }
+  return { ...parsed, basisId: toHex(bytes.subarray(16, 48)), blob, content: bytes.subarray(0, end), signature };
 }

@@ -3,15 +3,18 @@
  */
 
 import { FormatError } from "../errors.ts";
-import { align4, DTYPES, isQuantized, tensorBytes } from "../tensor/dtypes.ts";
+import { align4, BITS, DTYPES, isQuantized, quantizedAt, rowBytes, scaleBytes, tensorBytes } from "../tensor/dtypes.ts";
+import { bringsOf } from "./brings.ts";
 import { Fields } from "./fields.ts";
 import {
   type Coefficients,
+  FINGERPRINT_SIZE,
   type PackModule,
   ROLES,
   type Side,
   TASK_BLOB_MAGIC,
   type TaskBlob,
+  type TaskEntry,
   type TaskParameter,
   type TaskTerm,
   type TensorRef,
@@ -21,14 +24,20 @@ import { decode, type Value } from "./messagepack.ts";
 /**
  * Checks a task blob against the basis it belongs to, its numbers included.
  * @param bytes the whole blob; kept by the result
+ * @param brings what the directory says that it brings, where it says so
  * @throws FormatError saying which rule of SPEC.md, section 6, does not hold
  */
-export function parseTask(bytes: Uint8Array, modules: readonly PackModule[], file: string, id: string): TaskBlob {
+export function parseTask(
+  bytes: Uint8Array,
+  modules: readonly PackModule[],
+  file: string,
+  { id, brings }: Pick<TaskEntry, "id" | "brings">,
+): TaskBlob {
   const f: Fields = new Fields(bytes, file, `task "${id}"`);
   f.check(bytes.length >= 8 && f.u32(0) === TASK_BLOB_MAGIC, () => "this is not a task blob");
   const headerLength = f.u32(4);
   f.check(headerLength <= bytes.length - 8, () => `a header of ${headerLength} bytes in a blob of ${bytes.length}`);
-  const root = decode(bytes.subarray(8, 8 + headerLength), file, f.part, "header").array(8);
+  const root = decode(bytes.subarray(8, 8 + headerLength), file, f.part, "header").items(2);
   let end = 8 + headerLength;
   const tensor = (code: Value, rows: number, width: number): TensorRef => {
     const dtype = DTYPES[code.integer(0, DTYPES.length - 1)]!;
@@ -38,7 +47,6 @@ export function parseTask(bytes: Uint8Array, modules: readonly PackModule[], fil
     f.check(end <= bytes.length, () => `its tensors need ${end} bytes or more, the blob has ${bytes.length}`);
     return { dtype, rows, width, byteOffset, byteLength };
   };
-  f.check(root.length >= 2, () => "the header has no terms and parameters");
   let last = -1;
   const terms = root[0]!.array(65_536).map((term: Value) => {
     const parsed = parseTerm(term, modules, tensor);
@@ -55,15 +63,31 @@ export function parseTask(bytes: Uint8Array, modules: readonly PackModule[], fil
     return parsed;
   });
   f.check(end === bytes.length, () => `its tensors end at ${end}, the blob has ${bytes.length} bytes`);
-  const finite = (tensor: TensorRef | undefined, name: string): void => {
-    if (tensor) checkFinite(bytes, tensor, file, f.part, name);
-  };
+  checkTensors(bytes, 8 + headerLength, tensorsOf(terms, parameters, modules), file, f.part);
+  const blob = { terms, parameters, bytes };
+  if (brings) {
+    // Models are prepared for what the directory says.
+    const [said, found] = [[...brings].sort(), bringsOf(blob, modules).sort()];
+    const at = found.findIndex((entry, i) => entry !== said[i]);
+    f.check(
+      at < 0 && said.length === found.length,
+      () => `it brings "${found[at] ?? "nothing more"}", the directory says "${said[at < 0 ? found.length : at]}"`,
+    );
+  }
+  return blob;
+}
+
+/** In the order of the blob, with what they are called in errors. */
+function* tensorsOf(
+  terms: readonly TaskTerm[],
+  parameters: readonly TaskParameter[],
+  modules: readonly PackModule[],
+): Generator<readonly [string, TensorRef | undefined]> {
   for (const { module, A, B, privateA, privateBt, magnitude } of terms) {
     const tensors = { A: A?.tensor, B: B?.tensor, "private A": privateA, "private B": privateBt, magnitude };
-    for (const [what, tensor] of Object.entries(tensors)) finite(tensor, `${what} of "${modules[module]!.name}"`);
+    for (const [what, tensor] of Object.entries(tensors)) yield [`${what} of "${modules[module]!.name}"`, tensor];
   }
-  for (const { name, tensor } of parameters) finite(tensor, `"${name}"`);
-  return { terms, parameters, bytes };
+  for (const { name, tensor } of parameters) yield [`"${name}"`, tensor];
 }
 
 function parseTerm(
@@ -71,10 +95,10 @@ function parseTerm(
   modules: readonly PackModule[],
   tensor: (code: Value, rows: number, width: number) => TensorRef,
 ): TaskTerm {
-  const item = term.items();
-  const index = item(0).integer(0, modules.length - 1);
+  const [moduleItem, rankItem, itemA, itemB, privateRankItem, privateTypeItem, magnitudeItem] = term.items(7);
+  const index = moduleItem!.integer(0, modules.length - 1);
   const module = modules[index]!;
-  const rank = item(1).integer(0, 65_535);
+  const rank = rankItem!.integer(0, 65_535);
   const side = (value: Value, basis: Side | undefined): Coefficients | undefined => {
     if (value.absent) return undefined;
     const code = value.integer(0, 8 * DTYPES.length - 1);
@@ -92,20 +116,24 @@ function parseTerm(
     const rows = basis.kind === "column" ? rank : 1;
     return { mean, tensor: tensor(value.of(code >> 3), rows, basis.K) };
   };
-  const A = side(item(2), module.A);
-  const B = side(item(3), module.B);
+  const A = side(itemA!, module.A);
+  const B = side(itemB!, module.B);
   term.check((A === undefined) === (B === undefined), () => `"${module.name}" has coefficients on one side only`);
   term.check(A !== undefined || rank === 0, () => `"${module.name}" has rank ${rank} but no coefficients`);
-  const q = item(4).integer(0, 65_535);
+  const q = privateRankItem!.integer(0, 65_535);
+  // Factors take at most four times the weight's memory, however few bytes the coefficients have.
+  const most = Math.max(256, 2 * Math.min(module.in, module.out));
+  term.check(rank + q <= most, () => `"${module.name}" has rank ${rank + q}, at most ${most} is allowed`);
+  privateTypeItem!.integer(0, q > 0 ? DTYPES.length - 1 : 0);
   return {
     module: index,
     rank,
     A,
     B,
     privateRank: q,
-    privateA: q > 0 ? tensor(item(5), q, module.in) : undefined,
-    privateBt: q > 0 ? tensor(item(5), q, module.out) : undefined,
-    magnitude: item(6).maybe((code) => tensor(code, 1, module.out)),
+    privateA: q > 0 ? tensor(privateTypeItem!, q, module.in) : undefined,
+    privateBt: q > 0 ? tensor(privateTypeItem!, q, module.out) : undefined,
+    magnitude: magnitudeItem!.maybe((code) => tensor(code, 1, module.out)),
   };
 }
 
@@ -113,12 +141,15 @@ function parseParameter(
   parameter: Value,
   tensor: (code: Value, rows: number, width: number) => TensorRef,
 ): TaskParameter {
-  const item = parameter.items();
-  const name = item(0).string(1024);
-  const role = ROLES[item(1).integer(0, ROLES.length - 1)]!;
-  const shape = item(3)
-    .array(8)
-    .map((d) => d.integer(1, 2 ** 31 - 1));
+  const [nameItem, roleItem, typeItem, shapeItem, indicesItem] = parameter.array(5);
+  parameter.check(shapeItem !== undefined, () => "it has fewer than 4 items");
+  const name = nameItem!.string(1024);
+  const role = ROLES[roleItem!.integer(0, ROLES.length - 1)]!;
+  parameter.check(
+    (role === "rows") === (indicesItem !== undefined),
+    () => `"${name}": numbers of rows belong to role 3, this is ${role}`,
+  );
+  const shape = shapeItem.array(8).map((d) => d.integer(1, 2 ** 31 - 1));
   parameter.check(shape.length > 0, () => `"${name}" has no shape`);
   parameter.check(role !== "rows" || shape.length === 2, () => `"${name}" needs two dimensions, got [${shape}]`);
   parameter.check(
@@ -128,12 +159,7 @@ function parseParameter(
   const rows = shape.length === 1 ? 1 : shape[0]!;
   const width = shape.slice(shape.length === 1 ? 0 : 1).reduce((a, b) => a * b, 1);
   parameter.check(Number.isSafeInteger(rows * width), () => `"${name}" is too large: [${shape}]`);
-  const indices =
-    role === "rows"
-      ? item(4)
-          .array(shape[0]!)
-          .map((i) => i.integer(0, 2 ** 31 - 1))
-      : undefined;
+  const indices = indicesItem?.array(shape[0]!).map((i) => i.integer(0, 2 ** 31 - 1));
   if (indices) {
     parameter.check(
       indices.length === shape[0],
@@ -144,26 +170,70 @@ function parseParameter(
       () => `"${name}": rows are not ascending`,
     );
   }
-  return { name, role, shape, indices, tensor: tensor(item(2), rows, width) };
+  return { name, role, shape, indices, tensor: tensor(typeItem!, rows, width) };
+}
+
+/** The tensors of the bases section in its order, with what they are called in errors. */
+export function* basesTensors(modules: readonly PackModule[]): Generator<readonly [string, TensorRef | undefined]> {
+  for (const { name, A, B, fingerprint } of modules) {
+    yield [`basis A of "${name}"`, A?.tensor];
+    yield [`basis B of "${name}"`, B?.tensor];
+    if (fingerprint === undefined) continue;
+    const size = { rows: 1, width: FINGERPRINT_SIZE, byteLength: 4 * FINGERPRINT_SIZE };
+    yield [`the fingerprint of "${name}"`, { dtype: "f32", byteOffset: fingerprint, ...size }];
+  }
 }
 
 /**
- * Refuses NaN and infinity in a tensor: they would spread to the whole weight and no sum would show where from.
+ * Refuses what no tensor may hold (SPEC.md, section 5): NaN and infinity, which would spread to the whole weight and no sum
+ * would show where from; the integer −2^(b−1); and bits and bytes that mean nothing and are not zero.
+ * @param start where the first tensor may begin
+ * @param tensors one behind the other, with what they are called
  * @throws FormatError naming the tensor
  */
-export function checkFinite(section: Uint8Array, tensor: TensorRef, file: string, part: string, name: string): void {
-  const { dtype, rows, width } = tensor;
-  const start = section.byteOffset + tensor.byteOffset;
-  const view = new DataView(section.buffer, start, tensor.byteLength);
+export function checkTensors(
+  section: Uint8Array,
+  start: number,
+  tensors: Iterable<readonly [string, TensorRef | undefined]>,
+  file: string,
+  part: string,
+): void {
+  const f: Fields = new Fields(section, file, part);
+  let end = start;
+  for (const [name, tensor] of tensors) {
+    if (!tensor) continue;
+    f.zero(end, tensor.byteOffset);
+    end = tensor.byteOffset + tensor.byteLength;
+    checkTensor(f, tensor, name);
+  }
+}
+
+function checkTensor(f: Fields, { dtype, rows, width, byteOffset, byteLength }: TensorRef, name: string): void {
   const bad = (row: number, what: string): never => {
-    throw new FormatError(`${name}: ${what} of row ${row} is NaN or infinite`, { file, part });
+    throw new FormatError(`${name}: ${what} of row ${row} is NaN or infinite`, f);
   };
-  if (isQuantized(dtype)) {
-    for (let i = 0; i < rows; i++) if ((view.getUint16(2 * i, true) & 0x7c00) === 0x7c00) bad(i, "the scale");
+  const stride = rowBytes(dtype, width);
+  const values = byteOffset + scaleBytes(dtype, rows);
+  f.zero(values + rows * stride, byteOffset + byteLength);
+  if (!isQuantized(dtype)) {
+    const [step, exponent] = dtype === "f32" ? [4, 0x7f80] : [2, dtype === "f16" ? 0x7c00 : 0x7f80];
+    for (let i = 0, at = byteOffset + step - 2; i < rows * width; i++, at += step) {
+      if ((f.view.getUint16(at, true) & exponent) === exponent) bad(Math.floor(i / width), `value ${i % width}`);
+    }
     return;
   }
-  const [step, exponent] = dtype === "f32" ? [4, 0x7f80] : [2, dtype === "f16" ? 0x7c00 : 0x7f80];
-  for (let i = 0, at = step - 2; i < rows * width; i++, at += step) {
-    if ((view.getUint16(at, true) & exponent) === exponent) bad(Math.floor(i / width), `value ${i % width}`);
+  f.zero(byteOffset + 2 * rows, values);
+  const least = -(2 ** (BITS[dtype] - 1));
+  const spare = 8 * stride - width * BITS[dtype];
+  for (let row = 0, at = values; row < rows; row++, at += stride) {
+    if ((f.view.getUint16(byteOffset + 2 * row, true) & 0x7c00) === 0x7c00) bad(row, "the scale");
+    for (let i = 0; i < width; i++) {
+      if (quantizedAt(f.bytes, dtype, at, i) > least) continue;
+      f.check(false, () => `${name}: integer ${i} of row ${row} is ${least}, which is not allowed`);
+    }
+    f.check(
+      f.bytes[at + stride - 1]! >> (8 - spare) === 0,
+      () => `${name}: bits behind the last integer of row ${row} are not zero`,
+    );
   }
 }

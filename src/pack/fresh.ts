@@ -2,16 +2,18 @@
  * Fresh packs: of a new basis, or of the basis of a pack that is open and other tasks.
  */
 
-import { crc32c } from "../format/crc32c.ts";
-import { type BasisInput, basisIdOf, encodeBasis } from "../format/encode.ts";
+import { type BasisInput, encodeBasis } from "../format/encode.ts";
+import { sha256 } from "../format/hash.ts";
 import {
   type Append,
   layoutAppend,
   layoutFresh,
+  placeOf,
   streamFresh,
   type TaskPlace,
   type TaskToWrite,
 } from "../format/layout.ts";
+import { toHex } from "../tensor/hex.ts";
 import { VERSION } from "../version.ts";
 import type { Pack } from "./pack.ts";
 
@@ -21,12 +23,7 @@ export async function newPack(
   tasks: readonly TaskToWrite[],
 ): Promise<Uint8Array[]> {
   const { description, bases } = encodeBasis({ producer: `eigenlora ${VERSION}`, ...basis });
-  return layoutFresh({ description, bases, basisId: await basisIdOf(description, bases), tasks });
-}
-
-/** A task whose blob is in memory. */
-export function placeOf({ entry, blob }: TaskToWrite): TaskPlace {
-  return { entry, length: blob.length, crc: crc32c(blob), read: async () => blob };
+  return layoutFresh({ description, bases, basisId: toHex(await sha256(description, bases)), tasks });
 }
 
 /**
@@ -38,7 +35,7 @@ export async function tasksOf(pack: Pack, replaced: ReadonlyMap<string, Uint8Arr
   for (const { id, adapterBytes, metadata, brings } of pack.tasks.values()) {
     const read = async (): Promise<Uint8Array> => replaced.get(id) ?? (await pack.load(id)).bytes;
     const entry = { id, adapterBytes, metadata, brings };
-    places.push({ ...placeOf({ entry, blob: await read() }), read });
+    places.push({ ...(await placeOf({ entry, blob: await read() })), read });
   }
   return places;
 }
@@ -54,7 +51,7 @@ export async function freshPack(
   const places = tasks ?? (await tasksOf(pack));
   const bases = await pack.bases();
   const basis = { description: pack.directory.basisBytes, bases: bases.bytes, basisId: pack.basisId };
-  const { bytes, chunks } = streamFresh(basis, places);
+  const { bytes, chunks } = await streamFresh(basis, places);
   async function* written(): AsyncGenerator<Uint8Array, void> {
     try {
       yield* chunks;
@@ -65,7 +62,7 @@ export async function freshPack(
   return { bytes, chunks: written() };
 }
 
-/** What to write to a pack's file so that it has these tasks too (SPEC.md, section 8). Their ids must be new and unique. */
-export function planAppend({ directory, window }: Pack, tasks: readonly TaskToWrite[]): Append {
-  return layoutAppend(directory, window.superblock, tasks);
+/** What to write to a pack's file so that it has these tasks too (SPEC.md, section 9). Their ids must be new and unique. */
+export function planAppend(pack: Pack, tasks: readonly TaskToWrite[]): Promise<Append> {
+  return layoutAppend(pack, tasks);
 }

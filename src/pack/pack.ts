@@ -17,12 +17,13 @@ import {
   WINDOW_BYTES,
   type Window,
 } from "../format/format.ts";
-import { checkFinite, parseTask } from "../format/task.ts";
+import { basesTensors, checkTensors, parseTask } from "../format/task.ts";
 import { openSource } from "../open-source.ts";
 import type { ByteSource, FetchOptions, ReadOptions, SourceInput } from "../source.ts";
+import type { Trust, TrustOptions } from "./trust.ts";
 
 /** Options of `openPack`. */
-export interface OpenOptions extends FetchOptions {
+export interface OpenOptions extends FetchOptions, TrustOptions {
   readonly signal?: AbortSignal;
   /**
    * `now` reads the bases together with the directory, so that a first task costs three requests. `later` reads the
@@ -46,6 +47,8 @@ export interface TaskInfo {
    * Undefined in packs that do not say.
    */
   readonly brings: readonly string[] | undefined;
+  /** SHA-256 of its blob, "sha256-…". Undefined in packs without hashes, and for tasks added at run time. */
+  readonly integrity: string | undefined;
   /** Whether a switch to it needs no request. */
   readonly resident: boolean;
 }
@@ -80,15 +83,20 @@ interface SharedBases {
 /**
  * Opens a pack. Reads the window, then directory and bases (one request where they are adjacent, as in a fresh pack).
  * @param input path, URL (read by HTTP ranges), Blob, ArrayBuffer or any ByteSource
- * @throws SourceError when bytes cannot be had, FormatError when they are not a whole pack of a known version
+ * @throws SourceError when bytes cannot be had, FormatError when they are not a whole pack of a known version, TrustError when they
+ *   are not what `integrity` and `keys` ask for
  * @example
  * const pack = await openPack("tasks.eigen");
  * console.log([...pack.tasks.keys()]);
  */
 export async function openPack(input: SourceInput, options: OpenOptions = {}): Promise<Pack> {
-  checkOptions("openPack", options, ["signal", "bases", "maxResidentBytes", "fetch", "headers", "timeout"]);
+  checkOptions("openPack", options, [
+    ...["signal", "bases", "maxResidentBytes", "fetch", "headers", "timeout"],
+    ...["integrity", "keys", "revoked"],
+  ] as const);
   checkChoice("bases", options.bases ?? "now", ["now", "later"]);
   const inner = await openSource(input, options);
+  let directoryBytes: Uint8Array | undefined;
   try {
     const reads = { requests: 0, bytes: 0 };
     const read: ByteSource["read"] = async (...range) => {
@@ -97,8 +105,10 @@ export async function openPack(input: SourceInput, options: OpenOptions = {}): P
       reads.bytes += bytes.length;
       return bytes;
     };
-    const { signal } = options;
+    const { signal, integrity, keys, revoked } = options;
     const { name } = inner;
+    const trust =
+      (integrity ?? keys ?? revoked) ? await (await import("./trust.ts")).Trust.create(name, options) : undefined;
     // A file shorter than the window still has to be told apart from a file of another kind.
     const head = Math.min(WINDOW_BYTES, inner.byteLength ?? WINDOW_BYTES);
     const window = parseWindow(await read(0, head, { signal }), name, inner.byteLength);
@@ -106,15 +116,52 @@ export async function openPack(input: SourceInput, options: OpenOptions = {}): P
     const together = options.bases !== "later" && basesOffset === align64(directoryOffset + directoryLength);
     const length = together ? basesOffset + basesLength - directoryOffset : directoryLength;
     const bytes = await read(directoryOffset, length, { signal });
+    new Fields(bytes, name, "padding").zero(
+      directoryLength,
+      together ? basesOffset - directoryOffset : directoryLength,
+    );
     // A copy: as a view the directory would keep the bases in memory.
-    const directory = parseDirectory(bytes.slice(0, directoryLength), window.superblock, name);
+    directoryBytes = bytes.slice(0, directoryLength);
+    await trust?.checkDirectory(window, directoryBytes);
+    const directory = parseDirectory(directoryBytes, window.superblock, name);
     const bases = together ? bytes.subarray(basesOffset - directoryOffset) : undefined;
     const source = { name, byteLength: inner.byteLength, read, close: async () => inner.close?.() };
-    return new Pack(source, reads, window, directory, options.maxResidentBytes ?? Infinity, bases);
+    if (bases) await checkSection(bases, directory.bases, "bases", name, trust);
+    const { maxResidentBytes = Infinity } = options;
+    return new Pack({ source, reads, window, directory, maxResidentBytes, trust, bases });
   } catch (error) {
     await inner.close?.();
-    throw error;
+    throw directoryBytes ? await orOld(error, directoryBytes) : error;
   }
+}
+
+/** What to throw for an error, which of an old file says so. */
+async function orOld(error: unknown, directory: Uint8Array): Promise<unknown> {
+  return (await import("./before.ts")).saidOfOld(error, directory);
+}
+
+/** @throws FormatError when the bytes are damaged, TrustError when they are not those that were asked for */
+async function checkSection(
+  bytes: Uint8Array,
+  section: Section,
+  part: string,
+  file: string,
+  trust: Trust | undefined,
+): Promise<void> {
+  new Fields(bytes, file, part).crc(section.crc);
+  await trust?.checkSection(section, bytes, part);
+}
+
+/** What an open pack is made of. */
+interface Parts {
+  readonly source: ByteSource;
+  readonly reads: { requests: number; bytes: number };
+  readonly window: Window;
+  readonly directory: Directory;
+  readonly maxResidentBytes: number;
+  readonly trust: Trust | undefined;
+  /** Where they were read with the directory. */
+  readonly bases: Uint8Array | undefined;
 }
 
 /** An open pack. Made by `openPack`. */
@@ -135,6 +182,7 @@ export class Pack {
   readonly reads: Readonly<{ requests: number; bytes: number }>;
 
   readonly #source: ByteSource;
+  readonly #trust: Trust | undefined;
   readonly #slots = new Map<string, TaskSlot>();
   readonly #maxResidentBytes: number;
   /** Resident blobs that could be read again, least recently used first. */
@@ -143,16 +191,10 @@ export class Pack {
   #bases: SharedBases | undefined;
 
   /** @internal Use `openPack`. */
-  constructor(
-    source: ByteSource,
-    reads: { requests: number; bytes: number },
-    window: Window,
-    directory: Directory,
-    maxResidentBytes: number,
-    bases: Uint8Array | undefined,
-  ) {
+  constructor({ source, reads, window, directory, maxResidentBytes, trust, bases }: Parts) {
     this.#source = source;
     this.#maxResidentBytes = maxResidentBytes;
+    this.#trust = trust;
     this.name = source.name;
     this.reads = reads;
     this.window = window;
@@ -160,10 +202,7 @@ export class Pack {
     this.basisId = window.basisId;
     this.directory = directory;
     this.modules = directory.basis.modules;
-    if (bases) {
-      new Fields(bases, this.name, "bases").crc(directory.bases.crc);
-      this.#bases = { users: 0, bytes: bases };
-    }
+    if (bases) this.#bases = { users: 0, bytes: bases };
     for (const task of directory.tasks) {
       this.#slots.set(task.id, { ...task, bytes: task.section.length, blob: undefined, loading: undefined });
     }
@@ -172,8 +211,9 @@ export class Pack {
   /** The tasks by id, in the order of the file. A snapshot. */
   get tasks(): ReadonlyMap<string, TaskInfo> {
     const infos = new Map<string, TaskInfo>();
-    for (const [key, { id, bytes, adapterBytes, metadata, brings, blob }] of this.#slots) {
-      infos.set(key, { id, bytes, adapterBytes, metadata, brings, resident: blob !== undefined });
+    for (const [key, { id, bytes, adapterBytes, metadata, brings, section, blob }] of this.#slots) {
+      const { integrity } = section ?? {};
+      infos.set(key, { id, bytes, adapterBytes, metadata, brings, integrity, resident: blob !== undefined });
     }
     return infos;
   }
@@ -211,7 +251,13 @@ export class Pack {
   }
 
   async #fetch(slot: TaskSlot): Promise<TaskBlob> {
-    const blob = parseTask(await this.#section(slot.section!, `task "${slot.id}"`), this.modules, this.name, slot.id);
+    const bytes = await this.#section(slot.section!, `task "${slot.id}"`);
+    let blob: TaskBlob;
+    try {
+      blob = parseTask(bytes, this.modules, this.name, slot);
+    } catch (error) {
+      throw await orOld(error, this.directory.bytes);
+    }
     slot.blob = blob;
     this.#recent.add(slot);
     let held = 0;
@@ -249,26 +295,40 @@ export class Pack {
 
   async #checkedBases(shared: SharedBases): Promise<Uint8Array> {
     const bytes = (shared.bytes ??= await this.#section(this.directory.bases, "bases"));
-    for (const { name, A, B } of this.modules) {
-      if (A) checkFinite(bytes, A.tensor, this.name, "bases", `basis A of "${name}"`);
-      if (B) checkFinite(bytes, B.tensor, this.name, "bases", `basis B of "${name}"`);
-    }
+    checkTensors(bytes, 0, basesTensors(this.modules), this.name, "bases");
     return bytes;
   }
 
   async #section(section: Section, part: string, options: ReadOptions = {}): Promise<Uint8Array> {
     const bytes = await this.#source.read(section.offset, section.length, options);
-    new Fields(bytes, this.name, part).crc(section.crc);
+    await checkSection(bytes, section, part, this.name, this.#trust);
     return bytes;
   }
 
   /**
-   * Adds a task that came as a file of its own (SPEC.md, section 7), for this open pack only; nothing is written.
-   * @throws FormatError when the file is damaged, TaskError when it belongs to another basis or the id is taken
+   * The root of the pack, "sha256-…", which names everything in it: what `openPack` takes as `integrity`. The same whether the
+   * pack is signed or not; another after each change.
+   * @throws TypeError where the platform has no WebCrypto
    */
-  async addTask(id: string, file: SourceInput): Promise<void> {
+  async integrity(): Promise<string> {
+    const { integrityOf } = await import("../format/hash.ts");
+    return integrityOf(this.window.head, this.directory.bytes);
+  }
+
+  /**
+   * Adds a task that came as a file of its own (SPEC.md, section 7), for this open pack only; nothing is written.
+   * @param integrity hash that the file must have, "sha256-…", its signature left out. Default: no check
+   * @throws FormatError when the file is damaged, TaskError when it belongs to another basis or the id is taken, TrustError when it
+   *   is another than `integrity` says, or not signed where the pack was opened with `keys`
+   */
+  async addTask(id: string, file: SourceInput, { integrity }: { readonly integrity?: string } = {}): Promise<void> {
     const { readTaskFile } = await import("./task-file.ts");
-    const { blob, ...task } = await readTaskFile(file, id, this);
+    const trust =
+      this.#trust ??
+      (integrity === undefined ? undefined : await (await import("./trust.ts")).Trust.create(this.name, {}));
+    const { blob, ...task } = await readTaskFile(file, id, this, (found, name) =>
+      trust?.checkTaskFile(found, name, integrity),
+    );
     this.#slots.set(id, { ...task, id, bytes: blob.bytes.length, section: undefined, blob, loading: undefined });
   }
 

@@ -3,7 +3,7 @@
  */
 import { described } from "../arguments.ts";
 import { TaskError } from "../errors.ts";
-import { isTaskId, type PackModule, type TaskBlob, type TaskEntry } from "../format/format.ts";
+import { isTaskId, type PackModule, type TaskBlob, type TaskEntry, type TaskFile } from "../format/format.ts";
 import { parseTask } from "../format/task.ts";
 import { parseTaskFile } from "../format/task-file.ts";
 import { openSource } from "../open-source.ts";
@@ -18,19 +18,23 @@ interface Target {
 
 /**
  * @param id the task's in the pack
+ * @param check of the file as a whole, before its task is read
  * @throws FormatError when the file is damaged, TaskError when it belongs to another basis or the id is taken
  */
 export async function readTaskFile(
   file: SourceInput,
   id: string,
   { basisId, modules, tasks }: Target,
+  check: (file: TaskFile, name: string) => Promise<void> | undefined,
 ): Promise<TaskEntry & { readonly blob: TaskBlob }> {
   const source = await openSource(file);
   try {
     const { name } = source;
     // Of a URL the size is known after a first read.
     if (source.byteLength === undefined) await source.read(0, 64);
-    const { blob, basisId: found, ...entry } = parseTaskFile(await source.read(0, source.byteLength ?? 0), name);
+    const parsed = parseTaskFile(await source.read(0, source.byteLength ?? 0), name);
+    await check(parsed, name);
+    const { blob, basisId: found, content: _, signature: __, ...entry } = parsed;
     if (found !== basisId) {
       throw new TaskError(`${name} belongs to the basis ${found}, this pack has ${basisId}; make it for this pack`, {
         task: id,
@@ -40,7 +44,7 @@ export async function readTaskFile(
       throw new TaskError(`${described(id)} cannot name a task`, { task: id });
     }
     if (tasks.has(id)) throw new TaskError(`there is a task "${id}" already; choose another id`, { task: id });
-    return { ...entry, blob: parseTask(blob, modules, name, id) };
+    return { ...entry, blob: parseTask(blob, modules, name, { ...entry, id }) };
   } finally {
     await source.close?.();
   }

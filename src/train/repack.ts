@@ -4,14 +4,7 @@
  */
 import { type ModuleSpace, openModule, projectModule } from "../extract/project.ts";
 import type { Subspace } from "../extract/subspace.ts";
-import {
-  basisIdOf,
-  encodeBasis,
-  encodeTask,
-  type SideInput,
-  type TensorInput,
-  type TermInput,
-} from "../format/encode.ts";
+import { encodeBasis, encodeTask, type SideInput, type TensorInput, type TermInput } from "../format/encode.ts";
 import {
   FINGERPRINT_SIZE,
   type PackModule,
@@ -20,12 +13,14 @@ import {
   type TaskTerm,
   type TensorRef,
 } from "../format/format.ts";
+import { sha256 } from "../format/hash.ts";
 import { layoutFresh, type TaskToWrite } from "../format/layout.ts";
 import { encodedTensor } from "../format/tensors.ts";
 import { expandTerm } from "../pack/expand.ts";
 import type { Pack } from "../pack/pack.ts";
 import { decodeTensor } from "../tensor/dtypes.ts";
 import { encodeTensor } from "../tensor/encode.ts";
+import { toHex } from "../tensor/hex.ts";
 import { VERSION } from "../version.ts";
 import type { Terms } from "./terms.ts";
 
@@ -71,7 +66,7 @@ export async function repack(
     };
   });
   const made = encodeBasis({ ...pack.directory.basis, producer: `eigenlora ${VERSION}`, modules });
-  const chunks = layoutFresh({ ...made, basisId: await basisIdOf(made.description, made.bases), tasks });
+  const chunks = await layoutFresh({ ...made, basisId: toHex(await sha256(made.description, made.bases)), tasks });
   shared.close();
   return new Uint8Array(await new Blob(chunks as BlobPart[]).arrayBuffer());
 }

@@ -1,6 +1,7 @@
 /**
  * What was learned, as a task file (SPEC.md, section 7): coefficients over the pack's components, private terms, the head.
  */
+import { bringsOf } from "../format/brings.ts";
 import { encodeTask, encodeTaskFile, type ParameterInput, type TensorInput, type TermInput } from "../format/encode.ts";
 import type { TaskMetadata } from "../format/format.ts";
 import { parseTask } from "../format/task.ts";
@@ -64,11 +65,7 @@ export function taskFile(
   if (head?.bias) save("bias", isQuantized(headDtype) ? "f16" : headDtype, bias, [bias.length]);
   const blob = encodeTask(terms, saved);
   // A writer ends by reading what it wrote.
-  parseTask(blob, pack.modules, "the trained task", id);
-  const brings = [
-    ...saved.map(({ role, name }) => `${role} ${name}`),
-    ...terms.filter(({ privateTerms }) => privateTerms).map(({ module }) => `private ${pack.modules[module]!.name}`),
-  ];
+  const brings = bringsOf(parseTask(blob, pack.modules, "the trained task", { id }), pack.modules);
   return encodeTaskFile({ id, adapterBytes: 0, metadata, brings }, pack.basisId, blob);
 }
 

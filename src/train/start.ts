@@ -43,7 +43,7 @@ export async function readDonor(pack: Pack, task: string | Uint8Array<ArrayBuffe
     throw new TaskError(`there is no task "${task}" to start from`, { task });
   }
   const { id, basisId, blob } = parseTaskFile(task, "the task to begin with");
-  if (basisId === pack.basisId) return { id, blob: parseTask(blob, pack.modules, "the task to begin with", id) };
+  if (basisId === pack.basisId) return { id, blob: parseTask(blob, pack.modules, "the task to begin with", { id }) };
   throw new TaskError(`task "${id}" belongs to the basis ${basisId}, this pack has ${pack.basisId}`, { task: id });
 }
 

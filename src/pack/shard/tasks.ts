@@ -6,13 +6,13 @@ import type { Adapter } from "../../adapters/adapter.ts";
 import { compare } from "../../adapters/modules.ts";
 import { AdapterError, FormatError, TaskError } from "../../errors.ts";
 import { encodeTaskFile } from "../../format/encode.ts";
-import type { TaskPlace } from "../../format/layout.ts";
+import { placeOf, type TaskPlace } from "../../format/layout.ts";
 import type { Value } from "../../format/messagepack.ts";
 import { parseTaskFile } from "../../format/task-file.ts";
 import type { ByteSource, SourceInput } from "../../source.ts";
 import type { Dtypes } from "../../tensor/dtypes.ts";
 import { DTYPES } from "../../tensor/dtypes.ts";
-import { freshPack, placeOf, tasksOf } from "../fresh.ts";
+import { freshPack, tasksOf } from "../fresh.ts";
 import type { Pack } from "../pack.ts";
 import { projectAdapters } from "../project.ts";
 import { completeDtypes, sizes, type TaskLoss, type TasksReport } from "../report.ts";
@@ -141,7 +141,7 @@ async function checkTask(basis: Pack, part: TaskPart, id: string): Promise<{ pla
   const modules = (await basis.load(id)).terms.length;
   basis.removeTask(id);
   const read = async (): Promise<Uint8Array> => parseTaskFile(await part.read(id), file).blob;
-  return { place: { ...placeOf({ entry, blob }), read }, modules };
+  return { place: { ...(await placeOf({ entry, blob })), read }, modules };
 }
 
 /** A part with tasks, open. */
