@@ -22,6 +22,7 @@ export {
   FormatError,
   SourceError,
   TaskError,
+  TrustError,
 } from "./errors.ts";
 export type {
   BasisDescription,
@@ -31,6 +32,7 @@ export type {
   PackModule,
   Section,
   Side,
+  Signature,
   Superblock,
   TaskBlob,
   TaskMetadata,
@@ -39,7 +41,9 @@ export type {
   TensorRef,
   Window,
 } from "./format/format.ts";
+export type { PublicKey } from "./pack/keys.ts";
 export { type Bases, type OpenOptions, openPack, Pack, type TaskInfo } from "./pack/pack.ts";
+export type { TrustOptions } from "./pack/trust.ts";
 export { createRuntime, type RuntimeOptions } from "./runtime/create.ts";
 export type { MemoryReport, RuntimeSwitchReport, SwitchReport } from "./runtime/report.ts";
 export { type ApplyOptions, type ModuleTerm, Runtime } from "./runtime/runtime.ts";

@@ -91,13 +91,14 @@ t.test("what is published", async (t) => {
     "dist/src/cli/main.js",
     "dist/wasm/simd.wasm",
     "SPEC.md",
+    "test/vectors/index.json",
     "README.md",
     "LICENSE",
   ]) {
     t.ok(paths.includes(path), path);
   }
   t.same(
-    paths.filter((p) => /^(test|examples|benchmarks|src|assembly)\//.test(p)),
+    paths.filter((p) => /^(test(?!\/vectors)|examples|benchmarks|src|assembly)\//.test(p)),
     [],
     "no sources, tests or data",
   );
@@ -120,6 +121,7 @@ t.test("names the package exports", async (t) => {
     "Runtime",
     "SourceError",
     "TaskError",
+    "TrustError",
     "createRuntime",
     "openPack",
   ]);

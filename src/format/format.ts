@@ -342,7 +342,12 @@ function parseSection(f: Fields, index: number, hashes: number): Section {
     crc: f.u32(at + 24),
     integrity: hashes > 0 ? toIntegrity(f.bytes.subarray(hash, hash + HASH_BYTES)) : undefined,
   };
-  f.check(f.u32(at + 4) <= 1, () => `section ${index} has flags ${f.u32(at + 4)}, expected 0 or 1`);
+  const flags = f.u32(at + 4);
+  const needed = section.kind === SECTION_BASES || section.kind === SECTION_TASK;
+  f.check(
+    flags <= 1 && (section.required || !needed),
+    () => `section ${index} has flags ${flags}, expected ${needed ? "1" : "0 or 1"}`,
+  );
   f.check(section.length > 0 || section.kind === SECTION_BASES, () => `section ${index} is empty`);
   f.zero(at + 28, at + 32);
   if (section.kind === SECTION_FREE) {

@@ -67,12 +67,10 @@ export function parseTask(
   const blob = { terms, parameters, bytes };
   if (brings) {
     // Models are prepared for what the directory says.
-    const [said, found] = [[...brings].sort(), bringsOf(blob, modules).sort()];
-    const at = found.findIndex((entry, i) => entry !== said[i]);
-    f.check(
-      at < 0 && said.length === found.length,
-      () => `it brings "${found[at] ?? "nothing more"}", the directory says "${said[at < 0 ? found.length : at]}"`,
-    );
+    const [said, found] = [new Set(brings), bringsOf(blob, modules)];
+    const unsaid = found.find((entry) => !said.delete(entry));
+    f.check(unsaid === undefined, () => `it brings "${unsaid}", which the directory does not say`);
+    for (const entry of said) f.check(false, () => `it does not bring "${entry}", which the directory says`);
   }
   return blob;
 }

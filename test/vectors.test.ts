@@ -1,0 +1,135 @@
+import { readdir, readFile } from "node:fs/promises";
+import t from "tap";
+import { EigenLoraError } from "../dist/src/errors.js";
+import { openSource } from "../dist/src/open-source.js";
+import { expandTerm } from "../dist/src/pack/expand.js";
+import { type OpenOptions, openPack, type Pack } from "../dist/src/pack/pack.js";
+import { decodeTensor } from "../dist/src/tensor/dtypes.js";
+import { openSafetensors } from "../dist/src/tensor/safetensors.js";
+import { vectors } from "./vectors/make.js";
+
+interface Vector {
+  readonly file: string;
+  readonly why: string;
+  readonly valid: boolean;
+  readonly section?: string;
+  readonly values?: string;
+  readonly pack?: string;
+  readonly integrity?: string;
+  readonly keys?: string[];
+}
+
+const at = (path: string): URL => new URL(`vectors/${path}`, import.meta.url);
+const bytesOf = async (path: string): Promise<Uint8Array> => new Uint8Array(await readFile(at(path)));
+const index: Vector[] = JSON.parse(await readFile(at("index.json"), "utf8"));
+/** A pack with the basis of the task files, signed, so that it can be opened with keys. */
+const SIGNED = "valid/signed.eigen";
+
+/** F64 arrays of a safetensors file. */
+async function valuesOf(path: string): Promise<Map<string, { shape: readonly number[]; values: Float64Array }>> {
+  const source = await openSource(await bytesOf(path));
+  const file = await openSafetensors(source);
+  const found = new Map<string, { shape: readonly number[]; values: Float64Array }>();
+  for (const [name, { shape }] of file.tensors) {
+    found.set(name, { shape, values: new Float64Array((await file.read(name)).slice().buffer) });
+  }
+  return found;
+}
+
+function trustOf({ integrity, keys }: Vector): OpenOptions {
+  return { ...(integrity === undefined ? {} : { integrity }), ...(keys === undefined ? {} : { keys }) };
+}
+
+/** Opens a vector and reads all of it. Task files are added to a pack, under their own ids where these are free. */
+async function readAll(vector: Vector, options: OpenOptions = trustOf(vector)): Promise<Pack> {
+  const bytes = await bytesOf(vector.file);
+  const pack = await openPack(vector.pack ? await bytesOf(options.keys ? SIGNED : vector.pack) : bytes, options);
+  if (vector.pack) {
+    pack.removeTask("whole");
+    await pack.addTask("whole", bytes);
+  }
+  (await pack.bases()).close();
+  for (const id of pack.tasks.keys()) await pack.load(id);
+  return pack;
+}
+
+t.test("the files are what their script makes", async (t) => {
+  const made = vectors();
+  const kept = (
+    await Promise.all(["valid", "invalid"].map(async (f) => (await readdir(at(f))).map((n) => `${f}/${n}`)))
+  ).flat();
+  t.same(new Set([...kept, "index.json"]), new Set(made.keys()));
+  for (const [path, bytes] of made) if (!Buffer.from(bytes).equals(await readFile(at(path)))) t.fail(`${path} differs`);
+  t.ok(index.filter(({ valid }) => !valid).length >= 80, "at least 80 are invalid");
+});
+
+t.test("valid vectors: every value is found, with and without a root and keys", async (t) => {
+  for (const vector of index.filter(({ valid }) => valid)) {
+    const expected = await valuesOf(vector.values!);
+    for (const options of [{}, trustOf(vector)]) {
+      const pack = await readAll(vector, options);
+      const only = vector.pack ? ["whole"] : [...pack.tasks.keys()];
+      const seen = new Set<string>();
+      using bases = await pack.bases();
+      for (const id of only) {
+        const blob = await pack.load(id);
+        const values = (name: string): ArrayLike<number> => {
+          seen.add(`${id}/${name}`);
+          return expected.get(`${id}/${name}`)!.values;
+        };
+        for (const term of blob.terms) {
+          const module = pack.modules[term.module]!;
+          const { rank, A, Bt, magnitude } = expandTerm(blob, term, module, bases.bytes);
+          const [delta, bound] = [values(`${module.name}/delta`), values(`${module.name}/bound`)];
+          let off = 0;
+          for (let o = 0; o < module.out; o++) {
+            for (let i = 0; i < module.in; i++) {
+              let sum = 0;
+              for (let k = 0; k < rank; k++) sum += Bt[k * module.out + o]! * A[k * module.in + i]!;
+              if (!(Math.abs(sum - delta[o * module.in + i]!) <= bound[o * module.in + i]!)) off++;
+            }
+          }
+          t.equal(off, 0, `${vector.file}: ${id}/${module.name.slice(0, 40)}`);
+          if (magnitude) t.same(Array.from(magnitude), Array.from(values(`${module.name}/magnitude`)), "magnitudes");
+        }
+        for (const { name, shape, tensor } of blob.parameters) {
+          const stored = blob.bytes.subarray(tensor.byteOffset, tensor.byteOffset + tensor.byteLength);
+          const found = decodeTensor(tensor.dtype, stored, tensor.rows, tensor.width);
+          t.same(Array.from(found), Array.from(values(name)), `${vector.file}: ${id}/${name}`);
+          t.same(shape, expected.get(`${id}/${name}`)!.shape);
+        }
+      }
+      t.same(
+        [...expected.keys()].filter((name) => !seen.has(name)),
+        [],
+        `${vector.file}: every value was reached`,
+      );
+    }
+  }
+});
+
+t.test("invalid vectors are refused by name", async (t) => {
+  for (const vector of index.filter(({ valid }) => !valid)) {
+    const error: unknown = await readAll(vector).then(
+      () => undefined,
+      (error: unknown) => error,
+    );
+    t.ok(error instanceof EigenLoraError, `${vector.file} (${vector.section}): ${vector.why}`);
+    t.not((error as { tag?: string } | undefined)?.tag, "source");
+  }
+});
+
+t.test("the example of SPEC.md is the file, byte for byte", async (t) => {
+  const bytes = await bytesOf("valid/minimal.eigen");
+  const spec = await readFile(new URL("../SPEC.md", import.meta.url), "utf8");
+  let lines = 0;
+  let end = 0;
+  for (const [, at, digits] of spec.matchAll(/^(?:([0-9A-F]{4})|    ) {2}((?:[0-9A-F]{2} )+) /gm)) {
+    const expected = Uint8Array.from(digits.trim().split(" "), (byte) => Number.parseInt(byte, 16));
+    const start = at === undefined ? end : Number.parseInt(at, 16);
+    end = start + expected.length;
+    t.same(bytes.subarray(start, end), expected, `bytes from ${start}`);
+    lines++;
+  }
+  t.ok(lines > 40, `${lines} lines`);
+});

@@ -1,0 +1,174 @@
+// @ts-nocheck: it writes what no type allows
+/**
+ * A small base and tasks on it, made up, with the values that a reader must find: sums in f64, from the values as stored.
+ */
+import { TYPES, tensor } from "./format.js";
+
+/** Numbers from −1 to 1, always the same. */
+export function random(seed) {
+  let x = seed;
+  return () => {
+    x ^= x << 13;
+    x ^= x >>> 17;
+    x ^= x << 5;
+    return (x >>> 0) / 2 ** 31 - 1;
+  };
+}
+
+/** Modules and tasks that grow together: `pack` is what `packFile` takes, `expected` what its tasks mean, by name. */
+export function createModel(seed = 7) {
+  const next = random(seed);
+  const numbers = (count) => Array.from({ length: count }, next);
+  const modules = [];
+  const pack = {
+    basis: { producer: "test vectors", mode: "column", gauge: "as-trained", centering: "keep", modules: [] },
+    tensors: [],
+    tasks: [],
+  };
+  const expected = new Map();
+
+  const side = (dimension, spec) => {
+    if (!spec) return {};
+    const { kind = 1, K, rank, mean = true, type = "f32" } = spec;
+    const width = dimension * (rank ?? 1);
+    const rows = K + (mean ? 1 : 0);
+    const stored = tensor(type, rows, width, numbers(rows * width));
+    pack.tensors.push(stored.bytes);
+    const map = { kind, K, ...(rank ? { rank } : {}), mean, type: TYPES.indexOf(type), explained: 0.5 };
+    return { map, kind, K, rank, mean, width, dimension, values: stored.values };
+  };
+
+  /** A module; without `A` and `B` it has no basis. */
+  function module({ name, out, in: inputs, layout = 0, kernel, A, B = A, fingerprint }) {
+    const made = { name, out, in: inputs, A: side(inputs, A), B: side(out, B) };
+    if (fingerprint) pack.tensors.push(tensor("f32", 1, 64, numbers(64)).bytes);
+    pack.basis.modules.push({
+      ...{ name, out, in: inputs, layout, kernel },
+      ...{ A: made.A.map ?? null, B: made.B.map ?? null },
+      ...(fingerprint ? { fingerprint: true } : {}),
+    });
+    modules.push(made);
+  }
+
+  /** A factor [rank, dimension] and the same of magnitudes. */
+  function factor({ kind, K, mean, dimension, values }, rank, coefficients, useMean) {
+    const width = dimension * (kind === 2 ? rank : 1);
+    const rows = kind === 2 ? 1 : rank;
+    const found = { exact: new Float64Array(rank * dimension), size: new Float64Array(rank * dimension) };
+    for (let r = 0; r < rows; r++) {
+      for (let i = 0; i < width; i++) {
+        const at = r * width + i;
+        for (let k = 0; k < K; k++) {
+          const product = coefficients[r * K + k] * values[k * width + i];
+          found.exact[at] += product;
+          found.size[at] += Math.abs(product);
+        }
+        if (!mean || !useMean) continue;
+        found.exact[at] += values[K * width + i];
+        found.size[at] += Math.abs(values[K * width + i]);
+      }
+    }
+    return found;
+  }
+
+  /**
+   * A task. Terms: `{ module, rank, type, meanA, meanB, q, privateType, magnitudeType }`; parameters: `{ name, role, type, shape, indices }`.
+   * Expected are `ID/MODULE/delta`, `…/bound` (by how much each element may be off) and `…/magnitude`, and `ID/PARAMETER`.
+   */
+  function task(id, terms, parameters = [], entry = {}) {
+    const tensors = [];
+    const store = (type, rows, width) => {
+      const stored = tensor(type, rows, width, numbers(rows * width));
+      tensors.push(stored.bytes);
+      return stored.values;
+    };
+    const header = [
+      terms.map(
+        ({
+          module: index,
+          rank = 0,
+          type = "f32",
+          meanA = true,
+          meanB = true,
+          q = 0,
+          privateType = "f32",
+          magnitudeType,
+        }) => {
+          const { name, out, in: inputs, A, B } = modules[index];
+          const delta = new Float64Array(out * inputs);
+          const bound = new Float64Array(out * inputs);
+          const add = (a, b, count) => {
+            for (let k = 0; k < count; k++) {
+              for (let o = 0; o < out; o++) {
+                for (let i = 0; i < inputs; i++) {
+                  delta[o * inputs + i] += b.exact[k * out + o] * a.exact[k * inputs + i];
+                  bound[o * inputs + i] += b.size[k * out + o] * a.size[k * inputs + i];
+                }
+              }
+            }
+          };
+          const code = (of, mean) => of.kind + (mean && of.mean ? 4 : 0) + 8 * TYPES.indexOf(type);
+          if (rank > 0) {
+            const alphaA = store(type, A.kind === 2 ? 1 : rank, A.K);
+            const alphaB = store(type, B.kind === 2 ? 1 : rank, B.K);
+            add(factor(A, rank, alphaA, meanA), factor(B, rank, alphaB, meanB), rank);
+          }
+          if (q > 0) {
+            const [own, ownB] = [store(privateType, q, inputs), store(privateType, q, out)];
+            const sized = (exact) => ({ exact, size: exact.map(Math.abs) });
+            add(sized(own), sized(ownB), q);
+          }
+          const share = 2 ** -24 * ((A.K ?? 0) + (B.K ?? 0) + rank + q + 16);
+          expected.set(`${id}/${name}/delta`, { shape: [out, inputs], values: delta });
+          expected.set(`${id}/${name}/bound`, { shape: [out, inputs], values: bound.map((size) => size * share) });
+          if (magnitudeType)
+            expected.set(`${id}/${name}/magnitude`, { shape: [out], values: store(magnitudeType, 1, out) });
+          const shared = rank > 0 ? [code(A, meanA), code(B, meanB)] : [null, null];
+          const magnitude = magnitudeType ? TYPES.indexOf(magnitudeType) : null;
+          return [index, rank, ...shared, q, q > 0 ? TYPES.indexOf(privateType) : 0, magnitude];
+        },
+      ),
+      parameters.map(({ name, role, type = "f32", shape, indices }) => {
+        const [rows, width] =
+          shape.length === 1 ? [1, shape[0]] : [shape[0], shape.slice(1).reduce((a, b) => a * b, 1)];
+        expected.set(`${id}/${name}`, { shape, values: store(type, rows, width) });
+        return [name, role, TYPES.indexOf(type), shape, ...(indices ? [indices] : [])];
+      }),
+    ];
+    const made = { entry: { id, adapterBytes: 0, ...entry }, header, tensors };
+    pack.tasks.push(made);
+    return made;
+  }
+
+  return { pack, expected, module, task };
+}
+
+/** What the two kinds of brought things of a header are called, for an entry's `brings`. */
+export function bringsOf({ header: [terms, parameters] }, { basis }) {
+  const roles = ["saved", "bias", "bias-delta", "rows"];
+  const name = ([index]) => basis.modules[index].name;
+  return [
+    ...parameters.map(([parameter, role]) => `${roles[role]} ${parameter}`),
+    ...terms.filter((term) => term[6] !== null).map((term) => `magnitude ${name(term)}`),
+    ...terms.filter((term) => term[4] > 0).map((term) => `private ${name(term)}`),
+  ];
+}
+
+/** Named arrays as a safetensors file of F64. */
+export function safetensors(tensors) {
+  const header = {};
+  let end = 0;
+  for (const [name, { shape, values }] of tensors) {
+    header[name] = { dtype: "F64", shape, data_offsets: [end, (end += 8 * values.length)] };
+  }
+  let text = JSON.stringify(header);
+  while (text.length % 8) text += " ";
+  const head = new TextEncoder().encode(text);
+  const bytes = new Uint8Array(8 + head.length + end);
+  const view = new DataView(bytes.buffer);
+  view.setUint32(0, head.length, true);
+  bytes.set(head, 8);
+  let at = 8 + head.length;
+  for (const { values } of tensors.values()) for (const value of values) view.setFloat64(at, value, true), (at += 8);
+  return bytes;
+}

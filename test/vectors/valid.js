@@ -1,0 +1,179 @@
+// @ts-nocheck: it writes what no type allows
+/** The valid vectors: files, and the values in them. */
+import { blobOf, Float, keyOf, packFile, Raw, TYPES, taskFile } from "./format.js";
+import { bringsOf, createModel } from "./model.js";
+
+export const SIGNER = keyOf(1);
+export const STRANGER = keyOf(2);
+
+/** One module, one task: the example of SPEC.md. */
+export function minimal() {
+  const model = createModel();
+  model.module({ name: "layer", out: 3, in: 2, A: { K: 1, mean: false } });
+  model.task("task", [{ module: 0, rank: 1 }]);
+  return model;
+}
+
+/** Every kind of module, term and parameter, and what a directory may say: what the invalid vectors are made of. */
+export function everyKind() {
+  const model = createModel(11);
+  for (const type of TYPES)
+    model.module({ name: `types.${type}`, out: 5, in: 6, A: { K: 3, type }, fingerprint: type === "f32" });
+  model.module({ name: "flat", out: 4, in: 3, A: { kind: 2, K: 2, rank: 2, type: "f16" } });
+  model.module({ name: "flat.packed", out: 3, in: 3, A: { kind: 2, K: 2, rank: 3, type: "int4", mean: false } });
+  model.module({ name: "mixed.sides", out: 4, in: 5, A: { K: 2 }, B: { kind: 2, K: 1, rank: 2 } });
+  model.module({ name: "in.out", out: 2, in: 7, layout: 1, A: { K: 2, type: "bf16" } });
+  model.module({ name: "conv", out: 3, in: 8, layout: 2, kernel: [2, 2], A: { K: 2 } });
+  model.module({ name: "embedding", out: 4, in: 9, layout: 3, A: { K: 2 } });
+  model.module({ name: "mean.only", out: 3, in: 3, A: { K: 0 } });
+  model.module({ name: "no.basis", out: 5, in: 4 });
+  const all = TYPES.map((type, module) => ({ module, rank: 2, type, meanB: module % 2 === 0 }));
+  model.task("terms", [
+    ...all,
+    { module: 6, rank: 2, type: "int8" },
+    { module: 7, rank: 3, type: "int3" },
+    { module: 8, rank: 2 },
+    { module: 9, rank: 1, type: "f16", meanA: false },
+    { module: 10, rank: 2 },
+    { module: 11, rank: 1 },
+    { module: 12, rank: 3 },
+  ]);
+  const whole = model.task(
+    "whole",
+    [
+      { module: 0, rank: 1, q: 2, privateType: "int4", magnitudeType: "f16" },
+      { module: 13, q: 3, privateType: "f16" },
+    ],
+    [
+      { name: "classifier.weight", role: 0, type: "int8", shape: [2, 5] },
+      { name: "classifier.bias", role: 0, type: "f16", shape: [2] },
+      { name: "norm.bias", role: 1, shape: [5] },
+      { name: "flat.bias", role: 2, type: "bf16", shape: [4] },
+      { name: "tokens.weight", role: 3, type: "f16", shape: [2, 4], indices: [3, 8] },
+      { name: "cube", role: 0, type: "int3", shape: [2, 3, 2] },
+    ],
+    {
+      metadata: new Map([
+        ["labels", ["ja", "nein"]],
+        ["license", "CC0-1.0"],
+        ["__proto__", new Map([["constructor", null]])],
+        ["numbers", [1, -1, 0.5, 2 ** 40, true, false, null]],
+      ]),
+      "x-unknown": [1, { two: 2 }],
+    },
+  );
+  whole.entry.brings = bringsOf(whole, model.pack);
+  const head = model.task("head", [], [{ name: "classifier.weight", role: 0, shape: [2, 5] }]);
+  head.entry.brings = bringsOf(head, model.pack);
+  model.task("same head", [], [{ name: "classifier.weight", role: 0, shape: [2, 5] }]).entry.brings = 2;
+  model.task("same again", [], [{ name: "classifier.weight", role: 0, shape: [2, 5] }]).entry.brings = 3;
+  model.pack.basis.baseModel = "org/base";
+  model.pack.basis.rank = 3;
+  model.pack.basis["x-more"] = { anything: ["at", "all"] };
+  return model;
+}
+
+const file = (make, more = {}) => {
+  const { pack, expected } = make();
+  return { bytes: packFile({ ...pack, ...more }), expected };
+};
+
+/** Names and numbers that are easily read wrong. */
+function oddities() {
+  const model = createModel(3);
+  const name = `\ufefflayer "ä" ${"x".repeat(1000)}`;
+  model.module({ name, out: 1, in: 1, A: { K: 1 } });
+  model.module({ name: "__proto__", out: 300, in: 2, A: { K: 1, mean: false } });
+  model.task("constructor", [
+    { module: 0, q: 1 },
+    { module: 1, rank: 256 },
+  ]);
+  model.task("\u{1f9ed} 'a/b' ..", [{ module: 0, rank: 200, q: 56 }]);
+  const [first] = model.pack.tasks;
+  first.entry.brings = bringsOf(first, model.pack);
+  const { modules } = model.pack.basis;
+  modules[0].out = new Float(1);
+  modules[0].in = new Raw(0xcf, 0, 0, 0, 0, 0, 0, 0, 1);
+  modules[1].out = new Raw(0xd2, 0, 0, 1, 44);
+  modules[1].layout = new Raw(0xd0, 0);
+  return model;
+}
+
+function grown() {
+  const model = everyKind();
+  const { pack } = model;
+  return { ...model, pack: { ...pack, tasks: pack.tasks.slice(0, 2), appended: pack.tasks.slice(2) } };
+}
+
+function bare() {
+  const model = createModel(5);
+  model.task("head alone", [], [{ name: "classifier.weight", role: 0, shape: [2, 3] }]);
+  return model;
+}
+
+function basisAlone() {
+  const model = minimal();
+  return { pack: { ...model.pack, tasks: [] }, expected: new Map() };
+}
+
+function privateAlone() {
+  const model = createModel(9);
+  model.module({ name: "layer", out: 3, in: 4 });
+  model.task("own", [{ module: 0, q: 2, privateType: "int8" }]);
+  return model;
+}
+
+/** With what a later minor version may add. */
+function later() {
+  const { bytes, expected } = file(everyKind, {
+    minor: 7,
+    extra: [{ kind: 99, required: 0, content: Uint8Array.of(1, 2, 3) }],
+  });
+  return { bytes, expected };
+}
+
+/** An append that was cut off in the superblock: what counts is the generation before. */
+function torn() {
+  const { bytes } = file(grown);
+  const { pack, expected } = everyKind();
+  const names = pack.tasks.slice(0, 2).map(({ entry }) => entry.id);
+  bytes.fill(0, 512 + 40, 1024);
+  return { bytes, expected: new Map([...expected].filter(([name]) => names.includes(name.split("/")[0]))) };
+}
+
+function beyond() {
+  const { bytes, expected } = file(minimal);
+  return { bytes: new Uint8Array([...bytes, ...new Uint8Array(777).fill(7)]), expected };
+}
+
+/** The last two tasks of `everyKind`, each in a file of its own. */
+export function taskFileOf(signer, edit = (task) => task) {
+  const { pack, expected } = everyKind();
+  const task = pack.tasks[1];
+  const bytes = taskFile(
+    edit({ entry: task.entry, basisId: packFile(pack).subarray(16, 48), blob: blobOf(task), signer }),
+  );
+  return { bytes, expected: new Map([...expected].filter(([name]) => name.startsWith("whole/"))) };
+}
+
+/** By name: `{ bytes, expected, why, keys }`. Task files belong to every-kind. */
+export const VALID = {
+  "minimal.eigen": { ...file(minimal), why: "one module, one task" },
+  "every-kind.eigen": { ...file(everyKind), why: "every kind of module, term, parameter and number format" },
+  "grown.eigen": { ...file(grown), why: "a second generation: tasks were appended" },
+  "torn.eigen": { ...torn(), why: "an append that was cut off in the superblock: the first generation counts" },
+  "oddities.eigen": {
+    ...file(oddities),
+    why: "long names, a byte order mark, integers in other formats, the largest ranks",
+  },
+  "later.eigen": { ...later(), why: "minor version 7: unknown keys and an unknown section that is not required" },
+  "no-hashes.eigen": { ...file(everyKind, { hashed: false }), why: "as written before 1.0" },
+  "basis.eigen": { ...file(basisAlone), why: "no tasks" },
+  "bare.eigen": { ...file(bare), why: "no modules: the bases are empty" },
+  "private.eigen": { ...file(privateAlone), why: "a module without a basis: the bases are empty" },
+  "beyond.eigen": { ...beyond(), why: "bytes behind the committed end are ignored" },
+  "signed.eigen": { ...file(everyKind, { signer: SIGNER }), why: "signed", signed: true },
+  "signed-grown.eigen": { ...file(grown, { signer: SIGNER }), why: "signed, both generations", signed: true },
+  "whole.eigentask": { ...taskFileOf(undefined), why: "a task file" },
+  "signed.eigentask": { ...taskFileOf(SIGNER), why: "a signed task file", signed: true },
+};
