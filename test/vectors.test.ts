@@ -124,7 +124,7 @@ t.test("the example of SPEC.md is the file, byte for byte", async (t) => {
   const spec = await readFile(new URL("../SPEC.md", import.meta.url), "utf8");
   let lines = 0;
   let end = 0;
-  for (const [, at, digits] of spec.matchAll(/^(?:([0-9A-F]{4})|    ) {2}((?:[0-9A-F]{2} )+) /gm)) {
+  for (const [, at, digits] of spec.matchAll(/^(?:([0-9A-F]{4})| {4}) {2}((?:[0-9A-F]{2} )+) /gm)) {
     const expected = Uint8Array.from(digits.trim().split(" "), (byte) => Number.parseInt(byte, 16));
     const start = at === undefined ? end : Number.parseInt(at, 16);
     end = start + expected.length;

@@ -62,6 +62,12 @@ export function parseTask(
     names.add(key);
     return parsed;
   });
+  const adapted = new Set(terms.map(({ module }) => `${modules[module]!.name}.weight`));
+  for (const { name, role } of parameters) {
+    const twice =
+      ((role === "saved" || role === "rows") && adapted.has(name)) || (role !== "saved" && names.has(`saved ${name}`));
+    f.check(!twice, () => `it changes "${name}" in two ways`);
+  }
   f.check(end === bytes.length, () => `its tensors end at ${end}, the blob has ${bytes.length} bytes`);
   checkTensors(bytes, 8 + headerLength, tensorsOf(terms, parameters, modules), file, f.part);
   const blob = { terms, parameters, bytes };

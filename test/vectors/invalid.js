@@ -346,6 +346,13 @@ export const PACKS = {
   "rows-order": ["6.2", "row numbers that do not ascend", parameter(4, (x) => void x[4].reverse())],
   "rows-count": ["6.2", "fewer row numbers than rows", parameter(4, (x) => void x[4].pop())],
   "rows-missing": ["6.2", "rows without numbers", parameter(4, (x) => void x.pop())],
+  "saved-and-adapted": [
+    "6.2",
+    "a weight that is saved and adapted",
+    parameter(0, (x) => void (x[0] = "types.f32.weight")),
+  ],
+  "rows-and-adapted": ["6.2", "rows of a weight that is adapted", parameter(4, (x) => void (x[0] = "no.basis.weight"))],
+  "saved-and-bias": ["6.2", "a bias that is saved and changed", parameter(1, (x) => void (x[0] = "norm.bias"))],
   "blob-long": [
     "6",
     "bytes behind the last tensor of a blob",
