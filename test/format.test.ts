@@ -127,7 +127,7 @@ t.test("bytes behind the committed end are ignored", async (t) => {
   t.equal((await readAll(concat([golden, new Uint8Array(1000).fill(7)]))).tasks.size, 3);
 });
 
-t.test("20 000 mutants: an error of ours, or the same content", { timeout: 120_000 }, async (t) => {
+t.test("4 000 mutants of real bytes: an error of ours, or content", { timeout: 120_000 }, async (t) => {
   const { bytes: real } = await packOf(["adapters/own-seed/debtags-game"], { select: { kind: "k", k: 2 } });
   let seed = 12345;
   const random = (n: number): number => {
@@ -138,7 +138,7 @@ t.test("20 000 mutants: an error of ours, or the same content", { timeout: 120_0
   };
   let refused = 0;
   let harmless = 0;
-  for (let i = 0; i < 20_000; i++) {
+  for (let i = 0; i < 4_000; i++) {
     const source = i % 4 === 0 ? real : golden;
     let mutant = source.slice();
     const kind = random(6);
@@ -160,8 +160,8 @@ t.test("20 000 mutants: an error of ours, or the same content", { timeout: 120_0
       refused++;
     }
   }
-  t.equal(refused + harmless, 20_000);
-  t.ok(refused > 12_000, `${refused} were refused`);
+  t.equal(refused + harmless, 4_000);
+  t.ok(refused > 2_400, `${refused} were refused`);
   t.comment(`${refused} refused, ${harmless} harmless`);
 });
 

@@ -248,12 +248,13 @@ function parseSuperblock(bytes: Uint8Array, file: string): Superblock | undefine
   const f: Fields = new Fields(bytes, file, "superblock");
   if (f.u32(60) !== crc32c(bytes.subarray(0, 60))) return undefined;
   const signatureEnd = SIGNATURE_OFFSET + SIGNATURE_BYTES;
-  const signed = f.u32(52) === 1;
+  const flags = f.u32(52);
   const behind = bytes.subarray(SIGNATURE_OFFSET, signatureEnd);
   // Both are written at once: where the signature is torn, so is the whole.
-  if (signed ? f.u32(signatureEnd - 4) !== crc32c(bytes.subarray(0, signatureEnd - 4)) : behind.some(Boolean))
-    return undefined;
-  f.check(f.u32(52) <= 1, () => `flags ${f.u32(52)}, expected 0 or 1`);
+  const sound =
+    flags > 0 ? f.u32(signatureEnd - 4) === crc32c(bytes.subarray(0, signatureEnd - 4)) : !behind.some(Boolean);
+  if (!sound) return undefined;
+  f.check(flags <= 1, () => `flags ${flags}, expected 0 or 1`);
   f.zero(56, 60);
   f.zero(signatureEnd, BLOCK_BYTES);
   return {
@@ -264,7 +265,7 @@ function parseSuperblock(bytes: Uint8Array, file: string): Superblock | undefine
     basesOffset: f.u64(32),
     basesLength: f.u64(40),
     directoryCrc: f.u32(48),
-    signature: signed ? signatureOf(behind) : undefined,
+    signature: flags ? signatureOf(behind) : undefined,
   };
 }
 

@@ -74,6 +74,7 @@ export function parseTask(
   if (brings) {
     // Models are prepared for what the directory says.
     const [said, found] = [new Set(brings), bringsOf(blob, modules)];
+    f.check(said.size === brings.length, () => "the directory says twice what it brings");
     const unsaid = found.find((entry) => !said.delete(entry));
     f.check(unsaid === undefined, () => `it brings "${unsaid}", which the directory does not say`);
     for (const entry of said) f.check(false, () => `it does not bring "${entry}", which the directory says`);
@@ -129,6 +130,7 @@ function parseTerm(
   const most = Math.max(256, 2 * Math.min(module.in, module.out));
   term.check(rank + q <= most, () => `"${module.name}" has rank ${rank + q}, at most ${most} is allowed`);
   privateTypeItem!.integer(0, q > 0 ? DTYPES.length - 1 : 0);
+  term.check(A !== undefined || q > 0 || !magnitudeItem!.absent, () => `nothing is done to "${module.name}"`);
   return {
     module: index,
     rank,

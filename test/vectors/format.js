@@ -63,7 +63,7 @@ export function msgpack(value) {
     else out.push(code + 1, count >>> 24, (count >> 16) & 255, (count >> 8) & 255, count & 255);
   };
   const put = (v) => {
-    if (v === null) out.push(0xc0);
+    if (v === null || v === undefined) out.push(0xc0);
     else if (typeof v === "boolean") out.push(v ? 0xc3 : 0xc2);
     else if (typeof v === "number" && Number.isInteger(v)) out.push(...integer(v));
     else if (typeof v === "number" || v instanceof Float) {

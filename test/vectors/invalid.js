@@ -1,6 +1,6 @@
 // @ts-nocheck: it writes what no type allows
 /** The invalid vectors: for each the section of SPEC.md that it breaks, and why. Checksums and hashes are right where nothing else is said. */
-import { align, blobOf, crc32c, Float, packFile, Raw, repair, repairTaskFile, sha256 } from "./format.js";
+import { align, blobOf, crc32c, Float, msgpack, packFile, Raw, repair, repairTaskFile, sha256 } from "./format.js";
 import { everyKind, SIGNER, STRANGER, taskFileOf, VALID } from "./valid.js";
 
 /** `everyKind` with something else in it. */
@@ -64,7 +64,7 @@ export const PACKS = {
   "reserved-head": ["2", "byte 60 is not zero", changed(EVERY, (b) => void (b[60] = 1))],
   "reserved-superblock": ["2", "byte 57 of the superblock is not zero", changed(EVERY, (b) => void (b[1024 + 57] = 1))],
   "reserved-block": ["2", "byte 400 of the superblock is not zero", changed(EVERY, (b) => void (b[1024 + 400] = 1))],
-  "superblock-flags": ["2", "flags 2 in the superblock", changed(EVERY, (_, v) => v.setUint32(1024 + 52, 2, true))],
+  "superblock-flags": ["2", "flags 2 in the superblock, with the CRC of what follows", changed(EVERY, flagged)],
   "no-superblock": ["2", "both superblocks are zero", changed(EVERY, (b) => void b.fill(0, 1024, 1536))],
   "superblock-crc": [
     "2",
@@ -178,12 +178,14 @@ export const PACKS = {
   "bases-crc": [
     "4.1",
     "the CRC of the bases",
-    changed(EVERY, (b, v) => void (b[get(v, section(0) + 8)] ^= 1), { raw: true }),
+    changed("no-hashes.eigen", (b, v) => void (b[get(v, section(0) + 8)] ^= 1), { raw: true }),
   ],
   "blob-crc": [
     "4.1",
     "the CRC of a task blob",
-    changed(EVERY, (b, v) => void (b[get(v, section(1) + 8) + 20] ^= 1), { raw: true }),
+    changed("no-hashes.eigen", (b, v) => void (b[get(v, section(1) + 8) + get(v, section(1) + 16) - 9] ^= 1), {
+      raw: true,
+    }),
   ],
   "fewer-tasks": [
     "4.3",
@@ -191,9 +193,13 @@ export const PACKS = {
     edited(({ tasks }) => ({ tasks, extra: [{ kind: 2, content: Uint8Array.of(1) }] })),
   ],
   // 1. MessagePack
-  "key-twice": ["1", "a key that is there twice", edited(() => ({ basis: new Raw(0x82, 0xa1, 97, 1, 0xa1, 97, 1) }))],
-  "key-number": ["1", "a key that is a number", edited(() => ({ basis: new Raw(0x81, 1, 1) }))],
-  "left-over": ["1", "a byte behind the basis description", edited(() => ({ basis: new Raw(0x80, 0xc0) }))],
+  "key-twice": [
+    "1",
+    "a key that is there twice",
+    described((b) => [b[0] + 1, ...b.slice(1), 0xa4, ...ascii("mode"), 0xa1, 97]),
+  ],
+  "key-number": ["1", "a key that is a number", described((b) => [b[0] + 1, ...b.slice(1), 1, 1])],
+  "left-over": ["1", "a byte behind the basis description", described((b) => [...b, 0xc0])],
   "count-lies": [
     "1",
     "an array of 2^32 − 1 items in five bytes",
@@ -220,12 +226,12 @@ export const PACKS = {
   "mode-long": ["4.2", "`mode` of 65 bytes", edited(({ basis }) => void (basis.mode = long(65)))],
   "base-model-long": ["4.2", "`baseModel` of 4 097 bytes", edited(({ basis }) => void (basis.baseModel = long(4097)))],
   "rank-0": ["4.2", "`rank` 0 of the basis", edited(({ basis }) => void (basis.rank = 0))],
-  "name-long": ["4.2", "a module name of 1 025 bytes", module(0, (m) => void (m.name = long(1025)))],
-  "name-empty": ["4.2", "an empty module name", module(0, (m) => void (m.name = ""))],
+  "name-long": ["4.2", "a module name of 1 025 bytes", module(5, (m) => void (m.name = long(1025)))],
+  "name-empty": ["4.2", "an empty module name", module(5, (m) => void (m.name = ""))],
   "name-twice": ["4.2", "two modules of one name", module(1, (m) => void (m.name = "types.f32"))],
-  "out-0": ["4.2", "`out` 0", module(13, (m) => void (m.out = 0))],
-  "in-large": ["4.2", "`in` 2^31", module(13, (m) => void (m.in = 2 ** 31))],
-  "in-fraction": ["4.2", "`in` 3.5", module(13, (m) => void (m.in = new Float(3.5)))],
+  "out-0": ["4.2", "`out` 0", module(15, (m) => void (m.out = 0))],
+  "in-large": ["4.2", "`in` 2^31", module(15, (m) => void (m.in = 2 ** 31))],
+  "in-fraction": ["4.2", "`in` 3.5", module(15, (m) => void (m.in = new Float(3.5)))],
   "layout-4": ["4.2", "layout 4", module(0, (m) => void (m.layout = 4))],
   "kernel-missing": ["4.2", "a convolution without a kernel", module(10, (m) => void delete m.kernel)],
   "kernel-divides": ["4.2", "a kernel [3, 2] for `in` 8", module(10, (m) => void (m.kernel = [3, 2]))],
@@ -240,13 +246,13 @@ export const PACKS = {
     "a basis on one side only",
     edited(({ basis, tensors }) => ((basis.modules[12].B = null), void tensors.splice(26, 1))),
   ],
-  "kind-3": ["4.2", "a side of kind 3", module(0, (m) => void (m.A.kind = 3))],
-  "column-rank": ["4.2", "a rank on a column side", module(0, (m) => void (m.A.rank = 2))],
+  "kind-3": ["4.2", "a side of kind 3", module(14, (m) => void (m.A.kind = 3))],
+  "column-rank": ["4.2", "a rank on a column side", module(14, (m) => void (m.A.rank = 1))],
   "flat-no-rank": ["4.2", "a flat side without a rank", module(6, (m) => void delete m.A.rank)],
   "side-empty": [
     "4.2",
     "a side with neither components nor a mean",
-    module(12, (m) => void (m.A = { ...m.A, mean: false })),
+    edited(({ basis, tensors }) => ((basis.modules[14].B.K = 0), void tensors.pop())),
   ],
   "type-6": ["5", "tensor type 6", module(0, (m) => void (m.A.type = 6))],
   "bases-long": [
@@ -255,10 +261,18 @@ export const PACKS = {
     edited(({ tensors }) => void tensors.push(new Uint8Array(4))),
   ],
   "bases-short": ["4.4", "K asks for more than the bases hold", module(0, (m) => void (m.A.K = 65_535))],
+  "mean-1": ["4.2", "`mean` is 1", module(14, (m) => void (m.A.mean = 1))],
+  "fingerprint-1": ["4.2", "`fingerprint` is 1", module(0, (m) => void (m.fingerprint = 1))],
+  "k-large": ["4.2", "K 65 536", module(14, (m) => void (m.A.K = 65_536))],
+  "k-negative": ["4.2", "K −1", module(14, (m) => void (m.A.K = -1))],
+  "side-array": ["4.2", "a side that is an array", module(15, (m) => void ((m.A = []), (m.B = [])))],
+  "module-array": ["4.2", "a module that is an array", edited(({ basis }) => void (basis.modules[15] = []))],
+  "modules-map": ["4.2", "`modules` is a map", edited(({ basis }) => void (basis.modules = {}))],
+  "basis-array": ["4.2", "a basis description that is an array", edited(() => ({ basis: [] }))],
   huge: [
     "4.4",
     "`in` and `out` 2^31 − 1, which no bytes stand behind",
-    module(12, (m) => void ((m.in = 2 ** 31 - 1), (m.out = 2 ** 31 - 1))),
+    module(14, (m) => void ((m.in = 2 ** 31 - 1), (m.out = 2 ** 31 - 1))),
   ],
   // 4.3 Task list
   "id-empty": ["4.3", "an empty id", entry(0, (e) => void (e.id = ""))],
@@ -274,7 +288,14 @@ export const PACKS = {
   "license-number": ["4.3", "`license` is a number", entry(0, (e) => void (e.metadata = { license: 1 }))],
   "brings-later": ["4.3", "`brings` gives the index of a later task", entry(0, (e) => void (e.brings = 1))],
   "brings-self": ["4.3", "`brings` gives the task's own index", entry(4, (e) => void (e.brings = 4))],
-  "brings-long": ["4.3", "a string of `brings` of 1 036 bytes", entry(0, (e) => void (e.brings = [long(1036)]))],
+  "brings-long": [
+    "4.3",
+    "a string of `brings` of 1 036 bytes",
+    entry(0, (e) => void (e.brings = [`bias-delta ${long(1025)}`])),
+  ],
+  "brings-twice": ["4.3", "`brings` has an item twice", entry(2, (e) => void e.brings.push(e.brings[0]))],
+  "brings-role": ["4.3", "an unknown role in `brings`", entry(0, (e) => void (e.brings = ["other head.weight"]))],
+  "brings-number": ["4.3", "`brings` has an item that is a number", entry(0, (e) => void (e.brings = ["saved x", 5]))],
   "brings-less": ["4.3", "`brings` leaves out a parameter", entry(1, (e) => void e.brings.pop())],
   "brings-more": [
     "4.3",
@@ -310,6 +331,17 @@ export const PACKS = {
     ),
   ],
   "header-items": ["6", "a header of three items", edited(({ tasks }) => void tasks[0].header.push([]))],
+  "terms-map": ["6.1", "terms that are a map", edited(({ tasks }) => void (tasks[2].header[0] = {}))],
+  "parameters-map": ["6.2", "parameters that are a map", edited(({ tasks }) => void (tasks[0].header[1] = {}))],
+  "term-nothing": [
+    "6.1",
+    "a term that does nothing",
+    edited(({ tasks }) => void tasks[0].header[0].push([15, 0, null, null, 0, 0, null])),
+  ],
+  "term-q-negative": ["6.1", "q −1", term(0, (x) => void (x[4] = -1))],
+  "term-magnitude-type": ["6.1", "magnitudes of type 6", term(0, (x) => void (x[6] = 6), 1)],
+  "parameter-type": ["6.2", "a parameter of type 6", parameter(0, (x) => void (x[2] = 6))],
+  "rows-large": ["6.2", "row number 2^31", parameter(4, (x) => void (x[4][1] = 2 ** 31))],
   "term-items": ["6.1", "a term of eight items", term(0, (x) => void x.push(null))],
   "term-short": ["6.1", "a term of six items", term(0, (x) => void x.pop())],
   "terms-order": ["6.1", "terms that are not sorted", edited(({ tasks }) => void tasks[0].header[0].reverse())],
@@ -365,6 +397,12 @@ export const PACKS = {
     edited(({ tasks }) => ((tasks[2].blob = blobOf(tasks[2])), void padded(tasks[2].blob))),
   ],
   // 8. Hashes and signatures
+  revoked: [
+    "8",
+    "a task that is revoked",
+    changed(EVERY, (b) => b),
+    { revoked: [`sha256-${Buffer.from(sha256(blobOf(everyKind().pack.tasks[2]))).toString("base64")}`] },
+  ],
   "other-root": [
     "8",
     "another root than was asked for",
@@ -430,6 +468,19 @@ function exchanged(bytes, view, index) {
   view.setUint32(1024 + 60, crc32c(bytes.subarray(1024, 1084)), true);
 }
 
+const ascii = (text) => [...new TextEncoder().encode(text)];
+
+/** The basis description with other bytes. */
+function described(change) {
+  return edited(({ basis }) => ({ basis: new Raw(...change([...msgpack(basis)])) }));
+}
+
+function flagged(bytes, view) {
+  view.setUint32(1024 + 52, 2, true);
+  view.setUint32(1024 + 60, crc32c(bytes.subarray(1024, 1024 + 60)), true);
+  view.setUint32(1024 + 160, crc32c(bytes.subarray(1024, 1024 + 160)), true);
+}
+
 function generation0(bytes, view) {
   bytes.copyWithin(512, 1024, 1536);
   bytes.fill(0, 1024, 1536);
@@ -469,7 +520,7 @@ export const TASK_FILES = {
   "task-major": ["7", "major version 2", fileBytes(WHOLE, (_, v) => v.setUint16(8, 2, true))],
   "task-crc": ["7", "the CRC of the head", fileBytes(WHOLE, (b) => void (b[60] ^= 1), { raw: true })],
   "task-entry-crc": ["7", "the CRC of the entry", fileBytes(WHOLE, (b) => void (b[70] ^= 1), { raw: true })],
-  "task-blob-crc": ["7", "the CRC of the blob", fileBytes(WHOLE, (b) => void (b[b.length - 1] ^= 1), { raw: true })],
+  "task-blob-crc": ["7", "the CRC of the blob", fileBytes(WHOLE, (b) => void (b[b.length - 9] ^= 1), { raw: true })],
   "task-short": ["7", "63 bytes", fileBytes(WHOLE, (b) => b.slice(0, 63), { raw: true })],
   "task-truncated": ["7", "a byte less", fileBytes(WHOLE, (b) => b.slice(0, -1), { raw: true })],
   "task-longer": ["7", "a byte more", fileBytes(WHOLE, (b) => new Uint8Array([...b, 0]), { raw: true })],
@@ -491,6 +542,13 @@ export const TASK_FILES = {
     "7",
     "the CRC of the signature",
     fileBytes(SIGNED, (b) => void (b[b.length - 1] ^= 1), { raw: true }),
+  ],
+  "task-signature-padding": [
+    "7",
+    "padding before the signature",
+    fileBytes(SIGNED, (b, v) => void (b[align(64 + v.getUint32(12, true), 64) + v.getUint32(48, true)] = 1), {
+      raw: true,
+    }),
   ],
   "task-unsigned": ["8", "not signed, though keys were given", fileBytes(WHOLE, (b) => b), { keys: KEYS }],
   "task-stranger": ["8", "signed by another key", () => taskFileOf(STRANGER).bytes, { keys: KEYS }],

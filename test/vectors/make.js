@@ -16,7 +16,7 @@ export function vectors() {
     const root = pack && name !== "no-hashes.eigen" && !name.includes("grown") && name !== "torn.eigen";
     index.push({
       ...{ file: `valid/${name}`, valid: true, why, values },
-      ...(pack ? {} : { pack: "valid/every-kind.eigen" }),
+      ...(pack ? {} : { pack: signed ? "valid/signed.eigen" : "valid/every-kind.eigen" }),
       ...(root ? { integrity: integrity(bytes) } : {}),
       ...(signed ? { keys: KEYS } : {}),
     });
@@ -31,7 +31,7 @@ export function vectors() {
     }
   };
   refuse(PACKS, "eigen", {});
-  refuse(TASK_FILES, "eigentask", { pack: "valid/every-kind.eigen" });
+  refuse(TASK_FILES, "eigentask", { pack: "valid/signed.eigen" });
   const lines = index.map((entry) => `  ${JSON.stringify(entry)}`);
   files.set("index.json", new TextEncoder().encode(`[\n${lines.join(",\n")}\n]\n`));
   return files;

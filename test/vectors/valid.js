@@ -27,6 +27,8 @@ export function everyKind() {
   model.module({ name: "embedding", out: 4, in: 9, layout: 3, A: { K: 2 } });
   model.module({ name: "mean.only", out: 3, in: 3, A: { K: 0 } });
   model.module({ name: "no.basis", out: 5, in: 4 });
+  model.module({ name: "unused", out: 2, in: 2, A: { K: 1, mean: false } });
+  model.module({ name: "unused.bare", out: 3, in: 2 });
   const all = TYPES.map((type, module) => ({ module, rank: 2, type, meanB: module % 2 === 0 }));
   model.task("terms", [
     ...all,
@@ -116,6 +118,12 @@ function basisAlone() {
   return { pack: { ...model.pack, tasks: [] }, expected: new Map() };
 }
 
+/** The directory is the last section, with an empty one before it that begins where the file ends. */
+function nothing() {
+  const model = createModel(5);
+  return { pack: model.pack, expected: new Map() };
+}
+
 function privateAlone() {
   const model = createModel(9);
   model.module({ name: "layer", out: 3, in: 4 });
@@ -170,6 +178,7 @@ export const VALID = {
   "no-hashes.eigen": { ...file(everyKind, { hashed: false }), why: "as written before 1.0" },
   "basis.eigen": { ...file(basisAlone), why: "no tasks" },
   "bare.eigen": { ...file(bare), why: "no modules: the bases are empty" },
+  "nothing.eigen": { ...file(nothing), why: "no modules and no tasks: the file ends with empty bases" },
   "private.eigen": { ...file(privateAlone), why: "a module without a basis: the bases are empty" },
   "beyond.eigen": { ...beyond(), why: "bytes behind the committed end are ignored" },
   "signed.eigen": { ...file(everyKind, { signer: SIGNER }), why: "signed", signed: true },

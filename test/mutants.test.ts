@@ -1,0 +1,25 @@
+import { readFile } from "node:fs/promises";
+import t from "tap";
+import { check, runMutants } from "./mutants/run.js";
+
+/** `npm run soak -- --fuzz 1000000` goes on where this ends. */
+const COUNT = 20_000;
+
+t.test(`${COUNT} mutants with right checksums: refused by name, or what they mean`, { timeout: 280_000 }, async (t) => {
+  const { taken, folded, refused, wrong } = await runMutants(1, COUNT);
+  t.comment(`${taken} were taken, ${folded} of them folded; ${refused} were refused`);
+  t.same(wrong.slice(0, 5), []);
+  t.ok(refused > COUNT / 2 && folded > COUNT / 5, "both sides are reached");
+});
+
+t.test("the judge is not easily content: a byte of a tensor, and it says which weight", async (t) => {
+  const bytes = new Uint8Array(await readFile(new URL("vectors/valid/minimal.eigen", import.meta.url)));
+  for (const wasm of [false, true]) {
+    t.equal(await check(bytes, undefined, wasm, {}), undefined);
+    for (const at of [0x782, 0x792, 0x7d6, 0x7da]) {
+      const other = bytes.slice();
+      other[at]! ^= 1;
+      t.match(await check(bytes, undefined, wasm, {}, other), /layer\[\d, \d\] is .*expected/, `byte ${at}`);
+    }
+  }
+});

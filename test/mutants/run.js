@@ -1,0 +1,134 @@
+// @ts-nocheck: it handles what no type describes
+/** Runs mutants through the package and holds what it takes against the judge. */
+import { createRuntime, openPack } from "../../dist/src/index.js";
+import { judge, judgeTaskFile } from "./judge.js";
+import { mutant } from "./make.js";
+
+/** Most CPU seconds and megabytes that a mutant may take; all are a few kilobytes. */
+const MOST = { seconds: 2, megabytes: 100 };
+
+/** A base of numbers that are easily told apart, for what a pack adapts and changes. */
+function baseOf({ modules, tasks }) {
+  const base = new Map();
+  const fill = (count) => Float32Array.from({ length: count }, (_, i) => Math.sin(i + 1));
+  for (const { name, out, in: inputs, layout, kernel } of modules) {
+    const shapes = [
+      [out, inputs],
+      [inputs, out],
+      kernel && [out, inputs / kernel.reduce((a, b) => a * b, 1), ...kernel],
+      [inputs, out],
+    ];
+    base.set(`${name}.weight`, { dtype: "f32", shape: shapes[layout], data: fill(out * inputs) });
+  }
+  for (const { parameters } of tasks.values()) {
+    for (const { name, role, shape, indices } of parameters) {
+      if (role === 0 || base.has(name)) continue;
+      const rows = role === 3 ? [indices.at(-1) + 1, shape[1]] : shape;
+      base.set(name, { dtype: "f32", shape: rows, data: fill(rows.reduce((a, b) => a * b, 1)) });
+    }
+  }
+  return base;
+}
+
+/** How the weight of a module lies in the base. */
+const at = ({ layout, out, in: inputs }, o, i) => (layout === 1 || layout === 3 ? i * out + o : o * inputs + i);
+
+/** Weights after a switch against W + ΔW in 64 bits. Returns the first difference in words. */
+function difference(runtime, modules, task, base) {
+  for (const module of modules) {
+    const { name, out, in: inputs } = module;
+    const term = task?.terms.get(name);
+    const found = runtime.weight(`${name}.weight`).data;
+    const weights = new Float32Array(found.buffer, found.byteOffset, out * inputs);
+    const before = base.get(`${name}.weight`).data;
+    for (let o = 0; o < out; o++) {
+      const row = Array.from(
+        { length: inputs },
+        (_, i) => before[at(module, o, i)] + (term?.delta[o * inputs + i] ?? 0),
+      );
+      const slack = Array.from(
+        { length: inputs },
+        (_, i) => (term?.bound[o * inputs + i] ?? 0) + 2 ** -23 * Math.abs(row[i]),
+      );
+      const norm = Math.hypot(...row);
+      const off = Math.hypot(...slack);
+      const scale = term?.magnitude ? (norm > 0 ? term.magnitude[o] / norm : 0) : 1;
+      // Where a row all but cancels, what its direction is lies within the bound of its elements.
+      if (term?.magnitude && off > 0.01 * norm) continue;
+      for (let i = 0; i < inputs; i++) {
+        const expected = row[i] * scale;
+        const share = term?.magnitude ? (2 * off) / norm + 2 ** -20 : 0;
+        const allowed = term
+          ? slack[i] * Math.abs(scale) * (1 + 2 ** -10) + Math.abs(term.magnitude?.[o] ?? 0) * share + 1e-38
+          : 0;
+        const value = weights[at(module, o, i)];
+        if (Number.isFinite(expected) && Math.abs(expected) > 3.4e38) continue;
+        if (!(Math.abs(value - expected) <= allowed))
+          return `${name}[${o}, ${i}] is ${value}, expected ${expected} ± ${allowed}`;
+      }
+    }
+  }
+  return undefined;
+}
+
+/**
+ * Everything a reader does with a mutant. Returns what is wrong, in words; undefined where all is well.
+ * @param known the pack of a task file
+ * @param told what the judge is told that the file is. Default: the same bytes
+ */
+export async function check(bytes, known, wasm, count, told = bytes) {
+  const pack = await openPack(known ?? bytes);
+  if (known) await pack.addTask("mutant", bytes);
+  (await pack.bases()).close();
+  for (const id of pack.tasks.keys()) await pack.load(id);
+  const truth = judge(known ?? told);
+  if (known) truth.tasks.set("mutant", judgeTaskFile(told, truth.modules));
+  count.taken++;
+  const size = truth.modules.reduce((sum, m) => sum + m.out * m.in, 0);
+  if (size > 1e6) return undefined;
+  const base = baseOf(truth);
+  const backend = wasm ? "wasm" : "js";
+  const runtime = await createRuntime(pack, { base: new Map(base), backend, anyBase: true });
+  try {
+    const pristine = new Map([...base].map(([name, { data }]) => [name, data.slice()]));
+    for (const id of [...truth.tasks.keys(), null]) {
+      await runtime.switchTask(id);
+      const before = new Map([...base].map(([name, tensor]) => [name, { ...tensor, data: pristine.get(name) }]));
+      const wrong = difference(runtime, truth.modules, truth.tasks.get(id), before);
+      if (wrong) return `${backend}, task ${id}: ${wrong}`;
+    }
+  } finally {
+    await runtime.close();
+  }
+  count.folded++;
+  return undefined;
+}
+
+/**
+ * @param from first mutant, and how many
+ * @returns counts, and what went wrong by number
+ */
+export async function runMutants(from, howMany, onProgress = () => {}) {
+  const count = { taken: 0, folded: 0, refused: 0 };
+  const wrong = [];
+  const warm = 50;
+  for (let seed = from; seed < from + howMany; seed++) {
+    const { kind, bytes, pack } = mutant(seed);
+    const cpu = process.cpuUsage();
+    const peak = process.resourceUsage().maxRSS;
+    let message;
+    try {
+      message = await check(bytes, kind === "pack" ? undefined : pack, seed % 3 === 0, count);
+    } catch (error) {
+      if (!error?.tag) message = error?.stack ?? String(error);
+      count.refused++;
+    }
+    const { user, system } = process.cpuUsage(cpu);
+    if (user + system > MOST.seconds * 1e6) message ??= `it took ${(user + system) / 1e6} s`;
+    const grown = (process.resourceUsage().maxRSS - peak) / 1024;
+    if (seed - from > warm && grown > MOST.megabytes) message ??= `it took ${grown.toFixed(0)} MB`;
+    if (message) wrong.push({ seed, message });
+    onProgress(seed - from + 1, wrong);
+  }
+  return { ...count, wrong };
+}

@@ -1,0 +1,824 @@
+"""A reader of the EigenLoRA pack, version 1.0, written from SPEC.md alone.
+
+Nothing of the project's own code was looked at. Every rule is followed as literally as the text allows; where the text
+leaves a choice, a comment that begins with "Reading:" says which one was made. Python 3.11 and numpy, nothing else.
+
+    pack = open_pack(data, integrity="sha256-…", keys=["ed25519:…"])   # window, directory, bases
+    task = load_task(pack, 0)                                          # a task of the pack
+    task = load_task_file(pack, data, keys=[…])                        # or of a file of its own
+    delta(task.terms[0])                                               # ΔW [out, in]
+
+    reader.py INDEX_DIR     checks every entry of INDEX_DIR/index.json; exit code 0 when all agree
+"""
+
+import base64
+import hashlib
+import json
+import math
+import struct
+import sys
+import unicodedata
+from dataclasses import make_dataclass
+from pathlib import Path
+
+import numpy as np
+
+PACK_MAGIC = bytes.fromhex("89454947454E0D0A")
+TASK_MAGIC = bytes.fromhex("89455441534B0D0A")
+WINDOW = 1536
+MAX_SAFE = 2**53 - 1
+MAX_DIM = 2**31 - 1
+MAX_ITEMS = 65_536
+BASES, BLOB, FREE = 1, 2, 3
+COLUMN, FLAT = 1, 2
+INT_BITS = {3: 8, 4: 4, 5: 3}
+ROLES = ("saved", "bias", "bias-delta", "rows")
+
+
+def record(name, fields):
+    """A class with these attributes; the last ones may be left out, and are None then."""
+    return make_dataclass(name, [(x, object, None) for x in fields.split()])
+
+
+class Refused(Exception):
+    """A file that breaks a rule; `section` is that of SPEC.md in which the rule stands."""
+
+    def __init__(self, section, message):
+        super().__init__(f"section {section}: {message}")
+        self.section = section
+
+
+def need(condition, section, message):
+    if not condition:
+        raise Refused(section, message)
+
+
+# ---- 1. Conventions ---------------------------------------------------------------------------------------------------
+
+
+def up(x, multiple):
+    """⌈x⌉ to a multiple."""
+    return -(-x // multiple) * multiple
+
+
+def u16(raw, at):
+    return int.from_bytes(raw[at : at + 2], "little")
+
+
+def u32(raw, at):
+    return int.from_bytes(raw[at : at + 4], "little")
+
+
+def u64(raw, at):
+    value = int.from_bytes(raw[at : at + 8], "little")
+    need(value <= MAX_SAFE, "1", "a u64 above 2^53 - 1")
+    return value
+
+
+def crc_table():
+    table = []
+    for x in range(256):
+        for _ in range(8):
+            x = x >> 1 ^ (0x82F63B78 if x & 1 else 0)
+        table.append(x)
+    return table
+
+
+CRC_TABLE = crc_table()
+
+
+def crc32c(raw):
+    crc = 0xFFFFFFFF
+    for byte in raw:
+        crc = CRC_TABLE[(crc ^ byte) & 0xFF] ^ crc >> 8
+    return crc ^ 0xFFFFFFFF
+
+
+class MessagePack:
+    """Decodes one value that fills `raw` exactly. Integers and floats come as int and float, see `integer`."""
+
+    FIXED = {0xCA: ">f", 0xCB: ">d", 0xCC: ">B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q",
+             0xD0: ">b", 0xD1: ">h", 0xD2: ">i", 0xD3: ">q"}  # fmt: skip
+    COUNTED = {0xD9: ("str", ">B"), 0xDA: ("str", ">H"), 0xDB: ("str", ">I"), 0xDC: ("array", ">H"),
+               0xDD: ("array", ">I"), 0xDE: ("map", ">H"), 0xDF: ("map", ">I")}  # fmt: skip
+
+    def __init__(self, raw):
+        self.raw, self.at, self.collections = raw, 0, 0
+
+    @classmethod
+    def decode(cls, raw):
+        self = cls(raw)
+        value = self.value(0)
+        need(self.at == len(raw), "1", "bytes behind a MessagePack value")
+        return value
+
+    def take(self, n):
+        need(n <= len(self.raw) - self.at, "1", "a MessagePack value that is cut off")
+        self.at += n
+        return self.raw[self.at - n : self.at]
+
+    def number(self, form):
+        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
+
+    def value(self, depth):
+        """The next value, which lies inside `depth` maps and arrays."""
+        need(depth <= 16, "1", "a value inside more than 16 maps and arrays")
+        code = self.take(1)[0]
+        if code < 0x80:
+            return code
+        if code >= 0xE0:
+            return code - 256
+        if code < 0x90:
+            return self.map(code & 15, depth)
+        if code < 0xA0:
+            return self.array(code & 15, depth)
+        if code < 0xC0:
+            return self.str(code & 31, depth)
+        if code in (0xC0, 0xC2, 0xC3):
+            return {0xC0: None, 0xC2: False, 0xC3: True}[code]
+        if code in self.FIXED:
+            return self.number(self.FIXED[code])
+        need(code in self.COUNTED, "1", f"MessagePack format {code:#x}")
+        kind, form = self.COUNTED[code]
+        return getattr(self, kind)(self.number(form), depth)
+
+    def str(self, n, _depth):
+        try:
+            return self.take(n).decode("utf-8")
+        except UnicodeDecodeError:
+            raise Refused("1", "a string that is not UTF-8") from None
+
+    def open(self, least_bytes):
+        need(least_bytes <= len(self.raw) - self.at, "1", "a count that the bytes behind it do not hold")
+        self.collections += 1
+        need(3 * (self.collections - 1024) <= len(self.raw), "1", "too many maps and arrays")
+
+    def array(self, n, depth):
+        self.open(n)
+        return [self.value(depth + 1) for _ in range(n)]
+
+    def map(self, n, depth):
+        self.open(2 * n)
+        result = {}
+        for _ in range(n):
+            key = self.value(depth + 1)
+            need(isinstance(key, str), "1", "a map key that is not a string")
+            need(key not in result, "1", f"the key {key!r} twice")
+            result[key] = self.value(depth + 1)
+        return result
+
+
+def integer(value, least, most, section, what):
+    """Any integer format, or a float with an integral value."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    need(type(value) is int, section, f"{what} is not an integer")
+    need(least <= value and (most is None or value <= most), section, f"{what} is out of range")
+    return value
+
+
+def string(value, least, most, section, what):
+    need(isinstance(value, str), section, f"{what} is not a string")
+    need(least <= len(value.encode()) <= most, section, f"{what} has a wrong length")
+    return value
+
+
+def boolean(value, section, what):
+    """Reading: `true` and `false` of MessagePack only, not 1 and 0; nil is the default, false."""
+    need(value in (None, True, False) and type(value) in (type(None), bool), section, f"{what} is not a boolean")
+    return bool(value)
+
+
+def array(value, least, most, section, what):
+    need(isinstance(value, list), section, f"{what} is not an array")
+    need(least <= len(value) <= most, section, f"{what} has a wrong number of items")
+    return value
+
+
+def mapping(value, section, what):
+    need(isinstance(value, dict), section, f"{what} is not a map")
+    return value
+
+
+# ---- 2. Window --------------------------------------------------------------------------------------------------------
+
+# directory, bases: offset and length; signature: public key and signature, or None
+Superblock = record("Superblock", "generation committed directory bases directory_crc signature")
+
+
+def is_whole(block, parity):
+    generation = int.from_bytes(block[:8], "little")
+    unsigned = u32(block, 52) == 0 and not any(block[64:164])
+    return (
+        generation >= 1
+        and generation % 2 == parity
+        and crc32c(block[:60]) == u32(block, 60)
+        and (unsigned or (u32(block, 52) != 0 and crc32c(block[:160]) == u32(block, 160)))
+    )
+
+
+def read_superblock(block):
+    flag = u32(block, 52)
+    need(flag in (0, 1), "2", "unknown flags in the superblock")
+    need(not any(block[56:60]) and not any(block[164:]), "2", "reserved bytes of the superblock are not zero")
+    generation, committed, *places = (u64(block, at) for at in range(0, 48, 8))
+    signature = (block[64:96], block[96:160]) if flag else None
+    return Superblock(generation, committed, tuple(places[:2]), tuple(places[2:]), u32(block, 48), signature)
+
+
+def read_window(data):
+    """The basis id and the superblock to use."""
+    need(len(data) >= WINDOW, "2", "shorter than a window")
+    need(data[:8] == PACK_MAGIC, "2", "another magic")
+    need(u16(data, 8) == 1, "2", "another major version")
+    need(u32(data, 12) == WINDOW, "2", "another length of the window")
+    need(crc32c(data[:48]) == u32(data, 48), "2", "the CRC of the window's head")
+    need(not any(data[52:512]), "2", "reserved bytes of the window's head are not zero")
+    blocks = [data[512:1024], data[1024:1536]]
+    whole = [block for parity, block in enumerate(blocks) if is_whole(block, parity)]
+    need(whole, "2", "neither superblock is whole")
+    superblock = read_superblock(max(whole, key=lambda block: int.from_bytes(block[:8], "little")))
+    need(len(data) >= superblock.committed, "2", "truncated")
+    return data[16:48], superblock
+
+
+# ---- 4. Directory -----------------------------------------------------------------------------------------------------
+
+Section = record("Section", "kind offset length crc hash")
+Side = record("Side", "kind K rank mean type width E M")  # E, M: components [K, width], mean [width], from the bases
+Module = record("Module", "name out inner layout kernel A B has_fingerprint fingerprint")  # inner: `in`
+Entry = record("Entry", "id adapter_bytes metadata brings section")  # brings: None when it is not said
+Pack = record("Pack", "data basis_id superblock sections modules entries revoked")
+
+
+def read_table(raw, n, hashed, superblock):
+    """Sections 4 and 4.1: the table in a directory of right length, its hashes and the tiling of the file."""
+    sections = []
+    for i in range(n):
+        row = raw[16 + 32 * i : 48 + 32 * i]
+        kind, flag, offset, length = u32(row, 0), u32(row, 4), u64(row, 8), u64(row, 16)
+        sha = raw[len(raw) - 32 * (n - i) :][:32] if hashed else None
+        need(flag in (0, 1), "4.1", "unknown flags of a section")
+        need(flag or kind not in (BASES, BLOB), "4.1", "a task blob or the bases are not required")
+        need(kind in (BASES, BLOB, FREE) or not flag, "4.1", "a required section of unknown kind")
+        need(length or kind == BASES, "4.1", "an empty section")
+        need(u32(row, 28) == 0, "4.1", "a reserved byte of a section is not zero")
+        need(kind != FREE or u32(row, 24) == 0, "4.1", "a free section with a CRC")
+        need(kind != FREE or not any(sha or b""), "4", "a free section with a hash")
+        sections.append(Section(kind, offset, length, u32(row, 24), sha))
+    bases = [(s.offset, s.length) for s in sections if s.kind == BASES]
+    need(len(bases) == 1, "4.1", "not one bases section")
+    need(bases[0] == superblock.bases, "4.1", "superblock and table disagree about the bases")
+    places = [(s.offset, s.length) for s in sections]
+    places.insert(sum(place < superblock.directory for place in places), superblock.directory)
+    end = WINDOW
+    for offset, length in places:
+        need(offset == up(end, 64), "4.1", "sections that do not tile the file")
+        end = offset + length
+    need(end == superblock.committed, "4.1", "the last section does not end at the committed length")
+    return sections
+
+
+def read_side(value, width, what):
+    side = mapping(value, "4.2", what)
+    kind = integer(side.get("kind"), 1, 2, "4.2", f"kind of {what}")
+    mean = boolean(side.get("mean"), "4.2", f"mean of {what}")
+    K = integer(side.get("K"), 0, 65_535, "4.2", f"K of {what}")
+    need(K or mean, "4.2", f"{what} has neither components nor a mean")
+    rank = side.get("rank")
+    if kind == FLAT:
+        rank = integer(rank, 1, 65_535, "4.2", f"rank of {what}")
+    need(kind == FLAT or rank is None, "4.2", f"{what} is of columns and has a rank")
+    explained = side.get("explained")
+    need(type(explained) in (int, float) and 0 <= explained <= 1, "4.2", f"explained of {what}")
+    tensor_type = integer(side.get("type"), 0, 5, "5", f"tensor type of {what}")
+    return Side(kind, K, rank, mean, tensor_type, width * (rank or 1))
+
+
+def read_module(value):
+    module = mapping(value, "4.2", "a module")
+    name = string(module.get("name"), 1, 1024, "4.2", "name of a module")
+    out = integer(module.get("out"), 1, MAX_DIM, "4.2", f"out of {name}")
+    inner = integer(module.get("in"), 1, MAX_DIM, "4.2", f"in of {name}")
+    layout = integer(module.get("layout"), 0, 3, "4.2", f"layout of {name}")
+    kernel = module.get("kernel")
+    if layout == 2:
+        kernel = [integer(k, 1, 65_535, "4.2", "a kernel") for k in array(kernel, 1, 8, "4.2", f"kernel of {name}")]
+        need(inner % math.prod(kernel) == 0, "4.2", f"kernel of {name} does not divide in")
+    need(layout == 2 or kernel is None, "4.2", f"{name} is no convolution and has a kernel")
+    A, B = module.get("A"), module.get("B")
+    need((A is None) == (B is None), "4.2", f"{name} has a basis on one side only")
+    if A is not None:
+        A, B = read_side(A, inner, f"A of {name}"), read_side(B, out, f"B of {name}")
+    return Module(name, out, inner, layout, kernel, A, B, boolean(module.get("fingerprint"), "4.2", "fingerprint"))
+
+
+def read_description(raw):
+    basis = mapping(MessagePack.decode(raw), "4.2", "the basis description")
+    for key, most in (("producer", 1024), ("mode", 64), ("gauge", 64), ("centering", 64)):
+        string(basis.get(key), 1, most, "4.2", key)
+    if basis.get("rank") is not None:
+        integer(basis["rank"], 1, 65_535, "4.2", "rank")
+    if basis.get("baseModel") is not None:
+        string(basis["baseModel"], 1, 4096, "4.2", "baseModel")
+    modules = [read_module(m) for m in array(basis.get("modules"), 0, MAX_ITEMS, "4.2", "modules")]
+    need(len({m.name for m in modules}) == len(modules), "4.2", "two modules of one name")
+    return modules
+
+
+def read_brings(value, modules):
+    """A set of (role, name)."""
+    names, result = {m.name for m in modules}, set()
+    for item in array(value, 0, MAX_ITEMS, "4.3", "brings"):
+        role, space, name = string(item, 1, 1035, "4.3", "an item of brings").partition(" ")
+        need(space and role in (*ROLES, "magnitude", "private"), "4.3", "an unknown role in brings")
+        string(name, 1, 1024, "4.3", "a name in brings")
+        need(role in ROLES or name in names, "4.3", "brings names a module that the basis does not have")
+        need((role, name) not in result, "4.3", "brings names something twice")
+        result.add((role, name))
+    return frozenset(result)
+
+
+def read_entry(value, modules, earlier):
+    """An entry of the task list, or with `earlier` None that of a task file, where `brings` is no index."""
+    entry = mapping(value, "4.3", "a task")
+    name = string(entry.get("id"), 1, 255, "4.3", "id")
+    need(all(unicodedata.category(c) != "Cc" for c in name), "4.3", "a control character in an id")
+    adapter_bytes = integer(entry.get("adapterBytes"), 0, MAX_SAFE, "4.3", "adapterBytes")
+    metadata = entry.get("metadata")
+    metadata = {} if metadata is None else mapping(metadata, "4.3", "metadata")
+    if metadata.get("labels") is not None:
+        for label in array(metadata["labels"], 1, MAX_ITEMS, "4.3", "labels"):
+            string(label, 1, 1024, "4.3", "a label")
+    for key in ("license", "origin"):
+        if metadata.get(key) is not None:
+            string(metadata[key], 1, 4096, "4.3", key)
+    brings = entry.get("brings")
+    if isinstance(brings, (int, float)):
+        need(earlier is not None, "7", "brings of a task file is an index")
+        brings = earlier[integer(brings, 0, len(earlier) - 1, "4.3", "brings")].brings
+    elif brings is not None:
+        brings = read_brings(brings, modules)
+    return Entry(name, adapter_bytes, metadata, brings)
+
+
+def read_task_list(raw, modules, blobs):
+    tasks = array(MessagePack.decode(raw), 0, len(blobs), "4.3", "the task list")
+    need(len(tasks) == len(blobs), "4.3", "another number of tasks than of task blobs")
+    entries = []
+    for task, section in zip(tasks, blobs):
+        entries.append(read_entry(task, modules, entries))
+        entries[-1].section = section
+    need(len({e.id for e in entries}) == len(entries), "4.3", "two tasks of one id")
+    return entries
+
+
+def section_bytes(data, section):
+    """The bytes of a section, with its CRC checked, and its hash where there is one."""
+    raw = data[section.offset : section.offset + section.length]
+    need(crc32c(raw) == section.crc, "4.1", "the CRC of a section")
+    need(section.hash is None or hashlib.sha256(raw).digest() == section.hash, "8", "the hash of a section")
+    return raw
+
+
+def read_bases(raw, modules):
+    """Section 4.4. All sizes are held against the section before anything is decoded."""
+    end, plan = 0, []
+    for module in modules:
+        for side in (module.A, module.B):
+            if side:
+                rows = side.K + side.mean
+                plan.append((up(end, 16), side, rows))
+                end = up(end, 16) + tensor_size(side.type, rows, side.width)
+        if module.has_fingerprint:
+            plan.append((up(end, 16), module, 1))
+            end = up(end, 16) + 256
+    need(end == len(raw), "4.4", "the tensors do not fill the bases")
+    end = 0
+    for start, what, rows in plan:
+        need(not any(raw[end:start]), "4.4", "padding in the bases is not zero")
+        if isinstance(what, Module):
+            end = start + 256
+            what.fingerprint = np.frombuffer(raw[start:end], "<f4")
+            need(np.isfinite(what.fingerprint).all(), "4.4", "a fingerprint that is not finite")
+        else:
+            end = start + tensor_size(what.type, rows, what.width)
+            tensor = read_tensor(raw[start:end], what.type, rows, what.width)
+            what.E, what.M = tensor[: what.K], tensor[what.K] if what.mean else None
+
+
+def open_pack(data, integrity=None, keys=(), revoked=()):
+    """Window, directory and bases. With a root or keys nothing is decoded before they are satisfied."""
+    basis_id, superblock = read_window(data)
+    offset, length = superblock.directory
+    need(offset + length <= superblock.committed, "2", "the directory lies outside the file")
+    need(offset >= WINDOW and offset % 64 == 0, "4.1", "the directory lies where none can")
+    raw = data[offset : offset + length]
+    need(crc32c(raw) == superblock.directory_crc, "2", "the CRC of the directory")
+    root = hashlib.sha256(data[:48] + raw).digest()
+    need(integrity is None or root == hash_of(integrity), "8", "another root")
+    check_signature(superblock.signature, keys, b"eigenlora pack\n" + root)
+
+    need(length >= 16, "4", "a directory without its head")
+    n, d, t, h = (u32(raw, at) for at in (0, 4, 8, 12))
+    need(n <= 1_048_576 and d <= 67_108_864 and t <= 268_435_456, "4", "a part of the directory is too large")
+    need(h in (0, 32 * n), "4", "another number of hashes than of sections")
+    need(length == 16 + 32 * n + d + t + h, "4", "the parts do not add up to the directory")
+    need(h or not (integrity or keys), "8", "no hashes, though a root or keys were given")
+    sections = read_table(raw, n, h > 0, superblock)
+    bases = next(s for s in sections if s.kind == BASES)
+    if bases.offset == up(offset + length, 64):  # one range covers both
+        need(not any(data[offset + length : bases.offset]), "1", "padding before the bases is not zero")
+    description = raw[16 + 32 * n :][:d]
+    modules = read_description(description)
+    entries = read_task_list(raw[16 + 32 * n + d :][:t], modules, [s for s in sections if s.kind == BLOB])
+    bases_raw = section_bytes(data, bases)
+    need(hashlib.sha256(description + bases_raw).digest() == basis_id, "2", "the basis id is of another basis")
+    read_bases(bases_raw, modules)
+    return Pack(data, basis_id, superblock, sections, modules, entries, frozenset(map(hash_of, revoked)))
+
+
+def verify(pack):
+    """What a program that verifies files checks beside: every padding and every section that nobody loads."""
+    end = WINDOW
+    for offset, length in sorted([pack.superblock.directory] + [(s.offset, s.length) for s in pack.sections]):
+        need(not any(pack.data[end:offset]), "1", "padding between sections is not zero")
+        end = offset + length
+    for section in pack.sections:
+        if section.kind != FREE:
+            section_bytes(pack.data, section)
+
+
+# ---- 5. Tensors -------------------------------------------------------------------------------------------------------
+
+
+def row_size(tensor_type, width):
+    return 4 * width if tensor_type == 0 else 2 * width if tensor_type < 3 else -(-INT_BITS[tensor_type] * width // 8)
+
+
+def tensor_size(tensor_type, rows, width):
+    scales = up(2 * rows, 4) if tensor_type in INT_BITS else 0
+    return scales + up(rows * row_size(tensor_type, width), 4)
+
+
+def read_tensor(raw, tensor_type, rows, width):
+    """The values [rows, width] in 64 bits, which hold each of them exactly. `raw` has the size of the tensor."""
+    at, size = 0, row_size(tensor_type, width)
+    if tensor_type in INT_BITS:
+        scales = np.frombuffer(raw[: 2 * rows], "<f2").astype(np.float64)
+        at = up(2 * rows, 4)
+        need(np.isfinite(scales).all(), "5", "a scale that is not finite")
+        need(not any(raw[2 * rows : at]), "5", "padding behind the scales is not zero")
+    body = raw[at : at + rows * size]
+    need(not any(raw[at + rows * size :]), "5", "padding behind a tensor is not zero")
+    if tensor_type == 0:
+        values = np.frombuffer(body, "<f4")
+    elif tensor_type == 1:
+        values = np.frombuffer(body, "<f2")
+    elif tensor_type == 2:
+        values = (np.frombuffer(body, "<u2").astype(np.uint32) << 16).view(np.float32)
+    else:
+        bits = INT_BITS[tensor_type]
+        packed = np.unpackbits(np.frombuffer(body, np.uint8).reshape(rows, size), axis=1, bitorder="little")
+        need(not packed[:, bits * width :].any(), "5", "bits behind a row are not zero")
+        integers = packed[:, : bits * width].reshape(rows, width, bits).astype(np.int64) @ (1 << np.arange(bits))
+        integers -= (integers >= 1 << bits - 1).astype(np.int64) << bits
+        need((integers > -(1 << bits - 1)).all(), "5", "the least integer")
+        values = scales[:, None] * integers
+    need(np.isfinite(values).all(), "5", "a value that is not finite")
+    return values.astype(np.float64).reshape(rows, width)
+
+
+# ---- 6. Task blob -----------------------------------------------------------------------------------------------------
+
+# A, B: None or (adds the mean, type of the coefficients); tensors: the values by name
+Term = record("Term", "module rank A B q private_type magnitude_type tensors")
+Parameter = record("Parameter", "name role type shape indices values")
+Task = record("Task", "entry terms parameters")
+
+
+def read_code(value, side, rank):
+    """kind + 4 · mean + 8 · type of a side's coefficients."""
+    code = integer(value, 0, 47, "6.1", "a code of coefficients")
+    need(side is not None, "6.1", "coefficients of a module without a basis")
+    need(code & 3 == side.kind, "6.1", "coefficients of another kind than the basis")
+    mean = bool(code & 4)
+    need(side.mean or not mean, "6.1", "a mean that the basis does not have")
+    need(side.kind == COLUMN or rank == side.rank, "6.1", "another rank than the flat basis")
+    return mean, code >> 3
+
+
+def read_term(value, modules):
+    index, rank, A, B, q, private, magnitude = array(value, 7, 7, "6.1", "a term")
+    module = modules[integer(index, 0, len(modules) - 1, "6.1", "module of a term")]
+    need((A is None) == (B is None), "6.1", "coefficients on one side")
+    rank = integer(rank, 0 if A is None else 1, 0 if A is None else None, "6.1", "rank of a term")
+    q = integer(q, 0, None, "6.1", "rank of private terms")
+    need(rank + q <= max(256, 2 * min(module.inner, module.out)), "6.1", "r + q is too large")
+    if A is not None:
+        A, B = read_code(A, module.A, rank), read_code(B, module.B, rank)
+    need(A is not None or q or magnitude is not None, "6.1", "a term that does nothing")
+    private = integer(private, 0, 5 if q else 0, "6.1", "privateType")
+    if magnitude is not None:
+        magnitude = integer(magnitude, 0, 5, "6.1", "magnitudeType")
+    return Term(module, rank, A, B, q, private, magnitude, {})
+
+
+def read_parameter(value):
+    items = array(value, 4, 5, "6.2", "a parameter")
+    name = string(items[0], 1, 1024, "6.2", "name of a parameter")
+    role = integer(items[1], 0, 3, "6.2", f"role of {name}")
+    need(len(items) == (5 if role == 3 else 4), "6.2", f"{name} has a wrong number of items")
+    tensor_type = integer(items[2], 0, 5, "6.2", f"type of {name}")
+    least, most = {0: (1, 8), 1: (1, 1), 2: (1, 1), 3: (2, 2)}[role]
+    shape = [integer(x, 1, MAX_DIM, "6.2", f"shape of {name}") for x in array(items[3], least, most, "6.2", "a shape")]
+    need(math.prod(shape) <= MAX_SAFE, "6.2", f"{name} is too large")
+    indices = None
+    if role == 3:
+        indices = array(items[4], shape[0], shape[0], "6.2", f"indices of {name}")
+        indices = [integer(x, 0, MAX_DIM, "6.2", f"indices of {name}") for x in indices]
+        need(all(a < b for a, b in zip(indices, indices[1:])), "6.2", f"indices of {name} do not ascend")
+    return Parameter(name, role, tensor_type, shape, indices)
+
+
+def read_blob(raw, modules):
+    """Terms and parameters. All sizes are held against the blob before a tensor is decoded."""
+    need(len(raw) >= 8 and u32(raw, 0) == 0x4B534154, "6", "not a task blob")
+    end = 8 + u32(raw, 4)
+    need(end <= len(raw), "6", "a header longer than the blob")
+    header_end = end
+    terms, parameters = array(MessagePack.decode(raw[8:end]), 2, 2, "6", "a blob's header")
+    terms = [read_term(x, modules) for x in array(terms, 0, MAX_ITEMS, "6.1", "terms")]
+    index = {id(module): i for i, module in enumerate(modules)}
+    order = [index[id(term.module)] for term in terms]
+    need(all(a < b for a, b in zip(order, order[1:])), "6.1", "terms that are not sorted, or two of one module")
+    parameters = [read_parameter(x) for x in array(parameters, 0, MAX_ITEMS, "6.2", "parameters")]
+    need(len({(p.role, p.name) for p in parameters}) == len(parameters), "6.2", "a parameter that is there twice")
+    saved = {p.name for p in parameters if p.role == 0}
+    need(not any(p.role and p.name in saved for p in parameters), "6.2", "a parameter that is replaced and changed")
+    adapted = {term.module.name + ".weight" for term in terms}
+    need(not any(p.role in (0, 3) and p.name in adapted for p in parameters), "6.2", "a weight that is replaced and adapted")
+
+    plan = []  # where the values go, their key, type, rows, width
+    for term in terms:
+        for key, code, side in (("alpha_A", term.A, term.module.A), ("alpha_B", term.B, term.module.B)):
+            if code:
+                plan.append((term, key, code[1], term.rank if side.kind == COLUMN else 1, side.K))
+        if term.q:
+            plan.append((term, "private_A", term.private_type, term.q, term.module.inner))
+            plan.append((term, "private_B", term.private_type, term.q, term.module.out))
+        if term.magnitude_type is not None:
+            plan.append((term, "magnitude", term.magnitude_type, 1, term.module.out))
+    for p in parameters:
+        rows = p.shape[0] if len(p.shape) > 1 else 1
+        plan.append((p, None, p.type, rows, math.prod(p.shape) // rows))
+    for _, _, tensor_type, rows, width in plan:
+        end = up(end, 4) + tensor_size(tensor_type, rows, width)
+    need(end == len(raw), "6", "the tensors do not fill the blob")
+    end = header_end
+    for owner, key, tensor_type, rows, width in plan:
+        start = up(end, 4)
+        need(not any(raw[end:start]), "6", "padding in a blob is not zero")
+        end = start + tensor_size(tensor_type, rows, width)
+        values = read_tensor(raw[start:end], tensor_type, rows, width)
+        if key:
+            owner.tensors[key] = values
+        else:
+            owner.values = values.reshape(owner.shape)
+    return terms, parameters
+
+
+def make_task(pack, entry, raw):
+    """A task of a blob whose checksums are right."""
+    need(hashlib.sha256(raw).digest() not in pack.revoked, "8", "a revoked task")
+    terms, parameters = read_blob(raw, pack.modules)
+    brings = {(ROLES[p.role], p.name) for p in parameters}
+    brings |= {("magnitude", term.module.name) for term in terms if term.magnitude_type is not None}
+    brings |= {("private", term.module.name) for term in terms if term.q}
+    need(entry.brings in (None, brings), "4.3", "brings says something else than the blob brings")
+    return Task(entry, terms, parameters)
+
+
+def load_task(pack, i):
+    return make_task(pack, pack.entries[i], section_bytes(pack.data, pack.entries[i].section))
+
+
+def factors(term, absolute=False):
+    """Section 6.1: A [r + q, in] and Bᵀ [r + q, out]; `absolute` puts every value's magnitude in its place."""
+    value = np.abs if absolute else lambda x: x
+    result = []
+    for key, code, side, width in (
+        ("A", term.A, term.module.A, term.module.inner),
+        ("B", term.B, term.module.B, term.module.out),
+    ):
+        rows = []
+        if code:
+            shared = value(term.tensors[f"alpha_{key}"]) @ value(side.E)
+            shared = shared + value(side.M) if code[0] else shared
+            rows.append(shared.reshape(term.rank, width))
+        if term.q:
+            rows.append(value(term.tensors[f"private_{key}"]))
+        result.append(np.concatenate(rows) if rows else np.zeros((0, width)))
+    return result
+
+
+def delta(term):
+    A, Bt = factors(term)
+    return Bt.T @ A
+
+
+def bound(term):
+    """Section 6.3: by how much an element of ΔW may differ from the exact one."""
+    A, Bt = factors(term, absolute=True)
+    K = sum(side.K for side in (term.module.A, term.module.B) if side)
+    return 2.0**-24 * (K + term.rank + term.q + 16) * (Bt.T @ A)
+
+
+# ---- 7. Task file -----------------------------------------------------------------------------------------------------
+
+
+def load_task_file(pack, data, keys=()):
+    need(len(data) >= 64, "7", "shorter than the head of a task file")
+    need(data[:8] == TASK_MAGIC, "7", "another magic")
+    need(u16(data, 8) == 1, "7", "another major version")
+    need(crc32c(data[:60]) == u32(data, 60), "7", "the CRC of the head")
+    need(data[16:48] == pack.basis_id, "7", "a task of another basis")
+    entry_end = 64 + u32(data, 12)
+    start = up(entry_end, 64)
+    end = start + u32(data, 48)
+    signed_end = up(end, 64) + 100
+    need(len(data) in (end, signed_end), "7", "another length of the file")
+    need(not any(data[entry_end:start]), "7", "padding behind the entry is not zero")
+    need(crc32c(data[64:entry_end]) == u32(data, 52), "7", "the CRC of the entry")
+    need(crc32c(data[start:end]) == u32(data, 56), "7", "the CRC of the blob")
+    signature = None
+    if len(data) == signed_end:
+        need(not any(data[end : up(end, 64)]), "7", "padding before the signature is not zero")
+        block = data[-100:]
+        need(crc32c(block[:96]) == u32(block, 96), "7", "the CRC of the signature")
+        signature = block[:32], block[32:96]
+    check_signature(signature, keys, b"eigenlora task\n" + hashlib.sha256(data[:end]).digest())
+    entry = read_entry(MessagePack.decode(data[64:entry_end]), pack.modules, None)
+    return make_task(pack, entry, data[start:end])
+
+
+# ---- 8. Hashes and signatures -----------------------------------------------------------------------------------------
+
+
+def decode32(text, prefix):
+    """The 32 bytes of a prefix and base64."""
+    raw = base64.b64decode(text.removeprefix(prefix), validate=True)
+    if not text.startswith(prefix) or len(raw) != 32:
+        raise ValueError(f"not {prefix} and the base64 of 32 bytes")
+    return raw
+
+
+def hash_of(text):
+    return decode32(text, "sha256-")
+
+
+def key_of(text):
+    return decode32(text, "ed25519:")
+
+
+def check_signature(signature, keys, message):
+    if not keys:
+        return
+    need(signature is not None, "8", "not signed, though keys were given")
+    need(signature[0] in map(key_of, keys), "8", "signed by another key")
+    need(ed25519_verify(*signature, message), "8", "a signature that does not fit")
+
+
+P = 2**255 - 19
+ORDER = 2**252 + 27742317777372353535851937790883648493
+D = -121665 * pow(121666, -1, P) % P
+BASE = bytes([0x58] + 31 * [0x66])
+
+
+def point(raw):
+    """A point in extended coordinates (RFC 8032, 5.1.3); None when there is none."""
+    y = int.from_bytes(raw, "little")
+    sign, y = y >> 255, y & (1 << 255) - 1
+    square = (y * y - 1) * pow(D * y * y + 1, -1, P) % P
+    x = pow(square, (P + 3) // 8, P)
+    x = x if (x * x - square) % P == 0 else x * pow(2, (P - 1) // 4, P) % P
+    if y >= P or (x * x - square) % P or (x == 0 and sign):
+        return None
+    x = x if x & 1 == sign else P - x
+    return x, y, 1, x * y % P
+
+
+def add(p, q):
+    a, b = (p[1] - p[0]) * (q[1] - q[0]), (p[1] + p[0]) * (q[1] + q[0])
+    c, d = 2 * p[3] * q[3] * D, 2 * p[2] * q[2]
+    e, f, g, h = b - a, d - c, d + c, b + a
+    return e * f % P, g * h % P, f * g % P, e * h % P
+
+
+def times(n, p):
+    result = (0, 1, 1, 0)
+    for bit in f"{n:b}":
+        result = add(result, result)
+        result = add(result, p) if bit == "1" else result
+    return result
+
+
+def ed25519_verify(key, signature, message):
+    """[S]B = R + [k]A, the equation without the cofactor."""
+    a, r, s = point(key), point(signature[:32]), int.from_bytes(signature[32:], "little")
+    if a is None or r is None or s >= ORDER:
+        return False
+    k = int.from_bytes(hashlib.sha512(signature[:32] + key + message).digest(), "little") % ORDER
+    left, right = times(s, point(BASE)), add(r, times(k, a))
+    return all((left[i] * right[2] - right[i] * left[2]) % P == 0 for i in (0, 1))
+
+
+# ---- The test vectors -------------------------------------------------------------------------------------------------
+
+
+def read_safetensors(raw):
+    n = u64(raw, 0)
+    header = json.loads(raw[8 : 8 + n])
+    header.pop("__metadata__", None)
+    assert all(x["dtype"] == "F64" for x in header.values())
+    return {
+        name: np.frombuffer(raw[8 + n + x["data_offsets"][0] : 8 + n + x["data_offsets"][1]], "<f8").reshape(x["shape"])
+        for name, x in header.items()
+    }
+
+
+def read_all(folder, entry, trusted):
+    """Everything that an entry's file holds: the tasks."""
+    data = (folder / entry["file"]).read_bytes()
+    keys = entry.get("keys", ()) if trusted else ()
+    if "pack" in entry:
+        return [load_task_file(open_pack((folder / entry["pack"]).read_bytes(), None, keys), data, keys)]
+    revoked = entry.get("revoked", ()) if trusted else ()
+    pack = open_pack(data, entry.get("integrity") if trusted else None, keys, revoked)
+    tasks = [load_task(pack, i) for i in range(len(pack.entries))]
+    if entry["valid"]:
+        verify(pack)
+    return tasks
+
+
+def disagreements(tasks, expected):
+    """What the tasks and the values of a vector say differently."""
+    exact, deltas = {}, {}
+    for task in tasks:
+        exact |= {f"{task.entry.id}/{p.name}": p.values for p in task.parameters}
+        for term in task.terms:
+            name = f"{task.entry.id}/{term.module.name}"
+            deltas[f"{name}/delta"], deltas[f"{name}/bound"] = delta(term), bound(term)
+            if term.magnitude_type is not None:
+                exact[f"{name}/magnitude"] = term.tensors["magnitude"][0]
+    mine = exact | deltas
+    for name in sorted(mine.keys() ^ expected.keys()):
+        yield f"{name} is {'not in the values' if name in mine else 'not in the file'}"
+    for name in sorted(mine.keys() & expected.keys()):
+        if mine[name].shape != expected[name].shape:
+            yield f"{name} is {list(mine[name].shape)}, not {list(expected[name].shape)}"
+        elif name in exact and not (mine[name] == expected[name]).all():
+            yield f"{name} differs"
+        elif name.endswith("/delta") and name in deltas:
+            if not (np.abs(mine[name] - expected[name]) <= expected[name.removesuffix("delta") + "bound"]).all():
+                yield f"{name} differs by more than the bound"
+        elif name in deltas and not np.allclose(mine[name], expected[name], rtol=1e-9, atol=0):
+            yield f"{name}: section 6.3 gives another bound"
+
+
+def check_entry(folder, entry):
+    if entry["valid"]:
+        expected = read_safetensors((folder / entry["values"]).read_bytes())
+        yield from disagreements(read_all(folder, entry, True), expected)
+        if "integrity" in entry or "keys" in entry:
+            yield from disagreements(read_all(folder, entry, False), expected)
+        return
+    try:
+        read_all(folder, entry, True)
+    except Refused as refused:
+        if refused.section != entry["section"]:
+            yield f"refused by {refused}; the index says section {entry['section']}"
+    else:
+        yield f"taken, though it breaks a rule of section {entry['section']}"
+
+
+def main(folder):
+    index = json.loads((folder / "index.json").read_text())
+    wrong = 0
+    for entry in index:
+        try:
+            found = list(check_entry(folder, entry))
+        except Refused as refused:
+            found = [f"refused: {refused}"]
+        except Exception as error:  # a fault of this reader
+            found = [f"a raw error: {error!r}"]
+        wrong += bool(found)
+        for line in found:
+            print(f"{entry['file']} ({entry['why']}): {line if len(line) < 240 else line[:80] + ' … ' + line[-80:]}")
+    valid = sum(entry["valid"] for entry in index)
+    print(f"{valid} valid and {len(index) - valid} invalid files: {len(index) - wrong} agree, {wrong} do not")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
