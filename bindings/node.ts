@@ -46,6 +46,9 @@ export const openPath: ((path: string) => Promise<ByteSource>) | undefined = asy
   };
 };
 
+/** Dawn's entry point. One for the life of the process: when it is collected, drivers may crash (dawn-gpu/node-webgpu#18). */
+let dawn: object | undefined;
+
 /**
  * The system's WebGPU: the runtime's own (Deno, newer engines), else that of the optional package `webgpu`.
  * @throws Error when neither is there
@@ -54,7 +57,8 @@ export const openGpu: () => Promise<object> = async () => {
   const own = (globalThis.navigator as Navigator | undefined)?.gpu;
   if (own) return own;
   try {
-    return (await import("webgpu")).create([]);
+    const { create } = await import("webgpu");
+    return (dawn ??= create([]));
   } catch (cause) {
     throw new Error(`WebGPU needs the package "webgpu": npm install webgpu (${(cause as Error).message})`, { cause });
   }

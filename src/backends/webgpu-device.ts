@@ -40,7 +40,7 @@ export async function openDevice({ device: given, hardware, timeout = TIMEOUT }:
     return { device: given, description: describe(adapterInfo), close() {} };
   }
   try {
-    let gpu: GPU | undefined = (await openGpu()) as GPU;
+    const gpu = (await openGpu()) as GPU;
     const asked = gpu.requestAdapter({ powerPreference: "high-performance" });
     const adapter = await inTime(asked, timeout, "the adapter");
     if (!adapter)
@@ -60,11 +60,7 @@ export async function openDevice({ device: given, hardware, timeout = TIMEOUT }:
     return {
       device,
       description: describe(adapter.info),
-      close() {
-        device.destroy();
-        // Dawn in Node works for as long as its entry point is referenced, and keeps the process alive.
-        gpu = undefined;
-      },
+      close: () => device.destroy(),
     };
   } catch (cause) {
     throw new BackendError(`webgpu: ${(cause as Error).message}`, { backend: "webgpu", cause });
