@@ -80,7 +80,6 @@ function tensor(bytes, at, type, rows, width) {
 export function judge(bytes) {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.length);
   const u64 = (at) => Number(view.getBigUint64(at, true));
-  // The reader of the package says which superblocks are whole; here the newer one counts that it can have taken.
   const superblock = [512, 1024].filter((at) => wholeAt(bytes, view, at)).sort((a, b) => u64(b) - u64(a))[0];
   const directory = u64(superblock + 16);
   const [n, d, t] = [0, 4, 8].map((at) => view.getUint32(directory + at, true));
@@ -105,9 +104,13 @@ export function judgeTaskFile(bytes, modules) {
   return readTask(bytes.subarray(start, start + view.getUint32(48, true)), modules);
 }
 
+/** SPEC.md, section 2: which superblocks count. */
 function wholeAt(bytes, view, at) {
-  const block = bytes.subarray(at, at + 60);
-  return Number(view.getBigUint64(at, true)) > 0 && crc(block) === view.getUint32(at + 60, true);
+  const generation = Number(view.getBigUint64(at, true));
+  if (generation === 0 || generation % 2 !== at / 512 - 1) return false;
+  if (crc(bytes.subarray(at, at + 60)) !== view.getUint32(at + 60, true)) return false;
+  if (view.getUint32(at + 52, true) === 0) return bytes.subarray(at + 64, at + 164).every((byte) => byte === 0);
+  return crc(bytes.subarray(at, at + 160)) === view.getUint32(at + 160, true);
 }
 
 function crc(bytes) {
