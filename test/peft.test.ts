@@ -311,8 +311,14 @@ t.test("patterns match from the start, at a dot, to the end; the first one count
   t.same(await scales({ "q|v": 6 }), [3, 3]);
   t.same(await scales({ q: 6 }, { r: 7, rank_pattern: { "q|v": 2 } }), [3, 2]);
   for (const pattern of ["(?P<x>q)", "\\Aq", "q\\Z", "(?i)q", "(", "*"]) {
-    await refuses(t, /alpha_pattern has the pattern .* only Python/, { alpha_pattern: { [pattern]: 6 } });
+    await refuses(t, /alpha_pattern "[^"]*" has .*; write the modules' names instead/, {
+      alpha_pattern: { [pattern]: 6 },
+    });
   }
+  const long = `${"x".repeat(5000)}z`;
+  const named = { [`${long}.lora_A.weight`]: [[2, 3]], [`${long}.lora_B.weight`]: [[4, 2]] } satisfies Spec;
+  const adapter = await read({ ...CONFIG, rank_pattern: { "(x+x+)+y": 3, "(x+x+)+z": 2 } }, named);
+  t.equal(adapter.modules.get(long)!.rank, 2, "in time that grows with the name alone");
   await refuses(t, /rank_pattern gives 2.5 for "q", expected a positive integer/, { rank_pattern: { q: 2.5 } });
   await refuses(t, /alpha_pattern gives null/, { alpha_pattern: { q: null } });
   await refuses(t, /rank_pattern is \["q"\]/, { rank_pattern: ["q"] });

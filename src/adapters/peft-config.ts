@@ -4,6 +4,7 @@
  * older versions did not write them.
  */
 import { AdapterError } from "../errors.ts";
+import { NamePatterns } from "./name-pattern.ts";
 
 /** What a configuration says about the tensors beside it. */
 export interface PeftConfig {
@@ -144,8 +145,8 @@ export function readPeftConfig(config: unknown, file: string): PeftConfig {
     modulesToSave: [...new Set([...modulesToSave, ...headsOf(taskType)])],
     tokenRows: tokenRows(config.trainable_token_indices, (message) => refuse("trainable_token_indices", message)),
     forModule(name) {
-      const rank = rankPattern.find(([pattern]) => pattern.test(name))?.[1] ?? r;
-      const numerator = alphaPattern.find(([pattern]) => pattern.test(name))?.[1] ?? alpha;
+      const rank = rankPattern.find(name) ?? r;
+      const numerator = alphaPattern.find(name) ?? alpha;
       return { rank, scale: numerator / (rslora ? Math.sqrt(rank) : rank) };
     },
     warnings,
@@ -169,16 +170,14 @@ function fieldsOf(config: Record<string, unknown>, file: string) {
       return value;
     },
     /** Numbers by the expressions that PEFT matches names with. */
-    numbers(name: string, isValid: (value: unknown) => value is number, what: string): [RegExp, number][] {
+    numbers(name: string, isValid: (value: unknown) => value is number, what: string): NamePatterns<number> {
       const value = config[name] ?? {};
       if (!isObject(value)) throw wrong(name, `an object of ${what}s by pattern`);
-      return Object.entries(value).map(([pattern, number]) => {
+      const numbers = Object.entries(value).map(([pattern, number]): [string, number] => {
         if (!isValid(number)) throw refuse(name, `gives ${show(number)} for ${show(pattern)}, expected a ${what}`);
-        const expression = patternOf(pattern);
-        if (expression === undefined)
-          throw refuse(name, `has the pattern ${show(pattern)}, which only Python understands; write module names`);
-        return [expression, number];
+        return [pattern, number];
       });
+      return new NamePatterns(numbers, (pattern, why) => refuse(name, `${show(pattern)} ${why}`));
     },
   };
 }
@@ -220,20 +219,6 @@ function isOff(value: unknown): boolean {
 function show(value: unknown): string {
   const text = JSON.stringify(value) ?? "missing";
   return text.length > 80 ? `${text.slice(0, 80)}…` : text;
-}
-
-/**
- * The expression PEFT matches a module's name with, from its start (`get_pattern_key`): `(.*\.)?(pattern)$`. Undefined
- * when the pattern is not an expression, or uses one of the few constructs that JavaScript reads differently.
- */
-function patternOf(pattern: string): RegExp | undefined {
-  const foreign = /\\(?![bBdDsSwWnrtfv\d]|[^A-Za-z])|\(\?(?![:=!]|<[=!])/;
-  if (foreign.test(pattern.replaceAll("\\\\", ""))) return undefined;
-  try {
-    return new RegExp(`^(.*\\.)?(${pattern})$`);
-  } catch {
-    return undefined;
-  }
 }
 
 function initWarnings(init: unknown): string[] {

@@ -79,6 +79,7 @@ export function place({ file, config, refuse }: PeftTensors): Places {
 
   for (const [key, parsed] of parsePeftKeys(file.tensors.keys())) {
     const { dtype } = file.tensors.get(key)!;
+    if (/\p{Cc}/u.test(key)) throw refuse(key, `tensor ${JSON.stringify(key)} has control characters; rename it`);
     if (!isFloatDtype(dtype)) {
       throw refuse(key, `tensor ${key} is ${dtype}, expected F32, F16, BF16 or F64; save the adapter in one of these`);
     }
