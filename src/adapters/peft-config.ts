@@ -4,6 +4,7 @@
  * older versions did not write them.
  */
 import { AdapterError } from "../errors.ts";
+import { show } from "../tensor/json.ts";
 import { NamePatterns } from "./name-pattern.ts";
 
 /** What a configuration says about the tensors beside it. */
@@ -216,14 +217,9 @@ function isOff(value: unknown): boolean {
   return !value || (Array.isArray(value) && value.length === 0);
 }
 
-function show(value: unknown): string {
-  const text = JSON.stringify(value) ?? "missing";
-  return text.length > 80 ? `${text.slice(0, 80)}…` : text;
-}
-
 function initWarnings(init: unknown): string[] {
   if (UNTOUCHED.has(init)) return [];
-  const name = String(init).toLowerCase();
+  const name = typeof init === "string" ? init.toLowerCase() : "";
   if (MUTATING.test(name)) {
     return [
       `init_lora_weights is ${show(init)}: the adapter was trained against a modified base and does not fit the ` +
