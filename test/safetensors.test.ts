@@ -148,7 +148,11 @@ t.test("a header of any size and depth is read in one pass", async (t) => {
   });
   const deep = (open: string, close: string): string => `{"a":${open.repeat(10 ** 6)}1${close.repeat(10 ** 6)}}`;
   for (const text of [deep("[", "]"), deep('{"a":', "}"), "[".repeat(10 ** 7)]) {
-    await t.rejects(openSafetensors(source(file(text))), { tag: "format", part: "header", file: "some.safetensors" });
+    await t.rejects(openSafetensors(source(file(text))), {
+      tag: "format",
+      part: "header",
+      message: /^some.safetensors, header: /,
+    });
   }
   const count = 300_000;
   const empty = JSON.stringify(f32(0, 0));

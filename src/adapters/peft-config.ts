@@ -27,6 +27,9 @@ export interface PeftConfig {
   readonly warnings: readonly string[];
 }
 
+/** A pack holds 4096 bytes (SPEC.md, section 4.2), and a character takes three of them at most. */
+const MAX_TEXT = 1365;
+
 const PLAIN = "Train a plain LoRA, or merge it with PEFT and use the merged model";
 
 /** Fields that change what the tensors mean in ways a low-rank term cannot say, with the reason. */
@@ -123,7 +126,8 @@ export function readPeftConfig(config: unknown, file: string): PeftConfig {
   const rankPattern = numbers("rank_pattern", isRank, "positive integer");
   const alphaPattern = numbers("alpha_pattern", isFiniteNumber, "number");
   const flag = (name: string): boolean => field(name, false, isBoolean, "true or false");
-  const text = (name: string): string | undefined => field(name, undefined, isText, "a string or null");
+  const text = (name: string): string | undefined =>
+    field(name, undefined, isText, `a string of ${MAX_TEXT} characters at most, or null`) || undefined;
   const rslora = flag("use_rslora");
   const bias = field("bias", "none", isBias, `"none", "all" or "lora_only"`);
   const modulesToSave = field("modules_to_save", [], isNames, "an array of module names");
@@ -197,7 +201,8 @@ function unknownFields(config: Record<string, unknown>, refuse: Refuse): string[
 
 const isBoolean = (value: unknown): value is boolean => typeof value === "boolean";
 
-const isText = (value: unknown): value is string | undefined => value === undefined || typeof value === "string";
+const isText = (value: unknown): value is string | undefined =>
+  value === undefined || (typeof value === "string" && value.length <= MAX_TEXT);
 
 const isBias = (value: unknown): value is PeftConfig["bias"] => ["none", "all", "lora_only"].includes(value as string);
 

@@ -4,6 +4,7 @@
 import { bringsOf } from "../format/brings.ts";
 import { encodeTask, encodeTaskFile, type ParameterInput, type TensorInput, type TermInput } from "../format/encode.ts";
 import type { TaskMetadata } from "../format/format.ts";
+import { misfitLabels } from "../format/heads.ts";
 import { parseTask } from "../format/task.ts";
 import type { Pack } from "../pack/pack.ts";
 import { type Dtype, isQuantized, type TaskDtypes } from "../tensor/dtypes.ts";
@@ -24,7 +25,8 @@ export interface TaskFileOptions {
 
 /**
  * @param head the layer that `weight` [labels, in] and `bias` [labels] are of
- * @throws RangeError when a value does not fit its number format
+ * @throws RangeError when a value does not fit its number format, or the labels are not as many as the head has rows
+ * @throws FormatError for metadata that the format does not hold
  */
 export function taskFile(
   pack: Pack,
@@ -63,6 +65,8 @@ export function taskFile(
   if (head) save("weight", headDtype, weight, [bias.length, head.in]);
   // One scale for a whole bias would be coarse and save nothing.
   if (head?.bias) save("bias", isQuantized(headDtype) ? "f16" : headDtype, bias, [bias.length]);
+  const misfit = misfitLabels(metadata.labels, saved);
+  if (misfit !== undefined) throw new RangeError(`metadata.labels: ${misfit}`);
   const blob = encodeTask(terms, saved);
   // A writer ends by reading what it wrote.
   const brings = bringsOf(parseTask(blob, pack.modules, "the trained task", { id }), pack.modules);
