@@ -290,11 +290,11 @@ t.test("metadata is checked where a pack is opened, and where a task is written"
     t.same((await open(entry)).tasks.get("four")!.metadata, metadata);
     t.same(parseTaskFile(encodeTaskFile(entry, pack.basisId, blob), "four").metadata, metadata);
   }
-  const bad: [metadata: object, where: RegExp][] = [
+  const bad: [metadata: TaskEntry["metadata"], where: RegExp][] = [
     ...[5, "yes", {}, [], null, [1], ["yes", null], ["yes", ""], ["é".repeat(513)], Array(65_537).fill("a")].map(
-      (labels): [object, RegExp] => [{ labels }, /\.metadata\.labels(\[\d+\])?: /],
+      (labels): [TaskEntry["metadata"], RegExp] => [{ labels: labels as string[] }, /\.metadata\.labels(\[\d+\])?: /],
     ),
-    [{ license: 1 }, /\.metadata\.license: expected a string, found 1/],
+    [{ license: 1 as unknown as string }, /\.metadata\.license: expected a string, found 1/],
     [{ license: "x".repeat(4097) }, /\.metadata\.license: a string of 4097 bytes, expected 1 to 4096/],
     [{ origin: "" }, /\.metadata\.origin: a string of 0 bytes/],
     [{ deep: [deep] }, /deeper than 16 levels/],

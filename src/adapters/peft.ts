@@ -107,15 +107,16 @@ function assemble(tensors: PeftTensors): {
   for (const [name, key] of places.whole) {
     saved.push({ name, role: "saved", shape: shape(key), read: () => read(key) });
   }
-  for (const { name, shape } of saved) {
-    if (shape.length > 0 && shape.length <= 8 && !shape.includes(0)) continue;
-    throw refuse(
-      name,
-      `${name} is [${shape.join(", ")}], expected 1 to 8 dimensions of at least 1; save the adapter again`,
-    );
-  }
+  for (const tensor of saved) checkShape(tensor, refuse);
   saved.sort((a, b) => compare(a.name, b.name));
   return { modules, saved, warnings: places.warnings };
+}
+
+/** @throws AdapterError for a shape that a pack does not hold (SPEC.md, section 6.2) */
+function checkShape({ name, role, shape }: SavedTensor, refuse: PeftTensors["refuse"]): void {
+  const [most, expected] = role === "bias" ? [1, "one dimension"] : [8, "1 to 8 dimensions"];
+  if (shape.length > 0 && shape.length <= most && !shape.includes(0)) return;
+  throw refuse(name, `${name} is [${shape.join(", ")}], expected ${expected} of at least 1; save the adapter again`);
 }
 
 /** Replaced biases, and those that `lora_bias` adds. One bias that is both is read as their sum. */

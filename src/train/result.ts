@@ -8,7 +8,7 @@ import { misfitLabels } from "../format/heads.ts";
 import { parseTask } from "../format/task.ts";
 import type { Pack } from "../pack/pack.ts";
 import { type Dtype, isQuantized, type TaskDtypes } from "../tensor/dtypes.ts";
-import { encodeTensor } from "../tensor/encode.ts";
+import { encodeTensor, named } from "../tensor/encode.ts";
 import type { State } from "./state.ts";
 import type { Head } from "./subject.ts";
 import type { Terms, TrainedParameter } from "./terms.ts";
@@ -41,7 +41,7 @@ export function taskFile(
     const of = (kind: TrainedParameter["kind"]): (TensorInput & { rows: number }) | undefined => {
       const [rows, width] = trained.parameter(name, kind)?.dims ?? [];
       return rows && width
-        ? { rows, ...tensor(coefficients, trained.part(parameters, name, kind)!, rows, width) }
+        ? { rows, ...tensor(`${kind} of "${name}"`, coefficients, trained.part(parameters, name, kind)!, rows, width) }
         : undefined;
     };
     const [alphaA, alphaB, privateA, privateB] = [of("alphaA"), of("alphaB"), of("privateA"), of("privateB")];
@@ -60,7 +60,8 @@ export function taskFile(
   const saved: ParameterInput[] = [];
   const save = (part: string, dtype: Dtype, values: Float32Array, shape: number[]): void => {
     const [width, rows = 1] = shape.toReversed() as [number, number?];
-    saved.push({ name: `${head!.module}.${part}`, role: "saved", shape, ...tensor(dtype, values, rows, width) });
+    const name = `${head!.module}.${part}`;
+    saved.push({ name, role: "saved", shape, ...tensor(`"${name}"`, dtype, values, rows, width) });
   };
   if (head) save("weight", headDtype, weight, [bias.length, head.in]);
   // One scale for a whole bias would be coarse and save nothing.
@@ -73,6 +74,6 @@ export function taskFile(
   return encodeTaskFile({ id, adapterBytes: 0, metadata, brings }, pack.basisId, blob);
 }
 
-function tensor(dtype: Dtype, values: Float32Array, rows: number, width: number): TensorInput {
-  return { dtype, encoded: encodeTensor(dtype, values, rows, width) };
+function tensor(what: string, dtype: Dtype, values: Float32Array, rows: number, width: number): TensorInput {
+  return { dtype, encoded: named(what, () => encodeTensor(dtype, values, rows, width)) };
 }
