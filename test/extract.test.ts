@@ -892,6 +892,17 @@ t.test("wrong input is refused", async () => {
   refuses({ A: member.A.map((x, i) => (i === 5 ? NaN : x)) }, /task 0: value 5 of A is NaN/);
   refuses({ Bt: member.Bt.map((x, i) => (i === 1 ? Infinity : x)) }, /value 1 of Bt is Infinity/);
   t.throws(() => extractModule({ ...stack, members: [] }, F32), RangeError);
+  const large = {
+    ...stack,
+    members: stack.members.map((member) => ({ ...member, A: member.A.map((value) => 1e9 * (value + 1)) })),
+  };
+  const half = { ...F32, basisDtype: "f16", coefficientDtype: "f16" } as const;
+  t.throws(() => extractModule(large, { ...half, centering: "keep" }), {
+    message: new RegExp(`^basis A of "${stack.name}": value .* is .*, too large for f16; use f32$`),
+  });
+  t.throws(() => extractModule(large, { ...half, centering: "none" }), {
+    message: new RegExp(`^coefficients of task ".*" for "${stack.name}": value .* is .*, too large for f16; use f32$`),
+  });
   for (const select of [
     { kind: "k", k: 0 },
     { kind: "k", k: 1.5 },

@@ -1,16 +1,19 @@
 import { readFile } from "node:fs/promises";
 import fc from "fast-check";
 import t from "tap";
+import { readAdapters } from "../dist/src/adapters/folder.js";
 import { EigenLoraError, FormatError } from "../dist/src/errors.js";
 import { crc32c } from "../dist/src/format/crc32c.js";
-import { encodeSuperblock } from "../dist/src/format/encode.js";
+import { encodeSuperblock, encodeTaskFile } from "../dist/src/format/encode.js";
 import type { TaskEntry } from "../dist/src/format/format.js";
 import { layoutAppend } from "../dist/src/format/layout.js";
+import { parseTaskFile } from "../dist/src/format/task-file.js";
+import { buildPack } from "../dist/src/pack/build.js";
 import { expandTerm } from "../dist/src/pack/expand.js";
 import { openPack, type Pack } from "../dist/src/pack/pack.js";
 import { decodeTensor } from "../dist/src/tensor/dtypes.js";
 import { relativeDifference, tensorsOf } from "./compare.ts";
-import { concat, data, packOf } from "./packs.ts";
+import { concat, data, LOSSLESS, packOf } from "./packs.ts";
 import { packBytes } from "./sessions.ts";
 
 const golden = new Uint8Array(await readFile(data("goldens/pack/every-kind.eigen")));
@@ -267,6 +270,48 @@ t.test("the directory keeps nothing else in memory", async (t) => {
     pack.window.superblock.directoryLength,
     "not the bases read with it",
   );
+});
+
+t.test("metadata is checked where a pack is opened, and where a task is written", async (t) => {
+  const pack = await openPack(golden);
+  const blob = (await pack.load("mixed")).bytes;
+  const [adapter] = await readAdapters([data("sessions/adapters/two")]);
+  const open = async (entry: TaskEntry): Promise<Pack> => {
+    const plan = await layoutAppend(pack, [{ entry, blob }]);
+    const grown = concat([golden, ...plan.body]);
+    grown.set(plan.superblock, plan.superblockOffset);
+    return openPack(grown);
+  };
+  let deep: unknown = 1;
+  for (let i = 0; i < 13; i++) deep = [deep];
+  const long = { labels: ["é".repeat(512), ...Array(65_535).fill("a")], license: "x".repeat(4096), origin: "y", deep };
+  for (const metadata of [{}, { labels: ["one"] }, long]) {
+    const entry = { id: "four", adapterBytes: 0, metadata };
+    t.same((await open(entry)).tasks.get("four")!.metadata, metadata);
+    t.same(parseTaskFile(encodeTaskFile(entry, pack.basisId, blob), "four").metadata, metadata);
+  }
+  const bad: [metadata: TaskEntry["metadata"], where: RegExp][] = [
+    ...[5, "yes", {}, [], null, [1], ["yes", null], ["yes", ""], ["é".repeat(513)], Array(65_537).fill("a")].map(
+      (labels): [TaskEntry["metadata"], RegExp] => [{ labels: labels as string[] }, /\.metadata\.labels(\[\d+\])?: /],
+    ),
+    [{ license: 1 as unknown as string }, /\.metadata\.license: expected a string, found 1/],
+    [{ license: "x".repeat(4097) }, /\.metadata\.license: a string of 4097 bytes, expected 1 to 4096/],
+    [{ origin: "" }, /\.metadata\.origin: a string of 0 bytes/],
+    [{ deep: [deep] }, /deeper than 16 levels/],
+  ];
+  for (const [metadata, where] of bad) {
+    const entry: TaskEntry = { id: "four", adapterBytes: 0, metadata };
+    await t.rejects(open(entry), { tag: "format", part: "task list", message: where });
+    t.throws(() => encodeTaskFile(entry, pack.basisId, blob), { tag: "format", file: "four", message: where });
+    const message = new RegExp(`two: metadata cannot be stored: .*${where.source}`);
+    await t.rejects(buildPack([{ ...adapter!, metadata }], LOSSLESS), { tag: "adapter", file: adapter!.file, message });
+  }
+  await t.rejects(buildPack([{ ...adapter!, metadata: { labels: ["a", "b", "c"] } }], LOSSLESS), {
+    tag: "adapter",
+    file: adapter!.file,
+    message: /it has 3 labels, but ".*" has 2 rows/,
+  });
+  await adapter!.close();
 });
 
 t.test("what tasks bring is in the directory, equal lists once", async (t) => {

@@ -1,11 +1,14 @@
-import { mkdtemp, readFile, rm } from "node:fs/promises";
+import { cp, mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import type { Browser, Page } from "playwright-core";
 import t from "tap";
+import { freshPack } from "../dist/src/pack/fresh.js";
+import { openPack } from "../dist/src/pack/pack.js";
 import { buildPage } from "../examples/page/build.js";
 import { type Answered, serveFolder } from "../examples/page/serve.js";
 import { launch, noChromium } from "./browser.ts";
+import { concat } from "./packs.ts";
 
 /**
  * The page as visitors get it: built, served by its own server, in a real Chromium. Skipped by name without one; fails when
@@ -317,6 +320,38 @@ t.test("failures say what to do", { skip }, async (t) => {
   await choose(page, "debtags-game");
   t.same(await labelsOf(page), (await data("tasks/debtags-game.json")).labels, "and the next try works");
   t.notOk(await page.locator("#failure").isVisible());
+});
+
+t.test("a task that cannot be used does not stop the others", { skip }, async (t) => {
+  const other = await mkdtemp(join(tmpdir(), "eigenlora-page-"));
+  await cp(folder, other, { recursive: true });
+  const pack = await openPack(await readFile(join(other, "tasks.eigen")));
+  const bad = "debtags-game";
+  pack.tasks.get(bad)!.metadata.labels!.pop();
+  const chunks: Uint8Array[] = [];
+  for await (const chunk of (await freshPack(pack)).chunks) chunks.push(chunk);
+  await writeFile(join(other, "tasks.eigen"), concat(chunks));
+  const serving = await serveFolder(other);
+  t.teardown(async () => {
+    await serving.close();
+    await rm(other, { recursive: true });
+  });
+  const browser = await launch(t);
+  const page = await browser.newPage({ serviceWorkers: "block" });
+  await page.goto(serving.url);
+  await settled(page);
+  await cardOf(page, bad).click();
+  await page.locator("#failure", { hasText: /This task cannot be used.*labels, but .* rows/ }).waitFor();
+  await settled(page);
+  t.equal(await page.locator("#cards :checked").inputValue(), "debtags-admin", "the task before stays");
+  await page.locator("#load-all").click();
+  await page.locator(".card:not(.resident)").first().waitFor({ state: "detached" });
+  await settled(page);
+  const said = await page.locator(".card .said b").allTextContents();
+  t.equal(said.length, 20);
+  t.equal(said.filter((text) => text === "cannot be used").length, 1);
+  t.notOk(said.includes(""), "all others answer");
+  t.match(await cardOf(page, bad).getAttribute("title"), /labels, but/);
 });
 
 t.test("the server", async (t) => {

@@ -311,8 +311,14 @@ t.test("patterns match from the start, at a dot, to the end; the first one count
   t.same(await scales({ "q|v": 6 }), [3, 3]);
   t.same(await scales({ q: 6 }, { r: 7, rank_pattern: { "q|v": 2 } }), [3, 2]);
   for (const pattern of ["(?P<x>q)", "\\Aq", "q\\Z", "(?i)q", "(", "*"]) {
-    await refuses(t, /alpha_pattern has the pattern .* only Python/, { alpha_pattern: { [pattern]: 6 } });
+    await refuses(t, /alpha_pattern "[^"]*" has .*; write the modules' names instead/, {
+      alpha_pattern: { [pattern]: 6 },
+    });
   }
+  const long = `${"x".repeat(900)}z`;
+  const named = { [`${long}.lora_A.weight`]: [[2, 3]], [`${long}.lora_B.weight`]: [[4, 2]] } satisfies Spec;
+  const adapter = await read({ ...CONFIG, rank_pattern: { "(x+x+)+y": 3, "(x+x+)+z": 2 } }, named);
+  t.equal(adapter.modules.get(long)!.rank, 2, "in time that grows with the name alone");
   await refuses(t, /rank_pattern gives 2.5 for "q", expected a positive integer/, { rank_pattern: { q: 2.5 } });
   await refuses(t, /alpha_pattern gives null/, { alpha_pattern: { q: null } });
   await refuses(t, /rank_pattern is \["q"\]/, { rank_pattern: ["q"] });
@@ -635,15 +641,75 @@ t.test("metadata: task.json and the configuration's identity", async (t) => {
   const bad: [unknown, RegExp][] = [
     [[], /task.json: is not a JSON object/],
     [null, /task.json: is not a JSON object/],
-    [{ labels: "yes" }, /labels is not an array of strings/],
-    [{ labels: [1] }, /labels is not an array of strings/],
-    [{ license: 1 }, /license is not a string/],
-    [{ origin: {} }, /origin is not a string/],
+    ...["yes", 5, null, [], [1], ["yes", ""], ["é".repeat(513)], {}].map((labels): [unknown, RegExp] => [
+      { labels },
+      /labels is .*, expected an array of strings of 1 to 1024 bytes/,
+    ]),
+    [{ license: 1 }, /license is 1, expected a string of 1 to 4096 bytes/],
+    [{ license: "" }, /license is "", expected/],
+    [{ license: "x".repeat(4097) }, /license is "x+…, expected/],
+    [{ origin: {} }, /origin is \{\}, expected/],
     [{ x: 1 / 0 }, /x is not plain JSON/],
     [{ x: deep }, /x is not plain JSON/],
     [{ x: "é".repeat(40_000) }, /has \d+ bytes, 65536 at most/],
   ];
-  for (const [task, message] of bad) await t.rejects(metadata(task), { tag: "adapter", message });
+  for (const [task, message] of bad) {
+    await t.rejects(metadata(task), { tag: "adapter", file: "folder/one/task.json", message });
+  }
+  await refuses(t, /revision is "x+…, expected a string of 1365 characters at most/, { revision: "x".repeat(1366) });
+  t.equal((await read({ ...CONFIG, base_model_name_or_path: "" })).baseModel, undefined, "no name is none");
+});
+
+t.test("labels are as many as the rows of the head", async (t) => {
+  const two = { labels: ["no", "yes"] };
+  const withHead = (rows: number, name = "classifier"): Promise<Adapter> =>
+    read(
+      { ...CONFIG, modules_to_save: [name] },
+      {
+        ...PLAIN,
+        ...prefixed({
+          [`${name}.dense.weight`]: [[4, 4]],
+          [`${name}.out.weight`]: [[rows, 4]],
+          [`${name}.out.bias`]: [[rows]],
+        }),
+      },
+      two,
+    );
+  t.same((await withHead(2)).metadata, two);
+  await t.rejects(withHead(3), {
+    tag: "adapter",
+    file: "folder/one/task.json",
+    field: "labels",
+    message:
+      /has 2 labels, but "classifier.dense.weight" has 4 rows, "classifier.out.weight" has 3 rows; list one name/,
+  });
+  t.same((await withHead(2, "other")).warnings, []);
+  t.match((await withHead(3, "other")).warnings, [/has 2 labels, but no saved layer has as many rows/]);
+  t.same((await read(CONFIG, PLAIN, two)).warnings, [], "the base's");
+});
+
+t.test("what a pack cannot hold is refused before it is packed", async (t) => {
+  const sized = (rank: number, ...kernel: number[]): Spec => ({
+    "m.lora_A.weight": [[rank, 1, ...kernel]],
+    "m.lora_B.weight": [[1, rank, ...kernel.map(() => 1)]],
+  });
+  await refuses(t, /module m: m.lora_A.weight is \[65536, 1\].* 65535 at most/, { r: 65536 }, sized(65536));
+  await refuses(t, /65535 at most/, { r: 1 }, sized(1, 65536));
+  t.equal((await read({ ...CONFIG, r: 65535 }, sized(65535))).modules.get("m")!.rank, 65535);
+  const saving = (name: string, shape: number[]): Spec => ({ ...PLAIN, [name]: [shape] });
+  const save = { modules_to_save: ["head"] };
+  await refuses(t, /head.scale is \[\], expected 1 to 8 dimensions/, save, saving("head.scale", []));
+  await refuses(t, /head.weight is \[0, 4\], expected 1 to 8/, save, saving("head.weight", [0, 4]));
+  await refuses(t, /head.weight is \[1, 1, .* expected 1 to 8/, save, saving("head.weight", Array(9).fill(1)));
+  const long = `head.${"x".repeat(1020)}`;
+  await refuses(
+    t,
+    /tensor "head.x+…: expected 1024 bytes at most, without control characters/,
+    save,
+    saving(long, [1]),
+  );
+  await refuses(t, /tensor "head.a\\nb": expected/, save, saving("head.a\nb", [1]));
+  await refuses(t, /tensor "\S+…: expected/, save, saving(`${".modules_to_save".repeat(100_000)}\n`, [1]));
 });
 
 /** A folder with the files of the plain golden. */
@@ -727,6 +793,15 @@ t.test("folders: what is refused", async (t) => {
   await fails(["no-config/adapter_model.safetensors"], adapter(/has no adapter_config.json/, "no-config"));
   await fails(["bad-json"], adapter(/is not JSON: .*position 8/, "bad-json/adapter_config.json"));
   await fails(["bad-task"], adapter(/is not JSON/, "bad-task/task.json"));
+  const bad: [text: string, message: RegExp][] = [
+    ['{"r": 4, "peft_type": "LORA", "r": 8}', /names "r" twice/],
+    [`{"r": ${"[".repeat(10 ** 6)}${"]".repeat(10 ** 6)}}`, /is nested deeper than 64 levels/],
+    [" ".repeat(2 ** 24 + 1), /has 16777217 bytes, 16777216 at most are read/],
+  ];
+  for (const [text, message] of bad) {
+    writeFileSync(at("bad-json/adapter_config.json"), text);
+    await fails(["bad-json"], adapter(message, "bad-json/adapter_config.json"));
+  }
 
   const task = (message: RegExp, fields: object = {}): Expected => ({ tag: "task", message, ...fields });
   const [x, y] = [at("x/same"), at("y/same")];
@@ -893,7 +968,9 @@ t.test("export: what PEFT has one switch for", async (t) => {
 });
 
 t.test("a reader's error is one of the package's, whatever the configuration holds", async (t) => {
-  const values = [null, true, 0, -1, "x", [], {}, ["a"], { a: 1 }, [[1]], 1e308];
+  let deep: unknown = 1;
+  for (let i = 0; i < 100_000; i++) deep = [deep];
+  const values = [null, true, 0, -1, "x", [], {}, ["a"], { a: 1 }, [[1]], 1e308, { toString: 1 }, deep];
   const plain = JSON.parse(readFileSync(join(goldens, "plain/adapter/adapter_config.json"), "utf8"));
   for (const field of Object.keys(plain)) {
     for (const value of values) {
@@ -901,7 +978,7 @@ t.test("a reader's error is one of the package's, whatever the configuration hol
         .then(readAll)
         .catch((e: unknown) => e);
       if (error === undefined || error instanceof EigenLoraError) continue;
-      t.fail(`${field} = ${JSON.stringify(value)}: ${error}`);
+      t.fail(`${field} = ${typeof value}: ${error}`);
     }
   }
   t.pass();

@@ -135,6 +135,31 @@ t.test("a source that learns its size from its first read", async (t) => {
   await t.rejects(openSafetensors(silent), { tag: "source", message: /size/ });
 });
 
+t.test("a header of any size and depth is read in one pass", async (t) => {
+  t.setTimeout(120_000);
+  const long = "n\\u0061me ".repeat(2 ** 20);
+  const place = JSON.stringify(f32(0, 4));
+  const named = await openSafetensors(source(file(`{"__metadata__":{"a":"${long}"},"${long}":${place}}`, 4)));
+  t.equal(named.metadata.get("a"), "name ".repeat(2 ** 20));
+  t.ok(named.tensors.has("name ".repeat(2 ** 20)));
+  await t.rejects(openSafetensors(source(file(`{"${long}":${place},"${long}":${place}}`, 4))), {
+    tag: "format",
+    message: /names "name name .*… twice/,
+  });
+  const deep = (open: string, close: string): string => `{"a":${open.repeat(10 ** 6)}1${close.repeat(10 ** 6)}}`;
+  for (const text of [deep("[", "]"), deep('{"a":', "}"), "[".repeat(10 ** 7)]) {
+    await t.rejects(openSafetensors(source(file(text))), {
+      tag: "format",
+      part: "header",
+      message: /^some.safetensors, header: /,
+    });
+  }
+  const count = 300_000;
+  const empty = JSON.stringify(f32(0, 0));
+  const many = await openSafetensors(source(file(`{${Array.from({ length: count }, (_, i) => `"t${i}":${empty}`)}}`)));
+  t.equal(many.tensors.size, count);
+});
+
 t.test("truncated anywhere", async (t) => {
   const headerEnd = 8 + new DataView(golden.buffer).getUint32(0, true);
   const lengths = Array.from({ length: headerEnd + 1 }, (_, i) => i);

@@ -9,6 +9,7 @@ import t, { type Test } from "tap";
 import { createEigenSession } from "../dist/bindings/onnxruntime.js";
 import { readAdapters } from "../dist/src/adapters/folder.js";
 import { encodeTask, encodeTaskFile } from "../dist/src/format/encode.js";
+import type { TaskMetadata } from "../dist/src/format/format.js";
 import { graft } from "../dist/src/onnx/graft.js";
 import type { ModelProto } from "../dist/src/onnx/onnx_pb.js";
 import {
@@ -265,7 +266,7 @@ t.test("tasks that were added later", async (t) => {
     ).chunks,
   );
   /** The task "two" with all of its change as private factors, and its head. */
-  const privately = async (pack: Pack): Promise<Uint8Array> => {
+  const privately = async (pack: Pack, metadata: TaskMetadata = {}): Promise<Uint8Array> => {
     const terms = [];
     for (const [module, { name }] of pack.modules.entries()) {
       const { A, Bt } = await two.modules.get(name)!.read();
@@ -279,7 +280,7 @@ t.test("tasks that were added later", async (t) => {
       const encoded = encodeTensor("f32", await read(), rows, width);
       parameters.push({ name, role, shape, dtype: "f32" as const, encoded });
     }
-    const entry = { id: "two", adapterBytes: 0, metadata: {} };
+    const entry = { id: "two", adapterBytes: 0, metadata };
     return encodeTaskFile(entry, pack.basisId, encodeTask(terms, parameters));
   };
   for (const mode of MODES) {
@@ -295,6 +296,11 @@ t.test("tasks that were added later", async (t) => {
         await t.rejects(session.run(run, { tasks: ["two", null, "five"] }), { tag: "base", message: /privateTerms/ });
         t.ok(difference(await outputOf(session, run), golden("base", "five")) <= 1e-5);
       } else {
+        await session.addTask("mislabelled", await privately(pack, { labels: ["a", "b", "c"] }));
+        const message = /it has 3 labels, but "\S+" has 2 rows; pack its adapter again/;
+        await t.rejects(session.switchTask("mislabelled"), { tag: "task", task: "mislabelled", message });
+        t.equal(session.task, "five", "before anything is switched");
+        t.ok(difference(await outputOf(session, run), golden("base", "five")) <= 1e-5);
         await session.switchTask("two");
         const off = difference(await outputOf(session, run), golden("base", "two"));
         t.ok(off <= 1e-5, `${mode}, privateTerms ${privateTerms}: off by ${off}`);

@@ -470,6 +470,10 @@ t.test("blends, tasks without names, tasks of the whole directory", { skip }, as
   await tiny.tasks.switchTask("five");
   const found = (await tiny.pipe("w5 w9", { top_k: null })) as Answer[];
   t.same(found.map(({ label }) => label).sort(), ["LABEL_0", "LABEL_1", "LABEL_2", "LABEL_3", "LABEL_4"]);
+  (tiny.tasks.tasks.get("two")!.metadata as { labels?: string[] }).labels = ["a", "b", "c"];
+  const misfit = { tag: "task", message: /task "two" cannot be used: it has 3 labels, but .* has 2 rows/ };
+  t.match(await refusal(() => tiny.tasks.switchTask("two")), misfit);
+  t.same(await tiny.pipe("w5 w9", { top_k: null }), found, "before anything is switched");
   await tiny.pipe.dispose();
 });
 

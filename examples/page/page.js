@@ -14,6 +14,7 @@ import {
   drawPicture,
   drawProgress,
   drawResident,
+  drawUnusable,
   logCost,
   nameOf,
   percent,
@@ -250,9 +251,10 @@ async function askOnce(text) {
   let [spent, how] = [0, ""];
   for (let at = 0; at < stale.length && started && !askAgain; at += ROWS) {
     const { rows, batch, milliseconds } = await worker.call("classifyAll", text, stale.slice(at, at + ROWS));
-    for (const { id, probabilities } of rows) {
+    for (const { id, probabilities, unusable } of rows) {
       const best = probabilities.indexOf(Math.max(...probabilities));
-      drawCard(id, labelsOf(id)[best], probabilities[best]);
+      if (unusable === undefined) drawCard(id, labelsOf(id)[best], probabilities[best]);
+      else drawUnusable(id, unusable);
       answered.set(id, text);
     }
     spent += milliseconds;
@@ -303,6 +305,7 @@ const FAILURES = new Map([
   ],
   ["format", ["The pack is damaged", "Build the page again, then reload it."]],
   ["base", ["Pack and model do not belong together", "Build the page again: it packs for the model it ships."]],
+  ["task", ["This task cannot be used", "Choose another one; this one's adapter must be packed again."]],
   ["backend", ["The model cannot run here", "Reload the page to go back to WASM, or try another browser."]],
 ]);
 

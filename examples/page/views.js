@@ -115,6 +115,16 @@ export function drawCard(id, label, probability) {
 }
 
 /**
+ * @param {string} id of a task that cannot be used
+ * @param {string} why
+ */
+export function drawUnusable(id, why) {
+  drawCard(id, "cannot be used", 0);
+  card(id).querySelector(".said i")?.replaceChildren();
+  card(id).title = why;
+}
+
+/**
  * Marks a task as read from the pack and draws the coefficients of its last matrix.
  * @param {string} id
  * @param {Coefficients} coefficients

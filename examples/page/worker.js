@@ -155,7 +155,7 @@ const calls = {
   async classifyAll(text, tasks) {
     const { session } = live();
     const started = performance.now();
-    const rows = session.mode === "folded" ? await oneByOne(text, tasks) : await oneBatch(text, tasks);
+    const rows = await usable(session.mode === "folded" ? oneByOne : oneBatch, text, tasks);
     return { rows, batch: session.mode !== "folded", milliseconds: performance.now() - started };
   },
 
@@ -273,6 +273,28 @@ async function adopt(id, file) {
   await session.switchTask(id);
   const read = residentIds(session.pack).map(async (one) => /** @type {const} */ ([one, await coefficientsOf(one)]));
   return { task: taskOf(id), coefficients: await Promise.all(read), memory: session.memory() };
+}
+
+/** @typedef {{ id: string, probabilities: number[], unusable?: string }} Row */
+
+/**
+ * What tasks answer. One that cannot be used, and why, does not silence the others.
+ * @param {(text: string, tasks: string[]) => Promise<Row[]>} answer
+ * @param {string} text
+ * @param {string[]} tasks
+ * @returns {Promise<Row[]>}
+ */
+async function usable(answer, text, tasks) {
+  try {
+    return await answer(text, tasks);
+  } catch (error) {
+    const { tag = "", message } = /** @type {Error & { tag?: string }} */ (error);
+    if (!["task", "format", "base"].includes(tag)) throw error;
+    if (tasks.length === 1) return [{ id: tasks[0], probabilities: [], unusable: message }];
+    const rows = [];
+    for (const task of tasks) rows.push(...(await usable(answer, text, [task])));
+    return rows;
+  }
 }
 
 /** Lets messages in. */

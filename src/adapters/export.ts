@@ -4,6 +4,7 @@
  */
 
 import { AdapterError } from "../errors.ts";
+import { isHead } from "../format/heads.ts";
 import { encodeTensor } from "../tensor/encode.ts";
 import type { SafetensorsEntry } from "../tensor/safetensors-writer.ts";
 import type { Adapter, AdapterModule } from "./adapter.ts";
@@ -146,7 +147,7 @@ async function addModule(module: AdapterModule, add: Add): Promise<boolean> {
 
 function taskTypeOf({ metadata, saved }: Exportable): string | undefined {
   if (typeof metadata.task_type === "string") return metadata.task_type;
-  const head = saved.find(({ name, role }) => role === "saved" && /(^|\.)(classifier|score)\./.test(name));
+  const head = saved.find(({ name, role }) => role === "saved" && isHead(name));
   return head === undefined ? undefined : "SEQ_CLS";
 }
 

@@ -9,6 +9,7 @@ import { checkOptions, nearest } from "../arguments.ts";
 import { AdapterError, TaskError } from "../errors.ts";
 import { isTaskId } from "../format/format.ts";
 import type { ByteSource } from "../source.ts";
+import { parseJson } from "../tensor/json.ts";
 import type { Adapter } from "./adapter.ts";
 import { compare } from "./modules.ts";
 import { readPeft } from "./peft.ts";
@@ -17,6 +18,9 @@ const CONFIG = "adapter_config.json";
 const TENSORS = "adapter_model.safetensors";
 const PICKLE = "adapter_model.bin";
 const TASK = "task.json";
+
+/** More than a pattern for each of 100 000 modules; a larger file is no configuration, and would fill the memory. */
+const MAX_JSON_BYTES = 16 * 1024 * 1024;
 
 /** Files kept open between reads, which is twice as fast. Any further file is opened for each read. */
 const MAX_HELD = 64;
@@ -178,16 +182,19 @@ function rename(found: readonly AdapterLocation[], names: ReadonlyMap<string, st
   return [...owners].map(([id, folder]) => ({ id, folder })).sort((a, b) => compare(a.id, b.id));
 }
 
-/** @throws AdapterError when there is no such file, or no JSON in it */
+/** @throws AdapterError when there is no such file, it is too large, or holds what `parseJson` refuses */
 export async function readJson(path: string): Promise<unknown> {
+  const bytes = (await stat(path).catch(() => undefined))?.size ?? 0;
+  if (bytes > MAX_JSON_BYTES) {
+    throw new AdapterError(`has ${bytes} bytes, ${MAX_JSON_BYTES} at most are read; shorten it`, { file: path });
+  }
   const text = await readFile(path, "utf8").catch((cause: unknown) => {
     throw new AdapterError(`cannot be read: ${(cause as Error).message}`, { file: path, cause });
   });
   try {
-    return JSON.parse(text);
+    return parseJson(text);
   } catch (cause) {
-    const why = (cause as Error).message;
-    throw new AdapterError(`is not JSON: ${why}; correct it or save it again`, { file: path, cause });
+    throw new AdapterError(`${(cause as Error).message}; correct it or save it again`, { file: path, cause });
   }
 }
 

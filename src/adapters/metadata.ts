@@ -4,12 +4,15 @@
  */
 import { AdapterError } from "../errors.ts";
 import type { TaskMetadata } from "../format/format.ts";
+import { show } from "../tensor/json.ts";
 
 /** Metadata is read with a pack's directory, before any task: it must stay small. */
 const MAX_METADATA_BYTES = 64 * 1024;
 
-/** Deeper nesting is an attack on recursive decoders, not a description. */
-const MAX_DEPTH = 16;
+/** What a pack holds (SPEC.md, section 1): 16 levels, of which the task list, its entries and their metadata take three. */
+const MAX_DEPTH = 13;
+/** SPEC.md, section 4.3: bytes of a class name, of licence and origin. */
+const [MAX_LABEL_BYTES, MAX_TEXT_BYTES] = [1024, 4096];
 
 /**
  * Checks the contents of a task.json.
@@ -29,17 +32,29 @@ export function readTaskMetadata(task: unknown, file: string): TaskMetadata {
       throw refuse(field, `is not plain JSON with finite numbers, nested ${MAX_DEPTH} deep at most; simplify it`);
     }
   }
-  const bytes = new TextEncoder().encode(JSON.stringify(task)).length;
+  const bytes = bytesOf(JSON.stringify(task));
   if (bytes > MAX_METADATA_BYTES) {
     throw new AdapterError(`has ${bytes} bytes, ${MAX_METADATA_BYTES} at most are kept; shorten it`, { file });
   }
   const { labels, license, origin } = task as Record<string, unknown>;
-  if (labels !== undefined && !(Array.isArray(labels) && labels.every((label) => typeof label === "string"))) {
-    throw refuse("labels", "is not an array of strings; list the class names in the order of the head's rows");
+  const isLabel = (label: unknown): boolean => isText(label, MAX_LABEL_BYTES);
+  if (labels !== undefined && !(Array.isArray(labels) && labels.length > 0 && labels.every(isLabel))) {
+    throw refuse(
+      "labels",
+      `is ${show(labels)}, expected an array of strings of 1 to ${MAX_LABEL_BYTES} bytes: the class names in the order of the head's rows`,
+    );
   }
-  if (license !== undefined && typeof license !== "string") throw refuse("license", "is not a string");
-  if (origin !== undefined && typeof origin !== "string") throw refuse("origin", "is not a string");
+  for (const [field, text] of Object.entries({ license, origin })) {
+    if (text === undefined || isText(text, MAX_TEXT_BYTES)) continue;
+    throw refuse(field, `is ${show(text)}, expected a string of 1 to ${MAX_TEXT_BYTES} bytes; correct or remove it`);
+  }
   return { ...task };
+}
+
+const bytesOf = (text: string): number => new TextEncoder().encode(text).length;
+
+function isText(value: unknown, maxBytes: number): boolean {
+  return typeof value === "string" && value !== "" && bytesOf(value) <= maxBytes;
 }
 
 function isPlain(value: unknown, depth: number): boolean {

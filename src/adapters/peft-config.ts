@@ -4,6 +4,8 @@
  * older versions did not write them.
  */
 import { AdapterError } from "../errors.ts";
+import { show } from "../tensor/json.ts";
+import { NamePatterns } from "./name-pattern.ts";
 
 /** What a configuration says about the tensors beside it. */
 export interface PeftConfig {
@@ -24,6 +26,9 @@ export interface PeftConfig {
   forModule(name: string): { rank: number; scale: number };
   readonly warnings: readonly string[];
 }
+
+/** A pack holds 4096 bytes (SPEC.md, section 4.2), and a character takes three of them at most. */
+const MAX_TEXT = 1365;
 
 const PLAIN = "Train a plain LoRA, or merge it with PEFT and use the merged model";
 
@@ -121,7 +126,8 @@ export function readPeftConfig(config: unknown, file: string): PeftConfig {
   const rankPattern = numbers("rank_pattern", isRank, "positive integer");
   const alphaPattern = numbers("alpha_pattern", isFiniteNumber, "number");
   const flag = (name: string): boolean => field(name, false, isBoolean, "true or false");
-  const text = (name: string): string | undefined => field(name, undefined, isText, "a string or null");
+  const text = (name: string): string | undefined =>
+    field(name, undefined, isText, `a string of ${MAX_TEXT} characters at most, or null`) || undefined;
   const rslora = flag("use_rslora");
   const bias = field("bias", "none", isBias, `"none", "all" or "lora_only"`);
   const modulesToSave = field("modules_to_save", [], isNames, "an array of module names");
@@ -144,8 +150,8 @@ export function readPeftConfig(config: unknown, file: string): PeftConfig {
     modulesToSave: [...new Set([...modulesToSave, ...headsOf(taskType)])],
     tokenRows: tokenRows(config.trainable_token_indices, (message) => refuse("trainable_token_indices", message)),
     forModule(name) {
-      const rank = rankPattern.find(([pattern]) => pattern.test(name))?.[1] ?? r;
-      const numerator = alphaPattern.find(([pattern]) => pattern.test(name))?.[1] ?? alpha;
+      const rank = rankPattern.find(name) ?? r;
+      const numerator = alphaPattern.find(name) ?? alpha;
       return { rank, scale: numerator / (rslora ? Math.sqrt(rank) : rank) };
     },
     warnings,
@@ -169,16 +175,14 @@ function fieldsOf(config: Record<string, unknown>, file: string) {
       return value;
     },
     /** Numbers by the expressions that PEFT matches names with. */
-    numbers(name: string, isValid: (value: unknown) => value is number, what: string): [RegExp, number][] {
+    numbers(name: string, isValid: (value: unknown) => value is number, what: string): NamePatterns<number> {
       const value = config[name] ?? {};
       if (!isObject(value)) throw wrong(name, `an object of ${what}s by pattern`);
-      return Object.entries(value).map(([pattern, number]) => {
+      const numbers = Object.entries(value).map(([pattern, number]): [string, number] => {
         if (!isValid(number)) throw refuse(name, `gives ${show(number)} for ${show(pattern)}, expected a ${what}`);
-        const expression = patternOf(pattern);
-        if (expression === undefined)
-          throw refuse(name, `has the pattern ${show(pattern)}, which only Python understands; write module names`);
-        return [expression, number];
+        return [pattern, number];
       });
+      return new NamePatterns(numbers, (pattern, why) => refuse(name, `${show(pattern)} ${why}`));
     },
   };
 }
@@ -197,7 +201,8 @@ function unknownFields(config: Record<string, unknown>, refuse: Refuse): string[
 
 const isBoolean = (value: unknown): value is boolean => typeof value === "boolean";
 
-const isText = (value: unknown): value is string | undefined => value === undefined || typeof value === "string";
+const isText = (value: unknown): value is string | undefined =>
+  value === undefined || (typeof value === "string" && value.length <= MAX_TEXT);
 
 const isBias = (value: unknown): value is PeftConfig["bias"] => ["none", "all", "lora_only"].includes(value as string);
 
@@ -217,28 +222,9 @@ function isOff(value: unknown): boolean {
   return !value || (Array.isArray(value) && value.length === 0);
 }
 
-function show(value: unknown): string {
-  const text = JSON.stringify(value) ?? "missing";
-  return text.length > 80 ? `${text.slice(0, 80)}…` : text;
-}
-
-/**
- * The expression PEFT matches a module's name with, from its start (`get_pattern_key`): `(.*\.)?(pattern)$`. Undefined
- * when the pattern is not an expression, or uses one of the few constructs that JavaScript reads differently.
- */
-function patternOf(pattern: string): RegExp | undefined {
-  const foreign = /\\(?![bBdDsSwWnrtfv\d]|[^A-Za-z])|\(\?(?![:=!]|<[=!])/;
-  if (foreign.test(pattern.replaceAll("\\\\", ""))) return undefined;
-  try {
-    return new RegExp(`^(.*\\.)?(${pattern})$`);
-  } catch {
-    return undefined;
-  }
-}
-
 function initWarnings(init: unknown): string[] {
   if (UNTOUCHED.has(init)) return [];
-  const name = String(init).toLowerCase();
+  const name = typeof init === "string" ? init.toLowerCase() : "";
   if (MUTATING.test(name)) {
     return [
       `init_lora_weights is ${show(init)}: the adapter was trained against a modified base and does not fit the ` +

@@ -50,6 +50,9 @@ export function readModule(name: string, keys: ReadonlyMap<KeyRole, string>, giv
   };
 }
 
+/** Largest rank and kernel that a pack holds. */
+const MAX_SIZE = 65_535;
+
 /** The tensors of both factors. */
 interface FactorKeys {
   readonly keyA: string;
@@ -82,6 +85,9 @@ function checkedShapes(
   }
   if (kernel.length !== ones.length || kernel.length > (embedding ? 0 : 3) || ones.some((size) => size !== 1)) {
     throw refuse(keyA, `${found}; expected [r, in] and [out, r], or [r, in, k…] and [out, r, 1…]; save it again`);
+  }
+  if (Math.max(rank, ...kernel) > MAX_SIZE) {
+    throw refuse(keyA, `${found}: rank and kernel are ${MAX_SIZE} at most (SPEC.md, sections 4.2 and 6.1)`);
   }
   if (rank !== rankB && kernel.length > 0 && rank % rankB === 0) {
     throw refuse(

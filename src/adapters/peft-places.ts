@@ -2,6 +2,7 @@
  * Which tensor of a PEFT file belongs where: every one gets a place, or the file is refused. Reads no values.
  */
 import { AdapterError } from "../errors.ts";
+import { show } from "../tensor/json.ts";
 import { isFloatDtype, type SafetensorsFile } from "../tensor/safetensors.ts";
 import type { PeftConfig } from "./peft-config.ts";
 import { type KeyRole, type PeftKey, parsePeftKeys } from "./peft-keys.ts";
@@ -58,6 +59,9 @@ export interface Places {
   readonly warnings: string[];
 }
 
+/** Of what a pack names (SPEC.md, sections 4.2 and 6.2), which is never longer than the tensor's name. */
+const MAX_NAME_BYTES = 1024;
+
 /** Gives every tensor of the file its place. @throws AdapterError naming those that have none */
 export function place({ file, config, refuse }: PeftTensors): Places {
   const [parts, rows] = [new Map<string, Map<KeyRole, string>>(), new Map<string, string>()];
@@ -77,6 +81,7 @@ export function place({ file, config, refuse }: PeftTensors): Places {
     map.set(name, key);
   };
 
+  for (const key of file.tensors.keys()) checkName(key, refuse);
   for (const [key, parsed] of parsePeftKeys(file.tensors.keys())) {
     const { dtype } = file.tensors.get(key)!;
     if (!isFloatDtype(dtype)) {
@@ -129,6 +134,13 @@ function isSaved(parameter: string, modulesToSave: readonly string[]): boolean {
     if (modulesToSave.some((name) => module.endsWith(name))) return true;
   }
   return false;
+}
+
+/** Names come first: what reads them may be slow with those that are long. */
+function checkName(key: string, refuse: PeftTensors["refuse"]): void {
+  if (!/\p{Cc}/u.test(key) && new TextEncoder().encode(key).length <= MAX_NAME_BYTES) return;
+  const expected = `expected ${MAX_NAME_BYTES} bytes at most, without control characters; rename it`;
+  throw refuse(key.slice(0, 80), `tensor ${show(key)}: ${expected}`);
 }
 
 /** What makes a module an adapted one. */

@@ -5,6 +5,7 @@
  */
 import { AdapterError } from "../errors.ts";
 import type { TaskMetadata } from "../format/format.ts";
+import { misfitLabels } from "../format/heads.ts";
 import type { SourceInput } from "../source.ts";
 import type { Adapter, AdapterModule, SavedTensor } from "./adapter.ts";
 import { readTaskMetadata } from "./metadata.ts";
@@ -44,6 +45,12 @@ export async function readPeft({ id, file, config: json, tensors: input, task }:
   const tensors = await openSafetensors(input);
   try {
     const { modules, saved, warnings } = assemble(peftTensors(tensors, config));
+    const misfit = misfitLabels(metadata.labels, saved);
+    if (misfit !== undefined) {
+      const advice = "list one name for each row, in their order";
+      throw new AdapterError(`${misfit}; ${advice}`, { file: `${file}/task.json`, field: "labels" });
+    }
+    warnings.push(...labelWarnings(metadata.labels, saved));
     return {
       id,
       file,
@@ -59,6 +66,13 @@ export async function readPeft({ id, file, config: json, tensors: input, task }:
     await tensors.close();
     throw error;
   }
+}
+
+/** Of a layer that is not known as a head, nobody can say whether the labels are its. */
+function labelWarnings(labels: readonly string[] | undefined, saved: readonly SavedTensor[]): string[] {
+  const layers = saved.filter(({ role, shape }) => role === "saved" && shape.length === 2);
+  if (!labels || layers.length === 0 || layers.some(({ shape }) => shape[0] === labels.length)) return [];
+  return [`task.json has ${labels.length} labels, but no saved layer has as many rows: check that they are the base's`];
 }
 
 function withIdentity(metadata: TaskMetadata, config: PeftConfig): TaskMetadata {
@@ -93,8 +107,16 @@ function assemble(tensors: PeftTensors): {
   for (const [name, key] of places.whole) {
     saved.push({ name, role: "saved", shape: shape(key), read: () => read(key) });
   }
+  for (const tensor of saved) checkShape(tensor, refuse);
   saved.sort((a, b) => compare(a.name, b.name));
   return { modules, saved, warnings: places.warnings };
+}
+
+/** @throws AdapterError for a shape that a pack does not hold (SPEC.md, section 6.2) */
+function checkShape({ name, role, shape }: SavedTensor, refuse: PeftTensors["refuse"]): void {
+  const [most, expected] = role === "bias" ? [1, "one dimension"] : [8, "1 to 8 dimensions"];
+  if (shape.length > 0 && shape.length <= most && !shape.includes(0)) return;
+  throw refuse(name, `${name} is [${shape.join(", ")}], expected ${expected} of at least 1; save the adapter again`);
 }
 
 /** Replaced biases, and those that `lora_bias` adds. One bias that is both is read as their sum. */

@@ -4,6 +4,7 @@
  */
 import { nearest } from "../arguments.ts";
 import { AdapterError } from "../errors.ts";
+import { show } from "../tensor/json.ts";
 import type { Adapter } from "./adapter.ts";
 
 /** Accuracy of an adapter with its head, and of that head alone with ΔW at zero; shares from 0 to 1. */
@@ -125,7 +126,7 @@ function scoreOf(entry: unknown, name: string, file: string): Score {
     const value = isObject(entry) ? entry[field] : undefined;
     if (value === undefined) throw new AdapterError(`"${name}" has no ${field}${how}`, { file, field: name });
     if (typeof value === "number" && value >= 0 && value <= 1) return value;
-    throw new AdapterError(`${field} of "${name}" is ${JSON.stringify(value)}; expected a share from 0 to 1`, {
+    throw new AdapterError(`${field} of "${name}" is ${show(value)}; expected a share from 0 to 1`, {
       file,
       field: name,
     });

@@ -17,6 +17,7 @@ import {
   type Layout,
   MAGIC,
   type ParameterRole,
+  parseEntry,
   ROLES,
   SECTION_ENTRY_BYTES,
   type Section,
@@ -30,6 +31,7 @@ import {
   WINDOW_BYTES,
 } from "./format.ts";
 import { fromIntegrity } from "./integrity.ts";
+import { decode } from "./messagepack.ts";
 
 type Bytes = Uint8Array<ArrayBuffer>;
 
@@ -243,6 +245,17 @@ export function encodeHead(basisId: string): Bytes {
   return bytes;
 }
 
+/**
+ * Reads a task's entry as a reader of it will: a writer ends by parsing what it wrote.
+ * @param file for messages
+ * @throws FormatError naming the field that the format does not hold
+ */
+export function checkEntry(entry: TaskEntry, file: string): void {
+  // In a list, as deep as it may come to lie.
+  const [read] = decode(pack([entryMap(entry)]), file, "task", "tasks").array(1);
+  parseEntry(read!, []);
+}
+
 /** The window of a file with a single superblock. */
 export function encodeWindow(head: Uint8Array, superblock: Superblock): Bytes {
   const bytes = new Uint8Array(WINDOW_BYTES);
@@ -278,6 +291,7 @@ export function encodeSuperblock({ signature, ...s }: Superblock): Bytes {
 
 /** One task as a file of its own (SPEC.md, section 7). */
 export function encodeTaskFile(entry: TaskEntry, basisId: string, blob: Uint8Array): Uint8Array<ArrayBuffer> {
+  checkEntry(entry, entry.id);
   const map = pack(entryMap(entry));
   const start = align64(64 + map.length);
   const bytes = new Uint8Array(start + blob.length);

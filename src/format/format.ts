@@ -10,6 +10,7 @@ import { crc32c } from "./crc32c.ts";
 import { align64, Fields } from "./fields.ts";
 import { toIntegrity } from "./integrity.ts";
 import { decode, type Value } from "./messagepack.ts";
+import { parseMetadata } from "./metadata.ts";
 
 /** Bytes of the window: enough to plan the next read (SPEC.md, section 2). */
 export const WINDOW_BYTES = 1536;
@@ -454,7 +455,7 @@ export function parseEntry(value: Value, earlier: readonly TaskEntry[]): TaskEnt
   return {
     id,
     adapterBytes: value.get("adapterBytes").integer(0, Number.MAX_SAFE_INTEGER),
-    metadata: value.get("metadata").plain() as TaskMetadata,
+    metadata: parseMetadata(value.get("metadata")) as TaskMetadata,
     brings: parseBrings(value.get("brings"), earlier),
   };
 }

@@ -5,7 +5,8 @@ import type { Adapter, SavedTensor } from "../adapters/adapter.ts";
 import { AdapterError } from "../errors.ts";
 import type { PrivateTerms } from "../extract/private.ts";
 import type { TaskCoefficients } from "../extract/project.ts";
-import { encodeTask, type ParameterInput, type TermInput } from "../format/encode.ts";
+import { checkEntry, encodeTask, type ParameterInput, type TermInput } from "../format/encode.ts";
+import { misfitLabels } from "../format/heads.ts";
 import type { TaskToWrite } from "../format/layout.ts";
 import type { Dtypes } from "../tensor/dtypes.ts";
 import { type Dtype, isQuantized } from "../tensor/dtypes.ts";
@@ -39,7 +40,8 @@ export function encodeTerm(
  * A task as it is written.
  * @param terms sorted by module
  * @param names of the pack's modules
- * @throws AdapterError for a value that its number format cannot hold
+ * @throws AdapterError for a value that its number format cannot hold, metadata that the format does not, and labels that are more
+ *   or fewer than the rows of the head
  */
 export async function encodeAdapter(
   adapter: Adapter,
@@ -53,8 +55,11 @@ export async function encodeAdapter(
     ...terms.filter((t) => t.magnitude).map((t) => `magnitude ${names[t.module]}`),
     ...terms.filter((t) => t.privateTerms).map((t) => `private ${names[t.module]}`),
   ];
-  const blob = encodeTask(terms, await encodeParameters(adapter, head));
-  return { entry: { id, adapterBytes: byteLength, metadata, brings: brings.sort() }, blob };
+  const entry = { id, adapterBytes: byteLength, metadata, brings: brings.sort() };
+  storable(adapter, { name: "metadata" }, () => checkEntry(entry, id));
+  const misfit = misfitLabels(metadata.labels, saved);
+  if (misfit !== undefined) throw new AdapterError(misfit, { file: adapter.file, field: "labels" });
+  return { entry, blob: encodeTask(terms, await encodeParameters(adapter, head)) };
 }
 
 async function encodeParameters(adapter: Adapter, type: Dtype): Promise<ParameterInput[]> {

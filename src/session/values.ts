@@ -2,9 +2,10 @@
  * What a task gives to each input of a prepared model: coefficients in, arrays out, for one task or for one task per row of a
  * batch. No engine here.
  */
-import { BaseMismatchError } from "../errors.ts";
+import { BaseMismatchError, TaskError } from "../errors.ts";
 import { bringsOf, parseBrought } from "../format/brings.ts";
 import type { TaskBlob, TaskParameter } from "../format/format.ts";
+import { misfitLabels } from "../format/heads.ts";
 import { readTensor } from "../format/tensors.ts";
 import type { TaskInput } from "../onnx/graft.ts";
 import { savedModules } from "../runtime/parameters.ts";
@@ -63,11 +64,19 @@ export class TaskEvaluator {
    * Reads the tasks of a selection.
    * @throws TaskError for an unknown id, a blend that cannot be; SourceError, FormatError when a task cannot be read
    * @throws BaseMismatchError when a task changes what the model was not prepared for
+   * @throws TaskError when a task's labels are more or fewer than the rows of its head
    */
   async load(selection: Selection, options: SwitchOptions = {}): Promise<ActiveTask[]> {
     const { pack, base } = this.#model;
     const tasks = await loadParts(pack, selection, options, base.ignored);
     this.#refuseUnprepared(tasks);
+    for (const { id, blob } of tasks) {
+      const misfit = misfitLabels(pack.tasks.get(id)?.metadata.labels, blob.parameters);
+      if (misfit === undefined) continue;
+      throw new TaskError(`task "${id}" cannot be used: ${misfit}; pack its adapter again with a name for each row`, {
+        task: id,
+      });
+    }
     options.signal?.throwIfAborted();
     return tasks;
   }

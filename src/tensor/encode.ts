@@ -60,6 +60,19 @@ export function encodeTensor(
   return bytes;
 }
 
+/**
+ * Says what it was that could not be encoded.
+ * @param what begins the message
+ * @throws RangeError as `encode` does, with `what` in front
+ */
+export function named<T>(what: string, encode: () => T): T {
+  try {
+    return encode();
+  } catch (cause) {
+    throw cause instanceof RangeError ? new RangeError(`${what}: ${cause.message}`, { cause }) : cause;
+  }
+}
+
 function nearest(value: number, largest: number): number {
   return Math.max(-largest, Math.min(largest, Math.round(value)));
 }

@@ -7,6 +7,7 @@
 import { FormatError, SourceError } from "../errors.ts";
 import type { ByteSource, ReadOptions } from "../source.ts";
 import { bf16ToF32, f16ToF32 } from "./dtypes.ts";
+import { parseJson, show } from "./json.ts";
 
 /** Where one tensor lies. */
 export interface SafetensorsTensor {
@@ -133,12 +134,6 @@ export async function openSafetensors(source: ByteSource, options?: ReadOptions)
 
 type Fail = (part: string, message: string, cause?: unknown) => FormatError;
 
-/** JSON for a message, cut short: a hostile header can hold anything. */
-function show(value: unknown): string {
-  const text = JSON.stringify(value) ?? "missing";
-  return text.length > 100 ? `${text.slice(0, 100)}…` : text;
-}
-
 function isObject(value: unknown): value is Record<string, unknown> {
   return typeof value === "object" && value !== null && !Array.isArray(value);
 }
@@ -153,33 +148,12 @@ function parseHeader(bytes: Uint8Array, fail: Fail): Record<string, unknown> {
   }
   let header: unknown;
   try {
-    header = JSON.parse(text);
+    header = parseJson(text);
   } catch (cause) {
-    throw fail("header", `is not JSON: ${(cause as Error).message}; damaged, download it again`, cause);
+    throw fail("header", `${(cause as Error).message}; damaged, download it again`, cause);
   }
   if (!isObject(header)) throw fail("header", "is not a JSON object; not a safetensors file");
-  const duplicate = duplicateKey(text);
-  if (duplicate !== undefined) throw fail("header", `names ${show(duplicate)} twice; save the file again`);
   return header;
-}
-
-/** The first key that an object of this valid JSON text holds twice: `JSON.parse` keeps the last and says nothing. */
-function duplicateKey(text: string): string | undefined {
-  const objects: (Set<string> | undefined)[] = [];
-  let last: string | undefined;
-  for (const [token] of text.matchAll(/"(?:[^"\\]|\\.)*"|[{}[\]:]/g)) {
-    if (token === "{") objects.push(new Set());
-    else if (token === "[") objects.push(undefined);
-    else if (token === "}" || token === "]") objects.pop();
-    else if (token !== ":") last = token;
-    else {
-      const key = JSON.parse(last!) as string;
-      const keys = objects.at(-1)!;
-      if (keys.has(key)) return key;
-      keys.add(key);
-    }
-  }
-  return undefined;
 }
 
 function checkMetadata(value: unknown, fail: Fail): Map<string, string> {

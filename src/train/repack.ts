@@ -19,7 +19,7 @@ import { encodedTensor } from "../format/tensors.ts";
 import { expandTerm } from "../pack/expand.ts";
 import type { Pack } from "../pack/pack.ts";
 import { decodeTensor } from "../tensor/dtypes.ts";
-import { encodeTensor } from "../tensor/encode.ts";
+import { encodeTensor, named } from "../tensor/encode.ts";
 import { toHex } from "../tensor/hex.ts";
 import { VERSION } from "../version.ts";
 import type { Terms } from "./terms.ts";
@@ -85,7 +85,9 @@ function placeOf(module: PackModule, bases: Uint8Array, terms: Terms, parameters
       ...side,
       ...(rank === undefined ? {} : { rank }),
       dtype,
-      encoded: values ? encodeTensor(dtype, values, rows, width) : encodedTensor(bases, tensor),
+      encoded: values
+        ? named(`basis ${which} of "${module.name}"`, () => encodeTensor(dtype, values, rows, width))
+        : encodedTensor(bases, tensor),
     };
   };
   const [A, B] = [sideOf("A"), sideOf("B")];

@@ -4,10 +4,11 @@
 import { bringsOf } from "../format/brings.ts";
 import { encodeTask, encodeTaskFile, type ParameterInput, type TensorInput, type TermInput } from "../format/encode.ts";
 import type { TaskMetadata } from "../format/format.ts";
+import { misfitLabels } from "../format/heads.ts";
 import { parseTask } from "../format/task.ts";
 import type { Pack } from "../pack/pack.ts";
 import { type Dtype, isQuantized, type TaskDtypes } from "../tensor/dtypes.ts";
-import { encodeTensor } from "../tensor/encode.ts";
+import { encodeTensor, named } from "../tensor/encode.ts";
 import type { State } from "./state.ts";
 import type { Head } from "./subject.ts";
 import type { Terms, TrainedParameter } from "./terms.ts";
@@ -24,7 +25,8 @@ export interface TaskFileOptions {
 
 /**
  * @param head the layer that `weight` [labels, in] and `bias` [labels] are of
- * @throws RangeError when a value does not fit its number format
+ * @throws RangeError when a value does not fit its number format, or the labels are not as many as the head has rows
+ * @throws FormatError for metadata that the format does not hold
  */
 export function taskFile(
   pack: Pack,
@@ -39,7 +41,7 @@ export function taskFile(
     const of = (kind: TrainedParameter["kind"]): (TensorInput & { rows: number }) | undefined => {
       const [rows, width] = trained.parameter(name, kind)?.dims ?? [];
       return rows && width
-        ? { rows, ...tensor(coefficients, trained.part(parameters, name, kind)!, rows, width) }
+        ? { rows, ...tensor(`${kind} of "${name}"`, coefficients, trained.part(parameters, name, kind)!, rows, width) }
         : undefined;
     };
     const [alphaA, alphaB, privateA, privateB] = [of("alphaA"), of("alphaB"), of("privateA"), of("privateB")];
@@ -58,17 +60,20 @@ export function taskFile(
   const saved: ParameterInput[] = [];
   const save = (part: string, dtype: Dtype, values: Float32Array, shape: number[]): void => {
     const [width, rows = 1] = shape.toReversed() as [number, number?];
-    saved.push({ name: `${head!.module}.${part}`, role: "saved", shape, ...tensor(dtype, values, rows, width) });
+    const name = `${head!.module}.${part}`;
+    saved.push({ name, role: "saved", shape, ...tensor(`"${name}"`, dtype, values, rows, width) });
   };
   if (head) save("weight", headDtype, weight, [bias.length, head.in]);
   // One scale for a whole bias would be coarse and save nothing.
   if (head?.bias) save("bias", isQuantized(headDtype) ? "f16" : headDtype, bias, [bias.length]);
+  const misfit = misfitLabels(metadata.labels, saved);
+  if (misfit !== undefined) throw new RangeError(`metadata.labels: ${misfit}`);
   const blob = encodeTask(terms, saved);
   // A writer ends by reading what it wrote.
   const brings = bringsOf(parseTask(blob, pack.modules, "the trained task", { id }), pack.modules);
   return encodeTaskFile({ id, adapterBytes: 0, metadata, brings }, pack.basisId, blob);
 }
 
-function tensor(dtype: Dtype, values: Float32Array, rows: number, width: number): TensorInput {
-  return { dtype, encoded: encodeTensor(dtype, values, rows, width) };
+function tensor(what: string, dtype: Dtype, values: Float32Array, rows: number, width: number): TensorInput {
+  return { dtype, encoded: named(what, () => encodeTensor(dtype, values, rows, width)) };
 }

@@ -76,8 +76,10 @@ export class Trainer<Feeds = unknown> {
   /** @internal Use `createTrainer`. @throws RangeError for fewer than two labels, or two alike */
   constructor(subject: Subject<Feeds>, { init, seed = 0 }: Omit<TrainerOptions, "labels">) {
     const { labels, terms } = subject;
-    if (labels.length < 2 || new Set(labels).size < labels.length) {
-      throw new RangeError(`labels: expected two at least, all different, got ${JSON.stringify(labels)}`);
+    if (labels.length < 2 || new Set(labels).size < labels.length || labels.includes("")) {
+      throw new RangeError(
+        `labels: expected two at least, all different and none empty, got ${JSON.stringify(labels)}`,
+      );
     }
     const coefficients = terms.modules.some(({ shared }) => shared);
     if (init === "fresh" && coefficients)

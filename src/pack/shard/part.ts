@@ -9,6 +9,7 @@ import { MAGIC, TASK_FILE_MAGIC } from "../../format/format.ts";
 import { Value } from "../../format/messagepack.ts";
 import { openSource } from "../../open-source.ts";
 import type { SourceInput } from "../../source.ts";
+import { parseJson } from "../../tensor/json.ts";
 import { openSafetensors, type SafetensorsFile } from "../../tensor/safetensors.ts";
 import { type SafetensorsEntry, writeSafetensors } from "../../tensor/safetensors-writer.ts";
 
@@ -149,13 +150,17 @@ export async function readPart<T>(input: SourceInput, kind: PartKind, read: (par
 /** JSON as a `Value`, whose maps have only the keys of the text. */
 function describe(text: string, file: string): Value {
   try {
-    const root: unknown = JSON.parse(text, (_, value: unknown) =>
-      typeof value === "object" && value !== null && !Array.isArray(value) ? new Map(Object.entries(value)) : value,
-    );
-    return new Value(root, file, "header", "description");
+    return new Value(toMaps(parseJson(text)), file, "header", "description");
   } catch (cause) {
-    throw new FormatError(`its description is not JSON: ${(cause as Error).message}`, { file, part: "header", cause });
+    throw new FormatError(`its description ${(cause as Error).message}`, { file, part: "header", cause });
   }
+}
+
+/** Parsed JSON, with maps for objects. */
+function toMaps(value: unknown): unknown {
+  if (Array.isArray(value)) return value.map(toMaps);
+  if (typeof value !== "object" || value === null) return value;
+  return new Map(Object.entries(value).map(([key, item]) => [key, toMaps(item)]));
 }
 
 /** A word of the description. @throws FormatError when it is none of `words` */

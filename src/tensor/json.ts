@@ -1,0 +1,73 @@
+/**
+ * JSON of files that anybody may have written: what `JSON.parse` passes over in silence is refused, in one pass over the text
+ * and without recursion, so that neither size nor depth does harm.
+ */
+
+/** No file that is read here needs more; code that walks what was read may be recursive. */
+const MAX_DEPTH = 64;
+
+/**
+ * The value of a JSON text.
+ * @throws SyntaxError for what is not JSON, is nested deeper than 64 levels, or has an object that names a key twice, of which
+ *   `JSON.parse` keeps the last
+ */
+export function parseJson(text: string): unknown {
+  let value: unknown;
+  try {
+    value = JSON.parse(text);
+  } catch (cause) {
+    throw new SyntaxError(`is not JSON: ${(cause as Error).message}`, { cause });
+  }
+  checkKeys(text);
+  return value;
+}
+
+/** @param text valid JSON */
+function checkKeys(text: string): void {
+  /** Keys of the objects around a place, undefined for arrays. */
+  const around: (Set<string> | undefined)[] = [];
+  let string = "";
+  let escaped = false;
+  for (let at = 0; at < text.length; at++) {
+    switch (text[at]) {
+      case '"': {
+        const start = at++;
+        escaped = false;
+        for (; text[at] !== '"'; at++) {
+          if (text[at] !== "\\") continue;
+          escaped = true;
+          at++;
+        }
+        string = text.slice(start, at + 1);
+        break;
+      }
+      case ":": {
+        const keys = around.at(-1)!;
+        const key = escaped ? (JSON.parse(string) as string) : string.slice(1, -1);
+        if (keys.has(key)) throw new SyntaxError(`names ${show(key)} twice`);
+        keys.add(key);
+        break;
+      }
+      case "{":
+      case "[":
+        around.push(text[at] === "{" ? new Set() : undefined);
+        if (around.length > MAX_DEPTH) throw new SyntaxError(`is nested deeper than ${MAX_DEPTH} levels`);
+        break;
+      case "}":
+      case "]":
+        around.pop();
+    }
+  }
+}
+
+/** A value of JSON for a message, cut short: a file can hold anything. */
+export function show(value: unknown): string {
+  let text: string;
+  try {
+    text = JSON.stringify(value) ?? "missing";
+  } catch {
+    // A caller may parse by other means: too deep for the stack, or no JSON at all.
+    return typeof value;
+  }
+  return text.length > 80 ? `${text.slice(0, 80)}…` : text;
+}
