@@ -76,6 +76,8 @@ export const attach: Attach = command({
       [`${PREFIX}.mode`, chosen],
     ]);
     const model = serialise(file, prepared, marks, target);
+    await makeFolder(dirname(target));
+    await run.lock(target);
     const external = await writeExternal(file, target);
     const backend = run.closing((await createBackend({ webgpu: false })).backend);
     const evaluator = new TaskEvaluator(prepared, new Workbench(backend, pack.modules, bases));

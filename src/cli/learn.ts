@@ -92,6 +92,7 @@ export const learn: Attach = command({
     refuseOverwriting(file, packPath, examplesPath, model);
     if (!isTaskId(id))
       throw new UsageError(`--id ${JSON.stringify(id)}: expected 1 to 255 bytes without control characters`);
+    await run.writable(file);
     const { signal } = interrupts(run);
     const { examples, labels } = await readExamples(examplesPath, options.labels);
     const pack = await run.pack(packPath);
@@ -112,6 +113,7 @@ export const learn: Attach = command({
       if (error !== signal.reason) throw error;
     }
     if (steps.length === 0) refuseInterrupted(signal, id);
+    await run.lock(file);
     const size = await writeWhole(file, [await trainer.task({ id })]);
     const { terms, head } = trainer.size;
     const { seconds } = resources();

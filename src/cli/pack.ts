@@ -127,6 +127,7 @@ export const pack: Attach = command({
   async run(paths, options, run, out) {
     checkOptions(options);
     const { output: file, scores, minGain } = options;
+    await run.writable(file);
     // Read before any adapter is.
     const known = scores === undefined ? undefined : readScores(await readJson(scores), scores);
     const adapters = await run.adapters(paths, options.as);
@@ -134,6 +135,7 @@ export const pack: Attach = command({
       ? partByGain(adapters, known, minGain ?? 0.02, scores!)
       : { kept: adapters, dropped: [] };
     const { chunks, report } = await build(kept, options, run, out);
+    await run.lock(file);
     await writeWhole(file, chunks);
     for (const warning of report.warnings) out.warn(warning);
     const took = resources();

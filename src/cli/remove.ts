@@ -11,6 +11,7 @@ export const remove: Attach = command({
   details: "The bytes of the other tasks stay.",
   options: {},
   async run([file, ...ids]: [string, ...string[]], _, run) {
+    await run.lock(file);
     const pack = await run.pack(file);
     for (const id of ids) pack.removeTask(id);
     if (pack.tasks.size === 0) throw new UsageError(`that would remove every task of ${file}; delete the file instead`);
