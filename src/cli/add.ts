@@ -17,7 +17,7 @@ import { append } from "./files.ts";
 import { as } from "./options.ts";
 import { bytes, counting, lossTable, sum, warnOf } from "./output.ts";
 import type { Run } from "./run.ts";
-import { storedDtypes, taskOf } from "./tasks.ts";
+import { storedDtypes } from "./tasks.ts";
 
 /** A task file that was named, and what its task is to be called. */
 interface NamedTask {
@@ -45,10 +45,8 @@ export const add: Attach = command({
     refuseTaken(pack, named);
     const projected = await projectAdapters(pack, adapters, await storedDtypes(pack), counting(out, "module"));
     const learned: TaskToWrite[] = [];
-    for (const { path, id } of files) {
-      await pack.addTask(id, path);
-      learned.push(await taskOf(pack, id));
-    }
+    for (const { path, id } of files) await pack.addTask(id, path);
+    for (const { id } of files) learned.push({ entry: pack.tasks.get(id)!, blob: (await pack.load(id)).bytes });
     const residual = projected.map((task) => task.residual);
     await run.lock(file);
     // Others may have written since.
@@ -65,7 +63,7 @@ export const add: Attach = command({
       json: { file, added, bytesBefore: before, bytesAfter, residual },
       text: [
         `${file}: ${added.length} tasks added, ${bytes(before)} → ${bytes(bytesAfter)}`,
-        ...(residual.length > 0 ? [lossTable(residual)] : []),
+        ...(residual.length > 0 ? lossTable(residual) : []),
         ...learned.map(({ entry, blob }) => `${entry.id}: ${bytes(blob.length)}, as it came`),
       ],
     };

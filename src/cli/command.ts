@@ -10,7 +10,7 @@ import { Run } from "./run.ts";
 export interface Result {
   /** What `--json` prints; the keys are a contract. */
   readonly json: Readonly<Record<string, unknown>>;
-  /** Lines for people. */
+  /** Lines for people, each of them one. */
   readonly text: readonly string[];
   /** 1 when the command ran but its verdict is bad. Default: 0. */
   readonly exitCode?: number;

@@ -10,6 +10,7 @@ import type { Adapter } from "../adapters/adapter.ts";
 import { FormatError, SourceError, TaskError } from "../errors.ts";
 import { encodeTaskFile } from "../format/encode.ts";
 import { parseTaskFile } from "../format/task-file.ts";
+import { freshPack, tasksOf } from "../pack/fresh.ts";
 import type { Pack } from "../pack/pack.ts";
 import { projectAdapters } from "../pack/project.ts";
 import { type Distilled, distill as distillTask } from "../train/distill.ts";
@@ -21,7 +22,7 @@ import { openTrainable, tokenizer, tokens } from "./model.ts";
 import { as, byDefault, from, group, number, output, required, text } from "./options.ts";
 import { bytes, resources, table } from "./output.ts";
 import type { Run } from "./run.ts";
-import { packWith, storedDtypes, taskOf } from "./tasks.ts";
+import { storedDtypes } from "./tasks.ts";
 
 type Done = Distilled & { readonly resumed: boolean };
 
@@ -49,7 +50,7 @@ export const distill: Attach = command({
     await run.writable(target);
     const adapters = await run.adapters(paths, options.as);
     const pack = await run.pack(packPath);
-    const before = [...pack.tasks.keys()];
+    const before = new Set(pack.tasks.keys());
     await addMissing(pack, adapters);
     const { session, encode } = await openTrainable("distill", model, pack, { tokens, tokenizer }, run);
     const modelBytes = (await stat(model)).size;
@@ -128,7 +129,7 @@ async function removeFinished(folder: string): Promise<void> {
  * @param before ids of its tasks at the start
  * @throws SourceError, TaskError when the basis or a distilled task is not what it was
  */
-async function reread(pack: Pack, before: readonly string[], done: readonly Done[], run: Run): Promise<Pack> {
+async function reread(pack: Pack, before: ReadonlySet<string>, done: readonly Done[], run: Run): Promise<Pack> {
   const now = await run.pack(pack.name);
   if (now.basisId !== pack.basisId)
     throw new SourceError("has become a pack of another basis in the meantime: run the command again", {
@@ -139,7 +140,7 @@ async function reread(pack: Pack, before: readonly string[], done: readonly Done
   const [then, current] = [sums(pack), sums(now)];
   for (const { id, file } of done) {
     if (then.get(id) !== current.get(id)) {
-      const what = before.includes(id) ? (current.has(id) ? "replaced in" : "removed from") : "added to";
+      const what = before.has(id) ? (current.has(id) ? "replaced in" : "removed from") : "added to";
       throw new TaskError(`"${id}" was ${what} ${pack.name} in the meantime: run the command again`, { task: id });
     }
     if (!current.has(id)) await now.addTask(id, file);
@@ -148,21 +149,16 @@ async function reread(pack: Pack, before: readonly string[], done: readonly Done
 }
 
 /** The pack with other blobs for those of its tasks that were distilled. */
-async function withDistilled(pack: Pack, done: readonly Done[]): Promise<Uint8Array[]> {
-  const files = new Map(done.map(({ id, file }) => [id, file]));
-  const tasks = [];
-  for (const [id, entry] of pack.tasks) {
-    const file = files.get(id);
-    tasks.push(file ? { entry, blob: parseTaskFile(file, `task "${id}"`).blob } : await taskOf(pack, id));
-  }
-  return packWith(pack, tasks);
+async function withDistilled(pack: Pack, done: readonly Done[]): Promise<AsyncIterable<Uint8Array>> {
+  const blobs = new Map(done.map(({ id, file }) => [id, parseTaskFile(file, `task "${id}"`).blob]));
+  return (await freshPack(pack, await tasksOf(pack, blobs))).chunks;
 }
 
-function report(file: string, size: number, done: readonly Done[], before: readonly string[]): Result {
+function report(file: string, size: number, done: readonly Done[], before: ReadonlySet<string>): Result {
   const { seconds } = resources();
   const tasks = done.map(({ id, divergenceBefore, divergenceAfter, kept, resumed }) => {
     const divergence = { before: divergenceBefore, after: divergenceAfter };
-    return { id, divergence, kept, added: !before.includes(id), resumed };
+    return { id, divergence, kept, added: !before.has(id), resumed };
   });
   const rows = tasks.map(({ id, divergence, kept }) => [
     id,
@@ -173,7 +169,7 @@ function report(file: string, size: number, done: readonly Done[], before: reado
     json: { file, bytes: size, tasks, seconds },
     text: [
       `${file}: ${tasks.length} tasks distilled, ${bytes(size)}`,
-      table([["task", "KL projected", "KL distilled", "kept"], ...rows]),
+      ...table([["task", "KL projected", "KL distilled", "kept"], ...rows]),
       `${seconds.toFixed(2)} s`,
     ],
   };

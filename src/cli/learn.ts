@@ -128,7 +128,7 @@ export const learn: Attach = command({
       json: { ...learned, interrupted, seconds, steps: steps.length, epochs, holdout: best },
       text: [
         `${file}: task "${id}", ${labels.length} labels, ${bytes(size)}${stopped}`,
-        epochTable(epochs),
+        ...epochTable(epochs),
         `${terms} numbers of terms and ${head} of the head were trained; ${seconds.toFixed(2)} s`,
       ],
       exitCode: interrupted ? 1 : 0,
@@ -171,7 +171,7 @@ function epochsOf(steps: readonly TrainingStep[]): Epoch[] {
   });
 }
 
-function epochTable(epochs: readonly Epoch[]): string {
+function epochTable(epochs: readonly Epoch[]): string[] {
   const rows = epochs.map(({ loss, holdout }, i) => [
     i + 1,
     loss.toFixed(4),

@@ -70,7 +70,8 @@ export async function takeLock(
   warn: (message: string) => void,
   patience: number = PATIENCE,
 ): Promise<Lock> {
-  const file = `${realTarget(path)}.lock`;
+  const target = realTarget(path);
+  const file = `${target}.lock`;
   const fail = (message: string, cause?: unknown): never => {
     throw new SourceError(message, { file: path, cause });
   };
@@ -86,7 +87,10 @@ export async function takeLock(
     let told = false;
     for (;;) {
       const holder = take(file, token);
-      if (holder === undefined) break;
+      if (holder === undefined) {
+        sweep(target);
+        break;
+      }
       const waited = performance.now() - began;
       if (waited >= (holder === NAMELESS ? Math.min(NAMELESS_PATIENCE, patience) : patience))
         fail(refusal(holder, file, waited));
@@ -133,23 +137,18 @@ function take(file: string, token: string): Holder | undefined {
     const other = take(turn, token);
     if (other !== undefined) return other;
     try {
-      if (!isOf(file, found.token)) continue;
-      sweep(file, turn);
-      rmSync(file, { force: true });
+      if (isOf(file, found.token)) rmSync(file, { force: true });
     } finally {
       rmSync(turn, { force: true });
     }
   }
 }
 
-/** Removes what a killed writer left beside its lock, which still keeps others away. */
-function sweep(lock: string, turn: string): void {
-  const folder = dirname(lock);
-  const target = basename(lock, ".lock");
+/** Removes what killed writers left of a file whose lock is held: nobody else has any of it by now. */
+function sweep(target: string): void {
+  const [folder, own] = [dirname(target), basename(target)];
   for (const name of readdirSync(folder)) {
-    if (!name.startsWith(`${target}.`)) continue;
-    const rest = name.slice(target.length);
-    const left = /^\.[0-9a-f]{8}\.tmp$/.test(rest) || (rest.startsWith(".lock.") && name !== basename(turn));
+    const left = name.startsWith(own) && /^\.(lock\.[0-9a-f.]+|[0-9a-f]{8}\.tmp)$/.test(name.slice(own.length));
     if (left) rmSync(join(folder, name), { force: true });
   }
 }

@@ -227,7 +227,7 @@ function reportText(file: string, report: BuildReport): string[] {
   const { error, components, ratio, breakEvenTasks } = report;
   return [
     `${file}: ${report.tasks} tasks, ${report.modules} modules, ${bytes(report.bytes)}`,
-    table([
+    ...table([
       ["", "adapters", "pack"],
       ["size", bytes(report.adapterBytes), `${bytes(report.bytes)} (${ratio.toFixed(1)}× smaller)`],
       ["ΔW error, mean / largest", "0", `${percent(error.mean)} / ${percent(error.max)}`],
@@ -248,7 +248,7 @@ function autoText({ judgedBy, divergence, tried }: SearchReport): string[] {
     ...(judged ? [kl === undefined ? "" : kl.toFixed(4)] : []),
   ]);
   return [
-    table([["tried", "size", "ΔW error", ...(judged ? ["KL"] : [])], ...rows]),
+    ...table([["tried", "size", "ΔW error", ...(judged ? ["KL"] : [])], ...rows]),
     judged
       ? `Chosen by answers to the text: mean KL(adapter ‖ pack) ${divergence?.toFixed(4)}. eigenlora distill may win more of it back.`
       : "Chosen by ΔW error, which is a proxy: with --model and --text answers decide.",

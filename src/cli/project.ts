@@ -26,7 +26,7 @@ export const project: Attach = command({
       return (await projectTasks(basis, adapters, made, { dtype: types, onProgress })).chunks;
     });
     const { tasks } = run.closing(await openTasks(file));
-    return { json: { ...json, residual: tasks }, text: [...text, lossTable(tasks)] };
+    return { json: { ...json, residual: tasks }, text: [...text, ...lossTable(tasks)] };
   },
 });
 

@@ -3,6 +3,7 @@
  * DESIGN.md section 2). In column mode every row of a factor is a vector with coefficients of its own, in flat mode the
  * whole factor is one. Works on one module at a time, on arrays only: no files, no pack.
  */
+import { storing } from "../tensor/encode.ts";
 import { alignSigns, balance, leadingRows, type Pair } from "./gauge.ts";
 import { jointComponents } from "./joint.ts";
 import { cholesky, multiply } from "./linalg.ts";
@@ -166,12 +167,14 @@ function storeJoint(found: Found, pairs: readonly Pair[]): ModuleExtraction {
 }
 
 function encodeModule(
-  { A, B, options: { basisDtype, products } }: Found,
+  { stack, A, B, options: { basisDtype, products } }: Found,
   kA: number,
   kB: number,
   mixed?: boolean,
 ): { A: SideBasis; B: SideBasis } {
-  return { A: encodeSide(A, kA, basisDtype, products, mixed), B: encodeSide(B, kB, basisDtype, products, mixed) };
+  const encoded = (which: "A" | "B", side: Side, k: number): SideBasis =>
+    storing(`basis ${which} of "${stack.name}"`, undefined, () => encodeSide(side, k, basisDtype, products, mixed));
+  return { A: encoded("A", A, kA), B: encoded("B", B, kB) };
 }
 
 function store(found: Found, kA: number, kB: number): ModuleExtraction {
@@ -182,7 +185,9 @@ function store(found: Found, kA: number, kB: number): ModuleExtraction {
   const b = targetsOf(space.B, found.B.rows, ranks, options.rank);
   const tasks = stack.members.map(({ id }, i) => ({
     id,
-    ...projectTargets(space, a[i]!, b[i]!, options.coefficientDtype),
+    ...storing(`coefficients of "${stack.name}"`, id, () =>
+      projectTargets(space, a[i]!, b[i]!, options.coefficientDtype),
+    ),
   }));
   const delta = {
     A: Math.max(...tasks.map((task) => task.deltaA)),

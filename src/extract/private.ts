@@ -5,6 +5,7 @@
  * cut by its own SVD: the other end of the scale.
  */
 import { type Dtype, isQuantized } from "../tensor/dtypes.ts";
+import { storing } from "../tensor/encode.ts";
 import { deltaError, relative } from "./error.ts";
 import { extractModule, type ModuleExtraction, type ModuleStack } from "./extract.ts";
 import { balance, leadingRows, type Pair, pairOf } from "./gauge.ts";
@@ -96,7 +97,11 @@ function alternate(stack: ModuleStack, given: readonly Pair[], options: PrivateO
       { ...options, rank: options.rank ?? Math.max(...given.map(({ rank }) => rank)) },
     );
     const parts = expanded(shared, options);
-    const tasks = shared.tasks.map((task, i) => withPrivate(task, given[i]!, parts[i]!, options, error));
+    const tasks = shared.tasks.map((task, i) =>
+      storing(`a private term of "${stack.name}"`, task.id, () =>
+        withPrivate(task, given[i]!, parts[i]!, options, error),
+      ),
+    );
     const found = { ...shared, tasks: tasks.map(({ task }) => task) };
     const mixed: Mixed = {
       found,

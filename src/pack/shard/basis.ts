@@ -11,6 +11,7 @@ import { gramComponents, type Summary } from "../../extract/summary.ts";
 import { fastProducts } from "../../extract/wasm-products.ts";
 import type { ModuleInput } from "../../format/encode.ts";
 import type { Dtype } from "../../tensor/dtypes.ts";
+import { storing } from "../../tensor/encode.ts";
 import { type BuildOptions, type Built, sideInput } from "../build.ts";
 import { readFingerprints } from "../fingerprints.ts";
 import { newPack } from "../fresh.ts";
@@ -59,8 +60,10 @@ export async function buildBasis(statistics: Statistics, options: BasisOptions =
   for (const { rows: _, ...shape } of statistics.modules.values()) {
     const { name } = shape;
     const ranks = await statistics.ranks(name);
-    const side = async (which: "A" | "B") =>
-      sideInput(sideBasis(await statistics.side(name, which), ranks, extraction));
+    const side = async (which: "A" | "B") => {
+      const summary = await statistics.side(name, which);
+      return storing(`basis ${which} of "${name}"`, undefined, () => sideInput(sideBasis(summary, ranks, extraction)));
+    };
     modules.push({ ...shape, A: await side("A"), B: await side("B"), fingerprint: fingerprints?.get(name) });
     options.onProgress?.(modules.length, statistics.modules.size);
   }
