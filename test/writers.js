@@ -209,7 +209,7 @@ export async function raceWriters(pairs, say = () => {}, seed = 7) {
       await Promise.all(writers.map((writer) => writer.start()));
       const pair = [];
       for (const [w, command] of commands.entries()) {
-        const fate = random(10);
+        const fate = random(20);
         const signal = /** @type {const} */ (["SIGKILL", "SIGKILL", "SIGINT", "SIGTERM"])[fate];
         // Most of a command's time is before and behind the moments that matter.
         const stop = signal && { signal, after: random(60) };
