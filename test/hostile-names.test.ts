@@ -7,9 +7,11 @@ import { fileURLToPath } from "node:url";
 import t from "tap";
 import { paragraph, printable } from "../dist/src/cli/output.js";
 import { runProgram } from "../dist/src/cli/program.js";
-import { basisIdOf, encodeBasis, encodeTask, encodeTaskFile } from "../dist/src/format/encode.js";
+import { encodeBasis, encodeTask, encodeTaskFile } from "../dist/src/format/encode.js";
+import { sha256 } from "../dist/src/format/hash.js";
 import { layoutFresh } from "../dist/src/format/layout.js";
 import { encodeTensor } from "../dist/src/tensor/encode.js";
+import { toHex } from "../dist/src/tensor/hex.js";
 import { data } from "./packs.ts";
 
 const folder = await mkdtemp(join(tmpdir(), "eigenlora-hostile-"));
@@ -31,14 +33,14 @@ const { description, bases } = encodeBasis({
   baseModel: `model${evil}`,
   modules: [{ name: `layer${evil}`, out: 2, in: 2, layout: "out-in", A: side, B: side }],
 });
-const basisId = await basisIdOf(description, bases);
+const basisId = toHex(await sha256(description, bases));
 const coefficients = { kind: "column", mean: false, dtype: "f32", encoded: encodeTensor("f32", [1], 1, 1) } as const;
 const blob = encodeTask(
   [{ module: 0, rank: 1, A: coefficients, B: coefficients }],
   [{ name: `head${evil}`, role: "saved", shape: [1, 2], dtype: "f32", encoded }],
 );
 const entry = { id: turned, adapterBytes: 0, metadata: { labels: [`label${evil}`], [`key${evil}`]: evil } };
-const pack = Buffer.concat(layoutFresh({ description, bases, basisId, tasks: [{ entry, blob }] }));
+const pack = Buffer.concat(await layoutFresh({ description, bases, basisId, tasks: [{ entry, blob }] }));
 const path = join(folder, `pack${evil.replaceAll("/", "")}.eigen`);
 await writeFile(path, pack);
 const damaged = join(folder, "damaged\u001b[31m.eigen");

@@ -9,13 +9,15 @@ import t, { type Test } from "tap";
 import { writeWhole } from "../dist/src/cli/files.js";
 import { lossTable } from "../dist/src/cli/output.js";
 import { runProgram } from "../dist/src/cli/program.js";
-import { basisIdOf, encodeBasis, encodeTask, encodeTaskFile } from "../dist/src/format/encode.js";
+import { encodeBasis, encodeTask, encodeTaskFile } from "../dist/src/format/encode.js";
+import { sha256 } from "../dist/src/format/hash.js";
 import { layoutFresh } from "../dist/src/format/layout.js";
 import { openPack } from "../dist/src/pack/pack.js";
 import { lossesOf } from "../dist/src/pack/report.js";
 import { writePart } from "../dist/src/pack/shard/part.js";
 import { openTasks } from "../dist/src/pack/shard/tasks.js";
 import { encodeTensor } from "../dist/src/tensor/encode.js";
+import { toHex } from "../dist/src/tensor/hex.js";
 
 const COUNT = 10_000;
 const folder = await mkdtemp(join(tmpdir(), "eigenlora-many-"));
@@ -27,12 +29,12 @@ const side = { kind: "column", K: 1, mean: false, dtype: "f32", explained: 1, en
 const modules = [{ name: "m", out: 2, in: 2, layout: "out-in", A: side, B: side } as const];
 const about = { producer: "test", mode: "column", gauge: "as-trained", centering: "none" };
 const { description, bases } = encodeBasis({ ...about, modules });
-const basisId = await basisIdOf(description, bases);
+const basisId = toHex(await sha256(description, bases));
 const coefficients = { kind: "column", mean: false, dtype: "f32", encoded: encodeTensor("f32", [1], 1, 1) } as const;
 const blob = encodeTask([{ module: 0, rank: 1, A: coefficients, B: coefficients }], []);
 const entry = (i: number) => ({ id: `task ${i}`, adapterBytes: 100, metadata: {} });
 const tasks = Array.from({ length: COUNT }, (_, i) => ({ entry: entry(i), blob }));
-await writeFile(path, Buffer.concat(layoutFresh({ description, bases, basisId, tasks })));
+await writeFile(path, Buffer.concat(await layoutFresh({ description, bases, basisId, tasks })));
 const taskFile = (i: number): Uint8Array<ArrayBuffer> => encodeTaskFile(entry(i), basisId, blob);
 
 /** Of the processor: a machine that others use too must not fail it. */
