@@ -3,6 +3,7 @@
  * resolves to where the `node` condition is set.
  */
 /// <reference types="@webgpu/types" />
+import { fstatSync } from "node:fs";
 import { open } from "node:fs/promises";
 import { fileURLToPath } from "node:url";
 import { SourceError } from "../src/errors.ts";
@@ -22,9 +23,14 @@ export const openPath: ((path: string) => Promise<ByteSource>) | undefined = asy
     await handle.close();
     throw new SourceError("is not a file", { file: path });
   }
+  let size = stat.size;
   return {
     name: path,
-    byteLength: stat.size,
+    // As it is now: a pack grows while another process appends to it, and its window then speaks of more than there was.
+    get byteLength() {
+      if (handle.fd >= 0) size = fstatSync(handle.fd).size;
+      return size;
+    },
     async read(offset, length, options) {
       options?.signal?.throwIfAborted();
       const bytes = new Uint8Array(length);

@@ -2,12 +2,13 @@
  * Distilling: on tiny models through the API, on the real one through the command line.
  */
 
-import { spawn, spawnSync } from "node:child_process";
-import { cp, mkdir, mkdtemp, readdir, rm, symlink, writeFile } from "node:fs/promises";
+import { type ChildProcess, spawn, spawnSync } from "node:child_process";
+import { once } from "node:events";
+import { cp, mkdir, mkdtemp, readdir, readFile, rm, symlink, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
-import t from "tap";
+import t, { type Test } from "tap";
 import type { Adapter } from "../dist/src/adapters/adapter.js";
 import { readAdapters } from "../dist/src/adapters/folder.js";
 import { parseTaskFile } from "../dist/src/format/task-file.js";
@@ -266,6 +267,19 @@ t.test("the command line, on the real model", async (t) => {
   child.kill("SIGKILL");
   await gone;
   t.equal((await finished()).length, 1);
+  const [name] = await finished();
+  const whole = await readFile(join(partial, name!), "utf8");
+  for (const damage of ["", whole.slice(0, 1000), "{}", "null", whole.replace(/"file": "...../, '"file": "AAAAA')]) {
+    await writeFile(join(partial, name!), damage);
+    t.match(json(1, ...command), {
+      error: {
+        tag: "format",
+        file: /o.eigen.partial/,
+        message: /is damaged: delete it, and the task is distilled again/,
+      },
+    });
+  }
+  await writeFile(join(partial, name!), whole);
   const made = json(0, ...command);
   t.match(made, { file: "o.eigen", seconds: Number });
   t.match(made.tasks, [
@@ -286,6 +300,8 @@ t.test("the command line, on the real model", async (t) => {
     t.equal(same, id !== "debtags-role", id);
     t.same(after.tasks.get(id)!.metadata, before.tasks.get(id)!.metadata);
   }
+
+  await distillInPlace(t, folder, { main, command, json, own });
 
   await writeFile(join(folder, "empty.txt"), "\n \n");
   await writeFile(join(folder, "short.txt"), "one\ntwo\none\n");
@@ -315,7 +331,6 @@ t.test("the command line, on the real model", async (t) => {
   await mkdir(join(alone, "node_modules"), { recursive: true });
   await cp(join(root, "dist"), join(alone, "dist"), { recursive: true });
   await cp(join(root, "package.json"), join(alone, "package.json"));
-  await symlink(join(root, "node_modules/msgpackr"), join(alone, "node_modules/msgpackr"));
   const without = (): object => JSON.parse(run(join(alone, "dist/src/cli/main.js"), [...command, "--json"]).stdout);
   t.match(without(), {
     error: { tag: "backend", message: /needs the package onnxruntime-node: npm install onnxruntime-node/ },
@@ -323,3 +338,59 @@ t.test("the command line, on the real model", async (t) => {
   await symlink(join(root, "node_modules/onnxruntime-node"), join(alone, "node_modules/onnxruntime-node"));
   t.match(without(), { error: { tag: "backend", message: /needs the package @huggingface\/tokenizers: npm install/ } });
 });
+
+/** A pack that is distilled in its own place while others write to it. */
+async function distillInPlace(
+  t: Test,
+  folder: string,
+  given: {
+    main: string;
+    command: readonly string[];
+    json: (status: number, ...args: string[]) => any;
+    own: (id: string) => string;
+  },
+): Promise<void> {
+  const { main, json, own } = given;
+  const pack = join(folder, "q.eigen");
+  const command = given.command.map((word) => (/^[op]\.eigen$/.test(word) ? "q.eigen" : word));
+  const names = async (): Promise<string[]> => (await readdir(folder)).filter((name) => name.startsWith("q."));
+  /** Starts it, and acts when the first of its two tasks is done. @returns how it ended */
+  const meanwhile = async (
+    act: (child: ChildProcess) => void,
+  ): Promise<[code: number | null, signal: string | null]> => {
+    const child = spawn(process.execPath, [main, ...command], { cwd: folder, stdio: "ignore" });
+    const gone = once(child, "exit") as Promise<[number | null, string | null]>;
+    const done = async (): Promise<string[]> => readdir(`${pack}.partial`).catch(() => []);
+    while (!(await done()).some((name) => !name.endsWith(".tmp")) && child.exitCode === null)
+      await new Promise((resolve) => setTimeout(resolve, 20));
+    act(child);
+    return gone;
+  };
+  const again = async (): Promise<void> => {
+    await cp(join(folder, "p.eigen"), pack);
+    await rm(`${pack}.partial`, { recursive: true, force: true });
+  };
+
+  await again();
+  t.same(await meanwhile((child) => child.kill("SIGINT")), [null, "SIGINT"]);
+  t.same(await names(), ["q.eigen", "q.eigen.partial"], "Ctrl-C leaves what is finished and no lock");
+  t.ok((await readFile(pack)).equals(await readFile(join(folder, "p.eigen"))), "and the pack as it was");
+
+  await again();
+  const ended = await meanwhile(() => {
+    json(0, "remove", "q.eigen", "debtags-game");
+    json(0, "add", "q.eigen", own("debtags-admin"));
+  });
+  t.same(ended, [0, null]);
+  t.equal(json(0, "verify", "q.eigen").ok, true);
+  t.same(await names(), ["q.eigen"]);
+  const written = await openPack(pack);
+  const ids = ["debtags-role", "debtags-scope", "debtags-use", "debtags-admin", "debtags-devel"];
+  t.same([...written.tasks.keys()], ids, "what others did stays");
+  await written.close();
+
+  await again();
+  t.same(await meanwhile(() => json(0, "remove", "q.eigen", "debtags-role")), [1, null]);
+  t.same([...(await openPack(await readFile(pack))).tasks.keys()], ["debtags-game", "debtags-scope", "debtags-use"]);
+  t.same(await names(), ["q.eigen", "q.eigen.partial"], "what is finished waits");
+}

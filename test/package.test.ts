@@ -1,9 +1,12 @@
 import { spawnSync } from "node:child_process";
-import { readFile } from "node:fs/promises";
+import { mkdir, mkdtemp, readdir, readFile, rm, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { gzipSync } from "node:zlib";
 import { build } from "esbuild";
 import t from "tap";
+import { data } from "./packs.ts";
 
 const root = fileURLToPath(new URL("..", import.meta.url));
 const manifest = JSON.parse(await readFile(new URL("../package.json", import.meta.url), "utf8"));
@@ -104,7 +107,7 @@ t.test("what is published", async (t) => {
   );
   for (const path of paths.filter((p) => p.endsWith(".d.ts") && !/onnx_pb|protobuf/.test(p))) {
     const text = await readFile(new URL(`../${path}`, import.meta.url), "utf8");
-    t.notMatch(text, /@webgpu\/types|\bGPUDevice\b|from "(onnxruntime|@huggingface)/, path);
+    t.notMatch(text, /@webgpu\/types|\bGPUDevice\b|from "(onnxruntime|@huggingface|msgpackr)/, path);
   }
 });
 
@@ -132,5 +135,48 @@ t.test("names the package exports", async (t) => {
     ...["Trainer", "createJudge", "createTrainer", "distill", "inputMoments", "zeroShotTask"],
   ]);
   t.same(Object.keys(await import("eigenlora/transformers")).sort(), ["AttachedPack", "attachPack"]);
-  t.same(Object.keys(manifest.dependencies), ["msgpackr"], "one run-time dependency");
+  t.notOk("dependencies" in manifest, "no run-time dependency");
+});
+
+t.test("an install brings the package alone, and that packs", async (t) => {
+  const folder = await mkdtemp(join(tmpdir(), "eigenlora-install-"));
+  t.teardown(() => rm(folder, { recursive: true }));
+  const run = (cwd: string, command: string, ...args: string[]): string => {
+    const { status, stdout, stderr } = spawnSync(command, args, { cwd, encoding: "utf8" });
+    if (status !== 0) throw new Error(`${command} ${args.join(" ")}: exit ${status}\n${stdout}${stderr}`);
+    return stdout;
+  };
+  const [{ filename }] = JSON.parse(
+    run(root, "npm", "pack", "--json", "--ignore-scripts", "--pack-destination", folder),
+  ) as [{ filename: string }];
+  const project = join(folder, "project");
+  await mkdir(project);
+  await writeFile(join(project, "package.json"), '{"type":"module","private":true}');
+  // Offline: there is nothing to fetch.
+  run(project, "npm", "install", "--offline", "--no-audit", "--no-fund", join(folder, filename));
+  const installed = await readdir(join(project, "node_modules"));
+  t.same(
+    installed.filter((name) => !name.startsWith(".")),
+    ["eigenlora"],
+  );
+  const own = join(project, "node_modules/eigenlora");
+  t.notOk((await readdir(own)).includes("node_modules"), "nothing inside it either");
+  const { scripts } = JSON.parse(await readFile(join(own, "package.json"), "utf8"));
+  t.notMatch(Object.keys(scripts).join(" "), /install/);
+  const bundled = await readFile(join(own, "dist/src/format/msgpackr.js"), "utf8");
+  t.match(bundled, /Copyright \(c\) 2020 Kris Zyp/, "its licence");
+  t.notMatch(bundled, /\bimport\b.*"|\brequire\(|msgpackr-extract/, "and nothing that it would load");
+
+  const adapter = data("adapters/own-seed/debtags-role");
+  run(project, "npx", "--offline", "eigenlora", "pack", adapter, "-o", "one.eigen", "--k", "4");
+  await writeFile(
+    join(project, "build.js"),
+    `import { openPack } from "eigenlora";
+import { buildPack } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
+const { chunks } = await buildPack(await readAdapters([process.argv[2]]), { select: { kind: "k", k: 4 } });
+console.log([...(await openPack(new Uint8Array(Buffer.concat(chunks)))).tasks.keys()].join());
+process.exit();`,
+  );
+  t.equal(run(project, process.execPath, "build.js", adapter), "debtags-role\n");
 });

@@ -44,7 +44,7 @@ t.teardown(() => rm(project, { recursive: true, maxRetries: 5, retryDelay: 200 }
 await mkdir(join(project, "node_modules/eigenlora"), { recursive: true });
 for (const part of ["dist", "package.json"])
   await cp(join(root, part), join(project, "node_modules/eigenlora", part), { recursive: true });
-for (const name of ["msgpackr", "onnxruntime-web", "onnxruntime-common"]) {
+for (const name of ["onnxruntime-web", "onnxruntime-common"]) {
   await symlink(join(root, "node_modules", name), join(project, "node_modules", name));
 }
 await writeFile(join(project, "package.json"), '{"type":"module"}');

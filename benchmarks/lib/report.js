@@ -39,7 +39,7 @@ export function print(json, ...[parts, peers = [], device = {}]) {
   }
   for (const { question, rows, notes = [] } of parts) {
     console.log(`${question}\n`);
-    if (rows.length > 0) console.log(`${tableOf(rows)}\n`);
+    if (rows.length > 0) console.log(`${tableOf(rows).join("\n")}\n`);
     for (const note of notes) console.log(note);
     if (notes.length > 0) console.log();
   }

@@ -4,11 +4,12 @@
  */
 import { readFile, stat } from "node:fs/promises";
 import { resolve } from "node:path";
-import { TaskError } from "../errors.ts";
+import { SourceError, TaskError } from "../errors.ts";
 import { TASK_FILE_MAGIC } from "../format/format.ts";
-import { layoutAppend, type TaskToWrite } from "../format/layout.ts";
+import type { TaskToWrite } from "../format/layout.ts";
 import { parseTaskFile } from "../format/task-file.ts";
 import { openSource } from "../open-source.ts";
+import { planAppend } from "../pack/fresh.ts";
 import type { Pack } from "../pack/pack.ts";
 import { projectAdapters } from "../pack/project.ts";
 import { type Attach, command } from "./command.ts";
@@ -16,7 +17,7 @@ import { append } from "./files.ts";
 import { as } from "./options.ts";
 import { bytes, counting, lossTable, sum, warnOf } from "./output.ts";
 import type { Run } from "./run.ts";
-import { storedDtypes, taskOf } from "./tasks.ts";
+import { storedDtypes } from "./tasks.ts";
 
 /** A task file that was named, and what its task is to be called. */
 interface NamedTask {
@@ -39,27 +40,30 @@ export const add: Attach = command({
     );
     const folders = paths.filter((_, i) => !found[i]);
     const adapters = await run.adapters(folders, names);
-    const { before, residual, learned, ...done } = await append(file, async () => {
-      const pack = await run.pack(file);
-      refuseTaken(pack, [...adapters.map(({ id, file }) => ({ id, path: file })), ...files]);
-      const projected = await projectAdapters(pack, adapters, await storedDtypes(pack), counting(out, "module"));
-      const learned: TaskToWrite[] = [];
-      for (const { path, id } of files) {
-        await pack.addTask(id, path);
-        learned.push(await taskOf(pack, id));
-      }
-      const { superblock } = pack.window;
-      const plan = await layoutAppend(pack, [...projected, ...learned]);
-      return { ...plan, residual: projected.map((task) => task.residual), learned, before: superblock.committed };
-    });
+    const named = [...adapters.map(({ id, file }) => ({ id, path: file })), ...files];
+    const pack = await run.pack(file);
+    refuseTaken(pack, named);
+    const projected = await projectAdapters(pack, adapters, await storedDtypes(pack), counting(out, "module"));
+    const learned: TaskToWrite[] = [];
+    for (const { path, id } of files) await pack.addTask(id, path);
+    for (const { id } of files) learned.push({ entry: pack.tasks.get(id)!, blob: (await pack.load(id)).bytes });
+    const residual = projected.map((task) => task.residual);
+    await run.lock(file);
+    // Others may have written since.
+    const now = await run.pack(file, { bases: "later" });
+    refuseOther(pack, now);
+    refuseTaken(now, named);
+    const plan = await planAppend(now, [...projected, ...learned]);
+    append(file, plan);
     warnOf(adapters, out);
-    const bytesAfter = done.offset + sum(done.body.map(({ length }) => length));
+    const before = now.window.superblock.committed;
+    const bytesAfter = plan.offset + sum(plan.body.map(({ length }) => length));
     const added = [...adapters, ...files].map(({ id }) => id);
     return {
       json: { file, added, bytesBefore: before, bytesAfter, residual },
       text: [
         `${file}: ${added.length} tasks added, ${bytes(before)} → ${bytes(bytesAfter)}`,
-        ...(residual.length > 0 ? [lossTable(residual)] : []),
+        ...(residual.length > 0 ? lossTable(residual) : []),
         ...learned.map(({ entry, blob }) => `${entry.id}: ${bytes(blob.length)}, as it came`),
       ],
     };
@@ -88,6 +92,17 @@ async function nameTasks(paths: readonly string[], names: Map<string, string>): 
   }
   for (const name of used) names.delete(name);
   return tasks;
+}
+
+/** @throws SourceError when there is another pack by now */
+function refuseOther({ basisId, name }: Pack, now: Pack): void {
+  if (now.basisId === basisId) return;
+  throw new SourceError(
+    "has become a pack of another basis in the meantime; nothing was added, run the command again",
+    {
+      file: name,
+    },
+  );
 }
 
 /** @throws TaskError naming an id that two would have */

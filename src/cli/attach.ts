@@ -76,13 +76,15 @@ export const attach: Attach = command({
       [`${PREFIX}.mode`, chosen],
     ]);
     const model = serialise(file, prepared, marks, target);
+    await makeFolder(dirname(target));
+    await run.lock(target);
     const external = await writeExternal(file, target);
     const backend = run.closing((await createBackend({ webgpu: false })).backend);
     const evaluator = new TaskEvaluator(prepared, new Workbench(backend, pack.modules, bases));
     const { base, tasks, folder } = await writeInputs({ pack, inputs, evaluator, marks }, ids, target, out);
     // Last: a model that is there has all that belongs to it.
     const size = await writeWhole(target, [model]);
-    const largest = Math.max(0, ...tasks.map((one) => one.bytes));
+    const largest = tasks.reduce((most, one) => Math.max(most, one.bytes), 0);
     return {
       json: { file: target, mode: chosen, reason, modules: modules.length, bytes: size, external, inputs, base, tasks },
       text: [

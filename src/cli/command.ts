@@ -10,7 +10,7 @@ import { Run } from "./run.ts";
 export interface Result {
   /** What `--json` prints; the keys are a contract. */
   readonly json: Readonly<Record<string, unknown>>;
-  /** Lines for people. */
+  /** Lines for people, each of them one. */
   readonly text: readonly string[];
   /** 1 when the command ran but its verdict is bad. Default: 0. */
   readonly exitCode?: number;
@@ -40,7 +40,7 @@ export function command<A extends readonly string[], O extends Options>(declared
     const made = program.command(usage).summary(does).description(`${does} ${details}`);
     for (const [name, spec] of Object.entries(options)) made.addOption(toOption(flagOf(name), spec));
     made.option("--json", "Print one JSON object.").action(async () => {
-      const run = new Run();
+      const run = new Run(out);
       let result: Result;
       try {
         // The parser has seen to it that there are as many arguments as `usage` says.

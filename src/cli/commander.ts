@@ -1,6 +1,6 @@
 /**
  * The parser of the command line (commander, MIT), as one module: the build bundles the library into it, so that the package has
- * no second dependency.
+ * no dependency.
  */
 /*!
  * commander: The MIT License

@@ -3,21 +3,26 @@
  * Finished tasks are kept beside the target until all are done, so that a run which was cut off goes on.
  */
 import { createHash } from "node:crypto";
-import { readdir, readFile, rm, rmdir, stat } from "node:fs/promises";
+import { existsSync } from "node:fs";
+import { readdir, rm, rmdir, stat } from "node:fs/promises";
 import { join, resolve } from "node:path";
 import type { Adapter } from "../adapters/adapter.ts";
+import { FormatError, SourceError, TaskError } from "../errors.ts";
 import { encodeTaskFile } from "../format/encode.ts";
 import { parseTaskFile } from "../format/task-file.ts";
+import { freshPack, tasksOf } from "../pack/fresh.ts";
 import type { Pack } from "../pack/pack.ts";
 import { projectAdapters } from "../pack/project.ts";
 import { type Distilled, distill as distillTask } from "../train/distill.ts";
 import { type Attach, command, type Result } from "./command.ts";
 import { readLines } from "./examples.ts";
-import { jsonFile, makeFolder, writeWhole } from "./files.ts";
+import { jsonFile, makeFolder, readJson, writeWhole } from "./files.ts";
+import { realTarget } from "./lock.ts";
 import { openTrainable, tokenizer, tokens } from "./model.ts";
 import { as, byDefault, from, group, number, output, required, text } from "./options.ts";
 import { bytes, resources, table } from "./output.ts";
-import { packWith, storedDtypes, taskOf } from "./tasks.ts";
+import type { Run } from "./run.ts";
+import { storedDtypes } from "./tasks.ts";
 
 type Done = Distilled & { readonly resumed: boolean };
 
@@ -42,14 +47,19 @@ export const distill: Attach = command({
   async run([packPath, ...paths]: [string, ...string[]], options, run, out) {
     const { output: target, model, steps, batch, tokens = 128, tokenizer } = options;
     const texts = await readLines(options.text);
+    await run.writable(target);
     const adapters = await run.adapters(paths, options.as);
     const pack = await run.pack(packPath);
-    const before = [...pack.tasks.keys()];
+    const before = new Set(pack.tasks.keys());
     await addMissing(pack, adapters);
     const { session, encode } = await openTrainable("distill", model, pack, { tokens, tokenizer }, run);
     const modelBytes = (await stat(model)).size;
     const settings = { model: resolve(model), modelBytes, steps, batch, tokens, texts };
     const finished = `${target}.partial`;
+    // Two runs of one target would do the same work, and the first to end would remove what the second has finished.
+    await run.lock(finished);
+    await makeFolder(finished);
+    run.closing({ close: () => rmdir(finished).catch(() => undefined) });
     const done: Done[] = [];
     let resumed = 0;
     for (const [i, adapter] of adapters.entries()) {
@@ -61,13 +71,12 @@ export const distill: Attach = command({
         out.progress("step", gone, of, `task ${i + 1} of ${adapters.length}, ${adapter.id}`);
       };
       const made = earlier ?? (await distillTask(session, { adapter, texts, encode, steps, batch, onStep }));
-      if (!earlier) {
-        await makeFolder(finished);
-        await writeWhole(path, jsonFile({ ...made, file: Buffer.from(made.file).toString("base64") }));
-      }
+      if (!earlier) await writeWhole(path, jsonFile({ ...made, file: Buffer.from(made.file).toString("base64") }));
       done.push({ ...made, resumed: earlier !== undefined });
     }
-    const size = await writeWhole(target, await withDistilled(pack, done));
+    await run.lock(target);
+    const now = realTarget(target) === realTarget(packPath) ? await reread(pack, before, done, run) : pack;
+    const size = await writeWhole(target, await withDistilled(now, done));
     await removeFinished(finished);
     return report(target, size, done, before);
   },
@@ -88,37 +97,68 @@ async function keyOf(pack: Pack, { id, file, byteLength }: Adapter, settings: ob
   return createHash("sha256").update(JSON.stringify(of)).update(blob).digest("hex");
 }
 
-/** An outcome of before in the folder beside the target; undefined when there is none. */
+/**
+ * An outcome of before in the folder beside the target; undefined when there is none.
+ * @throws FormatError when it is damaged
+ */
 async function readFinished(path: string): Promise<Distilled | undefined> {
-  const text = await readFile(path, "utf8").catch(() => undefined);
-  if (text === undefined) return undefined;
-  const { file, ...figures } = JSON.parse(text) as Omit<Distilled, "file"> & { file: string };
-  return { ...figures, file: new Uint8Array(Buffer.from(file, "base64")) };
+  if (!existsSync(path)) return undefined;
+  try {
+    const { file, ...figures } = (await readJson(path)) as Omit<Distilled, "file"> & { file: string };
+    const { id, divergenceBefore, divergenceAfter, kept } = figures;
+    const numbers = Number.isFinite(divergenceBefore) && Number.isFinite(divergenceAfter);
+    if (typeof id !== "string" || !numbers || (kept !== "projected" && kept !== "distilled"))
+      throw new TypeError("it is not what distill writes");
+    const bytes = new Uint8Array(Buffer.from(file, "base64"));
+    parseTaskFile(bytes, path);
+    return { ...figures, file: bytes };
+  } catch (cause) {
+    const message = `is damaged: delete it, and the task is distilled again (${(cause as Error).message})`;
+    throw new FormatError(message, { file: path, part: "finished task", cause });
+  }
 }
 
 /** Those of earlier settings too, and nothing that is not ours. */
 async function removeFinished(folder: string): Promise<void> {
   for (const name of await readdir(folder).catch(() => []))
     if (/^[0-9a-f]{64}(\.[0-9a-f]{8}\.tmp)?$/.test(name)) await rm(join(folder, name));
-  await rmdir(folder).catch(() => undefined);
+}
+
+/**
+ * The pack as it is by now, where it is to be replaced: others may have written while tasks were trained.
+ * @param before ids of its tasks at the start
+ * @throws SourceError, TaskError when the basis or a distilled task is not what it was
+ */
+async function reread(pack: Pack, before: ReadonlySet<string>, done: readonly Done[], run: Run): Promise<Pack> {
+  const now = await run.pack(pack.name);
+  if (now.basisId !== pack.basisId)
+    throw new SourceError("has become a pack of another basis in the meantime: run the command again", {
+      file: pack.name,
+    });
+  const sums = ({ directory }: Pack): Map<string, string> =>
+    new Map(directory.tasks.map(({ id, section }) => [id, `${section.length} ${section.crc}`]));
+  const [then, current] = [sums(pack), sums(now)];
+  for (const { id, file } of done) {
+    if (then.get(id) !== current.get(id)) {
+      const what = before.has(id) ? (current.has(id) ? "replaced in" : "removed from") : "added to";
+      throw new TaskError(`"${id}" was ${what} ${pack.name} in the meantime: run the command again`, { task: id });
+    }
+    if (!current.has(id)) await now.addTask(id, file);
+  }
+  return now;
 }
 
 /** The pack with other blobs for those of its tasks that were distilled. */
-async function withDistilled(pack: Pack, done: readonly Done[]): Promise<Uint8Array[]> {
-  const files = new Map(done.map(({ id, file }) => [id, file]));
-  const tasks = [];
-  for (const [id, entry] of pack.tasks) {
-    const file = files.get(id);
-    tasks.push(file ? { entry, blob: parseTaskFile(file, `task "${id}"`).blob } : await taskOf(pack, id));
-  }
-  return packWith(pack, tasks);
+async function withDistilled(pack: Pack, done: readonly Done[]): Promise<AsyncIterable<Uint8Array>> {
+  const blobs = new Map(done.map(({ id, file }) => [id, parseTaskFile(file, `task "${id}"`).blob]));
+  return (await freshPack(pack, await tasksOf(pack, blobs))).chunks;
 }
 
-function report(file: string, size: number, done: readonly Done[], before: readonly string[]): Result {
+function report(file: string, size: number, done: readonly Done[], before: ReadonlySet<string>): Result {
   const { seconds } = resources();
   const tasks = done.map(({ id, divergenceBefore, divergenceAfter, kept, resumed }) => {
     const divergence = { before: divergenceBefore, after: divergenceAfter };
-    return { id, divergence, kept, added: !before.includes(id), resumed };
+    return { id, divergence, kept, added: !before.has(id), resumed };
   });
   const rows = tasks.map(({ id, divergence, kept }) => [
     id,
@@ -129,7 +169,7 @@ function report(file: string, size: number, done: readonly Done[], before: reado
     json: { file, bytes: size, tasks, seconds },
     text: [
       `${file}: ${tasks.length} tasks distilled, ${bytes(size)}`,
-      table([["task", "KL projected", "KL distilled", "kept"], ...rows]),
+      ...table([["task", "KL projected", "KL distilled", "kept"], ...rows]),
       `${seconds.toFixed(2)} s`,
     ],
   };

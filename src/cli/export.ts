@@ -4,7 +4,7 @@ import { peftFiles } from "../adapters/export.ts";
 import { taskAdapter } from "../pack/expand.ts";
 import { writeSafetensors } from "../tensor/safetensors-writer.ts";
 import { type Attach, command } from "./command.ts";
-import { jsonFile, makeFolder, writeWhole } from "./files.ts";
+import { jsonFile, makeFolder, writeTogether } from "./files.ts";
 import { byDefault, choice, output, task } from "./options.ts";
 import { bytes } from "./output.ts";
 
@@ -19,16 +19,19 @@ export const exportTask: Attach = command({
   async run([path]: [string], { output: directory, task }, run) {
     const adapter = await taskAdapter(await run.pack(path), task);
     const { config, tensors } = await peftFiles(adapter);
+    const weights = join(directory, "adapter_model.safetensors");
+    const about = Object.keys(adapter.metadata).length > 0 ? [adapter.metadata] : [];
     await makeFolder(directory);
-    const weights = writeSafetensors(tensors, new Map([["format", "pt"]]));
-    const size = await writeWhole(join(directory, "adapter_model.safetensors"), weights);
-    await writeWhole(join(directory, "adapter_config.json"), jsonFile(config));
-    if (Object.keys(adapter.metadata).length > 0)
-      await writeWhole(join(directory, "task.json"), jsonFile(adapter.metadata));
+    await run.lock(weights);
+    const [size] = await writeTogether([
+      [weights, writeSafetensors(tensors, new Map([["format", "pt"]]))],
+      [join(directory, "adapter_config.json"), jsonFile(config)],
+      ...about.map((metadata) => [join(directory, "task.json"), jsonFile(metadata)] as const),
+    ]);
     const modules = adapter.modules.size;
     return {
-      json: { directory, task, modules, bytes: size },
-      text: [`${directory}: task "${task}", ${modules} modules, ${bytes(size)}`],
+      json: { directory, task, modules, bytes: size! },
+      text: [`${directory}: task "${task}", ${modules} modules, ${bytes(size!)}`],
     };
   },
 });

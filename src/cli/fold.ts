@@ -20,6 +20,7 @@ export const fold: Attach = command({
     base: required(text("MODEL.safetensors", "The base model.")),
   },
   async run([path]: [string], { output: file, task, base: basePath }, run) {
+    await run.writable(file);
     const pack = await run.pack(path);
     const base = await openSafetensors(run.closing(await openSource(basePath)));
     const runtime = run.closing(await createRuntime(pack, { base: safetensorsHost(base), webgpu: false }));
@@ -33,6 +34,7 @@ export const fold: Attach = command({
       const read = (): Uint8Array => (data as Uint8Array).subarray(byteOffset);
       entries.push({ name, dtype: DTYPES[dtype], shape, read });
     }
+    await run.lock(file);
     const size = await writeWhole(file, writeSafetensors(entries, base.metadata));
     return {
       json: { file, task, modules, added, bytes: size },

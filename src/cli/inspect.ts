@@ -37,9 +37,9 @@ export const inspect: Attach = command({
       json: { ...about, basisBytes: basesLength, tasks, modules, sections, breakEvenTasks },
       text: [
         `${pack.name}: version ${version}, ${bytes(committed)}, ${mode}, ${gauge}, centring ${centering}, ${dtype}`,
-        table([["section", "offset", "bytes"], ...sections.map(({ name, offset, bytes }) => [name, offset, bytes])]),
+        ...table([["section", "offset", "bytes"], ...sections.map(({ name, offset, bytes }) => [name, offset, bytes])]),
         "",
-        table([
+        ...table([
           ["module", "out", "in", "K of A", "K of B", "explained A", "explained B"],
           ...modules.map(({ explainedA, explainedB, ...module }) => [
             ...Object.values(module),

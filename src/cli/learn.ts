@@ -92,6 +92,7 @@ export const learn: Attach = command({
     refuseOverwriting(file, packPath, examplesPath, model);
     if (!isTaskId(id))
       throw new UsageError(`--id ${JSON.stringify(id)}: expected 1 to 255 bytes without control characters`);
+    await run.writable(file);
     const { signal } = interrupts(run);
     const { examples, labels } = await readExamples(examplesPath, options.labels);
     const pack = await run.pack(packPath);
@@ -112,6 +113,7 @@ export const learn: Attach = command({
       if (error !== signal.reason) throw error;
     }
     if (steps.length === 0) refuseInterrupted(signal, id);
+    await run.lock(file);
     const size = await writeWhole(file, [await trainer.task({ id })]);
     const { terms, head } = trainer.size;
     const { seconds } = resources();
@@ -126,7 +128,7 @@ export const learn: Attach = command({
       json: { ...learned, interrupted, seconds, steps: steps.length, epochs, holdout: best },
       text: [
         `${file}: task "${id}", ${labels.length} labels, ${bytes(size)}${stopped}`,
-        epochTable(epochs),
+        ...epochTable(epochs),
         `${terms} numbers of terms and ${head} of the head were trained; ${seconds.toFixed(2)} s`,
       ],
       exitCode: interrupted ? 1 : 0,
@@ -169,7 +171,7 @@ function epochsOf(steps: readonly TrainingStep[]): Epoch[] {
   });
 }
 
-function epochTable(epochs: readonly Epoch[]): string {
+function epochTable(epochs: readonly Epoch[]): string[] {
   const rows = epochs.map(({ loss, holdout }, i) => [
     i + 1,
     loss.toFixed(4),

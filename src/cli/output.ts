@@ -1,5 +1,6 @@
 /**
- * What the command line prints: one JSON object on stdout, or text for people; progress on stderr while someone watches.
+ * What the command line prints: one JSON object on stdout, or text for people; progress on stderr while someone watches. All of it
+ * goes through `printable`.
  */
 import type { Adapter } from "../adapters/adapter.ts";
 
@@ -22,12 +23,28 @@ export function createOutput(json: boolean): Output {
       const left = estimate(what, done, of);
       if (!live || (Date.now() - started < 500 && done < of)) return;
       const line = [...detail, `${what} ${done} of ${of}`, ...left].join(", ");
-      process.stderr.write(`\r\u001b[K${done < of ? line : ""}`);
+      process.stderr.write(`\r\u001b[K${done < of ? printable(line) : ""}`);
     },
     warn(message) {
-      if (!json) process.stderr.write(`warning: ${message}\n`);
+      if (!json) process.stderr.write(`${paragraph(`warning: ${message}`)}\n`);
     },
   };
+}
+
+/**
+ * One line as it may reach a terminal. Names come from files: what would move the cursor, change colours, begin a line or turn the
+ * direction of writing is spelt out as in JSON, so JSON stays what it was.
+ */
+export function printable(line: string): string {
+  return line.replace(
+    /[\p{Cc}\p{Bidi_Control}\u2028\u2029]/gu,
+    (character) => `\\u${character.charCodeAt(0).toString(16).padStart(4, "0")}`,
+  );
+}
+
+/** A message that may have several lines. Those behind the first are indented, so that none passes for a message of its own. */
+export function paragraph(message: string): string {
+  return message.split("\n").map(printable).join("\n  ");
 }
 
 /** Warns of what adapters' files say. @returns the warnings */
@@ -81,27 +98,25 @@ export function percent(share: number): string {
   return `${(100 * share).toFixed(1)} %`;
 }
 
-/** Rows as a text table; the first row is the head. Columns of numbers are aligned right. */
-export function table(rows: readonly (readonly (string | number)[])[]): string {
+/** Rows as the lines of a text table; the first row is the head. Columns of numbers are aligned right. */
+export function table(rows: readonly (readonly (string | number)[])[]): string[] {
   const columns = rows[0]!.map((_, c) => {
-    const cells = rows.map((row) => String(row[c]));
-    const width = Math.max(...cells.map(({ length }) => length));
+    const cells = rows.map((row) => printable(String(row[c])));
+    const width = cells.reduce((most, { length }) => Math.max(most, length), 0);
     const right = cells.slice(1).every((cell) => /^[-+]?[\d.,]+( ?[a-zA-Z%×]*)?$/.test(cell));
     cells.splice(1, 0, "-".repeat(width));
     return cells.map((cell) => (right ? cell.padStart(width) : cell.padEnd(width)));
   });
-  return columns[0]!
-    .map((_, r) =>
-      columns
-        .map((cells) => cells[r])
-        .join("  ")
-        .trimEnd(),
-    )
-    .join("\n");
+  return columns[0]!.map((_, r) =>
+    columns
+      .map((cells) => cells[r])
+      .join("  ")
+      .trimEnd(),
+  );
 }
 
 /** What was lost on the way into a pack, by task. */
-export function lossTable(rows: readonly { id: string; mean: number; max: number }[]): string {
+export function lossTable(rows: readonly { id: string; mean: number; max: number }[]): string[] {
   return table([
     ["task", "ΔW error", "largest"],
     ...rows.map(({ id, mean, max }) => [id, percent(mean), percent(max)]),

@@ -127,6 +127,7 @@ export const pack: Attach = command({
   async run(paths, options, run, out) {
     checkOptions(options);
     const { output: file, scores, minGain } = options;
+    await run.writable(file);
     // Read before any adapter is.
     const known = scores === undefined ? undefined : readScores(await readJson(scores), scores);
     const adapters = await run.adapters(paths, options.as);
@@ -134,6 +135,7 @@ export const pack: Attach = command({
       ? partByGain(adapters, known, minGain ?? 0.02, scores!)
       : { kept: adapters, dropped: [] };
     const { chunks, report } = await build(kept, options, run, out);
+    await run.lock(file);
     await writeWhole(file, chunks);
     for (const warning of report.warnings) out.warn(warning);
     const took = resources();
@@ -225,7 +227,7 @@ function reportText(file: string, report: BuildReport): string[] {
   const { error, components, ratio, breakEvenTasks } = report;
   return [
     `${file}: ${report.tasks} tasks, ${report.modules} modules, ${bytes(report.bytes)}`,
-    table([
+    ...table([
       ["", "adapters", "pack"],
       ["size", bytes(report.adapterBytes), `${bytes(report.bytes)} (${ratio.toFixed(1)}× smaller)`],
       ["ΔW error, mean / largest", "0", `${percent(error.mean)} / ${percent(error.max)}`],
@@ -246,7 +248,7 @@ function autoText({ judgedBy, divergence, tried }: SearchReport): string[] {
     ...(judged ? [kl === undefined ? "" : kl.toFixed(4)] : []),
   ]);
   return [
-    table([["tried", "size", "ΔW error", ...(judged ? ["KL"] : [])], ...rows]),
+    ...table([["tried", "size", "ΔW error", ...(judged ? ["KL"] : [])], ...rows]),
     judged
       ? `Chosen by answers to the text: mean KL(adapter ‖ pack) ${divergence?.toFixed(4)}. eigenlora distill may win more of it back.`
       : "Chosen by ΔW error, which is a proxy: with --model and --text answers decide.",

@@ -28,7 +28,10 @@ interface PartFigures {
   readonly warnings: readonly string[];
 }
 
-/** Writes a part, unless it is there: whole, and made of the same. */
+/**
+ * Writes a part, unless it is there: whole, and made of the same. Without a lock: nothing changes a part, whoever writes one writes
+ * all of it, and a machine that is gone must not keep another from making its part again.
+ */
 export async function makePart(
   file: string,
   kind: PartKind,

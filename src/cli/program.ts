@@ -15,7 +15,7 @@ import { fold } from "./fold.ts";
 import { inspect } from "./inspect.ts";
 import { learn } from "./learn.ts";
 import { UsageError } from "./options.ts";
-import { createOutput } from "./output.ts";
+import { createOutput, paragraph, printable } from "./output.ts";
 import { pack } from "./pack.ts";
 import { assemble, project } from "./project.ts";
 import { remove } from "./remove.ts";
@@ -68,12 +68,13 @@ export async function runProgram(argv: readonly string[], stdout: Stream, stderr
   const program = createProgram((text) => {
     printed += text;
   });
-  const print = (object: object, text: string): unknown => stdout.write(`${json ? JSON.stringify(object) : text}\n`);
+  const print = (object: object, lines: readonly string[]): unknown =>
+    stdout.write(`${(json ? [JSON.stringify(object)] : lines).map(printable).join("\n")}\n`);
   const done = (result: Result | number): void => {
     if (typeof result === "number") code = result;
     else {
       code = result.exitCode ?? 0;
-      print(result.json, result.text.join("\n"));
+      print(result.json, result.text);
     }
   };
   for (const attach of COMMANDS) attach(program, createOutput(json), done);
@@ -85,14 +86,14 @@ export async function runProgram(argv: readonly string[], stdout: Stream, stderr
       const named = argv.find((word) => !word.startsWith("-") && word !== "help");
       const command = program.commands.find((one) => one.name() === named)?.name();
       const { object, text, exitCode } = failure(error, command);
-      if (json) print({ error: object }, "");
+      if (json) print({ error: object }, []);
       else stderr.write(text);
       return exitCode;
     }
     const answer = error.code === "commander.version" ? { version: VERSION } : { help: printed };
     // Help that nobody asked for: there was no command.
     const unasked = error.exitCode === 0 ? {} : { error: { tag: "usage", message: "missing COMMAND" } };
-    print({ ...answer, ...unasked }, printed.trimEnd());
+    print({ ...answer, ...unasked }, printed.trimEnd().split("\n"));
     return error.exitCode === 0 ? 0 : 2;
   }
 }
@@ -116,7 +117,7 @@ function failure(error: unknown, command: string | undefined): { object: object;
   const tag = usage ? "usage" : ours ? error.tag : "failed";
   return {
     object: { ...(ours ? error : {}), tag, message },
-    text: `eigenlora: ${known ? message : ((error as Error).stack ?? message)}\n${advice}`,
+    text: `${paragraph(`eigenlora: ${known ? message : ((error as Error).stack ?? message)}`)}\n${advice}`,
     exitCode: usage ? 2 : 1,
   };
 }

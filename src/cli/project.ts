@@ -26,7 +26,7 @@ export const project: Attach = command({
       return (await projectTasks(basis, adapters, made, { dtype: types, onProgress })).chunks;
     });
     const { tasks } = run.closing(await openTasks(file));
-    return { json: { ...json, residual: tasks }, text: [...text, lossTable(tasks)] };
+    return { json: { ...json, residual: tasks }, text: [...text, ...lossTable(tasks)] };
   },
 });
 
@@ -36,10 +36,12 @@ export const assemble: Attach = command({
   options: { output: output("PACK", "The pack to write.") },
   async run([basisPath, ...paths]: [string, ...string[]], { output: file }, run) {
     refuseOverwriting(file, basisPath, ...paths);
+    await run.writable(file);
     const basis = await run.pack(basisPath);
     const parts = [];
     for (const path of paths) parts.push(run.closing(await openTasks(path)));
     const { chunks, report } = await assemblePack(basis, parts);
+    await run.lock(file);
     await writeWhole(file, chunks);
     const { dtype, ...rest } = report;
     const { tasks, modules, ratio, error, breakEvenTasks } = rest;

@@ -1,9 +1,9 @@
 /** The command remove: drops tasks of a pack. */
+import { freshPack } from "../pack/fresh.ts";
 import { type Attach, command } from "./command.ts";
 import { writeWhole } from "./files.ts";
 import { UsageError } from "./options.ts";
 import { bytes } from "./output.ts";
-import { packWith, taskOf } from "./tasks.ts";
 
 export const remove: Attach = command({
   usage: "remove <PACK> <TASK...>",
@@ -11,13 +11,12 @@ export const remove: Attach = command({
   details: "The bytes of the other tasks stay.",
   options: {},
   async run([file, ...ids]: [string, ...string[]], _, run) {
+    await run.lock(file);
     const pack = await run.pack(file);
     for (const id of ids) pack.removeTask(id);
     if (pack.tasks.size === 0) throw new UsageError(`that would remove every task of ${file}; delete the file instead`);
     const bytesBefore = pack.window.superblock.committed;
-    const tasks = [];
-    for (const id of pack.tasks.keys()) tasks.push(await taskOf(pack, id));
-    const bytesAfter = await writeWhole(file, await packWith(pack, tasks));
+    const bytesAfter = await writeWhole(file, (await freshPack(pack)).chunks);
     return {
       json: { file, removed: ids, bytesBefore, bytesAfter },
       text: [`${file}: ${ids.length} tasks removed, ${bytes(bytesBefore)} → ${bytes(bytesAfter)}`],

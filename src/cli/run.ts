@@ -6,6 +6,8 @@ import { readAdapters } from "../adapters/folder.ts";
 import { openHost } from "../base/open.ts";
 import type { BuildOptions } from "../pack/build.ts";
 import { type OpenOptions, openPack, type Pack } from "../pack/pack.ts";
+import { takeLock } from "./lock.ts";
+import type { Output } from "./output.ts";
 
 interface Closable {
   close?(): unknown;
@@ -13,11 +15,29 @@ interface Closable {
 
 export class Run {
   readonly #opened: Closable[] = [];
+  readonly #out: Output;
+
+  constructor(out: Output) {
+    this.#out = out;
+  }
 
   /** Closes `thing` when the command ends; what was opened last goes first. */
   closing<T extends Closable>(thing: T): T {
     this.#opened.unshift(thing);
     return thing;
+  }
+
+  /**
+   * Keeps other writers from a file until the command ends. What is to be changed is read after that.
+   * @throws SourceError naming who holds it for too long
+   */
+  async lock(path: string): Promise<void> {
+    this.closing(await takeLock(path, this.#out.warn));
+  }
+
+  /** Refuses a file that could not be locked for writing now: before the work, which may take hours, and not after it. */
+  async writable(path: string): Promise<void> {
+    (await takeLock(path, this.#out.warn)).close();
   }
 
   async pack(path: string, options?: OpenOptions): Promise<Pack> {

@@ -67,6 +67,7 @@ export const merge: Attach = command({
     if (part && foreign !== undefined)
       throw new UsageError(`${foreign} is for a basis: leave it out with --part, and say it in the last merge`);
     const select = selection(options);
+    if (!part) await run.writable(file);
     const opened = await run.base(options.base);
     const parts = [];
     for (const path of paths) parts.push(run.closing(await openStatistics(path)));
@@ -79,6 +80,7 @@ export const merge: Attach = command({
     const dtype = completeDtypes(options.dtype).basis;
     const onProgress = counting(out, "module");
     const { chunks, report } = await buildBasis(statistics, { select, centering, dtype, ...opened, onProgress });
+    await run.lock(file);
     await writeWhole(file, chunks);
     for (const warning of report.warnings) out.warn(warning);
     const { adapters, modules, components } = report;

@@ -1,21 +1,7 @@
-/**
- * Tasks of a pack as they are written again, and like which new ones are written.
- */
-import { layoutFresh, type TaskToWrite } from "../format/layout.ts";
+/** New tasks of a pack are written as those that it has. */
 import type { Pack } from "../pack/pack.ts";
 import { completeDtypes } from "../pack/report.ts";
 import type { Dtypes } from "../tensor/dtypes.ts";
-
-/** A task of the pack as it is. */
-export async function taskOf(pack: Pack, id: string): Promise<TaskToWrite> {
-  return { entry: pack.tasks.get(id)!, blob: (await pack.load(id)).bytes };
-}
-
-/** A pack of the same basis and other tasks. */
-export async function packWith(pack: Pack, tasks: readonly TaskToWrite[]): Promise<Uint8Array[]> {
-  const { basisId, directory } = pack;
-  return layoutFresh({ description: directory.basisBytes, bases: (await pack.bases()).bytes, basisId, tasks });
-}
 
 /** The number formats that a pack's tasks are stored in, so that new ones are stored alike. */
 export async function storedDtypes(pack: Pack): Promise<Dtypes> {

@@ -51,8 +51,8 @@ export const verify: Attach = command({
     return {
       json: { ok, checks, tasks: [...pack.tasks.keys()].map((id) => ({ id, ...figures.get(id) })) },
       text: [
-        table([["check", "", ""], ...checks.map(({ name, ok, detail }) => [name, ok ? "ok" : "FAILED", detail])]),
-        ...(rows.length ? ["", table([["task", "ΔW error", "largest", "δ of A", "δ of B", "bound"], ...rows])] : []),
+        ...table([["check", "", ""], ...checks.map(({ name, ok, detail }) => [name, ok ? "ok" : "FAILED", detail])]),
+        ...(rows.length ? ["", ...table([["task", "ΔW error", "largest", "δ of A", "δ of B", "bound"], ...rows])] : []),
       ],
       exitCode: ok ? 0 : 1,
     };
@@ -78,10 +78,11 @@ async function checkSections(path: string, pack: Pack, run: Run, out: Output) {
   note("window, directory and sections", true, `version ${pack.version}`);
   const bases = await checked("bases", async () => (await pack.bases()).bytes);
   const blobs = new Map<string, TaskBlob>();
-  for (const [i, id] of [...pack.tasks.keys()].entries()) {
+  const ids = [...pack.tasks.keys()];
+  for (const [i, id] of ids.entries()) {
     const blob = await checked(`task ${id}`, () => pack.load(id));
     if (blob) blobs.set(id, blob);
-    out.progress("task", i + 1, pack.tasks.size);
+    out.progress("task", i + 1, ids.length);
   }
   if (bases) {
     const found = toHex(await sha256(pack.directory.basisBytes, bases));

@@ -3,8 +3,7 @@
  * DESIGN.md section 2). In column mode every row of a factor is a vector with coefficients of its own, in flat mode the
  * whole factor is one. Works on one module at a time, on arrays only: no files, no pack.
  */
-
-import { named } from "../tensor/encode.ts";
+import { storing } from "../tensor/encode.ts";
 import { alignSigns, balance, leadingRows, type Pair } from "./gauge.ts";
 import { jointComponents } from "./joint.ts";
 import { cholesky, multiply } from "./linalg.ts";
@@ -168,14 +167,14 @@ function storeJoint(found: Found, pairs: readonly Pair[]): ModuleExtraction {
 }
 
 function encodeModule(
-  { A, B, stack, options: { basisDtype, products } }: Found,
+  { stack, A, B, options: { basisDtype, products } }: Found,
   kA: number,
   kB: number,
   mixed?: boolean,
 ): { A: SideBasis; B: SideBasis } {
-  const side = (which: "A" | "B", of: Side, k: number): SideBasis =>
-    named(`basis ${which} of "${stack.name}"`, () => encodeSide(of, k, basisDtype, products, mixed));
-  return { A: side("A", A, kA), B: side("B", B, kB) };
+  const encoded = (which: "A" | "B", side: Side, k: number): SideBasis =>
+    storing(`basis ${which} of "${stack.name}"`, undefined, () => encodeSide(side, k, basisDtype, products, mixed));
+  return { A: encoded("A", A, kA), B: encoded("B", B, kB) };
 }
 
 function store(found: Found, kA: number, kB: number): ModuleExtraction {
@@ -186,7 +185,7 @@ function store(found: Found, kA: number, kB: number): ModuleExtraction {
   const b = targetsOf(space.B, found.B.rows, ranks, options.rank);
   const tasks = stack.members.map(({ id }, i) => ({
     id,
-    ...named(`coefficients of task "${id}" for "${stack.name}"`, () =>
+    ...storing(`coefficients of "${stack.name}"`, id, () =>
       projectTargets(space, a[i]!, b[i]!, options.coefficientDtype),
     ),
   }));

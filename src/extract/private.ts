@@ -5,7 +5,7 @@
  * cut by its own SVD: the other end of the scale.
  */
 import { type Dtype, isQuantized } from "../tensor/dtypes.ts";
-import { named } from "../tensor/encode.ts";
+import { storing } from "../tensor/encode.ts";
 import { deltaError, relative } from "./error.ts";
 import { extractModule, type ModuleExtraction, type ModuleStack } from "./extract.ts";
 import { balance, leadingRows, type Pair, pairOf } from "./gauge.ts";
@@ -98,7 +98,7 @@ function alternate(stack: ModuleStack, given: readonly Pair[], options: PrivateO
     );
     const parts = expanded(shared, options);
     const tasks = shared.tasks.map((task, i) =>
-      named(`private terms of task "${task.id}" for "${stack.name}"`, () =>
+      storing(`a private term of "${stack.name}"`, task.id, () =>
         withPrivate(task, given[i]!, parts[i]!, options, error),
       ),
     );

@@ -3,7 +3,6 @@
  * limits are checked there, so a writer ends by parsing what it wrote.
  */
 
-import { Packr } from "msgpackr/pack";
 import { align4, DTYPES, type Dtype } from "../tensor/dtypes.ts";
 import { fromHex } from "../tensor/hex.ts";
 import { crc32c } from "./crc32c.ts";
@@ -32,15 +31,9 @@ import {
 } from "./format.ts";
 import { fromIntegrity } from "./integrity.ts";
 import { decode } from "./messagepack.ts";
+import { pack } from "./msgpackr.ts";
 
 type Bytes = Uint8Array<ArrayBuffer>;
-
-const packr = new Packr({ useRecords: false, variableMapSize: true });
-
-/** MessagePack of a value, keys with undefined left out. */
-function pack(value: unknown): Bytes {
-  return Uint8Array.from(packr.pack(value));
-}
 
 /** One side of one module, ready to be written. */
 export interface SideInput {

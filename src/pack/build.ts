@@ -7,6 +7,7 @@ import type { Adapter } from "../adapters/adapter.ts";
 import { baseModels, type SharedModule, sharedModules } from "../adapters/modules.ts";
 import { checkOptions } from "../arguments.ts";
 import type { WeightHost } from "../base/host.ts";
+import { AdapterError } from "../errors.ts";
 import { extractModule } from "../extract/extract.ts";
 import type { BasisMode, Centering, ComponentSelection, Gauge } from "../extract/options.ts";
 import { extractMixed, type MixedExtraction, type PrivateOptions } from "../extract/private.ts";
@@ -14,6 +15,7 @@ import type { SideBasis } from "../extract/side.ts";
 import { fastProducts } from "../extract/wasm-products.ts";
 import type { ModuleInput, SideInput, TermInput } from "../format/encode.ts";
 import type { Dtypes } from "../tensor/dtypes.ts";
+import { UnstorableError } from "../tensor/encode.ts";
 import { readFingerprints } from "./fingerprints.ts";
 import { newPack } from "./fresh.ts";
 import {
@@ -175,7 +177,7 @@ async function encodeModules(
     for (const [i, task] of module.tasks.entries()) {
       const owner = owners[i]!;
       errors.push({ task: task.id, module: name, error: task.error });
-      const term = encodeTerm(index, task, module, magnitudes[i], owner, dtype);
+      const term = encodeTerm({ index, name }, task, module, magnitudes[i], owner, dtype);
       if (term.A || term.privateTerms || term.magnitude) terms.set(owner, [...(terms.get(owner) ?? []), term]);
     }
     const bases = module.tasks.some(({ rank }) => rank > 0) ? { A: sideInput(module.A), B: sideInput(module.B) } : {};
@@ -225,10 +227,15 @@ async function extractFrom(
   const terms = await Promise.all(owners.map(({ modules }) => modules.get(shape.name)!.read()));
   const members = terms.map((term, i) => ({ ...term, id: owners[i]!.id }));
   const stack = { ...shape, members };
-  return {
-    module: options.privateTerms > 0 ? extractMixed(stack, options) : extractModule(stack, options),
-    magnitudes: terms.map(({ magnitude }) => magnitude),
-  };
+  try {
+    const module = options.privateTerms > 0 ? extractMixed(stack, options) : extractModule(stack, options);
+    return { module, magnitudes: terms.map(({ magnitude }) => magnitude) };
+  } catch (cause) {
+    if (!(cause instanceof UnstorableError)) throw cause;
+    // A basis is of all adapters together; then the first one stands for them.
+    const { file } = owners.find(({ id }) => id === cause.owner) ?? owners[0]!;
+    throw new AdapterError(cause.message, { file, field: shape.name, cause });
+  }
 }
 
 /** One side as it is written. */

@@ -49,7 +49,7 @@ export interface TaskInfo {
   readonly brings: readonly string[] | undefined;
   /** SHA-256 of its blob, "sha256-…". Undefined in packs without hashes, and for tasks added at run time. */
   readonly integrity: string | undefined;
-  /** Whether a switch to it needs no request. */
+  /** Whether a switch to it needs no request, at the time of asking. */
   readonly resident: boolean;
 }
 
@@ -188,6 +188,10 @@ export class Pack {
   readonly #maxResidentBytes: number;
   /** Resident blobs that could be read again, least recently used first. */
   readonly #recent = new Set<TaskSlot>();
+  /** Bytes of these. */
+  #held = 0;
+  /** What `tasks` gave last; undefined when that is no longer so. */
+  #tasks: ReadonlyMap<string, TaskInfo> | undefined;
   /** The bases section while somebody works on it, or until somebody first does. */
   #bases: SharedBases | undefined;
 
@@ -209,14 +213,10 @@ export class Pack {
     }
   }
 
-  /** The tasks by id, in the order of the file. A snapshot. */
+  /** The tasks by id, in the order of the file. A snapshot: tasks added or removed later do not change it. */
   get tasks(): ReadonlyMap<string, TaskInfo> {
-    const infos = new Map<string, TaskInfo>();
-    for (const [key, { id, bytes, adapterBytes, metadata, brings, section, blob }] of this.#slots) {
-      const { integrity } = section ?? {};
-      infos.set(key, { id, bytes, adapterBytes, metadata, brings, integrity, resident: blob !== undefined });
-    }
-    return infos;
+    this.#tasks ??= new Map([...this.#slots].map(([key, slot]) => [key, infoOf(slot)]));
+    return this.#tasks;
   }
 
   /** Bytes held by this object: task blobs, and the bases while somebody works on them, or nobody has yet. */
@@ -261,15 +261,18 @@ export class Pack {
     }
     slot.blob = blob;
     this.#recent.add(slot);
-    let held = 0;
-    for (const other of this.#recent) held += other.blob!.bytes.length;
+    this.#held += slot.bytes;
     for (const other of this.#recent) {
-      if (held <= this.#maxResidentBytes || other === slot) break;
-      held -= other.blob!.bytes.length;
-      other.blob = undefined;
-      this.#recent.delete(other);
+      if (this.#held <= this.#maxResidentBytes || other === slot) break;
+      this.#forget(other);
     }
     return blob;
+  }
+
+  #forget(slot: TaskSlot): void {
+    if (!this.#recent.delete(slot)) return;
+    this.#held -= slot.bytes;
+    slot.blob = undefined;
   }
 
   /**
@@ -327,9 +330,12 @@ export class Pack {
     const trust =
       this.#trust ??
       (integrity === undefined ? undefined : await (await import("./trust.ts")).Trust.create(this.name, {}));
-    const { blob, ...task } = await readTaskFile(file, id, this, (found, name) =>
+    const { basisId, modules } = this;
+    const target = { basisId, modules, tasks: this.#slots };
+    const { blob, ...task } = await readTaskFile(file, id, target, (found, name) =>
       trust?.checkTaskFile(found, name, integrity),
     );
+    this.#tasks = undefined;
     this.#slots.set(id, { ...task, id, bytes: blob.bytes.length, section: undefined, blob, loading: undefined });
   }
 
@@ -340,7 +346,8 @@ export class Pack {
   removeTask(id: string): void {
     const slot = this.#slots.get(id);
     if (!slot) throw this.#unknown(id);
-    this.#recent.delete(slot);
+    this.#forget(slot);
+    this.#tasks = undefined;
     this.#slots.delete(id);
   }
 
@@ -360,6 +367,21 @@ export class Pack {
   [Symbol.asyncDispose](): Promise<void> {
     return this.close();
   }
+}
+
+function infoOf(slot: TaskSlot): TaskInfo {
+  const { id, bytes, adapterBytes, metadata, brings, section } = slot;
+  return {
+    id,
+    bytes,
+    adapterBytes,
+    metadata,
+    brings,
+    integrity: section?.integrity,
+    get resident() {
+      return slot.blob !== undefined;
+    },
+  };
 }
 
 function unlessAborted<T>(promise: Promise<T>, signal: AbortSignal | undefined): Promise<T> {

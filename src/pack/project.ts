@@ -50,7 +50,7 @@ export async function projectAdapters(
           projectModule(opened, { id: adapter.id, ...term }, { gauge, rank, coefficientDtype: dtype.coefficients }),
         );
         errors.push({ task: adapter.id, module: stored.name, error: task.error });
-        terms[i]!.push(encodeTerm(index, task, opened, term.magnitude, adapter, dtype));
+        terms[i]!.push(encodeTerm({ index, name: stored.name }, task, opened, term.magnitude, adapter, dtype));
       }
       onProgress?.(index + 1, pack.modules.length);
     }

@@ -87,9 +87,9 @@ export function breakEven(bytes: number, blobs: readonly number[], adapters: rea
 export function componentsOf(modules: readonly Pick<ModuleInput, "A" | "B">[]): PackReport["components"] {
   const counts = modules.flatMap(({ A, B }) => [A?.K ?? 0, B?.K ?? 0]);
   return {
-    min: Math.min(...counts),
+    min: counts.reduce((least, count) => Math.min(least, count), Infinity),
     mean: counts.reduce((a, b) => a + b, 0) / counts.length,
-    max: Math.max(...counts),
+    max: counts.reduce((most, count) => Math.max(most, count), -Infinity),
   };
 }
 
@@ -117,7 +117,9 @@ export function summaryOf(errors: readonly ModuleError[]): BuildReport["error"] 
 
 /** The errors of each of these tasks. */
 export function lossesOf(errors: readonly ModuleError[], ids: readonly string[]): TaskLoss[] {
-  return ids.map((id) => ({ id, ...figures(errors.filter(({ task }) => task === id)) }));
+  const own = new Map<string, ModuleError[]>(ids.map((id) => [id, []]));
+  for (const error of errors) own.get(error.task)?.push(error);
+  return ids.map((id) => ({ id, ...figures(own.get(id)!) }));
 }
 
 function figures(errors: readonly ModuleError[]): { mean: number; max: number } {

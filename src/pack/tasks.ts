@@ -16,7 +16,7 @@ import { encodeTensor } from "../tensor/encode.ts";
 type Bases = Record<"A" | "B", { rank?: number | undefined; mean: unknown }>;
 
 export function encodeTerm(
-  module: number,
+  { index, name }: { readonly index: number; readonly name: string },
   { rank, alphaA, alphaB, privateTerms }: TaskCoefficients & { readonly privateTerms?: PrivateTerms | undefined },
   { A, B }: Bases,
   magnitude: Float32Array | undefined,
@@ -27,12 +27,12 @@ export function encodeTerm(
     return { kind: flat === undefined ? "column" : "flat", dtype: dtype.coefficients, mean: Boolean(mean), encoded };
   };
   return {
-    module,
+    module: index,
     rank,
     A: rank > 0 ? side(A, alphaA) : undefined,
     B: rank > 0 ? side(B, alphaB) : undefined,
     privateTerms,
-    magnitude: magnitude && vector(magnitude, dtype.coefficients, adapter, "a DoRA magnitude"),
+    magnitude: magnitude && vector(magnitude, dtype.coefficients, adapter, `the DoRA magnitude of "${name}"`),
   };
 }
 

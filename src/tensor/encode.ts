@@ -17,10 +17,34 @@ import {
 /** Largest integer a quantised type stores; the smallest is its negative, so that 0 is exact and the range symmetric. */
 const LARGEST: Record<QuantizedDtype, number> = { int8: 127, int4: 7, int3: 3 };
 
+/** A value that its number format cannot hold. */
+export class UnstorableError extends RangeError {
+  /** Of which adapter's it is; undefined when of all together. */
+  readonly owner: string | undefined;
+
+  constructor(message: string, cause: unknown, owner?: string) {
+    super(message, { cause });
+    this.owner = owner;
+  }
+}
+
+/**
+ * Says in the errors of `encode` what was to be stored.
+ * @throws UnstorableError
+ */
+export function storing<T>(what: string, owner: string | undefined, encode: () => T): T {
+  try {
+    return encode();
+  } catch (cause) {
+    if (!(cause instanceof UnstorableError)) throw cause;
+    throw new UnstorableError(`${what} cannot be stored: ${cause.message}`, cause, owner);
+  }
+}
+
 /**
  * Encodes f32 values [rows, width] as a tensor of `type`. A quantised row has the scale, an f16, that loses least of its squares:
  * with few integers it pays to clip the largest values for finer steps of all others.
- * @throws RangeError when a value is not finite or does not fit the type
+ * @throws UnstorableError when a value is not finite or does not fit the type
  */
 export function encodeTensor(
   type: Dtype,
@@ -28,11 +52,24 @@ export function encodeTensor(
   rows: number,
   width: number,
 ): Uint8Array<ArrayBuffer> {
-  const bytes = new Uint8Array(tensorBytes(type, rows, width));
   if (values.length !== rows * width) {
     throw new RangeError(`encodeTensor: ${values.length} values, expected ${rows} rows of ${width}`);
   }
-  if (!isQuantized(type)) return encodeFloats(type, values, bytes);
+  try {
+    const bytes = new Uint8Array(tensorBytes(type, rows, width));
+    return isQuantized(type) ? encodeIntegers(type, values, rows, width, bytes) : encodeFloats(type, values, bytes);
+  } catch (cause) {
+    throw new UnstorableError((cause as Error).message, cause);
+  }
+}
+
+function encodeIntegers(
+  type: QuantizedDtype,
+  values: ArrayLike<number>,
+  rows: number,
+  width: number,
+  bytes: Uint8Array<ArrayBuffer>,
+): Uint8Array<ArrayBuffer> {
   const view = new DataView(bytes.buffer);
   const largest = LARGEST[type];
   const bits = BITS[type];
@@ -58,19 +95,6 @@ export function encodeTensor(
     }
   }
   return bytes;
-}
-
-/**
- * Says what it was that could not be encoded.
- * @param what begins the message
- * @throws RangeError as `encode` does, with `what` in front
- */
-export function named<T>(what: string, encode: () => T): T {
-  try {
-    return encode();
-  } catch (cause) {
-    throw cause instanceof RangeError ? new RangeError(`${what}: ${cause.message}`, { cause }) : cause;
-  }
 }
 
 function nearest(value: number, largest: number): number {

@@ -2,7 +2,7 @@
  * What training makes smaller: the loss of a batch at a state, and its gradient.
  */
 import type { TaskDtypes } from "../tensor/dtypes.ts";
-import { named } from "../tensor/encode.ts";
+import { storing } from "../tensor/encode.ts";
 import { type Row, targetsOf } from "./examples.ts";
 import { type State, stateLike } from "./state.ts";
 import type { Point, Subject } from "./subject.ts";
@@ -90,7 +90,8 @@ function rounded<Feeds>(
   const width = weight.length / labels.length;
   return {
     parameters: coefficients ? terms.rounded(parameters, coefficients) : parameters,
-    weight: head && width > 0 ? named("the head", () => asStored(weight, head, labels.length, width)) : weight,
+    weight:
+      head && width > 0 ? storing("the head", undefined, () => asStored(weight, head, labels.length, width)) : weight,
     bias,
   };
 }

@@ -8,7 +8,7 @@ import { misfitLabels } from "../format/heads.ts";
 import { parseTask } from "../format/task.ts";
 import type { Pack } from "../pack/pack.ts";
 import { type Dtype, isQuantized, type TaskDtypes } from "../tensor/dtypes.ts";
-import { encodeTensor, named } from "../tensor/encode.ts";
+import { encodeTensor, storing } from "../tensor/encode.ts";
 import type { State } from "./state.ts";
 import type { Head } from "./subject.ts";
 import type { Terms, TrainedParameter } from "./terms.ts";
@@ -75,5 +75,5 @@ export function taskFile(
 }
 
 function tensor(what: string, dtype: Dtype, values: Float32Array, rows: number, width: number): TensorInput {
-  return { dtype, encoded: named(what, () => encodeTensor(dtype, values, rows, width)) };
+  return { dtype, encoded: storing(what, undefined, () => encodeTensor(dtype, values, rows, width)) };
 }

@@ -12,7 +12,7 @@
 import type { PackModule, Side } from "../format/format.ts";
 import { readTensor } from "../format/tensors.ts";
 import { type Dtype, decodeTensor } from "../tensor/dtypes.ts";
-import { encodeTensor, named } from "../tensor/encode.ts";
+import { encodeTensor, storing } from "../tensor/encode.ts";
 import type { Term } from "../tensor/term.ts";
 
 /** Components of one side, as stored. */
@@ -118,7 +118,7 @@ export class Terms {
     for (const { module, kind, dims } of this.parameters) {
       if (kind === "componentsA" || kind === "componentsB") continue;
       const part = this.part(stored, module, kind)!;
-      part.set(named(`${kind} of "${module}"`, () => asStored(part, dtype, ...dims)));
+      part.set(storing(`${kind} of "${module}"`, undefined, () => asStored(part, dtype, ...dims)));
     }
     return stored;
   }

@@ -11,7 +11,7 @@ import { gramComponents, type Summary } from "../../extract/summary.ts";
 import { fastProducts } from "../../extract/wasm-products.ts";
 import type { ModuleInput } from "../../format/encode.ts";
 import type { Dtype } from "../../tensor/dtypes.ts";
-import { named } from "../../tensor/encode.ts";
+import { storing } from "../../tensor/encode.ts";
 import { type BuildOptions, type Built, sideInput } from "../build.ts";
 import { readFingerprints } from "../fingerprints.ts";
 import { newPack } from "../fresh.ts";
@@ -62,7 +62,7 @@ export async function buildBasis(statistics: Statistics, options: BasisOptions =
     const ranks = await statistics.ranks(name);
     const side = async (which: "A" | "B") => {
       const summary = await statistics.side(name, which);
-      return sideInput(named(`basis ${which} of "${name}"`, () => sideBasis(summary, ranks, extraction)));
+      return storing(`basis ${which} of "${name}"`, undefined, () => sideInput(sideBasis(summary, ranks, extraction)));
     };
     modules.push({ ...shape, A: await side("A"), B: await side("B"), fingerprint: fingerprints?.get(name) });
     options.onProgress?.(modules.length, statistics.modules.size);
