@@ -7,7 +7,7 @@ import { basename, dirname, join, resolve } from "node:path";
 import { openPath } from "#platform";
 import { checkOptions, nearest } from "../arguments.ts";
 import { AdapterError, TaskError } from "../errors.ts";
-import { isTaskId } from "../format/format.ts";
+import { isTaskId } from "../format/directory.ts";
 import type { ByteSource } from "../source.ts";
 import { parseJson } from "../tensor/json.ts";
 import type { Adapter } from "./adapter.ts";

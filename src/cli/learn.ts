@@ -4,7 +4,7 @@
  */
 import { basename, extname } from "node:path";
 import { TaskError } from "../errors.ts";
-import { isTaskId } from "../format/format.ts";
+import { isTaskId } from "../format/directory.ts";
 import type { Pack } from "../pack/pack.ts";
 import { createTrainer } from "../train/learn.ts";
 import type { Start } from "../train/start.ts";

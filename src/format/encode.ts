@@ -6,6 +6,7 @@
 import { align4, DTYPES, type Dtype } from "../tensor/dtypes.ts";
 import { fromHex } from "../tensor/hex.ts";
 import { crc32c } from "./crc32c.ts";
+import { parseEntry } from "./directory.ts";
 import { align64 } from "./fields.ts";
 import {
   BLOCK_BYTES,
@@ -16,7 +17,6 @@ import {
   type Layout,
   MAGIC,
   type ParameterRole,
-  parseEntry,
   ROLES,
   SECTION_ENTRY_BYTES,
   type Section,

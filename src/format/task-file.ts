@@ -3,9 +3,11 @@
  */
 import { toHex } from "../tensor/hex.ts";
 import { crc32c } from "./crc32c.ts";
+import { parseEntry } from "./directory.ts";
 import { align64, Fields } from "./fields.ts";
-import { parseEntry, SIGNATURE_BYTES, type Signature, signatureOf, TASK_FILE_MAGIC, type TaskFile } from "./format.ts";
+import { SIGNATURE_BYTES, type Signature, TASK_FILE_MAGIC, type TaskFile } from "./format.ts";
 import { decode } from "./messagepack.ts";
+import { signatureOf } from "./window.ts";
 
 /**
  * Checks a task file and cuts it into entry and blob.

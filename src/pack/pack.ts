@@ -5,19 +5,19 @@
 /// <reference lib="esnext.disposable" preserve="true" />
 import { checkChoice, checkOptions, described, nearest } from "../arguments.ts";
 import { TaskError } from "../errors.ts";
+import { parseDirectory } from "../format/directory.ts";
 import { align64, Fields } from "../format/fields.ts";
 import type { TaskMetadata } from "../format/format.ts";
 import {
   type Directory,
   type PackModule,
-  parseDirectory,
-  parseWindow,
   type Section,
   type TaskBlob,
   WINDOW_BYTES,
   type Window,
 } from "../format/format.ts";
 import { basesTensors, checkTensors, parseTask } from "../format/task.ts";
+import { parseWindow } from "../format/window.ts";
 import { openSource } from "../open-source.ts";
 import type { ByteSource, FetchOptions, ReadOptions, SourceInput } from "../source.ts";
 import type { Trust, TrustOptions } from "./trust.ts";

@@ -3,7 +3,8 @@
  */
 import { described } from "../arguments.ts";
 import { TaskError } from "../errors.ts";
-import { isTaskId, type PackModule, type TaskBlob, type TaskEntry, type TaskFile } from "../format/format.ts";
+import { isTaskId } from "../format/directory.ts";
+import type { PackModule, TaskBlob, TaskEntry, TaskFile } from "../format/format.ts";
 import { parseTask } from "../format/task.ts";
 import { parseTaskFile } from "../format/task-file.ts";
 import { openSource } from "../open-source.ts";

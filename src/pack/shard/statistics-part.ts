@@ -5,7 +5,8 @@
 import { compare } from "../../adapters/modules.ts";
 import { FormatError } from "../../errors.ts";
 import { type Summary, summaryKind, triangle } from "../../extract/summary.ts";
-import { isTaskId, LAYOUTS } from "../../format/format.ts";
+import { isTaskId } from "../../format/directory.ts";
+import { LAYOUTS } from "../../format/format.ts";
 import type { Value } from "../../format/messagepack.ts";
 import type { SourceInput } from "../../source.ts";
 import type { SafetensorsEntry } from "../../tensor/safetensors-writer.ts";

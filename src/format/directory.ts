@@ -1,0 +1,225 @@
+/**
+ * The directory of a pack: sections, basis description, task list (SPEC.md, section 4).
+ */
+import { DTYPES, type Dtype, tensorBytes } from "../tensor/dtypes.ts";
+import { align64, Fields } from "./fields.ts";
+import {
+  type BasisDescription,
+  DIRECTORY_HEAD_BYTES,
+  type Directory,
+  FINGERPRINT_SIZE,
+  HASH_BYTES,
+  LAYOUTS,
+  type PackModule,
+  SECTION_BASES,
+  SECTION_ENTRY_BYTES,
+  SECTION_FREE,
+  SECTION_TASK,
+  type Section,
+  type Side,
+  type Superblock,
+  type TaskEntry,
+  type TaskMetadata,
+  type TensorRef,
+  WINDOW_BYTES,
+} from "./format.ts";
+import { toIntegrity } from "./integrity.ts";
+import { decode, type Value } from "./messagepack.ts";
+import { parseMetadata } from "./metadata.ts";
+
+/**
+ * Checks the directory against its superblock: the sections tile the file, every tensor of the bases has its place.
+ * @throws FormatError saying which rule of SPEC.md, section 4, does not hold
+ */
+export function parseDirectory(bytes: Uint8Array, superblock: Superblock, file: string): Directory {
+  const f: Fields = new Fields(bytes, file, "directory");
+  f.check(bytes.length === superblock.directoryLength, () => `${bytes.length} bytes of ${superblock.directoryLength}`);
+  f.crc(superblock.directoryCrc);
+  f.check(bytes.length >= DIRECTORY_HEAD_BYTES, () => `${bytes.length} bytes are too few`);
+  const [count, basisLength, tasksLength] = [f.u32(0), f.u32(4), f.u32(8)];
+  f.limit(count, 1_048_576, "sections");
+  f.limit(basisLength, 67_108_864, "bytes of basis description");
+  f.limit(tasksLength, 268_435_456, "bytes of task list");
+  const hashes = f.u32(12);
+  f.check(hashes === 0 || hashes === HASH_BYTES * count, () => `${hashes} bytes of hashes for ${count} sections`);
+  const described = DIRECTORY_HEAD_BYTES + count * SECTION_ENTRY_BYTES + basisLength + tasksLength + hashes;
+  f.check(described === bytes.length, () => `${bytes.length} bytes, but its parts add up to ${described}`);
+  const sections: Section[] = [];
+  for (let i = 0; i < count; i++) sections.push(parseSection(f, i, hashes && bytes.length - hashes));
+  checkTiling(f, sections, superblock);
+  const known = [SECTION_BASES, SECTION_TASK, SECTION_FREE];
+  for (const { kind, required } of sections) {
+    f.check(
+      !required || known.includes(kind),
+      () => `it needs a section of kind ${kind}, unknown here; update eigenlora`,
+    );
+  }
+  const all = sections.filter((s) => s.kind === SECTION_BASES);
+  const bases = all[0];
+  f.check(bases !== undefined && all.length === 1, () => `${all.length} bases sections, expected 1`);
+  f.check(
+    bases.offset === superblock.basesOffset && bases.length === superblock.basesLength,
+    () => "section table and superblock disagree about the bases",
+  );
+  const start = DIRECTORY_HEAD_BYTES + count * SECTION_ENTRY_BYTES;
+  const basisBytes = bytes.subarray(start, start + basisLength);
+  const basis = parseBasis(basisBytes, bases.length, file);
+  const tasksStart = start + basisLength;
+  const root = decode(bytes.subarray(tasksStart, tasksStart + tasksLength), file, "task list", "tasks");
+  const blobs = sections.filter((s) => s.kind === SECTION_TASK);
+  const list = root.array(1_048_576);
+  f.check(
+    list.length === blobs.length,
+    () => `${list.length} tasks are listed, but there are ${blobs.length} task blobs`,
+  );
+  const seen = new Set<string>();
+  const entries: TaskEntry[] = [];
+  const tasks = list.map((value, i) => {
+    const entry = parseEntry(value, entries);
+    entries.push(entry);
+    f.check(!seen.has(entry.id), () => `two tasks are named "${entry.id}"`);
+    seen.add(entry.id);
+    return { ...entry, section: blobs[i]! };
+  });
+  return { sections, bytes, basis, basisBytes, bases, tasks };
+}
+
+/** @param hashes where the hashes begin, 0 where there are none */
+function parseSection(f: Fields, index: number, hashes: number): Section {
+  const at = DIRECTORY_HEAD_BYTES + index * SECTION_ENTRY_BYTES;
+  const hash = hashes + index * HASH_BYTES;
+  const section = {
+    kind: f.u32(at),
+    required: f.u32(at + 4) === 1,
+    offset: f.u64(at + 8),
+    length: f.u64(at + 16),
+    crc: f.u32(at + 24),
+    integrity: hashes > 0 ? toIntegrity(f.bytes.subarray(hash, hash + HASH_BYTES)) : undefined,
+  };
+  const flags = f.u32(at + 4);
+  const needed = section.kind === SECTION_BASES || section.kind === SECTION_TASK;
+  f.check(
+    flags <= 1 && (section.required || !needed),
+    () => `section ${index} has flags ${flags}, expected ${needed ? "1" : "0 or 1"}`,
+  );
+  f.check(section.length > 0 || section.kind === SECTION_BASES, () => `section ${index} is empty`);
+  f.zero(at + 28, at + 32);
+  if (section.kind === SECTION_FREE) {
+    f.zero(at + 24, at + 28);
+    if (hashes > 0) f.zero(hash, hash + HASH_BYTES);
+  }
+  return section;
+}
+
+function checkTiling(f: Fields, sections: readonly Section[], superblock: Superblock): void {
+  const directory = { offset: superblock.directoryOffset, length: superblock.directoryLength };
+  let end = WINDOW_BYTES;
+  let sawDirectory = false;
+  const place = (part: { offset: number; length: number }, name: string): void => {
+    f.check(part.offset === align64(end), () => `${name} starts at ${part.offset}, expected ${align64(end)}`);
+    end = part.offset + part.length;
+  };
+  sections.forEach((section, i) => {
+    if (!sawDirectory && directory.offset < section.offset) {
+      place(directory, "the directory");
+      sawDirectory = true;
+    }
+    place(section, `section ${i}`);
+  });
+  if (!sawDirectory) place(directory, "the directory");
+  f.check(end === superblock.committed, () => `the sections end at ${end}, the file at ${superblock.committed}`);
+}
+
+function parseBasis(bytes: Uint8Array, basesLength: number, file: string): BasisDescription {
+  const root: Value = decode(bytes, file, "basis description", "basis");
+  let end = 0;
+  const tensor = (dtype: Dtype, rows: number, width: number): TensorRef => {
+    const byteOffset = Math.ceil(end / 16) * 16;
+    const byteLength = tensorBytes(dtype, rows, width);
+    end = byteOffset + byteLength;
+    root.check(end <= basesLength, () => `its tensors need ${end} bytes or more, the bases have ${basesLength}`);
+    return { dtype, rows, width, byteOffset, byteLength };
+  };
+  const names = new Set<string>();
+  const modules = root
+    .get("modules")
+    .array(65_536)
+    .map((m: Value): PackModule => {
+      const name = m.get("name").string(1024);
+      m.check(!names.has(name), () => `two modules are named "${name}"`);
+      names.add(name);
+      const out = m.get("out").integer(1, 2 ** 31 - 1);
+      const inputs = m.get("in").integer(1, 2 ** 31 - 1);
+      const A = parseSide(m.get("A"), inputs, tensor);
+      const B = parseSide(m.get("B"), out, tensor);
+      m.check((A === undefined) === (B === undefined), () => `module "${name}" has a basis on one side only`);
+      const layout = LAYOUTS[m.get("layout").integer(0, LAYOUTS.length - 1)]!;
+      const kernel = m.get("kernel").maybe((kernel) => kernel.array(8).map((k) => k.integer(1, 65_535)));
+      const size = kernel?.reduce((a, b) => a * b, 1);
+      m.check(
+        layout === "conv" ? size !== undefined && inputs % size === 0 : !kernel,
+        () => `"${name}" has layout ${layout}, in ${inputs} and kernel ${kernel ? `[${kernel}]` : "none"}`,
+      );
+      return {
+        name,
+        out,
+        in: inputs,
+        layout,
+        kernel,
+        A,
+        B,
+        fingerprint: m.get("fingerprint").boolean() ? tensor("f32", 1, FINGERPRINT_SIZE).byteOffset : undefined,
+      };
+    });
+  root.check(end === basesLength, () => `its tensors end at ${end}, the bases have ${basesLength} bytes`);
+  return {
+    producer: root.get("producer").string(1024),
+    mode: root.get("mode").string(64),
+    gauge: root.get("gauge").string(64),
+    centering: root.get("centering").string(64),
+    rank: root.get("rank").maybe((rank) => rank.integer(1, 65_535)),
+    baseModel: root.get("baseModel").maybe((name) => name.string(4096)),
+    modules,
+  };
+}
+
+function parseSide(
+  value: Value,
+  dimension: number,
+  tensor: (type: Dtype, rows: number, width: number) => TensorRef,
+): Side | undefined {
+  if (value.absent) return undefined;
+  const kind = value.get("kind").integer(1, 2) === 1 ? "column" : "flat";
+  const K = value.get("K").integer(0, 65_535);
+  const mean = value.get("mean").boolean();
+  value.check(K > 0 || mean, () => "it has neither components nor a mean");
+  const rank = value.get("rank").maybe((rank) => rank.integer(1, 65_535));
+  value.check((kind === "flat") === (rank !== undefined), () => `a rank belongs to kind 2, this is ${kind}`);
+  const type = DTYPES[value.get("type").integer(0, DTYPES.length - 1)]!;
+  const explained = value.get("explained").number(0, 1);
+  return { kind, K, rank, mean, explained, tensor: tensor(type, K + (mean ? 1 : 0), dimension * (rank ?? 1)) };
+}
+
+/** @param earlier entries of the list before this one */
+export function parseEntry(value: Value, earlier: readonly TaskEntry[]): TaskEntry {
+  const id = value.get("id").string(255);
+  value.check(isTaskId(id), () => `the task id ${JSON.stringify(id)} is empty or has control characters`);
+  return {
+    id,
+    adapterBytes: value.get("adapterBytes").integer(0, Number.MAX_SAFE_INTEGER),
+    metadata: parseMetadata(value.get("metadata")) as TaskMetadata,
+    brings: parseBrings(value.get("brings"), earlier),
+  };
+}
+
+function parseBrings(value: Value, earlier: readonly TaskEntry[]): readonly string[] | undefined {
+  if (value.absent) return undefined;
+  if (typeof value.value === "number") return earlier[value.integer(0, earlier.length - 1)]!.brings;
+  // "bias-delta", a space, a name.
+  return value.array(65_536).map((name) => name.string(1035));
+}
+
+/** Whether a string may name a task: 1 to 255 bytes of UTF-8, no control characters. */
+export function isTaskId(id: string): boolean {
+  return id.length > 0 && new TextEncoder().encode(id).length <= 255 && !/\p{Cc}/u.test(id);
+}
