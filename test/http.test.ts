@@ -575,6 +575,7 @@ t.test("options", async (t) => {
       { name: /RangeError/ },
       JSON.stringify(options),
     );
+  await t.rejects(openPack("http://127.0.0.1:1/a", { headers: { authorization: "…" } }), TypeError);
   await t.rejects(openPack("http://127.0.0.1:1/a", { retry: 3 } as OpenOptions), /did you mean "retries"/);
   const { url } = await origin(t, (asked) => honest(asked));
   t.ok(await use(url, { timeout: Infinity, minRate: 0, retries: Infinity }));

@@ -21,6 +21,8 @@ interface Kept {
 const KEY = /^([0-9a-f]{32})\.([0-9a-f]{32})\.(\d{1,16})-(\d{1,16})$/;
 /** Key of the order of use: keys, the least recent first. */
 const ORDER = "order";
+/** Keys in it: of those that were used longer ago, any may go first. */
+const ORDER_LENGTH = 1000;
 const CHECKSUM_BYTES = 32;
 
 /** What a store holds, as of when it was opened and what happened here since. */
@@ -125,7 +127,7 @@ export class Shelf {
   async #writeOrder(writing: { again: boolean }): Promise<void> {
     while (writing.again) {
       writing.again = false;
-      const order = new TextEncoder().encode(JSON.stringify([...this.#kept.keys()]));
+      const order = new TextEncoder().encode(JSON.stringify([...this.#kept.keys()].slice(-ORDER_LENGTH)));
       // A hint: what cannot be written is missed by nobody.
       await this.#store.put(ORDER, order).catch(() => undefined);
     }

@@ -26,7 +26,7 @@ const KNOWN: readonly (readonly [pattern: RegExp, transient: boolean, say: (host
     (host) => `${host} cannot be reached; check the network`,
   ],
   [
-    /CERT|ERR_SSL|ERR_TLS|EPROTO|UNABLE_TO_|certificate|\b(tls|ssl)\b/i,
+    /CERT|ERR_SSL|ERR_TLS|EPROTO|UNABLE_TO_|certificate|\b(tls|ssl)\b|corrupt message/i,
     false,
     (host) => `no secure connection to ${host}; check its certificate, and that it speaks https on this port`,
   ],
@@ -37,7 +37,7 @@ const KNOWN: readonly (readonly [pattern: RegExp, transient: boolean, say: (host
     () => "the answer says that it is compressed (content-encoding), and cannot be decompressed",
   ],
   [
-    /ECONNRESET|EPIPE|ECONNABORTED|UND_ERR_SOCKET|ConnectionClosed|other side closed|reset|closed|terminated/i,
+    /ECONNRESET|EPIPE|ECONNABORTED|UND_ERR_SOCKET|ConnectionClosed|other side closed|reset|closed|terminated|reading a body/i,
     true,
     () => "the server broke the connection off",
   ],
@@ -48,7 +48,8 @@ export function causeOf(error: unknown, url: URL): Cause {
   if (error instanceof RangeError) return { message: `there is no memory for it (${error.message})`, transient: false };
   const details = chainOf(error);
   const inner = details.slice(1);
-  const text = (inner.length > 0 ? inner : details).join(" ");
+  // Some runtimes repeat the address, which may hold any word.
+  const text = details.join(" ").replaceAll(url.href, "").replaceAll(url.hostname, "");
   const known = KNOWN.find(([pattern]) => pattern.test(text));
   if (known) return { message: `${known[2](url.host)} (${inner.at(-1) ?? details[0]})`, transient: known[1] };
   const network = error instanceof TypeError;

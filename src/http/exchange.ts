@@ -57,7 +57,7 @@ export class Exchange {
   readonly #url: URL;
   readonly #options: Required<Omit<FetchOptions, "headers" | "maxWholeBytes">> & Pick<FetchOptions, "headers">;
 
-  /** @throws RangeError for options that are no numbers in their range, TypeError for an address with a password */
+  /** @throws RangeError for options that are no numbers in their range, TypeError for headers that are none, or an address with a password */
   constructor(url: URL, { fetch: ask, headers = {}, timeout = 30_000, minRate = 500, retries = 3 }: FetchOptions) {
     for (const [name, value] of Object.entries({ timeout, minRate, retries })) checkNumber(name, value);
     this.name = nameOf(url);
@@ -65,6 +65,8 @@ export class Exchange {
       const advice = "give them as the option `headers`, { authorization: … }";
       throw new TypeError(`${this.name}: an address must not hold a name and a password; ${advice}`);
     }
+    // Headers that are none would look like a network fault later.
+    new Headers(headers);
     this.#url = url;
     // Called as a function of nothing: browsers refuse a `fetch` that is called as a method of something else.
     this.#options = { fetch: ask ?? ((...args) => fetch(...args)), headers, timeout, minRate, retries };
