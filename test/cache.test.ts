@@ -3,16 +3,21 @@ import { mkdtemp, readdir, readFile, rm, utimes, writeFile } from "node:fs/promi
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import t, { type Test } from "tap";
+import { readAdapters } from "../dist/src/adapters/folder.js";
 import { cachedSource } from "../dist/src/cache/cached.js";
 import { folderStore } from "../dist/src/cache/folder.js";
 import type { RangeStore } from "../dist/src/cache/store.js";
+import { buildPack } from "../dist/src/pack/build.js";
 import { openPack, type Pack } from "../dist/src/pack/pack.js";
 import { answerOf, bundle, noChromium, openPage } from "./browser.ts";
-import { data } from "./packs.ts";
+import { concat, data } from "./packs.ts";
 import { type RangeServer, serve } from "./range-server.ts";
 
-const golden = new Uint8Array(await readFile(data("goldens/pack/every-kind.eigen")));
-const TASKS = ["all", "mixed", "parameters"];
+const TASKS = ["debtags-role", "debtags-use", "sections-0"];
+const adapters = await readAdapters(TASKS.map((id) => data(`adapters/own-seed/${id}`)));
+const { chunks } = await buildPack(adapters, { select: { kind: "k", k: 2 } });
+const content = concat(chunks);
+for (const adapter of adapters) await adapter.close();
 
 async function folderOf(t: Test): Promise<string> {
   const folder = await mkdtemp(join(tmpdir(), "eigenlora-cache-"));
@@ -22,17 +27,17 @@ async function folderOf(t: Test): Promise<string> {
 
 async function server(
   t: Test,
-  content = golden,
+  bytes = content,
 ): Promise<{ server: RangeServer; files: Map<string, Uint8Array>; url: string }> {
-  const files = new Map([["a.eigen", content]]);
+  const files = new Map([["a.eigen", bytes]]);
   const server = await serve(files);
   t.teardown(() => server.close());
   return { server, files, url: server.url("a.eigen") };
 }
 
 /** Opens, reads all tasks and closes. @returns bytes of the tasks */
-async function use(source: ReturnType<typeof cachedSource>): Promise<Uint8Array[]> {
-  const pack = await openPack(source);
+async function use(source: ReturnType<typeof cachedSource>, integrity?: string): Promise<Uint8Array[]> {
+  const pack = await openPack(source, integrity === undefined ? {} : { integrity });
   const blobs = await blobsOf(pack);
   await pack.close();
   return blobs;
@@ -44,7 +49,9 @@ async function blobsOf(pack: Pack): Promise<Uint8Array[]> {
   return blobs;
 }
 
-const expected = await blobsOf(await openPack(golden));
+const opened = await openPack(content);
+const expected = await blobsOf(opened);
+const root = await opened.integrity();
 const entries = async (folder: string): Promise<string[]> => (await readdir(folder)).filter((name) => name !== "order");
 
 t.test("a second opening reads no bytes", async (t) => {
@@ -66,8 +73,8 @@ t.test("a second opening reads no bytes", async (t) => {
   t.same(origin.methods, ["HEAD"], "it asks for the version, and for nothing else");
   t.same({ ...pack.reads }, { requests: 1, bytes: 0, whole: false });
   t.match(second.counts, { hits: 5, misses: 0 });
-  t.same(await second.read(100, 20), golden.slice(100, 120), "a part of what is kept");
-  t.equal(second.byteLength, golden.length);
+  t.same(await second.read(100, 20), content.slice(100, 120), "a part of what is kept");
+  t.equal(second.byteLength, content.length);
   await pack.close();
 
   await second.clear();
@@ -82,12 +89,12 @@ t.test("a file that changed is read anew, and nothing is mixed", async (t) => {
   const folder = await folderOf(t);
   const kept = cachedSource(url, folderStore(folder));
   const pack = await openPack(kept);
-  await pack.load("all");
-  const other = golden.slice();
+  await pack.load(TASKS[0]!);
+  const other = content.slice();
   files.set("a.eigen", other);
   origin.etag = '"second"';
-  await t.rejects(pack.load("mixed"), { tag: "source", message: /changed between two reads/ });
-  t.same((await pack.load("all")).bytes, expected[0], "what was read stays");
+  await t.rejects(pack.load(TASKS[1]!), { tag: "source", message: /changed between two reads/ });
+  t.same((await pack.load(TASKS[0]!)).bytes, expected[0], "what was read stays");
   await pack.close();
   origin.ranges.length = 0;
   t.same(await use(cachedSource(url, folderStore(folder))), expected);
@@ -105,13 +112,13 @@ t.test("a file that changed is read anew, and nothing is mixed", async (t) => {
 t.test("integrity in place of a version: offline, and at any address", async (t) => {
   const { server: origin, url } = await server(t);
   const store = folderStore(await folderOf(t));
-  t.same(await use(cachedSource(url, store, { integrity: "root" })), expected);
+  t.same(await use(cachedSource(url, store, { integrity: root }), root), expected);
   t.notOk(origin.methods.includes("HEAD"));
   await origin.close();
-  const offline = cachedSource("http://127.0.0.1:1/moved.eigen?signature=1", store, { integrity: "root" });
-  t.same(await use(offline), expected);
+  const offline = cachedSource("http://127.0.0.1:1/moved.eigen?signature=1", store, { integrity: root });
+  t.same(await use(offline, root), expected);
   t.equal(offline.reads.requests, 0);
-  const another = cachedSource(url, store, { integrity: "another root", retries: 0 });
+  const another = cachedSource(url, store, { integrity: `sha256-${"A".repeat(43)}=`, retries: 0 });
   await t.rejects(use(another), { tag: "source", message: /refuses the connection/ });
 });
 
@@ -152,17 +159,20 @@ t.test("damaged, cut and lost entries are read again", async (t) => {
 });
 
 t.test("wrong bytes with a right checksum do not stay", async (t) => {
-  const broken = golden.slice();
-  broken[broken.length - 5]! ^= 1;
+  const broken = content.slice();
+  broken[opened.directory.tasks[1]!.section.offset + 3]! ^= 1;
   const { server: origin, files, url } = await server(t, broken);
   const store = folderStore(await folderOf(t));
-  const open = () => use(cachedSource(url, store, { integrity: "root" }));
+  const open = () => use(cachedSource(url, store, { integrity: root }));
   await t.rejects(open(), { tag: "format", message: /CRC|checksum/ });
-  files.set("a.eigen", new Uint8Array([...golden.slice(0, 8), 9, ...golden.slice(9)]));
+  files.set("a.eigen", new Uint8Array([...content.slice(0, 8), 9, ...content.slice(9)]));
   await t.rejects(open(), { tag: "format", message: /./ });
-  files.set("a.eigen", golden);
+  files.set("a.eigen", new Uint8Array(await readFile(data("goldens/pack/every-kind.eigen"))));
+  const trusting = () => use(cachedSource(url, store, { integrity: root }), root);
+  await t.rejects(trusting(), { tag: "trust", message: /./ }, "another pack, a good one");
+  files.set("a.eigen", content);
   origin.ranges.length = 0;
-  t.same(await open(), expected);
+  t.same(await trusting(), expected);
   t.equal(origin.ranges.length, 5);
 });
 
@@ -228,7 +238,7 @@ t.test("an aborted read ends its own wait only", async (t) => {
   const second = source.read(0, 64);
   aborted.abort(new Error("enough"));
   await t.rejects(first, { message: "enough" });
-  t.same(await second, golden.slice(0, 64));
+  t.same(await second, content.slice(0, 64));
   await t.rejects(source.read(0, 64, { signal: AbortSignal.abort(new Error("before")) }), { message: "before" });
   await source.close();
   t.equal(origin.methods.filter((method) => method === "HEAD").length, 1);
@@ -243,11 +253,11 @@ t.test("other servers, other sources", async (t) => {
   const reads: number[] = [];
   const own = {
     name: "mine",
-    byteLength: golden.length,
+    byteLength: content.length,
     identify: async () => "version 1",
     read: async (offset: number, length: number) => {
       reads.push(offset);
-      return golden.subarray(offset, offset + length);
+      return content.subarray(offset, offset + length);
     },
   };
   t.same(await use(cachedSource(own, store)), expected);
@@ -260,6 +270,7 @@ t.test("other servers, other sources", async (t) => {
   await t.rejects(use(cachedSource(nameless, store)), { tag: "source", message: /nothing tells its version/ });
   t.throws(() => cachedSource("/a/path.eigen", store), { name: "TypeError", message: /files need no cache/ });
   t.throws(() => cachedSource(url, "folder" as never), { name: "TypeError", message: /expected a store/ });
+  t.throws(() => cachedSource(url, store, { integrity: "" }), { name: "TypeError", message: /sha256-/ });
   t.throws(() => cachedSource(url, store, { maxByte: 1 } as never), /did you mean "maxBytes"/);
 });
 
@@ -287,7 +298,7 @@ t.test("in Chromium, after a reload", { skip: noChromium }, async (t) => {
       return answers;
     })();`;
   const files = new Map([
-    ["a.eigen", golden],
+    ["a.eigen", content],
     ["page.js", await bundle(script)],
   ]);
   const page = await openPage(t, files);

@@ -4,6 +4,7 @@
  */
 import { checkOptions, described } from "../arguments.ts";
 import { SourceError } from "../errors.ts";
+import { fromIntegrity } from "../format/integrity.ts";
 import { nameOf } from "../http/exchange.ts";
 import { addressOf, openSource } from "../open-source.ts";
 import {
@@ -20,9 +21,9 @@ import type { RangeStore } from "./store.ts";
 /** Options of `cachedSource`. */
 export interface CacheOptions extends FetchOptions {
   /**
-   * What the file must hold, as `openPack` takes it; give it to both, for it is `openPack` that checks it. What is kept is then found by this, whatever the address; the server is
-   * asked for nothing that is kept, not even for its version, so that what is kept works offline. Default: the server's ETag or
-   * Last-Modified, asked for once by one request without bytes.
+   * The root that the pack must have, as `openPack` takes it; give it to both, for it is `openPack` that checks it. What is kept is
+   * then found by this, whatever the address, and works offline: the server is not even asked for its version. Default: the
+   * server's ETag or Last-Modified, asked for once by one request without bytes.
    */
   readonly integrity?: string;
   /** Most bytes that the store may hold, of all files together; those used least recently go first. Default: 256 MiB. */
@@ -64,7 +65,7 @@ const PIECE_BYTES = 4 * 2 ** 20;
  * `openPack` finds that out.
  * @param source nothing is read before it is needed
  * @param store `cacheStore`, `opfsStore`, `folderStore` of `eigenlora/node`, or your own
- * @throws TypeError when `source` or `store` is something else
+ * @throws TypeError when `source`, `store` or `integrity` is something else
  * @example
  * import { cachedSource, cacheStore } from "eigenlora/cache";
  * const pack = await openPack(cachedSource("https://example.org/tasks.eigen", cacheStore("packs")));
@@ -77,6 +78,8 @@ export function cachedSource(
   checkOptions("cachedSource", options, ["integrity", "maxBytes", ...FETCH_OPTIONS]);
   if (typeof (store as RangeStore | undefined)?.keys !== "function")
     throw new TypeError(`cachedSource: expected a store, such as cacheStore("packs"), got ${described(store)}`);
+  // Before something is kept under a hash that is none.
+  if (options.integrity !== undefined) fromIntegrity(options.integrity);
   const url = typeof source === "string" || source instanceof URL ? addressOf(source) : undefined;
   const own = typeof (source as ByteSource | undefined)?.read === "function" ? (source as ByteSource) : undefined;
   if (!url && !own)

@@ -6,6 +6,7 @@
  * all there is to know, so nothing can disagree with it. One more entry, the order of use, is a hint: without it, or with an old
  * one, other entries go first.
  */
+import { sha256 } from "../format/hash.ts";
 import { toHex } from "../tensor/hex.ts";
 import type { RangeStore } from "./store.ts";
 
@@ -164,12 +165,6 @@ function orderOf(entry: Uint8Array | undefined): Map<unknown, number> {
 
 function same(a: Uint8Array, b: Uint8Array): boolean {
   return a.length === b.length && a.every((byte, i) => byte === b[i]);
-}
-
-async function sha256(bytes: Uint8Array): Promise<Uint8Array> {
-  if (!globalThis.crypto?.subtle)
-    throw new TypeError("cachedSource: there is no WebCrypto here; a page needs https for it");
-  return new Uint8Array(await crypto.subtle.digest("SHA-256", bytes as Uint8Array<ArrayBuffer>));
 }
 
 /** What stands for a text in keys: 128 bits of its SHA-256. */
