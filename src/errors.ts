@@ -61,18 +61,25 @@ export class TrustError extends EigenLoraError {
   }
 }
 
-/** Bytes could not be read: network, disk, a server that ignores ranges, a file that changed. Usually worth a retry. */
+/** Bytes could not be read: network, disk, a server that misbehaves, a file that changed. `transient` says if a retry may help. */
 export class SourceError extends EigenLoraError {
   readonly tag = "source";
   override get name(): string {
     return "SourceError";
   }
-  /** Name of the source: path or URL. */
+  /** Name of the source: path, or URL without its query. */
   declare readonly file: string;
   /** HTTP status, where the source is a URL that answered. */
   declare readonly status?: number;
+  /** Whether the same may work later: a network fault, a busy server. It was tried again already. */
+  declare readonly transient?: boolean;
+  /** Milliseconds after which the server wants to be asked again. */
+  declare readonly retryAfter?: number;
 
-  constructor(message: string, at: { file: string; status?: number; cause?: unknown }) {
+  constructor(
+    message: string,
+    at: { file: string; status?: number; transient?: boolean; retryAfter?: number; cause?: unknown },
+  ) {
     super(`${at.file}: ${message}`, at);
   }
 }

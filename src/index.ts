@@ -48,7 +48,7 @@ export { createRuntime, type RuntimeOptions } from "./runtime/create.ts";
 export type { MemoryReport, RuntimeSwitchReport, SwitchReport } from "./runtime/report.ts";
 export { type ApplyOptions, type ModuleTerm, Runtime } from "./runtime/runtime.ts";
 export type { Selection, SwitchOptions } from "./runtime/selection.ts";
-export type { ByteSource, FetchOptions, ReadOptions, SourceInput } from "./source.ts";
+export type { ByteSource, FetchOptions, ReadOptions, Reads, SourceInput } from "./source.ts";
 export type { Dtype, FloatDtype, QuantizedDtype } from "./tensor/dtypes.ts";
 export type { Term } from "./tensor/term.ts";
 export { VERSION } from "./version.ts";

@@ -25,17 +25,26 @@ export async function openSource(input: SourceInput, options: FetchOptions = {})
     return localSource((input as Partial<File>).name ?? "Blob", input.size, get);
   }
   if (typeof input === "string" || input instanceof URL) {
-    const text = String(input);
-    if (!/^(https?|blob|data):/i.test(text) && openPath) return openPath(text);
-    const base = (globalThis as { location?: { href: string } }).location?.href;
-    if (!URL.canParse(text, base))
-      throw new TypeError(`openSource: "${text}" is not a URL, and there are no files here`);
+    const url = addressOf(input);
+    if (!url) return openPath!(String(input));
     // Apps that have the bytes, a Blob or a file do without.
-    const { UrlSource } = await import("./url-source.ts");
-    return new UrlSource(new URL(text, base).href, options);
+    const { UrlSource } = await import("./http/url-source.ts");
+    return new UrlSource(url, options);
   }
   if (typeof (input as ByteSource | undefined)?.read === "function") return input as ByteSource;
   throw new TypeError(`openSource: expected a path, URL, Blob, ArrayBuffer or ByteSource, got ${described(input)}`);
+}
+
+/**
+ * The address that a string or URL stands for; undefined for a path, where there are files.
+ * @throws TypeError when it is no address, and there are no files
+ */
+export function addressOf(input: string | URL): URL | undefined {
+  const text = String(input);
+  if (!/^(https?|blob|data):/i.test(text) && openPath) return undefined;
+  const base = (globalThis as { location?: { href: string } }).location?.href;
+  if (!URL.canParse(text, base)) throw new TypeError(`openSource: "${text}" is not a URL, and there are no files here`);
+  return new URL(text, base);
 }
 
 /** @param get exactly the bytes of a range that was checked */

@@ -1,6 +1,6 @@
 /**
- * Where bytes come from. Everything that reads a file in this package reads it through `ByteSource`: one method, exact
- * ranges, no state. Paths, blobs, buffers and URLs become sources in open-source.ts. Not a cache, and nothing is retried.
+ * Where bytes come from. Everything that reads a file in this package reads it through `ByteSource`: exact ranges, and for
+ * some sources a little more. Paths, blobs, buffers and URLs become sources in open-source.ts; a cache is eigenlora/cache.
  */
 import { SourceError } from "./errors.ts";
 
@@ -9,7 +9,17 @@ export interface ReadOptions {
   readonly signal?: AbortSignal | undefined;
 }
 
-/** Random access to bytes. Implement it to read from anything else: a cache, a database, an archive. */
+/** What reading has cost. */
+export interface Reads {
+  /** Requests made; those of other sources than URLs count as one for each read. */
+  readonly requests: number;
+  /** Bytes that arrived. */
+  readonly bytes: number;
+  /** Whether the server has no ranges: the file was read whole and stays in memory until it is closed. */
+  readonly whole: boolean;
+}
+
+/** Random access to bytes. Implement it to read from anything else: a database, an archive. Only what has no `?` is needed. */
 export interface ByteSource {
   /** Path or URL, for messages. */
   readonly name: string;
@@ -20,6 +30,20 @@ export interface ByteSource {
    * @throws SourceError when the bytes cannot be had, including when the source ends before `offset + length`.
    */
   read(offset: number, length: number, options?: ReadOptions): Promise<Uint8Array>;
+  /** What reading has cost so far, kept up to date. For sources that do not make one request for each read. */
+  readonly reads?: Reads;
+  /**
+   * The whole file, in one request where `read` would need two.
+   * @throws SourceError when the bytes cannot be had
+   */
+  readAll?(options?: ReadOptions): Promise<Uint8Array>;
+  /**
+   * What tells this version of the file from all others, without its bytes; undefined where nothing does.
+   * @throws SourceError when that cannot be found out
+   */
+  identify?(options?: ReadOptions): Promise<string | undefined>;
+  /** Forgets what it keeps of the file, for instance because it turned out to be damaged. */
+  clear?(): Promise<void>;
   /** Releases file handles. Reading afterwards is an error. */
   close?(): Promise<void>;
 }
@@ -33,9 +57,21 @@ export interface FetchOptions {
   readonly fetch?: typeof fetch;
   /** Sent with every request, for instance `Authorization`. */
   readonly headers?: Record<string, string>;
-  /** Milliseconds without a byte after which a read fails. Default: 30 000. */
+  /** Milliseconds that a server has to answer, and to send what `minRate` asks for. Default: 30 000. */
   readonly timeout?: number;
+  /** Bytes per second: a request fails when fewer than `minRate` × `timeout` of them arrive within `timeout`. Default: 500. */
+  readonly minRate?: number;
+  /**
+   * How often a request is tried again after what may pass: network faults, and the statuses 408, 429, 500, 502, 503 and 504.
+   * Pauses grow from a quarter of a second, or are what the server asks for, up to `timeout`. Default: 3.
+   */
+  readonly retries?: number;
+  /** Most bytes of a file that is read whole because the server has no ranges. Default: 256 MiB. */
+  readonly maxWholeBytes?: number;
 }
+
+/** The names of `FetchOptions`. */
+export const FETCH_OPTIONS = ["fetch", "headers", "timeout", "minRate", "retries", "maxWholeBytes"] as const;
 
 /** @throws SourceError when a range is not inside the file */
 export function checkRange(name: string, offset: number, length: number, size: number): void {
@@ -47,4 +83,29 @@ export function checkRange(name: string, offset: number, length: number, size: n
       },
     );
   }
+}
+
+/** @throws SourceError when the source cannot say how large it is */
+export async function readAll(source: ByteSource, options: ReadOptions = {}): Promise<Uint8Array> {
+  if (source.readAll) return source.readAll(options);
+  // The size may be known only after the first read.
+  if (source.byteLength === undefined) await source.read(0, 1, options);
+  const { byteLength } = source;
+  if (byteLength === undefined) {
+    throw new SourceError("does not say its size after the first read; read it yourself and pass its bytes", {
+      file: source.name,
+    });
+  }
+  return source.read(0, byteLength, options);
+}
+
+/** What a promise gives, or the signal's reason as soon as it is aborted; the work behind the promise goes on. */
+export function unlessAborted<T>(promise: Promise<T>, signal: AbortSignal | undefined): Promise<T> {
+  if (!signal) return promise;
+  return new Promise<T>((resolve, reject) => {
+    const abort = (): void => reject(signal.reason as Error);
+    if (signal.aborted) abort();
+    signal.addEventListener("abort", abort, { once: true });
+    promise.then(resolve, reject).finally(() => signal.removeEventListener("abort", abort));
+  });
 }

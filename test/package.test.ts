@@ -24,11 +24,15 @@ const LAZY =
 /** The WebGPU half with its shaders, on top of what every app loads. */
 const WEBGPU_BUDGET = 12_000;
 
-/** Loaded by a session only when it is used: WebGPU, mode "folded", training, `apply`. */
-const SESSION_LAZY = /^#wasm\/|\/(hash|trust|before|webgpu|device|ort-device|device-host|folded|training|apply)\.js$/;
+/** Loaded by a session only when it is used: WebGPU, mode "folded", training, `apply`, trust, URLs. */
+const SESSION_LAZY =
+  /^#wasm\/|\/(hash|trust|before|url-source|webgpu|device|ort-device|device-host|folded|training|apply)\.js$/;
 
 /** What an app that runs an ONNX model loads: the runtime, the protobuf, the graph surgery, the session. */
 const SESSION_BUDGET = 60_000;
+
+/** `eigenlora/cache`, with what it shares with the run time. */
+const CACHE_BUDGET = 5_000;
 
 /** One minified file for a browser; what `apart` matches is left out. */
 async function bundle(code: string, apart: RegExp): Promise<{ text: string; gzip: number }> {
@@ -82,6 +86,14 @@ t.test("a session's bundle keeps its budget and brings no runtime of its own", a
   t.notOk(/"node:|ort-wasm/.test(text), "neither Node nor a runtime");
 });
 
+t.test("a cache is portable, and no app pays for it that does not use it", async (t) => {
+  const code = 'import { cachedSource, cacheStore } from "eigenlora/cache"; globalThis.x = [cachedSource, cacheStore];';
+  const { text, gzip } = await bundle(code, LAZY);
+  t.comment(`${gzip} B of ${CACHE_BUDGET}`);
+  t.ok(gzip <= CACHE_BUDGET, `${gzip} B`);
+  t.notMatch(text, /"node:/);
+});
+
 t.test("what is published", async (t) => {
   const { stdout } = spawnSync("npm", ["pack", "--dry-run", "--json", "--ignore-scripts"], {
     cwd: root,
@@ -129,6 +141,7 @@ t.test("names the package exports", async (t) => {
     "openPack",
   ]);
   t.ok("buildPack" in (await import("eigenlora/build")));
+  t.same(Object.keys(await import("eigenlora/cache")).sort(), ["cacheStore", "cachedSource", "opfsStore"]);
   t.ok("openOnnxHost" in (await import("eigenlora/onnx")));
   t.same(Object.keys(await import("eigenlora/onnxruntime")).sort(), ["createEigenSession", "createEngine"]);
   t.same(Object.keys(await import("eigenlora/train")).sort(), [

@@ -2,11 +2,10 @@ import { mkdtemp, open, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import t from "tap";
-import { SourceError } from "../dist/src/errors.js";
 import { openSource } from "../dist/src/open-source.js";
 import { openPack } from "../dist/src/pack/pack.js";
 import { data } from "./packs.ts";
-import { type Fault, serve } from "./range-server.ts";
+import { serve } from "./range-server.ts";
 
 const path = data("goldens/pack/every-kind.eigen");
 const golden = new Uint8Array(await readFile(path));
@@ -71,55 +70,30 @@ t.test("the least recently used blobs go first", async (t) => {
   await pack.close();
 });
 
-t.test("a server that misbehaves is found out, whatever it does", async (t) => {
+t.test("a failed read can be tried again", async (t) => {
   const server = await serve(new Map([["a.eigen", golden]]));
   t.teardown(() => server.close());
-  const faults: [Fault, RegExp][] = [
-    ["whole", /ignores ranges.*status 200.*fetch it yourself/s],
-    ["short", /connection ended after|cannot be fetched|bytes arrived of/],
-    ["long", /more than the \d+ bytes|cannot be fetched/],
-    ["cut", /connection ended after|cannot be fetched/],
-    ["416", /status 416.*truncated/],
-    ["404", /answered 404/],
-    ["shifted", /asked for bytes/],
-  ];
-  for (const [fault, expected] of faults) {
-    for (const good of [0, 1, 2]) {
-      server.faults = [...Array<undefined>(good).fill(undefined), fault];
-      const error = await openPack(server.url("a.eigen"))
-        .then((p) => p.load("mixed"))
-        .catch((e: unknown) => e);
-      t.ok(error instanceof SourceError, `${fault} at request ${good + 1}: ${String(error)}`);
-      t.match((error as Error).message, expected);
-    }
-  }
-  for (const fault of ["etag", "grown"] as const) {
-    server.faults = [undefined, fault];
-    await t.rejects(openPack(server.url("a.eigen")), { tag: "source", message: /changed between two reads/ }, fault);
-  }
-  server.faults = ["slow", "slow", "slow"];
-  t.ok(await openPack(server.url("a.eigen")).then((p) => p.load("mixed")), "slow is not wrong");
-  server.faults = ["stall"];
-  await t.rejects(openPack(server.url("a.eigen"), { timeout: 50 }), /no byte arrived for 50 ms/);
-  server.faults = ["stall"];
-  await t.rejects(openPack(server.url("a.eigen"), { signal: AbortSignal.timeout(50) }), { name: "TimeoutError" });
-  const pack = await openPack(server.url("a.eigen"));
+  const pack = await openPack(server.url("a.eigen"), { retries: 0 });
   server.faults = ["cut"];
-  await t.rejects(pack.load("all"), { tag: "source", message: /./ });
-  t.ok((await pack.load("all")).bytes.length > 0, "a failed read can be tried again");
+  await t.rejects(pack.load("all"), { tag: "source", message: /broke the connection off|ended after/ });
+  t.ok((await pack.load("all")).bytes.length > 0);
+  server.faults = ["stall"];
+  const signal = AbortSignal.timeout(50);
+  await t.rejects(openPack(server.url("a.eigen"), { signal }), { name: "TimeoutError" });
 });
 
 t.test("no server, no file, no bytes", async (t) => {
   const server = await serve(new Map());
   const url = server.url("a.eigen");
   await server.close();
-  await t.rejects(openPack(url), { tag: "source", message: /cannot be fetched/ });
+  await t.rejects(openPack(url, { retries: 0 }), { tag: "source", message: /cannot be fetched/ });
   await t.rejects(openPack("/nowhere/at/all.eigen"), { tag: "source", message: /cannot be opened/ });
   await t.rejects(openPack("/"), { tag: "source", message: /is not a file/ });
   await t.rejects(openPack(new ArrayBuffer(0)), { tag: "format", message: /0 bytes/ });
   await t.rejects(openSource(5 as never), TypeError);
   const options = {
     headers: { authorization: "me" },
+    retries: 0,
     fetch: (async (_: unknown, init: RequestInit) => {
       t.equal((init.headers as Record<string, string>)["authorization"], "me");
       throw new TypeError("no network");

@@ -69,14 +69,23 @@ export async function buildPage(folder) {
 }
 
 /**
- * sw.js with the files to cache: all except the runtime that only WebGPU uses.
+ * sw.js with the files to keep and their SHA-256: all of them at once, but the runtime that only WebGPU uses later.
  * @param {string} folder
  */
 async function offlineWorker(folder) {
-  const files = (await readdir(folder)).filter((file) => file !== WEBGPU_RUNTIME).sort();
-  const hash = createHash("sha256");
-  for (const file of files) hash.update(file).update(await readFile(join(folder, file)));
-  const kept = { version: `eigenlora-${hash.digest("hex").slice(0, 16)}`, files: ["./", ...files] };
+  /** @type {[path: string, sha256: string][]} */
+  const files = [];
+  for (const file of (await readdir(folder)).sort())
+    files.push([
+      file,
+      createHash("sha256")
+        .update(await readFile(join(folder, file)))
+        .digest("hex"),
+    ]);
+  const index = files.find(([file]) => file === "index.html");
+  if (index) files.push(["", index[1]]);
+  const version = createHash("sha256").update(JSON.stringify(files)).digest("hex").slice(0, 16);
+  const kept = { version: `eigenlora-${version}`, files, later: [WEBGPU_RUNTIME] };
   return `self.KEPT = ${JSON.stringify(kept)};\n${await readFile(here("sw.js"), "utf8")}`;
 }
 

@@ -69,8 +69,13 @@ async function keepOffline() {
   if (!navigator.serviceWorker)
     return void (note.textContent = "Not kept for offline use: browsers allow that over HTTPS only.");
   try {
-    await navigator.serviceWorker.register("sw.js");
-    await navigator.serviceWorker.ready;
+    const { installing } = await navigator.serviceWorker.register("sw.js");
+    const failed = new Promise((_, reject) => {
+      installing?.addEventListener("statechange", () => {
+        if (installing.state === "redundant") reject(new Error("a file on the server is not the one that was built"));
+      });
+    });
+    await Promise.race([navigator.serviceWorker.ready, failed]);
     note.textContent = "Kept in this browser: works offline from now on, teaching too.";
   } catch (error) {
     note.textContent = `Not kept for offline use: ${/** @type {Error} */ (error).message}.`;
@@ -299,10 +304,7 @@ const FAILURES = new Map([
     ],
   ],
   ["worker", ["The worker did not start", "Open the page over HTTP with a recent browser: it needs module workers."]],
-  [
-    "source",
-    ["The pack cannot be read", "Check that the server is there and answers HTTP ranges; then reload the page."],
-  ],
+  ["source", ["The pack cannot be read", "Check that the server is there, then reload the page."]],
   ["format", ["The pack is damaged", "Build the page again, then reload it."]],
   ["base", ["Pack and model do not belong together", "Build the page again: it packs for the model it ships."]],
   ["task", ["This task cannot be used", "Choose another one; this one's adapter must be packed again."]],

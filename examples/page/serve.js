@@ -5,7 +5,7 @@
  * node examples/page/serve.js [--port 8080]    builds the page, then serves it
  */
 import { createReadStream } from "node:fs";
-import { stat } from "node:fs/promises";
+import { readFile, stat } from "node:fs/promises";
 import { createServer } from "node:http";
 import { extname, join, normalize } from "node:path";
 import { pipeline } from "node:stream";
@@ -36,11 +36,12 @@ const TYPES = new Map([
  * @returns {Promise<{ url: string, close(): Promise<void> }>}
  */
 export async function serveFolder(folder, { port = 0, onAnswer } = {}) {
+  const policy = await policyOf(folder);
   const server = createServer(async (request, response) => {
     const path = pathOf(request.url ?? "/");
     const { status, headers, range } = await plan(folder, path, request);
     onAnswer?.({ path, status, range: request.headers.range });
-    response.writeHead(status, headers);
+    response.writeHead(status, { ...policy, ...headers });
     if (!range || request.method === "HEAD") return void response.end();
     // A visitor who leaves during a response is not an error.
     pipeline(createReadStream(join(folder, path), range), response, () => {});
@@ -56,6 +57,17 @@ export async function serveFolder(folder, { port = 0, onAnswer } = {}) {
       return new Promise((resolve) => void server.close(() => resolve()));
     },
   };
+}
+
+/**
+ * The page's Content-Security-Policy as a header. The page brings it itself; its workers obey only what their own answers say.
+ * @param {string} folder
+ * @returns {Promise<Record<string, string>>}
+ */
+async function policyOf(folder) {
+  const page = await readFile(join(folder, "index.html"), "utf8").catch(() => "");
+  const policy = /"Content-Security-Policy" content="([^"]+)"/.exec(page)?.[1];
+  return policy === undefined ? {} : { "content-security-policy": policy };
 }
 
 /**

@@ -1,9 +1,9 @@
 /**
  * An ONNX model and the files beside it, as bytes. Reading and finding files only; what the bytes mean is `model.ts`.
  */
-import { FormatError, SourceError } from "../errors.ts";
+import { FormatError } from "../errors.ts";
 import { openSource } from "../open-source.ts";
-import type { ByteSource, FetchOptions, ReadOptions, SourceInput } from "../source.ts";
+import { type ByteSource, type FetchOptions, type ReadOptions, readAll, type SourceInput } from "../source.ts";
 import { type OnnxModel, parseModel } from "./model.ts";
 import type { OpenExternal } from "./tensors.ts";
 
@@ -58,19 +58,6 @@ export async function readModel(input: SourceInput, options: ModelOptions = {}):
       await Promise.all(opened.map((file) => file.status === "fulfilled" && file.value.close?.()));
     },
   };
-}
-
-/** @throws SourceError when the source cannot say how large it is */
-export async function readAll(source: ByteSource, options: ReadOptions = {}): Promise<Uint8Array> {
-  // A URL's size is known after the first read.
-  if (source.byteLength === undefined) await source.read(0, 1, options);
-  const { byteLength } = source;
-  if (byteLength === undefined) {
-    throw new SourceError("does not say its size after the first read; fetch it yourself and pass its bytes", {
-      file: source.name,
-    });
-  }
-  return source.read(0, byteLength, options);
 }
 
 /** Finds files beside a model that has a place; undefined for bytes, blobs and sources, which have none. */

@@ -3,12 +3,12 @@
  * encoded into the protobuf again: what lies in the model's own file is pointed at there.
  */
 import { FormatError } from "../errors.ts";
-import type { ReadOptions } from "../source.ts";
+import { type ReadOptions, readAll } from "../source.ts";
 import type { Added } from "./graft.ts";
 import { FLOAT } from "./linear.ts";
 import type { GraphProto, TensorProto } from "./onnx_pb.ts";
 import { create, ModelProtoSchema, TensorProtoSchema, toBinary } from "./protobuf.ts";
-import { type ModelFile, readAll } from "./read.ts";
+import type { ModelFile } from "./read.ts";
 import { EXTERNAL } from "./tensors.ts";
 
 /** A file that the protobuf points into. */

@@ -4,7 +4,7 @@
  */
 /// <reference lib="esnext.disposable" preserve="true" />
 import { checkChoice, checkOptions, described, nearest } from "../arguments.ts";
-import { TaskError } from "../errors.ts";
+import { FormatError, TaskError, TrustError } from "../errors.ts";
 import { parseDirectory } from "../format/directory.ts";
 import { align64, Fields } from "../format/fields.ts";
 import type { TaskMetadata } from "../format/format.ts";
@@ -19,7 +19,15 @@ import {
 import { basesTensors, checkTensors, parseTask } from "../format/task.ts";
 import { parseWindow } from "../format/window.ts";
 import { openSource } from "../open-source.ts";
-import type { ByteSource, FetchOptions, ReadOptions, SourceInput } from "../source.ts";
+import {
+  type ByteSource,
+  FETCH_OPTIONS,
+  type FetchOptions,
+  type ReadOptions,
+  type Reads,
+  type SourceInput,
+  unlessAborted,
+} from "../source.ts";
 import type { Trust, TrustOptions } from "./trust.ts";
 
 /** Options of `openPack`. */
@@ -91,18 +99,18 @@ interface SharedBases {
  */
 export async function openPack(input: SourceInput, options: OpenOptions = {}): Promise<Pack> {
   checkOptions("openPack", options, [
-    ...["signal", "bases", "maxResidentBytes", "fetch", "headers", "timeout"],
-    ...["integrity", "keys", "revoked"],
-  ] as const);
+    ...(["signal", "bases", "maxResidentBytes", "integrity", "keys", "revoked"] as const),
+    ...FETCH_OPTIONS,
+  ]);
   checkChoice("bases", options.bases ?? "now", ["now", "later"]);
   const inner = await openSource(input, options);
   let directoryBytes: Uint8Array | undefined;
   try {
-    const reads = { requests: 0, bytes: 0 };
+    const counted = { requests: 0, bytes: 0, whole: false };
     const read: ByteSource["read"] = async (...range) => {
-      reads.requests++;
+      counted.requests++;
       const bytes = await inner.read(...range);
-      reads.bytes += bytes.length;
+      counted.bytes += bytes.length;
       return bytes;
     };
     const { signal, integrity, keys, revoked } = options;
@@ -126,14 +134,21 @@ export async function openPack(input: SourceInput, options: OpenOptions = {}): P
     await trust?.checkDirectory(window, directoryBytes);
     const directory = parseDirectory(directoryBytes, window.superblock, name);
     const bases = together ? bytes.subarray(basesOffset - directoryOffset) : undefined;
-    const source = { name, byteLength: inner.byteLength, read, close: async () => inner.close?.() };
+    const { reads = counted, byteLength } = inner;
+    const source = { name, byteLength, read, clear: async () => inner.clear?.(), close: async () => inner.close?.() };
     if (bases) await checkSection(bases, directory.bases, "bases", name, trust);
     const { maxResidentBytes = Infinity } = options;
     return new Pack({ source, reads, window, directory, maxResidentBytes, trust, bases });
   } catch (error) {
+    await forget(inner, error);
     await inner.close?.();
     throw directoryBytes ? await orOld(error, directoryBytes) : error;
   }
+}
+
+/** What a cache keeps may be what is wrong: the next try reads the file itself. */
+async function forget(source: ByteSource, error: unknown): Promise<void> {
+  if (error instanceof FormatError || error instanceof TrustError) await source.clear?.().catch(() => undefined);
 }
 
 /** What to throw for an error, which of an old file says so. */
@@ -156,7 +171,7 @@ async function checkSection(
 /** What an open pack is made of. */
 interface Parts {
   readonly source: ByteSource;
-  readonly reads: { requests: number; bytes: number };
+  readonly reads: Reads;
   readonly window: Window;
   readonly directory: Directory;
   readonly maxResidentBytes: number;
@@ -179,8 +194,8 @@ export class Pack {
   readonly directory: Directory;
   /** The window as read. */
   readonly window: Window;
-  /** Requests made and bytes read so far. */
-  readonly reads: Readonly<{ requests: number; bytes: number }>;
+  /** Requests made and bytes read so far, and whether the server made it read the file whole. */
+  readonly reads: Reads;
 
   readonly #source: ByteSource;
   readonly #trust: Trust | undefined;
@@ -305,7 +320,12 @@ export class Pack {
 
   async #section(section: Section, part: string, options: ReadOptions = {}): Promise<Uint8Array> {
     const bytes = await this.#source.read(section.offset, section.length, options);
-    await checkSection(bytes, section, part, this.name, this.#trust);
+    try {
+      await checkSection(bytes, section, part, this.name, this.#trust);
+    } catch (error) {
+      await forget(this.#source, error);
+      throw error;
+    }
     return bytes;
   }
 
@@ -382,13 +402,4 @@ function infoOf(slot: TaskSlot): TaskInfo {
       return slot.blob !== undefined;
     },
   };
-}
-
-function unlessAborted<T>(promise: Promise<T>, signal: AbortSignal | undefined): Promise<T> {
-  if (!signal) return promise;
-  return new Promise<T>((resolve, reject) => {
-    const abort = (): void => reject(signal.reason as Error);
-    signal.addEventListener("abort", abort, { once: true });
-    promise.then(resolve, reject).finally(() => signal.removeEventListener("abort", abort));
-  });
 }

@@ -8,7 +8,7 @@ import type { PackModule, TaskBlob, TaskEntry, TaskFile } from "../format/format
 import { parseTask } from "../format/task.ts";
 import { parseTaskFile } from "../format/task-file.ts";
 import { openSource } from "../open-source.ts";
-import type { SourceInput } from "../source.ts";
+import { readAll, type SourceInput } from "../source.ts";
 
 /** The open pack. */
 interface Target {
@@ -31,9 +31,7 @@ export async function readTaskFile(
   const source = await openSource(file);
   try {
     const { name } = source;
-    // Of a URL the size is known after a first read.
-    if (source.byteLength === undefined) await source.read(0, 64);
-    const parsed = parseTaskFile(await source.read(0, source.byteLength ?? 0), name);
+    const parsed = parseTaskFile(await readAll(source), name);
     await check(parsed, name);
     const { blob, basisId: found, content: _, signature: __, ...entry } = parsed;
     if (found !== basisId) {

@@ -9,7 +9,7 @@ import { type BaseInput, onDevice, type WeightHost } from "../base/host.ts";
 import { Locator } from "../base/locate.ts";
 import { openHost } from "../base/open.ts";
 import type { Pack } from "../pack/pack.ts";
-import type { FetchOptions } from "../source.ts";
+import { FETCH_OPTIONS, type FetchOptions } from "../source.ts";
 import type { RuntimeParts, Started } from "./parts.ts";
 import { Runtime } from "./runtime.ts";
 import { findSlots, loadSlots } from "./slots.ts";
@@ -51,7 +51,8 @@ export async function createRuntime(pack: Pack, options: RuntimeOptions = {}): P
   checkPack("createRuntime", pack);
   checkOptions("createRuntime", options, [
     ...(["base", "mode", "policy", "names", "anyBase", "ignore", "signal"] as const),
-    ...(["backend", "webgpu", "wasm", "fetch", "headers", "timeout"] as const),
+    ...(["backend", "webgpu", "wasm"] as const),
+    ...FETCH_OPTIONS,
   ]);
   const { base, mode = base ? "folded" : "core", policy = "copy" } = options;
   checkChoice("mode", mode, ["core", "factors", "folded"]);

@@ -47,6 +47,9 @@ export const SESSION_OPTIONS = [
   "fetch",
   "headers",
   "timeout",
+  "minRate",
+  "retries",
+  "maxWholeBytes",
   "signal",
 ] as const;
 

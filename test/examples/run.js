@@ -9,12 +9,17 @@ globalThis.fetch = async (/** @type {string | URL | Request} */ input, /** @type
   const url = String(input instanceof Request ? input.url : input);
   if (!url.startsWith("https://example.org/")) return files(input, init);
   const bytes = readFileSync(new URL(url).pathname.slice(1));
+  const version = { etag: '"1"' };
   const range = /bytes=(\d+)-(\d+)/.exec(new Headers(init?.headers).get("range") ?? "");
-  if (!range) return new Response(bytes, { headers: { "content-length": String(bytes.length) } });
+  if (!range) return new Response(bytes, { headers: { ...version, "content-length": String(bytes.length) } });
   const [from, to] = [Number(range[1]), Math.min(Number(range[2]), bytes.length - 1)];
   return new Response(bytes.subarray(from, to + 1), {
     status: 206,
-    headers: { "content-range": `bytes ${from}-${to}/${bytes.length}`, "content-length": String(to + 1 - from) },
+    headers: {
+      ...version,
+      "content-range": `bytes ${from}-${to}/${bytes.length}`,
+      "content-length": String(to + 1 - from),
+    },
   });
 };
 

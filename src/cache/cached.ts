@@ -1,0 +1,234 @@
+/**
+ * A source that keeps what it reads in a store, and reads it from there the next time. What a version of a file is, its server
+ * says, or the caller who knows what the file must hold; bytes of different versions never meet.
+ */
+import { checkOptions, described } from "../arguments.ts";
+import { SourceError } from "../errors.ts";
+import { fromIntegrity } from "../format/integrity.ts";
+import { nameOf } from "../http/exchange.ts";
+import { addressOf, openSource } from "../open-source.ts";
+import {
+  type ByteSource,
+  FETCH_OPTIONS,
+  type FetchOptions,
+  type ReadOptions,
+  type Reads,
+  unlessAborted,
+} from "../source.ts";
+import { digestOf, Shelf } from "./shelf.ts";
+import type { RangeStore } from "./store.ts";
+
+/** Options of `cachedSource`. */
+export interface CacheOptions extends FetchOptions {
+  /**
+   * The root that the pack must have, as `openPack` takes it; give it to both, for it is `openPack` that checks it. What is kept is
+   * then found by this, whatever the address, and works offline: the server is not even asked for its version. Default: the
+   * server's ETag or Last-Modified, asked for once by one request without bytes.
+   */
+  readonly integrity?: string;
+  /** Most bytes that the store may hold, of all files together; those used least recently go first. Default: 256 MiB. */
+  readonly maxBytes?: number;
+}
+
+/** What became of the reads of a cached source. */
+export interface CacheCounts {
+  /** Ranges that were kept. */
+  readonly hits: number;
+  /** Ranges that were not kept, and were read from the source. */
+  readonly misses: number;
+  /** Ranges that were damaged in the store, and were read from the source again. */
+  readonly damaged: number;
+  /** Times that the store failed: it is full, or not allowed here. Reads go to the source then. */
+  readonly failures: number;
+  /** What the store said the last time that it failed. */
+  readonly lastFailure: unknown;
+}
+
+/** A source with a memory. */
+export interface CachedSource extends ByteSource {
+  readonly counts: CacheCounts;
+  /** What was asked of the source behind it: nothing, for what is kept. */
+  readonly reads: Reads;
+  /** Forgets all that is kept of this file, of all versions. */
+  clear(): Promise<void>;
+  close(): Promise<void>;
+}
+
+/** Longer reads go in pieces of so many bytes, so that one that is broken off goes on where it was. */
+const PIECE_BYTES = 4 * 2 ** 20;
+
+/**
+ * A URL, or a source of your own that can `identify` itself, with a memory. `openPack`, sessions and everything else that reads
+ * bytes takes it.
+ *
+ * Only checksums are compared when bytes come from the store: whoever can write there can change them. `integrity` of
+ * `openPack` finds that out.
+ * @param source nothing is read before it is needed
+ * @param store `cacheStore`, `opfsStore`, `folderStore` of `eigenlora/node`, or your own
+ * @throws TypeError when `source`, `store` or `integrity` is something else
+ * @example
+ * import { cachedSource, cacheStore } from "eigenlora/cache";
+ * const pack = await openPack(cachedSource("https://example.org/tasks.eigen", cacheStore("packs")));
+ */
+export function cachedSource(
+  source: string | URL | ByteSource,
+  store: RangeStore,
+  options: CacheOptions = {},
+): CachedSource {
+  checkOptions("cachedSource", options, ["integrity", "maxBytes", ...FETCH_OPTIONS]);
+  if (typeof (store as RangeStore | undefined)?.keys !== "function")
+    throw new TypeError(`cachedSource: expected a store, such as cacheStore("packs"), got ${described(store)}`);
+  // Before something is kept under a hash that is none.
+  if (options.integrity !== undefined) fromIntegrity(options.integrity);
+  const url = typeof source === "string" || source instanceof URL ? addressOf(source) : undefined;
+  const own = typeof (source as ByteSource | undefined)?.read === "function" ? (source as ByteSource) : undefined;
+  if (!url && !own)
+    throw new TypeError(`cachedSource: expected a URL or a ByteSource, got ${described(source)}; files need no cache`);
+  return new Cached(url ?? own!, url ? nameOf(url) : own!.name, store, options);
+}
+
+/** A file in the store. */
+interface Place {
+  readonly shelf: Shelf;
+  readonly file: string;
+  readonly version: string;
+}
+
+class Cached implements CachedSource {
+  readonly name: string;
+  readonly counts = { hits: 0, misses: 0, damaged: 0, failures: 0, lastFailure: undefined as unknown };
+  readonly reads: Reads;
+  readonly #input: URL | ByteSource;
+  readonly #store: RangeStore;
+  readonly #options: CacheOptions;
+  /** For sources that do not count themselves. */
+  readonly #counted = { requests: 0, bytes: 0, whole: false };
+  #inner: ByteSource | undefined;
+  #place: Promise<Place | undefined> | undefined;
+
+  constructor(input: URL | ByteSource, name: string, store: RangeStore, options: CacheOptions) {
+    this.name = name;
+    this.#input = input;
+    this.#store = store;
+    this.#options = options;
+    const now = (): Reads => this.#inner?.reads ?? this.#counted;
+    this.reads = {
+      get requests() {
+        return now().requests;
+      },
+      get bytes() {
+        return now().bytes;
+      },
+      get whole() {
+        return now().whole;
+      },
+    };
+  }
+
+  get byteLength(): number | undefined {
+    return this.#inner?.byteLength;
+  }
+
+  async read(offset: number, length: number, { signal }: ReadOptions = {}): Promise<Uint8Array> {
+    signal?.throwIfAborted();
+    if (length === 0) return new Uint8Array(0);
+    const place = await unlessAborted(this.#open(), signal);
+    if (length <= PIECE_BYTES) return this.#piece(place, offset, length, signal);
+    // Joined at the end: memory follows what arrives, not what is asked for.
+    const pieces: Uint8Array[] = [];
+    for (let at = offset; at < offset + length; at += PIECE_BYTES)
+      pieces.push(await this.#piece(place, at, Math.min(PIECE_BYTES, offset + length - at), signal));
+    const bytes = new Uint8Array(length);
+    for (const [i, piece] of pieces.entries()) bytes.set(piece, i * PIECE_BYTES);
+    return bytes;
+  }
+
+  async identify(options?: ReadOptions): Promise<string | undefined> {
+    return this.#options.integrity ?? (await this.#source()).identify?.(options);
+  }
+
+  async clear(): Promise<void> {
+    const place = await this.#place?.catch(() => undefined);
+    const shelf = place?.shelf ?? (await this.#openShelf());
+    await shelf.forget(await this.#file());
+  }
+
+  async close(): Promise<void> {
+    const place = await this.#place?.catch(() => undefined);
+    await place?.shelf.close();
+    await this.#inner?.close?.();
+  }
+
+  async #source(): Promise<ByteSource> {
+    return (this.#inner ??= await openSource(this.#input, fetchOptionsOf(this.#options)));
+  }
+
+  /** Undefined where the store does not work. */
+  #open(): Promise<Place | undefined> {
+    // Not kept when it failed: the next read may find the server.
+    this.#place ??= this.#find().catch((error: unknown) => {
+      this.#place = undefined;
+      throw error;
+    });
+    return this.#place;
+  }
+
+  async #find(): Promise<Place | undefined> {
+    const identity = await this.identify();
+    if (identity === undefined) {
+      const message = "nothing tells its version: no ETag or Last-Modified that can be read here";
+      throw new SourceError(`${message}; give \`integrity\`, or do without a cache`, { file: this.name });
+    }
+    return this.#unlessFailing(async () => {
+      const [file, version, shelf] = [await this.#file(), await digestOf(identity), await this.#openShelf()];
+      await shelf.forget(file, version);
+      return { shelf, file, version };
+    });
+  }
+
+  #openShelf(): Promise<Shelf> {
+    return Shelf.open(this.#store, this.#options.maxBytes ?? 2 ** 28);
+  }
+
+  /** What stands for the file in keys. */
+  #file(): Promise<string> {
+    const { integrity } = this.#options;
+    const address = this.#input instanceof URL ? this.#input.href : this.#input.name;
+    return digestOf(integrity === undefined ? `address ${address}` : `integrity ${integrity}`);
+  }
+
+  async #piece(
+    place: Place | undefined,
+    offset: number,
+    length: number,
+    signal: AbortSignal | undefined,
+  ): Promise<Uint8Array> {
+    const kept = place && (await this.#unlessFailing(() => place.shelf.get(place.file, place.version, offset, length)));
+    if (kept === "damaged") this.counts.damaged++;
+    else if (kept) {
+      this.counts.hits++;
+      return kept;
+    }
+    this.counts.misses++;
+    const bytes = await (await this.#source()).read(offset, length, { signal });
+    this.#counted.requests++;
+    this.#counted.bytes += bytes.length;
+    if (place) await this.#unlessFailing(() => place.shelf.put(place.file, place.version, offset, bytes));
+    return bytes;
+  }
+
+  /** A store that fails, for instance because it is full, costs requests and nothing else. */
+  async #unlessFailing<T>(work: () => Promise<T>): Promise<T | undefined> {
+    try {
+      return await work();
+    } catch (error) {
+      this.counts.failures++;
+      this.counts.lastFailure = error;
+      return undefined;
+    }
+  }
+}
+
+function fetchOptionsOf({ integrity: _, maxBytes: __, ...options }: CacheOptions): FetchOptions {
+  return options;
+}

@@ -1,0 +1,292 @@
+/**
+ * Requests for one address: limits of time, further tries after what may pass, bodies in memory that grows with what
+ * arrives, and errors that name the cause. Does not know what the bytes are, or which range they should be.
+ */
+import { described } from "../arguments.ts";
+import { SourceError } from "../errors.ts";
+import { type FetchOptions, unlessAborted } from "../source.ts";
+import { causeOf } from "./causes.ts";
+
+/** What is asked for. */
+export interface Ask {
+  readonly method?: "HEAD";
+  /** As in the header `Range`. */
+  readonly range?: string;
+  readonly signal?: AbortSignal | undefined;
+}
+
+/** An answer with a status that did not ask to try again. */
+export interface Answer {
+  readonly status: number;
+  readonly headers: Headers;
+  /** Whether headers may be missing that the server did send: another origin's, in a browser. */
+  readonly hidden: boolean;
+  /**
+   * Reads the body.
+   * @param length exactly so many bytes; undefined when it is not known
+   * @param most otherwise at most so many
+   * @param excess what to say when more arrive
+   */
+  body(length: number | undefined, most: number, excess: string): Promise<Uint8Array>;
+}
+
+/** Statuses that pass: RFC 9110 and RFC 6585. */
+const PASSING: ReadonlyMap<number, string> = new Map([
+  [408, "waited in vain for the request"],
+  [429, "gets too many requests"],
+  [500, "failed"],
+  [502, "has no answer from the server behind it"],
+  [503, "is overloaded or under repair"],
+  [504, "waits in vain for the server behind it"],
+]);
+
+/** First pause between two tries in milliseconds, and the longest that is chosen here. */
+const PAUSE = 250;
+const LONGEST_PAUSE = 8000;
+/** Memory that is taken before a byte of a body has arrived. */
+const FIRST_BYTES = 2 ** 20;
+/** A longer time is no time for `setTimeout`. */
+const LONGEST_TIMER = 2 ** 31 - 1;
+
+/** The requests for one address. */
+export class Exchange {
+  /** The address as errors show it. */
+  readonly name: string;
+  /** As `Reads`. */
+  readonly reads: { requests: number; bytes: number; whole: boolean } = { requests: 0, bytes: 0, whole: false };
+  readonly #url: URL;
+  readonly #options: Required<Omit<FetchOptions, "headers" | "maxWholeBytes">> & Pick<FetchOptions, "headers">;
+
+  /** @throws RangeError for options that are no numbers in their range, TypeError for headers that are none, or an address with a password */
+  constructor(url: URL, { fetch: ask, headers = {}, timeout = 30_000, minRate = 500, retries = 3 }: FetchOptions) {
+    for (const [name, value] of Object.entries({ timeout, minRate, retries })) checkNumber(name, value);
+    this.name = nameOf(url);
+    if (url.username || url.password) {
+      const advice = "give them as the option `headers`, { authorization: … }";
+      throw new TypeError(`${this.name}: an address must not hold a name and a password; ${advice}`);
+    }
+    // Headers that are none would look like a network fault later.
+    new Headers(headers);
+    this.#url = url;
+    // Called as a function of nothing: browsers refuse a `fetch` that is called as a method of something else.
+    this.#options = { fetch: ask ?? ((...args) => fetch(...args)), headers, timeout, minRate, retries };
+  }
+
+  /**
+   * Asks, again if need be, until there is an answer that `take` makes something of.
+   * @param take throws a SourceError with `transient` for what another try may mend
+   * @throws SourceError when there is none; the signal's reason when it is aborted
+   */
+  async ask<T>(request: Ask, take: (answer: Answer) => Promise<T>): Promise<T> {
+    const { signal } = request;
+    for (let tries = 1; ; tries++) {
+      signal?.throwIfAborted();
+      try {
+        return await this.#once(request, take);
+      } catch (error) {
+        signal?.throwIfAborted();
+        if (!(error instanceof SourceError && error.transient)) throw error;
+        const { retryAfter = 0 } = error;
+        if (tries > this.#options.retries || retryAfter > this.#options.timeout) throw tried(error, tries);
+        // Spread out, so that many clients of a server that was down do not come back all at once.
+        const own = Math.min(LONGEST_PAUSE, PAUSE * 2 ** (tries - 1)) * (0.5 + Math.random() / 2);
+        await pause(Math.max(own, retryAfter), signal);
+      }
+    }
+  }
+
+  /** @throws SourceError always */
+  fail(
+    message: string,
+    more: { status?: number; transient?: boolean; retryAfter?: number; cause?: unknown } = {},
+  ): never {
+    throw new SourceError(message, { file: this.name, ...more });
+  }
+
+  async #once<T>({ method, range, signal }: Ask, take: (answer: Answer) => Promise<T>): Promise<T> {
+    const { fetch: ask, headers, timeout, minRate } = this.#options;
+    const ended = new AbortController();
+    const stop = (): void => ended.abort();
+    const pace = new Pace(timeout, minRate, stop);
+    signal?.addEventListener("abort", stop);
+    let response: Response | undefined;
+    try {
+      this.reads.requests++;
+      const init = { method: method ?? "GET", headers: { ...headers, ...(range !== undefined && { Range: range }) } };
+      // The race ends a `fetch` that does not heed the signal.
+      response = await unlessAborted(ask(this.#url.href, { ...init, signal: ended.signal }), ended.signal);
+      pace.answered();
+      this.#checkStatus(response);
+      return await unlessAborted(take(this.#answer(response, pace)), ended.signal);
+    } catch (cause) {
+      signal?.throwIfAborted();
+      if (cause instanceof SourceError) throw cause;
+      if (ended.signal.aborted) return this.fail(pace.problem(), { transient: true, cause });
+      const { message, transient } = causeOf(cause, this.#url);
+      return this.fail(`cannot be fetched: ${message.replaceAll(this.#url.href, this.name)}`, { transient, cause });
+    } finally {
+      pace.end();
+      // What was not read is not wanted.
+      void response?.body?.cancel().catch(() => undefined);
+      signal?.removeEventListener("abort", stop);
+    }
+  }
+
+  #checkStatus({ status, headers }: Response): void {
+    const problem = PASSING.get(status);
+    if (problem === undefined) return;
+    const retryAfter = waitOf(headers.get("retry-after"));
+    const later = retryAfter === undefined ? "later" : `in ${Math.ceil(retryAfter / 1000)} s`;
+    const more = { status, transient: true, ...(retryAfter !== undefined && { retryAfter }) };
+    this.fail(`the server ${problem} (status ${status}); try again ${later}`, more);
+  }
+
+  #answer(response: Response, pace: Pace): Answer {
+    const { status, headers, type } = response;
+    const arrived = (count: number): void => {
+      pace.arrived(count);
+      this.reads.bytes += count;
+    };
+    const body = async (length: number | undefined, most: number, excess: string): Promise<Uint8Array> => {
+      const limit = length ?? most;
+      let bytes: Uint8Array | undefined;
+      if (response.body) bytes = await stream(response.body.getReader(), limit, arrived);
+      else {
+        // Runtimes without streaming bodies, React Native among them.
+        bytes = new Uint8Array(await pace.allowing(limit, response.arrayBuffer()));
+        arrived(bytes.length);
+      }
+      if (!bytes || bytes.length > limit) return this.fail(excess);
+      if (bytes.length < (length ?? 0)) {
+        const message = `the connection ended after ${bytes.length} of ${length} bytes; try again`;
+        return this.fail(message, { transient: true });
+      }
+      return bytes;
+    };
+    return { status, headers, hidden: type === "cors", body };
+  }
+}
+
+/**
+ * A body in memory of at most twice of what has arrived: what a server promises is not to be believed.
+ * @returns undefined when it is longer than `most`
+ */
+async function stream(
+  reader: ReadableStreamDefaultReader<Uint8Array>,
+  most: number,
+  arrived: (count: number) => void,
+): Promise<Uint8Array | undefined> {
+  let bytes = new Uint8Array(Math.min(most, FIRST_BYTES));
+  let done = 0;
+  for (;;) {
+    const { value, done: end } = await reader.read();
+    if (end) break;
+    arrived(value.length);
+    const wanted = done + value.length;
+    if (wanted > most) {
+      void reader.cancel().catch(() => undefined);
+      return undefined;
+    }
+    if (wanted > bytes.length) {
+      const larger = new Uint8Array(Math.min(most, Math.max(2 * bytes.length, wanted)));
+      larger.set(bytes.subarray(0, done));
+      bytes = larger;
+    }
+    bytes.set(value, done);
+    done = wanted;
+  }
+  return done === bytes.length ? bytes : bytes.slice(0, done);
+}
+
+/** Sees to it that an answer comes, and then that its bytes keep coming. */
+class Pace {
+  readonly #timeout: number;
+  readonly #minRate: number;
+  readonly #late: () => void;
+  #timer: ReturnType<typeof setTimeout> | undefined;
+  #answered = false;
+  /** Bytes since the clock was last set. */
+  #count = 0;
+
+  constructor(timeout: number, minRate: number, late: () => void) {
+    this.#timeout = timeout;
+    this.#minRate = minRate;
+    this.#late = late;
+    this.#restart(timeout);
+  }
+
+  get #quota(): number {
+    return Math.max(1, (this.#minRate * this.#timeout) / 1000);
+  }
+
+  #restart(time: number): void {
+    clearTimeout(this.#timer);
+    this.#count = 0;
+    this.#timer = setTimeout(this.#late, Math.min(time, LONGEST_TIMER));
+  }
+
+  answered(): void {
+    this.#answered = true;
+    this.#restart(this.#timeout);
+  }
+
+  /** The clock is set anew by what the rate asks for, not by every byte: a drop now and then keeps no request alive. */
+  arrived(count: number): void {
+    this.#count += count;
+    if (this.#count >= this.#quota) this.#restart(this.#timeout);
+  }
+
+  /** For a body that is not seen arriving: the time that its bytes may take. */
+  allowing<T>(length: number, body: Promise<T>): Promise<T> {
+    this.#restart(this.#timeout + (length / this.#minRate) * 1000);
+    return body;
+  }
+
+  problem(): string {
+    if (!this.#answered) return `no answer within ${this.#timeout} ms; try again, or raise \`timeout\``;
+    const found = this.#count === 0 ? "no byte arrived" : `only ${this.#count} bytes arrived`;
+    return `${found} for ${this.#timeout} ms; try again, or raise \`timeout\` or lower \`minRate\``;
+  }
+
+  end(): void {
+    clearTimeout(this.#timer);
+  }
+}
+
+/** @throws RangeError when an option is no number from 0 */
+export function checkNumber(name: string, value: unknown): void {
+  if (!(typeof value === "number" && value >= 0))
+    throw new RangeError(`${name}: expected a number from 0, got ${described(value)}`);
+}
+
+/** The address without what may be secret, and without the content of a data: URL. */
+export function nameOf({ protocol, origin, pathname, search, href }: URL): string {
+  if (protocol === "data:") return "data: URL";
+  return protocol === "blob:" ? href : `${origin}${pathname}${search && "?…"}`;
+}
+
+/** The same error, with how often it was tried. */
+function tried(error: SourceError, tries: number): SourceError {
+  if (tries === 1) return error;
+  const { file, message, status, transient, retryAfter, cause } = error;
+  const more = {
+    ...(status !== undefined && { status }),
+    ...(transient !== undefined && { transient }),
+    ...(retryAfter !== undefined && { retryAfter }),
+  };
+  return new SourceError(`${message.slice(file.length + 2)} (tried ${tries} times)`, { file, cause, ...more });
+}
+
+/** Milliseconds of a header Retry-After: seconds, or a date. */
+function waitOf(header: string | null): number | undefined {
+  if (header === null) return undefined;
+  const wait = /^\d+$/.test(header) ? Number(header) * 1000 : Date.parse(header) - Date.now();
+  return Number.isNaN(wait) ? undefined : Math.max(0, wait);
+}
+
+/** @throws the signal's reason as soon as it is aborted */
+async function pause(milliseconds: number, signal: AbortSignal | undefined): Promise<void> {
+  let timer: ReturnType<typeof setTimeout> | undefined;
+  const over = new Promise<void>((resolve) => (timer = setTimeout(resolve, milliseconds)));
+  await unlessAborted(over, signal).finally(() => clearTimeout(timer));
+}

@@ -1,0 +1,333 @@
+/** Ranges that outlive a page or process: folders in Node, the Cache API and OPFS in Chromium; never of two versions. */
+import { mkdtemp, readdir, readFile, rm, utimes, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import t, { type Test } from "tap";
+import { readAdapters } from "../dist/src/adapters/folder.js";
+import { cachedSource } from "../dist/src/cache/cached.js";
+import { folderStore } from "../dist/src/cache/folder.js";
+import type { RangeStore } from "../dist/src/cache/store.js";
+import { buildPack } from "../dist/src/pack/build.js";
+import { openPack, type Pack } from "../dist/src/pack/pack.js";
+import { answerOf, bundle, noChromium, openPage } from "./browser.ts";
+import { concat, data } from "./packs.ts";
+import { type RangeServer, serve } from "./range-server.ts";
+
+const TASKS = ["debtags-role", "debtags-use", "sections-0"];
+const adapters = await readAdapters(TASKS.map((id) => data(`adapters/own-seed/${id}`)));
+const { chunks } = await buildPack(adapters, { select: { kind: "k", k: 2 } });
+const content = concat(chunks);
+for (const adapter of adapters) await adapter.close();
+
+async function folderOf(t: Test): Promise<string> {
+  const folder = await mkdtemp(join(tmpdir(), "eigenlora-cache-"));
+  t.teardown(() => rm(folder, { recursive: true }));
+  return folder;
+}
+
+async function server(
+  t: Test,
+  bytes = content,
+): Promise<{ server: RangeServer; files: Map<string, Uint8Array>; url: string }> {
+  const files = new Map([["a.eigen", bytes]]);
+  const server = await serve(files);
+  t.teardown(() => server.close());
+  return { server, files, url: server.url("a.eigen") };
+}
+
+/** Opens, reads all tasks and closes. @returns bytes of the tasks */
+async function use(source: ReturnType<typeof cachedSource>, integrity?: string): Promise<Uint8Array[]> {
+  const pack = await openPack(source, integrity === undefined ? {} : { integrity });
+  const blobs = await blobsOf(pack);
+  await pack.close();
+  return blobs;
+}
+
+async function blobsOf(pack: Pack): Promise<Uint8Array[]> {
+  const blobs: Uint8Array[] = [];
+  for (const id of TASKS) blobs.push((await pack.load(id)).bytes);
+  return blobs;
+}
+
+const opened = await openPack(content);
+const expected = await blobsOf(opened);
+const root = await opened.integrity();
+const entries = async (folder: string): Promise<string[]> => (await readdir(folder)).filter((name) => name !== "order");
+
+t.test("a second opening reads no bytes", async (t) => {
+  const { server: origin, url } = await server(t);
+  const folder = await folderOf(t);
+  const first = cachedSource(url, folderStore(folder));
+  t.same(await use(first), expected);
+  t.match(first.counts, { hits: 0, misses: 5, damaged: 0, failures: 0 });
+  t.same(
+    { ...first.reads },
+    { requests: 6, bytes: origin.ranges.reduce((sum, [a, b]) => sum + b - a, 0), whole: false },
+  );
+  t.same(origin.methods, ["HEAD", "GET", "GET", "GET", "GET", "GET"]);
+  origin.methods.length = 0;
+
+  const second = cachedSource(new URL(url), folderStore(folder));
+  const pack = await openPack(second);
+  t.same(await blobsOf(pack), expected);
+  t.same(origin.methods, ["HEAD"], "it asks for the version, and for nothing else");
+  t.same({ ...pack.reads }, { requests: 1, bytes: 0, whole: false });
+  t.match(second.counts, { hits: 5, misses: 0 });
+  t.same(await second.read(100, 20), content.slice(100, 120), "a part of what is kept");
+  t.equal(second.byteLength, content.length);
+  await pack.close();
+
+  await second.clear();
+  t.same(await entries(folder), []);
+  origin.methods.length = 0;
+  t.same(await use(cachedSource(url, folderStore(folder))), expected);
+  t.equal(origin.methods.length, 6, "cleared");
+});
+
+t.test("a file that changed is read anew, and nothing is mixed", async (t) => {
+  const { server: origin, files, url } = await server(t);
+  const folder = await folderOf(t);
+  const kept = cachedSource(url, folderStore(folder));
+  const pack = await openPack(kept);
+  await pack.load(TASKS[0]!);
+  const other = content.slice();
+  files.set("a.eigen", other);
+  origin.etag = '"second"';
+  await t.rejects(pack.load(TASKS[1]!), { tag: "source", message: /changed between two reads/ });
+  t.same((await pack.load(TASKS[0]!)).bytes, expected[0], "what was read stays");
+  await pack.close();
+  origin.ranges.length = 0;
+  t.same(await use(cachedSource(url, folderStore(folder))), expected);
+  t.equal(origin.ranges.length, 5, "all of it is read again");
+  t.equal((await entries(folder)).length, 5, "the old version is gone");
+  const names = await entries(folder);
+  origin.etag = undefined;
+  await t.rejects(use(cachedSource(url, folderStore(folder))), {
+    tag: "source",
+    message: /nothing tells its version.*integrity/,
+  });
+  t.same(await entries(folder), names);
+});
+
+t.test("integrity in place of a version: offline, and at any address", async (t) => {
+  const { server: origin, url } = await server(t);
+  const store = folderStore(await folderOf(t));
+  t.same(await use(cachedSource(url, store, { integrity: root }), root), expected);
+  t.notOk(origin.methods.includes("HEAD"));
+  await origin.close();
+  const offline = cachedSource("http://127.0.0.1:1/moved.eigen?signature=1", store, { integrity: root });
+  t.same(await use(offline, root), expected);
+  t.equal(offline.reads.requests, 0);
+  const another = cachedSource(url, store, { integrity: `sha256-${"A".repeat(43)}=`, retries: 0 });
+  await t.rejects(use(another), { tag: "source", message: /refuses the connection/ });
+});
+
+t.test("damaged, cut and lost entries are read again", async (t) => {
+  const { server: origin, url } = await server(t);
+  const folder = await folderOf(t);
+  await use(cachedSource(url, folderStore(folder)));
+  const harm: [string, (path: string, bytes: Uint8Array) => Promise<void>, object][] = [
+    ["a bit", (path, bytes) => writeFile(path, bytes.with(7, bytes[7]! ^ 1)), { damaged: 5, misses: 5 }],
+    [
+      "a bit of the checksum",
+      (path, bytes) => writeFile(path, bytes.with(bytes.length - 1, bytes.at(-1)! ^ 1)),
+      { damaged: 5 },
+    ],
+    ["half written", (path, bytes) => writeFile(path, bytes.subarray(0, bytes.length >> 1)), { damaged: 5 }],
+    ["empty", (path) => writeFile(path, ""), { damaged: 5 }],
+    ["longer", (path, bytes) => writeFile(path, Buffer.concat([bytes, bytes])), { damaged: 5 }],
+    ["lost", (path) => rm(path), { damaged: 0, misses: 5 }],
+  ];
+  for (const [name, damage, counts] of harm) {
+    for (const file of await entries(folder)) await damage(join(folder, file), await readFile(join(folder, file)));
+    const source = cachedSource(url, folderStore(folder));
+    t.same(await use(source), expected, name);
+    t.match(source.counts, { failures: 0, ...counts }, name);
+  }
+  origin.ranges.length = 0;
+  await writeFile(join(folder, "order"), "{");
+  await writeFile(join(folder, "x.tmp"), "");
+  await writeFile(join(folder, "old.tmp"), "");
+  await utimes(join(folder, "old.tmp"), new Date(0), new Date(0));
+  t.same(await use(cachedSource(url, folderStore(folder))), expected);
+  t.equal(origin.ranges.length, 0, "the order of use is a hint");
+  t.same(
+    (await readdir(folder)).filter((name) => name.endsWith(".tmp")),
+    ["x.tmp"],
+    "what was never finished goes, in time",
+  );
+});
+
+t.test("wrong bytes with a right checksum do not stay", async (t) => {
+  const broken = content.slice();
+  broken[opened.directory.tasks[1]!.section.offset + 3]! ^= 1;
+  const { server: origin, files, url } = await server(t, broken);
+  const store = folderStore(await folderOf(t));
+  const open = () => use(cachedSource(url, store, { integrity: root }));
+  await t.rejects(open(), { tag: "format", message: /CRC|checksum/ });
+  files.set("a.eigen", new Uint8Array([...content.slice(0, 8), 9, ...content.slice(9)]));
+  await t.rejects(open(), { tag: "format", message: /./ });
+  files.set("a.eigen", new Uint8Array(await readFile(data("goldens/pack/every-kind.eigen"))));
+  const trusting = () => use(cachedSource(url, store, { integrity: root }), root);
+  await t.rejects(trusting(), { tag: "trust", message: /./ }, "another pack, a good one");
+  files.set("a.eigen", content);
+  origin.ranges.length = 0;
+  t.same(await trusting(), expected);
+  t.equal(origin.ranges.length, 5);
+});
+
+t.test("the limit holds, and what is used stays", async (t) => {
+  const large = new Uint8Array(1000).map((_, i) => i % 251);
+  const { server: origin, url } = await server(t, large);
+  const folder = await folderOf(t);
+  const options = { maxBytes: 5 * (100 + 32) };
+  const source = cachedSource(url, folderStore(folder), options);
+  for (let at = 0; at < 500; at += 100) await source.read(at, 100);
+  await source.read(0, 100);
+  await source.close();
+  const again = cachedSource(url, folderStore(folder), options);
+  await again.read(500, 100);
+  t.equal((await entries(folder)).length, 5);
+  origin.ranges.length = 0;
+  for (const at of [0, 200, 300, 400, 500]) t.same(await again.read(at, 100), large.slice(at, at + 100));
+  t.same(origin.ranges, [], "all but the one that was not used for longest");
+  await again.read(100, 100);
+  t.same(origin.ranges, [[100, 200]]);
+  t.same(await again.read(0, 1000), large, "a range above the limit is read and not kept");
+  t.equal((await entries(folder)).length, 5);
+  await again.close();
+  const smaller = cachedSource(url, folderStore(folder), { maxBytes: 200 });
+  await smaller.read(0, 10);
+  t.ok((await entries(folder)).length <= 2, "a smaller limit holds at once");
+});
+
+t.test("a long read that was broken off goes on where it was", async (t) => {
+  const large = new Uint8Array(10 * 2 ** 20 + 5).map((_, i) => (i * 7) % 253);
+  const { server: origin, url } = await server(t, large);
+  const store = folderStore(await folderOf(t));
+  origin.faults = [undefined, undefined, undefined, "cut"];
+  await t.rejects(cachedSource(url, store, { retries: 0 }).read(3, large.length - 3), { tag: "source", message: /./ });
+  origin.ranges.length = 0;
+  const source = cachedSource(url, store);
+  t.ok(Buffer.from(large.buffer, 3).equals(await source.read(3, large.length - 3)));
+  t.match(source.counts, { hits: 2, misses: 1 });
+  t.equal(origin.ranges.length, 1);
+});
+
+t.test("a store that fails costs requests, and nothing else", async (t) => {
+  const { url } = await server(t);
+  const good = folderStore(await folderOf(t));
+  const full = new Error("QuotaExceededError");
+  for (const member of ["get", "put", "keys"] as const) {
+    const store: RangeStore = { ...good, [member]: () => Promise.reject(full) };
+    for (const round of [1, 2]) {
+      const source = cachedSource(url, store);
+      t.same(await use(source), expected, `${member}, round ${round}`);
+      t.equal(source.counts.misses, 5);
+      t.ok(source.counts.failures > 0);
+      t.equal(source.counts.lastFailure, full);
+    }
+  }
+});
+
+t.test("an aborted read ends its own wait only", async (t) => {
+  const { server: origin, url } = await server(t);
+  const source = cachedSource(url, folderStore(await folderOf(t)));
+  const aborted = new AbortController();
+  const first = source.read(0, 64, { signal: aborted.signal });
+  const second = source.read(0, 64);
+  aborted.abort(new Error("enough"));
+  await t.rejects(first, { message: "enough" });
+  t.same(await second, content.slice(0, 64));
+  await t.rejects(source.read(0, 64, { signal: AbortSignal.abort(new Error("before")) }), { message: "before" });
+  await source.close();
+  t.equal(origin.methods.filter((method) => method === "HEAD").length, 1);
+});
+
+t.test("other servers, other sources", async (t) => {
+  const { server: origin, url } = await server(t);
+  const store = folderStore(await folderOf(t));
+  origin.refuse = "HEAD";
+  t.same(await use(cachedSource(url, store)), expected, "a server without HEAD");
+  t.same(origin.ranges[0], [0, 1]);
+  const reads: number[] = [];
+  const own = {
+    name: "mine",
+    byteLength: content.length,
+    identify: async () => "version 1",
+    read: async (offset: number, length: number) => {
+      reads.push(offset);
+      return content.subarray(offset, offset + length);
+    },
+  };
+  t.same(await use(cachedSource(own, store)), expected);
+  t.equal(reads.length, 5);
+  const again = cachedSource(own, store);
+  t.same(await use(again), expected);
+  t.equal(reads.length, 5);
+  t.same({ ...again.reads }, { requests: 0, bytes: 0, whole: false });
+  const { identify: _, ...nameless } = own;
+  await t.rejects(use(cachedSource(nameless, store)), { tag: "source", message: /nothing tells its version/ });
+  t.throws(() => cachedSource("/a/path.eigen", store), { name: "TypeError", message: /files need no cache/ });
+  t.throws(() => cachedSource(url, "folder" as never), { name: "TypeError", message: /expected a store/ });
+  t.throws(() => cachedSource(url, store, { integrity: "" }), { name: "TypeError", message: /sha256-/ });
+  t.throws(() => cachedSource(url, store, { maxByte: 1 } as never), /did you mean "maxBytes"/);
+});
+
+t.test("in Chromium, after a reload", { skip: noChromium }, async (t) => {
+  const script = `
+    import { cachedSource, cacheStore, opfsStore } from "../dist/src/cache/index.js";
+    import { openPack } from "../dist/src/pack/pack.js";
+    async function use(store) {
+      const source = cachedSource("/a.eigen", store);
+      const pack = await openPack(source);
+      const blobs = [];
+      for (const id of ${JSON.stringify(TASKS)}) blobs.push([...(await pack.load(id)).bytes]);
+      const { hits, misses, damaged, failures, lastFailure } = source.counts;
+      const { requests, bytes } = pack.reads;
+      await pack.close();
+      return { hits, misses, damaged, failures, error: String(lastFailure), requests, bytes, blobs };
+    }
+    globalThis.answer = (async () => {
+      const answers = {};
+      for (const [name, store] of Object.entries({ cache: cacheStore("packs"), opfs: opfsStore("packs") })) {
+        answers[name] = await use(store);
+        if (location.hash === "#clear") await cachedSource("/a.eigen", store).clear();
+        answers[name].keys = [...(await store.keys())].filter((key) => key !== "order").length;
+      }
+      return answers;
+    })();`;
+  const files = new Map([
+    ["a.eigen", content],
+    ["page.js", await bundle(script)],
+  ]);
+  const page = await openPage(t, files);
+  const blobs = expected.map((bytes) => [...bytes]);
+  const good = { damaged: 0, failures: 0, blobs };
+  type Answers = Record<string, Record<string, unknown>>;
+  const check = async (wanted: object, message: string): Promise<void> => {
+    const answers = (await answerOf(page)) as Answers;
+    for (const name of ["cache", "opfs"]) t.match(answers[name], { ...good, ...wanted }, `${name}: ${message}`);
+  };
+  await check({ hits: 0, misses: 5, requests: 6, keys: 5 }, "read");
+  await page.reload();
+  await check({ hits: 5, misses: 0, requests: 1, bytes: 0, keys: 5 }, "kept");
+  await page.goto(`${page.url()}#clear`);
+  await page.reload();
+  await check({ hits: 5, keys: 0 }, "cleared");
+});
+
+t.test("what a browser hides is said", { skip: noChromium }, async (t) => {
+  const { url } = await server(t);
+  const script = `
+    import { openPack } from "../dist/src/pack/pack.js";
+    globalThis.answer = openPack(${JSON.stringify(`${url}?key=secret`)}, { retries: 0 }).catch(({ message, transient }) => ({ message, transient }));`;
+  const page = await openPage(t, new Map([["page.js", await bundle(script)]]));
+  const { message, transient } = (await answerOf(page)) as { message: string; transient: boolean };
+  t.match(
+    message,
+    /Failed to fetch.*127\.0\.0\.1:\d+ does not let http:\/\/127\.0\.0\.1:\d+ read it.*Access-Control-Allow-Origin/,
+  );
+  t.notMatch(message, /secret/);
+  t.equal(transient, true);
+});
