@@ -19,7 +19,7 @@ export interface HeadInputs {
   readonly bias: string | undefined;
 }
 
-/** @throws RangeError when the session was not made to train the layer, or the pack's tasks adapt it */
+/** @throws RangeError when the session was not made to train the layer */
 export function headInputs({ inputs }: Trainable, wanted: string | false | undefined): HeadInputs | undefined {
   const weights = inputs.filter(({ kind }) => kind === "headWeight");
   if (wanted === false || (wanted === undefined && weights.length === 0)) return undefined;
@@ -27,10 +27,6 @@ export function headInputs({ inputs }: Trainable, wanted: string | false | undef
   if (!weight) {
     const there = weights.map(({ of }) => `"${of}"`).join(", ") || "none";
     const message = `head: the session trains ${there}, not "${wanted}"; create it with reserve: { head: "${wanted}" }`;
-    throw new RangeError(message);
-  }
-  if (inputs.some(({ kind, of }) => kind === "A" && of === weight.of)) {
-    const message = `head: the pack adapts "${weight.of}", and a task cannot bring it whole as well; pass head: false`;
     throw new RangeError(message);
   }
   const bias = inputs.find(({ kind, of }) => kind === "headBias" && of === weight.of);
