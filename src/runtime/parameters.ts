@@ -30,25 +30,17 @@ interface Change {
 }
 
 /**
- * Tasks as they go together: what one brings whole, nobody else changes. PEFT has neither an adapter that trains a module whole,
- * or rows of it, and adapts it as well, nor two such adapters on one model.
+ * Tasks as they go together: what one brings whole, none of the others changes. A task by itself never does both (SPEC.md, section
+ * 6.2), and PEFT has no two such adapters on one model.
  * @param head the task of a blend whose saved modules are used: those of the others go, and what the others do to its own
- * @throws TaskError for a task, or for a blend without `head`, that would change a parameter in both ways
+ * @throws TaskError for a blend without `head` in which tasks do both
  */
 export function settle(parts: readonly ActiveTask[], pack: Pack, head: string | undefined): ActiveTask[] {
   const weightOf = ({ module }: TaskTerm): string => `${pack.modules[module]!.name}.weight`;
   const owners = new Map<string, string>();
   for (const { id, blob } of parts) {
-    const saved = blob.parameters.filter(({ role }) => role === "saved").map(({ name }) => name);
-    const rows = blob.parameters.filter(({ role }) => role === "rows").map(({ name }) => name);
-    const others = blob.parameters.filter(({ role }) => role !== "saved").map(({ name }) => name);
-    const adapted = new Set(blob.terms.map(weightOf));
-    const both = [...saved, ...rows].find((name) => adapted.has(name)) ?? saved.find((name) => others.includes(name));
-    if (both !== undefined) {
-      const message = `task "${id}" brings "${both}" whole or in rows and changes it as well, which no adapter can: pack it again`;
-      throw new TaskError(message, { task: id });
-    }
-    if (head === undefined || head === id) for (const name of saved) if (!owners.has(name)) owners.set(name, id);
+    if (head !== undefined && head !== id) continue;
+    for (const { name, role } of blob.parameters) if (role === "saved" && !owners.has(name)) owners.set(name, id);
   }
   return parts.map((part) => {
     const { id, blob } = part;

@@ -351,7 +351,7 @@ export class Runtime {
     const views = new Map<string, View>();
     for (const index of this.mode === "folded" ? this.#weights.modules : []) {
       const { name } = this.#parts.slots[index]!.weight;
-      views.set(name, this.weight(name));
+      if (!this.#host!.begin || this.#host!.view) views.set(name, this.weight(name));
     }
     for (const [name, { view }] of this.#active) views.set(name, view);
     return views;
