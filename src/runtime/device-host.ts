@@ -46,7 +46,7 @@ export function deviceHost(host: WeightHost, backend: Backend): WeightHost {
       return fetchView(backend, view);
     },
     view: (name) => host.view!(name),
-    ...(host.begin && { begin: () => transaction(host.begin!(), backend, originals) }),
+    ...(host.begin && { begin: (names: Iterable<string>) => transaction(host.begin!(names), backend, originals) }),
     ...(host.close && { close: () => host.close!() }),
   };
 }

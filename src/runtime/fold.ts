@@ -41,6 +41,14 @@ export interface Fold {
   weight(index: number): Slice;
 }
 
+/** A change that nothing speaks against. */
+interface Begun {
+  readonly fold: Fold;
+  /** Other parameters that are written. */
+  readonly names: ReadonlySet<string>;
+  readonly transaction: Transaction | undefined;
+}
+
 /** Modules and other parameters that may differ from the base. */
 interface Touched {
   readonly modules: ReadonlySet<number>;
@@ -74,7 +82,7 @@ export class FoldedWeights {
   /** They are the base's, as after a restart; but another task is to be active. */
   restart(): void {
     this.#touched = NOTHING;
-    this.#torn = torn("the device was lost, and its task is not back yet");
+    this.#torn = torn("the device was lost, and its task is not back yet", "webgpu");
   }
 
   /**
@@ -110,92 +118,76 @@ export class FoldedWeights {
     signal: AbortSignal | undefined,
   ): Promise<void> {
     const [before, sound] = [this.#touched, !this.#torn];
-    // What can fail before something is changed.
-    const fold = prepareFold(place.bench, this.#slots, change);
-    const transaction = place.host.begin?.();
+    const begun = this.#begin(change, place);
     try {
-      await this.#put(change, place, fold, transaction, signal);
+      await this.#put(change, place, begun, signal);
     } catch (error) {
       // A rollback that failed is told already; and weights that were no task's before have nothing to go back to.
       if (error === this.#torn || !sound) throw error;
-      if (place.host.view || fold.held.length > 0) await this.#putBack(error, place, former);
+      if (place.host.view || begun.fold.held.length > 0) await this.#putBack(error, place, former);
       else this.#touched = before;
       this.#torn = undefined;
       throw error;
     }
   }
 
-  async #put(
-    change: Change,
-    { bench, pristine }: Place,
-    fold: Fold,
-    transaction: Transaction | undefined,
-    signal?: AbortSignal,
-  ): Promise<void> {
-    const { modules, weights, parameters } = change;
-    const names = new Set([...this.#touched.names, ...parameters.keys()]);
-    this.#touched = { modules: new Set(weights.keys()), names };
-    this.#torn ??= torn("a switch is under way");
-    const pause = pacer(signal);
-    for (const index of fold.held) {
-      fold.weight(index);
-      const turn = pause();
-      if (turn) await turn;
-    }
-    if (transaction) {
-      const values = [...names].map((name) => [name, parameters.get(name)?.view ?? pristine(name) ?? null] as const);
-      await this.#pass(fold, transaction, values, pause);
-    } else await bench.backend.finish();
-    this.#touched = { modules, names: new Set(parameters.keys()) };
-    this.#torn = undefined;
+  /** All that can fail before something is changed. */
+  #begin(change: Change, { bench, host }: Place): Begun {
+    const fold = prepareFold(bench, this.#slots, change);
+    const names = new Set([...this.#touched.names, ...change.parameters.keys()]);
+    const weights = [...change.weights.keys()].map((index) => this.#slots[index]!.weight.name);
+    return { fold, names, transaction: host.begin?.([...weights, ...names]) };
   }
 
-  /** Passing weights and other parameters into the host: all of them or, where one fails, none. @param parameters null removes one */
-  async #pass(
-    fold: Fold,
-    transaction: Transaction,
-    parameters: Iterable<readonly [string, View | null]>,
-    pause: () => Promise<void> | undefined,
+  async #put(
+    { modules, weights, parameters }: Change,
+    { bench, pristine }: Place,
+    { fold, names, transaction }: Begun,
+    signal?: AbortSignal,
   ): Promise<void> {
-    const { bench, slots, passing, weight } = fold;
+    this.#touched = { modules: new Set(weights.keys()), names };
+    this.#torn ??= torn("a switch is under way", bench.backend.name);
+    const pause = pacer(signal);
     try {
-      const fetched = bench.backend.read && (await (await import("./device-host.ts")).fetchFolded(fold));
-      for (const index of passing) {
-        const { name, dtype, shape, byteLength } = slots[index]!.weight;
-        const data = fetched?.get(index) ?? bench.backend.view!(weight(index), byteLength);
-        // No wait that is not needed: short work in the caller's own memory is done in one go.
-        const waits = transaction.write(name, { dtype, shape, data, byteOffset: 0 }) ?? pause();
-        if (waits) await waits;
+      for (const index of fold.held) {
+        fold.weight(index);
+        const turn = pause();
+        if (turn) await turn;
       }
-      for (const [name, view] of parameters) await transaction.write(name, view);
+      if (transaction) await pass(fold, transaction, pause);
+      for (const name of transaction ? names : []) {
+        await transaction!.write(name, parameters.get(name)?.view ?? pristine(name) ?? null);
+      }
       await bench.backend.finish();
-      await transaction.commit();
+      await transaction?.commit();
     } catch (error) {
       try {
-        await transaction.rollback();
+        await transaction?.rollback();
       } catch (second) {
-        throw this.#doubt(error, second);
+        throw this.#doubt(error, second, bench);
       }
       throw error;
     }
+    this.#touched = { modules, names: new Set(parameters.keys()) };
+    this.#torn = undefined;
   }
 
   /** Writes the weights from before again. @throws BackendError when that fails too */
   async #putBack(error: unknown, place: Place, former: () => Promise<Change>): Promise<void> {
     try {
       const change = await former();
-      const fold = prepareFold(place.bench, this.#slots, change);
-      await this.#put(change, place, fold, place.host.begin?.());
+      await this.#put(change, place, this.#begin(change, place));
     } catch (second) {
-      throw this.#doubt(error, second);
+      throw this.#doubt(error, second, place.bench);
     }
   }
 
   /** That the weights are no task's. @param second why they could not be put back */
-  #doubt(error: unknown, second: unknown): Error {
+  #doubt(error: unknown, second: unknown, { backend }: Workbench): Error {
     const [first, then] = [error, second].map((one) => (one instanceof Error ? one.message : String(one)));
     return (this.#torn = torn(
       `${first}; and what was there before could not be put back: ${then}`,
+      backend.name,
       new AggregateError([error, second], first),
     ));
   }
@@ -223,7 +215,20 @@ function prepareFold(bench: Workbench, slots: readonly Slot[], { plans, weights 
   };
 }
 
-function torn(why: string, cause?: unknown): BackendError {
+/** Passing weights into a host, one by one. */
+async function pass(fold: Fold, transaction: Transaction, pause: () => Promise<void> | undefined): Promise<void> {
+  const { bench, slots, passing, weight } = fold;
+  const fetched = bench.backend.read && (await (await import("./device-host.ts")).fetchFolded(fold));
+  for (const index of passing) {
+    const { name, dtype, shape, byteLength } = slots[index]!.weight;
+    const data = fetched?.get(index) ?? bench.backend.view!(weight(index), byteLength);
+    // No wait that is not needed: short work in the caller's own memory is done in one go.
+    const turn = transaction.write(name, { dtype, shape, data, byteOffset: 0 }) ?? pause();
+    if (turn) await turn;
+  }
+}
+
+function torn(why: string, backend: string, cause?: unknown): BackendError {
   const message = `${why}. The weights are a mixture: wait for a switch that succeeds; null writes the base's`;
-  return new BackendError(message, { backend: "", cause });
+  return new BackendError(message, { backend, cause });
 }

@@ -67,6 +67,8 @@ export async function deviceCarrier(
         await gpu.exclusive(() => foldInPlace(runtime, selection, options, fed, tensors, own));
         return active(copySelection(selection), values);
       },
+      // It hands out no weight of a mixture.
+      check: () => void (fed[0] && runtime.weight(fed[0].name)),
       memory() {
         const { total, coefficients, pristine } = runtime.memory();
         return { scratch: total - coefficients - pristine, pristine, active: bytes };
