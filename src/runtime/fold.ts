@@ -31,7 +31,7 @@ export interface Place {
 }
 
 /** A fold whose memory is there. */
-export interface Fold {
+interface Fold {
   readonly bench: Workbench;
   readonly slots: readonly Slot[];
   /** Modules, by index, whose weights the backend holds, and whose pass through it. */
@@ -218,10 +218,12 @@ function prepareFold(bench: Workbench, slots: readonly Slot[], { plans, weights 
 /** Passing weights into a host, one by one. */
 async function pass(fold: Fold, transaction: Transaction, pause: () => Promise<void> | undefined): Promise<void> {
   const { bench, slots, passing, weight } = fold;
-  const fetched = bench.backend.read && (await (await import("./device-host.ts")).fetchFolded(fold));
+  const { backend } = bench;
+  const sizes = new Map(passing.map((index) => [index, slots[index]!.weight.byteLength]));
+  const fetched = backend.read && (await (await import("./device-host.ts")).fetchFolded(backend, sizes, weight));
   for (const index of passing) {
     const { name, dtype, shape, byteLength } = slots[index]!.weight;
-    const data = fetched?.get(index) ?? bench.backend.view!(weight(index), byteLength);
+    const data = fetched?.get(index) ?? backend.view!(weight(index), byteLength);
     // No wait that is not needed: short work in the caller's own memory is done in one go.
     const turn = transaction.write(name, { dtype, shape, data, byteOffset: 0 }) ?? pause();
     if (turn) await turn;
