@@ -2,7 +2,7 @@
  * Modules that several adapters, or parts made of adapters, have in common: the same layer must be the same in all of them.
  */
 import { AdapterError } from "../errors.ts";
-import type { ModuleShape } from "./adapter.ts";
+import type { Adapter, ModuleShape } from "./adapter.ts";
 
 /** By code units, so that the order is the same on every machine. */
 export function compare(a: string, b: string): number {
@@ -38,6 +38,15 @@ export function sharedModules<M extends ModuleShape, O extends Owner<M>>(
       return [name, { shape, owners }];
     }),
   );
+}
+
+/** @throws AdapterError when an adapter brings a weight whole, or rows of it, and adapts it as well; PEFT makes no such adapter */
+export function refuseBoth({ file, modules, saved }: Pick<Adapter, "file" | "modules" | "saved">): void {
+  const adapted = new Set([...modules.keys()].map((name) => `${name}.weight`));
+  const both = saved.find(({ name, role }) => adapted.has(name) && (role === "saved" || role === "rows"));
+  if (!both) return;
+  const message = `it brings "${both.name}" (${both.role}) and adapts it as well: which of the two is meant? Leave one out`;
+  throw new AdapterError(message, { file, field: both.name });
 }
 
 function checkSame(x: ModuleShape, file: string, y: ModuleShape, other: string): void {

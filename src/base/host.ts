@@ -37,7 +37,10 @@ export interface Transaction {
   write(name: string, view: View | null): void | Promise<void>;
   /** After it resolves, readers see all writes. */
   commit(): void | Promise<void>;
-  /** After it resolves, readers see what was there before `begin`. */
+  /**
+   * After it resolves, readers see what was there before `begin`; but parameters that a host shows by `view` may be left as they
+   * are, the runtime writes those again. When it fails, nothing is read until another switch has succeeded.
+   */
   rollback(): void | Promise<void>;
 }
 
@@ -47,12 +50,15 @@ export interface Transaction {
  */
 export interface WeightHost {
   list(): Iterable<Parameter>;
-  /** The parameter's bytes, in `into` when given. Called before any write, so what it returns is pristine. */
+  /** The parameter's bytes, in `into` when given. Called before the parameter is first written, so what it returns is pristine. */
   read(name: string, into?: Uint8Array, options?: ReadOptions): Promise<View>;
   /** The parameter as it is now, where it lies in memory. */
   view?(name: string): View;
-  /** Absent: the host cannot be written. The runtime then keeps the folded weights; take them from `runtime.weight`. */
-  begin?(): Transaction;
+  /**
+   * Absent: the host cannot be written. The runtime then keeps the folded weights; take them from `runtime.weight`.
+   * @param names of all parameters that will change; what speaks against it is best said here, before anything has changed
+   */
+  begin?(names: Iterable<string>): Transaction;
   close?(): Promise<void>;
 }
 

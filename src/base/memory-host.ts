@@ -36,13 +36,15 @@ export function memoryHost(tensors: Tensors): WeightHost {
       return { ...found, data: into };
     },
     view,
-    begin() {
+    begin(names = []) {
       // The one way a write in place can fail is an array that was transferred away: find it before the first write.
       checkSizes(tensors);
+      refuseShared(tensors, names);
       const undo: (() => void)[] = [];
       return {
         write: (name, value) => write(tensors, name, value, undo),
         commit() {},
+        // What was written in place the runtime writes again.
         rollback() {
           for (const step of undo.reverse()) step();
         },
@@ -61,6 +63,26 @@ function checkSizes(tensors: Tensors): void {
       `base tensor "${name}": ${dtype} [${shape.join(", ")}] needs ${bytes} bytes, its data has ${found}`,
       { module: name, expected: bytes, found },
     );
+  }
+}
+
+/** @throws BaseMismatchError when two parameters that change share their memory, as tied weights do: one would undo the other */
+function refuseShared(tensors: Tensors, names: Iterable<string>): void {
+  const taken = new Map<object, { readonly name: string; readonly start: number; readonly end: number }[]>();
+  for (const name of names) {
+    const tensor = tensors.get(name);
+    if (!tensor) continue;
+    const { data, byteOffset } = viewOf(tensor);
+    const [memory, start] = onDevice(data) ? [data, byteOffset] : [data.buffer, data.byteOffset];
+    const end = start + byteLengthOf(tensor);
+    const others = taken.get(memory) ?? [];
+    const other = others.find((one) => one.start < end && start < one.end);
+    if (other) {
+      const message = `the base's "${other.name}" and "${name}" share their memory, and both are to be changed: give each its own`;
+      throw new BaseMismatchError(message, { module: name });
+    }
+    others.push({ name, start, end });
+    taken.set(memory, others);
   }
 }
 

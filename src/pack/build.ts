@@ -4,7 +4,7 @@
  */
 
 import type { Adapter } from "../adapters/adapter.ts";
-import { baseModels, type SharedModule, sharedModules } from "../adapters/modules.ts";
+import { baseModels, refuseBoth, type SharedModule, sharedModules } from "../adapters/modules.ts";
 import { checkOptions } from "../arguments.ts";
 import type { WeightHost } from "../base/host.ts";
 import { AdapterError } from "../errors.ts";
@@ -113,6 +113,7 @@ export interface Built<Report = BuildReport> {
 export async function buildPack(adapters: readonly Adapter[], options: BuildOptions = {}): Promise<Built> {
   checkOptions("buildPack", options, OPTIONS);
   if (adapters.length === 0) throw new RangeError("buildPack: no adapters");
+  for (const adapter of adapters) refuseBoth(adapter);
   const extraction = await extractionOf(options, adapters.length);
   const { mode = "column", gauge, centering, rank } = extraction;
   const dtype = completeDtypes(options.dtype);

@@ -2,6 +2,7 @@
  * Adapters onto the basis of a pack that exists (DESIGN.md 2.10a).
  */
 import type { Adapter } from "../adapters/adapter.ts";
+import { refuseBoth } from "../adapters/modules.ts";
 import { AdapterError } from "../errors.ts";
 import type { Gauge } from "../extract/options.ts";
 import { type ModuleSpace, openModule, projectModule } from "../extract/project.ts";
@@ -76,6 +77,7 @@ export function gaugeOf({ directory }: Pack): Gauge {
 
 /** @throws AdapterError when the pack has no basis for a module of an adapter */
 function checkModules(pack: Pack, adapter: Adapter): void {
+  refuseBoth(adapter);
   const known = new Map(pack.modules.map((m) => [m.name, m]));
   const missing = [...adapter.modules.keys()].filter((name) => !known.has(name));
   if (missing.length > 0) {

@@ -30,11 +30,19 @@ export interface Applied {
   readonly starts: readonly number[];
 }
 
-/** @throws TaskError for an unknown task, or one with DoRA on the module, which is no addition */
-export async function partsOfRows(pack: Pack, rows: readonly Selection[], index: number): Promise<ActiveTask[][]> {
+/**
+ * @param head of a blend among the rows
+ * @throws TaskError for an unknown task, or one with DoRA on the module, which is no addition
+ */
+export async function partsOfRows(
+  pack: Pack,
+  rows: readonly Selection[],
+  index: number,
+  head: string | undefined,
+): Promise<ActiveTask[][]> {
   checkArgument("apply: tasks", rows, "a list of one task per row", "map");
   const known = new Map<Selection, ActiveTask[]>();
-  for (const row of rows) if (!known.has(row)) known.set(row, await loadParts(pack, row));
+  for (const row of rows) if (!known.has(row)) known.set(row, await loadParts(pack, row, { head }));
   const parts = rows.map((row) => known.get(row)!);
   refuseMagnitudes(parts.flat(), pack, (module) => module === index, 'it is no addition to x·Wᵀ; use mode "folded"');
   return parts;
@@ -109,7 +117,7 @@ function same({ parts }: Applied, rows: readonly (readonly ActiveTask[])[]): boo
 function sameParts(a: readonly ActiveTask[], b: readonly ActiveTask[]): boolean {
   return (
     a.length === b.length &&
-    a.every(({ blob, strength }, i) => blob.bytes === b[i]!.blob.bytes && strength === b[i]!.strength)
+    a.every(({ blob, strength }, i) => blob.terms === b[i]!.blob.terms && strength === b[i]!.strength)
   );
 }
 

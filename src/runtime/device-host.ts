@@ -6,7 +6,6 @@
 import type { Backend, Block, DeviceBuffer, DeviceHandle, Slice } from "../backends/backend.ts";
 import type { BackendOptions } from "../backends/select.ts";
 import { byteLengthOf, type CpuView, onDevice, type Transaction, type View, type WeightHost } from "../base/host.ts";
-import type { Fold } from "./fold.ts";
 
 /** Where a view lies, as the backend sees it. */
 function sliceOf(backend: Backend, view: View): Slice {
@@ -46,7 +45,7 @@ export function deviceHost(host: WeightHost, backend: Backend): WeightHost {
       return fetchView(backend, view);
     },
     view: (name) => host.view!(name),
-    ...(host.begin && { begin: () => transaction(host.begin!(), backend, originals) }),
+    ...(host.begin && { begin: (names: Iterable<string>) => transaction(host.begin!(names), backend, originals) }),
     ...(host.close && { close: () => host.close!() }),
   };
 }
@@ -83,11 +82,18 @@ function transaction(inner: Transaction, backend: Backend, { original, made }: O
   };
 }
 
-/** The passing weights of a fold, which a host takes without a pause once the device is waited for. */
-export async function fetchFolded({ bench, slots, passing, weight }: Fold): Promise<Map<number, Uint8Array>> {
-  const { backend } = bench;
+/**
+ * Weights that pass through a device on their way to a host, which takes them without a pause once the device is waited for.
+ * @param sizes bytes of each
+ * @param weight makes one, in memory that the next one takes
+ */
+export async function fetchFolded(
+  backend: Backend,
+  sizes: ReadonlyMap<number, number>,
+  weight: (index: number) => Slice,
+): Promise<Map<number, Uint8Array>> {
   const fetched = new Map<number, Uint8Array>();
-  for (const index of passing) fetched.set(index, await backend.read!(weight(index), slots[index]!.weight.byteLength));
+  for (const [index, size] of sizes) fetched.set(index, await backend.read!(weight(index), size));
   await backend.finish();
   return fetched;
 }

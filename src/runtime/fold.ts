@@ -1,15 +1,37 @@
 /**
- * Mode "folded": W0 + ΔW of the plans goes where the weights are, and W0 where the task before had changed a weight and the
- * new one does not. Weights that the backend holds are folded in place; those of a host in the CPU's memory pass through it.
+ * Mode "folded": the weights of a base as the active task has them. Every adapted weight has one pristine value, its slot's,
+ * and one writer, this file: it becomes what the task puts in its place, or the pristine value, plus ΔW. Weights that the
+ * backend holds are folded in place; those of a host in the CPU's memory pass through it.
  */
 import { at, type Slice } from "../backends/backend.ts";
-import type { Transaction, View } from "../base/host.ts";
-import type { Slot } from "./slots.ts";
+import type { CpuView, Transaction, View, WeightHost } from "../base/host.ts";
+import { BackendError } from "../errors.ts";
+import { pacer } from "./pace.ts";
+import { readWeight, type Slot } from "./slots.ts";
 import type { ModulePlan } from "./stage.ts";
 import type { Workbench } from "./workbench.ts";
 
-/** A switch whose memory is there. Nothing is changed yet. */
-export interface Fold {
+/** What a selection makes of the base. */
+export interface Change {
+  readonly plans: readonly ModulePlan[];
+  /** Modules, by index, that differ from the base then. */
+  readonly modules: ReadonlySet<number>;
+  /** All adapted weights that are written, and what ΔW is added to where that is not the pristine copy in memory. */
+  readonly weights: ReadonlyMap<number, Uint8Array | undefined>;
+  /** Other parameters, by the base's names. */
+  readonly parameters: ReadonlyMap<string, { readonly view: View }>;
+}
+
+/** Where it is made. */
+export interface Place {
+  readonly bench: Workbench;
+  readonly host: WeightHost;
+  /** The base's value of another parameter; undefined where it has none. */
+  pristine(name: string): CpuView | undefined;
+}
+
+/** A fold whose memory is there. */
+interface Fold {
   readonly bench: Workbench;
   readonly slots: readonly Slot[];
   /** Modules, by index, whose weights the backend holds, and whose pass through it. */
@@ -19,27 +41,170 @@ export interface Fold {
   weight(index: number): Slice;
 }
 
-/**
- * @param touched modules that change
- * @param read pristine weights of those of which no copy stays in memory
- * @throws BackendError when there is not enough memory
- */
-export function prepareFold(
-  bench: Workbench,
-  slots: readonly Slot[],
-  plans: readonly ModulePlan[],
-  touched: ReadonlySet<number>,
-  read: ReadonlyMap<number, Uint8Array>,
-): Fold {
+/** A change that nothing speaks against. */
+interface Begun {
+  readonly fold: Fold;
+  /** Other parameters that are written. */
+  readonly names: ReadonlySet<string>;
+  readonly transaction: Transaction | undefined;
+}
+
+/** Modules and other parameters that may differ from the base. */
+interface Touched {
+  readonly modules: ReadonlySet<number>;
+  readonly names: ReadonlySet<string>;
+}
+
+const NOTHING: Touched = { modules: new Set(), names: new Set() };
+
+/** The weights, and whether they are one task's. */
+export class FoldedWeights {
+  readonly #slots: readonly Slot[];
+  #touched = NOTHING;
+  /** Why they are no task's; undefined where they are. */
+  #torn: Error | undefined;
+
+  constructor(slots: readonly Slot[]) {
+    this.#slots = slots;
+  }
+
+  /** @throws BackendError while the weights are no task's */
+  check(): void {
+    if (this.#torn) throw this.#torn;
+  }
+
+  /** Modules that the active task changes. @throws BackendError as `check` */
+  get modules(): ReadonlySet<number> {
+    this.check();
+    return this.#touched.modules;
+  }
+
+  /** They are the base's, as after a restart; but another task is to be active. */
+  restart(): void {
+    this.#touched = NOTHING;
+    this.#torn = torn("the device was lost, and its task is not back yet", "webgpu");
+  }
+
+  /**
+   * Reads the pristine weights that a change needs and memory does not hold, all of them before anything is changed.
+   * @param replaced bytes of adapted weights that the tasks bring whole
+   */
+  async prepare(
+    plans: readonly ModulePlan[],
+    replaced: ReadonlyMap<number, Uint8Array>,
+    parameters: Change["parameters"],
+    host: WeightHost,
+    signal: AbortSignal | undefined,
+  ): Promise<Change> {
+    const modules = new Set([...plans.map(({ module }) => module), ...replaced.keys()]);
+    const weights = new Map<number, Uint8Array | undefined>();
+    for (const index of new Set([...this.#touched.modules, ...modules])) {
+      const slot = this.#slots[index]!;
+      const kept = replaced.has(index) || slot.pristine;
+      weights.set(index, kept ? replaced.get(index) : await readWeight(host, slot, undefined, { signal }));
+    }
+    return { plans, modules, weights, parameters };
+  }
+
+  /**
+   * Makes a change. Where it fails, or is aborted in a pause of long work, the weights from before are put back.
+   * @param former the change that they are of
+   * @throws BackendError when they cannot be put back: they are no task's then, until a change is made
+   */
+  async write(
+    change: Change,
+    place: Place,
+    former: () => Promise<Change>,
+    signal: AbortSignal | undefined,
+  ): Promise<void> {
+    const [before, sound] = [this.#touched, !this.#torn];
+    const begun = this.#begin(change, place);
+    try {
+      await this.#put(change, place, begun, signal);
+    } catch (error) {
+      // A rollback that failed is told already; and weights that were no task's before have nothing to go back to.
+      if (error === this.#torn || !sound) throw error;
+      if (place.host.view || begun.fold.held.length > 0) await this.#putBack(error, place, former);
+      else this.#touched = before;
+      this.#torn = undefined;
+      throw error;
+    }
+  }
+
+  /** All that can fail before something is changed. */
+  #begin(change: Change, { bench, host }: Place): Begun {
+    const fold = prepareFold(bench, this.#slots, change);
+    const names = new Set([...this.#touched.names, ...change.parameters.keys()]);
+    const weights = [...change.weights.keys()].map((index) => this.#slots[index]!.weight.name);
+    return { fold, names, transaction: host.begin?.([...weights, ...names]) };
+  }
+
+  async #put(
+    { modules, weights, parameters }: Change,
+    { bench, pristine }: Place,
+    { fold, names, transaction }: Begun,
+    signal?: AbortSignal,
+  ): Promise<void> {
+    this.#touched = { modules: new Set(weights.keys()), names };
+    this.#torn ??= torn("a switch is under way", bench.backend.name);
+    const pause = pacer(signal);
+    try {
+      for (const index of fold.held) {
+        fold.weight(index);
+        const turn = pause();
+        if (turn) await turn;
+      }
+      if (transaction) await pass(fold, transaction, pause);
+      for (const name of transaction ? names : []) {
+        await transaction!.write(name, parameters.get(name)?.view ?? pristine(name) ?? null);
+      }
+      await bench.backend.finish();
+      await transaction?.commit();
+    } catch (error) {
+      try {
+        await transaction?.rollback();
+      } catch (second) {
+        throw this.#doubt(error, second, bench);
+      }
+      throw error;
+    }
+    this.#touched = { modules, names: new Set(parameters.keys()) };
+    this.#torn = undefined;
+  }
+
+  /** Writes the weights from before again. @throws BackendError when that fails too */
+  async #putBack(error: unknown, place: Place, former: () => Promise<Change>): Promise<void> {
+    try {
+      const change = await former();
+      await this.#put(change, place, this.#begin(change, place));
+    } catch (second) {
+      throw this.#doubt(error, second, place.bench);
+    }
+  }
+
+  /** That the weights are no task's. @param second why they could not be put back */
+  #doubt(error: unknown, second: unknown, { backend }: Workbench): Error {
+    const [first, then] = [error, second].map((one) => (one instanceof Error ? one.message : String(one)));
+    return (this.#torn = torn(
+      `${first}; and what was there before could not be put back: ${then}`,
+      backend.name,
+      new AggregateError([error, second], first),
+    ));
+  }
+}
+
+/** @param change plans, and the weights that are written */
+function prepareFold(bench: Workbench, slots: readonly Slot[], { plans, weights }: Change): Fold {
   bench.prepare(plans);
-  const passing = [...touched].filter((index) => !slots[index]!.active);
+  const touched = [...weights.keys()];
+  const passing = touched.filter((index) => !slots[index]!.active);
   const passage = bench.reserve("weight", Math.max(0, ...passing.map((index) => slots[index]!.weight.byteLength)));
   const planOf = new Map(plans.map((plan) => [plan.module, plan]));
   return {
-    ...{ bench, slots, passing, held: [...touched].filter((index) => slots[index]!.active) },
+    ...{ bench, slots, passing, held: touched.filter((index) => slots[index]!.active) },
     weight(index) {
       const { weight, pristine, active: out = passage } = slots[index]!;
-      const fresh = read.get(index);
+      const fresh = weights.get(index);
       if (fresh) bench.backend.upload(out, fresh);
       const base = fresh ? out : at(pristine!);
       const plan = planOf.get(index);
@@ -50,28 +215,22 @@ export function prepareFold(
   };
 }
 
-/**
- * Passing weights and other parameters into the host: all of them or, where one fails, none. Without a pause between weights
- * where the host makes none.
- * @param parameters by name; null removes one
- */
-export async function writeFolded(
-  { bench, slots, passing, weight }: Fold,
-  fetched: ReadonlyMap<number, Uint8Array> | undefined,
-  transaction: Transaction,
-  parameters: Iterable<readonly [string, View | null]>,
-): Promise<void> {
-  try {
-    for (const index of passing) {
-      const { name, dtype, shape, byteLength } = slots[index]!.weight;
-      const data = fetched?.get(index) ?? bench.backend.view!(weight(index), byteLength);
-      const written = transaction.write(name, { dtype, shape, data, byteOffset: 0 });
-      if (written) await written;
-    }
-    for (const [name, view] of parameters) await transaction.write(name, view);
-    await transaction.commit();
-  } catch (error) {
-    await transaction.rollback();
-    throw error;
+/** Passing weights into a host, one by one. */
+async function pass(fold: Fold, transaction: Transaction, pause: () => Promise<void> | undefined): Promise<void> {
+  const { bench, slots, passing, weight } = fold;
+  const { backend } = bench;
+  const sizes = new Map(passing.map((index) => [index, slots[index]!.weight.byteLength]));
+  const fetched = backend.read && (await (await import("./device-host.ts")).fetchFolded(backend, sizes, weight));
+  for (const index of passing) {
+    const { name, dtype, shape, byteLength } = slots[index]!.weight;
+    const data = fetched?.get(index) ?? backend.view!(weight(index), byteLength);
+    // No wait that is not needed: short work in the caller's own memory is done in one go.
+    const turn = transaction.write(name, { dtype, shape, data, byteOffset: 0 }) ?? pause();
+    if (turn) await turn;
   }
+}
+
+function torn(why: string, backend: string, cause?: unknown): BackendError {
+  const message = `${why}. The weights are a mixture: wait for a switch that succeeds; null writes the base's`;
+  return new BackendError(message, { backend, cause });
 }

@@ -12,13 +12,13 @@ import { BackendError } from "../errors.ts";
 import type { Pack } from "../pack/pack.ts";
 import type { Term } from "../tensor/term.ts";
 import type { Applied } from "./apply.ts";
-import { prepareFold, writeFolded } from "./fold.ts";
-import type { Parameters, Replacement } from "./parameters.ts";
+import { type Change, FoldedWeights } from "./fold.ts";
+import type { Parameters, Replacement, Resolved } from "./parameters.ts";
 import type { RuntimeParts, Started } from "./parts.ts";
 import { type MemoryReport, memoryReport, type RuntimeSwitchReport } from "./report.ts";
 import { copySelection, loadParts, refuseMagnitudes, type Selection, type SwitchOptions } from "./selection.ts";
 import { readWeight, type Slot } from "./slots.ts";
-import { type ActiveTask, type ModulePlan, stage } from "./stage.ts";
+import { type ActiveTask, stage } from "./stage.ts";
 import type { PristineWeight } from "./unfold.ts";
 import type { Workbench } from "./workbench.ts";
 
@@ -34,7 +34,13 @@ export interface ModuleTerm extends Term {
   readonly bias?: Float32Array | undefined;
 }
 
-const NO_PARAMETERS: ReadonlyMap<string, Replacement> = new Map();
+const NOTHING: Resolved = { parameters: new Map(), weights: new Map() };
+
+/** A selection, read: what it does to the model. Nothing is changed yet. */
+interface Loaded {
+  readonly resolved: Resolved;
+  readonly change: Change;
+}
 
 /** A pack at work. Made by `createRuntime`. */
 export class Runtime {
@@ -50,9 +56,10 @@ export class Runtime {
   /** Once a task has brought some. */
   #parameters: Parameters | undefined;
   readonly #parts: RuntimeParts;
-  /** Modules, by index, that are not pristine now. */
-  #changed = new Set<number>();
+  readonly #weights: FoldedWeights;
   #unfolded: ReadonlyMap<number, Term> = new Map();
+  /** Terms of the task before, whose arrays the next one is written to: those of the active one stay whole until it is there. */
+  #spare: ReadonlyMap<number, Term> = new Map();
   #applied: Applied | undefined;
   #task: Selection = null;
   /** Of the active task. */
@@ -72,6 +79,7 @@ export class Runtime {
     this.#parts = parts;
     this.#bench = bench;
     this.#host = host;
+    this.#weights = new FoldedWeights(slots);
     for (const slot of slots) {
       for (const name of [slot.weight.name, slot.module.name]) {
         this.#slotsByName.set(name, slot);
@@ -110,7 +118,7 @@ export class Runtime {
     const { bench, host } = await this.#parts.restart();
     this.#bench = bench;
     this.#host = host;
-    this.#changed.clear();
+    this.#weights.restart();
     this.#applied = undefined;
     this.#loss = undefined;
     this.#watch();
@@ -123,11 +131,13 @@ export class Runtime {
   }
 
   /**
-   * Makes a task, a blend or the pristine base active. Calls are queued. When it fails or is aborted, the previous task
-   * stays whole.
+   * Makes a task, a blend or the pristine base active. Calls are queued. Long work lets the event loop have a turn now and then:
+   * wait for the switch before the weights are used. When it fails or is aborted, the previous task stays whole, or is made
+   * whole again; where a host does not let that be, nothing is read until another switch has succeeded.
    * @param selection a task id; null for the base; or strengths by id, W0 + Σ strength · ΔW
    * @throws TaskError for an unknown id (naming the nearest), a blend with DoRA, heads that cannot be blended
    * @throws SourceError, FormatError when the task's blob cannot be read or is damaged
+   * @throws BackendError when it failed and the previous task could not be put back either; `cause` has both errors
    * @example
    * await runtime.switchTask("sst2");
    * await runtime.switchTask({ sst2: 0.7, cola: 0.3 });
@@ -150,33 +160,29 @@ export class Runtime {
     await this.#ready();
     signal?.throwIfAborted();
     const before = { ...this.pack.reads };
-    const parts = await loadParts(this.pack, selection, options, this.#parts.ignored);
-    if (!this.#host) refuseMagnitudes(parts, this.pack, () => true, "pass `base`");
-    const replacements = await this.#resolve(parts, options);
-    const plans = stage(parts, this.pack.modules, this.#bench.staging);
-    const touched = new Set([...this.#changed, ...plans.map((p) => p.module)]);
-    const pristine = await this.#readPristine(plans, touched, signal);
+    const { resolved, change } = await this.#load(selection, options);
     const read = performance.now();
     signal?.throwIfAborted();
 
     this.#bench.allocated = 0;
     this.#bench.dispatches = 0;
-    if (this.mode === "folded") await this.#fold(plans, touched, pristine, replacements);
-    else await this.#unfold(plans, this.mode, pristine);
-    await this.#bench.backend.finish();
+    if (this.mode === "folded") await this.#fold(change, signal);
+    else await this.#unfold(change, this.mode, signal);
     const allocated = this.#bench.allocated + (this.#parameters?.allocated ?? 0);
-    this.#parameters?.activate(replacements);
-    this.#changed = new Set(plans.map((p) => p.module));
+    this.#parameters?.activate(resolved);
     this.#task = copySelection(selection);
     this.#head = head;
     const done = performance.now();
-    const named = (added: boolean): string[] =>
-      [...replacements].filter(([, r]) => r.added === added).map(([name]) => name);
+    const all = [...resolved.parameters].map(([name, { added }]) => ({ name, added }));
+    for (const index of resolved.weights.keys()) {
+      all.push({ name: this.#parts.slots[index]!.weight.name, added: false });
+    }
+    const named = (which: boolean): string[] => all.filter(({ added }) => added === which).map(({ name }) => name);
     return {
       task: this.#task,
       bytesRead: this.pack.reads.bytes - before.bytes,
       requests: this.pack.reads.requests - before.requests,
-      modules: touched.size,
+      modules: change.weights.size,
       dispatches: this.#bench.dispatches,
       allocated,
       added: named(true),
@@ -185,66 +191,58 @@ export class Runtime {
     };
   }
 
-  /** Parameters of the tasks beside their terms. */
-  async #resolve(parts: readonly ActiveTask[], options: SwitchOptions): Promise<ReadonlyMap<string, Replacement>> {
-    if (!parts.some(({ blob }) => blob.parameters.length > 0)) return NO_PARAMETERS;
-    this.#parameters ??= new (await import("./parameters.ts")).Parameters(this.#parts.locator);
-    return this.#parameters.resolve(parts, this.pack, this.#host, options);
+  /** Reads everything that a switch needs, before anything is changed. */
+  async #load(selection: Selection, options: SwitchOptions): Promise<Loaded> {
+    const parts = await loadParts(this.pack, selection, options, this.#parts.ignored);
+    if (!this.#host) refuseMagnitudes(parts, this.pack, () => true, "pass `base`");
+    const { signal } = options;
+    const resolved = await this.#resolve(parts, signal);
+    const { parameters, weights } = resolved;
+    const plans = stage(parts, this.pack.modules, this.#bench.staging);
+    if (this.mode === "folded") {
+      const replaced = new Map([...weights].map(([index, { view }]) => [index, view.data]));
+      return { resolved, change: await this.#weights.prepare(plans, replaced, parameters, this.#host!, signal) };
+    }
+    const modules = new Set(plans.map(({ module }) => module));
+    const scaled = new Map<number, Uint8Array>();
+    for (const { module, magnitude } of plans) {
+      if (magnitude === undefined) continue;
+      scaled.set(module, await readWeight(this.#host!, this.#parts.slots[module]!, undefined, { signal }));
+    }
+    return { resolved, change: { plans, modules, weights: scaled, parameters } };
+  }
+
+  /** Parameters that the tasks bring beside their terms. */
+  async #resolve(parts: readonly ActiveTask[], signal: AbortSignal | undefined): Promise<Resolved> {
+    if (!parts.some(({ blob }) => blob.parameters.length > 0)) return NOTHING;
+    const { locator, slots } = this.#parts;
+    this.#parameters ??= new (await import("./parameters.ts")).Parameters(locator, slots);
+    const base = { host: this.#host, bench: this.#bench, folded: this.mode === "folded" };
+    return this.#parameters.resolve(parts, this.pack, base, signal);
   }
 
   /** Those of the active task. */
   get #active(): ReadonlyMap<string, Replacement> {
-    return this.#parameters?.active ?? NO_PARAMETERS;
+    return this.#parameters?.active ?? NOTHING.parameters;
   }
 
-  /** Pristine weights that a switch needs and memory does not hold, all of them read before anything is changed. */
-  async #readPristine(
-    plans: readonly ModulePlan[],
-    touched: ReadonlySet<number>,
-    signal: AbortSignal | undefined,
-  ): Promise<Map<number, Uint8Array>> {
-    const read = new Map<number, Uint8Array>();
-    const scaled = plans.filter((p) => p.magnitude !== undefined).map((p) => p.module);
-    for (const index of this.mode === "folded" ? touched : scaled) {
-      const slot = this.#parts.slots[index]!;
-      if (!slot.pristine) read.set(index, await readWeight(this.#host!, slot, undefined, { signal }));
-    }
-    return read;
+  async #fold(change: Change, signal: AbortSignal | undefined): Promise<void> {
+    const pristine = (name: string): CpuView | undefined => this.#parameters?.pristine(name);
+    const former = async (): Promise<Change> => (await this.#load(this.#task, { head: this.#head })).change;
+    await this.#weights.write(change, { bench: this.#bench, host: this.#host!, pristine }, former, signal);
   }
 
-  async #fold(
-    plans: readonly ModulePlan[],
-    touched: ReadonlySet<number>,
-    read: ReadonlyMap<number, Uint8Array>,
-    replacements: ReadonlyMap<string, Replacement>,
-  ): Promise<void> {
-    const fold = prepareFold(this.#bench, this.#parts.slots, plans, touched, read);
-    // From here on every touched weight counts as changed, so that the next switch repairs what a failure leaves behind.
-    this.#changed = new Set(touched);
-    for (const index of fold.held) fold.weight(index);
-    const host = this.#host!;
-    if (!host.begin) return;
-    const parameters = new Map<string, View | null>();
-    for (const [name, { added }] of this.#active)
-      parameters.set(name, added ? null : this.#parameters!.pristine(name)!);
-    for (const [name, { view }] of replacements) parameters.set(name, view);
-    const fetched = this.#bench.backend.read && (await (await import("./device-host.ts")).fetchFolded(fold));
-    await writeFolded(fold, fetched, host.begin(), parameters);
-  }
-
-  /** The terms of the plans. Once the code is there, without a pause but on a device, so that nobody sees half of them. */
-  async #unfold(
-    plans: readonly ModulePlan[],
-    mode: "core" | "factors",
-    read: ReadonlyMap<number, Uint8Array>,
-  ): Promise<void> {
+  /** The terms of the plans. Nobody sees them before all are there. */
+  async #unfold({ plans, weights }: Change, mode: "core" | "factors", signal: AbortSignal | undefined): Promise<void> {
     // Apps that fold do without.
-    const { unfold, unfoldOnDevice } = await import("./unfold.ts");
+    const { unfold } = await import("./unfold.ts");
     const weightOf = (module: number): PristineWeight => {
-      return { ...this.#parts.slots[module]!.weight, data: read.get(module)!, byteOffset: 0 };
+      return { ...this.#parts.slots[module]!.weight, data: weights.get(module)!, byteOffset: 0 };
     };
-    const all = [plans, this.#bench, mode, weightOf, this.#unfolded] as const;
-    this.#unfolded = this.#bench.backend.view ? unfold(...all) : await unfoldOnDevice(...all);
+    const terms = await unfold(plans, this.#bench, mode, weightOf, { old: this.#spare, signal });
+    await this.#bench.backend.finish();
+    this.#spare = this.#unfolded;
+    this.#unfolded = terms;
   }
 
   /**
@@ -253,10 +251,12 @@ export class Runtime {
    * @param name of an adapted module ("encoder.layer.0.attention.self.query", with or without ".weight") or of a parameter
    *   that tasks bring ("classifier.weight")
    * @throws RangeError when no task of the pack changes such a parameter, or the active one does not have it
+   * @throws BackendError while a switch is under way, and where one failed and the task before it could not be put back
    */
   weight(name: string): View {
     this.#live();
     if (this.mode !== "folded") throw new TypeError(`weight: mode "${this.mode}" does not fold; use term("${name}")`);
+    this.#weights.check();
     const found = this.#parts.locator.names.find(name);
     const parameter = "name" in found ? found.name : name;
     const replaced = this.#active.get(parameter) ?? this.#active.get(name);
@@ -336,7 +336,7 @@ export class Runtime {
       await this.#ready();
       const index = this.#indexOf(name);
       const { apply, partsOfRows } = await import("./apply.ts");
-      const rows = await partsOfRows(this.pack, tasks ?? [this.#task], index);
+      const rows = await partsOfRows(this.pack, tasks ?? [this.#task], index, tasks ? undefined : this.#head);
       this.#applied = await apply(this.#bench, this.pack.modules, index, rows, x, y, this.#applied);
     });
   }
@@ -344,13 +344,14 @@ export class Runtime {
   /**
    * Every parameter in which the model of the active task differs from the base, by the base's names: folded weights (mode
    * "folded", where the runtime holds them), heads, biases, token rows. Valid until the next switch.
+   * @throws BackendError as `weight`
    */
   changes(): ReadonlyMap<string, View> {
     this.#live();
     const views = new Map<string, View>();
-    for (const index of this.mode === "folded" ? this.#changed : []) {
+    for (const index of this.mode === "folded" ? this.#weights.modules : []) {
       const { name } = this.#parts.slots[index]!.weight;
-      views.set(name, this.weight(name));
+      if (!this.#host!.begin || this.#host!.view) views.set(name, this.weight(name));
     }
     for (const [name, { view }] of this.#active) views.set(name, view);
     return views;
@@ -361,7 +362,7 @@ export class Runtime {
     const { basis, coefficients, pristine, active, scratch, reserved } = this.#bench.backend.memory();
     const held = this.pack.residentBytes;
     let unfolded = 0;
-    for (const { core, A, Bt, rowScale } of this.#unfolded.values()) {
+    for (const { core, A, Bt, rowScale } of [...this.#unfolded.values(), ...this.#spare.values()]) {
       for (const array of [core, A, Bt, rowScale]) unfolded += array?.byteLength ?? 0;
     }
     return memoryReport({

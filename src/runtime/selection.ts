@@ -12,7 +12,10 @@ export type Selection = string | null | Readonly<Record<string, number>>;
 /** Options of `switchTask`. */
 export interface SwitchOptions {
   readonly signal?: AbortSignal | undefined;
-  /** Whose saved modules (classifier) to use in a blend of tasks with different ones. */
+  /**
+   * Whose saved modules (classifier) to use in a blend of tasks with different ones. What other tasks do to those is left out, and so
+   * are the others' own.
+   */
   readonly head?: string | undefined;
 }
 
@@ -22,9 +25,10 @@ export function copySelection(selection: Selection): Selection {
 }
 
 /**
- * Reads the tasks of a selection.
+ * Reads the tasks of a selection, as they go together.
  * @param ignored parameters that are left out of the tasks, by the pack's names
- * @throws TaskError for an unknown id, a head that is none of the tasks, a blend or strength with DoRA
+ * @throws TaskError for an unknown id, a head that is none of the tasks, a blend or strength with DoRA, tasks that bring and change
+ *   the same parameter
  */
 export async function loadParts(
   pack: Pack,
@@ -44,7 +48,8 @@ export async function loadParts(
   }
   if (parts.length !== 1 || parts[0]!.strength !== 1)
     refuseMagnitudes(parts, pack, () => true, "it cannot be blended or scaled, since its change is not additive");
-  return parts;
+  if (!parts.some(({ blob }) => blob.parameters.length > 0)) return parts;
+  return (await import("./parameters.ts")).settle(parts, pack, head);
 }
 
 /**

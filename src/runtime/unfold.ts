@@ -5,6 +5,7 @@
 import type { Slice } from "../backends/backend.ts";
 import type { CpuView } from "../base/host.ts";
 import type { Term } from "../tensor/term.ts";
+import { pacer } from "./pace.ts";
 import type { ModulePlan } from "./stage.ts";
 import type { Workbench } from "./workbench.ts";
 
@@ -15,47 +16,39 @@ type Factors = Pick<Term, "A" | "Bt">;
 export type PristineWeight = CpuView & { readonly transposed?: boolean };
 
 /**
- * Terms of the plans, by module, on a backend of the CPU. A term has `core` in mode "core" where all of its shared pieces lie
- * between column bases, `rowScale` where the plan has magnitudes, and one row of zeros where it has no factors.
+ * Terms of the plans, by module. A term has `core` in mode "core" where all of its shared pieces lie between column bases,
+ * `rowScale` where the plan has magnitudes, and one row of zeros where it has no factors. Long work lets others have a turn.
  * @param weightOf a module of a plan with magnitudes
- * @param old the terms before, whose arrays are used again where they fit
+ * @param old terms that nobody reads any more, whose arrays are used again where they fit
+ * @throws the reason of `signal`, once it is aborted
  */
-export function unfold(
+export async function unfold(
   plans: readonly ModulePlan[],
   bench: Workbench,
   mode: "core" | "factors",
   weightOf: (module: number) => PristineWeight,
-  old?: ReadonlyMap<number, Term>,
-): Map<number, Term> {
+  { old, signal }: { old?: ReadonlyMap<number, Term>; signal?: AbortSignal | undefined } = {},
+): Promise<Map<number, Term>> {
   bench.prepare(plans);
+  const fetched = bench.backend.view ? undefined : await fetchFactors(bench, mode);
   const terms = new Map<number, Term>();
+  const pause = pacer(signal);
   for (const plan of plans) {
     const expanded = (): Factors => {
+      if (fetched) return fetched.get(plan.module)!;
       const { A, Bt } = bench.expand(plan);
       const { in: inputs, out } = bench.modules[plan.module]!;
       return { A: bench.floats(A, plan.rank * inputs), Bt: bench.floats(Bt, plan.rank * out) };
     };
     terms.set(plan.module, assemble(plan, bench, mode, old?.get(plan.module), expanded));
+    const turn = pause();
+    if (turn) await turn;
   }
   for (const [module, scale, out] of scales(plans, bench, weightOf)) {
-    terms.set(module, { ...terms.get(module)!, rowScale: bench.floats(scale, out).slice() });
-  }
-  return terms;
-}
-
-/** The same on a device, from which factors and scales are read. */
-export async function unfoldOnDevice(
-  ...[plans, bench, mode, weightOf, old]: Parameters<typeof unfold>
-): Promise<Map<number, Term>> {
-  bench.prepare(plans);
-  const factors = await fetchFactors(bench, mode);
-  const terms = new Map<number, Term>();
-  for (const plan of plans) {
-    const term = assemble(plan, bench, mode, old?.get(plan.module), () => factors.get(plan.module)!);
-    terms.set(plan.module, term);
-  }
-  for (const [module, scale, out] of scales(plans, bench, weightOf)) {
-    terms.set(module, { ...terms.get(module)!, rowScale: await fetchFloats(bench, scale, out) });
+    const rowScale = fetched ? await fetchFloats(bench, scale, out) : bench.floats(scale, out).slice();
+    terms.set(module, { ...terms.get(module)!, rowScale });
+    const turn = pause();
+    if (turn) await turn;
   }
   return terms;
 }

@@ -42,6 +42,8 @@ export interface Carrier {
    * @param tasks those of the selection, as `evaluator.load` gives them
    */
   make(selection: Selection, tasks: readonly ActiveTask[], options: SwitchOptions): Promise<Active>;
+  /** Before each run. @throws BackendError where a switch failed and left weights that are no task's */
+  check?(): void;
   /** Refuses a model that would mix the tasks of a batch. @throws BackendError */
   checkRows?(): Promise<void>;
   /** Resident bytes: what expands or folds, pristine weights, and weights that the model reads. */

@@ -62,11 +62,13 @@ export async function deviceCarrier(
       ...{ evaluator, probe, first: active(null, none), bytesWritten: bytes },
       ...(ignored && { note: `${engine.name} does not use the device it was given; the weights are on its own` }),
       async make(selection, tasks, options) {
-        const values = evaluator.evaluate(tasks, options.head);
+        const values = await evaluator.evaluate(tasks, options.signal);
         // Runs that were asked for before are through by then, and none begins meanwhile.
         await gpu.exclusive(() => foldInPlace(runtime, selection, options, fed, tensors, own));
         return active(copySelection(selection), values);
       },
+      // It hands out no weight of a mixture.
+      check: () => void (fed[0] && runtime.weight(fed[0].name)),
       memory() {
         const { total, coefficients, pristine } = runtime.memory();
         return { scratch: total - coefficients - pristine, pristine, active: bytes };

@@ -30,7 +30,7 @@ export async function foldedCarrier(
   });
   const pristine = detached.files.reduce((sum, { data }) => sum + data.byteLength, detached.bytes.length);
   const make: Carrier["make"] = async (selection, tasks, options) => {
-    const values = evaluator.evaluate(tasks, options.head);
+    const values = await evaluator.evaluate(tasks, options.signal);
     await runtime.switchTask(selection, options);
     const changed = runtime.changes();
     const folded = await fillFolded(layout, (name): View | Promise<View> => changed.get(name) ?? host.read(name));

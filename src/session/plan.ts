@@ -51,6 +51,8 @@ export interface BaseHead {
   /** [labels]. */
   readonly bias: Float32Array | undefined;
   readonly labels: number;
+  /** Whether other tasks adapt the layer: no task may give it another number of labels then. */
+  readonly adapted: boolean;
 }
 
 /** What is to be known of the model to evaluate tasks, once it is loaded. Holds nothing of the graph or the file. */
@@ -137,17 +139,20 @@ class Planner {
     const wanted = parameters.filter(({ name }) => !ignored.has(name));
     const heads = this.#heads(wanted);
     const { biases, rows, others } = this.#beside(wanted, heads);
+    const adapted = this.#adaptedHeads(heads, weights, scaled);
     const grafts = modules.flatMap((module, i) => this.#graftModule(module, weights[i]!, scaled.has(module.name)));
     const { mode, reason } = this.#choose();
     await this.#matcher.check(modules, weights, bases);
 
     const names = new Map(modules.map(({ name }, i) => [name, weights[i]!.name]));
+    // An adapted weight is folded, whatever else becomes of it: an input in its place would not know.
+    const fed = mode === "folded" ? heads.filter((head) => !adapted.has(head)) : heads;
     const baseHeads = new Map<string, BaseHead>();
-    for (const head of heads) baseHeads.set(head.graft.name, await this.#baseHead(head));
+    for (const head of fed) baseHeads.set(head.graft.name, await this.#baseHead(head, adapted.has(head)));
     const base = { mode, ignored, heads: baseHeads };
-    const graft = { modules: [], biases: [], rows: [], heads: heads.map((head) => head.graft) };
+    const graft = { modules: [], biases: [], rows: [], heads: fed.map((head) => head.graft) };
     if (mode === "folded") {
-      const folded = [...new Set([...weights, ...others])];
+      const folded = [...new Set([...weights, ...others, ...[...adapted.values()].flat()])];
       return { mode, reason, names, base: { ...base, biases: new Map(), weights: new Map() }, graft, folded };
     }
     const vectors = new Map<string, Float32Array>();
@@ -206,10 +211,12 @@ class Planner {
 
   /** Saved linear layers: the weight and, where there is one, the bias behind it. */
   #heads(brought: readonly Brought[]): SavedHead[] {
-    const saved = new Set(brought.filter(({ role }) => role === "saved").map(({ name }) => name));
+    const [saved, rows] = (["saved", "rows"] as const).map(
+      (which) => new Set(brought.filter(({ role }) => role === which).map(({ name }) => name)),
+    ) as [Set<string>, Set<string>];
     const heads = [];
     for (const weight of saved) {
-      if (!weight.endsWith(".weight")) continue;
+      if (!weight.endsWith(".weight") || rows.has(weight)) continue;
       const parameter = this.#matcher.parameter(weight, "saved");
       const shape = matrixShape(parameter);
       const linears = linearsOf(this.#file.model, parameter);
@@ -226,6 +233,37 @@ class Planner {
       heads.push({ graft, weight, bias, parameter });
     }
     return heads;
+  }
+
+  /**
+   * Heads that other tasks adapt, with their parameters: an input takes the weight's place, and terms are added behind it.
+   * @throws BaseMismatchError when tasks call one layer by two names
+   */
+  #adaptedHeads(
+    heads: readonly SavedHead[],
+    weights: readonly OnnxParameter[],
+    scaled: ReadonlySet<string>,
+  ): Map<SavedHead, OnnxParameter[]> {
+    const adapted = new Map<SavedHead, OnnxParameter[]>();
+    for (const head of heads) {
+      const { name } = head.graft;
+      const others = [...heads.filter((other) => other.parameter === head.parameter).map(({ graft }) => graft.name)];
+      const index = weights.indexOf(head.parameter);
+      if (index >= 0) others.push(this.#pack.modules[index]!.name);
+      const alias = others.find((other) => other !== name);
+      if (alias !== undefined) {
+        const message = `"${name}" and "${alias}" of the pack are one layer of the model, "${head.parameter.name}"`;
+        throw new BaseMismatchError(`${message}: pack the adapters under one name`, { module: name });
+      }
+      if (index < 0) continue;
+      const bias = head.bias === undefined ? [] : [this.#matcher.parameter(head.bias, "saved")];
+      if (bias.some(({ dtype }) => dtype === "other"))
+        this.#notFolded.push({ module: name, why: `the bias of "${name}" is quantised` });
+      if (scaled.has(name))
+        this.#notUnfolded.push({ module: name, why: `one task brings "${name}" whole, and another adapts it by DoRA` });
+      adapted.set(head, [head.parameter, ...bias]);
+    }
+    return adapted;
   }
 
   #graftModule(module: PackModule, parameter: OnnxParameter, rowScale: boolean): GraftModule[] {
@@ -287,9 +325,10 @@ class Planner {
     return { At, B: readTensor(bases, B.tensor).subarray(0, KB * out), KA, KB };
   }
 
-  async #baseHead({ graft, bias, parameter }: SavedHead): Promise<BaseHead> {
+  async #baseHead({ graft, bias, parameter }: SavedHead, adapted: boolean): Promise<BaseHead> {
     const weight = transpose(await this.#matrix(parameter), graft.out, graft.in);
-    return { weight, bias: bias === undefined ? undefined : await this.#vector(bias, "saved"), labels: graft.out };
+    const vector = bias === undefined ? undefined : await this.#vector(bias, "saved");
+    return { weight, bias: vector, labels: graft.out, adapted };
   }
 
   async #vector(name: string, role: string): Promise<Float32Array> {

@@ -291,6 +291,7 @@ export class Session<T extends SessionTypes = SessionTypes> {
     const submit = (model: Active["model"], task: Tensors): Promise<Tensors> =>
       this.#engine.run(model, { ...this.#idle, ...own, ...task }, fetches, options);
     return this.#timeline.run(async (active) => {
+      this.#carrier.check?.();
       if (!tasks) return submit(active.model, active.feeds);
       const values = await this.#rows(tasks, own);
       const result = await submit(active.model, toFeeds(this.#engine, this.#inputs, values).feeds);

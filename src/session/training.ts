@@ -4,6 +4,7 @@
  */
 import { buildTrainingGraph, type TrainingGraph } from "../autodiff/graph.ts";
 import type { ShapeProbe } from "../autodiff/shapes.ts";
+import { BaseMismatchError } from "../errors.ts";
 import type { TaskInput } from "../onnx/graft.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { dataOf, type Engine, type LoadOptions, type Tensors } from "./engine.ts";
@@ -28,6 +29,7 @@ export interface Trainable {
  * @param logits the output that holds the logits. Default: "logits", or the only one
  * @returns the graph, how to load the model, and what every run is fed with that does not learn
  * @throws FormatError naming every node that gradients do not pass
+ * @throws BaseMismatchError where a layer that a task may bring whole is adapted too: a new task could do only one of them
  */
 export async function addTraining(
   engine: Engine,
@@ -35,6 +37,11 @@ export async function addTraining(
   prepared: PreparedModel,
   logits: string | undefined,
 ): Promise<{ graph: TrainingGraph; load: LoadOptions; idle: Tensors }> {
+  const both = [...prepared.base.heads].find(([, { adapted }]) => adapted)?.[0];
+  if (both !== undefined) {
+    const message = `tasks bring "${both}" whole and others adapt it, which cannot be trained; pass ignore: ["${both}"], or a pack without`;
+    throw new BaseMismatchError(message, { module: both });
+  }
   const graph = await buildTrainingGraph(file, prepared, { probe: probeOf(engine), logits });
   const idle = {
     [graph.learnInput]: engine.tensor(Uint8Array.of(0), []),

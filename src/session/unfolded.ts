@@ -45,8 +45,8 @@ async function onModel(
       first: { model, task: null, ...toFeeds(engine, inputs, [none]) },
       probe: await probeParity(parts, model, none.inputs),
       bytesWritten: 0,
-      async make(selection, tasks, { head }) {
-        const values = evaluator.evaluate(tasks, head);
+      async make(selection, tasks, { signal }) {
+        const values = await evaluator.evaluate(tasks, signal);
         return { model, task: copySelection(selection), ...toFeeds(engine, inputs, [values]) };
       },
       async checkRows() {

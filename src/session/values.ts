@@ -8,7 +8,7 @@ import type { TaskBlob, TaskParameter } from "../format/format.ts";
 import { misfitLabels } from "../format/heads.ts";
 import { readTensor } from "../format/tensors.ts";
 import type { TaskInput } from "../onnx/graft.ts";
-import { savedModules } from "../runtime/parameters.ts";
+import { type Merged, mergeAll } from "../runtime/parameters.ts";
 import { loadParts, type Selection, type SwitchOptions } from "../runtime/selection.ts";
 import { type ActiveTask, stage } from "../runtime/stage.ts";
 import { type PristineWeight, unfold } from "../runtime/unfold.ts";
@@ -36,8 +36,8 @@ interface Evaluation {
   readonly tasks: readonly ActiveTask[];
   /** By module name. */
   readonly terms: ReadonlyMap<string, Term>;
-  /** Saved parameters by name. */
-  readonly saved: ReturnType<typeof savedModules>;
+  /** Saved modules and biases as the tasks have them, by name. */
+  readonly merged: ReadonlyMap<string, Merged>;
 }
 
 /** Stands where a task's head has fewer columns than its neighbours': no maximum, and nothing after a softmax. */
@@ -49,6 +49,8 @@ export class TaskEvaluator {
   readonly #bench: Workbench | undefined;
   /** What there are inputs for, as packs say what a task brings. */
   readonly #ready: ReadonlySet<string>;
+  /** The bench works for one selection at a time, and has pauses. */
+  #queue: Promise<unknown> = Promise.resolve();
 
   /** @param bench expands terms; not needed in mode "folded", whose inputs are heads alone */
   constructor({ pack, mode, base, inputs }: PreparedModel, bench: Workbench | undefined) {
@@ -87,14 +89,24 @@ export class TaskEvaluator {
   }
 
   /**
-   * @param head the task whose head the model gets
-   * @throws TaskError for heads that cannot be blended
+   * In memory of its own each time: values of earlier switches may still be on their way into a run.
+   * @param tasks as `load` gives them
+   * @throws TaskError for heads that cannot be blended; the reason of `signal`, once it is aborted
    */
-  evaluate(tasks: readonly ActiveTask[], head?: string): TaskValues {
-    const { pack, inputs } = this.#model;
-    // In memory of its own each time: values of earlier switches may still be on their way into a run.
-    const saved = savedModules(tasks, pack, head);
-    const evaluation = { tasks, saved, terms: this.#terms(tasks) };
+  evaluate(tasks: readonly ActiveTask[], signal?: AbortSignal): Promise<TaskValues> {
+    const values = this.#queue.then(() => this.#evaluate(tasks, signal));
+    this.#queue = values.catch(() => undefined);
+    return values;
+  }
+
+  async #evaluate(tasks: readonly ActiveTask[], signal: AbortSignal | undefined): Promise<TaskValues> {
+    const { pack, inputs, base } = this.#model;
+    const merged = mergeAll(tasks, pack, (name) => {
+      const values =
+        base.biases.get(name) ?? (name.endsWith(".bias") ? base.heads.get(moduleOf(name))?.bias : undefined);
+      return values && { shape: [values.length], values };
+    });
+    const evaluation = { tasks, merged, terms: await this.#terms(tasks, signal) };
     const values = new Map(inputs.map((input) => [input.name, this.#value(input, evaluation)]));
     const heads = inputs.filter(({ kind }) => kind === "headWeight");
     return { inputs: values, labels: new Map(heads.map(({ of, name }) => [of, values.get(name)!.dims[1]!])) };
@@ -115,7 +127,7 @@ export class TaskEvaluator {
     }
   }
 
-  #terms(tasks: readonly ActiveTask[]): Map<string, Term> {
+  async #terms(tasks: readonly ActiveTask[], signal: AbortSignal | undefined): Promise<Map<string, Term>> {
     const { pack, mode, base } = this.#model;
     const bench = this.#bench;
     if (mode === "folded" || !bench) return new Map();
@@ -125,11 +137,11 @@ export class TaskEvaluator {
       const data = new Uint8Array(buffer, byteOffset, byteLength);
       return { dtype: "f32", shape: [out, inputs], data, byteOffset: 0 };
     };
-    const terms = unfold(stage(tasks, pack.modules, bench.staging), bench, mode, weightOf);
+    const terms = await unfold(stage(tasks, pack.modules, bench.staging), bench, mode, weightOf, { signal });
     return new Map([...terms].map(([index, term]) => [pack.modules[index]!.name, term]));
   }
 
-  #value({ of, kind, dims }: TaskInput, { tasks, terms, saved }: Evaluation): InputValue {
+  #value({ of, kind, dims }: TaskInput, { tasks, terms, merged }: Evaluation): InputValue {
     const term = terms.get(of);
     const own = dims.slice(1);
     const fixed = own.map((d) => (typeof d === "number" ? d : 1));
@@ -145,43 +157,39 @@ export class TaskEvaluator {
       case "scale":
         return { dims: fixed, data: term?.rowScale ?? new Float32Array(width).fill(1) };
       case "bias":
-        return { dims: fixed, data: this.#change(of, tasks, width) };
+        return { dims: fixed, data: this.#change(of, merged, width) };
       case "indices":
         return indicesOf(broughtRows(of, tasks));
       case "rows":
         return rowsOf(of, broughtRows(of, tasks), width - 1) ?? zeros();
       case "headWeight":
-        return this.#headWeight(of, saved, height);
+        return this.#headWeight(of, merged, height);
       case "headBias": {
         const base = this.#model.base.heads.get(of)!;
-        const head = saved.get(`${of}.bias`);
+        const head = merged.get(`${of}.bias`);
         return { dims: [1, head?.shape[0] ?? base.labels], data: head?.values ?? base.bias! };
       }
     }
   }
 
-  #headWeight(of: string, saved: Evaluation["saved"], inputs: number): InputValue {
-    const base = this.#model.base.heads.get(of)!;
-    const head = saved.get(`${of}.weight`);
-    if (!head) return { dims: [inputs, base.labels], data: base.weight };
+  #headWeight(of: string, merged: Evaluation["merged"], inputs: number): InputValue {
+    const { weight, labels, adapted } = this.#model.base.heads.get(of)!;
+    const head = merged.get(`${of}.weight`);
+    if (!head) return { dims: [inputs, labels], data: weight };
     const [out = 0, width] = head.shape;
-    if (width !== inputs) throw misfit(`${of}.weight`, head.shape, ["labels", inputs]);
+    // Other tasks add their terms to the layer's result.
+    if (width !== inputs || (adapted && out !== labels))
+      throw misfit(`${of}.weight`, head.shape, [adapted ? labels : "labels", inputs]);
     return { dims: [inputs, out], data: transpose(head.values, out, inputs) };
   }
 
-  /** Σ strength · (the task's bias − the base's) */
-  #change(name: string, tasks: readonly ActiveTask[], size: number): Float32Array {
+  /** The tasks' bias minus the base's. */
+  #change(name: string, merged: Evaluation["merged"], size: number): Float32Array {
     const base = this.#model.base.biases.get(name)!;
-    const change = new Float32Array(size);
-    for (const { strength, blob } of tasks) {
-      for (const { name: own, role, shape, tensor } of blob.parameters) {
-        if (own !== name) continue;
-        if (shape.length !== 1 || shape[0] !== size) throw misfit(name, shape, [size]);
-        const values = readTensor(blob.bytes, tensor);
-        values.forEach((v, i) => (change[i]! += strength * (role === "bias-delta" ? v : v - base[i]!)));
-      }
-    }
-    return change;
+    const bias = merged.get(name);
+    if (!bias) return new Float32Array(size);
+    if (bias.shape.length !== 1 || bias.shape[0] !== size) throw misfit(name, bias.shape, [size]);
+    return bias.values.map((value, i) => value - base[i]!);
   }
 }
 
