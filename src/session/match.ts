@@ -7,9 +7,10 @@ import { findWeight, refuseShared, shapeMismatch } from "../base/locate.ts";
 import { NameMatcher } from "../base/names.ts";
 import { BaseMismatchError } from "../errors.ts";
 import type { PackModule } from "../format/format.ts";
+import { Copies } from "../onnx/copies.ts";
 import { readLinearWeight } from "../onnx/dequantize.ts";
-import { fusedNode, matrixShape } from "../onnx/linear.ts";
-import { findParameters, type OnnxParameter } from "../onnx/modules.ts";
+import { fusedNode } from "../onnx/linear.ts";
+import { findParameters, matrixShape, type OnnxParameter } from "../onnx/modules.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import type { ReadOptions } from "../source.ts";
 
@@ -27,20 +28,29 @@ export class ModelMatcher {
   readonly #file: ModelFile;
   readonly #options: MatchOptions;
   readonly #parameters = new Map<string, OnnxParameter>();
+  readonly #byInitializer = new Map<string, OnnxParameter[]>();
   readonly #names: NameMatcher;
+  readonly #copies: Copies;
 
   constructor(file: ModelFile, options: MatchOptions) {
     this.#file = file;
     this.#options = options;
-    for (const parameter of findParameters(file.model)) this.#parameters.set(parameter.name, parameter);
+    const parameters = findParameters(file.model);
+    for (const parameter of parameters) {
+      this.#parameters.set(parameter.name, parameter);
+      const others = this.#byInitializer.get(parameter.initializer);
+      if (others) others.push(parameter);
+      else this.#byInitializer.set(parameter.initializer, [parameter]);
+    }
     this.#names = new NameMatcher(this.#parameters.keys());
+    this.#copies = new Copies(file, parameters, options);
   }
 
   /**
-   * The weight of each module, in their order.
+   * The weight of each module, in their order, with its copies.
    * @throws BaseMismatchError when one is missing, ambiguous, of another shape, or that of two modules
    */
-  weights(modules: readonly PackModule[]): OnnxParameter[] {
+  async weights(modules: readonly PackModule[]): Promise<OnnxParameter[]> {
     const weights = modules.map((module) => {
       const parameter = this.#weight(module.name);
       checkShape(module, parameter);
@@ -48,14 +58,15 @@ export class ModelMatcher {
     });
     const names = weights.map(({ name }) => name);
     refuseShared(modules, names);
-    return weights;
+    const found: OnnxParameter[] = [];
+    for (const weight of weights) found.push(await this.#copies.of(weight));
+    return found;
   }
 
   #weight(module: string): OnnxParameter {
     const byHand = this.#options.names?.get(module);
-    const held =
-      byHand === undefined ? [] : [...this.#parameters.values()].filter(({ initializer }) => initializer === byHand);
-    if (held.length === 1) return held[0]!;
+    const [held, ...others] = this.#byInitializer.get(byHand ?? "") ?? [];
+    if (held && others.length === 0) return held;
     try {
       return this.#parameters.get(findWeight(this.#names, module, this.#options.names))!;
     } catch (error) {
@@ -88,9 +99,9 @@ export class ModelMatcher {
    * A parameter that tasks bring.
    * @throws BaseMismatchError when the model does not have it, or several match
    */
-  parameter(name: string, role: string): OnnxParameter {
+  async parameter(name: string, role: string): Promise<OnnxParameter> {
     const found = this.#names.find(name);
-    if ("name" in found) return this.#parameters.get(found.name)!;
+    if ("name" in found) return this.#copies.of(this.#parameters.get(found.name)!);
     throw new BaseMismatchError(
       `tasks change "${name}" (${role}), which ${found.ambiguous ? "several parameters of the model match" : "is not in the model"}; ` +
         `candidates: ${found.candidates.join(", ") || "none"}. To use the tasks without it, pass ignore: ["${moduleOf(name)}"]`,

@@ -16,9 +16,9 @@ import {
   type GraftModule,
   type GraftRows,
 } from "../onnx/graft.ts";
-import { biasAdd, FLOAT, FLOAT16, linearsOf, matrixShape, NotLinear } from "../onnx/linear.ts";
+import { biasAdd, FLOAT, FLOAT16, linearsOf, NotLinear } from "../onnx/linear.ts";
 import type { Use } from "../onnx/model.ts";
-import type { OnnxParameter } from "../onnx/modules.ts";
+import { matrixShape, type OnnxParameter } from "../onnx/modules.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import type { Pack } from "../pack/pack.ts";
 import { type MatchOptions, ModelMatcher, moduleOf } from "./match.ts";
@@ -127,7 +127,7 @@ class Planner {
 
   async plan(bases: Uint8Array): Promise<Plan> {
     const { modules } = this.#pack;
-    const weights = this.#matcher.weights(modules);
+    const weights = await this.#matcher.weights(modules);
     const brought = await this.#brought();
     const ofModules = (role: Brought["role"]): ReadonlySet<string> =>
       new Set(brought.filter((one) => one.role === role).map(({ name }) => name));
@@ -135,8 +135,8 @@ class Planner {
     const parameters = brought.filter(({ role }) => role !== "magnitude" && role !== "private");
     const ignored = new Set(parameters.map(({ name }) => name).filter((name) => this.#matcher.ignores(name)));
     const wanted = parameters.filter(({ name }) => !ignored.has(name));
-    const heads = this.#heads(wanted);
-    const { biases, rows, others } = this.#beside(wanted, heads);
+    const heads = await this.#heads(wanted);
+    const { biases, rows, others } = await this.#beside(wanted, heads);
     const grafts = modules.flatMap((module, i) => this.#graftModule(module, weights[i]!, scaled.has(module.name)));
     const { mode, reason } = this.#choose();
     await this.#matcher.check(modules, weights, bases);
@@ -180,20 +180,20 @@ class Planner {
   }
 
   /** What is neither a term nor a head: biases and token rows that can be added to, and all their parameters. */
-  #beside(
+  async #beside(
     wanted: readonly Brought[],
     heads: readonly SavedHead[],
-  ): { biases: GraftBias[]; rows: GraftRows[]; others: OnnxParameter[] } {
+  ): Promise<{ biases: GraftBias[]; rows: GraftRows[]; others: OnnxParameter[] }> {
     const headNames = new Set(heads.flatMap(({ weight, bias }) => [weight, bias]));
     const biases: GraftBias[] = [];
     const rows: GraftRows[] = [];
     const others: OnnxParameter[] = [];
     for (const { role, name } of wanted) {
       if (headNames.has(name)) continue;
-      const parameter = this.#matcher.parameter(name, role);
+      const parameter = await this.#matcher.parameter(name, role);
       others.push(parameter);
       const quantised = parameter.dtype === "other";
-      if (quantised) this.#notFolded.push({ module: name, why: `"${name}" is quantised` });
+      this.#checkFoldable(name, `"${name}"`, parameter);
       const bias = quantised || (role === "saved" && !name.endsWith(".bias")) ? undefined : biasOf(name, parameter);
       const table = quantised || role !== "rows" ? undefined : tableOf(name, parameter);
       const why = quantised ? "which is quantised here" : "no linear layer's head or bias";
@@ -205,12 +205,12 @@ class Planner {
   }
 
   /** Saved linear layers: the weight and, where there is one, the bias behind it. */
-  #heads(brought: readonly Brought[]): SavedHead[] {
+  async #heads(brought: readonly Brought[]): Promise<SavedHead[]> {
     const saved = new Set(brought.filter(({ role }) => role === "saved").map(({ name }) => name));
     const heads = [];
     for (const weight of saved) {
       if (!weight.endsWith(".weight")) continue;
-      const parameter = this.#matcher.parameter(weight, "saved");
+      const parameter = await this.#matcher.parameter(weight, "saved");
       const shape = matrixShape(parameter);
       const linears = linearsOf(this.#file.model, parameter);
       if (!shape || linears instanceof NotLinear) continue;
@@ -231,7 +231,7 @@ class Planner {
   #graftModule(module: PackModule, parameter: OnnxParameter, rowScale: boolean): GraftModule[] {
     const { name, in: inputs, out } = module;
     const quantised = parameter.dtype === "other";
-    if (quantised) this.#notFolded.push({ module: name, why: `the weight of "${name}" is quantised` });
+    this.#checkFoldable(name, `the weight of "${name}"`, parameter);
     const linears = linearsOf(this.#file.model, parameter);
     if (linears instanceof NotLinear) {
       this.#notUnfolded.push({ module: name, why: `"${name}" cannot be added to: ${linears.reason}` });
@@ -242,6 +242,12 @@ class Planner {
       this.#notUnfolded.push({ module: name, why });
     }
     return [{ name, in: inputs, out, linears, factors: true, rowScale }];
+  }
+
+  #checkFoldable(module: string, what: string, { dtype, copies }: OnnxParameter): void {
+    const other = copies.find((copy) => copy.dtype !== dtype);
+    if (dtype === "other" || other?.dtype === "other") this.#notFolded.push({ module, why: `${what} is quantised` });
+    else if (other) this.#notFolded.push({ module, why: `${what} is there in ${dtype} and in ${other.dtype}` });
   }
 
   #choose(): { mode: Mode; reason: string } {
@@ -293,7 +299,7 @@ class Planner {
   }
 
   async #vector(name: string, role: string): Promise<Float32Array> {
-    return readVector(this.#file, this.#matcher.parameter(name, role), this.#options);
+    return readVector(this.#file, await this.#matcher.parameter(name, role), this.#options);
   }
 
   async #matrix(parameter: OnnxParameter): Promise<Float32Array> {
