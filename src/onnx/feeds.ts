@@ -15,15 +15,20 @@ export interface Feed {
 const BOOL = 9;
 const INT32 = 6;
 
+/** Elements of all inputs together. A few images have so many; a file may ask for anything. */
+const MOST_ELEMENTS = 2 ** 23;
+
 /**
  * @param size of a free dimension, by its name, or by its place where it has none. Default: 2
- * @returns undefined when an input is of a kind that cannot be guessed
+ * @returns undefined when an input is of a kind that cannot be guessed, has an impossible dimension, or all of them have very
+ *   many elements
  */
 export function tinyFeeds(
   inputs: readonly ValueInfoProto[],
   size: (dimension: string) => number = () => 2,
 ): Map<string, Feed> | undefined {
   const feeds = new Map<string, Feed>();
+  let left = MOST_ELEMENTS;
   for (const { name, type } of inputs) {
     if (type?.value.case !== "tensorType" || !type.value.value.shape) return undefined;
     const { elemType, shape } = type.value.value;
@@ -34,6 +39,8 @@ export function tinyFeeds(
       return size(value.case === "dimParam" && value.value !== "" ? value.value : `dimension ${axis}`);
     });
     const count = dims.reduce((a, b) => a * b, 1);
+    left -= count;
+    if (dims.some((size) => size < 0) || !(left >= 0)) return undefined;
     const ones: Record<number, () => Feed["data"]> = {
       [FLOAT]: () => Float32Array.from({ length: count }, (_, i) => Math.sin(i + 1)),
       [FLOAT16]: () => new Uint16Array(count).fill(0x3800),

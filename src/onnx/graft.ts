@@ -116,7 +116,7 @@ export interface ProbeOutputs {
   readonly term: string;
 }
 
-/** @throws FormatError when the model's opset is too old, or the model has been grafted before */
+/** @throws FormatError when the model's opset is too old, the model has been grafted before, or it uses names of ours */
 export function checkGraftable(model: OnnxModel): void {
   if (model.opset < LEAST_OPSET) {
     const message = `opset ${model.opset}: at least ${LEAST_OPSET} is needed; export it again with opset_version=17`;
@@ -128,6 +128,22 @@ export function checkGraftable(model: OnnxModel): void {
       part: "graph",
     });
   }
+  const taken = ownNames(model).find((name) => name.startsWith(`${PREFIX}/`) || name.startsWith(`${PREFIX}.`));
+  if (taken === undefined) return;
+  // What is added would be taken for it, or it for what is added.
+  const message = `its value "${taken}" has a name as this package gives them: rename it, or pass the model as it was before`;
+  throw new FormatError(message, { file: model.name, part: "graph" });
+}
+
+/** All names of values. */
+function ownNames({ graph }: OnnxModel): string[] {
+  const inputs = [...graph.scopes.keys()].flatMap(({ input }) => input.map(({ name }) => name));
+  const made = [...graph.scopes.values()].flatMap(({ initializers, producers, outputs }) => [
+    ...initializers.keys(),
+    ...producers.keys(),
+    ...outputs,
+  ]);
+  return [...inputs, ...made, ...graph.consumers.keys()];
 }
 
 /**

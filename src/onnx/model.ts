@@ -75,22 +75,16 @@ export function parseModel(bytes: Uint8Array, name: string): OnnxModel {
   return { name, proto, graph: indexGraph(proto.graph, name), opset: Number(opset) };
 }
 
-/** Graphs nested in one another at most, so that what walks through them ends. Exporters need a handful. */
-const MOST_NESTED = 64;
-
 /**
  * @param file for messages
- * @throws FormatError when a value of the main graph has two origins, or graphs are nested too deep
+ * @throws FormatError when a value of the main graph has two origins
  */
 export function indexGraph(proto: GraphProto, file: string): Graph {
   const consumers = new Map<string, Use[]>();
   const around = new Map<GraphProto, GraphProto>();
   const scopes = new Map<GraphProto, Scope>();
-  const visit = (graph: GraphProto, depth: number): void => {
-    if (depth > MOST_NESTED) {
-      const message = `nests graphs deeper than ${MOST_NESTED} times: damaged, export the model again`;
-      throw new FormatError(message, { file, part: "graph" });
-    }
+  // The protobuf runtime reads graphs in graphs to a depth of 33 only.
+  const visit = (graph: GraphProto): void => {
     scopes.set(graph, scopeOf(graph, graph === proto ? file : undefined));
     for (const node of graph.node) {
       for (const [input, value] of node.input.entries()) {
@@ -101,11 +95,11 @@ export function indexGraph(proto: GraphProto, file: string): Graph {
       }
       for (const nested of nestedGraphs(node)) {
         around.set(nested, graph);
-        visit(nested, depth + 1);
+        visit(nested);
       }
     }
   };
-  visit(proto, 0);
+  visit(proto);
   return { proto, ...scopes.get(proto)!, scopes, consumers, around };
 }
 

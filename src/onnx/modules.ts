@@ -75,11 +75,11 @@ export function findParameters(model: OnnxModel): OnnxParameter[] {
       return { name: claim.name, ...stored(claim), candidates: rivals.get(claim.name)!.candidates, copies: [] };
     });
     // Under its own name it can be told apart, by whoever knows better.
-    const lost = own.find(({ name, initializer }) => {
+    const lost = own.find(({ name }) => {
       const { winner, tied } = rivals.get(name)!;
-      return tied ? name !== initializer : !winner && won.length === 0;
+      return tied || (!winner && won.length === 0);
     });
-    if (!lost) return found;
+    if (!lost || rivals.get(lost.initializer)?.winner) return found;
     const group = rivals.get(lost.name)!;
     const candidates = others.get(group) ?? group.candidates.map((one) => ({ ...one, equal: false }));
     others.set(group, candidates);
