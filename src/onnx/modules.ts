@@ -75,9 +75,9 @@ export function findParameters(model: OnnxModel): OnnxParameter[] {
       return { name: claim.name, ...stored(claim), candidates: rivals.get(claim.name)!.candidates, copies: [] };
     });
     // Under its own name it can be told apart, by whoever knows better.
-    const lost = own.find(({ name }) => {
+    const lost = own.find(({ name, evidence }) => {
       const { winner, tied } = rivals.get(name)!;
-      return tied || (!winner && won.length === 0);
+      return tied || (won.length === 0 && (!winner || evidence === EVIDENCE.guessed));
     });
     if (!lost || rivals.get(lost.initializer)?.winner) return found;
     const group = rivals.get(lost.name)!;
