@@ -75,6 +75,8 @@ export interface Plan {
   readonly graft: Graft;
   /** The model's names of the adapted weights, by module name of the pack. */
   readonly names: ReadonlyMap<string, string>;
+  /** Modules of the pack whose weights were found by their names alone: no fingerprint was held against them. */
+  readonly unconfirmed: readonly string[];
   /** Mode "folded": what changes inside the weights. */
   readonly folded: readonly OnnxParameter[];
 }
@@ -139,7 +141,7 @@ class Planner {
     const { biases, rows, others } = await this.#beside(wanted, heads);
     const grafts = modules.flatMap((module, i) => this.#graftModule(module, weights[i]!, scaled.has(module.name)));
     const { mode, reason } = this.#choose();
-    await this.#matcher.check(modules, weights, bases);
+    const unconfirmed = await this.#matcher.check(modules, weights, bases);
 
     const names = new Map(modules.map(({ name }, i) => [name, weights[i]!.name]));
     const baseHeads = new Map<string, BaseHead>();
@@ -148,7 +150,15 @@ class Planner {
     const graft = { modules: [], biases: [], rows: [], heads: heads.map((head) => head.graft) };
     if (mode === "folded") {
       const folded = [...new Set([...weights, ...others])];
-      return { mode, reason, names, base: { ...base, biases: new Map(), weights: new Map() }, graft, folded };
+      return {
+        mode,
+        reason,
+        names,
+        unconfirmed,
+        base: { ...base, biases: new Map(), weights: new Map() },
+        graft,
+        folded,
+      };
     }
     const vectors = new Map<string, Float32Array>();
     for (const { name } of biases) vectors.set(name, await this.#vector(name, "bias"));
@@ -161,7 +171,15 @@ class Planner {
       return { ...module, components, factors };
     });
     const all = { ...graft, modules: filled, biases, rows };
-    return { mode, reason, names, base: { ...base, biases: vectors, weights: matrices }, graft: all, folded: [] };
+    return {
+      mode,
+      reason,
+      names,
+      unconfirmed,
+      base: { ...base, biases: vectors, weights: matrices },
+      graft: all,
+      folded: [],
+    };
   }
 
   /** What the tasks change beside their terms, each once. */

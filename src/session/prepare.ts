@@ -28,6 +28,8 @@ export interface PreparedModel extends Grafted {
   readonly base: BaseValues;
   /** The model's names of the adapted weights, by module name of the pack. */
   readonly names: ReadonlyMap<string, string>;
+  /** Modules of the pack whose weights were found by their names alone: no fingerprint was held against them. */
+  readonly unconfirmed: readonly string[];
   /** Mode "folded": where the weights that tasks change lie in a file of their own, or which inputs they are. */
   readonly folded: FoldedLayout | readonly FoldedInput[] | undefined;
 }
@@ -50,7 +52,15 @@ export async function prepareModel(
   bases: Uint8Array,
   options: PrepareOptions = {},
 ): Promise<PreparedModel> {
-  const { mode, reason, base, names, folded, graft: wanted } = await planSession(file, pack, bases, options);
+  const {
+    mode,
+    reason,
+    base,
+    names,
+    unconfirmed,
+    folded,
+    graft: wanted,
+  } = await planSession(file, pack, bases, options);
   const { proto, initializers } = file.model.graph;
   const own = proto.input.filter(({ name }) => !initializers.has(name));
   const outputNames = proto.output.map(({ name }) => name);
@@ -58,7 +68,7 @@ export async function prepareModel(
   const placed = mode === "folded" ? place(file.model, folded) : undefined;
   const grafted = graft(file.model, wanted, { probe: options.probeOutputs ?? true });
   return {
-    ...{ pack, mode, reason, base, names, outputNames, folded: placed },
+    ...{ pack, mode, reason, base, names, unconfirmed, outputNames, folded: placed },
     inputNames: own.map(({ name }) => name),
     ...grafted,
     modules: wanted.modules.map(({ linears, ...layer }) => layer),

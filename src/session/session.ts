@@ -162,6 +162,10 @@ export class Session<T extends SessionTypes = SessionTypes> {
   readonly outputNames: readonly string[];
   /** What the parity probe found. */
   readonly probe: ProbeReport;
+  /**
+   * Modules whose weights were found by their names alone: the pack has no fingerprint of them, or none was asked for (`anyBase`).
+   */
+  readonly unconfirmed: readonly string[];
   /** @internal For `createTrainer`; undefined unless the session was made `trainable`. */
   readonly trainable: Trainable | undefined;
 
@@ -187,11 +191,12 @@ export class Session<T extends SessionTypes = SessionTypes> {
     graph: Trainable["graph"] | undefined,
   ) {
     // Not the prepared model itself: it holds the components, which the engine has now.
-    const { pack, mode, reason, base, inputs, inputNames, outputNames, initializers } = prepared;
+    const { pack, mode, reason, base, inputs, inputNames, outputNames, initializers, unconfirmed } = prepared;
     this.pack = pack;
     this.mode = mode;
     this.inputNames = inputNames;
     this.outputNames = outputNames;
+    this.unconfirmed = unconfirmed;
     this.reason = carrier.note === undefined ? reason : `${reason}; ${carrier.note}`;
     this.probe = carrier.probe;
     this.#engine = engine;
