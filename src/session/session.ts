@@ -180,7 +180,8 @@ export class Session<T extends SessionTypes = SessionTypes> {
   #rowValues: RowValues = new Map();
   #active: Active;
   #closed: Promise<void> | undefined;
-  #rowsChecked: Promise<void> | undefined;
+  /** Whether a task per row is known to reach its row. */
+  #rowsSure = false;
 
   /** @internal Use `createSession`, or the function of a binding. */
   constructor(
@@ -273,7 +274,8 @@ export class Session<T extends SessionTypes = SessionTypes> {
    * Runs the model on the active task, or on one task per row of the batch.
    * @param fetches names of outputs, or what else the engine takes; may be left out
    * @throws TypeError when feeds use names of ours, or `tasks` does not have the batch's length
-   * @throws BackendError when the session has been closed
+   * @throws BackendError when the session has been closed; or, with a task per row, when a run on rows that differ shows that the
+   *   model would mix them, or none of its outputs can tell
    */
   run(feeds: T["feeds"], options?: SessionRunOptions): Promise<T["results"] & ValidColumns>;
   run(feeds: T["feeds"], fetches: T["fetches"], options?: SessionRunOptions): Promise<T["results"] & ValidColumns>;
@@ -311,7 +313,7 @@ export class Session<T extends SessionTypes = SessionTypes> {
     if (tasks.length === 0 || tasks.length !== batch) {
       throw new TypeError(`run: ${tasks.length} tasks for a batch of ${batch}; give one per row`);
     }
-    if (tasks.length > 1) await (this.#rowsChecked ??= this.#carrier.checkRows?.());
+    if (tasks.length > 1) this.#rowsSure ||= (await this.#carrier.checkRows?.(feeds, tasks.length)) ?? true;
     const wanted: RowValues = new Map();
     for (const task of new Set(tasks)) {
       // A task can be removed and another one added under its name.
