@@ -1,4 +1,5 @@
 import { spawnSync } from "node:child_process";
+import { readdirSync } from "node:fs";
 import { readFile } from "node:fs/promises";
 import { fileURLToPath } from "node:url";
 import { gzipSync } from "node:zlib";
@@ -131,4 +132,20 @@ t.test("names the package exports", async (t) => {
   ]);
   t.same(Object.keys(await import("eigenlora/transformers")).sort(), ["AttachedPack", "attachPack"]);
   t.same(Object.keys(manifest.dependencies), ["msgpackr"], "one run-time dependency");
+});
+
+t.test("what messages and comments call an entry of the package is one", async (t) => {
+  const entries = Object.keys(manifest.exports).map((entry) => entry.replace(".", "eigenlora").replace(/\*.*$/, ""));
+  const files = ["src", "bindings"].flatMap((folder) =>
+    readdirSync(`${root}${folder}`, { recursive: true, encoding: "utf8" })
+      .filter((file) => file.endsWith(".ts"))
+      .map((file) => `${root}${folder}/${file}`),
+  );
+  t.ok(files.length > 100);
+  for (const file of files) {
+    for (const [named] of (await readFile(file, "utf8")).matchAll(/\beigenlora\/[a-z]+/g)) {
+      const there = entries.some((entry) => entry === named || (entry.endsWith("/") && `${named}/` === entry));
+      t.ok(there, `${file}: ${named}`);
+    }
+  }
 });
