@@ -76,13 +76,19 @@ export function described(value: unknown): string {
   return `an object (${(value as Partial<object>).constructor?.name ?? "plain"})`;
 }
 
+/** Longer names are alike only where one contains the other: the steps of an edit distance are the product of both lengths. */
+const MOST_COMPARED = 100;
+
 /** Up to three of `names` most like `name`, nearest first, by edit distance; none that differs in more than half. */
 export function nearest(name: string, names: Iterable<string>): string[] {
   const scored: [number, string][] = [];
   for (const other of names) {
     const contains = other.includes(name) || name.includes(other);
-    const distance = contains ? Math.abs(other.length - name.length) / 4 : editDistance(name, other);
-    if (contains || distance <= Math.max(name.length, other.length) / 2) scored.push([distance, other]);
+    const longest = Math.max(name.length, other.length);
+    const short = Math.abs(other.length - name.length);
+    if (!contains && (longest > MOST_COMPARED || short > longest / 2)) continue;
+    const distance = contains ? short / 4 : editDistance(name, other);
+    if (contains || distance <= longest / 2) scored.push([distance, other]);
   }
   return scored
     .sort((a, b) => a[0] - b[0] || (a[1] < b[1] ? -1 : 1))

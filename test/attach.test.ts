@@ -1,5 +1,5 @@
 import { spawnSync } from "node:child_process";
-import { cp, mkdir, mkdtemp, readdir, readFile, rm, writeFile } from "node:fs/promises";
+import { cp, mkdir, mkdtemp, readdir, readFile, rm, symlink, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
@@ -206,7 +206,10 @@ t.test("names of files and what they say of themselves", async (t) => {
   }
   t.equal(metadata.get("eigenlora.basis"), json(0, "inspect", "odd.eigen")["basisId"]);
   const people = spawnSync(process.execPath, [main, ...command], { encoding: "utf8", cwd: folder });
-  t.match(people.stdout, /4 modules.*mode core.*\n.*odd\.base\.safetensors.*\n.*3 tasks in odd\.tasks/);
+  t.match(
+    people.stdout,
+    /4 modules.*mode core.*\n.*odd\.base\.safetensors.*\n.*3 tasks in odd\.tasks.*\nno fingerprint.*4 modules/,
+  );
 });
 
 t.test("weights in files beside the model", async (t) => {
@@ -253,17 +256,103 @@ t.test("weights in files beside the model", async (t) => {
   t.match(gone["error"], { tag: "source", message: /weights\.bin/ });
 });
 
+/** The model with its weights in a file of this name. */
+async function located(location: string): Promise<Uint8Array> {
+  const model = fromBinary(ModelProtoSchema, await readFile(sessions("external.onnx")));
+  for (const { externalData } of model.graph!.initializer) {
+    for (const entry of externalData) if (entry.key === "location") entry.value = location;
+  }
+  return toBinary(ModelProtoSchema, model);
+}
+
+t.test("links do not lead out of the folders that were named", async (t) => {
+  const weights = sessions("external.onnx.data");
+  const at = (path: string): string => join(folder, "links", path);
+  for (const path of ["secret", "model/sub", "out", "cache/blobs", "cache/snapshot"]) {
+    await mkdir(at(path), { recursive: true });
+  }
+  await cp(weights, at("secret/weights.bin"));
+  await writeFile(at("model/file.onnx"), await located("weights.bin"));
+  await symlink(at("secret/weights.bin"), at("model/weights.bin"));
+  const stray = { tag: "source", message: /weights\.bin: leads by a link to .*secret.*outside the model's folder/ };
+  t.match(json(1, "attach", "links/model/file.onnx", bert, "-o", "links/out/a.onnx")["error"], stray);
+  await writeFile(at("model/folder.onnx"), await located("away/weights.bin"));
+  await symlink(at("secret"), at("model/away"));
+  const strayed = { tag: "source", message: /leads by a link to .*secret.*outside the model's folder/ };
+  t.match(json(1, "attach", "links/model/folder.onnx", bert, "-o", "links/out/a.onnx")["error"], strayed);
+  t.same(await readdir(at("out")), [], "nothing is read or written");
+
+  // As the caches of hubs lay files.
+  await writeFile(at("cache/blobs/1"), await located("weights.bin"));
+  await cp(weights, at("cache/blobs/2"));
+  await symlink("../blobs/1", at("cache/snapshot/model.onnx"));
+  await symlink("../blobs/2", at("cache/snapshot/weights.bin"));
+  const report = json(0, "attach", "links/cache/snapshot/model.onnx", bert, "-o", "links/out/cached.onnx");
+  t.same(new Uint8Array(await readFile(at("out/weights.bin"))), new Uint8Array(await readFile(weights)));
+  await checkAnswers(t, report, "external", ["five", "three", "two"]);
+
+  // What is written does not follow them either.
+  await cp(weights, at("model/sub/weights.bin"));
+  await writeFile(at("model/sub.onnx"), await located("sub/weights.bin"));
+  await symlink(at("secret"), at("out/sub"));
+  const leaving = { tag: "source", message: /sub.weights\.bin: leads by a link to .*secret.*, outside links.out/ };
+  t.match(json(1, "attach", "links/model/sub.onnx", bert, "-o", "links/out/b.onnx")["error"], leaving);
+  await symlink(at("secret"), at("out/c.tasks"));
+  const tasks = { tag: "source", message: /c\.tasks: leads by a link to .*secret, outside links.out/ };
+  t.match(json(1, "attach", sessions("torchscript.onnx"), bert, "-o", "links/out/c.onnx")["error"], tasks);
+  t.same(await readdir(at("secret")), ["weights.bin"], "nothing is written there");
+});
+
+t.test("weights that are called as what is written", async (t) => {
+  await mkdir(join(folder, "named"));
+  for (const location of ["out.base.safetensors", "out.tasks/two.safetensors", "out.tasks"]) {
+    const path = join(folder, "named", location);
+    await mkdir(dirname(path), { recursive: true });
+    await cp(sessions("external.onnx.data"), path);
+    await writeFile(join(folder, "named/in.onnx"), await located(location));
+    for (const out of ["named/out.onnx", "out.onnx"]) {
+      const { error } = json(2, "attach", "named/in.onnx", bert, "-o", out);
+      t.match(
+        error,
+        { tag: "usage", message: /out\.(base\.safetensors|tasks) is where weights of the model go/ },
+        location,
+      );
+    }
+    t.same(new Uint8Array(await readFile(path)), new Uint8Array(await readFile(sessions("external.onnx.data"))));
+    await rm(join(folder, "named"), { recursive: true });
+    await mkdir(join(folder, "named"));
+  }
+});
+
+t.test("names as this package gives them", async (t) => {
+  const model = fromBinary(ModelProtoSchema, await readFile(sessions("torchscript.onnx")));
+  const [first] = model.graph!.initializer;
+  for (const name of ["eigenlora/bert.encoder.layer.0.attention.self.query/E_A", "eigenlora.learn"]) {
+    const copy = {
+      ...model,
+      graph: { ...model.graph!, initializer: [...model.graph!.initializer, { ...first!, name }] },
+    };
+    await writeFile(join(folder, "taken.onnx"), toBinary(ModelProtoSchema, copy));
+    const { error } = json(1, "attach", "taken.onnx", bert, "-o", "untaken.onnx");
+    t.match(error, { tag: "format", message: new RegExp(`"${name}" has a name as this package gives them`) });
+  }
+});
+
 t.test("names by hand, parameters left out, other bases", async (t) => {
   const attach = (status: number, model: string, tasks: string, ...more: string[]): Report =>
     json(status, "attach", sessions(model), tasks, "-o", "options.onnx", ...more);
   t.match(attach(1, "encoder.onnx", bert), { error: { tag: "base", message: /classifier/ } });
-  t.match(attach(0, "encoder.onnx", bert, "--ignore", "classifier"), { modules: 4, inputs: { length: 4 } });
+  const bare = attach(1, "encoder.onnx", bert, "--ignore", "classifier")["error"];
+  t.match(bare, { tag: "base", message: /by the end of its name only/ });
+  const any = attach(0, "encoder.onnx", bert, "--ignore", "classifier", "--any-base");
+  t.match(any, { modules: 4, inputs: { length: 4 }, unconfirmed: { length: 4 } });
   const named = (status: number, text: string): unknown => attach(status, "gemm.onnx", mlp, "--names", text)["error"];
   t.match(named(1, "mid=up.weight"), { tag: "base", message: /up\.weight/ });
   t.match(named(2, "mud=up.weight"), { tag: "usage", message: /nearest are mid/ });
   t.match(named(2, "mid"), { tag: "usage", message: /MODULE=WEIGHT/ });
   packed("marked.eigen", "--base", sessions("base.safetensors"));
-  t.match(attach(0, "torchscript.onnx", "marked.eigen"), { modules: 4 });
+  t.match(attach(0, "torchscript.onnx", "marked.eigen"), { modules: 4, unconfirmed: [] });
+  t.match(attach(0, "encoder.onnx", "marked.eigen", "--ignore", "classifier"), { modules: 4, unconfirmed: [] });
   t.match(attach(1, "tied.onnx", "marked.eigen"), { error: { tag: "base", message: /correlat/ } });
   t.match(attach(0, "tied.onnx", "marked.eigen", "--any-base"), { modules: 4 });
 });

@@ -1,4 +1,5 @@
 import { spawnSync } from "node:child_process";
+import { readdirSync } from "node:fs";
 import { mkdir, mkdtemp, readdir, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -192,4 +193,20 @@ console.log([...(await openPack(new Uint8Array(Buffer.concat(chunks)))).tasks.ke
 process.exit();`,
   );
   t.equal(run(project, process.execPath, "build.js", adapter), "debtags-role\n");
+});
+
+t.test("what messages and comments call an entry of the package is one", async (t) => {
+  const entries = Object.keys(manifest.exports).map((entry) => entry.replace(".", "eigenlora").replace(/\*.*$/, ""));
+  const files = ["src", "bindings"].flatMap((folder) =>
+    readdirSync(`${root}${folder}`, { recursive: true, encoding: "utf8" })
+      .filter((file) => file.endsWith(".ts"))
+      .map((file) => `${root}${folder}/${file}`),
+  );
+  t.ok(files.length > 100);
+  for (const file of files) {
+    for (const [named] of (await readFile(file, "utf8")).matchAll(/\beigenlora\/[a-z]+/g)) {
+      const there = entries.some((entry) => entry === named || (entry.endsWith("/") && `${named}/` === entry));
+      t.ok(there, `${file}: ${named}`);
+    }
+  }
 });

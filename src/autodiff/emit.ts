@@ -29,6 +29,8 @@ export class Emitter {
   readonly #opset: number;
   readonly #made = new Map<string, string>();
   readonly #own = new Set<string>();
+  /** Names of `shapes`. */
+  readonly #asked = new Set<string>();
 
   /** @param constants graph that gets the constants as initializers */
   constructor(constants: GraphProto, opset: number) {
@@ -80,7 +82,8 @@ export class Emitter {
     const known = this.dimensions?.(value);
     if (known) return this.concat(this.#join(known), 0);
     const shape = `${PREFIX}/shape/${value}`;
-    if (!this.shapes.some(({ name }) => name === shape)) this.shapes.push(makeNode("Shape", shape, [value], shape));
+    if (!this.#asked.has(shape)) this.shapes.push(makeNode("Shape", shape, [value], shape));
+    this.#asked.add(shape);
     return shape;
   }
 

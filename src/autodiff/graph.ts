@@ -19,7 +19,7 @@ import { probePath } from "./probed-path.ts";
 import { Problems } from "./problems.ts";
 import { recompute } from "./recompute.ts";
 import { differentiate } from "./reverse.ts";
-import { checkFeeds, type ShapeProbe } from "./shapes.ts";
+import { checkFeeds, type ShapeProbe, type Shapes } from "./shapes.ts";
 
 export interface TrainingGraphOptions {
   /** The output that holds the logits, [… , classes]. Default: "logits", or the only output. */
@@ -40,6 +40,8 @@ export interface TrainingGraph {
   /** f32 [N, C]: N rows of logits, all leading dimensions flattened. Not looked at in a run that does not learn. */
   readonly targetsInput: string;
   readonly logitsOutput: string;
+  /** Its dimensions: numbers, and names of free ones; that of the inputs' rows is "batch". */
+  readonly logitsDims: readonly (number | string)[];
   /** f32 scalar. */
   readonly lossOutput: string;
   /** The gradient's output by input that is trained, of its shape. */
@@ -134,9 +136,11 @@ export async function buildTrainingGraph(
     ...trained.map(({ name, dims }) => ({ value: found.get(name)!, as: gradients.get(name)!, rank: dims.length })),
   ];
   main.input.push(makeValue(TARGETS, FLOAT, ["", ""]), makeValue(LEARN, BOOL, []));
-  main.node.push(...emit.shapes, branch(recompute(path.graph, emit.nodes), results));
+  for (const node of emit.shapes) main.node.push(node);
+  main.node.push(branch(recompute(path.graph, emit.nodes), results));
   main.output.push(...results.map(({ as }) => makeValue(as, FLOAT)));
-  return { learnInput: LEARN, targetsInput: TARGETS, logitsOutput: logits, lossOutput: LOSS, gradients };
+  const logitsDims = namedDims(path.shapes, logits, ofTasks);
+  return { learnInput: LEARN, targetsInput: TARGETS, logitsOutput: logits, logitsDims, lossOutput: LOSS, gradients };
 }
 
 /** If(learn): the nodes and what they give; otherwise nothing of the same types. One flat graph would learn in every run. */
@@ -164,6 +168,17 @@ function branch(
   });
   const outputs = results.map(({ as }) => as);
   return makeNode("If", `${PREFIX}/learn`, [LEARN], outputs, { then_branch: learning, else_branch: answering });
+}
+
+/** The dimensions of a value, by the inputs that they come from. */
+function namedDims(shapes: Shapes, value: string, ofTasks: ReadonlySet<string>): (number | string)[] {
+  const factor = ({ input, axis }: { input: string; axis: number }): string =>
+    ofTasks.has(input) ? "labels" : axis === 0 ? "batch" : `${input}[${axis}]`;
+  const known = shapes.dimensions(value);
+  return shapes.dims(value).map((size, axis) => {
+    const dimension = known?.[axis];
+    return size ?? (typeof dimension === "object" ? dimension.map(factor).join(" · ") : "?");
+  });
 }
 
 function logitsOf({ name: file, graph }: OnnxModel, { probe }: Grafted, wanted: string | undefined): string {

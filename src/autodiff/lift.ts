@@ -19,6 +19,9 @@ const ALONG = /^(LogSoftmax|Softmax|(Simplified)?LayerNormalization|RMSNormaliza
 /** What shapes for a Reshape are made with. */
 const SHAPES = /^(Shape|Gather|Slice|Cast|Squeeze|Unsqueeze|Concat)$/;
 
+/** So many that take a position are looked at, each with all nodes in front of it. Classifiers have one. */
+const MOST_GATHERS = 64;
+
 /** A node that computes one position only. */
 interface Lifted {
   /** Along which dimension of the output. */
@@ -37,9 +40,11 @@ export function lift({ graph, name }: OnnxModel, shapes: Shapes): Graph | undefi
     [...input, ...output].every((value) => value === "" || shapes.has(value)),
   );
   let lifted: Graph | undefined;
+  let left = MOST_GATHERS;
   for (const gather of nodes.filter(({ opType }) => opType === "Gather")) {
     const [all, index] = gather.input as [string, string];
-    if (shapes.constant(index)?.length !== 1 || shapes.dims(index).length > 1) continue;
+    if (shapes.constant(index)?.length !== 1 || shapes.dims(index).length > 1 || shapes.dims(all).length < 2) continue;
+    if (--left < 0) break;
     const axis = fromFront(Number(attribute(gather, "axis")?.i ?? 0n), shapes.dims(all).length);
     const found = liftable(lifted ?? graph, gather, axis, nodes, shapes);
     if (![...found.keys()].some(({ opType }) => opType === "MatMul")) continue;
@@ -66,9 +71,17 @@ function liftable(
   const wanted = new Map([[gather.input[0]!, new Set([axis])]]);
   const found = new Map<NodeProto, Lifted>();
   /** Whether a shape ends at a Reshape that will get another one. */
-  const vanishes = ({ node, input }: Use): boolean => {
-    if (found.has(node)) return node.opType === "Reshape" && input === 1;
-    return SHAPES.test(node.opType) && !outputs.has(node.output[0]!) && users(node.output[0]!).every(vanishes);
+  const vanishes = (shape: Use): boolean => {
+    const seen = new Set<NodeProto>();
+    const pending = [shape];
+    for (const { node, input } of pending) {
+      const dropped = found.has(node) && node.opType === "Reshape" && input === 1;
+      if (dropped || seen.has(node)) continue;
+      if (found.has(node) || !SHAPES.test(node.opType) || outputs.has(node.output[0]!)) return false;
+      seen.add(node);
+      for (const use of users(node.output[0]!)) pending.push(use);
+    }
+    return true;
   };
   // What something else needs whole stays, and so does what is before it.
   const alone = (use: Use): boolean | undefined => {

@@ -2,8 +2,8 @@
  * Which nodes and values gradients flow through: those between a trained value and the loss, by the inputs
  * that an operator can be differentiated by. Operators and names only; no shapes.
  */
-import { attribute, type Graph } from "../onnx/model.ts";
-import type { GraphProto, NodeProto } from "../onnx/onnx_pb.ts";
+import { attribute, type Graph, nestedGraphs } from "../onnx/model.ts";
+import type { NodeProto } from "../onnx/onnx_pb.ts";
 import type { Problems } from "./problems.ts";
 import { RULES, STOPS } from "./rules/index.ts";
 
@@ -63,13 +63,10 @@ function flowing(node: NodeProto): readonly string[] {
 
 /** What the graphs inside a node read from outside. */
 function captured(node: NodeProto): readonly string[] {
-  const values: string[] = [];
-  const visit = (graph: GraphProto): void => {
-    for (const inner of graph.node) values.push(...inner.input, ...captured(inner));
-    for (const { name } of graph.output) values.push(name);
-  };
-  for (const { g, graphs } of node.attribute) (g ? [g, ...graphs] : graphs).forEach(visit);
-  return values;
+  return nestedGraphs(node).flatMap((graph) => [
+    ...graph.node.flatMap((inner) => [...inner.input, ...captured(inner)]),
+    ...graph.output.map(({ name }) => name),
+  ]);
 }
 
 function isStandard({ domain }: NodeProto): boolean {
@@ -78,7 +75,7 @@ function isStandard({ domain }: NodeProto): boolean {
 
 /** Why a gradient cannot pass a node. */
 function obstacle(node: NodeProto): string | undefined {
-  if (node.attribute.some(({ g, graphs }) => g !== undefined || graphs.length > 0)) {
+  if (nestedGraphs(node).length > 0) {
     return "is control flow, which gradients do not pass (export the model without it)";
   }
   if (QUANTISED.test(node.opType)) return "is quantised, which gradients do not pass (pass a float export)";

@@ -9,7 +9,7 @@ const NAMED = 3;
 
 export class Problems {
   /** Names of what has the problem, by the problem. */
-  readonly #found = new Map<string, string[]>();
+  readonly #found = new Map<string, Set<string>>();
 
   /** Of a node: an operator that does not do. */
   node({ opType, name, output }: NodeProto, why: string): void {
@@ -18,8 +18,8 @@ export class Problems {
 
   /** @param of a name that belongs to it, where there is one */
   add(problem: string, of?: string): void {
-    const names = this.#found.get(problem) ?? [];
-    if (of !== undefined && !names.includes(of)) names.push(of);
+    const names = this.#found.get(problem) ?? new Set();
+    if (of !== undefined) names.add(of);
     this.#found.set(problem, names);
   }
 
@@ -31,13 +31,9 @@ export class Problems {
   throwIfAny(file: string): void {
     if (!this.any) return;
     const told = [...this.#found].map(([problem, names]) => {
-      const more = names.length > NAMED ? ` and ${names.length - NAMED} more` : "";
-      return names.length === 0
-        ? problem
-        : `${problem}: ${names
-            .slice(0, NAMED)
-            .map((name) => `"${name}"`)
-            .join(", ")}${more}`;
+      const more = names.size > NAMED ? ` and ${names.size - NAMED} more` : "";
+      const named = [...names].slice(0, NAMED).map((name) => `"${name}"`);
+      return names.size === 0 ? problem : `${problem}: ${named.join(", ")}${more}`;
     });
     throw new FormatError(`no training graph can be made of it; ${told.join("; ")}`, { file, part: "graph" });
   }

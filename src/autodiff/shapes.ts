@@ -43,6 +43,9 @@ export function fromFront(axis: number, rank: number): number {
 /** Constants of more elements are not compared. */
 const LARGEST_CONSTANT = 64;
 
+/** Of more free dimensions than these no products are known. */
+const MOST_FREE = 64;
+
 /**
  * Refuses feeds that would tell nothing: free dimensions must differ within a feed and between the two, and never be 1.
  * @param inputs that the model declares
@@ -108,16 +111,16 @@ export async function probeShapes(
     if (weight) found.set(value, [weight, weight]);
   }
   const fetches = asked.filter((value) => !found.has(value)).map((value, i) => ({ value, as: `${PREFIX}/probe/${i}` }));
-  const [outputs, nodes] = [[...proto.output], proto.node.length];
+  const [outputs, nodes] = [proto.output, proto.node.length];
   // Behind an Identity: runtimes do not like inputs and initializers as outputs.
   for (const { value, as } of fetches) proto.node.push(makeNode("Identity", as, [value], as));
-  proto.output.splice(0, Infinity, ...fetches.map(({ as }) => create(ValueInfoProtoSchema, { name: as })));
+  proto.output = fetches.map(({ as }) => create(ValueInfoProtoSchema, { name: as }));
   let model: DetachedModel;
   try {
     model = await detachWeights(file, added);
   } finally {
     proto.node.length = nodes;
-    proto.output.splice(0, Infinity, ...outputs);
+    proto.output = outputs;
   }
   const runs = await probe(model, feeds);
   for (const { value, as } of fetches) {
@@ -171,7 +174,8 @@ export class Shapes {
       const key = sizes.join();
       this.#products.set(key, [...(this.#products.get(key) ?? []), product]);
     };
-    const all = [...free.values()];
+    // Of a few no product is another's by chance; and there are as many as pairs.
+    const all = free.size > MOST_FREE ? [] : [...free.values()];
     for (const [i, one] of all.entries()) {
       add(one.sizes, [one.factor]);
       for (const other of all.slice(i))
@@ -247,7 +251,7 @@ export class Shapes {
         // Until it is known otherwise; this ends circles, which only a damaged file has.
         const opaque = node?.attribute.some(({ g, graphs }) => g !== undefined || graphs.length > 0) ?? false;
         this.#fixed.set(name, node ? !opaque : this.#graph.initializers.has(name));
-        pending.push(...needed);
+        for (const input of needed) pending.push(input);
       } else {
         this.#fixed.set(name, this.#fixed.get(name)! && needed.every((input) => this.#fixed.get(input)));
         pending.pop();

@@ -3,6 +3,9 @@
  */
 import { nearest } from "../arguments.ts";
 
+/** Segments that are dropped at most, so that a long name makes no more than a few others. */
+const MOST_DROPPED = 64;
+
 /**
  * Finds, for names of an adapter, the parameters of a base model they mean: by the longest common suffix of whole dotted
  * segments that is the whole of one of the two names. "bert.encoder.layer.0.query.weight" finds
@@ -16,8 +19,7 @@ export class NameMatcher {
   constructor(baseNames: Iterable<string>) {
     for (const name of baseNames) {
       this.#exact.add(name);
-      for (let at = name.indexOf("."); at >= 0; at = name.indexOf(".", at + 1)) {
-        const suffix = name.slice(at + 1);
+      for (const suffix of suffixesOf(name)) {
         const names = this.#bySuffix.get(suffix);
         if (names) names.push(name);
         else this.#bySuffix.set(suffix, [name]);
@@ -31,11 +33,19 @@ export class NameMatcher {
     const longer = this.#bySuffix.get(name) ?? [];
     if (longer.length === 1) return { name: longer[0]! };
     if (longer.length > 1) return { ambiguous: true, candidates: longer };
-    for (let at = name.indexOf("."); at >= 0; at = name.indexOf(".", at + 1)) {
-      const suffix = name.slice(at + 1);
+    for (const suffix of suffixesOf(name)) {
       // A bare "weight" or "bias" says nothing about which module it belongs to.
       if (suffix.includes(".") && this.#exact.has(suffix)) return { name: suffix };
     }
     return { ambiguous: false, candidates: nearest(name, this.#exact) };
+  }
+}
+
+/** A name without its first segment, without its first two, and so on. */
+function* suffixesOf(name: string): Generator<string, void> {
+  let at = name.indexOf(".");
+  for (let dropped = 0; at >= 0 && dropped < MOST_DROPPED; dropped++) {
+    yield name.slice(at + 1);
+    at = name.indexOf(".", at + 1);
   }
 }

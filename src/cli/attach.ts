@@ -3,33 +3,27 @@
  * that this package has no binding for (docs/attach.md). It prepares files and runs nothing. Tasks that need the
  * weights themselves changed are refused.
  */
-import { existsSync } from "node:fs";
-import { dirname, join, resolve } from "node:path";
+import { dirname, join } from "node:path";
 import { nearest } from "../arguments.ts";
 import { createBackend } from "../backends/select.ts";
-import { BaseMismatchError, FormatError, SourceError } from "../errors.ts";
+import { BaseMismatchError, FormatError } from "../errors.ts";
 import type { Grafted, TaskInput } from "../onnx/graft.ts";
 import { PREFIX } from "../onnx/nodes.ts";
-import type { GraphProto } from "../onnx/onnx_pb.ts";
 import { type ModelFile, readModel } from "../onnx/read.ts";
-import { EXTERNAL } from "../onnx/tensors.ts";
 import { embedWeights } from "../onnx/write.ts";
-import { openSource } from "../open-source.ts";
 import type { Pack } from "../pack/pack.ts";
 import { Workbench } from "../runtime/workbench.ts";
 import { type PreparedModel, prepareModel } from "../session/prepare.ts";
 import { stackValues, TaskEvaluator } from "../session/values.ts";
-import type { ByteSource } from "../source.ts";
 import { type SafetensorsEntry, writeSafetensors } from "../tensor/safetensors-writer.ts";
 import { type Attach, command } from "./command.ts";
+import { copyAll, placesOf } from "./external.ts";
 import { makeFolder, refuseOverwriting, writeWhole } from "./files.ts";
 import { assignments, byDefault, choice, list, output, toggle, UsageError } from "./options.ts";
 import { bytes, type Output } from "./output.ts";
 
 /** The most that protobuf allows, and so the most that runtimes load. */
 const MOST_MODEL_BYTES = 2 ** 31 - 1;
-/** Weights beside a model may be larger than memory: so much of them is copied at a time. */
-const CHUNK_BYTES = 2 ** 24;
 
 /** By these a program can tell whether a model and the inputs of a task belong together. */
 type Marks = ReadonlyMap<string, string>;
@@ -64,13 +58,14 @@ export const attach: Attach = command({
     const pack = await run.pack(packPath);
     for (const module of options.names.keys()) refuseUnknown(module, pack);
     const file = run.closing(await readModel(modelPath));
+    const places = await placesOf(file, modelPath, target, [baseFile(target)], [tasksFolder(target)]);
     const bases = (await pack.bases()).bytes;
     const prepared = await prepareModel(file, pack, bases, { ...options, mode, probeOutputs: false });
     refuseFolded(prepared, pack);
     const ids = task.length > 0 ? [...new Set(task)] : [...pack.tasks.keys()];
     // An unknown or damaged task is found before anything is written.
     await pack.prefetch(ids);
-    const { mode: chosen, reason, inputs, modules } = prepared;
+    const { mode: chosen, reason, inputs, modules, unconfirmed } = prepared;
     const marks: Marks = new Map([
       [`${PREFIX}.basis`, pack.basisId],
       [`${PREFIX}.mode`, chosen],
@@ -78,7 +73,7 @@ export const attach: Attach = command({
     const model = serialise(file, prepared, marks, target);
     await makeFolder(dirname(target));
     await run.lock(target);
-    const external = await writeExternal(file, target);
+    const external = await copyAll(file, places);
     const backend = run.closing((await createBackend({ webgpu: false })).backend);
     const evaluator = new TaskEvaluator(prepared, new Workbench(backend, pack.modules, bases));
     const { base, tasks, folder } = await writeInputs({ pack, inputs, evaluator, marks }, ids, target, out);
@@ -86,12 +81,26 @@ export const attach: Attach = command({
     const size = await writeWhole(target, [model]);
     const largest = tasks.reduce((most, one) => Math.max(most, one.bytes), 0);
     return {
-      json: { file: target, mode: chosen, reason, modules: modules.length, bytes: size, external, inputs, base, tasks },
+      json: {
+        file: target,
+        mode: chosen,
+        reason,
+        modules: modules.length,
+        unconfirmed,
+        bytes: size,
+        external,
+        inputs,
+        base,
+        tasks,
+      },
       text: [
         `${target}: ${modules.length} modules, ${bytes(size)}, mode ${chosen} (${reason})`,
         ...external.map((path) => `  weights in ${path}`),
         `${inputs.length} inputs carry a task: without one, ${base.file}, ${bytes(base.bytes)}`,
         `  ${tasks.length} tasks in ${folder}, ${bytes(largest)} at most`,
+        ...(unconfirmed.length > 0
+          ? [`no fingerprint was held against the weights of ${unconfirmed.length} modules`]
+          : []),
       ],
     };
   },
@@ -128,71 +137,6 @@ function serialise(file: ModelFile, { initializers }: Grafted, marks: Marks, tar
   );
 }
 
-/**
- * Brings the files that hold weights of the model to where the new one looks for them.
- * @returns their paths
- * @throws SourceError when another file lies there
- */
-async function writeExternal(file: ModelFile, target: string): Promise<string[]> {
-  const places = [...externalLocations(file.model.graph.proto)].map((location) => {
-    const path = join(dirname(target), location);
-    refuseOverwriting(target, path);
-    return { location, path };
-  });
-  for (const { location, path } of places) {
-    // The model was given as a path or URL, so there is telling where these files lie.
-    const source = await file.external!(location);
-    if (resolve(source.name) !== resolve(path)) await copyTo(path, source);
-  }
-  return places.map(({ path }) => path);
-}
-
-/** What the model's initializers call the files beside it. */
-function externalLocations(graph: GraphProto, found: Set<string> = new Set()): Set<string> {
-  for (const { dataLocation, externalData } of graph.initializer) {
-    const location = externalData.find(({ key }) => key === "location")?.value;
-    if (dataLocation === EXTERNAL && location !== undefined) found.add(location);
-  }
-  for (const { attribute } of graph.node) {
-    for (const { g, graphs } of attribute) {
-      for (const nested of g ? [g, ...graphs] : graphs) externalLocations(nested, found);
-    }
-  }
-  return found;
-}
-
-async function copyTo(path: string, source: ByteSource): Promise<void> {
-  // A URL's size is known after the first read.
-  if (source.byteLength === undefined) await source.read(0, 1);
-  if (existsSync(path)) {
-    if (await isSame(path, source)) return;
-    const message = `is there already and differs from the model's ${source.name}; choose another folder`;
-    throw new SourceError(message, { file: path });
-  }
-  await makeFolder(dirname(path));
-  await writeWhole(path, chunksOf(source));
-}
-
-async function* chunksOf(source: ByteSource): AsyncGenerator<Uint8Array, void> {
-  const size = source.byteLength!;
-  for (let at = 0; at < size; at += CHUNK_BYTES) yield await source.read(at, Math.min(CHUNK_BYTES, size - at));
-}
-
-async function isSame(path: string, source: ByteSource): Promise<boolean> {
-  const there = await openSource(path);
-  try {
-    if (there.byteLength !== source.byteLength) return false;
-    let at = 0;
-    for await (const chunk of chunksOf(source)) {
-      if (Buffer.compare(chunk, await there.read(at, chunk.length)) !== 0) return false;
-      at += chunk.length;
-    }
-    return true;
-  } finally {
-    await there.close?.();
-  }
-}
-
 /** What there is to say about the inputs of tasks. */
 interface Attached {
   readonly pack: Pack;
@@ -201,12 +145,19 @@ interface Attached {
   readonly marks: Marks;
 }
 
+function baseFile(target: string): string {
+  return `${target.replace(/\.onnx$/i, "")}.base.safetensors`;
+}
+
+function tasksFolder(target: string): string {
+  return `${target.replace(/\.onnx$/i, "")}.tasks`;
+}
+
 /** The inputs of the base and of each task, one file each, beside the model. */
 async function writeInputs(attached: Attached, ids: readonly string[], target: string, out: Output) {
-  const stem = target.replace(/\.onnx$/i, "");
-  const folder = `${stem}.tasks`;
+  const folder = tasksFolder(target);
   await makeFolder(folder);
-  const base = await writeValues(attached, `${stem}.base.safetensors`, null);
+  const base = await writeValues(attached, baseFile(target), null);
   const tasks = [];
   for (const [i, id] of ids.entries()) {
     // An id may hold any character; a file's name may not. What this leaves as it is may stand in names everywhere.

@@ -8,9 +8,9 @@ import { type WeightAt, weightAt } from "../base/fingerprint.ts";
 import { FormatError } from "../errors.ts";
 import type { ReadOptions } from "../source.ts";
 import { bf16ToF32, f16ToF32 } from "../tensor/dtypes.ts";
-import { matrixShape, producer } from "./linear.ts";
+import { producer } from "./linear.ts";
 import { attribute, type OnnxModel, type Use } from "./model.ts";
-import type { OnnxParameter } from "./modules.ts";
+import { matrixShape, type OnnxParameter, type Stored } from "./modules.ts";
 import type { NodeProto } from "./onnx_pb.ts";
 import type { ModelFile } from "./read.ts";
 import { readTensor } from "./tensors.ts";
@@ -41,7 +41,7 @@ export interface ReadWeight {
  */
 export async function readLinearWeight(
   file: ModelFile,
-  parameter: OnnxParameter,
+  parameter: Stored & { readonly name: string },
   options?: ReadOptions,
 ): Promise<ReadWeight> {
   const { model } = file;
@@ -190,7 +190,7 @@ function viewOf(bytes: Uint8Array): DataView {
 async function affine(
   reader: TensorReader,
   model: OnnxModel,
-  { initializer, shape }: OnnxParameter,
+  { initializer, shape }: Stored,
   use: Use | undefined,
   transposed: boolean,
   out: number,

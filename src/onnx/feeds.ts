@@ -3,6 +3,8 @@
  * nothing; what is wanted is that the model runs.
  */
 import { FLOAT, FLOAT16, INT64 } from "./linear.ts";
+import type { OnnxModel } from "./model.ts";
+import { makeValue } from "./nodes.ts";
 import type { ValueInfoProto } from "./onnx_pb.ts";
 
 /** A value as a runtime takes it, by `TensorProto.DataType`. */
@@ -15,15 +17,74 @@ export interface Feed {
 const BOOL = 9;
 const INT32 = 6;
 
+/** Elements of all inputs together. A few images have so many; a file may ask for anything. */
+const MOST_ELEMENTS = 2 ** 23;
+
+/** Inputs without what the file says beside their names, types and dimensions: nothing of it stays in memory. */
+export function plainInputs(inputs: readonly ValueInfoProto[]): ValueInfoProto[] {
+  return inputs.map((input) => {
+    const { value } = input.type ?? {};
+    if (value?.case !== "tensorType") return makeValue(input.name, 0);
+    const dims = value.value.shape?.dim.map(({ value: one }) => {
+      return one.case === "dimValue" ? Number(one.value) : one.case === "dimParam" ? one.value : "";
+    });
+    return makeValue(input.name, value.value.elemType, dims);
+  });
+}
+
+/** How many rows the tables have that inputs are indices of, by input. */
+export function tableRows({ graph }: OnnxModel, inputs: readonly ValueInfoProto[]): Map<string, number> {
+  const found = new Map<string, number>();
+  for (const { name } of inputs) {
+    for (const { node, input } of graph.consumers.get(name) ?? []) {
+      const rows =
+        node.opType === "Gather" && input === 1 ? graph.initializers.get(node.input[0]!)?.dims[0] : undefined;
+      if (rows !== undefined) found.set(name, Math.min(Number(rows), found.get(name) ?? Infinity));
+    }
+  }
+  return found;
+}
+
+/** Rows of a batch that all differ, as far as made-up ones can. */
+const ROWS = 3;
+/** Of everything else that is free. */
+const LENGTH = 6;
+
+/**
+ * Feeds whose rows differ.
+ * @param tables as `tableRows` gives them
+ * @returns undefined as `tinyFeeds`
+ */
+export function feedsOfRows(
+  inputs: readonly ValueInfoProto[],
+  tables: ReadonlyMap<string, number>,
+): ReadonlyMap<string, Feed> | undefined {
+  const leading = new Set<string>();
+  for (const { type } of inputs) {
+    const first = type?.value.case === "tensorType" ? type.value.value.shape?.dim[0]?.value : undefined;
+    leading.add((first?.case === "dimParam" && first.value) || "dimension 0");
+  }
+  const feeds = tinyFeeds(inputs, (dimension) => (leading.has(dimension) ? ROWS : LENGTH));
+  for (const [name, rows] of tables) {
+    const { data } = feeds?.get(name) ?? {};
+    // Squares, so that no row is another one moved along.
+    if (data instanceof BigInt64Array) data.forEach((_, i) => (data[i] = BigInt((7 * i * i + i + 1) % rows)));
+    else if (data instanceof Int32Array) data.forEach((_, i) => (data[i] = (7 * i * i + i + 1) % rows));
+  }
+  return feeds;
+}
+
 /**
  * @param size of a free dimension, by its name, or by its place where it has none. Default: 2
- * @returns undefined when an input is of a kind that cannot be guessed
+ * @returns undefined when an input is of a kind that cannot be guessed, has an impossible dimension, or all of them have very
+ *   many elements
  */
 export function tinyFeeds(
   inputs: readonly ValueInfoProto[],
   size: (dimension: string) => number = () => 2,
 ): Map<string, Feed> | undefined {
   const feeds = new Map<string, Feed>();
+  let left = MOST_ELEMENTS;
   for (const { name, type } of inputs) {
     if (type?.value.case !== "tensorType" || !type.value.value.shape) return undefined;
     const { elemType, shape } = type.value.value;
@@ -34,6 +95,8 @@ export function tinyFeeds(
       return size(value.case === "dimParam" && value.value !== "" ? value.value : `dimension ${axis}`);
     });
     const count = dims.reduce((a, b) => a * b, 1);
+    left -= count;
+    if (dims.some((size) => size < 0) || !(left >= 0)) return undefined;
     const ones: Record<number, () => Feed["data"]> = {
       [FLOAT]: () => Float32Array.from({ length: count }, (_, i) => Math.sin(i + 1)),
       [FLOAT16]: () => new Uint16Array(count).fill(0x3800),

@@ -14,7 +14,7 @@
 import { FormatError } from "../errors.ts";
 import { biasAdd, FLOAT, INT64, type Linear } from "./linear.ts";
 import type { OnnxModel } from "./model.ts";
-import { dropUnused, makeInts, makeNode, makeValue, Place, PREFIX } from "./nodes.ts";
+import { dropUnused, makeInts, makeNode, makeValue, NodeEdits, Place, PREFIX } from "./nodes.ts";
 import type { GraphProto, NodeProto } from "./onnx_pb.ts";
 import { Ranks } from "./rank.ts";
 
@@ -116,7 +116,7 @@ export interface ProbeOutputs {
   readonly term: string;
 }
 
-/** @throws FormatError when the model's opset is too old, or the model has been grafted before */
+/** @throws FormatError when the model's opset is too old, the model has been grafted before, or it uses names of ours */
 export function checkGraftable(model: OnnxModel): void {
   if (model.opset < LEAST_OPSET) {
     const message = `opset ${model.opset}: at least ${LEAST_OPSET} is needed; export it again with opset_version=17`;
@@ -128,6 +128,22 @@ export function checkGraftable(model: OnnxModel): void {
       part: "graph",
     });
   }
+  const taken = ownNames(model).find((name) => name.startsWith(`${PREFIX}/`) || name.startsWith(`${PREFIX}.`));
+  if (taken === undefined) return;
+  // What is added would be taken for it, or it for what is added.
+  const message = `its value "${taken}" has a name as this package gives them: rename it, or pass the model as it was before`;
+  throw new FormatError(message, { file: model.name, part: "graph" });
+}
+
+/** All names of values. */
+function ownNames({ graph }: OnnxModel): string[] {
+  const inputs = [...graph.scopes.keys()].flatMap(({ input }) => input.map(({ name }) => name));
+  const made = [...graph.scopes.values()].flatMap(({ initializers, producers, outputs }) => [
+    ...initializers.keys(),
+    ...producers.keys(),
+    ...outputs,
+  ]);
+  return [...inputs, ...made, ...graph.consumers.keys()];
 }
 
 /**
@@ -159,6 +175,7 @@ class Grafter {
   /** Nodes that every place shares; they depend on a task input only and go first. */
   readonly #first: NodeProto[] = [];
   readonly #shared = new Set<string>();
+  readonly #edits = new NodeEdits();
   readonly #wantsProbe: boolean;
   #probe: ProbeOutputs | undefined;
   #count = 0;
@@ -182,7 +199,7 @@ class Grafter {
     for (const linear of linears) {
       // Behind the bias where that can be: runtimes fuse a product with its bias. DoRA scales what is in front of it.
       const end = rowScale ? linear.node : (biasAdd(this.#model, linear) ?? linear.node);
-      const place = new Place(linear.graph, end, `${PREFIX}/${name}/${this.#count++}`, linear.type);
+      const place = new Place(this.#edits, linear.graph, end, `${PREFIX}/${name}/${this.#count++}`, linear.type);
       const rank = linear.graph === this.#main ? this.#ranks.of(linear.x) : undefined;
       const rows =
         rank === 3 || rank === 2 ? place.up(linear.x) : place.op("Flatten", [place.up(linear.x)], { axis: -1 });
@@ -221,7 +238,7 @@ class Grafter {
   bias({ name, size, type, places }: GraftBias): void {
     const change = this.#input(name, "bias", [1, size]);
     for (const { graph, node } of places) {
-      const place = new Place(graph, node, `${PREFIX}/${name}/${this.#count++}`, type);
+      const place = new Place(this.#edits, graph, node, `${PREFIX}/${name}/${this.#count++}`, type);
       const y = place.begin();
       const sum = place.op("Add", [this.#rowsOf(place, place.up(y), size), change]);
       place.end(place.down(place.op("Reshape", [sum, place.op("Shape", [y])])));
@@ -232,7 +249,7 @@ class Grafter {
     const indices = this.#input(name, "indices", [1, "rows"]);
     const change = this.#input(name, "rows", ["rows", width + 1]);
     for (const { graph, node } of places) {
-      const place = new Place(graph, node, `${PREFIX}/${name}/${this.#count++}`, type);
+      const place = new Place(this.#edits, graph, node, `${PREFIX}/${name}/${this.#count++}`, type);
       const y = place.begin();
       const ids = this.#rowsOf(place, place.op("Cast", [node.input[1]!], { to: INT64 }), 1);
       const met = place.op("Cast", [place.op("Equal", [ids, indices])], { to: FLOAT });
@@ -251,7 +268,7 @@ class Grafter {
     const bias = hasBias ? this.#input(name, "headBias", [1, "labels"]) : undefined;
     const labels = this.#once("labels", "Slice", ["Shape", weight], [2, 3]);
     for (const { linear, end } of places) {
-      const place = new Place(linear.graph, end, `${PREFIX}/${name}/${this.#count++}`, linear.type);
+      const place = new Place(this.#edits, linear.graph, end, `${PREFIX}/${name}/${this.#count++}`, linear.type);
       const x = place.op("Flatten", [place.up(linear.x)], { axis: -1 });
       let y = place.op("MatMul", [this.#rowsOf(place, x, inputs), weight]);
       if (bias !== undefined) y = place.op("Add", [y, bias]);
@@ -312,6 +329,7 @@ class Grafter {
 
   finish(heads: readonly GraftHead[]): Grafted {
     const main = this.#main;
+    this.#edits.apply();
     // In front, so that what uses them comes later, as ONNX asks.
     main.node.unshift(...this.#first);
     for (const { name, kind, dims } of this.#inputs) {

@@ -7,6 +7,7 @@ import type { View, WeightHost } from "../base/host.ts";
 import { SourceError } from "../errors.ts";
 import type { SourceInput } from "../source.ts";
 import type { FloatDtype } from "../tensor/dtypes.ts";
+import { Copies } from "./copies.ts";
 import { findParameters, type OnnxParameter } from "./modules.ts";
 import { type ModelFile, type ModelOptions, readModel } from "./read.ts";
 import { readTensor } from "./tensors.ts";
@@ -20,18 +21,25 @@ import { readTensor } from "./tensors.ts";
  * const runtime = await createRuntime(pack, { base });
  *
  * @throws FormatError when the file is truncated or is no ONNX model
- * @throws SourceError when the file cannot be read; `read` throws it also for missing external files
+ * @throws SourceError when the file cannot be read; `read` throws it also for missing external files, and BaseMismatchError
+ *   for a name that several weights of different values have
  */
 export async function openOnnxHost(input: SourceInput, options: ModelOptions = {}): Promise<WeightHost> {
   return onnxHost(await readModel(input, options));
 }
 
 /** The float parameters of a model that has been read. Read-only. */
-export function onnxHost({ model, external, close }: ModelFile): WeightHost {
+export function onnxHost(file: ModelFile): WeightHost {
+  const { model, external, close } = file;
   const parameters = new Map<string, OnnxParameter & { dtype: FloatDtype }>();
-  for (const parameter of findParameters(model)) {
-    const { name, dtype } = parameter;
+  const all = findParameters(model);
+  const copies = new Copies(file, all);
+  /** Those that are the only ones of their name, or equal to all others. */
+  const sound = new Set<string>();
+  for (const parameter of all) {
+    const { name, dtype, candidates } = parameter;
     if (dtype !== "other") parameters.set(name, { ...parameter, dtype });
+    if (!candidates.some(({ equal }) => equal)) sound.add(name);
   }
   return {
     *list() {
@@ -42,6 +50,8 @@ export function onnxHost({ model, external, close }: ModelFile): WeightHost {
     async read(name, into, options): Promise<View> {
       const parameter = parameters.get(name);
       if (!parameter) throw new SourceError(`has no float parameter "${name}"`, { file: model.name });
+      if (!sound.has(name)) await copies.of(parameter);
+      sound.add(name);
       const tensor = model.graph.initializers.get(parameter.initializer)!;
       const { shape, data } = await readTensor(tensor, model.name, external, options);
       into?.set(data);

@@ -34,19 +34,6 @@ export class NotLinear {
   }
 }
 
-/** [out, in] of a parameter that is the weight of a linear layer; undefined when its dimensions do not tell. */
-export function matrixShape({
-  shape,
-  layout,
-  uses,
-}: OnnxParameter): readonly [out: number, inputs: number] | undefined {
-  const packed = uses.find(({ node }) => node.opType === "MatMulNBits")?.node;
-  if (packed) return [Number(attribute(packed, "N")?.i ?? 0), Number(attribute(packed, "K")?.i ?? 0)];
-  const [rows, columns] = shape;
-  if (shape.length !== 2 || rows === undefined || columns === undefined) return undefined;
-  return layout === "in-out" ? [columns, rows] : [rows, columns];
-}
-
 /** The linear layer that a use of a weight belongs to. */
 function linearOf(model: OnnxModel, use: Use): Linear | NotLinear {
   const { node, graph, input } = use;
@@ -76,11 +63,11 @@ function linearOf(model: OnnxModel, use: Use): Linear | NotLinear {
   }
 }
 
-/** All linear layers that a parameter is the weight of. */
-export function linearsOf(model: OnnxModel, { uses, initializer }: OnnxParameter): Linear[] | NotLinear {
+/** All linear layers that a parameter, or a copy of it, is the weight of. */
+export function linearsOf(model: OnnxModel, { uses, initializer, copies }: OnnxParameter): Linear[] | NotLinear {
   if (uses.length === 0) return new NotLinear(`nothing in the graph uses "${initializer}"`);
   const linears: Linear[] = [];
-  for (const use of uses) {
+  for (const use of [uses, ...copies.map((copy) => copy.uses)].flat()) {
     const linear = linearOf(model, use);
     if (linear instanceof NotLinear) return linear;
     linears.push(linear);
@@ -143,9 +130,9 @@ export function fusedNode(model: OnnxModel): NodeProto | undefined {
 
 /** The node that makes a value, and its graph: the one given or one around it. */
 export function origin(model: OnnxModel, graph: GraphProto, value: string): Pick<Use, "node" | "graph"> | undefined {
-  const { proto, producers, around } = model.graph;
+  const { scopes, around } = model.graph;
   for (let at: GraphProto | undefined = graph; at; at = around.get(at)) {
-    const node = at === proto ? producers.get(value) : at.node.find(({ output }) => output.includes(value));
+    const node = scopes.get(at)?.producers.get(value);
     if (node) return { node, graph: at };
   }
   return undefined;
@@ -159,9 +146,8 @@ export function producer(model: OnnxModel, graph: GraphProto, value: string): No
 /** The node that alone reads what a node makes, if it lies in the same graph and the value is no output of that. */
 function onlyConsumer(model: OnnxModel, graph: GraphProto, { output: [value = ""] }: NodeProto): NodeProto | undefined {
   const uses = model.graph.consumers.get(value) ?? [];
-  if (uses.length !== 1 || uses[0]!.graph !== graph || graph.output.some(({ name }) => name === value))
-    return undefined;
-  return uses[0]!.node;
+  const isOutput = model.graph.scopes.get(graph)?.outputs.has(value);
+  return uses.length === 1 && uses[0]!.graph === graph && !isOutput ? uses[0]!.node : undefined;
 }
 
 function has({ input }: NodeProto, index: number): boolean {
@@ -173,7 +159,7 @@ function typeOf(model: OnnxModel, graph: GraphProto, value: string): number {
   const seen = new Set<string>();
   for (let at = value; !seen.has(at); ) {
     seen.add(at);
-    const tensor = model.graph.initializers.get(at) ?? graph.initializer.find(({ name }) => name === at);
+    const tensor = model.graph.initializers.get(at) ?? model.graph.scopes.get(graph)?.initializers.get(at);
     if (tensor) return tensor.dataType;
     const node = producer(model, graph, at);
     if (!node) return FLOAT;

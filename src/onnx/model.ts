@@ -15,12 +15,19 @@ export interface Use {
   readonly graph: GraphProto;
 }
 
-/** A graph's values by name. Made by `indexGraph`; it does not follow later changes of `proto`. */
-export interface Graph {
-  readonly proto: GraphProto;
+/** The values that one graph makes itself, without those of graphs nested in it. */
+export interface Scope {
   readonly initializers: ReadonlyMap<string, TensorProto>;
-  /** The node that makes a value. Without nested graphs. */
+  /** The node that makes a value. */
   readonly producers: ReadonlyMap<string, NodeProto>;
+  readonly outputs: ReadonlySet<string>;
+}
+
+/** A graph's values by name. Made by `indexGraph`; it does not follow later changes of `proto`. */
+export interface Graph extends Scope {
+  readonly proto: GraphProto;
+  /** The graph itself and all nested ones. */
+  readonly scopes: ReadonlyMap<GraphProto, Scope>;
   /** The nodes that read a value, nested graphs' nodes included. */
   readonly consumers: ReadonlyMap<string, readonly Use[]>;
   /** The graph around each nested one. */
@@ -70,28 +77,15 @@ export function parseModel(bytes: Uint8Array, name: string): OnnxModel {
 
 /**
  * @param file for messages
- * @throws FormatError when a value has two origins
+ * @throws FormatError when a value of the main graph has two origins
  */
 export function indexGraph(proto: GraphProto, file: string): Graph {
-  const initializers = new Map<string, TensorProto>();
-  const producers = new Map<string, NodeProto>();
   const consumers = new Map<string, Use[]>();
   const around = new Map<GraphProto, GraphProto>();
-  const twice = (value: string): FormatError =>
-    new FormatError(`the value "${value}" has two origins: damaged, export the model again`, { file, part: "graph" });
-  for (const tensor of proto.initializer) {
-    if (initializers.has(tensor.name)) throw twice(tensor.name);
-    initializers.set(tensor.name, tensor);
-  }
-  for (const node of proto.node) {
-    for (const output of node.output) {
-      // An optional output that is left out has an empty name.
-      if (output === "") continue;
-      if (producers.has(output) || initializers.has(output)) throw twice(output);
-      producers.set(output, node);
-    }
-  }
+  const scopes = new Map<GraphProto, Scope>();
+  // The protobuf runtime reads graphs in graphs to a depth of 33 only.
   const visit = (graph: GraphProto): void => {
+    scopes.set(graph, scopeOf(graph, graph === proto ? file : undefined));
     for (const node of graph.node) {
       for (const [input, value] of node.input.entries()) {
         if (value === "") continue;
@@ -99,16 +93,37 @@ export function indexGraph(proto: GraphProto, file: string): Graph {
         if (uses) uses.push({ node, input, graph });
         else consumers.set(value, [{ node, input, graph }]);
       }
-      for (const { g, graphs } of node.attribute) {
-        for (const nested of g ? [g, ...graphs] : graphs) {
-          around.set(nested, graph);
-          visit(nested);
-        }
+      for (const nested of nestedGraphs(node)) {
+        around.set(nested, graph);
+        visit(nested);
       }
     }
   };
   visit(proto);
-  return { proto, initializers, producers, consumers, around };
+  return { proto, ...scopes.get(proto)!, scopes, consumers, around };
+}
+
+/** @param file where a value must not have two origins, for the message */
+function scopeOf(graph: GraphProto, file: string | undefined): Scope {
+  const initializers = new Map<string, TensorProto>();
+  const producers = new Map<string, NodeProto>();
+  const isNew = (value: string): boolean => {
+    if (!initializers.has(value) && !producers.has(value)) return true;
+    if (file === undefined) return false;
+    const message = `the value "${value}" has two origins: damaged, export the model again`;
+    throw new FormatError(message, { file, part: "graph" });
+  };
+  for (const tensor of graph.initializer) if (isNew(tensor.name)) initializers.set(tensor.name, tensor);
+  for (const node of graph.node) {
+    // An optional output that is left out has an empty name.
+    for (const output of node.output) if (output !== "" && isNew(output)) producers.set(output, node);
+  }
+  return { initializers, producers, outputs: new Set(graph.output.map(({ name }) => name)) };
+}
+
+/** The graphs in a node's attributes. */
+export function nestedGraphs(node: NodeProto): readonly GraphProto[] {
+  return node.attribute.flatMap(({ g, graphs }) => (g ? [g, ...graphs] : graphs));
 }
 
 /** The attribute, or undefined when the node has none of this name. */

@@ -3,7 +3,7 @@
  * No knowledge of what the nodes compute.
  */
 import { FLOAT, FLOAT16, INT64 } from "./linear.ts";
-import type { OnnxModel } from "./model.ts";
+import { nestedGraphs, type OnnxModel } from "./model.ts";
 import type { AttributeProto, GraphProto, NodeProto, TensorProto, ValueInfoProto } from "./onnx_pb.ts";
 import { AttributeProtoSchema, create, NodeProtoSchema, TensorProtoSchema, ValueInfoProtoSchema } from "./protobuf.ts";
 
@@ -67,8 +67,44 @@ export function makeValue(name: string, elemType: number, dims?: readonly (numbe
   return create(ValueInfoProtoSchema, { name, type: { value: { case: "tensorType", value } } });
 }
 
+/**
+ * What becomes of the nodes of graphs, kept until `apply`: to move the end of a list for each of them would take as many
+ * steps as it has nodes, each time.
+ */
+export class NodeEdits {
+  readonly #graphs = new Map<GraphProto, Map<NodeProto, { behind: NodeProto[][]; removed: boolean }>>();
+
+  /** Puts nodes right behind one, in front of those that were put there before. */
+  insert(graph: GraphProto, node: NodeProto, nodes: NodeProto[]): void {
+    this.#of(graph, node).behind.push(nodes);
+  }
+
+  remove(graph: GraphProto, node: NodeProto): void {
+    this.#of(graph, node).removed = true;
+  }
+
+  #of(graph: GraphProto, node: NodeProto): { behind: NodeProto[][]; removed: boolean } {
+    const edits = this.#graphs.get(graph) ?? new Map<NodeProto, { behind: NodeProto[][]; removed: boolean }>();
+    this.#graphs.set(graph, edits);
+    const edit = edits.get(node) ?? { behind: [], removed: false };
+    edits.set(node, edit);
+    return edit;
+  }
+
+  apply(): void {
+    for (const [graph, edits] of this.#graphs) {
+      graph.node = graph.node.flatMap((node) => {
+        const { behind = [], removed = false } = edits.get(node) ?? {};
+        return [...(removed ? [] : [node]), ...behind.toReversed().flat()];
+      });
+    }
+    this.#graphs.clear();
+  }
+}
+
 /** Nodes that are added behind one node, in order. */
 export class Place {
+  readonly #edits: NodeEdits;
   readonly #graph: GraphProto;
   readonly #node: NodeProto;
   readonly #name: string;
@@ -77,7 +113,8 @@ export class Place {
   #result = "";
 
   /** @param type of the values of the model there; what is added computes in f32 */
-  constructor(graph: GraphProto, node: NodeProto, name: string, type: number) {
+  constructor(edits: NodeEdits, graph: GraphProto, node: NodeProto, name: string, type: number) {
+    this.#edits = edits;
     this.#graph = graph;
     this.#node = node;
     this.#name = name;
@@ -114,48 +151,57 @@ export class Place {
   /** The node goes, `value` takes its place. */
   replace(value: string): void {
     this.#insert(value, this.#node.output[0]!);
-    this.#graph.node.splice(this.#graph.node.indexOf(this.#node), 1);
+    this.#edits.remove(this.#graph, this.#node);
   }
 
   #insert(value: string, result: string): void {
     const last = this.#nodes.at(-1)!;
     if (last.output[0] !== value) throw new Error(`${value} is not made last`);
     last.output[0] = result;
-    this.#graph.node.splice(this.#graph.node.indexOf(this.#node) + 1, 0, ...this.#nodes);
+    this.#edits.insert(this.#graph, this.#node, this.#nodes);
   }
 }
 
 /** Removes nodes and initializers of the main graph that nothing uses any more. */
 export function dropUnused(model: OnnxModel): void {
   const main = model.graph.proto;
-  const outputs = new Set(main.output.map(({ name }) => name));
-  for (;;) {
-    const used = usedValues(main, outputs);
-    const keep = main.node.filter((node) => node.output.some((value) => used.has(value)));
-    if (keep.length === main.node.length) {
-      const tensors = main.initializer.filter(({ name }) => used.has(name));
-      main.initializer.splice(0, main.initializer.length, ...tensors);
-      // Old exporters list initializers among the inputs; without its values such an input would have to be fed.
-      const inputs = main.input.filter(({ name }) => used.has(name) || !model.graph.initializers.has(name));
-      main.input.splice(0, main.input.length, ...inputs);
-      return;
-    }
-    main.node.splice(0, main.node.length, ...keep);
+  /** How often a value is read, as an output of the graph too. */
+  const reads = new Map<string, number>();
+  const read = (value: string): unknown => reads.set(value, (reads.get(value) ?? 0) + 1);
+  for (const { name } of main.output) read(name);
+  for (const node of main.node) for (const value of readBy(node)) read(value);
+  const makers = new Map<string, NodeProto>();
+  /** How many outputs of a node are read. */
+  const wanted = new Map<NodeProto, number>();
+  for (const node of main.node) {
+    const outputs = node.output.filter((value) => reads.has(value));
+    for (const value of outputs) makers.set(value, node);
+    wanted.set(node, outputs.length);
   }
+  const unused = new Set(main.node.filter((node) => wanted.get(node) === 0));
+  // Grows while it is walked through: what only unused nodes read is unused too.
+  for (const node of unused) {
+    for (const value of readBy(node)) {
+      const left = reads.get(value)! - 1;
+      reads.set(value, left);
+      const maker = left === 0 ? makers.get(value) : undefined;
+      if (!maker) continue;
+      wanted.set(maker, wanted.get(maker)! - 1);
+      if (wanted.get(maker) === 0) unused.add(maker);
+    }
+  }
+  main.node = main.node.filter((node) => !unused.has(node));
+  const isRead = ({ name }: { name: string }): boolean => (reads.get(name) ?? 0) > 0;
+  main.initializer = main.initializer.filter(isRead);
+  // Old exporters list initializers among the inputs; without its values such an input would have to be fed.
+  main.input = main.input.filter((input) => isRead(input) || !model.graph.initializers.has(input.name));
 }
 
-function usedValues(graph: GraphProto, used: Set<string>): Set<string> {
-  const all = new Set(used);
-  const visit = ({ node }: GraphProto): void => {
-    for (const { input, attribute } of node) {
-      for (const value of input) all.add(value);
-      for (const { g, graphs } of attribute)
-        for (const nested of g ? [g, ...graphs] : graphs) {
-          visit(nested);
-          for (const { name } of nested.output) all.add(name);
-        }
-    }
-  };
-  visit(graph);
-  return all;
+/** The values that a node and the graphs in it read. */
+function readBy(node: NodeProto): string[] {
+  const nested = nestedGraphs(node).flatMap((graph) => [
+    ...graph.node.flatMap(readBy),
+    ...graph.output.map(({ name }) => name),
+  ]);
+  return [...node.input, ...nested].filter((value) => value !== "");
 }

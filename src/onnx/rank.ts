@@ -30,10 +30,15 @@ const KEEPS = new Set([
 /** Operators that broadcast their inputs. */
 const BROADCASTS = new Set(["Add", "Sub", "Mul", "Div", "Pow", "Where", "Max", "Min", "Sum"]);
 
+/** Concats of Concats that are looked through. */
+const DEEPEST_SHAPE = 8;
+
 /** Ranks of the values of a model's main graph. */
 export class Ranks {
   readonly #model: OnnxModel;
   readonly #known = new Map<string, number | undefined>();
+  /** Elements of shapes. */
+  readonly #lengths = new Map<string, number | undefined>();
 
   constructor(model: OnnxModel) {
     this.#model = model;
@@ -47,22 +52,18 @@ export class Ranks {
 
   /** Undefined where it cannot be told. */
   of(value: string): number | undefined {
-    // A loop rather than recursion: models are thousands of nodes deep.
+    // A loop rather than recursion: models are thousands of nodes deep. What waits while it is met again lies on a
+    // circle, which only a damaged file has.
+    const waiting = new Set<string>();
     const pending = [value];
     for (let name = pending.at(-1); name !== undefined; name = pending.at(-1)) {
-      if (this.#known.has(name)) {
-        pending.pop();
+      const node = this.#known.has(name) ? undefined : this.#model.graph.producers.get(name);
+      if (node && !waiting.has(name)) {
+        waiting.add(name);
+        for (const input of inputsOf(node)) if (input !== "" && !waiting.has(input)) pending.push(input);
         continue;
       }
-      const node = this.#model.graph.producers.get(name);
-      const needed = node ? inputsOf(node).filter((input) => input !== "" && !this.#known.has(input)) : [];
-      // What is asked for a second time while it waits lies on a circle, which only a damaged file has.
-      const next = needed.find((input) => !pending.includes(input));
-      if (next !== undefined) {
-        pending.push(next);
-        continue;
-      }
-      this.#known.set(name, node && this.#rank(node));
+      if (!this.#known.has(name)) this.#known.set(name, node && this.#rank(node));
       pending.pop();
     }
     return this.#known.get(value);
@@ -73,7 +74,7 @@ export class Ranks {
     const [first, second] = ranks;
     if (KEEPS.has(node.opType)) return first;
     if (BROADCASTS.has(node.opType)) {
-      return ranks.some((rank) => rank === undefined) ? undefined : Math.max(...(ranks as number[]));
+      return ranks.reduce((a, b) => (a === undefined || b === undefined ? undefined : Math.max(a, b)), 0);
     }
     switch (node.opType) {
       case "MatMul":
@@ -102,22 +103,26 @@ export class Ranks {
     }
   }
 
-  /** How many elements a shape has. */
-  #elements(value: string): number | undefined {
+  /** How many elements a shape has, put together by a few Concats at most. */
+  #elements(value: string, depth = 0): number | undefined {
+    if (!this.#lengths.has(value)) this.#lengths.set(value, this.#lengthOf(value, depth));
+    return this.#lengths.get(value);
+  }
+
+  #lengthOf(value: string, depth: number): number | undefined {
     const { initializers, producers } = this.#model.graph;
-    const tensor = initializers.get(value);
-    if (tensor) return tensor.dims.length === 1 ? Number(tensor.dims[0]) : undefined;
     const node = producers.get(value);
-    if (node?.opType === "Constant") {
-      const dims = attribute(node, "value")?.t?.dims;
-      return dims?.length === 1 ? Number(dims[0]) : undefined;
+    const constant = node?.opType === "Constant" ? attribute(node, "value")?.t : undefined;
+    const { dims } = initializers.get(value) ?? constant ?? {};
+    if (dims) return dims.length === 1 ? Number(dims[0]) : undefined;
+    if (node?.opType !== "Concat" || depth > DEEPEST_SHAPE) return undefined;
+    let sum = 0;
+    for (const input of node.input) {
+      const part = producers.get(input)?.opType === "Unsqueeze" ? 1 : this.#elements(input, depth + 1);
+      if (part === undefined) return undefined;
+      sum += part;
     }
-    if (node?.opType !== "Concat") return undefined;
-    const parts = node.input.map((input) => {
-      const one = producers.get(input);
-      return one?.opType === "Unsqueeze" ? 1 : this.#elements(input);
-    });
-    return parts.some((part) => part === undefined) ? undefined : (parts as number[]).reduce((a, b) => a + b, 0);
+    return sum;
   }
 }
 

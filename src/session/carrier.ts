@@ -44,8 +44,13 @@ export interface Carrier {
   make(selection: Selection, tasks: readonly ActiveTask[], options: SwitchOptions): Promise<Active>;
   /** Before each run. @throws BackendError where a switch failed and left weights that are no task's */
   check?(): void;
-  /** Refuses a model that would mix the tasks of a batch. @throws BackendError */
-  checkRows?(): Promise<void>;
+  /**
+   * Refuses a model that would mix the tasks of a batch.
+   * @param feeds of the batch
+   * @returns whether it is sure: of some batches only they themselves can be told
+   * @throws BackendError
+   */
+  checkRows?(feeds: Tensors, rows: number): Promise<boolean>;
   /** Resident bytes: what expands or folds, pristine weights, and weights that the model reads. */
   memory(): { readonly scratch: number; readonly pristine: number; readonly active: number };
   /** Frees all but the loaded model. */

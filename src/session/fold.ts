@@ -5,12 +5,13 @@
  */
 
 import type { View } from "../base/host.ts";
-import { BaseMismatchError } from "../errors.ts";
+import { BaseMismatchError, FormatError } from "../errors.ts";
+import { MOST_PASSED } from "../onnx/claims.ts";
 import { FLOAT, FLOAT16, origin } from "../onnx/linear.ts";
-import { attribute, type OnnxModel } from "../onnx/model.ts";
+import { attribute, type OnnxModel, type Use } from "../onnx/model.ts";
 import type { OnnxParameter } from "../onnx/modules.ts";
-import { PREFIX } from "../onnx/nodes.ts";
-import type { GraphProto } from "../onnx/onnx_pb.ts";
+import { makeNode, NodeEdits, PREFIX } from "../onnx/nodes.ts";
+import type { GraphProto, NodeProto } from "../onnx/onnx_pb.ts";
 import { create, NodeProtoSchema, TensorProtoSchema, ValueInfoProtoSchema } from "../onnx/protobuf.ts";
 import { type DataFile, point } from "../onnx/write.ts";
 
@@ -31,7 +32,7 @@ interface FoldedPlace {
 /** Changes `model.proto`: the parameters' tensors point into the file. */
 export function layoutFolded(model: OnnxModel, parameters: readonly OnnxParameter[]): FoldedLayout {
   const places = new Map<string, FoldedPlace>();
-  const main = model.graph.proto;
+  const wiring = new Wiring(model);
   let end = 0;
   for (const parameter of parameters) {
     const old = model.graph.initializers.get(parameter.initializer)!;
@@ -42,11 +43,10 @@ export function layoutFolded(model: OnnxModel, parameters: readonly OnnxParamete
     const name = `${PREFIX}/folded/${parameter.name}`;
     const tensor = create(TensorProtoSchema, { name, dims: old.dims, dataType: old.dataType });
     point(tensor, FOLDED_FILE, offset, byteLength);
-    main.initializer.push(tensor);
-    for (const { node, input, graph } of parameter.uses) {
-      node.input[input] = copyChain(model, graph, node.input[input]!, parameter.initializer, name);
-    }
+    model.graph.proto.initializer.push(tensor);
+    wiring.connect(parameter, name);
   }
+  wiring.finish();
   return { byteLength: end, places };
 }
 
@@ -66,12 +66,15 @@ export interface FoldedInput {
  * @throws BaseMismatchError for a bf16 parameter that the model uses as such
  */
 export function feedFolded(model: OnnxModel, parameters: readonly OnnxParameter[]): FoldedInput[] {
-  return parameters.map((parameter) => {
-    const { name, shape, initializer, uses } = parameter;
+  const wiring = new Wiring(model);
+  const inputs = parameters.map((parameter): FoldedInput => {
+    const { name, shape, initializer } = parameter;
     const input = `${PREFIX}/folded/${name}`;
     const cast =
       parameter.dtype !== "f32" &&
-      uses.every((use) => castsFirst(model, use.graph, use.node.input[use.input]!, initializer));
+      [parameter, ...parameter.copies].every((stored) =>
+        stored.uses.every((use) => castsFirst(model, use.graph, use.node.input[use.input]!, stored.initializer)),
+      );
     const dtype = parameter.dtype === "f32" || cast ? "f32" : "f16";
     if (dtype === "f16" && parameter.dtype !== "f16") {
       throw new BaseMismatchError(
@@ -85,43 +88,86 @@ export function feedFolded(model: OnnxModel, parameters: readonly OnnxParameter[
       value: { case: "tensorType" as const, value: { elemType: dtype === "f32" ? FLOAT : FLOAT16, shape: shapeProto } },
     };
     model.graph.proto.input.push(create(ValueInfoProtoSchema, { name: input, type }));
-    for (const use of uses) {
-      use.node.input[use.input] = copyChain(model, use.graph, use.node.input[use.input]!, initializer, input, cast);
-    }
+    wiring.connect(parameter, input, cast);
     return { name, input, dtype, shape };
   });
+  wiring.finish();
+  return inputs;
 }
 
 /** Whether the first node behind an initializer, on the way to a value, is a Cast to f32. */
-function castsFirst(model: OnnxModel, graph: GraphProto, value: string, from: string): boolean {
-  const made = value === from ? undefined : origin(model, graph, value);
-  if (!made) return false;
-  if (made.node.input[0] !== from) return castsFirst(model, made.graph, made.node.input[0]!, from);
+function castsFirst(model: OnnxModel, graph: GraphProto, value: string, from: string, passed = 0): boolean {
+  if (value === from) return false;
+  const made = makerOf(model, graph, value, passed);
+  if (made.node.input[0] !== from) return castsFirst(model, made.graph, made.node.input[0]!, from, passed + 1);
   return made.node.opType === "Cast" && Number(attribute(made.node, "to")?.i) === FLOAT;
 }
 
-/**
- * The nodes between an initializer and its use once more, for another value: equal weights are merged on export.
- * @param cast whether the other value has been cast already
- */
-function copyChain(model: OnnxModel, graph: GraphProto, value: string, from: string, to: string, cast = false): string {
-  if (value === from) return to;
-  const { node, graph: home } = origin(model, graph, value)!;
-  if (cast && node.input[0] === from) return to;
-  const name = `${to}/${value}`;
-  if (home.node.some((made) => made.name === name)) return name;
-  const before = copyChain(model, home, node.input[0]!, from, to, cast);
-  const { opType, attribute, domain, input } = node;
-  const copy = create(NodeProtoSchema, {
-    opType,
-    domain,
-    attribute,
-    name,
-    input: [before, ...input.slice(1)],
-    output: [name],
-  });
-  home.node.splice(home.node.indexOf(node) + 1, 0, copy);
-  return name;
+/** The node between an initializer and its use that makes a value. @throws FormatError where names lead astray */
+function makerOf(model: OnnxModel, graph: GraphProto, value: string, passed: number): Pick<Use, "node" | "graph"> {
+  const made = passed > MOST_PASSED ? undefined : origin(model, graph, value);
+  if (made) return made;
+  const message = `there is no telling what "${value}" is made of: damaged, export the model again`;
+  throw new FormatError(message, { file: model.name, part: "graph" });
+}
+
+/** Gives the uses of parameters another value. */
+class Wiring {
+  readonly #model: OnnxModel;
+  readonly #edits = new NodeEdits();
+  /** Values that have been made, by graph: nested graphs may name theirs alike. */
+  readonly #made = new Map<GraphProto, Set<string>>();
+  readonly #turned: NodeProto[] = [];
+
+  constructor(model: OnnxModel) {
+    this.#model = model;
+  }
+
+  /**
+   * @param to the value that the parameter has from now on, as its initializer lies; copies that lie the other way round get it turned
+   * @param cast whether it has been cast already
+   */
+  connect(parameter: OnnxParameter, to: string, cast = false): void {
+    for (const { initializer, layout, uses } of [parameter, ...parameter.copies]) {
+      const own = layout === parameter.layout ? to : this.#turn(to);
+      for (const { node, input, graph } of uses) {
+        node.input[input] = this.#copyChain(graph, node.input[input]!, initializer, own, cast);
+      }
+    }
+  }
+
+  #turn(value: string): string {
+    const name = `${value}/turned`;
+    if (this.#isNew(this.#model.graph.proto, name)) {
+      this.#turned.push(makeNode("Transpose", name, [value], name, { perm: [1, 0] }));
+    }
+    return name;
+  }
+
+  /** The nodes between an initializer and its use once more, for another value: equal weights are merged on export. */
+  #copyChain(graph: GraphProto, value: string, from: string, to: string, cast: boolean, passed = 0): string {
+    if (value === from) return to;
+    const { node, graph: home } = makerOf(this.#model, graph, value, passed);
+    if (cast && node.input[0] === from) return to;
+    const name = `${to}/${value}`;
+    if (!this.#isNew(home, name)) return name;
+    const before = this.#copyChain(home, node.input[0]!, from, to, cast, passed + 1);
+    const { opType, attribute, domain, input } = node;
+    const copy = { opType, domain, attribute, name, input: [before, ...input.slice(1)], output: [name] };
+    this.#edits.insert(home, node, [create(NodeProtoSchema, copy)]);
+    return name;
+  }
+
+  #isNew(graph: GraphProto, name: string): boolean {
+    const made = this.#made.get(graph) ?? new Set();
+    this.#made.set(graph, made);
+    return !made.has(name) && made.add(name).has(name);
+  }
+
+  finish(): void {
+    this.#edits.apply();
+    this.#model.graph.proto.node.unshift(...this.#turned);
+  }
 }
 
 /**

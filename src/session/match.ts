@@ -7,9 +7,10 @@ import { findWeight, refuseShared, shapeMismatch } from "../base/locate.ts";
 import { NameMatcher } from "../base/names.ts";
 import { BaseMismatchError } from "../errors.ts";
 import type { PackModule } from "../format/format.ts";
+import { Copies } from "../onnx/copies.ts";
 import { readLinearWeight } from "../onnx/dequantize.ts";
-import { fusedNode, matrixShape } from "../onnx/linear.ts";
-import { findParameters, type OnnxParameter } from "../onnx/modules.ts";
+import { fusedNode } from "../onnx/linear.ts";
+import { findParameters, matrixShape, type OnnxParameter } from "../onnx/modules.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import type { ReadOptions } from "../source.ts";
 
@@ -27,20 +28,31 @@ export class ModelMatcher {
   readonly #file: ModelFile;
   readonly #options: MatchOptions;
   readonly #parameters = new Map<string, OnnxParameter>();
+  readonly #byInitializer = new Map<string, OnnxParameter[]>();
   readonly #names: NameMatcher;
+  readonly #copies: Copies;
+  /** What was found by the end of its name only, by the pack's name, and the model's name for it. */
+  readonly #bySuffix = new Map<string, string>();
 
   constructor(file: ModelFile, options: MatchOptions) {
     this.#file = file;
     this.#options = options;
-    for (const parameter of findParameters(file.model)) this.#parameters.set(parameter.name, parameter);
+    const parameters = findParameters(file.model);
+    for (const parameter of parameters) {
+      this.#parameters.set(parameter.name, parameter);
+      const others = this.#byInitializer.get(parameter.initializer);
+      if (others) others.push(parameter);
+      else this.#byInitializer.set(parameter.initializer, [parameter]);
+    }
     this.#names = new NameMatcher(this.#parameters.keys());
+    this.#copies = new Copies(file, parameters, options);
   }
 
   /**
-   * The weight of each module, in their order.
+   * The weight of each module, in their order, with its copies.
    * @throws BaseMismatchError when one is missing, ambiguous, of another shape, or that of two modules
    */
-  weights(modules: readonly PackModule[]): OnnxParameter[] {
+  async weights(modules: readonly PackModule[]): Promise<OnnxParameter[]> {
     const weights = modules.map((module) => {
       const parameter = this.#weight(module.name);
       checkShape(module, parameter);
@@ -48,16 +60,19 @@ export class ModelMatcher {
     });
     const names = weights.map(({ name }) => name);
     refuseShared(modules, names);
-    return weights;
+    const found: OnnxParameter[] = [];
+    for (const weight of weights) found.push(await this.#copies.of(weight));
+    return found;
   }
 
   #weight(module: string): OnnxParameter {
     const byHand = this.#options.names?.get(module);
-    const held =
-      byHand === undefined ? [] : [...this.#parameters.values()].filter(({ initializer }) => initializer === byHand);
-    if (held.length === 1) return held[0]!;
+    const [held, ...others] = this.#byInitializer.get(byHand ?? "") ?? [];
+    if (held && others.length === 0) return held;
     try {
-      return this.#parameters.get(findWeight(this.#names, module, this.#options.names))!;
+      const found = this.#parameters.get(findWeight(this.#names, module, this.#options.names))!;
+      if (byHand === undefined) this.#note(`${module}.weight`, found.name);
+      return found;
     } catch (error) {
       const fused = fusedNode(this.#file.model);
       if (!fused || !(error instanceof BaseMismatchError)) throw error;
@@ -66,17 +81,47 @@ export class ModelMatcher {
     }
   }
 
-  /** Holds weights against the pack's fingerprints. @throws BaseMismatchError when one is another model's */
-  async check(modules: readonly PackModule[], weights: readonly OnnxParameter[], bases: Uint8Array): Promise<void> {
-    if (this.#options.anyBase) return;
+  #note(name: string, found: string): void {
+    if (name !== found) this.#bySuffix.set(name, found);
+  }
+
+  /**
+   * Holds weights against the pack's fingerprints. What was found by the end of its name only must be confirmed by one, its own or
+   * that of another with the same segments in front: a decoder's layer may be called as an encoder's is in a file of its own.
+   * @returns modules whose weights no fingerprint was held against
+   * @throws BaseMismatchError when one is another model's, or may be
+   */
+  async check(
+    modules: readonly PackModule[],
+    weights: readonly OnnxParameter[],
+    bases: Uint8Array,
+  ): Promise<readonly string[]> {
+    if (this.#options.anyBase) return modules.map(({ name }) => name);
+    const unconfirmed: string[] = [];
+    const confirmed = new Set<string>();
     for (const [i, module] of modules.entries()) {
       const parameter = weights[i]!;
-      if (module.fingerprint === undefined || (parameter.shape.length !== 2 && parameter.dtype !== "other")) continue;
+      if (module.fingerprint === undefined || (parameter.shape.length !== 2 && parameter.dtype !== "other")) {
+        unconfirmed.push(module.name);
+        continue;
+      }
       const { at, quantized } = await readLinearWeight(this.#file, parameter, this.#options);
       const turned = parameter.layout === "embedding" || module.layout === "embedding";
       const value = turned ? (o: number, n: number): number => at(n, o) : at;
       checkFingerprint(module, parameter.name, value, bases, quantized ? SAME_QUANTIZED : SAME_FLOAT);
+      const found = this.#bySuffix.get(`${module.name}.weight`);
+      if (found !== undefined) confirmed.add(inFront(`${module.name}.weight`, found));
     }
+    for (const [name, found] of this.#bySuffix) {
+      if (confirmed.has(inFront(name, found))) continue;
+      throw new BaseMismatchError(
+        `"${name}" is in the model by the end of its name only, as "${found}", and the pack has no fingerprint to tell ` +
+          "whether that is the same: this may be another file of the model, an encoder's for a decoder's, say. Make the pack " +
+          "with its base, map the module with the option `names`, or pass anyBase: true",
+        { module: moduleOf(name), candidates: [found] },
+      );
+    }
+    return unconfirmed;
   }
 
   /** Whether the model has a parameter by this name. */
@@ -88,9 +133,12 @@ export class ModelMatcher {
    * A parameter that tasks bring.
    * @throws BaseMismatchError when the model does not have it, or several match
    */
-  parameter(name: string, role: string): OnnxParameter {
+  async parameter(name: string, role: string): Promise<OnnxParameter> {
     const found = this.#names.find(name);
-    if ("name" in found) return this.#parameters.get(found.name)!;
+    if ("name" in found) {
+      this.#note(name, found.name);
+      return this.#copies.of(this.#parameters.get(found.name)!);
+    }
     throw new BaseMismatchError(
       `tasks change "${name}" (${role}), which ${found.ambiguous ? "several parameters of the model match" : "is not in the model"}; ` +
         `candidates: ${found.candidates.join(", ") || "none"}. To use the tasks without it, pass ignore: ["${moduleOf(name)}"]`,
@@ -125,4 +173,10 @@ function checkShape(module: PackModule, parameter: OnnxParameter): void {
     : shape?.every((n, i) => n === expected[i]);
   if (fits) return;
   throw shapeMismatch(module, parameter.name, expected, shape ?? parameter.shape);
+}
+
+/** The segments that one of two names has in front of the other. */
+function inFront(name: string, found: string): string {
+  const longer = name.length > found.length;
+  return longer ? `-${name.slice(0, -found.length)}` : `+${found.slice(0, found.length - name.length)}`;
 }

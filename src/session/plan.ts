@@ -16,9 +16,9 @@ import {
   type GraftModule,
   type GraftRows,
 } from "../onnx/graft.ts";
-import { biasAdd, FLOAT, FLOAT16, linearsOf, matrixShape, NotLinear } from "../onnx/linear.ts";
+import { biasAdd, FLOAT, FLOAT16, linearsOf, NotLinear } from "../onnx/linear.ts";
 import type { Use } from "../onnx/model.ts";
-import type { OnnxParameter } from "../onnx/modules.ts";
+import { matrixShape, type OnnxParameter } from "../onnx/modules.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import type { Pack } from "../pack/pack.ts";
 import { type MatchOptions, ModelMatcher, moduleOf } from "./match.ts";
@@ -77,6 +77,8 @@ export interface Plan {
   readonly graft: Graft;
   /** The model's names of the adapted weights, by module name of the pack. */
   readonly names: ReadonlyMap<string, string>;
+  /** Modules of the pack whose weights were found by their names alone: no fingerprint was held against them. */
+  readonly unconfirmed: readonly string[];
   /** Mode "folded": what changes inside the weights. */
   readonly folded: readonly OnnxParameter[];
 }
@@ -129,7 +131,7 @@ class Planner {
 
   async plan(bases: Uint8Array): Promise<Plan> {
     const { modules } = this.#pack;
-    const weights = this.#matcher.weights(modules);
+    const weights = await this.#matcher.weights(modules);
     const brought = await this.#brought();
     const ofModules = (role: Brought["role"]): ReadonlySet<string> =>
       new Set(brought.filter((one) => one.role === role).map(({ name }) => name));
@@ -137,12 +139,12 @@ class Planner {
     const parameters = brought.filter(({ role }) => role !== "magnitude" && role !== "private");
     const ignored = new Set(parameters.map(({ name }) => name).filter((name) => this.#matcher.ignores(name)));
     const wanted = parameters.filter(({ name }) => !ignored.has(name));
-    const heads = this.#heads(wanted);
-    const { biases, rows, others } = this.#beside(wanted, heads);
-    const adapted = this.#adaptedHeads(heads, weights, scaled);
+    const heads = await this.#heads(wanted);
+    const { biases, rows, others } = await this.#beside(wanted, heads);
+    const adapted = await this.#adaptedHeads(heads, weights, scaled);
     const grafts = modules.flatMap((module, i) => this.#graftModule(module, weights[i]!, scaled.has(module.name)));
     const { mode, reason } = this.#choose();
-    await this.#matcher.check(modules, weights, bases);
+    const unconfirmed = await this.#matcher.check(modules, weights, bases);
 
     const names = new Map(modules.map(({ name }, i) => [name, weights[i]!.name]));
     // An adapted weight is folded, whatever else becomes of it: an input in its place would not know.
@@ -153,7 +155,15 @@ class Planner {
     const graft = { modules: [], biases: [], rows: [], heads: fed.map((head) => head.graft) };
     if (mode === "folded") {
       const folded = [...new Set([...weights, ...others, ...[...adapted.values()].flat()])];
-      return { mode, reason, names, base: { ...base, biases: new Map(), weights: new Map() }, graft, folded };
+      return {
+        mode,
+        reason,
+        names,
+        unconfirmed,
+        base: { ...base, biases: new Map(), weights: new Map() },
+        graft,
+        folded,
+      };
     }
     const vectors = new Map<string, Float32Array>();
     for (const { name } of biases) vectors.set(name, await this.#vector(name, "bias"));
@@ -166,7 +176,15 @@ class Planner {
       return { ...module, components, factors };
     });
     const all = { ...graft, modules: filled, biases, rows };
-    return { mode, reason, names, base: { ...base, biases: vectors, weights: matrices }, graft: all, folded: [] };
+    return {
+      mode,
+      reason,
+      names,
+      unconfirmed,
+      base: { ...base, biases: vectors, weights: matrices },
+      graft: all,
+      folded: [],
+    };
   }
 
   /** What the tasks change beside their terms, each once. */
@@ -185,20 +203,20 @@ class Planner {
   }
 
   /** What is neither a term nor a head: biases and token rows that can be added to, and all their parameters. */
-  #beside(
+  async #beside(
     wanted: readonly Brought[],
     heads: readonly SavedHead[],
-  ): { biases: GraftBias[]; rows: GraftRows[]; others: OnnxParameter[] } {
+  ): Promise<{ biases: GraftBias[]; rows: GraftRows[]; others: OnnxParameter[] }> {
     const headNames = new Set(heads.flatMap(({ weight, bias }) => [weight, bias]));
     const biases: GraftBias[] = [];
     const rows: GraftRows[] = [];
     const others: OnnxParameter[] = [];
     for (const { role, name } of wanted) {
       if (headNames.has(name)) continue;
-      const parameter = this.#matcher.parameter(name, role);
+      const parameter = await this.#matcher.parameter(name, role);
       others.push(parameter);
       const quantised = parameter.dtype === "other";
-      if (quantised) this.#notFolded.push({ module: name, why: `"${name}" is quantised` });
+      this.#checkFoldable(name, `"${name}"`, parameter);
       const bias = quantised || (role === "saved" && !name.endsWith(".bias")) ? undefined : biasOf(name, parameter);
       const table = quantised || role !== "rows" ? undefined : tableOf(name, parameter);
       const why = quantised ? "which is quantised here" : "no linear layer's head or bias";
@@ -210,14 +228,13 @@ class Planner {
   }
 
   /** Saved linear layers: the weight and, where there is one, the bias behind it. */
-  #heads(brought: readonly Brought[]): SavedHead[] {
-    const [saved, rows] = (["saved", "rows"] as const).map(
-      (which) => new Set(brought.filter(({ role }) => role === which).map(({ name }) => name)),
-    ) as [Set<string>, Set<string>];
+  async #heads(brought: readonly Brought[]): Promise<SavedHead[]> {
+    const of = (which: string) => new Set(brought.filter(({ role }) => role === which).map(({ name }) => name));
+    const [saved, rows] = [of("saved"), of("rows")];
     const heads = [];
     for (const weight of saved) {
       if (!weight.endsWith(".weight") || rows.has(weight)) continue;
-      const parameter = this.#matcher.parameter(weight, "saved");
+      const parameter = await this.#matcher.parameter(weight, "saved");
       const shape = matrixShape(parameter);
       const linears = linearsOf(this.#file.model, parameter);
       if (!shape || linears instanceof NotLinear) continue;
@@ -239,11 +256,11 @@ class Planner {
    * Heads that other tasks adapt, with their parameters: an input takes the weight's place, and terms are added behind it.
    * @throws BaseMismatchError when tasks call one layer by two names
    */
-  #adaptedHeads(
+  async #adaptedHeads(
     heads: readonly SavedHead[],
     weights: readonly OnnxParameter[],
     scaled: ReadonlySet<string>,
-  ): Map<SavedHead, OnnxParameter[]> {
+  ): Promise<Map<SavedHead, OnnxParameter[]>> {
     const adapted = new Map<SavedHead, OnnxParameter[]>();
     for (const head of heads) {
       const { name } = head.graft;
@@ -256,7 +273,7 @@ class Planner {
         throw new BaseMismatchError(`${message}: pack the adapters under one name`, { module: name });
       }
       if (index < 0) continue;
-      const bias = head.bias === undefined ? [] : [this.#matcher.parameter(head.bias, "saved")];
+      const bias = head.bias === undefined ? [] : [await this.#matcher.parameter(head.bias, "saved")];
       if (bias.some(({ dtype }) => dtype === "other"))
         this.#notFolded.push({ module: name, why: `the bias of "${name}" is quantised` });
       if (scaled.has(name))
@@ -269,7 +286,7 @@ class Planner {
   #graftModule(module: PackModule, parameter: OnnxParameter, rowScale: boolean): GraftModule[] {
     const { name, in: inputs, out } = module;
     const quantised = parameter.dtype === "other";
-    if (quantised) this.#notFolded.push({ module: name, why: `the weight of "${name}" is quantised` });
+    this.#checkFoldable(name, `the weight of "${name}"`, parameter);
     const linears = linearsOf(this.#file.model, parameter);
     if (linears instanceof NotLinear) {
       this.#notUnfolded.push({ module: name, why: `"${name}" cannot be added to: ${linears.reason}` });
@@ -280,6 +297,12 @@ class Planner {
       this.#notUnfolded.push({ module: name, why });
     }
     return [{ name, in: inputs, out, linears, factors: true, rowScale }];
+  }
+
+  #checkFoldable(module: string, what: string, { dtype, copies }: OnnxParameter): void {
+    const other = copies.find((copy) => copy.dtype !== dtype);
+    if (dtype === "other" || other?.dtype === "other") this.#notFolded.push({ module, why: `${what} is quantised` });
+    else if (other) this.#notFolded.push({ module, why: `${what} is there in ${dtype} and in ${other.dtype}` });
   }
 
   #choose(): { mode: Mode; reason: string } {
@@ -332,7 +355,7 @@ class Planner {
   }
 
   async #vector(name: string, role: string): Promise<Float32Array> {
-    return readVector(this.#file, this.#matcher.parameter(name, role), this.#options);
+    return readVector(this.#file, await this.#matcher.parameter(name, role), this.#options);
   }
 
   async #matrix(parameter: OnnxParameter): Promise<Float32Array> {

@@ -2,7 +2,7 @@
  * A model made ready for the tasks of a pack, before any engine has seen it: planned, its graph changed, its own inputs told
  * from those that carry a task.
  */
-import { type Feed, tinyFeeds } from "../onnx/feeds.ts";
+import { type Feed, feedsOfRows, plainInputs, tableRows, tinyFeeds } from "../onnx/feeds.ts";
 import { type Grafted, type GraftModule, graft } from "../onnx/graft.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import type { Pack } from "../pack/pack.ts";
@@ -25,9 +25,13 @@ export interface PreparedModel extends Grafted {
   readonly modules: readonly AdaptedLayer[];
   /** What the model's own inputs can be fed with to see it run; undefined where they are of kinds that cannot be made up. */
   readonly feeds: ReadonlyMap<string, Feed> | undefined;
+  /** The same with rows that differ, made when they are needed. */
+  readonly feedsOfRows: () => ReadonlyMap<string, Feed> | undefined;
   readonly base: BaseValues;
   /** The model's names of the adapted weights, by module name of the pack. */
   readonly names: ReadonlyMap<string, string>;
+  /** Modules of the pack whose weights were found by their names alone: no fingerprint was held against them. */
+  readonly unconfirmed: readonly string[];
   /** Mode "folded": where the weights that tasks change lie in a file of their own, or which inputs they are. */
   readonly folded: FoldedLayout | readonly FoldedInput[] | undefined;
 }
@@ -50,18 +54,33 @@ export async function prepareModel(
   bases: Uint8Array,
   options: PrepareOptions = {},
 ): Promise<PreparedModel> {
-  const { mode, reason, base, names, folded, graft: wanted } = await planSession(file, pack, bases, options);
+  const {
+    mode,
+    reason,
+    base,
+    names,
+    unconfirmed,
+    folded,
+    graft: wanted,
+  } = await planSession(file, pack, bases, options);
   const { proto, initializers } = file.model.graph;
   const own = proto.input.filter(({ name }) => !initializers.has(name));
+  const [inputs, tables] = [plainInputs(own), tableRows(file.model, own)];
   const outputNames = proto.output.map(({ name }) => name);
   const place = options.foldedInputs ? feedFolded : layoutFolded;
   const placed = mode === "folded" ? place(file.model, folded) : undefined;
   const grafted = graft(file.model, wanted, { probe: options.probeOutputs ?? true });
   return {
-    ...{ pack, mode, reason, base, names, outputNames, folded: placed },
+    ...{ pack, mode, reason, base, names, unconfirmed, outputNames, folded: placed },
     inputNames: own.map(({ name }) => name),
     ...grafted,
     modules: wanted.modules.map(({ linears, ...layer }) => layer),
     feeds: tinyFeeds(own),
+    feedsOfRows: rowMaker(inputs, tables),
   };
+}
+
+// Made here, by a closure that knows the little it needs: not the file.
+function rowMaker(...of: Parameters<typeof feedsOfRows>): PreparedModel["feedsOfRows"] {
+  return () => feedsOfRows(...of);
 }

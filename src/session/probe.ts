@@ -112,38 +112,6 @@ function wrong({ provider }: Engine, what: string): BackendError {
   return new BackendError(message, { backend: provider });
 }
 
-/**
- * Whether a task per row reaches the rows it is meant for: of two equal rows one gets a made-up task and one none, and each
- * must give what it gives alone. Where another dimension than the batch comes first, tasks would be mixed without a word.
- * @param output of the model, batch first
- * @throws BackendError when they are mixed
- */
-export async function probeRows(
-  run: ProbeRun,
-  base: Inputs,
-  inputs: readonly TaskInput[],
-  output: string,
-): Promise<void> {
-  const task = madeUp(base, inputs);
-  const found: Float32Array[] = [];
-  try {
-    for (const tasks of [[task], [base], [task, base]]) found.push((await run(tasks, [output]))[0]!);
-  } catch {
-    // Feeds that were made up prove nothing: the caller's own run will say what is wrong with it.
-    return;
-  }
-  const [alone, without, both] = found as [Float32Array, Float32Array, Float32Array];
-  let [effect, off] = [0, 0];
-  for (let i = 0; i < both.length; i++) {
-    effect = Math.max(effect, Math.abs(alone[i]! - without[i]!));
-    off = Math.max(off, Math.abs(both[i]! - (2 * i < both.length ? alone : without)[i]!));
-  }
-  // Rows of quantised models influence each other a little, whatever their tasks.
-  if (effect === 0 || off < effect / 4) return;
-  const message = `one task per row: tasks get into each other's rows of "${output}", so the batch is not the first dimension of some adapted layer; run them one by one`;
-  throw new BackendError(message, { backend: "session" });
-}
-
 /** Small values that differ everywhere, where the base has zeros. */
 function madeUp(base: Inputs, inputs: readonly TaskInput[]): Map<string, InputValue> {
   const values = new Map(base);

@@ -165,6 +165,10 @@ export class Session<T extends SessionTypes = SessionTypes> {
   readonly outputNames: readonly string[];
   /** What the parity probe found. */
   readonly probe: ProbeReport;
+  /**
+   * Modules whose weights were found by their names alone: the pack has no fingerprint of them, or none was asked for (`anyBase`).
+   */
+  readonly unconfirmed: readonly string[];
   /** @internal For `createTrainer`; undefined unless the session was made `trainable`. */
   readonly trainable: Trainable | undefined;
 
@@ -179,7 +183,8 @@ export class Session<T extends SessionTypes = SessionTypes> {
   #rowValues: RowValues = new Map();
   #active: Active;
   #closed: Promise<void> | undefined;
-  #rowsChecked: Promise<void> | undefined;
+  /** Whether a task per row is known to reach its row. */
+  #rowsSure = false;
 
   /** @internal Use `createSession`, or the function of a binding. */
   constructor(
@@ -190,11 +195,12 @@ export class Session<T extends SessionTypes = SessionTypes> {
     graph: Trainable["graph"] | undefined,
   ) {
     // Not the prepared model itself: it holds the components, which the engine has now.
-    const { pack, mode, reason, base, inputs, inputNames, outputNames, initializers } = prepared;
+    const { pack, mode, reason, base, inputs, inputNames, outputNames, initializers, unconfirmed } = prepared;
     this.pack = pack;
     this.mode = mode;
     this.inputNames = inputNames;
     this.outputNames = outputNames;
+    this.unconfirmed = unconfirmed;
     this.reason = carrier.note === undefined ? reason : `${reason}; ${carrier.note}`;
     this.probe = carrier.probe;
     this.#engine = engine;
@@ -271,7 +277,8 @@ export class Session<T extends SessionTypes = SessionTypes> {
    * Runs the model on the active task, or on one task per row of the batch.
    * @param fetches names of outputs, or what else the engine takes; may be left out
    * @throws TypeError when feeds use names of ours, or `tasks` does not have the batch's length
-   * @throws BackendError when the session has been closed
+   * @throws BackendError when the session has been closed; or, with a task per row, when a run on rows that differ shows that the
+   *   model would mix them, or none of its outputs can tell
    */
   run(feeds: T["feeds"], options?: SessionRunOptions): Promise<T["results"] & ValidColumns>;
   run(feeds: T["feeds"], fetches: T["fetches"], options?: SessionRunOptions): Promise<T["results"] & ValidColumns>;
@@ -310,7 +317,7 @@ export class Session<T extends SessionTypes = SessionTypes> {
     if (tasks.length === 0 || tasks.length !== batch) {
       throw new TypeError(`run: ${tasks.length} tasks for a batch of ${batch}; give one per row`);
     }
-    if (tasks.length > 1) await (this.#rowsChecked ??= this.#carrier.checkRows?.());
+    if (tasks.length > 1) this.#rowsSure ||= (await this.#carrier.checkRows?.(feeds, tasks.length)) ?? true;
     const wanted: RowValues = new Map();
     for (const task of new Set(tasks)) {
       // A task can be removed and another one added under its name.

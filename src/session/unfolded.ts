@@ -5,7 +5,8 @@ import { createBackend } from "../backends/select.ts";
 import { copySelection } from "../runtime/selection.ts";
 import { Workbench } from "../runtime/workbench.ts";
 import { type Carrier, type CarrierParts, toFeeds } from "./carrier.ts";
-import { probeParity, probeRows, probeRun, toTensors } from "./probe.ts";
+import { probeParity } from "./probe.ts";
+import { rowCheck } from "./rows.ts";
 import { TaskEvaluator } from "./values.ts";
 
 /**
@@ -33,13 +34,14 @@ async function onModel(
   { backend, staging }: Workbench,
 ): Promise<Carrier> {
   const { engine, idle } = parts;
-  const { inputs, feeds, outputNames } = parts.prepared;
+  const { inputs, feedsOfRows, outputNames } = parts.prepared;
   const model = await engine.load(parts.detached, parts.load);
   try {
     // Runs fail once the device is lost, where the engine tells which one it has.
     await engine.gpu?.device().catch(() => undefined);
     const none = await evaluator.read(null);
-    const made = typeof parts.probe === "object" ? undefined : feeds;
+    // Whoever brings feeds says that the model does not run on made-up ones.
+    const made = typeof parts.probe === "object" ? () => undefined : feedsOfRows;
     return {
       evaluator,
       first: { model, task: null, ...toFeeds(engine, inputs, [none]) },
@@ -49,11 +51,7 @@ async function onModel(
         const values = await evaluator.evaluate(tasks, signal);
         return { model, task: copySelection(selection), ...toFeeds(engine, inputs, [values]) };
       },
-      async checkRows() {
-        if (!made) return;
-        const run = probeRun(engine, inputs, model, { ...idle, ...toTensors(engine, made) });
-        await probeRows(run, none.inputs, inputs, outputNames[0]!);
-      },
+      checkRows: rowCheck({ engine, model, inputs, base: none.inputs, outputNames, idle, made }),
       memory() {
         const held = Object.values(backend.memory()).reduce((a, b) => a + b, 0);
         return { scratch: held + staging.values.byteLength, pristine: 0, active: 0 };

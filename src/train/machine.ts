@@ -1,6 +1,7 @@
 /**
  * A session that can learn, as the machine that a trainer trains with: factors and a head in; logits, loss and gradients out.
  */
+import type { TrainingGraph } from "../autodiff/graph.ts";
 import { BaseMismatchError } from "../errors.ts";
 import { dataOf, type EngineTensor, type Tensors } from "../session/engine.ts";
 import { transpose } from "../session/plan.ts";
@@ -33,13 +34,37 @@ export function headInputs({ inputs }: Trainable, wanted: string | false | undef
   return { module: weight.of, in: weight.dims[1] as number, weight: weight.name, bias: bias?.name };
 }
 
-/** @param head the layer that is trained whole; undefined where the model's own outputs are the logits */
+/** Outputs of models that give no logits, as exporters call them. */
+const NO_LOGITS = /^(last_hidden_state|hidden_states|pooler_output|token_embeddings|sentence_embedding|.*_embeds)$/;
+
+/**
+ * Training and judging take one row of logits for each text. Of anything else a softmax would mix tokens and padding, or features.
+ * @throws BaseMismatchError when the model gives something else
+ */
+function refuseOtherOutputs({ logitsOutput: name, logitsDims: dims }: TrainingGraph, head: boolean): void {
+  const [rows] = dims;
+  if (!head && NO_LOGITS.test(name)) throw notLogits(name, dims);
+  if (dims.length !== 2 || (rows !== "batch" && rows !== "?")) throw notLogits(name, dims);
+}
+
+function notLogits(name: string, found: readonly (number | string)[]): BaseMismatchError {
+  const message =
+    `the model's output "${name}" is [${found.join(", ")}]: training and judging take logits [batch, labels], one row for ` +
+    "each text, as models for sequence classification give them; token by token and of embeddings they cannot be done yet";
+  return new BaseMismatchError(message, { module: name, expected: ["batch", "labels"], found });
+}
+
+/**
+ * @param head the layer that is trained whole; undefined where the model's own outputs are the logits
+ * @throws BaseMismatchError when the model's output is not [batch, labels]
+ */
 export async function createMachine(
   source: Trainable,
   terms: Terms,
   head: HeadInputs | undefined,
   labels: readonly string[],
 ): Promise<Machine<BatchFeeds>> {
+  refuseOtherOutputs(source.graph, head !== undefined);
   const idle: Record<string, EngineTensor> = {};
   for (const [name, { data, dims }] of await source.base()) idle[name] = source.engine.tensor(data, [1, ...dims]);
   return new SessionMachine(source, terms.modules, head, labels.length, idle);
@@ -74,7 +99,7 @@ class SessionMachine implements Machine<BatchFeeds> {
   async answer(batch: BatchFeeds, point: Point): Promise<Float32Array> {
     const { logitsOutput } = this.#source.graph;
     const results = await this.#source.run(this.#feeds(batch, point), [logitsOutput]);
-    return floatsOf(results[logitsOutput]!);
+    return this.#logits(results, rowsOf(batch));
   }
 
   async step(batch: BatchFeeds, point: Point, targets: Floats): Promise<MachineStep> {
@@ -91,7 +116,7 @@ class SessionMachine implements Machine<BatchFeeds> {
     ];
     const outputs = [graph.lossOutput, graph.logitsOutput, ...trained.map((name) => graph.gradients.get(name)!)];
     const results = await run({ ...this.#feeds(batch, point), ...learn }, outputs);
-    const logits = await floatsOf(results[graph.logitsOutput]!);
+    const logits = await this.#logits(results, rows);
     if (logits.length !== targets.length) {
       const message = `the model gives ${logits.length} logits for ${rows} rows of ${this.#labels} labels`;
       const [expected, found] = [targets.length, logits.length];
@@ -99,6 +124,14 @@ class SessionMachine implements Machine<BatchFeeds> {
     }
     const loss = (await floatsOf(results[graph.lossOutput]!))[0]!;
     return { loss, logits, gradients: await this.#gradients(results) };
+  }
+
+  /** @throws BaseMismatchError when there is not one row for each of the batch */
+  async #logits(results: Tensors, rows: number): Promise<Floats> {
+    const name = this.#source.graph.logitsOutput;
+    const { dims } = results[name]!;
+    if (dims.length !== 2 || dims[0] !== rows) throw notLogits(name, dims);
+    return floatsOf(results[name]!);
   }
 
   /** Inputs of a batch and a task. */
@@ -133,6 +166,10 @@ class SessionMachine implements Machine<BatchFeeds> {
       bias: head?.bias === undefined ? new Float32Array(head ? this.#labels : 0) : await of(head.bias),
     };
   }
+}
+
+function rowsOf(batch: BatchFeeds): number {
+  return Object.values(batch).find(({ dims }) => dims.length > 0)?.dims[0] ?? 1;
 }
 
 /** In memory of their own: the runtime may use the tensor's again. */

@@ -100,6 +100,18 @@ class Tied(nn.Module):
         return self.head(self.layer(self.layer(self.embed(ids)).relu()) @ self.mix)
 
 
+
+class Applied(nn.Module):
+    """One layer on inputs of three and of two dimensions: a MatMul with a turned copy of the weight, and a Gemm."""
+    def __init__(self):
+        super().__init__()
+        self.up, self.mid = nn.Linear(6, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        h = self.up(x).relu()
+        return self.mid(h).mean(1) + self.mid(h[:, 0])
+
+
 torch.manual_seed(1)
 for module in (gemms := Gemms()).modules():
     if isinstance(module, Conv1D):
@@ -112,6 +124,12 @@ export("tied-torchscript", tied, tokens, dynamo=False)
 export("tied-torchscript-unfolded", tied, tokens, dynamo=False, do_constant_folding=False)
 export("tied-dynamo", tied, tokens, dynamo=True)
 export("tied-dynamo-unfolded", tied, tokens, dynamo=True, optimize=False)
+
+torch.manual_seed(2)
+applied, rows = Applied(), (torch.randn(2, 3, 6),)
+named = {"input_names": ["x"], "output_names": ["logits"]}
+export("applied-torchscript", applied, rows, dynamo=False, dynamic_axes={"x": {0: "batch", 1: "sequence"}}, **named)
+export("applied-dynamo", applied, rows, dynamo=True, dynamic_shapes={"x": {0: batch, 1: sequence}}, **named)
 
 (HERE / "external.onnx.data").unlink(missing_ok=True)
 save("external", onnx.load(HERE / "gemms.onnx"), digests(gemms), save_as_external_data=True,

@@ -1,0 +1,302 @@
+/**
+ * Which parameter of the PyTorch model an initializer may be: what its own name says, and what the places say where it is used.
+ * Names and orientation only: nothing here reads a value, and nothing decides between two that claim the same.
+ */
+import { FormatError } from "../errors.ts";
+import type { Layout } from "../format/format.ts";
+import { attribute, type Graph, type OnnxModel, type Use } from "./model.ts";
+import type { NodeProto } from "./onnx_pb.ts";
+import type { OnnxTensorType } from "./tensors.ts";
+
+/** Operators that hand their first input on as it is, or turned. */
+const PASSES = new Set(["Cast", "CastLike", "Identity", "Transpose", "QuantizeLinear", "DequantizeLinear"]);
+
+/** Normalisations with a weight as second and a bias as third input. */
+const NORMS = new Set([
+  "BatchNormalization",
+  "GroupNormalization",
+  "InstanceNormalization",
+  "LayerNormalization",
+  "RMSNormalization",
+  "SimplifiedLayerNormalization",
+]);
+
+/** What tools append to the name of a parameter that they have changed. */
+const MADE_BY_TOOLS = /^(quantized|fp16|f16|bf16|Transposed|Q[248](G\d+)?)$/;
+
+/** What speaks for a name, from nothing upwards. Of several initializers that claim one name, the better evidence decides. */
+export const EVIDENCE = {
+  nothing: 0,
+  /** The name of a bias behind it, which other layers use too: it may be one that was merged. */
+  guessed: 1,
+  /** The initializer's name, though all its uses are in other modules: left over from parameters that were merged. */
+  namedElsewhere: 2,
+  /** The module that uses it. */
+  used: 3,
+  /** The initializer's name, and no use that contradicts it. */
+  named: 4,
+} as const;
+
+/** A name that an initializer may have, and the uses that speak for it. */
+export interface Claim {
+  name: string;
+  evidence: number;
+  readonly initializer: string;
+  layout: Layout | undefined;
+  readonly uses: Use[];
+  /** Of a guess: how many layers use the bias that it was guessed by. */
+  shared: number;
+}
+
+/** Names of modules are looked at up to here: a file may name what it likes. */
+const MOST_SEGMENTS = 64;
+
+/** Operators that hand a value on, one behind the other. Exporters and quantisers write three. */
+export const MOST_PASSED = 16;
+
+/** How many uses are followed for each that the graph has: nested graphs may name their values alike, and so multiply them. */
+const MOST_FOLLOWED = 32;
+
+/** Where a node belongs. */
+interface Place {
+  readonly path: string;
+  /** Told by a bias that so many layers use: a guess where they are several. */
+  readonly shared: number;
+}
+
+/** Looks at the initializers of one graph. */
+export class Claims {
+  readonly #graph: Graph;
+  readonly #file: string;
+  readonly #places = new Map<NodeProto, Place | undefined>();
+  readonly #segments = new Map<string, readonly string[]>();
+  #left = 100_000;
+
+  constructor({ graph, name }: OnnxModel) {
+    this.#graph = graph;
+    this.#file = name;
+    for (const uses of graph.consumers.values()) this.#left += MOST_FOLLOWED * uses.length;
+  }
+
+  /**
+   * The names that an initializer's own name and its uses speak for: at least one.
+   * @throws FormatError when nested graphs multiply its uses
+   */
+  of(initializer: string, { shape }: OnnxTensorType): Claim[] {
+    const claims = new Map<string, Claim>();
+    const within = new Map<string, Claim>();
+    const own = ownName(initializer);
+    const reached = this.#reach(initializer, own);
+    const claim = (name: string, evidence: number, layout: Layout | undefined, use?: Use, shared = 1): void => {
+      let found = claims.get(name);
+      if (!found) {
+        claims.set(name, (found = { name, evidence, initializer, layout, uses: [], shared }));
+        if (reached.length > 1) this.#index(found, within);
+      }
+      found.evidence = Math.max(found.evidence, evidence);
+      found.layout ??= layout;
+      if (use) found.uses.push(use);
+    };
+    for (const { use, name, transposed } of reached) {
+      const role = roleOf(use, shape.length, transposed);
+      const place = this.#placeOf(use.node);
+      const path = place?.path;
+      if (name !== undefined && (!role || path === undefined || this.#isWithin(name, path))) {
+        claim(name, EVIDENCE.named, role?.layout, use);
+      } else if (role && path) {
+        const again = variants(path).flatMap((one) => within.get(`${role.suffix} ${one}`) ?? [])[0];
+        const evidence = place.shared === 1 ? EVIDENCE.used : EVIDENCE.guessed;
+        claim(again?.name ?? `${path}.${role.suffix}`, evidence, role.layout, use, place.shared);
+      } else {
+        claim(initializer, EVIDENCE.nothing, role?.layout, use);
+      }
+    }
+    // Names that were kept though every use is in another module.
+    for (const { use, name, transposed } of reached) {
+      if (name === undefined || (claims.get(name)?.evidence ?? 0) > EVIDENCE.namedElsewhere) continue;
+      claim(name, EVIDENCE.namedElsewhere, roleOf(use, shape.length, transposed)?.layout, use);
+    }
+    if (claims.size === 0) claim(own ?? initializer, own === undefined ? EVIDENCE.nothing : EVIDENCE.named, undefined);
+    return [...claims.values()];
+  }
+
+  /** Notes a claim under each module that it lies within. */
+  #index(claim: Claim, within: Map<string, Claim>): void {
+    const segments = this.#split(claim.name);
+    const suffix = segments.at(-1)!;
+    for (let depth = 1; depth < Math.min(segments.length, MOST_SEGMENTS); depth++) {
+      const key = `${suffix} ${segments.slice(0, depth).join(".")}`;
+      if (!within.has(key)) within.set(key, claim);
+    }
+  }
+
+  /** Where an initializer is used, looked for through the operators that only hand it on. `name` is its own. */
+  #reach(initializer: string, name: string | undefined): Reached[] {
+    const reached: Reached[] = [];
+    const values = [{ value: initializer, name, transposed: false, passed: 0 }];
+    // Nested graphs may name a value as the graph around them does: without this a hostile file leads round in circles.
+    const seen = new Set([initializer]);
+    for (const { value, name, transposed, passed } of values) {
+      for (const use of this.#graph.consumers.get(value) ?? []) {
+        if (--this.#left < 0) {
+          const message = "its nested graphs name their values alike, so that none can be told: export the model again";
+          throw new FormatError(message, { file: this.#file, part: `initializer ${initializer}` });
+        }
+        const { node, input } = use;
+        const output = node.output[0];
+        if (input !== 0 || !PASSES.has(node.opType) || output === undefined || passed === MOST_PASSED) {
+          reached.push({ use, name, transposed });
+        } else if (!seen.has(output)) {
+          seen.add(output);
+          // Tools lengthen names: of NAME_f16 and NAME the shorter is the checkpoint's. Another name altogether is that of
+          // a merged parameter, behind an Identity.
+          const renamed = isParameterName(output) && !(name !== undefined && output.startsWith(name));
+          const turns = node.opType === "Transpose" && turnsMatrix(node);
+          values.push({
+            value: output,
+            name: renamed ? output : name,
+            transposed: transposed !== turns,
+            passed: passed + 1,
+          });
+        }
+      }
+    }
+    return reached;
+  }
+
+  #placeOf(node: NodeProto): Place | undefined {
+    if (!this.#places.has(node)) this.#places.set(node, placeOf(this.#graph, node));
+    return this.#places.get(node);
+  }
+
+  #split(name: string): readonly string[] {
+    const segments = this.#segments.get(name) ?? name.split(".");
+    this.#segments.set(name, segments);
+    return segments;
+  }
+
+  /**
+   * Whether a parameter belongs to the module at `path` or to one inside it. The TorchScript exporter numbers the calls
+   * of a module that runs more than once: the second call of "layer.query" is "layer.query_1".
+   */
+  #isWithin(name: string, path: string): boolean {
+    if (path === "") return true;
+    const segments = this.#split(name);
+    return this.#split(path).every((segment, i) => {
+      const own = segments[i];
+      return own !== undefined && i < segments.length - 1 && (segment === own || unnumbered(segment) === own);
+    });
+  }
+}
+
+interface Reached {
+  use: Use;
+  /** The checkpoint's name, where one was kept. */
+  name: string | undefined;
+  transposed: boolean;
+}
+
+/** The paths of modules whose call a path may be: itself, and without the numbers of repeated calls. */
+export function variants(path: string): string[] {
+  const segments = path.split(".", MOST_SEGMENTS + 1);
+  if (segments.length > MOST_SEGMENTS) return [path];
+  const found = new Set([path, segments.map(unnumbered).join(".")]);
+  for (const [i, segment] of segments.entries()) {
+    if (unnumbered(segment) !== segment) found.add(segments.with(i, unnumbered(segment)).join("."));
+  }
+  return [...found];
+}
+
+/** "query" of "query_1". */
+function unnumbered(segment: string): string {
+  const at = segment.lastIndexOf("_");
+  return at > 0 && /^\d+$/.test(segment.slice(at + 1)) ? segment.slice(0, at) : segment;
+}
+
+/** The checkpoint's name in that of an initializer, which tools lengthen. */
+function ownName(initializer: string): string | undefined {
+  let end = initializer.length;
+  for (let at = initializer.lastIndexOf("_"); at > 0; at = initializer.lastIndexOf("_", end - 1)) {
+    if (!MADE_BY_TOOLS.test(initializer.slice(at + 1, end))) break;
+    end = at;
+  }
+  const stem = initializer.slice(0, end);
+  return isParameterName(stem) ? stem : undefined;
+}
+
+/** Whether a name can be a checkpoint's. Exporters' own are like "onnx::MatMul_20", "val_3" and "/a/b/Add_output_0". */
+export function isParameterName(name: string): boolean {
+  return name.includes(".") && !/[/:]/.test(name);
+}
+
+/** Whether a Transpose turns a matrix; without `perm` it reverses the dimensions. */
+function turnsMatrix(node: NodeProto): boolean {
+  const perm = attribute(node, "perm")?.ints;
+  return perm === undefined || (perm.length === 2 && perm[0] === 1n);
+}
+
+interface Role {
+  suffix: "weight" | "bias";
+  layout?: Layout | undefined;
+}
+
+/** What an initializer of this rank is to the node that uses it. */
+function roleOf({ node, input }: Use, rank: number, transposed: boolean): Role | undefined {
+  const matrix = (layout: "in-out" | "out-in"): Role => {
+    const turned = layout === "in-out" ? "out-in" : "in-out";
+    return { suffix: "weight", layout: rank !== 2 ? undefined : transposed ? turned : layout };
+  };
+  switch (node.opType) {
+    case "MatMul":
+    case "MatMulInteger":
+      return input === 1 ? matrix("in-out") : input === 0 ? matrix("out-in") : undefined;
+    case "QLinearMatMul":
+      return input === 3 ? matrix("in-out") : undefined;
+    case "MatMulNBits":
+      // [out, blocks, bytes]: packed along the rows of an out-in weight.
+      return input === 1 ? { suffix: "weight", layout: "out-in" } : undefined;
+    case "Gemm":
+      if (input === 1) return matrix(attribute(node, "transB")?.i ? "out-in" : "in-out");
+      return input === 2 ? { suffix: "bias" } : undefined;
+    case "Conv":
+    case "ConvInteger":
+      if (input === 1) return { suffix: "weight", layout: "conv" };
+      return input === 2 && node.opType === "Conv" ? { suffix: "bias" } : undefined;
+    case "ConvTranspose":
+      return input === 1 ? { suffix: "weight" } : input === 2 ? { suffix: "bias" } : undefined;
+    case "Gather":
+      if (input !== 0 || rank !== 2 || attribute(node, "axis")?.i) return undefined;
+      return { suffix: "weight", layout: transposed ? undefined : "embedding" };
+    case "Add":
+      return rank === 1 ? { suffix: "bias" } : undefined;
+    case "Mul":
+      return rank === 1 ? { suffix: "weight" } : undefined;
+    default:
+      if (!NORMS.has(node.opType)) return undefined;
+      return input === 1 ? { suffix: "weight" } : input === 2 ? { suffix: "bias" } : undefined;
+  }
+}
+
+/**
+ * The module whose `forward` made a node, dotted; "" for the model itself. The dynamo exporter writes it into the
+ * node's metadata, the TorchScript exporter into its name. Where both are lost, a linear layer's bias often still has
+ * its name; it is no proof where several layers use it, which may be one layer that runs twice or equal biases that were merged.
+ */
+function placeOf(graph: Graph, node: NodeProto): Place | undefined {
+  const scopes = node.metadataProps.find(({ key }) => key === "pkg.torch.onnx.name_scopes")?.value;
+  if (scopes !== undefined) {
+    // A Python list of the modules from the outermost in, then the operator: ['', 'encoder', 'encoder.query', 'linear'].
+    const path = [...scopes.matchAll(/'([^']*)'/g)].at(-2)?.[1];
+    return path === undefined ? undefined : { path, shared: 1 };
+  }
+  if (node.name.startsWith("/")) {
+    return { path: node.name.slice(1, node.name.lastIndexOf("/")).replaceAll("/", "."), shared: 1 };
+  }
+  const uses = node.opType === "MatMul" ? (graph.consumers.get(node.output[0] ?? "") ?? []) : [];
+  for (const { node: next } of uses) {
+    const bias = next.opType === "Add" ? next.input.find((value) => value !== node.output[0]) : undefined;
+    if (!bias?.endsWith(".bias") || !isParameterName(bias)) continue;
+    return { path: bias.slice(0, -".bias".length), shared: graph.consumers.get(bias)!.length };
+  }
+  return undefined;
+}

@@ -1,0 +1,148 @@
+/**
+ * Whether one task per row reaches the rows that it is meant for. Task inputs meet a layer's rows in order, so the batch must come
+ * first in whatever enters the layer; where it does not, or where a layer sees only some tokens of each row, as in a mixture of
+ * experts, tasks would be mixed without a word. Nothing in a graph tells: a run does, on rows that differ.
+ */
+import { BackendError } from "../errors.ts";
+import type { Feed } from "../onnx/feeds.ts";
+import type { TaskInput } from "../onnx/graft.ts";
+import { f16ToF32 } from "../tensor/dtypes.ts";
+import { toFeeds } from "./carrier.ts";
+import { dataOf, type Engine, type EngineTensor, type LoadedModel, type Tensors } from "./engine.ts";
+import { toTensors } from "./probe.ts";
+import type { InputValue } from "./values.ts";
+
+type Inputs = ReadonlyMap<string, InputValue>;
+
+/** What is looked at. */
+export interface RowCheck {
+  readonly engine: Engine;
+  readonly model: LoadedModel;
+  readonly inputs: readonly TaskInput[];
+  /** Values of the task inputs without a task. */
+  readonly base: Inputs;
+  readonly outputNames: readonly string[];
+  /** Of inputs that are neither the model's own nor a task's. */
+  readonly idle: Tensors;
+  /** Feeds with rows that differ; undefined where they cannot be made up. */
+  readonly made: () => ReadonlyMap<string, Feed> | undefined;
+}
+
+const WHY =
+  "the batch is not the first dimension of some adapted layer, or the layer sees some tokens only, as in a mixture of experts";
+
+/** "apart": seen; "alike": each row got its own, but no two differ; "unseen": a task changes no output. */
+type Finding = "apart" | "alike" | "unseen";
+
+/**
+ * @returns a check that is called with the feeds of each batch until it says that it is sure. It takes made-up feeds first, and the
+ *   batch itself where the model does not run on those
+ * @throws BackendError when tasks are mixed, or no output tells
+ */
+export function rowCheck(check: RowCheck): (own: Tensors, rows: number) => Promise<boolean> {
+  let made: Promise<Finding | undefined> | undefined;
+  return async (own, rows) => {
+    made ??= lookAtMade(check);
+    if ((await made) === "apart") return true;
+    return (await lookAt(check, own, rows, true)) === "apart";
+  };
+}
+
+/** @returns undefined when the model does not run on made-up feeds, or takes them for another batch: they prove nothing then */
+async function lookAtMade(check: RowCheck): Promise<Finding | undefined> {
+  const made = check.made();
+  const feeds = made && toTensors(check.engine, made);
+  const rows = feeds && Object.values(feeds)[0]?.dims[0];
+  if (!feeds || !rows || rows < 2) return undefined;
+  return lookAt(check, feeds, rows, false).catch((error: unknown) => {
+    if (error instanceof BackendError && error.backend === "session") throw error;
+    return undefined;
+  });
+}
+
+/**
+ * Runs a batch with a made-up task in all rows, in none, and in every second: each row must be as it is alone.
+ * @param own whether the feeds are the caller's own, which the model takes as they are meant
+ */
+async function lookAt(
+  { engine, model, inputs, base, outputNames, idle }: RowCheck,
+  feeds: Tensors,
+  rows: number,
+  own: boolean,
+): Promise<Finding | undefined> {
+  const task = changed(base, inputs);
+  const run = async (tasks: readonly Inputs[], fetches: readonly string[]): Promise<Tensors> => {
+    const values = tasks.map((one) => ({ inputs: one }));
+    return engine.run(model, { ...idle, ...feeds, ...toFeeds(engine, inputs, values).feeds }, fetches);
+  };
+  const results = await run([base], outputNames);
+  const output =
+    outputNames.find((name) => isOfRows(results[name], rows)) ??
+    outputNames.find((name) => own && isOfRows(results[name], rows, true));
+  if (output === undefined && !own) return undefined;
+  if (output === undefined) {
+    throw mixed(
+      `none of the outputs ${outputNames.join(", ")} has the batch first, so there is no telling which row got which`,
+    );
+  }
+  const without = await numbersOf(results[output]!);
+  const alone = await numbersOf((await run([task], [output]))[output]!);
+  const mixture = Array.from({ length: rows }, (_, row) => (row % 2 === 0 ? task : base));
+  const both = await run(mixture, [output]).catch((cause: unknown) => {
+    throw mixed(`the model runs on one task and not on several: ${WHY}`, cause);
+  });
+  const found = await numbersOf(both[output]!);
+  const width = found.length / rows;
+  let [effect, off] = [0, 0];
+  for (let i = 0; i < found.length; i++) {
+    effect = Math.max(effect, apart(alone[i]!, without[i]!));
+    off = Math.max(off, apart(found[i]!, (Math.floor(i / width) % 2 === 0 ? alone : without)[i]!));
+  }
+  if (effect === 0) return "unseen";
+  // Rows of quantised models influence each other a little, whatever their tasks.
+  if (off < effect / 4) return (await differ(feeds, rows)) ? "apart" : "alike";
+  throw mixed(`tasks get into each other's rows of "${output}": ${WHY}`);
+}
+
+/** A made-up task: other numbers in all that a task gives, but for rows of tables, which meet the model's own input. */
+function changed(base: Inputs, inputs: readonly TaskInput[]): Inputs {
+  const values = new Map(base);
+  for (const { name, kind } of inputs) {
+    const { dims, data } = base.get(name)!;
+    if (kind === "rows" || !(data instanceof Float32Array)) continue;
+    values.set(name, { dims, data: data.map((value, i) => value + 0.1 * Math.sin(1 + 1.7 * i)) });
+  }
+  return values;
+}
+
+function mixed(why: string, cause?: unknown): BackendError {
+  const message = `one task per row: ${why}; run them one by one`;
+  return new BackendError(message, { backend: "session", ...(cause === undefined ? {} : { cause }) });
+}
+
+/** @param joined whether rows may be joined with the dimension behind them */
+function isOfRows(tensor: EngineTensor | undefined, rows: number, joined = false): boolean {
+  const first = tensor?.dims[0] ?? 0;
+  return /^float(16|32)$/.test(tensor?.type ?? "") && (first === rows || (joined && first > 0 && first % rows === 0));
+}
+
+async function numbersOf(tensor: EngineTensor): Promise<ArrayLike<number>> {
+  const data = (await dataOf(tensor)) as Float32Array | Uint16Array;
+  return data instanceof Uint16Array ? Float32Array.from(data, f16ToF32) : data;
+}
+
+/** Masked logits are infinite, and equal. */
+function apart(a: number, b: number): number {
+  return a === b || Number.isNaN(a - b) ? 0 : Math.abs(a - b);
+}
+
+/** Whether the rows of some input are not all the same. */
+async function differ(feeds: Tensors, rows: number): Promise<boolean> {
+  for (const tensor of Object.values(feeds)) {
+    if (tensor.dims[0] !== rows) continue;
+    const data = (await dataOf(tensor)) as ArrayLike<number>;
+    const width = data.length / rows;
+    for (let i = width; i < data.length; i++) if (data[i] !== data[i % width]) return true;
+  }
+  return false;
+}

@@ -1,0 +1,119 @@
+/**
+ * What a model gives decides whether it can be trained and its packs judged: one row of logits for each text, and nothing else is
+ * taken for that. Token by token, or of an embedding, one softmax would mix what does not belong together and report a number.
+ */
+import t, { type Test } from "tap";
+import { createEngine } from "../dist/bindings/onnxruntime.js";
+import type { Adapter } from "../dist/src/adapters/adapter.js";
+import { readAdapters } from "../dist/src/adapters/folder.js";
+import { openHost } from "../dist/src/base/open.js";
+import { makeNode, makeValue } from "../dist/src/onnx/nodes.js";
+import type { GraphProto } from "../dist/src/onnx/onnx_pb.js";
+import { fromBinary, ModelProtoSchema, toBinary } from "../dist/src/onnx/protobuf.js";
+import { buildPack } from "../dist/src/pack/build.js";
+import { openPack } from "../dist/src/pack/pack.js";
+import { type BatchFeeds, createJudge, createTrainer, distill } from "../dist/src/train/index.js";
+import { concat, data, LOSSLESS } from "./packs.ts";
+import { modelBytes, NODE, open } from "./sessions.ts";
+
+const [adapter] = await readAdapters([data("sessions/adapters/two")]);
+const headless: Adapter = { ...adapter!, saved: [] };
+t.teardown(async () => {
+  await adapter!.close();
+  await base.close?.();
+});
+const base = await openHost(data("sessions/base.safetensors"));
+const bytes = concat((await buildPack([headless], { ...LOSSLESS, base })).chunks);
+const texts = Array.from({ length: 8 }, (_, i) => "abcdefgh".slice(0, 2 + (i % 5)));
+
+/** Letters as ids, padded with 0. */
+function encode(some: readonly string[]): BatchFeeds {
+  const width = Math.max(...some.map(({ length }) => length));
+  const row = (value: (letter: number) => number) =>
+    BigInt64Array.from(
+      some.flatMap((text) =>
+        Array.from({ length: width }, (_, i) => BigInt(i < text.length ? value(text.charCodeAt(i) - 96) : 0)),
+      ),
+    );
+  const dims = [some.length, width];
+  const [ids, ones, zeros] = [row((letter) => letter), row(() => 1), row(() => 0)];
+  return {
+    input_ids: { type: "int64", dims, data: ids },
+    attention_mask: { type: "int64", dims, data: ones },
+    token_type_ids: { type: "int64", dims, data: zeros },
+  };
+}
+
+/** The encoder, whose hidden states [batch, sequence, 32] go on as something else. */
+function giving(name: string, add: (graph: GraphProto) => void): Uint8Array {
+  const proto = fromBinary(ModelProtoSchema, modelBytes("encoder"));
+  const graph = proto.graph!;
+  add(graph);
+  graph.output = [makeValue(name, 1)];
+  return toBinary(ModelProtoSchema, proto);
+}
+const HIDDEN = "last_hidden_state";
+const mean = (name: string) => (graph: GraphProto) => {
+  graph.node.push(makeNode("ReduceMean", name, [HIDDEN], name, { axes: [1], keepdims: 0 }));
+};
+
+const REFUSED: Record<string, { model: Uint8Array; output: string; found: string }> = {
+  "hidden states": { model: modelBytes("encoder"), output: HIDDEN, found: "batch, input_ids[1], 32" },
+  "logits of tokens": {
+    model: giving("logits", (graph) => graph.node.push(makeNode("Identity", "logits", [HIDDEN], "logits"))),
+    output: "logits",
+    found: "batch, input_ids[1], 32",
+  },
+  "logits of tokens in one list": {
+    model: giving("logits", (graph) => graph.node.push(makeNode("Flatten", "logits", [HIDDEN], "logits", { axis: 2 }))),
+    output: "logits",
+    found: "batch · input_ids[1], 32",
+  },
+  "an embedding": {
+    model: giving("sentence_embedding", mean("sentence_embedding")),
+    output: "sentence_embedding",
+    found: "batch, 32",
+  },
+};
+
+async function refuses(t: Test, action: () => Promise<unknown>, output: string, found: string): Promise<void> {
+  const error = await action().then(
+    () => undefined,
+    (cause: Error) => cause,
+  );
+  t.match(error, { tag: "base", module: output });
+  const said = `the model's output "${output}" is [${found}]: training and judging take logits [batch, labels]`;
+  t.ok(error?.message.includes(said), error?.message ?? "is not refused");
+}
+
+for (const [what, { model, output, found }] of Object.entries(REFUSED)) {
+  t.test(`${what}: nothing is judged or trained`, async (t) => {
+    const judge = createJudge(createEngine(NODE), model, { adapters: [headless], texts, encode });
+    const pack = await openPack(bytes);
+    await refuses(t, () => judge.judge(pack), output, found);
+    await refuses(t, () => judge.byTask(pack), output, found);
+    await judge.close();
+    const session = await open(NODE, model, pack, { trainable: true });
+    await refuses(t, () => distill(session, { adapter: headless, texts, encode, steps: 1 }), output, found);
+    await refuses(t, () => createTrainer(session, { labels: ["a", "b"], encode }), output, found);
+    await session.close();
+  });
+}
+
+t.test("one row of logits for each text is judged and trained", async (t) => {
+  const model = giving("scores", mean("scores"));
+  const judge = createJudge(createEngine(NODE), model, { adapters: [headless], texts, encode });
+  const pack = await openPack(bytes);
+  t.ok((await judge.judge(pack)) < 1e-6, "a pack that keeps the adapter whole answers as it does");
+  const coarse = await openPack(concat((await buildPack([headless], { select: { kind: "k", k: 1 }, base })).chunks));
+  t.ok((await judge.judge(coarse)) > 1e-6, "and one that does not, does not");
+  await judge.close();
+  const session = await open(NODE, model, pack, { trainable: true });
+  const labels = Array.from({ length: 32 }, (_, i) => String(i));
+  const trainer = await createTrainer(session, { labels, encode });
+  const examples = texts.map((text, i) => ({ text, label: i % 2 }));
+  const losses: number[] = [];
+  for await (const { loss } of trainer.fit(examples, { steps: 3 })) losses.push(loss);
+  t.ok(losses.length === 3 && losses.every(Number.isFinite), losses.join());
+  await session.close();
+});
