@@ -7,9 +7,9 @@ import { correlation, fingerprint, SAME_FLOAT, SAME_QUANTIZED, type WeightAt } f
 import { BaseMismatchError } from "../errors.ts";
 import type { ReadOptions } from "../source.ts";
 import { isParameterName } from "./claims.ts";
-import { readLinearWeight } from "./dequantize.ts";
 import { type Candidate, isMatrix, matrixShape, type OnnxParameter, type Stored } from "./modules.ts";
 import type { ModelFile } from "./read.ts";
+import { readLinearWeight } from "./weights.ts";
 
 /** Candidates that a message spells out. */
 const TOLD = 3;

@@ -4,7 +4,7 @@
  * is the runtime's.
  */
 
-import { type WeightAt, weightAt } from "../base/fingerprint.ts";
+import type { WeightAt } from "../base/fingerprint.ts";
 import { FormatError } from "../errors.ts";
 import type { ReadOptions } from "../source.ts";
 import { bf16ToF32, f16ToF32 } from "../tensor/dtypes.ts";
@@ -29,45 +29,20 @@ const INTEGERS: ReadonlyMap<number, { bits: number; signed: boolean }> = new Map
   [22, { bits: 4, signed: true }],
 ]);
 
-/** A weight of a linear layer, float or quantised. */
-export interface ReadWeight {
-  readonly at: WeightAt;
-  readonly quantized: boolean;
-}
-
 /**
- * @throws FormatError when the weight is quantised in a way that is not read here, or its tensors do not fit each other
- * @throws SourceError when a file beside the model cannot be read
+ * @returns undefined when the weight is quantised in a way that is not known here
+ * @throws FormatError when its tensors do not fit each other; SourceError when a file beside the model cannot be read
  */
-export async function readLinearWeight(
+export async function readQuantizedWeight(
   file: ModelFile,
-  parameter: Stored & { readonly name: string },
+  parameter: Stored,
   options?: ReadOptions,
-): Promise<ReadWeight> {
-  const { model } = file;
+): Promise<WeightAt | undefined> {
   const [out, inputs] = matrixShape(parameter) ?? [0, 0];
-  const transposed = parameter.layout === "in-out";
-  const tensor = model.graph.initializers.get(parameter.initializer)!;
-  if (parameter.dtype !== "other") {
-    const { data } = await readTensor(tensor, model.name, file.external, options);
-    return { at: weightAt(data, parameter.dtype, out, inputs, transposed), quantized: false };
-  }
   const reader = new TensorReader(file, options);
   const use = parameter.uses[0];
-  const packed = use?.node.opType === "MatMulNBits";
-  const at = packed
-    ? await nBits(reader, use.node)
-    : await affine(reader, model, parameter, use, transposed, out, inputs);
-  if (at) return { at, quantized: true };
-  const how = use ? `${use.node.opType} "${use.node.name}"` : "no node";
-  const message = `"${parameter.name}" is quantised in a way that is not known here (used by ${how})`;
-  throw new FormatError(
-    `${message}; pass a model where it is float, or anyBase: true where it is read for its fingerprint only`,
-    {
-      file: model.name,
-      part: `initializer ${parameter.initializer}`,
-    },
-  );
+  if (use?.node.opType === "MatMulNBits") return nBits(reader, use.node);
+  return affine(reader, file.model, parameter, use, parameter.layout === "in-out", out, inputs);
 }
 
 /**

@@ -4,7 +4,7 @@
  */
 /// <reference lib="esnext.disposable" preserve="true" />
 import { checkChoice, checkOptions, described, nearest } from "../arguments.ts";
-import { FormatError, TaskError, TrustError } from "../errors.ts";
+import { TaskError } from "../errors.ts";
 import { parseDirectory } from "../format/directory.ts";
 import { align64, Fields } from "../format/fields.ts";
 import type { TaskMetadata } from "../format/format.ts";
@@ -140,20 +140,15 @@ export async function openPack(input: SourceInput, options: OpenOptions = {}): P
     const { maxResidentBytes = Infinity } = options;
     return new Pack({ source, reads, window, directory, maxResidentBytes, trust, bases });
   } catch (error) {
-    await forget(inner, error);
+    const refused = await explain(error, inner, directoryBytes);
     await inner.close?.();
-    throw directoryBytes ? await orOld(error, directoryBytes) : error;
+    throw refused;
   }
 }
 
-/** What a cache keeps may be what is wrong: the next try reads the file itself. */
-async function forget(source: ByteSource, error: unknown): Promise<void> {
-  if (error instanceof FormatError || error instanceof TrustError) await source.clear?.().catch(() => undefined);
-}
-
-/** What to throw for an error, which of an old file says so. */
-async function orOld(error: unknown, directory: Uint8Array): Promise<unknown> {
-  return (await import("./before.ts")).saidOfOld(error, directory);
+/** What to throw for an error of a pack. */
+async function explain(error: unknown, source: ByteSource, directory: Uint8Array | undefined): Promise<unknown> {
+  return (await import("./refusal.ts")).refusal(error, source, directory);
 }
 
 /** @throws FormatError when the bytes are damaged, TrustError when they are not those that were asked for */
@@ -267,13 +262,10 @@ export class Pack {
   }
 
   async #fetch(slot: TaskSlot): Promise<TaskBlob> {
-    const bytes = await this.#section(slot.section!, `task "${slot.id}"`);
-    let blob: TaskBlob;
-    try {
-      blob = parseTask(bytes, this.modules, this.name, slot);
-    } catch (error) {
-      throw await orOld(error, this.directory.bytes);
-    }
+    const section = slot.section!;
+    const blob = await this.#checked(section, `task "${slot.id}"`, undefined, (bytes) =>
+      parseTask(bytes, this.modules, this.name, slot),
+    );
     slot.blob = blob;
     this.#recent.add(slot);
     this.#held += slot.bytes;
@@ -313,20 +305,30 @@ export class Pack {
   }
 
   async #checkedBases(shared: SharedBases): Promise<Uint8Array> {
-    const bytes = (shared.bytes ??= await this.#section(this.directory.bases, "bases"));
-    checkTensors(bytes, 0, basesTensors(this.modules), this.name, "bases");
-    return bytes;
+    return this.#checked(this.directory.bases, "bases", shared.bytes, (bytes) => {
+      checkTensors(bytes, 0, basesTensors(this.modules), this.name, "bases");
+      return (shared.bytes = bytes);
+    });
   }
 
-  async #section(section: Section, part: string, options: ReadOptions = {}): Promise<Uint8Array> {
-    const bytes = await this.#source.read(section.offset, section.length, options);
+  /**
+   * What a section means.
+   * @param bytes of a section that was checked already. Default: it is read
+   */
+  async #checked<T>(
+    section: Section,
+    part: string,
+    bytes: Uint8Array | undefined,
+    parse: (bytes: Uint8Array) => T,
+  ): Promise<T> {
     try {
-      await checkSection(bytes, section, part, this.name, this.#trust);
+      if (bytes) return parse(bytes);
+      const read = await this.#source.read(section.offset, section.length);
+      await checkSection(read, section, part, this.name, this.#trust);
+      return parse(read);
     } catch (error) {
-      await forget(this.#source, error);
-      throw error;
+      throw await explain(error, this.#source, this.directory.bytes);
     }
-    return bytes;
   }
 
   /**
@@ -347,14 +349,7 @@ export class Pack {
    */
   async addTask(id: string, file: SourceInput, { integrity }: { readonly integrity?: string } = {}): Promise<void> {
     const { readTaskFile } = await import("./task-file.ts");
-    const trust =
-      this.#trust ??
-      (integrity === undefined ? undefined : await (await import("./trust.ts")).Trust.create(this.name, {}));
-    const { basisId, modules } = this;
-    const target = { basisId, modules, tasks: this.#slots };
-    const { blob, ...task } = await readTaskFile(file, id, target, (found, name) =>
-      trust?.checkTaskFile(found, name, integrity),
-    );
+    const { blob, ...task } = await readTaskFile(file, id, this, this.#trust, integrity);
     this.#tasks = undefined;
     this.#slots.set(id, { ...task, id, bytes: blob.bytes.length, section: undefined, blob, loading: undefined });
   }

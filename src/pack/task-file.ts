@@ -4,11 +4,12 @@
 import { described } from "../arguments.ts";
 import { TaskError } from "../errors.ts";
 import { isTaskId } from "../format/directory.ts";
-import type { PackModule, TaskBlob, TaskEntry, TaskFile } from "../format/format.ts";
+import type { PackModule, TaskBlob, TaskEntry } from "../format/format.ts";
 import { parseTask } from "../format/task.ts";
 import { parseTaskFile } from "../format/task-file.ts";
 import { openSource } from "../open-source.ts";
 import { readAll, type SourceInput } from "../source.ts";
+import type { Trust } from "./trust.ts";
 
 /** The open pack. */
 interface Target {
@@ -19,20 +20,25 @@ interface Target {
 
 /**
  * @param id the task's in the pack
- * @param check of the file as a whole, before its task is read
- * @throws FormatError when the file is damaged, TaskError when it belongs to another basis or the id is taken
+ * @param trust of the pack, where it has some
+ * @param integrity that the file must have, where the caller says one
+ * @throws FormatError when the file is damaged, TaskError when it belongs to another basis or the id is taken, TrustError when it is
+ *   not what is trusted
  */
 export async function readTaskFile(
   file: SourceInput,
   id: string,
   { basisId, modules, tasks }: Target,
-  check: (file: TaskFile, name: string) => Promise<void> | undefined,
+  trust: Trust | undefined,
+  integrity: string | undefined,
 ): Promise<TaskEntry & { readonly blob: TaskBlob }> {
   const source = await openSource(file);
   try {
     const { name } = source;
     const parsed = parseTaskFile(await readAll(source), name);
-    await check(parsed, name);
+    const checks =
+      trust ?? (integrity === undefined ? undefined : await (await import("./trust.ts")).Trust.create(name, {}));
+    await checks?.checkTaskFile(parsed, name, integrity);
     const { blob, basisId: found, content: _, signature: __, ...entry } = parsed;
     if (found !== basisId) {
       throw new TaskError(`${name} belongs to the basis ${found}, this pack has ${basisId}; make it for this pack`, {

@@ -8,10 +8,10 @@ import { NameMatcher } from "../base/names.ts";
 import { BaseMismatchError } from "../errors.ts";
 import type { PackModule } from "../format/format.ts";
 import { Copies } from "../onnx/copies.ts";
-import { readLinearWeight } from "../onnx/dequantize.ts";
 import { fusedNode } from "../onnx/linear.ts";
 import { findParameters, matrixShape, type OnnxParameter } from "../onnx/modules.ts";
 import type { ModelFile } from "../onnx/read.ts";
+import { readLinearWeight } from "../onnx/weights.ts";
 import type { ReadOptions } from "../source.ts";
 
 /** How a pack is held against a model. */

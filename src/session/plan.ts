@@ -6,7 +6,6 @@ import { BaseMismatchError } from "../errors.ts";
 import { type Brought, bringsOf, parseBrought } from "../format/brings.ts";
 import type { PackModule } from "../format/format.ts";
 import { readTensor } from "../format/tensors.ts";
-import { readLinearWeight, readVector } from "../onnx/dequantize.ts";
 import {
   type Components,
   checkGraftable,
@@ -20,6 +19,7 @@ import { biasAdd, FLOAT, FLOAT16, linearsOf, NotLinear } from "../onnx/linear.ts
 import type { Use } from "../onnx/model.ts";
 import { matrixShape, type OnnxParameter } from "../onnx/modules.ts";
 import type { ModelFile } from "../onnx/read.ts";
+import { readLinearWeight } from "../onnx/weights.ts";
 import type { Pack } from "../pack/pack.ts";
 import { type MatchOptions, ModelMatcher, moduleOf } from "./match.ts";
 
@@ -355,6 +355,7 @@ class Planner {
   }
 
   async #vector(name: string, role: string): Promise<Float32Array> {
+    const { readVector } = await import("../onnx/dequantize.ts");
     return readVector(this.#file, await this.#matcher.parameter(name, role), this.#options);
   }
 

@@ -6,7 +6,7 @@ import { copySelection } from "../runtime/selection.ts";
 import { Workbench } from "../runtime/workbench.ts";
 import { type Carrier, type CarrierParts, toFeeds } from "./carrier.ts";
 import { probeParity } from "./probe.ts";
-import { rowCheck } from "./rows.ts";
+import type { rowCheck } from "./rows.ts";
 import { TaskEvaluator } from "./values.ts";
 
 /**
@@ -42,6 +42,7 @@ async function onModel(
     const none = await evaluator.read(null);
     // Whoever brings feeds says that the model does not run on made-up ones.
     const made = typeof parts.probe === "object" ? () => undefined : feedsOfRows;
+    let rowsAreApart: ReturnType<typeof rowCheck> | undefined;
     return {
       evaluator,
       first: { model, task: null, ...toFeeds(engine, inputs, [none]) },
@@ -51,7 +52,12 @@ async function onModel(
         const values = await evaluator.evaluate(tasks, signal);
         return { model, task: copySelection(selection), ...toFeeds(engine, inputs, [values]) };
       },
-      checkRows: rowCheck({ engine, model, inputs, base: none.inputs, outputNames, idle, made }),
+      async checkRows(own, rows) {
+        // Apps that run one task at a time do without.
+        const { rowCheck } = await import("./rows.ts");
+        rowsAreApart ??= rowCheck({ engine, model, inputs, base: none.inputs, outputNames, idle, made });
+        return rowsAreApart(own, rows);
+      },
       memory() {
         const held = Object.values(backend.memory()).reduce((a, b) => a + b, 0);
         return { scratch: held + staging.values.byteLength, pristine: 0, active: 0 };

@@ -8,7 +8,7 @@ import type { TaskBlob, TaskParameter } from "../format/format.ts";
 import { misfitLabels } from "../format/heads.ts";
 import { readTensor } from "../format/tensors.ts";
 import type { TaskInput } from "../onnx/graft.ts";
-import { type Merged, mergeAll } from "../runtime/parameters.ts";
+import { type Merged, mergeAll } from "../runtime/merge.ts";
 import { loadParts, type Selection, type SwitchOptions } from "../runtime/selection.ts";
 import { type ActiveTask, stage } from "../runtime/stage.ts";
 import { type PristineWeight, unfold } from "../runtime/unfold.ts";

@@ -1,0 +1,46 @@
+/**
+ * The values of a model's weights. What reads quantised ones is loaded for a model that has some.
+ */
+import { type WeightAt, weightAt } from "../base/fingerprint.ts";
+import { FormatError } from "../errors.ts";
+import type { ReadOptions } from "../source.ts";
+import { matrixShape, type Stored } from "./modules.ts";
+import type { ModelFile } from "./read.ts";
+import { readTensor } from "./tensors.ts";
+
+/** A weight of a linear layer, float or quantised. */
+export interface ReadWeight {
+  readonly at: WeightAt;
+  readonly quantized: boolean;
+}
+
+/**
+ * @throws FormatError when the weight is quantised in a way that is not read here, or its tensors do not fit each other
+ * @throws SourceError when a file beside the model cannot be read
+ */
+export async function readLinearWeight(
+  file: ModelFile,
+  parameter: Stored & { readonly name: string },
+  options?: ReadOptions,
+): Promise<ReadWeight> {
+  const { model, external } = file;
+  if (parameter.dtype !== "other") {
+    const [out, inputs] = matrixShape(parameter) ?? [0, 0];
+    const { data } = await readTensor(
+      model.graph.initializers.get(parameter.initializer)!,
+      model.name,
+      external,
+      options,
+    );
+    return { at: weightAt(data, parameter.dtype, out, inputs, parameter.layout === "in-out"), quantized: false };
+  }
+  const at = await (await import("./dequantize.ts")).readQuantizedWeight(file, parameter, options);
+  if (at) return { at, quantized: true };
+  const use = parameter.uses[0];
+  const how = use ? `${use.node.opType} "${use.node.name}"` : "no node";
+  const message = `"${parameter.name}" is quantised in a way that is not known here (used by ${how})`;
+  throw new FormatError(
+    `${message}; pass a model where it is float, or anyBase: true where it is read for its fingerprint only`,
+    { file: model.name, part: `initializer ${parameter.initializer}` },
+  );
+}

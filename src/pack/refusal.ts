@@ -1,0 +1,28 @@
+/**
+ * What becomes of a pack that is refused. Loaded when that happens.
+ */
+import { FormatError, TrustError } from "../errors.ts";
+import type { ByteSource } from "../source.ts";
+
+/**
+ * What to throw for an error of a pack: of a file from before SPEC.md was final, that it is one. What a cache keeps may be what is
+ * wrong, so it is cleared: the next try reads the file itself.
+ * @param directory bytes of the directory as far as they are known, whether they can be read or not
+ */
+export async function refusal(
+  error: unknown,
+  source: ByteSource,
+  directory: Uint8Array = new Uint8Array(0),
+): Promise<unknown> {
+  if (!(error instanceof FormatError || error instanceof TrustError)) return error;
+  await source.clear?.().catch(() => undefined);
+  if (error instanceof TrustError) return error;
+  const producer = /producer.(eigenlora 0\.1\.\d+)/s.exec(String.fromCharCode(...directory.subarray(0, 65_536)))?.[1];
+  if (producer === undefined) return error;
+  const { file, part } = error;
+  const message = error.message.slice(`${file}, ${part}: `.length);
+  return new FormatError(`${message}; written by a version before 1.0 (${producer}): make the pack again`, {
+    ...{ file, part },
+    cause: error,
+  });
+}
