@@ -20,7 +20,7 @@ const BUDGET = { js: 20_000, wasm: 10_000 };
  * files, hashes and keys, the other backends, the unfolded modes, weights on a device, parameters beside the terms.
  */
 const LAZY =
-  /^#wasm\/|\/(safetensors-host|memory-host|url-source|fingerprint|task-file|hash|trust|refusal|js|webgpu|unfold|device-host|apply|merge|parameters)\.js$/;
+  /^#wasm\/|\/(safetensors-host|memory-host|url-source|fingerprint|task-file|hash|trust|refusal|js|webgpu|unfold|device-host|fold-host|apply|merge|parameters)\.js$/;
 
 /** The WebGPU half with its shaders, on top of what every app loads. */
 const WEBGPU_BUDGET = 12_000;

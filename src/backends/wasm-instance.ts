@@ -32,8 +32,7 @@ export function claim({ heap, memory }: Instance<unknown>, byteLength: number, o
   const start = heap.allocate(byteLength);
   if (start !== undefined) return start;
   throw new BackendError(
-    `wasm: no memory for ${byteLength} bytes (${owner}); ${memory.buffer.byteLength} are held, and the limit is ` +
-      "4 GiB or what the device has left. Load fewer tasks, or use the fold policy that keeps no copy",
+    `wasm: no memory for ${byteLength} bytes (${owner}) beside ${memory.buffer.byteLength}: use policy "reload"`,
     { backend: "wasm" },
   );
 }

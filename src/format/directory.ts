@@ -1,7 +1,7 @@
 /**
  * The directory of a pack: sections, basis description, task list (SPEC.md, section 4).
  */
-import { DTYPES, type Dtype, tensorBytes } from "../tensor/dtypes.ts";
+import { DTYPES, type Dtype } from "../tensor/dtypes.ts";
 import { align64, Fields } from "./fields.ts";
 import {
   type BasisDescription,
@@ -26,6 +26,7 @@ import {
 import { toIntegrity } from "./integrity.ts";
 import { decode, type Value } from "./messagepack.ts";
 import { parseMetadata } from "./metadata.ts";
+import { placing } from "./places.ts";
 
 /**
  * Checks the directory against its superblock: the sections tile the file, every tensor of the bases has its place.
@@ -47,10 +48,9 @@ export function parseDirectory(bytes: Uint8Array, superblock: Superblock, file: 
   const sections: Section[] = [];
   for (let i = 0; i < count; i++) sections.push(parseSection(f, i, hashes && bytes.length - hashes));
   checkTiling(f, sections, superblock);
-  const known = [SECTION_BASES, SECTION_TASK, SECTION_FREE];
   for (const { kind, required } of sections) {
     f.check(
-      !required || known.includes(kind),
+      !required || (kind > 0 && kind <= SECTION_FREE),
       () => `it needs a section of kind ${kind}, unknown here; update eigenlora`,
     );
   }
@@ -103,11 +103,9 @@ function parseSection(f: Fields, index: number, hashes: number): Section {
     () => `section ${index} has flags ${flags}, expected ${needed ? "1" : "0 or 1"}`,
   );
   f.check(section.length > 0 || section.kind === SECTION_BASES, () => `section ${index} is empty`);
-  f.zero(at + 28, at + 32);
-  if (section.kind === SECTION_FREE) {
-    f.zero(at + 24, at + 28);
-    if (hashes > 0) f.zero(hash, hash + HASH_BYTES);
-  }
+  const free = section.kind === SECTION_FREE;
+  f.zero(at + (free ? 24 : 28), at + 32);
+  if (free && hashes > 0) f.zero(hash, hash + HASH_BYTES);
   return section;
 }
 
@@ -132,14 +130,7 @@ function checkTiling(f: Fields, sections: readonly Section[], superblock: Superb
 
 function parseBasis(bytes: Uint8Array, basesLength: number, file: string): BasisDescription {
   const root: Value = decode(bytes, file, "basis description", "basis");
-  let end = 0;
-  const tensor = (dtype: Dtype, rows: number, width: number): TensorRef => {
-    const byteOffset = Math.ceil(end / 16) * 16;
-    const byteLength = tensorBytes(dtype, rows, width);
-    end = byteOffset + byteLength;
-    root.check(end <= basesLength, () => `its tensors need ${end} bytes or more, the bases have ${basesLength}`);
-    return { dtype, rows, width, byteOffset, byteLength };
-  };
+  const { place: tensor, full } = placing(16, 0, basesLength, file, root.part);
   const names = new Set<string>();
   const modules = root
     .get("modules")
@@ -171,7 +162,7 @@ function parseBasis(bytes: Uint8Array, basesLength: number, file: string): Basis
         fingerprint: m.get("fingerprint").boolean() ? tensor("f32", 1, FINGERPRINT_SIZE).byteOffset : undefined,
       };
     });
-  root.check(end === basesLength, () => `its tensors end at ${end}, the bases have ${basesLength} bytes`);
+  full();
   return {
     producer: root.get("producer").string(1024),
     mode: root.get("mode").string(64),

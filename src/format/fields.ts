@@ -63,7 +63,7 @@ export class Fields {
   zero(from: number, to: number): void {
     this.check(
       this.bytes.subarray(from, to).every((byte) => byte === 0),
-      () => `bytes ${from} to ${to} are not all zero: the file is damaged, or not of version 1`,
+      () => `bytes ${from} to ${to} are not all zero: the file is damaged`,
     );
   }
 

@@ -173,17 +173,13 @@ export class Value {
   }
 
   integer(min: number, max: number): number {
-    const v = this.value;
-    if (typeof v !== "number" || !Number.isInteger(v) || v < min || v > max) {
-      this.#expected(`an integer from ${min} to ${max}`);
-    }
-    return v;
+    return this.number(min, max, true);
   }
 
-  number(min: number, max: number): number {
+  number(min: number, max: number, whole = false): number {
     const v = this.value;
-    if (typeof v !== "number" || !(v >= min && v <= max)) this.#expected(`a number from ${min} to ${max}`);
-    return v;
+    if (typeof v === "number" && v >= min && v <= max && (!whole || Number.isInteger(v))) return v;
+    return this.#expected(`${whole ? "an integer" : "a number"} from ${min} to ${max}`);
   }
 
   boolean(): boolean {

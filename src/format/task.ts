@@ -3,7 +3,7 @@
  */
 
 import { FormatError } from "../errors.ts";
-import { align4, BITS, DTYPES, isQuantized, quantizedAt, rowBytes, scaleBytes, tensorBytes } from "../tensor/dtypes.ts";
+import { BITS, DTYPES, isQuantized, quantizedAt, rowBytes, scaleBytes } from "../tensor/dtypes.ts";
 import { bringsOf } from "./brings.ts";
 import { Fields } from "./fields.ts";
 import {
@@ -20,6 +20,7 @@ import {
   type TensorRef,
 } from "./format.ts";
 import { decode, type Value } from "./messagepack.ts";
+import { placing } from "./places.ts";
 
 /**
  * Checks a task blob against the basis it belongs to, its numbers included.
@@ -38,15 +39,8 @@ export function parseTask(
   const headerLength = f.u32(4);
   f.check(headerLength <= bytes.length - 8, () => `a header of ${headerLength} bytes in a blob of ${bytes.length}`);
   const root = decode(bytes.subarray(8, 8 + headerLength), file, f.part, "header").items(2);
-  let end = 8 + headerLength;
-  const tensor = (code: Value, rows: number, width: number): TensorRef => {
-    const dtype = DTYPES[code.integer(0, DTYPES.length - 1)]!;
-    const byteOffset = align4(end);
-    const byteLength = tensorBytes(dtype, rows, width);
-    end = byteOffset + byteLength;
-    f.check(end <= bytes.length, () => `its tensors need ${end} bytes or more, the blob has ${bytes.length}`);
-    return { dtype, rows, width, byteOffset, byteLength };
-  };
+  const { place, full } = placing(4, 8 + headerLength, bytes.length, file, f.part);
+  const tensor: Place = (code, rows, width) => place(DTYPES[code.integer(0, DTYPES.length - 1)]!, rows, width);
   let last = -1;
   const terms = root[0]!.array(65_536).map((term: Value) => {
     const parsed = parseTerm(term, modules, tensor);
@@ -68,7 +62,7 @@ export function parseTask(
       ((role === "saved" || role === "rows") && adapted.has(name)) || (role !== "saved" && names.has(`saved ${name}`));
     f.check(!twice, () => `it changes "${name}" in two ways`);
   }
-  f.check(end === bytes.length, () => `its tensors end at ${end}, the blob has ${bytes.length} bytes`);
+  full();
   checkTensors(bytes, 8 + headerLength, tensorsOf(terms, parameters, modules), file, f.part);
   const blob = { terms, parameters, bytes };
   if (brings) {
@@ -95,11 +89,10 @@ function* tensorsOf(
   for (const { name, tensor } of parameters) yield [`"${name}"`, tensor];
 }
 
-function parseTerm(
-  term: Value,
-  modules: readonly PackModule[],
-  tensor: (code: Value, rows: number, width: number) => TensorRef,
-): TaskTerm {
+/** Where the next tensor is. @param code of its type */
+type Place = (code: Value, rows: number, width: number) => TensorRef;
+
+function parseTerm(term: Value, modules: readonly PackModule[], tensor: Place): TaskTerm {
   const [moduleItem, rankItem, itemA, itemB, privateRankItem, privateTypeItem, magnitudeItem] = term.items(7);
   const index = moduleItem!.integer(0, modules.length - 1);
   const module = modules[index]!;
@@ -143,10 +136,7 @@ function parseTerm(
   };
 }
 
-function parseParameter(
-  parameter: Value,
-  tensor: (code: Value, rows: number, width: number) => TensorRef,
-): TaskParameter {
+function parseParameter(parameter: Value, tensor: Place): TaskParameter {
   const [nameItem, roleItem, typeItem, shapeItem, indicesItem] = parameter.array(5);
   parameter.check(shapeItem !== undefined, () => "it has fewer than 4 items");
   const name = nameItem!.string(1024);

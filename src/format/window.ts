@@ -24,7 +24,6 @@ import {
  */
 export function parseWindow(bytes: Uint8Array, file: string, size?: number): Window {
   const f: Fields = new Fields(bytes, file, "window");
-  f.check(bytes.length >= 8, () => `the file has ${bytes.length} bytes, a pack has at least ${WINDOW_BYTES}`);
   f.magic(MAGIC, "an EigenLoRA pack");
   f.check(bytes.length >= WINDOW_BYTES, () => `truncated: ${bytes.length} bytes, the window alone has ${WINDOW_BYTES}`);
   const version = f.version();
@@ -42,8 +41,10 @@ export function parseWindow(bytes: Uint8Array, file: string, size?: number): Win
   f.check(size === undefined || size >= committed, () => `truncated: ${size} bytes of ${committed}; fetch it again`);
   const inside = (offset: number, length: number): boolean =>
     offset >= WINDOW_BYTES && offset % 64 === 0 && offset + length <= committed;
-  f.check(inside(directoryOffset, directoryLength), () => "the directory lies outside the file");
-  f.check(inside(basesOffset, basesLength), () => "the bases lie outside the file");
+  f.check(
+    inside(directoryOffset, directoryLength) && inside(basesOffset, basesLength),
+    () => "directory or bases lie outside the file",
+  );
   // A copy: as a view it would keep what else was read with it.
   const head = bytes.slice(0, HEAD_BYTES);
   return { version, basisId: toHex(head.subarray(16)), superblock: best, head };

@@ -385,12 +385,9 @@ export class Pack {
 }
 
 function infoOf(slot: TaskSlot): TaskInfo {
-  const { id, bytes, adapterBytes, metadata, brings, section } = slot;
+  const { blob: _, loading: __, section, brings, ...info } = slot;
   return {
-    id,
-    bytes,
-    adapterBytes,
-    metadata,
+    ...info,
     brings,
     integrity: section?.integrity,
     get resident() {

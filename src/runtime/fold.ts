@@ -3,9 +3,10 @@
  * and one writer, this file: it becomes what the task puts in its place, or the pristine value, plus ΔW. Weights that the
  * backend holds are folded in place; those of a host in the CPU's memory pass through it.
  */
-import { at, type Slice } from "../backends/backend.ts";
+import { at } from "../backends/backend.ts";
 import type { CpuView, Transaction, View, WeightHost } from "../base/host.ts";
 import { BackendError } from "../errors.ts";
+import type { Fold, transact } from "./fold-host.ts";
 import { pacer } from "./pace.ts";
 import { readWeight, type Slot } from "./slots.ts";
 import type { ModulePlan } from "./stage.ts";
@@ -30,23 +31,14 @@ export interface Place {
   pristine(name: string): CpuView | undefined;
 }
 
-/** A fold whose memory is there. */
-interface Fold {
-  readonly bench: Workbench;
-  readonly slots: readonly Slot[];
-  /** Modules, by index, whose weights the backend holds, and whose pass through it. */
-  readonly held: readonly number[];
-  readonly passing: readonly number[];
-  /** Where the folded weight is; of `passing` valid until the next one. */
-  weight(index: number): Slice;
-}
-
 /** A change that nothing speaks against. */
 interface Begun {
   readonly fold: Fold;
   /** Other parameters that are written. */
   readonly names: ReadonlySet<string>;
   readonly transaction: Transaction | undefined;
+  /** Where there is one. */
+  readonly transact: typeof transact | undefined;
 }
 
 /** Modules and other parameters that may differ from the base. */
@@ -118,7 +110,7 @@ export class FoldedWeights {
     signal: AbortSignal | undefined,
   ): Promise<void> {
     const [before, sound] = [this.#touched, !this.#torn];
-    const begun = this.#begin(change, place);
+    const begun = await this.#begin(change, place);
     try {
       await this.#put(change, place, begun, signal);
     } catch (error) {
@@ -132,42 +124,32 @@ export class FoldedWeights {
   }
 
   /** All that can fail before something is changed. */
-  #begin(change: Change, { bench, host }: Place): Begun {
+  async #begin(change: Change, { bench, host }: Place): Promise<Begun> {
+    const loaded = host.begin && (await import("./fold-host.ts"));
     const fold = prepareFold(bench, this.#slots, change);
     const names = new Set([...this.#touched.names, ...change.parameters.keys()]);
     const weights = [...change.weights.keys()].map((index) => this.#slots[index]!.weight.name);
-    return { fold, names, transaction: host.begin?.([...weights, ...names]) };
+    return { fold, names, transaction: host.begin?.([...weights, ...names]), transact: loaded?.transact };
   }
 
   async #put(
     { modules, weights, parameters }: Change,
     { bench, pristine }: Place,
-    { fold, names, transaction }: Begun,
+    { fold, names, transaction, transact }: Begun,
     signal?: AbortSignal,
   ): Promise<void> {
     this.#touched = { modules: new Set(weights.keys()), names };
     this.#torn ??= torn("a switch is under way", bench.backend.name);
     const pause = pacer(signal);
-    try {
-      for (const index of fold.held) {
-        fold.weight(index);
-        const turn = pause();
-        if (turn) await turn;
-      }
-      if (transaction) await pass(fold, transaction, pause);
-      for (const name of transaction ? names : []) {
-        await transaction!.write(name, parameters.get(name)?.view ?? pristine(name) ?? null);
-      }
-      await bench.backend.finish();
-      await transaction?.commit();
-    } catch (error) {
-      try {
-        await transaction?.rollback();
-      } catch (second) {
-        throw this.#doubt(error, second, bench);
-      }
-      throw error;
+    for (const index of fold.held) {
+      fold.weight(index);
+      const turn = pause();
+      if (turn) await turn;
     }
+    if (transaction) {
+      const values = [...names].map((name) => [name, parameters.get(name)?.view ?? pristine(name) ?? null] as const);
+      await transact!(fold, transaction, values, pause, (error, second) => this.#doubt(error, second, bench));
+    } else await bench.backend.finish();
     this.#touched = { modules, names: new Set(parameters.keys()) };
     this.#torn = undefined;
   }
@@ -176,7 +158,7 @@ export class FoldedWeights {
   async #putBack(error: unknown, place: Place, former: () => Promise<Change>): Promise<void> {
     try {
       const change = await former();
-      await this.#put(change, place, this.#begin(change, place));
+      await this.#put(change, place, await this.#begin(change, place));
     } catch (second) {
       throw this.#doubt(error, second, place.bench);
     }
@@ -213,21 +195,6 @@ function prepareFold(bench: Workbench, slots: readonly Slot[], { plans, weights 
       return out;
     },
   };
-}
-
-/** Passing weights into a host, one by one. */
-async function pass(fold: Fold, transaction: Transaction, pause: () => Promise<void> | undefined): Promise<void> {
-  const { bench, slots, passing, weight } = fold;
-  const { backend } = bench;
-  const sizes = new Map(passing.map((index) => [index, slots[index]!.weight.byteLength]));
-  const fetched = backend.read && (await (await import("./device-host.ts")).fetchFolded(backend, sizes, weight));
-  for (const index of passing) {
-    const { name, dtype, shape, byteLength } = slots[index]!.weight;
-    const data = fetched?.get(index) ?? backend.view!(weight(index), byteLength);
-    // No wait that is not needed: short work in the caller's own memory is done in one go.
-    const turn = transaction.write(name, { dtype, shape, data, byteOffset: 0 }) ?? pause();
-    if (turn) await turn;
-  }
 }
 
 function torn(why: string, backend: string, cause?: unknown): BackendError {

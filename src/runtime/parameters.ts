@@ -29,6 +29,9 @@ export interface Resolved {
   readonly parameters: ReadonlyMap<string, Replacement>;
   /** Adapted weights, by module, where they are folded. Where they are not, they are among `parameters`. */
   readonly weights: ReadonlyMap<number, Replacement>;
+  /** Names of those that the base does not have, and of all others. */
+  readonly added: readonly string[];
+  readonly replaced: readonly string[];
 }
 
 /** Where the base's values are. */
@@ -122,7 +125,10 @@ export class Parameters {
       if (slot && base.folded) weights.set(index, replacement);
       else parameters.set(name, replacement);
     }
-    return { parameters, weights };
+    const named = (which: boolean): string[] =>
+      [...parameters].filter(([, { added }]) => added === which).map(([name]) => name);
+    const folded = [...weights.keys()].map((index) => this.#slots[index]!.weight.name);
+    return { parameters, weights, added: named(true), replaced: [...named(false), ...folded] };
   }
 
   /** The base's value of a parameter; undefined where it has none. */

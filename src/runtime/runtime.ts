@@ -17,7 +17,7 @@ import type { Parameters, Replacement, Resolved } from "./parameters.ts";
 import type { RuntimeParts, Started } from "./parts.ts";
 import { type MemoryReport, memoryReport, type RuntimeSwitchReport } from "./report.ts";
 import { copySelection, loadParts, refuseMagnitudes, type Selection, type SwitchOptions } from "./selection.ts";
-import { readWeight, type Slot } from "./slots.ts";
+import type { Slot } from "./slots.ts";
 import { type ActiveTask, stage } from "./stage.ts";
 import type { PristineWeight } from "./unfold.ts";
 import type { Workbench } from "./workbench.ts";
@@ -34,7 +34,7 @@ export interface ModuleTerm extends Term {
   readonly bias?: Float32Array | undefined;
 }
 
-const NOTHING: Resolved = { parameters: new Map(), weights: new Map() };
+const NOTHING: Resolved = { parameters: new Map(), weights: new Map(), added: [], replaced: [] };
 
 /** A selection, read: what it does to the model. Nothing is changed yet. */
 interface Loaded {
@@ -173,11 +173,6 @@ export class Runtime {
     this.#task = copySelection(selection);
     this.#head = head;
     const done = performance.now();
-    const all = [...resolved.parameters].map(([name, { added }]) => ({ name, added }));
-    for (const index of resolved.weights.keys()) {
-      all.push({ name: this.#parts.slots[index]!.weight.name, added: false });
-    }
-    const named = (which: boolean): string[] => all.filter(({ added }) => added === which).map(({ name }) => name);
     return {
       task: this.#task,
       bytesRead: this.pack.reads.bytes - before.bytes,
@@ -185,8 +180,8 @@ export class Runtime {
       modules: change.weights.size,
       dispatches: this.#bench.dispatches,
       allocated,
-      added: named(true),
-      replaced: named(false),
+      added: resolved.added,
+      replaced: resolved.replaced,
       milliseconds: { read: read - started, compute: done - read, total: done - started },
     };
   }
@@ -203,13 +198,10 @@ export class Runtime {
       const replaced = new Map([...weights].map(([index, { view }]) => [index, view.data]));
       return { resolved, change: await this.#weights.prepare(plans, replaced, parameters, this.#host!, signal) };
     }
-    const modules = new Set(plans.map(({ module }) => module));
-    const scaled = new Map<number, Uint8Array>();
-    for (const { module, magnitude } of plans) {
-      if (magnitude === undefined) continue;
-      scaled.set(module, await readWeight(this.#host!, this.#parts.slots[module]!, undefined, { signal }));
-    }
-    return { resolved, change: { plans, modules, weights: scaled, parameters } };
+    // Apps that fold do without.
+    const { readScaled } = await import("./unfold.ts");
+    const scaled = await readScaled(plans, this.#parts.slots, this.#host, signal);
+    return { resolved, change: { plans, modules: new Set(), weights: scaled, parameters } };
   }
 
   /** Parameters that the tasks bring beside their terms. */

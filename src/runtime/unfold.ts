@@ -3,9 +3,10 @@
  * components on either side (docs/runtime.md, "Unfolded").
  */
 import type { Slice } from "../backends/backend.ts";
-import type { CpuView } from "../base/host.ts";
+import type { CpuView, WeightHost } from "../base/host.ts";
 import type { Term } from "../tensor/term.ts";
 import { pacer } from "./pace.ts";
+import { readWeight, type Slot } from "./slots.ts";
 import type { ModulePlan } from "./stage.ts";
 import type { Workbench } from "./workbench.ts";
 
@@ -14,6 +15,20 @@ type Factors = Pick<Term, "A" | "Bt">;
 
 /** The pristine weight of a module, [in, out] where it is `transposed`. */
 export type PristineWeight = CpuView & { readonly transposed?: boolean };
+
+/** Pristine weights, by module, of those whose rows a task scales. */
+export async function readScaled(
+  plans: readonly ModulePlan[],
+  slots: readonly Slot[],
+  host: WeightHost | undefined,
+  signal: AbortSignal | undefined,
+): Promise<Map<number, Uint8Array>> {
+  const scaled = new Map<number, Uint8Array>();
+  for (const { module, magnitude } of plans) {
+    if (magnitude !== undefined) scaled.set(module, await readWeight(host!, slots[module]!, undefined, { signal }));
+  }
+  return scaled;
+}
 
 /**
  * Terms of the plans, by module. A term has `core` in mode "core" where all of its shared pieces lie between column bases,

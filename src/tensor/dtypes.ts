@@ -111,11 +111,9 @@ export function decodeTensor(
   out: Float32Array = new Float32Array(rows * width),
 ): Float32Array {
   const need = tensorBytes(type, rows, width);
-  if (bytes.byteLength < need) {
-    throw new RangeError(`decodeTensor: ${type} [${rows}, ${width}] needs ${need} bytes, got ${bytes.byteLength}`);
-  }
-  if (out.length < rows * width) {
-    throw new RangeError(`decodeTensor: out holds ${out.length} values, ${rows * width} are needed`);
+  if (bytes.byteLength < need || out.length < rows * width) {
+    const found = `got ${bytes.byteLength} for ${out.length} values`;
+    throw new RangeError(`decodeTensor: ${type} [${rows}, ${width}] needs ${need} bytes, ${found}`);
   }
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
   const count = rows * width;
