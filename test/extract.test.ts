@@ -901,7 +901,9 @@ t.test("wrong input is refused", async () => {
     message: new RegExp(`^basis A of "${stack.name}" cannot be stored: value .* is .*, too large for f16; use f32$`),
   });
   t.throws(() => extractModule(large, { ...half, centering: "none" }), {
-    message: new RegExp(`^coefficients of "${stack.name}" cannot be stored: value .* is .*, too large for f16; use f32$`),
+    message: new RegExp(
+      `^coefficients of "${stack.name}" cannot be stored: value .* is .*, too large for f16; use f32$`,
+    ),
   });
   for (const select of [
     { kind: "k", k: 0 },
