@@ -898,10 +898,12 @@ t.test("wrong input is refused", async () => {
   };
   const half = { ...F32, basisDtype: "f16", coefficientDtype: "f16" } as const;
   t.throws(() => extractModule(large, { ...half, centering: "keep" }), {
-    message: new RegExp(`^basis A of "${stack.name}": value .* is .*, too large for f16; use f32$`),
+    message: new RegExp(`^basis A of "${stack.name}" cannot be stored: value .* is .*, too large for f16; use f32$`),
   });
   t.throws(() => extractModule(large, { ...half, centering: "none" }), {
-    message: new RegExp(`^coefficients of task ".*" for "${stack.name}": value .* is .*, too large for f16; use f32$`),
+    message: new RegExp(
+      `^coefficients of "${stack.name}" cannot be stored: value .* is .*, too large for f16; use f32$`,
+    ),
   });
   for (const select of [
     { kind: "k", k: 0 },

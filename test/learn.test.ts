@@ -46,6 +46,10 @@ for (const [name, ort] of [
     await session.addTask("mine", await trainer.task({ id: "mine", dtype: F32, metadata: { origin: "a test" } }));
     const added = session.tasks.get("mine")!;
     t.same(added.metadata, { labels: LABELS, origin: "a test" });
+    const more = trainer.task({ metadata: { labels: [...LABELS, "more"] } });
+    await t.rejects(more, { name: "RangeError", message: /metadata.labels: it has \d labels, but .* has \d rows/ });
+    const none = trainer.task({ id: "none", metadata: { labels: [] } });
+    await t.rejects(none, { name: /RangeError|FormatError/, message: /labels/ });
     t.ok(
       added.brings!.includes("saved classifier.weight") && added.brings!.some((one) => one.startsWith("private ")),
       String(added.brings),
@@ -279,6 +283,7 @@ t.test("examples that cannot be learned from are refused before anything runs", 
   });
   await t.rejects(trainer.task(), { name: "TypeError", message: /call fit first/ });
   await t.rejects(createTrainer(session, { labels: ["one"] }), { name: "RangeError", message: /labels/ });
+  await t.rejects(createTrainer(session, { labels: ["one", ""] }), { name: "RangeError", message: /none empty/ });
   await t.rejects(createTrainer(session, { labels: LABELS, rank: 0 }), { name: "RangeError", message: /rank/ });
   await t.rejects(createTrainer(session, { labels: LABELS, head: "nothing" }), {
     name: "RangeError",

@@ -309,24 +309,6 @@ async function differences(adapter: Adapter, files: Files): Promise<string[]> {
   return found;
 }
 
-/** What is read can be packed, and a pack that is written opens; or the numbers are too large, and it is said which. */
-async function packed(adapter: Adapter): Promise<string> {
-  try {
-    const { chunks } = await buildPack([adapter]);
-    const pack = await openPack(new Uint8Array(Buffer.concat(chunks)));
-    await pack.load(adapter.id);
-    return "packed";
-  } catch (error) {
-    const { name, message } = error as Error;
-    if (
-      name === "RangeError" &&
-      /^(basis [AB] of|coefficients of .* for) "[^"]+": .* too large for f16; use f32$/.test(message)
-    )
-      return "too large";
-    throw error;
-  }
-}
-
 t.test(`${COUNT} mutants`, async (t) => {
   t.setTimeout(300_000);
   const root = t.testdir();
@@ -341,7 +323,13 @@ t.test(`${COUNT} mutants`, async (t) => {
       const wrong = await differences(adapter!, files);
       for (const { read } of adapter!.saved) await read();
       if (wrong.length > 0) t.fail(`seed ${seed}: ${wrong.join(", ")}`);
-      count(seed % 8 === 0 ? await packed(adapter!) : "read");
+      if (seed % 8 === 0) {
+        // What is read can be packed, and a pack that is written opens; or a number is too large, which is an AdapterError too.
+        const { chunks } = await buildPack([adapter!]);
+        const pack = await openPack(new Uint8Array(Buffer.concat(chunks)));
+        await pack.load(adapter!.id);
+      }
+      count(seed % 8 === 0 ? "packed" : "read");
       await adapter!.close();
     } catch (error) {
       const named = error instanceof EigenLoraError && error.message.includes(folder);
@@ -352,7 +340,7 @@ t.test(`${COUNT} mutants`, async (t) => {
   t.comment(Object.fromEntries(ends));
   for (const end of ["read", "packed", "adapter", "format"])
     t.ok((ends.get(end) ?? 0) > COUNT / 100, `${ends.get(end)} ${end}`);
-  t.same([...ends.keys()].sort(), ["adapter", "format", "packed", "read", "too large"]);
+  t.same([...ends.keys()].sort(), ["adapter", "format", "packed", "read"]);
   t.notOk(Object.hasOwn(Object.prototype, "dtype") || "a" in {}, "no prototype is touched");
   t.ok(readdirSync(root).length === 1);
 });

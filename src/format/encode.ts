@@ -282,7 +282,7 @@ export function encodeSuperblock({ signature, ...s }: Superblock): Bytes {
   return bytes;
 }
 
-/** One task as a file of its own (SPEC.md, section 7). */
+/** One task as a file of its own (SPEC.md, section 7). @throws FormatError for metadata that the format does not hold */
 export function encodeTaskFile(entry: TaskEntry, basisId: string, blob: Uint8Array): Uint8Array<ArrayBuffer> {
   checkEntry(entry, entry.id);
   const map = pack(entryMap(entry));
