@@ -240,16 +240,18 @@ t.test("files beside the model are found, files elsewhere are not touched", asyn
     await t.rejects(host.read("up.weight"), { tag: "format", message: /outside the model's folder/ }, location);
   }
   const requests: string[] = [];
-  const fetcher = (async (url: string, { headers }: { headers: { Range: string } }) => {
-    requests.push(url);
-    const [, from, to] = /bytes=(\d+)-(\d+)/.exec(headers.Range)!;
+  const fetcher = (async (url: string, { headers }: { headers: { Range?: string } }) => {
+    requests.push(`${headers.Range ? "part" : "whole"} ${url}`);
+    const [, from, to] = /bytes=(\d+)-(\d+)/.exec(headers.Range ?? "") ?? [];
     const file = readFileSync(`${DATA}/${new URL(url).pathname.split("/").at(-1)}`);
+    if (from === undefined) return new Response(file);
     const answer = { "content-range": `bytes ${from}-${to}/${file.length}` };
     return new Response(file.subarray(Number(from), Number(to) + 1), { status: 206, headers: answer });
   }) as unknown as typeof fetch;
   const remote = await openOnnxHost("https://host.example/models/external.onnx?v=2", { fetch: fetcher });
   t.strictSame(await differences(remote, digestsOf(`${DATA}/external.json`)), []);
-  t.equal(requests.at(-1), "https://host.example/models/external.onnx.data");
+  t.equal(requests[0], "whole https://host.example/models/external.onnx?v=2", "the model itself by one request");
+  t.ok(requests.slice(1).every((request) => request === "part https://host.example/models/external.onnx.data"));
 });
 
 t.test("damaged files", async (t) => {

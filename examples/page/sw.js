@@ -76,8 +76,10 @@ async function keep(path, response) {
   const sha256 = [...digest].map((byte) => byte.toString(16).padStart(2, "0")).join("");
   if (response.status !== 200 || sha256 !== FILES.get(path))
     throw new Error(`${path || "the page"} is not the file of this build`);
-  const type = response.headers.get("content-type");
-  const headers = { "content-length": String(bytes.byteLength), ...(type && { "content-type": type }) };
+  // The others stay: the entity tag says that nothing changed when the server goes, the policy binds workers.
+  const headers = new Headers(response.headers);
+  headers.delete("content-encoding");
+  headers.set("content-length", String(bytes.byteLength));
   await (await caches.open(VERSION)).put(addressOf(path), new Response(bytes, { headers }));
 }
 
