@@ -82,7 +82,7 @@ export class FoldedWeights {
   /** They are the base's, as after a restart; but another task is to be active. */
   restart(): void {
     this.#touched = NOTHING;
-    this.#torn = torn("the device was lost, and its task is not back yet", "webgpu");
+    this.#torn = between("webgpu");
   }
 
   /**
@@ -146,7 +146,7 @@ export class FoldedWeights {
     signal?: AbortSignal,
   ): Promise<void> {
     this.#touched = { modules: new Set(weights.keys()), names };
-    this.#torn ??= torn("a switch is under way", bench.backend.name);
+    this.#torn ??= between(bench.backend.name);
     const pause = pacer(signal);
     try {
       for (const index of fold.held) {
@@ -164,7 +164,7 @@ export class FoldedWeights {
       try {
         await transaction?.rollback();
       } catch (second) {
-        throw this.#doubt(error, second, bench);
+        throw await this.#doubt(error, second, bench);
       }
       throw error;
     }
@@ -178,18 +178,13 @@ export class FoldedWeights {
       const change = await former();
       await this.#put(change, place, this.#begin(change, place));
     } catch (second) {
-      throw this.#doubt(error, second, place.bench);
+      throw await this.#doubt(error, second, place.bench);
     }
   }
 
   /** That the weights are no task's. @param second why they could not be put back */
-  #doubt(error: unknown, second: unknown, { backend }: Workbench): Error {
-    const [first, then] = [error, second].map((one) => (one instanceof Error ? one.message : String(one)));
-    return (this.#torn = torn(
-      `${first}; and what was there before could not be put back: ${then}`,
-      backend.name,
-      new AggregateError([error, second], first),
-    ));
+  async #doubt(error: unknown, second: unknown, { backend }: Workbench): Promise<Error> {
+    return (this.#torn = (await import("./failed.ts")).cannotPutBack(error, second, backend.name));
   }
 }
 
@@ -230,7 +225,6 @@ async function pass(fold: Fold, transaction: Transaction, pause: () => Promise<v
   }
 }
 
-function torn(why: string, backend: string, cause?: unknown): BackendError {
-  const message = `${why}. The weights are a mixture: wait for a switch that succeeds; null writes the base's`;
-  return new BackendError(message, { backend, cause });
+function between(backend: string): BackendError {
+  return new BackendError("the weights are between two tasks: wait for a switch that succeeds", { backend });
 }
