@@ -46,8 +46,9 @@ export { type Bases, type OpenOptions, openPack, Pack, type TaskInfo } from "./p
 export type { TrustOptions } from "./pack/trust.ts";
 export { createRuntime, type RuntimeOptions } from "./runtime/create.ts";
 export type { MemoryReport, RuntimeSwitchReport, SwitchReport } from "./runtime/report.ts";
-export { type ApplyOptions, type ModuleTerm, Runtime } from "./runtime/runtime.ts";
+export { type ApplyOptions, Runtime } from "./runtime/runtime.ts";
 export type { Selection, SwitchOptions } from "./runtime/selection.ts";
+export type { ModuleTerm } from "./runtime/terms.ts";
 export type { ByteSource, FetchOptions, ReadOptions, Reads, SourceInput } from "./source.ts";
 export type { Dtype, FloatDtype, QuantizedDtype } from "./tensor/dtypes.ts";
 export type { Term } from "./tensor/term.ts";

@@ -20,14 +20,14 @@ const BUDGET = { js: 20_000, wasm: 10_000 };
  * files, hashes and keys, the other backends, the unfolded modes, weights on a device, parameters beside the terms.
  */
 const LAZY =
-  /^#wasm\/|\/(safetensors-host|memory-host|url-source|fingerprint|task-file|hash|trust|refusal|js|webgpu|unfold|device-host|fold-host|apply|merge|parameters)\.js$/;
+  /^#wasm\/|\/(safetensors-host|memory-host|url-source|fingerprint|task-file|hash|trust|refusal|js|webgpu|unfold|unfold-device|terms|device-host|apply|merge|parameters|turn|failed)\.js$/;
 
 /** The WebGPU half with its shaders, on top of what every app loads. */
 const WEBGPU_BUDGET = 12_000;
 
 /** Loaded by a session only when it is used: WebGPU, mode "folded", training, `apply`, trust, URLs. */
 const SESSION_LAZY =
-  /^#wasm\/|\/(hash|trust|refusal|url-source|task-file|js|dequantize|rows|webgpu|device|ort-device|device-host|folded|training|apply)\.js$/;
+  /^#wasm\/|\/(hash|trust|refusal|url-source|task-file|js|dequantize|rows|webgpu|device|ort-device|device-host|folded|training|apply|turn|failed)\.js$/;
 
 /** What an app that runs an ONNX model loads: the runtime, the protobuf, the graph surgery, the session. */
 const SESSION_BUDGET = 60_000;

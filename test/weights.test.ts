@@ -365,7 +365,7 @@ t.test("a switch that takes long has pauses, in which nobody sees half of it and
                 throw new Error("half a switch");
               counts.seen++;
             } catch (error) {
-              if (!/a switch is under way.*wait for a switch/.test((error as Error).message)) throw error;
+              if (!/between two tasks: wait for a switch/.test((error as Error).message)) throw error;
               counts.refused++;
             }
           }

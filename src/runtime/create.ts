@@ -64,8 +64,9 @@ export async function createRuntime(pack: Pack, options: RuntimeOptions = {}): P
   try {
     const { locator, slots, start, restart } = await prepare(pack, host, mode === "folded", policy, options);
     const ignored = new Set(options.ignore);
+    const terms = mode === "folded" ? undefined : new (await import("./terms.ts")).Terms(mode, pack.modules, slots);
     const started = await start(options, options.signal);
-    return new Runtime({ pack, mode, policy, slots, locator, ignored, closeHost, restart }, started);
+    return new Runtime({ pack, mode, policy, slots, locator, ignored, terms, closeHost, restart }, started);
   } catch (error) {
     await closeHost?.();
     throw error;

@@ -3,10 +3,9 @@
  * and one writer, this file: it becomes what the task puts in its place, or the pristine value, plus ΔW. Weights that the
  * backend holds are folded in place; those of a host in the CPU's memory pass through it.
  */
-import { at } from "../backends/backend.ts";
+import { at, type Slice } from "../backends/backend.ts";
 import type { CpuView, Transaction, View, WeightHost } from "../base/host.ts";
 import { BackendError } from "../errors.ts";
-import type { Fold, transact } from "./fold-host.ts";
 import { pacer } from "./pace.ts";
 import { readWeight, type Slot } from "./slots.ts";
 import type { ModulePlan } from "./stage.ts";
@@ -31,14 +30,23 @@ export interface Place {
   pristine(name: string): CpuView | undefined;
 }
 
+/** A fold whose memory is there. */
+interface Fold {
+  readonly bench: Workbench;
+  readonly slots: readonly Slot[];
+  /** Modules, by index, whose weights the backend holds, and whose pass through it. */
+  readonly held: readonly number[];
+  readonly passing: readonly number[];
+  /** Where the folded weight is; of `passing` valid until the next one. */
+  weight(index: number): Slice;
+}
+
 /** A change that nothing speaks against. */
 interface Begun {
   readonly fold: Fold;
   /** Other parameters that are written. */
   readonly names: ReadonlySet<string>;
   readonly transaction: Transaction | undefined;
-  /** Where there is one. */
-  readonly transact: typeof transact | undefined;
 }
 
 /** Modules and other parameters that may differ from the base. */
@@ -74,7 +82,7 @@ export class FoldedWeights {
   /** They are the base's, as after a restart; but another task is to be active. */
   restart(): void {
     this.#touched = NOTHING;
-    this.#torn = torn("the device was lost, and its task is not back yet", "webgpu");
+    this.#torn = between("webgpu");
   }
 
   /**
@@ -110,7 +118,7 @@ export class FoldedWeights {
     signal: AbortSignal | undefined,
   ): Promise<void> {
     const [before, sound] = [this.#touched, !this.#torn];
-    const begun = await this.#begin(change, place);
+    const begun = this.#begin(change, place);
     try {
       await this.#put(change, place, begun, signal);
     } catch (error) {
@@ -124,32 +132,42 @@ export class FoldedWeights {
   }
 
   /** All that can fail before something is changed. */
-  async #begin(change: Change, { bench, host }: Place): Promise<Begun> {
-    const loaded = host.begin && (await import("./fold-host.ts"));
+  #begin(change: Change, { bench, host }: Place): Begun {
     const fold = prepareFold(bench, this.#slots, change);
     const names = new Set([...this.#touched.names, ...change.parameters.keys()]);
     const weights = [...change.weights.keys()].map((index) => this.#slots[index]!.weight.name);
-    return { fold, names, transaction: host.begin?.([...weights, ...names]), transact: loaded?.transact };
+    return { fold, names, transaction: host.begin?.([...weights, ...names]) };
   }
 
   async #put(
     { modules, weights, parameters }: Change,
     { bench, pristine }: Place,
-    { fold, names, transaction, transact }: Begun,
+    { fold, names, transaction }: Begun,
     signal?: AbortSignal,
   ): Promise<void> {
     this.#touched = { modules: new Set(weights.keys()), names };
-    this.#torn ??= torn("a switch is under way", bench.backend.name);
+    this.#torn ??= between(bench.backend.name);
     const pause = pacer(signal);
-    for (const index of fold.held) {
-      fold.weight(index);
-      const turn = pause();
-      if (turn) await turn;
+    try {
+      for (const index of fold.held) {
+        fold.weight(index);
+        const turn = pause();
+        if (turn) await turn;
+      }
+      if (transaction) await pass(fold, transaction, pause);
+      for (const name of transaction ? names : []) {
+        await transaction!.write(name, parameters.get(name)?.view ?? pristine(name) ?? null);
+      }
+      await bench.backend.finish();
+      await transaction?.commit();
+    } catch (error) {
+      try {
+        await transaction?.rollback();
+      } catch (second) {
+        throw await this.#doubt(error, second, bench);
+      }
+      throw error;
     }
-    if (transaction) {
-      const values = [...names].map((name) => [name, parameters.get(name)?.view ?? pristine(name) ?? null] as const);
-      await transact!(fold, transaction, values, pause, (error, second) => this.#doubt(error, second, bench));
-    } else await bench.backend.finish();
     this.#touched = { modules, names: new Set(parameters.keys()) };
     this.#torn = undefined;
   }
@@ -158,20 +176,15 @@ export class FoldedWeights {
   async #putBack(error: unknown, place: Place, former: () => Promise<Change>): Promise<void> {
     try {
       const change = await former();
-      await this.#put(change, place, await this.#begin(change, place));
+      await this.#put(change, place, this.#begin(change, place));
     } catch (second) {
-      throw this.#doubt(error, second, place.bench);
+      throw await this.#doubt(error, second, place.bench);
     }
   }
 
   /** That the weights are no task's. @param second why they could not be put back */
-  #doubt(error: unknown, second: unknown, { backend }: Workbench): Error {
-    const [first, then] = [error, second].map((one) => (one instanceof Error ? one.message : String(one)));
-    return (this.#torn = torn(
-      `${first}; and what was there before could not be put back: ${then}`,
-      backend.name,
-      new AggregateError([error, second], first),
-    ));
+  async #doubt(error: unknown, second: unknown, { backend }: Workbench): Promise<Error> {
+    return (this.#torn = (await import("./failed.ts")).cannotPutBack(error, second, backend.name));
   }
 }
 
@@ -197,7 +210,21 @@ function prepareFold(bench: Workbench, slots: readonly Slot[], { plans, weights 
   };
 }
 
-function torn(why: string, backend: string, cause?: unknown): BackendError {
-  const message = `${why}. The weights are a mixture: wait for a switch that succeeds; null writes the base's`;
-  return new BackendError(message, { backend, cause });
+/** Passing weights into a host, one by one. */
+async function pass(fold: Fold, transaction: Transaction, pause: () => Promise<void> | undefined): Promise<void> {
+  const { bench, slots, passing, weight } = fold;
+  const { backend } = bench;
+  const sizes = new Map(passing.map((index) => [index, slots[index]!.weight.byteLength]));
+  const fetched = backend.read && (await (await import("./device-host.ts")).fetchFolded(backend, sizes, weight));
+  for (const index of passing) {
+    const { name, dtype, shape, byteLength } = slots[index]!.weight;
+    const data = fetched?.get(index) ?? backend.view!(weight(index), byteLength);
+    // No wait that is not needed: short work in the caller's own memory is done in one go.
+    const turn = transaction.write(name, { dtype, shape, data, byteOffset: 0 }) ?? pause();
+    if (turn) await turn;
+  }
+}
+
+function between(backend: string): BackendError {
+  return new BackendError("the weights are between two tasks: wait for a switch that succeeds", { backend });
 }

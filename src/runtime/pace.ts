@@ -14,25 +14,11 @@ export function pacer(signal?: AbortSignal): () => Promise<void> | undefined {
   let started = performance.now();
   return () => {
     if (performance.now() - started < SHARE) return undefined;
-    return turn().then(() => {
+    return (async () => {
+      // Most switches are short.
+      await (await import("./turn.ts")).turn();
       signal?.throwIfAborted();
       started = performance.now();
-    });
+    })();
   };
-}
-
-/** A message, since timers are slowed down: to 4 ms each, in hidden pages to a second. */
-function turn(): Promise<void> {
-  return new Promise((resolve) => {
-    if (typeof MessageChannel === "undefined") {
-      setTimeout(resolve);
-      return;
-    }
-    const { port1, port2 } = new MessageChannel();
-    port1.onmessage = () => {
-      port1.close();
-      resolve();
-    };
-    port2.postMessage(0);
-  });
 }

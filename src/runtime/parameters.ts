@@ -5,12 +5,12 @@
  */
 
 import { at } from "../backends/backend.ts";
-import { type CpuView, type Parameter, sameShape, type View, viewValues, type WeightHost } from "../base/host.ts";
+import { type CpuView, sameShape, type View, viewValues, type WeightHost } from "../base/host.ts";
 import type { Locator } from "../base/locate.ts";
 import { BaseMismatchError, TaskError } from "../errors.ts";
 import type { TaskParameter } from "../format/format.ts";
 import type { Pack } from "../pack/pack.ts";
-import { encodeFloats, rowBytes } from "../tensor/dtypes.ts";
+import { encodeFloats, type FloatDtype, rowBytes } from "../tensor/dtypes.ts";
 import { addDifferences, blendHeads, type Change, changesOf, decode, type Merged } from "./merge.ts";
 import { readWeight, type Slot } from "./slots.ts";
 import type { ActiveTask } from "./stage.ts";
@@ -19,17 +19,15 @@ import type { Workbench } from "./workbench.ts";
 /** A parameter of the active task that differs from the base's. */
 export interface Replacement {
   readonly view: View & { readonly data: Uint8Array<ArrayBuffer> };
-  /** The base has no such parameter. */
-  readonly added: boolean;
 }
 
 /** What the tasks of a selection put in the place of the base's parameters. */
 export interface Resolved {
   /** By the base's names. */
   readonly parameters: ReadonlyMap<string, Replacement>;
-  /** Adapted weights, by module, where they are folded. Where they are not, they are among `parameters`. */
-  readonly weights: ReadonlyMap<number, Replacement>;
-  /** Names of those that the base does not have, and of all others. */
+  /** Bytes of adapted weights, by module, where they are folded. Where they are not, they are among `parameters`. */
+  readonly weights: ReadonlyMap<number, Uint8Array<ArrayBuffer>>;
+  /** Names of all of them that the base lacks, and of the others. */
   readonly added: readonly string[];
   readonly replaced: readonly string[];
 }
@@ -63,8 +61,7 @@ export class Parameters {
 
   /** Makes what `resolve` returned the active parameters. */
   activate({ parameters, weights }: Resolved): void {
-    for (const { view } of [...this.active.values(), ...weights.values()]) {
-      const { data } = view;
+    for (const data of [...[...this.active.values()].map(({ view }) => view.data), ...weights.values()]) {
       this.#pool.set(data.length, [...(this.#pool.get(data.length) ?? []), data]);
     }
     this.active = parameters;
@@ -111,7 +108,8 @@ export class Parameters {
       this.#baseName(parameter, part.id, alone, base.host !== undefined),
     );
     const parameters = new Map<string, Replacement>();
-    const weights = new Map<number, Replacement>();
+    const weights = new Map<number, Uint8Array<ArrayBuffer>>();
+    const [added, replaced]: string[][] = [[], []];
     for (const [name, list] of changes) {
       const index = this.#slots.findIndex(({ weight }) => weight.name === name);
       const slot = this.#slots[index];
@@ -121,14 +119,12 @@ export class Parameters {
       const merged = whole
         ? { shape: list[0]!.parameter.shape, values: blendHeads(name, this.#decode(list[0]!), list, pack) }
         : addDifferences(name, list, original && { shape: original.shape, values: viewValues(original) });
-      const replacement = this.#replacement(name, slot ? asStored(slot, list, merged) : merged, known);
-      if (slot && base.folded) weights.set(index, replacement);
+      const replacement = this.#replacement(name, slot ? asStored(slot, list, merged) : merged, known?.dtype ?? "f32");
+      (known ? replaced : added)!.push(name);
+      if (slot && base.folded) weights.set(index, replacement.view.data);
       else parameters.set(name, replacement);
     }
-    const named = (which: boolean): string[] =>
-      [...parameters].filter(([, { added }]) => added === which).map(([name]) => name);
-    const folded = [...weights.keys()].map((index) => this.#slots[index]!.weight.name);
-    return { parameters, weights, added: named(true), replaced: [...named(false), ...folded] };
+    return { parameters, weights, added: added!, replaced: replaced! };
   }
 
   /** The base's value of a parameter; undefined where it has none. */
@@ -185,13 +181,12 @@ export class Parameters {
     return decode(change, this.#values).subarray(0, rows * width);
   }
 
-  #replacement(name: string, { shape, values }: Merged, known: Parameter | undefined): Replacement {
-    const { dtype } = known ?? { dtype: "f32" };
+  #replacement(name: string, { shape, values }: Merged, dtype: FloatDtype): Replacement {
     try {
       const length = rowBytes(dtype, values.length);
       const pooled = this.#pool.get(length)?.pop();
       if (!pooled) this.allocated += length;
-      return { view: { dtype, shape, data: encodeFloats(dtype, values, pooled), byteOffset: 0 }, added: !known };
+      return { view: { dtype, shape, data: encodeFloats(dtype, values, pooled), byteOffset: 0 } };
     } catch (cause) {
       throw new TaskError(`"${name}" does not fit the base's ${dtype}: ${(cause as Error).message}`, {
         task: name,

@@ -3,6 +3,7 @@ import type { WeightHost } from "../base/host.ts";
 import type { Locator } from "../base/locate.ts";
 import type { Pack } from "../pack/pack.ts";
 import type { Slot } from "./slots.ts";
+import type { Terms } from "./terms.ts";
 import type { Workbench } from "./workbench.ts";
 
 /** What lives and dies with a backend. */
@@ -21,6 +22,8 @@ export interface RuntimeParts {
   readonly slots: readonly Slot[];
   readonly locator: Locator;
   readonly ignored: ReadonlySet<string>;
+  /** Where it does not fold. */
+  readonly terms: Terms | undefined;
   readonly closeHost: (() => Promise<void>) | undefined;
   /** Another backend in place of one whose device was lost. */
   readonly restart: (() => Promise<Started>) | undefined;

@@ -10,7 +10,6 @@ import type { DeviceHandle } from "../backends/backend.ts";
 import { type CpuView, onDevice, type View, type WeightHost } from "../base/host.ts";
 import { BackendError } from "../errors.ts";
 import type { Pack } from "../pack/pack.ts";
-import type { Term } from "../tensor/term.ts";
 import type { Applied } from "./apply.ts";
 import { type Change, FoldedWeights } from "./fold.ts";
 import type { Parameters, Replacement, Resolved } from "./parameters.ts";
@@ -19,19 +18,13 @@ import { type MemoryReport, memoryReport, type RuntimeSwitchReport } from "./rep
 import { copySelection, loadParts, refuseMagnitudes, type Selection, type SwitchOptions } from "./selection.ts";
 import type { Slot } from "./slots.ts";
 import { type ActiveTask, stage } from "./stage.ts";
-import type { PristineWeight } from "./unfold.ts";
+import type { ModuleTerm, Terms } from "./terms.ts";
 import type { Workbench } from "./workbench.ts";
 
 /** Options of `apply`. */
 export interface ApplyOptions {
   /** By row; null leaves a row as it is. Default: the active task for all rows. */
   readonly tasks?: readonly (string | null)[];
-}
-
-/** What the active task does to one module, for a model that adds it itself (docs/runtime.md, "Unfolded"). */
-export interface ModuleTerm extends Term {
-  /** [out], the layer's whole bias, where the task changes it. */
-  readonly bias?: Float32Array | undefined;
 }
 
 const NOTHING: Resolved = { parameters: new Map(), weights: new Map(), added: [], replaced: [] };
@@ -57,9 +50,6 @@ export class Runtime {
   #parameters: Parameters | undefined;
   readonly #parts: RuntimeParts;
   readonly #weights: FoldedWeights;
-  #unfolded: ReadonlyMap<number, Term> = new Map();
-  /** Terms of the task before, whose arrays the next one is written to: those of the active one stay whole until it is there. */
-  #spare: ReadonlyMap<number, Term> = new Map();
   #applied: Applied | undefined;
   #task: Selection = null;
   /** Of the active task. */
@@ -166,8 +156,8 @@ export class Runtime {
 
     this.#bench.allocated = 0;
     this.#bench.dispatches = 0;
-    if (this.mode === "folded") await this.#fold(change, signal);
-    else await this.#unfold(change, this.mode, signal);
+    if (this.#parts.terms) await this.#parts.terms.make(change.plans, change.weights, this.#bench, signal);
+    else await this.#fold(change, signal);
     const allocated = this.#bench.allocated + (this.#parameters?.allocated ?? 0);
     this.#parameters?.activate(resolved);
     this.#task = copySelection(selection);
@@ -194,14 +184,13 @@ export class Runtime {
     const resolved = await this.#resolve(parts, signal);
     const { parameters, weights } = resolved;
     const plans = stage(parts, this.pack.modules, this.#bench.staging);
-    if (this.mode === "folded") {
-      const replaced = new Map([...weights].map(([index, { view }]) => [index, view.data]));
-      return { resolved, change: await this.#weights.prepare(plans, replaced, parameters, this.#host!, signal) };
+    const { terms } = this.#parts;
+    if (terms) {
+      const modules = new Set(plans.map(({ module }) => module));
+      const read = await terms.prepare(plans, this.#host, signal);
+      return { resolved, change: { plans, modules, weights: read, parameters } };
     }
-    // Apps that fold do without.
-    const { readScaled } = await import("./unfold.ts");
-    const scaled = await readScaled(plans, this.#parts.slots, this.#host, signal);
-    return { resolved, change: { plans, modules: new Set(), weights: scaled, parameters } };
+    return { resolved, change: await this.#weights.prepare(plans, weights, parameters, this.#host!, signal) };
   }
 
   /** Parameters that the tasks bring beside their terms. */
@@ -209,7 +198,7 @@ export class Runtime {
     if (!parts.some(({ blob }) => blob.parameters.length > 0)) return NOTHING;
     const { locator, slots } = this.#parts;
     this.#parameters ??= new (await import("./parameters.ts")).Parameters(locator, slots);
-    const base = { host: this.#host, bench: this.#bench, folded: this.mode === "folded" };
+    const base = { host: this.#host, bench: this.#bench, folded: !this.#parts.terms };
     return this.#parameters.resolve(parts, this.pack, base, signal);
   }
 
@@ -222,19 +211,6 @@ export class Runtime {
     const pristine = (name: string): CpuView | undefined => this.#parameters?.pristine(name);
     const former = async (): Promise<Change> => (await this.#load(this.#task, { head: this.#head })).change;
     await this.#weights.write(change, { bench: this.#bench, host: this.#host!, pristine }, former, signal);
-  }
-
-  /** The terms of the plans. Nobody sees them before all are there. */
-  async #unfold({ plans, weights }: Change, mode: "core" | "factors", signal: AbortSignal | undefined): Promise<void> {
-    // Apps that fold do without.
-    const { unfold } = await import("./unfold.ts");
-    const weightOf = (module: number): PristineWeight => {
-      return { ...this.#parts.slots[module]!.weight, data: weights.get(module)!, byteOffset: 0 };
-    };
-    const terms = await unfold(plans, this.#bench, mode, weightOf, { old: this.#spare, signal });
-    await this.#bench.backend.finish();
-    this.#spare = this.#unfolded;
-    this.#unfolded = terms;
   }
 
   /**
@@ -288,26 +264,13 @@ export class Runtime {
    */
   term(name: string): ModuleTerm | undefined {
     this.#live();
-    const index = this.#indexOf(name);
-    const { in: inputs, out } = this.pack.modules[index]!;
     const found = this.#parts.locator.names.find(`${name}.bias`);
-    const bias = this.#parameters?.values("name" in found ? found.name : `${name}.bias`);
-    const term = this.#unfolded.get(index);
-    if (!bias) return term;
-    const none = { rank: 1, A: new Float32Array(inputs), Bt: new Float32Array(out) };
-    return { ...(term ?? none), bias };
+    return this.#terms.term(name, this.#parameters?.values("name" in found ? found.name : `${name}.bias`));
   }
 
-  /** Of a module, where its term stands beside the weight. */
-  #indexOf(name: string): number {
-    if (this.mode === "folded") throw new TypeError('mode "folded" has no terms; use weight()');
-    const index = this.pack.modules.findIndex((m) => m.name === name);
-    if (index >= 0) return index;
-    const candidates = nearest(
-      name,
-      this.pack.modules.map((m) => m.name),
-    );
-    throw new RangeError(`no module "${name}"; nearest: ${candidates.join(", ")}`);
+  get #terms(): Terms {
+    if (this.#parts.terms) return this.#parts.terms;
+    throw new TypeError('mode "folded" has no terms; use weight()');
   }
 
   /**
@@ -326,7 +289,7 @@ export class Runtime {
     const { tasks } = options;
     return this.#enqueue(async () => {
       await this.#ready();
-      const index = this.#indexOf(name);
+      const index = this.#terms.indexOf(name);
       const { apply, partsOfRows } = await import("./apply.ts");
       const rows = await partsOfRows(this.pack, tasks ?? [this.#task], index, tasks ? undefined : this.#head);
       this.#applied = await apply(this.#bench, this.pack.modules, index, rows, x, y, this.#applied);
@@ -353,15 +316,11 @@ export class Runtime {
   memory(): MemoryReport {
     const { basis, coefficients, pristine, active, scratch, reserved } = this.#bench.backend.memory();
     const held = this.pack.residentBytes;
-    let unfolded = 0;
-    for (const { core, A, Bt, rowScale } of [...this.#unfolded.values(), ...this.#spare.values()]) {
-      for (const array of [core, A, Bt, rowScale]) unfolded += array?.byteLength ?? 0;
-    }
     return memoryReport({
       basis: basis + held.basis,
       coefficients: coefficients + held.coefficients,
       pristine: pristine + (this.#parameters?.pristineBytes ?? 0),
-      active: active + (this.#parameters?.activeBytes ?? 0) + unfolded,
+      active: active + (this.#parameters?.activeBytes ?? 0) + (this.#parts.terms?.byteLength ?? 0),
       scratch: scratch + this.#bench.staging.values.byteLength,
       reserved,
     });

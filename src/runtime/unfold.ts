@@ -3,38 +3,30 @@
  * components on either side (docs/runtime.md, "Unfolded").
  */
 import type { Slice } from "../backends/backend.ts";
-import type { CpuView, WeightHost } from "../base/host.ts";
+import type { CpuView } from "../base/host.ts";
 import type { Term } from "../tensor/term.ts";
 import { pacer } from "./pace.ts";
-import { readWeight, type Slot } from "./slots.ts";
 import type { ModulePlan } from "./stage.ts";
 import type { Workbench } from "./workbench.ts";
 
 /** A [rank, in] and Bt [rank, out] of a plan. */
-type Factors = Pick<Term, "A" | "Bt">;
+export type Factors = Pick<Term, "A" | "Bt">;
 
 /** The pristine weight of a module, [in, out] where it is `transposed`. */
 export type PristineWeight = CpuView & { readonly transposed?: boolean };
 
-/** Pristine weights, by module, of those whose rows a task scales. */
-export async function readScaled(
-  plans: readonly ModulePlan[],
-  slots: readonly Slot[],
-  host: WeightHost | undefined,
-  signal: AbortSignal | undefined,
-): Promise<Map<number, Uint8Array>> {
-  const scaled = new Map<number, Uint8Array>();
-  for (const { module, magnitude } of plans) {
-    if (magnitude !== undefined) scaled.set(module, await readWeight(host!, slots[module]!, undefined, { signal }));
-  }
-  return scaled;
+export interface UnfoldOptions {
+  /** Terms that nobody reads any more, whose arrays are used again where they fit. */
+  readonly old?: ReadonlyMap<number, Term> | undefined;
+  readonly signal?: AbortSignal | undefined;
+  /** `unfold-device.ts`, where the backend computes on one. */
+  readonly device?: typeof import("./unfold-device.ts") | undefined;
 }
 
 /**
  * Terms of the plans, by module. A term has `core` in mode "core" where all of its shared pieces lie between column bases,
  * `rowScale` where the plan has magnitudes, and one row of zeros where it has no factors. Long work lets others have a turn.
  * @param weightOf a module of a plan with magnitudes
- * @param old terms that nobody reads any more, whose arrays are used again where they fit
  * @throws the reason of `signal`, once it is aborted
  */
 export async function unfold(
@@ -42,10 +34,10 @@ export async function unfold(
   bench: Workbench,
   mode: "core" | "factors",
   weightOf: (module: number) => PristineWeight,
-  { old, signal }: { old?: ReadonlyMap<number, Term>; signal?: AbortSignal | undefined } = {},
+  { old, signal, device }: UnfoldOptions = {},
 ): Promise<Map<number, Term>> {
   bench.prepare(plans);
-  const fetched = bench.backend.view ? undefined : await fetchFactors(bench, mode);
+  const fetched = await device?.fetchFactors(bench, mode);
   const terms = new Map<number, Term>();
   const pause = pacer(signal);
   for (const plan of plans) {
@@ -60,7 +52,7 @@ export async function unfold(
     if (turn) await turn;
   }
   for (const [module, scale, out] of scales(plans, bench, weightOf)) {
-    const rowScale = fetched ? await fetchFloats(bench, scale, out) : bench.floats(scale, out).slice();
+    const rowScale = (await device?.fetchFloats(bench, scale, out)) ?? bench.floats(scale, out).slice();
     terms.set(module, { ...terms.get(module)!, rowScale });
     const turn = pause();
     if (turn) await turn;
@@ -119,33 +111,8 @@ function assemble(
 }
 
 /** Whether a module's term is handed out as a core. */
-function hasCore({ A, Bt }: ModulePlan, mode: "core" | "factors"): boolean {
+export function hasCore({ A, Bt }: ModulePlan, mode: "core" | "factors"): boolean {
   return mode === "core" && A.shared.length > 0 && [...A.shared, ...Bt.shared].every((p) => p.basis.kind === "column");
-}
-
-/** The factors that `assemble` asks for, by module, from a device: one read a round. */
-async function fetchFactors(bench: Workbench, mode: "core" | "factors"): Promise<Map<number, Factors>> {
-  const factors = new Map<number, Factors>();
-  for (const round of bench.rounds) {
-    const wanted = round.filter((plan) => plan.rank > 0 && !hasCore(plan, mode));
-    if (wanted.length === 0) continue;
-    const places = wanted.map((plan) => bench.expand(plan));
-    const { block } = places[0]!.A;
-    const all = await fetchFloats(bench, { block, byteOffset: 0 }, Math.floor(block.byteLength / 4));
-    for (const [i, { module, rank }] of wanted.entries()) {
-      const part = ({ byteOffset }: Slice, width: number): Float32Array =>
-        all.subarray(byteOffset / 4, byteOffset / 4 + rank * width);
-      const { in: inputs, out } = bench.modules[module]!;
-      factors.set(module, { A: part(places[i]!.A, inputs), Bt: part(places[i]!.Bt, out) });
-    }
-  }
-  return factors;
-}
-
-/** `count` f32 values from a device, once everything recorded before has taken effect. */
-async function fetchFloats({ backend }: Workbench, slice: Slice, count: number): Promise<Float32Array> {
-  const { buffer, byteOffset } = await backend.read!(slice, 4 * count);
-  return new Float32Array(buffer, byteOffset, count);
 }
 
 /** `old` when it has the right length, else a new array: a warm switch allocates nothing. */

@@ -147,6 +147,7 @@ class Planner {
     const unconfirmed = await this.#matcher.check(modules, weights, bases);
 
     const names = new Map(modules.map(({ name }, i) => [name, weights[i]!.name]));
+    const found = { mode, reason, names, unconfirmed };
     // An adapted weight is folded, whatever else becomes of it: an input in its place would not know.
     const fed = mode === "folded" ? heads.filter((head) => !adapted.has(head)) : heads;
     const baseHeads = new Map<string, BaseHead>();
@@ -154,16 +155,9 @@ class Planner {
     const base = { mode, ignored, heads: baseHeads };
     const graft = { modules: [], biases: [], rows: [], heads: fed.map((head) => head.graft) };
     if (mode === "folded") {
-      const folded = [...new Set([...weights, ...others, ...[...adapted.values()].flat()])];
-      return {
-        mode,
-        reason,
-        names,
-        unconfirmed,
-        base: { ...base, biases: new Map(), weights: new Map() },
-        graft,
-        folded,
-      };
+      const changed = [...weights, ...others, ...[...adapted.values()].flat()];
+      const folded = [...new Map(changed.map((parameter) => [parameter.name, parameter])).values()];
+      return { ...found, base: { ...base, biases: new Map(), weights: new Map() }, graft, folded };
     }
     const vectors = new Map<string, Float32Array>();
     for (const { name } of biases) vectors.set(name, await this.#vector(name, "bias"));
@@ -176,15 +170,7 @@ class Planner {
       return { ...module, components, factors };
     });
     const all = { ...graft, modules: filled, biases, rows };
-    return {
-      mode,
-      reason,
-      names,
-      unconfirmed,
-      base: { ...base, biases: vectors, weights: matrices },
-      graft: all,
-      folded: [],
-    };
+    return { ...found, base: { ...base, biases: vectors, weights: matrices }, graft: all, folded: [] };
   }
 
   /** What the tasks change beside their terms, each once. */
@@ -264,8 +250,9 @@ class Planner {
     const adapted = new Map<SavedHead, OnnxParameter[]>();
     for (const head of heads) {
       const { name } = head.graft;
-      const others = [...heads.filter((other) => other.parameter === head.parameter).map(({ graft }) => graft.name)];
-      const index = weights.indexOf(head.parameter);
+      const isSame = (parameter: OnnxParameter): boolean => parameter.name === head.parameter.name;
+      const others = heads.filter(({ parameter }) => isSame(parameter)).map(({ graft }) => graft.name);
+      const index = weights.findIndex(isSame);
       if (index >= 0) others.push(this.#pack.modules[index]!.name);
       const alias = others.find((other) => other !== name);
       if (alias !== undefined) {
