@@ -5,7 +5,7 @@
  */
 import { sameShape } from "../base/host.ts";
 import type { Layout } from "../format/format.ts";
-import { type Claim, Claims, EVIDENCE, variants } from "./claims.ts";
+import { type Claim, Claims, EVIDENCE, isParameterName, variants } from "./claims.ts";
 import { attribute, type Graph, type OnnxModel, type Use } from "./model.ts";
 import { type OnnxTensorType, tensorType } from "./tensors.ts";
 
@@ -156,6 +156,12 @@ export function matrixShape({
 /** Whether a linear layer multiplies with it. */
 export function isMatrix(stored: Stored): boolean {
   return (stored.layout === "in-out" || stored.layout === "out-in") && matrixShape(stored) !== undefined;
+}
+
+/** Whether it is a float matrix that goes by an exporter's name, so that any layer may be its own. */
+export function isNameless(parameter: OnnxParameter): boolean {
+  const { name, initializer, dtype } = parameter;
+  return name === initializer && !isParameterName(name) && dtype !== "other" && isMatrix(parameter);
 }
 
 function isSameMatrix(a: Stored, b: Stored): boolean {
