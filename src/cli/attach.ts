@@ -18,7 +18,7 @@ import { stackValues, TaskEvaluator } from "../session/values.ts";
 import { type SafetensorsEntry, writeSafetensors } from "../tensor/safetensors-writer.ts";
 import { type Attach, command } from "./command.ts";
 import { copyAll, placesOf } from "./external.ts";
-import { makeFolder, refuseOverwriting, writeWhole } from "./files.ts";
+import { makeFolder, refuseOverwriting, writeTogether } from "./files.ts";
 import { assignments, byDefault, choice, list, output, toggle, UsageError } from "./options.ts";
 import { bytes, type Output } from "./output.ts";
 
@@ -76,9 +76,7 @@ export const attach: Attach = command({
     const external = await copyAll(file, places);
     const backend = run.closing((await createBackend({ webgpu: false })).backend);
     const evaluator = new TaskEvaluator(prepared, new Workbench(backend, pack.modules, bases));
-    const { base, tasks, folder } = await writeInputs({ pack, inputs, evaluator, marks }, ids, target, out);
-    // Last: a model that is there has all that belongs to it.
-    const size = await writeWhole(target, [model]);
+    const { base, tasks, folder, size } = await writeAll({ pack, inputs, evaluator, marks }, ids, target, model, out);
     const largest = tasks.reduce((most, one) => Math.max(most, one.bytes), 0);
     return {
       json: {
@@ -153,23 +151,29 @@ function tasksFolder(target: string): string {
   return `${target.replace(/\.onnx$/i, "")}.tasks`;
 }
 
-/** The inputs of the base and of each task, one file each, beside the model. */
-async function writeInputs(attached: Attached, ids: readonly string[], target: string, out: Output) {
+/** The inputs of the base and of each task, one file each, beside the model: what belongs together is there together. */
+async function writeAll(attached: Attached, ids: readonly string[], target: string, model: Uint8Array, out: Output) {
   const folder = tasksFolder(target);
   await makeFolder(folder);
-  const base = await writeValues(attached, baseFile(target), null);
-  const tasks = [];
-  for (const [i, id] of ids.entries()) {
+  const base = baseFile(target);
+  const files = ids.map((id, i) => {
     // An id may hold any character; a file's name may not. What this leaves as it is may stand in names everywhere.
     const name = encodeURIComponent(id).replaceAll("*", "%2A");
-    tasks.push({ id, ...(await writeValues(attached, join(folder, `${name}.safetensors`), id)) });
-    out.progress("task", i + 1, ids.length);
-  }
-  return { base, folder, tasks };
+    const done = (): void => out.progress("task", i + 1, ids.length);
+    return { id, file: join(folder, `${name}.safetensors`), chunks: valuesOf(attached, id, done) };
+  });
+  const [baseSize, ...sizes] = await writeTogether([
+    [base, valuesOf(attached, null)],
+    ...files.map(({ file, chunks }) => [file, chunks] as const),
+    // Last: a model that is there has all that belongs to it, even after a power cut.
+    [target, [model]],
+  ]);
+  const tasks = files.map(({ id, file }, i) => ({ id, file, bytes: sizes[i]! }));
+  return { base: { file: base, bytes: baseSize! }, folder, tasks, size: sizes.at(-1)! };
 }
 
 /** @param id of a task; null for the base */
-async function writeValues({ pack, inputs, evaluator, marks }: Attached, file: string, id: string | null) {
+async function* valuesOf({ pack, inputs, evaluator, marks }: Attached, id: string | null, done?: () => void) {
   const values = await evaluator.read(id);
   const entries = inputs.map((input): SafetensorsEntry => {
     const { dims, data } = stackValues(input, [values.inputs.get(input.name)!]);
@@ -181,5 +185,6 @@ async function writeValues({ pack, inputs, evaluator, marks }: Attached, file: s
   const own = Object.entries(id === null ? {} : pack.tasks.get(id)!.metadata);
   const metadata = new Map([...own.map(([key, value]) => [key, JSON.stringify(value)] as const), ...marks]);
   if (id !== null) metadata.set(`${PREFIX}.task`, id);
-  return { file, bytes: await writeWhole(file, writeSafetensors(entries, metadata)) };
+  yield* writeSafetensors(entries, metadata);
+  done?.();
 }
