@@ -15,12 +15,20 @@ export type Factors = Pick<Term, "A" | "Bt">;
 /** The pristine weight of a module, [in, out] where it is `transposed`. */
 export type PristineWeight = CpuView & { readonly transposed?: boolean };
 
-export interface UnfoldOptions {
+/** Reads from a device. */
+interface Device {
+  /** Factors of the prepared plans that are not in a core, by module. */
+  fetchFactors(bench: Workbench, mode: "core" | "factors"): Promise<ReadonlyMap<number, Factors>>;
+  /** `count` f32 values. */
+  fetchFloats(bench: Workbench, slice: Slice, count: number): Promise<Float32Array>;
+}
+
+interface UnfoldOptions {
   /** Terms that nobody reads any more, whose arrays are used again where they fit. */
   readonly old?: ReadonlyMap<number, Term> | undefined;
   readonly signal?: AbortSignal | undefined;
   /** `unfold-device.ts`, where the backend computes on one. */
-  readonly device?: typeof import("./unfold-device.ts") | undefined;
+  readonly device?: Device | undefined;
 }
 
 /**
