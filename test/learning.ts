@@ -6,12 +6,13 @@ import { buildTrainingGraph, type TrainingGraph, type TrainingGraphOptions } fro
 import type { ShapeProbe } from "../dist/src/autodiff/shapes.js";
 import { findWeight } from "../dist/src/base/locate.js";
 import { NameMatcher } from "../dist/src/base/names.js";
-import { readLinearWeight, readVector } from "../dist/src/onnx/dequantize.js";
+import { readVector } from "../dist/src/onnx/dequantize.js";
 import type { Feed } from "../dist/src/onnx/feeds.js";
 import { type GraftHead, type GraftModule, graft, type TaskInput } from "../dist/src/onnx/graft.js";
 import { biasAdd, linearsOf, NotLinear } from "../dist/src/onnx/linear.js";
 import { findParameters, matrixShape } from "../dist/src/onnx/modules.js";
 import { type ModelFile, readModel } from "../dist/src/onnx/read.js";
+import { readLinearWeight } from "../dist/src/onnx/weights.js";
 import { detachWeights } from "../dist/src/onnx/write.js";
 import { openSource } from "../dist/src/open-source.js";
 import { transpose } from "../dist/src/session/plan.js";

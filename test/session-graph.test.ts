@@ -5,7 +5,7 @@
 
 import { InferenceSession, Tensor } from "onnxruntime-node";
 import t from "tap";
-import { readLinearWeight, readVector } from "../dist/src/onnx/dequantize.js";
+import { readVector } from "../dist/src/onnx/dequantize.js";
 import { graft } from "../dist/src/onnx/graft.js";
 import { parseModel } from "../dist/src/onnx/model.js";
 import { findParameters, type OnnxParameter } from "../dist/src/onnx/modules.js";
@@ -28,6 +28,7 @@ import {
   ValueInfoProtoSchema,
 } from "../dist/src/onnx/protobuf.js";
 import { type ModelFile, readModel } from "../dist/src/onnx/read.js";
+import { readLinearWeight } from "../dist/src/onnx/weights.js";
 import { layoutFolded } from "../dist/src/session/fold.js";
 import { planSession } from "../dist/src/session/plan.js";
 import {
