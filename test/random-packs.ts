@@ -53,7 +53,8 @@ export function randomBase(seed: number, dtype: FloatDtype): Map<string, Tensor>
   );
 }
 
-function randomTask(id: string, { of, values }: Chance): Adapter {
+function randomTask(id: string, chance: Chance): Adapter {
+  const { of, values } = chance;
   const modules = new Map<string, AdapterModule>();
   const saved: SavedTensor[] = [];
   const save = (
@@ -79,7 +80,7 @@ function randomTask(id: string, { of, values }: Chance): Adapter {
     }
   }
   // Something is adapted in every task.
-  if (modules.size === 0) return randomTask(id, { ...Object.assign(() => 0, {}), of, values });
+  if (modules.size === 0) return randomTask(id, chance);
   for (const name of BIASES) {
     const role = of(["saved", "bias", "bias-delta", undefined, undefined] as const);
     if (role) save(`${name}.bias`, role, [name === "model.head" ? 3 : WIDTH]);

@@ -270,7 +270,7 @@ t.test("a switch fails as a whole", async (t) => {
           staged.set(name, view && { ...view, data: (view.data as Uint8Array).slice() });
         },
         async commit() {
-          const transaction = inner.begin!();
+          const transaction = inner.begin!([...staged.keys()]);
           for (const [name, view] of staged) await transaction.write(name, view);
           await transaction.commit();
         },

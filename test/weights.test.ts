@@ -4,7 +4,7 @@
  */
 import t from "tap";
 import type { BackendOptions } from "../dist/src/backends/select.js";
-import type { DeviceTensor, Tensor, View, WeightHost } from "../dist/src/base/host.js";
+import type { CpuView, DeviceTensor, Tensor, View, WeightHost } from "../dist/src/base/host.js";
 import { memoryHost } from "../dist/src/base/memory-host.js";
 import { buildPack } from "../dist/src/pack/build.js";
 import { openPack } from "../dist/src/pack/pack.js";
@@ -86,19 +86,24 @@ const staging: Make = async (pack, base, options) => {
     },
     read: async (name) => live.get(name)!,
     begin() {
-      const staged = new Map<string, (View & { data: Uint8Array }) | null>();
+      const staged = new Map<string, CpuView | null>();
       return {
         write(name, view) {
           if (writes++ === failAt) {
             // Half of them are there already, as where a disk fills up.
-            if (rollbackFails) for (const [one, value] of staged) if (value) live.set(one, { ...value, byteOffset: 0 });
+            if (rollbackFails)
+              for (const [one, value] of staged)
+                if (value) live.set(one, { ...value, data: value.data as Uint8Array<ArrayBuffer>, byteOffset: 0 });
             throw new Error("disk full");
           }
-          const data = view && (view.data as Uint8Array).slice(view.byteOffset);
+          const data = view && (view.data as Uint8Array<ArrayBuffer>).slice(view.byteOffset);
           staged.set(name, view && { ...view, data: data!, byteOffset: 0 });
         },
         commit() {
-          for (const [name, value] of staged) value ? live.set(name, { ...value, byteOffset: 0 }) : live.delete(name);
+          for (const [name, value] of staged)
+            value
+              ? live.set(name, { ...value, data: value.data as Uint8Array<ArrayBuffer>, byteOffset: 0 })
+              : live.delete(name);
         },
         rollback() {
           if (rollbackFails) throw new Error("the disk is gone");
