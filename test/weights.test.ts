@@ -130,8 +130,8 @@ const inMemoryFailing: Make = async (pack, base, options) => {
   let [failAt, always, writes] = [Infinity, false, 0];
   const host: WeightHost = {
     ...inner,
-    begin() {
-      const transaction = inner.begin!();
+    begin(names) {
+      const transaction = inner.begin!(names);
       return {
         ...transaction,
         write(name, view) {

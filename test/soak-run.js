@@ -1,0 +1,17 @@
+/**
+ * What takes too long for the tests, one after the other: switches on every backend, sessions, pairs of writers, and mutants.
+ *
+ * usage: npm run soak [-- --fuzz COUNT]      COUNT mutants. Default: 100 000
+ */
+import { spawnSync } from "node:child_process";
+import { fileURLToPath } from "node:url";
+import { parseArgs } from "node:util";
+
+const { fuzz } = parseArgs({ options: { fuzz: { type: "string", default: "100000" } } }).values;
+
+for (const [script, ...args] of [["soak.js"], ["soak-session.js"], ["soak-writers.js"], ["soak-fuzz.js", fuzz]]) {
+  console.log(`\n${script} ${args.join(" ")}`);
+  const path = fileURLToPath(new URL(`${script}`, import.meta.url));
+  const { status } = spawnSync(process.execPath, [path, ...args], { stdio: "inherit" });
+  if (status !== 0) process.exit(status ?? 1);
+}
