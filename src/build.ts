@@ -64,6 +64,7 @@ export {
   type TaskDtypes,
   type TaskPart,
 } from "./pack/shard/tasks.ts";
+export { planSignature, signTaskFile } from "./pack/sign.ts";
 export type { Way } from "./pack/ways.ts";
 export type { Dtypes } from "./tensor/dtypes.ts";
 export type { SafetensorsFile, SafetensorsTensor } from "./tensor/safetensors.ts";

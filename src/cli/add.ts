@@ -14,9 +14,10 @@ import type { Pack } from "../pack/pack.ts";
 import { projectAdapters } from "../pack/project.ts";
 import { type Attach, command } from "./command.ts";
 import { append } from "./files.ts";
-import { as } from "./options.ts";
+import { as, key } from "./options.ts";
 import { bytes, counting, lossTable, sum, warnOf } from "./output.ts";
 import type { Run } from "./run.ts";
+import { signerOf, warnUnsigned } from "./signer.ts";
 import { storedDtypes } from "./tasks.ts";
 
 /** A task file that was named, and what its task is to be called. */
@@ -30,8 +31,9 @@ export const add: Attach = command({
   does: "Append tasks: adapters projected onto the components, or task files.",
   details:
     "Adapters may come as a folder of them. Task files (.eigentask) are taken as they are. The bytes of other tasks stay.",
-  options: { as },
-  async run([file, ...paths]: [string, ...string[]], { as }, run, out) {
+  options: { as, key },
+  async run([file, ...paths]: [string, ...string[]], { as, key }, run, out) {
+    const sign = await signerOf(key);
     const found = await Promise.all(paths.map((path) => isTaskFile(path, run)));
     const names = new Map(as);
     const files = await nameTasks(
@@ -53,9 +55,10 @@ export const add: Attach = command({
     const now = await run.pack(file, { bases: "later" });
     refuseOther(pack, now);
     refuseTaken(now, named);
-    const plan = await planAppend(now, [...projected, ...learned]);
+    const plan = await planAppend(now, [...projected, ...learned], sign);
     append(file, plan);
     warnOf(adapters, out);
+    warnUnsigned(now, sign, out);
     const before = now.window.superblock.committed;
     const bytesAfter = plan.offset + sum(plan.body.map(({ length }) => length));
     const added = [...adapters, ...files].map(({ id }) => id);
@@ -71,7 +74,7 @@ export const add: Attach = command({
 });
 
 /** By what it begins with, or what it is called: one that is damaged is to be refused as what it was. */
-async function isTaskFile(path: string, run: Run): Promise<boolean> {
+export async function isTaskFile(path: string, run: Run): Promise<boolean> {
   if (!(await stat(path).catch(() => undefined))?.isFile()) return false;
   if (path.endsWith(".eigentask")) return true;
   const source = run.closing(await openSource(path));

@@ -9,6 +9,7 @@ import { join, resolve } from "node:path";
 import type { Adapter } from "../adapters/adapter.ts";
 import { FormatError, SourceError, TaskError } from "../errors.ts";
 import { encodeTaskFile } from "../format/encode.ts";
+import type { Sign } from "../format/layout.ts";
 import { parseTaskFile } from "../format/task-file.ts";
 import { freshPack, tasksOf } from "../pack/fresh.ts";
 import type { Pack } from "../pack/pack.ts";
@@ -19,9 +20,10 @@ import { readLines } from "./examples.ts";
 import { jsonFile, makeFolder, readJson, writeWhole } from "./files.ts";
 import { realTarget } from "./lock.ts";
 import { openTrainable, tokenizer, tokens } from "./model.ts";
-import { as, byDefault, from, group, number, output, required, text } from "./options.ts";
+import { as, byDefault, from, group, key, number, output, required, text } from "./options.ts";
 import { bytes, resources, table } from "./output.ts";
 import type { Run } from "./run.ts";
+import { signerOf, warnUnsigned } from "./signer.ts";
 import { storedDtypes } from "./tasks.ts";
 
 type Done = Distilled & { readonly resumed: boolean };
@@ -38,6 +40,7 @@ export const distill: Attach = command({
     steps: byDefault(240, number("N", "Steps for each task.", from(1))),
     batch: byDefault(8, number("N", "Texts of a step.", from(1))),
     as,
+    key,
     ...group("The model", {
       model: required(text("MODEL.onnx", "The model that tasks and adapters belong to. Needs onnxruntime-node.")),
       tokens,
@@ -46,6 +49,7 @@ export const distill: Attach = command({
   },
   async run([packPath, ...paths]: [string, ...string[]], options, run, out) {
     const { output: target, model, steps, batch, tokens = 128, tokenizer } = options;
+    const sign = await signerOf(options.key);
     const texts = await readLines(options.text);
     await run.writable(target);
     const adapters = await run.adapters(paths, options.as);
@@ -76,7 +80,8 @@ export const distill: Attach = command({
     }
     await run.lock(target);
     const now = realTarget(target) === realTarget(packPath) ? await reread(pack, before, done, run) : pack;
-    const size = await writeWhole(target, await withDistilled(now, done));
+    const size = await writeWhole(target, await withDistilled(now, done, sign));
+    warnUnsigned(now, sign, out);
     await removeFinished(finished);
     return report(target, size, done, before);
   },
@@ -149,9 +154,13 @@ async function reread(pack: Pack, before: ReadonlySet<string>, done: readonly Do
 }
 
 /** The pack with other blobs for those of its tasks that were distilled. */
-async function withDistilled(pack: Pack, done: readonly Done[]): Promise<AsyncIterable<Uint8Array>> {
+async function withDistilled(
+  pack: Pack,
+  done: readonly Done[],
+  sign: Sign | undefined,
+): Promise<AsyncIterable<Uint8Array>> {
   const blobs = new Map(done.map(({ id, file }) => [id, parseTaskFile(file, `task "${id}"`).blob]));
-  return (await freshPack(pack, await tasksOf(pack, blobs))).chunks;
+  return (await freshPack(pack, await tasksOf(pack, blobs), sign)).chunks;
 }
 
 function report(file: string, size: number, done: readonly Done[], before: ReadonlySet<string>): Result {

@@ -31,6 +31,12 @@ export function refuseOverwriting(target: string, ...paths: readonly string[]): 
   throw new UsageError(`--output ${target}: that would overwrite what it is made of; choose another name`);
 }
 
+/** @throws UsageError naming a file that is there: it is not to be replaced */
+export function refuseExisting(...paths: readonly string[]): void {
+  const there = paths.find((path) => statSync(path, { throwIfNoEntry: false }));
+  if (there !== undefined) throw new UsageError(`${there} is there already; choose another name`);
+}
+
 /** For `catch`: says what could not be done with a file. */
 function failed(path: string, what: string, how?: string): (cause: unknown) => never {
   return (cause) => {

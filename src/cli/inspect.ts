@@ -1,5 +1,6 @@
 /** The command inspect: what is in a pack, as its directory says. */
 import { SECTION_FREE, WINDOW_BYTES } from "../format/format.ts";
+import { keyName } from "../pack/keys.ts";
 import type { Pack } from "../pack/pack.ts";
 import { breakEven } from "../pack/report.ts";
 import { type Attach, command } from "./command.ts";
@@ -23,7 +24,12 @@ export const inspect: Attach = command({
       explainedA: A?.explained ?? 0,
       explainedB: B?.explained ?? 0,
     }));
-    const tasks = directory.tasks.map(({ id, section, metadata }) => ({ id, bytes: section.length, metadata }));
+    const tasks = directory.tasks.map(({ id, section: { length, integrity = null }, metadata }) => ({
+      id,
+      bytes: length,
+      integrity,
+      metadata,
+    }));
     const breakEvenTasks = breakEven(
       committed,
       tasks.map((task) => task.bytes),
@@ -32,11 +38,14 @@ export const inspect: Attach = command({
     const { mode, gauge, centering, producer, baseModel = null } = directory.basis;
     const dtypes = pack.modules.flatMap(({ A, B }) => [A?.tensor.dtype, B?.tensor.dtype]);
     const dtype = [...new Set(dtypes)].filter(Boolean).join(",");
-    const about = { version, bytes: committed, mode, gauge, centering, dtype, producer, baseModel, basisId };
+    const { signature } = pack.window.superblock;
+    const trust = { integrity: await pack.integrity(), signedBy: signature ? keyName(signature.key) : null };
+    const about = { version, bytes: committed, mode, gauge, centering, dtype, producer, baseModel, basisId, ...trust };
     return {
       json: { ...about, basisBytes: basesLength, tasks, modules, sections, breakEvenTasks },
       text: [
         `${pack.name}: version ${version}, ${bytes(committed)}, ${mode}, ${gauge}, centring ${centering}, ${dtype}`,
+        `root ${trust.integrity}, ${trust.signedBy ? `signed by ${trust.signedBy} (verify checks it)` : "not signed"}`,
         ...table([["section", "offset", "bytes"], ...sections.map(({ name, offset, bytes }) => [name, offset, bytes])]),
         "",
         ...table([

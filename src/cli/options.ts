@@ -147,6 +147,8 @@ export const as: OptionSpec<ReadonlyMap<string, string>> = assignments(
   "last",
 );
 export const task: OptionSpec<string> = required(text("ID", "Which task."));
+/** Of commands that write packs. */
+export const key: Maybe<string> = text("KEY.pem", "Sign what is written with this Ed25519 key.");
 export const base: Maybe<string> = text(
   "MODEL.safetensors",
   "Check names and shapes against this base model, and store fingerprints of it.",

@@ -9,6 +9,7 @@ import { attach } from "./attach.ts";
 import { bench } from "./bench.ts";
 import type { Result } from "./command.ts";
 import { Command, CommanderError } from "./commander.ts";
+import { compact } from "./compact.ts";
 import { distill } from "./distill.ts";
 import { exportTask } from "./export.ts";
 import { fold } from "./fold.ts";
@@ -20,11 +21,13 @@ import { pack } from "./pack.ts";
 import { assemble, project } from "./project.ts";
 import { remove } from "./remove.ts";
 import { merge, shard } from "./shard.ts";
+import { keygen, sign } from "./sign.ts";
 import { verify } from "./verify.ts";
 
 /** In the order of the help. */
 const COMMANDS = [
-  ...[pack, inspect, verify, add, remove, distill, learn, exportTask, fold, attach],
+  ...[pack, inspect, verify, add, remove, compact, distill, learn, exportTask, fold, attach],
+  ...[keygen, sign],
   ...[shard, merge, project, assemble, bench],
 ];
 

@@ -2,21 +2,24 @@
 import { freshPack } from "../pack/fresh.ts";
 import { type Attach, command } from "./command.ts";
 import { writeWhole } from "./files.ts";
-import { UsageError } from "./options.ts";
+import { key, UsageError } from "./options.ts";
 import { bytes } from "./output.ts";
+import { signerOf, warnUnsigned } from "./signer.ts";
 
 export const remove: Attach = command({
   usage: "remove <PACK> <TASK...>",
   does: "Drop tasks.",
   details: "The bytes of the other tasks stay.",
-  options: {},
-  async run([file, ...ids]: [string, ...string[]], _, run) {
+  options: { key },
+  async run([file, ...ids]: [string, ...string[]], { key }, run, out) {
+    const sign = await signerOf(key);
     await run.lock(file);
     const pack = await run.pack(file);
     for (const id of ids) pack.removeTask(id);
     if (pack.tasks.size === 0) throw new UsageError(`that would remove every task of ${file}; delete the file instead`);
     const bytesBefore = pack.window.superblock.committed;
-    const bytesAfter = await writeWhole(file, (await freshPack(pack)).chunks);
+    const bytesAfter = await writeWhole(file, (await freshPack(pack, undefined, sign)).chunks);
+    warnUnsigned(pack, sign, out);
     return {
       json: { file, removed: ids, bytesBefore, bytesAfter },
       text: [`${file}: ${ids.length} tasks removed, ${bytes(bytesBefore)} → ${bytes(bytesAfter)}`],

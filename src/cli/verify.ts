@@ -1,19 +1,23 @@
 /** The command verify: whether a pack is whole, and how far its tasks are from the adapters they were made of. */
 import type { Adapter } from "../adapters/adapter.ts";
-import { AdapterError, FormatError, TaskError } from "../errors.ts";
+import { AdapterError, FormatError, TaskError, TrustError } from "../errors.ts";
 import { deltaError, relative } from "../extract/error.ts";
 import { type ModuleLoss, measureModule, openModule } from "../extract/project.ts";
 import { type TaskBlob, WINDOW_BYTES } from "../format/format.ts";
 import { sha256 } from "../format/hash.ts";
+import { toIntegrity } from "../format/integrity.ts";
 import { encodedTensor } from "../format/tensors.ts";
 import { openSource } from "../open-source.ts";
 import { expandTerm } from "../pack/expand.ts";
+import { isSigned, keyName } from "../pack/keys.ts";
 import type { Pack } from "../pack/pack.ts";
 import { storedModule } from "../pack/project.ts";
+import type { TrustOptions } from "../pack/trust.ts";
 import type { ByteSource } from "../source.ts";
 import { toHex } from "../tensor/hex.ts";
 import { type Attach, command } from "./command.ts";
-import { as, list } from "./options.ts";
+import { readText } from "./files.ts";
+import { as, list, text } from "./options.ts";
 import { type Output, percent, sum, table } from "./output.ts";
 import type { Run } from "./run.ts";
 
@@ -29,9 +33,13 @@ export const verify: Attach = command({
   options: {
     against: list("ADAPTER_OR_FOLDER", "Adapters that the tasks were made of. May be given again."),
     as,
+    key: list("PUBLIC.pem", "Fail unless one of these public keys has signed the pack. May be given again."),
+    integrity: text("sha256-…", "Fail unless this is the root of the pack."),
   },
-  async run([path]: [string], { against, as }, run, out) {
-    const pack = await run.pack(path, { bases: "later" });
+  async run([path]: [string], { against, as, key, integrity }, run, out) {
+    const keys = await Promise.all(key.map(readText));
+    const trust = { ...(keys.length > 0 ? { keys } : {}), ...(integrity === undefined ? {} : { integrity }) };
+    const pack = await openHashed(path, trust, run);
     const { checks, bases, blobs } = await checkSections(path, pack, run, out);
     const ok = checks.every((check) => check.ok);
     const figures = new Map<string, Figures>();
@@ -59,9 +67,28 @@ export const verify: Attach = command({
   },
 });
 
+/** The pack, whose sections are all held against their hashes, where it has some. */
+async function openHashed(path: string, trust: TrustOptions, run: Run): Promise<Pack> {
+  const pack = await run.pack(path, { bases: "later", ...trust });
+  if (pack.directory.bases.integrity === undefined) return pack;
+  return run.pack(path, { bases: "later", ...trust, integrity: await pack.integrity() });
+}
+
+/** What is said of the pack as a whole: its root, and whose it is. */
+async function checkTrust({ name, window, directory }: Pack, note: Note): Promise<void> {
+  const root = await sha256(window.head, directory.bytes);
+  const { signature } = window.superblock;
+  const hashed = directory.bases.integrity !== undefined;
+  note("root", true, hashed ? toIntegrity(root) : "no hashes: of a version before 1.0, `compact` writes them");
+  if (!signature) note("signature", true, "not signed");
+  else note("signature", await isSigned("pack", root, signature, name), keyName(signature.key));
+}
+
+type Note = (name: string, ok: boolean, detail: string) => unknown;
+
 async function checkSections(path: string, pack: Pack, run: Run, out: Output) {
   const checks: Check[] = [];
-  const note = (name: string, ok: boolean, detail: string): unknown => checks.push({ name, ok, detail });
+  const note: Note = (name, ok, detail) => checks.push({ name, ok, detail });
   /** What a section holds; a damaged one is reported, and the others are checked all the same. */
   const checked = async <T>(name: string, read: () => Promise<T>): Promise<T | undefined> => {
     try {
@@ -69,13 +96,14 @@ async function checkSections(path: string, pack: Pack, run: Run, out: Output) {
       note(name, true, "");
       return value;
     } catch (error) {
-      if (!(error instanceof FormatError)) throw error;
+      if (!(error instanceof FormatError || error instanceof TrustError)) throw error;
       note(name, false, error.message);
       return undefined;
     }
   };
   // Opening checked window, directory, tiling, limits and the bases' place: a pack that fails these is an error.
   note("window, directory and sections", true, `version ${pack.version}`);
+  await checkTrust(pack, note);
   const bases = await checked("bases", async () => (await pack.bases()).bytes);
   const blobs = new Map<string, TaskBlob>();
   const ids = [...pack.tasks.keys()];

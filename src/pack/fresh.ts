@@ -9,6 +9,7 @@ import {
   layoutAppend,
   layoutFresh,
   placeOf,
+  type Sign,
   streamFresh,
   type TaskPlace,
   type TaskToWrite,
@@ -43,15 +44,17 @@ export async function tasksOf(pack: Pack, replaced: ReadonlyMap<string, Uint8Arr
 /**
  * A fresh pack on the basis of an open one, which must stay open until the chunks have been written.
  * @param tasks Default: those of the pack
+ * @param sign made by `createSigner`. Default: not signed
  */
 export async function freshPack(
   pack: Pack,
   tasks?: readonly TaskPlace[],
+  sign?: Sign,
 ): Promise<{ bytes: number; chunks: AsyncGenerator<Uint8Array, void> }> {
   const places = tasks ?? (await tasksOf(pack));
   const bases = await pack.bases();
   const basis = { description: pack.directory.basisBytes, bases: bases.bytes, basisId: pack.basisId };
-  const { bytes, chunks } = await streamFresh(basis, places);
+  const { bytes, chunks } = await streamFresh(basis, places, sign);
   async function* written(): AsyncGenerator<Uint8Array, void> {
     try {
       yield* chunks;
@@ -62,7 +65,10 @@ export async function freshPack(
   return { bytes, chunks: written() };
 }
 
-/** What to write to a pack's file so that it has these tasks too (SPEC.md, section 9). Their ids must be new and unique. */
-export function planAppend(pack: Pack, tasks: readonly TaskToWrite[]): Promise<Append> {
-  return layoutAppend(pack, tasks);
+/**
+ * What to write to a pack's file so that it has these tasks too (SPEC.md, section 9). Their ids must be new and unique.
+ * @param sign made by `createSigner`. Default: not signed
+ */
+export function planAppend(pack: Pack, tasks: readonly TaskToWrite[], sign?: Sign): Promise<Append> {
+  return layoutAppend(pack, tasks, sign);
 }

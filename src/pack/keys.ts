@@ -38,7 +38,7 @@ export async function publicKeyBytes(key: PublicKey, name: string): Promise<Uint
     throw new TypeError(`${name}: expected an Ed25519 public key (PEM, or base64 of its 32 bytes), got ${found}`);
   };
   if (typeof key !== "string") {
-    if (key?.algorithm?.name !== ALGORITHM || key.type !== "public") refuse(described(key));
+    if (key?.algorithm?.name !== ALGORITHM || key.type !== "public") refuse(described(key).slice(0, 60));
     return new Uint8Array(await crypto.subtle.exportKey("raw", key));
   }
   if (key.includes("PRIVATE KEY")) refuse("a private key, which is nobody else's business");
@@ -46,11 +46,11 @@ export async function publicKeyBytes(key: PublicKey, name: string): Promise<Uint
   try {
     bytes = fromBase64(key.replace(/-----[A-Z ]+-----|^\s*ed25519:|\s/g, ""));
   } catch {
-    refuse(described(key));
+    refuse(described(key).slice(0, 60));
   }
   if (bytes!.length === SPKI.length + 32 && SPKI.every((byte, i) => byte === bytes![i]))
     return bytes!.subarray(SPKI.length);
-  return bytes!.length === 32 ? bytes! : refuse(described(key));
+  return bytes!.length === 32 ? bytes! : refuse(described(key).slice(0, 60));
 }
 
 /** A public key as people compare it: "ed25519:" and base64. */

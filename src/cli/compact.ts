@@ -1,0 +1,26 @@
+/** The command compact: a pack without what appends have left behind, and with the hashes that old packs lack. */
+import { freshPack } from "../pack/fresh.ts";
+import { type Attach, command } from "./command.ts";
+import { writeWhole } from "./files.ts";
+import { key } from "./options.ts";
+import { bytes } from "./output.ts";
+import { signerOf, warnUnsigned } from "./signer.ts";
+
+export const compact: Attach = command({
+  usage: "compact <PACK>",
+  does: "Write a pack anew, without what appends have left behind.",
+  details: "The bytes of tasks and components stay. A pack of before version 1.0 gets its hashes.",
+  options: { key },
+  async run([file]: [string], { key }, run, out) {
+    const sign = await signerOf(key);
+    await run.lock(file);
+    const pack = await run.pack(file);
+    const bytesBefore = pack.window.superblock.committed;
+    const bytesAfter = await writeWhole(file, (await freshPack(pack, undefined, sign)).chunks);
+    warnUnsigned(pack, sign, out);
+    return {
+      json: { file, bytesBefore, bytesAfter },
+      text: [`${file}: ${bytes(bytesBefore)} → ${bytes(bytesAfter)}`],
+    };
+  },
+});

@@ -1,0 +1,67 @@
+/** The commands keygen and sign: a key of one's own, and packs and task files that it vouches for. */
+import { chmodSync } from "node:fs";
+import { readFile } from "node:fs/promises";
+import { integrityOf } from "../format/hash.ts";
+import { toBase64 } from "../format/integrity.ts";
+import type { Sign } from "../format/layout.ts";
+import { parseTaskFile } from "../format/task-file.ts";
+import { keyName } from "../pack/keys.ts";
+import { planSignature, signTaskFile } from "../pack/sign.ts";
+import { isTaskFile } from "./add.ts";
+import { type Attach, command } from "./command.ts";
+import { append, refuseExisting, writeWhole } from "./files.ts";
+import { key, output, required } from "./options.ts";
+import type { Run } from "./run.ts";
+import { signerOf } from "./signer.ts";
+
+export const keygen: Attach = command({
+  usage: "keygen",
+  does: "Make an Ed25519 key to sign with.",
+  details: "NAME.pem is yours alone; whoever checks your signatures needs NAME.pub.pem, or the line that is printed.",
+  options: { output: output("NAME", "Write NAME.pem and NAME.pub.pem.") },
+  async run(_: [], { output: name }) {
+    const [secret, open] = [`${name}.pem`, `${name}.pub.pem`];
+    refuseExisting(secret, open);
+    const pair = (await crypto.subtle.generateKey("Ed25519", true, ["sign", "verify"])) as CryptoKeyPair;
+    const raw = new Uint8Array(await crypto.subtle.exportKey("raw", pair.publicKey));
+    await writeWhole(secret, [await pem("PRIVATE KEY", "pkcs8", pair.privateKey)]);
+    chmodSync(secret, 0o600);
+    await writeWhole(open, [await pem("PUBLIC KEY", "spki", pair.publicKey)]);
+    return {
+      json: { secret, public: open, key: keyName(raw) },
+      text: [`${secret}: keep it to yourself`, `${open}: ${keyName(raw)}`],
+    };
+  },
+});
+
+async function pem(what: string, format: "pkcs8" | "spki", made: CryptoKey): Promise<Uint8Array> {
+  const body = toBase64(new Uint8Array(await crypto.subtle.exportKey(format, made)));
+  const lines = body.match(/.{1,64}/g)!.join("\n");
+  return new TextEncoder().encode(`-----BEGIN ${what}-----\n${lines}\n-----END ${what}-----\n`);
+}
+
+export const sign: Attach = command({
+  usage: "sign <FILE...>",
+  does: "Sign packs and task files with an Ed25519 key.",
+  details: "Readers that are given the public key then take nothing else. The root of a pack stays the same.",
+  options: { key: required(key) },
+  async run(files: string[], { key }, run) {
+    const signer = (await signerOf(key))!;
+    const signed: { file: string; integrity: string }[] = [];
+    for (const file of files) signed.push({ file, integrity: await signFile(file, signer, run) });
+    return { json: { signed }, text: signed.map(({ file, integrity }) => `${file}: signed, ${integrity}`) };
+  },
+});
+
+/** @returns what names the file: the root of a pack, the hash of a task file */
+async function signFile(file: string, signer: Sign, run: Run): Promise<string> {
+  await run.lock(file);
+  if (await isTaskFile(file, run)) {
+    const bytes = await signTaskFile(new Uint8Array(await readFile(file)), signer);
+    await writeWhole(file, [bytes]);
+    return integrityOf(parseTaskFile(bytes, file).content);
+  }
+  const pack = await run.pack(file, { bases: "later" });
+  append(file, await planSignature(pack, signer));
+  return pack.integrity();
+}
