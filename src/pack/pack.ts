@@ -349,7 +349,7 @@ export class Pack {
    */
   async addTask(id: string, file: SourceInput, { integrity }: { readonly integrity?: string } = {}): Promise<void> {
     const { readTaskFile } = await import("./task-file.ts");
-    const { blob, ...task } = await readTaskFile(file, id, this, this.#trust, integrity);
+    const { blob, ...task } = await readTaskFile(file, id, this, this.#slots, this.#trust, integrity);
     this.#tasks = undefined;
     this.#slots.set(id, { ...task, id, bytes: blob.bytes.length, section: undefined, blob, loading: undefined });
   }

@@ -15,11 +15,11 @@ import type { Trust } from "./trust.ts";
 interface Target {
   readonly basisId: string;
   readonly modules: readonly PackModule[];
-  readonly tasks: ReadonlyMap<string, unknown>;
 }
 
 /**
  * @param id the task's in the pack
+ * @param tasks of the pack, by id; not its snapshot of them, which is made again after every change
  * @param trust of the pack, where it has some
  * @param integrity that the file must have, where the caller says one
  * @throws FormatError when the file is damaged, TaskError when it belongs to another basis or the id is taken, TrustError when it is
@@ -28,7 +28,8 @@ interface Target {
 export async function readTaskFile(
   file: SourceInput,
   id: string,
-  { basisId, modules, tasks }: Target,
+  { basisId, modules }: Target,
+  tasks: ReadonlyMap<string, unknown>,
   trust: Trust | undefined,
   integrity: string | undefined,
 ): Promise<TaskEntry & { readonly blob: TaskBlob }> {
