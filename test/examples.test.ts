@@ -16,6 +16,7 @@ import { openHost } from "../dist/src/base/open.js";
 import { buildPack } from "../dist/src/pack/build.js";
 import { concat, data, LOSSLESS } from "./packs.ts";
 import { surface } from "./tools/api.js";
+import { SIGNER } from "./vectors/valid.js";
 
 const root = fileURLToPath(new URL("..", import.meta.url));
 const folder = join(root, "test/examples");
@@ -157,6 +158,8 @@ async function workplace(): Promise<string> {
   const base = await openHost(data("sessions/base.safetensors"));
   const { chunks } = await buildPack(await readAdapters([join(place, "my-adapters")]), { ...LOSSLESS, base });
   await writeFile(join(place, "tasks.eigen"), concat(chunks));
+  await cp(fileURLToPath(new URL("vectors/valid/signed.eigen", import.meta.url)), join(place, "signed.eigen"));
+  await writeFile(join(place, "key.pem"), SIGNER.pem);
   for (const file of ["adapter_config.json", "adapter_model.safetensors"]) {
     await cp(data(`sessions/adapters/two/${file}`), join(place, file));
   }

@@ -78,6 +78,7 @@ export async function isSigned(
  * What signs with a key: pass it to `planSignature`, `planAppend`, `freshPack` and `signTaskFile`.
  * @throws TypeError when it is no such key; TrustError where the platform has no Ed25519
  * @example
+ * import { readFile } from "node:fs/promises";
  * const sign = await createSigner(await readFile("key.pem", "utf8"));
  */
 export async function createSigner(key: SigningKey): Promise<Sign> {
