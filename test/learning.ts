@@ -8,7 +8,7 @@ import { findWeight } from "../dist/src/base/locate.js";
 import { NameMatcher } from "../dist/src/base/names.js";
 import { readVector } from "../dist/src/onnx/dequantize.js";
 import type { Feed } from "../dist/src/onnx/feeds.js";
-import { type GraftHead, type GraftModule, graft, type TaskInput } from "../dist/src/onnx/graft.js";
+import { checkGraftable, type GraftHead, type GraftModule, graft, type TaskInput } from "../dist/src/onnx/graft.js";
 import { biasAdd, linearsOf, NotLinear } from "../dist/src/onnx/linear.js";
 import { findParameters, matrixShape } from "../dist/src/onnx/modules.js";
 import { type ModelFile, readModel } from "../dist/src/onnx/read.js";
@@ -203,6 +203,7 @@ export async function graphOf(
   { modules = [], heads = [] }: { modules?: readonly GraftModule[]; heads?: readonly GraftHead[] },
   options: Partial<TrainingGraphOptions> = {},
 ): Promise<{ graph: TrainingGraph; inputs: readonly TaskInput[] }> {
+  checkGraftable(file.model);
   const grafted = graft(file.model, { modules, biases: [], rows: [], heads }, { probe: false });
   return {
     graph: await buildTrainingGraph(file, grafted, { probe: probeOf(NODE), ...options }),

@@ -116,7 +116,10 @@ export interface ProbeOutputs {
   readonly term: string;
 }
 
-/** @throws FormatError when the model's opset is too old, the model has been grafted before, or it uses names of ours */
+/**
+ * To be asked of a model as its file has it, before anything is added: no name of ours can be told from the file's own afterwards.
+ * @throws FormatError when the model's opset is too old, the model has been grafted before, or it uses names of ours
+ */
 export function checkGraftable(model: OnnxModel): void {
   if (model.opset < LEAST_OPSET) {
     const message = `opset ${model.opset}: at least ${LEAST_OPSET} is needed; export it again with opset_version=17`;
@@ -148,15 +151,14 @@ function ownNames({ graph }: OnnxModel): string[] {
 
 /**
  * Changes `model.proto` in place.
+ * @param model that `checkGraftable` has passed; weights that are folded may have a place of their own since then
  * @param options `probe: false` adds no outputs for a probe
- * @throws FormatError as `checkGraftable`
  */
 export function graft(
   model: OnnxModel,
   { modules, biases, rows, heads }: Graft,
   options: { probe?: boolean } = {},
 ): Grafted {
-  checkGraftable(model);
   const grafter = new Grafter(model, options.probe ?? true);
   // A bias is added behind what DoRA scales, so before the term that goes between.
   for (const bias of biases) grafter.bias(bias);
