@@ -93,6 +93,7 @@ function oddities() {
   model.task("\u{1f9ed} 'a/b' ..", [{ module: 0, rank: 200, q: 56 }]);
   const [first] = model.pack.tasks;
   first.entry.brings = bringsOf(first, model.pack);
+  first.entry.metadata = { labels: null, license: null, origin: null };
   const { modules } = model.pack.basis;
   modules[0].out = new Float(1);
   modules[0].in = new Raw(0xcf, 0, 0, 0, 0, 0, 0, 0, 1);
