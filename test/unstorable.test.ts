@@ -46,7 +46,12 @@ t.test("of a basis, of coefficients, of private terms, on the way in and later",
   await refuse([role, large], "coefficients of", file, { centering: "none", dtype: { coefficients: "int8" } });
   const own = { gauge: "balanced", privateTerms: 2, select: { kind: "k", k: 0 } } as const;
   await refuse([role, scaled(large, "Bt", 1e9)], "a private term of", file, own);
-  await buildPack([role, large], { select: { kind: "k", k: 4 }, dtype: { basis: "f32", coefficients: "f32" } });
+  // What is multiplied by others has a limit of its own, so that no ΔW leaves binary32.
+  const f32 = { select: { kind: "k", k: 4 }, dtype: { basis: "f32", coefficients: "f32" } } as const;
+  await t.rejects(buildPack([role, large], f32), { message: /has a value of 65536 or more, which no pack can hold/ });
+  await t.rejects(buildPack([role, large], { ...f32, centering: "none" }), {
+    ...{ name: "AdapterError", file, message: new RegExp(`coefficients of "${module}" has a value of 65536 or more`) },
+  });
 
   const { chunks } = await buildPack([role], { select: { kind: "k", k: 4 }, centering: "none" });
   const pack = await openPack(concat(chunks));

@@ -3,7 +3,8 @@
  * limits are checked there, so a writer ends by parsing what it wrote.
  */
 
-import { align4, DTYPES, type Dtype } from "../tensor/dtypes.ts";
+import { align4, BITS, bf16ToF32, DTYPES, type Dtype, f16ToF32, isQuantized } from "../tensor/dtypes.ts";
+import { UnstorableError } from "../tensor/encode.ts";
 import { fromHex } from "../tensor/hex.ts";
 import { crc32c } from "./crc32c.ts";
 import { parseEntry } from "./directory.ts";
@@ -32,6 +33,7 @@ import {
 import { fromIntegrity } from "./integrity.ts";
 import { decode } from "./messagepack.ts";
 import { pack } from "./msgpackr.ts";
+import { MOST } from "./task.ts";
 
 type Bytes = Uint8Array<ArrayBuffer>;
 
@@ -92,6 +94,26 @@ export interface ParameterInput extends TensorInput {
   readonly indices?: readonly number[] | undefined;
 }
 
+/**
+ * A writer's half of the limit on values that are multiplied by others (SPEC.md, section 5).
+ * @throws UnstorableError
+ */
+function refuseLarge(what: string, { dtype, encoded }: TensorInput, rows: number): void {
+  if (dtype === "f16") return;
+  const view = new DataView(encoded.buffer, encoded.byteOffset, encoded.byteLength);
+  const most = isQuantized(dtype) ? MOST / (2 ** (BITS[dtype] - 1) - 1) : MOST;
+  const count = isQuantized(dtype) ? rows : Math.floor(encoded.byteLength / (dtype === "f32" ? 4 : 2));
+  const half = dtype === "bf16" ? bf16ToF32 : f16ToF32;
+  for (let i = 0; i < count; i++) {
+    const value = dtype === "f32" ? view.getFloat32(4 * i, true) : half(view.getUint16(2 * i, true));
+    if (Math.abs(value) < most) continue;
+    throw new UnstorableError(
+      `${what} has a value of ${MOST} or more, which no pack can hold: scale the adapter down`,
+      undefined,
+    );
+  }
+}
+
 /** The bases section and the description that goes with it (SPEC.md, sections 4.2 and 4.4). */
 export function encodeBasis(basis: BasisInput): { description: Bytes; bases: Bytes } {
   const tensors: { at: number; bytes: Uint8Array }[] = [];
@@ -101,15 +123,16 @@ export function encodeBasis(basis: BasisInput): { description: Bytes; bases: Byt
     tensors.push({ at, bytes });
     end = at + bytes.length;
   };
-  const side = (s: SideInput | undefined): object | null => {
+  const side = (which: string, s: SideInput | undefined): object | null => {
     if (!s) return null;
+    refuseLarge(which, s, s.K + (s.mean ? 1 : 0));
     place(s.encoded);
     const { K, mean, explained } = s;
     const rank = s.kind === "flat" ? { rank: s.rank } : {};
     return { kind: s.kind === "column" ? 1 : 2, K, ...rank, mean, type: DTYPES.indexOf(s.dtype), explained };
   };
   const modules = basis.modules.map((m) => {
-    const sides = { A: side(m.A), B: side(m.B) };
+    const sides = { A: side(`basis A of "${m.name}"`, m.A), B: side(`basis B of "${m.name}"`, m.B) };
     if (m.fingerprint) {
       const bytes = new Uint8Array(4 * m.fingerprint.length);
       const view = new DataView(bytes.buffer);
@@ -137,20 +160,37 @@ export function encodeBasis(basis: BasisInput): { description: Bytes; bases: Byt
   return { description, bases };
 }
 
-/** A task blob (SPEC.md, section 6). Terms must be sorted by module. */
-export function encodeTask(terms: readonly TermInput[], parameters: readonly ParameterInput[]): Bytes {
+/**
+ * A task blob (SPEC.md, section 6). Terms must be sorted by module.
+ * @param names of modules, for messages
+ * @throws UnstorableError for values that no pack can hold
+ */
+export function encodeTask(
+  terms: readonly TermInput[],
+  parameters: readonly ParameterInput[],
+  names: readonly string[] = [],
+): Bytes {
   const tensors: Uint8Array[] = [];
   const code = (type: Dtype): number => DTYPES.indexOf(type);
   const head = pack([
     terms.map((t) => {
+      const name = `"${names[t.module] ?? t.module}"`;
       const side = (s: TermInput["A"]): number | null => {
         if (!s) return null;
+        refuseLarge(`coefficients of ${name}`, s, s.kind === "column" ? t.rank : 1);
         tensors.push(s.encoded);
         return (s.kind === "column" ? 1 : 2) + (s.mean ? 4 : 0) + 8 * code(s.dtype);
       };
       const [A, B] = [side(t.A), side(t.B)];
-      if (t.privateTerms) tensors.push(t.privateTerms.A, t.privateTerms.Bt);
-      if (t.magnitude) tensors.push(t.magnitude.encoded);
+      for (const encoded of t.privateTerms ? [t.privateTerms.A, t.privateTerms.Bt] : []) {
+        const { dtype, rank } = t.privateTerms!;
+        refuseLarge(`a private term of ${name}`, { dtype, encoded }, rank);
+        tensors.push(encoded);
+      }
+      if (t.magnitude) {
+        refuseLarge(`the magnitude of ${name}`, t.magnitude, 1);
+        tensors.push(t.magnitude.encoded);
+      }
       const type = t.privateTerms ? code(t.privateTerms.dtype) : 0;
       return [t.module, t.rank, A, B, t.privateTerms?.rank ?? 0, type, t.magnitude ? code(t.magnitude.dtype) : null];
     }),

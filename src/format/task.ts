@@ -3,7 +3,7 @@
  */
 
 import { FormatError } from "../errors.ts";
-import { BITS, DTYPES, isQuantized, quantizedAt, rowBytes, scaleBytes } from "../tensor/dtypes.ts";
+import { BITS, DTYPES, f16ToF32, isQuantized, quantizedAt, rowBytes, scaleBytes } from "../tensor/dtypes.ts";
 import { bringsOf } from "./brings.ts";
 import { Fields } from "./fields.ts";
 import {
@@ -81,10 +81,10 @@ function* tensorsOf(
   terms: readonly TaskTerm[],
   parameters: readonly TaskParameter[],
   modules: readonly PackModule[],
-): Generator<readonly [string, TensorRef | undefined]> {
+): Generator<Checked> {
   for (const { module, A, B, privateA, privateBt, magnitude } of terms) {
     const tensors = { A: A?.tensor, B: B?.tensor, "private A": privateA, "private B": privateBt, magnitude };
-    for (const [what, tensor] of Object.entries(tensors)) yield [`${what} of "${modules[module]!.name}"`, tensor];
+    for (const [what, tensor] of Object.entries(tensors)) yield [`${what} of "${modules[module]!.name}"`, tensor, true];
   }
   for (const { name, tensor } of parameters) yield [`"${name}"`, tensor];
 }
@@ -169,20 +169,27 @@ function parseParameter(parameter: Value, tensor: Place): TaskParameter {
   return { name, role, shape, indices, tensor: tensor(typeItem!, rows, width) };
 }
 
+/** A tensor, what it is called in errors, and whether its values are multiplied by others. */
+type Checked = readonly [name: string, tensor: TensorRef | undefined, multiplied?: boolean];
+
 /** The tensors of the bases section in its order, with what they are called in errors. */
-export function* basesTensors(modules: readonly PackModule[]): Generator<readonly [string, TensorRef | undefined]> {
+export function* basesTensors(modules: readonly PackModule[]): Generator<Checked> {
   for (const { name, A, B, fingerprint } of modules) {
-    yield [`basis A of "${name}"`, A?.tensor];
-    yield [`basis B of "${name}"`, B?.tensor];
+    yield [`basis A of "${name}"`, A?.tensor, true];
+    yield [`basis B of "${name}"`, B?.tensor, true];
     if (fingerprint === undefined) continue;
     const size = { rows: 1, width: FINGERPRINT_SIZE, byteLength: 4 * FINGERPRINT_SIZE };
     yield [`the fingerprint of "${name}"`, { dtype: "f32", byteOffset: fingerprint, ...size }];
   }
 }
 
+/** What values that are multiplied by others stay below: so no ΔW leaves binary32, whatever its K and rank. */
+export const MOST = 65_536;
+
 /**
  * Refuses what no tensor may hold (SPEC.md, section 5): NaN and infinity, which would spread to the whole weight and no sum
- * would show where from; the integer −2^(b−1); and bits and bytes that mean nothing and are not zero.
+ * would show where from, and what would become so when multiplied; the integer −2^(b−1); and bits and bytes that mean nothing
+ * and are not zero.
  * @param start where the first tensor may begin
  * @param tensors one behind the other, with what they are called
  * @throws FormatError naming the tensor
@@ -190,31 +197,39 @@ export function* basesTensors(modules: readonly PackModule[]): Generator<readonl
 export function checkTensors(
   section: Uint8Array,
   start: number,
-  tensors: Iterable<readonly [string, TensorRef | undefined]>,
+  tensors: Iterable<Checked>,
   file: string,
   part: string,
 ): void {
   const f: Fields = new Fields(section, file, part);
   let end = start;
-  for (const [name, tensor] of tensors) {
+  for (const [name, tensor, multiplied] of tensors) {
     if (!tensor) continue;
     f.zero(end, tensor.byteOffset);
     end = tensor.byteOffset + tensor.byteLength;
-    checkTensor(f, tensor, name);
+    checkTensor(f, tensor, name, multiplied ? MOST : Infinity);
   }
 }
 
-function checkTensor(f: Fields, { dtype, rows, width, byteOffset, byteLength }: TensorRef, name: string): void {
+function checkTensor(
+  f: Fields,
+  { dtype, rows, width, byteOffset, byteLength }: TensorRef,
+  name: string,
+  most: number,
+): void {
   const bad = (row: number, what: string): never => {
-    throw new FormatError(`${name}: ${what} of row ${row} is NaN or infinite`, f);
+    const large = most === MOST ? `, or ${MOST} and more` : "";
+    throw new FormatError(`${name}: ${what} of row ${row} is NaN or infinite${large}`, f);
   };
   const stride = rowBytes(dtype, width);
   const values = byteOffset + scaleBytes(dtype, rows);
   f.zero(values + rows * stride, byteOffset + byteLength);
   if (!isQuantized(dtype)) {
-    const [step, exponent] = dtype === "f32" ? [4, 0x7f80] : [2, dtype === "f16" ? 0x7c00 : 0x7f80];
+    const step = dtype === "f32" ? 4 : 2;
+    // The exponents of infinity, and of 2^16, which halves do not reach.
+    const [exponent, least] = dtype === "f16" ? [0x7c00, 0x7c00] : [0x7f80, most === MOST ? 0x4780 : 0x7f80];
     for (let i = 0, at = byteOffset + step - 2; i < rows * width; i++, at += step) {
-      if ((f.view.getUint16(at, true) & exponent) === exponent) bad(Math.floor(i / width), `value ${i % width}`);
+      if ((f.view.getUint16(at, true) & exponent) >= least) bad(Math.floor(i / width), `value ${i % width}`);
     }
     return;
   }
@@ -222,7 +237,7 @@ function checkTensor(f: Fields, { dtype, rows, width, byteOffset, byteLength }: 
   const least = -(2 ** (BITS[dtype] - 1));
   const spare = 8 * stride - width * BITS[dtype];
   for (let row = 0, at = values; row < rows; row++, at += stride) {
-    if ((f.view.getUint16(byteOffset + 2 * row, true) & 0x7c00) === 0x7c00) bad(row, "the scale");
+    if (!(Math.abs(f16ToF32(f.view.getUint16(byteOffset + 2 * row, true)) * (least + 1)) < most)) bad(row, "the scale");
     for (let i = 0; i < width; i++) {
       if (quantizedAt(f.bytes, dtype, at, i) > least) continue;
       f.check(false, () => `${name}: integer ${i} of row ${row} is ${least}, which is not allowed`);

@@ -59,7 +59,8 @@ export async function encodeAdapter(
   storable(adapter, { name: "metadata" }, () => checkEntry(entry, id));
   const misfit = misfitLabels(metadata.labels, saved);
   if (misfit !== undefined) throw new AdapterError(misfit, { file: adapter.file, field: "labels" });
-  return { entry, blob: encodeTask(terms, await encodeParameters(adapter, head)) };
+  const parameters = await encodeParameters(adapter, head);
+  return { entry, blob: storable(adapter, { name: "a task" }, () => encodeTask(terms, parameters, names)) };
 }
 
 async function encodeParameters(adapter: Adapter, type: Dtype): Promise<ParameterInput[]> {

@@ -22,7 +22,8 @@ function baseOf({ modules, tasks }) {
   }
   for (const { parameters } of tasks.values()) {
     for (const { name, role, shape, indices } of parameters) {
-      if (role === 0 || base.has(name)) continue;
+      // A base with so many rows would be larger than this machine.
+      if (role === 0 || base.has(name) || (indices?.at(-1) ?? 0) > 1e5) continue;
       const rows = role === 3 ? [indices.at(-1) + 1, shape[1]] : shape;
       base.set(name, { dtype: "f32", shape: rows, data: fill(rows.reduce((a, b) => a * b, 1)) });
     }

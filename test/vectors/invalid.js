@@ -305,6 +305,14 @@ export const PACKS = {
   // 4.4, 5. Tensors
   nan: ["5", "a NaN in a component", stored(undefined, 0, (_, v) => v.setFloat32(4, Number.NaN, true))],
   infinite: ["5", "an infinite half", stored(undefined, 3, (_, v) => v.setUint16(2, 0x7c00, true))],
+  "large-f32": ["5", "a component of 2^16", stored(undefined, 0, (_, v) => v.setFloat32(4, -65_536, true))],
+  "large-bf16": ["5", "a component of 2^100 in bf16", stored(undefined, 5, (_, v) => v.setUint16(2, 0x7180, true))],
+  "large-scale": [
+    "5",
+    "a scale that makes values of 2^16 and more",
+    stored(undefined, 7, (_, v) => v.setUint16(0, 0x7bff, true)),
+  ],
+  "large-coefficient": ["5", "a coefficient of 10^30", stored(0, 0, (_, v) => v.setFloat32(0, 1e30, true))],
   "scale-nan": ["5", "a scale that is NaN", stored(undefined, 7, (_, v) => v.setUint16(0, 0x7e00, true))],
   "least-int8": ["5", "the integer −128", stored(undefined, 7, (b) => void (b[8] = 0x80))],
   "least-int4": ["5", "the integer −8 in int4", stored(undefined, 9, (b) => void (b[8] = 8))],

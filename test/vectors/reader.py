@@ -28,6 +28,7 @@ TASK_MAGIC = bytes.fromhex("89455441534B0D0A")
 WINDOW = 1536
 MAX_SAFE = 2**53 - 1
 MAX_DIM = 2**31 - 1
+MOST = 2**16
 MAX_ITEMS = 65_536
 BASES, BLOB, FREE = 1, 2, 3
 COLUMN, FLAT = 1, 2
@@ -403,7 +404,7 @@ def read_bases(raw, modules):
             need(np.isfinite(what.fingerprint).all(), "4.4", "a fingerprint that is not finite")
         else:
             end = start + tensor_size(what.type, rows, what.width)
-            tensor = read_tensor(raw[start:end], what.type, rows, what.width)
+            tensor = read_tensor(raw[start:end], what.type, rows, what.width, MOST)
             what.E, what.M = tensor[: what.K], tensor[what.K] if what.mean else None
 
 
@@ -461,13 +462,14 @@ def tensor_size(tensor_type, rows, width):
     return scales + up(rows * row_size(tensor_type, width), 4)
 
 
-def read_tensor(raw, tensor_type, rows, width):
+def read_tensor(raw, tensor_type, rows, width, most=math.inf):
     """The values [rows, width] in 64 bits, which hold each of them exactly. `raw` has the size of the tensor."""
     at, size = 0, row_size(tensor_type, width)
     if tensor_type in INT_BITS:
         scales = np.frombuffer(raw[: 2 * rows], "<f2").astype(np.float64)
         at = up(2 * rows, 4)
         need(np.isfinite(scales).all(), "5", "a scale that is not finite")
+        need((np.abs(scales) * (2 ** (INT_BITS[tensor_type] - 1) - 1) < most).all(), "5", "a scale that is too large")
         need(not any(raw[2 * rows : at]), "5", "padding behind the scales is not zero")
     body = raw[at : at + rows * size]
     need(not any(raw[at + rows * size :]), "5", "padding behind a tensor is not zero")
@@ -486,6 +488,7 @@ def read_tensor(raw, tensor_type, rows, width):
         need((integers > -(1 << bits - 1)).all(), "5", "the least integer")
         values = scales[:, None] * integers
     need(np.isfinite(values).all(), "5", "a value that is not finite")
+    need((np.abs(values) < most).all(), "5", "a value that is too large")
     return values.astype(np.float64).reshape(rows, width)
 
 
@@ -580,7 +583,7 @@ def read_blob(raw, modules):
         start = up(end, 4)
         need(not any(raw[end:start]), "6", "padding in a blob is not zero")
         end = start + tensor_size(tensor_type, rows, width)
-        values = read_tensor(raw[start:end], tensor_type, rows, width)
+        values = read_tensor(raw[start:end], tensor_type, rows, width, MOST if key else math.inf)
         if key:
             owner.tensors[key] = values
         else:
