@@ -32,7 +32,7 @@ export function claim({ heap, memory }: Instance<unknown>, byteLength: number, o
   const start = heap.allocate(byteLength);
   if (start !== undefined) return start;
   throw new BackendError(
-    `wasm: no memory for ${byteLength} bytes (${owner}) beside ${memory.buffer.byteLength}: use policy "reload"`,
+    `wasm: no memory for ${byteLength} bytes (${owner}); ${memory.buffer.byteLength} are held: load fewer tasks, or use policy "reload"`,
     { backend: "wasm" },
   );
 }
