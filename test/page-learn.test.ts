@@ -225,7 +225,7 @@ t.test("teaches a task that answers beside the others, and leaves as a file", { 
           ["one", "a line"],
           ["one", "another line"],
         ],
-        /labels: expected two at least, all different, got \["one","one"\]/,
+        /labels: expected two at least, all different and none empty, got \["one","one"\]/,
       ],
     ] as const;
     for (const [what, lessons, expected] of tries) {
