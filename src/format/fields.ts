@@ -38,7 +38,8 @@ export class Fields {
     const found = this.bytes.subarray(0, 8);
     this.check(
       expected.every((b, i) => found[i] === b),
-      () => `this is not ${what}: it begins with ${toHex(found)}, expected ${toHex(Uint8Array.from(expected))}`,
+      () =>
+        `this is not ${what}: it ${found.length ? `begins with ${toHex(found)}` : "has 0 bytes"}, expected ${toHex(Uint8Array.from(expected))}`,
     );
   }
 
