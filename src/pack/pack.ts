@@ -4,7 +4,7 @@
  */
 /// <reference lib="esnext.disposable" preserve="true" />
 import { checkChoice, checkOptions, described, nearest } from "../arguments.ts";
-import { TaskError } from "../errors.ts";
+import { type EigenLoraError, TaskError } from "../errors.ts";
 import { parseDirectory } from "../format/directory.ts";
 import { align64, Fields } from "../format/fields.ts";
 import type { TaskMetadata } from "../format/format.ts";
@@ -148,7 +148,10 @@ export async function openPack(input: SourceInput, options: OpenOptions = {}): P
 
 /** What to throw for an error of a pack. */
 async function explain(error: unknown, source: ByteSource, directory: Uint8Array | undefined): Promise<unknown> {
-  return (await import("./refusal.ts")).refusal(error, source, directory);
+  if (!["format", "trust"].includes((error as Partial<EigenLoraError>).tag!)) return error;
+  // Where that part cannot be had, as without a network, what went wrong is said as it is.
+  const part = await import("./refusal.ts").catch(() => undefined);
+  return part ? part.refusal(error as Error, source, directory) : error;
 }
 
 /** @throws FormatError when the bytes are damaged, TrustError when they are not those that were asked for */

@@ -1,23 +1,23 @@
 /**
  * What becomes of a pack that is refused. Loaded when that happens.
  */
-import { FormatError, TrustError } from "../errors.ts";
+import { FormatError } from "../errors.ts";
 import type { ByteSource } from "../source.ts";
 
 /**
- * What to throw for an error of a pack: of a file from before SPEC.md was final, that it is one. What a cache keeps may be what is
+ * What to throw for a FormatError or TrustError of a pack: of a file from before SPEC.md was final, that it is one. What a cache keeps may be what is
  * wrong, so it is cleared: the next try reads the file itself.
  * @param directory bytes of the directory as far as they are known, whether they can be read or not
  */
 export async function refusal(
-  error: unknown,
+  error: Error,
   source: ByteSource,
   directory: Uint8Array = new Uint8Array(0),
-): Promise<unknown> {
-  if (!(error instanceof FormatError || error instanceof TrustError)) return error;
+): Promise<Error> {
   await source.clear?.().catch(() => undefined);
-  if (error instanceof TrustError) return error;
-  const producer = /producer.(eigenlora 0\.1\.\d+)/s.exec(String.fromCharCode(...directory.subarray(0, 65_536)))?.[1];
+  if (!(error instanceof FormatError)) return error;
+  const text = new TextDecoder("latin1").decode(directory.subarray(0, 65_536));
+  const producer = /producer.(eigenlora 0\.1\.\d+)/s.exec(text)?.[1];
   if (producer === undefined) return error;
   const { file, part } = error;
   const message = error.message.slice(`${file}, ${part}: `.length);

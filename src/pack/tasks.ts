@@ -5,6 +5,7 @@ import type { Adapter, SavedTensor } from "../adapters/adapter.ts";
 import { AdapterError } from "../errors.ts";
 import type { PrivateTerms } from "../extract/private.ts";
 import type { TaskCoefficients } from "../extract/project.ts";
+import { encodeBrings } from "../format/brings.ts";
 import { checkEntry, encodeTask, type ParameterInput, type TermInput } from "../format/encode.ts";
 import { misfitLabels } from "../format/heads.ts";
 import type { TaskToWrite } from "../format/layout.ts";
@@ -50,11 +51,12 @@ export async function encodeAdapter(
   head: Dtype,
 ): Promise<TaskToWrite> {
   const { id, byteLength, metadata, saved } = adapter;
-  const brings = [
-    ...saved.map(({ role, name }) => `${role} ${name}`),
-    ...terms.filter((t) => t.magnitude).map((t) => `magnitude ${names[t.module]}`),
-    ...terms.filter((t) => t.privateTerms).map((t) => `private ${names[t.module]}`),
-  ];
+  const named = (which: readonly TermInput[]): string[] => which.map(({ module }) => names[module]!);
+  const brings = encodeBrings(
+    saved,
+    named(terms.filter(({ magnitude }) => magnitude)),
+    named(terms.filter(({ privateTerms }) => privateTerms)),
+  );
   const entry = { id, adapterBytes: byteLength, metadata, brings: brings.sort() };
   storable(adapter, { name: "metadata" }, () => checkEntry(entry, id));
   const misfit = misfitLabels(metadata.labels, saved);

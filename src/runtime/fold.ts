@@ -184,7 +184,9 @@ export class FoldedWeights {
 
   /** That the weights are no task's. @param second why they could not be put back */
   async #doubt(error: unknown, second: unknown, { backend }: Workbench): Promise<Error> {
-    return (this.#torn = (await import("./failed.ts")).cannotPutBack(error, second, backend.name));
+    // Where that part cannot be had, as without a network, what failed first is said alone.
+    const part = await import("./failed.ts").catch(() => undefined);
+    return (this.#torn = part ? part.cannotPutBack(error, second, backend.name) : (error as Error));
   }
 }
 
