@@ -51,13 +51,18 @@ t.test("pack to a size, to an error, with less rank and private terms; auto says
     t.ok(Math.abs(task.error.max - owned["errors"].find(({ id }: any) => id === task.id).max) < 1e-4);
 
   const auto = json(0, "pack", ...some, "-o", "auto.eigen", "--mode", "auto", "--bytes", "70kB");
-  t.ok(auto["bytes"] <= 70_000 && auto["tried"].length > 8 && auto["judgedBy"] === "error");
-  const text = run("pack", ...some, "-o", "auto.eigen", "--mode", "auto", "--bytes", "70kB").stdout;
-  t.match(text, /tried +size +ΔW error/);
-  t.match(text, /Chosen by ΔW error, which is a proxy/);
+  t.ok(auto["bytes"] <= 70_000 && auto["tried"].length >= 1 && auto["judgedBy"] === "error");
+  const safe = json(0, "pack", ...some, "-o", "safe.eigen");
+  for (const { id, total } of safe["errors"]) t.ok(total <= 0.15 && total > 0.1, `${id}: ${total}`);
+  const checked = json(0, "verify", "safe.eigen", ...some.flatMap((path) => ["--against", path]));
+  for (const [i, task] of checked["tasks"].entries())
+    t.ok(Math.abs(task.error.total - safe["errors"][i].total) < 1e-4, `${task.error.total}`);
+  const text = run("pack", ...some, "-o", "safe.eigen").stdout;
+  t.match(text, /ΔW error of a task, mean \/ largest +0 +1[45]\.\d % \/ 1[45]\.\d %/);
+  t.match(text, /private terms +\d+ in int/);
+  t.match(text, /nothing is shared/);
 
   const refused = (...args: string[]): string => json(2, "pack", ...some, "-o", "x.eigen", ...args)["error"].message;
-  t.match(refused("--mode", "auto"), /needs to know what for: --bytes, --ratio, --error or --divergence/);
   t.match(refused("--mode", "auto", "--k", "4"), /chooses --k itself/);
   t.match(refused("--mode", "auto", "--bytes", "70kB", "--model", "m.onnx"), /--model and --text go together/);
   t.match(refused("--mode", "auto", "--divergence", "0.1"), /needs --model and --text/);
@@ -141,7 +146,9 @@ t.test("pack, inspect, verify: the keys of the contract, and figures that agree"
 t.test("--error is kept by every task; --energy 1 with f32 is lossless", async (t) => {
   const some = ["debtags-role", "sections-0", "sections-1"].map((n) => join(own, n));
   const limited = json(0, "pack", ...some, "-o", "e.eigen", "--error", "0.1");
-  t.ok(limited["error"].max <= 0.1 && limited["error"].max > 0.05, `${limited["error"].max}`);
+  for (const { total } of limited["errors"]) t.ok(total <= 0.1 && total > 0.05, `${total}`);
+  const each = json(0, "pack", ...some, "-o", "e.eigen", "--mode", "column", "--error", "0.1");
+  t.ok(each["error"].max <= 0.1 && each["error"].max > 0.05, `of every module: ${each["error"].max}`);
   const lossless = json(0, "pack", ...some, "-o", "l.eigen", "--energy", "1", "--dtype", "f32");
   t.ok(lossless["error"].max < 1e-6, `${lossless["error"].max}`);
   t.ok(lossless["ratio"] < 1.2, "below break-even a lossless pack is about as large as the adapters");

@@ -90,6 +90,10 @@ export function bytes(n: number): string {
   return `${value.toFixed(value < 10 ? 2 : 1)} ${unit}`;
 }
 
+export function mean(numbers: readonly number[]): number {
+  return sum(numbers) / Math.max(numbers.length, 1);
+}
+
 export function sum(numbers: readonly number[]): number {
   return numbers.reduce((a, b) => a + b, 0);
 }
@@ -116,10 +120,10 @@ export function table(rows: readonly (readonly (string | number)[])[]): string[]
 }
 
 /** What was lost on the way into a pack, by task. */
-export function lossTable(rows: readonly { id: string; mean: number; max: number }[]): string[] {
+export function lossTable(rows: readonly { id: string; total: number; max: number }[]): string[] {
   return table([
-    ["task", "ΔW error", "largest"],
-    ...rows.map(({ id, mean, max }) => [id, percent(mean), percent(max)]),
+    ["task", "ΔW error", "largest module"],
+    ...rows.map(({ id, total, max }) => [id, percent(total), percent(max)]),
   ]);
 }
 

@@ -5,10 +5,11 @@
 import { createEngine } from "../../bindings/ort-engine.ts";
 import type { Adapter } from "../adapters/adapter.ts";
 import { partByGain, readScores } from "../adapters/scores.ts";
+import type { BasisMode } from "../extract/options.ts";
 import { buildPack } from "../pack/build.ts";
 import type { Tried } from "../pack/goal.ts";
 import type { BuildReport } from "../pack/report.ts";
-import { type SearchReport, searchPack } from "../pack/search.ts";
+import { DEFAULT_ERROR, type SearchReport, searchPack } from "../pack/search.ts";
 import type { Engine } from "../session/engine.ts";
 import type { Dtypes } from "../tensor/dtypes.ts";
 import { createJudge, type JudgeOptions } from "../train/judge.ts";
@@ -21,7 +22,6 @@ import {
   amount,
   as,
   base,
-  byDefault,
   centering,
   choice,
   dtype,
@@ -42,7 +42,7 @@ import {
   UsageError,
   type Values,
 } from "./options.ts";
-import { bytes, counting, type Output, percent, resources, sharing, sum, table } from "./output.ts";
+import { bytes, counting, mean, type Output, percent, resources, sharing, sum, table } from "./output.ts";
 import type { Run } from "./run.ts";
 
 const UNITS: Readonly<Record<string, number>> = { "": 1, B: 1, kB: 1e3, MB: 1e6, GB: 1e9 };
@@ -60,7 +60,7 @@ const size: OptionSpec<number | undefined> = {
 
 const OPTIONS = {
   output: output("PACK", "The pack to write."),
-  ...group("How much to keep, one of these", {
+  ...group(`How much to keep, one of these. Default: --error ${DEFAULT_ERROR}`, {
     ...amount,
     bytes: size,
     ratio: number("R", "The same, R times smaller than the adapters.", {
@@ -74,13 +74,11 @@ const OPTIONS = {
     ),
   }),
   ...group("How", {
-    mode: byDefault(
-      "column",
-      choice(
-        ["column", "flat", "joint", "auto"],
-        "Column: coefficients for every row of a factor. Flat: one vector for a whole factor. Joint: the bases that lose least " +
-          "of ΔW. Auto: what is best for --bytes, --ratio, --error or --divergence.",
-      ),
+    mode: choice(
+      ["auto", "column", "flat", "joint"],
+      "Auto: what is best for --bytes, --ratio, --error or --divergence. Column: coefficients for every row of a factor. Flat: one " +
+        "vector for a whole factor. Joint: the bases that lose least of ΔW. Default: auto; column with --k, --energy, --gauge, " +
+        "--rank, --private-terms, --centering or --normalize.",
     ),
     gauge,
     rank,
@@ -151,15 +149,20 @@ export const pack: Attach = command({
   },
 });
 
+/** What --mode auto would choose; who names one of them has settled for a mode. */
+const SETTLED = ["k", "energy", "gauge", "rank", "privateTerms", "centering", "normalize"] as const;
+
+function modeOf(options: PackOptions): BasisMode | "auto" {
+  return options.mode ?? (given(options, ...SETTLED).length > 0 ? "column" : "auto");
+}
+
 /** @throws UsageError for options that do not go together */
 function checkOptions(options: PackOptions): void {
   const budget = exclusive(options, "bytes", "ratio", "error", "divergence", "k", "energy");
   const asked = given(options, "model", "text").length;
-  if (options.mode === "auto") {
-    const [own] = given(options, "gauge", "rank", "privateTerms", "centering", "k", "energy");
+  if (modeOf(options) === "auto") {
+    const [own] = given(options, ...SETTLED);
     if (own !== undefined) throw new UsageError(`--mode auto chooses ${own} itself; leave it out, or name a mode`);
-    if (budget === undefined)
-      throw new UsageError("--mode auto needs to know what for: --bytes, --ratio, --error or --divergence");
     if (asked === 1)
       throw new UsageError("--model and --text go together: answers to the text are what packs are judged by");
   } else {
@@ -180,7 +183,8 @@ async function build(
   run: Run,
   out: Output,
 ): Promise<{ chunks: Uint8Array[]; report: BuildReport | SearchReport }> {
-  const { mode, rank, privateTerms, centering, bytes, ratio, error, divergence, dtype = {}, normalize } = options;
+  const { rank, privateTerms, centering, bytes, ratio, error, divergence, dtype = {}, normalize } = options;
+  const mode = modeOf(options);
   const asked = options.model === undefined ? undefined : await askedOf(options, adapters);
   const moments = asked && options.calibrate ? await inputMoments(...asked) : undefined;
   const common = { dtype, normalize, moments, ...(await run.base(options.base)) };
@@ -188,8 +192,8 @@ async function build(
   if (mode === "auto") {
     const judge = asked && createJudge(...asked);
     if (judge) run.closing(judge);
-    const max = divergence ?? error ?? most!;
-    const kind = divergence === undefined ? (error === undefined ? "bytes" : "error") : "divergence";
+    const max = divergence ?? most ?? error ?? DEFAULT_ERROR;
+    const kind = divergence !== undefined ? "divergence" : most !== undefined ? "bytes" : "error";
     const onTry = ({ name }: Tried, done: number, of: number): void => out.progress("way", done, of, name);
     return searchPack(adapters, { ...common, goal: { kind, max }, judge: judge?.judge, onTry });
   }
@@ -197,7 +201,7 @@ async function build(
   const all = { mode, gauge, rank, privateTerms, ...(centering ? { centering } : {}), ...common };
   if (most !== undefined) {
     const { chunks, report } = await searchPack(adapters, { goal: { kind: "bytes", max: most }, ways: [all] });
-    const { name: _, way: __, judgedBy: ___, tried: ____, ...plain } = report;
+    const { name: _, way: __, judgedBy: ___, tried: ____, decisions: _____, ...plain } = report;
     return { chunks, report: plain };
   }
   return buildPack(adapters, { ...all, select: selection(options), onProgress: counting(out, "module") });
@@ -224,22 +228,27 @@ function points(gain: number): string {
 }
 
 function reportText(file: string, report: BuildReport): string[] {
-  const { error, components, ratio, breakEvenTasks } = report;
+  const { errors, components, ratio, breakEvenTasks } = report;
+  const totals = errors.map(({ total }) => total);
+  const own = Object.entries(report.privateTerms);
   return [
     `${file}: ${report.tasks} tasks, ${report.modules} modules, ${bytes(report.bytes)}`,
     ...table([
       ["", "adapters", "pack"],
       ["size", bytes(report.adapterBytes), `${bytes(report.bytes)} (${ratio.toFixed(1)}× smaller)`],
-      ["ΔW error, mean / largest", "0", `${percent(error.mean)} / ${percent(error.max)}`],
-      ["components per side", "", `${components.min} to ${components.max}`],
+      ["ΔW error of a task, mean / largest", "0", `${percent(mean(totals))} / ${percent(Math.max(0, ...totals))}`],
+      ["components per side", "", components.max > 0 ? `${components.min} to ${components.max}` : "none"],
+      ...(own.length > 0
+        ? [["private terms", "", own.map(([dtype, count]) => `${count} in ${dtype}`).join(", ")]]
+        : []),
     ]),
     ...(ratio < 1 ? ["The pack is larger than its adapters."] : []),
-    sharing(breakEvenTasks),
+    ...(components.max > 0 ? [sharing(breakEvenTasks)] : []),
   ];
 }
 
-/** What was tried, the best last. */
-function autoText({ judgedBy, divergence, tried }: SearchReport): string[] {
+/** What was decided, and what else was tried. */
+function autoText({ judgedBy, divergence, decisions, tried }: SearchReport): string[] {
   const judged = judgedBy === "divergence";
   const rows = tried.map(({ name, bytes: size, error, divergence: kl }) => [
     name,
@@ -248,9 +257,10 @@ function autoText({ judgedBy, divergence, tried }: SearchReport): string[] {
     ...(judged ? [kl === undefined ? "" : kl.toFixed(4)] : []),
   ]);
   return [
-    ...table([["tried", "size", "ΔW error", ...(judged ? ["KL"] : [])], ...rows]),
+    ...decisions,
+    ...(tried.length > 1 ? table([["tried", "size", "ΔW error", ...(judged ? ["KL"] : [])], ...rows]) : []),
     judged
       ? `Chosen by answers to the text: mean KL(adapter ‖ pack) ${divergence?.toFixed(4)}. eigenlora distill may win more of it back.`
-      : "Chosen by ΔW error, which is a proxy: with --model and --text answers decide.",
+      : "ΔW error is a proxy: with --model and --text answers decide.",
   ];
 }

@@ -12,6 +12,7 @@ import { expandTerm } from "../pack/expand.ts";
 import { isSigned, keyName } from "../pack/keys.ts";
 import type { Pack } from "../pack/pack.ts";
 import { storedModule } from "../pack/project.ts";
+import { type TaskLoss, totalOf } from "../pack/report.ts";
 import type { TrustOptions } from "../pack/trust.ts";
 import type { ByteSource } from "../source.ts";
 import { toHex } from "../tensor/hex.ts";
@@ -53,14 +54,16 @@ export const verify: Attach = command({
     }
     const rows = [...figures].map(([id, { error, delta, bound }]) => [
       id,
-      ...[error.mean, error.max].map(percent),
+      ...[error.total, error.max].map(percent),
       ...[delta.A, delta.B, bound].map((n) => n.toFixed(3)),
     ]);
     return {
       json: { ok, checks, tasks: [...pack.tasks.keys()].map((id) => ({ id, ...figures.get(id) })) },
       text: [
         ...table([["check", "", ""], ...checks.map(({ name, ok, detail }) => [name, ok ? "ok" : "FAILED", detail])]),
-        ...(rows.length ? ["", ...table([["task", "ΔW error", "largest", "δ of A", "δ of B", "bound"], ...rows])] : []),
+        ...(rows.length
+          ? ["", ...table([["task", "ΔW error", "largest module", "δ of A", "δ of B", "bound"], ...rows])]
+          : []),
       ],
       exitCode: ok ? 0 : 1,
     };
@@ -137,7 +140,7 @@ async function unpadded(source: ByteSource, { window, directory }: Pack): Promis
 }
 
 interface Figures {
-  readonly error: { readonly mean: number; readonly max: number };
+  readonly error: Omit<TaskLoss, "id">;
   readonly delta: { readonly A: number; readonly B: number };
   readonly bound: number;
 }
@@ -145,16 +148,24 @@ interface Figures {
 /** ΔW error, δ and bound of a task against the adapter it was made of. */
 async function compare(pack: Pack, bases: Uint8Array, blob: TaskBlob, adapter: Adapter): Promise<Figures> {
   const found: ModuleLoss[] = [];
-  for (const term of blob.terms) {
-    const module = pack.modules[term.module]!;
-    const { name } = module;
-    const source = adapter.modules.get(name);
-    if (!source) {
-      const { file } = adapter;
-      throw new AdapterError(`it does not adapt "${name}", the task of the pack does`, { file, field: name });
-    }
+  const terms = new Map(blob.terms.map((term) => [pack.modules[term.module]!.name, term]));
+  const foreign = [...terms.keys()].find((name) => !adapter.modules.has(name));
+  if (foreign !== undefined)
+    throw new AdapterError(`it does not adapt "${foreign}", the task of the pack does`, {
+      file: adapter.file,
+      field: foreign,
+    });
+  for (const [name, source] of adapter.modules) {
     const { A, Bt } = await source.read();
     const member = { id: adapter.id, rank: source.rank, A, Bt };
+    const term = terms.get(name);
+    if (!term) {
+      // Too little of the task to be worth a byte.
+      const { norm } = deltaError(exact(member), exact(member));
+      found.push({ error: norm > 0 ? 1 : 0, norm, bound: norm > 0 ? 1 : 0, deltaA: 0, deltaB: 0 });
+      continue;
+    }
+    const module = pack.modules[term.module]!;
     if (term.A && term.B && term.privateRank === 0) {
       const gauge = pack.directory.basis.gauge === "balanced" ? "balanced" : "as-trained";
       const alphaA = encodedTensor(blob.bytes, term.A.tensor);
@@ -164,13 +175,13 @@ async function compare(pack: Pack, bases: Uint8Array, blob: TaskBlob, adapter: A
       found.push(measureModule(space, member, stored, { gauge, coefficientDtype: term.A.tensor.dtype }));
     } else {
       const { difference, bound, norm } = deltaError(exact(member), exact(expandTerm(blob, term, module, bases)));
-      found.push({ error: relative(difference, norm), bound: relative(bound, norm), deltaA: 0, deltaB: 0 });
+      found.push({ error: relative(difference, norm), norm, bound: relative(bound, norm), deltaA: 0, deltaB: 0 });
     }
   }
   const most = (figure: keyof ModuleLoss): number => Math.max(0, ...found.map((one) => one[figure]));
   const mean = sum(found.map(({ error }) => error)) / Math.max(found.length, 1);
   return {
-    error: { mean, max: most("error") },
+    error: { total: totalOf(found), mean, max: most("error") },
     delta: { A: most("deltaA"), B: most("deltaB") },
     bound: most("bound"),
   };

@@ -6,6 +6,7 @@
  */
 import { type Dtype, isQuantized } from "../tensor/dtypes.ts";
 import { storing } from "../tensor/encode.ts";
+import type { PrivateChoice } from "./allocation.ts";
 import { deltaError, relative } from "./error.ts";
 import { extractModule, type ModuleExtraction, type ModuleStack } from "./extract.ts";
 import { balance, leadingRows, type Pair, pairOf } from "./gauge.ts";
@@ -29,10 +30,11 @@ export interface PrivateTerms {
 }
 
 export interface PrivateOptions extends ExtractOptions {
-  /** Rank of the private part: of every task with `select` by number or energy, the most with an error, where each task has as few as do. */
-  readonly privateTerms: number;
-  /** Share of ‖ΔW‖² that each of them holds at least, where no error decides. Default: 0. */
-  readonly privateShare?: number | undefined;
+  /**
+   * Rank of the private part: of every task with `select` by number or energy, the most with an error, where each task has as few as
+   * do. Or what each member of the stack has, in its order, in a number format of its own.
+   */
+  readonly privateTerms: number | readonly (PrivateChoice | undefined)[];
 }
 
 /** A task with what it keeps for itself. */
@@ -49,11 +51,13 @@ export interface MixedExtraction extends ModuleExtraction {
  * @throws RangeError as `extractModule`; also for another gauge than balanced, and when an error is out of reach
  */
 export function extractMixed(stack: ModuleStack, options: PrivateOptions): MixedExtraction {
-  const { select, gauge } = options;
-  if (!(Number.isInteger(options.privateTerms) && options.privateTerms >= 1))
-    throw new RangeError(`privateTerms must be a whole number from 1, got ${options.privateTerms}`);
-  const { privateShare: share = 0 } = options;
-  if (!(share >= 0 && share < 1)) throw new RangeError(`privateShare must be from 0 to less than 1, got ${share}`);
+  const { select, gauge, privateTerms: terms } = options;
+  if (typeof terms === "number" && !(Number.isInteger(terms) && terms >= 1))
+    throw new RangeError(`privateTerms must be a whole number from 1, got ${terms}`);
+  if (typeof terms === "object" && select.kind === "error")
+    throw new RangeError(
+      "an error decides how many private terms there are: give their greatest number, no allocation",
+    );
   if (gauge !== "balanced") throw new RangeError("private terms need gauge balanced");
   if (options.moments) throw new RangeError("private terms are not found by moments; leave one of them out");
   if (options.mode === "flat")
@@ -75,6 +79,13 @@ export function extractMixed(stack: ModuleStack, options: PrivateOptions): Mixed
   throw new RangeError(
     `${stack.name}: an error of ${select.max} is out of reach of ${options.privateTerms} private terms in ${options.coefficientDtype}; allow more`,
   );
+}
+
+/** What one member may have for itself. */
+function choiceOf({ privateTerms, coefficientDtype: dtype }: PrivateOptions, member: number): PrivateChoice {
+  return typeof privateTerms === "number"
+    ? { rank: privateTerms, dtype }
+    : (privateTerms[member] ?? { rank: 0, dtype });
 }
 
 interface Mixed {
@@ -99,7 +110,7 @@ function alternate(stack: ModuleStack, given: readonly Pair[], options: PrivateO
     const parts = expanded(shared, options);
     const tasks = shared.tasks.map((task, i) =>
       storing(`a private term of "${stack.name}"`, task.id, () =>
-        withPrivate(task, given[i]!, parts[i]!, options, error),
+        withPrivate(task, given[i]!, parts[i]!, choiceOf(options, i), error),
       ),
     );
     const found = { ...shared, tasks: tasks.map(({ task }) => task) };
@@ -130,7 +141,7 @@ function extractShared(stack: ModuleStack, options: ExtractOptions): ModuleExtra
   const empty = new Uint8Array(0);
   const none = { dtype: options.basisDtype, components: 0, mean: false, encoded: empty, explained: 0 };
   const singular = new Float64Array(0);
-  const nothing = { rank: 0, alphaA: empty, alphaB: empty, error: 1, bound: 1, deltaA: 1, deltaB: 1 };
+  const nothing = { rank: 0, alphaA: empty, alphaB: empty, error: 1, norm: 0, bound: 1, deltaA: 1, deltaB: 1 };
   return {
     name,
     out,
@@ -140,6 +151,21 @@ function extractShared(stack: ModuleStack, options: ExtractOptions): ModuleExtra
     tasks: members.map(({ id }) => ({ id, ...nothing })),
     delta: { A: 1, B: 1 },
   };
+}
+
+/** What shared components leave of every member, as singular values, and the bytes of components and coefficients. */
+export function remainders(stack: ModuleStack, options: ExtractOptions): { singular: number[][]; bytes: number } {
+  const shared = extractModule(stack, options);
+  const parts = expanded(shared, options);
+  const singular = stack.members.map((member, i) =>
+    singularOf(balance(stackedPairs(pairOf(member), parts[i]!, -1), stack.out, stack.in)),
+  );
+  return { singular, bytes: bytesOf(shared) };
+}
+
+/** Singular values of a balanced pair, descending. */
+export function singularOf(pair: Pair): number[] {
+  return Array.from({ length: pair.rank }, (_, row) => Math.sqrt(squareOf(pair, row)));
 }
 
 /** The shared factors of every task, as stored. */
@@ -155,14 +181,14 @@ function withPrivate(
   task: ProjectedTask,
   given: Pair,
   shared: Pair,
-  { coefficientDtype: dtype, privateTerms, privateShare = 0 }: PrivateOptions,
+  { rank: limit, dtype }: PrivateChoice,
   error: number | undefined,
 ): { task: MixedTask; terms: Pair; lost: number; reached: boolean } {
   const [width, height] = [given.A.length / given.rank, given.Bt.length / given.rank];
   const rest = balance(stackedPairs(given, shared, -1), height, width);
   const { norm: whole } = deltaError(given, given);
-  const most = Math.min(privateTerms, rest.rank);
-  let least = error === undefined ? countFrom(rest, privateShare * whole ** 2) : leastRank(rest, error, whole);
+  const most = Math.min(limit, rest.rank);
+  let least = error === undefined ? most : leastRank(rest, error, whole);
   for (; ; least++) {
     const q = Math.min(least, most);
     const leading = leadingRows(rest, q);
@@ -176,7 +202,7 @@ function withPrivate(
     if (error !== undefined && found > error && q < most) continue;
     const terms = q > 0 ? { rank: q, dtype, A: A.encoded, Bt: Bt.encoded } : undefined;
     return {
-      task: { ...task, error: found, bound: relative(bound, norm), privateTerms: terms },
+      task: { ...task, error: found, norm, bound: relative(bound, norm), privateTerms: terms },
       terms: rows,
       lost: difference ** 2,
       reached: error === undefined || found <= error,
@@ -192,13 +218,6 @@ function leastRank(rest: Pair, error: number, norm: number): number {
     if (Math.sqrt(left) > error * norm) return q;
   }
   return 0;
-}
-
-/** How many singular values have a square of at least so much. */
-function countFrom(rest: Pair, square: number): number {
-  let q = 0;
-  while (q < rest.rank && squareOf(rest, q) >= square) q++;
-  return q;
 }
 
 /** The square of a singular value: of a balanced pair a row of A is √s long. */

@@ -36,6 +36,8 @@ export interface ModuleLoss {
    * without the directions that are zero within rounding: below 1e-6 of ‖ΔW‖.
    */
   error: number;
+  /** ‖ΔW‖. */
+  norm: number;
   /** (‖B − B'‖·‖A‖ + ‖B'‖·‖A − A'‖) / ‖ΔW‖, an upper bound of `error`. */
   bound: number;
   /** Theorem 1's δ of the task's rows of A: the largest sine between a centred row and the stored span. */
@@ -103,6 +105,7 @@ export function measureModule(
   const { difference, norm } = deltaError(given, stored);
   return {
     error: relative(difference, norm),
+    norm,
     bound: relative(deltaError(pair, stored).bound, norm),
     deltaA: largestSine(space.A, targetOf(space.A, pair.A, task.rank)),
     deltaB: largestSine(space.B, targetOf(space.B, pair.Bt, task.rank)),
@@ -128,6 +131,7 @@ export function projectTargets(space: ModuleSpace, a: Target, b: Target, type: D
     alphaA: A.encoded,
     alphaB: B.encoded,
     error: relative(difference, norm),
+    norm,
     bound: relative(bound, norm),
     deltaA: largestSine(space.A, a),
     deltaB: largestSine(space.B, b),

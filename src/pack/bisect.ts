@@ -17,29 +17,6 @@ function tooFew(max: number, least: number): Unreachable {
   return new Unreachable(`${max} bytes are too few: the least is ${least}`, { least });
 }
 
-/** Shares of ‖ΔW‖² below which a private term is noise, and above which few are left. */
-const [LEAST_SHARE, MOST_SHARE] = [2 ** -24, 0.999];
-
-/** The smallest share whose bytes stay within `max`, to half a percent of them; bytes shrink as it grows. */
-export async function sharpen<T>(
-  build: (share: number) => Promise<T>,
-  sizeOf: (made: T) => number,
-  max: number,
-): Promise<T> {
-  const all = await build(LEAST_SHARE);
-  if (sizeOf(all) <= max) return all;
-  let found = await build(MOST_SHARE);
-  if (sizeOf(found) > max) throw tooFew(max, sizeOf(found));
-  let [low, high] = [LEAST_SHARE, MOST_SHARE];
-  while (sizeOf(found) < 0.995 * max && high > 1.001 * low) {
-    const middle = Math.sqrt(low * high);
-    const made = await build(middle);
-    if (sizeOf(made) <= max) [high, found] = [middle, made];
-    else low = middle;
-  }
-  return found;
-}
-
 /** The most of something whose bytes stay within `max`; they grow with it nearly in a line. */
 export async function grow<T>(
   build: (n: number) => Promise<T>,

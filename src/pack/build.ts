@@ -8,13 +8,14 @@ import { baseModels, refuseBoth, type SharedModule, sharedModules } from "../ada
 import { checkOptions } from "../arguments.ts";
 import type { WeightHost } from "../base/host.ts";
 import { AdapterError } from "../errors.ts";
+import type { Allocation } from "../extract/allocation.ts";
 import { extractModule } from "../extract/extract.ts";
-import type { BasisMode, Centering, ComponentSelection, Gauge } from "../extract/options.ts";
-import { extractMixed, type MixedExtraction, type PrivateOptions } from "../extract/private.ts";
+import type { BasisMode, Centering, ComponentSelection, ExtractOptions, Gauge } from "../extract/options.ts";
+import { extractMixed, type MixedExtraction } from "../extract/private.ts";
 import type { SideBasis } from "../extract/side.ts";
 import { fastProducts } from "../extract/wasm-products.ts";
 import type { ModuleInput, SideInput, TermInput } from "../format/encode.ts";
-import type { Dtypes } from "../tensor/dtypes.ts";
+import type { Dtype, Dtypes } from "../tensor/dtypes.ts";
 import { UnstorableError } from "../tensor/encode.ts";
 import { readFingerprints } from "./fingerprints.ts";
 import { newPack } from "./fresh.ts";
@@ -28,6 +29,7 @@ import {
   sizes,
   summaryOf,
 } from "./report.ts";
+import { readStack } from "./stack.ts";
 import { encodeAdapter, encodeTerm } from "./tasks.ts";
 
 /** How adapters are packed. */
@@ -58,14 +60,10 @@ export interface BuildOptions {
   readonly rank?: number | undefined;
   /**
    * Rank-1 terms that each task has to itself in every module, with gauge "balanced", beside the components or, with `select` k 0,
-   * instead of them. With an error to keep, an upper limit; each task uses as few as it needs. Default: 0.
+   * instead of them. With an error to keep, an upper limit; each task uses as few as it needs. Or how many of which number format by
+   * task and module (`searchPack` finds that). Default: 0.
    */
-  readonly privateTerms?: number | undefined;
-  /**
-   * Share of ‖ΔW‖² that a private term must hold to be stored, where no error decides: tasks and modules then have as many of the
-   * `privateTerms` as are worth their bytes. Default: 0.
-   */
-  readonly privateShare?: number | undefined;
+  readonly privateTerms?: number | Allocation | undefined;
 
   // How it is written.
   /** Default: f16 for each. */
@@ -87,7 +85,6 @@ const OPTIONS = [
   "moments",
   "rank",
   "privateTerms",
-  "privateShare",
   "dtype",
   "base",
   "onProgress",
@@ -146,6 +143,7 @@ export async function buildPack(adapters: readonly Adapter[], options: BuildOpti
     centering,
     dtype,
     components,
+    privateTerms: countsOf([...terms.values()].flat()),
     error: summaryOf(errors),
     errors: lossesOf(errors, [...new Set(errors.map(({ task }) => task))]),
     warnings: [
@@ -156,12 +154,18 @@ export async function buildPack(adapters: readonly Adapter[], options: BuildOpti
   return { chunks, report };
 }
 
+function countsOf(terms: readonly TermInput[]): BuildReport["privateTerms"] {
+  const counts: Partial<Record<Dtype, number>> = {};
+  for (const { privateTerms: own } of terms) if (own) counts[own.dtype] = (counts[own.dtype] ?? 0) + own.rank;
+  return counts;
+}
+
 /** Extracts and encodes module after module. */
 async function encodeModules(
   shared: readonly SharedModule<Adapter>[],
-  extraction: PrivateOptions,
+  extraction: ExtractOptions,
   dtype: Dtypes,
-  { moments: all, onProgress, signal }: BuildOptions,
+  { moments: all, privateTerms, onProgress, signal }: BuildOptions,
 ): Promise<{ modules: ModuleInput[]; terms: Map<Adapter, TermInput[]>; errors: ModuleError[] }> {
   const modules: ModuleInput[] = [];
   const terms = new Map<Adapter, TermInput[]>();
@@ -174,10 +178,10 @@ async function encodeModules(
       throw new RangeError(
         `there are no moments of "${name}"; collect them for all adapted modules, or leave them out`,
       );
-    const { module, magnitudes } = await extractFrom({ shape, owners }, { ...extraction, moments });
+    const { module, magnitudes } = await extractFrom({ shape, owners }, { ...extraction, moments }, privateTerms);
     for (const [i, task] of module.tasks.entries()) {
       const owner = owners[i]!;
-      errors.push({ task: task.id, module: name, error: task.error });
+      errors.push({ task: task.id, module: name, error: task.error, norm: task.norm });
       const term = encodeTerm({ index, name }, task, module, magnitudes[i], owner, dtype);
       if (term.A || term.privateTerms || term.magnitude) terms.set(owner, [...(terms.get(owner) ?? []), term]);
     }
@@ -189,9 +193,9 @@ async function encodeModules(
 }
 
 /** Options of extraction, complete. @throws RangeError for those that do not go together */
-async function extractionOf(options: BuildOptions, tasks: number): Promise<PrivateOptions> {
+async function extractionOf(options: BuildOptions, tasks: number): Promise<ExtractOptions> {
   const { mode = "column", gauge = "as-trained", select = { kind: "energy", share: 0.9 } } = options;
-  const { centering = mode === "joint" ? "none" : "keep", rank, privateTerms = 0, privateShare, normalize } = options;
+  const { centering = mode === "joint" ? "none" : "keep", rank, normalize } = options;
   if (mode === "joint" && centering === "keep")
     throw new RangeError('joint mode has no mean: leave centering out, or take mode "column"');
   if (mode === "flat") checkFlat(select, tasks, centering);
@@ -200,8 +204,6 @@ async function extractionOf(options: BuildOptions, tasks: number): Promise<Priva
     mode,
     gauge,
     rank,
-    privateTerms,
-    privateShare,
     centering,
     normalize,
     select,
@@ -222,20 +224,22 @@ function checkFlat(select: ComponentSelection, tasks: number, centering: "keep" 
 }
 
 async function extractFrom(
-  { shape, owners }: SharedModule<Adapter>,
-  options: PrivateOptions,
+  module: SharedModule<Adapter>,
+  options: ExtractOptions,
+  privateTerms: BuildOptions["privateTerms"] = 0,
 ): Promise<{ module: MixedExtraction; magnitudes: (Float32Array | undefined)[] }> {
-  const terms = await Promise.all(owners.map(({ modules }) => modules.get(shape.name)!.read()));
-  const members = terms.map((term, i) => ({ ...term, id: owners[i]!.id }));
-  const stack = { ...shape, members };
+  const { name } = module.shape;
+  const { stack, terms } = await readStack(module);
+  const own =
+    typeof privateTerms === "number" ? privateTerms : stack.members.map(({ id }) => privateTerms.get(id)?.get(name));
   try {
-    const module = options.privateTerms > 0 ? extractMixed(stack, options) : extractModule(stack, options);
-    return { module, magnitudes: terms.map(({ magnitude }) => magnitude) };
+    const found = own === 0 ? extractModule(stack, options) : extractMixed(stack, { ...options, privateTerms: own });
+    return { module: found, magnitudes: terms.map(({ magnitude }) => magnitude) };
   } catch (cause) {
     if (!(cause instanceof UnstorableError)) throw cause;
     // A basis is of all adapters together; then the first one stands for them.
-    const { file } = owners.find(({ id }) => id === cause.owner) ?? owners[0]!;
-    throw new AdapterError(cause.message, { file, field: shape.name, cause });
+    const { file } = module.owners.find(({ id }) => id === cause.owner) ?? module.owners[0]!;
+    throw new AdapterError(cause.message, { file, field: name, cause });
   }
 }
 

@@ -50,7 +50,7 @@ export async function projectAdapters(
         const task = storable(adapter, stored, () =>
           projectModule(opened, { id: adapter.id, ...term }, { gauge, rank, coefficientDtype: dtype.coefficients }),
         );
-        errors.push({ task: adapter.id, module: stored.name, error: task.error });
+        errors.push({ task: adapter.id, module: stored.name, error: task.error, norm: task.norm });
         terms[i]!.push(encodeTerm({ index, name: stored.name }, task, opened, term.magnitude, adapter, dtype));
       }
       onProgress?.(index + 1, pack.modules.length);

@@ -4,17 +4,21 @@
 import { baseModels } from "../adapters/modules.ts";
 import type { BasisMode, Centering, Gauge } from "../extract/options.ts";
 import type { ModuleInput } from "../format/encode.ts";
-import type { Dtypes } from "../tensor/dtypes.ts";
+import type { Dtype, Dtypes } from "../tensor/dtypes.ts";
 
 /** f16 where nothing else is asked for. */
 export function completeDtypes({ basis = "f16", coefficients = "f16", head = "f16" }: Partial<Dtypes> = {}): Dtypes {
   return { basis, coefficients, head };
 }
 
-/** What a task lost: ‖ΔW − ΔW'‖ / ‖ΔW‖ over its modules. */
+/** What a task lost: ‖ΔW − ΔW'‖ / ‖ΔW‖. */
 export interface TaskLoss {
   readonly id: string;
+  /** Of all its modules together. */
+  readonly total: number;
+  /** Mean over its modules. */
   readonly mean: number;
+  /** Largest of a module. */
   readonly max: number;
 }
 
@@ -49,6 +53,8 @@ export interface TasksReport {
 /** What a pack is made of and what its tasks lost. */
 export interface BuildReport extends PackReport, TasksReport {
   readonly dtype: Dtypes;
+  /** Private terms by number format, over tasks and modules. */
+  readonly privateTerms: Readonly<Partial<Record<Dtype, number>>>;
   readonly error: TasksReport["error"] & { readonly worstModule: string };
   /** The same over the modules of each task. */
   readonly errors: readonly TaskLoss[];
@@ -107,11 +113,13 @@ export interface ModuleError {
   readonly task: string;
   readonly module: string;
   readonly error: number;
+  /** ‖ΔW‖. */
+  readonly norm: number;
 }
 
 /** Mean and worst of errors. */
 export function summaryOf(errors: readonly ModuleError[]): BuildReport["error"] {
-  const worst = errors.reduce((a, b) => (b.error > a.error ? b : a), { task: "", module: "", error: 0 });
+  const worst = errors.reduce((a, b) => (b.error > a.error ? b : a), { task: "", module: "", error: 0, norm: 0 });
   return { ...figures(errors), worstTask: worst.task, worstModule: worst.module };
 }
 
@@ -119,7 +127,13 @@ export function summaryOf(errors: readonly ModuleError[]): BuildReport["error"] 
 export function lossesOf(errors: readonly ModuleError[], ids: readonly string[]): TaskLoss[] {
   const own = new Map<string, ModuleError[]>(ids.map((id) => [id, []]));
   for (const error of errors) own.get(error.task)?.push(error);
-  return ids.map((id) => ({ id, ...figures(own.get(id)!) }));
+  return ids.map((id) => ({ id, total: totalOf(own.get(id)!), ...figures(own.get(id)!) }));
+}
+
+/** ‖ΔW − ΔW'‖ / ‖ΔW‖ of modules together. */
+export function totalOf(errors: readonly Pick<ModuleError, "error" | "norm">[]): number {
+  const whole = errors.reduce((sum, { norm }) => sum + norm ** 2, 0);
+  return whole > 0 ? Math.sqrt(errors.reduce((sum, { error, norm }) => sum + (error * norm) ** 2, 0) / whole) : 0;
 }
 
 function figures(errors: readonly ModuleError[]): { mean: number; max: number } {

@@ -4,8 +4,10 @@
  */
 import type { Adapter } from "../adapters/adapter.ts";
 import { checkOptions } from "../arguments.ts";
+import { type Allocation, allocateBytes, allocateError } from "../extract/allocation.ts";
 import type { ComponentSelection } from "../extract/options.ts";
-import { grow, lowestPassing, partition, sharpen, Unreachable } from "./bisect.ts";
+import { type Shared, type Survey, sharingThatPays, survey, withinBytes, withinError } from "./allocate.ts";
+import { grow, lowestPassing, partition, Unreachable } from "./bisect.ts";
 import { type BuildOptions, type Built, buildPack } from "./build.ts";
 import {
   better,
@@ -18,12 +20,13 @@ import {
   type Tried,
 } from "./goal.ts";
 import { openPack } from "./pack.ts";
-import type { BuildReport } from "./report.ts";
-import { allOf, limitOf, nameOf, type Way, waysFor } from "./ways.ts";
+import type { BuildReport, TaskLoss } from "./report.ts";
+import { allOf, allocatedWay, headFor, headWithin, judgedWays, limitOf, nameOf, type Way } from "./ways.ts";
 
 /** What is sought, who judges, and where to look. */
 export interface SearchOptions extends Pick<BuildOptions, "dtype" | "centering" | "normalize" | "base"> {
-  readonly goal: Goal;
+  /** Default: an error of at most 0.15 (`DEFAULT_ERROR`). */
+  readonly goal?: Goal | undefined;
   /**
    * Decides which of two packs is better. Goals of divergence and score need one; `createJudge` of `eigenlora/train` makes one of
    * divergence. Default: the mean ΔW error decides, which is a proxy.
@@ -31,8 +34,9 @@ export interface SearchOptions extends Pick<BuildOptions, "dtype" | "centering" 
   readonly judge?: Judge | undefined;
   /**
    * Where to look. With a score the one that is likely best comes first: of the others only packs smaller than the best so far are
-   * made. Default: for a score column mode in int4, int8 and f16; otherwise column mode as trained and balanced with less and less
-   * rank, joint and flat mode, private terms beside components and alone, in the number formats that `dtype` leaves open.
+   * made. Default: without a judge private terms alone, and beside shared components where those save bytes; for a score column mode
+   * in int4, int8 and f16; otherwise private terms, column mode as trained and balanced with less and less rank, joint and flat mode,
+   * in the number formats that `dtype` leaves open.
    */
   readonly ways?: readonly Way[];
   /** Second moments, as of `buildPack`: where a judge decides, one of the default ways is calibrated by them. */
@@ -51,7 +55,12 @@ export interface SearchReport extends BuildReport, Omit<Tried, "bytes" | "error"
   readonly reference?: ReadonlyMap<string, number> | undefined;
   /** In order; without the pack that gave the reference. */
   readonly tried: readonly Tried[];
+  /** What was decided, a sentence each. */
+  readonly decisions: readonly string[];
 }
+
+/** What a task may lose of its ΔW where nobody says so: docs/packing.md has what that costs and saves. */
+export const DEFAULT_ERROR = 0.15;
 
 /** A pack that was judged. */
 interface Candidate {
@@ -62,11 +71,14 @@ interface Candidate {
 
 /** What all steps of one search share. */
 interface Search extends SearchOptions {
+  readonly goal: Goal;
   readonly adapters: readonly Adapter[];
   readonly ids: readonly string[];
   /** Scores to compare with. */
   readonly reference?: ReadonlyMap<string, number>;
   note(tried: Tried): void;
+  /** What private terms are to hold, beside shared components or alone. Made once each. */
+  survey(shared?: Shared): Promise<Survey>;
 }
 
 /**
@@ -96,19 +108,40 @@ interface Search extends SearchOptions {
  *   },
  * });
  */
-export async function searchPack(adapters: readonly Adapter[], options: SearchOptions): Promise<Built<SearchReport>> {
-  checkSearch(adapters, options);
-  const { goal, judge, moments, dtype = {}, ways } = options;
-  const groups = ways?.map((way) => [way]) ?? waysFor(adapters, dtype, moments, goal.kind);
-  const of = groups.flat().length;
+export async function searchPack(
+  adapters: readonly Adapter[],
+  options: SearchOptions = {},
+): Promise<Built<SearchReport>> {
+  const { goal = { kind: "error", max: DEFAULT_ERROR }, judge, moments, dtype = {}, ways } = options;
+  checkSearch(adapters, { ...options, goal });
   const tried: Tried[] = [];
-  let [best, done]: [Candidate | undefined, number] = [undefined, 0];
+  const decisions: string[] = [];
+  let [best, done, of]: [Candidate | undefined, number, number] = [undefined, 0, 0];
   const note = (one: Tried): void => {
     tried.push(one);
     options.onTry?.(one, done, of);
   };
-  const start: Search = { ...options, adapters, ids: adapters.map(({ id }) => id), note };
+  const surveys = new Map<string, Promise<Survey>>();
+  const start: Search = {
+    ...options,
+    goal,
+    adapters,
+    ids: adapters.map(({ id }) => id),
+    note,
+    survey(shared) {
+      const key = JSON.stringify(shared ?? null);
+      const only = dtype.coefficients && [dtype.coefficients];
+      if (!surveys.has(key)) surveys.set(key, survey(adapters, { only, shared, signal: options.signal }));
+      return surveys.get(key)!;
+    },
+  };
   const search = goal.kind === "score" ? { ...start, reference: await referenceOf(start, goal) } : start;
+  const groups =
+    ways?.map((way) => [way]) ??
+    (judge && goal.kind !== "error"
+      ? judgedWays(adapters, dtype, moments, goal.kind)
+      : await allocatedWays(search, decisions));
+  of = groups.flat().length;
   for (const group of groups) {
     let before: Candidate | undefined;
     for (const [i, way] of group.entries()) {
@@ -128,7 +161,43 @@ export async function searchPack(adapters: readonly Adapter[], options: SearchOp
   const { chunks, report } = await best.built();
   const { bytes: _, error: __, ...chosen } = best.tried;
   const judgedBy = goal.kind === "score" ? "score" : judge ? "divergence" : "error";
-  return { chunks, report: { ...report, ...chosen, judgedBy, reference: search.reference, tried } };
+  const warnings = [...report.warnings, ...worseThanTheRest(report.errors)];
+  return {
+    chunks,
+    report: { ...report, ...chosen, warnings, judgedBy, reference: search.reference, tried, decisions },
+  };
+}
+
+/** Private terms alone, and beside shared components where that takes fewer bytes; says which. */
+async function allocatedWays(search: Search, decisions: string[]): Promise<Way[][]> {
+  const { adapters, goal, dtype = {} } = search;
+  if (goal.kind !== "error" && goal.kind !== "bytes") throw new Error("a judge decides about other goals");
+  const found = await search.survey();
+  const { spectra, only } = found;
+  const plan =
+    goal.kind === "error" ? allocateError(spectra, () => goal.max, only) : allocateBytes(spectra, goal.max, only);
+  const shared = adapters.length > 1 ? await sharingThatPays(adapters, found, plan) : undefined;
+  const head = dtype.head ?? (goal.kind === "error" ? headWithin(goal.max) : headFor(adapters, goal.max));
+  decisions.push(
+    shared
+      ? `${shared.k} components in ${shared.dtype} are shared: of a few modules, that saves bytes`
+      : "nothing is shared: adapters have too little in common for components to pay",
+    `heads are stored in ${head}`,
+  );
+  return [[allocatedWay(head)], ...(shared ? [[allocatedWay(head, shared)]] : [])];
+}
+
+/** Tasks that lose much more than the others. */
+function worseThanTheRest(losses: readonly TaskLoss[]): string[] {
+  const totals = losses.map(({ total }) => total).sort((a, b) => a - b);
+  const median = totals[totals.length >> 1] ?? 0;
+  return losses
+    .filter(({ total }) => total > 0.3 && total > 1.5 * median)
+    .map(
+      ({ id, total }) =>
+        `task "${id}" loses ${Math.round(100 * total)} % of its ΔW, others ${Math.round(100 * median)} %: allow more bytes, or ` +
+        "an error instead of a size, which holds for every task",
+    );
 }
 
 const OPTIONS = [
@@ -146,7 +215,7 @@ const OPTIONS = [
 ] as const;
 
 /** @throws RangeError for options that do not go together; TypeError for one that is not known */
-function checkSearch(adapters: readonly Adapter[], options: SearchOptions): void {
+function checkSearch(adapters: readonly Adapter[], options: SearchOptions & { goal: Goal }): void {
   checkOptions("searchPack", options, OPTIONS);
   const { goal, judge, moments, ways, ladder } = options;
   const refuse = (message: string): RangeError => new RangeError(`searchPack: ${message}`);
@@ -164,31 +233,37 @@ function checkSearch(adapters: readonly Adapter[], options: SearchOptions): void
   if (ways?.length === 0 || ladder?.length === 0) throw refuse("ways and ladder must not be empty");
 }
 
-/** Of `k` components on every side, or, where nothing is shared, of `k` private terms of each task. @throws Unreachable */
-async function build(
-  { adapters, dtype, centering, normalize, base, signal }: Search,
-  { name: _, privateOnly, ...way }: Way,
-  select: ComponentSelection,
-): Promise<Built> {
-  const common = { dtype, centering, normalize, base, signal, ...way };
-  const most = (): number => way.privateTerms ?? limitOf(adapters, { privateOnly: true });
-  const options: BuildOptions = !privateOnly
-    ? { ...common, select }
-    : select.kind === "k"
-      ? { ...common, privateTerms: select.k || most(), select: { kind: "k", k: 0 } }
-      : { ...common, privateTerms: most(), select };
+/** Of one way: with so many components, or private terms for an error. @throws Unreachable */
+async function build(search: Search, way: Way, select: ComponentSelection): Promise<Built> {
+  const { name: _, allocateBeside: k, ...options } = way;
+  const { adapters, dtype, centering, normalize, base, signal } = search;
+  if (k !== undefined) return allocated(search, way, select);
   try {
-    return await buildPack(adapters, options);
+    return await buildPack(adapters, { dtype, centering, normalize, base, signal, ...options, select });
   } catch (cause) {
     throw cause instanceof RangeError ? new Unreachable(cause.message, { cause }) : cause;
   }
 }
 
+/** Of a way with private terms for a goal. @throws Unreachable */
+async function allocated(
+  { adapters, dtype, base, signal, survey }: Search,
+  { name: _, allocateBeside: k = 0, ...options }: Way,
+  goal: ComponentSelection | Goal,
+): Promise<Built> {
+  const found = await survey(k > 0 ? { k, dtype: options.dtype?.basis ?? "f16" } : undefined);
+  const made = (privateTerms: Allocation): Promise<Built> =>
+    buildPack(adapters, { dtype, base, signal, ...options, privateTerms, select: { kind: "k", k } });
+  if (goal.kind === "error") return withinError(found, goal.max, made);
+  if (goal.kind === "bytes") return withinBytes(found, goal.max, made);
+  throw new Unreachable(`private terms are allocated for an error or a size, not for ${goal.kind}`);
+}
+
 /** Asks the judge, if there is one. */
 async function judged(search: Search, way: Way, built: Built, select?: ComponentSelection): Promise<Candidate> {
   const { goal, judge, ids, reference } = search;
-  const { bytes, error } = built.report;
-  const tried: Tried = { name: nameOf(way), way, select, bytes, error: error.mean };
+  const { bytes, errors } = built.report;
+  const tried: Tried = { name: nameOf(way), way, select, bytes, error: mean(errors.map(({ total }) => total)) };
   if (!judge) return { tried, built: async () => built };
   const found = await ask(search, judge, built);
   if (goal.kind !== "score") {
@@ -240,21 +315,25 @@ async function attempt(search: Search, way: Way, smallest: number = Infinity): P
   }
 }
 
-/**
- * The largest pack of one way that is no larger than `max` bytes: of as many components on every side as there is room for, or of
- * those private terms that hold most of their ΔW.
- */
+/** The largest pack of one way that is no larger than `max` bytes: of as many components on every side as there is room for. */
 function within(search: Search, way: Way, max: number): Promise<Built> {
   const sizeOf = ({ report: { bytes } }: Built): number => bytes;
-  if (way.privateOnly)
-    return sharpen((privateShare) => build(search, { ...way, privateShare }, { kind: "k", k: 0 }), sizeOf, max);
+  if (way.allocateBeside !== undefined) return allocated(search, way, { kind: "bytes", max });
   return grow((k) => build(search, way, { kind: "k", k }), sizeOf, max, limitOf(search.adapters, way));
 }
 
+/** Errors that are tried where behaviour decides how much private terms hold. */
+const ERRORS: readonly ComponentSelection[] = Array.from({ length: 12 }, (_, i) => ({
+  kind: "error",
+  max: 0.6 * 0.75 ** i,
+}));
+
 /** Behaviour gets better with more of it, but not with every one more: doubled until it is good, then halved. */
 async function seekDivergence(search: Search, way: Way, max: number): Promise<Candidate> {
-  const most = limitOf(search.adapters, way);
-  const show = async (k: number): Promise<Candidate> => judged(search, way, await build(search, way, { kind: "k", k }));
+  const own = way.allocateBeside !== undefined;
+  const most = own ? ERRORS.length : limitOf(search.adapters, way);
+  const show = async (k: number): Promise<Candidate> =>
+    judged(search, way, await build(search, way, own ? ERRORS[k - 1]! : { kind: "k", k }));
   let [low, high, found] = [0, 1, await show(1)];
   while (found.tried.divergence! > max) {
     if (high >= most) throw new Unreachable(`a divergence of ${found.tried.divergence!.toPrecision(3)} is the least`);
@@ -272,7 +351,8 @@ async function seekDivergence(search: Search, way: Way, max: number): Promise<Ca
 
 /** The smallest pack of a way that passes together with the next larger one, and is smaller than `smallest` bytes. */
 async function seekScore(search: Search, way: Way, smallest: number): Promise<Candidate | undefined> {
-  const ladder = search.ladder ?? ladderOf(limitOf(search.adapters, way));
+  const own = way.allocateBeside === undefined ? search.ladder : ERRORS;
+  const ladder = own ?? ladderOf(limitOf(search.adapters, way));
   const asked = new Map<number, Candidate>();
   const passes = async (rung: number): Promise<boolean> => {
     const select = ladder[rung]!;

@@ -3,32 +3,32 @@
  */
 import type { Adapter } from "../adapters/adapter.ts";
 import type { Dtype, Dtypes } from "../tensor/dtypes.ts";
+import type { Shared } from "./allocate.ts";
 import type { BuildOptions } from "./build.ts";
 
 /** A way of packing. Its bytes grow with one number: of components, or of private terms. */
 export interface Way extends Omit<BuildOptions, "select" | "base" | "onProgress" | "signal"> {
   /** For reports. Default: what sets it apart. */
   readonly name?: string;
-  /** Nothing is shared: what grows is the number of private terms. Takes gauge "balanced". Default: false. */
-  readonly privateOnly?: boolean;
+  /**
+   * So many components are shared, 0 for none, and private terms grow: as many, in as many bits, as each task and module is worth.
+   * Gauge "balanced". Default: components grow.
+   */
+  readonly allocateBeside?: number;
 }
 
 /** What a way is called in reports. */
-export function nameOf({ name, mode = "column", gauge = "as-trained", rank, privateOnly, dtype }: Way): string {
+export function nameOf({ name, mode = "column", gauge = "as-trained", rank, allocateBeside: k, dtype }: Way): string {
   if (name !== undefined) return name;
-  const kind = privateOnly ? "private terms alone" : mode;
-  return [kind, gauge, rank && `rank ${rank}`, dtype?.basis].filter(Boolean).join(", ");
+  if (k !== undefined) return k === 0 ? "private terms alone" : `${k} components and private terms`;
+  return [mode, gauge, rank && `rank ${rank}`, dtype?.basis].filter(Boolean).join(", ");
 }
 
 const MOST_COMPONENTS = 65_535;
 
-/** Components or private terms that there can be at most. */
-export function limitOf(
-  adapters: readonly Adapter[],
-  { mode, centering, rank: kept = Infinity, privateOnly }: Way,
-): number {
+/** Components that there can be at most. */
+export function limitOf(adapters: readonly Adapter[], { mode, centering, rank: kept = Infinity }: Way): number {
   const modules = adapters.flatMap(({ modules }) => [...modules.values()]);
-  if (privateOnly) return Math.max(...modules.map(({ rank }) => rank));
   if (mode === "flat") return Math.max(1, adapters.length - (centering === "none" ? 0 : 1));
   const rows = new Map<string, number>();
   for (const { name, rank } of modules) rows.set(name, (rows.get(name) ?? 0) + Math.min(rank, kept));
@@ -41,23 +41,46 @@ export function allOf(dtype: Dtype): Dtypes {
   return { basis: dtype, coefficients: dtype, head: dtype };
 }
 
+/** Private terms in the number formats that each task and module is worth, beside shared components or alone. */
+export function allocatedWay(head: Dtype, shared?: Shared): Way {
+  const { k, dtype } = shared ?? { k: 0, dtype: "int4" };
+  return { gauge: "balanced", allocateBeside: k, dtype: { basis: dtype, coefficients: dtype, head } };
+}
+
+/** Number format of heads that loses far less than `error` of them. */
+export function headWithin(error: number): Dtype {
+  return error >= 0.01 ? "int8" : error >= 1e-3 ? "f16" : "f32";
+}
+
+/** Of a file of `max` bytes, what heads may take in int8. */
+const HEADS_SHARE = 0.1;
+
+/** The number format of heads for a file of so many bytes: int8 where they hardly count. */
+export function headFor(adapters: readonly Adapter[], max: number): Dtype {
+  const matrices = adapters.flatMap(({ saved }) => saved.filter(({ shape }) => shape.length > 1));
+  const bytes = matrices.reduce(
+    (sum, { shape: [rows = 1, ...rest] }) => sum + rows * rest.reduce((a, b) => a * b, 1),
+    0,
+  );
+  return bytes <= HEADS_SHARE * max ? "int8" : "int4";
+}
+
 /** A head needs more bits than what it reads. */
 const HEADS = { int3: "int4", int4: "int4", int8: "int8", f16: "f16" } as const;
 
 /**
- * Which ways are worth trying: of each shape the number formats, fewest bits first.
+ * Which ways are worth asking a judge about: of each shape the number formats, fewest bits first.
  * @param fixed number formats that are not to be varied
  * @param moments adds a calibrated way
  */
-export function waysFor(
+export function judgedWays(
   adapters: readonly Adapter[],
   fixed: Partial<Dtypes>,
   moments: Way["moments"],
-  goal: "bytes" | "error" | "divergence" | "score",
+  goal: "bytes" | "divergence" | "score",
 ): Way[][] {
   if (goal === "score")
     return (["int4", "int8", "f16"] as const).map((dtype) => [{ dtype: { ...allOf(dtype), ...fixed } }]);
-  const error = goal === "error";
   const whole = Math.max(...adapters.flatMap(({ modules }) => [...modules.values()].map(({ rank }) => rank)));
   const half = Math.ceil(whole / 2);
   const shape = (name: string, way: Way): Way[] => {
@@ -69,18 +92,17 @@ export function waysFor(
     }));
   };
   const gauge = "balanced";
-  const alone = shape("private terms alone", { gauge, privateOnly: true });
+  const heads = fixed.head ? [fixed.head] : (["int4", "int8"] as const);
+  const alone = heads.map((head) => ({ ...allocatedWay(head), name: `private terms alone, heads ${head}` }));
   if (adapters.length === 1) return [alone];
   return [
+    alone,
     shape("column, as trained", {}),
     ...[...new Set([whole, half, Math.ceil((3 * whole) / 8)])].map((rank) =>
       shape(`column, balanced, rank ${rank}`, { gauge, rank }),
     ),
-    // With moments an error is another one, which does not compare.
-    ...(moments && !error ? [shape(`column, balanced, rank ${half}, calibrated`, { gauge, rank: half, moments })] : []),
+    ...(moments ? [shape(`column, balanced, rank ${half}, calibrated`, { gauge, rank: half, moments })] : []),
     shape(`joint, rank ${half}`, { mode: "joint", gauge, rank: half }),
     ...(adapters.length > 2 ? [shape("flat, balanced", { mode: "flat", gauge })] : []),
-    shape(`column, balanced, rank ${half}, private terms`, { gauge, rank: half, privateTerms: error ? whole : 1 }),
-    alone,
   ];
 }

@@ -169,7 +169,8 @@ export function openTasks(input: SourceInput): Promise<TaskPart> {
     const tasks = listed.map((value: Value) => {
       const id = value.get("id").string(255);
       value.check(tensors.has(nameOf(id)), () => `the task "${id}" is missing`);
-      return { id, mean: value.get("mean").number(0, Infinity), max: value.get("max").number(0, Infinity) };
+      const figure = (name: string): number => value.get(name).number(0, Infinity);
+      return { id, total: figure("total"), mean: figure("mean"), max: figure("max") };
     });
     about.check(
       tasks.length > 0 && tasks.length === tensors.size - 1,

@@ -1,0 +1,198 @@
+/**
+ * Private terms for a goal: reads what every adapter's modules hold, lets `allocation.ts` choose, and makes packs until what was
+ * measured keeps to the goal too. Estimates are good to a few percent, so that takes two or three packs.
+ */
+import type { Adapter } from "../adapters/adapter.ts";
+import { type SharedModule, sharedModules } from "../adapters/modules.ts";
+import {
+  type Allocated,
+  type Allocation,
+  allocateBytes,
+  allocateError,
+  costAt,
+  type Spectrum,
+} from "../extract/allocation.ts";
+import { balance, pairOf } from "../extract/gauge.ts";
+import type { ExtractOptions } from "../extract/options.ts";
+import { remainders, singularOf } from "../extract/private.ts";
+import { fastProducts } from "../extract/wasm-products.ts";
+import type { Dtype } from "../tensor/dtypes.ts";
+import { Unreachable } from "./bisect.ts";
+import type { Built } from "./build.ts";
+import { readStack } from "./stack.ts";
+
+/** Components that all tasks share beside their private terms, on each side of every module. */
+export interface Shared {
+  readonly k: number;
+  readonly dtype: Dtype;
+}
+
+/** What adapters hold, and how private terms of it may be stored. */
+export interface Survey {
+  readonly spectra: readonly Spectrum[];
+  /** Number formats of private terms. Default: all. */
+  readonly only?: readonly Dtype[] | undefined;
+}
+
+/** Makes a pack with these private terms. */
+type Build = (allocation: Allocation) => Promise<Built>;
+
+const ROUNDS = 8;
+/** A task that is still above what is allowed is held further below it from round to round, until it takes one step more. */
+const CAREFUL = 0.004;
+/** A pack within so much of its goal is good enough. */
+const CLOSE = 0.99;
+
+/** Reads the spectra of all adapters. @param shared what private terms stand beside. Default: nothing */
+export async function survey(
+  adapters: readonly Adapter[],
+  {
+    only,
+    shared,
+    signal,
+  }: { only?: readonly Dtype[] | undefined; shared?: Shared | undefined; signal?: AbortSignal | undefined },
+): Promise<Survey> {
+  const spectra: Spectrum[] = [];
+  for (const module of sharedModules(adapters).values()) {
+    signal?.throwIfAborted();
+    spectra.push(...(await spectraOf(module, shared)).spectra);
+  }
+  return { spectra, only };
+}
+
+/** Spectra of one module, and the bytes of what is shared. */
+async function spectraOf(
+  module: SharedModule<Adapter>,
+  shared: Shared | undefined,
+): Promise<{ spectra: Spectrum[]; bytes: number }> {
+  const { stack } = await readStack(module);
+  const { name, out, in: inputs, members } = stack;
+  const own = members.map((member) => singularOf(balance(pairOf(member), out, inputs)));
+  const rest = shared && remainders(stack, await sharedOptions(shared));
+  const spectra = own.map((values, i): Spectrum => {
+    const square = values.reduce((sum, value) => sum + value ** 2, 0);
+    return { task: members[i]!.id, module: name, out, in: inputs, singular: rest?.singular[i] ?? values, square };
+  });
+  return { spectra, bytes: rest?.bytes ?? 0 };
+}
+
+/** How shared components beside private terms are found. */
+async function sharedOptions({ k, dtype }: Shared): Promise<ExtractOptions> {
+  return {
+    mode: "column",
+    gauge: "balanced",
+    centering: "keep",
+    select: { kind: "k", k },
+    basisDtype: dtype,
+    coefficientDtype: dtype,
+    products: await fastProducts(),
+  };
+}
+
+/** The smallest pack in which no task loses more than `max` of its ΔW. @throws Unreachable */
+export async function withinError({ spectra, only }: Survey, max: number, build: Build): Promise<Built> {
+  const allowed = new Map(spectra.map(({ task }) => [task, max]));
+  for (let round = 0; round < ROUNDS; round++) {
+    const { allocation, short } = allocateError(spectra, (task) => allowed.get(task)!, only);
+    if (short.length > 0)
+      throw new Unreachable(
+        `task "${short[0]}" loses more than ${max} of its ΔW${only ? ` in ${only.join(" or ")}: allow more, or other number formats` : ": allow more"}`,
+      );
+    const built = await build(allocation);
+    let done = true;
+    for (const { id, total } of built.report.errors) {
+      // What was estimated too high is taken back once, what was too low until it fits.
+      if (total <= max && (round > 0 || total > CLOSE * max || total === 0)) continue;
+      allowed.set(id, (allowed.get(id)! * max * (1 - CAREFUL * (round + 1))) / total);
+      done = false;
+    }
+    if (done) return built;
+  }
+  throw new Unreachable(`an error of ${max} is just out of reach; allow more`);
+}
+
+/** The pack of at most `max` bytes that loses least. @throws Unreachable */
+export async function withinBytes({ spectra, only }: Survey, max: number, build: Build): Promise<Built> {
+  const tasks = new Set(spectra.filter(({ square }) => square > 0).map(({ task }) => task));
+  let best: Built | undefined;
+  // What a pack takes beside private terms is known when one has been made.
+  let [room, spare] = [max, 0];
+  for (let round = 0; round < ROUNDS; round++) {
+    const plan = allocateBytes(spectra, room, only);
+    const built = await build(plan.allocation);
+    const { bytes } = built.report;
+    const beside = bytes - plan.bytes;
+    const fits = bytes <= max;
+    if (plan.allocation.size < tasks.size && (fits || room < max))
+      throw tooFew(max, beside + firstBytes(spectra, only));
+    if (fits && !(best && best.report.bytes >= bytes)) best = built;
+    if (fits && (bytes >= CLOSE * max || max - beside - spare <= room)) break;
+    if (!fits && room < max) spare += (bytes - max) * 1.1;
+    room = max - beside - spare;
+    if (room <= 0) throw tooFew(max, beside + firstBytes(spectra, only));
+  }
+  if (!best) throw new Unreachable(`${max} bytes are just out of reach; allow more`);
+  return best;
+}
+
+function tooFew(max: number, least: number): Unreachable {
+  return new Unreachable(`${max} bytes are too few: the least is ${least}`, { least });
+}
+
+/** Of the fewest private terms with which every task has one. */
+function firstBytes(spectra: readonly Spectrum[], only: readonly Dtype[] | undefined): number {
+  const tasks = new Set(spectra.map(({ task }) => task));
+  let most = 1024;
+  while (most < 2 ** 40 && allocateBytes(spectra, most, only).allocation.size < tasks.size) most *= 1.25;
+  return Math.ceil(most);
+}
+
+/** Numbers of components that are tried: where few pay, more are tried. */
+const TRIED = [2, 4, 8, 16, 32, 64, 128, 256];
+/** Modules that are looked at: adapters share in all their modules, or in none. */
+const SAMPLE = 4;
+/** What sharing must save to be worth a search of its own. */
+const WORTH = 0.97;
+
+/**
+ * Whether shared components beside private terms take fewer bytes than private terms alone, at what the allocation pays for errors,
+ * and how many; of a few modules, spread over the model.
+ */
+export async function sharingThatPays(
+  adapters: readonly Adapter[],
+  { spectra, only }: Survey,
+  { slopes }: Allocated,
+): Promise<Shared | undefined> {
+  const squares = new Map<string, number>();
+  for (const { task, square } of spectra) squares.set(task, (squares.get(task) ?? 0) + square);
+  const cost = (spectrum: Spectrum): number => {
+    const { task } = spectrum;
+    return costAt(spectrum, 1 / (slopes.get(task)! * squares.get(task)!), only);
+  };
+  const all = [...sharedModules(adapters).values()].filter(({ owners }) => owners.length > 1);
+  const step = Math.max(1, Math.floor(all.length / SAMPLE));
+  const sample = all.filter((_, i) => i % step === step >> 1).slice(0, SAMPLE);
+  const total = async (shared?: Shared): Promise<number> => {
+    let sum = 0;
+    for (const module of sample) {
+      const found = await spectraOf(module, shared);
+      for (const spectrum of found.spectra) if (slopes.has(spectrum.task)) sum += cost(spectrum);
+      sum += found.bytes;
+    }
+    return sum;
+  };
+  const alone = await total();
+  let [best, least]: [Shared | undefined, number] = [undefined, alone * WORTH];
+  for (const dtype of only ?? (["int4", "int8"] as const)) {
+    let before = Infinity;
+    for (const k of TRIED) {
+      const most = Math.min(...sample.map(({ shape, owners }) => Math.min(shape.in, shape.out, 8 * owners.length)));
+      if (2 * k > most) break;
+      const found = await total({ k, dtype });
+      if (found < least) [best, least] = [{ k, dtype }, found];
+      if (found > 1.1 * alone && found > before) break;
+      before = found;
+    }
+  }
+  return best;
+}
