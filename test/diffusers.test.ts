@@ -1,6 +1,6 @@
 /**
  * LoRA files of diffusers: every golden case, the names of three generations, alphas and configurations, what is refused, files in
- * folders, and the command line. The judge of the goldens is diffusers' own loading and PEFT's merge.
+ * folders, and the command line. Golden cases go through a pack and a runtime too. The judge of the goldens is diffusers' own loading and PEFT's merge.
  */
 import { spawnSync } from "node:child_process";
 import { cpSync, mkdirSync, readdirSync, readFileSync, statSync, writeFileSync } from "node:fs";
@@ -11,10 +11,13 @@ import type { Adapter } from "../dist/src/adapters/adapter.js";
 import { readDiffusers } from "../dist/src/adapters/diffusers.js";
 import { findAdapters } from "../dist/src/adapters/find.js";
 import { readAdapters } from "../dist/src/adapters/folder.js";
+import { openHost } from "../dist/src/base/open.js";
 import { AdapterError } from "../dist/src/errors.js";
+import { buildPack } from "../dist/src/pack/build.js";
 import { openPack } from "../dist/src/pack/pack.js";
 import { apply, bytesOf, difference, entries, loadTensors, readAll, type Spec } from "./adapters.ts";
-import { data } from "./packs.ts";
+import { checkGolden } from "./compare.ts";
+import { concat, data, LOSSLESS } from "./packs.ts";
 
 const goldens = data("goldens/formats");
 const golden = (name: string): string => join(goldens, name, "adapter.safetensors");
@@ -46,7 +49,11 @@ for (const name of cases) {
       const error = difference(merged.get(key)!, data);
       t.ok(error <= 1e-6, `${key}: ${error}`);
     }
+    const host = await openHost(join(goldens, name, "base.safetensors"));
+    const pack = concat((await buildPack([adapter], { ...LOSSLESS, base: host })).chunks);
+    await host.close?.();
     await adapter.close();
+    await checkGolden(t, { name, folder: join(goldens, name), pack, task: "adapter", changed }, { backend: "js" });
   });
 }
 
