@@ -32,7 +32,7 @@ const { json, svg, most } = readArguments(
 const counts = COUNTS.filter((count) => count <= most);
 /** @type {import("./lib/report.js").Peer[]} */
 const peers = [];
-const folders = (await findAdapters([SUITE])).map(({ folder }) => folder);
+const folders = (await findAdapters([SUITE])).map(({ path }) => path);
 const bytes = await withAdapters([SUITE], (adapters) => packOfK(adapters, 32));
 
 /** @type {import("./lib/report.js").Row[]} */

@@ -16,7 +16,7 @@ import { print } from "./lib/report.js";
 const { json } = readArguments("How long does packing take, from adapter files to one file?");
 
 await inScratch(async (scratch) => {
-  const folders = (await findAdapters([folderOf("own-seed")])).map(({ folder }) => folder);
+  const folders = (await findAdapters([folderOf("own-seed")])).map(({ path }) => path);
   const peer = python("pack.py", [join(scratch, "peer"), ...folders]);
   const found = "figures" in peer ? peer.figures : null;
   /** @type {import("./lib/report.js").Row[]} */

@@ -3,6 +3,7 @@
  * read by `eigenlora/node`.
  */
 export type { Adapter, AdapterModule, ModuleShape, SavedTensor } from "./adapters/adapter.ts";
+export { type DiffusersFiles, readDiffusers } from "./adapters/diffusers.ts";
 export { type Exportable, peftFiles } from "./adapters/export.ts";
 export { type PeftFiles, readPeft } from "./adapters/peft.ts";
 export { type OpenSafetensors, openSafetensors } from "./adapters/safetensors.ts";

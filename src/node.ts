@@ -3,5 +3,6 @@
  */
 
 export type { Adapter } from "./adapters/adapter.ts";
-export { type AdapterLocation, findAdapters, readAdapters } from "./adapters/folder.ts";
+export { type AdapterLocation, findAdapters } from "./adapters/find.ts";
+export { readAdapters } from "./adapters/folder.ts";
 export { folderStore } from "./cache/folder.ts";

@@ -163,6 +163,8 @@ async function workplace(): Promise<string> {
   for (const file of ["adapter_config.json", "adapter_model.safetensors"]) {
     await cp(data(`sessions/adapters/two/${file}`), join(place, file));
   }
+  const lora = data("goldens/formats/diffusers-old-text/adapter.safetensors");
+  await cp(lora, join(place, "styles/ukiyo-e/pytorch_lora_weights.safetensors"));
   await cp(data("sessions/torchscript.onnx"), join(place, "model.onnx"));
   await cp(data("sessions/base.safetensors"), join(place, "model.safetensors"));
   return place;

@@ -9,102 +9,16 @@ import { fileURLToPath } from "node:url";
 import t, { type Test } from "tap";
 import type { Adapter, AdapterModule, SavedTensor } from "../dist/src/adapters/adapter.js";
 import { type Exportable, peftFiles } from "../dist/src/adapters/export.js";
-import { findAdapters, readAdapters } from "../dist/src/adapters/folder.js";
+import { findAdapters } from "../dist/src/adapters/find.js";
+import { readAdapters } from "../dist/src/adapters/folder.js";
 import { readPeft } from "../dist/src/adapters/peft.js";
 import { AdapterError, EigenLoraError, FormatError } from "../dist/src/errors.js";
 import { openSource } from "../dist/src/open-source.js";
-import { f32ToBf16, f32ToF16 } from "../dist/src/tensor/dtypes.js";
-import { openSafetensors } from "../dist/src/tensor/safetensors.js";
-import { type SafetensorsEntry, writeSafetensors } from "../dist/src/tensor/safetensors-writer.js";
+import { apply, bytesOf, difference, entries, loadTensors, readAll, type Spec } from "./adapters.ts";
 import { required } from "./required.ts";
 
 const data = fileURLToPath(new URL("./data", import.meta.url));
 const goldens = join(data, "goldens/peft");
-
-interface Tensor {
-  shape: readonly number[];
-  data: ArrayLike<number>;
-}
-
-async function loadTensors(path: string): Promise<Map<string, Tensor>> {
-  const file = await openSafetensors(await openSource(new Uint8Array(readFileSync(path))));
-  const tensors = new Map<string, Tensor>();
-  for (const [name, { shape }] of file.tensors) tensors.set(name, { shape, data: await file.readF32(name) });
-  return tensors;
-}
-
-/** The golden base's name for a parameter of an adapter. */
-function baseName(parameter: string, base: ReadonlyMap<string, Tensor>): string {
-  const endsWith = (long: string, short: string): boolean => `.${long}`.endsWith(`.${short}`);
-  const names = [...base.keys()].filter((name) => endsWith(name, parameter) || endsWith(parameter, name));
-  if (names.length !== 1) throw new Error(`${parameter} is ${names.length} parameters of the base`);
-  return names[0]!;
-}
-
-/** W0 + B·A with everything an adapter can carry, by the definitions and in f64. Only what the adapter touches. */
-async function apply(adapter: Adapter, base: ReadonlyMap<string, Tensor>): Promise<Map<string, number[]>> {
-  const merged = new Map<string, number[]>();
-  for (const { name, role, indices, read } of adapter.saved) {
-    const parameter = baseName(name, base);
-    const before = Array.from(base.get(parameter)!.data);
-    const values = Array.from(await read());
-    if (role === "bias-delta")
-      merged.set(
-        parameter,
-        before.map((value, i) => value + values[i]!),
-      );
-    else if (role === "rows") {
-      const width = base.get(parameter)!.shape[1]!;
-      indices!.forEach((row, i) => before.splice(row * width, width, ...values.slice(i * width, (i + 1) * width)));
-      merged.set(parameter, before);
-    } else merged.set(parameter, values);
-  }
-  for (const module of adapter.modules.values()) {
-    const parameter = baseName(`${module.name}.weight`, base);
-    merged.set(parameter, await applyModule(module, base.get(parameter)!));
-  }
-  return merged;
-}
-
-async function applyModule(module: AdapterModule, { shape, data }: Tensor): Promise<number[]> {
-  const { out, in: width, rank, layout, kernel } = module;
-  const { A, Bt, magnitude } = await module.read();
-  if (A.length !== rank * width || Bt.length !== rank * out) throw new Error(`${module.name}: wrong sizes`);
-  const transposed = layout === "in-out" || layout === "embedding";
-  const expected = transposed ? [width, out] : [out, width];
-  const found = layout === "conv" ? [shape[0]!, shape.slice(1).reduce((a, b) => a * b, 1)] : shape;
-  if (expected.join() !== found.join() || (layout === "conv" && kernel!.join() !== shape.slice(2).join())) {
-    throw new Error(`${module.name}: ${layout} [${expected.join()}] does not fit [${shape.join()}]`);
-  }
-  const at = (i: number, j: number): number => (transposed ? j * out + i : i * width + j);
-  const weight = Array.from(data);
-  for (let i = 0; i < out; i++) {
-    let square = 0;
-    for (let j = 0; j < width; j++) {
-      for (let k = 0; k < rank; k++) weight[at(i, j)]! += Bt[k * out + i]! * A[k * width + j]!;
-      square += weight[at(i, j)]! ** 2;
-    }
-    if (magnitude) for (let j = 0; j < width; j++) weight[at(i, j)]! *= magnitude[i]! / Math.sqrt(square);
-  }
-  return weight;
-}
-
-/** Largest difference over the largest |expected|. */
-function difference(found: ArrayLike<number>, expected: ArrayLike<number>): number {
-  if (found.length !== expected.length) return Infinity;
-  let worst = 0;
-  let largest = 0;
-  for (let i = 0; i < expected.length; i++) {
-    worst = Math.max(worst, Math.abs(found[i]! - expected[i]!));
-    largest = Math.max(largest, Math.abs(expected[i]!));
-  }
-  return worst / largest;
-}
-
-async function readAll(adapter: Adapter): Promise<void> {
-  for (const module of adapter.modules.values()) await module.read();
-  for (const tensor of adapter.saved) await tensor.read();
-}
 
 /** Reads everything under a path and says how that ended. */
 async function failureOf(paths: string[]): Promise<unknown> {
@@ -220,8 +134,7 @@ for (const [suite, count] of [
   });
 }
 
-/** A small adapter to bend: two linear modules of rank 2, alpha 4. Tensors are [shape, first value], counting up. */
-type Spec = Record<string, [shape: number[], start?: number, dtype?: "F32" | "F16" | "BF16" | "F64" | "I64"]>;
+/** A small adapter to bend: two linear modules of rank 2, alpha 4. */
 const PLAIN: Spec = {
   "base_model.model.enc.q.lora_A.weight": [[2, 3], 1],
   "base_model.model.enc.q.lora_B.weight": [[4, 2], 2],
@@ -230,27 +143,8 @@ const PLAIN: Spec = {
 };
 const CONFIG = { peft_type: "LORA", r: 2, lora_alpha: 4 };
 
-function entry(name: string, [shape, start = 1, dtype = "F32"]: Spec[string]): SafetensorsEntry {
-  const count = shape.reduce((a, b) => a * b, 1);
-  const values = Array.from({ length: count }, (_, i) => start + i);
-  const read = (): Uint8Array => {
-    if (dtype === "F16") return new Uint8Array(Uint16Array.from(values, f32ToF16).buffer);
-    if (dtype === "BF16") return new Uint8Array(Uint16Array.from(values, f32ToBf16).buffer);
-    if (dtype === "F64") return new Uint8Array(Float64Array.from(values).buffer);
-    if (dtype === "I64") return new Uint8Array(8 * count);
-    return new Uint8Array(Float32Array.from(values).buffer);
-  };
-  return { name, dtype, shape, read };
-}
-
-async function bytesOf(entries: SafetensorsEntry[]): Promise<Uint8Array> {
-  const chunks: Uint8Array[] = [];
-  for await (const chunk of writeSafetensors(entries, new Map([["format", "pt"]]))) chunks.push(chunk);
-  return new Uint8Array(Buffer.concat(chunks));
-}
-
 async function read(config: unknown, spec: Spec = PLAIN, task?: unknown): Promise<Adapter> {
-  const source = await openSource(await bytesOf(Object.entries(spec).map(([name, tensor]) => entry(name, tensor))));
+  const source = await openSource(await bytesOf(entries(spec)));
   return readPeft({ id: "one", file: "folder/one", config, tensors: { ...source, name: "one.safetensors" }, task });
 }
 
@@ -735,7 +629,9 @@ t.test("folders: what is found", async (t) => {
   t.same(await ids("many/zeta/", "many/zeta", ...files), ["zeta"]);
   t.same(await ids("many/named"), ["style"]);
   t.same(await ids("many", "many/alpha/checkpoint-500"), ["Beta", "alpha", "checkpoint-500", "style", "zeta"]);
-  t.same(await findAdapters([join(root, "many/zeta")]), [{ id: "zeta", folder: join(root, "many/zeta") }]);
+  const path = join(root, "many/zeta");
+  const tensors = join(path, "adapter_model.safetensors");
+  t.same(await findAdapters([path]), [{ id: "zeta", path, tensors, format: "peft" }]);
 
   const adapters = await readAdapters([join(root, "many")], {
     rename: new Map([
@@ -768,7 +664,7 @@ t.test("folders: more adapters than files may be open", async (t) => {
 });
 
 t.test("folders: what is refused", async (t) => {
-  const root = t.testdir({ empty: {}, "a.safetensors": "", "model.pt": "" });
+  const root = t.testdir({ empty: {}, "a.safetensors": "", "model.pt": "", "notes.txt": "" });
   const at = (path: string): string => join(root, path);
   const without = (name: string, file: string): void => rmSync(join(makeAdapter(at(name)), file));
   without("no-tensors", "adapter_model.safetensors");
@@ -786,7 +682,8 @@ t.test("folders: what is refused", async (t) => {
   const adapter = (message: RegExp, file: string): Expected => ({ tag: "adapter", file: at(file), message });
   await fails(["missing"], adapter(/does not exist/, "missing"));
   await fails(["empty"], adapter(/holds no adapter; looked for adapter_config.json and/, "empty"));
-  await fails(["a.safetensors"], adapter(/expected adapter_model.safetensors with/, "a.safetensors"));
+  await fails(["a.safetensors"], { tag: "format", message: /a.safetensors, header: has 0 bytes/ });
+  await fails(["notes.txt"], adapter(/expected adapter_model.safetensors with/, "notes.txt"));
   await fails(["model.pt"], adapter(/pickle.*save_pretrained/, "model.pt"));
   await fails(["no-tensors"], adapter(/no adapter_model.safetensors beside adapter_config.json/, "no-tensors"));
   await fails(["no-config"], adapter(/no adapter_config.json beside adapter_model.safetensors/, "no-config"));

@@ -20,7 +20,7 @@ export const WAYS = ["all adapters", "one adapter", "pack, all tasks", "pack, ac
  * @param {string} pack
  */
 export async function hold(way, count, pack) {
-  const folders = (await findAdapters([folderOf("own-seed")])).map(({ folder }) => folder);
+  const folders = (await findAdapters([folderOf("own-seed")])).map(({ path }) => path);
   /** @type {unknown[]} */
   const held = [];
   const load = (/** @type {number} */ i) => loadAdapter(folders[i % folders.length]);

@@ -21,7 +21,7 @@ export function readModule(name: string, keys: ReadonlyMap<KeyRole, string>, giv
     throw tensors.refuse(
       "r",
       `r and rank_pattern give rank ${expected}, but ${keyA} has ${rank}. PEFT refuses this file too, and its scale ` +
-        "is uncertain: set r or rank_pattern in adapter_config.json to what it was trained with",
+        "is uncertain: set r or rank_pattern in the configuration to what it was trained with",
     );
   }
   const magnitude = keys.get("magnitude");

@@ -136,8 +136,8 @@ function isSaved(parameter: string, modulesToSave: readonly string[]): boolean {
   return false;
 }
 
-/** Names come first: what reads them may be slow with those that are long. */
-function checkName(key: string, refuse: PeftTensors["refuse"]): void {
+/** Names come first: what reads them may be slow with those that are long. @throws AdapterError for one that a pack cannot hold */
+export function checkName(key: string, refuse: PeftTensors["refuse"]): void {
   if (!/\p{Cc}/u.test(key) && new TextEncoder().encode(key).length <= MAX_NAME_BYTES) return;
   const expected = `expected ${MAX_NAME_BYTES} bytes at most, without control characters; rename it`;
   throw refuse(key.slice(0, 80), `tensor ${show(key)}: ${expected}`);

@@ -82,8 +82,8 @@ export function partByGain(
   return { kept, dropped };
 }
 
-/** Renaming a task does not rename its folder, and scores were measured before. */
-const nameOf = ({ file }: Adapter): string => segmentsOf(file).at(-1) ?? file;
+/** Renaming a task does not rename its folder or file, and scores were measured before. */
+const nameOf = ({ file }: Adapter): string => (segmentsOf(file).at(-1) ?? file).replace(/\.safetensors$/, "");
 
 /** Of a path or address; a slash at its end counts for nothing. */
 const segmentsOf = (file: string): string[] => file.split(/[/\\]/).filter((segment) => segment !== "");

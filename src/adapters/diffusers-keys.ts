@@ -1,0 +1,168 @@
+/**
+ * Names of the tensors in a LoRA file of diffusers: which module of which model of a pipeline each belongs to. Knows names only. Three
+ * generations are read, and give one name for one module:
+ *
+ *     unet.down_blocks.0.….attn1.processor.to_out_lora.down.weight    2023, written by attention processors
+ *     unet.down_blocks.0.….attn1.to_out.0.lora.down.weight            after it; text encoders have lora_linear_layer
+ *     unet.down_blocks.0.….attn1.to_out.0.lora_A.weight               since PEFT
+ *     unet.down_blocks.0.….attn1.to_out.0                             the module
+ *
+ * The mapping is that of diffusers 0.42 (utils/state_dict_utils.py, loaders/lora_base.py).
+ */
+import { type KeyRole, parsePeftKeys } from "./peft-keys.ts";
+
+/** What a tensor is. */
+export interface DiffusersKey {
+  /** The model that the tensor's name begins with; "" where it begins with the module. */
+  readonly prefix: string;
+  /** The module within its model, as PEFT's patterns mean it. */
+  readonly local: string;
+  /** The module within the pipeline: model and module. */
+  readonly module: string;
+  readonly part: KeyRole | "alpha";
+}
+
+/** Models of a pipeline that diffusers loads LoRA into (`_lora_loadable_modules` of its pipelines). */
+export const MODELS: readonly string[] = [
+  "unet",
+  "transformer",
+  "transformer_2",
+  "transformer_ref",
+  "text_encoder",
+  "text_encoder_2",
+  "text_encoder_3",
+  "text_conditioner",
+  "connectors",
+];
+
+/** Names without a model, as `save_attn_procs` and `save_lora_adapter` write them, tell it by their first segment. */
+const BARE: readonly (readonly [RegExp, string])[] = [
+  [/^(down_blocks|mid_block|up_blocks)\./, "unet"],
+  [/^(single_)?transformer_blocks\./, "transformer"],
+];
+
+/** Projections of attention: of a UNet, and of CLIP, whose modules have other names than their processors had. */
+const UNET: ReadonlyMap<string, string> = new Map([
+  ["q", "to_q"],
+  ["k", "to_k"],
+  ["v", "to_v"],
+  ["out", "to_out.0"],
+]);
+const CLIP: ReadonlyMap<string, string> = new Map([
+  ["q", "q_proj"],
+  ["k", "k_proj"],
+  ["v", "v_proj"],
+  ["out", "out_proj"],
+]);
+
+/** Copies of the base's own parameters, which no LoRA of diffusers holds. */
+const COPIES: ReadonlySet<KeyRole> = new Set(["baseWeight", "baseBias"]);
+
+/** The model that a name begins with; "" where none is known. */
+export function prefixOf(name: string): string {
+  return MODELS.find((model) => name.startsWith(`${model}.`)) ?? "";
+}
+
+/** The model of a file in which no name has one; undefined where names have, or where none tells it. */
+export function bareModel(names: Iterable<string>): string | undefined {
+  const all = [...names];
+  if (all.some((name) => prefixOf(name) !== "")) return undefined;
+  return BARE.find(([pattern]) => all.some((name) => pattern.test(name)))?.[1];
+}
+
+/**
+ * What a tensor's name says; undefined where it is no name that diffusers gives to a tensor of a LoRA.
+ * @param bare the model of names without one
+ */
+export function parseDiffusersKey(name: string, bare: string | undefined): DiffusersKey | undefined {
+  const prefix = prefixOf(name);
+  const model = prefix || bare;
+  if (model === undefined) return undefined;
+  const inner = prefix === "" ? name : name.slice(prefix.length + 1);
+  if (!inner.endsWith(".alpha")) return parsePart(inner, prefix, model);
+  // "module.alpha", or, as `network_alphas` has it, the name of the whole tensor with ".alpha" behind it.
+  const owner = inner.slice(0, -".alpha".length);
+  const spellings = [owner, `${owner}.down.weight`, `${owner}.lora_A.weight`];
+  const known = spellings.map((spelling) => parsePart(spelling, prefix, model)).find((key) => key !== undefined);
+  return known && { ...known, part: "alpha" };
+}
+
+function parsePart(name: string, prefix: string, model: string): DiffusersKey | undefined {
+  const modern = modernName(name, model);
+  const key = parsePeftKeys([modern]).get(modern)!;
+  if (key.kind !== "part" || COPIES.has(key.part)) return undefined;
+  const { module: local, part } = key;
+  return { prefix, local, module: `${model}.${withTextModel(local, model)}`, part };
+}
+
+/** The name that the tensor has since diffusers uses PEFT. */
+function modernName(name: string, model: string): string {
+  const plain = name.replaceAll(".processor.", ".");
+  const [, attention, projection, oldSide] = /^(.+)\.to_(q|k|v|out)_lora\.(down|up)\.weight$/.exec(plain) ?? [];
+  if (attention !== undefined) {
+    const names = model.startsWith("text_encoder") ? CLIP : UNET;
+    return `${attention}.${names.get(projection!)!}.${factor(oldSide!)}`;
+  }
+  const [, module, side] = /^(.+)\.(?:lora|lora_linear_layer)\.(down|up)\.weight$/.exec(plain) ?? [];
+  if (module !== undefined) return `${module}.${factor(side!)}`;
+  return plain.replace(/\.to_out\.lora_magnitude_vector(?=\.|$)/, ".to_out.0.lora_magnitude_vector");
+}
+
+const factor = (side: string): string => (side === "down" ? "lora_A.weight" : "lora_B.weight");
+
+/** transformers 5 has dropped a level of CLIP's names. With it, a name is found in models of both kinds. */
+function withTextModel(module: string, model: string): string {
+  const flat = model.startsWith("text_encoder") && /^encoder\.layers\.\d+\.(self_attn|mlp\.fc[12])\b/.test(module);
+  return flat ? `text_model.${module}` : module;
+}
+
+/** Whether a file with such names is a LoRA at all, of whatever format. */
+export function holdsLora(names: Iterable<string>): boolean {
+  for (const name of names) {
+    if (
+      /[._]lora_(A|B|down|up|mid|embedding_A)\b|[._]lora(_linear_layer)?\.(down|up)\.|\.(hada_w|lokr_w)\d/.test(name)
+    ) {
+      return true;
+    }
+  }
+  return false;
+}
+
+const PLAIN = "Train a plain LoRA, or merge it into its base";
+
+/** Names of other formats and of other kinds of adapter, the narrower first, and what to say of them. */
+const FOREIGN: readonly (readonly [RegExp, string])[] = [
+  [/\.(hada_w|lokr_w|lokr_t|hada_t)\d/, `is of LyCORIS (LoHa or LoKr), which is no product of two factors. ${PLAIN}`],
+  [/\.lora_mid\./, `is a Tucker factor between down and up, which a term of two factors cannot hold. ${PLAIN}`],
+  [
+    /\.dora_scale$/,
+    "is a DoRA scale of LyCORIS or kohya, which does not say over which side its norms go; diffusers leaves it out, and " +
+      `then the result is another. ${PLAIN}`,
+  ],
+  [/\.(diff|diff_b|w_norm|b_norm|set_weight)$/, `is the difference of a whole parameter, not a LoRA of it. ${PLAIN}`],
+  [
+    /^lora_[a-z0-9]+_|\.lora_(down|up)\.weight$/,
+    "is a name of kohya's, in which the dots between module names are lost. Convert the file with diffusers, which knows " +
+      "them: StableDiffusionPipeline.lora_state_dict(file), saved with its alphas as docs/adapters.md shows",
+  ],
+  [/_custom_diffusion\./, "is of Custom Diffusion, which trains whole projections. Train a LoRA"],
+  [/_lora\.(down|up)\.weight$/, "is of a projection that diffusers 0.42 does not load either. Leave it out"],
+  [
+    /^(model\.)?diffusion_model\./,
+    "has the names of the model's original code. Load the file into its pipeline with diffusers and save it with " +
+      "save_lora_weights",
+  ],
+  [
+    /^base_model\.model\./,
+    "is of PEFT. Put adapter_config.json beside the file, and call the file adapter_model.safetensors",
+  ],
+];
+
+/** Of names that are not diffusers' own, one that another format is known by, and what is to be said of it. */
+export function foreignName(names: readonly string[]): { name: string; message: string } | undefined {
+  for (const [pattern, message] of FOREIGN) {
+    const name = names.find((candidate) => pattern.test(candidate));
+    if (name !== undefined) return { name, message };
+  }
+  return undefined;
+}
