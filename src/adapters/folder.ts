@@ -5,7 +5,7 @@
 import { readdir, readFile, stat } from "node:fs/promises";
 import { basename, dirname, join, resolve } from "node:path";
 import { openPath } from "#platform";
-import { checkOptions, nearest } from "../arguments.ts";
+import { checkList, checkOptions, nearest } from "../arguments.ts";
 import { AdapterError, TaskError } from "../errors.ts";
 import { isTaskId } from "../format/directory.ts";
 import type { ByteSource } from "../source.ts";
@@ -40,6 +40,7 @@ export interface AdapterLocation {
  * @throws AdapterError when a path is missing or holds no adapter, or an adapter's files are incomplete or a pickle
  */
 export async function findAdapters(paths: readonly string[]): Promise<AdapterLocation[]> {
+  checkList("findAdapters", paths, "paths");
   const folders = new Set<string>();
   for (const path of paths) for (const folder of await adapterFolders(resolve(path))) folders.add(folder);
   const found = [...folders].map((folder) => ({ id: basename(folder), folder }));
@@ -57,6 +58,7 @@ export async function readAdapters(
   options: { rename?: ReadonlyMap<string, string> } = {},
 ): Promise<Adapter[]> {
   checkOptions("readAdapters", options, ["rename"]);
+  checkList("readAdapters", paths, "paths");
   const locations = rename(await findAdapters(paths), options.rename ?? new Map());
   const adapters: Adapter[] = [];
   const sources: ByteSource[] = [];

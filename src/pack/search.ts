@@ -3,7 +3,8 @@
  * It knows no model and no data.
  */
 import type { Adapter } from "../adapters/adapter.ts";
-import { checkOptions } from "../arguments.ts";
+import { checkAdapters, refuseBases } from "../adapters/modules.ts";
+import { checkArgument, checkChoice, checkOptions } from "../arguments.ts";
 import type { ComponentSelection } from "../extract/options.ts";
 import { grow, lowestPassing, partition, sharpen, Unreachable } from "./bisect.ts";
 import { type BuildOptions, type Built, buildPack } from "./build.ts";
@@ -22,7 +23,7 @@ import type { BuildReport } from "./report.ts";
 import { allOf, limitOf, nameOf, type Way, waysFor } from "./ways.ts";
 
 /** What is sought, who judges, and where to look. */
-export interface SearchOptions extends Pick<BuildOptions, "dtype" | "centering" | "normalize" | "base"> {
+export interface SearchOptions extends Pick<BuildOptions, "dtype" | "centering" | "normalize" | "base" | "anyBase"> {
   readonly goal: Goal;
   /**
    * Decides which of two packs is better. Goals of divergence and score need one; `createJudge` of `eigenlora/train` makes one of
@@ -142,15 +143,20 @@ const OPTIONS = [
   "centering",
   "normalize",
   "base",
+  "anyBase",
   "signal",
 ] as const;
 
 /** @throws RangeError for options that do not go together; TypeError for one that is not known */
 function checkSearch(adapters: readonly Adapter[], options: SearchOptions): void {
   checkOptions("searchPack", options, OPTIONS);
+  checkAdapters("searchPack", adapters);
   const { goal, judge, moments, ways, ladder } = options;
+  checkArgument("searchPack: goal", goal, 'a goal, such as { kind: "bytes", max: 300_000 }', "kind");
+  checkChoice("goal.kind", goal.kind, ["bytes", "error", "divergence", "score"]);
   const refuse = (message: string): RangeError => new RangeError(`searchPack: ${message}`);
   if (adapters.length === 0) throw refuse("no adapters");
+  refuseBases(adapters, options.anyBase);
   if (goal.kind === "score" && !(goal.tolerance >= 0))
     throw refuse(`tolerance must be 0 or more, got ${goal.tolerance}`);
   if (goal.kind !== "score" && !(goal.max > 0))
@@ -166,11 +172,11 @@ function checkSearch(adapters: readonly Adapter[], options: SearchOptions): void
 
 /** Of `k` components on every side, or, where nothing is shared, of `k` private terms of each task. @throws Unreachable */
 async function build(
-  { adapters, dtype, centering, normalize, base, signal }: Search,
+  { adapters, dtype, centering, normalize, base, anyBase, signal }: Search,
   { name: _, privateOnly, ...way }: Way,
   select: ComponentSelection,
 ): Promise<Built> {
-  const common = { dtype, centering, normalize, base, signal, ...way };
+  const common = { dtype, centering, normalize, base, anyBase, signal, ...way };
   const most = (): number => way.privateTerms ?? limitOf(adapters, { privateOnly: true });
   const options: BuildOptions = !privateOnly
     ? { ...common, select }

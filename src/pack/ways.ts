@@ -6,7 +6,7 @@ import type { Dtype, Dtypes } from "../tensor/dtypes.ts";
 import type { BuildOptions } from "./build.ts";
 
 /** A way of packing. Its bytes grow with one number: of components, or of private terms. */
-export interface Way extends Omit<BuildOptions, "select" | "base" | "onProgress" | "signal"> {
+export interface Way extends Omit<BuildOptions, "select" | "base" | "anyBase" | "onProgress" | "signal"> {
   /** For reports. Default: what sets it apart. */
   readonly name?: string;
   /** Nothing is shared: what grows is the number of private terms. Takes gauge "balanced". Default: false. */
