@@ -16,12 +16,12 @@ import type { ByteSource } from "../src/source.ts";
 export const openPath: ((path: string) => Promise<ByteSource>) | undefined = async (pathOrUrl) => {
   const path = /^file:/i.test(pathOrUrl) ? fileURLToPath(pathOrUrl) : pathOrUrl;
   const handle = await open(path, "r").catch((cause: unknown) => {
-    throw new SourceError(`cannot be opened: ${(cause as Error).message}`, { file: path, cause });
+    throw new SourceError(`cannot be opened: ${reasonOf(cause)}`, { file: path, cause });
   });
   const stat = await handle.stat();
   if (!stat.isFile()) {
     await handle.close();
-    throw new SourceError("is not a file", { file: path });
+    throw new SourceError(stat.isDirectory() ? "is a folder, expected a file" : "is not a file", { file: path });
   }
   let size = stat.size;
   return {
@@ -51,6 +51,27 @@ export const openPath: ((path: string) => Promise<ByteSource>) | undefined = asy
     close: () => handle.close(),
   };
 };
+
+const REASONS: ReadonlyMap<unknown, string> = new Map([
+  ["ENOENT", "there is no such file or folder"],
+  ["EISDIR", "it is a folder"],
+  ["ENOTDIR", "what should be a folder of its path is a file"],
+  ["EACCES", "its permissions do not allow that"],
+  ["EPERM", "its permissions do not allow that"],
+  ["EROFS", "the disk is read-only"],
+  ["ENOSPC", "the disk is full"],
+  ["EMFILE", "too many files are open"],
+  ["ENFILE", "too many files are open"],
+  ["ENAMETOOLONG", "its name is too long"],
+  ["ELOOP", "its links lead in a circle"],
+]);
+
+/** Why the system could not do something with a file, in words, with the system's own name for it. */
+export function reasonOf(cause: unknown): string {
+  const { code, message } = cause as NodeJS.ErrnoException;
+  const words = REASONS.get(code);
+  return words === undefined ? message : `${words} (${code})`;
+}
 
 /** Dawn's entry point. One for the life of the process: when it is collected, drivers may crash (dawn-gpu/node-webgpu#18). */
 let dawn: object | undefined;

@@ -1,7 +1,7 @@
 /**
  * `eigenlora/onnxruntime`: a pack on a model that onnxruntime-web or onnxruntime-node runs.
  */
-import { checkOptions } from "../src/arguments.ts";
+import { checkOptions, checkPack } from "../src/arguments.ts";
 import type { Pack } from "../src/pack/pack.ts";
 import {
   type SessionOptions as CommonOptions,
@@ -67,6 +67,7 @@ export async function createEigenSession<O extends Ort>(
   pack: Pack,
   given: EigenSessionOptions<O> = {},
 ): Promise<EigenSession<O>> {
+  checkPack("createEigenSession", pack);
   checkOptions("createEigenSession", given, [...SESSION_OPTIONS, "session"]);
   const { session, ...options } = given;
   return createSession(createEngine(ort, session), model, pack, options as CommonOptions);

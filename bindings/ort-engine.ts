@@ -1,6 +1,7 @@
 /**
  * onnxruntime-web, onnxruntime-node, or another module with their interface, as the engine of sessions and trainers.
  */
+import { described } from "../src/arguments.ts";
 import type { DeviceBuffer, DeviceHandle } from "../src/backends/backend.ts";
 import { BackendError } from "../src/errors.ts";
 import type { Feed } from "../src/onnx/feeds.ts";
@@ -33,7 +34,7 @@ const queues = new WeakMap<object, Promise<unknown>>();
  */
 export function createEngine<O extends Ort>(ort: O, session?: SessionOptions<O>): Engine<OrtSession> {
   if (typeof ort?.InferenceSession?.create !== "function" || typeof ort.Tensor !== "function") {
-    throw new TypeError("expected the module onnxruntime-web or onnxruntime-node as the first argument");
+    throw new TypeError(`expected the module onnxruntime-web or onnxruntime-node, got ${described(ort)}`);
   }
   return new OrtEngine(ort, session as KnownOptions | undefined);
 }

@@ -48,8 +48,8 @@ export function isPlain(value: unknown): value is object {
  */
 export function checkChoice(name: string, value: unknown, choices: readonly string[]): void {
   if (choices.includes(value as string)) return;
-  const words = choices.map((word) => `"${word}"`);
-  const last = words.pop()!;
+  const words = choices.map(described);
+  const last = words.pop();
   throw new RangeError(`${name}: expected ${words.join(", ")} or ${last}, got ${described(value)}`);
 }
 
@@ -68,6 +68,14 @@ export function checkPack(where: string, pack: unknown): void {
   checkArgument(where, pack, "an open pack (await openPack(…))", "basisId");
 }
 
+/**
+ * @param expected what the list should hold, and where to get it: "adapters (await readAdapters(…))"
+ * @throws TypeError when `value` is no list
+ */
+export function checkList(where: string, value: unknown, expected: string): void {
+  if (!Array.isArray(value)) throw new TypeError(`${where}: expected a list of ${expected}, got ${described(value)}`);
+}
+
 /** A value for a message: what it is, and what is wrong where that can be told. */
 export function described(value: unknown): string {
   if (typeof value === "string") return JSON.stringify(value);
@@ -81,6 +89,8 @@ const MOST_COMPARED = 100;
 
 /** Up to three of `names` most like `name`, nearest first, by edit distance; none that differs in more than half. */
 export function nearest(name: string, names: Iterable<string>): string[] {
+  // A caller without types may pass anything.
+  name = String(name);
   const scored: [number, string][] = [];
   for (const other of names) {
     const contains = other.includes(name) || name.includes(other);

@@ -43,7 +43,7 @@ export type {
 } from "./format/format.ts";
 export type { PublicKey } from "./pack/keys.ts";
 export { type Bases, type OpenOptions, openPack, Pack, type TaskInfo } from "./pack/pack.ts";
-export type { TrustOptions } from "./pack/trust.ts";
+export type { TaskTrust, TrustOptions } from "./pack/trust.ts";
 export { createRuntime, type RuntimeOptions } from "./runtime/create.ts";
 export type { MemoryReport, RuntimeSwitchReport, SwitchReport } from "./runtime/report.ts";
 export { type ApplyOptions, Runtime } from "./runtime/runtime.ts";

@@ -1,8 +1,30 @@
 /** What a public function says when it is given something else than it takes. */
 import { build } from "esbuild";
 import t from "tap";
+import { createEigenSession } from "../dist/bindings/onnxruntime.js";
 import { checkChoice, checkOptions, nearest } from "../dist/src/arguments.js";
+import {
+  adapterStatistics,
+  assemblePack,
+  buildBasis,
+  buildPack,
+  createSigner,
+  freshPack,
+  mergeStatistics,
+  peftFiles,
+  planAppend,
+  planSignature,
+  projectAdapters,
+  projectTasks,
+  readPeft,
+  searchPack,
+  taskAdapter,
+  tasksOf,
+  writeStatistics,
+} from "../dist/src/build.js";
 import * as errors from "../dist/src/errors.js";
+import { findAdapters, folderStore, readAdapters } from "../dist/src/node.js";
+import { openOnnxHost } from "../dist/src/onnx/index.js";
 import { openPack } from "../dist/src/pack/pack.js";
 import { createRuntime } from "../dist/src/runtime/create.js";
 import { data } from "./packs.ts";
@@ -88,6 +110,83 @@ t.test("the public functions", async (t) => {
     await t.rejects(createRuntime(open, wrong(option)), new RangeError(message));
   await t.rejects(openPack("x", wrong({ bases: "x" })), new RangeError('bases: expected "now" or "later", got "x"'));
   await runtime.close();
+  await open.close();
+});
+
+t.test("the public functions of building and training", async (t) => {
+  const open = await pack();
+  const adapters = await readAdapters([data("adapters/own-seed/debtags-role")]);
+  const forgotten = "a promise; did you forget await?";
+  const list = `expected a list of adapters (await readAdapters(…)), got ${forgotten}`;
+  const opened = `expected an open pack (await openPack(…)), got ${forgotten}`;
+  const counted = `expected statistics (await adapterStatistics(…) or openStatistics(…)), got ${forgotten}`;
+  const later = wrong(Promise.resolve(adapters));
+  const laterPack = wrong(pack());
+  const statistics = adapterStatistics(adapters);
+  const dtypes = { basis: "f16", coefficients: "f16", head: "f16" } as const;
+  for (const [call, message] of [
+    [() => buildPack(later), `buildPack: ${list}`],
+    [
+      () => buildPack(wrong(["a folder"])),
+      'buildPack: expected an adapter (readAdapters of eigenlora/node, or readPeft), got "a folder"',
+    ],
+    [() => buildPack(adapters, wrong({ anyBas: true })), 'buildPack: unknown option "anyBas"; did you mean "anyBase"?'],
+    [() => searchPack(later, { goal: { kind: "bytes", max: 1 } }), `searchPack: ${list}`],
+    [
+      () => searchPack(adapters, { goal: wrong("bytes") }),
+      'searchPack: goal: expected a goal, such as { kind: "bytes", max: 300_000 }, got "bytes"',
+    ],
+    [() => adapterStatistics(later), `adapterStatistics: ${list}`],
+    [() => buildBasis(wrong(statistics)), `buildBasis: ${counted}`],
+    [() => mergeStatistics([wrong(statistics)]), `mergeStatistics: ${counted}`],
+    [async () => writeStatistics(wrong(statistics), ""), `writeStatistics: ${counted}`],
+    [() => projectAdapters(laterPack, adapters, dtypes), `projectAdapters: ${opened}`],
+    [() => projectAdapters(open, later, dtypes), `projectAdapters: ${list}`],
+    [() => projectTasks(laterPack, adapters, ""), `projectTasks: ${opened}`],
+    [
+      () => projectTasks(open, adapters, "", wrong({ dtyp: 1 })),
+      'projectTasks: unknown option "dtyp"; did you mean "dtype"?',
+    ],
+    [() => assemblePack(laterPack, []), `assemblePack: ${opened}`],
+    [
+      () => assemblePack(open, [wrong(Promise.resolve())]),
+      `assemblePack: expected a part with tasks (await openTasks(…)), got ${forgotten}`,
+    ],
+    [() => taskAdapter(laterPack, "x"), `taskAdapter: ${opened}`],
+    [() => freshPack(laterPack), `freshPack: ${opened}`],
+    [() => tasksOf(laterPack), `tasksOf: ${opened}`],
+    [() => planAppend(laterPack, []), `planAppend: ${opened}`],
+    [() => planSignature(laterPack, wrong(0)), `planSignature: ${opened}`],
+    [() => createSigner(wrong(undefined)), "createSigner: expected an Ed25519 key pair or PEM, got undefined"],
+    [
+      () => peftFiles(wrong(taskAdapter(open, "all"))),
+      `peftFiles: expected an adapter (readAdapters of eigenlora/node, or readPeft), got ${forgotten}`,
+    ],
+    [() => readPeft(wrong(undefined)), "readPeft: expected an object of options, got undefined"],
+    [() => readAdapters(wrong("adapters")), 'readAdapters: expected a list of paths, got "adapters"'],
+    [() => findAdapters(wrong("adapters")), 'findAdapters: expected a list of paths, got "adapters"'],
+    [async () => folderStore(wrong(undefined)), "folderStore: expected the path of a folder, got undefined"],
+    [() => openOnnxHost("x", wrong({ extern: 1 })), 'openOnnxHost: unknown option "extern"; did you mean "external"?'],
+    [
+      () => createEigenSession(wrong(Promise.resolve()), "x", open),
+      `expected the module onnxruntime-web or onnxruntime-node, got ${forgotten}`,
+    ],
+    [() => createEigenSession(wrong(0), "x", laterPack), `createEigenSession: ${opened}`],
+    // A misspelt hash must not pass for none.
+    [
+      () => open.addTask("new", new Uint8Array(), wrong({ integrety: "sha256-" })),
+      'addTask: unknown option "integrety"; did you mean "integrity"?',
+    ],
+  ] as const)
+    await t.rejects(async () => void (await call()), new TypeError(message), message);
+  await t.rejects(
+    searchPack(adapters, { goal: wrong({ kind: "size", max: 1 }) }),
+    new RangeError('goal.kind: expected "bytes", "error", "divergence" or "score", got "size"'),
+  );
+  const [first] = open.tasks.keys();
+  await open.prefetch(first!);
+  t.ok(open.tasks.get(first!)!.resident, "one id is one id, not its letters");
+  for (const adapter of adapters) await adapter.close();
   await open.close();
 });
 

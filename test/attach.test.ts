@@ -205,7 +205,7 @@ t.test("names of files and what they say of themselves", async (t) => {
     t.equal(metadataProps.find((entry) => entry.key === key)?.value, metadata.get(key), key);
   }
   t.equal(metadata.get("eigenlora.basis"), json(0, "inspect", "odd.eigen")["basisId"]);
-  const people = spawnSync(process.execPath, [main, ...command], { encoding: "utf8", cwd: folder });
+  const people = spawnSync(process.execPath, [main, ...command, "--force"], { encoding: "utf8", cwd: folder });
   t.match(
     people.stdout,
     /4 modules.*mode core.*\n.*odd\.base\.safetensors.*\n.*3 tasks in odd\.tasks.*\nno fingerprint.*4 modules/,
@@ -235,7 +235,7 @@ t.test("weights in files beside the model", async (t) => {
   t.same(await readdir(join(folder, "target")), ["external.onnx.data"], "nothing is written");
   await writeFile(join(folder, "target/external.onnx.data"), weights);
   t.match(json(0, "attach", "source/external.onnx", bert, "-o", "target/model.onnx"), { tasks: { length: 3 } });
-  const over = json(2, "attach", "source/external.onnx", bert, "-o", "source/external.onnx.data");
+  const over = json(2, "attach", "source/external.onnx", bert, "--force", "-o", "source/external.onnx.data");
   t.match(over["error"], { tag: "usage", message: /overwrite/ });
   t.same(await readFile(join(folder, "source/external.onnx.data")), weights);
 
@@ -311,7 +311,7 @@ t.test("weights that are called as what is written", async (t) => {
     await cp(sessions("external.onnx.data"), path);
     await writeFile(join(folder, "named/in.onnx"), await located(location));
     for (const out of ["named/out.onnx", "out.onnx"]) {
-      const { error } = json(2, "attach", "named/in.onnx", bert, "-o", out);
+      const { error } = json(2, "attach", "named/in.onnx", bert, "--force", "-o", out);
       t.match(
         error,
         { tag: "usage", message: /out\.(base\.safetensors|tasks) is where weights of the model go/ },
@@ -340,7 +340,7 @@ t.test("names as this package gives them", async (t) => {
 
 t.test("names by hand, parameters left out, other bases", async (t) => {
   const attach = (status: number, model: string, tasks: string, ...more: string[]): Report =>
-    json(status, "attach", sessions(model), tasks, "-o", "options.onnx", ...more);
+    json(status, "attach", sessions(model), tasks, "--force", "-o", "options.onnx", ...more);
   t.match(attach(1, "encoder.onnx", bert), { error: { tag: "base", message: /classifier/ } });
   const bare = attach(1, "encoder.onnx", bert, "--ignore", "classifier")["error"];
   t.match(bare, { tag: "base", message: /by the end of its name only/ });

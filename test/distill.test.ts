@@ -279,6 +279,12 @@ t.test("the command line, on the real model", async (t) => {
       },
     });
   }
+  // A run that wins nothing says so: here one whose only task was finished, and kept as it was.
+  await mkdir(join(folder, "q.eigen.partial"));
+  await writeFile(join(folder, "q.eigen.partial", name!), whole.replace('"distilled"', '"projected"'));
+  const nothing = run(main, ["distill", "p.eigen", own("debtags-devel"), ...settings, "-o", "q.eigen"]);
+  t.match(nothing.stderr, /^warning: no task got better than it was, .* more than --steps 20, or more text\n/);
+  await rm(join(folder, "q.eigen"));
   await writeFile(join(partial, name!), whole);
   const made = json(0, ...command);
   t.match(made, { file: "o.eigen", seconds: Number });
@@ -306,7 +312,7 @@ t.test("the command line, on the real model", async (t) => {
   await writeFile(join(folder, "empty.txt"), "\n \n");
   await writeFile(join(folder, "short.txt"), "one\ntwo\none\n");
   const refuse = (status: number, expected: object, ...changed: string[]): void => {
-    t.match(json(status, ...command, ...changed), { error: expected }, changed.join(" "));
+    t.match(json(status, ...command, "--force", ...changed), { error: expected }, changed.join(" "));
   };
   refuse(1, { tag: "source", message: /empty.txt: has no text/ }, "--text", "empty.txt");
   refuse(1, { message: /2 texts; 8 at least/ }, "--text", "short.txt");
@@ -331,7 +337,8 @@ t.test("the command line, on the real model", async (t) => {
   await mkdir(join(alone, "node_modules"), { recursive: true });
   await cp(join(root, "dist"), join(alone, "dist"), { recursive: true });
   await cp(join(root, "package.json"), join(alone, "package.json"));
-  const without = (): object => JSON.parse(run(join(alone, "dist/src/cli/main.js"), [...command, "--json"]).stdout);
+  const without = (): object =>
+    JSON.parse(run(join(alone, "dist/src/cli/main.js"), [...command, "--force", "--json"]).stdout);
   t.match(without(), {
     error: { tag: "backend", message: /needs the package onnxruntime-node: npm install onnxruntime-node/ },
   });
@@ -352,7 +359,7 @@ async function distillInPlace(
 ): Promise<void> {
   const { main, json, own } = given;
   const pack = join(folder, "q.eigen");
-  const command = given.command.map((word) => (/^[op]\.eigen$/.test(word) ? "q.eigen" : word));
+  const command = given.command.map((word) => (/^[op]\.eigen$/.test(word) ? "q.eigen" : word)).concat("--force");
   const names = async (): Promise<string[]> => (await readdir(folder)).filter((name) => name.startsWith("q."));
   /** Starts it, and acts when the first of its two tasks is done. @returns how it ended */
   const meanwhile = async (

@@ -1,12 +1,17 @@
 /**
  * Texts as batches: each is tokenised once, and batches are to the bit what the tokenizer makes of their texts.
  */
+import { existsSync } from "node:fs";
+import { join } from "node:path";
+import { pathToFileURL } from "node:url";
 import t from "tap";
 import { uniform } from "../dist/src/tensor/random.js";
 import { type BatchFeeds, createTrainer, type Encode } from "../dist/src/train/index.js";
 import { createInputs } from "../dist/src/train/inputs.js";
 import { createEncoder, readTask } from "../examples/minilm.js";
 import { LABELS, tiny } from "./learning.ts";
+import { data } from "./packs.ts";
+import { required } from "./required.ts";
 import { GOLDENS, NODE } from "./sessions.ts";
 
 interface Style {
@@ -19,13 +24,15 @@ interface Style {
   readonly features?: boolean;
 }
 
+const NAMES = ["input_ids", "attention_mask", "token_type_ids", "position_ids", "features"];
+
 /** A tokenizer of letters, that counts the texts it is given. */
 function letters({ front = false, multiple = 1, positions = false, features = false }: Style): {
-  encode: Encode;
+  encode(texts: readonly string[]): BatchFeeds;
   asked: string[];
 } {
   const asked: string[] = [];
-  const encode: Encode = (texts) => {
+  const encode = (texts: readonly string[]): BatchFeeds => {
     asked.push(...texts);
     const width = multiple * Math.ceil(Math.max(...texts.map(({ length }) => length)) / multiple);
     const filled = (pad: number, of: (text: string) => number[]): BatchFeeds[string] => {
@@ -71,13 +78,13 @@ for (const [name, style, once] of [
     const random = uniform(1);
     const texts = Array.from({ length: 24 }, (_, i) => "abcdefghijklmnopqrstuvwx".slice(0, 2 + (i % 17)) + i);
     const { encode, asked } = letters(style);
-    const inputs = createInputs(encode);
+    const inputs = createInputs(encode, NAMES);
     const rows = texts.map((text) => ({ text }));
     await inputs.lengths(rows);
     for (let i = 0; i < 20; i++) {
       const some = rows.filter(() => random() < 0.3);
       if (some.length === 0) continue;
-      const expected = await letters(style).encode(some.map(({ text }) => text));
+      const expected = letters(style).encode(some.map(({ text }) => text));
       t.same(plain(await inputs.batch(some)), plain(expected));
     }
     const more = asked.length - texts.length;
@@ -92,7 +99,7 @@ for (const [name, style, once] of [
 
 t.test("a wider gap is looked at anew: one place of padding may hold anything", async (t) => {
   const { encode, asked } = letters({ positions: true });
-  const inputs = createInputs(encode);
+  const inputs = createInputs(encode, NAMES);
   const batches = [
     ["abc", "ab"],
     ["abcdefgh", "a"],
@@ -100,15 +107,15 @@ t.test("a wider gap is looked at anew: one place of padding may hold anything", 
   for (const texts of batches) {
     const rows = texts.map((text) => ({ text }));
     await inputs.lengths(rows);
-    t.same(plain(await inputs.batch(rows)), plain(await letters({ positions: true }).encode(texts)));
+    t.same(plain(await inputs.batch(rows)), plain(letters({ positions: true }).encode(texts)));
   }
   t.equal(asked.length, 2 + 2 + 2 + 2 + 2);
 });
 
 t.test("texts and feeds do not go into one batch; feeds are taken as they are", async (t) => {
   const { encode, asked } = letters({});
-  const inputs = createInputs(encode);
-  const feeds = await letters({}).encode(["abc"]);
+  const inputs = createInputs(encode, NAMES);
+  const feeds = letters({}).encode(["abc"]);
   t.equal(await inputs.batch([{ feeds }]), feeds);
   t.same([...(await inputs.lengths([{ feeds }])).values()], [3]);
   t.equal(asked.length, 0);
@@ -119,21 +126,46 @@ t.test("texts and feeds do not go into one batch; feeds are taken as they are", 
 });
 
 t.test("MiniLM's tokenizer: batches are what it makes of their texts", async (t) => {
-  const encode = (await createEncoder(NODE)) as unknown as Encode;
+  const encode = (await createEncoder(NODE)) as unknown as (texts: readonly string[]) => BatchFeeds;
   const { train } = await readTask("debtags-role");
   const rows = train.slice(0, 96).map(([text]) => ({ text }));
   let count = 0;
   const inputs = createInputs((texts) => {
     count += texts.length;
     return encode(texts);
-  });
+  }, NAMES);
   await inputs.lengths(rows);
   for (let at = 0; at < rows.length; at += 12) {
     const some = rows.slice(at, at + 12);
-    t.same(plain(await inputs.batch(some)), plain(await encode(some.map(({ text }) => text))));
+    t.same(plain(await inputs.batch(some)), plain(encode(some.map(({ text }) => text))));
   }
   t.equal(count, rows.length + 2);
 });
+
+const folder = join(process.env["EIGENLORA_RUNTIMES"] ?? "", "node_modules/@huggingface/transformers");
+const skip = !existsSync(folder) && !required.has("transformers") && "transformers is not here; see EIGENLORA_RUNTIMES";
+
+t.test(
+  "a tokenizer of transformers.js, as it is; one that is not told to pad is refused with what to do",
+  { skip },
+  async (t) => {
+    const { AutoTokenizer, env } = await import(pathToFileURL(join(folder, "dist/transformers.node.mjs")).href);
+    Object.assign(env, { localModelPath: data("."), allowRemoteModels: false });
+    const tokenizer = (await AutoTokenizer.from_pretrained("minilm")) as Encode & { model_max_length: number };
+    const texts = ["a tool", "a graphical front end for the version control system git", "tool ".repeat(4000)];
+    const rows = texts.map((text) => ({ text }));
+    const inputs = createInputs(tokenizer, ["input_ids", "attention_mask"]);
+    await inputs.lengths(rows);
+    const { input_ids, ...others } = await inputs.batch(rows);
+    t.same(Object.keys(others), ["attention_mask"], "nothing that the model does not take");
+    t.same(input_ids!.dims, [3, tokenizer.model_max_length], "padded, and cut to what the model takes");
+    const lines = createInputs((some) => tokenizer(some, {} as never, []), NAMES);
+    await t.rejects(lines.lengths(rows), {
+      name: "TypeError",
+      message: /encode: .*encode: tokenizer.*padding: true, truncation: true/,
+    });
+  },
+);
 
 t.test("a fit tokenises each text once, and again none", async (t) => {
   const session = await tiny(NODE);

@@ -335,7 +335,7 @@ t.test("eigenlora pack --scores --min-gain", async (t) => {
   const { tasks } = await openPack(join(folder, "hub.eigen"));
   t.notOk(tasks.has("hub-17-section"));
   t.match(
-    run(...args).stdout,
+    run(...args, "--force").stdout,
     /left out hub-07-section: 0.0 points over its head\nleft out hub-17-section: -1.4 points/,
   );
   t.match(run("x", "-o", "y", "--min-gain", "0.1"), { status: 2, stderr: /--min-gain needs --scores/ });

@@ -528,23 +528,23 @@ t.test("the commands: restarts, interruptions, refusals, the keys of the contrac
   t.equal(json(0, "shard", "debtags-game", "debtags-role", "-o", "again.part")["present"], false);
   t.ok(before.equals(await bytes("again.part")), "the same input, the same bytes");
   t.equal(
-    json(0, "shard", "debtags-game", "debtags-role", "--gauge", "balanced", "-o", "again.part")["present"],
+    json(0, "shard", "debtags-game", "debtags-role", "--gauge", "balanced", "-o", "again.part", "--force")["present"],
     false,
     "another setting",
   );
   t.equal(
-    json(0, "shard", "debtags-game", "debtags-role", "--as", "debtags-game=games", "-o", "a.part")["present"],
+    json(0, "shard", "debtags-game", "debtags-role", "--as", "debtags-game=games", "-o", "a.part", "--force")[
+      "present"
+    ],
     false,
     "another name",
   );
   const damaged = Buffer.from(before);
   damaged[damaged.length - 500]! ^= 1;
   await writeFile(join(folder, "a.part"), damaged);
-  t.equal(
-    json(0, "shard", "debtags-game", "debtags-role", "-o", "a.part")["present"],
-    false,
-    "a damaged part is made again",
-  );
+  const again = ["shard", "debtags-game", "debtags-role", "-o", "a.part"];
+  t.match(json(2, ...again)["error"].message, /a\.part: is there already; .*--force/, "a damaged part is another file");
+  t.equal(json(0, ...again, "--force")["present"], false, "which is made again");
   t.ok(before.equals(await bytes("a.part")));
 
   // Killed wherever it may be: no part, or a whole one.
@@ -560,7 +560,7 @@ t.test("the commands: restarts, interruptions, refusals, the keys of the contrac
       await openStatistics(join(folder, "killed.part")).then((found) => found.close());
   }
   t.equal(
-    json(0, "shard", "sections-0", "-o", "killed.part")["adapters"],
+    json(0, "shard", "sections-0", "-o", "killed.part", "--force")["adapters"],
     1,
     "a rerun is not in the way of what was left",
   );
@@ -607,7 +607,7 @@ t.test("the commands: restarts, interruptions, refusals, the keys of the contrac
   const values = await readFile(weights);
   values[values.length - 1]! ^= 1;
   await writeFile(weights, values);
-  t.equal(json(0, "shard", "sections-0", "-o", "b.part")["present"], false);
+  t.equal(json(0, "shard", "sections-0", "-o", "b.part", "--force")["present"], false);
 
   const refusals: [number, RegExp, ...string[]][] = [
     [2, /--mode joint: only column mode/, "shard", "sections-0", "--mode", "joint", "-o", "x"],

@@ -158,7 +158,7 @@ function choose(folder, { files, assembled }, tasks, random) {
       },
     };
   }
-  const argv = ["assemble", join(folder, "basis.eigen"), join(folder, "two.part"), "-o", path];
+  const argv = ["assemble", join(folder, "basis.eigen"), join(folder, "two.part"), "-o", path, "--force"];
   return { argv, apply: () => ({ code: 0, tasks: assembled }) };
 }
 

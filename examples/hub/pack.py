@@ -7,7 +7,7 @@ ADAPTERS and SHARED_FOLDER lie where every machine sees them under one name. Wit
 machine. Nothing here knows of adapters: each task runs one command that reads files and writes one. So a task that is lost
 with its machine is run again elsewhere, and the whole, run again, makes only the parts that are missing.
 """
-import argparse, json, pathlib, shlex, subprocess
+import argparse, json, pathlib, shlex, subprocess, sys
 import ray
 
 
@@ -31,9 +31,9 @@ def pack(adapters, output, work, eigenlora, shards=16, fan_in=8, k=32, dtype="f1
     work.mkdir(parents=True, exist_ok=True)
 
     def step(name, arguments, *needs):
-        """A task that writes a file of the work folder."""
+        """A task that writes a file of the work folder, also in place of what a lost task or an earlier run has left there."""
         file = str(work / name)
-        return file, run.remote([*eigenlora, *arguments, "-o", file, "--json"], *needs)
+        return file, run.remote([*eigenlora, *arguments, "-o", file, "--force", "--json"], *needs)
 
     def commands(parts):
         return [file for file, _ in parts], [task for _, task in parts]
@@ -52,13 +52,15 @@ def pack(adapters, output, work, eigenlora, shards=16, fan_in=8, k=32, dtype="f1
     basis, based = step("basis.eigen", ["merge", *files, *settings], *tasks)
     parts = [step(f"tasks-{i}.part", ["project", basis, *share, "--dtype", dtype], based) for i, share in enumerate(shares)]
     files, tasks = commands(parts)
-    return ray.get(run.remote([*eigenlora, "assemble", basis, *files, "-o", str(pathlib.Path(output).absolute()), "--json"], *tasks))
+    target = str(pathlib.Path(output).absolute())
+    return ray.get(run.remote([*eigenlora, "assemble", basis, *files, "-o", target, "--force", "--json"], *tasks))
 
 
 if __name__ == "__main__":
     cli = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     cli.add_argument("adapters", help="a folder of adapters' folders")
     cli.add_argument("-o", "--output", required=True, help="the pack to write")
+    cli.add_argument("--force", action="store_true", help="replace the pack that is there already")
     cli.add_argument("--work", required=True, help="a folder for parts, seen by all machines; a rerun finds them there")
     cli.add_argument("--shards", type=int, default=16, help="how many parts: several for each worker")
     cli.add_argument("--fan-in", type=int, default=8, help="parts that one merge reads")
@@ -72,6 +74,9 @@ if __name__ == "__main__":
     cli.add_argument("--address", help="of a Ray cluster; auto finds one that runs")
     cli.add_argument("--eigenlora", default="npx eigenlora", help="how the command line is started on a worker")
     given = vars(cli.parse_args())
+    if pathlib.Path(given["output"]).exists() and not given["force"]:
+        sys.exit(f"{given['output']} is there already; choose another name, or replace it with --force")
+    del given["force"]
     ray.init(address=given.pop("address"))
     folder = pathlib.Path(given.pop("adapters")).absolute()
     print(json.dumps(pack(adapters_of(folder), eigenlora=shlex.split(given.pop("eigenlora")), **given)))

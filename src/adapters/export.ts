@@ -8,7 +8,7 @@ import { isHead } from "../format/heads.ts";
 import { encodeTensor } from "../tensor/encode.ts";
 import type { SafetensorsEntry } from "../tensor/safetensors-writer.ts";
 import type { Adapter, AdapterModule } from "./adapter.ts";
-import { refuseBoth } from "./modules.ts";
+import { checkAdapter, refuseBoth } from "./modules.ts";
 import { headsOf } from "./peft-config.ts";
 
 /** What is needed of an adapter to write it. A task of a pack can be given in this form. */
@@ -26,6 +26,7 @@ type Add = (name: string, shape: readonly number[], values: Float32Array) => voi
  * of weights, cannot say what this adapter holds; and whatever the adapter's `read` throws
  */
 export async function peftFiles(adapter: Exportable): Promise<{ config: object; tensors: SafetensorsEntry[] }> {
+  checkAdapter("peftFiles", adapter);
   refuseBoth({ ...adapter, file: adapter.id });
   const tensors: SafetensorsEntry[] = [];
   const add: Add = (name, shape, values) => {

@@ -4,6 +4,7 @@
  */
 import { readdir, stat } from "node:fs/promises";
 import { basename, dirname, extname, join, resolve } from "node:path";
+import { checkList } from "../arguments.ts";
 import { AdapterError } from "../errors.ts";
 import { holdsLora } from "./diffusers-keys.ts";
 import { compare } from "./modules.ts";
@@ -38,6 +39,7 @@ export interface AdapterLocation {
  * @throws FormatError when a safetensors file in a folder of adapters is damaged
  */
 export async function findAdapters(paths: readonly string[]): Promise<AdapterLocation[]> {
+  checkList("findAdapters", paths, "paths");
   const found = new Map<string, AdapterLocation>();
   for (const path of paths)
     for (const location of await adaptersAt(resolve(path))) found.set(location.tensors, location);

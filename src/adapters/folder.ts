@@ -5,7 +5,7 @@
 import { readFile, stat } from "node:fs/promises";
 import { join, resolve } from "node:path";
 import { openPath } from "#platform";
-import { checkOptions, nearest } from "../arguments.ts";
+import { checkList, checkOptions, nearest } from "../arguments.ts";
 import { AdapterError, TaskError } from "../errors.ts";
 import { isTaskId } from "../format/directory.ts";
 import type { ByteSource } from "../source.ts";
@@ -35,6 +35,7 @@ export async function readAdapters(
   options: { rename?: ReadonlyMap<string, string> } = {},
 ): Promise<Adapter[]> {
   checkOptions("readAdapters", options, ["rename"]);
+  checkList("readAdapters", paths, "paths");
   const locations = rename(await findAdapters(paths), options.rename ?? new Map());
   const adapters: Adapter[] = [];
   const sources: ByteSource[] = [];

@@ -1,6 +1,7 @@
 /**
  * Modules that several adapters, or parts made of adapters, have in common: the same layer must be the same in all of them.
  */
+import { checkArgument, checkList } from "../arguments.ts";
 import { AdapterError } from "../errors.ts";
 import type { Adapter, ModuleShape } from "./adapter.ts";
 
@@ -56,6 +57,60 @@ function checkSame(x: ModuleShape, file: string, y: ModuleShape, other: string):
       "different base models cannot share a pack",
     { file: other, field: y.name },
   );
+}
+
+/** @throws TypeError when `value` is no adapter */
+export function checkAdapter(where: string, value: unknown): void {
+  checkArgument(where, value, "an adapter (readAdapters of eigenlora/node, or readPeft)", "saved");
+}
+
+/** @throws TypeError when `value` is no list of adapters */
+export function checkAdapters(where: string, value: unknown): void {
+  checkList(where, value, "adapters (await readAdapters(…))");
+  for (const one of value as unknown[]) checkAdapter(where, one);
+}
+
+/** What is known of an adapter's base model. */
+interface Based {
+  readonly id: string;
+  readonly file: string;
+  readonly baseModel: string | undefined;
+}
+
+/** So many adapters of one base model are listed. */
+const LISTED = 3;
+
+/**
+ * Adapters of different base models cannot share a pack. One model goes by several names, as a hub's id and as a folder: names that
+ * end alike are taken for one. An adapter that names none goes with any.
+ * @param anyBase take them all the same
+ * @throws AdapterError when adapters name different base models, with who names which
+ */
+export function refuseBases(adapters: readonly Based[], anyBase = false): void {
+  const byEnd = new Map<string, Based[]>();
+  for (const adapter of adapters) {
+    if (adapter.baseModel === undefined) continue;
+    const end = lastPart(adapter.baseModel);
+    byEnd.set(end, [...(byEnd.get(end) ?? []), adapter]);
+  }
+  if (anyBase || byEnd.size < 2) return;
+  const groups = [...byEnd.values()].sort((a, b) => b.length - a.length);
+  const listed = groups.map((group) => {
+    const ids = group.slice(0, LISTED).map(({ id }) => id);
+    const more = group.length > LISTED ? ` and ${group.length - LISTED} more` : "";
+    return `${group[0]!.baseModel} (${ids.join(", ")}${more})`;
+  });
+  throw new AdapterError(
+    `the adapters name different base models: ${listed.join("; ")}. Take those of one model; if these are names of one, pass ` +
+      "anyBase: true",
+    { file: groups.at(-1)![0]!.file, field: "base_model_name_or_path" },
+  );
+}
+
+/** The end of a base model's name: of a hub's id, of a path, or of a folder in the cache of the hub. */
+function lastPart(name: string): string {
+  const cached = /models--(?:[^/\\]+?--)?([^/\\]+)[/\\]snapshots[/\\]/.exec(name)?.[1];
+  return (cached ?? name.split(/[/\\]/).findLast(Boolean) ?? "").toLowerCase();
 }
 
 /** The base models that adapters name, in the order of the adapters. */

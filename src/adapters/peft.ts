@@ -3,6 +3,7 @@
  * Rank and scale of a module are those PEFT gives it, from the same fields and patterns. A file that PEFT would not
  * load, or would load in part only, is refused. Portable: folders are read in folder.ts.
  */
+import { checkOptions } from "../arguments.ts";
 import { AdapterError } from "../errors.ts";
 import type { TaskMetadata } from "../format/format.ts";
 import { misfitLabels } from "../format/heads.ts";
@@ -39,7 +40,9 @@ export interface PeftFiles {
  * const config = await (await fetch(`${at}/adapter_config.json`)).json();
  * const adapter = await readPeft({ id: "sst2", file: at, config, tensors: `${at}/adapter_model.safetensors` });
  */
-export async function readPeft({ id, file, config: json, tensors: input, task }: PeftFiles): Promise<Adapter> {
+export async function readPeft(files: PeftFiles): Promise<Adapter> {
+  checkOptions("readPeft", files, ["id", "file", "config", "tensors", "task"]);
+  const { id, file, config: json, tensors: input, task } = files;
   const config = readPeftConfig(json, `${file}/adapter_config.json`);
   const metadata = readTaskMetadata(task, `${file}/task.json`);
   const tensors = await openSafetensors(input);

@@ -2,6 +2,7 @@
 import { randomUUID } from "node:crypto";
 import { mkdir, readdir, readFile, rename, rm, stat, writeFile } from "node:fs/promises";
 import { join } from "node:path";
+import { described } from "../arguments.ts";
 import type { RangeStore } from "./store.ts";
 
 /** Files that are being written, and the age in milliseconds from which nobody can be at it any more. */
@@ -16,6 +17,8 @@ const OLD = 3_600_000;
  * const pack = await openPack(cachedSource("https://example.org/tasks.eigen", folderStore("cache")));
  */
 export function folderStore(path: string): RangeStore {
+  if (typeof path !== "string")
+    throw new TypeError(`folderStore: expected the path of a folder, got ${described(path)}`);
   const unlessMissing = (error: unknown): undefined => {
     if ((error as NodeJS.ErrnoException).code !== "ENOENT") throw error;
   };

@@ -14,11 +14,11 @@ import type { Pack } from "../pack/pack.ts";
 import { projectAdapters } from "../pack/project.ts";
 import { type Attach, command } from "./command.ts";
 import { append } from "./files.ts";
-import { as, key } from "./options.ts";
+import { anyBase, as, key } from "./options.ts";
 import { bytes, counting, lossTable, sum, warnOf } from "./output.ts";
 import type { Run } from "./run.ts";
 import { signerOf, warnUnsigned } from "./signer.ts";
-import { storedDtypes } from "./tasks.ts";
+import { refuseOtherBase, storedDtypes } from "./tasks.ts";
 
 /** A task file that was named, and what its task is to be called. */
 interface NamedTask {
@@ -31,8 +31,8 @@ export const add: Attach = command({
   does: "Append tasks: adapters projected onto the components, or task files.",
   details:
     "Adapters may come as a folder of them. Task files (.eigentask) are taken as they are. The bytes of other tasks stay.",
-  options: { as, key },
-  async run([file, ...paths]: [string, ...string[]], { as, key }, run, out) {
+  options: { as, anyBase, key },
+  async run([file, ...paths]: [string, ...string[]], { as, anyBase, key }, run, out) {
     const sign = await signerOf(key);
     const found = await Promise.all(paths.map((path) => isTaskFile(path, run)));
     const names = new Map(as);
@@ -45,6 +45,7 @@ export const add: Attach = command({
     const named = [...adapters.map(({ id, file }) => ({ id, path: file })), ...files];
     const pack = await run.pack(file);
     refuseTaken(pack, named);
+    refuseOtherBase(pack, adapters, anyBase);
     const projected = await projectAdapters(pack, adapters, await storedDtypes(pack), counting(out, "module"));
     const learned: TaskToWrite[] = [];
     for (const { path, id } of files) await pack.addTask(id, path);

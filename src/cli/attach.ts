@@ -4,7 +4,6 @@
  * weights themselves changed are refused.
  */
 import { dirname, join } from "node:path";
-import { nearest } from "../arguments.ts";
 import { createBackend } from "../backends/select.ts";
 import { BaseMismatchError, FormatError } from "../errors.ts";
 import type { Grafted, TaskInput } from "../onnx/graft.ts";
@@ -18,9 +17,10 @@ import { stackValues, TaskEvaluator } from "../session/values.ts";
 import { type SafetensorsEntry, writeSafetensors } from "../tensor/safetensors-writer.ts";
 import { type Attach, command } from "./command.ts";
 import { copyAll, placesOf } from "./external.ts";
-import { makeFolder, refuseOverwriting, writeTogether } from "./files.ts";
-import { assignments, byDefault, choice, list, output, toggle, UsageError } from "./options.ts";
+import { makeFolder, writeTogether } from "./files.ts";
+import { byDefault, choice, force, list, match, output, refuseUnknown, UsageError } from "./options.ts";
 import { bytes, type Output } from "./output.ts";
+import { checkTarget } from "./target.ts";
 
 /** The most that protobuf allows, and so the most that runtimes load. */
 const MOST_MODEL_BYTES = 2 ** 31 - 1;
@@ -36,6 +36,7 @@ export const attach: Attach = command({
   details: "Tasks come beside it, as small input files. For runtimes that this package has no binding for.",
   options: {
     output: output("OUT.onnx", "The model to write; OUT.base.safetensors and OUT.tasks/ID.safetensors come beside it."),
+    force,
     mode: byDefault("auto", {
       ...modes,
       parse(given, flag, before) {
@@ -45,18 +46,13 @@ export const attach: Attach = command({
       },
     }),
     task: list("ID", "Write the inputs of this task only. May be given again."),
-    names: assignments(
-      "MODULE=WEIGHT",
-      "The model's name for a module, where it is not found. May be given again.",
-      "first",
-    ),
-    ignore: list("NAME", "Leave out a parameter or module of the tasks, as classifier. May be given again."),
-    anyBase: toggle("Accept a model whose weights differ from the pack's fingerprints."),
+    ...match,
   },
-  async run([modelPath, packPath]: [string, string], { output: target, mode, task, ...options }, run, out) {
-    refuseOverwriting(target, modelPath, packPath);
+  async run([modelPath, packPath]: [string, string], { output: target, force, mode, task, ...options }, run, out) {
+    checkTarget(target, { force, inputs: [modelPath, packPath] });
+    checkTarget(baseFile(target), { force, output: target });
     const pack = await run.pack(packPath);
-    for (const module of options.names.keys()) refuseUnknown(module, pack);
+    refuseUnknown(options.names, pack);
     const file = run.closing(await readModel(modelPath));
     const places = await placesOf(file, modelPath, target, [baseFile(target)], [tasksFolder(target)]);
     const bases = (await pack.bases()).bytes;
@@ -65,6 +61,7 @@ export const attach: Attach = command({
     const ids = task.length > 0 ? [...new Set(task)] : [...pack.tasks.keys()];
     // An unknown or damaged task is found before anything is written.
     await pack.prefetch(ids);
+    for (const id of ids) checkTarget(taskFile(target, id), { force, output: target });
     const { mode: chosen, reason, inputs, modules, unconfirmed } = prepared;
     const marks: Marks = new Map([
       [`${PREFIX}.basis`, pack.basisId],
@@ -76,7 +73,8 @@ export const attach: Attach = command({
     const external = await copyAll(file, places);
     const backend = run.closing((await createBackend({ webgpu: false })).backend);
     const evaluator = new TaskEvaluator(prepared, new Workbench(backend, pack.modules, bases));
-    const { base, tasks, folder, size } = await writeAll({ pack, inputs, evaluator, marks }, ids, target, model, out);
+    const attached = { pack, inputs, evaluator, marks };
+    const { base, tasks, folder, size } = await writeAll(attached, ids, { target, force, model }, out);
     const largest = tasks.reduce((most, one) => Math.max(most, one.bytes), 0);
     return {
       json: {
@@ -103,14 +101,6 @@ export const attach: Attach = command({
     };
   },
 });
-
-function refuseUnknown(module: string, { modules, name }: Pack): void {
-  const known = modules.map((one) => one.name);
-  if (known.includes(module)) return;
-  const close = nearest(module, known);
-  const found = close.length > 0 ? `; the nearest are ${close.join(", ")}` : "";
-  throw new UsageError(`--names ${module}=…: ${name} adapts no such module${found}`);
-}
 
 /** @throws BaseMismatchError when the tasks need other weights */
 function refuseFolded({ mode, reason }: PreparedModel, { name }: Pack): void {
@@ -151,23 +141,36 @@ function tasksFolder(target: string): string {
   return `${target.replace(/\.onnx$/i, "")}.tasks`;
 }
 
+function taskFile(target: string, id: string): string {
+  // An id may hold any character; a file's name may not. What this leaves as it is may stand in names everywhere.
+  return join(tasksFolder(target), `${encodeURIComponent(id).replaceAll("*", "%2A")}.safetensors`);
+}
+
+/** The model with the components inside, and where it goes. */
+interface Model {
+  readonly target: string;
+  readonly force: boolean;
+  readonly model: Uint8Array;
+}
+
 /** The inputs of the base and of each task, one file each, beside the model: what belongs together is there together. */
-async function writeAll(attached: Attached, ids: readonly string[], target: string, model: Uint8Array, out: Output) {
+async function writeAll(attached: Attached, ids: readonly string[], { target, force, model }: Model, out: Output) {
   const folder = tasksFolder(target);
   await makeFolder(folder);
   const base = baseFile(target);
   const files = ids.map((id, i) => {
-    // An id may hold any character; a file's name may not. What this leaves as it is may stand in names everywhere.
-    const name = encodeURIComponent(id).replaceAll("*", "%2A");
     const done = (): void => out.progress("task", i + 1, ids.length);
-    return { id, file: join(folder, `${name}.safetensors`), chunks: valuesOf(attached, id, done) };
+    return { id, file: taskFile(target, id), chunks: valuesOf(attached, id, done) };
   });
-  const [baseSize, ...sizes] = await writeTogether([
-    [base, valuesOf(attached, null)],
-    ...files.map(({ file, chunks }) => [file, chunks] as const),
-    // Last: a model that is there has all that belongs to it, even after a power cut.
-    [target, [model]],
-  ]);
+  const [baseSize, ...sizes] = await writeTogether(
+    [
+      [base, valuesOf(attached, null)],
+      ...files.map(({ file, chunks }) => [file, chunks] as const),
+      // Last: a model that is there has all that belongs to it, even after a power cut.
+      [target, [model]],
+    ],
+    force,
+  );
   const tasks = files.map(({ id, file }, i) => ({ id, file, bytes: sizes[i]! }));
   return { base: { file: base, bytes: baseSize! }, folder, tasks, size: sizes.at(-1)! };
 }

@@ -20,11 +20,12 @@ import { readLines } from "./examples.ts";
 import { jsonFile, makeFolder, readJson, writeWhole } from "./files.ts";
 import { realTarget } from "./lock.ts";
 import { openTrainable, tokenizer, tokens } from "./model.ts";
-import { as, byDefault, from, group, key, number, output, required, text } from "./options.ts";
+import { as, byDefault, force, from, group, key, match, number, output, required, text, toggle } from "./options.ts";
 import { bytes, resources, table } from "./output.ts";
 import type { Run } from "./run.ts";
 import { signerOf, warnUnsigned } from "./signer.ts";
-import { storedDtypes } from "./tasks.ts";
+import { filesOf } from "./target.ts";
+import { refuseOtherBase, storedDtypes } from "./tasks.ts";
 
 type Done = Distilled & { readonly resumed: boolean };
 
@@ -34,6 +35,7 @@ export const distill: Attach = command({
   details: "Adapters that are no tasks yet are added first. The bytes of other tasks stay.",
   options: {
     output: output("OUT.eigen", "The pack to write; finished tasks wait in OUT.eigen.partial."),
+    force,
     text: required(
       text("LINES.txt", "Plain text of the tasks' kind, one on each line; some hundreds, never what you test on."),
     ),
@@ -45,21 +47,25 @@ export const distill: Attach = command({
       model: required(text("MODEL.onnx", "The model that tasks and adapters belong to. Needs onnxruntime-node.")),
       tokens,
       tokenizer,
+      ...match,
+      anyBase: toggle("Accept a model of other weights than the pack's, and adapters that name another base model."),
     }),
   },
   async run([packPath, ...paths]: [string, ...string[]], options, run, out) {
-    const { output: target, model, steps, batch, tokens = 128, tokenizer } = options;
+    const { output: file, force, model, steps, batch, tokens = 128, tokenizer } = options;
     const sign = await signerOf(options.key);
     const texts = await readLines(options.text);
-    await run.writable(target);
+    const target = await run.target(file, { force, inputs: [model, options.text, tokenizer] });
     const adapters = await run.adapters(paths, options.as);
+    target.refuse(adapters.flatMap(filesOf));
     const pack = await run.pack(packPath);
     const before = new Set(pack.tasks.keys());
+    refuseOtherBase(pack, adapters, options.anyBase);
     await addMissing(pack, adapters);
-    const { session, encode } = await openTrainable("distill", model, pack, { tokens, tokenizer }, run);
+    const { session, encode } = await openTrainable("distill", model, pack, options, run);
     const modelBytes = (await stat(model)).size;
     const settings = { model: resolve(model), modelBytes, steps, batch, tokens, texts };
-    const finished = `${target}.partial`;
+    const finished = `${file}.partial`;
     // Two runs of one target would do the same work, and the first to end would remove what the second has finished.
     await run.lock(finished);
     await makeFolder(finished);
@@ -78,12 +84,16 @@ export const distill: Attach = command({
       if (!earlier) await writeWhole(path, jsonFile({ ...made, file: Buffer.from(made.file).toString("base64") }));
       done.push({ ...made, resumed: earlier !== undefined });
     }
-    await run.lock(target);
-    const now = realTarget(target) === realTarget(packPath) ? await reread(pack, before, done, run) : pack;
-    const size = await writeWhole(target, await withDistilled(now, done, sign));
+    await run.lock(file);
+    const now = realTarget(file) === realTarget(packPath) ? await reread(pack, before, done, run) : pack;
+    const size = await writeWhole(file, await withDistilled(now, done, sign), force);
     warnUnsigned(now, sign, out);
     await removeFinished(finished);
-    return report(target, size, done, before);
+    if (done.every(({ kept }) => kept === "projected"))
+      out.warn(
+        `no task got better than it was, so all stay as projected: try more than --steps ${steps}, or more text`,
+      );
+    return report(file, size, done, before);
   },
 });
 

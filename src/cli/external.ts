@@ -12,8 +12,9 @@ import type { ModelFile } from "../onnx/read.ts";
 import { EXTERNAL } from "../onnx/tensors.ts";
 import { openSource } from "../open-source.ts";
 import type { ByteSource } from "../source.ts";
-import { makeFolder, refuseOverwriting, writeWhole } from "./files.ts";
+import { makeFolder, writeWhole } from "./files.ts";
 import { UsageError } from "./options.ts";
+import { checkTarget } from "./target.ts";
 
 /** Weights beside a model may be larger than memory: so much of them is copied at a time. */
 const CHUNK_BYTES = 2 ** 24;
@@ -46,7 +47,7 @@ export async function placesOf(
     // Refuses, in its own words, what is outside by its name.
     if (isAbsolute(location) || !isInside(resolve("."), resolve(location))) await file.external!(location);
     const path = join(dirname(target), location);
-    refuseOverwriting(target, path);
+    checkTarget(target, { force: true, inputs: [path] });
     const taken =
       files.find((own) => resolve(own) === resolve(path)) ??
       folders.find((own) => isInside(resolve(own), resolve(path)));

@@ -4,43 +4,22 @@
  * others may change at the same time is written under its lock (`Run.lock`).
  */
 import { randomUUID } from "node:crypto";
-import {
-  closeSync,
-  fchmodSync,
-  fsyncSync,
-  ftruncateSync,
-  openSync,
-  renameSync,
-  rmSync,
-  statSync,
-  writeSync,
-} from "node:fs";
+import { closeSync, fchmodSync, fsyncSync, ftruncateSync, openSync, renameSync, rmSync, writeSync } from "node:fs";
 import { mkdir, readFile } from "node:fs/promises";
 import { dirname } from "node:path";
+import { reasonOf } from "../../bindings/node.ts";
 import { SourceError } from "../errors.ts";
 import type { Append } from "../format/layout.ts";
 import { realTarget } from "./lock.ts";
-import { UsageError } from "./options.ts";
+import { stat } from "./target.ts";
 import { undoOnExit } from "./undo.ts";
 
 type Chunks = Iterable<Uint8Array> | AsyncIterable<Uint8Array>;
 
-/** @throws UsageError when `target` is one of the files that it is made of */
-export function refuseOverwriting(target: string, ...paths: readonly string[]): void {
-  if (!paths.some((path) => realTarget(path) === realTarget(target))) return;
-  throw new UsageError(`--output ${target}: that would overwrite what it is made of; choose another name`);
-}
-
-/** @throws UsageError naming a file that is there: it is not to be replaced */
-export function refuseExisting(...paths: readonly string[]): void {
-  const there = paths.find((path) => statSync(path, { throwIfNoEntry: false }));
-  if (there !== undefined) throw new UsageError(`${there} is there already; choose another name`);
-}
-
 /** For `catch`: says what could not be done with a file. */
-function failed(path: string, what: string, how?: string): (cause: unknown) => never {
+function failed(path: string, what: string, how = ""): (cause: unknown) => never {
   return (cause) => {
-    throw new SourceError(`cannot be ${what}: ${how ?? (cause as Error).message}`, { file: path, cause });
+    throw new SourceError(`cannot be ${what}: ${reasonOf(cause)}${how}`, { file: path, cause });
   };
 }
 
@@ -71,21 +50,27 @@ export function jsonFile(value: object): Uint8Array[] {
 
 /**
  * Writes a file as a whole or not at all.
+ * @param replace as of `writeTogether`
  * @returns its size in bytes
  * @throws SourceError when it cannot be written; an existing file is then untouched
  */
-export async function writeWhole(path: string, chunks: Chunks): Promise<number> {
-  const [size] = await writeTogether([[path, chunks]]);
+export async function writeWhole(path: string, chunks: Chunks, replace = true): Promise<number> {
+  const [size] = await writeTogether([[path, chunks]], replace);
   return size!;
 }
 
 /**
  * Writes files that belong together: each beside its target first, and only when all are there they are renamed.
+ * @param replace files that are there already. Otherwise one that appeared during the work stays, and what was to be written is kept
+ *   under other names
  * @returns their sizes in bytes
  * @throws SourceError naming the one that cannot be written
  */
-export async function writeTogether(files: readonly (readonly [path: string, chunks: Chunks])[]): Promise<number[]> {
-  const written: { path: string; target: string; beside: string }[] = [];
+export async function writeTogether(
+  files: readonly (readonly [path: string, chunks: Chunks])[],
+  replace = true,
+): Promise<number[]> {
+  const written: Written[] = [];
   const undo = (): void => {
     for (const { beside } of written) rmSync(beside, { force: true });
   };
@@ -99,8 +84,9 @@ export async function writeTogether(files: readonly (readonly [path: string, chu
       // Not by process id: machines that share a folder have the same ones, and so has a container that starts again.
       const beside = `${target}.${randomUUID().slice(0, 8)}.tmp`;
       written.push({ path, target, beside });
-      sizes.push(await writeNew(beside, chunks, statSync(target, { throwIfNoEntry: false })?.mode));
+      sizes.push(await writeNew(beside, chunks, stat(target)?.mode));
     }
+    refuseTaken(written, replace);
     for (const { path, target, beside } of written) {
       at = path;
       renameSync(beside, target);
@@ -114,6 +100,29 @@ export async function writeTogether(files: readonly (readonly [path: string, chu
   } finally {
     forget();
   }
+}
+
+/** A file beside its target. */
+interface Written {
+  readonly path: string;
+  readonly target: string;
+  readonly beside: string;
+}
+
+/** @throws SourceError when something came to lie where a file should go; what was written stays, under names of its own */
+function refuseTaken(written: readonly Written[], replace: boolean): void {
+  const taken = written.find(({ target }) => {
+    const there = stat(target);
+    return there && (!replace || !there.isFile());
+  });
+  if (!taken) return;
+  const kept = written.map(({ beside }) => {
+    const name = beside.replace(/\.tmp$/, "");
+    renameSync(beside, name);
+    return name;
+  });
+  const message = `was made by somebody else in the meantime and stays; what was to be written is in ${kept.join(", ")}`;
+  throw new SourceError(message, { file: taken.path });
 }
 
 /** @param mode of the file that it is to replace: who may not read that may not read this */
@@ -173,7 +182,7 @@ export function append(path: string, { offset, body, superblock, superblockOffse
       fsyncSync(file);
     } catch (cause) {
       quietly(() => ftruncateSync(file, offset));
-      failed(path, "appended to", `${(cause as Error).message}; it is as it was before`)(cause);
+      failed(path, "appended to", "; it is as it was before")(cause);
     }
     // What lies behind the new end was left by an append that never finished.
     ftruncateSync(file, at);

@@ -5,8 +5,7 @@ import { createRuntime } from "../runtime/create.ts";
 import { openSafetensors } from "../tensor/safetensors.ts";
 import { type SafetensorsEntry, writeSafetensors } from "../tensor/safetensors-writer.ts";
 import { type Attach, command } from "./command.ts";
-import { writeWhole } from "./files.ts";
-import { output, required, task, text } from "./options.ts";
+import { force, match, output, refuseUnknown, required, task, text } from "./options.ts";
 import { bytes } from "./output.ts";
 
 const DTYPES = { f32: "F32", f16: "F16", bf16: "BF16" } as const;
@@ -16,14 +15,17 @@ export const fold: Attach = command({
   does: "Merge a task into the weights of the base model.",
   options: {
     output: output("OUT.safetensors", "The file to write."),
+    force,
     task,
     base: required(text("MODEL.safetensors", "The base model.")),
+    ...match,
   },
-  async run([path]: [string], { output: file, task, base: basePath }, run) {
-    await run.writable(file);
+  async run([path]: [string], { output: file, force, task, base: basePath, ...options }, run) {
+    const target = await run.target(file, { force, inputs: [path, basePath] });
     const pack = await run.pack(path);
+    refuseUnknown(options.names, pack);
     const base = await openSafetensors(run.closing(await openSource(basePath)));
-    const runtime = run.closing(await createRuntime(pack, { base: safetensorsHost(base), webgpu: false }));
+    const runtime = run.closing(await createRuntime(pack, { base: safetensorsHost(base), webgpu: false, ...options }));
     const { modules, added } = await runtime.switchTask(task);
     const folded = runtime.changes();
     const entries: SafetensorsEntry[] = [];
@@ -34,8 +36,7 @@ export const fold: Attach = command({
       const read = (): Uint8Array => (data as Uint8Array).subarray(byteOffset);
       entries.push({ name, dtype: DTYPES[dtype], shape, read });
     }
-    await run.lock(file);
-    const size = await writeWhole(file, writeSafetensors(entries, base.metadata));
+    const size = await target.write(writeSafetensors(entries, base.metadata));
     return {
       json: { file, task, modules, added, bytes: size },
       text: [`${file}: task "${task}" in ${modules} modules, ${bytes(size)}`],

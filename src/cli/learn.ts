@@ -11,13 +11,14 @@ import type { Start } from "../train/start.ts";
 import type { TrainingStep } from "../train/trainer.ts";
 import { type Attach, command } from "./command.ts";
 import { readExamples } from "./examples.ts";
-import { refuseOverwriting, writeWhole } from "./files.ts";
 import { openTrainable, tokenizer, tokens } from "./model.ts";
 import {
   byDefault,
   choice,
+  force,
   from,
   group,
+  match,
   number,
   type OptionSpec,
   output,
@@ -41,12 +42,14 @@ const labels: OptionSpec<readonly string[] | undefined> = {
 
 const OPTIONS = {
   output: output("TASK.eigentask", "The task file to write; after Ctrl-C with what was learned so far."),
+  force,
   id: text("ID", "Name of the task. Default: that of the file."),
   labels,
   ...group("The model", {
     model: required(text("MODEL.onnx", "The model that the pack's tasks belong to. Needs onnxruntime-node.")),
     tokens,
     tokenizer,
+    ...match,
   }),
   ...group("What is trained", {
     train: byDefault(
@@ -89,10 +92,10 @@ export const learn: Attach = command({
   options: OPTIONS,
   async run([packPath, examplesPath]: [string, string], options, run, out) {
     const { output: file, model, id = basename(file, extname(file)) } = options;
-    refuseOverwriting(file, packPath, examplesPath, model);
     if (!isTaskId(id))
       throw new UsageError(`--id ${JSON.stringify(id)}: expected 1 to 255 bytes without control characters`);
-    await run.writable(file);
+    const { force, tokenizer } = options;
+    const target = await run.target(file, { force, inputs: [packPath, examplesPath, model, tokenizer] });
     const { signal } = interrupts(run);
     const { examples, labels } = await readExamples(examplesPath, options.labels);
     const pack = await run.pack(packPath);
@@ -113,8 +116,7 @@ export const learn: Attach = command({
       if (error !== signal.reason) throw error;
     }
     if (steps.length === 0) refuseInterrupted(signal, id);
-    await run.lock(file);
-    const size = await writeWhole(file, [await trainer.task({ id })]);
+    const size = await target.write([await trainer.task({ id })]);
     const { terms, head } = trainer.size;
     const { seconds } = resources();
     const interrupted = signal.aborted;

@@ -17,6 +17,7 @@ import {
 import { hostname } from "node:os";
 import { basename, dirname, join, resolve } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
+import { reasonOf } from "../../bindings/node.ts";
 import { SourceError } from "../errors.ts";
 import { undoOnExit } from "./undo.ts";
 
@@ -103,7 +104,8 @@ export async function takeLock(
   } catch (cause) {
     forget();
     if (cause instanceof SourceError) throw cause;
-    fail(`cannot be written: ${(cause as Error).message}`, cause);
+    const missing = isCode(cause, "ENOENT") ? `the folder ${dirname(target)} is not there; make it first` : undefined;
+    fail(`cannot be written: ${missing ?? reasonOf(cause)}`, cause);
   }
   return {
     close() {

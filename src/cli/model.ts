@@ -9,8 +9,9 @@ import type { Ort } from "../../bindings/ort.ts";
 import { BackendError, BaseMismatchError, SourceError } from "../errors.ts";
 import type { Pack } from "../pack/pack.ts";
 import type { BatchFeeds } from "../train/batch.ts";
+import type { Encode } from "../train/inputs.ts";
 import { readJson } from "./files.ts";
-import { from, number, type OptionSpec, text } from "./options.ts";
+import { from, number, type OptionSpec, refuseUnknown, text } from "./options.ts";
 import type { Run } from "./run.ts";
 
 interface ModelOptions {
@@ -18,44 +19,50 @@ interface ModelOptions {
   readonly tokenizer: string | undefined;
 }
 
+/** How a pack's modules are found in a model. */
+interface MatchOptions {
+  readonly names: ReadonlyMap<string, string>;
+  readonly ignore: readonly string[];
+  readonly anyBase: boolean;
+}
+
 /** What a command runs a model with. */
 export interface OpenedModel {
   readonly ort: Ort;
-  /**
-   * From texts to the inputs of a model, which are named, one row each.
-   * @throws BaseMismatchError for an input that a tokenizer does not give
-   */
-  encode(texts: readonly string[], inputs: readonly string[]): BatchFeeds;
+  /** @throws BaseMismatchError for an input of the model that a tokenizer does not give */
+  readonly encode: Encode;
 }
 
 export const tokens: OptionSpec<number | undefined> = number("N", "Most tokens of a text. Default: 128.", from(1));
 export const tokenizer: OptionSpec<string | undefined> = text(
   "FILE",
-  "The model's tokenizer. Default: tokenizer.json beside the model. Needs @huggingface/tokenizers.",
+  "The model's tokenizer. Default: tokenizer.json beside the model or one folder above. Needs @huggingface/tokenizers.",
 );
 
 /**
- * Loads onnxruntime, and the tokenizer of a model: tokenizer.json beside it, or where `tokenizer` says; tokenizer_config.json
- * beside that is used where it is there.
+ * Loads onnxruntime, and the tokenizer of a model: tokenizer.json beside it, or one folder above, as where models lie in onnx/; or
+ * where `tokenizer` says. tokenizer_config.json beside that is used where it is there.
  * @throws BackendError when a package is not installed, SourceError when there is no tokenizer
  */
 export async function openModel(
   command: string,
   model: string,
-  { tokens = 128, tokenizer = join(dirname(model), "tokenizer.json") }: ModelOptions,
+  { tokens = 128, tokenizer: named }: ModelOptions,
 ): Promise<OpenedModel> {
   const ort = await peer<Ort>(command, "onnxruntime-node", () => import("onnxruntime-node"));
   // It warns of initializers that nothing uses.
   (ort.env as { logLevel?: string }).logLevel = "error";
   const load = () => import("@huggingface/tokenizers");
   const { Tokenizer } = await peer<Tokenizers>(command, "@huggingface/tokenizers", load);
+  const tokenizer = named ?? tokenizerOf(model);
   if (!existsSync(tokenizer)) {
-    const message = "there is no tokenizer; say where its tokenizer.json is with --tokenizer";
+    const where = named === undefined ? ", nor one folder above" : "";
+    const message = `there is no tokenizer${where}; say where its tokenizer.json is with --tokenizer`;
     throw new SourceError(message, { file: tokenizer });
   }
   const config = join(dirname(tokenizer), "tokenizer_config.json");
   const made = new Tokenizer(await readJson(tokenizer), existsSync(config) ? await readJson(config) : {});
-  const encode: OpenedModel["encode"] = (texts, inputs) => {
+  const encode: Encode = (texts, _, inputs) => {
     const rows = texts.map((one) => {
       const { ids } = made.encode(one);
       // The last token closes the text, wherever it is cut.
@@ -69,18 +76,26 @@ export async function openModel(
   return { ort, encode };
 }
 
+/** Where a model's tokenizer is; beside it where there is none. */
+function tokenizerOf(model: string): string {
+  const [beside, above] = [".", ".."].map((folder) => join(dirname(model), folder, "tokenizer.json"));
+  return !existsSync(beside!) && existsSync(above!) ? above! : beside!;
+}
+
 /** The same with a session that can be trained, and the encoder of its model. */
 export async function openTrainable(
   command: string,
   model: string,
   pack: Pack,
-  options: ModelOptions,
+  options: ModelOptions & MatchOptions,
   run: Run,
-): Promise<{ session: EigenSession; encode: (texts: string[]) => BatchFeeds }> {
+): Promise<{ session: EigenSession; encode: Encode }> {
+  const { names, ignore, anyBase } = options;
+  refuseUnknown(names, pack);
   const { ort, encode } = await openModel(command, model, options);
-  const session = await createEigenSession(ort, model, pack, { trainable: true });
+  const session = await createEigenSession(ort, model, pack, { trainable: true, names, ignore, anyBase });
   run.closing(session);
-  return { session, encode: (texts) => encode(texts, session.inputNames) };
+  return { session, encode };
 }
 
 /** A package that only some commands need. @throws BackendError naming it */

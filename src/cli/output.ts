@@ -1,32 +1,59 @@
 /**
- * What the command line prints: one JSON object on stdout, or text for people; progress on stderr while someone watches. All of it
- * goes through `printable`.
+ * What the command line prints: one JSON object on stdout, or text for people; progress on stderr, as one line that changes or, where
+ * that is no terminal, as a line now and then. All of it goes through `printable`.
  */
 import type { Adapter } from "../adapters/adapter.ts";
 
 /** Where a command's output goes. */
 export interface Output {
   /**
-   * Shows how far a long piece of work is, and how long it will still take; nothing when nobody watches.
+   * Shows how far a long piece of work is, and how long it will still take.
    * @param detail what there is to say besides, which may change from call to call
    */
   progress(what: string, done: number, of: number, ...detail: string[]): void;
+  /** To be called now and then: says that the work goes on, where `progress` has been silent and nobody watches. */
+  beat(): void;
   warn(message: string): void;
 }
 
-export function createOutput(json: boolean): Output {
-  const live = process.stderr.isTTY && !json;
-  const started = Date.now();
-  const estimate = createEstimate();
+/** Where text goes. */
+export interface Stream {
+  /** Whether somebody watches. */
+  readonly isTTY?: boolean;
+  write(text: string): unknown;
+}
+
+/** Milliseconds after which a file or pipe hears again that the work goes on. */
+const SILENCE = 5000;
+
+/**
+ * @param stderr takes warnings and progress
+ * @param json nothing of them is printed: the object says what there is to say
+ * @param now milliseconds
+ */
+export function createOutput(json: boolean, stderr: Stream = process.stderr, now: () => number = Date.now): Output {
+  const started = now();
+  const estimate = createEstimate(now);
+  let [told, last] = [started, "working"];
+  const tell = (line: string): void => {
+    if (json || stderr.isTTY || now() - told < SILENCE) return;
+    told = now();
+    stderr.write(`${line}\n`);
+  };
   return {
     progress(what, done, of, ...detail) {
       const left = estimate(what, done, of);
-      if (!live || (Date.now() - started < 500 && done < of)) return;
-      const line = [...detail, `${what} ${done} of ${of}`, ...left].join(", ");
-      process.stderr.write(`\r\u001b[K${done < of ? printable(line) : ""}`);
+      last = printable([...detail, `${what} ${done} of ${of}`].join(", "));
+      const line = [last, ...left].join(", ");
+      tell(line);
+      if (json || !stderr.isTTY || (now() - started < 500 && done < of)) return;
+      stderr.write(`\r\u001b[K${done < of ? line : ""}`);
+    },
+    beat() {
+      tell(`${last}, ${Math.round((now() - started) / 1000)} s so far`);
     },
     warn(message) {
-      if (!json) process.stderr.write(`${paragraph(`warning: ${message}`)}\n`);
+      if (!json) stderr.write(`${paragraph(`warning: ${message}`)}\n`);
     },
   };
 }

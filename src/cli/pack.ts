@@ -16,16 +16,18 @@ import { createJudge, type JudgeOptions } from "../train/judge.ts";
 import { inputMoments, type MomentsOptions } from "../train/moments.ts";
 import { type Attach, command } from "./command.ts";
 import { readLines } from "./examples.ts";
-import { readJson, writeWhole } from "./files.ts";
+import { readJson } from "./files.ts";
 import { openModel, tokenizer, tokens } from "./model.ts";
 import {
   amount,
+  anyBase,
   as,
   base,
   centering,
   choice,
   dtype,
   exclusive,
+  force,
   from,
   gauge,
   given,
@@ -44,6 +46,8 @@ import {
 } from "./options.ts";
 import { bytes, counting, mean, type Output, percent, resources, sharing, sum, table } from "./output.ts";
 import type { Run } from "./run.ts";
+import { filesOf } from "./target.ts";
+import { addWaysOut } from "./ways-out.ts";
 
 const UNITS: Readonly<Record<string, number>> = { "": 1, B: 1, kB: 1e3, MB: 1e6, GB: 1e9 };
 
@@ -60,6 +64,7 @@ const size: OptionSpec<number | undefined> = {
 
 const OPTIONS = {
   output: output("PACK", "The pack to write."),
+  force,
   ...group(`How much to keep, one of these. Default: --error ${DEFAULT_ERROR}`, {
     ...amount,
     bytes: size,
@@ -112,6 +117,7 @@ const OPTIONS = {
       holds: (n) => n >= -1 && n <= 1,
     }),
     as,
+    anyBase,
   }),
 };
 
@@ -124,17 +130,20 @@ export const pack: Attach = command({
   options: OPTIONS,
   async run(paths, options, run, out) {
     checkOptions(options);
-    const { output: file, scores, minGain } = options;
-    await run.writable(file);
+    const { output: file, force, scores, minGain, base, model, text, tokenizer } = options;
+    const target = await run.target(file, { force, inputs: [scores, base, model, text, tokenizer] });
     // Read before any adapter is.
     const known = scores === undefined ? undefined : readScores(await readJson(scores), scores);
     const adapters = await run.adapters(paths, options.as);
+    target.refuse(adapters.flatMap(filesOf));
     const { kept, dropped } = known
       ? partByGain(adapters, known, minGain ?? 0.02, scores!)
       : { kept: adapters, dropped: [] };
-    const { chunks, report } = await build(kept, options, run, out);
-    await run.lock(file);
-    await writeWhole(file, chunks);
+    const adapterBytes = sum(kept.map(({ byteLength }) => byteLength));
+    const { chunks, report } = await build(kept, options, run, out).catch(
+      addWaysOut({ ...options, mode: modeOf(options) }, adapterBytes),
+    );
+    await target.write(chunks);
     for (const warning of report.warnings) out.warn(warning);
     const took = resources();
     return {
@@ -183,11 +192,12 @@ async function build(
   run: Run,
   out: Output,
 ): Promise<{ chunks: Uint8Array[]; report: BuildReport | SearchReport }> {
-  const { rank, privateTerms, centering, bytes, ratio, error, divergence, dtype = {}, normalize } = options;
+  const { rank, privateTerms, centering, bytes, ratio, error, divergence } = options;
+  const { dtype = {}, normalize, anyBase } = options;
   const mode = modeOf(options);
   const asked = options.model === undefined ? undefined : await askedOf(options, adapters);
   const moments = asked && options.calibrate ? await inputMoments(...asked) : undefined;
-  const common = { dtype, normalize, moments, ...(await run.base(options.base)) };
+  const common = { dtype, normalize, moments, anyBase, ...(await run.base(options.base)) };
   const most = ratio === undefined ? bytes : Math.floor(sum(adapters.map(({ byteLength }) => byteLength)) / ratio);
   if (mode === "auto") {
     const judge = asked && createJudge(...asked);

@@ -12,12 +12,13 @@ import { VERSION } from "../version.ts";
 import type { Result } from "./command.ts";
 import { writeWhole } from "./files.ts";
 import { type OptionSpec, output } from "./options.ts";
-import { bytes, resources } from "./output.ts";
+import { bytes, type Output, resources } from "./output.ts";
+import { checkTarget } from "./target.ts";
 
 /** Where a part is written to. */
 export const part: OptionSpec<string> = output(
   "PART",
-  "The part to write; left alone when it is there and made of the same.",
+  "The part to write; left alone when it is there, whole and made of the same.",
 );
 
 /** What there is to say of a part beside its size. */
@@ -28,18 +29,28 @@ interface PartFigures {
   readonly warnings: readonly string[];
 }
 
+/** Which part is written, and where. */
+interface PartTarget {
+  readonly file: string;
+  /** Replace what else is there. */
+  readonly force: boolean;
+  readonly kind: PartKind;
+  /** Of what it is made, as a digest. */
+  readonly made: string;
+}
+
 /**
  * Writes a part, unless it is there: whole, and made of the same. Without a lock: nothing changes a part, whoever writes one writes
  * all of it, and a machine that is gone must not keep another from making its part again.
+ * @throws UsageError when something else is there, or a part that is damaged
  */
 export async function makePart(
-  file: string,
-  kind: PartKind,
-  made: string,
+  { file, force, kind, made }: PartTarget,
   figures: PartFigures,
   make: () => Promise<AsyncIterable<Uint8Array>>,
 ): Promise<Result> {
   const found = existsSync(file) ? await wholePart(file, kind, made) : undefined;
+  if (found === undefined) checkTarget(file, { force });
   const size = found ?? (await writeWhole(file, await make()));
   const present = found !== undefined;
   const { adapters, modules } = figures;
@@ -74,9 +85,9 @@ export function digest(...parts: unknown[]): string {
 }
 
 /** What adapters hold, whatever their files are called or dated. */
-export async function contents(adapters: readonly Adapter[]): Promise<[id: string, digest: string][]> {
+export async function contents(adapters: readonly Adapter[], out: Output): Promise<[id: string, digest: string][]> {
   const digests: [string, string][] = [];
-  for (const { id, file } of adapters) {
+  for (const [i, { id, file }] of adapters.entries()) {
     const hash = createHash("sha256");
     for (const name of ["adapter_config.json", "task.json", "adapter_model.safetensors"]) {
       const path = join(file, name);
@@ -85,6 +96,7 @@ export async function contents(adapters: readonly Adapter[]): Promise<[id: strin
       for await (const chunk of createReadStream(path)) hash.update(chunk as Uint8Array);
     }
     digests.push([id, hash.digest("hex")]);
+    out.progress("adapter", i + 1, adapters.length);
   }
   return digests;
 }

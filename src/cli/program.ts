@@ -2,6 +2,7 @@
  * The command line as a whole: all commands, help, version, and what becomes of errors. Each command is declared in a file of its
  * own.
  */
+import { reasonOf } from "../../bindings/node.ts";
 import { EigenLoraError } from "../errors.ts";
 import { VERSION } from "../version.ts";
 import { add } from "./add.ts";
@@ -16,7 +17,7 @@ import { fold } from "./fold.ts";
 import { inspect } from "./inspect.ts";
 import { learn } from "./learn.ts";
 import { UsageError } from "./options.ts";
-import { createOutput, paragraph, printable } from "./output.ts";
+import { createOutput, paragraph, printable, type Stream } from "./output.ts";
 import { pack } from "./pack.ts";
 import { assemble, project } from "./project.ts";
 import { remove } from "./remove.ts";
@@ -56,10 +57,6 @@ function createProgram(print: (text: string) => void): Command {
   return program;
 }
 
-interface Stream {
-  write(text: string): unknown;
-}
-
 /**
  * Runs a command line.
  * @param argv what comes behind `eigenlora`
@@ -80,14 +77,17 @@ export async function runProgram(argv: readonly string[], stdout: Stream, stderr
       print(result.json, result.text);
     }
   };
-  for (const attach of COMMANDS) attach(program, createOutput(json), done);
+  const out = createOutput(json, stderr);
+  for (const attach of COMMANDS) attach(program, out, done);
+  const beat = setInterval(out.beat, 1000);
   try {
-    await program.parseAsync(argv, { from: "user" });
+    // Others print their version for either letter.
+    await program.parseAsync(argv[0] === "-V" ? ["--version", ...argv.slice(1)] : argv, { from: "user" });
     return code;
   } catch (error) {
     if (!(error instanceof CommanderError && printed !== "")) {
       const named = argv.find((word) => !word.startsWith("-") && word !== "help");
-      const command = program.commands.find((one) => one.name() === named)?.name();
+      const command = program.commands.find((one) => one.name() === named);
       const { object, text, exitCode } = failure(error, command);
       if (json) print({ error: object }, []);
       else stderr.write(text);
@@ -98,6 +98,8 @@ export async function runProgram(argv: readonly string[], stdout: Stream, stderr
     const unasked = error.exitCode === 0 ? {} : { error: { tag: "usage", message: "missing COMMAND" } };
     print({ ...answer, ...unasked }, printed.trimEnd().split("\n"));
     return error.exitCode === 0 ? 0 : 2;
+  } finally {
+    clearInterval(beat);
   }
 }
 
@@ -109,14 +111,28 @@ function wordsOf({ message }: CommanderError): string {
     .replace(/\n\(Did you mean (.*)\?\)/, "; did you mean $1?");
 }
 
+/** What the library says, which speaks of its own options, in the words of a command. */
+function asFlags(message: string, command: Command | undefined): string {
+  const has = command?.options.some(({ long }) => long === "--names") === true;
+  const map = has ? "map $1 with --names MODULE=WEIGHT" : "leave --base out";
+  return message
+    .replace("with rename", "with --as")
+    .replace("anyBase: true", "--any-base")
+    .replace(/ignore: \["([^"]*)"\]/, "--ignore $1")
+    .replace(/map ([\w ]+) with the option `names`/, map);
+}
+
 /** An error as `--json` and as people see it. */
-function failure(error: unknown, command: string | undefined): { object: object; text: string; exitCode: number } {
+function failure(error: unknown, command: Command | undefined): { object: object; text: string; exitCode: number } {
   const usage = error instanceof UsageError || error instanceof CommanderError;
   const ours = error instanceof EigenLoraError;
-  const known = usage || ours || error instanceof RangeError || error instanceof TypeError;
-  const said = error instanceof CommanderError ? wordsOf(error) : (error as Error).message;
-  const message = usage && command ? `${command}: ${said}` : said;
-  const advice = usage ? `See eigenlora ${command ? `${command} ` : ""}--help.\n` : "";
+  const { path } = error as NodeJS.ErrnoException;
+  const known = usage || ours || path !== undefined || error instanceof RangeError || error instanceof TypeError;
+  const system = path === undefined ? (error as Error).message : `${path}: ${reasonOf(error)}`;
+  const said = error instanceof CommanderError ? wordsOf(error) : asFlags(system, command);
+  const name = command ? `${command.name()} ` : "";
+  const message = usage && command ? `${command.name()}: ${said}` : said;
+  const advice = usage ? `See eigenlora ${name}--help.\n` : "";
   const tag = usage ? "usage" : ours ? error.tag : "failed";
   return {
     object: { ...(ours ? error : {}), tag, message },

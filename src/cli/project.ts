@@ -5,24 +5,27 @@
 import { completeDtypes } from "../pack/report.ts";
 import { assemblePack, openTasks, projectTasks } from "../pack/shard/tasks.ts";
 import { type Attach, command } from "./command.ts";
-import { refuseOverwriting, writeWhole } from "./files.ts";
-import { as, dtype, output } from "./options.ts";
+import { anyBase, as, dtype, force, output } from "./options.ts";
 import { bytes, counting, lossTable, percent, resources, sharing, warnOf } from "./output.ts";
 import { contents, digest, makePart, part } from "./parts.ts";
+import { checkTarget, filesOf } from "./target.ts";
+import { refuseOtherBase } from "./tasks.ts";
 
 export const project: Attach = command({
   usage: "project <BASIS> <ADAPTER_OR_FOLDER...>",
   does: "Make tasks of some adapters, on a basis that others hold too.",
-  options: { output: part, dtype, as },
-  async run([basisPath, ...paths]: [string, ...string[]], { output: file, dtype, as }, run, out) {
-    refuseOverwriting(file, basisPath);
+  options: { output: part, force, dtype, as, anyBase },
+  async run([basisPath, ...paths]: [string, ...string[]], { output: file, force, dtype, as, anyBase }, run, out) {
+    checkTarget(file, { force: true, inputs: [basisPath] });
     const types = completeDtypes(dtype);
     const adapters = await run.adapters(paths, as);
+    checkTarget(file, { force: true, inputs: adapters.flatMap(filesOf) });
     const basis = await run.pack(basisPath);
-    const made = digest("project", basis.basisId, types.coefficients, types.head, await contents(adapters));
+    refuseOtherBase(basis, adapters, anyBase);
+    const made = digest("project", basis.basisId, types.coefficients, types.head, await contents(adapters, out));
     const onProgress = counting(out, "module");
     const figures = { adapters: adapters.length, modules: basis.modules.length, warnings: warnOf(adapters, out) };
-    const { json, text } = await makePart(file, "tasks", made, figures, async () => {
+    const { json, text } = await makePart({ file, force, kind: "tasks", made }, figures, async () => {
       return (await projectTasks(basis, adapters, made, { dtype: types, onProgress })).chunks;
     });
     const { tasks } = run.closing(await openTasks(file));
@@ -33,16 +36,14 @@ export const project: Attach = command({
 export const assemble: Attach = command({
   usage: "assemble <BASIS> <PART...>",
   does: "Make a pack of the tasks of all parts, sorted by id.",
-  options: { output: output("PACK", "The pack to write.") },
-  async run([basisPath, ...paths]: [string, ...string[]], { output: file }, run) {
-    refuseOverwriting(file, basisPath, ...paths);
-    await run.writable(file);
+  options: { output: output("PACK", "The pack to write."), force },
+  async run([basisPath, ...paths]: [string, ...string[]], { output: file, force }, run) {
+    const target = await run.target(file, { force, inputs: [basisPath, ...paths] });
     const basis = await run.pack(basisPath);
     const parts = [];
     for (const path of paths) parts.push(run.closing(await openTasks(path)));
     const { chunks, report } = await assemblePack(basis, parts);
-    await run.lock(file);
-    await writeWhole(file, chunks);
+    await target.write(chunks);
     const { dtype, ...rest } = report;
     const { tasks, modules, ratio, error, breakEvenTasks } = rest;
     const { mean, max, worstTask } = error;

@@ -6,11 +6,21 @@ import { readAdapters } from "../adapters/folder.ts";
 import { openHost } from "../base/open.ts";
 import type { BuildOptions } from "../pack/build.ts";
 import { type OpenOptions, openPack, type Pack } from "../pack/pack.ts";
+import { writeWhole } from "./files.ts";
 import { takeLock } from "./lock.ts";
 import type { Output } from "./output.ts";
+import { checkTarget, type TargetOptions } from "./target.ts";
 
 interface Closable {
   close?(): unknown;
+}
+
+/** A file that a command writes. */
+export interface Target {
+  /** @throws UsageError when it is one of these, which the command turned out to read */
+  refuse(inputs: readonly string[]): void;
+  /** Takes the lock and writes the file. @returns its size in bytes */
+  write(chunks: Iterable<Uint8Array> | AsyncIterable<Uint8Array>): Promise<number>;
 }
 
 export class Run {
@@ -35,9 +45,20 @@ export class Run {
     this.closing(await takeLock(path, this.#out.warn));
   }
 
-  /** Refuses a file that could not be locked for writing now: before the work, which may take hours, and not after it. */
-  async writable(path: string): Promise<void> {
+  /**
+   * A file that the command will write: refused before the work, which may take hours, and not after it.
+   * @throws UsageError when it may not be written, SourceError when it cannot be
+   */
+  async target(path: string, options: TargetOptions): Promise<Target> {
+    checkTarget(path, options);
     (await takeLock(path, this.#out.warn)).close();
+    return {
+      refuse: (inputs) => checkTarget(path, { ...options, inputs }),
+      write: async (chunks) => {
+        await this.lock(path);
+        return writeWhole(path, chunks, options.force);
+      },
+    };
   }
 
   async pack(path: string, options?: OpenOptions): Promise<Pack> {
@@ -46,11 +67,7 @@ export class Run {
 
   /** @param rename new ids, by old id or by path */
   async adapters(paths: readonly string[], rename: ReadonlyMap<string, string>): Promise<Adapter[]> {
-    const adapters = await readAdapters(paths, { rename }).catch((error: Error) => {
-      // The library speaks of its own option.
-      error.message = error.message.replace("with rename", "with --as");
-      throw error;
-    });
+    const adapters = await readAdapters(paths, { rename });
     return adapters.map((adapter) => this.closing(adapter));
   }
 

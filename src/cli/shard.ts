@@ -7,13 +7,14 @@ import { buildBasis } from "../pack/shard/basis.ts";
 import { adapterStatistics, mergeStatistics, type Statistics } from "../pack/shard/statistics.ts";
 import { openStatistics, writeStatistics } from "../pack/shard/statistics-part.ts";
 import { type Attach, command, type Result } from "./command.ts";
-import { refuseOverwriting, writeWhole } from "./files.ts";
 import {
   amount,
+  anyBase,
   as,
   base,
   centering,
   dtype,
+  force,
   gauge,
   given,
   group,
@@ -27,6 +28,7 @@ import {
 } from "./options.ts";
 import { bytes, counting, type Output, resources, warnOf } from "./output.ts";
 import { contents, digest, makePart, part } from "./parts.ts";
+import { checkTarget, filesOf } from "./target.ts";
 
 /** Statistics of rows serve column mode; the other modes see all adapters at once. */
 const mode: OptionSpec<string> = {
@@ -43,12 +45,14 @@ const mode: OptionSpec<string> = {
 export const shard: Attach = command({
   usage: "shard <ADAPTER_OR_FOLDER...>",
   does: "Count some of very many adapters, to be merged with others.",
-  options: { output: part, gauge, rank, normalize, mode, as },
-  async run(paths, { output: file, gauge = "as-trained", rank, normalize, as }, run, out) {
+  options: { output: part, force, gauge, rank, normalize, mode, as, anyBase },
+  async run(paths, { output: file, force, gauge = "as-trained", rank, normalize, as, anyBase }, run, out) {
+    checkTarget(file, { force: true });
     const adapters = await run.adapters(paths, as);
-    const statistics = await adapterStatistics(adapters, { gauge, rank, normalize });
-    const made = digest("shard", gauge, rank, normalize, await contents(adapters));
-    return writePart(file, statistics, made, warnOf(adapters, out), out);
+    checkTarget(file, { force: true, inputs: adapters.flatMap(filesOf) });
+    const statistics = await adapterStatistics(adapters, { gauge, rank, normalize, anyBase });
+    const made = digest("shard", gauge, rank, normalize, await contents(adapters, out));
+    return writePart({ file, force, made }, statistics, warnOf(adapters, out), out);
   },
 });
 
@@ -57,31 +61,32 @@ export const merge: Attach = command({
   does: "Make components of the counts of all adapters: a pack without tasks.",
   options: {
     output: output("BASIS", "The basis to write, or with --part the part."),
+    force,
     part: toggle("Write a part again, to be merged with others."),
-    anyBase: toggle("Take parts whose adapters name different base models."),
+    anyBase,
     ...group("Of a basis", { ...amount, error: { ...amount.error, hidden: true }, centering, dtype, base, mode }),
   },
-  async run(paths, { output: file, part, anyBase, ...options }, run, out) {
-    refuseOverwriting(file, ...paths);
+  async run(paths, { output: file, force, part, anyBase, ...options }, run, out) {
     const [foreign] = given(options, "k", "energy", "error", "centering", "dtype", "base");
     if (part && foreign !== undefined)
       throw new UsageError(`${foreign} is for a basis: leave it out with --part, and say it in the last merge`);
     const select = selection(options);
-    if (!part) await run.writable(file);
+    const inputs = [...paths, options.base];
+    if (part) checkTarget(file, { force: true, inputs });
+    const target = part ? undefined : await run.target(file, { force, inputs });
     const opened = await run.base(options.base);
     const parts = [];
     for (const path of paths) parts.push(run.closing(await openStatistics(path)));
     const statistics = await mergeStatistics(parts, { anyBase });
-    if (part) {
+    if (!target) {
       const made = digest("merge", parts.map(({ made }) => made).sort());
-      return writePart(file, statistics, made, [], out);
+      return writePart({ file, force, made }, statistics, [], out);
     }
     const { centering = "keep" } = options;
     const dtype = completeDtypes(options.dtype).basis;
     const onProgress = counting(out, "module");
     const { chunks, report } = await buildBasis(statistics, { select, centering, dtype, ...opened, onProgress });
-    await run.lock(file);
-    await writeWhole(file, chunks);
+    await target.write(chunks);
     for (const warning of report.warnings) out.warn(warning);
     const { adapters, modules, components } = report;
     const sides = `${components.min} to ${components.max} components per side`;
@@ -93,15 +98,14 @@ export const merge: Attach = command({
 });
 
 function writePart(
-  file: string,
+  part: { file: string; force: boolean; made: string },
   statistics: Statistics,
-  made: string,
   warnings: readonly string[],
   out: Output,
 ): Promise<Result> {
   const { adapters, modules, gauge } = statistics;
   const figures = { adapters: adapters.length, modules: modules.size, gauge, warnings };
-  return makePart(file, "statistics", made, figures, async () =>
-    writeStatistics(statistics, made, counting(out, "side")),
+  return makePart({ ...part, kind: "statistics" }, figures, async () =>
+    writeStatistics(statistics, part.made, counting(out, "side")),
   );
 }

@@ -9,24 +9,31 @@ import { keyName } from "../pack/keys.ts";
 import { planSignature, signTaskFile } from "../pack/sign.ts";
 import { isTaskFile } from "./add.ts";
 import { type Attach, command } from "./command.ts";
-import { append, refuseExisting, writeWhole } from "./files.ts";
-import { key, output, required } from "./options.ts";
+import { append, writeTogether, writeWhole } from "./files.ts";
+import { force, key, output, required, UsageError } from "./options.ts";
 import type { Run } from "./run.ts";
 import { signerOf } from "./signer.ts";
+import { checkTarget } from "./target.ts";
 
 export const keygen: Attach = command({
   usage: "keygen",
   does: "Make an Ed25519 key to sign with.",
   details: "NAME.pem is yours alone; whoever checks your signatures needs NAME.pub.pem, or the line that is printed.",
-  options: { output: output("NAME", "Write NAME.pem and NAME.pub.pem.") },
-  async run(_: [], { output: name }) {
+  options: { output: output("NAME", "Write NAME.pem and NAME.pub.pem."), force },
+  async run(_: [], { output: name, force }) {
     const [secret, open] = [`${name}.pem`, `${name}.pub.pem`];
-    refuseExisting(secret, open);
+    if (/(^|[/\\])$/.test(name)) throw new UsageError(`--output ${name}: ends like a folder; name a file in it`);
+    for (const path of [secret, open]) checkTarget(path, { force, output: name });
     const pair = (await crypto.subtle.generateKey("Ed25519", true, ["sign", "verify"])) as CryptoKeyPair;
     const raw = new Uint8Array(await crypto.subtle.exportKey("raw", pair.publicKey));
-    await writeWhole(secret, [await pem("PRIVATE KEY", "pkcs8", pair.privateKey)]);
+    await writeTogether(
+      [
+        [secret, [await pem("PRIVATE KEY", "pkcs8", pair.privateKey)]],
+        [open, [await pem("PUBLIC KEY", "spki", pair.publicKey)]],
+      ],
+      force,
+    );
     chmodSync(secret, 0o600);
-    await writeWhole(open, [await pem("PUBLIC KEY", "spki", pair.publicKey)]);
     return {
       json: { secret, public: open, key: keyName(raw) },
       text: [`${secret}: keep it to yourself`, `${open}: ${keyName(raw)}`],

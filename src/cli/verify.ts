@@ -45,11 +45,13 @@ export const verify: Attach = command({
     const ok = checks.every((check) => check.ok);
     const figures = new Map<string, Figures>();
     if (against.length > 0 && bases && ok) {
-      for (const adapter of await run.adapters(against, as)) {
+      const adapters = await run.adapters(against, as);
+      for (const [i, adapter] of adapters.entries()) {
         const { id, file } = adapter;
         const blob = blobs.get(id);
         if (!blob) throw new TaskError(`${file}: no task "${id}" in ${path}; say --as`, { task: id });
         figures.set(id, await compare(pack, bases, blob, adapter));
+        out.progress("adapter", i + 1, adapters.length);
       }
     }
     const rows = [...figures].map(([id, { error, delta, bound }]) => [

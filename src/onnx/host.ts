@@ -3,9 +3,10 @@
  * reaches a model through the runtime that has loaded it.
  */
 
+import { checkOptions } from "../arguments.ts";
 import type { View, WeightHost } from "../base/host.ts";
 import { SourceError } from "../errors.ts";
-import type { SourceInput } from "../source.ts";
+import { FETCH_OPTIONS, type SourceInput } from "../source.ts";
 import type { FloatDtype } from "../tensor/dtypes.ts";
 import { Copies } from "./copies.ts";
 import { findParameters, type OnnxParameter } from "./modules.ts";
@@ -25,6 +26,7 @@ import { readTensor } from "./tensors.ts";
  *   for a name that several weights of different values have
  */
 export async function openOnnxHost(input: SourceInput, options: ModelOptions = {}): Promise<WeightHost> {
+  checkOptions("openOnnxHost", options, ["external", "signal", ...FETCH_OPTIONS]);
   return onnxHost(await readModel(input, options));
 }
 

@@ -7,7 +7,7 @@ export class Unreachable extends RangeError {
   /** Bytes of the smallest pack, where those allowed are too few. */
   readonly least: number | undefined;
 
-  constructor(message: string, { least, cause }: { least?: number; cause?: unknown } = {}) {
+  constructor(message: string, { least, cause }: { least?: number | undefined; cause?: unknown } = {}) {
     super(message, { cause });
     this.least = least;
   }

@@ -4,7 +4,14 @@
  */
 
 import type { Adapter } from "../adapters/adapter.ts";
-import { baseModels, refuseBoth, type SharedModule, sharedModules } from "../adapters/modules.ts";
+import {
+  baseModels,
+  checkAdapters,
+  refuseBases,
+  refuseBoth,
+  type SharedModule,
+  sharedModules,
+} from "../adapters/modules.ts";
 import { checkOptions } from "../arguments.ts";
 import type { WeightHost } from "../base/host.ts";
 import { AdapterError } from "../errors.ts";
@@ -24,6 +31,7 @@ import {
   baseWarnings,
   completeDtypes,
   componentsOf,
+  fewerWarnings,
   lossesOf,
   type ModuleError,
   sizes,
@@ -70,6 +78,8 @@ export interface BuildOptions {
   readonly dtype?: Partial<Dtypes> | undefined;
   /** The base model, for fingerprints and an early check of names and shapes. Default: none, with a warning. */
   readonly base?: WeightHost | undefined;
+  /** Take adapters that name different base models: other names for one, which they do not share the end of. Default: false. */
+  readonly anyBase?: boolean | undefined;
 
   /** Called after each module. */
   readonly onProgress?: ((done: number, of: number) => void) | undefined;
@@ -87,6 +97,7 @@ const OPTIONS = [
   "privateTerms",
   "dtype",
   "base",
+  "anyBase",
   "onProgress",
   "signal",
 ] as const;
@@ -100,7 +111,7 @@ export interface Built<Report = BuildReport> {
 
 /**
  * Packs adapters.
- * @throws AdapterError when adapters do not agree about a module or a tensor cannot be stored
+ * @throws AdapterError when adapters do not agree about a module, name different base models, or have a tensor that cannot be stored
  * @throws BaseMismatchError when the base given does not have the adapted modules
  * @throws RangeError for options that do not go together, or an error that is out of reach; TypeError for an unknown option
  * @returns the pack, and what became of the adapters
@@ -109,8 +120,10 @@ export interface Built<Report = BuildReport> {
  */
 export async function buildPack(adapters: readonly Adapter[], options: BuildOptions = {}): Promise<Built> {
   checkOptions("buildPack", options, OPTIONS);
+  checkAdapters("buildPack", adapters);
   if (adapters.length === 0) throw new RangeError("buildPack: no adapters");
   for (const adapter of adapters) refuseBoth(adapter);
+  refuseBases(adapters, options.anyBase);
   const extraction = await extractionOf(options, adapters.length);
   const { mode = "column", gauge, centering, rank } = extraction;
   const dtype = completeDtypes(options.dtype);
@@ -149,6 +162,7 @@ export async function buildPack(adapters: readonly Adapter[], options: BuildOpti
     warnings: [
       ...adapters.flatMap(({ id, warnings }) => warnings.map((warning) => `${id}: ${warning}`)),
       ...baseWarnings(options.base, adapters),
+      ...fewerWarnings(options.select, components),
     ],
   };
   return { chunks, report };

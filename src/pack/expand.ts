@@ -4,6 +4,7 @@
  */
 
 import type { Adapter, AdapterModule, SavedTensor } from "../adapters/adapter.ts";
+import { checkPack } from "../arguments.ts";
 import type { Coefficients, PackModule, Side, TaskBlob, TaskTerm, TensorRef } from "../format/format.ts";
 import { readTensor } from "../format/tensors.ts";
 import type { Term } from "../tensor/term.ts";
@@ -57,6 +58,7 @@ function expandSide(
  * @throws TaskError when there is no such task; SourceError, FormatError when it cannot be read
  */
 export async function taskAdapter(pack: Pack, id: string): Promise<Adapter> {
+  checkPack("taskAdapter", pack);
   const blob = await pack.load(id);
   const bases = await pack.bases();
   const modules = new Map<string, AdapterModule>();

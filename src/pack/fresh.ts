@@ -2,6 +2,7 @@
  * Fresh packs: of a new basis, or of the basis of a pack that is open and other tasks.
  */
 
+import { checkPack } from "../arguments.ts";
 import { type BasisInput, encodeBasis } from "../format/encode.ts";
 import { sha256 } from "../format/hash.ts";
 import {
@@ -32,6 +33,7 @@ export async function newPack(
  * @param replaced other blobs, by id
  */
 export async function tasksOf(pack: Pack, replaced: ReadonlyMap<string, Uint8Array> = new Map()): Promise<TaskPlace[]> {
+  checkPack("tasksOf", pack);
   const places: TaskPlace[] = [];
   for (const { id, adapterBytes, metadata, brings } of pack.tasks.values()) {
     const read = async (): Promise<Uint8Array> => replaced.get(id) ?? (await pack.load(id)).bytes;
@@ -51,6 +53,7 @@ export async function freshPack(
   tasks?: readonly TaskPlace[],
   sign?: Sign,
 ): Promise<{ bytes: number; chunks: AsyncGenerator<Uint8Array, void> }> {
+  checkPack("freshPack", pack);
   const places = tasks ?? (await tasksOf(pack));
   const bases = await pack.bases();
   const basis = { description: pack.directory.basisBytes, bases: bases.bytes, basisId: pack.basisId };
@@ -69,6 +72,7 @@ export async function freshPack(
  * What to write to a pack's file so that it has these tasks too (SPEC.md, section 9). Their ids must be new and unique.
  * @param sign made by `createSigner`. Default: not signed
  */
-export function planAppend(pack: Pack, tasks: readonly TaskToWrite[], sign?: Sign): Promise<Append> {
+export async function planAppend(pack: Pack, tasks: readonly TaskToWrite[], sign?: Sign): Promise<Append> {
+  checkPack("planAppend", pack);
   return layoutAppend(pack, tasks, sign);
 }

@@ -2,6 +2,7 @@
  * What a search for packs is after, who judges, and how two packs compare.
  */
 import type { ComponentSelection } from "../extract/options.ts";
+import { Unreachable } from "./bisect.ts";
 import type { Pack } from "./pack.ts";
 import type { Way } from "./ways.ts";
 
@@ -86,7 +87,7 @@ export function better(one: Tried, other: Tried, { kind }: Goal): boolean {
 /** Why nothing was found, and the least that can be done. */
 export function outOfReach(goal: Goal, tried: readonly Tried[]): RangeError {
   const [first] = tried;
-  if (first?.reason !== undefined && tried.length === 1) return new RangeError(first.reason);
+  if (first?.reason !== undefined && tried.length === 1) return new Unreachable(first.reason, first);
   const losses = tried.flatMap(({ loss }) => loss ?? []);
   if (goal.kind === "score" && losses.length > 0) {
     const whose = goal.keep === "mean" ? "the mean" : "every task";
@@ -100,5 +101,5 @@ export function outOfReach(goal: Goal, tried: readonly Tried[]): RangeError {
     .sort((a, b) => a.least - b.least)[0];
   const closest = least ? `The least is ${least.least} bytes (${least.name})` : `${first?.name}: ${first?.reason}`;
   const asked = goal.kind === "score" ? goal.tolerance : goal.max;
-  return new RangeError(`${goal.kind} ${asked}: out of reach of every way of packing. ${closest}`);
+  return new Unreachable(`${goal.kind} ${asked}: out of reach of every way of packing. ${closest}`, least);
 }

@@ -82,7 +82,7 @@ export async function isSigned(
  * const sign = await createSigner(await readFile("key.pem", "utf8"));
  */
 export async function createSigner(key: SigningKey): Promise<Sign> {
-  const { privateKey, publicKey } = typeof key === "string" ? await pairOf(key) : key;
+  const { privateKey, publicKey } = typeof key === "string" ? await pairOf(key) : { ...key };
   if (privateKey?.algorithm?.name !== ALGORITHM) {
     throw new TypeError(`createSigner: expected an Ed25519 key pair or PEM, got ${described(key)}`);
   }

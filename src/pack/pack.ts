@@ -28,7 +28,7 @@ import {
   type SourceInput,
   unlessAborted,
 } from "../source.ts";
-import type { Trust, TrustOptions } from "./trust.ts";
+import type { TaskTrust, Trust, TrustOptions } from "./trust.ts";
 
 /** Options of `openPack`. */
 export interface OpenOptions extends FetchOptions, TrustOptions {
@@ -241,10 +241,11 @@ export class Pack {
 
   /**
    * Reads task blobs ahead, so that switching to them needs no request.
+   * @param ids of tasks, or the id of one
    * @throws TaskError for an id that is not there
    */
   async prefetch(ids: Iterable<string>, options: ReadOptions = {}): Promise<void> {
-    await Promise.all([...ids].map((id) => this.load(id, options)));
+    await Promise.all([...(typeof ids === "string" ? [ids] : ids)].map((id) => this.load(id, options)));
   }
 
   /**
@@ -346,13 +347,12 @@ export class Pack {
 
   /**
    * Adds a task that came as a file of its own (SPEC.md, section 7), for this open pack only; nothing is written.
-   * @param integrity hash that the file must have, "sha256-…", its signature left out. Default: no check
    * @throws FormatError when the file is damaged, TaskError when it belongs to another basis or the id is taken, TrustError when it
    *   is another than `integrity` says, or not signed where the pack was opened with `keys`
    */
-  async addTask(id: string, file: SourceInput, { integrity }: { readonly integrity?: string } = {}): Promise<void> {
+  async addTask(id: string, file: SourceInput, options: TaskTrust = {}): Promise<void> {
     const { readTaskFile } = await import("./task-file.ts");
-    const { blob, ...task } = await readTaskFile(file, id, this, this.#slots, this.#trust, integrity);
+    const { blob, ...task } = await readTaskFile(file, id, this, this.#slots, this.#trust, options);
     this.#tasks = undefined;
     this.#slots.set(id, { ...task, id, bytes: blob.bytes.length, section: undefined, blob, loading: undefined });
   }
@@ -372,7 +372,7 @@ export class Pack {
   #unknown(id: string): Error {
     if (typeof id !== "string") return new TypeError(`task: expected an id, got ${described(id)}`);
     const close = nearest(id, this.#slots.keys());
-    const hint = close.length ? `; the nearest are ${close.map((n) => `"${n}"`).join(", ")}` : "";
+    const hint = close.length ? `; the nearest are ${close.map(described).join(", ")}` : "";
     return new TaskError(`no task "${id}" in ${this.name}${hint}`, { task: id, nearest: close });
   }
 

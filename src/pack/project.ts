@@ -2,7 +2,8 @@
  * Adapters onto the basis of a pack that exists (DESIGN.md 2.10a).
  */
 import type { Adapter } from "../adapters/adapter.ts";
-import { refuseBoth } from "../adapters/modules.ts";
+import { checkAdapters, refuseBoth } from "../adapters/modules.ts";
+import { checkPack } from "../arguments.ts";
 import { AdapterError } from "../errors.ts";
 import type { Gauge } from "../extract/options.ts";
 import { type ModuleSpace, openModule, projectModule } from "../extract/project.ts";
@@ -32,6 +33,8 @@ export async function projectAdapters(
   dtype: Dtypes,
   onProgress?: (done: number, of: number) => void,
 ): Promise<ProjectedAdapter[]> {
+  checkPack("projectAdapters", pack);
+  checkAdapters("projectAdapters", adapters);
   const gauge = gaugeOf(pack);
   const { rank } = pack.directory.basis;
   for (const adapter of adapters) checkModules(pack, adapter);

@@ -2,7 +2,7 @@
  * What a pack says about itself when it has been made: one shape for every way to make one.
  */
 import { baseModels } from "../adapters/modules.ts";
-import type { BasisMode, Centering, Gauge } from "../extract/options.ts";
+import type { BasisMode, Centering, ComponentSelection, Gauge } from "../extract/options.ts";
 import type { ModuleInput } from "../format/encode.ts";
 import type { Dtype, Dtypes } from "../tensor/dtypes.ts";
 
@@ -104,7 +104,21 @@ export function baseWarnings(base: unknown, adapters: Parameters<typeof baseMode
   const named = baseModels(adapters);
   return [
     ...(base ? [] : ["packed without a base model: the runtime can check shapes only, not which model it is"]),
-    ...(named.length > 1 ? [`the adapters name different base models: ${named.join(", ")}`] : []),
+    ...(named.length > 1
+      ? [`the adapters name their base model in several ways, taken for one: ${named.join(", ")}`]
+      : []),
+  ];
+}
+
+/** What to say where fewer components than asked for were to be had: a side has no more directions than rows. */
+export function fewerWarnings(
+  select: ComponentSelection | undefined,
+  { min, max }: PackReport["components"],
+): string[] {
+  if (select?.kind !== "k" || max >= select.k) return [];
+  const found = min === max ? `${max}` : `${min} to ${max}`;
+  return [
+    `${select.k} components were asked for, and the adapters have ${found} per module and side: these were taken`,
   ];
 }
 

@@ -3,7 +3,8 @@
  * It knows no model and no data.
  */
 import type { Adapter } from "../adapters/adapter.ts";
-import { checkOptions } from "../arguments.ts";
+import { checkAdapters, refuseBases } from "../adapters/modules.ts";
+import { checkArgument, checkChoice, checkOptions } from "../arguments.ts";
 import { type Allocation, allocateBytes, allocateError } from "../extract/allocation.ts";
 import type { ComponentSelection } from "../extract/options.ts";
 import { type Shared, type Survey, sharingThatPays, survey, withinBytes, withinError } from "./allocate.ts";
@@ -24,7 +25,7 @@ import type { BuildReport, TaskLoss } from "./report.ts";
 import { allOf, allocatedWay, headFor, headWithin, judgedWays, limitOf, nameOf, type Way } from "./ways.ts";
 
 /** What is sought, who judges, and where to look. */
-export interface SearchOptions extends Pick<BuildOptions, "dtype" | "centering" | "normalize" | "base"> {
+export interface SearchOptions extends Pick<BuildOptions, "dtype" | "centering" | "normalize" | "base" | "anyBase"> {
   /** Default: an error of at most 0.15 (`DEFAULT_ERROR`). */
   readonly goal?: Goal | undefined;
   /**
@@ -211,15 +212,20 @@ const OPTIONS = [
   "centering",
   "normalize",
   "base",
+  "anyBase",
   "signal",
 ] as const;
 
 /** @throws RangeError for options that do not go together; TypeError for one that is not known */
 function checkSearch(adapters: readonly Adapter[], options: SearchOptions & { goal: Goal }): void {
   checkOptions("searchPack", options, OPTIONS);
+  checkAdapters("searchPack", adapters);
   const { goal, judge, moments, ways, ladder } = options;
+  checkArgument("searchPack: goal", goal, 'a goal, such as { kind: "bytes", max: 300_000 }', "kind");
+  checkChoice("goal.kind", goal.kind, ["bytes", "error", "divergence", "score"]);
   const refuse = (message: string): RangeError => new RangeError(`searchPack: ${message}`);
   if (adapters.length === 0) throw refuse("no adapters");
+  refuseBases(adapters, options.anyBase);
   if (goal.kind === "score" && !(goal.tolerance >= 0))
     throw refuse(`tolerance must be 0 or more, got ${goal.tolerance}`);
   if (goal.kind !== "score" && !(goal.max > 0))
@@ -236,10 +242,10 @@ function checkSearch(adapters: readonly Adapter[], options: SearchOptions & { go
 /** Of one way: with so many components, or private terms for an error. @throws Unreachable */
 async function build(search: Search, way: Way, select: ComponentSelection): Promise<Built> {
   const { name: _, allocateBeside: k, ...options } = way;
-  const { adapters, dtype, centering, normalize, base, signal } = search;
+  const { adapters, dtype, centering, normalize, base, anyBase, signal } = search;
   if (k !== undefined) return allocated(search, way, select);
   try {
-    return await buildPack(adapters, { dtype, centering, normalize, base, signal, ...options, select });
+    return await buildPack(adapters, { dtype, centering, normalize, base, anyBase, signal, ...options, select });
   } catch (cause) {
     throw cause instanceof RangeError ? new Unreachable(cause.message, { cause }) : cause;
   }
@@ -247,13 +253,13 @@ async function build(search: Search, way: Way, select: ComponentSelection): Prom
 
 /** Of a way with private terms for a goal. @throws Unreachable */
 async function allocated(
-  { adapters, dtype, base, signal, survey }: Search,
+  { adapters, dtype, base, anyBase, signal, survey }: Search,
   { name: _, allocateBeside: k = 0, ...options }: Way,
   goal: ComponentSelection | Goal,
 ): Promise<Built> {
   const found = await survey(k > 0 ? { k, dtype: options.dtype?.basis ?? "f16" } : undefined);
   const made = (privateTerms: Allocation): Promise<Built> =>
-    buildPack(adapters, { dtype, base, signal, ...options, privateTerms, select: { kind: "k", k } });
+    buildPack(adapters, { dtype, base, anyBase, signal, ...options, privateTerms, select: { kind: "k", k } });
   if (goal.kind === "error") return withinError(found, goal.max, made);
   if (goal.kind === "bytes") return withinBytes(found, goal.max, made);
   throw new Unreachable(`private terms are allocated for an error or a size, not for ${goal.kind}`);

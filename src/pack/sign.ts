@@ -1,6 +1,7 @@
 /**
  * Signing what is there already (SPEC.md, section 8).
  */
+import { checkPack } from "../arguments.ts";
 import { encodeSignedTaskFile } from "../format/encode.ts";
 import { sha256 } from "../format/hash.ts";
 import { type Append, layoutSigned, type Sign } from "../format/layout.ts";
@@ -8,7 +9,8 @@ import { parseTaskFile } from "../format/task-file.ts";
 import type { Pack } from "./pack.ts";
 
 /** What to write to a pack's file so that it is signed: a superblock, nothing else. @param sign made by `createSigner` */
-export function planSignature(pack: Pack, sign: Sign): Promise<Append> {
+export async function planSignature(pack: Pack, sign: Sign): Promise<Append> {
+  checkPack("planSignature", pack);
   return layoutSigned(pack, sign);
 }
 

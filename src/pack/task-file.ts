@@ -1,7 +1,7 @@
 /**
  * A task that comes as a file of its own, for an open pack. Loaded when one is added.
  */
-import { described } from "../arguments.ts";
+import { checkOptions, described } from "../arguments.ts";
 import { TaskError } from "../errors.ts";
 import { isTaskId } from "../format/directory.ts";
 import type { PackModule, TaskBlob, TaskEntry } from "../format/format.ts";
@@ -9,7 +9,7 @@ import { parseTask } from "../format/task.ts";
 import { parseTaskFile } from "../format/task-file.ts";
 import { openSource } from "../open-source.ts";
 import { readAll, type SourceInput } from "../source.ts";
-import type { Trust } from "./trust.ts";
+import type { TaskTrust, Trust } from "./trust.ts";
 
 /** The open pack. */
 interface Target {
@@ -21,7 +21,7 @@ interface Target {
  * @param id the task's in the pack
  * @param tasks of the pack, by id; not its snapshot of them, which is made again after every change
  * @param trust of the pack, where it has some
- * @param integrity that the file must have, where the caller says one
+ * @param options of `Pack.addTask`
  * @throws FormatError when the file is damaged, TaskError when it belongs to another basis or the id is taken, TrustError when it is
  *   not what is trusted
  */
@@ -31,8 +31,10 @@ export async function readTaskFile(
   { basisId, modules }: Target,
   tasks: ReadonlyMap<string, unknown>,
   trust: Trust | undefined,
-  integrity: string | undefined,
+  options: TaskTrust,
 ): Promise<TaskEntry & { readonly blob: TaskBlob }> {
+  checkOptions("addTask", options, ["integrity"]);
+  const { integrity } = options;
   const source = await openSource(file);
   try {
     const { name } = source;

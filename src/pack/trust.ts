@@ -22,6 +22,12 @@ export interface TrustOptions {
   readonly revoked?: readonly string[];
 }
 
+/** What a task file must be that is added to an open pack. */
+export interface TaskTrust {
+  /** Hash that the file must have, "sha256-…", its signature left out. Default: no check. */
+  readonly integrity?: string | undefined;
+}
+
 /** The options of one open pack, checked. */
 export class Trust {
   readonly #file: string;

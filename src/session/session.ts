@@ -2,11 +2,12 @@
  * A loaded model that switches tasks. It owns the order of runs and switches; how tasks reach the model is the carrier's, what
  * runs it is the engine's.
  */
-import { checkArgument, checkChoice, checkOptions, checkPack } from "../arguments.ts";
+import { checkArgument, checkChoice, checkOptions, checkPack, described } from "../arguments.ts";
 import { BackendError, TaskError } from "../errors.ts";
 import { type ModelOptions, readModel } from "../onnx/read.ts";
 import { detachWeights } from "../onnx/write.ts";
 import type { Pack, TaskInfo } from "../pack/pack.ts";
+import type { TaskTrust } from "../pack/trust.ts";
 import { type MemoryReport, memoryReport, type SwitchReport } from "../runtime/report.ts";
 import type { Selection, SwitchOptions } from "../runtime/selection.ts";
 import type { SourceInput } from "../source.ts";
@@ -292,6 +293,8 @@ export class Session<T extends SessionTypes = SessionTypes> {
     const { tasks, ...options } = (fetched ? third : (second as SessionRunOptions | undefined)) ?? {};
     const fetches = fetched ? second : this.outputNames;
     const own = feeds as Tensors;
+    if (typeof own !== "object" || !own || "then" in own)
+      throw new TypeError(`run: expected feeds, tensors by name, got ${described(own)}`);
     for (const { name } of this.#inputs) {
       if (name in own) throw new TypeError(`feeds: "${name}" is the session's own input; switchTask feeds it`);
     }
@@ -334,9 +337,9 @@ export class Session<T extends SessionTypes = SessionTypes> {
    * Adds a task that came as a file of its own, for this pack in memory.
    * @throws as `Pack.addTask`; `switchTask` throws BaseMismatchError when it changes what no task did before
    */
-  async addTask(id: string, file: SourceInput): Promise<void> {
+  async addTask(id: string, file: SourceInput, options?: TaskTrust): Promise<void> {
     this.#live();
-    await this.pack.addTask(id, file);
+    await this.pack.addTask(id, file, options);
   }
 
   /** @throws TaskError when there is no such task or it is active */

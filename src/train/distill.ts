@@ -5,6 +5,7 @@
  */
 
 import type { Adapter } from "../adapters/adapter.ts";
+import { checkAdapter } from "../adapters/modules.ts";
 import { checkOptions } from "../arguments.ts";
 import { TaskError } from "../errors.ts";
 import { encodeTaskFile } from "../format/encode.ts";
@@ -94,6 +95,7 @@ const MOST_RATE = 0.02;
 export async function distill(session: Session, options: DistillOptions): Promise<Distilled> {
   checkSession("distill", session);
   checkOptions("distill", options, OPTIONS);
+  checkAdapter("distill: adapter", options.adapter);
   const { adapter, task: id = adapter.id, steps = 240, batch = 8, holdout = 0.125, seed = 0, signal } = options;
   const all = inputsOf(options);
   checkNumbers("distill", options, { steps: "whole", batch: "whole", holdout: "between" });
@@ -102,7 +104,7 @@ export async function distill(session: Session, options: DistillOptions): Promis
   const { pack } = session;
   const blob = await pack.load(id, { signal });
   const head = trainableHead(pack, id, blob);
-  const inputs = createInputs(options.encode);
+  const inputs = createInputs(options.encode, session.inputNames);
   const answers = await askAdapter(session, adapter, head?.module, rows, { where: "distill", inputs, batch, signal });
   const labels = Array.from(answers[0]!, (_, i) => String(i));
   if (head && head.labels !== labels.length) {

@@ -2,7 +2,7 @@
  * What is learned from: examples are checked whole before anything runs, some are a hold-out to judge by, and each batch
  * says what its rows ought to be. No model here.
  */
-import { nearest } from "../arguments.ts";
+import { checkList, nearest } from "../arguments.ts";
 import { shuffle } from "../tensor/random.ts";
 import { largest } from "./probabilities.ts";
 
@@ -43,6 +43,7 @@ export function checkExamples<Feeds>(
   labels: readonly string[],
   encodes: boolean,
 ): Row<Feeds>[] {
+  checkList("fit", examples, "examples");
   const rows = examples.map(({ text, feeds, label, target, weight = 1 }, i): Row<Feeds> => {
     const at = `example ${i}`;
     if ((label === undefined) === (target === undefined))

@@ -6,8 +6,19 @@
 import { type BatchFeeds, joinFeeds } from "./batch.ts";
 import type { Unlabelled } from "./examples.ts";
 
-/** Texts as a model's inputs, one row each: a tokenizer. */
-export type Encode = (texts: string[]) => BatchFeeds | Promise<BatchFeeds>;
+/**
+ * Texts as a model's inputs, one row each, padded to the longest of them. A tokenizer of transformers.js will do as it is, since `how`
+ * is what it is to be told.
+ * @param inputs names of the model's inputs
+ */
+export type Encode = (
+  texts: string[],
+  how: { readonly padding: true; readonly truncation: true },
+  inputs: readonly string[],
+) => BatchFeeds | Promise<BatchFeeds>;
+
+/** What a tokenizer is told. */
+export const PADDED = { padding: true, truncation: true } as const;
 
 /** Rows as batches. `Feeds` are one batch of a model's inputs. */
 export interface Inputs<Feeds> {
@@ -28,7 +39,12 @@ interface Padding {
   readonly values: ReadonlyMap<string, number>;
 }
 
-export function createInputs(encode: Encode | undefined): Inputs<BatchFeeds> {
+/** @param names of the model's inputs: what else a tokenizer gives is left out */
+export function createInputs(encodeTexts: Encode | undefined, names: readonly string[]): Inputs<BatchFeeds> {
+  const encode = async (texts: string[]): Promise<BatchFeeds> => {
+    const feeds = await encodeTexts!(texts, PADDED, names);
+    return Object.fromEntries(Object.entries(feeds).filter(([name]) => names.includes(name)));
+  };
   /** Batches of one, by text. */
   const encoded = new Map<string, BatchFeeds>();
   let padding: Padding | undefined;
@@ -40,15 +56,15 @@ export function createInputs(encode: Encode | undefined): Inputs<BatchFeeds> {
     const gap = sizeOf(b) - sizeOf(a);
     if (gap <= seen) return;
     seen = gap;
-    padding = paddingOf(a, b, await encode!([short, long]));
+    padding = paddingOf(a, b, await encode([short, long]).catch(refuseUnpadded));
   };
 
   return {
-    encodes: encode !== undefined,
+    encodes: encodeTexts !== undefined,
 
     async lengths(rows) {
       for (const { text } of rows) {
-        if (text !== undefined && !encoded.has(text)) encoded.set(text, await encode!([text]));
+        if (text !== undefined && !encoded.has(text)) encoded.set(text, await encode([text]));
       }
       const lengths = new Map(rows.map((row) => [row, sizeOf(row.feeds ?? encoded.get(row.text!)!)]));
       const texts = rows.filter(({ text }) => text !== undefined).sort((a, b) => lengths.get(a)! - lengths.get(b)!);
@@ -63,9 +79,17 @@ export function createInputs(encode: Encode | undefined): Inputs<BatchFeeds> {
         throw new TypeError("a batch of texts and feeds together; give all examples in one way");
       const known = texts.map((text) => encoded.get(text)).filter((one) => one !== undefined);
       const padded = known.length === texts.length ? padAlike(known, padding) : undefined;
-      return padded ? joinFeeds(padded) : encode!(texts);
+      return padded ? joinFeeds(padded) : encode(texts);
     },
   };
+}
+
+function refuseUnpadded(cause: unknown): never {
+  throw new TypeError(
+    "encode: texts of different lengths were not encoded together; pass the tokenizer itself (encode: tokenizer), or have it pad: " +
+      `tokenizer(texts, { padding: true, truncation: true }). It said: ${(cause as Error).message}`,
+    { cause },
+  );
 }
 
 function sizeOf(feeds: BatchFeeds): number {

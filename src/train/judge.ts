@@ -3,6 +3,7 @@
  */
 
 import type { Adapter } from "../adapters/adapter.ts";
+import { checkAdapters } from "../adapters/modules.ts";
 import { checkArgument, checkOptions } from "../arguments.ts";
 import { taskAdapter } from "../pack/expand.ts";
 import type { Pack } from "../pack/pack.ts";
@@ -12,7 +13,7 @@ import type { SourceInput } from "../source.ts";
 import { shuffle, uniform } from "../tensor/random.ts";
 import { askAdapter } from "./answers.ts";
 import type { BatchFeeds } from "./batch.ts";
-import { createInputs, type Inputs } from "./inputs.ts";
+import { createInputs, type Encode, type Inputs } from "./inputs.ts";
 import { meanDivergence } from "./probabilities.ts";
 
 /** Options of `createJudge`. */
@@ -22,7 +23,7 @@ export interface JudgeOptions {
   /** Plain text of the kind that the tasks are asked about. */
   readonly texts: readonly string[];
   /** Texts as the model's inputs, which are named, one row each: a tokenizer. */
-  readonly encode: (texts: string[], inputNames: readonly string[]) => BatchFeeds | Promise<BatchFeeds>;
+  readonly encode: Encode;
   /** Texts that every task is asked, at most. Default: 64, fewer where tasks are many: 1280 texts in all, 16 a task at least. */
   readonly most?: number | undefined;
   /** Texts of a run. Default: 16. */
@@ -60,6 +61,7 @@ export function createJudge(engine: Engine, model: SourceInput, options: JudgeOp
   checkOptions("createJudge", options, ["adapters", "texts", "encode", "most", "batch", "seed", "signal"]);
   const { adapters, encode, batch = 16, seed = 0, signal } = options;
   const { most = Math.min(64, Math.max(16, Math.round(1280 / adapters.length))) } = options;
+  checkAdapters("createJudge: adapters", adapters);
   if (options.texts.length === 0) throw new RangeError("createJudge: no texts");
   const rows = shuffle([...new Set(options.texts)], uniform(seed))
     .slice(0, most)
@@ -69,7 +71,7 @@ export function createJudge(engine: Engine, model: SourceInput, options: JudgeOp
   const expected = new Map<string, Float32Array[]>();
   const byTask = async (pack: Pack): Promise<DivergenceByTask> => {
     const asked = (session ??= await createSession(engine, model, pack, { trainable: true }));
-    inputs ??= createInputs((texts) => encode(texts, asked.inputNames));
+    inputs ??= createInputs(encode, asked.inputNames);
     const ask = { where: "createJudge", inputs, batch, signal };
     const found = new Map<string, number>();
     for (const adapter of adapters) {

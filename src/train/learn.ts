@@ -3,7 +3,7 @@
  * numbers.
  */
 
-import { checkChoice, checkOptions } from "../arguments.ts";
+import { checkChoice, checkList, checkOptions } from "../arguments.ts";
 import type { Pack } from "../pack/pack.ts";
 import type { Session } from "../session/session.ts";
 import type { BatchFeeds } from "./batch.ts";
@@ -16,7 +16,7 @@ import { Trainer, type TrainerOptions } from "./trainer.ts";
 
 /** Options of `createTrainer`. */
 export interface CreateTrainerOptions extends TrainerOptions {
-  /** Texts as the model's inputs, one row each: a tokenizer. Examples with feeds of their own do without. */
+  /** Texts as the model's inputs, one row each: a tokenizer of transformers.js, as it is. Examples with feeds of their own do without. */
   readonly encode?: Encode | undefined;
   /**
    * "coefficients" over the pack's components; "components": these too, for a pack of its own; "lora": factors of every module, which
@@ -38,7 +38,7 @@ export interface CreateTrainerOptions extends TrainerOptions {
  * @param session made with `trainable: true`
  * @throws TypeError for a session that is not trainable; RangeError for labels, ranks, modules or heads that cannot be
  * @example
- * const trainer = await createTrainer(session, { labels: ["spam", "fine"], encode: (texts) => tokenizer(texts) });
+ * const trainer = await createTrainer(session, { labels: ["spam", "fine"], encode: tokenizer });
  * for await (const { loss } of trainer.fit(examples)) console.log(loss);
  * await session.addTask("mine", await trainer.task());
  */
@@ -47,7 +47,7 @@ export async function createTrainer(session: Session, options: CreateTrainerOpti
   checkOptions("createTrainer", options, [
     ...(["labels", "init", "seed", "encode", "train", "rank", "privateTerms", "modules", "head"] as const),
   ]);
-  return makeTrainer(session, options, createInputs(options.encode));
+  return makeTrainer(session, options, createInputs(options.encode, session.inputNames));
 }
 
 /** The same with inputs that may have been encoded before. */
@@ -59,6 +59,7 @@ export async function makeTrainer(
   const { pack, trainable } = session;
   const source = trainable!;
   const { train = "coefficients", labels } = options;
+  checkList("createTrainer: labels", labels, 'names, such as ["spam", "fine"]');
   checkChoice("train", train, ["coefficients", "components", "lora"]);
   checkNumbers("createTrainer", options, { rank: "whole", privateTerms: "count" });
   const head = headInputs(source, options.head);

@@ -4,6 +4,7 @@
  */
 
 import type { Adapter, AdapterModule } from "../adapters/adapter.ts";
+import { checkAdapters } from "../adapters/modules.ts";
 import { checkArgument, checkOptions } from "../arguments.ts";
 import { Locator } from "../base/locate.ts";
 import { BaseMismatchError } from "../errors.ts";
@@ -16,14 +17,15 @@ import { detachWeights } from "../onnx/write.ts";
 import { dataOf, type Engine } from "../session/engine.ts";
 import type { SourceInput } from "../source.ts";
 import { shuffle, uniform } from "../tensor/random.ts";
-import { type BatchFeeds, batchTensors } from "./batch.ts";
+import { batchTensors } from "./batch.ts";
+import { type Encode, PADDED } from "./inputs.ts";
 
 /** Options of `inputMoments`. */
 export interface MomentsOptions {
   readonly adapters: readonly Adapter[];
   readonly texts: readonly string[];
   /** Texts as the model's inputs, which are named, one row each: a tokenizer. */
-  readonly encode: (texts: string[], inputNames: readonly string[]) => BatchFeeds | Promise<BatchFeeds>;
+  readonly encode: Encode;
   /** The input that tells which tokens are padding, which is left out where there is one. Default: "attention_mask". */
   readonly mask?: string | undefined;
   /** Most texts that are looked at. Default: 256. */
@@ -47,6 +49,7 @@ export async function inputMoments(
   checkArgument("inputMoments", engine, "an engine (createEngine(ort))", "load");
   checkOptions("inputMoments", options, ["adapters", "texts", "encode", "mask", "most", "batch"]);
   const { adapters, texts, encode, mask = "attention_mask", most = 256, batch = 16 } = options;
+  checkAdapters("inputMoments: adapters", adapters);
   if (texts.length === 0) throw new RangeError("inputMoments: no texts");
   const file = await readModel(model);
   try {
@@ -63,7 +66,7 @@ export async function inputMoments(
       let count = 0;
       const some = shuffle([...texts], uniform(0)).slice(0, most);
       for (let at = 0; at < some.length; at += batch) {
-        const feeds = await encode(some.slice(at, at + batch), loaded.inputNames);
+        const feeds = await encode(some.slice(at, at + batch), PADDED, loaded.inputNames);
         const found = await engine.run(loaded, batchTensors(engine, feeds), loaded.outputNames);
         const kept = feeds[mask] && Array.from(feeds[mask].data as ArrayLike<bigint | number>, Number);
         let rows = 0;

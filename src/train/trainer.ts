@@ -2,7 +2,7 @@
  * The training loop: batches in, steps of AdamW, the best state kept. It knows numbers and examples; the model, and how a batch
  * becomes its inputs, come with the subject that it is given.
  */
-import { checkOptions } from "../arguments.ts";
+import { checkList, checkOptions } from "../arguments.ts";
 import { TaskError } from "../errors.ts";
 import { parseTaskFile } from "../format/task-file.ts";
 import { uniform } from "../tensor/random.ts";
@@ -20,6 +20,7 @@ const OPTIONS = [
   ...(["epochs", "steps", "batch", "holdout", "signal", "smoothing", "temperature", "dtype"] as const),
   ...(["learningRates", "weightDecay", "clip", "warmup", "decay"] as const),
 ] as const;
+const TASK_OPTIONS = ["id", "dtype", "metadata"] as const;
 
 /** Options of every trainer. */
 export interface TrainerOptions {
@@ -238,6 +239,7 @@ export class Trainer<Feeds = unknown> {
     examples: readonly Unlabelled<Feeds>[],
     { batch = 16 }: { batch?: number } = {},
   ): Promise<Float32Array[]> {
+    checkList("predict", examples, "examples");
     const { machine, inputs, labels } = this.#subject;
     const state = this.#learned();
     const results: Float32Array[] = [];
@@ -251,6 +253,7 @@ export class Trainer<Feeds = unknown> {
 
   /** The task as a file of its own: a few kilobytes, for `session.addTask`, `pack.addTask`, or to be sent. */
   async task(options: TaskFileOptions = {}): Promise<Uint8Array<ArrayBuffer>> {
+    checkOptions("task", options, TASK_OPTIONS);
     const { parameters } = this.#learned();
     const { terms } = this.#subject;
     const stored = new Float32Array(terms.size);
@@ -269,6 +272,7 @@ export class Trainer<Feeds = unknown> {
    * @throws TaskError when there is a task of that id
    */
   async pack(options: TaskFileOptions = {}): Promise<Uint8Array<ArrayBuffer>> {
+    checkOptions("pack", options, TASK_OPTIONS);
     const { pack, terms } = this.#subject;
     const { id = "task" } = options;
     if (pack.tasks.has(id))

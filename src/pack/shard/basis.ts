@@ -15,8 +15,8 @@ import { storing } from "../../tensor/encode.ts";
 import { type BuildOptions, type Built, sideInput } from "../build.ts";
 import { readFingerprints } from "../fingerprints.ts";
 import { newPack } from "../fresh.ts";
-import { baseWarnings, componentsOf, type PackReport } from "../report.ts";
-import { factorsOf, type Statistics } from "./statistics.ts";
+import { baseWarnings, componentsOf, fewerWarnings, type PackReport } from "../report.ts";
+import { checkStatistics, factorsOf, type Statistics } from "./statistics.ts";
 
 /** How a basis is made. The selection is by `k` or `energy`. */
 export interface BasisOptions extends Pick<BuildOptions, "select" | "centering" | "base" | "onProgress"> {
@@ -39,6 +39,7 @@ export interface BasisReport extends PackReport {
  * @returns a pack without tasks, and what was found
  */
 export async function buildBasis(statistics: Statistics, options: BasisOptions = {}): Promise<Built<BasisReport>> {
+  checkStatistics("buildBasis", statistics);
   checkOptions("buildBasis", options, ["select", "centering", "base", "onProgress", "dtype"]);
   const { select = { kind: "energy", share: 0.9 }, centering = "keep", dtype = "f16", base } = options;
   const { gauge, rank, normalize } = statistics;
@@ -69,6 +70,7 @@ export async function buildBasis(statistics: Statistics, options: BasisOptions =
   }
   const baseModel = baseModels(statistics.adapters)[0];
   const chunks = await newPack({ mode: "column", gauge, centering, rank, baseModel, modules }, []);
+  const components = componentsOf(modules);
   const report: BasisReport = {
     adapters: statistics.adapters.length,
     modules: modules.length,
@@ -77,8 +79,8 @@ export async function buildBasis(statistics: Statistics, options: BasisOptions =
     centering,
     dtype,
     bytes: chunks.reduce((sum, chunk) => sum + chunk.length, 0),
-    components: componentsOf(modules),
-    warnings: baseWarnings(base, statistics.adapters),
+    components,
+    warnings: [...baseWarnings(base, statistics.adapters), ...fewerWarnings(select, components)],
   };
   return { chunks, report };
 }

@@ -4,8 +4,8 @@
  * at a time when it is asked for. From them comes a basis (`basis.ts`); adapters cannot be reconstructed.
  */
 import type { Adapter, ModuleShape } from "../../adapters/adapter.ts";
-import { baseModels, compare, type SharedModule, sharedModules } from "../../adapters/modules.ts";
-import { checkOptions } from "../../arguments.ts";
+import { checkAdapters, compare, refuseBases, type SharedModule, sharedModules } from "../../adapters/modules.ts";
+import { checkArgument, checkList, checkOptions } from "../../arguments.ts";
 import { AdapterError, TaskError } from "../../errors.ts";
 import { balance, leadingRows, pairOf } from "../../extract/gauge.ts";
 import { checkRank, type Gauge } from "../../extract/options.ts";
@@ -49,19 +49,21 @@ export interface Statistics {
  * Statistics of adapters.
  * @param options as of `buildPack`
  * @throws RangeError for a rank in another gauge than balanced
- * @throws AdapterError when two adapters do not agree about a module; TaskError when two have one id
+ * @throws AdapterError when two adapters do not agree about a module or the base model; TaskError when two have one id
  */
 export async function adapterStatistics(
   adapters: readonly Adapter[],
-  options: Pick<BuildOptions, "gauge" | "rank" | "normalize"> = {},
+  options: Pick<BuildOptions, "gauge" | "rank" | "normalize" | "anyBase"> = {},
 ): Promise<Statistics> {
-  checkOptions("adapterStatistics", options, ["gauge", "rank", "normalize"]);
+  checkOptions("adapterStatistics", options, ["gauge", "rank", "normalize", "anyBase"]);
   const { gauge = "as-trained", rank, normalize = false } = options;
+  checkAdapters("adapterStatistics", adapters);
   if (adapters.length === 0) throw new RangeError("adapterStatistics: no adapters");
   checkRank({ gauge, rank });
   const most = rank ?? Infinity;
   const sorted = [...adapters].sort((a, b) => compare(a.id, b.id));
   refuseTwice(sorted);
+  refuseBases(sorted, options.anyBase);
   const shared = sharedModules(sorted);
   const rowsOf = (adapter: Adapter, name: string): number => Math.min(adapter.modules.get(name)?.rank ?? 0, most);
   const products = await fastProducts();
@@ -94,6 +96,11 @@ export async function adapterStatistics(
   };
 }
 
+/** @throws TypeError when `value` is no statistics */
+export function checkStatistics(where: string, value: unknown): void {
+  checkArgument(where, value, "statistics (await adapterStatistics(…) or openStatistics(…))", "ranks");
+}
+
 /** Modules with their rows. */
 function counted<O>(
   shared: ReadonlyMap<string, SharedModule<O>>,
@@ -109,7 +116,7 @@ function counted<O>(
 /**
  * Statistics of all adapters of several parts. The order of the parts makes no difference, nor does who merged which before,
  * beyond rounding in f64; while a side is kept as rows, none at all.
- * @param options.anyBase take parts whose adapters name different base models
+ * @param options.anyBase as of `buildPack`
  * @throws TaskError for an adapter in two parts; AdapterError for parts of another gauge, base model or shapes
  */
 export async function mergeStatistics(
@@ -117,6 +124,8 @@ export async function mergeStatistics(
   options: { readonly anyBase?: boolean } = {},
 ): Promise<Statistics> {
   checkOptions("mergeStatistics", options, ["anyBase"]);
+  checkList("mergeStatistics", given, "statistics");
+  for (const part of given) checkStatistics("mergeStatistics", part);
   if (given.length === 0) throw new RangeError("mergeStatistics: no parts");
   const parts = [...given].sort((a, b) => compare(a.adapters[0]!.id, b.adapters[0]!.id));
   const { file, gauge, rank, normalize } = parts[0]!;
@@ -124,7 +133,8 @@ export async function mergeStatistics(
     .flatMap((part) => part.adapters.map((adapter, index) => ({ ...adapter, file: part.file, part, index })))
     .sort((a, b) => compare(a.id, b.id) || compare(a.file, b.file));
   refuseTwice(members);
-  for (const part of parts) refuseOther(parts[0]!, part, options.anyBase === true);
+  for (const part of parts) refuseOther(parts[0]!, part);
+  refuseBases(members, options.anyBase);
   const shared = sharedModules(parts);
   const modules = counted(shared, (part, name) => part.modules.get(name)!.rows);
   const products = await fastProducts();
@@ -189,18 +199,12 @@ function refuseTwice(sorted: readonly { id: string; file: string }[]): void {
   });
 }
 
-/** Parts of other settings, or whose adapters have no base model in common; within one part, and in `pack`, that is a warning. */
-function refuseOther(a: Statistics, b: Statistics, anyBase: boolean): void {
+/** @throws AdapterError for parts of other settings */
+function refuseOther(a: Statistics, b: Statistics): void {
   const refuse = (field: string, message: string): AdapterError => new AdapterError(message, { file: b.file, field });
   for (const setting of ["gauge", "rank", "normalize"] as const) {
     const [ours, theirs] = [a[setting] ?? "whole", b[setting] ?? "whole"];
     if (ours !== theirs)
       throw refuse(setting, `${setting} is ${theirs}, but ${ours} in ${a.file}: make one of them again with the same`);
   }
-  const [ours, theirs] = [baseModels(a.adapters), baseModels(b.adapters)];
-  if (anyBase || ours.length === 0 || theirs.length === 0 || ours.some((name) => theirs.includes(name))) return;
-  throw refuse(
-    "base model",
-    `its adapters are of ${theirs.join(", ")}, those of ${a.file} of ${ours.join(", ")}; if these are one model, merge with anyBase`,
-  );
 }

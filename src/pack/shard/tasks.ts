@@ -3,7 +3,8 @@
  * whole task files (SPEC.md, section 7), so that every one of them is bound to its basis and checked like one that came alone.
  */
 import type { Adapter } from "../../adapters/adapter.ts";
-import { compare } from "../../adapters/modules.ts";
+import { checkAdapters, compare } from "../../adapters/modules.ts";
+import { checkArgument, checkList, checkOptions, checkPack } from "../../arguments.ts";
 import { AdapterError, FormatError, TaskError } from "../../errors.ts";
 import { encodeTaskFile } from "../../format/encode.ts";
 import { placeOf, type TaskPlace } from "../../format/layout.ts";
@@ -36,6 +37,9 @@ export async function projectTasks(
   made: string,
   options: { dtype?: Partial<Dtypes>; onProgress?: (done: number, of: number) => void } = {},
 ): Promise<{ chunks: AsyncGenerator<Uint8Array, void>; residual: TaskLoss[] }> {
+  checkPack("projectTasks", basis);
+  checkAdapters("projectTasks", adapters);
+  checkOptions("projectTasks", options, ["dtype", "onProgress"]);
   const sorted = [...adapters].sort((a, b) => compare(a.id, b.id));
   const twice = sorted.find(({ id }, i) => sorted[i + 1]?.id === id);
   if (twice) throw new TaskError(`two adapters are called "${twice.id}"`, { task: twice.id });
@@ -66,6 +70,9 @@ export interface AssembledPack {
  *   is there twice
  */
 export async function assemblePack(basis: Pack, parts: readonly TaskPart[]): Promise<AssembledPack> {
+  checkPack("assemblePack", basis);
+  checkList("assemblePack", parts, "parts with tasks");
+  for (const part of parts) checkArgument("assemblePack", part, "a part with tasks (await openTasks(…))", "basisId");
   const first = parts[0];
   if (!first) throw new RangeError("assemblePack: no parts");
   const owners = new Map<string, string>([...basis.tasks.keys()].map((id) => [id, basis.name]));

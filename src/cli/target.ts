@@ -1,0 +1,110 @@
+/**
+ * Where a command may write: what is there already is replaced only by `--force`, and what is no file of its own never is. Checked
+ * before the work begins, which may take hours, and again when its result is written.
+ */
+import { lstatSync, type Stats, statSync } from "node:fs";
+import { readdir } from "node:fs/promises";
+import { join } from "node:path";
+import type { Adapter } from "../adapters/adapter.ts";
+import { openSource } from "../open-source.ts";
+import { openSafetensors } from "../tensor/safetensors.ts";
+import { realTarget } from "./lock.ts";
+import { UsageError } from "./options.ts";
+
+/** The key in a safetensors file's metadata by which an exported adapter is known; its value is the id of the task. */
+export const EXPORTED = "eigenlora.task";
+
+/** What is known of a target beside its path. */
+export interface TargetOptions {
+  /** Replace a file that is there already. */
+  readonly force: boolean;
+  /** Paths of what the command reads; undefined for what was not named. */
+  readonly inputs?: readonly (string | undefined)[];
+  /** What `--output` says, where `path` is one of several files that come of it. */
+  readonly output?: string;
+}
+
+/** @throws UsageError when a file may not be written at `path` */
+export function checkTarget(path: string, { force, inputs = [], output = path }: TargetOptions): void {
+  const refuse = (what: string): never => {
+    throw new UsageError(`--output ${output}: ${path === output ? "" : `${path} `}${what}`);
+  };
+  if (path === "-") refuse("nothing is written to standard output; name a file");
+  if (/[/\\]$/.test(path)) refuse("ends like a folder; name a file in it");
+  const there = stat(path);
+  if (there?.isDirectory()) refuse("is a folder; name a file in it");
+  if (there && !there.isFile()) refuse(`is ${kindOf(there)}; name a file`);
+  if (!there && isLink(path)) refuse("is a link to a file that is not there; remove it, or name that file");
+  if (inputs.some((input) => input !== undefined && realTarget(input) === realTarget(path)))
+    refuse("would overwrite what it is made of; choose another name");
+  if (there && !force) refuse("is there already; choose another name, or replace it with --force");
+}
+
+/**
+ * The folder that an adapter is exported to: a new or an empty one, or with `force` that of an earlier export. An adapter that was
+ * trained is never replaced, and a folder of adapters never becomes one.
+ * @throws UsageError for any other
+ */
+export async function checkExport(folder: string, force: boolean): Promise<void> {
+  const refuse = (what: string): never => {
+    throw new UsageError(`--output ${folder}: ${what}`);
+  };
+  if (folder === "-") refuse("an adapter is a folder of files; name one");
+  const there = stat(folder);
+  if (!there && isLink(folder)) refuse("is a link to a folder that is not there; remove it, or name that folder");
+  if (!there) return;
+  if (!there.isDirectory()) refuse("is a file; name a folder");
+  const names = (await readdir(folder)).filter((name) => !/^\.|\.(lock|tmp)$/.test(name));
+  if (names.length === 0) return;
+  const holds = names.some((name) => name.startsWith("adapter_"));
+  if (holds && !(await isExport(folder)))
+    refuse("holds an adapter that export did not write, which is never replaced; name a new folder");
+  if (!holds) refuse("is not empty, and an adapter in it would hide what is below; name a new folder in it");
+  if (!force) refuse("holds an earlier export; name another folder, or replace it with --force");
+}
+
+/** Whether the adapter in a folder was written by `export`, and not changed by other tools since. */
+async function isExport(folder: string): Promise<boolean> {
+  try {
+    const source = await openSource(join(folder, "adapter_model.safetensors"));
+    try {
+      return (await openSafetensors(source)).metadata.has(EXPORTED);
+    } finally {
+      await source.close?.();
+    }
+  } catch {
+    return false;
+  }
+}
+
+/** The files that an adapter is read from. */
+export function filesOf({ file }: Pick<Adapter, "file">): string[] {
+  return [
+    file,
+    ...["adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors", "task.json"].map(
+      (name) => join(file, name),
+    ),
+  ];
+}
+
+/** What a path stands for, through links; undefined when nothing is there. */
+export function stat(path: string): Stats | undefined {
+  try {
+    return statSync(path, { throwIfNoEntry: false });
+  } catch {
+    // Part of the path is a file, or may not be looked into: whoever writes there hears it from the system.
+    return undefined;
+  }
+}
+
+function isLink(path: string): boolean {
+  try {
+    return lstatSync(path).isSymbolicLink();
+  } catch {
+    return false;
+  }
+}
+
+function kindOf(there: Stats): string {
+  return there.isFIFO() ? "a pipe" : there.isSocket() ? "a socket" : "a device";
+}

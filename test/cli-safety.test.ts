@@ -1,0 +1,329 @@
+/** The command line never loses work: what is there already, what was trained, what is of another model; and what its refusals say. */
+import { execFileSync } from "node:child_process";
+import { cp, mkdir, mkdtemp, readdir, readFile, rm, stat, symlink, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import t from "tap";
+import { writeTogether } from "../dist/src/cli/files.js";
+import { openModel } from "../dist/src/cli/model.js";
+import { createOutput } from "../dist/src/cli/output.js";
+import { runProgram } from "../dist/src/cli/program.js";
+import { Run } from "../dist/src/cli/run.js";
+import { encodeTaskFile } from "../dist/src/format/encode.js";
+import { openSource } from "../dist/src/open-source.js";
+import { openPack } from "../dist/src/pack/pack.js";
+import { openSafetensors } from "../dist/src/tensor/safetensors.js";
+import { PADDED } from "../dist/src/train/inputs.js";
+import { data } from "./packs.ts";
+
+const folder = await mkdtemp(join(tmpdir(), "eigenlora-safety-"));
+t.teardown(() => rm(folder, { recursive: true }));
+const at = (...names: string[]): string => join(folder, ...names);
+
+async function run(...args: string[]): Promise<{ status: number; stdout: string; stderr: string }> {
+  const said = { stdout: "", stderr: "" };
+  const stream = (name: "stdout" | "stderr") => ({ write: (text: string) => (said[name] += text) });
+  return { status: await runProgram(args, stream("stdout"), stream("stderr")), ...said };
+}
+
+async function succeed(...args: string[]): Promise<Record<string, any>> {
+  const { status, stdout } = await run(...args, "--json");
+  if (status !== 0) throw new Error(`${args.join(" ")}: ${stdout}`);
+  return JSON.parse(stdout);
+}
+
+/** What a command says that fails. */
+async function refusal(...args: string[]): Promise<string> {
+  const { status, stdout } = await run(...args, "--json");
+  if (status === 0) throw new Error(`${args.join(" ")} was not refused`);
+  return JSON.parse(stdout).error.message;
+}
+
+// Two adapters, trained, as somebody has them.
+const adapters = ["debtags-role", "sections-0"].map((id) => at("adapters", id));
+for (const path of adapters) await cp(data(`adapters/own-seed/${path.split("/").at(-1)}`), path, { recursive: true });
+const [role] = adapters as [string, string];
+await succeed("pack", at("adapters"), "-o", at("p.eigen"), "--k", "2");
+
+t.test("what is there already is replaced by --force alone, by every command that writes a new file", async (t) => {
+  await succeed("shard", role, "-o", at("role.part"));
+  await succeed("merge", at("role.part"), "--k", "2", "-o", at("basis.eigen"));
+  await succeed("project", at("basis.eigen"), role, "-o", at("role.tasks"));
+  await writeFile(at("lines.txt"), "a line\n");
+  await writeFile(at("rows.tsv"), "a\tone\nb\ttwo\n");
+  const commands: string[][] = [
+    ["pack", at("adapters"), "--k", "2"],
+    ["shard", role],
+    ["merge", at("role.part")],
+    ["merge", at("role.part"), "--part"],
+    ["project", at("basis.eigen"), role],
+    ["assemble", at("basis.eigen"), at("role.tasks")],
+    ["fold", at("p.eigen"), "--task", "sections-0", "--base", data("sessions/base.safetensors")],
+    ["attach", data("sessions/torchscript.onnx"), at("p.eigen")],
+    ["learn", at("p.eigen"), at("rows.tsv"), "--model", data("sessions/torchscript.onnx")],
+    ["distill", at("p.eigen"), role, "--text", at("lines.txt"), "--model", data("sessions/torchscript.onnx")],
+  ];
+  await writeFile(at("mine"), "work of hours");
+  for (const command of commands) {
+    t.match(await refusal(...command, "-o", at("mine")), /mine: is there already; .*--force/, command[0]!);
+    t.match((await run(command[0]!, "--help")).stdout, /--force/);
+  }
+  t.equal(await readFile(at("mine"), "utf8"), "work of hours");
+  for (const command of commands.slice(0, 6)) {
+    await writeFile(at("mine"), "work of hours");
+    await succeed(...command, "-o", at("mine"), "--force");
+    t.not((await readFile(at("mine"))).toString(), "work of hours", command.join(" "));
+  }
+  t.equal(
+    (await succeed("shard", role, "-o", at("role.part")))["present"],
+    true,
+    "a part made of the same is left alone",
+  );
+  await writeFile(at("key.pub.pem"), "a key");
+  t.match(await refusal("keygen", "-o", at("key")), /key\.pub\.pem is there already/);
+  t.notOk((await readdir(folder)).includes("key.pem"), "neither of the two");
+  await succeed("keygen", "-o", at("key"), "--force");
+  t.equal((await stat(at("key.pem"))).mode & 0o777, 0o600);
+  // Of the files that come beside an attached model too.
+  await writeFile(at("a.base.safetensors"), "mine");
+  const attach = ["attach", data("sessions/torchscript.onnx"), at("s.eigen"), "-o", at("a.onnx")];
+  await succeed("pack", data("sessions/adapters"), "-o", at("s.eigen"));
+  t.match(await refusal(...attach), /a\.base\.safetensors is there already/);
+  await succeed(...attach, "--force");
+  await rm(at("a.onnx"));
+  await rm(at("a.base.safetensors"));
+  t.match(await refusal(...attach), /a\.tasks.*\.safetensors is there already/);
+});
+
+t.test("folders, devices, pipes, links and what the command reads", async (t) => {
+  execFileSync("mkfifo", [at("pipe")]);
+  await symlink("nowhere", at("dangling"));
+  await symlink("p.eigen", at("link"));
+  const pack = ["pack", at("adapters"), "--k", "2", "-o"];
+  for (const [path, message] of [
+    [at("adapters"), /is a folder; name a file in it/],
+    [`${at("new")}/`, /ends like a folder/],
+    ["/dev/null", /is a device; name a file/],
+    [at("pipe"), /is a pipe; name a file/],
+    ["-", /nothing is written to standard output/],
+    [at("dangling"), /is a link to a file that is not there/],
+  ] as const) {
+    for (const force of [[], ["--force"]]) t.match(await refusal(...pack, path, ...force), message, path);
+  }
+  const weights = join(role, "adapter_model.safetensors");
+  t.match(await refusal(...pack, weights, "--force"), /would overwrite what it is made of/);
+  t.ok((await stat("/dev/null")).isCharacterDevice() && (await stat(at("pipe"))).isFIFO());
+  t.match(await refusal(...pack, at("no", "such", "x")), /the folder .*such is not there; make it first/);
+  t.match(await refusal(...pack, at("link")), /is there already/);
+  await succeed(...pack, at("link"), "--force");
+  t.equal((await succeed("inspect", at("p.eigen")))["tasks"].length, 2, "through the link, which stays");
+  for (const command of [
+    ["assemble", at("basis.eigen"), at("role.tasks"), "-o", at("role.tasks")],
+    ["merge", at("role.part"), "-o", at("role.part")],
+    ["fold", at("p.eigen"), "--task", "x", "--base", at("p.eigen"), "-o", at("p.eigen")],
+    ["attach", data("sessions/torchscript.onnx"), at("p.eigen"), "-o", at("p.eigen")],
+    ["learn", at("p.eigen"), at("rows.tsv"), "--model", "m", "-o", at("rows.tsv")],
+  ])
+    t.match(await refusal(...command, "--force"), /would overwrite what it is made of/, command[0]!);
+});
+
+t.test("what comes to lie there during the work stays, and so does the result", async (t) => {
+  const run = new Run(createOutput(true));
+  const target = await run.target(at("late"), { force: false });
+  await writeFile(at("late"), "somebody else's");
+  const [, kept] = /what was to be written is in (.*)$/.exec(
+    await target.write([Buffer.from("the work")]).then(
+      () => "",
+      (error: Error) => error.message,
+    ),
+  )!;
+  await run.close();
+  t.equal(await readFile(at("late"), "utf8"), "somebody else's");
+  t.equal(await readFile(kept!, "utf8"), "the work");
+  // No regular file any more: not even with --force.
+  await mkdir(at("turned"));
+  await t.rejects(writeTogether([[at("turned"), [Buffer.from("the work")]]]), {
+    message: /stays; what was to be written/,
+  });
+});
+
+t.test("export never writes over a trained adapter, nor into a folder of them", async (t) => {
+  const weights = join(role, "adapter_model.safetensors");
+  const trained = await readFile(weights);
+  const exported = ["export", at("p.eigen"), "--task", "debtags-role", "-o"];
+  for (const force of [[], ["--force"]]) {
+    t.match(
+      await refusal(...exported, role, ...force),
+      /holds an adapter that export did not write, which is never replaced/,
+    );
+    t.match(await refusal(...exported, at("adapters"), ...force), /not empty.*would hide what is below/);
+    t.match(await refusal(...exported, weights, ...force), /is a file; name a folder/);
+  }
+  t.ok((await readFile(weights)).equals(trained));
+  t.equal((await succeed("pack", at("adapters"), "-o", at("again.eigen"), "--k", "2"))["tasks"], 2);
+
+  await mkdir(at("out"));
+  await succeed(...exported, at("out"));
+  t.same((await readdir(at("out"))).sort(), ["adapter_config.json", "adapter_model.safetensors", "task.json"]);
+  const { metadata } = await openSafetensors(await openSource(at("out", "adapter_model.safetensors")));
+  t.same(
+    [...metadata],
+    [
+      ["format", "pt"],
+      ["eigenlora.task", "debtags-role"],
+    ],
+  );
+  t.match(await refusal(...exported, at("out")), /holds an earlier export; .*--force/);
+  // A task without metadata leaves none of an earlier one's behind.
+  const pack = await openPack(at("p.eigen"));
+  const entry = { id: "plain", adapterBytes: 0, metadata: {} };
+  const file = encodeTaskFile(entry, pack.basisId, (await pack.load("sections-0")).bytes);
+  await pack.close();
+  await writeFile(at("plain.eigentask"), file);
+  await succeed("add", at("p.eigen"), at("plain.eigentask"));
+  await succeed("export", at("p.eigen"), "--task", "plain", "-o", at("out"), "--force");
+  t.same((await readdir(at("out"))).sort(), ["adapter_config.json", "adapter_model.safetensors"]);
+  // Trained on by other tools, it is work again.
+  await writeFile(at("out", "adapter_model.safetensors"), trained);
+  t.match(await refusal(...exported, at("out"), "--force"), /never replaced/);
+});
+
+t.test("adapters of different base models are refused, with who names which", async (t) => {
+  const named = async (id: string, base: string | null): Promise<string> => {
+    await cp(role, at("named", id), { recursive: true });
+    const path = at("named", id, "adapter_config.json");
+    const config = JSON.parse(await readFile(path, "utf8"));
+    await writeFile(path, JSON.stringify({ ...config, base_model_name_or_path: base }));
+    return at("named", id);
+  };
+  const bert = await named("a", "google/bert-base");
+  const local = await named("b", "/home/me/models/BERT-base/");
+  const cached = await named("c", "/cache/models--google--bert-base/snapshots/0123abcd");
+  const mirror = await named("d", "someone/bert-base");
+  const unnamed = await named("e", null);
+  const gpt = await named("z", "gpt2");
+  const all = [bert, local, cached, mirror, unnamed];
+  const { warnings } = await succeed("pack", ...all, "-o", at("bert.eigen"), "--k", "2");
+  t.match(
+    warnings.join("\n"),
+    /name their base model in several ways, taken for one: google\/bert-base, .*someone\/bert-base/,
+  );
+  const expected =
+    /named\/z: the adapters name different base models: google\/bert-base \(a, b, c and 1 more\); gpt2 \(z\)\. .*--any-base/;
+  t.match(await refusal("pack", ...all, gpt, "-o", at("x"), "--k", "2"), expected);
+  t.match(await refusal("pack", ...all, gpt, "-o", at("x"), "--ratio", "2"), expected);
+  t.match(await refusal("shard", ...all, gpt, "-o", at("x")), expected);
+  t.match(await refusal("add", at("bert.eigen"), gpt), /google\/bert-base \(the pack\); gpt2 \(z\)/);
+  for (const [i, path] of [bert, gpt].entries()) await succeed("shard", path, "-o", at(`${i}.part`));
+  t.match(
+    await refusal("merge", at("0.part"), at("1.part"), "-o", at("x"), "--k", "2"),
+    /google\/bert-base \(a\); gpt2 \(z\)/,
+  );
+  await succeed("merge", at("0.part"), "-o", at("bert-basis.eigen"), "--k", "2");
+  t.match(await refusal("project", at("bert-basis.eigen"), gpt, "-o", at("x")), /\(the pack\); gpt2 \(z\)/);
+  t.notOk((await readdir(folder)).includes("x"));
+  t.equal((await succeed("pack", ...all, gpt, "-o", at("any.eigen"), "--k", "2", "--any-base"))["tasks"], 6);
+  await succeed("add", at("bert.eigen"), gpt, "--any-base");
+});
+
+t.test("a refusal says what to do", async (t) => {
+  const pack = ["pack", at("adapters"), "-o", at("y")];
+  const few = await refusal(...pack, "--ratio", "600");
+  t.match(
+    few,
+    /\d+ bytes are too few: the least is \d+\. Ways out: --dtype int4; --gauge balanced --rank N.*; --mode auto.*; --ratio [\d.]+ or less$/,
+  );
+  const [, most] = /--ratio ([\d.]+) or less/.exec(few)!;
+  await succeed(...pack, "--ratio", most!);
+  t.match(
+    await refusal("pack", ...adapters, "-o", at("z"), "--bytes", "9kB", "--dtype", "int4", "--rank", "2"),
+    /Ways out: --mode auto.*; --bytes \d+ or more$/,
+  );
+  const { warnings, components } = await succeed("pack", at("adapters"), "-o", at("w"), "--k", "10000");
+  t.match(warnings.join("\n"), new RegExp(`10000 components were asked for, and the adapters have ${components.max} `));
+  t.match(await refusal("inspect", folder), /is a folder, expected a file/);
+  t.match(await refusal("inspect", at("nowhere")), /cannot be opened: there is no such file or folder \(ENOENT\)/);
+  t.match(
+    await refusal("learn", at("p.eigen"), folder, "--model", "m", "-o", at("y2")),
+    /cannot be read: it is a folder \(EISDIR\)/,
+  );
+  // The library speaks of options, the command line of flags; pack has none for names.
+  const base = data("goldens/peft/conv/base.safetensors");
+  const other = ["fold", at("p.eigen"), "--task", "sections-0", "-o", at("v"), "--base", base];
+  t.match(await refusal(...other), /If the names differ, map them with --names MODULE=WEIGHT$/);
+  t.match(await refusal("pack", role, "-o", at("v"), "--base", base), /If the names differ, leave --base out$/);
+  t.match(await refusal(...other, "--names", "nobody=x"), /--names nobody=…: .* adapts no such module/);
+});
+
+t.test("fold takes another base where it is asked to, and names for modules", async (t) => {
+  await succeed("pack", data("sessions/adapters"), "-o", at("f.eigen"), "--base", data("sessions/base.safetensors"));
+  const { tasks, modules } = await succeed("inspect", at("f.eigen"));
+  const fold = ["fold", at("f.eigen"), "--task", tasks[0].id, "-o", at("folded"), "--base"];
+  const base = data("sessions/base.safetensors");
+  const bytes = await readFile(base);
+  // Other weights of the same shapes: all numbers turned round.
+  const header = 8 + Number(bytes.readBigUInt64LE(0));
+  for (let i = header + 3; i < bytes.length; i += 8) bytes[i]! ^= 0x80;
+  await writeFile(at("other.safetensors"), bytes);
+  t.match(await refusal(...fold, at("other.safetensors")), /fingerprints correlate by .* or pass --any-base$/);
+  await succeed(...fold, at("other.safetensors"), "--any-base");
+  t.ok(modules.length > 0);
+});
+
+t.test(
+  "tokenizer.json is looked for beside the model, and one folder above, as transformers.js keeps models",
+  async (t) => {
+    await mkdir(at("hub", "onnx"), { recursive: true });
+    const model = at("hub", "onnx", "model.onnx");
+    const of = { tokens: undefined, tokenizer: undefined };
+    await t.rejects(openModel("learn", model, of), {
+      message: /onnx\/tokenizer\.json: there is no tokenizer, nor one folder above; .*--tokenizer$/,
+    });
+    await cp(data("minilm/tokenizer.json"), at("hub", "tokenizer.json"));
+    const { encode } = await openModel("learn", model, of);
+    const { input_ids } = await encode(["a tool", "a"], PADDED, ["input_ids"]);
+    t.same(input_ids!.dims, [2, 4]);
+  },
+);
+
+t.test("long work speaks on a pipe too, every few seconds; never beside --json", (t) => {
+  const said: string[] = [];
+  let now = 0;
+  const make = (json: boolean) => createOutput(json, { write: (text: string) => said.push(text) }, () => now);
+  const out = make(false);
+  const after = (seconds: number, step: () => void): string[] => {
+    now += 1000 * seconds;
+    said.length = 0;
+    step();
+    return [...said];
+  };
+  t.same(
+    after(1, () => out.progress("step", 1, 100)),
+    [],
+    "short work is silent",
+  );
+  t.same(
+    after(5, () => out.progress("step", 6, 100, "epoch 1")),
+    ["epoch 1, step 6 of 100, 2 min left\n"],
+  );
+  t.same(
+    after(1, () => out.progress("step", 7, 100, "epoch 1")),
+    [],
+    "not at every step",
+  );
+  t.same(
+    after(1, () => out.beat()),
+    [],
+  );
+  t.same(
+    after(8, () => out.beat()),
+    ["epoch 1, step 7 of 100, 16 s so far\n"],
+    "nor silent while a step takes long",
+  );
+  const json = make(true);
+  t.same(
+    after(60, () => (json.progress("step", 1, 2), json.beat(), json.warn("x"))),
+    [],
+  );
+  t.end();
+});
