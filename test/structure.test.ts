@@ -29,7 +29,7 @@ const LAYERS: readonly (readonly string[])[] = [
   ["src/train/"],
   ["bindings/"],
   // What a subpath exports, where that is not one file of a layer.
-  ["src/index.ts", "src/build.ts", "src/node.ts"],
+  ["src/index.ts", "src/browser.ts", "src/build.ts", "src/node.ts"],
   ["src/cli/"],
 ];
 const MAX_FILE = 400;
