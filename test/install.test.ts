@@ -1,0 +1,120 @@
+/**
+ * The package as a user gets it: packed, installed into an empty project, compiled against, run on the command line and in
+ * a page without a bundler. And the apps of `examples/`, each in a project that has the installed package.
+ */
+import { spawnSync } from "node:child_process";
+import { mkdir, mkdtemp, readdir, readFile, rm, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { fileURLToPath } from "node:url";
+import t from "tap";
+import ts from "typescript";
+import { data } from "./packs.ts";
+
+const root = fileURLToPath(new URL("..", import.meta.url));
+
+function run(cwd: string, command: string, ...args: string[]): string {
+  const { status, stdout, stderr } = spawnSync(command, args, { cwd, encoding: "utf8" });
+  if (status !== 0) throw new Error(`${command} ${args.join(" ")}: exit ${status}\n${stdout}${stderr}`);
+  return stdout;
+}
+
+/** A project with nothing but the package. */
+const folder = await mkdtemp(join(tmpdir(), "eigenlora-install-"));
+t.teardown(() => rm(folder, { recursive: true, maxRetries: 5, retryDelay: 200 }));
+const project = join(folder, "project");
+const own = join(project, "node_modules/eigenlora");
+const [{ filename }] = JSON.parse(
+  run(root, "npm", "pack", "--json", "--ignore-scripts", "--pack-destination", folder),
+) as [{ filename: string }];
+await mkdir(project);
+await writeFile(join(project, "package.json"), '{"type":"module","private":true}');
+// Offline: there is nothing to fetch.
+run(project, "npm", "install", "--offline", "--no-audit", "--no-fund", join(folder, filename));
+
+t.test("an install brings the package alone, and that packs", async (t) => {
+  const installed = await readdir(join(project, "node_modules"));
+  t.same(
+    installed.filter((name) => !name.startsWith(".")),
+    ["eigenlora"],
+  );
+  t.notOk((await readdir(own)).includes("node_modules"), "nothing inside it either");
+  const { scripts } = JSON.parse(await readFile(join(own, "package.json"), "utf8"));
+  t.notMatch(Object.keys(scripts).join(" "), /install/);
+  const bundled = await readFile(join(own, "dist/src/format/msgpackr.js"), "utf8");
+  t.match(bundled, /Copyright \(c\) 2020 Kris Zyp/, "its licence");
+  t.notMatch(bundled, /\bimport\b.*"|\brequire\(|msgpackr-extract/, "and nothing that it would load");
+
+  const adapter = data("adapters/own-seed/debtags-role");
+  run(project, "npx", "--offline", "eigenlora", "pack", adapter, "-o", "one.eigen", "--k", "4");
+  await writeFile(
+    join(project, "build.js"),
+    `import { openPack } from "eigenlora";
+import { buildPack } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
+const { chunks } = await buildPack(await readAdapters([process.argv[2]]), { select: { kind: "k", k: 4 } });
+console.log([...(await openPack(new Uint8Array(Buffer.concat(chunks)))).tasks.keys()].join());
+process.exit();`,
+  );
+  t.equal(run(project, process.execPath, "build.js", adapter), "debtags-role\n");
+});
+
+const NODE16 = [ts.ModuleKind.Node16, ts.ModuleResolutionKind.Node16] as const;
+const BUNDLER = [ts.ModuleKind.ESNext, ts.ModuleResolutionKind.Bundler] as const;
+
+/** Compilers of users: how they find modules, and which library beside the language's they have. */
+const COMPILERS: readonly { name: string; how: typeof NODE16 | typeof BUNDLER; lib?: string; types?: string }[] = [
+  { name: "node16", how: NODE16 },
+  { name: "node16, @types/node", how: NODE16, types: "node" },
+  { name: "node16, DOM", how: NODE16, lib: "lib.dom.d.ts" },
+  { name: "bundler", how: BUNDLER },
+  { name: "bundler, DOM", how: BUNDLER, lib: "lib.dom.d.ts" },
+];
+
+/** Parses each file once for each way to find modules. */
+const parsed = new Map<string, ts.SourceFile | undefined>();
+function hostOf(options: ts.CompilerOptions): ts.CompilerHost {
+  const host = ts.createCompilerHost(options);
+  const { getSourceFile } = host;
+  host.getSourceFile = (file, ...rest) => {
+    const key = `${options.module} ${file}`;
+    if (!parsed.has(key)) parsed.set(key, getSourceFile.call(host, file, ...rest));
+    return parsed.get(key);
+  };
+  return host;
+}
+
+t.test("the types of every subpath compile, with skipLibCheck off", async (t) => {
+  const { exports } = JSON.parse(await readFile(join(own, "package.json"), "utf8"));
+  const subpaths = Object.keys(exports).filter((key) => exports[key].types !== undefined);
+  t.ok(subpaths.length >= 10);
+  const all = join(project, "all.ts");
+  const names = subpaths.map((subpath) => subpath.replace(".", "eigenlora"));
+  await writeFile(all, names.map((name, i) => `export * as _${i} from "${name}";\n`).join(""));
+  for (const { name, how, lib, types } of COMPILERS) {
+    const [module, moduleResolution] = how;
+    const options: ts.CompilerOptions = {
+      ...{ module, moduleResolution, target: ts.ScriptTarget.ES2022, lib: ["lib.es2022.d.ts", ...(lib ? [lib] : [])] },
+      ...{ strict: true, exactOptionalPropertyTypes: true, noUncheckedIndexedAccess: true, noEmit: true },
+      // TypeScript's own libraries need no check here.
+      ...{ skipLibCheck: false, skipDefaultLibCheck: true },
+      ...{ types: types ? [types] : [], typeRoots: [join(root, "node_modules/@types")] },
+    };
+    const host = hostOf(options);
+    const found = ts.getPreEmitDiagnostics(ts.createProgram([all], options, host));
+    t.same(
+      found.map((one) => ts.formatDiagnostic(one, host)),
+      [],
+      name,
+    );
+  }
+  for (const subpath of subpaths) {
+    const { types } = exports[subpath] as { types: string };
+    const options: ts.CompilerOptions = { noLib: true, types: [], module: ts.ModuleKind.Node16 };
+    const program = ts.createProgram([join(own, types)], options, hostOf(options));
+    const uses = program
+      .getSourceFiles()
+      .some(({ text }) => /\b(AbortSignal|Blob|CryptoKey|URL|WebAssembly)\b[^.]*;/.test(text));
+    if (uses) t.ok(program.getSourceFile(join(own, "dist/src/globals.d.ts")), `${subpath}, by itself`);
+  }
+});
