@@ -3,13 +3,17 @@
  * a page without a bundler. And the apps of `examples/`, each in a project that has the installed package.
  */
 import { spawnSync } from "node:child_process";
-import { mkdir, mkdtemp, readdir, readFile, rm, writeFile } from "node:fs/promises";
+import { copyFile, mkdir, mkdtemp, readdir, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import t from "tap";
 import ts from "typescript";
-import { data } from "./packs.ts";
+import { serveFolder } from "../examples/page/serve.js";
+import { answerOf, launch, noChromium } from "./browser.ts";
+import { data, packOf } from "./packs.ts";
+import { MODULE } from "./readme.ts";
+import { difference, golden, modelBytes, packBytes } from "./sessions.ts";
 
 const root = fileURLToPath(new URL("..", import.meta.url));
 
@@ -118,3 +122,54 @@ t.test("the types of every subpath compile, with skipLibCheck off", async (t) =>
     if (uses) t.ok(program.getSourceFile(join(own, "dist/src/globals.d.ts")), `${subpath}, by itself`);
   }
 });
+
+t.test(
+  "eigenlora/browser without a bundler, under a strict Content-Security-Policy",
+  { skip: noChromium },
+  async (t) => {
+    const site = join(folder, "site");
+    const ort = join(root, "node_modules/onnxruntime-web/dist");
+    await mkdir(site);
+    await copyFile(join(own, "dist/browser.js"), join(site, "eigenlora.js"));
+    await copyFile(join(ort, "ort.wasm.bundle.min.mjs"), join(site, "ort.js"));
+    await copyFile(join(ort, "ort-wasm-simd-threaded.wasm"), join(site, "ort-wasm-simd-threaded.wasm"));
+    const local = (code: string): string =>
+      code.replace(/"eigenlora(\/onnxruntime)?"/g, '"./eigenlora.js"').replace('"onnxruntime-web"', '"./ort.js"');
+    await writeFile(join(site, "example.js"), local(MODULE));
+    await writeFile(join(site, "smoke.js"), local(await readFile(join(root, "test/smoke.js"), "utf8")));
+    await writeFile(
+      join(site, "page.js"),
+      `import { main } from "./example.js";
+import { smoke } from "./smoke.js";
+const told = (error) => error.message;
+globalThis.answer = Promise.all([smoke("small.eigen", { backend: "auto" }), main("model.onnx").catch(told)]);`,
+    );
+    await writeFile(join(site, "model.onnx"), modelBytes("torchscript"));
+    await writeFile(join(site, "tasks.eigen"), await packBytes(["adapters"], "base"));
+    const adapters = ["adapters/own-seed/debtags-game", "adapters/own-seed/debtags-role"];
+    const small = await packOf(adapters, { select: { kind: "k", k: 8 } }, (module) => module.includes("layer.0."));
+    await writeFile(join(site, "small.eigen"), small.bytes);
+
+    const browser = await launch(t);
+    const answer = async (policy: string): Promise<[{ backend: string; identical: boolean }, number[] | string]> => {
+      const meta = `<meta http-equiv="Content-Security-Policy" content="${policy}">`;
+      await writeFile(join(site, "index.html"), `<!doctype html>${meta}<script type="module" src="page.js"></script>`);
+      // Sends the policy as a header too.
+      const server = await serveFolder(site);
+      t.teardown(() => server.close());
+      const page = await browser.newPage();
+      page.on("pageerror", (error) => t.fail(`uncaught in the page: ${error.stack}`));
+      await page.goto(server.url);
+      return (await answerOf(page)) as never;
+    };
+    const [runtime, logits] = await answer(
+      "default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; connect-src 'self'",
+    );
+    t.match(runtime, { backend: /^wasm/, identical: true });
+    t.ok(difference(logits as number[], golden("base", "two")) < 1e-5, "PEFT's logits");
+
+    const [plain, refused] = await answer("default-src 'none'; script-src 'self'; connect-src 'self'");
+    t.match(plain, { backend: "js", identical: true }, "weights of one's own need no WebAssembly");
+    t.match(refused, /onnxruntime cannot load the model.*WebAssembly/, "onnxruntime-web does");
+  },
+);
