@@ -3,16 +3,19 @@
  * a page without a bundler. And the apps of `examples/`, each in a project that has the installed package.
  */
 import { spawnSync } from "node:child_process";
-import { copyFile, mkdir, mkdtemp, readdir, readFile, rm, writeFile } from "node:fs/promises";
+import { existsSync } from "node:fs";
+import { copyFile, cp, mkdir, mkdtemp, readdir, readFile, rm, symlink, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
-import t from "tap";
+import type { Page } from "playwright-core";
+import t, { type Test } from "tap";
 import ts from "typescript";
 import { serveFolder } from "../examples/page/serve.js";
 import { answerOf, launch, noChromium } from "./browser.ts";
-import { data, packOf } from "./packs.ts";
+import { data, LOSSLESS, packOf } from "./packs.ts";
 import { MODULE } from "./readme.ts";
+import { required } from "./required.ts";
 import { difference, golden, modelBytes, packBytes } from "./sessions.ts";
 
 const root = fileURLToPath(new URL("..", import.meta.url));
@@ -173,3 +176,108 @@ globalThis.answer = Promise.all([smoke("small.eigen", { backend: "auto" }), main
     t.match(refused, /onnxruntime cannot load the model.*WebAssembly/, "onnxruntime-web does");
   },
 );
+
+/** Sentences that a task was not trained on and that PEFT is sure about, by their row. */
+const SURE = { "debtags-role": 15, "debtags-game": 7 };
+
+/** What the apps of examples/ need: packages and files of a model, beside the installed package. */
+async function prepare(): Promise<{ task: string; text: string; label: string }[]> {
+  const modules = join(project, "node_modules");
+  await mkdir(join(modules, "@huggingface"));
+  for (const name of ["@huggingface/tokenizers", "onnxruntime-node", "onnxruntime-web", "onnxruntime-common"])
+    await symlink(join(root, "node_modules", name), join(modules, name));
+  const files = join(project, "files");
+  await mkdir(files);
+  await symlink(data("minilm/model_fp16.onnx"), join(files, "model.onnx"));
+  for (const file of ["tokenizer.json", "tokenizer_config.json"])
+    await symlink(data(`minilm/${file}`), join(files, file));
+  const { bytes } = await packOf(
+    Object.keys(SURE).map((task) => `adapters/own-seed/${task}`),
+    LOSSLESS,
+  );
+  await writeFile(join(files, "tasks.eigen"), bytes);
+  const read = async (path: string) => JSON.parse(await readFile(data(path), "utf8"));
+  const reference = (await read("reference/predictions.json"))["own-seed"];
+  return Promise.all(
+    Object.entries(SURE).map(async ([task, row]) => {
+      const { test, labels } = await read(`tasks/${task}.json`);
+      return { task, text: test[row][0], label: labels[reference[task].predictions[row]] };
+    }),
+  );
+}
+
+/** An app of examples/ in the project, with the files in it or in a folder of it. @returns its folder */
+async function copyExample(name: string, place = "."): Promise<string> {
+  const app = join(project, name);
+  await cp(join(root, "examples", name), app, { recursive: true });
+  await cp(join(project, "files"), join(app, place), { recursive: true });
+  return app;
+}
+
+const cases = await prepare();
+
+for (const [name, extra] of [["node"], ["transformers", "@huggingface/transformers"]] as const) {
+  const from = extra && join(process.env["EIGENLORA_RUNTIMES"] ?? "", "node_modules", extra);
+  const absent = from && !existsSync(from) && !required.has(name) && `${extra} is not here; see EIGENLORA_RUNTIMES`;
+  t.test(`examples/${name}`, { skip: absent || false }, async (t) => {
+    const app = await copyExample(name);
+    if (from) {
+      await symlink(from, join(project, "node_modules", extra));
+      const model = join(app, "models/my-model");
+      await mkdir(join(model, "onnx"), { recursive: true });
+      await cp(join(project, "files/model.onnx"), join(model, "onnx/model_fp16.onnx"));
+      for (const file of ["config.json", "tokenizer.json", "tokenizer_config.json"])
+        await cp(data(`minilm/${file}`), join(model, file));
+    }
+    for (const { task, text, label } of cases) {
+      const lines = run(app, process.execPath, "main.js", text).split("\n");
+      t.equal(lines[0], text);
+      t.match(
+        lines.find((line) => line.startsWith(`${task}: `)),
+        new RegExp(`^${task}: ${label}\\b`),
+        text,
+      );
+    }
+  });
+}
+
+/** Chooses each task in an app's page. */
+async function tryPage(t: Test, url: string, route?: (page: Page) => Promise<void>): Promise<void> {
+  const page = await (await launch(t)).newPage();
+  page.on("pageerror", (error) => t.fail(`uncaught in the page: ${error.stack}`));
+  await route?.(page);
+  await page.goto(url);
+  await page.locator("output", { hasNotText: "Loading" }).waitFor();
+  for (const { task, text, label } of cases) {
+    await page.getByLabel("Sentence").fill(text);
+    await page.getByLabel("Task").selectOption(task);
+    await page.locator("output").getByText(label, { exact: true }).waitFor();
+    t.pass(`${task}: ${label}`);
+  }
+}
+
+const VITE = join(process.env["EIGENLORA_RUNTIMES"] ?? "", "node_modules/vite/bin/vite.js");
+const noVite = !existsSync(VITE) && !required.has("vite") && "vite is not here; see EIGENLORA_RUNTIMES";
+t.test("examples/vite", { skip: noChromium || noVite }, async (t) => {
+  const app = await copyExample("vite", "public");
+  run(app, process.execPath, VITE, "build", "--logLevel", "error");
+  const server = await serveFolder(join(app, "dist"));
+  t.teardown(() => server.close());
+  await tryPage(t, server.url);
+});
+
+t.test("examples/html, with what the CDN has", { skip: noChromium }, async (t) => {
+  const server = await serveFolder(await copyExample("html"));
+  t.teardown(() => server.close());
+  const TYPES: Record<string, string> = { wasm: "application/wasm", js: "text/javascript", mjs: "text/javascript" };
+  await tryPage(t, server.url, async (page) => {
+    await page.route(/^https:/, async (route) => {
+      const [, name, version, path] = /\/npm\/((?:@[^/]+\/)?[^@/]+)@([^/]+)\/(.*)$/.exec(route.request().url())!;
+      const installed = join(project, "node_modules", name!);
+      const manifest = JSON.parse(await readFile(join(installed, "package.json"), "utf8"));
+      t.equal(version, manifest.version, `${name} ${path}`);
+      const headers = { "access-control-allow-origin": "*", "content-type": TYPES[path!.split(".").at(-1)!]! };
+      await route.fulfill({ body: await readFile(join(installed, path!)), headers });
+    });
+  });
+});
