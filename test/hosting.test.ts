@@ -6,7 +6,8 @@
  */
 import { execFile, spawn } from "node:child_process";
 import { existsSync } from "node:fs";
-import { copyFile, cp, mkdir, mkdtemp, rm, writeFile } from "node:fs/promises";
+import { copyFile, cp, mkdir, mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
+import { createServer as createHttpServer } from "node:http";
 import { createRequire } from "node:module";
 import { type AddressInfo, createServer } from "node:net";
 import { tmpdir } from "node:os";
@@ -16,6 +17,7 @@ import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
 import t, { type Test } from "tap";
 import { answerOf, launch, noChromium } from "./browser.ts";
+import { serve } from "./range-server.ts";
 import { MODULE } from "./readme.ts";
 import { required } from "./required.ts";
 import { difference, golden, modelBytes, packBytes } from "./sessions.ts";
@@ -75,6 +77,7 @@ async function makeProject(): Promise<string> {
   await writeFile(join(project, "package.json"), '{"type":"module","private":true}');
   await addSources(project);
   await writeFile(join(project, "index.html"), '<!doctype html><script type="module" src="/main.js"></script>');
+  await writeFile(join(project, "public/empty.mjs"), "");
   await addData(join(project, "public"));
   return project;
 }
@@ -189,19 +192,28 @@ interface Server {
   /** Whether it answers ranges. */
   readonly ranges: boolean;
   /** The type of an .mjs file; browsers run nothing but JavaScript's. */
-  readonly mjs?: string;
+  readonly mjs: string;
   /** What an address that does not exist is answered with. */
   readonly missing: RegExp;
 }
 
 const SERVERS: readonly Server[] = [
-  { name: "vite", start: vite(), needs: { name: "vite", file: VITE }, project: true, ranges: true, missing: HTML },
+  {
+    name: "vite",
+    start: vite(),
+    needs: { name: "vite", file: VITE },
+    project: true,
+    ranges: true,
+    mjs: "text/javascript",
+    missing: HTML,
+  },
   {
     name: "vite preview",
     start: vitePreview,
     needs: { name: "vite", file: VITE },
     project: true,
     ranges: true,
+    mjs: "text/javascript",
     missing: HTML,
   },
   {
@@ -210,6 +222,7 @@ const SERVERS: readonly Server[] = [
     needs: { name: "webpack", file: tool("webpack-dev-server/package.json") },
     project: true,
     ranges: true,
+    mjs: "application/javascript",
     missing: NOT_FOUND,
   },
   {
@@ -272,6 +285,52 @@ for (const { name, start, needs, project: bundled, ranges, mjs, missing } of SER
     );
     t.equal(found.reads.requests, ranges ? 3 : 1);
     t.match(found.missing, missing);
-    if (mjs) t.equal((await fetch(`${url}empty.mjs`)).headers.get("content-type")?.split(";")[0], mjs);
+    t.equal((await fetch(`${url}empty.mjs`)).headers.get("content-type")?.split(";")[0], mjs);
   });
 }
+
+/** A host of packs on an origin of its own, with these headers on every answer. */
+async function packHost(t: Test, headers: Record<string, string>): Promise<{ url: string; methods: string[] }> {
+  const methods: string[] = [];
+  const server = createHttpServer(({ method, headers: { range = "" } }, response) => {
+    methods.push(method!);
+    const [start, end] = /^bytes=(\d+)-(\d+)$/.exec(range)?.slice(1).map(Number) ?? [0, pack.length - 1];
+    const bytes = pack.subarray(start, end! + 1);
+    const found = { "content-range": `bytes ${start}-${start! + bytes.length - 1}/${pack.length}`, etag: '"1"' };
+    response.writeHead(206, { ...found, ...headers }).end(bytes);
+  });
+  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+  t.teardown(() => {
+    server.closeAllConnections();
+    return new Promise((resolve) => server.close(resolve));
+  });
+  return { url: `http://127.0.0.1:${(server.address() as AddressInfo).port}/tasks.eigen`, methods };
+}
+
+t.test("a pack of another origin", { skip: noChromium }, async (t) => {
+  const eigenlora = await readFile(join(root, "dist/browser.js"));
+  const site = await serve(
+    new Map([
+      ["index.html", new Uint8Array()],
+      ["eigenlora.js", eigenlora],
+    ]),
+  );
+  t.teardown(() => site.close());
+  const page = await browser!.newPage();
+  await page.goto(site.url("index.html"));
+  const open = (url: string): Promise<unknown> =>
+    page.evaluate(`import("/eigenlora.js")
+      .then(({ openPack }) => openPack("${url}", { retries: 0 }))
+      .then(async (pack) => { await pack.load("two"); return pack.reads; })
+      .catch((error) => error.message)`);
+  const allowed = { "access-control-allow-origin": "*" };
+  for (const headers of [
+    allowed,
+    { ...allowed, "access-control-expose-headers": "Content-Range, Content-Length, ETag" },
+  ]) {
+    const host = await packHost(t, headers);
+    t.match(await open(host.url), { requests: 3, whole: false }, Object.keys(headers).join());
+    t.same(host.methods, ["GET", "GET", "GET"], "no preflight");
+  }
+  t.match(await open((await packHost(t, {})).url), /does not let .* read it \(header Access-Control-Allow-Origin\)/);
+});

@@ -74,6 +74,11 @@ async function tryApp(name, command) {
       ))
     )
       await pause(200);
+    const part = await fetch(`${url}tasks.eigen`, { headers: { range: "bytes=0-9" } });
+    console.log(
+      `${name}: a range is answered by ${part.status}, a missing file by ${(await fetch(`${url}no-such.eigen`)).status}`,
+    );
+    if (part.status !== 206) throw new Error("no ranges, unlike docs/hosting.md says");
     const page = await browser.newPage();
     page.setDefaultTimeout(120_000);
     await page.goto(url);
