@@ -4,6 +4,8 @@
  */
 import { SourceError } from "./errors.ts";
 
+export type {} from "./globals.ts";
+
 /** Options of one read. */
 export interface ReadOptions {
   readonly signal?: AbortSignal | undefined;
@@ -54,7 +56,7 @@ export type SourceInput = string | URL | Blob | ArrayBuffer | Uint8Array | ByteS
 /** How URLs are read. */
 export interface FetchOptions {
   /** In place of the global `fetch`. */
-  readonly fetch?: typeof fetch;
+  readonly fetch?: (url: string, init: RequestInit) => Promise<Response>;
   /** Sent with every request, for instance `Authorization`. */
   readonly headers?: Record<string, string>;
   /** Milliseconds that a server has to answer, and to send what `minRate` asks for. Default: 30 000. */

@@ -5,7 +5,6 @@
 import { createHash } from "node:crypto";
 import { readdirSync, readFileSync } from "node:fs";
 import { resolve } from "node:path";
-import { toBinary } from "@bufbuild/protobuf";
 import fc from "fast-check";
 import t from "tap";
 import { Locator } from "../dist/src/base/locate.js";
@@ -13,7 +12,8 @@ import { EigenLoraError, SourceError } from "../dist/src/errors.js";
 import { openOnnxHost } from "../dist/src/onnx/host.js";
 import { parseModel } from "../dist/src/onnx/model.js";
 import { findParameters } from "../dist/src/onnx/modules.js";
-import { type GraphProto, type ModelProto, ModelProtoSchema } from "../dist/src/onnx/onnx_pb.js";
+import type { GraphProto, ModelProto } from "../dist/src/onnx/onnx_pb.js";
+import { ModelProtoSchema, toBinary } from "../dist/src/onnx/protobuf.js";
 
 const DATA = resolve("test/data/onnx");
 const MINILM = resolve("test/data/minilm");

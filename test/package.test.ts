@@ -1,13 +1,11 @@
 import { spawnSync } from "node:child_process";
 import { readdirSync } from "node:fs";
-import { mkdir, mkdtemp, readdir, readFile, rm, writeFile } from "node:fs/promises";
-import { tmpdir } from "node:os";
-import { join } from "node:path";
+import { readFile } from "node:fs/promises";
+import { posix } from "node:path";
 import { fileURLToPath } from "node:url";
 import { gzipSync } from "node:zlib";
 import { build } from "esbuild";
 import t from "tap";
-import { data } from "./packs.ts";
 
 const root = fileURLToPath(new URL("..", import.meta.url));
 const manifest = JSON.parse(await readFile(new URL("../package.json", import.meta.url), "utf8"));
@@ -34,6 +32,9 @@ const SESSION_BUDGET = 60_000;
 
 /** `eigenlora/cache`, with what it shares with the run time. */
 const CACHE_BUDGET = 5_000;
+
+/** What documents link to and the package does not hold: code. */
+const OF_THE_REPOSITORY = /^(examples|bindings|src|test|benchmarks|\.ci)\//;
 
 /** One minified file for a browser; what `apart` matches is left out. */
 async function bundle(code: string, apart: RegExp): Promise<{ text: string; gzip: number }> {
@@ -95,6 +96,39 @@ t.test("a cache is portable, and no app pays for it that does not use it", async
   t.notMatch(text, /"node:/);
 });
 
+/** `eigenlora/browser`: all of it, shaders, kernels and the trainer too. */
+const BROWSER_BUDGET = 155_000;
+
+t.test("the file for pages without a bundler imports nothing and keeps its budget", async (t) => {
+  const bytes = await readFile(new URL("../dist/browser.js", import.meta.url));
+  const gzip = gzipSync(bytes, { level: 9 }).length;
+  t.comment(`${gzip} B of ${BROWSER_BUDGET}`);
+  t.ok(gzip <= BROWSER_BUDGET, `${gzip} B`);
+  const { metafile } = await build({
+    entryPoints: [fileURLToPath(new URL("../dist/browser.js", import.meta.url))],
+    bundle: true,
+    format: "esm",
+    write: false,
+    metafile: true,
+    logLevel: "silent",
+    plugins: [
+      {
+        name: "nothing else",
+        setup: (b) =>
+          b.onResolve({ filter: /./ }, ({ path, kind }) =>
+            kind === "entry-point" ? undefined : { path, external: true },
+          ),
+      },
+    ],
+  });
+  t.same(
+    Object.values(metafile.inputs).flatMap(({ imports }) => imports.map(({ path }) => path)),
+    [],
+    "no import, static or dynamic",
+  );
+  t.match(bytes.toString("utf8", 0, 200), /Apache-2\.0/, "its licence");
+});
+
 t.test("what is published", async (t) => {
   const { stdout } = spawnSync("npm", ["pack", "--dry-run", "--json", "--ignore-scripts"], {
     cwd: root,
@@ -106,7 +140,10 @@ t.test("what is published", async (t) => {
     "dist/src/index.js",
     "dist/src/cli/main.js",
     "dist/wasm/simd.wasm",
+    "dist/browser.js",
     "SPEC.md",
+    "docs/README.md",
+    "docs/memory.svg",
     "test/vectors/index.json",
     "README.md",
     "LICENSE",
@@ -118,10 +155,30 @@ t.test("what is published", async (t) => {
     [],
     "no sources, tests or data",
   );
-  for (const path of paths.filter((p) => p.endsWith(".d.ts") && !/onnx_pb|protobuf/.test(p))) {
+  for (const path of paths.filter((p) => p.endsWith(".d.ts"))) {
     const text = await readFile(new URL(`../${path}`, import.meta.url), "utf8");
-    t.notMatch(text, /@webgpu\/types|\bGPUDevice\b|from "(onnxruntime|@huggingface|msgpackr)/, path);
+    t.notMatch(text, /@webgpu\/types|\bGPUDevice\b|from "(onnxruntime|@huggingface|@bufbuild|msgpackr)/, path);
   }
+  // Registries resolve what is not in the package by `repository`; offline there is only the package.
+  for (const page of paths.filter((p) => /^(README|docs\/[a-z]+)\.md$/.test(p))) {
+    const text = (await readFile(new URL(`../${page}`, import.meta.url), "utf8"))
+      .replace(/^```[\s\S]*?^```/gm, "")
+      .replace(/!\[[^\]]*\]\([^)]*\)/g, "an image");
+    const links = [...text.matchAll(/\[[^\]]*\]\(([^)\s]+)\)/g)].map(([, target]) => target!.split("#")[0]!);
+    const dead = links
+      .filter((link) => link !== "" && !/^[a-z]+:/.test(link))
+      .map((link) => posix.join(posix.dirname(page), link));
+    t.same(
+      dead.filter((path) => !paths.includes(path) && !OF_THE_REPOSITORY.test(path)),
+      [],
+      page,
+    );
+  }
+  t.match(
+    manifest.repository.url,
+    /^git\+https:\/\/github\.com\/[^/]+\/[^/]+\.git$/,
+    "by which registries find the rest",
+  );
 });
 
 t.test("names the package exports", async (t) => {
@@ -150,49 +207,6 @@ t.test("names the package exports", async (t) => {
   ]);
   t.same(Object.keys(await import("eigenlora/transformers")).sort(), ["AttachedPack", "attachPack"]);
   t.notOk("dependencies" in manifest, "no run-time dependency");
-});
-
-t.test("an install brings the package alone, and that packs", async (t) => {
-  const folder = await mkdtemp(join(tmpdir(), "eigenlora-install-"));
-  t.teardown(() => rm(folder, { recursive: true }));
-  const run = (cwd: string, command: string, ...args: string[]): string => {
-    const { status, stdout, stderr } = spawnSync(command, args, { cwd, encoding: "utf8" });
-    if (status !== 0) throw new Error(`${command} ${args.join(" ")}: exit ${status}\n${stdout}${stderr}`);
-    return stdout;
-  };
-  const [{ filename }] = JSON.parse(
-    run(root, "npm", "pack", "--json", "--ignore-scripts", "--pack-destination", folder),
-  ) as [{ filename: string }];
-  const project = join(folder, "project");
-  await mkdir(project);
-  await writeFile(join(project, "package.json"), '{"type":"module","private":true}');
-  // Offline: there is nothing to fetch.
-  run(project, "npm", "install", "--offline", "--no-audit", "--no-fund", join(folder, filename));
-  const installed = await readdir(join(project, "node_modules"));
-  t.same(
-    installed.filter((name) => !name.startsWith(".")),
-    ["eigenlora"],
-  );
-  const own = join(project, "node_modules/eigenlora");
-  t.notOk((await readdir(own)).includes("node_modules"), "nothing inside it either");
-  const { scripts } = JSON.parse(await readFile(join(own, "package.json"), "utf8"));
-  t.notMatch(Object.keys(scripts).join(" "), /install/);
-  const bundled = await readFile(join(own, "dist/src/format/msgpackr.js"), "utf8");
-  t.match(bundled, /Copyright \(c\) 2020 Kris Zyp/, "its licence");
-  t.notMatch(bundled, /\bimport\b.*"|\brequire\(|msgpackr-extract/, "and nothing that it would load");
-
-  const adapter = data("adapters/own-seed/debtags-role");
-  run(project, "npx", "--offline", "eigenlora", "pack", adapter, "-o", "one.eigen", "--k", "4");
-  await writeFile(
-    join(project, "build.js"),
-    `import { openPack } from "eigenlora";
-import { buildPack } from "eigenlora/build";
-import { readAdapters } from "eigenlora/node";
-const { chunks } = await buildPack(await readAdapters([process.argv[2]]), { select: { kind: "k", k: 4 } });
-console.log([...(await openPack(new Uint8Array(Buffer.concat(chunks)))).tasks.keys()].join());
-process.exit();`,
-  );
-  t.equal(run(project, process.execPath, "build.js", adapter), "debtags-role\n");
 });
 
 t.test("what messages and comments call an entry of the package is one", async (t) => {

@@ -1,3 +1,4 @@
+import { spawn } from "node:child_process";
 import { cp, mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -37,6 +38,7 @@ async function visit(
   browser: Browser,
   options: Parameters<Browser["newPage"]>[0] = {},
   path = "",
+  at = server.url,
 ): Promise<{ page: Page; complaints: string[] }> {
   const page = await browser.newPage({ serviceWorkers: "block", ...options });
   const complaints: string[] = [];
@@ -45,7 +47,7 @@ async function visit(
     if (["error", "warning"].includes(message.type()) && !ours) complaints.push(message.text());
   });
   page.on("pageerror", (error) => complaints.push(error.message));
-  await page.goto(server.url + path);
+  await page.goto(at + path);
   return { page, complaints };
 }
 
@@ -285,6 +287,27 @@ t.test("WebGPU", { skip, timeout: 180_000 }, async (t) => {
     labels,
     "back at the active task after the others had answered",
   );
+  t.same(complaints, []);
+});
+
+t.test("a static host without ranges: the pack is read whole, once", { skip }, async (t) => {
+  const args = ["-u", "-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", folder];
+  const python = spawn(process.env["PYTHON"] ?? "python3", args, { stdio: ["ignore", "pipe", "ignore"] });
+  t.teardown(() => python.kill());
+  const port = await new Promise<string>((resolve, reject) => {
+    python.once("error", reject);
+    let said = "";
+    python.stdout.on("data", (text) => {
+      const found = /port (\d+) /.exec((said += text));
+      if (found) resolve(found[1]!);
+    });
+  });
+  const { page, complaints } = await visit(await launch(t), {}, "#debtags-role", `http://127.0.0.1:${port}/`);
+  await settled(page);
+  t.match(await page.locator("#cold").textContent(), /^Cold start: 1 request/);
+  await choose(page, "debtags-made-of");
+  t.same(await labelsOf(page), (await data("tasks/debtags-made-of.json")).labels);
+  t.same((await lastCost(page)).slice(2), ["0", "0 B"], "nothing more is read");
   t.same(complaints, []);
 });
 

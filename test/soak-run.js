@@ -1,5 +1,6 @@
 /**
- * What takes too long for the tests, one after the other: switches on every backend, sessions, pairs of writers, and mutants.
+ * What takes too long for the tests, one after the other: switches on every backend, sessions, pairs of writers, Next.js, and
+ * mutants.
  *
  * usage: npm run soak [-- --fuzz COUNT]      COUNT mutants. Default: 100 000
  */
@@ -9,7 +10,13 @@ import { parseArgs } from "node:util";
 
 const { fuzz } = parseArgs({ options: { fuzz: { type: "string", default: "100000" } } }).values;
 
-for (const [script, ...args] of [["soak.js"], ["soak-session.js"], ["soak-writers.js"], ["soak-fuzz.js", fuzz]]) {
+for (const [script, ...args] of [
+  ["soak.js"],
+  ["soak-session.js"],
+  ["soak-writers.js"],
+  ["soak-next.js"],
+  ["soak-fuzz.js", fuzz],
+]) {
   console.log(`\n${script} ${args.join(" ")}`);
   const path = fileURLToPath(new URL(`${script}`, import.meta.url));
   const { status } = spawnSync(process.execPath, [path, ...args], { stdio: "inherit" });

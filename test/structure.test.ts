@@ -12,7 +12,7 @@ const root = fileURLToPath(new URL("..", import.meta.url));
 
 /** Lowest first. A file belongs to the first entry that it is or lies in. */
 const LAYERS: readonly (readonly string[])[] = [
-  ["src/errors.ts", "src/version.ts", "src/arguments.ts"],
+  ["src/errors.ts", "src/version.ts", "src/arguments.ts", "src/globals.ts"],
   ["src/source.ts", "src/http/", "src/open-source.ts"],
   ["src/tensor/"],
   ["src/format/"],
@@ -29,7 +29,7 @@ const LAYERS: readonly (readonly string[])[] = [
   ["src/train/"],
   ["bindings/"],
   // What a subpath exports, where that is not one file of a layer.
-  ["src/index.ts", "src/build.ts", "src/node.ts"],
+  ["src/index.ts", "src/browser.ts", "src/build.ts", "src/node.ts"],
   ["src/cli/"],
 ];
 const MAX_FILE = 400;

@@ -1,10 +1,10 @@
 /**
- * The three lines of the README that put a pack on a model, run as they are written there: in Node, in a bundle of esbuild
- * and in a build of Vite, the last two in Chromium.
+ * The three lines of the README that put a pack on a model, run as they are written there: in Node, and in a bundle of
+ * esbuild in Chromium. hosting.test.ts runs them on servers, Vite's and webpack's among them.
  */
 
 import { execFile } from "node:child_process";
-import { existsSync, readdirSync } from "node:fs";
+import { readdirSync } from "node:fs";
 import { cp, mkdir, mkdtemp, readFile, rm, symlink, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -13,30 +13,11 @@ import { promisify } from "node:util";
 import { build } from "esbuild";
 import t, { type Test } from "tap";
 import { answerOf, noChromium, openPage } from "./browser.ts";
-import { required } from "./required.ts";
-import { difference, GOLDENS, golden, model, modelBytes, packBytes } from "./sessions.ts";
+import { MODULE } from "./readme.ts";
+import { difference, golden, model, modelBytes, packBytes } from "./sessions.ts";
 
 const run = promisify(execFile);
 const root = fileURLToPath(new URL("..", import.meta.url));
-const vite = join(process.env["EIGENLORA_RUNTIMES"] ?? "", "node_modules/vite");
-
-/** The example of the README, for a task and files of this test. */
-const readme = await readFile(join(root, "README.md"), "utf8");
-const example = /```js\n(import \* as ort from "onnxruntime-web";[^`]*createEigenSession[^`]*)```/.exec(readme)?.[1];
-if (!example) throw new Error("README.md has no example with createEigenSession");
-const lines = example.replace("debtags-role", "two").split("\n");
-const imports = lines.filter((line) => line.startsWith("import "));
-const body = lines.filter((line) => !line.startsWith("import "));
-const module = `${imports.join("\n")}
-export async function main(model, makeFeeds) {
-  const feeds = makeFeeds(ort);
-${body.map((line) => `  ${line}`).join("\n")}
-  return [...logits.data];
-}`;
-const feeds = `(ort) => {
-  const make = ([name, rows]) => [name, new ort.Tensor("int64", BigInt64Array.from(rows.flat(), BigInt), [rows.length, rows[0].length])];
-  return Object.fromEntries(${JSON.stringify(["input_ids", "attention_mask", "token_type_ids"].map((name) => [name, GOLDENS.feeds[name]]))}.map(make));
-}`;
 
 /** A project that has installed both packages. */
 const project = await mkdtemp(join(tmpdir(), "eigenlora-three-lines-"));
@@ -48,7 +29,7 @@ for (const name of ["onnxruntime-web", "onnxruntime-common"]) {
   await symlink(join(root, "node_modules", name), join(project, "node_modules", name));
 }
 await writeFile(join(project, "package.json"), '{"type":"module"}');
-await writeFile(join(project, "example.js"), module);
+await writeFile(join(project, "example.js"), MODULE);
 const pack = await packBytes(["adapters"], "base");
 await writeFile(join(project, "tasks.eigen"), pack);
 
@@ -59,14 +40,14 @@ function check(t: Test, found: number[]): void {
 t.test("Node", async (t) => {
   await writeFile(
     join(project, "main.js"),
-    `import { main } from "./example.js"; console.log(JSON.stringify(await main(${JSON.stringify(model("torchscript"))}, ${feeds})));`,
+    `import { main } from "./example.js"; console.log(JSON.stringify(await main(${JSON.stringify(model("torchscript"))})));`,
   );
   const { stdout } = await run(process.execPath, ["main.js"], { cwd: project });
   check(t, JSON.parse(stdout));
 });
 
 const page = `import { main } from "./example.js";
-globalThis.answer = main("model.onnx", ${feeds});`;
+globalThis.answer = main("model.onnx");`;
 
 /** Opens a page of these files in Chromium; gives what the model says there. */
 async function browse(t: Test, files: ReadonlyMap<string, Uint8Array>): Promise<number[]> {
@@ -89,22 +70,5 @@ t.test("a bundle of esbuild in Chromium", { skip: noChromium }, async (t) => {
   // As onnxruntime-web's documentation says: its WebAssembly files lie beside the bundle.
   const dist = join(root, "node_modules/onnxruntime-web/dist");
   for (const file of readdirSync(dist)) if (file.endsWith(".wasm")) files.set(file, await readFile(join(dist, file)));
-  check(t, await browse(t, files));
-});
-
-const skipVite =
-  noChromium || (!existsSync(vite) && !required.has("vite") && "vite is not here; see EIGENLORA_RUNTIMES");
-t.test("a build of Vite in Chromium", { skip: skipVite }, async (t) => {
-  await writeFile(join(project, "page.js"), page);
-  await writeFile(join(project, "index.html"), '<!doctype html><script type="module" src="/page.js"></script>');
-  await run(process.execPath, [join(vite, "bin/vite.js"), "build", "--outDir", "built", "--logLevel", "error"], {
-    cwd: project,
-  });
-  const files = new Map<string, Uint8Array>();
-  for (const file of readdirSync(join(project, "built"), { recursive: true, withFileTypes: true })) {
-    if (!file.isFile()) continue;
-    const path = join(file.parentPath, file.name);
-    files.set(path.slice(join(project, "built").length + 1), await readFile(path));
-  }
   check(t, await browse(t, files));
 });

@@ -98,6 +98,8 @@ export const values = {
   /** @returns {import("eigenlora").DeviceHandle} */
   device: () => absent("a WebGPU device"),
   accuracy: () => async (/** @type {unknown} */ _session, /** @type {string} */ _id) => 0.9,
+  /** @returns {typeof globalThis.self} */
+  self: () => absent("a worker"),
   /** @returns {any} */
   pipeline: () => absent("transformers.js"),
   /** @returns {any} */

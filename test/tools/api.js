@@ -14,7 +14,8 @@ const root = fileURLToPath(new URL("../..", import.meta.url));
 export const REPORT = fileURLToPath(new URL("../../docs/api-report.md", import.meta.url));
 
 /**
- * @typedef {{ subpath: string, name: string, text: string, documented: boolean, examples: string[] }} Export
+ * @typedef {{ subpath: string, name: string, text: string, documented: boolean, examples: string[], from?: string }} Export
+ *   `from`: the subpath above that has the same export; its examples stand there.
  * @typedef {{ exports: Export[], hidden: string[] }} Surface `hidden`: names in signatures that no subpath exports, as "subpath: Export uses Name".
  */
 
@@ -55,8 +56,12 @@ export function surface() {
   const printer = ts.createPrinter({ removeComments: true });
   /** @type {Surface} */
   const found = { exports: [], hidden: [] };
+  /** @type {Map<ts.Symbol, string>} */
+  const first = new Map();
   for (const { subpath, symbols } of modules) {
     for (const { name, symbol } of symbols) {
+      const from = first.get(symbol);
+      if (from === undefined) first.set(symbol, subpath);
       const nodes = (symbol.declarations ?? []).map((node) =>
         ts.isVariableDeclaration(node) ? node.parent.parent : node,
       );
@@ -67,7 +72,8 @@ export function surface() {
         name,
         text: text.join("\n").replace(/^ +/gm, (s) => s.slice(s.length / 2)),
         documented,
-        examples: nodes.flatMap(examplesOf),
+        examples: from === undefined ? nodes.flatMap(examplesOf) : [],
+        ...(from !== undefined && { from }),
       });
       for (const hidden of hiddenNames(nodes, known, checker, resolve)) {
         found.hidden.push(`${subpath}: ${name} uses ${hidden}`);
@@ -120,7 +126,12 @@ export function report(/** @type {Surface} */ { exports }) {
   ];
   for (const subpath of new Set(exports.map((e) => e.subpath))) {
     parts.push(`## ${subpath}\n`, "```ts");
-    for (const { text } of exports.filter((e) => e.subpath === subpath)) parts.push(text);
+    const own = exports.filter((e) => e.subpath === subpath);
+    for (const { text, from } of own) if (from === undefined) parts.push(text);
+    for (const from of new Set(own.flatMap((e) => e.from ?? []))) {
+      const names = own.filter((e) => e.from === from).map((e) => e.name);
+      parts.push(`export { ${names.join(", ")} } from "${from}";`);
+    }
     parts.push("```\n");
   }
   return parts.join("\n");

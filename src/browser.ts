@@ -1,0 +1,27 @@
+/**
+ * `eigenlora/browser`: what a page needs, in one file that imports nothing, for pages without a bundler. It holds
+ * `eigenlora` and its subpaths `onnxruntime`, `transformers`, `session`, `onnx` and `cache`, and the trainer of
+ * `eigenlora/train`. Import all of it from here: what other subpaths export are other classes.
+ */
+export * from "../bindings/onnxruntime.ts";
+export * from "../bindings/transformers.ts";
+export * from "./cache/index.ts";
+export * from "./index.ts";
+export * from "./onnx/index.ts";
+export { createSession } from "./session/index.ts";
+export {
+  type CreateTrainerOptions,
+  createTrainer,
+  type Encode,
+  type Example,
+  type FitOptions,
+  type ObjectiveOptions,
+  type OptimizerOptions,
+  type Start,
+  type TaskDtypes,
+  type TaskFileOptions,
+  Trainer,
+  type TrainerOptions,
+  type TrainingStep,
+  type Unlabelled,
+} from "./train/index.ts";

@@ -1,0 +1,283 @@
+/**
+ * The package as a user gets it: packed, installed into an empty project, compiled against, run on the command line and in
+ * a page without a bundler. And the apps of `examples/`, each in a project that has the installed package.
+ */
+import { spawnSync } from "node:child_process";
+import { existsSync } from "node:fs";
+import { copyFile, cp, mkdir, mkdtemp, readdir, readFile, rm, symlink, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { fileURLToPath } from "node:url";
+import type { Page } from "playwright-core";
+import t, { type Test } from "tap";
+import ts from "typescript";
+import { serveFolder } from "../examples/page/serve.js";
+import { answerOf, launch, noChromium } from "./browser.ts";
+import { data, LOSSLESS, packOf } from "./packs.ts";
+import { MODULE } from "./readme.ts";
+import { required } from "./required.ts";
+import { difference, golden, modelBytes, packBytes } from "./sessions.ts";
+
+const root = fileURLToPath(new URL("..", import.meta.url));
+
+function run(cwd: string, command: string, ...args: string[]): string {
+  const { status, stdout, stderr } = spawnSync(command, args, { cwd, encoding: "utf8" });
+  if (status !== 0) throw new Error(`${command} ${args.join(" ")}: exit ${status}\n${stdout}${stderr}`);
+  return stdout;
+}
+
+/** A project with nothing but the package. */
+const folder = await mkdtemp(join(tmpdir(), "eigenlora-install-"));
+t.teardown(() => rm(folder, { recursive: true, maxRetries: 5, retryDelay: 200 }));
+const project = join(folder, "project");
+const own = join(project, "node_modules/eigenlora");
+const [{ filename }] = JSON.parse(
+  run(root, "npm", "pack", "--json", "--ignore-scripts", "--pack-destination", folder),
+) as [{ filename: string }];
+await mkdir(project);
+await writeFile(join(project, "package.json"), '{"type":"module","private":true}');
+// Offline: there is nothing to fetch.
+run(project, "npm", "install", "--offline", "--no-audit", "--no-fund", join(folder, filename));
+
+t.test("an install brings the package alone, and that packs", async (t) => {
+  const installed = await readdir(join(project, "node_modules"));
+  t.same(
+    installed.filter((name) => !name.startsWith(".")),
+    ["eigenlora"],
+  );
+  t.notOk((await readdir(own)).includes("node_modules"), "nothing inside it either");
+  const { scripts } = JSON.parse(await readFile(join(own, "package.json"), "utf8"));
+  t.notMatch(Object.keys(scripts).join(" "), /install/);
+  const bundled = await readFile(join(own, "dist/src/format/msgpackr.js"), "utf8");
+  t.match(bundled, /Copyright \(c\) 2020 Kris Zyp/, "its licence");
+  t.notMatch(bundled, /\bimport\b.*"|\brequire\(|msgpackr-extract/, "and nothing that it would load");
+
+  const adapter = data("adapters/own-seed/debtags-role");
+  run(project, "npx", "--offline", "eigenlora", "pack", adapter, "-o", "one.eigen", "--k", "4");
+  await writeFile(
+    join(project, "build.js"),
+    `import { openPack } from "eigenlora";
+import { buildPack } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
+const { chunks } = await buildPack(await readAdapters([process.argv[2]]), { select: { kind: "k", k: 4 } });
+console.log([...(await openPack(new Uint8Array(Buffer.concat(chunks)))).tasks.keys()].join());
+process.exit();`,
+  );
+  t.equal(run(project, process.execPath, "build.js", adapter), "debtags-role\n");
+});
+
+const NODE16 = [ts.ModuleKind.Node16, ts.ModuleResolutionKind.Node16] as const;
+const BUNDLER = [ts.ModuleKind.ESNext, ts.ModuleResolutionKind.Bundler] as const;
+
+/** Compilers of users: how they find modules, and which library beside the language's they have. */
+const COMPILERS: readonly { name: string; how: typeof NODE16 | typeof BUNDLER; lib?: string; types?: string }[] = [
+  { name: "node16", how: NODE16 },
+  { name: "node16, @types/node", how: NODE16, types: "node" },
+  { name: "node16, DOM", how: NODE16, lib: "lib.dom.d.ts" },
+  { name: "bundler", how: BUNDLER },
+  { name: "bundler, DOM", how: BUNDLER, lib: "lib.dom.d.ts" },
+];
+
+/** Parses each file once for each way to find modules. */
+const parsed = new Map<string, ts.SourceFile | undefined>();
+function hostOf(options: ts.CompilerOptions): ts.CompilerHost {
+  const host = ts.createCompilerHost(options);
+  const { getSourceFile } = host;
+  host.getSourceFile = (file, ...rest) => {
+    const key = `${options.module} ${file}`;
+    if (!parsed.has(key)) parsed.set(key, getSourceFile.call(host, file, ...rest));
+    return parsed.get(key);
+  };
+  return host;
+}
+
+t.test("the types of every subpath compile, with skipLibCheck off", async (t) => {
+  const { exports } = JSON.parse(await readFile(join(own, "package.json"), "utf8"));
+  const subpaths = Object.keys(exports).filter((key) => exports[key].types !== undefined);
+  t.ok(subpaths.length >= 10);
+  const all = join(project, "all.ts");
+  const names = subpaths.map((subpath) => subpath.replace(".", "eigenlora"));
+  await writeFile(all, names.map((name, i) => `export * as _${i} from "${name}";\n`).join(""));
+  for (const { name, how, lib, types } of COMPILERS) {
+    const [module, moduleResolution] = how;
+    const options: ts.CompilerOptions = {
+      ...{ module, moduleResolution, target: ts.ScriptTarget.ES2022, lib: ["lib.es2022.d.ts", ...(lib ? [lib] : [])] },
+      ...{ strict: true, exactOptionalPropertyTypes: true, noUncheckedIndexedAccess: true, noEmit: true },
+      // TypeScript's own libraries need no check here.
+      ...{ skipLibCheck: false, skipDefaultLibCheck: true },
+      ...{ types: types ? [types] : [], typeRoots: [join(root, "node_modules/@types")] },
+    };
+    const host = hostOf(options);
+    const found = ts.getPreEmitDiagnostics(ts.createProgram([all], options, host));
+    t.same(
+      found.map((one) => ts.formatDiagnostic(one, host)),
+      [],
+      name,
+    );
+  }
+  for (const subpath of subpaths) {
+    const { types } = exports[subpath] as { types: string };
+    const options: ts.CompilerOptions = { noLib: true, types: [], module: ts.ModuleKind.Node16 };
+    const program = ts.createProgram([join(own, types)], options, hostOf(options));
+    const uses = program
+      .getSourceFiles()
+      .some(({ text }) => /\b(AbortSignal|Blob|CryptoKey|URL|WebAssembly)\b[^.]*;/.test(text));
+    if (uses) t.ok(program.getSourceFile(join(own, "dist/src/globals.d.ts")), `${subpath}, by itself`);
+  }
+});
+
+t.test(
+  "eigenlora/browser without a bundler, under a strict Content-Security-Policy",
+  { skip: noChromium },
+  async (t) => {
+    const site = join(folder, "site");
+    const ort = join(root, "node_modules/onnxruntime-web/dist");
+    await mkdir(site);
+    await copyFile(join(own, "dist/browser.js"), join(site, "eigenlora.js"));
+    await copyFile(join(ort, "ort.wasm.bundle.min.mjs"), join(site, "ort.js"));
+    await copyFile(join(ort, "ort-wasm-simd-threaded.wasm"), join(site, "ort-wasm-simd-threaded.wasm"));
+    const local = (code: string): string =>
+      code.replace(/"eigenlora(\/onnxruntime)?"/g, '"./eigenlora.js"').replace('"onnxruntime-web"', '"./ort.js"');
+    await writeFile(join(site, "example.js"), local(MODULE));
+    await writeFile(join(site, "smoke.js"), local(await readFile(join(root, "test/smoke.js"), "utf8")));
+    await writeFile(
+      join(site, "page.js"),
+      `import { main } from "./example.js";
+import { smoke } from "./smoke.js";
+const told = (error) => error.message;
+globalThis.answer = Promise.all([smoke("small.eigen", { backend: "auto" }), main("model.onnx").catch(told)]);`,
+    );
+    await writeFile(join(site, "model.onnx"), modelBytes("torchscript"));
+    await writeFile(join(site, "tasks.eigen"), await packBytes(["adapters"], "base"));
+    const adapters = ["adapters/own-seed/debtags-game", "adapters/own-seed/debtags-role"];
+    const small = await packOf(adapters, { select: { kind: "k", k: 8 } }, (module) => module.includes("layer.0."));
+    await writeFile(join(site, "small.eigen"), small.bytes);
+
+    const browser = await launch(t);
+    const answer = async (policy: string): Promise<[{ backend: string; identical: boolean }, number[] | string]> => {
+      const meta = `<meta http-equiv="Content-Security-Policy" content="${policy}">`;
+      await writeFile(join(site, "index.html"), `<!doctype html>${meta}<script type="module" src="page.js"></script>`);
+      // Sends the policy as a header too.
+      const server = await serveFolder(site);
+      t.teardown(() => server.close());
+      const page = await browser.newPage();
+      page.on("pageerror", (error) => t.fail(`uncaught in the page: ${error.stack}`));
+      await page.goto(server.url);
+      return (await answerOf(page)) as never;
+    };
+    const [runtime, logits] = await answer(
+      "default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; connect-src 'self'",
+    );
+    t.match(runtime, { backend: /^wasm/, identical: true });
+    t.ok(difference(logits as number[], golden("base", "two")) < 1e-5, "PEFT's logits");
+
+    const [plain, refused] = await answer("default-src 'none'; script-src 'self'; connect-src 'self'");
+    t.match(plain, { backend: "js", identical: true }, "weights of one's own need no WebAssembly");
+    t.match(refused, /onnxruntime cannot load the model.*WebAssembly/, "onnxruntime-web does");
+  },
+);
+
+/** Sentences that a task was not trained on and that PEFT is sure about, by their row. */
+const SURE = { "debtags-role": 15, "debtags-game": 7 };
+
+/** What the apps of examples/ need: packages and files of a model, beside the installed package. */
+async function prepare(): Promise<{ task: string; text: string; label: string }[]> {
+  const modules = join(project, "node_modules");
+  await mkdir(join(modules, "@huggingface"));
+  for (const name of ["@huggingface/tokenizers", "onnxruntime-node", "onnxruntime-web", "onnxruntime-common"])
+    await symlink(join(root, "node_modules", name), join(modules, name));
+  const files = join(project, "files");
+  await mkdir(files);
+  await symlink(data("minilm/model_fp16.onnx"), join(files, "model.onnx"));
+  for (const file of ["tokenizer.json", "tokenizer_config.json"])
+    await symlink(data(`minilm/${file}`), join(files, file));
+  const { bytes } = await packOf(
+    Object.keys(SURE).map((task) => `adapters/own-seed/${task}`),
+    LOSSLESS,
+  );
+  await writeFile(join(files, "tasks.eigen"), bytes);
+  const read = async (path: string) => JSON.parse(await readFile(data(path), "utf8"));
+  const reference = (await read("reference/predictions.json"))["own-seed"];
+  return Promise.all(
+    Object.entries(SURE).map(async ([task, row]) => {
+      const { test, labels } = await read(`tasks/${task}.json`);
+      return { task, text: test[row][0], label: labels[reference[task].predictions[row]] };
+    }),
+  );
+}
+
+/** An app of examples/ in the project, with the files in it or in a folder of it. @returns its folder */
+async function copyExample(name: string, place = "."): Promise<string> {
+  const app = join(project, name);
+  await cp(join(root, "examples", name), app, { recursive: true });
+  await cp(join(project, "files"), join(app, place), { recursive: true });
+  return app;
+}
+
+const cases = await prepare();
+
+for (const [name, extra] of [["node"], ["transformers", "@huggingface/transformers"]] as const) {
+  const from = extra && join(process.env["EIGENLORA_RUNTIMES"] ?? "", "node_modules", extra);
+  const absent = from && !existsSync(from) && !required.has(name) && `${extra} is not here; see EIGENLORA_RUNTIMES`;
+  t.test(`examples/${name}`, { skip: absent || false }, async (t) => {
+    const app = await copyExample(name);
+    if (from) {
+      await symlink(from, join(project, "node_modules", extra));
+      const model = join(app, "models/my-model");
+      await mkdir(join(model, "onnx"), { recursive: true });
+      await cp(join(project, "files/model.onnx"), join(model, "onnx/model_fp16.onnx"));
+      for (const file of ["config.json", "tokenizer.json", "tokenizer_config.json"])
+        await cp(data(`minilm/${file}`), join(model, file));
+    }
+    for (const { task, text, label } of cases) {
+      const lines = run(app, process.execPath, "main.js", text).split("\n");
+      t.equal(lines[0], text);
+      t.match(
+        lines.find((line) => line.startsWith(`${task}: `)),
+        new RegExp(`^${task}: ${label}\\b`),
+        text,
+      );
+    }
+  });
+}
+
+/** Chooses each task in an app's page. */
+async function tryPage(t: Test, url: string, route?: (page: Page) => Promise<void>): Promise<void> {
+  const page = await (await launch(t)).newPage();
+  page.on("pageerror", (error) => t.fail(`uncaught in the page: ${error.stack}`));
+  await route?.(page);
+  await page.goto(url);
+  await page.locator("output", { hasNotText: "Loading" }).waitFor();
+  for (const { task, text, label } of cases) {
+    await page.getByLabel("Sentence").fill(text);
+    await page.getByLabel("Task").selectOption(task);
+    await page.locator("output").getByText(label, { exact: true }).waitFor();
+    t.pass(`${task}: ${label}`);
+  }
+}
+
+const VITE = join(process.env["EIGENLORA_RUNTIMES"] ?? "", "node_modules/vite/bin/vite.js");
+const noVite = !existsSync(VITE) && !required.has("vite") && "vite is not here; see EIGENLORA_RUNTIMES";
+t.test("examples/vite", { skip: noChromium || noVite }, async (t) => {
+  const app = await copyExample("vite", "public");
+  run(app, process.execPath, VITE, "build", "--logLevel", "error");
+  const server = await serveFolder(join(app, "dist"));
+  t.teardown(() => server.close());
+  await tryPage(t, server.url);
+});
+
+t.test("examples/html, with what the CDN has", { skip: noChromium }, async (t) => {
+  const server = await serveFolder(await copyExample("html"));
+  t.teardown(() => server.close());
+  const TYPES: Record<string, string> = { wasm: "application/wasm", js: "text/javascript", mjs: "text/javascript" };
+  await tryPage(t, server.url, async (page) => {
+    await page.route(/^https:/, async (route) => {
+      const [, name, version, path] = /\/npm\/((?:@[^/]+\/)?[^@/]+)@([^/]+)\/(.*)$/.exec(route.request().url())!;
+      const installed = join(project, "node_modules", name!);
+      const manifest = JSON.parse(await readFile(join(installed, "package.json"), "utf8"));
+      t.equal(version, manifest.version, `${name} ${path}`);
+      const headers = { "access-control-allow-origin": "*", "content-type": TYPES[path!.split(".").at(-1)!]! };
+      await route.fulfill({ body: await readFile(join(installed, path!)), headers });
+    });
+  });
+});
