@@ -8,11 +8,13 @@ import { NameMatcher } from "../base/names.ts";
 import { BaseMismatchError } from "../errors.ts";
 import type { PackModule } from "../format/format.ts";
 import { Copies } from "../onnx/copies.ts";
+import type { GraftBias } from "../onnx/graft.ts";
 import { fusedNode } from "../onnx/linear.ts";
 import { findParameters, matrixShape, type OnnxParameter } from "../onnx/modules.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { readLinearWeight } from "../onnx/weights.ts";
 import type { ReadOptions } from "../source.ts";
+import { droppedBias } from "./places.ts";
 
 /** How a pack is held against a model. */
 export interface MatchOptions extends ReadOptions {
@@ -146,10 +148,33 @@ export class ModelMatcher {
     );
   }
 
+  /**
+   * A bias that tasks bring and the exporter has dropped, where the model has the layer's weight.
+   * @throws BaseMismatchError when that may be any of several weights
+   */
+  async dropped(name: string): Promise<GraftBias | undefined> {
+    const module = moduleOf(name);
+    const mapped = this.#options.names?.has(module);
+    const weight = `${module}.weight`;
+    const layer = mapped ? this.#weight(module).name : nameOf(this.#names.find(weight));
+    if (layer === undefined || name !== `${module}.bias`) return undefined;
+    const bias = nameOf(this.#names.find(name));
+    // By the end of a name only it may be another layer's.
+    const own = bias !== undefined && (mapped || inFront(name, bias) === inFront(weight, layer));
+    if (own && this.#parameters.get(bias)!.uses.length > 0) return undefined;
+    const found = droppedBias(this.#file.model, name, await this.#copies.of(this.#parameters.get(layer)!));
+    if (found) this.#note(weight, layer);
+    return found;
+  }
+
   /** Whether the user wants a parameter left out. */
   ignores(name: string): boolean {
     return isIgnored(name, this.#options.ignore);
   }
+}
+
+function nameOf(found: ReturnType<NameMatcher["find"]>): string | undefined {
+  return "name" in found ? found.name : undefined;
 }
 
 /** Whether a list of parameters and modules names this parameter. */
