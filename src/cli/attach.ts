@@ -4,7 +4,6 @@
  * weights themselves changed are refused.
  */
 import { dirname, join } from "node:path";
-import { nearest } from "../arguments.ts";
 import { createBackend } from "../backends/select.ts";
 import { BaseMismatchError, FormatError } from "../errors.ts";
 import type { Grafted, TaskInput } from "../onnx/graft.ts";
@@ -19,7 +18,8 @@ import { type SafetensorsEntry, writeSafetensors } from "../tensor/safetensors-w
 import { type Attach, command } from "./command.ts";
 import { copyAll, placesOf } from "./external.ts";
 import { makeFolder, refuseOverwriting, writeTogether } from "./files.ts";
-import { assignments, byDefault, choice, list, output, toggle, UsageError } from "./options.ts";
+import { anyBase, ignore, names, refuseUnknown } from "./matching.ts";
+import { byDefault, choice, list, output, UsageError } from "./options.ts";
 import { bytes, type Output } from "./output.ts";
 
 /** The most that protobuf allows, and so the most that runtimes load. */
@@ -45,18 +45,18 @@ export const attach: Attach = command({
       },
     }),
     task: list("ID", "Write the inputs of this task only. May be given again."),
-    names: assignments(
-      "MODULE=WEIGHT",
-      "The model's name for a module, where it is not found. May be given again.",
-      "first",
-    ),
-    ignore: list("NAME", "Leave out a parameter or module of the tasks, as classifier. May be given again."),
-    anyBase: toggle("Accept a model whose weights differ from the pack's fingerprints."),
+    names,
+    ignore,
+    anyBase,
   },
   async run([modelPath, packPath]: [string, string], { output: target, mode, task, ...options }, run, out) {
     refuseOverwriting(target, modelPath, packPath);
     const pack = await run.pack(packPath);
-    for (const module of options.names.keys()) refuseUnknown(module, pack);
+    refuseUnknown(
+      options.names,
+      pack.modules.map(({ name }) => name),
+      packPath,
+    );
     const file = run.closing(await readModel(modelPath));
     const places = await placesOf(file, modelPath, target, [baseFile(target)], [tasksFolder(target)]);
     const bases = (await pack.bases()).bytes;
@@ -103,14 +103,6 @@ export const attach: Attach = command({
     };
   },
 });
-
-function refuseUnknown(module: string, { modules, name }: Pack): void {
-  const known = modules.map((one) => one.name);
-  if (known.includes(module)) return;
-  const close = nearest(module, known);
-  const found = close.length > 0 ? `; the nearest are ${close.join(", ")}` : "";
-  throw new UsageError(`--names ${module}=…: ${name} adapts no such module${found}`);
-}
 
 /** @throws BaseMismatchError when the tasks need other weights */
 function refuseFolded({ mode, reason }: PreparedModel, { name }: Pack): void {

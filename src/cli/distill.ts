@@ -19,6 +19,7 @@ import { type Attach, command, type Result } from "./command.ts";
 import { readLines } from "./examples.ts";
 import { jsonFile, makeFolder, readJson, writeWhole } from "./files.ts";
 import { realTarget } from "./lock.ts";
+import { anyBase, ignore, names } from "./matching.ts";
 import { openTrainable, tokenizer, tokens } from "./model.ts";
 import { as, byDefault, from, group, key, number, output, required, text } from "./options.ts";
 import { bytes, resources, table } from "./output.ts";
@@ -45,10 +46,13 @@ export const distill: Attach = command({
       model: required(text("MODEL.onnx", "The model that tasks and adapters belong to. Needs onnxruntime-node.")),
       tokens,
       tokenizer,
+      names,
+      ignore,
+      anyBase,
     }),
   },
   async run([packPath, ...paths]: [string, ...string[]], options, run, out) {
-    const { output: target, model, steps, batch, tokens = 128, tokenizer } = options;
+    const { output: target, model, steps, batch, tokens = 128 } = options;
     const sign = await signerOf(options.key);
     const texts = await readLines(options.text);
     await run.writable(target);
@@ -56,9 +60,10 @@ export const distill: Attach = command({
     const pack = await run.pack(packPath);
     const before = new Set(pack.tasks.keys());
     await addMissing(pack, adapters);
-    const { session, encode } = await openTrainable("distill", model, pack, { tokens, tokenizer }, run);
+    const { session, encode } = await openTrainable("distill", model, pack, { ...options, tokens }, run);
     const modelBytes = (await stat(model)).size;
-    const settings = { model: resolve(model), modelBytes, steps, batch, tokens, texts };
+    const matching = { names: [...options.names], ignore: options.ignore };
+    const settings = { model: resolve(model), modelBytes, steps, batch, tokens, texts, ...matching };
     const finished = `${target}.partial`;
     // Two runs of one target would do the same work, and the first to end would remove what the second has finished.
     await run.lock(finished);

@@ -6,6 +6,7 @@ import { openSafetensors } from "../tensor/safetensors.ts";
 import { type SafetensorsEntry, writeSafetensors } from "../tensor/safetensors-writer.ts";
 import { type Attach, command } from "./command.ts";
 import { writeWhole } from "./files.ts";
+import { anyBase, ignore, names, refuseUnknown } from "./matching.ts";
 import { output, required, task, text } from "./options.ts";
 import { bytes } from "./output.ts";
 
@@ -18,12 +19,20 @@ export const fold: Attach = command({
     output: output("OUT.safetensors", "The file to write."),
     task,
     base: required(text("MODEL.safetensors", "The base model.")),
+    names,
+    ignore,
+    anyBase,
   },
-  async run([path]: [string], { output: file, task, base: basePath }, run) {
+  async run([path]: [string], { output: file, task, base: basePath, ...options }, run) {
     await run.writable(file);
     const pack = await run.pack(path);
+    refuseUnknown(
+      options.names,
+      pack.modules.map(({ name }) => name),
+      path,
+    );
     const base = await openSafetensors(run.closing(await openSource(basePath)));
-    const runtime = run.closing(await createRuntime(pack, { base: safetensorsHost(base), webgpu: false }));
+    const runtime = run.closing(await createRuntime(pack, { ...options, base: safetensorsHost(base), webgpu: false }));
     const { modules, added } = await runtime.switchTask(task);
     const folded = runtime.changes();
     const entries: SafetensorsEntry[] = [];

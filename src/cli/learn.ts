@@ -12,6 +12,7 @@ import type { TrainingStep } from "../train/trainer.ts";
 import { type Attach, command } from "./command.ts";
 import { readExamples } from "./examples.ts";
 import { refuseOverwriting, writeWhole } from "./files.ts";
+import { anyBase, ignore, names } from "./matching.ts";
 import { openTrainable, tokenizer, tokens } from "./model.ts";
 import {
   byDefault,
@@ -47,6 +48,9 @@ const OPTIONS = {
     model: required(text("MODEL.onnx", "The model that the pack's tasks belong to. Needs onnxruntime-node.")),
     tokens,
     tokenizer,
+    names,
+    ignore,
+    anyBase,
   }),
   ...group("What is trained", {
     train: byDefault(

@@ -10,12 +10,20 @@ import { BackendError, BaseMismatchError, SourceError } from "../errors.ts";
 import type { Pack } from "../pack/pack.ts";
 import type { BatchFeeds } from "../train/batch.ts";
 import { readJson } from "./files.ts";
+import { refuseUnknown } from "./matching.ts";
 import { from, number, type OptionSpec, text } from "./options.ts";
 import type { Run } from "./run.ts";
 
 interface ModelOptions {
   readonly tokens: number | undefined;
   readonly tokenizer: string | undefined;
+}
+
+/** How the modules of a pack are found in it. */
+interface Matching {
+  readonly names: ReadonlyMap<string, string>;
+  readonly ignore: readonly string[];
+  readonly anyBase: boolean;
 }
 
 /** What a command runs a model with. */
@@ -74,11 +82,16 @@ export async function openTrainable(
   command: string,
   model: string,
   pack: Pack,
-  options: ModelOptions,
+  { names, ignore, anyBase, ...options }: ModelOptions & Matching,
   run: Run,
 ): Promise<{ session: EigenSession; encode: (texts: string[]) => BatchFeeds }> {
   const { ort, encode } = await openModel(command, model, options);
-  const session = await createEigenSession(ort, model, pack, { trainable: true });
+  refuseUnknown(
+    names,
+    pack.modules.map(({ name }) => name),
+    pack.name,
+  );
+  const session = await createEigenSession(ort, model, pack, { trainable: true, names, ignore, anyBase });
   run.closing(session);
   return { session, encode: (texts) => encode(texts, session.inputNames) };
 }

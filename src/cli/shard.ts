@@ -8,6 +8,7 @@ import { adapterStatistics, mergeStatistics, type Statistics } from "../pack/sha
 import { openStatistics, writeStatistics } from "../pack/shard/statistics-part.ts";
 import { type Attach, command, type Result } from "./command.ts";
 import { refuseOverwriting, writeWhole } from "./files.ts";
+import { names, refuseUnknown } from "./matching.ts";
 import {
   amount,
   as,
@@ -59,7 +60,15 @@ export const merge: Attach = command({
     output: output("BASIS", "The basis to write, or with --part the part."),
     part: toggle("Write a part again, to be merged with others."),
     anyBase: toggle("Take parts whose adapters name different base models."),
-    ...group("Of a basis", { ...amount, error: { ...amount.error, hidden: true }, centering, dtype, base, mode }),
+    ...group("Of a basis", {
+      ...amount,
+      error: { ...amount.error, hidden: true },
+      centering,
+      dtype,
+      base,
+      names,
+      mode,
+    }),
   },
   async run(paths, { output: file, part, anyBase, ...options }, run, out) {
     refuseOverwriting(file, ...paths);
@@ -68,10 +77,11 @@ export const merge: Attach = command({
       throw new UsageError(`${foreign} is for a basis: leave it out with --part, and say it in the last merge`);
     const select = selection(options);
     if (!part) await run.writable(file);
-    const opened = await run.base(options.base);
+    const opened = await run.base(options.base, options.names);
     const parts = [];
     for (const path of paths) parts.push(run.closing(await openStatistics(path)));
     const statistics = await mergeStatistics(parts, { anyBase });
+    refuseUnknown(options.names, [...statistics.modules.keys()], paths.join(", "));
     if (part) {
       const made = digest("merge", parts.map(({ made }) => made).sort());
       return writePart(file, statistics, made, [], out);

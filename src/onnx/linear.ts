@@ -118,54 +118,6 @@ export function biasAdd(model: OnnxModel, { node, graph }: Linear): NodeProto | 
   return bias?.dims.length === 1 ? next : undefined;
 }
 
-/** Operators that give the numbers of their first input on, in another shape or type. */
-const RESHAPES = new Set(["Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"]);
-
-/** Operators that add a vector, as onnxruntime fuses them: by their names, or behind so many inputs. */
-const FUSED_SUMS = /^(Bias|FastGelu$)/;
-const FUSED_NORMS: Readonly<Record<string, number>> = {
-  SkipLayerNormalization: 4,
-  SkipSimplifiedLayerNormalization: 3,
-};
-
-/**
- * Whether a constant that may be a bias is added to a layer's result, by its own node or one behind it, whatever has become of
- * the shape in between.
- * @param size of the bias
- */
-export function addsVector(model: OnnxModel, { node, addsBias }: Linear, size: number): boolean {
-  if (addsBias) return true;
-  const seen = new Set(node.output.slice(0, 1));
-  // Grows while it is walked through.
-  for (const value of seen) {
-    for (const { node: next, graph } of model.graph.consumers.get(value) ?? []) {
-      const { opType, input, output } = next;
-      if (RESHAPES.has(opType) && input[0] === value && output[0]) seen.add(output[0]);
-      const first = opType === "Add" || opType === "Sub" || FUSED_SUMS.test(opType) ? 0 : FUSED_NORMS[opType];
-      const others = first === undefined ? [] : input.slice(first).filter((other) => other !== value);
-      if (others.some((other) => constantSize(model, graph, other) === size)) return true;
-    }
-  }
-  return false;
-}
-
-/** How many numbers a constant has; undefined where a value is none. */
-function constantSize(model: OnnxModel, graph: GraphProto, value: string): number | undefined {
-  const seen = new Set<string>();
-  for (let at = value; !seen.has(at); ) {
-    seen.add(at);
-    const made = producer(model, graph, at);
-    const tensor =
-      model.graph.initializers.get(at) ??
-      model.graph.scopes.get(graph)?.initializers.get(at) ??
-      (made?.opType === "Constant" ? attribute(made, "value")?.t : undefined);
-    if (tensor) return tensor.dims.reduce((a, b) => a * Number(b), 1);
-    if (made?.opType !== "DequantizeLinear" && !RESHAPES.has(made?.opType ?? "")) return undefined;
-    at = made!.input[0] ?? "";
-  }
-  return undefined;
-}
-
 /**
  * A node that holds the weights of several layers in one, as optimisers of graphs make them: none of these can be found or
  * added to by itself.

@@ -14,7 +14,6 @@ import { findParameters, matrixShape, type OnnxParameter } from "../onnx/modules
 import type { ModelFile } from "../onnx/read.ts";
 import { readLinearWeight } from "../onnx/weights.ts";
 import type { ReadOptions } from "../source.ts";
-import { droppedBias } from "./places.ts";
 
 /** How a pack is held against a model. */
 export interface MatchOptions extends ReadOptions {
@@ -102,17 +101,9 @@ export class ModelMatcher {
     const unconfirmed: string[] = [];
     const confirmed = new Set<string>();
     for (const [i, module] of modules.entries()) {
-      const parameter = weights[i]!;
-      if (module.fingerprint === undefined || (parameter.shape.length !== 2 && parameter.dtype !== "other")) {
-        unconfirmed.push(module.name);
-        continue;
-      }
-      const { at, quantized } = await readLinearWeight(this.#file, parameter, this.#options);
-      const turned = parameter.layout === "embedding" || module.layout === "embedding";
-      const value = turned ? (o: number, n: number): number => at(n, o) : at;
-      checkFingerprint(module, parameter.name, value, bases, quantized ? SAME_QUANTIZED : SAME_FLOAT);
       const found = this.#bySuffix.get(`${module.name}.weight`);
-      if (found !== undefined) confirmed.add(inFront(`${module.name}.weight`, found));
+      if (!(await this.confirms(module, weights[i]!, bases))) unconfirmed.push(module.name);
+      else if (found !== undefined) confirmed.add(inFront(`${module.name}.weight`, found));
     }
     for (const [name, found] of this.#bySuffix) {
       if (confirmed.has(inFront(name, found))) continue;
@@ -124,6 +115,19 @@ export class ModelMatcher {
       );
     }
     return unconfirmed;
+  }
+
+  /**
+   * Whether the pack's fingerprint of a module is the weight's; false where there is none to tell.
+   * @throws BaseMismatchError when it is another model's
+   */
+  async confirms(module: PackModule, parameter: OnnxParameter, bases: Uint8Array): Promise<boolean> {
+    if (module.fingerprint === undefined || (parameter.shape.length !== 2 && parameter.dtype !== "other")) return false;
+    const { at, quantized } = await readLinearWeight(this.#file, parameter, this.#options);
+    const turned = parameter.layout === "embedding" || module.layout === "embedding";
+    const value = turned ? (o: number, n: number): number => at(n, o) : at;
+    checkFingerprint(module, parameter.name, value, bases, quantized ? SAME_QUANTIZED : SAME_FLOAT);
+    return true;
   }
 
   /** Whether the model has a parameter by this name. */
@@ -143,7 +147,7 @@ export class ModelMatcher {
     }
     throw new BaseMismatchError(
       `tasks change "${name}" (${role}), which ${found.ambiguous ? "several parameters of the model match" : "is not in the model"}; ` +
-        `candidates: ${found.candidates.join(", ") || "none"}. To use the tasks without it, pass ignore: ["${moduleOf(name)}"]`,
+        `candidates: ${found.candidates.join(", ") || "none"}. Export the model with that layer; or, to use the tasks without it, pass ignore: ["${moduleOf(name)}"]`,
       { module: name, candidates: found.candidates },
     );
   }
@@ -162,6 +166,7 @@ export class ModelMatcher {
     // By the end of a name only it may be another layer's.
     const own = bias !== undefined && (mapped || inFront(name, bias) === inFront(weight, layer));
     if (own && this.#parameters.get(bias)!.uses.length > 0) return undefined;
+    const { droppedBias } = await import("./dropped.ts");
     const found = droppedBias(this.#file.model, name, await this.#copies.of(this.#parameters.get(layer)!));
     if (found) this.#note(weight, layer);
     return found;

@@ -1,11 +1,8 @@
-/**
- * Where in a model what tasks bring beside their terms takes effect: biases, those included that the exporter has dropped, and rows
- * of tables.
- */
+/** Where in a model what tasks bring beside their terms takes effect: biases, and rows of tables. */
 import type { GraftBias, GraftRows } from "../onnx/graft.ts";
-import { addsVector, FLOAT, FLOAT16, linearsOf, NotLinear } from "../onnx/linear.ts";
-import type { OnnxModel, Use } from "../onnx/model.ts";
-import { matrixShape, type OnnxParameter } from "../onnx/modules.ts";
+import { FLOAT, FLOAT16 } from "../onnx/linear.ts";
+import type { Use } from "../onnx/model.ts";
+import type { OnnxParameter } from "../onnx/modules.ts";
 
 /** A bias that the model has; undefined where it cannot be added to. */
 export function biasOf(name: string, parameter: OnnxParameter): GraftBias | undefined {
@@ -22,21 +19,6 @@ export function tableOf(name: string, parameter: OnnxParameter): GraftRows | und
   if (parameter.layout !== "embedding" || places.length === 0 || places.length < parameter.uses.length)
     return undefined;
   return { name, width: parameter.shape[1]!, type: typeWhereUsed(parameter), places };
-}
-
-/**
- * A bias that the exporter has dropped. torch's optimiser does that to a bias of zeros, as a fresh classifier has: a Gemm without C
- * is left, or a MatMul without Add. Tasks add their own behind it.
- * @param name of the bias
- * @param weight of the same layer
- * @returns undefined where the weight is no linear layer's, or something is added to its result that may be the bias
- */
-export function droppedBias(model: OnnxModel, name: string, weight: OnnxParameter): GraftBias | undefined {
-  const linears = linearsOf(model, weight);
-  const [size] = matrixShape(weight) ?? [];
-  if (size === undefined || linears instanceof NotLinear) return undefined;
-  if (linears.some((linear) => addsVector(model, linear, size))) return undefined;
-  return { name, size, type: linears[0]!.type, places: linears.map(({ graph, node }) => ({ graph, node })) };
 }
 
 /** Whether a vector is added to the last dimension of what the node makes. */

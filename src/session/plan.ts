@@ -20,6 +20,7 @@ import { matrixShape, type OnnxParameter } from "../onnx/modules.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { readLinearWeight } from "../onnx/weights.ts";
 import type { Pack } from "../pack/pack.ts";
+import type { ReadOptions } from "../source.ts";
 import { type MatchOptions, ModelMatcher, moduleOf } from "./match.ts";
 import { biasOf, tableOf } from "./places.ts";
 
@@ -193,19 +194,14 @@ class Planner {
     return { ...found, base: { ...base, biases: vectors, weights: matrices }, graft: all, folded: [] };
   }
 
-  /** What the tasks change beside their terms, each once. */
+  /** What the tasks change, and what room is made for. */
   async #brought(): Promise<Brought[]> {
-    const all = new Set<string>();
+    const brought = await broughtBy(this.#pack, this.#options);
     const head = this.#options.reserve?.head;
-    if (head !== undefined) {
-      all.add(`saved ${head}.weight`);
-      if (this.#matcher.has(`${head}.bias`)) all.add(`saved ${head}.bias`);
-    }
-    for (const { id, brings } of this.#pack.tasks.values()) {
-      const own = brings ?? bringsOf(await this.#pack.load(id, this.#options), this.#pack.modules);
-      for (const one of own) all.add(one);
-    }
-    return [...all].map(parseBrought);
+    if (head === undefined) return brought;
+    const reserved = [`${head}.weight`, ...(this.#matcher.has(`${head}.bias`) ? [`${head}.bias`] : [])];
+    const others = brought.filter(({ role, name }) => role !== "saved" || !reserved.includes(name));
+    return [...reserved.map((name): Brought => ({ role: "saved", name })), ...others];
   }
 
   /** What is neither a term nor a head: biases and token rows that can be added to, and all their parameters. */
@@ -378,6 +374,16 @@ class Planner {
     const { at } = await readLinearWeight(this.#file, parameter, this.#options);
     return Float32Array.from({ length: out * inputs }, (_, i) => at(Math.floor(i / inputs), i % inputs));
   }
+}
+
+/** What the tasks of a pack change beside their terms, each once. */
+export async function broughtBy(pack: Pack, options: ReadOptions): Promise<Brought[]> {
+  const all = new Set<string>();
+  for (const { id, brings } of pack.tasks.values()) {
+    const own = brings ?? bringsOf(await pack.load(id, options), pack.modules);
+    for (const one of own) all.add(one);
+  }
+  return [...all].map(parseBrought);
 }
 
 /** [rows, columns] → [columns, rows]. */
