@@ -39,7 +39,7 @@ export function shapeMismatch(
 ): BaseMismatchError {
   return new BaseMismatchError(
     `the adapted module "${module.name}" is [out ${module.out}, in ${module.in}], but the base's "${weight}" is ` +
-      `[${found.join(", ")}]${transposed ? " (stored as [in, out])" : ""}: it is another model`,
+      `[${found.join(", ")}]${transposed ? " (stored as [in, out])" : ""}: it is of another model`,
     { module: module.name, expected, found },
   );
 }

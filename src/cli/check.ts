@@ -258,9 +258,12 @@ function adviceOf({ mode, fused, modules, parameters }: Survey): string {
     return `export the model again, without onnxruntime's transformer optimiser, which has fused layers into ${fused} (docs/export.md).`;
   if (lost.length > 0 && lost.length === modules.length && lost.every(({ candidates }) => candidates.length === 0))
     return "use a model of the architecture that the adapters were trained on, exported with its names (docs/export.md).";
-  const guess = lost.find(({ candidates }) => candidates.length > 0);
-  if (guess) return `if the names differ, map each module: --names ${guess.module}=${guess.candidates[0]}`;
-  if (first) return `export the model with the layer "${first.module}" (docs/export.md).`;
+  const like = ({ candidates }: Survey["modules"][number]): string | undefined =>
+    candidates.find((name) => !name.endsWith(".bias"));
+  const guess = lost.find(like);
+  if (guess) return `if the names differ, map each module: --names ${guess.module}=${like(guess)}`;
+  if (first)
+    return `export the model with "${first.module}" under its name (docs/export.md): quantisers lose the names of torch's newer exporter.`;
   if (modules.some(({ confirmed }) => confirmed === false))
     return "export the base that the adapters were trained on; or, if the model was trained further on purpose, --any-base.";
   const head = parameters.find(({ becomes }) => becomes === "missing");

@@ -2,12 +2,14 @@
 
 All biases of a fresh model are zero, and torch's optimiser removes those of Gemm: `classifier.onnx` has neither that of the
 classifier nor that of the pooler. `quantised.onnx` is the same in MatMulNBits and without Add: see `as_matmul`.
+`int8.onnx` is the same after dynamic quantisation by columns, its nodes named as docs/export.md names them; no answers.
 
 usage: python make.py    (torch 2.13, transformers 5.24, peft 0.21, onnx 1.23, onnxscript 0.7, onnxruntime 1.32)
 """
-import json, logging, pathlib, shutil, tempfile, warnings
+import ast, json, logging, pathlib, shutil, tempfile, warnings
 import numpy as np, onnx, torch
 from onnx import helper, numpy_helper
+from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
@@ -100,6 +102,19 @@ for tensor in unused:
 del quantised.graph.value_info[:]
 onnx.save(quantised, HERE / "quantised.onnx")
 assert sum(node.op_type == "MatMulNBits" for node in quantised.graph.node) == 8
+
+
+named = onnx.load(HERE / "classifier.onnx")
+for i, node in enumerate(named.graph.node):
+    for entry in node.metadata_props:
+        if entry.key == "pkg.torch.onnx.name_scopes" and node.op_type in ("MatMul", "Gemm"):
+            node.name = "/" + ast.literal_eval(entry.value)[-2].replace(".", "/") + f"/{node.op_type}_{i}"
+onnx.save(named, SCRATCH)
+# 7-bit weights: with 8 bits the sums of some instruction sets saturate.
+quantize_dynamic(SCRATCH, HERE / "int8.onnx", weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
+integers = onnx.load(HERE / "int8.onnx")
+del integers.graph.value_info[:]
+onnx.save(integers, HERE / "int8.onnx")
 
 
 def dequantised():
