@@ -209,9 +209,9 @@ t.test("the other commands have the options that their messages name", async (t)
   const adapters = data("sessions/adapters");
   const target = join(folder, "out.eigen");
   const packed = await run("pack", adapters, "-o", target, "--base", mlp);
-  t.match(packed, { code: 1, err: /candidates: none, so it may be another model.*map them with --names MODULE=WEIGHT/ });
+  t.match(packed, { code: 1, err: /candidates: none \(another model\?\).*map them with --names MODULE=WEIGHT/ });
   const other = await run("fold", bert, "-o", join(folder, "o.safetensors"), "--task", "two", "--base", mlp);
-  t.match(other, { code: 1, err: /candidates: none, so it may be another model.*--names MODULE=WEIGHT/ });
+  t.match(other, { code: 1, err: /candidates: none \(another model\?\).*--names MODULE=WEIGHT/ });
   const base = data("sessions/base-tied.safetensors");
   const tied = ["fold", bert, "-o", join(folder, "o.safetensors"), "--task", "two", "--base", base];
   t.match(await run(...tied), { code: 1, err: /fingerprints correlate.*pass --any-base/ });
@@ -249,7 +249,10 @@ t.test("the other commands have the options that their messages name", async (t)
   writeFileSync(join(folder, "tokenizer.json"), readFileSync(data("minilm/tokenizer.json")));
   const learn = ["learn", bert, lines, "--model", data("sessions/gemm.onnx"), "-o", join(folder, "x.eigentask")];
   const tokens = ["--tokenizer", join(folder, "tokenizer.json")];
-  t.match(await run(...learn, ...tokens), { code: 1, err: /candidates: none, so it may be another model.*--names MODULE=WEIGHT/ });
+  t.match(await run(...learn, ...tokens), {
+    code: 1,
+    err: /candidates: none \(another model\?\).*--names MODULE=WEIGHT/,
+  });
   const distill = [
     "distill",
     bert,
@@ -261,5 +264,8 @@ t.test("the other commands have the options that their messages name", async (t)
     "-o",
     join(folder, "d.eigen"),
   ];
-  t.match(await run(...distill, ...tokens), { code: 1, err: /candidates: none, so it may be another model.*--names MODULE=WEIGHT/ });
+  t.match(await run(...distill, ...tokens), {
+    code: 1,
+    err: /candidates: none \(another model\?\).*--names MODULE=WEIGHT/,
+  });
 });

@@ -24,7 +24,7 @@ export function findWeight(names: NameMatcher, module: string, byHand?: Readonly
   if ("name" in found) return found.name;
   throw new BaseMismatchError(
     `the adapted module "${module}" ${found.ambiguous ? "matches several weights" : "is not"} in the base; ` +
-      `candidates: ${found.candidates.join(", ") || "none, so it may be another model"}. If the names differ, map them with the option \`names\``,
+      `candidates: ${found.candidates.join(", ") || "none (another model?)"}. If the names differ, map them with the option \`names\``,
     { module, candidates: found.candidates },
   );
 }
