@@ -31,7 +31,7 @@ const commands = list
 t.test("a short list, and help of each command that fits 80 columns", async (t) => {
   t.same(
     commands.sort(),
-    "add assemble attach bench compact distill export fold help inspect keygen learn merge pack project remove shard sign verify".split(
+    "add assemble attach bench check compact distill export fold help inspect keygen learn merge pack project remove shard sign verify".split(
       " ",
     ),
   );

@@ -24,7 +24,7 @@ export function findWeight(names: NameMatcher, module: string, byHand?: Readonly
   if ("name" in found) return found.name;
   throw new BaseMismatchError(
     `the adapted module "${module}" ${found.ambiguous ? "matches several weights" : "is not"} in the base; ` +
-      `candidates: ${found.candidates.join(", ") || "none"}. If the names differ, map them with the option \`names\``,
+      `candidates: ${found.candidates.join(", ") || "none (another model?)"}. If the names differ, map them with the option \`names\``,
     { module, candidates: found.candidates },
   );
 }
@@ -39,7 +39,7 @@ export function shapeMismatch(
 ): BaseMismatchError {
   return new BaseMismatchError(
     `the adapted module "${module.name}" is [out ${module.out}, in ${module.in}], but the base's "${weight}" is ` +
-      `[${found.join(", ")}]${transposed ? " (stored as [in, out])" : ""}: the adapters are of another model`,
+      `[${found.join(", ")}]${transposed ? " (stored as [in, out])" : ""}: it is of another model`,
     { module: module.name, expected, found },
   );
 }
@@ -54,8 +54,8 @@ export function refuseShared(modules: readonly Pick<PackModule, "name">[], weigh
     const module = modules[i]!.name;
     const other = owners.get(weight);
     if (other !== undefined) {
-      const message = `the modules "${other}" and "${module}" both match the weight "${weight}"`;
-      throw new BaseMismatchError(`${message}; map one with the option \`names\``, { module, candidates: [weight] });
+      const message = `the modules "${other}" and "${module}" both match the weight "${weight}"; map them with the option \`names\``;
+      throw new BaseMismatchError(message, { module, candidates: [weight] });
     }
     owners.set(weight, module);
   }

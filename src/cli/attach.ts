@@ -18,7 +18,8 @@ import { type SafetensorsEntry, writeSafetensors } from "../tensor/safetensors-w
 import { type Attach, command } from "./command.ts";
 import { copyAll, placesOf } from "./external.ts";
 import { makeFolder, writeTogether } from "./files.ts";
-import { byDefault, choice, force, list, match, output, refuseUnknown, UsageError } from "./options.ts";
+import { match, refuseUnknown } from "./matching.ts";
+import { byDefault, choice, force, list, output, UsageError } from "./options.ts";
 import { bytes, type Output } from "./output.ts";
 import { checkTarget } from "./target.ts";
 
@@ -52,7 +53,11 @@ export const attach: Attach = command({
     checkTarget(target, { force, inputs: [modelPath, packPath] });
     checkTarget(baseFile(target), { force, output: target });
     const pack = await run.pack(packPath);
-    refuseUnknown(options.names, pack);
+    refuseUnknown(
+      options.names,
+      pack.modules.map(({ name }) => name),
+      packPath,
+    );
     const file = run.closing(await readModel(modelPath));
     const places = await placesOf(file, modelPath, target, [baseFile(target)], [tasksFolder(target)]);
     const bases = (await pack.bases()).bytes;

@@ -1,7 +1,9 @@
 /**
  * How a command is declared: its arguments, its options and what it does, in one place. main.ts attaches it to the program.
  */
+import { EigenLoraError } from "../errors.ts";
 import { type Command, Option } from "./commander.ts";
+import { inFlags } from "./matching.ts";
 import { flagOf, type OptionSpec, type Options, UsageError, type Values } from "./options.ts";
 import type { Output } from "./output.ts";
 import { Run } from "./run.ts";
@@ -45,6 +47,10 @@ export function command<A extends readonly string[], O extends Options>(declared
       try {
         // The parser has seen to it that there are as many arguments as `usage` says.
         result = await declared.run(made.args as string[] & A, valuesOf(options, made.opts()), run, out);
+      } catch (error) {
+        // The library speaks of its own options.
+        if (error instanceof EigenLoraError) error.message = inFlags(error.message, options);
+        throw error;
       } finally {
         await run.close();
       }

@@ -19,8 +19,9 @@ import { type Attach, command, type Result } from "./command.ts";
 import { readLines } from "./examples.ts";
 import { jsonFile, makeFolder, readJson, writeWhole } from "./files.ts";
 import { realTarget } from "./lock.ts";
+import { match } from "./matching.ts";
 import { openTrainable, tokenizer, tokens } from "./model.ts";
-import { as, byDefault, force, from, group, key, match, number, output, required, text, toggle } from "./options.ts";
+import { as, byDefault, force, from, group, key, number, output, required, text, toggle } from "./options.ts";
 import { bytes, resources, table } from "./output.ts";
 import type { Run } from "./run.ts";
 import { signerOf, warnUnsigned } from "./signer.ts";
@@ -64,7 +65,8 @@ export const distill: Attach = command({
     await addMissing(pack, adapters);
     const { session, encode } = await openTrainable("distill", model, pack, options, run);
     const modelBytes = (await stat(model)).size;
-    const settings = { model: resolve(model), modelBytes, steps, batch, tokens, texts };
+    const matching = { names: [...options.names], ignore: options.ignore };
+    const settings = { model: resolve(model), modelBytes, steps, batch, tokens, texts, ...matching };
     const finished = `${file}.partial`;
     // Two runs of one target would do the same work, and the first to end would remove what the second has finished.
     await run.lock(finished);

@@ -5,7 +5,8 @@ import { createRuntime } from "../runtime/create.ts";
 import { openSafetensors } from "../tensor/safetensors.ts";
 import { type SafetensorsEntry, writeSafetensors } from "../tensor/safetensors-writer.ts";
 import { type Attach, command } from "./command.ts";
-import { force, match, output, refuseUnknown, required, task, text } from "./options.ts";
+import { match, refuseUnknown } from "./matching.ts";
+import { force, output, required, task, text } from "./options.ts";
 import { bytes } from "./output.ts";
 
 const DTYPES = { f32: "F32", f16: "F16", bf16: "BF16" } as const;
@@ -23,9 +24,13 @@ export const fold: Attach = command({
   async run([path]: [string], { output: file, force, task, base: basePath, ...options }, run) {
     const target = await run.target(file, { force, inputs: [path, basePath] });
     const pack = await run.pack(path);
-    refuseUnknown(options.names, pack);
+    refuseUnknown(
+      options.names,
+      pack.modules.map(({ name }) => name),
+      path,
+    );
     const base = await openSafetensors(run.closing(await openSource(basePath)));
-    const runtime = run.closing(await createRuntime(pack, { base: safetensorsHost(base), webgpu: false, ...options }));
+    const runtime = run.closing(await createRuntime(pack, { ...options, base: safetensorsHost(base), webgpu: false }));
     const { modules, added } = await runtime.switchTask(task);
     const folded = runtime.changes();
     const entries: SafetensorsEntry[] = [];

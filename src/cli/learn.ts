@@ -11,6 +11,7 @@ import type { Start } from "../train/start.ts";
 import type { TrainingStep } from "../train/trainer.ts";
 import { type Attach, command } from "./command.ts";
 import { readExamples } from "./examples.ts";
+import { match } from "./matching.ts";
 import { openTrainable, tokenizer, tokens } from "./model.ts";
 import {
   byDefault,
@@ -18,7 +19,6 @@ import {
   force,
   from,
   group,
-  match,
   number,
   type OptionSpec,
   output,

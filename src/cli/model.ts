@@ -11,7 +11,8 @@ import type { Pack } from "../pack/pack.ts";
 import type { BatchFeeds } from "../train/batch.ts";
 import type { Encode } from "../train/inputs.ts";
 import { readJson } from "./files.ts";
-import { from, number, type OptionSpec, refuseUnknown, text } from "./options.ts";
+import { refuseUnknown } from "./matching.ts";
+import { from, number, type OptionSpec, text } from "./options.ts";
 import type { Run } from "./run.ts";
 
 interface ModelOptions {
@@ -91,8 +92,12 @@ export async function openTrainable(
   run: Run,
 ): Promise<{ session: EigenSession; encode: Encode }> {
   const { names, ignore, anyBase } = options;
-  refuseUnknown(names, pack);
   const { ort, encode } = await openModel(command, model, options);
+  refuseUnknown(
+    names,
+    pack.modules.map(({ name }) => name),
+    pack.name,
+  );
   const session = await createEigenSession(ort, model, pack, { trainable: true, names, ignore, anyBase });
   run.closing(session);
   return { session, encode };

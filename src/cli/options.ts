@@ -1,9 +1,7 @@
 /**
  * Options of commands: their help and their values, checked before any file is touched; and those that several commands have.
  */
-import { nearest } from "../arguments.ts";
 import type { ComponentSelection, Gauge } from "../extract/options.ts";
-import type { Pack } from "../pack/pack.ts";
 import type { Dtypes } from "../tensor/dtypes.ts";
 import { DTYPES } from "../tensor/dtypes.ts";
 
@@ -174,31 +172,6 @@ export const centering: Maybe<"keep" | "none"> = choice(
   ["keep", "none"],
   "Store the mean of the rows, or do without. Default: keep, but none in joint mode.",
 );
-/** Of commands that put a pack on a model. */
-export const match: {
-  names: OptionSpec<ReadonlyMap<string, string>>;
-  ignore: OptionSpec<readonly string[]>;
-  anyBase: OptionSpec<boolean>;
-} = {
-  names: assignments(
-    "MODULE=WEIGHT",
-    "The model's name for a module, where it is not found. May be given again.",
-    "first",
-  ),
-  ignore: list("NAME", "Leave out a parameter or module of the tasks, as classifier. May be given again."),
-  anyBase: toggle("Accept a model whose weights differ from the pack's fingerprints."),
-};
-
-/** @throws UsageError for a name of a module that the pack does not adapt */
-export function refuseUnknown(names: ReadonlyMap<string, string>, { modules, name }: Pack): void {
-  const known = modules.map((one) => one.name);
-  const module = [...names.keys()].find((one) => !known.includes(one));
-  if (module === undefined) return;
-  const close = nearest(module, known);
-  const found = close.length > 0 ? `; the nearest are ${close.join(", ")}` : "";
-  throw new UsageError(`--names ${module}=…: ${name} adapts no such module${found}`);
-}
-
 /** Of commands that bring adapters together. */
 export const anyBase: OptionSpec<boolean> = toggle("Take adapters that name different base models.");
 const PARTS = ["basis", "coefficients", "head"];

@@ -17,6 +17,7 @@ import { inputMoments, type MomentsOptions } from "../train/moments.ts";
 import { type Attach, command } from "./command.ts";
 import { readLines } from "./examples.ts";
 import { readJson } from "./files.ts";
+import { names, refuseUnknown } from "./matching.ts";
 import { openModel, tokenizer, tokens } from "./model.ts";
 import {
   amount,
@@ -96,6 +97,7 @@ const OPTIONS = {
     normalize,
     dtype,
     base,
+    names,
   }),
   ...group("Judged by answers", {
     model: text(
@@ -136,6 +138,8 @@ export const pack: Attach = command({
     const known = scores === undefined ? undefined : readScores(await readJson(scores), scores);
     const adapters = await run.adapters(paths, options.as);
     target.refuse(adapters.flatMap(filesOf));
+    const modules = adapters.flatMap((adapter) => [...adapter.modules.keys()]);
+    refuseUnknown(options.names, modules, paths.join(", "));
     const { kept, dropped } = known
       ? partByGain(adapters, known, minGain ?? 0.02, scores!)
       : { kept: adapters, dropped: [] };
@@ -197,7 +201,7 @@ async function build(
   const mode = modeOf(options);
   const asked = options.model === undefined ? undefined : await askedOf(options, adapters);
   const moments = asked && options.calibrate ? await inputMoments(...asked) : undefined;
-  const common = { dtype, normalize, moments, anyBase, ...(await run.base(options.base)) };
+  const common = { dtype, normalize, moments, anyBase, ...(await run.base(options.base, options.names)) };
   const most = ratio === undefined ? bytes : Math.floor(sum(adapters.map(({ byteLength }) => byteLength)) / ratio);
   if (mode === "auto") {
     const judge = asked && createJudge(...asked);
@@ -219,12 +223,12 @@ async function build(
 
 /** A runtime, the model, and what it is asked. */
 async function askedOf(
-  { model, text, tokenizer, tokens }: PackOptions,
+  { model, text, tokenizer, tokens, names }: PackOptions,
   adapters: readonly Adapter[],
 ): Promise<[Engine, string, MomentsOptions & JudgeOptions]> {
   const texts = await readLines(text!);
   const { ort, encode } = await openModel("pack", model!, { tokenizer, tokens });
-  return [createEngine(ort), model!, { adapters, texts, encode }];
+  return [createEngine(ort), model!, { adapters, texts, encode, names }];
 }
 
 function nameOf({ basis, coefficients, head }: Dtypes): string {

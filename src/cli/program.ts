@@ -8,6 +8,7 @@ import { VERSION } from "../version.ts";
 import { add } from "./add.ts";
 import { attach } from "./attach.ts";
 import { bench } from "./bench.ts";
+import { check } from "./check.ts";
 import type { Result } from "./command.ts";
 import { Command, CommanderError } from "./commander.ts";
 import { compact } from "./compact.ts";
@@ -27,7 +28,7 @@ import { verify } from "./verify.ts";
 
 /** In the order of the help. */
 const COMMANDS = [
-  ...[pack, inspect, verify, add, remove, compact, distill, learn, exportTask, fold, attach],
+  ...[pack, inspect, verify, add, remove, compact, distill, learn, exportTask, fold, check, attach],
   ...[keygen, sign],
   ...[shard, merge, project, assemble, bench],
 ];

@@ -4,6 +4,7 @@
 import type { Adapter } from "../adapters/adapter.ts";
 import { readAdapters } from "../adapters/folder.ts";
 import { openHost } from "../base/open.ts";
+import { renamedHost } from "../base/renamed.ts";
 import type { BuildOptions } from "../pack/build.ts";
 import { type OpenOptions, openPack, type Pack } from "../pack/pack.ts";
 import { writeWhole } from "./files.ts";
@@ -71,9 +72,14 @@ export class Run {
     return adapters.map((adapter) => this.closing(adapter));
   }
 
-  /** The base model, where one was named. */
-  async base(path: string | undefined): Promise<Pick<BuildOptions, "base">> {
-    return path === undefined ? {} : { base: this.closing(await openHost(path)) };
+  /**
+   * The base model, where one was named.
+   * @param names its names of weights, by module name
+   */
+  async base(path: string | undefined, names: ReadonlyMap<string, string>): Promise<Pick<BuildOptions, "base">> {
+    if (path === undefined) return {};
+    const host = this.closing(await openHost(path));
+    return { base: names.size > 0 ? renamedHost(host, names) : host };
   }
 
   async close(): Promise<void> {

@@ -7,6 +7,7 @@ import { buildBasis } from "../pack/shard/basis.ts";
 import { adapterStatistics, mergeStatistics, type Statistics } from "../pack/shard/statistics.ts";
 import { openStatistics, writeStatistics } from "../pack/shard/statistics-part.ts";
 import { type Attach, command, type Result } from "./command.ts";
+import { names, refuseUnknown } from "./matching.ts";
 import {
   amount,
   anyBase,
@@ -64,7 +65,15 @@ export const merge: Attach = command({
     force,
     part: toggle("Write a part again, to be merged with others."),
     anyBase,
-    ...group("Of a basis", { ...amount, error: { ...amount.error, hidden: true }, centering, dtype, base, mode }),
+    ...group("Of a basis", {
+      ...amount,
+      error: { ...amount.error, hidden: true },
+      centering,
+      dtype,
+      base,
+      names,
+      mode,
+    }),
   },
   async run(paths, { output: file, force, part, anyBase, ...options }, run, out) {
     const [foreign] = given(options, "k", "energy", "error", "centering", "dtype", "base");
@@ -74,10 +83,11 @@ export const merge: Attach = command({
     const inputs = [...paths, options.base];
     if (part) checkTarget(file, { force: true, inputs });
     const target = part ? undefined : await run.target(file, { force, inputs });
-    const opened = await run.base(options.base);
+    const opened = await run.base(options.base, options.names);
     const parts = [];
     for (const path of paths) parts.push(run.closing(await openStatistics(path)));
     const statistics = await mergeStatistics(parts, { anyBase });
+    refuseUnknown(options.names, [...statistics.modules.keys()], paths.join(", "));
     if (!target) {
       const made = digest("merge", parts.map(({ made }) => made).sort());
       return writePart({ file, force, made }, statistics, [], out);

@@ -292,9 +292,12 @@ function placeOf(graph: Graph, node: NodeProto): Place | undefined {
   if (node.name.startsWith("/")) {
     return { path: node.name.slice(1, node.name.lastIndexOf("/")).replaceAll("/", "."), shared: 1 };
   }
-  const uses = node.opType === "MatMul" ? (graph.consumers.get(node.output[0] ?? "") ?? []) : [];
-  for (const { node: next } of uses) {
-    const bias = next.opType === "Add" ? next.input.find((value) => value !== node.output[0]) : undefined;
+  let result = /^MatMul(NBits|Integer)?$/.test(node.opType) ? node.output[0] : undefined;
+  // A Cast and a Mul by the scales come first.
+  for (let i = 0; i < 2 && node.opType === "MatMulInteger"; i++)
+    result = graph.consumers.get(result ?? "")?.[0]?.node.output[0];
+  for (const { node: next } of graph.consumers.get(result ?? "") ?? []) {
+    const bias = next.opType === "Add" ? next.input.find((value) => value !== result) : undefined;
     if (!bias?.endsWith(".bias") || !isParameterName(bias)) continue;
     return { path: bias.slice(0, -".bias".length), shared: graph.consumers.get(bias)!.length };
   }

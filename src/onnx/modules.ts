@@ -135,7 +135,8 @@ function candidatesOf(
   const own = stored(winner);
   return claims.flatMap((claim) => {
     const one = stored(claim);
-    const equal = tied && claim.evidence === winner.evidence;
+    // No vector is a matrix' rival: quantisers write the scales of its columns at the same place.
+    const equal = tied && claim.evidence === winner.evidence && (!isMatrix(own) || isMatrix(one));
     return claim !== winner && (equal || isSameMatrix(own, one)) ? [{ ...one, equal }] : [];
   });
 }

@@ -2,9 +2,12 @@
 import type { ModuleShape } from "../adapters/adapter.ts";
 import { fingerprint, weightAt } from "../base/fingerprint.ts";
 import type { WeightHost } from "../base/host.ts";
-import { Locator } from "../base/locate.ts";
+import { type Located, Locator } from "../base/locate.ts";
 
-/** 64 weights of the base for each module (SPEC.md, section 4.4). @throws BaseMismatchError when it does not have one */
+/**
+ * 64 weights of the base for each module (SPEC.md, section 4.4).
+ * @throws BaseMismatchError when it does not have one
+ */
 export async function readFingerprints(
   base: WeightHost,
   modules: Iterable<ModuleShape>,
@@ -12,11 +15,25 @@ export async function readFingerprints(
   const locator = new Locator(base);
   const prints = new Map<string, Float32Array>();
   for (const module of modules) {
-    const located = locator.locate(module);
+    const located = locate(locator, module);
     const view = await base.read(located.name);
     const bytes = (view.data as Uint8Array).subarray(view.byteOffset);
     const values = weightAt(bytes, located.dtype, module.out, module.in, located.transposed);
     prints.set(module.name, fingerprint(module.name, module.out, module.in, values));
   }
   return prints;
+}
+
+/** A host is whoever gives it: there is no option here to map names with. */
+function locate(locator: Locator, module: ModuleShape): Located {
+  try {
+    return locator.locate(module);
+  } catch (error) {
+    const { message } = error as Error;
+    (error as Error).message = message.replace(
+      "map them with the option `names`",
+      "let the base list them by the module's",
+    );
+    throw error;
+  }
 }

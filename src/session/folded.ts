@@ -62,5 +62,6 @@ export async function foldedCarrier(
 
 /** Parameters that a runtime leaves out: those that are ignored, and those that come as inputs. */
 export function parametersLeftOut({ base }: PreparedModel): string[] {
-  return [...base.ignored, ...[...base.heads.keys()].flatMap((head) => [`${head}.weight`, `${head}.bias`])];
+  const heads = [...base.heads.keys()].flatMap((head) => [`${head}.weight`, `${head}.bias`]);
+  return [...base.ignored, ...heads, ...base.biases.keys()];
 }

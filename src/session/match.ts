@@ -8,6 +8,7 @@ import { NameMatcher } from "../base/names.ts";
 import { BaseMismatchError } from "../errors.ts";
 import type { PackModule } from "../format/format.ts";
 import { Copies } from "../onnx/copies.ts";
+import type { GraftBias } from "../onnx/graft.ts";
 import { fusedNode } from "../onnx/linear.ts";
 import { findParameters, matrixShape, type OnnxParameter } from "../onnx/modules.ts";
 import type { ModelFile } from "../onnx/read.ts";
@@ -100,17 +101,9 @@ export class ModelMatcher {
     const unconfirmed: string[] = [];
     const confirmed = new Set<string>();
     for (const [i, module] of modules.entries()) {
-      const parameter = weights[i]!;
-      if (module.fingerprint === undefined || (parameter.shape.length !== 2 && parameter.dtype !== "other")) {
-        unconfirmed.push(module.name);
-        continue;
-      }
-      const { at, quantized } = await readLinearWeight(this.#file, parameter, this.#options);
-      const turned = parameter.layout === "embedding" || module.layout === "embedding";
-      const value = turned ? (o: number, n: number): number => at(n, o) : at;
-      checkFingerprint(module, parameter.name, value, bases, quantized ? SAME_QUANTIZED : SAME_FLOAT);
       const found = this.#bySuffix.get(`${module.name}.weight`);
-      if (found !== undefined) confirmed.add(inFront(`${module.name}.weight`, found));
+      if (!(await this.confirms(module, weights[i]!, bases))) unconfirmed.push(module.name);
+      else if (found !== undefined) confirmed.add(inFront(`${module.name}.weight`, found));
     }
     for (const [name, found] of this.#bySuffix) {
       if (confirmed.has(inFront(name, found))) continue;
@@ -122,6 +115,19 @@ export class ModelMatcher {
       );
     }
     return unconfirmed;
+  }
+
+  /**
+   * Whether the pack's fingerprint of a module is the weight's; false where there is none to tell.
+   * @throws BaseMismatchError when it is another model's
+   */
+  async confirms(module: PackModule, parameter: OnnxParameter, bases: Uint8Array): Promise<boolean> {
+    if (module.fingerprint === undefined || (parameter.shape.length !== 2 && parameter.dtype !== "other")) return false;
+    const { at, quantized } = await readLinearWeight(this.#file, parameter, this.#options);
+    const turned = parameter.layout === "embedding" || module.layout === "embedding";
+    const value = turned ? (o: number, n: number): number => at(n, o) : at;
+    checkFingerprint(module, parameter.name, value, bases, quantized ? SAME_QUANTIZED : SAME_FLOAT);
+    return true;
   }
 
   /** Whether the model has a parameter by this name. */
@@ -141,15 +147,39 @@ export class ModelMatcher {
     }
     throw new BaseMismatchError(
       `tasks change "${name}" (${role}), which ${found.ambiguous ? "several parameters of the model match" : "is not in the model"}; ` +
-        `candidates: ${found.candidates.join(", ") || "none"}. To use the tasks without it, pass ignore: ["${moduleOf(name)}"]`,
+        `candidates: ${found.candidates.join(", ") || "none"}. Export the model with that layer; or, to use the tasks without it, pass ignore: ["${moduleOf(name)}"]`,
       { module: name, candidates: found.candidates },
     );
+  }
+
+  /**
+   * A bias that tasks bring and the exporter has dropped, where the model has the layer's weight.
+   * @throws BaseMismatchError when that may be any of several weights
+   */
+  async dropped(name: string): Promise<GraftBias | undefined> {
+    const module = moduleOf(name);
+    const mapped = this.#options.names?.has(module);
+    const weight = `${module}.weight`;
+    const layer = mapped ? this.#weight(module).name : nameOf(this.#names.find(weight));
+    if (layer === undefined || name !== `${module}.bias`) return undefined;
+    const bias = nameOf(this.#names.find(name));
+    // By the end of a name only it may be another layer's.
+    const own = bias !== undefined && (mapped || inFront(name, bias) === inFront(weight, layer));
+    if (own && this.#parameters.get(bias)!.uses.length > 0) return undefined;
+    const { droppedBias } = await import("./dropped.ts");
+    const found = droppedBias(this.#file.model, name, await this.#copies.of(this.#parameters.get(layer)!));
+    if (found) this.#note(weight, layer);
+    return found;
   }
 
   /** Whether the user wants a parameter left out. */
   ignores(name: string): boolean {
     return isIgnored(name, this.#options.ignore);
   }
+}
+
+function nameOf(found: ReturnType<NameMatcher["find"]>): string | undefined {
+  return "name" in found ? found.name : undefined;
 }
 
 /** Whether a list of parameters and modules names this parameter. */

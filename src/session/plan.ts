@@ -15,13 +15,14 @@ import {
   type GraftModule,
   type GraftRows,
 } from "../onnx/graft.ts";
-import { biasAdd, FLOAT, FLOAT16, linearsOf, NotLinear } from "../onnx/linear.ts";
-import type { Use } from "../onnx/model.ts";
+import { biasAdd, linearsOf, NotLinear } from "../onnx/linear.ts";
 import { matrixShape, type OnnxParameter } from "../onnx/modules.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { readLinearWeight } from "../onnx/weights.ts";
 import type { Pack } from "../pack/pack.ts";
+import type { ReadOptions } from "../source.ts";
 import { type MatchOptions, ModelMatcher, moduleOf } from "./match.ts";
+import { biasOf, tableOf } from "./places.ts";
 
 /** How a task reaches the model. */
 export type Mode = "core" | "factors" | "folded";
@@ -79,6 +80,8 @@ export interface Plan {
   readonly names: ReadonlyMap<string, string>;
   /** Modules of the pack whose weights were found by their names alone: no fingerprint was held against them. */
   readonly unconfirmed: readonly string[];
+  /** Biases that the exporter has dropped and tasks bring, by the pack's names: inputs in every mode. */
+  readonly dropped: readonly string[];
   /** Mode "folded": what changes inside the weights. */
   readonly folded: readonly OnnxParameter[];
 }
@@ -96,6 +99,14 @@ interface SavedHead {
   readonly weight: string;
   readonly bias: string | undefined;
   readonly parameter: OnnxParameter;
+}
+
+/** What tasks bring that is neither a term nor a head. */
+interface Beside {
+  readonly biases: readonly GraftBias[];
+  readonly rows: readonly GraftRows[];
+  /** The model's parameters for all of it, but for biases that it lacks. */
+  readonly others: readonly OnnxParameter[];
 }
 
 /** Up to here a run in mode "core" costs 5 % more at most, beyond it more than factors do (`bench switch --live`). */
@@ -121,6 +132,8 @@ class Planner {
   /** Why a task cannot come unfolded, and why not folded. */
   readonly #notUnfolded: Obstacle[] = [];
   readonly #notFolded: Obstacle[] = [];
+  /** Biases that the exporter has dropped, by the pack's name. */
+  readonly #dropped = new Map<string, GraftBias>();
 
   constructor(file: ModelFile, pack: Pack, options: PlanOptions) {
     this.#file = file;
@@ -139,6 +152,10 @@ class Planner {
     const parameters = brought.filter(({ role }) => role !== "magnitude" && role !== "private");
     const ignored = new Set(parameters.map(({ name }) => name).filter((name) => this.#matcher.ignores(name)));
     const wanted = parameters.filter(({ name }) => !ignored.has(name));
+    for (const { name } of wanted) {
+      const bias = await this.#matcher.dropped(name);
+      if (bias) this.#dropped.set(name, bias);
+    }
     const heads = await this.#heads(wanted);
     const { biases, rows, others } = await this.#beside(wanted, heads);
     const adapted = await this.#adaptedHeads(heads, weights, scaled);
@@ -147,20 +164,24 @@ class Planner {
     const unconfirmed = await this.#matcher.check(modules, weights, bases);
 
     const names = new Map(modules.map(({ name }, i) => [name, weights[i]!.name]));
-    const found = { mode, reason, names, unconfirmed };
+    const found = { mode, reason, names, unconfirmed, dropped: [...this.#dropped.keys()] };
     // An adapted weight is folded, whatever else becomes of it: an input in its place would not know.
     const fed = mode === "folded" ? heads.filter((head) => !adapted.has(head)) : heads;
     const baseHeads = new Map<string, BaseHead>();
     for (const head of fed) baseHeads.set(head.graft.name, await this.#baseHead(head, adapted.has(head)));
     const base = { mode, ignored, heads: baseHeads };
     const graft = { modules: [], biases: [], rows: [], heads: fed.map((head) => head.graft) };
+    // No weight holds a bias that the model lacks.
+    const lacking = [...biases.map(({ name }) => name), ...[...adapted.keys()].map(({ bias = "" }) => bias)];
+    const added = mode === "folded" ? lacking.flatMap((name) => this.#dropped.get(name) ?? []) : biases;
+    const vectors = new Map<string, Float32Array>();
+    for (const { name, size } of added) vectors.set(name, await this.#vector(name, "bias", size));
     if (mode === "folded") {
       const changed = [...weights, ...others, ...[...adapted.values()].flat()];
       const folded = [...new Map(changed.map((parameter) => [parameter.name, parameter])).values()];
-      return { ...found, base: { ...base, biases: new Map(), weights: new Map() }, graft, folded };
+      const values = { ...base, biases: vectors, weights: new Map() };
+      return { ...found, base: values, graft: { ...graft, biases: added }, folded };
     }
-    const vectors = new Map<string, Float32Array>();
-    for (const { name } of biases) vectors.set(name, await this.#vector(name, "bias"));
     const matrices = new Map<string, Float32Array>();
     for (const [i, { name }] of modules.entries())
       if (scaled.has(name)) matrices.set(name, await this.#matrix(weights[i]!));
@@ -169,36 +190,33 @@ class Planner {
       const factors = !components || this.#options.reserve?.privateTerms === true || withPrivate.has(module.name);
       return { ...module, components, factors };
     });
-    const all = { ...graft, modules: filled, biases, rows };
+    const all = { ...graft, modules: filled, biases: added, rows };
     return { ...found, base: { ...base, biases: vectors, weights: matrices }, graft: all, folded: [] };
   }
 
-  /** What the tasks change beside their terms, each once. */
+  /** What the tasks change, and what room is made for. */
   async #brought(): Promise<Brought[]> {
-    const all = new Set<string>();
+    const brought = await broughtBy(this.#pack, this.#options);
     const head = this.#options.reserve?.head;
-    if (head !== undefined) {
-      all.add(`saved ${head}.weight`);
-      if (this.#matcher.has(`${head}.bias`)) all.add(`saved ${head}.bias`);
-    }
-    for (const { id, brings } of this.#pack.tasks.values()) {
-      const own = brings ?? bringsOf(await this.#pack.load(id, this.#options), this.#pack.modules);
-      for (const one of own) all.add(one);
-    }
-    return [...all].map(parseBrought);
+    if (head === undefined) return brought;
+    const reserved = [`${head}.weight`, ...(this.#matcher.has(`${head}.bias`) ? [`${head}.bias`] : [])];
+    const others = brought.filter(({ role, name }) => role !== "saved" || !reserved.includes(name));
+    return [...reserved.map((name): Brought => ({ role: "saved", name })), ...others];
   }
 
   /** What is neither a term nor a head: biases and token rows that can be added to, and all their parameters. */
-  async #beside(
-    wanted: readonly Brought[],
-    heads: readonly SavedHead[],
-  ): Promise<{ biases: GraftBias[]; rows: GraftRows[]; others: OnnxParameter[] }> {
+  async #beside(wanted: readonly Brought[], heads: readonly SavedHead[]): Promise<Beside> {
     const headNames = new Set(heads.flatMap(({ weight, bias }) => [weight, bias]));
-    const biases: GraftBias[] = [];
+    const biases = new Map<string, GraftBias>();
     const rows: GraftRows[] = [];
     const others: OnnxParameter[] = [];
     for (const { role, name } of wanted) {
       if (headNames.has(name)) continue;
+      const dropped = this.#dropped.get(name);
+      if (dropped) {
+        biases.set(name, dropped);
+        continue;
+      }
       const parameter = await this.#matcher.parameter(name, role);
       others.push(parameter);
       const quantised = parameter.dtype === "other";
@@ -206,11 +224,11 @@ class Planner {
       const bias = quantised || (role === "saved" && !name.endsWith(".bias")) ? undefined : biasOf(name, parameter);
       const table = quantised || role !== "rows" ? undefined : tableOf(name, parameter);
       const why = quantised ? "which is quantised here" : "no linear layer's head or bias";
-      if (bias) biases.push(bias);
+      if (bias) biases.set(name, bias);
       else if (table) rows.push(table);
       else this.#notUnfolded.push({ module: name, why: `tasks bring "${name}" (${role}), ${why}` });
     }
-    return { biases, rows, others };
+    return { biases: [...biases.values()], rows, others };
   }
 
   /** Saved linear layers: the weight and, where there is one, the bias behind it. */
@@ -231,7 +249,8 @@ class Planner {
         end: (bias && biasAdd(this.#file.model, linear)) || linear.node,
       }));
       // A bias that is added somewhere else would be added to the task's own.
-      if (bias && places.some(({ linear, end }) => !linear.addsBias && end === linear.node)) continue;
+      if (bias && !this.#dropped.has(bias) && places.some(({ linear, end }) => !linear.addsBias && end === linear.node))
+        continue;
       const graft = { name, in: shape[1], out: shape[0], bias: bias !== undefined, places };
       heads.push({ graft, weight, bias, parameter });
     }
@@ -260,7 +279,10 @@ class Planner {
         throw new BaseMismatchError(`${message}: pack the adapters under one name`, { module: name });
       }
       if (index < 0) continue;
-      const bias = head.bias === undefined ? [] : [await this.#matcher.parameter(head.bias, "saved")];
+      const bias =
+        head.bias === undefined || this.#dropped.has(head.bias)
+          ? []
+          : [await this.#matcher.parameter(head.bias, "saved")];
       if (bias.some(({ dtype }) => dtype === "other"))
         this.#notFolded.push({ module: name, why: `the bias of "${name}" is quantised` });
       if (scaled.has(name))
@@ -337,11 +359,12 @@ class Planner {
 
   async #baseHead({ graft, bias, parameter }: SavedHead, adapted: boolean): Promise<BaseHead> {
     const weight = transpose(await this.#matrix(parameter), graft.out, graft.in);
-    const vector = bias === undefined ? undefined : await this.#vector(bias, "saved");
+    const vector = bias === undefined ? undefined : await this.#vector(bias, "saved", graft.out);
     return { weight, bias: vector, labels: graft.out, adapted };
   }
 
-  async #vector(name: string, role: string): Promise<Float32Array> {
+  async #vector(name: string, role: string, size: number): Promise<Float32Array> {
+    if (this.#dropped.has(name)) return new Float32Array(size);
     const { readVector } = await import("../onnx/dequantize.ts");
     return readVector(this.#file, await this.#matcher.parameter(name, role), this.#options);
   }
@@ -353,19 +376,14 @@ class Planner {
   }
 }
 
-function biasOf(name: string, parameter: OnnxParameter): GraftBias | undefined {
-  const [size] = parameter.shape;
-  if (parameter.shape.length !== 1 || size === undefined) return undefined;
-  const places = parameter.uses.filter(addsLastDimension);
-  if (places.length === 0 || places.length < parameter.uses.length) return undefined;
-  return { name, size, type: typeWhereUsed(parameter), places };
-}
-
-function tableOf(name: string, parameter: OnnxParameter): GraftRows | undefined {
-  const places = parameter.uses.filter(({ node, input }) => node.opType === "Gather" && input === 0);
-  if (parameter.layout !== "embedding" || places.length === 0 || places.length < parameter.uses.length)
-    return undefined;
-  return { name, width: parameter.shape[1]!, type: typeWhereUsed(parameter), places };
+/** What the tasks of a pack change beside their terms, each once. */
+export async function broughtBy(pack: Pack, options: ReadOptions): Promise<Brought[]> {
+  const all = new Set<string>();
+  for (const { id, brings } of pack.tasks.values()) {
+    const own = brings ?? bringsOf(await pack.load(id, options), pack.modules);
+    for (const one of own) all.add(one);
+  }
+  return [...all].map(parseBrought);
 }
 
 /** [rows, columns] → [columns, rows]. */
@@ -373,16 +391,4 @@ export function transpose(values: Float32Array, rows: number, columns: number): 
   const turned = new Float32Array(rows * columns);
   for (let r = 0; r < rows; r++) for (let c = 0; c < columns; c++) turned[c * rows + r] = values[r * columns + c]!;
   return turned;
-}
-
-/** Whether a vector is added to the last dimension of what the node makes. */
-function addsLastDimension({ node, input }: Use): boolean {
-  if (node.opType === "Add") return true;
-  const at: Record<string, number> = { Gemm: 2, LayerNormalization: 2, MatMulNBits: 5 };
-  return at[node.opType] === input;
-}
-
-/** Of the values around a vector or table: its own, or f32 where it is stored as f16 behind a Cast. */
-function typeWhereUsed({ dtype, uses, initializer }: OnnxParameter): number {
-  return dtype === "f16" && uses.every(({ node, input }) => node.input[input] === initializer) ? FLOAT16 : FLOAT;
 }

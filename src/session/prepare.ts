@@ -32,6 +32,8 @@ export interface PreparedModel extends Grafted {
   readonly names: ReadonlyMap<string, string>;
   /** Modules of the pack whose weights were found by their names alone: no fingerprint was held against them. */
   readonly unconfirmed: readonly string[];
+  /** Biases that the exporter has dropped and tasks bring, by the pack's names: inputs in every mode. */
+  readonly dropped: readonly string[];
   /** Mode "folded": where the weights that tasks change lie in a file of their own, or which inputs they are. */
   readonly folded: FoldedLayout | readonly FoldedInput[] | undefined;
 }
@@ -60,6 +62,7 @@ export async function prepareModel(
     base,
     names,
     unconfirmed,
+    dropped,
     folded,
     graft: wanted,
   } = await planSession(file, pack, bases, options);
@@ -71,7 +74,7 @@ export async function prepareModel(
   const placed = mode === "folded" ? place(file.model, folded) : undefined;
   const grafted = graft(file.model, wanted, { probe: options.probeOutputs ?? true });
   return {
-    ...{ pack, mode, reason, base, names, unconfirmed, outputNames, folded: placed },
+    ...{ pack, mode, reason, base, names, unconfirmed, dropped, outputNames, folded: placed },
     inputNames: own.map(({ name }) => name),
     ...grafted,
     modules: wanted.modules.map(({ linears, ...layer }) => layer),

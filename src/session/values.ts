@@ -115,11 +115,12 @@ export class TaskEvaluator {
   /** A task that was added to the pack after the model was prepared may change more than the others. */
   #refuseUnprepared(tasks: readonly ActiveTask[]): void {
     const { mode, base, pack } = this.#model;
-    if (mode === "folded") return;
     for (const { id, blob } of tasks) {
       for (const brought of bringsOf(blob, pack.modules)) {
         const { role, name } = parseBrought(brought);
-        if (this.#ready.has(brought) || this.#ready.has(name) || base.heads.has(moduleOf(name))) continue;
+        const head = base.heads.get(moduleOf(name));
+        if (this.#ready.has(brought) || this.#ready.has(name)) continue;
+        if (head ? head.bias || !name.endsWith(".bias") : mode === "folded") continue;
         const hint = role === "private" ? " with reserve: { privateTerms: true }" : "";
         const message = `task "${id}" brings "${name}" (${role}), which no task did when this session was made; make a new one${hint}`;
         throw new BaseMismatchError(message, { module: name });

@@ -24,6 +24,8 @@ export interface JudgeOptions {
   readonly texts: readonly string[];
   /** Texts as the model's inputs, which are named, one row each: a tokenizer. */
   readonly encode: Encode;
+  /** Names of weights or of their initializers in the model, by module name, where they are not found. */
+  readonly names?: ReadonlyMap<string, string> | undefined;
   /** Texts that every task is asked, at most. Default: 64, fewer where tasks are many: 1280 texts in all, 16 a task at least. */
   readonly most?: number | undefined;
   /** Texts of a run. Default: 16. */
@@ -58,8 +60,8 @@ export interface PackJudge {
  */
 export function createJudge(engine: Engine, model: SourceInput, options: JudgeOptions): PackJudge {
   checkArgument("createJudge", engine, "an engine (createEngine(ort))", "load");
-  checkOptions("createJudge", options, ["adapters", "texts", "encode", "most", "batch", "seed", "signal"]);
-  const { adapters, encode, batch = 16, seed = 0, signal } = options;
+  checkOptions("createJudge", options, ["adapters", "texts", "encode", "names", "most", "batch", "seed", "signal"]);
+  const { adapters, encode, names, batch = 16, seed = 0, signal } = options;
   const { most = Math.min(64, Math.max(16, Math.round(1280 / adapters.length))) } = options;
   checkAdapters("createJudge: adapters", adapters);
   if (options.texts.length === 0) throw new RangeError("createJudge: no texts");
@@ -70,7 +72,7 @@ export function createJudge(engine: Engine, model: SourceInput, options: JudgeOp
   let inputs: Inputs<BatchFeeds> | undefined;
   const expected = new Map<string, Float32Array[]>();
   const byTask = async (pack: Pack): Promise<DivergenceByTask> => {
-    const asked = (session ??= await createSession(engine, model, pack, { trainable: true }));
+    const asked = (session ??= await createSession(engine, model, pack, { trainable: true, names }));
     inputs ??= createInputs(encode, asked.inputNames);
     const ask = { where: "createJudge", inputs, batch, signal };
     const found = new Map<string, number>();

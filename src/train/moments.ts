@@ -26,6 +26,8 @@ export interface MomentsOptions {
   readonly texts: readonly string[];
   /** Texts as the model's inputs, which are named, one row each: a tokenizer. */
   readonly encode: Encode;
+  /** Names of weights in the model, by module name, where they are not found. */
+  readonly names?: ReadonlyMap<string, string> | undefined;
   /** The input that tells which tokens are padding, which is left out where there is one. Default: "attention_mask". */
   readonly mask?: string | undefined;
   /** Most texts that are looked at. Default: 256. */
@@ -47,14 +49,14 @@ export async function inputMoments(
   options: MomentsOptions,
 ): Promise<Map<string, Float64Array>> {
   checkArgument("inputMoments", engine, "an engine (createEngine(ort))", "load");
-  checkOptions("inputMoments", options, ["adapters", "texts", "encode", "mask", "most", "batch"]);
-  const { adapters, texts, encode, mask = "attention_mask", most = 256, batch = 16 } = options;
+  checkOptions("inputMoments", options, ["adapters", "texts", "encode", "names", "mask", "most", "batch"]);
+  const { adapters, texts, encode, names, mask = "attention_mask", most = 256, batch = 16 } = options;
   checkAdapters("inputMoments: adapters", adapters);
   if (texts.length === 0) throw new RangeError("inputMoments: no texts");
   const file = await readModel(model);
   try {
     const main = file.model.graph.proto;
-    const entering = inputsOf(file.model, new Locator(onnxHost(file)), modulesOf(adapters));
+    const entering = inputsOf(file.model, new Locator(onnxHost(file)), modulesOf(adapters), names);
     const there = new Set([...main.output, ...main.input].map(({ name }) => name));
     // Query, key and value are made of the same.
     const sums = new Map(
@@ -93,13 +95,14 @@ function inputsOf(
   model: Parameters<typeof findParameters>[0],
   locator: Locator,
   modules: ReadonlyMap<string, AdapterModule>,
+  names: ReadonlyMap<string, string> | undefined,
 ): Map<string, { x: string; width: number }> {
   const parameters = new Map(findParameters(model).map((parameter) => [parameter.name, parameter]));
   const entering = new Map<string, { x: string; width: number }>();
   for (const [name, module] of modules) {
     const refuse = (why: string): BaseMismatchError =>
       new BaseMismatchError(`what enters "${name}" cannot be seen: ${why}`, { module: name });
-    const linears = linearsOf(model, parameters.get(locator.locate(module).name)!);
+    const linears = linearsOf(model, parameters.get(locator.locate(module, names).name)!);
     if (linears instanceof NotLinear) throw refuse(linears.reason);
     const linear = linears.find(({ graph, type }) => graph === model.graph.proto && type === FLOAT);
     if (!linear) throw refuse("it is no f32 linear layer of the main graph");

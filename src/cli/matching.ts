@@ -1,0 +1,47 @@
+/**
+ * How commands find the modules of a pack in a base or a model: the options that they share, and what the library says of its own
+ * options, in their words.
+ */
+import { nearest } from "../arguments.ts";
+import { assignments, list, type OptionSpec, type Options, toggle, UsageError } from "./options.ts";
+
+export const names: OptionSpec<ReadonlyMap<string, string>> = assignments(
+  "MODULE=WEIGHT",
+  "The model's name for a module, where it is not found. May be given again.",
+  "first",
+);
+/** Of commands that put a pack on a model. */
+export const match: {
+  names: OptionSpec<ReadonlyMap<string, string>>;
+  ignore: OptionSpec<readonly string[]>;
+  anyBase: OptionSpec<boolean>;
+} = {
+  names,
+  ignore: list("NAME", "Leave out a parameter or module of the tasks, as classifier. May be given again."),
+  anyBase: toggle("Accept a model whose weights differ from the pack's fingerprints."),
+};
+
+/** @throws UsageError for a name of no module: a typing error would map nothing without a word */
+export function refuseUnknown(names: ReadonlyMap<string, string>, known: readonly string[], file: string): void {
+  for (const module of names.keys()) {
+    if (known.includes(module)) continue;
+    const close = nearest(module, known);
+    const found = close.length > 0 ? `; the nearest are ${close.join(", ")}` : "";
+    throw new UsageError(`--names ${module}=…: ${file} adapts no such module${found}`);
+  }
+}
+
+/** What the library calls its options, and what they are here. */
+const WORDS: readonly (readonly [option: string, said: RegExp, flag: string])[] = [
+  ["names", /the option `names`/g, "--names MODULE=WEIGHT"],
+  ["names", /let the base list them by the module's/g, "map them with --names MODULE=WEIGHT"],
+  ["ignore", /pass ignore: \["([^"]*)"\]/g, "pass --ignore $1"],
+  ["anyBase", /anyBase: true/g, "--any-base"],
+];
+
+/** A message of the library in the words of a command with these options. */
+export function inFlags(message: string, options: Options): string {
+  let said = message;
+  for (const [option, theirs, flag] of WORDS) if (option in options) said = said.replaceAll(theirs, flag);
+  return said;
+}

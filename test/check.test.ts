@@ -1,0 +1,271 @@
+/**
+ * `eigenlora check`: what it says of a model and a pack is what a session does, for models that fit, in some modes or in none; and
+ * what it says to do about those that do not.
+ */
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import t from "tap";
+import { readAdapters } from "../dist/src/adapters/folder.js";
+import { openHost } from "../dist/src/base/open.js";
+import { runProgram } from "../dist/src/cli/program.js";
+import { readModel } from "../dist/src/onnx/read.js";
+import { buildPack } from "../dist/src/pack/build.js";
+import { openPack } from "../dist/src/pack/pack.js";
+import type { MatchOptions } from "../dist/src/session/match.js";
+import { type Survey, surveyModel } from "../dist/src/session/survey.js";
+import { concat, data, LOSSLESS } from "./packs.ts";
+import { MODES, NODE, open, refusal } from "./sessions.ts";
+
+const folder = mkdtempSync(join(tmpdir(), "eigenlora-check-"));
+t.teardown(() => rmSync(folder, { recursive: true, maxRetries: 5, retryDelay: 200 }));
+
+/** A pack of adapters under test/data; its path. */
+async function pack(name: string, adapters: readonly string[], base?: string): Promise<string> {
+  const read = await readAdapters(adapters.map((path) => data(path)));
+  const host = base === undefined ? undefined : await openHost(data(base));
+  const { chunks } = await buildPack(read, host ? { ...LOSSLESS, base: host } : LOSSLESS);
+  await host?.close?.();
+  for (const adapter of read) await adapter.close();
+  writeFileSync(join(folder, name), concat(chunks));
+  return join(folder, name);
+}
+
+const bert = await pack("bert.eigen", ["sessions/adapters"], "sessions/base.safetensors");
+const fresh = await pack(
+  "fresh.eigen",
+  ["exports/adapters/head", "exports/adapters/biases"],
+  "exports/base.safetensors",
+);
+const whole = ["exports/adapters/same-head", "exports/adapters/adapted-head"];
+const both = await pack("both.eigen", whole, "exports/base.safetensors");
+const norm = await pack("norm.eigen", ["sessions/adapters-more/norm"], "sessions/base.safetensors");
+const dora = await pack("dora.eigen", ["sessions/adapters-more/dora"], "sessions/base.safetensors");
+const minilm = await pack("minilm.eigen", ["adapters/own-seed/debtags-role", "adapters/own-seed/debtags-use"]);
+
+interface Case {
+  readonly model: string;
+  readonly pack: string;
+  readonly options?: MatchOptions;
+  /** Modes that work. */
+  readonly modes: readonly string[];
+  readonly mode: string | null;
+  /** What the last line says to do. */
+  readonly next: RegExp;
+}
+
+const CASES: Readonly<Record<string, Case>> = {
+  MiniLM: { model: "minilm/model_fp16.onnx", pack: minilm, modes: MODES, mode: "core", next: /createEigenSession/ },
+  "torch's default export": {
+    ...{ model: "exports/classifier.onnx", pack: fresh, modes: MODES, mode: "core" },
+    next: /createEigenSession/,
+  },
+  quantised: { model: "sessions/q4.onnx", pack: bert, modes: ["core", "factors"], mode: "core", next: /createEigen/ },
+  "folded only": {
+    ...{ model: "sessions/torchscript.onnx", pack: norm, modes: ["folded"], mode: "folded" },
+    next: /createEigenSession/,
+  },
+  "quantised, and DoRA": {
+    ...{ model: "sessions/q4.onnx", pack: dora, modes: [], mode: null },
+    next: /pass a float export/,
+  },
+  "another architecture": {
+    ...{ model: "sessions/gemm.onnx", pack: bert, modes: [], mode: null },
+    next: /the architecture that the adapters were trained on/,
+  },
+  "another model": {
+    ...{ model: "sessions/tied.onnx", pack: bert, modes: [], mode: null },
+    next: /export the base that the adapters were trained on.*--any-base/,
+  },
+  "no head": { model: "sessions/encoder.onnx", pack: bert, modes: [], mode: null, next: /--ignore classifier/ },
+  "no head, left out": {
+    ...{ model: "sessions/encoder.onnx", pack: bert, options: { ignore: ["classifier"] }, modes: MODES, mode: "core" },
+    next: /\{ ignore: \["classifier"\] \}/,
+  },
+  fused: {
+    ...{ model: "sessions/fused.onnx", pack: bert, modes: [], mode: null },
+    next: /without onnxruntime's transformer optimiser/,
+  },
+  "a wrong name by hand": {
+    ...{ model: "sessions/torchscript.onnx", pack: bert, modes: [], mode: null },
+    options: { names: new Map([["bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.0.query.weight"]]) },
+    next: /--names bert\.encoder\.layer\.0\.attention\.self\.query=/,
+  },
+};
+
+async function surveyOf({ model, pack, options = {} }: Case): Promise<Survey> {
+  const opened = await openPack(pack);
+  const survey = await surveyModel(() => readModel(data(model)), opened, options);
+  await opened.close();
+  return survey;
+}
+
+t.test("check and createEigenSession agree", async (t) => {
+  for (const [what, one] of Object.entries(CASES)) {
+    const survey = await surveyOf(one);
+    t.same([survey.mode, MODES.filter((mode) => survey.modes[mode].works)], [one.mode, one.modes], what);
+    for (const mode of ["auto", ...MODES] as const) {
+      const opened = await openPack(one.pack);
+      const create = () => open(NODE, data(one.model), opened, { ...one.options, mode });
+      const found = mode === "auto" ? { works: survey.mode !== null, why: survey.reason } : survey.modes[mode];
+      if (!found.works) {
+        t.equal((await refusal(create)).message, found.why, `${what}, ${mode}: refused in the same words`);
+        await opened.close();
+        continue;
+      }
+      const session = await create();
+      if (mode === "auto") t.same([session.mode, session.reason], [survey.mode, survey.reason], what);
+      else {
+        const cost = survey.modes[mode];
+        const [largest] = [...opened.tasks.values()].sort((a, b) => b.bytes - a.bytes);
+        const { bytesFed } = await session.switchTask(largest!.id);
+        t.equal(bytesFed, cost.fedBytes + cost.writtenBytes, `${what}, ${mode}: bytes of a switch`);
+        t.equal(opened.residentBytes.coefficients >= survey.largestTask, true, "coefficients of the largest task");
+        if (mode === "core") t.equal(session.memory().basis, cost.componentBytes, `${what}: bytes of components`);
+      }
+      const unconfirmed = survey.modules.filter(({ confirmed }) => confirmed !== true).map(({ module }) => module);
+      t.same(session.unconfirmed, unconfirmed, `${what}, ${mode}: the same are confirmed`);
+      await session.close();
+      await opened.close();
+    }
+  }
+});
+
+t.test("every module is told, though some are missing", async (t) => {
+  const survey = await surveyOf(CASES["fused"]!);
+  t.same(
+    survey.modules.map(({ weight, why }) => [weight, /fused already/.test(why ?? "")]),
+    survey.modules.map(() => [null, true]),
+  );
+  t.equal(survey.fused, "Attention");
+  const { modules, parameters } = await surveyOf(CASES["torch's default export"]!);
+  t.match(modules[0], { initializer: "val_83", nodes: ["node_MatMul_82"], type: "f32", confirmed: true, why: null });
+  t.same(
+    parameters.filter(({ dropped }) => dropped).map(({ name, becomes }) => [name, becomes]),
+    [
+      ["bert.pooler.dense.bias", "input"],
+      ["classifier.bias", "input"],
+    ],
+  );
+});
+
+/** Runs a command line in this process. */
+async function run(...args: string[]): Promise<{ code: number; out: string; err: string }> {
+  let [out, err] = ["", ""];
+  const code = await runProgram(args, { write: (text) => (out += text) }, { write: (text) => (err += text) });
+  return { code, out, err };
+}
+
+t.test("the command: exit code, verdict, next step", async (t) => {
+  for (const [what, { model, pack, options = {}, mode, next }] of Object.entries(CASES)) {
+    const flags = [
+      ...[...(options.names ?? [])].flatMap(([module, weight]) => ["--names", `${module}=${weight}`]),
+      ...(options.ignore ?? []).flatMap((name) => ["--ignore", name]),
+    ];
+    const { code, out, err } = await run("check", data(model), pack, "--files-only", ...flags);
+    t.same([code, err], [mode === null ? 1 : 0, ""], what);
+    const [verdict, advice] = out.trimEnd().split("\n").slice(-2);
+    t.match(verdict, mode === null ? /^It does not work: / : `It works, in mode "${mode}" (`, what);
+    t.match(advice, next, what);
+    t.notMatch(out, /option `names`|anyBase: true,|pass ignore: |undefined|NaN/, `${what}: in flags`);
+  }
+});
+
+t.test("with onnxruntime-node it makes a session and runs it", async (t) => {
+  const { code, out } = await run("check", data("exports/classifier.onnx"), fresh);
+  t.equal(code, 0);
+  t.match(out, /parity probe passed/);
+  t.match(out, /one task per row: yes/);
+  t.match(out, /learning: yes/);
+  const asked = async (model: string, pack: string) =>
+    JSON.parse((await run("check", data(model), pack, "--json")).out) as Survey & Record<string, any>;
+  const json = await asked("exports/classifier.onnx", both);
+  t.match(json, {
+    works: true,
+    mode: "core",
+    run: { session: { works: true }, probe: "passed", rows: { works: true } },
+  });
+  t.match(json["run"].learning, { works: false, says: /whole and others adapt it.*--ignore classifier/ });
+  t.match(json.learning, { works: false });
+  t.match((await asked("sessions/q4.onnx", bert))["run"].learning, { works: false, says: /pass a float export/ });
+  t.match((await asked("sessions/torchscript.onnx", norm))["run"].rows, { works: false, says: /one task at a time/ });
+  t.match(await asked("sessions/gemm.onnx", bert), { works: false, mode: null, run: null });
+});
+
+t.test("what cannot be checked is an error", async (t) => {
+  const { code, err } = await run("check", join(folder, "bert.eigen"), bert);
+  t.equal(code, 1);
+  t.match(err, /no ONNX model/);
+  t.match(await run("check", data("sessions/gemm.onnx"), join(folder, "missing.eigen")), {
+    code: 1,
+    err: /missing\.eigen/,
+  });
+  const typing = await run("check", data("sessions/gemm.onnx"), bert, "--names", "bert.encodr=x");
+  t.match(typing, { code: 2, err: /--names bert\.encodr=…: .* adapts no such module/ });
+});
+
+t.test("the other commands have the options that their messages name", async (t) => {
+  const mlp = data("sessions/base-mlp.safetensors");
+  const adapters = data("sessions/adapters");
+  const target = join(folder, "out.eigen");
+  const packed = await run("pack", adapters, "-o", target, "--base", mlp);
+  t.match(packed, { code: 1, err: /candidates: none \(another model\?\).*map them with --names MODULE=WEIGHT/ });
+  const other = await run("fold", bert, "-o", join(folder, "o.safetensors"), "--task", "two", "--base", mlp);
+  t.match(other, { code: 1, err: /candidates: none \(another model\?\).*--names MODULE=WEIGHT/ });
+  const base = data("sessions/base-tied.safetensors");
+  const tied = ["fold", bert, "-o", join(folder, "o.safetensors"), "--task", "two", "--base", base];
+  t.match(await run(...tied), { code: 1, err: /fingerprints correlate.*pass --any-base/ });
+  t.match(await run(...tied, "--any-base"), { code: 0 });
+
+  // A base with a name of its own, as a stranger's checkpoint has it.
+  const QUERY = "bert.encoder.layer.0.attention.self.query";
+  const file = readFileSync(data("sessions/base.safetensors"));
+  const header = 8 + Number(file.readBigUInt64LE(0));
+  const renamed = file
+    .toString("utf8", 8, header)
+    .replace(`"${QUERY}.weight"`, '"stranger"')
+    .padEnd(header - 8);
+  const stranger = join(folder, "stranger.safetensors");
+  writeFileSync(stranger, Buffer.concat([file.subarray(0, 8), Buffer.from(renamed), file.subarray(header)]));
+  const onIt = ["pack", adapters, "-o", target, "--base", stranger];
+  t.match(await run(...onIt), { code: 1, err: /query" is not in the base.*--names MODULE=WEIGHT/ });
+  t.match(await run(...onIt, "--names", `${QUERY}=nowhere`), { code: 1, err: /the base has no "nowhere"/ });
+  t.match(await run(...onIt, "--names", `${QUERY}=stranger`), { code: 0 });
+  const opened = await openPack(target);
+  t.ok(opened.modules.every(({ fingerprint }) => fingerprint !== undefined));
+  await opened.close();
+  const onto = ["fold", target, "-o", join(folder, "o.safetensors"), "--task", "two", "--base", stranger];
+  t.match(await run(...onto, "--names", `${QUERY}=stranger`), { code: 0 });
+  const survey = await surveyOf({ ...CASES["quantised"]!, model: "sessions/torchscript.onnx", pack: target });
+  t.ok(
+    survey.modules.every(({ confirmed }) => confirmed === true),
+    "and the fingerprints are the model's",
+  );
+  const unknown = await run("pack", adapters, "-o", target, "--base", mlp, "--names", "bert.nothing=x");
+  t.match(unknown, { code: 2, err: /--names bert\.nothing=…: .* adapts no such module/ });
+
+  const lines = join(folder, "lines.tsv");
+  writeFileSync(lines, "one\ta\ntwo\tb\n");
+  writeFileSync(join(folder, "tokenizer.json"), readFileSync(data("minilm/tokenizer.json")));
+  const learn = ["learn", bert, lines, "--model", data("sessions/gemm.onnx"), "-o", join(folder, "x.eigentask")];
+  const tokens = ["--tokenizer", join(folder, "tokenizer.json")];
+  t.match(await run(...learn, ...tokens), {
+    code: 1,
+    err: /candidates: none \(another model\?\).*--names MODULE=WEIGHT/,
+  });
+  const distill = [
+    "distill",
+    bert,
+    adapters,
+    "--model",
+    data("sessions/gemm.onnx"),
+    "--text",
+    lines,
+    "-o",
+    join(folder, "d.eigen"),
+  ];
+  t.match(await run(...distill, ...tokens), {
+    code: 1,
+    err: /candidates: none \(another model\?\).*--names MODULE=WEIGHT/,
+  });
+});

@@ -1,0 +1,323 @@
+/**
+ * Biases that an exporter has dropped because they were zero: tasks bring them back, in every mode, on every kind of layer, and
+ * through `attach`. A real export of torch against PEFT (test/data/exports), and the models of test/data/sessions with the
+ * classifier's bias taken out.
+ */
+import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { InferenceSession } from "onnxruntime-node";
+import t, { type Test } from "tap";
+import { readAdapters } from "../dist/src/adapters/folder.js";
+import { openHost } from "../dist/src/base/open.js";
+import { runProgram } from "../dist/src/cli/program.js";
+import { encodeTaskFile } from "../dist/src/format/encode.js";
+import { parseTask } from "../dist/src/format/task.js";
+import { parseTaskFile } from "../dist/src/format/task-file.js";
+import { parseModel } from "../dist/src/onnx/model.js";
+import { findParameters } from "../dist/src/onnx/modules.js";
+import type { GraphProto, ModelProto, NodeProto } from "../dist/src/onnx/onnx_pb.js";
+import { create, fromBinary, ModelProtoSchema, NodeProtoSchema, toBinary } from "../dist/src/onnx/protobuf.js";
+import { openSource } from "../dist/src/open-source.js";
+import { buildPack } from "../dist/src/pack/build.js";
+import { openPack } from "../dist/src/pack/pack.js";
+import { projectAdapters } from "../dist/src/pack/project.js";
+import { openSafetensors } from "../dist/src/tensor/safetensors.js";
+import { createTrainer } from "../dist/src/train/learn.js";
+import { concat, data, LOSSLESS } from "./packs.ts";
+import * as sessions from "./sessions.ts";
+import { difference, type Feeds, MODES, NODE, ORTS, open, outputOf, refusal } from "./sessions.ts";
+
+const TOLERANCE = 1e-5;
+const F32 = { basis: "f32", coefficients: "f32", head: "f32" } as const;
+const path = (name: string): string => data(`exports/${name}`);
+const goldens = JSON.parse(readFileSync(path("goldens.json"), "utf8")) as {
+  feeds: Record<string, number[][]>;
+  outputs: Record<string, Record<string, number[][]>>;
+};
+const ints = ({ Tensor }: Pick<sessions.Ort, "Tensor">): Feeds =>
+  Object.fromEntries(
+    Object.entries(goldens.feeds).map(([name, rows]) => {
+      return [name, new Tensor("int64", BigInt64Array.from(rows.flat(), BigInt), [rows.length, rows[0]!.length])];
+    }),
+  );
+const answer = (file: string, task: string | null): number[] => goldens.outputs[file]![task ?? "base"]!.flat();
+
+/** Bytes of a pack that keeps its adapters whole. */
+async function packed(...adapters: string[]): Promise<Uint8Array<ArrayBuffer>> {
+  const read = await readAdapters(adapters.map((name) => path(`adapters/${name}`)));
+  const base = await openHost(path("base.safetensors"));
+  const { chunks } = await buildPack(read, { ...LOSSLESS, base });
+  await base.close?.();
+  for (const adapter of read) await adapter.close();
+  return concat(chunks);
+}
+
+/** By what they bring: heads with a bias; all biases; a bias beside a LoRA; DoRA before one; a head that others adapt. */
+const SETS = [
+  ["head", "biases", "lora-bias", "dora"],
+  ["same-head", "adapted-head"],
+  ["biases", "lora-bias"],
+] as const;
+
+async function agrees(
+  t: Test,
+  ort: sessions.Ort,
+  file: string,
+  tasks: readonly string[],
+  mode: sessions.Mode,
+): Promise<void> {
+  const pack = await openPack(await packed(...tasks));
+  const session = await open(ort, path(`${file}.onnx`), pack, { mode });
+  t.equal(session.mode, mode);
+  let worst = 0;
+  let base: number[] | undefined;
+  for (const task of [null, ...tasks, null]) {
+    await session.switchTask(task);
+    const found = await outputOf(session, ints(ort));
+    worst = Math.max(worst, difference(found, answer(file, task)));
+    if (task === null) t.same([...found], (base ??= [...found]), "the base comes back bit for bit");
+  }
+  t.ok(worst <= TOLERANCE, `${file}, ${tasks.join(", ")}, ${mode}: off by ${worst}`);
+  await session.close();
+}
+
+t.test("torch's default export of a fresh classifier, against PEFT", async (t) => {
+  const gemms = fromBinary(ModelProtoSchema, readFileSync(path("classifier.onnx"))).graph!.node.filter(
+    ({ opType }) => opType === "Gemm",
+  );
+  t.same(
+    gemms.map(({ input }) => input.length),
+    [2, 2],
+    "the exporter has dropped the biases of pooler and classifier",
+  );
+  for (const tasks of SETS) for (const mode of MODES) await agrees(t, NODE, "classifier", tasks, mode);
+  await agrees(t, ORTS[1]!.ort, "classifier", SETS[0], "core");
+});
+
+t.test("the same quantised, and without Add", async (t) => {
+  for (const tasks of SETS.slice(1)) {
+    for (const mode of ["core", "factors"] as const) await agrees(t, NODE, "quantised", tasks, mode);
+    const pack = await openPack(await packed(...tasks));
+    const error = await refusal(() => open(NODE, path("quantised.onnx"), pack, { mode: "folded" }));
+    t.match(error.message, /quantised.*use mode "core" or "factors"/);
+  }
+});
+
+t.test("int8 by columns, its nodes named as docs/export.md names them", async (t) => {
+  const tasks = SETS[2];
+  const pack = await openPack(await packed(...tasks));
+  const plain = await InferenceSession.create(path("int8.onnx"), { logSeverityLevel: 3 });
+  const base = (await plain.run(ints(NODE)))["logits"]!.data as Float32Array;
+  await plain.release();
+  const found: Float32Array[] = [];
+  for (const mode of ["core", "factors"] as const) {
+    const session = await open(NODE, path("int8.onnx"), pack, { mode });
+    t.same(session.unconfirmed, [], "the scales of columns are not taken for weights");
+    await session.switchTask(null);
+    t.ok(difference(await outputOf(session, ints(NODE)), base) < 0.05, "the base is the model's own, but for its head");
+    for (const task of tasks) {
+      await session.switchTask(task);
+      found.push(await outputOf(session, ints(NODE)));
+      const off = difference(found.at(-1)!, answer("classifier", task));
+      t.ok(off < 0.2, `${task}, ${mode}: off by ${off} from the float model`);
+    }
+    await session.close();
+  }
+  t.ok(
+    difference(found[0]!, found[2]!) <= TOLERANCE && difference(found[1]!, found[3]!) <= TOLERANCE,
+    "as in both modes",
+  );
+});
+
+t.test("one task a row, and a blend", async (t) => {
+  const pack = await openPack(await packed("biases", "head"));
+  const session = await open(NODE, path("classifier.onnx"), pack);
+  const results = await session.run(ints(NODE), { tasks: ["head", "biases"] });
+  const logits = results["logits"]!.data as Float32Array;
+  t.same(results.validColumns?.get("classifier"), [3, 2]);
+  t.ok(difference(logits.subarray(0, 3), answer("classifier", "head").slice(0, 3)) <= TOLERANCE);
+  t.ok(difference(logits.subarray(3, 5), answer("classifier", "biases").slice(2)) <= TOLERANCE);
+  const folded = await open(NODE, path("classifier.onnx"), pack, { mode: "folded" });
+  const blended: Float32Array[] = [];
+  for (const one of [session, folded]) {
+    await one.switchTask({ biases: 0.5, head: 0.5 }, { head: "head" });
+    blended.push(await outputOf(one, ints(NODE)));
+    await one.close();
+  }
+  t.ok(difference(blended[0]!, [...blended[1]!]) <= TOLERANCE, "is the same in both modes");
+});
+
+t.test("a task that comes later with a bias that no input carries is refused", async (t) => {
+  // An adapter of the base whose head has no bias: the same, but for that.
+  const [adapter] = await readAdapters([path("adapters/head")]);
+  const bare = { ...adapter!, id: "bare", saved: adapter!.saved.filter(({ name }) => name !== "classifier.bias") };
+  const { chunks } = await buildPack([bare], LOSSLESS);
+  const pack = await openPack(concat(chunks));
+  const [{ entry, blob }] = (await projectAdapters(pack, [adapter!], F32)) as [
+    Awaited<ReturnType<typeof projectAdapters>>[0],
+  ];
+  for (const mode of MODES) {
+    const session = await open(NODE, path("classifier.onnx"), pack, { mode });
+    if (!pack.tasks.has("head")) await session.addTask("head", encodeTaskFile(entry, pack.basisId, blob));
+    const { message } = await refusal(() => session.switchTask("head"));
+    t.match(message, /brings "classifier.bias" \(saved\), which no task did when this session was made/, mode);
+    await session.close();
+    pack.removeTask("head");
+  }
+  await adapter!.close();
+});
+
+/** The model without the classifier's bias, as an optimiser leaves it that drops zeros. */
+function withoutBias(bytes: Uint8Array, name: string): Uint8Array {
+  const model = parseModel(bytes, name);
+  const { graph, proto } = model;
+  const bias = findParameters(model).find((one) => one.name === "classifier.bias")!;
+  for (const { node, input } of bias.uses) {
+    if (node.opType === "Gemm") node.input.length = 2;
+    else {
+      const product = graph.producers.get(node.input[1 - input]!)!;
+      const main = proto.graph as GraphProto;
+      main.node = main.node.filter((one) => one !== node);
+      product.output[0] = node.output[0]!;
+    }
+  }
+  return toBinary(ModelProtoSchema, proto as ModelProto);
+}
+
+t.test("every kind of export, once its classifier has no bias", async (t) => {
+  for (const [name, answers] of Object.entries(sessions.GOLDENS.models)) {
+    if (["encoder", "fused", "external"].includes(name)) continue;
+    const bytes = withoutBias(sessions.modelBytes(name), name);
+    const feeds = sessions.feeds(NODE, await inputsOf(bytes));
+    const plain = await InferenceSession.create(bytes, { logSeverityLevel: 3 });
+    const { logits } = await plain.run(feeds);
+    await plain.release();
+    const [tolerance, integers] = [name === "half" ? 5e-3 : 1e-5, ["int8", "qdq"].includes(name)];
+    // The layer alone differs from export to export: one mode for all, and folded for a Gemm, a MatMul and what is in branches.
+    for (const mode of ["core", "folded"] as const) {
+      if (mode === "folded" && !["half", "transposed", "branches"].includes(name)) continue;
+      const pack = await sessions.packFor(answers);
+      const session = await open(NODE, bytes, pack, { mode });
+      await session.switchTask(null);
+      const base = difference(await outputOf(session, feeds), logits!.data as Float32Array);
+      t.ok(base <= (integers ? 1e-2 : tolerance), `${name}, ${mode}: the base is off by ${base}`);
+      for (const task of [...pack.tasks.keys()].slice(0, 2)) {
+        await session.switchTask(task);
+        const off = difference(await outputOf(session, feeds), sessions.golden(answers, task));
+        t.ok(off <= tolerance, `${name}, ${mode}, ${task}: off by ${off}`);
+      }
+      await session.close();
+    }
+  }
+});
+
+async function inputsOf(bytes: Uint8Array): Promise<{ inputNames: readonly string[] }> {
+  const session = await InferenceSession.create(bytes, { logSeverityLevel: 3 });
+  const inputNames = [...session.inputNames];
+  await session.release();
+  return { inputNames };
+}
+
+t.test("a bias that is there by another name is not added once more", async (t) => {
+  const pack = await openPack(await packed("head"));
+  const broken = (change: (gemm: NodeProto, graph: GraphProto) => void): Uint8Array => {
+    const proto = fromBinary(ModelProtoSchema, readFileSync(path("classifier.onnx")));
+    const graph = proto.graph!;
+    const gemm = graph.node.find(({ input }) => input[1] === "classifier.weight")!;
+    gemm.metadataProps = [];
+    const bias = graph.initializer.find(({ name }) => name === "bert.embeddings.LayerNorm.bias")!;
+    graph.initializer.push({ ...bias, name: "b", dims: [4n], rawData: bias.rawData.slice(0, 16) });
+    change(gemm, graph);
+    return toBinary(ModelProtoSchema, proto);
+  };
+  const behind = (opType: string, input: string[], output: string, domain = ""): NodeProto =>
+    create(NodeProtoSchema, { opType, name: `/${output}`, input, output: [output], domain });
+  const ways: Record<string, (gemm: NodeProto, graph: GraphProto) => void> = {
+    "as the Gemm's own": (gemm) => gemm.input.push("b"),
+    "behind a Reshape and a Cast": (gemm, graph) => {
+      const [result] = gemm.output.splice(0, 1, "y0") as [string];
+      const nodes = [behind("Identity", ["y0"], "y1"), behind("Squeeze", ["y1"], "y2")];
+      graph.node.push(...nodes, behind("Add", ["y2", "b"], result));
+    },
+    "in front of the sum": (gemm, graph) => {
+      const [result] = gemm.output.splice(0, 1, "y0") as [string];
+      graph.node.push(behind("Identity", ["b"], "b1"), behind("Add", ["b1", "y0"], result));
+    },
+    "in a fused operator": (gemm, graph) => {
+      const [result] = gemm.output.splice(0, 1, "y0") as [string];
+      graph.node.push(behind("BiasGelu", ["y0", "b"], result, "com.microsoft"));
+    },
+  };
+  for (const [what, change] of Object.entries(ways)) {
+    for (const mode of MODES) {
+      const { message } = await refusal(() => open(NODE, broken(change), pack, { mode }));
+      t.match(message, /tasks change "classifier.bias" \(saved\), which is not in the model/, `${what}, ${mode}`);
+    }
+  }
+  const fits = await open(
+    NODE,
+    broken(() => undefined),
+    pack,
+  );
+  await fits.close();
+});
+
+t.test("learned on such a model, a task has the bias too", async (t) => {
+  const pack = await openPack(await packed("head"));
+  const session = await open(NODE, path("classifier.onnx"), pack, { trainable: true });
+  const encode = (texts: string[]): Feeds => {
+    const rows = texts.map((text) => [2, 4 + text.length, 3]);
+    const tensor = (values: number[][]) =>
+      new NODE.Tensor("int64", BigInt64Array.from(values.flat(), BigInt), [values.length, 3]);
+    return {
+      input_ids: tensor(rows),
+      attention_mask: tensor(rows.map(() => [1, 1, 1])),
+      token_type_ids: tensor(rows.map(() => [0, 0, 0])),
+    };
+  };
+  const trainer = await createTrainer(session, { labels: ["short", "long"], encode: encode as never });
+  const examples = [1, 2, 3, 4, 5, 6, 7, 8].map((n) => ({ text: "x".repeat(n), label: n < 5 ? "short" : "long" }));
+  for await (const _ of trainer.fit(examples, { epochs: 2, batch: 4, holdout: 0 }));
+  const { blob } = parseTaskFile(await trainer.task({ id: "mine" }), "mine");
+  const names = parseTask(blob, pack.modules, "mine", { id: "mine" }).parameters.map(({ name }) => name);
+  t.same(names.sort(), ["classifier.bias", "classifier.weight"]);
+  await session.close();
+});
+
+t.test("eigenlora attach brings the biases back", async (t) => {
+  const folder = mkdtempSync(join(tmpdir(), "eigenlora-bias-"));
+  t.teardown(() => rmSync(folder, { recursive: true, maxRetries: 5, retryDelay: 200 }));
+  const target = join(folder, "out.onnx");
+  for (const tasks of SETS) {
+    writeFileSync(join(folder, "tasks.eigen"), await packed(...tasks));
+    for (const mode of ["core", "factors"]) {
+      const stream = { write: () => undefined };
+      const args = ["attach", path("classifier.onnx"), join(folder, "tasks.eigen"), "-o", target, "--mode", mode];
+      t.equal(await runProgram(args, stream, stream), 0, `${tasks.join(", ")}, ${mode}`);
+      const session = await InferenceSession.create(target, { logSeverityLevel: 3 });
+      const files = readdirSync(join(folder, "out.tasks")).map((name) => `out.tasks/${name}`);
+      for (const task of [null, ...tasks]) {
+        const file =
+          task === null ? "out.base.safetensors" : files.find((name) => name.endsWith(`/${task}.safetensors`))!;
+        const { logits } = await session.run({ ...ints(NODE), ...(await tensorsOf(join(folder, file))) });
+        const off = difference(logits!.data as Float32Array, answer("classifier", task));
+        t.ok(off <= TOLERANCE, `${task ?? "base"}, ${mode}: off by ${off}`);
+      }
+      await session.release();
+      rmSync(join(folder, "out.tasks"), { recursive: true });
+    }
+  }
+});
+
+async function tensorsOf(file: string): Promise<Feeds> {
+  const source = await openSource(file);
+  const { tensors, read } = await openSafetensors(source);
+  const feeds: Feeds = {};
+  for (const [name, { shape }] of tensors) {
+    const { buffer } = Uint8Array.from(await read(name));
+    feeds[name] = new NODE.Tensor("float32", new Float32Array(buffer), shape);
+  }
+  await source.close?.();
+  return feeds;
+}
