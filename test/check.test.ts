@@ -234,14 +234,14 @@ t.test("the other commands have the options that their messages name", async (t)
   const opened = await openPack(target);
   t.ok(opened.modules.every(({ fingerprint }) => fingerprint !== undefined));
   await opened.close();
-  const onto = ["fold", target, "-o", join(folder, "o.safetensors"), "--task", "two", "--base", stranger];
+  const onto = ["fold", target, "-o", join(folder, "p.safetensors"), "--task", "two", "--base", stranger];
   t.match(await run(...onto, "--names", `${QUERY}=stranger`), { code: 0 });
   const survey = await surveyOf({ ...CASES["quantised"]!, model: "sessions/torchscript.onnx", pack: target });
   t.ok(
     survey.modules.every(({ confirmed }) => confirmed === true),
     "and the fingerprints are the model's",
   );
-  const unknown = await run("pack", adapters, "-o", target, "--base", mlp, "--names", "bert.nothing=x");
+  const unknown = await run("pack", adapters, "-o", target, "--force", "--base", mlp, "--names", "bert.nothing=x");
   t.match(unknown, { code: 2, err: /--names bert\.nothing=…: .* adapts no such module/ });
 
   const lines = join(folder, "lines.tsv");

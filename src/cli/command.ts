@@ -1,7 +1,6 @@
 /**
  * How a command is declared: its arguments, its options and what it does, in one place. main.ts attaches it to the program.
  */
-import { EigenLoraError } from "../errors.ts";
 import { type Command, Option } from "./commander.ts";
 import { inFlags } from "./matching.ts";
 import { flagOf, type OptionSpec, type Options, UsageError, type Values } from "./options.ts";
@@ -49,7 +48,7 @@ export function command<A extends readonly string[], O extends Options>(declared
         result = await declared.run(made.args as string[] & A, valuesOf(options, made.opts()), run, out);
       } catch (error) {
         // The library speaks of its own options.
-        if (error instanceof EigenLoraError) error.message = inFlags(error.message, options);
+        if (error instanceof Error) error.message = inFlags(error.message, options);
         throw error;
       } finally {
         await run.close();

@@ -35,8 +35,9 @@ export function refuseUnknown(names: ReadonlyMap<string, string>, known: readonl
 const WORDS: readonly (readonly [option: string, said: RegExp, flag: string])[] = [
   ["names", /the option `names`/g, "--names MODULE=WEIGHT"],
   ["names", /let the base list them by the module's/g, "map them with --names MODULE=WEIGHT"],
-  ["ignore", /pass ignore: \["([^"]*)"\]/g, "pass --ignore $1"],
+  ["ignore", /ignore: \["([^"]*)"\]/g, "--ignore $1"],
   ["anyBase", /anyBase: true/g, "--any-base"],
+  ["as", /with rename/g, "with --as"],
 ];
 
 /** A message of the library in the words of a command with these options. */

@@ -112,17 +112,6 @@ function wordsOf({ message }: CommanderError): string {
     .replace(/\n\(Did you mean (.*)\?\)/, "; did you mean $1?");
 }
 
-/** What the library says, which speaks of its own options, in the words of a command. */
-function asFlags(message: string, command: Command | undefined): string {
-  const has = command?.options.some(({ long }) => long === "--names") === true;
-  const map = has ? "map $1 with --names MODULE=WEIGHT" : "leave --base out";
-  return message
-    .replace("with rename", "with --as")
-    .replace("anyBase: true", "--any-base")
-    .replace(/ignore: \["([^"]*)"\]/, "--ignore $1")
-    .replace(/map ([\w ]+) with the option `names`/, map);
-}
-
 /** An error as `--json` and as people see it. */
 function failure(error: unknown, command: Command | undefined): { object: object; text: string; exitCode: number } {
   const usage = error instanceof UsageError || error instanceof CommanderError;
@@ -130,7 +119,7 @@ function failure(error: unknown, command: Command | undefined): { object: object
   const { path } = error as NodeJS.ErrnoException;
   const known = usage || ours || path !== undefined || error instanceof RangeError || error instanceof TypeError;
   const system = path === undefined ? (error as Error).message : `${path}: ${reasonOf(error)}`;
-  const said = error instanceof CommanderError ? wordsOf(error) : asFlags(system, command);
+  const said = error instanceof CommanderError ? wordsOf(error) : system;
   const name = command ? `${command.name()} ` : "";
   const message = usage && command ? `${command.name()}: ${said}` : said;
   const advice = usage ? `See eigenlora ${name}--help.\n` : "";
