@@ -11,8 +11,15 @@ import { deltaError, relative } from "./error.ts";
 import { extractModule, type ModuleExtraction, type ModuleStack } from "./extract.ts";
 import { balance, leadingRows, type Pair, pairOf } from "./gauge.ts";
 import { mix } from "./mixing.ts";
-import type { ExtractOptions } from "./options.ts";
-import { type ModuleMember, openModule, type ProjectedTask, storedPair } from "./project.ts";
+import type { ExtractOptions, ProjectOptions } from "./options.ts";
+import {
+  type ModuleMember,
+  type ModuleSpace,
+  openModule,
+  type ProjectedTask,
+  projectModule,
+  storedPair,
+} from "./project.ts";
 import { rounded } from "./subspace.ts";
 
 /** How often components are found again. The first time gains most, the third next to nothing. */
@@ -134,21 +141,50 @@ function better(one: Mixed, other: Mixed): boolean {
   return one.bytes !== other.bytes ? one.bytes < other.bytes : one.lost < other.lost;
 }
 
+const EMPTY = new Uint8Array(0);
+/** Of a task that shares nothing. */
+const NOTHING = { rank: 0, alphaA: EMPTY, alphaB: EMPTY, error: 1, norm: 0, bound: 1, deltaA: 1, deltaB: 1 };
+const NO_PAIR: Pair = { rank: 0, A: new Float64Array(0), Bt: new Float64Array(0) };
+
+/** One more adapter on a stored basis, or on none, and what that leaves of it. */
+export interface Begun {
+  readonly task: ProjectedTask;
+  /** The adapter, and what is shared of it as stored. */
+  readonly given: Pair;
+  readonly shared: Pair;
+}
+
+/** Projects an adapter that is to have private terms. @throws RangeError as `projectModule` */
+export function beginMixed(space: ModuleSpace | undefined, member: ModuleMember, options: ProjectOptions): Begun {
+  const given = pairOf(member);
+  if (!space) return { task: { id: member.id, ...NOTHING }, given, shared: NO_PAIR };
+  const task = projectModule(space, member, options);
+  return { task, given, shared: storedPair(space, task, options.coefficientDtype) };
+}
+
+/** Singular values of what is not shared of it. @param out of the module; `inputs` as well */
+export function remainderOf({ given, shared }: Begun, out: number, inputs: number): number[] {
+  return singularOf(balance(stackedPairs(given, shared, -1), out, inputs));
+}
+
+/** The task with its private terms. */
+export function finishMixed({ task, given, shared }: Begun, choice: PrivateChoice): MixedTask {
+  return withPrivate(task, given, shared, choice, undefined).task;
+}
+
 /** Column or joint mode, or nothing shared at all. */
 function extractShared(stack: ModuleStack, options: ExtractOptions): ModuleExtraction {
   if (options.select.kind !== "k" || options.select.k > 0) return extractModule(stack, options);
   const { name, out, in: inputs, members } = stack;
-  const empty = new Uint8Array(0);
-  const none = { dtype: options.basisDtype, components: 0, mean: false, encoded: empty, explained: 0 };
+  const none = { dtype: options.basisDtype, components: 0, mean: false, encoded: new Uint8Array(0), explained: 0 };
   const singular = new Float64Array(0);
-  const nothing = { rank: 0, alphaA: empty, alphaB: empty, error: 1, norm: 0, bound: 1, deltaA: 1, deltaB: 1 };
   return {
     name,
     out,
     in: inputs,
     A: { ...none, width: inputs, singular },
     B: { ...none, width: out, singular },
-    tasks: members.map(({ id }) => ({ id, ...nothing })),
+    tasks: members.map(({ id }) => ({ id, ...NOTHING })),
     delta: { A: 1, B: 1 },
   };
 }
@@ -170,8 +206,7 @@ export function singularOf(pair: Pair): number[] {
 
 /** The shared factors of every task, as stored. */
 function expanded({ A, B, tasks }: ModuleExtraction, { coefficientDtype, products }: ExtractOptions): Pair[] {
-  if (A.components + B.components === 0 && !A.mean)
-    return tasks.map(() => ({ rank: 0, A: new Float64Array(0), Bt: new Float64Array(0) }));
+  if (A.components + B.components === 0 && !A.mean) return tasks.map(() => NO_PAIR);
   const space = openModule({ A, B }, products);
   return tasks.map((task) => storedPair(space, task, coefficientDtype));
 }

@@ -19,6 +19,7 @@ import { fastProducts } from "../extract/wasm-products.ts";
 import type { Dtype } from "../tensor/dtypes.ts";
 import { Unreachable } from "./bisect.ts";
 import type { Built } from "./build.ts";
+import type { TaskLoss } from "./report.ts";
 import { readStack } from "./stack.ts";
 
 /** Components that all tasks share beside their private terms, on each side of every module. */
@@ -34,8 +35,8 @@ export interface Survey {
   readonly only?: readonly Dtype[] | undefined;
 }
 
-/** Makes a pack with these private terms. */
-type Build = (allocation: Allocation) => Promise<Built>;
+/** What a task may lose of its ΔW where nobody says so: docs/packing.md has what that costs and saves. */
+export const DEFAULT_ERROR = 0.15;
 
 const ROUNDS = 8;
 /** A task that is still above what is allowed is held further below it from round to round, until it takes one step more. */
@@ -89,8 +90,18 @@ async function sharedOptions({ k, dtype }: Shared): Promise<ExtractOptions> {
   };
 }
 
-/** The smallest pack in which no task loses more than `max` of its ΔW. @throws Unreachable */
-export async function withinError({ spectra, only }: Survey, max: number, build: Build): Promise<Built> {
+/**
+ * The fewest private terms with which no task loses more than `max` of its ΔW.
+ * @param make makes tasks with these private terms
+ * @param lossesOf what they lost
+ * @throws Unreachable
+ */
+export async function withinError<T>(
+  { spectra, only }: Survey,
+  max: number,
+  make: (allocation: Allocation) => Promise<T>,
+  lossesOf: (made: T) => readonly TaskLoss[],
+): Promise<T> {
   const allowed = new Map(spectra.map(({ task }) => [task, max]));
   for (let round = 0; round < ROUNDS; round++) {
     const { allocation, short } = allocateError(spectra, (task) => allowed.get(task)!, only);
@@ -98,21 +109,25 @@ export async function withinError({ spectra, only }: Survey, max: number, build:
       throw new Unreachable(
         `task "${short[0]}" loses more than ${max} of its ΔW${only ? ` in ${only.join(" or ")}: allow more, or other number formats` : ": allow more"}`,
       );
-    const built = await build(allocation);
+    const made = await make(allocation);
     let done = true;
-    for (const { id, total } of built.report.errors) {
+    for (const { id, total } of lossesOf(made)) {
       // What was estimated too high is taken back once, what was too low until it fits.
       if (total <= max && (round > 0 || total > CLOSE * max || total === 0)) continue;
       allowed.set(id, (allowed.get(id)! * max * (1 - CAREFUL * (round + 1))) / total);
       done = false;
     }
-    if (done) return built;
+    if (done) return made;
   }
   throw new Unreachable(`an error of ${max} is just out of reach; allow more`);
 }
 
 /** The pack of at most `max` bytes that loses least. @throws Unreachable */
-export async function withinBytes({ spectra, only }: Survey, max: number, build: Build): Promise<Built> {
+export async function withinBytes(
+  { spectra, only }: Survey,
+  max: number,
+  build: (allocation: Allocation) => Promise<Built>,
+): Promise<Built> {
   const tasks = new Set(spectra.filter(({ square }) => square > 0).map(({ task }) => task));
   let best: Built | undefined;
   // What a pack takes beside private terms is known when one has been made.

@@ -5,14 +5,19 @@ import type { Adapter } from "../adapters/adapter.ts";
 import { checkAdapters, refuseBoth } from "../adapters/modules.ts";
 import { checkPack } from "../arguments.ts";
 import { AdapterError } from "../errors.ts";
+import type { Allocation, Spectrum } from "../extract/allocation.ts";
+import { balance } from "../extract/gauge.ts";
 import type { Gauge } from "../extract/options.ts";
-import { type ModuleSpace, openModule, projectModule } from "../extract/project.ts";
+import { type Begun, beginMixed, finishMixed, remainderOf, singularOf } from "../extract/private.ts";
+import { type ModuleSpace, openModule } from "../extract/project.ts";
 import { fastProducts } from "../extract/wasm-products.ts";
+import { parseBrought } from "../format/brings.ts";
 import type { TermInput } from "../format/encode.ts";
 import type { PackModule } from "../format/format.ts";
 import type { TaskToWrite } from "../format/layout.ts";
 import { encodedTensor } from "../format/tensors.ts";
 import type { Dtypes } from "../tensor/dtypes.ts";
+import { DEFAULT_ERROR, withinError } from "./allocate.ts";
 import type { Pack } from "./pack.ts";
 import { lossesOf, type ModuleError, type TaskLoss } from "./report.ts";
 import { encodeAdapter, encodeTerm, storable } from "./tasks.ts";
@@ -23,7 +28,9 @@ export interface ProjectedAdapter extends TaskToWrite {
 }
 
 /**
- * Projects adapters onto the basis of a pack, in its gauge and to its rank; module by module, so that each basis is opened once.
+ * Brings adapters into a pack that exists, in its gauge and to its rank: coefficients on its components; and where its tasks have
+ * private terms, as many of those as keep the error of each adapter within `DEFAULT_ERROR`. Module by module, so that each basis is
+ * opened once.
  * @param onProgress called after each module
  * @throws AdapterError when one adapts a module that the pack does not have, or of another shape
  */
@@ -35,42 +42,77 @@ export async function projectAdapters(
 ): Promise<ProjectedAdapter[]> {
   checkPack("projectAdapters", pack);
   checkAdapters("projectAdapters", adapters);
-  const gauge = gaugeOf(pack);
-  const { rank } = pack.directory.basis;
   for (const adapter of adapters) checkModules(pack, adapter);
   const products = await fastProducts();
-  const errors: ModuleError[] = [];
-  const terms = adapters.map((): TermInput[] => []);
+  const options = { gauge: gaugeOf(pack), rank: pack.directory.basis.rank, coefficientDtype: dtype.coefficients };
   const bases = await pack.bases();
-  try {
+  /** What is shared of every adapter's modules, one module after another. */
+  const each = async (work: (at: Place, begun: Begun, space: ModuleSpace | undefined) => void): Promise<void> => {
     for (const [index, stored] of pack.modules.entries()) {
       let space: ModuleSpace | undefined;
       for (const [i, adapter] of adapters.entries()) {
         const module = adapter.modules.get(stored.name);
         if (!module) continue;
-        const opened = (space ??= openModule(storedModule(stored, bases.bytes, adapter), products));
-        const term = await module.read();
-        const task = storable(adapter, stored, () =>
-          projectModule(opened, { id: adapter.id, ...term }, { gauge, rank, coefficientDtype: dtype.coefficients }),
-        );
-        errors.push({ task: adapter.id, module: stored.name, error: task.error, norm: task.norm });
-        terms[i]!.push(encodeTerm({ index, name: stored.name }, task, opened, term.magnitude, adapter, dtype));
+        if (stored.A && stored.B) space ??= openModule(storedModule(stored, bases.bytes, adapter), products);
+        const { magnitude, ...term } = await module.read();
+        const begun = storable(adapter, stored, () => beginMixed(space, { id: adapter.id, ...term }, options));
+        work({ index, stored, i, adapter, magnitude }, begun, space);
       }
       onProgress?.(index + 1, pack.modules.length);
     }
+  };
+  const project = async (own?: Allocation): Promise<ProjectedAdapter[]> => {
+    const errors: ModuleError[] = [];
+    const terms = adapters.map((): TermInput[] => []);
+    await each(({ index, stored, i, adapter, magnitude }, begun, space) => {
+      const { name } = stored;
+      const choice = own?.get(adapter.id)?.get(name) ?? { rank: 0, dtype: dtype.coefficients };
+      const task = own ? storable(adapter, stored, () => finishMixed(begun, choice)) : begun.task;
+      errors.push({ task: adapter.id, module: name, error: task.error, norm: task.norm });
+      const term = encodeTerm({ index, name }, task, space ?? NO_BASES, magnitude, adapter, dtype);
+      if (term.A || term.privateTerms || term.magnitude) terms[i]!.push(term);
+    });
+    const names = pack.modules.map(({ name }) => name);
+    const ids = adapters.map(({ id }) => id);
+    const residuals = lossesOf(errors, ids);
+    return Promise.all(
+      adapters.map(async (adapter, i): Promise<ProjectedAdapter> => {
+        return { ...(await encodeAdapter(adapter, terms[i]!, names, dtype.head)), residual: residuals[i]! };
+      }),
+    );
+  };
+  try {
+    if (!hasPrivateTerms(pack)) return await project();
+    const spectra: Spectrum[] = [];
+    await each(({ stored, adapter }, begun) => {
+      const { name, out, in: inputs } = stored;
+      const square = singularOf(balance(begun.given, out, inputs)).reduce((sum, value) => sum + value ** 2, 0);
+      const singular = remainderOf(begun, out, inputs);
+      spectra.push({ task: adapter.id, module: name, out, in: inputs, singular, square });
+    });
+    return await withinError({ spectra }, DEFAULT_ERROR, project, (made) => made.map(({ residual }) => residual));
   } finally {
     bases.close();
   }
-  const names = pack.modules.map((m) => m.name);
-  const residuals = lossesOf(
-    errors,
-    adapters.map(({ id }) => id),
-  );
-  return await Promise.all(
-    adapters.map(async (adapter, i): Promise<ProjectedAdapter> => {
-      return { ...(await encodeAdapter(adapter, terms[i]!, names, dtype.head)), residual: residuals[i]! };
-    }),
-  );
+}
+
+/** A module of an adapter, in both. */
+interface Place {
+  readonly index: number;
+  readonly stored: PackModule;
+  readonly i: number;
+  readonly adapter: Adapter;
+  readonly magnitude: Float32Array | undefined;
+}
+
+/** Of a module that shares nothing. */
+const NO_BASES = { A: { mean: undefined }, B: { mean: undefined } };
+
+/** Whether a pack's tasks keep to themselves what they do not share, or share nothing. */
+function hasPrivateTerms({ tasks, modules }: Pack): boolean {
+  if (modules.some(({ A, B }) => !A || !B)) return true;
+  const own = [...tasks.values()].map(({ brings }) => brings?.some((entry) => parseBrought(entry).role === "private"));
+  return own.length > 0 && own.every(Boolean);
 }
 
 /** The gauge that a pack's tasks are in. */

@@ -7,7 +7,15 @@ import { checkAdapters, refuseBases } from "../adapters/modules.ts";
 import { checkArgument, checkChoice, checkOptions } from "../arguments.ts";
 import { type Allocation, allocateBytes, allocateError } from "../extract/allocation.ts";
 import type { ComponentSelection } from "../extract/options.ts";
-import { type Shared, type Survey, sharingThatPays, survey, withinBytes, withinError } from "./allocate.ts";
+import {
+  DEFAULT_ERROR,
+  type Shared,
+  type Survey,
+  sharingThatPays,
+  survey,
+  withinBytes,
+  withinError,
+} from "./allocate.ts";
 import { grow, lowestPassing, partition, Unreachable } from "./bisect.ts";
 import { type BuildOptions, type Built, buildPack } from "./build.ts";
 import {
@@ -59,9 +67,6 @@ export interface SearchReport extends BuildReport, Omit<Tried, "bytes" | "error"
   /** What was decided, a sentence each. */
   readonly decisions: readonly string[];
 }
-
-/** What a task may lose of its ΔW where nobody says so: docs/packing.md has what that costs and saves. */
-export const DEFAULT_ERROR = 0.15;
 
 /** A pack that was judged. */
 interface Candidate {
@@ -260,7 +265,7 @@ async function allocated(
   const found = await survey(k > 0 ? { k, dtype: options.dtype?.basis ?? "f16" } : undefined);
   const made = (privateTerms: Allocation): Promise<Built> =>
     buildPack(adapters, { dtype, base, anyBase, signal, ...options, privateTerms, select: { kind: "k", k } });
-  if (goal.kind === "error") return withinError(found, goal.max, made);
+  if (goal.kind === "error") return withinError(found, goal.max, made, ({ report }) => report.errors);
   if (goal.kind === "bytes") return withinBytes(found, goal.max, made);
   throw new Unreachable(`private terms are allocated for an error or a size, not for ${goal.kind}`);
 }
