@@ -10,12 +10,13 @@ import { DEFAULT_ERROR } from "../pack/allocate.ts";
 import { buildPack } from "../pack/build.ts";
 import type { Tried } from "../pack/goal.ts";
 import type { BuildReport } from "../pack/report.ts";
-import { type SearchReport, searchPack } from "../pack/search.ts";
+import { type SearchOptions, type SearchReport, searchPack } from "../pack/search.ts";
 import type { Engine } from "../session/engine.ts";
 import type { Dtypes } from "../tensor/dtypes.ts";
 import { createJudge, type JudgeOptions } from "../train/judge.ts";
 import { inputMoments, type MomentsOptions } from "../train/moments.ts";
 import { type Attach, command } from "./command.ts";
+import { distilled } from "./distilled.ts";
 import { readLines } from "./examples.ts";
 import { readJson } from "./files.ts";
 import { names, refuseUnknown } from "./matching.ts";
@@ -106,6 +107,11 @@ const OPTIONS = {
       "Judge by answers to --text instead of by ΔW error (auto), or calibrate by it. Needs onnxruntime-node.",
     ),
     text: text("LINES.txt", "Plain text of the tasks' kind, one on each line; never what you test on."),
+    distill: number(
+      "STEPS",
+      "With --mode auto, --model and --text: steps that each task is distilled for at last; 0: none. Default: 240.",
+      from(0),
+    ),
     calibrate: toggle("Weigh errors by what enters the modules on --text, with --model; auto tries that too."),
     tokens,
     tokenizer,
@@ -179,13 +185,15 @@ function checkOptions(options: PackOptions): void {
     if (own !== undefined) throw new UsageError(`--mode auto chooses ${own} itself; leave it out, or name a mode`);
     if (asked === 1)
       throw new UsageError("--model and --text go together: answers to the text are what packs are judged by");
+    if (asked === 2 && (budget === undefined || budget === "--error"))
+      throw new UsageError("answers are judged for a size or a divergence: add --ratio, --bytes or --divergence");
   } else {
     if (budget === "--divergence") throw new UsageError("--divergence is for --mode auto");
     const [foreign] = given(options, "model", "text", "tokenizer", "tokens");
     if (foreign !== undefined && !options.calibrate)
       throw new UsageError(`${foreign} is for --mode auto and --calibrate`);
   }
-  const [needs] = given(options, "calibrate", "divergence");
+  const [needs] = given(options, "calibrate", "divergence", "distill");
   if (needs !== undefined && asked < 2) throw new UsageError(`${needs} needs --model and --text`);
   if (options.minGain !== undefined && options.scores === undefined)
     throw new UsageError("--min-gain needs --scores SCORES.json");
@@ -205,12 +213,18 @@ async function build(
   const common = { dtype, normalize, moments, anyBase, ...(await run.base(options.base, options.names)) };
   const most = ratio === undefined ? bytes : Math.floor(sum(adapters.map(({ byteLength }) => byteLength)) / ratio);
   if (mode === "auto") {
-    const judge = asked && createJudge(...asked);
-    if (judge) run.closing(judge);
     const max = divergence ?? most ?? error ?? DEFAULT_ERROR;
     const kind = divergence !== undefined ? "divergence" : most !== undefined ? "bytes" : "error";
     const onTry = ({ name }: Tried, done: number, of: number): void => out.progress("way", done, of, name);
-    return searchPack(adapters, { ...common, goal: { kind, max }, judge: judge?.judge, onTry });
+    const search: SearchOptions = { ...common, goal: { kind, max }, onTry };
+    if (!asked || kind === "error") return searchPack(adapters, search);
+    const [engine, model, about] = asked;
+    const judge = run.closing(createJudge(...asked));
+    const judged = { ...search, judge: judge.judge };
+    const found = await searchPack(adapters, judged);
+    const { distill: steps = 240 } = options;
+    if (steps === 0) return found;
+    return distilled(adapters, found, judged, { engine, model, options: about, judge: judge.judge }, steps, out);
   }
   const { gauge = (rank ?? privateTerms) === undefined ? "as-trained" : "balanced" } = options;
   const all = { mode, gauge, rank, privateTerms, ...(centering ? { centering } : {}), ...common };
@@ -275,7 +289,7 @@ function autoText({ judgedBy, divergence, decisions, tried }: SearchReport): str
     ...decisions,
     ...(tried.length > 1 ? table([["tried", "size", "ΔW error", ...(judged ? ["KL"] : [])], ...rows]) : []),
     judged
-      ? `Chosen by answers to the text: mean KL(adapter ‖ pack) ${divergence?.toFixed(4)}. eigenlora distill may win more of it back.`
+      ? `Chosen by answers to the text: mean KL(adapter ‖ pack) ${divergence?.toFixed(4)}.`
       : "ΔW error is a proxy: with --model and --text answers decide.",
   ];
 }
