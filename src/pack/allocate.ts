@@ -91,7 +91,7 @@ async function sharedOptions({ k, dtype }: Shared): Promise<ExtractOptions> {
 }
 
 /**
- * The fewest private terms with which no task loses more than `max` of its ΔW.
+ * Finds the fewest private terms with which no task loses more than `max` of its ΔW.
  * @param make makes tasks with these private terms
  * @param lossesOf what they lost
  * @throws Unreachable
@@ -128,7 +128,7 @@ export async function withinBytes(
   max: number,
   build: (allocation: Allocation) => Promise<Built>,
 ): Promise<Built> {
-  const tasks = new Set(spectra.filter(({ square }) => square > 0).map(({ task }) => task));
+  const tasks = tasksOf(spectra);
   let best: Built | undefined;
   // What a pack takes beside private terms is known when one has been made.
   let [room, spare] = [max, 0];
@@ -154,9 +154,14 @@ function tooFew(max: number, least: number): Unreachable {
   return new Unreachable(`${max} bytes are too few: the least is ${least}`, { least });
 }
 
+/** Tasks that change something. */
+function tasksOf(spectra: readonly Spectrum[]): Set<string> {
+  return new Set(spectra.filter(({ square }) => square > 0).map(({ task }) => task));
+}
+
 /** Of the fewest private terms with which every task has one. */
 function firstBytes(spectra: readonly Spectrum[], only: readonly Dtype[] | undefined): number {
-  const tasks = new Set(spectra.map(({ task }) => task));
+  const tasks = tasksOf(spectra);
   let most = 1024;
   while (most < 2 ** 40 && allocateBytes(spectra, most, only).allocation.size < tasks.size) most *= 1.25;
   return Math.ceil(most);
