@@ -7,7 +7,7 @@
  */
 import { stat } from "node:fs/promises";
 import { openPack } from "eigenlora";
-import { buildPack } from "eigenlora/build";
+import { buildPack, searchPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import { openOnnxHost } from "eigenlora/onnx";
 import { createEigenSession } from "eigenlora/onnxruntime";
@@ -44,7 +44,7 @@ const encode = await createEncoder(ort);
 const reference = await readReference("own-seed");
 
 const adapters = await readAdapters([data("adapters/own-seed")]);
-const { chunks, report } = await buildPack(adapters, { base: await openOnnxHost(model), select: { kind: "k", k: 32 } });
+const { chunks, report } = await searchPack(adapters, { base: await openOnnxHost(model) });
 const pack = await openPack(new Blob(/** @type {BlobPart[]} */ (chunks)));
 const session = await createEigenSession(ort, model, pack);
 const base = await session.run(encode(SENTENCES));
@@ -129,7 +129,6 @@ async function showMemory() {
     ["", "adapters", "pack"],
     ["all tasks, on disk", kB(report.adapterBytes), `${kB(report.bytes)} (${report.ratio.toFixed(1)}× smaller)`],
     ["one more task", kB(mean(adapters.map((a) => a.byteLength))), kB(mean(blobs))],
-    ["sharing pays from", "", `${report.breakEvenTasks} tasks on`],
   ]);
   const { total, ...owners } = session.memory();
   print([

@@ -1,5 +1,5 @@
 /** The documents: links lead somewhere, the index lists every page, and docs/api is what the doc comments say. */
-import { execFile } from "node:child_process";
+import { execFile, spawnSync } from "node:child_process";
 import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
@@ -43,6 +43,33 @@ function anchorsOf(text: string): Set<string> {
     ),
   );
 }
+
+t.test("commands of the documents exist, with their options", async (t) => {
+  const helps = new Map<string, string>();
+  const help = (command: string): string => {
+    const known = helps.get(command);
+    if (known !== undefined) return known;
+    const { stdout } = spawnSync(process.execPath, ["dist/src/cli/main.js", command, "--help"], {
+      cwd: root,
+      encoding: "utf8",
+    });
+    helps.set(command, stdout);
+    return stdout;
+  };
+  const wrong: string[] = [];
+  const apps = readdirSync(join(root, "examples")).map((app) => `examples/${app}/README.md`);
+  const pages = ["README.md", ...pagesIn("docs"), ...apps.filter((page) => existsSync(join(root, page)))];
+  for (const page of pages) {
+    const text = read(page).replaceAll("\\\n", " ");
+    for (const [line, command, rest] of text.matchAll(/(?:^|`|npx )eigenlora ([a-z]+)\b([^\n`#]*)/gm)) {
+      const flags = [...rest!.matchAll(/ (--?[a-z][a-z-]*)/g)].map(([, flag]) => flag!);
+      const unknown = flags.filter((flag) => !new RegExp(`^ .*${flag}\\b(?!-)`, "m").test(help(command!)));
+      if (help(command!) === "" || unknown.length > 0) wrong.push(`${page}: ${line} ${unknown.join(" ")}`);
+    }
+  }
+  t.same(wrong, []);
+  t.ok(helps.size > 15, `${helps.size} commands were found`);
+});
 
 t.test("docs/README.md lists every page", async (t) => {
   const index = read("docs/README.md");

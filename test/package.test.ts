@@ -160,7 +160,7 @@ t.test("what is published", async (t) => {
     t.notMatch(text, /@webgpu\/types|\bGPUDevice\b|from "(onnxruntime|@huggingface|@bufbuild|msgpackr)/, path);
   }
   // Registries resolve what is not in the package by `repository`; offline there is only the package.
-  for (const page of paths.filter((p) => /^(README|docs\/[a-z]+)\.md$/.test(p))) {
+  for (const page of paths.filter((p) => /^(README|docs\/[a-z-]+)\.md$/.test(p))) {
     const text = (await readFile(new URL(`../${page}`, import.meta.url), "utf8"))
       .replace(/^```[\s\S]*?^```/gm, "")
       .replace(/!\[[^\]]*\]\([^)]*\)/g, "an image");

@@ -13,7 +13,10 @@ export type PerTask = ReadonlyMap<string, number> | Readonly<Record<string, numb
 export type Goal =
   /** The best pack of at most so many bytes. */
   | { readonly kind: "bytes"; readonly max: number }
-  /** The smallest pack with ‖ΔW − ΔW'‖ / ‖ΔW‖ of every task and module at most `max`. */
+  /**
+   * The smallest pack with ‖ΔW − ΔW'‖ / ‖ΔW‖ at most `max`: of every task over all its modules; in ways whose components grow, of every
+   * module of every task.
+   */
   | { readonly kind: "error"; readonly max: number }
   /** The smallest pack whose mean divergence, as `judge` says, is at most `max`. */
   | { readonly kind: "divergence"; readonly max: number }
