@@ -12,6 +12,8 @@ export async function keepOffline() {
   if (!serviceWorker) return "Not kept for offline use: browsers allow that over HTTPS only.";
   try {
     const registration = await serviceWorker.register("sw.js");
+    // A worker that is there already is looked up only, not compared with the server's. Offline it stays.
+    await registration.update().catch(() => {});
     const { installing } = registration;
     if (installing) await settled(installing);
     const { active } = registration;

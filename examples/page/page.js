@@ -276,7 +276,7 @@ async function askOnce(text) {
   if (askAgain || stale.length < 2) return;
   const agreed = Object.entries(truthOf(text)).filter(([id, label]) => answered.get(id)?.label === label).length;
   const known = Object.keys(truthOf(text)).length;
-  const judged = known > 1 ? `. Debian knows ${known} of them and agrees with ${agreed}.` : "";
+  const judged = known > 1 ? `; Debian agrees with ${agreed} of ${known}` : "";
   byId("tasks-note").textContent = `${stale.length} answers in ${time(spent)}, ${how}${judged}`;
 }
 

@@ -63,9 +63,10 @@ function addressOf(path) {
 async function answer(event, path) {
   const { request } = event;
   const range = request.headers.get("range");
+  const hashed = HASHED.test(path);
   // Some hosts let browsers keep files for minutes: after a new build, old and new ones would be mixed.
-  const fresh = HASHED.test(path) ? request : new Request(request, { cache: "no-cache" });
-  const response = await fetch(fresh).catch((error) => /** @type {Error} */ (error));
+  const asked = hashed ? request : new Request(request, { cache: "no-cache" });
+  const response = await fetch(asked).catch((error) => /** @type {Error} */ (error));
   const failed = response instanceof Error || (response.status >= 400 && response.status !== 416);
   if (failed) {
     const kept = await keptFile(path).catch(() => undefined);
@@ -74,7 +75,7 @@ async function answer(event, path) {
   } else if (response.status === 200 && !(await isKept(path))) {
     event.waitUntil(keep(path, response.clone()).catch(() => {}));
   }
-  return response;
+  return hashed || !response.ok ? response : withHeaders(response, response.body, { "cache-control": "no-cache" });
 }
 
 /** Fetches what is not kept as it was built. @throws when the server does not have the files of this build */
@@ -106,10 +107,20 @@ async function keep(path, response) {
   if (response.status !== 200 || (await sha256Of(bytes)) !== FILES.get(path))
     throw new Error(`${path || "the page"} on the server is not the one that was built`);
   // The others stay: the entity tag says that nothing changed when the server goes, the policy binds workers.
-  const headers = new Headers(response.headers);
-  headers.delete("content-encoding");
-  headers.set("content-length", String(bytes.byteLength));
-  await (await caches.open(VERSION)).put(addressOf(path), new Response(bytes, { headers }));
+  const whole = withHeaders(response, bytes, { "content-length": String(bytes.byteLength) });
+  whole.headers.delete("content-encoding");
+  await (await caches.open(VERSION)).put(addressOf(path), whole);
+}
+
+/**
+ * @param {Response} response
+ * @param {BodyInit | null} body
+ * @param {Record<string, string>} changed headers
+ */
+function withHeaders({ status, headers }, body, changed) {
+  const copy = new Headers(headers);
+  for (const [name, value] of Object.entries(changed)) copy.set(name, value);
+  return new Response(body, { status, headers: copy });
 }
 
 /**
