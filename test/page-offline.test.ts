@@ -4,13 +4,16 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import type { Page } from "playwright-core";
 import t from "tap";
-import { buildPage } from "../examples/page/build.js";
+import { buildPage, writeOfflineWorker } from "../examples/page/build.js";
 import { serveFolder } from "../examples/page/serve.js";
 import { launch, noChromium } from "./browser.ts";
 
 const folder = await mkdtemp(join(tmpdir(), "eigenlora-page-"));
 await buildPage(folder);
-const server = await serveFolder(folder);
+// As hosts of static files have it: browsers need not ask again for minutes.
+const server = await serveFolder(folder, { cacheControl: "max-age=600" });
+/** For all tests here: they open windows of their own, which share nothing. */
+const browser = noChromium ? undefined! : await launch(t);
 t.teardown(async () => {
   await server.close();
   await rm(folder, { recursive: true });
@@ -19,9 +22,23 @@ t.teardown(async () => {
 const settled = (page: Page): Promise<void> => page.locator('main[aria-busy="false"]').waitFor();
 
 t.test("the page runs its own scripts only, and talks to its own server only", { skip: noChromium }, async (t) => {
-  const page = await (await launch(t)).newPage({ serviceWorkers: "block" });
+  const policy = (await fetch(server.url)).headers.get("content-security-policy")!;
+  t.match(policy, /^default-src 'none'; script-src 'self' 'wasm-unsafe-eval';/);
+  t.notMatch(policy, /unsafe-inline|'unsafe-eval'|\*|https?:/);
+  t.match(
+    await readFile(join(folder, "index.html"), "utf8"),
+    policy,
+    "hosts that send no header: the page brings it itself",
+  );
+  const page = await browser.newPage({ serviceWorkers: "block" });
+  const violations: string[] = [];
+  page.on(
+    "console",
+    (message) => void (/Content Security Policy/.test(message.text()) && violations.push(message.text())),
+  );
   await page.goto(server.url);
   await settled(page);
+  t.same(violations, [], "the page itself keeps to it");
   await page.evaluate(() => {
     document.addEventListener("securitypolicyviolation", ({ effectiveDirective }) => {
       document.title += ` ${effectiveDirective}`;
@@ -53,7 +70,7 @@ t.test(
   "kept for offline use: this build's files, each once, and nothing else",
   { skip: noChromium, timeout: 180_000 },
   async (t) => {
-    const context = await (await launch(t)).newContext();
+    const context = await browser.newContext();
     const page = await context.newPage();
     const note = (text: string): Promise<void> => page.locator("#offline", { hasText: text }).waitFor();
     const get = (path: string, headers: Record<string, string> = {}) =>
@@ -92,8 +109,6 @@ t.test(
     t.equal(names.length, 2, "the old cache is gone, the stranger's is not");
     t.same(paths, first);
 
-    await page.goto(`${server.url}?two`);
-    await settled(page);
     const real = await readFile(join(folder, runtime));
     await writeFile(join(folder, runtime), "<!doctype html>");
     await writeFile(join(folder, "stranger.json"), "{}");
@@ -101,8 +116,73 @@ t.test(
     t.same((await kept()).paths, first);
     await writeFile(join(folder, runtime), real);
     await get(`${runtime}?x`);
-    await page.waitForFunction(async (path) => !!(await caches.match(path)), runtime);
+    await page.evaluate(async (path) => {
+      while (!(await caches.match(path))) await new Promise((resolve) => setTimeout(resolve, 50));
+    }, runtime);
     t.same((await kept()).paths, all.sort(), "the larger runtime, once it was asked for");
+    await rm(join(folder, "stranger.json"));
+
+    /** What is kept is what lies on the server, byte for byte, in one cache. */
+    const keptAsBuilt = async (what: string): Promise<void> => {
+      const hashes = await page.evaluate(async () => {
+        const [mine] = (await caches.keys()).filter((name) => name.startsWith("eigenlora-"));
+        const cache = await caches.open(mine!);
+        const found: [string, string][] = [];
+        for (const request of await cache.keys()) {
+          const digest = await crypto.subtle.digest("SHA-256", await (await cache.match(request))!.arrayBuffer());
+          found.push([request.url.slice(location.origin.length + 1), new Uint8Array(digest).toString()]);
+        }
+        return Object.fromEntries(found);
+      });
+      const own = (await kept()).names.filter((name) => name.startsWith("eigenlora-"));
+      t.equal(own.length, 1, what);
+      const built: Record<string, string> = {};
+      for (const file of (await readdir(folder)).filter((file) => file !== "sw.js" && file !== runtime)) {
+        const digest = await crypto.subtle.digest("SHA-256", await readFile(join(folder, file)));
+        built[file] = new Uint8Array(digest).toString();
+      }
+      const { [runtime]: _, ...rest } = hashes;
+      t.same(rest, { ...built, "": built["index.html"] }, what);
+    };
+    const visit = async (query: string): Promise<void> => {
+      await page.goto(`${server.url}?${query}`);
+      await note("works offline");
+      t.notOk(await page.locator("#failure").isVisible(), query);
+    };
+    const spoil = (spoiled: readonly string[], lost: readonly string[]): Promise<void> =>
+      page.evaluate(
+        async ([spoiled, lost]) => {
+          const name = (await caches.keys()).find((name) => name.startsWith("eigenlora-"))!;
+          const cache = await caches.open(name);
+          const scope = `${location.origin}/`;
+          for (const path of spoiled) await cache.put(scope + path, new Response("half of i"));
+          for (const path of lost) await cache.delete(scope + path);
+        },
+        [spoiled, lost] as const,
+      );
+
+    await spoil(["page.js", "model_fp16.onnx", ""], ["tasks.eigen", "page.css"]);
+    await visit("half-written");
+    await keptAsBuilt("a damaged and half-written cache");
+
+    // A new build: one file has changed, one has gone, one is new. Before it is whole, the old one is still there.
+    const style = await readFile(join(folder, "page.css"), "utf8");
+    const gone = (await readdir(folder)).find((file) => file.startsWith("ort.webgpu"))!;
+    await rm(join(folder, gone));
+    await writeFile(join(folder, "new.json"), "{}");
+    await writeFile(join(folder, "page.css"), `${style}\nmain { --build: second; }`);
+    await writeOfflineWorker(folder);
+    await writeFile(join(folder, "new.json"), "not yet");
+    await page.goto(`${server.url}?half-deployed`);
+    await note("offline");
+    t.notOk(await page.locator("#failure").isVisible());
+    await writeFile(join(folder, "new.json"), "{}");
+    await visit("deployed");
+    const build = await page.evaluate(() =>
+      getComputedStyle(document.querySelector("main")!).getPropertyValue("--build"),
+    );
+    t.equal(build, "second", "no copy of the old build is used, whatever the host allows");
+    await keptAsBuilt("another build");
 
     await server.close();
     const choose = async (task: string): Promise<void> => {
@@ -122,5 +202,7 @@ t.test(
     t.same(await get("tasks.eigen", { range: "bytes=5-9" }), [206, 5, `bytes 5-9/${length}`]);
     t.same(await get("tasks.eigen", { range: `bytes=${length}-` }), [416, 0, `bytes */${length}`]);
     t.same(await get("tasks.eigen"), [200, length, null]);
+    await spoil(["facts.json"], []);
+    t.equal(await get("facts.json").catch(() => "refused"), "refused", "what was damaged is never used");
   },
 );

@@ -3,13 +3,14 @@ import { cp, mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import type { Browser, Page } from "playwright-core";
-import t from "tap";
+import t, { type Test } from "tap";
 import { freshPack } from "../dist/src/pack/fresh.js";
-import { openPack } from "../dist/src/pack/pack.js";
+import { openPack, type Pack } from "../dist/src/pack/pack.js";
 import { buildPage } from "../examples/page/build.js";
 import { type Answered, serveFolder } from "../examples/page/serve.js";
 import { launch, noChromium } from "./browser.ts";
 import { concat } from "./packs.ts";
+import { complaintsOfAxe } from "./page-axe.ts";
 
 /**
  * The page as visitors get it: built, served by its own server, in a real Chromium. Skipped by name without one; fails when
@@ -31,14 +32,38 @@ t.teardown(async () => {
 
 const data = async (path: string): Promise<any> =>
   JSON.parse(await readFile(new URL(`data/${path}`, import.meta.url), "utf8"));
+/** For all tests here: they open windows of their own, which share nothing. */
+const browser = skip ? undefined! : await launch(t, ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"]);
+
 const packReads = (): Answered[] => answers.filter(({ path }) => path === "/tasks.eigen");
+
+/** A pack as it would be written now. */
+async function freshBytes(pack: Pack): Promise<Buffer> {
+  const chunks: Uint8Array[] = [];
+  for await (const chunk of (await freshPack(pack)).chunks) chunks.push(chunk);
+  return Buffer.from(concat(chunks));
+}
+
+/** The page with a pack made from its own. @returns its address, until the test ends */
+async function serveOther(t: Test, change: (pack: Pack) => Promise<Uint8Array>): Promise<string> {
+  const other = await mkdtemp(join(tmpdir(), "eigenlora-page-"));
+  await cp(folder, other, { recursive: true });
+  await writeFile(
+    join(other, "tasks.eigen"),
+    await change(await openPack(await readFile(join(folder, "tasks.eigen")))),
+  );
+  const serving = await serveFolder(other);
+  t.teardown(async () => {
+    await serving.close();
+    await rm(other, { recursive: true });
+  });
+  return serving.url;
+}
 
 /** Opens the page, and collects what it complains of. Without its service worker, which reads the pack once more, and whole. */
 async function visit(
-  browser: Browser,
   options: Parameters<Browser["newPage"]>[0] = {},
-  path = "",
-  at = server.url,
+  url = server.url,
 ): Promise<{ page: Page; complaints: string[] }> {
   const page = await browser.newPage({ serviceWorkers: "block", ...options });
   const complaints: string[] = [];
@@ -47,7 +72,14 @@ async function visit(
     if (["error", "warning"].includes(message.type()) && !ours) complaints.push(message.text());
   });
   page.on("pageerror", (error) => complaints.push(error.message));
-  await page.goto(at + path);
+  await page.addInitScript(() => {
+    const window = globalThis as unknown as { shift: number };
+    window.shift = 0;
+    new PerformanceObserver((list) => {
+      for (const entry of list.getEntries()) window.shift += (entry as unknown as { value: number }).value;
+    }).observe({ type: "layout-shift", buffered: true });
+  });
+  await page.goto(url);
   return { page, complaints };
 }
 
@@ -69,37 +101,93 @@ async function type(page: Page, text: string): Promise<void> {
   await settled(page);
 }
 
+/** How far the content moved by itself while the page loaded. */
+const shiftOf = (page: Page): Promise<number> =>
+  page.evaluate(() => (globalThis as unknown as { shift: number }).shift);
+
+/** Texts that do not fit into their element. */
+const cutOff = (page: Page): Promise<string[]> =>
+  page.evaluate(() =>
+    Array.from(document.querySelectorAll<HTMLElement>("body *:not(.hidden)"))
+      .filter((one) => one.matches(".head, .said") || getComputedStyle(one).overflowX !== "visible")
+      .filter((one) => one.scrollWidth > one.clientWidth + 1)
+      .map(({ textContent }) => textContent),
+  );
+
 t.test("sentence, tasks and their cost", { skip }, async (t) => {
-  const { page, complaints } = await visit(await launch(t));
+  const { page, complaints } = await visit({ viewport: { width: 1280, height: 800 } });
   await settled(page);
-  t.equal(packReads().length, 3, "window, directory with bases, one task");
+  t.ok((await shiftOf(page)) < 0.001, "nothing moves while it loads");
+  t.match(
+    await page.locator("#cold").textContent(),
+    /^Cold start: 3 requests/,
+    "window, directory with bases, one task",
+  );
+  const [what, , requests] = await lastCost(page);
+  t.same([what, requests], ["19 tasks ahead", "19"], "then the others");
+  t.equal(packReads().length, 22);
   t.ok(
     packReads().every(({ status, range }) => status === 206 && range),
     "all of them ranges",
   );
-  t.match(await page.locator("#cold").textContent(), /^Cold start: 3 requests/);
   t.equal(await page.locator(".card").count(), 20);
   t.match(await page.locator("#promise").textContent(), /^20 tasks of [\d.]+ kB each$/);
+  t.match(await page.locator("#weights .ours").first().textContent(), /all 20/);
 
-  t.test("a click switches, reads the task once, and its own labels answer", async (t) => {
+  t.test("the first sentence is answered by all tasks, and rightly by all that Debian has a label for", async (t) => {
+    const { first } = JSON.parse(await readFile(join(folder, "facts.json"), "utf8"));
+    const ids = await page
+      .locator(".card")
+      .evaluateAll((cards) => cards.map((card) => (card as HTMLElement).dataset["task"]!));
+    t.equal(await page.locator("#sentence").inputValue(), first.text);
+    t.equal(await page.locator("#truth").textContent(), `Debian says: ${Object.values(first.labels).join(", ")}`);
+    let inATestSet = false;
+    for (const task of ids) {
+      const { labels, train, test } = await data(`tasks/${task}.json`);
+      const said = await cardOf(page, task).locator(".said b").textContent();
+      t.ok(labels.includes(said), `${task}: ${said}`);
+      if (task in first.labels) t.equal(said, first.labels[task], task);
+      t.equal(await cardOf(page, task).locator(".mark").textContent(), task in first.labels ? "✓" : "", task);
+      t.notOk(
+        train.some(([text]: [string]) => text === first.text),
+        `${task} was not trained on it`,
+      );
+      inATestSet ||= test.some(([text]: [string]) => text === first.text);
+    }
+    t.ok(inATestSet);
+    t.match(await page.locator("#tasks-note").textContent(), /^19 answers in .*; Debian agrees with 6 of 6$/);
+    await page.locator("#status", { hasText: "debtags-admin says monitoring, " }).waitFor({ state: "attached" });
+  });
+
+  t.test("axe finds nothing", async (t) => {
+    for (const [width, height] of [
+      [1280, 800],
+      [390, 844],
+    ] as const) {
+      await page.setViewportSize({ width, height });
+      for (const colorScheme of ["light", "dark"] as const) {
+        await page.emulateMedia({ colorScheme, reducedMotion: "reduce" });
+        t.same(await complaintsOfAxe(page), [], `${colorScheme}, ${width} px`);
+      }
+    }
+    await page.setViewportSize({ width: 1280, height: 800 });
+  });
+
+  t.test("a click switches, reads nothing again, and its own labels answer", async (t) => {
     const { labels } = await data("tasks/debtags-made-of.json");
     await choose(page, "debtags-made-of");
     t.same(await labelsOf(page), labels);
-    t.equal((await lastCost(page))[2], "1");
-    t.not((await lastCost(page))[3], "0 B");
-    await choose(page, "debtags-role");
-    await choose(page, "debtags-made-of");
-    t.same((await lastCost(page)).slice(2), ["0", "0 B"], "resident");
+    t.same((await lastCost(page)).slice(2), ["0", "0 B"]);
     t.equal(await page.locator("#switch-bytes").textContent(), "0 B");
-    t.equal(packReads().length, 5);
+    t.equal(packReads().length, 22);
   });
 
   t.test("predictions are PEFT's", async (t) => {
     const reference = (await data("reference/predictions.json"))["own-seed"];
     // Rows whose first label is far ahead, so that what a lossy pack loses does not matter.
     for (const [task, rows] of [
-      ["debtags-made-of", [0, 1, 3]],
-      ["debtags-implemented-in", [7, 16, 30, 33]],
+      ["debtags-made-of", [0, 1]],
+      ["debtags-implemented-in", [7, 30]],
     ] as const) {
       const { labels, test } = await data(`tasks/${task}.json`);
       await choose(page, task);
@@ -116,18 +204,26 @@ t.test("sentence, tasks and their cost", { skip }, async (t) => {
     }
   });
 
-  t.test("all tasks answer one sentence", async (t) => {
-    await page.locator("#load-all").click();
-    await page.locator(".card:not(.resident)").first().waitFor({ state: "detached" });
+  t.test("a line from the test set, with what Debian says; no sentence, no answer", async (t) => {
+    await page.locator("#example").click();
     await settled(page);
-    t.equal(packReads().length, 2 + 20, "each task was read once");
-    for (const task of await page
-      .locator(".card")
-      .evaluateAll((cards) => cards.map((card) => (card as HTMLElement).dataset["task"]!))) {
-      const { labels } = await data(`tasks/${task}.json`);
-      t.ok(labels.includes(await cardOf(page, task).locator(".said b").textContent()), task);
+    const { labels, test } = await data("tasks/debtags-implemented-in.json");
+    const [text, label] = test[0];
+    t.equal(await page.locator("#sentence").inputValue(), text);
+    t.equal(await page.locator("#truth").textContent(), `Debian says: ${labels[label]}`);
+    const said = await cardOf(page, "debtags-implemented-in").locator(".said b").textContent();
+    const mark = page.locator(".card .mark:not(:empty)");
+    t.same(await mark.allTextContents(), [said === labels[label] ? "✓" : "✗"], "a mark where it is known");
+    for (const nothing of ["", "  "]) {
+      await type(page, nothing);
+      t.equal(await page.locator(".card .said b:not(:empty)").count(), 0);
+      t.equal((await page.locator("#labels .value").allTextContents()).join(""), "");
+      const hint = "Write a few words about a program, and all tasks answer.";
+      t.equal(await page.locator("#truth").textContent(), hint);
+      await page.locator("#status", { hasText: hint }).waitFor({ state: "attached" });
     }
-    t.match(await page.locator("#weights .ours").first().textContent(), /all 20/);
+    await type(page, "a game");
+    t.equal(await page.locator(".card .said b:empty").count(), 0, "and all answer again");
   });
 
   t.test("keys", async (t) => {
@@ -153,7 +249,28 @@ t.test("sentence, tasks and their cost", { skip }, async (t) => {
     await next(["u", "s"], "debtags-use");
     await page.waitForTimeout(750);
     await next(["1", "7"], "sections-0");
-    t.equal(packReads().length, 22, "nothing is read again");
+
+    const reached = new Set<string>();
+    await page.locator('#providers [value="wasm"]').focus();
+    for (let presses = 0; presses < 25; presses++) {
+      const at = await page.evaluate(() => {
+        const { id, value = "", className, tagName } = document.activeElement as HTMLInputElement;
+        return id || (tagName === "INPUT" ? value : className) || tagName;
+      });
+      reached.add(at);
+      await page.keyboard.press("Tab");
+    }
+    const expected =
+      "wasm theme sentence example sections-0 strength task-file astronomy remove task-name teach-button add-label";
+    t.same(
+      expected.split(" ").filter((one) => !reached.has(one)),
+      [],
+      `Tab reaches everything: ${[...reached].join(" ")}`,
+    );
+    await page.locator("#strength").focus();
+    await page.keyboard.press("1");
+    await settled(page);
+    t.equal(await active(), "sections-0", "letters and figures choose among the cards only");
   });
 
   t.test("strength", async (t) => {
@@ -170,19 +287,33 @@ t.test("sentence, tasks and their cost", { skip }, async (t) => {
   t.same(complaints, []);
 });
 
-t.test("a small phone, in the dark, without motion", { skip }, async (t) => {
+t.test("a phone, in the dark, without motion", { skip }, async (t) => {
   const options = {
-    viewport: { width: 320, height: 640 },
+    viewport: { width: 390, height: 844 },
     colorScheme: "dark",
     reducedMotion: "reduce",
     hasTouch: true,
   } as const;
-  const { page, complaints } = await visit(await launch(t), options, "#debtags-role");
+  const { page, complaints } = await visit(options);
   const width = (): Promise<number> => page.evaluate(() => document.documentElement.scrollWidth);
-  t.equal(await width(), 320, "while it loads");
+  const endOf = (selector: string): Promise<number> =>
+    page.locator(selector).evaluate((one) => one.getBoundingClientRect().bottom + scrollY);
+  t.equal(await width(), 390, "while it loads");
   await settled(page);
-  t.equal(await page.locator("#cards :checked").inputValue(), "debtags-role", "the task of the address");
-  t.equal(await width(), 320);
+  t.ok((await shiftOf(page)) < 0.001, `nothing moves while it loads: ${await shiftOf(page)}`);
+  t.ok((await endOf("#labels .top")) < 844, "the first answer is on the first screen");
+  t.ok((await endOf("#cards")) < 2 * 844, "those of all tasks are on the second");
+  t.equal(await page.locator(".card .said b:empty").count(), 0);
+  // The narrowest of each arrangement, and the phones.
+  for (const narrow of [1240, 1041, 721, 561, 390, 361, 320]) {
+    await page.setViewportSize({ width: narrow, height: 844 });
+    t.equal(await width(), narrow);
+    t.same(await cutOff(page), [], `no text is cut off at ${narrow} px`);
+    const lines = await page
+      .locator("#weights b, #legend b, #log td:not(:first-child)")
+      .evaluateAll((all) => all.map((one) => one.getClientRects().length && (one as HTMLElement).offsetHeight));
+    t.ok(lines.length > 10 && lines.every((height) => height < 26), `figures take one line: ${lines}`);
+  }
   await cardOf(page, "sections-3").tap();
   await page.locator("#log tr:first-child", { hasText: "sections-3" }).waitFor();
   await settled(page);
@@ -229,13 +360,16 @@ async function watchBus(page: Page): Promise<() => Promise<number>> {
 }
 
 t.test("WebGPU", { skip, timeout: 180_000 }, async (t) => {
-  const { page, complaints } = await visit(
-    await launch(t, ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"]),
-    {},
-    "#debtags-made-of",
-  );
-  page.setDefaultTimeout(60_000);
+  // Two tasks, not twenty: a software adapter takes its time for each.
+  const url = await serveOther(t, async (pack) => {
+    for (const id of [...pack.tasks.keys()])
+      if (!["debtags-made-of", "debtags-implemented-in"].includes(id)) pack.removeTask(id);
+    return freshBytes(pack);
+  });
+  const { page, complaints } = await visit({}, `${url}#debtags-made-of`);
+  page.setDefaultTimeout(120_000);
   await settled(page);
+  t.equal(await page.locator("#cards :checked").inputValue(), "debtags-made-of", "the task of the address");
   const reference = (await data("reference/predictions.json"))["own-seed"];
   const cases = [
     ["debtags-implemented-in", 7],
@@ -302,7 +436,7 @@ t.test("a static host without ranges: the pack is read whole, once", { skip }, a
       if (found) resolve(found[1]!);
     });
   });
-  const { page, complaints } = await visit(await launch(t), {}, "#debtags-role", `http://127.0.0.1:${port}/`);
+  const { page, complaints } = await visit({}, `http://127.0.0.1:${port}/#debtags-role`);
   await settled(page);
   t.match(await page.locator("#cold").textContent(), /^Cold start: 1 request/);
   await choose(page, "debtags-made-of");
@@ -312,7 +446,6 @@ t.test("a static host without ranges: the pack is read whole, once", { skip }, a
 });
 
 t.test("failures say what to do", { skip }, async (t) => {
-  const browser = await launch(t);
   const failureOf = async (prepare: (page: Page) => Promise<unknown>): Promise<string> => {
     const page = await browser.newPage({ serviceWorkers: "block" });
     await prepare(page);
@@ -333,56 +466,56 @@ t.test("failures say what to do", { skip }, async (t) => {
   );
   t.match(await failureOf((page) => page.addInitScript("delete globalThis.WebAssembly")), /has no WebAssembly/);
 
-  const { page } = await visit(browser);
-  await settled(page);
-  const whole = await readFile(join(folder, "tasks.eigen"));
-  const blunt = await browser.newPage({ serviceWorkers: "block" });
-  await blunt.route("**/tasks.eigen", (route) => route.fulfill({ body: whole }));
-  await blunt.goto(server.url);
-  await settled(blunt);
-  t.match(await blunt.locator("#cold").textContent(), /^Cold start: 1 requests/, "a host without ranges serves too");
-  await blunt.close();
-  await page.route("**/tasks.eigen", (route) => route.abort());
-  await cardOf(page, "debtags-game").click();
+  // The server fails once the page runs.
+  const page = await browser.newPage({ serviceWorkers: "block" });
+  let reads = 0;
+  await page.route("**/tasks.eigen", (route) => (++reads > 3 ? route.abort() : route.continue()));
+  await page.goto(server.url);
   await page.locator("#failure", { hasText: "The pack cannot be read" }).waitFor();
   await settled(page);
+  t.equal(await topOf(page), "monitoring", "the first task answers");
+  await cardOf(page, "debtags-game").click();
+  await settled(page);
+  t.ok(await page.locator("#failure").isVisible());
   t.equal(await page.locator("#cards :checked").inputValue(), "debtags-admin", "the task before stays");
   await page.unroute("**/tasks.eigen");
-  await choose(page, "debtags-game");
+  await cardOf(page, "debtags-game").click();
+  await page.locator("#log tr:first-child", { hasText: "18 tasks ahead" }).waitFor();
+  await settled(page);
   t.same(await labelsOf(page), (await data("tasks/debtags-game.json")).labels, "and the next try works");
+  t.equal(await page.locator(".card .said b:empty").count(), 0, "for all the others too");
   t.notOk(await page.locator("#failure").isVisible());
+  await page.close();
 });
 
-t.test("a task that cannot be used does not stop the others", { skip }, async (t) => {
-  const other = await mkdtemp(join(tmpdir(), "eigenlora-page-"));
-  await cp(folder, other, { recursive: true });
-  const pack = await openPack(await readFile(join(other, "tasks.eigen")));
-  const bad = "debtags-game";
-  pack.tasks.get(bad)!.metadata.labels!.pop();
-  const chunks: Uint8Array[] = [];
-  for await (const chunk of (await freshPack(pack)).chunks) chunks.push(chunk);
-  await writeFile(join(other, "tasks.eigen"), concat(chunks));
-  const serving = await serveFolder(other);
-  t.teardown(async () => {
-    await serving.close();
-    await rm(other, { recursive: true });
+t.test("unusable tasks do not stop the others; without ranges the pack is read whole", { skip }, async (t) => {
+  const [bad, damaged] = ["debtags-game", "debtags-field"] as const;
+  const url = await serveOther(t, async (pack) => {
+    pack.tasks.get(bad)!.metadata.labels!.pop();
+    const bytes = await freshBytes(pack);
+    bytes[bytes.indexOf((await pack.load(damaged)).bytes) + 100]! ^= 1;
+    return bytes;
   });
-  const browser = await launch(t);
   const page = await browser.newPage({ serviceWorkers: "block" });
-  await page.goto(serving.url);
+  // The server never sees what part is asked for.
+  await page.route("**/tasks.eigen", async (route) => {
+    const { range: _, ...headers } = await route.request().allHeaders();
+    await route.continue({ headers });
+  });
+  await page.goto(url);
   await settled(page);
+  t.match(await page.locator("#cold").textContent(), /^Cold start: 1 requests/, "the whole pack at once");
+  const said = await page.locator(".card .said b").allTextContents();
+  t.equal(said.length, 20);
+  t.equal(said.filter((text) => text === "cannot be used").length, 2);
+  t.notOk(said.includes(""), "all others answer");
+  t.match(await cardOf(page, bad).getAttribute("title"), /labels, but/);
+  t.match(await cardOf(page, damaged).getAttribute("title"), /checksum/);
   await cardOf(page, bad).click();
   await page.locator("#failure", { hasText: /This task cannot be used.*labels, but .* rows/ }).waitFor();
   await settled(page);
   t.equal(await page.locator("#cards :checked").inputValue(), "debtags-admin", "the task before stays");
-  await page.locator("#load-all").click();
-  await page.locator(".card:not(.resident)").first().waitFor({ state: "detached" });
-  await settled(page);
-  const said = await page.locator(".card .said b").allTextContents();
-  t.equal(said.length, 20);
-  t.equal(said.filter((text) => text === "cannot be used").length, 1);
-  t.notOk(said.includes(""), "all others answer");
-  t.match(await cardOf(page, bad).getAttribute("title"), /labels, but/);
+  await page.close();
 });
 
 t.test("the server", async (t) => {

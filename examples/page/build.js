@@ -25,6 +25,21 @@ const RUNTIMES = ["ort-wasm-simd-threaded.wasm", WEBGPU_RUNTIME];
 const MODEL = ["model_fp16.onnx", "tokenizer.json", "tokenizer_config.json"];
 /** Lines of each task's test set that the page offers. */
 const EXAMPLES = 12;
+/**
+ * The sentence that the page begins with (index.html): a line of the test sets that no task was trained on, and what Debian 13
+ * says of its package, tshark, by each task that knows such a label.
+ */
+const FIRST = {
+  text: "network traffic analyzer - console version",
+  labels: {
+    "debtags-admin": "monitoring",
+    "debtags-implemented-in": "c",
+    "debtags-interface": "commandline",
+    "debtags-role": "program",
+    "debtags-scope": "utility",
+    "debtags-use": "monitor",
+  },
+};
 
 /**
  * @param {string} folder emptied first
@@ -61,18 +76,20 @@ export async function buildPage(folder) {
     model,
     pack: report.bytes,
     adapters: report.adapterBytes,
+    first: FIRST,
     examples: Object.fromEntries(await Promise.all(adapters.map(async ({ id }) => [id, await examplesOf(id)]))),
   };
   await writeFile(join(folder, "facts.json"), JSON.stringify(facts));
-  await writeFile(join(folder, "sw.js"), await offlineWorker(folder));
+  await writeOfflineWorker(folder);
   return report;
 }
 
 /**
- * sw.js with the files to keep and their SHA-256: all of them at once, but the runtime that only WebGPU uses later.
- * @param {string} folder
+ * Writes sw.js with the files to keep and their SHA-256: all of them at once, but the runtime that only WebGPU uses later.
+ * @param {string} folder that holds all files of the page
  */
-async function offlineWorker(folder) {
+export async function writeOfflineWorker(folder) {
+  await rm(join(folder, "sw.js"), { force: true });
   /** @type {[path: string, sha256: string][]} */
   const files = [];
   for (const file of (await readdir(folder)).sort())
@@ -86,7 +103,8 @@ async function offlineWorker(folder) {
   if (index) files.push(["", index[1]]);
   const version = createHash("sha256").update(JSON.stringify(files)).digest("hex").slice(0, 16);
   const kept = { version: `eigenlora-${version}`, files, later: [WEBGPU_RUNTIME] };
-  return `self.KEPT = ${JSON.stringify(kept)};\n${await readFile(here("sw.js"), "utf8")}`;
+  const worker = await readFile(here("sw.js"), "utf8");
+  await writeFile(join(folder, "sw.js"), `self.KEPT = ${JSON.stringify(kept)};\n${worker}`);
 }
 
 /**

@@ -3,6 +3,7 @@
  * them changes. Drawing is in views.js, computing in worker.js.
  */
 import { startWorker } from "./client.js";
+import { keepOffline } from "./offline.js";
 import { setUpTeaching } from "./teach.js";
 import {
   addCard,
@@ -11,6 +12,7 @@ import {
   drawFailure,
   drawLabels,
   drawMemory,
+  drawNoAnswer,
   drawPicture,
   drawProgress,
   drawResident,
@@ -33,8 +35,6 @@ const sentence = byId("sentence");
 /** @type {HTMLInputElement} */
 const strength = byId("strength");
 /** @type {HTMLButtonElement} */
-const loadAll = byId("load-all");
-/** @type {HTMLButtonElement} */
 const example = byId("example");
 
 const worker = startWorker("worker.js", { progress: drawProgress, step: (step) => drawStep(step) });
@@ -45,8 +45,12 @@ let facts;
 let tasks = new Map();
 /** Tasks read from the pack, and their coefficients. @type {Map<string, import("./worker.js").Coefficients>} */
 const resident = new Map();
-/** The sentence that each card answers. @type {Map<string, string>} */
+/** What each card answers to which sentence. @type {Map<string, { text: string, label: string | undefined }>} */
 const answered = new Map();
+/** Tasks that could not be read, so that they are not tried again by themselves. @type {Set<string>} */
+const unreadable = new Set();
+/** What Debian says of a sentence, by task. @type {{ text: string, labels: Record<string, string> }} */
+let truth = { text: "", labels: {} };
 let active = "";
 let started = false;
 let teaching = false;
@@ -58,28 +62,10 @@ async function main() {
   const response = await fetch("facts.json");
   if (!response.ok) throw new Error(`facts.json: the server answered ${response.status}`);
   facts = await response.json();
+  truth = facts.first;
   void offerWebGpu();
   await start("wasm", decodeURIComponent(location.hash.slice(1)) || undefined);
-  await keepOffline();
-}
-
-/** Only after the page has loaded what it needs itself. */
-async function keepOffline() {
-  const note = byId("offline");
-  if (!navigator.serviceWorker)
-    return void (note.textContent = "Not kept for offline use: browsers allow that over HTTPS only.");
-  try {
-    const { installing } = await navigator.serviceWorker.register("sw.js");
-    const failed = new Promise((_, reject) => {
-      installing?.addEventListener("statechange", () => {
-        if (installing.state === "redundant") reject(new Error("a file on the server is not the one that was built"));
-      });
-    });
-    await Promise.race([navigator.serviceWorker.ready, failed]);
-    note.textContent = "Kept in this browser: works offline from now on, teaching too.";
-  } catch (error) {
-    note.textContent = `Not kept for offline use: ${/** @type {Error} */ (error).message}.`;
-  }
+  byId("offline").textContent = await keepOffline();
 }
 
 async function offerWebGpu() {
@@ -118,6 +104,7 @@ async function start(provider, task) {
   drawProgress(undefined);
   setBusy(false);
   await ask();
+  await loadRest();
 }
 
 /** @param {boolean} busy */
@@ -125,8 +112,30 @@ function setBusy(busy) {
   started = !busy;
   showBusy();
   strength.disabled = example.disabled = busy;
-  loadAll.disabled = busy || resident.size === tasks.size;
   setTeachable();
+}
+
+let loading = false;
+
+/** Reads the tasks that were not read yet, so that all of them answer. One that is damaged does not stop the others. */
+async function loadRest() {
+  const ids = [...tasks.keys()].filter((id) => !resident.has(id) && !unreadable.has(id));
+  if (loading || !started || ids.length === 0) return;
+  loading = true;
+  showBusy();
+  try {
+    const report = await worker.call("load", ids);
+    keep(report.coefficients, report.memory);
+    for (const { id, why } of report.unreadable) {
+      unreadable.add(id);
+      drawUnusable(id, why);
+    }
+    logCost(`${ids.length} tasks ahead`, report);
+    await ask();
+  } finally {
+    loading = false;
+    showBusy();
+  }
 }
 
 function setTeachable() {
@@ -145,10 +154,6 @@ function keep(read, memory) {
   }
   const shipped = [...tasks.values()].filter(({ own }) => !own);
   drawMemory(facts, memory, shipped.length, shipped.filter(({ id }) => resident.has(id)).length);
-  const rest = [...tasks.values()].filter(({ id }) => !resident.has(id));
-  const bytes = rest.reduce((sum, task) => sum + task.bytes, 0);
-  loadAll.disabled = rest.length === 0;
-  loadAll.textContent = rest.length ? `Ask the other ${rest.length}: ${size(bytes)}` : `All ${tasks.size} answer`;
 }
 
 /** The chosen card is that of the active task, whatever was clicked meanwhile. */
@@ -216,6 +221,8 @@ async function switchTo(task, amount = 1) {
     showBusy();
   }
   await ask();
+  // Those that the server did not give before.
+  await loadRest();
 }
 
 let asking = false;
@@ -223,7 +230,7 @@ let askAgain = false;
 
 /** Tells screen readers, and the test, to wait. */
 function showBusy() {
-  document.querySelector("main")?.setAttribute("aria-busy", String(!started || switching || asking));
+  document.querySelector("main")?.setAttribute("aria-busy", String(!started || switching || asking || loading));
 }
 
 /** Updates answer and cards for the sentence and the task; starts over when one of them changes meanwhile. */
@@ -247,43 +254,78 @@ async function ask() {
 async function askOnce(text) {
   const task = active;
   const labels = labelsOf(task);
+  if (text === "") return drawNoSentence(labels);
   const answer = await worker.call("classify", text);
   if (task !== active) return;
   drawLabels(labels, answer.probabilities);
   byId("run-time").textContent = time(answer.milliseconds);
   announce(task, labels, answer.probabilities);
-  const stale = [...resident.keys()].filter((id) => answered.get(id) !== text);
+  const stale = [...resident.keys()].filter((id) => answered.get(id)?.text !== text);
   let [spent, how] = [0, ""];
   for (let at = 0; at < stale.length && started && !askAgain; at += ROWS) {
     const { rows, batch, milliseconds } = await worker.call("classifyAll", text, stale.slice(at, at + ROWS));
     for (const { id, probabilities, unusable } of rows) {
       const best = probabilities.indexOf(Math.max(...probabilities));
-      if (unusable === undefined) drawCard(id, labelsOf(id)[best], probabilities[best]);
+      if (unusable === undefined) drawCard(id, labelsOf(id)[best], probabilities[best], truthOf(text)[id]);
       else drawUnusable(id, unusable);
-      answered.set(id, text);
+      answered.set(id, { text, label: labelsOf(id)[best] });
     }
     spent += milliseconds;
     how = batch ? "one task per row of a batch" : "one task after the other";
   }
   if (askAgain || stale.length < 2) return;
-  byId("tasks-note").textContent = `${stale.length} answers in ${time(spent)}, ${how}`;
+  const agreed = Object.entries(truthOf(text)).filter(([id, label]) => answered.get(id)?.label === label).length;
+  const known = Object.keys(truthOf(text)).length;
+  const judged = known > 1 ? `; Debian agrees with ${agreed} of ${known}` : "";
+  byId("tasks-note").textContent = `${stale.length} answers in ${time(spent)}, ${how}${judged}`;
+}
+
+/**
+ * Nothing is asked, so nothing is answered.
+ * @param {readonly string[]} labels of the active task
+ */
+function drawNoSentence(labels) {
+  const hint = "Write a few words about a program, and all tasks answer.";
+  drawLabels(labels, undefined);
+  answered.clear();
+  for (const id of resident.keys()) drawNoAnswer(id);
+  byId("run-time").textContent = "–";
+  byId("tasks-note").textContent = "";
+  byId("truth").textContent = hint;
+  say(hint);
+}
+
+/**
+ * What Debian says, by task; nothing of sentences that visitors write.
+ * @param {string} text
+ * @returns {Record<string, string>}
+ */
+function truthOf(text) {
+  return text === truth.text ? truth.labels : {};
+}
+
+function showTruth() {
+  const labels = Object.values(truthOf(sentence.value.trim()));
+  byId("truth").textContent = labels.length ? `Debian says: ${labels.join(", ")}` : "";
 }
 
 /** @type {ReturnType<typeof setTimeout> | undefined} */
 let announcing;
 
+/** Tells screen readers, once the typing pauses. @param {string} text */
+function say(text) {
+  clearTimeout(announcing);
+  announcing = setTimeout(() => void (byId("status").textContent = text), 400);
+}
+
 /**
- * Tells screen readers, once the typing pauses.
  * @param {string} task
  * @param {readonly string[]} labels
  * @param {readonly number[]} probabilities
  */
 function announce(task, labels, probabilities) {
-  clearTimeout(announcing);
-  announcing = setTimeout(() => {
-    const best = probabilities.indexOf(Math.max(...probabilities));
-    byId("status").textContent = `${task} says ${labels[best]}, ${percent(probabilities[best])}`;
-  }, 400);
+  const best = probabilities.indexOf(Math.max(...probabilities));
+  say(`${task} says ${labels[best]}, ${percent(probabilities[best])}`);
 }
 
 /** @param {unknown} error */
@@ -312,7 +354,7 @@ const FAILURES = new Map([
 ]);
 
 sentence.addEventListener("input", () => {
-  byId("truth").textContent = "";
+  showTruth();
   ask().catch(fail);
 });
 sentence.addEventListener("keydown", (event) => {
@@ -332,11 +374,9 @@ strength.addEventListener("input", () => {
 let typed = "";
 let typedAt = 0;
 
-document.addEventListener("keydown", (event) => {
-  const { key, target, ctrlKey, metaKey, altKey, timeStamp } = event;
-  const writing =
-    target instanceof HTMLTextAreaElement || (target instanceof HTMLInputElement && target.type === "text");
-  if (writing || ctrlKey || metaKey || altKey || !/^[a-z0-9:+-]$/i.test(key)) return;
+// On the cards only: elsewhere single letters belong to browsers, screen readers and voice control.
+byId("cards").addEventListener("keydown", ({ key, ctrlKey, metaKey, altKey, timeStamp }) => {
+  if (ctrlKey || metaKey || altKey || !/^[a-z0-9:+-]$/i.test(key)) return;
   typed = timeStamp - typedAt < TYPE_AHEAD ? typed + key.toLowerCase() : key.toLowerCase();
   typedAt = timeStamp;
   const ids = [...tasks.keys()];
@@ -347,20 +387,8 @@ document.addEventListener("keydown", (event) => {
   if (found !== active) switchTo(found).catch(fail);
 });
 
-loadAll.addEventListener("click", async () => {
-  loadAll.disabled = true;
-  try {
-    const ids = [...tasks.keys()].filter((id) => !resident.has(id));
-    const report = await worker.call("load", ids);
-    keep(report.coefficients, report.memory);
-    logCost(`${ids.length} tasks ahead`, report);
-    await ask();
-  } catch (error) {
-    fail(error);
-  }
-});
-
 const drawStep = setUpTeaching(worker, {
+  tasks: () => [...tasks.values()],
   onBusy(busy) {
     teaching = busy;
     setTeachable();
@@ -411,7 +439,10 @@ example.addEventListener("click", () => {
   const line = lines[shown++ % lines.length];
   if (!line) return;
   sentence.value = line[0];
-  byId("truth").textContent = `Debian says: ${line[1]}`;
+  truth = { text: line[0], labels: { [active]: line[1] } };
+  // Its marks are of this task alone.
+  answered.clear();
+  showTruth();
   ask().catch(fail);
 });
 

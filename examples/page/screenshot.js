@@ -1,7 +1,7 @@
 /**
  * Takes the page's picture for the README with Chromium: docs/page.png, light or dark.
  *
- * node examples/page/screenshot.js [--scheme light|dark] [--width 1200] [--height 1330] [--text LINE] [-o docs/page.png]
+ * node examples/page/screenshot.js [--scheme light|dark] [--width 1200] [--height 1420] [--text LINE] [-o docs/page.png]
  */
 import { mkdtemp, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
@@ -16,7 +16,7 @@ const { values } = parseArgs({
   options: {
     scheme: { type: "string", default: "light" },
     width: { type: "string", default: "1200" },
-    height: { type: "string", default: "1330" },
+    height: { type: "string", default: "1420" },
     text: { type: "string", default: "pictures of galaxies, stars and planets, written in Python" },
     output: { type: "string", short: "o", default: fileURLToPath(new URL("../../docs/page.png", import.meta.url)) },
     chromium: { type: "string", default: "/usr/bin/chromium" },
@@ -44,8 +44,6 @@ try {
   // A visitor who has been here for a while: the engine has compiled what a switch runs.
   for (let i = 0; i < 10; i++) await choose(i % 2 ? "debtags-role" : "debtags-use");
   await choose("debtags-uitoolkit");
-  await page.locator("#load-all").click();
-  await page.locator(".card .said b:empty").first().waitFor({ state: "detached" });
   await page.locator("#teach-button").click();
   await page.locator("#teach-note", { hasText: "Learned" }).waitFor({ timeout: 300_000 });
   await page.locator("#sentence").fill(values.text);

@@ -32,16 +32,20 @@ const TYPES = new Map([
 /**
  * Serves the files of a folder on the loopback interface.
  * @param {string} folder
- * @param {{ port?: number, onAnswer?: (answered: Answered) => void }} [options] port 0 takes a free one
+ * @param {object} [options]
+ * @param {number} [options.port] 0 takes a free one
+ * @param {string} [options.cacheControl] by default files are kept by browsers, but revalidated each time: a new build has the
+ *   same names
+ * @param {(answered: Answered) => void} [options.onAnswer]
  * @returns {Promise<{ url: string, close(): Promise<void> }>}
  */
-export async function serveFolder(folder, { port = 0, onAnswer } = {}) {
+export async function serveFolder(folder, { port = 0, cacheControl = "no-cache", onAnswer } = {}) {
   const policy = await policyOf(folder);
   const server = createServer(async (request, response) => {
     const path = pathOf(request.url ?? "/");
     const { status, headers, range } = await plan(folder, path, request);
     onAnswer?.({ path, status, range: request.headers.range });
-    response.writeHead(status, { ...policy, ...headers });
+    response.writeHead(status, { ...policy, ...headers, "cache-control": cacheControl });
     if (!range || request.method === "HEAD") return void response.end();
     // A visitor who leaves during a response is not an error.
     pipeline(createReadStream(join(folder, path), range), response, () => {});
@@ -99,8 +103,6 @@ async function plan(folder, path, { method, headers: asked }) {
   const headers = {
     "content-type": TYPES.get(extname(path)) ?? "application/octet-stream",
     "accept-ranges": "bytes",
-    // Cached, but revalidated each time: a new build has the same names.
-    "cache-control": "no-cache",
     etag,
   };
   if (asked["if-none-match"] === etag) return { status: 304, headers };

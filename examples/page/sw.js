@@ -1,7 +1,8 @@
 /**
  * The page without its server: keeps the files that build.js lists, and answers with them if the network does not. The network
  * comes first, so a new build is seen at once. What is kept is of this build, byte for byte: an error page, a login page or a
- * file of another build never is. Does not know what the files are.
+ * file of another build never is. What was damaged or lost since is noticed and fetched again: on each visit, when the page
+ * asks, and before it is used. Does not know what the files are.
  */
 
 const scope = /** @type {any} */ (self);
@@ -12,14 +13,11 @@ const scope = /** @type {any} */ (self);
  */
 const { version: VERSION, files, later: LATER } = scope.KEPT;
 const FILES = new Map(files);
+/** Their names change with their content, so a browser's copy is never out of date. */
+const HASHED = /-[0-9A-Z]{8}\.js$/;
 
 scope.addEventListener("install", (/** @type {any} */ event) => {
-  const keepAll = async () => {
-    const now = [...FILES.keys()].filter((path) => !LATER.includes(path));
-    await Promise.all(now.map(async (path) => keep(path, await fetch(addressOf(path)))));
-    await scope.skipWaiting();
-  };
-  event.waitUntil(keepAll());
+  event.waitUntil(keepAll().then(() => scope.skipWaiting()));
 });
 
 scope.addEventListener("activate", (/** @type {any} */ event) => {
@@ -30,6 +28,17 @@ scope.addEventListener("activate", (/** @type {any} */ event) => {
     await scope.clients.claim();
   };
   event.waitUntil(tidy());
+});
+
+/** The page asks whether everything is kept; the answer is a reason why not, or nothing. */
+scope.addEventListener("message", (/** @type {any} */ event) => {
+  const answer = (/** @type {string | undefined} */ reason) => event.ports[0].postMessage(reason);
+  event.waitUntil(
+    keepAll().then(
+      () => answer(undefined),
+      ({ message }) => answer(message),
+    ),
+  );
 });
 
 scope.addEventListener("fetch", (/** @type {any} */ event) => {
@@ -47,21 +56,44 @@ function addressOf(path) {
 }
 
 /**
+ * The server's answer, or what is kept where there is none or an error.
  * @param {any} event
  * @param {string} path
  */
 async function answer(event, path) {
   const { request } = event;
-  const cache = await caches.open(VERSION);
+  const range = request.headers.get("range");
+  const hashed = HASHED.test(path);
+  // Some hosts let browsers keep files for minutes: after a new build, old and new ones would be mixed.
+  const asked = hashed ? request : new Request(request, { cache: "no-cache" });
+  const response = await fetch(asked).catch((error) => /** @type {Error} */ (error));
+  const failed = response instanceof Error || (response.status >= 400 && response.status !== 416);
+  if (failed) {
+    const kept = await keptFile(path).catch(() => undefined);
+    if (kept) return partOf(kept, range);
+    if (response instanceof Error) throw response;
+  } else if (response.status === 200 && !(await isKept(path))) {
+    event.waitUntil(keep(path, response.clone()).catch(() => {}));
+  }
+  return hashed || !response.ok ? response : withHeaders(response, response.body, { "cache-control": "no-cache" });
+}
+
+/** Fetches what is not kept as it was built. @throws when the server does not have the files of this build */
+async function keepAll() {
+  const missing = [];
+  for (const path of FILES.keys()) if (!LATER.includes(path) && !(await keptFile(path))) missing.push(path);
+  await Promise.all(missing.map(async (path) => keep(path, await fetch(addressOf(path), { cache: "no-cache" }))));
+}
+
+/**
+ * Whether there is no need to keep a path. Where the cache itself fails there is no use: the page still has its server.
+ * @param {string} path
+ */
+async function isKept(path) {
   try {
-    const response = await fetch(request);
-    if (response.status === 200 && !(await cache.match(addressOf(path))))
-      event.waitUntil(keep(path, response.clone()).catch(() => {}));
-    return response;
-  } catch (error) {
-    const kept = await cache.match(addressOf(path));
-    if (!kept) throw error;
-    return partOf(kept, request.headers.get("range"));
+    return !!(await (await caches.open(VERSION)).match(addressOf(path)));
+  } catch {
+    return true;
   }
 }
 
@@ -72,15 +104,47 @@ async function answer(event, path) {
  */
 async function keep(path, response) {
   const bytes = await response.arrayBuffer();
-  const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
-  const sha256 = [...digest].map((byte) => byte.toString(16).padStart(2, "0")).join("");
-  if (response.status !== 200 || sha256 !== FILES.get(path))
-    throw new Error(`${path || "the page"} is not the file of this build`);
+  if (response.status !== 200 || (await sha256Of(bytes)) !== FILES.get(path))
+    throw new Error(`${path || "the page"} on the server is not the one that was built`);
   // The others stay: the entity tag says that nothing changed when the server goes, the policy binds workers.
-  const headers = new Headers(response.headers);
-  headers.delete("content-encoding");
-  headers.set("content-length", String(bytes.byteLength));
-  await (await caches.open(VERSION)).put(addressOf(path), new Response(bytes, { headers }));
+  const whole = withHeaders(response, bytes, { "content-length": String(bytes.byteLength) });
+  whole.headers.delete("content-encoding");
+  await (await caches.open(VERSION)).put(addressOf(path), whole);
+}
+
+/**
+ * @param {Response} response
+ * @param {BodyInit | null} body
+ * @param {Record<string, string>} changed headers
+ */
+function withHeaders({ status, headers }, body, changed) {
+  const copy = new Headers(headers);
+  for (const [name, value] of Object.entries(changed)) copy.set(name, value);
+  return new Response(body, { status, headers: copy });
+}
+
+/**
+ * What is kept of a path, as it was built. Anything else is thrown away.
+ * @param {string} path
+ * @returns {Promise<Response | undefined>}
+ */
+async function keptFile(path) {
+  const cache = await caches.open(VERSION);
+  const kept = await cache.match(addressOf(path));
+  if (!kept) return undefined;
+  const bytes = await kept
+    .clone()
+    .arrayBuffer()
+    .catch(() => new ArrayBuffer(0));
+  if ((await sha256Of(bytes)) === FILES.get(path)) return kept;
+  await cache.delete(addressOf(path));
+  return undefined;
+}
+
+/** @param {ArrayBuffer} bytes */
+async function sha256Of(bytes) {
+  const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
+  return [...digest].map((byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
 /**

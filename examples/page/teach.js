@@ -1,7 +1,7 @@
 /**
  * The form in which a visitor teaches a task: labels with examples, a curve of the loss, task files. page.js does the rest.
  */
-import { byId, drawLoss, lessonOf, percent, size, time } from "./views.js";
+import { byId, drawLoss, lessonOf, nameOf, percent, size, time } from "./views.js";
 
 /**
  * @typedef {import("./client.js").WorkerFailure} WorkerFailure
@@ -9,6 +9,9 @@ import { byId, drawLoss, lessonOf, percent, size, time } from "./views.js";
  * @typedef {NonNullable<Awaited<ReturnType<import("./worker.js").Calls["open"]>>>} Added
  * @typedef {{ milliseconds: number, requests: number, bytes: number }} Cost
  */
+
+/** Most bytes of a file that is opened: a task takes a few thousand. */
+const MOST_BYTES = 16e6;
 
 /** Initial content of the form. */
 const LESSONS = [
@@ -54,20 +57,39 @@ const name = byId("task-name");
 /**
  * @param {ReturnType<typeof import("./client.js").startWorker>} worker
  * @param {object} page
+ * @param {() => import("./worker.js").Task[]} page.tasks
  * @param {(busy: boolean) => void} page.onBusy
  * @param {(added: Added, what: string, cost?: Cost) => Promise<void>} page.onAdded
  * @returns {(step: Step) => void} takes the steps that the worker reports
  */
-export function setUpTeaching(worker, { onBusy, onAdded }) {
+export function setUpTeaching(worker, { tasks, onBusy, onAdded }) {
   /** @type {number[]} */
   let losses = [];
   let busy = false;
 
   for (const [label, texts] of LESSONS) addLesson(String(label), [...texts].join("\n"));
 
+  // One that was taught before may be taught again.
+  const nameProblem = () =>
+    nameProblemOf(
+      name.value.trim(),
+      tasks().filter(({ own }) => !own),
+    );
+
+  name.addEventListener("input", () => {
+    if (busy) return;
+    const problem = nameProblem();
+    name.setAttribute("aria-invalid", String(problem !== ""));
+    note(problem, true);
+  });
+
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
     if (busy) return void worker.call("stop");
+    const [labels, examples] = written();
+    const problem = nameProblem() || lessonProblem(labels, examples);
+    if (problem) return note(problem, true);
+    name.setAttribute("aria-invalid", "false");
     busy = lessons.disabled = file.disabled = true;
     button.textContent = "Stop";
     onBusy(true);
@@ -75,7 +97,7 @@ export function setUpTeaching(worker, { onBusy, onAdded }) {
     byId("teach-step").textContent = "The loss will fall here, step by step";
     note("Getting ready");
     try {
-      const taught = await worker.call("teach", name.value.trim(), ...written());
+      const taught = await worker.call("teach", name.value.trim(), labels, examples);
       if (!taught) return note("Stopped before the first step: nothing was learned");
       const { task, step, steps, milliseconds } = taught;
       await onAdded(taught, `taught ${task.id}`, taught);
@@ -102,13 +124,17 @@ export function setUpTeaching(worker, { onBusy, onAdded }) {
   file.addEventListener("change", async () => {
     const chosen = file.files?.item(0);
     if (!chosen) return;
+    const id = chosen.name.replace(/\.eigentask$/, "");
     try {
-      const bytes = new Uint8Array(await chosen.arrayBuffer());
-      const added = await worker.call("open", chosen.name.replace(/\.eigentask$/, ""), bytes);
+      const tooLarge = `A task takes a few kilobytes, and this file ${size(chosen.size)}.`;
+      const problem = chosen.size > MOST_BYTES ? tooLarge : nameProblemOf(id, tasks());
+      if (problem) return note(`${chosen.name} was not opened. ${problem}`, true);
+      const added = await worker.call("open", id, chosen);
       await onAdded(added, `opened ${added.task.id}`);
       note(`${added.task.id} is open. Type a sentence above to try it.`);
     } catch (error) {
-      note(/** @type {Error} */ (error).message, true);
+      const { message, tag = "" } = /** @type {WorkerFailure} */ (error);
+      note(`${chosen.name} was not opened. ${OPENING.get(tag) ?? ""}`, true, message);
     } finally {
       // So that the same file can be chosen again.
       file.value = "";
@@ -131,7 +157,7 @@ function addLesson(label, examples) {
   return lesson;
 }
 
-/** Labels and examples as written. The library says what cannot be learned from. */
+/** Labels and examples as written. */
 function written() {
   const blocks = Array.from(lessons.querySelectorAll(".lesson"), (block) => {
     const label = /** @type {HTMLInputElement} */ (block.querySelector("input")).value.trim();
@@ -143,9 +169,51 @@ function written() {
   return /** @type {[typeof labels, typeof examples]} */ ([labels, examples]);
 }
 
-/** @param {string} text @param {boolean} [wrong] */
-function note(text, wrong = false) {
+/** What is wrong with a task file, by the tag of the error. */
+const OPENING = new Map([
+  ["format", "It is not a task, or it was damaged on its way. Get it again."],
+  ["task", "It was made for another pack, or it has no labels that this page can show. Make it for this page."],
+  ["base", "It was made for another model. Make it for this page."],
+]);
+
+/**
+ * @param {string} name of a task to be
+ * @param {readonly import("./worker.js").Task[]} others that there are
+ * @returns {string} what is wrong with it, or nothing
+ */
+function nameProblemOf(name, others) {
+  if (name === "") return "Give the task a name.";
+  // The cards show the second half of "debtags-game".
+  const same = (/** @type {string} */ other) => other.toLowerCase() === name.toLowerCase();
+  const taken = others.find(({ id, own }) => same(id) || (!own && same(nameOf(id)[1])));
+  return taken ? `There is a task called ${name} already. Choose another name.` : "";
+}
+
+/**
+ * @param {readonly string[]} labels
+ * @param {readonly import("./worker.js").Example[]} examples
+ * @returns {string} why nothing can be learned from them, or nothing
+ */
+function lessonProblem(labels, examples) {
+  if (labels.length < 2) return "A task needs two labels or more. Add a label.";
+  if (labels.includes("")) return "A label has no name. Give it one, or remove it.";
+  const twice = labels.find((label, i) => labels.indexOf(label) < i);
+  if (twice !== undefined) return `Two labels are called ${twice}. Give each its own name.`;
+  const without = labels.find((label) => examples.every((example) => example.label !== label));
+  return without === undefined ? "" : `The label ${without} has no examples. Write a line or more for it.`;
+}
+
+/**
+ * @param {string} text
+ * @param {boolean} [wrong]
+ * @param {string} [detail] for those who want to know more
+ */
+function note(text, wrong = false, detail = "") {
   const line = byId("teach-note");
   line.classList.toggle("wrong", wrong);
-  line.textContent = text;
+  line.replaceChildren(text);
+  if (!detail) return;
+  const code = document.createElement("code");
+  code.textContent = detail;
+  line.append(" ", code);
 }

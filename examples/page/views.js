@@ -5,7 +5,12 @@
 /**
  * @typedef {import("./worker.js").Coefficients} Coefficients
  * @typedef {import("./worker.js").Task} Task
- * @typedef {{ model: number, pack: number, adapters: number, examples: Record<string, [string, string][]> }} Facts
+ * @typedef {object} Facts
+ * @property {number} model bytes
+ * @property {number} pack bytes
+ * @property {number} adapters bytes of all their files
+ * @property {{ text: string, labels: Record<string, string> }} first the sentence that the page begins with, and what Debian says of it
+ * @property {Record<string, [text: string, label: string][]>} examples by task
  */
 
 /**
@@ -87,9 +92,9 @@ export function addCard({ id, bytes, own }) {
   const [family, name] = own ? ["yours", id] : nameOf(id);
   const head = element("span", "head");
   head.append(element("span", "number"), element("span", "family", family));
-  head.append(element("span", "bytes", size(bytes)));
+  head.append(element("span", "bytes", size(bytes)), element("i", "share"));
   const said = element("span", "said");
-  said.append(element("b"), element("i"));
+  said.append(element("b"), element("i", "mark"));
   card.append(radio, head, element("span", "name", name), document.createElement("canvas"), said);
   byId("cards").append(card);
 }
@@ -106,12 +111,29 @@ const card = (id) => /** @type {HTMLElement} */ (document.querySelector(`.card[d
  * @param {string} id
  * @param {string} label
  * @param {number} probability
+ * @param {string} [truth] the right label, where it is known
  */
-export function drawCard(id, label, probability) {
+export function drawCard(id, label, probability, truth) {
+  const mark = truth === undefined ? "" : truth === label ? "✓" : "✗";
+  fillCard(id, { label, share: percent(probability), probability, mark });
+}
+
+/** @param {string} id of a task that was not asked */
+export function drawNoAnswer(id) {
+  fillCard(id, {});
+}
+
+/**
+ * @param {string} id
+ * @param {{ label?: string, share?: string, probability?: number, mark?: string }} content
+ */
+function fillCard(id, { label = "", share = "", probability = 0, mark = "" }) {
   const said = /** @type {HTMLElement} */ (card(id).querySelector(".said"));
   said.style.setProperty("--share", String(probability));
   said.children[0].textContent = label;
-  said.children[1].textContent = percent(probability);
+  said.children[1].textContent = mark;
+  const shown = /** @type {HTMLElement} */ (card(id).querySelector(".share"));
+  shown.textContent = share;
 }
 
 /**
@@ -119,8 +141,7 @@ export function drawCard(id, label, probability) {
  * @param {string} why
  */
 export function drawUnusable(id, why) {
-  drawCard(id, "cannot be used", 0);
-  card(id).querySelector(".said i")?.replaceChildren();
+  fillCard(id, { label: "cannot be used" });
   card(id).title = why;
 }
 
@@ -140,7 +161,10 @@ export function drawPicture({ values, width, height }) {
   const turned = new Float32Array(values.length);
   for (let r = 0; r < height; r++) for (let k = 0; k < width; k++) turned[k * height + r] = values[r * width + k];
   drawValues(byId("picture"), height, width, turned);
-  byId("picture-caption").textContent = `The whole task: ${values.length.toLocaleString("en")} coefficients`;
+  const count = values.length.toLocaleString("en");
+  byId("picture-caption").textContent = values.length
+    ? `The whole task: ${count} coefficients`
+    : "No picture of this task";
 }
 
 /**

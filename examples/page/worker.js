@@ -118,19 +118,25 @@ const calls = {
   },
 
   /**
-   * Reads tasks ahead.
+   * Reads tasks ahead. Those that are damaged are named; a server that fails is an error.
    * @param {string[]} ids
    */
   async load(ids) {
     const { session } = live();
     const started = performance.now();
     const before = { ...session.pack.reads };
-    await session.pack.prefetch(ids);
+    const read = await Promise.allSettled(ids.map((id) => session.pack.load(id)));
     const milliseconds = performance.now() - started;
+    const unreadable = read.flatMap((result, i) => {
+      if (result.status === "fulfilled") return [];
+      if (!isOfTask(result.reason)) throw result.reason;
+      return [{ id: ids[i], why: String(result.reason.message) }];
+    });
+    const good = ids.filter((_, i) => read[i].status === "fulfilled");
     const coefficients = await Promise.all(
-      ids.map(async (id) => /** @type {const} */ ([id, await coefficientsOf(id)])),
+      good.map(async (id) => /** @type {const} */ ([id, await coefficientsOf(id)])),
     );
-    return { ...since(before), milliseconds, memory: session.memory(), coefficients };
+    return { ...since(before), milliseconds, memory: session.memory(), coefficients, unreadable };
   },
 
   /**
@@ -210,13 +216,25 @@ const calls = {
   },
 
   /**
-   * Adds a task that was taught elsewhere, and makes it active.
+   * Adds a task that was taught elsewhere, and makes it active. Nothing is added when it cannot be used.
    * @param {string} id
-   * @param {Uint8Array<ArrayBuffer>} file
+   * @param {File} file
    */
   async open(id, file) {
-    await live().session.addTask(id, file);
-    return adopt(id, file);
+    const { session } = live();
+    const active = session.task;
+    const bytes = new Uint8Array(await file.arrayBuffer());
+    await session.addTask(id, file);
+    try {
+      if (!session.tasks.get(id)?.metadata.labels?.length)
+        throw Object.assign(new Error(`${file.name} has no labels`), { tag: "task" });
+      return await adopt(id, bytes);
+    } catch (error) {
+      own.delete(id);
+      await session.switchTask(active);
+      session.removeTask(id);
+      throw error;
+    }
   },
 
   /**
@@ -288,13 +306,21 @@ async function usable(answer, text, tasks) {
   try {
     return await answer(text, tasks);
   } catch (error) {
-    const { tag = "", message } = /** @type {Error & { tag?: string }} */ (error);
-    if (!["task", "format", "base"].includes(tag)) throw error;
+    if (!isOfTask(error)) throw error;
+    const { message } = /** @type {Error} */ (error);
     if (tasks.length === 1) return [{ id: tasks[0], probabilities: [], unusable: message }];
     const rows = [];
     for (const task of tasks) rows.push(...(await usable(answer, text, [task])));
     return rows;
   }
+}
+
+/**
+ * Whether something is wrong with one task, not with the page.
+ * @param {unknown} error
+ */
+function isOfTask(error) {
+  return ["task", "format", "base"].includes(/** @type {{ tag?: string }} */ (error).tag ?? "");
 }
 
 /** Lets messages in. */
@@ -468,13 +494,14 @@ function residentIds(pack) {
 }
 
 /**
- * Read for the picture of a task; f16 as build.js packs it.
+ * Read for the picture of a task. build.js packs them as f16; of tasks that come in another format there is no picture.
  * @param {string} id of a resident task
  * @returns {Promise<Coefficients>}
  */
 async function coefficientsOf(id) {
   const { terms, bytes } = await live().session.pack.load(id);
-  const tensors = terms.flatMap(({ A, B }) => [A, B].flatMap((side) => (side ? [side.tensor] : [])));
+  const all = terms.flatMap(({ A, B }) => [A, B].flatMap((side) => (side ? [side.tensor] : [])));
+  const tensors = all.every(({ dtype }) => dtype === "f16") ? all : [];
   const width = Math.max(0, ...tensors.map((tensor) => tensor.width));
   const height = tensors.reduce((sum, { rows }) => sum + rows, 0);
   const values = new Float32Array(width * height);
