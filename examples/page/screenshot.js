@@ -1,7 +1,7 @@
 /**
  * Takes the page's picture for the README with Chromium: docs/page.png, light or dark.
  *
- * node examples/page/screenshot.js [--scheme light|dark] [--width 1200] [--height 1420] [--text LINE] [-o docs/page.png]
+ * node examples/page/screenshot.js [--scheme light|dark] [--width 1240] [--height 1420] [--text LINE] [-o docs/page.png]
  */
 import { mkdtemp, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
@@ -15,7 +15,7 @@ import { serveFolder } from "./serve.js";
 const { values } = parseArgs({
   options: {
     scheme: { type: "string", default: "light" },
-    width: { type: "string", default: "1200" },
+    width: { type: "string", default: "1240" },
     height: { type: "string", default: "1420" },
     text: { type: "string", default: "pictures of galaxies, stars and planets, written in Python" },
     output: { type: "string", short: "o", default: fileURLToPath(new URL("../../docs/page.png", import.meta.url)) },
