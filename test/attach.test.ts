@@ -410,7 +410,7 @@ t.test("onnxruntime in Python: the code of docs/attach.md, as it stands", async 
   await writeFile(inPython("feeds.json"), JSON.stringify({ input_ids, attention_mask, token_type_ids }));
   for (const model of ["torchscript", "q4"]) {
     await cp(sessions(`${model}.onnx`), inPython("model.onnx"));
-    const attached = spawnSync(process.execPath, [main, ...command.split(" ")], there);
+    const attached = spawnSync(process.execPath, [main, ...command.split(" "), "--force"], there);
     t.equal(attached.status, 0, `${model}: ${command}`);
     const ran = spawnSync(python, ["-c", code + report], there);
     if (ran.status !== 0) throw new Error(ran.stderr);

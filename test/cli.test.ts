@@ -147,7 +147,7 @@ t.test("--error is kept by every task; --energy 1 with f32 is lossless", async (
   const some = ["debtags-role", "sections-0", "sections-1"].map((n) => join(own, n));
   const limited = json(0, "pack", ...some, "-o", "e.eigen", "--error", "0.1");
   for (const { total } of limited["errors"]) t.ok(total <= 0.1 && total > 0.05, `${total}`);
-  const each = json(0, "pack", ...some, "-o", "e.eigen", "--mode", "column", "--error", "0.1");
+  const each = json(0, "pack", ...some, "-o", "each.eigen", "--mode", "column", "--error", "0.1");
   t.ok(each["error"].max <= 0.1 && each["error"].max > 0.05, `of every module: ${each["error"].max}`);
   const lossless = json(0, "pack", ...some, "-o", "l.eigen", "--energy", "1", "--dtype", "f32");
   t.ok(lossless["error"].max < 1e-6, `${lossless["error"].max}`);
