@@ -16,7 +16,7 @@ import type { TermInput } from "../format/encode.ts";
 import type { PackModule } from "../format/format.ts";
 import type { TaskToWrite } from "../format/layout.ts";
 import { encodedTensor } from "../format/tensors.ts";
-import type { Dtypes } from "../tensor/dtypes.ts";
+import type { Dtype, Dtypes } from "../tensor/dtypes.ts";
 import { DEFAULT_ERROR, withinError } from "./allocate.ts";
 import type { Pack } from "./pack.ts";
 import { lossesOf, type ModuleError, type TaskLoss } from "./report.ts";
@@ -43,24 +43,9 @@ export async function projectAdapters(
   checkPack("projectAdapters", pack);
   checkAdapters("projectAdapters", adapters);
   for (const adapter of adapters) checkModules(pack, adapter);
-  const products = await fastProducts();
-  const options = { gauge: gaugeOf(pack), rank: pack.directory.basis.rank, coefficientDtype: dtype.coefficients };
   const bases = await pack.bases();
-  /** What is shared of every adapter's modules, one module after another. */
-  const each = async (work: (at: Place, begun: Begun, space: ModuleSpace | undefined) => void): Promise<void> => {
-    for (const [index, stored] of pack.modules.entries()) {
-      let space: ModuleSpace | undefined;
-      for (const [i, adapter] of adapters.entries()) {
-        const module = adapter.modules.get(stored.name);
-        if (!module) continue;
-        if (stored.A && stored.B) space ??= openModule(storedModule(stored, bases.bytes, adapter), products);
-        const { magnitude, ...term } = await module.read();
-        const begun = storable(adapter, stored, () => beginMixed(space, { id: adapter.id, ...term }, options));
-        work({ index, stored, i, adapter, magnitude }, begun, space);
-      }
-      onProgress?.(index + 1, pack.modules.length);
-    }
-  };
+  const each = (work: Work): Promise<void> =>
+    eachModule(pack, bases.bytes, adapters, dtype.coefficients, work, onProgress);
   const project = async (own?: Allocation): Promise<ProjectedAdapter[]> => {
     const errors: ModuleError[] = [];
     const terms = adapters.map((): TermInput[] => []);
@@ -93,6 +78,34 @@ export async function projectAdapters(
     return await withinError({ spectra }, DEFAULT_ERROR, project, (made) => made.map(({ residual }) => residual));
   } finally {
     bases.close();
+  }
+}
+
+/** What is made of a module of an adapter, of which the shared part is known. */
+type Work = (at: Place, begun: Begun, space: ModuleSpace | undefined) => void;
+
+/** Goes through the modules of a pack, and in each through the adapters that have it. */
+async function eachModule(
+  pack: Pack,
+  bases: Uint8Array,
+  adapters: readonly Adapter[],
+  coefficientDtype: Dtype,
+  work: Work,
+  onProgress: ((done: number, of: number) => void) | undefined,
+): Promise<void> {
+  const products = await fastProducts();
+  const options = { gauge: gaugeOf(pack), rank: pack.directory.basis.rank, coefficientDtype };
+  for (const [index, stored] of pack.modules.entries()) {
+    let space: ModuleSpace | undefined;
+    for (const [i, adapter] of adapters.entries()) {
+      const module = adapter.modules.get(stored.name);
+      if (!module) continue;
+      if (stored.A && stored.B) space ??= openModule(storedModule(stored, bases, adapter), products);
+      const { magnitude, ...term } = await module.read();
+      const begun = storable(adapter, stored, () => beginMixed(space, { id: adapter.id, ...term }, options));
+      work({ index, stored, i, adapter, magnitude }, begun, space);
+    }
+    onProgress?.(index + 1, pack.modules.length);
   }
 }
 
