@@ -525,7 +525,7 @@ t.test("bad input: what, where, and what to do; exit 1, or 2 for usage", async (
     [["pack", own, "-o", "x", "--k", "0"], /whole number/],
     [["pack", own, "-o", "x", "--error", "2"], /between 0 and 1/],
     [["pack", own, "-o", "x", "--dtype", "f8"], /f8/],
-    [["pack", own, "-o", "x", "--mode", "cubic"], /--mode cubic: expected column, flat, joint or auto/],
+    [["pack", own, "-o", "x", "--mode", "cubic"], /--mode cubic: expected auto, column, flat or joint/],
     [["pack", own, "-o", "x", "--gage", "balanced"], /unknown option .--gage.; did you mean --gauge\?/],
     [["inspekt", "own.eigen"], /did you mean inspect/],
     [["remove", "own.eigen"], /remove: missing TASK/],
