@@ -7,6 +7,8 @@ import t from "tap";
 import { createEngine } from "../dist/bindings/ort-engine.js";
 import type { Adapter } from "../dist/src/adapters/adapter.js";
 import { readAdapters } from "../dist/src/adapters/folder.js";
+import { distilled } from "../dist/src/cli/distilled.js";
+import { createOutput } from "../dist/src/cli/output.js";
 import type { Allocation } from "../dist/src/extract/allocation.js";
 import { deltaError, relative } from "../dist/src/extract/error.js";
 import { DEFAULT_ERROR } from "../dist/src/pack/allocate.js";
@@ -262,6 +264,8 @@ t.test("nobody says what is wanted: every task keeps within a share of its ΔW, 
     t.ok(Math.abs(total - report.errors[i]!.total) < 1e-4, `${total}, ${report.errors[i]!.total}`);
   const { report: plain } = await buildPack(mixed);
   t.ok(plain.errors[0]!.total > 0.9, "the energy of all together forgets it");
+  t.match(plain.warnings.join("\n"), /task "debtags-admin" loses \d+ % of its ΔW, half of the tasks \d+ % at most/);
+  t.notMatch(report.warnings.join("\n"), /loses/);
   const later = await projectAdapters(
     await openPack(concat(chunks).buffer),
     whole.slice(1, 2).map(cut),
@@ -356,12 +360,10 @@ t.test(
     const some = adapters.slice(0, 3);
     const encode = await createEncoder(NODE);
     const { train } = await readTask("debtags-role");
-    const { judge, byTask, close } = createJudge(createEngine(NODE), model, {
-      adapters: some,
-      texts: train.map(([text]) => text),
-      encode,
-      most: 16,
-    });
+    const engine = createEngine(NODE);
+    const options = { adapters: some, texts: train.map(([text]) => text), encode, most: 16 };
+    const asker = createJudge(engine, model, options);
+    const { judge, byTask, close } = asker;
     const [lossless, coarse] = await Promise.all(
       [LOSSLESS, { select: { kind: "k", k: 2 } } as const].map(
         async (options) => new Blob([concat((await buildPack(some, options)).chunks)]),
@@ -386,6 +388,20 @@ t.test(
       dtype: INT4,
     });
     t.ok(enough.divergence! <= 0.0005 && enough.bytes < 100_000, `${enough.divergence}, ${enough.bytes}`);
+
+    // The last step of `pack`: distilled, and taken where that answers better.
+    const search = { goal: { kind: "bytes", max: 18_000 } } as const;
+    const chosen = await searchPack(some, { ...search, ways: [{ gauge: "balanced", rank: 4, dtype: INT4 }], judge });
+    const asked = { engine, model, options, judge: asker };
+    const made = await distilled(chosen, search, asked, 24, createOutput(true));
+    t.match(made.report, { name: /, distilled$/, judgedBy: "divergence", bytes: concat(made.chunks).length });
+    t.ok(made.report.divergence! < 0.9 * chosen.report.divergence!, `${made.report.divergence}`);
+    t.equal(await judge(await openPack(concat(made.chunks).buffer)), made.report.divergence);
+    t.same(made.report.tried, chosen.report.tried);
+    const better = { ...chosen, report: { ...chosen.report, divergence: 0 } };
+    const kept = await distilled(better, search, asked, 1, createOutput(true));
+    t.equal(kept.chunks, chosen.chunks);
+    t.match(kept.report.decisions.at(-1), /stays$/);
     await close();
   },
 );

@@ -257,6 +257,17 @@ t.test("a refusal says what to do", async (t) => {
   t.match(await refusal(...other, "--names", "nobody=x"), /--names nobody=…: .* adapts no such module/);
 });
 
+t.test("what a pack without components, or with too few, does to a task is said", async (t) => {
+  await succeed("pack", at("adapters"), "-o", at("few.eigen"), "--k", "2");
+  const added = await run("add", at("few.eigen"), data("adapters/own-seed/debtags-use"));
+  t.match(added.stderr, /task "debtags-use" loses \d\d\.\d % of its ΔW, which the pack's components lack/);
+  await succeed("pack", at("adapters"), "-o", at("none.eigen"));
+  t.equal((await run("add", at("none.eigen"), data("adapters/own-seed/debtags-use"))).stderr, "");
+  await writeFile(at("taught.tsv"), "a\tone\nb\ttwo\n");
+  const learn = ["learn", at("none.eigen"), at("taught.tsv"), "--model", at("nowhere.onnx"), "-o", at("t.eigentask")];
+  t.match((await run(...learn)).stderr, /the pack has no shared components, so the task becomes a LoRA of its own/);
+});
+
 t.test("fold takes another base where it is asked to, and names for modules", async (t) => {
   await succeed("pack", data("sessions/adapters"), "-o", at("f.eigen"), "--base", data("sessions/base.safetensors"));
   const { tasks, modules } = await succeed("inspect", at("f.eigen"));

@@ -370,6 +370,11 @@ t.test("the command line: pack, inspect, verify, add, export", async (t) => {
   t.same(verified["tasks"].map(({ id }: { id: string }) => id).sort(), ["2023", "again", "scaled"]);
   for (const { id, error } of verified["tasks"]) t.ok(error.max < 1e-5, `${id}: ${error.max}`);
 
+  // Parts are known by what adapters hold: another adapter makes another part.
+  t.equal(json("shard", scaled, "-o", "a.part")["present"], false);
+  t.equal(json("shard", scaled, "-o", "a.part")["present"], true);
+  t.equal(json("shard", "styles/old", "-o", "a.part", "--force")["present"], false);
+
   json("export", "p.eigen", "--task", "scaled", "-o", "scaled");
   const [exported, original] = [await readFile(join(root, "scaled")), await readFile(scaled)];
   t.same([...exported.modules.keys()], [...original.modules.keys()]);

@@ -442,27 +442,6 @@ t.test("WebGPU", { skip, timeout: 240_000 }, async (t) => {
   t.same(complaints, []);
 });
 
-t.test("a static host without ranges: the pack is read whole, once", { skip }, async (t) => {
-  const args = ["-u", "-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", folder];
-  const python = spawn(process.env["PYTHON"] ?? "python3", args, { stdio: ["ignore", "pipe", "ignore"] });
-  t.teardown(() => python.kill());
-  const port = await new Promise<string>((resolve, reject) => {
-    python.once("error", reject);
-    let said = "";
-    python.stdout.on("data", (text) => {
-      const found = /port (\d+) /.exec((said += text));
-      if (found) resolve(found[1]!);
-    });
-  });
-  const { page, complaints } = await visit({}, `http://127.0.0.1:${port}/#debtags-role`);
-  await settled(page);
-  t.match(await page.locator("#cold").textContent(), /^Cold start: 1 request/);
-  await choose(page, "debtags-made-of");
-  t.same(await labelsOf(page), (await data("tasks/debtags-made-of.json")).labels);
-  t.same((await lastCost(page)).slice(2), ["0", "0 B"], "nothing more is read");
-  t.same(complaints, []);
-});
-
 t.test("failures say what to do", { skip }, async (t) => {
   const failureOf = async (prepare: (page: Page) => Promise<unknown>): Promise<string> => {
     const page = await browser.newPage({ serviceWorkers: "block" });

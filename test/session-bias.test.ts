@@ -293,7 +293,16 @@ t.test("eigenlora attach brings the biases back", async (t) => {
     writeFileSync(join(folder, "tasks.eigen"), await packed(...tasks));
     for (const mode of ["core", "factors"]) {
       const stream = { write: () => undefined };
-      const args = ["attach", "--force", path("classifier.onnx"), join(folder, "tasks.eigen"), "-o", target, "--mode", mode];
+      const args = [
+        "attach",
+        "--force",
+        path("classifier.onnx"),
+        join(folder, "tasks.eigen"),
+        "-o",
+        target,
+        "--mode",
+        mode,
+      ];
       t.equal(await runProgram(args, stream, stream), 0, `${tasks.join(", ")}, ${mode}`);
       const session = await InferenceSession.create(target, { logSeverityLevel: 3 });
       const files = readdirSync(join(folder, "out.tasks")).map((name) => `out.tasks/${name}`);

@@ -12,10 +12,11 @@ import { openSource } from "../open-source.ts";
 import { planAppend } from "../pack/fresh.ts";
 import type { Pack } from "../pack/pack.ts";
 import { projectAdapters } from "../pack/project.ts";
+import { MUCH } from "../pack/report.ts";
 import { type Attach, command } from "./command.ts";
 import { append } from "./files.ts";
 import { anyBase, as, key } from "./options.ts";
-import { bytes, counting, lossTable, sum, warnOf } from "./output.ts";
+import { bytes, counting, lossTable, percent, sum, warnOf } from "./output.ts";
 import type { Run } from "./run.ts";
 import { signerOf, warnUnsigned } from "./signer.ts";
 import { refuseOtherBase, storedDtypes } from "./tasks.ts";
@@ -28,7 +29,7 @@ interface NamedTask {
 
 export const add: Attach = command({
   usage: "add <PACK> <ADAPTER_OR_TASKFILE...>",
-  does: "Append tasks: adapters projected onto the components, or task files.",
+  does: "Append tasks: adapters, brought onto the components or with terms of their own, or task files.",
   details:
     "Adapters may come as a folder of them. Task files (.eigentask) are taken as they are. The bytes of other tasks stay.",
   options: { as, anyBase, key },
@@ -59,6 +60,11 @@ export const add: Attach = command({
     const plan = await planAppend(now, [...projected, ...learned], sign);
     append(file, plan);
     warnOf(adapters, out);
+    for (const { id, total } of residual)
+      if (total > MUCH)
+        out.warn(
+          `task "${id}" loses ${percent(total)} of its ΔW, which the pack's components lack: pack all adapters again, with this one`,
+        );
     warnUnsigned(now, sign, out);
     const before = now.window.superblock.committed;
     const bytesAfter = plan.offset + sum(plan.body.map(({ length }) => length));

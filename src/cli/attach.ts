@@ -53,11 +53,7 @@ export const attach: Attach = command({
     checkTarget(target, { force, inputs: [modelPath, packPath] });
     checkTarget(baseFile(target), { force, output: target });
     const pack = await run.pack(packPath);
-    refuseUnknown(
-      options.names,
-      pack.modules.map(({ name }) => name),
-      packPath,
-    );
+    refuseUnknown(options.names, pack.modules, packPath);
     const file = run.closing(await readModel(modelPath));
     const places = await placesOf(file, modelPath, target, [baseFile(target)], [tasksFolder(target)]);
     const bases = (await pack.bases()).bytes;

@@ -49,8 +49,7 @@ export const check: Attach = command({
   options: OPTIONS,
   async run([modelPath, packPath]: [string, string], { filesOnly, ...options }, run) {
     const pack = await run.pack(packPath);
-    const known = pack.modules.map(({ name }) => name);
-    refuseUnknown(options.names, known, packPath);
+    refuseUnknown(options.names, pack.modules, packPath);
     const survey = inWords(await surveyModel(() => readModel(modelPath), pack, options));
     const ran = filesOnly || survey.mode === null ? undefined : await tryOut(modelPath, pack, options);
     const works = survey.mode !== null && ran?.session.works !== false;
@@ -62,7 +61,7 @@ export const check: Attach = command({
       json: { model: modelPath, pack: packPath, works, ...survey, run: ran ?? null, next },
       text: [
         `${modelPath}: opset ${survey.opset}, ${survey.nodes} nodes`,
-        `${packPath}: ${pack.tasks.size} tasks, ${known.length} modules, coefficients of ${bytes(survey.largestTask)} a task at most`,
+        `${packPath}: ${pack.tasks.size} tasks, ${pack.modules.length} modules, coefficients of ${bytes(survey.largestTask)} a task at most`,
         "",
         ...modulesText(survey),
         ...parametersText(survey),

@@ -2,25 +2,24 @@
  * Distilling as the last step of `pack`: of everything that answers were asked about, the best pack whose tasks are coefficients is
  * distilled, and taken where its answers are then closer to the adapters' than those of the pack that was chosen.
  */
-import type { Adapter } from "../adapters/adapter.ts";
 import { parseTaskFile } from "../format/task-file.ts";
 import type { Built } from "../pack/build.ts";
 import { freshPack, tasksOf } from "../pack/fresh.ts";
-import type { Judge, Tried } from "../pack/goal.ts";
-import { openPack } from "../pack/pack.ts";
+import { openPack, type Pack } from "../pack/pack.ts";
 import { type SearchOptions, type SearchReport, searchPack } from "../pack/search.ts";
 import type { Engine } from "../session/engine.ts";
 import { createSession } from "../session/session.ts";
 import { distill } from "../train/distill.ts";
-import type { JudgeOptions } from "../train/judge.ts";
-import type { Output } from "./output.ts";
+import type { JudgeOptions, PackJudge } from "../train/judge.ts";
+import { type Output, sum } from "./output.ts";
 
 /** What answers are asked of, and how. */
 export interface Asked {
   readonly engine: Engine;
+  /** Path. */
   readonly model: string;
   readonly options: JudgeOptions;
-  readonly judge: Judge;
+  readonly judge: PackJudge;
 }
 
 /**
@@ -28,73 +27,63 @@ export interface Asked {
  * @param steps for each task
  */
 export async function distilled(
-  adapters: readonly Adapter[],
   chosen: Built<SearchReport>,
   search: SearchOptions,
-  { engine, model, options, judge }: Asked,
+  asked: Asked,
   steps: number,
   out: Output,
 ): Promise<Built<SearchReport>> {
   const { report } = chosen;
-  const best = report.tried
+  const { adapters } = asked.options;
+  const [best] = report.tried
     .filter(({ way, divergence }) => divergence !== undefined && way.allocateBeside === undefined)
-    .sort((a, b) => a.divergence! - b.divergence!)[0];
+    .sort((a, b) => a.divergence! - b.divergence!);
   if (!best) return chosen;
-  const { chunks, report: plain } = await again(adapters, best, search);
-  const pack = await openPack(new Blob(chunks as BlobPart[]));
-  const session = await createSession(engine, model, pack, { trainable: true, names: options.names });
+  // Made again: a search keeps the best pack only.
+  const { dtype, base, anyBase, signal } = search;
+  const goal = { kind: "bytes", max: search.goal?.kind === "bytes" ? search.goal.max : best.bytes! } as const;
+  const projected = await searchPack(adapters, { dtype, base, anyBase, signal, goal, ways: [best.way] });
+  const pack = await openPack(new Blob(projected.chunks as BlobPart[]));
+  try {
+    const chunks = await distilTasks(pack, asked, steps, out);
+    const after = await openPack(new Blob(chunks as BlobPart[]));
+    const divergence = await asked.judge.judge(after);
+    await after.close();
+    const won = divergence < report.divergence!;
+    const decision =
+      `distilling "${best.name}" took its mean KL from ${best.divergence!.toFixed(4)} to ${divergence.toFixed(4)}: ` +
+      (won ? "it is taken; ΔW errors are those before" : `"${report.name}" stays`);
+    const decisions = [...report.decisions, decision];
+    if (!won) return { ...chosen, report: { ...report, decisions } };
+    const bytes = sum(chunks.map(({ length }) => length));
+    const found = { name: `${best.name}, distilled`, divergence, bytes, ratio: projected.report.adapterBytes / bytes };
+    const { judgedBy, tried } = report;
+    return { chunks, report: { ...projected.report, ...found, judgedBy, tried, decisions } };
+  } finally {
+    await pack.close();
+  }
+}
+
+/** The pack with all its tasks distilled. */
+async function distilTasks(
+  pack: Pack,
+  { engine, model, options: { adapters, texts, encode, names } }: Asked,
+  steps: number,
+  out: Output,
+): Promise<Uint8Array[]> {
+  const session = await createSession(engine, model, pack, { trainable: true, names });
   const blobs = new Map<string, Uint8Array>();
   try {
-    const { texts, encode } = options;
     for (const [i, adapter] of adapters.entries()) {
       const onStep = ({ step }: { step: number }): void =>
         out.progress("step", i * steps + step, adapters.length * steps, `distilling ${adapter.id}`);
       const { id, file } = await distill(session, { adapter, texts, encode, steps, onStep });
       blobs.set(id, parseTaskFile(file, `task "${id}"`).blob);
     }
-    const made: Uint8Array[] = [];
-    for await (const chunk of (await freshPack(pack, await tasksOf(pack, blobs))).chunks) made.push(chunk);
-    return await better(chosen, { chunks: made, report: { ...report, ...plain } }, best, judge);
   } finally {
     await session.close();
-    await pack.close();
   }
-}
-
-/** The pack of one way, made again. */
-async function again(
-  adapters: readonly Adapter[],
-  { way, bytes }: Tried,
-  { goal, ...options }: SearchOptions,
-): Promise<Built<SearchReport>> {
-  const { judge: _, onTry: __, moments: ___, ...plain } = options;
-  const max = goal?.kind === "bytes" ? goal.max : bytes!;
-  return searchPack(adapters, { ...plain, goal: { kind: "bytes", max }, ways: [way] });
-}
-
-async function better(
-  chosen: Built<SearchReport>,
-  made: Built<SearchReport>,
-  { name, divergence: before }: Tried,
-  judge: Judge,
-): Promise<Built<SearchReport>> {
-  const pack = await openPack(new Blob(made.chunks as BlobPart[]));
-  const found = await judge(pack, [...pack.tasks.keys()]);
-  await pack.close();
-  const divergence = typeof found === "number" ? found : NaN;
-  const won = divergence < chosen.report.divergence!;
-  const decision =
-    `distilling "${name}" took its mean KL from ${before!.toFixed(4)} to ${divergence.toFixed(4)}: ` +
-    (won ? "it is taken" : `"${chosen.report.name}" stays`);
-  const { report, chunks } = won ? made : chosen;
-  const bytes = chunks.reduce((sum, { length }) => sum + length, 0);
-  return {
-    chunks,
-    report: {
-      ...report,
-      bytes,
-      decisions: [...chosen.report.decisions, decision],
-      ...(won ? { name, divergence } : {}),
-    },
-  };
+  const chunks: Uint8Array[] = [];
+  for await (const chunk of (await freshPack(pack, await tasksOf(pack, blobs))).chunks) chunks.push(chunk);
+  return chunks;
 }

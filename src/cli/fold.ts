@@ -24,11 +24,7 @@ export const fold: Attach = command({
   async run([path]: [string], { output: file, force, task, base: basePath, ...options }, run) {
     const target = await run.target(file, { force, inputs: [path, basePath] });
     const pack = await run.pack(path);
-    refuseUnknown(
-      options.names,
-      pack.modules.map(({ name }) => name),
-      path,
-    );
+    refuseUnknown(options.names, pack.modules, path);
     const base = await openSafetensors(run.closing(await openSource(basePath)));
     const runtime = run.closing(await createRuntime(pack, { ...options, base: safetensorsHost(base), webgpu: false }));
     const { modules, added } = await runtime.switchTask(task);

@@ -99,6 +99,10 @@ export const learn: Attach = command({
     const { signal } = interrupts(run);
     const { examples, labels } = await readExamples(examplesPath, options.labels);
     const pack = await run.pack(packPath);
+    if (options.train === "coefficients" && pack.modules.every(({ A, B }) => !A && !B))
+      out.warn(
+        "the pack has no shared components, so the task becomes a LoRA of its own: pack with --k N for smaller ones",
+      );
     const init = startOf(options.init, pack);
     const { session, encode } = await openTrainable("learn", model, pack, options, run);
     refuseInterrupted(signal, id);

@@ -22,9 +22,15 @@ export const match: {
 };
 
 /** @throws UsageError for a name of no module: a typing error would map nothing without a word */
-export function refuseUnknown(names: ReadonlyMap<string, string>, known: readonly string[], file: string): void {
+export function refuseUnknown(
+  names: ReadonlyMap<string, string>,
+  modules: Iterable<{ readonly name: string }>,
+  file: string,
+): void {
+  if (names.size === 0) return;
+  const known = new Set([...modules].map(({ name }) => name));
   for (const module of names.keys()) {
-    if (known.includes(module)) continue;
+    if (known.has(module)) continue;
     const close = nearest(module, known);
     const found = close.length > 0 ? `; the nearest are ${close.join(", ")}` : "";
     throw new UsageError(`--names ${module}=…: ${file} adapts no such module${found}`);

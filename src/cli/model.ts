@@ -11,20 +11,13 @@ import type { Pack } from "../pack/pack.ts";
 import type { BatchFeeds } from "../train/batch.ts";
 import type { Encode } from "../train/inputs.ts";
 import { readJson } from "./files.ts";
-import { refuseUnknown } from "./matching.ts";
-import { from, number, type OptionSpec, text } from "./options.ts";
+import { type match, refuseUnknown } from "./matching.ts";
+import { from, number, type OptionSpec, text, type Values } from "./options.ts";
 import type { Run } from "./run.ts";
 
 interface ModelOptions {
   readonly tokens: number | undefined;
   readonly tokenizer: string | undefined;
-}
-
-/** How a pack's modules are found in a model. */
-interface MatchOptions {
-  readonly names: ReadonlyMap<string, string>;
-  readonly ignore: readonly string[];
-  readonly anyBase: boolean;
 }
 
 /** What a command runs a model with. */
@@ -88,16 +81,12 @@ export async function openTrainable(
   command: string,
   model: string,
   pack: Pack,
-  options: ModelOptions & MatchOptions,
+  options: ModelOptions & Values<typeof match>,
   run: Run,
 ): Promise<{ session: EigenSession; encode: Encode }> {
   const { names, ignore, anyBase } = options;
   const { ort, encode } = await openModel(command, model, options);
-  refuseUnknown(
-    names,
-    pack.modules.map(({ name }) => name),
-    pack.name,
-  );
+  refuseUnknown(names, pack.modules, pack.name);
   const session = await createEigenSession(ort, model, pack, { trainable: true, names, ignore, anyBase });
   run.closing(session);
   return { session, encode };

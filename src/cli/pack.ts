@@ -145,7 +145,7 @@ export const pack: Attach = command({
     const known = scores === undefined ? undefined : readScores(await readJson(scores), scores);
     const adapters = await run.adapters(paths, options.as);
     target.refuse(adapters.flatMap(filesOf));
-    const modules = adapters.flatMap((adapter) => [...adapter.modules.keys()]);
+    const modules = adapters.flatMap((adapter) => [...adapter.modules.values()]);
     refuseUnknown(options.names, modules, paths.join(", "));
     const { kept, dropped } = known
       ? partByGain(adapters, known, minGain ?? 0.02, scores!)
@@ -220,11 +220,9 @@ async function build(
     if (!asked || kind === "error") return searchPack(adapters, search);
     const [engine, model, about] = asked;
     const judge = run.closing(createJudge(...asked));
-    const judged = { ...search, judge: judge.judge };
-    const found = await searchPack(adapters, judged);
+    const found = await searchPack(adapters, { ...search, judge: judge.judge });
     const { distill: steps = 240 } = options;
-    if (steps === 0) return found;
-    return distilled(adapters, found, judged, { engine, model, options: about, judge: judge.judge }, steps, out);
+    return steps === 0 ? found : distilled(found, search, { engine, model, options: about, judge }, steps, out);
   }
   const { gauge = (rank ?? privateTerms) === undefined ? "as-trained" : "balanced" } = options;
   const all = { mode, gauge, rank, privateTerms, ...(centering ? { centering } : {}), ...common };

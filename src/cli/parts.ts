@@ -4,7 +4,7 @@
  */
 import { createHash } from "node:crypto";
 import { createReadStream, existsSync } from "node:fs";
-import { join } from "node:path";
+import { basename } from "node:path";
 import type { Adapter } from "../adapters/adapter.ts";
 import { FormatError, SourceError } from "../errors.ts";
 import { openPart, type PartKind } from "../pack/shard/part.ts";
@@ -13,7 +13,7 @@ import type { Result } from "./command.ts";
 import { writeWhole } from "./files.ts";
 import { type OptionSpec, output } from "./options.ts";
 import { bytes, type Output, resources } from "./output.ts";
-import { checkTarget } from "./target.ts";
+import { checkTarget, filesOf, stat } from "./target.ts";
 
 /** Where a part is written to. */
 export const part: OptionSpec<string> = output(
@@ -87,12 +87,12 @@ export function digest(...parts: unknown[]): string {
 /** What adapters hold, whatever their files are called or dated. */
 export async function contents(adapters: readonly Adapter[], out: Output): Promise<[id: string, digest: string][]> {
   const digests: [string, string][] = [];
-  for (const [i, { id, file }] of adapters.entries()) {
+  for (const [i, adapter] of adapters.entries()) {
+    const { id } = adapter;
     const hash = createHash("sha256");
-    for (const name of ["adapter_config.json", "task.json", "adapter_model.safetensors"]) {
-      const path = join(file, name);
-      if (!existsSync(path)) continue;
-      hash.update(`${name}\n`);
+    for (const path of filesOf(adapter)) {
+      if (!stat(path)?.isFile()) continue;
+      hash.update(`${path === adapter.file ? "" : basename(path)}\n`);
       for await (const chunk of createReadStream(path)) hash.update(chunk as Uint8Array);
     }
     digests.push([id, hash.digest("hex")]);

@@ -87,7 +87,7 @@ export const merge: Attach = command({
     const parts = [];
     for (const path of paths) parts.push(run.closing(await openStatistics(path)));
     const statistics = await mergeStatistics(parts, { anyBase });
-    refuseUnknown(options.names, [...statistics.modules.keys()], paths.join(", "));
+    refuseUnknown(options.names, statistics.modules.values(), paths.join(", "));
     if (!target) {
       const made = digest("merge", parts.map(({ made }) => made).sort());
       return writePart({ file, force, made }, statistics, [], out);

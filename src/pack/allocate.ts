@@ -3,7 +3,7 @@
  * measured keeps to the goal too. Estimates are good to a few percent, so that takes two or three packs.
  */
 import type { Adapter } from "../adapters/adapter.ts";
-import { type SharedModule, sharedModules } from "../adapters/modules.ts";
+import { sharedModules } from "../adapters/modules.ts";
 import {
   type Allocated,
   type Allocation,
@@ -12,6 +12,7 @@ import {
   costAt,
   type Spectrum,
 } from "../extract/allocation.ts";
+import type { ModuleStack } from "../extract/extract.ts";
 import { balance, pairOf } from "../extract/gauge.ts";
 import type { ExtractOptions } from "../extract/options.ts";
 import { remainders, singularOf } from "../extract/private.ts";
@@ -56,25 +57,16 @@ export async function survey(
   const spectra: Spectrum[] = [];
   for (const module of sharedModules(adapters).values()) {
     signal?.throwIfAborted();
-    spectra.push(...(await spectraOf(module, shared)).spectra);
+    const { stack } = await readStack(module);
+    const { name, out, in: inputs, members } = stack;
+    const rest = shared && remainders(stack, await sharedOptions(shared));
+    for (const [i, member] of members.entries()) {
+      const own = singularOf(balance(pairOf(member), out, inputs));
+      const square = own.reduce((sum, value) => sum + value ** 2, 0);
+      spectra.push({ task: member.id, module: name, out, in: inputs, singular: rest?.singular[i] ?? own, square });
+    }
   }
   return { spectra, only };
-}
-
-/** Spectra of one module, and the bytes of what is shared. */
-async function spectraOf(
-  module: SharedModule<Adapter>,
-  shared: Shared | undefined,
-): Promise<{ spectra: Spectrum[]; bytes: number }> {
-  const { stack } = await readStack(module);
-  const { name, out, in: inputs, members } = stack;
-  const own = members.map((member) => singularOf(balance(pairOf(member), out, inputs)));
-  const rest = shared && remainders(stack, await sharedOptions(shared));
-  const spectra = own.map((values, i): Spectrum => {
-    const square = values.reduce((sum, value) => sum + value ** 2, 0);
-    return { task: members[i]!.id, module: name, out, in: inputs, singular: rest?.singular[i] ?? values, square };
-  });
-  return { spectra, bytes: rest?.bytes ?? 0 };
 }
 
 /** How shared components beside private terms are found. */
@@ -185,34 +177,50 @@ export async function sharingThatPays(
 ): Promise<Shared | undefined> {
   const squares = new Map<string, number>();
   for (const { task, square } of spectra) squares.set(task, (squares.get(task) ?? 0) + square);
-  const cost = (spectrum: Spectrum): number => {
-    const { task } = spectrum;
-    return costAt(spectrum, 1 / (slopes.get(task)! * squares.get(task)!), only);
-  };
+  const priceOf = (task: string): number => 1 / (slopes.get(task)! * squares.get(task)!);
   const all = [...sharedModules(adapters).values()].filter(({ owners }) => owners.length > 1);
   const step = Math.max(1, Math.floor(all.length / SAMPLE));
-  const sample = all.filter((_, i) => i % step === step >> 1).slice(0, SAMPLE);
-  const total = async (shared?: Shared): Promise<number> => {
-    let sum = 0;
-    for (const module of sample) {
-      const found = await spectraOf(module, shared);
-      for (const spectrum of found.spectra) if (slopes.has(spectrum.task)) sum += cost(spectrum);
-      sum += found.bytes;
+  const chosen = all.filter((_, i) => i % step === step >> 1).slice(0, SAMPLE);
+  const sample = await Promise.all(
+    chosen.map(async (module) => {
+      const { stack } = await readStack(module);
+      const own = new Map(spectra.filter((one) => one.module === stack.name).map((one) => [one.task, one]));
+      return { stack, own: stack.members.map(({ id }) => own.get(id)!) };
+    }),
+  );
+  const cost = async (shared?: Shared): Promise<number> => {
+    let total = 0;
+    for (const { stack, own } of sample) {
+      const rest = shared && remainders(stack, await sharedOptions(shared));
+      total += rest?.bytes ?? 0;
+      for (const [i, spectrum] of own.entries()) {
+        if (!slopes.has(spectrum.task)) continue;
+        total += costAt(
+          { ...spectrum, singular: rest?.singular[i] ?? spectrum.singular },
+          priceOf(spectrum.task),
+          only,
+        );
+      }
     }
-    return sum;
+    return total;
   };
-  const alone = await total();
+  const alone = await cost();
+  const most = Math.min(...sample.map(({ stack }) => Math.min(stack.in, stack.out, rowsOf(stack))));
   let [best, least]: [Shared | undefined, number] = [undefined, alone * WORTH];
   for (const dtype of only ?? (["int4", "int8"] as const)) {
     let before = Infinity;
     for (const k of TRIED) {
-      const most = Math.min(...sample.map(({ shape, owners }) => Math.min(shape.in, shape.out, 8 * owners.length)));
       if (2 * k > most) break;
-      const found = await total({ k, dtype });
+      const found = await cost({ k, dtype });
       if (found < least) [best, least] = [{ k, dtype }, found];
       if (found > 1.1 * alone && found > before) break;
       before = found;
     }
   }
   return best;
+}
+
+/** Rows of all members. */
+function rowsOf({ members }: ModuleStack): number {
+  return members.reduce((sum, { rank }) => sum + rank, 0);
 }

@@ -33,6 +33,7 @@ import {
   componentsOf,
   fewerWarnings,
   lossesOf,
+  lossWarnings,
   type ModuleError,
   sizes,
   summaryOf,
@@ -145,6 +146,7 @@ export async function buildPack(adapters: readonly Adapter[], options: BuildOpti
   // Handed over: the encoded components are in the chunks afterwards, and need not be held twice.
   const chunks = await newPack({ mode, gauge, centering, rank, baseModel, modules: modules.splice(0) }, tasks);
   const bytes = chunks.reduce((sum, { length }) => sum + length, 0);
+  const losses = lossesOf(errors, [...new Set(errors.map(({ task }) => task))]);
   const report: BuildReport = {
     ...sizes(
       bytes,
@@ -158,8 +160,9 @@ export async function buildPack(adapters: readonly Adapter[], options: BuildOpti
     components,
     privateTerms: countsOf([...terms.values()].flat()),
     error: summaryOf(errors),
-    errors: lossesOf(errors, [...new Set(errors.map(({ task }) => task))]),
+    errors: losses,
     warnings: [
+      ...lossWarnings(losses),
       ...adapters.flatMap(({ id, warnings }) => warnings.map((warning) => `${id}: ${warning}`)),
       ...baseWarnings(options.base, adapters),
       ...fewerWarnings(options.select, components),

@@ -122,6 +122,25 @@ export function fewerWarnings(
   ];
 }
 
+/** The share of its ΔW from which on it is worth a word that a task loses it. */
+export const MUCH = 0.3;
+/** So many times the median make a task worse than the rest. */
+const WORSE = 1.5;
+
+/** What to say of tasks that lose much more than the others. */
+export function lossWarnings(losses: readonly TaskLoss[]): string[] {
+  const totals = losses.map(({ total }) => total).sort((a, b) => a - b);
+  const median = totals[(totals.length - 1) >> 1] ?? 0;
+  const percent = (share: number): string => `${Math.round(100 * share)} %`;
+  return losses
+    .filter(({ total }) => total > MUCH && total > WORSE * median)
+    .map(
+      ({ id, total }) =>
+        `task "${id}" loses ${percent(total)} of its ΔW, half of the tasks ${percent(median)} at most: allow an error instead of a ` +
+        "size or a number of components, which holds for every task",
+    );
+}
+
 /** An error of one task in one module. */
 export interface ModuleError {
   readonly task: string;

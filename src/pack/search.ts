@@ -29,7 +29,7 @@ import {
   type Tried,
 } from "./goal.ts";
 import { openPack } from "./pack.ts";
-import type { BuildReport, TaskLoss } from "./report.ts";
+import type { BuildReport } from "./report.ts";
 import { allOf, allocatedWay, headFor, headWithin, judgedWays, limitOf, nameOf, type Way } from "./ways.ts";
 
 /** What is sought, who judges, and where to look. */
@@ -167,11 +167,7 @@ export async function searchPack(
   const { chunks, report } = await best.built();
   const { bytes: _, error: __, ...chosen } = best.tried;
   const judgedBy = goal.kind === "score" ? "score" : judge ? "divergence" : "error";
-  const warnings = [...report.warnings, ...worseThanTheRest(report.errors)];
-  return {
-    chunks,
-    report: { ...report, ...chosen, warnings, judgedBy, reference: search.reference, tried, decisions },
-  };
+  return { chunks, report: { ...report, ...chosen, judgedBy, reference: search.reference, tried, decisions } };
 }
 
 /** Private terms alone, and beside shared components where that takes fewer bytes; says which. */
@@ -191,19 +187,6 @@ async function allocatedWays(search: Search, decisions: string[]): Promise<Way[]
     `heads are stored in ${head}`,
   );
   return [[allocatedWay(head)], ...(shared ? [[allocatedWay(head, shared)]] : [])];
-}
-
-/** Tasks that lose much more than the others. */
-function worseThanTheRest(losses: readonly TaskLoss[]): string[] {
-  const totals = losses.map(({ total }) => total).sort((a, b) => a - b);
-  const median = totals[totals.length >> 1] ?? 0;
-  return losses
-    .filter(({ total }) => total > 0.3 && total > 1.5 * median)
-    .map(
-      ({ id, total }) =>
-        `task "${id}" loses ${Math.round(100 * total)} % of its ΔW, others ${Math.round(100 * median)} %: allow more bytes, or ` +
-        "an error instead of a size, which holds for every task",
-    );
 }
 
 const OPTIONS = [
