@@ -1,14 +1,16 @@
 /**
  * What does `eigenlora pack FOLDER -o FILE` give a person who names nothing else? For each folder of adapters: the default pack, the
  * one of the same adapters at a ratio where one is given, and as the peer in the same run the paper's setting (column mode, 90 % of
- * the energy, f16). Every adapter of the folders given with `--alone` is also packed by itself.
+ * the energy, f16). With `--alone` every adapter is also packed by itself; with `--accuracy` the tasks of the repository's suites are
+ * asked their test rows, 240 of each at most, and so is a lossless pack, which answers as the adapters do.
  */
-import { resolve } from "node:path";
+import { basename, resolve } from "node:path";
 import { buildPack, searchPack } from "eigenlora/build";
 import { mean } from "simple-statistics";
 import { folderOf, SUITES, withAdapters } from "./lib/adapters.js";
 import { flag, number, readArguments, text } from "./lib/arguments.js";
 import { print, progress } from "./lib/report.js";
+import { Suite } from "./research/size/suite.js";
 
 /** @typedef {import("eigenlora/build").Adapter} Adapter */
 /** @typedef {{ built: import("eigenlora/build").Built, seconds: number }} Timed */
@@ -18,40 +20,44 @@ const given = readArguments(QUESTION, {
   folders: text("A,B", "folders of adapters of one base each. Default: the three suites of the repository"),
   ratio: number("a second pack, so many times smaller than the adapters", undefined, 1),
   alone: flag("also pack each adapter by itself"),
+  accuracy: flag("also ask the test rows of the repository's suites"),
 });
 const folders = given.folders?.split(",").map((path) => resolve(path)) ?? SUITES.map((name) => folderOf(name));
+/** @type {import("eigenlora/build").BuildOptions} */
+const LOSSLESS = { select: { kind: "energy", share: 1 }, dtype: { basis: "f32", coefficients: "f32", head: "f32" } };
 
 /** @type {import("./lib/report.js").Row[]} */
 const rows = [];
 for (const folder of folders) {
   await withAdapters([folder], async (adapters) => {
     const sets = [adapters, ...(given.alone && adapters.length > 1 ? adapters.map((adapter) => [adapter]) : [])];
-    for (const set of sets) rows.push(...(await rowsOf(set, `${folder.split("/").at(-1)}, ${nameOf(set)}`)));
+    const name = basename(folder);
+    const known = SUITES.find((suite) => suite === name && folder === folderOf(suite));
+    const suite = given.accuracy && known ? await Suite.open(known) : undefined;
+    for (const set of sets) {
+      const whose = set.length === 1 ? set[0].id : `${set.length} adapters`;
+      rows.push(...(await rowsOf(set, `${name}, ${whose}`, set === adapters ? suite : undefined)));
+    }
+    await suite?.close();
   });
 }
 print(given.json, [{ question: QUESTION, rows }]);
 
-/** @param {readonly Adapter[]} adapters */
-function nameOf(adapters) {
-  return adapters.length === 1 ? adapters[0].id : `${adapters.length} adapters`;
-}
-
-/** @param {readonly Adapter[]} adapters @param {string} name */
-async function rowsOf(adapters, name) {
+/** @param {readonly Adapter[]} adapters @param {string} name @param {Suite} [suite] whose adapters these are */
+async function rowsOf(adapters, name, suite) {
   progress(name);
   const all = adapters.reduce((sum, { byteLength }) => sum + byteLength, 0);
   const paper = await timed(() => buildPack(adapters));
   /** @type {[string, Timed][]} */
-  const ways = [
-    ["default", await timed(() => searchPack(adapters))],
-    ...(given.ratio
-      ? [/** @type {[string, Timed]} */ ([`ratio ${given.ratio}`, await timed(() => within(adapters, all))])]
-      : []),
-    ["paper's setting", paper],
-  ];
-  return ways.map(([way, { built, seconds }]) => {
+  const ways = [["default", await timed(() => searchPack(adapters))]];
+  if (given.ratio) ways.push([`ratio ${given.ratio}`, await timed(() => within(adapters, all))]);
+  ways.push(["paper's setting", paper]);
+  if (suite) ways.push(["lossless", await timed(() => buildPack(adapters, LOSSLESS))]);
+  /** @type {import("./lib/report.js").Row[]} */
+  const found = [];
+  for (const [way, { built, seconds }] of ways) {
     const totals = built.report.errors.map(({ total }) => total);
-    return {
+    found.push({
       name: `${name}, ${way}`,
       "kB of adapters": all / 1e3,
       "kB of the pack": built.report.bytes / 1e3,
@@ -62,7 +68,21 @@ async function rowsOf(adapters, name) {
       components: built.report.components.max,
       "s ÷ paper's": seconds / paper.seconds,
       s: seconds,
-    };
+      ...(suite ? { "accuracy, %": 100 * (await accuracyOf(suite, built.chunks)) } : {}),
+    });
+  }
+  return found;
+}
+
+/** Mean over the tasks. @param {Suite} suite @param {Uint8Array[]} chunks */
+function accuracyOf(suite, chunks) {
+  return suite.withSession(chunks, async (session) => {
+    const shares = [];
+    for (const { id } of suite.adapters) {
+      const rows = (await suite.questions()).get(id)?.labels.length ?? NaN;
+      shares.push((await suite.ask(session, id)).right / rows);
+    }
+    return mean(shares);
   });
 }
 
