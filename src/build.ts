@@ -3,8 +3,13 @@
  * read by `eigenlora/node`.
  */
 export type { Adapter, AdapterModule, ModuleShape, SavedTensor } from "./adapters/adapter.ts";
+export { type BaseFacts, headsOfConfig } from "./adapters/base-facts.ts";
 export { type DiffusersFiles, readDiffusers } from "./adapters/diffusers.ts";
 export { type Exportable, peftFiles } from "./adapters/export.ts";
+export { type GgufFiles, readGguf } from "./adapters/gguf.ts";
+export { type KohyaFiles, readKohya } from "./adapters/kohya.ts";
+export { type MlxFiles, readMlx } from "./adapters/mlx.ts";
+export { type OnnxAdapterFiles, readOnnxAdapter } from "./adapters/onnx-adapter.ts";
 export { type PeftFiles, readPeft } from "./adapters/peft.ts";
 export { type OpenSafetensors, openSafetensors } from "./adapters/safetensors.ts";
 export { partByGain, readScores, type Score, type Scores } from "./adapters/scores.ts";

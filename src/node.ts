@@ -3,6 +3,7 @@
  */
 
 export type { Adapter } from "./adapters/adapter.ts";
-export { type AdapterLocation, findAdapters } from "./adapters/find.ts";
-export { readAdapters } from "./adapters/folder.ts";
+export { describeBase } from "./adapters/describe-base.ts";
+export { type AdapterFormat, type AdapterLocation, findAdapters } from "./adapters/find.ts";
+export { type ReadAdaptersOptions, readAdapters } from "./adapters/folder.ts";
 export { folderStore } from "./cache/folder.ts";

@@ -9,18 +9,8 @@
  *
  * The mapping is that of diffusers 0.42 (utils/state_dict_utils.py, loaders/lora_base.py).
  */
+import type { LoraKey } from "./named-lora.ts";
 import { type KeyRole, parsePeftKeys } from "./peft-keys.ts";
-
-/** What a tensor is. */
-export interface DiffusersKey {
-  /** The model that the tensor's name begins with; "" where it begins with the module. */
-  readonly prefix: string;
-  /** The module within its model, as PEFT's patterns mean it. */
-  readonly local: string;
-  /** The module within the pipeline: model and module. */
-  readonly module: string;
-  readonly part: KeyRole | "alpha";
-}
 
 /** Models of a pipeline that diffusers loads LoRA into (`_lora_loadable_modules` of its pipelines). */
 export const MODELS: readonly string[] = [
@@ -74,7 +64,7 @@ export function bareModel(names: Iterable<string>): string | undefined {
  * What a tensor's name says; undefined where it is no name that diffusers gives to a tensor of a LoRA.
  * @param bare the model of names without one
  */
-export function parseDiffusersKey(name: string, bare: string | undefined): DiffusersKey | undefined {
+export function parseDiffusersKey(name: string, bare: string | undefined): LoraKey | undefined {
   const prefix = prefixOf(name);
   const model = prefix || bare;
   if (model === undefined) return undefined;
@@ -87,7 +77,7 @@ export function parseDiffusersKey(name: string, bare: string | undefined): Diffu
   return known && { ...known, part: "alpha" };
 }
 
-function parsePart(name: string, prefix: string, model: string): DiffusersKey | undefined {
+function parsePart(name: string, prefix: string, model: string): LoraKey | undefined {
   const modern = modernName(name, model);
   const key = parsePeftKeys([modern]).get(modern)!;
   if (key.kind !== "part" || COPIES.has(key.part)) return undefined;
@@ -111,7 +101,7 @@ function modernName(name: string, model: string): string {
 const factor = (side: string): string => (side === "down" ? "lora_A.weight" : "lora_B.weight");
 
 /** transformers 5 has dropped a level of CLIP's names. With it, a name is found in models of both kinds. */
-function withTextModel(module: string, model: string): string {
+export function withTextModel(module: string, model: string): string {
   const flat = model.startsWith("text_encoder") && /^encoder\.layers\.\d+\.(self_attn|mlp\.fc[12])\b/.test(module);
   return flat ? `text_model.${module}` : module;
 }
@@ -133,18 +123,12 @@ const PLAIN = "Train a plain LoRA, or merge it into its base";
 /** Names of other formats and of other kinds of adapter, the narrower first, and what to say of them. */
 const FOREIGN: readonly (readonly [RegExp, string])[] = [
   [/\.(hada_w|lokr_w|lokr_t|hada_t)\d/, `is of LyCORIS (LoHa or LoKr), which is no product of two factors. ${PLAIN}`],
-  [/\.lora_mid\./, `is a Tucker factor between down and up, which a term of two factors cannot hold. ${PLAIN}`],
   [
     /\.dora_scale$/,
     "is a DoRA scale of LyCORIS or kohya, which does not say over which side its norms go; diffusers leaves it out, and " +
       `then the result is another. ${PLAIN}`,
   ],
   [/\.(diff|diff_b|w_norm|b_norm|set_weight)$/, `is the difference of a whole parameter, not a LoRA of it. ${PLAIN}`],
-  [
-    /^lora_[a-z0-9]+_|\.lora_(down|up)\.weight$/,
-    "is a name of kohya's, in which the dots between module names are lost. Convert the file with diffusers, which knows " +
-      "them: StableDiffusionPipeline.lora_state_dict(file), saved with its alphas as docs/adapters.md shows",
-  ],
   [/_custom_diffusion\./, "is of Custom Diffusion, which trains whole projections. Train a LoRA"],
   [/_lora\.(down|up)\.weight$/, "is of a projection that diffusers 0.42 does not load either. Leave it out"],
   [

@@ -8,15 +8,13 @@ import { AdapterError } from "../errors.ts";
 import type { TaskMetadata } from "../format/format.ts";
 import type { SourceInput } from "../source.ts";
 import { parseJson } from "../tensor/json.ts";
-import { isFloatDtype, type SafetensorsFile } from "../tensor/safetensors.ts";
-import type { Adapter, AdapterModule, SavedTensor } from "./adapter.ts";
+import type { SafetensorsFile } from "../tensor/safetensors.ts";
+import type { TensorFile } from "../tensor/tensor-file.ts";
+import type { Adapter } from "./adapter.ts";
 import { bareModel, foreignName, MODELS, parseDiffusersKey, prefixOf } from "./diffusers-keys.ts";
 import { readTaskMetadata } from "./metadata.ts";
-import { compare } from "./modules.ts";
+import { assembleLora, type LoraParts, listed, type Refuse, readAlphas, refuser, sortTensors } from "./named-lora.ts";
 import { type PeftConfig, readPeftConfig } from "./peft-config.ts";
-import type { KeyRole } from "./peft-keys.ts";
-import { readModule } from "./peft-module.ts";
-import { checkName, type PeftTensors, peftTensors } from "./peft-places.ts";
 import { openSafetensors } from "./safetensors.ts";
 
 /** The file of one LoRA of diffusers. */
@@ -47,10 +45,18 @@ export async function readDiffusers({ id, file, tensors: input, task }: Diffuser
   const metadata = readTaskMetadata(task, `${file}/task.json`);
   const tensors = await openSafetensors(input);
   try {
-    const parts = sortKeys(tensors);
+    const bare = bareModel(tensors.tensors.keys());
+    const parts = sortTensors(tensors, (name) => parseDiffusersKey(name, bare), unknownError);
     const configs = configsOf(tensors, new Set([...parts.values()].map(({ prefix }) => prefix)));
-    const alphas = await readAlphas(tensors, parts, configs.size > 0);
-    const { modules, saved } = assemble(tensors, parts, configs, alphas);
+    if (configs.size > 0) refuseAlphas(tensors, parts);
+    checkDora(tensors, parts);
+    const alphas = await readAlphas(tensors, parts);
+    const { modules, saved } = assembleLora(
+      tensors,
+      parts,
+      (_, { prefix }) => configs.get(prefix),
+      (name, rank) => (alphas.get(name) ?? rank) / rank,
+    );
     const named = [...configs];
     return {
       id,
@@ -71,6 +77,17 @@ export async function readDiffusers({ id, file, tensors: input, task }: Diffuser
   }
 }
 
+/** @throws AdapterError for an alpha beside a header that gives them all */
+function refuseAlphas(file: TensorFile, parts: ReadonlyMap<string, LoraParts>): void {
+  for (const { alpha: key } of parts.values()) {
+    if (key === undefined) continue;
+    throw refuser(file)(
+      key,
+      `the file has ${key}, and ${METADATA} in its header: which is meant? Save it with one of them`,
+    );
+  }
+}
+
 /** The one value that there is; undefined where there are several, or none. */
 function common(values: readonly (string | undefined)[]): string | undefined {
   const found = new Set(values.filter((value) => value !== undefined));
@@ -80,58 +97,10 @@ function common(values: readonly (string | undefined)[]): string | undefined {
 const withRevision = (metadata: TaskMetadata, revision: string | undefined): TaskMetadata =>
   revision === undefined ? metadata : { ...metadata, revision };
 
-/** The tensors of one module. */
-interface ModuleParts {
-  readonly prefix: string;
-  readonly local: string;
-  readonly keys: Map<KeyRole, string>;
-  /** Key of its alpha. */
-  alpha?: string;
-}
-
-/** Gives every tensor its module, sorted by name. @throws AdapterError for a tensor that has none, and for two that are the same */
-function sortKeys(file: SafetensorsFile): Map<string, ModuleParts> {
-  const refuse = refuser(file);
-  for (const key of file.tensors.keys()) checkName(key, refuse);
-  const bare = bareModel(file.tensors.keys());
-  const parts = new Map<string, ModuleParts>();
-  const unknown: string[] = [];
-  for (const [key, { dtype }] of file.tensors) {
-    const parsed = parseDiffusersKey(key, bare);
-    if (parsed === undefined) {
-      unknown.push(key);
-      continue;
-    }
-    if (!isFloatDtype(dtype)) {
-      throw refuse(key, `tensor ${key} is ${dtype}, expected F32, F16, BF16 or F64; save the adapter in one of these`);
-    }
-    const { module, prefix, local, part } = parsed;
-    checkName(module, refuse);
-    const found: ModuleParts = parts.get(module) ?? { prefix, local, keys: new Map() };
-    parts.set(module, found);
-    const other = part === "alpha" ? found.alpha : found.keys.get(part);
-    if (other !== undefined) {
-      throw refuse(key, `tensors ${other} and ${key} are the same one of two adapters; save one adapter at a time`);
-    }
-    if (part === "alpha") found.alpha = key;
-    else found.keys.set(part, key);
-  }
-  if (unknown.length > 0) throw unknownError(unknown, refuse);
-  if (parts.size === 0) throw new AdapterError("holds no tensors; save the adapter again", { file: file.name });
-  return new Map([...parts].sort(([a], [b]) => compare(a, b)));
-}
-
-type Refuse = PeftTensors["refuse"];
-
-const refuser =
-  (file: SafetensorsFile): Refuse =>
-  (field, message) =>
-    new AdapterError(message, { file: file.name, field });
-
 function unknownError(keys: readonly string[], refuse: Refuse): AdapterError {
   const foreign = foreignName(keys);
   if (foreign !== undefined) return refuse(foreign.name, `tensor ${foreign.name} ${foreign.message}`);
-  const shown = keys.slice(0, 5).join(", ") + (keys.length > 5 ? `, and ${keys.length - 5} more` : "");
+  const shown = listed(keys);
   const [known, bare] = [keys.filter((key) => prefixOf(key) !== ""), keys.filter((key) => prefixOf(key) === "")];
   if (bare.length > 0 && known.length === 0) {
     const expected = `expected names that begin with one of ${MODELS.join(", ")}`;
@@ -190,58 +159,11 @@ function configsOf(file: SafetensorsFile, prefixes: ReadonlySet<string>): Map<st
   );
 }
 
-/** Alphas by module. @throws AdapterError for one that is no number, belongs to no module, or contradicts the header */
-async function readAlphas(
-  file: SafetensorsFile,
-  parts: ReadonlyMap<string, ModuleParts>,
-  configured: boolean,
-): Promise<Map<string, number>> {
-  const refuse = refuser(file);
-  const alphas = new Map<string, number>();
-  for (const [module, { alpha: key, keys }] of parts) {
-    if (key === undefined) continue;
-    if (keys.size === 0) throw refuse(key, `${key} is the alpha of ${module}, which has no factors; remove it`);
-    if (configured) {
-      throw refuse(key, `the file has ${key}, and ${METADATA} in its header: which is meant? Save it with one of them`);
-    }
-    const { shape } = file.tensors.get(key)!;
-    if (shape.some((size) => size !== 1)) throw refuse(key, `${key} is [${shape.join(", ")}], expected one number`);
-    const [value] = await file.readF32(key);
-    if (!Number.isFinite(value))
-      throw refuse(key, `${key} is ${value}, expected a number; take another copy of the file`);
-    alphas.set(module, value!);
-  }
-  return alphas;
-}
-
-function assemble(
-  file: SafetensorsFile,
-  parts: ReadonlyMap<string, ModuleParts>,
-  configs: ReadonlyMap<string, PeftConfig>,
-  alphas: ReadonlyMap<string, number>,
-): { modules: Map<string, AdapterModule>; saved: SavedTensor[] } {
-  const modules = new Map<string, AdapterModule>();
-  const saved: SavedTensor[] = [];
-  checkDora(file, parts);
-  for (const [name, { prefix, local, keys }] of parts) {
-    const config = configs.get(prefix) ?? shownBy(file, keys, alphas.get(name));
-    const { scale } = config.forModule(local);
-    const tensors = peftTensors(file, { ...config, forModule: () => config.forModule(local) });
-    const module = readModule(name, keys, tensors);
-    modules.set(name, module);
-    const bias = keys.get("loraBias");
-    if (bias === undefined) continue;
-    const read = (): Promise<Float32Array> => tensors.read(bias, scale);
-    saved.push({ name: `${name}.bias`, role: "bias-delta", shape: [module.out], read });
-  }
-  return { modules, saved };
-}
-
 /**
  * In a model where one module has a magnitude, diffusers gives the others that of the base, which is not in the file.
  * @throws AdapterError for a module without one
  */
-function checkDora(file: SafetensorsFile, parts: ReadonlyMap<string, ModuleParts>): void {
+function checkDora(file: TensorFile, parts: ReadonlyMap<string, LoraParts>): void {
   const dora = new Map<string, string>();
   for (const { prefix, keys } of parts.values()) if (keys.has("magnitude")) dora.set(prefix, keys.get("magnitude")!);
   for (const [name, { prefix, keys }] of parts) {
@@ -250,23 +172,4 @@ function checkDora(file: SafetensorsFile, parts: ReadonlyMap<string, ModuleParts
     const message = `module ${name} has no lora_magnitude_vector, but there is ${other}: the file is incomplete; save it again`;
     throw refuser(file)(other, message);
   }
-}
-
-/** What the tensors of a module say where the header says nothing. */
-function shownBy(file: SafetensorsFile, keys: ReadonlyMap<KeyRole, string>, alpha: number | undefined): PeftConfig {
-  const factor = keys.get("A") ?? keys.get("embeddingA");
-  const rank = (factor && file.tensors.get(factor)!.shape[0]) || 1;
-  return {
-    baseModel: undefined,
-    revision: undefined,
-    taskType: undefined,
-    fanInFanOut: false,
-    bias: "none",
-    loraBias: keys.has("loraBias"),
-    dora: keys.has("magnitude"),
-    modulesToSave: [],
-    tokenRows: [],
-    forModule: () => ({ rank, scale: (alpha ?? rank) / rank }),
-    warnings: [],
-  };
 }

@@ -1,40 +1,55 @@
 /**
- * Finds adapters under the paths that a person names, and tells their formats apart: by the names of files that PEFT and diffusers
- * give them, and for other safetensors files by the names of the tensors inside. Reads headers, no values.
+ * Finds adapters under the paths that a person names, and tells their formats apart: by the names that PEFT, diffusers and MLX LM give
+ * to files, by the endings of others, and for other safetensors files by the names of the tensors inside. Reads headers, no values.
  */
 import { readdir, stat } from "node:fs/promises";
 import { basename, dirname, extname, join, resolve } from "node:path";
 import { checkList } from "../arguments.ts";
 import { AdapterError } from "../errors.ts";
-import { holdsLora } from "./diffusers-keys.ts";
+import { openSource } from "../open-source.ts";
+import { openGguf } from "../tensor/gguf.ts";
+import { holdsLora, MODELS } from "./diffusers-keys.ts";
+import { isKohyaName } from "./kohya.ts";
 import { compare } from "./modules.ts";
 import { openSafetensors } from "./safetensors.ts";
 
-/** Files of PEFT, and of diffusers, in the folder of one adapter. */
+/** Files of PEFT, of MLX LM and of diffusers, in the folder of one adapter. */
 export const CONFIG = "adapter_config.json";
+const MLX = "adapters.safetensors";
 const PEFT = "adapter_model.safetensors";
 const PEFT_PICKLE = "adapter_model.bin";
 const DIFFUSERS = "pytorch_lora_weights.safetensors";
 const DIFFUSERS_PICKLE = "pytorch_lora_weights.bin";
 
+/** What an adapter's files are, and so what reads them. A pipeline has a folder of PEFT for each of its models. */
+export type AdapterFormat = "peft" | "mlx" | "diffusers" | "kohya" | "gguf" | "onnx_adapter" | "pipeline";
+
+/** Formats of files that are adapters by themselves, by their endings. */
+const ENDINGS: ReadonlyMap<string, AdapterFormat> = new Map([
+  [".gguf", "gguf"],
+  [".onnx_adapter", "onnx_adapter"],
+]);
+
 /** An adapter found on disk. */
 export interface AdapterLocation {
-  /** Name of the folder; of a file that is an adapter by itself, its name without `.safetensors`. */
+  /** Name of the folder; of a file that is an adapter by itself, its name without its ending. */
   readonly id: string;
   /** Absolute path of the adapter: its folder, or the file that is an adapter by itself. */
   readonly path: string;
-  /** Absolute path of the file with its tensors. */
+  /** Absolute path of the file with its tensors; of a pipeline that of its first model. */
   readonly tensors: string;
-  /** What reads it. */
-  readonly format: "peft" | "diffusers";
+  readonly format: AdapterFormat;
+  /** Of a pipeline: the adapters of its models, by the name of the model ("unet"). */
+  readonly models?: ReadonlyMap<string, AdapterLocation>;
 }
 
 /**
  * The adapters under some paths, sorted by id, each once. A path is an adapter's folder, a file of it, or a folder of adapters. An
- * adapter's folder has PEFT's adapter_config.json and adapter_model.safetensors, or diffusers' pytorch_lora_weights.safetensors;
- * any other safetensors file that holds a LoRA is an adapter by itself. In a folder of adapters, a sub-folder that is none may hold
- * some, such as adapters of other names than `default`, which PEFT saves one folder deeper; checkpoints inside an adapter's own
- * folder are left alone.
+ * adapter's folder has PEFT's adapter_config.json and adapter_model.safetensors, MLX LM's adapter_config.json and
+ * adapters.safetensors, or diffusers' pytorch_lora_weights.safetensors; or, of a pipeline, folders of PEFT that are called as its
+ * models are (`unet`, `text_encoder`). Any other safetensors file that holds a LoRA, and any .gguf or .onnx_adapter file that does,
+ * is an adapter by itself. In a folder of adapters, a sub-folder that is none may hold some, such as adapters of other names than
+ * `default`, which PEFT saves one folder deeper; checkpoints inside an adapter's own folder are left alone.
  * @throws AdapterError when a path is missing or holds no adapter, or an adapter's files are incomplete or a pickle
  * @throws FormatError when a safetensors file in a folder of adapters is damaged
  */
@@ -66,8 +81,8 @@ async function adaptersAt(path: string): Promise<AdapterLocation[]> {
   }
   if (adapters.length === 0) {
     throw new AdapterError(
-      `holds no adapter; looked for ${CONFIG} and ${PEFT}, ${DIFFUSERS} and other LoRAs in safetensors files, in it and ` +
-        "in its sub-folders",
+      `holds no adapter; looked for ${CONFIG} and ${PEFT}, ${DIFFUSERS} and other LoRAs in safetensors, gguf and ` +
+        "onnx_adapter files, in it and in its sub-folders",
       { file: path },
     );
   }
@@ -78,15 +93,29 @@ async function adaptersAt(path: string): Promise<AdapterLocation[]> {
 async function adapterFile(path: string): Promise<AdapterLocation> {
   const name = basename(path);
   if (/\.(bin|pt|pth|ckpt)$/.test(name)) throw pickleError(path);
-  if (name === PEFT || name === CONFIG) return peftFolder(dirname(path));
-  if (name === DIFFUSERS) return { ...diffusersFile(path), id: basename(dirname(path)), path: dirname(path) };
-  if (extname(path) === ".safetensors") return diffusersFile(path);
-  const expected = `expected ${PEFT} with ${CONFIG} beside it, their folder, or a safetensors file of diffusers`;
+  if (name === PEFT || name === CONFIG) return configuredFolder(dirname(path));
+  if (name === MLX && (await kind(join(dirname(path), CONFIG))) === "file") return mlxFolder(dirname(path));
+  if (name === DIFFUSERS) return { ...loraFile(path, "diffusers"), id: basename(dirname(path)), path: dirname(path) };
+  const format = ENDINGS.get(extname(path));
+  if (format) return loraFile(path, format);
+  if (extname(path) === ".safetensors") return loraFile(path, await formatOf(path));
+  const expected = `expected ${PEFT} with ${CONFIG} beside it, their folder, or a LoRA in a safetensors, gguf or onnx_adapter file`;
   throw new AdapterError(`is not an adapter; ${expected}`, { file: path });
 }
 
-function diffusersFile(path: string): AdapterLocation {
-  return { id: basename(path, extname(path)), path, tensors: path, format: "diffusers" };
+function loraFile(path: string, format: AdapterFormat): AdapterLocation {
+  return { id: basename(path, extname(path)), path, tensors: path, format };
+}
+
+/** Of a safetensors file. */
+async function formatOf(path: string): Promise<"diffusers" | "kohya"> {
+  return (await namesIn(path)).some(isKohyaName) ? "kohya" : "diffusers";
+}
+
+async function namesIn(path: string): Promise<string[]> {
+  const file = await openSafetensors(path);
+  await file.close();
+  return [...file.tensors.keys()];
 }
 
 async function adaptersIn(folder: string): Promise<AdapterLocation[]> {
@@ -103,10 +132,31 @@ async function adapterFolder(folder: string): Promise<AdapterLocation | undefine
     const message = `holds files of PEFT and ${DIFFUSERS}: which adapter is meant? Give the path of its tensor file`;
     throw new AdapterError(message, { file: folder });
   }
-  if (peft) return peftFolder(folder);
+  if (peft) return configuredFolder(folder);
   if (diffusers) return adapterFile(join(folder, DIFFUSERS));
   if (await has(DIFFUSERS_PICKLE)) throw pickleError(join(folder, DIFFUSERS_PICKLE));
-  return undefined;
+  return pipelineFolder(folder);
+}
+
+/** Of PEFT, or of MLX LM, whose configuration has the same name. */
+async function configuredFolder(folder: string): Promise<AdapterLocation> {
+  const has = async (name: string): Promise<boolean> => (await kind(join(folder, name))) === "file";
+  return (await has(MLX)) && (await has(CONFIG)) && !(await has(PEFT)) ? mlxFolder(folder) : peftFolder(folder);
+}
+
+function mlxFolder(folder: string): AdapterLocation {
+  return { id: basename(folder), path: folder, tensors: join(folder, MLX), format: "mlx" };
+}
+
+/** Folders of PEFT that are called as models of a pipeline are one adapter. */
+async function pipelineFolder(folder: string): Promise<AdapterLocation | undefined> {
+  const models = new Map<string, AdapterLocation>();
+  for (const model of MODELS) {
+    const path = join(folder, model);
+    if ((await kind(join(path, CONFIG))) === "file") models.set(model, await peftFolder(path));
+  }
+  const [first] = models.values();
+  return first && { id: basename(folder), path: folder, tensors: first.tensors, format: "pipeline", models };
 }
 
 /** @throws AdapterError unless both of an adapter's files are in the folder */
@@ -125,16 +175,28 @@ async function peftFolder(folder: string): Promise<AdapterLocation> {
   return { id: basename(folder), path: folder, tensors: join(folder, PEFT), format: "peft" };
 }
 
-/** Safetensors files in a folder that hold a LoRA, and not a model or something else. */
+/** Files in a folder that hold a LoRA, and not a model or something else. */
 async function looseFiles(folder: string): Promise<AdapterLocation[]> {
   const found: AdapterLocation[] = [];
   for (const path of await visible(folder)) {
-    if (extname(path) !== ".safetensors" || (await kind(path)) !== "file") continue;
-    const file = await openSafetensors(path);
-    await file.close();
-    if (holdsLora(file.tensors.keys())) found.push(diffusersFile(path));
+    if ((await kind(path)) !== "file") continue;
+    const format = ENDINGS.get(extname(path));
+    if (format === "onnx_adapter" || (format === "gguf" && (await isGgufAdapter(path))))
+      found.push(loraFile(path, format));
+    if (extname(path) !== ".safetensors" || !holdsLora(await namesIn(path))) continue;
+    found.push(loraFile(path, await formatOf(path)));
   }
   return found;
+}
+
+/** Models are GGUF files too. */
+async function isGgufAdapter(path: string): Promise<boolean> {
+  const source = await openSource(path);
+  try {
+    return (await openGguf(source)).fields.get("general.type") === "adapter";
+  } finally {
+    await source.close?.();
+  }
 }
 
 async function visible(folder: string): Promise<string[]> {

@@ -2,58 +2,100 @@
  * Adapters on disk: opens those under the paths a person names, in the order of their ids, each with the reader of its format. With
  * find.ts the only adapter code that needs a file system.
  */
-import { readFile, stat } from "node:fs/promises";
 import { join, resolve } from "node:path";
 import { openPath } from "#platform";
 import { checkList, checkOptions, nearest } from "../arguments.ts";
-import { AdapterError, TaskError } from "../errors.ts";
+import { TaskError } from "../errors.ts";
 import { isTaskId } from "../format/directory.ts";
 import type { ByteSource } from "../source.ts";
-import { parseJson } from "../tensor/json.ts";
 import type { Adapter } from "./adapter.ts";
+import type { BaseFacts } from "./base-facts.ts";
+import { describeBase } from "./describe-base.ts";
 import { readDiffusers } from "./diffusers.ts";
 import { type AdapterLocation, CONFIG, findAdapters, kind } from "./find.ts";
+import { readGguf } from "./gguf.ts";
+import { readJson } from "./json-file.ts";
+import { readKohya } from "./kohya.ts";
+import { readTaskMetadata } from "./metadata.ts";
+import { readMlx } from "./mlx.ts";
 import { compare } from "./modules.ts";
+import { readOnnxAdapter } from "./onnx-adapter.ts";
 import { readPeft } from "./peft.ts";
+import { joinModels } from "./pipeline.ts";
 
 const TASK = "task.json";
-
-/** More than a pattern for each of 100 000 modules; a larger file is no configuration, and would fill the memory. */
-const MAX_JSON_BYTES = 16 * 1024 * 1024;
 
 /** Files kept open between reads, which is twice as fast. Any further file is opened for each read. */
 const MAX_HELD = 64;
 
+/** How adapters are read. */
+export interface ReadAdaptersOptions {
+  /** New ids, by old id or by path. */
+  readonly rename?: ReadonlyMap<string, string> | undefined;
+  /**
+   * What names the base's modules, for files of kohya, or its heads, for GGUF files: path of its folder, config.json, safetensors file or
+   * index, of a list of names in JSON, or of a GGUF file. Read when an adapter needs it. Default: nothing is known of it.
+   */
+  readonly base?: string | undefined;
+}
+
 /**
  * Opens the adapters under some paths, sorted by id. Close each when it is no longer needed: it may hold a file open.
- * @param options.rename new ids, by old id or by path
- * @throws AdapterError as `findAdapters`, `readPeft` and `readDiffusers`; FormatError and SourceError as these
+ * @throws AdapterError as `findAdapters`, `readPeft` and the readers of other formats; FormatError and SourceError as these
  * @throws TaskError when two adapters have one id, an id is not allowed, or a rename means none or several
  */
-export async function readAdapters(
-  paths: readonly string[],
-  options: { rename?: ReadonlyMap<string, string> } = {},
-): Promise<Adapter[]> {
-  checkOptions("readAdapters", options, ["rename"]);
+export async function readAdapters(paths: readonly string[], options: ReadAdaptersOptions = {}): Promise<Adapter[]> {
+  checkOptions("readAdapters", options, ["rename", "base"]);
   checkList("readAdapters", paths, "paths");
+  const { base } = options;
   const locations = rename(await findAdapters(paths), options.rename ?? new Map());
+  let facts: Promise<BaseFacts> | undefined;
+  const files = new Files(async () => (base === undefined ? {} : (facts ??= describeBase(base))));
   const adapters: Adapter[] = [];
-  const sources: ByteSource[] = [];
   try {
-    for (const { id, path, tensors: file, format } of locations) {
-      const config = format === "peft" ? await readJson(join(path, CONFIG)) : undefined;
-      const about = join(path, TASK);
-      const task = (await kind(about)) === "file" ? await readJson(about) : undefined;
-      const tensors = sources.length < MAX_HELD ? await openFile(file) : await openOnDemand(file);
-      sources.push(tensors);
-      const files = { id, file: path, tensors, task };
-      adapters.push(await (format === "peft" ? readPeft({ ...files, config }) : readDiffusers(files)));
-    }
+    for (const location of locations) adapters.push(await files.read(location));
   } catch (error) {
-    for (const source of sources) await source.close?.();
+    await files.close();
     throw error;
   }
   return adapters;
+}
+
+/** Opens the files of adapters, and remembers which. */
+class Files {
+  readonly #sources: ByteSource[] = [];
+  readonly #base: () => Promise<BaseFacts>;
+
+  constructor(base: () => Promise<BaseFacts>) {
+    this.#base = base;
+  }
+
+  async read(location: AdapterLocation): Promise<Adapter> {
+    const { id, path, tensors: file, format, models } = location;
+    const about = join(path, TASK);
+    const task = (await kind(about)) === "file" ? await readJson(about) : undefined;
+    if (models) {
+      const read = new Map<string, Adapter>();
+      for (const [model, one] of models) read.set(model, await this.read(one));
+      return joinModels({ id, file: path }, read, readTaskMetadata(task, about));
+    }
+    const files = { id, file: path, tensors: await this.#open(file), task };
+    if (format === "peft") return readPeft({ ...files, config: await readJson(join(path, CONFIG)) });
+    if (format === "mlx") return readMlx({ ...files, config: await readJson(join(path, CONFIG)) });
+    if (format === "kohya") return readKohya({ ...files, base: await this.#base() });
+    if (format === "gguf") return readGguf({ ...files, base: await this.#base() });
+    return format === "onnx_adapter" ? readOnnxAdapter(files) : readDiffusers(files);
+  }
+
+  async #open(path: string): Promise<ByteSource> {
+    const source = this.#sources.length < MAX_HELD ? await openFile(path) : await openOnDemand(path);
+    this.#sources.push(source);
+    return source;
+  }
+
+  async close(): Promise<void> {
+    for (const source of this.#sources) await source.close?.();
+  }
 }
 
 function rename(found: readonly AdapterLocation[], names: ReadonlyMap<string, string>): AdapterLocation[] {
@@ -92,22 +134,6 @@ function rename(found: readonly AdapterLocation[], names: ReadonlyMap<string, st
     owners.set(id, location);
   }
   return [...owners].map(([id, location]) => ({ ...location, id })).sort((a, b) => compare(a.id, b.id));
-}
-
-/** @throws AdapterError when there is no such file, it is too large, or holds what `parseJson` refuses */
-async function readJson(path: string): Promise<unknown> {
-  const bytes = (await stat(path).catch(() => undefined))?.size ?? 0;
-  if (bytes > MAX_JSON_BYTES) {
-    throw new AdapterError(`has ${bytes} bytes, ${MAX_JSON_BYTES} at most are read; shorten it`, { file: path });
-  }
-  const text = await readFile(path, "utf8").catch((cause: unknown) => {
-    throw new AdapterError(`cannot be read: ${(cause as Error).message}`, { file: path, cause });
-  });
-  try {
-    return parseJson(text);
-  } catch (cause) {
-    throw new AdapterError(`${(cause as Error).message}; correct it or save it again`, { file: path, cause });
-  }
 }
 
 /** Defined wherever node:fs is. */

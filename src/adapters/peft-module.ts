@@ -2,6 +2,7 @@
  * One adapted module of a PEFT file: its tensors must fit each other and the configuration.
  */
 import type { Layout } from "../format/format.ts";
+import { transpose } from "../tensor/tensor-file.ts";
 import type { AdapterModule } from "./adapter.ts";
 import type { KeyRole } from "./peft-keys.ts";
 import type { PeftTensors } from "./peft-places.ts";
@@ -117,11 +118,4 @@ function checkExtra(
   const at = field === "use_dora" && found.length > 1 ? 1 : 0;
   if (found[at] === out && found.reduce((a, b) => a * b, 1) === out && (at > 0 || found.length === 1)) return;
   throw refuse(key, `${describe(key)}, expected [${out}]; save the adapter again`);
-}
-
-/** [rows, columns] → [columns, rows]. */
-function transpose(values: Float32Array, rows: number, columns: number): Float32Array<ArrayBuffer> {
-  const out = new Float32Array(values.length);
-  for (let i = 0; i < rows; i++) for (let j = 0; j < columns; j++) out[j * rows + i] = values[i * columns + j]!;
-  return out;
 }

@@ -3,13 +3,13 @@
  */
 import { AdapterError } from "../errors.ts";
 import { show } from "../tensor/json.ts";
-import { isFloatDtype, type SafetensorsFile } from "../tensor/safetensors.ts";
+import { isFloatDtype, type TensorFile } from "../tensor/tensor-file.ts";
 import type { PeftConfig } from "./peft-config.ts";
 import { type KeyRole, type PeftKey, parsePeftKeys } from "./peft-keys.ts";
 
 /** A tensor file, its configuration, and what every check of them needs. */
 export interface PeftTensors {
-  readonly file: SafetensorsFile;
+  readonly file: TensorFile;
   readonly config: PeftConfig;
   shape(key: string): readonly number[];
   /** "KEY is [SHAPE]". */
@@ -20,7 +20,7 @@ export interface PeftTensors {
   read(key: string, scale?: number): Promise<Float32Array<ArrayBuffer>>;
 }
 
-export function peftTensors(file: SafetensorsFile, config: PeftConfig): PeftTensors {
+export function peftTensors(file: TensorFile, config: PeftConfig): PeftTensors {
   const shape = (key: string): readonly number[] => file.tensors.get(key)!.shape;
   const refuse = (field: string, message: string): AdapterError =>
     new AdapterError(message, { file: file.name, field });

@@ -15,7 +15,7 @@ import { projectAdapters } from "../pack/project.ts";
 import { MUCH } from "../pack/report.ts";
 import { type Attach, command } from "./command.ts";
 import { append } from "./files.ts";
-import { anyBase, as, key } from "./options.ts";
+import { anyBase, as, key, readFor } from "./options.ts";
 import { bytes, counting, lossTable, percent, sum, warnOf } from "./output.ts";
 import type { Run } from "./run.ts";
 import { signerOf, warnUnsigned } from "./signer.ts";
@@ -32,8 +32,8 @@ export const add: Attach = command({
   does: "Append tasks: adapters, brought onto the components or with terms of their own, or task files.",
   details:
     "Adapters may come as a folder of them. Task files (.eigentask) are taken as they are. The bytes of other tasks stay.",
-  options: { as, anyBase, key },
-  async run([file, ...paths]: [string, ...string[]], { as, anyBase, key }, run, out) {
+  options: { as, anyBase, base: readFor, key },
+  async run([file, ...paths]: [string, ...string[]], { as, anyBase, base, key }, run, out) {
     const sign = await signerOf(key);
     const found = await Promise.all(paths.map((path) => isTaskFile(path, run)));
     const names = new Map(as);
@@ -42,7 +42,7 @@ export const add: Attach = command({
       names,
     );
     const folders = paths.filter((_, i) => !found[i]);
-    const adapters = await run.adapters(folders, names);
+    const adapters = await run.adapters(folders, names, base);
     const named = [...adapters.map(({ id, file }) => ({ id, path: file })), ...files];
     const pack = await run.pack(file);
     refuseTaken(pack, named);

@@ -21,7 +21,7 @@ import { jsonFile, makeFolder, readJson, writeWhole } from "./files.ts";
 import { realTarget } from "./lock.ts";
 import { match } from "./matching.ts";
 import { openTrainable, tokenizer, tokens } from "./model.ts";
-import { as, byDefault, force, from, group, key, number, output, required, text, toggle } from "./options.ts";
+import { as, byDefault, force, from, group, key, number, output, readFor, required, text, toggle } from "./options.ts";
 import { bytes, resources, table } from "./output.ts";
 import type { Run } from "./run.ts";
 import { signerOf, warnUnsigned } from "./signer.ts";
@@ -43,6 +43,7 @@ export const distill: Attach = command({
     steps: byDefault(240, number("N", "Steps for each task.", from(1))),
     batch: byDefault(8, number("N", "Texts of a step.", from(1))),
     as,
+    base: readFor,
     key,
     ...group("The model", {
       model: required(text("MODEL.onnx", "The model that tasks and adapters belong to. Needs onnxruntime-node.")),
@@ -57,7 +58,7 @@ export const distill: Attach = command({
     const sign = await signerOf(options.key);
     const texts = await readLines(options.text);
     const target = await run.target(file, { force, inputs: [model, options.text, tokenizer] });
-    const adapters = await run.adapters(paths, options.as);
+    const adapters = await run.adapters(paths, options.as, options.base);
     target.refuse(adapters.flatMap(filesOf));
     const pack = await run.pack(packPath);
     const before = new Set(pack.tasks.keys());

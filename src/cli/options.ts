@@ -152,10 +152,15 @@ export const as: OptionSpec<ReadonlyMap<string, string>> = assignments(
 export const task: OptionSpec<string> = required(text("ID", "Which task."));
 /** Of commands that write packs. */
 export const key: Maybe<string> = text("KEY.pem", "Sign what is written with this Ed25519 key.");
+const READ_FOR =
+  "Adapters of kohya and llama.cpp may need it: its folder, config.json, a list of names, a safetensors or GGUF file.";
+/** Of commands that bring adapters onto a base they check. */
 export const base: Maybe<string> = text(
-  "MODEL.safetensors",
-  "Check names and shapes against this base model, and store fingerprints of it.",
+  "MODEL",
+  `The base model. Of a safetensors file names and shapes are checked, and fingerprints stored. ${READ_FOR}`,
 );
+/** Of commands that only read adapters. */
+export const readFor: Maybe<string> = text("MODEL", `The base model. ${READ_FOR}`);
 export const gauge: Maybe<Gauge> = choice(
   ["as-trained", "balanced"],
   "Balanced: rewrite each pair as U√S, √SVᵀ first. Default: as-trained, or balanced where another option needs it.",

@@ -143,7 +143,7 @@ export const pack: Attach = command({
     const target = await run.target(file, { force, inputs: [scores, base, model, text, tokenizer] });
     // Read before any adapter is.
     const known = scores === undefined ? undefined : readScores(await readJson(scores), scores);
-    const adapters = await run.adapters(paths, options.as);
+    const adapters = await run.adapters(paths, options.as, base);
     target.refuse(adapters.flatMap(filesOf));
     const modules = adapters.flatMap((adapter) => [...adapter.modules.values()]);
     refuseUnknown(options.names, modules, paths.join(", "));

@@ -4,8 +4,10 @@
  */
 import { createHash } from "node:crypto";
 import { createReadStream, existsSync } from "node:fs";
-import { basename } from "node:path";
+import { relative } from "node:path";
 import type { Adapter } from "../adapters/adapter.ts";
+import type { BaseFacts } from "../adapters/base-facts.ts";
+import { describeBase } from "../adapters/describe-base.ts";
 import { FormatError, SourceError } from "../errors.ts";
 import { openPart, type PartKind } from "../pack/shard/part.ts";
 import { VERSION } from "../version.ts";
@@ -84,6 +86,11 @@ export function digest(...parts: unknown[]): string {
     .digest("hex");
 }
 
+/** What is known of a base that adapters are read for: with another they mean another update. */
+export async function facts(base: string | undefined): Promise<BaseFacts | null> {
+  return base === undefined ? null : describeBase(base);
+}
+
 /** What adapters hold, whatever their files are called or dated. */
 export async function contents(adapters: readonly Adapter[], out: Output): Promise<[id: string, digest: string][]> {
   const digests: [string, string][] = [];
@@ -92,7 +99,7 @@ export async function contents(adapters: readonly Adapter[], out: Output): Promi
     const hash = createHash("sha256");
     for (const path of filesOf(adapter)) {
       if (!stat(path)?.isFile()) continue;
-      hash.update(`${path === adapter.file ? "" : basename(path)}\n`);
+      hash.update(`${relative(adapter.file, path)}\n`);
       for await (const chunk of createReadStream(path)) hash.update(chunk as Uint8Array);
     }
     digests.push([id, hash.digest("hex")]);

@@ -5,24 +5,31 @@
 import { completeDtypes } from "../pack/report.ts";
 import { assemblePack, openTasks, projectTasks } from "../pack/shard/tasks.ts";
 import { type Attach, command } from "./command.ts";
-import { anyBase, as, dtype, force, output } from "./options.ts";
+import { anyBase, as, dtype, force, output, readFor } from "./options.ts";
 import { bytes, counting, lossTable, percent, resources, sharing, warnOf } from "./output.ts";
-import { contents, digest, makePart, part } from "./parts.ts";
+import { contents, digest, facts, makePart, part } from "./parts.ts";
 import { checkTarget, filesOf } from "./target.ts";
 import { refuseOtherBase } from "./tasks.ts";
 
 export const project: Attach = command({
   usage: "project <BASIS> <ADAPTER_OR_FOLDER...>",
   does: "Make tasks of some adapters, on a basis that others hold too.",
-  options: { output: part, force, dtype, as, anyBase },
-  async run([basisPath, ...paths]: [string, ...string[]], { output: file, force, dtype, as, anyBase }, run, out) {
+  options: { output: part, force, dtype, as, anyBase, base: readFor },
+  async run([basisPath, ...paths]: [string, ...string[]], { output: file, force, dtype, as, anyBase, base }, run, out) {
     checkTarget(file, { force: true, inputs: [basisPath] });
     const types = completeDtypes(dtype);
-    const adapters = await run.adapters(paths, as);
+    const adapters = await run.adapters(paths, as, base);
     checkTarget(file, { force: true, inputs: adapters.flatMap(filesOf) });
     const basis = await run.pack(basisPath);
     refuseOtherBase(basis, adapters, anyBase);
-    const made = digest("project", basis.basisId, types.coefficients, types.head, await contents(adapters, out));
+    const made = digest(
+      "project",
+      basis.basisId,
+      types.coefficients,
+      types.head,
+      await facts(base),
+      await contents(adapters, out),
+    );
     const onProgress = counting(out, "module");
     const figures = { adapters: adapters.length, modules: basis.modules.length, warnings: warnOf(adapters, out) };
     const { json, text } = await makePart({ file, force, kind: "tasks", made }, figures, async () => {

@@ -1,6 +1,7 @@
 /**
  * What a command opens while it runs: all is closed when it ends, however it ends.
  */
+import { extname } from "node:path";
 import type { Adapter } from "../adapters/adapter.ts";
 import { readAdapters } from "../adapters/folder.ts";
 import { openHost } from "../base/open.ts";
@@ -66,18 +67,25 @@ export class Run {
     return this.closing(await openPack(path, options));
   }
 
-  /** @param rename new ids, by old id or by path */
-  async adapters(paths: readonly string[], rename: ReadonlyMap<string, string>): Promise<Adapter[]> {
-    const adapters = await readAdapters(paths, { rename });
+  /**
+   * @param rename new ids, by old id or by path
+   * @param base what formats leave to the base model is read from it
+   */
+  async adapters(
+    paths: readonly string[],
+    rename: ReadonlyMap<string, string>,
+    base: string | undefined,
+  ): Promise<Adapter[]> {
+    const adapters = await readAdapters(paths, { rename, base });
     return adapters.map((adapter) => this.closing(adapter));
   }
 
   /**
-   * The base model, where one was named.
+   * The base model's weights, where a file of them was named.
    * @param names its names of weights, by module name
    */
   async base(path: string | undefined, names: ReadonlyMap<string, string>): Promise<Pick<BuildOptions, "base">> {
-    if (path === undefined) return {};
+    if (path === undefined || extname(path) !== ".safetensors") return {};
     const host = this.closing(await openHost(path));
     return { base: names.size > 0 ? renamedHost(host, names) : host };
   }

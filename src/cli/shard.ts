@@ -23,12 +23,13 @@ import {
   type OptionSpec,
   output,
   rank,
+  readFor,
   selection,
   toggle,
   UsageError,
 } from "./options.ts";
 import { bytes, counting, type Output, resources, warnOf } from "./output.ts";
-import { contents, digest, makePart, part } from "./parts.ts";
+import { contents, digest, facts, makePart, part } from "./parts.ts";
 import { checkTarget, filesOf } from "./target.ts";
 
 /** Statistics of rows serve column mode; the other modes see all adapters at once. */
@@ -46,13 +47,13 @@ const mode: OptionSpec<string> = {
 export const shard: Attach = command({
   usage: "shard <ADAPTER_OR_FOLDER...>",
   does: "Count some of very many adapters, to be merged with others.",
-  options: { output: part, force, gauge, rank, normalize, mode, as, anyBase },
-  async run(paths, { output: file, force, gauge = "as-trained", rank, normalize, as, anyBase }, run, out) {
+  options: { output: part, force, gauge, rank, normalize, mode, as, anyBase, base: readFor },
+  async run(paths, { output: file, force, gauge = "as-trained", rank, normalize, as, anyBase, base }, run, out) {
     checkTarget(file, { force: true });
-    const adapters = await run.adapters(paths, as);
+    const adapters = await run.adapters(paths, as, base);
     checkTarget(file, { force: true, inputs: adapters.flatMap(filesOf) });
     const statistics = await adapterStatistics(adapters, { gauge, rank, normalize, anyBase });
-    const made = digest("shard", gauge, rank, normalize, await contents(adapters, out));
+    const made = digest("shard", gauge, rank, normalize, await facts(base), await contents(adapters, out));
     return writePart({ file, force, made }, statistics, warnOf(adapters, out), out);
   },
 });

@@ -6,6 +6,7 @@ import { lstatSync, type Stats, statSync } from "node:fs";
 import { readdir } from "node:fs/promises";
 import { join } from "node:path";
 import type { Adapter } from "../adapters/adapter.ts";
+import { MODELS } from "../adapters/diffusers-keys.ts";
 import { openSource } from "../open-source.ts";
 import { openSafetensors } from "../tensor/safetensors.ts";
 import { realTarget } from "./lock.ts";
@@ -77,13 +78,20 @@ async function isExport(folder: string): Promise<boolean> {
   }
 }
 
+/** Names of an adapter's files. */
+const NAMES = [
+  "adapter_config.json",
+  "adapter_model.safetensors",
+  "adapters.safetensors",
+  "pytorch_lora_weights.safetensors",
+  "task.json",
+];
+
 /** The files that an adapter is read from. */
 export function filesOf({ file }: Pick<Adapter, "file">): string[] {
   return [
     file,
-    ...["adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors", "task.json"].map(
-      (name) => join(file, name),
-    ),
+    ...[...NAMES, ...MODELS.flatMap((model) => NAMES.map((name) => join(model, name)))].map((name) => join(file, name)),
   ];
 }
 

@@ -18,7 +18,7 @@ import type { ByteSource } from "../source.ts";
 import { toHex } from "../tensor/hex.ts";
 import { type Attach, command } from "./command.ts";
 import { readText } from "./files.ts";
-import { as, list, text } from "./options.ts";
+import { as, list, readFor, text } from "./options.ts";
 import { type Output, percent, sum, table } from "./output.ts";
 import type { Run } from "./run.ts";
 
@@ -34,10 +34,11 @@ export const verify: Attach = command({
   options: {
     against: list("ADAPTER_OR_FOLDER", "Adapters that the tasks were made of. May be given again."),
     as,
+    base: readFor,
     key: list("PUBLIC.pem", "Fail unless one of these public keys has signed the pack. May be given again."),
     integrity: text("sha256-…", "Fail unless this is the root of the pack."),
   },
-  async run([path]: [string], { against, as, key, integrity }, run, out) {
+  async run([path]: [string], { against, as, base, key, integrity }, run, out) {
     const keys = await Promise.all(key.map(readText));
     const trust = { ...(keys.length > 0 ? { keys } : {}), ...(integrity === undefined ? {} : { integrity }) };
     const pack = await openHashed(path, trust, run);
@@ -45,7 +46,7 @@ export const verify: Attach = command({
     const ok = checks.every((check) => check.ok);
     const figures = new Map<string, Figures>();
     if (against.length > 0 && bases && ok) {
-      const adapters = await run.adapters(against, as);
+      const adapters = await run.adapters(against, as, base);
       for (const [i, adapter] of adapters.entries()) {
         const { id, file } = adapter;
         const blob = blobs.get(id);

@@ -8,23 +8,17 @@ import { FormatError, SourceError } from "../errors.ts";
 import type { ByteSource, ReadOptions } from "../source.ts";
 import { bf16ToF32, f16ToF32 } from "./dtypes.ts";
 import { parseJson, show } from "./json.ts";
+import { isFloatDtype, type TensorFile, type TensorInfo } from "./tensor-file.ts";
 
 /** Where one tensor lies. */
-export interface SafetensorsTensor {
-  /** As in the header: "F32", "BF16", "I64", … */
-  readonly dtype: string;
-  readonly shape: readonly number[];
+export interface SafetensorsTensor extends TensorInfo {
   /** From the beginning of the file. */
   readonly byteOffset: number;
   readonly byteLength: number;
 }
 
 /** An opened file: names and places of its tensors, values on demand. */
-export interface SafetensorsFile {
-  /** Name of the source, for messages. */
-  readonly name: string;
-  /** Size of the whole file. */
-  readonly byteLength: number;
+export interface SafetensorsFile extends TensorFile {
   /** In the order of the header. */
   readonly tensors: ReadonlyMap<string, SafetensorsTensor>;
   /** `__metadata__` of the header. */
@@ -34,11 +28,6 @@ export interface SafetensorsFile {
    * @throws FormatError when there is no such tensor; SourceError when the bytes cannot be had
    */
   read(name: string, options?: ReadOptions): Promise<Uint8Array>;
-  /**
-   * The tensor's values as f32, row-major. F16 and BF16 are exact, F64 is rounded.
-   * @throws FormatError when there is no such tensor or it is not F64, F32, F16 or BF16; SourceError as `read`
-   */
-  readF32(name: string, options?: ReadOptions): Promise<Float32Array<ArrayBuffer>>;
 }
 
 /** Cap of the reference implementation; guards against allocating what a damaged length field asks for. */
@@ -53,11 +42,6 @@ export const SAFETENSORS_BITS: ReadonlyMap<string, number> = new Map([
   ...["F6_E2M3", "F6_E3M2"].map((dtype) => [dtype, 6] as const),
   ["F4", 4],
 ]);
-
-/** Whether `readF32` decodes this dtype. */
-export function isFloatDtype(dtype: string): boolean {
-  return dtype === "F32" || dtype === "F16" || dtype === "BF16" || dtype === "F64";
-}
 
 /** Bytes of a tensor, or undefined when it is not a whole number of bytes or not a safe integer. */
 export function tensorByteLength(bits: number, shape: readonly number[]): number | undefined {
@@ -127,7 +111,7 @@ export async function openSafetensors(source: ByteSource, options?: ReadOptions)
       if (!isFloatDtype(dtype)) {
         throw fail(`tensor ${name}`, `is ${dtype}, expected F32, F16, BF16 or F64; convert it to one of these`);
       }
-      return decode(dtype, await read(name, readOptions));
+      return decodeFloats(dtype, await read(name, readOptions));
     },
   };
 }
@@ -221,7 +205,8 @@ function checkCoverage(
   }
 }
 
-function decode(dtype: string, bytes: Uint8Array): Float32Array<ArrayBuffer> {
+/** Little-endian F32, F64, F16 or BF16 as f32. */
+export function decodeFloats(dtype: string, bytes: Uint8Array): Float32Array<ArrayBuffer> {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
   const count = bytes.byteLength / (SAFETENSORS_BITS.get(dtype)! / 8);
   const out = new Float32Array(count);

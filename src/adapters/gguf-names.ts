@@ -1,0 +1,70 @@
+/**
+ * Names of weights in GGUF files, by architecture, and the modules of transformers that they are (gguf-py, tensor_mapping.py; what
+ * llama.cpp's convert_hf_to_gguf.py does to them). Architectures that are not listed are refused: a wrong order of rows is not seen.
+ */
+
+/** How an architecture names and orders weights. */
+export interface GgufArchitecture {
+  /** Modules by GGUF's names; N stands for the number of the layer. */
+  readonly modules: ReadonlyMap<string, string>;
+  /** Rows of these are reordered by heads, so that rotary embedding works on neighbours. */
+  readonly permuted: ReadonlyMap<string, "heads" | "kvHeads">;
+}
+
+/** GGUF's name of the embedding, whose two factors change places. */
+export const EMBEDDING = "token_embd";
+
+const LLAMA = {
+  [EMBEDDING]: "model.embed_tokens",
+  output: "lm_head",
+  "blk.N.attn_q": "model.layers.N.self_attn.q_proj",
+  "blk.N.attn_k": "model.layers.N.self_attn.k_proj",
+  "blk.N.attn_v": "model.layers.N.self_attn.v_proj",
+  "blk.N.attn_output": "model.layers.N.self_attn.o_proj",
+  "blk.N.ffn_gate": "model.layers.N.mlp.gate_proj",
+  "blk.N.ffn_up": "model.layers.N.mlp.up_proj",
+  "blk.N.ffn_down": "model.layers.N.mlp.down_proj",
+};
+const PHI3 = {
+  [EMBEDDING]: "model.embed_tokens",
+  output: "lm_head",
+  "blk.N.attn_qkv": "model.layers.N.self_attn.qkv_proj",
+  "blk.N.attn_output": "model.layers.N.self_attn.o_proj",
+  "blk.N.ffn_up": "model.layers.N.mlp.gate_up_proj",
+  "blk.N.ffn_down": "model.layers.N.mlp.down_proj",
+};
+const BERT = {
+  [EMBEDDING]: "embeddings.word_embeddings",
+  "blk.N.attn_q": "encoder.layer.N.attention.self.query",
+  "blk.N.attn_k": "encoder.layer.N.attention.self.key",
+  "blk.N.attn_v": "encoder.layer.N.attention.self.value",
+  "blk.N.attn_output": "encoder.layer.N.attention.output.dense",
+  "blk.N.ffn_up": "encoder.layer.N.intermediate.dense",
+  "blk.N.ffn_down": "encoder.layer.N.output.dense",
+};
+
+const architecture = (modules: Readonly<Record<string, string>>, permuted = false): GgufArchitecture => ({
+  modules: new Map(Object.entries(modules)),
+  permuted: new Map(
+    permuted
+      ? [
+          ["blk.N.attn_q", "heads"],
+          ["blk.N.attn_k", "kvHeads"],
+        ]
+      : [],
+  ),
+});
+
+/** By `general.architecture`. "llama" is Mistral's and SmolLM2's too. */
+export const ARCHITECTURES: ReadonlyMap<string, GgufArchitecture> = new Map([
+  ["llama", architecture(LLAMA, true)],
+  ...["qwen2", "qwen3", "gemma", "gemma2", "gemma3"].map((name) => [name, architecture(LLAMA)] as const),
+  ["phi3", architecture(PHI3)],
+  ["bert", architecture(BERT)],
+]);
+
+/** A name with N for the number of the layer. */
+export function generic(name: string): { pattern: string; layer: string | undefined } {
+  const [, before, layer, after] = /^(.*?\.)(\d+)(\..+)$/.exec(name) ?? [];
+  return layer === undefined ? { pattern: name, layer: undefined } : { pattern: `${before}N${after}`, layer };
+}

@@ -1,0 +1,154 @@
+/**
+ * Reads a LoRA as llama.cpp's convert_lora_to_gguf.py writes it into the canonical form: names and orientation are those of
+ * transformers again, and so is the order of rows that llama.cpp changes for rotary embedding. Portable: folders are read in folder.ts.
+ */
+import { openSource } from "../open-source.ts";
+import type { SourceInput } from "../source.ts";
+import { type GgufFile, openGguf } from "../tensor/gguf.ts";
+import { type Derived, transposed, withDerived } from "../tensor/tensor-file.ts";
+import type { Adapter } from "./adapter.ts";
+import type { BaseFacts } from "./base-facts.ts";
+import { ARCHITECTURES, EMBEDDING, type GgufArchitecture, generic } from "./gguf-names.ts";
+import { readTaskMetadata } from "./metadata.ts";
+import { assembleLora, type LoraKey, listed, refuser, sortTensors } from "./named-lora.ts";
+import { permuteRows } from "./permute.ts";
+
+/** The file of one LoRA of llama.cpp. */
+export interface GgufFiles {
+  /** Task id. */
+  readonly id: string;
+  /** The adapter's file or address, for messages. */
+  readonly file: string;
+  /** The GGUF file: path, URL, Blob, bytes or ByteSource. Closed by the adapter's `close`. */
+  readonly tensors: SourceInput;
+  /** Parsed task.json, where there is one. */
+  readonly task?: unknown;
+  /** Heads of the base: needed for Llama's architecture, of which the file does not tell them. */
+  readonly base?: BaseFacts | undefined;
+}
+
+/**
+ * Opens an adapter: checks its header and the names, shapes and types of all tensors. Values are read, and checked, when a module's
+ * `read` is called. F32, F16, BF16 and Q8_0 are read.
+ * @throws AdapterError naming the field or tensor that cannot be represented, and what to do
+ * @throws FormatError when the file breaks the GGUF format; SourceError when it cannot be read
+ * @example
+ * const base = { heads: 9, kvHeads: 3 }; // num_attention_heads and num_key_value_heads of SmolLM2's config.json
+ * const adapter = await readGguf({ id: "rhymes", file: "rhymes.gguf", tensors: "rhymes.gguf", base });
+ */
+export async function readGguf({ id, file, tensors: input, task, base = {} }: GgufFiles): Promise<Adapter> {
+  const metadata = readTaskMetadata(task, `${file}/task.json`);
+  const source = await openSource(input);
+  const close = async (): Promise<void> => source.close?.();
+  try {
+    const found = await openGguf(source);
+    const { name, architecture } = architectureOf(found);
+    const tensors = asTransformers(found, name, architecture, base);
+    const parts = sortTensors(
+      tensors,
+      (key) => parseKey(key, architecture),
+      (keys, refuse) =>
+        refuse(
+          keys[0]!,
+          `${listed(keys)}: no weight of ${name} that is known, with .weight.lora_a or .lora_b behind it`,
+        ),
+    );
+    const alpha = alphaOf(found);
+    const scaleOf = (_: string, rank: number): number => (alpha === 0 ? 1 : alpha / rank);
+    const { modules, saved } = assembleLora(tensors, parts, () => undefined, scaleOf);
+    const baseModel = textOf(found, "general.base_model.0.name");
+    return { id, file, byteLength: found.byteLength, baseModel, modules, saved, metadata, warnings: [], close };
+  } catch (error) {
+    await close();
+    throw error;
+  }
+}
+
+function textOf({ fields }: GgufFile, name: string): string | undefined {
+  const found = fields.get(name);
+  return typeof found === "string" && found !== "" ? found : undefined;
+}
+
+/** @throws AdapterError when it is no LoRA, or of an architecture that is not known */
+function architectureOf(file: GgufFile): { name: string; architecture: GgufArchitecture } {
+  const refuse = refuser(file);
+  for (const [field, expected] of [
+    ["general.type", "adapter"],
+    ["adapter.type", "lora"],
+  ] as const) {
+    const found = textOf(file, field);
+    if (found !== expected)
+      throw refuse(field, `${field} is ${found ?? "not there"}, expected ${expected}: not a LoRA of llama.cpp`);
+  }
+  if (file.fields.get("adapter.alora.invocation_tokens") !== undefined)
+    throw refuse(
+      "adapter.alora.invocation_tokens",
+      "applies the update after some tokens only (aLoRA): no weight can. Train a plain LoRA",
+    );
+  const name = textOf(file, "general.architecture") ?? "not there";
+  const architecture = ARCHITECTURES.get(name);
+  if (architecture) return { name, architecture };
+  const known = [...ARCHITECTURES.keys()].join(", ");
+  throw refuse(
+    "general.architecture",
+    `general.architecture is ${name}, whose names and order of rows are not known; expected one of ${known}. Pack the adapter ` +
+      "that it was converted from",
+  );
+}
+
+function alphaOf(file: GgufFile): number {
+  const alpha = file.fields.get("adapter.lora.alpha") ?? 0;
+  if (typeof alpha === "number" && Number.isFinite(alpha)) return alpha;
+  throw refuser(file)(
+    "adapter.lora.alpha",
+    `adapter.lora.alpha is ${String(alpha)}, expected a number; convert it again`,
+  );
+}
+
+const SIDES: ReadonlyMap<string, "A" | "B"> = new Map([
+  [".weight.lora_a", "A"],
+  [".weight.lora_b", "B"],
+]);
+
+/** The weight that a tensor belongs to, and which factor it is. */
+function split(key: string): { weight: string; side: "A" | "B" } | undefined {
+  const at = key.lastIndexOf(".weight.");
+  const side = SIDES.get(key.slice(at));
+  return at < 1 || side === undefined ? undefined : { weight: key.slice(0, at), side };
+}
+
+function parseKey(key: string, { modules }: GgufArchitecture): LoraKey | undefined {
+  const found = split(key);
+  if (found === undefined) return undefined;
+  const { pattern, layer } = generic(found.weight);
+  const module = modules.get(pattern)?.replace("N", layer ?? "N");
+  if (module === undefined) return undefined;
+  const part = found.weight === EMBEDDING ? (`embedding${found.side}` as const) : found.side;
+  return { prefix: "", local: module, module, part };
+}
+
+/** The file with the orientation and the order of rows that its weights have in transformers. */
+function asTransformers(file: GgufFile, name: string, { permuted }: GgufArchitecture, base: BaseFacts): GgufFile {
+  const derived = new Map<string, Derived>();
+  for (const [key, { dtype, shape }] of file.tensors) {
+    const { weight = "", side } = split(key) ?? {};
+    // Its rows are tokens, and are looked up: [vocabulary, r].
+    if (weight === EMBEDDING && side === "A" && shape.length === 2) derived.set(key, transposed(file, key));
+    const which = permuted.get(generic(weight).pattern);
+    if (side !== "B" || which === undefined) continue;
+    const heads = base[which];
+    const [out = 0] = shape;
+    if (heads === undefined || out % (2 * heads) !== 0) {
+      const why =
+        heads === undefined
+          ? "the file does not say how many there are"
+          : `${out} rows do not make ${heads} heads of an even number of rows`;
+      const how = "Give the base (--base, or base): its folder, config.json or GGUF file";
+      throw refuser(file)(key, `${key}: llama.cpp orders the rows of ${name} by heads, and ${why}. ${how}`);
+    }
+    const read: Derived["read"] = async (options) =>
+      permuteRows(await file.readF32(key, options), out, heads, "out of pairs");
+    derived.set(key, { dtype, shape, read });
+  }
+  return withDerived(file, derived);
+}

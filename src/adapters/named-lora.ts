@@ -1,0 +1,151 @@
+/**
+ * LoRA files whose tensors say by their names what they are, without a configuration beside them: of diffusers, kohya, llama.cpp,
+ * ONNX Runtime and MLX. Every tensor gets its module, or the file is refused. What a name means is up to the reader of each format.
+ */
+import { AdapterError } from "../errors.ts";
+import { isFloatDtype, type TensorFile } from "../tensor/tensor-file.ts";
+import type { AdapterModule, SavedTensor } from "./adapter.ts";
+import { compare } from "./modules.ts";
+import type { PeftConfig } from "./peft-config.ts";
+import type { KeyRole } from "./peft-keys.ts";
+import { readModule } from "./peft-module.ts";
+import { checkName, type PeftTensors, peftTensors } from "./peft-places.ts";
+
+/** What a tensor is. */
+export interface LoraKey {
+  /** The model of a pipeline that it belongs to; "" where there is one. */
+  readonly prefix: string;
+  /** The module within its model, as PEFT's patterns mean it. */
+  readonly local: string;
+  /** The module, with the model it belongs to. */
+  readonly module: string;
+  readonly part: KeyRole | "alpha";
+}
+
+/** The tensors of one module. */
+export interface LoraParts {
+  readonly prefix: string;
+  readonly local: string;
+  readonly keys: Map<KeyRole, string>;
+  /** Key of its alpha. */
+  alpha?: string;
+}
+
+export type Refuse = PeftTensors["refuse"];
+
+export const refuser =
+  (file: TensorFile): Refuse =>
+  (field, message) =>
+    new AdapterError(message, { file: file.name, field });
+
+/**
+ * Gives every tensor its module, sorted by name.
+ * @param parse what a name says; undefined where it is no name of the format
+ * @param unknown what to say of names that are none
+ * @throws AdapterError for a tensor that has none, and for two that are the same
+ */
+export function sortTensors(
+  file: TensorFile,
+  parse: (name: string) => LoraKey | undefined,
+  unknown: (names: readonly string[], refuse: Refuse) => AdapterError,
+): Map<string, LoraParts> {
+  const refuse = refuser(file);
+  for (const key of file.tensors.keys()) checkName(key, refuse);
+  const parts = new Map<string, LoraParts>();
+  const others: string[] = [];
+  for (const [key, { dtype }] of file.tensors) {
+    const parsed = parse(key);
+    if (parsed === undefined) {
+      others.push(key);
+      continue;
+    }
+    if (!isFloatDtype(dtype)) {
+      throw refuse(key, `tensor ${key} is ${dtype}, expected F32, F16, BF16 or F64; save the adapter in one of these`);
+    }
+    const { module, prefix, local, part } = parsed;
+    checkName(module, refuse);
+    const found: LoraParts = parts.get(module) ?? { prefix, local, keys: new Map() };
+    parts.set(module, found);
+    const other = part === "alpha" ? found.alpha : found.keys.get(part);
+    if (other !== undefined) {
+      throw refuse(key, `tensors ${other} and ${key} are the same one of two adapters; save one adapter at a time`);
+    }
+    if (part === "alpha") found.alpha = key;
+    else found.keys.set(part, key);
+  }
+  if (others.length > 0) throw unknown(others, refuse);
+  if (parts.size === 0) throw new AdapterError("holds no tensors; save the adapter again", { file: file.name });
+  return new Map([...parts].sort(([a], [b]) => compare(a, b)));
+}
+
+/** The first of some names, and how many more there are. */
+export function listed(names: readonly string[]): string {
+  return names.slice(0, 5).join(", ") + (names.length > 5 ? `, and ${names.length - 5} more` : "");
+}
+
+/** Alphas by module. @throws AdapterError for one that is no number, or belongs to no module */
+export async function readAlphas(
+  file: TensorFile,
+  parts: ReadonlyMap<string, LoraParts>,
+): Promise<Map<string, number>> {
+  const refuse = refuser(file);
+  const alphas = new Map<string, number>();
+  for (const [module, { alpha: key, keys }] of parts) {
+    if (key === undefined) continue;
+    if (keys.size === 0) throw refuse(key, `${key} is the alpha of ${module}, which has no factors; remove it`);
+    const { shape } = file.tensors.get(key)!;
+    if (shape.some((size) => size !== 1)) throw refuse(key, `${key} is [${shape.join(", ")}], expected one number`);
+    const [value] = await file.readF32(key);
+    if (!Number.isFinite(value))
+      throw refuse(key, `${key} is ${value}, expected a number; take another copy of the file`);
+    alphas.set(module, value!);
+  }
+  return alphas;
+}
+
+/**
+ * Makes modules of a file.
+ * @param configOf the configuration of a module where the file has one
+ * @param scaleOf otherwise: its scale, of its rank
+ */
+export function assembleLora(
+  file: TensorFile,
+  parts: ReadonlyMap<string, LoraParts>,
+  configOf: (name: string, parts: LoraParts) => PeftConfig | undefined,
+  scaleOf: (name: string, rank: number) => number,
+): { modules: Map<string, AdapterModule>; saved: SavedTensor[] } {
+  const modules = new Map<string, AdapterModule>();
+  const saved: SavedTensor[] = [];
+  for (const [name, found] of parts) {
+    const { local, keys } = found;
+    const config = configOf(name, found) ?? shownBy(file, keys, (rank) => scaleOf(name, rank));
+    const { scale } = config.forModule(local);
+    const tensors = peftTensors(file, { ...config, forModule: () => config.forModule(local) });
+    const module = readModule(name, keys, tensors);
+    modules.set(name, module);
+    const bias = keys.get("loraBias");
+    if (bias === undefined) continue;
+    const read = (): Promise<Float32Array> => tensors.read(bias, scale);
+    saved.push({ name: `${name}.bias`, role: "bias-delta", shape: [module.out], read });
+  }
+  return { modules, saved };
+}
+
+/** What the tensors of a module say where nothing else does. */
+function shownBy(file: TensorFile, keys: ReadonlyMap<KeyRole, string>, scaleOf: (rank: number) => number): PeftConfig {
+  const factor = keys.get("A") ?? keys.get("embeddingA");
+  const rank = (factor && file.tensors.get(factor)!.shape[0]) || 1;
+  return {
+    baseModel: undefined,
+    revision: undefined,
+    taskType: undefined,
+    fanInFanOut: false,
+    bias: "none",
+    loraBias: keys.has("loraBias"),
+    dora: keys.has("magnitude"),
+    modulesToSave: [],
+    tokenRows: [],
+    forModule: () => ({ rank, scale: scaleOf(rank) }),
+    warnings: [],
+  };
+}
