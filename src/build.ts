@@ -3,9 +3,13 @@
  * read by `eigenlora/node`.
  */
 export type { Adapter, AdapterModule, ModuleShape, SavedTensor } from "./adapters/adapter.ts";
-export { type BaseFacts, headsOfConfig } from "./adapters/base-facts.ts";
+export { type BaseFacts, factsOfConfig } from "./adapters/base-facts.ts";
 export { type DiffusersFiles, readDiffusers } from "./adapters/diffusers.ts";
-export { type Exportable, peftFiles } from "./adapters/export.ts";
+export { peftFiles } from "./adapters/export.ts";
+export { ggufFile } from "./adapters/export-gguf.ts";
+export { onnxAdapterFile } from "./adapters/export-onnx-adapter.ts";
+export { diffusersFile, kohyaFile } from "./adapters/export-pipeline.ts";
+export type { Exportable } from "./adapters/factors.ts";
 export { type GgufFiles, readGguf } from "./adapters/gguf.ts";
 export { type KohyaFiles, readKohya } from "./adapters/kohya.ts";
 export { type MlxFiles, readMlx } from "./adapters/mlx.ts";
@@ -76,4 +80,5 @@ export type { Way } from "./pack/ways.ts";
 export type { Dtypes } from "./tensor/dtypes.ts";
 export type { SafetensorsFile, SafetensorsTensor } from "./tensor/safetensors.ts";
 export { type SafetensorsEntry, writeSafetensors } from "./tensor/safetensors-writer.ts";
+export type { TensorFile, TensorInfo } from "./tensor/tensor-file.ts";
 export type { Term } from "./tensor/term.ts";

@@ -11,19 +11,28 @@ export interface BaseFacts {
   /** Attention heads, and those of keys and values. */
   readonly heads?: number | undefined;
   readonly kvHeads?: number | undefined;
+  /** By llama.cpp's name, which is also that of all models of its kind: "llama". */
+  readonly architecture?: string | undefined;
 }
 
-/** Reads heads from a parsed config.json of transformers. Undefined where it names none. */
-export function headsOfConfig(config: unknown): Pick<BaseFacts, "heads" | "kvHeads"> | undefined {
+/** llama.cpp's names of architectures, where transformers calls them otherwise (`model_type`). */
+const ARCHITECTURES: ReadonlyMap<unknown, string> = new Map([
+  ["mistral", "llama"],
+  ["gemma3_text", "gemma3"],
+]);
+
+/** Reads architecture and heads from a parsed config.json of transformers. Undefined where it names none. */
+export function factsOfConfig(config: unknown): BaseFacts | undefined {
   if (typeof config !== "object" || config === null) return undefined;
   const fields = config as Record<string, unknown>;
   // Models that also see or hear keep their language model's configuration one level deeper.
   const text = fields["text_config"];
   const heads = fields["num_attention_heads"] ?? fields["n_head"];
-  if (heads === undefined && text !== undefined) return headsOfConfig(text);
+  if (heads === undefined && text !== undefined) return factsOfConfig(text);
   const kvHeads = fields["num_key_value_heads"] ?? heads;
   if (!isCount(heads) || !isCount(kvHeads)) return undefined;
-  return { heads, kvHeads };
+  const type = fields["model_type"];
+  return { heads, kvHeads, architecture: ARCHITECTURES.get(type) ?? (typeof type === "string" ? type : undefined) };
 }
 
 export function isCount(value: unknown): value is number {

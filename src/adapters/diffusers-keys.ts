@@ -129,6 +129,11 @@ const FOREIGN: readonly (readonly [RegExp, string])[] = [
       `then the result is another. ${PLAIN}`,
   ],
   [/\.(diff|diff_b|w_norm|b_norm|set_weight)$/, `is the difference of a whole parameter, not a LoRA of it. ${PLAIN}`],
+  [
+    /^(lora|lycoris)_[a-z0-9]+_|\.lora_(down|up|mid)\.weight$/,
+    "is a name of kohya's, of no model that is known. Its names begin with lora_unet_, lora_te_, lora_te1_ or lora_te2_; readKohya reads " +
+      "them",
+  ],
   [/_custom_diffusion\./, "is of Custom Diffusion, which trains whole projections. Train a LoRA"],
   [/_lora\.(down|up)\.weight$/, "is of a projection that diffusers 0.42 does not load either. Leave it out"],
   [

@@ -5,14 +5,11 @@
 
 import { AdapterError } from "../errors.ts";
 import { isHead } from "../format/heads.ts";
-import { encodeTensor } from "../tensor/encode.ts";
 import type { SafetensorsEntry } from "../tensor/safetensors-writer.ts";
-import type { Adapter, AdapterModule } from "./adapter.ts";
+import type { AdapterModule } from "./adapter.ts";
+import { type Exportable, f32Bytes, factorsOf, rankOf } from "./factors.ts";
 import { checkAdapter, refuseBoth } from "./modules.ts";
 import { headsOf } from "./peft-config.ts";
-
-/** What is needed of an adapter to write it. A task of a pack can be given in this form. */
-export type Exportable = Pick<Adapter, "id" | "baseModel" | "modules" | "saved" | "metadata">;
 
 const PREFIX = "base_model.model.";
 
@@ -30,7 +27,7 @@ export async function peftFiles(adapter: Exportable): Promise<{ config: object; 
   refuseBoth({ ...adapter, file: adapter.id });
   const tensors: SafetensorsEntry[] = [];
   const add: Add = (name, shape, values) => {
-    const bytes = encodeTensor("f32", values, 1, values.length);
+    const bytes = f32Bytes(values);
     tensors.push({ name: PREFIX + name, dtype: "F32", shape: [...shape], read: () => bytes });
   };
   const dora: string[] = [];
@@ -125,26 +122,16 @@ function configOf(adapter: Exportable, dora: readonly string[], { heads, biased,
   };
 }
 
-/** PEFT has no rank 0: a module whose update is zero gets one component of zeros. */
-function rankOf({ rank }: AdapterModule): number {
-  return Math.max(1, rank);
-}
-
 /** Adds one module's tensors. @returns whether it has a magnitude */
 async function addModule(module: AdapterModule, add: Add): Promise<boolean> {
-  const { name, out, in: inputs, layout, kernel = [] } = module;
-  const { A, Bt, magnitude } = await module.read();
-  const rank = rankOf(module);
-  const b = new Float32Array(out * rank);
-  for (let k = 0; k < module.rank; k++) for (let i = 0; i < out; i++) b[i * rank + k] = Bt[k * out + i]!;
-  const ones = kernel.map(() => 1);
-  const channels = inputs / kernel.reduce((product, size) => product * size, 1);
+  const { name, out, layout, kernel = [] } = module;
+  const { A, B, magnitude } = await factorsOf(module);
   const [keyA, keyB] =
     layout === "embedding" ? ["lora_embedding_A", "lora_embedding_B"] : ["lora_A.weight", "lora_B.weight"];
-  add(`${name}.${keyA}`, [rank, channels, ...kernel], module.rank === 0 ? new Float32Array(inputs) : A);
-  add(`${name}.${keyB}`, [out, rank, ...ones], b);
+  add(`${name}.${keyA}`, A.shape, A.values);
+  add(`${name}.${keyB}`, B.shape, B.values);
   if (magnitude === undefined) return false;
-  add(`${name}.lora_magnitude_vector`, layout === "conv" ? [1, out, ...ones] : [out], magnitude);
+  add(`${name}.lora_magnitude_vector`, layout === "conv" ? [1, out, ...kernel.map(() => 1)] : [out], magnitude);
   return true;
 }
 

@@ -1,52 +1,95 @@
 /** The command export: from a task of a pack back to an adapter that other tools load. */
 import { rm } from "node:fs/promises";
 import { join } from "node:path";
+import { describeBase } from "../adapters/describe-base.ts";
 import { peftFiles } from "../adapters/export.ts";
+import { ggufFile } from "../adapters/export-gguf.ts";
+import { onnxAdapterFile } from "../adapters/export-onnx-adapter.ts";
+import { diffusersFile, kohyaFile } from "../adapters/export-pipeline.ts";
+import type { Exportable } from "../adapters/factors.ts";
 import { taskAdapter } from "../pack/expand.ts";
 import { writeSafetensors } from "../tensor/safetensors-writer.ts";
-import { type Attach, command } from "./command.ts";
-import { jsonFile, makeFolder, writeTogether } from "./files.ts";
-import { byDefault, choice, output, task, toggle } from "./options.ts";
+import { type Attach, command, type Result } from "./command.ts";
+import { jsonFile, makeFolder, writeTogether, writeWhole } from "./files.ts";
+import { byDefault, choice, output, task, text, toggle } from "./options.ts";
 import { bytes } from "./output.ts";
-import { checkExport, EXPORTED } from "./target.ts";
+import type { Run } from "./run.ts";
+import { checkExport, checkExportFile, EXPORTED } from "./target.ts";
+
+/** Where an adapter is written to. */
+interface ExportTarget {
+  readonly path: string;
+  readonly force: boolean;
+  readonly run: Run;
+}
+
+/** Formats of one file: its bytes. */
+const FILES = {
+  diffusers: async (adapter: Exportable) => writeSafetensors(await diffusersFile(adapter), marksOf(adapter)),
+  kohya: async (adapter: Exportable) => writeSafetensors(await kohyaFile(adapter), marksOf(adapter)),
+  gguf: async (adapter: Exportable, base: string | undefined) =>
+    ggufFile(adapter, base === undefined ? {} : await describeBase(base), new Map([[EXPORTED, adapter.id]])),
+  onnx_adapter: (adapter: Exportable) => onnxAdapterFile(adapter),
+};
 
 export const exportTask: Attach = command({
   usage: "export <PACK>",
-  does: "Write a task as an adapter that PEFT loads.",
+  does: "Write a task as an adapter that PEFT, diffusers, llama.cpp or ONNX Runtime loads.",
   options: {
-    output: output("FOLDER", "The folder to write, a new or an empty one."),
+    output: output("PATH", "The folder to write for PEFT, a new or an empty one; the file for other formats."),
     force: toggle("Replace an earlier export. An adapter that was trained is never replaced."),
     task,
-    format: byDefault("peft", choice(["peft"], "Layout of the files.")),
+    format: byDefault("peft", choice(["peft", "diffusers", "kohya", "gguf", "onnx_adapter"], "Layout of the files.")),
+    base: text("MODEL", "For gguf: the base model's folder, config.json or GGUF file, for its architecture and heads."),
   },
-  async run([path]: [string], { output: directory, force, task }, run) {
-    await checkExport(directory, force);
+  async run([path]: [string], { output: to, force, task, format, base }, run) {
+    const target = { path: to, force, run };
+    if (format === "peft") {
+      await checkExport(to, force);
+      return writeFolder(await taskAdapter(await run.pack(path), task), target);
+    }
+    await checkExportFile(to, force, [path, base]);
     const adapter = await taskAdapter(await run.pack(path), task);
-    const { config, tensors } = await peftFiles(adapter);
-    const weights = join(directory, "adapter_model.safetensors");
-    const marks = new Map([
-      ["format", "pt"],
-      [EXPORTED, task],
-    ]);
-    const about = join(directory, "task.json");
-    const hasAbout = Object.keys(adapter.metadata).length > 0;
-    await makeFolder(directory);
-    await run.lock(weights);
-    await checkExport(directory, force);
-    const [size] = await writeTogether(
-      [
-        [weights, writeSafetensors(tensors, marks)],
-        [join(directory, "adapter_config.json"), jsonFile(config)],
-        ...(hasAbout ? [[about, jsonFile(adapter.metadata)] as const] : []),
-      ],
-      force,
-    );
-    // Of an earlier export: it would speak of another task.
-    if (!hasAbout) await rm(about, { force: true });
-    const modules = adapter.modules.size;
-    return {
-      json: { directory, task, modules, bytes: size! },
-      text: [`${directory}: task "${task}", ${modules} modules, ${bytes(size!)}`],
-    };
+    const chunks = await FILES[format](adapter, base);
+    await run.lock(to);
+    await checkExportFile(to, force, [path, base]);
+    const size = await writeWhole(to, chunks, force);
+    return said({ file: to }, adapter, size);
   },
 });
+
+function marksOf({ id }: Exportable): Map<string, string> {
+  return new Map([
+    ["format", "pt"],
+    [EXPORTED, id],
+  ]);
+}
+
+async function writeFolder(adapter: Exportable, { path, force, run }: ExportTarget): Promise<Result> {
+  const { config, tensors } = await peftFiles(adapter);
+  const weights = join(path, "adapter_model.safetensors");
+  const about = join(path, "task.json");
+  const hasAbout = Object.keys(adapter.metadata).length > 0;
+  await makeFolder(path);
+  await run.lock(weights);
+  await checkExport(path, force);
+  const [size] = await writeTogether(
+    [
+      [weights, writeSafetensors(tensors, marksOf(adapter))],
+      [join(path, "adapter_config.json"), jsonFile(config)],
+      ...(hasAbout ? [[about, jsonFile(adapter.metadata)] as const] : []),
+    ],
+    force,
+  );
+  // Of an earlier export: it would speak of another task.
+  if (!hasAbout) await rm(about, { force: true });
+  return said({ directory: path }, adapter, size!);
+}
+
+function said(where: { file: string } | { directory: string }, { id, modules }: Exportable, size: number): Result {
+  const [path] = Object.values(where) as [string];
+  return {
+    json: { ...where, task: id, modules: modules.size, bytes: size },
+    text: [`${path}: task "${id}", ${modules.size} modules, ${bytes(size)}`],
+  };
+}

@@ -4,15 +4,16 @@
  */
 import { lstatSync, type Stats, statSync } from "node:fs";
 import { readdir } from "node:fs/promises";
-import { join } from "node:path";
+import { extname, join } from "node:path";
 import type { Adapter } from "../adapters/adapter.ts";
 import { MODELS } from "../adapters/diffusers-keys.ts";
 import { openSource } from "../open-source.ts";
+import { openGguf } from "../tensor/gguf.ts";
 import { openSafetensors } from "../tensor/safetensors.ts";
 import { realTarget } from "./lock.ts";
 import { UsageError } from "./options.ts";
 
-/** The key in a safetensors file's metadata by which an exported adapter is known; its value is the id of the task. */
+/** The key in a file's metadata by which an exported adapter is known; its value is the id of the task. */
 export const EXPORTED = "eigenlora.task";
 
 /** What is known of a target beside its path. */
@@ -64,11 +65,30 @@ export async function checkExport(folder: string, force: boolean): Promise<void>
   if (!force) refuse("holds an earlier export; name another folder, or replace it with --force");
 }
 
-/** Whether the adapter in a folder was written by `export`, and not changed by other tools since. */
-async function isExport(folder: string): Promise<boolean> {
+/**
+ * The file that an adapter is exported to: a new one, or with `force` that of an earlier export. An adapter that was trained is never
+ * replaced.
+ * @param inputs what the command reads
+ * @throws UsageError for any other
+ */
+export async function checkExportFile(
+  path: string,
+  force: boolean,
+  inputs: readonly (string | undefined)[],
+): Promise<void> {
+  checkTarget(path, { force, inputs });
+  if (!stat(path) || (await isExport(path))) return;
+  throw new UsageError(
+    `--output ${path}: was not written by export as far as can be told, and is not replaced; name a new file`,
+  );
+}
+
+/** Whether an adapter was written by `export`, and not changed by other tools since. */
+async function isExport(path: string): Promise<boolean> {
   try {
-    const source = await openSource(join(folder, "adapter_model.safetensors"));
+    const source = await openSource(stat(path)?.isDirectory() ? join(path, "adapter_model.safetensors") : path);
     try {
+      if (extname(path) === ".gguf") return (await openGguf(source)).fields.has(EXPORTED);
       return (await openSafetensors(source)).metadata.has(EXPORTED);
     } finally {
       await source.close?.();

@@ -1,0 +1,157 @@
+/**
+ * The way back to files of diffusers, kohya, llama.cpp and ONNX Runtime: a task of a lossless pack, exported, gives the golden weights to
+ * the tool that each format is of, and to our own reader the same factors. What a format has no place for is refused by name.
+ */
+import { execFileSync, spawnSync } from "node:child_process";
+import { cpSync, existsSync, readFileSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { fileURLToPath } from "node:url";
+import t from "tap";
+import type { Adapter } from "../dist/src/adapters/adapter.js";
+import { ggufFile } from "../dist/src/adapters/export-gguf.js";
+import { onnxAdapterFile } from "../dist/src/adapters/export-onnx-adapter.js";
+import { diffusersFile, kohyaFile } from "../dist/src/adapters/export-pipeline.js";
+import { readAdapters } from "../dist/src/adapters/folder.js";
+import { AdapterError } from "../dist/src/errors.js";
+import { buildPack } from "../dist/src/pack/build.js";
+import type { Term } from "../dist/src/tensor/term.js";
+import { difference } from "./adapters.ts";
+import { concat, data, LOSSLESS } from "./packs.ts";
+import { required } from "./required.ts";
+
+const goldens = data("goldens/formats");
+const cli = fileURLToPath(new URL("../dist/src/cli/main.js", import.meta.url));
+const CONFIG = JSON.stringify({ model_type: "mistral", num_attention_heads: 4, num_key_value_heads: 2 });
+
+/** Golden adapter, its name in the oracle, and the format it is exported to. */
+const CASES = [
+  ["diffusers/adapter.safetensors", "diffusers.safetensors", "diffusers"],
+  ["diffusers-sd2/adapter.safetensors", "sd2.safetensors", "diffusers"],
+  ["locon-dora/adapter.safetensors", "kohya.safetensors", "kohya"],
+  ["gguf/adapter-f32.gguf", "adapter.gguf", "gguf"],
+  ["onnx-adapter/adapter.onnx_adapter", "adapter.onnx_adapter", "onnx_adapter"],
+] as const;
+
+async function readOne(path: string, base?: string): Promise<Adapter> {
+  const [adapter] = await readAdapters([path], { base });
+  return adapter!;
+}
+
+/** Puts what the command line exports of lossless packs into a folder. */
+async function exportAll(folder: string): Promise<void> {
+  const base = join(folder, "config.json");
+  writeFileSync(base, CONFIG);
+  for (const [golden, name, format] of CASES) {
+    const adapter = await readOne(join(goldens, golden), base);
+    const pack = join(folder, `${name}.eigen`);
+    writeFileSync(pack, concat((await buildPack([adapter], LOSSLESS)).chunks));
+    const args = ["export", pack, "--task", adapter.id, "--format", format, "-o", join(folder, name), "--base", base];
+    const { status, stderr } = spawnSync(process.execPath, [cli, ...args], { encoding: "utf8" });
+    if (status !== 0) throw new Error(`${name}: ${stderr}`);
+    await adapter.close();
+  }
+}
+
+const exported = t.testdir();
+t.before(() => exportAll(exported));
+
+t.test("format → lossless pack → format: the same modules and updates", async (t) => {
+  const base = join(exported, "config.json");
+  for (const [golden, name] of CASES) {
+    const [before, after] = [await readOne(join(goldens, golden), base), await readOne(join(exported, name), base)];
+    t.same([...after.modules.keys()], [...before.modules.keys()], name);
+    let worst = 0;
+    for (const [module, { read, in: inputs, out, kernel }] of before.modules) {
+      const other = after.modules.get(module)!;
+      t.same([other.in, other.out, other.kernel], [inputs, out, kernel]);
+      const [was, is] = [await read(), await other.read()];
+      worst = Math.max(worst, difference(product(is, inputs, out), product(was, inputs, out)));
+      if (was.magnitude) worst = Math.max(worst, difference(is.magnitude!, was.magnitude));
+    }
+    t.ok(worst <= 1e-6, `${name}: off by ${worst}`);
+    await before.close();
+    await after.close();
+  }
+});
+
+/** B · A. */
+function product({ rank, A, Bt }: Term, inputs: number, out: number): Float64Array {
+  const found = new Float64Array(inputs * out);
+  for (let k = 0; k < rank; k++)
+    for (let i = 0; i < out; i++)
+      for (let j = 0; j < inputs; j++) found[i * inputs + j]! += Bt[k * out + i]! * A[k * inputs + j]!;
+  return found;
+}
+
+t.test("each tool loads what was exported and makes the golden weights of it", async (t) => {
+  t.setTimeout(120_000);
+  const python = process.env["PYTHON"] ?? "python3";
+  const oracle = fileURLToPath(new URL("export-oracle.py", import.meta.url));
+  let output: string;
+  try {
+    output = execFileSync(python, [oracle, goldens, exported], { encoding: "utf8", stdio: "pipe" });
+  } catch (error) {
+    const { status, stderr, message } = error as Error & { status: number | null; stderr?: string };
+    if (status !== 3 && (error as NodeJS.ErrnoException).code !== "ENOENT") throw error;
+    const reason = `${python} lacks a package: ${stderr || message}`;
+    if (required.has("diffusers")) t.fail(reason);
+    else t.pass("tools load the exported adapters", { skip: reason });
+    return;
+  }
+  const found = new Map<string, unknown>(Object.entries(JSON.parse(output)));
+  t.same([...found.keys()].sort(), CASES.map(([, name]) => name).sort());
+  for (const [name, off] of found) t.ok(typeof off === "number" && off <= 1e-6, `${name}: ${off}`);
+});
+
+t.test("what a format has no place for is refused by name", async (t) => {
+  const peft = (name: string): Promise<Adapter> => readOne(data(`goldens/peft/${name}/adapter`));
+  const heads = await peft("modules-to-save");
+  const plain = await peft("plain");
+  const embedding = await peft("embedding");
+  const conv = await peft("conv");
+  const dora = await peft("dora");
+  const llama = { architecture: "llama", heads: 4, kvHeads: 2 };
+  const refused: [() => Promise<unknown>, RegExp][] = [
+    [() => diffusersFile(heads), /\(saved\) has no place in a LoRA file of diffusers.*export as PEFT/],
+    [() => diffusersFile(plain), /does not begin with a model of a pipeline/],
+    [() => kohyaFile(embedding), /embedding/],
+    [() => ggufFile(plain, llama), /query is no weight of llama/],
+    [() => ggufFile(plain, {}), /architecture is not known; expected one of llama, qwen2.*--base/],
+    [() => ggufFile(plain, { architecture: "rwkv" }), /"rwkv" is none whose names are known/],
+    [() => onnxAdapterFile(conv), /is stored as conv/],
+    [() => onnxAdapterFile(dora), /has a magnitude \(DoRA\)/],
+  ];
+  for (const [make, message] of refused) await t.rejects(make, { message, constructor: AdapterError });
+});
+
+t.test("GGUF by names of other architectures, with more in front", async (t) => {
+  const adapter = await readOne(data("goldens/peft/plain/adapter"));
+  const chunks: Uint8Array[] = [];
+  for await (const chunk of await ggufFile(adapter, { architecture: "bert" })) chunks.push(chunk);
+  const file = join(t.testdir(), "bert.gguf");
+  writeFileSync(file, Buffer.concat(chunks));
+  const again = await readOne(file);
+  t.same(
+    [...again.modules.keys()],
+    [...adapter.modules.keys()].map((name) => name.replace("bert.", "")),
+  );
+});
+
+t.test("command line: an adapter that was trained is never replaced, an export only when asked", async (t) => {
+  const folder = exported;
+  const run = (format: string, to: string, ...more: string[]) => {
+    const args = ["export", "diffusers.safetensors.eigen", "--task", "adapter", "--format", format, "-o", to, ...more];
+    return spawnSync(process.execPath, [cli, ...args], { cwd: folder, encoding: "utf8" });
+  };
+  t.match(run("diffusers", "diffusers.safetensors").stderr, /diffusers\.safetensors/);
+  t.equal(run("diffusers", "diffusers.safetensors").status, 2);
+  t.equal(run("diffusers", "diffusers.safetensors", "--force").status, 0);
+  cpSync(join(goldens, "kohya", "adapter.safetensors"), join(folder, "mine.safetensors"));
+  const before = readFileSync(join(folder, "mine.safetensors"));
+  const refused = run("kohya", "mine.safetensors", "--force");
+  t.equal(refused.status, 2);
+  t.match(refused.stderr, /was not written by export/);
+  t.same(readFileSync(join(folder, "mine.safetensors")), before);
+  t.equal(run("onnx_adapter", "conv.onnx_adapter").status, 1, "convolutions have no place there");
+  t.notOk(existsSync(join(folder, "conv.onnx_adapter")));
+});
