@@ -11,6 +11,7 @@ export interface TensorInfo {
   readonly shape: readonly number[];
 }
 
+/** Tensors by name, each read on demand. */
 export interface TensorFile {
   /** Name of the source, for messages. */
   readonly name: string;
