@@ -15,6 +15,7 @@ for (const [script, ...args] of [
   ["soak-session.js"],
   ["soak-writers.js"],
   ["soak-next.js"],
+  ["soak-wild.js"],
   ["soak-fuzz.js", fuzz],
 ]) {
   console.log(`\n${script} ${args.join(" ")}`);
