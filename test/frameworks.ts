@@ -2,8 +2,10 @@
  * Small models for hosts of frameworks: weights as a checkpoint has them, packs of tasks on them, and the weights of each task, folded
  * here by hand. Runs in browsers too.
  */
+/// <reference types="@webgpu/types" />
 import type { Adapter, AdapterModule, ModuleShape, SavedTensor } from "../dist/src/adapters/adapter.js";
 import { buildPack } from "../dist/src/pack/build.js";
+import type { Runtime } from "../dist/src/runtime/runtime.js";
 import { uniform } from "../dist/src/tensor/random.js";
 
 /** Values of a parameter, row-major. */
@@ -163,4 +165,33 @@ export function* selections(count: number): Iterable<(typeof SELECTIONS)[number]
     at = (at + 1 + Math.floor(random() * (SELECTIONS.length - 1))) % SELECTIONS.length;
     yield SELECTIONS[at]!;
   }
+}
+
+/** Bytes that cross the bus while the runtime switches, and those of the active task's coefficients. In a browser. */
+export async function trafficOf(
+  { device, pack }: Runtime,
+  work: () => Promise<{ readonly task: unknown }>,
+): Promise<{ read: number; written: number; coefficients: number }> {
+  const { queue } = device as GPUDevice;
+  const { writeBuffer } = queue;
+  const { mapAsync } = GPUBuffer.prototype;
+  const traffic = { read: 0, written: 0, coefficients: 0 };
+  queue.writeBuffer = (...of: Parameters<typeof writeBuffer>) => {
+    // Start and size are in elements of a typed array.
+    const { BYTES_PER_ELEMENT: element = 1 } = of[2] as Uint8Array;
+    traffic.written += of[4] === undefined ? of[2].byteLength : of[4] * element;
+    return writeBuffer.apply(queue, of);
+  };
+  GPUBuffer.prototype.mapAsync = function (...of) {
+    traffic.read += this.size;
+    return mapAsync.apply(this, of);
+  };
+  const { task } = await work();
+  for (const { module, A, B } of typeof task === "string" ? (await pack.load(task)).terms : []) {
+    const { A: basisA, B: basisB } = pack.modules[module]!;
+    traffic.coefficients += 4 * A!.tensor.rows * basisA!.tensor.rows + 4 * B!.tensor.rows * basisB!.tensor.rows;
+  }
+  queue.writeBuffer = writeBuffer;
+  GPUBuffer.prototype.mapAsync = mapAsync;
+  return traffic;
 }

@@ -3,7 +3,16 @@ import { type Jax, type JaxTree, jaxHost } from "../dist/bindings/jax.js";
 import { openPack } from "../dist/src/pack/pack.js";
 import { createRuntime, type RuntimeOptions } from "../dist/src/runtime/create.js";
 import type { Runtime } from "../dist/src/runtime/runtime.js";
-import { asKernel, largestDifference, packFor, SELECTIONS, selections, type Weights, weightsOf } from "./frameworks.ts";
+import {
+  asKernel,
+  largestDifference,
+  packFor,
+  SELECTIONS,
+  selections,
+  trafficOf,
+  type Weights,
+  weightsOf,
+} from "./frameworks.ts";
 import type { SuiteTest } from "./stand-in.ts";
 
 /** An array of jax-js. */
@@ -148,6 +157,23 @@ export function jaxSuite(t: SuiteTest, jax: Module, device: string): void {
       const now = await params.net.query.kernel.ref.data();
       t.ok(largestDifference(now, values) > 0.01, `and the weight has others at ${task}`);
       expected = await run(params).data();
+    }
+  });
+
+  t.test("on WebGPU matrices never leave the device", async (t) => {
+    if (device !== "webgpu") return void t.comment("not on WebGPU");
+    const runtime = await attach(paramsOf(weightsOf(TEXT, null)));
+    for (const task of ["plain", null, "plain", null]) await runtime.switchTask(task);
+    // The zeros that new arrays of fewer than 128 numbers are made with, and where the kernels find the new arrays.
+    const fresh = 4 * (9 * 6 + 6 * 5) + 2 * 4 * 13;
+    for (const task of ["plain", null]) {
+      const traffic = await trafficOf(runtime, () => runtime.switchTask(task));
+      t.equal(traffic.read, 0, `${task}: bytes read`);
+      t.equal(
+        traffic.written,
+        traffic.coefficients + (task === null ? fresh - 2 * 4 * 13 : fresh),
+        `${task}: bytes written`,
+      );
     }
   });
 
