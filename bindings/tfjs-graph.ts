@@ -40,7 +40,7 @@ const MATMUL = /^(_Fused)?MatMul$/;
 const CONV = /^(_Fused)?Conv[123]D$/;
 const GATHER = /^(Resource)?Gather/;
 const OPERATOR =
-  /\/(MatMul|Tensordot|Conv\dD|conv\dd|BiasAdd|Gather|ResourceGather|embedding_lookup|ReadVariableOp)(_?\w*)(\/.*)?$/;
+  /(?:\/(?:MatMul|Tensordot|Conv\dD|ExpandDims|BiasAdd|(?:Resource)?Gather|embedding_lookup|ReadVariableOp)(?:_\w+)?)+$/;
 
 /** A converted graph keeps the names of operators. What reads a weight says what it is. */
 export function calledInGraph(path: string, node: Node | undefined): Called {

@@ -178,16 +178,17 @@ export function tfjsSuite(t: SuiteTest, { tf, layers, loadGraphModel }: Modules)
     const runtime = await attach(TEXT, variables as never);
     const kernel = variables.get("net.query.kernel")!;
     let expected = await run().data();
-    for (const task of ["plain", "same", "more", "plain"] as const) {
+    for (const task of ["plain", "same", "more", "plain", null] as const) {
       const asked = run();
-      const copy = kernel.clone();
+      // Without a copy the weight stays where it is.
+      const copy = task === "plain" ? kernel.clone() : undefined;
       const values = (await kernel.data()).slice();
       await runtime.switchTask(task);
       t.ok(largestDifference(await asked.data(), expected) === 0, `before ${task}`);
-      t.ok(largestDifference(await copy.data(), values) === 0, `a copy keeps its values at ${task}`);
+      if (copy) t.ok(largestDifference(await copy.data(), values) === 0, `a copy keeps its values at ${task}`);
       t.ok(largestDifference(await kernel.data(), values) > 0.01, `and the weight has others at ${task}`);
       expected = await run().data();
-      for (const one of [asked, copy]) one.dispose();
+      for (const one of [asked, copy]) one?.dispose();
     }
   });
 
