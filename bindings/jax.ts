@@ -5,8 +5,9 @@
 import { described } from "../src/arguments.ts";
 import type { DeviceBuffer } from "../src/backends/backend.ts";
 import { viewValues, type WeightHost } from "../src/base/host.ts";
+import type { Layout } from "../src/format/format.ts";
 import { encodeFloats, type FloatDtype } from "../src/tensor/dtypes.ts";
-import { calledByAdapters, frameworkHost, type Weight } from "./framework-host.ts";
+import { calledByAdapters, frameworkHost, type Place, type Weight } from "./framework-host.ts";
 
 /** An array of jax-js, as far as hosts need it. */
 export interface JaxArray {
@@ -39,8 +40,6 @@ interface Leaf {
   readonly key: string;
 }
 
-type About = Pick<Weight<JaxArray>, "dtype" | "shape" | "layout"> & { readonly device: string };
-
 /** Number formats of jax-js that can be folded. */
 const DTYPES = new Map<string, FloatDtype>([
   ["float32", "f32"],
@@ -62,23 +61,18 @@ export function jaxHost(jax: Jax, params: JaxTree): WeightHost {
     throw new TypeError(`jaxHost: expected the module @jax-js/jax, got ${described(jax)}`);
   }
   const leaves = [...leavesOf(params as Record<string, JaxTree>)];
-  const [first] = leaves;
-  if (!first) throw new TypeError(`jaxHost: expected a tree of arrays, got ${described(params)}`);
-  const { device } = first.holder[first.key]!;
+  if (leaves.length === 0) throw new TypeError(`jaxHost: expected a tree of arrays, got ${described(params)}`);
   const weights = new Map<string, Weight<JaxArray>>();
   for (const leaf of leaves) {
     const { name, layout } = calledByAdapters(leaf.path);
-    const array = leaf.holder[leaf.key]!;
-    const dtype = DTYPES.get(array.dtype);
-    const shape = [...array.shape];
-    // Of two with one name the second goes by its path.
+    const like = leaf.holder[leaf.key]!;
+    // Of two with one name the second goes by its path. Layouts are those of matrices.
     const own = weights.has(name) ? leaf.path : name;
-    const stored = shape.length === 2 ? layout : undefined;
-    if (dtype) weights.set(own, weightOf(jax, leaf, { dtype, shape, layout: stored, device: array.device }));
+    if (DTYPES.has(like.dtype))
+      weights.set(own, weightOf(jax, leaf, like, like.shape.length === 2 ? layout : undefined));
   }
-  const holder = params as Record<string, JaxArray>;
-  const more = (name: string): Weight<JaxArray> =>
-    weightOf(jax, { path: name, holder, key: name }, { dtype: "f32", shape: [], layout: undefined, device });
+  const [{ holder, key }] = leaves as [Leaf];
+  const more = (path: string): Weight<JaxArray> => weightOf(jax, { path, holder, key: path }, holder[key]!);
   return frameworkHost(weights, {
     free: (array) => array.dispose(),
     more: leaves.every((leaf) => leaf.holder === params) ? more : undefined,
@@ -94,35 +88,33 @@ function* leavesOf(container: Record<string, JaxTree>, path = ""): Iterable<Leaf
   }
 }
 
-/** @param about of a weight; where it is new, the shape is not known yet */
-function weightOf({ numpy }: Jax, { holder, key }: Leaf, about: About): Weight<JaxArray> {
-  const { device, dtype, shape } = about;
+/** @param like the array that is there; of a new parameter, another one on the same device */
+function weightOf({ numpy }: Jax, { holder, key }: Leaf, like: JaxArray, layout?: Layout): Weight<JaxArray> {
+  const { device, dtype } = like;
+  const shape = [...like.shape];
   const put = (value: JaxArray | null): void => {
     holder[key]?.dispose();
     if (value) holder[key] = value;
     else delete holder[key];
   };
+  const place: Place = {
+    buffer: () => holder[key]!.ref.gpuBufferSync() as DeviceBuffer,
+    async settle() {
+      const next = numpy.zeros(shape, { dtype, device } as never);
+      await next.ref.gpuBuffer();
+      put(next);
+    },
+  };
   return {
-    ...about,
+    ...{ dtype: DTYPES.get(dtype)!, shape, layout, put },
     async read() {
       const values = (await holder[key]!.ref.astype("float32" as never).data()) as Float32Array<ArrayBuffer>;
-      return dtype === "f32" ? new Uint8Array(values.slice().buffer) : encodeFloats(dtype, values);
+      return dtype === "float32" ? new Uint8Array(values.slice().buffer) : encodeFloats("f16", values);
     },
     make(view) {
       const values = numpy.array(viewValues(view) as never, { shape: [...view.shape], device } as never);
       return view.dtype === "f32" ? values : values.astype("float16" as never);
     },
-    put,
-    place:
-      device !== "webgpu"
-        ? undefined
-        : {
-            buffer: () => holder[key]!.ref.gpuBufferSync() as DeviceBuffer,
-            async settle() {
-              const next = numpy.zeros([...shape], { dtype: dtype === "f32" ? "float32" : "float16", device } as never);
-              await next.ref.gpuBuffer();
-              put(next);
-            },
-          },
+    place: device === "webgpu" ? place : undefined,
   };
 }

@@ -17,6 +17,7 @@ export interface TfTensor {
   dispose(): void;
 }
 
+/** A variable of TF.js, likewise. */
 export interface TfVariable extends TfTensor {
   readonly trainable: boolean;
   assign(value: never): void;
@@ -31,19 +32,20 @@ export interface Tfjs {
   variable(value: never, trainable?: boolean): TfVariable;
 }
 
-/** Has `weights` as the class of that name. */
+/** A model of layers, as `loadLayersModel` and `sequential` return it. */
 export interface TfLayersModel {
   readonly weights: readonly { readonly originalName: string; readonly name: string; read(): TfTensor }[];
 }
 
-/** Has `weights` as the class of that name. */
+/** A converted graph, as `loadGraphModel` returns it. */
 export interface TfGraphModel {
   readonly weights: { readonly [name: string]: TfTensor[] };
 }
 
+/** Where the weights are: a model, or variables by name. */
 export type TfjsModel = TfLayersModel | TfGraphModel | Map<string, TfVariable>;
 
-/** A weight as TF.js has it. */
+/** A weight, where TF.js has it. */
 export interface Entry {
   readonly layout: Layout | undefined;
   /** As the model was made. */
@@ -61,12 +63,10 @@ export function entriesOf(tf: Tfjs, model: TfjsModel): Map<string, Entry> {
     if (dtype === "float32") entries.set(entries.has(called.name) ? own : called.name, { ...entry, ...called, shape });
   };
   if (model instanceof Map) {
-    for (const [name, variable] of model)
-      add(
-        calledByAdapters(name),
-        name,
-        variableEntry(tf, variable, (now) => model.set(name, now)),
-      );
+    for (const [name, variable] of model) {
+      const entry = variableEntry(tf, variable, (now) => model.set(name, now));
+      add(calledByAdapters(name), name, entry);
+    }
   } else if (Array.isArray(model?.weights)) {
     for (const weight of model.weights as { originalName: string; name: string; val: TfVariable }[]) {
       const entry = variableEntry(tf, weight.val, (now) => (weight.val = now));
@@ -76,11 +76,7 @@ export function entriesOf(tf: Tfjs, model: TfjsModel): Map<string, Entry> {
     const { executor } = model;
     for (const name of Object.keys(executor.weightMap))
       add(calledInGraph(name, executor.graph.nodes[name]), name, graphEntry(executor, name));
-  } else {
-    throw new TypeError(
-      `tfjsHost: expected a LayersModel, a GraphModel or a Map of variables, got ${described(model)}`,
-    );
-  }
+  } else throw new TypeError(`tfjsHost: expected a LayersModel, a GraphModel or a Map, got ${described(model)}`);
   return entries;
 }
 

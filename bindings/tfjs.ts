@@ -27,7 +27,7 @@ interface Webgpu {
  *   the entry anew for each run
  * @throws TypeError when one of them is none of these
  * @example
- * const runtime = await createRuntime(pack, { base: tfjsHost(tf, model) });
+ * const runtime = await createRuntime(pack, { base: tfjsHost(tf, layersModel) });
  * await runtime.switchTask("sst2");
  */
 export function tfjsHost(tf: Tfjs, model: TfjsModel): WeightHost {

@@ -21,6 +21,7 @@ interface Arr {
   readonly refCount: number;
   readonly shape: number[];
   add(other: Arr): Arr;
+  astype(dtype: string): Arr;
   reshape(shape: number[]): Arr;
   data(): Promise<Float32Array>;
   dispose(): void;
@@ -46,6 +47,7 @@ export type Module = Jax & {
     tanh(a: Arr): Arr;
   };
   readonly tree: { dispose(tree: unknown): void };
+  init(device: string): Promise<string[]>;
   getWebGPUDevice(): never;
 };
 
@@ -175,6 +177,26 @@ export function jaxSuite(t: SuiteTest, jax: Module, device: string): void {
         `${task}: bytes written`,
       );
     }
+  });
+
+  t.test("float16", async (t) => {
+    if (!("Float16Array" in globalThis)) return void t.comment("this engine has no Float16Array, which jax-js needs");
+    await jax.init("cpu");
+    const halves = (name: string): Arr => {
+      const { shape, data } = weightsOf(TEXT, null).get(name)!;
+      return np.array(data.slice(), { shape: [...shape], device: "cpu" }).astype("float16");
+    };
+    const flat = { "net.tokens.weight": halves("net.tokens.weight"), "net.query.weight": halves("net.query.weight") };
+    const read = (): Promise<Float32Array> => flat["net.query.weight"].ref.astype("float32").data();
+    const first = (await read()).slice();
+    const runtime = await createRuntime(await openPack(await packFor(TEXT)), { base: jaxHost(jax, flat as never) });
+    await runtime.switchTask("plain");
+    const expected = weightsOf(TEXT, "plain").get("net.query.weight")!.data;
+    const off = largestDifference(await read(), expected);
+    t.ok(off > 0 && off < 0.004, `${off}: folded, and rounded to half precision`);
+    await runtime.switchTask(null);
+    t.ok(largestDifference(await read(), first) === 0, "the base's own values");
+    await runtime.close();
   });
 
   t.test("a flat tree with names of its own, and what is refused", async (t) => {

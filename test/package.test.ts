@@ -206,6 +206,8 @@ t.test("names the package exports", async (t) => {
     ...["Trainer", "createJudge", "createTrainer", "distill", "inputMoments", "zeroShotTask"],
   ]);
   t.same(Object.keys(await import("eigenlora/transformers")).sort(), ["AttachedPack", "attachPack"]);
+  t.same(Object.keys(await import("eigenlora/tfjs")), ["tfjsHost"]);
+  t.same(Object.keys(await import("eigenlora/jax")), ["jaxHost"]);
   t.notOk("dependencies" in manifest, "no run-time dependency");
 });
 
