@@ -103,7 +103,10 @@ const modules = examples.map((example, i) => ({ ...example, ...moduleOf(example)
 t.test("examples compile", async (t) => {
   const ambient = join(folder, "ambient.d.ts");
   const texts = new Map(modules.map(({ file, text }) => [file, text]));
-  texts.set(ambient, 'declare module "@huggingface/transformers" { export const pipeline: any; }');
+  texts.set(
+    ambient,
+    'declare module "@huggingface/transformers"; declare module "@tensorflow/tfjs"; declare module "@jax-js/jax";',
+  );
   const options: ts.CompilerOptions = {
     module: ts.ModuleKind.Node20,
     target: ts.ScriptTarget.ES2022,
@@ -189,7 +192,9 @@ t.test("examples run", async (t) => {
   for (const [i, { error, absent }] of results.entries()) {
     const { place, packages, code } = modules[i]!;
     const lacking =
-      absent ?? packages.find((name) => name.startsWith("@huggingface/")) ?? /webgpu(?="\])/.exec(code)?.[0];
+      absent ??
+      packages.find((name) => /^@(huggingface|tensorflow|jax-js)\//.test(name)) ??
+      /webgpu(?="\])/.exec(code)?.[0];
     if (lacking) t.pass(place, { skip: `${lacking} is not here` });
     else t.equal(error, undefined, place, { code });
   }

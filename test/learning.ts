@@ -4,7 +4,7 @@ import type * as common from "onnxruntime-common";
 import { readAdapters } from "../dist/src/adapters/folder.js";
 import { buildTrainingGraph, type TrainingGraph, type TrainingGraphOptions } from "../dist/src/autodiff/graph.js";
 import type { ShapeProbe } from "../dist/src/autodiff/shapes.js";
-import { findWeight } from "../dist/src/base/locate.js";
+import { findWeight } from "../dist/src/base/mismatch.js";
 import { NameMatcher } from "../dist/src/base/names.js";
 import { readVector } from "../dist/src/onnx/dequantize.js";
 import type { Feed } from "../dist/src/onnx/feeds.js";

@@ -14,11 +14,11 @@ const manifest = JSON.parse(await readFile(new URL("../package.json", import.met
 const BUDGET = { js: 20_000, wasm: 10_000 };
 
 /**
- * Loaded only when they are used: the kernels, the kinds of bases and their fingerprints, HTTP ranges, the reader of task
+ * Loaded only when they are used: the kernels, the kinds of bases, their fingerprints and refusals, HTTP ranges, the reader of task
  * files, hashes and keys, the other backends, the unfolded modes, weights on a device, parameters beside the terms.
  */
 const LAZY =
-  /^#wasm\/|\/(safetensors-host|memory-host|url-source|fingerprint|task-file|hash|trust|refusal|js|webgpu|unfold|unfold-device|terms|device-host|apply|merge|parameters|turn|failed)\.js$/;
+  /^#wasm\/|\/(safetensors-host|memory-host|mismatch|url-source|fingerprint|task-file|hash|trust|refusal|js|webgpu|unfold|unfold-device|terms|device-host|apply|merge|parameters|turn|failed)\.js$/;
 
 /** The WebGPU half with its shaders, on top of what every app loads. */
 const WEBGPU_BUDGET = 12_000;
@@ -206,6 +206,8 @@ t.test("names the package exports", async (t) => {
     ...["Trainer", "createJudge", "createTrainer", "distill", "inputMoments", "zeroShotTask"],
   ]);
   t.same(Object.keys(await import("eigenlora/transformers")).sort(), ["AttachedPack", "attachPack"]);
+  t.same(Object.keys(await import("eigenlora/tfjs")), ["tfjsHost"]);
+  t.same(Object.keys(await import("eigenlora/jax")), ["jaxHost"]);
   t.notOk("dependencies" in manifest, "no run-time dependency");
 });
 

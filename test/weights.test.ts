@@ -179,6 +179,50 @@ const onDevice: Make = async (pack, base, options) => {
   };
 };
 
+/** A framework whose matrices lie on the device, and move each time before they are folded; the rest goes through the CPU's memory. */
+const moving: Make = async (pack, base, options) => {
+  const { device } = gpu!;
+  const rest = copyOf(base);
+  const bufferOf = (bytes: Uint8Array): GPUBuffer => {
+    const buffer = device.createBuffer({ size: Math.ceil(bytes.length / 4) * 4, usage: USAGE });
+    const padded = new Uint8Array(buffer.size);
+    padded.set(bytes);
+    device.queue.writeBuffer(buffer, 0, padded);
+    return buffer;
+  };
+  const placed = new Map<string, { readonly of: Tensor; buffer: GPUBuffer }>();
+  for (const [name, of] of rest) {
+    if (of.shape.length > 1) placed.set(name, { of, buffer: bufferOf(of.data as Uint8Array) });
+  }
+  const inner = memoryHost(rest);
+  const host: WeightHost = {
+    ...inner,
+    view(name) {
+      const found = placed.get(name);
+      return found && { dtype: found.of.dtype, shape: found.of.shape, data: found.buffer, byteOffset: 0 };
+    },
+    settle(names) {
+      for (const name of names) {
+        const found = placed.get(name)!;
+        found.buffer.destroy();
+        found.buffer = bufferOf(new Uint8Array(found.buffer.size).fill(7));
+      }
+    },
+  };
+  const runtime = await createRuntime(await openPack(pack), { ...options, base: host, webgpu: { device } });
+  return {
+    runtime,
+    async state() {
+      const state = new Map([...rest].map(([name, tensor]) => [name, printTensor(tensor)]));
+      for (const [name, { buffer }] of placed) {
+        state.set(name, print(await runtime.readWeight(name)));
+        if (runtime.weight(name).data !== buffer) throw new Error(`${name} is where it no longer lies`);
+      }
+      return state;
+    },
+  };
+};
+
 /** Terms and what else changes. */
 const unfolded =
   (mode: "core" | "factors", based = true): Make =>
@@ -309,7 +353,10 @@ async function walk(make: Make, options: BackendOptions, seed: number, steps: nu
 for (const options of backends()) {
   const label = options.wasm?.variant ?? options.backend;
   t.test(`${label}: any sequence ends as its last switch alone`, async (t) => {
-    const hosts = { ...HOSTS, ...(options.backend === "webgpu" && { "buffers of a device": onDevice }) };
+    const hosts = {
+      ...HOSTS,
+      ...(options.backend === "webgpu" && { "buffers of a device": onDevice, "buffers that move": moving }),
+    };
     for (const [host, make] of Object.entries(hosts)) {
       const total = { made: 0, refused: 0, failed: 0, torn: 0 };
       const runs = options.backend === "js" ? 16 : options.backend === "wasm" ? 4 : 2;

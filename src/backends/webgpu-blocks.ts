@@ -81,10 +81,11 @@ export class Blocks {
 
   free(block: Block): void {
     const found = this.#held.get(block);
-    if (found?.owner === undefined) return;
+    if (!found) return;
     this.#held.delete(block);
     this.#byBuffer.delete(found.buffer);
-    this.#recorder.destroy(found);
+    this.#recorder.forget(found);
+    if (found.owner !== undefined) found.buffer.destroy();
   }
 
   /** @throws TypeError when the slice's block is none of these */

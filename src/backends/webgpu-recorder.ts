@@ -126,10 +126,15 @@ export class Recorder {
     );
   }
 
-  destroy({ id, buffer }: Held): void {
+  destroy(held: Held): void {
+    this.forget(held);
+    held.buffer.destroy();
+  }
+
+  /** Lets go of a buffer, once what is recorded with it is submitted. */
+  forget({ id }: Held): void {
     if (this.#waiting.has(id)) this.submit();
     for (const [key, prepared] of this.#prepared) if (prepared.ids.includes(id)) this.#forget(key, prepared);
-    buffer.destroy();
   }
 
   #forget(key: string, { slot }: Prepared): void {

@@ -45,15 +45,23 @@ export interface Transaction {
 }
 
 /**
- * Holds the weights of a base model. Weights whose `view` is a buffer of a device are folded into in place, and `write` is not
- * called for them; the transaction's `commit` says when they are whole.
+ * Holds the weights of a base model. Adapted weights whose `view` is a buffer of a device are folded into in place, and `write` is
+ * not called for them; the transaction's `commit` says when they are whole. All other values go through `read` and `write`, in the
+ * CPU's memory.
  */
 export interface WeightHost {
   list(): Iterable<Parameter>;
   /** The parameter's bytes, in `into` when given. Called before the parameter is first written, so what it returns is pristine. */
   read(name: string, into?: Uint8Array, options?: ReadOptions): Promise<View>;
-  /** The parameter as it is now, where it lies in memory. */
-  view?(name: string): View;
+  /** The parameter as it is now, where it lies in memory; undefined where it can only be read and written. */
+  view?(name: string): View | undefined;
+  /**
+   * Called before weights are folded in place. What the model has recorded and will only run later must not compute with the new
+   * weights: hand it to the device first, or move the weights, which leaves the old ones to it. `view` is asked again afterwards; what
+   * it shows then is overwritten as a whole.
+   * @param names of the weights that are folded in place next
+   */
+  settle?(names: readonly string[]): void | Promise<void>;
   /**
    * Absent: the host cannot be written. The runtime then keeps the folded weights; take them from `runtime.weight`.
    * @param names of all parameters that will change; what speaks against it is best said here, before anything has changed
@@ -85,8 +93,8 @@ export interface DeviceTensor {
 export type BaseInput = WeightHost | Map<string, Tensor | DeviceTensor> | SourceInput;
 
 /** Whether data lies on a device. */
-export function onDevice(data: View["data"]): data is DeviceBuffer {
-  return !ArrayBuffer.isView(data);
+export function onDevice(data: View["data"] | undefined): data is DeviceBuffer {
+  return data !== undefined && !ArrayBuffer.isView(data);
 }
 
 /** Bytes of a parameter. */

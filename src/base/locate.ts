@@ -1,11 +1,13 @@
 /**
  * Which weight of the base model an adapted module is, and which way round it is stored. Used when packing (fingerprints)
- * and when a runtime attaches.
+ * and when a runtime attaches. Why there is none is said in `mismatch.ts`.
  */
-import { BaseMismatchError } from "../errors.ts";
 import type { PackModule } from "../format/format.ts";
 import { byteLengthOf, type Parameter, sameShape, type WeightHost } from "./host.ts";
 import { NameMatcher } from "./names.ts";
+
+/** What identifies a weight of the base. */
+export type ModuleToFind = Pick<PackModule, "name" | "out" | "in" | "layout">;
 
 /** A weight of the base that a module adapts. */
 export interface Located extends Parameter {
@@ -14,77 +16,43 @@ export interface Located extends Parameter {
   readonly byteLength: number;
 }
 
-/**
- * The base's name of a module's weight.
- * @param byHand names of weights by module name, before anything else
- * @throws BaseMismatchError when the weight is missing or ambiguous
- */
-export function findWeight(names: NameMatcher, module: string, byHand?: ReadonlyMap<string, string>): string {
-  const found = names.find(byHand?.get(module) ?? `${module}.weight`);
-  if ("name" in found) return found.name;
-  throw new BaseMismatchError(
-    `the adapted module "${module}" ${found.ambiguous ? "matches several weights" : "is not"} in the base; ` +
-      `candidates: ${found.candidates.join(", ") || "none (another model?)"}. If the names differ, map them with the option \`names\``,
-    { module, candidates: found.candidates },
-  );
-}
-
-/** @param transposed whether the weight is stored as [in, out] */
-export function shapeMismatch(
-  module: Pick<PackModule, "name" | "out" | "in">,
-  weight: string,
-  expected: readonly number[],
-  found: readonly number[],
-  transposed = false,
-): BaseMismatchError {
-  return new BaseMismatchError(
-    `the adapted module "${module.name}" is [out ${module.out}, in ${module.in}], but the base's "${weight}" is ` +
-      `[${found.join(", ")}]${transposed ? " (stored as [in, out])" : ""}: it is of another model`,
-    { module: module.name, expected, found },
-  );
-}
-
-/**
- * @param weights the base's name of each module's weight
- * @throws BaseMismatchError when two modules match one weight
- */
-export function refuseShared(modules: readonly Pick<PackModule, "name">[], weights: readonly string[]): void {
-  const owners = new Map<string, string>();
-  for (const [i, weight] of weights.entries()) {
-    const module = modules[i]!.name;
-    const other = owners.get(weight);
-    if (other !== undefined) {
-      const message = `the modules "${other}" and "${module}" both match the weight "${weight}"; map them with the option \`names\``;
-      throw new BaseMismatchError(message, { module, candidates: [weight] });
-    }
-    owners.set(weight, module);
-  }
-}
-
 /** The parameters of a host, found by an adapter's names. */
 export class Locator {
   readonly parameters: ReadonlyMap<string, Parameter>;
   readonly names: NameMatcher;
+  /** Names of weights by module name, before anything else. */
+  readonly byHand: ReadonlyMap<string, string> | undefined;
 
-  constructor(host: WeightHost | undefined) {
+  constructor(host: WeightHost | undefined, byHand?: ReadonlyMap<string, string>) {
+    this.byHand = byHand;
     const parameters = new Map<string, Parameter>();
     for (const parameter of host?.list() ?? []) parameters.set(parameter.name, parameter);
     this.parameters = parameters;
     this.names = new NameMatcher(parameters.keys());
   }
 
-  /**
-   * @param byHand names of weights by module name, before anything else
-   * @throws BaseMismatchError when the weight is missing, ambiguous or of another shape
-   */
-  locate(module: Pick<PackModule, "name" | "out" | "in" | "layout">, byHand?: ReadonlyMap<string, string>): Located {
-    const weight = findWeight(this.names, module.name, byHand);
-    const parameter = this.parameters.get(weight)!;
-    const { shape, layout = module.layout } = parameter;
-    const transposed = layout === "in-out" || layout === "embedding";
-    const matrix = [shape[0] ?? 0, shape.slice(1).reduce((a, b) => a * b, 1)];
-    const expected = transposed ? [module.in, module.out] : [module.out, module.in];
-    if (!sameShape(expected, matrix)) throw shapeMismatch(module, weight, expected, shape, transposed);
-    return { ...parameter, transposed, byteLength: byteLengthOf(parameter) };
+  /** The base's name of a parameter, in the layer that its module is mapped to, if it is; or the candidates. */
+  find(name: string): ReturnType<NameMatcher["find"]> {
+    const at = name.lastIndexOf(".");
+    const weight = this.byHand?.get(name.slice(0, at));
+    const leaf = name.slice(at + 1);
+    const mapped = weight && this.names.find(leaf === "weight" ? weight : weight.replace(/[^.]*$/, leaf));
+    return mapped && "name" in mapped ? mapped : this.names.find(name);
   }
+
+  /** A module's weight; undefined where it is missing, ambiguous or of another shape. */
+  weight(module: ModuleToFind): Located | undefined {
+    const found = this.names.find(this.byHand?.get(module.name) ?? `${module.name}.weight`);
+    const parameter = "name" in found && this.parameters.get(found.name);
+    return parameter ? asWeight(module, parameter) : undefined;
+  }
+}
+
+/** A parameter as the weight of a module; undefined where it has another shape. */
+export function asWeight(module: ModuleToFind, parameter: Parameter): Located | undefined {
+  const { shape, layout = module.layout } = parameter;
+  const transposed = layout === "in-out" || layout === "embedding";
+  const matrix = [shape[0] ?? 0, shape.slice(1).reduce((a, b) => a * b, 1)];
+  if (!sameShape(transposed ? [module.in, module.out] : [module.out, module.in], matrix)) return undefined;
+  return { ...parameter, transposed, byteLength: byteLengthOf(parameter) };
 }

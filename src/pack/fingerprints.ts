@@ -3,6 +3,7 @@ import type { ModuleShape } from "../adapters/adapter.ts";
 import { fingerprint, weightAt } from "../base/fingerprint.ts";
 import type { WeightHost } from "../base/host.ts";
 import { type Located, Locator } from "../base/locate.ts";
+import { locate } from "../base/mismatch.ts";
 
 /**
  * 64 weights of the base for each module (SPEC.md, section 4.4).
@@ -15,7 +16,7 @@ export async function readFingerprints(
   const locator = new Locator(base);
   const prints = new Map<string, Float32Array>();
   for (const module of modules) {
-    const located = locate(locator, module);
+    const located = inBase(locator, module);
     const view = await base.read(located.name);
     const bytes = (view.data as Uint8Array).subarray(view.byteOffset);
     const values = weightAt(bytes, located.dtype, module.out, module.in, located.transposed);
@@ -25,9 +26,9 @@ export async function readFingerprints(
 }
 
 /** A host is whoever gives it: there is no option here to map names with. */
-function locate(locator: Locator, module: ModuleShape): Located {
+function inBase(locator: Locator, module: ModuleShape): Located {
   try {
-    return locator.locate(module);
+    return locate(locator, module);
   } catch (error) {
     const { message } = error as Error;
     (error as Error).message = message.replace(

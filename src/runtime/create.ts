@@ -85,15 +85,15 @@ async function prepare(
   policy: Runtime["policy"],
   options: RuntimeOptions,
 ): Promise<Prepared> {
-  const locator = new Locator(host);
-  const placed = [...locator.parameters.keys()].find((name) => host?.view && onDevice(host.view(name).data));
+  const locator = new Locator(host, options.names);
+  const placed = [...locator.parameters.keys()].find((name) => onDevice(host?.view?.(name)?.data));
   if (policy === "reload" && (host?.begin || placed !== undefined)) {
     throw new TypeError('policy "reload" needs a base that is read from a file; this host is written in place');
   }
   const gpu = options.webgpu || {};
   const device = placed !== undefined || gpu.recreate ? await import("./device-host.ts") : undefined;
   device?.refuseHost(gpu, host, placed);
-  const slots = host ? findSlots(pack.modules, locator, options.names) : [];
+  const slots = host ? await findSlots(pack.modules, locator) : [];
   const keep = { pristine: folded && policy === "copy", active: folded && !host?.begin };
   const stays = folded && (!host?.begin || placed !== undefined);
   const onCpu = stays ? undefined : `${folded ? "weights" : "terms"} are wanted on the CPU`;
@@ -102,9 +102,9 @@ async function prepare(
     const bases = await pack.bases({ signal });
     let backend: Backend | undefined;
     try {
-      const made = await createBackend(how, onCpu);
+      const made = await createBackend(device && placed !== undefined ? device.onWebgpu(how) : how, onCpu);
       backend = made.backend;
-      const readable = placed === undefined ? host : device!.deviceHost(host!, backend);
+      const readable = placed === undefined ? host : device!.deviceHost(options.base!, host!, backend);
       const bench = new Workbench(backend, pack.modules, bases.bytes);
       if (host) await loadSlots(slots, host, bench, bases.bytes, keep, { signal, anyBase: options.anyBase });
       // A device that has no memory left says so only now.

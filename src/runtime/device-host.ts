@@ -1,11 +1,21 @@
 /**
- * What a runtime on a device needs beside the operations of its backend: hosts some of whose parameters lie on the device, as
- * hosts in the CPU's memory, since heads, biases and token rows are computed there; and values that are fetched from it.
- * Loaded where a device is at work. Adapted weights of such a host do not come through here: they are folded in place.
+ * What a runtime on a device needs beside the operations of its backend: maps of tensors some of which lie on the device, as
+ * hosts in the CPU's memory, since heads, biases and token rows are computed there; what comes before weights are folded in place;
+ * and values that are fetched from it. Loaded where a device is at work.
  */
 import type { Backend, Block, DeviceBuffer, DeviceHandle, Slice } from "../backends/backend.ts";
 import type { BackendOptions } from "../backends/select.ts";
-import { byteLengthOf, type CpuView, onDevice, type Transaction, type View, type WeightHost } from "../base/host.ts";
+import {
+  type BaseInput,
+  byteLengthOf,
+  type CpuView,
+  onDevice,
+  type Transaction,
+  type View,
+  type WeightHost,
+} from "../base/host.ts";
+import { placeOf, type Slot } from "./slots.ts";
+import type { Workbench } from "./workbench.ts";
 
 /** Where a view lies, as the backend sees it. */
 function sliceOf(backend: Backend, view: View): Slice {
@@ -21,18 +31,20 @@ interface Originals {
 }
 
 /**
+ * @param base what the host was made of. Only a map leaves it to the runtime to read and write parameters on the device
  * @param host has `view`
  * @throws TypeError when the backend computes elsewhere
  */
-export function deviceHost(host: WeightHost, backend: Backend): WeightHost {
+export function deviceHost(base: BaseInput, host: WeightHost, backend: Backend): WeightHost {
   if (!backend.adopt)
     throw new TypeError(`the base lies on a device; backend "${backend.name}" cannot fold there, "webgpu" can`);
+  if (!(base instanceof Map)) return host;
   const known = new Map<string, View>();
   const original = (name: string): View | undefined => {
     if (known.has(name)) return known.get(name);
     if (![...host.list()].some((parameter) => parameter.name === name)) return undefined;
     const view = host.view!(name);
-    if (!onDevice(view.data)) return undefined;
+    if (!view || !onDevice(view.data)) return undefined;
     known.set(name, view);
     return view;
   };
@@ -80,6 +92,25 @@ function transaction(inner: Transaction, backend: Backend, { original, made }: O
       for (const block of fresh.values()) if (block) backend.free(block);
     },
   };
+}
+
+/** Weights on a device are folded by WebGPU or not at all: where it fails, its own error says why, not that of the next backend. */
+export function onWebgpu(how: BackendOptions): BackendOptions {
+  return how.backend === undefined || how.backend === "auto" ? { ...how, backend: "webgpu" } : how;
+}
+
+/**
+ * Lets a host make its weights ready to be folded in place, and takes them from where it has them then.
+ * @param slots whose weights lie on the device
+ */
+export async function settle(host: WeightHost, slots: readonly Slot[], bench: Workbench): Promise<void> {
+  await host.settle!(slots.map(({ weight }) => weight.name));
+  for (const slot of slots) {
+    const [before, place] = [slot.active!.block, placeOf(host, slot, bench)];
+    if (!place) throw new TypeError(`the host's "${slot.weight.name}" lies on no device any more`);
+    slot.active = place;
+    if (place.block !== before) bench.backend.free(before);
+  }
 }
 
 /**

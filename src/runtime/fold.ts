@@ -141,7 +141,7 @@ export class FoldedWeights {
 
   async #put(
     { modules, weights, parameters }: Change,
-    { bench, pristine }: Place,
+    { bench, host, pristine }: Place,
     { fold, names, transaction }: Begun,
     signal?: AbortSignal,
   ): Promise<void> {
@@ -149,6 +149,13 @@ export class FoldedWeights {
     this.#torn ??= between(bench.backend.name);
     const pause = pacer(signal);
     try {
+      if (host.settle && fold.held.length > 0) {
+        await (await import("./device-host.ts")).settle(
+          host,
+          fold.held.map((index) => fold.slots[index]!),
+          bench,
+        );
+      }
       for (const index of fold.held) {
         fold.weight(index);
         const turn = pause();

@@ -5,8 +5,9 @@
  */
 
 import { at } from "../backends/backend.ts";
-import { type CpuView, sameShape, type View, viewValues, type WeightHost } from "../base/host.ts";
+import { type CpuView, type Parameter, sameShape, type View, viewValues, type WeightHost } from "../base/host.ts";
 import type { Locator } from "../base/locate.ts";
+import { findWeight } from "../base/mismatch.ts";
 import { BaseMismatchError, TaskError } from "../errors.ts";
 import type { TaskParameter } from "../format/format.ts";
 import type { Pack } from "../pack/pack.ts";
@@ -119,7 +120,12 @@ export class Parameters {
       const merged = whole
         ? { shape: list[0]!.parameter.shape, values: blendHeads(name, this.#decode(list[0]!), list, pack) }
         : addDifferences(name, list, original && { shape: original.shape, values: viewValues(original) });
-      const replacement = this.#replacement(name, slot ? asStored(slot, list, merged) : merged, known?.dtype ?? "f32");
+      const stored = slot
+        ? asStored(slot, list, merged)
+        : whole && known
+          ? headAsStored(known, list[0]!, merged)
+          : merged;
+      const replacement = this.#replacement(name, stored, known?.dtype ?? "f32");
       (known ? replaced : added)!.push(name);
       if (slot && base.folded) weights.set(index, replacement.view.data);
       else parameters.set(name, replacement);
@@ -154,7 +160,10 @@ export class Parameters {
     const { name, role } = parameter;
     // The weight of an adapted module is where the module was found, perhaps by hand.
     const slot = this.#slots.find(({ module }) => `${module.name}.weight` === name);
-    const found = slot ? { name: slot.weight.name } : this.#base.names.find(name);
+    const module = name.replace(/\.weight$/, "");
+    // What is mapped by hand is meant, and nothing else.
+    if (!slot && this.#base.byHand?.has(module)) findWeight(this.#base.names, module, this.#base.byHand);
+    const found = slot ? { name: slot.weight.name } : this.#base.find(name);
     if ("name" in found) return found.name;
     if (role === "saved" && !found.ambiguous) return name;
     if (!based && role === "bias" && alone) return name;
@@ -223,13 +232,32 @@ function asStored({ module, weight }: Slot, changes: readonly Change[], { shape,
   const { part, parameter } = changes[0]!;
   const turned = weight.transposed !== (module.layout === "in-out" || module.layout === "embedding");
   if (turned && parameter.role === "rows") throw refuse(part.id, "rows need it stored as [rows, width]");
-  const [rows = 0, columns = 0] = shape;
   const stored = turned ? [...shape].reverse() : shape;
   if (!sameShape(stored, weight.shape)) {
     const why = `it is [${stored.join(", ")}], the base's [${weight.shape.join(", ")}]; leave it out with \`ignore\``;
     throw refuse(part.id, why);
   }
-  if (!turned) return { shape, values };
-  const turnedValues = Float32Array.from(values, (_, i) => values[(i % rows) * columns + Math.floor(i / rows)]!);
-  return { shape: stored, values: turnedValues };
+  return turned ? turn({ shape, values }) : { shape, values };
+}
+
+/**
+ * A head the way round that the base stores it: checkpoints have [out, in], or [out, in, 1, 1] for a convolution. It may have another
+ * number of labels than the base's.
+ * @throws BaseMismatchError when it takes other inputs than the base's
+ */
+function headAsStored({ name, shape: stored, layout }: Parameter, { part }: Change, head: Merged): Merged {
+  const [out = 0, inputs = 0, ...window] = head.shape;
+  const sameWayRound = out !== inputs && sameShape(head.shape, stored);
+  if (layout !== "in-out" || head.shape.length < 2 || window.some((n) => n > 1) || sameWayRound) return head;
+  if (inputs === stored[0]) return turn(head);
+  const message =
+    `task "${part.id}" brings "${name}" as [out ${out}, in ${inputs}], but the base's is [${stored.join(", ")}] ` +
+    "(stored as [in, out]); leave it out with `ignore`";
+  throw new BaseMismatchError(message, { module: name, expected: stored, found: head.shape });
+}
+
+/** A matrix, transposed. */
+function turn({ shape: [rows = 0, columns = 0], values }: Merged): Merged {
+  const turned = Float32Array.from(values, (_, i) => values[(i % rows) * columns + Math.floor(i / rows)]!);
+  return { shape: [columns, rows], values: turned };
 }

@@ -225,14 +225,15 @@ export class Runtime {
     this.#live();
     if (this.mode !== "folded") throw new TypeError(`weight: mode "${this.mode}" does not fold; use term("${name}")`);
     this.#weights.check();
-    const found = this.#parts.locator.names.find(name);
+    const found = this.#parts.locator.find(name);
     const parameter = "name" in found ? found.name : name;
     const replaced = this.#active.get(parameter) ?? this.#active.get(name);
     if (replaced) return replaced.view;
     const slot = this.#slotsByName.get(name) ?? this.#slotsByName.get(parameter);
     const host = this.#host!;
     if (host.begin) {
-      if (host.view) return host.view(slot?.weight.name ?? parameter);
+      const view = host.view?.(slot?.weight.name ?? parameter);
+      if (view) return view;
       throw new TypeError("weight: the weights are in the host; read them there");
     }
     if (slot) {
@@ -264,7 +265,7 @@ export class Runtime {
    */
   term(name: string): ModuleTerm | undefined {
     this.#live();
-    const found = this.#parts.locator.names.find(`${name}.bias`);
+    const found = this.#parts.locator.find(`${name}.bias`);
     return this.#terms.term(name, this.#parameters?.values("name" in found ? found.name : `${name}.bias`));
   }
 
@@ -306,7 +307,8 @@ export class Runtime {
     const views = new Map<string, View>();
     for (const index of this.mode === "folded" ? this.#weights.modules : []) {
       const { name } = this.#parts.slots[index]!.weight;
-      if (!this.#host!.begin || this.#host!.view) views.set(name, this.weight(name));
+      const view = this.#host!.begin ? this.#host!.view?.(name) : this.weight(name);
+      if (view) views.set(name, view);
     }
     for (const [name, { view }] of this.#active) views.set(name, view);
     return views;

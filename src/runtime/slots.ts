@@ -3,7 +3,7 @@
  */
 import { at, type Block, type Slice } from "../backends/backend.ts";
 import { onDevice, type WeightHost } from "../base/host.ts";
-import { type Located, type Locator, refuseShared } from "../base/locate.ts";
+import type { Located, Locator } from "../base/locate.ts";
 import { BaseMismatchError } from "../errors.ts";
 import type { PackModule } from "../format/format.ts";
 import type { ReadOptions } from "../source.ts";
@@ -20,18 +20,13 @@ export interface Slot {
 }
 
 /** @throws BaseMismatchError when a module is missing, ambiguous or of another shape, or two match one weight */
-export function findSlots(
-  modules: readonly PackModule[],
-  locator: Locator,
-  byHand: ReadonlyMap<string, string> | undefined,
-): Slot[] {
-  const slots = modules.map((module): Slot => {
-    return { module, weight: locator.locate(module, byHand), pristine: undefined, active: undefined };
+export async function findSlots(modules: readonly PackModule[], locator: Locator): Promise<Slot[]> {
+  const slots = modules.flatMap((module): Slot[] => {
+    const weight = locator.weight(module);
+    return weight ? [{ module, weight, pristine: undefined, active: undefined }] : [];
   });
-  refuseShared(
-    modules,
-    slots.map(({ weight }) => weight.name),
-  );
+  const names = new Set(slots.map(({ weight }) => weight.name));
+  if (names.size < modules.length) (await import("../base/mismatch.ts")).refuseModules(locator, modules);
   return slots;
 }
 
@@ -78,7 +73,7 @@ export async function loadSlots(
 }
 
 /** The weight in the host's own memory on the backend's device, where it lies there. */
-function placeOf(host: WeightHost, { weight }: Slot, { backend }: Workbench): Slice | undefined {
+export function placeOf(host: WeightHost, { weight }: Slot, { backend }: Workbench): Slice | undefined {
   const view = host.view?.(weight.name);
   return view && onDevice(view.data) ? { block: backend.adopt!(view.data), byteOffset: view.byteOffset } : undefined;
 }

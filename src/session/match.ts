@@ -3,7 +3,7 @@
  * the right model's. Changes nothing.
  */
 import { checkFingerprint, SAME_FLOAT, SAME_QUANTIZED } from "../base/fingerprint.ts";
-import { findWeight, refuseShared, shapeMismatch } from "../base/locate.ts";
+import { findWeight, refuseShared, shapeMismatch } from "../base/mismatch.ts";
 import { NameMatcher } from "../base/names.ts";
 import { BaseMismatchError } from "../errors.ts";
 import type { PackModule } from "../format/format.ts";

@@ -7,6 +7,7 @@ import type { Adapter, AdapterModule } from "../adapters/adapter.ts";
 import { checkAdapters } from "../adapters/modules.ts";
 import { checkArgument, checkOptions } from "../arguments.ts";
 import { Locator } from "../base/locate.ts";
+import { locate } from "../base/mismatch.ts";
 import { BaseMismatchError } from "../errors.ts";
 import { onnxHost } from "../onnx/host.ts";
 import { FLOAT, linearsOf, NotLinear } from "../onnx/linear.ts";
@@ -56,7 +57,7 @@ export async function inputMoments(
   const file = await readModel(model);
   try {
     const main = file.model.graph.proto;
-    const entering = inputsOf(file.model, new Locator(onnxHost(file)), modulesOf(adapters), names);
+    const entering = inputsOf(file.model, new Locator(onnxHost(file), names), modulesOf(adapters));
     const there = new Set([...main.output, ...main.input].map(({ name }) => name));
     // Query, key and value are made of the same.
     const sums = new Map(
@@ -95,14 +96,13 @@ function inputsOf(
   model: Parameters<typeof findParameters>[0],
   locator: Locator,
   modules: ReadonlyMap<string, AdapterModule>,
-  names: ReadonlyMap<string, string> | undefined,
 ): Map<string, { x: string; width: number }> {
   const parameters = new Map(findParameters(model).map((parameter) => [parameter.name, parameter]));
   const entering = new Map<string, { x: string; width: number }>();
   for (const [name, module] of modules) {
     const refuse = (why: string): BaseMismatchError =>
       new BaseMismatchError(`what enters "${name}" cannot be seen: ${why}`, { module: name });
-    const linears = linearsOf(model, parameters.get(locator.locate(module, names).name)!);
+    const linears = linearsOf(model, parameters.get(locate(locator, module).name)!);
     if (linears instanceof NotLinear) throw refuse(linears.reason);
     const linear = linears.find(({ graph, type }) => graph === model.graph.proto && type === FLOAT);
     if (!linear) throw refuse("it is no f32 linear layer of the main graph");

@@ -101,6 +101,16 @@ export const values = {
   /** @returns {typeof globalThis.self} */
   self: () => absent("a worker"),
   /** @returns {any} */
+  tf: () => absent("TF.js"),
+  /** @returns {any} */
+  layersModel: () => absent("TF.js"),
+  /** @returns {any} */
+  jax: () => absent("jax-js"),
+  /** @returns {any} */
+  params: () => absent("jax-js"),
+  /** @returns {any} */
+  predict: () => absent("jax-js"),
+  /** @returns {any} */
   pipeline: () => absent("transformers.js"),
   /** @returns {any} */
   pipe: () => absent("transformers.js"),

@@ -1,0 +1,128 @@
+/**
+ * What hosts of all frameworks have in common: names as adapters use them, and changes that are shown together. Values are the
+ * framework's tensors.
+ */
+import { nearest } from "../src/arguments.ts";
+import type { DeviceBuffer } from "../src/backends/backend.ts";
+import type { CpuView, Parameter, Transaction, WeightHost } from "../src/base/host.ts";
+import { BaseMismatchError } from "../src/errors.ts";
+import type { Layout } from "../src/format/format.ts";
+
+/** A weight of a model, and the ways to it. */
+export interface Weight<Value> extends Pick<Parameter, "dtype" | "shape"> {
+  readonly layout: Layout | undefined;
+  /** A copy of its bytes, as listed. */
+  read(): Promise<Uint8Array>;
+  /** A value for it, perhaps of another shape than it has now. Copies the view. */
+  make(view: CpuView): Value;
+  /** Puts a value in its place and frees the one before; null takes away a weight that the model did not have. */
+  put(value: Value | null): void;
+  /** Where its bytes lie on a WebGPU device, as listed. */
+  readonly place?: Place | undefined;
+}
+
+export interface Place {
+  buffer(): DeviceBuffer;
+  /** Leaves the bytes to others who have them, work not yet submitted too: `buffer` may be another one afterwards. */
+  settle(): void | Promise<void>;
+}
+
+export interface Framework<Value> {
+  free(value: Value): void;
+  /** A weight that the model does not have yet. Absent where it cannot have more. */
+  readonly more?: ((name: string) => Weight<Value>) | undefined;
+}
+
+/** @param weights by the names that adapters use */
+export function frameworkHost<Value>(weights: Map<string, Weight<Value>>, framework: Framework<Value>): WeightHost {
+  const find = (name: string): Weight<Value> => {
+    const weight = weights.get(name);
+    if (weight) return weight;
+    throw new RangeError(`the model has no "${name}"; nearest: ${nearest(name, weights.keys()).join(", ")}`);
+  };
+  return {
+    *list() {
+      for (const [name, { dtype, shape, layout }] of weights) yield { name, dtype, shape, ...(layout && { layout }) };
+    },
+    async read(name) {
+      const { dtype, shape, read } = find(name);
+      return { dtype, shape, data: await read(), byteOffset: 0 };
+    },
+    view(name) {
+      const { dtype, shape, place } = find(name);
+      return place && { dtype, shape, data: place.buffer(), byteOffset: 0 };
+    },
+    async settle(names) {
+      for (const name of names) await find(name).place!.settle();
+    },
+    begin(names = []) {
+      for (const name of names) if (!weights.has(name) && !framework.more) refuseMore(name);
+      return transaction(weights, framework);
+    },
+  };
+}
+
+function transaction<Value>(weights: Map<string, Weight<Value>>, { free, more }: Framework<Value>): Transaction {
+  const staged = new Map<string, { readonly weight: Weight<Value>; readonly value: Value | null }>();
+  const take = (name: string): void => {
+    const value = staged.get(name)?.value;
+    if (value) free(value);
+    staged.delete(name);
+  };
+  return {
+    write(name, view) {
+      take(name);
+      const weight = weights.get(name) ?? more!(name);
+      staged.set(name, { weight, value: view && weight.make(view as CpuView) });
+    },
+    commit() {
+      for (const [name, { weight, value }] of staged) {
+        weight.put(value);
+        if (value) weights.set(name, weight);
+        else weights.delete(name);
+      }
+    },
+    rollback() {
+      for (const name of staged.keys()) take(name);
+    },
+  };
+}
+
+/** @throws BaseMismatchError always */
+function refuseMore(name: string): never {
+  throw new BaseMismatchError(
+    `a task brings "${name}", which the model does not have. If the model calls it otherwise, map its layer with the option ` +
+      `\`names\`; to use the tasks without it, pass ignore: ["${name}"]`,
+    { module: name },
+  );
+}
+
+/** A weight as adapters know it. */
+export interface Called {
+  readonly name: string;
+  /** How it is stored, where its name tells; else as in the checkpoint. */
+  readonly layout: Layout | undefined;
+}
+
+/** By the last segment of a name in Keras, TF.js, flax and haiku: what checkpoints call it, and how matrices of that name are stored. */
+const LEAVES = new Map<string, { readonly leaf: string; readonly layout?: Layout }>([
+  ["kernel", { leaf: "weight", layout: "in-out" }],
+  ["embeddings", { leaf: "weight", layout: "embedding" }],
+  ["embedding", { leaf: "weight", layout: "embedding" }],
+  ["w", { leaf: "weight", layout: "in-out" }],
+  ["gamma", { leaf: "weight" }],
+  ["scale", { leaf: "weight" }],
+  ["beta", { leaf: "bias" }],
+  ["b", { leaf: "bias" }],
+]);
+
+/**
+ * A framework's name of a weight, as adapters know it: "encoder/layer_._0/query/kernel" is "encoder.layer.0.query.weight", stored as
+ * [in, out]. Models of transformers have "_._" where TensorFlow allows no dot.
+ */
+export function calledByAdapters(path: string): Called {
+  const segments = path.replaceAll("_._", ".").replaceAll("/", ".").split(".");
+  const last = segments.pop()!;
+  const { leaf = last, layout } = LEAVES.get(last) ?? {};
+  return { name: [...segments, leaf].join("."), layout };
+}

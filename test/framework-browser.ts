@@ -1,0 +1,34 @@
+/** Suites of frameworks in Chromium. */
+import { join } from "node:path";
+import type { Test } from "tap";
+import { bundle, openPage } from "./browser.ts";
+import type { Finding } from "./stand-in.ts";
+
+/** Where the packages of frameworks are; "" where nobody says. */
+export const PACKAGES: string = process.env["EIGENLORA_RUNTIMES"]
+  ? join(process.env["EIGENLORA_RUNTIMES"], "node_modules")
+  : "";
+
+/**
+ * Runs a suite once for each of `backends`, on software adapters where there is no GPU.
+ * @param script of a module that leaves `globalThis.run`, from a backend's name to what was found
+ */
+export async function inChromium(t: Test, script: string, backends: readonly string[]): Promise<void> {
+  const files = new Map([["page.js", await bundle(script, { nodePaths: [PACKAGES] })]]);
+  const page = await openPage(t, files, ["--enable-unsafe-webgpu", "--enable-unsafe-swiftshader"]);
+  await page.waitForFunction(() => "run" in globalThis);
+  for (const backend of backends) {
+    await t.test(`${backend} in Chromium`, async (t) => {
+      const findings = await page.evaluate(
+        (backend) => (globalThis as unknown as { run(backend: string): Promise<Finding[]> }).run(backend),
+        backend,
+      );
+      for (const { kind, name, fault } of findings) {
+        if (fault !== undefined) t.fail(`${name}: ${fault}`);
+        else if (kind === "comment") t.comment(name);
+      }
+      const good = findings.filter(({ kind, fault }) => kind === "assertion" && fault === undefined).length;
+      t.ok(good > 0, `${good} assertions`);
+    });
+  }
+}

@@ -1,0 +1,25 @@
+/** TF.js as it is published, on its backends webgl and webgpu in Chromium. Skipped as `tfjs.test.ts` is. */
+import { existsSync } from "node:fs";
+import { join } from "node:path";
+import t from "tap";
+import { noChromium } from "./browser.ts";
+import { inChromium, PACKAGES } from "./framework-browser.ts";
+import { required } from "./required.ts";
+
+const present = existsSync(join(PACKAGES, "@tensorflow/tfjs-core"));
+const skip = !present && !required.has("tfjs") && "TF.js is not here; see tfjs.test.ts";
+
+const SCRIPT = `import * as tf from "@tensorflow/tfjs-core";
+  import * as layers from "@tensorflow/tfjs-layers";
+  import { loadGraphModel } from "@tensorflow/tfjs-converter";
+  import "@tensorflow/tfjs-backend-webgl";
+  import "@tensorflow/tfjs-backend-webgpu";
+  import { record } from "./stand-in.ts";
+  import { tfjsSuite } from "./tfjs-suite.ts";
+  globalThis.run = (backend) => record(backend, async (t) => {
+    t.ok(await tf.setBackend(backend), "the backend starts");
+    await tf.ready();
+    tfjsSuite(t, { tf, layers, loadGraphModel });
+  });`;
+
+t.test("TF.js", { skip: skip || noChromium }, (t) => inChromium(t, SCRIPT, ["webgl", "webgpu"]));
