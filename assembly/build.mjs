@@ -1,6 +1,6 @@
 /**
  * Builds the kernels: dist/wasm/*.wasm for tools that want a file or a precompiled module, and beside each a module
- * with the same bytes in base64, which every bundler takes without being told about assets. Nothing is compiled at
+ * with the same bytes, from base64, which every bundler takes without being told about assets. Nothing is compiled at
  * import time. Fails when the kernels outgrow their budget.
  */
 import { mkdirSync, writeFileSync } from "node:fs";
@@ -25,8 +25,11 @@ for (const [name, variant] of /** @type {const} */ ([
   const gzipped = gzipSync(bytes, { level: 9 }).byteLength;
   if (!name.startsWith("extract-")) total += gzipped;
   writeFileSync(new URL(`${name}.wasm`, out), bytes);
-  writeFileSync(new URL(`${name}.js`, out), `export default "${Buffer.from(bytes).toString("base64")}";\n`);
-  writeFileSync(new URL(`${name}.d.ts`, out), "declare const base64: string;\nexport default base64;\n");
+  const base64 = Buffer.from(bytes).toString("base64");
+  const code = `import { fromBase64 } from "../src/text.js";\nexport default fromBase64("${base64}");\n`;
+  writeFileSync(new URL(`${name}.js`, out), code);
+  const type = "declare const bytes: Uint8Array<ArrayBuffer>;\nexport default bytes;\n";
+  writeFileSync(new URL(`${name}.d.ts`, out), type);
   console.log(`wasm ${name}: ${bytes.byteLength} bytes, ${gzipped} gzipped`);
 }
 if (total > MAX_BYTES) {

@@ -7,8 +7,8 @@
 //   scales        f32 [rows] and [columns]; each may be absent
 //
 // A workgroup makes a tile of HEIGHT rows by LANES columns of out, an invocation one column of it, so that an element of
-// right, once in a register, serves HEIGHT rows. Numbers are converted by their bits: the language lets a device round a
-// conversion either way and flush subnormal halves.
+// right, once in a register, serves HEIGHT rows. Rounding is done on bits: the language lets a device round a conversion
+// either way. What is converted afterwards is a half already. Not every compiler has a bitcast between u32 and vec2h.
 
 enable f16;
 
@@ -50,18 +50,6 @@ var<private> sums: array<f32, HEIGHT>;
 struct Tile {
   row: u32,
   column: u32,
-}
-
-fn f16_value(half: u32) -> f32 {
-  let sign = (half & 0x8000u) << 16u;
-  let magnitude = half & 0x7fffu;
-  if (magnitude >= 0x7c00u) {
-    return bitcast<f32>(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13u));
-  }
-  if (magnitude >= 0x400u) {
-    return bitcast<f32>(sign | ((magnitude << 13u) + 0x38000000u));
-  }
-  return bitcast<f32>(sign | bitcast<u32>(f32(magnitude) * 5.9604644775390625e-8));
 }
 
 fn f16_bits(value: f32) -> u32 {
@@ -108,14 +96,14 @@ fn folded(before: f16, sum: f32, row: u32, column: u32) -> f16 {
     // The bits, which arithmetic on a NaN may change.
     return before;
   }
-  var value = f16_value(bitcast<u32>(vec2h(before, 0h))) + sum;
+  var value = f32(before) + sum;
   if ((job.scales & ROW_SCALE) != 0u) {
     value *= row_scale[job.row_scale + row];
   }
   if ((job.scales & COLUMN_SCALE) != 0u) {
     value *= column_scale[job.column_scale + column];
   }
-  return bitcast<vec2h>(f16_bits(value)).x;
+  return f16(unpack2x16float(f16_bits(value)).x);
 }
 
 @compute @workgroup_size(64)

@@ -12,21 +12,20 @@ import { type ByteSource, checkRange, type FetchOptions, type SourceInput } from
  */
 export async function openSource(input: SourceInput, options: FetchOptions = {}): Promise<ByteSource> {
   if (input instanceof ArrayBuffer || input instanceof Uint8Array) {
-    // A plain view: Node's Buffer is a Uint8Array whose `slice` does not copy.
-    const bytes =
-      input instanceof ArrayBuffer
-        ? new Uint8Array(input)
-        : new Uint8Array(input.buffer, input.byteOffset, input.byteLength);
-    const name = input instanceof ArrayBuffer ? "ArrayBuffer" : "Uint8Array";
-    return localSource(name, bytes.length, (start, end) => bytes.subarray(start, end));
+    // A plain view: Node's Buffer is a Uint8Array whose `slice` does not copy. What has no `buffer` is one.
+    const { buffer, byteOffset, byteLength } = input as Uint8Array<ArrayBuffer>;
+    const bytes = new Uint8Array(buffer ?? input, byteOffset, byteLength);
+    return localSource(buffer ? "Uint8Array" : "ArrayBuffer", byteLength, (start, end) => bytes.subarray(start, end));
   }
   if (typeof Blob !== "undefined" && input instanceof Blob) {
     const get = async (start: number, end: number) => new Uint8Array(await input.slice(start, end).arrayBuffer());
     return localSource((input as Partial<File>).name ?? "Blob", input.size, get);
   }
-  if (typeof input === "string" || input instanceof URL) {
-    const url = addressOf(input);
-    if (!url) return openPath!(String(input));
+  // Not by `instanceof`: engines without a web platform have no URL.
+  const text = (input as Partial<URL> | undefined)?.href ?? input;
+  if (typeof text === "string") {
+    const url = addressOf(text);
+    if (!url) return openPath!(text);
     // Apps that have the bytes, a Blob or a file do without.
     const { UrlSource } = await import("./http/url-source.ts");
     return new UrlSource(url, options);
@@ -39,12 +38,14 @@ export async function openSource(input: SourceInput, options: FetchOptions = {})
  * The address that a string or URL stands for; undefined for a path, where there are files.
  * @throws TypeError when it is no address, and there are no files
  */
-export function addressOf(input: string | URL): URL | undefined {
-  const text = String(input);
+export function addressOf(text: string): URL | undefined {
   if (!/^(https?|blob|data):/i.test(text) && openPath) return undefined;
   const base = (globalThis as { location?: { href: string } }).location?.href;
-  if (!URL.canParse(text, base)) throw new TypeError(`openSource: "${text}" is not a URL, and there are no files here`);
-  return new URL(text, base);
+  try {
+    return new URL(text, base);
+  } catch (cause) {
+    throw new TypeError(`openSource: "${text}" is not a URL, and there are no files here`, { cause });
+  }
 }
 
 /** @param get exactly the bytes of a range that was checked */

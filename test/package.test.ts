@@ -79,6 +79,49 @@ t.test("the WebGPU half is loaded by itself and keeps its budget", async (t) => 
   t.match(text, /fold_in_place/, "the shaders are in it");
 });
 
+/** What an app of React Native loads that opens a pack from bytes: the runtime and its js backend, in code for Hermes. */
+const HERMES_BUDGET = 25_000;
+
+/** Loaded there when it is used: addresses, files of weights, trust, task files, weights on a device, unfolded modes. */
+const HERMES_LAZY =
+  /\/(safetensors-host|url-source|task-file|hash|trust|refusal|device-host|unfold|unfold-device|terms|apply|turn|failed)\.js$/;
+
+t.test("a bundle for Hermes keeps its budget", async (t) => {
+  const code =
+    'import { openPack, createRuntime } from "eigenlora"; import { fromBase64 } from "eigenlora/react-native"; globalThis.x = [fromBase64, openPack, createRuntime];';
+  const replaced = manifest["react-native"] as Record<string, string>;
+  const { outputFiles } = await build({
+    stdin: { contents: code, resolveDir: root },
+    ...{ bundle: true, minify: true, format: "esm", platform: "browser", write: false, logLevel: "silent" },
+    plugins: [
+      {
+        name: "as Metro",
+        setup: (b) => {
+          b.onResolve({ filter: HERMES_LAZY }, ({ path }) => ({ path, external: true }));
+          b.onResolve({ filter: /\/(wasm|webgpu)\.js$/ }, ({ path }) => ({
+            path: posix.join(root, replaced[`./dist/src/backends/${posix.basename(path)}`]!),
+          }));
+        },
+      },
+    ],
+  });
+  const gzip = gzipSync(outputFiles[0]!.contents, { level: 9 }).length;
+  t.comment(`${gzip} B of ${HERMES_BUDGET}`);
+  t.ok(gzip <= HERMES_BUDGET, `${gzip} B`);
+  t.match(outputFiles[0]!.text, /decodes|expand/, "the js backend is in it");
+  t.notMatch(outputFiles[0]!.text, /WebAssembly|createShaderModule/, "and no other");
+});
+
+t.test("React Native without package exports finds every subpath", (t) => {
+  const replaced = manifest["react-native"] as Record<string, string>;
+  for (const [subpath, target] of Object.entries(manifest.exports as Record<string, { default: string }>)) {
+    if (subpath === ".") t.equal(manifest.main, target.default);
+    else if (!/^\.\/(node|browser|workerd|wasm\/.*|package\.json)$/.test(subpath))
+      t.equal(replaced[subpath], target.default, subpath);
+  }
+  t.end();
+});
+
 t.test("a session's bundle keeps its budget and brings no runtime of its own", async (t) => {
   const code =
     'import { openPack } from "eigenlora"; import { createEigenSession } from "eigenlora/onnxruntime"; globalThis.x = [openPack, createEigenSession];';
@@ -200,6 +243,9 @@ t.test("names the package exports", async (t) => {
   ]);
   t.ok("buildPack" in (await import("eigenlora/build")));
   t.same(Object.keys(await import("eigenlora/cache")).sort(), ["cacheStore", "cachedSource", "opfsStore"]);
+  t.same(Object.keys(await import("eigenlora/react-native")).sort(), ["fileSource", "fromBase64"]);
+  t.same(Object.keys(await import("eigenlora/react-native/onnxruntime")), ["createEigenSession"]);
+  t.same(Object.keys(await import("eigenlora/workerd")).sort(), ["keptPack", "r2Source"]);
   t.ok("openOnnxHost" in (await import("eigenlora/onnx")));
   t.same(Object.keys(await import("eigenlora/onnxruntime")).sort(), ["createEigenSession", "createEngine"]);
   t.same(Object.keys(await import("eigenlora/train")).sort(), [
@@ -220,7 +266,7 @@ t.test("what messages and comments call an entry of the package is one", async (
   );
   t.ok(files.length > 100);
   for (const file of files) {
-    for (const [named] of (await readFile(file, "utf8")).matchAll(/\beigenlora\/[a-z]+/g)) {
+    for (const [named] of (await readFile(file, "utf8")).matchAll(/\beigenlora\/[a-z-]+/g)) {
       const there = entries.some((entry) => entry === named || (entry.endsWith("/") && `${named}/` === entry));
       t.ok(there, `${file}: ${named}`);
     }

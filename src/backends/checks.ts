@@ -101,7 +101,7 @@ function checkJob(
   inputs: readonly Range[],
   inPlace = false,
 ): void {
-  if (!allowed.includes(dtype)) throw new TypeError(`type must be one of ${allowed.join(", ")}, got ${String(dtype)}`);
+  if (!allowed.includes(dtype)) throw new TypeError(`type must be one of ${allowed.join(", ")}, got ${dtype}`);
   for (const [name, count] of Object.entries(counts)) checkCount(name, count);
   for (const [name, slice, byteLength, align = 4] of inputs) if (slice) checkSlice(name, slice, byteLength, align);
   checkSlice("out", out, outBytes, outAlign);

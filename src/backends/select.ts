@@ -40,7 +40,7 @@ const BACKENDS = {
   webgpu: async ({ backend, webgpu }: BackendOptions): Promise<Backend> => {
     const { createWebgpuBackend } = await import("./webgpu.ts");
     // Software is slower than wasm: only who asks for it gets it.
-    return createWebgpuBackend({ hardware: backend !== "webgpu", ...(webgpu || {}) });
+    return createWebgpuBackend({ hardware: backend !== "webgpu", ...webgpu });
   },
   wasm: async ({ wasm }: BackendOptions): Promise<Backend> => (await import("./wasm.ts")).createWasmBackend(wasm),
   js: async (): Promise<Backend> => (await import("./js.ts")).createJsBackend(),

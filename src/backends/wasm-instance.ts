@@ -1,6 +1,5 @@
 /**
- * A build of `assembly/` at work on a linear memory of its own. Which one runs is decided by `WebAssembly.validate` on the
- * binary itself.
+ * A build of `assembly/` at work on a linear memory of its own: the best that the engine compiles.
  */
 import { BackendError } from "../errors.ts";
 import type { Owner } from "./backend.ts";
@@ -24,7 +23,7 @@ const RESERVED_BYTES = 65536;
 const RESERVED_PAGES = 1;
 
 /** Where the builds of a module are, best last. */
-export type Binaries<Variant extends string> = Record<Variant, () => Promise<{ default: string }>>;
+export type Binaries<Variant extends string> = Record<Variant, () => Promise<{ default: Uint8Array<ArrayBuffer> }>>;
 
 /** Address of `byteLength` zeroed bytes. @throws BackendError when there are none */
 export function claim({ heap, memory }: Instance<unknown>, byteLength: number, owner: Owner): number {
@@ -52,7 +51,7 @@ export async function instantiate<Kernels extends { variant: WebAssembly.Global 
     const variant = WASM_VARIANTS[kernels.variant.value as number]!;
     return { variant, kernels, memory, heap: createHeap(memory, RESERVED_BYTES) };
   } catch (cause) {
-    throw new BackendError(`wasm: the module is none of eigenlora/wasm/*.wasm: ${String(cause)}`, {
+    throw new BackendError(`wasm: the module is none of eigenlora/wasm/*.wasm: ${cause}`, {
       backend: "wasm",
       cause,
     });
@@ -65,10 +64,13 @@ async function compile<Variant extends string>(
 ): Promise<WebAssembly.Module> {
   const reasons: string[] = [];
   for (const candidate of variant === undefined ? (Object.keys(binaries) as Variant[]).reverse() : [variant]) {
-    const { default: base64 } = await binaries[candidate]();
-    const bytes = Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
-    if (WebAssembly.validate(bytes)) return WebAssembly.compile(bytes);
-    reasons.push(`${candidate}: not supported by this engine`);
+    const { default: bytes } = await binaries[candidate]();
+    try {
+      // Not `validate`: edge runtimes, and pages whose policy forbids it, know the binary and do not compile it.
+      return await WebAssembly.compile(bytes);
+    } catch (cause) {
+      reasons.push(`${candidate}: ${cause}`);
+    }
   }
   throw new BackendError(`wasm: ${reasons.join("; ")}`, { backend: "wasm", reasons });
 }

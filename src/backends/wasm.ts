@@ -1,6 +1,6 @@
 /**
  * The WebAssembly backend: the kernels of `assembly/` on a linear memory of their own. One thread; operations run when
- * called. Which of the three builds runs is decided by `WebAssembly.validate` on the binary itself.
+ * called. Of the three builds the best runs that the engine compiles.
  */
 
 import { DTYPES, type Dtype } from "../tensor/dtypes.ts";

@@ -6,6 +6,7 @@
 import { BaseMismatchError } from "../errors.ts";
 import { FINGERPRINT_SIZE, type PackModule } from "../format/format.ts";
 import { bf16ToF32, type FloatDtype, f16ToF32 } from "../tensor/dtypes.ts";
+import { toUtf8 } from "../text.ts";
 
 /** Correlation from which two float models are the same. */
 export const SAME_FLOAT = 0.999;
@@ -39,7 +40,7 @@ export function weightAt(
 /** The fingerprint of a module's weight. */
 export function fingerprint(name: string, out: number, inputs: number, at: WeightAt): Float32Array {
   let x = 0x811c9dc5;
-  for (const byte of new TextEncoder().encode(name)) x = Math.imul(x ^ byte, 0x01000193);
+  for (const byte of toUtf8(name)) x = Math.imul(x ^ byte, 0x01000193);
   if (x === 0) x = 1;
   const draw = (n: number): number => {
     x ^= x << 13;

@@ -2,11 +2,11 @@
 import { chmodSync } from "node:fs";
 import { readFile } from "node:fs/promises";
 import { integrityOf } from "../format/hash.ts";
-import { toBase64 } from "../format/integrity.ts";
 import type { Sign } from "../format/layout.ts";
 import { parseTaskFile } from "../format/task-file.ts";
 import { keyName } from "../pack/keys.ts";
 import { planSignature, signTaskFile } from "../pack/sign.ts";
+import { toBase64 } from "../text.ts";
 import { isTaskFile } from "./add.ts";
 import { type Attach, command } from "./command.ts";
 import { append, writeTogether, writeWhole } from "./files.ts";

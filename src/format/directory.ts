@@ -2,6 +2,7 @@
  * The directory of a pack: sections, basis description, task list (SPEC.md, section 4).
  */
 import { DTYPES, type Dtype } from "../tensor/dtypes.ts";
+import { toUtf8 } from "../text.ts";
 import { align64, Fields } from "./fields.ts";
 import {
   type BasisDescription,
@@ -73,14 +74,13 @@ export function parseDirectory(bytes: Uint8Array, superblock: Superblock, file: 
     () => `${list.length} tasks are listed, but there are ${blobs.length} task blobs`,
   );
   const seen = new Set<string>();
-  const entries: TaskEntry[] = [];
-  const tasks = list.map((value, i) => {
-    const entry = parseEntry(value, entries);
-    entries.push(entry);
+  const tasks: (TaskEntry & { section: Section })[] = [];
+  for (const [i, value] of list.entries()) {
+    const entry = parseEntry(value, tasks);
     f.check(!seen.has(entry.id), () => `two tasks are named "${entry.id}"`);
     seen.add(entry.id);
-    return { ...entry, section: blobs[i]! };
-  });
+    tasks.push({ ...entry, section: blobs[i]! });
+  }
   return { sections, bytes, basis, basisBytes, bases, tasks };
 }
 
@@ -88,15 +88,15 @@ export function parseDirectory(bytes: Uint8Array, superblock: Superblock, file: 
 function parseSection(f: Fields, index: number, hashes: number): Section {
   const at = DIRECTORY_HEAD_BYTES + index * SECTION_ENTRY_BYTES;
   const hash = hashes + index * HASH_BYTES;
+  const flags = f.u32(at + 4);
   const section = {
     kind: f.u32(at),
-    required: f.u32(at + 4) === 1,
+    required: flags === 1,
     offset: f.u64(at + 8),
     length: f.u64(at + 16),
     crc: f.u32(at + 24),
     integrity: hashes > 0 ? toIntegrity(f.bytes.subarray(hash, hash + HASH_BYTES)) : undefined,
   };
-  const flags = f.u32(at + 4);
   const needed = section.kind === SECTION_BASES || section.kind === SECTION_TASK;
   f.check(
     flags <= 1 && (section.required || !needed),
@@ -212,5 +212,7 @@ function parseBrings(value: Value, earlier: readonly TaskEntry[]): readonly stri
 
 /** Whether a string may name a task: 1 to 255 bytes of UTF-8, no control characters. */
 export function isTaskId(id: string): boolean {
-  return id.length > 0 && new TextEncoder().encode(id).length <= 255 && !/\p{Cc}/u.test(id);
+  const length = toUtf8(id).length;
+  // biome-ignore lint/suspicious/noControlCharactersInRegex: these are \p{Cc}, which not every engine knows.
+  return length > 0 && length <= 255 && !/[\0-\x1f\x7f-\x9f]/.test(id);
 }

@@ -1,6 +1,7 @@
 /**
  * Hashes as text: "sha256-" and base64, as in the `integrity` attribute of a web page (W3C Subresource Integrity).
  */
+import { fromBase64, toBase64 } from "../text.ts";
 
 /** @param hash 32 bytes */
 export function toIntegrity(hash: Uint8Array): string {
@@ -13,13 +14,4 @@ export function fromIntegrity(text: string): Uint8Array<ArrayBuffer> {
     throw new TypeError(`expected "sha256-" and the base64 of 32 bytes, got ${JSON.stringify(text)}`);
   }
   return fromBase64(text.slice(7));
-}
-
-export function toBase64(bytes: Uint8Array): string {
-  return btoa(String.fromCharCode(...bytes));
-}
-
-/** @throws DOMException when it is not base64 */
-export function fromBase64(text: string): Uint8Array<ArrayBuffer> {
-  return Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
 }

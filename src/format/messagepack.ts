@@ -4,6 +4,7 @@
  * writes packs, allocates what counts say, compiles code at run time, and alone would take a quarter of the bundle's budget.
  */
 import { FormatError } from "../errors.ts";
+import { fromUtf8, toUtf8 } from "../text.ts";
 
 /** @throws FormatError with `message()` when the condition does not hold */
 export function check(condition: boolean, file: string, part: string, message: () => string): asserts condition {
@@ -25,9 +26,6 @@ export function decode(bytes: Uint8Array, file: string, part: string, path: stri
     throw new FormatError(`its MessagePack is malformed: ${(cause as Error).message}`, { file, part, cause });
   }
 }
-
-/** As they are: a byte order mark is a character like any other. */
-const utf8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
 
 /** Reads values one after the other. A DataView does the bounds checks; counts are held against the bytes that are left. */
 class Reader {
@@ -83,7 +81,7 @@ class Reader {
 
   #string(length: number): string {
     const at = this.#skip(length);
-    return utf8.decode(this.#bytes.subarray(at, at + length));
+    return fromUtf8(this.#bytes.subarray(at, at + length));
   }
 
   /** Every item takes a byte or more, so a count can be checked before anything is made of it. */
@@ -190,7 +188,7 @@ export class Value {
 
   string(maxBytes: number): string {
     if (typeof this.value !== "string") this.#expected("a string");
-    const bytes = new TextEncoder().encode(this.value).length;
+    const bytes = toUtf8(this.value).length;
     this.check(bytes > 0 && bytes <= maxBytes, () => `a string of ${bytes} bytes, expected 1 to ${maxBytes}`);
     return this.value;
   }
@@ -201,9 +199,7 @@ export class Value {
     if (!(this.value instanceof Map)) this.#expected("a map");
     const convert = (v: unknown): unknown => {
       if (v instanceof Map) return Object.fromEntries([...v].map(([k, x]) => [k, convert(x)]));
-      if (Array.isArray(v)) return v.map(convert);
-      const scalar = v === null || typeof v === "string" || typeof v === "boolean" || typeof v === "number";
-      return scalar ? v : this.#expected("plain values");
+      return Array.isArray(v) ? v.map(convert) : v;
     };
     return convert(this.value) as Record<string, unknown>;
   }

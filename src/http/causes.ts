@@ -51,7 +51,8 @@ export function causeOf(error: unknown, url: URL): Cause {
   // Some runtimes repeat the address, which may hold any word.
   const text = details.join(" ").replaceAll(url.href, "").replaceAll(url.hostname, "");
   const known = KNOWN.find(([pattern]) => pattern.test(text));
-  if (known) return { message: `${known[2](url.host)} (${inner.at(-1) ?? details[0]})`, transient: known[1] };
+  if (known)
+    return { message: `${known[2](url.host)} (${inner[inner.length - 1] ?? details[0]})`, transient: known[1] };
   const network = error instanceof TypeError;
   // Browsers keep the cause from scripts: a page must not explore a network by it.
   if (network && inner.length === 0) return opaque(error.message, url);

@@ -9,6 +9,7 @@ import {
   type Reads,
   unlessAborted,
 } from "../source.ts";
+import { fromLatin1 } from "../text.ts";
 import { type Answer, checkNumber, Exchange } from "./exchange.ts";
 
 /** What an answer says about the file. What it does not say is undefined: servers differ, and browsers hide headers. */
@@ -19,7 +20,8 @@ interface Version {
   readonly size: number | undefined;
 }
 
-const HTML_START = /^\s*<(!doctype html|html[\s>])/i;
+/** Behind the bytes of a byte order mark, if there is one. */
+const HTML_START = /^(\xef\xbb\xbf)?\s*<(!doctype html|html[\s>])/i;
 
 /**
  * A file behind a URL. Every answer is held against what was asked and against the answers before: status, range, total size,
@@ -129,7 +131,7 @@ export class UrlSource implements ByteSource {
   }
 
   #checkStart(bytes: Uint8Array, status: number): void {
-    if (HTML_START.test(new TextDecoder().decode(bytes.subarray(0, 64)))) this.#isHtml(status);
+    if (HTML_START.test(fromLatin1(bytes.subarray(0, 64)))) this.#isHtml(status);
   }
 
   /** @throws SourceError when the answer to a request for a range is another one, or of another version of the file */

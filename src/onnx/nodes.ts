@@ -95,7 +95,7 @@ export class NodeEdits {
     for (const [graph, edits] of this.#graphs) {
       graph.node = graph.node.flatMap((node) => {
         const { behind = [], removed = false } = edits.get(node) ?? {};
-        return [...(removed ? [] : [node]), ...behind.toReversed().flat()];
+        return [...(removed ? [] : [node]), ...[...behind].reverse().flat()];
       });
     }
     this.#graphs.clear();

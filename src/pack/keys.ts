@@ -5,8 +5,8 @@
 import { described } from "../arguments.ts";
 import { TrustError } from "../errors.ts";
 import type { Signature } from "../format/format.ts";
-import { fromBase64, toBase64 } from "../format/integrity.ts";
 import type { Sign } from "../format/layout.ts";
+import { fromBase64, toBase64 } from "../text.ts";
 
 /** An Ed25519 public key: PEM, the base64 of its 32 bytes with or without "ed25519:" before it, or a `CryptoKey`. */
 export type PublicKey = string | CryptoKey;

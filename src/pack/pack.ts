@@ -68,9 +68,9 @@ interface TaskSlot {
   metadata: TaskMetadata;
   brings?: readonly string[] | undefined;
   /** Undefined for tasks added at run time, which are always resident. */
-  section: Section | undefined;
-  blob: TaskBlob | undefined;
-  loading: Promise<TaskBlob> | undefined;
+  section?: Section;
+  blob?: TaskBlob | undefined;
+  loading?: Promise<TaskBlob> | undefined;
 }
 
 /** The bases section of a pack, for as long as it is needed. */
@@ -125,15 +125,13 @@ export async function openPack(input: SourceInput, options: OpenOptions = {}): P
     const together = options.bases !== "later" && basesOffset === align64(directoryOffset + directoryLength);
     const length = together ? basesOffset + basesLength - directoryOffset : directoryLength;
     const bytes = await read(directoryOffset, length, { signal });
-    new Fields(bytes, name, "padding").zero(
-      directoryLength,
-      together ? basesOffset - directoryOffset : directoryLength,
-    );
+    const basesAt = together ? basesOffset - directoryOffset : directoryLength;
+    new Fields(bytes, name, "padding").zero(directoryLength, basesAt);
     // A copy: as a view the directory would keep the bases in memory.
     directoryBytes = bytes.slice(0, directoryLength);
     await trust?.checkDirectory(window, directoryBytes);
     const directory = parseDirectory(directoryBytes, window.superblock, name);
-    const bases = together ? bytes.subarray(basesOffset - directoryOffset) : undefined;
+    const bases = together ? bytes.subarray(basesAt) : undefined;
     const { reads = counted, byteLength } = inner;
     const source = { name, byteLength, read, clear: async () => inner.clear?.(), close: async () => inner.close?.() };
     if (bases) await checkSection(bases, directory.bases, "bases", name, trust);
@@ -222,7 +220,7 @@ export class Pack {
     this.modules = directory.basis.modules;
     if (bases) this.#bases = { users: 0, bytes: bases };
     for (const task of directory.tasks) {
-      this.#slots.set(task.id, { ...task, bytes: task.section.length, blob: undefined, loading: undefined });
+      this.#slots.set(task.id, { ...task, bytes: task.section.length });
     }
   }
 
@@ -352,9 +350,9 @@ export class Pack {
    */
   async addTask(id: string, file: SourceInput, options: TaskTrust = {}): Promise<void> {
     const { readTaskFile } = await import("./task-file.ts");
-    const { blob, ...task } = await readTaskFile(file, id, this, this.#slots, this.#trust, options);
+    const task = await readTaskFile(file, id, this, this.#slots, this.#trust, options);
     this.#tasks = undefined;
-    this.#slots.set(id, { ...task, id, bytes: blob.bytes.length, section: undefined, blob, loading: undefined });
+    this.#slots.set(id, { ...task, id, bytes: task.blob.bytes.length });
   }
 
   /**
@@ -388,10 +386,10 @@ export class Pack {
 }
 
 function infoOf(slot: TaskSlot): TaskInfo {
-  const { blob: _, loading: __, section, brings, ...info } = slot;
+  const { blob: _, loading: __, section, ...info } = slot;
   return {
+    brings: undefined,
     ...info,
-    brings,
     integrity: section?.integrity,
     get resident() {
       return slot.blob !== undefined;

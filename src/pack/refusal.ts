@@ -3,6 +3,7 @@
  */
 import { FormatError } from "../errors.ts";
 import type { ByteSource } from "../source.ts";
+import { fromLatin1 } from "../text.ts";
 
 /**
  * What to throw for a FormatError or TrustError of a pack: of a file from before SPEC.md was final, that it is one. What a cache keeps may be what is
@@ -16,7 +17,7 @@ export async function refusal(
 ): Promise<Error> {
   await source.clear?.().catch(() => undefined);
   if (!(error instanceof FormatError)) return error;
-  const text = new TextDecoder("latin1").decode(directory.subarray(0, 65_536));
+  const text = fromLatin1(directory.subarray(0, 65_536));
   const producer = /producer.(eigenlora 0\.1\.\d+)/s.exec(text)?.[1];
   if (producer === undefined) return error;
   const { file, part } = error;

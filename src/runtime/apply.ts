@@ -97,7 +97,7 @@ function checkShapes(module: PackModule, rows: number, x: View, y: View): number
   ] as const) {
     checkArgument(`apply: ${name}`, view, "a view { dtype, shape, data, byteOffset }", "dtype");
     if (view.dtype !== "f32") throw new TypeError(`apply: ${name} is ${view.dtype}, expected f32`);
-    if (view.shape.length >= 2 && view.shape.at(-1) === width) continue;
+    if (view.shape.length >= 2 && view.shape[view.shape.length - 1] === width) continue;
     throw new RangeError(
       `apply: ${name} is [${view.shape.join(", ")}], expected [rows, …, ${width}] for "${module.name}"`,
     );

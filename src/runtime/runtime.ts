@@ -12,6 +12,7 @@ import { BackendError } from "../errors.ts";
 import type { Pack } from "../pack/pack.ts";
 import type { Applied } from "./apply.ts";
 import { type Change, FoldedWeights } from "./fold.ts";
+import { now } from "./pace.ts";
 import type { Parameters, Replacement, Resolved } from "./parameters.ts";
 import type { RuntimeParts, Started } from "./parts.ts";
 import { type MemoryReport, memoryReport, type RuntimeSwitchReport } from "./report.ts";
@@ -145,13 +146,13 @@ export class Runtime {
   }
 
   async #switch(selection: Selection, options: SwitchOptions): Promise<RuntimeSwitchReport> {
-    const started = performance.now();
+    const started = now();
     const { signal, head } = options;
     await this.#ready();
     signal?.throwIfAborted();
     const before = { ...this.pack.reads };
     const { resolved, change } = await this.#load(selection, options);
-    const read = performance.now();
+    const read = now();
     signal?.throwIfAborted();
 
     this.#bench.allocated = 0;
@@ -162,7 +163,7 @@ export class Runtime {
     this.#parameters?.activate(resolved);
     this.#task = copySelection(selection);
     this.#head = head;
-    const done = performance.now();
+    const done = now();
     return {
       task: this.#task,
       bytesRead: this.pack.reads.bytes - before.bytes,

@@ -39,7 +39,7 @@ export function hold<Target extends object>(
     const original = members[name];
     if (typeof original !== "function") return () => undefined;
     originals.set(name, original);
-    const own = Object.hasOwn(target, name);
+    const own = Object.getOwnPropertyDescriptor(target, name) !== undefined;
     const held = (...args: unknown[]): Promise<unknown> => enter(async () => (original as Method).apply(inside, args));
     members[name] = held;
     return () => {

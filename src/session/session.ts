@@ -8,6 +8,7 @@ import { type ModelOptions, readModel } from "../onnx/read.ts";
 import { detachWeights } from "../onnx/write.ts";
 import type { Pack, TaskInfo } from "../pack/pack.ts";
 import type { TaskTrust } from "../pack/trust.ts";
+import { now } from "../runtime/pace.ts";
 import { type MemoryReport, memoryReport, type SwitchReport } from "../runtime/report.ts";
 import type { Selection, SwitchOptions } from "../runtime/selection.ts";
 import type { SourceInput } from "../source.ts";
@@ -247,14 +248,14 @@ export class Session<T extends SessionTypes = SessionTypes> {
   async switchTask(selection: Selection, options: SwitchOptions = {}): Promise<SessionSwitchReport> {
     checkOptions("switchTask", options, ["signal", "head"]);
     this.#live();
-    const started = performance.now();
+    const started = now();
     const before = { ...this.pack.reads };
     let read = started;
     const change = this.#timeline.change(
       async () => {
         options.signal?.throwIfAborted();
         const tasks = await this.#carrier.evaluator.load(selection, options);
-        read = performance.now();
+        read = now();
         const made = await this.#carrier.make(selection, tasks, options);
         this.#active = made;
         return made;
@@ -264,7 +265,7 @@ export class Session<T extends SessionTypes = SessionTypes> {
       },
     );
     const { task, bytes } = await change;
-    const done = performance.now();
+    const done = now();
     return {
       task,
       bytesRead: this.pack.reads.bytes - before.bytes,
@@ -345,7 +346,7 @@ export class Session<T extends SessionTypes = SessionTypes> {
   /** @throws TaskError when there is no such task or it is active */
   removeTask(id: string): void {
     const { task } = this.#active;
-    const active = typeof task === "string" ? task === id : task !== null && Object.hasOwn(task, id);
+    const active = typeof task === "string" ? task === id : task !== null && Object.keys(task).includes(id);
     if (active) throw new TaskError(`task "${id}" is active; switch to another first`, { task: id });
     this.pack.removeTask(id);
   }

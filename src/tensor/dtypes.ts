@@ -111,12 +111,12 @@ export function decodeTensor(
   out: Float32Array = new Float32Array(rows * width),
 ): Float32Array {
   const need = tensorBytes(type, rows, width);
-  if (bytes.byteLength < need || out.length < rows * width) {
+  const count = rows * width;
+  if (bytes.byteLength < need || out.length < count) {
     const found = `got ${bytes.byteLength} for ${out.length} values`;
     throw new RangeError(`decodeTensor: ${type} [${rows}, ${width}] needs ${need} bytes, ${found}`);
   }
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
-  const count = rows * width;
   if (type === "f32") {
     const aligned = bytes.byteOffset % 4 ? new Uint8Array(bytes) : bytes;
     out.set(new Float32Array(aligned.buffer, aligned.byteOffset, count));

@@ -42,7 +42,7 @@ function checkKeys(text: string): void {
         break;
       }
       case ":": {
-        const keys = around.at(-1)!;
+        const keys = around[around.length - 1]!;
         const key = escaped ? (JSON.parse(string) as string) : string.slice(1, -1);
         if (keys.has(key)) throw new SyntaxError(`names ${show(key)} twice`);
         keys.add(key);

@@ -6,6 +6,7 @@
 
 import { FormatError, SourceError } from "../errors.ts";
 import type { ByteSource, ReadOptions } from "../source.ts";
+import { fromUtf8 } from "../text.ts";
 import { bf16ToF32, f16ToF32 } from "./dtypes.ts";
 import { parseJson, show } from "./json.ts";
 import { isFloatDtype, type TensorFile, type TensorInfo } from "./tensor-file.ts";
@@ -126,7 +127,7 @@ function parseHeader(bytes: Uint8Array, fail: Fail): Record<string, unknown> {
   if (bytes[0] !== 0x7b) throw fail("header", `does not begin with "{"; not a safetensors file`);
   let text: string;
   try {
-    text = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytes);
+    text = fromUtf8(bytes);
   } catch (cause) {
     throw fail("header", "is not UTF-8; damaged, download it again", cause);
   }

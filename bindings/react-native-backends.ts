@@ -1,0 +1,15 @@
+/**
+ * In the place of `wasm.ts` and `webgpu.ts` of `src/backends/` in bundles for React Native, whose engine has neither: Metro puts all that
+ * can be imported into one file. The field "react-native" of package.json makes the exchange.
+ */
+import type { Backend } from "../src/backends/backend.ts";
+import { BackendError } from "../src/errors.ts";
+
+const none = (backend: string) => async (): Promise<Backend> => {
+  throw new BackendError(`${backend}: not in bundles for React Native; use the js backend`, { backend });
+};
+
+/** @throws BackendError always */
+export const createWasmBackend: () => Promise<Backend> = none("wasm");
+/** @throws BackendError always */
+export const createWebgpuBackend: () => Promise<Backend> = none("webgpu");

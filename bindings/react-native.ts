@@ -1,0 +1,83 @@
+/**
+ * `eigenlora/react-native`: packs that come with an app, or lie on the device. What opens and switches them is the same as everywhere;
+ * React Native has no paths and no files of its own, so a file is read by the library that the app has for that.
+ */
+
+import { described } from "../src/arguments.ts";
+import { SourceError } from "../src/errors.ts";
+import { type ByteSource, checkRange } from "../src/source.ts";
+import { fromBase64 as decode } from "../src/text.ts";
+
+/** A file, as the app's library reads it. */
+export interface DeviceFile {
+  /** For messages: its URI, say. */
+  readonly name: string;
+  /** Size in bytes. */
+  readonly byteLength: number;
+  /** `length` bytes from `offset`: bytes, or base64 of them. */
+  read(offset: number, length: number): Promise<Uint8Array | ArrayBuffer | string>;
+}
+
+/**
+ * Bytes of base64, as libraries for files and assets give them. Line breaks and spaces are passed over.
+ * @throws TypeError when it is no text; RangeError when it is not base64
+ * @example
+ * const pack = await openPack(fromBase64(text));
+ */
+export function fromBase64(text: string): Uint8Array<ArrayBuffer> {
+  if (typeof text !== "string") throw new TypeError(`fromBase64: expected a string, got ${described(text)}`);
+  return decode(text.replace(/\s+/g, ""));
+}
+
+/**
+ * A file on the device as a source for `openPack`, read part by part: the directory first, each task when it is switched to.
+ * @returns a source whose `read` throws SourceError when the library gives other than what was asked for
+ * @throws TypeError when `file` is none
+ * @example
+ * const source = fileSource({
+ *   name: uri,
+ *   byteLength: size,
+ *   read: (offset, length) => RNFS.read(uri, length, offset, "base64"),
+ * });
+ * const pack = await openPack(source);
+ */
+export function fileSource(file: DeviceFile): ByteSource {
+  const { name, byteLength } = file;
+  if (!Number.isSafeInteger(byteLength) || byteLength < 0 || typeof file.read !== "function")
+    throw new TypeError(`fileSource: expected { name, byteLength, read }, got byteLength ${described(byteLength)}`);
+  return {
+    name,
+    byteLength,
+    async read(offset, length, options) {
+      options?.signal?.throwIfAborted();
+      checkRange(name, offset, length, byteLength);
+      if (length === 0) return new Uint8Array(0);
+      const bytes = bytesOf(await readAs(file, offset, length), name);
+      options?.signal?.throwIfAborted();
+      if (bytes.length === length) return bytes;
+      throw new SourceError(`its \`read\` gave ${bytes.length} bytes, ${length} from ${offset} were asked for`, {
+        file: name,
+      });
+    },
+  };
+}
+
+/** @throws SourceError with the library's error as its cause */
+async function readAs(file: DeviceFile, offset: number, length: number): Promise<unknown> {
+  try {
+    return await file.read(offset, length);
+  } catch (cause) {
+    throw new SourceError(`cannot be read: ${(cause as Error).message}`, { file: file.name, cause });
+  }
+}
+
+/** @throws SourceError when it is neither bytes nor base64 */
+function bytesOf(given: unknown, file: string): Uint8Array {
+  if (given instanceof Uint8Array) return given;
+  if (given instanceof ArrayBuffer) return new Uint8Array(given);
+  try {
+    return fromBase64(given as string);
+  } catch (cause) {
+    throw new SourceError(`its \`read\` gave neither bytes nor base64: ${(cause as Error).message}`, { file, cause });
+  }
+}

@@ -1,0 +1,55 @@
+/**
+ * UTF-8 and base64 without TextEncoder, TextDecoder, atob and btoa: Hermes, QuickJS and the shells of other engines lack some of
+ * them. `escape` and `unescape` are old, but no engine lacks them: they make a character of each byte %XX, and of %XX a byte,
+ * and `decodeURIComponent` is strict about UTF-8.
+ */
+
+/** UTF-8 of a text. Half a surrogate pair becomes U+FFFD, as in TextEncoder. */
+export function toUtf8(text: string): Uint8Array<ArrayBuffer> {
+  const bytes = unescape(encodeURIComponent(text.replace(/[\ud800-\udfff]/gu, "\ufffd")));
+  return Uint8Array.from(bytes, (byte) => byte.charCodeAt(0));
+}
+
+/**
+ * The text of UTF-8; a byte order mark is a character like any other.
+ * @throws URIError when it is not UTF-8
+ */
+export function fromUtf8(bytes: Uint8Array): string {
+  return decodeURIComponent(escape(fromLatin1(bytes)));
+}
+
+/** A character for each byte, of the same number. */
+export function fromLatin1(bytes: Uint8Array): string {
+  return Array.from(bytes, (byte) => String.fromCharCode(byte)).join("");
+}
+
+const DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+
+export function toBase64(bytes: Uint8Array): string {
+  let text = "";
+  let bits = 0;
+  let count = 0;
+  for (const byte of bytes) {
+    bits = (bits << 8) | byte;
+    for (count += 8; count >= 6; ) text += DIGITS[(bits >> (count -= 6)) & 63];
+  }
+  if (count > 0) text += DIGITS[(bits << (6 - count)) & 63];
+  while (text.length % 4 > 0) text += "=";
+  return text;
+}
+
+/** @throws RangeError when it is not base64; the padding may be missing */
+export function fromBase64(text: string): Uint8Array<ArrayBuffer> {
+  const digits = text.replace(/={1,2}$/, "");
+  const padded = digits === text || text.length % 4 === 0;
+  if (!padded || !/^[A-Za-z0-9+/]*$/.test(digits) || digits.length % 4 === 1) throw new RangeError("it is not base64");
+  const bytes: number[] = [];
+  let bits = 0;
+  let count = 0;
+  for (const digit of digits) {
+    bits = (bits << 6) | DIGITS.indexOf(digit);
+    count += 6;
+    if (count >= 8) bytes.push((bits >> (count -= 8)) & 255);
+  }
+  return Uint8Array.from(bytes);
+}

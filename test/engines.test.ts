@@ -1,0 +1,224 @@
+/**
+ * The engine table of docs/engines.md: one small case (test/engine-case.js) in every engine that is here, its folded weights equal
+ * to those of Node's js backend to the bit. Browsers but Chromium are in test/soak-engines.js. An engine that is missing is skipped
+ * by name, and fails where EIGENLORA_REQUIRE lists it.
+ */
+import { copyFile, mkdir, writeFile } from "node:fs/promises";
+import { join } from "node:path";
+import { build } from "esbuild";
+import t, { type Test } from "tap";
+import type { Outcome, State } from "./engine-case.js";
+import { material } from "./engine-material.ts";
+import { metro, outputOf, type Program, projectWith, scriptOf, without, workerd } from "./engines.ts";
+
+const project = await projectWith(t);
+const { engineCase } = (await import(join(project, "engine-case.js"))) as typeof import("./engine-case.js");
+const given = await material();
+const js = await engineCase(given, { backend: "js" });
+
+/** Names of weights, by state, that differ from Node's js backend by more than `most` of its largest element; 0: in a bit. */
+function differing(states: readonly State[], most: number): string[] {
+  const values = (hex: string): Float32Array => new Float32Array(new Uint8Array(Buffer.from(hex, "hex")).buffer);
+  return js.states.flatMap((expected, i) =>
+    Object.entries(expected).flatMap(([name, hex]) => {
+      const found = states[i]?.[name] ?? "";
+      if (found === hex) return [];
+      const [a, b] = [values(found), values(hex)];
+      const largest = b.reduce((sum, value) => Math.max(sum, Math.abs(value)), 0);
+      const near = a.length === b.length && b.every((value, k) => Math.abs(value - a[k]!) <= most * largest);
+      return near && most > 0 ? [] : [`${i} ${name}`];
+    }),
+  );
+}
+
+function check(t: Test, found: Outcome[], backends: readonly string[]): void {
+  t.same(
+    found.map(({ backend }) => backend),
+    backends,
+  );
+  for (const { backend, states, refused, back, fromFile } of found) {
+    // Relaxed instructions may round a product and a sum once instead of twice.
+    const most = backend === "wasm (relaxed-simd)" ? 1e-6 : 0;
+    t.same(differing(states, most), [], `${backend}: equal to Node's js${most > 0 ? " within 1e-6" : " to the bit"}`);
+    t.match(refused, /^TaskError: no task "no such task"/);
+    t.ok(back, `${backend}: back to the bit`);
+    t.ok(fromFile, `${backend}: the same from a file`);
+  }
+}
+
+/** Code that prints what the case gives on these backends, as one line. */
+const code = (options: readonly object[], print: string): string => `
+import { engineCase } from "./engine-case.js";
+import material from "./material.js";
+const run = async () => {
+  const found = [];
+  for (const options of ${JSON.stringify(options)}) found.push(await engineCase(material, options, options.backend === "auto" ? 2 : 500));
+  return JSON.stringify(found);
+};
+run().then(${print}, (error) => ${print}("failed: " + error + "\\n" + error.stack));
+`;
+await writeFile(join(project, "material.js"), `export default ${JSON.stringify(given)};`);
+
+/** The line with the outcomes. @throws Error with what was printed instead */
+function outcomes(text: string): Outcome[] {
+  const line = text.split("\n").find((one) => one.startsWith("["));
+  if (line === undefined) throw new Error(text.slice(0, 4000));
+  return JSON.parse(line) as Outcome[];
+}
+
+t.test("node, every build of wasm", async (t) => {
+  const variants = ["scalar", "simd"] as const;
+  const found = [];
+  for (const variant of variants) found.push(await engineCase(given, { backend: "wasm", wasm: { variant } }));
+  check(t, found, ["wasm (scalar)", "wasm (simd)"]);
+});
+
+const WASM = ["scalar", "simd", "relaxed-simd"].map((variant) => ({ backend: "wasm", wasm: { variant } }));
+/** WebAssembly in gjs compiles only at once, not as a promise: "auto" passes it over. */
+const SHELLS: readonly [Program, args: string[], wasm: boolean][] = [
+  ["quickjs", ["--script", "--no-unhandled-rejection"], false],
+  ["jsc", [], true],
+  ["gjs", [], false],
+];
+for (const [program, args, wasm] of SHELLS) {
+  t.test(program, { skip: without(program) }, async (t) => {
+    const file = join(project, `${program}.js`);
+    const options = [{ backend: "js" }, { backend: "auto" }, ...(wasm ? WASM : [])];
+    await writeFile(file, await scriptOf(project, code(options, "print")));
+    check(t, outcomes(await outputOf(program, ...args, file)), [
+      ...(wasm ? ["js", "wasm (relaxed-simd)", "wasm (scalar)", "wasm (simd)", "wasm (relaxed-simd)"] : ["js", "js"]),
+    ]);
+  });
+}
+
+const AUTO = { backend: "auto" };
+for (const exports of [true, false]) {
+  const how = exports ? "with package exports" : "without package exports";
+  t.test(`hermes, bundled by Metro ${how}`, { skip: without("hermes", "hermesc", "metro") }, async (t) => {
+    await writeFile(join(project, "app.js"), code(exports ? [{ backend: "js" }, AUTO] : [AUTO], "print"));
+    const bundle = await metro(project, "app.js", { exports });
+    const found = outcomes(await outputOf("hermes", "-w", bundle));
+    check(t, found, exports ? ["js", "js"] : ["js"]);
+    await outputOf("hermesc", "-w", "-emit-binary", "-out", join(project, "app.hbc"), bundle);
+    t.pass("the newest compiler takes the same bundle");
+  });
+}
+
+/** The case, and `eigenlora/workerd` on an object with the documented interface of a bucket: R2 itself runs at Cloudflare only. */
+const WORKER = `
+import { createRuntime, openPack } from "eigenlora";
+import { keptPack, r2Source } from "eigenlora/workerd";
+import relaxed from "eigenlora/wasm/relaxed.wasm";
+import scalar from "eigenlora/wasm/scalar.wasm";
+import simd from "eigenlora/wasm/simd.wasm";
+import { engineCase } from "./engine-case.js";
+import material from "./material.js";
+import bytes from "./tasks.bin";
+
+function bucketOf(objects) {
+  const log = [];
+  const told = (key) => objects.get(key) && { key, size: objects.get(key).bytes.byteLength, etag: objects.get(key).etag };
+  return {
+    log,
+    head: async (key) => told(key) ?? null,
+    async get(key, { range, onlyIf } = {}) {
+      log.push({ ...range, etag: onlyIf?.etagMatches ?? null });
+      const object = told(key);
+      if (!object) return null;
+      if (onlyIf && onlyIf.etagMatches !== object.etag) return object;
+      const { offset, length } = range ?? { offset: 0, length: object.size };
+      const part = objects.get(key).bytes.slice(offset, offset + length);
+      return { ...object, arrayBuffer: async () => part };
+    },
+  };
+}
+const failure = (promise) => promise.then(() => "", (error) => error.name + ": " + error.message);
+
+export default {
+  async test() {
+    const found = [];
+    for (const options of [{ backend: "js" }, { backend: "auto" }])
+      found.push(await engineCase(material, options, options.backend === "auto" ? 2 : 500));
+    for (const module of [scalar, simd, relaxed])
+      found.push(await engineCase(material, { backend: "wasm", wasm: { module } }));
+    console.log(JSON.stringify(found));
+
+    const error = await createRuntime(await openPack(bytes), { backend: "wasm" }).catch((error) => error);
+    const objects = new Map([["tasks.eigen", { bytes, etag: "one" }]]);
+    const bucket = bucketOf(objects);
+    const source = r2Source(bucket, "tasks.eigen");
+    const pack = await openPack(source);
+    await pack.load("two");
+    const ranges = bucket.log.map((one, i) => (i === 0 ? one : { ...one, offset: one.offset > 0, length: one.length > 0 }));
+    const beyond = (await failure(source.read(bytes.byteLength, 1))).slice(0, 38);
+    objects.set("tasks.eigen", { bytes, etag: "two" });
+    const replaced = await failure(pack.load("three"));
+    const missing = await failure(openPack(r2Source(bucket, "no.eigen")));
+    bucket.log.length = 0;
+    const [first, second] = [await keptPack(bucket, "tasks.eigen"), await keptPack(bucket, "tasks.eigen")];
+    await first.load("three");
+    console.log(JSON.stringify({
+      refused: error.name,
+      reason: /WebAssembly|Wasm/.test(error.message),
+      ranges,
+      byteLength: source.byteLength,
+      replaced,
+      missing,
+      beyond,
+      kept: first === second,
+      whole: bucket.log.length,
+      identity: await r2Source(bucket, "tasks.eigen").identify(),
+    }));
+  },
+};
+`;
+
+t.test("workerd: js, modules of wasm, a bucket", { skip: without("workerd") }, async (t) => {
+  const folder = join(project, "worker");
+  await mkdir(folder);
+  for (const name of ["scalar", "simd", "relaxed"])
+    await copyFile(join(project, `node_modules/eigenlora/dist/wasm/${name}.wasm`), join(folder, `${name}.wasm`));
+  const { outputFiles } = await build({
+    stdin: { contents: WORKER, resolveDir: project },
+    bundle: true,
+    format: "esm",
+    target: "es2022",
+    write: false,
+    logLevel: "silent",
+    plugins: [
+      {
+        name: "precompiled",
+        setup: (b) => {
+          b.onResolve({ filter: /\.wasm$|\.bin$/ }, ({ path }) => ({
+            path: `./${path.split("/").at(-1)}`,
+            external: true,
+          }));
+        },
+      },
+    ],
+  });
+  await writeFile(join(folder, "worker.js"), outputFiles[0]!.contents);
+  await writeFile(join(folder, "tasks.bin"), Buffer.from(given.pack, "hex"));
+  const text = await workerd(folder, ["worker.js", "scalar.wasm", "simd.wasm", "relaxed.wasm", "tasks.bin"]);
+  const lines = text.split("\n").filter((line) => /^[[{]/.test(line));
+  if (lines.length < 2) throw new Error(text.slice(0, 4000));
+  check(t, JSON.parse(lines[0]!) as Outcome[], [
+    ...["js", "js", "wasm (scalar)", "wasm (simd)", "wasm (relaxed-simd)"],
+  ]);
+  t.same(JSON.parse(lines[1]!), {
+    refused: "BackendError",
+    reason: true,
+    ranges: [
+      { offset: 0, length: 1536, etag: null },
+      { offset: true, length: true, etag: "one" },
+      { offset: true, length: true, etag: "one" },
+    ],
+    byteLength: given.pack.length / 2,
+    replaced: "SourceError: tasks.eigen: the object was replaced between two reads; open it again",
+    missing: "SourceError: no.eigen: there is no such object in the bucket; check the key",
+    beyond: "SourceError: tasks.eigen: ends at byte",
+    kept: true,
+    whole: 1,
+    identity: "two",
+  });
+});

@@ -1,0 +1,148 @@
+/**
+ * Engines that are no browser and no Node: where each is, and how it runs test/engine-case.js. EIGENLORA_RUNTIMES names a folder whose
+ * `node_modules` may have hermes-engine-cli, hermes-compiler, metro with React Native's preset, and workerd; the shells are Debian's.
+ */
+import { execFile, spawn } from "node:child_process";
+import { existsSync } from "node:fs";
+import { cp, mkdir, mkdtemp, rm, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { fileURLToPath } from "node:url";
+import { promisify } from "node:util";
+import { build } from "esbuild";
+import type { Test } from "tap";
+import { required } from "./required.ts";
+
+const execute = promisify(execFile);
+const root = fileURLToPath(new URL("..", import.meta.url));
+const tools = join(process.env["EIGENLORA_RUNTIMES"] ?? "", "node_modules");
+
+/** Programs by the name of EIGENLORA_REQUIRE. */
+export const PROGRAMS = {
+  hermes: join(tools, "hermes-engine-cli/linux64-bin/hermes"),
+  hermesc: join(tools, "hermes-compiler/hermesc/linux64-bin/hermesc"),
+  metro: join(tools, "@react-native/metro-babel-transformer/package.json"),
+  workerd: join(tools, ".bin/workerd"),
+  quickjs: "/usr/bin/qjs",
+  jsc: "/usr/bin/jsc",
+  gjs: "/usr/bin/gjs",
+} as const;
+export type Program = keyof typeof PROGRAMS;
+
+/** Why a test is skipped that needs these; false where it runs, or fails since they are required. */
+export function without(...programs: Program[]): string | false {
+  const missing = programs.filter((name) => !existsSync(PROGRAMS[name]) && !required.has(name));
+  return missing.length > 0 && `${missing.join(", ")} not here; see test/engines.ts`;
+}
+
+/** A project that has installed the package: its folder. */
+export async function projectWith(t: Test): Promise<string> {
+  const project = await mkdtemp(join(tmpdir(), "eigenlora-engines-"));
+  t.teardown(() => rm(project, { recursive: true, maxRetries: 5, retryDelay: 200 }));
+  await mkdir(join(project, "node_modules/eigenlora"), { recursive: true });
+  for (const part of ["dist", "package.json"])
+    await cp(join(root, part), join(project, "node_modules/eigenlora", part), { recursive: true });
+  await cp(join(root, "test/engine-case.js"), join(project, "engine-case.js"));
+  await writeFile(join(project, "package.json"), '{ "name": "app", "version": "1.0.0", "type": "module" }');
+  return project;
+}
+
+/** One script, for engines that load no modules. */
+export async function scriptOf(project: string, code: string): Promise<string> {
+  const { outputFiles } = await build({
+    stdin: { contents: code, resolveDir: project },
+    bundle: true,
+    format: "iife",
+    platform: "browser",
+    target: "es2022",
+    write: false,
+    logLevel: "silent",
+  });
+  return outputFiles[0]!.text;
+}
+
+/** What a program prints. @throws Error with its output when it fails, or prints nothing for a minute */
+export async function outputOf(program: Program, ...args: string[]): Promise<string> {
+  try {
+    const { stdout } = await execute(PROGRAMS[program], args, { maxBuffer: 2 ** 26, timeout: 60_000 });
+    return stdout;
+  } catch (error) {
+    const { message, stdout = "" } = error as Error & { stdout?: string };
+    throw new Error(`${program}: ${message.slice(0, 2000)}\n${stdout.slice(0, 2000)}`);
+  }
+}
+
+/** The bundle that React Native's packager makes of a file of the project, as an app for Hermes has it. */
+export async function metro(
+  project: string,
+  entry: string,
+  options: { exports?: boolean; minify?: boolean } = {},
+): Promise<string> {
+  const out = join(project, "app.bundle.js");
+  // Metro looks no further than its roots.
+  for (const name of ["@babel/runtime", "metro-runtime"])
+    await cp(join(tools, name), join(project, "node_modules", name), { recursive: true });
+  const { exports = true, minify = false } = options;
+  await writeFile(join(project, "bundle.cjs"), bundler({ project, entry, out, exports, minify }));
+  await execute(process.execPath, [join(project, "bundle.cjs")], { maxBuffer: 2 ** 26 });
+  return out;
+}
+
+/** The script that runs Metro, with what the configuration of React Native says of resolving and transforming. */
+function bundler(given: { project: string; entry: string; out: string; exports: boolean; minify: boolean }): string {
+  const tool = (name: string): string => JSON.stringify(join(tools, name));
+  return `const given = ${JSON.stringify(given)};
+const Metro = require(${tool("metro")});
+const { getDefaultConfig, mergeConfig } = require(${tool("metro-config")});
+(async () => {
+  const plain = await getDefaultConfig(given.project);
+  const config = mergeConfig(plain, {
+    projectRoot: given.project,
+    watchFolders: [given.project, ${tool("metro-runtime")}],
+    reporter: { update() {} },
+    maxWorkers: 1,
+    cacheStores: [],
+    resolver: {
+      resolverMainFields: ["react-native", "browser", "main"],
+      platforms: ["android", "ios"],
+      unstable_conditionNames: ["react-native"],
+      unstable_enablePackageExports: given.exports,
+    },
+    transformer: {
+      allowOptionalDependencies: true,
+      babelTransformerPath: require.resolve(${tool("@react-native/metro-babel-transformer")}),
+      getTransformOptions: async () => ({ transform: { experimentalImportSupport: false, inlineRequires: true } }),
+    },
+  });
+  await Metro.runBuild(config, {
+    entry: given.entry,
+    out: given.out,
+    platform: "android",
+    dev: false,
+    minify: given.minify,
+    unstable_transformProfile: "hermes-stable",
+  });
+  process.exit(0);
+})().catch((error) => (console.error(error), process.exit(1)));
+`;
+}
+
+/** What a worker's test handler logs. @param modules of the worker, the first one its main module, by path in the folder */
+export async function workerd(folder: string, modules: readonly string[]): Promise<string> {
+  const kinds: Record<string, string> = { wasm: "wasm", bin: "data", js: "esModule" };
+  const list = modules.map((path) => `(name = "${path}", ${kinds[path.split(".").at(-1)!]} = embed "${path}")`);
+  await writeFile(
+    join(folder, "config.capnp"),
+    `using Workerd = import "/workerd/workerd.capnp";
+const config :Workerd.Config = (services = [(name = "main", worker = .main)]);
+const main :Workerd.Worker = (compatibilityDate = "2026-11-01", modules = [${list.join(", ")}]);
+`,
+  );
+  const child = spawn(PROGRAMS.workerd, ["test", join(folder, "config.capnp")], { timeout: 60_000 });
+  const chunks: Buffer[] = [];
+  for (const stream of [child.stdout, child.stderr]) stream.on("data", (chunk: Buffer) => chunks.push(chunk));
+  const code = await new Promise<number | null>((resolve, reject) => child.on("close", resolve).on("error", reject));
+  const text = Buffer.concat(chunks).toString();
+  if (code !== 0) throw new Error(`workerd: exit ${code}\n${text.slice(-4000)}`);
+  return text;
+}
