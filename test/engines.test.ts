@@ -5,11 +5,10 @@
  */
 import { copyFile, mkdir, writeFile } from "node:fs/promises";
 import { join } from "node:path";
-import { build } from "esbuild";
 import t, { type Test } from "tap";
 import type { Outcome, State } from "./engine-case.js";
 import { material } from "./engine-material.ts";
-import { metro, outputOf, type Program, projectWith, scriptOf, without, workerd } from "./engines.ts";
+import { bundleWorker, metro, outputOf, type Program, projectWith, scriptOf, without, workerd } from "./engines.ts";
 
 const project = await projectWith(t);
 const { engineCase } = (await import(join(project, "engine-case.js"))) as typeof import("./engine-case.js");
@@ -178,28 +177,10 @@ t.test("workerd: js, modules of wasm, a bucket", { skip: without("workerd") }, a
   await mkdir(folder);
   for (const name of ["scalar", "simd", "relaxed"])
     await copyFile(join(project, `node_modules/eigenlora/dist/wasm/${name}.wasm`), join(folder, `${name}.wasm`));
-  const { outputFiles } = await build({
-    stdin: { contents: WORKER, resolveDir: project },
-    bundle: true,
-    format: "esm",
-    target: "es2022",
-    write: false,
-    logLevel: "silent",
-    plugins: [
-      {
-        name: "precompiled",
-        setup: (b) => {
-          b.onResolve({ filter: /\.wasm$|\.bin$/ }, ({ path }) => ({
-            path: `./${path.split("/").at(-1)}`,
-            external: true,
-          }));
-        },
-      },
-    ],
-  });
-  await writeFile(join(folder, "worker.js"), outputFiles[0]!.contents);
+  await writeFile(join(project, "worker-main.js"), WORKER);
+  await bundleWorker(project, "worker-main.js", folder);
   await writeFile(join(folder, "tasks.bin"), Buffer.from(given.pack, "hex"));
-  const text = await workerd(folder, ["worker.js", "scalar.wasm", "simd.wasm", "relaxed.wasm", "tasks.bin"]);
+  const text = await workerd(folder, ["worker.bundle.js", "scalar.wasm", "simd.wasm", "relaxed.wasm", "tasks.bin"]);
   const lines = text.split("\n").filter((line) => /^[[{]/.test(line));
   if (lines.length < 2) throw new Error(text.slice(0, 4000));
   check(t, JSON.parse(lines[0]!) as Outcome[], [

@@ -93,6 +93,7 @@ function bundler(given: { project: string; entry: string; out: string; exports: 
   const tool = (name: string): string => JSON.stringify(join(tools, name));
   return `const given = ${JSON.stringify(given)};
 const Metro = require(${tool("metro")});
+const { FileStore } = require(${tool("metro-cache")});
 const { getDefaultConfig, mergeConfig } = require(${tool("metro-config")});
 (async () => {
   const plain = await getDefaultConfig(given.project);
@@ -101,15 +102,18 @@ const { getDefaultConfig, mergeConfig } = require(${tool("metro-config")});
     watchFolders: [given.project, ${tool("metro-runtime")}],
     reporter: { update() {} },
     maxWorkers: 1,
-    cacheStores: [],
+    // What one bundle has transformed, the next one of the same project need not.
+    cacheStores: [new FileStore({ root: ${JSON.stringify(join(given.project, "cache"))} })],
     resolver: {
       resolverMainFields: ["react-native", "browser", "main"],
       platforms: ["android", "ios"],
       unstable_conditionNames: ["react-native"],
       unstable_enablePackageExports: given.exports,
+      assetExts: [...plain.resolver.assetExts, "eigen", "onnx"],
     },
     transformer: {
       allowOptionalDependencies: true,
+      assetRegistryPath: "@react-native/assets-registry/registry",
       babelTransformerPath: require.resolve(${tool("@react-native/metro-babel-transformer")}),
       getTransformOptions: async () => ({ transform: { experimentalImportSupport: false, inlineRequires: true } }),
     },
@@ -127,9 +131,31 @@ const { getDefaultConfig, mergeConfig } = require(${tool("metro-config")});
 `;
 }
 
+/** Bundles a worker as worker.bundle.js of a folder. Compiled modules and data stay modules of their own, as with Wrangler. */
+export async function bundleWorker(project: string, entry: string, folder: string = project): Promise<void> {
+  await build({
+    entryPoints: [join(project, entry)],
+    outfile: join(folder, "worker.bundle.js"),
+    bundle: true,
+    format: "esm",
+    target: "es2022",
+    logLevel: "silent",
+    plugins: [
+      {
+        name: "modules",
+        setup: (b) =>
+          b.onResolve({ filter: /\.(wasm|bin|eigen)$/ }, ({ path }) => ({
+            path: `./${path.split("/").at(-1)}`,
+            external: true,
+          })),
+      },
+    ],
+  });
+}
+
 /** What a worker's test handler logs. @param modules of the worker, the first one its main module, by path in the folder */
 export async function workerd(folder: string, modules: readonly string[]): Promise<string> {
-  const kinds: Record<string, string> = { wasm: "wasm", bin: "data", js: "esModule" };
+  const kinds: Record<string, string> = { wasm: "wasm", bin: "data", eigen: "data", js: "esModule" };
   const list = modules.map((path) => `(name = "${path}", ${kinds[path.split(".").at(-1)!]} = embed "${path}")`);
   await writeFile(
     join(folder, "config.capnp"),

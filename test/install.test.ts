@@ -11,8 +11,11 @@ import { fileURLToPath } from "node:url";
 import type { Page } from "playwright-core";
 import t, { type Test } from "tap";
 import ts from "typescript";
+import { openPack } from "../dist/src/pack/pack.js";
+import { createRuntime } from "../dist/src/runtime/create.js";
 import { serveFolder } from "../examples/page/serve.js";
 import { answerOf, launch, noChromium } from "./browser.ts";
+import { bundleWorker, metro, outputOf, without, workerd } from "./engines.ts";
 import { data, LOSSLESS, packOf } from "./packs.ts";
 import { MODULE } from "./readme.ts";
 import { required } from "./required.ts";
@@ -241,6 +244,103 @@ for (const [name, extra] of [["node"], ["transformers", "@huggingface/transforme
     }
   });
 }
+
+/** The pack of the apps. */
+const packOfApp = () => readFile(join(project, "files/tasks.eigen"));
+
+t.test("examples/workerd", { skip: without("workerd") }, async (t) => {
+  const app = await copyExample("workerd");
+  const bytes = await packOfApp();
+  const tasks = [...(await openPack(new Uint8Array(bytes))).tasks.keys()];
+  const { name, in: width } = (await openPack(new Uint8Array(bytes))).modules[0]!;
+  const rows = [0, 1].map((row) => Array.from({ length: width }, (_, i) => ((i * 7 + row) % 11) - 5));
+  const ask = [...tasks.map((task) => ({ task, module: name, x: rows })), { task: "no", module: name, x: rows }];
+  await writeFile(
+    join(app, "main.js"),
+    `import app from "./worker.js";
+import bytes from "./tasks.eigen";
+const object = { size: bytes.byteLength, etag: "1", arrayBuffer: async () => bytes };
+const env = { PACKS: { get: async (key) => (key === "tasks.eigen" ? object : null), head: async () => object } };
+export default {
+  async test() {
+    for (const body of ${JSON.stringify(ask)}) {
+      const request = new Request("http://worker/", { method: "POST", body: JSON.stringify(body) });
+      const response = await app.fetch(request, env);
+      console.log(JSON.stringify({ status: response.status, ...(await response.json()) }));
+    }
+  },
+};`,
+  );
+  await bundleWorker(app, "main.js");
+  await copyFile(join(own, "dist/wasm/simd.wasm"), join(app, "simd.wasm"));
+  const text = await workerd(app, ["worker.bundle.js", "simd.wasm", "tasks.eigen"]);
+  const answers = text.split("\n").flatMap((line) => (line.startsWith("{") ? [JSON.parse(line)] : []));
+  t.equal(answers.length, ask.length, text.slice(0, 2000));
+  const runtime = await createRuntime(await openPack(new Uint8Array(bytes)), { backend: "js" });
+  for (const [i, task] of tasks.entries()) {
+    await runtime.switchTask(task);
+    const x = { dtype: "f32", shape: [2, width], data: new Uint8Array(Float32Array.from(rows.flat()).buffer) } as const;
+    const out = answers[i].y[0].length;
+    const y = { dtype: "f32", shape: [2, out], data: new Uint8Array(8 * out), byteOffset: 0 } as const;
+    await runtime.apply(name, { ...x, byteOffset: 0 }, y);
+    t.ok(difference(answers[i].y.flat(), new Float32Array(y.data.buffer)) < 1e-5, task);
+  }
+  t.match(answers.at(-1), { status: 404, tasks });
+});
+
+t.test("examples/react-native", { skip: without("hermes", "hermesc", "metro") }, async (t) => {
+  // Apart from the other apps: Metro looks through all of its project.
+  const native = join(folder, "native");
+  const app = join(native, "app");
+  await cp(join(root, "examples/react-native"), app, { recursive: true });
+  await cp(own, join(native, "node_modules/eigenlora"), { recursive: true });
+  await writeFile(join(native, "package.json"), '{ "name": "native", "version": "1.0.0" }');
+  const { bytes } = await packOf(
+    Object.keys(SURE).map((task) => `adapters/own-seed/${task}`),
+    { select: { kind: "k", k: 2 } },
+    (module) => module.includes("layer.0.attention.self.query"),
+  );
+  await writeFile(
+    join(app, "main.js"),
+    `import { openTasks } from "./tasks.js";
+const base64 = "${Buffer.from(bytes).toString("base64")}";
+const files = {
+  size: async () => ${bytes.length},
+  // A library that gives base64 of a part: whole groups of four digits around it.
+  async read(uri, offset, length) {
+    const { fromBase64 } = require("eigenlora/react-native");
+    return fromBase64(base64).slice(offset, offset + length);
+  },
+};
+openTasks(files, "file:///tasks.eigen")
+  .then(async (pack) => {
+    for (const task of pack.tasks.keys()) await pack.load(task);
+    print(JSON.stringify([pack.name, [...pack.tasks.keys()], pack.reads.requests]));
+  })
+  .catch((error) => print(error.stack));`,
+  );
+  const out = await outputOf("hermes", "-w", await metro(native, "app/main.js"));
+  t.same(JSON.parse(out), ["file:///tasks.eigen", Object.keys(SURE).sort(), 4]);
+
+  // The app itself: what React Native and Expo bring is empty here, since only they run it.
+  for (const name of [
+    "react",
+    "react-native",
+    "expo-asset",
+    "expo-file-system/legacy",
+    "onnxruntime-react-native",
+    "@react-native/assets-registry/registry",
+  ]) {
+    await mkdir(join(native, "node_modules", name), { recursive: true });
+    await writeFile(join(native, "node_modules", name, "index.js"), "");
+  }
+  await mkdir(join(app, "assets"));
+  await writeFile(join(app, "assets/tasks.eigen"), bytes);
+  await writeFile(join(app, "assets/model.onnx"), "a model");
+  const whole = await metro(native, "app/App.js");
+  await outputOf("hermesc", "-w", "-emit-binary", "-out", join(app, "app.hbc"), whole);
+  t.match(await readFile(whole, "utf8"), /Choose a task/, "the app is a bundle that Hermes compiles");
+});
 
 /** Chooses each task in an app's page. */
 async function tryPage(t: Test, url: string, route?: (page: Page) => Promise<void>): Promise<void> {

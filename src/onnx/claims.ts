@@ -123,7 +123,7 @@ export class Claims {
   /** Notes a claim under each module that it lies within. */
   #index(claim: Claim, within: Map<string, Claim>): void {
     const segments = this.#split(claim.name);
-    const suffix = segments.at(-1)!;
+    const suffix = segments[segments.length - 1]!;
     for (let depth = 1; depth < Math.min(segments.length, MOST_SEGMENTS); depth++) {
       const key = `${suffix} ${segments.slice(0, depth).join(".")}`;
       if (!within.has(key)) within.set(key, claim);

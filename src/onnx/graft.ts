@@ -350,7 +350,7 @@ class Grafter {
     const labels = new Set(heads.map(({ out }) => BigInt(out)));
     for (const { type } of this.#main.output) {
       const dims = type?.value.case === "tensorType" ? (type.value.value.shape?.dim ?? []) : [];
-      const last = dims.at(-1);
+      const last = dims[dims.length - 1];
       if (last?.value.case === "dimValue" && labels.has(last.value.value)) last.value = { case: undefined };
     }
     this.#main.valueInfo.length = 0;

@@ -4,6 +4,12 @@
  */
 import * as library from "@bufbuild/protobuf";
 import * as generated from "@bufbuild/protobuf/codegenv2";
+import { configureTextEncoding } from "@bufbuild/protobuf/wire";
+import { fromUtf8, toUtf8 } from "../text.ts";
+
+// Before the first schema is read, which happens when its module is loaded.
+if (typeof TextDecoder === "undefined" || typeof TextEncoder === "undefined")
+  configureTextEncoding({ encodeUtf8: toUtf8, decodeUtf8: fromUtf8, checkUtf8: () => true });
 
 /** What all messages have. */
 export type Message<Name extends string = string> = {

@@ -155,7 +155,7 @@ export class Place {
   }
 
   #insert(value: string, result: string): void {
-    const last = this.#nodes.at(-1)!;
+    const last = this.#nodes[this.#nodes.length - 1]!;
     if (last.output[0] !== value) throw new Error(`${value} is not made last`);
     last.output[0] = result;
     this.#edits.insert(this.#graph, this.#node, this.#nodes);
