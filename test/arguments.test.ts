@@ -58,6 +58,17 @@ t.test("choices and nearest names", async (t) => {
     new RangeError('mode: expected "core" or "folded", got 3'),
   );
   t.same(nearest("sst", ["cola", "sst2", "mnli"]), ["sst2"]);
+  t.same(nearest("haed", ["head", "tail"]), ["head"], "two letters swapped are one mistake");
+  t.same(nearest("query", ["layer.0.query", "layer.0.value"]), ["layer.0.query"], "a part of a name");
+  for (const [name, other] of [
+    ["n", "y"],
+    ["good", "bad"],
+    ["a", "sarcasm"],
+    ["maybe", "yes"],
+    ["spam", "fine"],
+    ["neutral", "negative"],
+  ])
+    t.same(nearest(name!, [other!]), [], `${name} is not like ${other}`);
 });
 
 t.test("the public functions", async (t) => {
