@@ -7,10 +7,15 @@ import { type ByteSource, checkRange, type FetchOptions, type SourceInput } from
 
 /**
  * Makes a source of whatever names or holds bytes. URLs are not contacted before the first read.
+ * @param where what the caller passed it to, for messages
  * @throws TypeError when `input` is none of the accepted kinds
  * @throws SourceError when a path cannot be opened
  */
-export async function openSource(input: SourceInput, options: FetchOptions = {}): Promise<ByteSource> {
+export async function openSource(
+  input: SourceInput,
+  options: FetchOptions = {},
+  where = "source",
+): Promise<ByteSource> {
   if (input instanceof ArrayBuffer || input instanceof Uint8Array) {
     // A plain view: Node's Buffer is a Uint8Array whose `slice` does not copy.
     const bytes =
@@ -25,25 +30,25 @@ export async function openSource(input: SourceInput, options: FetchOptions = {})
     return localSource((input as Partial<File>).name ?? "Blob", input.size, get);
   }
   if (typeof input === "string" || input instanceof URL) {
-    const url = addressOf(input);
+    const url = addressOf(input, where);
     if (!url) return openPath!(String(input));
     // Apps that have the bytes, a Blob or a file do without.
     const { UrlSource } = await import("./http/url-source.ts");
     return new UrlSource(url, options);
   }
   if (typeof (input as ByteSource | undefined)?.read === "function") return input as ByteSource;
-  throw new TypeError(`openSource: expected a path, URL, Blob, ArrayBuffer or ByteSource, got ${described(input)}`);
+  throw new TypeError(`${where}: expected a path, URL, Blob, ArrayBuffer or ByteSource, got ${described(input)}`);
 }
 
 /**
  * The address that a string or URL stands for; undefined for a path, where there are files.
  * @throws TypeError when it is no address, and there are no files
  */
-export function addressOf(input: string | URL): URL | undefined {
+export function addressOf(input: string | URL, where: string): URL | undefined {
   const text = String(input);
   if (!/^(https?|blob|data):/i.test(text) && openPath) return undefined;
   const base = (globalThis as { location?: { href: string } }).location?.href;
-  if (!URL.canParse(text, base)) throw new TypeError(`openSource: "${text}" is not a URL, and there are no files here`);
+  if (!URL.canParse(text, base)) throw new TypeError(`${where}: "${text}" is not a URL, and there are no files here`);
   return new URL(text, base);
 }
 

@@ -79,11 +79,11 @@ t.test("the public functions", async (t) => {
   for (const [call, message] of [
     [
       () => openPack(wrong(pack())),
-      `openSource: expected a path, URL, Blob, ArrayBuffer or ByteSource, got ${forgotten}`,
+      `openPack: expected a path, URL, Blob, ArrayBuffer or ByteSource, got ${forgotten}`,
     ],
     [
       () => openPack(wrong(undefined)),
-      "openSource: expected a path, URL, Blob, ArrayBuffer or ByteSource, got undefined",
+      "openPack: expected a path, URL, Blob, ArrayBuffer or ByteSource, got undefined",
     ],
     [() => openPack("x", wrong({ signals: 1 })), 'openPack: unknown option "signals"; did you mean "signal"?'],
     [() => createRuntime(wrong(pack())), `createRuntime: expected an open pack (await openPack(…)), got ${forgotten}`],
@@ -109,7 +109,7 @@ t.test("the public functions", async (t) => {
     [() => open.load(wrong(undefined)), "task: expected an id, got undefined"],
     [
       () => open.addTask("new", wrong(pack())),
-      `openSource: expected a path, URL, Blob, ArrayBuffer or ByteSource, got ${forgotten}`,
+      `addTask: expected a path, URL, Blob, ArrayBuffer or ByteSource, got ${forgotten}`,
     ],
   ] as const)
     await t.rejects(async () => void (await call()), new TypeError(message), message);

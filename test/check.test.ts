@@ -249,7 +249,7 @@ t.test("a pack without components has no core", async (t) => {
 t.test("what cannot be checked is an error", async (t) => {
   const { code, err } = await run("check", join(folder, "bert.eigen"), bert);
   t.equal(code, 1);
-  t.match(err, /no ONNX model/);
+  t.match(err, /this is an EigenLoRA pack, expected an ONNX model/);
   t.match(await run("check", data("sessions/gemm.onnx"), join(folder, "missing.eigen")), {
     code: 1,
     err: /missing\.eigen/,

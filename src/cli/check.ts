@@ -13,16 +13,16 @@ import type { MatchOptions } from "../session/match.ts";
 import { toTensors } from "../session/probe.ts";
 import { type Survey, surveyModel } from "../session/survey.ts";
 import { type Attach, command } from "./command.ts";
-import { inFlags, match, refuseUnknown } from "./matching.ts";
+import { inFlags, match, refuseSwapped, refuseUnknown } from "./matching.ts";
 import { toggle } from "./options.ts";
-import { bytes, table } from "./output.ts";
+import { bytes, count, table } from "./output.ts";
 
 /** Modules that text tells of; `--json` has all. */
 const MOST_TOLD = 12;
 
 const OPTIONS = {
   ...match,
-  filesOnly: toggle("Look at the files only, even where onnxruntime-node is installed."),
+  filesOnly: toggle("Look at the files only, even if onnxruntime-node is installed."),
 };
 
 /** Something that was tried; null where it could not be. */
@@ -45,9 +45,10 @@ export const check: Attach = command({
   usage: "check <MODEL.onnx> <PACK>",
   does: "Say whether a pack works on a model, in which modes, and what it costs.",
   details:
-    "Exit code 0 if a session works. Where onnxruntime-node is installed it makes one and runs it on made-up inputs.",
+    "Exit code 0 if a session works. If onnxruntime-node is installed, a session is made and run on made-up inputs.",
   options: OPTIONS,
   async run([modelPath, packPath]: [string, string], { filesOnly, ...options }, run) {
+    await refuseSwapped(modelPath, packPath, run);
     const pack = await run.pack(packPath);
     refuseUnknown(options.names, pack.modules, packPath);
     const survey = inWords(await surveyModel(() => readModel(modelPath), pack, options));
@@ -60,8 +61,8 @@ export const check: Attach = command({
     return {
       json: { model: modelPath, pack: packPath, works, ...survey, run: ran ?? null, next },
       text: [
-        `${modelPath}: opset ${survey.opset}, ${survey.nodes} nodes`,
-        `${packPath}: ${pack.tasks.size} tasks, ${pack.modules.length} modules, coefficients of ${bytes(survey.largestTask)} a task at most`,
+        `${modelPath}: opset ${survey.opset}, ${count(survey.nodes, "node")}`,
+        `${packPath}: ${count(pack.tasks.size, "task")}, ${count(pack.modules.length, "module")}, coefficients of ${bytes(survey.largestTask)} a task at most`,
         "",
         ...modulesText(survey),
         ...parametersText(survey),
@@ -166,7 +167,7 @@ function modulesText({ modules }: Survey): string[] {
       confirmed === true ? "the same" : "none",
     ]);
   return [
-    `${found.length} of ${modules.length} modules found, ${confirmed} confirmed by fingerprints`,
+    `${found.length} of ${count(modules.length, "module")} found, ${confirmed} confirmed by fingerprints`,
     ...(rows.length > 0 ? table([["module", "held in", "node", "type", "fingerprint"], ...rows]) : []),
     ...more(found),
     ...lost.slice(0, 1).map(({ why }) => `  ${why}`),

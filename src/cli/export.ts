@@ -7,7 +7,7 @@ import { writeSafetensors } from "../tensor/safetensors-writer.ts";
 import { type Attach, command } from "./command.ts";
 import { jsonFile, makeFolder, writeTogether } from "./files.ts";
 import { byDefault, choice, output, task, toggle } from "./options.ts";
-import { bytes } from "./output.ts";
+import { bytes, count } from "./output.ts";
 import { checkExport, EXPORTED } from "./target.ts";
 
 export const exportTask: Attach = command({
@@ -46,7 +46,7 @@ export const exportTask: Attach = command({
     const modules = adapter.modules.size;
     return {
       json: { directory, task, modules, bytes: size! },
-      text: [`${directory}: task "${task}", ${modules} modules, ${bytes(size!)}`],
+      text: [`${directory}: task "${task}", ${count(modules, "module")}, ${bytes(size!)}`],
     };
   },
 });
