@@ -86,19 +86,24 @@ export function described(value: unknown): string {
 
 /** Longer names are alike only where one contains the other: the steps of an edit distance are the product of both lengths. */
 const MOST_COMPARED = 100;
+/** A letter or two are in every other name. */
+const LEAST_CONTAINED = 3;
+/** The share of the longer name that may differ. */
+const MOST_DIFFERENT = 0.4;
 
-/** Up to three of `names` most like `name`, nearest first, by edit distance; none that differs in more than half. */
+/** Up to three of `names` most like `name`, nearest first: one of the two contains the other, or the edit distance is small. */
 export function nearest(name: string, names: Iterable<string>): string[] {
   // A caller without types may pass anything.
   name = String(name);
   const scored: [number, string][] = [];
   for (const other of names) {
-    const contains = other.includes(name) || name.includes(other);
-    const longest = Math.max(name.length, other.length);
-    const short = Math.abs(other.length - name.length);
-    if (!contains && (longest > MOST_COMPARED || short > longest / 2)) continue;
-    const distance = contains ? short / 4 : editDistance(name, other);
-    if (contains || distance <= longest / 2) scored.push([distance, other]);
+    const [short, long] = name.length < other.length ? [name, other] : [other, name];
+    const longer = long.length - short.length;
+    const most = MOST_DIFFERENT * long.length;
+    const contains = short.length >= LEAST_CONTAINED && long.includes(short);
+    if (!contains && (long.length > MOST_COMPARED || longer > most)) continue;
+    const distance = contains ? longer / 4 : editDistance(name, other);
+    if (contains || distance <= most) scored.push([distance, other]);
   }
   return scored
     .sort((a, b) => a[0] - b[0] || (a[1] < b[1] ? -1 : 1))
@@ -106,15 +111,18 @@ export function nearest(name: string, names: Iterable<string>): string[] {
     .map(([, other]) => other);
 }
 
+/** Letters put in, left out, changed, or swapped with their neighbour. */
 function editDistance(a: string, b: string): number {
+  let before: number[] = [];
   let row = Array.from({ length: b.length + 1 }, (_, j) => j);
   for (let i = 1; i <= a.length; i++) {
     const next = [i];
     for (let j = 1; j <= b.length; j++) {
       const change = row[j - 1]! + (a[i - 1] === b[j - 1] ? 0 : 1);
-      next.push(Math.min(change, row[j]! + 1, next[j - 1]! + 1));
+      const swap = a[i - 1] === b[j - 2] && a[i - 2] === b[j - 1] ? before[j - 2]! + 1 : change;
+      next.push(Math.min(change, swap, row[j]! + 1, next[j - 1]! + 1));
     }
-    row = next;
+    [before, row] = [row, next];
   }
   return row[b.length]!;
 }

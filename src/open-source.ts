@@ -7,10 +7,15 @@ import { type ByteSource, checkRange, type FetchOptions, type SourceInput } from
 
 /**
  * Makes a source of whatever names or holds bytes. URLs are not contacted before the first read.
+ * @param where what the caller passed it to, for messages
  * @throws TypeError when `input` is none of the accepted kinds
  * @throws SourceError when a path cannot be opened
  */
-export async function openSource(input: SourceInput, options: FetchOptions = {}): Promise<ByteSource> {
+export async function openSource(
+  input: SourceInput,
+  options: FetchOptions = {},
+  where = "source",
+): Promise<ByteSource> {
   if (input instanceof ArrayBuffer || input instanceof Uint8Array) {
     // A plain view: Node's Buffer is a Uint8Array whose `slice` does not copy. What has no `buffer` is one.
     const { buffer, byteOffset, byteLength } = input as Uint8Array<ArrayBuffer>;
@@ -24,27 +29,27 @@ export async function openSource(input: SourceInput, options: FetchOptions = {})
   // Not by `instanceof`: engines without a web platform have no URL.
   const text = (input as Partial<URL> | undefined)?.href ?? input;
   if (typeof text === "string") {
-    const url = addressOf(text);
+    const url = addressOf(text, where);
     if (!url) return openPath!(text);
     // Apps that have the bytes, a Blob or a file do without.
     const { UrlSource } = await import("./http/url-source.ts");
     return new UrlSource(url, options);
   }
   if (typeof (input as ByteSource | undefined)?.read === "function") return input as ByteSource;
-  throw new TypeError(`openSource: expected a path, URL, Blob, ArrayBuffer or ByteSource, got ${described(input)}`);
+  throw new TypeError(`${where}: expected a path, URL, Blob, ArrayBuffer or ByteSource, got ${described(input)}`);
 }
 
 /**
  * The address that a string or URL stands for; undefined for a path, where there are files.
  * @throws TypeError when it is no address, and there are no files
  */
-export function addressOf(text: string): URL | undefined {
+export function addressOf(text: string, where: string): URL | undefined {
   if (!/^(https?|blob|data):/i.test(text) && openPath) return undefined;
   const base = (globalThis as { location?: { href: string } }).location?.href;
   try {
     return new URL(text, base);
   } catch (cause) {
-    throw new TypeError(`openSource: "${text}" is not a URL, and there are no files here`, { cause });
+    throw new TypeError(`${where}: "${text}" is not a URL, and there are no files here`, { cause });
   }
 }
 

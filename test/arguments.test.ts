@@ -58,6 +58,17 @@ t.test("choices and nearest names", async (t) => {
     new RangeError('mode: expected "core" or "folded", got 3'),
   );
   t.same(nearest("sst", ["cola", "sst2", "mnli"]), ["sst2"]);
+  t.same(nearest("haed", ["head", "tail"]), ["head"], "two letters swapped are one mistake");
+  t.same(nearest("query", ["layer.0.query", "layer.0.value"]), ["layer.0.query"], "a part of a name");
+  for (const [name, other] of [
+    ["n", "y"],
+    ["good", "bad"],
+    ["a", "sarcasm"],
+    ["maybe", "yes"],
+    ["spam", "fine"],
+    ["neutral", "negative"],
+  ])
+    t.same(nearest(name!, [other!]), [], `${name} is not like ${other}`);
 });
 
 t.test("the public functions", async (t) => {
@@ -68,11 +79,11 @@ t.test("the public functions", async (t) => {
   for (const [call, message] of [
     [
       () => openPack(wrong(pack())),
-      `openSource: expected a path, URL, Blob, ArrayBuffer or ByteSource, got ${forgotten}`,
+      `openPack: expected a path, URL, Blob, ArrayBuffer or ByteSource, got ${forgotten}`,
     ],
     [
       () => openPack(wrong(undefined)),
-      "openSource: expected a path, URL, Blob, ArrayBuffer or ByteSource, got undefined",
+      "openPack: expected a path, URL, Blob, ArrayBuffer or ByteSource, got undefined",
     ],
     [() => openPack("x", wrong({ signals: 1 })), 'openPack: unknown option "signals"; did you mean "signal"?'],
     [() => createRuntime(wrong(pack())), `createRuntime: expected an open pack (await openPack(…)), got ${forgotten}`],
@@ -98,7 +109,7 @@ t.test("the public functions", async (t) => {
     [() => open.load(wrong(undefined)), "task: expected an id, got undefined"],
     [
       () => open.addTask("new", wrong(pack())),
-      `openSource: expected a path, URL, Blob, ArrayBuffer or ByteSource, got ${forgotten}`,
+      `addTask: expected a path, URL, Blob, ArrayBuffer or ByteSource, got ${forgotten}`,
     ],
   ] as const)
     await t.rejects(async () => void (await call()), new TypeError(message), message);

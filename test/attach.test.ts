@@ -371,7 +371,7 @@ t.test("what cannot be is refused, and nothing is written", async (t) => {
   t.match(refuse(2, torchscript, bert, "--mode", "fast"), { tag: "usage", message: /core/ });
   t.match(refuse(1, torchscript, bert, "--task", "too"), { tag: "task", nearest: ["two"] });
   t.match(refuse(1, "more.onnx", bert), { tag: "format", message: /task inputs already/ });
-  t.match(refuse(1, bert, bert), { tag: "format", message: /no ONNX model/ });
+  t.match(refuse(1, bert, bert), { tag: "format", message: /this is an EigenLoRA pack, expected an ONNX model/ });
   t.match(refuse(1, torchscript, torchscript), { tag: "format" });
   t.same(await readdir(join(folder, "refused")), []);
   await writeFile(join(folder, "blocked.tasks"), "");

@@ -9,6 +9,7 @@ import t from "tap";
 import { readAdapters } from "../dist/src/adapters/folder.js";
 import { openHost } from "../dist/src/base/open.js";
 import { runProgram } from "../dist/src/cli/program.js";
+import { create, ModelProtoSchema, TensorProtoSchema, toBinary } from "../dist/src/onnx/protobuf.js";
 import { readModel } from "../dist/src/onnx/read.js";
 import { buildPack } from "../dist/src/pack/build.js";
 import { openPack } from "../dist/src/pack/pack.js";
@@ -24,7 +25,7 @@ t.teardown(() => rmSync(folder, { recursive: true, maxRetries: 5, retryDelay: 20
 async function pack(name: string, adapters: readonly string[], base?: string): Promise<string> {
   const read = await readAdapters(adapters.map((path) => data(path)));
   const host = base === undefined ? undefined : await openHost(data(base));
-  const { chunks } = await buildPack(read, host ? { ...LOSSLESS, base: host } : LOSSLESS);
+  const { chunks } = await buildPack(read, { ...LOSSLESS, base: host, anyBase: true });
   await host?.close?.();
   for (const adapter of read) await adapter.close();
   writeFileSync(join(folder, name), concat(chunks));
@@ -192,10 +193,63 @@ t.test("with onnxruntime-node it makes a session and runs it", async (t) => {
   t.match(await asked("sessions/gemm.onnx", bert), { works: false, mode: null, run: null });
 });
 
+t.test("a model of which half was exported in f16: onnxruntime refuses it, and check says what to do", async (t) => {
+  const { model } = await readModel(data("sessions/torchscript.onnx"));
+  const { node, initializer } = model.proto.graph!;
+  const norms = node.filter(({ opType }) => opType === "LayerNormalization").flatMap(({ input }) => input.slice(1));
+  for (const [i, { name, dims }] of initializer.entries())
+    if (norms.includes(name))
+      // Scale and shift in f16, zero.
+      initializer[i] = create(TensorProtoSchema, {
+        name,
+        dims,
+        dataType: 10,
+        rawData: new Uint8Array(2 * Number(dims[0])),
+      });
+  const mixed = join(folder, "mixed.onnx");
+  writeFileSync(mixed, toBinary(ModelProtoSchema, model.proto));
+  const { code, out } = await run("check", mixed, bert);
+  t.equal(code, 1);
+  t.match(out, /It does not work: onnxruntime cannot load the model .*bound to different types/);
+  t.match(out, /Next: export the model in float32: .*dtype=torch\.float32/);
+});
+
+t.test("tasks of another model are named, and no quantiser is blamed", async (t) => {
+  const two = await pack("two.eigen", ["adapters/own-seed/debtags-role", "sessions/adapters-mlp/a"]);
+  const { code, out } = await run("check", data("minilm/model_fp16.onnx"), two, "--files-only");
+  t.equal(code, 1);
+  t.match(out, /Next: pack the tasks of one model only: none of the modules of task "a" is in this model/);
+  t.notMatch(out, /quantisers/);
+  const small = await run("check", data("sessions/torchscript.onnx"), minilm, "--files-only");
+  t.match(small.out, /Next: use the model that the adapters were trained on: in this one a layer has another shape/);
+});
+
+t.test("a pack without components has no core", async (t) => {
+  const adapters = await readAdapters([data("adapters/own-seed/debtags-role")]);
+  const built = await buildPack(adapters, { gauge: "balanced", select: { kind: "k", k: 0 }, privateTerms: 2 });
+  for (const adapter of adapters) await adapter.close();
+  const alone = join(folder, "alone.eigen");
+  writeFileSync(alone, concat(built.chunks));
+  const { out } = await run("check", data("minilm/model_fp16.onnx"), alone, "--files-only", "--ignore", "classifier");
+  t.match(out, /^core +no$/m);
+  t.match(out, /core: mode "core": the pack has no components in column mode.*; use mode "factors"/);
+  t.match(out, /It works, in mode "factors" \(the pack has no components/);
+  const attached = [
+    "attach",
+    data("minilm/model_fp16.onnx"),
+    alone,
+    "-o",
+    join(folder, "a.onnx"),
+    "--ignore",
+    "classifier",
+  ];
+  t.match(await run(...attached, "--mode", "core"), { code: 1, err: /the pack has no components.*use mode "factors"/ });
+});
+
 t.test("what cannot be checked is an error", async (t) => {
   const { code, err } = await run("check", join(folder, "bert.eigen"), bert);
   t.equal(code, 1);
-  t.match(err, /no ONNX model/);
+  t.match(err, /this is an EigenLoRA pack, expected an ONNX model/);
   t.match(await run("check", data("sessions/gemm.onnx"), join(folder, "missing.eigen")), {
     code: 1,
     err: /missing\.eigen/,

@@ -49,7 +49,7 @@ t.test("a short list, and help of each command that fits 80 columns", async (t) 
 
 t.test("every way to ask for help and version", async (t) => {
   const help = (await run("pack", "--help")).stdout;
-  t.match(help, /Default: auto; column with\n/);
+  t.match(help, /Default: auto;\s+column with/);
   for (const asked of [
     ["pack", "-h"],
     ["help", "pack"],

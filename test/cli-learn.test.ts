@@ -77,6 +77,7 @@ t.test("learns, adds, verifies, runs, exports", async (t) => {
   t.ok(made["epochs"].at(-1).loss < 0.8 * made["epochs"][0].loss, JSON.stringify(made["epochs"]));
   const best = made["epochs"].map((epoch: any) => epoch.holdout).reduce((a: any, b: any) => (b.loss < a.loss ? b : a));
   t.same(made["holdout"], best, "the epoch that was kept");
+  t.same(made["epochs"][made["kept"] - 1].holdout, best);
   t.ok(best.accuracy > 0.5, `${best.accuracy}`);
   t.same(made["trained"], { terms: 12 * 2 * (8 * 8 + 384), head: 3 * 385 });
 
@@ -128,6 +129,18 @@ t.test("the same seed gives the same file; tables as JSON lines; a LoRA of anoth
   t.equal(parseTaskFile(new Uint8Array(a), "a").id, "x");
   const lora = json(0, ...few, "-o", "c.eigentask", "--train", "lora", "--rank", "2", "--init", "fresh");
   t.equal(lora["trained"].terms, 12 * 2 * 2 * 384);
+
+  const said = (...args: string[]): string =>
+    spawnSync(process.execPath, [main, ...learn, ...args], { encoding: "utf8", cwd: folder }).stdout;
+  const judged = said("-o", "d.eigentask", "--epochs", "2");
+  t.match(judged, /epoch +loss +hold-out +accuracy/);
+  t.equal(judged.match(/^ +\d .* kept$/gm)?.length, 1, "the epoch that was kept is marked");
+  t.match(judged, /trained 1536 coefficients and 1155 head weights; /);
+  await writeFile(join(folder, "two.tsv"), `${names[0]}\tone text\n${names[1]}\tanother text\n`);
+  const two = ["learn", "p.eigen", "two.tsv", "--model", MODEL, "--epochs", "2", "--tokens", "8", "-o"];
+  const unjudged = spawnSync(process.execPath, [main, ...two, "e.eigentask"], { encoding: "utf8", cwd: folder }).stdout;
+  t.match(unjudged, /There are too few examples to hold some back: all were trained on, and the last epoch is kept/);
+  t.match(unjudged, /^ +2 +[\d.]+ +kept$/m);
 });
 
 t.test("Ctrl-C keeps what was learned, or says that nothing was", async (t) => {
@@ -199,7 +212,11 @@ t.test("files of examples: what is read, and which line is refused", async (t) =
   for (const [name, text, message, known] of [
     ["x.jsonl", '{"text":"x","label":"a"}\n{"text":"x"}', /x.jsonl: line 2: expected "label" with a string, got none/],
     ["x.jsonl", '{"text":"x","label":"a"}\n\n{"text":7,"label":"a"}', /line 3: expected "text" with a string, got 7/],
-    ["x.jsonl", '{"text":"x","label":"a"}\nnot json', /line 2: is no JSON: .*expected \{"text": "…", "label": "…"\}/],
+    [
+      "x.jsonl",
+      '{"text":"x","label":"a"}\nnot json',
+      /line 2: is not valid JSON: .*expected \{"text": "…", "label": "…"\}/,
+    ],
     ["x.jsonl", '{"text":"x","label":"a"}\n[1]', /line 2: expected \{"text": "…", "label": "…"\}, got \[1\]/],
     ["x.jsonl", '{"text":"  ","label":"a"}', /line 1: its text is empty/],
     ["x.tsv", "a\tone\nb two", /line 2: expected label<TAB>text, found 1 column/],
@@ -212,7 +229,7 @@ t.test("files of examples: what is read, and which line is refused", async (t) =
       /line 2: the label "spm" is none of --labels a,spam; did you mean spam\?/,
       ["a", "spam"],
     ],
-    ["x.tsv", "a\tone\na\ttwo", /all 2 examples have the label "a"; two labels at least/],
+    ["x.tsv", "a\tone\na\ttwo", /all 2 examples have the label "a"; at least two labels/],
     ["x.tsv", "\n \n", /has no examples/],
   ] as const) {
     await t.rejects(readExamples(await write(name, text), known), { tag: "source", message });
@@ -221,7 +238,7 @@ t.test("files of examples: what is read, and which line is refused", async (t) =
   const refuse = (status: number, error: object, ...changed: string[]): void => {
     t.match(json(status, ...learn, "-o", "x.eigentask", ...changed), { error }, changed.join(" "));
   };
-  refuse(2, { tag: "usage", message: /--labels a,a: expected two at least, all different/ }, "--labels", "a,a");
+  refuse(2, { tag: "usage", message: /--labels a,a: expected at least two, all different/ }, "--labels", "a,a");
   refuse(1, { tag: "source", message: /line 1: the label ".*" is none of --labels a,b/ }, "--labels", "a,b");
   refuse(2, { tag: "usage", message: /--holdout 1: expected a share from 0 to less than 1/ }, "--holdout", "1");
   refuse(2, { tag: "usage", message: /--rate fast: expected a number above 0/ }, "--rate", "fast");

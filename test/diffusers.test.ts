@@ -243,7 +243,7 @@ t.test("what is refused, by name and with what to do", async (t) => {
 t.test("what is refused of a header", async (t) => {
   const x = peft("unet.x");
   const config = (fields: unknown): Record<string, unknown> => ({ lora_adapter_metadata: fields });
-  await refuses(t, /lora_adapter_metadata is not JSON.*save the adapter again/, x, config("{"));
+  await refuses(t, /lora_adapter_metadata is not valid JSON.*save the adapter again/, x, config("{"));
   await refuses(t, /lora_adapter_metadata is not a JSON object/, x, config("[]"));
   await refuses(t, /lora_adapter_metadata of unet: peft_type is "LOKR"/, x, config({ "unet.peft_type": "LOKR" }));
   await refuses(t, /r and rank_pattern give rank 4, but unet.x.lora_A.weight has 2/, x, config({ "unet.r": 4 }));

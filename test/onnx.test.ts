@@ -270,7 +270,7 @@ t.test("damaged files", async (t) => {
   t.throws(() => parseModel(text, "page.onnx"), { tag: "format", message: /^page\.onnx, model: .*no ONNX model/ });
   t.throws(() => parseModel(new Uint8Array(4096), "zeros"), { tag: "format", message: /no ONNX model/ });
   t.throws(() => parseModel(new Uint8Array(0), "empty"), { message: /empty, model: holds no graph/ });
-  await t.rejects(openOnnxHost(text), { tag: "format", message: /no ONNX model/ });
+  await t.rejects(openOnnxHost(text), { tag: "format", message: /this is HTML, expected an ONNX model/ });
   await t.rejects(openOnnxHost(`${DATA}/none.onnx`), { tag: "source", message: /none\.onnx/ });
 
   /** The model after a change to its protobuf. */

@@ -689,8 +689,8 @@ t.test("folders: what is refused", async (t) => {
   await fails(["no-tensors"], adapter(/no adapter_model.safetensors beside adapter_config.json/, "no-tensors"));
   await fails(["no-config"], adapter(/no adapter_config.json beside adapter_model.safetensors/, "no-config"));
   await fails(["no-config/adapter_model.safetensors"], adapter(/has no adapter_config.json/, "no-config"));
-  await fails(["bad-json"], adapter(/is not JSON: .*position 8/, "bad-json/adapter_config.json"));
-  await fails(["bad-task"], adapter(/is not JSON/, "bad-task/task.json"));
+  await fails(["bad-json"], adapter(/is not valid JSON: .*position 8/, "bad-json/adapter_config.json"));
+  await fails(["bad-task"], adapter(/is not valid JSON/, "bad-task/task.json"));
   const bad: [text: string, message: RegExp][] = [
     ['{"r": 4, "peft_type": "LORA", "r": 8}', /names "r" twice/],
     [`{"r": ${"[".repeat(10 ** 6)}${"]".repeat(10 ** 6)}}`, /is nested deeper than 64 levels/],

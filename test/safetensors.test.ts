@@ -175,14 +175,18 @@ t.test("truncated anywhere", async (t) => {
 
 const place = JSON.stringify(f32(0, 4));
 const hostile: [name: string, bytes: Uint8Array, message: RegExp][] = [
-  ["header length beyond the cap", file(new Uint8Array(8)).fill(0xff, 0, 8), /claims \d+ bytes, 100000000 at most/],
+  [
+    "header length beyond the cap",
+    file(new Uint8Array(8)).fill(0xff, 0, 8),
+    /is larger than the 100000000 bytes that are allowed/,
+  ],
   ["header length beyond the file", file("{}").fill(99, 0, 1), /header: ends at byte 107, but the file has 10; trunc/],
   ["header of length 0", file(""), /does not begin with "{"/],
   ["header with leading space", file(" {}"), /does not begin with "{"/],
   ["not UTF-8", file(new Uint8Array([0x7b, 0x22, 0xff, 0x22, 0x7d])), /not UTF-8/],
   ["byte order mark", file("\ufeff{}"), /does not begin/],
-  ["not JSON", file("{nope}"), /not JSON/],
-  ["JSON with text behind", file("{} x"), /not JSON/],
+  ["not JSON", file("{nope}"), /not valid JSON/],
+  ["JSON with text behind", file("{} x"), /not valid JSON/],
   ["tensor named twice", file(`{"a":${place},"a":${place}}`, 4), /"a" twice/],
   ["tensor named twice, escaped", file(`{"a":${place},"\\u0061":${place}}`, 4), /"a" twice/],
   ["field named twice", file(`{"a":{"dtype":"F32","shape":[1],"shape":[1],"data_offsets":[0,4]}}`, 4), /"shape" twice/],

@@ -344,5 +344,5 @@ t.test("eigenlora pack --scores --min-gain", async (t) => {
     stderr: /--min-gain 2: expected a difference/,
   });
   await writeFile(join(folder, "bad.json"), "{");
-  t.match(run("x", "-o", "y", "--scores", "bad.json"), { status: 1, stderr: /bad.json: is not JSON/ });
+  t.match(run("x", "-o", "y", "--scores", "bad.json"), { status: 1, stderr: /bad.json: is not valid JSON/ });
 });

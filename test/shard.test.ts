@@ -543,7 +543,7 @@ t.test("the commands: restarts, interruptions, refusals, the keys of the contrac
   damaged[damaged.length - 500]! ^= 1;
   await writeFile(join(folder, "a.part"), damaged);
   const again = ["shard", "debtags-game", "debtags-role", "-o", "a.part"];
-  t.match(json(2, ...again)["error"].message, /a\.part: is there already; .*--force/, "a damaged part is another file");
+  t.match(json(2, ...again)["error"].message, /a\.part: already exists; .*--force/, "a damaged part is another file");
   t.equal(json(0, ...again, "--force")["present"], false, "which is made again");
   t.ok(before.equals(await bytes("a.part")));
 

@@ -109,7 +109,7 @@ t.test("keys: PEM, base64 and CryptoKey; signed by one of them or refused by nam
     message: /signed by ed25519:.*none of `keys`/,
   });
   await t.rejects(openPack(bytes, { keys: [] }), TrustError, "no key is no trust");
-  await t.rejects(openPack(bytes, { keys: [secret] }), /a private key, which is nobody else's business/);
+  await t.rejects(openPack(bytes, { keys: [secret] }), /a private key: give the public one/);
   for (const wrong of ["", "abc", raw.slice(4), 5, null, {}]) {
     await t.rejects(openPack(bytes, { keys: [wrong as string] }), {
       name: "TypeError",

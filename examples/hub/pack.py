@@ -60,7 +60,7 @@ if __name__ == "__main__":
     cli = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     cli.add_argument("adapters", help="a folder of adapters' folders")
     cli.add_argument("-o", "--output", required=True, help="the pack to write")
-    cli.add_argument("--force", action="store_true", help="replace the pack that is there already")
+    cli.add_argument("--force", action="store_true", help="replace an existing pack")
     cli.add_argument("--work", required=True, help="a folder for parts, seen by all machines; a rerun finds them there")
     cli.add_argument("--shards", type=int, default=16, help="how many parts: several for each worker")
     cli.add_argument("--fan-in", type=int, default=8, help="parts that one merge reads")
@@ -75,7 +75,7 @@ if __name__ == "__main__":
     cli.add_argument("--eigenlora", default="npx eigenlora", help="how the command line is started on a worker")
     given = vars(cli.parse_args())
     if pathlib.Path(given["output"]).exists() and not given["force"]:
-        sys.exit(f"{given['output']} is there already; choose another name, or replace it with --force")
+        sys.exit(f"{given['output']} already exists; choose another name, or replace it with --force")
     del given["force"]
     ray.init(address=given.pop("address"))
     folder = pathlib.Path(given.pop("adapters")).absolute()

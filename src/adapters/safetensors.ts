@@ -23,7 +23,7 @@ export async function openSafetensors(
   input: SourceInput,
   options: FetchOptions & ReadOptions = {},
 ): Promise<OpenSafetensors> {
-  const source = await openSource(input, options);
+  const source = await openSource(input, options, "openSafetensors");
   const close = async (): Promise<void> => source.close?.();
   try {
     return { ...(await readHeader(source, options)), close, [Symbol.asyncDispose]: close };

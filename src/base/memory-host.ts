@@ -1,7 +1,9 @@
 /**
  * Tensors in the user's memory as the base model, written in place. Loaded where the base is a map of tensors.
  */
+import { described, nearest } from "../arguments.ts";
 import { BaseMismatchError } from "../errors.ts";
+import type { FloatDtype } from "../tensor/dtypes.ts";
 import {
   byteLengthOf,
   type DeviceTensor,
@@ -16,6 +18,7 @@ type Tensors = Map<string, Tensor | DeviceTensor>;
 
 /**
  * Added parameters become new entries of the map.
+ * @throws TypeError for a number format that there is not
  * @throws BaseMismatchError when a tensor's data is not as long as its shape says, for instance because it was transferred
  */
 export function memoryHost(tensors: Tensors): WeightHost {
@@ -53,9 +56,31 @@ export function memoryHost(tensors: Tensors): WeightHost {
   };
 }
 
+const FLOATS: readonly FloatDtype[] = ["f32", "f16", "bf16"];
+
+/** What torch, onnxruntime and safetensors call them. */
+const ELSEWHERE = new Map<unknown, FloatDtype>([
+  ["float32", "f32"],
+  ["float", "f32"],
+  ["float16", "f16"],
+  ["half", "f16"],
+  ["bfloat16", "bf16"],
+]);
+
+function unknownDtype(name: string, dtype: unknown): TypeError {
+  const [near] = nearest(String(dtype).toLowerCase(), FLOATS);
+  const meant = ELSEWHERE.get(dtype) ?? near;
+  const advice = meant === undefined ? "" : `; did you mean "${meant}"?`;
+  return new TypeError(
+    `base tensor "${name}": unknown dtype ${described(dtype)}, expected ${FLOATS.slice(0, -1).join(", ")} or ${FLOATS.at(-1)}${advice}`,
+  );
+}
+
+/** @throws TypeError for a dtype that there is not; BaseMismatchError for data that is not as long as its shape says */
 function checkSizes(tensors: Tensors): void {
   for (const [name, tensor] of tensors) {
     const { dtype, shape } = tensor;
+    if (!FLOATS.includes(dtype)) throw unknownDtype(name, dtype);
     const bytes = byteLengthOf(tensor);
     const found = "buffer" in tensor ? tensor.buffer.size - (tensor.byteOffset ?? 0) : tensor.data.byteLength;
     if ("buffer" in tensor ? found >= bytes : found === bytes) continue;

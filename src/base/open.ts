@@ -11,5 +11,5 @@ export async function openHost(base: BaseInput, options: FetchOptions & ReadOpti
   // An app has a base of one kind.
   if (base instanceof Map) return (await import("./memory-host.ts")).memoryHost(base);
   const { openSafetensorsHost } = await import("./safetensors-host.ts");
-  return openSafetensorsHost(await openSource(base as SourceInput, options), options);
+  return openSafetensorsHost(await openSource(base as SourceInput, options, "base"), options);
 }

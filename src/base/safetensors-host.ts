@@ -2,6 +2,7 @@
  * A safetensors file as the base model. Loaded where the base is one: apps whose weights belong to a framework need no reader.
  */
 import { SourceError } from "../errors.ts";
+import { wrongKind } from "../format/kind.ts";
 import type { ByteSource, ReadOptions } from "../source.ts";
 import type { FloatDtype } from "../tensor/dtypes.ts";
 import { openSafetensors, type SafetensorsFile } from "../tensor/safetensors.ts";
@@ -42,7 +43,8 @@ export async function openSafetensorsHost(source: ByteSource, options: ReadOptio
   try {
     return { ...safetensorsHost(await openSafetensors(source, { signal: options.signal })), close };
   } catch (error) {
+    const refused = await wrongKind(error, source, "a safetensors file");
     await close();
-    throw error;
+    throw refused;
   }
 }

@@ -80,7 +80,8 @@ export function cachedSource(
     throw new TypeError(`cachedSource: expected a store, such as cacheStore("packs"), got ${described(store)}`);
   // Before something is kept under a hash that is none.
   if (options.integrity !== undefined) fromIntegrity(options.integrity);
-  const url = typeof source === "string" || source instanceof URL ? addressOf(String(source)) : undefined;
+  const url =
+    typeof source === "string" || source instanceof URL ? addressOf(String(source), "cachedSource") : undefined;
   const own = typeof (source as ByteSource | undefined)?.read === "function" ? (source as ByteSource) : undefined;
   if (!url && !own)
     throw new TypeError(`cachedSource: expected a URL or a ByteSource, got ${described(source)}; files need no cache`);

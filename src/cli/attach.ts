@@ -3,7 +3,7 @@
  * that this package has no binding for (docs/attach.md). It prepares files and runs nothing. Tasks that need the
  * weights themselves changed are refused.
  */
-import { dirname, join } from "node:path";
+import { join } from "node:path";
 import { createBackend } from "../backends/select.ts";
 import { BaseMismatchError, FormatError } from "../errors.ts";
 import type { Grafted, TaskInput } from "../onnx/graft.ts";
@@ -18,9 +18,9 @@ import { type SafetensorsEntry, writeSafetensors } from "../tensor/safetensors-w
 import { type Attach, command } from "./command.ts";
 import { copyAll, placesOf } from "./external.ts";
 import { makeFolder, writeTogether } from "./files.ts";
-import { match, refuseUnknown } from "./matching.ts";
+import { match, refuseSwapped, refuseUnknown } from "./matching.ts";
 import { byDefault, choice, force, list, output, UsageError } from "./options.ts";
-import { bytes, type Output } from "./output.ts";
+import { bytes, count, type Output } from "./output.ts";
 import { checkTarget } from "./target.ts";
 
 /** The most that protobuf allows, and so the most that runtimes load. */
@@ -29,14 +29,17 @@ const MOST_MODEL_BYTES = 2 ** 31 - 1;
 /** By these a program can tell whether a model and the inputs of a task belong together. */
 type Marks = ReadonlyMap<string, string>;
 
-const modes = choice(["auto", "core", "factors"], "Inputs are cores between the components, or expanded factors.");
+const modes = choice(
+  ["auto", "core", "factors"],
+  "What the inputs are: cores between the components, or expanded factors.",
+);
 
 export const attach: Attach = command({
   usage: "attach <MODEL.onnx> <PACK>",
   does: "Write an ONNX model with the components inside.",
-  details: "Tasks come beside it, as small input files. For runtimes that this package has no binding for.",
+  details: "Tasks become small input files beside it. For runtimes that this package has no binding for.",
   options: {
-    output: output("OUT.onnx", "The model to write; OUT.base.safetensors and OUT.tasks/ID.safetensors come beside it."),
+    output: output("OUT.onnx", "The model to write, with OUT.base.safetensors and OUT.tasks/ID.safetensors beside it."),
     force,
     mode: byDefault("auto", {
       ...modes,
@@ -50,6 +53,7 @@ export const attach: Attach = command({
     ...match,
   },
   async run([modelPath, packPath]: [string, string], { output: target, force, mode, task, ...options }, run, out) {
+    await refuseSwapped(modelPath, packPath, run);
     checkTarget(target, { force, inputs: [modelPath, packPath] });
     checkTarget(baseFile(target), { force, output: target });
     const pack = await run.pack(packPath);
@@ -69,7 +73,6 @@ export const attach: Attach = command({
       [`${PREFIX}.mode`, chosen],
     ]);
     const model = serialise(file, prepared, marks, target);
-    await makeFolder(dirname(target));
     await run.lock(target);
     const external = await copyAll(file, places);
     const backend = run.closing((await createBackend({ webgpu: false })).backend);
@@ -91,12 +94,14 @@ export const attach: Attach = command({
         tasks,
       },
       text: [
-        `${target}: ${modules.length} modules, ${bytes(size)}, mode ${chosen} (${reason})`,
+        `${target}: ${count(modules.length, "module")}, ${bytes(size)}, mode ${chosen} (${reason})`,
         ...external.map((path) => `  weights in ${path}`),
-        `${inputs.length} inputs carry a task: without one, ${base.file}, ${bytes(base.bytes)}`,
-        `  ${tasks.length} tasks in ${folder}, ${bytes(largest)} at most`,
+        `${count(inputs.length, "input")} ${inputs.length === 1 ? "carries" : "carry"} a task: without one, ${base.file}, ${bytes(base.bytes)}`,
+        `  ${count(tasks.length, "task")} in ${folder}, ${bytes(largest)} at most`,
         ...(unconfirmed.length > 0
-          ? [`no fingerprint was held against the weights of ${unconfirmed.length} modules`]
+          ? [
+              `the weights of ${count(unconfirmed.length, "module")} could not be confirmed: the pack has no fingerprints of them`,
+            ]
           : []),
       ],
     };

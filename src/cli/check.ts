@@ -13,16 +13,16 @@ import type { MatchOptions } from "../session/match.ts";
 import { toTensors } from "../session/probe.ts";
 import { type Survey, surveyModel } from "../session/survey.ts";
 import { type Attach, command } from "./command.ts";
-import { inFlags, match, refuseUnknown } from "./matching.ts";
+import { inFlags, match, refuseSwapped, refuseUnknown } from "./matching.ts";
 import { toggle } from "./options.ts";
-import { bytes, table } from "./output.ts";
+import { bytes, count, table } from "./output.ts";
 
 /** Modules that text tells of; `--json` has all. */
 const MOST_TOLD = 12;
 
 const OPTIONS = {
   ...match,
-  filesOnly: toggle("Look at the files only, even where onnxruntime-node is installed."),
+  filesOnly: toggle("Look at the files only, even if onnxruntime-node is installed."),
 };
 
 /** Something that was tried; null where it could not be. */
@@ -45,23 +45,24 @@ export const check: Attach = command({
   usage: "check <MODEL.onnx> <PACK>",
   does: "Say whether a pack works on a model, in which modes, and what it costs.",
   details:
-    "Exit code 0 if a session works. Where onnxruntime-node is installed it makes one and runs it on made-up inputs.",
+    "Exit code 0 if a session works. If onnxruntime-node is installed, a session is made and run on made-up inputs.",
   options: OPTIONS,
   async run([modelPath, packPath]: [string, string], { filesOnly, ...options }, run) {
+    await refuseSwapped(modelPath, packPath, run);
     const pack = await run.pack(packPath);
     refuseUnknown(options.names, pack.modules, packPath);
     const survey = inWords(await surveyModel(() => readModel(modelPath), pack, options));
     const ran = filesOnly || survey.mode === null ? undefined : await tryOut(modelPath, pack, options);
     const works = survey.mode !== null && ran?.session.works !== false;
-    const next = works ? callOf(modelPath, packPath, options) : adviceOf(survey);
+    const next = works ? callOf(modelPath, packPath, options) : adviceOf(survey, ran, await strangersOf(pack, survey));
     const verdict = works
       ? `It works, in mode "${survey.mode}" (${survey.reason}).`
       : `It does not work: ${whyNot(survey, ran)}`;
     return {
       json: { model: modelPath, pack: packPath, works, ...survey, run: ran ?? null, next },
       text: [
-        `${modelPath}: opset ${survey.opset}, ${survey.nodes} nodes`,
-        `${packPath}: ${pack.tasks.size} tasks, ${pack.modules.length} modules, coefficients of ${bytes(survey.largestTask)} a task at most`,
+        `${modelPath}: opset ${survey.opset}, ${count(survey.nodes, "node")}`,
+        `${packPath}: ${count(pack.tasks.size, "task")}, ${count(pack.modules.length, "module")}, coefficients of ${bytes(survey.largestTask)} a task at most`,
         "",
         ...modulesText(survey),
         ...parametersText(survey),
@@ -166,7 +167,7 @@ function modulesText({ modules }: Survey): string[] {
       confirmed === true ? "the same" : "none",
     ]);
   return [
-    `${found.length} of ${modules.length} modules found, ${confirmed} confirmed by fingerprints`,
+    `${found.length} of ${count(modules.length, "module")} found, ${confirmed} confirmed by fingerprints`,
     ...(rows.length > 0 ? table([["module", "held in", "node", "type", "fingerprint"], ...rows]) : []),
     ...more(found),
     ...lost.slice(0, 1).map(({ why }) => `  ${why}`),
@@ -225,8 +226,15 @@ function runText(ran: Ran | undefined, asked: boolean): string[] {
   return [
     `run on onnxruntime-node: parity probe ${ran.probe}`,
     line("one task per row", ran.rows),
-    line("learning", ran.learning),
+    line("learning", { ...ran.learning, says: shortened(ran.learning.says) }),
   ];
+}
+
+/** The first of many operators that stand in the way stands for the others. */
+function shortened(says: string): string {
+  const [first, second, ...more] = says.split("; ");
+  if (second === undefined || more.length === 0) return says;
+  return `${first}; ${second}; and ${more.length} more kinds of operators (--json lists all)`;
 }
 
 function whyNot({ reason }: Survey, ran: Ran | undefined): string {
@@ -245,22 +253,58 @@ function callOf(model: string, pack: string, { names, ignore = [], anyBase }: Ma
   return `createEigenSession(ort, ${JSON.stringify(model)}, await openPack(${JSON.stringify(pack)})${third})`;
 }
 
-/** What to do about a pack that does not work. */
-function adviceOf({ mode, fused, modules, parameters }: Survey): string {
-  if (mode !== null)
+/** Tasks none of whose modules is in the model. */
+async function strangersOf(pack: Pack, { modules }: Survey): Promise<string[]> {
+  // By the name alone: a module of another shape is another model's, too, but that is said of the module.
+  const lost = new Set(modules.filter(({ weight }) => weight === null).map(({ module }) => module));
+  if (lost.size === 0) return [];
+  const strangers: string[] = [];
+  for (const id of pack.tasks.keys()) {
+    const { terms } = await pack.load(id);
+    if (terms.length > 0 && terms.every(({ module }) => lost.has(pack.modules[module]!.name))) strangers.push(id);
+  }
+  return strangers;
+}
+
+/** What onnxruntime says of a model of which some parts were exported in f16 and others in f32. */
+const MIXED = /bound to different types \(tensor\(float(16)?\) and tensor\(float(16)?\)/;
+
+/** How refusals of a layer of another shape end. */
+const OF_ANOTHER = "it is of another model";
+
+/**
+ * What to do about a pack that does not work.
+ * @param strangers tasks none of whose modules is in the model
+ */
+function adviceOf({ mode, fused, modules, parameters }: Survey, ran: Ran | undefined, strangers: string[]): string {
+  if (mode !== null) {
+    if (MIXED.test(ran?.session.says ?? ""))
+      return "export the model in float32: load the checkpoint with dtype=torch.float32 before the export (docs/export.md).";
     return "update onnxruntime-node, or export the model for the opset that it knows (docs/export.md).";
+  }
   const lost = modules.filter(({ weight }) => weight === null);
   const [first] = lost;
   if (first && fused !== null)
     return `export the model again, without onnxruntime's transformer optimiser, which has fused layers into ${fused} (docs/export.md).`;
-  if (lost.length > 0 && lost.length === modules.length && lost.every(({ candidates }) => candidates.length === 0))
-    return "use a model of the architecture that the adapters were trained on, exported with its names (docs/export.md).";
+  const [stranger] = strangers;
+  if (stranger !== undefined && lost.length < modules.length) {
+    const others = strangers.length > 1 ? `, nor of ${strangers.length - 1} other tasks` : "";
+    return `pack the tasks of one model only: none of the modules of task "${stranger}" is in this model${others}; it belongs to another model.`;
+  }
+  if (lost.some(({ why }) => why?.endsWith(OF_ANOTHER)))
+    return "use the model that the adapters were trained on: in this one a layer has another shape.";
   const like = ({ candidates }: Survey["modules"][number]): string | undefined =>
     candidates.find((name) => !name.endsWith(".bias"));
   const guess = lost.find(like);
   if (guess) return `if the names differ, map each module: --names ${guess.module}=${like(guess)}`;
-  if (first)
+  // Some weights, or the biases beside them, have kept their names: it is the right architecture.
+  const known = lost.length < modules.length || lost.some(({ candidates }) => candidates.length > 0);
+  if (first && known)
     return `export the model with "${first.module}" under its name (docs/export.md): quantisers lose the names of torch's newer exporter.`;
+  if (first) {
+    const whose = stranger === undefined ? "the pack" : `task "${stranger}"`;
+    return `use a model of the architecture that the adapters were trained on, exported with its names (docs/export.md): none of the modules of ${whose} is in this model.`;
+  }
   if (modules.some(({ confirmed }) => confirmed === false))
     return "export the base that the adapters were trained on; or, if the model was trained further on purpose, --any-base.";
   const head = parameters.find(({ becomes }) => becomes === "missing");

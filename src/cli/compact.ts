@@ -8,8 +8,8 @@ import { signerOf, warnUnsigned } from "./signer.ts";
 
 export const compact: Attach = command({
   usage: "compact <PACK>",
-  does: "Write a pack anew, without what appends have left behind.",
-  details: "The bytes of tasks and components stay. A pack of before version 1.0 gets its hashes.",
+  does: "Rewrite a pack in place, without the gaps that changes have left.",
+  details: "Tasks and components are not changed. A pack from before version 1.0 gets its hashes.",
   options: { key },
   async run([file]: [string], { key }, run, out) {
     const sign = await signerOf(key);

@@ -22,7 +22,7 @@ import { realTarget } from "./lock.ts";
 import { match } from "./matching.ts";
 import { openTrainable, tokenizer, tokens } from "./model.ts";
 import { as, byDefault, force, from, group, key, number, output, readFor, required, text, toggle } from "./options.ts";
-import { bytes, resources, table } from "./output.ts";
+import { bytes, count, resources, table } from "./output.ts";
 import type { Run } from "./run.ts";
 import { signerOf, warnUnsigned } from "./signer.ts";
 import { filesOf } from "./target.ts";
@@ -32,16 +32,16 @@ type Done = Distilled & { readonly resumed: boolean };
 
 export const distill: Attach = command({
   usage: "distill <PACK> <ADAPTER_OR_FOLDER...>",
-  does: "Train coefficients until tasks answer plain text as their adapters do.",
-  details: "Adapters that are no tasks yet are added first. The bytes of other tasks stay.",
+  does: "Train the tasks of a pack to answer plain text as their adapters do.",
+  details: "Adapters that are not in the pack yet are added first. Other tasks are not changed.",
   options: {
     output: output("OUT.eigen", "The pack to write; finished tasks wait in OUT.eigen.partial."),
     force,
     text: required(
-      text("LINES.txt", "Plain text of the tasks' kind, one on each line; some hundreds, never what you test on."),
+      text("LINES.txt", "Plain text like that of the tasks, one per line: a few hundred lines, never your test data."),
     ),
-    steps: byDefault(240, number("N", "Steps for each task.", from(1))),
-    batch: byDefault(8, number("N", "Texts of a step.", from(1))),
+    steps: byDefault(240, number("N", "Steps per task.", from(1))),
+    batch: byDefault(8, number("N", "Texts per step.", from(1))),
     as,
     base: readFor,
     key,
@@ -50,7 +50,9 @@ export const distill: Attach = command({
       tokens,
       tokenizer,
       ...match,
-      anyBase: toggle("Accept a model of other weights than the pack's, and adapters that name another base model."),
+      anyBase: toggle(
+        "Accept a model whose weights do not match the pack's fingerprints, and adapters that name another base model.",
+      ),
     }),
   },
   async run([packPath, ...paths]: [string, ...string[]], options, run, out) {
@@ -190,7 +192,7 @@ function report(file: string, size: number, done: readonly Done[], before: Reado
   return {
     json: { file, bytes: size, tasks, seconds },
     text: [
-      `${file}: ${tasks.length} tasks distilled, ${bytes(size)}`,
+      `${file}: ${count(tasks.length, "task")} distilled, ${bytes(size)}`,
       ...table([["task", "KL projected", "KL distilled", "kept"], ...rows]),
       `${seconds.toFixed(2)} s`,
     ],

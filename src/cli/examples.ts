@@ -63,7 +63,7 @@ export async function readExamples(
     const message =
       only === undefined
         ? "has no examples; expected a text and its label on each line"
-        : `all ${examples.length} examples have the label "${only}"; two labels at least are needed to tell apart`;
+        : `all ${examples.length} examples have the label "${only}"; at least two labels are needed`;
     throw new SourceError(message, { file: path });
   }
   return { examples, labels: known ?? [...seen] };
@@ -83,7 +83,7 @@ function jsonRows(content: string, at: Refuse): Row[] {
     try {
       value = JSON.parse(text);
     } catch (cause) {
-      throw at(i + 1, `is no JSON: ${(cause as Error).message}; ${expected}`);
+      throw at(i + 1, `is not valid JSON: ${(cause as Error).message}; ${expected}`);
     }
     if (typeof value !== "object" || value === null || Array.isArray(value))
       throw at(i + 1, `${expected}, got ${text.slice(0, 40)}`);

@@ -12,7 +12,7 @@ import { writeSafetensors } from "../tensor/safetensors-writer.ts";
 import { type Attach, command, type Result } from "./command.ts";
 import { jsonFile, makeFolder, writeTogether, writeWhole } from "./files.ts";
 import { byDefault, choice, output, task, text, toggle } from "./options.ts";
-import { bytes } from "./output.ts";
+import { bytes, count } from "./output.ts";
 import type { Run } from "./run.ts";
 import { checkExport, checkExportFile, EXPORTED } from "./target.ts";
 
@@ -90,6 +90,6 @@ function said(where: { file: string } | { directory: string }, { id, modules }: 
   const [path] = Object.values(where) as [string];
   return {
     json: { ...where, task: id, modules: modules.size, bytes: size },
-    text: [`${path}: task "${id}", ${modules.size} modules, ${bytes(size)}`],
+    text: [`${path}: task "${id}", ${count(modules.size, "module")}, ${bytes(size)}`],
   };
 }

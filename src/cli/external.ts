@@ -123,7 +123,7 @@ async function copyTo(path: string, source: ByteSource): Promise<void> {
   if (source.byteLength === undefined) await source.read(0, 1);
   if (existsSync(path)) {
     if (await isSame(path, source)) return;
-    const message = `is there already and differs from the model's ${source.name}; choose another folder`;
+    const message = `already exists and differs from the model's ${source.name}; choose another folder`;
     throw new SourceError(message, { file: path });
   }
   await makeFolder(dirname(path));

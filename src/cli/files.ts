@@ -28,13 +28,13 @@ export function readText(path: string): Promise<string> {
   return readFile(path, "utf8").catch(failed(path, "read"));
 }
 
-/** @throws SourceError when it cannot be read or is no JSON */
+/** @throws SourceError when it cannot be read or is not valid JSON */
 export async function readJson(path: string): Promise<unknown> {
   const text = await readText(path);
   try {
     return JSON.parse(text);
   } catch (cause) {
-    throw new SourceError(`is not JSON: ${(cause as Error).message}`, { file: path, cause });
+    throw new SourceError(`is not valid JSON: ${(cause as Error).message}`, { file: path, cause });
   }
 }
 

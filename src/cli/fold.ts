@@ -1,5 +1,6 @@
 /** The command fold: weights of a base model with a task merged into them. */
 import { safetensorsHost } from "../base/safetensors-host.ts";
+import { wrongKind } from "../format/kind.ts";
 import { openSource } from "../open-source.ts";
 import { createRuntime } from "../runtime/create.ts";
 import { openSafetensors } from "../tensor/safetensors.ts";
@@ -7,7 +8,7 @@ import { type SafetensorsEntry, writeSafetensors } from "../tensor/safetensors-w
 import { type Attach, command } from "./command.ts";
 import { match, refuseUnknown } from "./matching.ts";
 import { force, output, required, task, text } from "./options.ts";
-import { bytes } from "./output.ts";
+import { bytes, count } from "./output.ts";
 
 const DTYPES = { f32: "F32", f16: "F16", bf16: "BF16" } as const;
 
@@ -25,7 +26,10 @@ export const fold: Attach = command({
     const target = await run.target(file, { force, inputs: [path, basePath] });
     const pack = await run.pack(path);
     refuseUnknown(options.names, pack.modules, path);
-    const base = await openSafetensors(run.closing(await openSource(basePath)));
+    const source = run.closing(await openSource(basePath));
+    const base = await openSafetensors(source).catch(async (error: unknown) => {
+      throw await wrongKind(error, source, "a safetensors file");
+    });
     const runtime = run.closing(await createRuntime(pack, { ...options, base: safetensorsHost(base), webgpu: false }));
     const { modules, added } = await runtime.switchTask(task);
     const folded = runtime.changes();
@@ -40,7 +44,7 @@ export const fold: Attach = command({
     const size = await target.write(writeSafetensors(entries, base.metadata));
     return {
       json: { file, task, modules, added, bytes: size },
-      text: [`${file}: task "${task}" in ${modules} modules, ${bytes(size)}`],
+      text: [`${file}: task "${task}" in ${count(modules, "module")}, ${bytes(size)}`],
     };
   },
 });

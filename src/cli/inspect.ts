@@ -1,17 +1,20 @@
 /** The command inspect: what is in a pack, as its directory says. */
+import { FormatError } from "../errors.ts";
+import { parseBrought } from "../format/brings.ts";
 import { SECTION_FREE, WINDOW_BYTES } from "../format/format.ts";
 import { keyName } from "../pack/keys.ts";
 import type { Pack } from "../pack/pack.ts";
 import { breakEven } from "../pack/report.ts";
+import { DTYPES } from "../tensor/dtypes.ts";
 import { type Attach, command } from "./command.ts";
-import { bytes, percent, sharing, table } from "./output.ts";
+import { bytes, count, percent, range, sharing, table } from "./output.ts";
 
 export const inspect: Attach = command({
   usage: "inspect <PACK>",
-  does: "Show sections, tasks, components, explained variance and break-even.",
+  does: "Show what a pack holds: sections, tasks, modules and components.",
   options: {},
   async run([path]: [string], _, run) {
-    const pack = await run.pack(path, { bases: "later" });
+    const pack = await run.pack(path, { bases: "later", maxResidentBytes: 0 });
     const { version, basisId, directory } = pack;
     const { committed, basesLength } = pack.window.superblock;
     const sections = sectionsOf(pack);
@@ -38,30 +41,93 @@ export const inspect: Attach = command({
     const { mode, gauge, centering, producer, baseModel = null } = directory.basis;
     const dtypes = pack.modules.flatMap(({ A, B }) => [A?.tensor.dtype, B?.tensor.dtype]);
     const dtype = [...new Set(dtypes)].filter(Boolean).join(",");
+    const shares = modules.some(({ componentsA, componentsB }) => componentsA > 0 || componentsB > 0);
+    const how = shares ? `${mode}, ${gauge}, centring ${centering}, ${dtype}` : `${gauge}, no shared components`;
+    const privateTerms = await privateTermsOf(pack);
     const { signature } = pack.window.superblock;
     const trust = { integrity: await pack.integrity(), signedBy: signature ? keyName(signature.key) : null };
     const about = { version, bytes: committed, mode, gauge, centering, dtype, producer, baseModel, basisId, ...trust };
     return {
-      json: { ...about, basisBytes: basesLength, tasks, modules, sections, breakEvenTasks },
+      json: { ...about, basisBytes: basesLength, tasks, modules, sections, privateTerms, breakEvenTasks },
       text: [
-        `${pack.name}: version ${version}, ${bytes(committed)}, ${mode}, ${gauge}, centring ${centering}, ${dtype}`,
+        `${pack.name}: version ${version}, ${bytes(committed)}, ${how}`,
         `root ${trust.integrity}, ${trust.signedBy ? `signed by ${trust.signedBy} (verify checks it)` : "not signed"}`,
         ...table([["section", "offset", "bytes"], ...sections.map(({ name, offset, bytes }) => [name, offset, bytes])]),
         "",
-        ...table([
-          ["module", "out", "in", "K of A", "K of B", "explained A", "explained B"],
-          ...modules.map(({ explainedA, explainedB, ...module }) => [
-            ...Object.values(module),
-            percent(explainedA),
-            percent(explainedB),
-          ]),
-        ]),
+        ...modulesTable(modules, shares),
         "",
-        `${tasks.length} tasks. ${sharing(breakEvenTasks)}`,
+        [`${count(tasks.length, "task")}.`, ...(shares ? [sharing(breakEvenTasks)] : [])].join(" "),
+        ...privateText(privateTerms),
       ],
     };
   },
 });
+
+interface Module {
+  readonly name: string;
+  readonly out: number;
+  readonly in: number;
+  readonly componentsA: number;
+  readonly componentsB: number;
+  readonly explainedA: number;
+  readonly explainedB: number;
+}
+
+/** @param shares whether there are components, of which there is something to tell */
+function modulesTable(modules: readonly Module[], shares: boolean): string[] {
+  if (!shares)
+    return table([["module", "out", "in"], ...modules.map(({ name, out, in: inputs }) => [name, out, inputs])]);
+  const explained = (K: number, share: number): string => (K > 0 ? percent(share) : "");
+  return table([
+    ["module", "out", "in", "K of A", "K of B", "explained A", "explained B"],
+    ...modules.map(({ explainedA, explainedB, ...module }) => [
+      ...Object.values(module),
+      explained(module.componentsA, explainedA),
+      explained(module.componentsB, explainedB),
+    ]),
+  ]);
+}
+
+/** Terms that tasks have to themselves: how many in a module, and in which number formats. */
+interface PrivateTerms {
+  readonly min: number;
+  readonly max: number;
+  readonly dtypes: readonly string[];
+  /** Tasks whose blobs could not be read; `verify` says why. */
+  readonly unread: number;
+}
+
+/** The one figure that the directory lacks: read from the blobs of tasks that have private terms. Null where none has. */
+async function privateTermsOf(pack: Pack): Promise<PrivateTerms | null> {
+  const owners = [...pack.tasks.values()].filter(
+    ({ brings }) => brings?.some((entry) => parseBrought(entry).role === "private") ?? true,
+  );
+  const ranks: number[] = [];
+  const dtypes = new Set<string>();
+  let unread = 0;
+  for (const { id } of owners) {
+    try {
+      for (const { privateRank, privateA } of (await pack.load(id)).terms) {
+        if (privateRank === 0) continue;
+        ranks.push(privateRank);
+        dtypes.add(privateA!.dtype);
+      }
+    } catch (error) {
+      if (!(error instanceof FormatError)) throw error;
+      unread++;
+    }
+  }
+  if (ranks.length === 0) return null;
+  const [min, max] = [ranks.reduce((a, b) => Math.min(a, b)), ranks.reduce((a, b) => Math.max(a, b))];
+  return { min, max, dtypes: DTYPES.filter((dtype) => dtypes.has(dtype)), unread };
+}
+
+function privateText(own: PrivateTerms | null): string[] {
+  if (!own) return [];
+  const { min, max, dtypes, unread } = own;
+  const damaged = unread > 0 ? `; ${count(unread, "task")} could not be read, verify says why` : "";
+  return [`Tasks have private terms: ${range(min, max)} in a module, in ${dtypes.join(", ")}${damaged}.`];
+}
 
 /** In the order of the file. */
 function sectionsOf({ directory, window }: Pack): { name: string; offset: number; bytes: number }[] {

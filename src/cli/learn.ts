@@ -27,21 +27,24 @@ import {
   text,
   UsageError,
 } from "./options.ts";
-import { bytes, percent, resources, table } from "./output.ts";
+import { bytes, count, percent, resources, table } from "./output.ts";
 import type { Run } from "./run.ts";
 
 const labels: OptionSpec<readonly string[] | undefined> = {
   value: "a,b,c",
-  help: "The labels that there may be. Default: those of EXAMPLES, as they appear.",
+  help: "All labels, in order. Default: those of EXAMPLES, in the order in which they appear.",
   parse(given, flag) {
     const names = given.split(",").map((label) => label.trim());
     if (names.length >= 2 && new Set(names).size === names.length && !names.includes("")) return names;
-    throw new UsageError(`${flag} ${given}: expected two at least, all different, as a,b,c`);
+    throw new UsageError(`${flag} ${given}: expected at least two, all different, as a,b,c`);
   },
 };
 
 const OPTIONS = {
-  output: output("TASK.eigentask", "The task file to write; after Ctrl-C with what was learned so far."),
+  output: output(
+    "TASK.eigentask",
+    "The task file to write. Ctrl-C ends the training and writes what was learned so far.",
+  ),
   force,
   id: text("ID", "Name of the task. Default: that of the file."),
   labels,
@@ -56,10 +59,14 @@ const OPTIONS = {
       "coefficients",
       choice(["coefficients", "lora"], "Coefficients over the pack's components, or whole factors as without a pack."),
     ),
-    rank: number("N", "Rows of coefficients, or rank of the factors. Default: as most of the pack's tasks.", from(1)),
+    rank: number(
+      "N",
+      "Rows of coefficients, or rank of the factors. Default: that of most tasks of the pack.",
+      from(1),
+    ),
     privateTerms: byDefault(
       0,
-      number("N", "Rank-1 terms of the task's own in each module, beside the coefficients.", from(0)),
+      number("N", "Rank-1 terms of its own in each module, beside the coefficients.", from(0)),
     ),
     init: text(
       "START",
@@ -69,10 +76,10 @@ const OPTIONS = {
   }),
   ...group("How", {
     epochs: byDefault(8, number("N", "Passes over the examples.", from(1))),
-    batch: byDefault(16, number("N", "Examples of a step.", from(1))),
+    batch: byDefault(16, number("N", "Examples per step.", from(1))),
     holdout: byDefault(
       0.2,
-      number("P", "Share held back to judge each epoch by; the best is kept.", {
+      number("P", "Share of the examples held back to judge the epochs by; the best epoch is kept.", {
         expected: "a share from 0 to less than 1",
         holds: (n) => n >= 0 && n < 1,
       }),
@@ -85,10 +92,10 @@ const OPTIONS = {
 /** The first Ctrl-C ends it between two steps, and what was learned is written; a second ends the process. */
 export const learn: Attach = command({
   usage: "learn <PACK> <EXAMPLES>",
-  does: "Train a new task on labelled texts, as a task file.",
+  does: "Train a new task on labelled texts and write it as a task file.",
   details:
-    "EXAMPLES is a file of JSON lines, tab-separated or comma-separated values. Only coefficients over the pack's components are " +
-    "trained. eigenlora add PACK TASK.eigentask brings the task in.",
+    "EXAMPLES is a file of JSON lines, tab-separated or comma-separated values. Coefficients over the pack's components and a head " +
+    "are trained, nothing else. eigenlora add PACK TASK.eigentask then adds the task to the pack.",
   options: OPTIONS,
   async run([packPath, examplesPath]: [string, string], options, run, out) {
     const { output: file, model, id = basename(file, extname(file)) } = options;
@@ -99,7 +106,8 @@ export const learn: Attach = command({
     const { signal } = interrupts(run);
     const { examples, labels } = await readExamples(examplesPath, options.labels);
     const pack = await run.pack(packPath);
-    if (options.train === "coefficients" && pack.modules.every(({ A, B }) => !A && !B))
+    const lone = pack.modules.every(({ A, B }) => !A && !B);
+    if (options.train === "coefficients" && lone)
       out.warn(
         "the pack has no shared components, so the task becomes a LoRA of its own: pack with --k N for smaller ones",
       );
@@ -128,14 +136,17 @@ export const learn: Attach = command({
     // The state of this epoch was kept; after Ctrl-C that of the last step.
     const judged = interrupted ? [] : epochs.flatMap((epoch) => epoch.holdout ?? []);
     const best = judged.reduce((a, b) => (b.loss < a.loss ? b : a), judged[0]!) ?? null;
+    const own = train === "lora" || lone ? "factor weight" : privateTerms > 0 ? "term weight" : "coefficient";
+    const kept = best ? epochs.findIndex(({ holdout }) => holdout === best) + 1 : epochs.length;
     const learned = { file, id, bytes: size, labels, examples: examples.length, trained: { terms, head } };
     const stopped = interrupted ? `, stopped at step ${steps.length} of ${steps[0]!.steps}` : "";
     return {
-      json: { ...learned, interrupted, seconds, steps: steps.length, epochs, holdout: best },
+      json: { ...learned, interrupted, seconds, steps: steps.length, epochs, kept, holdout: best },
       text: [
-        `${file}: task "${id}", ${labels.length} labels, ${bytes(size)}${stopped}`,
-        ...epochTable(epochs),
-        `${terms} numbers of terms and ${head} of the head were trained; ${seconds.toFixed(2)} s`,
+        `${file}: task "${id}", ${count(labels.length, "label")}, ${bytes(size)}${stopped}`,
+        ...epochTable(epochs, kept),
+        ...(epochs.every((epoch) => epoch.holdout === null) ? [withoutHoldout(options.holdout, interrupted)] : []),
+        `trained ${trainedText(own, terms, head)}; ${seconds.toFixed(2)} s`,
       ],
       exitCode: interrupted ? 1 : 0,
     };
@@ -177,11 +188,28 @@ function epochsOf(steps: readonly TrainingStep[]): Epoch[] {
   });
 }
 
-function epochTable(epochs: readonly Epoch[]): string[] {
+/** Why there is no figure of examples that were held back. @param share that was asked for */
+function withoutHoldout(share: number, interrupted: boolean): string {
+  const kept = interrupted ? "the last step is kept" : "the last epoch is kept";
+  if (interrupted) return `No epoch was judged; ${kept}.`;
+  return share === 0
+    ? `Nothing was held back to judge by; ${kept}.`
+    : `There are too few examples to hold some back: all were trained on, and ${kept}.`;
+}
+
+/** @param own what the weights of the terms are */
+function trainedText(own: string, terms: number, head: number): string {
+  return head > 0 ? `${count(terms, own)} and ${count(head, "head weight")}` : count(terms, own);
+}
+
+/** @param kept number of the epoch whose state was kept */
+function epochTable(epochs: readonly Epoch[], kept: number): string[] {
+  const judged = epochs.some(({ holdout }) => holdout !== null);
   const rows = epochs.map(({ loss, holdout }, i) => [
     i + 1,
     loss.toFixed(4),
-    ...(holdout ? [holdout.loss.toFixed(4), percent(holdout.accuracy)] : []),
+    ...(judged ? (holdout ? [holdout.loss.toFixed(4), percent(holdout.accuracy)] : ["", ""]) : []),
+    i + 1 === kept ? "kept" : "",
   ]);
-  return table([["epoch", "loss", "hold-out", "accuracy"].slice(0, rows[0]!.length), ...rows]);
+  return table([["epoch", "loss", ...(judged ? ["hold-out", "accuracy"] : []), ""], ...rows]);
 }

@@ -4,10 +4,11 @@
  */
 import { nearest } from "../arguments.ts";
 import { assignments, list, type OptionSpec, type Options, toggle, UsageError } from "./options.ts";
+import type { Run } from "./run.ts";
 
 export const names: OptionSpec<ReadonlyMap<string, string>> = assignments(
   "MODULE=WEIGHT",
-  "The model's name for a module, where it is not found. May be given again.",
+  "The model's name for a module that is not found. May be given again.",
   "first",
 );
 /** Of commands that put a pack on a model. */
@@ -17,8 +18,8 @@ export const match: {
   anyBase: OptionSpec<boolean>;
 } = {
   names,
-  ignore: list("NAME", "Leave out a parameter or module of the tasks, as classifier. May be given again."),
-  anyBase: toggle("Accept a model whose weights differ from the pack's fingerprints."),
+  ignore: list("NAME", "Leave out a parameter or module of the tasks, such as classifier. May be given again."),
+  anyBase: toggle("Accept a model whose weights do not match the pack's fingerprints."),
 };
 
 /** @throws UsageError for a name of no module: a typing error would map nothing without a word */
@@ -37,13 +38,26 @@ export function refuseUnknown(
   }
 }
 
+/**
+ * For commands that take a model and a pack.
+ * @throws UsageError when each stands where the other should
+ */
+export async function refuseSwapped(model: string, pack: string, run: Run): Promise<void> {
+  const [first, second] = [await run.kindOf(model), await run.kindOf(pack)];
+  if (first !== "an EigenLoRA pack" || second !== "an ONNX model") return;
+  throw new UsageError(`${model} is ${first} and ${pack} ${second}; did you swap the two? The model comes first`);
+}
+
 /** What the library calls its options, and what they are here. */
 const WORDS: readonly (readonly [option: string, said: RegExp, flag: string])[] = [
   ["names", /the option `names`/g, "--names MODULE=WEIGHT"],
   ["names", /let the base list them by the module's/g, "map them with --names MODULE=WEIGHT"],
   ["ignore", /ignore: \["([^"]*)"\]/g, "--ignore $1"],
   ["anyBase", /anyBase: true/g, "--any-base"],
+  ["base", /pass `base`/g, "pass --base"],
   ["as", /with rename/g, "with --as"],
+  ["key", /and `keys` were given/g, "and --key was given"],
+  ["key", /none of `keys`/g, "none of those given with --key"],
 ];
 
 /** A message of the library in the words of a command with these options. */

@@ -27,7 +27,7 @@ export interface OpenedModel {
   readonly encode: Encode;
 }
 
-export const tokens: OptionSpec<number | undefined> = number("N", "Most tokens of a text. Default: 128.", from(1));
+export const tokens: OptionSpec<number | undefined> = number("N", "Cut texts to N tokens. Default: 128.", from(1));
 export const tokenizer: OptionSpec<string | undefined> = text(
   "FILE",
   "The model's tokenizer. Default: tokenizer.json beside the model or one folder above. Needs @huggingface/tokenizers.",

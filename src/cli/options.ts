@@ -73,7 +73,7 @@ export function output(value: string, help: string): OptionSpec<string> {
 }
 
 /** Of commands that write new files. */
-export const force: OptionSpec<boolean> = toggle("Replace what is there already.");
+export const force: OptionSpec<boolean> = toggle("Replace existing files.");
 
 /** An option that may be given several times. */
 export function list(value: string, help: string): OptionSpec<readonly string[]> {
@@ -146,10 +146,10 @@ export function exclusive<O extends object>(options: O, ...names: readonly (keyo
 
 export const as: OptionSpec<ReadonlyMap<string, string>> = assignments(
   "OLD=NEW",
-  "Call the task of the folder or id OLD NEW. May be given again.",
+  "Rename a task; OLD is its folder or id. May be given again.",
   "last",
 );
-export const task: OptionSpec<string> = required(text("ID", "Which task."));
+export const task: OptionSpec<string> = required(text("ID", "The task."));
 /** Of commands that write packs. */
 export const key: Maybe<string> = text("KEY.pem", "Sign what is written with this Ed25519 key.");
 const READ_FOR =
@@ -171,18 +171,19 @@ export const rank: Maybe<number> = number(
   from(1),
 );
 export const normalize: OptionSpec<boolean> = toggle(
-  "Count every task alike when components are sought, however large its update is.",
+  "Give every task equal weight when components are found, however large its update.",
 );
 export const centering: Maybe<"keep" | "none"> = choice(
   ["keep", "none"],
-  "Store the mean of the rows, or do without. Default: keep, but none in joint mode.",
+  "Store the mean of the rows, or use none. Default: keep, but none in joint mode.",
 );
 /** Of commands that bring adapters together. */
-export const anyBase: OptionSpec<boolean> = toggle("Take adapters that name different base models.");
+export const anyBase: OptionSpec<boolean> = toggle("Accept adapters that name different base models.");
 const PARTS = ["basis", "coefficients", "head"];
+const NUMBERS = `Number format: ${DTYPES.join(", ")}; or for each part, as basis=int4,coefficients=f16,head=f16.`;
 export const dtype: Maybe<Partial<Dtypes>> = {
   value: "TYPE",
-  help: `Number format: ${DTYPES.join(", ")}; or for each part, as basis=int4,coefficients=f16,head=f16. Default: f16.`,
+  help: `${NUMBERS} Default: f16.`,
   parse(given, flag) {
     const assigned = given.includes("=")
       ? given.split(",").map((assignment) => assignment.split("="))
@@ -198,10 +199,16 @@ export const dtype: Maybe<Partial<Dtypes>> = {
   },
 };
 
+/** The same for a command that chooses by itself. */
+export const dtypeOrChosen: Maybe<Partial<Dtypes>> = {
+  ...dtype,
+  help: `${NUMBERS} Default: in mode auto those that lose least for their bytes; f16 in the others.`,
+};
+
 /** How many components. */
 export const amount: { k: Maybe<number>; energy: Maybe<number>; error: Maybe<number> } = {
-  k: number("N", "So many components per module and side.", from(1)),
-  energy: number("P", "Components that keep this share of the squared singular values. Default: 0.9.", {
+  k: number("N", "Number of components per module and side.", from(1)),
+  energy: number("P", "As many components as keep this share of the squared singular values. Default: 0.9.", {
     expected: "a share above 0, at most 1",
     holds: (n) => n > 0 && n <= 1,
   }),

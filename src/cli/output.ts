@@ -156,7 +156,24 @@ export function lossTable(rows: readonly { id: string; total: number; max: numbe
 
 /** @param breakEven from how many tasks on a pack is smaller than its adapters; null: never */
 export function sharing(breakEven: number | null): string {
-  return `Sharing pays from ${breakEven ?? "no number of"} tasks on.`;
+  if (breakEven === null) return "Sharing does not pay, however many tasks there are.";
+  return breakEven > 1 ? `Sharing pays from ${breakEven} tasks on.` : "Sharing pays from the first task on.";
+}
+
+/** "1 task", "2 tasks". @param more the plural, where it is not the word with an s */
+export function count(n: number, noun: string, more = `${noun}s`): string {
+  return `${n} ${n === 1 ? noun : more}`;
+}
+
+/** "3 to 5", or "4" where both are the same. */
+export function range(least: number, most: number): string {
+  return least === most ? `${most}` : `${least} to ${most}`;
+}
+
+/** @param ratio how many times smaller something is; below 1 it is larger */
+export function smaller(ratio: number): string {
+  const times = (ratio < 1 ? 1 / ratio : ratio).toFixed(1);
+  return times === "1.0" ? "as large" : `${times}× ${ratio < 1 ? "larger" : "smaller"}`;
 }
 
 /** What the process took so far: of the clock, of the cores, of memory. */

@@ -19,7 +19,7 @@ import { type Attach, command } from "./command.ts";
 import { distilled } from "./distilled.ts";
 import { readLines } from "./examples.ts";
 import { readJson } from "./files.ts";
-import { names, refuseUnknown } from "./matching.ts";
+import { inFlags, names, refuseUnknown } from "./matching.ts";
 import { openModel, tokenizer, tokens } from "./model.ts";
 import {
   amount,
@@ -28,7 +28,7 @@ import {
   base,
   centering,
   choice,
-  dtype,
+  dtypeOrChosen,
   exclusive,
   force,
   from,
@@ -47,7 +47,20 @@ import {
   UsageError,
   type Values,
 } from "./options.ts";
-import { bytes, counting, mean, type Output, percent, resources, sharing, sum, table } from "./output.ts";
+import {
+  bytes,
+  count,
+  counting,
+  mean,
+  type Output,
+  percent,
+  range,
+  resources,
+  sharing,
+  smaller,
+  sum,
+  table,
+} from "./output.ts";
 import type { Run } from "./run.ts";
 import { filesOf } from "./target.ts";
 import { addWaysOut } from "./ways-out.ts";
@@ -56,7 +69,7 @@ const UNITS: Readonly<Record<string, number>> = { "": 1, B: 1, kB: 1e3, MB: 1e6,
 
 const size: OptionSpec<number | undefined> = {
   value: "SIZE",
-  help: "As many components as fit into a file of this size: 300000, 300kB or 1.5MB.",
+  help: "The best pack of at most this size: 300000, 300kB or 1.5MB.",
   parse(given, flag) {
     const [, digits = "", unit = ""] = /^([\d.]+) ?([a-zA-Z]*)$/.exec(given) ?? [];
     const found = Math.floor(Number(digits) * (UNITS[unit] ?? NaN));
@@ -71,60 +84,64 @@ const OPTIONS = {
   ...group(`How much to keep, one of these. Default: --error ${DEFAULT_ERROR}`, {
     ...amount,
     bytes: size,
-    ratio: number("R", "The same, R times smaller than the adapters.", {
+    ratio: number("R", "The best pack that is R times smaller than the adapters.", {
       ...POSITIVE,
       expected: "how many times smaller than the adapters",
     }),
     divergence: number(
       "D",
-      "With --mode auto: fewest bytes for which the mean KL between the answers of adapters and tasks is at most D nats.",
+      "With --mode auto: the fewest bytes for which the mean KL between the answers of adapters and tasks is at most D nats.",
       { ...POSITIVE, expected: "nats above 0" },
     ),
   }),
   ...group("How", {
     mode: choice(
       ["auto", "column", "flat", "joint"],
-      "Auto: what is best for --bytes, --ratio, --error or --divergence. Column: coefficients for every row of a factor. Flat: one " +
-        "vector for a whole factor. Joint: the bases that lose least of ΔW. Default: auto; column with --k, --energy, --gauge, " +
-        "--rank, --private-terms, --centering or --normalize.",
+      "Auto: the best for --bytes, --ratio, --error or --divergence. Column: coefficients for every row of a factor. Flat: one " +
+        "vector for a whole factor. Joint: the components that lose least of ΔW. Default: auto; column with --k, --energy, " +
+        "--gauge, --rank, --private-terms, --centering or --normalize.",
     ),
     gauge,
     rank,
     privateTerms: number(
       "N",
-      "N rank-1 terms of each task's own beside the components, with --error N at most; needs the balanced gauge.",
+      "Give each task N rank-1 terms of its own beside the components, or with --error at most N; needs the balanced gauge.",
       from(1),
     ),
     centering,
     normalize,
-    dtype,
+    dtype: dtypeOrChosen,
     base,
     names,
   }),
   ...group("Judged by answers", {
     model: text(
       "MODEL.onnx",
-      "Judge by answers to --text instead of by ΔW error (auto), or calibrate by it. Needs onnxruntime-node.",
+      "Judge packs by its answers to --text instead of by ΔW error (mode auto), or calibrate with it. Needs onnxruntime-node.",
     ),
-    text: text("LINES.txt", "Plain text of the tasks' kind, one on each line; never what you test on."),
+    text: text("LINES.txt", "Plain text like that of the tasks, one per line; never your test data."),
     distill: number(
       "STEPS",
-      "With --mode auto, --model and --text: steps that each task is distilled for at last; 0: none. Default: 240.",
+      "With --mode auto, --model and --text: distillation steps per task at the end; 0 for none. Default: 240.",
       from(0),
     ),
-    calibrate: toggle("Weigh errors by what enters the modules on --text, with --model; auto tries that too."),
+    calibrate: toggle("Weight errors by the inputs of the modules on --text, with --model; mode auto tries this too."),
     tokens,
     tokenizer,
   }),
   ...group("Which adapters", {
     scores: text(
       "SCORES.json",
-      "accuracy and accuracy_head_only of each adapter, from 0 to 1: leave out those that add little.",
+      "accuracy and accuracy_head_only of each adapter, from 0 to 1; adapters that add little are left out.",
     ),
-    minGain: number("X", "With --scores, what an adapter must add to the accuracy of its head. Default: 0.02.", {
-      expected: "a difference of shares, from -1 to 1",
-      holds: (n) => n >= -1 && n <= 1,
-    }),
+    minGain: number(
+      "X",
+      "With --scores: the least that an adapter must add to the accuracy of its head. Default: 0.02.",
+      {
+        expected: "a difference of shares, from -1 to 1",
+        holds: (n) => n >= -1 && n <= 1,
+      },
+    ),
     as,
     anyBase,
   }),
@@ -135,7 +152,7 @@ type PackOptions = Values<typeof OPTIONS>;
 export const pack: Attach = command({
   usage: "pack <ADAPTER_OR_FOLDER...>",
   does: "Make a pack of adapters.",
-  details: "Says what it lost, and from how many tasks on it pays.",
+  details: "The report says what the tasks lost, and how much smaller the pack is than the adapters.",
   options: OPTIONS,
   async run(paths, options, run, out) {
     checkOptions(options);
@@ -157,12 +174,14 @@ export const pack: Attach = command({
     await target.write(chunks);
     for (const warning of report.warnings) out.warn(warning);
     const took = resources();
+    const notes = report.notes.map((note) => inFlags(note, OPTIONS));
     return {
-      json: { file, ...report, dtype: nameOf(report.dtype), dropped, ...took },
+      json: { file, ...report, notes, dtype: nameOf(report.dtype), dropped, ...took },
       text: [
         ...dropped.map(({ id, gain }) => `left out ${id}: ${points(gain)} over its head`),
         ...reportText(file, report),
         ...("tried" in report ? autoText(report) : []),
+        ...notes,
         `${took.seconds.toFixed(2)} s`,
       ],
     };
@@ -259,17 +278,14 @@ function reportText(file: string, report: BuildReport): string[] {
   const totals = errors.map(({ total }) => total);
   const own = Object.entries(report.privateTerms);
   return [
-    `${file}: ${report.tasks} tasks, ${report.modules} modules, ${bytes(report.bytes)}`,
+    `${file}: ${count(report.tasks, "task")}, ${count(report.modules, "module")}, ${bytes(report.bytes)}`,
     ...table([
       ["", "adapters", "pack"],
-      ["size", bytes(report.adapterBytes), `${bytes(report.bytes)} (${ratio.toFixed(1)}× smaller)`],
+      ["size", bytes(report.adapterBytes), `${bytes(report.bytes)} (${smaller(ratio)})`],
       ["ΔW error of a task, mean / largest", "0", `${percent(mean(totals))} / ${percent(Math.max(0, ...totals))}`],
-      ["components per side", "", components.max > 0 ? `${components.min} to ${components.max}` : "none"],
-      ...(own.length > 0
-        ? [["private terms", "", own.map(([dtype, count]) => `${count} in ${dtype}`).join(", ")]]
-        : []),
+      ["components per side", "", components.max > 0 ? range(components.min, components.max) : "none"],
+      ...(own.length > 0 ? [["private terms", "", own.map(([dtype, n]) => `${n} in ${dtype}`).join(", ")]] : []),
     ]),
-    ...(ratio < 1 ? ["The pack is larger than its adapters."] : []),
     ...(components.max > 0 ? [sharing(breakEvenTasks)] : []),
   ];
 }

@@ -14,13 +14,13 @@ import { VERSION } from "../version.ts";
 import type { Result } from "./command.ts";
 import { writeWhole } from "./files.ts";
 import { type OptionSpec, output } from "./options.ts";
-import { bytes, type Output, resources } from "./output.ts";
+import { bytes, count, type Output, resources } from "./output.ts";
 import { checkTarget, filesOf, stat } from "./target.ts";
 
 /** Where a part is written to. */
 export const part: OptionSpec<string> = output(
   "PART",
-  "The part to write; left alone when it is there, whole and made of the same.",
+  "The part to write; kept as it is if it exists, whole and made of the same input.",
 );
 
 /** What there is to say of a part beside its size. */
@@ -56,10 +56,10 @@ export async function makePart(
   const size = found ?? (await writeWhole(file, await make()));
   const present = found !== undefined;
   const { adapters, modules } = figures;
-  const there = present ? ", was there already" : "";
+  const there = present ? ", already there" : "";
   return {
     json: { file, ...figures, bytes: size, present, ...resources() },
-    text: [`${file}: ${adapters} adapters, ${modules} modules, ${bytes(size)}${there}`],
+    text: [`${file}: ${count(adapters, "adapter")}, ${count(modules, "module")}, ${bytes(size)}${there}`],
   };
 }
 

@@ -36,12 +36,12 @@ const COMMANDS = [
 /** @param print takes help and version */
 function createProgram(print: (text: string) => void): Command {
   const program = new Command("eigenlora")
-    .description("Many LoRA adapters on one base model.")
+    .description("Many LoRA adapters of one base model in one small file.")
     .version(VERSION, "-v, --version", "Print the version.")
-    .option("--json", "Print one JSON object, whatever comes.")
+    .option("--json", "Print one JSON object, even on errors.")
     .helpOption("-h, --help", "Print this help.")
     .helpCommand(false)
-    .addHelpText("after", "\nHelp of a command: eigenlora COMMAND --help. Exit codes: 0, 1 failed, 2 usage.")
+    .addHelpText("after", "\nHelp for a command: eigenlora COMMAND --help. Exit codes: 0, 1 failed, 2 usage.")
     // Options behind a command are the command's own.
     .enablePositionalOptions()
     .configureHelp({ helpWidth: 80, subcommandTerm: (command) => command.name() })

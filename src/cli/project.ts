@@ -5,15 +5,18 @@
 import { completeDtypes } from "../pack/report.ts";
 import { assemblePack, openTasks, projectTasks } from "../pack/shard/tasks.ts";
 import { type Attach, command } from "./command.ts";
+
 import { anyBase, as, dtype, force, output, readFor } from "./options.ts";
-import { bytes, counting, lossTable, percent, resources, sharing, warnOf } from "./output.ts";
+import { bytes, count, counting, lossTable, percent, resources, sharing, smaller, warnOf } from "./output.ts";
 import { contents, digest, facts, makePart, part } from "./parts.ts";
+
 import { checkTarget, filesOf } from "./target.ts";
 import { refuseOtherBase } from "./tasks.ts";
 
 export const project: Attach = command({
   usage: "project <BASIS> <ADAPTER_OR_FOLDER...>",
-  does: "Make tasks of some adapters, on a basis that others hold too.",
+  does: "Turn some adapters into tasks on a basis from merge.",
+  details: "The result is a part with tasks; assemble makes a pack of all parts.",
   options: { output: part, force, dtype, as, anyBase, base: readFor },
   async run([basisPath, ...paths]: [string, ...string[]], { output: file, force, dtype, as, anyBase, base }, run, out) {
     checkTarget(file, { force: true, inputs: [basisPath] });
@@ -42,7 +45,7 @@ export const project: Attach = command({
 
 export const assemble: Attach = command({
   usage: "assemble <BASIS> <PART...>",
-  does: "Make a pack of the tasks of all parts, sorted by id.",
+  does: "Make one pack of the tasks in all parts, sorted by id.",
   options: { output: output("PACK", "The pack to write."), force },
   async run([basisPath, ...paths]: [string, ...string[]], { output: file, force }, run) {
     const target = await run.target(file, { force, inputs: [basisPath, ...paths] });
@@ -52,12 +55,12 @@ export const assemble: Attach = command({
     const { chunks, report } = await assemblePack(basis, parts);
     await target.write(chunks);
     const { dtype, ...rest } = report;
-    const { tasks, modules, ratio, error, breakEvenTasks } = rest;
+    const { tasks, modules, ratio, error, breakEvenTasks, adapterBytes } = rest;
     const { mean, max, worstTask } = error;
     return {
       json: { file, ...dtype, ...rest, ...resources() },
       text: [
-        `${file}: ${tasks} tasks, ${modules} modules, ${bytes(rest.bytes)} (${ratio.toFixed(1)}× smaller than the adapters)`,
+        `${file}: ${count(tasks, "task")}, ${count(modules, "module")}, ${bytes(rest.bytes)} ; the adapters have ${bytes(adapterBytes)} (${smaller(ratio)})`,
         `ΔW error: mean ${percent(mean)}, largest ${percent(max)} (${worstTask})`,
         sharing(breakEvenTasks),
       ],

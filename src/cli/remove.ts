@@ -3,13 +3,13 @@ import { freshPack } from "../pack/fresh.ts";
 import { type Attach, command } from "./command.ts";
 import { writeWhole } from "./files.ts";
 import { key, UsageError } from "./options.ts";
-import { bytes } from "./output.ts";
+import { bytes, count } from "./output.ts";
 import { signerOf, warnUnsigned } from "./signer.ts";
 
 export const remove: Attach = command({
   usage: "remove <PACK> <TASK...>",
-  does: "Drop tasks.",
-  details: "The bytes of the other tasks stay.",
+  does: "Remove tasks from a pack.",
+  details: "Other tasks are not changed.",
   options: { key },
   async run([file, ...ids]: [string, ...string[]], { key }, run, out) {
     const sign = await signerOf(key);
@@ -22,7 +22,7 @@ export const remove: Attach = command({
     warnUnsigned(pack, sign, out);
     return {
       json: { file, removed: ids, bytesBefore, bytesAfter },
-      text: [`${file}: ${ids.length} tasks removed, ${bytes(bytesBefore)} → ${bytes(bytesAfter)}`],
+      text: [`${file}: ${count(ids.length, "task")} removed, ${bytes(bytesBefore)} → ${bytes(bytesAfter)}`],
     };
   },
 });

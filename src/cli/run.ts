@@ -6,8 +6,12 @@ import type { Adapter } from "../adapters/adapter.ts";
 import { readAdapters } from "../adapters/folder.ts";
 import { openHost } from "../base/open.ts";
 import { renamedHost } from "../base/renamed.ts";
+import type { TaskFile } from "../format/format.ts";
+import { type FileKind, kindOfSource } from "../format/kind.ts";
+import { openSource } from "../open-source.ts";
 import type { BuildOptions } from "../pack/build.ts";
 import { type OpenOptions, openPack, type Pack } from "../pack/pack.ts";
+import { readTask } from "../pack/task-file.ts";
 import { writeWhole } from "./files.ts";
 import { takeLock } from "./lock.ts";
 import type { Output } from "./output.ts";
@@ -61,6 +65,17 @@ export class Run {
         return writeWhole(path, chunks, options.force);
       },
     };
+  }
+
+  /** What a file is, by how it begins; undefined for what is no file, or of no known kind. */
+  async kindOf(path: string): Promise<FileKind | undefined> {
+    const source = await openSource(path).catch(() => undefined);
+    return source && kindOfSource(this.closing(source));
+  }
+
+  /** @throws FormatError when it is damaged, or another kind of file */
+  async taskFile(path: string): Promise<TaskFile> {
+    return readTask(this.closing(await openSource(path)));
   }
 
   async pack(path: string, options?: OpenOptions): Promise<Pack> {

@@ -7,7 +7,7 @@ import { buildBasis } from "../pack/shard/basis.ts";
 import { adapterStatistics, mergeStatistics, type Statistics } from "../pack/shard/statistics.ts";
 import { openStatistics, writeStatistics } from "../pack/shard/statistics-part.ts";
 import { type Attach, command, type Result } from "./command.ts";
-import { names, refuseUnknown } from "./matching.ts";
+import { inFlags, names, refuseUnknown } from "./matching.ts";
 import {
   amount,
   anyBase,
@@ -28,8 +28,10 @@ import {
   toggle,
   UsageError,
 } from "./options.ts";
-import { bytes, counting, type Output, resources, warnOf } from "./output.ts";
+
+import { bytes, count, counting, type Output, range, resources, warnOf } from "./output.ts";
 import { contents, digest, facts, makePart, part } from "./parts.ts";
+
 import { checkTarget, filesOf } from "./target.ts";
 
 /** Statistics of rows serve column mode; the other modes see all adapters at once. */
@@ -46,7 +48,7 @@ const mode: OptionSpec<string> = {
 
 export const shard: Attach = command({
   usage: "shard <ADAPTER_OR_FOLDER...>",
-  does: "Count some of very many adapters, to be merged with others.",
+  does: "Collect statistics of some adapters, to be merged with others.",
   options: { output: part, force, gauge, rank, normalize, mode, as, anyBase, base: readFor },
   async run(paths, { output: file, force, gauge = "as-trained", rank, normalize, as, anyBase, base }, run, out) {
     checkTarget(file, { force: true });
@@ -60,11 +62,12 @@ export const shard: Attach = command({
 
 export const merge: Attach = command({
   usage: "merge <PART...>",
-  does: "Make components of the counts of all adapters: a pack without tasks.",
+  does: "Make components from the statistics of all adapters.",
+  details: "The result is a basis, a pack without tasks.",
   options: {
     output: output("BASIS", "The basis to write, or with --part the part."),
     force,
-    part: toggle("Write a part again, to be merged with others."),
+    part: toggle("Write a part instead of a basis, to be merged with others."),
     anyBase,
     ...group("Of a basis", {
       ...amount,
@@ -100,10 +103,12 @@ export const merge: Attach = command({
     await target.write(chunks);
     for (const warning of report.warnings) out.warn(warning);
     const { adapters, modules, components } = report;
-    const sides = `${components.min} to ${components.max} components per side`;
+    const notes = report.notes.map((note) => inFlags(note, { base }));
+    const sides = `${range(components.min, components.max)} components per side`;
+    const of = `${count(adapters, "adapter")}, ${count(modules, "module")}`;
     return {
-      json: { file, ...report, ...resources() },
-      text: [`${file}: a basis of ${adapters} adapters, ${modules} modules, ${sides}, ${bytes(report.bytes)}`],
+      json: { file, ...report, notes, ...resources() },
+      text: [`${file}: a basis of ${of}, ${sides}, ${bytes(report.bytes)}`, ...notes],
     };
   },
 });

@@ -17,8 +17,8 @@ import { checkTarget } from "./target.ts";
 
 export const keygen: Attach = command({
   usage: "keygen",
-  does: "Make an Ed25519 key to sign with.",
-  details: "NAME.pem is yours alone; whoever checks your signatures needs NAME.pub.pem, or the line that is printed.",
+  does: "Make an Ed25519 key pair to sign with.",
+  details: "Keep NAME.pem to yourself. Whoever checks your signatures needs NAME.pub.pem, or the line that is printed.",
   options: { output: output("NAME", "Write NAME.pem and NAME.pub.pem."), force },
   async run(_: [], { output: name, force }) {
     const [secret, open] = [`${name}.pem`, `${name}.pub.pem`];
@@ -50,7 +50,7 @@ async function pem(what: string, format: "pkcs8" | "spki", made: CryptoKey): Pro
 export const sign: Attach = command({
   usage: "sign <FILE...>",
   does: "Sign packs and task files with an Ed25519 key.",
-  details: "Readers that are given the public key then take nothing else. The root of a pack stays the same.",
+  details: "Readers that are given the public key then accept nothing else. The root of a pack does not change.",
   options: { key: required(key) },
   async run(files: string[], { key }, run) {
     const signer = (await signerOf(key))!;

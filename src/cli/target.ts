@@ -4,7 +4,9 @@
  */
 import { lstatSync, type Stats, statSync } from "node:fs";
 import { readdir } from "node:fs/promises";
-import { extname, join } from "node:path";
+
+import { dirname, extname, join } from "node:path";
+
 import type { Adapter } from "../adapters/adapter.ts";
 import { MODELS } from "../adapters/diffusers-keys.ts";
 import { openSource } from "../open-source.ts";
@@ -33,13 +35,24 @@ export function checkTarget(path: string, { force, inputs = [], output = path }:
   };
   if (path === "-") refuse("nothing is written to standard output; name a file");
   if (/[/\\]$/.test(path)) refuse("ends like a folder; name a file in it");
+  checkParent(output);
   const there = stat(path);
   if (there?.isDirectory()) refuse("is a folder; name a file in it");
   if (there && !there.isFile()) refuse(`is ${kindOf(there)}; name a file`);
   if (!there && isLink(path)) refuse("is a link to a file that is not there; remove it, or name that file");
   if (inputs.some((input) => input !== undefined && realTarget(input) === realTarget(path)))
     refuse("would overwrite what it is made of; choose another name");
-  if (there && !force) refuse("is there already; choose another name, or replace it with --force");
+  if (there && !force) refuse("already exists; choose another name, or replace it with --force");
+}
+
+/** A mistyped folder is not made in silence. @throws UsageError when the folder of what is to be written is not there */
+function checkParent(output: string): void {
+  const folder = dirname(output);
+  const there = stat(folder);
+  if (there?.isDirectory()) return;
+  throw new UsageError(
+    `--output ${output}: ${there ? `${folder} is not a folder` : `there is no folder ${folder}; make it first`}`,
+  );
 }
 
 /**
@@ -54,7 +67,7 @@ export async function checkExport(folder: string, force: boolean): Promise<void>
   if (folder === "-") refuse("an adapter is a folder of files; name one");
   const there = stat(folder);
   if (!there && isLink(folder)) refuse("is a link to a folder that is not there; remove it, or name that folder");
-  if (!there) return;
+  if (!there) return checkParent(folder);
   if (!there.isDirectory()) refuse("is a file; name a folder");
   const names = (await readdir(folder)).filter((name) => !/^\.|\.(lock|tmp)$/.test(name));
   if (names.length === 0) return;

@@ -9,37 +9,51 @@ import { toIntegrity } from "../format/integrity.ts";
 import { encodedTensor } from "../format/tensors.ts";
 import { openSource } from "../open-source.ts";
 import { expandTerm } from "../pack/expand.ts";
-import { isSigned, keyName } from "../pack/keys.ts";
+import { isSigned, keyName, publicKeyBytes } from "../pack/keys.ts";
 import type { Pack } from "../pack/pack.ts";
 import { storedModule } from "../pack/project.ts";
 import { type TaskLoss, totalOf } from "../pack/report.ts";
-import type { TrustOptions } from "../pack/trust.ts";
+import { Trust, type TrustOptions } from "../pack/trust.ts";
 import type { ByteSource } from "../source.ts";
 import { toHex } from "../tensor/hex.ts";
-import { type Attach, command } from "./command.ts";
+import { isTaskFile } from "./add.ts";
+import { type Attach, command, type Result } from "./command.ts";
 import { readText } from "./files.ts";
-import { as, list, readFor, text } from "./options.ts";
+
+import { as, list, readFor, text, UsageError } from "./options.ts";
+
 import { type Output, percent, sum, table } from "./output.ts";
 import type { Run } from "./run.ts";
 
 interface Check {
   readonly name: string;
   readonly ok: boolean;
+  /** False where there is nothing to check. */
+  readonly checked: boolean;
   readonly detail: string;
 }
 
 export const verify: Attach = command({
-  usage: "verify <PACK>",
-  does: "Check sums and limits, and with adapters the ΔW error of each task.",
+  usage: "verify <PACK_OR_TASKFILE>",
+  does: "Verify checksums and limits, and with adapters the ΔW error of each task.",
+  details:
+    "With --against it also shows δ, the largest relative error of a factor, and the bound on the ΔW error that follows (docs/packing.md).",
   options: {
     against: list("ADAPTER_OR_FOLDER", "Adapters that the tasks were made of. May be given again."),
     as,
     base: readFor,
-    key: list("PUBLIC.pem", "Fail unless one of these public keys has signed the pack. May be given again."),
-    integrity: text("sha256-…", "Fail unless this is the root of the pack."),
+    key: list("PUBLIC.pem", "Fail unless one of these public keys has signed the file. May be given again."),
+    integrity: text("sha256-…", "Fail unless this is the root of the pack, or the hash of the task file."),
   },
   async run([path]: [string], { against, as, base, key, integrity }, run, out) {
-    const keys = await Promise.all(key.map(readText));
+    const keys = await Promise.all(key.map(publicKey));
+    if (await isTaskFile(path, run)) {
+      if (against.length > 0)
+        throw new UsageError(
+          `--against needs a pack: ${path} is a task file, which holds no components; add it to its pack first`,
+        );
+      return verifyTaskFile(path, keys, integrity, run);
+    }
     const trust = { ...(keys.length > 0 ? { keys } : {}), ...(integrity === undefined ? {} : { integrity }) };
     const pack = await openHashed(path, trust, run);
     const { checks, bases, blobs } = await checkSections(path, pack, run, out);
@@ -50,7 +64,8 @@ export const verify: Attach = command({
       for (const [i, adapter] of adapters.entries()) {
         const { id, file } = adapter;
         const blob = blobs.get(id);
-        if (!blob) throw new TaskError(`${file}: no task "${id}" in ${path}; say --as`, { task: id });
+        if (!blob)
+          throw new TaskError(`${file}: no task "${id}" in ${path}; say which with --as ${id}=TASK`, { task: id });
         figures.set(id, await compare(pack, bases, blob, adapter));
         out.progress("adapter", i + 1, adapters.length);
       }
@@ -63,7 +78,7 @@ export const verify: Attach = command({
     return {
       json: { ok, checks, tasks: [...pack.tasks.keys()].map((id) => ({ id, ...figures.get(id) })) },
       text: [
-        ...table([["check", "", ""], ...checks.map(({ name, ok, detail }) => [name, ok ? "ok" : "FAILED", detail])]),
+        ...checksTable(checks),
         ...(rows.length
           ? ["", ...table([["task", "ΔW error", "largest module", "δ of A", "δ of B", "bound"], ...rows])]
           : []),
@@ -72,6 +87,37 @@ export const verify: Attach = command({
     };
   },
 });
+
+/** @throws TypeError naming the file when it holds no public key */
+async function publicKey(path: string): Promise<string> {
+  const pem = await readText(path);
+  await publicKeyBytes(pem, `--key ${path}`);
+  return pem;
+}
+
+function checksTable(checks: readonly Check[]): string[] {
+  const words = ({ ok, checked }: Check): string => (checked ? (ok ? "ok" : "FAILED") : "–");
+  return table([["check", "", ""], ...checks.map((check) => [check.name, words(check), check.detail])]);
+}
+
+/** What can be checked of a task without the pack that it belongs to. */
+async function verifyTaskFile(path: string, keys: string[], integrity: string | undefined, run: Run): Promise<Result> {
+  // Parsing checks the sums of head, entry and blob: a file that fails them is an error.
+  const file = await run.taskFile(path);
+  const trust = await Trust.create(path, keys.length > 0 ? { keys } : {});
+  await trust.checkTaskFile(file, path, integrity);
+  const { id, basisId, content, signature } = file;
+  const hash = await sha256(content);
+  const checks: Check[] = [];
+  const note = noting(checks);
+  note("checksums", true, `task ${id}`);
+  note("hash", true, toIntegrity(hash));
+  if (!signature) note("signature", null, "not signed");
+  else note("signature", await isSigned("task", hash, signature, path), keyName(signature.key));
+  note("basis", null, `${basisId.slice(0, 16)}; its pack checks the terms when the task is added`);
+  const ok = checks.every((check) => check.ok);
+  return { json: { ok, checks, id, basisId }, text: checksTable(checks), exitCode: ok ? 0 : 1 };
+}
 
 /** The pack, whose sections are all held against their hashes, where it has some. */
 async function openHashed(path: string, trust: TrustOptions, run: Run): Promise<Pack> {
@@ -85,16 +131,25 @@ async function checkTrust({ name, window, directory }: Pack, note: Note): Promis
   const root = await sha256(window.head, directory.bytes);
   const { signature } = window.superblock;
   const hashed = directory.bases.integrity !== undefined;
-  note("root", true, hashed ? toIntegrity(root) : "no hashes: of a version before 1.0, `compact` writes them");
-  if (!signature) note("signature", true, "not signed");
+  note(
+    "root",
+    hashed || null,
+    hashed ? toIntegrity(root) : "no hashes: of a version before 1.0, `compact` writes them",
+  );
+  if (!signature) note("signature", null, "not signed");
   else note("signature", await isSigned("pack", root, signature, name), keyName(signature.key));
 }
 
-type Note = (name: string, ok: boolean, detail: string) => unknown;
+/** @param ok null where there is nothing to check */
+type Note = (name: string, ok: boolean | null, detail: string) => void;
+
+function noting(checks: Check[]): Note {
+  return (name, ok, detail) => void checks.push({ name, ok: ok ?? true, checked: ok !== null, detail });
+}
 
 async function checkSections(path: string, pack: Pack, run: Run, out: Output) {
   const checks: Check[] = [];
-  const note: Note = (name, ok, detail) => checks.push({ name, ok, detail });
+  const note = noting(checks);
   /** What a section holds; a damaged one is reported, and the others are checked all the same. */
   const checked = async <T>(name: string, read: () => Promise<T>): Promise<T | undefined> => {
     try {
@@ -125,7 +180,8 @@ async function checkSections(path: string, pack: Pack, run: Run, out: Output) {
   const source = run.closing(await openSource(path));
   const gap = await unpadded(source, pack);
   note("padding", gap === undefined, gap ?? "zero");
-  note("bytes behind the end", true, `${(source.byteLength ?? 0) - pack.window.superblock.committed} (ignored)`);
+  const behind = (source.byteLength ?? 0) - pack.window.superblock.committed;
+  note("bytes behind the end", behind > 0 ? null : true, behind > 0 ? `${behind}, ignored` : "none");
   return { checks, bases, blobs };
 }
 

@@ -18,7 +18,12 @@ export function addWaysOut({ mode, ratio, dtype, rank }: SizeOptions, adapterByt
   return (error) => {
     if (!(error instanceof Unreachable) || error.least === undefined) throw error;
     const auto = mode === "auto";
+    // Rounded down: this one can be had.
     const most = Math.floor((10 * adapterBytes) / error.least) / 10;
+    const what =
+      ratio === undefined
+        ? error.message
+        : `--ratio ${ratio}: a pack of these adapters can be at most ${most.toFixed(1)}× smaller than they are`;
     const ways = [
       ...(auto && dtype ? ["leave out --dtype, so that fewer bits are tried"] : []),
       ...(!auto && !dtype?.basis?.startsWith("int") ? ["--dtype int4"] : []),
@@ -26,6 +31,6 @@ export function addWaysOut({ mode, ratio, dtype, rank }: SizeOptions, adapterByt
       ...(auto ? [] : ["--mode auto, which tries all ways of packing"]),
       ratio === undefined ? `--bytes ${error.least} or more` : `--ratio ${most} or less`,
     ];
-    throw new RangeError(`${error.message}. Ways out: ${ways.join("; ")}`, { cause: error });
+    throw new RangeError(`${what}. Ways out: ${ways.join("; ")}`, { cause: error });
   };
 }

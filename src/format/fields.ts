@@ -1,7 +1,6 @@
 /**
  * Little-endian fields of one part of one file, read with checks, and what alignment the parts have.
  */
-import { toHex } from "../tensor/hex.ts";
 import { crc32c } from "./crc32c.ts";
 import { check } from "./messagepack.ts";
 
@@ -35,11 +34,9 @@ export class Fields {
   }
 
   magic(expected: readonly number[], what: string): void {
-    const found = this.bytes.subarray(0, 8);
     this.check(
-      expected.every((b, i) => found[i] === b),
-      () =>
-        `this is not ${what}: it ${found.length ? `begins with ${toHex(found)}` : "has 0 bytes"}, expected ${toHex(Uint8Array.from(expected))}`,
+      expected.every((byte, i) => this.bytes[i] === byte),
+      () => `this is not ${what}${this.bytes.length ? "" : ": it is empty"}`,
     );
   }
 

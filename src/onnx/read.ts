@@ -33,15 +33,15 @@ export interface ModelFile {
  * @throws SourceError when the file cannot be read
  */
 export async function readModel(input: SourceInput, options: ModelOptions = {}): Promise<ModelFile> {
-  const source = await openSource(input, options);
+  const source = await openSource(input, options, "model");
   const bytes = await readAll(source, options).finally(() => source.close?.());
-  const model = parseModel(bytes, source.name);
+  const model = await parsed(bytes, source.name);
   const locate = options.external ?? besides(input, source.name);
   const files = new Map<string, Promise<ByteSource>>();
   const external = (location: string): Promise<ByteSource> => {
     let file = files.get(location);
     if (!file) {
-      file = Promise.resolve(locate!(location)).then((found) => openSource(found, options));
+      file = Promise.resolve(locate!(location)).then((found) => openSource(found, options, "external"));
       files.set(location, file);
       // Not kept when it failed: the next read may find the file.
       file.catch(() => files.delete(location));
@@ -58,6 +58,19 @@ export async function readModel(input: SourceInput, options: ModelOptions = {}):
       await Promise.all(opened.map((file) => file.status === "fulfilled" && file.value.close?.()));
     },
   };
+}
+
+async function parsed(bytes: Uint8Array, name: string): Promise<OnnxModel> {
+  try {
+    return parseModel(bytes, name);
+  } catch (error) {
+    const { wrongKind } = await import("../format/kind.ts");
+    throw await wrongKind(
+      error,
+      { name, byteLength: bytes.length, read: async (_, n) => bytes.subarray(0, n) },
+      "an ONNX model",
+    );
+  }
 }
 
 /** Finds files beside a model that has a place; undefined for bytes, blobs and sources, which have none. */

@@ -28,10 +28,12 @@ import { readFingerprints } from "./fingerprints.ts";
 import { newPack } from "./fresh.ts";
 import {
   type BuildReport,
+  baseNotes,
   baseWarnings,
   completeDtypes,
   componentsOf,
   fewerWarnings,
+  idleWarnings,
   lossesOf,
   lossWarnings,
   type ModuleError,
@@ -77,7 +79,7 @@ export interface BuildOptions {
   // How it is written.
   /** Default: f16 for each. */
   readonly dtype?: Partial<Dtypes> | undefined;
-  /** The base model, for fingerprints and an early check of names and shapes. Default: none, with a warning. */
+  /** The base model, for fingerprints and an early check of names and shapes. Default: none, with a note in the report. */
   readonly base?: WeightHost | undefined;
   /** Take adapters that name different base models: other names for one, which they do not share the end of. Default: false. */
   readonly anyBase?: boolean | undefined;
@@ -164,9 +166,11 @@ export async function buildPack(adapters: readonly Adapter[], options: BuildOpti
     warnings: [
       ...lossWarnings(losses),
       ...adapters.flatMap(({ id, warnings }) => warnings.map((warning) => `${id}: ${warning}`)),
-      ...baseWarnings(options.base, adapters),
+      ...baseWarnings(adapters),
+      ...idleWarnings(adapters, errors, (adapter) => terms.get(adapter) ?? []).values(),
       ...fewerWarnings(options.select, components),
     ],
+    notes: baseNotes(options.base),
   };
   return { chunks, report };
 }

@@ -41,7 +41,7 @@ export async function publicKeyBytes(key: PublicKey, name: string): Promise<Uint
     if (key?.algorithm?.name !== ALGORITHM || key.type !== "public") refuse(described(key).slice(0, 60));
     return new Uint8Array(await crypto.subtle.exportKey("raw", key));
   }
-  if (key.includes("PRIVATE KEY")) refuse("a private key, which is nobody else's business");
+  if (key.includes("PRIVATE KEY")) refuse("a private key: give the public one, and keep the private one to yourself");
   let bytes: Uint8Array | undefined;
   try {
     bytes = fromBase64(key.replace(/-----[A-Z ]+-----|^\s*ed25519:|\s/g, ""));

@@ -103,7 +103,7 @@ export async function openPack(input: SourceInput, options: OpenOptions = {}): P
     ...FETCH_OPTIONS,
   ]);
   checkChoice("bases", options.bases ?? "now", ["now", "later"]);
-  const inner = await openSource(input, options);
+  const inner = await openSource(input, options, "openPack");
   let directoryBytes: Uint8Array | undefined;
   try {
     const counted = { requests: 0, bytes: 0, whole: false };

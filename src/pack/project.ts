@@ -19,12 +19,14 @@ import { encodedTensor } from "../format/tensors.ts";
 import type { Dtype, Dtypes } from "../tensor/dtypes.ts";
 import { DEFAULT_ERROR, withinError } from "./allocate.ts";
 import type { Pack } from "./pack.ts";
-import { lossesOf, type ModuleError, type TaskLoss } from "./report.ts";
+import { idleWarnings, lossesOf, type ModuleError, type TaskLoss } from "./report.ts";
 import { encodeAdapter, encodeTerm, storable } from "./tasks.ts";
 
 /** A task made for an existing basis, and what it lost. */
 export interface ProjectedAdapter extends TaskToWrite {
   readonly residual: TaskLoss;
+  /** What a person should know before trusting the result. */
+  readonly warnings: readonly string[];
 }
 
 /**
@@ -60,9 +62,14 @@ export async function projectAdapters(
     const names = pack.modules.map(({ name }) => name);
     const ids = adapters.map(({ id }) => id);
     const residuals = lossesOf(errors, ids);
+    const idle = idleWarnings(adapters, errors, (_, i) => terms[i]!);
     return Promise.all(
       adapters.map(async (adapter, i): Promise<ProjectedAdapter> => {
-        return { ...(await encodeAdapter(adapter, terms[i]!, names, dtype.head)), residual: residuals[i]! };
+        return {
+          ...(await encodeAdapter(adapter, terms[i]!, names, dtype.head)),
+          residual: residuals[i]!,
+          warnings: idle.has(adapter.id) ? [idle.get(adapter.id)!] : [],
+        };
       }),
     );
   };
@@ -133,15 +140,25 @@ export function gaugeOf({ directory }: Pack): Gauge {
   return directory.basis.gauge === "balanced" ? "balanced" : "as-trained";
 }
 
+function listed(names: readonly string[]): string {
+  return `${names.slice(0, 3).join(", ")}${names.length > 3 ? ", …" : ""}`;
+}
+
 /** @throws AdapterError when the pack has no basis for a module of an adapter */
 function checkModules(pack: Pack, adapter: Adapter): void {
   refuseBoth(adapter);
   const known = new Map(pack.modules.map((m) => [m.name, m]));
   const missing = [...adapter.modules.keys()].filter((name) => !known.has(name));
+  if (missing.length > 0 && missing.length === adapter.modules.size) {
+    throw new AdapterError(
+      `it adapts none of the modules that the tasks of ${pack.name} adapt, but ${listed(missing)}: is it of another base model?`,
+      { file: adapter.file, field: missing[0]! },
+    );
+  }
   if (missing.length > 0) {
     throw new AdapterError(
-      `it adapts ${missing.length} modules that ${pack.name} has no basis for (${missing.slice(0, 3).join(", ")}` +
-        `${missing.length > 3 ? ", …" : ""}): pack all adapters again, with this one`,
+      `it adapts ${missing.length} modules that ${pack.name} has no basis for (${listed(missing)}): pack all adapters again, ` +
+        "with this one",
       { file: adapter.file, field: missing[0]! },
     );
   }

@@ -1,9 +1,10 @@
 /**
  * What a pack says about itself when it has been made: one shape for every way to make one.
  */
+import type { Adapter } from "../adapters/adapter.ts";
 import { baseModels } from "../adapters/modules.ts";
 import type { BasisMode, Centering, ComponentSelection, Gauge } from "../extract/options.ts";
-import type { ModuleInput } from "../format/encode.ts";
+import type { ModuleInput, TermInput } from "../format/encode.ts";
 import type { Dtype, Dtypes } from "../tensor/dtypes.ts";
 
 /** f16 where nothing else is asked for. */
@@ -33,6 +34,8 @@ export interface PackReport {
   readonly components: { readonly min: number; readonly mean: number; readonly max: number };
   /** What a person should know before trusting the result. */
   readonly warnings: readonly string[];
+  /** What would have made a better pack, and is no reason to distrust this one. */
+  readonly notes: readonly string[];
 }
 
 /** What a pack holds of its adapters and what they lost. */
@@ -99,15 +102,89 @@ export function componentsOf(modules: readonly Pick<ModuleInput, "A" | "B">[]): 
   };
 }
 
-/** What to say of a pack's base model. */
-export function baseWarnings(base: unknown, adapters: Parameters<typeof baseModels>[0]): string[] {
+/** What to note of a pack that was made without its base model. */
+export function baseNotes(base: unknown): string[] {
+  return base
+    ? []
+    : [
+        "Apps can check the shapes of their model only, not whether it is the right one: pass `base` to store fingerprints.",
+      ];
+}
+
+/** Who adapts which modules. */
+interface Owner {
+  readonly id: string;
+  readonly baseModel: string | undefined;
+  readonly modules: ReadonlySet<string> | ReadonlyMap<string, unknown>;
+}
+
+/** What to say of the base model of adapters that were packed together. */
+export function baseWarnings(adapters: readonly Owner[]): string[] {
   const named = baseModels(adapters);
   return [
-    ...(base ? [] : ["packed without a base model: the runtime can check shapes only, not which model it is"]),
     ...(named.length > 1
       ? [`the adapters name their base model in several ways, taken for one: ${named.join(", ")}`]
       : []),
+    ...strangerWarnings(adapters),
   ];
+}
+
+/**
+ * What to say of adapters that share no module with the others: an adapter need not name its base, and one of another model is
+ * packed beside them without a contradiction. Those that name the base of the others are left alone.
+ */
+function strangerWarnings(adapters: readonly Owner[]): string[] {
+  let groups: { members: Owner[]; modules: Set<string> }[] = [];
+  for (const adapter of adapters) {
+    const names = [...adapter.modules.keys()];
+    if (names.length === 0) continue;
+    const meets = new Set(groups.filter(({ modules }) => names.some((name) => modules.has(name))));
+    const joined = [...meets].reduce(
+      ({ members, modules }, one) => {
+        members.push(...one.members);
+        for (const name of one.modules) modules.add(name);
+        return { members, modules };
+      },
+      { members: [] as Owner[], modules: new Set(names) },
+    );
+    joined.members.push(adapter);
+    groups = [...groups.filter((group) => !meets.has(group)), joined];
+  }
+  const isNamed = ({ members }: (typeof groups)[number]): boolean =>
+    members.some(({ baseModel }) => baseModel !== undefined);
+  const [most, ...others] = groups.sort((a, b) => b.members.length - a.members.length);
+  return others
+    .filter((group) => !(isNamed(group) && isNamed(most!)))
+    .map(({ members }) => {
+      const ids = members.slice(0, LISTED).map(({ id }) => `"${id}"`);
+      const more = members.length > LISTED ? ` and ${members.length - LISTED} more` : "";
+      const [adapt, are] = members.length > 1 ? ["adapt", "are they"] : ["adapts", "is it"];
+      return `${ids.join(", ")}${more} ${adapt} none of the modules that the others adapt: ${are} of another base model?`;
+    });
+}
+
+/** So many adapters of a kind are named. */
+const LISTED = 3;
+
+/**
+ * What to say of adapters all of whose updates are 0, by id. DoRA's magnitudes change weights by themselves.
+ * @param termsOf what of an adapter is stored
+ */
+export function idleWarnings(
+  adapters: readonly Adapter[],
+  errors: readonly ModuleError[],
+  termsOf: (adapter: Adapter, index: number) => readonly Pick<TermInput, "magnitude">[],
+): Map<string, string> {
+  const busy = new Set(errors.filter(({ norm }) => norm > 0).map(({ task }) => task));
+  const warnings = new Map<string, string>();
+  for (const [i, adapter] of adapters.entries()) {
+    const { id, modules, saved } = adapter;
+    if (modules.size === 0 || busy.has(id) || termsOf(adapter, i).some(({ magnitude }) => magnitude)) continue;
+    const names = saved.slice(0, LISTED).map(({ name }) => name);
+    const what = names.length > 0 ? `changes only what it brings whole (${names.join(", ")})` : "changes nothing";
+    warnings.set(id, `task "${id}" ${what}: all its updates are 0`);
+  }
+  return warnings;
 }
 
 /** What to say where fewer components than asked for were to be had: a side has no more directions than rows. */

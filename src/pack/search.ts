@@ -180,12 +180,12 @@ async function allocatedWays(search: Search, decisions: string[]): Promise<Way[]
     goal.kind === "error" ? allocateError(spectra, () => goal.max, only) : allocateBytes(spectra, goal.max, only);
   const shared = adapters.length > 1 ? await sharingThatPays(adapters, found, plan) : undefined;
   const head = dtype.head ?? (goal.kind === "error" ? headWithin(goal.max) : headFor(adapters, goal.max));
-  decisions.push(
-    shared
-      ? `${shared.k} components in ${shared.dtype} are shared: of a few modules, that saves bytes`
-      : "nothing is shared: adapters have too little in common for components to pay",
-    `heads are stored in ${head}`,
-  );
+  if (shared)
+    decisions.push(`${shared.k} components in ${shared.dtype} are shared: of a few modules, that saves bytes`);
+  else if (adapters.length > 1)
+    decisions.push("nothing is shared: adapters have too little in common for components to pay");
+  const matrices = adapters.some(({ saved }) => saved.some(({ shape }) => shape.length > 1));
+  if (matrices) decisions.push(`heads are stored in ${head}`);
   return [[allocatedWay(head)], ...(shared ? [[allocatedWay(head, shared)]] : [])];
 }
 

@@ -4,17 +4,30 @@
 import { checkOptions, described } from "../arguments.ts";
 import { TaskError } from "../errors.ts";
 import { isTaskId } from "../format/directory.ts";
-import type { PackModule, TaskBlob, TaskEntry } from "../format/format.ts";
+import type { PackModule, TaskBlob, TaskEntry, TaskFile } from "../format/format.ts";
+import { wrongKind } from "../format/kind.ts";
 import { parseTask } from "../format/task.ts";
 import { parseTaskFile } from "../format/task-file.ts";
 import { openSource } from "../open-source.ts";
-import { readAll, type SourceInput } from "../source.ts";
+import { type ByteSource, readAll, type SourceInput } from "../source.ts";
 import type { TaskTrust, Trust } from "./trust.ts";
 
 /** The open pack. */
 interface Target {
   readonly basisId: string;
   readonly modules: readonly PackModule[];
+}
+
+/**
+ * A task file, checked by itself.
+ * @throws FormatError when it is damaged, or another kind of file
+ */
+export async function readTask(source: ByteSource): Promise<TaskFile> {
+  try {
+    return parseTaskFile(await readAll(source), source.name);
+  } catch (error) {
+    throw await wrongKind(error, source, "an EigenLoRA task file");
+  }
 }
 
 /**
@@ -35,10 +48,10 @@ export async function readTaskFile(
 ): Promise<TaskEntry & { readonly blob: TaskBlob }> {
   checkOptions("addTask", options, ["integrity"]);
   const { integrity } = options;
-  const source = await openSource(file);
+  const source = await openSource(file, {}, "addTask");
   try {
     const { name } = source;
-    const parsed = parseTaskFile(await readAll(source), name);
+    const parsed = await readTask(source);
     const checks =
       trust ?? (integrity === undefined ? undefined : await (await import("./trust.ts")).Trust.create(name, {}));
     await checks?.checkTaskFile(parsed, name, integrity);
@@ -51,7 +64,7 @@ export async function readTaskFile(
     if (typeof id !== "string" || !isTaskId(id)) {
       throw new TaskError(`${described(id)} cannot name a task`, { task: id });
     }
-    if (tasks.has(id)) throw new TaskError(`there is a task "${id}" already; choose another id`, { task: id });
+    if (tasks.has(id)) throw new TaskError(`there already is a task "${id}"; choose another id`, { task: id });
     return { ...entry, blob: parseTask(blob, modules, name, { ...entry, id }) };
   } finally {
     await source.close?.();

@@ -245,7 +245,9 @@ export class Runtime {
     const pristine = this.#parameters?.pristine(parameter);
     if (pristine) return pristine;
     const candidates = nearest(name, [...this.#slotsByName.keys(), ...this.#active.keys()]);
-    throw new RangeError(`weight: "${name}" is not changed by the active task; nearest: ${candidates.join(", ")}`);
+    throw new RangeError(
+      `weight: "${name}" is not changed by the active task; nearest: ${candidates.join(", ") || "none"}`,
+    );
   }
 
   /**

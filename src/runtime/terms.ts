@@ -68,7 +68,7 @@ export class Terms {
     const names = this.#modules.map((module) => module.name);
     const index = names.indexOf(name);
     if (index >= 0) return index;
-    throw new RangeError(`no module "${name}"; nearest: ${nearest(name, names).join(", ")}`);
+    throw new RangeError(`no module "${name}"; nearest: ${nearest(name, names).join(", ") || "none"}`);
   }
 
   /** @param bias the layer's, where the task changes it */

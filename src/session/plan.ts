@@ -31,7 +31,7 @@ export type Mode = "core" | "factors" | "folded";
 export interface PlanOptions extends MatchOptions {
   /**
    * "core": the task is a small matrix between the pack's components, which the model gets once. "factors": it is expanded to A
-   * and B. "folded": the weights themselves change. Default: "auto", what fits the pack and the model best.
+   * and B. "folded": the weights themselves change. A pack without components in column mode has no "core". Default: "auto", what fits the pack and the model best.
    */
   readonly mode?: Mode | "auto" | undefined;
   /** Room for what no task of the pack brings yet, but one that is added or learned later may. It costs every run a little. */
@@ -332,18 +332,20 @@ class Planner {
     if (mode !== "auto" && mode !== "folded" && notUnfolded) {
       throw refuse(this.#notUnfolded, `mode "${mode}"`, '; use mode "folded"');
     }
-    if (mode !== "auto") return { mode, reason: "asked for" };
-    if (notUnfolded) return { mode: "folded", reason: notUnfolded.why };
-    const why = notFolded ? `; ${notFolded.why}, which rules folding out` : "";
     const K = this.#pack.modules.flatMap(({ A, B }) =>
       A?.kind === "column" && B?.kind === "column" ? [A.tensor.rows, B.tensor.rows] : [],
     );
-    if (K.length === 0) {
-      return { mode: "factors", reason: `the pack has no components that a core could go between${why}` };
+    const none = "the pack has no components in column mode, which a core needs";
+    if (mode === "core" && K.length === 0) {
+      throw refuse([{ module: "", why: none }], 'mode "core"', '; use mode "factors"');
     }
+    if (mode !== "auto") return { mode, reason: "asked for" };
+    if (notUnfolded) return { mode: "folded", reason: notUnfolded.why };
+    const why = notFolded ? `; ${notFolded.why}, which rules folding out` : "";
+    if (K.length === 0) return { mode: "factors", reason: none + why };
     const most = Math.max(...K);
     if (most > MOST_COMPONENTS) {
-      return { mode: "factors", reason: `up to ${most} components a side make the core dearer than factors${why}` };
+      return { mode: "factors", reason: `with up to ${most} components a side, a core costs more than factors${why}` };
     }
     return { mode: "core", reason: `${most} components a side at most: a switch moves the core alone${why}` };
   }

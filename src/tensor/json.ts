@@ -16,7 +16,7 @@ export function parseJson(text: string): unknown {
   try {
     value = JSON.parse(text);
   } catch (cause) {
-    throw new SyntaxError(`is not JSON: ${(cause as Error).message}`, { cause });
+    throw new SyntaxError(`is not valid JSON: ${(cause as Error).message}`, { cause });
   }
   checkKeys(text);
   return value;

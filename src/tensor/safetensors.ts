@@ -75,7 +75,7 @@ export async function openSafetensors(source: ByteSource, options?: ReadOptions)
   const prefixView = new DataView(prefix.buffer, prefix.byteOffset, 8);
   const headerLength = prefixView.getUint32(0, true) + prefixView.getUint32(4, true) * 2 ** 32;
   if (headerLength > MAX_HEADER_BYTES) {
-    throw fail("header", `claims ${headerLength} bytes, ${MAX_HEADER_BYTES} at most allowed; not a safetensors file`);
+    throw fail("header", `is larger than the ${MAX_HEADER_BYTES} bytes that are allowed; not a safetensors file`);
   }
   if (8 + headerLength > byteLength) {
     const end = 8 + headerLength;

@@ -51,10 +51,9 @@ export function checkExamples<Feeds>(
     if (target) checkTarget(target, labels.length, at);
     const number = target ? largest(target) : typeof label === "number" ? label : labels.indexOf(label!);
     if (labels[number] === undefined) {
-      const close = typeof label === "string" ? nearest(label, labels) : labels;
-      throw new RangeError(
-        `${at}: the label ${JSON.stringify(label)} is none of the trainer's; nearest: ${close.join(", ")}`,
-      );
+      const [close] = nearest(label as string, labels);
+      const advice = close === undefined ? `they are ${labels.join(", ")}` : `did you mean ${close}?`;
+      throw new RangeError(`${at}: the label ${JSON.stringify(label)} is none of the trainer's; ${advice}`);
     }
     if (text === undefined && feeds === undefined) throw new TypeError(`${at}: has neither text nor feeds`);
     if (feeds === undefined && text!.trim() === "") throw new RangeError(`${at}: its text is empty`);
@@ -67,7 +66,7 @@ export function checkExamples<Feeds>(
   // Probabilities of one label alone still tell texts apart.
   if (seen.size < 2 && !rows.some(({ target, weight }) => target && weight > 0)) {
     const which = seen.size === 0 ? "no label" : `one label only, "${labels[[...seen][0]!]}"`;
-    throw new RangeError(`the ${rows.length} examples have ${which}; two at least are needed to tell apart`);
+    throw new RangeError(`the ${rows.length} examples have ${which}; at least two labels are needed`);
   }
   return rows;
 }

@@ -15,7 +15,7 @@ import { storing } from "../../tensor/encode.ts";
 import { type BuildOptions, type Built, sideInput } from "../build.ts";
 import { readFingerprints } from "../fingerprints.ts";
 import { newPack } from "../fresh.ts";
-import { baseWarnings, componentsOf, fewerWarnings, type PackReport } from "../report.ts";
+import { baseNotes, baseWarnings, componentsOf, fewerWarnings, type PackReport } from "../report.ts";
 import { checkStatistics, factorsOf, type Statistics } from "./statistics.ts";
 
 /** How a basis is made. The selection is by `k` or `energy`. */
@@ -58,9 +58,11 @@ export async function buildBasis(statistics: Statistics, options: BasisOptions =
   const extraction = { gauge, centering, normalize, select, basisDtype: dtype, coefficientDtype: dtype, products };
   const fingerprints = base && (await readFingerprints(base, statistics.modules.values()));
   const modules: ModuleInput[] = [];
+  const adapted = statistics.adapters.map(() => new Set<string>());
   for (const { rows: _, ...shape } of statistics.modules.values()) {
     const { name } = shape;
     const ranks = await statistics.ranks(name);
+    for (const [i, rank] of ranks.entries()) if (rank > 0) adapted[i]!.add(name);
     const side = async (which: "A" | "B") => {
       const summary = await statistics.side(name, which);
       return storing(`basis ${which} of "${name}"`, undefined, () => sideInput(sideBasis(summary, ranks, extraction)));
@@ -80,7 +82,11 @@ export async function buildBasis(statistics: Statistics, options: BasisOptions =
     dtype,
     bytes: chunks.reduce((sum, chunk) => sum + chunk.length, 0),
     components,
-    warnings: [...baseWarnings(base, statistics.adapters), ...fewerWarnings(select, components)],
+    warnings: [
+      ...baseWarnings(statistics.adapters.map((adapter, i) => ({ ...adapter, modules: adapted[i]! }))),
+      ...fewerWarnings(select, components),
+    ],
+    notes: baseNotes(base),
   };
   return { chunks, report };
 }

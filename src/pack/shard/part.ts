@@ -5,7 +5,7 @@
  */
 import { FormatError } from "../../errors.ts";
 import { crc32c } from "../../format/crc32c.ts";
-import { MAGIC, TASK_FILE_MAGIC } from "../../format/format.ts";
+import { kindOfSource } from "../../format/kind.ts";
 import { Value } from "../../format/messagepack.ts";
 import { openSource } from "../../open-source.ts";
 import type { SourceInput } from "../../source.ts";
@@ -81,7 +81,7 @@ export interface Part {
  * @throws FormatError when the file is no part, of the other kind, truncated or damaged; SourceError when it cannot be read
  */
 export async function openPart(input: SourceInput, kind?: PartKind): Promise<Part> {
-  const source = await openSource(input);
+  const source = await openSource(input, {}, "part");
   const file = source.name;
   const fail = (part: string, message: string): never => {
     throw new FormatError(message, { file, part });
@@ -89,10 +89,10 @@ export async function openPart(input: SourceInput, kind?: PartKind): Promise<Par
   const damaged = (part: string): never =>
     fail(part, "its checksum does not match: the part is damaged, make it again");
   try {
-    const head = await source.read(0, Math.min(8, source.byteLength ?? 8));
-    const begins = (magic: readonly number[]): boolean => magic.every((byte, i) => byte === head[i]);
-    if (begins(MAGIC)) fail("header", `this is a pack, not a part${kind ? `: ${USES[kind]}` : ""}`);
-    if (begins(TASK_FILE_MAGIC)) fail("header", "this is a task file, not a part: add it to a pack");
+    const found = await kindOfSource(source);
+    if (found === "an EigenLoRA task file") fail("header", "this is a task file, not a part: add it to a pack");
+    if (found !== undefined && found !== "a safetensors file")
+      fail("header", `this is ${found}, not a part${kind ? `: ${USES[kind]}` : ""}`);
     const tensors = await openSafetensors(source);
     const text = tensors.metadata.get(ABOUT);
     if (text === undefined) fail("header", `this is not a part${kind ? `: ${USES[kind]}` : ""}`);
@@ -108,10 +108,10 @@ export async function openPart(input: SourceInput, kind?: PartKind): Promise<Par
     if (crc32c(await source.read(0, start)) !== view.getUint32(0, true)) damaged("header");
     const checksums = new Map(places.map(([tensor], i) => [tensor, view.getUint32(4 * (i + 1), true)]));
     const about: Value = describe(text!, file);
-    const found = oneOf(about.get("kind"), ["statistics", "tasks"]);
+    const holds = oneOf(about.get("kind"), ["statistics", "tasks"]);
     const version = about.get("version").integer(1, Number.MAX_SAFE_INTEGER);
     about.check(version === 1, () => `version ${version}, but this reader knows version 1; update eigenlora`);
-    if (kind && kind !== found) fail("header", `it holds ${found} (${USES[found]}), expected ${kind}: ${USES[kind]}`);
+    if (kind && kind !== holds) fail("header", `it holds ${holds} (${USES[holds]}), expected ${kind}: ${USES[kind]}`);
     const read = async (tensor: string): Promise<Uint8Array> => {
       const bytes = await tensors.read(tensor);
       if (crc32c(bytes) !== checksums.get(tensor)) damaged(`tensor ${tensor}`);
@@ -119,7 +119,7 @@ export async function openPart(input: SourceInput, kind?: PartKind): Promise<Par
     };
     return {
       file,
-      kind: found,
+      kind: holds,
       made: about.get("made").string(64),
       about,
       tensors: tensors.tensors,
