@@ -32,6 +32,8 @@ const FILES = {
   onnx_adapter: (adapter: Exportable) => onnxAdapterFile(adapter),
 };
 
+const FORMATS = ["peft", "diffusers", "kohya", "gguf", "onnx_adapter"] as const;
+
 export const exportTask: Attach = command({
   usage: "export <PACK>",
   does: "Write a task as an adapter that PEFT, diffusers, llama.cpp or ONNX Runtime loads.",
@@ -39,7 +41,10 @@ export const exportTask: Attach = command({
     output: output("PATH", "The folder to write for PEFT, a new or an empty one; the file for other formats."),
     force: toggle("Replace an earlier export. An adapter that was trained is never replaced."),
     task,
-    format: byDefault("peft", choice(["peft", "diffusers", "kohya", "gguf", "onnx_adapter"], "Layout of the files.")),
+    format: byDefault("peft", {
+      ...choice(FORMATS, `Layout of the files: ${FORMATS.join(", ")}.`),
+      value: "FORMAT",
+    }),
     base: text("MODEL", "For gguf: the base model's folder, config.json or GGUF file, for its architecture and heads."),
   },
   async run([path]: [string], { output: to, force, task, format, base }, run) {
