@@ -1,12 +1,18 @@
-/** What test/engine-case.js works on: a pack of two adapters of the tiny model, with components in few bits, and the model's weights. */
-import { readFile } from "node:fs/promises";
+/**
+ * What test/engine-case.js works on, a pack of two adapters of the tiny model with components in few bits, and the model's weights; and how
+ * an engine's outcome is held against that of Node's js backend.
+ */
+import { readFile, writeFile } from "node:fs/promises";
+import { join } from "node:path";
+import type { Test } from "tap";
 import { openHost } from "../dist/src/base/open.js";
-import type { Material } from "./engine-case.js";
+import type { Material, Outcome, State } from "./engine-case.js";
+import { projectWith } from "./engines.ts";
 import { data, packOf } from "./packs.ts";
 
 const hexOf = (bytes: Uint8Array): string => Buffer.from(bytes).toString("hex");
 
-export async function material(): Promise<Material> {
+async function material(): Promise<Material> {
   const path = data("sessions/base.safetensors");
   const host = await openHost(path);
   const adapters = ["sessions/adapters/two", "sessions/adapters/three"];
@@ -23,3 +29,75 @@ export async function material(): Promise<Material> {
   await host.close?.();
   return { pack: hexOf(bytes), base, safetensors: hexOf(await readFile(path)), tasks: ["two", "three"] };
 }
+
+/** Names of weights, by state, that differ from Node's js backend by more than `most` of its largest element; 0: in a bit. */
+function differing(js: Outcome, states: readonly State[], most: number): string[] {
+  const values = (hex: string): Float32Array => new Float32Array(new Uint8Array(Buffer.from(hex, "hex")).buffer);
+  return js.states.flatMap((expected, i) =>
+    Object.entries(expected).flatMap(([name, hex]) => {
+      const found = states[i]?.[name] ?? "";
+      if (found === hex) return [];
+      const [a, b] = [values(found), values(hex)];
+      const largest = b.reduce((sum, value) => Math.max(sum, Math.abs(value)), 0);
+      const near = a.length === b.length && b.every((value, k) => Math.abs(value - a[k]!) <= most * largest);
+      return near && most > 0 ? [] : [`${i} ${name}`];
+    }),
+  );
+}
+
+/** The backends whose arithmetic may round otherwise: relaxed instructions, and devices, fuse a product and a sum. */
+const NEAR = /relaxed|webgpu/;
+
+/** A project with the package, the case and its material; and what to do with an engine's outcomes. */
+export async function prepareCase(t: Test): Promise<{
+  project: string;
+  given: Material;
+  engineCase: typeof import("./engine-case.js")["engineCase"];
+  check(t: Test, found: Outcome[], backends: readonly (string | RegExp)[]): void;
+}> {
+  const project = await projectWith(t);
+  const given = await material();
+  await writeFile(join(project, "material.js"), `export default ${JSON.stringify(given)};`);
+  const { engineCase } = (await import(join(project, "engine-case.js"))) as typeof import("./engine-case.js");
+  const js = await engineCase(given, { backend: "js" });
+  const check = (t: Test, found: Outcome[], backends: readonly (string | RegExp)[]): void => {
+    t.match(
+      found.map(({ backend }) => backend),
+      backends,
+    );
+    t.equal(found.length, backends.length);
+    for (const { backend, states, refused, back, fromFile } of found) {
+      const most = NEAR.test(backend) ? 1e-6 : 0;
+      const how = most > 0 ? "within 1e-6" : "to the bit";
+      t.same(differing(js, states, most), [], `${backend}: equal to Node's js ${how}`);
+      t.match(refused, /^TaskError: no task "no such task"/);
+      t.ok(back, `${backend}: back to the bit`);
+      t.ok(fromFile, `${backend}: the same from a file`);
+    }
+  };
+  return { project, given, engineCase, check };
+}
+
+/** Code that prints what the case gives on these backends, as one line. */
+export const caseCode = (options: readonly object[], print: string): string => `
+import { engineCase } from "./engine-case.js";
+import material from "./material.js";
+const run = async () => {
+  const found = [];
+  for (const options of ${JSON.stringify(options)}) found.push(await engineCase(material, options, /auto|webgpu/.test(options.backend) ? 2 : 500));
+  return JSON.stringify(found);
+};
+run().then(${print}, (error) => ${print}("failed: " + error + "\\n" + error.stack));
+`;
+/** The line with the outcomes. @throws Error with what was printed instead */
+export function outcomesOf(text: string): Outcome[] {
+  const line = text.split("\n").find((one) => one.startsWith("["));
+  if (line === undefined) throw new Error(text.slice(0, 4000));
+  return JSON.parse(line) as Outcome[];
+}
+
+/** Every build, by name. */
+export const WASM: readonly object[] = ["scalar", "simd", "relaxed-simd"].map((variant) => ({
+  backend: "wasm",
+  wasm: { variant },
+}));

@@ -1,69 +1,16 @@
 /**
  * The engine table of docs/engines.md: one small case (test/engine-case.js) in every engine that is here, its folded weights equal
- * to those of Node's js backend to the bit. Browsers but Chromium are in test/soak-engines.js. An engine that is missing is skipped
+ * to those of Node's js backend to the bit. Firefox and WebKitGTK are in test/engines-browsers.test.ts. An engine that is missing is skipped
  * by name, and fails where EIGENLORA_REQUIRE lists it.
  */
 import { copyFile, mkdir, writeFile } from "node:fs/promises";
 import { join } from "node:path";
-import t, { type Test } from "tap";
-import type { Outcome, State } from "./engine-case.js";
-import { material } from "./engine-material.ts";
-import { bundleWorker, metro, outputOf, type Program, projectWith, scriptOf, without, workerd } from "./engines.ts";
+import t from "tap";
+import type { Outcome } from "./engine-case.js";
+import { caseCode, outcomesOf, prepareCase, WASM } from "./engine-material.ts";
+import { bundleWorker, metro, outputOf, type Program, scriptOf, without, workerd } from "./engines.ts";
 
-const project = await projectWith(t);
-const { engineCase } = (await import(join(project, "engine-case.js"))) as typeof import("./engine-case.js");
-const given = await material();
-const js = await engineCase(given, { backend: "js" });
-
-/** Names of weights, by state, that differ from Node's js backend by more than `most` of its largest element; 0: in a bit. */
-function differing(states: readonly State[], most: number): string[] {
-  const values = (hex: string): Float32Array => new Float32Array(new Uint8Array(Buffer.from(hex, "hex")).buffer);
-  return js.states.flatMap((expected, i) =>
-    Object.entries(expected).flatMap(([name, hex]) => {
-      const found = states[i]?.[name] ?? "";
-      if (found === hex) return [];
-      const [a, b] = [values(found), values(hex)];
-      const largest = b.reduce((sum, value) => Math.max(sum, Math.abs(value)), 0);
-      const near = a.length === b.length && b.every((value, k) => Math.abs(value - a[k]!) <= most * largest);
-      return near && most > 0 ? [] : [`${i} ${name}`];
-    }),
-  );
-}
-
-function check(t: Test, found: Outcome[], backends: readonly string[]): void {
-  t.same(
-    found.map(({ backend }) => backend),
-    backends,
-  );
-  for (const { backend, states, refused, back, fromFile } of found) {
-    // Relaxed instructions may round a product and a sum once instead of twice.
-    const most = backend === "wasm (relaxed-simd)" ? 1e-6 : 0;
-    t.same(differing(states, most), [], `${backend}: equal to Node's js${most > 0 ? " within 1e-6" : " to the bit"}`);
-    t.match(refused, /^TaskError: no task "no such task"/);
-    t.ok(back, `${backend}: back to the bit`);
-    t.ok(fromFile, `${backend}: the same from a file`);
-  }
-}
-
-/** Code that prints what the case gives on these backends, as one line. */
-const code = (options: readonly object[], print: string): string => `
-import { engineCase } from "./engine-case.js";
-import material from "./material.js";
-const run = async () => {
-  const found = [];
-  for (const options of ${JSON.stringify(options)}) found.push(await engineCase(material, options, options.backend === "auto" ? 2 : 500));
-  return JSON.stringify(found);
-};
-run().then(${print}, (error) => ${print}("failed: " + error + "\\n" + error.stack));
-`;
-await writeFile(join(project, "material.js"), `export default ${JSON.stringify(given)};`);
-
-/** The line with the outcomes. @throws Error with what was printed instead */
-function outcomes(text: string): Outcome[] {
-  const line = text.split("\n").find((one) => one.startsWith("["));
-  if (line === undefined) throw new Error(text.slice(0, 4000));
-  return JSON.parse(line) as Outcome[];
-}
+const { project, given, engineCase, check } = await prepareCase(t);
 
 t.test("node, every build of wasm", async (t) => {
   const variants = ["scalar", "simd"] as const;
@@ -72,7 +19,6 @@ t.test("node, every build of wasm", async (t) => {
   check(t, found, ["wasm (scalar)", "wasm (simd)"]);
 });
 
-const WASM = ["scalar", "simd", "relaxed-simd"].map((variant) => ({ backend: "wasm", wasm: { variant } }));
 /** WebAssembly in gjs compiles only at once, not as a promise: "auto" passes it over. */
 const SHELLS: readonly [Program, args: string[], wasm: boolean][] = [
   ["quickjs", ["--script", "--no-unhandled-rejection"], false],
@@ -83,8 +29,8 @@ for (const [program, args, wasm] of SHELLS) {
   t.test(program, { skip: without(program) }, async (t) => {
     const file = join(project, `${program}.js`);
     const options = [{ backend: "js" }, { backend: "auto" }, ...(wasm ? WASM : [])];
-    await writeFile(file, await scriptOf(project, code(options, "print")));
-    check(t, outcomes(await outputOf(program, ...args, file)), [
+    await writeFile(file, await scriptOf(project, caseCode(options, "globalThis.print")));
+    check(t, outcomesOf(await outputOf(program, ...args, file)), [
       ...(wasm ? ["js", "wasm (relaxed-simd)", "wasm (scalar)", "wasm (simd)", "wasm (relaxed-simd)"] : ["js", "js"]),
     ]);
   });
@@ -94,9 +40,12 @@ const AUTO = { backend: "auto" };
 for (const exports of [true, false]) {
   const how = exports ? "with package exports" : "without package exports";
   t.test(`hermes, bundled by Metro ${how}`, { skip: without("hermes", "hermesc", "metro") }, async (t) => {
-    await writeFile(join(project, "app.js"), code(exports ? [{ backend: "js" }, AUTO] : [AUTO], "print"));
+    await writeFile(
+      join(project, "app.js"),
+      caseCode(exports ? [{ backend: "js" }, AUTO] : [AUTO], "globalThis.print"),
+    );
     const bundle = await metro(project, "app.js", { exports });
-    const found = outcomes(await outputOf("hermes", "-w", bundle));
+    const found = outcomesOf(await outputOf("hermes", "-w", bundle));
     check(t, found, exports ? ["js", "js"] : ["js"]);
     await outputOf("hermesc", "-w", "-emit-binary", "-out", join(project, "app.hbc"), bundle);
     t.pass("the newest compiler takes the same bundle");

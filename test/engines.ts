@@ -11,6 +11,7 @@ import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
 import { build } from "esbuild";
 import type { Test } from "tap";
+import { bundleForHermes } from "../benchmarks/lib/metro.js";
 import { required } from "./required.ts";
 
 const execute = promisify(execFile);
@@ -72,64 +73,12 @@ export async function outputOf(program: Program, ...args: string[]): Promise<str
   }
 }
 
-/** The bundle that React Native's packager makes of a file of the project, as an app for Hermes has it. */
-export async function metro(
+/** The bundle that React Native's packager makes of a file of the project. */
+export const metro = (
   project: string,
   entry: string,
-  options: { exports?: boolean; minify?: boolean } = {},
-): Promise<string> {
-  const out = join(project, "app.bundle.js");
-  // Metro looks no further than its roots.
-  for (const name of ["@babel/runtime", "metro-runtime"])
-    await cp(join(tools, name), join(project, "node_modules", name), { recursive: true });
-  const { exports = true, minify = false } = options;
-  await writeFile(join(project, "bundle.cjs"), bundler({ project, entry, out, exports, minify }));
-  await execute(process.execPath, [join(project, "bundle.cjs")], { maxBuffer: 2 ** 26 });
-  return out;
-}
-
-/** The script that runs Metro, with what the configuration of React Native says of resolving and transforming. */
-function bundler(given: { project: string; entry: string; out: string; exports: boolean; minify: boolean }): string {
-  const tool = (name: string): string => JSON.stringify(join(tools, name));
-  return `const given = ${JSON.stringify(given)};
-const Metro = require(${tool("metro")});
-const { FileStore } = require(${tool("metro-cache")});
-const { getDefaultConfig, mergeConfig } = require(${tool("metro-config")});
-(async () => {
-  const plain = await getDefaultConfig(given.project);
-  const config = mergeConfig(plain, {
-    projectRoot: given.project,
-    watchFolders: [given.project, ${tool("metro-runtime")}],
-    reporter: { update() {} },
-    maxWorkers: 1,
-    // What one bundle has transformed, the next one of the same project need not.
-    cacheStores: [new FileStore({ root: ${JSON.stringify(join(given.project, "cache"))} })],
-    resolver: {
-      resolverMainFields: ["react-native", "browser", "main"],
-      platforms: ["android", "ios"],
-      unstable_conditionNames: ["react-native"],
-      unstable_enablePackageExports: given.exports,
-      assetExts: [...plain.resolver.assetExts, "eigen", "onnx"],
-    },
-    transformer: {
-      allowOptionalDependencies: true,
-      assetRegistryPath: "@react-native/assets-registry/registry",
-      babelTransformerPath: require.resolve(${tool("@react-native/metro-babel-transformer")}),
-      getTransformOptions: async () => ({ transform: { experimentalImportSupport: false, inlineRequires: true } }),
-    },
-  });
-  await Metro.runBuild(config, {
-    entry: given.entry,
-    out: given.out,
-    platform: "android",
-    dev: false,
-    minify: given.minify,
-    unstable_transformProfile: "hermes-stable",
-  });
-  process.exit(0);
-})().catch((error) => (console.error(error), process.exit(1)));
-`;
-}
+  options?: { exports?: boolean; minify?: boolean },
+): Promise<string> => bundleForHermes(tools, project, entry, options);
 
 /** Bundles a worker as worker.bundle.js of a folder. Compiled modules and data stay modules of their own, as with Wrangler. */
 export async function bundleWorker(project: string, entry: string, folder: string = project): Promise<void> {
