@@ -103,7 +103,7 @@ const modules = examples.map((example, i) => ({ ...example, ...moduleOf(example)
 t.test("examples compile", async (t) => {
   const ambient = join(folder, "ambient.d.ts");
   const texts = new Map(modules.map(({ file, text }) => [file, text]));
-  texts.set(ambient, 'declare module "@huggingface/transformers" { export const pipeline: any; }');
+  texts.set(ambient, 'declare module "@huggingface/transformers" { export const env: any, pipeline: any; }');
   const options: ts.CompilerOptions = {
     module: ts.ModuleKind.Node20,
     target: ts.ScriptTarget.ES2022,

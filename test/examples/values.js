@@ -102,6 +102,7 @@ export const values = {
   self: () => absent("a worker"),
   /** @returns {any} */
   pipeline: () => absent("transformers.js"),
+  env: () => absent("transformers.js"),
   /** @returns {any} */
   pipe: () => absent("transformers.js"),
   /** @returns {import("eigenlora/transformers").AttachedPack} */
