@@ -48,7 +48,8 @@ export interface EigenSessionOptions<O extends Ort = Ort> extends CommonOptions 
 }
 
 /**
- * Prepares a model for all tasks of a pack and loads it once.
+ * Prepares a model for all tasks of a pack and loads it once. Close the session when it is no longer needed, and then the pack: it
+ * stays the caller's, since other sessions may use it.
  *
  * @param ort the module that is to run the model
  * @param model bytes, path, URL or Blob of the ONNX file; files beside it are found by path or URL, or given by `external`
@@ -57,9 +58,12 @@ export interface EigenSessionOptions<O extends Ort = Ort> extends CommonOptions 
  * @throws FormatError when the model is truncated, no ONNX model or of an opset before 11
  * @throws BackendError when onnxruntime refuses the model or the provider, or the probe finds the provider wrong
  * @example
- * const session = await createEigenSession(ort, "model.onnx", await openPack("tasks.eigen"));
+ * const pack = await openPack("tasks.eigen");
+ * const session = await createEigenSession(ort, "model.onnx", pack);
  * await session.switchTask("debtags-role");
  * const { logits } = await session.run(feeds);
+ * await session.close();
+ * await pack.close();
  */
 export async function createEigenSession<O extends Ort>(
   ort: O,

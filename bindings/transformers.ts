@@ -79,15 +79,20 @@ const attached = new WeakSet<object>();
  * in Node, its cache in browsers. This costs the time to load the model once more and, unless `original` is
  * "release-first", the memory of both sessions until the pipeline's own is released.
  *
+ * The pack stays the caller's: close it after `close` or `pipe.dispose()`.
+ *
  * @throws TypeError when `pipe` is no pipeline, has a pack already or has several sessions and no `part` is given, or
  *   when `model` is another model
  * @throws SourceError when the model's files are not found again: the message says what to pass
  * @throws as `createEigenSession`: BaseMismatchError for another base, BackendError when onnxruntime refuses the model
  * @example
  * const pipe = await pipeline("text-classification", "minilm", { dtype: "fp16" });
- * const tasks = await attachPack(pipe, await openPack("tasks.eigen"), { model: "minilm" });
+ * const pack = await openPack("tasks.eigen");
+ * const tasks = await attachPack(pipe, pack, { model: "minilm" });
  * await tasks.switchTask("debtags-role");
  * console.log(await pipe("a graphical editor for images"));
+ * await pipe.dispose();
+ * await pack.close();
  */
 export async function attachPack(
   pipe: TransformersPipeline,

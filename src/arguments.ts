@@ -89,7 +89,7 @@ const MOST_COMPARED = 100;
 /** A letter or two are in every other name. */
 const LEAST_CONTAINED = 3;
 /** The share of the longer name that may differ. */
-const MOST_DIFFERENT = 0.4;
+const MOST_DIFFERENT = 0.45;
 
 /** Up to three of `names` most like `name`, nearest first: one of the two contains the other, or the edit distance is small. */
 export function nearest(name: string, names: Iterable<string>): string[] {

@@ -92,6 +92,20 @@ t.test("the public functions", async (t) => {
       () => createRuntime(open, wrong({ moode: "core" })),
       'createRuntime: unknown option "moode"; did you mean "mode"?',
     ],
+    ...(
+      [
+        ["float32", '; did you mean "f32"?'],
+        ["F16", '; did you mean "f16"?'],
+        ["int8", ""],
+      ] as const
+    ).map(
+      ([dtype, advice]) =>
+        [
+          () =>
+            createRuntime(open, { base: new Map([["w", wrong({ dtype, shape: [1], data: new Float32Array(1) })]]) }),
+          `base tensor "w": unknown dtype "${dtype}", expected f32, f16 or bf16${advice}`,
+        ] as const,
+    ),
     [() => createRuntime(open, wrong("core")), 'createRuntime: expected an object of options, got "core"'],
     [
       () => runtime.switchTask(wrong(undefined)),

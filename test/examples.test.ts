@@ -105,7 +105,8 @@ t.test("examples compile", async (t) => {
   const texts = new Map(modules.map(({ file, text }) => [file, text]));
   texts.set(
     ambient,
-    'declare module "@huggingface/transformers"; declare module "@tensorflow/tfjs"; declare module "@jax-js/jax";',
+    'declare module "@huggingface/transformers" { export const env: any, pipeline: any; }' +
+      'declare module "@tensorflow/tfjs"; declare module "@jax-js/jax";',
   );
   const options: ts.CompilerOptions = {
     module: ts.ModuleKind.Node20,

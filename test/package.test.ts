@@ -33,9 +33,6 @@ const SESSION_BUDGET = 60_000;
 /** `eigenlora/cache`, with what it shares with the run time. */
 const CACHE_BUDGET = 5_000;
 
-/** What documents link to and the package does not hold: code. */
-const OF_THE_REPOSITORY = /^(examples|bindings|src|test|benchmarks|\.ci)\//;
-
 /** One minified file for a browser; what `apart` matches is left out. */
 async function bundle(code: string, apart: RegExp): Promise<{ text: string; gzip: number }> {
   const { outputFiles } = await build({
@@ -177,7 +174,7 @@ t.test("what is published", async (t) => {
     cwd: root,
     encoding: "utf8",
   });
-  const [{ files }] = JSON.parse(stdout) as [{ files: { path: string }[] }];
+  const [{ files }] = JSON.parse(stdout) as [{ files: { path: string; size: number }[] }];
   const paths = files.map((f) => f.path);
   for (const path of [
     "dist/src/index.js",
@@ -194,7 +191,7 @@ t.test("what is published", async (t) => {
     t.ok(paths.includes(path), path);
   }
   t.same(
-    paths.filter((p) => /^(test(?!\/vectors)|examples|benchmarks|src|assembly)\//.test(p)),
+    paths.filter((p) => /^(test(?!\/vectors)|benchmarks(?!\/research\/results\/paper)|src|assembly)\//.test(p)),
     [],
     "no sources, tests or data",
   );
@@ -202,21 +199,25 @@ t.test("what is published", async (t) => {
     const text = await readFile(new URL(`../${path}`, import.meta.url), "utf8");
     t.notMatch(text, /@webgpu\/types|\bGPUDevice\b|from "(onnxruntime|@huggingface|@bufbuild|msgpackr)/, path);
   }
-  // Registries resolve what is not in the package by `repository`; offline there is only the package.
-  for (const page of paths.filter((p) => /^(README|docs\/[a-z-]+)\.md$/.test(p))) {
-    const text = (await readFile(new URL(`../${page}`, import.meta.url), "utf8"))
-      .replace(/^```[\s\S]*?^```/gm, "")
-      .replace(/!\[[^\]]*\]\([^)]*\)/g, "an image");
-    const links = [...text.matchAll(/\[[^\]]*\]\(([^)\s]+)\)/g)].map(([, target]) => target!.split("#")[0]!);
+  // Offline there is only the package.
+  const pages = paths.filter((path) => path.endsWith(".md"));
+  t.ok(pages.length > 30, `${pages.length} pages`);
+  for (const page of pages) {
+    const text = (await readFile(new URL(`../${page}`, import.meta.url), "utf8")).replace(/^```[\s\S]*?^```/gm, "");
+    // The image in a link, and the link around it.
+    const links = [...text.matchAll(/\]\(([^)\s]+)\)/g)].map(([, target]) => target!.split("#")[0]!);
     const dead = links
       .filter((link) => link !== "" && !/^[a-z]+:/.test(link))
       .map((link) => posix.join(posix.dirname(page), link));
     t.same(
-      dead.filter((path) => !paths.includes(path) && !OF_THE_REPOSITORY.test(path)),
+      dead.filter((path) => !paths.includes(path)),
       [],
       page,
     );
   }
+  const examples = files.filter(({ path }) => path.startsWith("examples/"));
+  const size = examples.reduce((sum, one) => sum + one.size, 0);
+  t.ok(size <= 200_000, `examples take ${size} bytes`);
   t.match(
     manifest.repository.url,
     /^git\+https:\/\/github\.com\/[^/]+\/[^/]+\.git$/,

@@ -422,7 +422,7 @@ t.test("every damage of a part is found: each byte of the header, samples of the
   await t.rejects(openTasks(parts[0]![1]), { tag: "format", message: /holds statistics.*project/ });
   await t.rejects(openStatistics(concat((await buildBasis(statistics)).chunks)), {
     tag: "format",
-    message: /this is a pack/,
+    message: /this is an EigenLoRA pack, not a part/,
   });
   await t.rejects(openStatistics(await readFile(data("adapters/own-seed/debtags-game/adapter_model.safetensors"))), {
     tag: "format",

@@ -176,7 +176,7 @@ const calls = {
   async teach(id, labels, examples, lessons = TEACHING) {
     if (teaching) throw new Error("a task is being taught; stop that first");
     const { ort, session, options } = live();
-    if (session.tasks.has(id) && !own.has(id)) throw new Error(`there is a task "${id}" already; choose another name`);
+    if (session.tasks.has(id) && !own.has(id)) throw new Error(`a task "${id}" already exists; choose another name`);
     const started = performance.now();
     const before = { ...session.pack.reads };
     const { signal } = (teaching = new AbortController());

@@ -46,7 +46,7 @@ export const attach: Attach = command({
       parse(given, flag, before) {
         if (given !== "folded") return modes.parse(given, flag, before);
         const others = 'use eigenlora fold, or createEigenSession with mode "folded"';
-        throw new UsageError(`--mode folded: weights are no inputs; ${others}`);
+        throw new UsageError(`--mode folded: an ONNX file cannot take weights as inputs; ${others}`);
       },
     }),
     task: list("ID", "Write the inputs of this task only. May be given again."),

@@ -56,7 +56,7 @@ export async function makePart(
   const size = found ?? (await writeWhole(file, await make()));
   const present = found !== undefined;
   const { adapters, modules } = figures;
-  const there = present ? ", already there" : "";
+  const there = present ? ", already existed" : "";
   return {
     json: { file, ...figures, bytes: size, present, ...resources() },
     text: [`${file}: ${count(adapters, "adapter")}, ${count(modules, "module")}, ${bytes(size)}${there}`],

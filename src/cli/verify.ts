@@ -37,7 +37,8 @@ export const verify: Attach = command({
   usage: "verify <PACK_OR_TASKFILE>",
   does: "Verify checksums and limits, and with adapters the ΔW error of each task.",
   details:
-    "With --against it also shows δ, the largest relative error of a factor, and the bound on the ΔW error that follows (docs/packing.md).",
+    "With --against, δ says how far the factors of a task lie from the components, and bound how large the ΔW error of a module can be " +
+    "at most (docs/packing.md).",
   options: {
     against: list("ADAPTER_OR_FOLDER", "Adapters that the tasks were made of. May be given again."),
     as,

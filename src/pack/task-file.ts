@@ -64,7 +64,7 @@ export async function readTaskFile(
     if (typeof id !== "string" || !isTaskId(id)) {
       throw new TaskError(`${described(id)} cannot name a task`, { task: id });
     }
-    if (tasks.has(id)) throw new TaskError(`there already is a task "${id}"; choose another id`, { task: id });
+    if (tasks.has(id)) throw new TaskError(`a task "${id}" already exists; choose another id`, { task: id });
     return { ...entry, blob: parseTask(blob, modules, name, { ...entry, id }) };
   } finally {
     await source.close?.();

@@ -276,7 +276,7 @@ export class Trainer<Feeds = unknown> {
     const { pack, terms } = this.#subject;
     const { id = "task" } = options;
     if (pack.tasks.has(id))
-      throw new TaskError(`there is a task "${id}" already: give the new one another \`id\``, { task: id });
+      throw new TaskError(`a task "${id}" already exists: give the new one another \`id\``, { task: id });
     const learned = parseTaskFile(this.#file(options), "the trained task");
     const { repack } = await import("./repack.ts");
     return repack(pack, terms, this.#learned().parameters, learned);

@@ -112,6 +112,7 @@ export const values = {
   predict: () => absent("jax-js"),
   /** @returns {any} */
   pipeline: () => absent("transformers.js"),
+  env: () => absent("transformers.js"),
   /** @returns {any} */
   pipe: () => absent("transformers.js"),
   /** @returns {import("eigenlora/transformers").AttachedPack} */
