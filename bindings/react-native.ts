@@ -6,7 +6,7 @@
 import { described } from "../src/arguments.ts";
 import { SourceError } from "../src/errors.ts";
 import { type ByteSource, checkRange } from "../src/source.ts";
-import { fromBase64 as decode } from "../src/text.ts";
+import { fromBase64 as decode, toBase64 as encode } from "../src/text.ts";
 
 /** A file, as the app's library reads it. */
 export interface DeviceFile {
@@ -22,11 +22,22 @@ export interface DeviceFile {
  * Bytes of base64, as libraries for files and assets give them. Line breaks and spaces are passed over.
  * @throws TypeError when it is no text; RangeError when it is not base64
  * @example
- * const pack = await openPack(fromBase64(text));
+ * const pack = await openPack(fromBase64(base64));
  */
 export function fromBase64(text: string): Uint8Array<ArrayBuffer> {
   if (typeof text !== "string") throw new TypeError(`fromBase64: expected a string, got ${described(text)}`);
   return decode(text.replace(/\s+/g, ""));
+}
+
+/**
+ * Base64 of bytes, as libraries for files take them.
+ * @throws TypeError when it is no Uint8Array
+ * @example
+ * const text = toBase64(bytes);
+ */
+export function toBase64(bytes: Uint8Array): string {
+  if (!(bytes instanceof Uint8Array)) throw new TypeError(`toBase64: expected a Uint8Array, got ${described(bytes)}`);
+  return encode(bytes);
 }
 
 /**

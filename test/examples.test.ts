@@ -12,6 +12,7 @@ import { promisify } from "node:util";
 import t from "tap";
 import ts from "typescript";
 import { readAdapters } from "../dist/src/adapters/folder.js";
+import { readGguf } from "../dist/src/adapters/gguf.js";
 import { openHost } from "../dist/src/base/open.js";
 import { buildPack } from "../dist/src/pack/build.js";
 import { concat, data, LOSSLESS } from "./packs.ts";
@@ -25,6 +26,8 @@ const values = join(folder, "values.js");
 interface Example {
   /** Where it stands. */
   readonly place: string;
+  /** Names that come from its own subpath, where others have them too. */
+  readonly own?: ReadonlyMap<string, string>;
   readonly code: string;
 }
 
@@ -40,9 +43,10 @@ const exported = new Map<string, string>();
 const examples: Example[] = [];
 for (const { subpath, name, examples: tags } of surface().exports) {
   if (!exported.has(name)) exported.set(name, subpath);
+  const own = new Map([[name, subpath]]);
   tags.forEach((text, i) => {
     const fenced = blocks(`${text}\n`).map(({ code }) => code);
-    examples.push({ place: `${subpath} ${name} ${i + 1}`, code: fenced.length > 0 ? fenced.join("\n") : text });
+    examples.push({ place: `${subpath} ${name} ${i + 1}`, own, code: fenced.length > 0 ? fenced.join("\n") : text });
   });
 }
 const pages = readdirSync(join(root, "docs")).filter((file) => file.endsWith(".md") && file !== "api-report.md");
@@ -79,7 +83,7 @@ function freeNames(source: ts.SourceFile): Set<string> {
 const known = new Set(Object.keys((await import(values)).values));
 
 /** An example as a module: its imports, then a function of what the example takes for granted. */
-function moduleOf({ code }: Example): { text: string; names: string[]; packages: string[] } {
+function moduleOf({ code, own }: Example): { text: string; names: string[]; packages: string[] } {
   const source = ts.createSourceFile("example.ts", code, ts.ScriptTarget.Latest, true);
   const imports = source.statements.filter((statement) => ts.isImportDeclaration(statement));
   const body = source.statements.filter((statement) => !ts.isImportDeclaration(statement));
@@ -88,7 +92,7 @@ function moduleOf({ code }: Example): { text: string; names: string[]; packages:
   const missing = [...free].filter((name) => exported.has(name) && !known.has(name));
   const text = [
     ...imports.map((statement) => statement.getText(source)),
-    ...missing.map((name) => `import { ${name} } from "${exported.get(name)}";`),
+    ...missing.map((name) => `import { ${name} } from "${own?.get(name) ?? exported.get(name)}";`),
     'import type { values } from "./values.js";',
     "type Given = { [Name in keyof typeof values]: Awaited<ReturnType<(typeof values)[Name]>> };",
     `export default async function ({ ${names.join(", ")} }: Given) {`,
@@ -106,7 +110,8 @@ t.test("examples compile", async (t) => {
   texts.set(
     ambient,
     'declare module "@huggingface/transformers" { export const env: any, pipeline: any; }' +
-      'declare module "@tensorflow/tfjs"; declare module "@jax-js/jax";',
+      'declare module "@tensorflow/tfjs"; declare module "@jax-js/jax";' +
+      'declare module "@dr.pogodin/react-native-fs"; declare module "onnxruntime-react-native"; declare module "*.wasm";',
   );
   const options: ts.CompilerOptions = {
     module: ts.ModuleKind.Node20,
@@ -167,8 +172,16 @@ async function workplace(): Promise<string> {
   for (const file of ["adapter_config.json", "adapter_model.safetensors"]) {
     await cp(data(`sessions/adapters/two/${file}`), join(place, file));
   }
-  const lora = data("goldens/formats/diffusers-old-text/adapter.safetensors");
-  await cp(lora, join(place, "styles/ukiyo-e/pytorch_lora_weights.safetensors"));
+  const formats = {
+    "diffusers-old-text/adapter.safetensors": "styles/ukiyo-e/pytorch_lora_weights.safetensors",
+    "kohya/adapter.safetensors": "ukiyo-e.safetensors",
+    "gguf/adapter-f32.gguf": "rhymes.gguf",
+    "onnx-adapter/adapter.onnx_adapter": "rhymes.onnx_adapter",
+  };
+  for (const [from, to] of Object.entries(formats)) await cp(data(`goldens/formats/${from}`), join(place, to));
+  const gguf = join(place, "rhymes.gguf");
+  const skill = await readGguf({ id: "rhymes", file: gguf, tensors: gguf, base: { heads: 4, kvHeads: 2 } });
+  await writeFile(join(place, "skills.eigen"), concat((await buildPack([skill], LOSSLESS)).chunks));
   await cp(data("sessions/torchscript.onnx"), join(place, "model.onnx"));
   await cp(data("sessions/base.safetensors"), join(place, "model.safetensors"));
   return place;
@@ -194,7 +207,7 @@ t.test("examples run", async (t) => {
     const { place, packages, code } = modules[i]!;
     const lacking =
       absent ??
-      packages.find((name) => /^@(huggingface|tensorflow|jax-js)\//.test(name)) ??
+      packages.find((name) => /^@(huggingface|tensorflow|jax-js|dr\.pogodin)\/|\.wasm$/.test(name)) ??
       /webgpu(?="\])/.exec(code)?.[0];
     if (lacking) t.pass(place, { skip: `${lacking} is not here` });
     else t.equal(error, undefined, place, { code });

@@ -1,4 +1,6 @@
 // One layer of text, a button for each task: the smallest app that switches.
+
+import { toBase64 } from "eigenlora/react-native";
 import { Asset } from "expo-asset";
 import * as FileSystem from "expo-file-system/legacy";
 import * as ort from "onnxruntime-react-native";
@@ -15,9 +17,7 @@ const files = {
   read: (uri, position, length) => FileSystem.readAsStringAsync(uri, { encoding: base64, position, length }),
   async write(name, bytes) {
     const uri = FileSystem.cacheDirectory + name;
-    let text = "";
-    for (let i = 0; i < bytes.length; i += 3072) text += btoa(String.fromCharCode(...bytes.subarray(i, i + 3072)));
-    await FileSystem.writeAsStringAsync(uri, text, { encoding: base64 });
+    await FileSystem.writeAsStringAsync(uri, toBase64(bytes), { encoding: base64 });
     return path(uri);
   },
   remove: (name) => FileSystem.deleteAsync(`file://${name}`),

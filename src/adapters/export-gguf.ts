@@ -18,8 +18,8 @@ import { permuteRows } from "./permute.ts";
  * @param marks more fields of the header. Default: none
  * @throws AdapterError for what the format has no place for: heads, biases, DoRA, convolutions, modules that the architecture does not have
  * @example
- * const base = { architecture: "llama", heads: 9, kvHeads: 3 }; // SmolLM2
- * const file = new Blob(await Array.fromAsync(await ggufFile(await taskAdapter(pack, "rhymes"), base)));
+ * const base = { architecture: "llama", heads: 4, kvHeads: 2 }; // of the model's config.json
+ * await writeFile("rhymes.gguf", await ggufFile(await taskAdapter(skills, "rhymes"), base));
  */
 export async function ggufFile(
   adapter: Exportable,

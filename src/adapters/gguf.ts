@@ -33,7 +33,7 @@ export interface GgufFiles {
  * @throws AdapterError naming the field or tensor that cannot be represented, and what to do
  * @throws FormatError when the file breaks the GGUF format; SourceError when it cannot be read
  * @example
- * const base = { heads: 9, kvHeads: 3 }; // num_attention_heads and num_key_value_heads of SmolLM2's config.json
+ * const base = { heads: 4, kvHeads: 2 }; // num_attention_heads and num_key_value_heads of the model's config.json
  * const adapter = await readGguf({ id: "rhymes", file: "rhymes.gguf", tensors: "rhymes.gguf", base });
  */
 export async function readGguf({ id, file, tensors: input, task, base = {} }: GgufFiles): Promise<Adapter> {

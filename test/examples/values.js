@@ -73,6 +73,7 @@ export const values = {
   model: () => "model.onnx",
   feeds,
   pack: () => openPack("tasks.eigen"),
+  skills: () => openPack("skills.eigen"),
   runtime: async () => createRuntime(await openPack("tasks.eigen"), { mode: "core" }),
   session,
   trainer: async () => createTrainer(await session(), { labels: LABELS, encode }),
@@ -91,6 +92,7 @@ export const values = {
   bytes: () => new Uint8Array(4),
   x: rows,
   y: rows,
+  base64: () => readFileSync("tasks.eigen").toString("base64"),
   text: () => readFileSync("scores.json", "utf8"),
   writeFile: () => async (/** @type {string} */ _path, /** @type {unknown} */ _chunks) => {},
   /** @returns {import("eigenlora").DeviceBuffer} */
@@ -111,7 +113,14 @@ export const values = {
   /** @returns {any} */
   predict: () => absent("jax-js"),
   /** @returns {any} */
+  RNFS: () => absent("React Native"),
+  uri: () => "tasks.eigen",
+  size: () => 1,
+  /** @returns {import("eigenlora/react-native/onnxruntime").ModelFiles} */
+  files: () => absent("React Native"),
+  /** @returns {any} */
   pipeline: () => absent("transformers.js"),
+  /** Of transformers.js, or of a Worker. @returns {any} */
   env: () => absent("transformers.js"),
   /** @returns {any} */
   pipe: () => absent("transformers.js"),
