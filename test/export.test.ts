@@ -103,6 +103,25 @@ t.test("each tool loads what was exported and makes the golden weights of it", a
   for (const [name, off] of found) t.ok(typeof off === "number" && off <= 1e-6, `${name}: ${off}`);
 });
 
+const LLAMA = join(process.env["EIGENLORA_RUNTIMES"] ?? "", "llama/node_modules/node-llama-cpp");
+const noLlama =
+  !existsSync(LLAMA) && !required.has("llama") && "EIGENLORA_RUNTIMES has no llama/node_modules/node-llama-cpp";
+
+t.test("llama.cpp answers with what was exported as with PEFT's merged weights", { skip: noLlama }, (t) => {
+  const folder = t.testdir();
+  const script = (name: string): string => fileURLToPath(new URL(name, import.meta.url));
+  execFileSync(process.env["PYTHON"] ?? "python3", [script("llama-base.py"), join(goldens, "gguf"), folder]);
+  const [base, merged] = [join(folder, "base.gguf"), join(folder, "merged.gguf")];
+  const pairs = [base, "", merged, "", base, join(exported, "adapter.gguf")];
+  const answers = JSON.parse(
+    execFileSync(process.execPath, [script("llama.js"), LLAMA, ...pairs], { encoding: "utf8" }),
+  );
+  const [plain, expected, found] = answers.map((row: number[]) => Float64Array.from(row));
+  t.ok(difference(plain, expected) > 1e-2, "the adapter changes the answer");
+  t.ok(difference(found, expected) < 1e-6, `off by ${difference(found, expected)}`);
+  t.end();
+});
+
 t.test("what a format has no place for is refused by name", async (t) => {
   const peft = (name: string): Promise<Adapter> => readOne(data(`goldens/peft/${name}/adapter`));
   const heads = await peft("modules-to-save");
