@@ -2,6 +2,7 @@
  * Number formats to f32 and back, bit for bit as `src/tensor/dtypes.ts` has them: rows of encoded tensors in, halves in and
  * out. WebAssembly has no half-precision arithmetic, so halves are converted with integer operations.
  */
+import { accumulate } from "./lanes";
 import { BF16, F16, F32, INT3, INT4, INT8 } from "./layout";
 
 /** The f32 of a half. Scaling by 2¹¹² moves the exponent's bias and normalises subnormals exactly. */
@@ -76,6 +77,40 @@ function copyF32(from: usize, to: usize, count: i32): void {
     for (; i + 4 <= count; i += 4, from += 16, to += 16) v128.store(to, v128.load(from));
   }
   for (; i < count; i++, from += 4, to += 4) store<f32>(to, load<f32>(from));
+}
+
+/**
+ * `sums` plus four halves, extended with their signs, if those are finite: a shift brings exponent and mantissa to their places and leaves the
+ * sign in its own, and scaling is as in `f16ToF32`. It is exact, so nothing depends on whether the machine rounds after it.
+ */
+// @ts-ignore: decorator
+@inline
+export function finiteF16x4Plus(half: v128, sums: v128): v128 {
+  const bits = v128.and(i32x4.shl(half, 13), i32x4.splat(0x8fffe000));
+  return accumulate<v128>(sums, bits, i32x4.splat(0x77800000));
+}
+
+/** Exponents of eight f32 and their signs: the high 16 bits of each lane. */
+// @ts-ignore: decorator
+@inline
+export function highHalves(low: v128, high: v128): v128 {
+  return v128.shuffle<i16>(low, high, 1, 3, 5, 7, 9, 11, 13, 15);
+}
+
+/**
+ * Eight f32 below 2¹⁶ to halves; `tops` are their high halves. To each a power of two is added whose last place is that of the half, so that
+ * the addition rounds and the sum's mantissa ends in the half's. The power's own low bits, 0x3c00, make good what its exponent adds.
+ */
+// @ts-ignore: decorator
+@inline
+export function f32x8BelowToF16(low: v128, high: v128, tops: v128): v128 {
+  const exponents = i16x8.max_s(v128.and(tops, i16x8.splat(0x7f80)), i16x8.splat(0x3880));
+  const powers = i16x8.add(exponents, i16x8.splat(13 << 7));
+  const ends = i16x8.splat(0x3c00), magnitude = i32x4.splat(0x7fffffff);
+  const a = f32x4.add(v128.and(low, magnitude), v128.shuffle<i16>(ends, powers, 0, 8, 1, 9, 2, 10, 3, 11));
+  const b = f32x4.add(v128.and(high, magnitude), v128.shuffle<i16>(ends, powers, 4, 12, 5, 13, 6, 14, 7, 15));
+  const magnitudes = i16x8.add(v128.shuffle<i16>(a, b, 0, 2, 4, 6, 8, 10, 12, 14), i16x8.shl(exponents, 3));
+  return v128.or(magnitudes, v128.and(tops, i16x8.splat(<i16>0x8000)));
 }
 
 /** Decodes `count` halves to f32. */

@@ -4,8 +4,8 @@
  */
 import { decode, encode, packedBytes, rowBytes, scaleBytes } from "./convert";
 import { accumulate, bytes, multiply, spread, total, zero } from "./lanes";
-import { F32, PANEL, PANEL_VALUES, SUMS } from "./layout";
-import { multiplyAdd } from "./multiply";
+import { F16, F32, PANEL, PANEL_VALUES, SUMS } from "./layout";
+import { multiplyAdd, tileOf } from "./multiply";
 
 /** Columns of the basis that are decoded at a time: whole bytes in every type, whole tiles in every build. */
 // @ts-ignore: decorator
@@ -18,7 +18,12 @@ const BASIS_COLUMNS: i32 = 32;
 const ROWS: i32 = 16;
 // @ts-ignore: decorator
 @inline
-const COLUMNS: i32 = 512;
+const COLUMNS: i32 = 256;
+
+/** Bytes from row to row of a panel of weights: no power of two, since a cache holds few lines that are so far apart. */
+// @ts-ignore: decorator
+@inline
+const PANEL_STRIDE: usize = 4 * COLUMNS + 64;
 
 /** Decodes basis[k.., j..] into the panel: [part, columns] f32, BASIS_COLUMNS apart. */
 function decodePanel(type: i32, basis: usize, rows: i32, width: i32, k: i32, j: i32, part: i32, columns: i32): void {
@@ -95,7 +100,7 @@ export function project(type: i32, out: usize, x: usize, basis: usize, count: i3
   }
 }
 
-/** Decodes base[i.., j..] into the panel and adds the product there: [rows, columns] f32, COLUMNS apart. */
+/** Decodes base[i.., j..] into the panel and adds the product there: [rows, columns] f32, PANEL_STRIDE apart. */
 function updatePanel(
   type: i32, base: usize, stride: usize, left: usize, leftStep: usize, right: usize, rightStep: usize, rank: i32,
   rows: i32, columns: i32,
@@ -104,9 +109,9 @@ function updatePanel(
   for (let i = 0; i < rows; i++) {
     decode(type, base, 0, to, columns);
     base += stride;
-    to += 4 * COLUMNS;
+    to += PANEL_STRIDE;
   }
-  multiplyAdd(PANEL, 4 * COLUMNS, PANEL, 4 * COLUMNS, left, 4, leftStep, right, rightStep, rank, rows, columns);
+  multiplyAdd(PANEL, PANEL_STRIDE, PANEL, PANEL_STRIDE, left, 4, leftStep, right, rightStep, rank, rows, columns);
 }
 
 /** values[j] = values[j]·row·columns[j]; a null pointer stands for ones. */
@@ -121,6 +126,61 @@ function scaleRow<V>(values: usize, row: usize, columns: usize, from: i32, count
     store<V>(values + at, value);
   }
   return j;
+}
+
+/** fold in panels, for what is not added to in place. */
+function foldPanels(
+  type: i32, out: usize, base: usize, step: usize, rows: i32, columns: i32, left: usize, leftStep: usize, right: usize,
+  rightStep: usize, rank: i32, rowScale: usize, columnScale: usize,
+): void {
+  for (let i = 0; i < rows; i += ROWS) {
+    const m = min(ROWS, rows - i);
+    for (let j = 0; j < columns; j += COLUMNS) {
+      const n = min(COLUMNS, columns - j);
+      const at = <usize>i * step + packedBytes(type, j);
+      updatePanel(
+        type, base + at, step, left + (<usize>i << 2), leftStep, right + (<usize>j << 2), rightStep, rank, m, n,
+      );
+      for (let row = 0; row < m; row++) {
+        const values = PANEL + <usize>row * PANEL_STRIDE;
+        if (rowScale || columnScale) {
+          const r = rowScale ? rowScale + (<usize>(i + row) << 2) : 0;
+          const c = columnScale ? columnScale + (<usize>j << 2) : 0;
+          const done = ASC_FEATURE_SIMD ? scaleRow<v128>(values, r, c, 0, n) : 0;
+          scaleRow<f32>(values, r, c, done, n);
+        }
+        encode(type, values, out + at + <usize>row * step, n);
+      }
+    }
+  }
+}
+
+/** fold of halves without scales, in tiles, down strips as in `multiplyAdd`. What tiles leave is folded in panels. */
+function foldHalves(
+  out: usize, base: usize, step: usize, rows: i32, columns: i32, left: usize, leftStep: usize, right: usize,
+  rightStep: usize, rank: i32,
+): void {
+  const evenRows = rows & ~1, tiled = columns & ~15;
+  for (let i = 0; i < evenRows; i += ROWS) {
+    const end = min(i + ROWS, evenRows);
+    for (let j = 0; j < tiled; j += 16) {
+      const r = right + (<usize>j << 2);
+      let at = <usize>i * step + (<usize>j << 1), l = left + (<usize>i << 2);
+      for (let row = i; row < end; row += 2, at += 2 * step, l += 8) {
+        if (!tileOf<v128, u16>(out + at, step, base + at, step, l, 4, leftStep, r, rightStep, rank)) {
+          foldPanels(F16, out + at, base + at, step, 2, 16, l, leftStep, r, rightStep, rank, 0, 0);
+        }
+      }
+    }
+  }
+  if (tiled < columns) {
+    const at = <usize>tiled << 1, r = right + (<usize>tiled << 2);
+    foldPanels(F16, out + at, base + at, step, evenRows, columns - tiled, left, leftStep, r, rightStep, rank, 0, 0);
+  }
+  if (evenRows < rows) {
+    const at = <usize>evenRows * step, l = left + (<usize>evenRows << 2);
+    foldPanels(F16, out + at, base + at, step, 1, columns, l, leftStep, right, rightStep, rank, 0, 0);
+  }
 }
 
 /**
@@ -144,27 +204,13 @@ export function fold(
     if (type == F32) {
       return multiplyAdd(out, step, base, step, left, 4, leftStep, right, rightStep, rank, rows, columns);
     }
-  }
-  for (let i = 0; i < rows; i += ROWS) {
-    const m = min(ROWS, rows - i);
-    for (let j = 0; j < columns; j += COLUMNS) {
-      const n = min(COLUMNS, columns - j);
-      const at = <usize>i * step + packedBytes(type, j);
-      updatePanel(
-        type, base + at, step, left + (<usize>i << 2), leftStep, right + (<usize>j << 2), rightStep, rank, m, n,
-      );
-      for (let row = 0; row < m; row++) {
-        const values = PANEL + <usize>(row * 4 * COLUMNS);
-        if (rowScale || columnScale) {
-          const r = rowScale ? rowScale + (<usize>(i + row) << 2) : 0;
-          const c = columnScale ? columnScale + (<usize>j << 2) : 0;
-          const done = ASC_FEATURE_SIMD ? scaleRow<v128>(values, r, c, 0, n) : 0;
-          scaleRow<f32>(values, r, c, done, n);
-        }
-        encode(type, values, out + at + <usize>row * step, n);
-      }
+    if (ASC_FEATURE_SIMD && type == F16) {
+      return foldHalves(out, base, step, rows, columns, left, leftStep, right, rightStep, rank);
     }
   }
+  foldPanels(
+    type, out, base, step, rows, columns, left, leftStep, right, rightStep, rank, rowScale, columnScale,
+  );
 }
 
 /** out[i] = magnitude[i] / √sums[i], 0 where the sum is 0. */
@@ -209,7 +255,7 @@ export function scaleRows(
       );
       for (let row = 0; row < m; row++) {
         const sum = SUMS + <usize>(row * 8);
-        store<f64>(sum, load<f64>(sum) + squares(PANEL + <usize>(row * 4 * COLUMNS), n));
+        store<f64>(sum, load<f64>(sum) + squares(PANEL + <usize>row * PANEL_STRIDE, n));
       }
     }
     finishScale(out + at, magnitude + at, m);
@@ -233,7 +279,7 @@ export function scaleColumns(
         rightStep, rank, m, n,
       );
       for (let row = 0; row < m; row++) {
-        let value = PANEL + <usize>(row * 4 * COLUMNS), sum = SUMS;
+        let value = PANEL + <usize>row * PANEL_STRIDE, sum = SUMS;
         for (let column = 0; column < n; column++, value += 4, sum += 8) {
           const x = <f64>load<f32>(value);
           store<f64>(sum, load<f64>(sum) + x * x);

@@ -9,6 +9,7 @@
  * Tiles go down a strip of 16 rows before they go right. Right is then read once per strip, and the cache misses of a
  * strip's 16 lines overlap; row by row, or in tiles of more rows than lines, they are waited for one after another.
  */
+import { f32x8BelowToF16, finiteF16x4Plus, highHalves } from "./convert";
 import { accumulate, add, bytes, spread, zero } from "./lanes";
 
 // @ts-ignore: decorator
@@ -22,11 +23,55 @@ function put<V>(out: usize, base: usize, at: usize, sum: V): void {
   store<V>(out + at, add<V>(load<V>(base + at), sum));
 }
 
-/** A tile of 2 rows × 4 V. */
-function tile<V>(
+/** Four halves of base, and their sums on top. */
+// @ts-ignore: decorator
+@inline
+function halvesPlus(base: usize, sums: v128): v128 {
+  return finiteF16x4Plus(v128.load_ext<i16>(base), sums);
+}
+
+/** Sixteen halves each of two rows: base + sums. False, and nothing is stored, where one is not finite or reaches 2¹⁶. */
+// @ts-ignore: decorator
+@inline
+function putHalves(
+  out: usize, outStride: usize, base: usize, baseStride: usize,
+  a0: v128, a1: v128, a2: v128, a3: v128, b0: v128, b1: v128, b2: v128, b3: v128,
+): bool {
+  const next = base + baseStride, to = out + outStride;
+  // Without their signs: infinity is 0x7c00 among halves, and 2¹⁶ is 0x4780 in the high bits of an f32.
+  const before = i16x8.max_u(
+    i16x8.max_u(i16x8.shl(v128.load(base), 1), i16x8.shl(v128.load(base, 16), 1)),
+    i16x8.max_u(i16x8.shl(v128.load(next), 1), i16x8.shl(v128.load(next, 16), 1)),
+  );
+  a0 = halvesPlus(base, a0);
+  a1 = halvesPlus(base + 8, a1);
+  a2 = halvesPlus(base + 16, a2);
+  a3 = halvesPlus(base + 24, a3);
+  b0 = halvesPlus(next, b0);
+  b1 = halvesPlus(next + 8, b1);
+  b2 = halvesPlus(next + 16, b2);
+  b3 = halvesPlus(next + 24, b3);
+  const a = highHalves(a0, a1), c = highHalves(a2, a3), b = highHalves(b0, b1), d = highHalves(b2, b3);
+  const after = i16x8.max_u(
+    i16x8.max_u(i16x8.shl(a, 1), i16x8.shl(c, 1)),
+    i16x8.max_u(i16x8.shl(b, 1), i16x8.shl(d, 1)),
+  );
+  const large = v128.or(i16x8.ge_u(before, i16x8.splat(<i16>0xf800)), i16x8.ge_u(after, i16x8.splat(<i16>0x8f00)));
+  if (v128.any_true(large)) return false;
+  v128.store(out, f32x8BelowToF16(a0, a1, a));
+  v128.store(out, f32x8BelowToF16(a2, a3, c), 16);
+  v128.store(to, f32x8BelowToF16(b0, b1, b));
+  v128.store(to, f32x8BelowToF16(b2, b3, d), 16);
+  return true;
+}
+
+/** A tile of 2 rows × 4 V, of f32 or, with T = u16, of halves. False when it is not done, since `putHalves` cannot. */
+// @ts-ignore: decorator
+@inline
+export function tileOf<V, T>(
   out: usize, outStride: usize, base: usize, baseStride: usize,
   left: usize, leftRow: usize, leftStep: usize, right: usize, rightStep: usize, rank: i32,
-): void {
+): bool {
   let a0 = zero<V>(), a1 = zero<V>(), a2 = zero<V>(), a3 = zero<V>();
   let b0 = zero<V>(), b1 = zero<V>(), b2 = zero<V>(), b3 = zero<V>();
   for (; rank > 0; rank--) {
@@ -44,16 +89,29 @@ function tile<V>(
     left += leftStep;
     right += rightStep;
   }
-  put<V>(out, base, 0, a0);
-  put<V>(out, base, bytes<V>(), a1);
-  put<V>(out, base, 2 * bytes<V>(), a2);
-  put<V>(out, base, 3 * bytes<V>(), a3);
-  out += outStride;
-  base += baseStride;
-  put<V>(out, base, 0, b0);
-  put<V>(out, base, bytes<V>(), b1);
-  put<V>(out, base, 2 * bytes<V>(), b2);
-  put<V>(out, base, 3 * bytes<V>(), b3);
+  if (isInteger<T>()) {
+    return putHalves(out, outStride, base, baseStride, a0, a1, a2, a3, b0, b1, b2, b3);
+  } else {
+    put<V>(out, base, 0, a0);
+    put<V>(out, base, bytes<V>(), a1);
+    put<V>(out, base, 2 * bytes<V>(), a2);
+    put<V>(out, base, 3 * bytes<V>(), a3);
+    out += outStride;
+    base += baseStride;
+    put<V>(out, base, 0, b0);
+    put<V>(out, base, bytes<V>(), b1);
+    put<V>(out, base, 2 * bytes<V>(), b2);
+    put<V>(out, base, 3 * bytes<V>(), b3);
+    return true;
+  }
+}
+
+/** A tile of f32. */
+function tile<V>(
+  out: usize, outStride: usize, base: usize, baseStride: usize,
+  left: usize, leftRow: usize, leftStep: usize, right: usize, rightStep: usize, rank: i32,
+): void {
+  tileOf<V, f32>(out, outStride, base, baseStride, left, leftRow, leftStep, right, rightStep, rank);
 }
 
 /** One row of one V, for the edges. */

@@ -336,6 +336,40 @@ export function backendSuite(t: SuiteTest, create: () => Promise<Backend> | Back
     }
   });
 
+  t.test("every half takes an update, rounded to the nearest, also beside infinity and NaN", async (t) => {
+    const backend = await create();
+    t.teardown(() => backend.close());
+    // Odd, so that no width of vectors divides it.
+    const [rows, columns] = [255, 257];
+    const halves = Uint16Array.from({ length: rows * columns }, (_, i) => (i * 40503) & 0xffff);
+    const w0 = decode("f16", bytesOf(halves), 1, halves.length);
+    const value = (half: number): number => decode("f16", bytesOf(Uint16Array.of(half)), 1, 1)[0]!;
+    for (const size of [1, 2 ** -12, 2 ** 14]) {
+      // Powers of two on one side: products are exact, fused or not, and one f32 addition is left.
+      const left = Float32Array.from({ length: rows }, (_, i) => (i % 2 ? 1 : -1) * 2 ** ((i % 5) - 2));
+      const right = values(columns, uniform(SEED)).map((x) => x * size);
+      const out = place(backend, bytesOf(halves), 2);
+      const job = { dtype: "f16", rows, columns, stride: columns, rank: 1 } as const;
+      const slices = { left: place(backend, bytesOf(left), 4), right: place(backend, bytesOf(right), 4) };
+      backend.fold({ out, base: out, ...slices, ...job });
+      const found = new Uint16Array((await download(backend, out, halves.byteLength)).buffer);
+      const wrong = found.findIndex((half, at) => {
+        const sum = Math.fround(w0[at]! + left[Math.floor(at / columns)]! * right[at % columns]!);
+        const is = value(half);
+        if (!Number.isFinite(sum)) return !Object.is(is, sum);
+        if (Math.abs(sum) >= 65520) return is !== Math.sign(sum) * Infinity;
+        const off = Math.abs(is - sum);
+        // Neighbours by their bits; among equals the even one is right. The sign of zero is left open.
+        return [-1, 1].some((step) => {
+          const other = Math.abs(value((half & 0x7fff) + step) * (half & 0x8000 ? -1 : 1) - sum);
+          return other < off || (other === off && off > 0 && half % 2 === 1);
+        });
+      });
+      t.equal(wrong, -1, `updates of ${size}: first wrong half`);
+      for (const { block } of [out, slices.left, slices.right]) backend.free(block);
+    }
+  });
+
   t.test("halves decode to every value they can have", async (t) => {
     const backend = await create();
     t.teardown(() => backend.close());

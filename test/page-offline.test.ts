@@ -122,8 +122,15 @@ t.test(
     t.same((await kept()).paths, all.sort(), "the larger runtime, once it was asked for");
     await rm(join(folder, "stranger.json"));
 
-    /** What is kept is what lies on the server, byte for byte, in one cache. */
+    /** What is kept is what lies on the server, byte for byte, in one cache, once the newest worker has taken over. */
     const keptAsBuilt = async (what: string): Promise<void> => {
+      await page.evaluate(async () => {
+        const registration = await navigator.serviceWorker.ready;
+        await registration.update();
+        const settled = () =>
+          !registration.installing && !registration.waiting && registration.active?.state === "activated";
+        while (!settled()) await new Promise((resolve) => setTimeout(resolve, 50));
+      });
       const hashes = await page.evaluate(async () => {
         const [mine] = (await caches.keys()).filter((name) => name.startsWith("eigenlora-"));
         const cache = await caches.open(mine!);

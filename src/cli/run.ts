@@ -3,6 +3,8 @@
  */
 import { extname } from "node:path";
 import type { Adapter } from "../adapters/adapter.ts";
+import { describeBase } from "../adapters/describe-base.ts";
+import { kind } from "../adapters/find.ts";
 import { readAdapters } from "../adapters/folder.ts";
 import { openHost } from "../base/open.ts";
 import { renamedHost } from "../base/renamed.ts";
@@ -100,7 +102,12 @@ export class Run {
    * @param names its names of weights, by module name
    */
   async base(path: string | undefined, names: ReadonlyMap<string, string>): Promise<Pick<BuildOptions, "base">> {
-    if (path === undefined || extname(path) !== ".safetensors") return {};
+    if (path === undefined) return {};
+    if (/^\.(json|gguf)$/.test(extname(path)) || (await kind(path)) === "folder") {
+      // These say what its parts are called, and give no weights to take fingerprints of.
+      await describeBase(path);
+      return {};
+    }
     const host = this.closing(await openHost(path));
     return { base: names.size > 0 ? renamedHost(host, names) : host };
   }
