@@ -3,21 +3,19 @@
  */
 import { checkOptions, checkPack } from "../src/arguments.ts";
 import type { Pack } from "../src/pack/pack.ts";
-import {
-  type SessionOptions as CommonOptions,
-  createSession,
-  SESSION_OPTIONS,
-  type Session,
-} from "../src/session/session.ts";
+import { createSessions, type GroupOptions, type SessionGroup } from "../src/session/group.ts";
+import { type SessionOptions as CommonOptions, SESSION_OPTIONS } from "../src/session/options.ts";
+import { createSession, type Session } from "../src/session/session.ts";
 import type { SourceInput } from "../src/source.ts";
 import type { Ort, SessionOptions } from "./ort.ts";
 import { createEngine } from "./ort-engine.ts";
 
+export type { ModuleFilter } from "../src/pack/part.ts";
 export type { MemoryReport } from "../src/runtime/report.ts";
 export type { SwitchOptions } from "../src/runtime/selection.ts";
+export type { Mode } from "../src/session/base-values.ts";
 export type { ProbeReport } from "../src/session/carrier.ts";
 export type { Engine } from "../src/session/engine.ts";
-export type { Mode } from "../src/session/plan.ts";
 export type {
   Session,
   SessionRunOptions,
@@ -75,4 +73,34 @@ export async function createEigenSession<O extends Ort>(
   checkOptions("createEigenSession", given, [...SESSION_OPTIONS, "session"]);
   const { session, ...options } = given;
   return createSession(createEngine(ort, session), model, pack, options as CommonOptions);
+}
+
+/** Sessions of onnxruntime that switch tasks together. */
+export type EigenSessions<O extends Ort = Ort, Name extends string = string> = SessionGroup<OrtTypes<O>, Name>;
+
+/** Options of `createEigenSessions`. */
+export interface EigenSessionsOptions<O extends Ort = Ort> extends GroupOptions {
+  /** Passed to `InferenceSession.create` for every file. */
+  readonly session?: SessionOptions<O> | undefined;
+}
+
+/**
+ * Prepares several files of one model, an encoder and a decoder, a UNet and its text encoders, for all tasks of a pack. Each module of the
+ * pack goes to the files that it lives in, and one switch changes all of them or none.
+ *
+ * @param models bytes, paths, URLs or Blobs of the ONNX files, by names of your own
+ * @throws BaseMismatchError when a module lives in none of the files, or a file has nothing of the pack; otherwise as `createEigenSession`
+ * @example
+ * const models = await createEigenSessions(ort, { encoder: "encoder.onnx", decoder: "decoder.onnx" }, skills);
+ * await models.switchTask("titles");
+ * const { last_hidden_state } = await models.call(({ encoder }) => encoder.run({ input_ids, attention_mask }));
+ */
+export async function createEigenSessions<O extends Ort, Name extends string>(
+  ort: O,
+  models: Readonly<Record<Name, SourceInput>>,
+  pack: Pack,
+  given: EigenSessionsOptions<O> = {},
+): Promise<EigenSessions<O, Name>> {
+  const { session, ...options } = given ?? {};
+  return createSessions<OrtTypes<O>, Name>(createEngine(ort, session), models, pack, options);
 }

@@ -8,7 +8,7 @@ import type { Pack, TaskInfo } from "../src/pack/pack.ts";
 import { copySelection, type Selection } from "../src/runtime/selection.ts";
 import { hold } from "../src/session/hold.ts";
 import { type Labels, labelsOf } from "../src/session/labels.ts";
-import { SESSION_OPTIONS } from "../src/session/session.ts";
+import { SESSION_OPTIONS } from "../src/session/options.ts";
 import { Turns } from "../src/session/turns.ts";
 import type { SourceInput } from "../src/source.ts";
 import {

@@ -8,7 +8,7 @@ export * from "../bindings/transformers.ts";
 export * from "./cache/index.ts";
 export * from "./index.ts";
 export * from "./onnx/index.ts";
-export { createSession } from "./session/index.ts";
+export { createSession, createSessions, type GroupOptions, type SessionGroup } from "./session/index.ts";
 export {
   type CreateTrainerOptions,
   createTrainer,

@@ -181,7 +181,14 @@ async function workplace(): Promise<string> {
   for (const [from, to] of Object.entries(formats)) await cp(data(`goldens/formats/${from}`), join(place, to));
   const gguf = join(place, "rhymes.gguf");
   const skill = await readGguf({ id: "rhymes", file: gguf, tensors: gguf, base: { heads: 4, kvHeads: 2 } });
-  await writeFile(join(place, "skills.eigen"), concat((await buildPack([skill], LOSSLESS)).chunks));
+  await writeFile(join(place, "rhymes.eigen"), concat((await buildPack([skill], LOSSLESS)).chunks));
+  const skills = await readAdapters([data("seq2seq/adapters")]);
+  const textToText = await openHost(data("seq2seq/base.safetensors"));
+  await writeFile(
+    join(place, "skills.eigen"),
+    concat((await buildPack(skills, { ...LOSSLESS, base: textToText })).chunks),
+  );
+  for (const file of ["encoder.onnx", "decoder.onnx"]) await cp(data(`seq2seq/${file}`), join(place, file));
   await cp(data("sessions/torchscript.onnx"), join(place, "model.onnx"));
   await cp(data("sessions/base.safetensors"), join(place, "model.safetensors"));
   return place;

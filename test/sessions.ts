@@ -9,7 +9,8 @@ import { openHost } from "../dist/src/base/open.js";
 import { type BuildOptions, buildPack } from "../dist/src/pack/build.js";
 import { type OpenOptions, openPack, type Pack } from "../dist/src/pack/pack.js";
 import type { Engine } from "../dist/src/session/engine.js";
-import { createSession, type SessionOptions } from "../dist/src/session/session.js";
+import type { SessionOptions } from "../dist/src/session/options.js";
+import { createSession } from "../dist/src/session/session.js";
 import { concat, data, LOSSLESS } from "./packs.ts";
 import { PlainEngine, PlainTensor } from "./plain-engine.ts";
 

@@ -4,7 +4,7 @@
  */
 import { AdapterError } from "../errors.ts";
 import { type GgufEntry, writeGguf } from "../tensor/gguf-writer.ts";
-import { transpose } from "../tensor/tensor-file.ts";
+import { transpose } from "../tensor/transpose.ts";
 import type { AdapterModule } from "./adapter.ts";
 import type { BaseFacts } from "./base-facts.ts";
 import { type Exportable, f32Bytes, factorsOf, refuseModule, refuseSaved } from "./factors.ts";
@@ -19,7 +19,7 @@ import { permuteRows } from "./permute.ts";
  * @throws AdapterError for what the format has no place for: heads, biases, DoRA, convolutions, modules that the architecture does not have
  * @example
  * const base = { architecture: "llama", heads: 4, kvHeads: 2 }; // of the model's config.json
- * await writeFile("rhymes.gguf", await ggufFile(await taskAdapter(skills, "rhymes"), base));
+ * await writeFile("rhymes.gguf", await ggufFile(await taskAdapter(writing, "rhymes"), base));
  */
 export async function ggufFile(
   adapter: Exportable,

@@ -35,6 +35,11 @@ export function bringsOf({ terms, parameters }: TaskBlob, modules: readonly Pack
   return encodeBrings(parameters, named(magnitudes), named(terms.filter((term) => term.privateRank > 0)));
 }
 
+/** "classifier" of "classifier.weight". */
+export function moduleOf(parameter: string): string {
+  return parameter.replace(/\.[^.]*$/, "");
+}
+
 /** One entry of the list. */
 export function parseBrought(entry: string): Brought {
   const cut = entry.indexOf(" ");

@@ -7,7 +7,7 @@ import { checkArgument } from "../arguments.ts";
 import { after, at, type ExpandJob, type Slice } from "../backends/backend.ts";
 import { onDevice, type View } from "../base/host.ts";
 import type { PackModule } from "../format/format.ts";
-import type { Pack } from "../pack/pack.ts";
+import type { PackView } from "../pack/part.ts";
 import { loadParts, refuseMagnitudes, type Selection } from "./selection.ts";
 import { type ActiveTask, type Expansion, type ModulePlan, Staging, stage } from "./stage.ts";
 import type { Workbench } from "./workbench.ts";
@@ -35,7 +35,7 @@ export interface Applied {
  * @throws TaskError for an unknown task, or one with DoRA on the module, which is no addition
  */
 export async function partsOfRows(
-  pack: Pack,
+  pack: PackView,
   rows: readonly Selection[],
   index: number,
   head: string | undefined,

@@ -9,6 +9,7 @@ import { type BaseInput, onDevice, type WeightHost } from "../base/host.ts";
 import { Locator } from "../base/locate.ts";
 import { openHost } from "../base/open.ts";
 import type { Pack } from "../pack/pack.ts";
+import type { ModuleFilter, PackView } from "../pack/part.ts";
 import { FETCH_OPTIONS, type FetchOptions } from "../source.ts";
 import type { RuntimeParts, Started } from "./parts.ts";
 import { Runtime } from "./runtime.ts";
@@ -35,6 +36,11 @@ export interface RuntimeOptions extends BackendOptions, FetchOptions {
   readonly anyBase?: boolean;
   /** Parameters of tasks that are left out, by the pack's names: "classifier.weight". */
   readonly ignore?: Iterable<string>;
+  /**
+   * Which modules of the pack and of its tasks' parameters are used, by the pack's names. The others are left out: for a base that
+   * lacks them, or is one of several files. Default: all.
+   */
+  readonly modules?: ModuleFilter;
   readonly signal?: AbortSignal;
 }
 
@@ -50,7 +56,7 @@ export interface RuntimeOptions extends BackendOptions, FetchOptions {
 export async function createRuntime(pack: Pack, options: RuntimeOptions = {}): Promise<Runtime> {
   checkPack("createRuntime", pack);
   checkOptions("createRuntime", options, [
-    ...(["base", "mode", "policy", "names", "anyBase", "ignore", "signal"] as const),
+    ...(["base", "mode", "policy", "names", "anyBase", "ignore", "modules", "signal"] as const),
     ...(["backend", "webgpu", "wasm"] as const),
     ...FETCH_OPTIONS,
   ]);
@@ -58,15 +64,17 @@ export async function createRuntime(pack: Pack, options: RuntimeOptions = {}): P
   checkChoice("mode", mode, ["core", "factors", "folded"]);
   checkChoice("policy", policy, ["copy", "reload"]);
   if (mode === "folded" && base === undefined) throw new TypeError('mode "folded" needs a base');
+  const { modules } = options;
+  const view = modules === undefined ? pack : (await import("../pack/part.ts")).partOf(pack, modules);
   const host = base === undefined ? undefined : await openHost(base, options);
   // A host that the caller made is the caller's to close.
   const closeHost = host === base ? undefined : async () => host?.close?.();
   try {
-    const { locator, slots, start, restart } = await prepare(pack, host, mode === "folded", policy, options);
+    const { locator, slots, start, restart } = await prepare(view, host, mode === "folded", policy, options);
     const ignored = new Set(options.ignore);
-    const terms = mode === "folded" ? undefined : new (await import("./terms.ts")).Terms(mode, pack.modules, slots);
+    const terms = mode === "folded" ? undefined : new (await import("./terms.ts")).Terms(mode, view.modules, slots);
     const started = await start(options, options.signal);
-    return new Runtime({ pack, mode, policy, slots, locator, ignored, terms, closeHost, restart }, started);
+    return new Runtime({ pack, view, mode, policy, slots, locator, ignored, terms, closeHost, restart }, started);
   } catch (error) {
     await closeHost?.();
     throw error;
@@ -79,7 +87,7 @@ type Prepared = Pick<RuntimeParts, "locator" | "slots" | "restart"> & {
 };
 
 async function prepare(
-  pack: Pack,
+  pack: PackView,
   host: WeightHost | undefined,
   folded: boolean,
   policy: Runtime["policy"],

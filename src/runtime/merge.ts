@@ -6,7 +6,7 @@ import { sameShape } from "../base/host.ts";
 import { BaseMismatchError, TaskError } from "../errors.ts";
 import type { TaskParameter, TaskTerm } from "../format/format.ts";
 import { readTensor } from "../format/tensors.ts";
-import type { Pack } from "../pack/pack.ts";
+import type { PackView } from "../pack/part.ts";
 import type { ActiveTask } from "./stage.ts";
 
 /** A task's version of a parameter. */
@@ -21,7 +21,7 @@ export interface Change {
  * @param head the task of a blend whose saved modules are used: those of the others go, and what the others do to its own
  * @throws TaskError for a blend without `head` in which tasks do both
  */
-export function settle(parts: readonly ActiveTask[], pack: Pack, head: string | undefined): ActiveTask[] {
+export function settle(parts: readonly ActiveTask[], pack: PackView, head: string | undefined): ActiveTask[] {
   const weightOf = ({ module }: TaskTerm): string => `${pack.modules[module]!.name}.weight`;
   const owners = new Map<string, string>();
   for (const { id, blob } of parts) {
@@ -74,7 +74,7 @@ export interface Merged {
  */
 export function mergeAll(
   parts: readonly ActiveTask[],
-  pack: Pack,
+  pack: PackView,
   base: (name: string) => Merged | undefined,
 ): Map<string, Merged> {
   const merged = new Map<string, Merged>();
@@ -99,7 +99,7 @@ export function blendHeads(
   name: string,
   values: Float32Array,
   changes: readonly Change[],
-  { tasks }: Pack,
+  { tasks }: PackView,
 ): Float32Array {
   const first = changes[0]!;
   if (changes.length === 1) return values;

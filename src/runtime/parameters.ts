@@ -10,7 +10,7 @@ import type { Locator } from "../base/locate.ts";
 import { findWeight } from "../base/mismatch.ts";
 import { BaseMismatchError, TaskError } from "../errors.ts";
 import type { TaskParameter } from "../format/format.ts";
-import type { Pack } from "../pack/pack.ts";
+import type { PackView } from "../pack/part.ts";
 import { encodeFloats, type FloatDtype, rowBytes } from "../tensor/dtypes.ts";
 import { addDifferences, blendHeads, type Change, changesOf, decode, type Merged } from "./merge.ts";
 import { readWeight, type Slot } from "./slots.ts";
@@ -100,7 +100,7 @@ export class Parameters {
    */
   async resolve(
     parts: readonly ActiveTask[],
-    pack: Pack,
+    pack: PackView,
     base: BaseValues,
     signal: AbortSignal | undefined,
   ): Promise<Resolved> {

@@ -2,6 +2,7 @@
 import type { WeightHost } from "../base/host.ts";
 import type { Locator } from "../base/locate.ts";
 import type { Pack } from "../pack/pack.ts";
+import type { PackView } from "../pack/part.ts";
 import type { Slot } from "./slots.ts";
 import type { Terms } from "./terms.ts";
 import type { Workbench } from "./workbench.ts";
@@ -17,6 +18,8 @@ export interface Started {
 /** What stays. */
 export interface RuntimeParts {
   readonly pack: Pack;
+  /** What is used of it. */
+  readonly view: PackView;
   readonly mode: "folded" | "factors" | "core";
   readonly policy: "copy" | "reload";
   readonly slots: readonly Slot[];

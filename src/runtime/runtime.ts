@@ -179,12 +179,12 @@ export class Runtime {
 
   /** Reads everything that a switch needs, before anything is changed. */
   async #load(selection: Selection, options: SwitchOptions): Promise<Loaded> {
-    const parts = await loadParts(this.pack, selection, options, this.#parts.ignored);
-    if (!this.#host) refuseMagnitudes(parts, this.pack, () => true, "pass `base`");
+    const parts = await loadParts(this.#parts.view, selection, options, this.#parts.ignored);
+    if (!this.#host) refuseMagnitudes(parts, this.#parts.view, () => true, "pass `base`");
     const { signal } = options;
     const resolved = await this.#resolve(parts, signal);
     const { parameters, weights } = resolved;
-    const plans = stage(parts, this.pack.modules, this.#bench.staging);
+    const plans = stage(parts, this.#parts.view.modules, this.#bench.staging);
     const { terms } = this.#parts;
     if (terms) {
       const modules = new Set(plans.map(({ module }) => module));
@@ -200,7 +200,7 @@ export class Runtime {
     const { locator, slots } = this.#parts;
     this.#parameters ??= new (await import("./parameters.ts")).Parameters(locator, slots);
     const base = { host: this.#host, bench: this.#bench, folded: !this.#parts.terms };
-    return this.#parameters.resolve(parts, this.pack, base, signal);
+    return this.#parameters.resolve(parts, this.#parts.view, base, signal);
   }
 
   /** Those of the active task. */
@@ -295,8 +295,8 @@ export class Runtime {
       await this.#ready();
       const index = this.#terms.indexOf(name);
       const { apply, partsOfRows } = await import("./apply.ts");
-      const rows = await partsOfRows(this.pack, tasks ?? [this.#task], index, tasks ? undefined : this.#head);
-      this.#applied = await apply(this.#bench, this.pack.modules, index, rows, x, y, this.#applied);
+      const rows = await partsOfRows(this.#parts.view, tasks ?? [this.#task], index, tasks ? undefined : this.#head);
+      this.#applied = await apply(this.#bench, this.#parts.view.modules, index, rows, x, y, this.#applied);
     });
   }
 

@@ -3,7 +3,7 @@
  */
 import { described, isPlain } from "../arguments.ts";
 import { TaskError } from "../errors.ts";
-import type { Pack } from "../pack/pack.ts";
+import type { PackView } from "../pack/part.ts";
 import type { ActiveTask } from "./stage.ts";
 
 /** What is active: a task, null for the pristine base, or tasks with strengths. */
@@ -31,7 +31,7 @@ export function copySelection(selection: Selection): Selection {
  *   the same parameter
  */
 export async function loadParts(
-  pack: Pack,
+  pack: PackView,
   selection: Selection,
   { head, signal }: SwitchOptions = {},
   ignored: ReadonlySet<string> = new Set(),
@@ -58,7 +58,7 @@ export async function loadParts(
  */
 export function refuseMagnitudes(
   parts: readonly ActiveTask[],
-  pack: Pack,
+  pack: PackView,
   which: (module: number) => boolean,
   why: string,
 ): void {

@@ -34,7 +34,7 @@ export async function deviceCarrier(
   gpu: EngineGpu,
 ): Promise<Carrier> {
   const { engine } = parts;
-  const { pack, inputs, names } = parts.prepared;
+  const { pack, inputs, names, keep } = parts.prepared;
   const model = await engine.load(parts.detached, parts.load);
   const tensors = new Map<string, Placed>();
   const free = (): void => tensors.forEach(({ buffer }) => buffer.destroy());
@@ -48,7 +48,7 @@ export async function deviceCarrier(
     );
     const runtime = await createRuntime(pack, {
       ...{ base: tensors, backend: "webgpu", webgpu: { device }, anyBase: true },
-      ...{ names, ignore: parametersLeftOut(parts.prepared) },
+      ...{ names, ignore: parametersLeftOut(parts.prepared), ...(keep && { modules: keep }) },
     });
     const evaluator = new TaskEvaluator(parts.prepared, undefined);
     const active = (task: Selection, values: TaskValues): Active => {

@@ -26,7 +26,7 @@ export async function foldedCarrier(
   // The file is in memory anyway: no second copy of its weights.
   const runtime = await createRuntime(prepared.pack, {
     ...{ base: host, webgpu: false, policy: "reload", anyBase: true },
-    ...{ names: prepared.names, ignore: parametersLeftOut(prepared) },
+    ...{ names: prepared.names, ignore: parametersLeftOut(prepared), ...(prepared.keep && { modules: prepared.keep }) },
   });
   const pristine = detached.files.reduce((sum, { data }) => sum + data.byteLength, detached.bytes.length);
   const make: Carrier["make"] = async (selection, tasks, options) => {

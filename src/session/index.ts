@@ -4,17 +4,20 @@
 
 export type { Feed } from "../onnx/feeds.ts";
 export type { DataFile, DetachedModel } from "../onnx/write.ts";
+export type { ModuleFilter } from "../pack/part.ts";
 export type { MemoryReport, SwitchReport } from "../runtime/report.ts";
 export type { Selection, SwitchOptions } from "../runtime/selection.ts";
 export type { ReadOptions } from "../source.ts";
+export type { Mode } from "./base-values.ts";
 export type { ProbeReport } from "./carrier.ts";
 export type { Engine, EngineGpu, EngineTensor, LoadedModel, LoadOptions, Tensors } from "./engine.ts";
+export { createSessions, type GroupOptions, type SessionGroup } from "./group.ts";
 export type { MatchOptions } from "./match.ts";
-export type { Mode, PlanOptions } from "./plan.ts";
+export type { SessionOptions } from "./options.ts";
+export type { PlanOptions } from "./plan.ts";
 export {
   createSession,
   type Session,
-  type SessionOptions,
   type SessionRunOptions,
   type SessionSwitchReport,
   type SessionTypes,

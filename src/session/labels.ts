@@ -3,7 +3,7 @@
  */
 
 import { bringsOf, parseBrought } from "../format/brings.ts";
-import type { Pack } from "../pack/pack.ts";
+import type { PackView } from "../pack/part.ts";
 import type { Selection } from "../runtime/selection.ts";
 import { isIgnored } from "./match.ts";
 
@@ -17,7 +17,7 @@ export type Labels = readonly string[] | "numbered" | "base";
  * @throws as `Pack.load`, for tasks whose pack does not say what they bring
  */
 export async function labelsOf(
-  pack: Pack,
+  pack: PackView,
   selection: Selection,
   head: string | undefined,
   ignore: readonly string[] = [],

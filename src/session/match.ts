@@ -6,6 +6,7 @@ import { checkFingerprint, SAME_FLOAT, SAME_QUANTIZED } from "../base/fingerprin
 import { findWeight, refuseShared, shapeMismatch } from "../base/mismatch.ts";
 import { NameMatcher } from "../base/names.ts";
 import { BaseMismatchError } from "../errors.ts";
+import { moduleOf } from "../format/brings.ts";
 import type { PackModule } from "../format/format.ts";
 import { Copies } from "../onnx/copies.ts";
 import type { GraftBias } from "../onnx/graft.ts";
@@ -118,6 +119,50 @@ export class ModelMatcher {
   }
 
   /**
+   * What of a pack lives in this model, where it is one of several files: that whose fingerprint fits, that of the whole name, and
+   * what is called as something that fits but for the segments in front.
+   * @param parameters that tasks bring, by the pack's names
+   * @returns the reason why not, by name, for what does not; undefined for what does
+   */
+  async residents(
+    modules: readonly PackModule[],
+    parameters: readonly string[],
+    bases: Uint8Array,
+  ): Promise<Map<string, string | undefined>> {
+    const found = new Map<string, string | undefined>();
+    const confirmed = new Set<string>();
+    const unsure = new Map<string, { readonly name: string; readonly as: string }>();
+    for (const module of modules) {
+      try {
+        const weight = this.#weight(module.name);
+        checkShape(module, weight);
+        const name = `${module.name}.weight`;
+        const sure = !this.#options.anyBase && (await this.confirms(module, weight, bases));
+        if (sure) confirmed.add(inFront(name, weight.name));
+        if (sure || !this.#bySuffix.has(name)) found.set(module.name, undefined);
+        else unsure.set(module.name, { name, as: weight.name });
+      } catch (error) {
+        if (!(error instanceof BaseMismatchError)) throw error;
+        found.set(module.name, error.message);
+      }
+    }
+    for (const name of parameters) {
+      const parameter = this.#names.find(name);
+      if (!("name" in parameter)) found.set(name, "is not in it");
+      else if (parameter.name === name) found.set(name, undefined);
+      else unsure.set(name, { name, as: parameter.name });
+    }
+    for (const [key, { name, as }] of unsure) {
+      const fits = confirmed.has(inFront(name, as));
+      found.set(
+        key,
+        fits ? undefined : `is in it by the end of its name only, as "${as}", which no fingerprint confirms`,
+      );
+    }
+    return found;
+  }
+
+  /**
    * Whether the pack's fingerprint of a module is the weight's; false where there is none to tell.
    * @throws BaseMismatchError when it is another model's
    */
@@ -185,11 +230,6 @@ function nameOf(found: ReturnType<NameMatcher["find"]>): string | undefined {
 /** Whether a list of parameters and modules names this parameter. */
 export function isIgnored(parameter: string, ignore: readonly string[] = []): boolean {
   return ignore.includes(parameter) || ignore.includes(moduleOf(parameter));
-}
-
-/** "classifier" of "classifier.weight". */
-export function moduleOf(parameter: string): string {
-  return parameter.replace(/\.[^.]*$/, "");
 }
 
 function checkShape(module: PackModule, parameter: OnnxParameter): void {

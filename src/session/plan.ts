@@ -3,7 +3,7 @@
  * it can be done without touching the weights. Checks that the model is the right one. Changes nothing.
  */
 import { BaseMismatchError } from "../errors.ts";
-import { type Brought, bringsOf, parseBrought } from "../format/brings.ts";
+import { type Brought, bringsOf, moduleOf, parseBrought } from "../format/brings.ts";
 import type { PackModule } from "../format/format.ts";
 import { readTensor } from "../format/tensors.ts";
 import {
@@ -19,13 +19,12 @@ import { biasAdd, linearsOf, NotLinear } from "../onnx/linear.ts";
 import { matrixShape, type OnnxParameter } from "../onnx/modules.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { readLinearWeight } from "../onnx/weights.ts";
-import type { Pack } from "../pack/pack.ts";
+import type { ModuleFilter, PackView } from "../pack/part.ts";
 import type { ReadOptions } from "../source.ts";
-import { type MatchOptions, ModelMatcher, moduleOf } from "./match.ts";
+import { transpose } from "../tensor/transpose.ts";
+import type { BaseHead, BaseValues, Mode } from "./base-values.ts";
+import { type MatchOptions, ModelMatcher } from "./match.ts";
 import { biasOf, tableOf } from "./places.ts";
-
-/** How a task reaches the model. */
-export type Mode = "core" | "factors" | "folded";
 
 /** How a model is prepared for a pack. */
 export interface PlanOptions extends MatchOptions {
@@ -34,6 +33,11 @@ export interface PlanOptions extends MatchOptions {
    * and B. "folded": the weights themselves change. A pack without components in column mode has no "core". Default: "auto", what fits the pack and the model best.
    */
   readonly mode?: Mode | "auto" | undefined;
+  /**
+   * Which modules of the pack and of its tasks' parameters are used, by the pack's names: those that the model has, where it lacks
+   * some or is one of several files. `session.leftOut` names the others. Default: all.
+   */
+  readonly modules?: ModuleFilter | undefined;
   /** Room for what no task of the pack brings yet, but one that is added or learned later may. It costs every run a little. */
   readonly reserve?:
     | {
@@ -43,30 +47,6 @@ export interface PlanOptions extends MatchOptions {
         readonly head?: string | undefined;
       }
     | undefined;
-}
-
-/** A head as the base has it. */
-export interface BaseHead {
-  /** [in, labels]. */
-  readonly weight: Float32Array;
-  /** [labels]. */
-  readonly bias: Float32Array | undefined;
-  readonly labels: number;
-  /** Whether other tasks adapt the layer: no task may give it another number of labels then. */
-  readonly adapted: boolean;
-}
-
-/** What is to be known of the model to evaluate tasks, once it is loaded. Holds nothing of the graph or the file. */
-export interface BaseValues {
-  readonly mode: Mode;
-  /** By module name of the pack. */
-  readonly heads: ReadonlyMap<string, BaseHead>;
-  /** Values of the biases that tasks change, by the pack's name of the parameter. */
-  readonly biases: ReadonlyMap<string, Float32Array>;
-  /** Float weights of modules with DoRA, f32 [out, in], by module name. */
-  readonly weights: ReadonlyMap<string, Float32Array>;
-  /** Parameters of tasks that are left out. */
-  readonly ignored: ReadonlySet<string>;
 }
 
 /** What is to be done to the model. */
@@ -118,7 +98,12 @@ const MOST_COMPONENTS = 48;
  *   asked for cannot do what the tasks bring; the message names another that can
  * @throws FormatError when the model's opset is too old, or the model has been grafted before
  */
-export async function planSession(file: ModelFile, pack: Pack, bases: Uint8Array, options: PlanOptions): Promise<Plan> {
+export async function planSession(
+  file: ModelFile,
+  pack: PackView,
+  bases: Uint8Array,
+  options: PlanOptions,
+): Promise<Plan> {
   // First: what a graft has taken out of a model would be missed by another name.
   checkGraftable(file.model);
   return new Planner(file, pack, options).plan(bases);
@@ -126,7 +111,7 @@ export async function planSession(file: ModelFile, pack: Pack, bases: Uint8Array
 
 class Planner {
   readonly #file: ModelFile;
-  readonly #pack: Pack;
+  readonly #pack: PackView;
   readonly #options: PlanOptions;
   readonly #matcher: ModelMatcher;
   /** Why a task cannot come unfolded, and why not folded. */
@@ -135,7 +120,7 @@ class Planner {
   /** Biases that the exporter has dropped, by the pack's name. */
   readonly #dropped = new Map<string, GraftBias>();
 
-  constructor(file: ModelFile, pack: Pack, options: PlanOptions) {
+  constructor(file: ModelFile, pack: PackView, options: PlanOptions) {
     this.#file = file;
     this.#pack = pack;
     this.#options = options;
@@ -169,7 +154,7 @@ class Planner {
     const fed = mode === "folded" ? heads.filter((head) => !adapted.has(head)) : heads;
     const baseHeads = new Map<string, BaseHead>();
     for (const head of fed) baseHeads.set(head.graft.name, await this.#baseHead(head, adapted.has(head)));
-    const base = { mode, ignored, heads: baseHeads };
+    const base = { mode, ignored, wanted: new Set(wanted.map(({ name }) => name)), heads: baseHeads };
     const graft = { modules: [], biases: [], rows: [], heads: fed.map((head) => head.graft) };
     // No weight holds a bias that the model lacks.
     const lacking = [...biases.map(({ name }) => name), ...[...adapted.keys()].map(({ bias = "" }) => bias)];
@@ -379,18 +364,11 @@ class Planner {
 }
 
 /** What the tasks of a pack change beside their terms, each once. */
-export async function broughtBy(pack: Pack, options: ReadOptions): Promise<Brought[]> {
+export async function broughtBy(pack: PackView, options: ReadOptions): Promise<Brought[]> {
   const all = new Set<string>();
   for (const { id, brings } of pack.tasks.values()) {
     const own = brings ?? bringsOf(await pack.load(id, options), pack.modules);
     for (const one of own) all.add(one);
   }
   return [...all].map(parseBrought);
-}
-
-/** [rows, columns] → [columns, rows]. */
-export function transpose(values: Float32Array, rows: number, columns: number): Float32Array<ArrayBuffer> {
-  const turned = new Float32Array(rows * columns);
-  for (let r = 0; r < rows; r++) for (let c = 0; c < columns; c++) turned[c * rows + r] = values[r * columns + c]!;
-  return turned;
 }

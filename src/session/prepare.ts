@@ -6,8 +6,10 @@ import { type Feed, feedsOfRows, plainInputs, tableRows, tinyFeeds } from "../on
 import { type Grafted, type GraftModule, graft } from "../onnx/graft.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import type { Pack } from "../pack/pack.ts";
+import type { ModuleFilter, PackView } from "../pack/part.ts";
+import type { BaseValues, Mode } from "./base-values.ts";
 import { type FoldedInput, type FoldedLayout, feedFolded, layoutFolded } from "./fold.ts";
-import { type BaseValues, type Mode, type PlanOptions, planSession } from "./plan.ts";
+import { type PlanOptions, planSession } from "./plan.ts";
 
 /** A layer that gets a term: what is known of it without its graph. */
 export type AdaptedLayer = Pick<GraftModule, "name" | "in" | "out" | "components" | "factors">;
@@ -15,6 +17,9 @@ export type AdaptedLayer = Pick<GraftModule, "name" | "in" | "out" | "components
 /** Holds nothing of the model's file. */
 export interface PreparedModel extends Grafted {
   readonly pack: Pack;
+  /** What of it is used here, and by which filter. */
+  readonly view: PackView;
+  readonly keep: ModuleFilter | undefined;
   readonly mode: Mode;
   /** Why this mode, for people. */
   readonly reason: string;
@@ -56,6 +61,8 @@ export async function prepareModel(
   bases: Uint8Array,
   options: PrepareOptions = {},
 ): Promise<PreparedModel> {
+  const keep = options.modules;
+  const view = keep === undefined ? pack : (await import("../pack/part.ts")).partOf(pack, keep);
   const {
     mode,
     reason,
@@ -65,7 +72,7 @@ export async function prepareModel(
     dropped,
     folded,
     graft: wanted,
-  } = await planSession(file, pack, bases, options);
+  } = await planSession(file, view, bases, options);
   const { proto, initializers } = file.model.graph;
   const own = proto.input.filter(({ name }) => !initializers.has(name));
   const [inputs, tables] = [plainInputs(own), tableRows(file.model, own)];
@@ -74,7 +81,7 @@ export async function prepareModel(
   const placed = mode === "folded" ? place(file.model, folded) : undefined;
   const grafted = graft(file.model, wanted, { probe: options.probeOutputs ?? true });
   return {
-    ...{ pack, mode, reason, base, names, unconfirmed, dropped, outputNames, folded: placed },
+    ...{ pack, view, keep, mode, reason, base, names, unconfirmed, dropped, outputNames, folded: placed },
     inputNames: own.map(({ name }) => name),
     ...grafted,
     modules: wanted.modules.map(({ linears, ...layer }) => layer),

@@ -4,7 +4,7 @@
  */
 import { checkArgument, checkChoice, checkOptions, checkPack, described } from "../arguments.ts";
 import { BackendError, TaskError } from "../errors.ts";
-import { type ModelOptions, readModel } from "../onnx/read.ts";
+import { type ModelFile, readModel } from "../onnx/read.ts";
 import { detachWeights } from "../onnx/write.ts";
 import type { Pack, TaskInfo } from "../pack/pack.ts";
 import type { TaskTrust } from "../pack/trust.ts";
@@ -12,48 +12,15 @@ import { now } from "../runtime/pace.ts";
 import { type MemoryReport, memoryReport, type SwitchReport } from "../runtime/report.ts";
 import type { Selection, SwitchOptions } from "../runtime/selection.ts";
 import type { SourceInput } from "../source.ts";
+import type { Mode } from "./base-values.ts";
 import { type Active, type Carrier, type CarrierParts, type ProbeReport, toFeeds } from "./carrier.ts";
 import type { Engine, Tensors } from "./engine.ts";
 import { FOLDED_FILE } from "./fold.ts";
-import type { Mode, PlanOptions } from "./plan.ts";
+import { SESSION_OPTIONS, type SessionOptions } from "./options.ts";
 import { type PreparedModel, prepareModel } from "./prepare.ts";
 import { Timeline } from "./timeline.ts";
 import type { Trainable } from "./training.ts";
 import type { TaskValues } from "./values.ts";
-
-/** Options of `createSession`. */
-export interface SessionOptions extends ModelOptions, PlanOptions {
-  /**
-   * A tiny run that shows whether the provider takes a task into account: `false` leaves it out; or feeds of your own, where the
-   * model does not run on made-up ones. Default: true.
-   */
-  readonly probe?: boolean | object | undefined;
-  /**
-   * Whether `eigenlora/train` can train new tasks on it, in mode "factors" only; `logits` names the output that holds the logits,
-   * "logits" or the only one by default. Loss and gradients lie in the same graph, which takes longer to create, and costs a run a
-   * little. Default: false.
-   */
-  readonly trainable?: boolean | { readonly logits?: string | undefined } | undefined;
-}
-
-/** All options of `createSession`. */
-export const SESSION_OPTIONS = [
-  "mode",
-  "names",
-  "anyBase",
-  "ignore",
-  "reserve",
-  "probe",
-  "trainable",
-  "external",
-  "fetch",
-  "headers",
-  "timeout",
-  "minRate",
-  "retries",
-  "maxWholeBytes",
-  "signal",
-] as const;
 
 /** What a switch did and what it cost. */
 export interface SessionSwitchReport extends SwitchReport {
@@ -108,7 +75,20 @@ export async function createSession<T extends SessionTypes>(
   if (trainable && mode !== "auto" && mode !== "factors") {
     throw new RangeError(`mode: tasks are learned in mode "factors", got ${JSON.stringify(mode)}`);
   }
-  const file = await readModel(source, options);
+  return sessionOn<T>(engine, await readModel(source, options), pack, options);
+}
+
+/**
+ * The same with a model that was read already, and is closed here.
+ * @param options checked already
+ */
+export async function sessionOn<T extends SessionTypes>(
+  engine: Engine,
+  file: ModelFile,
+  pack: Pack,
+  options: SessionOptions,
+): Promise<Session<T>> {
+  const { trainable = false } = options;
   let bases: Awaited<ReturnType<Pack["bases"]>> | undefined;
   try {
     bases = await pack.bases(options);
@@ -139,11 +119,7 @@ export async function createSession<T extends SessionTypes>(
   }
 }
 
-async function carrierOf(
-  parts: CarrierParts,
-  file: Awaited<ReturnType<typeof readModel>>,
-  bases: Uint8Array,
-): Promise<Carrier> {
+async function carrierOf(parts: CarrierParts, file: ModelFile, bases: Uint8Array): Promise<Carrier> {
   const { folded } = parts.prepared;
   if (!folded) {
     await file.close();
@@ -171,6 +147,8 @@ export class Session<T extends SessionTypes = SessionTypes> {
    * Modules whose weights were found by their names alone: the pack has no fingerprint of them, or none was asked for (`anyBase`).
    */
   readonly unconfirmed: readonly string[];
+  /** Modules of the pack that the option `modules` has left out. */
+  readonly leftOut: readonly string[];
   /** @internal For `createTrainer`; undefined unless the session was made `trainable`. */
   readonly trainable: Trainable | undefined;
 
@@ -197,12 +175,14 @@ export class Session<T extends SessionTypes = SessionTypes> {
     graph: Trainable["graph"] | undefined,
   ) {
     // Not the prepared model itself: it holds the components, which the engine has now.
-    const { pack, mode, reason, base, inputs, inputNames, outputNames, initializers, unconfirmed } = prepared;
+    const { pack, view, mode, reason, base, inputs, inputNames, outputNames, initializers, unconfirmed } = prepared;
     this.pack = pack;
     this.mode = mode;
     this.inputNames = inputNames;
     this.outputNames = outputNames;
     this.unconfirmed = unconfirmed;
+    const here = new Set(view.modules.map(({ name }) => name));
+    this.leftOut = pack.modules.flatMap(({ name }) => (here.has(name) ? [] : [name]));
     this.reason = carrier.note === undefined ? reason : `${reason}; ${carrier.note}`;
     this.probe = carrier.probe;
     this.#engine = engine;

@@ -11,9 +11,11 @@ import type { OnnxParameter } from "../onnx/modules.ts";
 import type { GraphProto } from "../onnx/onnx_pb.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import type { Pack, TaskInfo } from "../pack/pack.ts";
+import { type PackView, partOf } from "../pack/part.ts";
 import { Workbench } from "../runtime/workbench.ts";
+import type { Mode } from "./base-values.ts";
 import { type MatchOptions, ModelMatcher } from "./match.ts";
-import { broughtBy, type Mode, type Plan, planSession } from "./plan.ts";
+import { broughtBy, type Plan, type PlanOptions, planSession } from "./plan.ts";
 import { type PreparedModel, prepareModel } from "./prepare.ts";
 import { stackValues, TaskEvaluator } from "./values.ts";
 
@@ -64,6 +66,9 @@ export interface SurveyedMode {
   readonly writtenBytes: number;
 }
 
+/** How a pack is held against a model. */
+export type SurveyOptions = MatchOptions & Pick<PlanOptions, "modules">;
+
 export interface Survey {
   /** What mode "auto" takes, and why; null where no mode works. */
   readonly mode: Mode | null;
@@ -90,14 +95,16 @@ const NO_COST = { nodes: 0, inputs: 0, componentBytes: 0, pristineBytes: 0, fedB
 export async function surveyModel(
   open: () => Promise<ModelFile>,
   pack: Pack,
-  options: MatchOptions = {},
+  options: SurveyOptions = {},
 ): Promise<Survey> {
   const bases = (await pack.bases()).bytes;
+  const { modules } = options;
+  const view = modules === undefined ? pack : partOf(pack, modules);
   const file = await open();
   try {
     const { model } = file;
     // A plan changes nothing.
-    const planned = await attempt(() => planSession(file, pack, bases, options));
+    const planned = await attempt(() => planSession(file, view, bases, options));
     const plan = planned.made;
     const task = [...pack.tasks.values()].reduce<TaskInfo | undefined>(
       (most, one) => (one.bytes > (most?.bytes ?? 0) ? one : most),
@@ -113,8 +120,8 @@ export async function surveyModel(
       opset: model.opset,
       nodes: nodesOf(model.graph.proto),
       fused: fusedNode(model)?.opType ?? null,
-      modules: await surveyModules(file, pack, bases, options),
-      parameters: await surveyParameters(file, pack, options, plan),
+      modules: await surveyModules(file, view, bases, options),
+      parameters: await surveyParameters(file, view, options, plan),
       modes,
       learning: { works: why === null, why },
       largestTask: task?.bytes ?? 0,
@@ -137,7 +144,7 @@ async function attempt<T>(make: () => Promise<T>): Promise<{ made?: T; why: stri
 /** Each by itself, so that one that is missing hides no other. */
 async function surveyModules(
   file: ModelFile,
-  pack: Pack,
+  pack: PackView,
   bases: Uint8Array,
   options: MatchOptions,
 ): Promise<SurveyedModule[]> {
@@ -169,7 +176,7 @@ function nodesThatUse({ uses, copies }: OnnxParameter): string[] {
 
 async function surveyParameters(
   file: ModelFile,
-  pack: Pack,
+  pack: PackView,
   options: MatchOptions,
   plan: Plan | undefined,
 ): Promise<SurveyedParameter[]> {
@@ -202,7 +209,7 @@ async function surveyMode(
   open: () => Promise<ModelFile>,
   pack: Pack,
   bases: Uint8Array,
-  options: MatchOptions & { mode: Mode },
+  options: SurveyOptions & { mode: Mode },
   task: string | null,
 ): Promise<SurveyedMode> {
   const file = await open();
@@ -224,7 +231,7 @@ async function surveyMode(
       inputs: inputs.length,
       componentBytes: options.mode === "core" ? inside : bases.length,
       pristineBytes: folded ? file.bytes.length : 0,
-      fedBytes: await fedBytes(prepared, pack, bases, task),
+      fedBytes: await fedBytes(prepared, bases, task),
       writtenBytes: own,
     };
   } finally {
@@ -232,10 +239,10 @@ async function surveyMode(
   }
 }
 
-async function fedBytes(prepared: PreparedModel, pack: Pack, bases: Uint8Array, task: string | null): Promise<number> {
+async function fedBytes(prepared: PreparedModel, bases: Uint8Array, task: string | null): Promise<number> {
   const { backend } = await createBackend({ webgpu: false });
   try {
-    const bench = prepared.mode === "folded" ? undefined : new Workbench(backend, pack.modules, bases);
+    const bench = prepared.mode === "folded" ? undefined : new Workbench(backend, prepared.view.modules, bases);
     const values = await new TaskEvaluator(prepared, bench).read(task);
     const sizes = prepared.inputs.map((input) => stackValues(input, [values.inputs.get(input.name)!]).data.byteLength);
     return sizes.reduce((a, b) => a + b, 0);

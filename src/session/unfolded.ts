@@ -14,12 +14,12 @@ import { TaskEvaluator } from "./values.ts";
  * @throws BackendError when the engine refuses the model, or the probe finds that it computes something else
  */
 export async function unfoldedCarrier(parts: CarrierParts, bases: Uint8Array): Promise<Carrier> {
-  const { pack, mode, base, modules } = parts.prepared;
+  const { view, mode, base, modules } = parts.prepared;
   // The core is made of coefficients alone; everything else expands from the bases.
   const expands = mode === "factors" || base.weights.size > 0 || modules.some((module) => !module.components);
   const { backend } = await createBackend(expands ? { webgpu: false } : { backend: "js" });
   try {
-    const bench = new Workbench(backend, pack.modules, expands ? bases : new Uint8Array(0));
+    const bench = new Workbench(backend, view.modules, expands ? bases : new Uint8Array(0));
     return await onModel(parts, new TaskEvaluator(parts.prepared, bench), bench);
   } catch (error) {
     backend.close();

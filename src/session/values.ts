@@ -3,7 +3,7 @@
  * batch. No engine here.
  */
 import { BaseMismatchError, TaskError } from "../errors.ts";
-import { bringsOf, parseBrought } from "../format/brings.ts";
+import { bringsOf, moduleOf, parseBrought } from "../format/brings.ts";
 import type { TaskBlob, TaskParameter } from "../format/format.ts";
 import { misfitLabels } from "../format/heads.ts";
 import { readTensor } from "../format/tensors.ts";
@@ -14,8 +14,7 @@ import { type ActiveTask, stage } from "../runtime/stage.ts";
 import { type PristineWeight, unfold } from "../runtime/unfold.ts";
 import type { Workbench } from "../runtime/workbench.ts";
 import type { Term } from "../tensor/term.ts";
-import { moduleOf } from "./match.ts";
-import { transpose } from "./plan.ts";
+import { transpose } from "../tensor/transpose.ts";
 import type { PreparedModel } from "./prepare.ts";
 
 /** The value of one input for one task, without the leading dimension `tasks`. */
@@ -45,7 +44,7 @@ const NO_LABEL = -3.4028234663852886e38;
 
 /** Makes the values of a prepared model's inputs. */
 export class TaskEvaluator {
-  readonly #model: Pick<PreparedModel, "pack" | "mode" | "base" | "inputs">;
+  readonly #model: Pick<PreparedModel, "view" | "mode" | "base" | "inputs">;
   readonly #bench: Workbench | undefined;
   /** What there are inputs for, as packs say what a task brings. */
   readonly #ready: ReadonlySet<string>;
@@ -53,9 +52,9 @@ export class TaskEvaluator {
   #queue: Promise<unknown> = Promise.resolve();
 
   /** @param bench expands terms; not needed in mode "folded", whose inputs are heads alone */
-  constructor({ pack, mode, base, inputs }: PreparedModel, bench: Workbench | undefined) {
+  constructor({ view, mode, base, inputs }: PreparedModel, bench: Workbench | undefined) {
     // Not all of the prepared model: its modules know the graph, and so the model's whole file.
-    this.#model = { pack, mode, base, inputs };
+    this.#model = { view, mode, base, inputs };
     this.#bench = bench;
     const prefix: Record<string, string> = { scale: "magnitude ", A: "private " };
     const telling = inputs.filter(({ kind }) => kind !== "core" && kind !== "B");
@@ -69,7 +68,7 @@ export class TaskEvaluator {
    * @throws TaskError when a task's labels are more or fewer than the rows of its head
    */
   async load(selection: Selection, options: SwitchOptions = {}): Promise<ActiveTask[]> {
-    const { pack, base } = this.#model;
+    const { view: pack, base } = this.#model;
     const tasks = await loadParts(pack, selection, options, base.ignored);
     this.#refuseUnprepared(tasks);
     for (const { id, blob } of tasks) {
@@ -100,7 +99,7 @@ export class TaskEvaluator {
   }
 
   async #evaluate(tasks: readonly ActiveTask[], signal: AbortSignal | undefined): Promise<TaskValues> {
-    const { pack, inputs, base } = this.#model;
+    const { view: pack, inputs, base } = this.#model;
     const merged = mergeAll(tasks, pack, (name) => {
       const values =
         base.biases.get(name) ?? (name.endsWith(".bias") ? base.heads.get(moduleOf(name))?.bias : undefined);
@@ -114,13 +113,14 @@ export class TaskEvaluator {
 
   /** A task that was added to the pack after the model was prepared may change more than the others. */
   #refuseUnprepared(tasks: readonly ActiveTask[]): void {
-    const { mode, base, pack } = this.#model;
+    const { mode, base, view: pack } = this.#model;
     for (const { id, blob } of tasks) {
       for (const brought of bringsOf(blob, pack.modules)) {
         const { role, name } = parseBrought(brought);
         const head = base.heads.get(moduleOf(name));
         if (this.#ready.has(brought) || this.#ready.has(name)) continue;
-        if (head ? head.bias || !name.endsWith(".bias") : mode === "folded") continue;
+        const folds = mode === "folded" && (role === "magnitude" || role === "private" || base.wanted.has(name));
+        if (head ? head.bias || !name.endsWith(".bias") : folds) continue;
         const hint = role === "private" ? " with reserve: { privateTerms: true }" : "";
         const message = `task "${id}" brings "${name}" (${role}), which no task did when this session was made; make a new one${hint}`;
         throw new BaseMismatchError(message, { module: name });
@@ -129,7 +129,7 @@ export class TaskEvaluator {
   }
 
   async #terms(tasks: readonly ActiveTask[], signal: AbortSignal | undefined): Promise<Map<string, Term>> {
-    const { pack, mode, base } = this.#model;
+    const { view: pack, mode, base } = this.#model;
     const bench = this.#bench;
     if (mode === "folded" || !bench) return new Map();
     const weightOf = (index: number): PristineWeight => {

@@ -1,7 +1,9 @@
 /**
  * A file of named tensors, whatever its format: names, dtypes and shapes known, values on demand.
  */
+
 import type { ReadOptions } from "../source.ts";
+import { transpose } from "./transpose.ts";
 
 /** What is known of a tensor before it is read. */
 export interface TensorInfo {
@@ -54,11 +56,4 @@ export function transposed(file: TensorFile, name: string): Derived {
     shape: [columns, rows],
     read: async (options) => transpose(await file.readF32(name, options), rows, columns),
   };
-}
-
-/** [rows, columns] → [columns, rows]. */
-export function transpose(values: Float32Array, rows: number, columns: number): Float32Array<ArrayBuffer> {
-  const out = new Float32Array(values.length);
-  for (let i = 0; i < rows; i++) for (let j = 0; j < columns; j++) out[j * rows + i] = values[i * columns + j]!;
-  return out;
 }

@@ -63,7 +63,11 @@ export async function makeTrainer(
   checkChoice("train", train, ["coefficients", "components", "lora"]);
   checkNumbers("createTrainer", options, { rank: "whole", privateTerms: "count" });
   const head = headInputs(source, options.head);
-  const modules = await trainedModules(pack, options, train === "components");
+  const { leftOut } = session;
+  const here = pack.modules.flatMap(({ name }) => (leftOut.includes(name) ? [] : [name]));
+  const absent = options.modules?.find((name) => leftOut.includes(name));
+  if (absent !== undefined) throw new RangeError(`modules: "${absent}" was left out of this session`);
+  const modules = await trainedModules(pack, { ...options, modules: options.modules ?? here }, train === "components");
   const origin = new Terms(modules);
   const factors = modules.map(({ shared, privateRank, ...one }) => ({
     ...one,

@@ -4,8 +4,8 @@
 import type { TrainingGraph } from "../autodiff/graph.ts";
 import { BaseMismatchError } from "../errors.ts";
 import { dataOf, type EngineTensor, type Tensors } from "../session/engine.ts";
-import { transpose } from "../session/plan.ts";
 import type { Trainable } from "../session/training.ts";
+import { transpose } from "../tensor/transpose.ts";
 import { type BatchFeeds, batchTensors } from "./batch.ts";
 import type { Machine, MachineStep, Point } from "./subject.ts";
 import type { Terms, TrainedModule } from "./terms.ts";

@@ -4,7 +4,7 @@
  */
 import { readFileSync } from "node:fs";
 import * as onnxruntime from "onnxruntime-node";
-import { createEigenSession } from "../../dist/bindings/onnxruntime.js";
+import { createEigenSession, createEigenSessions } from "../../dist/bindings/onnxruntime.js";
 import { readAdapters } from "../../dist/src/adapters/folder.js";
 import { createRuntime, openPack } from "../../dist/src/index.js";
 import { createTrainer } from "../../dist/src/train/learn.js";
@@ -73,7 +73,18 @@ export const values = {
   model: () => "model.onnx",
   feeds,
   pack: () => openPack("tasks.eigen"),
+  writing: () => openPack("rhymes.eigen"),
   skills: () => openPack("skills.eigen"),
+  models: async () =>
+    createEigenSessions(
+      onnxruntime,
+      { encoder: "encoder.onnx", decoder: "decoder.onnx" },
+      await openPack("skills.eigen"),
+    ),
+  input_ids: () => new onnxruntime.Tensor("int64", [5n, 9n, 13n, 1n], [1, 4]),
+  attention_mask: () => new onnxruntime.Tensor("int64", [1n, 1n, 1n, 1n], [1, 4]),
+  decode:
+    () => async (/** @type {unknown} */ _decoder, /** @type {unknown} */ _hidden, /** @type {unknown} */ _mask) => [""],
   runtime: async () => createRuntime(await openPack("tasks.eigen"), { mode: "core" }),
   session,
   trainer: async () => createTrainer(await session(), { labels: LABELS, encode }),

@@ -1,0 +1,226 @@
+/**
+ * Several files of one model, an encoder and a decoder, a UNet and its text encoders: a session on each, with the modules of the
+ * pack that live there, and one switch for all.
+ */
+import { checkArgument, checkOptions, checkPack, described } from "../arguments.ts";
+import { BackendError, BaseMismatchError } from "../errors.ts";
+import { moduleOf } from "../format/brings.ts";
+import { type ModelFile, readModel } from "../onnx/read.ts";
+import type { Pack, TaskInfo } from "../pack/pack.ts";
+import { partOf } from "../pack/part.ts";
+import { type MemoryReport, memoryReport } from "../runtime/report.ts";
+import { copySelection, type Selection, type SwitchOptions } from "../runtime/selection.ts";
+import type { SourceInput } from "../source.ts";
+import type { Engine } from "./engine.ts";
+import { ModelMatcher } from "./match.ts";
+import { SESSION_OPTIONS, type SessionOptions } from "./options.ts";
+import { broughtBy } from "./plan.ts";
+import { type Session, type SessionSwitchReport, type SessionTypes, sessionOn } from "./session.ts";
+import { Turns } from "./turns.ts";
+
+/** Options of `createSessions`: of all sessions. */
+export interface GroupOptions extends Omit<SessionOptions, "trainable"> {
+  /** Options of a file's own session, by its name here, in place of those of all. */
+  readonly each?: Readonly<Record<string, Omit<SessionOptions, "trainable">>> | undefined;
+}
+
+/** What of a pack each file lacks, and why. */
+type Lacking = Map<string, Map<string, string>>;
+
+/**
+ * Prepares several files of one model for all tasks of a pack. Each module goes to the files that it lives in: those whose weight fits
+ * its fingerprint, or has its whole name.
+ * @param models bytes, paths, URLs or Blobs by names of your own
+ * @throws BaseMismatchError when a module or a parameter of a task lives in none of the files, a file has nothing of the pack; otherwise as
+ *   `createSession`
+ */
+export async function createSessions<T extends SessionTypes, Name extends string>(
+  engine: Engine,
+  models: Readonly<Record<Name, SourceInput>>,
+  pack: Pack,
+  options: GroupOptions = {},
+): Promise<SessionGroup<T, Name>> {
+  checkArgument("createSessions", engine, "an engine (createEngine(ort))", "load");
+  checkPack("createSessions", pack);
+  checkOptions("createSessions", options as GroupOptions & SessionOptions, [...SESSION_OPTIONS, "each"]);
+  const names = Object.keys(models ?? {}) as Name[];
+  if (names.length === 0)
+    throw new TypeError(`createSessions: models: expected files by name, got ${described(models)}`);
+  const { each = {}, ...common } = options;
+  const stranger = Object.keys(each).find((name) => !(names as string[]).includes(name));
+  if (stranger !== undefined)
+    throw new TypeError(`createSessions: each: there is no file "${stranger}", only ${names.join(", ")}`);
+  const sessions = new Map<Name, Session<T>>();
+  const lacking: Lacking = new Map();
+  try {
+    for (const name of names) {
+      const own: SessionOptions = { ...common, ...each[name] };
+      checkOptions(`createSessions: each.${name}`, own, SESSION_OPTIONS);
+      if (own.trainable) throw new TypeError("createSessions: trainable: one file learns at a time; use createSession");
+      const file = await readModel(models[name], own);
+      const keep = await residentsOf(file, name, pack, own, lacking).catch(async (error) => {
+        await file.close();
+        throw error;
+      });
+      sessions.set(name, await sessionOn<T>(engine, file, pack, { ...own, modules: keep }));
+    }
+    refuseHomeless(lacking, names);
+    return new SessionGroup<T, Name>(pack, sessions);
+  } catch (error) {
+    for (const session of sessions.values()) await session.close();
+    throw error;
+  }
+}
+
+/** The filter for what lives in a file. Notes what does not. */
+async function residentsOf(
+  file: ModelFile,
+  name: string,
+  pack: Pack,
+  options: SessionOptions,
+  lacking: Lacking,
+): Promise<(module: string) => boolean> {
+  const { modules: wanted } = options;
+  const view = wanted ? partOf(pack, wanted) : pack;
+  const bases = await pack.bases(options);
+  try {
+    const matcher = new ModelMatcher(file, options);
+    const brought = (await broughtBy(view, options)).filter(({ role }) => role !== "magnitude" && role !== "private");
+    const parameters = [...new Set(brought.map((one) => one.name).filter((one) => !matcher.ignores(one)))];
+    const residents = await matcher.residents(view.modules, parameters, bases.bytes);
+    const [here, elsewhere] = [new Set<string>(), new Set<string>()];
+    for (const [one, why] of residents) {
+      const module = parameters.includes(one) ? moduleOf(one) : one;
+      (why === undefined ? here : elsewhere).add(module);
+      if (why === undefined) continue;
+      if (lacking.has(one)) lacking.get(one)!.set(name, why);
+      else lacking.set(one, new Map([[name, why]]));
+    }
+    // What a task brings that is added later is not known to live elsewhere: the session says that it is not prepared for it.
+    if (view.modules.some((module) => here.has(module.name)))
+      return (module) => here.has(module) || !(elsewhere.has(module) || wanted?.(module) === false);
+    const [first] = view.modules;
+    const why = first && `; "${first.name}": ${residents.get(first.name)}`;
+    const message = `${name}: no module of ${pack.name} lives in this file${why}. Run it by itself, without the pack`;
+    throw new BaseMismatchError(message, { module: first?.name ?? "" });
+  } finally {
+    bases.close();
+  }
+}
+
+/** @throws BaseMismatchError for what lives in none of the files */
+function refuseHomeless(lacking: Lacking, files: readonly string[]): void {
+  for (const [name, reasons] of lacking) {
+    if (reasons.size < files.length) continue;
+    const whys = [...reasons].map(([file, why]) => `${file}: ${why}`).join("; ");
+    const message = `"${name}" lives in none of the files (${whys}). Give the file that has it, or leave it out with the option \`modules\``;
+    throw new BaseMismatchError(message, { module: name });
+  }
+}
+
+/** Sessions on the files of one model. Made by `createSessions`, or the function of a binding. */
+export class SessionGroup<T extends SessionTypes = SessionTypes, Name extends string = string> {
+  readonly pack: Pack;
+  /** By the names that the files were given. Switch tasks here, not there. */
+  readonly sessions: Readonly<Record<Name, Session<T>>>;
+  readonly #all: readonly Session<T>[];
+  readonly #turns = new Turns();
+  #head: string | undefined;
+  #closed: Promise<void> | undefined;
+
+  /** @internal Use `createSessions`, or the function of a binding. */
+  constructor(pack: Pack, sessions: ReadonlyMap<Name, Session<T>>) {
+    this.pack = pack;
+    this.sessions = Object.fromEntries(sessions) as Record<Name, Session<T>>;
+    this.#all = [...sessions.values()];
+  }
+
+  /** What runs now belong to. */
+  get task(): Selection {
+    return this.#all[0]!.task;
+  }
+
+  /** The pack's tasks by id, with their metadata. */
+  get tasks(): ReadonlyMap<string, TaskInfo> {
+    return this.pack.tasks;
+  }
+
+  /**
+   * Makes a task, a blend or the base active in all sessions, or in none: when one fails or is aborted, the others get back what they
+   * had. Waits for calls that are under way.
+   * @throws as `Session.switchTask`; BackendError with both causes when a session cannot be put back
+   */
+  switchTask(selection: Selection, options: SwitchOptions = {}): Promise<SessionSwitchReport> {
+    checkOptions("switchTask", options, ["signal", "head"]);
+    const asked = copySelection(selection);
+    return this.#turns.change(async () => {
+      const [task, head] = [this.task, this.#head];
+      const reports: SessionSwitchReport[] = [];
+      try {
+        for (const session of this.#all) reports.push(await session.switchTask(asked, options));
+      } catch (error) {
+        // The one that failed has kept what it had.
+        for (const session of this.#all.slice(0, reports.length)) await this.#putBack(session, task, head, error);
+        throw error;
+      }
+      this.#head = options.head;
+      return sumOf(reports);
+    });
+  }
+
+  async #putBack(session: Session<T>, task: Selection, head: string | undefined, error: unknown): Promise<void> {
+    try {
+      await session.switchTask(task, { head });
+    } catch (again) {
+      const { cannotPutBack } = await import("../runtime/failed.ts");
+      throw cannotPutBack(error, again, "sessions");
+    }
+  }
+
+  /**
+   * Runs that belong together, an encoder's and its decoder's: switches wait until the work is done, and the work begins when the switches
+   * asked for before are.
+   * @example
+   * const { last_hidden_state } = await models.call(({ encoder }) => encoder.run({ input_ids, attention_mask }));
+   */
+  call<Result>(work: (sessions: Readonly<Record<Name, Session<T>>>) => Promise<Result>): Promise<Result> {
+    if (this.#closed) throw new BackendError("these sessions are closed; make new ones", { backend: "sessions" });
+    return this.#turns.call(() => work(this.sessions));
+  }
+
+  /** As of a session; task blobs are shared, and counted once. */
+  memory(): MemoryReport {
+    const [first, ...others] = this.#all.map((session) => session.memory());
+    const { total: _, ...sum } = { ...first! };
+    for (const { total: __, coefficients: ___, ...one } of others)
+      for (const [owner, bytes] of Object.entries(one)) sum[owner as keyof typeof one] += bytes;
+    return memoryReport(sum);
+  }
+
+  /** Waits for calls and switches under way, then frees everything. The pack stays open. */
+  close(): Promise<void> {
+    this.#closed ??= this.#turns.change(async () => {
+      for (const session of this.#all) await session.close();
+    });
+    return this.#closed;
+  }
+
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.close();
+  }
+}
+
+function sumOf(reports: readonly SessionSwitchReport[]): SessionSwitchReport {
+  const sum = (of: (report: SessionSwitchReport) => number): number => reports.reduce((all, one) => all + of(one), 0);
+  return {
+    task: reports[0]!.task,
+    bytesRead: sum(({ bytesRead }) => bytesRead),
+    requests: sum(({ requests }) => requests),
+    bytesFed: sum(({ bytesFed }) => bytesFed),
+    milliseconds: {
+      read: sum(({ milliseconds }) => milliseconds.read),
+      compute: sum(({ milliseconds }) => milliseconds.compute),
+      total: sum(({ milliseconds }) => milliseconds.total),
+    },
+  };
+}

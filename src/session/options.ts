@@ -1,0 +1,38 @@
+/** What a session can be made with. */
+import type { ModelOptions } from "../onnx/read.ts";
+import type { PlanOptions } from "./plan.ts";
+
+/** Options of `createSession`. */
+export interface SessionOptions extends ModelOptions, PlanOptions {
+  /**
+   * A tiny run that shows whether the provider takes a task into account: `false` leaves it out; or feeds of your own, where the
+   * model does not run on made-up ones. Default: true.
+   */
+  readonly probe?: boolean | object | undefined;
+  /**
+   * Whether `eigenlora/train` can train new tasks on it, in mode "factors" only; `logits` names the output that holds the logits,
+   * "logits" or the only one by default. Loss and gradients lie in the same graph, which takes longer to create, and costs a run a
+   * little. Default: false.
+   */
+  readonly trainable?: boolean | { readonly logits?: string | undefined } | undefined;
+}
+
+/** All options of `createSession`. */
+export const SESSION_OPTIONS = [
+  "mode",
+  "names",
+  "anyBase",
+  "ignore",
+  "modules",
+  "reserve",
+  "probe",
+  "trainable",
+  "external",
+  "fetch",
+  "headers",
+  "timeout",
+  "minRate",
+  "retries",
+  "maxWholeBytes",
+  "signal",
+] as const;
