@@ -198,7 +198,7 @@ function madeUp(
 ): readonly ReadonlyMap<string, Feed>[] | undefined {
   const feeds = SIZES.map((sizes) => {
     const known = new Map<string, number>();
-    return tinyFeeds(inputs, (dimension) => {
+    return tinyFeeds(inputs, new Map(), (dimension) => {
       const size = known.get(dimension) ?? sizes[known.size] ?? sizes.at(-1)! + 10 * known.size;
       known.set(dimension, size);
       return size;

@@ -6,7 +6,7 @@ import { createEigenSession, type EigenSession } from "../../bindings/onnxruntim
 import type { Ort } from "../../bindings/ort.ts";
 import { createEngine } from "../../bindings/ort-engine.ts";
 import { BackendError } from "../errors.ts";
-import { feedsOfRows, plainInputs, tableRows } from "../onnx/feeds.ts";
+import { feedsOfRows, knownSizes, plainInputs, tableRows } from "../onnx/feeds.ts";
 import { readModel } from "../onnx/read.ts";
 import type { Pack } from "../pack/pack.ts";
 import type { MatchOptions } from "../session/match.ts";
@@ -128,7 +128,7 @@ async function tryRows(ort: Ort, model: string, session: EigenSession): Promise<
   try {
     const { proto, initializers } = file.model.graph;
     const own = proto.input.filter(({ name }) => !initializers.has(name));
-    const made = feedsOfRows(plainInputs(own), tableRows(file.model, own));
+    const made = feedsOfRows(plainInputs(own), tableRows(file.model, own), knownSizes(file.model, own));
     if (!made || task === undefined)
       return { works: null, says: made ? "the pack has no task" : "its inputs cannot be made up" };
     const feeds = toTensors(createEngine(ort), made);

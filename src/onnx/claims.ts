@@ -68,13 +68,16 @@ interface Place {
 export class Claims {
   readonly #graph: Graph;
   readonly #file: string;
+  /** Whether names are those of onnxruntime-genai's model builder. */
+  readonly #built: boolean;
   readonly #places = new Map<NodeProto, Place | undefined>();
   readonly #segments = new Map<string, readonly string[]>();
   #left = 100_000;
 
-  constructor({ graph, name }: OnnxModel) {
+  constructor({ graph, name, proto }: OnnxModel) {
     this.#graph = graph;
     this.#file = name;
+    this.#built = proto.producerName === "onnxruntime-genai";
     for (const uses of graph.consumers.values()) this.#left += MOST_FOLLOWED * uses.length;
   }
 
@@ -85,7 +88,7 @@ export class Claims {
   of(initializer: string, { shape }: OnnxTensorType): Claim[] {
     const claims = new Map<string, Claim>();
     const within = new Map<string, Claim>();
-    const own = ownName(initializer);
+    const own = this.#asCheckpoint(ownName(initializer));
     const reached = this.#reach(initializer, own);
     const claim = (name: string, evidence: number, layout: Layout | undefined, use?: Use, shared = 1): void => {
       let found = claims.get(name);
@@ -118,6 +121,11 @@ export class Claims {
     }
     if (claims.size === 0) claim(own ?? initializer, own === undefined ? EVIDENCE.nothing : EVIDENCE.named, undefined);
     return [...claims.values()];
+  }
+
+  /** A name as the checkpoint has it. */
+  #asCheckpoint(name: string | undefined): string | undefined {
+    return this.#built && name !== undefined ? unbuilt(name) : name;
   }
 
   /** Notes a claim under each module that it lies within. */
@@ -165,7 +173,10 @@ export class Claims {
   }
 
   #placeOf(node: NodeProto): Place | undefined {
-    if (!this.#places.has(node)) this.#places.set(node, placeOf(this.#graph, node));
+    if (!this.#places.has(node)) {
+      const place = placeOf(this.#graph, node);
+      this.#places.set(node, place && { ...place, path: this.#asCheckpoint(place.path)! });
+    }
     return this.#places.get(node);
   }
 
@@ -211,6 +222,14 @@ export function variants(path: string): string[] {
 function unnumbered(segment: string): string {
   const at = segment.lastIndexOf("_");
   return at > 0 && /^\d+$/.test(segment.slice(at + 1)) ? segment.slice(0, at) : segment;
+}
+
+/** A name of the model builder's as transformers has it: "layers.0.attn.q_proj.MatMul.weight" is "layers.0.self_attn.q_proj.weight". */
+function unbuilt(name: string): string {
+  return name
+    .replace(/\.(?:MatMul|Add|layernorm)\.(weight|bias)$/, ".$1")
+    .replace(/\.layers\.(\d+)\.attn\./, ".layers.$1.self_attn.")
+    .replace(/\.layers\.\d+\.final_norm_layernorm\b/, ".norm");
 }
 
 /** The checkpoint's name in that of an initializer, which tools lengthen. */

@@ -3,7 +3,7 @@
  * nothing; what is wanted is that the model runs.
  */
 import { FLOAT, FLOAT16, INT64 } from "./linear.ts";
-import type { OnnxModel } from "./model.ts";
+import { attribute, type OnnxModel } from "./model.ts";
 import { makeValue } from "./nodes.ts";
 import type { ValueInfoProto } from "./onnx_pb.ts";
 
@@ -45,6 +45,29 @@ export function tableRows({ graph }: OnnxModel, inputs: readonly ValueInfoProto[
   return found;
 }
 
+/** Inputs of GroupQueryAttention that hold a cache [batch, heads, past, width]. */
+const CACHES: ReadonlySet<number> = new Set([3, 4]);
+
+/** Sizes of free dimensions that the graph tells, by their names: how wide a head of a cache is. */
+export function knownSizes({ graph }: OnnxModel, inputs: readonly ValueInfoProto[]): Map<string, number> {
+  const found = new Map<string, number>();
+  for (const { name, type } of inputs) {
+    const dims = type?.value.case === "tensorType" ? type.value.value.shape?.dim : undefined;
+    const width = dims?.[3]?.value;
+    if (width?.case !== "dimParam") continue;
+    for (const { node, input } of graph.consumers.get(name) ?? []) {
+      if (node.opType !== "GroupQueryAttention" || !CACHES.has(input)) continue;
+      // What comes out, all heads side by side, enters a linear layer.
+      const after = graph.consumers.get(node.output[0]!)?.[0]?.node;
+      const packed = after?.opType === "MatMulNBits" ? attribute(after, "K")?.i : undefined;
+      const all = packed ?? graph.initializers.get(after?.input[1] ?? "")?.dims[0];
+      const size = Number(all ?? 0) / Number(attribute(node, "num_heads")?.i ?? 0);
+      if (Number.isInteger(size) && size > 0) found.set(width.value, size);
+    }
+  }
+  return found;
+}
+
 /** Rows of a batch that all differ, as far as made-up ones can. */
 const ROWS = 3;
 /** Of everything else that is free. */
@@ -53,18 +76,20 @@ const LENGTH = 6;
 /**
  * Feeds whose rows differ.
  * @param tables as `tableRows` gives them
+ * @param known as `knownSizes` gives them
  * @returns undefined as `tinyFeeds`
  */
 export function feedsOfRows(
   inputs: readonly ValueInfoProto[],
   tables: ReadonlyMap<string, number>,
+  known: ReadonlyMap<string, number>,
 ): ReadonlyMap<string, Feed> | undefined {
   const leading = new Set<string>();
   for (const { type } of inputs) {
     const first = type?.value.case === "tensorType" ? type.value.value.shape?.dim[0]?.value : undefined;
     leading.add((first?.case === "dimParam" && first.value) || "dimension 0");
   }
-  const feeds = tinyFeeds(inputs, (dimension) => (leading.has(dimension) ? ROWS : LENGTH));
+  const feeds = tinyFeeds(inputs, known, (dimension) => (leading.has(dimension) ? ROWS : LENGTH));
   for (const [name, rows] of tables) {
     const { data } = feeds?.get(name) ?? {};
     // Squares, so that no row is another one moved along.
@@ -75,12 +100,14 @@ export function feedsOfRows(
 }
 
 /**
- * @param size of a free dimension, by its name, or by its place where it has none. Default: 2
+ * @param known sizes of free dimensions, by their names
+ * @param size of any other free dimension, by its name, or by its place where it has none. Default: 2
  * @returns undefined when an input is of a kind that cannot be guessed, has an impossible dimension, or all of them have very
  *   many elements
  */
 export function tinyFeeds(
   inputs: readonly ValueInfoProto[],
+  known: ReadonlyMap<string, number> = new Map(),
   size: (dimension: string) => number = () => 2,
 ): Map<string, Feed> | undefined {
   const feeds = new Map<string, Feed>();
@@ -92,7 +119,8 @@ export function tinyFeeds(
       if (value.case === "dimValue") return Number(value.value);
       // A cache begins empty; what is as long as past and present together is as long as the present.
       if (value.case === "dimParam" && /past/.test(value.value) && !/\+|total/.test(value.value)) return 0;
-      return size(value.case === "dimParam" && value.value !== "" ? value.value : `dimension ${axis}`);
+      const dimension = value.case === "dimParam" && value.value !== "" ? value.value : `dimension ${axis}`;
+      return known.get(dimension) ?? size(dimension);
     });
     const count = dims.reduce((a, b) => a * b, 1);
     left -= count;

@@ -3,7 +3,7 @@
  * exporter or a quantiser made of the layer. Names and operators only; nothing here reads a value.
  */
 import { attribute, type OnnxModel, type Use } from "./model.ts";
-import type { OnnxParameter } from "./modules.ts";
+import type { OnnxParameter, Slice } from "./modules.ts";
 import type { GraphProto, NodeProto } from "./onnx_pb.ts";
 
 /** `TensorProto.DataType`. */
@@ -23,6 +23,8 @@ export interface Linear {
   readonly type: number;
   /** Whether `node` adds the bias itself. */
   readonly addsBias: boolean;
+  /** Where y is a part of what `node` makes. */
+  readonly slice?: Slice;
 }
 
 /** Why a use of a weight is no linear layer whose result could be added to. */
@@ -64,13 +66,13 @@ function linearOf(model: OnnxModel, use: Use): Linear | NotLinear {
 }
 
 /** All linear layers that a parameter, or a copy of it, is the weight of. */
-export function linearsOf(model: OnnxModel, { uses, initializer, copies }: OnnxParameter): Linear[] | NotLinear {
+export function linearsOf(model: OnnxModel, { uses, initializer, copies, slice }: OnnxParameter): Linear[] | NotLinear {
   if (uses.length === 0) return new NotLinear(`nothing in the graph uses "${initializer}"`);
   const linears: Linear[] = [];
   for (const use of [uses, ...copies.map((copy) => copy.uses)].flat()) {
     const linear = linearOf(model, use);
     if (linear instanceof NotLinear) return linear;
-    linears.push(linear);
+    linears.push(slice ? { ...linear, slice } : linear);
   }
   return linears;
 }
@@ -124,7 +126,7 @@ export function biasAdd(model: OnnxModel, { node, graph }: Linear): NodeProto | 
  */
 export function fusedNode(model: OnnxModel): NodeProto | undefined {
   return model.graph.proto.node.find(
-    ({ domain, opType }) => domain === "com.microsoft" && /Attention$|MoE$/.test(opType),
+    ({ domain, opType }) => domain === "com.microsoft" && /^(Q|Packed|DecoderMaskedSelf)?Attention$|MoE$/.test(opType),
   );
 }
 

@@ -9,11 +9,19 @@ import { type Claim, Claims, EVIDENCE, isParameterName, variants } from "./claim
 import { attribute, type Graph, type OnnxModel, type Use } from "./model.ts";
 import { type OnnxTensorType, tensorType } from "./tensors.ts";
 
+/** Which rows of a packed weight a layer has: the `index`-th of parts that are as long as `sizes` says. */
+export interface Slice {
+  readonly index: number;
+  readonly sizes: readonly number[];
+}
+
 /** An initializer that holds a parameter. */
 export interface Stored extends OnnxTensorType {
   readonly initializer: string;
   /** How a weight lies in the initializer. Absent for vectors and where the use does not tell. */
   readonly layout?: Layout;
+  /** Where the parameter is a part of the initializer: several layers packed into one. */
+  readonly slice?: Slice;
   /** Where it enters the computation, behind Cast, Identity, Transpose and the like. Empty when nothing uses it. */
   readonly uses: readonly Use[];
 }
@@ -142,7 +150,16 @@ function candidatesOf(
 }
 
 /** [out, in] of a parameter that is the weight of a linear layer; undefined when its dimensions do not tell. */
-export function matrixShape({
+export function matrixShape(
+  stored: Pick<Stored, "shape" | "layout" | "uses" | "slice">,
+): readonly [out: number, inputs: number] | undefined {
+  const whole = wholeShape(stored);
+  const { slice } = stored;
+  return whole && slice ? [slice.sizes[slice.index]!, whole[1]] : whole;
+}
+
+/** The same of all that the initializer holds. */
+export function wholeShape({
   shape,
   layout,
   uses,

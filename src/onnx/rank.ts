@@ -23,7 +23,14 @@ const KEEPS = new Set([
     "Clip",
   ],
   ...["LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "SkipLayerNormalization"],
-  ...["SkipSimplifiedLayerNormalization", "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "LeakyRelu"],
+  ...[
+    "SkipSimplifiedLayerNormalization",
+    "GroupQueryAttention",
+    "QuantizeLinear",
+    "DequantizeLinear",
+    "DynamicQuantizeLinear",
+    "LeakyRelu",
+  ],
   ...["QuickGelu", "FastGelu", "BiasGelu", "MatMulNBits", "Reciprocal", "Slice", "Concat", "Softplus", "Mod", "Abs"],
 ]);
 

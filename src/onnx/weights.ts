@@ -24,6 +24,12 @@ export async function readLinearWeight(
   options?: ReadOptions,
 ): Promise<ReadWeight> {
   const { model, external } = file;
+  const { slice, ...all } = parameter;
+  if (slice) {
+    const from = slice.sizes.slice(0, slice.index).reduce((a, b) => a + b, 0);
+    const { at, quantized } = await readLinearWeight(file, all, options);
+    return { at: (o, n) => at(o + from, n), quantized };
+  }
   if (parameter.dtype !== "other") {
     const [out, inputs] = matrixShape(parameter) ?? [0, 0];
     const { data } = await readTensor(

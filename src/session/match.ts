@@ -55,11 +55,12 @@ export class ModelMatcher {
    * @throws BaseMismatchError when one is missing, ambiguous, of another shape, or that of two modules
    */
   async weights(modules: readonly PackModule[]): Promise<OnnxParameter[]> {
-    const weights = modules.map((module) => {
-      const parameter = this.#weight(module.name);
+    const weights: OnnxParameter[] = [];
+    for (const module of modules) {
+      const parameter = await this.#weight(module.name);
       checkShape(module, parameter);
-      return parameter;
-    });
+      weights.push(parameter);
+    }
     const names = weights.map(({ name }) => name);
     refuseShared(modules, names);
     const found: OnnxParameter[] = [];
@@ -67,7 +68,7 @@ export class ModelMatcher {
     return found;
   }
 
-  #weight(module: string): OnnxParameter {
+  async #weight(module: string): Promise<OnnxParameter> {
     const byHand = this.#options.names?.get(module);
     const [held, ...others] = this.#byInitializer.get(byHand ?? "") ?? [];
     if (held && others.length === 0) return held;
@@ -76,11 +77,25 @@ export class ModelMatcher {
       if (byHand === undefined) this.#note(`${module}.weight`, found.name);
       return found;
     } catch (error) {
+      if (!(error instanceof BaseMismatchError)) throw error;
+      const part = await this.#packed(byHand ?? module);
+      if (part) return part;
       const fused = fusedNode(this.#file.model);
-      if (!fused || !(error instanceof BaseMismatchError)) throw error;
+      if (!fused) throw error;
       const what = `the model is fused already (${fused.opType} "${fused.name}"): pass the unoptimised export`;
       throw new BaseMismatchError(`${what}; ${error.message}`, { module, candidates: error.candidates ?? [] });
     }
+  }
+
+  /** A layer that lies in a packed one. */
+  async #packed(module: string): Promise<OnnxParameter | undefined> {
+    const { packedName, partOfPacked } = await import("../onnx/packed.ts");
+    const place = packedName(module);
+    const found = place && this.#names.find(`${place.name}.weight`);
+    if (!found || !("name" in found)) return undefined;
+    const own = `${found.name.slice(0, -`${place.whole}.weight`.length)}${place.part}.weight`;
+    this.#note(`${module}.weight`, own);
+    return partOfPacked(this.#file.model, this.#parameters.get(found.name)!, own, place.index);
   }
 
   #note(name: string, found: string): void {
@@ -134,7 +149,7 @@ export class ModelMatcher {
     const unsure = new Map<string, { readonly name: string; readonly as: string }>();
     for (const module of modules) {
       try {
-        const weight = this.#weight(module.name);
+        const weight = await this.#weight(module.name);
         checkShape(module, weight);
         const name = `${module.name}.weight`;
         const sure = !this.#options.anyBase && (await this.confirms(module, weight, bases));
@@ -205,7 +220,7 @@ export class ModelMatcher {
     const module = moduleOf(name);
     const mapped = this.#options.names?.has(module);
     const weight = `${module}.weight`;
-    const layer = mapped ? this.#weight(module).name : nameOf(this.#names.find(weight));
+    const layer = mapped ? (await this.#weight(module)).name : nameOf(this.#names.find(weight));
     if (layer === undefined || name !== `${module}.bias`) return undefined;
     const bias = nameOf(this.#names.find(name));
     // By the end of a name only it may be another layer's.

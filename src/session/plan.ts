@@ -286,6 +286,10 @@ class Planner {
       this.#notUnfolded.push({ module: name, why: `"${name}" cannot be added to: ${linears.reason}` });
       return [];
     }
+    if (rowScale && parameter.slice && linears.some(({ addsBias }) => addsBias)) {
+      const why = `"${name}" has DoRA tasks, and its layer is packed with others and their biases`;
+      this.#notUnfolded.push({ module: name, why });
+    }
     if (rowScale && quantised) {
       const why = `"${name}" has DoRA tasks, which need the float weight, and the model's is quantised`;
       this.#notUnfolded.push({ module: name, why });
@@ -293,7 +297,8 @@ class Planner {
     return [{ name, in: inputs, out, linears, factors: true, rowScale }];
   }
 
-  #checkFoldable(module: string, what: string, { dtype, copies }: OnnxParameter): void {
+  #checkFoldable(module: string, what: string, { dtype, copies, slice }: OnnxParameter): void {
+    if (slice) this.#notFolded.push({ module, why: `${what} is packed with others` });
     const other = copies.find((copy) => copy.dtype !== dtype);
     if (dtype === "other" || other?.dtype === "other") this.#notFolded.push({ module, why: `${what} is quantised` });
     else if (other) this.#notFolded.push({ module, why: `${what} is there in ${dtype} and in ${other.dtype}` });

@@ -2,7 +2,7 @@
  * A model made ready for the tasks of a pack, before any engine has seen it: planned, its graph changed, its own inputs told
  * from those that carry a task.
  */
-import { type Feed, feedsOfRows, plainInputs, tableRows, tinyFeeds } from "../onnx/feeds.ts";
+import { type Feed, feedsOfRows, knownSizes, plainInputs, tableRows, tinyFeeds } from "../onnx/feeds.ts";
 import { type Grafted, type GraftModule, graft } from "../onnx/graft.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import type { Pack } from "../pack/pack.ts";
@@ -75,18 +75,20 @@ export async function prepareModel(
   } = await planSession(file, view, bases, options);
   const { proto, initializers } = file.model.graph;
   const own = proto.input.filter(({ name }) => !initializers.has(name));
-  const [inputs, tables] = [plainInputs(own), tableRows(file.model, own)];
+  const [inputs, tables, known] = [plainInputs(own), tableRows(file.model, own), knownSizes(file.model, own)];
   const outputNames = proto.output.map(({ name }) => name);
   const place = options.foldedInputs ? feedFolded : layoutFolded;
   const placed = mode === "folded" ? place(file.model, folded) : undefined;
-  const grafted = graft(file.model, wanted, { probe: options.probeOutputs ?? true });
+  const packed = wanted.modules.some(({ linears }) => linears.some(({ slice }) => slice));
+  const modules = packed ? (await import("../onnx/packed.ts")).takeApart(file.model, wanted.modules) : wanted.modules;
+  const grafted = graft(file.model, { ...wanted, modules }, { probe: options.probeOutputs ?? true });
   return {
     ...{ pack, view, keep, mode, reason, base, names, unconfirmed, dropped, outputNames, folded: placed },
     inputNames: own.map(({ name }) => name),
     ...grafted,
     modules: wanted.modules.map(({ linears, ...layer }) => layer),
-    feeds: tinyFeeds(own),
-    feedsOfRows: rowMaker(inputs, tables),
+    feeds: tinyFeeds(own, known),
+    feedsOfRows: rowMaker(inputs, tables, known),
   };
 }
 

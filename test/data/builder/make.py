@@ -1,0 +1,143 @@
+"""Tiny random LLMs as onnxruntime-genai's model builder writes them, adapters for them, and PEFT's logits.
+
+The builder packs queries, keys and values into one layer, unless it is told not to, and names things its own way. goldens.json is
+computed by PEFT in f64, without the exported graphs; for the 4-bit file on the base that its bytes stand for.
+
+usage: python make.py    (onnxruntime-genai 0.18, onnx-ir, torch 2.13, transformers 5, peft 0.21, onnx)
+"""
+import copy, importlib.util, json, pathlib, runpy, shutil, sys, tempfile, types, warnings
+import numpy as np, onnx, torch
+from onnx import numpy_helper
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
+from torch import nn
+from transformers import (LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen3Config,
+                          Qwen3ForCausalLM)
+
+warnings.filterwarnings("ignore")
+torch.set_num_threads(1)
+BUILDER = list(importlib.util.find_spec("onnxruntime_genai").submodule_search_locations)
+HERE = pathlib.Path(__file__).parent
+ROWS = [[5, 9, 13, 21, 3], [33, 2, 40, 8, 17]]
+KINDS = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
+# Name of the file, the model that it is of, and what the builder is told.
+FILES = [
+    ("llama", "llama", ["-p", "fp32"]),
+    ("llama-apart", "llama", ["-p", "fp32", "--extra_options", "disable_qkv_fusion=true"]),
+    ("llama-int4", "llama", ["-p", "int4", "--extra_options", "int4_block_size=32", "accuracy_level=1"]),
+    ("qwen2", "qwen2", ["-p", "fp32"]),
+    ("qwen3", "qwen3", ["-p", "fp32"]),
+]
+ADAPTERS = {
+    "all": dict(target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
+    "few": dict(target_modules=["q_proj", "v_proj"]),
+    "dora": dict(target_modules=["k_proj"], use_dora=True),
+}
+
+
+def base(kind):
+    config, model = KINDS[kind]
+    torch.manual_seed(1)
+    made = model(config(vocab_size=48, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                        num_key_value_heads=2, head_dim=16, max_position_embeddings=32, tie_word_embeddings=False,
+                        bos_token_id=1, eos_token_id=2, pad_token_id=0, attn_implementation="eager")).eval()
+    for parameter in made.parameters():
+        nn.init.normal_(parameter, mean=1.0 if parameter.ndim == 1 and parameter.shape != (48,) else 0.0, std=0.2)
+    return made
+
+
+def build(folder, out, how):
+    # The package imports its native library, which the builder does without.
+    sys.modules["onnxruntime_genai"] = package = types.ModuleType("onnxruntime_genai")
+    package.__path__ = BUILDER
+    sys.argv = ["builder", "-i", str(folder), "-o", str(out), "-e", "cpu", "-c", str(out / "cache"), *how]
+    runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__")
+
+
+def dequantised(model, file):
+    """The model with the weights that a 4-bit file stands for: blocks of 32 along the rows, unsigned, 8 is zero."""
+    tensors = {t.name: numpy_helper.to_array(t) for t in file.graph.initializer}
+    nodes = {n.name: n for n in file.graph.node if n.op_type == "MatMulNBits"}
+    made = copy.deepcopy(model).double()
+    weights = made.state_dict()
+
+    def read(name):
+        node = nodes[name]
+        packed, scales = tensors[node.input[1]], tensors[node.input[2]].astype(np.float64)
+        attributes = {a.name: a.i for a in node.attribute}
+        assert attributes["bits"] == 4 and attributes["block_size"] == 32 and len([i for i in node.input if i]) == 3
+        halves = np.stack([packed & 15, packed >> 4], -1).reshape(attributes["N"], -1, 32).astype(np.float64) - 8
+        return torch.tensor((halves * scales.reshape(attributes["N"], -1, 1)).reshape(attributes["N"], -1)[:, : attributes["K"]])
+
+    for layer in range(2):
+        at, to = f"/model/layers.{layer}/", f"model.layers.{layer}."
+        q, k, v = read(at + "attn/qkv_proj/MatMul_Q4").split([64, 32, 32])
+        for name, value in dict(q=q, k=k, v=v, o=read(at + "attn/o_proj/MatMul_Q4")).items():
+            weights[f"{to}self_attn.{name}_proj.weight"].copy_(value)
+        for name in ("gate", "up", "down"):
+            weights[f"{to}mlp.{name}_proj.weight"].copy_(read(f"{at}mlp/{name}_proj/MatMul_Q4"))
+    weights["lm_head.weight"].copy_(read("/lm_head/MatMul_Q4"))
+    return made
+
+
+def adapt(model):
+    torch.manual_seed(4)
+    adapted = None
+    for id, how in ADAPTERS.items():
+        config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, **how)
+        if adapted is None:
+            adapted = get_peft_model(copy.deepcopy(model), config, adapter_name=id)
+        else:
+            adapted.add_adapter(id, config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            nn.init.normal_(parameter, std=0.2)
+        if "magnitude" in name:
+            parameter.data *= 1 + 0.2 * torch.rand_like(parameter)
+    return adapted.eval()
+
+
+@torch.no_grad()
+def logits(model):
+    ids = torch.tensor(ROWS)
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.flatten().tolist()
+
+
+goldens, answers, saved = {"rows": ROWS}, {}, set()
+for name, kind, how in FILES:
+    model = base(kind)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        model.save_pretrained(folder / "in")
+        tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(48)}, unk_token="t0"))
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="t1", eos_token="t2", pad_token="t0").save_pretrained(folder / "in")
+        build(folder / "in", folder / "out", how)
+        file = onnx.load(folder / "out" / "model.onnx")
+    onnx.save(file, HERE / f"{name}.onnx")
+    adapted = adapt(model)
+    if kind not in saved:
+        saved.add(kind)
+        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, HERE / f"{kind}.safetensors")
+        adapted.save_pretrained(HERE / "adapters" / kind)
+        (HERE / "adapters" / kind / "README.md").unlink(missing_ok=True)
+        for id in ADAPTERS:
+            (HERE / "adapters" / kind / id / "README.md").unlink(missing_ok=True)
+    exact = adapted.double()
+    if how[1] == "int4":
+        # The base's part of each layer; adapters, DoRA's magnitudes too, are as they were saved.
+        rounded = dequantised(model, file).state_dict()
+        for key, value in exact.named_parameters():
+            plain = key.replace("base_model.model.", "").replace(".base_layer", "")
+            if "lora_" not in key:
+                value.data.copy_(rounded[plain])
+    answers[name] = {}
+    with exact.disable_adapter():
+        answers[name]["base"] = logits(exact)
+    for id in ADAPTERS:
+        exact.set_adapter(id)
+        answers[name][id] = logits(exact)
+goldens["logits"] = answers
+rounded = json.loads(json.dumps(goldens), parse_float=lambda text: round(float(text), 8))
+(HERE / "goldens.json").write_text(json.dumps(rounded) + "\n")
+print({name: [round(float(np.abs(v).max()), 3) for v in one.values()] for name, one in answers.items()})

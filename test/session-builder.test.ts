@@ -1,0 +1,102 @@
+/**
+ * Files of onnxruntime-genai's model builder (test/data/builder): its names, its fused attention, and queries, keys and values in one
+ * layer. Held against PEFT's logits; in 4 bits against PEFT on the base that the bytes stand for.
+ */
+import { readFileSync } from "node:fs";
+import t, { type Test } from "tap";
+import { createEigenSession } from "../dist/bindings/onnxruntime.js";
+import { readAdapters } from "../dist/src/adapters/folder.js";
+import { openHost } from "../dist/src/base/open.js";
+import { buildPack } from "../dist/src/pack/build.js";
+import { openPack, type Pack } from "../dist/src/pack/pack.js";
+import { difference } from "./adapters.ts";
+import { concat, data, LOSSLESS } from "./packs.ts";
+import { NODE, ORTS, type Ort, refusal, type Session } from "./sessions.ts";
+
+const { rows: ROWS, logits } = JSON.parse(readFileSync(data("builder/goldens.json"), "utf8")) as {
+  rows: number[][];
+  logits: Record<string, Record<string, number[]>>;
+};
+const TASKS = ["all", "few", "dora", null] as const;
+
+/** A lossless pack of the adapters of a model, with its fingerprints. */
+async function packOf(t: Test, kind: string): Promise<Pack> {
+  const adapters = await readAdapters([data(`builder/adapters/${kind}`)]);
+  const base = await openHost(data(`builder/${kind}.safetensors`));
+  const { chunks } = await buildPack(adapters, { ...LOSSLESS, base });
+  const pack = await openPack(concat(chunks));
+  t.teardown(() => pack.close());
+  return pack;
+}
+
+/** The golden rows, without a cache. */
+function feeds(ort: Ort, { inputNames }: Session, rows = ROWS): Record<string, InstanceType<Ort["Tensor"]>> {
+  const [batch, length] = [rows.length, rows[0]!.length];
+  const made: Record<string, InstanceType<Ort["Tensor"]>> = {};
+  for (const name of inputNames) {
+    if (name === "input_ids")
+      made[name] = new ort.Tensor("int64", BigInt64Array.from(rows.flat(), BigInt), [batch, length]);
+    else if (name === "attention_mask")
+      made[name] = new ort.Tensor("int64", new BigInt64Array(batch * length).fill(1n), [batch, length]);
+    else made[name] = new ort.Tensor("float32", new Float32Array(0), [batch, 2, 0, 16]);
+  }
+  return made;
+}
+
+/** File, what its pack is of, the module that its fused layer holds, and how close it comes. */
+const FILES = [
+  ["llama", "llama", 1e-5],
+  ["llama-apart", "llama", 1e-5],
+  ["llama-int4", "llama", 1e-5],
+  ["qwen2", "qwen2", 1e-5],
+  ["qwen3", "qwen3", 1e-5],
+] as const;
+
+for (const { name, ort } of ORTS) {
+  t.test(`${name}: every task as PEFT has it`, async (t) => {
+    for (const [file, kind, tolerance] of FILES) {
+      const pack = await packOf(t, kind);
+      const quantised = file.endsWith("int4");
+      for (const mode of ["core", "factors"] as const) {
+        // DoRA needs the float weight.
+        if (quantised) pack.removeTask("dora");
+        const session = await createEigenSession(ort, data(`builder/${file}.onnx`), pack, { mode });
+        if (!quantised) t.same(session.unconfirmed, [], file);
+        for (const task of TASKS) {
+          if (quantised && task === "dora") continue;
+          await session.switchTask(task);
+          const found = (await session.run(feeds(ort, session)))["logits"]!.data as Float32Array;
+          const off = difference(found, logits[file]![task ?? "base"]!);
+          t.ok(off < tolerance, `${file}, ${mode}, ${task}: off by ${off}`);
+        }
+        const mixed = await session.run(feeds(ort, session), { tasks: ["few", "all"] });
+        const half = logits[file]!["all"]!.length / 2;
+        const expected = [...logits[file]!["few"]!.slice(0, half), ...logits[file]!["all"]!.slice(half)];
+        const off = difference(mixed["logits"]!.data as Float32Array, expected);
+        t.ok(off < tolerance, `${file}, ${mode}, one task a row: off by ${off}`);
+        await session.close();
+        if (quantised) break;
+      }
+    }
+  });
+}
+
+t.test("a packed layer cannot be folded, and says so", async (t) => {
+  const pack = await packOf(t, "llama");
+  t.match(await refusal(() => createEigenSession(NODE, data("builder/llama.onnx"), pack, { mode: "folded" })), {
+    name: "BaseMismatchError",
+    message:
+      /mode "folded": the weight of "model\.layers\.0\.self_attn\.[qkv]_proj" is packed with others.*use mode "core" or "factors"/,
+  });
+  const other = await packOf(t, "qwen2");
+  t.match(await refusal(() => createEigenSession(NODE, data("builder/llama.onnx"), other)), {
+    name: "BaseMismatchError",
+    message: /fingerprint|another model/,
+  });
+  const apart = await createEigenSession(NODE, data("builder/llama-apart.onnx"), pack, { mode: "folded" });
+  await apart.switchTask("few");
+  const found = (await apart.run(feeds(NODE, apart)))["logits"]!.data as Float32Array;
+  const off = difference(found, logits["llama-apart"]!["few"]!);
+  t.ok(off < 1e-5, `folded where it is not packed: off by ${off}`);
+  await apart.close();
+});
