@@ -25,7 +25,7 @@ const goldens = JSON.parse(readFileSync(data("seq2seq/goldens.json"), "utf8"));
 const ROWS: number[][] = goldens.rows;
 const TASKS = ["answers", "titles", null] as const;
 const golden = (task: string | null): Golden => goldens[task ?? "base"];
-const FILES = { encoder: data("seq2seq/encoder.onnx"), decoder: data("seq2seq/decoder.onnx") };
+const FILES = { encoder: data("seq2seq/onnx/encoder_model.onnx"), decoder: data("seq2seq/decoder.onnx") };
 type Models = EigenSessions<Ort, keyof typeof FILES>;
 
 /** A lossless pack of adapters; with the base's fingerprints unless told otherwise. */
