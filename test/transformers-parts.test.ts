@@ -3,7 +3,7 @@
  * (test/data/seq2seq). Needs what `transformers.test.ts` needs.
  */
 import { existsSync } from "node:fs";
-import { cp, mkdtemp, readFile, rm, symlink } from "node:fs/promises";
+import { cp, mkdtemp, readFile, rename, rm, symlink, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { pathToFileURL } from "node:url";
@@ -303,10 +303,14 @@ t.test("what cannot be is refused and leaves the pipeline as it was", { skip }, 
   });
   t.match(await refused({ model: "decoder" }), { tag: "source", message: /does not find the model again/ });
   for (const original of ["release", "keep"] as const) {
-    // The decoder's file is another model's: found out when the encoder's session is made already.
+    // The decoder's file is the encoder's once more: found out when both sessions are made already.
     await cp(data("seq2seq"), join(models, original), { recursive: true });
-    await cp(data("decoder/onnx/model.onnx"), join(models, original, "onnx/decoder_model_merged.onnx"));
+    const file = join(models, original, "onnx/decoder_model_merged.onnx");
+    await cp(data("seq2seq/onnx/encoder_model.onnx"), file);
     t.match(await refused({ model: original, original }), { tag: "base", message: /"decoder\.block.*in none/ });
+    await cp(data("decoder/onnx/model.onnx"), file);
+    const message = /decoder_model_merged: no module of .*, only "lm_head", which the option `ignore` leaves out/;
+    t.match(await refused({ model: original, original }), { tag: "base", message });
   }
   t.same({ ...pipe.model.sessions }, own);
   t.ok(Object.entries(own).every(([name, session]) => pipe.model.sessions[name as typeof ENCODER] === session));
@@ -330,5 +334,31 @@ t.test("a session that cannot be released: the one before it is made anew", { sk
   const tasks = await attach(pipe, await opened());
   await tasks.switchTask("titles");
   await holds(t, pipe, "titles", "attached after that");
+  await pipe.dispose();
+});
+
+t.test("sessions of different types of numbers", { skip }, async (t) => {
+  // Which file is named how is all that counts here.
+  await cp(data("seq2seq"), join(models, "mixed"), { recursive: true });
+  const onnx = (file: string): string => join(models, "mixed/onnx", file);
+  await rename(onnx("decoder_model_merged.onnx"), onnx("decoder_model_merged_fp16.onnx"));
+  const dtype = { encoder_model: "fp32", decoder_model_merged: "fp16" };
+  const pipe = await pipeOn("mixed", { dtype });
+  t.match(await refusal(async () => attach(pipe, await opened(), { model: "mixed" })), {
+    tag: "source",
+    message: /decoder_model_merged\.onnx.*with its options as \{ pretrained \}/s,
+  });
+  const given = await attach(pipe, await opened(), { model: "mixed", pretrained: { dtype } });
+  await given.switchTask("titles");
+  await holds(t, pipe, "titles", "types given");
+  await given.close();
+  // With the files of both types each session is made of its own.
+  await cp(onnx("encoder_model.onnx"), onnx("encoder_model_fp16.onnx"));
+  await writeFile(onnx("decoder_model_merged.onnx"), "not this one");
+  const tasks = await attach(pipe, await opened(), { model: "mixed" });
+  await tasks.switchTask("answers");
+  await holds(t, pipe, "answers", "types known");
+  await tasks.close();
+  await holds(t, pipe, null, "types known, closed");
   await pipe.dispose();
 });
