@@ -133,9 +133,7 @@ async function residentsOf(
       if (lacking.has(one)) lacking.get(one)!.set(name, why);
       else lacking.set(one, new Map([[name, why]]));
     }
-    // What a task brings that is added later is not known to live elsewhere: the session says that it is not prepared for it.
-    if (view.modules.some((module) => here.has(module.name)))
-      return (module) => here.has(module) || !(elsewhere.has(module) || wanted?.(module) === false);
+    if (view.modules.some((module) => here.has(module.name))) return filterOf(here, elsewhere, wanted);
     // A file that has only a head is none to skip: the head would be lost.
     if (here.size === 0 && empty === "skip") return undefined;
     const [first] = view.modules;
@@ -146,6 +144,18 @@ async function residentsOf(
   } finally {
     bases.close();
   }
+}
+
+/**
+ * The filter that a session keeps. Made here, since a closure of `residentsOf` would keep the model's bytes with it. What a task brings
+ * that is added later is not known to live elsewhere: the session says that it is not prepared for it.
+ */
+function filterOf(
+  here: ReadonlySet<string>,
+  elsewhere: ReadonlySet<string>,
+  wanted: SessionOptions["modules"],
+): (module: string) => boolean {
+  return (module) => here.has(module) || !(elsewhere.has(module) || wanted?.(module) === false);
 }
 
 /** @throws BaseMismatchError for what lives in none of the files */
