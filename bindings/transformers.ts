@@ -87,9 +87,9 @@ const attached = new WeakSet<object>();
  * runs, and the parity probe is one (`probe: false` leaves it out).
  *
  * The model is loaded again, with the components inside; an encoder and its decoder each with the modules that live
- * there. By id, transformers.js finds the file as it did before: a path
- * in Node, its cache in browsers. This costs the time to load the model once more and, unless `original` is
- * "release-first", the memory of both sessions until the pipeline's own is released.
+ * there. By id, transformers.js finds the files as it did before: a path in Node, its cache in browsers. This costs the
+ * time to load the model once more and, unless `original` is "release-first", the memory of both, the pipeline's own
+ * sessions and ours, until its own are released.
  *
  * The pack stays the caller's: close it after `close` or `pipe.dispose()`.
  *
