@@ -76,77 +76,109 @@ export function externalFiles(files: NonNullable<Found["externalData"]>): (locat
 /** Only one at a time puts a class's method aside. */
 let taking: Promise<unknown> = Promise.resolve();
 
-/** `takeModel` for later. */
-export function finder(...what: Parameters<typeof takeModel>): () => Promise<Found> {
-  return () => takeModel(...what);
+/** The pipeline's own sessions by its names, those that matter here. */
+export type OwnSessions = ReadonlyMap<string, PipelineSession>;
+
+/** Finds what sessions are made of, by their names. */
+export type Find = () => Promise<Map<string, Found>>;
+
+/** `takeModels` for later. */
+export function finder(...what: Parameters<typeof takeModels>): Find {
+  return () => takeModels(...what);
 }
 
 /**
  * Has transformers.js find the model's files again, by its own rules for folders, caches and hosts, and takes them
- * where it would make a session.
- * @param part which of the sessions
+ * where it would make sessions.
+ * @param own the sessions whose files are wanted
  * @param pretrained options of `from_pretrained`
  * @throws SourceError that says what to pass, when the files are not found
  */
-function takeModel(
+function takeModels(
   model: PipelineModel,
-  part: string,
-  { constructor, config = {} }: PipelineSession,
+  own: OwnSessions,
   id: string,
   pretrained: Readonly<Record<string, unknown>>,
-): Promise<Found> {
-  const Session = constructor as unknown as SessionClass;
-  const Model = model.constructor as unknown as ModelClass;
-  const mark = Symbol("eigenlora");
-  const take = async (): Promise<Found> => {
-    const { create } = Session;
-    const instead: SessionClass["create"] = async function (this: unknown, file, options, ...rest) {
-      return options?.[mark] ? { file, options } : create.call(this, file, options, ...rest);
-    };
-    Session.create = instead;
-    try {
-      // A symbol among the session's options gets through to `create`, and tells ours from others made meanwhile.
-      const { sessions } = await Model.from_pretrained(id, {
-        device: config.device,
-        dtype: config.dtype,
-        ...pretrained,
-        config: model.config,
-        session_options: { ...(pretrained["session_options"] as object | undefined), [mark]: true },
-      });
-      const { file, options } = sessions[part] as { file: SourceInput; options: Record<PropertyKey, unknown> };
-      const { externalData, [mark]: _mark, ...session } = options;
-      return { model: file, session, externalData: externalData as Found["externalData"] };
-    } catch (cause) {
-      const message =
-        `transformers.js does not find the model again: ${(cause as Error).message}. Pass { model } as it was given ` +
-        "to pipeline(), with its options as { pretrained }; or the path, URL or bytes of the ONNX file as { model }";
-      throw new SourceError(message, { file: id, cause });
-    } finally {
-      if (Session.create === instead) Session.create = create;
+): Promise<Map<string, Found>> {
+  const take = async (): Promise<Map<string, Found>> => {
+    const found = new Map<string, Found>();
+    for (const [name, { constructor, config: { device, dtype } = {} }] of own) {
+      if (found.has(name)) continue;
+      const parts = await takeParts(constructor as never, model, id, { device, dtype, ...pretrained });
+      // What runs elsewhere or in another type was found for this one's, and is of no use.
+      for (const [other, { config }] of own)
+        if (other === name || (config?.device === device && config?.dtype === dtype)) found.set(other, parts(other));
     }
+    return found;
   };
   const taken = taking.then(take);
   taking = taken.catch(() => undefined);
   return taken;
 }
 
+/** @returns what the session of a name would be made of */
+async function takeParts(
+  Session: SessionClass,
+  model: PipelineModel,
+  id: string,
+  options: Readonly<Record<string, unknown>>,
+): Promise<(name: string) => Found> {
+  const Model = model.constructor as unknown as ModelClass;
+  const mark = Symbol("eigenlora");
+  const { create } = Session;
+  const instead: SessionClass["create"] = async function (this: unknown, file, given, ...rest) {
+    return given?.[mark] ? { file, options: given } : create.call(this, file, given, ...rest);
+  };
+  Session.create = instead;
+  try {
+    // A symbol among the session's options gets through to `create`, and tells ours from others made meanwhile.
+    const { sessions } = await Model.from_pretrained(id, {
+      ...options,
+      config: model.config,
+      session_options: { ...(options["session_options"] as object | undefined), [mark]: true },
+    });
+    return (name) => {
+      const taken = sessions[name] as { file: SourceInput; options: Record<PropertyKey, unknown> } | undefined;
+      if (!taken) throw new SourceError(`transformers.js makes no session "${name}" of this model`, { file: id });
+      const { externalData, [mark]: _mark, ...session } = taken.options;
+      return { model: taken.file, session, externalData: externalData as Found["externalData"] };
+    };
+  } catch (cause) {
+    const message =
+      `transformers.js does not find the model again: ${(cause as Error).message}. Pass { model } as it was given ` +
+      "to pipeline(), with its options as { pretrained }; or the path, URL or bytes of the ONNX file as { model }";
+    throw new SourceError(message, { file: id, cause });
+  } finally {
+    if (Session.create === instead) Session.create = create;
+  }
+}
+
 /**
- * Makes the session that transformers.js made in the beginning once more.
+ * Makes sessions that transformers.js made in the beginning once more, all or none.
  * @param find undefined when the model was handed over
  * @throws BackendError then: nobody has kept the file
  */
-export async function remake(
-  { constructor, config }: PipelineSession,
-  find: (() => Promise<Found>) | undefined,
-): Promise<PipelineSession> {
+export async function remake(own: OwnSessions, find: Find | undefined): Promise<Map<string, PipelineSession>> {
+  const made = new Map<string, PipelineSession>();
+  if (own.size === 0) return made;
   if (!find) {
     const why = "the pipeline's own session was released, and `model` was a file";
     const message = `${why}: pass original: "keep" to attachPack, or dispose of the pipeline`;
     throw new BackendError(message, { backend: "transformers.js" });
   }
-  const { model, session, externalData } = await find();
-  const options = { ...session, ...(externalData && { externalData }) };
-  const made = (await (constructor as unknown as SessionClass).create(model, options)) as PipelineSession;
-  if (config) made.config = config;
+  const found = await find();
+  try {
+    for (const [name, { constructor, config }] of own) {
+      const { model, session, externalData } = found.get(name)!;
+      found.delete(name);
+      const options = { ...session, ...(externalData && { externalData }) };
+      const one = (await (constructor as unknown as SessionClass).create(model, options)) as PipelineSession;
+      if (config) one.config = config;
+      made.set(name, one);
+    }
+  } catch (error) {
+    for (const one of made.values()) await one.release();
+    throw error;
+  }
   return made;
 }

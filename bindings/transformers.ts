@@ -1,6 +1,6 @@
 /**
- * `eigenlora/transformers`: a pack on a pipeline of transformers.js 4. The pipeline's session is replaced by one that
- * switches tasks; the pipeline stays what it is, and so do its tokenizer, generation and post-processing. Nothing of
+ * `eigenlora/transformers`: a pack on a pipeline of transformers.js 4. The pipeline's sessions are replaced by ones that
+ * switch tasks; the pipeline stays what it is, and so do its tokenizer, generation and post-processing. Nothing of
  * transformers.js or onnxruntime is imported here: both are reached through the pipeline.
  */
 import { checkChoice, checkOptions, checkPack } from "../src/arguments.ts";
@@ -11,26 +11,34 @@ import { type Labels, labelsOf } from "../src/session/labels.ts";
 import { SESSION_OPTIONS } from "../src/session/options.ts";
 import { Turns } from "../src/session/turns.ts";
 import type { SourceInput } from "../src/source.ts";
-import {
-  createEigenSession,
-  type EigenSession,
-  type EigenSessionOptions,
-  type MemoryReport,
-  type OrtSession,
-  type SessionSwitchReport,
-  type SwitchOptions,
+import type {
+  EigenSession,
+  EigenSessionOptions,
+  MemoryReport,
+  SessionSwitchReport,
+  SwitchOptions,
 } from "./onnxruntime.ts";
 import {
-  externalFiles,
-  type Found,
+  type Find,
   finder,
-  handedOver,
   isId,
+  type OwnSessions,
   type PipelineModel,
   type PipelineOrt,
   type PipelineSession,
   remake,
 } from "./transformers-model.ts";
+import {
+  byName,
+  foundOnly,
+  makeOurs,
+  type Rest,
+  refuseOther,
+  releaseAll,
+  shownOf,
+  standIn,
+  type Whole,
+} from "./transformers-sessions.ts";
 
 export type { PipelineModel, PipelineOrt, PipelineSession };
 
@@ -47,18 +55,21 @@ export interface AttachOptions extends EigenSessionOptions<PipelineOrt> {
    * ends in ".onnx" or begins with "https:" or the like is a file, any other an id.
    */
   model: SourceInput;
-  /** Which of the model's sessions runs the adapted layers. Needed where there are several. */
+  /**
+   * The one of the model's sessions that runs the adapted layers, all of them. Default: every session in which modules of
+   * the pack live, by their fingerprints or whole names; the others are left alone.
+   */
   part?: string | undefined;
   /**
-   * What becomes of the pipeline's own session. Default: "release", it goes once ours is made, so that for a moment
-   * both are in memory. "release-first": it goes before ours is made; when making ours fails, the pipeline is of no use
-   * any more. "keep": it stays in memory for `close`.
+   * What becomes of the pipeline's own sessions that ours replace. Default: "release", they go once ours are made, so
+   * that for a moment both are in memory. "release-first": each goes before ours is made; when making ours fails, the
+   * pipeline is of no use any more. "keep": they stay in memory for `close`.
    */
   original?: "release" | "release-first" | "keep" | undefined;
   /**
    * Options that were given to `pipeline()` and say where an id's files are or how to run them: `revision`,
-   * `subfolder`, `model_file_name`, `cache_dir`, `session_options`, … `device` and `dtype` are known, but for a `dtype`
-   * by part.
+   * `subfolder`, `model_file_name`, `cache_dir`, `session_options`, … `device` and `dtype` are known; a `dtype` by part
+   * is needed here where the files that one part's type names are not all there.
    */
   pretrained?: Readonly<Record<string, unknown>> | undefined;
   /** The class `Tensor` of the pipeline's onnxruntime, where no tokenizer makes any. */
@@ -75,16 +86,18 @@ const attached = new WeakSet<object>();
  * calls made meanwhile wait. In browsers, no other pipeline must run meanwhile either: onnxruntime-web cannot overlap
  * runs, and the parity probe is one (`probe: false` leaves it out).
  *
- * The model is loaded again, with the components inside. By id, transformers.js finds the file as it did before: a path
- * in Node, its cache in browsers. This costs the time to load the model once more and, unless `original` is
- * "release-first", the memory of both sessions until the pipeline's own is released.
+ * The model is loaded again, with the components inside; an encoder and its decoder each with the modules that live
+ * there. By id, transformers.js finds the files as it did before: a path in Node, its cache in browsers. This costs the
+ * time to load the model once more and, unless `original` is "release-first", the memory of both, the pipeline's own
+ * sessions and ours, until its own are released.
  *
  * The pack stays the caller's: close it after `close` or `pipe.dispose()`.
  *
- * @throws TypeError when `pipe` is no pipeline, has a pack already or has several sessions and no `part` is given, or
- *   when `model` is another model
+ * @throws TypeError when `pipe` is no pipeline or has a pack already, when `model` is another model, or one file for
+ *   several sessions without `part`
  * @throws SourceError when the model's files are not found again: the message says what to pass
- * @throws as `createEigenSession`: BaseMismatchError for another base, BackendError when onnxruntime refuses the model
+ * @throws as `createEigenSession`: BaseMismatchError for another base, BackendError when onnxruntime refuses the model;
+ *   as `createEigenSessions` for several sessions: BaseMismatchError when a module lives in none of them
  * @example
  * const pipe = await pipeline("text-classification", "minilm", { dtype: "fp16" });
  * const pack = await openPack("tasks.eigen");
@@ -108,32 +121,30 @@ export async function attachPack(
     throw new TypeError(`attachPack: a pipeline does not keep its model; ${what}`);
   }
   checkChoice("original", original, ["release", "release-first", "keep"]);
-  const name = partOf(pipe, part);
-  const own = pipe.model.sessions[name] as PipelineSession;
-  const InferenceSession = own.constructor as never;
-  const ort: PipelineOrt = { InferenceSession, Tensor: Tensor ?? tensorClass(pipe), env: ENV };
+  const own = ownSessions(pipe, part);
+  refuseForSeveral([...own.keys()], model, rest);
+  const [[, { constructor }]] = own as unknown as [[string, PipelineSession]];
+  const ort: PipelineOrt = { InferenceSession: constructor as never, Tensor: Tensor ?? tensorClass(pipe), env: ENV };
   const held = holdCalls(pipe);
   try {
     return await held.turns.change(async () => {
-      const find = isId(model) ? finder(pipe.model, name, own, model, pretrained) : undefined;
+      const find = isId(model) ? finder(pipe.model, own, model, pretrained) : undefined;
       const shown = shownOf(own);
-      const found = (await find?.()) ?? handedOver(model, own.config?.device);
-      if (original === "release-first") await own.release();
-      const session = await createEigenSession(ort, found.model, pack, {
-        ...(found.externalData && { external: externalFiles(found.externalData) }),
-        ...rest,
-        session: { ...found.session, ...rest.session },
-      });
-      const kept = original === "keep" ? own : undefined;
+      const found = (await find?.()) ?? foundOnly(own, model);
+      const whole = await makeOurs(ort, found, pack, rest, original === "release-first" ? own : undefined);
+      const sessions = byName([...own.keys()], whole);
+      const replaced = new Map([...own].filter(([name]) => sessions[name]));
+      const kept = original === "keep";
       try {
-        refuseOther(session, shown);
-        if (original === "release") await own.release();
+        for (const name of replaced.keys()) refuseOther(sessions[name]!, shown.get(name)!);
+        if (original === "release") await releaseAll(pipe.model, replaced, find);
       } catch (error) {
-        await session.close();
+        await whole.close();
         throw error;
       }
-      pipe.model.sessions[name] = standIn(shown, session, kept);
-      return new AttachedPack({ pipe, name, session, held, own, kept, find, ignore: rest.ignore });
+      for (const [name, session] of replaced)
+        pipe.model.sessions[name] = standIn(shown.get(name)!, sessions[name]!, whole, kept ? session : undefined);
+      return new AttachedPack({ pipe, whole, sessions, held, replaced, kept, find, ignore: rest.ignore });
     });
   } catch (error) {
     held.free();
@@ -167,106 +178,99 @@ function holdCalls(pipe: TransformersPipeline): HeldCalls {
   };
 }
 
-/** What transformers.js reads of a session, beside runs. The metadata name the free dimensions of its first cache. */
-type Shown = Signature & Record<"inputMetadata" | "outputMetadata" | "config", unknown>;
-
-function shownOf({ inputNames, outputNames, inputMetadata, outputMetadata, config }: PipelineSession): Shown {
-  return { inputNames, outputNames, inputMetadata, outputMetadata, config };
-}
-
-/** What the pipeline has in place of its own session. */
-function standIn(shown: Shown, session: EigenSession<PipelineOrt>, kept: PipelineSession | undefined): object {
-  return {
-    ...shown,
-    run: (feeds: Readonly<Record<string, never>>) => session.run(feeds),
-    async release() {
-      await session.close();
-      await kept?.release();
-    },
-  };
-}
-
 interface Parts {
   pipe: TransformersPipeline;
-  /** Which of the model's sessions is ours. */
-  name: string;
-  session: EigenSession<PipelineOrt>;
+  whole: Whole;
+  sessions: Readonly<Record<string, EigenSession<PipelineOrt>>>;
   held: HeldCalls;
-  /** The pipeline's own session, and the same where it was not released. */
-  own: PipelineSession;
-  kept: PipelineSession | undefined;
+  /** The pipeline's own sessions that ours replace, and whether they were kept. */
+  replaced: OwnSessions;
+  kept: boolean;
   /** Finds the model again, where it was given by id. */
-  find: (() => Promise<Found>) | undefined;
+  find: Find | undefined;
   ignore: readonly string[] | undefined;
 }
 
 /** A pack on a pipeline. Made by `attachPack`. */
 export class AttachedPack {
   /**
-   * What the pipeline runs now. For reading, `addTask`, and `run` with one task per row; a task switched to here
-   * instead of by `switchTask` does not bring its labels, and does not wait for calls.
+   * What the pipeline runs now, by its names for its sessions; those in which nothing of the pack lives are not here. For
+   * reading, `addTask` (on any of them, for all), and `run` with one task per row; a task switched to here instead of by
+   * `switchTask` does not bring its labels, and does not wait for calls.
    */
-  readonly session: EigenSession<PipelineOrt>;
+  readonly sessions: Readonly<Record<string, EigenSession<PipelineOrt>>>;
   readonly #parts: Parts;
   readonly #labels: ConfigLabels;
   #closed = false;
 
   /** @internal */
   constructor(parts: Parts) {
-    this.session = parts.session;
+    this.sessions = parts.sessions;
     this.#parts = parts;
     this.#labels = new ConfigLabels(parts.pipe.model.config);
   }
 
+  /**
+   * The session that runs the adapted layers, where it is one.
+   * @throws TypeError where there are several: see `sessions`
+   */
+  get session(): EigenSession<PipelineOrt> {
+    const [[, only], ...others] = Object.entries(this.sessions) as [[string, EigenSession<PipelineOrt>]];
+    if (others.length === 0) return only;
+    const names = quoted(Object.keys(this.sessions));
+    throw new TypeError(`session: the pack is on several sessions, ${names}; take one of \`sessions\``);
+  }
+
   /** What calls of the pipeline now belong to. */
   get task(): Selection {
-    return this.session.task;
+    return this.#parts.whole.task;
   }
 
   /** The pack's tasks by id, with their metadata. */
   get tasks(): ReadonlyMap<string, TaskInfo> {
-    return this.session.tasks;
+    return this.#parts.whole.tasks;
   }
 
   /**
    * Makes a task, a blend or the pristine base active, with its label names in `pipe.model.config`. Waits for calls of
    * the pipeline, of its model and of `generate` that are running, so that each belongs to one task from its first run
-   * to its last; calls made after wait for the switch. When it fails or is aborted, the previous task stays whole. A
-   * cache of keys and values that is handed from one `generate` to the next belongs to the task that made it.
+   * to its last; calls made after wait for the switch. When it fails or is aborted, the previous task stays whole, in
+   * all sessions. A cache of keys and values that is handed from one `generate` to the next belongs to the task that made it.
    * @throws as `EigenSession.switchTask`
    */
   switchTask(selection: Selection, options: SwitchOptions = {}): Promise<SessionSwitchReport> {
-    const { session, held, ignore } = this.#parts;
+    const { whole, held, ignore } = this.#parts;
     const asked = copySelection(selection);
     return held.turns.change(async () => {
-      const labels = await labelsOf(session.pack, asked, options.head, ignore);
-      const report = await session.switchTask(asked, options);
+      const labels = await labelsOf(whole.pack, asked, options.head, ignore);
+      const report = await whole.switchTask(asked, options);
       this.#labels.set(labels);
       return report;
     });
   }
 
-  /** Resident bytes that come on top of what the pipeline's own session holds. */
+  /** Resident bytes that come on top of what the pipeline's own sessions hold. */
   memory(): MemoryReport {
-    return this.session.memory();
+    return this.#parts.whole.memory();
   }
 
   /**
-   * Gives the pipeline its own session, labels and methods back, after the calls that are running, and releases ours. A
-   * session that was not kept is made anew, from the id.
-   * @throws BackendError when it was not kept and `model` was a file: pass `original: "keep"` to `attachPack`, or
+   * Gives the pipeline its own sessions, labels and methods back, after the calls that are running, and releases ours.
+   * Sessions that were not kept are made anew, from the id.
+   * @throws BackendError when they were not kept and `model` was a file: pass `original: "keep"` to `attachPack`, or
    *   dispose of the pipeline. Nothing has changed then
    * @throws SourceError when the model's files are not found any more
    */
   close(): Promise<void> {
-    const { pipe, name, session, held, own, kept, find } = this.#parts;
+    const { pipe, whole, held, replaced, kept, find } = this.#parts;
     return held.turns.change(async () => {
       if (this.#closed) return;
-      pipe.model.sessions[name] = kept ?? (await remake(own, find));
+      const own = kept ? replaced : await remake(replaced, find);
+      for (const [name, session] of own) pipe.model.sessions[name] = session;
       this.#closed = true;
       this.#labels.set("base");
       held.free();
-      await session.close();
+      await whole.close();
     });
   }
 
@@ -303,8 +307,8 @@ class ConfigLabels {
  */
 const ENV = { versions: { web: "of transformers.js" } };
 
-/** Which session to replace. */
-function partOf(pipe: TransformersPipeline, part: string | undefined): string {
+/** The sessions that the pack may be in: the one that was named, or all. */
+function ownSessions(pipe: TransformersPipeline, part: string | undefined): OwnSessions {
   const sessions = (pipe as Partial<TransformersPipeline> | undefined)?.model?.sessions;
   if (typeof sessions !== "object" || sessions === null) {
     const what = "a pipeline of transformers.js 4, as `await pipeline(…)` gives it";
@@ -312,18 +316,36 @@ function partOf(pipe: TransformersPipeline, part: string | undefined): string {
   }
   if (attached.has(pipe.model)) throw new TypeError("attachPack: the pipeline's model has a pack; close that first");
   const names = Object.keys(sessions);
-  const known = names.map((name) => `"${name}"`).join(", ");
-  if (part === undefined && names.length !== 1) {
-    throw new TypeError(`attachPack: the model has the sessions ${known}; say which, { part }`);
+  if (part !== undefined && !names.includes(part)) {
+    throw new TypeError(`part: the model has the sessions ${quoted(names)}, got ${JSON.stringify(part)}`);
   }
-  const name = part ?? names[0]!;
-  if (!names.includes(name)) {
-    throw new TypeError(`part: the model has the sessions ${known}, got ${JSON.stringify(name)}`);
+  const own = new Map<string, PipelineSession>();
+  for (const name of part === undefined ? names : [part]) {
+    const session = sessions[name] as PipelineSession;
+    if (typeof (session.constructor as { create?: unknown }).create !== "function") {
+      throw new TypeError(`attachPack: the session "${name}" is not onnxruntime's own; something else has replaced it`);
+    }
+    own.set(name, session);
   }
-  if (typeof (sessions[name] as { constructor: { create?: unknown } }).constructor.create !== "function") {
-    throw new TypeError(`attachPack: the session "${name}" is not onnxruntime's own; something else has replaced it`);
+  if (own.size === 0) throw new TypeError("attachPack: the pipeline's model has no sessions");
+  return own;
+}
+
+/** @throws TypeError for what only one session can be given */
+function refuseForSeveral(names: readonly string[], model: SourceInput, { probe, trainable }: Rest): void {
+  if (names.length === 1) return;
+  const which = `the model has the sessions ${quoted(names)}`;
+  if (!isId(model)) {
+    throw new TypeError(
+      `attachPack: ${which}, and \`model\` is one file: pass the id, or say whose file it is, { part }`,
+    );
   }
-  return name;
+  const option = trainable ? "trainable" : typeof probe === "object" ? "probe" : undefined;
+  if (option) throw new TypeError(`attachPack: ${option}: ${which}; say which it is for, { part }`);
+}
+
+function quoted(names: readonly string[]): string {
+  return names.map((name) => `"${name}"`).join(", ");
 }
 
 /** Of the onnxruntime in use; what runs return is of another class where the package is there twice. */
@@ -339,15 +361,4 @@ function tensorClass({ tokenizer }: TransformersPipeline): PipelineOrt["Tensor"]
   }
   const message = "attachPack: no tokenizer of the pipeline shows onnxruntime's class of tensors; pass { Tensor }";
   throw new TypeError(message, cause === undefined ? undefined : { cause });
-}
-
-type Signature = Pick<OrtSession, "inputNames" | "outputNames">;
-
-/** @throws TypeError when a session runs another model than the pipeline's own */
-function refuseOther(session: Signature, own: Signature): void {
-  const signature = ({ inputNames, outputNames }: Signature): string =>
-    `${[...inputNames].sort().join(", ")} → ${[...outputNames].sort().join(", ")}`;
-  if (signature(session) === signature(own)) return;
-  const message = `\`model\` (${signature(session)}) is not what the pipeline runs (${signature(own)})`;
-  throw new TypeError(`attachPack: ${message}`);
 }

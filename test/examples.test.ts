@@ -188,7 +188,8 @@ async function workplace(): Promise<string> {
     join(place, "skills.eigen"),
     concat((await buildPack(skills, { ...LOSSLESS, base: textToText })).chunks),
   );
-  for (const file of ["encoder.onnx", "decoder.onnx"]) await cp(data(`seq2seq/${file}`), join(place, file));
+  await cp(data("seq2seq/onnx/encoder_model.onnx"), join(place, "encoder.onnx"));
+  await cp(data("seq2seq/decoder.onnx"), join(place, "decoder.onnx"));
   await cp(data("sessions/torchscript.onnx"), join(place, "model.onnx"));
   await cp(data("sessions/base.safetensors"), join(place, "model.safetensors"));
   return place;

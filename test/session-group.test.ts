@@ -3,6 +3,8 @@
  * its file, one switch for both; and single files that lack modules of the pack. Held against PEFT's answers, token for token.
  */
 import { readFileSync } from "node:fs";
+import { setFlagsFromString } from "node:v8";
+import { runInNewContext } from "node:vm";
 import t, { type Test } from "tap";
 import { createEigenSession, createEigenSessions, type EigenSessions } from "../dist/bindings/onnxruntime.js";
 import { readAdapters } from "../dist/src/adapters/folder.js";
@@ -25,7 +27,7 @@ const goldens = JSON.parse(readFileSync(data("seq2seq/goldens.json"), "utf8"));
 const ROWS: number[][] = goldens.rows;
 const TASKS = ["answers", "titles", null] as const;
 const golden = (task: string | null): Golden => goldens[task ?? "base"];
-const FILES = { encoder: data("seq2seq/encoder.onnx"), decoder: data("seq2seq/decoder.onnx") };
+const FILES = { encoder: data("seq2seq/onnx/encoder_model.onnx"), decoder: data("seq2seq/decoder.onnx") };
 type Models = EigenSessions<Ort, keyof typeof FILES>;
 
 /** A lossless pack of adapters; with the base's fingerprints unless told otherwise. */
@@ -177,6 +179,30 @@ t.test("options of all and of each", async (t) => {
     name: "TypeError",
     message: /expected files by name/,
   });
+});
+
+t.test("the files themselves are not kept", async (t) => {
+  setFlagsFromString("--expose-gc");
+  const collect = runInNewContext("gc") as () => void;
+  const pack = await opened(t);
+  const open = async (): Promise<{ models: Models; files: WeakRef<ArrayBuffer>[] }> => {
+    const files = [FILES.encoder, FILES.decoder].map((path) => new Uint8Array(readFileSync(path)));
+    const models = await createEigenSessions(NODE, { encoder: files[0]!, decoder: files[1]! }, pack);
+    return { models, files: files.map(({ buffer }) => new WeakRef(buffer)) };
+  };
+  const { models, files } = await open();
+  // What is looked at stays until the job ends, so not before.
+  for (let i = 0; i < 10; i++) {
+    await new Promise((resolve) => setTimeout(resolve, 20));
+    collect();
+  }
+  t.same(
+    files.map((file) => file.deref()?.byteLength),
+    [undefined, undefined],
+  );
+  await models.switchTask("titles");
+  await holds(t, NODE, models, "titles", "without the files");
+  await models.close();
 });
 
 t.test("one file, with the modules that it has", async (t) => {

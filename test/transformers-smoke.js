@@ -5,14 +5,14 @@
 /**
  * @param {any} transformers the module @huggingface/transformers, with `env` set up
  * @param {Pick<typeof import("eigenlora"), "openPack"> & Pick<typeof import("eigenlora/transformers"), "attachPack">} eigenlora
- * @param {{ device: string, browser: boolean, read: (file: string) => Promise<Uint8Array>, prompts: string[], texts: string[], topics: string[] }} plan
+ * @param {{ device: string, browser: boolean, read: (file: string) => Promise<Uint8Array>, prompts: string[], questions: string[], texts: string[], topics: string[] }} plan
  *   browser: only there does transformers.js give onnxruntime-web a model's second file, and have its runs take turns. They
  *   overwrite each other's memory where they overlap
  */
 export async function smoke(
   { pipeline, Tensor },
   { openPack, attachPack },
-  { device, browser, read, prompts, texts, topics },
+  { device, browser, read, prompts, questions, texts, topics },
 ) {
   const generator = await pipeline("text-generation", "decoder", { device, dtype: "fp32" });
   const writers = await attachPack(generator, await openPack(await read("decoder.eigen")), { model: "decoder" });
@@ -30,6 +30,20 @@ export async function smoke(
     }
   }
   await generator.dispose();
+
+  const reader = await pipeline("text2text-generation", "seq2seq", { device, dtype: "fp32" });
+  const readers = await attachPack(reader, await openPack(await read("seq2seq.eigen")), { model: "seq2seq" });
+  const answered = [];
+  for (const task of [null, "answers", "titles", "answers", "closed"]) {
+    if (task === "closed") await readers.close();
+    else await readers.switchTask(task);
+    for (const prompt of questions) {
+      const ids = await reader.model.generate({ ...reader.tokenizer(prompt), max_new_tokens: 12 });
+      const asked = task === "closed" ? "base" : (task ?? "base");
+      answered.push({ task: asked, prompt, ids: ids.tolist()[0].map(Number).slice(1) });
+    }
+  }
+  await reader.dispose();
 
   const classifier = await pipeline("text-classification", "minilm", { device, dtype: "fp16" });
   const classes = await attachPack(classifier, await openPack(await read("minilm.eigen")), { model: "minilm" });
@@ -54,7 +68,7 @@ export async function smoke(
   await classes.close();
   const [{ label: detached }] = await classifier(texts[0]);
   await classifier.dispose();
-  return { generated, labelled, probe, detached, logits: browser ? await external() : undefined };
+  return { generated, answered, labelled, probe, detached, logits: browser ? await external() : undefined };
 
   async function external() {
     const pipe = await pipeline("text-classification", "external", { device, dtype: "fp32" });

@@ -2,7 +2,7 @@
  * Several files of one model, an encoder and a decoder, a UNet and its text encoders: a session on each, with the modules of the
  * pack that live there, and one switch for all.
  */
-import { checkArgument, checkOptions, checkPack, described } from "../arguments.ts";
+import { checkArgument, checkChoice, checkOptions, checkPack, described } from "../arguments.ts";
 import { BackendError, BaseMismatchError } from "../errors.ts";
 import { moduleOf } from "../format/brings.ts";
 import { type ModelFile, readModel } from "../onnx/read.ts";
@@ -50,21 +50,57 @@ export async function createSessions<T extends SessionTypes, Name extends string
   const stranger = Object.keys(each).find((name) => !(names as string[]).includes(name));
   if (stranger !== undefined)
     throw new TypeError(`createSessions: each: there is no file "${stranger}", only ${names.join(", ")}`);
+  const files = names.map((name): GroupFile<Name> => {
+    const own: SessionOptions = { ...common, ...each[name] };
+    checkOptions(`createSessions: each.${name}`, own, SESSION_OPTIONS);
+    if (own.trainable) throw new TypeError("createSessions: trainable: one file learns at a time; use createSession");
+    return { name, engine, model: models[name], options: own };
+  });
+  return groupOf<T, Name>(files, pack, "refuse");
+}
+
+/** A file that becomes one of several sessions. */
+export interface GroupFile<Name extends string> {
+  readonly name: Name;
+  readonly engine: Engine;
+  readonly model: SourceInput;
+  /** Checked already. */
+  readonly options: SessionOptions;
+  /** Called once it is known that something of the pack lives in the file, before it is loaded. */
+  readonly before?: (() => Promise<void>) | undefined;
+}
+
+/**
+ * Sessions on files, one file after the other: each is let go before the next is asked for.
+ * @param empty what becomes of a file in which nothing of the pack lives
+ * @throws as `createSessions`
+ */
+export async function groupOf<T extends SessionTypes, Name extends string>(
+  files: Iterable<GroupFile<Name>>,
+  pack: Pack,
+  empty: "refuse" | "skip",
+): Promise<SessionGroup<T, Name>> {
   const sessions = new Map<Name, Session<T>>();
   const lacking: Lacking = new Map();
+  let count = 0;
   try {
-    for (const name of names) {
-      const own: SessionOptions = { ...common, ...each[name] };
-      checkOptions(`createSessions: each.${name}`, own, SESSION_OPTIONS);
-      if (own.trainable) throw new TypeError("createSessions: trainable: one file learns at a time; use createSession");
-      const file = await readModel(models[name], own);
-      const keep = await residentsOf(file, name, pack, own, lacking).catch(async (error) => {
+    for (const { name, engine, model, options, before } of files) {
+      count++;
+      checkChoice("mode", options.mode ?? "auto", ["auto", "core", "factors", "folded"]);
+      const file = await readModel(model, options);
+      let modules: ((module: string) => boolean) | undefined;
+      try {
+        modules = await residentsOf(file, name, pack, options, lacking, empty);
+        if (modules) await before?.();
+      } catch (error) {
         await file.close();
         throw error;
-      });
-      sessions.set(name, await sessionOn<T>(engine, file, pack, { ...own, modules: keep }));
+      }
+      if (modules) sessions.set(name, await sessionOn<T>(engine, file, pack, { ...options, modules }));
+      else await file.close();
     }
-    refuseHomeless(lacking, names);
+    refuseHomeless(lacking, count);
+    if (sessions.size === 0) throw new BaseMismatchError(`nothing of ${pack.name} lives in the files`, { module: "" });
     return new SessionGroup<T, Name>(pack, sessions);
   } catch (error) {
     for (const session of sessions.values()) await session.close();
@@ -72,14 +108,15 @@ export async function createSessions<T extends SessionTypes, Name extends string
   }
 }
 
-/** The filter for what lives in a file. Notes what does not. */
+/** The filter for what lives in a file, undefined where nothing does and that is no error. Notes what does not live there. */
 async function residentsOf(
   file: ModelFile,
   name: string,
   pack: Pack,
   options: SessionOptions,
   lacking: Lacking,
-): Promise<(module: string) => boolean> {
+  empty: "refuse" | "skip",
+): Promise<((module: string) => boolean) | undefined> {
   const { modules: wanted } = options;
   const view = wanted ? partOf(pack, wanted) : pack;
   const bases = await pack.bases(options);
@@ -96,22 +133,35 @@ async function residentsOf(
       if (lacking.has(one)) lacking.get(one)!.set(name, why);
       else lacking.set(one, new Map([[name, why]]));
     }
-    // What a task brings that is added later is not known to live elsewhere: the session says that it is not prepared for it.
-    if (view.modules.some((module) => here.has(module.name)))
-      return (module) => here.has(module) || !(elsewhere.has(module) || wanted?.(module) === false);
+    if (view.modules.some((module) => here.has(module.name))) return filterOf(here, elsewhere, wanted);
+    // A file that has only a head is none to skip: the head would be lost.
+    if (here.size === 0 && empty === "skip") return undefined;
     const [first] = view.modules;
     const why = first && `; "${first.name}": ${residents.get(first.name)}`;
-    const message = `${name}: no module of ${pack.name} lives in this file${why}. Run it by itself, without the pack`;
+    const only = here.size > 0 ? `, only "${[...here].join('", "')}", which the option \`ignore\` leaves out` : "";
+    const message = `${name}: no module of ${pack.name} lives in this file${only}${why}. Run it by itself, without the pack`;
     throw new BaseMismatchError(message, { module: first?.name ?? "" });
   } finally {
     bases.close();
   }
 }
 
+/**
+ * The filter that a session keeps. Made here, since a closure of `residentsOf` would keep the model's bytes with it. What a task brings
+ * that is added later is not known to live elsewhere: the session says that it is not prepared for it.
+ */
+function filterOf(
+  here: ReadonlySet<string>,
+  elsewhere: ReadonlySet<string>,
+  wanted: SessionOptions["modules"],
+): (module: string) => boolean {
+  return (module) => here.has(module) || !(elsewhere.has(module) || wanted?.(module) === false);
+}
+
 /** @throws BaseMismatchError for what lives in none of the files */
-function refuseHomeless(lacking: Lacking, files: readonly string[]): void {
+function refuseHomeless(lacking: Lacking, files: number): void {
   for (const [name, reasons] of lacking) {
-    if (reasons.size < files.length) continue;
+    if (reasons.size < files) continue;
     const whys = [...reasons].map(([file, why]) => `${file}: ${why}`).join("; ");
     const message = `"${name}" lives in none of the files (${whys}). Give the file that has it, or leave it out with the option \`modules\``;
     throw new BaseMismatchError(message, { module: name });

@@ -171,7 +171,9 @@ export class ModelMatcher {
       const fits = confirmed.has(inFront(name, as));
       found.set(
         key,
-        fits ? undefined : `is in it by the end of its name only, as "${as}", which no fingerprint confirms`,
+        fits
+          ? undefined
+          : `is in it by the end of its name only, as "${as}", which no fingerprint confirms: make the pack with its base`,
       );
     }
     return found;

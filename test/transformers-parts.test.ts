@@ -1,0 +1,364 @@
+/**
+ * Packs on pipelines of transformers.js whose model has several sessions, against PEFT's answers: a tiny FLAN-T5
+ * (test/data/seq2seq). Needs what `transformers.test.ts` needs.
+ */
+import { existsSync } from "node:fs";
+import { cp, mkdtemp, readFile, rename, rm, symlink, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { pathToFileURL } from "node:url";
+import t from "tap";
+import {
+  type AttachedPack,
+  type AttachOptions,
+  attachPack,
+  type TransformersPipeline,
+} from "../dist/bindings/transformers.js";
+import { readAdapters } from "../dist/src/adapters/folder.js";
+import { openHost } from "../dist/src/base/open.js";
+import { encodeTaskFile } from "../dist/src/format/encode.js";
+import { buildPack } from "../dist/src/pack/build.js";
+import { openPack, type Pack } from "../dist/src/pack/pack.js";
+import { difference } from "./adapters.ts";
+import { concat, data, LOSSLESS } from "./packs.ts";
+import { required } from "./required.ts";
+import { MODES, refusal } from "./sessions.ts";
+
+const folder = join(process.env["EIGENLORA_RUNTIMES"] ?? "", "node_modules/@huggingface/transformers");
+const present = process.env["EIGENLORA_RUNTIMES"] !== undefined && existsSync(folder);
+const skip =
+  !present &&
+  !required.has("transformers") &&
+  "transformers is not here; see EIGENLORA_RUNTIMES in transformers.test.ts";
+
+interface Own {
+  release(): Promise<void>;
+}
+interface Pipe {
+  (input: string | string[], options?: object): Promise<{ generated_text: string }[]>;
+  model: {
+    (inputs: object): Promise<Record<string, { data: ArrayLike<number> }>>;
+    generate(options: object): Promise<{ tolist(): bigint[][] }>;
+    sessions: Record<"model" | "decoder_model_merged", Own>;
+    config: object;
+  };
+  tokenizer(texts: string, options?: object): Record<string, object>;
+  dispose(): Promise<void>;
+}
+interface Transformers {
+  env: object;
+  pipeline(task: string, model: string, options?: object): Promise<Pipe>;
+  Tensor: new (type: string, data: unknown, dims: number[]) => object;
+}
+interface Generation {
+  task: string;
+  prompt: string;
+  ids: number[];
+  logits: number[];
+}
+
+const ENCODER = "model";
+const DECODER = "decoder_model_merged";
+const TASKS = ["answers", "titles", null] as const;
+const GENERATIONS = JSON.parse(await readFile(data("seq2seq/generations.json"), "utf8")) as Generation[];
+const PROMPTS = [...new Set(GENERATIONS.map(({ prompt }) => prompt))];
+const of = (task: string | null, prompt: string): Generation =>
+  GENERATIONS.find((one) => one.task === (task ?? "base") && one.prompt === prompt)!;
+/** The tokenizer's ids from 2 on are printable ASCII; the last is the space. */
+const text = (ids: readonly number[]): string =>
+  ids.map((id) => (id === 96 ? " " : String.fromCharCode(31 + id))).join("");
+
+/** A lossless pack of the adapters, or of some of their modules. */
+async function packBytes(fingerprints: boolean, only: (module: string) => boolean): Promise<Uint8Array<ArrayBuffer>> {
+  const adapters = await readAdapters([data("seq2seq/adapters/answers"), data("seq2seq/adapters/titles")]);
+  const some = adapters.map((one) => ({ ...one, modules: new Map([...one.modules].filter(([name]) => only(name))) }));
+  const base = fingerprints ? await openHost(data("seq2seq/base.safetensors")) : undefined;
+  const { chunks } = await buildPack(some, { ...LOSSLESS, ...(base && { base }) });
+  await base?.close?.();
+  for (const adapter of adapters) await adapter.close();
+  return concat(chunks);
+}
+const whole = await packBytes(true, () => true);
+async function opened(bytes = whole): Promise<Pack> {
+  const pack = await openPack(bytes);
+  t.teardown(() => pack.close());
+  return pack;
+}
+
+const models = await mkdtemp(join(tmpdir(), "eigenlora-parts-"));
+t.teardown(() => rm(models, { recursive: true, maxRetries: 5, retryDelay: 200 }));
+await symlink(data("seq2seq"), join(models, "seq2seq"));
+
+let loaded: Transformers | undefined;
+async function load(): Promise<Transformers> {
+  if (loaded) return loaded;
+  if (!present) throw new Error("transformers is required but not installed");
+  loaded = (await import(pathToFileURL(join(folder, "dist/transformers.node.mjs")).href)) as Transformers;
+  Object.assign(loaded.env, { localModelPath: models, allowRemoteModels: false });
+  return loaded;
+}
+const pipeOn = async (id = "seq2seq", options: object = {}): Promise<Pipe> =>
+  (await load()).pipeline("text2text-generation", id, { dtype: "fp32", ...options });
+const attach = (pipe: Pipe, pack: Pack, options: Partial<AttachOptions> = {}): Promise<AttachedPack> =>
+  attachPack(pipe as unknown as TransformersPipeline, pack, { model: "seq2seq", ...options });
+
+async function generate(pipe: Pipe, prompt: string): Promise<number[]> {
+  const ids = await pipe.model.generate({ ...pipe.tokenizer(prompt), max_new_tokens: 12 });
+  return ids.tolist()[0]!.map(Number).slice(1);
+}
+
+/** Tokens, texts one by one and in a batch, and logits are PEFT's. */
+async function holds(t: Tap, pipe: Pipe, task: string | null, how: string): Promise<void> {
+  const { Tensor } = await load();
+  for (const prompt of PROMPTS) {
+    const { ids, logits } = of(task, prompt);
+    t.same(await generate(pipe, prompt), ids, `${how}, ${task}: tokens of ${prompt}`);
+    const start = { decoder_input_ids: new Tensor("int64", [0n], [1, 1]) };
+    const found = await pipe.model({ ...pipe.tokenizer(prompt), ...start });
+    const off = difference(found["logits"]!.data, logits);
+    t.ok(off < 2e-5, `${how}, ${task}: logits off by ${off}`);
+  }
+  const expected = PROMPTS.map((prompt) => ({ generated_text: text(of(task, prompt).ids) }));
+  t.same(await pipe(PROMPTS, { max_new_tokens: 12 }), expected, `${how}, ${task}: texts of a padded batch`);
+}
+type Tap = Pick<typeof t, "same" | "ok">;
+
+const released = (own: Own): Promise<boolean> =>
+  refusal(() => own.release()).then(
+    ({ message }) => /disposed/.test(message),
+    () => false,
+  );
+
+t.test("encoder and decoder answer as PEFT's model does, in every mode", { skip }, async (t) => {
+  const pipe = await pipeOn();
+  const constructor = pipe.model.sessions[ENCODER].constructor;
+  await holds(t, pipe, null, "without a pack");
+  for (const mode of [...MODES, undefined]) {
+    const tasks = await attach(pipe, await opened(), { mode });
+    t.same(Object.keys(tasks.sessions), [ENCODER, DECODER]);
+    const all = Object.values(tasks.sessions);
+    t.same(
+      all.map(({ leftOut }) => leftOut.length),
+      [8, 4],
+      "modules that live in the other session",
+    );
+    t.same(
+      all.map(({ unconfirmed }) => unconfirmed),
+      [[], []],
+    );
+    t.throws(() => tasks.session, {
+      name: "TypeError",
+      message: /several sessions, "model", "decoder_model_merged"; take one of `sessions`/,
+    });
+    t.equal(tasks.task, null);
+    for (const task of TASKS) {
+      t.equal((await tasks.switchTask(task)).task, task);
+      t.same([tasks.task, ...all.map((one) => one.task)], [task, task, task]);
+      await holds(t, pipe, task, String(mode));
+    }
+    const active = all.reduce((sum, one) => sum + one.memory().active, 0);
+    t.equal(tasks.memory().active, active);
+    await tasks.switchTask("titles");
+    await tasks.close();
+    await tasks.close();
+    for (const name of [ENCODER, DECODER] as const) t.equal(pipe.model.sessions[name].constructor, constructor, name);
+    t.notOk(Object.hasOwn(pipe, "_call") || Object.hasOwn(pipe.model, "generate"));
+    await holds(t, pipe, null, "after close");
+    t.match(await refusal(() => tasks.switchTask("titles")), { tag: "backend", message: /closed/ });
+  }
+  await pipe.dispose();
+});
+
+t.test("a generation is wholly one task's", { skip }, async (t) => {
+  const pipe = await pipeOn();
+  const tasks = await attach(pipe, await opened());
+  await tasks.switchTask("answers");
+  const order: string[] = [];
+  let steps = 0;
+  const streamer = { put: () => void (steps++ === 2 && void switched()), end: () => undefined };
+  let done: Promise<unknown> | undefined;
+  // Asked for in the middle of the generation, by its third token.
+  const switched = (): void => {
+    done = tasks.switchTask("titles").then(() => order.push("switch"));
+  };
+  const prompt = PROMPTS[0]!;
+  const ids = await pipe.model.generate({ ...pipe.tokenizer(prompt), max_new_tokens: 12, streamer });
+  order.push("generation");
+  t.same(ids.tolist()[0]!.map(Number).slice(1), of("answers", prompt).ids);
+  t.same(await generate(pipe, prompt), of("titles", prompt).ids, "calls made after wait for the switch");
+  await done;
+  t.same(order, ["generation", "switch"]);
+  const work: Promise<unknown>[] = [];
+  for (let i = 0; i < 24; i++) {
+    const [task, prompt] = [TASKS[i % 3]!, PROMPTS[i % 2]!];
+    work.push(tasks.switchTask(task));
+    work.push(generate(pipe, prompt).then((ids) => t.same(ids, of(task, prompt).ids, `overlapping, ${task}`)));
+  }
+  await Promise.all(work);
+  await pipe.dispose();
+  t.match(await refusal(() => tasks.switchTask("titles")), { tag: "backend", message: /closed/ });
+});
+
+t.test("a switch that one session refuses changes none", { skip }, async (t) => {
+  const pipe = await pipeOn();
+  const pack = await opened();
+  // Only once the sessions are made does a task bring a head: the encoder could switch, the decoder cannot.
+  const { bytes } = await pack.load("titles");
+  pack.removeTask("titles");
+  const tasks = await attach(pipe, pack);
+  const file = encodeTaskFile({ id: "titles", adapterBytes: 0, metadata: {} }, pack.basisId, bytes);
+  await tasks.sessions[ENCODER]!.addTask("titles", file);
+  await tasks.switchTask("answers");
+  t.match(await refusal(() => tasks.switchTask("titles")), { tag: "base", message: /lm_head/ });
+  t.same([tasks.task, ...Object.values(tasks.sessions).map(({ task }) => task)], ["answers", "answers", "answers"]);
+  await holds(t, pipe, "answers", "after a switch that failed");
+  await pipe.dispose();
+});
+
+t.test("what becomes of the pipeline's own sessions", { skip }, async (t) => {
+  for (const original of ["release", "release-first", "keep"] as const) {
+    const pipe = await pipeOn();
+    const own = { ...pipe.model.sessions };
+    const tasks = await attach(pipe, await opened(), { original });
+    await tasks.switchTask("titles");
+    await holds(t, pipe, "titles", original);
+    await tasks.close();
+    const kept = original === "keep";
+    t.equal(pipe.model.sessions[ENCODER] === own[ENCODER] && pipe.model.sessions[DECODER] === own[DECODER], kept);
+    await holds(t, pipe, null, `${original}, closed`);
+    if (!kept) t.same([await released(own[ENCODER]), await released(own[DECODER])], [true, true], original);
+    await pipe.dispose();
+  }
+  const pipe = await pipeOn();
+  const own = { ...pipe.model.sessions };
+  await attach(pipe, await opened(), { original: "keep" });
+  await pipe.dispose();
+  t.same([await released(own[ENCODER]), await released(own[DECODER])], [true, true], "go with the pipeline");
+});
+
+t.test("a session in which nothing of the pack lives is left alone", { skip }, async (t) => {
+  const bytes = await packBytes(true, (module) => module.startsWith("decoder."));
+  for (const original of ["release", "release-first", "keep"] as const) {
+    const pipe = await pipeOn();
+    const own = { ...pipe.model.sessions };
+    const tasks = await attach(pipe, await opened(bytes), { original });
+    t.equal(pipe.model.sessions[ENCODER], own[ENCODER]);
+    t.not(pipe.model.sessions[DECODER], own[DECODER]);
+    t.same(Object.keys(tasks.sessions), [DECODER]);
+    t.equal(tasks.session, tasks.sessions[DECODER]);
+    const before = await generate(pipe, PROMPTS[0]!);
+    await tasks.switchTask("titles");
+    t.notSame(await generate(pipe, PROMPTS[0]!), before);
+    await tasks.close();
+    t.equal(pipe.model.sessions[ENCODER], own[ENCODER]);
+    await holds(t, pipe, null, `${original}, closed`);
+    await pipe.dispose();
+  }
+});
+
+t.test("one session by its name", { skip }, async (t) => {
+  const bytes = await packBytes(true, (module) => module.startsWith("decoder."));
+  const path = join(models, "seq2seq/onnx/decoder_model_merged.onnx");
+  const answers: unknown[] = [];
+  for (const model of ["seq2seq", path, await readFile(path)]) {
+    const pipe = await pipeOn();
+    const tasks = await attach(pipe, await opened(bytes), { model, part: DECODER, original: "keep" });
+    t.equal(tasks.session, tasks.sessions[DECODER]);
+    t.same(Object.keys(tasks.sessions), [DECODER]);
+    await holds(t, pipe, null, "by name");
+    await tasks.switchTask("answers");
+    answers.push(await generate(pipe, PROMPTS[1]!));
+    await tasks.close();
+    await pipe.dispose();
+  }
+  t.same(answers, [answers[0], answers[0], answers[0]]);
+  const pipe = await pipeOn();
+  const error = await refusal(async () => attach(pipe, await opened(), { part: ENCODER }));
+  t.match(error, { tag: "base", message: /decoder\.block/ }, "all of the pack must live there");
+  const modules = (module: string): boolean => module.startsWith("encoder.");
+  const tasks = await attach(pipe, await opened(), { part: ENCODER, modules });
+  t.equal(tasks.session.leftOut.length, 8);
+  await pipe.dispose();
+});
+
+t.test("what cannot be is refused and leaves the pipeline as it was", { skip }, async (t) => {
+  const pipe = await pipeOn();
+  const own = { ...pipe.model.sessions };
+  const refused = async (options: Partial<AttachOptions>, pack?: Pack): Promise<Error> =>
+    refusal(async () => attach(pipe, pack ?? (await opened()), options));
+  const path = join(models, "seq2seq/onnx/decoder_model_merged.onnx");
+  t.match(await refused({ model: path }), {
+    name: "TypeError",
+    message: /sessions "model", "decoder_model_merged", and `model` is one file: pass the id.*\{ part \}/,
+  });
+  t.match(await refused({ part: "decoder" }), { name: "TypeError", message: /^part: .*got "decoder"/ });
+  t.match(await refused({ probe: {} as never }), { name: "TypeError", message: /probe: .*\{ part \}/ });
+  t.match(await refused({ trainable: true }), { name: "TypeError", message: /trainable: .*\{ part \}/ });
+  t.match(await refused({ mode: "fast" as never }), { name: "RangeError", message: /mode/ });
+  t.match(await refused({ session: { executionProviders: ["nonsense"] } }), { tag: "backend", message: /nonsense/ });
+  const plain = await opened(await packBytes(false, () => true));
+  t.match(await refused({}, plain), {
+    tag: "base",
+    message: /"encoder\.block.*in none of the files.*no fingerprint confirms: make the pack with its base/,
+  });
+  t.match(await refused({ model: "decoder" }), { tag: "source", message: /does not find the model again/ });
+  for (const original of ["release", "keep"] as const) {
+    // The decoder's file is the encoder's once more: found out when both sessions are made already.
+    await cp(data("seq2seq"), join(models, original), { recursive: true });
+    const file = join(models, original, "onnx/decoder_model_merged.onnx");
+    await cp(data("seq2seq/onnx/encoder_model.onnx"), file);
+    t.match(await refused({ model: original, original }), { tag: "base", message: /"decoder\.block.*in none/ });
+    await cp(data("decoder/onnx/model.onnx"), file);
+    const message = /decoder_model_merged: no module of .*, only "lm_head", which the option `ignore` leaves out/;
+    t.match(await refused({ model: original, original }), { tag: "base", message });
+  }
+  t.same({ ...pipe.model.sessions }, own);
+  t.ok(Object.entries(own).every(([name, session]) => pipe.model.sessions[name as typeof ENCODER] === session));
+  t.notOk(Object.hasOwn(pipe, "_call") || Object.hasOwn(pipe.model, "generate"));
+  await holds(t, pipe, null, "after all of these");
+  await pipe.dispose();
+});
+
+t.test("a session that cannot be released: the one before it is made anew", { skip }, async (t) => {
+  const pipe = await pipeOn();
+  const own = { ...pipe.model.sessions };
+  const decoder = own[DECODER];
+  decoder.release = async () => {
+    throw new Error("not now");
+  };
+  t.match(await refusal(async () => attach(pipe, await opened())), { message: "not now" });
+  t.not(pipe.model.sessions[ENCODER], own[ENCODER]);
+  t.equal(pipe.model.sessions[DECODER], decoder);
+  await holds(t, pipe, null, "after a release that failed");
+  delete (decoder as Partial<Own>).release;
+  const tasks = await attach(pipe, await opened());
+  await tasks.switchTask("titles");
+  await holds(t, pipe, "titles", "attached after that");
+  await pipe.dispose();
+});
+
+t.test("sessions of different types of numbers", { skip }, async (t) => {
+  // Which file is named how is all that counts here.
+  await cp(data("seq2seq"), join(models, "mixed"), { recursive: true });
+  const onnx = (file: string): string => join(models, "mixed/onnx", file);
+  await rename(onnx("decoder_model_merged.onnx"), onnx("decoder_model_merged_fp16.onnx"));
+  const dtype = { encoder_model: "fp32", decoder_model_merged: "fp16" };
+  const pipe = await pipeOn("mixed", { dtype });
+  t.match(await refusal(async () => attach(pipe, await opened(), { model: "mixed" })), {
+    tag: "source",
+    message: /decoder_model_merged\.onnx.*with its options as \{ pretrained \}/s,
+  });
+  const given = await attach(pipe, await opened(), { model: "mixed", pretrained: { dtype } });
+  await given.switchTask("titles");
+  await holds(t, pipe, "titles", "types given");
+  await given.close();
+  // With the files of both types each session is made of its own.
+  await cp(onnx("encoder_model.onnx"), onnx("encoder_model_fp16.onnx"));
+  await writeFile(onnx("decoder_model_merged.onnx"), "not this one");
+  const tasks = await attach(pipe, await opened(), { model: "mixed" });
+  await tasks.switchTask("answers");
+  await holds(t, pipe, "answers", "types known");
+  await tasks.close();
+  await holds(t, pipe, null, "types known, closed");
+  await pipe.dispose();
+});
