@@ -8,6 +8,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { InferenceSession } from "onnxruntime-node";
 import t, { type Test } from "tap";
+import { createEigenSessions } from "../dist/bindings/onnxruntime.js";
 import { readAdapters } from "../dist/src/adapters/folder.js";
 import { openHost } from "../dist/src/base/open.js";
 import { runProgram } from "../dist/src/cli/program.js";
@@ -128,6 +129,21 @@ t.test("int8 by columns, its nodes named as docs/export.md names them", async (t
     difference(found[0]!, found[2]!) <= TOLERANCE && difference(found[1]!, found[3]!) <= TOLERANCE,
     "as in both modes",
   );
+});
+
+t.test("where the file is one of several", async (t) => {
+  for (const set of SETS) {
+    const pack = await openPack(await packed(...set));
+    const models = await createEigenSessions(NODE, { model: path("classifier.onnx") }, pack);
+    t.same(models.sessions.model.leftOut, []);
+    for (const task of [...set, null]) {
+      await models.switchTask(task);
+      const logits = await models.call(({ model }) => outputOf(model, ints(NODE)));
+      const off = difference(logits, answer("classifier", task));
+      t.ok(off <= TOLERANCE, `${set.join(", ")}: ${task}: off by ${off}`);
+    }
+    await models.close();
+  }
 });
 
 t.test("one task a row, and a blend", async (t) => {

@@ -159,7 +159,7 @@ export function matrixShape(
 }
 
 /** The same of all that the initializer holds. */
-export function wholeShape({
+function wholeShape({
   shape,
   layout,
   uses,

@@ -123,11 +123,11 @@ async function residentsOf(
   try {
     const matcher = new ModelMatcher(file, options);
     const brought = (await broughtBy(view, options)).filter(({ role }) => role !== "magnitude" && role !== "private");
-    const parameters = [...new Set(brought.map((one) => one.name).filter((one) => !matcher.ignores(one)))];
+    const parameters = new Set(brought.map((one) => one.name).filter((one) => !matcher.ignores(one)));
     const residents = await matcher.residents(view.modules, parameters, bases.bytes);
     const [here, elsewhere] = [new Set<string>(), new Set<string>()];
     for (const [one, why] of residents) {
-      const module = parameters.includes(one) ? moduleOf(one) : one;
+      const module = parameters.has(one) ? moduleOf(one) : one;
       (why === undefined ? here : elsewhere).add(module);
       if (why === undefined) continue;
       if (lacking.has(one)) lacking.get(one)!.set(name, why);

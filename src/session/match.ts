@@ -141,7 +141,7 @@ export class ModelMatcher {
    */
   async residents(
     modules: readonly PackModule[],
-    parameters: readonly string[],
+    parameters: Iterable<string>,
     bases: Uint8Array,
   ): Promise<Map<string, string | undefined>> {
     const found = new Map<string, string | undefined>();
@@ -161,17 +161,22 @@ export class ModelMatcher {
         found.set(module.name, error.message);
       }
     }
+    const fits = (name: string, as: string): boolean => name === as || confirmed.has(inFront(name, as));
     for (const name of parameters) {
       const parameter = this.#names.find(name);
-      if (!("name" in parameter)) found.set(name, "is not in it");
-      else if (parameter.name === name) found.set(name, undefined);
+      const layer = this.#names.find(`${moduleOf(name)}.weight`);
+      if (!("name" in parameter)) {
+        // The exporter may have dropped it from a layer that is here.
+        const dropped =
+          "name" in layer && fits(`${moduleOf(name)}.weight`, layer.name) && (await this.dropped(name)) !== undefined;
+        found.set(name, dropped ? undefined : "is not in it");
+      } else if (parameter.name === name) found.set(name, undefined);
       else unsure.set(name, { name, as: parameter.name });
     }
     for (const [key, { name, as }] of unsure) {
-      const fits = confirmed.has(inFront(name, as));
       found.set(
         key,
-        fits
+        fits(name, as)
           ? undefined
           : `is in it by the end of its name only, as "${as}", which no fingerprint confirms: make the pack with its base`,
       );

@@ -63,9 +63,9 @@ export async function makeTrainer(
   checkChoice("train", train, ["coefficients", "components", "lora"]);
   checkNumbers("createTrainer", options, { rank: "whole", privateTerms: "count" });
   const head = headInputs(source, options.head);
-  const { leftOut } = session;
-  const here = pack.modules.flatMap(({ name }) => (leftOut.includes(name) ? [] : [name]));
-  const absent = options.modules?.find((name) => leftOut.includes(name));
+  const leftOut = new Set(session.leftOut);
+  const here = pack.modules.flatMap(({ name }) => (leftOut.has(name) ? [] : [name]));
+  const absent = options.modules?.find((name) => leftOut.has(name));
   if (absent !== undefined) throw new RangeError(`modules: "${absent}" was left out of this session`);
   const modules = await trainedModules(pack, { ...options, modules: options.modules ?? here }, train === "components");
   const origin = new Terms(modules);
