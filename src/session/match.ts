@@ -64,7 +64,7 @@ export class ModelMatcher {
     const names = weights.map(({ name }) => name);
     refuseShared(modules, names);
     const found: OnnxParameter[] = [];
-    for (const weight of weights) found.push(await this.#copies.of(weight));
+    for (const weight of weights) found.push(weight.slice ? weight : await this.#copies.of(weight));
     return found;
   }
 
@@ -94,8 +94,10 @@ export class ModelMatcher {
     const found = place && this.#names.find(`${place.name}.weight`);
     if (!found || !("name" in found)) return undefined;
     const own = `${found.name.slice(0, -`${place.whole}.weight`.length)}${place.part}.weight`;
+    // Copies are of the whole: a part has none of its own.
+    const whole = await this.#copies.of(this.#parameters.get(found.name)!);
     this.#note(`${module}.weight`, own);
-    return partOfPacked(this.#file.model, this.#parameters.get(found.name)!, own, place.index);
+    return partOfPacked(this.#file.model, whole, own, place.index);
   }
 
   #note(name: string, found: string): void {
