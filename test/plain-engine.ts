@@ -69,7 +69,10 @@ export class PlainEngine implements Engine<PlainModel> {
         if (!t) attributes[name] = ints.length > 0 ? ints.map(Number) : [f || Number(i)];
         else await keep(inputs[inputs.push(`${output[0]}/${name}`) - 1], t);
       }
-      steps.push((values) => values.set(output[0], operator(attributes, ...inputs.map((name) => read(values, name)))));
+      steps.push((values) => {
+        const made = [operator(attributes, ...inputs.map((name) => read(values, name)))].flat();
+        for (const [i, value] of made.entries()) values.set(output[i], value);
+      });
     }
     const [inputNames, outputNames] = [input, output].map((values) => values.map(({ name }) => name));
     return { inputNames, outputNames, constants, steps };

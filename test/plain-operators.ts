@@ -6,7 +6,7 @@ import { BackendError } from "../dist/src/errors.js";
 
 type Numbers = readonly number[];
 export type Value = { readonly dims: Numbers; readonly data: Numbers };
-export type Operator = (attributes: Readonly<Record<string, Numbers>>, ...inputs: Value[]) => Value;
+export type Operator = (attributes: Readonly<Record<string, Numbers>>, ...inputs: Value[]) => Value | Value[];
 
 export function fail(message: string): never {
   throw new BackendError(message, { backend: "plain" });
@@ -157,6 +157,13 @@ export const OPERATORS: Readonly<Record<string, Operator>> = {
     return count(shape) === data.length ? { dims: shape, data } : fail(`[${dims}] cannot become [${to}]`);
   },
   Shape: ({ start, end }, { dims }) => list(dims.slice(start?.[0], end?.[0])),
+  Split: ({ axis: [axis] }, x, sizes) => {
+    let end = 0;
+    return sizes.data.map((size) => {
+      const start = (end += size) - size;
+      return make(x.dims.with(axis, size), (at) => get(x, at.with(axis, start + at.at(axis)!)));
+    });
+  },
   Slice: (_, x, starts, ends, axes = list([...starts.data.keys()]), steps = list([])) => {
     if (steps.data.some((step) => step !== 1)) fail(`Slice: steps of [${steps.data}]: only steps of 1 are known`);
     const kept = x.dims.map((size) => [...Array(size).keys()]);

@@ -2,8 +2,8 @@
  * What there is to differentiate: the nodes between trained values and the loss, with the shapes of all that they take and make.
  */
 import type { Feed } from "../onnx/feeds.ts";
-import type { Added } from "../onnx/graft.ts";
 import type { Graph } from "../onnx/model.ts";
+import type { Added } from "../onnx/nodes.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { asGelu } from "./gelu.ts";
 import { lift } from "./lift.ts";

@@ -3,10 +3,9 @@
  * same for two feeds whose free dimensions all differ is fixed, and what differs is free.
  */
 import type { Feed } from "../onnx/feeds.ts";
-import type { Added } from "../onnx/graft.ts";
 import { FLOAT, FLOAT16 } from "../onnx/linear.ts";
 import { attribute, type Graph } from "../onnx/model.ts";
-import { makeNode, PREFIX } from "../onnx/nodes.ts";
+import { type Added, makeNode, PREFIX } from "../onnx/nodes.ts";
 import type { ValueInfoProto } from "../onnx/onnx_pb.ts";
 import { create, ValueInfoProtoSchema } from "../onnx/protobuf.ts";
 import type { ModelFile } from "../onnx/read.ts";

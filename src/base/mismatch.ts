@@ -2,7 +2,7 @@
 import { BaseMismatchError } from "../errors.ts";
 import type { PackModule } from "../format/format.ts";
 import { asWeight, type Located, type Locator, type ModuleToFind } from "./locate.ts";
-import type { NameMatcher } from "./names.ts";
+import type { NameMatcher, NotFound } from "./names.ts";
 
 /** Candidates that are named at most. */
 const MOST_NAMED = 8;
@@ -21,9 +21,19 @@ export function findWeight(
 ): string {
   const found = names.find(byHand?.get(module) ?? `${module}.weight`);
   if ("name" in found) return found.name;
-  const all = new Set([...found.candidates, ...(found.ambiguous ? [] : alike())]);
-  const candidates = [...all].slice(0, Math.max(MOST_NAMED, found.candidates.length));
-  throw new BaseMismatchError(
+  throw notFound(module, found, found.ambiguous ? [] : alike());
+}
+
+/**
+ * What is said where a module's weight is missing or ambiguous.
+ * @param alike names of weights that it may be, whatever they are called
+ */
+export function notFound(module: string, found: NotFound, alike: readonly string[] = []): BaseMismatchError {
+  const candidates = [...new Set([...found.candidates, ...alike])].slice(
+    0,
+    Math.max(MOST_NAMED, found.candidates.length),
+  );
+  return new BaseMismatchError(
     `"${module}" ${found.ambiguous ? "matches several weights" : "is not"} in the base; ` +
       `candidates: ${candidates.join(", ") || "none (another model?)"}. If the names differ, map them with the option \`names\``,
     { module, candidates },

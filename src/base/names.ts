@@ -6,6 +6,13 @@ import { nearest } from "../arguments.ts";
 /** Segments that are dropped at most, so that a long name makes no more than a few others. */
 const MOST_DROPPED = 64;
 
+/** Why there is no one name. */
+export interface NotFound {
+  readonly ambiguous: boolean;
+  /** Those that are equally good, or look alike. */
+  readonly candidates: string[];
+}
+
 /**
  * Finds, for names of an adapter, the parameters of a base model they mean: by the longest common suffix of whole dotted
  * segments that is the whole of one of the two names. "bert.encoder.layer.0.query.weight" finds
@@ -28,7 +35,7 @@ export class NameMatcher {
   }
 
   /** The base's name; or the candidates, when there are several equally good ones or none. */
-  find(name: string): { name: string } | { ambiguous: boolean; candidates: string[] } {
+  find(name: string): { name: string } | NotFound {
     if (this.#exact.has(name)) return { name };
     const longer = this.#bySuffix.get(name) ?? [];
     if (longer.length === 1) return { name: longer[0]! };
@@ -37,7 +44,14 @@ export class NameMatcher {
       // A bare "weight" or "bias" says nothing about which module it belongs to.
       if (suffix.includes(".") && this.#exact.has(suffix)) return { name: suffix };
     }
-    return { ambiguous: false, candidates: nearest(name, this.#exact) };
+    const names = this.#exact;
+    return {
+      ambiguous: false,
+      // Not before they are asked for: they take a step for each pair of letters of each name.
+      get candidates(): string[] {
+        return nearest(name, names);
+      },
+    };
   }
 }
 

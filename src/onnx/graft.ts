@@ -9,27 +9,28 @@
  *     d  = xs·E_B + (reshape(x, [tasks, n / tasks, in]) · A) · B  A [tasks, in, q], B [tasks, q, out]
  *     y' = y + reshape(d, shape of y)
  *
+ * Layers that one x enters (queries, keys, values) share its product with their components, and one input that holds their cores along
+ * its diagonal.
+ *
  * The usual x [batch, sequence, in] needs none of the reshapes. Every node costs: sessions take longer to create and to run.
  */
-import { FormatError } from "../errors.ts";
+import { ComponentProducts, type Components, type IntegerProducts } from "./components.ts";
+import { groupsOf, joined } from "./groups.ts";
 import { biasAdd, FLOAT, INT64, type Linear } from "./linear.ts";
 import type { OnnxModel } from "./model.ts";
-import { dropUnused, makeInts, makeNode, makeValue, NodeEdits, Place, PREFIX } from "./nodes.ts";
+import {
+  type Added,
+  dropUnused,
+  importContributed,
+  makeInts,
+  makeNode,
+  makeValue,
+  NodeEdits,
+  Place,
+  PREFIX,
+} from "./nodes.ts";
 import type { GraphProto, NodeProto } from "./onnx_pb.ts";
 import { Ranks } from "./rank.ts";
-
-/** The least opset in which the operators that are added mean what is meant here. */
-const LEAST_OPSET = 11;
-
-/** Components of one module, as initializers of the graph. */
-export interface Components {
-  /** E_Aᵀ [in, K_A], the mean as last column where there is one. */
-  readonly At: Float32Array;
-  /** E_B [K_B, out]. */
-  readonly B: Float32Array;
-  readonly KA: number;
-  readonly KB: number;
-}
 
 /** An adapted layer. */
 export interface GraftModule {
@@ -88,17 +89,22 @@ export interface Graft {
 /** An input that was added: f32, or int64 for `indices`. A string in `dims` is a free dimension. */
 export interface TaskInput {
   readonly name: string;
-  /** Module or parameter that it belongs to. */
+  /** Module or parameter that it belongs to; of a core the modules that share it, joined by "+". */
   readonly of: string;
   readonly kind: "core" | "A" | "B" | "scale" | "bias" | "indices" | "rows" | "headWeight" | "headBias";
   readonly dims: readonly (number | string)[];
+  /** Of a core: the modules' own, along the diagonal in this order. */
+  readonly cores?: readonly CoreBlock[];
 }
 
-/** A tensor that was added to the graph; its bytes are held back until the model is written. */
-export interface Added {
-  readonly name: string;
-  readonly dims: readonly number[];
-  readonly data: Float32Array;
+/** The core of one module in the input of several. */
+export interface CoreBlock {
+  readonly module: string;
+  readonly KA: number;
+  readonly KB: number;
+  /** What rows and columns are multiplied with, where the graph holds integers. */
+  readonly scalesA: Float32Array | undefined;
+  readonly scalesB: Float32Array | undefined;
 }
 
 /** What `graft` made of the model. */
@@ -117,55 +123,36 @@ export interface ProbeOutputs {
 }
 
 /**
- * To be asked of a model as its file has it, before anything is added: no name of ours can be told from the file's own afterwards.
- * @throws FormatError when the model's opset is too old, the model has been grafted before, or it uses names of ours
- */
-export function checkGraftable(model: OnnxModel): void {
-  if (model.opset < LEAST_OPSET) {
-    const message = `opset ${model.opset}: at least ${LEAST_OPSET} is needed; export it again with opset_version=17`;
-    throw new FormatError(message, { file: model.name, part: "opset" });
-  }
-  if (model.graph.proto.input.some(({ name }) => name.startsWith(`${PREFIX}.`))) {
-    throw new FormatError("has task inputs already; pass the model as it was before", {
-      file: model.name,
-      part: "graph",
-    });
-  }
-  const taken = ownNames(model).find((name) => name.startsWith(`${PREFIX}/`) || name.startsWith(`${PREFIX}.`));
-  if (taken === undefined) return;
-  // What is added would be taken for it, or it for what is added.
-  const message = `its value "${taken}" has a name as this package gives them: rename it, or pass the model as it was before`;
-  throw new FormatError(message, { file: model.name, part: "graph" });
-}
-
-/** All names of values. */
-function ownNames({ graph }: OnnxModel): string[] {
-  const inputs = [...graph.scopes.keys()].flatMap(({ input }) => input.map(({ name }) => name));
-  const made = [...graph.scopes.values()].flatMap(({ initializers, producers, outputs }) => [
-    ...initializers.keys(),
-    ...producers.keys(),
-    ...outputs,
-  ]);
-  return [...inputs, ...made, ...graph.consumers.keys()];
-}
-
-/**
  * Changes `model.proto` in place.
  * @param model that `checkGraftable` has passed; weights that are folded may have a place of their own since then
- * @param options `probe: false` adds no outputs for a probe
+ * @param options `probe: false` adds no outputs for a probe; `integers`: how components that are integers are multiplied by. Default:
+ *   as floats
  */
 export function graft(
   model: OnnxModel,
   { modules, biases, rows, heads }: Graft,
-  options: { probe?: boolean } = {},
+  options: { probe?: boolean; integers?: IntegerProducts | undefined } = {},
 ): Grafted {
-  const grafter = new Grafter(model, options.probe ?? true);
+  const grafter = new Grafter(model, options.probe ?? true, options.integers);
   // A bias is added behind what DoRA scales, so before the term that goes between.
   for (const bias of biases) grafter.bias(bias);
   for (const table of rows) grafter.rows(table);
-  for (const module of modules) grafter.module(module);
+  for (const members of groupsOf(modules, ({ A }) => grafter.products.formOf(A))) grafter.group(members);
   for (const head of heads) grafter.head(head);
   return grafter.finish(heads);
+}
+
+/** x·E_Aᵀ·core of a module, and the rows of x that it was made of. */
+interface Mixed {
+  readonly rows: string;
+  readonly value: string;
+}
+
+interface RowsInto {
+  readonly rank: number | undefined;
+  readonly rows: string;
+  /** rows [n, width] as [tasks, n / tasks, width], where they have no batch of their own. */
+  readonly byTask: (value: string, width: number) => string;
 }
 
 class Grafter {
@@ -178,63 +165,113 @@ class Grafter {
   readonly #first: NodeProto[] = [];
   readonly #shared = new Set<string>();
   readonly #edits = new NodeEdits();
+  readonly products: ComponentProducts;
   readonly #wantsProbe: boolean;
   #probe: ProbeOutputs | undefined;
   #count = 0;
 
-  constructor(model: OnnxModel, wantsProbe: boolean) {
+  constructor(model: OnnxModel, wantsProbe: boolean, integers: IntegerProducts | undefined) {
     this.#model = model;
+    this.products = new ComponentProducts(integers, this.#added);
     this.#wantsProbe = wantsProbe;
     this.#main = model.graph.proto;
     this.#ranks = new Ranks(model);
   }
 
-  module({ name, in: inputs, out, linears, components, factors, rowScale }: GraftModule): void {
-    const core = components && this.#input(name, "core", [components.KA, components.KB]);
-    const A = factors ? this.#input(name, "A", [inputs, "q"]) : undefined;
-    const B = factors ? this.#input(name, "B", ["q", out]) : undefined;
-    const scale = rowScale ? this.#input(name, "scale", [1, out]) : undefined;
-    if (components) {
-      this.#added.push({ name: `${PREFIX}/${name}/E_A`, dims: [inputs, components.KA], data: components.At });
-      this.#added.push({ name: `${PREFIX}/${name}/E_B`, dims: [components.KB, out], data: components.B });
+  /** @param members which all have components, or one module */
+  group(members: readonly GraftModule[]): void {
+    const core = members[0]!.components && this.#core(members);
+    const own = members.map(({ name, in: inputs, out, factors, rowScale }) => ({
+      A: factors ? this.#input(name, "A", [inputs, "q"]) : undefined,
+      B: factors ? this.#input(name, "B", ["q", out]) : undefined,
+      scale: rowScale ? this.#input(name, "scale", [1, out]) : undefined,
+    }));
+    for (const i of members[0]!.linears.keys()) {
+      const linears = members.map((member) => member.linears[i]!);
+      const mixed = core && this.#mix(members, linears, core);
+      for (const [m, member] of members.entries()) this.#term(member, linears[m]!, own[m]!, mixed?.[m]);
     }
-    for (const linear of linears) {
-      // Behind the bias where that can be: runtimes fuse a product with its bias. DoRA scales what is in front of it.
-      const end = rowScale ? linear.node : (biasAdd(this.#model, linear) ?? linear.node);
-      const place = new Place(this.#edits, linear.graph, end, `${PREFIX}/${name}/${this.#count++}`, linear.type);
-      const rank = linear.graph === this.#main ? this.#ranks.of(linear.x) : undefined;
-      const rows =
-        rank === 3 || rank === 2 ? place.up(linear.x) : place.op("Flatten", [place.up(linear.x)], { axis: -1 });
-      // [batch, sequence, in] multiplies with [tasks, …] as it is.
-      const byTask = (value: string, width: number): string => (rank === 3 ? value : this.#rowsOf(place, value, width));
-      const terms: string[] = [];
-      if (A !== undefined && B !== undefined) {
-        terms.push(place.op("MatMul", [place.op("MatMul", [byTask(rows, inputs), A]), B]));
-      }
-      if (core !== undefined && components) {
-        const projected = place.op("MatMul", [rows, `${PREFIX}/${name}/E_A`]);
-        const mixed = place.op("MatMul", [byTask(projected, components.KA), core]);
-        terms.push(place.op("MatMul", [mixed, `${PREFIX}/${name}/E_B`]));
-      }
-      const term = terms.length === 2 ? place.op("Add", terms) : terms[0]!;
-      if (this.#wantsProbe && linear.graph === this.#main) this.#probe ??= { module: name, x: rows, term };
-      const bias = scale && linear.addsBias ? linear.node.input[2]! : undefined;
-      // y without its bias: DoRA scales it.
-      if (bias !== undefined) linear.node.input.length = 2;
-      let y = place.begin();
-      const asY = (value: string): string => {
-        if (rank === 3) return value;
-        return place.op("Reshape", [value, rank === 2 ? this.#ints([-1, out]) : place.op("Shape", [y])]);
-      };
-      if (scale) {
-        const whole = place.op("Add", [byTask(place.up(y), out), term]);
-        y = asY(place.op("Mul", [whole, scale]));
-        if (bias !== undefined) y = place.op("Add", [y, place.up(bias)]);
-        place.end(place.down(y));
-      } else {
-        place.end(place.op("Add", [y, place.down(asY(term))]));
-      }
+  }
+
+  /** The input that holds the cores of modules. */
+  #core(members: readonly GraftModule[]): TaskInput {
+    const cores = members.map(({ name, components }): CoreBlock => {
+      const { A, B } = components!;
+      const [scalesA, scalesB] = [this.products.scalesOf(A), this.products.scalesOf(B)];
+      return { module: name, KA: A.rows, KB: B.rows, scalesA, scalesB };
+    });
+    const size = (side: "KA" | "KB"): number => cores.reduce((sum, block) => sum + block[side], 0);
+    this.#input(joined(cores.map(({ module }) => module)), "core", [size("KA"), size("KB")], cores);
+    return this.#inputs[this.#inputs.length - 1]!;
+  }
+
+  /** x·E_Aᵀ·core, in front of the first of the layers. @returns the columns of each */
+  #mix(members: readonly GraftModule[], linears: readonly Linear[], core: TaskInput): Mixed[] {
+    const { graph, x, type } = linears[0]!;
+    const nodes = new Set(linears.map(({ node }) => node));
+    const first = nodes.size === 1 ? linears[0]!.node : graph.node.find((node) => nodes.has(node))!;
+    const place = new Place(this.#edits, graph, first, `${PREFIX}/${core.of}/${this.#count++}`, type);
+    const [, KA] = core.dims as [string, number];
+    const { rows, byTask } = this.#rowsInto(place, graph, x);
+    const sides = members.map(({ components }) => components!.A);
+    const projected = this.products.project(place, rows, sides, `${PREFIX}/${core.of}/E_A`);
+    const mixed = place.op("MatMul", [byTask(projected, KA), core.name]);
+    const widths = core.cores!.map(({ KB }) => KB);
+    // From opset 13 on the sizes are an input.
+    const [inputs, attributes] = this.#model.opset >= 13 ? [[this.#ints(widths)], {}] : [[], { split: widths }];
+    const parts =
+      widths.length === 1
+        ? [mixed]
+        : place.ops("Split", [mixed, ...inputs], widths.length, { axis: -1, ...attributes });
+    place.before();
+    return parts.map((value) => ({ rows, value }));
+  }
+
+  #term(
+    { name, in: inputs, out, components }: GraftModule,
+    linear: Linear,
+    { A, B, scale }: { A: string | undefined; B: string | undefined; scale: string | undefined },
+    mixed: Mixed | undefined,
+  ): void {
+    // Behind the bias where that can be: runtimes fuse a product with its bias. DoRA scales what is in front of it.
+    const end = scale === undefined ? (biasAdd(this.#model, linear) ?? linear.node) : linear.node;
+    const place = new Place(this.#edits, linear.graph, end, `${PREFIX}/${name}/${this.#count++}`, linear.type);
+    const { rank, rows, byTask } = this.#rowsInto(place, linear.graph, linear.x, mixed?.rows);
+    const terms: string[] = [];
+    if (A !== undefined && B !== undefined) {
+      terms.push(place.op("MatMul", [place.op("MatMul", [byTask(rows, inputs), A]), B]));
     }
+    if (mixed) terms.push(this.products.expand(place, mixed.value, components!.B, `${PREFIX}/${name}/E_B`));
+    const term = terms.length === 2 ? place.op("Add", terms) : terms[0]!;
+    if (this.#wantsProbe && linear.graph === this.#main) this.#probe ??= { module: name, x: rows, term };
+    const bias = scale && linear.addsBias ? linear.node.input[2]! : undefined;
+    // y without its bias: DoRA scales it.
+    if (bias !== undefined) linear.node.input.length = 2;
+    let y = place.begin();
+    const asY = (value: string): string => {
+      if (rank === 3) return value;
+      return place.op("Reshape", [value, rank === 2 ? this.#ints([-1, out]) : place.op("Shape", [y])]);
+    };
+    if (scale === undefined) {
+      place.end(place.op("Add", [y, place.down(asY(term))]));
+      return;
+    }
+    const whole = place.op("Add", [byTask(place.up(y), out), term]);
+    y = asY(place.op("Mul", [whole, scale]));
+    if (bias !== undefined) y = place.op("Add", [y, place.up(bias)]);
+    place.end(place.down(y));
+  }
+
+  /**
+   * x as f32 rows: [batch, sequence, in], which multiplies with [tasks, …] as it is, or [n, in], which `byTask` reshapes.
+   * @param made what another place has made of it
+   */
+  #rowsInto(place: Place, graph: GraphProto, x: string, made?: string): RowsInto {
+    const rank = graph === this.#main ? this.#ranks.of(x) : undefined;
+    const flat = (): string =>
+      rank === 3 || rank === 2 ? place.up(x) : place.op("Flatten", [place.up(x)], { axis: -1 });
+    const byTask = (value: string, width: number): string => (rank === 3 ? value : this.#rowsOf(place, value, width));
+    return { rank, rows: made ?? flat(), byTask };
   }
 
   bias({ name, size, type, places }: GraftBias): void {
@@ -322,10 +359,10 @@ class Grafter {
     return name;
   }
 
-  #input(of: string, kind: TaskInput["kind"], dims: readonly (number | string)[]): string {
+  #input(of: string, kind: TaskInput["kind"], dims: readonly (number | string)[], cores?: CoreBlock[]): string {
     const suffix = { headWeight: "weight", headBias: "bias", bias: "change" }[kind as string] ?? kind;
     const name = `${PREFIX}.${of}.${suffix}`;
-    this.#inputs.push({ name, of, kind, dims: ["tasks", ...dims] });
+    this.#inputs.push({ name, of, kind, dims: ["tasks", ...dims], ...(cores && { cores }) });
     return name;
   }
 
@@ -340,6 +377,7 @@ class Grafter {
     }
     for (const value of this.#probe ? [this.#probe.x, this.#probe.term] : []) main.output.push(makeValue(value, FLOAT));
     if (heads.length > 0) this.#freeLabels(heads);
+    if (this.products.contributed) importContributed(this.#model);
     // Replaced heads, and the weights that folding has given a place of their own.
     dropUnused(this.#model);
     return { inputs: this.#inputs, initializers: this.#added, probe: this.#probe };

@@ -10,6 +10,8 @@ import type { GraphProto, NodeProto } from "./onnx_pb.ts";
 export const FLOAT = 1;
 export const FLOAT16 = 10;
 export const INT64 = 7;
+export const UINT8 = 2;
+export const INT8 = 3;
 
 /** One application of a linear layer: y = x · Wᵀ, with the bias where the same node adds it. */
 export interface Linear {

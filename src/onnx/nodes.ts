@@ -5,7 +5,14 @@
 import { FLOAT, FLOAT16, INT64 } from "./linear.ts";
 import { nestedGraphs, type OnnxModel } from "./model.ts";
 import type { AttributeProto, GraphProto, NodeProto, TensorProto, ValueInfoProto } from "./onnx_pb.ts";
-import { AttributeProtoSchema, create, NodeProtoSchema, TensorProtoSchema, ValueInfoProtoSchema } from "./protobuf.ts";
+import {
+  AttributeProtoSchema,
+  create,
+  NodeProtoSchema,
+  OperatorSetIdProtoSchema,
+  TensorProtoSchema,
+  ValueInfoProtoSchema,
+} from "./protobuf.ts";
 
 /** The first word of every value and node that is added. */
 export const PREFIX = "eigenlora";
@@ -16,6 +23,24 @@ export type Attributes = Readonly<Record<string, number | readonly number[] | { 
 /** `AttributeProto.AttributeType`. */
 const ATTRIBUTE = { float: 1, int: 2, graph: 5, ints: 7 };
 
+/** A tensor that was added to a graph; its bytes are held back until the model is written. */
+export interface Added {
+  readonly name: string;
+  /** `TensorProto.DataType` of `data`. */
+  readonly type: number;
+  readonly dims: readonly number[];
+  readonly data: Float32Array | Int8Array | Uint8Array;
+}
+
+/** The domain of onnxruntime's own operators. */
+export const CONTRIBUTED = "com.microsoft";
+
+/** Says that the model has operators of that domain. */
+export function importContributed({ proto: { opsetImport } }: OnnxModel): void {
+  if (opsetImport.some(({ domain }) => domain === CONTRIBUTED)) return;
+  opsetImport.push(create(OperatorSetIdProtoSchema, { domain: CONTRIBUTED, version: 1n }));
+}
+
 /** A node with one output or several. */
 export function makeNode(
   opType: string,
@@ -23,9 +48,11 @@ export function makeNode(
   input: readonly string[],
   output: string | readonly string[],
   attributes: Attributes = {},
+  domain = "",
 ): NodeProto {
   return create(NodeProtoSchema, {
     opType,
+    domain,
     name,
     input: [...input],
     output: typeof output === "string" ? [output] : [...output],
@@ -67,26 +94,37 @@ export function makeValue(name: string, elemType: number, dims?: readonly (numbe
   return create(ValueInfoProtoSchema, { name, type: { value: { case: "tensorType", value } } });
 }
 
+interface NodeEdit {
+  readonly before: NodeProto[];
+  readonly behind: NodeProto[][];
+  removed: boolean;
+}
+
 /**
  * What becomes of the nodes of graphs, kept until `apply`: to move the end of a list for each of them would take as many
  * steps as it has nodes, each time.
  */
 export class NodeEdits {
-  readonly #graphs = new Map<GraphProto, Map<NodeProto, { behind: NodeProto[][]; removed: boolean }>>();
+  readonly #graphs = new Map<GraphProto, Map<NodeProto, NodeEdit>>();
 
   /** Puts nodes right behind one, in front of those that were put there before. */
   insert(graph: GraphProto, node: NodeProto, nodes: NodeProto[]): void {
     this.#of(graph, node).behind.push(nodes);
   }
 
+  /** Puts nodes right in front of one, behind those that were put there before. */
+  insertBefore(graph: GraphProto, node: NodeProto, nodes: readonly NodeProto[]): void {
+    this.#of(graph, node).before.push(...nodes);
+  }
+
   remove(graph: GraphProto, node: NodeProto): void {
     this.#of(graph, node).removed = true;
   }
 
-  #of(graph: GraphProto, node: NodeProto): { behind: NodeProto[][]; removed: boolean } {
-    const edits = this.#graphs.get(graph) ?? new Map<NodeProto, { behind: NodeProto[][]; removed: boolean }>();
+  #of(graph: GraphProto, node: NodeProto): NodeEdit {
+    const edits = this.#graphs.get(graph) ?? new Map<NodeProto, NodeEdit>();
     this.#graphs.set(graph, edits);
-    const edit = edits.get(node) ?? { behind: [], removed: false };
+    const edit = edits.get(node) ?? { before: [], behind: [], removed: false };
     edits.set(node, edit);
     return edit;
   }
@@ -94,15 +132,15 @@ export class NodeEdits {
   apply(): void {
     for (const [graph, edits] of this.#graphs) {
       graph.node = graph.node.flatMap((node) => {
-        const { behind = [], removed = false } = edits.get(node) ?? {};
-        return [...(removed ? [] : [node]), ...[...behind].reverse().flat()];
+        const { before = [], behind = [], removed = false } = edits.get(node) ?? {};
+        return [...before, ...(removed ? [] : [node]), ...[...behind].reverse().flat()];
       });
     }
     this.#graphs.clear();
   }
 }
 
-/** Nodes that are added behind one node, in order. */
+/** Nodes that are added behind one node or in front of it, in order. */
 export class Place {
   readonly #edits: NodeEdits;
   readonly #graph: GraphProto;
@@ -121,10 +159,23 @@ export class Place {
     this.#type = type;
   }
 
-  op(opType: string, input: readonly string[], attributes: Attributes = {}): string {
+  op(opType: string, input: readonly string[], attributes: Attributes = {}, domain = ""): string {
     const name = `${this.#name}/${opType}_${this.#nodes.length}`;
-    this.#nodes.push(makeNode(opType, name, input, name, attributes));
+    this.#nodes.push(makeNode(opType, name, input, name, attributes, domain));
     return name;
+  }
+
+  /** A node with several outputs. */
+  ops(opType: string, input: readonly string[], outputs: number, attributes: Attributes = {}): string[] {
+    const name = `${this.#name}/${opType}_${this.#nodes.length}`;
+    const values = Array.from({ length: outputs }, (_, i) => `${name}/${i}`);
+    this.#nodes.push(makeNode(opType, name, input, values, attributes));
+    return values;
+  }
+
+  /** Puts the nodes so far in front of the node. */
+  before(): void {
+    this.#edits.insertBefore(this.#graph, this.#node, this.#nodes.splice(0));
   }
 
   /** A value of the model as f32. */

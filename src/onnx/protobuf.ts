@@ -8,6 +8,7 @@ export {
   GraphProtoSchema,
   ModelProtoSchema,
   NodeProtoSchema,
+  OperatorSetIdProtoSchema,
   TensorProtoSchema,
   ValueInfoProtoSchema,
 } from "./onnx_pb.ts";

@@ -4,8 +4,7 @@
  */
 import { FormatError } from "../errors.ts";
 import { type ReadOptions, readAll } from "../source.ts";
-import type { Added } from "./graft.ts";
-import { FLOAT } from "./linear.ts";
+import type { Added } from "./nodes.ts";
 import type { GraphProto, TensorProto } from "./onnx_pb.ts";
 import { create, ModelProtoSchema, TensorProtoSchema, toBinary } from "./protobuf.ts";
 import type { ModelFile } from "./read.ts";
@@ -85,9 +84,9 @@ export async function detachWeights(
 export function embedWeights({ model }: ModelFile, added: readonly Added[]): Uint8Array {
   const { initializer } = model.graph.proto;
   const own = initializer.length;
-  for (const { name, dims, data } of added) {
+  for (const { name, type, dims, data } of added) {
     const rawData = new Uint8Array(data.buffer as ArrayBuffer, data.byteOffset, data.byteLength);
-    initializer.push(create(TensorProtoSchema, { name, dims: dims.map(BigInt), dataType: FLOAT, rawData }));
+    initializer.push(create(TensorProtoSchema, { name, dims: dims.map(BigInt), dataType: type, rawData }));
   }
   try {
     return toBinary(ModelProtoSchema, model.proto);
@@ -120,9 +119,9 @@ function pointAll(added: readonly Added[]): { tensors: TensorProto[]; data: Uint
     return at;
   });
   const bytes = new Uint8Array(end);
-  const tensors = added.map(({ name, dims, data }, i) => {
+  const tensors = added.map(({ name, type, dims, data }, i) => {
     bytes.set(new Uint8Array(data.buffer, data.byteOffset, data.byteLength), places[i]);
-    const tensor = create(TensorProtoSchema, { name, dims: dims.map(BigInt), dataType: FLOAT });
+    const tensor = create(TensorProtoSchema, { name, dims: dims.map(BigInt), dataType: type });
     point(tensor, ADDED_FILE, places[i]!, data.byteLength);
     return tensor;
   });

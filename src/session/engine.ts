@@ -4,6 +4,7 @@
  * `createSession`: `bindings/ort-engine.ts` and `test/plain-engine.ts` are two of them.
  */
 import type { DeviceBuffer, DeviceHandle } from "../backends/backend.ts";
+import type { IntegerProducts } from "../onnx/components.ts";
 import type { Feed } from "../onnx/feeds.ts";
 import type { DetachedModel } from "../onnx/write.ts";
 
@@ -74,6 +75,8 @@ export interface Engine<Model extends LoadedModel = LoadedModel> {
   tensor(data: Feed["data"], dims: readonly number[], type?: string): EngineTensor;
   /** Frees a model, after the runs that were asked for. */
   release(model: Model): Promise<void>;
+  /** How it multiplies by integers, so that components can stay as small as their pack stores them. Default: it does not. */
+  readonly integers?: IntegerProducts | undefined;
   /** Where models run on a WebGPU device. */
   readonly gpu?: EngineGpu | undefined;
 }

@@ -3,7 +3,7 @@
  * the right model's. Changes nothing.
  */
 import { checkFingerprint, SAME_FLOAT, SAME_QUANTIZED } from "../base/fingerprint.ts";
-import { findWeight, refuseShared, shapeMismatch } from "../base/mismatch.ts";
+import { notFound, refuseShared, shapeMismatch } from "../base/mismatch.ts";
 import { NameMatcher } from "../base/names.ts";
 import { BaseMismatchError } from "../errors.ts";
 import { moduleOf } from "../format/brings.ts";
@@ -72,19 +72,18 @@ export class ModelMatcher {
     const byHand = this.#options.names?.get(module);
     const [held, ...others] = this.#byInitializer.get(byHand ?? "") ?? [];
     if (held && others.length === 0) return held;
-    try {
-      const found = this.#parameters.get(findWeight(this.#names, module, this.#options.names))!;
+    const found = this.#names.find(byHand ?? `${module}.weight`);
+    if ("name" in found) {
       if (byHand === undefined) this.#note(`${module}.weight`, found.name);
-      return found;
-    } catch (error) {
-      if (!(error instanceof BaseMismatchError)) throw error;
-      const part = await this.#packed(byHand ?? module);
-      if (part) return part;
-      const fused = fusedNode(this.#file.model);
-      if (!fused) throw error;
-      const what = `the model is fused already (${fused.opType} "${fused.name}"): pass the unoptimised export`;
-      throw new BaseMismatchError(`${what}; ${error.message}`, { module, candidates: error.candidates ?? [] });
+      return this.#parameters.get(found.name)!;
     }
+    const part = await this.#packed(byHand ?? module);
+    if (part) return part;
+    const error = notFound(module, found);
+    const fused = fusedNode(this.#file.model);
+    if (!fused) throw error;
+    const what = `the model is fused already (${fused.opType} "${fused.name}"): pass the unoptimised export`;
+    throw new BaseMismatchError(`${what}; ${error.message}`, { module, candidates: error.candidates ?? [] });
   }
 
   /** A layer that lies in a packed one. */

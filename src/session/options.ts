@@ -10,6 +10,11 @@ export interface SessionOptions extends ModelOptions, PlanOptions {
    */
   readonly probe?: boolean | object | undefined;
   /**
+   * Mode "core": "stored" keeps components that the pack stores as integers that small inside the model, as far as the runtime
+   * multiplies by them. "f32" makes floats of them, for runtimes that lack the operators. Default: "stored".
+   */
+  readonly components?: "stored" | "f32" | undefined;
+  /**
    * Whether `eigenlora/train` can train new tasks on it, in mode "factors" only; `logits` names the output that holds the logits,
    * "logits" or the only one by default. Loss and gradients lie in the same graph, which takes longer to create, and costs a run a
    * little. Default: false.
@@ -26,6 +31,7 @@ export const SESSION_OPTIONS = [
   "modules",
   "reserve",
   "probe",
+  "components",
   "trainable",
   "external",
   "fetch",

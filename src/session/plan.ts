@@ -4,23 +4,18 @@
  */
 import { BaseMismatchError } from "../errors.ts";
 import { type Brought, bringsOf, moduleOf, parseBrought } from "../format/brings.ts";
-import type { PackModule } from "../format/format.ts";
-import { readTensor } from "../format/tensors.ts";
-import {
-  type Components,
-  checkGraftable,
-  type Graft,
-  type GraftBias,
-  type GraftHead,
-  type GraftModule,
-  type GraftRows,
-} from "../onnx/graft.ts";
+import type { PackModule, TensorRef } from "../format/format.ts";
+import { encodedTensor, readTensor } from "../format/tensors.ts";
+import type { ComponentRows, Components } from "../onnx/components.ts";
+import type { Graft, GraftBias, GraftHead, GraftModule, GraftRows } from "../onnx/graft.ts";
+import { checkGraftable } from "../onnx/graftable.ts";
 import { biasAdd, linearsOf, NotLinear } from "../onnx/linear.ts";
 import { matrixShape, type OnnxParameter } from "../onnx/modules.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { readLinearWeight } from "../onnx/weights.ts";
 import type { ModuleFilter, PackView } from "../pack/part.ts";
 import type { ReadOptions } from "../source.ts";
+import { BITS, decodeIntegers, decodeScales, isQuantized } from "../tensor/dtypes.ts";
 import { transpose } from "../tensor/transpose.ts";
 import type { BaseHead, BaseValues, Mode } from "./base-values.ts";
 import { type MatchOptions, ModelMatcher } from "./match.ts";
@@ -341,12 +336,10 @@ class Planner {
   }
 
   #components(name: string, bases: Uint8Array): Components | undefined {
-    const { A, B, in: inputs, out } = this.#pack.modules.find((m) => m.name === name)!;
+    const { A, B } = this.#pack.modules.find((m) => m.name === name)!;
     if (A?.kind !== "column" || B?.kind !== "column") return undefined;
-    const [KA, KB] = [A.tensor.rows, B.tensor.rows];
-    if (KA === 0 || KB === 0) return undefined;
-    const At = transpose(readTensor(bases, A.tensor), KA, inputs);
-    return { At, B: readTensor(bases, B.tensor).subarray(0, KB * out), KA, KB };
+    if (A.tensor.rows === 0 || B.tensor.rows === 0) return undefined;
+    return { A: componentRows(A.tensor, bases), B: componentRows(B.tensor, bases) };
   }
 
   async #baseHead({ graft, bias, parameter }: SavedHead, adapted: boolean): Promise<BaseHead> {
@@ -366,6 +359,20 @@ class Planner {
     const { at } = await readLinearWeight(this.#file, parameter, this.#options);
     return Float32Array.from({ length: out * inputs }, (_, i) => at(Math.floor(i / inputs), i % inputs));
   }
+}
+
+function componentRows(tensor: TensorRef, bases: Uint8Array): ComponentRows {
+  const { dtype, rows, width } = tensor;
+  const floats = (): Float32Array => readTensor(bases, tensor);
+  if (!isQuantized(dtype)) return { rows, width, floats };
+  const bytes = encodedTensor(bases, tensor);
+  const values = (): Int8Array => decodeIntegers(dtype, bytes, rows, width);
+  return {
+    rows,
+    width,
+    floats,
+    integers: { bits: BITS[dtype] as 3 | 4 | 8, scales: decodeScales(bytes, rows), values },
+  };
 }
 
 /** What the tasks of a pack change beside their terms, each once. */

@@ -2,6 +2,7 @@
  * A model made ready for the tasks of a pack, before any engine has seen it: planned, its graph changed, its own inputs told
  * from those that carry a task.
  */
+import type { IntegerProducts } from "../onnx/components.ts";
 import { type Feed, feedsOfRows, knownSizes, plainInputs, tableRows, tinyFeeds } from "../onnx/feeds.ts";
 import { type Grafted, type GraftModule, graft } from "../onnx/graft.ts";
 import type { ModelFile } from "../onnx/read.ts";
@@ -46,6 +47,8 @@ export interface PreparedModel extends Grafted {
 export interface PrepareOptions extends PlanOptions {
   /** Mode "folded": the weights that change become inputs, which an engine can take from a device. Default: false. */
   readonly foldedInputs?: boolean | undefined;
+  /** How the model's runtime multiplies by integers: components that are integers stay so. Default: they become floats. */
+  readonly integers?: IntegerProducts | undefined;
   /** Whether the graph gets outputs for the parity probe. Default: true. */
   readonly probeOutputs?: boolean | undefined;
 }
@@ -81,7 +84,14 @@ export async function prepareModel(
   const placed = mode === "folded" ? place(file.model, folded) : undefined;
   const packed = wanted.modules.some(({ linears }) => linears.some(({ slice }) => slice));
   const modules = packed ? (await import("../onnx/packed.ts")).takeApart(file.model, wanted.modules) : wanted.modules;
-  const grafted = graft(file.model, { ...wanted, modules }, { probe: options.probeOutputs ?? true });
+  const grafted = graft(
+    file.model,
+    { ...wanted, modules },
+    {
+      probe: options.probeOutputs ?? true,
+      integers: options.integers,
+    },
+  );
   return {
     ...{ pack, view, keep, mode, reason, base, names, unconfirmed, dropped, outputNames, folded: placed },
     inputNames: own.map(({ name }) => name),

@@ -5,11 +5,12 @@
  */
 import { BackendError } from "../errors.ts";
 import type { Feed } from "../onnx/feeds.ts";
-import type { ProbeOutputs, TaskInput } from "../onnx/graft.ts";
+import type { CoreBlock, ProbeOutputs, TaskInput } from "../onnx/graft.ts";
+import { transpose } from "../tensor/transpose.ts";
 import { type CarrierParts, type ProbeReport, toFeeds } from "./carrier.ts";
 import { dataOf, type Engine, type LoadedModel, type Tensors } from "./engine.ts";
 import type { AdaptedLayer } from "./prepare.ts";
-import type { InputValue } from "./values.ts";
+import { coreOf, type InputValue } from "./values.ts";
 
 type Inputs = ReadonlyMap<string, InputValue>;
 
@@ -115,12 +116,23 @@ function wrong({ provider }: Engine, what: string): BackendError {
 /** Small values that differ everywhere, where the base has zeros. */
 function madeUp(base: Inputs, inputs: readonly TaskInput[]): Map<string, InputValue> {
   const values = new Map(base);
-  for (const { name, kind } of inputs) {
-    if (kind !== "core" && kind !== "A" && kind !== "B") continue;
+  for (const input of inputs) {
+    const { name, kind } = input;
+    if (kind === "core") values.set(name, coreOf(input, madeUpCore));
+    if (kind !== "A" && kind !== "B") continue;
     const { dims, data } = base.get(name)!;
-    values.set(name, { dims, data: Float32Array.from({ length: data.length }, (_, i) => 0.1 * Math.sin(1 + 1.7 * i)) });
+    values.set(name, { dims, data: waves(data.length) });
   }
   return values;
+}
+
+/** A core of a task that there is not. */
+export function madeUpCore({ KA, KB }: CoreBlock): Float32Array {
+  return waves(KA * KB);
+}
+
+function waves(length: number): Float32Array {
+  return Float32Array.from({ length }, (_, i) => 0.1 * Math.sin(1 + 1.7 * i));
 }
 
 /** x·E_Aᵀ·S·E_B + x·A·B in f64, for the rows of x. */
@@ -141,9 +153,11 @@ function termOf(
     term = multiply(multiply(x, A.data, rows, width, A.columns), B.data, rows, A.columns, out);
   }
   if (!components) return term;
-  const { At, B: E, KA, KB } = components;
-  const mixed = multiply(multiply(x, At, rows, width, KA), value("core").data, rows, KA, KB);
-  multiply(mixed, E, rows, KB, out).forEach((v, i) => (term[i]! += v));
+  const [KA, KB] = [components.A.rows, components.B.rows];
+  const core = inputs.flatMap(({ cores = [] }) => cores.filter(({ module }) => module === name)).map(madeUpCore)[0]!;
+  const projected = multiply(x, transpose(components.A.floats(), KA, width), rows, width, KA);
+  const mixed = multiply(projected, core, rows, KA, KB);
+  multiply(mixed, components.B.floats(), rows, KB, out).forEach((v, i) => (term[i]! += v));
   return term;
 }
 

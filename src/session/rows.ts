@@ -9,8 +9,8 @@ import type { TaskInput } from "../onnx/graft.ts";
 import { f16ToF32 } from "../tensor/dtypes.ts";
 import { toFeeds } from "./carrier.ts";
 import { dataOf, type Engine, type EngineTensor, type LoadedModel, type Tensors } from "./engine.ts";
-import { toTensors } from "./probe.ts";
-import type { InputValue } from "./values.ts";
+import { madeUpCore, toTensors } from "./probe.ts";
+import { coreOf, type InputValue } from "./values.ts";
 
 type Inputs = ReadonlyMap<string, InputValue>;
 
@@ -107,9 +107,11 @@ async function lookAt(
 /** A made-up task: other numbers in all that a task gives, but for rows of tables, which meet the model's own input. */
 function changed(base: Inputs, inputs: readonly TaskInput[]): Inputs {
   const values = new Map(base);
-  for (const { name, kind } of inputs) {
+  for (const input of inputs) {
+    const { name, kind } = input;
     const { dims, data } = base.get(name)!;
-    if (kind === "rows" || !(data instanceof Float32Array)) continue;
+    if (kind === "core") values.set(name, coreOf(input, madeUpCore));
+    if (kind === "core" || kind === "rows" || !(data instanceof Float32Array)) continue;
     values.set(name, { dims, data: data.map((value, i) => value + 0.1 * Math.sin(1 + 1.7 * i)) });
   }
   return values;

@@ -72,6 +72,7 @@ export async function createSession<T extends SessionTypes>(
   checkOptions("createSession", options, SESSION_OPTIONS);
   const { trainable = false, mode = "auto" } = options;
   checkChoice("mode", mode, ["auto", "core", "factors", "folded"]);
+  checkChoice("components", options.components ?? "stored", ["stored", "f32"]);
   if (trainable && mode !== "auto" && mode !== "factors") {
     throw new RangeError(`mode: tasks are learned in mode "factors", got ${JSON.stringify(mode)}`);
   }
@@ -92,7 +93,12 @@ export async function sessionOn<T extends SessionTypes>(
   let bases: Awaited<ReturnType<Pack["bases"]>> | undefined;
   try {
     bases = await pack.bases(options);
-    const how = { ...options, foldedInputs: engine.gpu !== undefined, ...(trainable && { mode: "factors" as const }) };
+    const how = {
+      ...options,
+      foldedInputs: engine.gpu !== undefined,
+      integers: options.components === "f32" ? undefined : engine.integers,
+      ...(trainable && { mode: "factors" as const }),
+    };
     const prepared = await prepareModel(file, pack, bases.bytes, how);
     const logits = typeof trainable === "object" ? trainable.logits : undefined;
     const training = trainable

@@ -7,7 +7,7 @@ import { bringsOf, moduleOf, parseBrought } from "../format/brings.ts";
 import type { TaskBlob, TaskParameter } from "../format/format.ts";
 import { misfitLabels } from "../format/heads.ts";
 import { readTensor } from "../format/tensors.ts";
-import type { TaskInput } from "../onnx/graft.ts";
+import type { CoreBlock, TaskInput } from "../onnx/graft.ts";
 import { type Merged, mergeAll } from "../runtime/merge.ts";
 import { loadParts, type Selection, type SwitchOptions } from "../runtime/selection.ts";
 import { type ActiveTask, stage } from "../runtime/stage.ts";
@@ -142,7 +142,8 @@ export class TaskEvaluator {
     return new Map([...terms].map(([index, term]) => [pack.modules[index]!.name, term]));
   }
 
-  #value({ of, kind, dims }: TaskInput, { tasks, terms, merged }: Evaluation): InputValue {
+  #value(input: TaskInput, { tasks, terms, merged }: Evaluation): InputValue {
+    const { of, kind, dims } = input;
     const term = terms.get(of);
     const own = dims.slice(1);
     const fixed = own.map((d) => (typeof d === "number" ? d : 1));
@@ -150,7 +151,7 @@ export class TaskEvaluator {
     const zeros = (): InputValue => ({ dims: fixed, data: new Float32Array(height * width) });
     switch (kind) {
       case "core":
-        return term?.core ? { dims: fixed, data: term.core } : zeros();
+        return coreOf(input, ({ module }) => terms.get(module)?.core);
       case "A":
         return term ? { dims: [height, term.rank], data: transpose(term.A, term.rank, height) } : zeros();
       case "B":
@@ -192,6 +193,34 @@ export class TaskEvaluator {
     if (bias.shape.length !== 1 || bias.shape[0] !== size) throw misfit(name, bias.shape, [size]);
     return bias.values.map((value, i) => value - base[i]!);
   }
+}
+
+/**
+ * The value of an input for cores.
+ * @param of gives the core of a module, f32 [K_A, K_B]; undefined where the task has none
+ */
+export function coreOf(
+  { dims, cores = [] }: TaskInput,
+  of: (block: CoreBlock) => Float32Array | undefined,
+): InputValue {
+  const [, height, width] = dims as [string, number, number];
+  const [only, second] = cores;
+  const whole = only && !second && !only.scalesA && !only.scalesB ? of(only) : undefined;
+  if (whole) return { dims: [height, width], data: whole };
+  const data = new Float32Array(height * width);
+  let [row, column] = [0, 0];
+  for (const block of cores) {
+    const { KA, KB, scalesA, scalesB } = block;
+    const core = of(block);
+    for (let a = 0; core && a < KA; a++) {
+      const at = (row + a) * width + column;
+      const scale = scalesA?.[a] ?? 1;
+      for (let b = 0; b < KB; b++) data[at + b] = scale * (scalesB?.[b] ?? 1) * core[a * KB + b]!;
+    }
+    row += KA;
+    column += KB;
+  }
+  return { dims: [height, width], data };
 }
 
 /** Rows of an embedding that a task brings. */

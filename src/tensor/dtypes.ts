@@ -137,6 +137,22 @@ export function decodeTensor(
   return out;
 }
 
+/** The integers of a quantised tensor [rows, width], row-major. */
+export function decodeIntegers(type: QuantizedDtype, bytes: Uint8Array, rows: number, width: number): Int8Array {
+  const out = new Int8Array(rows * width);
+  const [start, stride] = [scaleBytes(type, rows), rowBytes(type, width)];
+  for (let row = 0; row < rows; row++) {
+    for (let i = 0; i < width; i++) out[row * width + i] = quantizedAt(bytes, type, start + row * stride, i);
+  }
+  return out;
+}
+
+/** The scales of a quantised tensor's rows. */
+export function decodeScales(bytes: Uint8Array, rows: number): Float32Array {
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  return Float32Array.from({ length: rows }, (_, row) => f16ToF32(view.getUint16(2 * row, true)));
+}
+
 /** The `index`-th integer of the packed row that begins at `byteOffset`: two's complement, least significant bit first. */
 export function quantizedAt(bytes: Uint8Array, type: QuantizedDtype, byteOffset: number, index: number): number {
   const bits = BITS[type];

@@ -1,0 +1,36 @@
+/** Layers that one value enters: queries, keys and values; gate and up. */
+import type { Components } from "./components.ts";
+import type { Linear } from "./linear.ts";
+import type { GraphProto } from "./onnx_pb.ts";
+
+/** What tells whether a module shares. */
+interface Sharing {
+  readonly linears: readonly Linear[];
+  readonly components?: Components | undefined;
+}
+
+/**
+ * Modules with components in the same order, those together that one value enters. Whatever else has terms is alone: a module without
+ * components, and one that is applied several times.
+ * @param kindOf modules of different kinds are kept apart
+ */
+export function groupsOf<M extends Sharing>(modules: readonly M[], kindOf: (components: Components) => string): M[][] {
+  const groups = new Map<unknown, M[]>();
+  const graphs = new Map<GraphProto, number>();
+  for (const module of modules) {
+    const [first, second] = module.linears;
+    let key: unknown = module;
+    if (first && !second && module.components) {
+      if (!graphs.has(first.graph)) graphs.set(first.graph, graphs.size);
+      key = `${graphs.get(first.graph)} ${first.type} ${kindOf(module.components)} ${first.x}`;
+    }
+    groups.set(key, [...(groups.get(key) ?? []), module]);
+  }
+  return [...groups.values()];
+}
+
+/** "layer.self.query+key": names of modules as one, without what all have in front. */
+export function joined([first = "", ...others]: readonly string[]): string {
+  const parent = first.slice(0, first.lastIndexOf(".") + 1);
+  return [first, ...others.map((name) => (name.startsWith(parent) ? name.slice(parent.length) : name))].join("+");
+}
