@@ -59,6 +59,10 @@ class OrtEngine implements Engine<OrtSession> {
     };
   }
 
+  get readsFiles(): boolean {
+    return this.#ort.env.versions?.node !== undefined;
+  }
+
   get integers(): IntegerProducts {
     // Its CPU kernels for 4 bits are fast on processors; in WebAssembly each run would unpack all blocks.
     return this.#ort.env.versions?.web !== undefined && !this.gpu ? "DequantizeLinear" : "MatMulNBits";
@@ -68,8 +72,9 @@ class OrtEngine implements Engine<OrtSession> {
     return JSON.stringify(this.#options?.executionProviders ?? "default");
   }
 
-  async load({ bytes, files }: DetachedModel, options: LoadOptions = {}): Promise<OrtSession> {
-    const given = { ...optionsFor(this.#options ?? {}, options), externalData: [...files] };
+  async load({ bytes, files, folder }: DetachedModel, options: LoadOptions = {}): Promise<OrtSession> {
+    const own = optionsFor(this.#options ?? {}, options);
+    const given = folder === undefined ? { ...own, externalData: [...files] } : withFolder(own, folder);
     try {
       return await this.#inTurn(() => this.#ort.InferenceSession.create(bytes, given as never));
     } catch (cause) {
@@ -121,6 +126,12 @@ class OrtEngine implements Engine<OrtSession> {
     );
     return done;
   }
+}
+
+/** Options with the folder that a model's files lie in. */
+function withFolder(options: { extra?: { session?: object } }, folder: string): object {
+  const session = { ...options.extra?.session, model_external_initializers_file_folder_path: folder };
+  return { ...options, extra: { ...options.extra, session } };
 }
 
 /** Whether a session's options put the model on WebGPU. */

@@ -17,7 +17,10 @@ export interface OrtSession {
 export interface Ort {
   readonly InferenceSession: { create(model: Uint8Array, options?: never): Promise<OrtSession> };
   readonly Tensor: abstract new (...args: never) => unknown;
-  readonly env: { readonly versions?: { readonly web?: string | undefined }; readonly webgpu?: object };
+  readonly env: {
+    readonly versions?: { readonly web?: string | undefined; readonly node?: string | undefined };
+    readonly webgpu?: object;
+  };
 }
 
 /** The options of `InferenceSession.create` of this module. */

@@ -465,6 +465,7 @@ async function derive(
   const file: ModelFile = {
     model: { ...model, graph: indexGraph(main, name) },
     bytes: forward,
+    folder: undefined,
     external: undefined,
     close: async () => undefined,
   };

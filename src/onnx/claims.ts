@@ -236,7 +236,9 @@ function unbuilt(name: string): string {
 function ownName(initializer: string): string | undefined {
   let end = initializer.length;
   for (let at = initializer.lastIndexOf("_"); at > 0; at = initializer.lastIndexOf("_", end - 1)) {
-    if (!MADE_BY_TOOLS.test(initializer.slice(at + 1, end))) break;
+    const word = initializer.slice(at + 1, end);
+    // "NAME.weight_T" is NAME's weight, transposed.
+    if (!MADE_BY_TOOLS.test(word) && !(word === "T" && initializer.endsWith(".weight", at))) break;
     end = at;
   }
   const stem = initializer.slice(0, end);

@@ -2,7 +2,7 @@
  * An ONNX model and the files beside it, as bytes. Reading and finding files only; what the bytes mean is `model.ts`.
  */
 import { FormatError } from "../errors.ts";
-import { openSource } from "../open-source.ts";
+import { addressOf, openSource } from "../open-source.ts";
 import { type ByteSource, type FetchOptions, type ReadOptions, readAll, type SourceInput } from "../source.ts";
 import { type OnnxModel, parseModel } from "./model.ts";
 import type { OpenExternal } from "./tensors.ts";
@@ -19,22 +19,32 @@ export interface ModelOptions extends FetchOptions, ReadOptions {
 /** A model in memory. */
 export interface ModelFile {
   readonly model: OnnxModel;
-  /** The whole file; the model's tensors are views of it. */
+  /** The whole file, or the model without its weights; its tensors are views of it. */
   readonly bytes: Uint8Array;
+  /** Where all files lie that the model's tensors point into. Undefined where that is not known, or was not asked for. */
+  readonly folder: string | undefined;
   /** Opens a file beside the model, once. Undefined when there is no telling where those lie. */
   readonly external: OpenExternal | undefined;
   /** Closes the files beside the model. */
   close(): Promise<void>;
 }
 
+/** Smaller files are read at once. */
+const LEAST_APART = 2 ** 23;
+
 /**
  * Reads and parses a model.
+ * @param options `weightsApart`: where the model is a file on a disk, its weights stay there, for a runtime that reads them itself
  * @throws FormatError when the file is truncated or is no ONNX model
  * @throws SourceError when the file cannot be read
  */
-export async function readModel(input: SourceInput, options: ModelOptions = {}): Promise<ModelFile> {
+export async function readModel(
+  input: SourceInput,
+  options: ModelOptions & { readonly weightsApart?: boolean | undefined } = {},
+): Promise<ModelFile> {
   const source = await openSource(input, options, "model");
-  const bytes = await readAll(source, options).finally(() => source.close?.());
+  const apart = options.weightsApart === true && !options.external && isPath(input);
+  const bytes = await readBytes(source, options, apart).finally(() => source.close?.());
   const model = await parsed(bytes, source.name);
   const locate = options.external ?? besides(input, source.name);
   const files = new Map<string, Promise<ByteSource>>();
@@ -51,6 +61,7 @@ export async function readModel(input: SourceInput, options: ModelOptions = {}):
   return {
     model,
     bytes,
+    folder: apart ? source.name.replace(/[^/\\]*$/, "") || "." : undefined,
     external: locate && external,
     async close() {
       const opened = await Promise.allSettled(files.values());
@@ -58,6 +69,21 @@ export async function readModel(input: SourceInput, options: ModelOptions = {}):
       await Promise.all(opened.map((file) => file.status === "fulfilled" && file.value.close?.()));
     },
   };
+}
+
+async function readBytes(source: ByteSource, options: ReadOptions, apart: boolean): Promise<Uint8Array> {
+  if (apart && source.byteLength! >= LEAST_APART) {
+    const { skeletonOf } = await import("./skeleton.ts");
+    const skeleton = await skeletonOf(source, source.name.replace(/^.*[/\\]/, ""), options);
+    if (skeleton) return skeleton;
+  }
+  return readAll(source, options);
+}
+
+/** Whether it names a file on a disk. */
+function isPath(input: SourceInput): boolean {
+  const text = input instanceof URL ? input.href : input;
+  return typeof text === "string" && addressOf(text, "model") === undefined;
 }
 
 async function parsed(bytes: Uint8Array, name: string): Promise<OnnxModel> {

@@ -20,6 +20,8 @@ export interface DataFile {
 export interface DetachedModel {
   readonly bytes: Uint8Array;
   readonly files: readonly DataFile[];
+  /** Where the files lie that the protobuf points into; undefined: `files` are all. */
+  readonly folder?: string | undefined;
 }
 
 /** Tensors from this size on leave the protobuf; smaller ones are shapes and axes, which runtimes look at while loading. */
@@ -57,6 +59,12 @@ export async function detachWeights(
   };
   const { initializer } = model.graph.proto;
   const own = initializer.length;
+  // Runtimes take files from a folder, or files that they are given, not both.
+  const { folder } = file;
+  if (folder !== undefined && (options.supplied ?? []).length === 0) {
+    await checkExternal(file, model.graph.proto);
+    return { bytes: embedWeights(file, added), files: [], folder };
+  }
   visit(model.graph.proto);
   const { tensors, data } = pointAll(added);
   initializer.push(...tensors);
@@ -78,6 +86,17 @@ export async function detachWeights(
     files.push({ path, data: await readAll(await file.external(path), options) });
   }
   return { bytes: proto, files };
+}
+
+/** @throws SourceError when one of the files beside the model cannot be opened; FormatError when it is said to lie elsewhere */
+async function checkExternal({ model, external }: ModelFile, graph: GraphProto): Promise<void> {
+  for (const tensor of graph.initializer) {
+    if (tensor.dataLocation === EXTERNAL) await external!(locationOf(tensor, model.name));
+  }
+  for (const { attribute } of graph.node) {
+    for (const { g, graphs } of attribute)
+      for (const nested of g ? [g, ...graphs] : graphs) await checkExternal({ model, external } as ModelFile, nested);
+  }
 }
 
 /** Serialises a model with all that was embedded, and what was added, inside. */

@@ -75,6 +75,8 @@ export interface Engine<Model extends LoadedModel = LoadedModel> {
   tensor(data: Feed["data"], dims: readonly number[], type?: string): EngineTensor;
   /** Frees a model, after the runs that were asked for. */
   release(model: Model): Promise<void>;
+  /** Whether it reads the files of a `DetachedModel`'s `folder` by itself. Default: false. */
+  readonly readsFiles?: boolean | undefined;
   /** How it multiplies by integers, so that components can stay as small as their pack stores them. Default: it does not. */
   readonly integers?: IntegerProducts | undefined;
   /** Where models run on a WebGPU device. */

@@ -87,7 +87,7 @@ export async function groupOf<T extends SessionTypes, Name extends string>(
     for (const { name, engine, model, options, before } of files) {
       count++;
       checkChoice("mode", options.mode ?? "auto", ["auto", "core", "factors", "folded"]);
-      const file = await readModel(model, options);
+      const file = await readModel(model, { ...options, weightsApart: engine.readsFiles });
       let modules: ((module: string) => boolean) | undefined;
       try {
         modules = await residentsOf(file, name, pack, options, lacking, empty);

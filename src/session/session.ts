@@ -76,7 +76,7 @@ export async function createSession<T extends SessionTypes>(
   if (trainable && mode !== "auto" && mode !== "factors") {
     throw new RangeError(`mode: tasks are learned in mode "factors", got ${JSON.stringify(mode)}`);
   }
-  return sessionOn<T>(engine, await readModel(source, options), pack, options);
+  return sessionOn<T>(engine, await readModel(source, { ...options, weightsApart: engine.readsFiles }), pack, options);
 }
 
 /**
