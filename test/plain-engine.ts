@@ -22,6 +22,7 @@ const TYPES = [
   [7, "int64", BigInt64Array],
   [9, "bool", Uint8Array],
   [2, "uint8", Uint8Array],
+  [3, "int8", Int8Array],
   [10, "float16", Uint16Array],
 ] as const;
 

@@ -102,6 +102,7 @@ export const OPERATORS: Readonly<Record<string, Operator>> = {
   Constant: ({ value_ints, value_int, value_float }, value) =>
     value ?? (value_ints ? list(value_ints) : { dims: [], data: value_int ?? value_float }),
   ConstantOfShape: (_, shape, value) => make(shape.data, () => value?.data[0] ?? 0),
+  DequantizeLinear: (_, x, scale) => each((v, s) => v * s, x, scale),
   Div: (_, ...of) => each((a, b) => a / b, ...of),
   Equal: (_, ...of) => each((a, b) => Number(a === b), ...of),
   Erf: (_, x) => each(erf, x),
