@@ -1,0 +1,59 @@
+/** Modules that versions of transformers call otherwise: what finds what, and what must not. */
+import t from "tap";
+import { AliasMatcher } from "../dist/src/base/aliases.js";
+
+/** What an adapter, or a newer checkpoint, says; what an older one says. As transformers 5.24 maps them when it loads a checkpoint. */
+const PAIRS = [
+  ["vit.layers.3.attention.q_proj", "vit.encoder.layer.3.attention.attention.query"],
+  ["vit.layers.3.attention.o_proj", "vit.encoder.layer.3.attention.output.dense"],
+  ["vit.layers.3.mlp.fc1", "vit.encoder.layer.3.intermediate.dense"],
+  ["vit.layers.3.mlp.fc2", "vit.encoder.layer.3.output.dense"],
+  ["dinov2.encoder.layer.0.attention.v_proj", "dinov2.encoder.layer.0.attention.attention.value"],
+  ["dinov2.encoder.layer.0.attention.o_proj", "dinov2.encoder.layer.0.attention.output.dense"],
+  ["swin.encoder.layers.1.blocks.0.attention.k_proj", "swin.encoder.layers.1.blocks.0.attention.self.key"],
+  ["swin.encoder.layers.1.blocks.0.mlp.fc2", "swin.encoder.layers.1.blocks.0.output.dense"],
+  ["segformer.stages.1.blocks.0.attention.q_proj", "segformer.encoder.block.1.0.attention.self.query"],
+  ["segformer.stages.1.blocks.0.mlp.fc1", "segformer.encoder.block.1.0.mlp.dense1"],
+  ["model.language_model.layers.0.self_attn.q_proj", "language_model.model.layers.0.self_attn.q_proj"],
+  ["model.vision_tower.encoder.layers.0.mlp.fc1", "vision_tower.vision_model.encoder.layers.0.mlp.fc1"],
+  ["model.language_model.layers.0.mlp.up_proj", "model.layers.0.mlp.up_proj"],
+] as const;
+
+t.test("one finds the other, both ways, with and without segments in front", async (t) => {
+  const [now, former] = [0, 1].map((side) => PAIRS.slice(0, -1).map((pair) => `${pair[side]}.weight`));
+  for (const [from, to] of [
+    [now!, former!],
+    [former!, now!],
+  ] as const) {
+    const matcher = new AliasMatcher(to);
+    const behind = new AliasMatcher(to.map((name) => `base.${name}`));
+    for (const [i, name] of from.entries()) {
+      t.same(matcher.find(name), { name: to[i] });
+      t.same(behind.find(name), { name: `base.${to[i]}` });
+    }
+  }
+  const [whole, alone] = PAIRS.at(-1)!;
+  t.same(new AliasMatcher([`${alone}.bias`, `${alone}.weight`]).find(`${whole}.weight`), { name: `${alone}.weight` });
+  t.same(new AliasMatcher([`${whole}.weight`]).find(`${alone}.weight`), { name: `${whole}.weight` });
+});
+
+t.test("its own name comes first; another layer is never found; several are ambiguous", async (t) => {
+  const [now, former] = [`${PAIRS[0][0]}.weight`, `${PAIRS[0][1]}.weight`];
+  t.same(new AliasMatcher([former, now]).find(now), { name: now });
+  t.same(new AliasMatcher([former, now]).find(former), { name: former });
+  for (const other of ["vit.encoder.layer.4.attention.attention.query", "vit.encoder.layer.3.attention.attention.key"])
+    t.match(new AliasMatcher([`${other}.weight`]).find(now), { ambiguous: false });
+  t.match(new AliasMatcher([`a.${former}`, `b.${former}`]).find(now), {
+    ambiguous: true,
+    candidates: [`a.${former}`, `b.${former}`],
+  });
+  // Names alike in part are others.
+  t.match(new AliasMatcher(["vit.encoder.layer.3.attention.attention.query_norm.weight"]).find(now), {
+    ambiguous: false,
+  });
+});
+
+t.test("a long name costs no more than its length", async (t) => {
+  const name = `${"layers.1.attention.q_proj.".repeat(20_000)}weight`;
+  t.match(new AliasMatcher(["a.weight"]).find(name), { ambiguous: false });
+});
