@@ -13,6 +13,7 @@ const PAIRS = [
   ["swin.encoder.layers.1.blocks.0.attention.k_proj", "swin.encoder.layers.1.blocks.0.attention.self.key"],
   ["swin.encoder.layers.1.blocks.0.mlp.fc2", "swin.encoder.layers.1.blocks.0.output.dense"],
   ["segformer.stages.1.blocks.0.attention.q_proj", "segformer.encoder.block.1.0.attention.self.query"],
+  ["decode_head.linear_projections.1.proj", "decode_head.linear_c.1.proj"],
   ["segformer.stages.1.blocks.0.mlp.fc1", "segformer.encoder.block.1.0.mlp.dense1"],
   ["model.language_model.layers.0.self_attn.q_proj", "language_model.model.layers.0.self_attn.q_proj"],
   ["model.vision_tower.encoder.layers.0.mlp.fc1", "vision_tower.vision_model.encoder.layers.0.mlp.fc1"],

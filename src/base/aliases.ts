@@ -27,7 +27,13 @@ const RENAMINGS: readonly Renaming[] = [
   // Swin.
   [...attention("self"), ...PERCEPTRON],
   // SegFormer.
-  [["encoder.block.#", "stages.#.blocks"], ...attention("self"), ["mlp.dense1", "mlp.fc1"], ["mlp.dense2", "mlp.fc2"]],
+  [
+    ["encoder.block.#", "stages.#.blocks"],
+    ["decode_head.linear_c", "decode_head.linear_projections"],
+    ...attention("self"),
+    ["mlp.dense1", "mlp.fc1"],
+    ["mlp.dense2", "mlp.fc2"],
+  ],
   // Models of images and text, around a language model; and that one exported by itself.
   [
     ["language_model.model", "model.language_model"],

@@ -7,15 +7,16 @@ of a file in 4 or 8 bits on the base that its bytes stand for.
 usage: python make.py FOLDER [FAMILY...]    python make.py --list
 (torch 2.13, transformers 5.24, peft 0.21, diffusers 0.42, onnx 1.23, onnxscript 0.7, onnxruntime 1.32)
 """
-import ast, copy, gc, json, logging, pathlib, shutil, sys, time, warnings
+import ast, gc, json, logging, pathlib, re, shutil, sys, tempfile, time, warnings
 import numpy as np, onnx, torch
 from onnx import numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import PreTrainedModel
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from models import FAMILIES  # noqa: E402
@@ -227,6 +228,41 @@ def replacing(paths):
     return replace
 
 
+# ---- names of former versions
+
+def checkpoint(family, path):
+    """The base as it lies on the hubs: transformers saves names of the version that began with the model. Those of modules that are
+    called otherwise now, by what they are called now."""
+    model = base(family)
+    state = {name: value.contiguous().clone() for name, value in model.state_dict().items()}
+    if not isinstance(model, PreTrainedModel):
+        save_file(state, path)
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        shutil.copyfile(pathlib.Path(folder) / "model.safetensors", path)
+    saved = {(tuple(value.shape), value.numpy().tobytes()): name for name, value in load_file(path).items()}
+    pairs = ((name, saved.get((tuple(value.shape), value.numpy().tobytes()), name)) for name, value in state.items() if value.ndim > 1)
+    return {now.removesuffix(".weight"): former.removesuffix(".weight") for now, former in pairs if now != former}
+
+
+def renamed(former, part, source, path):
+    """An export as a former version would have made it: its names, and the modules that nodes are named by."""
+    model = onnx.load(source)
+    front = f"{part.module}." if part.module else ""
+    names = {now.removeprefix(front): old for now, old in former.items() if now.startswith(front)}
+    values = {f"{now}.{leaf}": f"{old}.{leaf}" for now, old in names.items() for leaf in ("weight", "bias")}
+    for node in model.graph.node:
+        node.input[:] = [values.get(value, value) for value in node.input]
+        place, _, own = node.name.rpartition("/")
+        dotted = place.strip("/").replace("/", ".")
+        if dotted in names:
+            node.name = "/" + re.sub(r"\.(?!\d)", "/", names[dotted]) + f"/{own}"
+    for tensor in model.graph.initializer:
+        tensor.name = values.get(tensor.name, tensor.name)
+    onnx.save(model, path)
+
+
 # ---- a family's folder
 
 def plain(value):
@@ -250,13 +286,8 @@ def make(family, root):
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     adapters(family, folder)
-    state, seen = {}, set()
-    for name, value in base(family).state_dict().items():
-        if value.data_ptr() not in seen or value.numel() == 0:
-            state[name] = value.contiguous().clone()
-        seen.add(value.data_ptr())
-    save_file(state, folder / "base.safetensors")
-    exports, failed = [], {}
+    former = checkpoint(family, folder / "base.safetensors")
+    exports = []
     for exporter in family.exporters:
         files = {name: f"{exporter}-{name}.onnx" for name in family.parts}
         for name, part in family.parts.items():
@@ -271,6 +302,11 @@ def make(family, root):
             if form != "f16":
                 made["goldens"] = goldens(answers(family, folder, replacing([folder / file for file in others.values()])))
             exports.append(made)
+        if former and exporter == "torchscript":
+            others = {name: f"former-{name}.onnx" for name in family.parts}
+            for name, part in family.parts.items():
+                renamed(former, part, folder / files[name], folder / others[name])
+            exports.append({"exporter": "transformers 4", "format": "f32", "files": others})
     parts = {name: {"feeds": described(part.feeds()), "output": part.output} for name, part in family.parts.items()}
     (folder / "family.json").write_text(json.dumps(
         {"name": family.name, "title": family.title, "tasks": TASKS, "parts": parts, "goldens": goldens(answers(family, folder)),

@@ -135,6 +135,32 @@ lm("falcon", "Falcon", hf.FalconForCausalLM,
    {"target_modules": ["query_key_value"]})
 
 
+def cached(width=8, heads=2, layers=2, past=5):
+    """As Optimum exports a decoder for text generation: two tokens more, behind a cache of five."""
+    sides = [f"past_key_values_{layer}_{side}" for layer in range(layers) for side in ("key", "value")]
+
+    def call(run, given):
+        cache = hf.DynamicCache()
+        for layer in range(layers):
+            cache.update(given[sides[2 * layer]], given[sides[2 * layer + 1]], layer)
+        return run(input_ids=given["input_ids"], attention_mask=given["attention_mask"], past_key_values=cache).logits
+
+    def feeds():
+        kept = {side: numbers(BATCH, heads, past, width, seed=20 + i) for i, side in enumerate(sides)}
+        return {"input_ids": ids(5, 2), "attention_mask": torch.ones(BATCH, past + 2, dtype=torch.int64), **kept}
+    free = {"input_ids": ROWS, "attention_mask": {0: "batch", 1: "past_sequence_length + sequence"},
+            **{side: {0: "batch", 2: "past_sequence_length"} for side in sides}}
+    return Part(call, feeds, free, automatic=True)
+
+
+family("llama-cache", "Llama with a cache", lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**DECODER)), cached(), ATTENTION, EVERYTHING,
+       formats=ALL_FORMATS)
+family("gpt2-cache", "GPT-2 with a cache",
+       lambda: hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=32)),
+       cached(heads=4), {"target_modules": ["c_attn"], "fan_in_fan_out": True},
+       {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True})
+
+
 # ---- encoders
 
 QUERY = {"target_modules": ["query", "value"]}

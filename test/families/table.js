@@ -12,7 +12,8 @@ const FORMATS = /** @type {const} */ ({ f32: "f32", q4: "4 bits", f16: "f16", in
 const HEAD = `# Model families
 
 What \`npm run soak\` runs: tiny models of each family with random weights, exported by torch's TorchScript exporter (as Optimum writes
-files) and by its dynamo exporter, with two adapters that PEFT made: one of attention, one of nearly all linear layers, of different
+files) and by its dynamo exporter; where transformers 5 calls modules otherwise than version 4 did, also with the names of that, which
+checkpoints on the hubs have. Each has two adapters that PEFT made: one of attention, one of nearly all linear layers, of different
 ranks. A lossless pack goes onto every file in modes \`core\`, \`factors\` and \`folded\`; both tasks, the base before and after them, and in
 the first two modes a batch with one task a row are held against PEFT in f64.
 
