@@ -243,7 +243,8 @@ def checkpoint(family, path):
         shutil.copyfile(pathlib.Path(folder) / "model.safetensors", path)
     saved = {(tuple(value.shape), value.numpy().tobytes()): name for name, value in load_file(path).items()}
     pairs = ((name, saved.get((tuple(value.shape), value.numpy().tobytes()), name)) for name, value in state.items() if value.ndim > 1)
-    return {now.removesuffix(".weight"): former.removesuffix(".weight") for now, former in pairs if now != former}
+    # Tied weights are saved once, by a name that there is now.
+    return {now.removesuffix(".weight"): former.removesuffix(".weight") for now, former in pairs if former not in state}
 
 
 def renamed(former, part, source, path):
