@@ -81,7 +81,7 @@ const HERMES_BUDGET = 25_000;
 
 /** Loaded there when it is used: addresses, files of weights, trust, task files, weights on a device, unfolded modes. */
 const HERMES_LAZY =
-  /\/(safetensors-host|url-source|task-file|part|hash|trust|refusal|device-host|unfold|unfold-device|terms|apply|turn|failed)\.js$/;
+  /\/(safetensors-host|aliases|url-source|task-file|part|hash|trust|refusal|device-host|unfold|unfold-device|terms|apply|turn|failed)\.js$/;
 
 t.test("a bundle for Hermes keeps its budget", async (t) => {
   const code =

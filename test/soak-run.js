@@ -1,6 +1,6 @@
 /**
- * What takes too long for the tests, one after the other: switches on every backend, sessions, pairs of writers, Next.js, and
- * mutants.
+ * What takes too long for the tests, one after the other: switches on every backend, sessions, pairs of writers, Next.js, families
+ * of models, LoRAs from strangers, and mutants.
  *
  * usage: npm run soak [-- --fuzz COUNT]      COUNT mutants. Default: 100 000
  */
@@ -15,6 +15,7 @@ for (const [script, ...args] of [
   ["soak-session.js"],
   ["soak-writers.js"],
   ["soak-next.js"],
+  ["soak-families.js"],
   ["soak-wild.js"],
   ["soak-fuzz.js", fuzz],
 ]) {

@@ -19,7 +19,7 @@ export interface Located extends Parameter {
 /** The parameters of a host, found by an adapter's names. */
 export class Locator {
   readonly parameters: ReadonlyMap<string, Parameter>;
-  readonly names: NameMatcher;
+  names: NameMatcher;
   /** Names of weights by module name, before anything else. */
   readonly byHand: ReadonlyMap<string, string> | undefined;
 

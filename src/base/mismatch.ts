@@ -58,12 +58,18 @@ export function locate(locator: Locator, module: ModuleToFind): Located {
 }
 
 /**
- * Where a runtime cannot attach.
+ * The weights of modules that a runtime has not found, under the names of other versions too.
  * @throws BaseMismatchError for the first module whose weight is missing, ambiguous, of another shape or another module's too
  */
-export function refuseModules(locator: Locator, modules: readonly PackModule[]): void {
-  const weights = modules.map((module) => locate(locator, module).name);
-  refuseShared(modules, weights);
+export async function locateModules(locator: Locator, modules: readonly PackModule[]): Promise<Located[]> {
+  const { AliasMatcher } = await import("./aliases.ts");
+  locator.names = new AliasMatcher(locator.parameters.keys());
+  const weights = modules.map((module) => locate(locator, module));
+  refuseShared(
+    modules,
+    weights.map(({ name }) => name),
+  );
+  return weights;
 }
 
 /** @param transposed whether the weight is stored as [in, out] */

@@ -1,5 +1,6 @@
 /** Fingerprints of the base model that a pack is made for. */
 import type { ModuleShape } from "../adapters/adapter.ts";
+import { AliasMatcher } from "../base/aliases.ts";
 import { fingerprint, weightAt } from "../base/fingerprint.ts";
 import type { WeightHost } from "../base/host.ts";
 import { type Located, Locator } from "../base/locate.ts";
@@ -14,6 +15,7 @@ export async function readFingerprints(
   modules: Iterable<ModuleShape>,
 ): Promise<Map<string, Float32Array>> {
   const locator = new Locator(base);
+  locator.names = new AliasMatcher(locator.parameters.keys());
   const prints = new Map<string, Float32Array>();
   for (const module of modules) {
     const located = inBase(locator, module);

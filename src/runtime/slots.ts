@@ -21,13 +21,11 @@ export interface Slot {
 
 /** @throws BaseMismatchError when a module is missing, ambiguous or of another shape, or two match one weight */
 export async function findSlots(modules: readonly PackModule[], locator: Locator): Promise<Slot[]> {
-  const slots = modules.flatMap((module): Slot[] => {
-    const weight = locator.weight(module);
-    return weight ? [{ module, weight, pristine: undefined, active: undefined }] : [];
-  });
-  const names = new Set(slots.map(({ weight }) => weight.name));
-  if (names.size < modules.length) (await import("../base/mismatch.ts")).refuseModules(locator, modules);
-  return slots;
+  let weights = modules.flatMap((module) => locator.weight(module) ?? []);
+  const names = new Set(weights.map(({ name }) => name));
+  if (names.size < modules.length)
+    weights = await (await import("../base/mismatch.ts")).locateModules(locator, modules);
+  return modules.map((module, i) => ({ module, weight: weights[i]!, pristine: undefined, active: undefined }));
 }
 
 /**

@@ -2,9 +2,10 @@
  * A pack's modules and a model's parameters, held against each other: which weight each adapted module is, and whether it is
  * the right model's. Changes nothing.
  */
+import { AliasMatcher } from "../base/aliases.ts";
 import { checkFingerprint, SAME_FLOAT, SAME_QUANTIZED } from "../base/fingerprint.ts";
 import { notFound, refuseShared, shapeMismatch } from "../base/mismatch.ts";
-import { NameMatcher } from "../base/names.ts";
+import type { NameMatcher } from "../base/names.ts";
 import { BaseMismatchError } from "../errors.ts";
 import { moduleOf } from "../format/brings.ts";
 import type { PackModule } from "../format/format.ts";
@@ -46,7 +47,7 @@ export class ModelMatcher {
       if (others) others.push(parameter);
       else this.#byInitializer.set(parameter.initializer, [parameter]);
     }
-    this.#names = new NameMatcher(this.#parameters.keys());
+    this.#names = new AliasMatcher(this.#parameters.keys());
     this.#copies = new Copies(file, parameters, options);
   }
 

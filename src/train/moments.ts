@@ -6,6 +6,7 @@
 import type { Adapter, AdapterModule } from "../adapters/adapter.ts";
 import { checkAdapters } from "../adapters/modules.ts";
 import { checkArgument, checkOptions } from "../arguments.ts";
+import { AliasMatcher } from "../base/aliases.ts";
 import { Locator } from "../base/locate.ts";
 import { locate } from "../base/mismatch.ts";
 import { BaseMismatchError } from "../errors.ts";
@@ -57,7 +58,9 @@ export async function inputMoments(
   const file = await readModel(model);
   try {
     const main = file.model.graph.proto;
-    const entering = inputsOf(file.model, new Locator(onnxHost(file), names), modulesOf(adapters));
+    const locator = new Locator(onnxHost(file), names);
+    locator.names = new AliasMatcher(locator.parameters.keys());
+    const entering = inputsOf(file.model, locator, modulesOf(adapters));
     const there = new Set([...main.output, ...main.input].map(({ name }) => name));
     // Query, key and value are made of the same.
     const sums = new Map(

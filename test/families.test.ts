@@ -1,0 +1,43 @@
+/**
+ * docs/families.md is what the last whole run of test/soak-families.js has found (test/families/results.json), about the families that
+ * test/families/models.py makes now, within what that run allows. The run itself takes minutes and PyTorch: `npm run soak`.
+ */
+import { readFileSync } from "node:fs";
+import t from "tap";
+import { REFUSALS } from "./families/refusals.js";
+import { type Results, render } from "./families/table.js";
+
+/** As in families/run.js, which needs a model to run. */
+const EXACT = 1e-5;
+const read = (path: string): string => readFileSync(new URL(path, import.meta.url), "utf8");
+const results = JSON.parse(read("families/results.json")) as Results;
+
+t.test("the page is what the run has found", async (t) => {
+  t.equal(read("../docs/families.md"), render(results), "run node test/soak-families.js --write");
+});
+
+t.test("the run knew every family", async (t) => {
+  const made = [...read("families/models.py").matchAll(/^(?:family|lm|classifier)\("[^"]+", "([^"]+)"/gm)].map(
+    ([, title]) => title!,
+  );
+  t.ok(made.length >= 40);
+  t.same(
+    results.rows.map(({ title }) => title),
+    made,
+  );
+});
+
+t.test("nothing is off by more than allowed, and nothing else is refused", async (t) => {
+  const causes = new Set(REFUSALS.map(({ cause }) => cause));
+  for (const { title, results: exports } of results.rows) {
+    for (const { exporter, format, modes, rows } of exports) {
+      for (const outcome of [...Object.values(modes), ...Object.values(rows)]) {
+        const where = `${title}, ${exporter}, ${format}: ${JSON.stringify(outcome)}`;
+        if (typeof outcome !== "number") t.ok(causes.has(outcome.refused), where);
+        else if (format === "f32" || format === "q4") t.ok(outcome <= EXACT, where);
+      }
+      t.same(Object.keys(modes), ["core", "factors", "folded"]);
+    }
+  }
+  for (const [name, off] of Object.entries(results.latents)) t.ok(off <= 1e-4, name);
+});
