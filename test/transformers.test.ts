@@ -527,10 +527,25 @@ t.test("what cannot be is refused and leaves the pipeline as it was", { skip }, 
   await several.dispose();
   const wordless = await pipeline("text-generation", "decoder", { dtype: "fp32" });
   Object.assign(wordless, { tokenizer: null });
-  t.match(await refused({ model: "decoder" }, wordless), { name: "TypeError", message: /pass \{ Tensor \}/ });
+  // Neither a tokenizer nor the model shows tensors.
+  Object.assign(wordless.model, { _prepare_decoder_input_ids_for_generation: undefined });
+  const nameless = /pass \{ Tensor \}, `Tensor` of "@huggingface\/transformers"$/;
+  t.match(await refused({ model: "decoder" }, wordless), { name: "TypeError", message: nameless });
+  class Matrix {}
+  for (const [wrong, name] of [
+    [Matrix, '"Matrix"'],
+    [Float32Array, '"Float32Array"'],
+    ["float32", '"float32"'],
+  ] as const) {
+    const message = `attachPack: Tensor: expected the class \`Tensor\` of "@huggingface/transformers", got ${name}`;
+    t.match(await refused({ model: "decoder", Tensor: wrong }, wordless), { name: "TypeError", message });
+  }
   const { Tensor } = await import("onnxruntime-common");
-  const given = await attachPack(wordless, await pack("decoder"), { model: "decoder", Tensor });
-  t.equal(given.session.probe.result, "passed");
+  for (const one of [(await load()).Tensor, Tensor]) {
+    const given = await attachPack(wordless, await pack("decoder"), { model: "decoder", Tensor: one });
+    t.equal(given.session.probe.result, "passed");
+    await given.close();
+  }
   await wordless.dispose();
   t.equal(pipe.model.sessions["model"], own);
   t.equal(
@@ -542,7 +557,7 @@ t.test("what cannot be is refused and leaves the pipeline as it was", { skip }, 
     refused({ model: "decoder" }),
     pipe(PROMPTS[1]!, { max_new_tokens: 3, do_sample: false }),
   ]);
-  t.match(second, { name: "TypeError", message: /has a pack/ });
+  t.match(second, { name: "TypeError", message: /the session "model" has the pack .*; close that first/ });
   await pipe.dispose();
   const other = await pipeline("text-classification", "external", { dtype: "fp32" });
   t.match(
