@@ -3,6 +3,7 @@
  * of them. Part of `eigenlora/transformers`, without an entry of its own.
  */
 import { checkOptions } from "../src/arguments.ts";
+import { BaseMismatchError } from "../src/errors.ts";
 import type { Pack } from "../src/pack/pack.ts";
 import { type GroupFile, groupOf } from "../src/session/group.ts";
 import { SESSION_OPTIONS } from "../src/session/options.ts";
@@ -86,7 +87,14 @@ export async function makeOurs(
   if (found.size > 1) return groupOf<OrtTypes<PipelineOrt>, string>(engines(files, ort, pack, before), pack, "skip");
   const [{ name, model, given }] = files as Iterable<Given> as [Given];
   await before.first?.get(name)?.release();
-  return createEigenSession(ort, model, pack, given);
+  try {
+    return await createEigenSession(ort, model, pack, given);
+  } catch (error) {
+    if (!(error instanceof BaseMismatchError)) throw error;
+    // Of several sessions this is the one that was asked for, and of one it is good to know what transformers.js calls it.
+    const { message, module, candidates } = error;
+    throw new BaseMismatchError(`session "${name}": ${message}`, { module, ...(candidates && { candidates }) });
+  }
 }
 
 interface Given {

@@ -292,7 +292,7 @@ function ownSessions(
   names: readonly string[],
   packs: ReadonlyMap<string, Taken>,
 ): { own: OwnSessions; taken: ReadonlyMap<string, Taken> } {
-  const taken = new Map([...packs].filter(([name]) => names.includes(name)));
+  const taken = new Map(names.filter((name) => packs.has(name)).map((name) => [name, packs.get(name)!]));
   const own = new Map<string, PipelineSession>();
   for (const name of names.filter((name) => !taken.has(name))) {
     const session = model.sessions[name] as PipelineSession;

@@ -28,8 +28,7 @@ export interface Tensor {
   tolist(): never[];
 }
 export interface Pipe {
-  // biome-ignore lint/suspicious/noExplicitAny: each pipeline has its own
-  (...inputs: any[]): Promise<any>;
+  (...inputs: unknown[]): Promise<unknown>;
   model: PipelineModel & {
     (inputs: object): Promise<Record<string, Tensor>>;
     generate(options: object): Promise<{ tolist(): bigint[][] }>;

@@ -97,7 +97,7 @@ export async function groupOf<T extends SessionTypes, Name extends string>(
       if (modules) sessions.set(name, await sessionOn<T>(engine, file, pack, { ...options, modules }));
       else await file.close();
     }
-    refuseHomeless(lacking);
+    refuseHomeless(lacking, empty);
     if (sessions.size === 0) throw new BaseMismatchError(`nothing of ${pack.name} lives in the files`, { module: "" });
     return new SessionGroup<T, Name>(pack, sessions);
   } catch (error) {
@@ -157,11 +157,15 @@ function filterOf(
 }
 
 /** @throws BaseMismatchError for what lives in none of the files whose options ask for it */
-function refuseHomeless(lacking: Lacking): void {
+function refuseHomeless(lacking: Lacking, empty: "refuse" | "skip"): void {
   for (const [name, reasons] of lacking) {
     if (!reasons) continue;
     const whys = [...reasons].map(([file, why]) => `${file}: ${why}`).join("; ");
-    const message = `"${name}" lives in none of the files (${whys}). Give the file that has it, or leave it out with the option \`modules\``;
+    const [places, advice] =
+      empty === "skip"
+        ? ["sessions", "Use the model that the adapters are for"]
+        : ["files", "Give the file that has it"];
+    const message = `"${name}" lives in none of the ${places} (${whys}). ${advice}, or leave it out with the option \`modules\``;
     throw new BaseMismatchError(message, { module: name });
   }
 }

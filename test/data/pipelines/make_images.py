@@ -172,7 +172,7 @@ def vit():
     torch.manual_seed(2)
     folder = HERE / "vit"
     labels = {number: f"base {number}" for number in range(4)}
-    config = ViTConfig(hidden_size=HIDDEN, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=SIZE, patch_size=4,
+    config = ViTConfig(hidden_size=HIDDEN, intermediate_size=32, num_hidden_layers=LAYERS, num_attention_heads=2, image_size=SIZE, patch_size=4,
                        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, id2label=labels,
                        label2id={name: number for number, name in labels.items()})
     model = randomised(ViTForImageClassification(config))
