@@ -3,8 +3,10 @@
  * EIGENLORA_RUNTIMES names a folder in which `npm install @huggingface/transformers@4.3.1` was run.
  */
 import { existsSync } from "node:fs";
+import { readFile } from "node:fs/promises";
 import { join } from "node:path";
 import { pathToFileURL } from "node:url";
+import type { Test } from "tap";
 import type { PipelineModel } from "../dist/bindings/transformers.js";
 import { readAdapters } from "../dist/src/adapters/folder.js";
 import { openHost } from "../dist/src/base/open.js";
@@ -12,6 +14,7 @@ import { buildPack } from "../dist/src/pack/build.js";
 import { openPack, type Pack } from "../dist/src/pack/pack.js";
 import { concat, data, LOSSLESS } from "./packs.ts";
 import { required } from "./required.ts";
+import { difference } from "./sessions.ts";
 
 const folder = join(process.env["EIGENLORA_RUNTIMES"] ?? "", "node_modules/@huggingface/transformers");
 const present = process.env["EIGENLORA_RUNTIMES"] !== undefined && existsSync(folder);
@@ -87,4 +90,67 @@ export async function packOn(model: string, only?: (module: string) => boolean):
 
 export async function pipelineOn(task: string, model: string, options: object = {}): Promise<Pipe> {
   return (await transformers()).pipeline(task, model, { dtype: "fp32", ...options });
+}
+
+/** A sum of sines. */
+export interface Sound {
+  waves: [amplitude: number, step: number][];
+  samples: number;
+}
+export interface Generation<Prompt> {
+  task: string;
+  prompt: Prompt;
+  ids: number[];
+  logits: number[];
+}
+
+/** What PEFT generates. */
+export async function generations<Prompt>(model: string): Promise<Generation<Prompt>[]> {
+  return JSON.parse(await readFile(data(`pipelines/${model}/generations.json`), "utf8")) as Generation<Prompt>[];
+}
+
+/**
+ * The text of tokens that are printable ASCII in their order, the space last.
+ * @param special tokens before them
+ */
+export function textOf(ids: readonly number[], special: number): string {
+  return ids.map((id) => (id - special === 94 ? " " : String.fromCharCode(33 + id - special))).join("");
+}
+
+interface Goldens {
+  labels: string[];
+  answers: Record<string, Record<"logits" | "text" | "image", number[]>>;
+}
+export async function goldens(model: string): Promise<Goldens> {
+  return JSON.parse(await readFile(data(`pipelines/${model}/goldens.json`), "utf8")) as Goldens;
+}
+
+export interface Answer {
+  label: string;
+  score: number;
+}
+
+/** Softmax of each row of logits, by label, the likeliest first. */
+export function ranked(logits: readonly number[], labels: readonly string[]): Answer[][] {
+  const rows = Array.from({ length: logits.length / labels.length }, (_, row) =>
+    logits.slice(row * labels.length, (row + 1) * labels.length),
+  );
+  return rows.map((row) => {
+    const sum = row.reduce((all, one) => all + Math.exp(one), 0);
+    const answers = labels.map((label, i) => ({ label, score: Math.exp(row[i]!) / sum }));
+    return answers.sort((a, b) => b.score - a.score);
+  });
+}
+
+/** The same labels in the same order, with the same scores. */
+export function sameAnswers(
+  t: Pick<Test, "same" | "ok">,
+  found: readonly Answer[][],
+  expected: readonly Answer[][],
+  what: string,
+): void {
+  const labels = (rows: readonly Answer[][]): string[][] => rows.map((row) => row.map(({ label }) => label));
+  const scores = (rows: readonly Answer[][]): number[] => rows.flat().map(({ score }) => score);
+  t.same(labels(found), labels(expected), what);
+  t.ok(difference(scores(found), scores(expected)) < 1e-5, `${what}: scores`);
 }

@@ -2,45 +2,21 @@
  * Packs on pipelines of transformers.js that transcribe and translate, against PEFT's answers: a tiny Whisper and a tiny
  * Marian (test/data/pipelines). Needs what `transformers.test.ts` needs.
  */
-import { readFile } from "node:fs/promises";
 import t, { type Test } from "tap";
 import { type AttachedPack, attachPack } from "../dist/bindings/transformers.js";
-import { data } from "./packs.ts";
-import { type Pipe, packOn, pipelineOn, skip, transformers } from "./pipelines.ts";
+import { generations, type Pipe, packOn, pipelineOn, type Sound, skip, textOf, transformers } from "./pipelines.ts";
+import { soundOf } from "./pipelines-inputs.js";
 import { difference, MODES } from "./sessions.ts";
-
-interface Sound {
-  waves: [number, number][];
-  samples: number;
-}
-interface Generation<Prompt> {
-  task: string;
-  prompt: Prompt;
-  ids: number[];
-  logits: number[];
-}
-
-const generations = async <Prompt>(name: string): Promise<Generation<Prompt>[]> =>
-  JSON.parse(await readFile(data(`pipelines/${name}/generations.json`), "utf8")) as Generation<Prompt>[];
-
-function sound({ waves, samples }: Sound): Float32Array {
-  return Float32Array.from({ length: samples }, (_, i) =>
-    waves.reduce((sum, [amplitude, step]) => sum + amplitude * Math.sin(step * i), 0),
-  );
-}
-/** Of tokens that are printable ASCII in their order, the space last. */
-const text = (ids: readonly number[], special: number): string =>
-  ids.map((id) => (id - special === 94 ? " " : String.fromCharCode(33 + id - special))).join("");
 
 const TASKS = { whisper: ["clinic", "court", null], marian: ["formal", "slang", null] } as const;
 const OPTIONS = { max_new_tokens: 12 };
 
 async function transcribes(t: Test, pipe: Pipe, task: string | null, how: string): Promise<void> {
   for (const { prompt, ids } of (await generations<Sound>("whisper")).filter((one) => one.task === (task ?? "base"))) {
-    const { input_features: features } = await pipe.processor(sound(prompt));
+    const { input_features: features } = await pipe.processor(soundOf(prompt));
     const found = await pipe.model.generate({ inputs: features, ...OPTIONS });
     t.same(found.tolist()[0]!.map(Number).slice(4), ids, `${how}, ${task}: tokens`);
-    t.same(await pipe(sound(prompt), OPTIONS), { text: text(ids, 0) }, `${how}, ${task}: text`);
+    t.same(await pipe(soundOf(prompt), OPTIONS), { text: textOf(ids, 0) }, `${how}, ${task}: text`);
   }
 }
 
@@ -57,7 +33,7 @@ async function translates(t: Test, pipe: Pipe, task: string | null, how: string)
     const first = await pipe.model({ ...inputs, decoder_input_ids: new Tensor("int64", [2n], [1, 1]) });
     t.ok(difference(first["logits"]!.data, logits) < 5e-5, `${how}, ${task}: logits`);
   }
-  const expected = all.map(({ ids }) => ({ translation_text: text(ids, 5) }));
+  const expected = all.map(({ ids }) => ({ translation_text: textOf(ids, 5) }));
   t.same(
     await pipe(
       all.map(({ prompt }) => prompt),

@@ -2,25 +2,23 @@
  * Packs on pipelines of transformers.js that look at pictures, against PEFT's answers: a tiny ViT and a tiny CLIP
  * (test/data/pipelines), CLIP as one session, and as two models of their own. Needs what `transformers.test.ts` needs.
  */
-import { readFile } from "node:fs/promises";
 import t, { type Test } from "tap";
 import { type AttachedPack, type AttachOptions, attachPack } from "../dist/bindings/transformers.js";
-import { data } from "./packs.ts";
-import { type Pipe, packOn, pipelineOn, skip, type Tensor, transformers } from "./pipelines.ts";
+import {
+  type Answer,
+  goldens,
+  type Pipe,
+  packOn,
+  pipelineOn,
+  ranked,
+  sameAnswers,
+  skip,
+  type Tensor,
+  transformers,
+} from "./pipelines.ts";
+import { pictureOf } from "./pipelines-inputs.js";
 import { difference, MODES, refusal } from "./sessions.ts";
 
-interface Goldens {
-  labels: string[];
-  answers: Record<string, Record<"logits" | "text" | "image", number[]>>;
-}
-interface Answer {
-  label: string;
-  score: number;
-}
-
-const SIZE = 8;
-const goldens = async (name: string): Promise<Goldens> =>
-  JSON.parse(await readFile(data(`pipelines/${name}/goldens.json`), "utf8")) as Goldens;
 const CLIP = await goldens("clip");
 const VIT = await goldens("vit");
 const TEXTS = CLIP.labels.map((label) => `This is a photo of ${label}`);
@@ -29,43 +27,18 @@ const TEXTS = CLIP.labels.map((label) => `This is a photo of ${label}`);
 async function pictures(): Promise<object[]> {
   const { RawImage } = await transformers();
   return [0, 1].map((number) => {
-    const bytes = Uint8ClampedArray.from(
-      { length: SIZE * SIZE * 3 },
-      (_, i) => (i * (37 + 60 * number) + i * i * 11) % 256,
-    );
-    return new RawImage(bytes, SIZE, SIZE, 3);
+    return new RawImage(pictureOf(number), 8, 8, 3);
   });
 }
 
-/** Softmax of one row, by label, the likeliest first. */
-function ranked(logits: readonly number[], labels: readonly string[]): Answer[] {
-  const sum = logits.reduce((all, one) => all + Math.exp(one), 0);
-  return labels.map((label, i) => ({ label, score: Math.exp(logits[i]!) / sum })).sort((a, b) => b.score - a.score);
-}
-
-function same(t: Test, found: readonly Answer[], expected: readonly Answer[], what: string): void {
-  t.same(
-    found.map(({ label }) => label),
-    expected.map(({ label }) => label),
-    what,
-  );
-  const scores = (answers: readonly Answer[]): number[] => answers.map(({ score }) => score);
-  t.ok(difference(scores(found), scores(expected)) < 1e-5, `${what}: scores`);
-}
-
-const rowsOf = (logits: readonly number[], columns: number): number[][] =>
-  Array.from({ length: logits.length / columns }, (_, row) => logits.slice(row * columns, (row + 1) * columns));
-
 async function classifies(t: Test, pipe: Pipe, task: string | null, labels: string[], how: string): Promise<void> {
   const found = (await pipe(await pictures(), { top_k: 4 })) as Answer[][];
-  for (const [i, row] of rowsOf(VIT.answers[task ?? "base"]!.logits, 4).entries())
-    same(t, found[i]!, ranked(row, labels), `${how}, ${task}: picture ${i}`);
+  sameAnswers(t, found, ranked(VIT.answers[task ?? "base"]!.logits, labels), `${how}, ${task}`);
 }
 
 async function compares(t: Test, pipe: Pipe, task: string | null, how: string): Promise<void> {
   const found = (await pipe(await pictures(), CLIP.labels)) as Answer[][];
-  for (const [i, row] of rowsOf(CLIP.answers[task ?? "base"]!.logits, 3).entries())
-    same(t, found[i]!, ranked(row, CLIP.labels), `${how}, ${task}: picture ${i}`);
+  sameAnswers(t, found, ranked(CLIP.answers[task ?? "base"]!.logits, CLIP.labels), `${how}, ${task}`);
 }
 
 const names = (what: string): string[] => [0, 1, 2, 3].map((i) => `${what}${i}`);

@@ -8,7 +8,8 @@ import t from "tap";
 import { type AttachedPack, type AttachOptions, attachPack } from "../dist/bindings/transformers.js";
 import { openPack, type Pack } from "../dist/src/pack/pack.js";
 import { data, LOSSLESS, packOf } from "./packs.ts";
-import { type Pipe, packOn, pipelineOn, skip, transformers } from "./pipelines.ts";
+import { generations, type Pipe, packOn, pipelineOn, type Sound, skip, transformers } from "./pipelines.ts";
+import { soundOf } from "./pipelines-inputs.js";
 import { refusal } from "./sessions.ts";
 
 const [ENCODER, DECODER] = ["model", "decoder_model_merged"] as const;
@@ -17,8 +18,7 @@ const inDecoder = (module: string): boolean => !inEncoder(module);
 
 /** One sound as the tiny Whisper takes it. */
 async function features(pipe: Pipe): Promise<object> {
-  const sound = Float32Array.from({ length: 24000 }, (_, i) => 0.5 * Math.sin(0.11 * i) + 0.2 * Math.sin(0.35 * i));
-  return (await pipe.processor(sound))["input_features"]!;
+  return (await pipe.processor(soundOf(SOUND)))["input_features"]!;
 }
 async function heard(pipe: Pipe, inputs: object): Promise<number[]> {
   return (await pipe.model.generate({ inputs, max_new_tokens: 12, language: "en" })).tolist()[0]!.map(Number).slice(4);
@@ -32,15 +32,9 @@ async function opened(only?: (module: string) => boolean): Promise<Pack> {
   t.teardown(() => pack.close());
   return pack;
 }
-const SAID = new Map(
-  (
-    JSON.parse(await readFile(data("pipelines/whisper/generations.json"), "utf8")) as {
-      task: string;
-      prompt: { samples: number };
-      ids: number[];
-    }[]
-  ).flatMap(({ task, prompt, ids }) => (prompt.samples === 24000 ? [[task, ids] as const] : [])),
-);
+const HEARD = await generations<Sound>("whisper");
+const SOUND = HEARD[0]!.prompt;
+const SAID = new Map(HEARD.flatMap(({ task, prompt, ids }) => (prompt.samples === SOUND.samples ? [[task, ids]] : [])));
 
 t.test("a pack for the encoder and one for the decoder", { skip }, async (t) => {
   const pipe = await whisper();
@@ -53,33 +47,36 @@ t.test("a pack for the encoder and one for the decoder", { skip }, async (t) => 
   const mixed = await tokens(pipe);
   await whole.close();
   t.ok([...SAID.values()].every((ids) => `${ids}` !== `${mixed}`));
-  for (const original of ["release", "release-first", "keep"] as const) {
-    for (const order of ["encoder first", "decoder first"] as const) {
-      const listening = await attach(pipe, first, { original });
-      t.same(Object.keys(listening.sessions), [ENCODER]);
-      const saying = await attach(pipe, second, { original });
-      t.same(Object.keys(saying.sessions), [DECODER]);
-      t.equal(saying.session, saying.sessions[DECODER]);
-      t.same(await tokens(pipe), SAID.get("base"));
-      for (const task of ["clinic", "court", null] as const) {
-        await listening.switchTask(task);
-        await saying.switchTask(task);
-        t.same(await tokens(pipe), SAID.get(task ?? "base"), `${original}, ${task}`);
-      }
-      await listening.switchTask("court");
-      await saying.switchTask("clinic");
-      t.same(await tokens(pipe), mixed, `${original}, apart`);
-      const [one, other] = order === "encoder first" ? [listening, saying] : [saying, listening];
-      await one.close();
-      t.ok(Object.hasOwn(pipe, "_call"), "calls still wait for switches of the other");
-      await other.switchTask(null);
-      t.same(await tokens(pipe), SAID.get("base"), `${original}, ${order}: one is closed`);
-      await other.switchTask("court");
-      await other.close();
-      t.notOk(Object.hasOwn(pipe, "_call") || Object.hasOwn(pipe.model, "generate"));
-      t.same(await tokens(pipe), SAID.get("base"), `${original}, ${order}: both are closed`);
-      t.match(await refusal(() => one.switchTask("clinic")), { tag: "backend", message: /closed/ });
+  for (const [original, order] of [
+    ["release", "encoder first"],
+    ["release-first", "decoder first"],
+    ["keep", "encoder first"],
+    ["keep", "decoder first"],
+  ] as const) {
+    const listening = await attach(pipe, first, { original });
+    t.same(Object.keys(listening.sessions), [ENCODER]);
+    const saying = await attach(pipe, second, { original });
+    t.same(Object.keys(saying.sessions), [DECODER]);
+    t.equal(saying.session, saying.sessions[DECODER]);
+    t.same(await tokens(pipe), SAID.get("base"));
+    for (const task of ["clinic", "court", null] as const) {
+      await listening.switchTask(task);
+      await saying.switchTask(task);
+      t.same(await tokens(pipe), SAID.get(task ?? "base"), `${original}, ${task}`);
     }
+    await listening.switchTask("court");
+    await saying.switchTask("clinic");
+    t.same(await tokens(pipe), mixed, `${original}, apart`);
+    const [one, other] = order === "encoder first" ? [listening, saying] : [saying, listening];
+    await one.close();
+    t.ok(Object.hasOwn(pipe, "_call"), "calls still wait for switches of the other");
+    await other.switchTask(null);
+    t.same(await tokens(pipe), SAID.get("base"), `${original}, ${order}: one is closed`);
+    await other.switchTask("court");
+    await other.close();
+    t.notOk(Object.hasOwn(pipe, "_call") || Object.hasOwn(pipe.model, "generate"));
+    t.same(await tokens(pipe), SAID.get("base"), `${original}, ${order}: both are closed`);
+    t.match(await refusal(() => one.switchTask("clinic")), { tag: "backend", message: /closed/ });
   }
   for (const name of [ENCODER, DECODER])
     t.equal((pipe.model.sessions[name] as object).constructor, (own[name] as object).constructor, name);
