@@ -29,7 +29,6 @@ import {
 import {
   byName,
   checkEach,
-  type Each,
   foundOnly,
   ignoredByAll,
   makeOurs,
@@ -43,7 +42,7 @@ import {
 import { join, type Shared, type Taken, type TransformersPipeline } from "./transformers-shared.ts";
 import { tensorClass } from "./transformers-tensor.ts";
 
-export type { Each as SessionOptionsByName, PipelineModel, PipelineOrt, PipelineSession, TransformersPipeline };
+export type { PipelineModel, PipelineOrt, PipelineSession, TransformersPipeline };
 
 /** Options of `attachPack`. */
 export interface AttachOptions extends EigenSessionOptions<PipelineOrt> {
@@ -58,7 +57,7 @@ export interface AttachOptions extends EigenSessionOptions<PipelineOrt> {
    */
   part?: string | undefined;
   /** Options of one session, by the pipeline's name for it, in place of those of all. */
-  each?: Each | undefined;
+  each?: Readonly<Record<string, Omit<EigenSessionOptions<PipelineOrt>, "trainable">>> | undefined;
   /**
    * What becomes of the pipeline's own sessions that ours replace. Default: "release", they go once ours are made, so
    * that for a moment both are in memory. "release-first": each goes before ours is made; when making ours fails, the
@@ -72,7 +71,7 @@ export interface AttachOptions extends EigenSessionOptions<PipelineOrt> {
    */
   pretrained?: Readonly<Record<string, unknown>> | undefined;
   /** The class `Tensor` of transformers.js, where nothing of the pipeline makes any. */
-  Tensor?: unknown;
+  Tensor?: (abstract new (...of: never[]) => object) | undefined;
 }
 
 const OPTIONS = [...SESSION_OPTIONS, "session", "model", "part", "each", "original", "pretrained", "Tensor"] as const;

@@ -6,18 +6,15 @@ import t, { type Test } from "tap";
 import { type AttachedPack, attachPack } from "../dist/bindings/transformers.js";
 import { generations, type Pipe, packOn, pipelineOn, type Sound, skip, textOf, transformers } from "./pipelines.ts";
 import { soundOf } from "./pipelines-inputs.js";
-import { difference, MODES } from "./sessions.ts";
+import { difference } from "./sessions.ts";
 
 const TASKS = { whisper: ["clinic", "court", null], marian: ["formal", "slang", null] } as const;
 const OPTIONS = { max_new_tokens: 12 };
 
 async function transcribes(t: Test, pipe: Pipe, task: string | null, how: string): Promise<void> {
-  for (const { prompt, ids } of (await generations<Sound>("whisper")).filter((one) => one.task === (task ?? "base"))) {
-    const { input_features: features } = await pipe.processor(soundOf(prompt));
-    const found = await pipe.model.generate({ inputs: features, ...OPTIONS });
-    t.same(found.tolist()[0]!.map(Number).slice(4), ids, `${how}, ${task}: tokens`);
-    t.same(await pipe(soundOf(prompt), OPTIONS), { text: textOf(ids, 0) }, `${how}, ${task}: text`);
-  }
+  // Each token is a character.
+  for (const { prompt, ids } of (await generations<Sound>("whisper")).filter((one) => one.task === (task ?? "base")))
+    t.same(await pipe(soundOf(prompt), { ...OPTIONS, language: "en" }), { text: textOf(ids, 0) }, `${how}, ${task}`);
 }
 
 async function translates(t: Test, pipe: Pipe, task: string | null, how: string): Promise<void> {
@@ -51,7 +48,7 @@ for (const [name, pipeline, holds, left] of [
   t.test(`${name}: encoder and decoder answer as PEFT's model does`, { skip }, async (t) => {
     const pipe = await pipelineOn(pipeline, name);
     await holds(t, pipe, null, "without a pack");
-    for (const mode of [...MODES, undefined]) {
+    for (const mode of ["factors", "folded", undefined] as const) {
       const pack = await packOn(name);
       const tasks: AttachedPack = await attachPack(pipe, pack, { model: name, mode });
       t.same(

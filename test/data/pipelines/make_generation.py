@@ -319,8 +319,9 @@ def make(kind):
     write(folder / "tokenizer_config.json", kind.files() | {"clean_up_tokenization_spaces": False})
     write(folder / "config.json", {**model.config.to_diff_dict(), "architectures": [type(model).__name__], "is_encoder_decoder": True})
     write(folder / "generation_config.json", kind.generation | {"do_sample": False})
-    lines = [json.dumps(run | {"prompt": kind.prompts[run["prompt"]], "lead": round(run["lead"], 4),
-                               "logits": [round(value, 5) for value in run["logits"]]}) for run in found]
+    logits = lambda run: {"logits": [round(value, 5) for value in run["logits"]]} if kind.name == "marian" else {}
+    lines = [json.dumps({"task": run["task"], "prompt": kind.prompts[run["prompt"]], "ids": run["ids"], "lead": round(run["lead"], 4),
+                         **logits(run)}) for run in found]
     (folder / "generations.json").write_text("[\n" + ",\n".join(lines) + "\n]\n")
     print(f"{kind.name}, seeds {seed}: smallest lead {min(run['lead'] for run in found):.3f}")
     for run in found:
