@@ -269,8 +269,8 @@ const ENV = { versions: { web: "of transformers.js" } };
 
 /** Names of the sessions that the pack may be in: the one that was named, or all. */
 function sessionNames(pipe: TransformersPipeline, part: string | undefined): readonly string[] {
-  const sessions = (pipe as Partial<TransformersPipeline> | undefined)?.model?.sessions;
-  if (typeof sessions !== "object" || sessions === null) {
+  const { sessions, config } = (pipe as Partial<TransformersPipeline> | undefined)?.model ?? {};
+  if (typeof sessions !== "object" || !sessions || typeof config !== "object" || !config) {
     const what = "a pipeline of transformers.js 4, as `await pipeline(…)` gives it";
     throw new TypeError(`attachPack: the first argument must be ${what}`);
   }

@@ -88,7 +88,9 @@ t.test("a pack for the encoder and one for the decoder", { skip }, async (t) => 
 
 t.test("calls and switches of both packs take turns, and so do two attachPack", { skip }, async (t) => {
   const pipe = await whisper();
-  const both = [attach(pipe, await opened(inEncoder)), attach(pipe, await opened(inDecoder))] as const;
+  const [first, second] = [await opened(inEncoder), await opened(inDecoder)];
+  // The second by another object that has the same model.
+  const both = [attach(pipe, first), attachPack({ model: pipe.model }, second, { model: "whisper" })] as const;
   const inputs = await features(pipe);
   const before = heard(pipe, inputs);
   const [listening, saying] = await Promise.all(both);
