@@ -109,7 +109,8 @@ function takeModels(
       for (const [other, { config }] of own)
         if (other === name || (config?.device === device && config?.dtype === dtype)) found.set(other, parts(other));
     }
-    return found;
+    // In the order of the sessions, whatever was found with what.
+    return new Map([...own.keys()].map((name) => [name, found.get(name)!]));
   };
   const taken = taking.then(take);
   taking = taken.catch(() => undefined);

@@ -2,8 +2,11 @@
  * The sessions that a pipeline of transformers.js gets in place of its own: how they are made, and what the pipeline sees
  * of them. Part of `eigenlora/transformers`, without an entry of its own.
  */
+import { checkOptions } from "../src/arguments.ts";
+import { BaseMismatchError } from "../src/errors.ts";
 import type { Pack } from "../src/pack/pack.ts";
 import { type GroupFile, groupOf } from "../src/session/group.ts";
+import { SESSION_OPTIONS } from "../src/session/options.ts";
 import type { SourceInput } from "../src/source.ts";
 import {
   createEigenSession,
@@ -25,6 +28,7 @@ import {
   type PipelineSession,
   remake,
 } from "./transformers-model.ts";
+import type { Taken } from "./transformers-shared.ts";
 
 /** One session of ours, or several that switch together. */
 export type Whole = EigenSession<PipelineOrt> | EigenSessions<PipelineOrt>;
@@ -32,23 +36,65 @@ export type Whole = EigenSession<PipelineOrt> | EigenSessions<PipelineOrt>;
 /** The options of `attachPack` that go on to sessions. */
 export type Rest = EigenSessionOptions<PipelineOrt>;
 
+/** Options of one session of several, by its name. */
+export type Each = Readonly<Record<string, Omit<Rest, "trainable">>>;
+
+/** @throws TypeError for a name that is none of the sessions', and for unknown options */
+export function checkEach(each: Each, names: readonly string[]): void {
+  for (const [name, options] of Object.entries(each)) {
+    if (!names.includes(name)) {
+      const known = names.map((one) => `"${one}"`).join(", ");
+      throw new TypeError(`attachPack: each: there is no session "${name}", only ${known}`);
+    }
+    const given: Rest = options;
+    checkOptions(`attachPack: each.${name}`, given, [...SESSION_OPTIONS, "session"]);
+    if (given.trainable) {
+      throw new TypeError(
+        `attachPack: each.${name}: trainable: one session learns at a time; pass { part, trainable }`,
+      );
+    }
+  }
+}
+
+/** Parameters that all sessions leave out, each by its options. */
+export function ignoredByAll(names: readonly string[], ignore: Rest["ignore"], each: Each): readonly string[] {
+  const [first = [], ...others] = names.map((name) => each[name]?.ignore ?? ignore ?? []);
+  return first.filter((one) => others.every((list) => list.includes(one)));
+}
+
+/** What becomes of the pipeline's sessions. */
+interface Before {
+  /** Its own, where they are released first. */
+  readonly first: OwnSessions | undefined;
+  /** Those that have a pack, by the pipeline's names; files of theirs are first among those found. */
+  readonly taken: ReadonlyMap<string, Taken>;
+}
+
 /**
  * One session for one model; for several, one for each in which modules of the pack live.
  * @param found emptied: nothing of a model is held longer than it takes to load it
- * @param first the pipeline's own sessions, where they are released first
+ * @throws TypeError when modules live in a session that has a pack
  */
 export async function makeOurs(
   ort: PipelineOrt,
   found: Map<string, Found>,
   pack: Pack,
   options: Rest,
-  first: OwnSessions | undefined,
+  each: Each,
+  before: Before,
 ): Promise<Whole> {
-  const files = optionsOf(found, options);
-  if (found.size > 1) return groupOf<OrtTypes<PipelineOrt>, string>(engines(files, ort, first), pack, "skip");
+  const files = optionsOf(found, options, each);
+  if (found.size > 1) return groupOf<OrtTypes<PipelineOrt>, string>(engines(files, ort, pack, before), pack, "skip");
   const [{ name, model, given }] = files as Iterable<Given> as [Given];
-  await first?.get(name)?.release();
-  return createEigenSession(ort, model, pack, given);
+  await before.first?.get(name)?.release();
+  try {
+    return await createEigenSession(ort, model, pack, given);
+  } catch (error) {
+    if (!(error instanceof BaseMismatchError)) throw error;
+    // Of several sessions this is the one that was asked for, and of one it is good to know what transformers.js calls it.
+    const { message, module, candidates } = error;
+    throw new BaseMismatchError(`session "${name}": ${message}`, { module, ...(candidates && { candidates }) });
+  }
 }
 
 interface Given {
@@ -57,24 +103,37 @@ interface Given {
   readonly given: Rest;
 }
 
-function* optionsOf(found: Map<string, Found>, options: Rest): Generator<Given> {
+function* optionsOf(found: Map<string, Found>, options: Rest, each: Each): Generator<Given> {
   for (const [name, { model, session, externalData }] of found) {
     found.delete(name);
     const external = externalData && { external: externalFiles(externalData) };
-    yield { name, model, given: { ...external, ...options, session: { ...session, ...options.session } } };
+    const own = each[name];
+    const sessions = { ...session, ...options.session, ...own?.session };
+    yield { name, model, given: { ...external, ...options, ...own, session: sessions } };
   }
 }
 
 function* engines(
   files: Iterable<Given>,
   ort: PipelineOrt,
-  first: OwnSessions | undefined,
+  pack: Pack,
+  { first, taken }: Before,
 ): Generator<GroupFile<string>> {
   for (const { name, model, given } of files) {
     const { session, ...options } = given;
-    const before = first && ((): Promise<void> => first.get(name)!.release());
+    const release = first && ((): Promise<void> => first.get(name)!.release());
+    const before = taken.has(name) ? refuseTaken(name, pack, taken.get(name)!) : release;
     yield { name, engine: createEngine(ort, session), model, options: options as GroupFile<string>["options"], before };
   }
+}
+
+function refuseTaken(name: string, pack: Pack, taken: Taken): () => Promise<never> {
+  const message =
+    `attachPack: modules of ${pack.name} live in the session "${name}", which has the pack ${taken.pack}. Close that ` +
+    "first, or leave those modules out with the option `modules`; adapters for one session belong in one pack";
+  return async () => {
+    throw new TypeError(message);
+  };
 }
 
 /** The one model that was handed over. */

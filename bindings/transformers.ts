@@ -6,10 +6,8 @@
 import { checkChoice, checkOptions, checkPack } from "../src/arguments.ts";
 import type { Pack, TaskInfo } from "../src/pack/pack.ts";
 import { copySelection, type Selection } from "../src/runtime/selection.ts";
-import { hold } from "../src/session/hold.ts";
-import { type Labels, labelsOf } from "../src/session/labels.ts";
+import { labelsOf } from "../src/session/labels.ts";
 import { SESSION_OPTIONS } from "../src/session/options.ts";
-import { Turns } from "../src/session/turns.ts";
 import type { SourceInput } from "../src/source.ts";
 import type {
   EigenSession,
@@ -30,7 +28,9 @@ import {
 } from "./transformers-model.ts";
 import {
   byName,
+  checkEach,
   foundOnly,
+  ignoredByAll,
   makeOurs,
   type Rest,
   refuseOther,
@@ -39,14 +39,10 @@ import {
   standIn,
   type Whole,
 } from "./transformers-sessions.ts";
+import { join, type Shared, type Taken, type TransformersPipeline } from "./transformers-shared.ts";
+import { tensorClass } from "./transformers-tensor.ts";
 
-export type { PipelineModel, PipelineOrt, PipelineSession };
-
-/** What `pipeline()` of transformers.js gives, as far as it is needed here. */
-export interface TransformersPipeline {
-  readonly model: PipelineModel;
-  readonly tokenizer?: unknown;
-}
+export type { PipelineModel, PipelineOrt, PipelineSession, TransformersPipeline };
 
 /** Options of `attachPack`. */
 export interface AttachOptions extends EigenSessionOptions<PipelineOrt> {
@@ -60,6 +56,8 @@ export interface AttachOptions extends EigenSessionOptions<PipelineOrt> {
    * the pack live, by their fingerprints or whole names; the others are left alone.
    */
   part?: string | undefined;
+  /** Options of one session, by the pipeline's name for it, in place of those of all. */
+  each?: Readonly<Record<string, Omit<EigenSessionOptions<PipelineOrt>, "trainable">>> | undefined;
   /**
    * What becomes of the pipeline's own sessions that ours replace. Default: "release", they go once ours are made, so
    * that for a moment both are in memory. "release-first": each goes before ours is made; when making ours fails, the
@@ -72,14 +70,11 @@ export interface AttachOptions extends EigenSessionOptions<PipelineOrt> {
    * is needed here where the files that one part's type names are not all there.
    */
   pretrained?: Readonly<Record<string, unknown>> | undefined;
-  /** The class `Tensor` of the pipeline's onnxruntime, where no tokenizer makes any. */
-  Tensor?: PipelineOrt["Tensor"] | undefined;
+  /** The class `Tensor` of transformers.js, where nothing of the pipeline makes any. */
+  Tensor?: (abstract new (...of: never[]) => object) | undefined;
 }
 
-const OPTIONS = [...SESSION_OPTIONS, "session", "model", "part", "original", "pretrained", "Tensor"] as const;
-
-/** Models that have a pack. */
-const attached = new WeakSet<object>();
+const OPTIONS = [...SESSION_OPTIONS, "session", "model", "part", "each", "original", "pretrained", "Tensor"] as const;
 
 /**
  * Puts a pack on a pipeline: `pipe` answers as before, until `switchTask`. Call it while no call of `pipe` is running;
@@ -91,10 +86,13 @@ const attached = new WeakSet<object>();
  * time to load the model once more and, unless `original` is "release-first", the memory of both, the pipeline's own
  * sessions and ours, until its own are released.
  *
+ * A pipeline of several sessions takes several packs, one after the other, each on sessions that have none: one for the
+ * encoder and one for the decoder, say. They switch apart, and close in any order.
+ *
  * The pack stays the caller's: close it after `close` or `pipe.dispose()`.
  *
- * @throws TypeError when `pipe` is no pipeline or has a pack already, when `model` is another model, or one file for
- *   several sessions without `part`
+ * @throws TypeError when `pipe` is no pipeline, when a session in which modules of the pack live has a pack already, when
+ *   `model` is another model, or one file for several sessions without `part`
  * @throws SourceError when the model's files are not found again: the message says what to pass
  * @throws as `createEigenSession`: BaseMismatchError for another base, BackendError when onnxruntime refuses the model;
  *   as `createEigenSessions` for several sessions: BaseMismatchError when a module lives in none of them
@@ -115,24 +113,31 @@ export async function attachPack(
   checkPack("attachPack", pack);
   // Before anything of the pipeline is given up.
   checkOptions("attachPack", options ?? {}, OPTIONS);
-  const { model, part, original = "release", pretrained = {}, Tensor, ...rest } = options ?? {};
+  const { model, part, each = {}, original = "release", pretrained = {}, Tensor, ...rest } = options ?? {};
   if (model === undefined) {
     const what = "pass { model }, the id as given to pipeline(), or the ONNX file";
     throw new TypeError(`attachPack: a pipeline does not keep its model; ${what}`);
   }
   checkChoice("original", original, ["release", "release-first", "keep"]);
-  const own = ownSessions(pipe, part);
-  refuseForSeveral([...own.keys()], model, rest);
-  const [[, { constructor }]] = own as unknown as [[string, PipelineSession]];
-  const ort: PipelineOrt = { InferenceSession: constructor as never, Tensor: Tensor ?? tensorClass(pipe), env: ENV };
-  const held = holdCalls(pipe);
+  const names = sessionNames(pipe, part);
+  refuseForSeveral(names, model, rest);
+  checkEach(each, names);
+  const ort = { Tensor: tensorClass(pipe, Tensor), env: ENV };
+  const shared = join(pipe);
   try {
-    return await held.turns.change(async () => {
+    return await shared.turns.change(async () => {
+      const { own, taken } = ownSessions(pipe.model, names, shared.taken);
+      const [{ constructor }] = own.values() as Iterable<PipelineSession> as [PipelineSession];
+      const all = new Map([...[...taken].map(([name, one]): [string, PipelineSession] => [name, one.own]), ...own]);
+      const found = isId(model) ? await finder(pipe.model, all, model, pretrained)() : foundOnly(own, model);
       const find = isId(model) ? finder(pipe.model, own, model, pretrained) : undefined;
       const shown = shownOf(own);
-      const found = (await find?.()) ?? foundOnly(own, model);
-      const whole = await makeOurs(ort, found, pack, rest, original === "release-first" ? own : undefined);
-      const sessions = byName([...own.keys()], whole);
+      const first = original === "release-first" ? own : undefined;
+      const whole = await makeOurs({ ...ort, InferenceSession: constructor as never }, found, pack, rest, each, {
+        first,
+        taken,
+      });
+      const sessions = byName(names, whole);
       const replaced = new Map([...own].filter(([name]) => sessions[name]));
       const kept = original === "keep";
       try {
@@ -142,47 +147,24 @@ export async function attachPack(
         await whole.close();
         throw error;
       }
-      for (const [name, session] of replaced)
+      for (const [name, session] of replaced) {
         pipe.model.sessions[name] = standIn(shown.get(name)!, sessions[name]!, whole, kept ? session : undefined);
-      return new AttachedPack({ pipe, whole, sessions, held, replaced, kept, find, ignore: rest.ignore });
+        shared.taken.set(name, { pack: pack.name, own: session });
+      }
+      const ignore = ignoredByAll([...replaced.keys()], rest.ignore, each);
+      return new AttachedPack({ pipe, whole, sessions, shared, replaced, kept, find, ignore });
     });
   } catch (error) {
-    held.free();
+    shared.leave();
     throw error;
   }
-}
-
-// What stays as long as the pack is attached is made by functions of their own: a closure keeps whatever the function
-// around it has given to any closure, and that must not be the model's bytes.
-
-/** The calls of a pipeline, in turns with switches. */
-interface HeldCalls {
-  readonly turns: Turns;
-  /** Gives the pipeline its methods back. */
-  free(): void;
-}
-
-function holdCalls(pipe: TransformersPipeline): HeldCalls {
-  const turns = new Turns();
-  const enter: Turns["call"] = (work) => turns.call(work);
-  attached.add(pipe.model);
-  const inner = hold(pipe.model, ["_call", "forward", "generate"], enter);
-  const outer = hold(pipe, ["_call"], enter, { model: inner.inside });
-  return {
-    turns,
-    free() {
-      outer.free();
-      inner.free();
-      attached.delete(pipe.model);
-    },
-  };
 }
 
 interface Parts {
   pipe: TransformersPipeline;
   whole: Whole;
   sessions: Readonly<Record<string, EigenSession<PipelineOrt>>>;
-  held: HeldCalls;
+  shared: Shared;
   /** The pipeline's own sessions that ours replace, and whether they were kept. */
   replaced: OwnSessions;
   kept: boolean;
@@ -200,14 +182,12 @@ export class AttachedPack {
    */
   readonly sessions: Readonly<Record<string, EigenSession<PipelineOrt>>>;
   readonly #parts: Parts;
-  readonly #labels: ConfigLabels;
   #closed = false;
 
   /** @internal */
   constructor(parts: Parts) {
     this.sessions = parts.sessions;
     this.#parts = parts;
-    this.#labels = new ConfigLabels(parts.pipe.model.config);
   }
 
   /**
@@ -239,12 +219,12 @@ export class AttachedPack {
    * @throws as `EigenSession.switchTask`
    */
   switchTask(selection: Selection, options: SwitchOptions = {}): Promise<SessionSwitchReport> {
-    const { whole, held, ignore } = this.#parts;
+    const { whole, shared, ignore } = this.#parts;
     const asked = copySelection(selection);
-    return held.turns.change(async () => {
+    return shared.turns.change(async () => {
       const labels = await labelsOf(whole.pack, asked, options.head, ignore);
       const report = await whole.switchTask(asked, options);
-      this.#labels.set(labels);
+      shared.labels.set(this, labels);
       return report;
     });
   }
@@ -262,14 +242,17 @@ export class AttachedPack {
    * @throws SourceError when the model's files are not found any more
    */
   close(): Promise<void> {
-    const { pipe, whole, held, replaced, kept, find } = this.#parts;
-    return held.turns.change(async () => {
+    const { pipe, whole, shared, replaced, kept, find } = this.#parts;
+    return shared.turns.change(async () => {
       if (this.#closed) return;
       const own = kept ? replaced : await remake(replaced, find);
-      for (const [name, session] of own) pipe.model.sessions[name] = session;
+      for (const [name, session] of own) {
+        pipe.model.sessions[name] = session;
+        shared.taken.delete(name);
+      }
       this.#closed = true;
-      this.#labels.set("base");
-      held.free();
+      shared.labels.set(this, "base");
+      shared.leave();
       await whole.close();
     });
   }
@@ -279,56 +262,47 @@ export class AttachedPack {
   }
 }
 
-/** The label names in a model's configuration. */
-class ConfigLabels {
-  readonly #config: Record<string, unknown>;
-  readonly #own: Readonly<Record<string, unknown>>;
-
-  constructor(config: object) {
-    this.#config = config as Record<string, unknown>;
-    const { id2label, label2id, num_labels } = this.#config;
-    this.#own = { id2label, label2id, num_labels };
-  }
-
-  set(labels: Labels): void {
-    const named = (names: readonly string[]): object => ({
-      id2label: Object.fromEntries(names.entries()),
-      label2id: Object.fromEntries(names.map((name, id) => [name, id])),
-      num_labels: names.length,
-    });
-    // Without names, transformers.js says LABEL_0, LABEL_1, …
-    const numbered = { id2label: undefined, label2id: undefined, num_labels: undefined };
-    Object.assign(this.#config, labels === "base" ? this.#own : labels === "numbered" ? numbered : named(labels));
-  }
-}
-
 /**
  * A pipeline does not tell which onnxruntime it has. Taking turns, as onnxruntime-web must, is right for all of them.
  */
 const ENV = { versions: { web: "of transformers.js" } };
 
-/** The sessions that the pack may be in: the one that was named, or all. */
-function ownSessions(pipe: TransformersPipeline, part: string | undefined): OwnSessions {
-  const sessions = (pipe as Partial<TransformersPipeline> | undefined)?.model?.sessions;
-  if (typeof sessions !== "object" || sessions === null) {
+/** Names of the sessions that the pack may be in: the one that was named, or all. */
+function sessionNames(pipe: TransformersPipeline, part: string | undefined): readonly string[] {
+  const { sessions, config } = (pipe as Partial<TransformersPipeline> | undefined)?.model ?? {};
+  if (typeof sessions !== "object" || !sessions || typeof config !== "object" || !config) {
     const what = "a pipeline of transformers.js 4, as `await pipeline(…)` gives it";
     throw new TypeError(`attachPack: the first argument must be ${what}`);
   }
-  if (attached.has(pipe.model)) throw new TypeError("attachPack: the pipeline's model has a pack; close that first");
   const names = Object.keys(sessions);
   if (part !== undefined && !names.includes(part)) {
     throw new TypeError(`part: the model has the sessions ${quoted(names)}, got ${JSON.stringify(part)}`);
   }
+  if (names.length === 0) throw new TypeError("attachPack: the pipeline's model has no sessions");
+  return part === undefined ? names : [part];
+}
+
+/**
+ * The sessions that are the pipeline's own, and those that have a pack.
+ * @throws TypeError when none is its own, or something else has replaced one
+ */
+function ownSessions(
+  model: PipelineModel,
+  names: readonly string[],
+  packs: ReadonlyMap<string, Taken>,
+): { own: OwnSessions; taken: ReadonlyMap<string, Taken> } {
+  const taken = new Map(names.filter((name) => packs.has(name)).map((name) => [name, packs.get(name)!]));
   const own = new Map<string, PipelineSession>();
-  for (const name of part === undefined ? names : [part]) {
-    const session = sessions[name] as PipelineSession;
+  for (const name of names.filter((name) => !taken.has(name))) {
+    const session = model.sessions[name] as PipelineSession;
     if (typeof (session.constructor as { create?: unknown }).create !== "function") {
       throw new TypeError(`attachPack: the session "${name}" is not onnxruntime's own; something else has replaced it`);
     }
     own.set(name, session);
   }
-  if (own.size === 0) throw new TypeError("attachPack: the pipeline's model has no sessions");
-  return own;
+  if (own.size > 0) return { own, taken };
+  const which = [...taken].map(([name, { pack }]) => `the session "${name}" has the pack ${pack}`).join(", ");
+  throw new TypeError(`attachPack: ${which}; close that first`);
 }
 
 /** @throws TypeError for what only one session can be given */
@@ -346,19 +320,4 @@ function refuseForSeveral(names: readonly string[], model: SourceInput, { probe,
 
 function quoted(names: readonly string[]): string {
   return names.map((name) => `"${name}"`).join(", ");
-}
-
-/** Of the onnxruntime in use; what runs return is of another class where the package is there twice. */
-function tensorClass({ tokenizer }: TransformersPipeline): PipelineOrt["Tensor"] {
-  const tokenize = tokenizer as ((text: string) => { input_ids?: { ort_tensor?: object } }) | null | undefined;
-  let cause: unknown;
-  try {
-    // No text at all: any other may hold words that a small vocabulary lacks.
-    const Tensor = tokenize?.("").input_ids?.ort_tensor?.constructor;
-    if (Tensor) return Tensor as PipelineOrt["Tensor"];
-  } catch (error) {
-    cause = error;
-  }
-  const message = "attachPack: no tokenizer of the pipeline shows onnxruntime's class of tensors; pass { Tensor }";
-  throw new TypeError(message, cause === undefined ? undefined : { cause });
 }

@@ -299,7 +299,7 @@ t.test("what cannot be is refused and leaves the pipeline as it was", { skip }, 
   const plain = await opened(await packBytes(false, () => true));
   t.match(await refused({}, plain), {
     tag: "base",
-    message: /"encoder\.block.*in none of the files.*no fingerprint confirms: make the pack with its base/,
+    message: /"encoder\.block.*in none of the sessions.*no fingerprint confirms: make the pack with its base/,
   });
   t.match(await refused({ model: "decoder" }), { tag: "source", message: /does not find the model again/ });
   for (const original of ["release", "keep"] as const) {

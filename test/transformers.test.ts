@@ -37,7 +37,9 @@ const skip =
 interface Tokens {
   dims: number[];
   data: ArrayLike<number>;
+  ort_tensor: object;
   tolist(): (number | bigint)[][];
+  normalize(power: number, dimension: number): Tokens;
 }
 interface Answer {
   label: string;
@@ -58,6 +60,7 @@ interface Transformers {
   env: { localModelPath: string; allowRemoteModels: boolean; logLevel: number };
   pipeline(task: string, model: string, options?: object): Promise<Pipe>;
   Tensor: new (type: string, data: unknown, dims: number[]) => Tokens;
+  mean_pooling(states: Tokens, mask: Tokens): Tokens;
 }
 interface Generation {
   task: string;
@@ -338,7 +341,7 @@ t.test("another pipeline on the same model has the labels of its own run", { ski
 });
 
 t.test("feature-extraction", { skip }, async (t) => {
-  const { pipeline, Tensor } = await load();
+  const { pipeline, Tensor, mean_pooling } = await load();
   const pipe = await pipeline("feature-extraction", "encoder", { dtype: "fp32" });
   const own = pipe.model.sessions["model"];
   const only = await openPack(await packBytes(["adapters/two"], "base"));
@@ -375,6 +378,19 @@ t.test("feature-extraction", { skip }, async (t) => {
       ) < 1e-5,
       `${task}: pooled`,
     );
+  }
+  // Sentence embeddings of one batch, each row on a task of its own, pooled as the pipeline does it.
+  const texts = ["w1 w58", "w17 w5 w40 w9", "w1 w58", "w17 w5 w40 w9"];
+  const inputs = pipe.tokenizer(texts, { padding: true, return_token_type_ids: true });
+  const byName = Object.entries(inputs).map(([name, { ort_tensor }]) => [name, ort_tensor]);
+  const rows = [null, "two", "two", null] as const;
+  const { last_hidden_state: states } = await tasks.session.run(Object.fromEntries(byName), { tasks: rows });
+  const pooled = mean_pooling(new Tensor("float32", states!.data, [...states!.dims]), inputs["attention_mask"]!);
+  const found = pooled.normalize(2, -1).tolist() as number[][];
+  for (const [i, task] of rows.entries()) {
+    await tasks.switchTask(task);
+    const alone = (await pipe(texts[i]!, { pooling: "mean", normalize: true })) as Tokens;
+    t.ok(difference(found[i]!, alone.data) < 1e-5, `row ${i}: ${task}`);
   }
   t.equal(pipe.model.config.id2label, undefined, "an ignored head brings no names");
   await pipe.dispose();
@@ -527,10 +543,25 @@ t.test("what cannot be is refused and leaves the pipeline as it was", { skip }, 
   await several.dispose();
   const wordless = await pipeline("text-generation", "decoder", { dtype: "fp32" });
   Object.assign(wordless, { tokenizer: null });
-  t.match(await refused({ model: "decoder" }, wordless), { name: "TypeError", message: /pass \{ Tensor \}/ });
+  // Neither a tokenizer nor the model shows tensors.
+  Object.assign(wordless.model, { _prepare_decoder_input_ids_for_generation: undefined });
+  const nameless = /pass \{ Tensor \}, `Tensor` of "@huggingface\/transformers"$/;
+  t.match(await refused({ model: "decoder" }, wordless), { name: "TypeError", message: nameless });
+  class Matrix {}
+  for (const [wrong, name] of [
+    [Matrix, '"Matrix"'],
+    [Float32Array, '"Float32Array"'],
+    ["float32", '"float32"'],
+  ] as const) {
+    const message = `attachPack: Tensor: expected the class \`Tensor\` of "@huggingface/transformers", got ${name}`;
+    t.match(await refused({ model: "decoder", Tensor: wrong }, wordless), { name: "TypeError", message });
+  }
   const { Tensor } = await import("onnxruntime-common");
-  const given = await attachPack(wordless, await pack("decoder"), { model: "decoder", Tensor });
-  t.equal(given.session.probe.result, "passed");
+  for (const one of [(await load()).Tensor, Tensor]) {
+    const given = await attachPack(wordless, await pack("decoder"), { model: "decoder", Tensor: one });
+    t.equal(given.session.probe.result, "passed");
+    await given.close();
+  }
   await wordless.dispose();
   t.equal(pipe.model.sessions["model"], own);
   t.equal(
@@ -542,7 +573,7 @@ t.test("what cannot be is refused and leaves the pipeline as it was", { skip }, 
     refused({ model: "decoder" }),
     pipe(PROMPTS[1]!, { max_new_tokens: 3, do_sample: false }),
   ]);
-  t.match(second, { name: "TypeError", message: /has a pack/ });
+  t.match(second, { name: "TypeError", message: /the session "model" has the pack .*; close that first/ });
   await pipe.dispose();
   const other = await pipeline("text-classification", "external", { dtype: "fp32" });
   t.match(

@@ -24,8 +24,8 @@ export interface GroupOptions extends Omit<SessionOptions, "trainable"> {
   readonly each?: Readonly<Record<string, Omit<SessionOptions, "trainable">>> | undefined;
 }
 
-/** What of a pack each file lacks, and why. */
-type Lacking = Map<string, Map<string, string>>;
+/** What of a pack files lack, and why, by file; undefined once it lives in one. */
+type Lacking = Map<string, Map<string, string> | undefined>;
 
 /**
  * Prepares several files of one model for all tasks of a pack. Each module goes to the files that it lives in: those whose weight fits
@@ -82,10 +82,8 @@ export async function groupOf<T extends SessionTypes, Name extends string>(
 ): Promise<SessionGroup<T, Name>> {
   const sessions = new Map<Name, Session<T>>();
   const lacking: Lacking = new Map();
-  let count = 0;
   try {
     for (const { name, engine, model, options, before } of files) {
-      count++;
       checkChoice("mode", options.mode ?? "auto", ["auto", "core", "factors", "folded"]);
       const file = await readModel(model, { ...options, weightsApart: engine.readsFiles });
       let modules: ((module: string) => boolean) | undefined;
@@ -99,7 +97,7 @@ export async function groupOf<T extends SessionTypes, Name extends string>(
       if (modules) sessions.set(name, await sessionOn<T>(engine, file, pack, { ...options, modules }));
       else await file.close();
     }
-    refuseHomeless(lacking, count);
+    refuseHomeless(lacking, empty);
     if (sessions.size === 0) throw new BaseMismatchError(`nothing of ${pack.name} lives in the files`, { module: "" });
     return new SessionGroup<T, Name>(pack, sessions);
   } catch (error) {
@@ -129,8 +127,8 @@ async function residentsOf(
     for (const [one, why] of residents) {
       const module = parameters.has(one) ? moduleOf(one) : one;
       (why === undefined ? here : elsewhere).add(module);
-      if (why === undefined) continue;
-      if (lacking.has(one)) lacking.get(one)!.set(name, why);
+      if (why === undefined) lacking.set(one, undefined);
+      else if (lacking.has(one)) lacking.get(one)?.set(name, why);
       else lacking.set(one, new Map([[name, why]]));
     }
     if (view.modules.some((module) => here.has(module.name))) return filterOf(here, elsewhere, wanted);
@@ -158,12 +156,16 @@ function filterOf(
   return (module) => here.has(module) || !(elsewhere.has(module) || wanted?.(module) === false);
 }
 
-/** @throws BaseMismatchError for what lives in none of the files */
-function refuseHomeless(lacking: Lacking, files: number): void {
+/** @throws BaseMismatchError for what lives in none of the files whose options ask for it */
+function refuseHomeless(lacking: Lacking, empty: "refuse" | "skip"): void {
   for (const [name, reasons] of lacking) {
-    if (reasons.size < files) continue;
+    if (!reasons) continue;
     const whys = [...reasons].map(([file, why]) => `${file}: ${why}`).join("; ");
-    const message = `"${name}" lives in none of the files (${whys}). Give the file that has it, or leave it out with the option \`modules\``;
+    const [places, advice] =
+      empty === "skip"
+        ? ["sessions", "Use the model that the adapters are for"]
+        : ["files", "Give the file that has it"];
+    const message = `"${name}" lives in none of the ${places} (${whys}). ${advice}, or leave it out with the option \`modules\``;
     throw new BaseMismatchError(message, { module: name });
   }
 }

@@ -7,19 +7,20 @@ PEFT in f64, without a cache and without the exported graphs. Its text means not
 
 usage: python make.py    (torch 2.13, transformers 5.24, peft 0.21, onnx 1.23, tokenizers 0.23)
 """
-import copy, io, itertools, json, pathlib, shutil, tempfile, warnings
-import numpy as np, onnx, torch
-from onnx import TensorProto, helper
+import copy, itertools, json, pathlib, sys, warnings
+import numpy as np, torch
 from onnx.reference import ReferenceEvaluator
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache, T5Config, T5ForConditionalGeneration
 
+HERE = pathlib.Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "make"))
+from graphs import axes, characters, exported, merged, save, save_adapters, write
+
 warnings.filterwarnings("ignore")
 torch.set_num_threads(1)
-HERE = pathlib.Path(__file__).parent
 PAD, END = "<|pad|>", "<|end|>"
 ROWS = [[5, 9, 13, 21, 1, 0], [33, 2, 40, 8, 17, 1]]
 PROMPTS = ["Summarise: a cat sat.", "What is 2 + 2?", "Translate to French: the house is small, and the tree is tall."]
@@ -75,17 +76,6 @@ class CachedDecoder(Decoder):
         ).last_hidden_state
         present = [side for layers in zip(own.layers, across.layers) for layer in layers for side in (layer.keys, layer.values)]
         return self.lm_head(hidden), *present
-
-
-def tokenizer():
-    """One token per printable ASCII character, written as byte-level BPE that merges nothing; an end is added, as T5 wants it."""
-    tokens = [PAD, END] + [chr(code) for code in range(33, 127)] + ["Ġ"]
-    made = Tokenizer(models.BPE({token: id for id, token in enumerate(tokens)}, []))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([PAD, END])
-    made.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, 1)])
-    return made
 
 
 def base(seed, vocabulary):
@@ -193,62 +183,6 @@ def search(prompts):
                 return (seed, second), model, adapted, found, goldens
 
 
-def exported(module, feeds, inputs, outputs):
-    """A graph without stack traces, which are large and tell paths of the machine that made them."""
-    buffer = io.BytesIO()
-    torch.onnx.export(module, feeds, buffer, input_names=list(inputs), output_names=list(outputs), opset_version=17, dynamo=False,
-                      dynamic_axes={name: axes for name, axes in {**inputs, **outputs}.items() if axes})
-    graph = onnx.load_from_string(buffer.getvalue())
-    for node in graph.graph.node:
-        node.doc_string = ""
-        del node.metadata_props[:]
-    del graph.graph.value_info[:]
-    return graph
-
-
-def save(graph, path):
-    onnx.checker.check_model(graph, full_check=True)
-    path.parent.mkdir(exist_ok=True)
-    onnx.save(graph, path)
-
-
-def renamed(graph, names):
-    """Renames values, in place."""
-    for node in graph.node:
-        node.input[:] = [names.get(name, name) for name in node.input]
-        node.output[:] = [names.get(name, name) for name in node.output]
-    for value in [*graph.initializer, *graph.output]:
-        value.name = names.get(value.name, value.name)
-
-
-def merged(first, later):
-    """One decoder of two, as Optimum merges them: an If, and the weights of both outside, once."""
-    key = lambda tensor: (tensor.data_type, *tensor.dims, tensor.raw_data)
-    weights = {key(tensor): tensor for tensor in later.graph.initializer}
-    taken = {tensor.name for tensor in later.graph.initializer}
-    names = {}
-    for tensor in first.graph.initializer:
-        known = weights.get(key(tensor))
-        name = known.name if known else f"{tensor.name}_first" if tensor.name in taken else tensor.name
-        if known is None:
-            weights[key(tensor)] = tensor
-        names[tensor.name] = name
-    renamed(first.graph, names)
-    branches = []
-    for suffix, graph in (("", later.graph), ("_first", first.graph)):
-        renamed(graph, {output.name: f"{output.name}_branch{suffix}" for output in graph.output})
-        outputs = [helper.make_tensor_value_info(output.name, output.type.tensor_type.elem_type, None) for output in graph.output]
-        branches.append(helper.make_graph(list(graph.node), f"branch{suffix}", [], outputs))
-    outputs = ["logits", *(f"present.{side}" for side in SIDES)]
-    node = helper.make_node("If", ["use_cache_branch"], outputs, "optimum::if", then_branch=branches[0], else_branch=branches[1])
-    flag = helper.make_tensor_value_info("use_cache_branch", TensorProto.BOOL, [1])
-    values = lambda kind, names: [helper.make_tensor_value_info(name, TensorProto.INT64 if name.endswith(("ids", "mask")) else
-                                                                TensorProto.FLOAT, shape(kind, name)) for name in names]
-    inputs = ["encoder_attention_mask", "input_ids", "encoder_hidden_states", *(f"past_key_values.{side}" for side in SIDES)]
-    graph = helper.make_graph([node], "merged", [*values("past", inputs), flag], values("total", outputs), list(weights.values()))
-    return helper.make_model(graph, opset_imports=list(first.opset_import), ir_version=first.ir_version)
-
-
 def shape(kind, name):
     if name == "logits":
         return ["batch_size", "decoder_sequence_length", made.get_vocab_size()]
@@ -258,11 +192,6 @@ def shape(kind, name):
         return ["batch_size", f"{'en' if 'encoder' in name else 'de'}coder_sequence_length"]
     length = "encoder_sequence_length_out" if ".encoder." in name else f"{kind}_decoder_sequence_length"
     return ["batch_size", HEADS, length, WIDTH]
-
-
-def axes(*names):
-    """Axes that are free, by the order of the dimensions; a number is none."""
-    return dict(enumerate(names))
 
 
 def exports(model):
@@ -281,7 +210,8 @@ def exports(model):
     first = exported(CachedDecoder(model), (ids[:, :3], hidden, mask), {"input_ids": written, **given}, {"logits": written, **present})
     later = exported(CachedDecoder(model), (ids[:, :1], hidden, mask, *kept), {"input_ids": written, **given, **past},
                      {"logits": written, **present})
-    save(merged(first, later), HERE / "onnx/decoder_model_merged.onnx")
+    given = ["encoder_attention_mask", "input_ids", "encoder_hidden_states"]
+    save(merged(first, later, given, SIDES, shape), HERE / "onnx/decoder_model_merged.onnx")
 
 
 def replay(run):
@@ -302,11 +232,7 @@ def replay(run):
     assert found == run["ids"], (found, run["ids"])
 
 
-def write(path, value):
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-made = tokenizer()
+made = characters([PAD, END], END)
 prompts = {text: made.encode(text).ids for text in PROMPTS}
 seed, model, adapted, found, goldens = search(prompts)
 assert [run["ids"] for run in generations(adapted, prompts)] == [run["ids"] for run in found], "f32 chooses other tokens"
@@ -325,14 +251,7 @@ write(HERE / "config.json", {**model.config.to_diff_dict(), "architectures": ["T
                              "is_encoder_decoder": True})
 write(HERE / "generation_config.json", {"decoder_start_token_id": 0, "eos_token_id": 1, "pad_token_id": 0, "do_sample": False})
 
-shutil.rmtree(HERE / "adapters", ignore_errors=True)
-with tempfile.TemporaryDirectory() as folder:
-    adapted.save_pretrained(folder)
-    for name in ADAPTERS:
-        (HERE / "adapters" / name).mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(pathlib.Path(folder, name, "adapter_model.safetensors"), HERE / "adapters" / name / "adapter_model.safetensors")
-        config = json.loads(pathlib.Path(folder, name, "adapter_config.json").read_text())
-        write(HERE / "adapters" / name / "adapter_config.json", config | {"target_modules": sorted(config["target_modules"])})
+save_adapters(adapted, ADAPTERS, HERE / "adapters")
 
 flat = {task: {key: value.flatten().tolist() if torch.is_tensor(value) else value for key, value in golden.items()}
         for task, golden in goldens.items()}

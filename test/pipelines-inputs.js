@@ -1,0 +1,13 @@
+/** What the tiny models of test/data/pipelines hear and see: the same in the scripts that made their goldens. */
+
+/** @param {{ waves: [amplitude: number, step: number][], samples: number }} sound */
+export function soundOf({ waves, samples }) {
+  return Float32Array.from({ length: samples }, (_, i) =>
+    waves.reduce((sum, [amplitude, step]) => sum + amplitude * Math.sin(step * i), 0),
+  );
+}
+
+/** Bytes of 8 × 8 pixels of three colours. */
+export function pictureOf(/** @type {number} */ number) {
+  return Uint8ClampedArray.from({ length: 8 * 8 * 3 }, (_, i) => (i * (37 + 60 * number) + i * i * 11) % 256);
+}

@@ -1,0 +1,156 @@
+/**
+ * Shared by the tests of pipelines: transformers.js on the tiny models of test/data/pipelines, and packs for them.
+ * EIGENLORA_RUNTIMES names a folder in which `npm install @huggingface/transformers@4.3.1` was run.
+ */
+import { existsSync } from "node:fs";
+import { readFile } from "node:fs/promises";
+import { join } from "node:path";
+import { pathToFileURL } from "node:url";
+import type { Test } from "tap";
+import type { PipelineModel } from "../dist/bindings/transformers.js";
+import { readAdapters } from "../dist/src/adapters/folder.js";
+import { openHost } from "../dist/src/base/open.js";
+import { buildPack } from "../dist/src/pack/build.js";
+import { openPack, type Pack } from "../dist/src/pack/pack.js";
+import { concat, data, LOSSLESS } from "./packs.ts";
+import { required } from "./required.ts";
+import { difference } from "./sessions.ts";
+
+const folder = join(process.env["EIGENLORA_RUNTIMES"] ?? "", "node_modules/@huggingface/transformers");
+const present = process.env["EIGENLORA_RUNTIMES"] !== undefined && existsSync(folder);
+export const skip: string | false =
+  !present &&
+  !required.has("transformers") &&
+  "transformers is not here; see EIGENLORA_RUNTIMES in transformers.test.ts";
+
+/** Of transformers.js, as far as it is used here. */
+export interface Tensor {
+  dims: number[];
+  data: ArrayLike<number>;
+  ort_tensor: object;
+  tolist(): never[];
+}
+export interface Pipe {
+  (...inputs: unknown[]): Promise<unknown>;
+  model: PipelineModel & {
+    (inputs: object): Promise<Record<string, Tensor>>;
+    generate(options: object): Promise<{ tolist(): bigint[][] }>;
+    dispose(): Promise<unknown>;
+  };
+  tokenizer(texts: string | string[], options?: object): Record<string, Tensor>;
+  processor(input: unknown): Promise<Record<string, Tensor>>;
+  dispose(): Promise<void>;
+}
+export interface Transformers {
+  env: object;
+  pipeline(task: string, model: string, options?: object): Promise<Pipe>;
+  Tensor: new (type: string, data: unknown, dims: number[]) => Tensor;
+  RawImage: new (data: Uint8ClampedArray, width: number, height: number, channels: number) => object;
+  TextStreamer: new (tokenizer: unknown, options: object) => { put(value: unknown): void; end(): void };
+  AutoTokenizer: Loader<Pipe["tokenizer"]>;
+  AutoProcessor: Loader<Pipe["processor"]>;
+  CLIPTextModelWithProjection: Loader<Pipe["model"]>;
+  CLIPVisionModelWithProjection: Loader<Pipe["model"]>;
+}
+interface Loader<What> {
+  from_pretrained(id: string, options?: object): Promise<What>;
+}
+
+/** The folder that holds transformers.js, and that of the models by id. */
+export const PACKAGE: string = folder;
+export const MODELS: string = data("pipelines");
+
+let loaded: Transformers | undefined;
+export async function transformers(models: string = MODELS): Promise<Transformers> {
+  if (!loaded) {
+    if (!present) throw new Error("transformers is required but not installed");
+    loaded = (await import(pathToFileURL(join(folder, "dist/transformers.node.mjs")).href)) as Transformers;
+  }
+  Object.assign(loaded.env, { localModelPath: models, allowRemoteModels: false });
+  return loaded;
+}
+
+/** A lossless pack of a model's adapters, or of some of their modules. */
+export async function packBytes(
+  model: string,
+  only: (module: string) => boolean = () => true,
+): Promise<Uint8Array<ArrayBuffer>> {
+  const adapters = await readAdapters([data(`pipelines/${model}/adapters`)]);
+  const some = adapters.map((one) => ({ ...one, modules: new Map([...one.modules].filter(([name]) => only(name))) }));
+  const base = await openHost(data(`pipelines/${model}/base.safetensors`));
+  const { chunks } = await buildPack(some, { ...LOSSLESS, base });
+  await base.close?.();
+  for (const adapter of adapters) await adapter.close();
+  return concat(chunks);
+}
+
+export async function packOn(model: string, only?: (module: string) => boolean): Promise<Pack> {
+  return openPack(await packBytes(model, only));
+}
+
+export async function pipelineOn(task: string, model: string, options: object = {}): Promise<Pipe> {
+  return (await transformers()).pipeline(task, model, { dtype: "fp32", ...options });
+}
+
+/** A sum of sines. */
+export interface Sound {
+  waves: [amplitude: number, step: number][];
+  samples: number;
+}
+export interface Generation<Prompt> {
+  task: string;
+  prompt: Prompt;
+  ids: number[];
+  logits: number[];
+}
+
+/** What PEFT generates. */
+export async function generations<Prompt>(model: string): Promise<Generation<Prompt>[]> {
+  return JSON.parse(await readFile(data(`pipelines/${model}/generations.json`), "utf8")) as Generation<Prompt>[];
+}
+
+/**
+ * The text of tokens that are printable ASCII in their order, the space last.
+ * @param special tokens before them
+ */
+export function textOf(ids: readonly number[], special: number): string {
+  return ids.map((id) => (id - special === 94 ? " " : String.fromCharCode(33 + id - special))).join("");
+}
+
+interface Goldens {
+  labels: string[];
+  answers: Record<string, Record<"logits" | "text" | "image", number[]>>;
+}
+export async function goldens(model: string): Promise<Goldens> {
+  return JSON.parse(await readFile(data(`pipelines/${model}/goldens.json`), "utf8")) as Goldens;
+}
+
+export interface Answer {
+  label: string;
+  score: number;
+}
+
+/** Softmax of each row of logits, by label, the likeliest first. */
+export function ranked(logits: readonly number[], labels: readonly string[]): Answer[][] {
+  const rows = Array.from({ length: logits.length / labels.length }, (_, row) =>
+    logits.slice(row * labels.length, (row + 1) * labels.length),
+  );
+  return rows.map((row) => {
+    const sum = row.reduce((all, one) => all + Math.exp(one), 0);
+    const answers = labels.map((label, i) => ({ label, score: Math.exp(row[i]!) / sum }));
+    return answers.sort((a, b) => b.score - a.score);
+  });
+}
+
+/** The same labels in the same order, with the same scores. */
+export function sameAnswers(
+  t: Pick<Test, "same" | "ok">,
+  found: readonly Answer[][],
+  expected: readonly Answer[][],
+  what: string,
+): void {
+  const labels = (rows: readonly Answer[][]): string[][] => rows.map((row) => row.map(({ label }) => label));
+  const scores = (rows: readonly Answer[][]): number[] => rows.flat().map(({ score }) => score);
+  t.same(labels(found), labels(expected), what);
+  t.ok(difference(scores(found), scores(expected)) < 1e-5, `${what}: scores`);
+}

@@ -1,0 +1,269 @@
+/**
+ * Several packs on one pipeline of transformers.js, options for each of its sessions, and switches in the middle of a
+ * stream: on the tiny Whisper of test/data/pipelines and the decoder of test/data/decoder. Needs what
+ * `transformers.test.ts` needs.
+ */
+import { readFile } from "node:fs/promises";
+import t from "tap";
+import { type AttachedPack, type AttachOptions, attachPack } from "../dist/bindings/transformers.js";
+import { openPack, type Pack } from "../dist/src/pack/pack.js";
+import { data, LOSSLESS, packOf } from "./packs.ts";
+import { generations, type Pipe, packOn, pipelineOn, type Sound, skip, transformers } from "./pipelines.ts";
+import { soundOf } from "./pipelines-inputs.js";
+import { refusal } from "./sessions.ts";
+
+const [ENCODER, DECODER] = ["model", "decoder_model_merged"] as const;
+const inEncoder = (module: string): boolean => module.startsWith("model.encoder.");
+const inDecoder = (module: string): boolean => !inEncoder(module);
+
+/** One sound as the tiny Whisper takes it. */
+async function features(pipe: Pipe): Promise<object> {
+  return (await pipe.processor(soundOf(SOUND)))["input_features"]!;
+}
+async function heard(pipe: Pipe, inputs: object): Promise<number[]> {
+  return (await pipe.model.generate({ inputs, max_new_tokens: 12, language: "en" })).tolist()[0]!.map(Number).slice(4);
+}
+const tokens = async (pipe: Pipe): Promise<number[]> => heard(pipe, await features(pipe));
+const whisper = (): Promise<Pipe> => pipelineOn("automatic-speech-recognition", "whisper");
+const attach = (pipe: Pipe, pack: Pack, options: Partial<AttachOptions> = {}): Promise<AttachedPack> =>
+  attachPack(pipe, pack, { model: "whisper", ...options });
+async function opened(only?: (module: string) => boolean): Promise<Pack> {
+  const pack = await packOn("whisper", only);
+  t.teardown(() => pack.close());
+  return pack;
+}
+const HEARD = await generations<Sound>("whisper");
+const SOUND = HEARD[0]!.prompt;
+const SAID = new Map(HEARD.flatMap(({ task, prompt, ids }) => (prompt.samples === SOUND.samples ? [[task, ids]] : [])));
+
+t.test("a pack for the encoder and one for the decoder", { skip }, async (t) => {
+  const pipe = await whisper();
+  const own = { ...pipe.model.sessions };
+  const [first, second] = [await opened(inEncoder), await opened(inDecoder)];
+  // What the two together say, by one pack whose sessions are switched apart.
+  const whole = await attach(pipe, await opened());
+  await whole.sessions[ENCODER]!.switchTask("court");
+  await whole.sessions[DECODER]!.switchTask("clinic");
+  const mixed = await tokens(pipe);
+  await whole.close();
+  t.ok([...SAID.values()].every((ids) => `${ids}` !== `${mixed}`));
+  for (const [original, order] of [
+    ["release", "encoder first"],
+    ["release-first", "decoder first"],
+    ["keep", "encoder first"],
+    ["keep", "decoder first"],
+  ] as const) {
+    const listening = await attach(pipe, first, { original });
+    t.same(Object.keys(listening.sessions), [ENCODER]);
+    const saying = await attach(pipe, second, { original });
+    t.same(Object.keys(saying.sessions), [DECODER]);
+    t.equal(saying.session, saying.sessions[DECODER]);
+    t.same(await tokens(pipe), SAID.get("base"));
+    for (const task of ["clinic", "court", null] as const) {
+      await listening.switchTask(task);
+      await saying.switchTask(task);
+      t.same(await tokens(pipe), SAID.get(task ?? "base"), `${original}, ${task}`);
+    }
+    await listening.switchTask("court");
+    await saying.switchTask("clinic");
+    t.same(await tokens(pipe), mixed, `${original}, apart`);
+    const [one, other] = order === "encoder first" ? [listening, saying] : [saying, listening];
+    await one.close();
+    t.ok(Object.hasOwn(pipe, "_call"), "calls still wait for switches of the other");
+    await other.switchTask(null);
+    t.same(await tokens(pipe), SAID.get("base"), `${original}, ${order}: one is closed`);
+    await other.switchTask("court");
+    await other.close();
+    t.notOk(Object.hasOwn(pipe, "_call") || Object.hasOwn(pipe.model, "generate"));
+    t.same(await tokens(pipe), SAID.get("base"), `${original}, ${order}: both are closed`);
+    t.match(await refusal(() => one.switchTask("clinic")), { tag: "backend", message: /closed/ });
+  }
+  for (const name of [ENCODER, DECODER])
+    t.equal((pipe.model.sessions[name] as object).constructor, (own[name] as object).constructor, name);
+  // The last round kept the pipeline's own sessions, and the next one goes with the pipeline.
+  const [listening] = [await attach(pipe, first), await attach(pipe, second)];
+  await pipe.dispose();
+  t.match(await refusal(() => listening.switchTask("clinic")), { tag: "backend", message: /closed/ });
+});
+
+t.test("calls and switches of both packs take turns, and so do two attachPack", { skip }, async (t) => {
+  const pipe = await whisper();
+  const [first, second] = [await opened(inEncoder), await opened(inDecoder)];
+  // The second by another object that has the same model.
+  const both = [attach(pipe, first), attachPack({ model: pipe.model }, second, { model: "whisper" })] as const;
+  const inputs = await features(pipe);
+  const before = heard(pipe, inputs);
+  const [listening, saying] = await Promise.all(both);
+  t.same(await before, SAID.get("base"), "a call made meanwhile waits");
+  const work: Promise<unknown>[] = [];
+  for (const task of ["clinic", null, "court", "clinic", "court", null]) {
+    work.push(listening.switchTask(task), saying.switchTask(task));
+    for (let i = 0; i < 2; i++)
+      work.push(heard(pipe, inputs).then((ids) => t.same(ids, SAID.get(task ?? "base"), `${task}`)));
+  }
+  await Promise.all(work);
+  await pipe.dispose();
+});
+
+t.test("label names of several packs", { skip }, async (t) => {
+  const pipe = await whisper();
+  const config = pipe.model.config as { id2label?: Record<number, string> };
+  config.id2label = { 0: "own" };
+  const [first, second] = [await opened(inEncoder), await opened(inDecoder)];
+  for (const [pack, names] of [
+    [first, ["low", "high"]],
+    [second, ["yes", "no"]],
+  ] as const)
+    Object.assign(pack.tasks.get("clinic")!.metadata, { labels: names });
+  const listening = await attach(pipe, first);
+  await listening.switchTask("clinic");
+  t.same(config.id2label, { 0: "low", 1: "high" });
+  const saying = await attach(pipe, second);
+  t.same(config.id2label, { 0: "low", 1: "high" }, "a pack at its base says nothing");
+  await saying.switchTask("clinic");
+  t.same(config.id2label, { 0: "yes", 1: "no" }, "the latest switch tells");
+  await saying.switchTask("court");
+  t.same(config.id2label, { 0: "low", 1: "high" });
+  await saying.switchTask("clinic");
+  await listening.close();
+  t.same(config.id2label, { 0: "yes", 1: "no" });
+  await saying.close();
+  t.same(config.id2label, { 0: "own" });
+  await pipe.dispose();
+});
+
+t.test("two packs for one session are refused by name", { skip }, async (t) => {
+  const pipe = await whisper();
+  const [first, second] = [await opened(inDecoder), await opened(inDecoder)];
+  const saying = await attach(pipe, first, { original: "keep" });
+  await saying.switchTask("court");
+  const now = { ...pipe.model.sessions };
+  const ids = await tokens(pipe);
+  const lives =
+    /modules of .* live in the session "decoder_model_merged", which has the pack .*\. Close that first, or/;
+  for (const original of ["release", "release-first", "keep"] as const) {
+    t.match(await refusal(() => attach(pipe, second, { original })), { name: "TypeError", message: lives });
+    const whole = await opened();
+    t.match(await refusal(() => attach(pipe, whole, { original })), { name: "TypeError", message: lives });
+  }
+  const has = /the session "decoder_model_merged" has the pack .*; close that first/;
+  t.match(await refusal(() => attach(pipe, second, { part: DECODER })), { name: "TypeError", message: has });
+  t.ok(Object.entries(now).every(([name, session]) => pipe.model.sessions[name] === session));
+  t.same(await tokens(pipe), ids, "as it was");
+  // What is asked for of it lives in the other session only.
+  const listening = await attach(pipe, await opened(), { modules: inEncoder });
+  await listening.switchTask("court");
+  t.same(await tokens(pipe), SAID.get("court"));
+  t.match(await refusal(async () => attach(pipe, await opened())), {
+    name: "TypeError",
+    message: /the session "model" has the pack .*, the session "decoder_model_merged" has the pack .*; close that/,
+  });
+  await saying.close();
+  const again = await attach(pipe, second);
+  await again.switchTask("court");
+  t.same(await tokens(pipe), SAID.get("court"), "free again");
+  await pipe.dispose();
+});
+
+t.test("options of one session", { skip }, async (t) => {
+  const pipe = await whisper();
+  const pack = await opened();
+  const tasks = await attach(pipe, pack, { mode: "core", each: { [DECODER]: { mode: "folded", probe: false } } });
+  t.same(
+    Object.values(tasks.sessions).map(({ mode }) => mode),
+    ["core", "folded"],
+  );
+  for (const task of ["clinic", null, "court"] as const) {
+    await tasks.switchTask(task);
+    t.same(await tokens(pipe), SAID.get(task ?? "base"), `${task}`);
+  }
+  await tasks.close();
+  const own = { ...pipe.model.sessions };
+  const refused = (options: Partial<AttachOptions>): Promise<Error> => refusal(() => attach(pipe, pack, options));
+  for (const [options, message] of [
+    [{ each: { encoder: {} } }, /each: there is no session "encoder", only "model", "decoder_model_merged"/],
+    [{ each: { [ENCODER]: {} }, part: DECODER }, /each: there is no session "model", only "decoder_model_merged"/],
+    [{ each: { [ENCODER]: { mod: "core" } as never } }, /each\.model: unknown option "mod"; did you mean "mode"/],
+    [{ each: { [ENCODER]: { trainable: true } as never } }, /each\.model: trainable: one session learns at a time/],
+  ] as const)
+    t.match(await refused(options), { name: "TypeError", message });
+  t.match(await refused({ each: { [DECODER]: { session: { executionProviders: ["nonsense"] } } } }), {
+    tag: "backend",
+    message: /nonsense/,
+  });
+  // Asked for in a session that lacks it, and nowhere else.
+  const swapped = { each: { [ENCODER]: { modules: inDecoder }, [DECODER]: { modules: inEncoder } } };
+  t.match(await refused(swapped), {
+    tag: "base",
+    message:
+      /"model\.decoder\..*" lives in none of the sessions \(model: .*\)\. Use the model that the adapters are for/,
+  });
+  t.ok(Object.entries(own).every(([name, session]) => pipe.model.sessions[name] === session));
+  t.match(await refused({ each: { [ENCODER]: { modules: () => false } } }), {
+    name: "RangeError",
+    message: /keeps none/,
+  });
+  const some = await attach(pipe, pack, { modules: inDecoder, each: { [ENCODER]: { mode: "folded" } } });
+  t.same(Object.keys(some.sessions), [DECODER], "the other has nothing of what is asked for");
+  await pipe.dispose();
+});
+
+t.test("a pack that lives in no session is told what each of them said", { skip }, async (t) => {
+  const pipe = await whisper();
+  const other = await packOn("marian");
+  t.match(await refusal(() => attach(pipe, other)), {
+    tag: "base",
+    message:
+      /lives in none of the sessions \(model: .* is not in the base; .*; decoder_model_merged: .* is not the weight that .* was trained on/,
+  });
+  await other.close();
+  await pipe.dispose();
+  const clip = await pipelineOn("zero-shot-image-classification", "clip");
+  const wrong = await opened();
+  const error = await refusal(() => attachPack(clip, wrong, { model: "clip" }));
+  t.match(error, { tag: "base", message: /^session "model": "model\.\w+\.layers.* is not in the base/ });
+  await clip.dispose();
+});
+
+t.test("a stream of a causal model is one task's; a switch asked for meanwhile waits", { skip }, async (t) => {
+  interface Generation {
+    task: string;
+    prompt: string;
+    ids: number[];
+  }
+  const all = JSON.parse(await readFile(data("decoder/goldens.json"), "utf8")) as Generation[];
+  const { prompt } = all[0]!;
+  const of = (task: string): string =>
+    all
+      .find((one) => one.task === task && one.prompt === prompt)!
+      .ids.map((id) => (id === 0 ? "" : id === 95 ? " " : String.fromCharCode(32 + id)))
+      .join("");
+  const { pipeline, TextStreamer } = await transformers(data("."));
+  const pipe = await pipeline("text-generation", "decoder", { dtype: "fp32" });
+  const pack = await openPack((await packOf(["decoder/adapters/upper", "decoder/adapters/lower"], LOSSLESS)).bytes);
+  const tasks = await attachPack(pipe, pack, { model: "decoder" });
+  await tasks.switchTask("upper");
+  const order: string[] = [];
+  const streamed = async (asked: () => void): Promise<string> => {
+    let text = "";
+    const callback_function = (piece: string): void => {
+      if (text === "") asked();
+      text += piece;
+    };
+    const streamer = new TextStreamer(pipe.tokenizer, { skip_prompt: true, callback_function });
+    await pipe(prompt, { max_new_tokens: 12, do_sample: false, streamer });
+    return text;
+  };
+  let switched: Promise<unknown> = Promise.resolve();
+  const first = await streamed(() => {
+    switched = tasks.switchTask("lower").then(() => order.push("switch"));
+  });
+  order.push("stream");
+  t.equal(first, of("upper"));
+  t.equal(await streamed(() => order.push("next")), of("lower"), "calls made after wait for the switch");
+  await switched;
+  t.same(order, ["stream", "switch", "next"]);
+  t.equal(tasks.task, "lower");
+  await pipe.dispose();
+  await pack.close();
+});
