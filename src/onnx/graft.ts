@@ -14,6 +14,7 @@
 import { FormatError } from "../errors.ts";
 import { biasAdd, FLOAT, INT64, type Linear } from "./linear.ts";
 import type { OnnxModel } from "./model.ts";
+import type { Slice } from "./modules.ts";
 import { dropUnused, makeInts, makeNode, makeValue, NodeEdits, Place, PREFIX } from "./nodes.ts";
 import type { GraphProto, NodeProto } from "./onnx_pb.ts";
 import { Ranks } from "./rank.ts";
@@ -52,6 +53,8 @@ export interface GraftBias {
   readonly size: number;
   readonly type: number;
   readonly places: readonly { graph: GraphProto; node: NodeProto }[];
+  /** Where it is a part of what the nodes add. */
+  readonly slice?: Slice | undefined;
 }
 
 /**

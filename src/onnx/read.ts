@@ -62,7 +62,11 @@ export async function readModel(input: SourceInput, options: ModelOptions = {}):
 
 async function parsed(bytes: Uint8Array, name: string): Promise<OnnxModel> {
   try {
-    return parseModel(bytes, name);
+    const model = parseModel(bytes, name);
+    const isFused = model.proto.graph!.node.some(
+      ({ domain, opType }) => opType === "Attention" && domain === "com.microsoft",
+    );
+    return isFused ? (await import("./attention.ts")).unfuse(model) : model;
   } catch (error) {
     const { wrongKind } = await import("../format/kind.ts");
     throw await wrongKind(
