@@ -25,6 +25,7 @@ export function tableOf(name: string, parameter: OnnxParameter): GraftRows | und
 
 /** Inputs that are added to the last dimension of what the node makes. */
 const LAST: Readonly<Record<string, number>> = {
+  EmbedLayerNormalization: 6,
   Gemm: 2,
   LayerNormalization: 2,
   MatMulNBits: 5,
