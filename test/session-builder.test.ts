@@ -98,7 +98,6 @@ t.test("4 bits cannot be folded, and say so", async (t) => {
   pack.removeTask("dora");
   t.match(await refusal(() => createEigenSession(NODE, data("builder/llama-int4.onnx"), pack, { mode: "folded" })), {
     name: "BaseMismatchError",
-    message:
-      /mode "folded": the weight of "[^"]*_proj" is quantised.*use mode "core" or "factors"/,
+    message: /mode "folded": the weight of "[^"]*_proj" is quantised.*use mode "core" or "factors"/,
   });
 });

@@ -1,6 +1,6 @@
 /**
- * What takes too long for the tests, one after the other: switches on every backend, sessions, pairs of writers, Next.js, and
- * mutants.
+ * What takes too long for the tests, one after the other: switches on every backend, sessions, pairs of writers, Next.js, files
+ * of the model builder, and mutants.
  *
  * usage: npm run soak [-- --fuzz COUNT]      COUNT mutants. Default: 100 000
  */
@@ -16,6 +16,7 @@ for (const [script, ...args] of [
   ["soak-writers.js"],
   ["soak-next.js"],
   ["soak-wild.js"],
+  ["soak-builder.js"],
   ["soak-fuzz.js", fuzz],
 ]) {
   console.log(`\n${script} ${args.join(" ")}`);
