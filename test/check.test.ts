@@ -177,7 +177,7 @@ t.test("the command: exit code, verdict, next step", async (t) => {
       ...[...(options.names ?? [])].flatMap(([module, weight]) => ["--names", `${module}=${weight}`]),
       ...(options.ignore ?? []).flatMap((name) => ["--ignore", name]),
     ];
-    const { code, out, err } = await run("check", data(model), pack, "--files-only", ...flags);
+    const { code, out, err } = await run("check", pathOf(model), pack, "--files-only", ...flags);
     t.same([code, err], [mode === null ? 1 : 0, ""], what);
     const [verdict, advice] = out.trimEnd().split("\n").slice(-2);
     t.match(verdict, mode === null ? /^It does not work: / : `It works, in mode "${mode}" (`, what);
@@ -193,7 +193,7 @@ t.test("with onnxruntime-node it makes a session and runs it", async (t) => {
   t.match(out, /one task per row: yes/);
   t.match(out, /learning: yes/);
   const asked = async (model: string, pack: string) =>
-    JSON.parse((await run("check", data(model), pack, "--json")).out) as Survey & Record<string, any>;
+    JSON.parse((await run("check", pathOf(model), pack, "--json")).out) as Survey & Record<string, any>;
   const json = await asked("exports/classifier.onnx", both);
   t.match(json, {
     works: true,

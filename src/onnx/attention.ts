@@ -4,9 +4,11 @@
  * product; so there is a packed layer that packed.ts adapts. What that cannot say stays as it is. Loaded where there is one.
  */
 import { isParameterName, placeOf } from "./claims.ts";
+import { FLOAT16, INT64 } from "./linear.ts";
 import { attribute, indexGraph, type OnnxModel } from "./model.ts";
-import { makeNode, makeSplit, NodeEdits } from "./nodes.ts";
+import { type Attributes, makeFloats, makeInts, makeNode, makeSplit, NodeEdits } from "./nodes.ts";
 import type { NodeProto } from "./onnx_pb.ts";
+import { Ranks } from "./rank.ts";
 
 /** What both operators understand alike. */
 const SHARED = new Set(["num_heads", "unidirectional", "mask_filter_value", "scale"]);
@@ -29,11 +31,12 @@ export function isAttention({ domain, opType }: NodeProto): boolean {
 export function unfuse(model: OnnxModel): OnnxModel {
   const { proto } = model.graph;
   const edits = new NodeEdits();
+  const masks = new Masks(model);
   for (const node of proto.node) {
     if (!isAttention(node)) continue;
     const sizes = sizesOf(model, node);
     if (typeof sizes === "string") continue;
-    edits.insert(proto, node, apart(model, node, sizes));
+    edits.insert(proto, node, apart(model, node, sizes, masks));
     edits.remove(proto, node);
   }
   edits.apply();
@@ -68,7 +71,7 @@ function sizesOf({ graph }: OnnxModel, node: NodeProto): readonly number[] | str
   return sizes;
 }
 
-function apart(model: OnnxModel, node: NodeProto, sizes: readonly number[]): NodeProto[] {
+function apart(model: OnnxModel, node: NodeProto, sizes: readonly number[], masks: Masks): NodeProto[] {
   const [out] = node.output as [string];
   // Not with a slash in front, as names of modules have it, but for the product.
   const name = `${node.name || "Attention"}/${out}`.replace(/^\/+/, "");
@@ -88,8 +91,84 @@ function apart(model: OnnxModel, node: NodeProto, sizes: readonly number[]): Nod
   heads.domain = node.domain;
   heads.attribute = node.attribute.filter((one) => SHARED.has(one.name));
   // Behind the parts: a bias, which is added already, the mask, and what is added to the scores.
-  heads.input.push(...trimmed(["", node.input[MASK] ?? "", node.input[SCORES] ?? ""]));
+  const mask = masks.of(node, nodes);
+  heads.input.push(...trimmed(["", mask.padding, mask.scores]));
   return [...nodes, heads];
+}
+
+/**
+ * Masks as values that are added to the scores, which is what an attention does with them: on WebGPU `MultiHeadAttention` takes
+ * no others. Where the file does not tell what a mask looks like it stays as it is.
+ */
+class Masks {
+  readonly #model: OnnxModel;
+  readonly #ranks: Ranks;
+  readonly #made = new Map<string, string>();
+
+  constructor(model: OnnxModel) {
+    this.#model = model;
+    this.#ranks = new Ranks(model);
+  }
+
+  /** What the node has as a mask, and as an addition to the scores. @param nodes that go in front of it; some are added */
+  of(node: NodeProto, nodes: NodeProto[]): { padding: string; scores: string } {
+    const [padding = "", scores = ""] = [node.input[MASK], node.input[SCORES]];
+    const rank = padding === "" ? undefined : this.#rankOf(padding);
+    if (rank !== 1 && rank !== 2) return { padding, scores };
+    const type = Number(this.#model.graph.initializers.get(node.input[WEIGHT]!)!.dataType);
+    const least = attribute(node, "mask_filter_value")?.f ?? -10000;
+    // Of another input the rows may be as many and of another length.
+    const key = `${padding}/${node.input[X]}/${least}`;
+    let added = this.#made.get(key);
+    if (added === undefined) {
+      added = this.#add(rank, node, type === FLOAT16 ? Math.max(least, -65504) : least, type, nodes);
+      this.#made.set(key, added);
+    }
+    if (scores === "") return { padding: "", scores: added };
+    const sum = `${node.output[0]}/scores`;
+    nodes.push(makeNode("Add", sum, [scores, added], sum));
+    return { padding: "", scores: sum };
+  }
+
+  /** 1: lengths of rows, 2: a mask of rows. */
+  #rankOf(mask: string): number | undefined {
+    const { producers } = this.#model.graph;
+    const made = producers.get(mask);
+    if (made?.opType === "EmbedLayerNormalization") return made.output[1] === mask ? 1 : undefined;
+    if (made?.opType === "ReduceSum") return attribute(made, "keepdims")?.i === 0n ? 1 : undefined;
+    // Of other vectors there is no telling what they hold: ends of rows, or starts too.
+    const rank = this.#ranks.of(mask);
+    return rank === 2 ? 2 : undefined;
+  }
+
+  /** [batch, 1, length, length]: 0, or the least where a row is masked. */
+  #add(rank: number, node: NodeProto, least: number, type: number, nodes: NodeProto[]): string {
+    const { initializer } = this.#model.graph.proto;
+    const name = `${node.output[0]}/mask`;
+    const op = (opType: string, input: readonly string[], attributes: Attributes = {}): string => {
+      const out = `${name}/${nodes.length}`;
+      nodes.push(makeNode(opType, out, input, out, attributes));
+      return out;
+    };
+    const ints = (...values: number[]): string => {
+      initializer.push(makeInts(`${name}/ints/${initializer.length}`, values));
+      return initializer.at(-1)!.name;
+    };
+    initializer.push(makeFloats(`${name}/none`, [0], [1]), makeFloats(`${name}/least`, [least], [1]));
+    // [1]: how long rows are.
+    const length = op("Slice", [op("Shape", [node.input[X]!]), ints(1), ints(2)]);
+    const mask = op("Cast", [node.input[MASK]!], { to: INT64 });
+    let kept: string;
+    if (rank === 1) {
+      const ones = op("Expand", [ints(1), length]);
+      // 1, 2, …: a row keeps as many as it is long.
+      const positions = op("CumSum", [ones, ints(0)]);
+      kept = op("Less", [op("Sub", [positions, ints(1)]), op("Reshape", [mask, ints(-1, 1)])]);
+    } else kept = op("Less", [ints(0), mask]);
+    const added = op("Where", [kept, `${name}/none`, `${name}/least`]);
+    const rows = op("Reshape", [type === FLOAT16 ? op("Cast", [added], { to: FLOAT16 }) : added, ints(0, 1, 1, -1)]);
+    return op("Expand", [rows, op("Concat", [ints(1, 1), length, ints(1)], { axis: 0 })]);
+  }
 }
 
 /**
