@@ -12,14 +12,14 @@ const PARAMETER_BYTES = 4096;
 const TOLERANCE = 1e-5;
 
 /** Calls one function of browser-gpu.js after the other. @returns undefined where there is no adapter */
-async function inBrowser(t: Test, calls: readonly string[]): Promise<any[] | undefined> {
+async function inBrowser(t: Test, calls: readonly string[], model = "torchscript"): Promise<any[] | undefined> {
   const feeds = Object.fromEntries(
     Object.entries(GOLDENS.feeds as Record<string, number[][]>)
       .filter(([name, rows]) => name !== "x" && Array.isArray(rows[0]))
       .map(([name, rows]) => [name, { type: "int64", dims: [rows.length, rows[0]!.length], data: rows.flat() }]),
   );
   const files = new Map<string, Uint8Array>([
-    ["model.onnx", modelBytes("torchscript")],
+    ["model.onnx", modelBytes(model)],
     ["tasks.eigen", await packBytes(["adapters"], "base")],
     [
       "page.js",
@@ -41,6 +41,18 @@ async function inBrowser(t: Test, calls: readonly string[]): Promise<any[] | und
 }
 
 const options = { skip: noChromium, timeout: 240_000 };
+
+t.test("queries, keys and values in one weight", options, async (t) => {
+  const selections = [null, "two", "three", "five", { two: 0.5, three: 0.5 }];
+  const [found] = (await inBrowser(t, [`switching(feeds, ${JSON.stringify(selections)}, 20)`], "fused")) ?? [];
+  if (!found) return;
+  t.match(found, { mode: "folded", probe: { result: "passed" } });
+  ["base", "two", "three", "five"].forEach((task, i) => {
+    const off = difference(found.known[i], golden("base", task));
+    t.ok(off <= TOLERANCE, `${task}: off by ${off}`);
+  });
+  t.same(found.wrong, [], "a selection that comes back is the same bit by bit");
+});
 
 t.test("switches", options, async (t) => {
   const selections = [null, "two", "three", "five", { two: 0.5, three: 0.5 }, { two: 1, five: -0.3 }, { three: 0.25 }];

@@ -77,7 +77,6 @@ function faults(graph: GraphProto, outer: ReadonlySet<string> = new Set(), nodes
 
 t.test("a graft keeps a model sound", async (t) => {
   for (const [name, answers] of Object.entries(GOLDENS.models)) {
-    if (name === "fused") continue;
     for (const mode of MODES) {
       if (mode === "folded" && ["q4", "int8", "qdq"].includes(name)) continue;
       const pack = await packFor(answers);

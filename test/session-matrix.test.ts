@@ -28,7 +28,6 @@ const REFUSED: Record<string, { modes: readonly Mode[]; says: RegExp }> = {
   q4: { modes: ["folded"], says: /quantised.*use mode "core" or "factors"/ },
   int8: { modes: ["folded"], says: /quantised.*use mode "core" or "factors"/ },
   qdq: { modes: ["folded"], says: /quantised.*use mode "core" or "factors"/ },
-  fused: { modes: MODES, says: /fused already \(Attention "Attention_0"\).*unoptimised export/ },
 };
 
 /** How far tasks may be from PyTorch: rounding of f32, of folded f16 weights, of arithmetic in f16. */

@@ -21,6 +21,14 @@ const NORMS = new Set([
   "SimplifiedLayerNormalization",
 ]);
 
+/** Where operators of onnxruntime's optimiser take the bias of the layer in front of them, which their first input comes from. */
+export const SUMS: Readonly<Record<string, number>> = {
+  BiasGelu: 1,
+  FastGelu: 1,
+  SkipLayerNormalization: 4,
+  SkipSimplifiedLayerNormalization: 3,
+};
+
 /** What tools append to the name of a parameter that they have changed. */
 const MADE_BY_TOOLS = /^(quantized|fp16|f16|bf16|Transposed|Q[248](G\d+)?)$/;
 
@@ -270,7 +278,14 @@ function roleOf({ node, input }: Use, rank: number, transposed: boolean): Role |
   switch (node.opType) {
     case "MatMul":
     case "MatMulInteger":
-      return input === 1 ? matrix("in-out") : input === 0 ? matrix("out-in") : undefined;
+    case "FusedMatMul":
+      return input === 1 && attribute(node, "transB")?.i
+        ? matrix("out-in")
+        : input === 1
+          ? matrix("in-out")
+          : input === 0
+            ? matrix("out-in")
+            : undefined;
     case "QLinearMatMul":
       return input === 3 ? matrix("in-out") : undefined;
     case "MatMulNBits":
@@ -292,6 +307,16 @@ function roleOf({ node, input }: Use, rank: number, transposed: boolean): Role |
       return rank === 1 ? { suffix: "bias" } : undefined;
     case "Mul":
       return rank === 1 ? { suffix: "weight" } : undefined;
+    case "EmbedLayerNormalization":
+      // Tables of tokens, positions and segments; then scale and shift.
+      if (input >= 2 && input <= 4) return { suffix: "weight", layout: rank === 2 ? "embedding" : undefined };
+      return input === 5 ? { suffix: "weight" } : input === 6 ? { suffix: "bias" } : undefined;
+    case "BiasGelu":
+    case "FastGelu":
+    case "SkipLayerNormalization":
+    case "SkipSimplifiedLayerNormalization":
+      if (input === SUMS[node.opType]) return { suffix: "bias" };
+      return input === 2 ? { suffix: "weight" } : input === 3 ? { suffix: "bias" } : undefined;
     default:
       if (!NORMS.has(node.opType)) return undefined;
       return input === 1 ? { suffix: "weight" } : input === 2 ? { suffix: "bias" } : undefined;
@@ -303,7 +328,7 @@ function roleOf({ node, input }: Use, rank: number, transposed: boolean): Role |
  * node's metadata, the TorchScript exporter into its name. Where both are lost, a linear layer's bias often still has
  * its name; it is no proof where several layers use it, which may be one layer that runs twice or equal biases that were merged.
  */
-function placeOf(graph: Graph, node: NodeProto): Place | undefined {
+export function placeOf(graph: Graph, node: NodeProto): Place | undefined {
   const scopes = node.metadataProps.find(({ key }) => key === "pkg.torch.onnx.name_scopes")?.value;
   if (scopes !== undefined) {
     // A Python list of the modules from the outermost in, then the operator: ['', 'encoder', 'encoder.query', 'linear'].
@@ -313,12 +338,13 @@ function placeOf(graph: Graph, node: NodeProto): Place | undefined {
   if (node.name.startsWith("/")) {
     return { path: node.name.slice(1, node.name.lastIndexOf("/")).replaceAll("/", "."), shared: 1 };
   }
-  let result = /^MatMul(NBits|Integer)?$/.test(node.opType) ? node.output[0] : undefined;
+  let result = /^(Fused)?MatMul(NBits|Integer)?$/.test(node.opType) ? node.output[0] : undefined;
   // A Cast and a Mul by the scales come first.
   for (let i = 0; i < 2 && node.opType === "MatMulInteger"; i++)
     result = graph.consumers.get(result ?? "")?.[0]?.node.output[0];
   for (const { node: next } of graph.consumers.get(result ?? "") ?? []) {
-    const bias = next.opType === "Add" ? next.input.find((value) => value !== result) : undefined;
+    const fused = SUMS[next.opType];
+    const bias = next.opType === "Add" ? next.input.find((value) => value !== result) : next.input[fused ?? -1];
     if (!bias?.endsWith(".bias") || !isParameterName(bias)) continue;
     return { path: bias.slice(0, -".bias".length), shared: graph.consumers.get(bias)!.length };
   }

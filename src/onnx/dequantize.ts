@@ -10,7 +10,7 @@ import type { ReadOptions } from "../source.ts";
 import { bf16ToF32, f16ToF32 } from "../tensor/dtypes.ts";
 import { producer } from "./linear.ts";
 import { attribute, type OnnxModel, type Use } from "./model.ts";
-import { matrixShape, type OnnxParameter, type Stored } from "./modules.ts";
+import { matrixShape, type OnnxParameter, partSize, partStart, type Stored } from "./modules.ts";
 import type { NodeProto } from "./onnx_pb.ts";
 import type { ModelFile } from "./read.ts";
 import { readTensor } from "./tensors.ts";
@@ -51,23 +51,28 @@ export async function readQuantizedWeight(
  */
 export async function readVector(
   file: ModelFile,
-  { name, initializer }: OnnxParameter,
+  parameter: OnnxParameter,
   options?: ReadOptions,
 ): Promise<Float32Array> {
   const { model } = file;
+  const { name, initializer } = parameter;
   const reader = new TensorReader(file, options);
   const values = await reader.values(initializer);
   const node = model.graph.consumers.get(initializer)?.find((use) => use.node.opType === "DequantizeLinear")?.node;
   const scales = values?.integer ? await reader.values(node?.input[1]) : undefined;
   const zeros = await reader.values(node?.input[2]);
-  const [count = 1] = values?.shape ?? [];
+  const count = parameter.shape.length === 0 ? 1 : partSize(parameter);
+  const from = partStart(parameter);
   if (!values || (values.integer && !scales)) {
     const message = `"${name}" is of a type that is not read here; tasks that change it need a model where it is float`;
     throw new FormatError(message, { file: model.name, part: `initializer ${initializer}` });
   }
   const one = (of: TensorValues | undefined, i: number, otherwise: number): number =>
     of ? of.at(of.shape.length === 0 || of.shape[0] === 1 ? 0 : i) : otherwise;
-  return Float32Array.from({ length: count }, (_, i) => (values.at(i) - one(zeros, i, 0)) * one(scales, i, 1));
+  return Float32Array.from({ length: count }, (_, n) => {
+    const i = from + n;
+    return (values.at(i) - one(zeros, i, 0)) * one(scales, i, 1);
+  });
 }
 
 interface TensorValues {

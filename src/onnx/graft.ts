@@ -18,6 +18,7 @@ import { ComponentProducts, type Components, type IntegerProducts } from "./comp
 import { groupsOf, joined } from "./groups.ts";
 import { biasAdd, FLOAT, INT64, type Linear } from "./linear.ts";
 import type { OnnxModel } from "./model.ts";
+import type { Slice } from "./modules.ts";
 import {
   type Added,
   dropUnused,
@@ -53,6 +54,8 @@ export interface GraftBias {
   readonly size: number;
   readonly type: number;
   readonly places: readonly { graph: GraphProto; node: NodeProto }[];
+  /** Where it is a part of what the nodes add. */
+  readonly slice?: Slice | undefined;
 }
 
 /**

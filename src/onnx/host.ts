@@ -9,7 +9,7 @@ import { SourceError } from "../errors.ts";
 import { FETCH_OPTIONS, type SourceInput } from "../source.ts";
 import type { FloatDtype } from "../tensor/dtypes.ts";
 import { Copies } from "./copies.ts";
-import { findParameters, type OnnxParameter } from "./modules.ts";
+import { findParameters, type OnnxParameter, pieceShape } from "./modules.ts";
 import { type ModelFile, type ModelOptions, readModel } from "./read.ts";
 import { readTensor } from "./tensors.ts";
 
@@ -30,8 +30,11 @@ export async function openOnnxHost(input: SourceInput, options: ModelOptions = {
   return onnxHost(await readModel(input, options));
 }
 
-/** The float parameters of a model that has been read. Read-only. */
-export function onnxHost(file: ModelFile): WeightHost {
+/**
+ * The float parameters of a model that has been read. Read-only.
+ * @param pieces further parameters: parts of packed ones, or made of several
+ */
+export function onnxHost(file: ModelFile, pieces: readonly OnnxParameter[] = []): WeightHost {
   const { model, external, close } = file;
   const parameters = new Map<string, OnnxParameter & { dtype: FloatDtype }>();
   const all = findParameters(model);
@@ -43,13 +46,24 @@ export function onnxHost(file: ModelFile): WeightHost {
     if (dtype !== "other") parameters.set(name, { ...parameter, dtype });
     if (!candidates.some(({ equal }) => equal)) sound.add(name);
   }
+  const made = new Map(pieces.map((piece) => [piece.name, { ...piece, dtype: piece.dtype as FloatDtype }]));
   return {
     *list() {
       for (const { name, shape, dtype, layout } of parameters.values()) {
         yield { name, shape, dtype, ...(layout ? { layout } : {}) };
       }
+      for (const piece of made.values()) {
+        const { name, dtype, layout } = piece;
+        yield { name, shape: pieceShape(piece), dtype, ...(layout ? { layout } : {}) };
+      }
     },
     async read(name, into, options): Promise<View> {
+      const piece = made.get(name);
+      if (piece) {
+        const view = await (await import("./blocks.ts")).readPiece(file, piece, options);
+        into?.set(view.data);
+        return into ? { ...view, data: into } : view;
+      }
       const parameter = parameters.get(name);
       if (!parameter) throw new SourceError(`has no float parameter "${name}"`, { file: model.name });
       if (!sound.has(name)) await copies.of(parameter);

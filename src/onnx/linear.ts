@@ -3,7 +3,7 @@
  * exporter or a quantiser made of the layer. Names and operators only; nothing here reads a value.
  */
 import { attribute, type OnnxModel, type Use } from "./model.ts";
-import type { OnnxParameter, Slice } from "./modules.ts";
+import { matrixShape, type OnnxParameter, type Slice } from "./modules.ts";
 import type { GraphProto, NodeProto } from "./onnx_pb.ts";
 
 /** `TensorProto.DataType`. */
@@ -27,6 +27,8 @@ export interface Linear {
   readonly addsBias: boolean;
   /** Where y is a part of what `node` makes. */
   readonly slice?: Slice;
+  /** Where y is what several nodes make, one behind the other: the layers, of which `node` is the first one's. */
+  readonly joined?: { readonly linears: readonly Linear[]; readonly sizes: readonly number[] };
 }
 
 /** Why a use of a weight is no linear layer whose result could be added to. */
@@ -50,6 +52,12 @@ function linearOf(model: OnnxModel, use: Use): Linear | NotLinear {
     case "MatMul":
       if (input !== 1) return refuse("multiplies the weight from the left");
       return simple(typeOf(model, graph, node.input[1]!));
+    case "FusedMatMul":
+      if (input !== 1) return refuse("multiplies the weight from the left");
+      if (["transA", "transBatchA", "transBatchB"].some((name) => attribute(node, name)?.i))
+        return refuse("turns what enters it");
+      if ((attribute(node, "alpha")?.f ?? 1) !== 1) return refuse("scales the product");
+      return simple(typeOf(model, graph, node.input[1]!));
     case "Gemm":
       if (input !== 1 || attribute(node, "transA")?.i) return refuse("multiplies from the left or transposed");
       if ((attribute(node, "alpha")?.f ?? 1) !== 1) return refuse("scales the product");
@@ -68,7 +76,13 @@ function linearOf(model: OnnxModel, use: Use): Linear | NotLinear {
 }
 
 /** All linear layers that a parameter, or a copy of it, is the weight of. */
-export function linearsOf(model: OnnxModel, { uses, initializer, copies, slice }: OnnxParameter): Linear[] | NotLinear {
+export function linearsOf(model: OnnxModel, parameter: OnnxParameter): Linear[] | NotLinear {
+  const { uses, initializer, copies, slice, joined } = parameter;
+  if (joined)
+    return together(
+      joined.map((one) => linearsOf(model, one)),
+      joined.map((one) => matrixShape(one)![0]),
+    );
   if (uses.length === 0) return new NotLinear(`nothing in the graph uses "${initializer}"`);
   const linears: Linear[] = [];
   for (const use of [uses, ...copies.map((copy) => copy.uses)].flat()) {
@@ -77,6 +91,27 @@ export function linearsOf(model: OnnxModel, { uses, initializer, copies, slice }
     linears.push(slice ? { ...linear, slice } : linear);
   }
   return linears;
+}
+
+/** Layers that are parts of one: each takes what the others take. */
+function together(parts: readonly (Linear[] | NotLinear)[], sizes: readonly number[]): Linear[] | NotLinear {
+  const lists: Linear[][] = [];
+  for (const part of parts) {
+    if (part instanceof NotLinear) return part;
+    lists.push(part);
+  }
+  const [first] = lists as [Linear[], ...Linear[][]];
+  const made: Linear[] = [];
+  for (const [i, linear] of first.entries()) {
+    const linears = lists.flatMap((list) => list[i] ?? []);
+    const isOne = linears.every(
+      ({ x, graph, type }) => x === linear.x && graph === linear.graph && type === linear.type,
+    );
+    if (!isOne || lists.some((list) => list.length !== first.length))
+      return new NotLinear("its parts in the file take different values");
+    made.push({ ...linear, addsBias: linears.some(({ addsBias }) => addsBias), joined: { linears, sizes } });
+  }
+  return made;
 }
 
 /**
@@ -128,7 +163,9 @@ export function biasAdd(model: OnnxModel, { node, graph }: Linear): NodeProto | 
  */
 export function fusedNode(model: OnnxModel): NodeProto | undefined {
   return model.graph.proto.node.find(
-    ({ domain, opType }) => domain === "com.microsoft" && /^(Q|Packed|DecoderMaskedSelf)?Attention$|MoE$/.test(opType),
+    ({ domain, opType }) =>
+      domain === "com.microsoft" &&
+      /^(Q|QOrdered|Packed|Longformer|Decoder|DecoderMaskedSelf)?Attention$|MoE$/.test(opType),
   );
 }
 

@@ -13,6 +13,8 @@ import { type OnnxTensorType, tensorType } from "./tensors.ts";
 export interface Slice {
   readonly index: number;
   readonly sizes: readonly number[];
+  /** Name of the parameter that it is a part of. */
+  readonly of: string;
 }
 
 /** An initializer that holds a parameter. */
@@ -22,6 +24,8 @@ export interface Stored extends OnnxTensorType {
   readonly layout?: Layout;
   /** Where the parameter is a part of the initializer: several layers packed into one. */
   readonly slice?: Slice;
+  /** Where the parameter is several initializers' rows, one below the other: a layer that the exporter has divided. */
+  readonly joined?: readonly OnnxParameter[];
   /** Where it enters the computation, behind Cast, Identity, Transpose and the like. Empty when nothing uses it. */
   readonly uses: readonly Use[];
 }
@@ -151,11 +155,36 @@ function candidatesOf(
 
 /** [out, in] of a parameter that is the weight of a linear layer; undefined when its dimensions do not tell. */
 export function matrixShape(
-  stored: Pick<Stored, "shape" | "layout" | "uses" | "slice">,
+  stored: Pick<Stored, "shape" | "layout" | "uses" | "slice" | "joined">,
 ): readonly [out: number, inputs: number] | undefined {
+  const { slice, joined } = stored;
+  // Checked when they were joined.
+  if (joined) return joined.map((one) => matrixShape(one)!).reduce(([out, inputs], [more]) => [out + more, inputs]);
   const whole = wholeShape(stored);
-  const { slice } = stored;
   return whole && slice ? [slice.sizes[slice.index]!, whole[1]] : whole;
+}
+
+/** How many outputs a parameter has. */
+export function partSize(stored: Stored): number {
+  const { slice, shape } = stored;
+  if (shape.length === 1) return slice ? slice.sizes[slice.index]! : shape[0]!;
+  return matrixShape(stored)![0];
+}
+
+/** Where a part of a packed parameter begins among its outputs; 0 for what is none. */
+export function partStart({ slice }: Stored): number {
+  return slice ? slice.sizes.slice(0, slice.index).reduce((a, b) => a + b, 0) : 0;
+}
+
+/** The axis along which a parameter's outputs lie. */
+export function outputAxis({ shape, layout }: Pick<Stored, "shape" | "layout">): number {
+  return shape.length === 2 && layout === "in-out" ? 1 : 0;
+}
+
+/** The shape that a parameter has as one of its own. */
+export function pieceShape(stored: Stored): readonly number[] {
+  const axis = outputAxis(stored);
+  return stored.slice ? stored.shape.map((size, i) => (i === axis ? partSize(stored) : size)) : stored.shape;
 }
 
 /** The same of all that the initializer holds. */

@@ -78,6 +78,22 @@ export function makeInts(
   return create(TensorProtoSchema, { name, dims: dims.map(BigInt), dataType: INT64, rawData });
 }
 
+/** @param axis of the value. Default: the last */
+export function makeSplit(
+  model: OnnxModel,
+  name: string,
+  value: string,
+  outputs: readonly string[],
+  sizes: readonly number[],
+  axis = -1,
+): NodeProto {
+  // From opset 13 on the sizes are an input.
+  const asInput = model.opset >= 13;
+  if (asInput) model.graph.proto.initializer.push(makeInts(`${name}/sizes`, sizes));
+  const inputs = asInput ? [value, `${name}/sizes`] : [value];
+  return makeNode("Split", name, inputs, outputs, { axis, ...(asInput ? {} : { split: sizes }) });
+}
+
 /** Constant f32 values. */
 export function makeFloats(name: string, values: readonly number[], dims: readonly number[]): TensorProto {
   const rawData = new Uint8Array(Float32Array.from(values).buffer);
@@ -249,7 +265,7 @@ export function dropUnused(model: OnnxModel): void {
 }
 
 /** The values that a node and the graphs in it read. */
-function readBy(node: NodeProto): string[] {
+export function readBy(node: NodeProto): string[] {
   const nested = nestedGraphs(node).flatMap((graph) => [
     ...graph.node.flatMap(readBy),
     ...graph.output.map(({ name }) => name),

@@ -1,55 +1,90 @@
 /**
- * Layers that an exporter has packed into one: queries, keys and values of an attention as one product. Their weights lie one below the
- * other, and its result holds theirs one behind the other; so each is a slice that can be added to.
+ * Layers that a file has in other pieces than the checkpoint: several packed into one, such as queries, keys and values of an
+ * attention, or one divided into several. Of a packed layer the weights lie one below the other, and its result holds theirs one
+ * behind the other; so each is a slice that can be added to. Of a divided one the results are put together and divided again.
  */
-import type { GraftModule } from "./graft.ts";
+import type { GraftBias, GraftModule } from "./graft.ts";
 import type { Linear } from "./linear.ts";
 import { attribute, type Graph, type OnnxModel } from "./model.ts";
 import { matrixShape, type OnnxParameter } from "./modules.ts";
-import { makeInts, makeNode, PREFIX } from "./nodes.ts";
-import type { NodeProto, TensorProto } from "./onnx_pb.ts";
+import { makeNode, makeSplit, PREFIX, readBy } from "./nodes.ts";
+import type { GraphProto, NodeProto, TensorProto } from "./onnx_pb.ts";
 
-/** The packed layer of an attention, and the layers in it in their order. */
-const WHOLE = "qkv_proj";
-const PARTS = ["q_proj", "k_proj", "v_proj"];
+/** Packed layers and the layers in them in their order. "qkv" is what attention.ts calls that of an `Attention`. */
+const PACKED: readonly (readonly [whole: string, ...parts: string[]])[] = [
+  ["qkv_proj", "q_proj", "k_proj", "v_proj"],
+  ["gate_up_proj", "gate_proj", "up_proj"],
+  ["qkv", "self.query", "self.key", "self.value"],
+  ["qkv", "attention.query", "attention.key", "attention.value"],
+  ["qkv", "query", "key", "value"],
+  ["qkv", "q_lin", "k_lin", "v_lin"],
+  ["qkv", "q_proj", "k_proj", "v_proj"],
+];
 
 /** Where a layer may lie in a packed one. */
-interface PlaceInPacked {
+export interface PlaceInPacked {
   /** Of the packed layer, with the segments in front, and without. */
   readonly name: string;
   readonly whole: string;
-  /** The layer's own last segment, and the how manieth part it is. */
+  /** The layer's own last segments, the how manieth part it is, and of how many. */
   readonly part: string;
   readonly index: number;
+  readonly count: number;
 }
 
-/** The packed layer that may hold a layer of this name. */
-export function packedName(module: string): PlaceInPacked | undefined {
-  const cut = module.lastIndexOf(".") + 1;
-  const part = module.slice(cut);
-  const index = PARTS.indexOf(part);
-  return index < 0 ? undefined : { name: module.slice(0, cut) + WHOLE, whole: WHOLE, part, index };
+/** The packed layers that may hold a layer of this name. */
+export function packedNames(module: string): PlaceInPacked[] {
+  return PACKED.flatMap(([whole, ...parts]) => {
+    const index = parts.findIndex((part) => module === part || module.endsWith(`.${part}`));
+    const part = parts[index];
+    if (part === undefined) return [];
+    return [{ name: module.slice(0, module.length - part.length) + whole, whole, part, index, count: parts.length }];
+  });
 }
 
-/** The part of a packed weight, as a weight of its own; undefined where the graph does not tell how it is divided. */
+/** The layers that one of this name may have been divided into. */
+export function dividedNames(module: string): string[][] {
+  return PACKED.slice(0, 2).flatMap(([whole, ...parts]) => {
+    if (module !== whole && !module.endsWith(`.${whole}`)) return [];
+    return [parts.map((part) => module.slice(0, module.length - whole.length) + part)];
+  });
+}
+
+/** The part of a packed parameter, as one of its own; undefined where the graph does not tell how it is divided. */
 export function partOfPacked(
   model: OnnxModel,
   packed: OnnxParameter,
   name: string,
-  index: number,
+  { index, count }: PlaceInPacked,
 ): OnnxParameter | undefined {
-  const shape = matrixShape(packed);
-  const sizes = shape && sizesOf(model.graph, packed, shape[0]);
-  return sizes?.[index] === undefined ? undefined : { ...packed, name, slice: { index, sizes } };
+  const total = packed.shape.length === 1 ? packed.shape[0] : matrixShape(packed)?.[0];
+  const sizes = total === undefined ? undefined : sizesOf(model.graph, packed, total, count);
+  return sizes?.[index] === undefined ? undefined : { ...packed, name, slice: { index, sizes, of: packed.name } };
+}
+
+/** Parts as one parameter; undefined where they do not fit each other. */
+export function joinParts(name: string, parts: readonly OnnxParameter[]): OnnxParameter | undefined {
+  const shapes = parts.map((part) => matrixShape(part));
+  const [first] = parts as [OnnxParameter];
+  const fit = shapes.every((shape) => shape !== undefined && shape[1] === shapes[0]![1]);
+  if (!fit || parts.some(({ dtype }) => dtype !== first.dtype)) return undefined;
+  const [out, inputs] = [shapes.reduce((sum, shape) => sum + shape![0], 0), shapes[0]![1]];
+  const { initializer, dtype, layout } = first;
+  const shape = layout === "in-out" ? [inputs, out] : [out, inputs];
+  const uses = parts.flatMap((part) => part.uses);
+  return {
+    ...{ name, initializer, dtype, shape, uses, joined: parts, candidates: [], copies: [] },
+    ...(layout && { layout }),
+  };
 }
 
 /** How a packed layer's result is divided, by what reads it. */
-function sizesOf(graph: Graph, { uses }: OnnxParameter, total: number): readonly number[] | undefined {
+function sizesOf(graph: Graph, { uses }: OnnxParameter, total: number, count: number): readonly number[] | undefined {
   let value = uses[0]?.node.output[0] ?? "";
   for (let passed = 0; passed < 2; passed++) {
     for (const { node } of graph.consumers.get(value) ?? []) {
-      if (node.opType === "GroupQueryAttention") return ofHeads(node, total);
-      if (node.opType === "Split") return ofSplit(graph, node, total);
+      if (node.opType === "GroupQueryAttention" && count === 3) return ofHeads(node, total);
+      if (node.opType === "Split") return ofSplit(graph, node, total, count);
     }
     // The bias is added first.
     const [next] = graph.consumers.get(value) ?? [];
@@ -67,12 +102,19 @@ function ofHeads(node: NodeProto, total: number): readonly number[] | undefined 
   return Number.isInteger(width) && kvHeads > 0 ? [heads * width, kvHeads * width, kvHeads * width] : undefined;
 }
 
-function ofSplit({ initializers, producers }: Graph, node: NodeProto, total: number): readonly number[] | undefined {
+function ofSplit(
+  { initializers, producers }: Graph,
+  node: NodeProto,
+  total: number,
+  count: number,
+): readonly number[] | undefined {
   const [, name = ""] = node.input;
   const constant = attribute(producers.get(name) ?? node, "value")?.t ?? initializers.get(name);
-  const sizes = constant ? integersOf(constant) : (attribute(node, "split")?.ints ?? []).map(Number);
-  const isWhole = sizes.length === 3 && sizes.every((size) => size > 0) && sizes.reduce((a, b) => a + b, 0) === total;
-  return isWhole ? sizes : undefined;
+  const given = constant ? integersOf(constant) : (attribute(node, "split")?.ints ?? []).map(Number);
+  // Without sizes the parts are alike.
+  const sizes = given.length > 0 || name !== "" ? given : node.output.map(() => total / node.output.length);
+  const isWhole = sizes.length === count && sizes.every((size) => Number.isInteger(size) && size > 0);
+  return isWhole && sizes.reduce((a, b) => a + b, 0) === total ? sizes : undefined;
 }
 
 function integersOf({ rawData }: TensorProto): number[] {
@@ -81,37 +123,97 @@ function integersOf({ rawData }: TensorProto): number[] {
 }
 
 /**
- * Takes the results of packed layers apart and puts them together again, so that terms can be added in between. Changes the graph.
- * @returns the modules, each with layers that make its own slice of a result
+ * Takes the results of packed layers apart and puts them together again, so that terms can be added in between; and the other way
+ * round where a layer was divided. Changes the graph.
+ * @returns modules and biases, each with nodes that make its own result
  */
-export function takeApart(model: OnnxModel, modules: readonly GraftModule[]): GraftModule[] {
+export function takeApart(
+  model: OnnxModel,
+  modules: readonly GraftModule[],
+  biases: readonly GraftBias[],
+): { modules: GraftModule[]; biases: GraftBias[] } {
   const pieces = new Map<NodeProto, NodeProto[]>();
-  return modules.map((module) => ({
+  const piece = (graph: GraphProto, node: NodeProto, { index, sizes }: NonNullable<Linear["slice"]>): NodeProto => {
+    let own = pieces.get(node);
+    if (!own) pieces.set(node, (own = divide(model, graph, node, sizes, pieces.size)));
+    return own[index]!;
+  };
+  const touched = new Set<GraphProto>();
+  let count = 0;
+  const apart = modules.map((module) => ({
     ...module,
     linears: module.linears.map((linear) => {
-      const { slice, graph, node, x, type } = linear;
-      if (!slice) return linear;
-      let own = pieces.get(node);
-      if (!own) pieces.set(node, (own = divide(model, linear, slice.sizes, pieces.size)));
-      return { graph, node: own[slice.index]!, x, type, addsBias: false };
+      const { slice, joined, graph, node, x, type } = linear;
+      if (joined) {
+        touched.add(graph);
+        return { graph, node: unite(model, graph, joined, count++), x, type, addsBias: false };
+      }
+      return slice ? { graph, node: piece(graph, node, slice), x, type, addsBias: false } : linear;
     }),
   }));
+  const added = biases.map(({ slice, ...bias }) => {
+    if (!slice) return bias;
+    const places = bias.places.map(({ graph, node }) => ({ graph, node: piece(graph, node, slice) }));
+    return { ...bias, places };
+  });
+  for (const graph of touched) sortNodes(graph);
+  return { modules: apart, biases: added };
 }
 
-/** Split, a node for each piece, Concat: behind the layer's node. @returns the nodes of the pieces */
-function divide(model: OnnxModel, { graph, node }: Linear, sizes: readonly number[], index: number): NodeProto[] {
+/** Split, a node for each piece, Concat: behind a node. @returns the nodes of the pieces */
+function divide(
+  model: OnnxModel,
+  graph: GraphProto,
+  node: NodeProto,
+  sizes: readonly number[],
+  index: number,
+): NodeProto[] {
   const name = `${PREFIX}/packed/${index}`;
   const result = node.output[0]!;
   node.output[0] = `${name}/whole`;
   const cut = sizes.map((_, i) => `${name}/cut/${i}`);
   const pieces = sizes.map((_, i) => makeNode("Identity", `${name}/${i}`, [cut[i]!], `${name}/${i}`));
-  // From opset 13 on the sizes are an input.
-  const asInput = model.opset >= 13;
-  if (asInput) model.graph.proto.initializer.push(makeInts(`${name}/sizes`, sizes));
-  const inputs = [`${name}/whole`, ...(asInput ? [`${name}/sizes`] : [])];
-  const split = makeNode("Split", `${name}/cut`, inputs, cut, { axis: -1, ...(asInput ? {} : { split: sizes }) });
+  const split = makeSplit(model, `${name}/cut`, `${name}/whole`, cut, sizes);
   const whole = pieces.map((piece) => piece.output[0]!);
   const together = makeNode("Concat", `${name}/together`, whole, result, { axis: -1 });
   graph.node.splice(graph.node.indexOf(node) + 1, 0, split, ...pieces, together);
   return pieces;
+}
+
+/** Concat, Split: behind the last of the layers' nodes, which others may read before it. @returns the Concat */
+function unite(
+  model: OnnxModel,
+  graph: GraphProto,
+  { linears, sizes }: NonNullable<Linear["joined"]>,
+  index: number,
+): NodeProto {
+  const name = `${PREFIX}/divided/${index}`;
+  const results = linears.map(({ node }) => node.output[0]!);
+  const parts = linears.map(({ node }, i) => {
+    node.output[0] = `${name}/${i}`;
+    return node.output[0];
+  });
+  const whole = makeNode("Concat", `${name}/whole`, parts, `${name}/whole`, { axis: -1 });
+  const split = makeSplit(model, `${name}/cut`, `${name}/whole`, results, sizes);
+  const last = Math.max(...linears.map(({ node }) => graph.node.indexOf(node)));
+  graph.node.splice(last + 1, 0, whole, split);
+  return whole;
+}
+
+/** Puts nodes behind those that make what they read; otherwise as they are. */
+function sortNodes(graph: GraphProto): void {
+  const makers = new Map(graph.node.flatMap((node) => node.output.map((value) => [value, node] as const)));
+  const sorted = new Set<NodeProto>();
+  for (const node of graph.node) {
+    // Depth first, with a list instead of calls: chains are as long as models are deep.
+    const waiting = [node];
+    while (waiting.length > 0) {
+      const next = waiting.at(-1)!;
+      const before = sorted.has(next) ? [] : readBy(next).flatMap((value) => makers.get(value) ?? []);
+      const missing = before.filter((maker) => !sorted.has(maker) && !waiting.includes(maker));
+      if (missing.length > 0) waiting.push(missing[0]!);
+      else sorted.add(waiting.pop()!);
+    }
+  }
+  graph.node = [...sorted];
 }

@@ -26,6 +26,8 @@ const KEEPS = new Set([
   ...[
     "SkipSimplifiedLayerNormalization",
     "GroupQueryAttention",
+    "MultiHeadAttention",
+    "Split",
     "QuantizeLinear",
     "DequantizeLinear",
     "DynamicQuantizeLinear",

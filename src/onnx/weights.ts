@@ -4,7 +4,7 @@
 import { type WeightAt, weightAt } from "../base/fingerprint.ts";
 import { FormatError } from "../errors.ts";
 import type { ReadOptions } from "../source.ts";
-import { matrixShape, type Stored } from "./modules.ts";
+import { matrixShape, partStart, type Stored } from "./modules.ts";
 import type { ModelFile } from "./read.ts";
 import { readTensor } from "./tensors.ts";
 
@@ -24,9 +24,10 @@ export async function readLinearWeight(
   options?: ReadOptions,
 ): Promise<ReadWeight> {
   const { model, external } = file;
-  const { slice, ...all } = parameter;
+  const { slice, joined, ...all } = parameter;
+  if (joined) return readJoined(file, joined, options);
   if (slice) {
-    const from = slice.sizes.slice(0, slice.index).reduce((a, b) => a + b, 0);
+    const from = partStart(parameter);
     const { at, quantized } = await readLinearWeight(file, all, options);
     return { at: (o, n) => at(o + from, n), quantized };
   }
@@ -49,4 +50,21 @@ export async function readLinearWeight(
     `${message}; pass a model where it is float, or anyBase: true where it is read for its fingerprint only`,
     { file: model.name, part: `initializer ${parameter.initializer}` },
   );
+}
+
+/** Weights one below the other. */
+async function readJoined(
+  file: ModelFile,
+  parts: readonly (Stored & { readonly name: string })[],
+  options: ReadOptions | undefined,
+): Promise<ReadWeight> {
+  const rows: WeightAt[] = [];
+  let quantized = false;
+  for (const part of parts) {
+    const read = await readLinearWeight(file, part, options);
+    const [out] = matrixShape(part)!;
+    for (let o = 0; o < out; o++) rows.push((_, n) => read.at(o, n));
+    quantized ||= read.quantized;
+  }
+  return { at: (o, n) => rows[o]!(o, n), quantized };
 }

@@ -92,7 +92,10 @@ async function place(
   device: GPUDevice,
   tensors: Map<string, Placed>,
 ): Promise<void> {
-  const host = onnxHost(file);
+  const host = onnxHost(
+    file,
+    fed.flatMap(({ piece }) => piece ?? []),
+  );
   const layouts = new Map([...host.list()].map(({ name, layout }) => [name, layout]));
   for (const { name, dtype, shape } of fed) {
     const view = (await host.read(name)) as CpuView;

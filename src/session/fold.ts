@@ -9,10 +9,10 @@ import { BaseMismatchError, FormatError } from "../errors.ts";
 import { MOST_PASSED } from "../onnx/claims.ts";
 import { FLOAT, FLOAT16, origin } from "../onnx/linear.ts";
 import { attribute, type OnnxModel, type Use } from "../onnx/model.ts";
-import type { OnnxParameter } from "../onnx/modules.ts";
-import { makeNode, NodeEdits, PREFIX } from "../onnx/nodes.ts";
+import { type OnnxParameter, outputAxis, partSize, partStart, pieceShape } from "../onnx/modules.ts";
+import { makeNode, makeSplit, makeValue, NodeEdits, PREFIX } from "../onnx/nodes.ts";
 import type { GraphProto, NodeProto } from "../onnx/onnx_pb.ts";
-import { create, NodeProtoSchema, TensorProtoSchema, ValueInfoProtoSchema } from "../onnx/protobuf.ts";
+import { create, NodeProtoSchema, TensorProtoSchema } from "../onnx/protobuf.ts";
 import { type DataFile, point } from "../onnx/write.ts";
 
 export const FOLDED_FILE = "eigenlora-folded";
@@ -21,25 +21,48 @@ export const FOLDED_FILE = "eigenlora-folded";
 export interface FoldedLayout {
   readonly byteLength: number;
   readonly places: ReadonlyMap<string, FoldedPlace>;
+  /** What is written into others' places: parts of packed parameters, and parts of a value that the file has in several. */
+  readonly parts: readonly FoldedPart[];
+  /** The parameters that the file does not have by themselves. */
+  readonly pieces: readonly OnnxParameter[];
+}
+
+/** Rows or columns of a parameter's value, and where they go. */
+interface FoldedPart {
+  /** Of the parameter, and of the one whose place it is. */
+  readonly name: string;
+  readonly into: string;
+  readonly axis: number;
+  readonly from: number;
+  readonly to: number;
+  readonly count: number;
 }
 
 interface FoldedPlace {
   readonly offset: number;
   readonly byteLength: number;
   readonly shape: readonly number[];
+  readonly width: number;
 }
 
-/** Changes `model.proto`: the parameters' tensors point into the file. */
+/**
+ * Changes `model.proto`: the parameters' tensors point into the file.
+ * @throws BaseMismatchError where tasks change a packed parameter as a whole and a part of it
+ */
 export function layoutFolded(model: OnnxModel, parameters: readonly OnnxParameter[]): FoldedLayout {
+  refuseOverlaps(parameters);
   const places = new Map<string, FoldedPlace>();
   const wiring = new Wiring(model);
+  const parts: FoldedPart[] = [];
   let end = 0;
-  for (const parameter of parameters) {
+  for (const parameter of parameters.flatMap((one) => one.joined ?? (one.slice ? wholeOf(one) : one))) {
+    if (places.has(parameter.name)) continue;
     const old = model.graph.initializers.get(parameter.initializer)!;
-    const byteLength = parameter.shape.reduce((a, b) => a * b, parameter.dtype === "f32" ? 4 : 2);
+    const width = parameter.dtype === "f32" ? 4 : 2;
+    const byteLength = parameter.shape.reduce((a, b) => a * b, width);
     const offset = Math.ceil(end / 64) * 64;
     end = offset + byteLength;
-    places.set(parameter.name, { offset, byteLength, shape: parameter.shape });
+    places.set(parameter.name, { offset, byteLength, shape: parameter.shape, width });
     const name = `${PREFIX}/folded/${parameter.name}`;
     const tensor = create(TensorProtoSchema, { name, dims: old.dims, dataType: old.dataType });
     point(tensor, FOLDED_FILE, offset, byteLength);
@@ -47,7 +70,42 @@ export function layoutFolded(model: OnnxModel, parameters: readonly OnnxParamete
     wiring.connect(parameter, name);
   }
   wiring.finish();
-  return { byteLength: end, places };
+  const pieces = parameters.filter(isPiece).map(withoutGraph);
+  for (const piece of pieces) {
+    const [{ name, slice, joined = [] }, axis] = [piece, outputAxis(piece)];
+    let from = 0;
+    for (const part of joined) {
+      parts.push({ name, into: part.name, axis, from, to: 0, count: partSize(part) });
+      from += partSize(part);
+    }
+    if (slice) parts.push({ name, into: slice.of, axis, from: 0, to: partStart(piece), count: partSize(piece) });
+  }
+  return { byteLength: end, places, parts, pieces };
+}
+
+function isPiece({ slice, joined }: OnnxParameter): boolean {
+  return slice !== undefined || joined !== undefined;
+}
+
+/** A parameter as a host reads it. */
+function withoutGraph(parameter: OnnxParameter): OnnxParameter {
+  const joined = parameter.joined?.map(withoutGraph);
+  return { ...parameter, uses: [], candidates: [], copies: [], ...(joined && { joined }) };
+}
+
+/** The packed parameter that one is a part of. */
+function wholeOf({ slice, ...whole }: OnnxParameter): OnnxParameter {
+  return { ...whole, name: slice!.of };
+}
+
+function refuseOverlaps(parameters: readonly OnnxParameter[]): void {
+  const whole = new Set(parameters.filter((one) => !isPiece(one)).map(({ name }) => name));
+  for (const { name, slice, joined = [] } of parameters) {
+    const other = [...joined.map((part) => part.name), slice?.of ?? ""].find((one) => whole.has(one));
+    if (other === undefined) continue;
+    const message = `tasks change "${name}" and "${other}", which are one weight in this file; use mode "core" or "factors"`;
+    throw new BaseMismatchError(message, { module: name });
+  }
 }
 
 /** A parameter that comes as an input. */
@@ -59,6 +117,8 @@ export interface FoldedInput {
   /** `f32` too where the model stores f16 or bf16 and computes in f32: no run casts it then, and nothing is rounded twice. */
   readonly dtype: "f32" | "f16";
   readonly shape: readonly number[];
+  /** The parameter where the file does not have it by itself. */
+  readonly piece?: OnnxParameter;
 }
 
 /**
@@ -66,14 +126,18 @@ export interface FoldedInput {
  * @throws BaseMismatchError for a bf16 parameter that the model uses as such
  */
 export function feedFolded(model: OnnxModel, parameters: readonly OnnxParameter[]): FoldedInput[] {
+  refuseOverlaps(parameters);
   const wiring = new Wiring(model);
-  const inputs = parameters.map((parameter): FoldedInput => {
-    const { name, shape, initializer } = parameter;
+  const inputs = withSiblings(parameters).map((parameter): FoldedInput => {
+    const { name } = parameter;
+    const shape = pieceShape(parameter);
     const input = `${PREFIX}/folded/${name}`;
     const cast =
       parameter.dtype !== "f32" &&
-      [parameter, ...parameter.copies].every((stored) =>
-        stored.uses.every((use) => castsFirst(model, use.graph, use.node.input[use.input]!, stored.initializer)),
+      [parameter, ...parameter.copies, ...(parameter.joined ?? [])].every(
+        (stored) =>
+          ("joined" in stored && stored.joined) ||
+          stored.uses.every((use) => castsFirst(model, use.graph, use.node.input[use.input]!, stored.initializer)),
       );
     const dtype = parameter.dtype === "f32" || cast ? "f32" : "f16";
     if (dtype === "f16" && parameter.dtype !== "f16") {
@@ -82,17 +146,27 @@ export function feedFolded(model: OnnxModel, parameters: readonly OnnxParameter[
         { module: name },
       );
     }
-    const { dims } = model.graph.initializers.get(initializer)!;
-    const shapeProto = { dim: dims.map((d) => ({ value: { case: "dimValue" as const, value: d } })) };
-    const type = {
-      value: { case: "tensorType" as const, value: { elemType: dtype === "f32" ? FLOAT : FLOAT16, shape: shapeProto } },
-    };
-    model.graph.proto.input.push(create(ValueInfoProtoSchema, { name: input, type }));
+    model.graph.proto.input.push(makeValue(input, dtype === "f32" ? FLOAT : FLOAT16, shape));
     wiring.connect(parameter, input, cast);
-    return { name, input, dtype, shape };
+    return { name, input, dtype, shape, ...(isPiece(parameter) && { piece: withoutGraph(parameter) }) };
   });
   wiring.finish();
   return inputs;
+}
+
+/** With the other parts of packed parameters: each part is an input, and all together are the weight. */
+function withSiblings(parameters: readonly OnnxParameter[]): OnnxParameter[] {
+  const known = new Set(parameters.map(({ slice }) => slice && `${slice.index} ${slice.of}`));
+  const all = [...parameters];
+  for (const one of parameters) {
+    for (const [index, _] of (one.slice?.sizes ?? []).entries()) {
+      const slice = { ...one.slice!, index };
+      const key = `${index} ${slice.of}`;
+      if (!known.has(key)) all.push({ ...one, name: `${slice.of}/${index}`, slice });
+      known.add(key);
+    }
+  }
+  return all;
 }
 
 /** Whether the first node behind an initializer, on the way to a value, is a Cast to f32. */
@@ -117,7 +191,10 @@ class Wiring {
   readonly #edits = new NodeEdits();
   /** Values that have been made, by graph: nested graphs may name theirs alike. */
   readonly #made = new Map<GraphProto, Set<string>>();
-  readonly #turned: NodeProto[] = [];
+  /** Nodes that depend on what is put in only. */
+  readonly #first: NodeProto[] = [];
+  /** The parts of packed parameters so far. */
+  readonly #packed = new Map<string, string[]>();
 
   constructor(model: OnnxModel) {
     this.#model = model;
@@ -128,6 +205,25 @@ class Wiring {
    * @param cast whether it has been cast already
    */
   connect(parameter: OnnxParameter, to: string, cast = false): void {
+    const { slice, joined } = parameter;
+    const axis = outputAxis(parameter);
+    if (joined) {
+      const parts = joined.map((_, i) => `${to}/${i}`);
+      this.#first.push(makeSplit(this.#model, `${to}/cut`, to, parts, joined.map(partSize), axis));
+      for (const [i, part] of joined.entries()) this.connect(part, parts[i]!, cast);
+      return;
+    }
+    if (slice) {
+      const name = `${PREFIX}/folded/${slice.of}`;
+      const parts = this.#packed.get(name) ?? slice.sizes.map(() => "");
+      parts[slice.index] = to;
+      this.#packed.set(name, parts);
+      if (!parts.includes("")) {
+        this.#first.push(makeNode("Concat", name, parts, name, { axis }));
+        this.connect(wholeOf(parameter), name, cast);
+      }
+      return;
+    }
     for (const { initializer, layout, uses } of [parameter, ...parameter.copies]) {
       const own = layout === parameter.layout ? to : this.#turn(to);
       for (const { node, input, graph } of uses) {
@@ -139,7 +235,7 @@ class Wiring {
   #turn(value: string): string {
     const name = `${value}/turned`;
     if (this.#isNew(this.#model.graph.proto, name)) {
-      this.#turned.push(makeNode("Transpose", name, [value], name, { perm: [1, 0] }));
+      this.#first.push(makeNode("Transpose", name, [value], name, { perm: [1, 0] }));
     }
     return name;
   }
@@ -166,7 +262,7 @@ class Wiring {
 
   finish(): void {
     this.#edits.apply();
-    this.#model.graph.proto.node.unshift(...this.#turned);
+    this.#model.graph.proto.node.unshift(...this.#first);
   }
 }
 
@@ -176,7 +272,7 @@ class Wiring {
  * @throws BaseMismatchError when it has another shape than the model's
  */
 export async function fillFolded(
-  { byteLength, places }: FoldedLayout,
+  { byteLength, places, parts }: FoldedLayout,
   value: (name: string) => View | Promise<View>,
 ): Promise<DataFile> {
   const data = new Uint8Array(byteLength);
@@ -187,6 +283,12 @@ export async function fillFolded(
       throw new BaseMismatchError(message, { module: name, expected: place.shape, found: view.shape });
     }
     data.set((view.data as Uint8Array).subarray(view.byteOffset, view.byteOffset + place.byteLength), place.offset);
+  }
+  const { copyPart } = parts.length > 0 ? await import("../onnx/blocks.ts") : {};
+  for (const { name, into, axis, from, to, count } of parts) {
+    const [view, { offset, shape, width }] = [await value(name), places.get(into)!];
+    const source = { ...view, data: (view.data as Uint8Array).subarray(view.byteOffset), start: from };
+    copyPart!(source, { data: data.subarray(offset), shape, start: to }, axis, count, width);
   }
   return { path: FOLDED_FILE, data };
 }

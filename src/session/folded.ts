@@ -22,7 +22,7 @@ export async function foldedCarrier(
 ): Promise<Carrier> {
   const { inputs } = prepared;
   const evaluator = new TaskEvaluator(prepared, undefined);
-  const host = onnxHost(file);
+  const host = onnxHost(file, layout.pieces);
   // The file is in memory anyway: no second copy of its weights.
   const runtime = await createRuntime(prepared.pack, {
     ...{ base: host, webgpu: false, policy: "reload", anyBase: true },

@@ -59,13 +59,14 @@ export class ModelMatcher {
     const weights: OnnxParameter[] = [];
     for (const module of modules) {
       const parameter = await this.#weight(module.name);
-      checkShape(module, parameter);
-      weights.push(parameter);
+      const part = fitsShape(module, parameter) ? parameter : await this.#byHand(module.name, parameter);
+      checkShape(module, part);
+      weights.push(part);
     }
     const names = weights.map(({ name }) => name);
     refuseShared(modules, names);
     const found: OnnxParameter[] = [];
-    for (const weight of weights) found.push(weight.slice ? weight : await this.#copies.of(weight));
+    for (const weight of weights) found.push(weight.slice || weight.joined ? weight : await this.#copies.of(weight));
     return found;
   }
 
@@ -78,26 +79,32 @@ export class ModelMatcher {
       if (byHand === undefined) this.#note(`${module}.weight`, found.name);
       return this.#parameters.get(found.name)!;
     }
-    const part = await this.#packed(byHand ?? module);
+    const part = await this.#piece(byHand?.replace(/\.weight$/, "") ?? module, "weight");
     if (part) return part;
     const error = notFound(module, found);
-    const fused = fusedNode(this.#file.model);
+    const { model } = this.#file;
+    const fused = fusedNode(model);
     if (!fused) throw error;
-    const what = `the model is fused already (${fused.opType} "${fused.name}"): pass the unoptimised export`;
+    const what = (await import("../onnx/attention.ts")).whyFused(model, fused);
     throw new BaseMismatchError(`${what}; ${error.message}`, { module, candidates: error.candidates ?? [] });
   }
 
-  /** A layer that lies in a packed one. */
-  async #packed(module: string): Promise<OnnxParameter | undefined> {
-    const { packedName, partOfPacked } = await import("../onnx/packed.ts");
-    const place = packedName(module);
-    const found = place && this.#names.find(`${place.name}.weight`);
-    if (!found || !("name" in found)) return undefined;
-    const own = `${found.name.slice(0, -`${place.whole}.weight`.length)}${place.part}.weight`;
-    // Copies are of the whole: a part has none of its own.
-    const whole = await this.#copies.of(this.#parameters.get(found.name)!);
-    this.#note(`${module}.weight`, own);
-    return partOfPacked(this.#file.model, whole, own, place.index);
+  /** A layer that lies in a packed one, or in several. */
+  async #piece(module: string, suffix: "weight" | "bias"): Promise<OnnxParameter | undefined> {
+    const { findPiece } = await import("./pieces.ts");
+    const found = await findPiece(this.#file.model, module, suffix, async (name) => {
+      const one = nameOf(this.#names.find(name));
+      return one === undefined ? undefined : this.#copies.of(this.#parameters.get(one)!);
+    });
+    if (found) this.#note(`${module}.${suffix}`, found.name);
+    return found?.parameter;
+  }
+
+  /** Its part of a packed weight that was named by hand; what was named, where it is none. */
+  async #byHand(module: string, weight: OnnxParameter): Promise<OnnxParameter> {
+    if (!this.#options.names?.has(module) || weight.slice || weight.joined) return weight;
+    const { partByHand } = await import("./pieces.ts");
+    return partByHand(this.#file.model, module, await this.#copies.of(weight)) ?? weight;
   }
 
   #note(name: string, found: string): void {
@@ -214,6 +221,9 @@ export class ModelMatcher {
       this.#note(name, found.name);
       return this.#copies.of(this.#parameters.get(found.name)!);
     }
+    const cut = name.lastIndexOf(".");
+    const part = name.endsWith(".bias") ? await this.#piece(name.slice(0, cut), "bias") : undefined;
+    if (part) return part;
     throw new BaseMismatchError(
       `tasks change "${name}" (${role}), which ${found.ambiguous ? "several parameters of the model match" : "is not in the model"}; ` +
         `candidates: ${found.candidates.join(", ") || "none"}. Export the model with that layer; or, to use the tasks without it, pass ignore: ["${moduleOf(name)}"]`,
@@ -256,17 +266,28 @@ export function isIgnored(parameter: string, ignore: readonly string[] = []): bo
   return ignore.includes(parameter) || ignore.includes(moduleOf(parameter));
 }
 
-function checkShape(module: PackModule, parameter: OnnxParameter): void {
-  const shape = matrixShape(parameter);
-  const table = parameter.layout === "embedding" || module.layout === "embedding";
+function fitsShape(module: PackModule, parameter: OnnxParameter): boolean {
+  const [expected, found] = shapesOf(module, parameter);
   const conv = parameter.shape.length > 2 && module.layout === "conv";
-  const expected = table ? [module.in, module.out] : [module.out, module.in];
   const size = parameter.shape.slice(1).reduce((a, b) => a * b, 1);
-  const fits = conv
+  return conv
     ? parameter.shape[0] === module.out && size === module.in
-    : shape?.every((n, i) => n === expected[i]);
-  if (fits) return;
-  throw shapeMismatch(module, parameter.name, expected, shape ?? parameter.shape);
+    : found?.every((n, i) => n === expected[i]) === true;
+}
+
+/** What a module's weight must be like, and what it is. */
+function shapesOf(
+  module: PackModule,
+  parameter: OnnxParameter,
+): [expected: number[], found: readonly number[] | undefined] {
+  const table = parameter.layout === "embedding" || module.layout === "embedding";
+  return [table ? [module.in, module.out] : [module.out, module.in], matrixShape(parameter)];
+}
+
+function checkShape(module: PackModule, parameter: OnnxParameter): void {
+  if (fitsShape(module, parameter)) return;
+  const [expected, found] = shapesOf(module, parameter);
+  throw shapeMismatch(module, parameter.name, expected, found ?? parameter.shape);
 }
 
 /** The segments that one of two names has in front of the other. */

@@ -201,7 +201,10 @@ class Planner {
       others.push(parameter);
       const quantised = parameter.dtype === "other";
       this.#checkFoldable(name, `"${name}"`, parameter);
-      const bias = quantised || (role === "saved" && !name.endsWith(".bias")) ? undefined : biasOf(name, parameter);
+      const bias =
+        quantised || (role === "saved" && !name.endsWith(".bias"))
+          ? undefined
+          : biasOf(this.#file.model, name, parameter);
       const table = quantised || role !== "rows" ? undefined : tableOf(name, parameter);
       const why = quantised ? "which is quantised here" : "no linear layer's head or bias";
       if (bias) biases.set(name, bias);
@@ -281,8 +284,8 @@ class Planner {
       this.#notUnfolded.push({ module: name, why: `"${name}" cannot be added to: ${linears.reason}` });
       return [];
     }
-    if (rowScale && parameter.slice && linears.some(({ addsBias }) => addsBias)) {
-      const why = `"${name}" has DoRA tasks, and its layer is packed with others and their biases`;
+    if (rowScale && (parameter.slice ?? parameter.joined) && linears.some(({ addsBias }) => addsBias)) {
+      const why = `"${name}" has DoRA tasks, and its layer is packed or divided together with its bias`;
       this.#notUnfolded.push({ module: name, why });
     }
     if (rowScale && quantised) {
@@ -292,8 +295,13 @@ class Planner {
     return [{ name, in: inputs, out, linears, factors: true, rowScale }];
   }
 
-  #checkFoldable(module: string, what: string, { dtype, copies, slice }: OnnxParameter): void {
-    if (slice) this.#notFolded.push({ module, why: `${what} is packed with others` });
+  #checkFoldable(module: string, what: string, { dtype, copies, joined }: OnnxParameter): void {
+    if (joined) {
+      for (const part of joined) this.#checkFoldable(module, `${what}, as "${part.name}",`, part);
+      if (new Set(joined.map(({ layout }) => layout)).size > 1)
+        this.#notFolded.push({ module, why: `${what} is divided into parts that lie in different ways` });
+      return;
+    }
     const other = copies.find((copy) => copy.dtype !== dtype);
     if (dtype === "other" || other?.dtype === "other") this.#notFolded.push({ module, why: `${what} is quantised` });
     else if (other) this.#notFolded.push({ module, why: `${what} is there in ${dtype} and in ${other.dtype}` });

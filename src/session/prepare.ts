@@ -82,16 +82,13 @@ export async function prepareModel(
   const outputNames = proto.output.map(({ name }) => name);
   const place = options.foldedInputs ? feedFolded : layoutFolded;
   const placed = mode === "folded" ? place(file.model, folded) : undefined;
-  const packed = wanted.modules.some(({ linears }) => linears.some(({ slice }) => slice));
-  const modules = packed ? (await import("../onnx/packed.ts")).takeApart(file.model, wanted.modules) : wanted.modules;
-  const grafted = graft(
-    file.model,
-    { ...wanted, modules },
-    {
-      probe: options.probeOutputs ?? true,
-      integers: options.integers,
-    },
-  );
+  const packed =
+    wanted.biases.some(({ slice }) => slice) ||
+    wanted.modules.some(({ linears }) => linears.some(({ slice, joined }) => slice ?? joined));
+  const { takeApart } = packed ? await import("../onnx/packed.ts") : {};
+  const apart = takeApart?.(file.model, wanted.modules, wanted.biases);
+  const { probeOutputs: probe = true, integers } = options;
+  const grafted = graft(file.model, { ...wanted, ...apart }, { probe, integers });
   return {
     ...{ pack, view, keep, mode, reason, base, names, unconfirmed, dropped, outputNames, folded: placed },
     inputNames: own.map(({ name }) => name),

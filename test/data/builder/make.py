@@ -12,15 +12,20 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from torch import nn
-from transformers import (LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen3Config,
-                          Qwen3ForCausalLM)
+from transformers import (LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast, Qwen2Config,
+                          Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
 
 warnings.filterwarnings("ignore")
 torch.set_num_threads(1)
 BUILDER = list(importlib.util.find_spec("onnxruntime_genai").submodule_search_locations)
 HERE = pathlib.Path(__file__).parent
 ROWS = [[5, 9, 13, 21, 3], [33, 2, 40, 8, 17]]
-KINDS = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
+KINDS = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+         "small": (LlamaConfig, LlamaForCausalLM), "phi3": (Phi3Config, Phi3ForCausalLM)}
+# Of one layer; Phi-3's checkpoint has packed layers itself. The builder takes a layer with as many outputs as there are tokens, 48, for
+# the last one.
+SMALL = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=16)
+SIZES = {"small": SMALL, "phi3": dict(SMALL, hidden_size=32, num_attention_heads=2, num_key_value_heads=2, original_max_position_embeddings=32)}
 # Name of the file, the model that it is of, and what the builder is told.
 FILES = [
     ("llama", "llama", ["-p", "fp32"]),
@@ -28,20 +33,29 @@ FILES = [
     ("llama-int4", "llama", ["-p", "int4", "--extra_options", "int4_block_size=32", "accuracy_level=1"]),
     ("qwen2", "qwen2", ["-p", "fp32"]),
     ("qwen3", "qwen3", ["-p", "fp32"]),
+    ("small-gates", "small", ["-p", "fp32", "--extra_options", "fuse_mlp_gate_up=true"]),
+    ("phi3", "phi3", ["-p", "fp32", "--extra_options", "fuse_mlp_gate_up=true"]),
+    ("phi3-apart", "phi3", ["-p", "fp32", "--extra_options", "disable_qkv_fusion=true"]),
 ]
 ADAPTERS = {
     "all": dict(target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
     "few": dict(target_modules=["q_proj", "v_proj"]),
     "dora": dict(target_modules=["k_proj"], use_dora=True),
 }
+PHI3 = {
+    "all": dict(target_modules=["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
+    "few": dict(target_modules=["gate_up_proj"]),
+    "dora": dict(target_modules=["qkv_proj"], use_dora=True),
+}
 
 
 def base(kind):
     config, model = KINDS[kind]
     torch.manual_seed(1)
-    made = model(config(vocab_size=48, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                        num_key_value_heads=2, head_dim=16, max_position_embeddings=32, tie_word_embeddings=False,
-                        bos_token_id=1, eos_token_id=2, pad_token_id=0, attn_implementation="eager")).eval()
+    sizes = dict(vocab_size=48, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=16, max_position_embeddings=32, tie_word_embeddings=False,
+                 bos_token_id=1, eos_token_id=2, pad_token_id=0, attn_implementation="eager")
+    made = model(config(**{**sizes, **SIZES.get(kind, {})})).eval()
     for parameter in made.parameters():
         nn.init.normal_(parameter, mean=1.0 if parameter.ndim == 1 and parameter.shape != (48,) else 0.0, std=0.2)
     return made
@@ -81,10 +95,10 @@ def dequantised(model, file):
     return made
 
 
-def adapt(model):
+def adapt(model, kind):
     torch.manual_seed(4)
     adapted = None
-    for id, how in ADAPTERS.items():
+    for id, how in (PHI3 if kind == "phi3" else ADAPTERS).items():
         config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, **how)
         if adapted is None:
             adapted = get_peft_model(copy.deepcopy(model), config, adapter_name=id)
@@ -115,7 +129,7 @@ for name, kind, how in FILES:
         build(folder / "in", folder / "out", how)
         file = onnx.load(folder / "out" / "model.onnx")
     onnx.save(file, HERE / f"{name}.onnx")
-    adapted = adapt(model)
+    adapted = adapt(model, kind)
     if kind not in saved:
         saved.add(kind)
         save_file({key: value.contiguous() for key, value in model.state_dict().items()}, HERE / f"{kind}.safetensors")

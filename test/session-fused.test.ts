@@ -1,0 +1,255 @@
+/**
+ * Models as onnxruntime's optimiser fuses them (test/data/fused): queries, keys and values inside one operator, biases inside the
+ * norms and activations behind them. Held against PEFT's logits.
+ */
+import { readFileSync } from "node:fs";
+import t, { type Test } from "tap";
+import { createEigenSession } from "../dist/bindings/onnxruntime.js";
+import { readAdapters } from "../dist/src/adapters/folder.js";
+import { openHost } from "../dist/src/base/open.js";
+import { type Attributes, makeFloats, makeNode, makeValue } from "../dist/src/onnx/nodes.js";
+import type { NodeProto } from "../dist/src/onnx/onnx_pb.js";
+import { create, fromBinary, GraphProtoSchema, ModelProtoSchema, toBinary } from "../dist/src/onnx/protobuf.js";
+import { readModel } from "../dist/src/onnx/read.js";
+import { embedWeights } from "../dist/src/onnx/write.js";
+import { buildPack } from "../dist/src/pack/build.js";
+import { openPack, type Pack } from "../dist/src/pack/pack.js";
+import { difference } from "./adapters.ts";
+import { concat, data, LOSSLESS } from "./packs.ts";
+import { MODES, NODE, ORTS, type Ort, refusal } from "./sessions.ts";
+
+const { rows, mask, logits } = JSON.parse(readFileSync(data("fused/goldens.json"), "utf8")) as {
+  rows: number[][];
+  mask: number[][];
+  logits: Record<string, Record<string, number[]>>;
+};
+const FILES = [
+  ["bert", "bert"],
+  ["bert-mask", "bert"],
+  ["roberta", "roberta"],
+  ["distilbert", "distilbert"],
+] as const;
+
+/** A lossless pack of the adapters of a model, with its fingerprints. */
+async function packOf(t: Test, kind: string, withBase = true): Promise<Pack> {
+  const adapters = await readAdapters([data(`fused/adapters/${kind}`)]);
+  const base = withBase ? await openHost(data(`fused/${kind}.safetensors`)) : undefined;
+  const { chunks } = await buildPack(adapters, { ...LOSSLESS, ...(base && { base }) });
+  for (const adapter of adapters) await adapter.close();
+  await base?.close?.();
+  const pack = await openPack(concat(chunks));
+  t.teardown(() => pack.close());
+  return pack;
+}
+
+function feeds(ort: Ort): Record<string, InstanceType<Ort["Tensor"]>> {
+  const tensor = (of: number[][]) =>
+    new ort.Tensor("int64", BigInt64Array.from(of.flat(), BigInt), [of.length, of[0]!.length]);
+  return { input_ids: tensor(rows), attention_mask: tensor(mask) };
+}
+
+for (const { name, ort } of ORTS) {
+  t.test(`${name}: every task as PEFT has it`, async (t) => {
+    for (const [file, kind] of FILES) {
+      const pack = await packOf(t, kind);
+      for (const mode of MODES) {
+        const session = await createEigenSession(ort, data(`fused/${file}.onnx`), pack, { mode });
+        t.same(session.unconfirmed, [], file);
+        for (const task of [...Object.keys(logits[kind]!).filter((id) => id !== "base"), null]) {
+          await session.switchTask(task);
+          const found = (await session.run(feeds(ort)))["logits"]!.data as Float32Array;
+          const off = difference(found, logits[kind]![task ?? "base"]!);
+          t.ok(off < 1e-5, `${file}, ${mode}, ${task}: off by ${off}`);
+        }
+        await session.close();
+      }
+    }
+  });
+}
+
+const [BATCH, LENGTH, WIDTH, HEADS] = [2, 4, 8, 2];
+const INT32 = 6;
+
+/** What an attention is given beside its weights, and its attributes. */
+interface Variant {
+  readonly mask?: readonly [dims: readonly number[], values: readonly number[]];
+  /** What is added to the scores. */
+  readonly scores?: boolean;
+  /** Whether there is one, or zeros: some versions of onnxruntime crash without. */
+  readonly bias?: "none" | "zeros";
+  readonly attributes?: Attributes;
+  /** Columns of queries, keys and values. */
+  readonly sizes?: readonly number[];
+  readonly opset?: bigint;
+}
+
+const VARIANTS: Record<string, Variant> = {
+  plain: {},
+  "without a bias": { bias: "none" },
+  "a mask of rows": {
+    mask: [
+      [BATCH, LENGTH],
+      [1, 1, 1, 0, 0, 1, 1, 1],
+    ],
+  },
+  "lengths of rows": { mask: [[BATCH], [3, 4]] },
+  "a mask of pairs": {
+    mask: [[BATCH, LENGTH, LENGTH], Array.from({ length: 32 }, (_, i) => (i % 3 === 1 ? 0 : 1))],
+  },
+  "one direction": { attributes: { unidirectional: 1 } },
+  "one direction and a mask": {
+    attributes: { unidirectional: 1 },
+    mask: [
+      [BATCH, LENGTH],
+      [1, 1, 1, 0, 1, 1, 1, 1],
+    ],
+  },
+  "a scale and a value for what is masked": {
+    attributes: { scale: { float: 0.3 }, mask_filter_value: { float: -3 } },
+    mask: [
+      [BATCH, LENGTH],
+      [1, 1, 1, 0, 0, 1, 1, 1],
+    ],
+  },
+  "scores that are added to": { scores: true },
+  "narrow values": { sizes: [8, 8, 4], attributes: { qkv_hidden_sizes: [8, 8, 4] } },
+  "an old opset": { opset: 11n },
+};
+
+const wave = (count: number, step: number): number[] => Array.from({ length: count }, (_, i) => Math.sin(1 + step * i));
+
+/** A model of one attention. */
+function attention(variant: Variant, change: (node: NodeProto) => void = () => undefined): Uint8Array<ArrayBuffer> {
+  const { mask, scores, bias, attributes = {}, sizes = [8, 8, 8], opset = 17n } = variant;
+  const total = sizes.reduce((a, b) => a + b, 0);
+  const input = ["x", "w", bias === "none" ? "" : "b", mask ? "mask" : "", "", scores ? "scores" : ""];
+  const node = makeNode("Attention", "attention", input, "y", { num_heads: HEADS, ...attributes });
+  node.domain = "com.microsoft";
+  change(node);
+  const graph = create(GraphProtoSchema, {
+    ...{ name: "attention", node: [node], output: [makeValue("y", 1)] },
+    input: [
+      makeValue("x", 1, [BATCH, LENGTH, WIDTH]),
+      ...(mask ? [makeValue("mask", INT32, mask[0])] : []),
+      ...(scores ? [makeValue("scores", 1, [BATCH, HEADS, LENGTH, LENGTH])] : []),
+    ],
+    initializer: [
+      makeFloats("w", wave(WIDTH * total, 1.3), [WIDTH, total]),
+      makeFloats("b", bias ? Array.from({ length: total }, () => 0) : wave(total, 0.7), [total]),
+    ],
+  });
+  const opsetImport = [
+    { $typeName: "onnx.OperatorSetIdProto" as const, domain: "", version: opset },
+    { $typeName: "onnx.OperatorSetIdProto" as const, domain: "com.microsoft", version: 1n },
+  ];
+  return new Uint8Array(toBinary(ModelProtoSchema, create(ModelProtoSchema, { irVersion: 7n, graph, opsetImport })));
+}
+
+function attentionFeeds(ort: Ort, { mask, scores }: Variant): Record<string, InstanceType<Ort["Tensor"]>> {
+  return {
+    x: new ort.Tensor("float32", Float32Array.from(wave(BATCH * LENGTH * WIDTH, 2.1)), [BATCH, LENGTH, WIDTH]),
+    ...(mask && { mask: new ort.Tensor("int32", Int32Array.from(mask[1]), [...mask[0]]) }),
+    ...(scores && {
+      scores: new ort.Tensor("float32", Float32Array.from(wave(64, 0.9)), [BATCH, HEADS, LENGTH, LENGTH]),
+    }),
+  };
+}
+
+for (const { name, ort } of ORTS) {
+  t.test(`${name}: an attention that is taken apart computes what it did`, async (t) => {
+    for (const [what, variant] of Object.entries(VARIANTS)) {
+      const bytes = attention(variant);
+      const file = await readModel(bytes);
+      const operators = file.model.graph.proto.node.map(({ opType }) => opType);
+      const sum = variant.bias === "none" ? [] : ["Add"];
+      t.same(operators.slice(0, 2 + sum.length), ["MatMul", ...sum, "Split"], what);
+      t.same([operators.at(-1), operators.includes("Attention")], ["MultiHeadAttention", false], what);
+      // WebGPU takes masks of no other kind.
+      if (variant.mask?.[0].length === 2) t.equal(file.model.graph.proto.node.at(-1)!.input[4], "", what);
+      const results = [];
+      const before = variant.bias ? attention({ ...variant, bias: "zeros" }) : bytes;
+      for (const model of [before, embedWeights(file, [])]) {
+        const session = await ort.InferenceSession.create(model);
+        results.push((await session.run(attentionFeeds(ort, variant)))["y"]!.data as Float32Array);
+        await session.release();
+      }
+      const [expected, found] = results as [Float32Array, Float32Array];
+      const off = difference(found, expected);
+      t.ok(off <= 1e-6, `${what}: off by ${off}`);
+    }
+  });
+}
+
+t.test("what cannot be taken apart is refused by name, with a way out", async (t) => {
+  const pack = await packOf(t, "bert");
+  const changed = (change: (node: NodeProto) => void): Uint8Array<ArrayBuffer> => {
+    const proto = fromBinary(ModelProtoSchema, new Uint8Array(readFileSync(data("fused/bert.onnx"))));
+    for (const node of proto.graph!.node) if (node.opType === "Attention") change(node);
+    return new Uint8Array(toBinary(ModelProtoSchema, proto));
+  };
+  const attributes = (of: Attributes) => (node: NodeProto) =>
+    void node.attribute.push(...makeNode("", "", [], "", of).attribute);
+  for (const [what, change, message] of [
+    ["rotary", attributes({ do_rotary: 1 }), /turns its queries and keys \(do_rotary\); pass the unoptimised export/],
+    ["sizes", attributes({ qkv_hidden_sizes: [16, 8, 24] }), /divides 48 columns into \[16, 8, 24\]/],
+    ["a past", (node) => void (node.input[4] = "input_ids"), /keeps its keys and values for the next run/],
+    ["a present", (node) => void (node.output[1] = `${node.name}/present`), /keeps its keys and values/],
+    ["another weight", (node) => void (node.input[1] = "input_ids"), /has a weight that the file does not hold/],
+    ["QAttention", (node) => void (node.opType = "QAttention"), /quantise the unoptimised export instead/],
+    ["PackedAttention", (node) => void (node.opType = "PackedAttention"), /before convert_to_packing_mode/],
+  ] as [string, (node: NodeProto) => void, RegExp][]) {
+    t.match(
+      await refusal(() => createEigenSession(NODE, changed(change), pack)),
+      { name: "BaseMismatchError", message },
+      what,
+    );
+  }
+});
+
+t.test("without fingerprints names alone tell, and a pack of another model is refused", async (t) => {
+  const mute = await packOf(t, "bert", false);
+  const session = await createEigenSession(NODE, data("fused/bert.onnx"), mute, { mode: "factors" });
+  t.equal(session.unconfirmed.length, mute.modules.length);
+  await session.switchTask("few");
+  const found = (await session.run(feeds(NODE)))["logits"]!.data as Float32Array;
+  t.ok(difference(found, logits["bert"]!["few"]!) < 1e-5);
+  await session.close();
+  const other = await packOf(t, "roberta");
+  t.match(await refusal(() => createEigenSession(NODE, data("fused/bert.onnx"), other)), { name: "BaseMismatchError" });
+});
+
+t.test("a packed weight can be named by hand", async (t) => {
+  const pack = await packOf(t, "bert");
+  const proto = fromBinary(ModelProtoSchema, new Uint8Array(readFileSync(data("fused/bert.onnx"))));
+  // Nothing tells where an attention belongs when the projection behind it has no name.
+  for (const node of proto.graph!.node) if (/attention\/output\/dense/.test(node.name)) node.name = "";
+  for (const one of proto.graph!.node) {
+    for (const [i, value] of one.input.entries())
+      if (value === "bert.encoder.layer.0.attention.output.dense.bias") one.input[i] = "nameless";
+  }
+  for (const one of proto.graph!.initializer)
+    if (one.name === "bert.encoder.layer.0.attention.output.dense.bias") one.name = "nameless";
+  const bytes = new Uint8Array(toBinary(ModelProtoSchema, proto));
+  const layer = "bert.encoder.layer.0.attention";
+  const names = new Map([
+    ...["query", "key", "value"].map((part) => [`${layer}.self.${part}`, "Attention_0_qkv_weight"] as const),
+    [`${layer}.output.dense`, weightOf(proto.graph!.node)],
+  ]);
+  pack.removeTask("biases");
+  for (const mode of MODES) {
+    const session = await createEigenSession(NODE, bytes, pack, { mode, names });
+    for (const task of ["all", "dora"]) {
+      await session.switchTask(task);
+      const found = (await session.run(feeds(NODE)))["logits"]!.data as Float32Array;
+      const off = difference(found, logits["bert"]![task]!);
+      t.ok(off < 1e-5, `${mode}, ${task}: off by ${off}`);
+    }
+    await session.close();
+  }
+});
+
+/** The weight of the first projection behind an attention. */
+function weightOf(nodes: readonly NodeProto[]): string {
+  const first = nodes.find(({ opType }) => opType === "Attention")!.output[0]!;
+  return nodes.find(({ input }) => input[0] === first)!.input[1]!;
+}
