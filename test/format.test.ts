@@ -1,6 +1,5 @@
 import { readFile } from "node:fs/promises";
 import fc from "fast-check";
-import { Packr } from "msgpackr/pack";
 import t from "tap";
 import { readAdapters } from "../dist/src/adapters/folder.js";
 import { EigenLoraError, FormatError } from "../dist/src/errors.js";
@@ -8,8 +7,6 @@ import { crc32c } from "../dist/src/format/crc32c.js";
 import { encodeSuperblock, encodeTaskFile } from "../dist/src/format/encode.js";
 import type { TaskEntry } from "../dist/src/format/format.js";
 import { layoutAppend } from "../dist/src/format/layout.js";
-import { decode } from "../dist/src/format/messagepack.js";
-import { pack } from "../dist/src/format/messagepack-writer.js";
 import { parseTaskFile } from "../dist/src/format/task-file.js";
 import { buildPack } from "../dist/src/pack/build.js";
 import { expandTerm } from "../dist/src/pack/expand.js";
@@ -372,40 +369,4 @@ t.test("superblocks: a changed byte always shows in the checksum", async (t) => 
     { seed: 2 },
   );
   t.pass("a changed byte always shows");
-});
-
-t.test("MessagePack is written as msgpackr writes it, and read back", async (t) => {
-  const peer = new Packr({ useRecords: false, variableMapSize: true });
-  const long = { length: 70_000 };
-  for (const value of [
-    ...[0, 127, 128, 255, 256, 65535, 65536, 2 ** 32 - 1, 2 ** 32, -1, -32, -33, -128, -129, -32768, -32769],
-    ...[
-      -(2 ** 31),
-      -(2 ** 31) - 1,
-      0.5,
-      Number.MAX_SAFE_INTEGER,
-      null,
-      true,
-      false,
-      "",
-      "x".repeat(31),
-      "é".repeat(16),
-    ],
-    ...["x".repeat(255), "x".repeat(256), "x".repeat(70_000), new Uint8Array(0), new Uint8Array(300)],
-    ...[new Uint8Array(70_000), [], Array.from(long, (_, i) => i), {}, { b: [{ c: null }] }],
-    new Map(Array.from(long, (_, i) => [`k${i}`, i])),
-  ]) {
-    const found = pack(value);
-    t.ok(Buffer.from(found).equals(Uint8Array.from(peer.pack(value))), JSON.stringify(value)?.slice(0, 40));
-  }
-  fc.assert(
-    fc.property(fc.jsonValue({ maxDepth: 6 }), (value) => {
-      const bytes = pack(value);
-      t.equal(Buffer.from(bytes).equals(Uint8Array.from(peer.pack(value))), true);
-      decode(bytes, "file", "part", "value");
-    }),
-    { numRuns: 300 },
-  );
-  t.same(pack({ a: undefined, b: 1 }), pack({ b: 1 }), "keys with undefined are left out");
-  t.throws(() => pack([() => 1]), { name: "TypeError" });
 });

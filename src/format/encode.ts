@@ -32,7 +32,7 @@ import {
 } from "./format.ts";
 import { fromIntegrity } from "./integrity.ts";
 import { decode } from "./messagepack.ts";
-import { pack } from "./messagepack-writer.ts";
+import { pack } from "./msgpackr.ts";
 import { MOST } from "./task.ts";
 
 type Bytes = Uint8Array<ArrayBuffer>;
