@@ -118,3 +118,20 @@ t.test("SPEC.md's example, and what does not fit", async (t) => {
   t.throws(() => encodeTensor("int4", [1e9], 1, 1), /too large for f16; use f32/);
   t.throws(() => d.decodeTensor("int8", new Uint8Array(3), 1, 4), /needs 8 bytes, got 3/);
 });
+
+t.test("integers and scales of every packed type are those that values are made of", (t) => {
+  for (const type of ["int8", "int4", "int3"] as const) {
+    for (const [rows, width] of [
+      [1, 1],
+      [3, 7],
+      [2, 16],
+    ] as const) {
+      const values = Float32Array.from({ length: rows * width }, (_, i) => Math.sin(1 + 3.1 * i));
+      const bytes = encodeTensor(type, values, rows, width);
+      const [integers, scales] = [d.decodeIntegers(type, bytes, rows, width), d.decodeScales(bytes, rows)];
+      const product = Float32Array.from(integers, (integer, i) => integer * scales[Math.floor(i / width)]!);
+      t.strictSame(product, d.decodeTensor(type, bytes, rows, width), `${type} [${rows}, ${width}]`);
+    }
+  }
+  t.end();
+});

@@ -139,10 +139,15 @@ export function decodeTensor(
 
 /** The integers of a quantised tensor [rows, width], row-major. */
 export function decodeIntegers(type: QuantizedDtype, bytes: Uint8Array, rows: number, width: number): Int8Array {
-  const out = new Int8Array(rows * width);
   const [start, stride] = [scaleBytes(type, rows), rowBytes(type, width)];
+  if (type === "int8") return new Int8Array(bytes.slice(start, start + rows * width).buffer);
+  const out = new Int8Array(rows * width);
   for (let row = 0; row < rows; row++) {
-    for (let i = 0; i < width; i++) out[row * width + i] = quantizedAt(bytes, type, start + row * stride, i);
+    const at = start + row * stride;
+    for (let i = 0; i < width; i++) {
+      const four = (bytes[at + (i >> 1)]! << (i & 1 ? 24 : 28)) >> 28;
+      out[row * width + i] = type === "int4" ? four : quantizedAt(bytes, type, at, i);
+    }
   }
   return out;
 }
