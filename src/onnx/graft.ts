@@ -12,6 +12,8 @@
  * The usual x [batch, sequence, in] needs none of the reshapes. Every node costs: sessions take longer to create and to run.
  */
 import { FormatError } from "../errors.ts";
+import type { Form, GraftVector } from "./forms.ts";
+import type { FormGrafter, FormProbe, GraftTools } from "./graft-forms.ts";
 import { biasAdd, FLOAT, INT64, type Linear } from "./linear.ts";
 import type { OnnxModel } from "./model.ts";
 import { dropUnused, makeInts, makeNode, makeValue, NodeEdits, Place, PREFIX } from "./nodes.ts";
@@ -37,6 +39,8 @@ export interface GraftModule {
   readonly in: number;
   readonly out: number;
   readonly linears: readonly Linear[];
+  /** What it is where it is no linear layer. */
+  readonly form?: Form | undefined;
   /** For a core between them. */
   readonly components?: Components | undefined;
   /** Whether tasks bring factors: expanded ones, or private ones beside a core. True without components. */
@@ -83,6 +87,7 @@ export interface Graft {
   readonly biases: readonly GraftBias[];
   readonly rows: readonly GraftRows[];
   readonly heads: readonly GraftHead[];
+  readonly vectors: readonly GraftVector[];
 }
 
 /** An input that was added: f32, or int64 for `indices`. A string in `dims` is a free dimension. */
@@ -107,6 +112,8 @@ export interface Grafted {
   readonly initializers: readonly Added[];
   /** Of the first adapted layer in the main graph: what enters it and the term, as graph outputs for a probe. */
   readonly probe: ProbeOutputs | undefined;
+  /** The same of the first of each kind that is no linear layer. */
+  readonly formProbes: readonly FormProbe[];
 }
 
 /** Values of one adapted layer that are outputs of the graph: x, f32 rows of [in], and the term, f32 rows of [out]. */
@@ -152,18 +159,23 @@ function ownNames({ graph }: OnnxModel): string[] {
 /**
  * Changes `model.proto` in place.
  * @param model that `checkGraftable` has passed; weights that are folded may have a place of their own since then
- * @param options `probe: false` adds no outputs for a probe
+ * @param options `probe: false` adds no outputs for a probe; `forms`: needed for modules with a form, and for vectors
  */
 export function graft(
   model: OnnxModel,
-  { modules, biases, rows, heads }: Graft,
-  options: { probe?: boolean } = {},
+  { modules, biases, rows, heads, vectors }: Graft,
+  options: { probe?: boolean; forms?: FormGrafter | undefined } = {},
 ): Grafted {
   const grafter = new Grafter(model, options.probe ?? true);
   // A bias is added behind what DoRA scales, so before the term that goes between.
   for (const bias of biases) grafter.bias(bias);
   for (const table of rows) grafter.rows(table);
-  for (const module of modules) grafter.module(module);
+  const tools = grafter.tools();
+  for (const vector of vectors) options.forms!.addVector(tools, vector);
+  for (const { form, ...module } of modules) {
+    if (form) options.forms!.addModule(tools, { ...module, form });
+    else grafter.module(module);
+  }
   for (const head of heads) grafter.head(head);
   return grafter.finish(heads);
 }
@@ -180,6 +192,7 @@ class Grafter {
   readonly #edits = new NodeEdits();
   readonly #wantsProbe: boolean;
   #probe: ProbeOutputs | undefined;
+  readonly #formProbes: FormProbe[] = [];
   #count = 0;
 
   constructor(model: OnnxModel, wantsProbe: boolean) {
@@ -280,6 +293,29 @@ class Grafter {
     }
   }
 
+  tools(): GraftTools {
+    return {
+      add: (name, dims, data) => {
+        if (!this.#shared.has(name)) this.#added.push({ name, dims, data });
+        return this.#shared.add(name) && name;
+      },
+      input: (...of) => this.#input(...of),
+      ints: (values) => this.#ints(values),
+      dims: (name, input, from, to) => this.#once(name, "Slice", ["Shape", input], [from, to]),
+      tasks: () => this.#once("tasks", "Slice", ["Shape", this.#inputs[0]!.name], [0, 1]),
+      first: (name, opType, input, attributes) => {
+        if (!this.#shared.has(name)) this.#first.push(makeNode(opType, name, input, name, attributes));
+        return this.#shared.add(name) && name;
+      },
+      rowsOf: (place, value, width) => this.#rowsOf(place, value, width),
+      place: (of, graph, node, type) => new Place(this.#edits, graph, node, `${PREFIX}/${of}/${this.#count++}`, type),
+      rank: (graph, value) => (graph === this.#main ? this.#ranks.of(value) : undefined),
+      wantsProbe: (graph, kind) =>
+        this.#wantsProbe && graph === this.#main && !this.#formProbes.some((probe) => probe.kind === kind),
+      probe: (probe) => this.#formProbes.push(probe),
+    };
+  }
+
   /** rows [n, width] as [tasks, n / tasks, width]. */
   #rowsOf(place: Place, value: string, width: number): string {
     return place.op("Reshape", [value, this.#taskRows(width)]);
@@ -339,10 +375,13 @@ class Grafter {
       main.input.push(makeValue(name, kind === "indices" ? INT64 : FLOAT, free));
     }
     for (const value of this.#probe ? [this.#probe.x, this.#probe.term] : []) main.output.push(makeValue(value, FLOAT));
+    for (const { x, term } of this.#formProbes)
+      for (const value of [x, term]) main.output.push(makeValue(value, FLOAT));
     if (heads.length > 0) this.#freeLabels(heads);
     // Replaced heads, and the weights that folding has given a place of their own.
     dropUnused(this.#model);
-    return { inputs: this.#inputs, initializers: this.#added, probe: this.#probe };
+    const [inputs, initializers] = [this.#inputs, this.#added];
+    return { inputs, initializers, probe: this.#probe, formProbes: this.#formProbes };
   }
 
   /** Shapes written into the file that hold the base's number of labels no longer hold. */

@@ -158,6 +158,14 @@ export function matrixShape(
   return whole && slice ? [slice.sizes[slice.index]!, whole[1]] : whole;
 }
 
+/** A weight as the matrix [out, in] that it is to its module: convolutions are [out, …], tables lie the other way round. */
+export function asMatrix<T extends Stored>(stored: T): T {
+  const { shape, layout } = stored;
+  if (shape.length > 2)
+    return { ...stored, shape: [shape[0]!, shape.slice(1).reduce((a, b) => a * b, 1)], layout: "out-in" };
+  return layout === "embedding" ? { ...stored, layout: "in-out" } : stored;
+}
+
 /** The same of all that the initializer holds. */
 function wholeShape({
   shape,

@@ -3,6 +3,7 @@
  * from those that carry a task.
  */
 import { type Feed, feedsOfRows, knownSizes, plainInputs, tableRows, tinyFeeds } from "../onnx/feeds.ts";
+import type { Form } from "../onnx/forms.ts";
 import { type Grafted, type GraftModule, graft } from "../onnx/graft.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import type { Pack } from "../pack/pack.ts";
@@ -12,7 +13,10 @@ import { type FoldedInput, type FoldedLayout, feedFolded, layoutFolded } from ".
 import { type PlanOptions, planSession } from "./plan.ts";
 
 /** A layer that gets a term: what is known of it without its graph. */
-export type AdaptedLayer = Pick<GraftModule, "name" | "in" | "out" | "components" | "factors">;
+export type AdaptedLayer = Pick<GraftModule, "name" | "in" | "out" | "components" | "factors"> & {
+  /** Where it is no linear layer. */
+  readonly form?: Form["kind"] | undefined;
+};
 
 /** Holds nothing of the model's file. */
 export interface PreparedModel extends Grafted {
@@ -81,12 +85,14 @@ export async function prepareModel(
   const placed = mode === "folded" ? place(file.model, folded) : undefined;
   const packed = wanted.modules.some(({ linears }) => linears.some(({ slice }) => slice));
   const modules = packed ? (await import("../onnx/packed.ts")).takeApart(file.model, wanted.modules) : wanted.modules;
-  const grafted = graft(file.model, { ...wanted, modules }, { probe: options.probeOutputs ?? true });
+  const hasForms = modules.some(({ form }) => form) || wanted.vectors.length > 0;
+  const forms = hasForms ? await import("../onnx/graft-forms.ts") : undefined;
+  const grafted = graft(file.model, { ...wanted, modules }, { probe: options.probeOutputs ?? true, forms });
   return {
     ...{ pack, view, keep, mode, reason, base, names, unconfirmed, dropped, outputNames, folded: placed },
     inputNames: own.map(({ name }) => name),
     ...grafted,
-    modules: wanted.modules.map(({ linears, ...layer }) => layer),
+    modules: wanted.modules.map(({ linears, form, ...layer }) => ({ ...layer, form: form?.kind })),
     feeds: tinyFeeds(own, known),
     feedsOfRows: rowMaker(inputs, tables, known),
   };

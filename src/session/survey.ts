@@ -181,10 +181,10 @@ async function surveyParameters(
   plan: Plan | undefined,
 ): Promise<SurveyedParameter[]> {
   const matcher = new ModelMatcher(file, options);
-  const { heads = [], biases = [], rows = [] } = plan?.graft ?? {};
+  const { heads = [], biases = [], rows = [], vectors = [] } = plan?.graft ?? {};
   const fed = new Set([
     ...heads.flatMap(({ name }) => [`${name}.weight`, `${name}.bias`]),
-    ...[...biases, ...rows].map(({ name }) => name),
+    ...[...biases, ...rows, ...vectors].map(({ name }) => name),
   ]);
   const found: SurveyedParameter[] = [];
   for (const { role, name } of await broughtBy(pack, options)) {

@@ -1,0 +1,47 @@
+/** The term of an adapted layer by plain arithmetic, for the probe. */
+import type { TaskInput } from "../onnx/graft.ts";
+import type { AdaptedLayer } from "./prepare.ts";
+import type { InputValue } from "./values.ts";
+
+/** Values of task inputs by name. */
+export type Inputs = ReadonlyMap<string, InputValue>;
+
+/** x·E_Aᵀ·S·E_B + x·A·B in f64, for the rows of x. */
+export function termOf(
+  { name, in: width, out, components, factors }: AdaptedLayer,
+  x: ArrayLike<number>,
+  inputs: readonly TaskInput[],
+  values: Inputs,
+): Float64Array {
+  const rows = x.length / width;
+  const value = (kind: string): { data: ArrayLike<number>; columns: number } => {
+    const { data, dims } = values.get(inputs.find((input) => input.of === name && input.kind === kind)!.name)!;
+    return { data: data as Float32Array, columns: dims[1]! };
+  };
+  let term = new Float64Array(rows * out);
+  if (factors) {
+    const [A, B] = [value("A"), value("B")];
+    term = multiply(multiply(x, A.data, rows, width, A.columns), B.data, rows, A.columns, out);
+  }
+  if (!components) return term;
+  const { At, B: E, KA, KB } = components;
+  const mixed = multiply(multiply(x, At, rows, width, KA), value("core").data, rows, KA, KB);
+  multiply(mixed, E, rows, KB, out).forEach((v, i) => (term[i]! += v));
+  return term;
+}
+
+function multiply(
+  a: ArrayLike<number>,
+  b: ArrayLike<number>,
+  rows: number,
+  inner: number,
+  columns: number,
+): Float64Array<ArrayBuffer> {
+  const out = new Float64Array(rows * columns);
+  for (let r = 0; r < rows; r++) {
+    for (let k = 0; k < inner; k++) {
+      for (let c = 0; c < columns; c++) out[r * columns + c]! += a[r * inner + k]! * b[k * columns + c]!;
+    }
+  }
+  return out;
+}
