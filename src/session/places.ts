@@ -24,7 +24,7 @@ export function tableOf(name: string, parameter: OnnxParameter): GraftRows | und
 /** Whether a vector is added to the last dimension of what the node makes. */
 function addsLastDimension({ node, input }: Use): boolean {
   if (node.opType === "Add") return true;
-  const at: Record<string, number> = { Gemm: 2, LayerNormalization: 2, MatMulNBits: 5 };
+  const at: Record<string, number> = { Gemm: 2, LayerNormalization: 2, SkipLayerNormalization: 3, MatMulNBits: 5 };
   return at[node.opType] === input;
 }
 
