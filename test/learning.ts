@@ -204,7 +204,7 @@ export async function graphOf(
   options: Partial<TrainingGraphOptions> = {},
 ): Promise<{ graph: TrainingGraph; inputs: readonly TaskInput[] }> {
   checkGraftable(file.model);
-  const grafted = graft(file.model, { modules, biases: [], rows: [], heads }, { probe: false });
+  const grafted = graft(file.model, { modules, biases: [], rows: [], vectors: [], heads }, { probe: false });
   return {
     graph: await buildTrainingGraph(file, grafted, { probe: probeOf(NODE), ...options }),
     inputs: grafted.inputs,

@@ -113,7 +113,10 @@ export async function surveyModel(
     const mode = (one: Mode) => surveyMode(open, pack, bases, { ...options, mode: one }, task?.id ?? null);
     const modes = { core: await mode("core"), factors: await mode("factors"), folded: await mode("folded") };
     const both = [...(plan?.base.heads ?? [])].find(([, { adapted }]) => adapted)?.[0];
-    const why = both === undefined ? modes.factors.why : `tasks bring "${both}" whole and others adapt it`;
+    const form = plan?.graft.modules.find((module) => module.form);
+    const why =
+      (both === undefined ? modes.factors.why : `tasks bring "${both}" whole and others adapt it`) ??
+      (form ? `"${form.name}" is no linear layer (${form.form!.kind})` : null);
     return {
       mode: plan?.mode ?? null,
       reason: plan?.reason ?? planned.why!,
