@@ -5,8 +5,7 @@
 import type { FormProbe } from "../onnx/graft-forms.ts";
 import type { CarrierParts } from "./carrier.ts";
 import type { AdaptedLayer } from "./prepare.ts";
-import type { ProbeValue } from "./probe.ts";
-import { type Inputs, termOf } from "./probe-term.ts";
+import { type Inputs, type ProbeValue, termOf } from "./probe-term.ts";
 
 type Prepared = Pick<CarrierParts["prepared"], "modules" | "inputs">;
 

@@ -3,6 +3,12 @@ import type { TaskInput } from "../onnx/graft.ts";
 import type { AdaptedLayer } from "./prepare.ts";
 import type { InputValue } from "./values.ts";
 
+/** An output of the model. */
+export interface ProbeValue {
+  readonly dims: readonly number[];
+  readonly data: Float32Array;
+}
+
 /** Values of task inputs by name. */
 export type Inputs = ReadonlyMap<string, InputValue>;
 

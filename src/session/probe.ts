@@ -8,7 +8,7 @@ import type { Feed } from "../onnx/feeds.ts";
 import type { ProbeOutputs, TaskInput } from "../onnx/graft.ts";
 import { type CarrierParts, type ProbeReport, toFeeds } from "./carrier.ts";
 import { dataOf, type Engine, type LoadedModel, type Tensors } from "./engine.ts";
-import { type Inputs, termOf } from "./probe-term.ts";
+import { type Inputs, type ProbeValue, termOf } from "./probe-term.ts";
 import type { InputValue } from "./values.ts";
 
 /** Runs the model on one task, or on one per row, and on more feeds; gives the values of `fetches`, f32. */
@@ -17,12 +17,6 @@ export type ProbeRun = (
   fetches: readonly string[],
   more?: Tensors,
 ) => Promise<readonly ProbeValue[]>;
-
-/** An output of the model. */
-export interface ProbeValue {
-  readonly dims: readonly number[];
-  readonly data: Float32Array;
-}
 
 /** How far a provider that computes in f16 may be off. */
 const TOLERANCE = 2e-2;
