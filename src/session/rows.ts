@@ -122,7 +122,7 @@ function groupsOf(inputs: readonly TaskInput[], forms: RowCheck["forms"]): TaskI
   const groups = new Map<string, TaskInput[]>();
   for (const input of inputs) {
     const { kind, of } = input;
-    const key = /^head/.test(kind) ? "head" : kind === "bias" ? kind : (forms.get(of) ?? "linear");
+    const key = /^head/.test(kind) ? "head" : (forms.get(of) ?? "");
     groups.set(key, [...(groups.get(key) ?? []), input]);
   }
   return [...groups.values()];
