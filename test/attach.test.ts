@@ -363,11 +363,12 @@ t.test("what cannot be is refused, and nothing is written", async (t) => {
   const refuse = (status: number, ...args: string[]): unknown =>
     json(status, "attach", ...args, "-o", "refused/out.onnx")["error"];
   const torchscript = sessions("torchscript.onnx");
-  for (const name of ["norm", "embedding"]) {
-    const folded = await pack(`adapters-more/${name}`);
-    t.match(refuse(1, torchscript, folded), { tag: "base", message: /eigenlora fold.*mode "folded"/ });
-    t.match(refuse(1, torchscript, folded, "--mode", "core"), { tag: "base", message: /mode "folded"/ });
-  }
+  // A convolution that a task brings whole.
+  const vision = fileURLToPath(new URL("data/forms/vision.onnx", import.meta.url));
+  const folded = join(folder, "whole.eigen");
+  await writeFile(folded, (await packOf(["forms/adapters-vision-whole"])).bytes);
+  t.match(refuse(1, vision, folded), { tag: "base", message: /eigenlora fold.*mode "folded"/ });
+  t.match(refuse(1, vision, folded, "--mode", "core"), { tag: "base", message: /mode "folded"/ });
   t.match(refuse(2, torchscript, bert, "--mode", "folded"), { tag: "usage", message: /eigenlora fold/ });
   t.match(refuse(2, torchscript, bert, "--mode", "fast"), { tag: "usage", message: /core/ });
   t.match(refuse(1, torchscript, bert, "--task", "too"), { tag: "task", nearest: ["two"] });

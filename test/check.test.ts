@@ -40,7 +40,8 @@ const fresh = await pack(
 );
 const whole = ["exports/adapters/same-head", "exports/adapters/adapted-head"];
 const both = await pack("both.eigen", whole, "exports/base.safetensors");
-const norm = await pack("norm.eigen", ["sessions/adapters-more/norm"], "sessions/base.safetensors");
+const conv = await pack("conv.eigen", ["forms/adapters-vision-whole"], "forms/vision.safetensors");
+const vision = await pack("vision.eigen", ["forms/adapters-vision"], "forms/vision.safetensors");
 const dora = await pack("dora.eigen", ["sessions/adapters-more/dora"], "sessions/base.safetensors");
 const minilm = await pack("minilm.eigen", ["adapters/own-seed/debtags-role", "adapters/own-seed/debtags-use"]);
 
@@ -63,7 +64,11 @@ const CASES: Readonly<Record<string, Case>> = {
   },
   quantised: { model: "sessions/q4.onnx", pack: bert, modes: ["core", "factors"], mode: "core", next: /createEigen/ },
   "folded only": {
-    ...{ model: "sessions/torchscript.onnx", pack: norm, modes: ["folded"], mode: "folded" },
+    ...{ model: "forms/vision.onnx", pack: conv, modes: ["folded"], mode: "folded" },
+    next: /createEigenSession/,
+  },
+  "convolutions and norms": {
+    ...{ model: "forms/vision-int8.onnx", pack: vision, modes: ["core", "factors"], mode: "core" },
     next: /createEigenSession/,
   },
   "quantised, and DoRA": {
@@ -203,7 +208,10 @@ t.test("with onnxruntime-node it makes a session and runs it", async (t) => {
   t.match(json["run"].learning, { works: false, says: /whole and others adapt it.*--ignore classifier/ });
   t.match(json.learning, { works: false });
   t.match((await asked("sessions/q4.onnx", bert))["run"].learning, { works: false, says: /pass a float export/ });
-  t.match((await asked("sessions/torchscript.onnx", norm))["run"].rows, { works: false, says: /one task at a time/ });
+  t.match((await asked("forms/vision.onnx", conv))["run"].rows, { works: false, says: /one task at a time/ });
+  const convolutions = await asked("forms/vision.onnx", vision);
+  t.match(convolutions["run"], { rows: { works: true }, learning: { works: false, says: /"odd" is a convolution/ } });
+  t.match(convolutions.learning, { works: false, why: /"odd" is no linear layer/ });
   t.match(await asked("sessions/gemm.onnx", bert), { works: false, mode: null, run: null });
 });
 

@@ -6,9 +6,10 @@ import { buildTrainingGraph, type TrainingGraph, type TrainingGraphOptions } fro
 import type { ShapeProbe } from "../dist/src/autodiff/shapes.js";
 import { findWeight } from "../dist/src/base/mismatch.js";
 import { NameMatcher } from "../dist/src/base/names.js";
+import type { GraftHead, GraftModule, TaskInput } from "../dist/src/onnx/adapted.js";
 import { readVector } from "../dist/src/onnx/dequantize.js";
 import type { Feed } from "../dist/src/onnx/feeds.js";
-import { type GraftHead, type GraftModule, graft, type TaskInput } from "../dist/src/onnx/graft.js";
+import { graft } from "../dist/src/onnx/graft.js";
 import { checkGraftable } from "../dist/src/onnx/graftable.js";
 import { biasAdd, linearsOf, NotLinear } from "../dist/src/onnx/linear.js";
 import { findParameters, matrixShape } from "../dist/src/onnx/modules.js";
@@ -205,7 +206,7 @@ export async function graphOf(
   options: Partial<TrainingGraphOptions> = {},
 ): Promise<{ graph: TrainingGraph; inputs: readonly TaskInput[] }> {
   checkGraftable(file.model);
-  const grafted = graft(file.model, { modules, biases: [], rows: [], heads }, { probe: false });
+  const grafted = graft(file.model, { modules, biases: [], rows: [], vectors: [], heads }, { probe: false });
   return {
     graph: await buildTrainingGraph(file, grafted, { probe: probeOf(NODE), ...options }),
     inputs: grafted.inputs,

@@ -80,11 +80,6 @@ for (const { name: runtime, ort } of ORTS) {
   });
 
   t.test(`what tasks bring × modes on ${runtime}`, async (t) => {
-    /** What only weights can take: the module or parameter that says so. */
-    const foldedOnly: Record<string, string> = {
-      embedding: "bert.embeddings.word_embeddings",
-      norm: "bert.encoder.layer.1.output.LayerNorm.weight",
-    };
     for (const name of folders("adapters-more")) {
       const pack = await openPack(await packBytes([`adapters-more/${name}`], "base"));
       const cells = [name];
@@ -99,17 +94,7 @@ for (const { name: runtime, ort } of ORTS) {
         await session.close();
         return off.toExponential(0);
       };
-      const only = foldedOnly[name];
-      for (const mode of ["auto", ...MODES] as const) {
-        if (only === undefined || mode === "folded" || mode === "auto") {
-          cells.push(await works(mode, mode === "auto" ? (only === undefined ? "core" : "folded") : mode));
-          continue;
-        }
-        const error = await refusal(() => open(ort, model("torchscript"), pack, { mode }));
-        t.match(error, { tag: "base", message: /use mode "folded"$/, module: only }, `${name}, ${mode}`);
-        t.match(error.message, only);
-        cells.push("refused");
-      }
+      for (const mode of ["auto", ...MODES] as const) cells.push(await works(mode, mode === "auto" ? "core" : mode));
       t.comment(cells.map((cell) => cell.padEnd(18)).join(""));
     }
   });

@@ -5,8 +5,8 @@
  * in here: the caller lends the one to look at shapes, and takes the steps.
  */
 import { FormatError } from "../errors.ts";
+import type { Grafted, TaskInput } from "../onnx/adapted.ts";
 import { type Feed, tinyFeeds } from "../onnx/feeds.ts";
-import type { Grafted, TaskInput } from "../onnx/graft.ts";
 import { FLOAT, INT64 } from "../onnx/linear.ts";
 import { indexGraph, type OnnxModel } from "../onnx/model.ts";
 import { makeFloats, makeNode, makeValue, PREFIX } from "../onnx/nodes.ts";
@@ -78,7 +78,7 @@ const TRAINED: ReadonlySet<TaskInput["kind"]> = new Set(["A", "B", "headWeight",
  * @param grafted what `graft` has made of `file.model`
  * @example
  * const file = await readModel("model.onnx");
- * const grafted = graft(file.model, { modules, biases: [], rows: [], heads });
+ * const grafted = graft(file.model, { modules, biases: [], rows: [], vectors: [], heads });
  * const graph = await buildTrainingGraph(file, grafted, { probe });
  * const { bytes, files } = await detachWeights(file, grafted.initializers);
  *
@@ -181,10 +181,14 @@ function namedDims(shapes: Shapes, value: string, ofTasks: ReadonlySet<string>):
   });
 }
 
-function logitsOf({ name: file, graph }: OnnxModel, { probe }: Grafted, wanted: string | undefined): string {
+function logitsOf(
+  { name: file, graph }: OnnxModel,
+  { probe, formProbes }: Grafted,
+  wanted: string | undefined,
+): string {
   const outputs = graph.proto.output
     .map(({ name }) => name)
-    .filter((name) => name !== probe?.x && name !== probe?.term);
+    .filter((name) => ![probe, ...formProbes].some((one) => name === one?.x || name === one?.term));
   const found =
     wanted === undefined && outputs.length === 1 ? outputs[0] : outputs.find((name) => name === (wanted ?? "logits"));
   if (found !== undefined) return found;

@@ -6,7 +6,7 @@
 import { join } from "node:path";
 import { createBackend } from "../backends/select.ts";
 import { BaseMismatchError, FormatError } from "../errors.ts";
-import type { Grafted, TaskInput } from "../onnx/graft.ts";
+import type { Grafted, TaskInput } from "../onnx/adapted.ts";
 import { PREFIX } from "../onnx/nodes.ts";
 import { type ModelFile, readModel } from "../onnx/read.ts";
 import { embedWeights } from "../onnx/write.ts";

@@ -301,6 +301,7 @@ function roleOf({ node, input }: Use, rank: number, transposed: boolean): Role |
     case "ConvTranspose":
       return input === 1 ? { suffix: "weight" } : input === 2 ? { suffix: "bias" } : undefined;
     case "Gather":
+    case "GatherBlockQuantized":
       if (input !== 0 || rank !== 2 || attribute(node, "axis")?.i) return undefined;
       return { suffix: "weight", layout: transposed ? undefined : "embedding" };
     case "Add":

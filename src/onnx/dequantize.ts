@@ -220,11 +220,25 @@ function scalesOf(model: OnnxModel, initializer: string, use: Use | undefined): 
   }
   if (!use) return undefined;
   const { node } = use;
+  if (node.opType === "GatherBlockQuantized") {
+    const number = (name: string, otherwise: number): number => Number(attribute(node, name)?.i ?? otherwise);
+    // Bytes without zero points are around their middle, and may hold two numbers each: none known writes such.
+    if (model.graph.initializers.get(initializer)?.dataType === 2) return undefined;
+    const [, , scale, zero] = node.input;
+    return { scale, zero, axis: number("quantize_axis", 1), block: number("block_size", 128) };
+  }
+  if (node.opType === "QLinearConv") return { scale: node.input[4], zero: node.input[5], axis: 0, block: 0 };
   if (node.opType === "QLinearMatMul") return { scale: node.input[4], zero: node.input[5], axis: 1, block: 0 };
   if (node.opType === "DynamicQuantizeMatMul") return { scale: node.input[2], zero: node.input[3], axis: 1, block: 0 };
-  if (node.opType !== "MatMulInteger") return undefined;
-  // MatMulInteger → Cast → Mul by (scale of x · scale of the weight), which another Mul has made.
   const next = (made: NodeProto): NodeProto | undefined => model.graph.consumers.get(made.output[0]!)?.[0]?.node;
+  if (node.opType === "Gather") {
+    const floats = next(node);
+    return floats?.opType === "DequantizeLinear"
+      ? { scale: floats.input[1], zero: floats.input[2], axis: 0, block: 0 }
+      : undefined;
+  }
+  if (node.opType !== "MatMulInteger" && node.opType !== "ConvInteger") return undefined;
+  // MatMulInteger → Cast → Mul by (scale of x · scale of the weight), which another Mul has made.
   const cast = next(node);
   const scaled = cast && next(cast);
   const factors = scaled?.input.find((value) => value !== cast?.output[0]);

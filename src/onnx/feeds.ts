@@ -38,7 +38,9 @@ export function tableRows({ graph }: OnnxModel, inputs: readonly ValueInfoProto[
   for (const { name } of inputs) {
     for (const { node, input } of graph.consumers.get(name) ?? []) {
       const rows =
-        node.opType === "Gather" && input === 1 ? graph.initializers.get(node.input[0]!)?.dims[0] : undefined;
+        /^Gather(BlockQuantized)?$/.test(node.opType) && input === 1
+          ? graph.initializers.get(node.input[0]!)?.dims[0]
+          : undefined;
       if (rows !== undefined) found.set(name, Math.min(Number(rows), found.get(name) ?? Infinity));
     }
   }

@@ -14,11 +14,22 @@
  *
  * The usual x [batch, sequence, in] needs none of the reshapes. Every node costs: sessions take longer to create and to run.
  */
-import { ComponentProducts, type Components, type IntegerProducts } from "./components.ts";
+import type {
+  CoreBlock,
+  Graft,
+  GraftBias,
+  Grafted,
+  GraftHead,
+  GraftModule,
+  GraftRows,
+  ProbeOutputs,
+  TaskInput,
+} from "./adapted.ts";
+import { ComponentProducts, type IntegerProducts } from "./components.ts";
+import type { FormGrafter, FormProbe, GraftTools } from "./graft-forms.ts";
 import { groupsOf, joined } from "./groups.ts";
 import { biasAdd, FLOAT, INT64, type Linear } from "./linear.ts";
 import type { OnnxModel } from "./model.ts";
-import type { Slice } from "./modules.ts";
 import {
   type Added,
   dropUnused,
@@ -33,114 +44,26 @@ import {
 import type { GraphProto, NodeProto } from "./onnx_pb.ts";
 import { Ranks } from "./rank.ts";
 
-/** An adapted layer. */
-export interface GraftModule {
-  readonly name: string;
-  readonly in: number;
-  readonly out: number;
-  readonly linears: readonly Linear[];
-  /** For a core between them. */
-  readonly components?: Components | undefined;
-  /** Whether tasks bring factors: expanded ones, or private ones beside a core. True without components. */
-  readonly factors: boolean;
-  /** Whether tasks scale the rows of W + ΔW (DoRA). */
-  readonly rowScale: boolean;
-}
-
-/** A bias that tasks change, of any layer: the change is added to what the node makes. */
-export interface GraftBias {
-  /** Of the parameter. */
-  readonly name: string;
-  readonly size: number;
-  readonly type: number;
-  readonly places: readonly { graph: GraphProto; node: NodeProto }[];
-  /** Where it is a part of what the nodes add. */
-  readonly slice?: Slice | undefined;
-}
-
-/**
- * Rows of an embedding that tasks replace. Where an index is met, y' = (1 − s)·y + s·row, with the strength s behind the
- * values of the row: so the base's rows need not be known.
- */
-export interface GraftRows {
-  /** Of the parameter. */
-  readonly name: string;
-  readonly width: number;
-  readonly type: number;
-  /** Gather nodes. */
-  readonly places: readonly { graph: GraphProto; node: NodeProto }[];
-}
-
-/** A layer that each task brings whole, with a number of outputs of its own. */
-export interface GraftHead {
-  /** Of the module. */
-  readonly name: string;
-  readonly in: number;
-  readonly out: number;
-  readonly bias: boolean;
-  /** `end` makes the layer's result, bias included. */
-  readonly places: readonly { linear: Linear; end: NodeProto }[];
-}
-
-export interface Graft {
-  readonly modules: readonly GraftModule[];
-  readonly biases: readonly GraftBias[];
-  readonly rows: readonly GraftRows[];
-  readonly heads: readonly GraftHead[];
-}
-
-/** An input that was added: f32, or int64 for `indices`. A string in `dims` is a free dimension. */
-export interface TaskInput {
-  readonly name: string;
-  /** Module or parameter that it belongs to; of a core the modules that share it, joined by "+". */
-  readonly of: string;
-  readonly kind: "core" | "A" | "B" | "scale" | "bias" | "indices" | "rows" | "headWeight" | "headBias";
-  readonly dims: readonly (number | string)[];
-  /** Of a core: the modules' own, along the diagonal in this order. */
-  readonly cores?: readonly CoreBlock[];
-}
-
-/** The core of one module in the input of several. */
-export interface CoreBlock {
-  readonly module: string;
-  readonly KA: number;
-  readonly KB: number;
-  /** What rows and columns are multiplied with, where the graph holds integers. */
-  readonly scalesA: Float32Array | undefined;
-  readonly scalesB: Float32Array | undefined;
-}
-
-/** What `graft` made of the model. */
-export interface Grafted {
-  readonly inputs: readonly TaskInput[];
-  readonly initializers: readonly Added[];
-  /** Of the first adapted layer in the main graph: what enters it and the term, as graph outputs for a probe. */
-  readonly probe: ProbeOutputs | undefined;
-}
-
-/** Values of one adapted layer that are outputs of the graph: x, f32 rows of [in], and the term, f32 rows of [out]. */
-export interface ProbeOutputs {
-  readonly module: string;
-  readonly x: string;
-  readonly term: string;
-}
-
 /**
  * Changes `model.proto` in place.
  * @param model that `checkGraftable` has passed; weights that are folded may have a place of their own since then
  * @param options `probe: false` adds no outputs for a probe; `integers`: how components that are integers are multiplied by. Default:
- *   as floats
+ *   as floats; `forms`: needed for modules with a form, and for vectors
  */
 export function graft(
   model: OnnxModel,
-  { modules, biases, rows, heads }: Graft,
-  options: { probe?: boolean; integers?: IntegerProducts | undefined } = {},
+  { modules, biases, rows, heads, vectors }: Graft,
+  options: { probe?: boolean; integers?: IntegerProducts | undefined; forms?: FormGrafter | undefined } = {},
 ): Grafted {
   const grafter = new Grafter(model, options.probe ?? true, options.integers);
   // A bias is added behind what DoRA scales, so before the term that goes between.
   for (const bias of biases) grafter.bias(bias);
   for (const table of rows) grafter.rows(table);
-  for (const members of groupsOf(modules, ({ A }) => grafter.products.formOf(A))) grafter.group(members);
+  const tools = grafter.tools();
+  for (const vector of vectors) options.forms!.addVector(tools, vector);
+  for (const { form, ...module } of modules) if (form) options.forms!.addModule(tools, { ...module, form });
+  const linear = modules.filter(({ form }) => !form);
+  for (const members of groupsOf(linear, ({ A }) => grafter.products.formOf(A))) grafter.group(members);
   for (const head of heads) grafter.head(head);
   return grafter.finish(heads);
 }
@@ -171,6 +94,7 @@ class Grafter {
   readonly products: ComponentProducts;
   readonly #wantsProbe: boolean;
   #probe: ProbeOutputs | undefined;
+  readonly #formProbes: FormProbe[] = [];
   #count = 0;
 
   constructor(model: OnnxModel, wantsProbe: boolean, integers: IntegerProducts | undefined) {
@@ -320,6 +244,31 @@ class Grafter {
     }
   }
 
+  tools(): GraftTools {
+    return {
+      add: (name, dims, data) => {
+        if (!this.#shared.has(name)) this.#added.push({ name, type: FLOAT, dims, data });
+        return this.#shared.add(name) && name;
+      },
+      input: (...of) => this.#input(...of),
+      core: (of, KA, KB) =>
+        this.#input(of, "core", [KA, KB], [{ module: of, KA, KB, scalesA: undefined, scalesB: undefined }]),
+      ints: (values) => this.#ints(values),
+      dims: (name, input, from, to) => this.#once(name, "Slice", ["Shape", input], [from, to]),
+      tasks: () => this.#once("tasks", "Slice", ["Shape", this.#inputs[0]!.name], [0, 1]),
+      first: (name, opType, input, attributes) => {
+        if (!this.#shared.has(name)) this.#first.push(makeNode(opType, name, input, name, attributes));
+        return this.#shared.add(name) && name;
+      },
+      rowsOf: (place, value, width) => this.#rowsOf(place, value, width),
+      place: (of, graph, node, type) => new Place(this.#edits, graph, node, `${PREFIX}/${of}/${this.#count++}`, type),
+      rank: (graph, value) => (graph === this.#main ? this.#ranks.of(value) : undefined),
+      wantsProbe: (graph, kind) =>
+        this.#wantsProbe && graph === this.#main && !this.#formProbes.some((probe) => probe.kind === kind),
+      probe: (probe) => this.#formProbes.push(probe),
+    };
+  }
+
   /** rows [n, width] as [tasks, n / tasks, width]. */
   #rowsOf(place: Place, value: string, width: number): string {
     return place.op("Reshape", [value, this.#taskRows(width)]);
@@ -379,11 +328,14 @@ class Grafter {
       main.input.push(makeValue(name, kind === "indices" ? INT64 : FLOAT, free));
     }
     for (const value of this.#probe ? [this.#probe.x, this.#probe.term] : []) main.output.push(makeValue(value, FLOAT));
+    for (const { x, term } of this.#formProbes)
+      for (const value of [x, term]) main.output.push(makeValue(value, FLOAT));
     if (heads.length > 0) this.#freeLabels(heads);
     if (this.products.contributed) importContributed(this.#model);
     // Replaced heads, and the weights that folding has given a place of their own.
     dropUnused(this.#model);
-    return { inputs: this.#inputs, initializers: this.#added, probe: this.#probe };
+    const [inputs, initializers] = [this.#inputs, this.#added];
+    return { inputs, initializers, probe: this.#probe, formProbes: this.#formProbes };
   }
 
   /** Shapes written into the file that hold the base's number of labels no longer hold. */

@@ -118,14 +118,14 @@ function together(parts: readonly (Linear[] | NotLinear)[], sizes: readonly numb
  * The DequantizeLinear of a QuantizeLinear → DequantizeLinear pair right behind a node. What is added comes after it, since
  * the pair's range was measured without a task and would clip one.
  */
-function requantized(model: OnnxModel, { node, graph }: Use): NodeProto | undefined {
+export function requantized(model: OnnxModel, { node, graph }: Use): NodeProto | undefined {
   const quantize = onlyConsumer(model, graph, node);
   const dequantize = quantize?.opType === "QuantizeLinear" ? onlyConsumer(model, graph, quantize) : undefined;
   return dequantize?.opType === "DequantizeLinear" ? dequantize : undefined;
 }
 
 /** DynamicQuantizeLinear → MatMulInteger → Cast → Mul by the scales. */
-function dynamic(model: OnnxModel, { node, graph }: Use): Linear | undefined {
+export function dynamic(model: OnnxModel, { node, graph }: Use): Linear | undefined {
   const before = producer(model, graph, node.input[0]!);
   const cast = onlyConsumer(model, graph, node);
   const scaled = cast?.opType === "Cast" ? onlyConsumer(model, graph, cast) : undefined;
@@ -135,7 +135,7 @@ function dynamic(model: OnnxModel, { node, graph }: Use): Linear | undefined {
 }
 
 /** QuantizeLinear → QLinearMatMul → DequantizeLinear. */
-function quantized(model: OnnxModel, { node, graph }: Use): Linear | undefined {
+export function quantized(model: OnnxModel, { node, graph }: Use): Linear | undefined {
   const before = producer(model, graph, node.input[0]!);
   const after = onlyConsumer(model, graph, node);
   if (before?.opType !== "QuantizeLinear" || after?.opType !== "DequantizeLinear") return undefined;
@@ -185,7 +185,11 @@ export function producer(model: OnnxModel, graph: GraphProto, value: string): No
 }
 
 /** The node that alone reads what a node makes, if it lies in the same graph and the value is no output of that. */
-function onlyConsumer(model: OnnxModel, graph: GraphProto, { output: [value = ""] }: NodeProto): NodeProto | undefined {
+export function onlyConsumer(
+  model: OnnxModel,
+  graph: GraphProto,
+  { output: [value = ""] }: NodeProto,
+): NodeProto | undefined {
   const uses = model.graph.consumers.get(value) ?? [];
   const isOutput = model.graph.scopes.get(graph)?.outputs.has(value);
   return uses.length === 1 && uses[0]!.graph === graph && !isOutput ? uses[0]!.node : undefined;
@@ -196,7 +200,7 @@ function has({ input }: NodeProto, index: number): boolean {
 }
 
 /** Element type of a weight where it enters a product, as far as the nodes before it tell; f32 where they do not. */
-function typeOf(model: OnnxModel, graph: GraphProto, value: string): number {
+export function typeOf(model: OnnxModel, graph: GraphProto, value: string): number {
   const seen = new Set<string>();
   for (let at = value; !seen.has(at); ) {
     seen.add(at);

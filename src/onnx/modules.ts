@@ -187,6 +187,14 @@ export function pieceShape(stored: Stored): readonly number[] {
   return stored.slice ? stored.shape.map((size, i) => (i === axis ? partSize(stored) : size)) : stored.shape;
 }
 
+/** A weight as the matrix [out, in] that it is to its module: convolutions are [out, …], tables lie the other way round. */
+export function asMatrix<T extends Stored>(stored: T): T {
+  const { shape, layout } = stored;
+  if (shape.length > 2)
+    return { ...stored, shape: [shape[0]!, shape.slice(1).reduce((a, b) => a * b, 1)], layout: "out-in" };
+  return layout === "embedding" ? { ...stored, layout: "in-out" } : stored;
+}
+
 /** The same of all that the initializer holds. */
 function wholeShape({
   shape,

@@ -194,6 +194,13 @@ export class Place {
     this.#edits.insertBefore(this.#graph, this.#node, this.#nodes.splice(0));
   }
 
+  /** A node as one of the model is, on other inputs. @param opType where it is of another operator. */
+  like({ opType, domain, attribute }: NodeProto, input: readonly string[], as: Partial<NodeProto> = {}): string {
+    const name = this.op(as.opType ?? opType, input);
+    Object.assign(this.#nodes.at(-1)!, { domain, attribute: [...attribute], ...as });
+    return name;
+  }
+
   /** A value of the model as f32. */
   up(value: string): string {
     return this.#type === FLOAT16 ? this.op("Cast", [value], { to: FLOAT }) : value;

@@ -3,7 +3,7 @@
  * attention, or one divided into several. Of a packed layer the weights lie one below the other, and its result holds theirs one
  * behind the other; so each is a slice that can be added to. Of a divided one the results are put together and divided again.
  */
-import type { GraftBias, GraftModule } from "./graft.ts";
+import type { GraftBias, GraftModule } from "./adapted.ts";
 import type { Linear } from "./linear.ts";
 import { attribute, type Graph, type OnnxModel } from "./model.ts";
 import { matrixShape, type OnnxParameter } from "./modules.ts";

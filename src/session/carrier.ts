@@ -2,7 +2,7 @@
  * What carries tasks to a loaded model: for each selection the model and the feeds that make it that task's. There are three
  * kinds: unfolded.ts (extra inputs), folded.ts (a model per task), device.ts (weights as buffers of a device).
  */
-import type { TaskInput } from "../onnx/graft.ts";
+import type { TaskInput } from "../onnx/adapted.ts";
 import type { DetachedModel } from "../onnx/write.ts";
 import type { Selection, SwitchOptions } from "../runtime/selection.ts";
 import type { ActiveTask } from "../runtime/stage.ts";

@@ -148,7 +148,7 @@ async function probeBuffers(
   try {
     return await withFeeds(parts, model, async (run) => {
       const [[before], [after]] = [await run([base], [output], weights), await run([base], [output], nothing)];
-      if (before!.some((value, i) => value !== after![i])) return { result: "passed" };
+      if (before!.data.some((value, i) => value !== after!.data[i])) return { result: "passed" };
       throw new BackendError(
         `the provider ${parts.engine.provider} gives the same "${output}" whatever the weights: results would be silently ` +
           'wrong. Use the module "onnxruntime-web/webgpu", or mode "core"',

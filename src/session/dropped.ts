@@ -2,7 +2,7 @@
  * Biases that tasks bring and the model lacks. torch's optimiser drops a bias of zeros, as a fresh classifier has: a Gemm without C
  * is left, or a MatMul without Add. Loaded where there is one.
  */
-import type { GraftBias } from "../onnx/graft.ts";
+import type { GraftBias } from "../onnx/adapted.ts";
 import { type Linear, linearsOf, NotLinear, producer } from "../onnx/linear.ts";
 import { attribute, type OnnxModel } from "../onnx/model.ts";
 import { matrixShape, type OnnxParameter } from "../onnx/modules.ts";

@@ -9,10 +9,10 @@ import type { NameMatcher } from "../base/names.ts";
 import { BaseMismatchError } from "../errors.ts";
 import { moduleOf } from "../format/brings.ts";
 import type { PackModule } from "../format/format.ts";
+import type { GraftBias } from "../onnx/adapted.ts";
 import { Copies } from "../onnx/copies.ts";
-import type { GraftBias } from "../onnx/graft.ts";
 import { fusedNode } from "../onnx/linear.ts";
-import { findParameters, matrixShape, type OnnxParameter } from "../onnx/modules.ts";
+import { asMatrix, findParameters, matrixShape, type OnnxParameter } from "../onnx/modules.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { readLinearWeight } from "../onnx/weights.ts";
 import type { ReadOptions } from "../source.ts";
@@ -198,8 +198,9 @@ export class ModelMatcher {
    * @throws BaseMismatchError when it is another model's
    */
   async confirms(module: PackModule, parameter: OnnxParameter, bases: Uint8Array): Promise<boolean> {
-    if (module.fingerprint === undefined || (parameter.shape.length !== 2 && parameter.dtype !== "other")) return false;
-    const { at, quantized } = await readLinearWeight(this.#file, parameter, this.#options);
+    const weight = module.layout === "conv" ? asMatrix(parameter) : parameter;
+    if (module.fingerprint === undefined || (weight.shape.length !== 2 && weight.dtype !== "other")) return false;
+    const { at, quantized } = await readLinearWeight(this.#file, weight, this.#options);
     const turned = parameter.layout === "embedding" || module.layout === "embedding";
     const value = turned ? (o: number, n: number): number => at(n, o) : at;
     checkFingerprint(module, parameter.name, value, bases, quantized ? SAME_QUANTIZED : SAME_FLOAT);

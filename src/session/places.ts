@@ -1,6 +1,7 @@
 /** Where in a model what tasks bring beside their terms takes effect: biases, and rows of tables. */
+
+import type { GraftBias, GraftRows } from "../onnx/adapted.ts";
 import { SUMS } from "../onnx/claims.ts";
-import type { GraftBias, GraftRows } from "../onnx/graft.ts";
 import { FLOAT, FLOAT16, origin } from "../onnx/linear.ts";
 import type { OnnxModel, Use } from "../onnx/model.ts";
 import { type OnnxParameter, partSize } from "../onnx/modules.ts";

@@ -6,18 +6,20 @@ import { BaseMismatchError } from "../errors.ts";
 import { type Brought, bringsOf, moduleOf, parseBrought } from "../format/brings.ts";
 import type { PackModule, TensorRef } from "../format/format.ts";
 import { encodedTensor, readTensor } from "../format/tensors.ts";
+import type { Graft, GraftBias, GraftHead, GraftModule, GraftRows } from "../onnx/adapted.ts";
 import type { ComponentRows, Components } from "../onnx/components.ts";
-import type { Graft, GraftBias, GraftHead, GraftModule, GraftRows } from "../onnx/graft.ts";
+import type { GraftVector } from "../onnx/forms.ts";
 import { checkGraftable } from "../onnx/graftable.ts";
 import { biasAdd, linearsOf, NotLinear } from "../onnx/linear.ts";
-import { matrixShape, type OnnxParameter } from "../onnx/modules.ts";
+import { asMatrix, matrixShape, type OnnxParameter } from "../onnx/modules.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { readLinearWeight } from "../onnx/weights.ts";
 import type { ModuleFilter, PackView } from "../pack/part.ts";
 import type { ReadOptions } from "../source.ts";
-import { BITS, decodeIntegers, decodeScales, isQuantized } from "../tensor/dtypes.ts";
 import { transpose } from "../tensor/transpose.ts";
+import { appliedAs } from "./applied.ts";
 import type { BaseHead, BaseValues, Mode } from "./base-values.ts";
+import { componentsOf } from "./components.ts";
 import { type MatchOptions, ModelMatcher } from "./match.ts";
 import { biasOf, tableOf } from "./places.ts";
 
@@ -80,6 +82,7 @@ interface SavedHead {
 interface Beside {
   readonly biases: readonly GraftBias[];
   readonly rows: readonly GraftRows[];
+  readonly vectors: readonly GraftVector[];
   /** The model's parameters for all of it, but for biases that it lacks. */
   readonly others: readonly OnnxParameter[];
 }
@@ -137,9 +140,11 @@ class Planner {
       if (bias) this.#dropped.set(name, bias);
     }
     const heads = await this.#heads(wanted);
-    const { biases, rows, others } = await this.#beside(wanted, heads);
+    const { biases, rows, vectors: changed, others } = await this.#beside(wanted, heads);
     const adapted = await this.#adaptedHeads(heads, weights, scaled);
-    const grafts = modules.flatMap((module, i) => this.#graftModule(module, weights[i]!, scaled.has(module.name)));
+    const grafts: GraftModule[] = [];
+    for (const [i, one] of modules.entries())
+      grafts.push(...(await this.#graftModule(one, weights[i]!, scaled.has(one.name))));
     const { mode, reason } = this.#choose();
     const unconfirmed = await this.#matcher.check(modules, weights, bases);
 
@@ -150,15 +155,16 @@ class Planner {
     const baseHeads = new Map<string, BaseHead>();
     for (const head of fed) baseHeads.set(head.graft.name, await this.#baseHead(head, adapted.has(head)));
     const base = { mode, ignored, wanted: new Set(wanted.map(({ name }) => name)), heads: baseHeads };
-    const graft = { modules: [], biases: [], rows: [], heads: fed.map((head) => head.graft) };
+    const graft = { modules: [], biases: [], rows: [], vectors: [], heads: fed.map((head) => head.graft) };
     // No weight holds a bias that the model lacks.
     const lacking = [...biases.map(({ name }) => name), ...[...adapted.keys()].map(({ bias = "" }) => bias)];
     const added = mode === "folded" ? lacking.flatMap((name) => this.#dropped.get(name) ?? []) : biases;
     const vectors = new Map<string, Float32Array>();
-    for (const { name, size } of added) vectors.set(name, await this.#vector(name, "bias", size));
+    for (const { name, size } of [...added, ...(mode === "folded" ? [] : changed)])
+      vectors.set(name, await this.#vector(name, "bias", size));
     if (mode === "folded") {
-      const changed = [...weights, ...others, ...[...adapted.values()].flat()];
-      const folded = [...new Map(changed.map((parameter) => [parameter.name, parameter])).values()];
+      const all = [...weights, ...others, ...[...adapted.values()].flat()];
+      const folded = [...new Map(all.map((parameter) => [parameter.name, parameter])).values()];
       const values = { ...base, biases: vectors, weights: new Map() };
       return { ...found, base: values, graft: { ...graft, biases: added }, folded };
     }
@@ -166,11 +172,12 @@ class Planner {
     for (const [i, { name }] of modules.entries())
       if (scaled.has(name)) matrices.set(name, await this.#matrix(weights[i]!));
     const filled = grafts.map((module) => {
-      const components = mode === "core" ? this.#components(module.name, bases) : undefined;
+      const own = modules.find(({ name }) => name === module.name)!;
+      const components = mode === "core" ? componentsOf(own, bases) : undefined;
       const factors = !components || this.#options.reserve?.privateTerms === true || withPrivate.has(module.name);
       return { ...module, components, factors };
     });
-    const all = { ...graft, modules: filled, biases: added, rows };
+    const all = { ...graft, modules: filled, biases: added, rows, vectors: changed };
     return { ...found, base: { ...base, biases: vectors, weights: matrices }, graft: all, folded: [] };
   }
 
@@ -189,6 +196,7 @@ class Planner {
     const headNames = new Set(heads.flatMap(({ weight, bias }) => [weight, bias]));
     const biases = new Map<string, GraftBias>();
     const rows: GraftRows[] = [];
+    const vectors: GraftVector[] = [];
     const others: OnnxParameter[] = [];
     for (const { role, name } of wanted) {
       if (headNames.has(name)) continue;
@@ -206,12 +214,19 @@ class Planner {
           ? undefined
           : biasOf(this.#file.model, name, parameter);
       const table = quantised || role !== "rows" ? undefined : tableOf(name, parameter);
-      const why = quantised ? "which is quantised here" : "no linear layer's head or bias";
+      const why = quantised ? "which is quantised here" : "no linear layer's head, bias or weight of a normalisation";
+      const vector = bias || table || role === "rows" ? undefined : await this.#vectorOf(name, parameter);
       if (bias) biases.set(name, bias);
       else if (table) rows.push(table);
+      else if (vector) vectors.push(vector);
       else this.#notUnfolded.push({ module: name, why: `tasks bring "${name}" (${role}), ${why}` });
     }
-    return { biases: [...biases.values()], rows, others };
+    return { biases: [...biases.values()], rows, vectors, others };
+  }
+
+  async #vectorOf(name: string, parameter: OnnxParameter): Promise<GraftVector | undefined> {
+    const { vectorOf } = await import("../onnx/forms.ts");
+    return vectorOf(this.#file.model, name, parameter);
   }
 
   /** Saved linear layers: the weight and, where there is one, the bias behind it. */
@@ -275,24 +290,17 @@ class Planner {
     return adapted;
   }
 
-  #graftModule(module: PackModule, parameter: OnnxParameter, rowScale: boolean): GraftModule[] {
+  async #graftModule(module: PackModule, parameter: OnnxParameter, rowScale: boolean): Promise<GraftModule[]> {
     const { name, in: inputs, out } = module;
     const quantised = parameter.dtype === "other";
     this.#checkFoldable(name, `the weight of "${name}"`, parameter);
-    const linears = linearsOf(this.#file.model, parameter);
-    if (linears instanceof NotLinear) {
-      this.#notUnfolded.push({ module: name, why: `"${name}" cannot be added to: ${linears.reason}` });
-      return [];
-    }
-    if (rowScale && (parameter.slice ?? parameter.joined) && linears.some(({ addsBias }) => addsBias)) {
-      const why = `"${name}" has DoRA tasks, and its layer is packed or divided together with its bias`;
-      this.#notUnfolded.push({ module: name, why });
-    }
+    const applied = await appliedAs(this.#file.model, module, parameter, rowScale);
+    if (typeof applied === "string") this.#notUnfolded.push({ module: name, why: applied });
     if (rowScale && quantised) {
       const why = `"${name}" has DoRA tasks, which need the float weight, and the model's is quantised`;
       this.#notUnfolded.push({ module: name, why });
     }
-    return [{ name, in: inputs, out, linears, factors: true, rowScale }];
+    return typeof applied === "string" ? [] : [{ name, in: inputs, out, ...applied, factors: true, rowScale }];
   }
 
   #checkFoldable(module: string, what: string, { dtype, copies, joined }: OnnxParameter): void {
@@ -343,13 +351,6 @@ class Planner {
     return { mode: "core", reason: `${most} components a side at most: a switch moves the core alone${why}` };
   }
 
-  #components(name: string, bases: Uint8Array): Components | undefined {
-    const { A, B } = this.#pack.modules.find((m) => m.name === name)!;
-    if (A?.kind !== "column" || B?.kind !== "column") return undefined;
-    if (A.tensor.rows === 0 || B.tensor.rows === 0) return undefined;
-    return { A: componentRows(A.tensor, bases), B: componentRows(B.tensor, bases) };
-  }
-
   async #baseHead({ graft, bias, parameter }: SavedHead, adapted: boolean): Promise<BaseHead> {
     const weight = transpose(await this.#matrix(parameter), graft.out, graft.in);
     const vector = bias === undefined ? undefined : await this.#vector(bias, "saved", graft.out);
@@ -363,24 +364,11 @@ class Planner {
   }
 
   async #matrix(parameter: OnnxParameter): Promise<Float32Array> {
-    const [out, inputs] = matrixShape(parameter)!;
-    const { at } = await readLinearWeight(this.#file, parameter, this.#options);
+    const weight = asMatrix(parameter);
+    const [out, inputs] = matrixShape(weight)!;
+    const { at } = await readLinearWeight(this.#file, weight, this.#options);
     return Float32Array.from({ length: out * inputs }, (_, i) => at(Math.floor(i / inputs), i % inputs));
   }
-}
-
-function componentRows(tensor: TensorRef, bases: Uint8Array): ComponentRows {
-  const { dtype, rows, width } = tensor;
-  const floats = (): Float32Array => readTensor(bases, tensor);
-  if (!isQuantized(dtype)) return { rows, width, floats };
-  const bytes = encodedTensor(bases, tensor);
-  const values = (): Int8Array => decodeIntegers(dtype, bytes, rows, width);
-  return {
-    rows,
-    width,
-    floats,
-    integers: { bits: BITS[dtype] as 3 | 4 | 8, scales: decodeScales(bytes, rows), values },
-  };
 }
 
 /** What the tasks of a pack change beside their terms, each once. */

@@ -2,9 +2,12 @@
  * A model made ready for the tasks of a pack, before any engine has seen it: planned, its graph changed, its own inputs told
  * from those that carry a task.
  */
+
+import type { Grafted, GraftModule } from "../onnx/adapted.ts";
 import type { IntegerProducts } from "../onnx/components.ts";
 import { type Feed, feedsOfRows, knownSizes, plainInputs, tableRows, tinyFeeds } from "../onnx/feeds.ts";
-import { type Grafted, type GraftModule, graft } from "../onnx/graft.ts";
+import type { Form } from "../onnx/forms.ts";
+import { graft } from "../onnx/graft.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import type { Pack } from "../pack/pack.ts";
 import type { ModuleFilter, PackView } from "../pack/part.ts";
@@ -13,7 +16,10 @@ import { type FoldedInput, type FoldedLayout, feedFolded, layoutFolded } from ".
 import { type PlanOptions, planSession } from "./plan.ts";
 
 /** A layer that gets a term: what is known of it without its graph. */
-export type AdaptedLayer = Pick<GraftModule, "name" | "in" | "out" | "components" | "factors">;
+export type AdaptedLayer = Pick<GraftModule, "name" | "in" | "out" | "components" | "factors"> & {
+  /** Where it is no linear layer. */
+  readonly form?: Form["kind"] | undefined;
+};
 
 /** Holds nothing of the model's file. */
 export interface PreparedModel extends Grafted {
@@ -87,13 +93,15 @@ export async function prepareModel(
     wanted.modules.some(({ linears }) => linears.some(({ slice, joined }) => slice ?? joined));
   const { takeApart } = packed ? await import("../onnx/packed.ts") : {};
   const apart = takeApart?.(file.model, wanted.modules, wanted.biases);
+  const hasForms = wanted.modules.some(({ form }) => form) || wanted.vectors.length > 0;
+  const forms = hasForms ? await import("../onnx/graft-forms.ts") : undefined;
   const { probeOutputs: probe = true, integers } = options;
-  const grafted = graft(file.model, { ...wanted, ...apart }, { probe, integers });
+  const grafted = graft(file.model, { ...wanted, ...apart }, { probe, integers, forms });
   return {
     ...{ pack, view, keep, mode, reason, base, names, unconfirmed, dropped, outputNames, folded: placed },
     inputNames: own.map(({ name }) => name),
     ...grafted,
-    modules: wanted.modules.map(({ linears, ...layer }) => layer),
+    modules: wanted.modules.map(({ linears, form, ...layer }) => ({ ...layer, form: form?.kind })),
     feeds: tinyFeeds(own, known),
     feedsOfRows: rowMaker(inputs, tables, known),
   };

@@ -4,22 +4,19 @@
  * Some providers take our inputs and ignore them without a word; better to know before the first answer.
  */
 import { BackendError } from "../errors.ts";
+import type { ProbeOutputs, TaskInput } from "../onnx/adapted.ts";
 import type { Feed } from "../onnx/feeds.ts";
-import type { CoreBlock, ProbeOutputs, TaskInput } from "../onnx/graft.ts";
-import { transpose } from "../tensor/transpose.ts";
 import { type CarrierParts, type ProbeReport, toFeeds } from "./carrier.ts";
 import { dataOf, type Engine, type LoadedModel, type Tensors } from "./engine.ts";
-import type { AdaptedLayer } from "./prepare.ts";
+import { type Inputs, madeUpCore, type ProbeValue, termOf, waves } from "./probe-term.ts";
 import { coreOf, type InputValue } from "./values.ts";
 
-type Inputs = ReadonlyMap<string, InputValue>;
-
-/** Runs the model on one task, or on one per row, and on more feeds; gives the values of `fetches` as f32. */
+/** Runs the model on one task, or on one per row, and on more feeds; gives the values of `fetches`, f32. */
 export type ProbeRun = (
   tasks: readonly Inputs[],
   fetches: readonly string[],
   more?: Tensors,
-) => Promise<readonly Float32Array[]>;
+) => Promise<readonly ProbeValue[]>;
 
 /** How far a provider that computes in f16 may be off. */
 const TOLERANCE = 2e-2;
@@ -33,7 +30,11 @@ export function probeRun(engine: Engine, inputs: readonly TaskInput[], model: Lo
       tasks.map((values) => ({ inputs: values })),
     ).feeds;
     const results = await engine.run(model, { ...feeds, ...more, ...task }, fetches);
-    return Promise.all(fetches.map(async (name) => (await dataOf(results[name]!)) as Float32Array));
+    const value = async (name: string): Promise<ProbeValue> => {
+      const { dims } = results[name]!;
+      return { dims, data: (await dataOf(results[name]!)) as Float32Array };
+    };
+    return Promise.all(fetches.map(value));
   };
 }
 
@@ -74,38 +75,58 @@ export async function withFeeds(
  */
 export async function probeParity(parts: CarrierParts, model: LoadedModel, base: Inputs): Promise<ProbeReport> {
   const { engine, prepared } = parts;
-  const { modules, inputs, probe, outputNames } = prepared;
-  if (parts.probe !== false && !probe && modules.length === 0) {
+  const { modules, inputs, probe, formProbes, outputNames } = prepared;
+  const probes = [...(probe ? [probe] : []), ...formProbes];
+  if (parts.probe !== false && probes.length === 0 && modules.length === 0) {
     return { result: "skipped: no layer is adapted in the graph" };
   }
   return withFeeds(parts, model, async (run) => {
-    const task = madeUp(base, inputs);
-    if (probe) return compareTerm(probe, prepared, task, await run([task], [probe.x, probe.term]), engine);
+    const task = madeUp(base, inputs, formProbes);
+    if (probes.length > 0) {
+      const found = await run(
+        [task],
+        probes.flatMap(({ x, term }) => [x, term]),
+      );
+      const linear =
+        probe && compared(probe.module, termOfLayer(probe, prepared, task, found[0]!.data), found[1]!.data, engine);
+      if (formProbes.length === 0) return linear!;
+      const { expectedTerms } = await import("./probe-forms.ts");
+      const terms = expectedTerms(formProbes, prepared, task, found.slice(-2 * formProbes.length));
+      const all = terms.map(({ module, expected, term }) => compared(module, expected, term, engine));
+      // What could not be compared says so; of the others the worst is told.
+      return worst(linear ? [linear, ...all] : all);
+    }
     const [output] = outputNames as [string];
     const [[after], [before]] = [await run([task], [output]), await run([base], [output])];
-    if (same(before!, after!)) throw wrong(engine, `gives the same "${output}" with and without a task`);
+    if (same(before!.data, after!.data)) throw wrong(engine, `gives the same "${output}" with and without a task`);
     return { result: "passed" };
   });
 }
 
-function compareTerm(
+function termOfLayer(
   probe: ProbeOutputs,
   { modules, inputs }: CarrierParts["prepared"],
   task: Inputs,
-  [x, term]: readonly Float32Array[],
-  engine: Engine,
-): ProbeReport {
-  const module = modules.find(({ name }) => name === probe.module)!;
-  const expected = termOf(module, x!, inputs, task);
+  x: Float32Array,
+) {
+  return termOf(modules.find(({ name }) => name === probe.module)!, x, inputs, task);
+}
+
+function compared(module: string, expected: Float64Array, term: ArrayLike<number>, engine: Engine): ProbeReport {
   const largest = expected.reduce((m, v) => Math.max(m, Math.abs(v)), 0);
   if (!(largest > 0)) {
-    return { result: `skipped: nothing enters "${probe.module}" on made-up inputs; pass \`probe: feeds\`` };
+    return { result: `skipped: nothing enters "${module}" on made-up inputs; pass \`probe: feeds\`` };
   }
-  const difference = expected.reduce((m, v, i) => Math.max(m, Math.abs(v - term![i]!)), 0) / largest;
+  const difference = expected.reduce((m, v, i) => Math.max(m, Math.abs(v - term[i]!)), 0) / largest;
   // Not ≤: NaN must fail.
-  if (difference < TOLERANCE) return { result: "passed", module: probe.module, difference };
-  const off = `is off by ${difference.toPrecision(2)} of the largest value in the term of "${probe.module}"`;
+  if (difference < TOLERANCE) return { result: "passed", module, difference };
+  const off = `is off by ${difference.toPrecision(2)} of the largest value in the term of "${module}"`;
   throw wrong(engine, `${off} (it may ignore inputs)`);
+}
+
+function worst(reports: readonly ProbeReport[]): ProbeReport {
+  const rank = ({ difference = Infinity }: ProbeReport): number => difference;
+  return reports.reduce((most, one) => (rank(one) > rank(most) ? one : most));
 }
 
 function wrong({ provider }: Engine, what: string): BackendError {
@@ -114,67 +135,21 @@ function wrong({ provider }: Engine, what: string): BackendError {
 }
 
 /** Small values that differ everywhere, where the base has zeros. */
-function madeUp(base: Inputs, inputs: readonly TaskInput[]): Map<string, InputValue> {
+function madeUp(
+  base: Inputs,
+  inputs: readonly TaskInput[],
+  also: readonly { readonly module: string }[],
+): Map<string, InputValue> {
   const values = new Map(base);
   for (const input of inputs) {
-    const { name, kind } = input;
+    const { name, of, kind } = input;
     if (kind === "core") values.set(name, coreOf(input, madeUpCore));
-    if (kind !== "A" && kind !== "B") continue;
+    const isAsked = kind === "bias" && also.some(({ module }) => module === of);
+    if (!isAsked && kind !== "A" && kind !== "B") continue;
     const { dims, data } = base.get(name)!;
     values.set(name, { dims, data: waves(data.length) });
   }
   return values;
-}
-
-/** A core of a task that there is not. */
-export function madeUpCore({ KA, KB }: CoreBlock): Float32Array {
-  return waves(KA * KB);
-}
-
-function waves(length: number): Float32Array {
-  return Float32Array.from({ length }, (_, i) => 0.1 * Math.sin(1 + 1.7 * i));
-}
-
-/** x·E_Aᵀ·S·E_B + x·A·B in f64, for the rows of x. */
-function termOf(
-  { name, in: width, out, components, factors }: AdaptedLayer,
-  x: Float32Array,
-  inputs: readonly TaskInput[],
-  values: Inputs,
-): Float64Array {
-  const rows = x.length / width;
-  const value = (kind: string): { data: ArrayLike<number>; columns: number } => {
-    const { data, dims } = values.get(inputs.find((input) => input.of === name && input.kind === kind)!.name)!;
-    return { data: data as Float32Array, columns: dims[1]! };
-  };
-  let term = new Float64Array(rows * out);
-  if (factors) {
-    const [A, B] = [value("A"), value("B")];
-    term = multiply(multiply(x, A.data, rows, width, A.columns), B.data, rows, A.columns, out);
-  }
-  if (!components) return term;
-  const [KA, KB] = [components.A.rows, components.B.rows];
-  const core = inputs.flatMap(({ cores = [] }) => cores.filter(({ module }) => module === name)).map(madeUpCore)[0]!;
-  const projected = multiply(x, transpose(components.A.floats(), KA, width), rows, width, KA);
-  const mixed = multiply(projected, core, rows, KA, KB);
-  multiply(mixed, components.B.floats(), rows, KB, out).forEach((v, i) => (term[i]! += v));
-  return term;
-}
-
-function multiply(
-  a: ArrayLike<number>,
-  b: ArrayLike<number>,
-  rows: number,
-  inner: number,
-  columns: number,
-): Float64Array<ArrayBuffer> {
-  const out = new Float64Array(rows * columns);
-  for (let r = 0; r < rows; r++) {
-    for (let k = 0; k < inner; k++) {
-      for (let c = 0; c < columns; c++) out[r * columns + c]! += a[r * inner + k]! * b[k * columns + c]!;
-    }
-  }
-  return out;
 }
 
 function same(a: Float32Array, b: Float32Array): boolean {

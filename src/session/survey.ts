@@ -113,7 +113,10 @@ export async function surveyModel(
     const mode = (one: Mode) => surveyMode(open, pack, bases, { ...options, mode: one }, task?.id ?? null);
     const modes = { core: await mode("core"), factors: await mode("factors"), folded: await mode("folded") };
     const both = [...(plan?.base.heads ?? [])].find(([, { adapted }]) => adapted)?.[0];
-    const why = both === undefined ? modes.factors.why : `tasks bring "${both}" whole and others adapt it`;
+    const form = plan?.graft.modules.find((module) => module.form);
+    const why =
+      (both === undefined ? modes.factors.why : `tasks bring "${both}" whole and others adapt it`) ??
+      (form ? `"${form.name}" is no linear layer (${form.form!.kind})` : null);
     return {
       mode: plan?.mode ?? null,
       reason: plan?.reason ?? planned.why!,
@@ -181,10 +184,10 @@ async function surveyParameters(
   plan: Plan | undefined,
 ): Promise<SurveyedParameter[]> {
   const matcher = new ModelMatcher(file, options);
-  const { heads = [], biases = [], rows = [] } = plan?.graft ?? {};
+  const { heads = [], biases = [], rows = [], vectors = [] } = plan?.graft ?? {};
   const fed = new Set([
     ...heads.flatMap(({ name }) => [`${name}.weight`, `${name}.bias`]),
-    ...[...biases, ...rows].map(({ name }) => name),
+    ...[...biases, ...rows, ...vectors].map(({ name }) => name),
   ]);
   const found: SurveyedParameter[] = [];
   for (const { role, name } of await broughtBy(pack, options)) {

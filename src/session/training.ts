@@ -5,10 +5,10 @@
 import { buildTrainingGraph, type TrainingGraph } from "../autodiff/graph.ts";
 import type { ShapeProbe } from "../autodiff/shapes.ts";
 import { BaseMismatchError } from "../errors.ts";
-import type { TaskInput } from "../onnx/graft.ts";
+import type { TaskInput } from "../onnx/adapted.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { dataOf, type Engine, type LoadOptions, type Tensors } from "./engine.ts";
-import type { PreparedModel } from "./prepare.ts";
+import type { AdaptedLayer, PreparedModel } from "./prepare.ts";
 import { toTensors } from "./probe.ts";
 import type { InputValue } from "./values.ts";
 
@@ -29,7 +29,8 @@ export interface Trainable {
  * @param logits the output that holds the logits. Default: "logits", or the only one
  * @returns the graph, how to load the model, and what every run is fed with that does not learn
  * @throws FormatError naming every node that gradients do not pass
- * @throws BaseMismatchError where a layer that a task may bring whole is adapted too: a new task could do only one of them
+ * @throws BaseMismatchError where a layer that a task may bring whole is adapted too: a new task could do only one of them; and
+ *   where a convolution or an embedding is adapted
  */
 export async function addTraining(
   engine: Engine,
@@ -42,6 +43,8 @@ export async function addTraining(
     const message = `tasks bring "${both}" whole and others adapt it, which cannot be trained; pass ignore: ["${both}"], or a pack without`;
     throw new BaseMismatchError(message, { module: both });
   }
+  const form = prepared.modules.find((module) => module.form);
+  if (form) throw new BaseMismatchError(cannotLearn(form), { module: form.name });
   const graph = await buildTrainingGraph(file, prepared, { probe: probeOf(engine), logits });
   const idle = {
     [graph.learnInput]: engine.tensor(Uint8Array.of(0), []),
@@ -52,6 +55,11 @@ export async function addTraining(
     (opType === "Sin" || opType === "Cos") && name !== "" ? [name] : [],
   );
   return { graph, load: { purpose: "train", exactNodes }, idle };
+}
+
+/** Why the term of a layer cannot be trained. */
+function cannotLearn({ name, form }: AdaptedLayer): string {
+  return `"${name}" is ${form === "embedding" ? "an" : "a"} ${form}, whose term cannot be trained; pass \`modules\` without it`;
 }
 
 /**

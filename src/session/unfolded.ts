@@ -42,6 +42,7 @@ async function onModel(
     const none = await evaluator.read(null);
     // Whoever brings feeds says that the model does not run on made-up ones.
     const made = typeof parts.probe === "object" ? () => undefined : feedsOfRows;
+    const forms = new Map(parts.prepared.modules.flatMap(({ name, form }) => (form ? [[name, form] as const] : [])));
     let rowsAreApart: ReturnType<typeof rowCheck> | undefined;
     return {
       evaluator,
@@ -55,7 +56,7 @@ async function onModel(
       async checkRows(own, rows) {
         // Apps that run one task at a time do without.
         const { rowCheck } = await import("./rows.ts");
-        rowsAreApart ??= rowCheck({ engine, model, inputs, base: none.inputs, outputNames, idle, made });
+        rowsAreApart ??= rowCheck({ engine, model, inputs, base: none.inputs, outputNames, idle, made, forms });
         return rowsAreApart(own, rows);
       },
       memory() {

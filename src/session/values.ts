@@ -7,7 +7,7 @@ import { bringsOf, moduleOf, parseBrought } from "../format/brings.ts";
 import type { TaskBlob, TaskParameter } from "../format/format.ts";
 import { misfitLabels } from "../format/heads.ts";
 import { readTensor } from "../format/tensors.ts";
-import type { CoreBlock, TaskInput } from "../onnx/graft.ts";
+import type { CoreBlock, TaskInput } from "../onnx/adapted.ts";
 import { type Merged, mergeAll } from "../runtime/merge.ts";
 import { loadParts, type Selection, type SwitchOptions } from "../runtime/selection.ts";
 import { type ActiveTask, stage } from "../runtime/stage.ts";

@@ -1,0 +1,341 @@
+/**
+ * Graph surgery beside what is no linear layer: convolutions, tables of embeddings, weights of normalisations. The base's nodes stay
+ * as they are, quantised or not, and what is added is zero without a task. Loaded for a pack that has some.
+ *
+ * A convolution, with x [n, channels, …], y [n, out, …] and S positions of y, whose batch comes first:
+ *
+ *     h  = Conv(x; E_A [K_A, channels, …]), as [tasks, n / tasks, K_A, S]
+ *     d  = E_Bᵀ · coreᵀ · h
+ *     y' = y + reshape(d, shape of y)
+ *
+ * Factors: one Conv with the A of all tasks gives [n, tasks · q, …], and each row takes the q channels of its own task.
+ *
+ * A table: rows of E_Aᵀ [vocabulary, K_A] are looked up, then as in a linear layer. A normalisation: y' = y + x̂·(w − w_base), where x̂ is
+ * what it makes with ones for its weight.
+ */
+import { transpose } from "../tensor/transpose.ts";
+import type { Components } from "./components.ts";
+import type { Form, FormPlace, GraftVector, VectorPlace } from "./forms.ts";
+import { FLOAT, INT64 } from "./linear.ts";
+import { attribute } from "./model.ts";
+import { type Attributes, type Place, PREFIX } from "./nodes.ts";
+import type { GraphProto, NodeProto } from "./onnx_pb.ts";
+
+/** An adapted module that is no linear layer. */
+export interface FormModule {
+  readonly name: string;
+  readonly in: number;
+  readonly out: number;
+  readonly components?: Components | undefined;
+  readonly factors: boolean;
+  readonly rowScale: boolean;
+  readonly form: Form;
+}
+
+/** Outputs for the probe of the first module of a kind: what enters as the model has it, and the term, f32. */
+export interface FormProbe {
+  /** "weight": of a normalisation; `module` is the parameter. */
+  readonly kind: Form["kind"] | "weight";
+  readonly module: string;
+  readonly x: string;
+  readonly term: string;
+  /** A convolution's attributes, and its kernel as in `shape`: [out, channels, …]. */
+  readonly shape: readonly number[];
+  readonly strides: readonly number[];
+  readonly dilations: readonly number[];
+  readonly pads: readonly number[];
+  readonly autoPad: string;
+}
+
+/** What a graph is changed with. */
+export interface GraftTools {
+  /** An initializer. */
+  add(name: string, dims: readonly number[], data: Float32Array): string;
+  input(of: string, kind: "A" | "B" | "scale" | "bias", dims: readonly (number | string)[]): string;
+  /** An input for the core of a module. */
+  core(of: string, KA: number, KB: number): string;
+  /** A constant int64 vector. */
+  ints(values: readonly number[]): string;
+  /** The shape of an input from one dimension to another, made once. */
+  dims(name: string, input: string, from: number, to: number): string;
+  /** The vector [tasks]. */
+  tasks(): string;
+  /** A node in front of all others, made once, that depends on inputs only. Its name is that of its result. */
+  first(name: string, opType: string, input: readonly string[], attributes?: Attributes): string;
+  /** rows [n, width] as [tasks, n / tasks, width]. */
+  rowsOf(place: Place, value: string, width: number): string;
+  /** Behind a node of the model. */
+  place(of: string, graph: GraphProto, node: NodeProto, type: number): Place;
+  /** Of a value in the main graph; undefined elsewhere, and where it cannot be told. */
+  rank(graph: GraphProto, value: string): number | undefined;
+  /** Whether values of this kind are to be outputs, which the next call of `probe` makes them. */
+  wantsProbe(graph: GraphProto, kind: FormProbe["kind"]): boolean;
+  probe(probe: FormProbe): unknown;
+}
+
+/** What this file gives to `graft`. */
+export interface FormGrafter {
+  addModule(tools: GraftTools, module: FormModule): void;
+  addVector(tools: GraftTools, vector: GraftVector): void;
+}
+
+export function addModule(tools: GraftTools, module: FormModule): void {
+  if (module.form.kind === "embedding") addTable(tools, module);
+  else addConvolution(tools, module);
+}
+
+/** The inputs of a module, made once for all of its places. */
+function inputsOf(
+  { input, core: coreInput }: GraftTools,
+  { name, in: width, out, components, factors, rowScale }: FormModule,
+) {
+  const core = components && coreInput(name, components.A.rows, components.B.rows);
+  const A = factors ? input(name, "A", [width, "q"]) : undefined;
+  const B = factors ? input(name, "B", ["q", out]) : undefined;
+  const scale = rowScale ? input(name, "scale", [1, out]) : undefined;
+  return { core, A, B, scale };
+}
+
+// ---- convolutions
+
+/** What a term is made of: the weight of the convolution that enters it, and what its channels are multiplied with. */
+interface Pieces {
+  /** E_A [K_A, channels, …] and coreᵀ [tasks, 1, K_B, K_A] and E_Bᵀ [out, K_B]. */
+  readonly shared: { readonly EA: string; readonly core: string; readonly EB: string; readonly KA: number } | undefined;
+  /** Aᵀ of all tasks [tasks · q, channels, …], Bᵀ [tasks, 1, out, q], the vector [q]. */
+  readonly own: { readonly A: string; readonly B: string; readonly q: string } | undefined;
+  /** [tasks, 1, out, 1]. */
+  readonly scale: string | undefined;
+}
+
+function addConvolution(tools: GraftTools, module: FormModule): void {
+  const pieces = piecesOf(tools, module);
+  for (const place of module.form.places) convolve(tools, module, place, pieces);
+}
+
+function piecesOf(tools: GraftTools, module: FormModule): Pieces {
+  const { name, out, components } = module;
+  const kernel = module.form.shape.slice(1);
+  const { core, A, B, scale } = inputsOf(tools, module);
+  const at = (what: string): string => `${PREFIX}/${name}/${what}`;
+  /** [tasks, a, b] as [tasks, 1, b, a]. */
+  const turned = (what: string, value: string, b: number, a: number): string => {
+    const swapped = tools.first(`${at(what)}/swapped`, "Transpose", [value], { perm: [0, 2, 1] });
+    return tools.first(at(what), "Reshape", [swapped, tools.ints([0, 1, b, a])]);
+  };
+  const scaled = scale && tools.first(at("scale"), "Reshape", [scale, tools.ints([0, 1, out, 1])]);
+  const shared = core !== undefined && components ? { core, ...components } : undefined;
+  const [KA, KB] = [shared?.A.rows ?? 0, shared?.B.rows ?? 0];
+  return {
+    scale: scaled,
+    shared: shared && {
+      KA,
+      EA: tools.add(at("E_A"), [KA, ...kernel], shared.A.floats()),
+      EB: tools.add(at("E_B"), [out, KB], transpose(shared.B.floats(), KB, out)),
+      core: turned("core", shared.core, KB, KA),
+    },
+    own:
+      A !== undefined && B !== undefined
+        ? {
+            A: tools.first(at("A"), "Reshape", [
+              tools.first(`${at("A")}/swapped`, "Transpose", [A], { perm: [0, 2, 1] }),
+              tools.ints([-1, ...kernel]),
+            ]),
+            B: turned("B", B, out, -1),
+            q: tools.dims("q", A, 2, 3),
+          }
+        : undefined,
+  };
+}
+
+/** Attributes of a convolution that hold for the term's too. */
+const GEOMETRY = /^(auto_pad|dilations|kernel_shape|pads|strides)$/;
+
+function convolve(tools: GraftTools, module: FormModule, found: FormPlace, { shared, own, scale }: Pieces): void {
+  const { name, out, form } = module;
+  const { graph, op, node, type, bias } = found;
+  const geometry = op.attribute.filter((one) => GEOMETRY.test(one.name));
+  const place = tools.place(name, graph, node, type);
+  // DoRA scales y without its bias.
+  const apart = scale !== undefined && bias !== undefined;
+  if (apart) op.input.length = 2;
+  const x = place.up(found.x);
+  const y = place.begin();
+  const flat = place.op("Shape", [place.op("Reshape", [y, tools.ints([0, out, -1])])]);
+  const positions = place.op("Slice", [flat, tools.ints([2]), tools.ints([3])]);
+  /** [n, channels, …] as [tasks, n / tasks, channels, S]. */
+  const byTask = (value: string, channels: string): string => {
+    const shape = place.op("Concat", [tools.tasks(), tools.ints([-1]), channels, positions], { axis: 0 });
+    return place.op("Reshape", [value, shape]);
+  };
+  const conv = (weight: string): string =>
+    place.like(op, [x, weight], { opType: "Conv", domain: "", attribute: geometry });
+  const terms: string[] = [];
+  if (own) {
+    const rows = ownChannels(tools, place, conv(own.A), { flat, positions, q: own.q });
+    terms.push(place.op("MatMul", [own.B, byTask(rows, own.q)]));
+  }
+  if (shared) {
+    const mixed = place.op("MatMul", [shared.core, byTask(conv(shared.EA), tools.ints([shared.KA]))]);
+    terms.push(place.op("MatMul", [shared.EB, mixed]));
+  }
+  const term = terms.length === 2 ? place.op("Add", terms) : terms[0]!;
+  if (tools.wantsProbe(graph, "convolution")) {
+    const seen = place.op("Identity", [x]);
+    tools.probe({ kind: "convolution", module: name, x: seen, term, shape: form.shape, ...geometryOf(op) });
+  }
+  const whole = place.op("Shape", [y]);
+  if (scale === undefined) {
+    place.end(place.op("Add", [y, place.down(place.op("Reshape", [term, whole]))]));
+    return;
+  }
+  const sum = place.op("Add", [byTask(place.up(y), tools.ints([out])), term]);
+  const result = place.op("Reshape", [place.op("Mul", [sum, scale]), whole]);
+  place.end(place.down(apart ? addChannels(tools, place, result, place.up(bias), form.shape.length - 2) : result));
+}
+
+/** x + a vector [channels], of its channels. */
+function addChannels(tools: GraftTools, place: Place, x: string, vector: string, dimensions: number): string {
+  const ones = Array<number>(dimensions).fill(1);
+  return place.op("Add", [x, place.op("Reshape", [vector, tools.ints([-1, ...ones])])]);
+}
+
+/** Of [n, tasks · q, …] the q channels of each row's own task: row i of n is one of task ⌊i · tasks / n⌋. */
+function ownChannels(
+  tools: GraftTools,
+  place: Place,
+  all: string,
+  { flat, positions, q }: Readonly<Record<"flat" | "positions" | "q", string>>,
+): string {
+  const blocks = place.op("Concat", [tools.ints([-1]), q, positions], { axis: 0 });
+  const scalar = (value: string): string => place.op("Squeeze", [value]);
+  const n = scalar(place.op("Slice", [flat, tools.ints([0]), tools.ints([1])]));
+  const tasks = scalar(tools.tasks());
+  const zero = scalar(tools.ints([0]));
+  const from = place.op("Range", [zero, place.op("Mul", [n, tasks]), tasks]);
+  const index = place.op("Add", [from, place.op("Div", [from, n])]);
+  return place.op("Gather", [place.op("Reshape", [all, blocks]), index], { axis: 0 });
+}
+
+/** As its attributes say it; what they leave out is as in ONNX. */
+function geometryOf(op: NodeProto): Pick<FormProbe, "strides" | "dilations" | "pads" | "autoPad"> {
+  const ints = (name: string): number[] => (attribute(op, name)?.ints ?? []).map(Number);
+  const autoPad = new TextDecoder().decode(attribute(op, "auto_pad")?.s ?? new Uint8Array(0));
+  return { strides: ints("strides"), dilations: ints("dilations"), pads: ints("pads"), autoPad };
+}
+
+// ---- tables
+
+const NO_GEOMETRY = { shape: [], strides: [], dilations: [], pads: [], autoPad: "" };
+
+function addTable(tools: GraftTools, module: FormModule): void {
+  const { name, in: rows, out, components, form } = module;
+  const { core, A, B, scale } = inputsOf(tools, module);
+  const at = (what: string): string => `${PREFIX}/${name}/${what}`;
+  const EA =
+    components &&
+    tools.add(at("E_A"), [rows, components.A.rows], transpose(components.A.floats(), components.A.rows, rows));
+  const EB = components && tools.add(at("E_B"), [components.B.rows, out], components.B.floats());
+  for (const { graph, node, x: ids, type } of form.places) {
+    const place = tools.place(name, graph, node, type);
+    const y = place.begin();
+    // [batch, sequence, …] multiplies with [tasks, …] as it is; but factors look up their rows by task.
+    const asIs = A === undefined && tools.rank(graph, ids) === 2;
+    const byTask = (value: string, width: number): string => (asIs ? value : tools.rowsOf(place, value, width));
+    const terms: string[] = [];
+    if (A !== undefined && B !== undefined) terms.push(place.op("MatMul", [ownRows(tools, place, A, ids, rows), B]));
+    if (core !== undefined && components) {
+      const found = byTask(place.op("Gather", [EA!, ids], { axis: 0 }), components.A.rows);
+      terms.push(place.op("MatMul", [place.op("MatMul", [found, core]), EB!]));
+    }
+    const term = terms.length === 2 ? place.op("Add", terms) : terms[0]!;
+    if (tools.wantsProbe(graph, "embedding")) {
+      const x = place.op("Cast", [ids], { to: FLOAT });
+      tools.probe({ kind: "embedding", module: name, x, term, ...NO_GEOMETRY });
+    }
+    const asY = (value: string): string => (asIs ? value : place.op("Reshape", [value, place.op("Shape", [y])]));
+    if (scale === undefined) place.end(place.op("Add", [y, place.down(asY(term))]));
+    else {
+      const sum = place.op("Add", [byTask(place.up(y), out), term]);
+      place.end(place.down(asY(place.op("Mul", [sum, scale]))));
+    }
+  }
+}
+
+/** Rows of A [tasks, rows, q] as [tasks, ids / tasks, q], each of its own task. */
+function ownRows(tools: GraftTools, place: Place, A: string, ids: string, rows: number): string {
+  const at = (what: string): string => `${PREFIX}/table/${what}`;
+  const scalar = (name: string, value: string): string => tools.first(at(name), "Squeeze", [value]);
+  const tasks = scalar("tasks", tools.tasks());
+  const range = tools.first(at("range"), "Range", [
+    scalar("zero", tools.ints([0])),
+    tasks,
+    scalar("one", tools.ints([1])),
+  ]);
+  const column = tools.first(at("column"), "Reshape", [range, tools.ints([-1, 1])]);
+  const first = tools.first(at(`first/${rows}`), "Mul", [column, tools.ints([rows])]);
+  const q = tools.dims("q", A, 2, 3);
+  const shape = tools.first(`${A}/shape`, "Concat", [tools.ints([-1]), q], { axis: 0 });
+  const table = tools.first(`${A}/table`, "Reshape", [A, shape]);
+  // An index may count from the end.
+  const within = place.op("Mod", [place.op("Cast", [ids], { to: INT64 }), tools.ints([rows])]);
+  const byTask = place.op("Reshape", [
+    within,
+    tools.first(at("ids"), "Concat", [tools.tasks(), tools.ints([-1])], { axis: 0 }),
+  ]);
+  return place.op("Gather", [table, place.op("Add", [byTask, first])], { axis: 0 });
+}
+
+// ---- vectors
+
+export function addVector(tools: GraftTools, { name, size, places }: GraftVector): void {
+  const change = tools.input(name, "bias", [1, size]);
+  for (const found of places) {
+    const place = tools.place(name, found.graph, found.node, found.type);
+    if (found.kind === "weight") scaleDifferently(tools, place, name, size, found, change);
+    else {
+      const y = place.begin();
+      const column = tools.first(`${change}/column`, "Reshape", [change, tools.ints([0, 1, size, 1])]);
+      const flat = place.op("Shape", [place.op("Reshape", [y, tools.ints([0, size, -1])])]);
+      const positions = place.op("Slice", [flat, tools.ints([2]), tools.ints([3])]);
+      const shape = place.op("Concat", [tools.tasks(), tools.ints([-1, size]), positions], { axis: 0 });
+      const sum = place.op("Add", [place.op("Reshape", [place.up(y), shape]), column]);
+      place.end(place.down(place.op("Reshape", [sum, place.op("Shape", [y])])));
+    }
+  }
+}
+
+/** y + x̂ · (w − w_base): the base's own numbers are not touched, and a weight of zero can become another. */
+function scaleDifferently(
+  tools: GraftTools,
+  place: Place,
+  name: string,
+  size: number,
+  { graph, op, input }: VectorPlace,
+  change: string,
+): void {
+  const plain = op.opType === "Mul" ? place.up(op.input[1 - input]!) : normalised(tools, place, op, input, size);
+  const y = place.begin();
+  const rank = tools.rank(graph, op.input[op.opType === "Mul" ? 1 - input : 0]!);
+  const x = rank === 3 ? plain : tools.rowsOf(place, plain, size);
+  const term = place.op("Mul", [x, change]);
+  if (tools.wantsProbe(graph, "weight")) {
+    const seen = place.op("Identity", [plain]);
+    tools.probe({ kind: "weight", module: name, x: seen, term, ...NO_GEOMETRY });
+  }
+  const back = rank === 3 ? term : place.op("Reshape", [term, place.op("Shape", [y])]);
+  place.end(place.op("Add", [y, place.down(back)]));
+}
+
+/** The normalisation once more in f32, with ones for its weight and without what is added behind. */
+function normalised(tools: GraftTools, place: Place, op: NodeProto, input: number, size: number): string {
+  const ones = tools.add(`${PREFIX}/ones/${size}`, [size], new Float32Array(size).fill(1));
+  const inputs = op.input.flatMap((value, i) => {
+    if (i === input) return [ones];
+    // Behind the weight comes the bias; a Skip…'s third addend behind it is a part of what is normalised.
+    const dropped = i === input + 1 && op.opType !== "SkipSimplifiedLayerNormalization";
+    return [dropped || value === "" ? "" : place.up(value)];
+  });
+  while (inputs.at(-1) === "") inputs.pop();
+  return place.like(op, inputs);
+}

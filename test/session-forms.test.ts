@@ -1,0 +1,284 @@
+/**
+ * What is no linear layer, in every mode: convolutions, embeddings, normalisations and biases of convolutions of the tiny models in
+ * test/data/forms, quantised too, against what PEFT answers.
+ */
+import { existsSync, readdirSync, readFileSync } from "node:fs";
+import t from "tap";
+import { readAdapters } from "../dist/src/adapters/folder.js";
+import { openHost } from "../dist/src/base/open.js";
+import { buildPack } from "../dist/src/pack/build.js";
+import { openPack, type Pack } from "../dist/src/pack/pack.js";
+import type { Selection } from "../dist/src/runtime/selection.js";
+import { concat, data, LOSSLESS } from "./packs.ts";
+import { difference, type Feeds, MODES, type Mode, NODE, ORTS, type Ort, open, outputOf, refusal } from "./sessions.ts";
+
+type Nested = number | readonly Nested[];
+const GOLDENS = JSON.parse(readFileSync(data("forms/goldens.json"), "utf8")) as {
+  feeds: Record<string, Record<string, Nested>>;
+  models: Record<string, string>;
+  outputs: Record<string, Record<string, readonly Nested[]>>;
+};
+
+const path = (name: string): string => data(`forms/${name}.onnx`);
+const flat = (value: Nested): number[] => [value].flat(Infinity as 1) as number[];
+const kindOf = (model: string): string => model.split("-")[0]!;
+const answer = (answers: string, task: string | null): number[] => flat(GOLDENS.outputs[answers]![task ?? "base"]!);
+
+function dimsOf(value: Nested): number[] {
+  return typeof value === "number" ? [] : [value.length, ...dimsOf(value[0]!)];
+}
+
+function feedsOf(ort: Pick<Ort, "Tensor">, kind: string): Feeds {
+  return Object.fromEntries(
+    Object.entries(GOLDENS.feeds[kind]!).map(([name, value]) => {
+      const values = flat(value);
+      const tensor =
+        name === "x"
+          ? new ort.Tensor("float32", Float32Array.from(values), dimsOf(value))
+          : new ort.Tensor("int64", BigInt64Array.from(values, BigInt), dimsOf(value));
+      return [name, tensor];
+    }),
+  );
+}
+
+/** @param folders of adapters under test/data/forms, each one or a folder of some */
+async function packOf(kind: string, folders: readonly string[], options = {}): Promise<Pack> {
+  const paths = folders.flatMap((folder) => {
+    const at = data(`forms/${folder}`);
+    return existsSync(`${at}/task.json`) ? [at] : readdirSync(at).map((name) => `${at}/${name}`);
+  });
+  const adapters = await readAdapters(paths);
+  const base = await openHost(data(`forms/${kind}.safetensors`));
+  const { chunks } = await buildPack(adapters, { ...LOSSLESS, ...options, base });
+  await base.close?.();
+  for (const adapter of adapters) await adapter.close();
+  return openPack(concat(chunks));
+}
+
+const packs = new Map<string, Promise<Pack>>();
+function packFor(kind: string): Promise<Pack> {
+  const pack = packs.get(kind) ?? packOf(kind, [`adapters-${kind}`]);
+  packs.set(kind, pack);
+  return pack;
+}
+
+const isQuantised = (name: string): boolean => /int8|qdq|qlinear|q4/.test(name);
+
+/** Half-precision arithmetic, and integers that round to a neighbour now and then. */
+function tolerance(name: string, mode: Mode): number {
+  if (name.endsWith("half")) return mode === "folded" ? 1e-2 : 5e-3;
+  return /int8|qdq|qlinear/.test(name) ? 2e-2 : 1e-5;
+}
+
+for (const { name: runtime, ort } of ORTS) {
+  t.test(`models × modes on ${runtime}`, async (t) => {
+    t.comment(["model", ...MODES, "rows core", "rows factors"].map((cell) => cell.padEnd(16)).join(""));
+    for (const [name, answers] of Object.entries(GOLDENS.models)) {
+      const pack = await packFor(kindOf(name));
+      const tasks = [null, ...pack.tasks.keys(), null];
+      const cells = [name];
+      const rows: string[] = [];
+      for (const mode of MODES) {
+        if (mode === "folded" && isQuantised(name)) {
+          const error = await refusal(() => open(ort, path(name), pack, { mode }));
+          t.match(error, { tag: "base", message: /quantised.*use mode "core" or "factors"/ }, `${name}, ${mode}`);
+          cells.push("refused");
+          continue;
+        }
+        const session = await open(ort, path(name), pack, { mode });
+        t.match(session, { mode, unconfirmed: [] }, `${name}, ${mode}`);
+        if (mode !== "folded") t.match(session.probe, { result: "passed", difference: Number }, `${name}, ${mode}`);
+        const feeds = feedsOf(ort, kindOf(name));
+        let [worst, failed] = [0, ""];
+        for (const task of tasks) {
+          await session.switchTask(task);
+          const off = difference(await outputOf(session, feeds), answer(answers, task));
+          if (!(off <= tolerance(name, mode))) failed += `${task}: ${off} `;
+          worst = Math.max(worst, off);
+        }
+        t.equal(failed, "", `${name}, ${mode} agrees`);
+        cells.push(worst.toExponential(0));
+        if (mode !== "folded" && pack.tasks.size > 1) {
+          const found = await session.run(feeds, { tasks: ["a", null, "b"] });
+          const logits = found[session.outputNames[0]!]!;
+          const width = logits.dims[1]!;
+          const off = Math.max(
+            ...["a", null, "b"].map((task, row) => {
+              const expected = flat(GOLDENS.outputs[answers]![task ?? "base"]![row]!);
+              const own = (logits.data as Float32Array).subarray(row * width, row * width + expected.length);
+              return difference(own, expected);
+            }),
+          );
+          // Scales of a whole batch are made of all of its rows.
+          const allowed = /int8/.test(name) ? 0.1 : tolerance(name, mode);
+          t.ok(off <= allowed, `${name}, ${mode}: one task a row, off by ${off}`);
+          rows.push(off.toExponential(0));
+        }
+        await session.close();
+      }
+      t.comment([...cells, ...rows].map((cell) => cell.padEnd(16)).join(""));
+    }
+  });
+}
+
+t.test("biases of convolutions, DoRA on convolutions and embeddings, a norm by itself", async (t) => {
+  for (const [kind, folder] of [
+    ["vision", "adapters-vision-more"],
+    ["text", "adapters-text-more"],
+  ] as const) {
+    for (const task of readdirSync(data(`forms/${folder}`))) {
+      const pack = await packOf(kind, [`${folder}/${task}`]);
+      for (const mode of ["auto", ...MODES] as const) {
+        const session = await open(NODE, path(kind), pack, { mode });
+        t.equal(session.mode, mode === "auto" ? "core" : mode);
+        const feeds = feedsOf(NODE, kind);
+        await session.switchTask(task);
+        const off = difference(await outputOf(session, feeds), answer(kind, task));
+        t.ok(off <= 1e-5, `${task}, ${mode}: off by ${off}`);
+        await session.switchTask(null);
+        const left = difference(await outputOf(session, feeds), answer(kind, null));
+        t.ok(left <= 1e-5, `${task}, ${mode}: the base is off by ${left}`);
+        if (mode === "core" || mode === "factors") {
+          const found = await outputOf(session, feeds, { tasks: [task, null, task] });
+          const expected = [0, 1, 2].map((row) => flat(GOLDENS.outputs[kind]![row === 1 ? "base" : task]![row]!));
+          const width = found.length / 3;
+          const apart = expected.map((own, row) =>
+            difference(found.subarray(row * width, row * width + own.length), own),
+          );
+          t.ok(Math.max(...apart) <= 1e-5, `${task}, ${mode}: one task a row, off by ${apart}`);
+        }
+        await session.close();
+      }
+    }
+  }
+});
+
+t.test("without a task the model is the one that it was", async (t) => {
+  for (const { name: runtime, ort } of ORTS) {
+    for (const [name, answers] of Object.entries(GOLDENS.models)) {
+      const pack = await packFor(kindOf(name));
+      const plain = await ort.InferenceSession.create(new Uint8Array(readFileSync(path(name))));
+      const feeds = feedsOf(ort, kindOf(name));
+      const expected = (await plain.run(feeds))["logits"]!.data as Float32Array;
+      await plain.release();
+      for (const mode of ["core", "factors"] as const) {
+        // A head as an input is another product than that of the model.
+        const session = await open(ort, path(name), pack, { mode, ignore: ["classifier"] });
+        const first = await outputOf(session, feeds);
+        const off = difference(first, expected);
+        const allowed = name.endsWith("half") ? 2e-3 : 1e-6;
+        t.ok(off <= allowed, `${runtime}, ${name}, ${mode}: ${off} off the plain model of ${answers}`);
+        await session.switchTask("a");
+        await session.switchTask(null);
+        t.same(await outputOf(session, feeds), first, "and again after a switch");
+        await session.close();
+      }
+    }
+  }
+});
+
+t.test("few components, private terms beside them, blends", async (t) => {
+  for (const kind of ["vision", "text"]) {
+    const pack = await packOf(kind, [`adapters-${kind}`], {
+      select: { kind: "k", k: 3 },
+      privateTerms: 2,
+      gauge: "balanced",
+    });
+    const selections: Selection[] = [...pack.tasks.keys(), { a: 0.5, b: 0.75 }, { a: 1, c: -0.5 }];
+    const found = new Map<Mode, Float32Array[]>();
+    const feeds = feedsOf(NODE, kind);
+    for (const mode of MODES) {
+      const session = await open(NODE, path(kind), pack, { mode, reserve: { privateTerms: true } });
+      const outputs: Float32Array[] = [];
+      for (const selection of selections) {
+        await session.switchTask(selection, typeof selection === "string" ? {} : { head: "a" });
+        outputs.push(await outputOf(session, feeds));
+      }
+      found.set(mode, outputs);
+      await session.close();
+    }
+    for (const mode of ["core", "factors"] as const) {
+      const off = found.get(mode)!.map((output, i) => difference(output, found.get("folded")![i]!));
+      t.ok(Math.max(...off) <= 1e-5, `${kind}, ${mode}: off by ${off} from what is folded`);
+    }
+  }
+});
+
+t.test("what only weights can take is refused by name, and so is what would mix rows", async (t) => {
+  const whole = await packOf("vision", ["adapters-vision-whole"]);
+  for (const mode of ["core", "factors"] as const) {
+    const message = /tasks bring "apart\.weight" \(saved\).*use mode "folded"$/;
+    t.match(await refusal(() => open(NODE, path("vision"), whole, { mode })), { tag: "base", message });
+  }
+  const session = await open(NODE, path("vision"), whole);
+  await session.switchTask("adapters-vision-whole");
+  const off = difference(
+    await outputOf(session, feedsOf(NODE, "vision")),
+    answer("vision-whole", "adapters-vision-whole"),
+  );
+  t.match({ mode: session.mode, right: off <= 1e-5 }, { mode: "folded", right: true });
+  await session.close();
+
+  const swapped = await packOf("swapped", ["adapters-swapped"]);
+  for (const mode of ["core", "factors"] as const) {
+    const session = await open(NODE, path("swapped"), swapped, { mode });
+    const message = /one task per row: tasks get into each other's rows/;
+    const tasks = ["a", null, "a"];
+    t.match(await refusal(() => session.run(feedsOf(NODE, "swapped"), { tasks })), { tag: "backend", message });
+    await session.close();
+  }
+
+  const dora = await packOf("text", ["adapters-text-more/dora"]);
+  const message = /DoRA tasks, which need the float weight.*Pass a float export/;
+  t.match(await refusal(() => open(NODE, path("text-int8"), dora)), { tag: "base", message });
+  const texts = await packFor("text");
+  const trainable = await refusal(() => open(NODE, path("text"), texts, { trainable: true }));
+  t.match(trainable, { tag: "base", message: /"places" is an embedding, whose term cannot be trained/ });
+});
+
+/** A runtime that makes a node's input with zeros of what the graph gives it. */
+function ignoring(ort: Ort, which: (input: string) => boolean): Ort {
+  const create = async (...given: Parameters<Ort["InferenceSession"]["create"]>) => {
+    const session = await ort.InferenceSession.create(...given);
+    return new Proxy(session, {
+      get(target, key) {
+        const value = Reflect.get(target, key, target);
+        if (key !== "run") return typeof value === "function" ? value.bind(target) : value;
+        return (run: Feeds, ...rest: never[]) => {
+          const zeroed = Object.entries(run).map(([name, tensor]) =>
+            which(name)
+              ? [name, new ort.Tensor("float32", new Float32Array(tensor.size), tensor.dims)]
+              : [name, tensor],
+          );
+          return target.run(Object.fromEntries(zeroed), ...rest);
+        };
+      },
+    });
+  };
+  return { ...ort, InferenceSession: { create } } as unknown as Ort;
+}
+
+t.test("a provider that ignores inputs of a form is found, whichever it is", async (t) => {
+  const cases = [
+    ["vision", "core", "eigenlora.odd.core", "odd"],
+    ["vision", "factors", "eigenlora.odd.A", "odd"],
+    ["vision", "factors", "eigenlora.odd.B", "odd"],
+    ["vision", "core", "eigenlora.norm.weight.change", "norm.weight"],
+    ["vision", "core", "eigenlora.fc.core", "fc"],
+    ["vision-padded", "factors", "eigenlora.odd.A", "odd"],
+    ["signal", "factors", "eigenlora.cube.A", "cube"],
+    ["text", "core", "eigenlora.places.core", "places"],
+    ["text", "factors", "eigenlora.places.A", "places"],
+    ["text-simplified", "core", "eigenlora.norm.weight.change", "norm.weight"],
+  ] as const;
+  for (const [name, mode, input, module] of cases) {
+    const fake = ignoring(NODE, (one) => one === input);
+    const pack = await packFor(kindOf(name));
+    const error = await refusal(() => open(fake, path(name), pack, { mode }));
+    t.match(
+      error,
+      { tag: "backend", message: `in the term of "${module}" (it may ignore inputs)` },
+      `${name}, ${input}`,
+    );
+  }
+});
