@@ -6,7 +6,7 @@ import { chmodSync, existsSync, rmSync } from "node:fs";
 import { embedKernels } from "../kernels/build.mjs";
 
 embedKernels();
-for (const bundle of ["onnx/protobuf", "cli/commander"])
+for (const bundle of ["onnx/protobuf", "format/msgpackr", "cli/commander"])
   rmSync(new URL(`../dist/src/${bundle}.js.map`, import.meta.url), { force: true });
 const main = new URL("../dist/src/cli/main.js", import.meta.url);
 if (existsSync(main)) chmodSync(main, 0o755);

@@ -52,6 +52,9 @@ t.test("an install brings the package alone, and that packs", async (t) => {
   t.notOk((await readdir(own)).includes("node_modules"), "nothing inside it either");
   const { scripts } = JSON.parse(await readFile(join(own, "package.json"), "utf8"));
   t.notMatch(Object.keys(scripts).join(" "), /install/);
+  const bundled = await readFile(join(own, "dist/src/format/msgpackr.js"), "utf8");
+  t.match(bundled, /Copyright \(c\) 2020 Kris Zyp/, "its licence");
+  t.notMatch(bundled, /\bimport\b.*"|\brequire\(|msgpackr-extract/, "and nothing that it would load");
 
   const adapter = data("adapters/own-seed/debtags-role");
   run(project, "npx", "--offline", "eigenlora", "pack", adapter, "-o", "one.eigen", "--k", "4");

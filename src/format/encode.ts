@@ -32,8 +32,8 @@ import {
 } from "./format.ts";
 import { fromIntegrity } from "./integrity.ts";
 import { decode } from "./messagepack.ts";
+import { pack } from "./msgpackr.ts";
 import { MOST } from "./task.ts";
-import { pack } from "./write-messagepack.ts";
 
 type Bytes = Uint8Array<ArrayBuffer>;
 

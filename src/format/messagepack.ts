@@ -1,7 +1,7 @@
 /**
  * Plain MessagePack, read with suspicion: no count is believed before it is held against the bytes that follow, and the
- * result is a `Value` that names its place in every mismatch. Not a general decoder (SPEC.md, section 1): a library
- * allocates what counts say, compiles code at run time, and alone would take a quarter of the bundle's budget.
+ * result is a `Value` that names its place in every mismatch. Not a general decoder (SPEC.md, section 1): msgpackr, which
+ * writes packs, allocates what counts say, compiles code at run time, and alone would take a quarter of the bundle's budget.
  */
 import { FormatError } from "../errors.ts";
 import { fromUtf8, toUtf8 } from "../text.ts";

@@ -4,10 +4,8 @@
  */
 import { BaseMismatchError } from "../errors.ts";
 import { type Brought, bringsOf, moduleOf, parseBrought } from "../format/brings.ts";
-import type { PackModule, TensorRef } from "../format/format.ts";
-import { encodedTensor, readTensor } from "../format/tensors.ts";
+import type { PackModule } from "../format/format.ts";
 import type { Graft, GraftBias, GraftHead, GraftModule, GraftRows } from "../onnx/adapted.ts";
-import type { ComponentRows, Components } from "../onnx/components.ts";
 import type { GraftVector } from "../onnx/forms.ts";
 import { checkGraftable } from "../onnx/graftable.ts";
 import { biasAdd, linearsOf, NotLinear } from "../onnx/linear.ts";
