@@ -1,5 +1,5 @@
 /**
- * docs/families.md is what the last whole run of test/soak-families.js has found (test/families/results.json), about the families that
+ * docs/families.md is what the last whole run of test/soak-families.js has found (test/families/results/results.json), about the families that
  * test/families/models.py makes now, within what that run allows. The run itself takes minutes and PyTorch: `npm run soak`.
  */
 import { readFileSync } from "node:fs";
@@ -10,7 +10,7 @@ import { type Results, render } from "./families/table.js";
 /** As in families/run.js, which needs a model to run. */
 const EXACT = 1e-5;
 const read = (path: string): string => readFileSync(new URL(path, import.meta.url), "utf8");
-const results = JSON.parse(read("families/results.json")) as Results;
+const results = JSON.parse(read("families/results/results.json")) as Results;
 
 t.test("the page is what the run has found", async (t) => {
   t.equal(read("../docs/families.md"), render(results), "run node test/soak-families.js --write");

@@ -4,7 +4,7 @@
  * no less and no more. Minutes; the files, some MB, go to a temporary folder.
  *
  * usage: node test/soak-families.js [--write] [--keep FOLDER] [FAMILY...]
- *   --write   writes test/families/results.json and docs/families.md; of all families only
+ *   --write   writes test/families/results/results.json and docs/families.md; of all families only
  *   --keep    makes the files in this folder, and uses those of families that are there already
  *
  * Needs PYTHON with torch, transformers, PEFT, diffusers, onnx and onnxscript; skips itself without, unless EIGENLORA_REQUIRE lists
@@ -118,6 +118,6 @@ function write(rows, latents) {
   const results = JSON.stringify({ versions: used, latents, rows }, (_, value) =>
     typeof value === "number" ? Number(value.toPrecision(2)) : value,
   );
-  writeFileSync(here("families/results.json"), `${results.replaceAll('{"title"', '\n{"title"')}\n`);
+  writeFileSync(here("families/results/results.json"), `${results.replaceAll('{"title"', '\n{"title"')}\n`);
   writeFileSync(here("../docs/families.md"), render(JSON.parse(results)));
 }

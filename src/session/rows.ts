@@ -32,7 +32,8 @@ export interface RowCheck {
 }
 
 const WHY =
-  "the batch is not the first dimension of some adapted layer, or the layer sees some tokens only, as in a mixture of experts";
+  "the batch is not the first dimension of some adapted layer, or the layer sees some tokens only, as in a mixture of experts, " +
+  "or, in 8 bits, what enters it is quantised by a range that all rows share";
 
 /** "apart": seen; "alike": each row got its own, but no two differ; "unseen": a task changes no output. */
 type Finding = "apart" | "alike" | "unseen";
