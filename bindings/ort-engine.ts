@@ -4,7 +4,6 @@
 import { described } from "../src/arguments.ts";
 import type { DeviceBuffer, DeviceHandle } from "../src/backends/backend.ts";
 import { BackendError } from "../src/errors.ts";
-import type { IntegerProducts } from "../src/onnx/components.ts";
 import type { Feed } from "../src/onnx/feeds.ts";
 import type { DetachedModel } from "../src/onnx/write.ts";
 import type { Engine, EngineGpu, EngineTensor, LoadOptions, Tensors } from "../src/session/engine.ts";
@@ -63,7 +62,7 @@ class OrtEngine implements Engine<OrtSession> {
     return this.#ort.env.versions?.node !== undefined;
   }
 
-  get integers(): IntegerProducts {
+  get integers(): Engine["integers"] {
     // Its CPU kernels for 4 bits are fast on processors; in WebAssembly each run would unpack all blocks.
     return this.#ort.env.versions?.web !== undefined && !this.gpu ? "DequantizeLinear" : "MatMulNBits";
   }

@@ -6,6 +6,14 @@ import { existsSync, readdirSync, readFileSync } from "node:fs";
 import t from "tap";
 import { readAdapters } from "../dist/src/adapters/folder.js";
 import { openHost } from "../dist/src/base/open.js";
+import {
+  create,
+  fromBinary,
+  ModelProtoSchema,
+  NodeProtoSchema,
+  TensorProtoSchema,
+  toBinary,
+} from "../dist/src/onnx/protobuf.js";
 import { buildPack } from "../dist/src/pack/build.js";
 import { openPack, type Pack } from "../dist/src/pack/pack.js";
 import type { Selection } from "../dist/src/runtime/selection.js";
@@ -234,6 +242,33 @@ t.test("what only weights can take is refused by name, and so is what would mix 
   const texts = await packFor("text");
   const trainable = await refusal(() => open(NODE, path("text"), texts, { trainable: true }));
   t.match(trainable, { tag: "base", message: /"places" is an embedding, whose term cannot be trained/ });
+});
+
+t.test("norms of Gemma, as onnxruntime-genai's builder stores them", async (t) => {
+  const built = fromBinary(ModelProtoSchema, new Uint8Array(readFileSync(path("text-simplified"))));
+  built.producerName = "onnxruntime-genai";
+  const pack = await packFor("text");
+  // As of other families, which have their checkpoint's numbers.
+  await (await open(NODE, toBinary(ModelProtoSchema, built), pack)).close();
+  const [words] = built.graph!.node;
+  words!.output[0] = "words";
+  const input = ["words", "scale"];
+  const output = ["/words/Gather_output_0"];
+  built.graph!.node.splice(
+    1,
+    0,
+    create(NodeProtoSchema, { opType: "Mul", name: "/model/embed_tokens/Mul", input, output }),
+  );
+  const rawData = new Uint8Array(new Float32Array([1]).buffer);
+  built.graph!.initializer.push(create(TensorProtoSchema, { name: "scale", dims: [1n], dataType: 1, rawData }));
+  const message = /brings? "(norm|rms)\.weight", which .* has stored with 1 added.*ignore: \["(norm|rms)"\]/;
+  for (const mode of MODES) {
+    const error = await refusal(() => open(NODE, toBinary(ModelProtoSchema, built), pack, { mode }));
+    t.match(error, { tag: "base", message }, mode);
+  }
+  const without = await open(NODE, toBinary(ModelProtoSchema, built), pack, { ignore: ["norm", "rms"] });
+  t.equal(without.probe.result, "passed");
+  await without.close();
 });
 
 /** A runtime that makes a node's input with zeros of what the graph gives it. */

@@ -83,10 +83,10 @@ export class AliasMatcher extends NameMatcher {
     for (const alias of aliasesOf(name)) {
       const found = super.find(alias);
       if ("name" in found) names.add(found.name);
-      else if (found.ambiguous) for (const candidate of found.candidates) names.add(candidate);
+      else if (found.ambiguous) for (const candidate of found.candidates()) names.add(candidate);
     }
     const [first, ...others] = names;
     if (first === undefined) return own;
-    return others.length === 0 ? { name: first } : { ambiguous: true, candidates: [...names] };
+    return others.length === 0 ? { name: first } : { ambiguous: true, candidates: () => [...names] };
   }
 }

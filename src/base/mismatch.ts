@@ -29,10 +29,8 @@ export function findWeight(
  * @param alike names of weights that it may be, whatever they are called
  */
 export function notFound(module: string, found: NotFound, alike: readonly string[] = []): BaseMismatchError {
-  const candidates = [...new Set([...found.candidates, ...alike])].slice(
-    0,
-    Math.max(MOST_NAMED, found.candidates.length),
-  );
+  const likely = found.candidates();
+  const candidates = [...new Set([...likely, ...alike])].slice(0, Math.max(MOST_NAMED, likely.length));
   return new BaseMismatchError(
     `"${module}" ${found.ambiguous ? "matches several weights" : "is not"} in the base; ` +
       `candidates: ${candidates.join(", ") || "none (another model?)"}. If the names differ, map them with the option \`names\``,

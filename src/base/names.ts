@@ -10,7 +10,7 @@ const MOST_DROPPED = 64;
 export interface NotFound {
   readonly ambiguous: boolean;
   /** Those that are equally good, or look alike. */
-  readonly candidates: string[];
+  candidates(): string[];
 }
 
 /**
@@ -39,19 +39,13 @@ export class NameMatcher {
     if (this.#exact.has(name)) return { name };
     const longer = this.#bySuffix.get(name) ?? [];
     if (longer.length === 1) return { name: longer[0]! };
-    if (longer.length > 1) return { ambiguous: true, candidates: longer };
+    if (longer.length > 1) return { ambiguous: true, candidates: () => longer };
     for (const suffix of suffixesOf(name)) {
       // A bare "weight" or "bias" says nothing about which module it belongs to.
       if (suffix.includes(".") && this.#exact.has(suffix)) return { name: suffix };
     }
-    const names = this.#exact;
-    return {
-      ambiguous: false,
-      // Not before they are asked for: they take a step for each pair of letters of each name.
-      get candidates(): string[] {
-        return nearest(name, names);
-      },
-    };
+    // Not before they are asked for: they take a step for each pair of letters of each name.
+    return { ambiguous: false, candidates: () => nearest(name, this.#exact) };
   }
 }
 

@@ -3,16 +3,7 @@
  */
 
 import { FormatError } from "../errors.ts";
-import {
-  BITS,
-  DTYPES,
-  f16ToF32,
-  isQuantized,
-  type QuantizedDtype,
-  quantizedAt,
-  rowBytes,
-  scaleBytes,
-} from "../tensor/dtypes.ts";
+import { BITS, DTYPES, f16ToF32, isQuantized, quantizedAt, rowBytes, scaleBytes } from "../tensor/dtypes.ts";
 import { bringsOf } from "./brings.ts";
 import { Fields } from "./fields.ts";
 import {
@@ -220,13 +211,6 @@ export function checkTensors(
   }
 }
 
-/** Whether a row's bytes can hold the least integer: a look at each byte, which is sooner done than one at each integer. */
-function mayHoldLeast(bytes: Uint8Array, dtype: QuantizedDtype, at: number, stride: number): boolean {
-  if (dtype === "int3") return true;
-  const row = bytes.subarray(at, at + stride);
-  return dtype === "int8" ? row.includes(0x80) : row.some((byte) => (byte & 15) === 8 || byte >> 4 === 8);
-}
-
 function checkTensor(
   f: Fields,
   { dtype, rows, width, byteOffset, byteLength }: TensorRef,
@@ -254,7 +238,10 @@ function checkTensor(
   const spare = 8 * stride - width * BITS[dtype];
   for (let row = 0, at = values; row < rows; row++, at += stride) {
     if (!(Math.abs(f16ToF32(f.view.getUint16(byteOffset + 2 * row, true)) * (least + 1)) < most)) bad(row, "the scale");
-    const looked = mayHoldLeast(f.bytes, dtype, at, stride) ? width : 0;
+    // A look at each byte is sooner done than one at each integer.
+    const mayBeLeast = (byte: number): boolean =>
+      dtype === "int8" ? byte === 128 : dtype === "int3" || (byte & 15) === 8 || byte >> 4 === 8;
+    const looked = f.bytes.subarray(at, at + stride).some(mayBeLeast) ? width : 0;
     for (let i = 0; i < looked; i++) {
       if (quantizedAt(f.bytes, dtype, at, i) > least) continue;
       f.check(false, () => `${name}: integer ${i} of row ${row} is ${least}, which is not allowed`);

@@ -175,8 +175,8 @@ export class Parameters {
     throw new BaseMismatchError(
       `task "${task}" changes the parameter "${name}" (${role}), which ` +
         (found.ambiguous ? "several parameters of the base match" : "the base does not have") +
-        `; candidates: ${found.candidates.join(", ") || "none"}`,
-      { module: name, candidates: found.candidates },
+        `; candidates: ${found.candidates().join(", ") || "none"}`,
+      { module: name, candidates: found.candidates() },
     );
   }
 

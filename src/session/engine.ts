@@ -4,7 +4,6 @@
  * `createSession`: `bindings/ort-engine.ts` and `test/plain-engine.ts` are two of them.
  */
 import type { DeviceBuffer, DeviceHandle } from "../backends/backend.ts";
-import type { IntegerProducts } from "../onnx/components.ts";
 import type { Feed } from "../onnx/feeds.ts";
 import type { DetachedModel } from "../onnx/write.ts";
 
@@ -78,7 +77,7 @@ export interface Engine<Model extends LoadedModel = LoadedModel> {
   /** Whether it reads the files of a `DetachedModel`'s `folder` by itself. Default: false. */
   readonly readsFiles?: boolean | undefined;
   /** How it multiplies by integers, so that components can stay as small as their pack stores them. Default: it does not. */
-  readonly integers?: IntegerProducts | undefined;
+  readonly integers?: "MatMulNBits" | "DequantizeLinear" | undefined;
   /** Where models run on a WebGPU device. */
   readonly gpu?: EngineGpu | undefined;
 }

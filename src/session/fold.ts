@@ -15,10 +15,12 @@ import type { GraphProto, NodeProto } from "../onnx/onnx_pb.ts";
 import { create, NodeProtoSchema, TensorProtoSchema } from "../onnx/protobuf.ts";
 import { type DataFile, point } from "../onnx/write.ts";
 
-export const FOLDED_FILE = "eigenlora-folded";
+const FOLDED_FILE = "eigenlora-folded";
 
 /** Where each changing parameter lies in the file. */
 export interface FoldedLayout {
+  /** What the model calls the file. */
+  readonly path: string;
   readonly byteLength: number;
   readonly places: ReadonlyMap<string, FoldedPlace>;
   /** What is written into others' places: parts of packed parameters, and parts of a value that the file has in several. */
@@ -80,7 +82,7 @@ export function layoutFolded(model: OnnxModel, parameters: readonly OnnxParamete
     }
     if (slice) parts.push({ name, into: slice.of, axis, from: 0, to: partStart(piece), count: partSize(piece) });
   }
-  return { byteLength: end, places, parts, pieces };
+  return { path: FOLDED_FILE, byteLength: end, places, parts, pieces };
 }
 
 function isPiece({ slice, joined }: OnnxParameter): boolean {

@@ -2,10 +2,9 @@
  * A pack's modules and a model's parameters, held against each other: which weight each adapted module is, and whether it is
  * the right model's. Changes nothing.
  */
-import { AliasMatcher } from "../base/aliases.ts";
 import { checkFingerprint, SAME_FLOAT, SAME_QUANTIZED } from "../base/fingerprint.ts";
 import { notFound, refuseShared, shapeMismatch } from "../base/mismatch.ts";
-import type { NameMatcher } from "../base/names.ts";
+import { NameMatcher } from "../base/names.ts";
 import { BaseMismatchError } from "../errors.ts";
 import { moduleOf } from "../format/brings.ts";
 import type { PackModule } from "../format/format.ts";
@@ -32,7 +31,8 @@ export class ModelMatcher {
   readonly #options: MatchOptions;
   readonly #parameters = new Map<string, OnnxParameter>();
   readonly #byInitializer = new Map<string, OnnxParameter[]>();
-  readonly #names: NameMatcher;
+  #names: NameMatcher;
+  #hasAliases = false;
   readonly #copies: Copies;
   /** What was found by the end of its name only, by the pack's name, and the model's name for it. */
   readonly #bySuffix = new Map<string, string>();
@@ -47,7 +47,7 @@ export class ModelMatcher {
       if (others) others.push(parameter);
       else this.#byInitializer.set(parameter.initializer, [parameter]);
     }
-    this.#names = new AliasMatcher(this.#parameters.keys());
+    this.#names = new NameMatcher(this.#parameters.keys());
     this.#copies = new Copies(file, parameters, options);
   }
 
@@ -74,7 +74,7 @@ export class ModelMatcher {
     const byHand = this.#options.names?.get(module);
     const [held, ...others] = this.#byInitializer.get(byHand ?? "") ?? [];
     if (held && others.length === 0) return held;
-    const found = this.#names.find(byHand ?? `${module}.weight`);
+    const found = await this.#find(byHand ?? `${module}.weight`);
     if ("name" in found) {
       if (byHand === undefined) this.#note(`${module}.weight`, found.name);
       return this.#parameters.get(found.name)!;
@@ -87,6 +87,16 @@ export class ModelMatcher {
     if (!fused) throw error;
     const what = (await import("../onnx/attention.ts")).whyFused(model, fused);
     throw new BaseMismatchError(`${what}; ${error.message}`, { module, candidates: error.candidates ?? [] });
+  }
+
+  /** By the names of other versions too, which are loaded for the first that is not found without. */
+  async #find(name: string): Promise<ReturnType<NameMatcher["find"]>> {
+    const found = this.#names.find(name);
+    if ("name" in found || found.ambiguous || this.#hasAliases) return found;
+    const { AliasMatcher } = await import("../base/aliases.ts");
+    this.#hasAliases = true;
+    this.#names = new AliasMatcher(this.#parameters.keys());
+    return this.#names.find(name);
   }
 
   /** A layer that lies in a packed one, or in several. */
@@ -172,7 +182,7 @@ export class ModelMatcher {
     }
     const fits = (name: string, as: string): boolean => name === as || confirmed.has(inFront(name, as));
     for (const name of parameters) {
-      const parameter = this.#names.find(name);
+      const parameter = await this.#find(name);
       const layer = this.#names.find(`${moduleOf(name)}.weight`);
       if (!("name" in parameter)) {
         // The exporter may have dropped it from a layer that is here.
@@ -217,18 +227,30 @@ export class ModelMatcher {
    * @throws BaseMismatchError when the model does not have it, or several match
    */
   async parameter(name: string, role: string): Promise<OnnxParameter> {
-    const found = this.#names.find(name);
+    const found = await this.#find(name);
     if ("name" in found) {
       this.#note(name, found.name);
-      return this.#copies.of(this.#parameters.get(found.name)!);
+      const parameter = this.#parameters.get(found.name)!;
+      if (role === "saved" && parameter.shape.length === 1 && name.endsWith(".weight")) await this.#refuseShifted(name);
+      return this.#copies.of(parameter);
     }
     const cut = name.lastIndexOf(".");
     const part = name.endsWith(".bias") ? await this.#piece(name.slice(0, cut), "bias") : undefined;
     if (part) return part;
     throw new BaseMismatchError(
       `tasks change "${name}" (${role}), which ${found.ambiguous ? "several parameters of the model match" : "is not in the model"}; ` +
-        `candidates: ${found.candidates.join(", ") || "none"}. Export the model with that layer; or, to use the tasks without it, pass ignore: ["${moduleOf(name)}"]`,
-      { module: name, candidates: found.candidates },
+        `candidates: ${found.candidates().join(", ") || "none"}. Export the model with that layer; or, to use the tasks without it, pass ignore: ["${moduleOf(name)}"]`,
+      { module: name, candidates: found.candidates() },
+    );
+  }
+
+  /** @throws BaseMismatchError where the file has another number for a normalisation's weight than the checkpoint */
+  async #refuseShifted(name: string): Promise<void> {
+    if (!(await import("../onnx/built.ts")).addsOneToNorms(this.#file.model)) return;
+    throw new BaseMismatchError(
+      `tasks bring "${name}", which onnxruntime-genai's builder has stored with 1 added, as it does for Gemma: export the model ` +
+        `with Optimum; or, to use the tasks without it, pass ignore: ["${moduleOf(name)}"]`,
+      { module: name },
     );
   }
 

@@ -8,11 +8,12 @@ import type { IntegerProducts } from "../onnx/components.ts";
 import { type Feed, feedsOfRows, knownSizes, plainInputs, tableRows, tinyFeeds } from "../onnx/feeds.ts";
 import type { Form } from "../onnx/forms.ts";
 import { graft } from "../onnx/graft.ts";
+import type { OnnxParameter } from "../onnx/modules.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import type { Pack } from "../pack/pack.ts";
 import type { ModuleFilter, PackView } from "../pack/part.ts";
 import type { BaseValues, Mode } from "./base-values.ts";
-import { type FoldedInput, type FoldedLayout, feedFolded, layoutFolded } from "./fold.ts";
+import type { FoldedInput, FoldedLayout } from "./fold.ts";
 import { type PlanOptions, planSession } from "./plan.ts";
 
 /** A layer that gets a term: what is known of it without its graph. */
@@ -86,8 +87,7 @@ export async function prepareModel(
   const own = proto.input.filter(({ name }) => !initializers.has(name));
   const [inputs, tables, known] = [plainInputs(own), tableRows(file.model, own), knownSizes(file.model, own)];
   const outputNames = proto.output.map(({ name }) => name);
-  const place = options.foldedInputs ? feedFolded : layoutFolded;
-  const placed = mode === "folded" ? place(file.model, folded) : undefined;
+  const placed = mode === "folded" ? await placeFolded(file, folded, options) : undefined;
   const packed =
     wanted.biases.some(({ slice }) => slice) ||
     wanted.modules.some(({ linears }) => linears.some(({ slice, joined }) => slice ?? joined));
@@ -105,6 +105,15 @@ export async function prepareModel(
     feeds: tinyFeeds(own, known),
     feedsOfRows: rowMaker(inputs, tables, known),
   };
+}
+
+async function placeFolded(
+  { model }: ModelFile,
+  parameters: readonly OnnxParameter[],
+  { foldedInputs }: PrepareOptions,
+): Promise<PreparedModel["folded"]> {
+  const { feedFolded, layoutFolded } = await import("./fold.ts");
+  return foldedInputs ? feedFolded(model, parameters) : layoutFolded(model, parameters);
 }
 
 // Made here, by a closure that knows the little it needs: not the file.

@@ -15,7 +15,6 @@ import type { SourceInput } from "../source.ts";
 import type { Mode } from "./base-values.ts";
 import { type Active, type Carrier, type CarrierParts, type ProbeReport, toFeeds } from "./carrier.ts";
 import type { Engine, Tensors } from "./engine.ts";
-import { FOLDED_FILE } from "./fold.ts";
 import { SESSION_OPTIONS, type SessionOptions } from "./options.ts";
 import { type PreparedModel, prepareModel } from "./prepare.ts";
 import { Timeline } from "./timeline.ts";
@@ -105,7 +104,7 @@ export async function sessionOn<T extends SessionTypes>(
       ? await (await import("./training.ts")).addTraining(engine, file, prepared, logits)
       : undefined;
     const { folded } = prepared;
-    const supplied = folded && "places" in folded ? [FOLDED_FILE] : [];
+    const supplied = folded && "places" in folded ? [folded.path] : [];
     const detached = await detachWeights(file, prepared.initializers, { ...options, supplied });
     const parts = {
       engine,
