@@ -116,6 +116,10 @@ class Grafter {
     for (const i of members[0]!.linears.keys()) {
       const linears = members.map((member) => member.linears[i]!);
       const mixed = core && this.#mix(members, linears, core);
+      if (mixed && linears[0]!.slice) {
+        this.#addPacked(members, linears, mixed);
+        continue;
+      }
       for (const [m, member] of members.entries()) this.#term(member, linears[m]!, own[m]!, mixed?.[m]);
     }
   }
@@ -154,6 +158,33 @@ class Grafter {
     return parts.map((value) => ({ rows, value }));
   }
 
+  /** Layers that are packed into one and are all adapted: one addition for all. */
+  #addPacked(members: readonly GraftModule[], linears: readonly Linear[], mixed: readonly Mixed[]): void {
+    const [{ graph, type, x, node, slice }] = linears as [Linear];
+    const end = biasAdd(this.#model, linears[0]!) ?? node;
+    const place = new Place(this.#edits, graph, end, `${PREFIX}/packed/${this.#count++}`, type);
+    const { rank } = this.#rowsInto(place, graph, x, mixed[0]!.rows);
+    const terms = members.map(({ name, components }, m) => {
+      return this.products.expand(place, mixed[m]!.value, components!.B, `${PREFIX}/${name}/E_B`);
+    });
+    this.#probeAt(graph, members[0]!.name, mixed[0]!.rows, terms[0]!);
+    const inOrder = terms.map((_, index) => terms[linears.findIndex((linear) => linear.slice!.index === index)]!);
+    const width = slice!.sizes.reduce((a, b) => a + b, 0);
+    const y = place.begin();
+    const whole = this.#asY(place, place.op("Concat", inOrder, { axis: -1 }), y, rank, width);
+    place.end(place.op("Add", [y, place.down(whole)]));
+  }
+
+  /** A term in the shape of y. */
+  #asY(place: Place, value: string, y: string, rank: number | undefined, out: number): string {
+    if (rank === 3) return value;
+    return place.op("Reshape", [value, rank === 2 ? this.#ints([-1, out]) : place.op("Shape", [y])]);
+  }
+
+  #probeAt(graph: GraphProto, module: string, x: string, term: string): void {
+    if (this.#wantsProbe && graph === this.#main) this.#probe ??= { module, x, term };
+  }
+
   #term(
     { name, in: inputs, out, components }: GraftModule,
     linear: Linear,
@@ -170,15 +201,12 @@ class Grafter {
     }
     if (mixed) terms.push(this.products.expand(place, mixed.value, components!.B, `${PREFIX}/${name}/E_B`));
     const term = terms.length === 2 ? place.op("Add", terms) : terms[0]!;
-    if (this.#wantsProbe && linear.graph === this.#main) this.#probe ??= { module: name, x: rows, term };
+    this.#probeAt(linear.graph, name, rows, term);
     const bias = scale && linear.addsBias ? linear.node.input[2]! : undefined;
     // y without its bias: DoRA scales it.
     if (bias !== undefined) linear.node.input.length = 2;
     let y = place.begin();
-    const asY = (value: string): string => {
-      if (rank === 3) return value;
-      return place.op("Reshape", [value, rank === 2 ? this.#ints([-1, out]) : place.op("Shape", [y])]);
-    };
+    const asY = (value: string): string => this.#asY(place, value, y, rank, out);
     if (scale === undefined) {
       place.end(place.op("Add", [y, place.down(asY(term))]));
       return;

@@ -21,6 +21,9 @@ const PACKED: readonly (readonly [whole: string, ...parts: string[]])[] = [
   ["qkv", "q_proj", "k_proj", "v_proj"],
 ];
 
+/** Stands among the indices of parts for all of them. */
+const WHOLE = -1;
+
 /** Where a layer may lie in a packed one. */
 export interface PlaceInPacked {
   /** Of the packed layer, with the segments in front, and without. */
@@ -125,13 +128,14 @@ function integersOf({ rawData }: TensorProto): number[] {
 /**
  * Takes the results of packed layers apart and puts them together again, so that terms can be added in between; and the other way
  * round where a layer was divided. Changes the graph.
- * @returns modules and biases, each with nodes that make its own result
+ * @returns modules and biases, each with nodes that make its own result; with slices where all parts of a layer are adapted alike
  */
 export function takeApart(
   model: OnnxModel,
   modules: readonly GraftModule[],
   biases: readonly GraftBias[],
 ): { modules: GraftModule[]; biases: GraftBias[] } {
+  const whole = wholeNodes(modules, biases);
   const pieces = new Map<NodeProto, NodeProto[]>();
   const piece = (graph: GraphProto, node: NodeProto, { index, sizes }: NonNullable<Linear["slice"]>): NodeProto => {
     let own = pieces.get(node);
@@ -148,7 +152,7 @@ export function takeApart(
         touched.add(graph);
         return { graph, node: unite(model, graph, joined, count++), x, type, addsBias: false };
       }
-      return slice ? { graph, node: piece(graph, node, slice), x, type, addsBias: false } : linear;
+      return slice && !whole.has(node) ? { graph, node: piece(graph, node, slice), x, type, addsBias: false } : linear;
     }),
   }));
   const added = biases.map(({ slice, ...bias }) => {
@@ -158,6 +162,20 @@ export function takeApart(
   });
   for (const graph of touched) sortNodes(graph);
   return { modules: apart, biases: added };
+}
+
+/** Nodes of packed layers all of whose parts get a core and nothing else: their terms can be put together instead. */
+function wholeNodes(modules: readonly GraftModule[], biases: readonly GraftBias[]): Set<NodeProto> {
+  const parts = new Map<NodeProto, Set<number>>();
+  const others = new Set(biases.flatMap(({ places }) => places.map(({ node }) => node)));
+  for (const { linears, components, factors, rowScale } of modules) {
+    for (const { node, slice } of linears) {
+      if (!slice || !components || factors || rowScale || linears.length > 1) others.add(node);
+      else parts.set(node, (parts.get(node) ?? new Set()).add(slice.index));
+      if (slice && parts.get(node)?.size === slice.sizes.length) parts.get(node)!.add(WHOLE);
+    }
+  }
+  return new Set([...parts].flatMap(([node, found]) => (found.has(WHOLE) && !others.has(node) ? [node] : [])));
 }
 
 /** Split, a node for each piece, Concat: behind a node. @returns the nodes of the pieces */
