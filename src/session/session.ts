@@ -161,7 +161,7 @@ export class Session<T extends SessionTypes = SessionTypes> {
   readonly #base: PreparedModel["base"];
   readonly #inputs: PreparedModel["inputs"];
   readonly #idle: Tensors;
-  readonly #carrier: Carrier;
+  readonly #carrier: Omit<Carrier, "first">;
   readonly #timeline: Timeline<Active>;
   readonly #components: number;
   /** Values of the tasks of the last run with one task per row: the next one usually asks for the same. */
@@ -194,9 +194,11 @@ export class Session<T extends SessionTypes = SessionTypes> {
     this.#base = base;
     this.#inputs = inputs;
     this.#idle = idle;
-    this.#carrier = carrier;
-    this.#active = carrier.first;
-    this.#timeline = new Timeline(carrier.first);
+    // The first task's feeds go with it.
+    const { first, ...others } = carrier;
+    this.#carrier = others;
+    this.#active = first;
+    this.#timeline = new Timeline(first);
     this.#components = initializers.reduce((sum, { data }) => sum + data.byteLength, 0);
     this.trainable = graph && this.#lend(graph);
   }

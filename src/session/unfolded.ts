@@ -56,7 +56,9 @@ async function onModel(
       async checkRows(own, rows) {
         // Apps that run one task at a time do without.
         const { rowCheck } = await import("./rows.ts");
-        rowsAreApart ??= rowCheck({ engine, model, inputs, base: none.inputs, outputNames, idle, made, forms });
+        // Made again: sessions are many, and such checks few.
+        const base = (await evaluator.read(null)).inputs;
+        rowsAreApart ??= rowCheck({ engine, model, inputs, base, outputNames, idle, made, forms });
         return rowsAreApart(own, rows);
       },
       memory() {
