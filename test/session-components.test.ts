@@ -5,12 +5,15 @@
 import t from "tap";
 import { readAdapters } from "../dist/src/adapters/folder.js";
 import { openHost } from "../dist/src/base/open.js";
+import type { Adapter } from "../dist/src/build.js";
+import { makeFloats, makeInts, makeNode, makeValue } from "../dist/src/onnx/nodes.js";
+import { create, GraphProtoSchema, ModelProtoSchema, toBinary } from "../dist/src/onnx/protobuf.js";
 import { readModel } from "../dist/src/onnx/read.js";
 import { buildPack } from "../dist/src/pack/build.js";
 import { openPack, type Pack } from "../dist/src/pack/pack.js";
 import { prepareModel } from "../dist/src/session/prepare.js";
 import { createSession } from "../dist/src/session/session.js";
-import { concat, data } from "./packs.ts";
+import { concat, data, LOSSLESS } from "./packs.ts";
 import { PlainEngine, PlainTensor } from "./plain-engine.ts";
 import { difference, feeds, model, NODE, ORTS, type Ort, open, outputOf, refusal, type Session } from "./sessions.ts";
 
@@ -141,6 +144,77 @@ t.test("layers with one input share an input for their cores", async (t) => {
     t.strictSame(dims, ["tasks", ...sums]);
   }
   await file.close();
+});
+
+/** Two packed layers that one value enters, as where attention and perceptron lie side by side. Its result shows all parts. */
+function sideBySide(): Uint8Array {
+  const names = ["qkv_proj", "gate_up_proj"];
+  const sizes = [PARTS.slice(0, 3), PARTS.slice(3)].map((parts) => parts.map(([, out]) => out));
+  const widths = sizes.map((all) => all.reduce((a, b) => a + b, 0));
+  const initializer = names.flatMap((name, i) => [
+    makeFloats(`layers.0.${name}.weight`, [...wave(WIDTH * widths[i]!, i)], [WIDTH, widths[i]!]),
+    makeInts(`${name}/sizes`, sizes[i]!),
+  ]);
+  const cuts = names.map((name, i) => sizes[i]!.map((_, part) => `${name}/${part}`));
+  const node = names.flatMap((name, i) => [
+    makeNode("MatMul", `/${name}`, ["x", `layers.0.${name}.weight`], `${name}/whole`),
+    makeNode("Split", `/${name}/cut`, [`${name}/whole`, `${name}/sizes`], cuts[i]!, { axis: -1 }),
+  ]);
+  node.push(makeNode("Concat", "/all", cuts.flat().reverse(), "y", { axis: -1 }));
+  const input = [makeValue("x", 1, ["batch", "sequence", WIDTH])];
+  const output = [makeValue("y", 1, ["batch", "sequence", widths[0]! + widths[1]!])];
+  const graph = create(GraphProtoSchema, { name: "layers", node, initializer, input, output });
+  const opsetImport = [{ domain: "", version: 17n }];
+  return toBinary(ModelProtoSchema, create(ModelProtoSchema, { irVersion: 8n, opsetImport, graph }));
+}
+
+const WIDTH = 8;
+const PARTS = [
+  ["q_proj", 8],
+  ["k_proj", 4],
+  ["v_proj", 4],
+  ["gate_proj", 6],
+  ["up_proj", 6],
+] as const;
+const wave = (length: number, seed: number): Float32Array =>
+  Float32Array.from({ length }, (_, i) => 0.3 * Math.sin(seed + 1.3 * i));
+
+/** @param parts of the model that are adapted */
+function adapter(id: string, seed: number, parts: readonly (readonly [string, number])[]): Adapter {
+  const modules = parts.map(([part, out], i) => {
+    const name = `layers.0.${part}`;
+    const read = async () => ({ rank: 2, A: wave(2 * WIDTH, seed + i), Bt: wave(2 * out, 2 * seed + i) });
+    return [name, { name, out, in: WIDTH, rank: 2, layout: "out-in" as const, read }] as const;
+  });
+  const rest = { baseModel: undefined, saved: [], metadata: {}, warnings: [], close: async () => undefined };
+  return { id, file: id, byteLength: 0, modules: new Map(modules), ...rest };
+}
+
+t.test("packed layers side by side, all of their parts adapted or some", async (t) => {
+  const model = sideBySide();
+  const sets = [PARTS, PARTS.slice(0, 3), [PARTS[0], PARTS[2]], [PARTS[4], PARTS[1], PARTS[3]], [...PARTS].reverse()];
+  for (const parts of sets) {
+    const adapters = [adapter("a", 1, parts), adapter("b", 5, parts.slice(0, 2))];
+    const { chunks } = await buildPack(adapters, LOSSLESS);
+    const pack = await openPack(concat(chunks));
+    const x = { x: new NODE.Tensor("float32", wave(2 * 3 * WIDTH, 3), [2, 3, WIDTH]) };
+    const what = parts.map(([name]) => name).join(" ");
+    const answers = new Map<string, Float32Array[]>();
+    for (const mode of ["folded", "core", "factors"] as const) {
+      const session = await open(NODE, model, pack, { mode, anyBase: true });
+      const found: Float32Array[] = [];
+      for (const task of ["a", "b", null]) {
+        await session.switchTask(task);
+        found.push(await outputOf(session, x));
+      }
+      answers.set(mode, found);
+      for (const [i, values] of found.entries())
+        t.ok(difference(values, answers.get("folded")![i]!) < 2e-6, `${what}, ${mode}, ${i}`);
+      await session.close();
+    }
+    const [a, b] = answers.get("folded")!;
+    t.ok(difference(a!, b!) > 0.01, "tasks differ");
+  }
 });
 
 t.test("an option that is none of the two", async (t) => {

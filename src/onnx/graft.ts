@@ -74,6 +74,14 @@ interface Mixed {
   readonly value: string;
 }
 
+/** A layer that lies in a packed one. */
+interface Packed {
+  readonly member: GraftModule;
+  readonly linear: Linear;
+  readonly mixed: Mixed;
+  readonly index: number;
+}
+
 interface RowsInto {
   readonly rank: number | undefined;
   readonly rows: string;
@@ -116,11 +124,14 @@ class Grafter {
     for (const i of members[0]!.linears.keys()) {
       const linears = members.map((member) => member.linears[i]!);
       const mixed = core && this.#mix(members, linears, core);
-      if (mixed && linears[0]!.slice) {
-        this.#addPacked(members, linears, mixed);
-        continue;
+      const packed = new Map<NodeProto, Packed[]>();
+      for (const [m, member] of members.entries()) {
+        const linear = linears[m]!;
+        const part = mixed && linear.slice && { member, linear, mixed: mixed[m]!, index: linear.slice.index };
+        if (part) packed.set(linear.node, [...(packed.get(linear.node) ?? []), part]);
+        else this.#term(member, linear, own[m]!, mixed?.[m]);
       }
-      for (const [m, member] of members.entries()) this.#term(member, linears[m]!, own[m]!, mixed?.[m]);
+      for (const parts of packed.values()) this.#addPacked(parts);
     }
   }
 
@@ -158,17 +169,18 @@ class Grafter {
     return parts.map((value) => ({ rows, value }));
   }
 
-  /** Layers that are packed into one and are all adapted: one addition for all. */
-  #addPacked(members: readonly GraftModule[], linears: readonly Linear[], mixed: readonly Mixed[]): void {
-    const [{ graph, type, x, node, slice }] = linears as [Linear];
-    const end = biasAdd(this.#model, linears[0]!) ?? node;
+  /** @param parts all layers that are packed into one: one addition for all */
+  #addPacked(parts: Packed[]): void {
+    const [{ member, linear, mixed }] = parts as [Packed];
+    const { graph, type, x, node, slice } = linear;
+    const end = biasAdd(this.#model, linear) ?? node;
     const place = new Place(this.#edits, graph, end, `${PREFIX}/packed/${this.#count++}`, type);
-    const { rank } = this.#rowsInto(place, graph, x, mixed[0]!.rows);
-    const terms = members.map(({ name, components }, m) => {
-      return this.products.expand(place, mixed[m]!.value, components!.B, `${PREFIX}/${name}/E_B`);
-    });
-    this.#probeAt(graph, members[0]!.name, mixed[0]!.rows, terms[0]!);
-    const inOrder = terms.map((_, index) => terms[linears.findIndex((linear) => linear.slice!.index === index)]!);
+    const { rank } = this.#rowsInto(place, graph, x, mixed.rows);
+    const terms = parts.map(({ member: { name, components }, mixed: { value } }) =>
+      this.products.expand(place, value, components!.B, `${PREFIX}/${name}/E_B`),
+    );
+    this.#probeAt(graph, member.name, mixed.rows, terms[0]!);
+    const inOrder = slice!.sizes.map((_, index) => terms[parts.findIndex((part) => part.index === index)]!);
     const width = slice!.sizes.reduce((a, b) => a + b, 0);
     const y = place.begin();
     const whole = this.#asY(place, place.op("Concat", inOrder, { axis: -1 }), y, rank, width);

@@ -21,9 +21,6 @@ const PACKED: readonly (readonly [whole: string, ...parts: string[]])[] = [
   ["qkv", "q_proj", "k_proj", "v_proj"],
 ];
 
-/** Stands among the indices of parts for all of them. */
-const WHOLE = -1;
-
 /** Where a layer may lie in a packed one. */
 export interface PlaceInPacked {
   /** Of the packed layer, with the segments in front, and without. */
@@ -164,18 +161,25 @@ export function takeApart(
   return { modules: apart, biases: added };
 }
 
-/** Nodes of packed layers all of whose parts get a core and nothing else: their terms can be put together instead. */
+/** Nodes of packed layers all of whose parts get a core of one kind and nothing else: their terms can be put together instead. */
 function wholeNodes(modules: readonly GraftModule[], biases: readonly GraftBias[]): Set<NodeProto> {
-  const parts = new Map<NodeProto, Set<number>>();
   const others = new Set(biases.flatMap(({ places }) => places.map(({ node }) => node)));
+  const parts = new Map<NodeProto, { index: number; of: number; bits: number | undefined }[]>();
   for (const { linears, components, factors, rowScale } of modules) {
     for (const { node, slice } of linears) {
-      if (!slice || !components || factors || rowScale || linears.length > 1) others.add(node);
-      else parts.set(node, (parts.get(node) ?? new Set()).add(slice.index));
-      if (slice && parts.get(node)?.size === slice.sizes.length) parts.get(node)!.add(WHOLE);
+      if (!slice || !components || factors || rowScale || linears.length > 1) {
+        others.add(node);
+        continue;
+      }
+      const part = { index: slice.index, of: slice.sizes.length, bits: components.A.integers?.bits };
+      parts.set(node, [...(parts.get(node) ?? []), part]);
     }
   }
-  return new Set([...parts].flatMap(([node, found]) => (found.has(WHOLE) && !others.has(node) ? [node] : [])));
+  const whole = [...parts].filter(([node, found]) => {
+    const [{ of, bits }] = found as [(typeof found)[0]];
+    return !others.has(node) && found.length === of && found.every((part) => part.bits === bits);
+  });
+  return new Set(whole.map(([node]) => node));
 }
 
 /** Split, a node for each piece, Concat: behind a node. @returns the nodes of the pieces */
