@@ -7,9 +7,10 @@ import t, { type Test } from "tap";
 import type { Adapter } from "../dist/src/adapters/adapter.js";
 import { makeFloats, makeInts, makeNode, makeValue } from "../dist/src/onnx/nodes.js";
 import type { NodeProto } from "../dist/src/onnx/onnx_pb.js";
-import { create, GraphProtoSchema, ModelProtoSchema, toBinary } from "../dist/src/onnx/protobuf.js";
+import { create, GraphProtoSchema, ModelProtoSchema, TensorProtoSchema, toBinary } from "../dist/src/onnx/protobuf.js";
 import { buildPack } from "../dist/src/pack/build.js";
 import { openPack, type Pack } from "../dist/src/pack/pack.js";
+import { compareRows } from "../dist/src/session/rows.js";
 import { concat, LOSSLESS } from "./packs.ts";
 import { difference, NODE, open, outputOf, refusal, type Session } from "./sessions.ts";
 
@@ -166,3 +167,118 @@ for (const mode of ["core", "factors"] as const) {
     await session.close();
   });
 }
+
+/** Outputs of the model in 8 bits: enough to tell a task from rounding. */
+const WIDE = 96;
+
+/**
+ * An adapted layer in front of one in 8 bits that reads all but its first number: that one alone widens the range which all rows share,
+ * so that a task in one row rounds the numbers of others.
+ * @param swapped whether the sequence comes first inside
+ */
+function dynamic(swapped: boolean): Uint8Array {
+  const weight = Int8Array.from({ length: SIZE * WIDE }, (_, i) =>
+    i < WIDE ? 0 : Math.round(90 * Math.sin(1 + 1.9 * i)),
+  );
+  const raw = (name: string, dataType: number, dims: number[], data: Int8Array | Float32Array) =>
+    create(TensorProtoSchema, { name, dataType, dims: dims.map(BigInt), rawData: new Uint8Array(data.buffer) });
+  const initializer = [
+    makeFloats("mid.weight", [...wave(SIZE * SIZE, 3)], [SIZE, SIZE]),
+    raw("out.weight_quantized", 3, [SIZE, WIDE], weight),
+    raw("out.weight_scale", FLOAT, [], new Float32Array([0.01])),
+    raw("out.weight_zero_point", 3, [], new Int8Array(1)),
+  ];
+  const turn = (from: string, to: string) => makeNode("Transpose", `/turn ${to}`, [from], to, { perm: [1, 0, 2] });
+  const [x, y] = swapped ? ["turned", "result"] : ["x", "logits"];
+  const node = [
+    ...(swapped ? [turn("x", x)] : []),
+    makeNode("MatMul", "/mid/MatMul", [x, "mid.weight"], "h"),
+    makeNode("DynamicQuantizeLinear", "/quantize", ["h"], ["q", "scale", "zero"]),
+    makeNode("MatMulInteger", "/out/MatMul", ["q", "out.weight_quantized", "zero", "out.weight_zero_point"], "sums"),
+    makeNode("Cast", "/out/Cast", ["sums"], "floats", { to: FLOAT }),
+    makeNode("Mul", "/out/scales", ["scale", "out.weight_scale"], "scales"),
+    makeNode("Mul", "/out/Mul", ["floats", "scales"], y),
+    ...(swapped ? [turn(y, "logits")] : []),
+  ];
+  const input = [makeValue("x", FLOAT, ["batch", "sequence", SIZE])];
+  const output = [makeValue("logits", FLOAT, ["batch", "sequence", WIDE])];
+  const graph = create(GraphProtoSchema, { name: "dynamic", node, initializer, input, output });
+  const opsetImport = [{ $typeName: "onnx.OperatorSetIdProto" as const, domain: "", version: 17n }];
+  return toBinary(ModelProtoSchema, create(ModelProtoSchema, { irVersion: 8n, opsetImport, graph }));
+}
+
+t.test("rows of 8 bits that share a range: tasks are told from rounding", async (t) => {
+  const adapters = ["a", "b"].map((id, i): Adapter => {
+    const Bt = wave(SIZE, 2 + i);
+    Bt[0] = 6;
+    const read = async () => ({ rank: 1, A: wave(SIZE, i), Bt });
+    const one = { name: "mid", out: SIZE, in: SIZE, rank: 1, layout: "out-in" as const, read };
+    const rest = { baseModel: undefined, saved: [], metadata: {}, warnings: [], close: async () => undefined };
+    return { id, file: id, byteLength: 0, modules: new Map([["mid", one]]), ...rest };
+  });
+  const pack = await openPack(concat((await buildPack(adapters, LOSSLESS)).chunks));
+  const x = new Tensor("float32", wave(2 * 3 * SIZE, 4), [2, 3, SIZE]);
+  const options = { mode: "core", anyBase: true } as const;
+  const right = await open(NODE, dynamic(false), pack, options);
+  const both = await right.run({ x }, { tasks: ["a", null] });
+  t.equal(both["logits"]!.dims.join(), "2,3,96");
+  await right.close();
+  const swapped = await open(NODE, dynamic(true), pack, options);
+  const error = await refusal(() => swapped.run({ x }, { tasks: ["a", null] }));
+  t.match(error, { tag: "backend", message: /one task per row: / });
+  await swapped.close();
+});
+
+t.test("rounding beside a task, and a task in the wrong row", (t) => {
+  const [rows, width] = [4, 300];
+  const noise = (seed: number): number[] =>
+    Array.from({ length: rows * width }, (_, i) => Math.sin(i * i * (0.37 + 0.11 * seed)));
+  const without = noise(1);
+  const effect = noise(2);
+  const alone = without.map((value, i) => value + effect[i]!);
+  const isTask = (i: number): boolean => Math.floor(i / width) % 2 === 0;
+  /** Each row with so much of the task as `share` says, and noise of a half of what the task changes. */
+  const mixture = (share: (i: number) => number) =>
+    without.map((value, i) => value + share(i) * effect[i]! + 0.5 * noise(3)[i]!);
+  const apart = (found: number[], last?: number) => compareRows([without, alone, found], rows, last).apart;
+  const right = mixture((i) => Number(isTask(i)));
+  t.ok(apart(right, width), "rounding is no task");
+  t.notOk(apart(right), "but it is not looked past where rows share nothing");
+  t.notOk(
+    apart(
+      mixture((i) => Number(!isTask(i))),
+      width,
+    ),
+    "each row has the other's",
+  );
+  t.notOk(
+    apart(
+      mixture(() => 1),
+      width,
+    ),
+    "all have it",
+  );
+  t.notOk(
+    apart(
+      mixture(() => 0),
+      width,
+    ),
+    "none has it",
+  );
+  t.notOk(
+    apart(
+      mixture((i) => (i % 3 === 0 ? 1 : Number(isTask(i)))),
+      width,
+    ),
+    "a third of the others' too",
+  );
+  t.notOk(
+    apart(
+      mixture((i) => (isTask(i) ? 0.6 : 0)),
+      width,
+    ),
+    "a part of it is lost",
+  );
+  t.notOk(compareRows([without, alone, right], (rows * width) / 8, 8).apart, "too few numbers to tell");
+  t.end();
+});

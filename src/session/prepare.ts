@@ -36,6 +36,8 @@ export interface PreparedModel extends Grafted {
   readonly outputNames: readonly string[];
   /** The layers that get a term. Empty in mode "folded". */
   readonly modules: readonly AdaptedLayer[];
+  /** Whether some layer's input is quantised by a range that all rows of a batch share. */
+  readonly sharesRanges: boolean;
   /** What the model's own inputs can be fed with to see it run; undefined where they are of kinds that cannot be made up. */
   readonly feeds: ReadonlyMap<string, Feed> | undefined;
   /** The same with rows that differ, made when they are needed. */
@@ -83,7 +85,8 @@ export async function prepareModel(
     folded,
     graft: wanted,
   } = await planSession(file, view, bases, options);
-  const { proto, initializers } = file.model.graph;
+  const { proto, initializers, scopes } = file.model.graph;
+  const graphs = [...scopes.keys()];
   const own = proto.input.filter(({ name }) => !initializers.has(name));
   const [inputs, tables, known] = [plainInputs(own), tableRows(file.model, own), knownSizes(file.model, own)];
   const outputNames = proto.output.map(({ name }) => name);
@@ -102,6 +105,7 @@ export async function prepareModel(
     inputNames: own.map(({ name }) => name),
     ...grafted,
     modules: wanted.modules.map(({ linears, form, ...layer }) => ({ ...layer, form: form?.kind })),
+    sharesRanges: graphs.some(({ node }) => node.some(({ opType }) => opType.startsWith("DynamicQuantize"))),
     feeds: tinyFeeds(own, known),
     feedsOfRows: rowMaker(inputs, tables, known),
   };

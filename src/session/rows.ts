@@ -27,6 +27,8 @@ export interface RowCheck {
   readonly idle: Tensors;
   /** Modules by what they are where that is no linear layer. */
   readonly forms: ReadonlyMap<string, string>;
+  /** Whether what enters a layer is quantised by a range that all rows share. */
+  readonly sharesRanges: boolean;
   /** Feeds with rows that differ; undefined where they cannot be made up. */
   readonly made: () => ReadonlyMap<string, Feed> | undefined;
 }
@@ -70,7 +72,7 @@ async function lookAtMade(check: RowCheck): Promise<Finding | undefined> {
  * @param own whether the feeds are the caller's own, which the model takes as they are meant
  */
 async function lookAt(
-  { engine, model, inputs, base, outputNames, idle, forms }: RowCheck,
+  { engine, model, inputs, base, outputNames, idle, forms, sharesRanges }: RowCheck,
   feeds: Tensors,
   rows: number,
   own: boolean,
@@ -90,33 +92,73 @@ async function lookAt(
     );
   }
   const without = await numbersOf(results[output]!);
-  /** How much a made-up task changes, and how far its rows are from what they are alone. */
-  const look = async (group: readonly TaskInput[], size: number): Promise<{ effect: number; off: number }> => {
+  const look = async (group: readonly TaskInput[], size: number): Promise<Seen> => {
     const task = changed(base, group, size);
-    const alone = await numbersOf((await run([task], [output]))[output]!);
+    const alone = (await run([task], [output]))[output]!;
     const mixture = Array.from({ length: rows }, (_, row) => (row % 2 === 0 ? task : base));
     const both = await run(mixture, [output]).catch((cause: unknown) => {
       throw mixed(`the model runs on one task and not on several: ${WHY}`, cause);
     });
-    const found = await numbersOf(both[output]!);
-    const width = found.length / rows;
-    let [effect, off] = [0, 0];
-    for (let i = 0; i < found.length; i++) {
-      effect = Math.max(effect, apart(alone[i]!, without[i]!));
-      off = Math.max(off, apart(found[i]!, (Math.floor(i / width) % 2 === 0 ? alone : without)[i]!));
-    }
-    return { effect, off };
+    const values = [without, await numbersOf(alone), await numbersOf(both[output]!)] as const;
+    return compareRows(values, rows, sharesRanges ? (alone.dims.at(-1) ?? 1) : undefined);
   };
   let seen = false;
   for (const group of groupsOf(inputs, forms)) {
-    let { effect, off } = await look(group, 0.1);
-    seen ||= effect > 0;
+    let found = await look(group, 0.1);
+    seen ||= found.effect > 0;
     // Rows of quantised models influence each other a little, whatever their tasks: beside a large task that is little.
-    if (effect > 0 && !(off < effect / 4)) ({ effect, off } = await look(group, 1));
-    if (effect > 0 && !(off < effect / 4)) throw mixed(`tasks get into each other's rows of "${output}": ${WHY}`);
+    if (!found.apart) found = await look(group, 1);
+    if (!found.apart) throw mixed(`tasks get into each other's rows of "${output}": ${WHY}`);
   }
   if (!seen) return "unseen";
   return (await differ(feeds, rows)) ? "apart" : "alike";
+}
+
+/** How much a made-up task changes, and whether its rows are as they are alone, and the others as without it. */
+interface Seen {
+  readonly effect: number;
+  readonly apart: boolean;
+}
+
+/** Of so many values at least it can be told how much of a task is in them, whatever else has changed. */
+const MANY = 64;
+/** As many as a vocabulary has: those of each position are looked at by themselves. */
+const VOCABULARY = 1024;
+
+/**
+ * @param values of all rows without a task, with it, and with it in every second row
+ * @param last dimension of the output, where rows share ranges: what these change is no task's, so that vectors of this many values
+ *   may be as far off as they like where no more or less of the task is in them
+ */
+export function compareRows(
+  [without, alone, found]: readonly [ArrayLike<number>, ArrayLike<number>, ArrayLike<number>],
+  rows: number,
+  last: number | undefined,
+): Seen {
+  const width = found.length / rows;
+  let [effect, off] = [0, 0];
+  for (let i = 0; i < found.length; i++) {
+    effect = Math.max(effect, apart(alone[i]!, without[i]!));
+    off = Math.max(off, apart(found[i]!, (Math.floor(i / width) % 2 === 0 ? alone : without)[i]!));
+  }
+  if (effect === 0 || off < effect / 4) return { effect, apart: true };
+  const size = last !== undefined && last >= VOCABULARY ? last : width;
+  if (last === undefined || size < MANY) return { effect, apart: false };
+  const shares: [share: number, length: number, expected: number][] = [];
+  for (let start = 0; start < found.length; start += size) {
+    let [product, length] = [0, 0];
+    for (let i = start; i < start + size; i++) {
+      const change = alone[i]! - without[i]!;
+      if (!Number.isFinite(change) || !Number.isFinite(found[i]!)) continue;
+      product += change * (found[i]! - without[i]!);
+      length += change * change;
+    }
+    shares.push([product / length, length, Math.floor(start / width) % 2 === 0 ? 1 : 0]);
+  }
+  const longest = Math.max(...shares.map(([, length]) => length));
+  // Where the task changes next to nothing there is nothing to tell.
+  const looked = shares.filter(([, length]) => length > longest / 1e4);
+  return { effect, apart: looked.every(([share, , expected]) => Math.abs(share - expected) < 1 / 4) };
 }
 
 /** Inputs that are looked at together. */

@@ -34,7 +34,7 @@ async function onModel(
   { backend, staging }: Workbench,
 ): Promise<Carrier> {
   const { engine, idle } = parts;
-  const { inputs, feedsOfRows, outputNames } = parts.prepared;
+  const { inputs, feedsOfRows, outputNames, sharesRanges } = parts.prepared;
   const model = await engine.load(parts.detached, parts.load);
   try {
     // Runs fail once the device is lost, where the engine tells which one it has.
@@ -58,7 +58,7 @@ async function onModel(
         const { rowCheck } = await import("./rows.ts");
         // Made again: sessions are many, and such checks few.
         const base = (await evaluator.read(null)).inputs;
-        rowsAreApart ??= rowCheck({ engine, model, inputs, base, outputNames, idle, made, forms });
+        rowsAreApart ??= rowCheck({ engine, model, inputs, base, outputNames, idle, made, forms, sharesRanges });
         return rowsAreApart(own, rows);
       },
       memory() {
