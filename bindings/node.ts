@@ -4,7 +4,8 @@
  */
 /// <reference types="@webgpu/types" />
 import { fstatSync } from "node:fs";
-import { open } from "node:fs/promises";
+import { open, realpath } from "node:fs/promises";
+import { basename, dirname } from "node:path";
 import { fileURLToPath } from "node:url";
 import { SourceError } from "../src/errors.ts";
 import type { ByteSource } from "../src/source.ts";
@@ -26,6 +27,7 @@ export const openPath: ((path: string) => Promise<ByteSource>) | undefined = asy
   let size = stat.size;
   return {
     name: path,
+    folder: await folderOf(path),
     // As it is now: a pack grows while another process appends to it, and its window then speaks of more than there was.
     get byteLength() {
       if (handle.fd >= 0) size = fstatSync(handle.fd).size;
@@ -51,6 +53,12 @@ export const openPath: ((path: string) => Promise<ByteSource>) | undefined = asy
     close: () => handle.close(),
   };
 };
+
+/** The folder that holds a file, without links; undefined where the path itself is a link. */
+async function folderOf(path: string): Promise<string | undefined> {
+  const [file, folder] = await Promise.all([realpath(path), realpath(dirname(path))]);
+  return dirname(file) === folder && basename(file) === basename(path) ? folder : undefined;
+}
 
 const REASONS: ReadonlyMap<unknown, string> = new Map([
   ["ENOENT", "there is no such file or folder"],

@@ -32,6 +32,8 @@ export interface ByteSource {
    * @throws SourceError when the bytes cannot be had, including when the source ends before `offset + length`.
    */
   read(offset: number, length: number, options?: ReadOptions): Promise<Uint8Array>;
+  /** Of a file on a disk: where it really lies; undefined where it is reached by a link, as in the caches of model hubs. */
+  readonly folder?: string | undefined;
   /** What reading has cost so far, kept up to date. For sources that do not make one request for each read. */
   readonly reads?: Reads;
   /**

@@ -2,7 +2,7 @@
  * An ONNX model and the files beside it, as bytes. Reading and finding files only; what the bytes mean is `model.ts`.
  */
 import { FormatError } from "../errors.ts";
-import { addressOf, openSource } from "../open-source.ts";
+import { openSource } from "../open-source.ts";
 import { type ByteSource, type FetchOptions, type ReadOptions, readAll, type SourceInput } from "../source.ts";
 import { type OnnxModel, parseModel } from "./model.ts";
 import type { OpenExternal } from "./tensors.ts";
@@ -43,7 +43,7 @@ export async function readModel(
   options: ModelOptions & { readonly weightsApart?: boolean | undefined } = {},
 ): Promise<ModelFile> {
   const source = await openSource(input, options, "model");
-  const apart = options.weightsApart === true && !options.external && isPath(input);
+  const apart = options.weightsApart === true && !options.external && source.folder !== undefined;
   const bytes = await readBytes(source, options, apart).finally(() => source.close?.());
   const model = await parsed(bytes, source.name);
   const locate = options.external ?? besides(input, source.name);
@@ -61,7 +61,7 @@ export async function readModel(
   return {
     model,
     bytes,
-    folder: apart ? source.name.replace(/[^/\\]*$/, "") || "." : undefined,
+    folder: apart ? source.folder : undefined,
     external: locate && external,
     async close() {
       const opened = await Promise.allSettled(files.values());
@@ -78,12 +78,6 @@ async function readBytes(source: ByteSource, options: ReadOptions, apart: boolea
     if (skeleton) return skeleton;
   }
   return readAll(source, options);
-}
-
-/** Whether it names a file on a disk. */
-function isPath(input: SourceInput): boolean {
-  const text = input instanceof URL ? input.href : input;
-  return typeof text === "string" && addressOf(text, "model") === undefined;
 }
 
 async function parsed(bytes: Uint8Array, name: string): Promise<OnnxModel> {

@@ -61,8 +61,7 @@ export async function detachWeights(
   const own = initializer.length;
   // Runtimes take files from a folder, or files that they are given, not both.
   const { folder } = file;
-  if (folder !== undefined && (options.supplied ?? []).length === 0) {
-    await checkExternal(file, model.graph.proto);
+  if (folder !== undefined && (options.supplied ?? []).length === 0 && (await allIn(folder, file))) {
     return { bytes: embedWeights(file, added), files: [], folder };
   }
   visit(model.graph.proto);
@@ -88,15 +87,19 @@ export async function detachWeights(
   return { bytes: proto, files };
 }
 
-/** @throws SourceError when one of the files beside the model cannot be opened; FormatError when it is said to lie elsewhere */
-async function checkExternal({ model, external }: ModelFile, graph: GraphProto): Promise<void> {
-  for (const tensor of graph.initializer) {
-    if (tensor.dataLocation === EXTERNAL) await external!(locationOf(tensor, model.name));
+/**
+ * Whether all files that a model points into lie in a folder, or in one inside it: runtimes follow no links out of it.
+ * @throws SourceError when one of them cannot be opened; FormatError when it is said to lie elsewhere
+ */
+async function allIn(folder: string, { model, external }: ModelFile): Promise<boolean> {
+  const tensors = [...model.graph.scopes.keys()].flatMap(({ initializer }) => initializer);
+  const outside = tensors.filter(({ dataLocation }) => dataLocation === EXTERNAL);
+  for (const location of new Set(outside.map((tensor) => locationOf(tensor, model.name)))) {
+    const found = (await external!(location)).folder;
+    if (found === undefined || !`${found}/`.replaceAll("\\", "/").startsWith(`${folder}/`.replaceAll("\\", "/")))
+      return false;
   }
-  for (const { attribute } of graph.node) {
-    for (const { g, graphs } of attribute)
-      for (const nested of g ? [g, ...graphs] : graphs) await checkExternal({ model, external } as ModelFile, nested);
-  }
+  return true;
 }
 
 /** Serialises a model with all that was embedded, and what was added, inside. */
