@@ -17,6 +17,7 @@ import {
   type TensorProto,
   TensorShapeProto_DimensionSchema,
 } from "../dist/src/onnx/onnx_pb.js";
+import { takeApart } from "../dist/src/onnx/packed.js";
 import {
   create,
   fromBinary,
@@ -85,7 +86,8 @@ t.test("a graft keeps a model sound", async (t) => {
       const options = { mode, ...(answers === "encoder" && { ignore: ["classifier"] }) };
       const plan = await planSession(file, pack, (await pack.bases()).bytes, options);
       if (mode === "folded") layoutFolded(file.model, plan.folded);
-      const grafted = graft(file.model, plan.graft);
+      const { modules, biases } = plan.graft;
+      const grafted = graft(file.model, { ...plan.graft, ...takeApart(file.model, modules, biases) });
       const after = file.model.proto.graph!;
       // As the writer places them.
       const added = grafted.initializers.map(({ name: value }) => create(TensorProtoSchema, { name: value }));
