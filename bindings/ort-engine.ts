@@ -63,8 +63,10 @@ class OrtEngine implements Engine<OrtSession> {
   }
 
   get integers(): Engine["integers"] {
-    // Its CPU kernels for 4 bits are fast on processors; in WebAssembly each run would unpack all blocks.
-    return this.#ort.env.versions?.web !== undefined && !this.gpu ? "DequantizeLinear" : "MatMulNBits";
+    // onnxruntime-web's older WebGPU provider (jsep) computes something else with DequantizeLinear.
+    if (this.gpu) return ["MatMulNBits"];
+    // In WebAssembly each run would unpack all blocks of 4 bits, which takes longer than bytes do.
+    return this.#ort.env.versions?.web === undefined ? ["MatMulNBits", "DequantizeLinear"] : ["DequantizeLinear"];
   }
 
   get provider(): string {

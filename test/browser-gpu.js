@@ -262,6 +262,35 @@ export async function lost(feeds, build, mode = "folded") {
   return { run, change, next, after, release: await failure(() => session.close()), live };
 }
 
+/**
+ * Components as the pack stores them against floats, in mode "core".
+ * @param {Feeds} feeds
+ * @param {keyof typeof BUILDS} build
+ * @param {string} basis number format of the pack's components
+ */
+export async function small(feeds, build, basis) {
+  const ort = BUILDS[build];
+  const pack = await openPack(`/${basis}.eigen`);
+  /** @type {Record<string, { bytes: number, probe: string, answers: number[][] }>} */
+  const found = {};
+  for (const components of /** @type {const} */ (["stored", "f32"])) {
+    const session = await createEigenSession(ort, "/model.onnx", pack, {
+      mode: "core",
+      components,
+      session: { executionProviders: ["webgpu"] },
+    });
+    const answers = [];
+    for (const task of [...pack.tasks.keys(), null]) {
+      await session.switchTask(task);
+      answers.push(await answer(ort, session, feeds));
+    }
+    found[components] = { bytes: session.memory().basis, probe: session.probe.result, answers };
+    await session.close();
+  }
+  await pack.close();
+  return found;
+}
+
 /** A new session after that. @param {Feeds} feeds */
 export async function again(feeds) {
   const session = await open(native);

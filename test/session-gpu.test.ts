@@ -21,9 +21,11 @@ async function inBrowser(t: Test, calls: readonly string[], model = "torchscript
   const files = new Map<string, Uint8Array>([
     ["model.onnx", modelBytes(model)],
     ["tasks.eigen", await packBytes(["adapters"], "base")],
+    ["int4.eigen", await packBytes(["adapters"], "base", { select: { kind: "k", k: 6 }, dtype: { basis: "int4" } })],
+    ["int8.eigen", await packBytes(["adapters"], "base", { select: { kind: "k", k: 6 }, dtype: { basis: "int8" } })],
     [
       "page.js",
-      await bundle(`import { again, given, lost, switching } from "./browser-gpu.js";
+      await bundle(`import { again, given, lost, small, switching } from "./browser-gpu.js";
       const feeds = ${JSON.stringify(feeds)};
       async function all() {
         if (!(await navigator.gpu?.requestAdapter())) return "no adapter";
@@ -133,4 +135,25 @@ t.test("a device that is lost", options, async (t) => {
     );
     if (native) t.ok(difference(again, golden("base", "two")) <= TOLERANCE, "a new session works");
   }
+});
+
+t.test("components stay small on a GPU too", options, async (t) => {
+  const cases = ["int4", "int8"].flatMap((basis) =>
+    ["onnxruntime-web/webgpu", "onnxruntime-web"].map((build) => [build, basis] as const),
+  );
+  const results = await inBrowser(
+    t,
+    cases.map(([build, basis]) => `small(feeds, "${build}", "${basis}")`),
+  );
+  results?.forEach(({ stored, f32 }, i) => {
+    const what = cases[i]!.join(", ");
+    t.equal(stored.probe, "passed", what);
+    // Bytes are floats there: one of the two builds computes something else with them.
+    const isSmall = cases[i]![1] === "int4";
+    t.equal(stored.bytes < f32.bytes / 2, isSmall, `${what}: ${stored.bytes} bytes instead of ${f32.bytes}`);
+    stored.answers.forEach((answer: number[], task: number) => {
+      const off = difference(answer, f32.answers[task]);
+      t.ok(off <= TOLERANCE, `${what}, task ${task}: off by ${off}`);
+    });
+  });
 });

@@ -1,6 +1,5 @@
 /** Decoding steps of language models: packs, sessions and feeds. */
 import { stat } from "node:fs/promises";
-import { dirname, join } from "node:path";
 import { openPack } from "eigenlora";
 import { buildPack } from "eigenlora/build";
 import { openOnnxHost } from "eigenlora/onnx";
@@ -103,10 +102,10 @@ async function matricesOf(model) {
   return sum;
 }
 
-/** With what lies beside it. @param {string} model */
+/** With the weights beside it. @param {string} model */
 async function sizeOf(model) {
-  const beside = await stat(join(dirname(model), "model.onnx.data")).catch(() => ({ size: 0 }));
-  return (await stat(model)).size + (model.endsWith("model.onnx") ? beside.size : 0);
+  const beside = await stat(`${model}.data`).catch(() => ({ size: 0 }));
+  return (await stat(model)).size + beside.size;
 }
 
 /**

@@ -30,32 +30,32 @@ export interface Components {
 }
 
 /**
- * How a runtime multiplies floats by integers of up to 8 bits: by MatMulNBits where it has a fast one for 4 bits, or by a
- * DequantizeLinear in front of each product.
+ * Operators by which a runtime multiplies floats by integers: MatMulNBits where it has a fast one for 4 bits, and DequantizeLinear of a
+ * byte each in front of a product.
  */
-export type IntegerProducts = "MatMulNBits" | "DequantizeLinear";
+export type IntegerProducts = readonly ("MatMulNBits" | "DequantizeLinear")[];
 
 /** What enters the graph. */
 type Form = "floats" | "bytes" | "nibbles";
 
 /** Adds products with components to a graph. */
 export class ComponentProducts {
-  readonly #by: IntegerProducts | undefined;
+  readonly #by: IntegerProducts;
   readonly #added: Added[];
   readonly #shared = new Set<string>();
   /** Whether one of onnxruntime's own operators was used. */
   contributed = false;
 
-  /** @param by undefined: of floats alone */
-  constructor(by: IntegerProducts | undefined, added: Added[]) {
+  /** @param by none: of floats alone */
+  constructor(by: IntegerProducts, added: Added[]) {
     this.#by = by;
     this.#added = added;
   }
 
   /** Which form these components take; those of different forms do not enter one product. */
   formOf({ integers }: ComponentRows): Form {
-    if (!integers || this.#by === undefined) return "floats";
-    return integers.bits <= 4 && this.#by === "MatMulNBits" ? "nibbles" : "bytes";
+    if (integers && integers.bits <= 4 && this.#by.includes("MatMulNBits")) return "nibbles";
+    return integers && this.#by.includes("DequantizeLinear") ? "bytes" : "floats";
   }
 
   /** What the core has to multiply the row of each component with; undefined: nothing. */

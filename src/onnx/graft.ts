@@ -55,7 +55,7 @@ export function graft(
   { modules, biases, rows, heads, vectors }: Graft,
   options: { probe?: boolean; integers?: IntegerProducts | undefined; forms?: FormGrafter | undefined } = {},
 ): Grafted {
-  const grafter = new Grafter(model, options.probe ?? true, options.integers);
+  const grafter = new Grafter(model, options.probe ?? true, options.integers ?? []);
   // A bias is added behind what DoRA scales, so before the term that goes between.
   for (const bias of biases) grafter.bias(bias);
   for (const table of rows) grafter.rows(table);
@@ -105,7 +105,7 @@ class Grafter {
   readonly #formProbes: FormProbe[] = [];
   #count = 0;
 
-  constructor(model: OnnxModel, wantsProbe: boolean, integers: IntegerProducts | undefined) {
+  constructor(model: OnnxModel, wantsProbe: boolean, integers: IntegerProducts) {
     this.#model = model;
     this.products = new ComponentProducts(integers, this.#added);
     this.#wantsProbe = wantsProbe;
@@ -159,12 +159,7 @@ class Grafter {
     const projected = this.products.project(place, rows, sides, `${PREFIX}/${core.of}/E_A`);
     const mixed = place.op("MatMul", [byTask(projected, KA), core.name]);
     const widths = core.cores!.map(({ KB }) => KB);
-    // From opset 13 on the sizes are an input.
-    const [inputs, attributes] = this.#model.opset >= 13 ? [[this.#ints(widths)], {}] : [[], { split: widths }];
-    const parts =
-      widths.length === 1
-        ? [mixed]
-        : place.ops("Split", [mixed, ...inputs], widths.length, { axis: -1, ...attributes });
+    const parts = widths.length === 1 ? [mixed] : place.split(this.#model, mixed, widths);
     place.before();
     return parts.map((value) => ({ rows, value }));
   }

@@ -181,12 +181,12 @@ export class Place {
     return name;
   }
 
-  /** A node with several outputs. */
-  ops(opType: string, input: readonly string[], outputs: number, attributes: Attributes = {}): string[] {
-    const name = `${this.#name}/${opType}_${this.#nodes.length}`;
-    const values = Array.from({ length: outputs }, (_, i) => `${name}/${i}`);
-    this.#nodes.push(makeNode(opType, name, input, values, attributes));
-    return values;
+  /** A value divided along its last dimension. */
+  split(model: OnnxModel, value: string, sizes: readonly number[]): string[] {
+    const name = `${this.#name}/Split_${this.#nodes.length}`;
+    const parts = sizes.map((_, i) => `${name}/${i}`);
+    this.#nodes.push(makeSplit(model, name, value, parts, sizes));
+    return parts;
   }
 
   /** Puts the nodes so far in front of the node. */

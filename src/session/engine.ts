@@ -76,8 +76,8 @@ export interface Engine<Model extends LoadedModel = LoadedModel> {
   release(model: Model): Promise<void>;
   /** Whether it reads the files of a `DetachedModel`'s `folder` by itself. Default: false. */
   readonly readsFiles?: boolean | undefined;
-  /** How it multiplies by integers, so that components can stay as small as their pack stores them. Default: it does not. */
-  readonly integers?: "MatMulNBits" | "DequantizeLinear" | undefined;
+  /** Operators by which it multiplies by integers, so that components can stay as small as their pack stores them. Default: none. */
+  readonly integers?: readonly ("MatMulNBits" | "DequantizeLinear")[] | undefined;
   /** Where models run on a WebGPU device. */
   readonly gpu?: EngineGpu | undefined;
 }

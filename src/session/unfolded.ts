@@ -56,9 +56,11 @@ async function onModel(
       async checkRows(own, rows) {
         // Apps that run one task at a time do without.
         const { rowCheck } = await import("./rows.ts");
-        // Made again: sessions are many, and such checks few.
-        const base = (await evaluator.read(null)).inputs;
-        rowsAreApart ??= rowCheck({ engine, model, inputs, base, outputNames, idle, made, forms, sharesRanges });
+        rowsAreApart ??= rowCheck({
+          ...{ engine, model, inputs, outputNames, idle, made, forms, sharesRanges },
+          // Made again: all sessions would keep it, and few check.
+          base: (await evaluator.read(null)).inputs,
+        });
         return rowsAreApart(own, rows);
       },
       memory() {
