@@ -6,7 +6,7 @@
  */
 import { FormatError } from "../errors.ts";
 import type { Grafted, TaskInput } from "../onnx/adapted.ts";
-import { type Feed, tinyFeeds } from "../onnx/feeds.ts";
+import { type Feed, knownSizes, presentNames, tinyFeeds } from "../onnx/feeds.ts";
 import { FLOAT, INT64 } from "../onnx/linear.ts";
 import { indexGraph, type OnnxModel } from "../onnx/model.ts";
 import { makeFloats, makeNode, makeValue, PREFIX } from "../onnx/nodes.ts";
@@ -106,8 +106,9 @@ export async function buildTrainingGraph(
   // Shapes that were written down need not hold for other heads.
   main.valueInfo.length = 0;
   const indexed: ModelFile = { ...file, model: { ...model, graph: indexGraph(main, model.name) } };
-  const feeds = options.feeds ?? madeUp(own, problems);
-  if (feeds) checkFeeds(feeds, own, problems);
+  const fixed = knownSizes(indexed.model, own);
+  const feeds = options.feeds ?? madeUp(own, fixed, problems);
+  if (feeds) checkFeeds(feeds, own, problems, fixed);
   const probing = {
     probe: options.probe,
     feeds: feeds?.map((feed, i) => new Map([...feed, ...taskFeeds(grafted.inputs, TASK_SIZES[i]!)])),
@@ -136,8 +137,7 @@ export async function buildTrainingGraph(
     ...trained.map(({ name, dims }) => ({ value: found.get(name)!, as: gradients.get(name)!, rank: dims.length })),
   ];
   main.input.push(makeValue(TARGETS, FLOAT, ["", ""]), makeValue(LEARN, BOOL, []));
-  for (const node of emit.shapes) main.node.push(node);
-  main.node.push(branch(recompute(path.graph, emit.nodes), results));
+  main.node.push(branch(recompute(path, main, emit), results));
   main.output.push(...results.map(({ as }) => makeValue(as, FLOAT)));
   const logitsDims = namedDims(path.shapes, logits, ofTasks);
   return { learnInput: LEARN, targetsInput: TARGETS, logitsOutput: logits, logitsDims, lossOutput: LOSS, gradients };
@@ -198,11 +198,14 @@ function logitsOf(
 
 function madeUp(
   inputs: readonly ValueInfoProto[],
+  fixed: ReadonlyMap<string, number>,
   problems: Problems,
 ): readonly ReadonlyMap<string, Feed>[] | undefined {
+  const present = presentNames(inputs);
   const feeds = SIZES.map((sizes) => {
     const known = new Map<string, number>();
-    return tinyFeeds(inputs, new Map(), (dimension) => {
+    return tinyFeeds(inputs, fixed, (name) => {
+      const dimension = present(name);
       const size = known.get(dimension) ?? sizes[known.size] ?? sizes.at(-1)! + 10 * known.size;
       known.set(dimension, size);
       return size;
