@@ -6,7 +6,7 @@
  */
 import { FormatError } from "../errors.ts";
 import type { Grafted, TaskInput } from "../onnx/adapted.ts";
-import { type Feed, tinyFeeds } from "../onnx/feeds.ts";
+import { type Feed, knownSizes, presentNames, tinyFeeds } from "../onnx/feeds.ts";
 import { FLOAT, INT64 } from "../onnx/linear.ts";
 import { indexGraph, type OnnxModel } from "../onnx/model.ts";
 import { makeFloats, makeNode, makeValue, PREFIX } from "../onnx/nodes.ts";
@@ -130,8 +130,9 @@ export async function buildTrainingGraph(
   main.valueInfo.length = 0;
   const picked = options.tokens ? pickPositions(indexGraph(main, model.name), logits) : undefined;
   const indexed: ModelFile = { ...file, model: { ...model, graph: indexGraph(main, model.name) } };
-  const feeds = options.feeds ?? madeUp(own, problems);
-  if (feeds) checkFeeds(feeds, own, problems);
+  const fixed = knownSizes(indexed.model, own);
+  const feeds = options.feeds ?? madeUp(own, fixed, problems);
+  if (feeds) checkFeeds(feeds, own, problems, fixed);
   const probing = {
     probe: options.probe,
     feeds: feeds?.map((feed, i) => {
@@ -156,7 +157,6 @@ export async function buildTrainingGraph(
   };
   const found = differentiate(path, logits, seed, emit, problems);
   problems.throwIfAny(model.name);
-  picked?.choose();
 
   const gradients = new Map(trained.map(({ name }) => [name, `${name}.gradient`]));
   const results = [
@@ -165,8 +165,9 @@ export async function buildTrainingGraph(
   ];
   main.input.push(makeValue(TARGETS, FLOAT, ["", ""]), makeValue(LEARN, BOOL, []));
   if (picked) main.input.push(makeValue(CLASSES, INT64, ["", ""]));
-  for (const node of emit.shapes) main.node.push(node);
-  main.node.push(branch(recompute(path.graph, emit.nodes), results));
+  const learning = branch(recompute(path, main, emit), results);
+  picked?.choose();
+  main.node.push(learning);
   main.output.push(...results.map(({ as }) => makeValue(as, FLOAT)));
   const logitsDims = namedDims(path.shapes, logits, ofTasks);
   const tokens = picked && { positions: POSITIONS, classes: CLASSES };
@@ -242,11 +243,14 @@ export function logitsOf(
 
 function madeUp(
   inputs: readonly ValueInfoProto[],
+  fixed: ReadonlyMap<string, number>,
   problems: Problems,
 ): readonly ReadonlyMap<string, Feed>[] | undefined {
+  const present = presentNames(inputs);
   const feeds = SIZES.map((sizes) => {
     const known = new Map<string, number>();
-    return tinyFeeds(inputs, new Map(), (dimension) => {
+    return tinyFeeds(inputs, fixed, (name) => {
+      const dimension = present(name);
       const size = known.get(dimension) ?? sizes[known.size] ?? sizes.at(-1)! + 10 * known.size;
       known.set(dimension, size);
       return size;
