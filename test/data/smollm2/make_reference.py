@@ -64,10 +64,9 @@ def main():
             top = [{"ids": one.topk(5).indices.tolist(), "logits": [round(x, 4) for x in one.topk(5).values.tolist()]} for one in firsts[:TOP_ROWS]]
             reference["adapters"][f"{os.path.basename(os.path.abspath(folder))}/{name}"] = {"answers": answers, "right": right, "top": top}
             print(f"{folder}/{name}: {len(right)} of {len(answers)} right", flush=True)
-            # After each, so that a run cut short is worth something.
-            with open(out, "w", encoding="utf-8") as file:
-                json.dump(reference, file, separators=(",", ":"))
-                file.write("\n")
+    lines = lambda part: ",\n".join(f"{json.dumps(name)}:{json.dumps(value, separators=(',', ':'))}" for name, value in part.items())
+    with open(out, "w", encoding="utf-8") as file:
+        file.write(f'{{"tasks":{{\n{lines(reference["tasks"])}\n}},\n"adapters":{{\n{lines(reference["adapters"])}\n}}}}\n')
 
 
 main()
