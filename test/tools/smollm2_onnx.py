@@ -8,7 +8,7 @@ Weights bear transformers' names and lie as [in, out].
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
-from smollm2 import BLOCK, EPSILON, HEAD, HEADS, KV_HEADS, LAYERS, THETA, VOCABULARY, WIDTH
+from smollm2_shape import BLOCK, EPSILON, HEAD, HEADS, KV_HEADS, LAYERS, THETA, VOCABULARY, WIDTH
 
 # "The capital of France is", and what torch 2.13 with transformers 5.24 answers from model.safetensors in f32: the five largest
 # logits of the next token.
