@@ -34,13 +34,14 @@ const WAYS = {
   "node-core": (pack) => onOrt(node, pack, "core"),
   "node-factors": (pack) => onOrt(node, pack, "factors"),
   "node-folded": (pack) => onOrt(node, pack, "folded"),
+  "node-q4-factors": (pack) => onOrt(node, pack, "factors", "onnx/model_q4.onnx"),
   "web-factors": (pack) => onOrt(/** @type {any} */ (web), pack, "factors"),
   "transformers-factors": onTransformers,
 };
 
-/** @param {typeof node} ort @param {import("eigenlora").Pack} pack @param {Mode} mode @returns {Promise<Answerer>} */
-async function onOrt(ort, pack, mode) {
-  const session = await createEigenSession(ort, smollm2File("onnx/model.onnx"), pack, { mode, session: ONE_THREAD });
+/** @param {typeof node} ort @param {import("eigenlora").Pack} pack @param {Mode} mode @param {string} [file] @returns {Promise<Answerer>} */
+async function onOrt(ort, pack, mode, file = "onnx/model.onnx") {
+  const session = await createEigenSession(ort, smollm2File(file), pack, { mode, session: ONE_THREAD });
   return {
     switchTask: (task) => session.switchTask(task),
     wrong: (cases) => wrongOf(ort, session, cases),
