@@ -209,7 +209,7 @@ t.test("what cannot be distilled is refused by name", async (t) => {
     { tag: "task", message: /"bias-lora" cannot be distilled: it brings "bert.*" \(bias\)/ },
   );
   await refused({ feeds: all.slice(0, 7) }, { name: "RangeError", message: /7 texts; 8 at least/ });
-  await refused({ texts: ["a"] }, { name: "TypeError", message: /texts or feeds, one of them/ });
+  await refused({ texts: ["a"] }, { name: "TypeError", message: /texts, feeds or examples, one of them/ });
   await refused({ feeds: undefined, texts: ["a"] }, { name: "TypeError", message: /need `encode`/ });
   await refused({ steps: 1.5 }, { name: "RangeError", message: /steps/ });
   await refused({ steps: 0 }, { name: "RangeError", message: /steps/ });
