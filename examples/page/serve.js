@@ -12,8 +12,6 @@ import { pipeline } from "node:stream";
 import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
 import { buildPage } from "./build.js";
-import { buildLlmPage } from "./llm/build.js";
-import { smolMaterial } from "./llm/material.js";
 
 /** Browsers run modules, and compile WASM while it arrives, only with the right content type. */
 const TYPES = new Map([
@@ -147,5 +145,11 @@ if (process.argv[1] === fileURLToPath(import.meta.url)) {
 function buildOf(model) {
   if (model === "minilm") return buildPage;
   if (model !== "llm") throw new Error(`--model: expected "minilm" or "llm", got "${model}"`);
-  return async (folder) => buildLlmPage(folder, await smolMaterial());
+  return async (folder) => {
+    const [{ buildLlmPage }, { smolMaterial }] = await Promise.all([
+      import("./llm/build.js"),
+      import("./llm/material.js"),
+    ]);
+    return buildLlmPage(folder, await smolMaterial());
+  };
 }

@@ -29,14 +29,16 @@ export async function smolMaterial() {
       `${found}: make the model with \`npm run smollm2 -- FOLDER\`, which needs Python, and set EIGENLORA_SMOLLM2=FOLDER.`,
     );
   }
-  const pack = await openPack(data("tasks.eigen"));
+  const mine = join(folder, "tasks.eigen");
+  const path = existsSync(mine) ? mine : data("twenty.eigen");
+  const pack = await openPack(path);
   const ids = [...pack.tasks.keys()];
   await pack.close();
   return {
     name: "SmolLM2-135M-Instruct, 4 bits a weight",
     folder,
     model,
-    pack: data("tasks.eigen"),
+    pack: path,
     adapters: await adapterBytes(ids.length),
     skills: Object.fromEntries(await Promise.all(ids.map(async (id) => [id, await skillOf(id)]))),
     first: ["plural", "mouse"],
