@@ -87,7 +87,7 @@ async function learn(session, task, rates) {
       before = performance.now();
     }
     const texts = test.map(([text]) => ({ text }));
-    const answers = await trainer.predict(texts, { batch: BATCH });
+    const answers = await trainer.predict(texts);
     accuracies.push(mean(answers.map((p, i) => Number(p.indexOf(Math.max(...p)) === test[i][1]))));
     bytes = (await trainer.task()).length;
   }

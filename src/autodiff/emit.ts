@@ -2,7 +2,7 @@
  * Writes nodes of standard operators, in the spelling of the model's opset. What has been written once is not written
  * again. No knowledge of gradients.
  */
-import { FLOAT } from "../onnx/linear.ts";
+import { FLOAT, INT64 } from "../onnx/linear.ts";
 import { type Attributes, makeFloats, makeInts, makeNode, PREFIX } from "../onnx/nodes.ts";
 import type { GraphProto, NodeProto } from "../onnx/onnx_pb.ts";
 
@@ -18,37 +18,79 @@ const CONCAT_INPUTS = 6;
 /** A size, or a product of sizes that inputs have. */
 export type Dimension = number | readonly { readonly input: string; readonly axis: number }[];
 
+/** When a value is there: the gradient of a node, and a dimension of it that the run alone tells. */
+export interface Moment {
+  readonly value: string;
+  readonly axis: number | undefined;
+}
+
 export class Emitter {
   /** In the order in which they must run. */
   readonly nodes: NodeProto[] = [];
   /** Nodes that go with the model's own: shapes that nothing else tells. */
   readonly shapes: NodeProto[] = [];
+  /** When what is written next is needed, by nodes. */
+  readonly moments: Map<NodeProto, Moment> = new Map();
+  moment: Moment | undefined;
   /** What the dimensions of the model's own values are made of, as far as it is known. */
   dimensions: ((value: string) => readonly Dimension[] | undefined) | undefined;
   readonly #constants: GraphProto;
   readonly #opset: number;
+  readonly #prefix: string;
   readonly #made = new Map<string, string>();
   readonly #own = new Set<string>();
   /** Names of `shapes`. */
   readonly #asked = new Set<string>();
 
-  /** @param constants graph that gets the constants as initializers */
-  constructor(constants: GraphProto, opset: number) {
+  /**
+   * @param constants graph that gets the constants as initializers
+   * @param prefix of the names of what is written
+   */
+  constructor(constants: GraphProto, opset: number, prefix = `${PREFIX}/learn`) {
     this.#constants = constants;
     this.#opset = opset;
+    this.#prefix = prefix;
   }
 
-  op(opType: string, input: readonly Operand[], attributes: Attributes = {}): string {
+  op(opType: string, input: readonly Operand[], attributes: Attributes = {}, domain = ""): string {
+    return this.#write(opType, input, attributes, domain, 1)[0]!;
+  }
+
+  /** @returns the outputs */
+  #write(
+    opType: string,
+    input: readonly Operand[],
+    attributes: Attributes,
+    domain: string,
+    outputs: number,
+  ): readonly string[] {
     const values = input.map((one) => (typeof one === "number" ? this.float(one) : one));
     const key = JSON.stringify([opType, values, attributes]);
-    let made = this.#made.get(key);
-    if (made === undefined) {
-      made = `${PREFIX}/learn/${opType}_${this.nodes.length}`;
-      this.nodes.push(makeNode(opType, made, values, made, attributes));
+    const made = this.#made.get(key) ?? `${this.#prefix}/${opType}_${this.nodes.length}`;
+    const names = outputs === 1 ? [made] : Array.from({ length: outputs }, (_, i) => `${made}/${i}`);
+    if (!this.#made.has(key)) {
+      const node = makeNode(opType, made, values, names, attributes, domain);
+      this.nodes.push(node);
+      if (this.moment) this.moments.set(node, this.moment);
       this.#made.set(key, made);
-      this.#own.add(made);
+      for (const name of names) this.#own.add(name);
     }
-    return made;
+    return names;
+  }
+
+  /** Pieces of these sizes along one axis. */
+  split(value: string, axis: number, sizes: readonly number[]): readonly string[] {
+    return this.#write("Split", [value, this.ints(sizes)], { axis }, "", sizes.length);
+  }
+
+  /** Calls a value otherwise that one of these nodes makes; false where none does. It must not be written again. */
+  rename(value: string, name: string, nodes: readonly NodeProto[]): boolean {
+    const maker = nodes.find(({ output }) => output.length === 1 && output[0] === value);
+    if (!maker) return false;
+    maker.output[0] = name;
+    for (const { input } of nodes) for (const [i, one] of input.entries()) if (one === value) input[i] = name;
+    for (const [key, made] of this.#made) if (made === value) this.#made.delete(key);
+    return true;
   }
 
   add(a: Operand, b: Operand): string {
@@ -162,6 +204,19 @@ export class Emitter {
     return level[0]!;
   }
 
+  /**
+   * An int64 vector of one zero, which a runtime knows only once `value` is there.
+   * @param axis of a dimension that the run alone tells; undefined where all are fixed
+   */
+  late(value: string, axis: number | undefined): string {
+    // Sizes cost nothing. Where they are known before, one of the elements: runtimes work out what they can when they load.
+    const of =
+      axis === undefined
+        ? this.op("Cast", [this.slice(this.op("Reshape", [value, this.ints([-1])]), 0, 0, 1)], { to: INT64 })
+        : this.slice(this.op("Shape", [value]), 0, axis, axis + 1);
+    return this.mul(of, this.ints([0]));
+  }
+
   /** value[from:to] along one axis. */
   slice(value: string, axis: number, from: number, to: number): string {
     return this.op("Slice", [value, this.ints([from]), this.ints([to]), this.ints([axis])]);
@@ -185,7 +240,7 @@ export class Emitter {
   #constant(of: string, make: (name: string) => ReturnType<typeof makeInts>): string {
     let name = this.#made.get(of);
     if (name === undefined) {
-      name = `${PREFIX}/learn/${of}`;
+      name = `${this.#prefix}/${of}`;
       this.#constants.initializer.push(make(name));
       this.#made.set(of, name);
     }

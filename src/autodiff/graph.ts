@@ -6,7 +6,7 @@
  */
 import { FormatError } from "../errors.ts";
 import type { Grafted, TaskInput } from "../onnx/adapted.ts";
-import { type Feed, tinyFeeds } from "../onnx/feeds.ts";
+import { type Feed, knownSizes, presentNames, tinyFeeds } from "../onnx/feeds.ts";
 import { FLOAT, INT64 } from "../onnx/linear.ts";
 import { indexGraph, type OnnxModel } from "../onnx/model.ts";
 import { makeFloats, makeNode, makeValue, PREFIX } from "../onnx/nodes.ts";
@@ -14,7 +14,8 @@ import type { NodeProto, ValueInfoProto } from "../onnx/onnx_pb.ts";
 import { create, GraphProtoSchema } from "../onnx/protobuf.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { Emitter } from "./emit.ts";
-import { crossEntropy } from "./loss.ts";
+import { crossEntropy, sparseCrossEntropy } from "./loss.ts";
+import { POSITIONS, pickPositions } from "./positions.ts";
 import { probePath } from "./probed-path.ts";
 import { Problems } from "./problems.ts";
 import { recompute } from "./recompute.ts";
@@ -24,6 +25,11 @@ import { checkFeeds, type ShapeProbe, type Shapes } from "./shapes.ts";
 export interface TrainingGraphOptions {
   /** The output that holds the logits, [… , classes]. Default: "logits", or the only output. */
   readonly logits?: string | undefined;
+  /**
+   * Whether the model answers at every position, [batch, length, classes], and learns from some of them: targets then name a few
+   * classes of each. Default: false.
+   */
+  readonly tokens?: boolean | undefined;
   /** Runs the model while the graph is made, on two tiny feeds. */
   readonly probe: ShapeProbe;
   /**
@@ -39,6 +45,8 @@ export interface TrainingGraph {
   readonly learnInput: string;
   /** f32 [N, C]: N rows of logits, all leading dimensions flattened. Not looked at in a run that does not learn. */
   readonly targetsInput: string;
+  /** Of a model that answers at every position. */
+  readonly tokens: TokenInputs | undefined;
   readonly logitsOutput: string;
   /** Its dimensions: numbers, and names of free ones; that of the inputs' rows is "batch". */
   readonly logitsDims: readonly (number | string)[];
@@ -48,12 +56,24 @@ export interface TrainingGraph {
   readonly gradients: ReadonlyMap<string, string>;
 }
 
+/** What a model that answers at every position takes beside. */
+export interface TokenInputs {
+  /**
+   * int64 [N]: which rows of logits are computed, counted through all texts: text · length + position. The logits are [1, N, C] then.
+   * Empty: all, and the logits are [batch, length, C].
+   */
+  readonly positions: string;
+  /** int64 [N, k]: the classes that targets [N, k] are of, all of a row different. */
+  readonly classes: string;
+}
+
 /** The least opset in which the operators that are added mean what is meant here. */
 const LEAST_OPSET = 13;
 
 const TARGETS = `${PREFIX}.targets`;
 const LEARN = `${PREFIX}.learn`;
 const LOSS = `${PREFIX}.loss`;
+const CLASSES = `${PREFIX}.classes`;
 const BOOL = 9;
 
 /** Sizes of free dimensions in the two feeds: all differ. */
@@ -67,6 +87,9 @@ const TASK_SIZES = [
   { labels: 41, q: 47, rows: 59 },
   { labels: 43, q: 53, rows: 61 },
 ] as const;
+
+/** How many positions are looked at in the two feeds: no other size. */
+const POSITION_COUNTS = [67, 71] as const;
 
 /** Task inputs that are trained. The others are constant while a task is learned. */
 const TRAINED: ReadonlySet<TaskInput["kind"]> = new Set(["A", "B", "headWeight", "headBias"]);
@@ -105,12 +128,17 @@ export async function buildTrainingGraph(
   if (trained.length === 0) problems.add("nothing is trained: neither terms nor heads are asked for");
   // Shapes that were written down need not hold for other heads.
   main.valueInfo.length = 0;
+  const picked = options.tokens ? pickPositions(indexGraph(main, model.name), logits) : undefined;
   const indexed: ModelFile = { ...file, model: { ...model, graph: indexGraph(main, model.name) } };
-  const feeds = options.feeds ?? madeUp(own, problems);
-  if (feeds) checkFeeds(feeds, own, problems);
+  const fixed = knownSizes(indexed.model, own);
+  const feeds = options.feeds ?? madeUp(own, fixed, problems);
+  if (feeds) checkFeeds(feeds, own, problems, fixed);
   const probing = {
     probe: options.probe,
-    feeds: feeds?.map((feed, i) => new Map([...feed, ...taskFeeds(grafted.inputs, TASK_SIZES[i]!)])),
+    feeds: feeds?.map((feed, i) => {
+      const of = new Map([...feed, ...taskFeeds(grafted.inputs, TASK_SIZES[i]!)]);
+      return picked ? of.set(POSITIONS, somePositions(POSITION_COUNTS[i]!)) : of;
+    }),
     initializers: grafted.initializers,
   };
   const path = await probePath(
@@ -123,7 +151,7 @@ export async function buildTrainingGraph(
   const emit = new Emitter(main, model.opset);
   let loss = "";
   const seed = (): string => {
-    const made = crossEntropy(emit, logits, TARGETS);
+    const made = picked ? sparseCrossEntropy(emit, logits, CLASSES, TARGETS) : crossEntropy(emit, logits, TARGETS);
     loss = made.loss;
     return made.gradient;
   };
@@ -136,11 +164,27 @@ export async function buildTrainingGraph(
     ...trained.map(({ name, dims }) => ({ value: found.get(name)!, as: gradients.get(name)!, rank: dims.length })),
   ];
   main.input.push(makeValue(TARGETS, FLOAT, ["", ""]), makeValue(LEARN, BOOL, []));
-  for (const node of emit.shapes) main.node.push(node);
-  main.node.push(branch(recompute(path.graph, emit.nodes), results));
+  if (picked) main.input.push(makeValue(CLASSES, INT64, ["", ""]));
+  const learning = branch(recompute(path, main, emit), results);
+  picked?.choose();
+  main.node.push(learning);
   main.output.push(...results.map(({ as }) => makeValue(as, FLOAT)));
   const logitsDims = namedDims(path.shapes, logits, ofTasks);
-  return { learnInput: LEARN, targetsInput: TARGETS, logitsOutput: logits, logitsDims, lossOutput: LOSS, gradients };
+  const tokens = picked && { positions: POSITIONS, classes: CLASSES };
+  return {
+    learnInput: LEARN,
+    targetsInput: TARGETS,
+    tokens,
+    logitsOutput: logits,
+    logitsDims,
+    lossOutput: LOSS,
+    gradients,
+  };
+}
+
+/** Some that every feed has. */
+function somePositions(count: number): Feed {
+  return { dataType: INT64, dims: [count], data: BigInt64Array.from({ length: count }, (_, i) => BigInt(i % 10)) };
 }
 
 /** If(learn): the nodes and what they give; otherwise nothing of the same types. One flat graph would learn in every run. */
@@ -181,7 +225,8 @@ function namedDims(shapes: Shapes, value: string, ofTasks: ReadonlySet<string>):
   });
 }
 
-function logitsOf(
+/** The output that holds the logits. @throws FormatError when it is not there */
+export function logitsOf(
   { name: file, graph }: OnnxModel,
   { probe, formProbes }: Grafted,
   wanted: string | undefined,
@@ -198,11 +243,14 @@ function logitsOf(
 
 function madeUp(
   inputs: readonly ValueInfoProto[],
+  fixed: ReadonlyMap<string, number>,
   problems: Problems,
 ): readonly ReadonlyMap<string, Feed>[] | undefined {
+  const present = presentNames(inputs);
   const feeds = SIZES.map((sizes) => {
     const known = new Map<string, number>();
-    return tinyFeeds(inputs, new Map(), (dimension) => {
+    return tinyFeeds(inputs, fixed, (name) => {
+      const dimension = present(name);
       const size = known.get(dimension) ?? sizes[known.size] ?? sizes.at(-1)! + 10 * known.size;
       known.set(dimension, size);
       return size;

@@ -27,3 +27,30 @@ export function crossEntropy(emit: Emitter, logits: string, targets: string): { 
   const gradient = emit.reshapeAs(emit.div(emit.sub(expected, targets), count), logits);
   return { loss, gradient };
 }
+
+/**
+ * The same where classes are many and targets name a few: those of a vocabulary.
+ * @param classes int64 [N, k], of which classes the targets are; all of a row differ
+ * @param targets f32 [N, k]
+ */
+export function sparseCrossEntropy(
+  emit: Emitter,
+  logits: string,
+  classes: string,
+  targets: string,
+): { loss: string; gradient: string } {
+  const rows = emit.rows(logits);
+  const shifted = emit.sub(rows, emit.max(rows, [1]));
+  const at = (values: string): string => emit.op("GatherElements", [values, classes], { axis: 1 });
+  const powers = emit.op("Exp", [shifted]);
+  const total = emit.sum(powers, [1], true);
+  // Logarithms of the few alone: a table of all would be as large as the logits.
+  const logs = emit.sub(at(shifted), emit.op("Log", [total]));
+  const count = emit.toFloat(emit.size(rows, 0));
+  const loss = emit.neg(emit.div(emit.sum(emit.mul(targets, logs), [0, 1], false), count));
+  const weights = emit.sum(targets, [1], true);
+  const expected = emit.mul(powers, emit.div(weights, emit.mul(total, count)));
+  const wanted = emit.sub(at(expected), emit.div(targets, count));
+  const rest = emit.op("ScatterElements", [expected, classes, wanted], { axis: 1 });
+  return { loss, gradient: emit.reshapeAs(rest, logits) };
+}

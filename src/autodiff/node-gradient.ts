@@ -3,7 +3,7 @@
  */
 import { attribute, type Graph } from "../onnx/model.ts";
 import type { NodeProto } from "../onnx/onnx_pb.ts";
-import type { Emitter } from "./emit.ts";
+import type { Emitter, Moment } from "./emit.ts";
 import type { Problems } from "./problems.ts";
 import { type Dims, fromFront, type Shapes } from "./shapes.ts";
 
@@ -89,6 +89,24 @@ export class NodeGradient {
 
   rank(value: string): number {
     return this.dims(value).length;
+  }
+
+  /** "float32", "int64", … */
+  type(value: string): string {
+    return this.#walk.shapes.type(value);
+  }
+
+  /** An int64 vector of one zero, which is there only when this node's gradient is. */
+  late(): string {
+    const { value, axis } = this.moment();
+    return this.emit.late(value, axis);
+  }
+
+  /** When this node's gradient is there. */
+  moment(): Moment {
+    const value = this.proto.output.find((output) => this.gradient(output) !== undefined)!;
+    const free = this.dims(value).indexOf(undefined);
+    return { value: this.gradient(value)!, axis: free < 0 ? undefined : free };
   }
 
   /** The elements of a small value that no input changes. */

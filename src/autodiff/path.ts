@@ -4,13 +4,14 @@
  */
 import { attribute, type Graph, nestedGraphs } from "../onnx/model.ts";
 import type { NodeProto } from "../onnx/onnx_pb.ts";
+import { operatorOf } from "./definitions/index.ts";
 import type { Problems } from "./problems.ts";
 import { RULES, STOPS } from "./rules/index.ts";
 
 /** `TensorProto.DataType` of float, float16, double, bfloat16. */
 const FLOATS: ReadonlySet<number> = new Set([1, 10, 11, 16]);
 
-const QUANTISED = /^(Quantize|Dequantize|DynamicQuantize|QLinear|MatMulInteger|ConvInteger|MatMulNBits)/;
+const QUANTISED = /^(Quantize|Dequantize|DynamicQuantize|QLinear|MatMulInteger|ConvInteger)/;
 
 export interface Path {
   /** In the order of the graph. */
@@ -24,8 +25,15 @@ export interface Path {
  * @param sources trained values
  * @param end the value whose gradient is known
  * @param problems gets the operators that gradients cannot pass, and the sources that do not reach the end
+ * @param refused why nodes that are fused have not been taken apart
  */
-export function findPath(graph: Graph, sources: readonly string[], end: string, problems: Problems): Path {
+export function findPath(
+  graph: Graph,
+  sources: readonly string[],
+  end: string,
+  problems: Problems,
+  refused: ReadonlyMap<NodeProto, string>,
+): Path {
   const nodes = graph.proto.node;
   const reached = new Set(sources);
   for (const node of nodes) {
@@ -47,7 +55,7 @@ export function findPath(graph: Graph, sources: readonly string[], end: string, 
     return enters && node.output.some((value) => active.has(value));
   });
   for (const node of path) {
-    const why = obstacle(node);
+    const why = refused.get(node) ?? obstacle(node);
     if (why) problems.node(node, why);
   }
   return { nodes: path.filter((node) => obstacle(node) === undefined), active };
@@ -57,7 +65,7 @@ export function findPath(graph: Graph, sources: readonly string[], end: string, 
 function flowing(node: NodeProto): readonly string[] {
   if (STOPS.has(node.opType) && isStandard(node)) return [];
   if (node.opType === "Cast" && !FLOATS.has(Number(attribute(node, "to")?.i ?? 1))) return [];
-  const inputs = isStandard(node) ? RULES.get(node.opType)?.inputs : undefined;
+  const inputs = RULES.get(operatorOf(node))?.inputs;
   return inputs ? inputs.map((i) => node.input[i] ?? "") : node.input;
 }
 
@@ -79,6 +87,7 @@ function obstacle(node: NodeProto): string | undefined {
     return "is control flow, which gradients do not pass (export the model without it)";
   }
   if (QUANTISED.test(node.opType)) return "is quantised, which gradients do not pass (pass a float export)";
+  if (RULES.has(operatorOf(node))) return undefined;
   if (!isStandard(node)) return `is an operator of ${node.domain}, fused already (pass the unoptimised export)`;
-  return RULES.has(node.opType) ? undefined : "has no rule for gradients";
+  return "has no rule for gradients";
 }

@@ -5,6 +5,7 @@ import type { Feed } from "../onnx/feeds.ts";
 import type { Graph } from "../onnx/model.ts";
 import type { Added } from "../onnx/nodes.ts";
 import type { ModelFile } from "../onnx/read.ts";
+import { shadowOf } from "./definitions/index.ts";
 import { asGelu } from "./gelu.ts";
 import { lift } from "./lift.ts";
 import { findPath, type Path } from "./path.ts";
@@ -12,6 +13,7 @@ import type { Problems } from "./problems.ts";
 import { probeShapes, type ShapeProbe, type Shapes } from "./shapes.ts";
 
 export interface ProbedPath extends Path {
+  /** With definitions in the place of fused nodes. */
   readonly graph: Graph;
   /** Of all values of the nodes. */
   readonly shapes: Shapes;
@@ -41,12 +43,12 @@ export async function probePath(
   problems: Problems,
   { probe, feeds, initializers }: Probing,
 ): Promise<ProbedPath> {
-  const { model } = file;
-  const path = findPath(model.graph, sources, end, problems);
+  const { model, refused, ranks } = shadowOf(file.model);
+  const path = findPath(model.graph, sources, end, problems, refused);
   const values = path.nodes.flatMap(({ input, output }) => [...input, ...output]).filter((value) => value !== "");
   let shapes: Shapes | undefined;
   try {
-    shapes = feeds && (await probeShapes(file, initializers, values, feeds, probe, problems));
+    shapes = feeds && (await probeShapes({ ...file, model }, initializers, values, feeds, probe, problems));
   } catch (error) {
     // Where there are problems, a model that does not run is the least of them.
     if (!problems.any) throw error;
@@ -55,8 +57,13 @@ export async function probePath(
     problems.throwIfAny(model.name);
     throw new Error("neither shapes nor problems");
   }
-  const graph = problems.any ? undefined : lift(model, shapes);
-  const { nodes, active } = graph ? findPath(graph, sources, end, problems) : path;
+  for (const [value, rank] of ranks) {
+    if (!shapes.has(value) || shapes.dims(value).length === rank) continue;
+    problems.add(`a fused operator takes a value of another rank than ${rank}, which gradients do not pass`, value);
+  }
+  // Positions are taken in the model itself.
+  const graph = problems.any || model !== file.model ? undefined : lift(model, shapes);
+  const { nodes, active } = graph ? findPath(graph, sources, end, problems, refused) : path;
   const found = graph ?? model.graph;
   return { graph: found, shapes, active, nodes: asGelu(nodes, found, shapes) };
 }

@@ -2,6 +2,7 @@
  * Reverse-mode differentiation of a graph: from the gradient of one value, by one rule per operator, to those of the
  * trained values.
  */
+import { operatorOf } from "./definitions/index.ts";
 import type { Emitter } from "./emit.ts";
 import { NodeGradient, type Walk } from "./node-gradient.ts";
 import type { ProbedPath } from "./probed-path.ts";
@@ -39,12 +40,15 @@ export function differentiate(
   for (const node of nodes.toReversed()) {
     const came = node.output.map((value) => gradients.has(value));
     if (!came.includes(true)) continue;
-    const rule = RULES.get(node.opType)!;
+    const rule = RULES.get(operatorOf(node))!;
     if (!rule.manyOutputs && came.lastIndexOf(true) > 0) {
       problems.node(node, "is used by more than its first output, which gradients do not come back from");
     } else {
-      rule.backward(new NodeGradient(node, walk));
+      const at = new NodeGradient(node, walk);
+      emit.moment = at.moment();
+      rule.backward(at);
     }
   }
+  emit.moment = undefined;
   return gradients;
 }

@@ -2,7 +2,7 @@
  * Ranks, types and fixed dimensions of the values of a graph, found by running it twice. No shape inference: what is the
  * same for two feeds whose free dimensions all differ is fixed, and what differs is free.
  */
-import type { Feed } from "../onnx/feeds.ts";
+import { type Feed, presentNames } from "../onnx/feeds.ts";
 import { FLOAT, FLOAT16 } from "../onnx/linear.ts";
 import { attribute, type Graph } from "../onnx/model.ts";
 import { type Added, makeNode, PREFIX } from "../onnx/nodes.ts";
@@ -48,14 +48,17 @@ const MOST_FREE = 64;
 /**
  * Refuses feeds that would tell nothing: free dimensions must differ within a feed and between the two, and never be 1.
  * @param inputs that the model declares
+ * @param fixed dimensions that have a name, and one size all the same
  */
 export function checkFeeds(
   feeds: readonly ReadonlyMap<string, Feed>[],
   inputs: readonly ValueInfoProto[],
   problems: Problems,
+  fixed: ReadonlyMap<string, number> = new Map(),
 ): void {
   const equal = (size: number, dimension: string): void =>
     problems.add(`free dimensions of the probe feeds are equal (${size}), so they cannot be told apart`, dimension);
+  const present = presentNames(inputs);
   const bySize = new Map<number, string>();
   const before = new Map<string, number>();
   for (const feed of feeds) {
@@ -72,7 +75,8 @@ export function checkFeeds(
         // An empty cache stays empty.
         if (value.case === "dimValue" || size === undefined || size === 0) continue;
         const named = value.case === "dimParam" && value.value !== "";
-        const dimension = named ? value.value : `${name}, dimension ${axis}`;
+        if (named && fixed.has(value.value)) continue;
+        const dimension = named ? present(value.value) : `${name}, dimension ${axis}`;
         if (size === 1)
           problems.add("a free dimension of the probe feeds is 1, which looks like broadcasting", dimension);
         // One without a name may be the same as any other.

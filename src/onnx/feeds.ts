@@ -70,6 +70,27 @@ export function knownSizes({ graph }: OnnxModel, inputs: readonly ValueInfoProto
   return found;
 }
 
+/**
+ * A name for each free dimension of inputs, one for those that are equally long as long as nothing is past: the present, and what is
+ * as long as past and present together.
+ */
+export function presentNames(inputs: readonly ValueInfoProto[]): (dimension: string) => string {
+  const names = new Set<string>();
+  for (const { type } of inputs) {
+    for (const { value } of type?.value.case === "tensorType" ? (type.value.value.shape?.dim ?? []) : [])
+      if (value.case === "dimParam") names.add(value.value);
+  }
+  const plain = [...names].filter((name) => /seq/.test(name) && !/past|total|\+/.test(name));
+  return (dimension) => {
+    const parts = dimension.split("+").map((part) => part.trim());
+    const present = parts.filter((part) => !/past/.test(part));
+    if (parts.length > 1 && present.length === 1) return present[0]!;
+    // "total_sequence_length" beside "sequence_length": the longest name that it ends with.
+    const ends = plain.filter((name) => dimension.endsWith(name)).sort((a, b) => b.length - a.length);
+    return /total/.test(dimension) ? (ends[0] ?? dimension) : dimension;
+  };
+}
+
 /** Rows of a batch that all differ, as far as made-up ones can. */
 const ROWS = 3;
 /** Of everything else that is free. */

@@ -200,13 +200,14 @@ export class Session<T extends SessionTypes = SessionTypes> {
     this.#active = first;
     this.#timeline = new Timeline(first);
     this.#components = initializers.reduce((sum, { data }) => sum + data.byteLength, 0);
-    this.trainable = graph && this.#lend(graph);
+    this.trainable = graph && this.#lend(graph, prepared.feeds);
   }
 
-  #lend(graph: Trainable["graph"]): Trainable {
+  #lend(graph: Trainable["graph"], example: Trainable["example"]): Trainable {
     return {
       engine: this.#engine,
       graph,
+      example,
       inputs: this.#inputs,
       base: async () => (await this.#carrier.evaluator.read(null)).inputs,
       run: async (feeds, fetches) => {

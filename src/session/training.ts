@@ -2,10 +2,11 @@
  * What a session needs to learn beside answering: a training graph in the same model, and a way for a trainer to run it. Loaded
  * when a session is made `trainable`.
  */
-import { buildTrainingGraph, type TrainingGraph } from "../autodiff/graph.ts";
+import { buildTrainingGraph, logitsOf, type TrainingGraph } from "../autodiff/graph.ts";
 import type { ShapeProbe } from "../autodiff/shapes.ts";
 import { BaseMismatchError } from "../errors.ts";
 import type { TaskInput } from "../onnx/adapted.ts";
+import type { Feed } from "../onnx/feeds.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { dataOf, type Engine, type LoadOptions, type Tensors } from "./engine.ts";
 import type { AdaptedLayer, PreparedModel } from "./prepare.ts";
@@ -18,6 +19,8 @@ export interface Trainable {
   readonly graph: TrainingGraph;
   /** The inputs that carry a task. */
   readonly inputs: readonly TaskInput[];
+  /** Made-up values of the model's own inputs, for their types and what is fixed of their dimensions; undefined where none fit. */
+  readonly example: ReadonlyMap<string, Feed> | undefined;
   /** Their values on the base. */
   base(): Promise<ReadonlyMap<string, InputValue>>;
   /** Runs the model on inputs that are all given, between the session's own runs. */
@@ -45,10 +48,17 @@ export async function addTraining(
   }
   const form = prepared.modules.find((module) => module.form);
   if (form) throw new BaseMismatchError(cannotLearn(form), { module: form.name });
-  const graph = await buildTrainingGraph(file, prepared, { probe: probeOf(engine), logits });
+  const name = logitsOf(file.model, prepared, logits);
+  const output = file.model.graph.proto.output.find((one) => one.name === name)?.type?.value;
+  const tokens = output?.case === "tensorType" && output.value.shape?.dim.length === 3;
+  const graph = await buildTrainingGraph(file, prepared, { probe: probeOf(engine), logits, tokens });
   const idle = {
     [graph.learnInput]: engine.tensor(Uint8Array.of(0), []),
     [graph.targetsInput]: engine.tensor(new Float32Array(1), [1, 1]),
+    ...(graph.tokens && {
+      [graph.tokens.positions]: engine.tensor(new BigInt64Array(0), [0]),
+      [graph.tokens.classes]: engine.tensor(new BigInt64Array(1), [1, 1]),
+    }),
   };
   // WGSL promises sine and cosine to 2⁻¹¹, too little for gradients. They turn positions: a few numbers.
   const exactNodes = file.model.graph.proto.node.flatMap(({ opType, name }) =>

@@ -8,33 +8,49 @@ import { TaskError } from "../errors.ts";
 import type { Session } from "../session/session.ts";
 import type { Term } from "../tensor/term.ts";
 import type { BatchFeeds } from "./batch.ts";
-import type { Unlabelled } from "./examples.ts";
-import type { Inputs } from "./inputs.ts";
+import type { Example, Row, Unlabelled } from "./examples.ts";
+import type { Lessons } from "./lessons.ts";
 import { createMachine, headInputs } from "./machine.ts";
-import { rowsOf, softmax } from "./probabilities.ts";
+import { answers } from "./objective.ts";
+import type { Distribution } from "./probabilities.ts";
 import { Terms, type TrainedModule } from "./terms.ts";
+
+/** What is asked: texts, or inputs, or examples as a trainer takes them, whose answers do not count. */
+export interface Questions {
+  /** Plain text of the kind that the task is asked about. A language model is asked at every token. */
+  readonly texts?: readonly string[] | undefined;
+  /** Instead of texts: the model's inputs of each, batches of one. */
+  readonly feeds?: readonly BatchFeeds[] | undefined;
+  /** Instead of texts: examples. A language model is asked at the tokens of completions. */
+  readonly examples?: readonly Example<BatchFeeds>[] | undefined;
+}
+
+/** @throws TypeError unless questions are given in one way */
+export function questionsOf(where: string, { texts, feeds, examples }: Questions): readonly Example<BatchFeeds>[] {
+  if ([texts, feeds, examples].filter((one) => one !== undefined).length !== 1)
+    throw new TypeError(`${where}: expected texts, feeds or examples, one of them`);
+  return examples ?? texts?.map((text) => ({ text })) ?? feeds!.map((own): Unlabelled<BatchFeeds> => ({ feeds: own }));
+}
 
 export interface AskOptions {
   /** The public function, for messages. */
   readonly where: string;
-  readonly inputs: Inputs<BatchFeeds>;
-  /** How many texts run together. */
-  readonly batch: number;
+  readonly lessons: Lessons<BatchFeeds>;
   readonly signal?: AbortSignal | undefined;
 }
 
 /**
- * Probabilities that the adapter itself gives, by text.
+ * Logits that the adapter itself gives, by row.
  * @param head the layer that it brings, undefined where the model's own outputs are the logits
  * @throws TaskError when it adapts what the pack does not
  */
-export async function askAdapter(
+export async function* askAdapter(
   { trainable, pack }: Session,
   adapter: Adapter,
   head: string | undefined,
-  rows: readonly Unlabelled<BatchFeeds>[],
-  { where, inputs, batch, signal }: AskOptions,
-): Promise<Float32Array[]> {
+  rows: readonly Row<BatchFeeds>[],
+  { where, lessons, signal }: AskOptions,
+): AsyncGenerator<{ readonly row: Row<BatchFeeds>; readonly logits: Float32Array[] }> {
   const modules: TrainedModule[] = [];
   const terms = new Map<string, Term>();
   for (const one of adapter.modules.values()) {
@@ -56,22 +72,18 @@ export async function askAdapter(
   const [weight, bias] = [await saved("weight"), await saved("bias")];
   const labels = Array.from({ length: layer ? weight.length / layer.in : 0 }, (_, i) => String(i));
   const machine = await createMachine(trainable!, new Terms(modules), layer, labels);
-  const answers: Float32Array[] = [];
-  const lengths = await inputs.lengths(rows);
-  const order = [...rows.entries()].sort(([, a], [, b]) => lengths.get(a)! - lengths.get(b)!);
-  // Feeds may be of several lengths.
-  const size = rows[0]!.feeds ? 1 : batch;
-  for (let at = 0; at < order.length; at += size) {
-    signal?.throwIfAborted();
-    const some = order.slice(at, at + size);
-    const logits = await machine.answer(await inputs.batch(some.map(([, row]) => row)), { terms, weight, bias });
-    const each = logits.length / some.length;
-    if (!Number.isInteger(each) || each < 2) {
-      throw new TypeError(
-        `${where}: the model gives ${logits.length} logits for ${some.length} texts, expected [${some.length}, labels]`,
-      );
-    }
-    for (const [i, row] of rowsOf(logits, each).entries()) answers[some[i]![0]] = softmax(row);
+  for await (const one of answers({ machine, lessons }, rows, { terms, weight, bias }, signal)) {
+    const each = one.logits[0]!.length;
+    if (!Number.isInteger(each) || each < 2)
+      throw new TypeError(`${where}: the model gives ${each} logits for a text, expected [texts, labels]`);
+    yield one;
   }
-  return answers;
+}
+
+/** What the adapter answers, by row, as far as it is worth keeping. */
+export async function answersOf(...of: Parameters<typeof askAdapter>): Promise<Map<Row<BatchFeeds>, Distribution[]>> {
+  const { lessons } = of[4];
+  const found = new Map<Row<BatchFeeds>, Distribution[]>();
+  for await (const { row, logits } of askAdapter(...of)) found.set(row, logits.map(lessons.distribution));
+  return found;
 }

@@ -15,22 +15,27 @@ import type { Pack } from "../pack/pack.ts";
 import type { Session } from "../session/session.ts";
 import { isQuantized } from "../tensor/dtypes.ts";
 import { shuffle, uniform } from "../tensor/random.ts";
-import { askAdapter } from "./answers.ts";
+import { answersOf, type Questions, questionsOf } from "./answers.ts";
 import type { BatchFeeds } from "./batch.ts";
-import type { Example, Unlabelled } from "./examples.ts";
-import { createInputs, type Encode } from "./inputs.ts";
-import { makeTrainer } from "./learn.ts";
+import type { Example } from "./examples.ts";
+import type { Encode } from "./inputs.ts";
+import { lessonsOf, makeTrainer } from "./learn.ts";
 import { checkNumbers, checkSession } from "./limits.ts";
-import { meanDivergence, sureTemperature, tempered } from "./probabilities.ts";
-import type { FitOptions, Trainer, TrainingStep } from "./trainer.ts";
+import { sureTemperature, tempered } from "./probabilities.ts";
+import type { SequenceOptions } from "./sequences.ts";
+import type { FitOptions, TrainingStep } from "./trainer.ts";
 
 const OPTIONS = [
-  ...(["adapter", "task", "texts", "encode", "feeds", "batch", "steps", "temperature", "holdout", "seed"] as const),
+  ...(["adapter", "task", "texts", "encode", "feeds", "examples", "end", "decoderStart"] as const),
+  ...(["batch", "steps", "temperature", "holdout", "seed"] as const),
   ...(["learningRates", "weightDecay", "clip", "warmup", "decay", "signal", "onStep"] as const),
 ] as const;
 
-/** Options of `distill`. */
-export interface DistillOptions extends Pick<FitOptions, "weightDecay" | "clip" | "warmup" | "decay" | "signal"> {
+/** Options of `distill`. Of texts, feeds or examples 8 are needed at least, better some hundreds. */
+export interface DistillOptions
+  extends Pick<FitOptions, "weightDecay" | "clip" | "warmup" | "decay" | "signal">,
+    Questions,
+    SequenceOptions {
   /**
    * Of coefficients and head. Default: both are 7 √divergence / steps, 0.02 at most, of the divergence that there is to win back: its
    * root is about how far the logits are off, and Adam's steps are as long as its rate, however short the way is. A head rate of 0
@@ -41,12 +46,8 @@ export interface DistillOptions extends Pick<FitOptions, "weightDecay" | "clip" 
   readonly adapter: Adapter;
   /** The task that was made of it. Default: the one of its id. */
   readonly task?: string | undefined;
-  /** Plain text of the kind that the task is asked about, 8 lines at least, better some hundreds. */
-  readonly texts?: readonly string[] | undefined;
   /** Texts as the model's inputs, one row each: a tokenizer. */
   readonly encode?: Encode | undefined;
-  /** Instead of texts: the model's inputs of each, batches of one. */
-  readonly feeds?: readonly BatchFeeds[] | undefined;
   /** Texts of a step. Default: 8. Many small steps gain more than few large ones. */
   readonly batch?: number | undefined;
   /** Default: 240. */
@@ -97,35 +98,43 @@ export async function distill(session: Session, options: DistillOptions): Promis
   checkOptions("distill", options, OPTIONS);
   checkAdapter("distill: adapter", options.adapter);
   const { adapter, task: id = adapter.id, steps = 240, batch = 8, holdout = 0.125, seed = 0, signal } = options;
-  const all = inputsOf(options);
+  const all = checkedQuestions(options);
   checkNumbers("distill", options, { steps: "whole", batch: "whole", holdout: "between" });
-  // The adapter is not asked what no step would see.
-  const rows = shuffle(all, uniform(seed)).slice(0, Math.max(LEAST_TEXTS, Math.ceil((steps * batch) / (1 - holdout))));
   const { pack } = session;
   const blob = await pack.load(id, { signal });
   const head = trainableHead(pack, id, blob);
-  const inputs = createInputs(options.encode, session.inputNames);
-  const answers = await askAdapter(session, adapter, head?.module, rows, { where: "distill", inputs, batch, signal });
-  const labels = Array.from(answers[0]!, (_, i) => String(i));
-  if (head && head.labels !== labels.length) {
+  const asking = lessonsOf(session, options);
+  // The adapter is not asked what no step would see.
+  const some = shuffle([...all], uniform(seed)).slice(
+    0,
+    Math.max(LEAST_TEXTS, Math.ceil((steps * batch) / (1 - holdout))),
+  );
+  const rows = await asking.ask(some, "distill");
+  const found = await answersOf(session, adapter, head?.module, rows, { where: "distill", lessons: asking, signal });
+  const answers = rows.map((row) => found.get(row)!);
+  const count = asking.tokens ? 0 : answers[0]![0]!.probabilities.length;
+  if (head && head.labels !== count) {
     throw new TaskError(
-      `task "${id}" has ${head.labels} labels, ${adapter.file} ${labels.length}: it was not made of this adapter`,
+      `task "${id}" has ${head.labels} labels, ${adapter.file} ${count}: it was not made of this adapter`,
       { task: id },
     );
   }
-  const examples = rows.map((row, i) => ({ ...row, target: answers[i]! }));
-  const count = Math.min(Math.max(2, Math.round(holdout * examples.length)), examples.length - 2);
-  const [judges, train] = [examples.slice(0, count), examples.slice(count)];
+  const labels = Array.from({ length: count }, (_, i) => String(i));
+  const lessons = asking.tokens ? asking : lessonsOf(session, { ...options, labels });
+  const taught = rows.map((row, i) => lessons.answered(row, answers[i]!));
+  const held = Math.min(Math.max(2, Math.round(holdout * taught.length)), taught.length - 2);
+  const [judges, train] = [taught.slice(0, held), taught.slice(held)];
 
   const modules = blob.terms.filter(({ A }) => A).map(({ module }) => pack.modules[module]!.name);
   const start = { labels, init: { task: id }, modules, seed };
-  const trainer = await makeTrainer(session, { ...start, head: head?.module ?? false }, inputs);
+  const trainer = await makeTrainer(session, { ...start, head: head?.module ?? false }, lessons);
   await trainer.begin(id);
-  const divergenceBefore = await divergence(trainer, judges, batch);
+  const divergenceBefore = await trainer.divergence(judges);
   const coefficients = blob.terms.find(({ A }) => A)!.A!.tensor.dtype;
   const stored = blob.parameters.find(({ shape }) => shape.length > 1)?.tensor.dtype;
   const dtype = { coefficients, head: stored ?? coefficients };
-  const { temperature = head ? sureTemperature(answers) : 1 } = options;
+  const { temperature = head ? sureTemperature(answers.map(([one]) => Float32Array.from(one!.probabilities))) : 1 } =
+    options;
   const rate = Math.min(MOST_RATE, (WAY * Math.sqrt(divergenceBefore)) / steps);
   const { weightDecay, clip, warmup, decay } = options;
   const fit: FitOptions = {
@@ -133,29 +142,29 @@ export async function distill(session: Session, options: DistillOptions): Promis
     learningRates: { terms: rate, head: rate, ...options.learningRates },
     dtype: isQuantized(coefficients) ? dtype : undefined,
   };
-  const lessons = train.map((one) => ({ ...one, target: tempered(one.target, temperature) }));
-  for await (const step of trainer.fit(lessons, fit)) options.onStep?.(step);
+  const lessonRows = asking.tokens
+    ? train
+    : train.map((row) => ({ ...row, target: tempered(row.target!, temperature) }));
+  for await (const step of trainer.fitRows(lessonRows, fit)) options.onStep?.(step);
   const trained = await trainer.task({ id, dtype });
   // As it is stored, since number formats of few bits may cost more than training gains.
   await trainer.begin(trained);
-  const divergenceAfter = await divergence(trainer, judges, batch);
+  const divergenceAfter = await trainer.divergence(judges);
   const better = divergenceAfter < divergenceBefore;
   const kept = better ? parseTaskFile(trained, "the distilled task").blob : blob.bytes;
   const file = encodeTaskFile(pack.tasks.get(id)!, pack.basisId, kept);
   return { id, file, divergenceBefore, divergenceAfter, steps, kept: better ? "distilled" : "projected" };
 }
 
-/** What each text is, as examples without answers. */
-function inputsOf({ texts, feeds, encode }: DistillOptions): Unlabelled<BatchFeeds>[] {
-  if ((texts === undefined) === (feeds === undefined))
-    throw new TypeError("distill: expected texts or feeds, one of them");
-  if (texts && !encode) throw new TypeError("distill: texts need `encode`, a tokenizer");
-  const rows = texts?.map((text) => ({ text })) ?? feeds!.map((own) => ({ feeds: own }));
-  if (rows.length < LEAST_TEXTS)
-    throw new RangeError(`distill: ${rows.length} texts; ${LEAST_TEXTS} at least are needed, some hundreds to gain by`);
-  const empty = texts?.findIndex((text) => text.trim() === "") ?? -1;
+/** What the adapter is asked. @throws TypeError, RangeError when it is too little to learn from */
+function checkedQuestions(options: DistillOptions): readonly Example<BatchFeeds>[] {
+  const all = questionsOf("distill", options);
+  if (!options.feeds && !options.encode) throw new TypeError("distill: texts need `encode`, a tokenizer");
+  if (all.length < LEAST_TEXTS)
+    throw new RangeError(`distill: ${all.length} texts; ${LEAST_TEXTS} at least are needed, some hundreds to gain by`);
+  const empty = all.findIndex(({ text }) => text?.trim() === "");
   if (empty >= 0) throw new RangeError(`distill: text ${empty} is empty`);
-  return rows;
+  return all;
 }
 
 /**
@@ -189,17 +198,4 @@ function trainableHead(
     );
   if (parameters.length < 2) throw refuse(`its head "${module}" has no bias`);
   return { module: module!, labels: weight.shape[0]! };
-}
-
-/** Mean KL(targets ‖ trainer's answers), in nats. */
-async function divergence(
-  trainer: Trainer<BatchFeeds>,
-  examples: readonly (Example<BatchFeeds> & { readonly target: Float32Array })[],
-  batch: number,
-): Promise<number> {
-  const answers = await trainer.predict(examples, { batch: examples[0]!.feeds ? 1 : batch });
-  return meanDivergence(
-    Array.from(examples, ({ target }) => target),
-    answers,
-  );
 }

@@ -4,12 +4,36 @@
  */
 import { checkList, nearest } from "../arguments.ts";
 import { shuffle } from "../tensor/random.ts";
-import { largest } from "./probabilities.ts";
+import { type Distribution, largest } from "./probabilities.ts";
 
-/** One example. `Feeds` are a runtime's inputs for it, a batch of one. */
+/** One message of a chat, as templates of tokenizers take them. */
+export interface Message {
+  readonly role: string;
+  readonly content: string;
+}
+
+/**
+ * One example. `Feeds` are a runtime's inputs for it, a batch of one.
+ *
+ * - Models that give a row of logits for each text: `text` or `feeds`, with a `label` or a `target`.
+ * - Language models: `prompt` and `completion`; or `messages`; or `text`, of which every token is learned; or `feeds` and `classes`.
+ * - Models that label tokens: `words` and `labels`; or `feeds` and `classes`.
+ */
 export interface Example<Feeds = unknown> {
   /** For the trainer's `encode`. */
   readonly text?: string | undefined;
+  /** What a language model is given; nothing of it is learned. */
+  readonly prompt?: string | undefined;
+  /** How it goes on: this is learned, and that it ends here. */
+  readonly completion?: string | undefined;
+  /** A chat, by the template of the tokenizer; its last message, the assistant's, is learned. */
+  readonly messages?: readonly Message[] | undefined;
+  /** Words whose first tokens have a label each. */
+  readonly words?: readonly string[] | undefined;
+  /** Of each word; null: none. */
+  readonly labels?: readonly (string | null)[] | undefined;
+  /** Beside `feeds`: the class of each position, of a language model the token that comes next; -1: none. */
+  readonly classes?: ArrayLike<number> | undefined;
   /** Instead of a text. */
   readonly feeds?: Feeds | undefined;
   /** A label by name, or its number. */
@@ -20,11 +44,24 @@ export interface Example<Feeds = unknown> {
   readonly weight?: number | undefined;
 }
 
-/** What a model is asked. */
+/** What a classifier is asked. */
 export type Unlabelled<Feeds> = Pick<Example<Feeds>, "text" | "feeds">;
+
+/** Where a model that answers at every position is asked, and what it ought to say. */
+export interface Tokens {
+  /** Token ids, of a decoder where there is one. */
+  readonly ids: readonly number[];
+  /** Of the encoder, where there is one. */
+  readonly source?: readonly number[] | undefined;
+  /** Positions, in order. */
+  readonly at: readonly number[];
+  /** For each of them. */
+  readonly wanted: readonly Distribution[];
+}
 
 /** A checked example. */
 export interface Row<Feeds = unknown> {
+  readonly tokens?: Tokens | undefined;
   readonly text: string | undefined;
   readonly feeds: Feeds | undefined;
   /** The most probable one, where there is a target. */

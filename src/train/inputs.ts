@@ -13,7 +13,7 @@ import type { Unlabelled } from "./examples.ts";
  */
 export type Encode = (
   texts: string[],
-  how: { readonly padding: true; readonly truncation: true },
+  how: { readonly padding: true; readonly truncation: true; readonly add_special_tokens?: boolean },
   inputs: readonly string[],
 ) => BatchFeeds | Promise<BatchFeeds>;
 

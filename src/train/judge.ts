@@ -11,25 +11,25 @@ import type { Engine } from "../session/engine.ts";
 import { createSession, type Session } from "../session/session.ts";
 import type { SourceInput } from "../source.ts";
 import { shuffle, uniform } from "../tensor/random.ts";
-import { askAdapter } from "./answers.ts";
+import { answersOf, askAdapter, type Questions, questionsOf } from "./answers.ts";
 import type { BatchFeeds } from "./batch.ts";
-import { createInputs, type Encode, type Inputs } from "./inputs.ts";
-import { meanDivergence } from "./probabilities.ts";
+import type { Row } from "./examples.ts";
+import type { Encode } from "./inputs.ts";
+import { lessonsOf } from "./learn.ts";
+import type { Lessons } from "./lessons.ts";
+import { type Distribution, MeanDivergence } from "./probabilities.ts";
+import type { SequenceOptions } from "./sequences.ts";
 
 /** Options of `createJudge`. */
-export interface JudgeOptions {
+export interface JudgeOptions extends Omit<Questions, "feeds">, SequenceOptions {
   /** As they were packed. Stay open. */
   readonly adapters: readonly Adapter[];
-  /** Plain text of the kind that the tasks are asked about. */
-  readonly texts: readonly string[];
   /** Texts as the model's inputs, which are named, one row each: a tokenizer. */
   readonly encode: Encode;
   /** Names of weights or of their initializers in the model, by module name, where they are not found. */
   readonly names?: ReadonlyMap<string, string> | undefined;
   /** Texts that every task is asked, at most. Default: 64, fewer where tasks are many: 1280 texts in all, 16 a task at least. */
   readonly most?: number | undefined;
-  /** Texts of a run. Default: 16. */
-  readonly batch?: number | undefined;
   /** Default: 0. */
   readonly seed?: number | undefined;
   readonly signal?: AbortSignal | undefined;
@@ -60,30 +60,36 @@ export interface PackJudge {
  */
 export function createJudge(engine: Engine, model: SourceInput, options: JudgeOptions): PackJudge {
   checkArgument("createJudge", engine, "an engine (createEngine(ort))", "load");
-  checkOptions("createJudge", options, ["adapters", "texts", "encode", "names", "most", "batch", "seed", "signal"]);
-  const { adapters, encode, names, batch = 16, seed = 0, signal } = options;
+  checkOptions("createJudge", options, [
+    ...(["adapters", "texts", "examples", "encode", "end", "decoderStart", "names", "most", "seed", "signal"] as const),
+  ]);
+  const { adapters, names, seed = 0, signal } = options;
   const { most = Math.min(64, Math.max(16, Math.round(1280 / adapters.length))) } = options;
   checkAdapters("createJudge: adapters", adapters);
-  if (options.texts.length === 0) throw new RangeError("createJudge: no texts");
-  const rows = shuffle([...new Set(options.texts)], uniform(seed))
-    .slice(0, most)
-    .map((text) => ({ text }));
+  const all = questionsOf("createJudge", options.examples ? options : { texts: [...new Set(options.texts)] });
+  if (all.length === 0) throw new RangeError("createJudge: no texts");
+  const asked = shuffle([...all], uniform(seed)).slice(0, most);
   let session: Session | undefined;
-  let inputs: Inputs<BatchFeeds> | undefined;
-  const expected = new Map<string, Float32Array[]>();
+  let lessons: Lessons<BatchFeeds> | undefined;
+  let rows: readonly Row<BatchFeeds>[] | undefined;
+  const expected = new Map<string, ReadonlyMap<Row<BatchFeeds>, Distribution[]>>();
   const byTask = async (pack: Pack): Promise<DivergenceByTask> => {
-    const asked = (session ??= await createSession(engine, model, pack, { trainable: true, names }));
-    inputs ??= createInputs(encode, asked.inputNames);
-    const ask = { where: "createJudge", inputs, batch, signal };
+    const open = (session ??= await createSession(engine, model, pack, { trainable: true, names }));
+    lessons ??= lessonsOf(open, options);
+    rows ??= await lessons.ask(asked, "createJudge");
+    const ask = { where: "createJudge", lessons, signal };
     const found = new Map<string, number>();
     for (const adapter of adapters) {
       const { id } = adapter;
       const head = headNameOf(adapter);
+      if (!expected.has(id)) expected.set(id, await answersOf(open, adapter, head, rows, ask));
+      const between = new MeanDivergence();
       const task = await taskAdapter(pack, id);
-      const answers = await askAdapter(asked, task, head, rows, ask);
+      for await (const { row, logits } of askAdapter(open, task, head, rows, ask)) {
+        between.add(expected.get(id)!.get(row)!, logits);
+      }
       await task.close();
-      if (!expected.has(id)) expected.set(id, await askAdapter(asked, adapter, head, rows, ask));
-      found.set(id, meanDivergence(expected.get(id)!, answers));
+      found.set(id, between.mean);
     }
     return found;
   };

@@ -7,15 +7,19 @@ import { checkChoice, checkList, checkOptions } from "../arguments.ts";
 import type { Pack } from "../pack/pack.ts";
 import type { Session } from "../session/session.ts";
 import type { BatchFeeds } from "./batch.ts";
-import { createInputs, type Encode, type Inputs } from "./inputs.ts";
+import { createInputs, type Encode } from "./inputs.ts";
+import { labelledLessons } from "./labelled.ts";
+import type { Lessons } from "./lessons.ts";
 import { checkNumbers, checkSession } from "./limits.ts";
 import { createMachine, headInputs } from "./machine.ts";
+import type { SequenceOptions } from "./sequences.ts";
 import { usualRank } from "./start.ts";
 import { sharedRows, Terms, type TrainedModule } from "./terms.ts";
+import { tokenLessons } from "./tokens.ts";
 import { Trainer, type TrainerOptions } from "./trainer.ts";
 
 /** Options of `createTrainer`. */
-export interface CreateTrainerOptions extends TrainerOptions {
+export interface CreateTrainerOptions extends TrainerOptions, SequenceOptions {
   /** Texts as the model's inputs, one row each: a tokenizer of transformers.js, as it is. Examples with feeds of their own do without. */
   readonly encode?: Encode | undefined;
   /**
@@ -46,23 +50,37 @@ export async function createTrainer(session: Session, options: CreateTrainerOpti
   checkSession("createTrainer", session);
   checkOptions("createTrainer", options, [
     ...(["labels", "init", "seed", "encode", "train", "rank", "privateTerms", "modules", "head"] as const),
+    ...(["end", "decoderStart"] as const),
   ]);
-  return makeTrainer(session, options, createInputs(options.encode, session.inputNames));
+  if (options.labels !== undefined || !session.trainable!.graph.tokens)
+    checkList("createTrainer: labels", options.labels!, 'names, such as ["spam", "fine"]');
+  return makeTrainer(session, options, lessonsOf(session, options));
 }
 
-/** The same with inputs that may have been encoded before. */
+/** What a model's answers can be taught by. */
+export function lessonsOf(
+  session: Session,
+  { encode, labels = [], ...options }: Pick<CreateTrainerOptions, "encode" | "labels" | keyof SequenceOptions>,
+): Lessons<BatchFeeds> {
+  const { graph, example } = session.trainable!;
+  const names = session.inputNames;
+  if (!graph.tokens) return labelledLessons(createInputs(encode, names), labels);
+  return tokenLessons({ ...options, encode, names, example, labels, positions: graph.tokens.positions });
+}
+
+/** The same with lessons that may have encoded texts before. */
 export async function makeTrainer(
   session: Session,
   options: CreateTrainerOptions,
-  inputs: Inputs<BatchFeeds>,
+  lessons: Lessons<BatchFeeds>,
 ): Promise<Trainer<BatchFeeds>> {
   const { pack, trainable } = session;
   const source = trainable!;
-  const { train = "coefficients", labels } = options;
-  checkList("createTrainer: labels", labels, 'names, such as ["spam", "fine"]');
+  const { train = "coefficients", labels = [] } = options;
   checkChoice("train", train, ["coefficients", "components", "lora"]);
-  checkNumbers("createTrainer", options, { rank: "whole", privateTerms: "count" });
-  const head = headInputs(source, options.head);
+  checkNumbers("createTrainer", options, { rank: "whole", privateTerms: "count", decoderStart: "count" });
+  // A vocabulary is no head of a task.
+  const head = headInputs(source, labels.length === 0 ? false : options.head);
   const leftOut = new Set(session.leftOut);
   const here = pack.modules.flatMap(({ name }) => (leftOut.has(name) ? [] : [name]));
   const absent = options.modules?.find((name) => leftOut.has(name));
@@ -75,7 +93,7 @@ export async function makeTrainer(
   }));
   const terms = train === "lora" ? new Terms(factors) : origin;
   const machine = await createMachine(source, terms, head, labels);
-  return new Trainer({ pack, machine, inputs, terms, origin, labels: [...labels] }, options);
+  return new Trainer({ pack, machine, lessons, terms, origin, labels: [...labels] }, options);
 }
 
 /** What is trained of each module, over the pack's components. */

@@ -7,6 +7,7 @@ import { dataOf, type EngineTensor, type Tensors } from "../session/engine.ts";
 import type { Trainable } from "../session/training.ts";
 import { transpose } from "../tensor/transpose.ts";
 import { type BatchFeeds, batchTensors } from "./batch.ts";
+import type { Targets } from "./lessons.ts";
 import type { Machine, MachineStep, Point } from "./subject.ts";
 import type { Terms, TrainedModule } from "./terms.ts";
 
@@ -38,19 +39,21 @@ export function headInputs({ inputs }: Trainable, wanted: string | false | undef
 const NO_LOGITS = /^(last_hidden_state|hidden_states|pooler_output|token_embeddings|sentence_embedding|.*_embeds)$/;
 
 /**
- * Training and judging take one row of logits for each text. Of anything else a softmax would mix tokens and padding, or features.
+ * Training and judging take one row of logits for each text, or for each token. Of anything else a softmax would mix tokens and
+ * padding, or features.
  * @throws BaseMismatchError when the model gives something else
  */
-function refuseOtherOutputs({ logitsOutput: name, logitsDims: dims }: TrainingGraph, head: boolean): void {
+function refuseOtherOutputs({ logitsOutput: name, logitsDims: dims, tokens }: TrainingGraph, head: boolean): void {
   const [rows] = dims;
   if (!head && NO_LOGITS.test(name)) throw notLogits(name, dims);
+  if (tokens) return;
   if (dims.length !== 2 || (rows !== "batch" && rows !== "?")) throw notLogits(name, dims);
 }
 
 function notLogits(name: string, found: readonly (number | string)[]): BaseMismatchError {
   const message =
     `the model's output "${name}" is [${found.join(", ")}]: training and judging take logits [batch, labels], one row for ` +
-    "each text, as models for sequence classification give them; token by token and of embeddings they cannot be done yet";
+    "each text, or [batch, length, classes] that one product makes of each token; of embeddings they cannot be done yet";
   return new BaseMismatchError(message, { module: name, expected: ["batch", "labels"], found });
 }
 
@@ -99,39 +102,51 @@ class SessionMachine implements Machine<BatchFeeds> {
   async answer(batch: BatchFeeds, point: Point): Promise<Float32Array> {
     const { logitsOutput } = this.#source.graph;
     const results = await this.#source.run(this.#feeds(batch, point), [logitsOutput]);
-    return this.#logits(results, rowsOf(batch));
+    return floatsOf(this.#logits(results, this.#rowsOf(batch)));
   }
 
-  async step(batch: BatchFeeds, point: Point, targets: Floats): Promise<MachineStep> {
+  /** Rows of logits: one for each position that is asked for, or for each text. */
+  #rowsOf(batch: BatchFeeds): number {
+    const { tokens } = this.#source.graph;
+    return tokens ? batch[tokens.positions]!.dims[0]! : rowsOf(batch);
+  }
+
+  async step(batch: BatchFeeds, point: Point, { values, rows, classes }: Targets): Promise<MachineStep> {
     const { engine, graph, run } = this.#source;
-    const rows = targets.length / this.#labels;
+    const dims = [rows, values.length / rows];
     const learn = {
       [graph.learnInput]: engine.tensor(Uint8Array.of(1), []),
-      [graph.targetsInput]: engine.tensor(targets, [rows, this.#labels]),
+      [graph.targetsInput]: engine.tensor(values, dims),
+      ...(classes && { [graph.tokens!.classes]: engine.tensor(classes, dims) }),
     };
     const trained = [
       ...this.#modules.flatMap(({ inputA, inputB }) => [inputA, inputB]),
       ...(this.#head ? [this.#head.weight] : []),
       ...(this.#head?.bias === undefined ? [] : [this.#head.bias]),
     ];
-    const outputs = [graph.lossOutput, graph.logitsOutput, ...trained.map((name) => graph.gradients.get(name)!)];
+    // Of a vocabulary, logits are more than all the rest.
+    const logits = graph.tokens ? [] : [graph.logitsOutput];
+    const outputs = [graph.lossOutput, ...logits, ...trained.map((name) => graph.gradients.get(name)!)];
     const results = await run({ ...this.#feeds(batch, point), ...learn }, outputs);
-    const logits = await this.#logits(results, rows);
-    if (logits.length !== targets.length) {
-      const message = `the model gives ${logits.length} logits for ${rows} rows of ${this.#labels} labels`;
-      const [expected, found] = [targets.length, logits.length];
-      throw new BaseMismatchError(message, { module: graph.logitsOutput, expected, found });
-    }
+    if (!graph.tokens) this.#checkLabels(results, rows, values.length);
     const loss = (await floatsOf(results[graph.lossOutput]!))[0]!;
-    return { loss, logits, gradients: await this.#gradients(results) };
+    return { loss, gradients: await this.#gradients(results) };
+  }
+
+  /** @throws BaseMismatchError when the model has other labels than the trainer */
+  #checkLabels(results: Tensors, rows: number, expected: number): void {
+    const found = this.#logits(results, rows).dims.reduce((a, b) => a * b, 1);
+    if (found === expected) return;
+    const message = `the model gives ${found} logits for ${rows} rows of ${this.#labels} labels`;
+    throw new BaseMismatchError(message, { module: this.#source.graph.logitsOutput, expected, found });
   }
 
   /** @throws BaseMismatchError when there is not one row for each of the batch */
-  async #logits(results: Tensors, rows: number): Promise<Floats> {
-    const name = this.#source.graph.logitsOutput;
+  #logits(results: Tensors, rows: number): EngineTensor {
+    const { logitsOutput: name, tokens } = this.#source.graph;
     const { dims } = results[name]!;
-    if (dims.length !== 2 || dims[0] !== rows) throw notLogits(name, dims);
-    return floatsOf(results[name]!);
+    if (dims.length !== (tokens ? 3 : 2) || dims.at(-2) !== rows) throw notLogits(name, dims);
+    return results[name]!;
   }
 
   /** Inputs of a batch and a task. */

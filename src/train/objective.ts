@@ -3,7 +3,9 @@
  */
 import type { TaskDtypes } from "../tensor/dtypes.ts";
 import { storing } from "../tensor/encode.ts";
-import { type Row, targetsOf } from "./examples.ts";
+import type { Row } from "./examples.ts";
+import { type Lessons, logitsOf, type Score } from "./lessons.ts";
+import { crossEntropy, largest, likeliest } from "./probabilities.ts";
 import { type State, stateLike } from "./state.ts";
 import type { Point, Subject } from "./subject.ts";
 import { asStored } from "./terms.ts";
@@ -23,8 +25,6 @@ export interface ObjectiveOptions {
 
 export interface Evaluated {
   readonly loss: number;
-  /** [rows, labels] */
-  readonly logits: Float32Array;
   readonly gradients: State;
 }
 
@@ -35,9 +35,6 @@ interface Numbers {
   readonly bias: Float32Array;
 }
 
-/** Rows that run together at most: gradients need values that are kept of all of them, so that memory grows with their number. */
-const MOST_ROWS = 16;
-
 /** Loss and gradients of a batch, which runs in parts where it is large. */
 export async function evaluate<Feeds>(
   subject: Subject<Feeds>,
@@ -45,26 +42,52 @@ export async function evaluate<Feeds>(
   state: State,
   { smoothing = 0, temperature = 1, dtype = {} }: ObjectiveOptions,
 ): Promise<Evaluated> {
-  const { machine, inputs, terms } = subject;
-  const labels = subject.labels.length;
-  const targets = targetsOf(rows, labels, smoothing);
+  const { machine, lessons, terms } = subject;
   const point = pointOf(subject, rounded(subject, state, dtype), temperature);
-  const logits = new Float32Array(targets.length);
   const gradients = stateLike(state);
   let loss = 0;
-  for (let at = 0; at < rows.length; at += MOST_ROWS) {
-    const some = rows.slice(at, at + MOST_ROWS);
-    const wanted = targets.slice(at * labels, (at + some.length) * labels);
-    const made = await machine.step(await inputs.batch(some), point, wanted);
-    // Each part is a mean over its own rows.
-    const share = some.length / rows.length;
+  for (const { rows: some, targets, share } of lessons.parts(rows, smoothing)) {
+    const made = await machine.step(await lessons.batch(some), point, targets);
     loss += share * made.loss;
-    logits.set(made.logits, at * labels);
     add(gradients.parameters, terms.pullBack(state.parameters, made.gradients.terms), share, 1);
     add(gradients.weight, made.gradients.weight, share, temperature);
     add(gradients.bias, made.gradients.bias, share, temperature);
   }
-  return { loss, logits, gradients };
+  return { loss, gradients };
+}
+
+/** How good the answers to some rows are, each of the same weight. */
+export async function score<Feeds>(
+  subject: Subject<Feeds>,
+  rows: readonly Row<Feeds>[],
+  state: State,
+  { temperature = 1, dtype = {} }: ObjectiveOptions,
+): Promise<Score> {
+  const point = pointOf(subject, rounded(subject, state, dtype), temperature);
+  let [loss, count, right] = [0, 0, 0];
+  for await (const { row, logits } of answers(subject, rows, point)) {
+    const wanted = subject.lessons.wanted(row);
+    for (const [i, one] of wanted.entries()) loss += crossEntropy(one, logits[i]!);
+    count += wanted.length;
+    if (wanted.every((one, i) => likeliest(one) === largest(logits[i]!))) right++;
+  }
+  return { loss: loss / count, accuracy: right / rows.length };
+}
+
+/** The logits of each row, in the order in which they run: those of like lengths together. */
+export async function* answers<Feeds>(
+  { machine, lessons }: { readonly machine: Subject<Feeds>["machine"]; readonly lessons: Lessons<Feeds> },
+  rows: readonly Row<Feeds>[],
+  point: Point,
+  signal?: AbortSignal,
+): AsyncGenerator<{ readonly row: Row<Feeds>; readonly logits: Float32Array[] }> {
+  const lengths = await lessons.lengths(rows);
+  const order = [...rows].sort((a, b) => lengths.get(a)! - lengths.get(b)!);
+  for (const { rows: some } of lessons.parts(order, 0)) {
+    signal?.throwIfAborted();
+    const logits = logitsOf(lessons, some, await machine.answer(await lessons.batch(some), point));
+    for (const [i, row] of some.entries()) yield { row, logits: logits[i]! };
+  }
 }
 
 function add(sum: Float32Array, part: Float32Array, share: number, temperature: number): void {

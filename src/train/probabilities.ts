@@ -2,6 +2,21 @@
  * Probabilities of labels: from logits, made sharper, compared.
  */
 
+/** Probabilities at one position: of all classes in order, or of the likeliest, which are named. */
+export interface Distribution {
+  readonly probabilities: ArrayLike<number>;
+  readonly classes?: ArrayLike<number> | undefined;
+}
+
+/** log Σ exp(logits). */
+export function logSumExp(logits: Float32Array): number {
+  let top = -Infinity;
+  for (let i = 0; i < logits.length; i++) top = Math.max(top, logits[i]!);
+  let sum = 0;
+  for (let i = 0; i < logits.length; i++) sum += Math.exp(logits[i]! - top);
+  return top + Math.log(sum);
+}
+
 export function softmax(logits: Float32Array): Float32Array {
   const top = Math.max(...logits);
   const powers = logits.map((value) => Math.exp(value - top));
@@ -14,10 +29,11 @@ export function rowsOf(values: Float32Array, width: number): Float32Array[] {
   return Array.from({ length: values.length / width }, (_, row) => values.subarray(row * width, (row + 1) * width));
 }
 
-/** Where the largest value is. */
+/** Where the largest value is, the first of them. */
 export function largest(values: ArrayLike<number>): number {
-  const all = Array.from(values);
-  return all.indexOf(Math.max(...all));
+  let at = 0;
+  for (let i = 1; i < values.length; i++) if (values[i]! > values[at]!) at = i;
+  return at;
 }
 
 /** The probabilities of the same logits divided by a temperature. */
@@ -47,16 +63,51 @@ export function sureTemperature(answers: readonly Float32Array[]): number {
   return low;
 }
 
-/** The smallest normal f32, in place of probabilities that are too small for one. */
-const TINY = 2 ** -126;
-
-/** Mean KL(targets ‖ answers), in nats. */
-export function meanDivergence(targets: readonly ArrayLike<number>[], answers: readonly ArrayLike<number>[]): number {
+/** −Σ p · log softmax(logits), in nats. */
+export function crossEntropy({ probabilities, classes }: Distribution, logits: Float32Array): number {
+  const total = logSumExp(logits);
   let sum = 0;
-  for (const [i, target] of targets.entries()) {
-    for (const [c, p] of Array.from(target).entries())
-      if (p > 0) sum += p * Math.log(p / Math.max(answers[i]![c]!, TINY));
+  for (let i = 0; i < probabilities.length; i++) {
+    const p = probabilities[i]!;
+    if (p > 0) sum += p * (total - logits[classes ? classes[i]! : i]!);
   }
-  // Of rounded probabilities that are alike it can be a little less than 0.
-  return Math.max(0, sum / targets.length);
+  return sum;
+}
+
+/** KL(distribution ‖ softmax(logits)), in nats. What the distribution leaves out is taken as one class more: no more than the whole. */
+export function divergence({ probabilities, classes }: Distribution, logits: Float32Array): number {
+  const total = logSumExp(logits);
+  let [sum, restP, restQ] = [0, 1, 1];
+  for (let i = 0; i < probabilities.length; i++) {
+    const p = probabilities[i]!;
+    const log = logits[classes ? classes[i]! : i]! - total;
+    if (p > 0) sum += p * (Math.log(p) - log);
+    restP -= p;
+    restQ -= Math.exp(log);
+  }
+  if (classes && restP > 1e-6) sum += restP * Math.log(restP / Math.max(restQ, 1e-12));
+  return sum;
+}
+
+/** Where the largest probability is. */
+export function likeliest({ probabilities, classes }: Distribution): number {
+  let best = 0;
+  for (let i = 1; i < probabilities.length; i++) if (probabilities[i]! > probabilities[best]!) best = i;
+  return classes ? classes[best]! : best;
+}
+
+/** Mean KL(distribution ‖ softmax(logits)) in nats, over all that is added: logits of a vocabulary are not worth keeping. */
+export class MeanDivergence {
+  #sum = 0;
+  #count = 0;
+
+  add(wanted: readonly Distribution[], logits: readonly Float32Array[]): void {
+    for (const [i, one] of wanted.entries()) this.#sum += divergence(one, logits[i]!);
+    this.#count += wanted.length;
+  }
+
+  get mean(): number {
+    // Of rounded probabilities that are alike it can be a little less than 0.
+    return Math.max(0, this.#sum / this.#count);
+  }
 }

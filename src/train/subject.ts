@@ -3,7 +3,7 @@
  */
 import type { Pack } from "../pack/pack.ts";
 import type { Term } from "../tensor/term.ts";
-import type { Inputs } from "./inputs.ts";
+import type { Lessons, Targets } from "./lessons.ts";
 import type { Terms } from "./terms.ts";
 
 /** The layer that is trained whole. */
@@ -23,8 +23,6 @@ export interface Point {
 /** One run that learns. */
 export interface MachineStep {
   readonly loss: number;
-  /** [rows, labels] */
-  readonly logits: Float32Array;
   /** As the point. */
   readonly gradients: Point;
 }
@@ -33,18 +31,18 @@ export interface MachineStep {
 export interface Machine<Feeds> {
   /** Undefined where the model's own outputs are the logits. */
   readonly head: Head | undefined;
-  /** Logits [rows, labels] alone. */
+  /** Logits [rows, classes] alone: a row for each text, or for each position that the batch asks for. */
   answer(batch: Feeds, point: Point): Promise<Float32Array>;
-  /** @param targets [rows, labels] */
-  step(batch: Feeds, point: Point, targets: Float32Array<ArrayBuffer>): Promise<MachineStep>;
+  step(batch: Feeds, point: Point, targets: Targets): Promise<MachineStep>;
 }
 
 export interface Subject<Feeds> {
   readonly pack: Pack;
   readonly machine: Machine<Feeds>;
-  readonly inputs: Inputs<Feeds>;
+  readonly lessons: Lessons<Feeds>;
   readonly terms: Terms;
   /** Terms over the pack's components that a LoRA can begin from; the same terms where coefficients are trained. */
   readonly origin: Terms;
+  /** Empty for language models. */
   readonly labels: readonly string[];
 }

@@ -6,10 +6,11 @@ import { checkList, checkOptions } from "../arguments.ts";
 import { TaskError } from "../errors.ts";
 import { parseTaskFile } from "../format/task-file.ts";
 import { uniform } from "../tensor/random.ts";
-import { checkExamples, type Example, type Row, splitHoldout, toBatches, type Unlabelled } from "./examples.ts";
+import { type Example, type Row, toBatches, type Unlabelled } from "./examples.ts";
+import type { Score } from "./lessons.ts";
 import { checkNumbers } from "./limits.ts";
-import { evaluate, type ObjectiveOptions, pointOf } from "./objective.ts";
-import { largest, rowsOf, softmax } from "./probabilities.ts";
+import { answers, evaluate, type ObjectiveOptions, pointOf, score } from "./objective.ts";
+import { MeanDivergence, softmax } from "./probabilities.ts";
 import { type TaskFileOptions, taskFile } from "./result.ts";
 import { checkGradients, stopped } from "./self-test.ts";
 import { readDonor, type Start, startState } from "./start.ts";
@@ -24,8 +25,8 @@ const TASK_OPTIONS = ["id", "dtype", "metadata"] as const;
 
 /** Options of every trainer. */
 export interface TrainerOptions {
-  /** Names of the new task's labels, two at least. */
-  readonly labels: readonly string[];
+  /** Names of the new task's labels, two at least. Language models have none. */
+  readonly labels?: readonly string[] | undefined;
   /** Where coefficients begin, and a LoRA that is made of components. Default: "auto", "fresh" for a LoRA. */
   readonly init?: Start | undefined;
   /** The same seed gives the same numbers on the same provider. Default: 0. */
@@ -56,7 +57,7 @@ export interface TrainingStep {
   /** Of the gradient before clipping. */
   readonly norm: number;
   /** After the last step of an epoch, where there is a hold-out. */
-  readonly holdout?: { readonly loss: number; readonly accuracy: number };
+  readonly holdout?: Score;
 }
 
 /** Steps with which "auto" compares two starts. */
@@ -76,8 +77,9 @@ export class Trainer<Feeds = unknown> {
 
   /** @internal Use `createTrainer`. @throws RangeError for fewer than two labels, or two alike */
   constructor(subject: Subject<Feeds>, { init, seed = 0 }: Omit<TrainerOptions, "labels">) {
-    const { labels, terms } = subject;
-    if (labels.length < 2 || new Set(labels).size < labels.length || labels.includes("")) {
+    const { labels, lessons, terms } = subject;
+    const none = labels.length === 0 && lessons.tokens;
+    if (!none && (labels.length < 2 || new Set(labels).size < labels.length || labels.includes(""))) {
       throw new RangeError(
         `labels: expected two at least, all different and none empty, got ${JSON.stringify(labels)}`,
       );
@@ -92,6 +94,7 @@ export class Trainer<Feeds = unknown> {
     this.#random = uniform(seed);
   }
 
+  /** Empty for a language model. */
   get labels(): readonly string[] {
     return this.#subject.labels;
   }
@@ -112,7 +115,7 @@ export class Trainer<Feeds = unknown> {
    * for await (const { step, steps, loss } of trainer.fit(examples, { epochs: 8 })) console.log(`${step}/${steps}: ${loss}`);
    */
   async *fit(examples: readonly Example<Feeds>[], options: FitOptions = {}): AsyncGenerator<TrainingStep, void, void> {
-    const { inputs, labels, machine } = this.#subject;
+    const { lessons, machine } = this.#subject;
     checkOptions("fit", options, OPTIONS);
     checkNumbers("fit", options, {
       ...({ epochs: "whole", steps: "whole", batch: "whole", holdout: "share", smoothing: "share" } as const),
@@ -122,7 +125,11 @@ export class Trainer<Feeds = unknown> {
     checkNumbers("fit: learningRates", options.learningRates ?? {}, rates);
     if ((options.temperature ?? 1) !== 1 && !machine.head)
       throw new RangeError("fit: a temperature needs a trainer with a head");
-    const rows = checkExamples(examples, labels, inputs.encodes);
+    yield* this.fitRows(await lessons.check(examples), options);
+  }
+
+  /** @internal The same with examples that were checked. */
+  async *fitRows(rows: readonly Row<Feeds>[], options: FitOptions): AsyncGenerator<TrainingStep, void, void> {
     this.#refuseBusy("fit");
     this.#busy = true;
     try {
@@ -133,10 +140,10 @@ export class Trainer<Feeds = unknown> {
   }
 
   async *#fit(rows: readonly Row<Feeds>[], options: FitOptions): AsyncGenerator<TrainingStep, void, void> {
-    const { terms, inputs } = this.#subject;
+    const { terms, lessons } = this.#subject;
     const { epochs = 8, batch = 16, signal } = options;
-    const { train, holdout } = splitHoldout(rows, options.holdout ?? 0, this.#random);
-    const lengths = await inputs.lengths(rows);
+    const { train, holdout } = lessons.split(rows, options.holdout ?? 0, this.#random);
+    const lengths = await lessons.lengths(rows);
     const steps = options.steps ?? epochs * Math.ceil(train.length / batch);
     const state = (this.#state ??= await this.#start(train, batch, options));
     // A loss of rounded numbers is a staircase, which has no gradient to be held against.
@@ -167,30 +174,13 @@ export class Trainer<Feeds = unknown> {
         step++;
         const judged =
           holdout.length > 0 && at === batches.length - 1
-            ? await this.#judge(holdout, batch, options, state)
+            ? await score(this.#subject, holdout, state, options)
             : undefined;
         if (judged && judged.loss < (best?.loss ?? Infinity)) best = { loss: judged.loss, state: copyOf(state) };
         yield { step, steps, epoch, loss, norm, ...(judged && { holdout: judged }) };
       }
     }
     if (best) state.all.set(best.state.all);
-  }
-
-  async #judge(
-    holdout: readonly Row<Feeds>[],
-    batch: number,
-    { temperature, dtype }: FitOptions,
-    state: State,
-  ): Promise<{ loss: number; accuracy: number }> {
-    let [loss, right] = [0, 0];
-    for (let at = 0; at < holdout.length; at += batch) {
-      const rows = holdout.slice(at, at + batch).map((row) => ({ ...row, weight: 1 }));
-      const made = await evaluate(this.#subject, rows, state, { temperature, dtype });
-      loss += made.loss * rows.length;
-      const answers = rowsOf(made.logits, this.labels.length);
-      right += rows.filter(({ label }, i) => largest(answers[i]!) === label).length;
-    }
-    return { loss: loss / holdout.length, accuracy: right / holdout.length };
   }
 
   /** A state to begin from; "auto" takes a few steps from each start and keeps the one whose loss is smaller. */
@@ -234,21 +224,40 @@ export class Trainer<Feeds = unknown> {
     this.#state = await startState(this.#subject, await readDonor(this.#subject.pack, task), this.#random);
   }
 
-  /** Probabilities [labels] of each text or feed, as the task is now. */
-  async predict(
-    examples: readonly Unlabelled<Feeds>[],
-    { batch = 16 }: { batch?: number } = {},
-  ): Promise<Float32Array[]> {
-    checkList("predict", examples, "examples");
-    const { machine, inputs, labels } = this.#subject;
-    const state = this.#learned();
-    const results: Float32Array[] = [];
-    for (let at = 0; at < examples.length; at += batch) {
-      const rows = examples.slice(at, at + batch);
-      const logits = await machine.answer(await inputs.batch(rows), pointOf(this.#subject, state));
-      results.push(...rowsOf(logits, labels.length).slice(0, rows.length).map(softmax));
+  /**
+   * How good the task's answers are now: the mean loss in nats, of each text or of each token that is learned, and the share of
+   * examples that are answered right, a completion by all its tokens.
+   * @throws RangeError, TypeError as `fit`
+   */
+  async score(examples: readonly Example<Feeds>[]): Promise<Score> {
+    const rows = await this.#subject.lessons.check(examples);
+    return score(this.#subject, rows, this.#learned(), {});
+  }
+
+  /** @internal Mean KL in nats of what rows ought to be answered and what the task answers. */
+  async divergence(rows: readonly Row<Feeds>[]): Promise<number> {
+    const found = new MeanDivergence();
+    const point = pointOf(this.#subject, this.#learned());
+    for await (const { row, logits } of answers(this.#subject, rows, point)) {
+      found.add(this.#subject.lessons.wanted(row), logits);
     }
-    return results;
+    return found.mean;
+  }
+
+  /**
+   * Probabilities [labels] of each text or feed, as the task is now.
+   * @throws TypeError for models that answer token by token: `score` judges them, and a session with the task answers
+   */
+  async predict(examples: readonly Unlabelled<Feeds>[]): Promise<Float32Array[]> {
+    checkList("predict", examples, "examples");
+    const { lessons } = this.#subject;
+    if (lessons.tokens)
+      throw new TypeError("predict: the model answers token by token; take `score`, or add the task to the session");
+    const point = pointOf(this.#subject, this.#learned());
+    const rows = await lessons.ask(examples, "predict");
+    const found = new Map<Row<Feeds>, Float32Array>();
+    for await (const { row, logits } of answers(this.#subject, rows, point)) found.set(row, softmax(logits[0]!));
+    return rows.map((row) => found.get(row)!);
   }
 
   /** The task as a file of its own: a few kilobytes, for `session.addTask`, `pack.addTask`, or to be sent. */
@@ -284,7 +293,7 @@ export class Trainer<Feeds = unknown> {
 
   #file({ metadata, ...options }: TaskFileOptions): Uint8Array<ArrayBuffer> {
     const { pack, terms, machine, labels } = this.#subject;
-    const named = { ...options, metadata: { labels: [...labels], ...metadata } };
+    const named = { ...options, metadata: { ...(labels.length > 0 && { labels: [...labels] }), ...metadata } };
     return taskFile(pack, terms, this.#learned(), machine.head, named);
   }
 

@@ -3,6 +3,7 @@
  * inputs in place of a training graph, since these never change. One run of the model then serves all rates and seeds.
  */
 
+import { labelledLessons } from "../../../dist/src/train/labelled.js";
 import { taskFile } from "../../../dist/src/train/result.js";
 import { Terms } from "../../../dist/src/train/terms.js";
 import { Trainer } from "../../../dist/src/train/trainer.js";
@@ -55,7 +56,7 @@ export function headTrainer(features, { labels, seed }) {
     batch: async (rows) => rows.map(({ text = "" }) => /** @type {Float32Array} */ (features.get(text))),
   };
   return new /** @type {any} */ (Trainer)(
-    { pack, machine, inputs, terms: none, origin: none, labels },
+    { pack, machine, lessons: labelledLessons(inputs, labels), terms: none, origin: none, labels },
     { seed, init: "random" },
   );
 }
@@ -71,11 +72,9 @@ export function headMachine(labels) {
   return {
     head: LAYER,
     answer: async (batch, point) => Float32Array.from(batch.flatMap((x) => logitsOf(x, point))),
-    async step(batch, point, targets) {
+    async step(batch, point, { values: targets }) {
       const width = point.weight.length / labels;
-      const [logits, weight, bias] = [batch.length * labels, point.weight.length, labels].map(
-        (length) => new Float32Array(length),
-      );
+      const [weight, bias] = [point.weight.length, labels].map((length) => new Float32Array(length));
       let loss = 0;
       for (const [row, x] of batch.entries()) {
         const z = logitsOf(x, point);
@@ -83,14 +82,13 @@ export function headMachine(labels) {
         const total = z.reduce((sum, value) => sum + Math.exp(value - top), 0);
         for (let label = 0; label < labels; label++) {
           const at = row * labels + label;
-          logits[at] = z[label];
           loss -= (targets[at] * (z[label] - top - Math.log(total))) / batch.length;
           const slope = (Math.exp(z[label] - top) / total - targets[at]) / batch.length;
           bias[label] += slope;
           for (let i = 0; i < width; i++) weight[label * width + i] += slope * x[i];
         }
       }
-      return { loss, logits, gradients: { terms: new Map(), weight, bias } };
+      return { loss, gradients: { terms: new Map(), weight, bias } };
     },
   };
 }

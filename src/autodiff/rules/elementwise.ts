@@ -44,7 +44,7 @@ const CUBIC = 0.044715;
 
 /** x · Φ(x), or its approximation. */
 const gelu = unary((emit, g, x, _, node) => {
-  if (node.text("approximate") !== "tanh") {
+  if (node.proto.opType !== "FastGelu" && node.text("approximate") !== "tanh") {
     const u = emit.mul(x, Math.SQRT1_2);
     return emit.mul(emit.mul(g, 0.5), emit.add(emit.add(emit.op("Erf", [u]), emit.mul(u, erfSlope(emit, u))), 1));
   }
@@ -84,6 +84,8 @@ export const ELEMENTWISE: readonly (readonly [string, Rule])[] = [
     }),
   ],
   ["Gelu", gelu],
+  ["com.microsoft.Gelu", gelu],
+  ["com.microsoft.FastGelu", gelu],
   ["Neg", unary((emit, g) => emit.neg(g))],
   ["Reciprocal", unary((emit, g, _, y) => emit.neg(emit.mul(g, emit.mul(y, y))))],
   ["Sqrt", unary((emit, g, _, y) => emit.div(emit.mul(g, 0.5), y))],

@@ -63,4 +63,6 @@ export const NORMALIZATIONS: readonly (readonly [string, Rule])[] = [
   ["LogSoftmax", logSoftmax],
   ["LayerNormalization", normalization(true)],
   ["RMSNormalization", normalization(false)],
+  // onnxruntime's own, which it knows by the standard domain at any opset.
+  ["SimplifiedLayerNormalization", normalization(false)],
 ];

@@ -47,21 +47,28 @@ const split: Rule = {
   },
 };
 
-/** One place of a dimension. Several would need a sum over those that name the same place. */
+/** One place of a dimension, or rows of a matrix. */
 const gather: Rule = {
   inputs: [0],
   backward(node) {
     const { emit } = node;
     const [x, index] = [node.x(0), node.x(1)];
     const dims = node.dims(index);
-    if (dims.some((size) => size !== 1))
-      return node.refuse("takes several places at once, which gradients do not come back from");
     const rank = node.rank(x);
     const axis = node.axis(0, rank);
+    const rows = rank === 2 && axis === 0 && dims.length === 1;
+    if (!rows && dims.some((size) => size !== 1))
+      return node.refuse("takes several places at once, which gradients do not come back from");
     const size = emit.size(x, axis);
-    const at = emit.op("Reshape", [emit.op("Cast", [index], { to: 7 }), emit.ints([1])]);
+    const at = emit.op("Reshape", [emit.op("Cast", [index], { to: 7 }), emit.ints([-1])]);
     const place = emit.op("Where", [emit.op("Less", [at, emit.int(0)]), emit.add(at, size), at]);
-    const met = emit.toFloat(emit.op("Equal", [emit.op("Range", [emit.int(0), size, emit.int(1)]), place]));
+    const places = emit.op("Range", [emit.int(0), size, emit.int(1)]);
+    if (rows) {
+      // Each row gets the sum of what comes back from where it was taken to.
+      const met = emit.toFloat(emit.op("Equal", [emit.unsqueeze(place, [1]), places]));
+      return node.give(0, emit.op("Gemm", [met, node.g], { transA: 1 }));
+    }
+    const met = emit.toFloat(emit.op("Equal", [places, place]));
     const trailing = Array.from({ length: rank - axis - 1 }, (_, i) => i + 1);
     // The index has as many dimensions as it has put in the place of one.
     let { g } = node;

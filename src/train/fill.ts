@@ -1,0 +1,75 @@
+/**
+ * Token ids as the inputs of a model that answers at every position. What else such models take follows from the ids: masks,
+ * positions, a cache that is empty.
+ */
+import type { Feed } from "../onnx/feeds.ts";
+import type { BatchFeeds } from "./batch.ts";
+import type { Tokens } from "./examples.ts";
+
+/** By `TensorProto.DataType`. */
+const TYPES = new Map([
+  [1, "float32"],
+  [6, "int32"],
+  [7, "int64"],
+  [9, "bool"],
+  [10, "float16"],
+]);
+
+/** What a token is to an input, by its place; 0 behind the last. */
+const OF_TOKENS = new Map<string, (id: number, place: number) => number>([
+  ["input_ids", (id) => id],
+  ["decoder_input_ids", (id) => id],
+  ["attention_mask", () => 1],
+  ["decoder_attention_mask", () => 1],
+  ["position_ids", (_, place) => place],
+  ["token_type_ids", () => 0],
+]);
+
+/** Inputs that are the same in every run: no cache, logits of all positions. */
+const ZERO = /^(use_cache_branch|num_logits_to_keep|logits_to_keep)$/;
+
+/**
+ * @param example made-up values of the model's inputs, for types and dimensions
+ * @param names of the model's inputs
+ * @throws TypeError for an input that ids do not tell
+ */
+export function fillInputs(
+  example: ReadonlyMap<string, Feed> | undefined,
+  names: readonly string[],
+  all: readonly Pick<Tokens, "ids" | "source">[],
+): BatchFeeds {
+  const decodes = names.includes("decoder_input_ids");
+  const feeds: Record<string, BatchFeeds[string]> = {};
+  for (const name of names) {
+    const of = OF_TOKENS.get(name);
+    const given = example?.get(name);
+    const type = TYPES.get(given?.dataType ?? 7)!;
+    if (of) {
+      const side = decodes && !name.startsWith("decoder_") ? "source" : "ids";
+      feeds[name] = rowsOf(
+        all.map((one) => one[side]!.map(of)),
+        type,
+      );
+    } else if (given && (given.data.length === 0 || ZERO.test(name))) {
+      const dims =
+        given.data.length === 0 ? given.dims.map((size, axis) => (axis === 0 ? all.length : size)) : given.dims;
+      feeds[name] = { type, dims, data: given.data.slice().fill(0 as never) };
+    } else {
+      throw new TypeError(
+        `the model takes "${name}", which tokens do not tell: give examples as \`feeds\` and \`classes\`, with all inputs`,
+      );
+    }
+  }
+  return feeds;
+}
+
+/** Rows of numbers, filled up with 0 to the longest. */
+function rowsOf(rows: readonly (readonly number[])[], type: string): BatchFeeds[string] {
+  const width = Math.max(...rows.map(({ length }) => length));
+  const dims = [rows.length, width];
+  const data = type === "int32" ? new Int32Array(rows.length * width) : new BigInt64Array(rows.length * width);
+  for (const [r, row] of rows.entries()) {
+    for (const [i, value] of row.entries()) data[r * width + i] = (type === "int32" ? value : BigInt(value)) as never;
+  }
+  return { type, dims, data };
+}

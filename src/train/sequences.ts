@@ -1,0 +1,149 @@
+/**
+ * Examples as token ids, and the positions at which there is something to learn. A prompt is encoded as it is when the model is
+ * asked, so that what is learned is what will come.
+ */
+import type { Example, Message, Tokens } from "./examples.ts";
+import { type Encode, PADDED } from "./inputs.ts";
+import type { Distribution } from "./probabilities.ts";
+
+/** A tokenizer, as far as it tells more than ids. */
+interface Tokenizer {
+  readonly eos_token?: unknown;
+  readonly apply_chat_template?: (messages: readonly Message[], options: object) => unknown;
+}
+
+export interface SequenceOptions {
+  /** What a completion ends with, as text. Default: the tokenizer's `eos_token`. */
+  readonly end?: string | false | undefined;
+  /** The token that a decoder beside an encoder begins with. Default: 0. */
+  readonly decoderStart?: number | undefined;
+}
+
+/** Encodes examples. */
+export class Sequences {
+  readonly #encode: Encode | undefined;
+  readonly #names: readonly string[];
+  readonly #options: SequenceOptions;
+  readonly #known = new Map<string, readonly number[]>();
+
+  /** @param names of the model's inputs */
+  constructor(encode: Encode | undefined, names: readonly string[], options: SequenceOptions) {
+    this.#encode = encode;
+    this.#names = names;
+    this.#options = options;
+  }
+
+  /** A prompt and how it goes on. @throws TypeError, RangeError when one of them is not there or empty */
+  async completion({ prompt, completion }: Example, at: string): Promise<Tokens> {
+    if (typeof prompt !== "string" || typeof completion !== "string")
+      throw new TypeError(`${at}: expected \`prompt\` and \`completion\`, both strings`);
+    if (completion.trim() === "") throw new RangeError(`${at}: its completion is empty`);
+    return this.#answer(prompt, prompt + completion + this.#end(at), true, at);
+  }
+
+  /** The last message of a chat. @throws TypeError without a template, RangeError when the last message is not the assistant's */
+  async chat(messages: readonly Message[], at: string): Promise<Tokens> {
+    const { apply_chat_template: template } = (this.#encode ?? {}) as Tokenizer;
+    if (!template)
+      throw new TypeError(`${at}: messages need a tokenizer with a chat template; give \`prompt\` and \`completion\``);
+    const last = messages.at(-1);
+    if (last?.role !== "assistant")
+      throw new RangeError(`${at}: expected the assistant's message at the end, got ${JSON.stringify(last?.role)}`);
+    const written = (some: readonly Message[], more: boolean): string =>
+      String(template.call(this.#encode, some, { tokenize: false, add_generation_prompt: more }));
+    const [prompt, whole] = [written(messages.slice(0, -1), true), written(messages, false)];
+    if (!whole.startsWith(prompt))
+      throw new RangeError(`${at}: by the chat template the answer does not follow the messages before it`);
+    const end = this.#end(at);
+    // What a template writes behind the end of the answer is never asked for.
+    const cut = end === "" ? -1 : whole.lastIndexOf(end);
+    return this.#answer(prompt, cut < prompt.length ? whole : whole.slice(0, cut + end.length), false, at);
+  }
+
+  /** Every token of a text but the first. @throws RangeError when there are fewer than two */
+  async text(text: string, at: string): Promise<Tokens> {
+    const ids = await this.#ids(text, true);
+    if (ids.length < 2) throw new RangeError(`${at}: its text has ${ids.length} tokens, two at least are needed`);
+    return nextTokens(ids, 1);
+  }
+
+  /**
+   * Words, of which the first token of each has a label.
+   * @param classes names of the labels
+   */
+  async words({ words = [], labels = [] }: Example, classes: readonly string[], at: string): Promise<Tokens> {
+    if (words.length === 0 || words.length !== labels.length)
+      throw new RangeError(`${at}: has ${words.length} words and ${labels.length} labels, expected one for each word`);
+    const [whole, alone] = [await this.#ids("a", true), await this.#ids("a", false)];
+    const before = whole.findIndex((_, i) => alone.every((id, j) => id === whole[i + j]));
+    const ids = whole.slice(0, Math.max(0, before));
+    const tokens: { at: number[]; wanted: Distribution[] } = { at: [], wanted: [] };
+    for (const [i, word] of words.entries()) {
+      const own = await this.#ids(i === 0 ? word : ` ${word}`, false);
+      const label = labels[i];
+      if (label !== null && own.length > 0) {
+        const found = classes.indexOf(label!);
+        if (found < 0)
+          throw new RangeError(
+            `${at}: the label ${JSON.stringify(label)} of "${word}" is none of ${classes.join(", ")}`,
+          );
+        tokens.at.push(ids.length);
+        tokens.wanted.push({ probabilities: [1], classes: [found] });
+      }
+      ids.push(...own);
+    }
+    if (tokens.at.length === 0) throw new RangeError(`${at}: none of its words has a label`);
+    return { ...tokens, ids: [...ids, ...whole.slice(before + alone.length)] };
+  }
+
+  /** @param special whether the tokenizer adds its own tokens, which a chat template has written already */
+  async #answer(prompt: string, whole: string, special: boolean, at: string): Promise<Tokens> {
+    if (this.#names.includes("decoder_input_ids")) return this.#decoded(prompt, whole.slice(prompt.length));
+    const [before, all] = [await this.#ids(prompt, special), await this.#ids(whole, special)];
+    if (before.length === 0)
+      throw new RangeError(`${at}: its prompt is empty: a language model needs a token to begin with`);
+    // A token over the border would never be seen when the model is asked.
+    const joined = before.every((id, i) => id === all[i]);
+    const ids = joined ? all : [...before, ...(await this.#ids(whole.slice(prompt.length), false))];
+    if (ids.length <= before.length) throw new RangeError(`${at}: its completion has no tokens, or was cut off`);
+    return nextTokens(ids, before.length);
+  }
+
+  async #decoded(prompt: string, completion: string): Promise<Tokens> {
+    const { decoderStart = 0 } = this.#options;
+    const [source, answer] = [await this.#ids(prompt, true), await this.#ids(completion, false)];
+    return { ...nextTokens([decoderStart, ...answer], 1), source };
+  }
+
+  #end(at: string): string {
+    const { end } = this.#options;
+    if (end !== undefined) return end === false ? "" : end;
+    const { eos_token: token } = (this.#encode ?? {}) as Tokenizer;
+    if (typeof token === "string") return token;
+    throw new TypeError(
+      `${at}: what ends a completion is not known: the tokenizer has no \`eos_token\`; pass \`end\`, such as "</s>", or false`,
+    );
+  }
+
+  async #ids(text: string, special: boolean): Promise<readonly number[]> {
+    const key = `${special}:${text}`;
+    const known = this.#known.get(key);
+    if (known) return known;
+    if (!this.#encode) throw new TypeError("texts need `encode`, a tokenizer");
+    const how = special ? PADDED : ({ ...PADDED, add_special_tokens: false } as const);
+    const { input_ids: found } = text === "" ? {} : await this.#encode([text], how, this.#names);
+    const ids = Array.from((found?.data ?? []) as ArrayLike<number | bigint>, Number);
+    this.#known.set(key, ids);
+    return ids;
+  }
+}
+
+/** Ids of which those from `from` on are learned: each position says the next one. */
+function nextTokens(ids: readonly number[], from: number): Tokens {
+  const at = Array.from({ length: ids.length - from }, (_, i) => from - 1 + i);
+  return {
+    ids: ids.slice(0, -1),
+    at,
+    wanted: at.map((position) => ({ probabilities: [1], classes: [ids[position + 1]!] })),
+  };
+}
