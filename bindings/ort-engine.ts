@@ -145,10 +145,10 @@ function onWebgpu(options: KnownOptions | undefined): boolean {
 export function optionsFor(given: KnownOptions, { purpose, exactNodes = [] }: LoadOptions): object {
   if (purpose === "inspect") {
     const { executionProviders, preferredOutputLocation, ...rest } = given as Record<string, unknown>;
-    return { ...rest, graphOptimizationLevel: "disabled" };
+    return unpacked({ ...rest, graphOptimizationLevel: "disabled" });
   }
   // Patterns of memory are worth little to lengths that change, and each is memory of its own beside what was there.
-  const options = purpose === "train" ? { enableMemPattern: false, ...given } : given;
+  const options = purpose === "train" ? unpacked({ enableMemPattern: false, ...given } as Record<string, unknown>) : given;
   if (!onWebgpu(given) || exactNodes.length === 0) return options;
   // Only onnxruntime-web's newer provider knows of these; the older one (jsep) reads past them.
   const executionProviders = given.executionProviders!.map((one) => {
@@ -157,6 +157,15 @@ export function optionsFor(given: KnownOptions, { purpose, exactNodes = [] }: Lo
     return { ...provider, forceCpuNodeNames: [...(provider.forceCpuNodeNames ?? []), ...exactNodes] };
   });
   return { ...options, executionProviders };
+}
+
+/**
+ * Options under which products read weights as they are. onnxruntime makes a copy of each, in the order in which a product takes them;
+ * what comes back takes them in another one. A product of many rows is hardly slower without.
+ */
+function unpacked(options: { readonly extra?: { readonly session?: object } } & Record<string, unknown>): object {
+  const session = { disable_prepacking: "1", ...options.extra?.session };
+  return { ...options, extra: { ...options.extra, session } };
 }
 
 function bufferTensor(ort: Ort, buffer: DeviceBuffer, dtype: "f32" | "f16", dims: readonly number[]): EngineTensor {

@@ -52,6 +52,11 @@ export class Emitter {
     this.#prefix = prefix;
   }
 
+  /** Another one that writes for the same graph. */
+  beside(prefix: string): Emitter {
+    return new Emitter(this.#constants, this.#opset, prefix);
+  }
+
   op(opType: string, input: readonly Operand[], attributes: Attributes = {}, domain = ""): string {
     return this.#write(opType, input, attributes, domain, 1)[0]!;
   }

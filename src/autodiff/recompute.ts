@@ -43,7 +43,13 @@ export function recompute(path: ProbedPath, main: GraphProto, emit: Emitter): No
     else if (!real.has(value)) pending.push(...(makers.get(value)?.input ?? []));
   }
   const isReal = (value: string): boolean => real.has(value);
-  const again = new Again(path, makers, isReal, valuesToKeep({ ...path, isReal }, needed), emit);
+  const again = new Again(
+    path,
+    makers,
+    isReal,
+    valuesToKeep({ ...path, isReal }, needed),
+    emit.beside(`${PREFIX}/late`),
+  );
   const nodes = backward.flatMap((node) => {
     const moment = emit.moments.get(node);
     node.input = node.input.map((value) => (own.has(value) || value === "" ? value : again.value(value, moment)));
@@ -67,7 +73,7 @@ class Again {
   readonly #done = new Map<string, string>();
   #nodes: NodeProto[] = [];
   /** Nodes of the emitter that are taken over. */
-  #taken: number;
+  #taken = 0;
 
   constructor(
     path: ProbedPath,
@@ -81,7 +87,6 @@ class Again {
     this.#isReal = isReal;
     this.#kept = kept;
     this.#emit = emit;
-    this.#taken = emit.nodes.length;
   }
 
   /** The nodes since the last call. */

@@ -16,7 +16,7 @@ import type { Pack } from "../pack/pack.ts";
 import { projectAdapters } from "../pack/project.ts";
 import { type Distilled, distill as distillTask } from "../train/distill.ts";
 import { type Attach, command, type Result } from "./command.ts";
-import { readLines } from "./examples.ts";
+import { readQuestions } from "./examples.ts";
 import { jsonFile, makeFolder, readJson, writeWhole } from "./files.ts";
 import { realTarget } from "./lock.ts";
 import { match } from "./matching.ts";
@@ -58,7 +58,7 @@ export const distill: Attach = command({
   async run([packPath, ...paths]: [string, ...string[]], options, run, out) {
     const { output: file, force, model, steps, batch, tokens = 128, tokenizer } = options;
     const sign = await signerOf(options.key);
-    const texts = await readLines(options.text);
+    const questions = await readQuestions(options.text);
     const target = await run.target(file, { force, inputs: [model, options.text, tokenizer] });
     const adapters = await run.adapters(paths, options.as, options.base);
     target.refuse(adapters.flatMap(filesOf));
@@ -66,10 +66,17 @@ export const distill: Attach = command({
     const before = new Set(pack.tasks.keys());
     refuseOtherBase(pack, adapters, options.anyBase);
     await addMissing(pack, adapters);
-    const { session, encode } = await openTrainable("distill", model, pack, options, run);
+    const { session, encode } = await openTrainable(
+      "distill",
+      model,
+      pack,
+      options,
+      run,
+      questions.examples !== undefined,
+    );
     const modelBytes = (await stat(model)).size;
     const matching = { names: [...options.names], ignore: options.ignore };
-    const settings = { model: resolve(model), modelBytes, steps, batch, tokens, texts, ...matching };
+    const settings = { model: resolve(model), modelBytes, steps, batch, tokens, ...questions, ...matching };
     const finished = `${file}.partial`;
     // Two runs of one target would do the same work, and the first to end would remove what the second has finished.
     await run.lock(finished);
@@ -85,7 +92,7 @@ export const distill: Attach = command({
         const [gone, of] = [(i - resumed) * steps + step, (adapters.length - resumed) * steps];
         out.progress("step", gone, of, `task ${i + 1} of ${adapters.length}, ${adapter.id}`);
       };
-      const made = earlier ?? (await distillTask(session, { adapter, texts, encode, steps, batch, onStep }));
+      const made = earlier ?? (await distillTask(session, { adapter, ...questions, encode, steps, batch, onStep }));
       if (!earlier) await writeWhole(path, jsonFile({ ...made, file: Buffer.from(made.file).toString("base64") }));
       done.push({ ...made, resumed: earlier !== undefined });
     }

@@ -67,7 +67,7 @@ export async function distilled(
 /** The pack with all its tasks distilled. */
 async function distilTasks(
   pack: Pack,
-  { engine, model, options: { adapters, texts, encode, names } }: Asked,
+  { engine, model, options: { adapters, texts, examples, encode, names } }: Asked,
   steps: number,
   out: Output,
 ): Promise<Uint8Array[]> {
@@ -77,7 +77,7 @@ async function distilTasks(
     for (const [i, adapter] of adapters.entries()) {
       const onStep = ({ step }: { step: number }): void =>
         out.progress("step", i * steps + step, adapters.length * steps, `distilling ${adapter.id}`);
-      const { id, file } = await distill(session, { adapter, texts, encode, steps, onStep });
+      const { id, file } = await distill(session, { adapter, texts, examples, encode, steps, onStep });
       blobs.set(id, parseTaskFile(file, `task "${id}"`).blob);
     }
   } finally {

@@ -1,17 +1,63 @@
 /**
- * Texts from a file: plain, one on each line; or labelled, as JSON lines or a table of two columns. Every line is checked, and a
- * wrong one named.
+ * Texts from a file: plain, one on each line; labelled, as JSON lines or a table of two columns; or prompts with completions, or
+ * chats, as JSON lines. Every line is checked, and a wrong one named.
  */
 import { nearest } from "../arguments.ts";
 import { SourceError } from "../errors.ts";
+import type { Message } from "../train/examples.ts";
 import { readText } from "./files.ts";
 
 /** Texts, one on each line, without what is there twice. @throws SourceError when there is none */
-export async function readLines(path: string): Promise<string[]> {
+async function readLines(path: string): Promise<string[]> {
   const lines = (await readText(path)).split(/\r?\n/).map((line) => line.trim());
   const texts = [...new Set(lines)].filter((line) => line !== "");
   if (texts.length === 0) throw new SourceError("has no text; expected one on each line", { file: path });
   return texts;
+}
+
+/** What a model is asked: texts, or examples with completions, whose tokens are asked for. */
+export type Asked =
+  | { readonly texts: readonly string[]; readonly examples?: undefined }
+  | { readonly examples: readonly Completion[]; readonly texts?: undefined };
+
+/** Lines of text; or JSON lines with completions. @throws SourceError */
+export async function readQuestions(path: string): Promise<Asked> {
+  const examples = await readCompletions(path);
+  return examples ? { examples } : { texts: await readLines(path) };
+}
+
+/** What a language model learns from. */
+export type Completion = { readonly prompt: string; readonly completion: string } | { readonly messages: Message[] };
+
+/**
+ * Reads `{"prompt": "…", "completion": "…"}` or `{"messages": [{"role": "…", "content": "…"}, …]}` on each line.
+ * @returns undefined where the first line is neither
+ * @throws SourceError naming the line, what was expected and what was found
+ */
+export async function readCompletions(path: string): Promise<Completion[] | undefined> {
+  const at = refuser(path);
+  const lines = (await readText(path)).replace(/^\uFEFF/, "").split(/\r?\n/);
+  const [first] = lines.filter((line) => line.trim() !== "");
+  if (!/^\s*\{\s*"(prompt|completion|messages)"/.test(first ?? "")) return undefined;
+  const expected = '{"prompt": "…", "completion": "…"} or {"messages": […]}';
+  return lines.flatMap((line, i): Completion[] => {
+    if (line.trim() === "") return [];
+    const { prompt, completion, messages } = parsed(line, expected, (message) => at(i + 1, message));
+    if (Array.isArray(messages)) {
+      const wrong = messages.find((one) => typeof one?.role !== "string" || typeof one?.content !== "string");
+      if (wrong !== undefined) throw at(i + 1, `expected messages with "role" and "content", got ${found(wrong)}`);
+      return [{ messages }];
+    }
+    if (typeof prompt !== "string") throw at(i + 1, `expected "prompt" with a string, got ${found(prompt)}`);
+    if (typeof completion !== "string")
+      throw at(i + 1, `expected "completion" with a string, got ${found(completion)}`);
+    if (completion.trim() === "") throw at(i + 1, "its completion is empty");
+    return [{ prompt, completion }];
+  });
+}
+
+function refuser(path: string): Refuse {
+  return (line, message) => new SourceError(`line ${line}: ${message}`, { file: path });
 }
 
 export interface LabelledText {
@@ -36,8 +82,7 @@ export async function readExamples(
   path: string,
   known: readonly string[] | undefined,
 ): Promise<{ examples: LabelledText[]; labels: readonly string[] }> {
-  const at = (line: number, message: string): SourceError =>
-    new SourceError(`line ${line}: ${message}`, { file: path });
+  const at = refuser(path);
   const whole = (await readText(path)).replace(/^\uFEFF/, "");
   const rows = whole.trimStart().startsWith("{")
     ? jsonRows(whole, at)
@@ -78,18 +123,21 @@ function found(value: unknown): string {
 function jsonRows(content: string, at: Refuse): Row[] {
   return content.split(/\r?\n/).flatMap((text, i): Row[] => {
     if (text.trim() === "") return [];
-    const expected = 'expected {"text": "…", "label": "…"}';
-    let value: unknown;
-    try {
-      value = JSON.parse(text);
-    } catch (cause) {
-      throw at(i + 1, `is not valid JSON: ${(cause as Error).message}; ${expected}`);
-    }
-    if (typeof value !== "object" || value === null || Array.isArray(value))
-      throw at(i + 1, `${expected}, got ${text.slice(0, 40)}`);
-    const { text: words, label } = value as { text?: unknown; label?: unknown };
+    const { text: words, label } = parsed(text, '{"text": "…", "label": "…"}', (message) => at(i + 1, message));
     return [{ line: i + 1, text: words, label }];
   });
+}
+
+/** The object that a line holds. */
+function parsed(line: string, expected: string, refuse: (message: string) => SourceError): Record<string, unknown> {
+  let value: unknown;
+  try {
+    value = JSON.parse(line);
+  } catch (cause) {
+    throw refuse(`is not valid JSON: ${(cause as Error).message}; expected ${expected}`);
+  }
+  if (typeof value === "object" && value !== null && !Array.isArray(value)) return value as Record<string, unknown>;
+  throw refuse(`expected ${expected}, got ${line.slice(0, 40)}`);
 }
 
 function tableRows(content: string, separator: "," | "\t", at: Refuse): Row[] {

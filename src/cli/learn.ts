@@ -1,16 +1,17 @@
 /**
- * The command learn: a new task from labelled texts, trained on a pack's components, as a task file. `eigenlora add` brings it
+ * The command learn: a new task from labelled texts, or prompts with completions, trained on a pack's components, as a task file. `eigenlora add` brings it
  * into the pack.
  */
 import { basename, extname } from "node:path";
-import { TaskError } from "../errors.ts";
+import type { EigenSession } from "../../bindings/onnxruntime.ts";
+import { BaseMismatchError, TaskError } from "../errors.ts";
 import { isTaskId } from "../format/directory.ts";
 import type { Pack } from "../pack/pack.ts";
 import { createTrainer } from "../train/learn.ts";
 import type { Start } from "../train/start.ts";
 import type { TrainingStep } from "../train/trainer.ts";
 import { type Attach, command } from "./command.ts";
-import { readExamples } from "./examples.ts";
+import { readCompletions, readExamples } from "./examples.ts";
 import { match } from "./matching.ts";
 import { openTrainable, tokenizer, tokens } from "./model.ts";
 import {
@@ -92,10 +93,11 @@ const OPTIONS = {
 /** The first Ctrl-C ends it between two steps, and what was learned is written; a second ends the process. */
 export const learn: Attach = command({
   usage: "learn <PACK> <EXAMPLES>",
-  does: "Train a new task on labelled texts and write it as a task file.",
+  does: "Train a new task on labelled texts, or on prompts with completions, and write it as a task file.",
   details:
-    "EXAMPLES is a file of JSON lines, tab-separated or comma-separated values. Coefficients over the pack's components and a head " +
-    "are trained, nothing else. eigenlora add PACK TASK.eigentask then adds the task to the pack.",
+    'EXAMPLES is a file of JSON lines, tab-separated or comma-separated values: {"text": "…", "label": "…"}, or for language models ' +
+    '{"prompt": "…", "completion": "…"}. Coefficients over the pack\'s components and a head are trained, ' +
+    "nothing else. eigenlora add PACK TASK.eigentask then adds the task to the pack.",
   options: OPTIONS,
   async run([packPath, examplesPath]: [string, string], options, run, out) {
     const { output: file, model, id = basename(file, extname(file)) } = options;
@@ -104,7 +106,12 @@ export const learn: Attach = command({
     const { force, tokenizer } = options;
     const target = await run.target(file, { force, inputs: [packPath, examplesPath, model, tokenizer] });
     const { signal } = interrupts(run);
-    const { examples, labels } = await readExamples(examplesPath, options.labels);
+    const completions = await readCompletions(examplesPath);
+    const { examples, labels } = completions
+      ? { examples: completions, labels: undefined }
+      : await readExamples(examplesPath, options.labels);
+    if (completions && options.labels)
+      throw new UsageError(`--labels: ${examplesPath} has completions, which have none`);
     const pack = await run.pack(packPath);
     const lone = pack.modules.every(({ A, B }) => !A && !B);
     if (options.train === "coefficients" && lone)
@@ -112,7 +119,8 @@ export const learn: Attach = command({
         "the pack has no shared components, so the task becomes a LoRA of its own: pack with --k N for smaller ones",
       );
     const init = startOf(options.init, pack);
-    const { session, encode } = await openTrainable("learn", model, pack, options, run);
+    const { session, encode } = await openTrainable("learn", model, pack, options, run, completions !== undefined);
+    refuseOtherKind(session, completions !== undefined, examplesPath);
     refuseInterrupted(signal, id);
     const { seed, train, rank, privateTerms, rate } = options;
     const trainer = await createTrainer(session, { seed, train, rank, privateTerms, labels, init, encode });
@@ -138,12 +146,13 @@ export const learn: Attach = command({
     const best = judged.reduce((a, b) => (b.loss < a.loss ? b : a), judged[0]!) ?? null;
     const own = train === "lora" || lone ? "factor weight" : privateTerms > 0 ? "term weight" : "coefficient";
     const kept = best ? epochs.findIndex(({ holdout }) => holdout === best) + 1 : epochs.length;
-    const learned = { file, id, bytes: size, labels, examples: examples.length, trained: { terms, head } };
+    const kind = labels ? { labels } : {};
+    const learned = { file, id, bytes: size, ...kind, examples: examples.length, trained: { terms, head } };
     const stopped = interrupted ? `, stopped at step ${steps.length} of ${steps[0]!.steps}` : "";
     return {
       json: { ...learned, interrupted, seconds, steps: steps.length, epochs, kept, holdout: best },
       text: [
-        `${file}: task "${id}", ${count(labels.length, "label")}, ${bytes(size)}${stopped}`,
+        `${file}: task "${id}", ${labels ? `${count(labels.length, "label")}, ` : ""}${bytes(size)}${stopped}`,
         ...epochTable(epochs, kept),
         ...(epochs.every((epoch) => epoch.holdout === null) ? [withoutHoldout(options.holdout, interrupted)] : []),
         `trained ${trainedText(own, terms, head)}; ${seconds.toFixed(2)} s`,
@@ -152,6 +161,17 @@ export const learn: Attach = command({
     };
   },
 });
+
+/** @throws BaseMismatchError when the examples are not of the kind that the model learns from */
+function refuseOtherKind({ trainable }: EigenSession, completions: boolean, file: string): void {
+  const tokens = trainable?.graph.tokens !== undefined;
+  if (tokens === completions) return;
+  const [gives, expected] = tokens
+    ? ["answers token by token", '{"prompt": "…", "completion": "…"} or {"messages": […]}']
+    : ["gives one row of logits for each text", '{"text": "…", "label": "…"}'];
+  const message = `the model ${gives}: expected ${expected} on each line of ${file}`;
+  throw new BaseMismatchError(message, { module: trainable!.graph.logitsOutput });
+}
 
 /** Aborted by Ctrl-C. */
 function interrupts(run: Run): AbortController {

@@ -9,8 +9,9 @@ import type { Ort } from "../../bindings/ort.ts";
 import { BackendError, BaseMismatchError, SourceError } from "../errors.ts";
 import type { Pack } from "../pack/pack.ts";
 import type { BatchFeeds } from "../train/batch.ts";
+import { followsFromTokens } from "../train/fill.ts";
 import type { Encode } from "../train/inputs.ts";
-import { readJson } from "./files.ts";
+import { readJson, readText } from "./files.ts";
 import { type match, refuseUnknown } from "./matching.ts";
 import { from, number, type OptionSpec, text, type Values } from "./options.ts";
 import type { Run } from "./run.ts";
@@ -27,7 +28,11 @@ export interface OpenedModel {
   readonly encode: Encode;
 }
 
-export const tokens: OptionSpec<number | undefined> = number("N", "Cut texts to N tokens. Default: 128.", from(1));
+export const tokens: OptionSpec<number | undefined> = number(
+  "N",
+  "Cut texts to N tokens; a prompt with its completion may not be longer. Default: 128; 512 for completions.",
+  from(1),
+);
 export const tokenizer: OptionSpec<string | undefined> = text(
   "FILE",
   "The model's tokenizer. Default: tokenizer.json beside the model or one folder above. Needs @huggingface/tokenizers.",
@@ -35,14 +40,17 @@ export const tokenizer: OptionSpec<string | undefined> = text(
 
 /**
  * Loads onnxruntime, and the tokenizer of a model: tokenizer.json beside it, or one folder above, as where models lie in onnx/; or
- * where `tokenizer` says. tokenizer_config.json beside that is used where it is there.
+ * where `tokenizer` says. tokenizer_config.json and chat_template.jinja beside that are used where they are there.
+ * @param whole texts are prompts with completions, which must not be cut
  * @throws BackendError when a package is not installed, SourceError when there is no tokenizer
  */
 export async function openModel(
   command: string,
   model: string,
-  { tokens = 128, tokenizer: named }: ModelOptions,
+  { tokens: most, tokenizer: named }: ModelOptions,
+  whole = false,
 ): Promise<OpenedModel> {
+  const tokens = most ?? (whole ? 512 : 128);
   const ort = await peer<Ort>(command, "onnxruntime-node", () => import("onnxruntime-node"));
   // It warns of initializers that nothing uses.
   (ort.env as { logLevel?: string }).logLevel = "error";
@@ -54,20 +62,52 @@ export async function openModel(
     const message = `there is no tokenizer${where}; say where its tokenizer.json is with --tokenizer`;
     throw new SourceError(message, { file: tokenizer });
   }
-  const config = join(dirname(tokenizer), "tokenizer_config.json");
-  const made = new Tokenizer(await readJson(tokenizer), existsSync(config) ? await readJson(config) : {});
-  const encode: Encode = (texts, _, inputs) => {
+  const beside = join(dirname(tokenizer), "tokenizer_config.json");
+  const config = (existsSync(beside) ? await readJson(beside) : {}) as Record<string, unknown>;
+  const made = new Tokenizer(await readJson(tokenizer), config);
+  const encode: Encode = (texts, { add_special_tokens }, inputs) => {
     const rows = texts.map((one) => {
-      const { ids } = made.encode(one);
+      const { ids } = made.encode(one, { add_special_tokens });
+      if (whole && ids.length > tokens)
+        throw new RangeError(
+          `${JSON.stringify(one.slice(0, 40))}… has ${ids.length} tokens, more than --tokens ${tokens}`,
+        );
       // The last token closes the text, wherever it is cut.
       return ids.length > tokens ? [...ids.slice(0, tokens - 1), ids.at(-1)!] : ids;
     });
-    const unknown = inputs.find((name) => !INPUTS.has(name));
-    if (unknown === undefined) return feedsOf(inputs, rows);
+    const unknown = inputs.find((name) => !INPUTS.has(name) && !followsFromTokens(name));
+    const known = inputs.filter((name) => INPUTS.has(name));
+    if (unknown === undefined) return feedsOf(known, rows);
     const message = `the model takes "${unknown}", which a tokenizer does not give: use eigenlora/train with feeds of your own`;
     throw new BaseMismatchError(message, { module: unknown });
   };
-  return { ort, encode };
+  const template = config["chat_template"] ?? (await templateBeside(tokenizer));
+  return { ort, encode: Object.assign(encode, tellsMore(command, config, template)) };
+}
+
+/** What a tokenizer of transformers.js tells beside ids: what ends a text, and how a chat is written. */
+function tellsMore(command: string, config: Readonly<Record<string, unknown>>, template: unknown): object {
+  const token = (name: string): unknown => {
+    const found = config[name];
+    return typeof found === "object" && found !== null ? (found as { content?: unknown }).content : found;
+  };
+  const eos_token = token("eos_token");
+  if (typeof template !== "string") return { eos_token };
+  const apply_chat_template = async (
+    messages: unknown,
+    { add_generation_prompt }: { add_generation_prompt: boolean },
+  ) => {
+    const { Template } = await peer<Jinja>(command, "@huggingface/jinja", () => import("@huggingface/jinja"));
+    const more = { add_generation_prompt, bos_token: token("bos_token"), eos_token };
+    return new Template(template).render({ messages, ...more });
+  };
+  return { eos_token, apply_chat_template };
+}
+
+/** The chat template in a file of its own. */
+async function templateBeside(tokenizer: string): Promise<string | undefined> {
+  const path = join(dirname(tokenizer), "chat_template.jinja");
+  return existsSync(path) ? readText(path) : undefined;
 }
 
 /** Where a model's tokenizer is; beside it where there is none. */
@@ -83,9 +123,10 @@ export async function openTrainable(
   pack: Pack,
   options: ModelOptions & Values<typeof match>,
   run: Run,
+  whole = false,
 ): Promise<{ session: EigenSession; encode: Encode }> {
   const { names, ignore, anyBase } = options;
-  const { ort, encode } = await openModel(command, model, options);
+  const { ort, encode } = await openModel(command, model, options, whole);
   refuseUnknown(names, pack.modules, pack.name);
   const session = await createEigenSession(ort, model, pack, { trainable: true, names, ignore, anyBase });
   run.closing(session);
@@ -103,7 +144,15 @@ async function peer<T>(command: string, name: string, load: () => Promise<unknow
 
 /** A tokenizer of @huggingface/tokenizers, as far as it is used. */
 interface Tokenizers {
-  readonly Tokenizer: new (rules: unknown, config: unknown) => { encode(text: string): { ids: number[] } };
+  readonly Tokenizer: new (
+    rules: unknown,
+    config: unknown,
+  ) => { encode(text: string, options: object): { ids: number[] } };
+}
+
+/** @huggingface/jinja, as far as it is used. */
+interface Jinja {
+  readonly Template: new (text: string) => { render(values: object): string };
 }
 
 /** What a tokenizer gives, of a token. */

@@ -17,7 +17,7 @@ import { createJudge, type JudgeOptions } from "../train/judge.ts";
 import { inputMoments, type MomentsOptions } from "../train/moments.ts";
 import { type Attach, command } from "./command.ts";
 import { distilled } from "./distilled.ts";
-import { readLines } from "./examples.ts";
+import { type Completion, readQuestions } from "./examples.ts";
 import { readJson } from "./files.ts";
 import { inFlags, names, refuseUnknown } from "./matching.ts";
 import { openModel, tokenizer, tokens } from "./model.ts";
@@ -228,7 +228,7 @@ async function build(
   const { dtype = {}, normalize, anyBase } = options;
   const mode = modeOf(options);
   const asked = options.model === undefined ? undefined : await askedOf(options, adapters);
-  const moments = asked && options.calibrate ? await inputMoments(...asked) : undefined;
+  const moments = asked && options.calibrate ? await inputMoments(asked.engine, asked.model, asked.moments) : undefined;
   const common = { dtype, normalize, moments, anyBase, ...(await run.base(options.base, options.names)) };
   const most = ratio === undefined ? bytes : Math.floor(sum(adapters.map(({ byteLength }) => byteLength)) / ratio);
   if (mode === "auto") {
@@ -237,8 +237,8 @@ async function build(
     const onTry = ({ name }: Tried, done: number, of: number): void => out.progress("way", done, of, name);
     const search: SearchOptions = { ...common, goal: { kind, max }, onTry };
     if (!asked || kind === "error") return searchPack(adapters, search);
-    const [engine, model, about] = asked;
-    const judge = run.closing(createJudge(...asked));
+    const { engine, model, judge: about } = asked;
+    const judge = run.closing(createJudge(engine, model, about));
     const found = await searchPack(adapters, { ...search, judge: judge.judge });
     const { distill: steps = 240 } = options;
     return steps === 0 ? found : distilled(found, search, { engine, model, options: about, judge }, steps, out);
@@ -257,10 +257,18 @@ async function build(
 async function askedOf(
   { model, text, tokenizer, tokens, names }: PackOptions,
   adapters: readonly Adapter[],
-): Promise<[Engine, string, MomentsOptions & JudgeOptions]> {
-  const texts = await readLines(text!);
-  const { ort, encode } = await openModel("pack", model!, { tokenizer, tokens });
-  return [createEngine(ort), model!, { adapters, texts, encode, names }];
+): Promise<{ engine: Engine; model: string; judge: JudgeOptions; moments: MomentsOptions }> {
+  const { texts, examples } = await readQuestions(text!);
+  const { ort, encode } = await openModel("pack", model!, { tokenizer, tokens }, examples !== undefined);
+  const about = { adapters, encode, names };
+  const moments = { ...about, texts: texts ?? examples!.map(textOf) };
+  return { engine: createEngine(ort), model: model!, judge: { ...about, texts, examples }, moments };
+}
+
+/** All that a model reads of an example. */
+function textOf(example: Completion): string {
+  if ("messages" in example) return example.messages.map(({ content }) => content).join("\n");
+  return example.prompt + example.completion;
 }
 
 function nameOf({ basis, coefficients, head }: Dtypes): string {

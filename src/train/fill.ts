@@ -63,6 +63,30 @@ export function fillInputs(
   return feeds;
 }
 
+/** Whether an input follows from the tokens, or is the same in every run. */
+export function followsFromTokens(name: string): boolean {
+  return OF_TOKENS.has(name) || ZERO.test(name) || /past/.test(name);
+}
+
+/**
+ * What a tokenizer gave, with what the model takes beside it.
+ * @param feeds "input_ids" [batch, length] at least, where something is missing
+ * @throws TypeError as `fillInputs`
+ */
+export function completeInputs(
+  example: ReadonlyMap<string, Feed> | undefined,
+  names: readonly string[],
+  feeds: BatchFeeds,
+): BatchFeeds {
+  const missing = names.filter((name) => !(name in feeds));
+  const { dims, data } = feeds["input_ids"] ?? {};
+  if (missing.length === 0 || !dims || !data) return feeds;
+  const [rows, width] = dims as [number, number];
+  const ids = Array.from(data as ArrayLike<bigint | number>, Number);
+  const all = Array.from({ length: rows }, (_, row) => ({ ids: ids.slice(row * width, (row + 1) * width) }));
+  return { ...fillInputs(example, missing, all), ...feeds };
+}
+
 /** Rows of numbers, filled up with 0 to the longest. */
 function rowsOf(rows: readonly (readonly number[])[], type: string): BatchFeeds[string] {
   const width = Math.max(...rows.map(({ length }) => length));

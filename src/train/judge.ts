@@ -66,7 +66,10 @@ export function createJudge(engine: Engine, model: SourceInput, options: JudgeOp
   const { adapters, names, seed = 0, signal } = options;
   const { most = Math.min(64, Math.max(16, Math.round(1280 / adapters.length))) } = options;
   checkAdapters("createJudge: adapters", adapters);
-  const all = questionsOf("createJudge", options.examples ? options : { texts: [...new Set(options.texts)] });
+  const all = questionsOf("createJudge", {
+    texts: options.texts && [...new Set(options.texts)],
+    examples: options.examples,
+  });
   if (all.length === 0) throw new RangeError("createJudge: no texts");
   const asked = shuffle([...all], uniform(seed)).slice(0, most);
   let session: Session | undefined;

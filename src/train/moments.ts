@@ -10,6 +10,7 @@ import { AliasMatcher } from "../base/aliases.ts";
 import { Locator } from "../base/locate.ts";
 import { locate } from "../base/mismatch.ts";
 import { BaseMismatchError } from "../errors.ts";
+import { knownSizes, tinyFeeds } from "../onnx/feeds.ts";
 import { onnxHost } from "../onnx/host.ts";
 import { FLOAT, linearsOf, NotLinear } from "../onnx/linear.ts";
 import { findParameters } from "../onnx/modules.ts";
@@ -20,6 +21,7 @@ import { dataOf, type Engine } from "../session/engine.ts";
 import type { SourceInput } from "../source.ts";
 import { shuffle, uniform } from "../tensor/random.ts";
 import { batchTensors } from "./batch.ts";
+import { completeInputs } from "./fill.ts";
 import { type Encode, PADDED } from "./inputs.ts";
 
 /** Options of `inputMoments`. */
@@ -58,6 +60,8 @@ export async function inputMoments(
   const file = await readModel(model);
   try {
     const main = file.model.graph.proto;
+    const own = main.input.filter(({ name }) => !file.model.graph.initializers.has(name));
+    const example = tinyFeeds(own, knownSizes(file.model, own));
     const locator = new Locator(onnxHost(file), names);
     locator.names = new AliasMatcher(locator.parameters.keys());
     const entering = inputsOf(file.model, locator, modulesOf(adapters));
@@ -72,7 +76,8 @@ export async function inputMoments(
       let count = 0;
       const some = shuffle([...texts], uniform(0)).slice(0, most);
       for (let at = 0; at < some.length; at += batch) {
-        const feeds = await encode(some.slice(at, at + batch), PADDED, loaded.inputNames);
+        const given = await encode(some.slice(at, at + batch), PADDED, loaded.inputNames);
+        const feeds = completeInputs(example, loaded.inputNames, given);
         const found = await engine.run(loaded, batchTensors(engine, feeds), loaded.outputNames);
         const kept = feeds[mask] && Array.from(feeds[mask].data as ArrayLike<bigint | number>, Number);
         let rows = 0;

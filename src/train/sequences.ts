@@ -49,9 +49,9 @@ export class Sequences {
     const last = messages.at(-1);
     if (last?.role !== "assistant")
       throw new RangeError(`${at}: expected the assistant's message at the end, got ${JSON.stringify(last?.role)}`);
-    const written = (some: readonly Message[], more: boolean): string =>
-      String(template.call(this.#encode, some, { tokenize: false, add_generation_prompt: more }));
-    const [prompt, whole] = [written(messages.slice(0, -1), true), written(messages, false)];
+    const written = async (some: readonly Message[], more: boolean): Promise<string> =>
+      String(await template.call(this.#encode, some, { tokenize: false, add_generation_prompt: more }));
+    const [prompt, whole] = [await written(messages.slice(0, -1), true), await written(messages, false)];
     if (!whole.startsWith(prompt))
       throw new RangeError(`${at}: by the chat template the answer does not follow the messages before it`);
     const end = this.#end(at);

@@ -1,0 +1,333 @@
+/**
+ * Models that answer at every position: language models learn completions, others the labels of words. Losses and gradients at some
+ * positions are those that PyTorch gives; what is learned is what greedy decoding then answers.
+ */
+import { readFile } from "node:fs/promises";
+import { Tokenizer } from "@huggingface/tokenizers";
+import t, { type Test } from "tap";
+import { createEngine } from "../dist/bindings/onnxruntime.js";
+import { readAdapters } from "../dist/src/adapters/folder.js";
+import type { Feed } from "../dist/src/onnx/feeds.js";
+import { makeFloats, makeNode, makeValue } from "../dist/src/onnx/nodes.js";
+import { fromBinary, ModelProtoSchema, toBinary } from "../dist/src/onnx/protobuf.js";
+import { openPack, type Pack } from "../dist/src/pack/pack.js";
+import { type BatchFeeds, createJudge, createTrainer, distill, type Encode } from "../dist/src/train/index.js";
+import { compare, golden, learning, noise, prepare, relative, run, sessionOf } from "./learning.ts";
+import { data, LOSSLESS, packOf } from "./packs.ts";
+import { modelBytes, NODE, ORTS, type Ort, open, type Session } from "./sessions.ts";
+
+const DECODER = data("decoder/onnx/model.onnx");
+const TASKS = ["decoder/adapters/upper", "decoder/adapters/lower"];
+
+async function tokenizer(): Promise<Encode & { eos_token?: string }> {
+  const [rules, config] = await Promise.all(
+    ["tokenizer", "tokenizer_config"].map(async (name) =>
+      JSON.parse(await readFile(data(`decoder/${name}.json`), "utf8")),
+    ),
+  );
+  const made = new Tokenizer(rules, config);
+  const encode: Encode = ([text]) => {
+    const ids = made.encode(text!).ids;
+    return { input_ids: { type: "int64", dims: [1, ids.length], data: BigInt64Array.from(ids, BigInt) } };
+  };
+  return Object.assign(encode, { eos_token: "<|end|>" });
+}
+const encode = await tokenizer();
+
+async function decoder(ort: Ort, options: Parameters<typeof packOf>[1] = LOSSLESS): Promise<Session> {
+  const pack = await openPack((await packOf(TASKS, options)).bytes);
+  return open(ort, DECODER, pack, { trainable: true });
+}
+
+/** Sums of two digits, said as words: what the random model can only learn by heart. */
+const EXAMPLES = ["one", "two", "three", "four", "five", "six"].map((word, i) => ({
+  prompt: `${i} + 1 =`,
+  completion: ` ${word}`,
+}));
+
+/** What greedy decoding says to a prompt, without a cache, until the end or so many tokens. */
+async function greedy(ort: Ort, session: Session, prompt: string, most: number): Promise<number[]> {
+  const { input_ids: given } = await encode([prompt], { padding: true, truncation: true }, []);
+  const ids = Array.from(given!.data as BigInt64Array, Number);
+  const answer: number[] = [];
+  while (answer.length < most && answer.at(-1) !== 0) {
+    const feeds: Record<string, unknown> = {};
+    const int64 = (values: number[]) => new ort.Tensor("int64", BigInt64Array.from(values, BigInt), [1, values.length]);
+    for (const name of session.inputNames) {
+      feeds[name] = new ort.Tensor("float32", new Float32Array(0), [1, 2, 0, 8]);
+      if (name === "input_ids") feeds[name] = int64(ids);
+      if (name === "attention_mask") feeds[name] = int64(ids.map(() => 1));
+      if (name === "position_ids") feeds[name] = int64(ids.map((_, i) => i));
+    }
+    const { logits } = await session.run(feeds as never);
+    const values = (logits as unknown as { data: Float32Array }).data.slice(-96);
+    answer.push(values.indexOf(Math.max(...values)));
+    ids.push(answer.at(-1)!);
+  }
+  return answer;
+}
+
+t.test("at some positions, of some classes: PyTorch's loss and gradients", async (t) => {
+  const of = await golden("llama-torchscript");
+  const [rows, classes] = of.targets.dims as [number, number];
+  const int64 = (values: number[], ...dims: number[]): Feed => ({
+    ...{ dataType: 7, dims },
+    data: BigInt64Array.from(values, BigInt),
+  });
+  for (const { name, ort } of ORTS) {
+    const prepared = await prepare(of, { tokens: true });
+    const { tokens } = prepared.graph;
+    const session = await sessionOf(ort, prepared.file, "all");
+    // All of both, in an order of their own.
+    const order = Array.from({ length: rows }, (_, i) => (i * 5 + 3) % rows);
+    t.equal(new Set(order).size, rows);
+    const targets = order.flatMap((row) =>
+      Array.from((of.targets.data as Float32Array).subarray(row * classes, (row + 1) * classes)),
+    );
+    const feeds = new Map([
+      ...prepared.feeds,
+      ...learning(prepared.graph, { ...of.targets, data: Float32Array.from(targets) }),
+      [tokens!.positions, int64(order, rows)] as const,
+      [
+        tokens!.classes,
+        int64(
+          order.flatMap(() => [...Array(classes).keys()]),
+          rows,
+          classes,
+        ),
+      ] as const,
+    ]);
+    const results = await run(session, ort, feeds);
+    const { loss, gradients, worst } = compare(of, prepared, (output) => results[output]!.data as Float32Array);
+    t.ok(loss < 2e-5 && gradients < 2e-5, `${name}: loss ${loss}, gradients ${gradients} (${worst})`);
+    // Two positions, one class each: the same as targets that are 0 elsewhere, but for the mean.
+    const [few, at] = [new Float32Array(rows * classes), [3, 7]];
+    for (const row of at) few[row * classes + 5 + row] = 1;
+    const dense = await prepare(of);
+    const whole = await sessionOf(ort, dense.file, "all");
+    const expected = await run(
+      whole,
+      ort,
+      new Map([...dense.feeds, ...learning(dense.graph, { ...of.targets, data: few })]),
+    );
+    const sparse = new Map([
+      ...feeds,
+      ...learning(prepared.graph, { dataType: 1, dims: [2, 1], data: Float32Array.of(1, 1) }),
+      [tokens!.positions, int64(at, 2)] as const,
+      [
+        tokens!.classes,
+        int64(
+          at.map((row) => 5 + row),
+          2,
+          1,
+        ),
+      ] as const,
+    ]);
+    const found = await run(session, ort, sparse);
+    for (const [input, output] of prepared.graph.gradients) {
+      const scaled = (expected[output]!.data as Float32Array).map((g) => (g * rows) / 2);
+      const off = relative(found[output]!.data as Float32Array, scaled);
+      t.ok(off < 2e-5, `${name}, ${input}: ${off}`);
+    }
+    await session.release();
+    await whole.release();
+  }
+});
+
+for (const { name, ort } of ORTS) {
+  t.test(`${name}: completions are learned, and greedy decoding says them`, async (t) => {
+    const session = await decoder(ort);
+    const trainer = await createTrainer(session, { encode, train: "lora", rank: 8, seed: 3 });
+    t.same(trainer.labels, []);
+    const losses: number[] = [];
+    for await (const { loss } of trainer.fit(EXAMPLES, { steps: 120, batch: 6, learningRates: { terms: 0.03 } }))
+      losses.push(loss);
+    t.ok(losses.at(-1)! < losses[0]! / 4, `${losses[0]} → ${losses.at(-1)}`);
+    const score = await trainer.score(EXAMPLES);
+    await session.addTask("sums", await trainer.task({ dtype: { coefficients: "f32" } }));
+    t.same(session.tasks.get("sums")!.metadata.labels, undefined);
+    await session.switchTask("sums");
+    let right = 0;
+    for (const { prompt, completion } of EXAMPLES) {
+      const { input_ids: wanted } = await encode([`${completion}<|end|>`], { padding: true, truncation: true }, []);
+      const said = await greedy(ort, session, prompt, 10);
+      if (said.join() === Array.from(wanted!.data as BigInt64Array, Number).join()) right++;
+    }
+    t.equal(right / EXAMPLES.length, score.accuracy, "the share that greedy decoding gets right is the score");
+    t.ok(score.accuracy >= 0.5, `${right} of ${EXAMPLES.length}`);
+    await session.close();
+  });
+}
+
+t.test("runs that do not learn answer every position as other sessions do", async (t) => {
+  const pack = await openPack((await packOf(TASKS, LOSSLESS)).bytes);
+  const [learns, plain] = [
+    await open(NODE, DECODER, pack, { trainable: true }),
+    await open(NODE, DECODER, pack, { mode: "factors" }),
+  ];
+  for (const session of [learns, plain]) await session.switchTask("upper");
+  const ids = await greedy(NODE, learns, "Once upon a time", 12);
+  t.same(ids, await greedy(NODE, plain, "Once upon a time", 12));
+  const all = JSON.parse(await readFile(data("decoder/goldens.json"), "utf8")) as {
+    task: string;
+    prompt: string;
+    ids: number[];
+  }[];
+  t.same(ids, all.find(({ task, prompt }) => task === "upper" && prompt === "Once upon a time")!.ids, "PEFT's own");
+  await learns.close();
+  await plain.close();
+});
+
+t.test("a distilled task answers more like its adapter; the judge sees it", async (t) => {
+  const coarse = { select: { kind: "k", k: 2 } } as const;
+  const session = await decoder(NODE, coarse);
+  const adapters = await readAdapters(TASKS.map(data));
+  t.teardown(async () => {
+    await session.close();
+    for (const adapter of adapters) await adapter.close();
+  });
+  const texts = Array.from({ length: 24 }, (_, i) => `Text ${i * 7919}: what is ${String.fromCharCode(97 + i)} for?`);
+  const questions = [
+    { texts },
+    { examples: texts.map((text) => ({ prompt: text.slice(0, 12), completion: text.slice(12) })) },
+  ];
+  for (const asked of questions) {
+    const made = await distill(session, { adapter: adapters[0]!, ...asked, encode, steps: 60, batch: 4 });
+    t.match(made, { id: adapters[0]!.id, kept: "distilled" });
+    t.ok(made.divergenceAfter < 0.7 * made.divergenceBefore, `${made.divergenceBefore} → ${made.divergenceAfter}`);
+    await session.addTask("better", made.file);
+    session.removeTask("better");
+  }
+  const judge = createJudge(createEngine(NODE), DECODER, { adapters, ...questions[1]!, encode });
+  const judged = async (pack: Pack): Promise<number> => judge.judge(pack);
+  const [lossless, few] = [(await packOf(TASKS, LOSSLESS)).bytes, (await packOf(TASKS, coarse)).bytes];
+  t.ok((await judged(await openPack(lossless))) < 1e-6);
+  await judge.close();
+  const again = createJudge(createEngine(NODE), DECODER, { adapters, ...questions[0]!, encode });
+  t.ok((await again.judge(await openPack(few))) > 1e-3);
+  await again.close();
+});
+
+async function refuses(
+  t: Test,
+  action: () => Promise<unknown>,
+  found: { name: string; message: RegExp },
+): Promise<void> {
+  await t.rejects(action, found);
+}
+
+t.test("what a language model cannot learn from is refused by name", async (t) => {
+  const session = await decoder(NODE);
+  const trainer = await createTrainer(session, { encode });
+  const fit = async (examples: unknown[], options: object = { steps: 1 }): Promise<void> => {
+    for await (const _ of trainer.fit(examples as never, options));
+  };
+  const cases: [unknown, string, RegExp][] = [
+    [
+      { text: "a", label: "b" },
+      "TypeError",
+      /example 0: the model answers token by token: expected `prompt` and `completion`/,
+    ],
+    [{ prompt: "a" }, "TypeError", /example 0: expected `prompt` and `completion`, both strings/],
+    [{ prompt: "a", completion: " " }, "RangeError", /example 0: its completion is empty/],
+    [{ prompt: "", completion: "b" }, "RangeError", /example 0: its prompt is empty/],
+    [{ text: "a" }, "RangeError", /its text has 1 tokens, two at least/],
+    [{ messages: [{ role: "user", content: "a" }] }, "TypeError", /messages need a tokenizer with a chat template/],
+    [{ prompt: "a", completion: "b", weight: -1 }, "RangeError", /its weight is -1/],
+  ];
+  for (const [example, name, message] of cases) await refuses(t, () => fit([example, example]), { name, message });
+  await refuses(t, () => fit(EXAMPLES, { smoothing: 0.1 }), {
+    name: "RangeError",
+    message: /of tokens it cannot be done/,
+  });
+  await refuses(t, () => trainer.predict([{ text: "a" }]), {
+    name: "TypeError",
+    message: /answers token by token; take `score`/,
+  });
+  const endless = await createTrainer(session, { encode: (...of) => encode(...of) });
+  const unknown = async (): Promise<void> => {
+    for await (const _ of endless.fit(EXAMPLES, { steps: 1 }));
+  };
+  await refuses(t, unknown, { name: "TypeError", message: /what ends a completion is not known/ });
+  const told = await createTrainer(session, { encode: (...of) => encode(...of), end: "<|end|>" });
+  for await (const { loss } of told.fit(EXAMPLES, { steps: 1 })) t.ok(loss > 0);
+  await session.close();
+});
+
+t.test("chats by the tokenizer's template: the assistant's last message is learned", async (t) => {
+  const session = await decoder(NODE);
+  const write = (
+    messages: { role: string; content: string }[],
+    { add_generation_prompt: more }: { add_generation_prompt: boolean },
+  ) => `${messages.map(({ role, content }) => `[${role}]${content}<|end|>!`).join("")}${more ? "[assistant]" : ""}`;
+  const seen: string[] = [];
+  const chatty = Object.assign(
+    (...[texts, how, inputs]: Parameters<Encode>) => {
+      seen.push(...texts);
+      t.equal(how.add_special_tokens, false, "the template has written them");
+      return encode(texts, how, inputs);
+    },
+    { eos_token: "<|end|>", apply_chat_template: write },
+  );
+  const trainer = await createTrainer(session, { encode: chatty as never, seed: 1 });
+  const messages = [
+    { role: "user", content: "hi" },
+    { role: "assistant", content: "ho" },
+  ];
+  for await (const { loss } of trainer.fit([{ messages }, { messages }], { steps: 1 })) t.ok(loss > 0);
+  t.same(
+    [...new Set(seen)],
+    ["[user]hi<|end|>![assistant]", "[user]hi<|end|>![assistant]ho<|end|>"],
+    "and nothing behind the end",
+  );
+  const turned = [...messages].reverse();
+  const fit = async (): Promise<void> => {
+    for await (const _ of trainer.fit([{ messages: turned }], { steps: 1 }));
+  };
+  await refuses(t, fit, { name: "RangeError", message: /expected the assistant's message at the end, got "user"/ });
+  await session.close();
+});
+
+/** The encoder with three classes for each token. */
+function tagger(): Uint8Array {
+  const proto = fromBinary(ModelProtoSchema, modelBytes("encoder"));
+  const graph = proto.graph!;
+  graph.initializer.push(makeFloats("classes", Array.from(noise(96, 5)), [32, 3]));
+  graph.node.push(makeNode("MatMul", "logits", ["last_hidden_state", "classes"], "logits"));
+  graph.output = [makeValue("logits", 1, ["batch", "length", 3])];
+  return toBinary(ModelProtoSchema, proto);
+}
+
+t.test("labels of words", async (t) => {
+  const pack = await openPack((await packOf(["sessions/adapters/two"], LOSSLESS)).bytes);
+  const session = await open(NODE, tagger(), pack, { trainable: true, anyBase: true, ignore: ["classifier"] });
+  // Letters are tokens; 1 and 2 stand around them.
+  const letters: Encode = ([text], { add_special_tokens: special = true }): BatchFeeds => {
+    const own = [...text!.replaceAll(" ", "")].map((letter) => 3 + (letter.charCodeAt(0) % 5));
+    const ids = special ? [1, ...own, 2] : own;
+    return { input_ids: { type: "int64", dims: [1, ids.length], data: BigInt64Array.from(ids, BigInt) } };
+  };
+  const labels = ["name", "place", "other"];
+  const trainer = await createTrainer(session, { labels, encode: letters, head: false, train: "lora" });
+  const examples = [
+    { words: ["ann", "in", "rome"], labels: ["name", "other", "place"] },
+    { words: ["rome", "or", "bob"], labels: ["place", null, "name"] },
+  ];
+  const losses: number[] = [];
+  for await (const { loss } of trainer.fit(examples, { steps: 60, batch: 2 })) losses.push(loss);
+  t.ok(losses.at(-1)! < 0.5 * losses[0]!, `${losses[0]} → ${losses.at(-1)}`);
+  t.match(await trainer.score(examples), { loss: Number, accuracy: Number });
+  const fit = (one: object) => async (): Promise<void> => {
+    for await (const _ of trainer.fit([one], { steps: 1 }));
+  };
+  await refuses(t, fit({ words: ["ann"], labels: ["nam"] }), {
+    name: "RangeError",
+    message: /the label "nam" of "ann" is none of name, place, other/,
+  });
+  await refuses(t, fit({ words: ["ann"], labels: [] }), { name: "RangeError", message: /has 1 words and 0 labels/ });
+  await refuses(t, fit({ text: "ann" }), {
+    name: "TypeError",
+    message: /the model labels tokens: expected `words` and `labels`/,
+  });
+  await session.close();
+});
