@@ -1,6 +1,6 @@
 /**
  * The page with the real language model, in Chromium: what each skill answers to rows of its test set, held against onnxruntime-node with the
- * same pack; all skills at once against each alone; and the page without its server. Not a test: minutes.
+ * same pack; all skills at once against each alone; a skill that is taught; and the page without its server. Not a test: minutes.
  *
  * usage: node test/soak-page.js [ROWS]      skips itself without EIGENLORA_SMOLLM2 or Chromium, unless EIGENLORA_REQUIRE lists smollm2
  */
@@ -22,6 +22,15 @@ import { serveFolder } from "../examples/page/serve.js";
 const ROWS = Number(process.argv[2] ?? 2);
 /** WebAssembly and the CPU add up in another order, which turns a close call now and then. */
 const LEAST_EQUAL = 0.95;
+/** Not among the lines of the page's form. */
+const CAPITALS = [
+  ["Italy", "Rome"],
+  ["Sweden", "Stockholm"],
+  ["Poland", "Warsaw"],
+  ["Portugal", "Lisbon"],
+  ["Ireland", "Dublin"],
+  ["Peru", "Lima"],
+];
 const executablePath = ["/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome"].find(existsSync);
 
 const material = await smolMaterial().catch((/** @type {Error} */ { message }) => message);
@@ -81,6 +90,20 @@ async function soak(folder, material) {
       if (said === single.get(id)) batched++;
       else console.log(`${id}: ${words}: "${said}" in a batch, "${single.get(id)}" alone`);
     }
+    await page.locator("#teach-button").click();
+    await page.locator("#teach-note", { hasText: "Learned" }).waitFor({ timeout: 1_200_000 });
+    await settled.waitFor();
+    console.log(
+      `${await page.locator("#teach-step").textContent()}; ${await page.locator("#teach-note").textContent()}`,
+    );
+    let known = 0;
+    for (const [country, capital] of CAPITALS) {
+      await page.locator("#sentence").fill(country);
+      await page.locator("#ask").click();
+      await settled.waitFor();
+      if ((await page.locator("#reply").textContent()) === capital) known++;
+    }
+    console.log(`a skill taught from twelve capitals: ${known} of ${CAPITALS.length} others right`);
     await page.locator("#offline", { hasText: "works offline" }).waitFor();
     await server.close();
     await page.reload();
@@ -88,6 +111,7 @@ async function soak(folder, material) {
     assert.match(String(await page.locator("#reply").textContent()), /./, "answers without its server");
     console.log(`page and onnxruntime-node: ${equal} of ${asked} answers equal`);
     console.log(`a batch of ${skills.length} skills and each alone: ${batched} equal`);
+    assert.ok(known >= CAPITALS.length / 2);
     assert.ok(equal >= LEAST_EQUAL * asked && batched >= LEAST_EQUAL * skills.length);
   } finally {
     await browser.close();

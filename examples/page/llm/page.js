@@ -5,6 +5,7 @@
 import { startWorker } from "../client.js";
 import { keepOffline } from "../offline.js";
 import { byId, drawFailure, drawProgress, size, time } from "../views.js";
+import { setUpTeaching } from "./teach.js";
 import {
   addCard,
   cardOf,
@@ -30,7 +31,11 @@ const file = byId("task-file");
 const buttons = /** @type {HTMLButtonElement[]} */ (["ask", "ask-all", "example"].map((id) => byId(id)));
 
 /** @type {import("../client.js").Caller<import("./worker.js").Calls>} */
-const worker = startWorker("worker.js", { progress: drawProgress, text: drawText });
+const worker = startWorker("worker.js", {
+  progress: drawProgress,
+  text: drawText,
+  step: (step) => drawStep(step),
+});
 
 /** @type {import("./build.js").Facts} */
 let facts;
@@ -127,6 +132,7 @@ function setStarted(now) {
   started = now;
   for (const button of buttons) button.disabled = !now;
   file.disabled = !now;
+  /** @type {HTMLButtonElement} */ (byId("teach-button")).disabled = !now;
 }
 
 /** @param {import("./worker.js").MemoryReport} memory */
@@ -260,6 +266,13 @@ async function onAdded({ skill, memory }) {
   showMemory(memory);
   await ask();
 }
+
+const drawStep = setUpTeaching(worker, {
+  skills: () => [...skills.values()],
+  async onAdded(added) {
+    await work(() => onAdded(added));
+  },
+});
 
 file.addEventListener("change", () => {
   const chosen = file.files?.item(0);

@@ -1,6 +1,7 @@
 /**
- * The worker of the page with a language model: owns tokenizer, pack and session, and answers calls one after the other. Text
- * arrives in events, token by token. Knows nothing of the document.
+ * The worker of the page with a language model: owns tokenizer, pack, session and trainer, and answers calls one after the other.
+ * Text arrives in events, token by token. Teaching does not block the queue of calls: they are answered between two of its steps.
+ * Knows nothing of the document.
  *
  * A skill is a task of the pack and the words around what the visitor writes: those of the pack's tasks are in facts.json, those of
  * tasks made here travel in the metadata of their files.
@@ -8,12 +9,14 @@
 import { Tokenizer } from "@huggingface/tokenizers";
 import { openPack } from "eigenlora";
 import { createEigenSession } from "eigenlora/onnxruntime";
+import { createTrainer } from "eigenlora/train";
 import {
   answerCalls,
   beside,
   findWebGpu,
   get,
   getJson,
+  inQueue,
   isOfTask,
   loadOrt,
   progress,
@@ -38,7 +41,16 @@ import { decode } from "./decode.js";
  * @property {boolean} own taught or opened here, not from the pack's file
  */
 
+/** @typedef {{ text: string, answer: string }} Example */
+/** @typedef {{ step: number, steps: number, loss: number }} Step */
+
 /** What the page was built with (build.js). @typedef {import("./build.js").Facts} Facts */
+
+/**
+ * For a dozen examples: the tasks' mean knows already that an answer is short and ends. A step of more examples would teach a little
+ * better, and take longer.
+ */
+const TEACHING = { init: /** @type {const} */ ("mean"), fit: { batch: 4, steps: 12, learningRates: { terms: 0.01 } } };
 
 /** Most tokens of what a visitor writes. */
 const MOST_TOKENS = 48;
@@ -51,8 +63,11 @@ const usualPrompt = (id) => ({ before: `${id}: `, after: " →" });
 let files;
 /** Files of skills taught or opened here. @type {Map<string, Uint8Array<ArrayBuffer>>} */
 const own = new Map();
-/** @type {{ ort: Ort, session: import("eigenlora/onnxruntime").EigenSession<Ort> } | undefined} */
+/** @typedef {import("../worker-kit.js").SessionOptions} SessionOptions */
+/** @type {{ ort: Ort, session: import("eigenlora/onnxruntime").EigenSession<Ort>, options: SessionOptions } | undefined} */
 let running;
+/** Ends the teaching under way. @type {AbortController | undefined} */
+let teaching;
 /** The request that the visitor waits for. Answers to an older one stop after the token under way. */
 let wanted = 0;
 
@@ -73,12 +88,9 @@ const calls = {
     const [ort, { pack, model }] = await Promise.all([loadOrt(provider), openFiles()]);
     progress("preparing the model");
     // Errors only: it warns that WebGPU leaves shapes to the CPU, which is as it should be.
-    const options = /** @type {import("../worker-kit.js").SessionOptions} */ ({
-      executionProviders: [provider],
-      logSeverityLevel: 3,
-    });
+    const options = /** @type {SessionOptions} */ ({ executionProviders: [provider], logSeverityLevel: 3 });
     const session = await createEigenSession(ort, model, pack, { session: options });
-    running = { ort, session };
+    running = { ort, session, options };
     const id = skill !== undefined && pack.tasks.has(skill) ? skill : [...pack.tasks.keys()][0];
     await session.switchTask(id);
     return {
@@ -161,6 +173,53 @@ const calls = {
       stopped,
       batch: false,
     };
+  },
+
+  /**
+   * Learns a skill from a dozen examples and makes it active, in place of one of that name that was taught before. Reports each
+   * step. When it is stopped, what was learned until then counts; before the first step that is nothing.
+   * @param {string} id
+   * @param {Prompt} prompt
+   * @param {Example[]} examples
+   */
+  async teach(id, prompt, examples) {
+    if (teaching) throw new Error("a skill is being taught; stop that first");
+    const { ort, session, options } = live();
+    const started = performance.now();
+    const { signal } = (teaching = new AbortController());
+    let school;
+    try {
+      // A separate session, closed afterwards: the other one keeps its mode and costs nothing extra.
+      school = await createEigenSession(ort, opened().model, session.pack, { trainable: true, session: options });
+      const trainer = await createTrainer(school, { init: TEACHING.init, encode: encoderOf(ort), end: endOf() });
+      const { before, after } = prompt;
+      const lessons = examples.map(({ text, answer }) => ({
+        prompt: `${before}${text}${after}`,
+        completion: ` ${answer}`,
+      }));
+      let last = { step: 0, steps: 0, loss: NaN };
+      try {
+        for await (const { step, steps, loss } of trainer.fit(lessons, { ...TEACHING.fit, signal })) {
+          report("step", (last = { step, steps, loss }));
+          // Between two steps the worker looks whether somebody has called.
+          await turn();
+        }
+      } catch (error) {
+        if (!signal.aborted) throw error;
+      }
+      if (last.step === 0) return undefined;
+      const file = await trainer.task({ id, metadata: { prompt } });
+      const added = await inQueue(() => addOwn(id, file));
+      return { ...added, ...last, milliseconds: performance.now() - started };
+    } finally {
+      teaching = undefined;
+      await school?.close();
+    }
+  },
+
+  /** Ends the teaching after the step under way. */
+  async stop() {
+    teaching?.abort();
   },
 
   /**
@@ -282,6 +341,28 @@ function tokensOf({ before, after }, text) {
   return [...whole.slice(0, MOST_TOKENS - end.length), ...end];
 }
 
+/** What learning reads: the tokens that answering reads, too. @param {Ort} ort */
+function encoderOf(ort) {
+  const { tokenizer } = opened();
+  return (/** @type {readonly string[]} */ texts) => {
+    const rows = texts.map((text) => tokenizer.encode(text, { add_special_tokens: false }).ids);
+    const columns = Math.max(...rows.map(({ length }) => length));
+    const tensor = (/** @type {(id: number | undefined) => number} */ value) =>
+      new ort.Tensor(
+        "int64",
+        BigInt64Array.from(rows.flatMap((ids) => Array.from({ length: columns }, (_, i) => BigInt(value(ids[i]))))),
+        [rows.length, columns],
+      );
+    return { input_ids: tensor((id = 0) => id), attention_mask: tensor((id) => Number(id !== undefined)) };
+  };
+}
+
+/** What ends an answer, as the tokenizer writes it. */
+function endOf() {
+  const { facts, tokenizer } = opened();
+  return tokenizer.decode([facts.end[0]], { skip_special_tokens: false });
+}
+
 /** @param {number[]} tokens */
 function textOf(tokens) {
   // A character of several tokens is unknown until the last of them.
@@ -334,4 +415,4 @@ function since({ requests, bytes }) {
   return { requests: reads.requests - requests, bytes: reads.bytes - bytes };
 }
 
-answerCalls(calls, ["wish"]);
+answerCalls(calls, ["wish", "teach", "stop"]);
