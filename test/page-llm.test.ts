@@ -305,6 +305,9 @@ t.test("kept for offline use: parts of the model once, and first", { skip }, asy
   await settled(page);
   t.equal(await pick(page, "lower"), golden("lower", PROMPTS[0]), "without the server");
   await teach(page, "mine", ["ab → ba", "cd → dc"], /^Learned in /);
+  await page.reload();
+  await settled(page);
+  t.equal(await page.locator("#reply").textContent(), golden("upper", PROMPTS[0]), "what was not kept is gone");
 });
 
 t.test("another build takes over the parts that it shares", { skip }, async (t) => {

@@ -57,8 +57,11 @@ async function main() {
   const response = await fetch("facts.json");
   if (!response.ok) throw new Error(`facts.json: the server answered ${response.status}`);
   facts = await response.json();
-  const wanted = decodeURIComponent(location.hash.slice(1)) || facts.first[0];
-  sentence.value = wanted === facts.first[0] ? facts.first[1] : (facts.skills[wanted]?.examples[0]?.[0] ?? "");
+  const [first, words] = facts.first;
+  // One that was taught here is gone after a reload.
+  const asked = decodeURIComponent(location.hash.slice(1));
+  const wanted = Object.hasOwn(facts.skills, asked) ? asked : first;
+  sentence.value = wanted === first ? words : (facts.skills[wanted].examples[0]?.[0] ?? words);
   byId("model-name").textContent = facts.name;
   void offerWebGpu();
   await start("wasm", wanted);

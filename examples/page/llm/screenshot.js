@@ -1,7 +1,7 @@
 /**
  * Takes the picture of the page with a language model for the documents, with Chromium: docs/page-llm.png.
  *
- * EIGENLORA_SMOLLM2=FOLDER node examples/page/llm/screenshot.js [--scheme light|dark] [--width 1240] [--height 980] [-o docs/page-llm.png]
+ * EIGENLORA_SMOLLM2=FOLDER node examples/page/llm/screenshot.js [--scheme light|dark] [--width 1240] [--height 1400] [-o docs/page-llm.png]
  */
 import { mkdtemp, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
@@ -17,7 +17,7 @@ const { values } = parseArgs({
   options: {
     scheme: { type: "string", default: "light" },
     width: { type: "string", default: "1240" },
-    height: { type: "string", default: "980" },
+    height: { type: "string", default: "1400" },
     output: {
       type: "string",
       short: "o",

@@ -50,7 +50,7 @@ import { decode } from "./decode.js";
  * For a dozen examples: the tasks' mean knows already that an answer is short and ends. A step of more examples would teach a little
  * better, and take longer.
  */
-const TEACHING = { init: /** @type {const} */ ("mean"), fit: { batch: 4, steps: 12, learningRates: { terms: 0.01 } } };
+const TEACHING = { init: /** @type {const} */ ("mean"), fit: { batch: 4, steps: 12, learningRates: { terms: 0.02 } } };
 
 /** Most tokens of what a visitor writes. */
 const MOST_TOKENS = 48;
