@@ -265,3 +265,57 @@ t.test("files of examples: what is read, and which line is refused", async (t) =
     "nothing is written",
   );
 });
+
+t.test("a language model learns completions, and chats by its template", async (t) => {
+  const decoder = data("decoder/onnx/model.onnx");
+  json(0, "pack", data("decoder/adapters/upper"), data("decoder/adapters/lower"), "-o", "skills.eigen", "--k", "6");
+  const write = (name: string, lines: object[]): Promise<void> =>
+    writeFile(join(folder, name), lines.map((line) => JSON.stringify(line)).join("\n"));
+  const answers = ["one", "two", "three", "four", "five", "six"].map((completion, i) => ({
+    prompt: `${i} + 1 = `,
+    completion,
+  }));
+  await write("sums.jsonl", answers);
+  const how = ["--model", decoder, "--epochs", "3", "--batch", "4"];
+  const made = json(0, "learn", "skills.eigen", "sums.jsonl", ...how, "--holdout", "0", "-o", "sums.eigentask");
+  t.match(made, { id: "sums", examples: 6, steps: 6, trained: { head: 0 } });
+  t.notOk("labels" in made, "it has none");
+  t.ok(made["epochs"].at(-1).loss < made["epochs"][0].loss, JSON.stringify(made["epochs"]));
+  json(0, "add", "skills.eigen", "sums.eigentask");
+  t.ok((await openPack(join(folder, "skills.eigen"))).tasks.has("sums"));
+
+  const template =
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}";
+  const config = JSON.parse(await readFile(data("decoder/tokenizer_config.json"), "utf8"));
+  await writeFile(join(folder, "tokenizer.json"), await readFile(data("decoder/tokenizer.json")));
+  await write("tokenizer_config.json", [{ ...config, chat_template: template }]);
+  const chats = answers.map(({ prompt, completion }) => ({
+    messages: [
+      { role: "user", content: prompt },
+      { role: "assistant", content: completion },
+    ],
+  }));
+  await write("chats.jsonl", chats);
+  const more = [...how, "--tokenizer", "tokenizer.json", "--holdout", "0", "-o", "chats.eigentask"];
+  t.match(json(0, "learn", "skills.eigen", "chats.jsonl", ...more), { id: "chats", examples: 6 });
+
+  const refused = (file: string, ...args: string[]): string => {
+    const result = spawnSync(
+      process.execPath,
+      [main, "learn", "skills.eigen", file, ...how, "-o", "x.eigentask", ...args],
+      {
+        ...{ encoding: "utf8" as const, cwd: folder },
+      },
+    );
+    t.not(result.status, 0);
+    return result.stderr;
+  };
+  t.match(refused("rows.jsonl"), /the model answers token by token: expected .*"prompt".* on each line of rows\.jsonl/);
+  await write("half.jsonl", [answers[0]!, { prompt: "1 + 1 = " }]);
+  t.match(refused("half.jsonl"), /half\.jsonl: line 2: expected "completion" with a string, got none/);
+  t.match(refused("sums.jsonl", "--labels", "a,b"), /--labels: sums\.jsonl has completions, which have none/);
+  t.match(refused("sums.jsonl", "--tokens", "4"), /tokens, more than --tokens 4/);
+  const plain = ["learn", "p.eigen", "sums.jsonl", "--model", MODEL, "-o", "x.eigentask"];
+  const other = spawnSync(process.execPath, [main, ...plain], { encoding: "utf8", cwd: folder });
+  t.match(other.stderr, /the model gives one row of logits for each text: expected .*"label"/);
+});

@@ -190,6 +190,9 @@ async function workplace(): Promise<string> {
   );
   await cp(data("seq2seq/onnx/encoder_model.onnx"), join(place, "encoder.onnx"));
   await cp(data("seq2seq/decoder.onnx"), join(place, "decoder.onnx"));
+  const spoken = await readAdapters([data("decoder/adapters")]);
+  await writeFile(join(place, "llm.eigen"), concat((await buildPack(spoken, LOSSLESS)).chunks));
+  await cp(data("decoder/onnx/model.onnx"), join(place, "llm.onnx"));
   await cp(data("sessions/torchscript.onnx"), join(place, "model.onnx"));
   await cp(data("sessions/base.safetensors"), join(place, "model.safetensors"));
   return place;

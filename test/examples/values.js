@@ -91,7 +91,7 @@ export const values = {
   adapters: () => readAdapters(["my-adapters"]),
   adapter: async () => /** @type {import("eigenlora/build").Adapter} */ ((await readAdapters(["my-adapters"]))[0]),
   encode: () => encode,
-  tokenizer: () => encode,
+  tokenizer: () => Object.assign((/** @type {string[]} */ texts) => encode(texts), { eos_token: "|" }),
   labels: () => LABELS,
   texts: () => TEXTS,
   examples: () => TEXTS.map((text, i) => ({ text, label: /** @type {string} */ (LABELS[i % 2]) })),
