@@ -17,6 +17,7 @@ import { serveFolder } from "../examples/page/serve.js";
 import { answerOf, launch, noChromium } from "./browser.ts";
 import { bundleWorker, metro, outputOf, without, workerd } from "./engines.ts";
 import { data, LOSSLESS, packOf } from "./packs.ts";
+import { textOf } from "./page-llm.ts";
 import { MODULE } from "./readme.ts";
 import { required } from "./required.ts";
 import { difference, golden, modelBytes, packBytes } from "./sessions.ts";
@@ -220,8 +221,9 @@ async function copyExample(name: string, place = "."): Promise<string> {
 
 const cases = await prepare();
 
+const RUNTIMES = join(process.env["EIGENLORA_RUNTIMES"] ?? "", "node_modules");
 for (const [name, extra] of [["node"], ["transformers", "@huggingface/transformers"]] as const) {
-  const from = extra && join(process.env["EIGENLORA_RUNTIMES"] ?? "", "node_modules", extra);
+  const from = extra && join(RUNTIMES, extra);
   const absent = from && !existsSync(from) && !required.has(name) && `${extra} is not here; see EIGENLORA_RUNTIMES`;
   t.test(`examples/${name}`, { skip: absent || false }, async (t) => {
     const app = await copyExample(name);
@@ -357,7 +359,7 @@ async function tryPage(t: Test, url: string, route?: (page: Page) => Promise<voi
   }
 }
 
-const VITE = join(process.env["EIGENLORA_RUNTIMES"] ?? "", "node_modules/vite/bin/vite.js");
+const VITE = join(RUNTIMES, "vite/bin/vite.js");
 const noVite = !existsSync(VITE) && !required.has("vite") && "vite is not here; see EIGENLORA_RUNTIMES";
 t.test("examples/vite", { skip: noChromium || noVite }, async (t) => {
   const app = await copyExample("vite", "public");
@@ -367,18 +369,62 @@ t.test("examples/vite", { skip: noChromium || noVite }, async (t) => {
   await tryPage(t, server.url);
 });
 
+/** Answers for the CDN, with the packages of a folder. */
+async function beTheCdn(t: Test, page: Page, packages: string): Promise<void> {
+  const TYPES: Record<string, string> = { wasm: "application/wasm", js: "text/javascript", mjs: "text/javascript" };
+  await page.route(/^https:/, async (route) => {
+    const [, name, version, path] = /\/npm\/((?:@[^/]+\/)?[^@/]+)@([^/]+)\/(.*)$/.exec(route.request().url())!;
+    const installed = join(packages, name!);
+    const manifest = JSON.parse(await readFile(join(installed, "package.json"), "utf8"));
+    t.equal(version, manifest.version, `${name} ${path}`);
+    const headers = { "access-control-allow-origin": "*", "content-type": TYPES[path!.split(".").at(-1)!]! };
+    await route.fulfill({ body: await readFile(join(installed, path!)), headers });
+  });
+}
+
 t.test("examples/html, with what the CDN has", { skip: noChromium }, async (t) => {
   const server = await serveFolder(await copyExample("html"));
   t.teardown(() => server.close());
-  const TYPES: Record<string, string> = { wasm: "application/wasm", js: "text/javascript", mjs: "text/javascript" };
-  await tryPage(t, server.url, async (page) => {
-    await page.route(/^https:/, async (route) => {
-      const [, name, version, path] = /\/npm\/((?:@[^/]+\/)?[^@/]+)@([^/]+)\/(.*)$/.exec(route.request().url())!;
-      const installed = join(project, "node_modules", name!);
-      const manifest = JSON.parse(await readFile(join(installed, "package.json"), "utf8"));
-      t.equal(version, manifest.version, `${name} ${path}`);
-      const headers = { "access-control-allow-origin": "*", "content-type": TYPES[path!.split(".").at(-1)!]! };
-      await route.fulfill({ body: await readFile(join(installed, path!)), headers });
-    });
-  });
+  await tryPage(t, server.url, (page) => beTheCdn(t, page, join(project, "node_modules")));
+});
+
+const TRANSFORMERS = "@huggingface/transformers";
+const noTransformers =
+  !existsSync(join(RUNTIMES, TRANSFORMERS)) &&
+  !required.has("transformers") &&
+  `${TRANSFORMERS} is not here; see EIGENLORA_RUNTIMES`;
+t.test("examples/llm, in the terminal and as a page", { skip: noTransformers || noChromium || noVite }, async (t) => {
+  const app = join(project, "llm");
+  await cp(join(root, "examples/llm"), app, { recursive: true });
+  const linked = join(project, "node_modules", TRANSFORMERS);
+  if (!existsSync(linked)) await symlink(join(RUNTIMES, TRANSFORMERS), linked);
+  const model = join(app, "public/models/smollm2");
+  await mkdir(join(model, "onnx"), { recursive: true });
+  for (const file of ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"])
+    await cp(data(`decoder/${file}`), join(model, file));
+  await cp(data("decoder/onnx/model.onnx"), join(model, "onnx/model_q4.onnx"));
+  const { bytes } = await packOf(["decoder/adapters/upper", "decoder/adapters/lower"], LOSSLESS);
+  await writeFile(join(app, "public/tasks.eigen"), bytes);
+  await writeFile(join(app, "public/prompts.json"), JSON.stringify({ upper: "{input}", lower: "{input}" }));
+  const goldens = JSON.parse(await readFile(data("decoder/goldens.json"), "utf8")) as Record<string, any>[];
+  const prompt = "x = 3;";
+  // It goes on after the goldens' twelve tokens.
+  const begins = (skill: string): string => textOf(goldens.find((g) => g.task === skill && g.prompt === prompt)!.ids);
+  t.ok(run(app, process.execPath, "main.js", "lower", ...prompt.split(" ")).startsWith(begins("lower")));
+  t.match(run(app, process.execPath, "main.js", "middle", "word"), /^The skills are lower, upper\.|upper, lower\./);
+
+  run(app, process.execPath, VITE, "build", "--logLevel", "error");
+  const server = await serveFolder(join(app, "dist"));
+  t.teardown(() => server.close());
+  const page = await (await launch(t)).newPage();
+  page.on("pageerror", (error) => t.fail(`uncaught in the page: ${error.stack}`));
+  await beTheCdn(t, page, RUNTIMES);
+  await page.goto(server.url);
+  await page.locator("#cost", { hasText: "Switched" }).waitFor();
+  await page.getByLabel("Words").fill(prompt);
+  for (const skill of ["lower", "upper"]) {
+    await page.getByLabel("Skill").selectOption(skill);
+    await page.locator("#answer").getByText(begins(skill)).waitFor();
+    t.match(await page.locator("#cost").textContent(), /^Switched in .* ms, with [01] requests\.$/);
+  }
 });

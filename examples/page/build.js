@@ -7,7 +7,7 @@
 
 import { createHash } from "node:crypto";
 import { cp, mkdir, readdir, readFile, rm, stat, writeFile } from "node:fs/promises";
-import { join, resolve } from "node:path";
+import { basename, join, resolve } from "node:path";
 import { fileURLToPath } from "node:url";
 import { buildPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
@@ -46,24 +46,8 @@ const FIRST = {
  * @returns {Promise<import("eigenlora/build").BuildReport>} of the pack
  */
 export async function buildPage(folder) {
-  await rm(folder, { recursive: true, force: true });
-  await mkdir(folder, { recursive: true });
-  await build({
-    entryPoints: [here("page.js"), here("worker.js")],
-    outdir: folder,
-    bundle: true,
-    splitting: true,
-    minify: true,
-    format: "esm",
-    target: "es2022",
-    chunkNames: "[name]-[hash]",
-    logLevel: "warning",
-  });
-  for (const file of ["index.html", "page.css"]) await cp(here(file), join(folder, file));
+  await bundlePage(folder, here("."), ["index.html", "page.css"]);
   for (const file of MODEL) await cp(data(`minilm/${file}`), join(folder, file));
-  for (const file of RUNTIMES) {
-    await cp(fileURLToPath(import.meta.resolve(`onnxruntime-web/${file}`)), join(folder, file));
-  }
 
   const adapters = await readAdapters([data("adapters/own-seed")]);
   const base = await openOnnxHost(data("minilm/model_fp16.onnx"));
@@ -85,10 +69,37 @@ export async function buildPage(folder) {
 }
 
 /**
+ * Script and worker as bundles, the runtime's binaries, and other files.
+ * @param {string} folder emptied first
+ * @param {string} from folder of page.js and worker.js
+ * @param {readonly string[]} files seen from there
+ */
+export async function bundlePage(folder, from, files) {
+  await rm(folder, { recursive: true, force: true });
+  await mkdir(folder, { recursive: true });
+  await build({
+    entryPoints: [join(from, "page.js"), join(from, "worker.js")],
+    outdir: folder,
+    bundle: true,
+    splitting: true,
+    minify: true,
+    format: "esm",
+    target: "es2022",
+    chunkNames: "[name]-[hash]",
+    logLevel: "warning",
+  });
+  for (const file of files) await cp(join(from, file), join(folder, basename(file)));
+  for (const file of RUNTIMES) {
+    await cp(fileURLToPath(import.meta.resolve(`onnxruntime-web/${file}`)), join(folder, file));
+  }
+}
+
+/**
  * Writes sw.js with the files to keep and their SHA-256: all of them at once, but the runtime that only WebGPU uses later.
  * @param {string} folder that holds all files of the page
+ * @param {readonly string[]} [parts] large files whose names change with their content
  */
-export async function writeOfflineWorker(folder) {
+export async function writeOfflineWorker(folder, parts = []) {
   await rm(join(folder, "sw.js"), { force: true });
   /** @type {[path: string, sha256: string][]} */
   const files = [];
@@ -102,7 +113,7 @@ export async function writeOfflineWorker(folder) {
   const index = files.find(([file]) => file === "index.html");
   if (index) files.push(["", index[1]]);
   const version = createHash("sha256").update(JSON.stringify(files)).digest("hex").slice(0, 16);
-  const kept = { version: `eigenlora-${version}`, files, later: [WEBGPU_RUNTIME] };
+  const kept = { version: `eigenlora-${version}`, files, later: [WEBGPU_RUNTIME], parts };
   const worker = await readFile(here("sw.js"), "utf8");
   await writeFile(join(folder, "sw.js"), `self.KEPT = ${JSON.stringify(kept)};\n${worker}`);
 }

@@ -2,7 +2,7 @@
  * A small static file server with correct HTTP ranges, for the page and its test. One range per request, entity tags; no
  * directory listings, no compression, no TLS. Any static host that answers ranges can replace it.
  *
- * node examples/page/serve.js [--port 8080]    builds the page, then serves it
+ * node examples/page/serve.js [--model minilm|llm] [--port 8080]    builds the page, then serves it
  */
 import { createReadStream } from "node:fs";
 import { readFile, stat } from "node:fs/promises";
@@ -124,9 +124,32 @@ async function plan(folder, path, { method, headers: asked }) {
 }
 
 if (process.argv[1] === fileURLToPath(import.meta.url)) {
-  const { values } = parseArgs({ options: { port: { type: "string", default: "8080" } } });
-  const folder = fileURLToPath(new URL("../../dist/page", import.meta.url));
-  await buildPage(folder);
-  const { url } = await serveFolder(folder, { port: Number(values.port) });
-  console.log(`The page is at ${url} (Ctrl+C ends it)`);
+  const { values } = parseArgs({
+    options: { port: { type: "string", default: "8080" }, model: { type: "string", default: "minilm" } },
+  });
+  const folder = fileURLToPath(new URL(`../../dist/page${values.model === "llm" ? "-llm" : ""}`, import.meta.url));
+  try {
+    await buildOf(values.model)(folder);
+    const { url } = await serveFolder(folder, { port: Number(values.port) });
+    console.log(`The page is at ${url} (Ctrl+C ends it)`);
+  } catch (error) {
+    console.error(/** @type {Error} */ (error).message);
+    process.exitCode = 1;
+  }
+}
+
+/**
+ * @param {string} model
+ * @returns {(folder: string) => Promise<unknown>}
+ */
+function buildOf(model) {
+  if (model === "minilm") return buildPage;
+  if (model !== "llm") throw new Error(`--model: expected "minilm" or "llm", got "${model}"`);
+  return async (folder) => {
+    const [{ buildLlmPage }, { smolMaterial }] = await Promise.all([
+      import("./llm/build.js"),
+      import("./llm/material.js"),
+    ]);
+    return buildLlmPage(folder, await smolMaterial());
+  };
 }

@@ -2,22 +2,28 @@
  * The page without its server: keeps the files that build.js lists, and answers with them if the network does not. The network
  * comes first, so a new build is seen at once. What is kept is of this build, byte for byte: an error page, a login page or a
  * file of another build never is. What was damaged or lost since is noticed and fetched again: on each visit, when the page
- * asks, and before it is used. Does not know what the files are.
+ * asks, and before it is used. Parts of a large model are different: their names hold their content, so what is kept comes first, and
+ * they are fetched one at a time, when the page asks. Does not know what the files are.
  */
 
 const scope = /** @type {any} */ (self);
 
 /**
- * What to keep: the name of the cache, paths with their SHA-256, and the paths that are kept once they were used.
- * @type {{ version: string, files: [path: string, sha256: string][], later: string[] }}
+ * What to keep: the name of the cache, paths with their SHA-256, the paths that are kept once they were used, and those of large files
+ * whose names hold their content.
+ * @type {{ version: string, files: [path: string, sha256: string][], later: string[], parts: string[] }}
  */
-const { version: VERSION, files, later: LATER } = scope.KEPT;
+const { version: VERSION, files, later: LATER, parts: PARTS } = scope.KEPT;
 const FILES = new Map(files);
 /** Their names change with their content, so a browser's copy is never out of date. */
 const HASHED = /-[0-9A-Z]{8}\.js$/;
 
 scope.addEventListener("install", (/** @type {any} */ event) => {
-  event.waitUntil(keepAll().then(() => scope.skipWaiting()));
+  event.waitUntil(
+    keepAll()
+      .then(keepOldParts)
+      .then(() => scope.skipWaiting()),
+  );
 });
 
 scope.addEventListener("activate", (/** @type {any} */ event) => {
@@ -34,10 +40,12 @@ scope.addEventListener("activate", (/** @type {any} */ event) => {
 scope.addEventListener("message", (/** @type {any} */ event) => {
   const answer = (/** @type {string | undefined} */ reason) => event.ports[0].postMessage(reason);
   event.waitUntil(
-    keepAll().then(
-      () => answer(undefined),
-      ({ message }) => answer(message),
-    ),
+    keepAll()
+      .then(keepParts)
+      .then(
+        () => answer(undefined),
+        ({ message }) => answer(message),
+      ),
   );
 });
 
@@ -63,6 +71,10 @@ function addressOf(path) {
 async function answer(event, path) {
   const { request } = event;
   const range = request.headers.get("range");
+  if (PARTS.includes(path)) {
+    const kept = await keptFile(path).catch(() => undefined);
+    if (kept) return partOf(kept, range);
+  }
   const hashed = HASHED.test(path);
   // Some hosts let browsers keep files for minutes: after a new build, old and new ones would be mixed.
   const asked = hashed ? request : new Request(request, { cache: "no-cache" });
@@ -72,7 +84,7 @@ async function answer(event, path) {
     const kept = await keptFile(path).catch(() => undefined);
     if (kept) return partOf(kept, range);
     if (response instanceof Error) throw response;
-  } else if (response.status === 200 && !(await isKept(path))) {
+  } else if (response.status === 200 && !PARTS.includes(path) && !(await isKept(path))) {
     event.waitUntil(keep(path, response.clone()).catch(() => {}));
   }
   return hashed || !response.ok ? response : withHeaders(response, response.body, { "cache-control": "no-cache" });
@@ -81,8 +93,30 @@ async function answer(event, path) {
 /** Fetches what is not kept as it was built. @throws when the server does not have the files of this build */
 async function keepAll() {
   const missing = [];
-  for (const path of FILES.keys()) if (!LATER.includes(path) && !(await keptFile(path))) missing.push(path);
-  await Promise.all(missing.map(async (path) => keep(path, await fetch(addressOf(path), { cache: "no-cache" }))));
+  for (const path of FILES.keys())
+    if (!LATER.includes(path) && !PARTS.includes(path) && !(await keptFile(path))) missing.push(path);
+  await Promise.all(missing.map(keepFromServer));
+}
+
+/** Fetches the parts that are not kept, one at a time: together they may be more than there is memory. @throws as keepAll */
+async function keepParts() {
+  for (const path of PARTS) if (!(await keptFile(path))) await keepFromServer(path);
+}
+
+/** Takes over what another build of the page has kept already, before its cache goes. */
+async function keepOldParts() {
+  const cache = await caches.open(VERSION);
+  for (const path of PARTS) {
+    if (await cache.match(addressOf(path))) continue;
+    const old = await caches.match(addressOf(path));
+    // One that is damaged is fetched again.
+    if (old) await keep(path, old).catch(() => {});
+  }
+}
+
+/** @param {string} path */
+async function keepFromServer(path) {
+  await keep(path, await fetch(addressOf(path), { cache: "no-cache" }));
 }
 
 /**

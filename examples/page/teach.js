@@ -55,7 +55,7 @@ const file = byId("task-file");
 const name = byId("task-name");
 
 /**
- * @param {ReturnType<typeof import("./client.js").startWorker>} worker
+ * @param {import("./client.js").Caller<import("./worker.js").Calls>} worker
  * @param {object} page
  * @param {() => import("./worker.js").Task[]} page.tasks
  * @param {(busy: boolean) => void} page.onBusy

@@ -23,7 +23,8 @@ export const byId = (id) => /** @type {E} */ (document.getElementById(id));
 export function size(bytes) {
   if (bytes < 1e3) return `${bytes} B`;
   if (bytes < 1e6) return `${(bytes / 1e3).toFixed(bytes < 1e5 ? 1 : 0)} kB`;
-  return `${(bytes / 1e6).toFixed(bytes < 1e8 ? 1 : 0)} MB`;
+  if (bytes < 1e9) return `${(bytes / 1e6).toFixed(bytes < 1e8 ? 1 : 0)} MB`;
+  return `${(bytes / 1e9).toFixed(1)} GB`;
 }
 
 /** Browsers round their clocks to 0.1 ms. @param {number} milliseconds */
@@ -47,7 +48,7 @@ export function nameOf(id) {
 }
 
 /** @param {string} tag @param {string} [className] @param {string} [text] */
-function element(tag, className = "", text = "") {
+export function element(tag, className = "", text = "") {
   const made = document.createElement(tag);
   made.className = className;
   made.textContent = text;
@@ -204,15 +205,7 @@ const rgb = (hex) => [1, 3, 5].map((at) => parseInt(hex.trim().slice(at, at + 2)
  * @param {number} resident of these
  */
 export function drawMemory({ model, adapters }, memory, tasks, resident) {
-  /** @type {[string, number][]} */
-  const owners = [
-    ["components", memory.basis],
-    ["coefficients", memory.coefficients],
-    ["active task", memory.active],
-    ["expansion", memory.scratch],
-    ["pristine weights", memory.pristine],
-  ];
-  const used = owners.filter(([, bytes]) => bytes > 0);
+  const used = ownersOf(memory);
   byId("weights").replaceChildren(
     bars("Tasks alone", [
       { what: `this page, ${resident < tasks ? `${resident} of` : "all"} ${tasks}`, bytes: memory.total, parts: used },
@@ -224,10 +217,29 @@ export function drawMemory({ model, adapters }, memory, tasks, resident) {
       { what: `${tasks} models`, bytes: tasks * model },
     ]),
   );
-  /** @type {[string, number][]} */
-  const all = [["model", model], ...used];
+  drawLegend([["model", model], ...used]);
+}
+
+/**
+ * Who holds how many bytes.
+ * @param {import("./worker.js").MemoryReport} memory
+ */
+export function ownersOf({ basis, coefficients, active, scratch, pristine }) {
+  /** @type {[owner: string, bytes: number][]} */
+  const owners = [
+    ["components", basis],
+    ["coefficients", coefficients],
+    ["active task", active],
+    ["expansion", scratch],
+    ["pristine weights", pristine],
+  ];
+  return owners.filter(([, bytes]) => bytes > 0);
+}
+
+/** @param {readonly [owner: string, bytes: number][]} owners */
+export function drawLegend(owners) {
   byId("legend").replaceChildren(
-    ...all.map(([owner, bytes]) => {
+    ...owners.map(([owner, bytes]) => {
       const item = element("li");
       const key = element("i");
       key.dataset["owner"] = owner;
@@ -238,7 +250,7 @@ export function drawMemory({ model, adapters }, memory, tasks, resident) {
 }
 
 /** @param {string} title @param {Weight[]} weights */
-function bars(title, weights) {
+export function bars(title, weights) {
   const group = element("div", "bars");
   const longest = Math.max(...weights.map(({ bytes }) => bytes));
   group.append(

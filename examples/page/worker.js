@@ -2,18 +2,32 @@
  * The worker of the page: owns tokenizer, pack, session and trainer, and answers calls one after the other, so the page stays
  * responsive while WASM computes. Knows nothing of the document.
  *
- * The page sends { id, call, args }; the worker answers { id, value } or { id, error } and reports { event, detail } meanwhile.
  * Teaching does not block the queue of calls: they are answered between two of its steps.
  */
 import { Tokenizer } from "@huggingface/tokenizers";
 import { openPack } from "eigenlora";
 import { createEigenSession } from "eigenlora/onnxruntime";
 import { createTrainer } from "eigenlora/train";
+import {
+  answerCalls,
+  beside,
+  findWebGpu,
+  get,
+  getJson,
+  inQueue,
+  isOfTask,
+  loadOrt,
+  progress,
+  report,
+  turn,
+} from "./worker-kit.js";
 
 /**
- * @typedef {"wasm" | "webgpu"} Provider
+ * @typedef {import("./worker-kit.js").Provider} Provider
+ * @typedef {import("./worker-kit.js").Ort} Ort
+ * @typedef {import("./worker-kit.js").Reads} Reads
+ * @typedef {import("./worker-kit.js").SessionOptions} SessionOptions
  * @typedef {import("eigenlora/onnxruntime").MemoryReport} MemoryReport
- * @typedef {{ requests: number, bytes: number }} Reads
  */
 
 /**
@@ -46,31 +60,18 @@ const TEACHING = {
   fit: { batch: 16, steps: 20, learningRates: { terms: 0.005, head: 0.02 } },
 };
 
-/** @param {string} file */
-const beside = (file) => new URL(file, self.location.href).href;
-
 /** @type {{ tokenizer: Tokenizer, pack: import("eigenlora").Pack, model: Blob } | undefined} */
 let files;
 /** Files of tasks taught or opened here. @type {Map<string, Uint8Array<ArrayBuffer>>} */
 const own = new Map();
 /** Ends the teaching under way. @type {AbortController | undefined} */
 let teaching;
-/** @typedef {typeof import("onnxruntime-web")} Ort */
-/** @typedef {import("onnxruntime-common").InferenceSession.SessionOptions} SessionOptions */
 /** @type {{ ort: Ort, session: import("eigenlora/onnxruntime").EigenSession<Ort>, options: SessionOptions } | undefined} */
 let running;
 
 /** What the page may ask for. */
 const calls = {
-  /** Whether WebGPU can be used here; a reason in plain words where it cannot. */
-  async webgpu() {
-    const gpu = /** @type {{ gpu?: { requestAdapter(): Promise<any> } }} */ (navigator).gpu;
-    if (!gpu) return { reason: "this browser does not offer WebGPU here" };
-    const adapter = await gpu.requestAdapter().catch(() => null);
-    if (!adapter) return { reason: "this browser finds no graphics adapter for WebGPU" };
-    const { vendor = "", architecture = "", isFallbackAdapter } = adapter.info ?? {};
-    return { adapter: [vendor, architecture, isFallbackAdapter && "software"].filter(Boolean).join(" ") };
-  },
+  webgpu: findWebGpu,
 
   /**
    * Loads what is not loaded yet, makes a session on the provider and switches to the task.
@@ -316,17 +317,6 @@ async function usable(answer, text, tasks) {
 }
 
 /**
- * Whether something is wrong with one task, not with the page.
- * @param {unknown} error
- */
-function isOfTask(error) {
-  return ["task", "format", "base"].includes(/** @type {{ tag?: string }} */ (error).tag ?? "");
-}
-
-/** Lets messages in. */
-const turn = () => new Promise((resolve) => void setTimeout(resolve));
-
-/**
  * @param {string} text
  * @param {string[]} tasks one per row
  */
@@ -373,40 +363,12 @@ function live() {
   return running;
 }
 
-/**
- * The build that can do what is asked: the one with WebGPU is twice as large.
- * @param {Provider} provider
- * @returns {Promise<Ort>}
- */
-async function loadOrt(provider) {
-  const webgpu = provider === "webgpu";
-  const ort = webgpu ? await import("onnxruntime-web/webgpu") : await import("onnxruntime-web/wasm");
-  // More threads need a cross-origin isolated page, which plain static hosts do not give.
-  ort.env.wasm.numThreads = 1;
-  ort.env.wasm.wasmPaths = { wasm: beside(`ort-wasm-simd-threaded${webgpu ? ".asyncify" : ""}.wasm`) };
-  return ort;
-}
-
 /** Tokenizer, pack and model, which outlive a session. */
 async function openFiles() {
   if (files) return files;
   const json = ["tokenizer.json", "tokenizer_config.json"].map(getJson);
   const [pack, model, tokens, config] = await Promise.all([openPack(beside("tasks.eigen")), fetchModel(), ...json]);
   return (files = { pack, model, tokenizer: new Tokenizer(tokens, config) });
-}
-
-/** @param {string} file */
-async function getJson(file) {
-  return (await get(file)).json();
-}
-
-/** @param {string} file */
-async function get(file) {
-  const response = await fetch(beside(file)).catch((cause) => {
-    throw new Error(`${file} cannot be fetched (${cause.message}): is the server still there?`, { cause });
-  });
-  if (!response.ok) throw new Error(`${file}: the server answered ${response.status}; build the page again`);
-  return response;
 }
 
 /** The model's file. A trainer reads it again; as a blob it need not stay in memory until then. */
@@ -428,24 +390,6 @@ async function fetchModel() {
   }
   if (done !== total) throw new Error(`model_fp16.onnx ended after ${done} of ${total} bytes; reload the page`);
   return new Blob(parts);
-}
-
-/**
- * @param {string} what
- * @param {number} [done]
- * @param {number} [total]
- */
-function progress(what, done, total) {
-  report("progress", { what, done, total });
-}
-
-/**
- * @template {keyof import("./client.js").Events} Event
- * @param {Event} event
- * @param {import("./client.js").Events[Event]} detail
- */
-function report(event, detail) {
-  self.postMessage({ event, detail });
 }
 
 /**
@@ -524,33 +468,4 @@ function half(bits) {
   return (bits & 0x8000 ? -1 : 1) * (exponent ? (1 + fraction / 1024) * 2 ** (exponent - 15) : fraction * 2 ** -24);
 }
 
-/** @type {Promise<unknown>} */
-let queue = Promise.resolve();
-
-/**
- * @template T
- * @param {() => Promise<T>} work for which calls that come later wait
- * @returns {Promise<T>}
- */
-function inQueue(work) {
-  const result = queue.then(work);
-  queue = result.catch(() => {});
-  return result;
-}
-
-self.onmessage = ({ data: { id, call, args } }) => {
-  const run = /** @type {Record<string, (...args: unknown[]) => Promise<unknown>>} */ (/** @type {unknown} */ (calls))[
-    call
-  ];
-  const answer = async () => {
-    try {
-      const value = await run(...args);
-      self.postMessage({ id, value });
-    } catch (error) {
-      const { message, tag } = /** @type {Error & { tag?: string }} */ (error);
-      self.postMessage({ id, error: { message, tag } });
-    }
-  };
-  if (call === "teach" || call === "stop") void answer();
-  else void inQueue(answer);
-};
+answerCalls(calls, ["teach", "stop"]);
