@@ -216,7 +216,7 @@ t.test("a cache is known by its memory too; copies are nobody's", async (t) => {
 });
 
 t.test("on a device the buffer tells, and nothing is read", (t) => {
-  const watch = new CacheWatch({ tasks: new Map() });
+  const watch = new CacheWatch({ tasks: new Map() }, ["past_key_values.0.key"], ["logits", "present.0.key"]);
   const tensor = (gpuBuffer: object): EngineTensor => ({
     ...{ type: "float32", dims: [1, 2, 3, 8] },
     ...{ location: "gpu-buffer", gpuBuffer },
@@ -236,8 +236,24 @@ t.test("on a device the buffer tells, and nothing is read", (t) => {
   t.end();
 });
 
+t.test("the first layer stands for all, whatever their order", (t) => {
+  const of = (prefix: string, layers: number[]): string[] => layers.map((layer) => `${prefix}.${layer}.encoder.key`);
+  const inputs = ["past_key_values.0.decoder.key", ...of("past_key_values", [10, 9, 2])];
+  const outputs = ["present.0.decoder.key", ...of("present", [2, 9, 10])];
+  const watch = new CacheWatch({ tasks: new Map() }, inputs, outputs);
+  const tensor = (size: number): EngineTensor => ({ type: "float32", dims: [size], data: new Float32Array(size) });
+  const across = Object.fromEntries(outputs.map((name) => [name, tensor(2)]));
+  watch.check({}, watch.stateOf("a"))(across);
+  const feeds = Object.fromEntries(inputs.map((name) => [name, across[name.replace("past_key_values", "present")]!]));
+  // A new text begins; what comes from the encoder is still of the other task.
+  feeds["past_key_values.0.decoder.key"] = tensor(0);
+  t.throws(() => watch.check(feeds, watch.stateOf("b")), /"past_key_values.2.encoder.key" was made under task "a"/);
+  watch.check(feeds, watch.stateOf("a"));
+  t.end();
+});
+
 t.test("the head of a blend is part of it", (t) => {
-  const watch = new CacheWatch({ tasks: new Map() });
+  const watch = new CacheWatch({ tasks: new Map() }, ["past.0"], ["present.0"]);
   const cache = { type: "float32", dims: [1], data: new Float32Array(1) };
   const blend = { a: 0.5, b: 0.5 };
   watch.check({}, watch.stateOf(blend, { head: "a" }))({ "present.0": cache });

@@ -2,7 +2,8 @@
  * Which task made which cache of keys and values. A cache holds what the layers made of a text under one task; fed to a run under
  * another it would mix the two without a word. Loaded by sessions on models that have caches.
  *
- * A cache is known by its tensor and by the memory behind it, not by its numbers: a copy of them is nobody's.
+ * A cache is known by its tensor and by the memory behind it, not by its numbers: a copy of them is nobody's. One layer stands for all,
+ * since they go from run to run together: a step of a model with thirty layers would take noticeably longer if all were noted.
  */
 import { TaskError } from "../errors.ts";
 import type { Pack, TaskInfo } from "../pack/pack.ts";
@@ -41,11 +42,17 @@ const made = new WeakMap<object, readonly CacheState[]>();
 /** Of one session. */
 export class CacheWatch {
   readonly #pack: Pick<Pack, "tasks">;
+  /** Inputs and outputs of the first layer: keys, values, and what else it has. */
+  readonly #past: readonly string[];
+  readonly #present: readonly string[];
   /** States of rows, kept so that a step's are those of the step before. */
   readonly #rows = new Map<string | null, CacheState>([[null, BASE]]);
 
-  constructor(pack: Pick<Pack, "tasks">) {
+  /** @param names of the model's inputs and outputs */
+  constructor(pack: Pick<Pack, "tasks">, inputNames: readonly string[], outputNames: readonly string[]) {
     this.#pack = pack;
+    this.#past = firstOfEach(inputNames, "past");
+    this.#present = firstOfEach(outputNames, "present");
   }
 
   /** Call it before the tasks are read: later there may be others under their ids. */
@@ -82,21 +89,35 @@ export class CacheWatch {
     keep: boolean | undefined = !tasks && active.keeps,
   ): (results: Tensors, fetches?: unknown) => void {
     const states = tasks ? tasks.map((task) => this.#row(task)) : [active];
-    for (const [name, tensor] of keep ? [] : Object.entries(feeds)) {
-      const found = isCache(name, "past", tensor) ? (made.get(tensor) ?? made.get(memoryOf(tensor))) : undefined;
+    for (const name of keep ? [] : this.#past) {
+      const tensor = feeds[name];
+      const found = holdsSome(tensor) ? (made.get(tensor) ?? made.get(memoryOf(tensor))) : undefined;
       const row = found ? differingRow(found, states) : -1;
       if (found && row >= 0) throw refusal(name, row, found, states);
     }
     return (results, fetches) => {
       // Results that are written into tensors of the caller's are there as well.
-      const given = Array.isArray(fetches) ? [] : Object.entries((fetches ?? {}) as Tensors);
-      for (const [name, tensor] of [...Object.entries(results), ...given]) {
-        if (!isCache(name, "present", tensor)) continue;
-        made.set(tensor, states);
-        made.set(memoryOf(tensor), states);
+      for (const tensors of [results, fetches as Tensors | undefined]) {
+        for (const name of this.#present) {
+          const tensor = tensors?.[name];
+          if (holdsSome(tensor)) made.set(tensor, states).set(memoryOf(tensor), states);
+        }
       }
     };
   }
+}
+
+/** Of the names that exporters and transformers.js give to caches, those of the first layer. */
+function firstOfEach(names: readonly string[], prefix: "past" | "present"): string[] {
+  const first = new Map<string, string>();
+  for (const name of names) {
+    if (!name.startsWith(prefix)) continue;
+    const kind = name.replace(/\d+/g, "#");
+    const other = first.get(kind);
+    // Whatever their order: the lower number.
+    if (other === undefined || (name.length - other.length || (name < other ? -1 : 1)) < 0) first.set(kind, name);
+  }
+  return [...first.values()];
 }
 
 function byId([a]: readonly [string, unknown], [b]: readonly [string, unknown]): number {
@@ -111,9 +132,9 @@ function nameOf(parts: readonly Part[], head: string | undefined): string {
   return `the blend ${parts.map(({ id, strength }) => `"${id}" × ${strength}`).join(" + ")}${whose}`;
 }
 
-/** By the names that exporters and transformers.js go by. What has no element holds nothing of any task. */
-function isCache(name: string, prefix: "past" | "present", tensor: EngineTensor | null | undefined): boolean {
-  return name.startsWith(prefix) && tensor?.dims !== undefined && !tensor.dims.includes(0);
+/** What has no element holds nothing of any task. */
+function holdsSome(tensor: EngineTensor | null | undefined): tensor is EngineTensor {
+  return tensor?.dims !== undefined && !tensor.dims.includes(0);
 }
 
 /** Where a tensor's numbers are. Another tensor may be made of the same memory. */

@@ -119,7 +119,8 @@ export async function sessionOn<T extends SessionTypes>(
     };
     const { inputNames, outputNames } = prepared;
     const hasCaches = [...inputNames, ...outputNames].some((name) => /^(past|present)/.test(name));
-    const caches = hasCaches ? new (await import("./caches.ts")).CacheWatch(pack) : undefined;
+    const { CacheWatch } = hasCaches ? await import("./caches.ts") : {};
+    const caches = CacheWatch && new CacheWatch(pack, inputNames, outputNames);
     const carrier = await carrierOf(parts, file, bases.bytes);
     return new Session<T>(engine, prepared, carrier, parts.idle, training?.graph, caches);
   } catch (error) {
