@@ -1,6 +1,6 @@
 /**
  * What takes too long for the tests, one after the other: switches on every backend, sessions, pairs of writers, Next.js, families
- * of models, files of the model builder, LoRAs from strangers, and mutants.
+ * of models, files of the model builder, a real language model, LoRAs from strangers, and mutants.
  *
  * usage: npm run soak [-- --fuzz COUNT]      COUNT mutants. Default: 100 000
  */
@@ -18,6 +18,7 @@ for (const [script, ...args] of [
   ["soak-families.js"],
   ["soak-wild.js"],
   ["soak-builder.js"],
+  ["soak-llm.js"],
   ["soak-fuzz.js", fuzz],
 ]) {
   console.log(`\n${script} ${args.join(" ")}`);

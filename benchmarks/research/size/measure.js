@@ -207,7 +207,7 @@ async function errorOf(exact, stored) {
  * @param {import("./ways.js").Each} way
  * @returns {Promise<{ adapter: Adapter, bytes: number }>} bytes of the factors: numbers and scales, no names or headers
  */
-async function storeOne(adapter, { rank, type }) {
+export async function storeOne(adapter, { rank, type }) {
   let bytes = 0;
   /** @type {Map<string, AdapterModule>} */
   const modules = new Map();
