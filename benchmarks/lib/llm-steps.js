@@ -1,8 +1,12 @@
 /** Switches, first tokens and tokens of a language model: plain, and with tasks in each mode. */
+import { existsSync } from "node:fs";
+import { readFile } from "node:fs/promises";
 import { openPack } from "eigenlora";
 import { createEigenSession } from "eigenlora/onnxruntime";
 import { median } from "simple-statistics";
-import { clocked } from "./process.js";
+import { clocked, inFreshProcess } from "./process.js";
+import { progress } from "./report.js";
+import { smollm2File } from "./skills.js";
 
 /**
  * @typedef {import("eigenlora/onnxruntime").Ort} Ort
@@ -17,11 +21,62 @@ import { clocked } from "./process.js";
 
 export const ONE_THREAD = { intraOpNumThreads: 1, interOpNumThreads: 1, executionProviders: ["cpu"] };
 
+const FILES = /** @type {const} */ ([
+  ["f32", "onnx/model.onnx", "onnxruntime-node", ["core", "factors", "folded"]],
+  ["q4", "onnx/model_q4.onnx", "onnxruntime-node", ["core", "factors"]],
+  ["q4", "onnx/model_q4.onnx", "onnxruntime-web", ["core", "factors"]],
+]);
+
 /**
- * @param {{ ort: Ort, model: string, pack: string, modes: readonly Mode[], session: any }} what
+ * @param {string} pack path
+ * @param {number} rounds
+ * @param {boolean} quick one file, shorter texts
+ * @returns {import("./report.js").Part}
+ */
+export function stepsPart(pack, rounds, quick) {
+  /** @type {Sizes} */
+  const sizes = quick ? { prompt: 8, tokens: 2, rounds, folds: 1 } : { prompt: 32, tokens: 16, rounds, folds: 2 };
+  const rows = [];
+  for (const [name, file, runtime, modes] of quick ? FILES.slice(1, 2) : FILES) {
+    if (!existsSync(smollm2File(file))) continue;
+    progress(`${name}, ${runtime}`);
+    const args = /** @type {any} */ ([runtime, smollm2File(file), pack, modes, sizes]);
+    for (const row of inFreshProcess(new URL(import.meta.url), "measureSteps", args))
+      rows.push({ name: `${name}, ${runtime}`, ...row });
+  }
+  return {
+    question: `What do a switch, the first token behind ${sizes.prompt} and each later one take? One thread, in turns, medians of ${rounds} rounds.`,
+    rows,
+    notes: [
+      "CPU time of all threads, which others on the machine do not lengthen; tasks are in memory. after a switch ÷ without: a switch and the",
+      "first token ÷ the first token.",
+    ],
+  };
+}
+
+/**
+ * For a fresh process: rows of one file on one runtime.
+ * @param {"onnxruntime-node" | "onnxruntime-web"} runtime
+ * @param {string} model path
+ * @param {string} pack path
+ * @param {readonly Mode[]} modes
  * @param {Sizes} sizes
  */
-export async function measureSteps({ ort, model, pack, modes, session }, sizes) {
+export async function measureSteps(runtime, model, pack, modes, sizes) {
+  /** @type {any} */
+  const ort = await import(runtime);
+  ort.env.logLevel = "error";
+  const web = runtime === "onnxruntime-web";
+  if (web) ort.env.wasm.numThreads = 1;
+  const session = web ? { executionProviders: ["wasm"] } : ONE_THREAD;
+  return measure({ ort, model: web ? await readFile(model) : model, pack, modes, session }, sizes);
+}
+
+/**
+ * @param {{ ort: Ort, model: string | Uint8Array, pack: string, modes: readonly Mode[], session: any }} what
+ * @param {Sizes} sizes
+ */
+async function measure({ ort, model, pack, modes, session }, sizes) {
   const plain = await ort.InferenceSession.create(/** @type {any} */ (model), session);
   /** @type {Way[]} */
   const ways = [{ way: "plain", session: /** @type {any} */ (plain), close: () => plain.release() }];
@@ -65,9 +120,8 @@ async function measureOnce(ort, { way, session, switching }, { prompt, tokens, f
   times.first.push(without);
   times["first ratio"].push(without / plain.first[plain.first.length - 1]);
   if (switching && (way !== "folded" || round <= folds)) {
-    const { ms, cpu: switched } = await clocked(() => switching(round));
-    times.switch.push(ms);
-    // The run after it by itself: twice, so that neither order is favoured.
+    const { cpu: switched } = await clocked(() => switching(round));
+    times.switch.push(switched);
     const { cpu: after } = await clocked(first);
     times.after.push(after);
     times["after ratio"].push((switched + after) / without);
@@ -106,7 +160,7 @@ async function generate(ort, session, length, count) {
   for (let i = 0; i < count; i++) {
     const past = cache;
     cache = await session.run(feedsOf(ort, session, [tokens], tokens.length, past));
-    const { data, dims } = cache.logits;
+    const { data, dims } = /** @type {Record<string, any>} */ (cache).logits;
     const last = data.subarray(data.length - dims[2]);
     let largest = 0;
     for (let j = 1; j < last.length; j++) if (last[j] > last[largest]) largest = j;
