@@ -16,6 +16,7 @@ export type { SwitchOptions } from "../src/runtime/selection.ts";
 export type { Mode } from "../src/session/base-values.ts";
 export type { ProbeReport } from "../src/session/carrier.ts";
 export type { Engine } from "../src/session/engine.ts";
+export type { SessionSwitchOptions } from "../src/session/options.ts";
 export type {
   Session,
   SessionRunOptions,

@@ -13,8 +13,8 @@ import type {
   EigenSession,
   EigenSessionOptions,
   MemoryReport,
+  SessionSwitchOptions,
   SessionSwitchReport,
-  SwitchOptions,
 } from "./onnxruntime.ts";
 import {
   type Find,
@@ -215,10 +215,11 @@ export class AttachedPack {
    * Makes a task, a blend or the pristine base active, with its label names in `pipe.model.config`. Waits for calls of
    * the pipeline, of its model and of `generate` that are running, so that each belongs to one task from its first run
    * to its last; calls made after wait for the switch. When it fails or is aborted, the previous task stays whole, in
-   * all sessions. A cache of keys and values that is handed from one `generate` to the next belongs to the task that made it.
+   * all sessions. A cache of keys and values that is handed from one `generate` to the next belongs to the task that made it:
+   * under another one `generate` refuses it with a TaskError, unless the switch was asked to keep it (`keepCache: true`).
    * @throws as `EigenSession.switchTask`
    */
-  switchTask(selection: Selection, options: SwitchOptions = {}): Promise<SessionSwitchReport> {
+  switchTask(selection: Selection, options: SessionSwitchOptions = {}): Promise<SessionSwitchReport> {
     const { whole, shared, ignore } = this.#parts;
     const asked = copySelection(selection);
     return shared.turns.change(async () => {

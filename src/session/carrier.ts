@@ -6,6 +6,7 @@ import type { TaskInput } from "../onnx/adapted.ts";
 import type { DetachedModel } from "../onnx/write.ts";
 import type { Selection, SwitchOptions } from "../runtime/selection.ts";
 import type { ActiveTask } from "../runtime/stage.ts";
+import type { CacheState } from "./caches.ts";
 import type { Engine, LoadedModel, LoadOptions, Tensors } from "./engine.ts";
 import type { PreparedModel } from "./prepare.ts";
 import { stackValues, type TaskEvaluator, type TaskValues } from "./values.ts";
@@ -17,6 +18,8 @@ export interface Active {
   readonly feeds: Tensors;
   /** Of the feeds that a run carries from the CPU's memory. */
   readonly bytes: number;
+  /** Which caches belong to it, where the model has caches. */
+  readonly state?: CacheState | undefined;
 }
 
 /** What the probe found out. */

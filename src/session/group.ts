@@ -9,11 +9,11 @@ import { type ModelFile, readModel } from "../onnx/read.ts";
 import type { Pack, TaskInfo } from "../pack/pack.ts";
 import { partOf } from "../pack/part.ts";
 import { type MemoryReport, memoryReport } from "../runtime/report.ts";
-import { copySelection, type Selection, type SwitchOptions } from "../runtime/selection.ts";
+import { copySelection, type Selection } from "../runtime/selection.ts";
 import type { SourceInput } from "../source.ts";
 import type { Engine } from "./engine.ts";
 import { ModelMatcher } from "./match.ts";
-import { SESSION_OPTIONS, type SessionOptions } from "./options.ts";
+import { SESSION_OPTIONS, type SessionOptions, type SessionSwitchOptions } from "./options.ts";
 import { broughtBy } from "./plan.ts";
 import { type Session, type SessionSwitchReport, type SessionTypes, sessionOn } from "./session.ts";
 import { Turns } from "./turns.ts";
@@ -177,7 +177,8 @@ export class SessionGroup<T extends SessionTypes = SessionTypes, Name extends st
   readonly sessions: Readonly<Record<Name, Session<T>>>;
   readonly #all: readonly Session<T>[];
   readonly #turns = new Turns();
-  #head: string | undefined;
+  /** Options of the last switch, but for its signal. */
+  #how: SessionSwitchOptions = {};
   #closed: Promise<void> | undefined;
 
   /** @internal Use `createSessions`, or the function of a binding. */
@@ -202,27 +203,28 @@ export class SessionGroup<T extends SessionTypes = SessionTypes, Name extends st
    * had. Waits for calls that are under way.
    * @throws as `Session.switchTask`; BackendError with both causes when a session cannot be put back
    */
-  switchTask(selection: Selection, options: SwitchOptions = {}): Promise<SessionSwitchReport> {
-    checkOptions("switchTask", options, ["signal", "head"]);
+  switchTask(selection: Selection, options: SessionSwitchOptions = {}): Promise<SessionSwitchReport> {
+    checkOptions("switchTask", options, ["signal", "head", "keepCache"]);
     const asked = copySelection(selection);
     return this.#turns.change(async () => {
-      const [task, head] = [this.task, this.#head];
+      const [task, how] = [this.task, this.#how];
       const reports: SessionSwitchReport[] = [];
       try {
         for (const session of this.#all) reports.push(await session.switchTask(asked, options));
       } catch (error) {
         // The one that failed has kept what it had.
-        for (const session of this.#all.slice(0, reports.length)) await this.#putBack(session, task, head, error);
+        for (const session of this.#all.slice(0, reports.length)) await this.#putBack(session, task, how, error);
         throw error;
       }
-      this.#head = options.head;
+      const { signal: _, ...others } = options;
+      this.#how = others;
       return sumOf(reports);
     });
   }
 
-  async #putBack(session: Session<T>, task: Selection, head: string | undefined, error: unknown): Promise<void> {
+  async #putBack(session: Session<T>, task: Selection, how: SessionSwitchOptions, error: unknown): Promise<void> {
     try {
-      await session.switchTask(task, { head });
+      await session.switchTask(task, how);
     } catch (again) {
       const { cannotPutBack } = await import("../runtime/failed.ts");
       throw cannotPutBack(error, again, "sessions");

@@ -13,7 +13,7 @@ export type { ProbeReport } from "./carrier.ts";
 export type { Engine, EngineGpu, EngineTensor, LoadedModel, LoadOptions, Tensors } from "./engine.ts";
 export { createSessions, type GroupOptions, type SessionGroup } from "./group.ts";
 export type { MatchOptions } from "./match.ts";
-export type { SessionOptions } from "./options.ts";
+export type { SessionOptions, SessionSwitchOptions } from "./options.ts";
 export type { PlanOptions } from "./plan.ts";
 export {
   createSession,

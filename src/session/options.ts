@@ -1,5 +1,6 @@
 /** What a session can be made with. */
 import type { ModelOptions } from "../onnx/read.ts";
+import type { SwitchOptions } from "../runtime/selection.ts";
 import type { PlanOptions } from "./plan.ts";
 
 /** Options of `createSession`. */
@@ -20,6 +21,16 @@ export interface SessionOptions extends ModelOptions, PlanOptions {
    * little. Default: false.
    */
   readonly trainable?: boolean | { readonly logits?: string | undefined } | undefined;
+}
+
+/** Options of a session's `switchTask`. */
+export interface SessionSwitchOptions extends SwitchOptions {
+  /**
+   * Whether runs under this task take caches of keys and values that were made under another one, such as that of a prompt that the
+   * base has read. What the cache holds stays as it was made; only what comes after it is of this task. Default: false, such
+   * a run is refused.
+   */
+  readonly keepCache?: boolean | undefined;
 }
 
 /** All options of `createSession`. */

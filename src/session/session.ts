@@ -10,16 +10,17 @@ import type { Pack, TaskInfo } from "../pack/pack.ts";
 import type { TaskTrust } from "../pack/trust.ts";
 import { now } from "../runtime/pace.ts";
 import { type MemoryReport, memoryReport, type SwitchReport } from "../runtime/report.ts";
-import type { Selection, SwitchOptions } from "../runtime/selection.ts";
+import type { Selection } from "../runtime/selection.ts";
 import type { SourceInput } from "../source.ts";
 import type { Mode } from "./base-values.ts";
-import { type Active, type Carrier, type CarrierParts, type ProbeReport, toFeeds } from "./carrier.ts";
+import type { CacheWatch } from "./caches.ts";
+import type { Active, Carrier, CarrierParts, ProbeReport } from "./carrier.ts";
 import type { Engine, Tensors } from "./engine.ts";
-import { SESSION_OPTIONS, type SessionOptions } from "./options.ts";
+import { SESSION_OPTIONS, type SessionOptions, type SessionSwitchOptions } from "./options.ts";
 import { type PreparedModel, prepareModel } from "./prepare.ts";
+import type { RowTasks } from "./row-tasks.ts";
 import { Timeline } from "./timeline.ts";
 import type { Trainable } from "./training.ts";
-import type { TaskValues } from "./values.ts";
 
 /** What a switch did and what it cost. */
 export interface SessionSwitchReport extends SwitchReport {
@@ -31,6 +32,8 @@ export interface SessionSwitchReport extends SwitchReport {
 export interface SessionRunOptions {
   /** One task id per row of the batch, or null for the base; instead of the active task. */
   readonly tasks?: readonly (string | null)[] | undefined;
+  /** Whether this run takes caches that were made under other tasks. Default: as `switchTask` was told; false with `tasks`. */
+  readonly keepCache?: boolean | undefined;
   /** Everything else goes to the engine. */
   readonly [option: string]: unknown;
 }
@@ -114,8 +117,12 @@ export async function sessionOn<T extends SessionTypes>(
       load: training?.load ?? {},
       idle: training?.idle ?? {},
     };
+    const { inputNames, outputNames } = prepared;
+    const hasCaches = [...inputNames, ...outputNames].some((name) => /^(past|present)/.test(name));
+    const { CacheWatch } = hasCaches ? await import("./caches.ts") : {};
+    const caches = CacheWatch && new CacheWatch(pack, inputNames, outputNames);
     const carrier = await carrierOf(parts, file, bases.bytes);
-    return new Session<T>(engine, prepared, carrier, parts.idle, training?.graph);
+    return new Session<T>(engine, prepared, carrier, parts.idle, training?.graph, caches);
   } catch (error) {
     await file.close();
     throw error;
@@ -133,9 +140,6 @@ async function carrierOf(parts: CarrierParts, file: ModelFile, bases: Uint8Array
   if ("places" in folded) return (await import("./folded.ts")).foldedCarrier(parts, file, folded);
   return (await import("./device.ts")).deviceCarrier(parts, file, folded, parts.engine.gpu!);
 }
-
-/** Values by task, with the blob that they were made of. */
-type RowValues = Map<string | null, { readonly bytes: Uint8Array | undefined; readonly values: TaskValues }>;
 
 /** A model that switches tasks. Made by `createSession`, or the function of a binding. */
 export class Session<T extends SessionTypes = SessionTypes> {
@@ -164,12 +168,12 @@ export class Session<T extends SessionTypes = SessionTypes> {
   readonly #carrier: Omit<Carrier, "first">;
   readonly #timeline: Timeline<Active>;
   readonly #components: number;
-  /** Values of the tasks of the last run with one task per row: the next one usually asks for the same. */
-  #rowValues: RowValues = new Map();
+  /** Where the model has caches. */
+  readonly #caches: CacheWatch | undefined;
+  /** Once there was a run with one task per row. */
+  #rows: RowTasks | undefined;
   #active: Active;
   #closed: Promise<void> | undefined;
-  /** Whether a task per row is known to reach its row. */
-  #rowsSure = false;
 
   /** @internal Use `createSession`, or the function of a binding. */
   constructor(
@@ -178,6 +182,7 @@ export class Session<T extends SessionTypes = SessionTypes> {
     carrier: Carrier,
     idle: Tensors,
     graph: Trainable["graph"] | undefined,
+    caches: CacheWatch | undefined,
   ) {
     // Not the prepared model itself: it holds the components, which the engine has now.
     const { pack, view, mode, reason, base, inputs, inputNames, outputNames, initializers, unconfirmed } = prepared;
@@ -194,6 +199,7 @@ export class Session<T extends SessionTypes = SessionTypes> {
     this.#base = base;
     this.#inputs = inputs;
     this.#idle = idle;
+    this.#caches = caches;
     // The first task's feeds go with it.
     const { first, ...others } = carrier;
     this.#carrier = others;
@@ -233,8 +239,9 @@ export class Session<T extends SessionTypes = SessionTypes> {
    * @param selection a task id; null for the base; or strengths by id
    * @throws TaskError, SourceError, FormatError as `Runtime.switchTask`
    */
-  async switchTask(selection: Selection, options: SwitchOptions = {}): Promise<SessionSwitchReport> {
-    checkOptions("switchTask", options, ["signal", "head"]);
+  async switchTask(selection: Selection, options: SessionSwitchOptions = {}): Promise<SessionSwitchReport> {
+    checkOptions("switchTask", options, ["signal", "head", "keepCache"]);
+    const { keepCache: _, ...how } = options;
     this.#live();
     const started = now();
     const before = { ...this.pack.reads };
@@ -242,9 +249,10 @@ export class Session<T extends SessionTypes = SessionTypes> {
     const change = this.#timeline.change(
       async () => {
         options.signal?.throwIfAborted();
-        const tasks = await this.#carrier.evaluator.load(selection, options);
+        const state = this.#caches?.stateOf(selection, options);
+        const tasks = await this.#carrier.evaluator.load(selection, how);
         read = now();
-        const made = await this.#carrier.make(selection, tasks, options);
+        const made = { ...(await this.#carrier.make(selection, tasks, how)), state };
         this.#active = made;
         return made;
       },
@@ -269,6 +277,7 @@ export class Session<T extends SessionTypes = SessionTypes> {
    * @throws TypeError when feeds use names of ours, or `tasks` does not have the batch's length
    * @throws BackendError when the session has been closed; or, with a task per row, when a run on rows that differ shows that the
    *   model would mix them, or none of its outputs can tell
+   * @throws TaskError when a cache among the feeds was made under another task, unless `keepCache` was asked for
    */
   run(feeds: T["feeds"], options?: SessionRunOptions): Promise<T["results"] & ValidColumns>;
   run(feeds: T["feeds"], fetches: T["fetches"], options?: SessionRunOptions): Promise<T["results"] & ValidColumns>;
@@ -279,7 +288,7 @@ export class Session<T extends SessionTypes = SessionTypes> {
   ): Promise<T["results"] & ValidColumns> {
     this.#live();
     const fetched = isFetches(second, this.outputNames);
-    const { tasks, ...options } = (fetched ? third : (second as SessionRunOptions | undefined)) ?? {};
+    const { tasks, keepCache, ...options } = (fetched ? third : (second as SessionRunOptions | undefined)) ?? {};
     const fetches = fetched ? second : this.outputNames;
     const own = feeds as Tensors;
     if (typeof own !== "object" || !own || "then" in own)
@@ -287,39 +296,23 @@ export class Session<T extends SessionTypes = SessionTypes> {
     for (const { name } of this.#inputs) {
       if (name in own) throw new TypeError(`feeds: "${name}" is the session's own input; switchTask feeds it`);
     }
-    const submit = (model: Active["model"], task: Tensors): Promise<Tensors> =>
-      this.#engine.run(model, { ...this.#idle, ...own, ...task }, fetches, options);
     return this.#timeline.run(async (active) => {
       this.#carrier.check?.();
-      if (!tasks) return submit(active.model, active.feeds);
-      const values = await this.#rows(tasks, own);
-      const result = await submit(active.model, toFeeds(this.#engine, this.#inputs, values).feeds);
-      const heads = [...this.#base.heads.keys()];
-      const valid = new Map(heads.map((head) => [head, values.map(({ labels }) => labels.get(head)!)]));
-      return Object.defineProperty(result, "validColumns", { value: valid, enumerable: false });
+      const rows = tasks && (await (await this.#rowTasks()).feeds(tasks, own));
+      const { feeds } = rows ?? active;
+      const made = this.#caches?.check(own, active.state, tasks, keepCache);
+      const result = await this.#engine.run(active.model, { ...this.#idle, ...own, ...feeds }, fetches, options);
+      made?.(result, fetches);
+      return rows ? Object.defineProperty(result, "validColumns", { value: rows.valid, enumerable: false }) : result;
     });
   }
 
-  /** Values for each row of a batch; those of a task are computed once as long as runs go on asking for it. */
-  async #rows(tasks: readonly (string | null)[], feeds: Tensors): Promise<TaskValues[]> {
-    if (this.mode === "folded") {
-      throw new TypeError('run: one task per row needs mode "core" or "factors"; this session is "folded"');
-    }
-    const batch = Object.values(feeds).find(({ dims }) => dims.length > 0)?.dims[0];
-    if (tasks.length === 0 || tasks.length !== batch) {
-      throw new TypeError(`run: ${tasks.length} tasks for a batch of ${batch}; give one per row`);
-    }
-    if (tasks.length > 1) this.#rowsSure ||= (await this.#carrier.checkRows?.(feeds, tasks.length)) ?? true;
-    const wanted: RowValues = new Map();
-    for (const task of new Set(tasks)) {
-      // A task can be removed and another one added under its name.
-      const bytes = task === null ? undefined : (await this.pack.load(task)).bytes;
-      const known = this.#rowValues.get(task);
-      const values = known?.bytes === bytes && known ? known.values : await this.#carrier.evaluator.read(task);
-      wanted.set(task, { bytes, values });
-    }
-    this.#rowValues = wanted;
-    return tasks.map((task) => wanted.get(task)!.values);
+  async #rowTasks(): Promise<RowTasks> {
+    const { RowTasks } = await import("./row-tasks.ts");
+    const [engine, carrier, inputs] = [this.#engine, this.#carrier, this.#inputs];
+    const heads = [...this.#base.heads.keys()];
+    this.#rows ??= new RowTasks({ engine, carrier, inputs, heads, pack: this.pack, mode: this.mode });
+    return this.#rows;
   }
 
   /**
@@ -347,9 +340,8 @@ export class Session<T extends SessionTypes = SessionTypes> {
     const { biases, heads, weights } = this.#base;
     const { scratch, pristine, active } = this.#carrier.memory();
     const own = [...heads.values()].flatMap(({ weight, bias }) => [weight, bias]);
-    const rows = [...this.#rowValues.values()].flatMap(({ values }) => [...values.inputs.values()]);
     // Heads of the base are values of rows too.
-    const arrays = new Set([...biases.values(), ...weights.values(), ...own, ...rows.map(({ data }) => data)]);
+    const arrays = new Set([...biases.values(), ...weights.values(), ...own, ...(this.#rows?.arrays ?? [])]);
     const held = [...arrays].reduce((sum, array) => sum + (array?.byteLength ?? 0), this.#active.bytes + active);
     const { coefficients } = this.pack.residentBytes;
     return memoryReport({ basis: this.#components, coefficients, pristine, active: held, scratch, reserved: 0 });

@@ -130,6 +130,12 @@ export const values = {
   /** @returns {import("eigenlora/react-native/onnxruntime").ModelFiles} */
   files: () => absent("React Native"),
   /** @returns {any} */
+  longText: () => absent("a language model"),
+  /** @returns {any} */
+  question: () => absent("a language model"),
+  /** @returns {any} */
+  pastOf: () => absent("a language model"),
+  /** @returns {any} */
   pipeline: () => absent("transformers.js"),
   /** Of transformers.js, or of a Worker. @returns {any} */
   env: () => absent("transformers.js"),

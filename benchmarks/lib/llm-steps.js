@@ -1,0 +1,197 @@
+/** Switches, first tokens and tokens of a language model: plain, and with tasks in each mode. */
+import { existsSync } from "node:fs";
+import { readFile } from "node:fs/promises";
+import { openPack } from "eigenlora";
+import { createEigenSession } from "eigenlora/onnxruntime";
+import { median } from "simple-statistics";
+import { clocked, inFreshProcess } from "./process.js";
+import { progress } from "./report.js";
+import { smollm2File } from "./skills.js";
+
+/**
+ * @typedef {import("eigenlora/onnxruntime").Ort} Ort
+ * @typedef {import("eigenlora/onnxruntime").EigenSession<any>} EigenSession
+ * @typedef {{ inputNames: readonly string[], run(feeds: any): Promise<any> }} Running
+ * @typedef {{ way: string, session: Running, switching?: (round: number) => Promise<unknown>, close(): Promise<unknown> }} Way
+ * @typedef {{ prompt: number, tokens: number, rounds: number, folds: number }} Sizes
+ *   tokens of the prompt and of the answer; rounds; of these, how many have the switches of mode "folded", which load the model each
+ * @typedef {"core" | "factors" | "folded"} Mode
+ * @typedef {Record<"switch" | "first" | "after" | "token" | "first ratio" | "token ratio" | "after ratio", number[]>} Times
+ */
+
+export const ONE_THREAD = { intraOpNumThreads: 1, interOpNumThreads: 1, executionProviders: ["cpu"] };
+
+const FILES = /** @type {const} */ ([
+  ["f32", "onnx/model.onnx", "onnxruntime-node", ["core", "factors", "folded"]],
+  ["q4", "onnx/model_q4.onnx", "onnxruntime-node", ["core", "factors"]],
+  ["q4", "onnx/model_q4.onnx", "onnxruntime-web", ["core", "factors"]],
+]);
+
+/**
+ * @param {string} pack path
+ * @param {number} rounds
+ * @param {boolean} quick one file, shorter texts
+ * @returns {import("./report.js").Part}
+ */
+export function stepsPart(pack, rounds, quick) {
+  /** @type {Sizes} */
+  const sizes = quick ? { prompt: 8, tokens: 2, rounds, folds: 1 } : { prompt: 32, tokens: 16, rounds, folds: 2 };
+  const rows = [];
+  for (const [name, file, runtime, modes] of quick ? FILES.slice(1, 2) : FILES) {
+    if (!existsSync(smollm2File(file))) continue;
+    progress(`${name}, ${runtime}`);
+    const args = /** @type {any} */ ([runtime, smollm2File(file), pack, modes, sizes]);
+    for (const row of inFreshProcess(new URL(import.meta.url), "measureSteps", args))
+      rows.push({ name: `${name}, ${runtime}`, ...row });
+  }
+  return {
+    question: `What do a switch, the first token behind ${sizes.prompt} and each later one take? One thread, in turns, medians of ${rounds} rounds.`,
+    rows,
+    notes: [
+      "CPU time of all threads, which others on the machine do not lengthen; tasks are in memory. after a switch ÷ without: a switch and the",
+      "first token ÷ the first token.",
+    ],
+  };
+}
+
+/**
+ * For a fresh process: rows of one file on one runtime.
+ * @param {"onnxruntime-node" | "onnxruntime-web"} runtime
+ * @param {string} model path
+ * @param {string} pack path
+ * @param {readonly Mode[]} modes
+ * @param {Sizes} sizes
+ */
+export async function measureSteps(runtime, model, pack, modes, sizes) {
+  /** @type {any} */
+  const ort = await import(runtime);
+  ort.env.logLevel = "error";
+  const web = runtime === "onnxruntime-web";
+  if (web) ort.env.wasm.numThreads = 1;
+  const session = web ? { executionProviders: ["wasm"] } : ONE_THREAD;
+  return measure({ ort, model: web ? await readFile(model) : model, pack, modes, session }, sizes);
+}
+
+/**
+ * @param {{ ort: Ort, model: string | Uint8Array, pack: string, modes: readonly Mode[], session: any }} what
+ * @param {Sizes} sizes
+ */
+async function measure({ ort, model, pack, modes, session }, sizes) {
+  const plain = await ort.InferenceSession.create(/** @type {any} */ (model), session);
+  /** @type {Way[]} */
+  const ways = [{ way: "plain", session: /** @type {any} */ (plain), close: () => plain.release() }];
+  const opened = await openPack(pack);
+  await opened.prefetch(opened.tasks.keys());
+  const ids = [...opened.tasks.keys()];
+  for (const mode of modes) {
+    const eigen = await createEigenSession(/** @type {any} */ (ort), model, opened, { mode, session, probe: false });
+    const switching = (/** @type {number} */ round) => eigen.switchTask(ids[round % ids.length]);
+    await switching(0);
+    ways.push({ way: mode, session: eigen, switching, close: () => eigen.close() });
+  }
+  const times = ways.map(() => noTimes());
+  for (let round = 0; round <= sizes.rounds; round++) {
+    const into = round === 0 ? ways.map(() => noTimes()) : times;
+    for (const [i, way] of ways.entries()) await measureOnce(ort, way, sizes, round, into[i], into[0]);
+  }
+  for (const { close } of ways) await close();
+  await opened.close();
+  return ways.map(({ way }, i) => rowOf(way, times[i]));
+}
+
+/** @returns {Times} */
+const noTimes = () => ({
+  ...{ switch: [], first: [], after: [], token: [] },
+  ...{ "first ratio": [], "token ratio": [], "after ratio": [] },
+});
+
+/**
+ * A round of one way: the first token of a prompt, the same right after a switch, and the tokens that follow.
+ * @param {Ort} ort
+ * @param {Way} way
+ * @param {Sizes} sizes
+ * @param {number} round
+ * @param {Times} times
+ * @param {Times} plain of the same round
+ */
+async function measureOnce(ort, { way, session, switching }, { prompt, tokens, folds }, round, times, plain) {
+  const first = () => generate(ort, session, prompt, 1);
+  const { cpu: without } = await clocked(first);
+  times.first.push(without);
+  times["first ratio"].push(without / plain.first[plain.first.length - 1]);
+  if (switching && (way !== "folded" || round <= folds)) {
+    const { cpu: switched } = await clocked(() => switching(round));
+    times.switch.push(switched);
+    const { cpu: after } = await clocked(first);
+    times.after.push(after);
+    times["after ratio"].push((switched + after) / without);
+  }
+  const { cpu } = await clocked(() => generate(ort, session, prompt, tokens + 1));
+  const token = (cpu - without) / tokens;
+  times.token.push(token);
+  times["token ratio"].push(token / plain.token[plain.token.length - 1]);
+}
+
+/** @param {string} way @param {Times} times */
+function rowOf(way, times) {
+  const { first, token, switch: switches, after, ...ratios } = times;
+  return {
+    way,
+    ...(switches.length > 0 && { "switch, ms": median(switches) }),
+    "first token, ms": median(first),
+    "÷ plain": median(ratios["first ratio"]),
+    ...(after.length > 0 && { "after a switch ÷ without": median(ratios["after ratio"]) }),
+    "tokens/s": 1000 / median(token),
+    "a token ÷ plain": median(ratios["token ratio"]),
+  };
+}
+
+/**
+ * Greedy, each cache fed to the next step.
+ * @param {Ort} ort
+ * @param {Running} session
+ * @param {number} length of the prompt
+ * @param {number} count tokens
+ */
+async function generate(ort, session, length, count) {
+  let tokens = Array.from({ length }, (_, i) => 500 + ((i * 37) % 4000));
+  /** @type {Record<string, any> | undefined} */
+  let cache;
+  for (let i = 0; i < count; i++) {
+    const past = cache;
+    cache = await session.run(feedsOf(ort, session, [tokens], tokens.length, past));
+    const { data, dims } = /** @type {Record<string, any>} */ (cache).logits;
+    const last = data.subarray(data.length - dims[2]);
+    let largest = 0;
+    for (let j = 1; j < last.length; j++) if (last[j] > last[largest]) largest = j;
+    tokens = [largest];
+  }
+}
+
+/**
+ * Inputs of rows behind a cache; what is shorter than `width` is padded on the right, which attention does not see.
+ * @param {Pick<Ort, "Tensor">} ort
+ * @param {{ inputNames: readonly string[] }} session
+ * @param {readonly (readonly number[])[]} rows
+ * @param {number} width
+ * @param {Record<string, any>} [cache] results of the run before
+ */
+export function feedsOf({ Tensor }, { inputNames }, rows, width, cache) {
+  const past = cache?.["present.0.key"].dims[2] ?? 0;
+  const ids = new BigInt64Array(rows.length * width);
+  const places = ids.map((_, i) => BigInt(past + (i % width)));
+  const mask = new BigInt64Array(rows.length * (past + width)).fill(1n);
+  rows.forEach((row, r) => ids.set(row.map(BigInt), r * width));
+  const make = /** @type {new (type: string, data: object, dims: number[]) => any} */ (/** @type {unknown} */ (Tensor));
+  /** @type {Record<string, any>} */
+  const feeds = {
+    input_ids: new make("int64", ids, [rows.length, width]),
+    attention_mask: new make("int64", mask, [rows.length, past + width]),
+    position_ids: new make("int64", places, [rows.length, width]),
+  };
+  for (const name of inputNames.filter((one) => one.startsWith("past")))
+    feeds[name] =
+      cache?.[name.replace("past_key_values", "present")] ??
+      new make("float32", new Float32Array(0), [rows.length, 3, 0, 64]);
+  return feeds;
+}
