@@ -45,7 +45,11 @@ export async function addTraining(
   }
   const form = prepared.modules.find((module) => module.form);
   if (form) throw new BaseMismatchError(cannotLearn(form), { module: form.name });
-  const graph = await buildTrainingGraph(file, prepared, { probe: probeOf(engine), logits });
+  const graph = await buildTrainingGraph(file, prepared, {
+    probe: probeOf(engine),
+    logits,
+    gathers: engine.gpu !== undefined,
+  });
   const idle = {
     [graph.learnInput]: engine.tensor(Uint8Array.of(0), []),
     [graph.targetsInput]: engine.tensor(new Float32Array(1), [1, 1]),
