@@ -148,7 +148,8 @@ export function optionsFor(given: KnownOptions, { purpose, exactNodes = [] }: Lo
     return unpacked({ ...rest, graphOptimizationLevel: "disabled" });
   }
   // Patterns of memory are worth little to lengths that change, and each is memory of its own beside what was there.
-  const options = purpose === "train" ? unpacked({ enableMemPattern: false, ...given } as Record<string, unknown>) : given;
+  const options =
+    purpose === "train" ? unpacked({ enableMemPattern: false, ...given } as Record<string, unknown>) : given;
   if (!onWebgpu(given) || exactNodes.length === 0) return options;
   // Only onnxruntime-web's newer provider knows of these; the older one (jsep) reads past them.
   const executionProviders = given.executionProviders!.map((one) => {

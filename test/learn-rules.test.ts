@@ -18,6 +18,7 @@ import {
   create,
   GraphProtoSchema,
   ModelProtoSchema,
+  TensorProtoSchema,
   toBinary,
 } from "../dist/src/onnx/protobuf.js";
 import type { ModelFile } from "../dist/src/onnx/read.js";
@@ -61,6 +62,8 @@ interface Case {
   readonly outputs?: number;
   /** Which of the outputs are used. */
   readonly used?: readonly number[];
+  /** Whether blocks of integers are unpacked by onnxruntime's own operator. */
+  readonly gathers?: boolean;
 }
 
 const opset = (least = 13): fc.Arbitrary<number> => fc.integer({ min: least, max: Math.max(21, least) });
@@ -292,6 +295,49 @@ const concat: fc.Arbitrary<Case> = shape(1, 3).chain((dims) =>
   })),
 );
 
+const bytes =
+  (seed: number, ...dims: number[]) =>
+  (name: string): TensorProto => {
+    const next = uniform(seed);
+    const rawData = Uint8Array.from({ length: count(dims) }, () => 256 * next());
+    return create(TensorProtoSchema, { name, dataType: 2, dims: dims.map(BigInt), rawData });
+  };
+
+/** Weights in blocks: of 4 or 8 bits, with zeros of three kinds, rows that do not fill their blocks, a bias. */
+const blocks: fc.Arbitrary<Case> = fc
+  .record({
+    opset: opset(),
+    leading: shape(1, 2),
+    bits: fc.constantFrom(4, 8),
+    K: fc.constantFrom(32, 40, 48),
+    zeros: fc.constantFrom("none", "bytes", "floats"),
+    bias: fc.boolean(),
+    gathers: fc.boolean(),
+    seed: fc.nat({ max: 99 }),
+  })
+  // onnxruntime has no floats for 8 bits.
+  .filter(({ bits, zeros }) => bits === 4 || zeros !== "floats")
+  .map(({ opset, leading, bits, K, zeros, bias, gathers, seed }) => {
+    const [N, block] = [5, 16];
+    const many = Math.ceil(K / block);
+    const next = uniform(seed);
+    const some = (from: number, by: number, length: number): number[] =>
+      Array.from({ length }, () => from + by * next());
+    const zero: Record<string, Input> = {
+      none: { absent: true },
+      bytes: { constant: bytes(seed + 1, N * Math.ceil((many * bits) / 8)) },
+      floats: { constant: floats(some(2 ** (bits - 1), 2, N * many), [N * many]) },
+    };
+    const inputs: Input[] = [
+      { dims: [...leading, K] },
+      { constant: bytes(seed, N, many, (block * bits) / 8) },
+      { constant: floats(some(0.02, 0.02, N * many), [N * many]) },
+      zero[zeros]!,
+      ...(bias ? [{ absent: true as const }, { constant: floats(some(0, 1, N), [N]) }] : []),
+    ];
+    return { opset, gathers, inputs, attributes: { K, N, bits, block_size: block } };
+  });
+
 const CASES: Record<string, fc.Arbitrary<Case>> = {
   ...Object.fromEntries(
     ["Identity", "Neg", "Erf", "Tanh", "Sigmoid", "Softplus", "Exp"].map((op) => [op, elementwise(1)]),
@@ -333,6 +379,14 @@ const CASES: Record<string, fc.Arbitrary<Case>> = {
   LogSoftmax: alongAxis(),
   LayerNormalization: normalization(17, true),
   RMSNormalization: normalization(23, false),
+  SimplifiedLayerNormalization: normalization(13, false).map((one) => ({
+    ...one,
+    attributes: { ...one.attributes, axis: -1 },
+    inputs: [{ dims: [...one.inputs[0]!.dims!.slice(0, -1), 3] }, { dims: [3] }],
+  })),
+  "com.microsoft.Gelu": elementwise(1).filter(({ inputs }) => inputs[0]!.dims!.length > 0),
+  "com.microsoft.FastGelu": elementwise(1).filter(({ inputs }) => inputs[0]!.dims!.length > 0),
+  "com.microsoft.MatMulNBits": blocks,
   ReduceSum: reduction("ReduceSum"),
   ReduceMean: reduction("ReduceMean"),
   ReduceMax: reduction("ReduceMax"),
@@ -411,15 +465,17 @@ function feedsOf({ inputs }: Case, sizes: Sizes, next: () => number): Map<string
 /** A model of one node, without and with the gradients of its inputs for what is fed as `seed`. */
 async function differentiated(
   op: string,
-  { inputs, attributes = {}, text = {}, outputs = 1, used = [0], opset }: Case,
+  { inputs, attributes = {}, text = {}, outputs = 1, used = [0], opset, gathers = false }: Case,
   feeds: readonly Map<string, Feed>[],
 ): Promise<[forward: Uint8Array, both: Uint8Array]> {
+  const [opType, domain] = op.startsWith("com.") ? [op.split(".").at(-1)!, "com.microsoft"] : [op, ""];
   const node = makeNode(
+    opType,
     op,
-    op,
-    inputs.map((_, i) => `x${i}`),
+    inputs.map(({ absent }, i) => (absent ? "" : `x${i}`)),
     Array.from({ length: outputs }, (_, i) => `y${i}`),
     attributes,
+    domain,
   );
   for (const [name, value] of Object.entries(text))
     node.attribute.push(create(AttributeProtoSchema, { name, s: new TextEncoder().encode(value), type: 3 }));
@@ -434,7 +490,8 @@ async function differentiated(
     { axis: 1 },
   );
   graph.node.push(node, ...rows, whole);
-  for (const [i, { dims, constant, mask, index }] of inputs.entries()) {
+  for (const [i, { dims, constant, mask, index, absent }] of inputs.entries()) {
+    if (absent) continue;
     if (constant) graph.initializer.push(constant(`x${i}`));
     else
       graph.input.push(
@@ -442,7 +499,7 @@ async function differentiated(
       );
   }
   const sources = inputs.flatMap(({ dims }, i) => (dims ? [`x${i}`] : []));
-  const { forward, both } = await derive(op, graph, opset, sources, feeds);
+  const { forward, both } = await derive(op, graph, opset, sources, feeds, gathers);
   return [forward, both];
 }
 
@@ -453,9 +510,14 @@ async function derive(
   opset: number,
   sources: readonly string[],
   feeds: readonly Map<string, Feed>[],
+  gathers = false,
 ): Promise<{ forward: Uint8Array; both: Uint8Array; path: ProbedPath }> {
   graph.output.push(makeValue("whole", 1));
-  const opsetImport = [{ $typeName: "onnx.OperatorSetIdProto" as const, domain: "", version: BigInt(opset) }];
+  const $typeName = "onnx.OperatorSetIdProto" as const;
+  const opsetImport = [
+    { $typeName, domain: "", version: BigInt(opset) },
+    { $typeName, domain: "com.microsoft", version: 1n },
+  ];
   const forward = toBinary(
     ModelProtoSchema,
     create(ModelProtoSchema, { irVersion: opset > 20 ? 10n : 8n, opsetImport, graph }),
@@ -470,6 +532,7 @@ async function derive(
     close: async () => undefined,
   };
   const emit = new Emitter(main, opset);
+  emit.gathers = gathers;
   const problems = new Problems();
   const path = await probePath(file, sources, "whole", problems, { probe: probeOf(NODE), feeds, initializers: [] });
   const gradients = differentiate(path, "whole", () => "seed", emit, problems);
@@ -517,7 +580,9 @@ for (const [op, cases] of Object.entries(CASES)) {
           probed.map((sizes) => feedsOf(one, sizes, next)),
         );
         const session = await NODE.InferenceSession.create(forward, { graphOptimizationLevel: level });
-        const gradients = await NODE.InferenceSession.create(both, { graphOptimizationLevel: level });
+        // As sessions that learn are loaded.
+        const extra = { session: { disable_prepacking: "1" } };
+        const gradients = await NODE.InferenceSession.create(both, { graphOptimizationLevel: level, extra });
         try {
           const given = feedsOf(one, run, next);
           const feeds: Tensors = {};
@@ -712,6 +777,12 @@ t.test("uses of an operator that gradients do not pass", async (t) => {
     one: { opset: 17, inputs, ...rest },
     message,
   });
+  const packed: Case["inputs"] = [
+    { dims: ["n", 16] },
+    { constant: bytes(1, 5, 1, 8) },
+    { constant: floats([1, 1, 1, 1, 1], [5]) },
+  ];
+  const nbits = { K: 16, N: 5, bits: 4, block_size: 16 };
   const fixed = (...values: number[]): Input => ({ constant: ints(values) });
   const uses = [
     use(
@@ -731,6 +802,16 @@ t.test("uses of an operator that gradients do not pass", async (t) => {
       [{ dims: ["n", 4] }, { dims: [4] }],
       /is used by more than its first output.*: "LayerNormalization"/,
       { outputs: 2, used: [1] },
+    ),
+    use(
+      "com.microsoft.MatMulNBits",
+      [
+        ...packed,
+        { absent: true },
+        { constant: (name) => ({ ...makeInts(name, []), dataType: 6, dims: [16n], rawData: new Uint8Array(64) }) },
+      ],
+      /MatMulNBits has its columns in another order \(g_idx\), which gradients do not pass/,
+      { attributes: nbits },
     ),
   ];
   for (const { op, one, message } of uses) {

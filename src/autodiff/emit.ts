@@ -5,6 +5,9 @@
 import { FLOAT, INT64 } from "../onnx/linear.ts";
 import { type Attributes, makeFloats, makeInts, makeNode, PREFIX } from "../onnx/nodes.ts";
 import type { GraphProto, NodeProto } from "../onnx/onnx_pb.ts";
+import { create, TensorProtoSchema } from "../onnx/protobuf.ts";
+
+const UINT8 = 2;
 
 /** A value by name, or a number as a constant. */
 export type Operand = string | number;
@@ -32,6 +35,8 @@ export class Emitter {
   /** When what is written next is needed, by nodes. */
   readonly moments: Map<NodeProto, Moment> = new Map();
   moment: Moment | undefined;
+  /** Whether blocks of integers are unpacked by onnxruntime's own operator. */
+  gathers = false;
   /** What the dimensions of the model's own values are made of, as far as it is known. */
   dimensions: ((value: string) => readonly Dimension[] | undefined) | undefined;
   readonly #constants: GraphProto;
@@ -235,6 +240,17 @@ export class Emitter {
   /** A constant int64 scalar. */
   int(value: number): string {
     return this.#constant(`int/${value}`, (name) => makeInts(name, [value], []));
+  }
+
+  /** A constant uint8 scalar. */
+  byte(value: number): string {
+    return this.#constant(`byte/${value}`, (name) =>
+      create(TensorProtoSchema, { name, dataType: UINT8, rawData: Uint8Array.of(value) }),
+    );
+  }
+
+  shift(value: string, by: string, direction: "LEFT" | "RIGHT"): string {
+    return this.op("BitShift", [value, by], { direction });
   }
 
   /** A constant f32 scalar. */

@@ -37,6 +37,11 @@ export interface TrainingGraphOptions {
    * and between the two, and be larger than 1: 2×5 and 3×7. What is equal in both, an empty cache say, is taken as fixed.
    */
   readonly feeds?: readonly [ReadonlyMap<string, Feed>, ReadonlyMap<string, Feed>] | undefined;
+  /**
+   * Whether what comes back through weights of 4 bits takes them unpacked by onnxruntime's own operator rather than by shifts, which
+   * WebGPU lacks. Default: false.
+   */
+  readonly gathers?: boolean | undefined;
 }
 
 /** Names of what a training graph takes beside the inputs that it had, and of what it gives. */
@@ -149,6 +154,7 @@ export async function buildTrainingGraph(
     probing,
   );
   const emit = new Emitter(main, model.opset);
+  emit.gathers = options.gathers ?? false;
   let loss = "";
   const seed = (): string => {
     const made = picked ? sparseCrossEntropy(emit, logits, CLASSES, TARGETS) : crossEntropy(emit, logits, TARGETS);

@@ -75,7 +75,7 @@ function isDear({ opType, input }: NodeProto, { producers }: Graph): boolean {
  * Values that go around a layer. Each could be made of the one before and what the layer adds; but then all of them would be made for
  * the last one, and be there at once.
  */
-function farUsed({ graph, active }: Forward): ReadonlySet<string> {
+export function farUsed({ graph, active }: Pick<Forward, "graph" | "active">): ReadonlySet<string> {
   const depths = new Map<string, number>();
   const found = new Set<string>();
   for (const node of graph.proto.node) {

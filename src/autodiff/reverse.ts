@@ -4,6 +4,7 @@
  */
 import { operatorOf } from "./definitions/index.ts";
 import type { Emitter } from "./emit.ts";
+import { farUsed } from "./keep.ts";
 import { NodeGradient, type Walk } from "./node-gradient.ts";
 import type { ProbedPath } from "./probed-path.ts";
 import type { Problems } from "./problems.ts";
@@ -37,6 +38,7 @@ export function differentiate(
       gradients.set(value, other === undefined ? gradient : emit.add(other, gradient));
     },
   };
+  const far = farUsed({ graph, active });
   for (const node of nodes.toReversed()) {
     const came = node.output.map((value) => gradients.has(value));
     if (!came.includes(true)) continue;
@@ -45,7 +47,8 @@ export function differentiate(
       problems.node(node, "is used by more than its first output, which gradients do not come back from");
     } else {
       const at = new NodeGradient(node, walk);
-      emit.moment = at.moment();
+      // Not of each node: what is made again between two layers is made about when it is needed anyway.
+      if (emit.moment === undefined || node.output.some((value) => far.has(value))) emit.moment = at.moment();
       rule.backward(at);
     }
   }

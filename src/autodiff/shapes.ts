@@ -141,12 +141,14 @@ export async function probeShapes(
   return new Shapes(found, graph, feeds);
 }
 
-/** A weight, also behind a Cast: nothing is learned by having all of them given out. */
+/** A weight, also behind a Cast or turned: nothing is learned by having all of them given out. */
 function weightOf({ initializers, producers }: Graph, value: string): Probed | undefined {
   const node = producers.get(value);
   const cast = node?.opType === "Cast" ? node : undefined;
-  const tensor = initializers.get(cast?.input[0] ?? value);
-  const dims = tensor?.dims.map(Number);
+  const turned = node?.opType === "Transpose" ? attribute(node, "perm")?.ints.map(Number) : undefined;
+  const tensor = initializers.get((cast || turned ? node!.input[0] : undefined) ?? value);
+  const own = tensor?.dims.map(Number);
+  const dims = own && turned ? turned.map((axis) => own[axis]!) : own;
   if (!tensor || !dims || dims.reduce((a, b) => a * b, 1) <= LARGEST_CONSTANT) return undefined;
   const type = cast ? Number(attribute(cast, "to")?.i ?? 0n) : tensor.dataType;
   return { type: type === FLOAT ? "float32" : type === FLOAT16 ? "float16" : "other", dims, data: undefined };

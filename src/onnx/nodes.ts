@@ -17,11 +17,13 @@ import {
 /** The first word of every value and node that is added. */
 export const PREFIX = "eigenlora";
 
-/** Attributes by name: integers, lists of integers, graphs, and floats as `{ float }`. */
-export type Attributes = Readonly<Record<string, number | readonly number[] | { readonly float: number } | GraphProto>>;
+/** Attributes by name: integers, lists of integers, graphs, floats as `{ float }`, and strings. */
+export type Attributes = Readonly<
+  Record<string, number | string | readonly number[] | { readonly float: number } | GraphProto>
+>;
 
 /** `AttributeProto.AttributeType`. */
-const ATTRIBUTE = { float: 1, int: 2, graph: 5, ints: 7 };
+const ATTRIBUTE = { float: 1, int: 2, string: 3, graph: 5, ints: 7 };
 
 /** A tensor that was added to a graph; its bytes are held back until the model is written. */
 export interface Added {
@@ -62,6 +64,8 @@ export function makeNode(
 
 function makeAttribute(name: string, value: Attributes[string]): AttributeProto {
   if (typeof value === "number") return create(AttributeProtoSchema, { name, i: BigInt(value), type: ATTRIBUTE.int });
+  if (typeof value === "string")
+    return create(AttributeProtoSchema, { name, s: new TextEncoder().encode(value), type: ATTRIBUTE.string });
   if (Array.isArray(value))
     return create(AttributeProtoSchema, { name, ints: value.map(BigInt), type: ATTRIBUTE.ints });
   if ("float" in value) return create(AttributeProtoSchema, { name, f: value.float, type: ATTRIBUTE.float });

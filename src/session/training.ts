@@ -51,7 +51,12 @@ export async function addTraining(
   const name = logitsOf(file.model, prepared, logits);
   const output = file.model.graph.proto.output.find((one) => one.name === name)?.type?.value;
   const tokens = output?.case === "tensorType" && output.value.shape?.dim.length === 3;
-  const graph = await buildTrainingGraph(file, prepared, { probe: probeOf(engine), logits, tokens });
+  const graph = await buildTrainingGraph(file, prepared, {
+    probe: probeOf(engine),
+    logits,
+    tokens,
+    gathers: engine.gpu !== undefined,
+  });
   const idle = {
     [graph.learnInput]: engine.tensor(Uint8Array.of(0), []),
     [graph.targetsInput]: engine.tensor(new Float32Array(1), [1, 1]),

@@ -43,12 +43,12 @@ function attend(emit: Emitter, { q, k, v, heads, kvHeads, scale, softcap = 0, bi
   return emit.op("Reshape", [emit.op("Transpose", [context], { perm: [0, 2, 1, 3] }), emit.ints([0, 0, -1])]);
 }
 
-/** Columns that a row may see, of `length` (an int64 scalar) rows and columns: none behind it, and only so many before it. */
+/** Columns that a row may see, of `length` (an int64 scalar) rows and columns: none behind it, and the last `window` up to itself. */
 function causal(emit: Emitter, length: string, window = -1): string {
   const places = emit.op("Range", [emit.int(0), length, emit.int(1)]);
   const [rows, columns] = [emit.unsqueeze(places, [1]), emit.unsqueeze(places, [0])];
   let seen = emit.op("LessOrEqual", [columns, rows]);
-  if (window > 0) seen = emit.op("And", [seen, emit.op("LessOrEqual", [emit.sub(rows, columns), emit.int(window)])]);
+  if (window > 0) seen = emit.op("And", [seen, emit.op("Less", [emit.sub(rows, columns), emit.int(window)])]);
   return emit.op("Where", [seen, 0, MASKED]);
 }
 
