@@ -135,23 +135,13 @@ export async function buildTrainingGraph(
   main.valueInfo.length = 0;
   const picked = options.tokens ? pickPositions(indexGraph(main, model.name), logits) : undefined;
   const indexed: ModelFile = { ...file, model: { ...model, graph: indexGraph(main, model.name) } };
-  const fixed = knownSizes(indexed.model, own);
-  const feeds = options.feeds ?? madeUp(own, fixed, problems);
-  if (feeds) checkFeeds(feeds, own, problems, fixed);
-  const probing = {
-    probe: options.probe,
-    feeds: feeds?.map((feed, i) => {
-      const of = new Map([...feed, ...taskFeeds(grafted.inputs, TASK_SIZES[i]!)]);
-      return picked ? of.set(POSITIONS, somePositions(POSITION_COUNTS[i]!)) : of;
-    }),
-    initializers: grafted.initializers,
-  };
+  const feeds = probeFeeds(indexed.model, own, grafted, picked !== undefined, options.feeds, problems);
   const path = await probePath(
     indexed,
     trained.map(({ name }) => name),
     logits,
     problems,
-    probing,
+    { probe: options.probe, feeds, initializers: grafted.initializers },
   );
   const emit = new Emitter(main, model.opset);
   emit.gathers = options.gathers ?? false;
@@ -186,6 +176,24 @@ export async function buildTrainingGraph(
     lossOutput: LOSS,
     gradients,
   };
+}
+
+/** What the graph is run with to look at shapes: two feeds of the model's own inputs and of a task's. */
+function probeFeeds(
+  model: OnnxModel,
+  own: readonly ValueInfoProto[],
+  { inputs }: Grafted,
+  picks: boolean,
+  given: TrainingGraphOptions["feeds"],
+  problems: Problems,
+): readonly ReadonlyMap<string, Feed>[] | undefined {
+  const fixed = knownSizes(model, own);
+  const feeds = given ?? madeUp(own, fixed, problems);
+  if (feeds) checkFeeds(feeds, own, problems, fixed);
+  return feeds?.map((feed, i) => {
+    const all = new Map([...feed, ...taskFeeds(inputs, TASK_SIZES[i]!)]);
+    return picks ? all.set(POSITIONS, somePositions(POSITION_COUNTS[i]!)) : all;
+  });
 }
 
 /** Some that every feed has. */

@@ -106,12 +106,7 @@ export const learn: Attach = command({
     const { force, tokenizer } = options;
     const target = await run.target(file, { force, inputs: [packPath, examplesPath, model, tokenizer] });
     const { signal } = interrupts(run);
-    const completions = await readCompletions(examplesPath);
-    const { examples, labels } = completions
-      ? { examples: completions, labels: undefined }
-      : await readExamples(examplesPath, options.labels);
-    if (completions && options.labels)
-      throw new UsageError(`--labels: ${examplesPath} has completions, which have none`);
+    const { examples, labels } = await readLessons(examplesPath, options.labels);
     const pack = await run.pack(packPath);
     const lone = pack.modules.every(({ A, B }) => !A && !B);
     if (options.train === "coefficients" && lone)
@@ -119,8 +114,8 @@ export const learn: Attach = command({
         "the pack has no shared components, so the task becomes a LoRA of its own: pack with --k N for smaller ones",
       );
     const init = startOf(options.init, pack);
-    const { session, encode } = await openTrainable("learn", model, pack, options, run, completions !== undefined);
-    refuseOtherKind(session, completions !== undefined, examplesPath);
+    const { session, encode } = await openTrainable("learn", model, pack, options, run, labels === undefined);
+    refuseOtherKind(session, labels === undefined, examplesPath);
     refuseInterrupted(signal, id);
     const { seed, train, rank, privateTerms, rate } = options;
     const trainer = await createTrainer(session, { seed, train, rank, privateTerms, labels, init, encode });
@@ -161,6 +156,14 @@ export const learn: Attach = command({
     };
   },
 });
+
+/** Labelled texts with their labels, or completions, which have none. */
+async function readLessons(path: string, labels: readonly string[] | undefined) {
+  const completions = await readCompletions(path);
+  if (!completions) return readExamples(path, labels);
+  if (labels) throw new UsageError(`--labels: ${path} has completions, which have none`);
+  return { examples: completions, labels: undefined };
+}
 
 /** @throws BaseMismatchError when the examples are not of the kind that the model learns from */
 function refuseOtherKind({ trainable }: EigenSession, completions: boolean, file: string): void {

@@ -17,9 +17,10 @@ import { isQuantized } from "../tensor/dtypes.ts";
 import { shuffle, uniform } from "../tensor/random.ts";
 import { answersOf, type Questions, questionsOf } from "./answers.ts";
 import type { BatchFeeds } from "./batch.ts";
-import type { Example } from "./examples.ts";
+import type { Example, Row } from "./examples.ts";
 import type { Encode } from "./inputs.ts";
-import { lessonsOf, makeTrainer } from "./learn.ts";
+import { type CreateTrainerOptions, lessonsOf, makeTrainer } from "./learn.ts";
+import type { Lessons } from "./lessons.ts";
 import { checkNumbers, checkSession } from "./limits.ts";
 import { sureTemperature, tempered } from "./probabilities.ts";
 import type { SequenceOptions } from "./sequences.ts";
@@ -103,38 +104,22 @@ export async function distill(session: Session, options: DistillOptions): Promis
   const { pack } = session;
   const blob = await pack.load(id, { signal });
   const head = trainableHead(pack, id, blob);
-  const asking = lessonsOf(session, options);
   // The adapter is not asked what no step would see.
-  const some = shuffle([...all], uniform(seed)).slice(
-    0,
-    Math.max(LEAST_TEXTS, Math.ceil((steps * batch) / (1 - holdout))),
-  );
-  const rows = await asking.ask(some, "distill");
-  const found = await answersOf(session, adapter, head?.module, rows, { where: "distill", lessons: asking, signal });
-  const answers = rows.map((row) => found.get(row)!);
-  const count = asking.tokens ? 0 : answers[0]![0]!.probabilities.length;
-  if (head && head.labels !== count) {
-    throw new TaskError(
-      `task "${id}" has ${head.labels} labels, ${adapter.file} ${count}: it was not made of this adapter`,
-      { task: id },
-    );
-  }
-  const labels = Array.from({ length: count }, (_, i) => String(i));
-  const lessons = asking.tokens ? asking : lessonsOf(session, { ...options, labels });
-  const taught = rows.map((row, i) => lessons.answered(row, answers[i]!));
+  const most = Math.max(LEAST_TEXTS, Math.ceil((steps * batch) / (1 - holdout)));
+  const some = shuffle([...all], uniform(seed)).slice(0, most);
+  const { lessons, labels, taught } = await taughtBy(session, adapter, id, head, some, options);
   const held = Math.min(Math.max(2, Math.round(holdout * taught.length)), taught.length - 2);
   const [judges, train] = [taught.slice(0, held), taught.slice(held)];
 
   const modules = blob.terms.filter(({ A }) => A).map(({ module }) => pack.modules[module]!.name);
-  const start = { labels, init: { task: id }, modules, seed };
-  const trainer = await makeTrainer(session, { ...start, head: head?.module ?? false }, lessons);
+  const how: CreateTrainerOptions = { labels, init: { task: id }, modules, seed, head: head?.module ?? false };
+  const trainer = await makeTrainer(session, how, lessons);
   await trainer.begin(id);
   const divergenceBefore = await trainer.divergence(judges);
   const coefficients = blob.terms.find(({ A }) => A)!.A!.tensor.dtype;
   const stored = blob.parameters.find(({ shape }) => shape.length > 1)?.tensor.dtype;
   const dtype = { coefficients, head: stored ?? coefficients };
-  const { temperature = head ? sureTemperature(answers.map(([one]) => Float32Array.from(one!.probabilities))) : 1 } =
-    options;
+  const { temperature = head ? sureTemperature(taught.map(({ target }) => Float32Array.from(target!))) : 1 } = options;
   const rate = Math.min(MOST_RATE, (WAY * Math.sqrt(divergenceBefore)) / steps);
   const { weightDecay, clip, warmup, decay } = options;
   const fit: FitOptions = {
@@ -142,7 +127,7 @@ export async function distill(session: Session, options: DistillOptions): Promis
     learningRates: { terms: rate, head: rate, ...options.learningRates },
     dtype: isQuantized(coefficients) ? dtype : undefined,
   };
-  const lessonRows = asking.tokens
+  const lessonRows = lessons.tokens
     ? train
     : train.map((row) => ({ ...row, target: tempered(row.target!, temperature) }));
   for await (const step of trainer.fitRows(lessonRows, fit)) options.onStep?.(step);
@@ -154,6 +139,34 @@ export async function distill(session: Session, options: DistillOptions): Promis
   const kept = better ? parseTaskFile(trained, "the distilled task").blob : blob.bytes;
   const file = encodeTaskFile(pack.tasks.get(id)!, pack.basisId, kept);
   return { id, file, divergenceBefore, divergenceAfter, steps, kept: better ? "distilled" : "projected" };
+}
+
+/**
+ * What the adapter answers, as what is to be learned.
+ * @throws TaskError when the task has other labels than the adapter
+ */
+async function taughtBy(
+  session: Session,
+  adapter: Adapter,
+  id: string,
+  head: { readonly module: string; readonly labels: number } | undefined,
+  examples: readonly Example<BatchFeeds>[],
+  options: DistillOptions,
+): Promise<{ lessons: Lessons<BatchFeeds>; labels: string[]; taught: Row<BatchFeeds>[] }> {
+  const asking = lessonsOf(session, options);
+  const rows = await asking.ask(examples, "distill");
+  const ask = { where: "distill", lessons: asking, signal: options.signal };
+  const answers = await answersOf(session, adapter, head?.module, rows, ask);
+  const count = asking.tokens ? 0 : answers.get(rows[0]!)![0]!.probabilities.length;
+  if (head && head.labels !== count) {
+    throw new TaskError(
+      `task "${id}" has ${head.labels} labels, ${adapter.file} ${count}: it was not made of this adapter`,
+      { task: id },
+    );
+  }
+  const labels = Array.from({ length: count }, (_, i) => String(i));
+  const lessons = asking.tokens ? asking : lessonsOf(session, { ...options, labels });
+  return { lessons, labels, taught: rows.map((row) => lessons.answered(row, answers.get(row)!)) };
 }
 
 /** What the adapter is asked. @throws TypeError, RangeError when it is too little to learn from */
