@@ -45,12 +45,14 @@ export interface AskOptions {
  * @throws TaskError when it adapts what the pack does not
  */
 export async function* askAdapter(
-  { trainable, pack }: Session,
+  session: Session,
   adapter: Adapter,
   head: string | undefined,
   rows: readonly Row<BatchFeeds>[],
   { where, lessons, signal }: AskOptions,
 ): AsyncGenerator<{ readonly row: Row<BatchFeeds>; readonly logits: Float32Array[] }> {
+  // Not as a parameter's pattern: what is internal must not show in declarations.
+  const { trainable, pack } = session;
   const modules: TrainedModule[] = [];
   const terms = new Map<string, Term>();
   for (const one of adapter.modules.values()) {
