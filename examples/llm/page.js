@@ -2,7 +2,9 @@
 import { env } from "@huggingface/transformers";
 import { openSkills } from "./skills.js";
 
-env.localModelPath = "/models/"; // of public/
+// The model lies in public/models/smollm2. Without these three lines its name is that of a model on the Hugging Face Hub.
+env.allowLocalModels = true;
+env.localModelPath = "/models/";
 env.allowRemoteModels = false;
 
 const field = /** @type {HTMLInputElement} */ (document.getElementById("text"));
