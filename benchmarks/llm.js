@@ -64,8 +64,8 @@ await inScratch(async (scratch) => {
       question: "How much memory does a process with N skills hold? Each in a process of its own.",
       rows: found.rows,
       notes: [
-        "resident: after one switch to every skill and a run on the first 20. skills: what is above the same runtime without any. Beyond the",
-        "real skills ours are blends of these, read on demand (maxResidentBytes 4 MB); PEFT and llama.cpp have the real ones repeated.",
+        "resident: after one switch to every skill and a run on the first 20. skills: what is above the same model without any, where both are",
+        "loaded alike. Beyond the real skills ours are blends of these, read on demand (maxResidentBytes 4 MB); PEFT and llama.cpp have the real ones repeated.",
       ],
     });
     peers.push(...found.peers);
