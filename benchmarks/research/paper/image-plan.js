@@ -10,9 +10,11 @@ import { cellOf, chosenRates, SEEDS, tuningCells } from "./plan.js";
 /** Tasks on whose validation rows rates are chosen, for all. */
 export const TUNED = ["icons-0", "icons-1"];
 
-const HEAD_RATES = [0.01, 0.03, 0.1].map((head) => ({ terms: 0, head }));
+const HEAD_RATES = [0.01, 0.03].map((head) => ({ terms: 0, head }));
 /** @param {number[]} terms */
 const beside = (...terms) => terms.map((one) => ({ terms: one, head: 0.02 }));
+
+const OURS = beside(0.005, 0.01, 0.02, 0.04);
 
 /** @param {Omit<MethodPlan, "domains">} plan @returns {MethodPlan} */
 const planOf = (plan) => ({ ...plan, domains: ["icons"], tuned: TUNED });
@@ -20,8 +22,8 @@ const planOf = (plan) => ({ ...plan, domains: ["icons"], tuned: TUNED });
 const ours = (k, choice) => planOf({ name: `ours, K ${k}`, method: "coefficients", k, ...choice });
 
 const head = planOf({ name: "head alone", method: "head", rates: HEAD_RATES });
-const lora = planOf({ name: "LoRA r 8", method: "lora", rates: beside(0.003, 0.01, 0.03) });
-const [few, many] = [ours(2, { rates: beside(0.01, 0.03, 0.1) }), ours(16, { rates: beside(0.01, 0.03, 0.1) })];
+const lora = planOf({ name: "LoRA r 8", method: "lora", rates: beside(0.003, 0.006, 0.012) });
+const [few, many] = [ours(2, { rates: OURS }), ours(16, { rates: OURS })];
 
 /** @type {readonly MethodPlan[]} */
 export const IMAGE_METHODS = [
@@ -30,9 +32,9 @@ export const IMAGE_METHODS = [
   planOf({ name: "zero-shot, K 16", method: "zero-shot", k: 16, like: head }),
   lora,
   planOf({ name: "LoRA r 8 by PEFT", method: "LoRA", like: lora }),
-  planOf({ name: "LoRA r 1", method: "lora r 1", rates: beside(0.003, 0.01, 0.03) }),
-  planOf({ name: "VeRA r 256", method: "VeRA", rates: beside(0.01, 0.03, 0.1) }),
-  planOf({ name: "ours flat, K 2", method: "flat", k: 2, rates: beside(0.01, 0.03, 0.1) }),
+  planOf({ name: "LoRA r 1", method: "lora r 1", rates: beside(0.01, 0.03) }),
+  planOf({ name: "VeRA r 256", method: "VeRA", rates: beside(0.03, 0.1) }),
+  planOf({ name: "ours flat, K 2", method: "flat", k: 2, rates: beside(0.03, 0.1) }),
   few,
   ours(4, { like: few }),
   ours(8, { like: many }),

@@ -1,9 +1,9 @@
 """Ten tasks of icons, a small ViT that has seen other icons, and one LoRA of PEFT per task.
 
 A task tells eight concepts apart ("camera", "lock"). Its rows are what the icon sets of the npm package @iconify/json draw under that name,
-32 × 32 pixels of 16 greys; sets under MIT, Apache 2.0, ISC, BSD, CC0 or the Unlicense only. A third of the sets, by family, is for tests: nothing
+32 × 32 pixels of 16 greys, white on black, over another icon in grey; sets under MIT, Apache 2.0, ISC, BSD, CC0 or the Unlicense only. A third of the sets, by family, is for tests: nothing
 here trains on them. A test row that nearly equals a training row of its task is left out (sets copy each other). The ViT learns the other
-concepts, without any whose name holds a word of a task's.
+concepts, without any whose name holds a word of a task's, in black on white alone.
 
 usage: npm pack @iconify/json@2.2.535; tar xzf iconify-json-2.2.535.tgz
        python make.py rows PACKAGE WORK    python make.py vit WORK    python make.py adapters WORK
@@ -61,6 +61,13 @@ def near(one, others):
     return bool((np.abs(others - own).sum(1) < NEAR * (others.sum(1) + own.sum())).any())
 
 
+def shown(rows):
+    """White on black, over another of the rows in grey, as the ViT has never seen them."""
+    turn = lambda ink: bytes(ink[(y + 9) % SIZE * SIZE + (x + 13) % SIZE] for y in range(SIZE) for x in range(SIZE))
+    others = random.Random(2).sample(rows, len(rows))
+    return [bytes(GREYS - max(ink, under // 2) for ink, under in zip(row[3], turn(other[3]))) for row, other in zip(rows, others)]
+
+
 def rows(package, work):
     """WORK/rows.json: [concept, set:icon, whether for tests, ink in hexadecimal] of all concepts that twenty sets draw; tasks and their pixels."""
     import numpy as np
@@ -106,7 +113,7 @@ def rows(package, work):
                 else: test.append(row)
         random.Random(number).shuffle(train); random.Random(number).shuffle(test)
         tasks[f"icons-{number}"] = {"labels": labels, **{split: [[row[1], labels.index(row[0])] for row in some] for split, some in (("train", train), ("test", test))}}
-        pixels += [row[3] for row in train + test]
+        pixels += shown(train) + shown(test)
         used |= {row[1].split(":")[0] for row in train + test}
         print(number, labels, len(train), len(test), "dropped", dropped, flush=True)
     (HERE / "tasks.json").write_text("{\n" + ",\n".join(f"{json.dumps(name)}: {json.dumps(task, separators=(',', ':'))}" for name, task in tasks.items()) + "\n}\n")
@@ -223,7 +230,7 @@ def export(work):
     (HERE / "config.json").write_text(json.dumps({**model.config.to_diff_dict(), "architectures": ["ViTForImageClassification"]}, indent=2) + "\n")
 
 
-def adapters(work, steps=120, batch=32):
+def adapters(work, steps=160, batch=32):
     """adapters/: one LoRA a task, all from one seed; reference.json: what PEFT says of the test rows."""
     import torch
     from peft import LoraConfig, get_peft_model
