@@ -102,8 +102,8 @@ t.test("rates come first, then seeds; the table compares with LoRA", async (t) =
   const reader = new Reader(results, tasks, { icons: experiment }, { icons: await readIconReference() });
   const { lines, notes } = imageMethodTable(reader);
   const by = (name: string) => lines.find(({ method }) => method === name)!;
-  t.match(by("ours, K 16"), { "test rows, %": 100, "less LoRA r 8": 0, "times fewer than LoRA r 8": 6, seeds: 1 });
-  t.match(by("head alone"), { "test rows, %": 0, "less LoRA r 8": -100 });
+  t.match(by("ours, K 16"), { "test rows, %": 100, "minus LoRA r 8": 0, "times fewer than LoRA r 8": 6, seeds: 1 });
+  t.match(by("head alone"), { "test rows, %": 0, "minus LoRA r 8": -100 });
   t.match(notes, ["Not measured on all tasks yet: LoRA r 8 by PEFT, VeRA r 256."]);
   t.equal(lines.length, IMAGE_METHODS.length - 2 + 1, "and the given adapters");
 });

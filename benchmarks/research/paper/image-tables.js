@@ -61,7 +61,7 @@ export function imageMethodTable(reader) {
         rates: ratesOf(first),
         "test rows, %": mean(all),
         "±": all.length > 1 ? deviation(all) : null,
-        "less LoRA r 8": plan.name === PEER ? null : between.centre,
+        "minus LoRA r 8": plan.name === PEER ? null : between.centre,
         low: plan.name === PEER ? null : between.low,
         high: plan.name === PEER ? null : between.high,
         seeds: all.length,
