@@ -102,7 +102,7 @@ t.test("the bootstrap agrees with the normal approximation, and draws within gro
 });
 
 t.test("a head on given features: loss and gradients", async (t) => {
-  const machine = headMachine(2);
+  const machine = headMachine(2, 2);
   const batch = [Float32Array.of(1, 2), Float32Array.of(-1, 0.5)];
   const targets = { values: Float32Array.of(1, 0, 0.25, 0.75), rows: 2 };
   const pointOf = (weight: Float32Array<ArrayBuffer>) => ({

@@ -8,9 +8,9 @@ import { f32Entry } from "./adapters.js";
 /** The task that steps begin with. */
 export const TASK = "debtags-role";
 
-/** Every weight of the model but the head, as PyTorch has it: out before in. */
-export async function baseEntries() {
-  const host = await openOnnxHost(model);
+/** Every weight of a model but the head, as PyTorch has it: out before in. @param {string} file */
+export async function baseEntries(file = model) {
+  const host = await openOnnxHost(file);
   const entries = [];
   for (const { name, shape, dtype, layout } of host.list()) {
     if (name.startsWith("classifier")) continue;

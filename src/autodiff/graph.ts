@@ -167,15 +167,8 @@ export async function buildTrainingGraph(
   main.output.push(...results.map(({ as }) => makeValue(as, FLOAT)));
   const logitsDims = namedDims(path.shapes, logits, ofTasks);
   const tokens = picked && { positions: POSITIONS, classes: CLASSES };
-  return {
-    learnInput: LEARN,
-    targetsInput: TARGETS,
-    tokens,
-    logitsOutput: logits,
-    logitsDims,
-    lossOutput: LOSS,
-    gradients,
-  };
+  const names = { learnInput: LEARN, targetsInput: TARGETS, lossOutput: LOSS, logitsOutput: logits };
+  return { ...names, tokens, logitsDims, gradients };
 }
 
 /** What the graph is run with to look at shapes: two feeds of the model's own inputs and of a task's. */

@@ -12,6 +12,7 @@ interface Tokenizer {
   readonly apply_chat_template?: (messages: readonly Message[], options: object) => unknown;
 }
 
+/** How examples of a language model are written as tokens. */
 export interface SequenceOptions {
   /** What a completion ends with, as text. Default: the tokenizer's `eos_token`. */
   readonly end?: string | false | undefined;

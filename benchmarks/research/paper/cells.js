@@ -31,14 +31,21 @@ import { runPeer } from "./peers.js";
  * @property {number} seconds
  * @property {string} [peer] versions and day, where Python trained
  * @typedef {Cell & Result} Row
- * @typedef {"coefficients" | "lora" | "lora r 1" | "lora init" | "flat" | "analytical" | "distilled" | "head" | "mean adapter" | "zero-shot" | "zero-shot flat" | "VeRA" | "PiSSA"} Method
+ * @typedef {"coefficients" | "lora" | "lora r 1" | "lora init" | "flat" | "analytical" | "distilled" | "head" | "mean adapter" | "zero-shot" | "zero-shot flat" | "LoRA" | "VeRA" | "PiSSA"} Method
  * @typedef {{ text: string, label: number }} Example
  * @typedef {import("./data.js").Task} Task
+ * @typedef {object} Subject what learns
+ * @property {string} model file of the inference export
+ * @property {import("../../../examples/minilm.js").Encoder<ort.Tensor>} encode rows, by their text or name, as the model's inputs
+ * @property {number} width how many numbers enter the head
+ * @property {number} steps the same for every method, as is the batch
+ * @property {number} batch
+ * @property {(job: object) => ReturnType<typeof runPeer>} askPeer
  * @typedef {import("eigenlora/build").Adapter} Adapter
  * @typedef {import("eigenlora/onnxruntime").EigenSession<typeof ort>} Session
  */
 
-/** Same for every method: 2048 texts, one pass over the largest tasks. */
+/** 2048 texts, one pass over the largest tasks. */
 export const STEPS = 256;
 const BATCH = 8;
 /** Rows of a task's training set that nothing is trained on, to choose rates by: this share of each label, at most so many. */
@@ -65,7 +72,7 @@ const FLAT = new Set(/** @type {const} */ (["flat", "zero-shot flat"]));
 const GIVEN = new Set(/** @type {const} */ (["analytical", "distilled"]));
 
 /** Methods that PEFT trains in Python. @type {ReadonlySet<Method>} */
-export const PEERS = new Set(/** @type {const} */ (["VeRA", "PiSSA"]));
+export const PEERS = new Set(/** @type {const} */ (["LoRA", "VeRA", "PiSSA"]));
 
 /** @param {Cell} cell */
 export const keyOf = ({ task, method, k, within, rates, seed }) =>
@@ -99,18 +106,22 @@ export class Bench {
   /** @param {ReadonlyMap<string, Task>} tasks @param {Record<string, import("./data.js").Experiment>} experiments */
   static async create(tasks, experiments) {
     ort.env.logLevel = "error";
-    return new Bench(tasks, experiments, await createEncoder(ort));
+    const encode = await createEncoder(ort);
+    return new Bench(tasks, experiments, {
+      ...{ model, encode, width: 384, steps: STEPS, batch: BATCH, askPeer: runPeer },
+    });
   }
 
   /**
    * @param {ReadonlyMap<string, Task>} tasks
    * @param {Record<string, import("./data.js").Experiment>} experiments
-   * @param {Awaited<ReturnType<typeof createEncoder<ort.Tensor>>>} encode
+   * @param {Subject} subject
    */
-  constructor(tasks, experiments, encode) {
+  constructor(tasks, experiments, subject) {
     this.tasks = tasks;
     this.experiments = experiments;
-    this.encode = encode;
+    this.subject = subject;
+    this.encode = subject.encode;
   }
 
   /**
@@ -151,16 +162,9 @@ export class Bench {
    */
   async #askPeer({ method, rates, seed }, labels, examples, texts) {
     const train = examples.map(({ text, label }) => [text, label]);
-    const { version, trained, head, loss, logits } = await runPeer({
-      method,
-      ...rates,
-      seed,
-      steps: STEPS,
-      batch: BATCH,
-      labels,
-      train,
-      texts,
-    });
+    const { steps, batch } = this.subject;
+    const job = { method, ...rates, seed, steps, batch, labels, train, texts };
+    const { version, trained, head, loss, logits } = await this.subject.askPeer(job);
     const date = new Date().toISOString().slice(0, 10);
     return {
       trained,
@@ -221,7 +225,7 @@ export class Bench {
     };
     const folders = ids.map((id) => folderOf(suite, id));
     const bytes = await withAdapters(folders, (adapters) => packOf(adapters, options));
-    const session = await createEigenSession(ort, model, await openPack(bytes), {
+    const session = await createEigenSession(ort, this.subject.model, await openPack(bytes), {
       trainable: !FROZEN.has(method),
       session: SESSION,
     });
@@ -248,7 +252,7 @@ export class Bench {
       const init = fresh ? "fresh" : this.experiments[domainOf(cell.task)].start;
       const options = { labels, encode: this.encode, seed, init, rank: method === "lora r 1" ? 1 : RANK };
       const trainer = await createTrainer(session, { ...options, train: lora ? "lora" : "coefficients" });
-      const loss = await fit(trainer, examples, rates);
+      const loss = await this.#fit(trainer, examples, rates);
       const { terms, head } = trainer.size;
       await session.addTask("new", await trainer.task({ dtype: { coefficients: "f32", head: "f32" } }));
       await session.switchTask("new");
@@ -279,12 +283,12 @@ export class Bench {
           );
           blend = { "zero-shot": 1 };
         }
-        return readFeatures(session, this.encode, all, blend);
+        return readFeatures(session, this.encode, all, blend, this.subject.width);
       });
       this.#features = { key, table };
     }
     const trainer = headTrainer(this.#features.table, { labels, seed });
-    const loss = await fit(trainer, examples, rates);
+    const loss = await this.#fit(trainer, examples, rates);
     const found = await trainer.predict(texts.map((text) => ({ text })));
     return {
       trained: 0,
@@ -293,19 +297,19 @@ export class Bench {
       logits: found.map((probabilities) => probabilities.map(Math.log)),
     };
   }
-}
 
-/**
- * @param {Pick<import("eigenlora/train").Trainer<any>, "fit">} trainer
- * @param {readonly Example[]} examples
- * @param {Rates} rates
- */
-async function fit(trainer, examples, rates) {
-  /** @type {number[]} */
-  const losses = [];
-  for await (const { loss } of trainer.fit(examples, { steps: STEPS, batch: BATCH, learningRates: rates }))
-    losses.push(loss);
-  return curveOf(losses);
+  /**
+   * @param {Pick<import("eigenlora/train").Trainer<any>, "fit">} trainer
+   * @param {readonly Example[]} examples
+   * @param {Rates} rates
+   */
+  async #fit(trainer, examples, rates) {
+    const { steps, batch } = this.subject;
+    /** @type {number[]} */
+    const losses = [];
+    for await (const { loss } of trainer.fit(examples, { steps, batch, learningRates: rates })) losses.push(loss);
+    return curveOf(losses);
+  }
 }
 
 /** @param {readonly Float32Array[]} logits @param {readonly { label: number }[]} rows */

@@ -8,9 +8,10 @@ import { shuffle, uniform } from "../../../dist/src/tensor/random.js";
 import { data, readTask } from "../../../examples/minilm.js";
 
 /** @typedef {import("../../../examples/minilm.js").Task} Task */
-/** @typedef {"sections" | "debtags" | "hub"} Domain */
+/** @typedef {"sections" | "debtags" | "hub"} TextDomain */
+/** @typedef {TextDomain | "icons"} Domain icons: docs/paper.md's pictures, see icons.js */
 /**
- * @typedef {{ domain: Domain, suite: "shared-seed" | "hub", start: "mean" | "random", test: string[], donors: (id: string) => string[] }} Experiment
+ * @typedef {{ domain: Domain, suite: "shared-seed" | "hub" | "icons", start: "mean" | "random", test: string[], donors: (id: string) => string[] }} Experiment
  *   the tasks that are left out, and the donors of each; start: where coefficients begin, since rows of adapters that were
  *   trained from one seed correspond, and a mean of others says nothing
  */
@@ -39,7 +40,7 @@ export const domainOf = (id) => /** @type {Domain} */ (id.split("-")[0]);
  * Leave one out of the twenty tasks of shared-seed (the paper too trains all from one seed), and the split of the hub.
  * @param {ReadonlyMap<string, Task>} tasks
  * @param {readonly string[]} hubTest
- * @returns {Record<Domain, Experiment>} `test`: those with enough rows
+ * @returns {Record<TextDomain, Experiment>} `test`: those with enough rows
  */
 export function experiments(tasks, hubTest) {
   const of = (/** @type {Domain[]} */ ...domains) => [...tasks.keys()].filter((id) => domains.includes(domainOf(id)));

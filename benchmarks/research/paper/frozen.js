@@ -9,9 +9,8 @@ import { Terms } from "../../../dist/src/train/terms.js";
 import { Trainer } from "../../../dist/src/train/trainer.js";
 import { runBatches, toBatches } from "../../../examples/minilm.js";
 
-/** How many numbers enter the head. */
-const WIDTH = 384;
-const LAYER = { module: "classifier", in: WIDTH, bias: true };
+/** @param {number} width how many numbers enter the head */
+const layerOf = (width) => ({ module: "classifier", in: width, bias: true });
 
 /**
  * What enters the head for each text, with tasks of the pack active.
@@ -19,18 +18,25 @@ const LAYER = { module: "classifier", in: WIDTH, bias: true };
  * @param {Parameters<typeof toBatches>[0]} encode
  * @param {readonly string[]} texts
  * @param {Record<string, number>} blend strengths of tasks; none: the base
+ * @param {number} width how many numbers enter the head
  * @returns {Promise<Map<string, Float32Array>>}
  */
-export async function readFeatures(session, encode, texts, blend) {
-  const weight = new Float32Array(WIDTH * WIDTH);
-  for (let i = 0; i < WIDTH; i++) weight[i * WIDTH + i] = 1;
-  const head = { weight, bias: new Float32Array(WIDTH) };
+export async function readFeatures(session, encode, texts, blend, width) {
+  const weight = new Float32Array(width * width);
+  for (let i = 0; i < width; i++) weight[i * width + i] = 1;
+  const head = { weight, bias: new Float32Array(width) };
   await session.addTask(
     "features",
-    taskFile(/** @type {any} */ (session.pack), new Terms([]), { ...head, parameters: new Float32Array(0) }, LAYER, {
-      id: "features",
-      dtype: { head: "f32" },
-    }),
+    taskFile(
+      /** @type {any} */ (session.pack),
+      new Terms([]),
+      { ...head, parameters: new Float32Array(0) },
+      layerOf(width),
+      {
+        id: "features",
+        dtype: { head: "f32" },
+      },
+    ),
   );
   await session.switchTask({ ...blend, features: 1 }, { head: "features" });
   const found = await runBatches(session, toBatches(encode, texts));
@@ -48,7 +54,8 @@ export async function readFeatures(session, encode, texts, blend) {
 export function headTrainer(features, { labels, seed }) {
   const pack = /** @type {any} */ ({ tasks: new Map() });
   const none = new Terms([]);
-  const machine = headMachine(labels.length);
+  const [first] = features.values();
+  const machine = headMachine(labels.length, first.length);
   /** @type {import("../../../dist/src/train/inputs.js").Inputs<Float32Array[]>} */
   const inputs = {
     encodes: true,
@@ -63,17 +70,17 @@ export function headTrainer(features, { labels, seed }) {
 
 /**
  * @param {number} labels
+ * @param {number} width how many numbers enter the head
  * @returns {import("../../../dist/src/train/subject.js").Machine<Float32Array[]>}
  */
-export function headMachine(labels) {
+export function headMachine(labels, width) {
   /** @param {Float32Array} x @param {import("../../../dist/src/train/subject.js").Point} point */
   const logitsOf = (x, { weight, bias }) =>
     Array.from(bias, (b, label) => x.reduce((sum, value, i) => sum + value * weight[label * x.length + i], b));
   return {
-    head: LAYER,
+    head: layerOf(width),
     answer: async (batch, point) => Float32Array.from(batch.flatMap((x) => logitsOf(x, point))),
     async step(batch, point, { values: targets }) {
-      const width = point.weight.length / labels;
       const [weight, bias] = [point.weight.length, labels].map((length) => new Float32Array(length));
       let loss = 0;
       for (const [row, x] of batch.entries()) {

@@ -9,6 +9,7 @@ import { PEERS } from "./cells.js";
  * @typedef {import("./cells.js").Results} Results
  * @typedef {import("./data.js").Experiment} Experiment
  * @typedef {import("./data.js").Domain} Domain
+ * @typedef {import("./data.js").TextDomain} TextDomain
  */
 
 /**
@@ -18,8 +19,9 @@ import { PEERS } from "./cells.js";
  * @property {number} [k] components
  * @property {boolean} [within] only tasks of the same domain are donors
  * @property {readonly Rates[]} [rates] to choose from
- * @property {string} [like] the method whose rate it takes, instead
+ * @property {string | MethodPlan} [like] the method whose rate it takes, instead
  * @property {Domain[]} domains
+ * @property {readonly string[]} [tuned] tasks on whose validation rows rates are chosen. Default: `TUNED`
  */
 
 export const SEEDS = [1, 2, 3];
@@ -33,7 +35,7 @@ export const TUNED = ["sections-0", "debtags-role"];
 const HEAD_RATES = [0.03, 0.1].map((head) => ({ terms: 0, head }));
 const OURS = [0.01, 0.02].map((terms) => ({ terms, head: 0.03 }));
 const LORA = [0.002, 0.003, 0.005].map((terms) => ({ terms, head: 0.02 }));
-/** @type {Domain[]} */
+/** @type {TextDomain[]} */
 const ALL = ["sections", "debtags", "hub"];
 
 /** @type {readonly MethodPlan[]} */
@@ -73,8 +75,9 @@ export const methodOf = (name) => /** @type {MethodPlan} */ (METHODS.find((one) 
  */
 export function tried(results, plan) {
   return (plan.rates ?? []).flatMap((rates) => {
-    const rows = tuningCells(plan, rates).flatMap((cell) => results.get(cell)?.validation ?? []);
-    return rows.length < TUNED.length
+    const cells = tuningCells(plan, rates);
+    const rows = cells.flatMap((cell) => results.get(cell)?.validation ?? []);
+    return rows.length < cells.length
       ? []
       : [{ rates, accuracy: mean(rows.map(({ accuracy }) => accuracy)), loss: mean(rows.map(({ loss }) => loss)) }];
   });
@@ -87,7 +90,8 @@ export function tried(results, plan) {
  * @returns {Rates | undefined} undefined while some are missing; the only one without a choice
  */
 export function chosenRates(results, plan) {
-  if (plan.like) return chosenRates(results, methodOf(plan.like));
+  const { like } = plan;
+  if (like) return chosenRates(results, typeof like === "string" ? methodOf(like) : like);
   const found = tried(results, plan);
   if (plan.rates?.length === 1) return plan.rates[0];
   if (found.length < (plan.rates ?? []).length) return undefined;
@@ -95,7 +99,7 @@ export function chosenRates(results, plan) {
 }
 
 /** @param {MethodPlan} plan @param {Rates} rates @returns {Cell[]} */
-const tuningCells = (plan, rates) => TUNED.map((task) => cellOf(plan, task, rates, 1));
+export const tuningCells = (plan, rates) => (plan.tuned ?? TUNED).map((task) => cellOf(plan, task, rates, 1));
 
 /** @param {MethodPlan} plan @param {string} task @param {Rates} rates @param {number} seed @returns {Cell} */
 export const cellOf = ({ method, k, within }, task, rates, seed) => ({ task, method, k, within, rates, seed });
@@ -103,7 +107,7 @@ export const cellOf = ({ method, k, within }, task, rates, seed) => ({ task, met
 /**
  * The cells of the first stage that is not complete.
  * @param {Results} results
- * @param {Record<Domain, Experiment>} experiments
+ * @param {Record<TextDomain, Experiment>} experiments
  * @param {{ peers?: boolean }} [options] peers: whether Python can run those
  * @returns {Cell[]} none when all is done
  */
@@ -113,7 +117,7 @@ export function nextCells(results, experiments, { peers = false } = {}) {
     (...names) =>
     () =>
       names.map(methodOf).flatMap((plan) => (plan.rates ?? []).flatMap((rates) => tuningCells(plan, rates)));
-  /** @param {Domain[]} domains @param {string[]} names @param {readonly number[]} seeds */
+  /** @param {TextDomain[]} domains @param {string[]} names @param {readonly number[]} seeds */
   const measure = (domains, names, seeds) => () =>
     domains.flatMap((domain) =>
       experiments[domain].test.flatMap((task) =>
@@ -135,7 +139,7 @@ export function nextCells(results, experiments, { peers = false } = {}) {
   const rest = METHODS.filter(({ name, method }) => (peers || !PEERS.has(method)) && !certain.includes(name)).map(
     ({ name }) => name,
   );
-  const leftOut = /** @type {Domain[]} */ (["sections", "debtags"]);
+  const leftOut = /** @type {TextDomain[]} */ (["sections", "debtags"]);
   for (const stage of [
     tune(...claim),
     measure(leftOut, claim, [1]),

@@ -236,7 +236,18 @@ export function taskTable(reader, experiment) {
  * @returns {Table}
  */
 export function rateTable({ results }) {
-  const lines = METHODS.flatMap((plan) => {
+  const lines = triedLines(results, METHODS);
+  const notes = [`Rows of the training sets of ${TUNED.join(" and ")} that nothing was trained on, seed 1.`];
+  return { id: "rates", title: "Rates, chosen on validation rows", lines, notes };
+}
+
+/**
+ * A line for each pair of rates that was tried.
+ * @param {Results} results
+ * @param {readonly MethodPlan[]} plans
+ */
+export const triedLines = (results, plans) =>
+  plans.flatMap((plan) => {
     const chosen = chosenRates(results, plan);
     return tried(results, plan).map(({ rates, accuracy, loss }) => ({
       method: plan.name,
@@ -246,12 +257,9 @@ export function rateTable({ results }) {
       chosen: rates === chosen ? "yes" : "",
     }));
   });
-  const notes = [`Rows of the training sets of ${TUNED.join(" and ")} that nothing was trained on, seed 1.`];
-  return { id: "rates", title: "Rates, chosen on validation rows", lines, notes };
-}
 
 /** @param {Pick<import("./cells.js").Cell, "rates">} cell */
-const ratesOf = ({ rates: { terms, head } }) => `${terms}, head ${head}`;
+export const ratesOf = ({ rates: { terms, head } }) => `${terms}, head ${head}`;
 
 /** @param {Table} table */
 export function toMarkdown({ title, lines, notes }) {
