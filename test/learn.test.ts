@@ -551,7 +551,9 @@ t.test("nodes that WebGPU is not exact enough for run on the CPU", (t) => {
   });
   for (const other of [{}, { executionProviders: ["wasm"] }]) t.equal(optionsFor(other, { exactNodes: ["a"] }), other);
   t.equal(optionsFor(options, {}), options);
-  t.same(optionsFor(options, { purpose: "train" }), { enableMemPattern: false, ...options });
-  t.same(optionsFor(options, { purpose: "inspect" }), { graphOptimizationLevel: "disabled" });
+  // Weights are not packed a second time.
+  const extra = { session: { disable_prepacking: "1" } };
+  t.same(optionsFor(options, { purpose: "train" }), { enableMemPattern: false, ...options, extra });
+  t.same(optionsFor(options, { purpose: "inspect" }), { graphOptimizationLevel: "disabled", extra });
   t.end();
 });
