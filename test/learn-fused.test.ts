@@ -59,9 +59,12 @@ async function learned(ort: Ort, name: string, kind: string, heads: number): Pro
   };
   for (const input of session.inputNames)
     if (/past/.test(input)) feeds[input] = tensor("float32", new Float32Array(0), [batch, heads, 0, 16]);
-  const targets = new Float32Array(batch * length * 48);
-  for (let row = 0; row < batch * length; row++) targets[row * 48 + ((7 * row + 3) % 48)] = 1;
-  feeds[graph.targetsInput] = tensor("float32", targets, [batch * length, 48]);
+  // Every position learns one token.
+  const places = [...Array(batch * length).keys()];
+  const wanted = BigInt64Array.from(places, (row) => BigInt((7 * row + 3) % 48));
+  feeds[graph.tokens!.positions] = tensor("int64", BigInt64Array.from(places, BigInt), [places.length]);
+  feeds[graph.tokens!.classes] = tensor("int64", wanted, [places.length, 1]);
+  feeds[graph.targetsInput] = tensor("float32", new Float32Array(places.length).fill(1), [places.length, 1]);
   for (const { name, of, kind, dims } of inputs) {
     const one = await adapter!.modules.get(of)?.read();
     const rank = 4;

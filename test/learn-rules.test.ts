@@ -267,6 +267,14 @@ const gather: fc.Arbitrary<Case> = shape(1, 4).chain((dims) =>
     }),
 );
 
+/** Rows of a matrix, some of them more than once. */
+const gatherRows: fc.Arbitrary<Case> = fc
+  .tuple(opset(), dim, fc.array(fc.integer({ min: -3, max: 2 }), { minLength: 1, maxLength: 5 }))
+  .map(([opset, width, rows]) => ({
+    ...{ opset, attributes: { axis: 0 } },
+    inputs: [{ dims: [3, width] }, { constant: (name: string): TensorProto => makeInts(name, rows) }],
+  }));
+
 const split: fc.Arbitrary<Case> = fc
   .tuple(
     opset(),
@@ -421,7 +429,7 @@ const CASES: Record<string, fc.Arbitrary<Case>> = {
   })),
   Concat: concat,
   Split: split,
-  Gather: gather,
+  Gather: fc.oneof(gather, gatherRows),
   Slice: fc.oneof(slice, freeSlice),
 };
 
@@ -790,7 +798,7 @@ t.test("uses of an operator that gradients do not pass", async (t) => {
       [{ dims: ["n"], values: "positive" }, { dims: [] }],
       /Pow has a trained exponent, which gradients do not flow to: "Pow"/,
     ),
-    use("Gather", [{ dims: [4, "n"] }, fixed(0, 2)], /Gather takes several places at once.*: "Gather"/),
+    use("Gather", [{ dims: [4, "n", 2] }, fixed(0, 2)], /Gather takes several places at once.*: "Gather"/),
     use("Slice", [{ dims: [6] }, fixed(0), fixed(6), fixed(0), fixed(2)], /Slice takes steps other than 1: "Slice"/),
     use(
       "ReduceSum",
