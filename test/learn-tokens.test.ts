@@ -192,7 +192,8 @@ t.test("a distilled task answers more like its adapter; the judge sees it", asyn
     { examples: texts.map((text) => ({ prompt: text.slice(0, 12), completion: text.slice(12) })) },
   ];
   for (const asked of questions) {
-    const made = await distill(session, { adapter: adapters[0]!, ...asked, encode, steps: 60, batch: 4 });
+    const how = { encode, steps: 60, batch: 4, learningRates: { terms: 0.02 } };
+    const made = await distill(session, { adapter: adapters[0]!, ...asked, ...how });
     t.match(made, { id: adapters[0]!.id, kept: "distilled" });
     t.ok(made.divergenceAfter < 0.7 * made.divergenceBefore, `${made.divergenceBefore} → ${made.divergenceAfter}`);
     await session.addTask("better", made.file);

@@ -26,6 +26,8 @@ const given = readArguments(QUESTION, {
   model: text("FILE", "ONNX file in the model's folder", "onnx/model.onnx"),
   steps: number("steps of each skill", 60, 1),
   batch: number("rows of a step", 8, 1),
+  rate: number("learning rate, if not the one by the rule of `distill`"),
+  skills: text("NAMES", "these alone, between commas"),
   output: text("FILE", "the pack to write", "distilled.eigen"),
 });
 if (!smollm2) {
@@ -52,10 +54,11 @@ const adapters = await readAdapters([given.adapters]);
 const blobs = new Map();
 /** @type {import("../lib/report.js").Row[]} */
 const rows = [];
-const { steps, batch } = given;
+const { steps, batch, rate } = given;
+const wanted = given.skills?.split(",");
 for (const adapter of adapters) {
   const skill = skills.get(adapter.id);
-  if (!skill || !pack.tasks.has(adapter.id)) continue;
+  if (!skill || !pack.tasks.has(adapter.id) || wanted?.includes(adapter.id) === false) continue;
   const examples = skill.train.map(([input, output]) => ({
     prompt: `${skill.prompt}: ${input} →`,
     completion: ` ${output}`,
@@ -63,6 +66,7 @@ for (const adapter of adapters) {
   const started = performance.now();
   const { id, file, divergenceBefore, divergenceAfter, kept } = await distill(session, {
     ...{ adapter, examples, encode, steps, batch },
+    ...(rate === undefined ? {} : { learningRates: { terms: rate } }),
   });
   blobs.set(id, parseTaskFile(file, id).blob);
   const seconds = (performance.now() - started) / 1000;

@@ -38,7 +38,8 @@ export interface DistillOptions
     Questions,
     SequenceOptions {
   /**
-   * Of coefficients and head. Default: both are 7 √divergence / steps, 0.02 at most, of the divergence that there is to win back: its
+   * Of coefficients and head. Default: both are 7 √divergence / steps, 0.02 at most (of models that answer token by token: 0.3 √divergence
+   * / steps), of the divergence that there is to win back: its
    * root is about how far the logits are off, and Adam's steps are as long as its rate, however short the way is. A head rate of 0
    * keeps the adapter's own head.
    */
@@ -80,8 +81,11 @@ export interface Distilled {
 }
 
 const LEAST_TEXTS = 8;
-/** How far all steps of one coefficient go for each root of a nat. Chosen by hold-outs of 12 tasks, whose own best lay between a third and three times of it. */
-const WAY = 7;
+/**
+ * How far all steps of one coefficient go for each root of a nat. Of labels: chosen by hold-outs of 12 tasks, whose own best lay between a
+ * third and three times of it. Of tokens: by hold-outs of two skills of a model with ten times the modules, between a third and three times too.
+ */
+const WAY = { labels: 7, tokens: 0.3 };
 const MOST_RATE = 0.02;
 
 /**
@@ -120,7 +124,7 @@ export async function distill(session: Session, options: DistillOptions): Promis
   const stored = blob.parameters.find(({ shape }) => shape.length > 1)?.tensor.dtype;
   const dtype = { coefficients, head: stored ?? coefficients };
   const { temperature = head ? sureTemperature(taught.map(({ target }) => Float32Array.from(target!))) : 1 } = options;
-  const rate = Math.min(MOST_RATE, (WAY * Math.sqrt(divergenceBefore)) / steps);
+  const rate = Math.min(MOST_RATE, ((lessons.tokens ? WAY.tokens : WAY.labels) * Math.sqrt(divergenceBefore)) / steps);
   const { weightDecay, clip, warmup, decay } = options;
   const fit: FitOptions = {
     ...{ steps, batch, temperature, weightDecay, clip, warmup, decay, signal },
