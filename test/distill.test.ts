@@ -167,6 +167,23 @@ t.test("the hold-out is judged as the sessions judge it; the head is trained; th
   t.equal(alike.mean, 0, "never below 0, whose root would be no rate");
 });
 
+t.test("feeds may be of several lengths", async (t) => {
+  const session = await tiny(NODE);
+  t.teardown(() => session.close());
+  const adapter = await adapterOf(t, "sessions/adapters/two");
+  const whole = inputs(NODE, session, 32);
+  const cut = whole.map((one, i) => {
+    if (i % 3 > 0) return one;
+    const shorter = ([name, { type, dims, data }]: [string, BatchFeeds[string]]): [string, BatchFeeds[string]] => {
+      const length = dims[1]! - 2;
+      return [name, { ...(type && { type }), dims: [1, length], data: (data as BigInt64Array).slice(0, length) }];
+    };
+    return Object.fromEntries(Object.entries(one).map(shorter));
+  });
+  const made = await distill(session, { adapter, feeds: cut, steps: 4, batch: 8 });
+  t.ok(made.divergenceBefore > 0 && Number.isFinite(made.divergenceAfter), JSON.stringify(made.divergenceAfter));
+});
+
 t.test("number formats of a task stay, packed integers too", async (t) => {
   const types = { basis: "f16", coefficients: "int8", head: "int4" } as const;
   const session = await tiny(NODE, { ...SMALL, dtype: types });

@@ -65,11 +65,25 @@ export async function createEncode() {
   return (text) => tokenizer.encode(text, { add_special_tokens: false }).ids;
 }
 
+/** The tokenizer as a trainer takes it. @param {(text: string) => number[]} encode */
+export const encodeForTrainer = (encode) =>
+  Object.assign(
+    (/** @type {string[]} */ [one]) => {
+      const ids = encode(/** @type {string} */ (one));
+      return { input_ids: { type: "int64", dims: [1, ids.length], data: BigInt64Array.from(ids, BigInt) } };
+    },
+    { eos_token: "<|im_end|>" },
+  );
+
+/** Rows as a trainer takes them. @param {Skill} skill @param {readonly Row[]} rows */
+export const examplesOf = ({ prompt }, rows) =>
+  rows.map(([input, output]) => ({ prompt: `${prompt}: ${input} →`, completion: ` ${output}` }));
+
 /** @param {Skill} skill @param {(text: string) => number[]} encode @param {readonly Row[]} [rows] Default: all test rows @returns {Question[]} */
-export function questionsOf({ prompt, test }, encode, rows = test) {
-  return rows.map(([input, output]) => ({
-    prompt: encode(`${prompt}: ${input} →`),
-    answer: [...encode(` ${output}`), END],
+export function questionsOf(skill, encode, rows = skill.test) {
+  return examplesOf(skill, rows).map(({ prompt, completion }) => ({
+    prompt: encode(prompt),
+    answer: [...encode(completion), END],
   }));
 }
 

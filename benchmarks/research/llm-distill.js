@@ -17,7 +17,15 @@ import { parseTaskFile } from "../../dist/src/format/task-file.js";
 import { data } from "../../examples/minilm.js";
 import { number, readArguments, text } from "../lib/arguments.js";
 import { print, progress } from "../lib/report.js";
-import { createEncode, NO_SMOLLM2, readSkills, smollm2, smollm2File } from "../lib/skills.js";
+import {
+  createEncode,
+  encodeForTrainer,
+  examplesOf,
+  NO_SMOLLM2,
+  readSkills,
+  smollm2,
+  smollm2File,
+} from "../lib/skills.js";
 
 const QUESTION = "What does distilling give back of what a small pack has lost?";
 const given = readArguments(QUESTION, {
@@ -37,13 +45,7 @@ if (!smollm2) {
 
 ort.env.logLevel = "error";
 const [skills, tokens] = await Promise.all([readSkills(), createEncode()]);
-const encode = Object.assign(
-  (/** @type {string[]} */ [one]) => {
-    const ids = tokens(/** @type {string} */ (one));
-    return { input_ids: { type: "int64", dims: [1, ids.length], data: BigInt64Array.from(ids, BigInt) } };
-  },
-  { eos_token: "<|im_end|>" },
-);
+const encode = encodeForTrainer(tokens);
 const pack = await openPack(given.pack);
 const session = await createEigenSession(ort, smollm2File(given.model), pack, {
   trainable: true,
@@ -59,10 +61,7 @@ const wanted = given.skills?.split(",");
 for (const adapter of adapters) {
   const skill = skills.get(adapter.id);
   if (!skill || !pack.tasks.has(adapter.id) || wanted?.includes(adapter.id) === false) continue;
-  const examples = skill.train.map(([input, output]) => ({
-    prompt: `${skill.prompt}: ${input} →`,
-    completion: ` ${output}`,
-  }));
+  const examples = examplesOf(skill, skill.train);
   const started = performance.now();
   const { id, file, divergenceBefore, divergenceAfter, kept } = await distill(session, {
     ...{ adapter, examples, encode, steps, batch },

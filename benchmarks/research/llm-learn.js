@@ -19,7 +19,15 @@ import { mean, sampleStandardDeviation } from "simple-statistics";
 import { data } from "../../examples/minilm.js";
 import { choice, number, readArguments, text } from "../lib/arguments.js";
 import { print, progress } from "../lib/report.js";
-import { createEncode, NO_SMOLLM2, readSkills, smollm2, smollm2File } from "../lib/skills.js";
+import {
+  createEncode,
+  encodeForTrainer,
+  examplesOf,
+  NO_SMOLLM2,
+  readSkills,
+  smollm2,
+  smollm2File,
+} from "../lib/skills.js";
 
 /** @typedef {{ skill: string, way: string, seed: number, judge: string, trained: number, nll: number, exact: number, seconds: number, settings: string }} Cell */
 
@@ -47,13 +55,7 @@ const JUDGES = 160;
 
 ort.env.logLevel = "error";
 const [skills, tokens] = await Promise.all([readSkills(), createEncode()]);
-const encode = Object.assign(
-  (/** @type {string[]} */ [one]) => {
-    const ids = tokens(/** @type {string} */ (one));
-    return { input_ids: { type: "int64", dims: [1, ids.length], data: BigInt64Array.from(ids, BigInt) } };
-  },
-  { eos_token: "<|im_end|>" },
-);
+const encode = encodeForTrainer(tokens);
 const known = (await readFile(given.into, "utf8").catch(() => "")).split("\n").filter(Boolean);
 /** @type {Cell[]} */
 const cells = known.map((line) => JSON.parse(line));
@@ -116,8 +118,6 @@ async function donors(left) {
 async function learn(session, left, { way, seed, settings }) {
   const skill = skills.get(left);
   if (!skill) throw new Error(`${left}: expected ${[...skills.keys()].join(", ")}`);
-  const examples = (/** @type {import("../lib/skills.js").Row[]} */ rows) =>
-    rows.map(([input, output]) => ({ prompt: `${skill.prompt}: ${input} →`, completion: ` ${output}` }));
   const train = given.judge === "train" ? skill.train.slice(0, -JUDGES) : skill.train;
   const judges = given.judge === "train" ? skill.train.slice(-JUDGES) : skill.test;
   const { rank, steps, batch, rate, init } = given;
@@ -125,10 +125,10 @@ async function learn(session, left, { way, seed, settings }) {
   const trainer = await createTrainer(session, { encode, seed, ...how });
   const started = performance.now();
   const learningRates = { terms: way === "lora" ? given["lora-rate"] : rate };
-  for await (const { step, loss } of trainer.fit(examples(train), { steps, batch, learningRates }))
+  for await (const { step, loss } of trainer.fit(examplesOf(skill, train), { steps, batch, learningRates }))
     if (step % 10 === 0) progress(`${left}, ${way}, seed ${seed}: step ${step}, loss ${loss.toFixed(3)}`);
   const seconds = (performance.now() - started) / 1000;
-  const { loss: nll, accuracy: exact } = await trainer.score(examples(judges));
+  const { loss: nll, accuracy: exact } = await trainer.score(examplesOf(skill, judges));
   return { skill: left, way, seed, judge: given.judge, trained: trainer.size.terms, nll, exact, seconds, settings };
 }
 

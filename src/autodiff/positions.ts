@@ -3,6 +3,7 @@
  * last product, with a vocabulary of tens of thousands, is by far the widest, so it is computed for the positions that are asked
  * for, where any are.
  */
+import { FLOAT, INT64 } from "../onnx/linear.ts";
 import type { Graph } from "../onnx/model.ts";
 import { makeInts, makeNode, makeValue, PREFIX } from "../onnx/nodes.ts";
 import type { GraphProto, NodeProto } from "../onnx/onnx_pb.ts";
@@ -37,7 +38,7 @@ export function pickPositions(graph: Graph, logits: string): { readonly choose: 
     makeNode("Unsqueeze", picked, [some, `${PICKED}/front`], picked),
   ];
   main.initializer.push(makeInts(`${PICKED}/front`, [0]));
-  main.input.push(makeValue(POSITIONS, 7, [`${PICKED}/count`]));
+  main.input.push(makeValue(POSITIONS, INT64, [`${PICKED}/count`]));
   const at = Math.min(...uses.map(({ node }) => main.node.indexOf(node)));
   main.node.splice(at, 0, ...nodes);
   const read = (value: string): void => {
@@ -66,7 +67,7 @@ function only(value: string, name: string): GraphProto {
   return create(GraphProtoSchema, {
     name: `${PICKED}/${name}`,
     node: [makeNode("Identity", output, [value], output)],
-    output: [makeValue(output, 1)],
+    output: [makeValue(output, FLOAT)],
   });
 }
 

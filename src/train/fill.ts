@@ -6,15 +6,6 @@ import type { Feed } from "../onnx/feeds.ts";
 import type { BatchFeeds } from "./batch.ts";
 import type { Tokens } from "./examples.ts";
 
-/** By `TensorProto.DataType`. */
-const TYPES = new Map([
-  [1, "float32"],
-  [6, "int32"],
-  [7, "int64"],
-  [9, "bool"],
-  [10, "float16"],
-]);
-
 /** What a token is to an input, by its place; 0 behind the last. */
 const OF_TOKENS = new Map<string, (id: number, place: number) => number>([
   ["input_ids", (id) => id],
@@ -43,17 +34,16 @@ export function fillInputs(
   for (const name of names) {
     const of = OF_TOKENS.get(name);
     const given = example?.get(name);
-    const type = TYPES.get(given?.dataType ?? 7)!;
     if (of) {
       const side = decodes && !name.startsWith("decoder_") ? "source" : "ids";
       feeds[name] = rowsOf(
         all.map((one) => one[side]!.map(of)),
-        type,
+        given?.data instanceof Int32Array,
       );
     } else if (given && (given.data.length === 0 || ZERO.test(name))) {
       const dims =
         given.data.length === 0 ? given.dims.map((size, axis) => (axis === 0 ? all.length : size)) : given.dims;
-      feeds[name] = { type, dims, data: given.data.slice().fill(0 as never) };
+      feeds[name] = { dims, data: given.data.slice().fill(0 as never) };
     } else {
       throw new TypeError(
         `the model takes "${name}", which tokens do not tell: give examples as \`feeds\` and \`classes\`, with all inputs`,
@@ -87,13 +77,9 @@ export function completeInputs(
   return { ...fillInputs(example, missing, all), ...feeds };
 }
 
-/** Rows of numbers, filled up with 0 to the longest. */
-function rowsOf(rows: readonly (readonly number[])[], type: string): BatchFeeds[string] {
+/** Rows of numbers, filled up with 0 to the longest; the type is that of the array. */
+function rowsOf(rows: readonly (readonly number[])[], short: boolean): BatchFeeds[string] {
   const width = Math.max(...rows.map(({ length }) => length));
-  const dims = [rows.length, width];
-  const data = type === "int32" ? new Int32Array(rows.length * width) : new BigInt64Array(rows.length * width);
-  for (const [r, row] of rows.entries()) {
-    for (const [i, value] of row.entries()) data[r * width + i] = (type === "int32" ? value : BigInt(value)) as never;
-  }
-  return { type, dims, data };
+  const filled = rows.flatMap((row) => [...row, ...Array<number>(width - row.length).fill(0)]);
+  return { dims: [rows.length, width], data: short ? Int32Array.from(filled) : BigInt64Array.from(filled, BigInt) };
 }

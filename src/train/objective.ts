@@ -83,7 +83,9 @@ export async function* answers<Feeds>(
 ): AsyncGenerator<{ readonly row: Row<Feeds>; readonly logits: Float32Array[] }> {
   const lengths = await lessons.lengths(rows);
   const order = [...rows].sort((a, b) => lengths.get(a)! - lengths.get(b)!);
-  for (const { rows: some } of lessons.parts(order, 0)) {
+  // Feeds may be of several lengths.
+  const parts = order[0]?.feeds ? order.flatMap((row) => lessons.parts([row], 0)) : lessons.parts(order, 0);
+  for (const { rows: some } of parts) {
     signal?.throwIfAborted();
     const logits = logitsOf(lessons, some, await machine.answer(await lessons.batch(some), point));
     for (const [i, row] of some.entries()) yield { row, logits: logits[i]! };

@@ -36,27 +36,27 @@ type Lesson = Row<BatchFeeds> & { readonly tokens: Tokens };
 export function tokenLessons(options: TokenLessonsOptions): Lessons<BatchFeeds> {
   const { names, example, positions } = options;
   const read = reader(options);
+  // The caller's own feeds run one by one.
   const lengthOf = ({ tokens, feeds }: Lesson): number =>
-    feeds ? Infinity : Math.max(tokens.ids.length, tokens.source?.length ?? 0);
+    feeds ? MOST_TOKENS : Math.max(tokens.ids.length, tokens.source?.length ?? 0);
+  const readAll = async (examples: readonly Example<BatchFeeds>[], where: string): Promise<Lesson[]> => {
+    const rows: Lesson[] = [];
+    for (const [i, one] of examples.entries()) rows.push(await read(one, `${where}example ${i}`));
+    return rows;
+  };
   return {
     tokens: true,
     async check(examples) {
       checkList("fit", examples, "examples");
-      const rows: Lesson[] = [];
-      for (const [i, one] of examples.entries()) rows.push(await read(one, `example ${i}`));
-      return rows;
+      return readAll(examples, "");
     },
-    async ask(examples, where) {
-      const rows: Lesson[] = [];
-      for (const [i, one] of examples.entries()) rows.push(await read(one, `${where}: example ${i}`));
-      return rows;
-    },
+    ask: (examples, where) => readAll(examples, `${where}: `),
     split(rows, share, random) {
       const count = Math.max(0, Math.min(Math.round(rows.length * share), rows.length - 2));
       const order = shuffle([...rows], random);
       return { holdout: order.slice(0, count), train: order.slice(count) };
     },
-    lengths: async (rows) => new Map((rows as Lesson[]).map((row) => [row, Math.min(lengthOf(row), 1e9)])),
+    lengths: async (rows) => new Map((rows as Lesson[]).map((row) => [row, lengthOf(row)])),
     parts(rows, smoothing) {
       if (smoothing > 0)
         throw new RangeError("fit: smoothing spreads a target over all labels; of tokens it cannot be done");

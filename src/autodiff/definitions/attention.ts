@@ -2,9 +2,10 @@
  * Attention, of all heads at once: onnxruntime's operators, by products, a mask and a softmax. In training nothing is past, so there
  * are as many keys as queries are given; where there are more, shapes do not fit and the run fails.
  */
+import { INT64 } from "../../onnx/linear.ts";
 import type { Emitter } from "../emit.ts";
 import type { Define, Fused } from "./fused.ts";
-import { INT64, rotaryOf, rotated } from "./rotary.ts";
+import { rotaryOf, rotated } from "./rotary.ts";
 
 /** What a masked score gets: its exponential is 0, and with any score added it still is a number. */
 const MASKED = -1e30;

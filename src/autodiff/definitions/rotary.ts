@@ -1,10 +1,9 @@
 /**
  * Rotary position embeddings: pairs of elements of a head, turned by an angle that the position tells.
  */
+import { INT64 } from "../../onnx/linear.ts";
 import type { Emitter } from "../emit.ts";
 import type { Define, Fused } from "./fused.ts";
-
-export const INT64 = 7;
 
 interface Rotary {
   /** Cosines and sines, broadcast to [batch, positions, heads, turned / 2]. */
