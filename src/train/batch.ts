@@ -17,6 +17,11 @@ export function batchTensors(engine: Engine, batch: BatchFeeds): Record<string, 
   return Object.fromEntries(entries);
 }
 
+/** What feeds of one batch have alike: the dimensions of each input behind the first, as a string. */
+export function shapesOf(feeds: BatchFeeds): string {
+  return JSON.stringify(Object.entries(feeds).map(([name, { dims }]) => [name, ...dims.slice(1)]));
+}
+
 /**
  * One batch of several examples' feeds, joined along the first dimension.
  * @throws TypeError when they cannot be

@@ -3,7 +3,7 @@
  * tokenizer itself pads. How it does is seen on the shortest and the longest text, encoded together. Where that does not explain
  * the padding (positions that go on through it, say), batches are encoded as they come.
  */
-import { type BatchFeeds, joinFeeds } from "./batch.ts";
+import { type BatchFeeds, joinFeeds, shapesOf } from "./batch.ts";
 import type { Unlabelled } from "./examples.ts";
 
 /**
@@ -29,6 +29,8 @@ export interface Inputs<Feeds> {
    * padded to the longest.
    */
   lengths<R extends Unlabelled<Feeds>>(rows: readonly R[]): Promise<ReadonlyMap<R, number>>;
+  /** What rows of one batch have alike: texts are padded, the inputs of a caller's feeds must have the same dimensions. */
+  alike(row: Unlabelled<Feeds>): string;
   /** @throws TypeError when the rows cannot be put into one batch */
   batch(rows: readonly Unlabelled<Feeds>[]): Promise<Feeds>;
 }
@@ -71,6 +73,8 @@ export function createInputs(encodeTexts: Encode | undefined, names: readonly st
       if (texts.length > 0) await learnPadding(texts[0]!.text!, texts.at(-1)!.text!);
       return lengths;
     },
+
+    alike: ({ feeds }) => (feeds ? shapesOf(feeds) : ""),
 
     async batch(rows) {
       const texts = rows.flatMap(({ text }) => text ?? []);

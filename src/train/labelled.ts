@@ -3,7 +3,7 @@
  */
 import { checkExamples, type Example, type Row, splitHoldout, targetsOf } from "./examples.ts";
 import type { Inputs } from "./inputs.ts";
-import type { Lessons, Part } from "./lessons.ts";
+import type { Lessons } from "./lessons.ts";
 import { type Distribution, largest, softmax } from "./probabilities.ts";
 
 /** Rows that run together at most: gradients need values that are kept of all of them, so that memory grows with their number. */
@@ -19,13 +19,13 @@ export function labelledLessons<Feeds>(inputs: Inputs<Feeds>, labels: readonly s
     lengths: (rows) => inputs.lengths(rows),
     parts(rows, smoothing) {
       const targets = targetsOf(rows, labels.length, smoothing);
-      const parts: Part<Feeds>[] = [];
-      for (let at = 0; at < rows.length; at += MOST_ROWS) {
-        const some = rows.slice(at, at + MOST_ROWS);
-        const values = targets.slice(at * labels.length, (at + some.length) * labels.length);
-        parts.push({ rows: some, targets: { values, rows: some.length }, share: some.length / rows.length });
-      }
-      return parts;
+      const targetOf = (row: number): Float32Array => targets.subarray(row * labels.length, (row + 1) * labels.length);
+      return runsOf(rows, inputs).map((run) => {
+        const values = new Float32Array(run.length * labels.length);
+        for (const [i, row] of run.entries()) values.set(targetOf(row), i * labels.length);
+        const some = run.map((row) => rows[row]!);
+        return { rows: some, targets: { values, rows: run.length }, share: run.length / rows.length };
+      });
     },
     batch: (rows) => inputs.batch(rows),
     wanted: ({ label, target }) => [{ probabilities: target ?? labels.map((_, i) => Number(i === label)) }],
@@ -36,6 +36,24 @@ export function labelledLessons<Feeds>(inputs: Inputs<Feeds>, labels: readonly s
     }),
     distribution: (logits) => ({ probabilities: softmax(logits) }),
   };
+}
+
+/** Which rows run together, by their places. */
+function runsOf<Feeds>(rows: readonly Row<Feeds>[], inputs: Inputs<Feeds>): number[][] {
+  const runs: number[][] = [];
+  /** Those that have room, by what their rows have alike. */
+  const open = new Map<string, number[]>();
+  for (const [i, row] of rows.entries()) {
+    const alike = inputs.alike(row);
+    let run = open.get(alike);
+    if (!run || run.length === MOST_ROWS) {
+      run = [];
+      runs.push(run);
+      open.set(alike, run);
+    }
+    run.push(i);
+  }
+  return runs;
 }
 
 /** @throws TypeError for what is no text, nor feeds */

@@ -83,9 +83,7 @@ export async function* answers<Feeds>(
 ): AsyncGenerator<{ readonly row: Row<Feeds>; readonly logits: Float32Array[] }> {
   const lengths = await lessons.lengths(rows);
   const order = [...rows].sort((a, b) => lengths.get(a)! - lengths.get(b)!);
-  // Feeds may be of several lengths.
-  const parts = order[0]?.feeds ? order.flatMap((row) => lessons.parts([row], 0)) : lessons.parts(order, 0);
-  for (const { rows: some } of parts) {
+  for (const { rows: some } of lessons.parts(order, 0)) {
     signal?.throwIfAborted();
     const logits = logitsOf(lessons, some, await machine.answer(await lessons.batch(some), point));
     for (const [i, row] of some.entries()) yield { row, logits: logits[i]! };

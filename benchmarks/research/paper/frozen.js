@@ -60,6 +60,7 @@ export function headTrainer(features, { labels, seed }) {
   const inputs = {
     encodes: true,
     lengths: async (rows) => new Map(rows.map((row) => [row, row.text?.length ?? 0])),
+    alike: () => "",
     batch: async (rows) => rows.map(({ text = "" }) => /** @type {Float32Array} */ (features.get(text))),
   };
   return new /** @type {any} */ (Trainer)(
