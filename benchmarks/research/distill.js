@@ -41,6 +41,8 @@ const given = readArguments("What does distilling win back?", {
   k: number("components of the pack", 8, 1),
   ratio: number("so many times fewer bytes than the adapters in f32, instead of --k"),
   rank: number("strongest directions of each module that are kept. Default: all"),
+  step: number("entropy-coded integers of this step, instead of --dtype"),
+  "head-step": number("the same of heads"),
   dtype: text("PART=TYPE,…", "number formats of basis, coefficients and head", "basis=f16"),
   tasks: number("distil so many tasks", Infinity, 1),
   texts: number("of a task's own texts at most", 512, 1),
@@ -59,6 +61,7 @@ const dtype = Object.fromEntries(given.dtype.split(",").map((part) => part.split
 const settings = JSON.stringify({
   SUITE: suite,
   ...(ratio === undefined ? { K: k } : { RATIO: ratio, RANK: rank, TYPES: dtype }),
+  ...(given.step === undefined ? {} : { STEP: given.step, HEAD_STEP: given["head-step"], RANK: rank }),
   TEXTS: MOST_TEXTS,
   STEPS: steps,
   BATCH: batch,
@@ -75,7 +78,8 @@ await withAdapters([folderOf(suite)], async (adapters) => {
   const texts = { tests: testTexts(tasks), pool: plainTexts(tasks) };
   // As numbers in f32, whatever their files hold.
   const adapterBytes = sum(adapters.map(bytesOfAdapter));
-  const how = { gauge, rank, dtype };
+  const { step, "head-step": headStep } = given;
+  const how = step === undefined ? { gauge, rank, dtype } : { gauge, rank, step, headStep };
   const { chunks, report } =
     ratio === undefined
       ? await buildPack(adapters, { ...how, select: { kind: "k", k } })

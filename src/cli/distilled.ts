@@ -36,7 +36,10 @@ export async function distilled(
   const { report } = chosen;
   const { adapters } = asked.options;
   const [best] = report.tried
-    .filter(({ way, divergence }) => divergence !== undefined && way.allocateBeside === undefined)
+    .filter(
+      ({ way, divergence }) =>
+        divergence !== undefined && way.allocateBeside === undefined && way.refineBeside === undefined,
+    )
     .sort((a, b) => a.divergence! - b.divergence!);
   if (!best) return chosen;
   // Made again: a search keeps the best pack only.

@@ -99,7 +99,7 @@ const OPTIONS = {
       ["auto", "column", "flat", "joint"],
       "Auto: the best for --bytes, --ratio, --error or --divergence. Column: coefficients for every row of a factor. Flat: one " +
         "vector for a whole factor. Joint: the components that lose least of ΔW. Default: auto; column with --k, --energy, " +
-        "--gauge, --rank, --private-terms, --centering or --normalize.",
+        "--gauge, --rank, --private-terms, --centering, --normalize or --step.",
     ),
     gauge,
     rank,
@@ -111,6 +111,20 @@ const OPTIONS = {
     centering,
     normalize,
     dtype: dtypeOrChosen,
+    step: number(
+      "S",
+      "Store terms as entropy-coded integers: from one to the next ΔW of a module changes by S times the norm that it typically has. " +
+        "0.05 takes about three bits a number, 0.1 two. Balanced gauge. Default: as --dtype says; mode auto tries some.",
+      { ...POSITIVE, expected: "a share of the norm of ΔW, such as 0.07" },
+    ),
+    headStep: number(
+      "S",
+      "The same for heads, as a share of the root mean square of a head. Default: with --step 0.5.",
+      {
+        ...POSITIVE,
+        expected: "a share of a head's root mean square, such as 0.5",
+      },
+    ),
     base,
     names,
   }),
@@ -189,7 +203,7 @@ export const pack: Attach = command({
 });
 
 /** What --mode auto would choose; who names one of them has settled for a mode. */
-const SETTLED = ["k", "energy", "gauge", "rank", "privateTerms", "centering", "normalize"] as const;
+const SETTLED = ["k", "energy", "gauge", "rank", "privateTerms", "centering", "normalize", "step"] as const;
 
 function modeOf(options: PackOptions): BasisMode | "auto" {
   return options.mode ?? (given(options, ...SETTLED).length > 0 ? "column" : "auto");
@@ -216,6 +230,9 @@ function checkOptions(options: PackOptions): void {
   if (needs !== undefined && asked < 2) throw new UsageError(`${needs} needs --model and --text`);
   if (options.minGain !== undefined && options.scores === undefined)
     throw new UsageError("--min-gain needs --scores SCORES.json");
+  if (options.step !== undefined && (options.dtype?.basis ?? options.dtype?.coefficients) !== undefined)
+    throw new UsageError("--step decides how many bits components and coefficients have; leave them out of --dtype");
+  if (options.headStep !== undefined && options.step === undefined) throw new UsageError("--head-step needs --step");
 }
 
 async function build(
@@ -224,7 +241,7 @@ async function build(
   run: Run,
   out: Output,
 ): Promise<{ chunks: Uint8Array[]; report: BuildReport | SearchReport }> {
-  const { rank, privateTerms, centering, bytes, ratio, error, divergence } = options;
+  const { rank, privateTerms, centering, step, headStep, bytes, ratio, error, divergence } = options;
   const { dtype = {}, normalize, anyBase } = options;
   const mode = modeOf(options);
   const asked = options.model === undefined ? undefined : await askedOf(options, adapters);
@@ -243,8 +260,8 @@ async function build(
     const { distill: steps = 240 } = options;
     return steps === 0 ? found : distilled(found, search, { engine, model, options: about, judge }, steps, out);
   }
-  const { gauge = (rank ?? privateTerms) === undefined ? "as-trained" : "balanced" } = options;
-  const all = { mode, gauge, rank, privateTerms, ...(centering ? { centering } : {}), ...common };
+  const { gauge = (rank ?? privateTerms ?? step) === undefined ? "as-trained" : "balanced" } = options;
+  const all = { mode, gauge, rank, privateTerms, step, headStep, ...(centering ? { centering } : {}), ...common };
   if (most !== undefined) {
     const { chunks, report } = await searchPack(adapters, { goal: { kind: "bytes", max: most }, ways: [all] });
     const { name: _, way: __, judgedBy: ___, tried: ____, decisions: _____, ...plain } = report;

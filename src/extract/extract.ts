@@ -6,9 +6,9 @@
 import { storing } from "../tensor/encode.ts";
 import { alignSigns, balance, leadingRows, type Pair } from "./gauge.ts";
 import { jointComponents } from "./joint.ts";
-import { cholesky, multiply } from "./linalg.ts";
+import { cholesky, multiply, norm } from "./linalg.ts";
 import { mirror } from "./mixing.ts";
-import { checkRank, checkSelection, type ExtractOptions } from "./options.ts";
+import { checkRank, checkSelection, checkSteps, type ExtractOptions } from "./options.ts";
 import { turnTogether } from "./procrustes.ts";
 import {
   type ModuleMember,
@@ -21,6 +21,7 @@ import {
 } from "./project.ts";
 import { pairsWithin } from "./search.ts";
 import { decompose, encodeSide, reciprocal, type Side, type SideBasis } from "./side.ts";
+import { componentSteps, type RowSteps, rowSteps } from "./steps.ts";
 import { targetsOf } from "./subspace.ts";
 
 /** All adapters that adapt one module. Ranks may differ. */
@@ -52,6 +53,8 @@ interface Found {
   ranks: readonly number[];
   A: Side;
   B: Side;
+  /** Of each task's coefficients. */
+  steps?: readonly RowSteps[] | undefined;
 }
 
 /**
@@ -62,6 +65,7 @@ interface Found {
 export function extractModule(stack: ModuleStack, options: ExtractOptions): ModuleExtraction {
   checkSelection(options.select);
   checkRank(options);
+  checkSteps(options);
   if (stack.members.length === 0) throw new RangeError(`${stack.name}: no adapter adapts this module`);
   const { pairs, kept, rank, metric } = gaugedPairs(stack, options);
   const side = (which: "A" | "Bt", width: number): Side =>
@@ -74,8 +78,9 @@ export function extractModule(stack: ModuleStack, options: ExtractOptions): Modu
     );
   const ranks = pairs.map((pair) => (rank === undefined ? pair.rank : 1));
   const [A, B] = [{ ...side("A", stack.in), metric }, side("Bt", stack.out)];
-  const found: Found = { stack, options, ranks, A, B };
-  if (rank === undefined && mirrors(options)) {
+  const steps = options.steps && kept.map((pair, i) => rowSteps(pair, options.steps![i]!));
+  const found: Found = { stack, options, ranks, A, B, steps };
+  if (rank === undefined && !steps && mirrors(options)) {
     mirror(A.rows, ranks, stack.in, options.rank);
     mirror(B.rows, ranks, stack.out, options.rank);
   }
@@ -166,15 +171,35 @@ function storeJoint(found: Found, pairs: readonly Pair[]): ModuleExtraction {
   return best;
 }
 
-function encodeModule(
-  { stack, A, B, options: { basisDtype, products } }: Found,
-  kA: number,
-  kB: number,
-  mixed?: boolean,
-): { A: SideBasis; B: SideBasis } {
-  const encoded = (which: "A" | "B", side: Side, k: number): SideBasis =>
-    storing(`basis ${which} of "${stack.name}"`, undefined, () => encodeSide(side, k, basisDtype, products, mixed));
+function encodeModule(found: Found, kA: number, kB: number, mixed?: boolean): { A: SideBasis; B: SideBasis } {
+  const { stack, A, B, options } = found;
+  const { basisDtype: type, products } = options;
+  const encoded = (which: "A" | "B", side: Side, k: number): SideBasis => {
+    const steps = stepsOf(found, which === "A" ? "A" : "Bt", side, k);
+    return storing(`basis ${which} of "${stack.name}"`, undefined, () =>
+      encodeSide(side, k, { type, mixed, steps }, products),
+    );
+  };
   return { A: encoded("A", A, kA), B: encoded("B", B, kB) };
+}
+
+/** Steps of the first `k` components of one side, and of its mean. */
+function stepsOf(
+  { steps, ranks, options: { products } }: Found,
+  which: "A" | "Bt",
+  side: Side,
+  k: number,
+): Float64Array | undefined {
+  if (!steps) return undefined;
+  const own = new Float64Array(ranks.reduce((a, b) => a + b, 0));
+  let at = 0;
+  for (const [i, rank] of ranks.entries()) {
+    own.set(steps[i]![which].subarray(0, rank), at);
+    at += rank;
+  }
+  const { width, metric, components } = side;
+  const spread = metric ? norm(metric) / Math.sqrt(width) : 1;
+  return componentSteps(side, components.vectors.subarray(0, k * width), own, spread, products);
 }
 
 function store(found: Found, kA: number, kB: number): ModuleExtraction {
@@ -186,7 +211,7 @@ function store(found: Found, kA: number, kB: number): ModuleExtraction {
   const tasks = stack.members.map(({ id }, i) => ({
     id,
     ...storing(`coefficients of "${stack.name}"`, id, () =>
-      projectTargets(space, a[i]!, b[i]!, options.coefficientDtype),
+      projectTargets(space, a[i]!, b[i]!, options.coefficientDtype, found.steps?.[i]),
     ),
   }));
   const delta = {

@@ -50,12 +50,21 @@ export interface ExtractOptions {
   readonly select: ComponentSelection;
   readonly basisDtype: Dtype;
   readonly coefficientDtype: Dtype;
+  /**
+   * Of each member of a stack: by how much ΔW changes from one integer of a coefficient, a component or a private term to the next.
+   * All are then integers with steps that make them equally coarse for ΔW, whatever the types say: coefficients int8, components
+   * as many bits as they need. Column or joint mode.
+   */
+  readonly steps?: readonly number[] | undefined;
   /** What multiplies large matrices: half the time of an extraction is spent there. Default: the plain loops. */
   readonly products?: Products | undefined;
 }
 
 /** How an adapter is brought onto a basis. */
-export type ProjectOptions = Pick<ExtractOptions, "gauge" | "coefficientDtype" | "rank">;
+export interface ProjectOptions extends Pick<ExtractOptions, "gauge" | "coefficientDtype" | "rank"> {
+  /** As `steps`, of the adapter. */
+  readonly step?: number | undefined;
+}
 
 /** How many components a selection asks for, or what says so, given the singular values; an error is judged on all of them later. */
 export function wanted({
@@ -86,6 +95,14 @@ export function checkRank({
   if (gauge !== "balanced")
     throw new RangeError("rank: only a balanced pair has its strongest directions first; take gauge balanced");
   if (mode === "flat") throw new RangeError("rank: flat mode keeps whole factors; take column or joint mode");
+}
+
+/** @throws RangeError for steps where they mean nothing */
+export function checkSteps({ steps, mode, select }: Pick<ExtractOptions, "steps" | "mode" | "select">): void {
+  if (!steps) return;
+  if (mode === "flat")
+    throw new RangeError("step: flat mode has one vector of coefficients; take column or joint mode");
+  if (select.kind === "error") throw new RangeError("step: it decides what is lost; leave the error out");
 }
 
 /** @throws RangeError for a number out of range */

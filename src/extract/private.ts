@@ -20,6 +20,7 @@ import {
   projectModule,
   storedPair,
 } from "./project.ts";
+import { rowSteps } from "./steps.ts";
 import { rounded } from "./subspace.ts";
 
 /** How often components are found again. The first time gains most, the third next to nothing. */
@@ -117,7 +118,7 @@ function alternate(stack: ModuleStack, given: readonly Pair[], options: PrivateO
     const parts = expanded(shared, options);
     const tasks = shared.tasks.map((task, i) =>
       storing(`a private term of "${stack.name}"`, task.id, () =>
-        withPrivate(task, given[i]!, parts[i]!, choiceOf(options, i), error),
+        withPrivate(task, given[i]!, parts[i]!, choiceOf(options, i), error, options.steps?.[i]),
       ),
     );
     const found = { ...shared, tasks: tasks.map(({ task }) => task) };
@@ -167,9 +168,9 @@ export function remainderOf({ given, shared }: Begun, out: number, inputs: numbe
   return singularOf(balance(stackedPairs(given, shared, -1), out, inputs));
 }
 
-/** The task with its private terms. */
-export function finishMixed({ task, given, shared }: Begun, choice: PrivateChoice): MixedTask {
-  return withPrivate(task, given, shared, choice, undefined).task;
+/** The task with its private terms. @param step as of `projectModule` */
+export function finishMixed({ task, given, shared }: Begun, choice: PrivateChoice, step?: number): MixedTask {
+  return withPrivate(task, given, shared, choice, undefined, step).task;
 }
 
 /** Column or joint mode, or nothing shared at all. */
@@ -218,17 +219,21 @@ function withPrivate(
   shared: Pair,
   { rank: limit, dtype }: PrivateChoice,
   error: number | undefined,
+  step: number | undefined,
 ): { task: MixedTask; terms: Pair; lost: number; reached: boolean } {
   const [width, height] = [given.A.length / given.rank, given.Bt.length / given.rank];
   const rest = balance(stackedPairs(given, shared, -1), height, width);
   const { norm: whole } = deltaError(given, given);
   const most = Math.min(limit, rest.rank);
-  let least = error === undefined ? most : leastRank(rest, error, whole);
+  let least =
+    error === undefined ? (step === undefined ? most : worthRank(rest, most, step)) : leastRank(rest, error, whole);
   for (; ; least++) {
     const q = Math.min(least, most);
     const leading = leadingRows(rest, q);
-    const even = isQuantized(dtype) ? { A: mix(leading.A, q, width), Bt: mix(leading.Bt, q, height) } : leading;
-    const [A, Bt] = [rounded(dtype, even.A, q, width), rounded(dtype, even.Bt, q, height)];
+    const steps = step === undefined ? undefined : rowSteps(leading, step);
+    const mixed = !steps && isQuantized(dtype);
+    const even = mixed ? { A: mix(leading.A, q, width), Bt: mix(leading.Bt, q, height) } : leading;
+    const [A, Bt] = [rounded(dtype, even.A, q, width, steps?.A), rounded(dtype, even.Bt, q, height, steps?.Bt)];
     const rows = { rank: q, A: A.values, Bt: Bt.values };
     const stored = stackedPairs(shared, rows, 1);
     const nothing = { rank: 1, A: new Float64Array(width), Bt: new Float64Array(height) };
@@ -253,6 +258,21 @@ function leastRank(rest: Pair, error: number, norm: number): number {
     if (Math.sqrt(left) > error * norm) return q;
   }
   return 0;
+}
+
+/**
+ * A rank-1 term is worth its bits when its numbers have at least this root mean square in steps: below, a finer step for all others
+ * gains more with as many bits.
+ */
+const WORTH = 0.7;
+
+/** How many rank-1 terms are worth their bits. */
+function worthRank(rest: Pair, most: number, step: number): number {
+  const width = (rest.A.length + rest.Bt.length) / (2 * rest.rank);
+  let q = most;
+  // Row i of A is √s long, and its step is that of ΔW over √s.
+  while (q > 0 && Math.sqrt(squareOf(rest, q - 1) / width) < WORTH * step) q--;
+  return q;
 }
 
 /** The square of a singular value: of a balanced pair a row of A is √s long. */

@@ -5,11 +5,12 @@
 import { type Dtype, decodeTensor } from "../tensor/dtypes.ts";
 import type { Term } from "../tensor/term.ts";
 import { deltaError, pairError, relative, type SideError } from "./error.ts";
-import { alignTo, balance, type Pair } from "./gauge.ts";
+import { alignTo, balance, leadingRows, type Pair } from "./gauge.ts";
 import { lengthened, type Products } from "./linalg.ts";
 import { fewBits, mirror } from "./mixing.ts";
 import type { ProjectOptions } from "./options.ts";
 import { turnTo } from "./procrustes.ts";
+import { type RowSteps, rowSteps } from "./steps.ts";
 import {
   expand,
   largestSine,
@@ -85,7 +86,8 @@ export function projectModule(space: ModuleSpace, member: ModuleMember, options:
   const pair = gauged(toPair(member, rowWidth(space.B), rowWidth(space.A)), space, options);
   const a = targetOf(space.A, pair.A, options.rank);
   const b = targetOf(space.B, pair.Bt, options.rank);
-  return { id: member.id, ...projectTargets(space, a, b, options.coefficientDtype) };
+  const steps = options.step === undefined ? undefined : rowSteps(leadingRows(pair, a.kept), options.step);
+  return { id: member.id, ...projectTargets(space, a, b, options.coefficientDtype, steps) };
 }
 
 /**
@@ -121,10 +123,16 @@ export function storedPair({ A, B }: ModuleSpace, { rank, alphaA, alphaB }: Task
   return { rank, A: rows(alphaA, A), Bt: rows(alphaB, B) };
 }
 
-/** One adapter on a basis, given its rows. */
-export function projectTargets(space: ModuleSpace, a: Target, b: Target, type: Dtype): TaskCoefficients & ModuleLoss {
-  const A = projectSide(space.A, a, type);
-  const B = projectSide(space.B, b, type);
+/** One adapter on a basis, given its rows. @param steps of the rows' coefficients, if they are integers of such */
+export function projectTargets(
+  space: ModuleSpace,
+  a: Target,
+  b: Target,
+  type: Dtype,
+  steps?: RowSteps,
+): TaskCoefficients & ModuleLoss {
+  const A = projectSide(space.A, a, type, steps?.A);
+  const B = projectSide(space.B, b, type, steps?.Bt);
   const { difference, norm, bound } = pairError(A.loss, B.loss);
   return {
     rank: space.A.rank ?? a.kept,
@@ -138,9 +146,14 @@ export function projectTargets(space: ModuleSpace, a: Target, b: Target, type: D
   };
 }
 
-function projectSide(space: Subspace, target: Target, type: Dtype): { encoded: Uint8Array; loss: SideError } {
+function projectSide(
+  space: Subspace,
+  target: Target,
+  type: Dtype,
+  steps: Float64Array | undefined,
+): { encoded: Uint8Array; loss: SideError } {
   const { components } = space;
-  const { encoded, values } = rounded(type, solve(space, target, components), target.kept, components);
+  const { encoded, values } = rounded(type, solve(space, target, components), target.kept, components, steps);
   return { encoded, loss: lossOf(space, target, values, components) };
 }
 
@@ -156,7 +169,7 @@ function gauged(given: Pair, { A, B }: ModuleSpace, options: ProjectOptions): Pa
   const mean = gauge === "balanced" && A.mean && B.mean && { A: A.mean, Bt: B.mean };
   if (A.rank === undefined) {
     if (mean) alignTo(pair, mean);
-    if (mirrors(options)) {
+    if (options.step === undefined && mirrors(options)) {
       mirror(pair.A, [pair.rank], rowWidth(A), rank);
       mirror(pair.Bt, [pair.rank], rowWidth(B), rank);
     }

@@ -2,7 +2,7 @@
  * One side of a module, from the stacked rows of all tasks to a basis that is ready to be written: mean, components, encoding.
  */
 import type { Dtype } from "../tensor/dtypes.ts";
-import { encodeTensor } from "../tensor/encode.ts";
+import { encodeSteps, encodeTensor } from "../tensor/encode.ts";
 import { type Components, centred, columnMeans, principalComponents, ROUNDING } from "./components.ts";
 import { backwardSolve, norm, type Products, rowSquares, scale } from "./linalg.ts";
 import { fewBits, mix } from "./mixing.ts";
@@ -86,16 +86,25 @@ function stacked(factors: readonly Float64Array[]): Float64Array {
   return rows;
 }
 
-/** The first `count` components, of few bits those mixed, and the mean as they are stored. @param mixed false: in their order */
+/** How components are stored. */
+export interface StoredAs {
+  readonly type: Dtype;
+  /** Whether they are mixed. Default: of few bits. */
+  readonly mixed?: boolean | undefined;
+  /** Steps of their integers and of the mean's; those that would be all zeros are left out. `type` and `mixed` then mean nothing. */
+  readonly steps?: Float64Array | undefined;
+}
+
+/** The first `count` components and the mean as they are stored. */
 export function encodeSide(
   side: Omit<Side, "rows">,
-  count: number,
-  type: Dtype,
+  most: number,
+  { type, steps, mixed = !steps && fewBits(type) }: StoredAs,
   products?: Products,
-  mixed: boolean = fewBits(type),
 ): SideBasis {
   const { width, rank, mean, metric } = side;
   const { vectors, singular, total } = side.components;
+  const count = steps ? alive(vectors, Math.min(most, steps.length - 1), width, steps) : most;
   const rows = count + (mean ? 1 : 0);
   const values = new Float64Array(rows * width);
   const first = vectors.subarray(0, count * width);
@@ -104,14 +113,26 @@ export function encodeSide(
   if (metric) backwardSolve(metric, width, width, values, rows);
   let held = 0;
   for (let k = 0; k < count; k++) held += singular[k]! ** 2;
+  const own = steps && [...steps.subarray(0, count), ...(mean ? [steps.at(-1)!] : [])];
+  const stored = own
+    ? encodeSteps(values, rows, width, own)
+    : { dtype: type, encoded: encodeTensor(type, values, rows, width) };
   return {
-    dtype: type,
+    ...stored,
     components: count,
     width,
     rank,
     mean: mean !== undefined,
-    encoded: encodeTensor(type, values, rows, width),
     singular,
     explained: total > 0 ? Math.min(1, held / total) : 1,
   };
+}
+
+/** How many components there are up to the last that does not become all zeros. */
+function alive(vectors: Float64Array, count: number, width: number, steps: Float64Array): number {
+  for (let k = count; k > 0; k--) {
+    const row = vectors.subarray((k - 1) * width, k * width);
+    if (row.some((value) => Math.abs(value) >= steps[k - 1]! / 2)) return k;
+  }
+  return 0;
 }

@@ -202,13 +202,14 @@ export function expand(space: Subspace, coefficients: Float64Array, rank: number
   return rows;
 }
 
-/** Values [rows, width] as a tensor of `type` and as its reader will see them. */
+/** Values [rows, width] as a tensor of `type` and as its reader will see them. @param steps as of `encodeTensor` */
 export function rounded(
   type: Dtype,
   values: Float64Array,
   rows: number,
   width: number,
+  steps?: ArrayLike<number>,
 ): { encoded: Uint8Array<ArrayBuffer>; values: Float64Array } {
-  const encoded = encodeTensor(type, values, rows, width);
+  const encoded = encodeTensor(type, values, rows, width, steps);
   return { encoded, values: Float64Array.from(decodeTensor(type, encoded, rows, width)) };
 }

@@ -13,6 +13,7 @@ import {
   LAYOUTS,
   type PackModule,
   SECTION_BASES,
+  SECTION_CODED,
   SECTION_ENTRY_BYTES,
   SECTION_FREE,
   SECTION_TASK,
@@ -64,7 +65,7 @@ export function parseDirectory(bytes: Uint8Array, superblock: Superblock, file: 
   );
   const start = DIRECTORY_HEAD_BYTES + count * SECTION_ENTRY_BYTES;
   const basisBytes = bytes.subarray(start, start + basisLength);
-  const basis = parseBasis(basisBytes, bases.length, file);
+  const { basis, size } = parseBasis(basisBytes, bases, file);
   const tasksStart = start + basisLength;
   const root = decode(bytes.subarray(tasksStart, tasksStart + tasksLength), file, "task list", "tasks");
   const blobs = sections.filter((s) => s.kind === SECTION_TASK);
@@ -81,7 +82,7 @@ export function parseDirectory(bytes: Uint8Array, superblock: Superblock, file: 
     seen.add(entry.id);
     tasks.push({ ...entry, section: blobs[i]! });
   }
-  return { sections, bytes, basis, basisBytes, bases, tasks };
+  return { sections, bytes, basis, basisBytes, bases: { ...bases, size }, tasks };
 }
 
 /** @param hashes where the hashes begin, 0 where there are none */
@@ -89,8 +90,11 @@ function parseSection(f: Fields, index: number, hashes: number): Section {
   const at = DIRECTORY_HEAD_BYTES + index * SECTION_ENTRY_BYTES;
   const hash = hashes + index * HASH_BYTES;
   const flags = f.u32(at + 4);
+  const kind = f.u32(at);
+  const coded = kind > SECTION_CODED && kind <= SECTION_CODED + SECTION_TASK;
   const section = {
-    kind: f.u32(at),
+    kind: coded ? kind - SECTION_CODED : kind,
+    coded,
     required: flags === 1,
     offset: f.u64(at + 8),
     length: f.u64(at + 16),
@@ -128,9 +132,14 @@ function checkTiling(f: Fields, sections: readonly Section[], superblock: Superb
   f.check(end === superblock.committed, () => `the sections end at ${end}, the file at ${superblock.committed}`);
 }
 
-function parseBasis(bytes: Uint8Array, basesLength: number, file: string): BasisDescription {
+/** @returns what it says, and how many bytes the bases have, once decoded where they are coded */
+export function parseBasis(
+  bytes: Uint8Array,
+  { coded, length }: Pick<Section, "coded" | "length">,
+  file: string,
+): { basis: BasisDescription; size: number } {
   const root: Value = decode(bytes, file, "basis description", "basis");
-  const { place: tensor, full } = placing(16, 0, basesLength, file, root.part);
+  const { place: tensor, full, end } = placing(16, 0, coded ? Infinity : length, file, root.part);
   const names = new Set<string>();
   const modules = root
     .get("modules")
@@ -162,8 +171,8 @@ function parseBasis(bytes: Uint8Array, basesLength: number, file: string): Basis
         fingerprint: m.get("fingerprint").boolean() ? tensor("f32", 1, FINGERPRINT_SIZE).byteOffset : undefined,
       };
     });
-  full();
-  return {
+  if (!coded) full();
+  const basis = {
     producer: root.get("producer").string(1024),
     mode: root.get("mode").string(64),
     gauge: root.get("gauge").string(64),
@@ -172,6 +181,7 @@ function parseBasis(bytes: Uint8Array, basesLength: number, file: string): Basis
     baseModel: root.get("baseModel").maybe((name) => name.string(4096)),
     modules,
   };
+  return { basis, size: end() };
 }
 
 function parseSide(

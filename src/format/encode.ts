@@ -19,6 +19,7 @@ import {
   MAGIC,
   type ParameterRole,
   ROLES,
+  SECTION_CODED,
   SECTION_ENTRY_BYTES,
   type Section,
   SIGNATURE_BYTES,
@@ -67,6 +68,7 @@ export interface BasisInput {
   readonly gauge: string;
   readonly centering: string;
   readonly rank?: number | undefined;
+  readonly step?: number | undefined;
   readonly baseModel?: string | undefined;
   readonly modules: readonly ModuleInput[];
 }
@@ -149,8 +151,8 @@ export function encodeBasis(basis: BasisInput): { description: Bytes; bases: Byt
       ...(m.fingerprint ? { fingerprint: true } : {}),
     };
   });
-  const { producer, mode, gauge, centering, rank } = basis;
-  const kept = rank === undefined ? {} : { rank };
+  const { producer, mode, gauge, centering, rank, step } = basis;
+  const kept = { ...(rank === undefined ? {} : { rank }), ...(step === undefined ? {} : { step }) };
   const said = pack({ producer, mode, gauge, centering, ...kept, baseModel: basis.baseModel ?? null, modules });
   // One behind the other, as the basis id takes them: the bases of a large model are not copied for it.
   const both = new Uint8Array(said.length + end);
@@ -231,7 +233,7 @@ export function encodeDirectory(sections: readonly Section[], description: Uint8
   view.setUint32(12, bytes.length - hashes, true);
   sections.forEach((s, i) => {
     const at = DIRECTORY_HEAD_BYTES + i * SECTION_ENTRY_BYTES;
-    view.setUint32(at, s.kind, true);
+    view.setUint32(at, s.kind + (s.coded ? SECTION_CODED : 0), true);
     view.setUint32(at + 4, s.required ? 1 : 0, true);
     setU64(view, at + 8, s.offset);
     setU64(view, at + 16, s.length);

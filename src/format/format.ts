@@ -80,13 +80,20 @@ export interface Window {
 export const SECTION_BASES = 1;
 export const SECTION_TASK = 2;
 export const SECTION_FREE = 3;
+/** Kind 4 is coded bases, kind 5 a coded task blob (`coded.ts`). */
+export const SECTION_CODED = 3;
 
 /** A stretch of the file and the checksum of its bytes. */
 export interface Section {
+  /** Of what it holds, once decoded. */
   readonly kind: number;
+  /** Whether it is entropy-coded: the file has `SECTION_CODED` added to its kind. */
+  readonly coded: boolean;
   readonly required: boolean;
   readonly offset: number;
   readonly length: number;
+  /** Bytes of the bases once decoded. */
+  readonly size?: number;
   readonly crc: number;
   /** SHA-256 of its bytes, "sha256-…", of zeros where they are free. Undefined in packs without hashes. */
   readonly integrity: string | undefined;

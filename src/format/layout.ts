@@ -2,6 +2,7 @@
  * Where the parts of a pack go: a fresh file as a stream of chunks, and an append as a list of writes. Pure; the file
  * system is the caller's (SPEC.md, section 9).
  */
+import { isCoded } from "./coded.ts";
 import { crc32c } from "./crc32c.ts";
 import {
   directoryBytes,
@@ -40,6 +41,8 @@ export interface FreshBasis {
   /** Basis description, MessagePack. */
   readonly description: Uint8Array;
   readonly bases: Uint8Array;
+  /** The bases as they are to be stored, where they are coded. */
+  readonly coded?: Uint8Array | undefined;
   /** Hexadecimal, of 32 bytes. */
   readonly basisId: string;
 }
@@ -58,6 +61,8 @@ export interface TaskPlace {
   readonly crc: number;
   /** SHA-256 of the blob, "sha256-…". */
   readonly integrity: string;
+  /** Whether the blob is coded. */
+  readonly coded: boolean;
   read(): Promise<Uint8Array>;
 }
 
@@ -91,27 +96,41 @@ export async function streamFresh(
 
 /** A task whose blob is in memory. */
 export async function placeOf({ entry, blob }: TaskToWrite): Promise<TaskPlace> {
-  return { entry, length: blob.length, crc: crc32c(blob), integrity: await integrityOf(blob), read: async () => blob };
+  const read = async (): Promise<Uint8Array> => blob;
+  return {
+    entry,
+    length: blob.length,
+    crc: crc32c(blob),
+    integrity: await integrityOf(blob),
+    coded: isCoded(blob),
+    read,
+  };
 }
 
 async function freshHead(
-  { description, bases, basisId }: FreshBasis,
+  { description, bases: plain, coded, basisId }: FreshBasis,
   tasks: readonly Omit<TaskPlace, "read">[],
   sign: Sign | undefined,
 ): Promise<{ head: Uint8Array[]; bytes: number }> {
+  const bases = coded ?? plain;
   const list = encodeTaskList(tasks.map((t) => t.entry));
   const directoryLength = directoryBytes(1 + tasks.length, true, description, list);
   const basesOffset = align64(WINDOW_BYTES + directoryLength);
   let end = basesOffset;
   const section = (
     kind: number,
-    { length, crc, integrity }: Pick<Section, "length" | "crc" | "integrity">,
+    { length, crc, integrity, coded }: Pick<Section, "length" | "crc" | "integrity" | "coded">,
   ): Section => {
     const offset = align64(end);
     end = offset + length;
-    return { kind, required: true, offset, length, crc, integrity };
+    return { kind, coded, required: true, offset, length, crc, integrity };
   };
-  const all = { length: bases.length, crc: crc32c(bases), integrity: await integrityOf(bases) };
+  const all = {
+    length: bases.length,
+    crc: crc32c(bases),
+    integrity: await integrityOf(bases),
+    coded: coded !== undefined,
+  };
   const sections = [section(SECTION_BASES, all), ...tasks.map((task) => section(SECTION_TASK, task))];
   const directory = encodeDirectory(sections, description, list);
   const window = encodeHead(basisId);
@@ -154,14 +173,23 @@ export async function layoutAppend(
   const hashed = directory.bases.integrity !== undefined;
   let end = current.committed;
   for (const task of tasks) {
-    const { entry, length, crc, integrity } = await placeOf(task);
+    const { entry, length, crc, integrity, coded } = await placeOf(task);
     const offset = align64(end);
     entries.push(entry);
-    added.push({ kind: SECTION_TASK, required: true, offset, length, crc, integrity: hashed ? integrity : undefined });
+    added.push({
+      kind: SECTION_TASK,
+      coded,
+      required: true,
+      offset,
+      length,
+      crc,
+      integrity: hashed ? integrity : undefined,
+    });
     end = offset + length;
   }
   const superseded: Section = {
     kind: SECTION_FREE,
+    coded: false,
     required: false,
     offset: current.directoryOffset,
     length: current.directoryLength,

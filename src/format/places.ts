@@ -9,7 +9,7 @@ import { check } from "./messagepack.ts";
  * @param step each begins at a multiple of it
  * @param start where the first may begin
  * @param size of the section
- * @returns `place` for the next tensor, and `full` once all are placed; both throw FormatError where sizes do not agree
+ * @returns `place` for the next tensor, `full` once all are placed, and where they `end`; the first two throw FormatError where sizes do not agree
  */
 export function placing(
   step: number,
@@ -17,7 +17,7 @@ export function placing(
   size: number,
   file: string,
   part: string,
-): { place(dtype: Dtype, rows: number, width: number): TensorRef; full(): void } {
+): { place(dtype: Dtype, rows: number, width: number): TensorRef; full(): void; end(): number } {
   let end = start;
   const fits = (condition: boolean): void =>
     check(condition, file, part, () => `its tensors need ${end} bytes, there are ${size}`);
@@ -30,5 +30,6 @@ export function placing(
       return { dtype, rows, width, byteOffset, byteLength };
     },
     full: () => fits(end === size),
+    end: () => end,
   };
 }

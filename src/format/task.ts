@@ -63,7 +63,7 @@ export function parseTask(
     f.check(!twice, () => `it changes "${name}" in two ways`);
   }
   full();
-  checkTensors(bytes, 8 + headerLength, tensorsOf(terms, parameters, modules), file, f.part);
+  checkTensors(bytes, 8 + headerLength, taskTensors(terms, parameters, modules), file, f.part);
   const blob = { terms, parameters, bytes };
   if (brings) {
     // Models are prepared for what the directory says.
@@ -77,7 +77,7 @@ export function parseTask(
 }
 
 /** In the order of the blob, with what they are called in errors. */
-function* tensorsOf(
+export function* taskTensors(
   terms: readonly TaskTerm[],
   parameters: readonly TaskParameter[],
   modules: readonly PackModule[],

@@ -43,6 +43,26 @@ export async function grow<T>(
   return low.made;
 }
 
+/** The same where bytes may stay as they are for a while. */
+export async function growSlowly<T>(
+  build: (n: number) => Promise<T>,
+  sizeOf: (made: T) => number,
+  max: number,
+  most: number,
+): Promise<T> {
+  let best: T | undefined;
+  let least = Infinity;
+  await partition(most, async (i) => {
+    const made = await build(i + 1);
+    least = Math.min(least, sizeOf(made));
+    if (sizeOf(made) > max) return true;
+    best = made;
+    return false;
+  });
+  if (best === undefined) throw tooFew(max, least);
+  return best;
+}
+
 /**
  * The lowest rung below `limit` that passes together with the one above it, if any; there is none above the last of `count`. Takes
  * it that what is above a passing rung mostly passes; where the one right above fails, goes on above both.

@@ -41,6 +41,7 @@ import {
   summaryOf,
 } from "./report.ts";
 import { readStack } from "./stack.ts";
+import { checkStep, narrowTerms, typicalNorm } from "./steps.ts";
 import { encodeAdapter, encodeTerm } from "./tasks.ts";
 
 /** How adapters are packed. */
@@ -79,6 +80,17 @@ export interface BuildOptions {
   // How it is written.
   /** Default: f16 for each. */
   readonly dtype?: Partial<Dtypes> | undefined;
+  /**
+   * Entropy-coded integers for coefficients, components and private terms: from one to the next, ΔW of a module changes by this share
+   * of the norm that ΔW of the adapter's modules typically has. Integers have as many bits as they are worth: 0.1 takes about two,
+   * half of it one more. In column or joint mode. Default: the number formats of `dtype`.
+   */
+  readonly step?: number | undefined;
+  /**
+   * The same for heads: the step between their integers, as a share of the root mean square of the head's values. Default: with a
+   * step 0.5, unless `dtype.head` is given.
+   */
+  readonly headStep?: number | undefined;
   /** The base model, for fingerprints and an early check of names and shapes. Default: none, with a note in the report. */
   readonly base?: WeightHost | undefined;
   /** Take adapters that name different base models: other names for one, which they do not share the end of. Default: false. */
@@ -99,6 +111,8 @@ const OPTIONS = [
   "rank",
   "privateTerms",
   "dtype",
+  "step",
+  "headStep",
   "base",
   "anyBase",
   "onProgress",
@@ -127,9 +141,12 @@ export async function buildPack(adapters: readonly Adapter[], options: BuildOpti
   if (adapters.length === 0) throw new RangeError("buildPack: no adapters");
   for (const adapter of adapters) refuseBoth(adapter);
   refuseBases(adapters, options.anyBase);
+  const { step, headStep = step === undefined || options.dtype?.head ? undefined : HEAD_STEP } = options;
+  checkStep("step", step);
+  checkStep("headStep", headStep);
   const extraction = await extractionOf(options, adapters.length);
   const { mode = "column", gauge, centering, rank } = extraction;
-  const dtype = completeDtypes(options.dtype);
+  const dtype = dtypesOf(options);
   const shared = sharedModules(adapters);
   const names = [...shared.keys()];
   const fingerprints =
@@ -141,25 +158,27 @@ export async function buildPack(adapters: readonly Adapter[], options: BuildOpti
   const { modules: encoded, terms, errors } = await encodeModules([...shared.values()], extraction, dtype, options);
   const modules = encoded.map((module) => ({ ...module, fingerprint: fingerprints?.get(module.name) }));
   const components = componentsOf(modules);
+  const head = { type: dtype.head, step: headStep };
   const tasks = await Promise.all(
-    adapters.map((adapter) => encodeAdapter(adapter, terms.get(adapter) ?? [], names, dtype.head)),
+    adapters.map((adapter) => {
+      const own = terms.get(adapter) ?? [];
+      return encodeAdapter(adapter, step ? narrowTerms(own, modules) : own, names, head);
+    }),
   );
   const baseModel = baseModels(adapters)[0];
   // Handed over: the encoded components are in the chunks afterwards, and need not be held twice.
-  const chunks = await newPack({ mode, gauge, centering, rank, baseModel, modules: modules.splice(0) }, tasks);
-  const bytes = chunks.reduce((sum, { length }) => sum + length, 0);
+  const basis = { mode, gauge, centering, rank, step, baseModel, modules: modules.splice(0) };
+  const { chunks, blobs } = await newPack(basis, tasks);
+  const adapterBytes = adapters.map(({ byteLength }) => byteLength);
   const losses = lossesOf(errors, [...new Set(errors.map(({ task }) => task))]);
+  const bytes = chunks.reduce((sum, { length }) => sum + length, 0);
   const report: BuildReport = {
     ...sizes(
       bytes,
-      tasks.map(({ blob, entry }) => ({ blob: blob.length, adapter: entry.adapterBytes })),
+      blobs.map((blob, i) => ({ blob, adapter: adapterBytes[i]! })),
     ),
     modules: names.length,
-    mode,
-    gauge,
-    centering,
-    dtype,
-    components,
+    ...{ mode, gauge, centering, dtype, step, components },
     privateTerms: countsOf([...terms.values()].flat()),
     error: summaryOf(errors),
     errors: losses,
@@ -186,11 +205,14 @@ async function encodeModules(
   shared: readonly SharedModule<Adapter>[],
   extraction: ExtractOptions,
   dtype: Dtypes,
-  { moments: all, privateTerms, onProgress, signal }: BuildOptions,
+  { moments: all, privateTerms, step, onProgress, signal }: BuildOptions,
 ): Promise<{ modules: ModuleInput[]; terms: Map<Adapter, TermInput[]>; errors: ModuleError[] }> {
   const modules: ModuleInput[] = [];
   const terms = new Map<Adapter, TermInput[]>();
   const errors: ModuleError[] = [];
+  const steps = new Map<Adapter, number>();
+  if (step) for (const { owners } of shared) for (const owner of owners) steps.set(owner, 0);
+  for (const adapter of steps.keys()) steps.set(adapter, step! * (await typicalNorm(adapter)));
   for (const [index, { shape, owners }] of shared.entries()) {
     signal?.throwIfAborted();
     const { name } = shape;
@@ -199,7 +221,15 @@ async function encodeModules(
       throw new RangeError(
         `there are no moments of "${name}"; collect them for all adapted modules, or leave them out`,
       );
-    const { module, magnitudes } = await extractFrom({ shape, owners }, { ...extraction, moments }, privateTerms);
+    const { module, magnitudes } = await extractFrom(
+      { shape, owners },
+      {
+        ...extraction,
+        moments,
+        steps: step ? owners.map((owner) => steps.get(owner)!) : undefined,
+      },
+      privateTerms,
+    );
     for (const [i, task] of module.tasks.entries()) {
       const owner = owners[i]!;
       errors.push({ task: task.id, module: name, error: task.error, norm: task.norm });
@@ -220,7 +250,7 @@ async function extractionOf(options: BuildOptions, tasks: number): Promise<Extra
   if (mode === "joint" && centering === "keep")
     throw new RangeError('joint mode has no mean: leave centering out, or take mode "column"');
   if (mode === "flat") checkFlat(select, tasks, centering);
-  const { basis: basisDtype, coefficients: coefficientDtype } = completeDtypes(options.dtype);
+  const { basis: basisDtype, coefficients: coefficientDtype } = dtypesOf(options);
   return {
     mode,
     gauge,
@@ -232,6 +262,14 @@ async function extractionOf(options: BuildOptions, tasks: number): Promise<Extra
     coefficientDtype,
     products: await fastProducts(),
   };
+}
+
+/** Of heads, in the unit of `headStep`: about three bits a number. */
+const HEAD_STEP = 0.5;
+
+/** Number formats; with a step coefficients are integers, made smaller later where they fit. */
+function dtypesOf({ dtype, step }: BuildOptions): Dtypes {
+  return step ? { head: "int4", ...dtype, basis: "int8", coefficients: "int8" } : completeDtypes(dtype);
 }
 
 /** N tasks are N vectors in flat mode, and one dimension of them is the mean. */

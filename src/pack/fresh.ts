@@ -3,6 +3,8 @@
  */
 
 import { checkPack } from "../arguments.ts";
+import { isCoded } from "../format/coded.ts";
+import { parseBasis } from "../format/directory.ts";
 import { type BasisInput, encodeBasis } from "../format/encode.ts";
 import { sha256 } from "../format/hash.ts";
 import {
@@ -17,15 +19,26 @@ import {
 } from "../format/layout.ts";
 import { toHex } from "../tensor/hex.ts";
 import { VERSION } from "../version.ts";
+import { codedBases, codedTask, isCodedPack } from "./coding.ts";
 import type { Pack } from "./pack.ts";
 
-/** A pack as consecutive chunks. */
+/** A pack as consecutive chunks, and the bytes of its blobs. Its sections are coded where it has a step. */
 export async function newPack(
   basis: Omit<BasisInput, "producer">,
   tasks: readonly TaskToWrite[],
-): Promise<Uint8Array[]> {
+): Promise<{ chunks: Uint8Array[]; blobs: number[] }> {
   const { description, bases } = encodeBasis({ producer: `eigenlora ${VERSION}`, ...basis });
-  return layoutFresh({ description, bases, basisId: toHex(await sha256(description, bases)), tasks });
+  const basisId = toHex(await sha256(description, bases));
+  const written = async (stored: readonly TaskToWrite[], coded?: Uint8Array) => ({
+    chunks: await layoutFresh({ description, bases, coded, basisId, tasks: stored }),
+    blobs: stored.map(({ blob }) => blob.length),
+  });
+  if (basis.step === undefined) return written(tasks);
+  const { modules } = parseBasis(description, { coded: false, length: bases.length }, "the new pack").basis;
+  return written(
+    tasks.map((task) => codedTask(task, modules)),
+    codedBases(bases, modules),
+  );
 }
 
 /**
@@ -36,9 +49,10 @@ export async function tasksOf(pack: Pack, replaced: ReadonlyMap<string, Uint8Arr
   checkPack("tasksOf", pack);
   const places: TaskPlace[] = [];
   for (const { id, adapterBytes, metadata, brings } of pack.tasks.values()) {
-    const read = async (): Promise<Uint8Array> => replaced.get(id) ?? (await pack.load(id)).bytes;
     const entry = { id, adapterBytes, metadata, brings };
-    places.push({ ...(await placeOf({ entry, blob: await read() })), read });
+    const task = async (): Promise<TaskToWrite> =>
+      codedLike(pack, { entry, blob: replaced.get(id) ?? (await pack.load(id)).bytes });
+    places.push({ ...(await placeOf(await task())), read: async () => (await task()).blob });
   }
   return places;
 }
@@ -56,7 +70,9 @@ export async function freshPack(
   checkPack("freshPack", pack);
   const places = tasks ?? (await tasksOf(pack));
   const bases = await pack.bases();
-  const basis = { description: pack.directory.basisBytes, bases: bases.bytes, basisId: pack.basisId };
+  const { basisBytes: description, bases: section } = pack.directory;
+  const coded = section.coded ? codedBases(bases.bytes, pack.modules) : undefined;
+  const basis = { description, bases: bases.bytes, coded, basisId: pack.basisId };
   const { bytes, chunks } = await streamFresh(basis, places, sign);
   async function* written(): AsyncGenerator<Uint8Array, void> {
     try {
@@ -74,5 +90,14 @@ export async function freshPack(
  */
 export async function planAppend(pack: Pack, tasks: readonly TaskToWrite[], sign?: Sign): Promise<Append> {
   checkPack("planAppend", pack);
-  return layoutAppend(pack, tasks, sign);
+  return layoutAppend(
+    pack,
+    tasks.map((task) => codedLike(pack, task)),
+    sign,
+  );
+}
+
+/** Coded where the pack is. */
+function codedLike(pack: Pack, task: TaskToWrite): TaskToWrite {
+  return isCodedPack(pack) && !isCoded(task.blob) ? codedTask(task, pack.modules) : task;
 }

@@ -7,12 +7,12 @@ import { checkChoice, checkOptions, described, nearest } from "../arguments.ts";
 import { type EigenLoraError, TaskError } from "../errors.ts";
 import { parseDirectory } from "../format/directory.ts";
 import { align64, Fields } from "../format/fields.ts";
-import type { TaskMetadata } from "../format/format.ts";
 import {
   type Directory,
   type PackModule,
   type Section,
   type TaskBlob,
+  type TaskMetadata,
   WINDOW_BYTES,
   type Window,
 } from "../format/format.ts";
@@ -45,7 +45,7 @@ export interface OpenOptions extends FetchOptions, TrustOptions {
 /** A task of the pack. */
 export interface TaskInfo {
   readonly id: string;
-  /** Size of its blob. */
+  /** Size of its blob in the file. */
   readonly bytes: number;
   /** Size of the adapter it was made of, 0 when unknown. */
   readonly adapterBytes: number;
@@ -270,7 +270,7 @@ export class Pack {
     );
     slot.blob = blob;
     this.#recent.add(slot);
-    this.#held += slot.bytes;
+    this.#held += blob.bytes.length;
     for (const other of this.#recent) {
       if (this.#held <= this.#maxResidentBytes || other === slot) break;
       this.#forget(other);
@@ -280,7 +280,7 @@ export class Pack {
 
   #forget(slot: TaskSlot): void {
     if (!this.#recent.delete(slot)) return;
-    this.#held -= slot.bytes;
+    this.#held -= slot.blob!.bytes.length;
     slot.blob = undefined;
   }
 
@@ -324,10 +324,11 @@ export class Pack {
     parse: (bytes: Uint8Array) => T,
   ): Promise<T> {
     try {
-      if (bytes) return parse(bytes);
-      const read = await this.#source.read(section.offset, section.length);
-      await checkSection(read, section, part, this.name, this.#trust);
-      return parse(read);
+      const read = bytes ?? (await this.#source.read(section.offset, section.length));
+      if (!bytes) await checkSection(read, section, part, this.name, this.#trust);
+      if (!section.coded) return parse(read);
+      const { decodeSection } = await import("../format/coded.ts");
+      return parse(decodeSection(read, this.name, part, section.size));
     } catch (error) {
       throw await explain(error, this.#source, this.directory.bytes);
     }

@@ -20,6 +20,7 @@ import type { Dtype, Dtypes } from "../tensor/dtypes.ts";
 import { DEFAULT_ERROR, withinError } from "./allocate.ts";
 import type { Pack } from "./pack.ts";
 import { idleWarnings, lossesOf, type ModuleError, type TaskLoss } from "./report.ts";
+import { narrowTerms, stepOf, typicalNorm } from "./steps.ts";
 import { encodeAdapter, encodeTerm, storable } from "./tasks.ts";
 
 /** A task made for an existing basis, and what it lost. */
@@ -39,22 +40,25 @@ export interface ProjectedAdapter extends TaskToWrite {
 export async function projectAdapters(
   pack: Pack,
   adapters: readonly Adapter[],
-  dtype: Dtypes,
+  formats: Dtypes,
   onProgress?: (done: number, of: number) => void,
 ): Promise<ProjectedAdapter[]> {
   checkPack("projectAdapters", pack);
   checkAdapters("projectAdapters", adapters);
   for (const adapter of adapters) checkModules(pack, adapter);
   const bases = await pack.bases();
+  const steps = await stepsOf(pack, adapters);
+  const dtype: Dtypes = steps ? { ...formats, coefficients: "int8" } : formats;
   const each = (work: Work): Promise<void> =>
-    eachModule(pack, bases.bytes, adapters, dtype.coefficients, work, onProgress);
+    eachModule(pack, bases.bytes, adapters, { dtype: dtype.coefficients, steps }, work, onProgress);
   const project = async (own?: Allocation): Promise<ProjectedAdapter[]> => {
     const errors: ModuleError[] = [];
     const terms = adapters.map((): TermInput[] => []);
     await each(({ index, stored, i, adapter, magnitude }, begun, space) => {
       const { name } = stored;
-      const choice = own?.get(adapter.id)?.get(name) ?? { rank: 0, dtype: dtype.coefficients };
-      const task = own ? storable(adapter, stored, () => finishMixed(begun, choice)) : begun.task;
+      const most = steps ? Infinity : 0;
+      const choice = own?.get(adapter.id)?.get(name) ?? { rank: most, dtype: dtype.coefficients };
+      const task = own ? storable(adapter, stored, () => finishMixed(begun, choice, steps?.get(adapter))) : begun.task;
       errors.push({ task: adapter.id, module: name, error: task.error, norm: task.norm });
       const term = encodeTerm({ index, name }, task, space ?? NO_BASES, magnitude, adapter, dtype);
       if (term.A || term.privateTerms || term.magnitude) terms[i]!.push(term);
@@ -66,7 +70,9 @@ export async function projectAdapters(
     return Promise.all(
       adapters.map(async (adapter, i): Promise<ProjectedAdapter> => {
         return {
-          ...(await encodeAdapter(adapter, terms[i]!, names, dtype.head)),
+          ...(await encodeAdapter(adapter, steps ? narrowTerms(terms[i]!, pack.modules) : terms[i]!, names, {
+            type: dtype.head,
+          })),
           residual: residuals[i]!,
           warnings: idle.has(adapter.id) ? [idle.get(adapter.id)!] : [],
         };
@@ -75,6 +81,8 @@ export async function projectAdapters(
   };
   try {
     if (!hasPrivateTerms(pack)) return await project();
+    // The step says which are worth it.
+    if (steps) return await project(new Map());
     const spectra: Spectrum[] = [];
     await each(({ stored, adapter }, begun) => {
       const { name, out, in: inputs } = stored;
@@ -91,12 +99,28 @@ export async function projectAdapters(
 /** What is made of a module of an adapter, of which the shared part is known. */
 type Work = (at: Place, begun: Begun, space: ModuleSpace | undefined) => void;
 
+/** How coefficients are stored. */
+interface Coefficients {
+  readonly dtype: Dtype;
+  /** Of the integers of an adapter, where the pack has some. */
+  readonly steps: ReadonlyMap<Adapter, number> | undefined;
+}
+
+/** What the pack's step is for each adapter. */
+async function stepsOf(pack: Pack, adapters: readonly Adapter[]): Promise<Map<Adapter, number> | undefined> {
+  const step = stepOf(pack);
+  if (step === undefined) return undefined;
+  const steps = new Map<Adapter, number>();
+  for (const adapter of adapters) steps.set(adapter, step * (await typicalNorm(adapter)));
+  return steps;
+}
+
 /** Goes through the modules of a pack, and in each through the adapters that have it. */
 async function eachModule(
   pack: Pack,
   bases: Uint8Array,
   adapters: readonly Adapter[],
-  coefficientDtype: Dtype,
+  { dtype: coefficientDtype, steps }: Coefficients,
   work: Work,
   onProgress: ((done: number, of: number) => void) | undefined,
 ): Promise<void> {
@@ -109,7 +133,9 @@ async function eachModule(
       if (!module) continue;
       if (stored.A && stored.B) space ??= openModule(storedModule(stored, bases, adapter), products);
       const { magnitude, ...term } = await module.read();
-      const begun = storable(adapter, stored, () => beginMixed(space, { id: adapter.id, ...term }, options));
+      const begun = storable(adapter, stored, () =>
+        beginMixed(space, { id: adapter.id, ...term }, { ...options, step: steps?.get(adapter) }),
+      );
       work({ index, stored, i, adapter, magnitude }, begun, space);
     }
     onProgress?.(index + 1, pack.modules.length);

@@ -56,6 +56,8 @@ export interface TasksReport {
 /** What a pack is made of and what its tasks lost. */
 export interface BuildReport extends PackReport, TasksReport {
   readonly dtype: Dtypes;
+  /** As of `buildPack`, where numbers are entropy-coded. */
+  readonly step?: number | undefined;
   /** Private terms by number format, over tasks and modules. */
   readonly privateTerms: Readonly<Partial<Record<Dtype, number>>>;
   readonly error: TasksReport["error"] & { readonly worstModule: string };

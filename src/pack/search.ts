@@ -16,7 +16,7 @@ import {
   withinBytes,
   withinError,
 } from "./allocate.ts";
-import { grow, lowestPassing, partition, Unreachable } from "./bisect.ts";
+import { grow, growSlowly, lowestPassing, partition, Unreachable } from "./bisect.ts";
 import { type BuildOptions, type Built, buildPack } from "./build.ts";
 import {
   better,
@@ -30,7 +30,7 @@ import {
 } from "./goal.ts";
 import { openPack } from "./pack.ts";
 import type { BuildReport } from "./report.ts";
-import { allOf, allocatedWay, headFor, headWithin, judgedWays, limitOf, nameOf, type Way } from "./ways.ts";
+import { allOf, allocatedWay, headFor, headWithin, judgedWays, limitOf, nameOf, stepAt, type Way } from "./ways.ts";
 
 /** What is sought, who judges, and where to look. */
 export interface SearchOptions extends Pick<BuildOptions, "dtype" | "centering" | "normalize" | "base" | "anyBase"> {
@@ -227,13 +227,24 @@ function checkSearch(adapters: readonly Adapter[], options: SearchOptions & { go
   if (ways?.length === 0 || ladder?.length === 0) throw refuse("ways and ladder must not be empty");
 }
 
-/** Of one way: with so many components, or private terms for an error. @throws Unreachable */
+/** Private terms that a step may find worth their bytes. */
+const MOST_PRIVATE = 255;
+
+/** Of one way: with so many components, of so fine a step, or private terms for an error. @throws Unreachable */
 async function build(search: Search, way: Way, select: ComponentSelection): Promise<Built> {
-  const { name: _, allocateBeside: k, ...options } = way;
+  const { name: _, allocateBeside: k, refineBeside: shared, ...options } = way;
   const { adapters, dtype, centering, normalize, base, anyBase, signal } = search;
   if (k !== undefined) return allocated(search, way, select);
+  const all = { dtype, centering, normalize, base, anyBase, signal, ...options };
+  const refined = (n: number): BuildOptions => ({
+    ...{ ...all, normalize: undefined, step: stepAt(n) },
+    ...{ privateTerms: MOST_PRIVATE, select: { kind: "k", k: shared! } },
+  });
   try {
-    return await buildPack(adapters, { dtype, centering, normalize, base, anyBase, signal, ...options, select });
+    return await buildPack(
+      adapters,
+      shared !== undefined && select.kind === "k" ? refined(select.k) : { ...all, select },
+    );
   } catch (cause) {
     throw cause instanceof RangeError ? new Unreachable(cause.message, { cause }) : cause;
   }
@@ -313,7 +324,8 @@ async function attempt(search: Search, way: Way, smallest: number = Infinity): P
 function within(search: Search, way: Way, max: number): Promise<Built> {
   const sizeOf = ({ report: { bytes } }: Built): number => bytes;
   if (way.allocateBeside !== undefined) return allocated(search, way, { kind: "bytes", max });
-  return grow((k) => build(search, way, { kind: "k", k }), sizeOf, max, limitOf(search.adapters, way));
+  const grown = way.refineBeside === undefined ? grow : growSlowly;
+  return grown((k) => build(search, way, { kind: "k", k }), sizeOf, max, limitOf(search.adapters, way));
 }
 
 /** Errors that are tried where behaviour decides how much private terms hold. */

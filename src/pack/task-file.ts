@@ -3,6 +3,7 @@
  */
 import { checkOptions, described } from "../arguments.ts";
 import { TaskError } from "../errors.ts";
+import { plainTask } from "../format/coded.ts";
 import { isTaskId } from "../format/directory.ts";
 import type { PackModule, TaskBlob, TaskEntry, TaskFile } from "../format/format.ts";
 import { wrongKind } from "../format/kind.ts";
@@ -65,7 +66,8 @@ export async function readTaskFile(
       throw new TaskError(`${described(id)} cannot name a task`, { task: id });
     }
     if (tasks.has(id)) throw new TaskError(`a task "${id}" already exists; choose another id`, { task: id });
-    return { ...entry, blob: parseTask(blob, modules, name, { ...entry, id }) };
+    const plain = plainTask(blob, name, `task "${id}"`);
+    return { ...entry, blob: parseTask(plain, modules, name, { ...entry, id }) };
   } finally {
     await source.close?.();
   }

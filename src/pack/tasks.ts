@@ -11,7 +11,7 @@ import { misfitLabels } from "../format/heads.ts";
 import type { TaskToWrite } from "../format/layout.ts";
 import type { Dtypes } from "../tensor/dtypes.ts";
 import { type Dtype, isQuantized } from "../tensor/dtypes.ts";
-import { encodeTensor } from "../tensor/encode.ts";
+import { encodeSteps, encodeTensor } from "../tensor/encode.ts";
 
 /** What of a module's bases is said in each of its terms. */
 type Bases = Record<"A" | "B", { rank?: number | undefined; mean: unknown }>;
@@ -48,7 +48,7 @@ export async function encodeAdapter(
   adapter: Adapter,
   terms: readonly TermInput[],
   names: readonly string[],
-  head: Dtype,
+  head: HeadFormat,
 ): Promise<TaskToWrite> {
   const { id, byteLength, metadata, saved } = adapter;
   const named = (which: readonly TermInput[]): string[] => which.map(({ module }) => names[module]!);
@@ -65,7 +65,14 @@ export async function encodeAdapter(
   return { entry, blob: storable(adapter, { name: "a task" }, () => encodeTask(terms, parameters, names)) };
 }
 
-async function encodeParameters(adapter: Adapter, type: Dtype): Promise<ParameterInput[]> {
+/** How saved matrices are stored. */
+export interface HeadFormat {
+  readonly type: Dtype;
+  /** Of integers, as a share of the root mean square of a matrix. Default: as `type` says. */
+  readonly step?: number | undefined;
+}
+
+async function encodeParameters(adapter: Adapter, { type, step }: HeadFormat): Promise<ParameterInput[]> {
   const parameters: ParameterInput[] = [];
   for (const saved of adapter.saved) {
     const { name, role, shape, indices } = saved;
@@ -75,10 +82,19 @@ async function encodeParameters(adapter: Adapter, type: Dtype): Promise<Paramete
       continue;
     }
     const rows = shape[0]!;
-    const encoded = storable(adapter, saved, () => encodeTensor(type, values, rows, values.length / rows));
-    parameters.push({ name, role, dtype: type, shape, indices, encoded });
+    const width = values.length / rows;
+    const stored = storable(adapter, saved, () =>
+      step === undefined
+        ? { dtype: type, encoded: encodeTensor(type, values, rows, width) }
+        : encodeSteps(values, rows, width, Array<number>(rows).fill(step * rootMeanSquare(values))),
+    );
+    parameters.push({ name, role, shape, indices, ...stored });
   }
   return parameters;
+}
+
+function rootMeanSquare(values: Float32Array): number {
+  return Math.sqrt(values.reduce((sum, value) => sum + value ** 2, 0) / values.length);
 }
 
 /** A vector: f16 where matrices are packed integers, since one scale for all of it would be coarse and save nothing. */

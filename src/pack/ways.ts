@@ -15,19 +15,37 @@ export interface Way extends Omit<BuildOptions, "select" | "base" | "anyBase" | 
    * Gauge "balanced". Default: components grow.
    */
   readonly allocateBeside?: number;
+  /**
+   * So many components are shared, 0 for none, beside private terms, and steps get finer: every number has as many bits as it is worth.
+   * Gauge "balanced". Default: components grow.
+   */
+  readonly refineBeside?: number;
 }
 
 /** What a way is called in reports. */
-export function nameOf({ name, mode = "column", gauge = "as-trained", rank, allocateBeside: k, dtype }: Way): string {
+export function nameOf({ name, mode = "column", gauge = "as-trained", rank, step, dtype, ...way }: Way): string {
   if (name !== undefined) return name;
+  const { allocateBeside: k, refineBeside: coded } = way;
+  if (coded !== undefined)
+    return coded === 0 ? "private terms alone, coded" : `${coded} components and private terms, coded`;
   if (k !== undefined) return k === 0 ? "private terms alone" : `${k} components and private terms`;
-  return [mode, gauge, rank && `rank ${rank}`, dtype?.basis].filter(Boolean).join(", ");
+  return [mode, gauge, rank && `rank ${rank}`, step ? `step ${step}` : dtype?.basis].filter(Boolean).join(", ");
 }
 
 const MOST_COMPONENTS = 65_535;
 
-/** Components that there can be at most. */
-export function limitOf(adapters: readonly Adapter[], { mode, centering, rank: kept = Infinity }: Way): number {
+/** Steps from coarse to fine: of each, the next is a thirty-second of an octave finer. */
+const STEPS = 384;
+export function stepAt(n: number): number {
+  return 2 ** (-n / 32);
+}
+
+/** Components, or steps, that there can be at most. */
+export function limitOf(
+  adapters: readonly Adapter[],
+  { mode, centering, rank: kept = Infinity, refineBeside }: Way,
+): number {
+  if (refineBeside !== undefined) return STEPS;
   const modules = adapters.flatMap(({ modules }) => [...modules.values()]);
   if (mode === "flat") return Math.max(1, adapters.length - (centering === "none" ? 0 : 1));
   const rows = new Map<string, number>();
@@ -65,6 +83,9 @@ export function headFor(adapters: readonly Adapter[], max: number): Dtype {
   return bytes <= HEADS_SHARE * max ? "int8" : "int4";
 }
 
+/** From few bits to many: more bits leave room for fewer components. */
+const CODED_STEPS = [0.1, 0.07, 0.05, 0.035] as const;
+
 /** A head needs more bits than what it reads. */
 const HEADS = { int3: "int4", int4: "int4", int8: "int8", f16: "f16" } as const;
 
@@ -94,9 +115,25 @@ export function judgedWays(
   const gauge = "balanced";
   const heads = fixed.head ? [fixed.head] : (["int4", "int8"] as const);
   const alone = heads.map((head) => ({ ...allocatedWay(head), name: `private terms alone, heads ${head}` }));
-  if (adapters.length === 1) return [alone];
+  const free = !fixed.basis && !fixed.coefficients;
+  const head = fixed.head ? { dtype: { head: fixed.head } } : {};
+  const coded: Way[] = free ? [{ gauge, refineBeside: 0, ...head }] : [];
+  if (adapters.length === 1) return [alone, coded];
+  const stepped = (rank: number): Way[] =>
+    free
+      ? CODED_STEPS.map((step) => ({
+          name: `column, balanced, rank ${rank}, step ${step}`,
+          gauge,
+          rank,
+          step,
+          ...head,
+        }))
+      : [];
   return [
     alone,
+    coded,
+    stepped(half),
+    stepped(Math.ceil((3 * whole) / 8)),
     shape("column, as trained", {}),
     ...[...new Set([whole, half, Math.ceil((3 * whole) / 8)])].map((rank) =>
       shape(`column, balanced, rank ${rank}`, { gauge, rank }),

@@ -167,6 +167,14 @@ export function quantizedAt(bytes: Uint8Array, type: QuantizedDtype, byteOffset:
   return (pair << (32 - bits - (bit & 7))) >> (32 - bits);
 }
 
+/** Writes the `index`-th integer of the packed row that begins at `start`, where zeros stand. */
+export function setInteger(bytes: Uint8Array, bits: number, start: number, index: number, value: number): void {
+  const bit = index * bits;
+  const field = (value & ((1 << bits) - 1)) << (bit & 7);
+  bytes[start + (bit >> 3)]! |= field;
+  if (field > 255) bytes[start + (bit >> 3) + 1]! |= field >> 8;
+}
+
 /**
  * Encodes values as f32, f16 or bf16, rounded to nearest even: the values only, without a tensor's final padding.
  * @param out where to, aligned to 4 bytes. Default: new memory

@@ -4,6 +4,7 @@
 import {
   BITS,
   type Dtype,
+  decodeIntegers,
   encodeFloats,
   f16ToF32,
   f32ToF16,
@@ -11,6 +12,7 @@ import {
   type QuantizedDtype,
   rowBytes,
   scaleBytes,
+  setInteger,
   tensorBytes,
 } from "./dtypes.ts";
 
@@ -44,6 +46,8 @@ export function storing<T>(what: string, owner: string | undefined, encode: () =
 /**
  * Encodes f32 values [rows, width] as a tensor of `type`. A quantised row has the scale, an f16, that loses least of its squares:
  * with few integers it pays to clip the largest values for finer steps of all others.
+ * @param steps [rows]: scales that are wanted instead, of rows as integers; coarser where a value would not fit. They become halves
+ *   whose lower byte is 0, of which four lie between 1 and 2, since those take few bits where a section is coded
  * @throws UnstorableError when a value is not finite or does not fit the type
  */
 export function encodeTensor(
@@ -51,13 +55,16 @@ export function encodeTensor(
   values: ArrayLike<number>,
   rows: number,
   width: number,
+  steps?: ArrayLike<number>,
 ): Uint8Array<ArrayBuffer> {
   if (values.length !== rows * width) {
     throw new RangeError(`encodeTensor: ${values.length} values, expected ${rows} rows of ${width}`);
   }
   try {
     const bytes = new Uint8Array(tensorBytes(type, rows, width));
-    return isQuantized(type) ? encodeIntegers(type, values, rows, width, bytes) : encodeFloats(type, values, bytes);
+    return isQuantized(type)
+      ? encodeIntegers(type, values, rows, width, bytes, steps)
+      : encodeFloats(type, values, bytes);
   } catch (cause) {
     throw new UnstorableError((cause as Error).message, cause);
   }
@@ -69,6 +76,7 @@ function encodeIntegers(
   rows: number,
   width: number,
   bytes: Uint8Array<ArrayBuffer>,
+  steps: ArrayLike<number> | undefined,
 ): Uint8Array<ArrayBuffer> {
   const view = new DataView(bytes.buffer);
   const largest = LARGEST[type];
@@ -81,20 +89,28 @@ function encodeIntegers(
         throw new RangeError(`value ${row * width + i} is ${values[row * width + i]}, not a finite number`);
       peak = Math.max(peak, value);
     }
-    const half = bestScale(values, row * width, width, peak, largest);
+    const half = steps ? stepToF16(steps[row]!, peak / largest) : bestScale(values, row * width, width, peak, largest);
     view.setUint16(2 * row, half, true);
     const scale = f16ToF32(half);
     if (scale === 0) continue;
     const start = scaleBytes(type, rows) + row * rowBytes(type, width);
     for (let i = 0; i < width; i++) {
-      const q = nearest(values[row * width + i]! / scale, largest);
-      const bit = i * bits;
-      const field = (q & ((1 << bits) - 1)) << (bit & 7);
-      bytes[start + (bit >> 3)]! |= field;
-      if (field > 255) bytes[start + (bit >> 3) + 1]! |= field >> 8;
+      const value = values[row * width + i]! / scale;
+      setInteger(bytes, bits, start, i, steps ? toInteger(value, largest) : nearest(value, largest));
     }
   }
   return bytes;
+}
+
+/**
+ * From which fraction on a number goes to the next integer away from zero, where integers are entropy-coded: a little later than at
+ * half, since small ones take fewer bits.
+ */
+const UPWARDS = 0.42;
+
+/** The integer of a number in steps. @param largest in magnitude */
+export function toInteger(value: number, largest: number): number {
+  return Math.sign(value) * Math.min(largest, Math.floor(Math.abs(value) + UPWARDS));
 }
 
 function nearest(value: number, largest: number): number {
@@ -123,8 +139,80 @@ function bestScale(values: ArrayLike<number>, start: number, width: number, peak
   return best;
 }
 
+/** @param least what the largest value needs */
+function stepToF16(step: number, least: number): number {
+  if (least === 0) return 0;
+  const wanted = f32ToF16(Math.min(step, 32768));
+  const rounded = (wanted + 0x80) & 0xff00;
+  const half = rounded > 0x100 ? rounded : Math.max(wanted, 1);
+  return f16ToF32(half) * 1.0000001 < least ? (scaleToF16(least) + 0xff) & 0xff00 : half;
+}
+
 function scaleToF16(scale: number): number {
   if (scale >= 65504) throw new RangeError(`a row needs the scale ${scale}, too large for f16; use f32`);
   const half = f32ToF16(scale);
   return f16ToF32(half) < scale ? half + 1 : half;
+}
+
+/** Clipping may add this share to what rounding loses, for fewer bits in memory. */
+const CLIPPED = 0.02;
+
+/**
+ * Values [rows, width] by steps [rows], as of `encodeTensor`, in the smallest type of integers that hardly clips them.
+ * @throws UnstorableError
+ */
+export function encodeSteps(
+  values: ArrayLike<number>,
+  rows: number,
+  width: number,
+  wanted: ArrayLike<number>,
+): { dtype: QuantizedDtype; encoded: Uint8Array<ArrayBuffer> } {
+  const steps = Float64Array.from(wanted, (step) => f16ToF32(stepToF16(step, Number.MIN_VALUE)));
+  const dtype = (["int3", "int4"] as const).find((type) => {
+    let [clipped, total] = [0, 0];
+    for (let row = 0; row < rows; row++) {
+      const most = (LARGEST[type] + 0.5) * steps[row]!;
+      for (let i = row * width; i < (row + 1) * width; i++) {
+        clipped += Math.max(0, Math.abs(values[i]!) - most) ** 2;
+        total += Math.min(Math.abs(values[i]!), steps[row]! / 2) ** 2 / 3;
+      }
+    }
+    return clipped <= CLIPPED * total;
+  });
+  if (dtype === undefined) return { dtype: "int8", encoded: encodeTensor("int8", values, rows, width, steps) };
+  return { dtype, encoded: clippedTensor(dtype, values, rows, width, steps) };
+}
+
+function clippedTensor(
+  dtype: QuantizedDtype,
+  values: ArrayLike<number>,
+  rows: number,
+  width: number,
+  steps: ArrayLike<number>,
+): Uint8Array<ArrayBuffer> {
+  const clipped = Float64Array.from(values, (value, i) => {
+    const most = LARGEST[dtype] * steps[Math.floor(i / width)]!;
+    return Math.max(-most, Math.min(most, value));
+  });
+  return encodeTensor(dtype, clipped, rows, width, steps);
+}
+
+/** The same integers in the smallest type that all of these int8 tensors fit. */
+export function narrowed<T extends { readonly rows: number; readonly width: number; readonly encoded: Uint8Array }>(
+  tensors: readonly T[],
+): { dtype: QuantizedDtype; encoded: Uint8Array[] } {
+  const integers = tensors.map(({ encoded, rows, width }) => decodeIntegers("int8", encoded, rows, width));
+  const peak = integers.reduce((most, all) => all.reduce((a, b) => Math.max(a, Math.abs(b)), most), 0);
+  const dtype = (["int3", "int4", "int8"] as const).find((type) => peak <= LARGEST[type])!;
+  if (dtype === "int8") return { dtype, encoded: tensors.map(({ encoded }) => encoded) };
+  const encoded = tensors.map(({ rows, width, encoded: from }, i) => {
+    const bytes = new Uint8Array(tensorBytes(dtype, rows, width));
+    bytes.set(from.subarray(0, 2 * rows));
+    const start = scaleBytes(dtype, rows);
+    for (let row = 0; row < rows; row++)
+      for (let k = 0; k < width; k++)
+        setInteger(bytes, BITS[dtype], start + row * rowBytes(dtype, width), k, integers[i]![row * width + k]!);
+    return bytes;
+  });
+  return { dtype, encoded };
 }

@@ -24,6 +24,7 @@ import type { Lessons } from "./lessons.ts";
 import { checkNumbers, checkSession } from "./limits.ts";
 import { sureTemperature, tempered } from "./probabilities.ts";
 import type { SequenceOptions } from "./sequences.ts";
+import type { Stepped } from "./steps.ts";
 import type { FitOptions, TrainingStep } from "./trainer.ts";
 
 const OPTIONS = [
@@ -126,16 +127,18 @@ export async function distill(session: Session, options: DistillOptions): Promis
   const { temperature = head ? sureTemperature(taught.map(({ target }) => Float32Array.from(target!))) : 1 } = options;
   const rate = Math.min(MOST_RATE, ((lessons.tokens ? WAY.tokens : WAY.labels) * Math.sqrt(divergenceBefore)) / steps);
   const { weightDecay, clip, warmup, decay } = options;
-  const fit: FitOptions = {
+  const stepped = trainer.stepsOf(blob);
+  const fit: FitOptions & Stepped = {
     ...{ steps, batch, temperature, weightDecay, clip, warmup, decay, signal },
     learningRates: { terms: rate, head: rate, ...options.learningRates },
     dtype: isQuantized(coefficients) ? dtype : undefined,
+    stored: stepped,
   };
   const lessonRows = lessons.tokens
     ? train
     : train.map((row) => ({ ...row, target: tempered(row.target!, temperature) }));
   for await (const step of trainer.fitRows(lessonRows, fit)) options.onStep?.(step);
-  const trained = await trainer.task({ id, dtype });
+  const trained = trainer.storedTask({ id, dtype, stored: stepped });
   // As it is stored, since number formats of few bits may cost more than training gains.
   await trainer.begin(trained);
   const divergenceAfter = await trainer.divergence(judges);

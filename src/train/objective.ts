@@ -7,6 +7,7 @@ import type { Row } from "./examples.ts";
 import { type Lessons, logitsOf, type Score } from "./lessons.ts";
 import { crossEntropy, largest, likeliest } from "./probabilities.ts";
 import { type State, stateLike } from "./state.ts";
+import { type Stepped, type TaskSteps, toSteps } from "./steps.ts";
 import type { Point, Subject } from "./subject.ts";
 import { asStored } from "./terms.ts";
 
@@ -40,10 +41,10 @@ export async function evaluate<Feeds>(
   subject: Subject<Feeds>,
   rows: readonly Row<Feeds>[],
   state: State,
-  { smoothing = 0, temperature = 1, dtype = {} }: ObjectiveOptions,
+  { smoothing = 0, temperature = 1, dtype = {}, stored }: ObjectiveOptions & Stepped,
 ): Promise<Evaluated> {
   const { machine, lessons, terms } = subject;
-  const point = pointOf(subject, rounded(subject, state, dtype), temperature);
+  const point = pointOf(subject, rounded(subject, state, dtype, stored), temperature);
   const gradients = stateLike(state);
   let loss = 0;
   for (const { rows: some, targets, share } of lessons.parts(rows, smoothing)) {
@@ -61,9 +62,9 @@ export async function score<Feeds>(
   subject: Subject<Feeds>,
   rows: readonly Row<Feeds>[],
   state: State,
-  { temperature = 1, dtype = {} }: ObjectiveOptions,
+  { temperature = 1, dtype = {}, stored }: ObjectiveOptions & Stepped,
 ): Promise<Score> {
-  const point = pointOf(subject, rounded(subject, state, dtype), temperature);
+  const point = pointOf(subject, rounded(subject, state, dtype, stored), temperature);
   let [loss, count, right] = [0, 0, 0];
   for await (const { row, logits } of answers(subject, rows, point)) {
     const wanted = subject.lessons.wanted(row);
@@ -109,7 +110,10 @@ function rounded<Feeds>(
   { terms, labels }: Subject<Feeds>,
   { parameters, weight, bias }: State,
   { coefficients, head }: Partial<TaskDtypes>,
+  stored: TaskSteps | undefined,
 ): Numbers {
+  if (stored)
+    return { parameters: toSteps(parameters, stored.parameters), weight: toSteps(weight, stored.weight), bias };
   const width = weight.length / labels.length;
   return {
     parameters: coefficients ? terms.rounded(parameters, coefficients) : parameters,

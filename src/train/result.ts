@@ -7,9 +7,11 @@ import type { TaskMetadata } from "../format/format.ts";
 import { misfitLabels } from "../format/heads.ts";
 import { parseTask } from "../format/task.ts";
 import type { Pack } from "../pack/pack.ts";
+import { narrowTerms } from "../pack/steps.ts";
 import { type Dtype, isQuantized, type TaskDtypes } from "../tensor/dtypes.ts";
 import { encodeTensor, storing } from "../tensor/encode.ts";
 import type { State } from "./state.ts";
+import { rowsOf, type Stepped } from "./steps.ts";
 import type { Head } from "./subject.ts";
 import type { Terms, TrainedParameter } from "./terms.ts";
 
@@ -33,16 +35,19 @@ export function taskFile(
   trained: Terms,
   { parameters, weight, bias }: Omit<State, "all">,
   head: Head | undefined,
-  { id = "task", dtype = {}, metadata = {} }: TaskFileOptions,
+  { id = "task", dtype = {}, metadata = {}, stored }: TaskFileOptions & Stepped,
 ): Uint8Array<ArrayBuffer> {
-  const { coefficients = "f16", head: headDtype = "f16" } = dtype;
+  const { coefficients = "f16", head: headDtype = "f16" } = stored
+    ? { ...dtype, coefficients: "int8" as const }
+    : dtype;
   const terms: TermInput[] = [];
   for (const [module, { name, A, B }] of pack.modules.entries()) {
     const of = (kind: TrainedParameter["kind"]): (TensorInput & { rows: number }) | undefined => {
       const [rows, width] = trained.parameter(name, kind)?.dims ?? [];
-      return rows && width
-        ? { rows, ...tensor(`${kind} of "${name}"`, coefficients, trained.part(parameters, name, kind)!, rows, width) }
-        : undefined;
+      if (!rows || !width) return undefined;
+      const steps = stored && rowsOf(trained.part(stored.parameters, name, kind)!, width);
+      const values = trained.part(parameters, name, kind)!;
+      return { rows, ...tensor(`${kind} of "${name}"`, coefficients, values, rows, width, steps) };
     };
     const [alphaA, alphaB, privateA, privateB] = [of("alphaA"), of("alphaB"), of("privateA"), of("privateB")];
     const shared = alphaA && alphaB && A && B;
@@ -61,19 +66,27 @@ export function taskFile(
   const save = (part: string, dtype: Dtype, values: Float32Array, shape: number[]): void => {
     const [width, rows = 1] = shape.toReversed() as [number, number?];
     const name = `${head!.module}.${part}`;
-    saved.push({ name, role: "saved", shape, ...tensor(`"${name}"`, dtype, values, rows, width) });
+    const steps = stored && rows > 1 ? rowsOf(stored.weight, width) : undefined;
+    saved.push({ name, role: "saved", shape, ...tensor(`"${name}"`, dtype, values, rows, width, steps) });
   };
   if (head) save("weight", headDtype, weight, [bias.length, head.in]);
   // One scale for a whole bias would be coarse and save nothing.
   if (head?.bias) save("bias", isQuantized(headDtype) ? "f16" : headDtype, bias, [bias.length]);
   const misfit = misfitLabels(metadata.labels, saved);
   if (misfit !== undefined) throw new RangeError(`metadata.labels: ${misfit}`);
-  const blob = encodeTask(terms, saved);
+  const blob = encodeTask(stored ? narrowTerms(terms, pack.modules) : terms, saved);
   // A writer ends by reading what it wrote.
   const brings = bringsOf(parseTask(blob, pack.modules, "the trained task", { id }), pack.modules);
   return encodeTaskFile({ id, adapterBytes: 0, metadata, brings }, pack.basisId, blob);
 }
 
-function tensor(what: string, dtype: Dtype, values: Float32Array, rows: number, width: number): TensorInput {
-  return { dtype, encoded: storing(what, undefined, () => encodeTensor(dtype, values, rows, width)) };
+function tensor(
+  what: string,
+  dtype: Dtype,
+  values: Float32Array,
+  rows: number,
+  width: number,
+  steps?: Float32Array,
+): TensorInput {
+  return { dtype, encoded: storing(what, undefined, () => encodeTensor(dtype, values, rows, width, steps)) };
 }

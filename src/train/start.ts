@@ -4,6 +4,7 @@
  * zero-shot). Rows must differ at the start: identical rows get identical gradients, for ever.
  */
 import { TaskError } from "../errors.ts";
+import { plainTask } from "../format/coded.ts";
 import type { TaskBlob, TensorRef } from "../format/format.ts";
 import { parseTask } from "../format/task.ts";
 import { parseTaskFile } from "../format/task-file.ts";
@@ -42,8 +43,9 @@ export async function readDonor(pack: Pack, task: string | Uint8Array<ArrayBuffe
     if (pack.tasks.has(task)) return { id: task, blob: await pack.load(task) };
     throw new TaskError(`there is no task "${task}" to start from`, { task });
   }
-  const { id, basisId, blob } = parseTaskFile(task, "the task to begin with");
-  if (basisId === pack.basisId) return { id, blob: parseTask(blob, pack.modules, "the task to begin with", { id }) };
+  const file = "the task to begin with";
+  const { id, basisId, blob } = parseTaskFile(task, file);
+  if (basisId === pack.basisId) return { id, blob: parseTask(plainTask(blob, file, file), pack.modules, file, { id }) };
   throw new TaskError(`task "${id}" belongs to the basis ${basisId}, this pack has ${pack.basisId}`, { task: id });
 }
 
@@ -163,7 +165,11 @@ async function momentsOf(pack: Pack, terms: Terms, signal?: AbortSignal): Promis
 }
 
 /** What a task has of a parameter. */
-function tensorOf(pack: Pack, { terms }: TaskBlob, { module, kind, dims }: TrainedParameter): TensorRef | undefined {
+export function tensorOf(
+  pack: Pack,
+  { terms }: TaskBlob,
+  { module, kind, dims }: TrainedParameter,
+): TensorRef | undefined {
   const term = terms.find((one) => pack.modules[one.module]!.name === module);
   const tensors: Partial<Record<TrainedParameter["kind"], TensorRef | undefined>> = {
     alphaA: term?.A?.tensor,

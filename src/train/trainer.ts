@@ -4,6 +4,7 @@
  */
 import { checkList, checkOptions } from "../arguments.ts";
 import { TaskError } from "../errors.ts";
+import type { TaskBlob } from "../format/format.ts";
 import { parseTaskFile } from "../format/task-file.ts";
 import { uniform } from "../tensor/random.ts";
 import { type Example, type Row, toBatches, type Unlabelled } from "./examples.ts";
@@ -15,6 +16,7 @@ import { type TaskFileOptions, taskFile } from "./result.ts";
 import { checkGradients, stopped } from "./self-test.ts";
 import { readDonor, type Start, startState } from "./start.ts";
 import { copyOf, type OptimizerOptions, optimizerOf, type State } from "./state.ts";
+import { type Stepped, stepsOf, type TaskSteps } from "./steps.ts";
 import type { Subject } from "./subject.ts";
 
 const OPTIONS = [
@@ -129,7 +131,7 @@ export class Trainer<Feeds = unknown> {
   }
 
   /** @internal The same with examples that were checked. */
-  async *fitRows(rows: readonly Row<Feeds>[], options: FitOptions): AsyncGenerator<TrainingStep, void, void> {
+  async *fitRows(rows: readonly Row<Feeds>[], options: FitOptions & Stepped): AsyncGenerator<TrainingStep, void, void> {
     this.#refuseBusy("fit");
     this.#busy = true;
     try {
@@ -139,7 +141,7 @@ export class Trainer<Feeds = unknown> {
     }
   }
 
-  async *#fit(rows: readonly Row<Feeds>[], options: FitOptions): AsyncGenerator<TrainingStep, void, void> {
+  async *#fit(rows: readonly Row<Feeds>[], options: FitOptions & Stepped): AsyncGenerator<TrainingStep, void, void> {
     const { terms, lessons } = this.#subject;
     const { epochs = 8, batch = 16, signal } = options;
     const { train, holdout } = lessons.split(rows, options.holdout ?? 0, this.#random);
@@ -147,7 +149,7 @@ export class Trainer<Feeds = unknown> {
     const steps = options.steps ?? epochs * Math.ceil(train.length / batch);
     const state = (this.#state ??= await this.#start(train, batch, options));
     // A loss of rounded numbers is a staircase, which has no gradient to be held against.
-    const exact = { ...options, dtype: undefined };
+    const exact = { ...options, dtype: undefined, stored: undefined };
     if (!this.#tested) await checkGradients(state, (at) => evaluate(this.#subject, train.slice(0, batch), at, exact));
     this.#tested = true;
     const optimizer = optimizerOf(state, terms.ofTasks, steps, options);
@@ -234,6 +236,12 @@ export class Trainer<Feeds = unknown> {
     return score(this.#subject, rows, this.#learned(), {});
   }
 
+  /** @internal Steps of the integers of a stored task, for `fitRows` and `task`. */
+  stepsOf(blob: TaskBlob): TaskSteps | undefined {
+    const { pack, terms, machine } = this.#subject;
+    return stepsOf(pack, terms, blob, machine.head);
+  }
+
   /** @internal Mean KL in nats of what rows ought to be answered and what the task answers. */
   async divergence(rows: readonly Row<Feeds>[]): Promise<number> {
     const found = new MeanDivergence();
@@ -275,6 +283,11 @@ export class Trainer<Feeds = unknown> {
     return this.#file(options);
   }
 
+  /** @internal The task with integers of given steps. */
+  storedTask(options: TaskFileOptions & Stepped): Uint8Array<ArrayBuffer> {
+    return this.#file(options);
+  }
+
   /**
    * A pack of its own, where components were trained: the tasks that there were, solved again for the new components, and the new
    * one behind them. They lose a little by it: `eigenlora verify --against` tells how much.
@@ -291,7 +304,7 @@ export class Trainer<Feeds = unknown> {
     return repack(pack, terms, this.#learned().parameters, learned);
   }
 
-  #file({ metadata, ...options }: TaskFileOptions): Uint8Array<ArrayBuffer> {
+  #file({ metadata, ...options }: TaskFileOptions & Stepped): Uint8Array<ArrayBuffer> {
     const { pack, terms, machine, labels } = this.#subject;
     const named = { ...options, metadata: { ...(labels.length > 0 && { labels: [...labels] }), ...metadata } };
     return taskFile(pack, terms, this.#learned(), machine.head, named);

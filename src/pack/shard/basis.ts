@@ -71,7 +71,7 @@ export async function buildBasis(statistics: Statistics, options: BasisOptions =
     options.onProgress?.(modules.length, statistics.modules.size);
   }
   const baseModel = baseModels(statistics.adapters)[0];
-  const chunks = await newPack({ mode: "column", gauge, centering, rank, baseModel, modules }, []);
+  const { chunks } = await newPack({ mode: "column", gauge, centering, rank, baseModel, modules }, []);
   const components = componentsOf(modules);
   const report: BasisReport = {
     adapters: statistics.adapters.length,
@@ -98,14 +98,14 @@ function sideBasis(summary: Summary, ranks: Uint32Array, options: ExtractOptions
     return encodeSide(
       { width, rank: undefined, ...found },
       found.components.count,
-      options.basisDtype,
+      { type: options.basisDtype },
       options.products,
     );
   }
   const stacked = factorsOf(summary.values, ranks, width).filter(({ rank }) => rank > 0);
   const factors = stacked.map(({ factor }) => (options.gauge === "balanced" ? trimmed(factor, width) : factor));
   const side = decompose(factors, factors, width, undefined, options);
-  return encodeSide(side, side.components.count, options.basisDtype, options.products);
+  return encodeSide(side, side.components.count, { type: options.basisDtype }, options.products);
 }
 
 /** A balanced factor without the rows of zeros behind. */

@@ -1,0 +1,61 @@
+/**
+ * Steps of integers that are equally coarse for ΔW. An integer of a coefficient of row i of A changes ΔW by its step times the length of
+ * row i of Bᵀ, one of a component by its step times all that its coefficients weigh. Where every integer changes ΔW alike, the fewest
+ * bits lose the least: reverse water-filling (T. Cover, J. Thomas, "Elements of Information Theory", 10.3.3), which entropy coding
+ * does by itself, since what is below the step becomes zeros.
+ */
+import type { Term } from "../tensor/term.ts";
+import { centred } from "./components.ts";
+import type { Pair } from "./gauge.ts";
+import { gram, PLAIN, type Products, rowSquares } from "./linalg.ts";
+
+/** Steps of a pair's rows, or of their coefficients: of each row of A, and of Bᵀ. */
+export interface RowSteps {
+  readonly A: Float64Array;
+  readonly Bt: Float64Array;
+}
+
+/** @param step by how much ΔW is to change */
+export function rowSteps({ rank, A, Bt }: Pair, step: number): RowSteps {
+  const beside = (rows: Float64Array): Float64Array =>
+    rowSquares(rows, rank, rows.length / rank).map((square) => (square > 0 ? step / Math.sqrt(square) : 0));
+  return { A: beside(Bt), Bt: beside(A) };
+}
+
+/**
+ * Steps of the components [count] and, last, of the mean, so that they weigh as coefficients do.
+ * @param rows [Σ ranks, width], of which coefficients are stored
+ * @param own steps of their coefficients; 0 where there are none
+ * @param spread by how much longer a row is in the metric that lengths are taken in
+ */
+export function componentSteps(
+  {
+    rows,
+    mean,
+    width,
+  }: { readonly rows: Float64Array; readonly mean: Float64Array | undefined; readonly width: number },
+  components: Float64Array,
+  own: Float64Array,
+  spread: number,
+  products: Products = PLAIN,
+): Float64Array {
+  const [total, count] = [rows.length / width, components.length / width];
+  const x = centred(rows, total, width, mean);
+  const at = count > 0 ? products.multiplyTransposed(x, components, total, count, width) : new Float64Array(0);
+  const weights = new Float64Array(count + 1);
+  for (let i = 0; i < total; i++) {
+    if (!(own[i]! > 0)) continue;
+    for (let k = 0; k < count; k++) weights[k]! += (at[i * count + k]! / own[i]!) ** 2;
+    weights[count]! += own[i]! ** -2;
+  }
+  return weights.map((weight) => (weight > 0 ? 1 / (spread * Math.sqrt(weight)) : 0));
+}
+
+/** ‖ΔW‖² of a term. */
+export function squareOfTerm({ rank, A, Bt }: Pick<Term, "rank" | "A" | "Bt">): number {
+  const [a, b] = [A, Bt].map((rows) => gram(Float64Array.from(rows), rank, rows.length / rank)) as [
+    Float64Array,
+    Float64Array,
+  ];
+  return a.reduce((sum, value, i) => sum + value * b[i]!, 0);
+}

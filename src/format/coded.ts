@@ -1,0 +1,364 @@
+/**
+ * Entropy-coded sections (SPEC.md, section 5.1): integers of tensors in as many bits as they are worth. Coding loses nothing: a
+ * section is what it was, byte for byte, once decoded. The coder is rANS (J. Duda, "Asymmetric numeral systems", 2013) over
+ * frequencies that adapt. `code` tells what is coded in which order, for both directions; the other half is `encode-coded.ts`.
+ */
+import {
+  BITS,
+  type QuantizedDtype,
+  quantizedAt,
+  rowBytes,
+  scaleBytes,
+  setInteger,
+  tensorBytes,
+} from "../tensor/dtypes.ts";
+import { check } from "./messagepack.ts";
+
+/** "CODE" */
+export const CODED_MAGIC = 0x45444f43;
+/** In front of the words: magic, and the bytes of the section once decoded. */
+export const CODED_HEAD_BYTES = 8;
+/** What a section has at most once decoded. @param stored its bytes, coded */
+export function mostDecoded(stored: number): number {
+  return 64 * stored + 4096;
+}
+
+/** Bits of a frequency, and of a word. */
+export const FREQUENCY_BITS = 15;
+export const WORD_BITS = 16;
+/** Symbols of a table; the last of an integer's says that more follows. */
+export const SYMBOLS = 8;
+const ESCAPE = SYMBOLS - 1;
+/** No frequency falls below about this. */
+const LEAST = 16;
+/** How far a table moves by how often it was used before, this often at least: the share is a power of 2. */
+const STEPS: Uint8Array = Uint8Array.from({ length: 41 }, (_, used) =>
+  used < 4 ? 4 : used < 12 ? 5 : used < 40 ? 6 : 7,
+);
+
+/** What is above the likeliest symbol when all others have their least frequency. */
+const RAISED = (1 << FREQUENCY_BITS) - SYMBOLS * LEAST;
+
+/** Types of integers, by their code here. */
+const TYPES: readonly QuantizedDtype[] = ["int8", "int4", "int3"];
+
+/**
+ * First tables, by the level of a mean magnitude (`LEVELS`): 2^15 times the probability that a value of a normal distribution with
+ * such a mean magnitude, rounded, is at most 0, 1, … 6.
+ */
+const FIRST: readonly (readonly number[])[] = [
+  [31897, 32672, 32688, 32704, 32720, 32736, 32752],
+  [29879, 32672, 32688, 32704, 32720, 32736, 32752],
+  [27029, 32672, 32688, 32704, 32720, 32736, 32752],
+  [23060, 32634, 32688, 32704, 32720, 32736, 32752],
+  [18047, 31955, 32688, 32704, 32720, 32736, 32752],
+  [13182, 29051, 32448, 32704, 32720, 32736, 32752],
+  [9338, 23833, 30543, 32399, 32706, 32736, 32752],
+  [6559, 18123, 26052, 30279, 32031, 32595, 32736],
+  [4582, 13198, 20365, 25637, 29067, 31041, 32046],
+  [3204, 9423, 15106, 19997, 23960, 26984, 29157],
+  [2247, 6674, 10909, 14843, 18390, 21496, 24136],
+];
+/** From which mean magnitude on a level begins, in 1/64. */
+const LEVELS: readonly number[] = [4, 8, 15, 24, 38, 56, 83, 120, 174, 248];
+/** Means above this, in 1/64, have the lowest bits of their integers stored as they are. */
+const MOST_MEAN = 256;
+const MEAN_UNIT = 64;
+const LEVEL_OF: Uint8Array = Uint8Array.from(
+  { length: MOST_MEAN + 1 },
+  (_, mean) => LEVELS.filter((begin) => begin <= mean).length,
+);
+
+/** Tables: of integers by level and bits left out, then one for each other kind of number. */
+const SHIFTS = 6;
+const INTEGERS = SHIFTS * FIRST.length;
+const [MORE, SCALE, FINE, LENGTH, DISTANCE, SHAPE] = [0, 1, 2, 3, 4, 5].map((i) => INTEGERS + i) as [
+  ...[number, number, number, number, number, number],
+];
+export const TABLES: number = INTEGERS + 6;
+/** Where no mean is known. */
+const UNKNOWN_LEVEL = 7;
+
+/** Columns of more numbers than this are not remembered. */
+const MOST_COLUMNS = 4096;
+/** A copy of earlier bytes has at least so many. */
+export const LEAST_COPY = 4;
+
+/** Codes one value after another: a decoder returns what it read, an encoder what it was given. */
+export interface Coder {
+  /** 0 to 7, by a table. */
+  symbol(table: number, value: number): number;
+  /** The lowest `count` bits, at most 16. */
+  bits(count: number, value: number): number;
+}
+
+/** Tensors of one shape and type, one behind the other. */
+export interface TensorRun {
+  readonly dtype: QuantizedDtype;
+  readonly rows: number;
+  readonly width: number;
+  readonly count: number;
+  /** Each begins at a multiple of it: 4 or 16. */
+  readonly step: 4 | 16;
+  /** Of the first. */
+  readonly byteOffset: number;
+}
+
+/** What an encoder knows of a section. */
+export interface Plan {
+  readonly runs: readonly TensorRun[];
+  /** Earlier bytes that are the same as those at `at`: how many, and how far back. Undefined where there are too few. */
+  copyAt(at: number, end: number): { readonly length: number; readonly distance: number } | undefined;
+}
+
+/** Whether a task blob is coded. Its first bytes say so; of bases the section table does. */
+export function isCoded(blob: Uint8Array): boolean {
+  return blob.length >= 4 && new DataView(blob.buffer, blob.byteOffset).getUint32(0, true) === CODED_MAGIC;
+}
+
+/** A task blob, decoded where it is coded. @throws FormatError as `decodeSection` */
+export function plainTask(blob: Uint8Array, file: string, part: string): Uint8Array {
+  return isCoded(blob) ? decodeSection(blob, file, part) : blob;
+}
+
+/**
+ * A coded section as it was.
+ * @param expected bytes that it must become. Default: what it says
+ * @throws FormatError when it is no such section, or damaged
+ */
+export function decodeSection(
+  bytes: Uint8Array,
+  file: string,
+  part: string,
+  expected?: number,
+): Uint8Array<ArrayBuffer> {
+  const sound = (condition: boolean, what: string): void =>
+    check(condition, file, part, () => `as it is coded, ${what}`);
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  const whole = bytes.length >= CODED_HEAD_BYTES + 4 && bytes.length % 2 === 0;
+  sound(whole && view.getUint32(0, true) === CODED_MAGIC, "it has no head: the file is damaged");
+  const size = view.getUint32(4, true);
+  sound(size <= mostDecoded(bytes.length), `it says that it becomes ${size} bytes, of ${bytes.length} that are stored`);
+  sound(expected === undefined || size === expected, `it becomes ${size} bytes, its tensors need ${expected}`);
+  const section = new Uint8Array(size);
+  const decoder = new Decoder(view, sound);
+  code(decoder, section, sound);
+  decoder.end();
+  return section;
+}
+
+/**
+ * Codes a section, or fills one with what is decoded. Bytes that belong to no run are copies of earlier ones, or stand as they are.
+ * @param sound throws unless a condition holds, saying what is wrong
+ * @param plan of an encoder
+ */
+export function code(
+  coder: Coder,
+  section: Uint8Array,
+  sound: (condition: boolean, what: string) => void,
+  plan?: Plan,
+): void {
+  let at = 0;
+  for (let i = 0; at < section.length; i++) {
+    const run = plan?.runs[i];
+    at = codeBytes(coder, section, at, run ? run.byteOffset : section.length, sound, plan);
+    if (at === section.length) break;
+    const type = coder.bits(2, run ? TYPES.indexOf(run.dtype) : 0);
+    sound(type < TYPES.length, `it has a tensor of type ${type}`);
+    const dtype = TYPES[type]!;
+    const rows = codeNumber(coder, SHAPE, run?.rows ?? 0);
+    const width = codeNumber(coder, SHAPE, run?.width ?? 0);
+    const count = codeNumber(coder, SHAPE, run?.count ?? 0);
+    const step = coder.bits(1, Number(run?.step === 16)) ? 16 : 4;
+    const bytes = Math.ceil(tensorBytes(dtype, rows, width) / step) * step;
+    const end = at + (count - 1) * bytes + tensorBytes(dtype, rows, width);
+    sound(count > 0 && rows > 0 && end <= section.length, `${count} tensors [${rows}, ${width}] do not fit into it`);
+    const memory = new Memory(rows, width);
+    for (let k = 0; k < count; k++) codeTensor(coder, section, at + k * bytes, dtype, rows, width, memory);
+    at = end;
+  }
+}
+
+/** A number below 2^31 − 1: how many bits it has more than one, by a table, then those bits. */
+function codeNumber(coder: Coder, table: number, value: number): number {
+  let count = 31 - Math.clz32(value + 1);
+  const short = coder.symbol(table, Math.min(count, ESCAPE));
+  count = short < ESCAPE ? short : Math.min(30, ESCAPE + coder.bits(5, count - ESCAPE));
+  const low = Math.min(count, WORD_BITS);
+  const high = coder.bits(count - low, (value + 1) >>> low);
+  return ((1 << count) | (high << low) | coder.bits(low, value + 1)) - 1;
+}
+
+/** Bytes as they are, and copies of earlier ones, in turns. */
+function codeBytes(
+  coder: Coder,
+  section: Uint8Array,
+  start: number,
+  stop: number,
+  sound: (condition: boolean, what: string) => void,
+  plan: Plan | undefined,
+): number {
+  const end = start + codeNumber(coder, LENGTH, stop - start);
+  sound(end <= section.length, `${end - start} bytes at ${start} do not fit into it`);
+  let at = start;
+  while (at < end) {
+    let next = at;
+    let copy: ReturnType<Plan["copyAt"]>;
+    if (plan) while (next < end && !(copy = plan.copyAt(next, end))) next++;
+    next = at + codeNumber(coder, LENGTH, next - at);
+    sound(next <= end, `${next - at} bytes at ${at} are too many`);
+    for (; at < next; at++) section[at] = coder.bits(8, section[at]!);
+    if (at === end) break;
+    const length = LEAST_COPY + codeNumber(coder, LENGTH, (copy?.length ?? LEAST_COPY) - LEAST_COPY);
+    const distance = 1 + codeNumber(coder, DISTANCE, (copy?.distance ?? 1) - 1);
+    sound(distance <= at && at + length <= end, `a copy of ${length} bytes does not fit into it`);
+    for (const until = at + length; at < until; at++) section[at] = section[at - distance]!;
+  }
+  return end;
+}
+
+/** What a run has seen: of each row the upper byte of the last scale, and the mean magnitude in 1/64; of each number where they are few. */
+class Memory {
+  readonly scales: Uint8Array;
+  readonly rows: Int32Array;
+  readonly columns: Int32Array | undefined;
+
+  constructor(rows: number, width: number) {
+    this.scales = new Uint8Array(rows);
+    this.rows = new Int32Array(rows).fill(-1);
+    this.columns = rows * width <= MOST_COLUMNS ? new Int32Array(rows * width).fill(-1) : undefined;
+  }
+}
+
+function codeTensor(
+  coder: Coder,
+  section: Uint8Array,
+  start: number,
+  dtype: QuantizedDtype,
+  rows: number,
+  width: number,
+  memory: Memory,
+): void {
+  const [values, stride, bits] = [start + scaleBytes(dtype, rows), rowBytes(dtype, width), BITS[dtype]];
+  const largest = 2 ** (bits - 1) - 1;
+  let [before, likely] = [MEAN_UNIT, 0x3c];
+  for (let row = 0; row < rows; row++) {
+    const [lower, upper] = [start + 2 * row, start + 2 * row + 1];
+    likely = section[upper] = codeUpper(coder, section[upper]!, memory.scales[row]! || likely);
+    memory.scales[row] = likely;
+    section[lower] = coder.symbol(FINE, Number(section[lower] !== 0)) && coder.bits(8, section[lower]!);
+    let mean = memory.rows[row]! < 0 ? before : memory.rows[row]!;
+    const from = values + row * stride;
+    for (let i = 0; i < width; i++) {
+      const at = row * width + i;
+      const column = memory.columns?.[at] ?? -1;
+      const given = quantizedAt(section, dtype, from, i);
+      const value = codeInteger(coder, column < 0 ? mean : (mean + column) >> 1, given, largest);
+      if (value !== given) setInteger(section, bits, from, i, value);
+      const seen = Math.abs(value) * MEAN_UNIT;
+      if (memory.columns) memory.columns[at] = column < 0 ? (mean + seen) >> 1 : column + ((seen - column) >> 3);
+      mean += (seen - mean) >> (i < 7 ? 3 : i < 15 ? 4 : 5);
+    }
+    before = memory.rows[row] = mean;
+  }
+}
+
+/** The upper byte of a scale, by the difference to what is likely. */
+function codeUpper(coder: Coder, byte: number, likely: number): number {
+  const difference = byte - likely;
+  const folded = codeNumber(coder, SCALE, difference < 0 ? -2 * difference - 1 : 2 * difference);
+  return (likely + (folded & 1 ? -(folded + 1) / 2 : folded / 2)) & 255;
+}
+
+/** @param mean expected of its magnitude, in 1/64 */
+function codeInteger(coder: Coder, mean: number, value: number, largest: number): number {
+  let shift = 0;
+  while (mean >> shift > MOST_MEAN) shift++;
+  const magnitude = Math.abs(value);
+  let found = coder.symbol(shift * FIRST.length + LEVEL_OF[mean >> shift]!, Math.min(magnitude >> shift, ESCAPE));
+  if (found === ESCAPE) found += codeNumber(coder, MORE, (magnitude >> shift) - ESCAPE);
+  if (shift > 0) found = (found << shift) | coder.bits(shift, magnitude & ((1 << shift) - 1));
+  if (found > largest) found = largest + 1;
+  return found && coder.bits(1, Number(value < 0)) ? -found : found;
+}
+
+/** Tables of cumulative frequencies that move towards what they are used for. */
+export class Tables {
+  /** [tables, 9]: of each, the sum of the frequencies of all symbols below the i-th. */
+  readonly sums: Int32Array = new Int32Array(TABLES * (SYMBOLS + 1));
+  readonly #used = new Uint8Array(TABLES);
+
+  constructor() {
+    for (let table = 0; table < TABLES; table++) {
+      const first = FIRST[table < INTEGERS ? table % FIRST.length : UNKNOWN_LEVEL]!;
+      this.sums.set([0, ...first, 1 << FREQUENCY_BITS], table * (SYMBOLS + 1));
+    }
+  }
+
+  /** Makes `symbol` likelier. */
+  use(table: number, symbol: number): void {
+    const { sums } = this;
+    const used = this.#used[table]!;
+    const slow = STEPS[used]!;
+    if (used < STEPS.length - 1) this.#used[table] = used + 1;
+    const at = table * (SYMBOLS + 1);
+    for (let i = 1; i < SYMBOLS; i++) {
+      const sum = sums[at + i]!;
+      sums[at + i] = sum + (((i > symbol ? RAISED : 0) + i * LEAST - sum) >> slow);
+    }
+  }
+}
+
+class Decoder implements Coder {
+  readonly #view: DataView;
+  readonly #sound: (condition: boolean, what: string) => void;
+  readonly #tables = new Tables();
+  /** An array, since engines keep numbers above 2^30 apart from objects. */
+  readonly #state = new Int32Array(1);
+  #at = CODED_HEAD_BYTES;
+
+  constructor(view: DataView, sound: (condition: boolean, what: string) => void) {
+    this.#view = view;
+    this.#sound = sound;
+    this.#state[0] = (this.#word() << WORD_BITS) | this.#word();
+    sound(this.#state[0] >>> WORD_BITS > 0, "it begins with a wrong state: the file is damaged");
+  }
+
+  symbol(table: number): number {
+    const { sums } = this.#tables;
+    const at = table * (SYMBOLS + 1);
+    const state = this.#state[0]!;
+    const slot = state & ((1 << FREQUENCY_BITS) - 1);
+    let symbol = 0;
+    while (sums[at + symbol + 1]! <= slot) symbol++;
+    const start = sums[at + symbol]!;
+    this.#take((Math.imul(sums[at + symbol + 1]! - start, state >>> FREQUENCY_BITS) + slot - start) | 0);
+    this.#tables.use(table, symbol);
+    return symbol;
+  }
+
+  bits(count: number): number {
+    const state = this.#state[0]!;
+    this.#take((state >>> count) | 0);
+    return state & ((1 << count) - 1);
+  }
+
+  /** All words were read, and the encoder's first state is left. */
+  end(): void {
+    this.#sound(
+      this.#at === this.#view.byteLength && this.#state[0] === 1 << WORD_BITS,
+      "it does not end where its bytes do: the file is damaged",
+    );
+  }
+
+  #take(state: number): void {
+    this.#state[0] = state >>> WORD_BITS === 0 ? (state << WORD_BITS) | this.#word() : state;
+  }
+
+  #word(): number {
+    if (this.#at >= this.#view.byteLength) this.#sound(false, "its bytes end too early: the file is damaged");
+    const word = this.#view.getUint16(this.#at, true);
+    this.#at += 2;
+    return word;
+  }
+}

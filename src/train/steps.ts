@@ -1,0 +1,61 @@
+/**
+ * Steps of a task's integers, for packs that are made with a step: a task that is trained on keeps those that it was stored with, so
+ * that it takes about as many bytes.
+ */
+import type { TaskBlob } from "../format/format.ts";
+import { encodedTensor } from "../format/tensors.ts";
+import type { Pack } from "../pack/pack.ts";
+import { stepOf } from "../pack/steps.ts";
+import { decodeScales } from "../tensor/dtypes.ts";
+import { toInteger } from "../tensor/encode.ts";
+import { tensorOf } from "./start.ts";
+import type { Head } from "./subject.ts";
+import type { Terms } from "./terms.ts";
+
+/** The step of every number that a task stores: of its parameters, and of its head's weight. */
+export interface TaskSteps {
+  readonly parameters: Float32Array<ArrayBuffer>;
+  readonly weight: Float32Array<ArrayBuffer>;
+}
+
+/** What is trained, or stored, as integers. */
+export interface Stepped {
+  /** Of these steps. Default: number formats say how numbers are stored. */
+  readonly stored?: TaskSteps | undefined;
+}
+
+/** Steps of a stored task; undefined in packs without a step. */
+export function stepsOf(
+  pack: Pack,
+  terms: Terms,
+  blob: TaskBlob,
+  head: Pick<Head, "module"> | undefined,
+): TaskSteps | undefined {
+  if (stepOf(pack) === undefined) return undefined;
+  const parameters = new Float32Array(terms.size);
+  for (const parameter of terms.parameters) {
+    const tensor = tensorOf(pack, blob, parameter);
+    const part = terms.part(parameters, parameter.module, parameter.kind)!;
+    if (tensor) part.set(ofRows(decodeScales(encodedTensor(blob.bytes, tensor), tensor.rows), tensor.width));
+  }
+  const stored = blob.parameters.find(({ name }) => name === `${head?.module}.weight`)?.tensor;
+  if (!stored) return { parameters, weight: new Float32Array(0) };
+  return { parameters, weight: ofRows(decodeScales(encodedTensor(blob.bytes, stored), stored.rows), stored.width) };
+}
+
+function ofRows(scales: Float32Array, width: number): Float32Array<ArrayBuffer> {
+  return Float32Array.from({ length: scales.length * width }, (_, i) => scales[Math.floor(i / width)]!);
+}
+
+/** Numbers as they will be read: multiples of their steps. */
+export function toSteps(values: Float32Array, steps: Float32Array): Float32Array<ArrayBuffer> {
+  return Float32Array.from(values, (value, i) => {
+    const step = steps[i]!;
+    return step > 0 ? toInteger(value / step, 127) * step : 0;
+  });
+}
+
+/** Steps of the rows of some of them. @param steps [rows, width] */
+export function rowsOf(steps: Float32Array, width: number): Float32Array {
+  return Float32Array.from({ length: steps.length / width }, (_, row) => steps[row * width]!);
+}
