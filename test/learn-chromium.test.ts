@@ -8,13 +8,15 @@ import { embedWeights } from "../dist/src/onnx/write.js";
 import { uniform } from "../dist/src/tensor/random.js";
 import { addRuntimes, answerOf, bundle, noChromium, openPage } from "./browser.ts";
 import { asJson, type Case, compare, floats, golden, learning, type Prepared, prepare, relative } from "./learning.ts";
-import { required } from "./required.ts";
+import { required, soak } from "./required.ts";
 import { difference, modelBytes, NODE, packBytes } from "./sessions.ts";
 import { type Trained, train } from "./training.js";
 
 /** One of each kind, the one with most gradients among them; test/learn-graph.test.ts has all, without a GPU. */
 const CASES = ["bert-all-linear", "llama-dynamo", "vit-dynamo"];
 const BOTH = "bert-eager-torchscript";
+/** On software WebGPU, which is slow, another kind on each build; all on both in the soak. */
+const GATE: Record<string, readonly string[]> = { webgpu: ["vit-dynamo", BOTH], jsep: ["llama-dynamo"] };
 
 /** How far gradients may be off. The older provider leaves sine and cosine, which turn a LLaMA's positions, to WGSL: 2⁻¹¹. */
 const toleranceOf = (name: string, build: string): number =>
@@ -51,7 +53,8 @@ t.test("training graphs × providers in Chromium", { skip: noChromium, timeout: 
   files.set(
     "page.js",
     await bundle(`import { learn } from "./browser-learn.js";
-    globalThis.answer = fetch("/plan.json").then((response) => response.json()).then(learn);`),
+    const onGpu = ${JSON.stringify(soak ? undefined : GATE)};
+    globalThis.answer = fetch("/plan.json").then((response) => response.json()).then((plan) => learn(plan, onGpu));`),
   );
   await addRuntimes(files, ["asyncify", "jsep"]);
   const rows = (await answerOf(await openPage(t, files, ["--enable-unsafe-webgpu"]))) as Row[];
