@@ -1,6 +1,6 @@
 /**
  * Tests that take a case of each kind in `npm test`, with the whole of their matrix: every model and mode on each build with software
- * WebGPU, every backend in a worker, more switches, more mutants. Ten minutes.
+ * WebGPU, every backend in a worker, more switches, bits and mutants. Ten minutes.
  *
  * usage: node test/soak-tests.js [NAME...]      tests by name, such as session-gpu. Default: all of them
  */
@@ -14,6 +14,7 @@ const TESTS = [
   "backends-chromium",
   "page",
   "weights",
+  "trust",
   "peft-mutants",
 ];
 
