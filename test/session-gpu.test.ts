@@ -49,7 +49,7 @@ async function inBrowser(t: Test, calls: readonly string[], model = "torchscript
   return undefined;
 }
 
-const options = { skip: noChromium, timeout: 240_000 };
+const options = { skip: noChromium, timeout: soak ? 580_000 : 240_000 };
 
 t.test("queries, keys and values in one weight", options, async (t) => {
   const selections = [null, "two", "three", "five", { two: 0.5, three: 0.5 }];

@@ -24,7 +24,11 @@ if (unknown.length > 0) throw new RangeError(`${unknown.join(", ")}: expected so
 const root = fileURLToPath(new URL("..", import.meta.url));
 const { status } = spawnSync(
   process.execPath,
-  ["node_modules/tap/dist/esm/run.mjs", ...(names.length > 0 ? names : TESTS).map((name) => `test/${name}.test.ts`)],
+  [
+    "node_modules/tap/dist/esm/run.mjs",
+    "--timeout=1800",
+    ...(names.length > 0 ? names : TESTS).map((name) => `test/${name}.test.ts`),
+  ],
   { cwd: root, stdio: "inherit", env: { ...process.env, EIGENLORA_SOAK: "1" } },
 );
 process.exitCode = status ?? 1;
