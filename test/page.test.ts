@@ -371,7 +371,7 @@ async function watchBus(page: Page): Promise<() => Promise<number>> {
     });
 }
 
-t.test("WebGPU", { skip, timeout: 240_000 }, async (t) => {
+t.test("WebGPU", { skip, timeout: soak ? 580_000 : 240_000 }, async (t) => {
   // Two tasks, not twenty: a software adapter takes its time for each.
   const url = await serveOther(t, (pack) => withTasks(pack, ["debtags-made-of", "debtags-implemented-in"]));
   const { page, complaints } = await visit({}, `${url}#debtags-made-of`);
