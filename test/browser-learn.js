@@ -85,12 +85,11 @@ async function run(ort, provider, { name, feeds, turning }) {
 
 /**
  * @param {import("./training.js").Lines} lines
- * @param {number} steps
  * @returns {Promise<Record<string, import("./training.js").Trained | string>>} by provider; why not, where there is none
  */
-export async function teach(lines, steps) {
+export async function teach(lines) {
   const adapter = await /** @type {any} */ (navigator).gpu?.requestAdapter();
-  const lesson = { model: "/model.onnx", pack: "/tasks.eigen", lines, steps };
+  const lesson = { model: "/model.onnx", pack: "/tasks.eigen", lines };
   return {
     wasm: await train(webgpu, { ...lesson, provider: "wasm" }),
     webgpu: adapter ? await train(webgpu, { ...lesson, provider: "webgpu" }) : "no adapter",

@@ -9,10 +9,10 @@ import { createTrainer } from "eigenlora/train";
  * @typedef {{ ids: number[], label: string }[]} Lines token ids, of one length
  * @typedef {{ losses: number[], logits: number[], file: number[] }} Trained logits [lines, labels] of the task in the session
  * @param {typeof import("onnxruntime-common")} ort
- * @param {{ model: string | Uint8Array, pack: string | Uint8Array, provider?: string, lines: Lines, steps?: number }} lesson
+ * @param {{ model: string | Uint8Array, pack: string | Uint8Array, provider?: string, lines: Lines }} lesson
  * @returns {Promise<Trained>}
  */
-export async function train(ort, { model, pack, provider, lines, steps = 16 }) {
+export async function train(ort, { model, pack, provider, lines }) {
   const session = await createEigenSession(ort, model, await openPack(pack), {
     trainable: true,
     session: provider ? { executionProviders: [provider] } : {},
@@ -36,7 +36,7 @@ export async function train(ort, { model, pack, provider, lines, steps = 16 }) {
   const trainer = await createTrainer(session, { labels, seed: 3, init: "mean" });
   const losses = [];
   const examples = lines.map((line) => ({ label: line.label, feeds: feeds([line]) }));
-  for await (const { loss } of trainer.fit(examples, { steps, batch: 12 })) losses.push(loss);
+  for await (const { loss } of trainer.fit(examples, { steps: 16, batch: 12 })) losses.push(loss);
   const file = await trainer.task({ dtype: { coefficients: "f32", head: "f32" } });
   await session.addTask("mine", file);
   await session.switchTask("mine");
