@@ -8,6 +8,7 @@ import t, { type Test } from "tap";
 import { fromBinary, ModelProtoSchema, toBinary } from "../dist/src/onnx/protobuf.js";
 import { openSource } from "../dist/src/open-source.js";
 import { openSafetensors } from "../dist/src/tensor/safetensors.js";
+import { run as eigenlora, json, workIn } from "./command-line.ts";
 import { data, packOf } from "./packs.ts";
 import { required } from "./required.ts";
 
@@ -17,7 +18,7 @@ import { required } from "./required.ts";
  */
 const main = fileURLToPath(new URL("../dist/src/cli/main.js", import.meta.url));
 const folder = await mkdtemp(join(tmpdir(), "eigenlora-attach-"));
-t.teardown(() => rm(folder, { recursive: true, maxRetries: 5, retryDelay: 200 }));
+workIn(t, folder);
 const sessions = (name: string): string => data(`sessions/${name}`);
 const goldens = JSON.parse(await readFile(sessions("goldens.json"), "utf8")) as {
   feeds: Record<string, number[][]>;
@@ -28,14 +29,6 @@ const TOLERANCE = 1e-5;
 const LOWEST = -3.4028234663852886e38;
 
 type Report = Record<string, any>;
-
-/** Runs with --json, and expects this exit code. */
-function json(status: number, ...args: string[]): Report {
-  const result = spawnSync(process.execPath, [main, ...args, "--json"], { encoding: "utf8", cwd: folder });
-  const { stdout, stderr } = result;
-  if (result.status !== status) throw new Error(`${args.join(" ")}: exit ${result.status}\n${stdout}${stderr}`);
-  return JSON.parse(stdout);
-}
 
 /** A pack that keeps its adapters whole; its path. */
 async function pack(...adapters: string[]): Promise<string> {
@@ -49,8 +42,8 @@ async function pack(...adapters: string[]): Promise<string> {
 }
 
 /** The same with more to it. */
-const packed = (out: string, ...options: string[]): unknown =>
-  json(0, "pack", sessions("adapters"), "-o", out, "--energy", "1", "--dtype", "f32", ...options);
+const packed = async (out: string, ...options: string[]): Promise<unknown> =>
+  await json(0, "pack", sessions("adapters"), "-o", out, "--energy", "1", "--dtype", "f32", ...options);
 
 const bert = await pack("adapters");
 const mlp = await pack("adapters-mlp");
@@ -152,7 +145,7 @@ for (const [model, tasks, ids, modes] of [
     t.test(`${model}, mode ${mode}`, async (t) => {
       const out = join(`${model}-${mode}`, "model.onnx");
       await mkdir(join(folder, dirname(out)));
-      const report = json(0, "attach", sessions(`${model}.onnx`), tasks, "-o", out, "--mode", mode);
+      const report = await json(0, "attach", sessions(`${model}.onnx`), tasks, "-o", out, "--mode", mode);
       t.match(report, { file: out, mode, reason: "asked for", modules: model === "gemm" ? 2 : 4 });
       t.equal(report["bytes"], (await readFile(join(folder, out))).length);
       for (const { file, bytes } of [report["base"], ...report["tasks"]]) {
@@ -172,16 +165,16 @@ for (const [model, tasks, ids, modes] of [
 t.test("biases, token rows, DoRA, more layers: all in one model", async (t) => {
   const tasks = ["bias", "bias-lora", "dense", "dora", "tokens"];
   const more = await pack(...tasks.map((name) => `adapters-more/${name}`));
-  const report = json(0, "attach", sessions("torchscript.onnx"), more, "-o", "more.onnx");
+  const report = await json(0, "attach", sessions("torchscript.onnx"), more, "-o", "more.onnx");
   const kinds = new Set<string>(report["inputs"].map((i: any) => i.kind));
   t.same([...kinds].sort(), ["bias", "core", "headBias", "headWeight", "indices", "rows", "scale"]);
   await checkAnswers(t, report, "torchscript", tasks);
 });
 
 t.test("names of files and what they say of themselves", async (t) => {
-  packed("odd.eigen", "--as", "two=base", "--as", "three=ä/..*b");
+  await packed("odd.eigen", "--as", "two=base", "--as", "three=ä/..*b");
   const command = ["attach", sessions("torchscript.onnx"), "odd.eigen", "-o", "odd.onnx"];
-  const report = json(0, ...command, "--task", "base", "--task", "ä/..*b");
+  const report = await json(0, ...command, "--task", "base", "--task", "ä/..*b");
   t.match(report, { mode: "core", reason: /11 components/, base: { file: "odd.base.safetensors" } });
   const written = ["odd.tasks/base.safetensors", "odd.tasks/%C3%A4%2F..%2Ab.safetensors"];
   t.same(
@@ -204,8 +197,8 @@ t.test("names of files and what they say of themselves", async (t) => {
   for (const key of ["eigenlora.basis", "eigenlora.mode"]) {
     t.equal(metadataProps.find((entry) => entry.key === key)?.value, metadata.get(key), key);
   }
-  t.equal(metadata.get("eigenlora.basis"), json(0, "inspect", "odd.eigen")["basisId"]);
-  const people = spawnSync(process.execPath, [main, ...command, "--force"], { encoding: "utf8", cwd: folder });
+  t.equal(metadata.get("eigenlora.basis"), (await json(0, "inspect", "odd.eigen"))["basisId"]);
+  const people = await eigenlora(...command, "--force");
   t.match(
     people.stdout,
     /4 modules.*mode core.*\n.*odd\.base\.safetensors.*\n.*3 tasks in odd\.tasks.*\nthe weights of 4 modules could not be confirmed/,
@@ -216,7 +209,7 @@ t.test("weights in files beside the model", async (t) => {
   await mkdir(join(folder, "source"));
   for (const name of ["external.onnx", "external.onnx.data"]) await cp(sessions(name), join(folder, "source", name));
   const weights = await readFile(sessions("external.onnx.data"));
-  const same = json(0, "attach", "source/external.onnx", bert, "-o", "source/same.onnx");
+  const same = await json(0, "attach", "source/external.onnx", bert, "-o", "source/same.onnx");
   t.same(same["external"], [join("source", "external.onnx.data")]);
   const beside = await readdir(join(folder, "source"));
   t.same(
@@ -229,13 +222,13 @@ t.test("weights in files beside the model", async (t) => {
   await mkdir(join(folder, "target"));
   const theirs = Uint8Array.from(weights).fill(1, 70_000);
   await writeFile(join(folder, "target/external.onnx.data"), theirs);
-  const clash = json(1, "attach", "source/external.onnx", bert, "-o", "target/model.onnx");
+  const clash = await json(1, "attach", "source/external.onnx", bert, "-o", "target/model.onnx");
   t.match(clash["error"], { tag: "source", file: join("target", "external.onnx.data"), message: /differs/ });
   t.same(new Uint8Array(await readFile(join(folder, "target/external.onnx.data"))), theirs, "untouched");
   t.same(await readdir(join(folder, "target")), ["external.onnx.data"], "nothing is written");
   await writeFile(join(folder, "target/external.onnx.data"), weights);
-  t.match(json(0, "attach", "source/external.onnx", bert, "-o", "target/model.onnx"), { tasks: { length: 3 } });
-  const over = json(2, "attach", "source/external.onnx", bert, "--force", "-o", "source/external.onnx.data");
+  t.match(await json(0, "attach", "source/external.onnx", bert, "-o", "target/model.onnx"), { tasks: { length: 3 } });
+  const over = await json(2, "attach", "source/external.onnx", bert, "--force", "-o", "source/external.onnx.data");
   t.match(over["error"], { tag: "usage", message: /overwrite/ });
   t.same(await readFile(join(folder, "source/external.onnx.data")), weights);
 
@@ -248,11 +241,11 @@ t.test("weights in files beside the model", async (t) => {
   await writeFile(join(folder, "source/parts/weights.bin"), weights);
   await writeFile(join(folder, "source/nested.onnx"), toBinary(ModelProtoSchema, model));
   await mkdir(join(folder, "elsewhere"));
-  const report = json(0, "attach", "source/nested.onnx", bert, "-o", "elsewhere/nested.onnx");
+  const report = await json(0, "attach", "source/nested.onnx", bert, "-o", "elsewhere/nested.onnx");
   t.same(report["external"], [join("elsewhere", "parts", "weights.bin")]);
   await checkAnswers(t, report, "external", ["five", "three", "two"]);
   await rm(join(folder, "source/parts"), { recursive: true });
-  const gone = json(1, "attach", "source/nested.onnx", bert, "-o", "elsewhere/again.onnx");
+  const gone = await json(1, "attach", "source/nested.onnx", bert, "-o", "elsewhere/again.onnx");
   t.match(gone["error"], { tag: "source", message: /weights\.bin/ });
 });
 
@@ -275,11 +268,11 @@ t.test("links do not lead out of the folders that were named", async (t) => {
   await writeFile(at("model/file.onnx"), await located("weights.bin"));
   await symlink(at("secret/weights.bin"), at("model/weights.bin"));
   const stray = { tag: "source", message: /weights\.bin: leads by a link to .*secret.*outside the model's folder/ };
-  t.match(json(1, "attach", "links/model/file.onnx", bert, "-o", "links/out/a.onnx")["error"], stray);
+  t.match((await json(1, "attach", "links/model/file.onnx", bert, "-o", "links/out/a.onnx"))["error"], stray);
   await writeFile(at("model/folder.onnx"), await located("away/weights.bin"));
   await symlink(at("secret"), at("model/away"));
   const strayed = { tag: "source", message: /leads by a link to .*secret.*outside the model's folder/ };
-  t.match(json(1, "attach", "links/model/folder.onnx", bert, "-o", "links/out/a.onnx")["error"], strayed);
+  t.match((await json(1, "attach", "links/model/folder.onnx", bert, "-o", "links/out/a.onnx"))["error"], strayed);
   t.same(await readdir(at("out")), [], "nothing is read or written");
 
   // As the caches of hubs lay files.
@@ -287,7 +280,7 @@ t.test("links do not lead out of the folders that were named", async (t) => {
   await cp(weights, at("cache/blobs/2"));
   await symlink("../blobs/1", at("cache/snapshot/model.onnx"));
   await symlink("../blobs/2", at("cache/snapshot/weights.bin"));
-  const report = json(0, "attach", "links/cache/snapshot/model.onnx", bert, "-o", "links/out/cached.onnx");
+  const report = await json(0, "attach", "links/cache/snapshot/model.onnx", bert, "-o", "links/out/cached.onnx");
   t.same(new Uint8Array(await readFile(at("out/weights.bin"))), new Uint8Array(await readFile(weights)));
   await checkAnswers(t, report, "external", ["five", "three", "two"]);
 
@@ -296,10 +289,10 @@ t.test("links do not lead out of the folders that were named", async (t) => {
   await writeFile(at("model/sub.onnx"), await located("sub/weights.bin"));
   await symlink(at("secret"), at("out/sub"));
   const leaving = { tag: "source", message: /sub.weights\.bin: leads by a link to .*secret.*, outside links.out/ };
-  t.match(json(1, "attach", "links/model/sub.onnx", bert, "-o", "links/out/b.onnx")["error"], leaving);
+  t.match((await json(1, "attach", "links/model/sub.onnx", bert, "-o", "links/out/b.onnx"))["error"], leaving);
   await symlink(at("secret"), at("out/c.tasks"));
   const tasks = { tag: "source", message: /c\.tasks: leads by a link to .*secret, outside links.out/ };
-  t.match(json(1, "attach", sessions("torchscript.onnx"), bert, "-o", "links/out/c.onnx")["error"], tasks);
+  t.match((await json(1, "attach", sessions("torchscript.onnx"), bert, "-o", "links/out/c.onnx"))["error"], tasks);
   t.same(await readdir(at("secret")), ["weights.bin"], "nothing is written there");
 });
 
@@ -311,7 +304,7 @@ t.test("weights that are called as what is written", async (t) => {
     await cp(sessions("external.onnx.data"), path);
     await writeFile(join(folder, "named/in.onnx"), await located(location));
     for (const out of ["named/out.onnx", "out.onnx"]) {
-      const { error } = json(2, "attach", "named/in.onnx", bert, "--force", "-o", out);
+      const { error } = await json(2, "attach", "named/in.onnx", bert, "--force", "-o", out);
       t.match(
         error,
         { tag: "usage", message: /out\.(base\.safetensors|tasks) is where weights of the model go/ },
@@ -333,60 +326,63 @@ t.test("names as this package gives them", async (t) => {
       graph: { ...model.graph!, initializer: [...model.graph!.initializer, { ...first!, name }] },
     };
     await writeFile(join(folder, "taken.onnx"), toBinary(ModelProtoSchema, copy));
-    const { error } = json(1, "attach", "taken.onnx", bert, "-o", "untaken.onnx");
+    const { error } = await json(1, "attach", "taken.onnx", bert, "-o", "untaken.onnx");
     t.match(error, { tag: "format", message: new RegExp(`"${name}" has a name as this package gives them`) });
   }
 });
 
 t.test("names by hand, parameters left out, other bases", async (t) => {
-  const attach = (status: number, model: string, tasks: string, ...more: string[]): Report =>
-    json(status, "attach", sessions(model), tasks, "--force", "-o", "options.onnx", ...more);
-  t.match(attach(1, "encoder.onnx", bert), { error: { tag: "base", message: /classifier/ } });
-  const bare = attach(1, "encoder.onnx", bert, "--ignore", "classifier")["error"];
+  const attach = async (status: number, model: string, tasks: string, ...more: string[]): Promise<Report> =>
+    await json(status, "attach", sessions(model), tasks, "--force", "-o", "options.onnx", ...more);
+  t.match(await attach(1, "encoder.onnx", bert), { error: { tag: "base", message: /classifier/ } });
+  const bare = (await attach(1, "encoder.onnx", bert, "--ignore", "classifier"))["error"];
   t.match(bare, { tag: "base", message: /by the end of its name only/ });
-  const any = attach(0, "encoder.onnx", bert, "--ignore", "classifier", "--any-base");
+  const any = await attach(0, "encoder.onnx", bert, "--ignore", "classifier", "--any-base");
   // Query and value of each layer share one.
   t.match(any, { modules: 4, inputs: { length: 2 }, unconfirmed: { length: 4 } });
-  const named = (status: number, text: string): unknown => attach(status, "gemm.onnx", mlp, "--names", text)["error"];
-  t.match(named(1, "mid=up.weight"), { tag: "base", message: /up\.weight/ });
-  t.match(named(2, "mud=up.weight"), { tag: "usage", message: /nearest are mid/ });
-  t.match(named(2, "mid"), { tag: "usage", message: /MODULE=WEIGHT/ });
-  packed("marked.eigen", "--base", sessions("base.safetensors"));
-  t.match(attach(0, "torchscript.onnx", "marked.eigen"), { modules: 4, unconfirmed: [] });
-  t.match(attach(0, "encoder.onnx", "marked.eigen", "--ignore", "classifier"), { modules: 4, unconfirmed: [] });
-  t.match(attach(1, "tied.onnx", "marked.eigen"), { error: { tag: "base", message: /correlat/ } });
-  t.match(attach(0, "tied.onnx", "marked.eigen", "--any-base"), { modules: 4 });
+  const named = async (status: number, text: string): Promise<unknown> =>
+    (await attach(status, "gemm.onnx", mlp, "--names", text))["error"];
+  t.match(await named(1, "mid=up.weight"), { tag: "base", message: /up\.weight/ });
+  t.match(await named(2, "mud=up.weight"), { tag: "usage", message: /nearest are mid/ });
+  t.match(await named(2, "mid"), { tag: "usage", message: /MODULE=WEIGHT/ });
+  await packed("marked.eigen", "--base", sessions("base.safetensors"));
+  t.match(await attach(0, "torchscript.onnx", "marked.eigen"), { modules: 4, unconfirmed: [] });
+  t.match(await attach(0, "encoder.onnx", "marked.eigen", "--ignore", "classifier"), { modules: 4, unconfirmed: [] });
+  t.match(await attach(1, "tied.onnx", "marked.eigen"), { error: { tag: "base", message: /correlat/ } });
+  t.match(await attach(0, "tied.onnx", "marked.eigen", "--any-base"), { modules: 4 });
 });
 
 t.test("what cannot be is refused, and nothing is written", async (t) => {
   await mkdir(join(folder, "refused"));
-  const refuse = (status: number, ...args: string[]): unknown =>
-    json(status, "attach", ...args, "-o", "refused/out.onnx")["error"];
+  const refuse = async (status: number, ...args: string[]): Promise<unknown> =>
+    (await json(status, "attach", ...args, "-o", "refused/out.onnx"))["error"];
   const torchscript = sessions("torchscript.onnx");
   // A convolution that a task brings whole.
   const vision = fileURLToPath(new URL("data/forms/vision.onnx", import.meta.url));
   const folded = join(folder, "whole.eigen");
   await writeFile(folded, (await packOf(["forms/adapters-vision-whole"])).bytes);
-  t.match(refuse(1, vision, folded), { tag: "base", message: /eigenlora fold.*mode "folded"/ });
-  t.match(refuse(1, vision, folded, "--mode", "core"), { tag: "base", message: /mode "folded"/ });
-  t.match(refuse(2, torchscript, bert, "--mode", "folded"), { tag: "usage", message: /eigenlora fold/ });
-  t.match(refuse(2, torchscript, bert, "--mode", "fast"), { tag: "usage", message: /core/ });
-  t.match(refuse(1, torchscript, bert, "--task", "too"), { tag: "task", nearest: ["two"] });
-  t.match(refuse(1, "more.onnx", bert), { tag: "format", message: /task inputs already/ });
-  t.match(refuse(1, bert, bert), { tag: "format", message: /this is an EigenLoRA pack, expected an ONNX model/ });
-  t.match(refuse(1, torchscript, torchscript), { tag: "format" });
+  t.match(await refuse(1, vision, folded), { tag: "base", message: /eigenlora fold.*mode "folded"/ });
+  t.match(await refuse(1, vision, folded, "--mode", "core"), { tag: "base", message: /mode "folded"/ });
+  t.match(await refuse(2, torchscript, bert, "--mode", "folded"), { tag: "usage", message: /eigenlora fold/ });
+  t.match(await refuse(2, torchscript, bert, "--mode", "fast"), { tag: "usage", message: /core/ });
+  t.match(await refuse(1, torchscript, bert, "--task", "too"), { tag: "task", nearest: ["two"] });
+  t.match(await refuse(1, "more.onnx", bert), { tag: "format", message: /task inputs already/ });
+  t.match(await refuse(1, bert, bert), { tag: "format", message: /this is an EigenLoRA pack, expected an ONNX model/ });
+  t.match(await refuse(1, torchscript, torchscript), { tag: "format" });
   t.same(await readdir(join(folder, "refused")), []);
   await writeFile(join(folder, "blocked.tasks"), "");
-  const blocked = json(1, "attach", torchscript, bert, "-o", "blocked.onnx")["error"];
+  const blocked = (await json(1, "attach", torchscript, bert, "-o", "blocked.onnx"))["error"];
   t.match(blocked, { tag: "source", file: "blocked.tasks" });
   t.same(
     (await readdir(folder)).filter((name) => name.startsWith("blocked")),
     ["blocked.tasks"],
   );
-  t.match(json(2, "attach", torchscript, bert), { error: { message: /missing --output/ } });
+  t.match(await json(2, "attach", torchscript, bert), { error: { message: /missing --output/ } });
   await cp(sessions("gemm.onnx"), join(folder, "own.onnx"));
-  t.match(json(2, "attach", "own.onnx", mlp, "-o", "./own.onnx"), { error: { tag: "usage", message: /overwrite/ } });
-  t.match(json(2, "attach", "own.onnx", mlp, "-o", mlp), { error: { tag: "usage", message: /overwrite/ } });
+  t.match(await json(2, "attach", "own.onnx", mlp, "-o", "./own.onnx"), {
+    error: { tag: "usage", message: /overwrite/ },
+  });
+  t.match(await json(2, "attach", "own.onnx", mlp, "-o", mlp), { error: { tag: "usage", message: /overwrite/ } });
   t.same(await readFile(join(folder, "own.onnx")), await readFile(sessions("gemm.onnx")));
 });
 
@@ -407,7 +403,7 @@ t.test("onnxruntime in Python: the code of docs/attach.md, as it stands", async 
   const inPython = (name: string): string => join(folder, "python", name);
   const there = { encoding: "utf8", cwd: join(folder, "python") } as const;
   const report = "\nprint(json.dumps([logits.tolist(), [row[:n].tolist() for row, n in zip(mixed, labels)]]))\n";
-  packed(inPython("tasks.eigen"), "--as", "two=spam", "--as", "three=topic");
+  await packed(inPython("tasks.eigen"), "--as", "two=spam", "--as", "three=topic");
   const { input_ids, attention_mask, token_type_ids } = goldens.feeds;
   await writeFile(inPython("feeds.json"), JSON.stringify({ input_ids, attention_mask, token_type_ids }));
   for (const model of ["torchscript", "q4"]) {

@@ -366,7 +366,7 @@ t.test(
     const encode = await createEncoder(NODE);
     const { train } = await readTask("debtags-role");
     const engine = createEngine(NODE);
-    const options = { adapters: some, texts: train.map(([text]) => text), encode, most: 16 };
+    const options = { adapters: some, texts: train.map(([text]) => text), encode, most: 8 };
     const asker = createJudge(engine, model, options);
     const { judge, byTask, close } = asker;
     const [lossless, coarse] = await Promise.all(

@@ -10,7 +10,7 @@ import type { Entry } from "./backends-browser.ts";
 import { bundle, noChromium, openPage } from "./browser.ts";
 import type { Golden } from "./compare.ts";
 import { goldenPacks } from "./packs.ts";
-import { required } from "./required.ts";
+import { required, soak } from "./required.ts";
 import { type Finding, record } from "./stand-in.ts";
 
 /** Where the entry's functions can be called. */
@@ -127,6 +127,9 @@ t.test("Chromium", { skip: noChromium }, async (t) => {
       const skip =
         options.backend === "webgpu" && !gpu && !required.has("chromium") && "this Chromium has no WebGPU adapter";
       for (const what of ["suite", "goldens"] as const) {
+        // In a worker the same code runs: one of the two for each kind of backend, and all in the soak.
+        const brief = what === "suite" ? ["js", "relaxed-simd"] : ["webgpu"];
+        if (where === "worker" && !soak && !brief.includes(options.wasm?.variant ?? options.backend!)) continue;
         await t.test(`${what}: ${name}`, { skip }, async (t) => {
           const findings = await realm.evaluate(
             ({ what, name, options, goldens }) => (globalThis as unknown as Entry)[what](name, options, goldens),

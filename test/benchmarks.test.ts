@@ -19,21 +19,22 @@ const scripts = ["", "research/"].flatMap((under) =>
 );
 
 interface Ended {
-  code?: number;
+  code: number | undefined;
   stdout: string;
   stderr: string;
 }
 
-const run = (script: string, ...args: string[]): Promise<Ended> =>
-  promisify(execFile)(process.execPath, [fileURLToPath(new URL(script, folder)), ...args]).catch(
-    (error: Ended) => error,
-  );
+const GIVEN = [["--help"], ["--speling", "3"]];
+/** One process for all of them: what they import is loaded once. */
+const child = fileURLToPath(new URL("./benchmarks-child.js", import.meta.url));
+const ran = promisify(execFile)(process.execPath, [child, folder.href, JSON.stringify(scripts), JSON.stringify(GIVEN)]);
+const ended = ran.then(({ stdout }) => JSON.parse(stdout) as Record<string, [help: Ended, wrong: Ended]>);
 
 for (const script of scripts) {
   t.test(script, async (t) => {
     const name = script.replace("research/", "").replace(".js", "");
-    const [help, wrong] = await Promise.all([run(script, "--help"), run(script, "--speling", "3")]);
-    t.equal(help.code, undefined, help.stderr);
+    const [help, wrong] = (await ended)[script]!;
+    t.equal(help.code, 0, help.stderr);
     t.match(help.stdout, new RegExp(`^eigenlora bench ${name} \\[options\\]\n\n[\\s\\S]+\n {2}--json `));
     t.equal(wrong.code, 2);
     t.match(wrong.stderr, `${name}: Unknown option '--speling'; see --help`);

@@ -12,9 +12,10 @@ ort.env.logLevel = "error";
 
 /**
  * @typedef {{ model: string, pack: string, ignore: string[], feeds: Record<string, { type: string, dims: number[], data: number[] }>, answers: Record<string, Record<string, number[]>> }} Case
- * @param {{ cases: Case[], providers: Record<string, string[]>, modes: ("core" | "factors" | "folded")[] }} plan
+ * @typedef {"core" | "factors" | "folded"} Mode
+ * @param {{ cases: Case[], providers: Record<string, [model: string, modes: Mode[]][]> }} plan
  */
-export async function matrix({ cases, providers, modes }) {
+export async function matrix({ cases, providers }) {
   const adapter = await /** @type {any} */ (navigator).gpu?.requestAdapter();
   const rows = [];
   for (const [provider, models] of Object.entries(providers)) {
@@ -22,8 +23,8 @@ export async function matrix({ cases, providers, modes }) {
       rows.push({ provider, model: "", mode: "", result: "no adapter" });
       continue;
     }
-    for (const { model, pack, ignore, feeds, answers } of cases) {
-      if (!models.includes(model)) continue;
+    for (const [model, modes] of models) {
+      const { pack, ignore, feeds, answers } = /** @type {Case} */ (cases.find((one) => one.model === model));
       for (const mode of modes) {
         rows.push({
           provider,

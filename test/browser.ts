@@ -50,16 +50,20 @@ export async function addRuntimes(files: Map<string, Uint8Array>, builds: readon
   }
 }
 
-/** Opens index.html of these files, or without one a page that runs page.js. What nobody catches there fails the test. */
+/**
+ * Opens index.html of these files, or without one a page that runs page.js. What nobody catches there fails the test.
+ * @param by a browser, whose page is closed when the test ends; or arguments of one for this page alone
+ */
 export async function openPage(
   t: Test,
   files: ReadonlyMap<string, Uint8Array>,
-  args?: readonly string[],
+  by: Browser | readonly string[] = [],
 ): Promise<Page> {
   const blank = new TextEncoder().encode('<!doctype html><body><script type="module" src="/page.js"></script>');
   const server = await serve(new Map([["index.html", blank], ...files]));
   t.teardown(() => server.close());
-  const page = await (await launch(t, args)).newPage();
+  const page = await ("newPage" in by ? by : await launch(t, by)).newPage();
+  t.teardown(() => page.close());
   page.on("pageerror", (error) => t.fail(`uncaught in the page: ${error.stack}`));
   await page.goto(server.url("index.html"));
   return page;

@@ -2,31 +2,22 @@
  * `eigenlora learn` on the real model: a task file, its way into the pack and back to PEFT's format, Ctrl-C, and what is refused.
  */
 import { spawnSync } from "node:child_process";
-import { mkdtemp, readdir, readFile, rm, writeFile } from "node:fs/promises";
+import { mkdtemp, readdir, readFile, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { fileURLToPath } from "node:url";
 import t from "tap";
 import { readExamples } from "../dist/src/cli/examples.js";
 import { parseTaskFile } from "../dist/src/format/task-file.js";
 import { openPack } from "../dist/src/pack/pack.js";
 import { createEncoder, readTask } from "../examples/minilm.js";
+import { json, run, workIn } from "./command-line.ts";
 import { tensorsOf } from "./compare.ts";
 import { data } from "./packs.ts";
 import { difference, NODE, open } from "./sessions.ts";
 
-const main = fileURLToPath(new URL("../dist/src/cli/main.js", import.meta.url));
 const folder = await mkdtemp(join(tmpdir(), "eigenlora-learn-"));
-t.teardown(() => rm(folder, { recursive: true }));
+workIn(t, folder);
 const MODEL = data("minilm/model_fp16.onnx");
-
-function json(status: number, ...args: string[]): Record<string, any> {
-  const result = spawnSync(process.execPath, [main, ...args, "--json"], { encoding: "utf8", cwd: folder });
-  if (result.status !== status)
-    throw new Error(`${args.join(" ")}: exit ${result.status}\n${result.stdout}${result.stderr}`);
-  if (result.stderr !== "") throw new Error(`stderr: ${result.stderr}`);
-  return JSON.parse(result.stdout);
-}
 
 const { labels, train } = await readTask("sections-0");
 /** Twenty lines of each of the first three labels. */
@@ -36,7 +27,7 @@ const rows = [0, 1, 2]
 const names = labels.slice(0, 3);
 await writeFile(join(folder, "rows.jsonl"), rows.map((row) => JSON.stringify(row)).join("\n"));
 await writeFile(join(folder, "rows.tsv"), rows.map(({ text, label }) => `${label}\t${text}`).join("\n"));
-json(
+await json(
   0,
   "pack",
   ...["debtags-role", "debtags-use", "debtags-game"].map((id) => data(`adapters/own-seed/${id}`)),
@@ -62,7 +53,7 @@ const learn = [
 ];
 
 t.test("learns, adds, verifies, runs, exports", async (t) => {
-  const made = json(0, ...learn, "-o", "mine.eigentask", "--private-terms", "1", "--rate", "0.01");
+  const made = await json(0, ...learn, "-o", "mine.eigentask", "--private-terms", "1", "--rate", "0.01");
   t.match(made, {
     file: "mine.eigentask",
     id: "mine",
@@ -82,9 +73,9 @@ t.test("learns, adds, verifies, runs, exports", async (t) => {
   t.same(made["trained"], { terms: 12 * 2 * (8 * 8 + 384), head: 3 * 385 });
 
   const before = await openPack(join(folder, "p.eigen"));
-  t.same(json(0, "add", "p.eigen", "mine.eigentask")["added"], ["mine"]);
-  t.equal(json(0, "verify", "p.eigen")["ok"], true);
-  t.match(json(1, "add", "p.eigen", "mine.eigentask"), { error: { tag: "task", message: /--as mine=NEW/ } });
+  t.same((await json(0, "add", "p.eigen", "mine.eigentask"))["added"], ["mine"]);
+  t.equal((await json(0, "verify", "p.eigen"))["ok"], true);
+  t.match(await json(1, "add", "p.eigen", "mine.eigentask"), { error: { tag: "task", message: /--as mine=NEW/ } });
   const after = await openPack(join(folder, "p.eigen"));
   for (const id of before.tasks.keys()) t.same((await before.load(id)).bytes, (await after.load(id)).bytes, id);
   t.same(after.tasks.get("mine")!.metadata.labels, names);
@@ -107,12 +98,12 @@ t.test("learns, adds, verifies, runs, exports", async (t) => {
   t.ok(right.length > 45, `${right.length} of 60 lines`);
 
   // PEFT's format holds what was learned: packed again without loss it answers the same.
-  json(0, "export", "p.eigen", "--task", "mine", "-o", "back");
+  await json(0, "export", "p.eigen", "--task", "mine", "-o", "back");
   const config = JSON.parse(await readFile(join(folder, "back", "adapter_config.json"), "utf8"));
   t.match(config, { r: 9, modules_to_save: ["classifier"] }, "eight rows and one free term");
   const tensors = await tensorsOf(join(folder, "back", "adapter_model.safetensors"));
   t.same(tensors.get("base_model.model.classifier.weight")?.shape, [3, 384]);
-  json(0, "pack", "back", "-o", "back.eigen", "--energy", "1", "--dtype", "f32");
+  await json(0, "pack", "back", "-o", "back.eigen", "--energy", "1", "--dtype", "f32");
   const again = await openPack(join(folder, "back.eigen"));
   const off = difference(await answers(again, "back"), logits);
   t.ok(off < 2e-3, `off by ${off}`);
@@ -121,18 +112,18 @@ t.test("learns, adds, verifies, runs, exports", async (t) => {
 
 t.test("the same seed gives the same file; tables as JSON lines; a LoRA of another rank", async (t) => {
   const few = [...learn, "--epochs", "1", "--holdout", "0", "--seed", "7", "--id", "x"];
-  const made = json(0, ...few, "-o", "a.eigentask");
+  const made = await json(0, ...few, "-o", "a.eigentask");
   t.equal(made["holdout"], null);
-  json(0, ...few.map((word) => (word === "rows.jsonl" ? "rows.tsv" : word)), "-o", "b.eigentask");
+  await json(0, ...few.map((word) => (word === "rows.jsonl" ? "rows.tsv" : word)), "-o", "b.eigentask");
   const [a, b] = [await readFile(join(folder, "a.eigentask")), await readFile(join(folder, "b.eigentask"))];
   t.ok(a.equals(b));
   t.equal(parseTaskFile(new Uint8Array(a), "a").id, "x");
-  const lora = json(0, ...few, "-o", "c.eigentask", "--train", "lora", "--rank", "2", "--init", "fresh");
+  const lora = await json(0, ...few, "-o", "c.eigentask", "--train", "lora", "--rank", "2", "--init", "fresh");
   t.equal(lora["trained"].terms, 12 * 2 * 2 * 384);
 
   await writeFile(join(folder, "two.tsv"), `${names[0]}\tone text\n${names[1]}\tanother text\n`);
   const two = ["learn", "p.eigen", "two.tsv", "--model", MODEL, "--epochs", "2", "--tokens", "8", "-o"];
-  const unjudged = spawnSync(process.execPath, [main, ...two, "e.eigentask"], { encoding: "utf8", cwd: folder }).stdout;
+  const unjudged = (await run(...two, "e.eigentask")).stdout;
   t.match(unjudged, /There are too few examples to hold some back: all were trained on, and the last epoch is kept/);
   t.match(unjudged, /^ +2 +[\d.]+ +kept$/m);
 });
@@ -231,33 +222,38 @@ t.test("files of examples: what is read, and which line is refused", async (t) =
     await t.rejects(readExamples(await write(name, text), known), { tag: "source", message });
   }
 
-  const refuse = (status: number, error: object, ...changed: string[]): void => {
-    t.match(json(status, ...learn, "-o", "x.eigentask", ...changed), { error }, changed.join(" "));
+  const refuse = async (status: number, error: object, ...changed: string[]): Promise<void> => {
+    t.match(await json(status, ...learn, "-o", "x.eigentask", ...changed), { error }, changed.join(" "));
   };
-  refuse(2, { tag: "usage", message: /--labels a,a: expected at least two, all different/ }, "--labels", "a,a");
-  refuse(1, { tag: "source", message: /line 1: the label ".*" is none of --labels a,b/ }, "--labels", "a,b");
-  refuse(2, { tag: "usage", message: /--holdout 1: expected a share from 0 to less than 1/ }, "--holdout", "1");
-  refuse(2, { tag: "usage", message: /--rate fast: expected a number above 0/ }, "--rate", "fast");
-  refuse(2, { tag: "usage", message: /--private-terms 0.5: expected a whole number from 0/ }, "--private-terms", "0.5");
-  refuse(2, { tag: "usage", message: /--train all: expected coefficients or lora/ }, "--train", "all");
-  refuse(2, { tag: "usage", message: /would overwrite what it is made of/ }, "-o", "p.eigen");
-  refuse(
+  await refuse(2, { tag: "usage", message: /--labels a,a: expected at least two, all different/ }, "--labels", "a,a");
+  await refuse(1, { tag: "source", message: /line 1: the label ".*" is none of --labels a,b/ }, "--labels", "a,b");
+  await refuse(2, { tag: "usage", message: /--holdout 1: expected a share from 0 to less than 1/ }, "--holdout", "1");
+  await refuse(2, { tag: "usage", message: /--rate fast: expected a number above 0/ }, "--rate", "fast");
+  await refuse(
+    2,
+    { tag: "usage", message: /--private-terms 0.5: expected a whole number from 0/ },
+    "--private-terms",
+    "0.5",
+  );
+  await refuse(2, { tag: "usage", message: /--train all: expected coefficients or lora/ }, "--train", "all");
+  await refuse(2, { tag: "usage", message: /would overwrite what it is made of/ }, "-o", "p.eigen");
+  await refuse(
     1,
     { tag: "task", message: /--init debtags-rule: expected auto, mean, random, fresh, or a task of p.eigen/ },
     "--init",
     "debtags-rule",
   );
-  refuse(1, { message: /"fresh" is for factors/ }, "--init", "fresh");
-  refuse(
+  await refuse(1, { message: /"fresh" is for factors/ }, "--init", "fresh");
+  await refuse(
     1,
     { tag: "source", message: /nowhere.json: there is no tokenizer.*--tokenizer/ },
     "--tokenizer",
     "nowhere.json",
   );
-  t.match(json(1, "learn", "p.eigen", "missing.jsonl", "--model", MODEL, "-o", "x"), {
+  t.match(await json(1, "learn", "p.eigen", "missing.jsonl", "--model", MODEL, "-o", "x"), {
     error: { tag: "source", message: /missing.jsonl: cannot be read/ },
   });
-  t.match(json(2, "learn", "p.eigen", "rows.jsonl", "-o", "x"), {
+  t.match(await json(2, "learn", "p.eigen", "rows.jsonl", "-o", "x"), {
     error: { tag: "usage", message: /missing --model/ },
   });
   t.notOk(
@@ -268,7 +264,16 @@ t.test("files of examples: what is read, and which line is refused", async (t) =
 
 t.test("a language model learns completions, and chats by its template", async (t) => {
   const decoder = data("decoder/onnx/model.onnx");
-  json(0, "pack", data("decoder/adapters/upper"), data("decoder/adapters/lower"), "-o", "skills.eigen", "--k", "6");
+  await json(
+    0,
+    "pack",
+    data("decoder/adapters/upper"),
+    data("decoder/adapters/lower"),
+    "-o",
+    "skills.eigen",
+    "--k",
+    "6",
+  );
   const write = (name: string, lines: object[]): Promise<void> =>
     writeFile(join(folder, name), lines.map((line) => JSON.stringify(line)).join("\n"));
   const answers = ["one", "two", "three", "four", "five", "six"].map((completion, i) => ({
@@ -277,11 +282,11 @@ t.test("a language model learns completions, and chats by its template", async (
   }));
   await write("sums.jsonl", answers);
   const how = ["--model", decoder, "--epochs", "3", "--batch", "4"];
-  const made = json(0, "learn", "skills.eigen", "sums.jsonl", ...how, "--holdout", "0", "-o", "sums.eigentask");
+  const made = await json(0, "learn", "skills.eigen", "sums.jsonl", ...how, "--holdout", "0", "-o", "sums.eigentask");
   t.match(made, { id: "sums", examples: 6, steps: 6, trained: { head: 0 } });
   t.notOk("labels" in made, "it has none");
   t.ok(made["epochs"].at(-1).loss < made["epochs"][0].loss, JSON.stringify(made["epochs"]));
-  json(0, "add", "skills.eigen", "sums.eigentask");
+  await json(0, "add", "skills.eigen", "sums.eigentask");
   t.ok((await openPack(join(folder, "skills.eigen"))).tasks.has("sums"));
 
   const template =
@@ -297,25 +302,22 @@ t.test("a language model learns completions, and chats by its template", async (
   }));
   await write("chats.jsonl", chats);
   const more = [...how, "--tokenizer", "tokenizer.json", "--holdout", "0", "-o", "chats.eigentask"];
-  t.match(json(0, "learn", "skills.eigen", "chats.jsonl", ...more), { id: "chats", examples: 6 });
+  t.match(await json(0, "learn", "skills.eigen", "chats.jsonl", ...more), { id: "chats", examples: 6 });
 
-  const refused = (file: string, ...args: string[]): string => {
-    const result = spawnSync(
-      process.execPath,
-      [main, "learn", "skills.eigen", file, ...how, "-o", "x.eigentask", ...args],
-      {
-        ...{ encoding: "utf8" as const, cwd: folder },
-      },
-    );
+  const refused = async (file: string, ...args: string[]): Promise<string> => {
+    const result = await run("learn", "skills.eigen", file, ...how, "-o", "x.eigentask", ...args);
     t.not(result.status, 0);
     return result.stderr;
   };
-  t.match(refused("rows.jsonl"), /the model answers token by token: expected .*"prompt".* on each line of rows\.jsonl/);
+  t.match(
+    await refused("rows.jsonl"),
+    /the model answers token by token: expected .*"prompt".* on each line of rows\.jsonl/,
+  );
   await write("half.jsonl", [answers[0]!, { prompt: "1 + 1 = " }]);
-  t.match(refused("half.jsonl"), /half\.jsonl: line 2: expected "completion" with a string, got none/);
-  t.match(refused("sums.jsonl", "--labels", "a,b"), /--labels: sums\.jsonl has completions, which have none/);
-  t.match(refused("sums.jsonl", "--tokens", "4"), /tokens, more than --tokens 4/);
+  t.match(await refused("half.jsonl"), /half\.jsonl: line 2: expected "completion" with a string, got none/);
+  t.match(await refused("sums.jsonl", "--labels", "a,b"), /--labels: sums\.jsonl has completions, which have none/);
+  t.match(await refused("sums.jsonl", "--tokens", "4"), /tokens, more than --tokens 4/);
   const plain = ["learn", "p.eigen", "sums.jsonl", "--model", MODEL, "-o", "x.eigentask"];
-  const other = spawnSync(process.execPath, [main, ...plain], { encoding: "utf8", cwd: folder });
+  const other = await run(...plain);
   t.match(other.stderr, /the model gives one row of logits for each text: expected .*"label"/);
 });

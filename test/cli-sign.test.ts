@@ -1,5 +1,4 @@
 /** Keys, signatures and roots at the command line. Signatures are checked by Node's own crypto too. */
-import { spawnSync } from "node:child_process";
 import { createPublicKey, verify } from "node:crypto";
 import { copyFile, mkdtemp, readFile, rm, stat, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
@@ -7,15 +6,15 @@ import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import t from "tap";
 import { openPack } from "../dist/src/pack/pack.js";
+import { run as command } from "./command-line.ts";
 
 const folder = await mkdtemp(join(tmpdir(), "eigenlora-sign-"));
 t.teardown(() => rm(folder, { recursive: true }));
 const at = (name: string): string => join(folder, name);
-const main = fileURLToPath(new URL("../dist/src/cli/main.js", import.meta.url));
 const vector = (name: string): string => fileURLToPath(new URL(`vectors/valid/${name}`, import.meta.url));
 
-async function run(...args: string[]): Promise<{ code: number | null; out: string; err: string }> {
-  const { status, stdout, stderr } = spawnSync(process.execPath, [main, ...args], { encoding: "utf8" });
+async function run(...args: string[]): Promise<{ code: number; out: string; err: string }> {
+  const { status, stdout, stderr } = await command(...args);
   return { code: status, out: stdout, err: stderr };
 }
 

@@ -1,6 +1,6 @@
 import { spawnSync } from "node:child_process";
 import * as fs from "node:fs";
-import { copyFile, cp, mkdir, mkdtemp, readdir, readFile, rm, writeFile } from "node:fs/promises";
+import { copyFile, cp, mkdir, mkdtemp, readdir, readFile, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
@@ -10,37 +10,30 @@ import { layoutAppend } from "../dist/src/format/layout.js";
 import { openSource } from "../dist/src/open-source.js";
 import { openPack } from "../dist/src/pack/pack.js";
 import { openSafetensors } from "../dist/src/tensor/safetensors.js";
+import { json, run, workIn } from "./command-line.ts";
 import { relativeDifference, tensorsOf } from "./compare.ts";
 import { data } from "./packs.ts";
 
 const main = fileURLToPath(new URL("../dist/src/cli/main.js", import.meta.url));
 const folder = await mkdtemp(join(tmpdir(), "eigenlora-cli-"));
-t.teardown(() => rm(folder, { recursive: true }));
+workIn(t, folder);
 const own = data("adapters/own-seed");
 
-function run(...args: string[]): { status: number | null; stdout: string; stderr: string } {
+/** In a process of its own. */
+function spawned(...args: string[]): { status: number | null; stdout: string; stderr: string } {
   return spawnSync(process.execPath, [main, ...args], { encoding: "utf8", cwd: folder });
-}
-
-/** Runs with --json; exactly one object on stdout, nothing on stderr. */
-function json(status: number, ...args: string[]): Record<string, any> {
-  const result = run(...args, "--json");
-  if (result.status !== status)
-    throw new Error(`${args.join(" ")}: exit ${result.status}\n${result.stdout}${result.stderr}`);
-  if (result.stderr !== "") throw new Error(`stderr: ${result.stderr}`);
-  return JSON.parse(result.stdout);
 }
 
 const keys = (object: object, ...names: string[]): boolean => names.every((name) => name in object);
 
 t.test("pack to a size, to an error, with less rank and private terms; auto says what it tried", async (t) => {
   const some = ["debtags-admin", "debtags-role", "sections-0"].map((id) => join(own, id));
-  const sized = json(0, "pack", ...some, "-o", "sized.eigen", "--rank", "4", "--ratio", "16", "--dtype", "int4");
+  const sized = await json(0, "pack", ...some, "-o", "sized.eigen", "--rank", "4", "--ratio", "16", "--dtype", "int4");
   t.ok(sized["ratio"] >= 16 && sized["ratio"] < 17.5, `${sized["ratio"]}`);
   t.match(sized, { gauge: "balanced", mode: "column" });
-  t.ok(json(0, "pack", ...some, "-o", "sized.eigen", "--force", "--bytes", "300kB")["bytes"] <= 300_000);
-  const owned = json(0, "pack", ...some, "-o", "owned.eigen", "--private-terms", "1", "--k", "4");
-  const verified = json(
+  t.ok((await json(0, "pack", ...some, "-o", "sized.eigen", "--force", "--bytes", "300kB"))["bytes"] <= 300_000);
+  const owned = await json(0, "pack", ...some, "-o", "owned.eigen", "--private-terms", "1", "--k", "4");
+  const verified = await json(
     0,
     "verify",
     "owned.eigen",
@@ -50,33 +43,34 @@ t.test("pack to a size, to an error, with less rank and private terms; auto says
   for (const task of verified["tasks"])
     t.ok(Math.abs(task.error.max - owned["errors"].find(({ id }: any) => id === task.id).max) < 1e-4);
 
-  const auto = json(0, "pack", ...some, "-o", "auto.eigen", "--mode", "auto", "--bytes", "70kB");
+  const auto = await json(0, "pack", ...some, "-o", "auto.eigen", "--mode", "auto", "--bytes", "70kB");
   t.ok(auto["bytes"] <= 70_000 && auto["tried"].length >= 1 && auto["judgedBy"] === "error");
-  const safe = json(0, "pack", ...some, "-o", "safe.eigen");
+  const safe = await json(0, "pack", ...some, "-o", "safe.eigen");
   for (const { id, total } of safe["errors"]) t.ok(total <= 0.15 && total > 0.1, `${id}: ${total}`);
-  const checked = json(0, "verify", "safe.eigen", ...some.flatMap((path) => ["--against", path]));
+  const checked = await json(0, "verify", "safe.eigen", ...some.flatMap((path) => ["--against", path]));
   for (const [i, task] of checked["tasks"].entries())
     t.ok(Math.abs(task.error.total - safe["errors"][i].total) < 1e-4, `${task.error.total}`);
-  const text = run("pack", ...some, "-o", "safe.eigen", "--force").stdout;
+  const text = (await run("pack", ...some, "-o", "safe.eigen", "--force")).stdout;
   t.match(text, /ΔW error of a task, mean \/ largest +0 +1[45]\.\d % \/ 1[45]\.\d %/);
   t.match(text, /private terms +\d+ in int/);
   t.match(text, /nothing is shared/);
 
-  const refused = (...args: string[]): string => json(2, "pack", ...some, "-o", "x.eigen", ...args)["error"].message;
-  t.match(refused("--mode", "auto", "--k", "4"), /chooses --k itself/);
-  t.match(refused("--mode", "auto", "--bytes", "70kB", "--model", "m.onnx"), /--model and --text go together/);
-  t.match(refused("--mode", "auto", "--divergence", "0.1"), /needs --model and --text/);
-  t.match(refused("--text", "lines.txt", "--k", "4"), /--text is for --mode auto/);
-  t.match(refused("--bytes", "many"), /expected a size such as 300000, 300kB/);
-  t.match(refused("--bytes", "1kB", "--ratio", "3"), /--bytes and --ratio exclude each other/);
+  const refused = async (...args: string[]): Promise<string> =>
+    (await json(2, "pack", ...some, "-o", "x.eigen", ...args))["error"].message;
+  t.match(await refused("--mode", "auto", "--k", "4"), /chooses --k itself/);
+  t.match(await refused("--mode", "auto", "--bytes", "70kB", "--model", "m.onnx"), /--model and --text go together/);
+  t.match(await refused("--mode", "auto", "--divergence", "0.1"), /needs --model and --text/);
+  t.match(await refused("--text", "lines.txt", "--k", "4"), /--text is for --mode auto/);
+  t.match(await refused("--bytes", "many"), /expected a size such as 300000, 300kB/);
+  t.match(await refused("--bytes", "1kB", "--ratio", "3"), /--bytes and --ratio exclude each other/);
   t.match(
-    json(1, "pack", ...some, "-o", "x.eigen", "--bytes", "1kB")["error"].message,
+    (await json(1, "pack", ...some, "-o", "x.eigen", "--bytes", "1kB"))["error"].message,
     /1000 bytes are too few: the least is \d+/,
   );
 });
 
 t.test("pack, inspect, verify: the keys of the contract, and figures that agree", async (t) => {
-  const packed = json(0, "pack", own, "-o", "own.eigen", "--k", "16");
+  const packed = await json(0, "pack", own, "-o", "own.eigen", "--k", "16");
   t.ok(
     keys(
       packed,
@@ -104,7 +98,7 @@ t.test("pack, inspect, verify: the keys of the contract, and figures that agree"
   t.equal(packed["bytes"], size);
   t.same(packed["warnings"], []);
   t.match(packed["notes"], [/pass --base to store fingerprints/], "packed without a base");
-  const inspected = json(0, "inspect", "own.eigen");
+  const inspected = await json(0, "inspect", "own.eigen");
   t.ok(
     keys(
       inspected,
@@ -122,7 +116,7 @@ t.test("pack, inspect, verify: the keys of the contract, and figures that agree"
   t.equal(inspected["bytes"], size);
   t.equal(inspected["breakEvenTasks"], packed["breakEvenTasks"]);
   t.match(inspected["modules"][0], { out: 384, in: 384, componentsA: 16, componentsB: 16 });
-  const verified = json(0, "verify", "own.eigen", "--against", own);
+  const verified = await json(0, "verify", "own.eigen", "--against", own);
   t.equal(verified["ok"], true);
   t.equal(verified["tasks"].length, 20);
   const worst = Math.max(...verified["tasks"].map((x: any) => x.error.max));
@@ -132,7 +126,7 @@ t.test("pack, inspect, verify: the keys of the contract, and figures that agree"
   for (const { name, offset } of inspected["sections"])
     if (/task (debtags-game|sections-2)|bases/.test(name)) damaged[offset + 20]! ^= 1;
   await writeFile(join(folder, "damaged.eigen"), damaged);
-  const found = json(1, "verify", "damaged.eigen", "--against", own);
+  const found = await json(1, "verify", "damaged.eigen", "--against", own);
   t.equal(found["ok"], false);
   const bad = found["checks"].filter((c: any) => !c.ok);
   t.same(
@@ -141,16 +135,16 @@ t.test("pack, inspect, verify: the keys of the contract, and figures that agree"
     "every damaged section is named",
   );
   for (const { detail } of bad) t.match(detail, /checksum does not match/);
-  for (const command of ["inspect", "verify"]) t.match(run(command, "own.eigen").stdout, /debtags-role/);
+  for (const command of ["inspect", "verify"]) t.match((await run(command, "own.eigen")).stdout, /debtags-role/);
 });
 
 t.test("--error is kept by every task; --energy 1 with f32 is lossless", async (t) => {
   const some = ["debtags-role", "sections-0", "sections-1"].map((n) => join(own, n));
-  const limited = json(0, "pack", ...some, "-o", "e.eigen", "--error", "0.1");
+  const limited = await json(0, "pack", ...some, "-o", "e.eigen", "--error", "0.1");
   for (const { total } of limited["errors"]) t.ok(total <= 0.1 && total > 0.05, `${total}`);
-  const each = json(0, "pack", ...some, "-o", "each.eigen", "--mode", "column", "--error", "0.1");
+  const each = await json(0, "pack", ...some, "-o", "each.eigen", "--mode", "column", "--error", "0.1");
   t.ok(each["error"].max <= 0.1 && each["error"].max > 0.05, `of every module: ${each["error"].max}`);
-  const lossless = json(0, "pack", ...some, "-o", "l.eigen", "--energy", "1", "--dtype", "f32");
+  const lossless = await json(0, "pack", ...some, "-o", "l.eigen", "--energy", "1", "--dtype", "f32");
   t.ok(lossless["error"].max < 1e-6, `${lossless["error"].max}`);
   t.ok(lossless["ratio"] < 1.2, "below break-even a lossless pack is about as large as the adapters");
 });
@@ -158,7 +152,7 @@ t.test("--error is kept by every task; --energy 1 with f32 is lossless", async (
 t.test("every number format can be packed", async (t) => {
   let last = Infinity;
   for (const dtype of ["f32", "f16", "int8", "int4", "int3"]) {
-    const packed = json(
+    const packed = await json(
       0,
       "pack",
       join(own, "debtags-role"),
@@ -172,42 +166,42 @@ t.test("every number format can be packed", async (t) => {
     );
     t.ok(packed["bytes"] < last, dtype);
     last = packed["bytes"];
-    t.equal(json(0, "verify", `${dtype}.eigen`)["ok"], true);
+    t.equal((await json(0, "verify", `${dtype}.eigen`))["ok"], true);
   }
-  t.match(json(0, "pack", own, "-o", "m.eigen", "--k", "4", "--dtype", "basis=int8,head=f32"), {
+  t.match(await json(0, "pack", own, "-o", "m.eigen", "--k", "4", "--dtype", "basis=int8,head=f32"), {
     dtype: "basis=int8,coefficients=f16,head=f32",
   });
 });
 
 t.test("add appends, remove drops, and the others' bytes stay", async (t) => {
   const names = (await readdir(own)).sort();
-  const bytesBefore = json(0, "pack", ...names.slice(0, 10).map((n) => join(own, n)), "-o", "grow.eigen", "--k", "24")[
-    "bytes"
-  ];
+  const bytesBefore = (
+    await json(0, "pack", ...names.slice(0, 10).map((n) => join(own, n)), "-o", "grow.eigen", "--k", "24")
+  )["bytes"];
   const blob = async (id: string): Promise<string> => {
-    const { sections } = json(0, "inspect", "grow.eigen");
+    const { sections } = await json(0, "inspect", "grow.eigen");
     const { offset, bytes } = sections.find((s: any) => s.name === `task ${id}`);
     return (await readFile(join(folder, "grow.eigen"))).subarray(offset, offset + bytes).toString("hex");
   };
   const before = await blob(names[3]!);
-  const added = json(0, "add", "grow.eigen", join(own, names[10]!), join(own, names[11]!));
+  const added = await json(0, "add", "grow.eigen", join(own, names[10]!), join(own, names[11]!));
   t.match(added, { added: [names[10], names[11]], bytesBefore });
   t.equal(added["residual"].length, 2);
   t.ok(added["residual"][0].mean > 0 && added["residual"][0].max < 1.5);
   t.equal(added["bytesAfter"], (await readFile(join(folder, "grow.eigen"))).length);
   t.equal(await blob(names[3]!), before);
-  const projected = json(0, "verify", "grow.eigen", "--against", join(own, names[10]!))["tasks"].find(
+  const projected = (await json(0, "verify", "grow.eigen", "--against", join(own, names[10]!)))["tasks"].find(
     (x: any) => x.error,
   );
   t.ok(Math.abs(projected.error.mean - added["residual"][0].mean) < 1e-9);
-  t.match(json(1, "add", "grow.eigen", join(own, names[10]!)), { error: { tag: "task", message: /--as/ } });
-  json(0, "add", "grow.eigen", join(own, names[10]!), "--as", `${names[10]}=again`);
-  const removed = json(0, "remove", "grow.eigen", names[0]!, "again");
+  t.match(await json(1, "add", "grow.eigen", join(own, names[10]!)), { error: { tag: "task", message: /--as/ } });
+  await json(0, "add", "grow.eigen", join(own, names[10]!), "--as", `${names[10]}=again`);
+  const removed = await json(0, "remove", "grow.eigen", names[0]!, "again");
   t.match(removed, { removed: [names[0], "again"] });
   t.ok(removed["bytesAfter"] < removed["bytesBefore"]);
   t.equal(await blob(names[3]!), before);
-  t.equal(json(0, "verify", "grow.eigen")["ok"], true);
-  t.match(json(1, "remove", "grow.eigen", "debtag-role"), { error: { tag: "task", nearest: ["debtags-role"] } });
+  t.equal((await json(0, "verify", "grow.eigen"))["ok"], true);
+  t.match(await json(1, "remove", "grow.eigen", "debtag-role"), { error: { tag: "task", nearest: ["debtags-role"] } });
   t.same(
     (await readdir(folder)).filter((n) => /tmp|lock/.test(n)),
     [],
@@ -216,7 +210,7 @@ t.test("add appends, remove drops, and the others' bytes stay", async (t) => {
 });
 
 t.test("add takes task files as they are, beside adapters", async (t) => {
-  json(0, "pack", join(own, "debtags-role"), join(own, "debtags-use"), "-o", "two.eigen", "--k", "8");
+  await json(0, "pack", join(own, "debtags-role"), join(own, "debtags-use"), "-o", "two.eigen", "--k", "8");
   const pack = await openPack(await readFile(join(folder, "two.eigen")));
   const { bytes } = await pack.load("debtags-use");
   const write = (name: string, id: string, basis: string, blob: Uint8Array = bytes): Promise<void> =>
@@ -224,7 +218,7 @@ t.test("add takes task files as they are, beside adapters", async (t) => {
   await write("mine.eigentask", "mine", pack.basisId);
   await write("no extension", "other", pack.basisId);
   const before = await readFile(join(folder, "two.eigen"));
-  const added = json(
+  const added = await json(
     0,
     "add",
     "two.eigen",
@@ -252,9 +246,9 @@ t.test("add takes task files as they are, beside adapters", async (t) => {
   t.same([...grown.tasks.keys()], ["debtags-role", "debtags-use", "three", "mine", "renamed"]);
   t.same((await grown.load("mine")).bytes, bytes);
   t.same(grown.tasks.get("mine")!.metadata, { labels: ["a"] });
-  t.equal(json(0, "verify", "two.eigen")["ok"], true);
+  t.equal((await json(0, "verify", "two.eigen"))["ok"], true);
   t.match(
-    run("add", "two.eigen", "mine.eigentask", "--as", "mine.eigentask=by path").stdout,
+    (await run("add", "two.eigen", "mine.eigentask", "--as", "mine.eigentask=by path")).stdout,
     /by path: [\d.]+ kB, unchanged/,
   );
 
@@ -264,70 +258,73 @@ t.test("add takes task files as they are, beside adapters", async (t) => {
     "foreign",
     basis.replace(/^../, (byte) => (byte === "00" ? "01" : "00")),
   );
-  const foreign = json(1, "add", "two.eigen", "foreign.eigentask")["error"];
+  const foreign = (await json(1, "add", "two.eigen", "foreign.eigentask"))["error"];
   t.match(foreign, {
     tag: "task",
     message: new RegExp(
       `foreign.eigentask belongs to the basis [0-9a-f]{64}, this pack has ${basis}; make it for this pack`,
     ),
   });
-  t.match(json(1, "add", "two.eigen", "mine.eigentask"), {
+  t.match(await json(1, "add", "two.eigen", "mine.eigentask"), {
     error: { tag: "task", message: /two.eigen already has a task "mine"; .* --as mine=NEW/ },
   });
   await write("again.eigentask", "other", basis);
-  const both = json(1, "add", "two.eigen", "no extension", "again.eigentask")["error"];
+  const both = (await json(1, "add", "two.eigen", "no extension", "again.eigentask"))["error"];
   t.match(both, {
     tag: "task",
     message: /no extension and again.eigentask are both called other; .*--as again.eigentask=NEW/,
   });
-  t.match(json(1, "add", "two.eigen", "again.eigentask", "--as", "nobody=x"), {
+  t.match(await json(1, "add", "two.eigen", "again.eigentask", "--as", "nobody=x"), {
     error: { tag: "task", message: /rename nobody to x: no adapter/ },
   });
   const damaged = await readFile(join(folder, "again.eigentask"));
   damaged[damaged.length - 1]! ^= 1;
   await writeFile(join(folder, "damaged.eigentask"), damaged);
-  t.match(json(1, "add", "two.eigen", "damaged.eigentask"), {
+  t.match(await json(1, "add", "two.eigen", "damaged.eigentask"), {
     error: { tag: "format", message: /damaged.eigentask.*checksum/ },
   });
   await writeFile(join(folder, "noise.eigentask"), "no task");
-  t.match(json(1, "add", "two.eigen", "noise.eigentask"), { error: { tag: "format", message: /noise.eigentask/ } });
+  t.match(await json(1, "add", "two.eigen", "noise.eigentask"), {
+    error: { tag: "format", message: /noise.eigentask/ },
+  });
 });
 
 t.test("joint packs: a smaller error of ΔW, the same commands", async (t) => {
   const some = ["debtags-admin", "debtags-devel", "sections-0"].map((id) => data(`adapters/own-seed/${id}`));
   const of = [...some, "--k", "8", "--dtype", "f32"];
-  const joint = json(0, "pack", ...of, "-o", "joint.eigen", "--mode", "joint");
-  const column = json(0, "pack", ...of, "-o", "column.eigen", "--centering", "none");
+  const joint = await json(0, "pack", ...of, "-o", "joint.eigen", "--mode", "joint");
+  const column = await json(0, "pack", ...of, "-o", "column.eigen", "--centering", "none");
   t.match(joint, { mode: "joint", centering: "none", components: { min: 8, max: 8 } });
   t.ok(joint["error"].mean < 0.95 * column["error"].mean, `${joint["error"].mean}, column ${column["error"].mean}`);
-  const verified = json(0, "verify", "joint.eigen", ...some.flatMap((path) => ["--against", path]));
+  const verified = await json(0, "verify", "joint.eigen", ...some.flatMap((path) => ["--against", path]));
   t.ok(verified["tasks"].every((task: any) => task.error.max <= joint["error"].max + 1e-6));
-  json(0, "add", "joint.eigen", data("adapters/own-seed/sections-1"));
-  t.equal(json(0, "inspect", "joint.eigen")["tasks"].length, 4);
-  const refused = run("pack", ...of, "-o", "x", "--mode", "joint", "--centering", "keep");
+  await json(0, "add", "joint.eigen", data("adapters/own-seed/sections-1"));
+  t.equal((await json(0, "inspect", "joint.eigen"))["tasks"].length, 4);
+  const refused = await run("pack", ...of, "-o", "x", "--mode", "joint", "--centering", "keep");
   t.match(refused.stderr, /joint mode has no mean/);
 });
 
 t.test("flat mode: pack, inspect, verify, add, remove, export", async (t) => {
   const names = (await readdir(own)).sort().slice(0, 6);
   const paths = names.map((n) => join(own, n));
-  const packed = json(0, "pack", ...paths, "-o", "flat.eigen", "--mode", "flat", "--k", "4");
+  const packed = await json(0, "pack", ...paths, "-o", "flat.eigen", "--mode", "flat", "--k", "4");
   t.match(packed, { mode: "flat", tasks: 6, components: { min: 4, max: 4 } });
-  const inspected = json(0, "inspect", "flat.eigen");
+  const inspected = await json(0, "inspect", "flat.eigen");
   t.match(inspected, {
     mode: "flat",
     modules: [{ componentsA: 4, componentsB: 4 }],
     breakEvenTasks: packed["breakEvenTasks"],
   });
-  const column = json(0, "pack", ...paths, "-o", "column.eigen", "--force", "--k", "4");
-  const blobs = (file: string): number[] => json(0, "inspect", file)["tasks"].map((x: any) => x.bytes);
-  const columns = blobs("column.eigen");
+  const column = await json(0, "pack", ...paths, "-o", "column.eigen", "--force", "--k", "4");
+  const blobs = async (file: string): Promise<number[]> =>
+    (await json(0, "inspect", file))["tasks"].map((x: any) => x.bytes);
+  const columns = await blobs("column.eigen");
   t.ok(
-    blobs("flat.eigen").every((size, i) => size < columns[i]! - 12 * 2 * 7 * 4),
+    (await blobs("flat.eigen")).every((size, i) => size < columns[i]! - 12 * 2 * 7 * 4),
     "a task has a vector of coefficients, not one for each of 8 rows",
   );
   t.ok(packed["bytes"] > column["bytes"] && packed["error"].mean < column["error"].mean, "the components are larger");
-  const verified = json(0, "verify", "flat.eigen", ...paths.flatMap((p) => ["--against", p]));
+  const verified = await json(0, "verify", "flat.eigen", ...paths.flatMap((p) => ["--against", p]));
   const worst = Math.max(...verified["tasks"].map((x: any) => x.error.max));
   t.ok(Math.abs(worst - packed["error"].max) < 1e-6, "packer and verifier agree");
   for (const task of verified["tasks"]) t.ok(task.bound >= task.error.max && task.delta.A > 0 && task.delta.A <= 1);
@@ -337,21 +334,21 @@ t.test("flat mode: pack, inspect, verify, add, remove, export", async (t) => {
       .subarray(inspected["sections"][2].offset, packed["bytes"])
       .toString("hex");
   const before = await bytesOf();
-  const added = json(0, "add", "flat.eigen", join(own, "sections-3"), paths[0]!, "--as", `${names[0]}=again`);
+  const added = await json(0, "add", "flat.eigen", join(own, "sections-3"), paths[0]!, "--as", `${names[0]}=again`);
   t.equal(await bytesOf(), before, "bases and tasks that were there");
   t.ok(
     added["residual"].find((x: any) => x.id === "sections-3").mean > 0.8,
     "unlike any other: flat mode holds those it was made of",
   );
-  const again = json(0, "verify", "flat.eigen", "--against", paths[0]!, "--as", `${names[0]}=again`)["tasks"].find(
-    (x: any) => x.error,
-  );
+  const again = (await json(0, "verify", "flat.eigen", "--against", paths[0]!, "--as", `${names[0]}=again`))[
+    "tasks"
+  ].find((x: any) => x.error);
   t.ok(
     Math.abs(again.error.mean - verified["tasks"].find((x: any) => x.id === names[0]).error.mean) < 1e-6,
     "as when it was packed",
   );
-  json(0, "export", "flat.eigen", "--task", names[1]!, "-o", "flat-back");
-  const back = json(
+  await json(0, "export", "flat.eigen", "--task", names[1]!, "-o", "flat-back");
+  const back = await json(
     0,
     "pack",
     "flat-back",
@@ -365,21 +362,21 @@ t.test("flat mode: pack, inspect, verify, add, remove, export", async (t) => {
     `flat-back=${names[1]}`,
   );
   t.ok(back["error"].max < 1e-6);
-  const twice = json(0, "verify", "back.eigen", "--against", paths[1]!)["tasks"][0];
+  const twice = (await json(0, "verify", "back.eigen", "--against", paths[1]!))["tasks"][0];
   t.ok(
     Math.abs(twice.error.mean - verified["tasks"].find((x: any) => x.id === names[1]).error.mean) < 1e-5,
     "the exported adapter is the task",
   );
-  t.match(json(0, "remove", "flat.eigen", "again"), { removed: ["again"] });
-  t.equal(json(0, "verify", "flat.eigen")["ok"], true);
-  const refused = json(1, "pack", ...paths, "-o", "x", "--mode", "flat", "--k", "6")["error"];
+  t.match(await json(0, "remove", "flat.eigen", "again"), { removed: ["again"] });
+  t.equal((await json(0, "verify", "flat.eigen"))["ok"], true);
+  const refused = (await json(1, "pack", ...paths, "-o", "x", "--mode", "flat", "--k", "6"))["error"];
   t.match(refused.message, /6 components: flat mode has at most 5 beside the mean for 6 adapters/);
-  const limited = json(0, "pack", ...paths, "-o", "limited.eigen", "--mode", "flat", "--error", "0.5");
+  const limited = await json(0, "pack", ...paths, "-o", "limited.eigen", "--mode", "flat", "--error", "0.5");
   t.ok(limited["error"].max <= 0.5 && limited["components"].mean < 5);
 });
 
 t.test("a full disk leaves the pack as it was, wherever it strikes", async (t) => {
-  json(0, "pack", join(own, "debtags-role"), join(own, "debtags-use"), "-o", "full.eigen", "--k", "8");
+  await json(0, "pack", join(own, "debtags-role"), join(own, "debtags-use"), "-o", "full.eigen", "--k", "8");
   const path = join(folder, "full.eigen");
   const before = await readFile(path);
   const pack = await openPack(before);
@@ -417,9 +414,9 @@ t.test("a full disk leaves the pack as it was, wherever it strikes", async (t) =
   );
   room = Infinity;
   files.append(path, plan);
-  t.equal(json(0, "verify", "full.eigen")["tasks"].length, 5);
+  t.equal((await json(0, "verify", "full.eigen"))["tasks"].length, 5);
   await writeFile(`${path}.lock`, "");
-  t.match(json(1, "add", "full.eigen", join(own, "debtags-game")), {
+  t.match(await json(1, "add", "full.eigen", join(own, "debtags-game")), {
     error: {
       tag: "source",
       message: /a lock that names no process; if nothing is writing it, delete .*full.eigen.lock/,
@@ -433,7 +430,7 @@ t.test("fold and export give PEFT's weights back", async (t) => {
     await mkdir(join(folder, name), { recursive: true });
     await cp(join(golden, "adapter"), join(folder, name, "task"), { recursive: true });
     const base = join(golden, "base.safetensors");
-    json(
+    await json(
       0,
       "pack",
       join(name, "task"),
@@ -447,7 +444,7 @@ t.test("fold and export give PEFT's weights back", async (t) => {
       "--base",
       base,
     );
-    const folded = json(0, "fold", "one.eigen", "--task", "task", "--base", base, "-o", `${name}.safetensors`);
+    const folded = await json(0, "fold", "one.eigen", "--task", "task", "--base", base, "-o", `${name}.safetensors`);
     t.equal(folded["file"], `${name}.safetensors`);
     const merged = await tensorsOf(join(golden, "merged.safetensors"));
     const found = await tensorsOf(join(folder, `${name}.safetensors`));
@@ -455,8 +452,8 @@ t.test("fold and export give PEFT's weights back", async (t) => {
       t.same(found.get(weight)?.shape, shape, weight);
       t.ok(relativeDifference(found.get(weight)!.values, values) <= 1e-6, `${name}: ${weight}`);
     }
-    json(0, "export", "one.eigen", "--task", "task", "-o", `${name}-back`);
-    json(
+    await json(0, "export", "one.eigen", "--task", "task", "-o", `${name}-back`);
+    await json(
       0,
       "pack",
       `${name}-back`,
@@ -470,13 +467,13 @@ t.test("fold and export give PEFT's weights back", async (t) => {
       "--dtype",
       "f32",
     );
-    json(0, "fold", "two.eigen", "--task", "task", "--base", base, "-o", "again.safetensors", "--force");
+    await json(0, "fold", "two.eigen", "--task", "task", "--base", base, "-o", "again.safetensors", "--force");
     const again = await tensorsOf(join(folder, "again.safetensors"));
     for (const [weight, { values }] of merged)
       t.ok(relativeDifference(again.get(weight)!.values, values) <= 1e-6, `${name}-back: ${weight}`);
   }
   t.match(
-    json(
+    await json(
       1,
       "fold",
       "one.eigen",
@@ -517,7 +514,7 @@ t.test("bad input: what, where, and what to do; exit 1, or 2 for usage", async (
     [["add", "own.eigen", "tiny", "--any-base"], { tag: "adapter", message: /pack's is|no basis|another base model/ }],
     [["export", "own.eigen", "--task", "debtags-rule", "-o", "x"], { tag: "task", nearest: ["debtags-role"] }],
   ];
-  for (const [args, error] of failures) t.match(json(1, ...args), { error }, args.join(" "));
+  for (const [args, error] of failures) t.match(await json(1, ...args), { error }, args.join(" "));
   const usage: [string[], RegExp][] = [
     [["pack", own], /pack: missing --output/],
     [["pack", "-o", "x"], /pack: missing ADAPTER_OR_FOLDER/],
@@ -532,9 +529,15 @@ t.test("bad input: what, where, and what to do; exit 1, or 2 for usage", async (
     [["pack", own, "-o", "no/such/folder/x"], /there is no folder no.such.folder; make it first/],
     [["bench", "everything"], /expected .*memory/],
   ];
-  for (const [args, message] of usage) t.match(json(2, ...args), { error: { tag: "usage", message } }, args.join(" "));
-  t.equal(run().status, 2);
-  t.equal(run("--help").status, 0);
-  t.match(run("--version").stdout, /^\d+\.\d+\.\d+\n$/);
-  t.match(run("inspect", "missing.eigen").stderr, /^eigenlora: .*missing.eigen/);
+  for (const [args, message] of usage)
+    t.match(await json(2, ...args), { error: { tag: "usage", message } }, args.join(" "));
+
+  t.equal(spawned().status, 2);
+  t.equal(spawned("--help").status, 0);
+  t.match(spawned("--version").stdout, /^\d+\.\d+\.\d+\n$/);
+  t.match(spawned("inspect", "missing.eigen"), { status: 1, stdout: "", stderr: /^eigenlora: .*missing.eigen/ });
+  for (const args of [["verify", "own.eigen"], ["inspect", "missing.eigen"], ["inspekt"]]) {
+    const [alone, here] = [spawned(...args, "--json"), await run(...args, "--json")];
+    t.same([alone.status, alone.stderr, JSON.parse(alone.stdout)], [here.status, "", JSON.parse(here.stdout)]);
+  }
 });

@@ -2,10 +2,9 @@
  * LoRA files of diffusers: every golden case, the names of three generations, alphas and configurations, what is refused, files in
  * folders, and the command line. Golden cases go through a pack and a runtime too. The judge of the goldens is diffusers' own loading and PEFT's merge.
  */
-import { spawnSync } from "node:child_process";
-import { cpSync, mkdirSync, readdirSync, readFileSync, statSync, writeFileSync } from "node:fs";
+import { cpSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, statSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
 import { basename, join } from "node:path";
-import { fileURLToPath } from "node:url";
 import t, { type Test } from "tap";
 import type { Adapter } from "../dist/src/adapters/adapter.js";
 import { readDiffusers } from "../dist/src/adapters/diffusers.js";
@@ -16,6 +15,7 @@ import { AdapterError } from "../dist/src/errors.js";
 import { buildPack } from "../dist/src/pack/build.js";
 import { openPack } from "../dist/src/pack/pack.js";
 import { apply, bytesOf, difference, entries, loadTensors, readAll, type Spec } from "./adapters.ts";
+import { json as command, workIn } from "./command-line.ts";
 import { checkGolden } from "./compare.ts";
 import { concat, data, LOSSLESS } from "./packs.ts";
 
@@ -338,44 +338,36 @@ t.test("folders and files", async (t) => {
   });
 });
 
-const main = fileURLToPath(new URL("../dist/src/cli/main.js", import.meta.url));
-
 t.test("the command line: pack, inspect, verify, add, export", async (t) => {
-  const root = t.testdir();
-  const json = (...args: string[]): Record<string, any> => {
-    const { status, stdout, stderr } = spawnSync(process.execPath, [main, ...args, "--json"], {
-      encoding: "utf8",
-      cwd: root,
-    });
-    t.same([status, stderr], [0, ""], args.join(" "));
-    return JSON.parse(stdout);
-  };
+  const root = mkdtempSync(join(tmpdir(), "eigenlora-diffusers-"));
+  workIn(t, root);
+  const json = (...args: string[]): Promise<Record<string, any>> => command(0, ...args);
   const scaled = golden("diffusers");
   mkdirSync(join(root, "styles/old"), { recursive: true });
   cpSync(golden("diffusers-old"), join(root, "styles/old", NAME));
   cpSync(scaled, join(root, "styles/scaled.safetensors"));
   const lossless = ["--mode", "column", "--energy", "1", "--dtype", "f32"];
-  const packed = json("pack", "styles", "-o", "p.eigen", "--as", "old=2023", ...lossless);
+  const packed = await json("pack", "styles", "-o", "p.eigen", "--as", "old=2023", ...lossless);
   t.match(packed, {
     tasks: 2,
     modules: 44,
     adapterBytes: statSync(scaled).size + statSync(golden("diffusers-old")).size,
   });
-  const { modules } = json("inspect", "p.eigen");
+  const { modules } = await json("inspect", "p.eigen");
   t.match(modules[0], { name: "unet.down_blocks.0.attentions.0.proj_in", out: 16, in: 16 });
 
-  json("add", "p.eigen", scaled, "--as", "adapter=again");
+  await json("add", "p.eigen", scaled, "--as", "adapter=again");
   const against = ["styles", scaled].flatMap((path) => ["--against", path]);
-  const verified = json("verify", "p.eigen", ...against, "--as", "old=2023", "--as", "adapter=again");
+  const verified = await json("verify", "p.eigen", ...against, "--as", "old=2023", "--as", "adapter=again");
   t.same(verified["tasks"].map(({ id }: { id: string }) => id).sort(), ["2023", "again", "scaled"]);
   for (const { id, error } of verified["tasks"]) t.ok(error.max < 1e-5, `${id}: ${error.max}`);
 
   // Parts are known by what adapters hold: another adapter makes another part.
-  t.equal(json("shard", scaled, "-o", "a.part")["present"], false);
-  t.equal(json("shard", scaled, "-o", "a.part")["present"], true);
-  t.equal(json("shard", "styles/old", "-o", "a.part", "--force")["present"], false);
+  t.equal((await json("shard", scaled, "-o", "a.part"))["present"], false);
+  t.equal((await json("shard", scaled, "-o", "a.part"))["present"], true);
+  t.equal((await json("shard", "styles/old", "-o", "a.part", "--force"))["present"], false);
 
-  json("export", "p.eigen", "--task", "scaled", "-o", "scaled");
+  await json("export", "p.eigen", "--task", "scaled", "-o", "scaled");
   const [exported, original] = [await readFile(join(root, "scaled")), await readFile(scaled)];
   t.same([...exported.modules.keys()], [...original.modules.keys()]);
   const base = await loadTensors(join(goldens, "diffusers/base.safetensors"));

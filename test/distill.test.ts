@@ -17,6 +17,7 @@ import { uniform } from "../dist/src/tensor/random.js";
 import { type BatchFeeds, type DistillOptions, distill } from "../dist/src/train/index.js";
 import { MeanDivergence } from "../dist/src/train/probabilities.js";
 import { readTask } from "../examples/minilm.js";
+import { json, run, workIn } from "./command-line.ts";
 import { data, LOSSLESS } from "./packs.ts";
 import { feeds, GOLDENS, model, NODE, type Ort, open, outputOf, packBytes, type Session, WEB } from "./sessions.ts";
 
@@ -239,25 +240,18 @@ t.test("what cannot be distilled is refused by name", async (t) => {
 
 t.test("the command line, on the real model", async (t) => {
   const folder = await mkdtemp(join(tmpdir(), "eigenlora-distill-"));
-  t.teardown(() => rm(folder, { recursive: true }));
+  workIn(t, folder);
   const main = fileURLToPath(new URL("../dist/src/cli/main.js", import.meta.url));
   const own = (id: string): string => data(`adapters/own-seed/${id}`);
-  const run = (from: string, args: readonly string[]): { status: number | null; stdout: string; stderr: string } =>
+  const runAlone = (from: string, args: readonly string[]): { stdout: string; stderr: string } =>
     spawnSync(process.execPath, [from, ...args], { encoding: "utf8", cwd: folder });
-  const json = (status: number, ...args: string[]): any => {
-    const result = run(main, [...args, "--json"]);
-    if (result.status !== status)
-      throw new Error(`${args.join(" ")}: exit ${result.status}\n${result.stdout}${result.stderr}`);
-    if (result.stderr !== "") throw new Error(`stderr: ${result.stderr}`);
-    return JSON.parse(result.stdout);
-  };
   const ids = ["debtags-role", "debtags-use", "debtags-game", "debtags-scope"];
-  json(0, "pack", ...ids.map(own), "-o", "p.eigen", "--k", "6");
+  await json(0, "pack", ...ids.map(own), "-o", "p.eigen", "--k", "6");
   const { train } = await readTask("debtags-devel");
   await writeFile(
     join(folder, "lines.txt"),
     train
-      .slice(0, 200)
+      .slice(0, 100)
       .map(([text]) => text)
       .join("\n"),
   );
@@ -267,9 +261,9 @@ t.test("the command line, on the real model", async (t) => {
     "--text",
     "lines.txt",
     "--steps",
-    "20",
+    "8",
     "--batch",
-    "16",
+    "8",
     "--tokens",
     "32",
   ];
@@ -290,7 +284,7 @@ t.test("the command line, on the real model", async (t) => {
   const whole = await readFile(join(partial, name!), "utf8");
   for (const damage of ["", whole.slice(0, 1000), "{}", "null", whole.replace(/"file": "...../, '"file": "AAAAA')]) {
     await writeFile(join(partial, name!), damage);
-    t.match(json(1, ...command), {
+    t.match(await json(1, ...command), {
       error: {
         tag: "format",
         file: /o.eigen.partial/,
@@ -301,11 +295,11 @@ t.test("the command line, on the real model", async (t) => {
   // A run that wins nothing says so: here one whose only task was finished, and kept as it was.
   await mkdir(join(folder, "q.eigen.partial"));
   await writeFile(join(folder, "q.eigen.partial", name!), whole.replace('"distilled"', '"projected"'));
-  const nothing = run(main, ["distill", "p.eigen", own("debtags-devel"), ...settings, "-o", "q.eigen"]);
-  t.match(nothing.stderr, /^warning: no task got better than it was, .* more than --steps 20, or more text\n/);
+  const nothing = await run("distill", "p.eigen", own("debtags-devel"), ...settings, "-o", "q.eigen");
+  t.match(nothing.stderr, /^warning: no task got better than it was, .* more than --steps 8, or more text\n/);
   await rm(join(folder, "q.eigen"));
   await writeFile(join(partial, name!), whole);
-  const made = json(0, ...command);
+  const made = await json(0, ...command);
   t.match(made, { file: "o.eigen", seconds: Number });
   t.match(made.tasks, [
     { id: "debtags-devel", added: true, resumed: true },
@@ -315,7 +309,7 @@ t.test("the command line, on the real model", async (t) => {
     t.ok(divergence.after < 0.9 * divergence.before, `${id}: ${divergence.before} → ${divergence.after}`);
   }
   t.same(await readdir(folder), ["lines.txt", "o.eigen", "p.eigen"], "nothing is left beside it");
-  t.equal(json(0, "verify", "o.eigen").ok, true);
+  t.equal((await json(0, "verify", "o.eigen")).ok, true);
   const [before, after] = [await openPack(join(folder, "p.eigen")), await openPack(join(folder, "o.eigen"))];
   t.teardown(async () => (await before.close(), after.close()));
   t.equal(after.basisId, before.basisId);
@@ -326,29 +320,29 @@ t.test("the command line, on the real model", async (t) => {
     t.same(after.tasks.get(id)!.metadata, before.tasks.get(id)!.metadata);
   }
 
-  await distillInPlace(t, folder, { main, command, json, own });
+  await distillInPlace(t, folder, { main, command, own });
 
   await writeFile(join(folder, "empty.txt"), "\n \n");
   await writeFile(join(folder, "short.txt"), "one\ntwo\none\n");
-  const refuse = (status: number, expected: object, ...changed: string[]): void => {
-    t.match(json(status, ...command, "--force", ...changed), { error: expected }, changed.join(" "));
+  const refuse = async (status: number, expected: object, ...changed: string[]): Promise<void> => {
+    t.match(await json(status, ...command, "--force", ...changed), { error: expected }, changed.join(" "));
   };
-  refuse(1, { tag: "source", message: /empty.txt: has no text/ }, "--text", "empty.txt");
-  refuse(1, { message: /2 texts; 8 at least/ }, "--text", "short.txt");
-  refuse(1, { tag: "source", message: /missing.txt/ }, "--text", "missing.txt");
-  refuse(
+  await refuse(1, { tag: "source", message: /empty.txt: has no text/ }, "--text", "empty.txt");
+  await refuse(1, { message: /2 texts; 8 at least/ }, "--text", "short.txt");
+  await refuse(1, { tag: "source", message: /missing.txt/ }, "--text", "missing.txt");
+  await refuse(
     1,
     { tag: "source", message: /nowhere.json: there is no tokenizer.*--tokenizer/ },
     "--tokenizer",
     "nowhere.json",
   );
-  refuse(2, { tag: "usage", message: /--steps 0/ }, "--steps", "0");
-  refuse(2, { tag: "usage", message: /stepps/ }, "--stepps", "3");
-  t.match(json(2, "distill", "p.eigen", own("debtags-role"), "-o", "x"), {
+  await refuse(2, { tag: "usage", message: /--steps 0/ }, "--steps", "0");
+  await refuse(2, { tag: "usage", message: /stepps/ }, "--stepps", "3");
+  t.match(await json(2, "distill", "p.eigen", own("debtags-role"), "-o", "x"), {
     error: { tag: "usage", message: /missing --text/ },
   });
   const other = ["distill", "p.eigen", data("sessions/adapters/two"), ...settings, "-o", "x.eigen"];
-  t.match(json(1, ...other), { error: { tag: "adapter", message: /two/ } }, "an adapter of another base");
+  t.match(await json(1, ...other), { error: { tag: "adapter", message: /two/ } }, "an adapter of another base");
 
   // Installed by itself, the package has none of its optional peers.
   const root = fileURLToPath(new URL("..", import.meta.url));
@@ -357,7 +351,7 @@ t.test("the command line, on the real model", async (t) => {
   await cp(join(root, "dist"), join(alone, "dist"), { recursive: true });
   await cp(join(root, "package.json"), join(alone, "package.json"));
   const without = (): object =>
-    JSON.parse(run(join(alone, "dist/src/cli/main.js"), [...command, "--force", "--json"]).stdout);
+    JSON.parse(runAlone(join(alone, "dist/src/cli/main.js"), [...command, "--force", "--json"]).stdout);
   t.match(without(), {
     error: { tag: "backend", message: /needs the package onnxruntime-node: npm install onnxruntime-node/ },
   });
@@ -372,24 +366,23 @@ async function distillInPlace(
   given: {
     main: string;
     command: readonly string[];
-    json: (status: number, ...args: string[]) => any;
     own: (id: string) => string;
   },
 ): Promise<void> {
-  const { main, json, own } = given;
+  const { main, own } = given;
   const pack = join(folder, "q.eigen");
   const command = given.command.map((word) => (/^[op]\.eigen$/.test(word) ? "q.eigen" : word)).concat("--force");
   const names = async (): Promise<string[]> => (await readdir(folder)).filter((name) => name.startsWith("q."));
   /** Starts it, and acts when the first of its two tasks is done. @returns how it ended */
   const meanwhile = async (
-    act: (child: ChildProcess) => void,
+    act: (child: ChildProcess) => unknown,
   ): Promise<[code: number | null, signal: string | null]> => {
     const child = spawn(process.execPath, [main, ...command], { cwd: folder, stdio: "ignore" });
     const gone = once(child, "exit") as Promise<[number | null, string | null]>;
     const done = async (): Promise<string[]> => readdir(`${pack}.partial`).catch(() => []);
     while (!(await done()).some((name) => !name.endsWith(".tmp")) && child.exitCode === null)
       await new Promise((resolve) => setTimeout(resolve, 20));
-    act(child);
+    await act(child);
     return gone;
   };
   const again = async (): Promise<void> => {
@@ -403,12 +396,12 @@ async function distillInPlace(
   t.ok((await readFile(pack)).equals(await readFile(join(folder, "p.eigen"))), "and the pack as it was");
 
   await again();
-  const ended = await meanwhile(() => {
-    json(0, "remove", "q.eigen", "debtags-game");
-    json(0, "add", "q.eigen", own("debtags-admin"));
+  const ended = await meanwhile(async () => {
+    await json(0, "remove", "q.eigen", "debtags-game");
+    await json(0, "add", "q.eigen", own("debtags-admin"));
   });
   t.same(ended, [0, null]);
-  t.equal(json(0, "verify", "q.eigen").ok, true);
+  t.equal((await json(0, "verify", "q.eigen")).ok, true);
   t.same(await names(), ["q.eigen"]);
   const written = await openPack(pack);
   const ids = ["debtags-role", "debtags-scope", "debtags-use", "debtags-admin", "debtags-devel"];
@@ -416,7 +409,7 @@ async function distillInPlace(
   await written.close();
 
   await again();
-  t.same(await meanwhile(() => json(0, "remove", "q.eigen", "debtags-role")), [1, null]);
+  t.same(await meanwhile(async () => await json(0, "remove", "q.eigen", "debtags-role")), [1, null]);
   t.same([...(await openPack(await readFile(pack))).tasks.keys()], ["debtags-game", "debtags-scope", "debtags-use"]);
   t.same(await names(), ["q.eigen", "q.eigen.partial"], "what is finished waits");
 }

@@ -1,11 +1,12 @@
 /** The documents: links lead somewhere, the index lists every page, and docs/api is what the doc comments say. */
-import { execFile, spawnSync } from "node:child_process";
+import { execFile } from "node:child_process";
 import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
 import t from "tap";
+import { run } from "./command-line.ts";
 
 const root = fileURLToPath(new URL("..", import.meta.url));
 const read = (path: string): string => readFileSync(join(root, path), "utf8");
@@ -46,13 +47,10 @@ function anchorsOf(text: string): Set<string> {
 
 t.test("commands of the documents exist, with their options", async (t) => {
   const helps = new Map<string, string>();
-  const help = (command: string): string => {
+  const help = async (command: string): Promise<string> => {
     const known = helps.get(command);
     if (known !== undefined) return known;
-    const { stdout } = spawnSync(process.execPath, ["dist/src/cli/main.js", command, "--help"], {
-      cwd: root,
-      encoding: "utf8",
-    });
+    const { stdout } = await run(command, "--help");
     helps.set(command, stdout);
     return stdout;
   };
@@ -63,8 +61,9 @@ t.test("commands of the documents exist, with their options", async (t) => {
     const text = read(page).replaceAll("\\\n", " ");
     for (const [line, command, rest] of text.matchAll(/(?:^|`|npx )eigenlora ([a-z]+)\b([^\n`#]*)/gm)) {
       const flags = [...rest!.matchAll(/ (--?[a-z][a-z-]*)/g)].map(([, flag]) => flag!);
-      const unknown = flags.filter((flag) => !new RegExp(`^ .*${flag}\\b(?!-)`, "m").test(help(command!)));
-      if (help(command!) === "" || unknown.length > 0) wrong.push(`${page}: ${line} ${unknown.join(" ")}`);
+      const said = await help(command!);
+      const unknown = flags.filter((flag) => !new RegExp(`^ .*${flag}\\b(?!-)`, "m").test(said));
+      if (said === "" || unknown.length > 0) wrong.push(`${page}: ${line} ${unknown.join(" ")}`);
     }
   }
   t.same(wrong, []);

@@ -8,13 +8,15 @@ import { embedWeights } from "../dist/src/onnx/write.js";
 import { uniform } from "../dist/src/tensor/random.js";
 import { addRuntimes, answerOf, bundle, noChromium, openPage } from "./browser.ts";
 import { asJson, type Case, compare, floats, golden, learning, type Prepared, prepare, relative } from "./learning.ts";
-import { required } from "./required.ts";
+import { required, soak } from "./required.ts";
 import { difference, modelBytes, NODE, packBytes } from "./sessions.ts";
 import { type Trained, train } from "./training.js";
 
 /** One of each kind, the one with most gradients among them; test/learn-graph.test.ts has all, without a GPU. */
 const CASES = ["bert-all-linear", "llama-dynamo", "vit-dynamo"];
 const BOTH = "bert-eager-torchscript";
+/** On software WebGPU, which is slow, another kind on each build; all on both in the soak. */
+const GATE: Record<string, readonly string[]> = { webgpu: ["vit-dynamo", BOTH], jsep: ["llama-dynamo"] };
 
 /** How far gradients may be off. The older provider leaves sine and cosine, which turn a LLaMA's positions, to WGSL: 2⁻¹¹. */
 const toleranceOf = (name: string, build: string): number =>
@@ -28,70 +30,75 @@ interface Row {
   runs?: Record<string, (number | null)[]>[];
 }
 
-t.test("training graphs × providers in Chromium", { skip: noChromium, timeout: 240_000 }, async (t) => {
-  const files = new Map<string, Uint8Array>();
-  const graphs = new Map<string, { of: Case; prepared: Prepared }>();
-  const plan = [];
-  for (const name of [...CASES, BOTH]) {
-    const of = await golden(name);
-    const prepared = await prepare(of);
-    const { file, graph, feeds } = prepared;
-    files.set(`${name}.onnx`, embedWeights(file, []));
-    graphs.set(name, { of, prepared });
-    const values = (all: Iterable<[string, Feed]>): object =>
-      Object.fromEntries([...all].map(([input, feed]) => [input, asJson(feed)]));
-    const idle = [...feeds, ...learning(graph, floats(new Float32Array(1), 1, 1), false)];
-    const runs = name === BOTH ? [[...feeds], idle] : [[...feeds]];
-    const turning = file.model.graph.proto.node
-      .filter(({ opType }) => opType === "Sin" || opType === "Cos")
-      .map(({ name: node }) => node);
-    plan.push({ name, feeds: runs.map(values), turning });
-  }
-  files.set("plan.json", new TextEncoder().encode(JSON.stringify(plan)));
-  files.set(
-    "page.js",
-    await bundle(`import { learn } from "./browser-learn.js";
-    globalThis.answer = fetch("/plan.json").then((response) => response.json()).then(learn);`),
-  );
-  await addRuntimes(files, ["asyncify", "jsep"]);
-  const rows = (await answerOf(await openPage(t, files, ["--enable-unsafe-webgpu"]))) as Row[];
-  for (const { build, provider, name, why, runs } of rows) {
-    const what = `${name}, ${build}, ${provider}`;
-    if (why === "no adapter") {
-      if (required.has("chromium")) t.fail(`${what}: no adapter`);
-      else t.comment(`${what}: no adapter, skipped`);
-      continue;
+t.test(
+  "training graphs × providers in Chromium",
+  { skip: noChromium, timeout: soak ? 580_000 : 240_000 },
+  async (t) => {
+    const files = new Map<string, Uint8Array>();
+    const graphs = new Map<string, { of: Case; prepared: Prepared }>();
+    const plan = [];
+    for (const name of [...CASES, BOTH]) {
+      const of = await golden(name);
+      const prepared = await prepare(of);
+      const { file, graph, feeds } = prepared;
+      files.set(`${name}.onnx`, embedWeights(file, []));
+      graphs.set(name, { of, prepared });
+      const values = (all: Iterable<[string, Feed]>): object =>
+        Object.fromEntries([...all].map(([input, feed]) => [input, asJson(feed)]));
+      const idle = [...feeds, ...learning(graph, floats(new Float32Array(1), 1, 1), false)];
+      const runs = name === BOTH ? [[...feeds], idle] : [[...feeds]];
+      const turning = file.model.graph.proto.node
+        .filter(({ opType }) => opType === "Sin" || opType === "Cos")
+        .map(({ name: node }) => node);
+      plan.push({ name, feeds: runs.map(values), turning });
     }
-    const { of, prepared } = graphs.get(name)!;
-    const { graph } = prepared;
-    if (!runs) {
-      t.fail(`${what}: ${why}`);
-      continue;
+    files.set("plan.json", new TextEncoder().encode(JSON.stringify(plan)));
+    files.set(
+      "page.js",
+      await bundle(`import { learn } from "./browser-learn.js";
+    const onGpu = ${JSON.stringify(soak ? undefined : GATE)};
+    globalThis.answer = fetch("/plan.json").then((response) => response.json()).then((plan) => learn(plan, onGpu));`),
+    );
+    await addRuntimes(files, ["asyncify", "jsep"]);
+    const rows = (await answerOf(await openPage(t, files, ["--enable-unsafe-webgpu"]))) as Row[];
+    for (const { build, provider, name, why, runs } of rows) {
+      const what = `${name}, ${build}, ${provider}`;
+      if (why === "no adapter") {
+        if (required.has("chromium")) t.fail(`${what}: no adapter`);
+        else t.comment(`${what}: no adapter, skipped`);
+        continue;
+      }
+      const { of, prepared } = graphs.get(name)!;
+      const { graph } = prepared;
+      if (!runs) {
+        t.fail(`${what}: ${why}`);
+        continue;
+      }
+      const [learnt, answering] = runs.map(
+        (run) =>
+          (output: string): number[] =>
+            run[output]!.map((value) => value ?? NaN),
+      );
+      const { loss, gradients, worst } = compare(of, prepared, learnt!);
+      const most = toleranceOf(name, build);
+      t.ok(
+        loss <= most && gradients <= most,
+        `${what}: loss off by ${loss.toExponential(1)}, gradients by ${gradients.toExponential(1)} at most (${worst})`,
+      );
+      if (!answering) continue;
+      t.ok(relative(answering(graph.logitsOutput), learnt!(graph.logitsOutput)) < most, `${what}: it answers alike`);
+      for (const gradient of graph.gradients.values())
+        t.equal(answering(gradient).length, 0, `${what}: no gradient unless it learns`);
     }
-    const [learnt, answering] = runs.map(
-      (run) =>
-        (output: string): number[] =>
-          run[output]!.map((value) => value ?? NaN),
-    );
-    const { loss, gradients, worst } = compare(of, prepared, learnt!);
-    const most = toleranceOf(name, build);
-    t.ok(
-      loss <= most && gradients <= most,
-      `${what}: loss off by ${loss.toExponential(1)}, gradients by ${gradients.toExponential(1)} at most (${worst})`,
-    );
-    if (!answering) continue;
-    t.ok(relative(answering(graph.logitsOutput), learnt!(graph.logitsOutput)) < most, `${what}: it answers alike`);
-    for (const gradient of graph.gradients.values())
-      t.equal(answering(gradient).length, 0, `${what}: no gradient unless it learns`);
-  }
-});
+  },
+);
 
 /** How far the logits of a task may be off after 16 steps. */
 const LEARNED: Record<string, number> = { wasm: 1e-5, webgpu: 1e-4 };
 
 t.test(
   "a trainer in Chromium learns the task that it learns in Node",
-  { skip: noChromium, timeout: 240_000 },
+  { skip: noChromium, timeout: soak ? 580_000 : 240_000 },
   async (t) => {
     // Its weights are f16 behind Casts: software WebGPU has no f16.
     const [model, pack] = [modelBytes("f16"), await packBytes(["adapters"], "base")];

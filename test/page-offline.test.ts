@@ -7,9 +7,11 @@ import t from "tap";
 import { buildPage, writeOfflineWorker } from "../examples/page/build.js";
 import { serveFolder } from "../examples/page/serve.js";
 import { launch, noChromium } from "./browser.ts";
+import { keepTasks } from "./page-pack.ts";
 
 const folder = await mkdtemp(join(tmpdir(), "eigenlora-page-"));
 await buildPage(folder);
+await keepTasks(folder, ["debtags-admin", "debtags-game", "debtags-role"]);
 // As hosts of static files have it: browsers need not ask again for minutes.
 const server = await serveFolder(folder, { cacheControl: "max-age=600" });
 /** For all tests here: they open windows of their own, which share nothing. */

@@ -12,6 +12,7 @@ import { EigenLoraError } from "../dist/src/errors.js";
 import { buildPack } from "../dist/src/pack/build.js";
 import { openPack } from "../dist/src/pack/pack.js";
 import { uniform } from "../dist/src/tensor/random.js";
+import { soak } from "./required.ts";
 
 const goldens = fileURLToPath(new URL("./data/goldens/peft", import.meta.url));
 const SEEDS = [
@@ -26,7 +27,7 @@ const SEEDS = [
   "token-rows",
   "rslora",
 ];
-const COUNT = 4000;
+const COUNT = soak ? 4000 : 1000;
 
 type Json = Record<string, unknown>;
 interface Header {

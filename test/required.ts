@@ -1,5 +1,5 @@
 /**
- * What tests need beside Node: where Chromium is, and which of such things must be present. A test that misses one is
+ * What tests need beside Node: where Chromium is, which of such things must be present, and how much of a matrix is run. A test that misses one is
  * skipped by name; it fails where EIGENLORA_REQUIRE (names between spaces or commas) lists it.
  */
 import { existsSync } from "node:fs";
@@ -7,6 +7,9 @@ import { existsSync } from "node:fs";
 export const required: ReadonlySet<string> = new Set(
   (process.env["EIGENLORA_REQUIRE"] ?? "").split(/[\s,]+/).filter((name) => name !== ""),
 );
+
+/** Whether this run is the soak's, which takes the whole of each matrix; the gate takes a case of each kind. See test/soak-tests.js. */
+export const soak: boolean = process.env["EIGENLORA_SOAK"] === "1";
 
 export const chromium: string | undefined = [
   "/usr/bin/chromium",

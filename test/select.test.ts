@@ -3,11 +3,9 @@
  * heads. Real adapters and the real model; the search itself on every ladder that a property test can think of.
  */
 
-import { spawnSync } from "node:child_process";
-import { mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
+import { mkdtemp, readFile, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { fileURLToPath } from "node:url";
 import fc from "fast-check";
 import t from "tap";
 import { buildPack, type Judge, partByGain, readScores, type SearchOptions, searchPack } from "../dist/src/build.js";
@@ -23,6 +21,7 @@ import {
   runBatches,
   toBatches,
 } from "../examples/minilm.js";
+import { run as command, workIn } from "./command-line.ts";
 import { concat, data } from "./packs.ts";
 import { NODE, open } from "./sessions.ts";
 
@@ -315,16 +314,14 @@ t.test("adapters that add little to their heads", async (t) => {
 
 t.test("eigenlora pack --scores --min-gain", async (t) => {
   const folder = await mkdtemp(join(tmpdir(), "eigenlora-select-"));
-  t.teardown(() => rm(folder, { recursive: true }));
-  const main = fileURLToPath(new URL("../dist/src/cli/main.js", import.meta.url));
-  const run = (...args: string[]) =>
-    spawnSync(process.execPath, [main, "pack", ...args], { encoding: "utf8", cwd: folder });
+  workIn(t, folder);
+  const run = (...args: string[]) => command("pack", ...args);
   const scores = data("reference/scores.json");
   const some = ["01-use", "03-role", "07-section", "17-section", "51-hardware"].map((name) =>
     data(`adapters/hub/hub-${name}`),
   );
   const args = [...some, "-o", "hub.eigen", "--k", "4", "--scores", scores];
-  const { status, stdout } = run(...args, "--min-gain", "0.02", "--json");
+  const { status, stdout } = await run(...args, "--min-gain", "0.02", "--json");
   t.equal(status, 0);
   const report = JSON.parse(stdout);
   t.same(
@@ -335,14 +332,14 @@ t.test("eigenlora pack --scores --min-gain", async (t) => {
   const { tasks } = await openPack(join(folder, "hub.eigen"));
   t.notOk(tasks.has("hub-17-section"));
   t.match(
-    run(...args, "--force").stdout,
+    (await run(...args, "--force")).stdout,
     /left out hub-07-section: 0.0 points over its head\nleft out hub-17-section: -1.4 points/,
   );
-  t.match(run("x", "-o", "y", "--min-gain", "0.1"), { status: 2, stderr: /--min-gain needs --scores/ });
-  t.match(run("x", "-o", "y", "--scores", scores, "--min-gain", "2"), {
+  t.match(await run("x", "-o", "y", "--min-gain", "0.1"), { status: 2, stderr: /--min-gain needs --scores/ });
+  t.match(await run("x", "-o", "y", "--scores", scores, "--min-gain", "2"), {
     status: 2,
     stderr: /--min-gain 2: expected a difference/,
   });
   await writeFile(join(folder, "bad.json"), "{");
-  t.match(run("x", "-o", "y", "--scores", "bad.json"), { status: 1, stderr: /bad.json: is not valid JSON/ });
+  t.match(await run("x", "-o", "y", "--scores", "bad.json"), { status: 1, stderr: /bad.json: is not valid JSON/ });
 });

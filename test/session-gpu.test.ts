@@ -3,13 +3,22 @@
  * bit, in which order runs and switches are, and devices that are not the one given or go away.
  */
 import t, { type Test } from "tap";
-import { addRuntimes, answerOf, bundle, noChromium, openPage } from "./browser.ts";
-import { required } from "./required.ts";
+import { addRuntimes, answerOf, bundle, launch, noChromium, openPage } from "./browser.ts";
+import { required, soak } from "./required.ts";
 import { difference, GOLDENS, golden, modelBytes, packBytes } from "./sessions.ts";
 
 /** What a switch may send beside the coefficients. */
 const PARAMETER_BYTES = 4096;
 const TOLERANCE = 1e-5;
+
+/** For all tests here: each opens a window of its own. */
+const browser = noChromium ? undefined! : await launch(t, ["--enable-unsafe-webgpu"]);
+
+/** Packs that are the same for all models here. */
+const packs = new Map<string, Uint8Array>();
+const small = (basis: "int4" | "int8"): object => ({ select: { kind: "k", k: 6 }, dtype: { basis } });
+for (const [name, options] of Object.entries({ tasks: undefined, int4: small("int4"), int8: small("int8") }))
+  packs.set(`${name}.eigen`, await packBytes(["adapters"], "base", options));
 
 /** Calls one function of browser-gpu.js after the other. @returns undefined where there is no adapter */
 async function inBrowser(t: Test, calls: readonly string[], model = "torchscript"): Promise<any[] | undefined> {
@@ -20,9 +29,7 @@ async function inBrowser(t: Test, calls: readonly string[], model = "torchscript
   );
   const files = new Map<string, Uint8Array>([
     ["model.onnx", modelBytes(model)],
-    ["tasks.eigen", await packBytes(["adapters"], "base")],
-    ["int4.eigen", await packBytes(["adapters"], "base", { select: { kind: "k", k: 6 }, dtype: { basis: "int4" } })],
-    ["int8.eigen", await packBytes(["adapters"], "base", { select: { kind: "k", k: 6 }, dtype: { basis: "int8" } })],
+    ...packs,
     [
       "page.js",
       await bundle(`import { again, given, lost, small, switching } from "./browser-gpu.js";
@@ -35,18 +42,19 @@ async function inBrowser(t: Test, calls: readonly string[], model = "torchscript
     ],
   ]);
   await addRuntimes(files, ["asyncify", "jsep"]);
-  const results = await answerOf(await openPage(t, files, ["--enable-unsafe-webgpu"]));
+  const results = await answerOf(await openPage(t, files, browser));
   if (results !== "no adapter") return results as any[];
   if (required.has("chromium")) t.fail("no adapter");
   else t.comment("no adapter, skipped");
   return undefined;
 }
 
-const options = { skip: noChromium, timeout: 240_000 };
+const options = { skip: noChromium, timeout: soak ? 580_000 : 240_000 };
 
 t.test("queries, keys and values in one weight", options, async (t) => {
   const selections = [null, "two", "three", "five", { two: 0.5, three: 0.5 }];
-  const [found] = (await inBrowser(t, [`switching(feeds, ${JSON.stringify(selections)}, 20)`], "fused")) ?? [];
+  const [found] =
+    (await inBrowser(t, [`switching(feeds, ${JSON.stringify(selections)}, ${soak ? 20 : 8})`], "fused")) ?? [];
   if (!found) return;
   t.match(found, { mode: "folded", probe: { result: "passed" } });
   ["base", "two", "three", "five"].forEach((task, i) => {
@@ -58,7 +66,7 @@ t.test("queries, keys and values in one weight", options, async (t) => {
 
 t.test("switches", options, async (t) => {
   const selections = [null, "two", "three", "five", { two: 0.5, three: 0.5 }, { two: 1, five: -0.3 }, { three: 0.25 }];
-  const [found] = (await inBrowser(t, [`switching(feeds, ${JSON.stringify(selections)}, 120)`])) ?? [];
+  const [found] = (await inBrowser(t, [`switching(feeds, ${JSON.stringify(selections)}, ${soak ? 120 : 30})`])) ?? [];
   if (!found) return;
   t.match(found, { mode: "folded", reason: "asked for", probe: { result: "passed" } });
   t.equal(found.created, 1, "one InferenceSession");
@@ -119,28 +127,32 @@ t.test("a device of the caller's", options, async (t) => {
 });
 
 t.test("a device that is lost", options, async (t) => {
+  const gone = { tag: "backend", message: /device was lost/ };
+  // Weights that are folded on the device with one build, switches that stay on the CPU with the other; in the soak both with both.
   for (const build of ["onnxruntime-web/webgpu", "onnxruntime-web"]) {
     const native = build === "onnxruntime-web/webgpu";
-    const [found, again] = (await inBrowser(t, [`lost(feeds, "${build}")`, ...(native ? ["again(feeds)"] : [])])) ?? [];
-    if (!found) return;
-    const gone = { tag: "backend", message: /device was lost/ };
-    t.match(found, { run: gone, change: gone, next: gone, after: { run: gone, again: gone, switch: gone } }, build);
-    t.match(found, { release: "fulfilled", live: 0 }, `${build}: released`);
+    if (native || soak) {
+      const calls = [`lost(feeds, "${build}")`, ...(native ? ["again(feeds)"] : [])];
+      const [found, again] = (await inBrowser(t, calls)) ?? [];
+      if (!found) return;
+      t.match(found, { run: gone, change: gone, next: gone, after: { run: gone, again: gone, switch: gone } }, build);
+      t.match(found, { release: "fulfilled", live: 0 }, `${build}: released`);
+      if (native) t.ok(difference(again, golden("base", "two")) <= TOLERANCE, "a new session works");
+    }
+    if (native && !soak) continue;
     const [core] = (await inBrowser(t, [`lost(feeds, "${build}", "core")`])) ?? [];
-    // Its switches stay on the CPU.
     t.match(
       core,
       { run: gone, next: gone, after: { run: gone, again: gone, switch: "fulfilled" }, release: "fulfilled" },
       `${build}, core`,
     );
-    if (native) t.ok(difference(again, golden("base", "two")) <= TOLERANCE, "a new session works");
   }
 });
 
 t.test("components stay small on a GPU too", options, async (t) => {
-  const cases = ["int4", "int8"].flatMap((basis) =>
-    ["onnxruntime-web/webgpu", "onnxruntime-web"].map((build) => [build, basis] as const),
-  );
+  const cases = ["int4", "int8"]
+    .flatMap((basis) => ["onnxruntime-web/webgpu", "onnxruntime-web"].map((build) => [build, basis] as const))
+    .filter(([build, basis]) => soak || (build === "onnxruntime-web") === (basis === "int8"));
   const results = await inBrowser(
     t,
     cases.map(([build, basis]) => `small(feeds, "${build}", "${basis}")`),

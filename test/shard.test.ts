@@ -3,9 +3,9 @@
  * rows (own-seed: 160 rows of width 384) or as a Gram matrix (hub: 424); parts that are damaged, mixed or hostile; restarts.
  */
 
-import { spawn, spawnSync } from "node:child_process";
+import { spawn } from "node:child_process";
 import { once } from "node:events";
-import { cp, mkdtemp, readdir, readFile, rm, stat, writeFile } from "node:fs/promises";
+import { cp, mkdtemp, readdir, readFile, stat, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
@@ -35,6 +35,7 @@ import { openPack, type Pack } from "../dist/src/pack/pack.js";
 import { toBytes, writePart } from "../dist/src/pack/shard/part.js";
 import { shuffle, uniform } from "../dist/src/tensor/random.js";
 import type { SafetensorsEntry } from "../dist/src/tensor/safetensors-writer.js";
+import { json, workIn } from "./command-line.ts";
 import { concat, data, packDifference } from "./packs.ts";
 
 const F32 = { basis: "f32", coefficients: "f32", head: "f32" } as const;
@@ -495,22 +496,13 @@ t.test("parts that lie with good checksums are refused", async (t) => {
 
 t.test("the commands: restarts, interruptions, refusals, the keys of the contract", async (t) => {
   const folder = await mkdtemp(join(tmpdir(), "eigenlora-shard-"));
-  t.teardown(() => rm(folder, { recursive: true }));
+  workIn(t, folder);
   const main = fileURLToPath(new URL("../dist/src/cli/main.js", import.meta.url));
-  const json = (status: number, ...args: string[]): Record<string, any> => {
-    const {
-      status: found,
-      stdout,
-      stderr,
-    } = spawnSync(process.execPath, [main, ...args, "--json"], { encoding: "utf8", cwd: folder });
-    if (found !== status || stderr !== "") throw new Error(`${args.join(" ")}: exit ${found}\n${stdout}${stderr}`);
-    return JSON.parse(stdout);
-  };
   for (const name of ["debtags-game", "debtags-role", "sections-0"])
     await cp(data(`adapters/own-seed/${name}`), join(folder, name), { recursive: true });
   const bytes = (name: string): Promise<Buffer> => readFile(join(folder, name));
 
-  const first = json(0, "shard", "debtags-game", "debtags-role", "-o", "a.part");
+  const first = await json(0, "shard", "debtags-game", "debtags-role", "-o", "a.part");
   t.match(first, {
     file: "a.part",
     adapters: 2,
@@ -521,19 +513,21 @@ t.test("the commands: restarts, interruptions, refusals, the keys of the contrac
   });
   const before = await bytes("a.part");
   t.equal(
-    json(0, "shard", "debtags-role", "debtags-game", "-o", "a.part")["present"],
+    (await json(0, "shard", "debtags-role", "debtags-game", "-o", "a.part"))["present"],
     true,
     "the same again is there already",
   );
-  t.equal(json(0, "shard", "debtags-game", "debtags-role", "-o", "again.part")["present"], false);
+  t.equal((await json(0, "shard", "debtags-game", "debtags-role", "-o", "again.part"))["present"], false);
   t.ok(before.equals(await bytes("again.part")), "the same input, the same bytes");
   t.equal(
-    json(0, "shard", "debtags-game", "debtags-role", "--gauge", "balanced", "-o", "again.part", "--force")["present"],
+    (await json(0, "shard", "debtags-game", "debtags-role", "--gauge", "balanced", "-o", "again.part", "--force"))[
+      "present"
+    ],
     false,
     "another setting",
   );
   t.equal(
-    json(0, "shard", "debtags-game", "debtags-role", "--as", "debtags-game=games", "-o", "a.part", "--force")[
+    (await json(0, "shard", "debtags-game", "debtags-role", "--as", "debtags-game=games", "-o", "a.part", "--force"))[
       "present"
     ],
     false,
@@ -543,8 +537,12 @@ t.test("the commands: restarts, interruptions, refusals, the keys of the contrac
   damaged[damaged.length - 500]! ^= 1;
   await writeFile(join(folder, "a.part"), damaged);
   const again = ["shard", "debtags-game", "debtags-role", "-o", "a.part"];
-  t.match(json(2, ...again)["error"].message, /a\.part: already exists; .*--force/, "a damaged part is another file");
-  t.equal(json(0, ...again, "--force")["present"], false, "which is made again");
+  t.match(
+    (await json(2, ...again))["error"].message,
+    /a\.part: already exists; .*--force/,
+    "a damaged part is another file",
+  );
+  t.equal((await json(0, ...again, "--force"))["present"], false, "which is made again");
   t.ok(before.equals(await bytes("a.part")));
 
   // Killed wherever it may be: no part, or a whole one.
@@ -560,17 +558,17 @@ t.test("the commands: restarts, interruptions, refusals, the keys of the contrac
       await openStatistics(join(folder, "killed.part")).then((found) => found.close());
   }
   t.equal(
-    json(0, "shard", "sections-0", "-o", "killed.part", "--force")["adapters"],
+    (await json(0, "shard", "sections-0", "-o", "killed.part", "--force"))["adapters"],
     1,
     "a rerun is not in the way of what was left",
   );
 
-  json(0, "shard", "sections-0", "-o", "b.part");
-  const merged = json(0, "merge", "b.part", "a.part", "--part", "-o", "ab.part");
+  await json(0, "shard", "sections-0", "-o", "b.part");
+  const merged = await json(0, "merge", "b.part", "a.part", "--part", "-o", "ab.part");
   t.match(merged, { adapters: 3, modules: 12, present: false });
-  t.equal(json(0, "merge", "a.part", "b.part", "--part", "-o", "ab.part")["present"], true);
-  json(0, "merge", "ab.part", "--k", "8", "-o", "tree.eigen");
-  const found = json(0, "merge", "a.part", "b.part", "--k", "8", "-o", "basis.eigen");
+  t.equal((await json(0, "merge", "a.part", "b.part", "--part", "-o", "ab.part"))["present"], true);
+  await json(0, "merge", "ab.part", "--k", "8", "-o", "tree.eigen");
+  const found = await json(0, "merge", "a.part", "b.part", "--k", "8", "-o", "basis.eigen");
   t.match(found, {
     file: "basis.eigen",
     adapters: 3,
@@ -581,33 +579,33 @@ t.test("the commands: restarts, interruptions, refusals, the keys of the contrac
     components: { min: 8, max: 8 },
   });
   t.ok((await bytes("tree.eigen")).equals(await bytes("basis.eigen")));
-  t.match(json(0, "inspect", "basis.eigen"), { tasks: [], breakEvenTasks: null });
-  t.equal(json(0, "verify", "basis.eigen")["ok"], true);
-  t.match(json(0, "project", "basis.eigen", "debtags-game", "-o", "1.part"), {
+  t.match(await json(0, "inspect", "basis.eigen"), { tasks: [], breakEvenTasks: null });
+  t.equal((await json(0, "verify", "basis.eigen"))["ok"], true);
+  t.match(await json(0, "project", "basis.eigen", "debtags-game", "-o", "1.part"), {
     adapters: 1,
     present: false,
     residual: [{ id: "debtags-game" }],
   });
-  t.match(json(0, "project", "basis.eigen", "debtags-game", "-o", "1.part"), {
+  t.match(await json(0, "project", "basis.eigen", "debtags-game", "-o", "1.part"), {
     present: true,
     residual: [{ id: "debtags-game" }],
   });
-  json(0, "project", "basis.eigen", "debtags-role", "sections-0", "-o", "2.part");
-  const done = json(0, "assemble", "basis.eigen", "2.part", "1.part", "-o", "tasks.eigen");
-  const one = json(0, "pack", "debtags-game", "debtags-role", "sections-0", "--k", "8", "-o", "one.eigen");
+  await json(0, "project", "basis.eigen", "debtags-role", "sections-0", "-o", "2.part");
+  const done = await json(0, "assemble", "basis.eigen", "2.part", "1.part", "-o", "tasks.eigen");
+  const one = await json(0, "pack", "debtags-game", "debtags-role", "sections-0", "--k", "8", "-o", "one.eigen");
   for (const key of ["tasks", "modules", "bytes", "adapterBytes", "ratio", "breakEvenTasks"])
     t.same(done[key], one[key], key);
   t.ok(Math.abs(done["error"].mean - one["error"].mean) < 1e-9 && done["error"].max === one["error"].max);
   t.ok((await bytes("tasks.eigen")).equals(await bytes("one.eigen")));
-  json(0, "add", "basis.eigen", "sections-0");
-  t.equal(json(0, "inspect", "basis.eigen")["tasks"].length, 1, "a basis takes tasks like any pack");
+  await json(0, "add", "basis.eigen", "sections-0");
+  t.equal((await json(0, "inspect", "basis.eigen"))["tasks"].length, 1, "a basis takes tasks like any pack");
 
   // A retrained adapter is another one, whatever its name and size.
   const weights = join(folder, "sections-0", "adapter_model.safetensors");
   const values = await readFile(weights);
   values[values.length - 1]! ^= 1;
   await writeFile(weights, values);
-  t.equal(json(0, "shard", "sections-0", "-o", "b.part", "--force")["present"], false);
+  t.equal((await json(0, "shard", "sections-0", "-o", "b.part", "--force"))["present"], false);
 
   const refusals: [number, RegExp, ...string[]][] = [
     [2, /--mode joint: only column mode/, "shard", "sections-0", "--mode", "joint", "-o", "x"],
@@ -620,10 +618,10 @@ t.test("the commands: restarts, interruptions, refusals, the keys of the contrac
     [1, /holds statistics/, "assemble", "basis.eigen", "a.part", "-o", "x"],
     [1, /projected onto the basis/, "assemble", "basis.eigen", "1.part", "3.part", "-o", "x"],
   ];
-  json(0, "shard", "debtags-role", "-o", "r.part");
-  json(0, "merge", "r.part", "--k", "3", "-o", "r.eigen");
-  json(0, "project", "r.eigen", "debtags-role", "-o", "3.part");
+  await json(0, "shard", "debtags-role", "-o", "r.part");
+  await json(0, "merge", "r.part", "--k", "3", "-o", "r.eigen");
+  await json(0, "project", "r.eigen", "debtags-role", "-o", "3.part");
   for (const [status, message, ...args] of refusals)
-    t.match(json(status, ...args)["error"].message, message, args.join(" "));
+    t.match((await json(status, ...args))["error"].message, message, args.join(" "));
   t.notOk((await readdir(folder)).includes("x"), "a refusal writes nothing");
 });

@@ -1,6 +1,7 @@
 /**
- * What takes too long for the tests, one after the other: switches on every backend, sessions, pairs of writers, Next.js, families
- * of models, files of the model builder, a real language model and the page with it, LoRAs from strangers, and mutants.
+ * What takes too long for the tests, one after the other: switches on every backend, the whole matrices of some tests, sessions,
+ * pairs of writers, Next.js, families of models, files of the model builder, a real language model and the page with it, LoRAs from
+ * strangers, and mutants.
  *
  * usage: npm run soak [-- --fuzz COUNT]      COUNT mutants. Default: 100 000
  */
@@ -12,6 +13,7 @@ const { fuzz } = parseArgs({ options: { fuzz: { type: "string", default: "100000
 
 for (const [script, ...args] of [
   ["soak.js"],
+  ["soak-tests.js"],
   ["soak-session.js"],
   ["soak-writers.js"],
   ["soak-next.js"],

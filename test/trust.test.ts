@@ -13,6 +13,7 @@ import { createSigner } from "../dist/src/pack/keys.js";
 import { type OpenOptions, openPack, type Pack } from "../dist/src/pack/pack.js";
 import { concat } from "./packs.ts";
 import { serve } from "./range-server.ts";
+import { soak } from "./required.ts";
 
 const vector = async (name: string): Promise<Uint8Array<ArrayBuffer>> =>
   new Uint8Array(await readFile(new URL(`vectors/valid/${name}`, import.meta.url)));
@@ -67,9 +68,12 @@ t.test("one flipped bit anywhere: refused, or never used", { timeout: 240_000 },
   const whole = await contents(SIGNED);
   const { sections } = (await openPack(SIGNED)).directory;
   let [refused, unused] = [0, 0];
-  // Every byte, one of its bits; and all bits of the parts that say where things are.
+  // Every byte, or every third here and all in the soak, one of its bits; and all bits of the parts that say where things are.
+  const step = soak ? 1 : 3;
   for (let at = 0; at < SIGNED.length; at++) {
-    const bits = at < 64 || (at >= 1024 && at < 1200) ? [0, 1, 2, 3, 4, 5, 6, 7] : [at % 8];
+    const dense = at < 64 || (at >= 1024 && at < 1200);
+    if (!dense && at % step > 0) continue;
+    const bits = dense ? [0, 1, 2, 3, 4, 5, 6, 7] : [at % 8];
     for (const bit of bits) {
       const bytes = SIGNED.slice();
       bytes[at]! ^= 1 << bit;
@@ -83,7 +87,10 @@ t.test("one flipped bit anywhere: refused, or never used", { timeout: 240_000 },
     }
   }
   t.comment(`${refused} refused, ${unused} never used`);
-  t.ok(refused > 7000 && unused >= 512, "all but padding behind the bases and the superblock of no generation");
+  t.ok(
+    refused > 7000 / step && unused >= Math.floor(512 / step),
+    "all but padding behind the bases and the superblock of no generation",
+  );
 });
 
 t.test("keys: PEM, base64 and CryptoKey; signed by one of them or refused by name", async (t) => {

@@ -15,6 +15,7 @@ import { backends, dawnMissing } from "./backend-list.ts";
 import { countingDevice } from "./counting-device.js";
 import { concat } from "./packs.ts";
 import { chance, randomBase, randomPack, randomSelection, type Wanted } from "./random-packs.ts";
+import { soak } from "./required.ts";
 
 /** Bytes of all that the model has, by name, shapes among them. */
 type State = ReadonlyMap<string, string>;
@@ -359,7 +360,7 @@ for (const options of backends()) {
     };
     for (const [host, make] of Object.entries(hosts)) {
       const total = { made: 0, refused: 0, failed: 0, torn: 0 };
-      const runs = options.backend === "js" ? 16 : options.backend === "wasm" ? 4 : 2;
+      const runs = options.backend === "js" ? (soak ? 16 : 6) : options.backend === "wasm" ? (soak ? 4 : 2) : 2;
       for (let seed = 1; seed <= runs; seed++) {
         const counts = await walk(make, options, seed, options.backend === "webgpu" ? 8 : 16);
         for (const [what, count] of Object.entries(counts)) total[what as keyof typeof total] += count;
@@ -393,7 +394,7 @@ t.test("a switch that takes long has pauses, in which nobody sees half of it and
   t.teardown(() => (performance.now = now));
   for (const [host, make] of Object.entries({ ...HOSTS, ...(gpu && { "buffers of a device": onDevice }) })) {
     const counts = { made: 0, aborted: 0, seen: 0, refused: 0 };
-    for (let seed = 1; seed <= (make === onDevice ? 3 : 8); seed++) {
+    for (let seed = 1; seed <= (make === onDevice ? (soak ? 3 : 2) : soak ? 8 : 4); seed++) {
       const random = chance(seed);
       const { bytes, ids } = await (packs.get(seed) ?? randomPack(seed));
       const base = randomBase(seed, "f32");

@@ -1,0 +1,39 @@
+/**
+ * The command line in the process of a test, as it runs in one of its own: dozens of calls need no dozens of processes. What a process
+ * has besides (exit codes, streams, signals) is tested on processes.
+ */
+import { rm } from "node:fs/promises";
+import type { Test } from "tap";
+import { runProgram } from "../dist/src/cli/program.js";
+
+/** What a command said, and its exit code. */
+export interface Ended {
+  readonly status: number;
+  readonly stdout: string;
+  readonly stderr: string;
+}
+
+export async function run(...args: string[]): Promise<Ended> {
+  const said = { stdout: "", stderr: "" };
+  const stream = (name: "stdout" | "stderr") => ({ write: (text: string) => (said[name] += text) });
+  return { status: await runProgram(args, stream("stdout"), stream("stderr")), ...said };
+}
+
+/** Runs with --json; exactly one object on stdout, nothing on stderr. @throws Error with any other exit code */
+export async function json(status: number, ...args: string[]): Promise<Record<string, any>> {
+  const result = await run(...args, "--json");
+  if (result.status !== status)
+    throw new Error(`${args.join(" ")}: exit ${result.status}\n${result.stdout}${result.stderr}`);
+  if (result.stderr !== "") throw new Error(`stderr: ${result.stderr}`);
+  return JSON.parse(result.stdout);
+}
+
+/** Makes a folder the one that relative paths are of, and removes it at the end. */
+export function workIn(t: Test, folder: string): void {
+  const before = process.cwd();
+  process.chdir(folder);
+  t.teardown(() => {
+    process.chdir(before);
+    return rm(folder, { recursive: true, maxRetries: 5, retryDelay: 200 });
+  });
+}
