@@ -84,7 +84,7 @@ export function headFor(adapters: readonly Adapter[], max: number): Dtype {
 }
 
 /** From few bits to many: more bits leave room for fewer components. */
-const CODED_STEPS = [0.1, 0.07, 0.05, 0.035] as const;
+const CODED_STEPS = [0.1, 0.07, 0.05, 0.035, 0.025, 0.017] as const;
 
 /** A head needs more bits than what it reads. */
 const HEADS = { int3: "int4", int4: "int4", int8: "int8", f16: "f16" } as const;

@@ -1,0 +1,179 @@
+/**
+ * Entropy-coded sections: what is coded comes back byte for byte, an independent reader written from SPEC.md, section 5.1, says the
+ * same, damage is found, and packs made with a step are what their options say.
+ */
+
+import { fileURLToPath } from "node:url";
+import { createRuntime, openPack, type Pack } from "eigenlora";
+import { buildPack, freshPack, planAppend, projectAdapters, searchPack } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
+import t from "tap";
+import { decodeSection, isCoded } from "../dist/src/format/coded.js";
+import { encodeSection } from "../dist/src/format/encode-coded.js";
+import type { TensorRef } from "../dist/src/format/format.js";
+import { decodeTensor } from "../dist/src/tensor/dtypes.js";
+import { encodeTensor } from "../dist/src/tensor/encode.js";
+import { normal, uniform } from "../dist/src/tensor/random.js";
+import { readCoded } from "./read-coded.ts";
+
+const OWN_SEED = fileURLToPath(new URL("data/adapters/own-seed", import.meta.url));
+
+/** A section of random tensors and bytes between them. */
+function randomSection(seed: number): { section: Uint8Array; tensors: TensorRef[]; step: 4 | 16 } {
+  const random = uniform(seed);
+  const noise = (): number => normal(random);
+  const step = random() < 0.5 ? 4 : 16;
+  const tensors: TensorRef[] = [];
+  const parts: { at: number; bytes: Uint8Array }[] = [];
+  let end = Math.floor(random() * 200);
+  parts.push({ at: 0, bytes: Uint8Array.from({ length: end }, () => 65 + Math.floor(random() * 3)) });
+  for (let run = 0; run < 1 + random() * 4; run++) {
+    const dtype = (["int8", "int4", "int3", "f16", "f32"] as const)[Math.floor(random() * 5)]!;
+    const [rows, width] = [1 + Math.floor(random() * 6), Math.floor(random() * 70)];
+    const spread = 2 ** (random() * 8 - 4);
+    for (let count = 0; count < 1 + random() * 4; count++) {
+      const values = Float32Array.from({ length: rows * width }, () => spread * noise());
+      const steps = random() < 0.5 ? new Float32Array(rows).fill(random()) : undefined;
+      const bytes = encodeTensor(dtype, values, rows, width, steps);
+      const at = Math.ceil(end / step) * step;
+      tensors.push({ dtype, rows, width, byteOffset: at, byteLength: bytes.length });
+      parts.push({ at, bytes });
+      end = at + bytes.length;
+    }
+  }
+  const section = new Uint8Array(end);
+  for (const { at, bytes } of parts) section.set(bytes, at);
+  return { section, tensors, step };
+}
+
+t.test("any section comes back, and another reader reads the same", async (t) => {
+  let coded = 0;
+  for (let seed = 0; seed < 300; seed++) {
+    const { section, tensors, step } = randomSection(seed);
+    const bytes = encodeSection(section, tensors, step);
+    if (!bytes) continue;
+    coded++;
+    if (!Buffer.from(decodeSection(bytes, "file", "part")).equals(section)) t.fail(`seed ${seed}`);
+    if (seed % 3 === 0 && !Buffer.from(readCoded(bytes)).equals(section)) t.fail(`seed ${seed}, the other reader`);
+  }
+  t.ok(coded > 200, `${coded} of 300 were smaller coded`);
+});
+
+t.test("integers of a normal distribution take about as many bits as they carry", async (t) => {
+  const random = uniform(5);
+  for (const spread of [0.3, 0.7, 1.5, 3, 12]) {
+    const values = Float32Array.from({ length: 20 * 768 }, () => spread * normal(random));
+    const bytes = encodeTensor("int8", values, 20, 768, new Float32Array(20).fill(1));
+    const tensor = { dtype: "int8", rows: 20, width: 768, byteOffset: 0, byteLength: bytes.length } as const;
+    const counts = new Map<number, number>();
+    for (const value of decodeTensor("int8", bytes, 20, 768)) counts.set(value, (counts.get(value) ?? 0) + 1);
+    let entropy = 0;
+    for (const count of counts.values()) entropy -= (count * Math.log2(count / values.length)) / 8;
+    const found = encodeSection(bytes, [tensor], 4)!.length;
+    t.ok(found < 1.05 * entropy + 100, `${found} bytes, entropy ${entropy.toFixed(0)}`);
+  }
+});
+
+t.test("damage is found, and nothing grows beyond bounds", async (t) => {
+  const random = uniform(3);
+  const values = Float32Array.from({ length: 8 * 300 }, () => normal(random));
+  const section = encodeTensor("int4", values, 8, 300, new Float32Array(8).fill(0.7));
+  const tensor = { dtype: "int4", rows: 8, width: 300, byteOffset: 0, byteLength: section.length } as const;
+  const bytes = encodeSection(section, [tensor], 4)!;
+  let [refused, other] = [0, 0];
+  for (let i = 0; i < 3000; i++) {
+    const damaged = bytes.slice();
+    for (let n = 0; n < 1 + random() * 3; n++)
+      damaged[Math.floor(random() * damaged.length)]! ^= 1 << Math.floor(random() * 8);
+    try {
+      decodeSection(damaged, "file", "part");
+      other++;
+    } catch (error) {
+      if ((error as { tag?: string }).tag !== "format") t.fail(String((error as Error).stack));
+      refused++;
+    }
+  }
+  t.ok(refused > 2700, `${refused} refused, ${other} read as something else, which the checksum of a section finds`);
+  for (let length = 0; length < bytes.length; length += 7)
+    t.throws(() => decodeSection(bytes.subarray(0, length), "file", "part"), /file, part: as it is coded, /);
+  const bomb = bytes.slice();
+  new DataView(bomb.buffer).setUint32(4, 0xffffffff, true);
+  t.throws(() => decodeSection(bomb, "file", "bases"), /becomes 4294967295 bytes, of \d+ that are stored/);
+  t.throws(() => decodeSection(bytes, "file", "bases", section.length + 1), /its tensors need \d+/);
+});
+
+t.test("packs made with a step", async (t) => {
+  const adapters = await readAdapters([OWN_SEED]);
+  t.teardown(async () => Promise.all(adapters.map((adapter) => adapter.close())));
+  const open = async (chunks: readonly Uint8Array[]): Promise<Pack> => openPack(new Uint8Array(Buffer.concat(chunks)));
+  const some = adapters.slice(0, 12);
+  const how = { gauge: "balanced", rank: 3, select: { kind: "k", k: 16 } } as const;
+  const plain = await buildPack(some, { ...how, dtype: { basis: "int3", coefficients: "int3", head: "int4" } });
+  const coded = await buildPack(some, { ...how, step: 0.025 });
+
+  await t.test("fewer bytes lose less than with few bits for every number", async (t) => {
+    const errorOf = ({ report }: typeof plain): number => report.error.mean;
+    t.ok(coded.report.bytes < 0.85 * plain.report.bytes, `${coded.report.bytes} of ${plain.report.bytes} bytes`);
+    t.ok(errorOf(coded) < errorOf(plain), `${errorOf(coded)} of ${errorOf(plain)}`);
+    t.equal(coded.report.step, 0.025);
+    t.ok((coded.report.breakEvenTasks ?? 0) >= 1, "components are shared between tasks");
+  });
+
+  await t.test("a finer step takes more bytes and loses less", async (t) => {
+    const fine = await buildPack(some, { ...how, step: 0.01 });
+    t.ok(fine.report.bytes > coded.report.bytes && fine.report.error.mean < coded.report.error.mean);
+  });
+
+  await t.test("every backend reads them", async (t) => {
+    const views: Record<string, Float32Array> = {};
+    for (const backend of ["js", "wasm"] as const) {
+      const pack = await open(coded.chunks);
+      const runtime = await createRuntime(pack, { backend });
+      await runtime.switchTask(some[3]!.id);
+      const term = (await runtime.term(pack.modules[0]!.name))!;
+      views[backend] = Float32Array.from([...term.A, ...term.Bt]);
+      await runtime.close();
+    }
+    t.ok(views["js"]!.length > 0);
+    views["js"]!.forEach((value, i) => {
+      if (Math.abs(value - views["wasm"]![i]!) > 1e-6) t.fail(`${i}: ${value}, ${views["wasm"]![i]}`);
+    });
+  });
+
+  await t.test("a copy is the same, and a task that comes later is coded with the pack's step", async (t) => {
+    const pack = await open(coded.chunks);
+    t.ok(
+      pack.directory.sections.every(({ coded }) => coded),
+      "all sections are coded",
+    );
+    const chunks: Uint8Array[] = [];
+    for await (const chunk of (await freshPack(pack)).chunks) chunks.push(chunk);
+    t.ok(Buffer.concat(chunks).equals(Buffer.concat(coded.chunks)));
+    const [late] = await projectAdapters(pack, [adapters[15]!], { basis: "f16", coefficients: "f16", head: "int4" });
+    const append = await planAppend(pack, [late!]);
+    t.ok(isCoded(append.body.find((part) => part.length > 64)!));
+    const bytes = Buffer.concat([Buffer.concat(coded.chunks), ...append.body]);
+    Buffer.from(append.superblock).copy(bytes, append.superblockOffset);
+    const grown = await openPack(new Uint8Array(bytes));
+    const blob = await grown.load(adapters[15]!.id);
+    t.equal(blob.terms.length, pack.modules.length);
+    const mean = [...grown.tasks.values()].slice(0, 12).reduce((sum, task) => sum + task.bytes / 12, 0);
+    t.ok(grown.tasks.get(adapters[15]!.id)!.bytes < 2 * mean, "about as large as the others");
+  });
+
+  await t.test("one adapter alone: private terms of which each has the bits that it is worth", async (t) => {
+    const goal = { kind: "bytes", max: 12_500 } as const;
+    const own = await searchPack([adapters[0]!], { goal, ways: [{ gauge: "balanced", refineBeside: 0 }] });
+    const before = await searchPack([adapters[0]!], { goal, dtype: { head: "int4" } });
+    t.ok(own.report.bytes <= goal.max && own.report.bytes > 0.95 * goal.max, `${own.report.bytes} bytes`);
+    t.ok(own.report.error.mean < before.report.error.mean, `${own.report.error.mean} of ${before.report.error.mean}`);
+  });
+
+  await t.test("what does not go together is refused", async (t) => {
+    const make = (options: object): Promise<unknown> => buildPack(some, options);
+    await t.rejects(make({ mode: "flat", step: 0.1 }), /step: flat mode/);
+    await t.rejects(make({ step: 0.1, select: { kind: "error", max: 0.5 } }), /step: it decides what is lost/);
+    for (const step of [0, -1, NaN, 17]) await t.rejects(make({ step }), /step must be above 0 and at most 16/);
+    await t.rejects(make({ step: 0.1, headStep: -1 }), /headStep must be above 0/);
+  });
+});

@@ -1,0 +1,128 @@
+/**
+ * A second reader of coded sections, written from SPEC.md, section 5.1, as it stands there: slow, with bigints, and without a line of
+ * the product's.
+ */
+const LEVELS: readonly (readonly [number, readonly number[]])[] = [
+  [0, [31897, 32672, 32688, 32704, 32720, 32736, 32752]],
+  [4, [29879, 32672, 32688, 32704, 32720, 32736, 32752]],
+  [8, [27029, 32672, 32688, 32704, 32720, 32736, 32752]],
+  [15, [23060, 32634, 32688, 32704, 32720, 32736, 32752]],
+  [24, [18047, 31955, 32688, 32704, 32720, 32736, 32752]],
+  [38, [13182, 29051, 32448, 32704, 32720, 32736, 32752]],
+  [56, [9338, 23833, 30543, 32399, 32706, 32736, 32752]],
+  [83, [6559, 18123, 26052, 30279, 32031, 32595, 32736]],
+  [120, [4582, 13198, 20365, 25637, 29067, 31041, 32046]],
+  [174, [3204, 9423, 15106, 19997, 23960, 26984, 29157]],
+  [248, [2247, 6674, 10909, 14843, 18390, 21496, 24136]],
+];
+
+interface Table {
+  readonly sums: number[];
+  uses: number;
+}
+
+export function readCoded(bytes: Uint8Array): Uint8Array {
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  if (view.getUint32(0, true) !== 0x45444f43) throw new Error("no CODE");
+  const out = new Uint8Array(view.getUint32(4, true));
+  let at = 8;
+  const word = (): bigint => {
+    at += 2;
+    return BigInt(view.getUint16(at - 2, true));
+  };
+  let x = (word() << 16n) | word();
+  const renew = (): void => {
+    if (x < 65536n) x = (x << 16n) | word();
+  };
+  const bits = (count: number): number => {
+    const value = Number(x % (1n << BigInt(count)));
+    x >>= BigInt(count);
+    renew();
+    return value;
+  };
+  const begin = (level: number): Table => ({ sums: [0, ...LEVELS[level]![1], 32768], uses: 0 });
+  const symbol = (table: Table): number => {
+    const s = Number(x % 32768n);
+    let v = 0;
+    while (table.sums[v + 1]! <= s) v++;
+    x = BigInt(table.sums[v + 1]! - table.sums[v]!) * (x / 32768n) + BigInt(s - table.sums[v]!);
+    renew();
+    const q = table.uses < 4 ? 4 : table.uses < 12 ? 5 : table.uses < 40 ? 6 : 7;
+    for (let i = 1; i <= 7; i++) {
+      const aim = i <= v ? 16 * i : 32768 - 16 * (8 - i);
+      table.sums[i]! += Math.floor((aim - table.sums[i]!) / 2 ** q);
+    }
+    table.uses++;
+    return v;
+  };
+  const number = (table: Table): number => {
+    let c = symbol(table);
+    if (c === 7) c = Math.min(30, 7 + bits(5));
+    const l = Math.min(c, 16);
+    const h = bits(c - l);
+    const g = bits(l);
+    return 2 ** c + h * 2 ** l + g - 1;
+  };
+  const integers = Array.from({ length: 66 }, (_, i) => begin(i % 11));
+  const [more, scale, fine, length, distance, shape] = Array.from({ length: 6 }, () => begin(7)) as [
+    ...[Table, Table, Table, Table, Table, Table],
+  ];
+
+  const integer = (e: number): number => {
+    let k = 0;
+    while (Math.floor(e / 2 ** k) > 256) k++;
+    const level = LEVELS.findLastIndex(([from]) => from <= Math.floor(e / 2 ** k));
+    let a = symbol(integers[11 * k + level]!);
+    if (a === 7) a = 7 + number(more);
+    const magnitude = a * 2 ** k + bits(k);
+    return magnitude > 0 && bits(1) === 1 ? -magnitude : magnitude;
+  };
+
+  let end = 0;
+  while (end < out.length) {
+    const stop = end + number(length);
+    while (end < stop) {
+      for (let n = number(length); n > 0; n--) out[end++] = bits(8);
+      if (end === stop) break;
+      const count = 4 + number(length);
+      const back = 1 + number(distance);
+      for (let n = 0; n < count; n++, end++) out[end] = out[end - back]!;
+    }
+    if (end === out.length) break;
+    const size = [8, 4, 3][bits(2)]!;
+    const [rows, width, count] = [number(shape), number(shape), number(shape)];
+    const step = bits(1) === 1 ? 16 : 4;
+    const start = end;
+    const uppers = Array<number>(rows).fill(0);
+    const means = Array<number | undefined>(rows).fill(undefined);
+    const places = Array<number | undefined>(rows * width).fill(undefined);
+    const stride = Math.ceil((width * size) / 8);
+    const bytesOf = 4 * Math.ceil((2 * rows) / 4) + 4 * Math.ceil((rows * stride) / 4);
+    for (let n = 0; n < count; n++) {
+      const tensor = start + n * Math.ceil(bytesOf / step) * step;
+      let [above, last] = [64, 0x3c];
+      for (let row = 0; row < rows; row++) {
+        const u = number(scale);
+        const d = u % 2 === 0 ? u / 2 : -(u + 1) / 2;
+        last = ((uppers[row] || last) + d) & 255;
+        uppers[row] = last;
+        out[tensor + 2 * row + 1] = last;
+        out[tensor + 2 * row] = symbol(fine) === 0 ? 0 : bits(8);
+        let r = means[row] ?? above;
+        for (let i = 0; i < width; i++) {
+          const c = places[row * width + i];
+          const value = integer(c === undefined || rows * width > 4096 ? r : Math.floor((r + c) / 2));
+          const first = 8 * (tensor + 4 * Math.ceil((2 * rows) / 4) + row * stride) + i * size;
+          for (let b = 0; b < size; b++) if ((value >> b) & 1) out[(first + b) >> 3]! |= 1 << ((first + b) & 7);
+          const seen = 64 * Math.abs(value);
+          places[row * width + i] = c === undefined ? Math.floor((r + seen) / 2) : c + Math.floor((seen - c) / 8);
+          r += Math.floor((seen - r) / 2 ** (i < 7 ? 3 : i < 15 ? 4 : 5));
+        }
+        above = means[row] = r;
+      }
+      end = tensor + bytesOf;
+    }
+  }
+  if (x !== 65536n || at !== bytes.length) throw new Error(`ends with ${x} at ${at} of ${bytes.length}`);
+  return out;
+}
