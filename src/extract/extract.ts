@@ -87,14 +87,14 @@ export function extractModule(stack: ModuleStack, options: ExtractOptions): Modu
 /** The pairs of a stack in the gauge asked for, and what is kept of them as views; in flat mode all of one `rank`. */
 function gaugedPairs(
   stack: ModuleStack,
-  { mode, gauge, centering, moments, rank: most = Infinity }: ExtractOptions,
+  { mode, gauge, centering, moments, rank: most = Infinity, products }: ExtractOptions,
 ): { pairs: Pair[]; kept: Pair[]; rank: number | undefined; metric: Float64Array | undefined } {
   const metric = moments && metricOf(moments, stack.in);
   const given = stack.members.map((member) => {
     const pair = toPair(member, stack.out, stack.in);
     return metric ? { ...pair, A: multiply(pair.A, metric, pair.rank, stack.in, stack.in) } : pair;
   });
-  const own = gauge === "balanced" ? given.map((pair) => balance(pair, stack.out, stack.in)) : given;
+  const own = gauge === "balanced" ? given.map((pair) => balance(pair, stack.out, stack.in, products)) : given;
   const rank = mode === "flat" ? Math.max(...own.map((pair) => pair.rank)) : undefined;
   const pairs = rank === undefined ? own : own.map((pair) => padded(pair, rank));
   const kept = pairs.map((pair) => leadingRows(pair, most));

@@ -6,9 +6,9 @@ import { checkAdapters, refuseBoth } from "../adapters/modules.ts";
 import { checkPack } from "../arguments.ts";
 import { AdapterError } from "../errors.ts";
 import type { Allocation, Spectrum } from "../extract/allocation.ts";
-import { balance } from "../extract/gauge.ts";
+import { singularValues } from "../extract/gauge.ts";
 import type { Gauge } from "../extract/options.ts";
-import { type Begun, beginMixed, finishMixed, remainderOf, singularOf } from "../extract/private.ts";
+import { type Begun, beginMixed, finishMixed, remainderOf } from "../extract/private.ts";
 import { type ModuleSpace, openModule } from "../extract/project.ts";
 import { fastProducts } from "../extract/wasm-products.ts";
 import { parseBrought } from "../format/brings.ts";
@@ -78,7 +78,7 @@ export async function projectAdapters(
     const spectra: Spectrum[] = [];
     await each(({ stored, adapter }, begun) => {
       const { name, out, in: inputs } = stored;
-      const square = singularOf(balance(begun.given, out, inputs)).reduce((sum, value) => sum + value ** 2, 0);
+      const square = singularValues(begun.given, out, inputs).reduce((sum, value) => sum + value ** 2, 0);
       const singular = remainderOf(begun, out, inputs);
       spectra.push({ task: adapter.id, module: name, out, in: inputs, singular, square });
     });

@@ -6,6 +6,7 @@ import type { Adapter } from "../adapters/adapter.ts";
 import { checkAdapters, refuseBases } from "../adapters/modules.ts";
 import { checkArgument, checkChoice, checkOptions } from "../arguments.ts";
 import { type Allocation, allocateBytes, allocateError } from "../extract/allocation.ts";
+import type { Extractor } from "../extract/extractor.ts";
 import type { ComponentSelection } from "../extract/options.ts";
 import {
   DEFAULT_ERROR,
@@ -13,11 +14,12 @@ import {
   type Survey,
   sharingThatPays,
   survey,
+  surveyBeside,
   withinBytes,
   withinError,
 } from "./allocate.ts";
 import { grow, lowestPassing, partition, Unreachable } from "./bisect.ts";
-import { type BuildOptions, type Built, buildPack } from "./build.ts";
+import { type BuildOptions, type Built, buildWith, withExtractor } from "./build.ts";
 import {
   better,
   figuresOf,
@@ -33,7 +35,8 @@ import type { BuildReport } from "./report.ts";
 import { allOf, allocatedWay, headFor, headWithin, judgedWays, limitOf, nameOf, type Way } from "./ways.ts";
 
 /** What is sought, who judges, and where to look. */
-export interface SearchOptions extends Pick<BuildOptions, "dtype" | "centering" | "normalize" | "base" | "anyBase"> {
+export interface SearchOptions
+  extends Pick<BuildOptions, "dtype" | "centering" | "normalize" | "base" | "anyBase" | "workers"> {
   /** Default: an error of at most 0.15 (`DEFAULT_ERROR`). */
   readonly goal?: Goal | undefined;
   /**
@@ -77,6 +80,7 @@ interface Candidate {
 
 /** What all steps of one search share. */
 interface Search extends SearchOptions {
+  readonly extractor: Extractor;
   readonly goal: Goal;
   readonly adapters: readonly Adapter[];
   readonly ids: readonly string[];
@@ -118,8 +122,18 @@ export async function searchPack(
   adapters: readonly Adapter[],
   options: SearchOptions = {},
 ): Promise<Built<SearchReport>> {
-  const { goal = { kind: "error", max: DEFAULT_ERROR }, judge, moments, dtype = {}, ways } = options;
+  const { goal = { kind: "error", max: DEFAULT_ERROR } } = options;
   checkSearch(adapters, { ...options, goal });
+  return withExtractor("searchPack", options.workers, (extractor) => searchWith(extractor, adapters, options, goal));
+}
+
+async function searchWith(
+  extractor: Extractor,
+  adapters: readonly Adapter[],
+  options: SearchOptions,
+  goal: Goal,
+): Promise<Built<SearchReport>> {
+  const { judge, moments, dtype = {}, ways, signal } = options;
   const tried: Tried[] = [];
   const decisions: string[] = [];
   let [best, done, of]: [Candidate | undefined, number, number] = [undefined, 0, 0];
@@ -127,17 +141,22 @@ export async function searchPack(
     tried.push(one);
     options.onTry?.(one, done, of);
   };
+  const only = dtype.coefficients && [dtype.coefficients];
   const surveys = new Map<string, Promise<Survey>>();
   const start: Search = {
     ...options,
+    extractor,
     goal,
     adapters,
     ids: adapters.map(({ id }) => id),
     note,
     survey(shared) {
       const key = JSON.stringify(shared ?? null);
-      const only = dtype.coefficients && [dtype.coefficients];
-      if (!surveys.has(key)) surveys.set(key, survey(adapters, { only, shared, signal: options.signal }));
+      const made = (): Promise<Survey> =>
+        shared
+          ? start.survey().then((own) => surveyBeside(extractor, adapters, own, shared, signal))
+          : survey(extractor, adapters, { only, signal });
+      if (!surveys.has(key)) surveys.set(key, made());
       return surveys.get(key)!;
     },
   };
@@ -178,7 +197,7 @@ async function allocatedWays(search: Search, decisions: string[]): Promise<Way[]
   const { spectra, only } = found;
   const plan =
     goal.kind === "error" ? allocateError(spectra, () => goal.max, only) : allocateBytes(spectra, goal.max, only);
-  const shared = adapters.length > 1 ? await sharingThatPays(adapters, found, plan) : undefined;
+  const shared = adapters.length > 1 ? await sharingThatPays(search.extractor, adapters, found, plan) : undefined;
   const head = dtype.head ?? (goal.kind === "error" ? headWithin(goal.max) : headFor(adapters, goal.max));
   if (shared)
     decisions.push(`${shared.k} components in ${shared.dtype} are shared: of a few modules, that saves bytes`);
@@ -201,6 +220,7 @@ const OPTIONS = [
   "normalize",
   "base",
   "anyBase",
+  "workers",
   "signal",
 ] as const;
 
@@ -230,10 +250,11 @@ function checkSearch(adapters: readonly Adapter[], options: SearchOptions & { go
 /** Of one way: with so many components, or private terms for an error. @throws Unreachable */
 async function build(search: Search, way: Way, select: ComponentSelection): Promise<Built> {
   const { name: _, allocateBeside: k, ...options } = way;
-  const { adapters, dtype, centering, normalize, base, anyBase, signal } = search;
+  const { extractor, adapters, dtype, centering, normalize, base, anyBase, signal } = search;
   if (k !== undefined) return allocated(search, way, select);
   try {
-    return await buildPack(adapters, { dtype, centering, normalize, base, anyBase, signal, ...options, select });
+    const common = { dtype, centering, normalize, base, anyBase, signal };
+    return await buildWith(extractor, adapters, { ...common, ...options, select });
   } catch (cause) {
     throw cause instanceof RangeError ? new Unreachable(cause.message, { cause }) : cause;
   }
@@ -241,13 +262,18 @@ async function build(search: Search, way: Way, select: ComponentSelection): Prom
 
 /** Of a way with private terms for a goal. @throws Unreachable */
 async function allocated(
-  { adapters, dtype, base, anyBase, signal, survey }: Search,
+  { extractor, adapters, dtype, base, anyBase, signal, survey }: Search,
   { name: _, allocateBeside: k = 0, ...options }: Way,
   goal: ComponentSelection | Goal,
 ): Promise<Built> {
   const found = await survey(k > 0 ? { k, dtype: options.dtype?.basis ?? "f16" } : undefined);
   const made = (privateTerms: Allocation): Promise<Built> =>
-    buildPack(adapters, { dtype, base, anyBase, signal, ...options, privateTerms, select: { kind: "k", k } });
+    buildWith(extractor, adapters, {
+      ...{ dtype, base, anyBase, signal },
+      ...options,
+      privateTerms,
+      select: { kind: "k", k },
+    });
   if (goal.kind === "error") return withinError(found, goal.max, made, ({ report }) => report.errors);
   if (goal.kind === "bytes") return withinBytes(found, goal.max, made);
   throw new Unreachable(`private terms are allocated for an error or a size, not for ${goal.kind}`);

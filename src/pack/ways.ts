@@ -7,7 +7,7 @@ import type { Shared } from "./allocate.ts";
 import type { BuildOptions } from "./build.ts";
 
 /** A way of packing. Its bytes grow with one number: of components, or of private terms. */
-export interface Way extends Omit<BuildOptions, "select" | "base" | "anyBase" | "onProgress" | "signal"> {
+export interface Way extends Omit<BuildOptions, "select" | "base" | "anyBase" | "workers" | "onProgress" | "signal"> {
   /** For reports. Default: what sets it apart. */
   readonly name?: string;
   /**
