@@ -128,7 +128,7 @@ export interface Built<Report = BuildReport> {
  */
 export async function buildPack(adapters: readonly Adapter[], options: BuildOptions = {}): Promise<Built> {
   checkBuild(adapters, options);
-  return withExtractor("buildPack", options.workers, (extractor) => buildWith(extractor, adapters, options));
+  return buildWith((work) => withExtractor("buildPack", options.workers, work), adapters, options);
 }
 
 function checkBuild(adapters: readonly Adapter[], options: BuildOptions): void {
@@ -155,9 +155,12 @@ export async function withExtractor<T>(
   }
 }
 
-/** `buildPack` with an extractor that serves several packs. */
+/**
+ * `buildPack` with an extractor of the caller's.
+ * @param extracting lends it for the extraction alone: what is left to do needs memory, which threads would hold
+ */
 export async function buildWith(
-  extractor: Extractor,
+  extracting: <T>(work: (extractor: Extractor) => Promise<T>) => Promise<T>,
   adapters: readonly Adapter[],
   options: BuildOptions,
 ): Promise<Built> {
@@ -177,7 +180,7 @@ export async function buildWith(
     modules: encoded,
     terms,
     errors,
-  } = await encodeModules(extractor, [...shared.values()], extraction, dtype, options);
+  } = await extracting((extractor) => encodeModules(extractor, [...shared.values()], extraction, dtype, options));
   const modules = encoded.map((module) => ({ ...module, fingerprint: fingerprints?.get(module.name) }));
   const components = componentsOf(modules);
   const tasks = await Promise.all(

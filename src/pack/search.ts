@@ -133,7 +133,7 @@ async function searchWith(
   options: SearchOptions,
   goal: Goal,
 ): Promise<Built<SearchReport>> {
-  const { judge, moments, dtype = {}, ways, signal } = options;
+  const { judge, moments, dtype = {}, ways } = options;
   const tried: Tried[] = [];
   const decisions: string[] = [];
   let [best, done, of]: [Candidate | undefined, number, number] = [undefined, 0, 0];
@@ -141,7 +141,6 @@ async function searchWith(
     tried.push(one);
     options.onTry?.(one, done, of);
   };
-  const only = dtype.coefficients && [dtype.coefficients];
   const surveys = new Map<string, Promise<Survey>>();
   const start: Search = {
     ...options,
@@ -152,11 +151,7 @@ async function searchWith(
     note,
     survey(shared) {
       const key = JSON.stringify(shared ?? null);
-      const made = (): Promise<Survey> =>
-        shared
-          ? start.survey().then((own) => surveyBeside(extractor, adapters, own, shared, signal))
-          : survey(extractor, adapters, { only, signal });
-      if (!surveys.has(key)) surveys.set(key, made());
+      if (!surveys.has(key)) surveys.set(key, surveyOf(start, shared));
       return surveys.get(key)!;
     },
   };
@@ -187,6 +182,13 @@ async function searchWith(
   const { bytes: _, error: __, ...chosen } = best.tried;
   const judgedBy = goal.kind === "score" ? "score" : judge ? "divergence" : "error";
   return { chunks, report: { ...report, ...chosen, judgedBy, reference: search.reference, tried, decisions } };
+}
+
+async function surveyOf({ extractor, adapters, dtype, signal, survey: own }: Search, shared?: Shared): Promise<Survey> {
+  const only = dtype?.coefficients && [dtype.coefficients];
+  return shared
+    ? surveyBeside(extractor, adapters, await own(), shared, signal)
+    : survey(extractor, adapters, { only, signal });
 }
 
 /** Private terms alone, and beside shared components where that takes fewer bytes; says which. */
@@ -254,7 +256,7 @@ async function build(search: Search, way: Way, select: ComponentSelection): Prom
   if (k !== undefined) return allocated(search, way, select);
   try {
     const common = { dtype, centering, normalize, base, anyBase, signal };
-    return await buildWith(extractor, adapters, { ...common, ...options, select });
+    return await buildWith((work) => work(extractor), adapters, { ...common, ...options, select });
   } catch (cause) {
     throw cause instanceof RangeError ? new Unreachable(cause.message, { cause }) : cause;
   }
@@ -266,14 +268,10 @@ async function allocated(
   { name: _, allocateBeside: k = 0, ...options }: Way,
   goal: ComponentSelection | Goal,
 ): Promise<Built> {
+  const common = { dtype, base, anyBase, signal };
   const found = await survey(k > 0 ? { k, dtype: options.dtype?.basis ?? "f16" } : undefined);
   const made = (privateTerms: Allocation): Promise<Built> =>
-    buildWith(extractor, adapters, {
-      ...{ dtype, base, anyBase, signal },
-      ...options,
-      privateTerms,
-      select: { kind: "k", k },
-    });
+    buildWith((work) => work(extractor), adapters, { ...common, ...options, privateTerms, select: { kind: "k", k } });
   if (goal.kind === "error") return withinError(found, goal.max, made, ({ report }) => report.errors);
   if (goal.kind === "bytes") return withinBytes(found, goal.max, made);
   throw new Unreachable(`private terms are allocated for an error or a size, not for ${goal.kind}`);
