@@ -8,6 +8,7 @@ import { open, realpath } from "node:fs/promises";
 import { basename, dirname } from "node:path";
 import { fileURLToPath } from "node:url";
 import { SourceError } from "../src/errors.ts";
+import type { Thread } from "../src/extract/extractor.ts";
 import type { ByteSource } from "../src/source.ts";
 
 /**
@@ -80,6 +81,32 @@ export function reasonOf(cause: unknown): string {
   const words = REASONS.get(code);
   return words === undefined ? message : `${words} (${code})`;
 }
+
+/** Starts a thread for extraction. @throws Error when it cannot be started; from `ask` when it ends before it has answered */
+export const openThread: (() => Promise<Thread>) | undefined = async () => {
+  const { Worker } = await import("node:worker_threads");
+  // Flags of this process are for its own entry: some, as --eval, would stop a thread.
+  const worker = new Worker(new URL("./extract-thread.js", import.meta.url), { execArgv: [] });
+  let [answered, failed]: [(answer: unknown) => void, (cause: unknown) => void] = [() => {}, () => {}];
+  let ended: Error | undefined;
+  const end = (cause: unknown): void => {
+    ended ??= new Error("a thread that extracts modules has ended; try again with fewer workers", { cause });
+    failed(ended);
+  };
+  worker
+    .on("message", (answer) => answered(answer))
+    .on("error", end)
+    .on("exit", end);
+  return {
+    ask: (question, owned) =>
+      new Promise((resolve, reject) => {
+        if (ended) throw ended;
+        [answered, failed] = [resolve, reject];
+        worker.postMessage(question, owned);
+      }),
+    close: async () => void (await worker.terminate()),
+  };
+};
 
 /** Dawn's entry point. One for the life of the process: when it is collected, drivers may crash (dawn-gpu/node-webgpu#18). */
 let dawn: object | undefined;

@@ -2,6 +2,7 @@
  * The command pack: from adapters to a pack, of so many components or to a criterion: a budget of bytes, an error, or a divergence
  * between the answers of adapters and pack.
  */
+import { availableParallelism } from "node:os";
 import { createEngine } from "../../bindings/ort-engine.ts";
 import type { Adapter } from "../adapters/adapter.ts";
 import { partByGain, readScores } from "../adapters/scores.ts";
@@ -81,6 +82,11 @@ const size: OptionSpec<number | undefined> = {
 const OPTIONS = {
   output: output("PACK", "The pack to write."),
   force,
+  workers: number(
+    "N",
+    "Threads that extract modules; the pack is the same. Default: one for each core and 10 MB of adapters, 8 at most.",
+    from(1),
+  ),
   ...group(`How much to keep, one of these. Default: --error ${DEFAULT_ERROR}`, {
     ...amount,
     bytes: size,
@@ -246,13 +252,15 @@ async function build(
   const mode = modeOf(options);
   const asked = options.model === undefined ? undefined : await askedOf(options, adapters);
   const moments = asked && options.calibrate ? await inputMoments(asked.engine, asked.model, asked.moments) : undefined;
+  const adapterBytes = sum(adapters.map(({ byteLength }) => byteLength));
+  const { workers = workersFor(adapterBytes) } = options;
   const common = { dtype, normalize, moments, anyBase, ...(await run.base(options.base, options.names)) };
-  const most = ratio === undefined ? bytes : Math.floor(sum(adapters.map(({ byteLength }) => byteLength)) / ratio);
+  const most = ratio === undefined ? bytes : Math.floor(adapterBytes / ratio);
   if (mode === "auto") {
     const max = divergence ?? most ?? error ?? DEFAULT_ERROR;
     const kind = divergence !== undefined ? "divergence" : most !== undefined ? "bytes" : "error";
     const onTry = ({ name }: Tried, done: number, of: number): void => out.progress("way", done, of, name);
-    const search: SearchOptions = { ...common, goal: { kind, max }, onTry };
+    const search: SearchOptions = { ...common, workers, goal: { kind, max }, onTry };
     if (!asked || kind === "error") return searchPack(adapters, search);
     const { engine, model, judge: about } = asked;
     const judge = run.closing(createJudge(engine, model, about));
@@ -263,11 +271,16 @@ async function build(
   const { gauge = (rank ?? privateTerms ?? step) === undefined ? "as-trained" : "balanced" } = options;
   const all = { mode, gauge, rank, privateTerms, step, headStep, ...(centering ? { centering } : {}), ...common };
   if (most !== undefined) {
-    const { chunks, report } = await searchPack(adapters, { goal: { kind: "bytes", max: most }, ways: [all] });
+    const { chunks, report } = await searchPack(adapters, { goal: { kind: "bytes", max: most }, ways: [all], workers });
     const { name: _, way: __, judgedBy: ___, tried: ____, decisions: _____, ...plain } = report;
     return { chunks, report: plain };
   }
-  return buildPack(adapters, { ...all, select: selection(options), onProgress: counting(out, "module") });
+  return buildPack(adapters, { ...all, workers, select: selection(options), onProgress: counting(out, "module") });
+}
+
+/** Small packs are made before threads have started, and each thread holds memory. */
+function workersFor(adapterBytes: number): number {
+  return Math.min(availableParallelism(), 8, 1 + Math.floor(adapterBytes / 10e6));
 }
 
 /** A runtime, the model, and what it is asked. */

@@ -8,7 +8,7 @@
  * ‖ΔW‖² + ‖ΔW'‖² − 2⟨ΔW, ΔW'⟩ would cancel instead.
  */
 import type { Pair } from "./gauge.ts";
-import { gram, lengthened, multiplyTransposed } from "./linalg.ts";
+import { gram, lengthened, PLAIN, type Products } from "./linalg.ts";
 
 /** What one side of an approximation contributes: r×r matrices of its rows and of D = rows − approximation. */
 export interface SideError {
@@ -33,7 +33,13 @@ export interface PairError {
 }
 
 /** Gram matrices of rows [rank, width] and their approximation. */
-export function sideError(rows: Float64Array, approximation: Float64Array, rank: number, width: number): SideError {
+export function sideError(
+  rows: Float64Array,
+  approximation: Float64Array,
+  rank: number,
+  width: number,
+  { gram, multiplyTransposed }: Products = PLAIN,
+): SideError {
   const lost = rows.map((value, i) => value - approximation[i]!);
   return {
     rank,
@@ -41,6 +47,17 @@ export function sideError(rows: Float64Array, approximation: Float64Array, rank:
     lost: gram(lost, rank, width),
     cross: multiplyTransposed(rows, lost, rank, rank, width),
   };
+}
+
+/** ‖ΔW‖. */
+export function pairNorm({ rank, A, Bt }: Pair): number {
+  const [a, b] = [gram(A, rank, A.length / rank), gram(Bt, rank, Bt.length / rank)];
+  return Math.sqrt(
+    Math.max(
+      0,
+      a.reduce((sum, value, i) => sum + value * b[i]!, 0),
+    ),
+  );
 }
 
 /** The error of ΔW from those of its two sides, which are of one rank. */
@@ -86,14 +103,14 @@ export function relative(value: number, norm: number): number {
  * result is exact to a few 1e-15·bound, for pairs in different gauges to about 1e-8·bound.
  * @throws RangeError when the pairs are of different shapes
  */
-export function deltaError(exact: Pair, approximation: Pair): PairError {
+export function deltaError(exact: Pair, approximation: Pair, products?: Products): PairError {
   const rank = Math.max(exact.rank, approximation.rank);
   const side = (rows: Float64Array, other: Float64Array): SideError => {
     const width = rows.length / exact.rank;
     if (other.length / approximation.rank !== width) {
       throw new RangeError(`deltaError: factors of width ${width} and ${other.length / approximation.rank}`);
     }
-    return sideError(lengthened(rows, rank * width), lengthened(other, rank * width), rank, width);
+    return sideError(lengthened(rows, rank * width), lengthened(other, rank * width), rank, width, products);
   };
   return pairError(side(exact.A, approximation.A), side(exact.Bt, approximation.Bt));
 }

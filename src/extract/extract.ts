@@ -17,7 +17,7 @@ import {
   type ProjectedTask,
   padded,
   projectTargets,
-  toPair,
+  toPairs,
 } from "./project.ts";
 import { pairsWithin } from "./search.ts";
 import { decompose, encodeSide, reciprocal, type Side, type SideBasis } from "./side.ts";
@@ -92,14 +92,13 @@ export function extractModule(stack: ModuleStack, options: ExtractOptions): Modu
 /** The pairs of a stack in the gauge asked for, and what is kept of them as views; in flat mode all of one `rank`. */
 function gaugedPairs(
   stack: ModuleStack,
-  { mode, gauge, centering, moments, rank: most = Infinity }: ExtractOptions,
+  { mode, gauge, centering, moments, rank: most = Infinity, products }: ExtractOptions,
 ): { pairs: Pair[]; kept: Pair[]; rank: number | undefined; metric: Float64Array | undefined } {
   const metric = moments && metricOf(moments, stack.in);
-  const given = stack.members.map((member) => {
-    const pair = toPair(member, stack.out, stack.in);
+  const given = toPairs(stack.members, stack.out, stack.in).map((pair) => {
     return metric ? { ...pair, A: multiply(pair.A, metric, pair.rank, stack.in, stack.in) } : pair;
   });
-  const own = gauge === "balanced" ? given.map((pair) => balance(pair, stack.out, stack.in)) : given;
+  const own = gauge === "balanced" ? given.map((pair) => balance(pair, stack.out, stack.in, products)) : given;
   const rank = mode === "flat" ? Math.max(...own.map((pair) => pair.rank)) : undefined;
   const pairs = rank === undefined ? own : own.map((pair) => padded(pair, rank));
   const kept = pairs.map((pair) => leadingRows(pair, most));

@@ -4,7 +4,7 @@
  */
 import type { Term } from "../tensor/term.ts";
 import { dominant, ROUNDING } from "./components.ts";
-import { addScaled, dot, lq, multiply, scale, svd, transpose } from "./linalg.ts";
+import { addScaled, dot, lq, multiply, PLAIN, type Products, scale, svd, transpose } from "./linalg.ts";
 
 /**
  * The factors of a term in f64, to compute with: rows are turned, mirrored and replaced here, which nothing that comes from a
@@ -25,7 +25,7 @@ export function pairOf({ rank, A, Bt }: Pick<Term, "rank" | "A" | "Bt">): Pair {
  * of the largest are dropped: a rank trim that loses nothing. At least one is kept, so that a zero adapter is a pair
  * of rank 1 full of zeros. The largest entry of each row of A is positive; `alignSigns` may turn rows afterwards.
  */
-export function balance(pair: Pair, outputs: number, inputs: number): Pair {
+export function balance(pair: Pair, outputs: number, inputs: number, products: Products = PLAIN): Pair {
   const { L: LA, Q: QA, size: m } = lq(pair.A.slice(), pair.rank, inputs);
   const { L: LB, Q: QB, size: n } = lq(pair.Bt.slice(), pair.rank, outputs);
   // ΔW = QBᵀ·(LBᵀ·LA)·QA, and the core [n, m] in brackets has the singular values of ΔW.
@@ -33,14 +33,24 @@ export function balance(pair: Pair, outputs: number, inputs: number): Pair {
   const { U, S, V } = svd(core, n, m);
   let rank = 1;
   while (rank < Math.min(n, m) && S[rank]! > ROUNDING * S[0]!) rank++;
-  const A = multiply(V, QA, rank, inputs, m);
-  const Bt = multiply(U, QB, rank, outputs, n);
+  const A = products.multiply(V, QA, rank, inputs, m);
+  const Bt = products.multiply(U, QB, rank, outputs, n);
   for (let i = 0; i < rank; i++) {
     const factor = Math.sqrt(S[i]!) * (dominant(A, i * inputs, inputs) < 0 ? -1 : 1);
     scale(factor, A, i * inputs, inputs);
     scale(factor, Bt, i * outputs, outputs);
   }
   return { rank, A, Bt };
+}
+
+/** The singular values of ΔW that `balance` keeps, without the pair. */
+export function singularValues(pair: Pair, outputs: number, inputs: number): number[] {
+  const { L: LA, size: m } = lq(pair.A.slice(), pair.rank, inputs, false);
+  const { L: LB, size: n } = lq(pair.Bt.slice(), pair.rank, outputs, false);
+  const { S } = svd(multiply(transpose(LB, pair.rank, n), LA, n, m, pair.rank), n, m);
+  let rank = 1;
+  while (rank < Math.min(n, m) && S[rank]! > ROUNDING * S[0]!) rank++;
+  return [...S.subarray(0, rank)];
 }
 
 /** Its strongest rows, as views: of a balanced pair the best of that rank. */

@@ -257,8 +257,11 @@ export interface LQ {
   size: number;
 }
 
-/** Thin LQ of X [rows, width] by Householder reflectors: stable for any rank, zero rows included. X is overwritten. */
-export function lq(x: Float64Array, rows: number, width: number): LQ {
+/**
+ * Thin LQ of X [rows, width] by Householder reflectors: stable for any rank, zero rows included. X is overwritten.
+ * @param whole false: without Q, which is half of the work and then empty
+ */
+export function lq(x: Float64Array, rows: number, width: number, whole: boolean = true): LQ {
   const size = Math.min(rows, width);
   const taus = new Float64Array(size);
   const L = new Float64Array(rows * size);
@@ -270,8 +273,8 @@ export function lq(x: Float64Array, rows: number, width: number): LQ {
     if (tau !== 0) reflect(tau, x, at, x, at + width, width, rows - k - 1, width - k);
     for (let i = k + 1; i < rows; i++) L[i * size + k] = x[i * width + k]!;
   }
-  const Q = new Float64Array(size * width);
-  for (let k = size - 1; k >= 0; k--) {
+  const Q = new Float64Array(whole ? size * width : 0);
+  for (let k = size - 1; whole && k >= 0; k--) {
     const at = k * width + k;
     Q[at] = 1;
     // Reflector k leaves the unit vectors before row k alone: its own vector begins further right.

@@ -7,9 +7,10 @@
 import { type Dtype, isQuantized } from "../tensor/dtypes.ts";
 import { storing } from "../tensor/encode.ts";
 import type { PrivateChoice } from "./allocation.ts";
-import { deltaError, relative } from "./error.ts";
+import { deltaError, pairNorm, relative } from "./error.ts";
 import { extractModule, type ModuleExtraction, type ModuleStack } from "./extract.ts";
-import { balance, leadingRows, type Pair, pairOf } from "./gauge.ts";
+import { balance, leadingRows, type Pair, pairOf, singularValues } from "./gauge.ts";
+import type { Products } from "./linalg.ts";
 import { mix } from "./mixing.ts";
 import type { ExtractOptions, ProjectOptions } from "./options.ts";
 import {
@@ -118,7 +119,7 @@ function alternate(stack: ModuleStack, given: readonly Pair[], options: PrivateO
     const parts = expanded(shared, options);
     const tasks = shared.tasks.map((task, i) =>
       storing(`a private term of "${stack.name}"`, task.id, () =>
-        withPrivate(task, given[i]!, parts[i]!, choiceOf(options, i), error, options.steps?.[i]),
+        withPrivate(task, given[i]!, parts[i]!, choiceOf(options, i), error, options.products, options.steps?.[i]),
       ),
     );
     const found = { ...shared, tasks: tasks.map(({ task }) => task) };
@@ -165,12 +166,12 @@ export function beginMixed(space: ModuleSpace | undefined, member: ModuleMember,
 
 /** Singular values of what is not shared of it. @param out of the module; `inputs` as well */
 export function remainderOf({ given, shared }: Begun, out: number, inputs: number): number[] {
-  return singularOf(balance(stackedPairs(given, shared, -1), out, inputs));
+  return singularValues(stackedPairs(given, shared, -1), out, inputs);
 }
 
 /** The task with its private terms. @param step as of `projectModule` */
 export function finishMixed({ task, given, shared }: Begun, choice: PrivateChoice, step?: number): MixedTask {
-  return withPrivate(task, given, shared, choice, undefined, step).task;
+  return withPrivate(task, given, shared, choice, undefined, undefined, step).task;
 }
 
 /** Column or joint mode, or nothing shared at all. */
@@ -195,14 +196,9 @@ export function remainders(stack: ModuleStack, options: ExtractOptions): { singu
   const shared = extractModule(stack, options);
   const parts = expanded(shared, options);
   const singular = stack.members.map((member, i) =>
-    singularOf(balance(stackedPairs(pairOf(member), parts[i]!, -1), stack.out, stack.in)),
+    singularValues(stackedPairs(pairOf(member), parts[i]!, -1), stack.out, stack.in),
   );
   return { singular, bytes: bytesOf(shared) };
-}
-
-/** Singular values of a balanced pair, descending. */
-export function singularOf(pair: Pair): number[] {
-  return Array.from({ length: pair.rank }, (_, row) => Math.sqrt(squareOf(pair, row)));
 }
 
 /** The shared factors of every task, as stored. */
@@ -219,14 +215,14 @@ function withPrivate(
   shared: Pair,
   { rank: limit, dtype }: PrivateChoice,
   error: number | undefined,
+  products: Products | undefined,
   step: number | undefined,
 ): { task: MixedTask; terms: Pair; lost: number; reached: boolean } {
   const [width, height] = [given.A.length / given.rank, given.Bt.length / given.rank];
-  const rest = balance(stackedPairs(given, shared, -1), height, width);
-  const { norm: whole } = deltaError(given, given);
+  const rest = balance(stackedPairs(given, shared, -1), height, width, products);
   const most = Math.min(limit, rest.rank);
-  let least =
-    error === undefined ? (step === undefined ? most : worthRank(rest, most, step)) : leastRank(rest, error, whole);
+  const worth = step === undefined ? most : worthRank(rest, most, step);
+  let least = error === undefined ? worth : leastRank(rest, error, pairNorm(given));
   for (; ; least++) {
     const q = Math.min(least, most);
     const leading = leadingRows(rest, q);
@@ -237,7 +233,7 @@ function withPrivate(
     const rows = { rank: q, A: A.values, Bt: Bt.values };
     const stored = stackedPairs(shared, rows, 1);
     const nothing = { rank: 1, A: new Float64Array(width), Bt: new Float64Array(height) };
-    const { difference, norm, bound } = deltaError(given, stored.rank > 0 ? stored : nothing);
+    const { difference, norm, bound } = deltaError(given, stored.rank > 0 ? stored : nothing, products);
     const found = relative(difference, norm);
     if (error !== undefined && found > error && q < most) continue;
     const terms = q > 0 ? { rank: q, dtype, A: A.encoded, Bt: Bt.encoded } : undefined;

@@ -196,15 +196,30 @@ export function padded({ rank, A, Bt }: Pair, to: number): Pair {
   return { rank: to, A: lengthened(A, (A.length / rank) * to), Bt: lengthened(Bt, (Bt.length / rank) * to) };
 }
 
-export function toPair(member: ModuleMember, outputs: number, inputs: number): Pair {
+/** Pairs of a module's members, one behind the other in memory, so that a stack of them needs no copy. */
+export function toPairs(members: readonly ModuleMember[], outputs: number, inputs: number): Pair[] {
+  const lengthOf = (side: "A" | "Bt"): number => members.reduce((sum, member) => sum + member[side].length, 0);
+  const [A, Bt] = [new Float64Array(lengthOf("A")), new Float64Array(lengthOf("Bt"))];
+  let [a, b] = [0, 0];
+  return members.map((member) =>
+    toPair(member, outputs, inputs, {
+      A: A.subarray(a, (a += member.A.length)),
+      Bt: Bt.subarray(b, (b += member.Bt.length)),
+    }),
+  );
+}
+
+/** @param to where its values go. Default: new arrays */
+export function toPair(member: ModuleMember, outputs: number, inputs: number, to?: Omit<Pair, "rank">): Pair {
   const { id, rank } = member;
-  const side = (name: string, values: Float32Array, width: number): Float64Array => {
+  const side = (name: "A" | "Bt", values: Float32Array, width: number): Float64Array => {
     if (!Number.isInteger(rank) || rank < 1 || values.length !== rank * width) {
       throw new RangeError(
         `adapter ${id}: ${name} holds ${values.length} values, expected rank ${rank} times ${width}`,
       );
     }
-    const out = new Float64Array(values);
+    const out = to?.[name] ?? new Float64Array(values.length);
+    out.set(values);
     // Twenty times the speed of a search, and only NaN and infinity are not 0 when they are taken from themselves.
     let rest = 0;
     for (let i = 0; i < out.length; i++) rest += out[i]! - out[i]!;

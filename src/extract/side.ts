@@ -44,7 +44,9 @@ export function decompose(
   options: ExtractOptions,
 ): Side {
   const width = inner * (rank ?? 1);
-  const rows = stacked(factors);
+  // Only balanced rows are mirrored later.
+  const view = options.gauge === "as-trained";
+  const rows = stacked(factors, view);
   const count = rows.length / width;
   const own = rowSquares(rows, count, width).map(Math.sqrt);
   if (options.gauge === "balanced" && rank === undefined) {
@@ -68,7 +70,7 @@ export function decompose(
     floors[i]! *= weight;
   });
   const components = principalComponents(x, count, width, floors, wanted(options), options.products);
-  return { width, rank, rows: options.rank === undefined ? rows : stacked(all), mean, components };
+  return { width, rank, rows: options.rank === undefined ? rows : stacked(all, view), mean, components };
 }
 
 /** Of a factor's length; 0 where it has none. */
@@ -76,8 +78,15 @@ export function reciprocal(factor: Float64Array): number {
   return 1 / (norm(factor) || Infinity);
 }
 
-function stacked(factors: readonly Float64Array[]): Float64Array {
-  const rows = new Float64Array(factors.reduce((sum, factor) => sum + factor.length, 0));
+/** @param view factors that lie one behind the other in memory are not copied: for rows that are not written to */
+function stacked(factors: readonly Float64Array[], view: boolean): Float64Array {
+  const length = factors.reduce((sum, factor) => sum + factor.length, 0);
+  const { buffer, byteOffset } = factors[0]!;
+  let end = byteOffset;
+  const behind = (factor: Float64Array): boolean =>
+    factor.buffer === buffer && factor.byteOffset === end && (end += factor.byteLength) > 0;
+  if (view && factors.every(behind)) return new Float64Array(buffer as ArrayBuffer, byteOffset, length);
+  const rows = new Float64Array(length);
   let at = 0;
   for (const factor of factors) {
     rows.set(factor, at);

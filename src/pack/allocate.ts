@@ -3,7 +3,7 @@
  * measured keeps to the goal too. Estimates are good to a few percent, so that takes two or three packs.
  */
 import type { Adapter } from "../adapters/adapter.ts";
-import { sharedModules } from "../adapters/modules.ts";
+import { type SharedModule, sharedModules } from "../adapters/modules.ts";
 import {
   type Allocated,
   type Allocation,
@@ -13,10 +13,8 @@ import {
   type Spectrum,
 } from "../extract/allocation.ts";
 import type { ModuleStack } from "../extract/extract.ts";
-import { balance, pairOf } from "../extract/gauge.ts";
+import { type Extractor, inOrder } from "../extract/extractor.ts";
 import type { ExtractOptions } from "../extract/options.ts";
-import { remainders, singularOf } from "../extract/private.ts";
-import { fastProducts } from "../extract/wasm-products.ts";
 import type { Dtype } from "../tensor/dtypes.ts";
 import { Unreachable } from "./bisect.ts";
 import type { Built } from "./build.ts";
@@ -45,32 +43,58 @@ const CAREFUL = 0.004;
 /** A pack within so much of its goal is good enough. */
 const CLOSE = 0.99;
 
-/** Reads the spectra of all adapters. @param shared what private terms stand beside. Default: nothing */
+/** Reads the spectra of all adapters. */
 export async function survey(
+  extractor: Extractor,
   adapters: readonly Adapter[],
-  {
-    only,
-    shared,
-    signal,
-  }: { only?: readonly Dtype[] | undefined; shared?: Shared | undefined; signal?: AbortSignal | undefined },
+  { only, signal }: { only?: readonly Dtype[] | undefined; signal?: AbortSignal | undefined },
 ): Promise<Survey> {
-  const spectra: Spectrum[] = [];
-  for (const module of sharedModules(adapters).values()) {
-    signal?.throwIfAborted();
-    const { stack } = await readStack(module);
-    const { name, out, in: inputs, members } = stack;
-    const rest = shared && remainders(stack, await sharedOptions(shared));
-    for (const [i, member] of members.entries()) {
-      const own = singularOf(balance(pairOf(member), out, inputs));
-      const square = own.reduce((sum, value) => sum + value ** 2, 0);
-      spectra.push({ task: member.id, module: name, out, in: inputs, singular: rest?.singular[i] ?? own, square });
-    }
-  }
+  const spectra = await eachMember(extractor, adapters, signal, async (stack) => {
+    const { name: module, out, in: inputs } = stack;
+    const all = await extractor.ask("spectra", stack, undefined);
+    return all.map((singular, i) => {
+      const square = singular.reduce((sum, value) => sum + value ** 2, 0);
+      return { task: stack.members[i]!.id, module, out, in: inputs, singular, square };
+    });
+  });
   return { spectra, only };
 }
 
+/** What shared components leave of what a survey found. */
+export async function surveyBeside(
+  extractor: Extractor,
+  adapters: readonly Adapter[],
+  { spectra, only }: Survey,
+  shared: Shared,
+  signal: AbortSignal | undefined,
+): Promise<Survey> {
+  const rests = await eachMember(extractor, adapters, signal, async (stack) => {
+    return (await extractor.ask("remainders", stack, sharedOptions(shared))).singular;
+  });
+  return { spectra: spectra.map((spectrum, i) => ({ ...spectrum, singular: rests[i]! })), only };
+}
+
+/** What `work` finds of each member of each module, modules and members in their order. */
+async function eachMember<T>(
+  extractor: Extractor,
+  adapters: readonly Adapter[],
+  signal: AbortSignal | undefined,
+  work: (stack: ModuleStack) => Promise<T[]>,
+): Promise<T[]> {
+  const found: T[] = [];
+  const read = async (module: SharedModule<Adapter>): Promise<T[]> => {
+    signal?.throwIfAborted();
+    return work((await readStack(module)).stack);
+  };
+  for await (const members of inOrder([...sharedModules(adapters).values()], extractor.size + 1, read)) {
+    signal?.throwIfAborted();
+    for (const one of members) found.push(one);
+  }
+  return found;
+}
+
 /** How shared components beside private terms are found. */
-async function sharedOptions({ k, dtype }: Shared): Promise<ExtractOptions> {
+function sharedOptions({ k, dtype }: Shared): ExtractOptions {
   return {
     mode: "column",
     gauge: "balanced",
@@ -78,7 +102,6 @@ async function sharedOptions({ k, dtype }: Shared): Promise<ExtractOptions> {
     select: { kind: "k", k },
     basisDtype: dtype,
     coefficientDtype: dtype,
-    products: await fastProducts(),
   };
 }
 
@@ -171,6 +194,7 @@ const WORTH = 0.97;
  * and how many; of a few modules, spread over the model.
  */
 export async function sharingThatPays(
+  extractor: Extractor,
   adapters: readonly Adapter[],
   { spectra, only }: Survey,
   { slopes }: Allocated,
@@ -190,8 +214,11 @@ export async function sharingThatPays(
   );
   const cost = async (shared?: Shared): Promise<number> => {
     let total = 0;
-    for (const { stack, own } of sample) {
-      const rest = shared && remainders(stack, await sharedOptions(shared));
+    const rests =
+      shared &&
+      (await Promise.all(sample.map(({ stack }) => extractor.ask("remainders", stack, sharedOptions(shared)))));
+    for (const [at, { own }] of sample.entries()) {
+      const rest = rests?.[at];
       total += rest?.bytes ?? 0;
       for (const [i, spectrum] of own.entries()) {
         if (!slopes.has(spectrum.task)) continue;

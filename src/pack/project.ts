@@ -6,9 +6,9 @@ import { checkAdapters, refuseBoth } from "../adapters/modules.ts";
 import { checkPack } from "../arguments.ts";
 import { AdapterError } from "../errors.ts";
 import type { Allocation, Spectrum } from "../extract/allocation.ts";
-import { balance } from "../extract/gauge.ts";
+import { singularValues } from "../extract/gauge.ts";
 import type { Gauge } from "../extract/options.ts";
-import { type Begun, beginMixed, finishMixed, remainderOf, singularOf } from "../extract/private.ts";
+import { type Begun, beginMixed, finishMixed, remainderOf } from "../extract/private.ts";
 import { type ModuleSpace, openModule } from "../extract/project.ts";
 import { fastProducts } from "../extract/wasm-products.ts";
 import { parseBrought } from "../format/brings.ts";
@@ -20,7 +20,7 @@ import type { Dtype, Dtypes } from "../tensor/dtypes.ts";
 import { DEFAULT_ERROR, withinError } from "./allocate.ts";
 import type { Pack } from "./pack.ts";
 import { idleWarnings, lossesOf, type ModuleError, type TaskLoss } from "./report.ts";
-import { narrowTerms, stepOf, typicalNorm } from "./steps.ts";
+import { narrowTerms, stepOf, stepsOf } from "./steps.ts";
 import { encodeAdapter, encodeTerm, storable } from "./tasks.ts";
 
 /** A task made for an existing basis, and what it lost. */
@@ -47,7 +47,8 @@ export async function projectAdapters(
   checkAdapters("projectAdapters", adapters);
   for (const adapter of adapters) checkModules(pack, adapter);
   const bases = await pack.bases();
-  const steps = await stepsOf(pack, adapters);
+  const step = stepOf(pack);
+  const steps = step === undefined ? undefined : await stepsOf(adapters, step);
   const dtype: Dtypes = steps ? { ...formats, coefficients: "int8" } : formats;
   const each = (work: Work): Promise<void> =>
     eachModule(pack, bases.bytes, adapters, { dtype: dtype.coefficients, steps }, work, onProgress);
@@ -86,7 +87,7 @@ export async function projectAdapters(
     const spectra: Spectrum[] = [];
     await each(({ stored, adapter }, begun) => {
       const { name, out, in: inputs } = stored;
-      const square = singularOf(balance(begun.given, out, inputs)).reduce((sum, value) => sum + value ** 2, 0);
+      const square = singularValues(begun.given, out, inputs).reduce((sum, value) => sum + value ** 2, 0);
       const singular = remainderOf(begun, out, inputs);
       spectra.push({ task: adapter.id, module: name, out, in: inputs, singular, square });
     });
@@ -104,15 +105,6 @@ interface Coefficients {
   readonly dtype: Dtype;
   /** Of the integers of an adapter, where the pack has some. */
   readonly steps: ReadonlyMap<Adapter, number> | undefined;
-}
-
-/** What the pack's step is for each adapter. */
-async function stepsOf(pack: Pack, adapters: readonly Adapter[]): Promise<Map<Adapter, number> | undefined> {
-  const step = stepOf(pack);
-  if (step === undefined) return undefined;
-  const steps = new Map<Adapter, number>();
-  for (const adapter of adapters) steps.set(adapter, step * (await typicalNorm(adapter)));
-  return steps;
 }
 
 /** Goes through the modules of a pack, and in each through the adapters that have it. */

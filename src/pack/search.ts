@@ -6,6 +6,7 @@ import type { Adapter } from "../adapters/adapter.ts";
 import { checkAdapters, refuseBases } from "../adapters/modules.ts";
 import { checkArgument, checkChoice, checkOptions } from "../arguments.ts";
 import { type Allocation, allocateBytes, allocateError } from "../extract/allocation.ts";
+import type { Extractor } from "../extract/extractor.ts";
 import type { ComponentSelection } from "../extract/options.ts";
 import {
   DEFAULT_ERROR,
@@ -13,11 +14,12 @@ import {
   type Survey,
   sharingThatPays,
   survey,
+  surveyBeside,
   withinBytes,
   withinError,
 } from "./allocate.ts";
 import { grow, growSlowly, lowestPassing, partition, Unreachable } from "./bisect.ts";
-import { type BuildOptions, type Built, buildPack } from "./build.ts";
+import { type BuildOptions, type Built, buildWith, withExtractor } from "./build.ts";
 import {
   better,
   figuresOf,
@@ -30,10 +32,11 @@ import {
 } from "./goal.ts";
 import { openPack } from "./pack.ts";
 import type { BuildReport } from "./report.ts";
-import { allOf, allocatedWay, headFor, headWithin, judgedWays, limitOf, nameOf, stepAt, type Way } from "./ways.ts";
+import { allOf, allocatedWay, headFor, headWithin, judgedWays, limitOf, nameOf, refined, type Way } from "./ways.ts";
 
 /** What is sought, who judges, and where to look. */
-export interface SearchOptions extends Pick<BuildOptions, "dtype" | "centering" | "normalize" | "base" | "anyBase"> {
+export interface SearchOptions
+  extends Pick<BuildOptions, "dtype" | "centering" | "normalize" | "base" | "anyBase" | "workers"> {
   /** Default: an error of at most 0.15 (`DEFAULT_ERROR`). */
   readonly goal?: Goal | undefined;
   /**
@@ -77,6 +80,7 @@ interface Candidate {
 
 /** What all steps of one search share. */
 interface Search extends SearchOptions {
+  readonly extractor: Extractor;
   readonly goal: Goal;
   readonly adapters: readonly Adapter[];
   readonly ids: readonly string[];
@@ -118,8 +122,18 @@ export async function searchPack(
   adapters: readonly Adapter[],
   options: SearchOptions = {},
 ): Promise<Built<SearchReport>> {
-  const { goal = { kind: "error", max: DEFAULT_ERROR }, judge, moments, dtype = {}, ways } = options;
+  const { goal = { kind: "error", max: DEFAULT_ERROR } } = options;
   checkSearch(adapters, { ...options, goal });
+  return withExtractor("searchPack", options.workers, (extractor) => searchWith(extractor, adapters, options, goal));
+}
+
+async function searchWith(
+  extractor: Extractor,
+  adapters: readonly Adapter[],
+  options: SearchOptions,
+  goal: Goal,
+): Promise<Built<SearchReport>> {
+  const { judge, moments, dtype = {}, ways } = options;
   const tried: Tried[] = [];
   const decisions: string[] = [];
   let [best, done, of]: [Candidate | undefined, number, number] = [undefined, 0, 0];
@@ -130,14 +144,14 @@ export async function searchPack(
   const surveys = new Map<string, Promise<Survey>>();
   const start: Search = {
     ...options,
+    extractor,
     goal,
     adapters,
     ids: adapters.map(({ id }) => id),
     note,
     survey(shared) {
       const key = JSON.stringify(shared ?? null);
-      const only = dtype.coefficients && [dtype.coefficients];
-      if (!surveys.has(key)) surveys.set(key, survey(adapters, { only, shared, signal: options.signal }));
+      if (!surveys.has(key)) surveys.set(key, surveyOf(start, shared));
       return surveys.get(key)!;
     },
   };
@@ -170,6 +184,13 @@ export async function searchPack(
   return { chunks, report: { ...report, ...chosen, judgedBy, reference: search.reference, tried, decisions } };
 }
 
+async function surveyOf({ extractor, adapters, dtype, signal, survey: own }: Search, shared?: Shared): Promise<Survey> {
+  const only = dtype?.coefficients && [dtype.coefficients];
+  return shared
+    ? surveyBeside(extractor, adapters, await own(), shared, signal)
+    : survey(extractor, adapters, { only, signal });
+}
+
 /** Private terms alone, and beside shared components where that takes fewer bytes; says which. */
 async function allocatedWays(search: Search, decisions: string[]): Promise<Way[][]> {
   const { adapters, goal, dtype = {} } = search;
@@ -178,7 +199,7 @@ async function allocatedWays(search: Search, decisions: string[]): Promise<Way[]
   const { spectra, only } = found;
   const plan =
     goal.kind === "error" ? allocateError(spectra, () => goal.max, only) : allocateBytes(spectra, goal.max, only);
-  const shared = adapters.length > 1 ? await sharingThatPays(adapters, found, plan) : undefined;
+  const shared = adapters.length > 1 ? await sharingThatPays(search.extractor, adapters, found, plan) : undefined;
   const head = dtype.head ?? (goal.kind === "error" ? headWithin(goal.max) : headFor(adapters, goal.max));
   if (shared)
     decisions.push(`${shared.k} components in ${shared.dtype} are shared: of a few modules, that saves bytes`);
@@ -201,6 +222,7 @@ const OPTIONS = [
   "normalize",
   "base",
   "anyBase",
+  "workers",
   "signal",
 ] as const;
 
@@ -227,24 +249,15 @@ function checkSearch(adapters: readonly Adapter[], options: SearchOptions & { go
   if (ways?.length === 0 || ladder?.length === 0) throw refuse("ways and ladder must not be empty");
 }
 
-/** Private terms that a step may find worth their bytes. */
-const MOST_PRIVATE = 255;
-
 /** Of one way: with so many components, of so fine a step, or private terms for an error. @throws Unreachable */
 async function build(search: Search, way: Way, select: ComponentSelection): Promise<Built> {
   const { name: _, allocateBeside: k, refineBeside: shared, ...options } = way;
-  const { adapters, dtype, centering, normalize, base, anyBase, signal } = search;
+  const { extractor, adapters, dtype, centering, normalize, base, anyBase, signal } = search;
   if (k !== undefined) return allocated(search, way, select);
   const all = { dtype, centering, normalize, base, anyBase, signal, ...options };
-  const refined = (n: number): BuildOptions => ({
-    ...{ ...all, normalize: undefined, step: stepAt(n) },
-    ...{ privateTerms: MOST_PRIVATE, select: { kind: "k", k: shared! } },
-  });
+  const one = shared !== undefined && select.kind === "k" ? refined(all, shared, select.k) : { ...all, select };
   try {
-    return await buildPack(
-      adapters,
-      shared !== undefined && select.kind === "k" ? refined(select.k) : { ...all, select },
-    );
+    return await buildWith((work) => work(extractor), adapters, one);
   } catch (cause) {
     throw cause instanceof RangeError ? new Unreachable(cause.message, { cause }) : cause;
   }
@@ -252,13 +265,14 @@ async function build(search: Search, way: Way, select: ComponentSelection): Prom
 
 /** Of a way with private terms for a goal. @throws Unreachable */
 async function allocated(
-  { adapters, dtype, base, anyBase, signal, survey }: Search,
+  { extractor, adapters, dtype, base, anyBase, signal, survey }: Search,
   { name: _, allocateBeside: k = 0, ...options }: Way,
   goal: ComponentSelection | Goal,
 ): Promise<Built> {
+  const common = { dtype, base, anyBase, signal };
   const found = await survey(k > 0 ? { k, dtype: options.dtype?.basis ?? "f16" } : undefined);
   const made = (privateTerms: Allocation): Promise<Built> =>
-    buildPack(adapters, { dtype, base, anyBase, signal, ...options, privateTerms, select: { kind: "k", k } });
+    buildWith((work) => work(extractor), adapters, { ...common, ...options, privateTerms, select: { kind: "k", k } });
   if (goal.kind === "error") return withinError(found, goal.max, made, ({ report }) => report.errors);
   if (goal.kind === "bytes") return withinBytes(found, goal.max, made);
   throw new Unreachable(`private terms are allocated for an error or a size, not for ${goal.kind}`);
@@ -324,8 +338,12 @@ async function attempt(search: Search, way: Way, smallest: number = Infinity): P
 function within(search: Search, way: Way, max: number): Promise<Built> {
   const sizeOf = ({ report: { bytes } }: Built): number => bytes;
   if (way.allocateBeside !== undefined) return allocated(search, way, { kind: "bytes", max });
-  const grown = way.refineBeside === undefined ? grow : growSlowly;
-  return grown((k) => build(search, way, { kind: "k", k }), sizeOf, max, limitOf(search.adapters, way));
+  return (way.refineBeside === undefined ? grow : growSlowly)(
+    (k) => build(search, way, { kind: "k", k }),
+    sizeOf,
+    max,
+    limitOf(search.adapters, way),
+  );
 }
 
 /** Errors that are tried where behaviour decides how much private terms hold. */

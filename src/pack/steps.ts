@@ -11,10 +11,17 @@ import type { Pack } from "./pack.ts";
 const MOST_STEP = 16;
 
 /** The root of the mean of ‖ΔW‖² over the modules of an adapter; 1 where nothing changes. */
-export async function typicalNorm({ modules }: Adapter): Promise<number> {
+async function typicalNorm({ modules }: Adapter): Promise<number> {
   let sum = 0;
   for (const module of modules.values()) sum += squareOfTerm(await module.read());
   return Math.sqrt(sum / modules.size) || 1;
+}
+
+/** What a step is for ΔW of each adapter, those that are named several times once. */
+export async function stepsOf(adapters: readonly Adapter[], step: number): Promise<Map<Adapter, number>> {
+  const steps = new Map<Adapter, number>();
+  for (const adapter of new Set(adapters)) steps.set(adapter, step * (await typicalNorm(adapter)));
+  return steps;
 }
 
 /** The step that a pack was made with; undefined where it does not say. @throws FormatError when it is no number above 0 */

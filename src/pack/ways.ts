@@ -7,7 +7,7 @@ import type { Shared } from "./allocate.ts";
 import type { BuildOptions } from "./build.ts";
 
 /** A way of packing. Its bytes grow with one number: of components, or of private terms. */
-export interface Way extends Omit<BuildOptions, "select" | "base" | "anyBase" | "onProgress" | "signal"> {
+export interface Way extends Omit<BuildOptions, "select" | "base" | "anyBase" | "workers" | "onProgress" | "signal"> {
   /** For reports. Default: what sets it apart. */
   readonly name?: string;
   /**
@@ -36,8 +36,13 @@ const MOST_COMPONENTS = 65_535;
 
 /** Steps from coarse to fine: of each, the next is a thirty-second of an octave finer. */
 const STEPS = 384;
-export function stepAt(n: number): number {
-  return 2 ** (-n / 32);
+/** Private terms that a step may find worth their bytes. */
+const MOST_PRIVATE = 255;
+
+/** A pack with private terms beside so many components, of the n-th step. */
+export function refined(options: BuildOptions, shared: number, n: number): BuildOptions {
+  const terms = { privateTerms: MOST_PRIVATE, select: { kind: "k", k: shared } } as const;
+  return { ...options, normalize: undefined, step: 2 ** (-n / 32), ...terms };
 }
 
 /** Components, or steps, that there can be at most. */

@@ -1,0 +1,174 @@
+/**
+ * Extraction of many modules: one after another where this runs, or several at a time in threads of their own, which gives the same
+ * bytes. A thread is sent one module's stack and answers with what is stored of it.
+ */
+import { openThread } from "#platform";
+import { BackendError } from "../errors.ts";
+import { UnstorableError } from "../tensor/encode.ts";
+import { extractModule, type ModuleStack } from "./extract.ts";
+import { pairOf, singularValues } from "./gauge.ts";
+import type { Products } from "./linalg.ts";
+import type { ExtractOptions } from "./options.ts";
+import { extractMixed, type MixedExtraction, type PrivateOptions, remainders } from "./private.ts";
+import { fastProducts } from "./wasm-products.ts";
+
+/** How a module is extracted, without what multiplies matrices: that belongs to where it is done. */
+type Without<O extends ExtractOptions> = Omit<O, "products">;
+
+/** What can be asked of a module. */
+const JOBS = {
+  /** Its components and coefficients, with private terms where these are not 0. */
+  extract: (
+    stack: ModuleStack,
+    { privateTerms, ...options }: Without<PrivateOptions>,
+    products: Products,
+  ): MixedExtraction =>
+    privateTerms === 0
+      ? extractModule(stack, { ...options, products })
+      : extractMixed(stack, { ...options, privateTerms, products }),
+  /** Singular values of every member's ΔW. */
+  spectra: ({ members, out, in: inputs }: ModuleStack): number[][] =>
+    members.map((member) => singularValues(pairOf(member), out, inputs)),
+  /** As `remainders`. */
+  remainders: (
+    stack: ModuleStack,
+    options: Without<ExtractOptions>,
+    products: Products,
+  ): ReturnType<typeof remainders> => remainders(stack, { ...options, products }),
+};
+
+type Jobs = typeof JOBS;
+type Kind = keyof Jobs;
+
+/** Does what `JOBS` lists. */
+export interface Extractor {
+  /** Modules that are worked on at a time. */
+  readonly size: number;
+  /** @throws whatever the work throws */
+  ask<K extends Kind>(kind: K, stack: ModuleStack, options: Parameters<Jobs[K]>[1]): Promise<ReturnType<Jobs[K]>>;
+  close(): Promise<void>;
+}
+
+/** Somebody who answers one question after the other, elsewhere. */
+export interface Thread {
+  /** @param owned buffers that the question holds and nobody else needs */
+  ask(question: unknown, owned: readonly ArrayBuffer[]): Promise<unknown>;
+  close(): Promise<void>;
+}
+
+/** What a thread is sent. */
+interface Question {
+  readonly kind: Kind;
+  readonly stack: ModuleStack;
+  readonly options: unknown;
+}
+
+/** What a thread answers. Errors do not keep their class on the way. */
+export type Answer = { readonly result: unknown } | { readonly failed: Failure };
+
+interface Failure {
+  readonly message: string;
+  readonly name: "UnstorableError" | "RangeError" | "BackendError" | "Error";
+  /** Of an UnstorableError. */
+  readonly owner: string | undefined;
+}
+
+/**
+ * Close it when all is done.
+ * @param threads from 2 on so many threads are started, where the platform has them
+ */
+export async function createExtractor(threads: number = 1): Promise<Extractor> {
+  return threads > 1 && openThread ? inThreads(threads, openThread) : here(await fastProducts());
+}
+
+function here(products: Products): Extractor {
+  return {
+    size: 1,
+    ask: async (kind, stack, options) => (JOBS[kind] as (...args: unknown[]) => never)(stack, options, products),
+    close: async () => {},
+  };
+}
+
+async function inThreads(count: number, open: () => Promise<Thread>): Promise<Extractor> {
+  const threads = await Promise.all(Array.from({ length: count }, open));
+  const idle = [...threads];
+  const waiting: ((thread: Thread) => void)[] = [];
+  return {
+    size: count,
+    async ask(kind, stack, options) {
+      const thread = idle.pop() ?? (await new Promise<Thread>((resolve) => waiting.push(resolve)));
+      try {
+        const question: Question = { kind, stack: owned(stack), options };
+        const buffers = question.stack.members.flatMap(({ A, Bt }) => [A.buffer, Bt.buffer] as ArrayBuffer[]);
+        const answer = (await thread.ask(question, buffers)) as Answer;
+        if ("failed" in answer) throw errorOf(answer.failed);
+        return answer.result as never;
+      } finally {
+        const next = waiting.shift();
+        if (next) next(thread);
+        else idle.push(thread);
+      }
+    },
+    async close() {
+      await Promise.all(threads.map((thread) => thread.close()));
+    },
+  };
+}
+
+/** A copy to be given away. What a reader gave may be a view of a whole file, and is the reader's. */
+function owned({ name, out, in: inputs, members }: ModuleStack): ModuleStack {
+  const copies = members.map(({ id, rank, A, Bt }) => ({ id, rank, A: A.slice(), Bt: Bt.slice() }));
+  return { name, out, in: inputs, members: copies };
+}
+
+/** What a thread does: answers questions of `createExtractor`. Never throws. */
+export async function createAnswerer(): Promise<(question: unknown) => Promise<Answer>> {
+  const extractor = here(await fastProducts());
+  return async (question) => {
+    const { kind, stack, options } = question as Question;
+    try {
+      return { result: await extractor.ask(kind, stack, options as never) };
+    } catch (error) {
+      return { failed: failureOf(error) };
+    }
+  };
+}
+
+function failureOf(error: unknown): Failure {
+  const message = error instanceof Error ? error.message : String(error);
+  if (error instanceof UnstorableError) return { name: "UnstorableError", message, owner: error.owner };
+  const name = error instanceof RangeError ? "RangeError" : error instanceof BackendError ? "BackendError" : "Error";
+  return { name, message, owner: undefined };
+}
+
+function errorOf({ name, message, owner }: Failure): Error {
+  if (name === "UnstorableError") return new UnstorableError(message, undefined, owner);
+  if (name === "BackendError") return new BackendError(message, { backend: "wasm" });
+  return name === "RangeError" ? new RangeError(message) : new Error(message);
+}
+
+/**
+ * Works on items in their order, a few ahead of what was taken, so that reading and several threads go on meanwhile.
+ * @param ahead so many items are under way at most
+ */
+export async function* inOrder<T, R>(
+  items: readonly T[],
+  ahead: number,
+  work: (item: T) => Promise<R>,
+): AsyncGenerator<R, void> {
+  const under: Promise<R>[] = [];
+  let next = 0;
+  try {
+    while (next < items.length || under.length > 0) {
+      while (next < items.length && under.length < ahead) {
+        const one = work(items[next++]!);
+        // Its turn to fail comes later, or never where another fails first.
+        one.catch(() => {});
+        under.push(one);
+      }
+      yield await under.shift()!;
+    }
+  } finally {
+    await Promise.allSettled(under);
+  }
+}
