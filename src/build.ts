@@ -57,7 +57,8 @@ export {
   type TaskLoss,
   type TasksReport,
 } from "./pack/report.ts";
-export { type SearchOptions, type SearchReport, searchPack } from "./pack/search.ts";
+export { type SearchReport, searchPack } from "./pack/search.ts";
+export type { SearchOptions } from "./pack/search-options.ts";
 export { type BasisOptions, type BasisReport, buildBasis } from "./pack/shard/basis.ts";
 export {
   adapterStatistics,

@@ -43,24 +43,37 @@ export async function grow<T>(
   return low.made;
 }
 
-/** The same where bytes may stay as they are for a while. */
-export async function growSlowly<T>(
+/** How far a search goes on when it knows one side only. */
+const STRIDE = 48;
+/** So full is full enough. */
+const FULL = 0.99;
+
+/** The same for finer and finer steps: bytes grow in no line, and may stay as they are for a while. */
+export async function refine<T>(
   build: (n: number) => Promise<T>,
   sizeOf: (made: T) => number,
   max: number,
   most: number,
 ): Promise<T> {
-  let best: T | undefined;
-  let least = Infinity;
-  await partition(most, async (i) => {
-    const made = await build(i + 1);
-    least = Math.min(least, sizeOf(made));
-    if (sizeOf(made) > max) return true;
-    best = made;
-    return false;
-  });
-  if (best === undefined) throw tooFew(max, least);
-  return best;
+  let low: { n: number; bytes: number; made?: T } = { n: 0, bytes: 0 };
+  let high = { n: most + 1, bytes: Infinity };
+  let [guess, least] = [Math.round(most / 3), Infinity];
+  for (let round = 1; high.n - low.n > 1 && !(low.made && low.bytes >= FULL * max); round++) {
+    const n = Math.min(Math.max(guess, low.n + 1), high.n - 1);
+    const made = await build(n);
+    const bytes = sizeOf(made);
+    least = Math.min(least, bytes);
+    if (bytes <= max) low = { n, bytes, made };
+    else high = { n, bytes };
+    if (high.bytes === Infinity) guess = n + STRIDE;
+    else if (!low.made) guess = n - STRIDE;
+    else {
+      const share = round % 3 ? (max - low.bytes) / (high.bytes - low.bytes) : 0.5;
+      guess = low.n + Math.floor(share * (high.n - low.n));
+    }
+  }
+  if (low.made === undefined) throw tooFew(max, least);
+  return low.made;
 }
 
 /**

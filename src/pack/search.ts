@@ -3,8 +3,6 @@
  * It knows no model and no data.
  */
 import type { Adapter } from "../adapters/adapter.ts";
-import { checkAdapters, refuseBases } from "../adapters/modules.ts";
-import { checkArgument, checkChoice, checkOptions } from "../arguments.ts";
 import { type Allocation, allocateBytes, allocateError } from "../extract/allocation.ts";
 import type { Extractor } from "../extract/extractor.ts";
 import type { ComponentSelection } from "../extract/options.ts";
@@ -18,8 +16,8 @@ import {
   withinBytes,
   withinError,
 } from "./allocate.ts";
-import { grow, growSlowly, lowestPassing, partition, Unreachable } from "./bisect.ts";
-import { type BuildOptions, type Built, buildWith, withExtractor } from "./build.ts";
+import { grow, lowestPassing, partition, refine, Unreachable } from "./bisect.ts";
+import { type Built, buildWith, withExtractor } from "./build.ts";
 import {
   better,
   figuresOf,
@@ -32,33 +30,20 @@ import {
 } from "./goal.ts";
 import { openPack } from "./pack.ts";
 import type { BuildReport } from "./report.ts";
-import { allOf, allocatedWay, headFor, headWithin, judgedWays, limitOf, nameOf, refined, type Way } from "./ways.ts";
-
-/** What is sought, who judges, and where to look. */
-export interface SearchOptions
-  extends Pick<BuildOptions, "dtype" | "centering" | "normalize" | "base" | "anyBase" | "workers"> {
-  /** Default: an error of at most 0.15 (`DEFAULT_ERROR`). */
-  readonly goal?: Goal | undefined;
-  /**
-   * Decides which of two packs is better. Goals of divergence and score need one; `createJudge` of `eigenlora/train` makes one of
-   * divergence. Default: the mean ΔW error decides, which is a proxy.
-   */
-  readonly judge?: Judge | undefined;
-  /**
-   * Where to look. With a score the one that is likely best comes first: of the others only packs smaller than the best so far are
-   * made. Default: without a judge private terms alone, and beside shared components where those save bytes; for a score column mode
-   * in int4, int8 and f16; otherwise private terms, column mode as trained and balanced with less and less rank, joint and flat mode,
-   * in the number formats that `dtype` leaves open.
-   */
-  readonly ways?: readonly Way[];
-  /** Second moments, as of `buildPack`: where a judge decides, one of the default ways is calibrated by them. */
-  readonly moments?: BuildOptions["moments"];
-  /** For a score: numbers of components to look among, from few to many. Default: from 1 to all in steps of a fifth to a half. */
-  readonly ladder?: readonly ComponentSelection[];
-  /** Called when a way has been tried, with a score after each pack that was judged; `done` of the `of` ways have been begun. */
-  readonly onTry?: (tried: Tried, done: number, of: number) => void;
-  readonly signal?: AbortSignal | undefined;
-}
+import { checkSearch, type SearchOptions } from "./search-options.ts";
+import {
+  allOf,
+  allocatedWay,
+  codedWay,
+  headFor,
+  headWithin,
+  judgedWays,
+  ladderOf,
+  limitOf,
+  nameOf,
+  refined,
+  type Way,
+} from "./ways.ts";
 
 /** The pack that was chosen, what it was chosen by, and what else was tried. */
 export interface SearchReport extends BuildReport, Omit<Tried, "bytes" | "error" | "reason" | "least"> {
@@ -206,47 +191,10 @@ async function allocatedWays(search: Search, decisions: string[]): Promise<Way[]
   else if (adapters.length > 1)
     decisions.push("nothing is shared: adapters have too little in common for components to pay");
   const matrices = adapters.some(({ saved }) => saved.some(({ shape }) => shape.length > 1));
-  if (matrices) decisions.push(`heads are stored in ${head}`);
-  return [[allocatedWay(head)], ...(shared ? [[allocatedWay(head, shared)]] : [])];
-}
-
-const OPTIONS = [
-  "goal",
-  "judge",
-  "ways",
-  "moments",
-  "ladder",
-  "onTry",
-  "dtype",
-  "centering",
-  "normalize",
-  "base",
-  "anyBase",
-  "workers",
-  "signal",
-] as const;
-
-/** @throws RangeError for options that do not go together; TypeError for one that is not known */
-function checkSearch(adapters: readonly Adapter[], options: SearchOptions & { goal: Goal }): void {
-  checkOptions("searchPack", options, OPTIONS);
-  checkAdapters("searchPack", adapters);
-  const { goal, judge, moments, ways, ladder } = options;
-  checkArgument("searchPack: goal", goal, 'a goal, such as { kind: "bytes", max: 300_000 }', "kind");
-  checkChoice("goal.kind", goal.kind, ["bytes", "error", "divergence", "score"]);
-  const refuse = (message: string): RangeError => new RangeError(`searchPack: ${message}`);
-  if (adapters.length === 0) throw refuse("no adapters");
-  refuseBases(adapters, options.anyBase);
-  if (goal.kind === "score" && !(goal.tolerance >= 0))
-    throw refuse(`tolerance must be 0 or more, got ${goal.tolerance}`);
-  if (goal.kind !== "score" && !(goal.max > 0))
-    throw refuse(`${goal.kind}: expected a number above 0, got ${goal.max}`);
-  if (!judge && (goal.kind === "divergence" || goal.kind === "score"))
-    throw refuse(`a ${goal.kind} needs a judge, a model and text`);
-  if (moments && !judge && !ways)
-    throw refuse(
-      "moments: errors with and without them do not compare; give a judge, or ways with moments of their own",
-    );
-  if (ways?.length === 0 || ladder?.length === 0) throw refuse("ways and ladder must not be empty");
+  const coded = goal.kind === "bytes" && !only ? [[codedWay(dtype.head)]] : [];
+  if (matrices)
+    decisions.push(`heads are stored in ${head}${coded.length > 0 && !dtype.head ? ", where they are not coded" : ""}`);
+  return [[allocatedWay(head)], ...(shared ? [[allocatedWay(head, shared)]] : []), ...coded];
 }
 
 /** Of one way: with so many components, of so fine a step, or private terms for an error. @throws Unreachable */
@@ -338,7 +286,7 @@ async function attempt(search: Search, way: Way, smallest: number = Infinity): P
 function within(search: Search, way: Way, max: number): Promise<Built> {
   const sizeOf = ({ report: { bytes } }: Built): number => bytes;
   if (way.allocateBeside !== undefined) return allocated(search, way, { kind: "bytes", max });
-  return (way.refineBeside === undefined ? grow : growSlowly)(
+  return (way.refineBeside === undefined ? grow : refine)(
     (k) => build(search, way, { kind: "k", k }),
     sizeOf,
     max,
@@ -391,13 +339,6 @@ async function seekScore(search: Search, way: Way, smallest: number): Promise<Ca
   const smaller = smallest === Infinity ? ladder.length : await partition(ladder.length, large);
   const found = await lowestPassing(ladder.length, smaller, passes);
   return found === undefined ? undefined : asked.get(found);
-}
-
-/** 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, … and the most that there can be. */
-function ladderOf(most: number): ComponentSelection[] {
-  const steps: number[] = [];
-  for (let k = 1; k < most; k += Math.max(1, 2 ** (Math.floor(Math.log2(k)) - 2))) steps.push(k);
-  return [...steps, most].map((k) => ({ kind: "k", k }));
 }
 
 function mean(figures: readonly number[]): number {

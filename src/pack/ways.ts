@@ -2,6 +2,7 @@
  * Ways of packing: everything that a search varies but how many components there are, or private terms where nothing is shared.
  */
 import type { Adapter } from "../adapters/adapter.ts";
+import type { ComponentSelection } from "../extract/options.ts";
 import type { Dtype, Dtypes } from "../tensor/dtypes.ts";
 import type { Shared } from "./allocate.ts";
 import type { BuildOptions } from "./build.ts";
@@ -59,6 +60,13 @@ export function limitOf(
   return Math.min(MOST_COMPONENTS, Math.max(...least));
 }
 
+/** 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, … and the most that there can be. */
+export function ladderOf(most: number): ComponentSelection[] {
+  const steps: number[] = [];
+  for (let k = 1; k < most; k += Math.max(1, 2 ** (Math.floor(Math.log2(k)) - 2))) steps.push(k);
+  return [...steps, most].map((k) => ({ kind: "k", k }));
+}
+
 /** One number format for everything. */
 export function allOf(dtype: Dtype): Dtypes {
   return { basis: dtype, coefficients: dtype, head: dtype };
@@ -68,6 +76,11 @@ export function allOf(dtype: Dtype): Dtypes {
 export function allocatedWay(head: Dtype, shared?: Shared): Way {
   const { k, dtype } = shared ?? { k: 0, dtype: "int4" };
   return { gauge: "balanced", allocateBeside: k, dtype: { basis: dtype, coefficients: dtype, head } };
+}
+
+/** Private terms alone, entropy-coded. @param head its number format. Default: coded as well */
+export function codedWay(head?: Dtype): Way {
+  return { gauge: "balanced", refineBeside: 0, ...(head ? { dtype: { head } } : {}) };
 }
 
 /** Number format of heads that loses far less than `error` of them. */
@@ -122,7 +135,7 @@ export function judgedWays(
   const alone = heads.map((head) => ({ ...allocatedWay(head), name: `private terms alone, heads ${head}` }));
   const free = !fixed.basis && !fixed.coefficients;
   const head = fixed.head ? { dtype: { head: fixed.head } } : {};
-  const coded: Way[] = free ? [{ gauge, refineBeside: 0, ...head }] : [];
+  const coded: Way[] = free ? [codedWay(fixed.head)] : [];
   if (adapters.length === 1) return [alone, coded];
   const stepped = (rank: number): Way[] =>
     free
