@@ -65,7 +65,7 @@ t.test("pack to a size, to an error, with less rank and private terms; auto says
   t.match(await refused("--bytes", "1kB", "--ratio", "3"), /--bytes and --ratio exclude each other/);
   t.match(
     (await json(1, "pack", ...some, "-o", "x.eigen", "--bytes", "1kB"))["error"].message,
-    /1000 bytes are too few: the least is \d+/,
+    /out of reach of every way of packing\. The least is \d+ bytes/,
   );
 });
 

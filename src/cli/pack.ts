@@ -315,7 +315,7 @@ function points(gain: number): string {
 function reportText(file: string, report: BuildReport): string[] {
   const { errors, components, ratio, breakEvenTasks } = report;
   const totals = errors.map(({ total }) => total);
-  const own = Object.entries(report.privateTerms);
+  const own = report.step === undefined ? Object.entries(report.privateTerms) : codedTerms(report);
   return [
     `${file}: ${count(report.tasks, "task")}, ${count(report.modules, "module")}, ${bytes(report.bytes)}`,
     ...table([
@@ -327,6 +327,11 @@ function reportText(file: string, report: BuildReport): string[] {
     ]),
     ...(components.max > 0 ? [sharing(breakEvenTasks)] : []),
   ];
+}
+
+function codedTerms({ privateTerms }: BuildReport): [string, number][] {
+  const all = sum(Object.values(privateTerms));
+  return all > 0 ? [["as many bits as they are worth", all]] : [];
 }
 
 /** What was decided, and what else was tried. */

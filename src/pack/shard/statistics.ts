@@ -73,7 +73,7 @@ export async function adapterStatistics(
     const sides = { A: collectSummary(rows, inputs, products), B: collectSummary(rows, out, products) };
     for (const owner of owners) {
       const given = pairOf(await owner.modules.get(name)!.read());
-      const pair = gauge === "balanced" ? leadingRows(balance(given, out, inputs), most) : given;
+      const pair = gauge === "balanced" ? leadingRows(balance(given, out, inputs, products), most) : given;
       sides.A.add(pair.A, rowsOf(owner, name), normalize ? reciprocal(pair.A) : 1);
       sides.B.add(pair.Bt, rowsOf(owner, name), normalize ? reciprocal(pair.Bt) : 1);
     }
