@@ -4,7 +4,7 @@ import { openThread } from "../dist/bindings/node.js";
 import type { Adapter } from "../dist/src/adapters/adapter.js";
 import { readAdapters } from "../dist/src/adapters/folder.js";
 import { type BuildOptions, buildPack } from "../dist/src/pack/build.js";
-import { type SearchOptions, searchPack } from "../dist/src/pack/search.js";
+import { searchPack } from "../dist/src/pack/search.js";
 import { concat, data } from "./packs.ts";
 
 const names = ["debtags-role", "debtags-use", "debtags-interface"];

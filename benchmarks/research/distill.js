@@ -13,6 +13,8 @@ import { createEigenSession } from "eigenlora/onnxruntime";
 import { distill } from "eigenlora/train";
 import * as ort from "onnxruntime-node";
 import { mean, sum } from "simple-statistics";
+import { parseTaskFile } from "../../dist/src/format/task-file.js";
+import { codedTask, isCodedPack } from "../../dist/src/pack/coding.js";
 import { shuffle, uniform } from "../../dist/src/tensor/random.js";
 import {
   agreement,
@@ -100,7 +102,10 @@ await withAdapters([folderOf(suite)], async (adapters) => {
     progress(JSON.stringify(row));
   }
   await session.close();
-  const question = `What does distilling win back (MiniLM, ${suite}, ${adapters.length} adapters of r 8, K ${report.components.max}, ${Object.values(report.dtype).join("/")}, ${report.bytes} bytes, ${(adapterBytes / report.bytes).toFixed(1)}× fewer than f32)?`;
+  // Entropy-coded blobs grow or shrink.
+  const bytes =
+    report.bytes + sum(rows.map((row) => Number(row["blob after, bytes"]) - Number(row["blob before, bytes"])));
+  const question = `What does distilling win back (MiniLM, ${suite}, ${adapters.length} adapters of r 8, K ${report.components.max}, ${report.step ? `step ${report.step}` : Object.values(report.dtype).join("/")}, ${bytes} bytes, ${(adapterBytes / bytes).toFixed(1)}× fewer than f32)?`;
   const notes = [
     `${steps} steps of ${batch} texts without labels, ${MOST_TEXTS} of the task's own at most, filled up to ${MOST_TEXTS / 2}; an eighth is held back for KL(adapter ‖ pack), in nats.`,
     `Accuracy on ${MOST_ROWS} test rows of each task at most. LoRA: PEFT's answers. s: to distil one task.`,
@@ -168,6 +173,9 @@ async function measure(session, adapter, task, { tests, pool }) {
   };
   const { ms, result: made } = await clocked(() => distill(session, options));
   await session.addTask("distilled", made.file);
+  const { pack } = session;
+  const { blob, ...entry } = parseTaskFile(made.file, id);
+  const stored = isCodedPack(pack) ? codedTask({ entry, blob }, pack.modules).blob : blob;
   const [projected, distilled] = [await accuracy(id), await accuracy("distilled")];
   await session.switchTask(id);
   await session.removeTask("distilled");
@@ -175,6 +183,8 @@ async function measure(session, adapter, task, { tests, pool }) {
     name: id,
     texts: texts.length,
     "own texts": own.length,
+    "blob before, bytes": pack.tasks.get(id)?.bytes ?? 0,
+    "blob after, bytes": stored.length,
     "KL before": made.divergenceBefore,
     "KL after": made.divergenceAfter,
     "projected, %": projected,
