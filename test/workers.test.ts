@@ -5,6 +5,7 @@ import type { Adapter } from "../dist/src/adapters/adapter.js";
 import { readAdapters } from "../dist/src/adapters/folder.js";
 import { type BuildOptions, buildPack } from "../dist/src/pack/build.js";
 import { searchPack } from "../dist/src/pack/search.js";
+import type { SearchOptions } from "../dist/src/pack/search-options.js";
 import { concat, data } from "./packs.ts";
 
 const names = ["debtags-role", "debtags-use", "debtags-interface"];

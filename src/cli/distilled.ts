@@ -23,6 +23,9 @@ export interface Asked {
   readonly judge: PackJudge;
 }
 
+/** Coded coefficients take a few more bytes once they were trained: what a pack may have before. */
+const ROOM = 0.95;
+
 /**
  * @param chosen what a search with these options has found
  * @param steps for each task
@@ -45,7 +48,9 @@ export async function distilled(
   if (!best) return chosen;
   // Made again: a search keeps the best pack only.
   const { dtype, base, anyBase, signal } = search;
-  const goal = { kind: "bytes", max: search.goal?.kind === "bytes" ? search.goal.max : best.bytes! } as const;
+  const most = search.goal?.kind === "bytes" ? search.goal.max : Infinity;
+  const room = best.way.step === undefined ? 1 : ROOM;
+  const goal = { kind: "bytes", max: room * (most < Infinity ? most : best.bytes!) } as const;
   const projected = await searchPack(adapters, { dtype, base, anyBase, signal, goal, ways: [best.way] });
   const pack = await openPack(new Blob(projected.chunks as BlobPart[]));
   try {
@@ -53,13 +58,15 @@ export async function distilled(
     const after = await openPack(new Blob(chunks as BlobPart[]));
     const divergence = await asked.judge.judge(after);
     await after.close();
-    const won = divergence < report.divergence!;
+    const bytes = sum(chunks.map(({ length }) => length));
+    const won = divergence < report.divergence! && bytes <= most;
     const decision =
       `distilling "${best.name}" took its mean KL from ${best.divergence!.toFixed(4)} to ${divergence.toFixed(4)}: ` +
-      (won ? "it is taken; ΔW errors are those before" : `"${report.name}" stays`);
+      (won
+        ? "it is taken; ΔW errors are those before"
+        : `"${report.name}" stays${bytes > most ? `, since it takes ${bytes} bytes now` : ""}`);
     const decisions = [...report.decisions, decision];
     if (!won) return { ...chosen, report: { ...report, decisions } };
-    const bytes = sum(chunks.map(({ length }) => length));
     const found = { name: `${best.name}, distilled`, divergence, bytes, ratio: projected.report.adapterBytes / bytes };
     const { judgedBy, tried } = report;
     return { chunks, report: { ...projected.report, ...found, judgedBy, tried, decisions } };

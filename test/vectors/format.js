@@ -4,6 +4,7 @@
  * is told, valid or not; numbers are packed bit by bit, the CRC is computed bit by bit.
  */
 import { createHash, createPrivateKey, createPublicKey, sign } from "node:crypto";
+import { coded } from "./coded.js";
 
 export const TYPES = ["f32", "f16", "bf16", "int8", "int4", "int3"];
 const BITS = { int8: 8, int4: 4, int3: 3 };
@@ -154,7 +155,17 @@ export function tensor(type, rows, width, values) {
     }
   }
   while (out.length % 4) out.push(0);
-  return { bytes: Uint8Array.from(out), values: found };
+  return { bytes: Object.assign(Uint8Array.from(out), { of: { type, rows, width } }), values: found };
+}
+
+/** Where tensors lie that are joined, for who codes them. */
+function placesOf(parts, step, start = 0) {
+  let end = start;
+  return parts.map((part) => {
+    const at = align(end, step);
+    end = at + part.length;
+    return { at, ...part.of };
+  });
 }
 
 /** Parts one behind the other, each at the next multiple of `step` from the start. */
@@ -179,6 +190,12 @@ export function blobOf({ header, tensors, magic = 0x4b534154 }) {
   view.setUint32(4, head.length, true);
   start.set(head, 8);
   return joined([start, ...tensors], 4);
+}
+
+/** The same, coded. */
+export function codedBlob(task) {
+  const start = 8 + msgpack(task.header).length;
+  return coded(blobOf(task), placesOf(task.tensors, 4, start), 4);
 }
 
 const PREFIX = new Uint8Array([
@@ -241,9 +258,10 @@ function superblockOf(generation, committed, directory, bases, directoryBytes, s
 /**
  * A pack file.
  * @param pack `{ basis, tensors, tasks, appended, hashed, signer, minor, extra }`: basis description, bases' tensors as stored, tasks as
- *   `{ entry, header, tensors }`, tasks of a second generation, whether there are hashes, who signs, sections of other kinds
+ *   `{ entry, header, tensors }`, tasks of a second generation, whether there are hashes, who signs, sections of other kinds, and
+ *   what is made of sections that are coded
  */
-export function packFile({ basis, tensors, tasks, appended = [], hashed = true, signer, minor = 0, extra = [] }) {
+export function packFile({ basis, tensors, tasks, appended = [], hashed = true, signer, minor = 0, extra = [], code }) {
   const description = msgpack(basis);
   const basesBytes = joined(tensors, 16);
   const head = new Uint8Array(48);
@@ -256,8 +274,14 @@ export function packFile({ basis, tensors, tasks, appended = [], hashed = true, 
 
   const list = msgpack(tasks.map(({ entry }) => entry));
   const contents = [
-    { kind: 1, content: basesBytes },
-    ...tasks.map((task) => ({ kind: 2, content: task.blob ?? blobOf(task) })),
+    code
+      ? { kind: 4, content: code(coded(basesBytes, placesOf(tensors, 16), 16), "bases") }
+      : { kind: 1, content: basesBytes },
+    ...tasks.map((task) =>
+      code
+        ? { kind: 5, content: code(codedBlob(task), task.entry.id) }
+        : { kind: 2, content: task.blob ?? blobOf(task) },
+    ),
     ...extra,
   ];
   const directoryLength = 16 + contents.length * (hashed ? 64 : 32) + description.length + list.length;

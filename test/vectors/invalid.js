@@ -53,8 +53,43 @@ export const integrity = (bytes) => `sha256-${Buffer.from(root(bytes)).toString(
 export const KEYS = [`ed25519:${Buffer.from(SIGNER.publicKey).toString("base64")}`];
 const EVERY = "every-kind.eigen";
 
+/** Coded sections, one of them with something else in it. */
+function recoded(which, change) {
+  return () => {
+    const { pack } = everyKind();
+    const code = (bytes, name) => (name === which ? (change(bytes) ?? bytes) : bytes);
+    return packFile({ ...pack, code });
+  };
+}
+
+/** A magnitude of 8 in four bits: what a coder can write, and no tensor may hold. */
+function codedLeast() {
+  const { pack } = everyKind();
+  const tensor = pack.tensors.find(({ of }) => of.type === "int4");
+  const first = 4 * Math.ceil((2 * tensor.of.rows) / 4);
+  tensor[first] = (tensor[first] & 0xf0) | 8;
+  return packFile({ ...pack, code: (bytes) => bytes });
+}
+
 /** Name → [section, why, make, given]. `given` is what the reader was told to trust. */
 export const PACKS = {
+  // 5.1 Coded sections
+  "coded-magic": ["5.1", "another magic in front of coded bases", recoded("bases", (b) => void (b[0] ^= 1))],
+  "coded-short": ["5.1", "a word of coded bases is missing", recoded("bases", (b) => b.slice(0, -2))],
+  "coded-long": ["5.1", "a word behind the last of a coded blob", recoded("terms", (b) => Uint8Array.of(...b, 0, 0))],
+  "coded-odd": ["5.1", "half a word at the end of a coded blob", recoded("terms", (b) => Uint8Array.of(...b, 0))],
+  "coded-end": ["5.1", "another state at the end of a coded blob", recoded("head", (b) => void (b[10] ^= 1))],
+  "coded-size": [
+    "5.1",
+    "coded bases that become fewer bytes than their tensors take",
+    recoded("bases", (b) => void (b[4] -= 16)),
+  ],
+  "coded-growth": [
+    "5.1",
+    "a coded blob that would become 2^31 bytes",
+    recoded("terms", (b) => void new DataView(b.buffer).setUint32(4, 2 ** 31, true)),
+  ],
+  "coded-value": ["5", "the integer -8 in a coded int4 tensor", codedLeast],
   // 2. Window
   magic: ["2", "another magic", changed(EVERY, (b) => void (b[1] = 0x65))],
   "short-window": ["2", "1 535 bytes", changed(EVERY, (b) => b.slice(0, 1535), { raw: true })],

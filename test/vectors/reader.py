@@ -1,4 +1,4 @@
-"""A reader of the EigenLoRA pack, version 1.0, written from SPEC.md alone.
+"""A reader of the EigenLoRA pack, version 1.1, written from SPEC.md alone.
 
 Nothing of the project's own code was looked at. Every rule is followed as literally as the text allows; where the text
 leaves a choice, a comment that begins with "Reading:" says which one was made. Python 3.11 and numpy, nothing else.
@@ -30,7 +30,7 @@ MAX_SAFE = 2**53 - 1
 MAX_DIM = 2**31 - 1
 MOST = 2**16
 MAX_ITEMS = 65_536
-BASES, BLOB, FREE = 1, 2, 3
+BASES, BLOB, FREE, CODED = 1, 2, 3, 3  # CODED is added to the kind of a coded section
 COLUMN, FLAT = 1, 2
 INT_BITS = {3: 8, 4: 4, 5: 3}
 ROLES = ("saved", "bias", "bias-delta", "rows")
@@ -245,7 +245,7 @@ def read_window(data):
 
 # ---- 4. Directory -----------------------------------------------------------------------------------------------------
 
-Section = record("Section", "kind offset length crc hash")
+Section = record("Section", "kind offset length crc hash coded")
 Side = record("Side", "kind K rank mean type width E M")  # E, M: components [K, width], mean [width], from the bases
 Module = record("Module", "name out inner layout kernel A B has_fingerprint fingerprint")  # inner: `in`
 Entry = record("Entry", "id adapter_bytes metadata brings section")  # brings: None when it is not said
@@ -258,6 +258,8 @@ def read_table(raw, n, hashed, superblock):
     for i in range(n):
         row = raw[16 + 32 * i : 48 + 32 * i]
         kind, flag, offset, length = u32(row, 0), u32(row, 4), u64(row, 8), u64(row, 16)
+        coded = kind in (BASES + CODED, BLOB + CODED)
+        kind -= CODED if coded else 0
         sha = raw[len(raw) - 32 * (n - i) :][:32] if hashed else None
         need(flag in (0, 1), "4.1", "unknown flags of a section")
         need(flag or kind not in (BASES, BLOB), "4.1", "a task blob or the bases are not required")
@@ -266,7 +268,7 @@ def read_table(raw, n, hashed, superblock):
         need(u32(row, 28) == 0, "4.1", "a reserved byte of a section is not zero")
         need(kind != FREE or u32(row, 24) == 0, "4.1", "a free section with a CRC")
         need(kind != FREE or not any(sha or b""), "4", "a free section with a hash")
-        sections.append(Section(kind, offset, length, u32(row, 24), sha))
+        sections.append(Section(kind, offset, length, u32(row, 24), sha, coded))
     bases = [(s.offset, s.length) for s in sections if s.kind == BASES]
     need(len(bases) == 1, "4.1", "not one bases section")
     need(bases[0] == superblock.bases, "4.1", "superblock and table disagree about the bases")
@@ -320,6 +322,9 @@ def read_description(raw):
         string(basis.get(key), 1, most, "4.2", key)
     if basis.get("rank") is not None:
         integer(basis["rank"], 1, 65_535, "4.2", "rank")
+    if basis.get("step") is not None:
+        step = basis["step"]
+        need(type(step) in (int, float) and 0 < step <= 16, "4.2", "step")
     if basis.get("baseModel") is not None:
         string(basis["baseModel"], 1, 4096, "4.2", "baseModel")
     modules = [read_module(m) for m in array(basis.get("modules"), 0, MAX_ITEMS, "4.2", "modules")]
@@ -382,6 +387,17 @@ def section_bytes(data, section):
     return raw
 
 
+def bases_size(modules):
+    end = 0
+    for module in modules:
+        for side in (module.A, module.B):
+            if side:
+                end = up(end, 16) + tensor_size(side.type, side.K + side.mean, side.width)
+        if module.has_fingerprint:
+            end = up(end, 16) + 256
+    return end
+
+
 def read_bases(raw, modules):
     """Section 4.4. All sizes are held against the section before anything is decoded."""
     end, plan = 0, []
@@ -433,7 +449,8 @@ def open_pack(data, integrity=None, keys=(), revoked=()):
     description = raw[16 + 32 * n :][:d]
     modules = read_description(description)
     entries = read_task_list(raw[16 + 32 * n + d :][:t], modules, [s for s in sections if s.kind == BLOB])
-    bases_raw = section_bytes(data, bases)
+    bases_raw = decoded(section_bytes(data, bases), bases.coded)
+    need(not bases.coded or len(bases_raw) == bases_size(modules), "5.1", "coded bases of another size than their tensors")
     need(hashlib.sha256(description + bases_raw).digest() == basis_id, "2", "the basis id is of another basis")
     read_bases(bases_raw, modules)
     return Pack(data, basis_id, superblock, sections, modules, entries, frozenset(map(hash_of, revoked)))
@@ -498,6 +515,148 @@ def read_tensor(raw, tensor_type, rows, width, most=math.inf):
 Term = record("Term", "module rank A B q private_type magnitude_type tensors")
 Parameter = record("Parameter", "name role type shape indices values")
 Task = record("Task", "entry terms parameters")
+
+
+# ---- 5.1 Coded sections -----------------------------------------------------------------------------------------------
+
+CODE = 0x45444F43
+LEVELS = [0, 4, 8, 15, 24, 38, 56, 83, 120, 174, 248]
+SUMS = [
+    [31897, 32672, 32688, 32704, 32720, 32736, 32752],
+    [29879, 32672, 32688, 32704, 32720, 32736, 32752],
+    [27029, 32672, 32688, 32704, 32720, 32736, 32752],
+    [23060, 32634, 32688, 32704, 32720, 32736, 32752],
+    [18047, 31955, 32688, 32704, 32720, 32736, 32752],
+    [13182, 29051, 32448, 32704, 32720, 32736, 32752],
+    [9338, 23833, 30543, 32399, 32706, 32736, 32752],
+    [6559, 18123, 26052, 30279, 32031, 32595, 32736],
+    [4582, 13198, 20365, 25637, 29067, 31041, 32046],
+    [3204, 9423, 15106, 19997, 23960, 26984, 29157],
+    [2247, 6674, 10909, 14843, 18390, 21496, 24136],
+]
+
+
+class Words:
+    """The state and the tables; a table is named, and made when it is first used."""
+
+    def __init__(self, raw):
+        self.words = iter(struct.unpack(f"<{len(raw) // 2}H", raw))
+        self.tables = {}
+        self.x = self.word() << 16 | self.word()
+        need(self.x >= 2**16, "5.1", "a first state below 2^16")
+
+    def word(self):
+        found = next(self.words, None)
+        need(found is not None, "5.1", "a word is missing")
+        return found
+
+    def renew(self):
+        if self.x < 2**16:
+            self.x = self.x << 16 | self.word()
+
+    def bits(self, c):
+        value, self.x = self.x % 2**c, self.x >> c
+        self.renew()
+        return value
+
+    def symbol(self, name, level=7):
+        table = self.tables.setdefault(name, [[0, *SUMS[level], 2**15], 0])
+        sums, used = table
+        s = self.x % 2**15
+        v = max(i for i in range(8) if sums[i] <= s)
+        self.x = (sums[v + 1] - sums[v]) * (self.x >> 15) + s - sums[v]
+        self.renew()
+        q = 4 + (used >= 4) + (used >= 12) + (used >= 40)
+        for i in range(1, 8):
+            sums[i] += ((16 * i if i <= v else 2**15 - 16 * (8 - i)) - sums[i]) >> q
+        table[1] += 1
+        return v
+
+    def number(self, name):
+        c = self.symbol(name)
+        if c == 7:
+            c = min(30, 7 + self.bits(5))
+        low = min(c, 16)
+        high = self.bits(c - low)
+        return 2**c + high * 2**low + self.bits(low) - 1
+
+    def integer(self, expected):
+        k = 0
+        while expected >> k > 256:
+            k += 1
+        level = max(i for i, start in enumerate(LEVELS) if start <= expected >> k)
+        a = self.symbol(11 * k + level, level)
+        if a == 7:
+            a = 7 + self.number("more")
+        magnitude = a * 2**k + self.bits(k)
+        return -magnitude if magnitude and self.bits(1) else magnitude
+
+
+def decoded(raw, coded):
+    """A section as it was before it was coded."""
+    if not coded:
+        return raw
+    need(len(raw) >= 12 and len(raw) % 2 == 0 and u32(raw, 0) == CODE, "5.1", "a coded section without its head")
+    size = u32(raw, 4)
+    need(size <= 64 * len(raw) + 4096, "5.1", "a coded section that grows too much")
+    words, out, end = Words(raw[8:]), bytearray(size), 0
+    while end < size:
+        stop = end + words.number("length")
+        need(stop <= size, "5.1", "more bytes than the section has")
+        while end < stop:
+            count = words.number("length")
+            need(end + count <= stop, "5.1", "more bytes than there are to come")
+            for _ in range(count):
+                out[end] = words.bits(8)
+                end += 1
+            if end < stop:
+                count, back = 4 + words.number("length"), 1 + words.number("distance")
+                need(end + count <= stop and back <= end, "5.1", "a copy that does not fit")
+                for _ in range(count):
+                    out[end] = out[end - back]
+                    end += 1
+        if end < size:
+            end = decode_run(words, out, end)
+    need(words.x == 2**16 and next(words.words, None) is None, "5.1", "a coded section that ends elsewhere")
+    return bytes(out)
+
+
+def decode_run(words, out, start):
+    """Tensors of one type and shape from `start` on. Returns where they end."""
+    kind = words.bits(2)
+    need(kind < 3, "5.1", "a tensor type that is not coded")
+    tensor_type, size = 3 + kind, INT_BITS[3 + kind]
+    rows, width, count = (words.number("shape") for _ in range(3))
+    step = 16 if words.bits(1) else 4
+    need(rows and count, "5.1", "no rows or no tensors")
+    length = tensor_size(tensor_type, rows, width)
+    need(start + (count - 1) * up(length, step) + length <= len(out), "5.1", "tensors that do not fit")
+    uppers, means, places = [0] * rows, [None] * rows, {}
+    remembers = rows * width <= 4096
+    for n in range(count):
+        first = start + n * up(length, step)
+        upper, mean = 0x3C, 64
+        for row in range(rows):
+            u = words.number("scale")
+            upper = ((uppers[row] or upper) + (u // 2 if u % 2 == 0 else -(u + 1) // 2)) % 256
+            uppers[row] = upper
+            out[first + 2 * row + 1] = upper
+            out[first + 2 * row] = words.bits(8) if words.symbol("fine") else 0
+            mean = mean if means[row] is None else means[row]
+            values = 0
+            for i in range(width):
+                place = places.get((row, i))
+                value = words.integer(mean if place is None else (mean + place) >> 1)
+                need(abs(value) < 2 ** (size - 1), "5", "an integer beyond its type")
+                values |= (value % 2**size) << (size * i)
+                seen = 64 * abs(value)
+                if remembers:
+                    places[row, i] = (mean + seen) >> 1 if place is None else place + ((seen - place) >> 3)
+                mean += (seen - mean) >> (3 if i < 7 else 4 if i < 15 else 5)
+            means[row] = mean
+            at = first + up(2 * rows, 4) + row * row_size(tensor_type, width)
+            out[at : at + row_size(tensor_type, width)] = values.to_bytes(row_size(tensor_type, width), "little")
+    return first + length
 
 
 def read_code(value, side, rank):
@@ -594,7 +753,7 @@ def read_blob(raw, modules):
 def make_task(pack, entry, raw):
     """A task of a blob whose checksums are right."""
     need(hashlib.sha256(raw).digest() not in pack.revoked, "8", "a revoked task")
-    terms, parameters = read_blob(raw, pack.modules)
+    terms, parameters = read_blob(decoded(raw, len(raw) >= 4 and u32(raw, 0) == CODE), pack.modules)
     brings = {(ROLES[p.role], p.name) for p in parameters}
     brings |= {("magnitude", term.module.name) for term in terms if term.magnitude_type is not None}
     brings |= {("private", term.module.name) for term in terms if term.q}

@@ -1,6 +1,6 @@
 // @ts-nocheck: it writes what no type allows
 /** The valid vectors: files, and the values in them. */
-import { blobOf, Float, keyOf, packFile, Raw, TYPES, taskFile } from "./format.js";
+import { blobOf, codedBlob, Float, keyOf, packFile, Raw, TYPES, taskFile } from "./format.js";
 import { bringsOf, createModel } from "./model.js";
 
 export const SIGNER = keyOf(1);
@@ -165,6 +165,23 @@ export function taskFileOf(signer, edit = (task) => task) {
   return { bytes, expected: new Map([...expected].filter(([name]) => name.startsWith("whole/"))) };
 }
 
+/** Rows that are too wide for their columns to be remembered, and integers of eight bits. */
+function large() {
+  const model = createModel(21);
+  model.module({ name: "wide", out: 3, in: 2000, A: { K: 2, type: "int8" } });
+  model.task("large", [{ module: 0, rank: 2, type: "int8" }]);
+  return model;
+}
+
+/** The same task as that of whole.eigentask. */
+function codedTask() {
+  const { expected } = taskFileOf(undefined);
+  const { pack } = everyKind();
+  const task = pack.tasks[1];
+  const basisId = packFile(pack).subarray(16, 48);
+  return { bytes: taskFile({ entry: task.entry, basisId, blob: codedBlob(task) }), expected };
+}
+
 /** By name: `{ bytes, expected, why, keys }`. Task files belong to every-kind. */
 export const VALID = {
   "minimal.eigen": { ...file(minimal), why: "one module, one task" },
@@ -184,6 +201,12 @@ export const VALID = {
   "beyond.eigen": { ...beyond(), why: "bytes behind the committed end are ignored" },
   "signed.eigen": { ...file(everyKind, { signer: SIGNER }), why: "signed", signed: true },
   "signed-grown.eigen": { ...file(grown, { signer: SIGNER }), why: "signed, both generations", signed: true },
+  "coded.eigen": { ...file(everyKind, { code: (bytes) => bytes }), why: "coded sections" },
+  "coded-large.eigen": {
+    ...file(large, { code: (bytes) => bytes }),
+    why: "coded sections with large integers and wide rows",
+  },
+  "coded.eigentask": { ...codedTask(), why: "a task file whose blob is coded" },
   "whole.eigentask": { ...taskFileOf(undefined), why: "a task file" },
   "signed.eigentask": { ...taskFileOf(SIGNER), why: "a signed task file", signed: true },
 };
