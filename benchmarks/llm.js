@@ -1,9 +1,10 @@
 /**
  * What do tasks cost on a real language model (SmolLM2-135M, 120 layers adapted, one thread)? Switches, first tokens and tokens a second
- * beside the plain model; caches that are kept across a switch; memory of many skills beside PEFT's and llama.cpp's.
+ * beside the plain model; caches that are kept across a switch; memory of many skills beside PEFT's and llama.cpp's; a training step
+ * beside PEFT's.
  *
  * Needs SmolLM2 (EIGENLORA_SMOLLM2). For llama.cpp EIGENLORA_RUNTIMES names a folder with llama/node_modules/node-llama-cpp, and `--gguf`
- * a file of the base. A training step beside PEFT's is not here.
+ * a file of the base.
  */
 import { writeFile } from "node:fs/promises";
 import { join } from "node:path";
@@ -13,12 +14,13 @@ import { choice, flag, number, readArguments, text } from "./lib/arguments.js";
 import { judgeCaches, timeCaches } from "./lib/llm-caches.js";
 import { memoryRows } from "./lib/llm-memory-rows.js";
 import { stepsPart } from "./lib/llm-steps.js";
+import { trainingPart } from "./lib/llm-training.js";
 import { inScratch } from "./lib/process.js";
 import { print, progress } from "./lib/report.js";
 import { NO_SMOLLM2, smollm2 } from "./lib/skills.js";
 
 const given = readArguments("What do tasks cost on a real language model?", {
-  part: choice(["steps", "caches", "memory"], "this part alone"),
+  part: choice(["steps", "caches", "memory", "training"], "this part alone"),
   adapters: text("FOLDER", "PEFT adapters of SmolLM2", data("smollm2/adapters")),
   pack: text("FILE", "a pack of them, instead of one made here"),
   gguf: text("FILE", "the base for llama.cpp"),
@@ -56,6 +58,11 @@ await inScratch(async (scratch) => {
       rows: await judgeCaches(pack, count, quick ? 2 : Infinity),
       notes: ["Means over tasks; by teacher forcing, answers ended by <|im_end|>."],
     });
+  }
+  if (wants("training")) {
+    const { part, peer } = trainingPart(pack, quick ? 1 : 5);
+    parts.push(part);
+    peers.push(peer);
   }
   if (wants("memory")) {
     const { gguf, adapters } = given;
