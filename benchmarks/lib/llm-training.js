@@ -73,17 +73,26 @@ async function open(model, pack, trainable) {
   };
 }
 
-/** Rows of about `TOKENS` tokens, of any skill. */
+/** Rows of about `TOKENS` tokens: a few of a task, one behind the other, of which the last is to be learned. */
 async function batch() {
   const [skills, encode] = await Promise.all([readSkills(), createEncode()]);
-  const all = [...skills.values()].flatMap((skill) =>
-    examplesOf(skill, skill.train.slice(0, 100)).map((example) => {
-      const tokens = encode(example.prompt).length + encode(example.completion).length;
-      return { example, away: Math.abs(tokens - TOKENS) };
-    }),
-  );
-  all.sort((a, b) => a.away - b.away);
-  return { encode, examples: all.slice(0, BATCH).map(({ example }) => example) };
+  const skill = /** @type {import("./skills.js").Skill} */ (skills.get("past-tense"));
+  const all = examplesOf(skill, skill.train).values();
+  const examples = Array.from({ length: BATCH }, () => {
+    let row = next(all);
+    for (;;) {
+      const more = next(all);
+      const longer = { prompt: `${row.prompt}${row.completion}\n${more.prompt}`, completion: more.completion };
+      if (encode(longer.prompt).length + encode(longer.completion).length > TOKENS) return row;
+      row = longer;
+    }
+  });
+  return { encode, examples };
+}
+
+/** @template T @param {IterableIterator<T>} all @returns {T} */
+function next(all) {
+  return all.next().value;
 }
 
 /** For a fresh process: steps of one file. @param {string} model @param {string} pack @param {string} steps */

@@ -57,12 +57,11 @@ export async function refine<T>(
 ): Promise<T> {
   let low: { n: number; bytes: number; made?: T } = { n: 0, bytes: 0 };
   let high = { n: most + 1, bytes: Infinity };
-  let [guess, least] = [Math.round(most / 3), Infinity];
+  let guess = Math.round(most / 3);
   for (let round = 1; high.n - low.n > 1 && !(low.made && low.bytes >= FULL * max); round++) {
     const n = Math.min(Math.max(guess, low.n + 1), high.n - 1);
     const made = await build(n);
     const bytes = sizeOf(made);
-    least = Math.min(least, bytes);
     if (bytes <= max) low = { n, bytes, made };
     else high = { n, bytes };
     if (high.bytes === Infinity) guess = n + STRIDE;
@@ -72,7 +71,8 @@ export async function refine<T>(
       guess = low.n + Math.floor(share * (high.n - low.n));
     }
   }
-  if (low.made === undefined) throw tooFew(max, least);
+  // The least with which a task still does something is not known.
+  if (low.made === undefined) throw new Unreachable(`${max} bytes are too few`);
   return low.made;
 }
 

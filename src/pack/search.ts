@@ -283,15 +283,17 @@ async function attempt(search: Search, way: Way, smallest: number = Infinity): P
 }
 
 /** The largest pack of one way that is no larger than `max` bytes: of as many components on every side as there is room for. */
-function within(search: Search, way: Way, max: number): Promise<Built> {
+async function within(search: Search, way: Way, max: number): Promise<Built> {
   const sizeOf = ({ report: { bytes } }: Built): number => bytes;
   if (way.allocateBeside !== undefined) return allocated(search, way, { kind: "bytes", max });
-  return (way.refineBeside === undefined ? grow : refine)(
-    (k) => build(search, way, { kind: "k", k }),
-    sizeOf,
-    max,
-    limitOf(search.adapters, way),
-  );
+  const made = (k: number): Promise<Built> => build(search, way, { kind: "k", k });
+  const most = limitOf(search.adapters, way);
+  if (way.refineBeside === undefined) return grow(made, sizeOf, max, most);
+  const finest = await refine(made, sizeOf, max, most);
+  // A step so coarse that nothing is left of a task.
+  const idle = finest.report.errors.find(({ total }) => total >= 1);
+  if (idle) throw new Unreachable(`${max} bytes are too few: "${idle.id}" would do nothing`);
+  return finest;
 }
 
 /** Errors that are tried where behaviour decides how much private terms hold. */
