@@ -11,8 +11,10 @@ import { fileURLToPath } from "node:url";
 import t, { type Test } from "tap";
 import type { Adapter } from "../dist/src/adapters/adapter.js";
 import { readAdapters } from "../dist/src/adapters/folder.js";
+import type { TensorRef } from "../dist/src/format/format.js";
 import { parseTaskFile } from "../dist/src/format/task-file.js";
 import { openPack } from "../dist/src/pack/pack.js";
+import { decodeScales } from "../dist/src/tensor/dtypes.js";
 import { uniform } from "../dist/src/tensor/random.js";
 import { type BatchFeeds, type DistillOptions, distill } from "../dist/src/train/index.js";
 import { MeanDivergence } from "../dist/src/train/probabilities.js";
@@ -201,6 +203,26 @@ t.test("number formats of a task stay, packed integers too", async (t) => {
     ];
   };
   t.same(await kinds("distilled"), await kinds("two"));
+});
+
+t.test("tasks of a pack with a step keep their steps, whatever the head is stored as", async (t) => {
+  for (const head of ["int4", "f16"] as const) {
+    const session = await tiny(NODE, { ...SMALL, gauge: "balanced", step: 0.02, dtype: { head } });
+    t.teardown(() => session.close());
+    const adapter = await adapterOf(t, "sessions/adapters/two");
+    const made = await distill(session, { adapter, feeds: inputs(NODE, session, 32), steps: 30, batch: 16 });
+    t.ok(made.divergenceAfter <= made.divergenceBefore, `${head}: ${made.divergenceBefore} → ${made.divergenceAfter}`);
+    t.equal(made.kept, "distilled");
+    await session.addTask("distilled", made.file);
+    const scales = async (id: string): Promise<unknown> => {
+      const { terms, parameters, bytes } = await session.pack.load(id);
+      const of = ({ byteOffset, rows, dtype }: TensorRef): number[] =>
+        dtype === "f16" ? [] : [...decodeScales(bytes.subarray(byteOffset), rows)];
+      const weight = parameters.find(({ shape }) => shape.length > 1)!;
+      return [...terms.flatMap(({ A, B }) => [of(A!.tensor), of(B!.tensor)]), of(weight.tensor)];
+    };
+    t.same(await scales("distilled"), await scales("two"));
+  }
 });
 
 t.test("what cannot be distilled is refused by name", async (t) => {

@@ -92,7 +92,9 @@ def in_llama_cpp(name):
 def in_onnxruntime(name):
     """Its own reader, and the loader that a session's run options take."""
     onnxruntime.LoraAdapter().Load(str(EXPORTED / name))
-    parameters = {key: value.numpy() for key, value in onnxruntime.AdapterFormat.read_adapter(str(EXPORTED / name)).get_parameters().items()}
+    # The values lie in memory of the adapter, which must outlive them.
+    adapter = onnxruntime.AdapterFormat.read_adapter(str(EXPORTED / name))
+    parameters = {key: value.numpy().copy() for key, value in adapter.get_parameters().items()}
     merged = {}
     for key, base in load_arrays(GOLDENS / "onnx-adapter" / "base.safetensors").items():
         module = key.removesuffix(".weight")

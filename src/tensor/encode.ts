@@ -143,7 +143,8 @@ function bestScale(values: ArrayLike<number>, start: number, width: number, peak
 function stepToF16(step: number, least: number): number {
   if (least === 0) return 0;
   const wanted = f32ToF16(Math.min(step, 32768));
-  const rounded = (wanted + 0x80) & 0xff00;
+  // One that was stored before stays.
+  const rounded = f16ToF32(wanted) === step ? wanted : (wanted + 0x80) & 0xff00;
   const half = rounded > 0x100 ? rounded : Math.max(wanted, 1);
   return f16ToF32(half) * 1.0000001 < least ? (scaleToF16(least) + 0xff) & 0xff00 : half;
 }

@@ -112,13 +112,17 @@ function rounded<Feeds>(
   { coefficients, head }: Partial<TaskDtypes>,
   stored: TaskSteps | undefined,
 ): Numbers {
-  if (stored)
-    return { parameters: toSteps(parameters, stored.parameters), weight: toSteps(weight, stored.weight), bias };
   const width = weight.length / labels.length;
+  const roundedHead = (): Float32Array => {
+    if (stored?.weight) return toSteps(weight, stored.weight, stored.largest);
+    return head && width > 0
+      ? storing("the head", undefined, () => asStored(weight, head, labels.length, width))
+      : weight;
+  };
+  if (stored) return { parameters: toSteps(parameters, stored.parameters), weight: roundedHead(), bias };
   return {
     parameters: coefficients ? terms.rounded(parameters, coefficients) : parameters,
-    weight:
-      head && width > 0 ? storing("the head", undefined, () => asStored(weight, head, labels.length, width)) : weight,
+    weight: roundedHead(),
     bias,
   };
 }

@@ -11,7 +11,7 @@ import { narrowTerms } from "../pack/steps.ts";
 import { type Dtype, isQuantized, type TaskDtypes } from "../tensor/dtypes.ts";
 import { encodeTensor, storing } from "../tensor/encode.ts";
 import type { State } from "./state.ts";
-import { rowsOf, type Stepped } from "./steps.ts";
+import { rowsOf, type Stepped, toSteps } from "./steps.ts";
 import type { Head } from "./subject.ts";
 import type { Terms, TrainedParameter } from "./terms.ts";
 
@@ -66,8 +66,9 @@ export function taskFile(
   const save = (part: string, dtype: Dtype, values: Float32Array, shape: number[]): void => {
     const [width, rows = 1] = shape.toReversed() as [number, number?];
     const name = `${head!.module}.${part}`;
-    const steps = stored && rows > 1 ? rowsOf(stored.weight, width) : undefined;
-    saved.push({ name, role: "saved", shape, ...tensor(`"${name}"`, dtype, values, rows, width, steps) });
+    const own = part === "weight" ? stored?.weight : undefined;
+    const [given, steps] = own ? [toSteps(values, own, stored!.largest), rowsOf(own, width)] : [values];
+    saved.push({ name, role: "saved", shape, ...tensor(`"${name}"`, dtype, given, rows, width, steps) });
   };
   if (head) save("weight", headDtype, weight, [bias.length, head.in]);
   // One scale for a whole bias would be coarse and save nothing.

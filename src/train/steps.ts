@@ -6,16 +6,20 @@ import type { TaskBlob } from "../format/format.ts";
 import { encodedTensor } from "../format/tensors.ts";
 import type { Pack } from "../pack/pack.ts";
 import { stepOf } from "../pack/steps.ts";
-import { decodeScales } from "../tensor/dtypes.ts";
+import { BITS, decodeScales, isQuantized } from "../tensor/dtypes.ts";
 import { toInteger } from "../tensor/encode.ts";
 import { tensorOf } from "./start.ts";
 import type { Head } from "./subject.ts";
 import type { Terms } from "./terms.ts";
 
-/** The step of every number that a task stores: of its parameters, and of its head's weight. */
+/** The step of every number that a task stores as an integer. */
 export interface TaskSteps {
+  /** Of its parameters. */
   readonly parameters: Float32Array<ArrayBuffer>;
-  readonly weight: Float32Array<ArrayBuffer>;
+  /** Of its head's weight; undefined where that has another number format. */
+  readonly weight: Float32Array<ArrayBuffer> | undefined;
+  /** Integer of the weight's number format. */
+  readonly largest: number;
 }
 
 /** What is trained, or stored, as integers. */
@@ -39,19 +43,21 @@ export function stepsOf(
     if (tensor) part.set(ofRows(decodeScales(encodedTensor(blob.bytes, tensor), tensor.rows), tensor.width));
   }
   const stored = blob.parameters.find(({ name }) => name === `${head?.module}.weight`)?.tensor;
-  if (!stored) return { parameters, weight: new Float32Array(0) };
-  return { parameters, weight: ofRows(decodeScales(encodedTensor(blob.bytes, stored), stored.rows), stored.width) };
+  if (!stored || !isQuantized(stored.dtype)) return { parameters, weight: undefined, largest: 0 };
+  const { dtype, rows, width } = stored;
+  const weight = ofRows(decodeScales(encodedTensor(blob.bytes, stored), rows), width);
+  return { parameters, weight, largest: 2 ** (BITS[dtype] - 1) - 1 };
 }
 
 function ofRows(scales: Float32Array, width: number): Float32Array<ArrayBuffer> {
   return Float32Array.from({ length: scales.length * width }, (_, i) => scales[Math.floor(i / width)]!);
 }
 
-/** Numbers as they will be read: multiples of their steps. */
-export function toSteps(values: Float32Array, steps: Float32Array): Float32Array<ArrayBuffer> {
+/** Numbers as they will be read: multiples of their steps. @param largest of them, in magnitude. Default: that of int8 */
+export function toSteps(values: Float32Array, steps: Float32Array, largest: number = 127): Float32Array<ArrayBuffer> {
   return Float32Array.from(values, (value, i) => {
     const step = steps[i]!;
-    return step > 0 ? toInteger(value / step, 127) * step : 0;
+    return step > 0 ? toInteger(value / step, largest) * step : 0;
   });
 }
 
