@@ -23,6 +23,26 @@ export function shapesOf(feeds: BatchFeeds): string {
 }
 
 /**
+ * Examples may be of several lengths, but inputs that are of one shape in one of them are so in all.
+ * @throws TypeError naming the input that is not
+ */
+export function checkShapes(all: readonly BatchFeeds[]): void {
+  const shape = (feeds: BatchFeeds, name: string): string | undefined => feeds[name]?.dims.slice(1).join(", ");
+  const [first] = all;
+  const names = Object.keys(first ?? {});
+  for (const [i, feeds] of all.entries()) {
+    for (const name of names) {
+      const other = names.find((one) => shape(first!, one) === shape(first!, name))!;
+      if (shape(feeds, name) === shape(feeds, other) && feeds[name]) continue;
+      const changed = shape(feeds, other) === shape(first!, other) ? name : other;
+      throw new TypeError(
+        `the input "${changed}" of example ${i} is [${feeds[changed]?.dims.join(", ") ?? "missing"}], another one's [${first![changed]!.dims.join(", ")}], but not all of its inputs differ: give each example inputs that belong together`,
+      );
+    }
+  }
+}
+
+/**
  * One batch of several examples' feeds, joined along the first dimension.
  * @throws TypeError when they cannot be
  */

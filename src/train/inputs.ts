@@ -3,7 +3,7 @@
  * tokenizer itself pads. How it does is seen on the shortest and the longest text, encoded together. Where that does not explain
  * the padding (positions that go on through it, say), batches are encoded as they come.
  */
-import { type BatchFeeds, joinFeeds, shapesOf } from "./batch.ts";
+import { type BatchFeeds, checkShapes, joinFeeds, shapesOf } from "./batch.ts";
 import type { Unlabelled } from "./examples.ts";
 
 /**
@@ -65,6 +65,7 @@ export function createInputs(encodeTexts: Encode | undefined, names: readonly st
     encodes: encodeTexts !== undefined,
 
     async lengths(rows) {
+      checkShapes(rows.flatMap(({ feeds }) => (feeds ? [feeds] : [])));
       for (const { text } of rows) {
         if (text !== undefined && !encoded.has(text)) encoded.set(text, await encode([text]));
       }
