@@ -2,7 +2,7 @@
  * One side of a module, from the stacked rows of all tasks to a basis that is ready to be written: mean, components, encoding.
  */
 import type { Dtype } from "../tensor/dtypes.ts";
-import { encodeSteps, encodeTensor } from "../tensor/encode.ts";
+import { encodeSteps, encodeTensor, toInteger } from "../tensor/encode.ts";
 import { type Components, centred, columnMeans, principalComponents, ROUNDING } from "./components.ts";
 import { backwardSolve, norm, type Products, rowSquares, scale } from "./linalg.ts";
 import { fewBits, mix } from "./mixing.ts";
@@ -113,13 +113,15 @@ export function encodeSide(
 ): SideBasis {
   const { width, rank, mean, metric } = side;
   const { vectors, singular, total } = side.components;
-  const count = steps ? alive(vectors, Math.min(most, steps.length - 1), width, steps) : most;
-  const rows = count + (mean ? 1 : 0);
-  const values = new Float64Array(rows * width);
-  const first = vectors.subarray(0, count * width);
-  values.set(mixed ? mix(first, count, width, products) : first);
-  if (mean) values.set(mean, count * width);
-  if (metric) backwardSolve(metric, width, width, values, rows);
+  const first = vectors.subarray(0, most * width);
+  const all = new Float64Array((most + (mean ? 1 : 0)) * width);
+  all.set(mixed ? mix(first, most, width, products) : first);
+  if (mean) all.set(mean, most * width);
+  if (metric) backwardSolve(metric, width, width, all, all.length / width);
+  const count = steps ? alive(all, most, width, steps) : most;
+  // The mean lies behind the components that are left.
+  const values = all.copyWithin(count * width, most * width).subarray(0, all.length - (most - count) * width);
+  const rows = values.length / width;
   let held = 0;
   for (let k = 0; k < count; k++) held += singular[k]! ** 2;
   const own = steps && [...steps.subarray(0, count), ...(mean ? [steps.at(-1)!] : [])];
@@ -138,10 +140,11 @@ export function encodeSide(
 }
 
 /** How many components there are up to the last that does not become all zeros. */
-function alive(vectors: Float64Array, count: number, width: number, steps: Float64Array): number {
+function alive(values: Float64Array, count: number, width: number, steps: Float64Array): number {
   for (let k = count; k > 0; k--) {
-    const row = vectors.subarray((k - 1) * width, k * width);
-    if (row.some((value) => Math.abs(value) >= steps[k - 1]! / 2)) return k;
+    const row = values.subarray((k - 1) * width, k * width);
+    const step = steps[k - 1]!;
+    if (step > 0 && row.some((value) => toInteger(value / step, 1) !== 0)) return k;
   }
   return 0;
 }

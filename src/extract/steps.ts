@@ -4,10 +4,9 @@
  * bits lose the least: reverse water-filling (T. Cover, J. Thomas, "Elements of Information Theory", 10.3.3), which entropy coding
  * does by itself, since what is below the step becomes zeros.
  */
-import type { Term } from "../tensor/term.ts";
 import { centred } from "./components.ts";
 import type { Pair } from "./gauge.ts";
-import { gram, PLAIN, type Products, rowSquares } from "./linalg.ts";
+import { PLAIN, type Products, rowSquares } from "./linalg.ts";
 
 /** Steps of a pair's rows, or of their coefficients: of each row of A, and of Bᵀ. */
 export interface RowSteps {
@@ -49,13 +48,4 @@ export function componentSteps(
     weights[count]! += own[i]! ** -2;
   }
   return weights.map((weight) => (weight > 0 ? 1 / (spread * Math.sqrt(weight)) : 0));
-}
-
-/** ‖ΔW‖² of a term. */
-export function squareOfTerm({ rank, A, Bt }: Pick<Term, "rank" | "A" | "Bt">): number {
-  const [a, b] = [A, Bt].map((rows) => gram(Float64Array.from(rows), rank, rows.length / rank)) as [
-    Float64Array,
-    Float64Array,
-  ];
-  return a.reduce((sum, value, i) => sum + value * b[i]!, 0);
 }

@@ -52,7 +52,9 @@ export async function tasksOf(pack: Pack, replaced: ReadonlyMap<string, Uint8Arr
     const entry = { id, adapterBytes, metadata, brings };
     const task = async (): Promise<TaskToWrite> =>
       codedLike(pack, { entry, blob: replaced.get(id) ?? (await pack.load(id)).bytes });
-    places.push({ ...(await placeOf(await task())), read: async () => (await task()).blob });
+    const place = await placeOf(await task());
+    // What was coded is small, and coding it again would take as long.
+    places.push(place.coded ? place : { ...place, read: async () => (await task()).blob });
   }
   return places;
 }

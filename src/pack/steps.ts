@@ -2,7 +2,8 @@
  * Steps of integers as packs are made with them: a share of what an adapter typically does to a module.
  */
 import type { Adapter } from "../adapters/adapter.ts";
-import { squareOfTerm } from "../extract/steps.ts";
+import { pairNorm } from "../extract/error.ts";
+import { pairOf } from "../extract/gauge.ts";
 import type { TermInput } from "../format/encode.ts";
 import { decode, type Value } from "../format/messagepack.ts";
 import { narrowed } from "../tensor/encode.ts";
@@ -10,17 +11,23 @@ import type { Pack } from "./pack.ts";
 
 const MOST_STEP = 16;
 
+/** A search makes many packs of the same adapters, and each norm takes reading all of one. */
+const norms = new WeakMap<Adapter, Promise<number>>();
+
 /** The root of the mean of ‖ΔW‖² over the modules of an adapter; 1 where nothing changes. */
 async function typicalNorm({ modules }: Adapter): Promise<number> {
   let sum = 0;
-  for (const module of modules.values()) sum += squareOfTerm(await module.read());
+  for (const module of modules.values()) sum += pairNorm(pairOf(await module.read())) ** 2;
   return Math.sqrt(sum / modules.size) || 1;
 }
 
 /** What a step is for ΔW of each adapter, those that are named several times once. */
 export async function stepsOf(adapters: readonly Adapter[], step: number): Promise<Map<Adapter, number>> {
   const steps = new Map<Adapter, number>();
-  for (const adapter of new Set(adapters)) steps.set(adapter, step * (await typicalNorm(adapter)));
+  for (const adapter of new Set(adapters)) {
+    if (!norms.has(adapter)) norms.set(adapter, typicalNorm(adapter));
+    steps.set(adapter, step * (await norms.get(adapter)!));
+  }
   return steps;
 }
 
