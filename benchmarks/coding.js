@@ -45,7 +45,7 @@ const clock = (decode, all) => {
 };
 
 /** @param {Uint8Array} bytes */
-const decode = (bytes) => decodeSection(bytes, "pack", "section");
+const decode = (bytes) => decodeSection(bytes, "pack", "section", pack.directory.basisBytes);
 const ours = clock(decode, stored);
 const plain = stored.map(decode);
 const total = sum(plain.map(({ length }) => length));

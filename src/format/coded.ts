@@ -12,10 +12,39 @@ import {
   setInteger,
   tensorBytes,
 } from "../tensor/dtypes.ts";
+import {
+  DISTANCE,
+  ESCAPE,
+  FINE,
+  FREQUENCY_BITS,
+  HIGH,
+  LENGTH,
+  LEVEL_OF,
+  LITERALS,
+  LOW,
+  MEAN_UNIT,
+  MIDDLE,
+  MORE,
+  MOST_MEAN,
+  SCALE,
+  SHAPE,
+  SYMBOLS,
+  TABLES_OF_A_SHIFT,
+  Tables,
+  WORD_BITS,
+} from "./coded-tables.ts";
+import { align64, Fields } from "./fields.ts";
+import {
+  CODED_MAGIC,
+  DIRECTORY_HEAD_BYTES,
+  SECTION_BASES,
+  SECTION_CODED,
+  SECTION_ENTRY_BYTES,
+  type Superblock,
+  WINDOW_BYTES,
+} from "./format.ts";
 import { check } from "./messagepack.ts";
 
-/** "CODE" */
-export const CODED_MAGIC = 0x45444f43;
 /** In front of the words: magic, and the bytes of the section once decoded. */
 export const CODED_HEAD_BYTES = 8;
 /** What a section has at most once decoded. @param stored its bytes, coded */
@@ -23,61 +52,8 @@ export function mostDecoded(stored: number): number {
   return 64 * stored + 4096;
 }
 
-/** Bits of a frequency, and of a word. */
-export const FREQUENCY_BITS = 15;
-export const WORD_BITS = 16;
-/** Symbols of a table; the last of an integer's says that more follows. */
-export const SYMBOLS = 8;
-const ESCAPE = SYMBOLS - 1;
-/** No frequency falls below about this. */
-const LEAST = 16;
-/** How far a table moves by how often it was used before, this often at least: the share is a power of 2. */
-const STEPS: Uint8Array = Uint8Array.from({ length: 41 }, (_, used) =>
-  used < 4 ? 4 : used < 12 ? 5 : used < 40 ? 6 : 7,
-);
-
-/** What is above the likeliest symbol when all others have their least frequency. */
-const RAISED = (1 << FREQUENCY_BITS) - SYMBOLS * LEAST;
-
 /** Types of integers, by their code here. */
 const TYPES: readonly QuantizedDtype[] = ["int8", "int4", "int3"];
-
-/**
- * First tables, by the level of a mean magnitude (`LEVELS`): 2^15 times the probability that a value of a normal distribution with
- * such a mean magnitude, rounded, is at most 0, 1, … 6.
- */
-const FIRST: readonly (readonly number[])[] = [
-  [31897, 32672, 32688, 32704, 32720, 32736, 32752],
-  [29879, 32672, 32688, 32704, 32720, 32736, 32752],
-  [27029, 32672, 32688, 32704, 32720, 32736, 32752],
-  [23060, 32634, 32688, 32704, 32720, 32736, 32752],
-  [18047, 31955, 32688, 32704, 32720, 32736, 32752],
-  [13182, 29051, 32448, 32704, 32720, 32736, 32752],
-  [9338, 23833, 30543, 32399, 32706, 32736, 32752],
-  [6559, 18123, 26052, 30279, 32031, 32595, 32736],
-  [4582, 13198, 20365, 25637, 29067, 31041, 32046],
-  [3204, 9423, 15106, 19997, 23960, 26984, 29157],
-  [2247, 6674, 10909, 14843, 18390, 21496, 24136],
-];
-/** From which mean magnitude on a level begins, in 1/64. */
-const LEVELS: readonly number[] = [4, 8, 15, 24, 38, 56, 83, 120, 174, 248];
-/** Means above this, in 1/64, have the lowest bits of their integers stored as they are. */
-const MOST_MEAN = 256;
-const MEAN_UNIT = 64;
-const LEVEL_OF: Uint8Array = Uint8Array.from(
-  { length: MOST_MEAN + 1 },
-  (_, mean) => LEVELS.filter((begin) => begin <= mean).length,
-);
-
-/** Tables: of integers by level and bits left out, then one for each other kind of number. */
-const SHIFTS = 6;
-const INTEGERS = SHIFTS * FIRST.length;
-const [MORE, SCALE, FINE, LENGTH, DISTANCE, SHAPE] = [0, 1, 2, 3, 4, 5].map((i) => INTEGERS + i) as [
-  ...[number, number, number, number, number, number],
-];
-export const TABLES: number = INTEGERS + 6;
-/** Where no mean is known. */
-const UNKNOWN_LEVEL = 7;
 
 /** Columns of more numbers than this are not remembered. */
 const MOST_COLUMNS = 4096;
@@ -116,13 +92,43 @@ export function isCoded(blob: Uint8Array): boolean {
   return blob.length >= 4 && new DataView(blob.buffer, blob.byteOffset).getUint32(0, true) === CODED_MAGIC;
 }
 
-/** A task blob, decoded where it is coded. @throws FormatError as `decodeSection` */
-export function plainTask(blob: Uint8Array, file: string, part: string): Uint8Array {
-  return isCoded(blob) ? decodeSection(blob, file, part) : blob;
+/**
+ * A task blob, decoded where it is coded.
+ * @param description of its basis
+ * @throws FormatError as `decodeSection`
+ */
+export function plainTask(blob: Uint8Array, file: string, part: string, description: Uint8Array): Uint8Array {
+  return isCoded(blob) ? decodeSection(blob, file, part, description) : blob;
 }
 
 /**
- * A coded section as it was.
+ * The directory as it was, with the places of sections in it, which it does not say while it is coded.
+ * @param stored bytes of the right length and checksum
+ * @throws FormatError when it is damaged, or says places
+ */
+export function plainDirectory({ bytes, file, part }: Fields, superblock: Superblock): Fields {
+  const f: Fields = new Fields(decodeSection(bytes, file, part), file, part);
+  const view = new DataView(f.bytes.buffer);
+  const { directoryOffset, directoryLength, basesOffset } = superblock;
+  let end = WINDOW_BYTES;
+  const count = f.bytes.length < DIRECTORY_HEAD_BYTES ? 0 : f.u32(0);
+  for (let i = 0; i < count; i++) {
+    const at = DIRECTORY_HEAD_BYTES + i * SECTION_ENTRY_BYTES;
+    f.check(at + SECTION_ENTRY_BYTES <= f.bytes.length, () => `${f.bytes.length} bytes for ${count} sections`);
+    f.check(f.u64(at + 8) === 0, () => `it is coded, and section ${i} says that it starts at ${f.u64(at + 8)}`);
+    if (align64(end) === directoryOffset) end = directoryOffset + directoryLength;
+    const bases = [SECTION_BASES, SECTION_BASES + SECTION_CODED].includes(f.u32(at));
+    const offset = bases ? basesOffset : align64(end);
+    view.setUint32(at + 8, offset >>> 0, true);
+    view.setUint32(at + 12, offset / 2 ** 32, true);
+    end = offset + f.u64(at + 16);
+  }
+  return f;
+}
+
+/**
+ * A coded section or directory as it was.
+ * @param before what copies may be of beside the section itself: of bases and task blobs the basis description. Default: nothing
  * @param expected bytes that it must become. Default: what it says
  * @throws FormatError when it is no such section, or damaged
  */
@@ -130,6 +136,7 @@ export function decodeSection(
   bytes: Uint8Array,
   file: string,
   part: string,
+  before: Uint8Array = new Uint8Array(),
   expected?: number,
 ): Uint8Array<ArrayBuffer> {
   const sound = (condition: boolean, what: string): void =>
@@ -142,7 +149,7 @@ export function decodeSection(
   sound(expected === undefined || size === expected, `it becomes ${size} bytes, its tensors need ${expected}`);
   const section = new Uint8Array(size);
   const decoder = new Decoder(view, sound);
-  code(decoder, section, sound);
+  code(decoder, section, sound, before);
   decoder.end();
   return section;
 }
@@ -150,18 +157,20 @@ export function decodeSection(
 /**
  * Codes a section, or fills one with what is decoded. Bytes that belong to no run are copies of earlier ones, or stand as they are.
  * @param sound throws unless a condition holds, saying what is wrong
+ * @param before see `decodeSection`
  * @param plan of an encoder
  */
 export function code(
   coder: Coder,
   section: Uint8Array,
   sound: (condition: boolean, what: string) => void,
+  before: Uint8Array,
   plan?: Plan,
 ): void {
   let at = 0;
   for (let i = 0; at < section.length; i++) {
     const run = plan?.runs[i];
-    at = codeBytes(coder, section, at, run ? run.byteOffset : section.length, sound, plan);
+    at = codeBytes(coder, section, at, run ? run.byteOffset : section.length, sound, before, plan);
     if (at === section.length) break;
     const type = coder.bits(2, run ? TYPES.indexOf(run.dtype) : 0);
     sound(type < TYPES.length, `it has a tensor of type ${type}`);
@@ -196,25 +205,39 @@ function codeBytes(
   start: number,
   stop: number,
   sound: (condition: boolean, what: string) => void,
+  before: Uint8Array,
   plan: Plan | undefined,
 ): number {
   const end = start + codeNumber(coder, LENGTH, stop - start);
   sound(end <= section.length, `${end - start} bytes at ${start} do not fit into it`);
   let at = start;
+  let distance = 0;
   while (at < end) {
     let next = at;
     let copy: ReturnType<Plan["copyAt"]>;
     if (plan) while (next < end && !(copy = plan.copyAt(next, end))) next++;
-    next = at + codeNumber(coder, LENGTH, next - at);
+    next = at + codeNumber(coder, LITERALS, next - at);
     sound(next <= end, `${next - at} bytes at ${at} are too many`);
-    for (; at < next; at++) section[at] = coder.bits(8, section[at]!);
+    for (; at < next; at++) section[at] = codeByte(coder, section[at - 1] ?? 0, section[at]!);
     if (at === end) break;
     const length = LEAST_COPY + codeNumber(coder, LENGTH, (copy?.length ?? LEAST_COPY) - LEAST_COPY);
-    const distance = 1 + codeNumber(coder, DISTANCE, (copy?.distance ?? 1) - 1);
-    sound(distance <= at && at + length <= end, `a copy of ${length} bytes does not fit into it`);
-    for (const until = at + length; at < until; at++) section[at] = section[at - distance]!;
+    distance = codeNumber(coder, DISTANCE, copy && copy.distance !== distance ? copy.distance : 0) || distance;
+    sound(
+      distance > 0 && distance <= at + before.length && at + length <= end,
+      `a copy of ${length} bytes does not fit into it`,
+    );
+    for (const until = at + length; at < until; at++) {
+      section[at] = (distance > at ? before[before.length + at - distance] : section[at - distance])!;
+    }
   }
   return end;
+}
+
+/** @param last the byte before */
+function codeByte(coder: Coder, last: number, byte: number): number {
+  const high = coder.symbol(HIGH + (last >> 5), byte >> 5);
+  const middle = coder.symbol(MIDDLE + high, (byte >> 2) & 7);
+  return (high << 5) | (middle << 2) | (coder.symbol(LOW + 8 * high + middle, byte & 3) & 3);
 }
 
 /** What a run has seen: of each row the upper byte of the last scale, and the mean magnitude in 1/64; of each number where they are few. */
@@ -275,38 +298,11 @@ function codeInteger(coder: Coder, mean: number, value: number, largest: number)
   let shift = 0;
   while (mean >> shift > MOST_MEAN) shift++;
   const magnitude = Math.abs(value);
-  let found = coder.symbol(shift * FIRST.length + LEVEL_OF[mean >> shift]!, Math.min(magnitude >> shift, ESCAPE));
+  let found = coder.symbol(shift * TABLES_OF_A_SHIFT + LEVEL_OF[mean >> shift]!, Math.min(magnitude >> shift, ESCAPE));
   if (found === ESCAPE) found += codeNumber(coder, MORE, (magnitude >> shift) - ESCAPE);
   if (shift > 0) found = (found << shift) | coder.bits(shift, magnitude & ((1 << shift) - 1));
   if (found > largest) found = largest + 1;
   return found && coder.bits(1, Number(value < 0)) ? -found : found;
-}
-
-/** Tables of cumulative frequencies that move towards what they are used for. */
-export class Tables {
-  /** [tables, 9]: of each, the sum of the frequencies of all symbols below the i-th. */
-  readonly sums: Int32Array = new Int32Array(TABLES * (SYMBOLS + 1));
-  readonly #used = new Uint8Array(TABLES);
-
-  constructor() {
-    for (let table = 0; table < TABLES; table++) {
-      const first = FIRST[table < INTEGERS ? table % FIRST.length : UNKNOWN_LEVEL]!;
-      this.sums.set([0, ...first, 1 << FREQUENCY_BITS], table * (SYMBOLS + 1));
-    }
-  }
-
-  /** Makes `symbol` likelier. */
-  use(table: number, symbol: number): void {
-    const { sums } = this;
-    const used = this.#used[table]!;
-    const slow = STEPS[used]!;
-    if (used < STEPS.length - 1) this.#used[table] = used + 1;
-    const at = table * (SYMBOLS + 1);
-    for (let i = 1; i < SYMBOLS; i++) {
-      const sum = sums[at + i]!;
-      sums[at + i] = sum + (((i > symbol ? RAISED : 0) + i * LEAST - sum) >> slow);
-    }
-  }
 }
 
 class Decoder implements Coder {

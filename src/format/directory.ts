@@ -6,6 +6,7 @@ import { toUtf8 } from "../text.ts";
 import { align64, Fields } from "./fields.ts";
 import {
   type BasisDescription,
+  CODED_MAGIC,
   DIRECTORY_HEAD_BYTES,
   type Directory,
   FINGERPRINT_SIZE,
@@ -34,10 +35,16 @@ import { placing } from "./places.ts";
  * Checks the directory against its superblock: the sections tile the file, every tensor of the bases has its place.
  * @throws FormatError saying which rule of SPEC.md, section 4, does not hold
  */
-export function parseDirectory(bytes: Uint8Array, superblock: Superblock, file: string): Directory {
-  const f: Fields = new Fields(bytes, file, "directory");
-  f.check(bytes.length === superblock.directoryLength, () => `${bytes.length} bytes of ${superblock.directoryLength}`);
+export async function parseDirectory(stored: Uint8Array, superblock: Superblock, file: string): Promise<Directory> {
+  let f: Fields = new Fields(stored, file, "directory");
+  f.check(
+    stored.length === superblock.directoryLength,
+    () => `${stored.length} bytes of ${superblock.directoryLength}`,
+  );
   f.crc(superblock.directoryCrc);
+  const coded = stored.length > 4 && f.u32(0) === CODED_MAGIC;
+  if (coded) f = (await import("./coded.ts")).plainDirectory(f, superblock);
+  const { bytes } = f;
   f.check(bytes.length >= DIRECTORY_HEAD_BYTES, () => `${bytes.length} bytes are too few`);
   const [count, basisLength, tasksLength] = [f.u32(0), f.u32(4), f.u32(8)];
   f.limit(count, 1_048_576, "sections");
@@ -45,8 +52,8 @@ export function parseDirectory(bytes: Uint8Array, superblock: Superblock, file: 
   f.limit(tasksLength, 268_435_456, "bytes of task list");
   const hashes = f.u32(12);
   f.check(hashes === 0 || hashes === HASH_BYTES * count, () => `${hashes} bytes of hashes for ${count} sections`);
-  const described = DIRECTORY_HEAD_BYTES + count * SECTION_ENTRY_BYTES + basisLength + tasksLength + hashes;
-  f.check(described === bytes.length, () => `${bytes.length} bytes, but its parts add up to ${described}`);
+  const parts = DIRECTORY_HEAD_BYTES + count * SECTION_ENTRY_BYTES + basisLength + tasksLength + hashes;
+  f.check(parts === bytes.length, () => `${bytes.length} bytes, but its parts add up to ${parts}`);
   const sections: Section[] = [];
   for (let i = 0; i < count; i++) sections.push(parseSection(f, i, hashes && bytes.length - hashes));
   checkTiling(f, sections, superblock);
@@ -64,7 +71,9 @@ export function parseDirectory(bytes: Uint8Array, superblock: Superblock, file: 
     () => "section table and superblock disagree about the bases",
   );
   const start = DIRECTORY_HEAD_BYTES + count * SECTION_ENTRY_BYTES;
-  const basisBytes = bytes.subarray(start, start + basisLength);
+  const described = bytes.subarray(start, start + basisLength);
+  // What was decoded is not kept beside what is stored.
+  const basisBytes = coded ? described.slice() : described;
   const { basis, size } = parseBasis(basisBytes, bases, file);
   const tasksStart = start + basisLength;
   const root = decode(bytes.subarray(tasksStart, tasksStart + tasksLength), file, "task list", "tasks");
@@ -82,7 +91,7 @@ export function parseDirectory(bytes: Uint8Array, superblock: Superblock, file: 
     seen.add(entry.id);
     tasks.push({ ...entry, section: blobs[i]! });
   }
-  return { sections, bytes, basis, basisBytes, bases: { ...bases, size }, tasks };
+  return { sections, bytes: stored, basis, basisBytes, bases: { ...bases, size }, tasks };
 }
 
 /** @param hashes where the hashes begin, 0 where there are none */

@@ -2,39 +2,33 @@
  * The writing half of coded sections (`coded.ts`).
  */
 import { isQuantized } from "../tensor/dtypes.ts";
-import {
-  CODED_HEAD_BYTES,
-  CODED_MAGIC,
-  type Coder,
-  code,
-  FREQUENCY_BITS,
-  LEAST_COPY,
-  mostDecoded,
-  type Plan,
-  SYMBOLS,
-  Tables,
-  type TensorRun,
-  WORD_BITS,
-} from "./coded.ts";
-import type { TensorRef } from "./format.ts";
+import { CODED_HEAD_BYTES, type Coder, code, LEAST_COPY, mostDecoded, type Plan, type TensorRun } from "./coded.ts";
+import { FREQUENCY_BITS, SYMBOLS, Tables, WORD_BITS } from "./coded-tables.ts";
+import { CODED_MAGIC, type TensorRef } from "./format.ts";
 
-/** How far back copies are looked for. */
+/** How far back copies are looked for, and at how many places. */
 const WINDOW_BYTES = 1 << 16;
+const MOST_TRIES = 64;
+const HASH_BITS = 14;
+/** What a copy from as far back as the one before saves, in bytes. */
+const AGAIN = 2;
 
 /**
  * A section, coded.
  * @param tensors of it, in order
  * @param step each tensor begins at a multiple of it
+ * @param before as `decodeSection` takes it
  * @returns undefined where that takes no fewer bytes
  */
 export function encodeSection(
   section: Uint8Array,
   tensors: readonly TensorRef[],
   step: TensorRun["step"],
+  before: Uint8Array = new Uint8Array(),
 ): Uint8Array<ArrayBuffer> | undefined {
   const encoder = new Encoder();
   // What is coded is read from the section and written to it again.
-  code(encoder, section.slice(), () => {}, { runs: runsOf(tensors, step), copyAt: copies(section) });
+  code(encoder, section.slice(), () => {}, before, { runs: runsOf(tensors, step), copyAt: copies(before, section) });
   const bytes = encoder.finish(section.length);
   return bytes.length < section.length && section.length <= mostDecoded(bytes.length) ? bytes : undefined;
 }
@@ -55,19 +49,40 @@ function runsOf(tensors: readonly TensorRef[], step: TensorRun["step"]): TensorR
   return runs;
 }
 
-/** Finds copies: the last place with the same four bytes. Asked of ascending places. */
-function copies(section: Uint8Array): Plan["copyAt"] {
-  const places = new Map<number, number>();
-  let known = 0;
-  const key = (at: number): number =>
-    section[at]! + section[at + 1]! * 2 ** 8 + section[at + 2]! * 2 ** 16 + section[at + 3]! * 2 ** 24;
-  return (at, end) => {
-    for (; known < at; known++) places.set(key(known), known);
-    const from = places.get(key(at));
-    if (from === undefined || at - from > WINDOW_BYTES || at + LEAST_COPY > end) return undefined;
+/** Finds the longest copies at the last places that begin with the same bytes. Asked of ascending places. */
+function copies(before: Uint8Array, section: Uint8Array): Plan["copyAt"] {
+  const bytes = new Uint8Array(before.length + section.length);
+  bytes.set(before);
+  bytes.set(section, before.length);
+  const view = new DataView(bytes.buffer);
+  const hash = (at: number): number => Math.imul(view.getUint32(at, true), 0x9e3779b1) >>> (32 - HASH_BITS);
+  const lengthOf = (distance: number, at: number, end: number): number => {
     let length = 0;
-    while (at + length < end && section[from + length] === section[at + length]) length++;
-    return { length, distance: at - from };
+    while (at + length < end && bytes[at + length - distance] === bytes[at + length]) length++;
+    return length < LEAST_COPY ? 0 : length;
+  };
+  /** The last place with a hash, and the one before each. */
+  const last = new Int32Array(1 << HASH_BITS).fill(-1);
+  const earlier = new Int32Array(WINDOW_BYTES);
+  let known = 0;
+  let again = 0;
+  return (place, stop) => {
+    const [at, end] = [before.length + place, before.length + stop];
+    if (at + LEAST_COPY > end) return undefined;
+    for (; known < at; known++) {
+      const key = hash(known);
+      earlier[known % WINDOW_BYTES] = last[key]!;
+      last[key] = known;
+    }
+    let [length, distance] = [again && lengthOf(again, at, end), again];
+    let from = last[hash(at)]!;
+    for (let tries = 0; tries < MOST_TRIES && from >= 0 && at - from < WINDOW_BYTES; tries++) {
+      const found = lengthOf(at - from, at, end);
+      if (found > length + (distance === again && length > 0 ? AGAIN : 0)) [length, distance] = [found, at - from];
+      from = earlier[from % WINDOW_BYTES]!;
+    }
+    if (length > 0) again = distance;
+    return length > 0 ? { length, distance } : undefined;
   };
 }
 

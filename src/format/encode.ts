@@ -71,6 +71,8 @@ export interface BasisInput {
   readonly step?: number | undefined;
   readonly baseModel?: string | undefined;
   readonly modules: readonly ModuleInput[];
+  /** Of a typical task blob, as MessagePack has it: coded ones copy from it. */
+  readonly header?: unknown;
 }
 
 /** An encoded tensor and its type. */
@@ -151,9 +153,19 @@ export function encodeBasis(basis: BasisInput): { description: Bytes; bases: Byt
       ...(m.fingerprint ? { fingerprint: true } : {}),
     };
   });
-  const { producer, mode, gauge, centering, rank, step } = basis;
+  const { producer, mode, gauge, centering, rank, step, header } = basis;
   const kept = { ...(rank === undefined ? {} : { rank }), ...(step === undefined ? {} : { step }) };
-  const said = pack({ producer, mode, gauge, centering, ...kept, baseModel: basis.baseModel ?? null, modules });
+  const last = header === undefined ? {} : { header };
+  const said = pack({
+    producer,
+    mode,
+    gauge,
+    centering,
+    ...kept,
+    baseModel: basis.baseModel ?? null,
+    modules,
+    ...last,
+  });
   // One behind the other, as the basis id takes them: the bases of a large model are not copied for it.
   const both = new Uint8Array(said.length + end);
   both.set(said);

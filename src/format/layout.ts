@@ -13,6 +13,7 @@ import {
   encodeWindow,
   superblockOffset,
 } from "./encode.ts";
+import { encodeSection } from "./encode-coded.ts";
 import { align64 } from "./fields.ts";
 import {
   type Directory,
@@ -114,9 +115,7 @@ async function freshHead(
 ): Promise<{ head: Uint8Array[]; bytes: number }> {
   const bases = coded ?? plain;
   const list = encodeTaskList(tasks.map((t) => t.entry));
-  const directoryLength = directoryBytes(1 + tasks.length, true, description, list);
-  const basesOffset = align64(WINDOW_BYTES + directoryLength);
-  let end = basesOffset;
+  let end = 0;
   const section = (
     kind: number,
     { length, crc, integrity, coded }: Pick<Section, "length" | "crc" | "integrity" | "coded">,
@@ -131,12 +130,16 @@ async function freshHead(
     integrity: await integrityOf(bases),
     coded: coded !== undefined,
   };
-  const sections = [section(SECTION_BASES, all), ...tasks.map((task) => section(SECTION_TASK, task))];
-  const directory = encodeDirectory(sections, description, list);
+  const behind = [section(SECTION_BASES, all), ...tasks.map((task) => section(SECTION_TASK, task))];
+  const short = codedDirectory(behind, description, list);
+  const directoryLength = short?.length ?? directoryBytes(behind.length, true, description, list);
+  const basesOffset = align64(WINDOW_BYTES + directoryLength);
+  const sections = behind.map((section) => ({ ...section, offset: basesOffset + section.offset }));
+  const directory = short ?? encodeDirectory(sections, description, list);
   const window = encodeHead(basisId);
   const superblock: Superblock = {
     generation: 1,
-    committed: end,
+    committed: basesOffset + end,
     directoryOffset: WINDOW_BYTES,
     directoryLength,
     basesOffset,
@@ -144,7 +147,18 @@ async function freshHead(
     directoryCrc: crc32c(directory),
     signature: await sign?.("pack", await sha256(window, directory)),
   };
-  return { head: [encodeWindow(window, superblock), directory, bases], bytes: end };
+  return { head: [encodeWindow(window, superblock), directory, bases], bytes: basesOffset + end };
+}
+
+/** The directory of a pack with coded sections, where it takes fewer bytes coded. It says no places: they follow from the lengths. */
+function codedDirectory(
+  sections: readonly Section[],
+  description: Uint8Array,
+  tasks: Uint8Array,
+): Uint8Array | undefined {
+  if (!sections.some(({ coded }) => coded)) return undefined;
+  const nowhere = sections.map((section) => ({ ...section, offset: 0 }));
+  return encodeSection(encodeDirectory(nowhere, description, tasks), [], 4);
 }
 
 /** What an append writes: `body` at `offset`, flush, then `superblock` at `superblockOffset`, flush. */
@@ -199,7 +213,8 @@ export async function layoutAppend(
   const sections = [...directory.sections, superseded, ...added].sort(
     (a, b) => a.offset - b.offset || a.length - b.length,
   );
-  const bytes = encodeDirectory(sections, directory.basisBytes, encodeTaskList(entries));
+  const parts = [sections, directory.basisBytes, encodeTaskList(entries)] as const;
+  const bytes = codedDirectory(...parts) ?? encodeDirectory(...parts);
   const superblock: Superblock = {
     ...current,
     generation: current.generation + 1,

@@ -1,26 +1,63 @@
 /**
  * Entropy coding of what a pack stores (SPEC.md, section 5.1): bases and task blobs, where it takes fewer bytes.
  */
+import { isCoded } from "../format/coded.ts";
 import { encodeSection } from "../format/encode-coded.ts";
 import type { PackModule, TensorRef } from "../format/format.ts";
 import type { TaskToWrite } from "../format/layout.ts";
+import { decode } from "../format/messagepack.ts";
 import { basesTensors, parseTask, taskTensors } from "../format/task.ts";
+import { toHex } from "../tensor/hex.ts";
 import type { Pack } from "./pack.ts";
 
+/** A longer header, as one with numbers of rows, is a task's own. In bytes. */
+const MOST_HEADER = 16_384;
+
+/** The basis that sections are coded for. */
+interface Basis {
+  readonly modules: readonly PackModule[];
+  /** As stored. */
+  readonly description: Uint8Array;
+}
+
 /** The bases as they are stored; undefined where coding saves nothing. */
-export function codedBases(bases: Uint8Array, modules: readonly PackModule[]): Uint8Array | undefined {
-  return encodeSection(bases, refsOf(basesTensors(modules)), 16);
+export function codedBases(bases: Uint8Array, { modules, description }: Basis): Uint8Array | undefined {
+  return encodeSection(bases, refsOf(basesTensors(modules)), 16, description);
 }
 
 /** A task whose blob is coded, where that takes fewer bytes. */
-export function codedTask({ entry, blob }: TaskToWrite, modules: readonly PackModule[]): TaskToWrite {
+export function codedTask({ entry, blob }: TaskToWrite, { modules, description }: Basis): TaskToWrite {
   const { terms, parameters } = parseTask(blob, modules, entry.id, entry);
-  return { entry, blob: encodeSection(blob, refsOf(taskTensors(terms, parameters, modules)), 4) ?? blob };
+  const tensors = refsOf(taskTensors(terms, parameters, modules));
+  return { entry, blob: encodeSection(blob, tensors, 4, description) ?? blob };
+}
+
+/**
+ * The header that most blobs have, so that coded ones can copy it from the basis description. Undefined where that saves nothing.
+ * @param blobs not coded
+ */
+export function commonHeader(blobs: readonly Uint8Array[]): unknown {
+  const headers = blobs.map(headerOf).filter(({ length }) => length <= MOST_HEADER);
+  const counts = new Map<string, number>();
+  for (const key of headers.map(toHex)) counts.set(key, (counts.get(key) ?? 0) + 1);
+  const most = Math.max(...counts.values());
+  const common = headers.find((header) => counts.get(toHex(header)) === most);
+  return blobs.length > 1 && common ? decode(common, "pack", "task", "header").value : undefined;
+}
+
+function headerOf(blob: Uint8Array): Uint8Array {
+  return blob.subarray(8, 8 + new DataView(blob.buffer, blob.byteOffset).getUint32(4, true));
 }
 
 /** Whether a pack's sections are coded, as those will be that are added to it. */
 export function isCodedPack({ directory }: Pick<Pack, "directory">): boolean {
   return directory.sections.some(({ coded }) => coded);
+}
+
+/** A task as the pack stores it: coded where the pack is. */
+export function storedTask(pack: Pick<Pack, "directory" | "modules">, task: TaskToWrite): TaskToWrite {
+  if (!isCodedPack(pack) || isCoded(task.blob)) return task;
+  return codedTask(task, { modules: pack.modules, description: pack.directory.basisBytes });
 }
 
 function refsOf(tensors: Iterable<readonly [string, TensorRef | undefined, ...unknown[]]>): TensorRef[] {

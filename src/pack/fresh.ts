@@ -3,7 +3,6 @@
  */
 
 import { checkPack } from "../arguments.ts";
-import { isCoded } from "../format/coded.ts";
 import { parseBasis } from "../format/directory.ts";
 import { type BasisInput, encodeBasis } from "../format/encode.ts";
 import { sha256 } from "../format/hash.ts";
@@ -19,15 +18,16 @@ import {
 } from "../format/layout.ts";
 import { toHex } from "../tensor/hex.ts";
 import { VERSION } from "../version.ts";
-import { codedBases, codedTask, isCodedPack } from "./coding.ts";
+import { codedBases, codedTask, commonHeader, storedTask } from "./coding.ts";
 import type { Pack } from "./pack.ts";
 
 /** A pack as consecutive chunks, and the bytes of its blobs. Its sections are coded where it has a step. */
 export async function newPack(
-  basis: Omit<BasisInput, "producer">,
+  basis: Omit<BasisInput, "producer" | "header">,
   tasks: readonly TaskToWrite[],
 ): Promise<{ chunks: Uint8Array[]; blobs: number[] }> {
-  const { description, bases } = encodeBasis({ producer: `eigenlora ${VERSION}`, ...basis });
+  const header = basis.step === undefined ? undefined : commonHeader(tasks.map(({ blob }) => blob));
+  const { description, bases } = encodeBasis({ producer: `eigenlora ${VERSION}`, ...basis, header });
   const basisId = toHex(await sha256(description, bases));
   const written = async (stored: readonly TaskToWrite[], coded?: Uint8Array) => ({
     chunks: await layoutFresh({ description, bases, coded, basisId, tasks: stored }),
@@ -36,8 +36,8 @@ export async function newPack(
   if (basis.step === undefined) return written(tasks);
   const { modules } = parseBasis(description, { coded: false, length: bases.length }, "the new pack").basis;
   return written(
-    tasks.map((task) => codedTask(task, modules)),
-    codedBases(bases, modules),
+    tasks.map((task) => codedTask(task, { modules, description })),
+    codedBases(bases, { modules, description }),
   );
 }
 
@@ -51,7 +51,7 @@ export async function tasksOf(pack: Pack, replaced: ReadonlyMap<string, Uint8Arr
   for (const { id, adapterBytes, metadata, brings } of pack.tasks.values()) {
     const entry = { id, adapterBytes, metadata, brings };
     const task = async (): Promise<TaskToWrite> =>
-      codedLike(pack, { entry, blob: replaced.get(id) ?? (await pack.load(id)).bytes });
+      storedTask(pack, { entry, blob: replaced.get(id) ?? (await pack.load(id)).bytes });
     const place = await placeOf(await task());
     // What was coded is small, and coding it again would take as long.
     places.push(place.coded ? place : { ...place, read: async () => (await task()).blob });
@@ -73,7 +73,7 @@ export async function freshPack(
   const places = tasks ?? (await tasksOf(pack));
   const bases = await pack.bases();
   const { basisBytes: description, bases: section } = pack.directory;
-  const coded = section.coded ? codedBases(bases.bytes, pack.modules) : undefined;
+  const coded = section.coded ? codedBases(bases.bytes, { modules: pack.modules, description }) : undefined;
   const basis = { description, bases: bases.bytes, coded, basisId: pack.basisId };
   const { bytes, chunks } = await streamFresh(basis, places, sign);
   async function* written(): AsyncGenerator<Uint8Array, void> {
@@ -94,12 +94,7 @@ export async function planAppend(pack: Pack, tasks: readonly TaskToWrite[], sign
   checkPack("planAppend", pack);
   return layoutAppend(
     pack,
-    tasks.map((task) => codedLike(pack, task)),
+    tasks.map((task) => storedTask(pack, task)),
     sign,
   );
-}
-
-/** Coded where the pack is. */
-function codedLike(pack: Pack, task: TaskToWrite): TaskToWrite {
-  return isCodedPack(pack) && !isCoded(task.blob) ? codedTask(task, pack.modules) : task;
 }

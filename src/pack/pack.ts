@@ -130,7 +130,7 @@ export async function openPack(input: SourceInput, options: OpenOptions = {}): P
     // A copy: as a view the directory would keep the bases in memory.
     directoryBytes = bytes.slice(0, directoryLength);
     await trust?.checkDirectory(window, directoryBytes);
-    const directory = parseDirectory(directoryBytes, window.superblock, name);
+    const directory = await parseDirectory(directoryBytes, window.superblock, name);
     const bases = together ? bytes.subarray(basesAt) : undefined;
     const { reads = counted, byteLength } = inner;
     const source = { name, byteLength, read, clear: async () => inner.clear?.(), close: async () => inner.close?.() };
@@ -328,7 +328,7 @@ export class Pack {
       if (!bytes) await checkSection(read, section, part, this.name, this.#trust);
       if (!section.coded) return parse(read);
       const { decodeSection } = await import("../format/coded.ts");
-      return parse(decodeSection(read, this.name, part, section.size));
+      return parse(decodeSection(read, this.name, part, this.directory.basisBytes, section.size));
     } catch (error) {
       throw await explain(error, this.#source, this.directory.bytes);
     }

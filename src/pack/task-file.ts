@@ -5,7 +5,7 @@ import { checkOptions, described } from "../arguments.ts";
 import { TaskError } from "../errors.ts";
 import { plainTask } from "../format/coded.ts";
 import { isTaskId } from "../format/directory.ts";
-import type { PackModule, TaskBlob, TaskEntry, TaskFile } from "../format/format.ts";
+import type { Directory, PackModule, TaskBlob, TaskEntry, TaskFile } from "../format/format.ts";
 import { wrongKind } from "../format/kind.ts";
 import { parseTask } from "../format/task.ts";
 import { parseTaskFile } from "../format/task-file.ts";
@@ -17,6 +17,7 @@ import type { TaskTrust, Trust } from "./trust.ts";
 interface Target {
   readonly basisId: string;
   readonly modules: readonly PackModule[];
+  readonly directory: Pick<Directory, "basisBytes">;
 }
 
 /**
@@ -42,7 +43,7 @@ export async function readTask(source: ByteSource): Promise<TaskFile> {
 export async function readTaskFile(
   file: SourceInput,
   id: string,
-  { basisId, modules }: Target,
+  { basisId, modules, directory }: Target,
   tasks: ReadonlyMap<string, unknown>,
   trust: Trust | undefined,
   options: TaskTrust,
@@ -66,7 +67,7 @@ export async function readTaskFile(
       throw new TaskError(`${described(id)} cannot name a task`, { task: id });
     }
     if (tasks.has(id)) throw new TaskError(`a task "${id}" already exists; choose another id`, { task: id });
-    const plain = plainTask(blob, name, `task "${id}"`);
+    const plain = plainTask(blob, name, `task "${id}"`, directory.basisBytes);
     return { ...entry, blob: parseTask(plain, modules, name, { ...entry, id }) };
   } finally {
     await source.close?.();

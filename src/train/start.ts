@@ -45,7 +45,8 @@ export async function readDonor(pack: Pack, task: string | Uint8Array<ArrayBuffe
   }
   const file = "the task to begin with";
   const { id, basisId, blob } = parseTaskFile(task, file);
-  if (basisId === pack.basisId) return { id, blob: parseTask(plainTask(blob, file, file), pack.modules, file, { id }) };
+  if (basisId === pack.basisId)
+    return { id, blob: parseTask(plainTask(blob, file, file, pack.directory.basisBytes), pack.modules, file, { id }) };
   throw new TaskError(`task "${id}" belongs to the basis ${basisId}, this pack has ${pack.basisId}`, { task: id });
 }
 

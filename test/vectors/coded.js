@@ -17,6 +17,9 @@ const LEVELS = [
   [248, 2247, 6674, 10909, 14843, 18390, 21496, 24136],
 ];
 
+/** Tables of bytes, which move faster. */
+const QUICK = /^(literals|length|distance|high|middle|low)/;
+
 /** Steps that a reader takes, in its order. */
 function recorder() {
   const steps = [];
@@ -25,7 +28,7 @@ function recorder() {
     if (!tables.has(name)) tables.set(name, { sums: [0, ...LEVELS[level].slice(1), 32768], uses: 0 });
     const table = tables.get(name);
     steps.push({ start: table.sums[v], width: table.sums[v + 1] - table.sums[v], of: 15 });
-    const q = table.uses < 4 ? 4 : table.uses < 12 ? 5 : table.uses < 40 ? 6 : 7;
+    const q = (table.uses < 4 ? 4 : table.uses < 12 ? 5 : table.uses < 40 ? 6 : 7) - (QUICK.test(name) ? 2 : 0);
     for (let i = 1; i <= 7; i++) {
       const aim = i <= v ? 16 * i : 32768 - 16 * (8 - i);
       table.sums[i] += Math.floor((aim - table.sums[i]) / 2 ** q);
@@ -65,14 +68,26 @@ function wordsOf(steps) {
  * A coded section.
  * @param tensors of it in order, `{ at, type, rows, width }`; those of floats stand as bytes
  * @param step each begins at a multiple of it
+ * @param before what lies before the section: of bases and blobs the basis description
  */
-export function coded(section, tensors, step) {
+export function coded(section, tensors, step, before = new Uint8Array()) {
   const to = recorder();
   let at = 0;
   const plain = (end) => {
     to.number("length", end - at);
-    if (end > at) to.number("length", end - at);
-    for (; at < end; at++) to.bits(8, section[at]);
+    let distance = 0;
+    while (at < end) {
+      let next = at;
+      while (next < end && copyAt(section, before, next, end).length < 4) next++;
+      to.number("literals", next - at);
+      for (; at < next; at++) byte(to, section[at - 1] ?? 0, section[at]);
+      if (at === end) break;
+      const copy = copyAt(section, before, at, end);
+      to.number("length", copy.length - 4);
+      to.number("distance", copy.distance === distance ? 0 : copy.distance);
+      distance = copy.distance;
+      at += copy.length;
+    }
   };
   for (const { at: start, type, rows, width } of tensors) {
     if (!(type in BITS) || rows === 0) continue;
@@ -90,6 +105,27 @@ export function coded(section, tensors, step) {
   view.setUint32(4, section.length, true);
   words.forEach((word, i) => view.setUint16(8 + 2 * i, word, true));
   return bytes;
+}
+
+/** In 3, 3 and 2 bits. */
+function byte(to, last, value) {
+  const [high, middle] = [value >> 5, (value >> 2) & 7];
+  to.symbol(`high ${last >> 5}`, 7, high);
+  to.symbol(`middle ${high}`, 7, middle);
+  to.symbol(`low ${8 * high + middle}`, 7, value & 3);
+}
+
+/** The longest copy for a place, looked for everywhere. */
+function copyAt(section, before, at, end) {
+  const all = Uint8Array.of(...before, ...section.subarray(0, end));
+  const place = before.length + at;
+  let best = { length: 0, distance: 0 };
+  for (let from = place - 1; from >= 0; from--) {
+    let length = 0;
+    while (place + length < all.length && all[from + length] === all[place + length]) length++;
+    if (length > best.length) best = { length, distance: place - from };
+  }
+  return best;
 }
 
 /** The rows of one tensor, each a scale and integers. Returns where it ends. */

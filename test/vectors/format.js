@@ -192,10 +192,10 @@ export function blobOf({ header, tensors, magic = 0x4b534154 }) {
   return joined([start, ...tensors], 4);
 }
 
-/** The same, coded. */
-export function codedBlob(task) {
+/** The same, coded. @param basis whose description copies may be of */
+export function codedBlob(task, basis) {
   const start = 8 + msgpack(task.header).length;
-  return coded(blobOf(task), placesOf(task.tensors, 4, start), 4);
+  return coded(blobOf(task), placesOf(task.tensors, 4, start), 4, msgpack(basis));
 }
 
 const PREFIX = new Uint8Array([
@@ -259,9 +259,20 @@ function superblockOf(generation, committed, directory, bases, directoryBytes, s
  * A pack file.
  * @param pack `{ basis, tensors, tasks, appended, hashed, signer, minor, extra }`: basis description, bases' tensors as stored, tasks as
  *   `{ entry, header, tensors }`, tasks of a second generation, whether there are hashes, who signs, sections of other kinds, and
- *   what is made of sections that are coded
+ *   what is made of coded sections, and how the directory is coded
  */
-export function packFile({ basis, tensors, tasks, appended = [], hashed = true, signer, minor = 0, extra = [], code }) {
+export function packFile({
+  basis,
+  tensors,
+  tasks,
+  appended = [],
+  hashed = true,
+  signer,
+  minor = 0,
+  extra = [],
+  code,
+  codeDirectory,
+}) {
   const description = msgpack(basis);
   const basesBytes = joined(tensors, 16);
   const head = new Uint8Array(48);
@@ -275,24 +286,35 @@ export function packFile({ basis, tensors, tasks, appended = [], hashed = true, 
   const list = msgpack(tasks.map(({ entry }) => entry));
   const contents = [
     code
-      ? { kind: 4, content: code(coded(basesBytes, placesOf(tensors, 16), 16), "bases") }
+      ? { kind: 4, content: code(coded(basesBytes, placesOf(tensors, 16), 16, description), "bases") }
       : { kind: 1, content: basesBytes },
     ...tasks.map((task) =>
       code
-        ? { kind: 5, content: code(codedBlob(task), task.entry.id) }
+        ? { kind: 5, content: code(codedBlob(task, basis), task.entry.id) }
         : { kind: 2, content: task.blob ?? blobOf(task) },
     ),
     ...extra,
   ];
-  const directoryLength = 16 + contents.length * (hashed ? 64 : 32) + description.length + list.length;
-  let end = 1536 + directoryLength;
+  const stored = (sections, list) =>
+    codeDirectory
+      ? codeDirectory(
+          directoryOf(
+            sections.map((s) => ({ ...s, offset: 0 })),
+            description,
+            list,
+            hashed,
+          ),
+        )
+      : directoryOf(sections, description, list, hashed);
+  const nowhere = contents.map((section) => ({ ...section, offset: 0, length: section.content.length }));
+  let end = 1536 + stored(nowhere, list).length;
   const place = (section) => {
     const offset = align(end, 64);
     end = offset + section.content.length;
     return { ...section, offset, length: section.content.length };
   };
   const first = contents.map(place);
-  const directory = directoryOf(first, description, list, hashed);
+  const directory = stored(first, list);
   const parts = [directory, ...first.map(({ content }) => content)];
   const window = new Uint8Array(1536);
   window.set(head);
@@ -302,7 +324,7 @@ export function packFile({ basis, tensors, tasks, appended = [], hashed = true, 
     const free = { kind: 3, offset: 1536, length: directory.length };
     const more = appended.map((task) => place({ kind: 2, content: blobOf(task) }));
     const all = msgpack([...tasks, ...appended].map(({ entry }) => entry));
-    const second = directoryOf([free, ...first, ...more], description, all, hashed);
+    const second = stored([free, ...first, ...more], all);
     const at = align(end, 64);
     end = at + second.length;
     parts.push(...more.map(({ content }) => content), second);

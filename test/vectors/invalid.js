@@ -1,5 +1,6 @@
 // @ts-nocheck: it writes what no type allows
 /** The invalid vectors: for each the section of SPEC.md that it breaks, and why. Checksums and hashes are right where nothing else is said. */
+import { coded } from "./coded.js";
 import { align, blobOf, crc32c, Float, msgpack, packFile, Raw, repair, repairTaskFile, sha256 } from "./format.js";
 import { everyKind, SIGNER, STRANGER, taskFileOf, VALID } from "./valid.js";
 
@@ -62,6 +63,10 @@ function recoded(which, change) {
   };
 }
 
+function codedDirectory(codeDirectory) {
+  return () => packFile({ ...everyKind().pack, code: (bytes) => bytes, codeDirectory });
+}
+
 /** A magnitude of 8 in four bits: what a coder can write, and no tensor may hold. */
 function codedLeast() {
   const { pack } = everyKind();
@@ -88,6 +93,20 @@ export const PACKS = {
     "5.1",
     "a coded blob that would become 2^31 bytes",
     recoded("terms", (b) => void new DataView(b.buffer).setUint32(4, 2 ** 31, true)),
+  ],
+  "coded-copy": ["5.1", "a copy from before a coded directory", codedDirectory((d) => coded(d, [], 4, d.slice(0, 64)))],
+  "coded-place": [
+    "4",
+    "a coded directory says where a section is",
+    codedDirectory((d) => {
+      d[24] = 64;
+      return coded(d, [], 4);
+    }),
+  ],
+  "coded-directory": [
+    "5.1",
+    "a word of a coded directory is missing",
+    codedDirectory((d) => coded(d, [], 4).slice(0, -2)),
   ],
   "coded-value": ["5", "the integer -8 in a coded int4 tensor", codedLeast],
   // 2. Window

@@ -249,17 +249,23 @@ Section = record("Section", "kind offset length crc hash coded")
 Side = record("Side", "kind K rank mean type width E M")  # E, M: components [K, width], mean [width], from the bases
 Module = record("Module", "name out inner layout kernel A B has_fingerprint fingerprint")  # inner: `in`
 Entry = record("Entry", "id adapter_bytes metadata brings section")  # brings: None when it is not said
-Pack = record("Pack", "data basis_id superblock sections modules entries revoked")
+Pack = record("Pack", "data basis_id superblock sections modules entries revoked description")
 
 
-def read_table(raw, n, hashed, superblock):
+def read_table(raw, n, hashed, superblock, coded_directory):
     """Sections 4 and 4.1: the table in a directory of right length, its hashes and the tiling of the file."""
-    sections = []
+    sections, behind = [], WINDOW
     for i in range(n):
         row = raw[16 + 32 * i : 48 + 32 * i]
         kind, flag, offset, length = u32(row, 0), u32(row, 4), u64(row, 8), u64(row, 16)
         coded = kind in (BASES + CODED, BLOB + CODED)
         kind -= CODED if coded else 0
+        if coded_directory:
+            need(offset == 0, "4", "a coded directory that says where a section is")
+            if up(behind, 64) == superblock.directory[0]:
+                behind = sum(superblock.directory)
+            offset = superblock.bases[0] if kind == BASES else up(behind, 64)
+            behind = offset + length
         sha = raw[len(raw) - 32 * (n - i) :][:32] if hashed else None
         need(flag in (0, 1), "4.1", "unknown flags of a section")
         need(flag or kind not in (BASES, BLOB), "4.1", "a task blob or the bases are not required")
@@ -437,23 +443,27 @@ def open_pack(data, integrity=None, keys=(), revoked=()):
     check_signature(superblock.signature, keys, b"eigenlora pack\n" + root)
 
     need(length >= 16, "4", "a directory without its head")
+    coded_directory = u32(raw, 0) == CODE
+    raw = decoded(raw, coded_directory)
+    need(len(raw) >= 16, "4", "a directory without its head")
     n, d, t, h = (u32(raw, at) for at in (0, 4, 8, 12))
     need(n <= 1_048_576 and d <= 67_108_864 and t <= 268_435_456, "4", "a part of the directory is too large")
     need(h in (0, 32 * n), "4", "another number of hashes than of sections")
-    need(length == 16 + 32 * n + d + t + h, "4", "the parts do not add up to the directory")
+    need(len(raw) == 16 + 32 * n + d + t + h, "4", "the parts do not add up to the directory")
     need(h or not (integrity or keys), "8", "no hashes, though a root or keys were given")
-    sections = read_table(raw, n, h > 0, superblock)
+    sections = read_table(raw, n, h > 0, superblock, coded_directory)
     bases = next(s for s in sections if s.kind == BASES)
     if bases.offset == up(offset + length, 64):  # one range covers both
         need(not any(data[offset + length : bases.offset]), "1", "padding before the bases is not zero")
     description = raw[16 + 32 * n :][:d]
     modules = read_description(description)
     entries = read_task_list(raw[16 + 32 * n + d :][:t], modules, [s for s in sections if s.kind == BLOB])
-    bases_raw = decoded(section_bytes(data, bases), bases.coded)
+    bases_raw = decoded(section_bytes(data, bases), bases.coded, description)
     need(not bases.coded or len(bases_raw) == bases_size(modules), "5.1", "coded bases of another size than their tensors")
     need(hashlib.sha256(description + bases_raw).digest() == basis_id, "2", "the basis id is of another basis")
     read_bases(bases_raw, modules)
-    return Pack(data, basis_id, superblock, sections, modules, entries, frozenset(map(hash_of, revoked)))
+    revoked = frozenset(map(hash_of, revoked))
+    return Pack(data, basis_id, superblock, sections, modules, entries, revoked, description)
 
 
 def verify(pack):
@@ -559,26 +569,32 @@ class Words:
         self.renew()
         return value
 
-    def symbol(self, name, level=7):
+    def symbol(self, name, level=7, quick=0):
         table = self.tables.setdefault(name, [[0, *SUMS[level], 2**15], 0])
         sums, used = table
         s = self.x % 2**15
         v = max(i for i in range(8) if sums[i] <= s)
         self.x = (sums[v + 1] - sums[v]) * (self.x >> 15) + s - sums[v]
         self.renew()
-        q = 4 + (used >= 4) + (used >= 12) + (used >= 40)
+        q = 4 + (used >= 4) + (used >= 12) + (used >= 40) - 2 * quick
         for i in range(1, 8):
             sums[i] += ((16 * i if i <= v else 2**15 - 16 * (8 - i)) - sums[i]) >> q
         table[1] += 1
         return v
 
-    def number(self, name):
-        c = self.symbol(name)
+    def number(self, name, quick=0):
+        c = self.symbol(name, quick=quick)
         if c == 7:
             c = min(30, 7 + self.bits(5))
         low = min(c, 16)
         high = self.bits(c - low)
         return 2**c + high * 2**low + self.bits(low) - 1
+
+    def byte(self, last):
+        high = self.symbol(f"high {last >> 5}", quick=1)
+        middle = self.symbol(f"middle {high}", quick=1)
+        low = self.symbol(f"low {8 * high + middle}", quick=1)
+        return high << 5 | middle << 2 | low & 3
 
     def integer(self, expected):
         k = 0
@@ -592,8 +608,8 @@ class Words:
         return -magnitude if magnitude and self.bits(1) else magnitude
 
 
-def decoded(raw, coded):
-    """A section as it was before it was coded."""
+def decoded(raw, coded, before=b""):
+    """A section as it was before it was coded; `before` is what lies before it."""
     if not coded:
         return raw
     need(len(raw) >= 12 and len(raw) % 2 == 0 and u32(raw, 0) == CODE, "5.1", "a coded section without its head")
@@ -601,19 +617,20 @@ def decoded(raw, coded):
     need(size <= 64 * len(raw) + 4096, "5.1", "a coded section that grows too much")
     words, out, end = Words(raw[8:]), bytearray(size), 0
     while end < size:
-        stop = end + words.number("length")
+        stop = end + words.number("length", 1)
         need(stop <= size, "5.1", "more bytes than the section has")
+        back = 0
         while end < stop:
-            count = words.number("length")
+            count = words.number("literals", 1)
             need(end + count <= stop, "5.1", "more bytes than there are to come")
             for _ in range(count):
-                out[end] = words.bits(8)
+                out[end] = words.byte(out[end - 1] if end else 0)
                 end += 1
             if end < stop:
-                count, back = 4 + words.number("length"), 1 + words.number("distance")
-                need(end + count <= stop and back <= end, "5.1", "a copy that does not fit")
+                count, back = 4 + words.number("length", 1), words.number("distance", 1) or back
+                need(end + count <= stop and 0 < back <= end + len(before), "5.1", "a copy that does not fit")
                 for _ in range(count):
-                    out[end] = out[end - back]
+                    out[end] = out[end - back] if back <= end else before[end - back]
                     end += 1
         if end < size:
             end = decode_run(words, out, end)
@@ -753,7 +770,7 @@ def read_blob(raw, modules):
 def make_task(pack, entry, raw):
     """A task of a blob whose checksums are right."""
     need(hashlib.sha256(raw).digest() not in pack.revoked, "8", "a revoked task")
-    terms, parameters = read_blob(decoded(raw, len(raw) >= 4 and u32(raw, 0) == CODE), pack.modules)
+    terms, parameters = read_blob(decoded(raw, len(raw) >= 4 and u32(raw, 0) == CODE, pack.description), pack.modules)
     brings = {(ROLES[p.role], p.name) for p in parameters}
     brings |= {("magnitude", term.module.name) for term in terms if term.magnitude_type is not None}
     brings |= {("private", term.module.name) for term in terms if term.q}

@@ -1,5 +1,6 @@
 // @ts-nocheck: it writes what no type allows
 /** The valid vectors: files, and the values in them. */
+import { coded as codedSection } from "./coded.js";
 import { blobOf, codedBlob, Float, keyOf, packFile, Raw, TYPES, taskFile } from "./format.js";
 import { bringsOf, createModel } from "./model.js";
 
@@ -179,8 +180,10 @@ function codedTask() {
   const { pack } = everyKind();
   const task = pack.tasks[1];
   const basisId = packFile(pack).subarray(16, 48);
-  return { bytes: taskFile({ entry: task.entry, basisId, blob: codedBlob(task) }), expected };
+  return { bytes: taskFile({ entry: task.entry, basisId, blob: codedBlob(task, pack.basis) }), expected };
 }
+
+const coded = (directory) => codedSection(directory, [], 4);
 
 /** By name: `{ bytes, expected, why, keys }`. Task files belong to every-kind. */
 export const VALID = {
@@ -201,7 +204,18 @@ export const VALID = {
   "beyond.eigen": { ...beyond(), why: "bytes behind the committed end are ignored" },
   "signed.eigen": { ...file(everyKind, { signer: SIGNER }), why: "signed", signed: true },
   "signed-grown.eigen": { ...file(grown, { signer: SIGNER }), why: "signed, both generations", signed: true },
-  "coded.eigen": { ...file(everyKind, { code: (bytes) => bytes }), why: "coded sections" },
+  "coded.eigen": {
+    ...file(everyKind, { code: (bytes) => bytes, codeDirectory: coded }),
+    why: "coded sections and a coded directory",
+  },
+  "coded-grown.eigen": {
+    ...file(grown, { code: (bytes) => bytes, codeDirectory: coded }),
+    why: "a coded directory, of a second generation",
+  },
+  "coded-nothing.eigen": {
+    ...file(nothing, { codeDirectory: coded }),
+    why: "a coded directory, and empty bases where it ends",
+  },
   "coded-large.eigen": {
     ...file(large, { code: (bytes) => bytes }),
     why: "coded sections with large integers and wide rows",
