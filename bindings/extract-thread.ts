@@ -3,7 +3,16 @@
  * import.
  */
 import { parentPort } from "node:worker_threads";
-import { createAnswerer } from "../src/extract/extractor.ts";
+import { bytesOf, createAnswerer } from "../src/extract/extractor.ts";
+import { letGo } from "../src/extract/garbage.ts";
+
+/** How often the numbers of a question are written to arrays that are left of it. */
+const COPIES = 4;
 
 const answer = await createAnswerer();
-parentPort!.on("message", async (question) => parentPort!.postMessage(await answer(question)));
+parentPort!.on("message", async (question) => {
+  const bytes = bytesOf(question);
+  parentPort!.postMessage(await answer(question));
+  // Later, when the question is not held here any more.
+  setImmediate(letGo, COPIES * bytes);
+});

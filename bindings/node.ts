@@ -7,6 +7,8 @@ import { fstatSync } from "node:fs";
 import { open, realpath } from "node:fs/promises";
 import { basename, dirname } from "node:path";
 import { fileURLToPath } from "node:url";
+import { setFlagsFromString } from "node:v8";
+import { runInNewContext } from "node:vm";
 import { SourceError } from "../src/errors.ts";
 import type { Thread } from "../src/extract/extractor.ts";
 import type { ByteSource } from "../src/source.ts";
@@ -85,8 +87,9 @@ export function reasonOf(cause: unknown): string {
 /** Starts a thread for extraction. @throws Error when it cannot be started; from `ask` when it ends before it has answered */
 export const openThread: (() => Promise<Thread>) | undefined = async () => {
   const { Worker } = await import("node:worker_threads");
-  // Flags of this process are for its own entry: some, as --eval, would stop a thread.
-  const worker = new Worker(new URL("./extract-thread.js", import.meta.url), { execArgv: [] });
+  // Flags of this process are for its own entry: some, as --eval, would stop a thread. Almost all that a thread holds lies outside its heap.
+  const options = { execArgv: [], resourceLimits: { maxYoungGenerationSizeMb: 4 } };
+  const worker = new Worker(new URL("./extract-thread.js", import.meta.url), options);
   let [answered, failed]: [(answer: unknown) => void, (cause: unknown) => void] = [() => {}, () => {}];
   let ended: Error | undefined;
   const end = (cause: unknown): void => {
@@ -106,6 +109,26 @@ export const openThread: (() => Promise<Thread>) | undefined = async () => {
       }),
     close: async () => void (await worker.terminate()),
   };
+};
+
+/** What V8's own collector is called with; undefined until it is first asked for, null where there is none. */
+let collector: ((options?: { type: "minor" }) => void) | null | undefined;
+
+/** Frees arrays that nobody uses any more, all of them or those made a moment ago. Does nothing where the engine has no way to. */
+export const collectGarbage: ((which: "young" | "all") => void) | undefined = (which) => {
+  if (collector === undefined) {
+    collector = null;
+    try {
+      // The flag gives new contexts the function, and no others.
+      setFlagsFromString("--expose-gc");
+      collector = runInNewContext("gc") as NonNullable<typeof collector>;
+      setFlagsFromString("--no-expose-gc");
+    } catch {
+      // Another engine: it keeps its own time.
+    }
+  }
+  if (which === "young") collector?.({ type: "minor" });
+  else collector?.();
 };
 
 /** Dawn's entry point. One for the life of the process: when it is collected, drivers may crash (dawn-gpu/node-webgpu#18). */

@@ -8,10 +8,10 @@ import type { Adapter } from "../adapters/adapter.ts";
 import { partByGain, readScores } from "../adapters/scores.ts";
 import type { BasisMode } from "../extract/options.ts";
 import { DEFAULT_ERROR } from "../pack/allocate.ts";
-import { buildPack } from "../pack/build.ts";
+import { buildStreamed, type Packed } from "../pack/build.ts";
 import type { Tried } from "../pack/goal.ts";
 import type { BuildReport } from "../pack/report.ts";
-import { type SearchReport, searchPack } from "../pack/search.ts";
+import { type SearchReport, searchPack, searchStreamed } from "../pack/search.ts";
 import type { SearchOptions } from "../pack/search-options.ts";
 import type { Engine } from "../session/engine.ts";
 import type { Dtypes } from "../tensor/dtypes.ts";
@@ -247,7 +247,7 @@ async function build(
   options: PackOptions,
   run: Run,
   out: Output,
-): Promise<{ chunks: Uint8Array[]; report: BuildReport | SearchReport }> {
+): Promise<Packed<BuildReport | SearchReport>> {
   const { rank, privateTerms, centering, step, headStep, bytes, ratio, error, divergence } = options;
   const { dtype = {}, normalize, anyBase } = options;
   const mode = modeOf(options);
@@ -262,7 +262,7 @@ async function build(
     const kind = divergence !== undefined ? "divergence" : most !== undefined ? "bytes" : "error";
     const onTry = ({ name }: Tried, done: number, of: number): void => out.progress("way", done, of, name);
     const search: SearchOptions = { ...common, workers, goal: { kind, max }, onTry };
-    if (!asked || kind === "error") return searchPack(adapters, search);
+    if (!asked || kind === "error") return searchStreamed(adapters, search);
     const { engine, model, judge: about } = asked;
     const judge = run.closing(createJudge(engine, model, about));
     const found = await searchPack(adapters, { ...search, judge: judge.judge });
@@ -276,7 +276,7 @@ async function build(
     const { name: _, way: __, judgedBy: ___, tried: ____, decisions: _____, ...plain } = report;
     return { chunks, report: plain };
   }
-  return buildPack(adapters, { ...all, workers, select: selection(options), onProgress: counting(out, "module") });
+  return buildStreamed(adapters, { ...all, workers, select: selection(options), onProgress: counting(out, "module") });
 }
 
 /** Small packs are made before threads have started, and each thread holds memory. */

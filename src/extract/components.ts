@@ -4,6 +4,7 @@
  * nothing of tasks, gauges or stored types.
  */
 import { type Eigen, symmetricEigen } from "./eigen.ts";
+import { letGo } from "./garbage.ts";
 import { largestEigen, type Operator } from "./lanczos.ts";
 import { addScaled, norm, PLAIN, type Products, rowSquares, scale, straighten, transpose } from "./linalg.ts";
 
@@ -167,6 +168,7 @@ function fewEigen(x: Float64Array, rows: number, width: number, few: number, pro
         k,
       ),
   };
+  letGo(x.byteLength);
   const release = products.hold?.(x);
   try {
     const found = largestEigen(operator, few, products);

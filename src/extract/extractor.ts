@@ -46,6 +46,8 @@ export interface Extractor {
   readonly size: number;
   /** @throws whatever the work throws */
   ask<K extends Kind>(kind: K, stack: ModuleStack, options: Parameters<Jobs[K]>[1]): Promise<ReturnType<Jobs[K]>>;
+  /** Gives back memory that large work has left, where threads hold it. Only while nothing is asked. */
+  renew(): Promise<void>;
   close(): Promise<void>;
 }
 
@@ -85,14 +87,17 @@ function here(products: Products): Extractor {
   return {
     size: 1,
     ask: async (kind, stack, options) => (JOBS[kind] as (...args: unknown[]) => never)(stack, options, products),
+    renew: async () => {},
     close: async () => {},
   };
 }
 
 async function inThreads(count: number, open: () => Promise<Thread>): Promise<Extractor> {
-  const threads = await Promise.all(Array.from({ length: count }, open));
-  const idle = [...threads];
+  const start = (): Promise<Thread[]> => Promise.all(Array.from({ length: count }, open));
+  let threads = await start();
+  let idle = [...threads];
   const waiting: ((thread: Thread) => void)[] = [];
+  const close = async (): Promise<void> => void (await Promise.all(threads.map((thread) => thread.close())));
   return {
     size: count,
     async ask(kind, stack, options) {
@@ -109,9 +114,12 @@ async function inThreads(count: number, open: () => Promise<Thread>): Promise<Ex
         else idle.push(thread);
       }
     },
-    async close() {
-      await Promise.all(threads.map((thread) => thread.close()));
+    async renew() {
+      await close();
+      threads = await start();
+      idle = [...threads];
     },
+    close,
   };
 }
 
@@ -132,6 +140,12 @@ export async function createAnswerer(): Promise<(question: unknown) => Promise<A
       return { failed: failureOf(error) };
     }
   };
+}
+
+/** Of the factors that a question holds. */
+export function bytesOf(question: unknown): number {
+  const { members } = (question as Question).stack;
+  return members.reduce((sum, { A, Bt }) => sum + A.byteLength + Bt.byteLength, 0);
 }
 
 function failureOf(error: unknown): Failure {

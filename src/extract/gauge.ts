@@ -4,6 +4,7 @@
  */
 import type { Term } from "../tensor/term.ts";
 import { dominant, ROUNDING } from "./components.ts";
+import { letGo } from "./garbage.ts";
 import { addScaled, dot, lq, multiply, PLAIN, type Products, scale, svd, transpose } from "./linalg.ts";
 
 /**
@@ -19,6 +20,9 @@ export interface Pair {
 export function pairOf({ rank, A, Bt }: Pick<Term, "rank" | "A" | "Bt">): Pair {
   return { rank, A: Float64Array.from(A), Bt: Float64Array.from(Bt) };
 }
+
+/** How often the numbers of a pair are written to new arrays on their way to another that stays. */
+const PASSING = 3;
 
 /**
  * The balanced pair of the same ΔW = U·S·Vᵀ: B = U·√S, A = √S·Vᵀ, strongest first. Singular values below one f32 step
@@ -40,11 +44,13 @@ export function balance(pair: Pair, outputs: number, inputs: number, products: P
     scale(factor, A, i * inputs, inputs);
     scale(factor, Bt, i * outputs, outputs);
   }
+  letGo(PASSING * (pair.A.byteLength + pair.Bt.byteLength));
   return { rank, A, Bt };
 }
 
 /** The singular values of ΔW that `balance` keeps, without the pair. */
 export function singularValues(pair: Pair, outputs: number, inputs: number): number[] {
+  letGo(pair.A.byteLength + pair.Bt.byteLength);
   const { L: LA, size: m } = lq(pair.A.slice(), pair.rank, inputs, false);
   const { L: LB, size: n } = lq(pair.Bt.slice(), pair.rank, outputs, false);
   const { S } = svd(multiply(transpose(LB, pair.rank, n), LA, n, m, pair.rank), n, m);

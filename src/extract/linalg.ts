@@ -4,6 +4,8 @@
  * vector of the space we work in, so products are taken between rows, which lie contiguous in memory.
  */
 
+import type { FindScale } from "../tensor/encode.ts";
+
 /** Spacing of doubles at 1. */
 export const EPSILON: number = Number.EPSILON;
 
@@ -19,6 +21,8 @@ export interface Products {
   hold?(operand: Float64Array): () => void;
   /** As `tridiagonalize` of `eigen.ts`, which stands in where this is absent. */
   tridiagonalize?(a: Float64Array, n: number): Tridiagonal;
+  /** As of `encodeTensor`, which has a plain loop where this is absent. */
+  findScale?: FindScale;
 }
 
 export const multiply: Products["multiply"] = (x, y, m, n, width) =>
@@ -300,14 +304,16 @@ export function svd(c: Float64Array, m: number, n: number): SVD {
   const w = c.slice();
   const u = new Float64Array(m * m);
   for (let i = 0; i < m; i++) u[i * m + i] = 1;
+  // Of each row, until it is turned.
+  const squares = rowSquares(w, m, n);
   // Convergence is quadratic, 5 to 8 sweeps in practice; the cap only rules out an endless loop between rounding
   // errors.
   for (let sweep = 0, turned = true; turned && sweep < 60; sweep++) {
     turned = false;
     for (let p = 0; p < m; p++) {
       for (let q = p + 1; q < m; q++) {
-        const pp = dot(w, p * n, w, p * n, n);
-        const qq = dot(w, q * n, w, q * n, n);
+        const pp = squares[p]!;
+        const qq = squares[q]!;
         const pq = dot(w, p * n, w, q * n, n);
         if (Math.abs(pq) <= EPSILON * Math.sqrt(pp) * Math.sqrt(qq)) continue;
         turned = true;
@@ -315,11 +321,13 @@ export function svd(c: Float64Array, m: number, n: number): SVD {
         const tangent = Math.sign(zeta || 1) / (Math.abs(zeta) + Math.sqrt(1 + zeta * zeta));
         const cosine = 1 / Math.sqrt(1 + tangent * tangent);
         rotate(w, p * n, q * n, n, cosine, cosine * tangent);
+        squares[p] = dot(w, p * n, w, p * n, n);
+        squares[q] = dot(w, q * n, w, q * n, n);
         rotate(u, p * m, q * m, m, cosine, cosine * tangent);
       }
     }
   }
-  const norms = rowSquares(w, m, n).map(Math.sqrt);
+  const norms = squares.map(Math.sqrt);
   const order = Array.from(norms.keys()).sort((a, b) => norms[b]! - norms[a]!);
   const out: SVD = { U: new Float64Array(m * m), S: new Float64Array(m), V: new Float64Array(m * n) };
   order.forEach((from, to) => {

@@ -9,6 +9,7 @@ import { storing } from "../tensor/encode.ts";
 import type { PrivateChoice } from "./allocation.ts";
 import { deltaError, pairNorm, relative } from "./error.ts";
 import { extractModule, type ModuleExtraction, type ModuleStack } from "./extract.ts";
+import { letGo } from "./garbage.ts";
 import { balance, leadingRows, type Pair, pairOf, singularValues } from "./gauge.ts";
 import type { Products } from "./linalg.ts";
 import { mix } from "./mixing.ts";
@@ -107,6 +108,9 @@ interface Mixed {
   reached: boolean;
 }
 
+/** How often the numbers of a task are written to new arrays on their way from a balanced pair. */
+const PASSING = 4;
+
 /** @param error each task has as few private terms as keep it within; undefined: all that there may be */
 function alternate(stack: ModuleStack, given: readonly Pair[], options: PrivateOptions, error?: number): Mixed {
   let best: Mixed | undefined;
@@ -117,11 +121,12 @@ function alternate(stack: ModuleStack, given: readonly Pair[], options: PrivateO
       { ...options, rank: options.rank ?? Math.max(...given.map(({ rank }) => rank)) },
     );
     const parts = expanded(shared, options);
-    const tasks = shared.tasks.map((task, i) =>
-      storing(`a private term of "${stack.name}"`, task.id, () =>
+    const tasks = shared.tasks.map((task, i) => {
+      letGo(PASSING * (given[i]!.A.byteLength + given[i]!.Bt.byteLength));
+      return storing(`a private term of "${stack.name}"`, task.id, () =>
         withPrivate(task, given[i]!, parts[i]!, choiceOf(options, i), error, options.products, options.steps?.[i]),
-      ),
-    );
+      );
+    });
     const found = { ...shared, tasks: tasks.map(({ task }) => task) };
     const mixed: Mixed = {
       found,
@@ -229,7 +234,9 @@ function withPrivate(
     const steps = step === undefined ? undefined : rowSteps(leading, step);
     const mixed = !steps && isQuantized(dtype);
     const even = mixed ? { A: mix(leading.A, q, width), Bt: mix(leading.Bt, q, height) } : leading;
-    const [A, Bt] = [rounded(dtype, even.A, q, width, steps?.A), rounded(dtype, even.Bt, q, height, steps?.Bt)];
+    const find = products?.findScale;
+    const A = rounded(dtype, even.A, q, width, steps?.A, find);
+    const Bt = rounded(dtype, even.Bt, q, height, steps?.Bt, find);
     const rows = { rank: q, A: A.values, Bt: Bt.values };
     const stored = stackedPairs(shared, rows, 1);
     const nothing = { rank: 1, A: new Float64Array(width), Bt: new Float64Array(height) };
@@ -277,12 +284,14 @@ function squareOf({ rank, A }: Pair, row: number): number {
   return A.subarray(row * width, (row + 1) * width).reduce((sum, value) => sum + value ** 2, 0) ** 2;
 }
 
-/** ΔW of one plus `sign` times ΔW of the other. */
+/** ΔW of one plus `sign` times ΔW of the other. May be one of them: not to be written to. */
 function stackedPairs(one: Pair, other: Pair, sign: 1 | -1): Pair {
+  if (other.rank === 0) return one;
+  if (one.rank === 0 && sign === 1) return other;
   const join = (a: Float64Array, b: Float64Array, factor: number): Float64Array => {
     const all = new Float64Array(a.length + b.length);
     all.set(a);
-    b.forEach((value, i) => (all[a.length + i] = factor * value));
+    for (let i = 0; i < b.length; i++) all[a.length + i] = factor * b[i]!;
     return all;
   };
   return { rank: one.rank + other.rank, A: join(one.A, other.A, 1), Bt: join(one.Bt, other.Bt, sign) };

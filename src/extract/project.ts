@@ -153,7 +153,14 @@ function projectSide(
   steps: Float64Array | undefined,
 ): { encoded: Uint8Array; loss: SideError } {
   const { components } = space;
-  const { encoded, values } = rounded(type, solve(space, target, components), target.kept, components, steps);
+  const { encoded, values } = rounded(
+    type,
+    solve(space, target, components),
+    target.kept,
+    components,
+    steps,
+    space.products.findScale,
+  );
   return { encoded, loss: lossOf(space, target, values, components) };
 }
 

@@ -206,9 +206,11 @@ function roundedErrors(
   { basisDtype, coefficientDtype }: StoredDtypes,
 ): (task: number, k: number) => SideError {
   // Components of few bits are stored mixed, and coefficients are rounded as they are of those.
+  const toStored = (values: Float64Array, rows: number, k: number): Float64Array =>
+    rounded(coefficientDtype, values, rows, k, undefined, space.products.findScale).values;
   const asStored = (coefficients: Float64Array, rows: number, k: number): Float64Array => {
-    if (!fewBits(basisDtype)) return rounded(coefficientDtype, coefficients, rows, k).values;
-    return mixColumns(rounded(coefficientDtype, mixColumns(coefficients, rows, k), rows, k).values, rows, k);
+    if (!fewBits(basisDtype)) return toStored(coefficients, rows, k);
+    return mixColumns(toStored(mixColumns(coefficients, rows, k), rows, k), rows, k);
   };
   const known = targets.map(() => new Map<number, SideError>());
   return (task, k) => {

@@ -127,7 +127,7 @@ export function encodeSide(
   const own = steps && [...steps.subarray(0, count), ...(mean ? [steps.at(-1)!] : [])];
   const stored = own
     ? encodeSteps(values, rows, width, own)
-    : { dtype: type, encoded: encodeTensor(type, values, rows, width) };
+    : { dtype: type, encoded: encodeTensor(type, values, rows, width, undefined, products?.findScale) };
   return {
     ...stored,
     components: count,

@@ -8,7 +8,7 @@
  * number of components at once, and no row is ever expanded.
  */
 import { type Dtype, decodeTensor } from "../tensor/dtypes.ts";
-import { encodeTensor } from "../tensor/encode.ts";
+import { encodeTensor, type FindScale } from "../tensor/encode.ts";
 import { centred, ROUNDING } from "./components.ts";
 import { type SideError, sideError } from "./error.ts";
 import {
@@ -202,14 +202,15 @@ export function expand(space: Subspace, coefficients: Float64Array, rank: number
   return rows;
 }
 
-/** Values [rows, width] as a tensor of `type` and as its reader will see them. @param steps as of `encodeTensor` */
+/** Values [rows, width] as a tensor of `type` and as its reader will see them. @param steps as of `encodeTensor`, as `find` */
 export function rounded(
   type: Dtype,
   values: Float64Array,
   rows: number,
   width: number,
   steps?: ArrayLike<number>,
+  find?: FindScale,
 ): { encoded: Uint8Array<ArrayBuffer>; values: Float64Array } {
-  const encoded = encodeTensor(type, values, rows, width, steps);
+  const encoded = encodeTensor(type, values, rows, width, steps, find);
   return { encoded, values: Float64Array.from(decodeTensor(type, encoded, rows, width)) };
 }

@@ -12,6 +12,7 @@ interface ExtractionKernels {
   variant: WebAssembly.Global;
   products(x: number, y: number, m: number, n: number, width: number, lower: number, across: number, out: number): void;
   tridiagonalize(a: number, n: number, diagonal: number, off: number, taus: number): void;
+  bestScale(values: number, byteLength: number, scales: number, count: number, largest: number): number;
   turnBack(a: number, n: number, taus: number, z: number, count: number): void;
 }
 
@@ -60,6 +61,12 @@ export async function createWasmProducts(options: { variant?: Variant } = {}): P
       };
     },
     tridiagonalize: (a, n) => tridiagonalize(instance, a, n),
+    findScale: (values, scales, largest) =>
+      onBlocks(instance, [values.length, scales.length], ([at, scalesAt], [row, tried]) => {
+        row!.set(values);
+        tried!.set(scales);
+        return kernels.bestScale(at!, values.byteLength, scalesAt!, scales.length, largest);
+      }),
   };
 }
 

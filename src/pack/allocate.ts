@@ -19,7 +19,7 @@ import type { Dtype } from "../tensor/dtypes.ts";
 import { Unreachable } from "./bisect.ts";
 import type { Built } from "./build.ts";
 import type { TaskLoss } from "./report.ts";
-import { readStack } from "./stack.ts";
+import { piecesOf, readStack } from "./stack.ts";
 
 /** Components that all tasks share beside their private terms, on each side of every module. */
 export interface Shared {
@@ -49,7 +49,8 @@ export async function survey(
   adapters: readonly Adapter[],
   { only, signal }: { only?: readonly Dtype[] | undefined; signal?: AbortSignal | undefined },
 ): Promise<Survey> {
-  const spectra = await eachMember(extractor, adapters, signal, async (stack) => {
+  const modules = [...sharedModules(adapters).values()].flatMap(piecesOf);
+  const spectra = await eachMember(extractor, modules, signal, async (stack) => {
     const { name: module, out, in: inputs } = stack;
     const all = await extractor.ask("spectra", stack, undefined);
     return all.map((singular, i) => {
@@ -68,7 +69,7 @@ export async function surveyBeside(
   shared: Shared,
   signal: AbortSignal | undefined,
 ): Promise<Survey> {
-  const rests = await eachMember(extractor, adapters, signal, async (stack) => {
+  const rests = await eachMember(extractor, [...sharedModules(adapters).values()], signal, async (stack) => {
     return (await extractor.ask("remainders", stack, sharedOptions(shared))).singular;
   });
   return { spectra: spectra.map((spectrum, i) => ({ ...spectrum, singular: rests[i]! })), only };
@@ -77,7 +78,7 @@ export async function surveyBeside(
 /** What `work` finds of each member of each module, modules and members in their order. */
 async function eachMember<T>(
   extractor: Extractor,
-  adapters: readonly Adapter[],
+  modules: readonly SharedModule<Adapter>[],
   signal: AbortSignal | undefined,
   work: (stack: ModuleStack) => Promise<T[]>,
 ): Promise<T[]> {
@@ -86,7 +87,7 @@ async function eachMember<T>(
     signal?.throwIfAborted();
     return work((await readStack(module)).stack);
   };
-  for await (const members of inOrder([...sharedModules(adapters).values()], extractor.size + 1, read)) {
+  for await (const members of inOrder(modules, extractor.size + 1, read)) {
     signal?.throwIfAborted();
     for (const one of members) found.push(one);
   }

@@ -4,25 +4,15 @@
  */
 
 import type { Adapter } from "../adapters/adapter.ts";
-import {
-  baseModels,
-  checkAdapters,
-  refuseBases,
-  refuseBoth,
-  type SharedModule,
-  sharedModules,
-} from "../adapters/modules.ts";
+import { baseModels, checkAdapters, refuseBases, refuseBoth, sharedModules } from "../adapters/modules.ts";
 import { checkOptions } from "../arguments.ts";
 import type { WeightHost } from "../base/host.ts";
-import { AdapterError } from "../errors.ts";
 import type { Allocation } from "../extract/allocation.ts";
-import { createExtractor, type Extractor, inOrder } from "../extract/extractor.ts";
+import { createExtractor, type Extractor } from "../extract/extractor.ts";
 import type { BasisMode, Centering, ComponentSelection, ExtractOptions, Gauge } from "../extract/options.ts";
-import type { MixedExtraction } from "../extract/private.ts";
-import type { SideBasis } from "../extract/side.ts";
-import type { ModuleInput, SideInput, TermInput } from "../format/encode.ts";
+import type { TermInput } from "../format/encode.ts";
 import type { Dtype, Dtypes } from "../tensor/dtypes.ts";
-import { UnstorableError } from "../tensor/encode.ts";
+import { type Encoded, encodeModules, type Known } from "./encode-modules.ts";
 import { readFingerprints } from "./fingerprints.ts";
 import { newPack } from "./fresh.ts";
 import {
@@ -35,13 +25,12 @@ import {
   idleWarnings,
   lossesOf,
   lossWarnings,
-  type ModuleError,
   sizes,
   summaryOf,
+  type TaskLoss,
 } from "./report.ts";
-import { readStack } from "./stack.ts";
-import { checkStep, narrowTerms, stepsOf } from "./steps.ts";
-import { encodeAdapter, encodeTerm, type HeadFormat } from "./tasks.ts";
+import { checkStep, narrowTerms } from "./steps.ts";
+import { encodeAdapter, type HeadFormat } from "./tasks.ts";
 
 /** How adapters are packed. */
 export interface BuildOptions {
@@ -131,6 +120,20 @@ export interface Built<Report = BuildReport> {
   readonly report: Report;
 }
 
+/** A pack that was made, or is being made as its chunks are asked for, once. */
+export interface Packed<Report = BuildReport> {
+  readonly chunks: Uint8Array[] | AsyncIterable<Uint8Array>;
+  readonly report: Report;
+}
+
+/** All of it. */
+export async function gathered<Report>({ chunks, report }: Packed<Report>): Promise<Built<Report>> {
+  if (Array.isArray(chunks)) return { chunks, report };
+  const all: Uint8Array[] = [];
+  for await (const chunk of chunks) all.push(chunk);
+  return { chunks: all, report };
+}
+
 /**
  * Packs adapters.
  * @throws AdapterError when adapters do not agree about a module, name different base models, or have a tensor that cannot be stored
@@ -142,7 +145,7 @@ export interface Built<Report = BuildReport> {
  */
 export async function buildPack(adapters: readonly Adapter[], options: BuildOptions = {}): Promise<Built> {
   checkBuild(adapters, options);
-  return buildWith((work) => withExtractor("buildPack", options.workers, work), adapters, options);
+  return gathered(await buildWith((work) => withExtractor("buildPack", options.workers, work), adapters, options));
 }
 
 function checkBuild(adapters: readonly Adapter[], options: BuildOptions): void {
@@ -174,53 +177,77 @@ export async function withExtractor<T>(
 /**
  * `buildPack` with an extractor of the caller's.
  * @param extracting lends it for the extraction alone: what is left to do needs memory, which threads would hold
+ * @param held whether the pack is to be in memory, or is made as its chunks are asked for, once
  */
 export async function buildWith(
   extracting: <T>(work: (extractor: Extractor) => Promise<T>) => Promise<T>,
   adapters: readonly Adapter[],
   options: BuildOptions,
-): Promise<Built> {
+  held: boolean = true,
+): Promise<Packed> {
+  const draft = await startBuild(adapters, options);
+  await extracting((extractor) => draft.extract(extractor, options.privateTerms));
+  return draft.finish(held);
+}
+
+/** `buildPack` for who writes the pack and is done with it: its tasks are in memory one at a time. */
+export async function buildStreamed(adapters: readonly Adapter[], options: BuildOptions): Promise<Packed> {
   checkBuild(adapters, options);
-  const { step } = options;
+  return buildWith((work) => withExtractor("buildPack", options.workers, work), adapters, options, false);
+}
+
+/** A pack in the making, of private terms that may change. */
+export interface Draft {
+  /** Extracts all modules, or what has changed since. @returns what each task loses */
+  extract(extractor: Extractor, privateTerms: BuildOptions["privateTerms"]): Promise<readonly TaskLoss[]>;
+  /** Once after each extraction. @param held as of `buildWith` */
+  finish(held: boolean): Promise<Packed>;
+}
+
+/** @param again whether it will be extracted more than once, which what was extracted is kept for */
+export async function startBuild(
+  adapters: readonly Adapter[],
+  options: BuildOptions,
+  again: boolean = false,
+): Promise<Draft> {
+  checkBuild(adapters, options);
   const extraction = extractionOf(options, adapters.length);
-  const { mode = "column", gauge, centering, rank } = extraction;
   const dtype = dtypesOf(options);
-  const shared = sharedModules(adapters);
-  const names = [...shared.keys()];
-  const fingerprints =
-    options.base &&
-    (await readFingerprints(
-      options.base,
-      [...shared.values()].map(({ shape }) => shape),
-    ));
-  const {
-    modules: encoded,
-    terms,
-    errors,
-  } = await extracting((extractor) => encodeModules(extractor, [...shared.values()], extraction, dtype, options));
-  const modules = encoded.map((module) => ({ ...module, fingerprint: fingerprints?.get(module.name) }));
+  const shared = [...sharedModules(adapters).values()];
+  const { base } = options;
+  const shapes = shared.map(({ shape }) => shape);
+  const fingerprints = base && (await readFingerprints(base, shapes));
+  const known: Known | undefined = again ? new Map() : undefined;
+  let encoded: Encoded | undefined;
+  return {
+    async extract(extractor, privateTerms) {
+      // What was made before is let go of first.
+      encoded = undefined;
+      encoded = await encodeModules(extractor, shared, extraction, dtype, { ...options, privateTerms }, known);
+      return lossesOf(encoded.errors, [...new Set(encoded.errors.map(({ task }) => task))]);
+    },
+    finish(held) {
+      const modules = encoded!.modules.map((module) => ({ ...module, fingerprint: fingerprints?.get(module.name) }));
+      return finishBuild(adapters, options, extraction, { ...encoded!, modules }, held);
+    },
+  };
+}
+
+/** The pack of what was extracted. */
+async function finishBuild(
+  adapters: readonly Adapter[],
+  options: BuildOptions,
+  { mode = "column", gauge, centering, rank }: ExtractOptions,
+  { modules, terms, errors }: Encoded,
+  held: boolean,
+): Promise<Packed> {
+  const { step } = options;
+  const names = modules.map(({ name }) => name);
   const components = componentsOf(modules);
-  const head = headOf(options);
-  const tasks = await Promise.all(
-    adapters.map((adapter) => {
-      const own = terms.get(adapter) ?? [];
-      return encodeAdapter(adapter, step ? narrowTerms(own, modules) : own, names, head);
-    }),
-  );
-  const baseModel = baseModels(adapters)[0];
-  // Handed over: the encoded components are in the chunks afterwards, and need not be held twice.
-  const basis = { mode, gauge, centering, rank, step, baseModel, modules: modules.splice(0) };
-  const { chunks, blobs } = await newPack(basis, tasks);
-  const adapterBytes = adapters.map(({ byteLength }) => byteLength);
   const losses = lossesOf(errors, [...new Set(errors.map(({ task }) => task))]);
-  const bytes = chunks.reduce((sum, { length }) => sum + length, 0);
-  const report: BuildReport = {
-    ...sizes(
-      bytes,
-      blobs.map((blob, i) => ({ blob, adapter: adapterBytes[i]! })),
-    ),
+  const beside = {
     modules: names.length,
-    ...{ mode, gauge, centering, dtype, step, components },
+    ...{ mode, gauge, centering, dtype: dtypesOf(options), step, components },
     privateTerms: countsOf([...terms.values()].flat()),
     error: summaryOf(errors),
     errors: losses,
@@ -233,62 +260,23 @@ export async function buildWith(
     ],
     notes: baseNotes(options.base),
   };
-  return { chunks, report };
+  const [widths, head] = [modules.slice(), headOf(options)];
+  const tasks = adapters.map((adapter) => async () => {
+    const own = terms.get(adapter) ?? [];
+    return encodeAdapter(adapter, step ? narrowTerms(own, widths) : own, names, head);
+  });
+  const baseModel = baseModels(adapters)[0];
+  // Handed over: the encoded components are in the chunks afterwards, and need not be held twice.
+  const basis = { mode, gauge, centering, rank, step, baseModel, modules: modules.splice(0) };
+  const { bytes, chunks, blobs } = await newPack(basis, tasks, held);
+  const sized = blobs.map((blob, i) => ({ blob, adapter: adapters[i]!.byteLength }));
+  return { chunks, report: { ...sizes(bytes, sized), ...beside } };
 }
 
 function countsOf(terms: readonly TermInput[]): BuildReport["privateTerms"] {
   const counts: Partial<Record<Dtype, number>> = {};
   for (const { privateTerms: own } of terms) if (own) counts[own.dtype] = (counts[own.dtype] ?? 0) + own.rank;
   return counts;
-}
-
-/** Extracts and encodes module after module. */
-async function encodeModules(
-  extractor: Extractor,
-  shared: readonly SharedModule<Adapter>[],
-  extraction: ExtractOptions,
-  dtype: Dtypes,
-  { moments: all, privateTerms, step, onProgress, signal }: BuildOptions,
-): Promise<{ modules: ModuleInput[]; terms: Map<Adapter, TermInput[]>; errors: ModuleError[] }> {
-  const modules: ModuleInput[] = [];
-  const terms = new Map<Adapter, TermInput[]>();
-  const errors: ModuleError[] = [];
-  const steps =
-    step === undefined
-      ? undefined
-      : await stepsOf(
-          shared.flatMap(({ owners }) => owners),
-          step,
-        );
-  const extract = async (module: SharedModule<Adapter>): ReturnType<typeof extractFrom> => {
-    signal?.throwIfAborted();
-    const { name } = module.shape;
-    const moments = all?.get(name);
-    if (all && !moments)
-      throw new RangeError(
-        `there are no moments of "${name}"; collect them for all adapted modules, or leave them out`,
-      );
-    const own = steps && module.owners.map((owner) => steps.get(owner)!);
-    return extractFrom(extractor, module, { ...extraction, moments, steps: own }, privateTerms);
-  };
-  let index = 0;
-  // One more than are worked on: it is read meanwhile.
-  for await (const { module, magnitudes } of inOrder(shared, extractor.size + 1, extract)) {
-    signal?.throwIfAborted();
-    const { shape, owners } = shared[index]!;
-    const { name } = shape;
-    for (const [i, task] of module.tasks.entries()) {
-      const owner = owners[i]!;
-      errors.push({ task: task.id, module: name, error: task.error, norm: task.norm });
-      const term = encodeTerm({ index, name }, task, module, magnitudes[i], owner, dtype);
-      if (term.A || term.privateTerms || term.magnitude) terms.set(owner, [...(terms.get(owner) ?? []), term]);
-    }
-    const bases = module.tasks.some(({ rank }) => rank > 0) ? { A: sideInput(module.A), B: sideInput(module.B) } : {};
-    modules.push({ ...shape, ...bases });
-    index++;
-    onProgress?.(index, shared.length);
-  }
-  return { modules, terms, errors };
 }
 
 /** Options of extraction, complete. @throws RangeError for those that do not go together */
@@ -333,31 +321,4 @@ function checkFlat(select: ComponentSelection, tasks: number, centering: "keep" 
   throw new RangeError(
     `${select.k} components: flat mode has at most ${most}${beside} for ${tasks} adapters; ask for fewer, or take mode "column"`,
   );
-}
-
-async function extractFrom(
-  extractor: Extractor,
-  module: SharedModule<Adapter>,
-  options: ExtractOptions,
-  privateTerms: BuildOptions["privateTerms"] = 0,
-): Promise<{ module: MixedExtraction; magnitudes: (Float32Array | undefined)[] }> {
-  const { name } = module.shape;
-  const { stack, terms } = await readStack(module);
-  const own =
-    typeof privateTerms === "number" ? privateTerms : stack.members.map(({ id }) => privateTerms.get(id)?.get(name));
-  try {
-    const found = await extractor.ask("extract", stack, { ...options, privateTerms: own });
-    return { module: found, magnitudes: terms.map(({ magnitude }) => magnitude) };
-  } catch (cause) {
-    if (!(cause instanceof UnstorableError)) throw cause;
-    // A basis is of all adapters together; then the first one stands for them.
-    const { file } = module.owners.find(({ id }) => id === cause.owner) ?? module.owners[0]!;
-    throw new AdapterError(cause.message, { file, field: name, cause });
-  }
-}
-
-/** One side as it is written. */
-export function sideInput({ components: K, rank, mean, dtype, explained, encoded }: SideBasis): SideInput {
-  const kind = rank === undefined ? { kind: "column" as const } : { kind: "flat" as const, rank };
-  return { ...kind, K, mean, dtype, explained, encoded };
 }

@@ -7,7 +7,6 @@ import type { PackModule, TensorRef } from "../format/format.ts";
 import type { TaskToWrite } from "../format/layout.ts";
 import { decode } from "../format/messagepack.ts";
 import { basesTensors, parseTask, taskTensors } from "../format/task.ts";
-import { toHex } from "../tensor/hex.ts";
 import type { Pack } from "./pack.ts";
 
 /** A longer header, as one with numbers of rows, is a task's own. In bytes. */
@@ -32,21 +31,12 @@ export function codedTask({ entry, blob }: TaskToWrite, { modules, description }
   return { entry, blob: encodeSection(blob, tensors, 4, description) ?? blob };
 }
 
-/**
- * The header that most blobs have, so that coded ones can copy it from the basis description. Undefined where that saves nothing.
- * @param blobs not coded
- */
-export function commonHeader(blobs: readonly Uint8Array[]): unknown {
-  const headers = blobs.map(headerOf).filter(({ length }) => length <= MOST_HEADER);
-  const counts = new Map<string, number>();
-  for (const key of headers.map(toHex)) counts.set(key, (counts.get(key) ?? 0) + 1);
-  const most = Math.max(...counts.values());
-  const common = headers.find((header) => counts.get(toHex(header)) === most);
-  return blobs.length > 1 && common ? decode(common, "pack", "task", "header").value : undefined;
-}
-
-function headerOf(blob: Uint8Array): Uint8Array {
-  return blob.subarray(8, 8 + new DataView(blob.buffer, blob.byteOffset).getUint32(4, true));
+/** The header of a task's blob, for the others to copy from the basis description; undefined where it is too long for that. */
+export function headerOf({ blob }: TaskToWrite): unknown {
+  const length = new DataView(blob.buffer, blob.byteOffset).getUint32(4, true);
+  return length > MOST_HEADER
+    ? undefined
+    : decode(blob.subarray(8, 8 + length), "the new pack", "task", "header").value;
 }
 
 /** Whether a pack's sections are coded, as those will be that are added to it. */

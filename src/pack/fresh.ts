@@ -9,7 +9,6 @@ import { sha256 } from "../format/hash.ts";
 import {
   type Append,
   layoutAppend,
-  layoutFresh,
   placeOf,
   type Sign,
   streamFresh,
@@ -18,27 +17,48 @@ import {
 } from "../format/layout.ts";
 import { toHex } from "../tensor/hex.ts";
 import { VERSION } from "../version.ts";
-import { codedBases, codedTask, commonHeader, storedTask } from "./coding.ts";
+import { codedBases, codedTask, headerOf, storedTask } from "./coding.ts";
 import type { Pack } from "./pack.ts";
 
-/** A pack as consecutive chunks, and the bytes of its blobs. Its sections are coded where it has a step. */
+/** What a pack is made of: a task each. */
+type Make = () => Promise<TaskToWrite>;
+
+/** A pack as consecutive chunks, its bytes and those of its blobs. Its sections are coded where it has a step. */
+export function newPack(
+  basis: Omit<BasisInput, "producer" | "header">,
+  tasks: readonly Make[],
+  held?: true,
+): Promise<{ bytes: number; chunks: Uint8Array[]; blobs: number[] }>;
+/** @param held false: tasks are made a second time when they are to be written, so that one blob is in memory at a time */
+export function newPack(
+  basis: Omit<BasisInput, "producer" | "header">,
+  tasks: readonly Make[],
+  held: boolean,
+): Promise<{ bytes: number; chunks: Uint8Array[] | AsyncIterable<Uint8Array>; blobs: number[] }>;
 export async function newPack(
   basis: Omit<BasisInput, "producer" | "header">,
-  tasks: readonly TaskToWrite[],
-): Promise<{ chunks: Uint8Array[]; blobs: number[] }> {
-  const header = basis.step === undefined ? undefined : commonHeader(tasks.map(({ blob }) => blob));
+  tasks: readonly Make[],
+  held: boolean = true,
+): Promise<{ bytes: number; chunks: Uint8Array[] | AsyncIterable<Uint8Array>; blobs: number[] }> {
+  const coding = basis.step !== undefined;
+  const header = coding && tasks.length > 1 ? headerOf(await tasks[0]!()) : undefined;
   const { description, bases } = encodeBasis({ producer: `eigenlora ${VERSION}`, ...basis, header });
   const basisId = toHex(await sha256(description, bases));
-  const written = async (stored: readonly TaskToWrite[], coded?: Uint8Array) => ({
-    chunks: await layoutFresh({ description, bases, coded, basisId, tasks: stored }),
-    blobs: stored.map(({ blob }) => blob.length),
-  });
-  if (basis.step === undefined) return written(tasks);
   const { modules } = parseBasis(description, { coded: false, length: bases.length }, "the new pack").basis;
-  return written(
-    tasks.map((task) => codedTask(task, { modules, description })),
-    codedBases(bases, { modules, description }),
-  );
+  const coded = coding ? codedBases(bases, { modules, description }) : undefined;
+  const places: TaskPlace[] = [];
+  for (const make of tasks) {
+    const task = await make();
+    const place = await placeOf(coding ? codedTask(task, { modules, description }) : task);
+    // What was coded is small, and coding it again would take as long.
+    places.push(held || coding ? place : { ...place, read: async () => (await make()).blob });
+  }
+  const { bytes, chunks } = await streamFresh({ description, bases, coded, basisId }, places);
+  const blobs = places.map(({ length }) => length);
+  if (!held) return { bytes, chunks, blobs };
+  const all: Uint8Array[] = [];
+  for await (const chunk of chunks) all.push(chunk);
+  return { bytes, chunks: all, blobs };
 }
 
 /**

@@ -17,7 +17,7 @@ import {
   withinError,
 } from "./allocate.ts";
 import { grow, lowestPassing, partition, refine, Unreachable } from "./bisect.ts";
-import { type Built, buildWith, withExtractor } from "./build.ts";
+import { type Built, buildWith, gathered, type Packed, startBuild, withExtractor } from "./build.ts";
 import {
   better,
   figuresOf,
@@ -29,7 +29,7 @@ import {
   type Tried,
 } from "./goal.ts";
 import { openPack } from "./pack.ts";
-import type { BuildReport } from "./report.ts";
+import type { BuildReport, TaskLoss } from "./report.ts";
 import { checkSearch, type SearchOptions } from "./search-options.ts";
 import {
   allOf,
@@ -60,11 +60,13 @@ export interface SearchReport extends BuildReport, Omit<Tried, "bytes" | "error"
 interface Candidate {
   readonly tried: Tried;
   /** Packs that were judged by scores are made again rather than kept, since they may be large and there is one of each asked. */
-  built(): Promise<Built>;
+  built(): Promise<Packed>;
 }
 
 /** What all steps of one search share. */
 interface Search extends SearchOptions {
+  /** As of `buildWith`. */
+  readonly held: boolean;
   readonly extractor: Extractor;
   readonly goal: Goal;
   readonly adapters: readonly Adapter[];
@@ -109,15 +111,33 @@ export async function searchPack(
 ): Promise<Built<SearchReport>> {
   const { goal = { kind: "error", max: DEFAULT_ERROR } } = options;
   checkSearch(adapters, { ...options, goal });
-  return withExtractor("searchPack", options.workers, (extractor) => searchWith(extractor, adapters, options, goal));
+  return gathered(await searchFor(adapters, { ...options, goal }, true));
+}
+
+/** `searchPack` for who writes the pack and is done with it: as `buildStreamed` where no judge and no size asks for whole packs. */
+export async function searchStreamed(
+  adapters: readonly Adapter[],
+  options: SearchOptions,
+): Promise<Packed<SearchReport>> {
+  const { goal = { kind: "error", max: DEFAULT_ERROR } } = options;
+  checkSearch(adapters, { ...options, goal });
+  return searchFor(adapters, { ...options, goal }, false);
+}
+
+function searchFor(
+  adapters: readonly Adapter[],
+  options: SearchOptions & { readonly goal: Goal },
+  held: boolean,
+): Promise<Packed<SearchReport>> {
+  return withExtractor("searchPack", options.workers, (extractor) => searchWith(extractor, adapters, options, held));
 }
 
 async function searchWith(
   extractor: Extractor,
   adapters: readonly Adapter[],
-  options: SearchOptions,
-  goal: Goal,
-): Promise<Built<SearchReport>> {
+  { goal, ...options }: SearchOptions & { readonly goal: Goal },
+  held: boolean,
+): Promise<Packed<SearchReport>> {
   const { judge, moments, dtype = {}, ways } = options;
   const tried: Tried[] = [];
   const decisions: string[] = [];
@@ -129,6 +149,7 @@ async function searchWith(
   const surveys = new Map<string, Promise<Survey>>();
   const start: Search = {
     ...options,
+    held,
     extractor,
     goal,
     adapters,
@@ -185,6 +206,8 @@ async function allocatedWays(search: Search, decisions: string[]): Promise<Way[]
   const plan =
     goal.kind === "error" ? allocateError(spectra, () => goal.max, only) : allocateBytes(spectra, goal.max, only);
   const shared = adapters.length > 1 ? await sharingThatPays(search.extractor, adapters, found, plan) : undefined;
+  // What follows takes less at a time, and the pack grows beside it.
+  await search.extractor.renew();
   const head = dtype.head ?? (goal.kind === "error" ? headWithin(goal.max) : headFor(adapters, goal.max));
   if (shared)
     decisions.push(`${shared.k} components in ${shared.dtype} are shared: of a few modules, that saves bytes`);
@@ -198,7 +221,7 @@ async function allocatedWays(search: Search, decisions: string[]): Promise<Way[]
 }
 
 /** Of one way: with so many components, of so fine a step, or private terms for an error. @throws Unreachable */
-async function build(search: Search, way: Way, select: ComponentSelection): Promise<Built> {
+async function build(search: Search, way: Way, select: ComponentSelection): Promise<Packed> {
   const { name: _, allocateBeside: k, refineBeside: shared, ...options } = way;
   const { extractor, adapters, dtype, centering, normalize, base, anyBase, signal } = search;
   if (k !== undefined) return allocated(search, way, select);
@@ -213,21 +236,29 @@ async function build(search: Search, way: Way, select: ComponentSelection): Prom
 
 /** Of a way with private terms for a goal. @throws Unreachable */
 async function allocated(
-  { extractor, adapters, dtype, base, anyBase, signal, survey }: Search,
+  { extractor, adapters, dtype, base, anyBase, signal, survey, held, judge }: Search,
   { name: _, allocateBeside: k = 0, ...options }: Way,
   goal: ComponentSelection | Goal,
-): Promise<Built> {
+): Promise<Packed> {
   const common = { dtype, base, anyBase, signal };
   const found = await survey(k > 0 ? { k, dtype: options.dtype?.basis ?? "f16" } : undefined);
-  const made = (privateTerms: Allocation): Promise<Built> =>
-    buildWith((work) => work(extractor), adapters, { ...common, ...options, privateTerms, select: { kind: "k", k } });
-  if (goal.kind === "error") return withinError(found, goal.max, made, ({ report }) => report.errors);
-  if (goal.kind === "bytes") return withinBytes(found, goal.max, made);
-  throw new Unreachable(`private terms are allocated for an error or a size, not for ${goal.kind}`);
+  if (goal.kind !== "error" && goal.kind !== "bytes")
+    throw new Unreachable(`private terms are allocated for an error or a size, not for ${goal.kind}`);
+  const draft = await startBuild(adapters, { ...common, ...options, select: { kind: "k", k } }, true);
+  const extract = (privateTerms: Allocation): Promise<readonly TaskLoss[]> => draft.extract(extractor, privateTerms);
+  if (goal.kind === "error") {
+    await withinError(found, goal.max, extract, (losses) => losses);
+    return draft.finish(held || judge !== undefined);
+  }
+  const whole = async (privateTerms: Allocation): Promise<Built> => {
+    await extract(privateTerms);
+    return gathered(await draft.finish(true));
+  };
+  return withinBytes(found, goal.max, whole);
 }
 
 /** Asks the judge, if there is one. */
-async function judged(search: Search, way: Way, built: Built, select?: ComponentSelection): Promise<Candidate> {
+async function judged(search: Search, way: Way, built: Packed, select?: ComponentSelection): Promise<Candidate> {
   const { goal, judge, ids, reference } = search;
   const { bytes, errors } = built.report;
   const tried: Tried = { name: nameOf(way), way, select, bytes, error: mean(errors.map(({ total }) => total)) };
@@ -244,8 +275,9 @@ async function judged(search: Search, way: Way, built: Built, select?: Component
   return { tried: { ...tried, scores, loss, passes }, built: () => build(search, way, select!) };
 }
 
-async function ask({ ids, signal }: Search, judge: Judge, { chunks }: Built): Promise<number | PerTask> {
+async function ask({ ids, signal }: Search, judge: Judge, built: Packed): Promise<number | PerTask> {
   signal?.throwIfAborted();
+  const { chunks } = await gathered(built);
   const pack = await openPack(new Blob(chunks as BlobPart[]));
   try {
     return await judge(pack, ids);
@@ -283,10 +315,10 @@ async function attempt(search: Search, way: Way, smallest: number = Infinity): P
 }
 
 /** The largest pack of one way that is no larger than `max` bytes: of as many components on every side as there is room for. */
-async function within(search: Search, way: Way, max: number): Promise<Built> {
-  const sizeOf = ({ report: { bytes } }: Built): number => bytes;
+async function within(search: Search, way: Way, max: number): Promise<Packed> {
+  const sizeOf = ({ report: { bytes } }: Packed): number => bytes;
   if (way.allocateBeside !== undefined) return allocated(search, way, { kind: "bytes", max });
-  const made = (k: number): Promise<Built> => build(search, way, { kind: "k", k });
+  const made = (k: number): Promise<Packed> => build(search, way, { kind: "k", k });
   const most = limitOf(search.adapters, way);
   if (way.refineBeside === undefined) return grow(made, sizeOf, max, most);
   const finest = await refine(made, sizeOf, max, most);

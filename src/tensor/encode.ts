@@ -19,6 +19,12 @@ import {
 /** Largest integer a quantised type stores; the smallest is its negative, so that 0 is exact and the range symmetric. */
 const LARGEST: Record<QuantizedDtype, number> = { int8: 127, int4: 7, int3: 3 };
 
+/**
+ * Says which of these f64 scales loses least of a row of values when it is rounded to integers of at most `largest`; the first of equals.
+ * What is faster than the plain loop; it finds the same.
+ */
+export type FindScale = (values: Float64Array, scales: Float64Array, largest: number) => number;
+
 /** A value that its number format cannot hold. */
 export class UnstorableError extends RangeError {
   /** Of which adapter's it is; undefined when of all together. */
@@ -48,6 +54,7 @@ export function storing<T>(what: string, owner: string | undefined, encode: () =
  * with few integers it pays to clip the largest values for finer steps of all others.
  * @param steps [rows]: scales that are wanted instead, of rows as integers; coarser where a value would not fit. They become halves
  *   whose lower byte is 0, of which four lie between 1 and 2, since those take few bits where a section is coded
+ * @param find in place of the plain loop
  * @throws UnstorableError when a value is not finite or does not fit the type
  */
 export function encodeTensor(
@@ -56,6 +63,7 @@ export function encodeTensor(
   rows: number,
   width: number,
   steps?: ArrayLike<number>,
+  find: FindScale = findScale,
 ): Uint8Array<ArrayBuffer> {
   if (values.length !== rows * width) {
     throw new RangeError(`encodeTensor: ${values.length} values, expected ${rows} rows of ${width}`);
@@ -63,7 +71,7 @@ export function encodeTensor(
   try {
     const bytes = new Uint8Array(tensorBytes(type, rows, width));
     return isQuantized(type)
-      ? encodeIntegers(type, values, rows, width, bytes, steps)
+      ? encodeIntegers(type, values, rows, width, bytes, steps ?? find)
       : encodeFloats(type, values, bytes);
   } catch (cause) {
     throw new UnstorableError((cause as Error).message, cause);
@@ -76,11 +84,12 @@ function encodeIntegers(
   rows: number,
   width: number,
   bytes: Uint8Array<ArrayBuffer>,
-  steps: ArrayLike<number> | undefined,
+  scales: ArrayLike<number> | FindScale,
 ): Uint8Array<ArrayBuffer> {
   const view = new DataView(bytes.buffer);
   const largest = LARGEST[type];
   const bits = BITS[type];
+  const toNearest = typeof scales === "function" ? nearest : toInteger;
   for (let row = 0; row < rows; row++) {
     let peak = 0;
     for (let i = 0; i < width; i++) {
@@ -89,14 +98,17 @@ function encodeIntegers(
         throw new RangeError(`value ${row * width + i} is ${values[row * width + i]}, not a finite number`);
       peak = Math.max(peak, value);
     }
-    const half = steps ? stepToF16(steps[row]!, peak / largest) : bestScale(values, row * width, width, peak, largest);
+    const half =
+      typeof scales === "function"
+        ? bestScale(values, row * width, width, peak, largest, scales)
+        : stepToF16(scales[row]!, peak / largest);
     view.setUint16(2 * row, half, true);
     const scale = f16ToF32(half);
     if (scale === 0) continue;
     const start = scaleBytes(type, rows) + row * rowBytes(type, width);
     for (let i = 0; i < width; i++) {
       const value = values[row * width + i]! / scale;
-      setInteger(bytes, bits, start, i, steps ? toInteger(value, largest) : nearest(value, largest));
+      setInteger(bytes, bits, start, i, toNearest(value, largest));
     }
   }
   return bytes;
@@ -122,22 +134,47 @@ const SCALES = 24;
 const LEAST_SCALE = 0.4;
 
 /** The f16 scale of a row with the least squared error. */
-function bestScale(values: ArrayLike<number>, start: number, width: number, peak: number, largest: number): number {
-  let best = scaleToF16(peak / largest);
+function bestScale(
+  values: ArrayLike<number>,
+  start: number,
+  width: number,
+  peak: number,
+  largest: number,
+  find: FindScale,
+): number {
+  const whole = scaleToF16(peak / largest);
   // Of 127 steps the largest value is worth the first.
-  if (largest > 7) return best;
-  let least = Infinity;
+  if (largest > 7) return whole;
+  const halves: number[] = [];
   for (let i = 0; i <= SCALES; i++) {
     const half = scaleToF16((peak / largest) * (1 - ((1 - LEAST_SCALE) * i) / SCALES));
-    const scale = f16ToF32(half);
-    if (scale === 0) break;
+    if (f16ToF32(half) === 0) break;
+    halves.push(half);
+  }
+  if (halves.length === 0) return whole;
+  const row = values instanceof Float64Array ? values.subarray(start, start + width) : rowOf(values, start, width);
+  return halves[find(row, Float64Array.from(halves, f16ToF32), largest)]!;
+}
+
+function rowOf(values: ArrayLike<number>, start: number, width: number): Float64Array {
+  const row = new Float64Array(width);
+  for (let i = 0; i < width; i++) row[i] = values[start + i]!;
+  return row;
+}
+
+const findScale: FindScale = (values, scales, largest) => {
+  let [best, least] = [0, Infinity];
+  for (let i = 0; i < scales.length; i++) {
+    const scale = scales[i]!;
     let lost = 0;
-    for (let j = start; j < start + width && lost < least; j++)
-      lost += (values[j]! - scale * nearest(values[j]! / scale, largest)) ** 2;
-    if (lost < least) [best, least] = [half, lost];
+    for (let j = 0; j < values.length && lost < least; j++) {
+      const rest = values[j]! - scale * nearest(values[j]! / scale, largest);
+      lost += rest * rest;
+    }
+    if (lost < least) [best, least] = [i, lost];
   }
   return best;
-}
+};
 
 /** @param least what the largest value needs */
 function stepToF16(step: number, least: number): number {

@@ -1,0 +1,181 @@
+/**
+ * Module after module as it is stored: read, extracted, encoded. Holds one stack for each thread, and one that is read meanwhile; never all
+ * adapters.
+ */
+import type { Adapter } from "../adapters/adapter.ts";
+import type { SharedModule } from "../adapters/modules.ts";
+import { AdapterError } from "../errors.ts";
+import type { Allocation, PrivateChoice } from "../extract/allocation.ts";
+import { type Extractor, inOrder } from "../extract/extractor.ts";
+import type { ExtractOptions } from "../extract/options.ts";
+import type { MixedExtraction } from "../extract/private.ts";
+import type { SideBasis } from "../extract/side.ts";
+import type { ModuleInput, SideInput, TermInput } from "../format/encode.ts";
+import type { Dtypes } from "../tensor/dtypes.ts";
+import { UnstorableError } from "../tensor/encode.ts";
+import type { BuildOptions } from "./build.ts";
+import type { ModuleError } from "./report.ts";
+import { piecesOf, readStack } from "./stack.ts";
+import { stepsOf } from "./steps.ts";
+import { encodeTerm } from "./tasks.ts";
+
+/** All modules, and what each adapter has of them. */
+export interface Encoded {
+  readonly modules: ModuleInput[];
+  readonly terms: Map<Adapter, TermInput[]>;
+  readonly errors: ModuleError[];
+}
+
+/** One module, extracted. */
+interface Extracted {
+  readonly module: MixedExtraction;
+  /** Of each owner. */
+  readonly magnitudes: readonly (Float32Array | undefined)[];
+}
+
+type Choices = readonly (PrivateChoice | undefined)[];
+
+/** What modules came to with private terms that an allocation chose for their owners. */
+export type Known = Map<string, Extracted & { readonly choices: Choices }>;
+
+/**
+ * Extracts and encodes all modules.
+ * @param known what was extracted with other private terms, and is used again where they are the same; it is brought up to date
+ */
+export async function encodeModules(
+  extractor: Extractor,
+  shared: readonly SharedModule<Adapter>[],
+  extraction: ExtractOptions,
+  dtype: Dtypes,
+  { moments: all, privateTerms, step, onProgress, signal }: BuildOptions,
+  known: Known = new Map(),
+): Promise<Encoded> {
+  const modules: ModuleInput[] = [];
+  const terms = new Map<Adapter, TermInput[]>();
+  const errors: ModuleError[] = [];
+  const owners = shared.flatMap(({ owners }) => owners);
+  const steps = step === undefined ? undefined : await stepsOf(owners, step);
+  const extract = async (module: SharedModule<Adapter>): Promise<Extracted> => {
+    signal?.throwIfAborted();
+    const { name } = module.shape;
+    const moments = all?.get(name);
+    if (all && !moments)
+      throw new RangeError(
+        `there are no moments of "${name}"; collect them for all adapted modules, or leave them out`,
+      );
+    const own = steps && module.owners.map((owner) => steps.get(owner)!);
+    const options = { ...extraction, moments, steps: own };
+    return typeof privateTerms === "object"
+      ? extractAgain(extractor, module, options, privateTerms, known)
+      : extractFrom(extractor, module, options, privateTerms ?? 0);
+  };
+  let index = 0;
+  // One more than are worked on: it is read meanwhile.
+  for await (const { module, magnitudes } of inOrder(shared, extractor.size + 1, extract)) {
+    signal?.throwIfAborted();
+    const { shape, owners } = shared[index]!;
+    const { name } = shape;
+    for (const [i, task] of module.tasks.entries()) {
+      const owner = owners[i]!;
+      errors.push({ task: task.id, module: name, error: task.error, norm: task.norm });
+      const term = encodeTerm({ index, name }, task, module, magnitudes[i], owner, dtype);
+      if (!(term.A || term.privateTerms || term.magnitude)) continue;
+      if (!terms.has(owner)) terms.set(owner, []);
+      terms.get(owner)!.push(term);
+    }
+    const bases = module.tasks.some(({ rank }) => rank > 0) ? { A: sideInput(module.A), B: sideInput(module.B) } : {};
+    modules.push({ ...shape, ...bases });
+    index++;
+    onProgress?.(index, shared.length);
+  }
+  return { modules, terms, errors };
+}
+
+/** What is known of a module, or that with other private terms: where nothing is shared, only tasks whose own have changed are asked for. */
+async function extractAgain(
+  extractor: Extractor,
+  module: SharedModule<Adapter>,
+  options: ExtractOptions,
+  privateTerms: Allocation,
+  known: Known,
+): Promise<Extracted> {
+  const { shape, owners } = module;
+  const before = known.get(shape.name);
+  const choices = owners.map(({ id }) => privateTerms.get(id)?.get(shape.name));
+  const all = [...owners.keys()];
+  const changed = before ? all.filter((i) => !alike(choices[i], before.choices[i])) : all;
+  if (before && changed.length === 0) return before;
+  const asked = sharesNothing(options) ? changed : all;
+  const made = await extractFrom(
+    extractor,
+    { shape, owners: asked.map((i) => owners[i]!) },
+    { ...options, steps: options.steps && asked.map((i) => options.steps![i]!) },
+    asked.map((i) => choices[i]),
+  );
+  const found = before && asked.length < all.length ? replaced(before, made, asked) : made;
+  known.set(shape.name, { ...found, choices });
+  return found;
+}
+
+function alike(one: PrivateChoice | undefined, other: PrivateChoice | undefined): boolean {
+  return one?.rank === other?.rank && one?.dtype === other?.dtype;
+}
+
+/** What was known, with others in these places. */
+function replaced(before: Extracted, made: Extracted, places: readonly number[]): Extracted {
+  const [tasks, magnitudes] = [before.module.tasks.slice(), before.magnitudes.slice()];
+  for (const [at, place] of places.entries()) {
+    tasks[place] = made.module.tasks[at]!;
+    magnitudes[place] = made.magnitudes[at];
+  }
+  return { module: { ...before.module, tasks }, magnitudes };
+}
+
+function sharesNothing({ select }: ExtractOptions): boolean {
+  return select.kind === "k" && select.k === 0;
+}
+
+/** Reads a module and extracts it; where nothing is shared a few of its owners at a time, since each is by itself. */
+async function extractFrom(
+  extractor: Extractor,
+  module: SharedModule<Adapter>,
+  options: ExtractOptions,
+  privateTerms: number | Choices,
+): Promise<Extracted> {
+  const parts: Extracted[] = [];
+  let at = 0;
+  for (const piece of sharesNothing(options) ? piecesOf(module) : [module]) {
+    const end = at + piece.owners.length;
+    const own = typeof privateTerms === "number" ? privateTerms : privateTerms.slice(at, end);
+    parts.push(await extractPiece(extractor, piece, { ...options, steps: options.steps?.slice(at, end) }, own));
+    at = end;
+  }
+  const [first] = parts as [Extracted, ...Extracted[]];
+  const tasks = parts.flatMap(({ module }) => module.tasks);
+  return { module: { ...first.module, tasks }, magnitudes: parts.flatMap(({ magnitudes }) => magnitudes) };
+}
+
+async function extractPiece(
+  extractor: Extractor,
+  module: SharedModule<Adapter>,
+  options: ExtractOptions,
+  privateTerms: number | Choices,
+): Promise<Extracted> {
+  const { name } = module.shape;
+  const { stack, terms } = await readStack(module);
+  const magnitudes = terms.map(({ magnitude }) => magnitude);
+  try {
+    return { module: await extractor.ask("extract", stack, { ...options, privateTerms }), magnitudes };
+  } catch (cause) {
+    if (!(cause instanceof UnstorableError)) throw cause;
+    // A basis is of all adapters together; then the first one stands for them.
+    const { file } = module.owners.find(({ id }) => id === cause.owner) ?? module.owners[0]!;
+    throw new AdapterError(cause.message, { file, field: name, cause });
+  }
+}
+
+/** One side as it is written. */
+export function sideInput({ components: K, rank, mean, dtype, explained, encoded }: SideBasis): SideInput {
+  const kind = rank === undefined ? { kind: "column" as const } : { kind: "flat" as const, rank };
+  return { ...kind, K, mean, dtype, explained, encoded };
+}

@@ -1,0 +1,157 @@
+/** What makes packing fast and small in memory changes no byte of a pack. */
+import t from "tap";
+import { collectGarbage } from "../dist/bindings/node.js";
+import type { Adapter } from "../dist/src/adapters/adapter.js";
+import { readAdapters } from "../dist/src/adapters/folder.js";
+import { sharedModules } from "../dist/src/adapters/modules.js";
+import type { PrivateChoice } from "../dist/src/extract/allocation.js";
+import { createExtractor } from "../dist/src/extract/extractor.js";
+import { createWasmProducts } from "../dist/src/extract/wasm-products.js";
+import { type BuildOptions, buildPack, buildStreamed, gathered, startBuild } from "../dist/src/pack/build.js";
+import { searchPack, searchStreamed } from "../dist/src/pack/search.js";
+import { piecesOf } from "../dist/src/pack/stack.js";
+import { encodeTensor } from "../dist/src/tensor/encode.js";
+import { concat, data } from "./packs.ts";
+
+const names = ["debtags-role", "debtags-use", "debtags-interface"];
+const adapters = await readAdapters(names.map((name) => data(`adapters/own-seed/${name}`)));
+t.teardown(() => Promise.all(adapters.map((adapter) => adapter.close())));
+const modules = [...adapters[0]!.modules.keys()];
+
+/** Uniform in [-1, 1), seeded. */
+function noise(count: number, seed: number): Float64Array {
+  let state = (seed * 2654435761) >>> 0;
+  return Float64Array.from({ length: count }, () => {
+    state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
+    return state / 2 ** 31 - 1;
+  });
+}
+
+t.test("WebAssembly finds the scales that the plain loop finds", async (t) => {
+  const rows: [string, Float64Array][] = [
+    ...[1, 2, 63, 64, 65, 768, 1281].map((width): [string, Float64Array] => [`noise of ${width}`, noise(width, width)]),
+    ["a few that stand out", noise(500, 7).map((value, i) => (i % 97 === 0 ? 9 * value : value ** 3))],
+    // From halves a number goes upwards, those below zero too.
+    ["halves", Float64Array.from({ length: 29 }, (_, i) => (i - 14) / 2)],
+    ["just below a half", Float64Array.of(7, 0.49999999999999994, -0.49999999999999994, -0.5, 0.5, -1e-20)],
+    ["nothing", new Float64Array(10)],
+    ["next to nothing", Float64Array.of(1e-9, -1e-8, 1e-300)],
+  ];
+  for (const variant of ["scalar", "simd"] as const) {
+    const { findScale } = await createWasmProducts({ variant });
+    for (const [name, row] of rows) {
+      for (const type of ["int3", "int4", "int8"] as const) {
+        const plain = encodeTensor(type, row, 1, row.length);
+        t.strictSame(
+          encodeTensor(type, row, 1, row.length, undefined, findScale),
+          plain,
+          `${variant}, ${type}: ${name}`,
+        );
+      }
+    }
+  }
+});
+
+const WAYS: Record<string, BuildOptions> = {
+  components: { select: { kind: "k", k: 3 } },
+  "components and private terms": { select: { kind: "k", k: 2 }, gauge: "balanced", privateTerms: 2 },
+  coded: { select: { kind: "k", k: 2 }, gauge: "balanced", privateTerms: 8, step: 0.1 },
+};
+
+t.test("a pack that is made while it is written is the same", async (t) => {
+  for (const [name, options] of Object.entries(WAYS)) {
+    const [whole, streamed] = [await buildPack(adapters, options), await buildStreamed(adapters, options)];
+    t.notOk(Array.isArray(streamed.chunks), `${name}: in no array`);
+    const { chunks, report } = await gathered(streamed);
+    t.ok(Buffer.from(concat(chunks)).equals(concat(whole.chunks)), name);
+    t.strictSame(report, whole.report, `${name}: the report`);
+  }
+  for (const goal of [{ kind: "error", max: 0.3 } as const, { kind: "bytes", max: 60_000 } as const]) {
+    const [whole, streamed] = [await searchPack(adapters, { goal }), await searchStreamed(adapters, { goal })];
+    const { chunks, report } = await gathered(streamed);
+    t.ok(Buffer.from(concat(chunks)).equals(concat(whole.chunks)), `searched, ${goal.kind}`);
+    t.strictSame(report, whole.report);
+  }
+});
+
+/** Private terms by task and module. */
+function allocation(choose: (task: number, module: number) => PrivateChoice | undefined) {
+  return new Map(
+    adapters.map(({ id }, task) => {
+      const own = modules.flatMap((name, module) => {
+        const choice = choose(task, module);
+        return choice ? [[name, choice] as const] : [];
+      });
+      return [id, new Map(own)];
+    }),
+  );
+}
+
+t.test("what is extracted again with other private terms is what would have been at first", async (t) => {
+  const first = allocation((task, module) => ({ rank: 1 + ((task + module) % 4), dtype: "int4" }));
+  const second = allocation((task, module) => {
+    if (module === 1) return undefined;
+    if (task === 0) return { rank: 1 + (module % 4), dtype: "int4" };
+    return { rank: 1 + ((task + module) % 4) + (module % 3 === 0 ? 1 : 0), dtype: task === 2 ? "int8" : "int4" };
+  });
+  const extractor = await createExtractor();
+  for (const k of [0, 2]) {
+    const options: BuildOptions = { gauge: "balanced", select: { kind: "k", k } };
+    const read = new Map<string, number>();
+    const watched = adapters.map((adapter) => counting(adapter, read));
+    const draft = await startBuild(watched, options, true);
+    await draft.extract(extractor, first);
+    read.clear();
+    const losses = await draft.extract(extractor, second);
+    if (k === 0) t.equal(read.get(adapters[0]!.id), 1, "of the first only what it lost in one module");
+    const again = await gathered(await draft.finish(true));
+    const fresh = await buildPack(adapters, { ...options, privateTerms: second });
+    t.ok(Buffer.from(concat(again.chunks)).equals(concat(fresh.chunks)), `${k} components`);
+    t.strictSame(again.report, fresh.report);
+    t.strictSame(losses, fresh.report.errors);
+    read.clear();
+    await draft.extract(extractor, second);
+    t.equal(read.size, 0, "nothing is read where nothing has changed");
+  }
+  await extractor.close();
+});
+
+/** The adapter, counting how often a module of it is read. */
+function counting(adapter: Adapter, read: Map<string, number>): Adapter {
+  const all = [...adapter.modules].map(([name, module]): [string, typeof module] => [
+    name,
+    {
+      ...module,
+      read: () => {
+        read.set(adapter.id, (read.get(adapter.id) ?? 0) + 1);
+        return module.read();
+      },
+    },
+  ]);
+  return { ...adapter, modules: new Map(all) };
+}
+
+t.test("pieces of a module are its owners in their order, a few at a time", async (t) => {
+  const many = Array.from({ length: 100 }, (_, i) => ({ ...adapters[i % 3]!, id: `${i}` }));
+  const [module] = sharedModules(many).values();
+  const pieces = piecesOf(module!);
+  t.ok(pieces.length > 1);
+  t.strictSame(
+    pieces.flatMap(({ owners }) => owners.map(({ id }) => id)),
+    many.map(({ id }) => id),
+  );
+  const all = { select: { kind: "k", k: 0 }, gauge: "balanced", privateTerms: 1 } as const;
+  const [few, more] = [await startBuild(many.slice(0, 3), all), await startBuild(many, all)];
+  const extractor = await createExtractor();
+  const alone = await few.extract(extractor, 1);
+  t.strictSame((await more.extract(extractor, 1)).slice(0, 3), alone, "what one loses does not depend on the others");
+  await extractor.close();
+});
+
+t.test("arrays that nobody uses are freed when asked, and nobody else gets the function", async (t) => {
+  const before = process.memoryUsage().arrayBuffers;
+  for (let i = 0; i < 8; i++) new Float64Array(2 ** 17).fill(i);
+  collectGarbage!("all");
+  t.ok(process.memoryUsage().arrayBuffers < before + 2 ** 22);
+  t.equal(globalThis.gc, undefined);
+});
