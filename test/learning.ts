@@ -3,6 +3,7 @@ import { readdirSync, readFileSync } from "node:fs";
 import type * as common from "onnxruntime-common";
 import { readAdapters } from "../dist/src/adapters/folder.js";
 import { buildTrainingGraph, type TrainingGraph, type TrainingGraphOptions } from "../dist/src/autodiff/graph.js";
+import { fixInnerHeads } from "../dist/src/autodiff/inner-heads.js";
 import type { ShapeProbe } from "../dist/src/autodiff/shapes.js";
 import { findWeight } from "../dist/src/base/mismatch.js";
 import { NameMatcher } from "../dist/src/base/names.js";
@@ -74,7 +75,8 @@ export async function sessionOf(ort: Ort, file: ModelFile, level: Level): Promis
 export interface Case {
   readonly name: string;
   readonly loss: number;
-  readonly head: string | undefined;
+  /** Layers of the head, by name. */
+  readonly heads: readonly string[];
   /** Without the targets and logits. */
   readonly feeds: ReadonlyMap<string, Feed>;
   /** [N, C] */
@@ -108,7 +110,7 @@ async function tensorsIn(path: string): Promise<Map<string, Feed>> {
 
 export async function golden(name: string): Promise<Case> {
   const folder = data(`${FOLDER}/${name}`);
-  const { loss, head, gradients } = JSON.parse(readFileSync(`${folder}/case.json`, "utf8"));
+  const { loss, gradients } = JSON.parse(readFileSync(`${folder}/case.json`, "utf8"));
   const { lora_alpha, r } = JSON.parse(readFileSync(`${folder}/adapter/adapter_config.json`, "utf8"));
   const feeds = await tensorsIn(`${folder}/feeds.safetensors`);
   const targets = feeds.get("targets")!;
@@ -124,8 +126,10 @@ export async function golden(name: string): Promise<Case> {
   const read = await tensorsIn(`${folder}/gradients.safetensors`);
   if ([...read.keys()].sort().join() !== gradients.join())
     throw new Error(`${name}: case.json and gradients.safetensors differ`);
+  const weights = [...read.keys()].filter((key) => key.endsWith(".weight") && !key.includes(".lora_"));
+  const heads = weights.map((key) => key.slice(0, -".weight".length));
   return {
-    ...{ name, loss, head: head ?? undefined, feeds, modules },
+    ...{ name, loss, heads, feeds, modules },
     targets: { ...targets, dims: [targets.data.length / classes, classes] },
     gradients: new Map([...read].map(([key, { data }]) => [key, data as Float32Array])),
   };
@@ -207,6 +211,8 @@ export async function graphOf(
 ): Promise<{ graph: TrainingGraph; inputs: readonly TaskInput[] }> {
   checkGraftable(file.model);
   const grafted = graft(file.model, { modules, biases: [], rows: [], vectors: [], heads }, { probe: false });
+  const outputsOf = (module: string) => heads.find(({ name }) => name === module)?.out;
+  fixInnerHeads(file.model.graph.proto, grafted.inputs, outputsOf);
   return {
     graph: await buildTrainingGraph(file, grafted, { probe: probeOf(NODE), ...options }),
     inputs: grafted.inputs,
@@ -236,12 +242,14 @@ export async function prepare(of: Case, options: Partial<TrainingGraphOptions> =
   const file = await readCase(of.name);
   const names = of.name.endsWith("dynamo") ? namesByOrder(file, of.modules.keys()) : undefined;
   const modules = [...of.modules.keys()].map((module) => layerOf(file, module, names));
-  const head = of.head === undefined ? undefined : await headOf(file, of.head);
-  const heads = of.head === undefined ? [] : [headLayerOf(file, of.head)];
+  const own = new Map<string, Awaited<ReturnType<typeof headOf>>>();
+  for (const name of of.heads) own.set(name, await headOf(file, name));
+  const heads = of.heads.map((name) => headLayerOf(file, name));
   const { graph, inputs } = await graphOf(file, { modules, heads }, options);
   const values = new Map<string, Feed>();
   for (const { name, kind, of: module, dims } of inputs) {
     const width = Math.max(...dims.filter((size) => typeof size === "number"));
+    const head = own.get(module);
     const { rank, A, B } = of.modules.get(module) ?? { rank: 0, A: undefined, B: undefined };
     if (kind === "A") values.set(name, floats(transpose(A!, rank, width), 1, width, rank));
     else if (kind === "B") values.set(name, floats(B!, 1, rank, width));

@@ -38,8 +38,8 @@ export interface PlanOptions extends MatchOptions {
     | {
         /** Private terms beside the core. Default: where a task of the pack has some. */
         readonly privateTerms?: boolean | undefined;
-        /** Name of a layer that tasks may bring whole. Default: those that tasks of the pack bring. */
-        readonly head?: string | undefined;
+        /** Names of layers that tasks may bring whole: those of a head. Default: those that tasks of the pack bring. */
+        readonly head?: string | readonly string[] | undefined;
       }
     | undefined;
 }
@@ -182,9 +182,9 @@ class Planner {
   /** What the tasks change, and what room is made for. */
   async #brought(): Promise<Brought[]> {
     const brought = await broughtBy(this.#pack, this.#options);
-    const head = this.#options.reserve?.head;
-    if (head === undefined) return brought;
-    const reserved = [`${head}.weight`, ...(this.#matcher.has(`${head}.bias`) ? [`${head}.bias`] : [])];
+    const reserved = [this.#options.reserve?.head ?? []]
+      .flat()
+      .flatMap((head) => [`${head}.weight`, ...(this.#matcher.has(`${head}.bias`) ? [`${head}.bias`] : [])]);
     const others = brought.filter(({ role, name }) => role !== "saved" || !reserved.includes(name));
     return [...reserved.map((name): Brought => ({ role: "saved", name })), ...others];
   }

@@ -3,6 +3,7 @@
  * when a session is made `trainable`.
  */
 import { buildTrainingGraph, logitsOf, type TrainingGraph } from "../autodiff/graph.ts";
+import { fixInnerHeads } from "../autodiff/inner-heads.ts";
 import type { ShapeProbe } from "../autodiff/shapes.ts";
 import { BaseMismatchError } from "../errors.ts";
 import type { TaskInput } from "../onnx/adapted.ts";
@@ -48,6 +49,7 @@ export async function addTraining(
   }
   const form = prepared.modules.find((module) => module.form);
   if (form) throw new BaseMismatchError(cannotLearn(form), { module: form.name });
+  fixInnerHeads(file.model.graph.proto, prepared.inputs, (module) => prepared.base.heads.get(module)?.labels);
   const name = logitsOf(file.model, prepared, logits);
   const output = file.model.graph.proto.output.find((one) => one.name === name)?.type?.value;
   const tokens = output?.case === "tensorType" && output.value.shape?.dim.length === 3;

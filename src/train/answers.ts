@@ -9,6 +9,7 @@ import type { Session } from "../session/session.ts";
 import type { Term } from "../tensor/term.ts";
 import type { BatchFeeds } from "./batch.ts";
 import type { Example, Row, Unlabelled } from "./examples.ts";
+import { layersOf, zerosOf } from "./head.ts";
 import type { Lessons } from "./lessons.ts";
 import { createMachine, headInputs } from "./machine.ts";
 import { answers } from "./objective.ts";
@@ -41,13 +42,13 @@ export interface AskOptions {
 
 /**
  * Logits that the adapter itself gives, by row.
- * @param head the layer that it brings, undefined where the model's own outputs are the logits
+ * @param head the layers that it brings, empty where the model's own outputs are the logits
  * @throws TaskError when it adapts what the pack does not
  */
 export async function* askAdapter(
   session: Session,
   adapter: Adapter,
-  head: string | undefined,
+  head: readonly string[],
   rows: readonly Row<BatchFeeds>[],
   { where, lessons, signal }: AskOptions,
 ): AsyncGenerator<{ readonly row: Row<BatchFeeds>; readonly logits: Float32Array[] }> {
@@ -66,15 +67,20 @@ export async function* askAdapter(
     const { A, Bt } = await one.read();
     terms.set(name, { rank, A, Bt });
   }
-  const saved = async (part: string): Promise<Float32Array<ArrayBuffer>> => {
-    const found = adapter.saved.find(({ name }) => head !== undefined && name === `${head}.${part}`);
-    return Float32Array.from((await found?.read()) ?? []);
-  };
-  const layer = headInputs(trainable!, head ?? false);
-  const [weight, bias] = [await saved("weight"), await saved("bias")];
-  const labels = Array.from({ length: layer ? weight.length / layer.in : 0 }, (_, i) => String(i));
-  const machine = await createMachine(trainable!, new Terms(modules), layer, labels);
-  for await (const one of answers({ machine, lessons }, rows, { terms, weight, bias }, signal)) {
+  const layers = headInputs(trainable!, head);
+  const saved = (module: string | undefined, part: string) =>
+    adapter.saved.find(({ name }) => name === `${module}.${part}`);
+  const last = layers.find(({ out }) => out === undefined);
+  const labels = Array.from({ length: saved(last?.module, "weight")?.shape[0] ?? 0 }, (_, i) => String(i));
+  const machine = await createMachine(trainable!, new Terms(modules), layers, labels);
+  const numbers = zerosOf(machine.head);
+  for (const { layer, weight, bias } of layersOf(machine.head, numbers)) {
+    const { module, own } = layer;
+    // What it does not bring is the model's.
+    weight.set((await saved(module, "weight")?.read()) ?? own?.weight ?? []);
+    bias.set((await saved(module, "bias")?.read()) ?? own?.bias ?? []);
+  }
+  for await (const one of answers({ machine, lessons }, rows, { terms, ...numbers }, signal)) {
     const each = one.logits[0]!.length;
     if (!Number.isInteger(each) || each < 2)
       throw new TypeError(`${where}: the model gives ${each} logits for a text, expected [texts, labels]`);

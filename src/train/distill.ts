@@ -22,6 +22,7 @@ import type { Encode } from "./inputs.ts";
 import { type CreateTrainerOptions, lessonsOf, makeTrainer } from "./learn.ts";
 import type { Lessons } from "./lessons.ts";
 import { checkNumbers, checkSession } from "./limits.ts";
+import { headInputs } from "./machine.ts";
 import { sureTemperature, tempered } from "./probabilities.ts";
 import type { SequenceOptions } from "./sequences.ts";
 import type { Stepped } from "./steps.ts";
@@ -42,9 +43,10 @@ export interface DistillOptions
    * Of coefficients and head. Default: both are 7 √divergence / steps, 0.02 at most (of models that answer token by token: 0.3 √divergence
    * / steps), of the divergence that there is to win back: its
    * root is about how far the logits are off, and Adam's steps are as long as its rate, however short the way is. A head rate of 0
-   * keeps the adapter's own head.
+   * keeps the adapter's own head. Of a head's layers in front of that with the labels (`inner`): `head` divided by how many
+   * numbers enter the layer.
    */
-  readonly learningRates?: { readonly terms?: number; readonly head?: number } | undefined;
+  readonly learningRates?: { readonly terms?: number; readonly head?: number; readonly inner?: number } | undefined;
   /** The adapter whose answers count, as the readers of `eigenlora/build` give it. Stays open. */
   readonly adapter: Adapter;
   /** The task that was made of it. Default: the one of its id. */
@@ -117,14 +119,16 @@ export async function distill(session: Session, options: DistillOptions): Promis
   const [judges, train] = [taught.slice(0, held), taught.slice(held)];
 
   const modules = blob.terms.filter(({ A }) => A).map(({ module }) => pack.modules[module]!.name);
-  const how: CreateTrainerOptions = { labels, init: { task: id }, modules, seed, head: head?.module ?? false };
+  const how: CreateTrainerOptions = { labels, init: { task: id }, modules, seed, head };
   const trainer = await makeTrainer(session, how, lessons);
   await trainer.begin(id);
   const divergenceBefore = await trainer.divergence(judges);
   const coefficients = blob.terms.find(({ A }) => A)!.A!.tensor.dtype;
   const stored = blob.parameters.find(({ shape }) => shape.length > 1)?.tensor.dtype;
   const dtype = { coefficients, head: stored ?? coefficients };
-  const { temperature = head ? sureTemperature(taught.map(({ target }) => Float32Array.from(target!))) : 1 } = options;
+  const {
+    temperature = head.length > 0 ? sureTemperature(taught.map(({ target }) => Float32Array.from(target!))) : 1,
+  } = options;
   const rate = Math.min(MOST_RATE, ((lessons.tokens ? WAY.tokens : WAY.labels) * Math.sqrt(divergenceBefore)) / steps);
   const { weightDecay, clip, warmup, decay } = options;
   const stepped = trainer.stepsOf(blob);
@@ -156,20 +160,21 @@ async function taughtBy(
   session: Session,
   adapter: Adapter,
   id: string,
-  head: { readonly module: string; readonly labels: number } | undefined,
+  head: readonly string[],
   examples: readonly Example<BatchFeeds>[],
   options: DistillOptions,
 ): Promise<{ lessons: Lessons<BatchFeeds>; labels: string[]; taught: Row<BatchFeeds>[] }> {
   const asking = lessonsOf(session, options);
   const rows = await asking.ask(examples, "distill");
   const ask = { where: "distill", lessons: asking, signal: options.signal };
-  const answers = await answersOf(session, adapter, head?.module, rows, ask);
+  const answers = await answersOf(session, adapter, head, rows, ask);
   const count = asking.tokens ? 0 : answers.get(rows[0]!)![0]!.probabilities.length;
-  if (head && head.labels !== count) {
-    throw new TaskError(
-      `task "${id}" has ${head.labels} labels, ${adapter.file} ${count}: it was not made of this adapter`,
-      { task: id },
-    );
+  const last = headInputs(session.trainable!, head).find(({ out }) => out === undefined);
+  const own = (await session.pack.load(id)).parameters.find(({ name }) => name === `${last?.module}.weight`)?.shape[0];
+  if (own !== undefined && own !== count) {
+    throw new TaskError(`task "${id}" has ${own} labels, ${adapter.file} ${count}: it was not made of this adapter`, {
+      task: id,
+    });
   }
   const labels = Array.from({ length: count }, (_, i) => String(i));
   const lessons = asking.tokens ? asking : lessonsOf(session, { ...options, labels });
@@ -188,14 +193,10 @@ function checkedQuestions(options: DistillOptions): readonly Example<BatchFeeds>
 }
 
 /**
- * The head that the task brings.
+ * Names of the head's layers that the task brings.
  * @throws TaskError when training would leave out some of what the task does
  */
-function trainableHead(
-  pack: Pack,
-  id: string,
-  { terms, parameters }: TaskBlob,
-): { module: string; labels: number } | undefined {
+function trainableHead(pack: Pack, id: string, { terms, parameters }: TaskBlob): string[] {
   const refuse = (why: string): TaskError => new TaskError(`task "${id}" cannot be distilled: ${why}`, { task: id });
   if (!terms.some(({ A }) => A)) throw refuse("it has no coefficients");
   for (const { module, A, B, magnitude, privateRank } of terms) {
@@ -206,16 +207,13 @@ function trainableHead(
     if (A.mean !== basisA?.mean || B.mean !== basisB?.mean) throw refuse(`it leaves out the mean of "${name}"`);
     if (basisA.kind !== "column" || basisB.kind !== "column") throw refuse(`"${name}" has no column basis`);
   }
-  if (parameters.length === 0) return undefined;
-  const weight = parameters.find(
-    ({ name, role, shape }) => role === "saved" && shape.length === 2 && name.endsWith(".weight"),
-  );
-  const module = weight?.name.slice(0, -".weight".length);
-  const other = parameters.find((one) => one !== weight && !(one.role === "saved" && one.name === `${module}.bias`));
-  if (!weight || other)
-    throw refuse(
-      `it brings "${(other ?? parameters[0]!).name}" (${(other ?? parameters[0]!).role}), only one head can be trained`,
-    );
-  if (parameters.length < 2) throw refuse(`its head "${module}" has no bias`);
-  return { module: module!, labels: weight.shape[0]! };
+  const saved = parameters.filter(({ role }) => role === "saved");
+  const weights = saved.filter(({ name, shape }) => shape.length === 2 && name.endsWith(".weight"));
+  const head = weights.map(({ name }) => name.slice(0, -".weight".length));
+  const isBias = (name: string): boolean => head.some((module) => name === `${module}.bias`);
+  const other = parameters.find((one) => !weights.includes(one) && !(one.role === "saved" && isBias(one.name)));
+  if (other) throw refuse(`it brings "${other.name}" (${other.role}), beside coefficients only heads can be trained`);
+  const bare = head.find((module) => !saved.some(({ name }) => name === `${module}.bias`));
+  if (bare !== undefined) throw refuse(`its head "${bare}" has no bias`);
+  return head;
 }

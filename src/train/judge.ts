@@ -84,7 +84,7 @@ export function createJudge(engine: Engine, model: SourceInput, options: JudgeOp
     const found = new Map<string, number>();
     for (const adapter of adapters) {
       const { id } = adapter;
-      const head = headNameOf(adapter);
+      const head = headOf(adapter);
       if (!expected.has(id)) expected.set(id, await answersOf(open, adapter, head, rows, ask));
       const between = new MeanDivergence();
       const task = await taskAdapter(pack, id);
@@ -111,8 +111,9 @@ export function createJudge(engine: Engine, model: SourceInput, options: JudgeOp
   };
 }
 
-function headNameOf({ saved }: Adapter): string | undefined {
+/** Names of the layers that it brings whole. */
+function headOf({ saved }: Adapter): string[] {
   return saved
-    .find(({ name, role, shape }) => role === "saved" && shape.length === 2 && name.endsWith(".weight"))
-    ?.name.slice(0, -".weight".length);
+    .filter(({ name, role, shape }) => role === "saved" && shape.length === 2 && name.endsWith(".weight"))
+    .map(({ name }) => name.slice(0, -".weight".length));
 }

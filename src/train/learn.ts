@@ -33,8 +33,11 @@ export interface CreateTrainerOptions extends TrainerOptions, SequenceOptions {
   readonly privateTerms?: number | undefined;
   /** Names of the modules that are trained. Default: all of the pack. */
   readonly modules?: readonly string[] | undefined;
-  /** The layer that is trained whole, one that the session was made to train; `false`: none. Default: the only one. */
-  readonly head?: string | false | undefined;
+  /**
+   * The layers that are trained whole, of those that the session was made to train: their names, or that of a module that holds them;
+   * `false`: none. Default: all, one of which has a row for each label.
+   */
+  readonly head?: string | readonly string[] | false | undefined;
 }
 
 /**

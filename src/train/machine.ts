@@ -7,32 +7,61 @@ import { dataOf, type EngineTensor, type Tensors } from "../session/engine.ts";
 import type { Trainable } from "../session/training.ts";
 import { transpose } from "../tensor/transpose.ts";
 import { type BatchFeeds, batchTensors } from "./batch.ts";
+import { type HeadLayer, layersOf, zerosOf } from "./head.ts";
 import type { Targets } from "./lessons.ts";
 import type { Machine, MachineStep, Point } from "./subject.ts";
 import type { Terms, TrainedModule } from "./terms.ts";
 
 type Floats = Float32Array<ArrayBuffer>;
 
-/** The inputs of a head: its weight [1, in, labels], its bias [1, 1, labels]. */
+/** The inputs of a layer of a head: its weight [1, in, out], its bias [1, 1, out]. */
 export interface HeadInputs {
   readonly module: string;
   readonly in: number;
+  /** Undefined where a task has as many as it has labels. */
+  readonly out: number | undefined;
   readonly weight: string;
   readonly bias: string | undefined;
 }
 
-/** @throws RangeError when the session was not made to train the layer */
-export function headInputs({ inputs }: Trainable, wanted: string | false | undefined): HeadInputs | undefined {
-  const weights = inputs.filter(({ kind }) => kind === "headWeight");
-  if (wanted === false || (wanted === undefined && weights.length === 0)) return undefined;
-  const weight = weights.find(({ of }) => of === (wanted ?? of));
-  if (!weight) {
-    const there = weights.map(({ of }) => `"${of}"`).join(", ") || "none";
-    const message = `head: the session trains ${there}, not "${wanted}"; create it with reserve: { head: "${wanted}" }`;
-    throw new RangeError(message);
+/**
+ * The layers of a head, that with the labels last.
+ * @param wanted names of layers, or of a module that holds some. Default: all that there are
+ * @throws RangeError when the session was not made to train a layer, or several have labels of their own
+ */
+export function headInputs(
+  { inputs }: Trainable,
+  wanted: string | readonly string[] | false | undefined,
+): readonly HeadInputs[] {
+  if (wanted === false) return [];
+  const all = inputs.filter(({ kind }) => kind === "headWeight").map((weight) => layerInputs(inputs, weight));
+  const chosen = wanted === undefined ? all : [wanted].flat().flatMap((name) => layersCalled(all, name));
+  const last = chosen.filter(({ out }) => out === undefined);
+  if (last.length > 1) {
+    const several = last.map(({ module }) => `"${module}"`).join(", ");
+    throw new RangeError(`head: expected one layer with a row for each label, the session has ${several}; name one`);
   }
-  const bias = inputs.find(({ kind, of }) => kind === "headBias" && of === weight.of);
-  return { module: weight.of, in: weight.dims[1] as number, weight: weight.name, bias: bias?.name };
+  return [...new Set([...chosen.filter(({ out }) => out !== undefined), ...last])];
+}
+
+function layerInputs(inputs: Trainable["inputs"], { of, name, dims }: Trainable["inputs"][number]): HeadInputs {
+  const bias = inputs.find((one) => one.kind === "headBias" && one.of === of);
+  const [, width, out] = dims;
+  return {
+    ...{ module: of, in: width as number, out: typeof out === "number" ? out : undefined },
+    ...{ weight: name, bias: bias?.name },
+  };
+}
+
+/** @throws RangeError when there is none */
+function layersCalled(all: readonly HeadInputs[], name: string): HeadInputs[] {
+  const exact = all.filter(({ module }) => module === name);
+  const found = exact.length > 0 ? exact : all.filter(({ module }) => module.startsWith(`${name}.`));
+  if (found.length > 0) return found;
+  const there = all.map(({ module }) => `"${module}"`).join(", ") || "none";
+  throw new RangeError(
+    `head: the session trains ${there}, not "${name}"; create it with reserve: { head: "${name}" }, or a list of the head's layers`,
+  );
 }
 
 /** Outputs of models that give no logits, as exporters call them. */
@@ -58,26 +87,43 @@ function notLogits(name: string, found: readonly (number | string)[]): BaseMisma
 }
 
 /**
- * @param head the layer that is trained whole; undefined where the model's own outputs are the logits
+ * @param head the layers that are trained whole; empty where the model's own outputs are the logits
  * @throws BaseMismatchError when the model's output is not [batch, labels]
  */
 export async function createMachine(
   source: Trainable,
   terms: Terms,
-  head: HeadInputs | undefined,
+  head: readonly HeadInputs[],
   labels: readonly string[],
 ): Promise<Machine<BatchFeeds>> {
-  refuseOtherOutputs(source.graph, head !== undefined);
+  refuseOtherOutputs(
+    source.graph,
+    head.some(({ out }) => out === undefined),
+  );
   const idle: Record<string, EngineTensor> = {};
-  for (const [name, { data, dims }] of await source.base()) idle[name] = source.engine.tensor(data, [1, ...dims]);
-  return new SessionMachine(source, terms.modules, head, labels.length, idle);
+  const base = await source.base();
+  for (const [name, { data, dims }] of base) idle[name] = source.engine.tensor(data, [1, ...dims]);
+  const layers = head.map(({ module, in: inputs, out: fixed, weight, bias }): FedLayer => {
+    const out = fixed ?? labels.length;
+    const valuesOf = (name: string | undefined): Floats =>
+      name === undefined ? new Float32Array(out) : Float32Array.from(base.get(name)!.data as Float32Array);
+    const own = fixed ? { weight: transpose(valuesOf(weight), inputs, out), bias: valuesOf(bias) } : undefined;
+    const last = fixed === undefined;
+    return { module, in: inputs, out, bias: bias !== undefined, last, own, weightInput: weight, biasInput: bias };
+  });
+  return new SessionMachine(source, terms.modules, layers, labels.length, idle);
+}
+
+/** A layer of the head, and the inputs that it is fed by. */
+interface FedLayer extends HeadLayer {
+  readonly weightInput: string;
+  readonly biasInput: string | undefined;
 }
 
 class SessionMachine implements Machine<BatchFeeds> {
-  readonly head: Machine<BatchFeeds>["head"];
+  readonly head: readonly FedLayer[];
   readonly #source: Trainable;
   readonly #modules: readonly (TrainedModule & { readonly inputA: string; readonly inputB: string })[];
-  readonly #head: HeadInputs | undefined;
   readonly #labels: number;
   /** Inputs that carry what is not trained. */
   readonly #idle: Tensors;
@@ -85,16 +131,15 @@ class SessionMachine implements Machine<BatchFeeds> {
   constructor(
     source: Trainable,
     modules: readonly TrainedModule[],
-    head: HeadInputs | undefined,
+    head: readonly FedLayer[],
     labels: number,
     idle: Tensors,
   ) {
     const input = (of: string, kind: "A" | "B"): string =>
       source.inputs.find((one) => one.of === of && one.kind === kind)!.name;
-    this.head = head && { module: head.module, in: head.in, bias: head.bias !== undefined };
+    this.head = head;
     this.#source = source;
     this.#modules = modules.map((one) => ({ ...one, inputA: input(one.name, "A"), inputB: input(one.name, "B") }));
-    this.#head = head;
     this.#labels = labels;
     this.#idle = idle;
   }
@@ -121,8 +166,7 @@ class SessionMachine implements Machine<BatchFeeds> {
     };
     const trained = [
       ...this.#modules.flatMap(({ inputA, inputB }) => [inputA, inputB]),
-      ...(this.#head ? [this.#head.weight] : []),
-      ...(this.#head?.bias === undefined ? [] : [this.#head.bias]),
+      ...this.head.flatMap(({ weightInput, biasInput }) => [weightInput, biasInput ?? []].flat()),
     ];
     // Of a vocabulary, logits are more than all the rest.
     const logits = graph.tokens ? [] : [graph.logitsOutput];
@@ -150,7 +194,7 @@ class SessionMachine implements Machine<BatchFeeds> {
   }
 
   /** Inputs of a batch and a task. */
-  #feeds(batch: BatchFeeds, { terms, weight, bias }: Point): Tensors {
+  #feeds(batch: BatchFeeds, { terms, ...numbers }: Point): Tensors {
     const { engine } = this.#source;
     const feeds = { ...batchTensors(engine, batch), ...this.#idle };
     for (const { name, in: inputs, out, inputA, inputB } of this.#modules) {
@@ -158,10 +202,12 @@ class SessionMachine implements Machine<BatchFeeds> {
       feeds[inputA] = engine.tensor(transpose(A, rank, inputs), [1, inputs, rank]);
       feeds[inputB] = engine.tensor(Bt, [1, rank, out]);
     }
-    if (!this.#head) return feeds;
-    const { in: inputs, weight: weightInput, bias: biasInput } = this.#head;
-    feeds[weightInput] = engine.tensor(transpose(weight, this.#labels, inputs), [1, inputs, this.#labels]);
-    if (biasInput !== undefined) feeds[biasInput] = engine.tensor(bias, [1, 1, this.#labels]);
+    for (const [i, { weight, bias }] of layersOf(this.head, numbers).entries()) {
+      const { in: inputs, out, weightInput, biasInput } = this.head[i]!;
+      feeds[weightInput] = engine.tensor(transpose(weight, out, inputs), [1, inputs, out]);
+      // In memory of its own: an engine may take all that a view looks into.
+      if (biasInput !== undefined) feeds[biasInput] = engine.tensor(bias.slice(), [1, 1, out]);
+    }
     return feeds;
   }
 
@@ -174,12 +220,13 @@ class SessionMachine implements Machine<BatchFeeds> {
         return [name, { rank, A: transpose(A, inputs, rank), Bt: await of(inputB) }] as const;
       }),
     );
-    const head = this.#head;
-    return {
-      terms: new Map(terms),
-      weight: head ? transpose(await of(head.weight), head.in, this.#labels) : new Float32Array(0),
-      bias: head?.bias === undefined ? new Float32Array(head ? this.#labels : 0) : await of(head.bias),
-    };
+    const numbers = zerosOf(this.head);
+    for (const [i, own] of layersOf(this.head, numbers).entries()) {
+      const { in: inputs, out, weightInput, biasInput } = this.head[i]!;
+      own.weight.set(transpose(await of(weightInput), inputs, out));
+      if (biasInput !== undefined) own.bias.set(await of(biasInput));
+    }
+    return { terms: new Map(terms), ...numbers };
   }
 }
 

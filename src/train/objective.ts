@@ -4,6 +4,7 @@
 import type { TaskDtypes } from "../tensor/dtypes.ts";
 import { storing } from "../tensor/encode.ts";
 import type { Row } from "./examples.ts";
+import { type HeadLayer, type LayerNumbers, mapLayers } from "./head.ts";
 import { type Lessons, logitsOf, type Score } from "./lessons.ts";
 import { crossEntropy, largest, likeliest } from "./probabilities.ts";
 import { type State, stateLike } from "./state.ts";
@@ -30,10 +31,8 @@ export interface Evaluated {
 }
 
 /** The parts of a state. */
-interface Numbers {
+interface Numbers extends LayerNumbers {
   readonly parameters: Float32Array<ArrayBuffer>;
-  readonly weight: Float32Array;
-  readonly bias: Float32Array;
 }
 
 /** Loss and gradients of a batch, which runs in parts where it is large. */
@@ -44,15 +43,17 @@ export async function evaluate<Feeds>(
   { smoothing = 0, temperature = 1, dtype = {}, stored }: ObjectiveOptions & Stepped,
 ): Promise<Evaluated> {
   const { machine, lessons, terms } = subject;
+  const divide = dividedBy(machine.head, temperature);
   const point = pointOf(subject, rounded(subject, state, dtype, stored), temperature);
   const gradients = stateLike(state);
   let loss = 0;
   for (const { rows: some, targets, share } of lessons.parts(rows, smoothing)) {
     const made = await machine.step(await lessons.batch(some), point, targets);
     loss += share * made.loss;
-    add(gradients.parameters, terms.pullBack(state.parameters, made.gradients.terms), share, 1);
-    add(gradients.weight, made.gradients.weight, share, temperature);
-    add(gradients.bias, made.gradients.bias, share, temperature);
+    const { weight, bias } = divide(made.gradients);
+    add(gradients.parameters, terms.pullBack(state.parameters, made.gradients.terms), share);
+    add(gradients.weight, weight, share);
+    add(gradients.bias, bias, share);
   }
   return { loss, gradients };
 }
@@ -91,38 +92,37 @@ export async function* answers<Feeds>(
   }
 }
 
-function add(sum: Float32Array, part: Float32Array, share: number, temperature: number): void {
-  for (let i = 0; i < sum.length; i++) sum[i]! += share * Math.fround(part[i]! / temperature);
+function add(sum: Float32Array, part: Float32Array, share: number): void {
+  for (let i = 0; i < sum.length; i++) sum[i]! += share * part[i]!;
+}
+
+/** Logits are divided where they are made: in the last layer of a head, and so are its gradients. */
+function dividedBy(head: readonly HeadLayer[], temperature: number): (numbers: LayerNumbers) => LayerNumbers {
+  const divided = (part: LayerNumbers["weight"]): LayerNumbers["weight"] => part.map((v) => v / temperature);
+  return (numbers) =>
+    mapLayers(head, numbers, ({ last }, { weight, bias }) =>
+      last ? { weight: divided(weight), bias: divided(bias) } : {},
+    );
 }
 
 /** What a model is fed with, the logits divided. */
-export function pointOf<Feeds>(
-  { terms }: Subject<Feeds>,
-  { parameters, weight, bias }: Numbers,
-  temperature = 1,
-): Point {
-  const divided = (part: Float32Array): Float32Array<ArrayBuffer> => Float32Array.from(part, (v) => v / temperature);
-  return { terms: terms.expand(parameters), weight: divided(weight), bias: divided(bias) };
+export function pointOf<Feeds>({ terms, machine }: Subject<Feeds>, numbers: Numbers, temperature = 1): Point {
+  return { terms: terms.expand(numbers.parameters), ...dividedBy(machine.head, temperature)(numbers) };
 }
 
 /** As they would be read from a task file. */
 function rounded<Feeds>(
-  { terms, labels }: Subject<Feeds>,
-  { parameters, weight, bias }: State,
+  { terms, machine }: Subject<Feeds>,
+  state: State,
   { coefficients, head }: Partial<TaskDtypes>,
   stored: TaskSteps | undefined,
 ): Numbers {
-  const width = weight.length / labels.length;
-  const roundedHead = (): Float32Array => {
-    if (stored?.weight) return toSteps(weight, stored.weight, stored.largest);
-    return head && width > 0
-      ? storing("the head", undefined, () => asStored(weight, head, labels.length, width))
-      : weight;
-  };
-  if (stored) return { parameters: toSteps(parameters, stored.parameters), weight: roundedHead(), bias };
-  return {
-    parameters: coefficients ? terms.rounded(parameters, coefficients) : parameters,
-    weight: roundedHead(),
-    bias,
-  };
+  const { parameters } = state;
+  const numbers = mapLayers(machine.head, state, ({ in: inputs, out }, { weight }, i) => {
+    const steps = stored?.head[i];
+    if (steps) return { weight: toSteps(weight, steps.weight, steps.largest) };
+    return head ? { weight: storing("the head", undefined, () => asStored(weight, head, out, inputs)) } : {};
+  });
+  if (stored) return { ...numbers, parameters: toSteps(parameters, stored.parameters) };
+  return { ...numbers, parameters: coefficients ? terms.rounded(parameters, coefficients) : parameters };
 }

@@ -10,9 +10,9 @@ import type { Pack } from "../pack/pack.ts";
 import { narrowTerms } from "../pack/steps.ts";
 import { type Dtype, isQuantized, type TaskDtypes } from "../tensor/dtypes.ts";
 import { encodeTensor, storing } from "../tensor/encode.ts";
+import { type HeadLayer, layersOf } from "./head.ts";
 import type { State } from "./state.ts";
-import { rowsOf, type Stepped, toSteps } from "./steps.ts";
-import type { Head } from "./subject.ts";
+import { type LayerSteps, rowsOf, type Stepped, toSteps } from "./steps.ts";
 import type { Terms, TrainedParameter } from "./terms.ts";
 
 /** How a task is stored. */
@@ -26,15 +26,15 @@ export interface TaskFileOptions {
 }
 
 /**
- * @param head the layer that `weight` [labels, in] and `bias` [labels] are of
+ * @param head the layers that `weight` and `bias` are of
  * @throws RangeError when a value does not fit its number format, or the labels are not as many as the head has rows
  * @throws FormatError for metadata that the format does not hold
  */
 export function taskFile(
   pack: Pack,
   trained: Terms,
-  { parameters, weight, bias }: Omit<State, "all">,
-  head: Head | undefined,
+  { parameters, ...numbers }: Omit<State, "all">,
+  head: readonly HeadLayer[],
   { id = "task", dtype = {}, metadata = {}, stored }: TaskFileOptions & Stepped,
 ): Uint8Array<ArrayBuffer> {
   const { coefficients = "f16", head: headDtype = "f16" } = stored
@@ -62,23 +62,31 @@ export function taskFile(
         }),
     });
   }
-  const saved: ParameterInput[] = [];
-  const save = (part: string, dtype: Dtype, values: Float32Array, shape: number[]): void => {
-    const [width, rows = 1] = shape.toReversed() as [number, number?];
-    const name = `${head!.module}.${part}`;
-    const own = part === "weight" ? stored?.weight : undefined;
-    const [given, steps] = own ? [toSteps(values, own, stored!.largest), rowsOf(own, width)] : [values];
-    saved.push({ name, role: "saved", shape, ...tensor(`"${name}"`, dtype, given, rows, width, steps) });
-  };
-  if (head) save("weight", headDtype, weight, [bias.length, head.in]);
-  // One scale for a whole bias would be coarse and save nothing.
-  if (head?.bias) save("bias", isQuantized(headDtype) ? "f16" : headDtype, bias, [bias.length]);
+  const saved = layersOf(head, numbers).flatMap((layer, i) => savedLayer(layer, headDtype, stored?.head[i]));
   const misfit = misfitLabels(metadata.labels, saved);
   if (misfit !== undefined) throw new RangeError(`metadata.labels: ${misfit}`);
   const blob = encodeTask(stored ? narrowTerms(terms, pack.modules) : terms, saved);
   // A writer ends by reading what it wrote.
   const brings = bringsOf(parseTask(blob, pack.modules, "the trained task", { id }), pack.modules);
   return encodeTaskFile({ id, adapterBytes: 0, metadata, brings }, pack.basisId, blob);
+}
+
+/** The parameters of a layer of the head. */
+function savedLayer(
+  { layer, weight, bias }: ReturnType<typeof layersOf>[number],
+  dtype: Dtype,
+  stored: LayerSteps | undefined,
+): ParameterInput[] {
+  const { module, in: inputs, out } = layer;
+  const name = (part: string): string => `${module}.${part}`;
+  const given = stored ? toSteps(weight, stored.weight, stored.largest) : weight;
+  const steps = stored && rowsOf(stored.weight, inputs);
+  const made = tensor(`"${name("weight")}"`, dtype, given, out, inputs, steps);
+  const saved: ParameterInput = { name: name("weight"), role: "saved", shape: [out, inputs], ...made };
+  if (!layer.bias) return [saved];
+  // One scale for a whole bias would be coarse and save nothing.
+  const added = tensor(`"${name("bias")}"`, isQuantized(dtype) ? "f16" : dtype, bias, 1, out);
+  return [saved, { name: name("bias"), role: "saved", shape: [out], ...added }];
 }
 
 function tensor(

@@ -11,6 +11,7 @@ import { parseTaskFile } from "../format/task-file.ts";
 import { readTensor } from "../format/tensors.ts";
 import type { Pack } from "../pack/pack.ts";
 import { normal } from "../tensor/random.ts";
+import { type HeadLayer, type LayerNumbers, layersOf, sizeOf } from "./head.ts";
 import { type State, stateLike } from "./state.ts";
 import type { Subject } from "./subject.ts";
 import type { Terms, TrainedParameter } from "./terms.ts";
@@ -52,17 +53,13 @@ export async function readDonor(pack: Pack, task: string | Uint8Array<ArrayBuffe
 
 /** @throws TaskError when the task to start from is of another rank */
 export async function startState<Feeds>(
-  { pack, terms, origin, labels, machine: { head } }: Subject<Feeds>,
+  { pack, terms, origin, machine: { head } }: Subject<Feeds>,
   start: "mean" | "random" | "fresh" | Donor,
   random: () => number,
   signal?: AbortSignal,
 ): Promise<State> {
-  const [outputs, inputs] = head ? [labels.length, head.in] : [0, 0];
-  const state = stateLike({
-    parameters: { length: terms.size },
-    weight: { length: outputs * inputs },
-    bias: { length: outputs },
-  });
+  const { weight, bias } = sizeOf(head);
+  const state = stateLike({ parameters: { length: terms.size }, weight: { length: weight }, bias: { length: bias } });
   await fillStart(pack, terms, start, state.parameters, random, signal);
   const donor = typeof start === "object" ? start.blob : undefined;
   // A LoRA begins as the factors that coefficients make, unless the task to start from has factors of its own.
@@ -74,12 +71,31 @@ export async function startState<Feeds>(
       terms.part(state.parameters, module, "privateB")?.set(Bt);
     }
   }
-  const weight = head && donor && savedTensor(donor, `${head.module}.weight`, [outputs, inputs]);
-  if (weight) {
-    state.weight.set(weight);
-    state.bias.set(savedTensor(donor, `${head.module}.bias`, [outputs]) ?? []);
-  } else fillNormal(state.weight, random);
+  startHead(head, donor, state, random);
   return state;
+}
+
+/**
+ * Each layer as the task to start from has it, where that is of its shape. Otherwise that with the labels is small random numbers, and
+ * those in front of it are the model's own.
+ */
+function startHead(
+  head: readonly HeadLayer[],
+  donor: TaskBlob | undefined,
+  state: LayerNumbers,
+  random: () => number,
+): void {
+  for (const { layer, weight, bias } of layersOf(head, state)) {
+    const { module, in: inputs, out, own } = layer;
+    const given = donor && savedTensor(donor, `${module}.weight`, [out, inputs]);
+    if (given) {
+      weight.set(given);
+      bias.set(savedTensor(donor, `${module}.bias`, [out]) ?? []);
+    } else if (own) {
+      weight.set(own.weight);
+      bias.set(own.bias);
+    } else fillNormal(weight, random);
+  }
 }
 
 function savedTensor({ parameters, bytes }: TaskBlob, name: string, shape: number[]): Float32Array | undefined {

@@ -8,16 +8,21 @@ import type { Pack } from "../pack/pack.ts";
 import { stepOf } from "../pack/steps.ts";
 import { BITS, decodeScales, isQuantized } from "../tensor/dtypes.ts";
 import { toInteger } from "../tensor/encode.ts";
+import type { HeadLayer } from "./head.ts";
 import { tensorOf } from "./start.ts";
-import type { Head } from "./subject.ts";
 import type { Terms } from "./terms.ts";
 
 /** The step of every number that a task stores as an integer. */
 export interface TaskSteps {
   /** Of its parameters. */
   readonly parameters: Float32Array<ArrayBuffer>;
-  /** Of its head's weight; undefined where that has another number format. */
-  readonly weight: Float32Array<ArrayBuffer> | undefined;
+  /** Of the weight of each layer of its head; undefined where that has another number format. */
+  readonly head: readonly (LayerSteps | undefined)[];
+}
+
+/** The steps of a head's layer. */
+export interface LayerSteps {
+  readonly weight: Float32Array<ArrayBuffer>;
   /** Integer of the weight's number format. */
   readonly largest: number;
 }
@@ -33,7 +38,7 @@ export function stepsOf(
   pack: Pack,
   terms: Terms,
   blob: TaskBlob,
-  head: Pick<Head, "module"> | undefined,
+  head: readonly Pick<HeadLayer, "module">[],
 ): TaskSteps | undefined {
   if (stepOf(pack) === undefined) return undefined;
   const parameters = new Float32Array(terms.size);
@@ -42,11 +47,15 @@ export function stepsOf(
     const part = terms.part(parameters, parameter.module, parameter.kind)!;
     if (tensor) part.set(ofRows(decodeScales(encodedTensor(blob.bytes, tensor), tensor.rows), tensor.width));
   }
-  const stored = blob.parameters.find(({ name }) => name === `${head?.module}.weight`)?.tensor;
-  if (!stored || !isQuantized(stored.dtype)) return { parameters, weight: undefined, largest: 0 };
+  return { parameters, head: head.map(({ module }) => layerSteps(blob, module)) };
+}
+
+function layerSteps(blob: TaskBlob, module: string): LayerSteps | undefined {
+  const stored = blob.parameters.find(({ name }) => name === `${module}.weight`)?.tensor;
+  if (!stored || !isQuantized(stored.dtype)) return undefined;
   const { dtype, rows, width } = stored;
   const weight = ofRows(decodeScales(encodedTensor(blob.bytes, stored), rows), width);
-  return { parameters, weight, largest: 2 ** (BITS[dtype] - 1) - 1 };
+  return { weight, largest: 2 ** (BITS[dtype] - 1) - 1 };
 }
 
 function ofRows(scales: Float32Array, width: number): Float32Array<ArrayBuffer> {

@@ -3,17 +3,11 @@
  */
 import type { Pack } from "../pack/pack.ts";
 import type { Term } from "../tensor/term.ts";
+import type { HeadLayer } from "./head.ts";
 import type { Lessons, Targets } from "./lessons.ts";
 import type { Terms } from "./terms.ts";
 
-/** The layer that is trained whole. */
-export interface Head {
-  readonly module: string;
-  readonly in: number;
-  readonly bias: boolean;
-}
-
-/** A task as a model is fed with it: terms by module name, weight [labels, in] and bias [labels] of the head. */
+/** A task as a model is fed with it: terms by module name, weights and biases of the head's layers as in a `State`. */
 export interface Point {
   readonly terms: ReadonlyMap<string, Term>;
   readonly weight: Float32Array<ArrayBuffer>;
@@ -29,8 +23,8 @@ export interface MachineStep {
 
 /** A model that can be trained. `Feeds` are one batch of its inputs. */
 export interface Machine<Feeds> {
-  /** Undefined where the model's own outputs are the logits. */
-  readonly head: Head | undefined;
+  /** The layers that are trained whole, the one with the labels last; empty where the model's own outputs are the logits. */
+  readonly head: readonly HeadLayer[];
   /** Logits [rows, classes] alone: a row for each text, or for each position that the batch asks for. */
   answer(batch: Feeds, point: Point): Promise<Float32Array>;
   step(batch: Feeds, point: Point, targets: Targets): Promise<MachineStep>;

@@ -103,8 +103,8 @@ export class Trainer<Feeds = unknown> {
 
   /** How many numbers are trained: of terms, of the head, and of components where they are trained. */
   get size(): { readonly terms: number; readonly head: number; readonly components: number } {
-    const { machine, terms, labels } = this.#subject;
-    const head = machine.head ? labels.length * (machine.head.in + Number(machine.head.bias)) : 0;
+    const { machine, terms } = this.#subject;
+    const head = machine.head.reduce((sum, { in: inputs, out, bias }) => sum + out * (inputs + Number(bias)), 0);
     return { terms: terms.ofTasks, head, components: terms.size - terms.ofTasks };
   }
 
@@ -123,10 +123,10 @@ export class Trainer<Feeds = unknown> {
       ...({ epochs: "whole", steps: "whole", batch: "whole", holdout: "share", smoothing: "share" } as const),
       ...({ temperature: "positive", weightDecay: "rate", clip: "unlimited", warmup: "count" } as const),
     });
-    const rates = { terms: "rate", head: "rate", components: "rate" } as const;
+    const rates = { terms: "rate", head: "rate", inner: "rate", components: "rate" } as const;
     checkNumbers("fit: learningRates", options.learningRates ?? {}, rates);
-    if ((options.temperature ?? 1) !== 1 && !machine.head)
-      throw new RangeError("fit: a temperature needs a trainer with a head");
+    if ((options.temperature ?? 1) !== 1 && !machine.head.some(({ last }) => last))
+      throw new RangeError("fit: a temperature needs a trainer with a head that makes the logits");
     yield* this.fitRows(await lessons.check(examples), options);
   }
 
@@ -142,7 +142,7 @@ export class Trainer<Feeds = unknown> {
   }
 
   async *#fit(rows: readonly Row<Feeds>[], options: FitOptions & Stepped): AsyncGenerator<TrainingStep, void, void> {
-    const { terms, lessons } = this.#subject;
+    const { terms, lessons, machine } = this.#subject;
     const { epochs = 8, batch = 16, signal } = options;
     const { train, holdout } = lessons.split(rows, options.holdout ?? 0, this.#random);
     const lengths = await lessons.lengths(rows);
@@ -152,7 +152,7 @@ export class Trainer<Feeds = unknown> {
     const exact = { ...options, dtype: undefined, stored: undefined };
     if (!this.#tested) await checkGradients(state, (at) => evaluate(this.#subject, train.slice(0, batch), at, exact));
     this.#tested = true;
-    const optimizer = optimizerOf(state, terms.ofTasks, steps, options);
+    const optimizer = optimizerOf(state, terms.ofTasks, machine.head, steps, options);
     let step = 0;
     let first: number | undefined;
     let best: { loss: number; state: State } | undefined;
@@ -187,7 +187,7 @@ export class Trainer<Feeds = unknown> {
 
   /** A state to begin from; "auto" takes a few steps from each start and keeps the one whose loss is smaller. */
   async #start(train: readonly Row<Feeds>[], batch: number, options: FitOptions): Promise<State> {
-    const { pack, origin, terms } = this.#subject;
+    const { pack, origin, terms, machine } = this.#subject;
     const { temperature, signal } = options;
     const init = this.#init;
     const from = async (start: "mean" | "random" | "fresh" | { readonly task: string }): Promise<State> => {
@@ -200,7 +200,8 @@ export class Trainer<Feeds = unknown> {
     for (const start of ["mean", "random"] as const) {
       const state = await from(start);
       const trial = copyOf(state);
-      const optimizer = optimizerOf(trial, terms.ofTasks, TRIAL_STEPS, { ...options, warmup: 0, decay: "none" });
+      const how = { ...options, warmup: 0, decay: "none" } as const;
+      const optimizer = optimizerOf(trial, terms.ofTasks, machine.head, TRIAL_STEPS, how);
       let loss = Infinity;
       for (let i = 0; i < TRIAL_STEPS; i++) {
         signal?.throwIfAborted();

@@ -55,5 +55,5 @@ export async function zeroShotTask(pack: Pack, options: ZeroShotOptions = {}): P
   const parameters = new Float32Array(terms.size);
   await fillStart(pack, terms, init, parameters, uniform(seed));
   const none = new Float32Array(0);
-  return taskFile(pack, terms, { parameters, weight: none, bias: none }, undefined, { ...options, id });
+  return taskFile(pack, terms, { parameters, weight: none, bias: none }, [], { ...options, id });
 }

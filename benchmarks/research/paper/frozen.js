@@ -9,8 +9,10 @@ import { Terms } from "../../../dist/src/train/terms.js";
 import { Trainer } from "../../../dist/src/train/trainer.js";
 import { runBatches, toBatches } from "../../../examples/minilm.js";
 
-/** @param {number} width how many numbers enter the head */
-const layerOf = (width) => ({ module: "classifier", in: width, bias: true });
+/** @param {number} width how many numbers enter the head @param {number} labels */
+const headOf = (width, labels) => [
+  { module: "classifier", in: width, out: labels, bias: true, last: true, own: undefined },
+];
 
 /**
  * What enters the head for each text, with tasks of the pack active.
@@ -31,7 +33,7 @@ export async function readFeatures(session, encode, texts, blend, width) {
       /** @type {any} */ (session.pack),
       new Terms([]),
       { ...head, parameters: new Float32Array(0) },
-      layerOf(width),
+      headOf(width, width),
       {
         id: "features",
         dtype: { head: "f32" },
@@ -79,7 +81,7 @@ export function headMachine(labels, width) {
   const logitsOf = (x, { weight, bias }) =>
     Array.from(bias, (b, label) => x.reduce((sum, value, i) => sum + value * weight[label * x.length + i], b));
   return {
-    head: layerOf(width),
+    head: headOf(width, labels),
     answer: async (batch, point) => Float32Array.from(batch.flatMap((x) => logitsOf(x, point))),
     async step(batch, point, { values: targets }) {
       const [weight, bias] = [point.weight.length, labels].map((length) => new Float32Array(length));

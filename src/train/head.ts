@@ -1,0 +1,69 @@
+/**
+ * The head of a task: the layers that are trained whole. Often it is one, a row of weights for each label; a head of several (RoBERTa's
+ * `classifier.dense` and `classifier.out_proj`, DistilBERT's `pre_classifier` and `classifier`) has such rows in the last alone, and
+ * the layers in front of it have as many as the model's own.
+ */
+
+/** One layer of a head. */
+export interface HeadLayer {
+  readonly module: string;
+  readonly in: number;
+  /** Rows of the weight; of the last layer the labels. */
+  readonly out: number;
+  readonly bias: boolean;
+  /** Whether its rows are the labels: its result is the logits. */
+  readonly last: boolean;
+  /** The model's own, where it can be a start: weight [out, in], bias [out]. */
+  readonly own: LayerNumbers | undefined;
+}
+
+/** Weight [out, in] and bias [out] of one layer. A layer without a bias has numbers for one that nothing looks at. */
+export interface LayerNumbers {
+  readonly weight: Float32Array<ArrayBuffer>;
+  readonly bias: Float32Array<ArrayBuffer>;
+}
+
+/** How many numbers the weights and the biases of all layers are. */
+export function sizeOf(head: readonly HeadLayer[]): { readonly weight: number; readonly bias: number } {
+  const sum = (of: (layer: HeadLayer) => number): number => head.reduce((total, layer) => total + of(layer), 0);
+  return { weight: sum(({ in: inputs, out }) => inputs * out), bias: sum(({ out }) => out) };
+}
+
+/** Zeros for all layers. */
+export function zerosOf(head: readonly HeadLayer[]): LayerNumbers {
+  const { weight, bias } = sizeOf(head);
+  return { weight: new Float32Array(weight), bias: new Float32Array(bias) };
+}
+
+/** The numbers of each layer: views of those of all, where they lie one behind the other. */
+export function layersOf(
+  head: readonly HeadLayer[],
+  { weight, bias }: LayerNumbers,
+): ({ readonly layer: HeadLayer } & LayerNumbers)[] {
+  let [w, b] = [0, 0];
+  return head.map((layer) => {
+    const [weights, biases] = [layer.in * layer.out, layer.out];
+    const of = { weight: weight.subarray(w, w + weights), bias: bias.subarray(b, b + biases) };
+    [w, b] = [w + weights, b + biases];
+    return { layer, ...of };
+  });
+}
+
+/** The numbers of all layers with those of each in the place of its own. */
+export function mapLayers(
+  head: readonly HeadLayer[],
+  numbers: LayerNumbers,
+  made: (
+    layer: HeadLayer,
+    own: LayerNumbers,
+    index: number,
+  ) => { readonly weight?: Float32Array; readonly bias?: Float32Array },
+): LayerNumbers {
+  const all = { weight: numbers.weight.slice(), bias: numbers.bias.slice() };
+  for (const [i, { layer, ...own }] of layersOf(head, all).entries()) {
+    const { weight, bias } = made(layer, own, i);
+    if (weight) own.weight.set(weight);
+    if (bias) own.bias.set(bias);
+  }
+  return all;
+}
