@@ -101,11 +101,11 @@ export async function sessionOn<T extends SessionTypes>(
       integers: options.components === "f32" ? undefined : engine.integers,
       ...(trainable && { mode: "factors" as const }),
     };
+    const learning = trainable ? await import("./training.ts") : undefined;
+    learning?.refuseParts(file, pack, options.modules);
     const prepared = await prepareModel(file, pack, bases.bytes, how);
     const logits = typeof trainable === "object" ? trainable.logits : undefined;
-    const training = trainable
-      ? await (await import("./training.ts")).addTraining(engine, file, prepared, logits)
-      : undefined;
+    const training = await learning?.addTraining(engine, file, prepared, logits);
     const { folded } = prepared;
     const supplied = folded && "places" in folded ? [folded.path] : [];
     const detached = await detachWeights(file, prepared.initializers, { ...options, supplied });

@@ -9,6 +9,8 @@ import { BaseMismatchError } from "../errors.ts";
 import type { TaskInput } from "../onnx/adapted.ts";
 import type { Feed } from "../onnx/feeds.ts";
 import type { ModelFile } from "../onnx/read.ts";
+import type { Pack } from "../pack/pack.ts";
+import type { ModuleFilter } from "../pack/part.ts";
 import { dataOf, type Engine, type LoadOptions, type Tensors } from "./engine.ts";
 import type { AdaptedLayer, PreparedModel } from "./prepare.ts";
 import { toTensors } from "./probe.ts";
@@ -26,6 +28,37 @@ export interface Trainable {
   base(): Promise<ReadonlyMap<string, InputValue>>;
   /** Runs the model on inputs that are all given, between the session's own runs. */
   run(feeds: Tensors, fetches: readonly string[]): Promise<Tensors>;
+}
+
+/**
+ * A model whose encoder and decoder lie in files of their own learns as one file only: what the encoder's tasks have to learn would have
+ * to come out of the decoder's file.
+ * @param pack what of it is to be trained here
+ * @throws BaseMismatchError for one of such files, where the other is adapted too, or where it has a branch for each use of its cache
+ */
+export function refuseParts(
+  { model }: ModelFile,
+  { modules }: Pick<Pack, "modules">,
+  keep: ModuleFilter = () => true,
+): void {
+  const { input, output, node } = model.graph.proto;
+  const names = new Set(input.map(({ name }) => name));
+  const reads = names.has("encoder_hidden_states");
+  const writes = !names.has("decoder_input_ids") && output.some(({ name }) => name === "last_hidden_state");
+  if (!reads && !writes) return;
+  const other = reads ? "encoder" : "decoder";
+  const elsewhere = modules.find(({ name }) => keep(name) && name.split(".").includes(other))?.name;
+  const merged = reads && node.some(({ opType }) => opType === "If");
+  if (elsewhere === undefined && !merged) return;
+  const why =
+    elsewhere === undefined
+      ? "it has a branch for each use of its cache, which gradients do not pass"
+      : `tasks adapt "${elsewhere}" in the other, and gradients do not pass from file to file`;
+  const one =
+    "export both as one file (inputs input_ids, attention_mask and decoder_input_ids, output logits) and train on that";
+  const alone = elsewhere === undefined ? "" : "; or train this file's layers alone, with the option `modules`";
+  const message = `${model.name} is the ${reads ? "decoder" : "encoder"} of a model in several files, which cannot be trained: ${why}. To learn, ${one}${alone}; the task then serves the separate files too`;
+  throw new BaseMismatchError(message, { module: elsewhere ?? "" });
 }
 
 /**

@@ -1,0 +1,48 @@
+/**
+ * Encoder and decoder in files of their own: refused by name before anything runs, with what to do. As one file they learn
+ * (soak: gradients of T5).
+ */
+import t from "tap";
+import { readAdapters } from "../dist/src/adapters/folder.js";
+import { openHost } from "../dist/src/base/open.js";
+import { buildPack } from "../dist/src/pack/build.js";
+import { openPack, type Pack } from "../dist/src/pack/pack.js";
+import { concat, data, LOSSLESS } from "./packs.ts";
+import { NODE, open, refusal } from "./sessions.ts";
+
+async function packOf(): Promise<Pack> {
+  const adapters = await readAdapters([data("seq2seq/adapters/answers")]);
+  const base = await openHost(data("seq2seq/base.safetensors"));
+  const { chunks } = await buildPack(adapters, { ...LOSSLESS, base });
+  await base.close?.();
+  for (const adapter of adapters) await adapter.close();
+  return openPack(concat(chunks));
+}
+
+const of = (side: string) => (module: string) => module.startsWith(`${side}.`);
+
+t.test("one of several files is refused, with what to do", async (t) => {
+  const pack = await packOf();
+  const refused = (file: string, modules?: (module: string) => boolean) =>
+    refusal(() => open(NODE, data(`seq2seq/${file}`), pack, { trainable: true, modules }));
+  const decoder = await refused("decoder.onnx");
+  t.match(decoder, {
+    tag: "base",
+    message:
+      /decoder\.onnx is the decoder of a model in several files, which cannot be trained: tasks adapt "encoder\./,
+  });
+  t.match(decoder.message, /export both as one file \(inputs input_ids, attention_mask and decoder_input_ids/);
+  t.match(decoder.message, /or train this file's layers alone, with the option `modules`/);
+  t.match((await refused("onnx/encoder_model.onnx")).message, /is the encoder of .*: tasks adapt "decoder\./);
+  const merged = await refused("onnx/decoder_model_merged.onnx", of("decoder"));
+  t.match(merged, { tag: "base", message: /it has a branch for each use of its cache, which gradients do not pass/ });
+  await pack.close();
+});
+
+t.test("the decoder's own layers learn alone where that is asked for", async (t) => {
+  const pack = await packOf();
+  const session = await open(NODE, data("seq2seq/decoder.onnx"), pack, { trainable: true, modules: of("decoder") });
+  t.ok(session.trainable!.graph.tokens && session.leftOut.every((name) => !name.startsWith("decoder.")));
+  await session.close();
+  await pack.close();
+});
