@@ -1,5 +1,6 @@
 /** Shared by the tests of learning: a runtime to look at shapes with, and PyTorch's gradients. */
 import { readdirSync, readFileSync } from "node:fs";
+import { isAbsolute } from "node:path";
 import type * as common from "onnxruntime-common";
 import { readAdapters } from "../dist/src/adapters/folder.js";
 import { buildTrainingGraph, type TrainingGraph, type TrainingGraphOptions } from "../dist/src/autodiff/graph.js";
@@ -91,8 +92,13 @@ const FOLDER = "goldens/gradients";
 
 export const CASES: readonly string[] = readdirSync(data(FOLDER)).sort();
 
+/** @param name of a golden case, or the absolute path of one that a test has made */
+function folderOf(name: string): string {
+  return isAbsolute(name) ? name : data(`${FOLDER}/${name}`);
+}
+
 export function readCase(name: string): Promise<ModelFile> {
-  return readModel(data(`${FOLDER}/${name}/model.onnx`));
+  return readModel(`${folderOf(name)}/model.onnx`);
 }
 
 async function tensorsIn(path: string): Promise<Map<string, Feed>> {
@@ -109,7 +115,7 @@ async function tensorsIn(path: string): Promise<Map<string, Feed>> {
 }
 
 export async function golden(name: string): Promise<Case> {
-  const folder = data(`${FOLDER}/${name}`);
+  const folder = folderOf(name);
   const { loss, gradients } = JSON.parse(readFileSync(`${folder}/case.json`, "utf8"));
   const { lora_alpha, r } = JSON.parse(readFileSync(`${folder}/adapter/adapter_config.json`, "utf8"));
   const feeds = await tensorsIn(`${folder}/feeds.safetensors`);

@@ -1,6 +1,6 @@
 /**
  * Tests that take a case of each kind in `npm test`, with the whole of their matrix: every model and mode on each build with software
- * WebGPU, every backend in a worker, more switches, bits and mutants. Ten minutes.
+ * WebGPU, every backend in a worker, gradients of language models, more switches, bits and mutants. Twelve minutes.
  *
  * usage: node test/soak-tests.js [NAME...]      tests by name, such as session-gpu. Default: all of them
  */
@@ -11,6 +11,7 @@ const TESTS = [
   "session-gpu",
   "session-chromium",
   "learn-chromium",
+  "learn-llm",
   "backends-chromium",
   "page",
   "weights",
