@@ -6,10 +6,15 @@
  *
  * Arithmetic says how the cost grows: a summary takes r·w²/2 multiplications per side of width w, projecting r·K·w. The
  * measured seconds per unit at the largest width, times the units of the model's layers, give the hours.
+ *
+ * `--whole 250,500,1000,2000` runs whole hubs instead: that many synthetic adapters of rank 16 on SmolLM2-135M's shapes, through Ray
+ * (examples/hub/pack.py), made as they are read. The slope against their number gives the hours for 10 000, and by the same arithmetic
+ * those of a model of 7 billion parameters.
  */
 import { sum } from "simple-statistics";
-import { readArguments, text } from "./lib/arguments.js";
+import { number, readArguments, text } from "./lib/arguments.js";
 import { K, measure, RANK } from "./lib/hub.js";
+import { wholeHubs } from "./lib/hub-whole.js";
 import { peerLine } from "./lib/peers.js";
 import { print } from "./lib/report.js";
 
@@ -28,12 +33,26 @@ const MODELS = { "query and value": ["q", "v"], "all linear layers": Object.keys
 const ADAPTERS = 10_000;
 const SHARDS = 16;
 
-const { json, widths } = readArguments(
+const { json, widths, whole, layers, shards, cpus } = readArguments(
   "What does it cost to pack 10 000 adapters of a model of 7 billion parameters?",
   {
     widths: text("N,N,…", "sides of the square module", "1024,2048,4096"),
+    whole: text("N,N,…", "instead: whole hubs of so many adapters on SmolLM2's shapes through Ray"),
+    layers: text("q,v,…", "layers of --whole, of q, k, v, o, gate, up, down", "q,k,v,o,gate,up,down"),
+    shards: number("of --whole; each makes its adapters on the disk and deletes them", 8, 1),
+    cpus: number("of --whole: commands that run at a time", 2, 1),
   },
 );
+if (whole !== undefined) {
+  const counts = whole.split(",").map(Number);
+  const { parts, peers } = await wholeHubs(
+    counts,
+    { layers, shards, cpus },
+    { adapters: ADAPTERS, blocks: BLOCKS, shapes: LAYERS },
+  );
+  print(json, parts, peers);
+  process.exit();
+}
 const measured = [];
 for (const width of widths.split(",").map(Number)) measured.push(await measure(width));
 const largest = measured[measured.length - 1];

@@ -49,6 +49,7 @@ const given = readArguments("What does distilling win back?", {
   tasks: number("distil so many tasks", Infinity, 1),
   texts: number("of a task's own texts at most", 512, 1),
   steps: number("steps of each task", 240),
+  beside: number("distil each task with so many steps too, in turn, to compare"),
   batch: number("texts of a step", 8, 1),
   rate: number("learning rate of coefficients. Default: distill's own"),
   "head-rate": number("learning rate of the head. Default: distill's own"),
@@ -71,6 +72,7 @@ const settings = JSON.stringify({
   HEAD: given["head-rate"] ?? "own",
   GAUGE: gauge,
   TEMPERATURE: temperature ?? "own",
+  BESIDE: given.beside,
 });
 const reference = await readReference(suite);
 const encode = await createEncoder(ort);
@@ -171,7 +173,7 @@ async function measure(session, adapter, task, { tests, pool }) {
     learningRates: rates,
     temperature,
   };
-  const { ms, result: made } = await clocked(() => distill(session, options));
+  const { ms, cpu, result: made } = await clocked(() => distill(session, options));
   await session.addTask("distilled", made.file);
   const { pack } = session;
   const { blob, ...entry } = parseTaskFile(made.file, id);
@@ -179,6 +181,8 @@ async function measure(session, adapter, task, { tests, pool }) {
   const [projected, distilled] = [await accuracy(id), await accuracy("distilled")];
   await session.switchTask(id);
   await session.removeTask("distilled");
+  const beside =
+    given.beside === undefined ? {} : await besideOf(session, { ...options, steps: given.beside }, accuracy);
   return {
     name: id,
     texts: texts.length,
@@ -192,5 +196,23 @@ async function measure(session, adapter, task, { tests, pool }) {
     kept: made.kept,
     "LoRA, %": 100 * agreement(reference.get(id)?.predictions ?? [], labels),
     s: ms / 1000,
+    "s of a core": cpu / 1000,
+    ...beside,
   };
+}
+
+/**
+ * The same task with another number of steps.
+ * @param {import("eigenlora/onnxruntime").EigenSession<typeof ort>} session
+ * @param {import("eigenlora/train").DistillOptions} options
+ * @param {(task: string) => Promise<number>} accuracy
+ */
+async function besideOf(session, options, accuracy) {
+  const { cpu, result } = await clocked(() => distill(session, options));
+  await session.addTask("beside", result.file);
+  const right = await accuracy("beside");
+  await session.switchTask(result.id);
+  await session.removeTask("beside");
+  const { steps, divergenceAfter } = result;
+  return { [`${steps} steps: KL`]: divergenceAfter, [`${steps}: %`]: right, [`${steps}: s of a core`]: cpu / 1000 };
 }

@@ -1,11 +1,12 @@
-"""Packs a hub of adapters on a Ray cluster: eigenlora's shard, merge, project and assemble as tasks (docs/hub.md).
+"""Packs a hub of adapters on a Ray cluster: eigenlora's shard, merge, project or distill, and assemble as tasks (docs/hub.md).
 
     pip install ray
     python examples/hub/pack.py ADAPTERS -o tasks.eigen --work SHARED_FOLDER --shards 16 --k 32 [--address auto]
 
 ADAPTERS and SHARED_FOLDER lie where every machine sees them under one name. Without --address a cluster is started on this
-machine. Nothing here knows of adapters: each task runs one command that reads files and writes one. So a task that is lost
-with its machine is run again elsewhere, and the whole, run again, makes only the parts that are missing.
+machine. With --model and --text every task is distilled. Nothing here knows of adapters: each task runs one command that reads
+files and writes one. So a task that is lost with its machine is run again elsewhere, and the whole, run again, makes only the
+parts that are missing.
 """
 import argparse, json, pathlib, shlex, subprocess, sys
 import ray
@@ -25,7 +26,7 @@ def adapters_of(folder):
     return sorted(str(config.parent) for config in pathlib.Path(folder).glob("*/adapter_config.json"))
 
 
-def pack(adapters, output, work, eigenlora, shards=16, fan_in=8, k=32, dtype="f16", gauge="as-trained", rank=None, normalize=False, centering="keep", base=None):
+def pack(adapters, output, work, eigenlora, shards=16, fan_in=8, k=32, dtype="f16", gauge="as-trained", rank=None, normalize=False, centering="keep", base=None, model=None, text=None, distill=()):
     """Starts all tasks at once; Ray runs each as soon as what it reads is there. Gives back what assemble printed."""
     work = pathlib.Path(work).absolute()
     work.mkdir(parents=True, exist_ok=True)
@@ -50,7 +51,11 @@ def pack(adapters, output, work, eigenlora, shards=16, fan_in=8, k=32, dtype="f1
     files, tasks = commands(parts)
     settings = ["--k", str(k), "--dtype", dtype, "--centering", centering, *(["--base", base] if base else [])]
     basis, based = step("basis.eigen", ["merge", *files, *settings], *tasks)
-    parts = [step(f"tasks-{i}.part", ["project", basis, *share, "--dtype", dtype], based) for i, share in enumerate(shares)]
+    # Distilling begins with projecting: both write parts with tasks.
+    named = {"--model": model, "--text": text} if model else {}
+    asked = [word for flag, path in named.items() for word in (flag, str(pathlib.Path(path).absolute()))]
+    command = ["distill" if model else "project", basis, "--dtype", dtype, *(["--part"] if model else []), *asked, *distill]
+    parts = [step(f"tasks-{i}.part", [*command, *share], based) for i, share in enumerate(shares)]
     files, tasks = commands(parts)
     target = str(pathlib.Path(output).absolute())
     return ray.get(run.remote([*eigenlora, "assemble", basis, *files, "-o", target, "--force", "--json"], *tasks))
@@ -71,9 +76,14 @@ if __name__ == "__main__":
     cli.add_argument("--normalize", action="store_true", help="every task counts alike")
     cli.add_argument("--centering", default="keep")
     cli.add_argument("--base", help="base model, for fingerprints")
+    cli.add_argument("--model", help="MODEL.onnx: distil every task (eigenlora distill); needs --text")
+    cli.add_argument("--text", help="plain text like that of the tasks, one per line")
+    cli.add_argument("--distill", type=shlex.split, default=[], help="more options of eigenlora distill, as one word")
     cli.add_argument("--address", help="of a Ray cluster; auto finds one that runs")
     cli.add_argument("--eigenlora", default="npx eigenlora", help="how the command line is started on a worker")
     given = vars(cli.parse_args())
+    if (given["model"] is None) != (given["text"] is None):
+        sys.exit("--model and --text belong together")
     if pathlib.Path(given["output"]).exists() and not given["force"]:
         sys.exit(f"{given['output']} already exists; choose another name, or replace it with --force")
     del given["force"]

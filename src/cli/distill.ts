@@ -2,41 +2,55 @@
  * The command distill: a pack whose tasks answer plain text more like the adapters they were made of (src/train/distill.ts).
  * Finished tasks are kept beside the target until all are done, so that a run which was cut off goes on.
  */
-import { createHash } from "node:crypto";
-import { existsSync } from "node:fs";
-import { readdir, rm, rmdir, stat } from "node:fs/promises";
-import { join, resolve } from "node:path";
-import type { Adapter } from "../adapters/adapter.ts";
-import { FormatError, SourceError, TaskError } from "../errors.ts";
-import { encodeTaskFile } from "../format/encode.ts";
+import { rmdir, stat } from "node:fs/promises";
+import { resolve } from "node:path";
+import { SourceError, TaskError } from "../errors.ts";
 import type { Sign } from "../format/layout.ts";
 import { parseTaskFile } from "../format/task-file.ts";
 import { freshPack, tasksOf } from "../pack/fresh.ts";
 import type { Pack } from "../pack/pack.ts";
-import { projectAdapters } from "../pack/project.ts";
-import { type Distilled, distill as distillTask } from "../train/distill.ts";
 import { type Attach, command, type Result } from "./command.ts";
 import { readQuestions } from "./examples.ts";
-import { jsonFile, makeFolder, readJson, writeWhole } from "./files.ts";
+import { makeFolder, writeWhole } from "./files.ts";
+import { addProjected, type Done, distilEach, figuresOf, removeFinished, tableOf } from "./finished.ts";
 import { realTarget } from "./lock.ts";
 import { match } from "./matching.ts";
 import { openTrainable, tokenizer, tokens } from "./model.ts";
-import { as, byDefault, force, from, group, key, number, output, readFor, required, text, toggle } from "./options.ts";
-import { bytes, count, resources, table } from "./output.ts";
+import {
+  as,
+  byDefault,
+  dtype,
+  force,
+  from,
+  given,
+  group,
+  key,
+  number,
+  output,
+  readFor,
+  required,
+  text,
+  toggle,
+  UsageError,
+} from "./options.ts";
+import { bytes, count, resources } from "./output.ts";
 import type { Run } from "./run.ts";
 import { signerOf, warnUnsigned } from "./signer.ts";
 import { filesOf } from "./target.ts";
 import { refuseOtherBase, storedDtypes } from "./tasks.ts";
-
-type Done = Distilled & { readonly resumed: boolean };
 
 export const distill: Attach = command({
   usage: "distill <PACK> <ADAPTER_OR_FOLDER...>",
   does: "Train the tasks of a pack to answer plain text as their adapters do.",
   details: "Adapters that are not in the pack yet are added first. Other tasks are not changed.",
   options: {
-    output: output("OUT.eigen", "The pack to write; finished tasks wait in OUT.eigen.partial."),
+    output: output(
+      "OUT.eigen",
+      "The pack to write, or with --part the part; finished tasks wait in OUT.eigen.partial.",
+    ),
     force,
+    part: toggle("Write a part with tasks on a basis instead of a pack, for assemble."),
+    dtype: { ...dtype, help: `With --part. ${dtype.help}` },
     text: required(
       text("LINES.txt", "Plain text like that of the tasks, one per line: a few hundred lines, never your test data."),
     ),
@@ -57,6 +71,14 @@ export const distill: Attach = command({
   },
   async run([packPath, ...paths]: [string, ...string[]], options, run, out) {
     const { output: file, force, model, steps, batch, tokens = 128, tokenizer } = options;
+    const [foreign] = options.part ? given(options, "key") : given(options, "dtype");
+    if (foreign !== undefined)
+      throw new UsageError(
+        options.part
+          ? `${foreign} is for a pack: parts are not signed; sign what assemble writes`
+          : `${foreign} is for --part: tasks of a pack keep their number formats`,
+      );
+    if (options.part) return (await import("./distill-part.ts")).distilPart([packPath, ...paths], options, run, out);
     const sign = await signerOf(options.key);
     const questions = await readQuestions(options.text);
     const target = await run.target(file, { force, inputs: [model, options.text, tokenizer] });
@@ -65,7 +87,8 @@ export const distill: Attach = command({
     const pack = await run.pack(packPath);
     const before = new Set(pack.tasks.keys());
     refuseOtherBase(pack, adapters, options.anyBase);
-    await addMissing(pack, adapters);
+    const missing = adapters.filter(({ id }) => !pack.tasks.has(id));
+    await addProjected(pack, missing, await storedDtypes(pack));
     const { session, encode } = await openTrainable(
       "distill",
       model,
@@ -82,74 +105,16 @@ export const distill: Attach = command({
     await run.lock(finished);
     await makeFolder(finished);
     run.closing({ close: () => rmdir(finished).catch(() => undefined) });
-    const done: Done[] = [];
-    let resumed = 0;
-    for (const [i, adapter] of adapters.entries()) {
-      const path = join(finished, await keyOf(pack, adapter, settings));
-      const earlier = await readFinished(path);
-      if (earlier) resumed++;
-      const onStep = ({ step }: { step: number }): void => {
-        const [gone, of] = [(i - resumed) * steps + step, (adapters.length - resumed) * steps];
-        out.progress("step", gone, of, `task ${i + 1} of ${adapters.length}, ${adapter.id}`);
-      };
-      const made = earlier ?? (await distillTask(session, { adapter, ...questions, encode, steps, batch, onStep }));
-      if (!earlier) await writeWhole(path, jsonFile({ ...made, file: Buffer.from(made.file).toString("base64") }));
-      done.push({ ...made, resumed: earlier !== undefined });
-    }
+    const how = { session, encode, questions, steps, batch, settings, finished };
+    const done = await distilEach(pack, adapters, how, out);
     await run.lock(file);
     const now = realTarget(file) === realTarget(packPath) ? await reread(pack, before, done, run) : pack;
     const size = await writeWhole(file, await withDistilled(now, done, sign), force);
     warnUnsigned(now, sign, out);
     await removeFinished(finished);
-    if (done.every(({ kept }) => kept === "projected"))
-      out.warn(
-        `no task got better than it was, so all stay as projected: try more than --steps ${steps}, or more text`,
-      );
     return report(file, size, done, before);
   },
 });
-
-/** Projects adapters that are no tasks yet, as `add` does. */
-async function addMissing(pack: Pack, adapters: readonly Adapter[]): Promise<void> {
-  const missing = adapters.filter(({ id }) => !pack.tasks.has(id));
-  if (missing.length === 0) return;
-  for (const { entry, blob } of await projectAdapters(pack, missing, await storedDtypes(pack)))
-    await pack.addTask(entry.id, encodeTaskFile(entry, pack.basisId, blob));
-}
-
-/** A name for one task's outcome: of all it depends on. */
-async function keyOf(pack: Pack, { id, file, byteLength }: Adapter, settings: object): Promise<string> {
-  const of = { basis: pack.basisId, id, file: resolve(file), byteLength, ...settings };
-  const { bytes: blob } = await pack.load(id);
-  return createHash("sha256").update(JSON.stringify(of)).update(blob).digest("hex");
-}
-
-/**
- * An outcome of before in the folder beside the target; undefined when there is none.
- * @throws FormatError when it is damaged
- */
-async function readFinished(path: string): Promise<Distilled | undefined> {
-  if (!existsSync(path)) return undefined;
-  try {
-    const { file, ...figures } = (await readJson(path)) as Omit<Distilled, "file"> & { file: string };
-    const { id, divergenceBefore, divergenceAfter, kept } = figures;
-    const numbers = Number.isFinite(divergenceBefore) && Number.isFinite(divergenceAfter);
-    if (typeof id !== "string" || !numbers || (kept !== "projected" && kept !== "distilled"))
-      throw new TypeError("it is not what distill writes");
-    const bytes = new Uint8Array(Buffer.from(file, "base64"));
-    parseTaskFile(bytes, path);
-    return { ...figures, file: bytes };
-  } catch (cause) {
-    const message = `is damaged: delete it, and the task is distilled again (${(cause as Error).message})`;
-    throw new FormatError(message, { file: path, part: "finished task", cause });
-  }
-}
-
-/** Those of earlier settings too, and nothing that is not ours. */
-async function removeFinished(folder: string): Promise<void> {
-  for (const name of await readdir(folder).catch(() => []))
-    if (/^[0-9a-f]{64}(\.[0-9a-f]{8}\.tmp)?$/.test(name)) await rm(join(folder, name));
-}
 
 /**
  * The pack as it is by now, where it is to be replaced: others may have written while tasks were trained.
@@ -187,20 +152,12 @@ async function withDistilled(
 
 function report(file: string, size: number, done: readonly Done[], before: ReadonlySet<string>): Result {
   const { seconds } = resources();
-  const tasks = done.map(({ id, divergenceBefore, divergenceAfter, kept, resumed }) => {
-    const divergence = { before: divergenceBefore, after: divergenceAfter };
-    return { id, divergence, kept, added: !before.has(id), resumed };
-  });
-  const rows = tasks.map(({ id, divergence, kept }) => [
-    id,
-    ...Object.values(divergence).map((nats) => nats.toFixed(4)),
-    kept,
-  ]);
+  const tasks = figuresOf(done, before);
   return {
     json: { file, bytes: size, tasks, seconds },
     text: [
       `${file}: ${count(tasks.length, "task")} distilled, ${bytes(size)}`,
-      ...table([["task", "KL projected", "KL distilled", "kept"], ...rows]),
+      ...tableOf(done),
       `${seconds.toFixed(2)} s`,
     ],
   };

@@ -111,7 +111,7 @@ async function templateBeside(tokenizer: string): Promise<string | undefined> {
 }
 
 /** Where a model's tokenizer is; beside it where there is none. */
-function tokenizerOf(model: string): string {
+export function tokenizerOf(model: string): string {
   const [beside, above] = [".", ".."].map((folder) => join(dirname(model), folder, "tokenizer.json"));
   return !existsSync(beside!) && existsSync(above!) ? above! : beside!;
 }

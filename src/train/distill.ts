@@ -26,7 +26,7 @@ import { headInputs } from "./machine.ts";
 import { sureTemperature, tempered } from "./probabilities.ts";
 import type { SequenceOptions } from "./sequences.ts";
 import type { Stepped } from "./steps.ts";
-import type { FitOptions, TrainingStep } from "./trainer.ts";
+import type { FitOptions, Tested, TrainingStep } from "./trainer.ts";
 
 const OPTIONS = [
   ...(["adapter", "task", "texts", "encode", "feeds", "examples", "end", "decoderStart"] as const),
@@ -84,6 +84,8 @@ export interface Distilled {
 }
 
 const LEAST_TEXTS = 8;
+/** Whose gradients were held against the loss: all tasks of a session are trained by one graph. */
+const tested: WeakSet<Session> = new WeakSet();
 /**
  * How far all steps of one coefficient go for each root of a nat. Of labels: chosen by hold-outs of 12 tasks, whose own best lay between a
  * third and three times of it. Of tokens: by hold-outs of two skills of a model with ten times the modules, between a third and three times too.
@@ -132,16 +134,18 @@ export async function distill(session: Session, options: DistillOptions): Promis
   const rate = Math.min(MOST_RATE, ((lessons.tokens ? WAY.tokens : WAY.labels) * Math.sqrt(divergenceBefore)) / steps);
   const { weightDecay, clip, warmup, decay } = options;
   const stepped = trainer.stepsOf(blob);
-  const fit: FitOptions & Stepped = {
+  const fit: FitOptions & Stepped & Tested = {
     ...{ steps, batch, temperature, weightDecay, clip, warmup, decay, signal },
     learningRates: { terms: rate, head: rate, ...options.learningRates },
     dtype: isQuantized(coefficients) ? dtype : undefined,
     stored: stepped,
+    tested: tested.has(session),
   };
   const lessonRows = lessons.tokens
     ? train
     : train.map((row) => ({ ...row, target: tempered(row.target!, temperature) }));
   for await (const step of trainer.fitRows(lessonRows, fit)) options.onStep?.(step);
+  tested.add(session);
   const trained = trainer.storedTask({ id, dtype, stored: stepped });
   // As it is stored, since number formats of few bits may cost more than training gains.
   await trainer.begin(trained);

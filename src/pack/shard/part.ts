@@ -24,7 +24,7 @@ const CHECKSUMS = "~checksums";
 /** What writes a kind of part, and what takes it. */
 const USES = {
   statistics: "sharding and merging write it, merging takes it",
-  tasks: "projecting writes it, assembling takes it",
+  tasks: "projecting or distilling writes it, assembling takes it",
 } as const;
 
 /** Values a description may hold: what JSON can say. */

@@ -40,20 +40,38 @@ export async function projectTasks(
   checkPack("projectTasks", basis);
   checkAdapters("projectTasks", adapters);
   checkOptions("projectTasks", options, ["dtype", "onProgress"]);
+  const sorted = byId(adapters);
+  const dtype = completeDtypes(options.dtype);
+  const projected = await projectAdapters(basis, sorted, dtype, options.onProgress);
+  const residual = projected.map((task) => task.residual);
+  const files = projected.map(({ entry, blob }) => encodeTaskFile(entry, basis.basisId, blob));
+  return { chunks: writeTasks(basis, made, dtype, residual, files), residual };
+}
+
+/**
+ * The bytes of a part with tasks.
+ * @param losses of the tasks, sorted by id
+ * @param files a task file of each
+ */
+export function writeTasks(
+  { basisId }: Pack,
+  made: string,
+  { coefficients, head }: TaskDtypes,
+  losses: readonly TaskLoss[],
+  files: readonly Uint8Array<ArrayBuffer>[],
+): AsyncGenerator<Uint8Array, void> {
+  const entries = files.map((file, i) => {
+    return { name: nameOf(losses[i]!.id), dtype: "U8", shape: [file.length], read: () => file };
+  });
+  return writePart("tasks", made, { basisId, types: { coefficients, head }, tasks: losses }, entries);
+}
+
+/** Adapters in the order of a part's tasks. @throws TaskError for two of one id */
+export function byId(adapters: readonly Adapter[]): Adapter[] {
   const sorted = [...adapters].sort((a, b) => compare(a.id, b.id));
   const twice = sorted.find(({ id }, i) => sorted[i + 1]?.id === id);
   if (twice) throw new TaskError(`two adapters are called "${twice.id}"`, { task: twice.id });
-  const dtype = completeDtypes(options.dtype);
-  const projected = await projectAdapters(basis, sorted, dtype, options.onProgress);
-  const { basisId } = basis;
-  const entries = projected.map(({ entry, blob }) => {
-    const file = encodeTaskFile(entry, basisId, blob);
-    return { name: nameOf(entry.id), dtype: "U8", shape: [file.length], read: () => file };
-  });
-  const residual = projected.map((task) => task.residual);
-  const { coefficients, head } = dtype;
-  const about = { basisId, types: { coefficients, head }, tasks: residual };
-  return { chunks: writePart("tasks", made, about, entries), residual };
+  return sorted;
 }
 
 /** A pack of all tasks of some parts, and what became of the adapters. */
