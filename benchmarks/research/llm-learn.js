@@ -1,7 +1,13 @@
 /**
  * What does a language model gain from a skill that it learns by coefficients alone? Skills of SmolLM2 (test/data/smollm2) are left
- * out of the pack one at a time; the components are those of the nineteen others. A LoRA of rank 8, trained by the same trainer from
- * the same rows, is beside it, PEFT's own adapter, and the model without any.
+ * out one at a time; the components are made of the adapters of all others (`--adapters`), never of a pack that has known the left-out
+ * one: what a pack of all makes of the others lies in components that it helped to make. Beside coefficients, by name of `--ways`:
+ *
+ * - lora, lora-1: LoRAs of rank 8 and 1, trained by the same trainer from the same rows
+ * - flat: coefficients of flat components, one number for a whole factor (the paper's own form)
+ * - zero-shot: random coefficients of the donors' spread; analytical: the skill's own adapter projected onto the components;
+ *   distilled: the same, trained to answer as that adapter does, without looking at the completions
+ * - base: the model without any
  *
  * Rows are learned from the first of the training rows, and choices (K, rows, rates, steps) are judged on the last 160 of them
  * (`--judge train`); the test rows are for what was chosen. Every run is a line of `--into`; what is there is not run again.
@@ -11,31 +17,41 @@
 import { appendFile, readFile } from "node:fs/promises";
 import { fileURLToPath } from "node:url";
 import { openPack } from "eigenlora";
-import { buildPack, taskAdapter } from "eigenlora/build";
+import { encodeTaskFile, projectAdapters } from "eigenlora/build";
+import { readAdapters } from "eigenlora/node";
 import { createEigenSession } from "eigenlora/onnxruntime";
-import { createTrainer } from "eigenlora/train";
+import { createTrainer, distill, zeroShotTask } from "eigenlora/train";
 import * as ort from "onnxruntime-node";
 import { mean, sampleStandardDeviation } from "simple-statistics";
 import { data } from "../../examples/minilm.js";
+import { packOf } from "../lib/adapters.js";
 import { choice, number, readArguments, text } from "../lib/arguments.js";
 import { print, progress } from "../lib/report.js";
 import {
   createEncode,
   encodeForTrainer,
   examplesOf,
+  force,
   NO_SMOLLM2,
+  questionsOf,
   readSkills,
+  scoreOf,
   smollm2,
   smollm2File,
 } from "../lib/skills.js";
 
-/** @typedef {{ skill: string, way: string, seed: number, judge: string, trained: number, nll: number, exact: number, seconds: number, settings: string }} Cell */
+/**
+ * @typedef {"coefficients" | "lora" | "lora-1" | "flat" | "zero-shot" | "analytical" | "distilled" | "base"} Way
+ * @typedef {import("eigenlora/onnxruntime").EigenSession<typeof ort>} Session
+ * @typedef {{ skill: string, way: Way, seed: number, judge: string, trained: number, nll: number, exact: number, seconds: number, settings: string }} Cell
+ */
 
 const QUESTION = "What does a language model gain from a skill that it learns by coefficients alone?";
 const given = readArguments(QUESTION, {
   skills: text("NAMES", "skills that are left out, between commas", "past-tense,plural,antonym,supersense,spa-eng"),
-  ways: text("NAMES", "coefficients, lora, or both between a comma", "coefficients,lora"),
+  ways: text("NAMES", "what learns, between commas", "coefficients,lora"),
   seeds: number("seeds", 3, 1),
+  adapters: text("FOLDER", "PEFT adapters of all skills", data("smollm2/adapters")),
   k: number("components of each side", 38, 1),
   rank: number("rows of coefficients", 4, 1),
   steps: number("steps", 80, 1),
@@ -52,67 +68,99 @@ if (!smollm2) {
 }
 /** Of the training rows, to judge choices by. */
 const JUDGES = 160;
+/** What is stored rounds nothing. */
+const DTYPES = /** @type {const} */ ({ basis: "f32", coefficients: "f32", head: "f32" });
+/** Ways that train nothing; of these, those that no seed changes. @type {ReadonlySet<Way>} */
+const UNTRAINED = new Set(/** @type {const} */ (["zero-shot", "analytical", "base"]));
+/** @type {ReadonlySet<Way>} */
+const MADE = new Set(/** @type {const} */ ([...UNTRAINED, "distilled"]));
+/** @type {ReadonlySet<Way>} */
+const SEEDLESS = new Set(/** @type {const} */ (["analytical", "base"]));
 
 ort.env.logLevel = "error";
 const [skills, tokens] = await Promise.all([readSkills(), createEncode()]);
 const encode = encodeForTrainer(tokens);
+const adapters = await readAdapters([given.adapters]);
 const known = (await readFile(given.into, "utf8").catch(() => "")).split("\n").filter(Boolean);
 /** @type {Cell[]} */
 const cells = known.map((line) => JSON.parse(line));
 for (const name of given.skills.split(",")) await learnAll(name);
+for (const adapter of adapters) await adapter.close();
 report();
 
-/** All runs that leave one skill out. @param {string} left */
+/** All runs that leave one skill out, a session for each kind of components. @param {string} left */
 async function learnAll(left) {
-  const wanted = given.ways
-    .split(",")
-    .flatMap((way) => Array.from({ length: given.seeds }, (_, i) => ({ way, seed: i + 1, settings: settingsOf(way) })));
-  const missing = wanted.filter((one) => !cells.some((cell) => isRun(cell, left, one)));
-  if (missing.length === 0) return;
-  const pack = await openPack(await donors(left));
-  const session = await createEigenSession(ort, smollm2File("onnx/model.onnx"), pack, {
-    trainable: true,
-    session: { intraOpNumThreads: 1, interOpNumThreads: 1 },
-  });
-  for (const one of missing) {
-    const cell = await learn(session, left, one);
-    cells.push(cell);
-    await appendFile(given.into, `${JSON.stringify(cell)}\n`);
-    progress(`${left}, ${one.way}, seed ${one.seed}: ${(100 * cell.exact).toFixed(1)} %, ${cell.nll.toFixed(3)} nats`);
+  const missing = waysOf().flatMap((way) => seedsOf(way).map((seed) => ({ way, seed, settings: settingsOf(way) })));
+  const open = missing.filter((one) => !cells.some((cell) => isRun(cell, left, one)));
+  for (const mode of /** @type {const} */ (["column", "flat"])) {
+    const runs = open.filter(({ way }) => (way === "flat") === (mode === "flat"));
+    if (runs.length === 0) continue;
+    const pack = await openPack(await donors(left, mode));
+    const session = await createEigenSession(ort, smollm2File("onnx/model.onnx"), pack, {
+      trainable: runs.some(({ way }) => !UNTRAINED.has(way)),
+      session: { intraOpNumThreads: 1, interOpNumThreads: 1 },
+    });
+    for (const one of runs) {
+      const cell = await learn(session, left, one);
+      cells.push(cell);
+      await appendFile(given.into, `${JSON.stringify(cell)}\n`);
+      progress(
+        `${left}, ${one.way}, seed ${one.seed}: ${(100 * cell.exact).toFixed(1)} %, ${cell.nll.toFixed(3)} nats`,
+      );
+    }
+    await session.close();
+    await pack.close();
   }
-  await session.close();
-  await pack.close();
 }
 
-/** @param {string} way */
+/** @returns {Way[]} */
+function waysOf() {
+  return /** @type {Way[]} */ (given.ways.split(","));
+}
+
+/** @param {Way} way */
+function seedsOf(way) {
+  return Array.from({ length: SEEDLESS.has(way) ? 1 : given.seeds }, (_, i) => i + 1);
+}
+
+/** @param {Way} way */
 function settingsOf(way) {
   const { k, rank, steps, batch, rate, init } = given;
   const common = `${steps} steps of ${batch}`;
-  return way === "lora"
-    ? `rank 8, ${common}, rate ${given["lora-rate"]}`
-    : `K ${k}, ${rank} rows, ${common}, rate ${rate}, ${init}`;
+  const donors = adapters.length - 1;
+  const column = `K ${k} of ${donors} adapters`;
+  const lora = (/** @type {number} */ of) => `rank ${of}, ${common}, rate ${given["lora-rate"]}`;
+  /** @type {Record<Way, string>} */
+  const settings = {
+    coefficients: `${column}, ${rank} rows, ${common}, rate ${rate}, ${init}`,
+    lora: lora(8),
+    "lora-1": lora(1),
+    flat: `flat, K ${Math.min(k, donors - 1)} of ${donors} adapters, ${common}, rate ${rate}, ${init}`,
+    "zero-shot": `${column}, ${rank} rows, random`,
+    analytical: column,
+    distilled: `${column}, ${common}`,
+    base: "",
+  };
+  if (!(way in settings)) throw new Error(`--ways: expected ${Object.keys(settings).join(", ")}, got ${way}`);
+  return settings[way];
 }
 
-/** @param {Cell} cell @param {string} left @param {{ way: string, seed: number, settings: string }} one */
+/** @param {Cell} cell @param {string} left @param {{ way: Way, seed: number, settings: string }} one */
 function isRun(cell, left, { way, seed, settings }) {
   const same = cell.way === way && cell.seed === seed && cell.settings === settings;
   return same && cell.skill === left && cell.judge === given.judge;
 }
 
-/** A pack of all adapters but one. @param {string} left */
-async function donors(left) {
-  const all = await openPack(data("smollm2/twenty.eigen"));
-  const adapters = await Promise.all(
-    [...all.tasks.keys()].filter((id) => id !== left).map((id) => taskAdapter(all, id)),
-  );
-  const { chunks } = await buildPack(adapters, { select: { kind: "k", k: given.k }, gauge: "balanced" });
-  await all.close();
-  return new Uint8Array(Buffer.concat(chunks));
+/** A pack of all adapters but one. @param {string} left @param {"column" | "flat"} mode */
+async function donors(left, mode) {
+  const k = mode === "flat" ? Math.min(given.k, adapters.length - 2) : given.k;
+  const others = adapters.filter(({ id }) => id !== left);
+  return packOf(others, { mode, select: { kind: "k", k }, gauge: "balanced", dtype: DTYPES });
 }
 
 /**
- * @param {import("eigenlora/onnxruntime").EigenSession<typeof ort>} session
- * @param {string} left @param {{ way: string, seed: number, settings: string }} run
+ * @param {Session} session
+ * @param {string} left @param {{ way: Way, seed: number, settings: string }} run
  * @returns {Promise<Cell>}
  */
 async function learn(session, left, { way, seed, settings }) {
@@ -120,27 +168,72 @@ async function learn(session, left, { way, seed, settings }) {
   if (!skill) throw new Error(`${left}: expected ${[...skills.keys()].join(", ")}`);
   const train = given.judge === "train" ? skill.train.slice(0, -JUDGES) : skill.train;
   const judges = given.judge === "train" ? skill.train.slice(-JUDGES) : skill.test;
-  const { rank, steps, batch, rate, init } = given;
-  const how = way === "lora" ? { train: /** @type {const} */ ("lora"), rank: 8 } : { rank, init };
-  const trainer = await createTrainer(session, { encode, seed, ...how });
   const started = performance.now();
-  const learningRates = { terms: way === "lora" ? given["lora-rate"] : rate };
-  for await (const { step, loss } of trainer.fit(examplesOf(skill, train), { steps, batch, learningRates }))
-    if (step % 10 === 0) progress(`${left}, ${way}, seed ${seed}: step ${step}, loss ${loss.toFixed(3)}`);
+  const name = `${left}, ${way}, seed ${seed}`;
+  const found = MADE.has(way)
+    ? await make(session, left, way, seed, examplesOf(skill, train))
+    : await fit(session, way, seed, examplesOf(skill, train), name);
   const seconds = (performance.now() - started) / 1000;
-  const { loss: nll, accuracy: exact } = await trainer.score(examplesOf(skill, judges));
-  return { skill: left, way, seed, judge: given.judge, trained: trainer.size.terms, nll, exact, seconds, settings };
+  await session.switchTask(found.task);
+  const { exact, nll } = scoreOf(await force(/** @type {any} */ (ort), session, questionsOf(skill, tokens, judges)));
+  const { trained } = found;
+  return { skill: left, way, seed, judge: given.judge, trained, nll, exact: exact / 100, seconds, settings };
+}
+
+/**
+ * What is trained from rows.
+ * @param {Session} session @param {Way} way @param {number} seed
+ * @param {{ prompt: string, completion: string }[]} examples @param {string} name
+ */
+async function fit(session, way, seed, examples, name) {
+  const { rank, steps, batch, rate, init } = given;
+  const lora = way === "lora" || way === "lora-1";
+  const how = lora
+    ? { train: /** @type {const} */ ("lora"), rank: way === "lora" ? 8 : 1 }
+    : { rank: way === "flat" ? 1 : rank, init };
+  const trainer = await createTrainer(session, { encode, seed, ...how });
+  const learningRates = { terms: lora ? given["lora-rate"] : rate };
+  for await (const { step, loss } of trainer.fit(examples, { steps, batch, learningRates }))
+    if (step % 10 === 0) progress(`${name}: step ${step}, loss ${loss.toFixed(3)}`);
+  await session.addTask(name, await trainer.task({ id: name, dtype: DTYPES }));
+  return { task: name, trained: trainer.size.terms };
+}
+
+/**
+ * What is made of the skill's own adapter, of the donors, or of nothing.
+ * @param {Session} session @param {string} left @param {Way} way @param {number} seed
+ * @param {{ prompt: string, completion: string }[]} examples
+ * @returns {Promise<{ task: string | null, trained: number }>}
+ */
+async function make(session, left, way, seed, examples) {
+  if (way === "base") return { task: null, trained: 0 };
+  const { pack } = session;
+  const { rank, steps, batch } = given;
+  const task = `${left}, ${way}, ${seed}`;
+  if (way === "zero-shot") {
+    await session.addTask(task, await zeroShotTask(pack, { init: "random", seed, rank, dtype: DTYPES }));
+    return { task, trained: 0 };
+  }
+  const adapter = adapters.find(({ id }) => id === left);
+  if (!adapter) throw new Error(`${given.adapters} has no adapter "${left}"`);
+  const [{ entry, blob }] = await projectAdapters(pack, [adapter], DTYPES);
+  await session.addTask(task, encodeTaskFile(entry, pack.basisId, blob));
+  if (way === "analytical") return { task, trained: 0 };
+  const { file } = await distill(session, { adapter, task, examples, encode, seed, steps, batch });
+  session.removeTask(task);
+  await session.addTask(task, file);
+  const { terms } = await pack.load(task);
+  const count = (/** @type {{ tensor: { rows: number, width: number } } | undefined} */ side) =>
+    side ? side.tensor.rows * side.tensor.width : 0;
+  return { task, trained: terms.reduce((sum, { A, B }) => sum + count(A) + count(B), 0) };
 }
 
 /** One row for each skill and way. */
 function report() {
-  const names = given.skills.split(",");
-  const rows = names.flatMap((name) =>
-    given.ways.split(",").map((way) => {
+  const rows = given.skills.split(",").flatMap((name) =>
+    waysOf().map((way) => {
       const settings = settingsOf(way);
-      const own = cells.filter((cell) =>
-        Array.from({ length: given.seeds }, (_, i) => i + 1).some((seed) => isRun(cell, name, { way, seed, settings })),
-      );
+      const own = cells.filter((cell) => seedsOf(way).some((seed) => isRun(cell, name, { way, seed, settings })));
       const spread = own.length > 1 ? sampleStandardDeviation(own.map(({ nll }) => nll)) : 0;
       return {
         ...{
@@ -152,6 +245,6 @@ function report() {
       };
     }),
   );
-  const notes = [...new Set(given.ways.split(",").map((way) => `${way}: ${settingsOf(way)}`))];
+  const notes = waysOf().map((way) => `${way}: ${settingsOf(way)}`);
   print(given.json, [{ question: QUESTION, rows, notes }]);
 }
