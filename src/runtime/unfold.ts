@@ -105,8 +105,9 @@ function assemble(
   Bt.fill(0);
   if (!inCore) return { rank, A, Bt };
   const staged = bench.staging.values;
-  const core = reuse(old?.core, plan.A.shared[0]!.basis.tensor.rows * plan.Bt.shared[0]!.basis.tensor.rows).fill(0);
-  addCore(core, plan, staged);
+  const [KA, KB] = [plan.A.shared[0]!.basis.tensor.rows, plan.Bt.shared[0]!.basis.tensor.rows];
+  const core = reuse(old?.core, KA * KB);
+  writeCore(plan, staged, core, 0, KB);
   // The private factors of every task of the plan, one below the other.
   let row = 0;
   for (const [i, { at, rank: rows }] of plan.A.private.entries()) {
@@ -124,29 +125,61 @@ export function hasCore({ A, Bt }: ModulePlan, mode: "core" | "factors"): boolea
 }
 
 /** `old` when it has the right length, else a new array: a warm switch allocates nothing. */
-function reuse(old: Float32Array | undefined, length: number): Float32Array {
+export function reuse(old: Float32Array | undefined, length: number): Float32Array {
   return old?.length === length ? old : new Float32Array(length);
 }
 
-/** core[a, b] += Σ_r α_A[r, a] · α_B[r, b] for every task of the plan, four r at a time: one pass over the core for each. */
-function addCore(core: Float32Array, plan: ModulePlan, staged: Float32Array): void {
+/**
+ * Writes the core of a plan that has one: core[a, b] = Σ_r α_A[r, a] · α_B[r, b] over all its tasks.
+ * @param staged coefficients, as `stage` has left them
+ * @param at where in `out` the core begins, its rows `stride` apart
+ */
+export function writeCore(plan: ModulePlan, staged: Float32Array, out: Float32Array, at: number, stride: number): void {
   plan.A.shared.forEach(({ at: a0, rows, basis }, i) => {
     const { at: b0, basis: basisB } = plan.Bt.shared[i]!;
     const [rowsA, rowsB] = [basis.tensor.rows, basisB.tensor.rows];
-    for (let r = 0; r < rows; r += 4) {
-      // Past the last r the last one stands in, times 0.
-      const [r1, r2, r3] = [Math.min(r + 1, rows - 1), Math.min(r + 2, rows - 1), Math.min(r + 3, rows - 1)];
-      const [y0, y1, y2, y3] = [b0 + r * rowsB, b0 + r1 * rowsB, b0 + r2 * rowsB, b0 + r3 * rowsB];
-      for (let a = 0; a < rowsA; a++) {
-        const x0 = staged[a0 + r * rowsA + a]!;
-        const x1 = r + 1 < rows ? staged[a0 + r1 * rowsA + a]! : 0;
-        const x2 = r + 2 < rows ? staged[a0 + r2 * rowsA + a]! : 0;
-        const x3 = r + 3 < rows ? staged[a0 + r3 * rowsA + a]! : 0;
-        const out = a * rowsB;
-        for (let b = 0; b < rowsB; b++) {
-          core[out + b]! += x0 * staged[y0 + b]! + x1 * staged[y1 + b]! + x2 * staged[y2 + b]! + x3 * staged[y3 + b]!;
-        }
-      }
-    }
+    // Rows are short: a call of `fill` for each takes longer.
+    for (let a = 0; i === 0 && a < rowsA; a++) for (let b = 0; b < rowsB; b++) out[at + a * stride + b] = 0;
+    for (let r = 0; r < rows; r += 4) addRows(staged, { a0, rowsA, b0, rowsB, rows, r }, out, at, stride);
   });
+}
+
+/**
+ * Four r at a time: one pass over the core for each, two rows of it side by side, so that what is read of α_B serves both. Each sum is
+ * made in the same order as if there were one.
+ */
+function addRows(
+  staged: Float32Array,
+  { a0, rowsA, b0, rowsB, rows, r }: Readonly<Record<"a0" | "rowsA" | "b0" | "rowsB" | "rows" | "r", number>>,
+  out: Float32Array,
+  at: number,
+  stride: number,
+): void {
+  // Past the last r the last one stands in, times 0.
+  const [r1, r2, r3] = [Math.min(r + 1, rows - 1), Math.min(r + 2, rows - 1), Math.min(r + 3, rows - 1)];
+  const [y0, y1, y2, y3] = [b0 + r * rowsB, b0 + r1 * rowsB, b0 + r2 * rowsB, b0 + r3 * rowsB];
+  const [k1, k2, k3] = [Number(r + 1 < rows), Number(r + 2 < rows), Number(r + 3 < rows)];
+  for (let a = 0; a < rowsA; a += 2) {
+    const [u0, u1, u2, u3] = [a0 + r * rowsA + a, a0 + r1 * rowsA + a, a0 + r2 * rowsA + a, a0 + r3 * rowsA + a];
+    const x0 = staged[u0]!;
+    const x1 = k1 * staged[u1]!;
+    const x2 = k2 * staged[u2]!;
+    const x3 = k3 * staged[u3]!;
+    const o = at + a * stride;
+    if (a + 1 === rowsA) {
+      for (let b = 0; b < rowsB; b++)
+        out[o + b]! += x0 * staged[y0 + b]! + x1 * staged[y1 + b]! + x2 * staged[y2 + b]! + x3 * staged[y3 + b]!;
+      return;
+    }
+    const z0 = staged[u0 + 1]!;
+    const z1 = k1 * staged[u1 + 1]!;
+    const z2 = k2 * staged[u2 + 1]!;
+    const z3 = k3 * staged[u3 + 1]!;
+    const p = o + stride;
+    for (let b = 0; b < rowsB; b++) {
+      const [s0, s1, s2, s3] = [staged[y0 + b]!, staged[y1 + b]!, staged[y2 + b]!, staged[y3 + b]!];
+      out[o + b]! += x0 * s0 + x1 * s1 + x2 * s2 + x3 * s3;
+      out[p + b]! += z0 * s0 + z1 * s1 + z2 * s2 + z3 * s3;
+    }
+  }
 }

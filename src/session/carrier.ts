@@ -20,6 +20,8 @@ export interface Active {
   readonly bytes: number;
   /** Which caches belong to it, where the model has caches. */
   readonly state?: CacheState | undefined;
+  /** Called once nothing runs on it any more: another selection may use its memory. */
+  readonly retire?: (() => void) | undefined;
 }
 
 /** What the probe found out. */

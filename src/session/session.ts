@@ -258,6 +258,7 @@ export class Session<T extends SessionTypes = SessionTypes> {
       },
       async (old) => {
         if (old.model !== this.#active.model) await this.#engine.release(old.model);
+        old.retire?.();
       },
     );
     const { task, bytes } = await change;

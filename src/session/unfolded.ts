@@ -2,12 +2,12 @@
  * Modes "core" and "factors": one loaded model, whose extra inputs carry the active task.
  */
 import { createBackend } from "../backends/select.ts";
-import { copySelection } from "../runtime/selection.ts";
+import { copySelection, type Selection } from "../runtime/selection.ts";
 import { Workbench } from "../runtime/workbench.ts";
-import { type Carrier, type CarrierParts, toFeeds } from "./carrier.ts";
+import { type Active, type Carrier, type CarrierParts, toFeeds } from "./carrier.ts";
 import { probeParity } from "./probe.ts";
 import type { rowCheck } from "./rows.ts";
-import { TaskEvaluator } from "./values.ts";
+import { TaskEvaluator, type TaskValues } from "./values.ts";
 
 /**
  * @param bases of the pack
@@ -44,14 +44,23 @@ async function onModel(
     const made = typeof parts.probe === "object" ? () => undefined : feedsOfRows;
     const forms = new Map(parts.prepared.modules.flatMap(({ name, form }) => (form ? [[name, form] as const] : [])));
     let rowsAreApart: ReturnType<typeof rowCheck> | undefined;
+    /** Values of a selection that was: the next one's are written there. What a switch allocates, a collection has to find later. */
+    let spare: TaskValues | undefined;
+    const active = (task: Selection, values: TaskValues): Active => {
+      const retire = (): void => {
+        spare = values;
+      };
+      return { model, task, ...toFeeds(engine, inputs, [values]), retire };
+    };
     return {
       evaluator,
-      first: { model, task: null, ...toFeeds(engine, inputs, [none]) },
+      first: active(null, none),
       probe: await probeParity(parts, model, none.inputs),
       bytesWritten: 0,
       async make(selection, tasks, { signal }) {
-        const values = await evaluator.evaluate(tasks, signal);
-        return { model, task: copySelection(selection), ...toFeeds(engine, inputs, [values]) };
+        const old = spare;
+        spare = undefined;
+        return active(copySelection(selection), await evaluator.evaluate(tasks, signal, old));
       },
       async checkRows(own, rows) {
         // Apps that run one task at a time do without.
@@ -65,7 +74,8 @@ async function onModel(
       },
       memory() {
         const held = Object.values(backend.memory()).reduce((a, b) => a + b, 0);
-        return { scratch: held + staging.values.byteLength, pristine: 0, active: 0 };
+        const unused = [...(spare?.inputs.values() ?? [])].reduce((sum, { data }) => sum + data.byteLength, 0);
+        return { scratch: held + staging.values.byteLength + unused, pristine: 0, active: 0 };
       },
       close: async () => backend.close(),
     };

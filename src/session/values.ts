@@ -9,9 +9,10 @@ import { misfitLabels } from "../format/heads.ts";
 import { readTensor } from "../format/tensors.ts";
 import type { CoreBlock, TaskInput } from "../onnx/adapted.ts";
 import { type Merged, mergeAll } from "../runtime/merge.ts";
+import { pacer } from "../runtime/pace.ts";
 import { loadParts, type Selection, type SwitchOptions } from "../runtime/selection.ts";
-import { type ActiveTask, stage } from "../runtime/stage.ts";
-import { type PristineWeight, unfold } from "../runtime/unfold.ts";
+import { type ActiveTask, type ModulePlan, stage } from "../runtime/stage.ts";
+import { hasCore, type PristineWeight, reuse, unfold, writeCore } from "../runtime/unfold.ts";
 import type { Workbench } from "../runtime/workbench.ts";
 import type { Term } from "../tensor/term.ts";
 import { transpose } from "../tensor/transpose.ts";
@@ -33,11 +34,17 @@ export interface TaskValues {
 /** What a selection is made of, while its inputs are computed. */
 interface Evaluation {
   readonly tasks: readonly ActiveTask[];
-  /** By module name. */
+  /** By module name: what is nothing but a core is written where it goes, everything else is a term. */
+  readonly cores: ReadonlyMap<string, WriteCore>;
   readonly terms: ReadonlyMap<string, Term>;
   /** Saved modules and biases as the tasks have them, by name. */
   readonly merged: ReadonlyMap<string, Merged>;
+  /** What may be written over. */
+  readonly old: TaskValues | undefined;
 }
+
+/** Writes a core [K_A, K_B] among others: its first number to `at`, its rows `stride` apart. */
+type WriteCore = (out: Float32Array, at: number, stride: number) => void;
 
 /** Stands where a task's head has fewer columns than its neighbours': no maximum, and nothing after a softmax. */
 const NO_LABEL = -3.4028234663852886e38;
@@ -88,25 +95,36 @@ export class TaskEvaluator {
   }
 
   /**
-   * In memory of its own each time: values of earlier switches may still be on their way into a run.
+   * In memory of its own each time, since values of earlier switches may still be on their way into a run; but where there are `old`
+   * values that nothing reads any more, cores are written over those.
    * @param tasks as `load` gives them
    * @throws TaskError for heads that cannot be blended; the reason of `signal`, once it is aborted
    */
-  evaluate(tasks: readonly ActiveTask[], signal?: AbortSignal): Promise<TaskValues> {
-    const values = this.#queue.then(() => this.#evaluate(tasks, signal));
+  evaluate(tasks: readonly ActiveTask[], signal?: AbortSignal, old?: TaskValues): Promise<TaskValues> {
+    const values = this.#queue.then(() => this.#evaluate(tasks, signal, old));
     this.#queue = values.catch(() => undefined);
     return values;
   }
 
-  async #evaluate(tasks: readonly ActiveTask[], signal: AbortSignal | undefined): Promise<TaskValues> {
+  async #evaluate(
+    tasks: readonly ActiveTask[],
+    signal: AbortSignal | undefined,
+    old: TaskValues | undefined,
+  ): Promise<TaskValues> {
     const { view: pack, inputs, base } = this.#model;
     const merged = mergeAll(tasks, pack, (name) => {
       const values =
         base.biases.get(name) ?? (name.endsWith(".bias") ? base.heads.get(moduleOf(name))?.bias : undefined);
       return values && { shape: [values.length], values };
     });
-    const evaluation = { tasks, merged, terms: await this.#terms(tasks, signal) };
-    const values = new Map(inputs.map((input) => [input.name, this.#value(input, evaluation)]));
+    const evaluation = { tasks, merged, old, ...(await this.#terms(tasks, signal)) };
+    const values = new Map<string, InputValue>();
+    const pause = pacer(signal);
+    for (const input of inputs) {
+      values.set(input.name, this.#value(input, evaluation));
+      const turn = pause();
+      if (turn) await turn;
+    }
     const heads = inputs.filter(({ kind }) => kind === "headWeight");
     return { inputs: values, labels: new Map(heads.map(({ of, name }) => [of, values.get(name)!.dims[1]!])) };
   }
@@ -128,21 +146,34 @@ export class TaskEvaluator {
     }
   }
 
-  async #terms(tasks: readonly ActiveTask[], signal: AbortSignal | undefined): Promise<Map<string, Term>> {
+  async #terms(
+    tasks: readonly ActiveTask[],
+    signal: AbortSignal | undefined,
+  ): Promise<Pick<Evaluation, "cores" | "terms">> {
     const { view: pack, mode, base } = this.#model;
+    const [cores, terms] = [new Map<string, WriteCore>(), new Map<string, Term>()];
     const bench = this.#bench;
-    if (mode === "folded" || !bench) return new Map();
+    if (mode === "folded" || !bench) return { cores, terms };
+    const others: ModulePlan[] = [];
+    for (const plan of stage(tasks, pack.modules, bench.staging)) {
+      const alone = hasCore(plan, mode) && plan.A.private.length === 0 && plan.magnitude === undefined;
+      if (!alone) others.push(plan);
+      else cores.set(pack.modules[plan.module]!.name, (...to) => writeCore(plan, bench.staging.values, ...to));
+    }
     const weightOf = (index: number): PristineWeight => {
       const { name, in: inputs, out } = pack.modules[index]!;
       const { buffer, byteOffset, byteLength } = base.weights.get(name)!;
       const data = new Uint8Array(buffer, byteOffset, byteLength);
       return { dtype: "f32", shape: [out, inputs], data, byteOffset: 0 };
     };
-    const terms = await unfold(stage(tasks, pack.modules, bench.staging), bench, mode, weightOf, { signal });
-    return new Map([...terms].map(([index, term]) => [pack.modules[index]!.name, term]));
+    if (others.length > 0) {
+      for (const [index, term] of await unfold(others, bench, mode, weightOf, { signal }))
+        terms.set(pack.modules[index]!.name, term);
+    }
+    return { cores, terms };
   }
 
-  #value(input: TaskInput, { tasks, terms, merged }: Evaluation): InputValue {
+  #value(input: TaskInput, { tasks, cores, terms, merged, old }: Evaluation): InputValue {
     const { of, kind, dims } = input;
     const term = terms.get(of);
     const own = dims.slice(1);
@@ -151,7 +182,7 @@ export class TaskEvaluator {
     const zeros = (): InputValue => ({ dims: fixed, data: new Float32Array(height * width) });
     switch (kind) {
       case "core":
-        return coreOf(input, ({ module }) => terms.get(module)?.core);
+        return coreOf(input, ({ module }) => cores.get(module) ?? terms.get(module)?.core, old?.inputs.get(input.name));
       case "A":
         return term ? { dims: [height, term.rank], data: transpose(term.A, term.rank, height) } : zeros();
       case "B":
@@ -197,30 +228,43 @@ export class TaskEvaluator {
 
 /**
  * The value of an input for cores.
- * @param of gives the core of a module, f32 [K_A, K_B]; undefined where the task has none
+ * @param of gives the core of a module, f32 [K_A, K_B], or writes it; undefined where the task has none
+ * @param old a value of the same input that may be written over: what lies beside its cores is 0
  */
 export function coreOf(
   { dims, cores = [] }: TaskInput,
-  of: (block: CoreBlock) => Float32Array | undefined,
+  of: (block: CoreBlock) => Float32Array | WriteCore | undefined,
+  old?: InputValue,
 ): InputValue {
   const [, height, width] = dims as [string, number, number];
   const [only, second] = cores;
   const whole = only && !second && !only.scalesA && !only.scalesB ? of(only) : undefined;
-  if (whole) return { dims: [height, width], data: whole };
-  const data = new Float32Array(height * width);
-  let [row, column] = [0, 0];
+  if (whole instanceof Float32Array) return { dims: [height, width], data: whole };
+  const data = reuse(old?.data as Float32Array | undefined, height * width);
+  let at = 0;
   for (const block of cores) {
-    const { KA, KB, scalesA, scalesB } = block;
-    const core = of(block);
-    for (let a = 0; core && a < KA; a++) {
-      const at = (row + a) * width + column;
-      const scale = scalesA?.[a] ?? 1;
-      for (let b = 0; b < KB; b++) data[at + b] = scale * (scalesB?.[b] ?? 1) * core[a * KB + b]!;
-    }
-    row += KA;
-    column += KB;
+    writeBlock(block, of(block), data, at, width);
+    at += block.KA * width + block.KB;
   }
   return { dims: [height, width], data };
+}
+
+function writeBlock(
+  { KA, KB, scalesA, scalesB }: CoreBlock,
+  core: Float32Array | WriteCore | undefined,
+  data: Float32Array,
+  at: number,
+  stride: number,
+): void {
+  if (typeof core === "function") core(data, at, stride);
+  if (typeof core === "function" && !scalesA && !scalesB) return;
+  for (let a = 0; a < KA; a++) {
+    for (let b = 0; b < KB; b++) {
+      const place = at + a * stride + b;
+      const value = typeof core === "function" ? data[place]! : (core?.[a * KB + b] ?? 0);
+      data[place] = (scalesA?.[a] ?? 1) * (scalesB?.[b] ?? 1) * value;
+    }
+  }
 }
 
 /** Rows of an embedding that a task brings. */

@@ -121,7 +121,7 @@ export function decodeTensor(
     const aligned = bytes.byteOffset % 4 ? new Uint8Array(bytes) : bytes;
     out.set(new Float32Array(aligned.buffer, aligned.byteOffset, count));
   } else if (type === "f16") {
-    for (let i = 0; i < count; i++) out[i] = f16ToF32(view.getUint16(2 * i, true));
+    decodeHalves(view, count, out);
   } else if (type === "bf16") {
     for (let i = 0; i < count; i++) out[i] = bf16ToF32(view.getUint16(2 * i, true));
   } else {
@@ -135,6 +135,23 @@ export function decodeTensor(
     }
   }
   return out;
+}
+
+/**
+ * As `f16ToF32`, since a switch decodes thousands: a half's exponent and fraction moved to their places in an f32 make a number that is
+ * 2¹¹² times too small. Infinity and NaN become something else there.
+ */
+function decodeHalves(view: DataView, count: number, out: Float32Array): void {
+  const patterns = new Uint32Array(out.buffer, out.byteOffset, count);
+  let endless = 0;
+  for (let i = 0; i < count; i++) {
+    const half = view.getUint16(2 * i, true);
+    const magnitude = half & 0x7fff;
+    patterns[i] = ((half & 0x8000) << 16) | (magnitude << 13);
+    endless |= magnitude + 0x400;
+  }
+  if (endless & 0x8000) for (let i = 0; i < count; i++) out[i] = f16ToF32(view.getUint16(2 * i, true));
+  else for (let i = 0; i < count; i++) out[i]! *= 2 ** 112;
 }
 
 /** The integers of a quantised tensor [rows, width], row-major. */
