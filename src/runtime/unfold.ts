@@ -138,15 +138,14 @@ export function writeCore(plan: ModulePlan, staged: Float32Array, out: Float32Ar
   plan.A.shared.forEach(({ at: a0, rows, basis }, i) => {
     const { at: b0, basis: basisB } = plan.Bt.shared[i]!;
     const [rowsA, rowsB] = [basis.tensor.rows, basisB.tensor.rows];
-    // Rows are short: a call of `fill` for each takes longer.
-    for (let a = 0; i === 0 && a < rowsA; a++) for (let b = 0; b < rowsB; b++) out[at + a * stride + b] = 0;
-    for (let r = 0; r < rows; r += 4) addRows(staged, { a0, rowsA, b0, rowsB, rows, r }, out, at, stride);
+    for (let r = 0; r < rows; r += 4)
+      addRows(staged, { a0, rowsA, b0, rowsB, rows, r }, out, at, stride, i === 0 && r === 0);
   });
 }
 
 /**
  * Four r at a time: one pass over the core for each, two rows of it side by side, so that what is read of α_B serves both. Each sum is
- * made in the same order as if there were one.
+ * made in the same order as if there were one. What `out` held does not count the first time. No arrays taken apart here: engines would make them, and box what is in them.
  */
 function addRows(
   staged: Float32Array,
@@ -154,32 +153,40 @@ function addRows(
   out: Float32Array,
   at: number,
   stride: number,
+  first: boolean,
 ): void {
   // Past the last r the last one stands in, times 0.
-  const [r1, r2, r3] = [Math.min(r + 1, rows - 1), Math.min(r + 2, rows - 1), Math.min(r + 3, rows - 1)];
-  const [y0, y1, y2, y3] = [b0 + r * rowsB, b0 + r1 * rowsB, b0 + r2 * rowsB, b0 + r3 * rowsB];
-  const [k1, k2, k3] = [Number(r + 1 < rows), Number(r + 2 < rows), Number(r + 3 < rows)];
+  const last = rows - 1;
+  const r1 = Math.min(r + 1, last);
+  const r2 = Math.min(r + 2, last);
+  const r3 = Math.min(r + 3, last);
+  const y0 = b0 + r * rowsB;
+  const y1 = b0 + r1 * rowsB;
+  const y2 = b0 + r2 * rowsB;
+  const y3 = b0 + r3 * rowsB;
   for (let a = 0; a < rowsA; a += 2) {
-    const [u0, u1, u2, u3] = [a0 + r * rowsA + a, a0 + r1 * rowsA + a, a0 + r2 * rowsA + a, a0 + r3 * rowsA + a];
-    const x0 = staged[u0]!;
-    const x1 = k1 * staged[u1]!;
-    const x2 = k2 * staged[u2]!;
-    const x3 = k3 * staged[u3]!;
+    // An odd row at the end is its own neighbour, and is written once.
+    const next = a + 1 < rowsA ? 1 : 0;
+    const x = a0 + a;
+    const x0 = staged[x + r * rowsA]!;
+    const x1 = r + 1 < rows ? staged[x + r1 * rowsA]! : 0;
+    const x2 = r + 2 < rows ? staged[x + r2 * rowsA]! : 0;
+    const x3 = r + 3 < rows ? staged[x + r3 * rowsA]! : 0;
+    const z0 = staged[x + r * rowsA + next]!;
+    const z1 = r + 1 < rows ? staged[x + r1 * rowsA + next]! : 0;
+    const z2 = r + 2 < rows ? staged[x + r2 * rowsA + next]! : 0;
+    const z3 = r + 3 < rows ? staged[x + r3 * rowsA + next]! : 0;
     const o = at + a * stride;
-    if (a + 1 === rowsA) {
-      for (let b = 0; b < rowsB; b++)
-        out[o + b]! += x0 * staged[y0 + b]! + x1 * staged[y1 + b]! + x2 * staged[y2 + b]! + x3 * staged[y3 + b]!;
-      return;
-    }
-    const z0 = staged[u0 + 1]!;
-    const z1 = k1 * staged[u1 + 1]!;
-    const z2 = k2 * staged[u2 + 1]!;
-    const z3 = k3 * staged[u3 + 1]!;
-    const p = o + stride;
+    const p = o + next * stride;
     for (let b = 0; b < rowsB; b++) {
-      const [s0, s1, s2, s3] = [staged[y0 + b]!, staged[y1 + b]!, staged[y2 + b]!, staged[y3 + b]!];
-      out[o + b]! += x0 * s0 + x1 * s1 + x2 * s2 + x3 * s3;
-      out[p + b]! += z0 * s0 + z1 * s1 + z2 * s2 + z3 * s3;
+      const s0 = staged[y0 + b]!;
+      const s1 = staged[y1 + b]!;
+      const s2 = staged[y2 + b]!;
+      const s3 = staged[y3 + b]!;
+      // The neighbour first: where it is the row itself, both are the same.
+      const second = (first ? 0 : out[p + b]!) + (z0 * s0 + z1 * s1 + z2 * s2 + z3 * s3);
+      out[o + b] = (first ? 0 : out[o + b]!) + (x0 * s0 + x1 * s1 + x2 * s2 + x3 * s3);
+      out[p + b] = second;
     }
   }
 }
