@@ -1,6 +1,7 @@
 /** Terms from a device, on which factors and scales are made and from which they are read. Loaded where one is at work. */
 import type { Slice } from "../backends/backend.ts";
-import { type Factors, hasCore } from "./unfold.ts";
+import { hasCore } from "./core.ts";
+import type { Factors } from "./unfold.ts";
 import type { Workbench } from "./workbench.ts";
 
 /** The factors that are not in a core, by module: one read a round. */

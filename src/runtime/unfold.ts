@@ -5,6 +5,7 @@
 import type { Slice } from "../backends/backend.ts";
 import type { CpuView } from "../base/host.ts";
 import type { Term } from "../tensor/term.ts";
+import { hasCore, reuse, writeCore } from "./core.ts";
 import { pacer } from "./pace.ts";
 import type { ModulePlan } from "./stage.ts";
 import type { Workbench } from "./workbench.ts";
@@ -117,76 +118,4 @@ function assemble(
     row += rows;
   }
   return { rank, A, Bt, core };
-}
-
-/** Whether a module's term is handed out as a core. */
-export function hasCore({ A, Bt }: ModulePlan, mode: "core" | "factors"): boolean {
-  return mode === "core" && A.shared.length > 0 && [...A.shared, ...Bt.shared].every((p) => p.basis.kind === "column");
-}
-
-/** `old` when it has the right length, else a new array: a warm switch allocates nothing. */
-export function reuse(old: Float32Array | undefined, length: number): Float32Array {
-  return old?.length === length ? old : new Float32Array(length);
-}
-
-/**
- * Writes the core of a plan that has one: core[a, b] = Σ_r α_A[r, a] · α_B[r, b] over all its tasks.
- * @param staged coefficients, as `stage` has left them
- * @param at where in `out` the core begins, its rows `stride` apart
- */
-export function writeCore(plan: ModulePlan, staged: Float32Array, out: Float32Array, at: number, stride: number): void {
-  plan.A.shared.forEach(({ at: a0, rows, basis }, i) => {
-    const { at: b0, basis: basisB } = plan.Bt.shared[i]!;
-    const [rowsA, rowsB] = [basis.tensor.rows, basisB.tensor.rows];
-    for (let r = 0; r < rows; r += 4)
-      addRows(staged, { a0, rowsA, b0, rowsB, rows, r }, out, at, stride, i === 0 && r === 0);
-  });
-}
-
-/**
- * Four r at a time: one pass over the core for each, two rows of it side by side, so that what is read of α_B serves both. Each sum is
- * made in the same order as if there were one. What `out` held does not count the first time. No arrays taken apart here: engines would make them, and box what is in them.
- */
-function addRows(
-  staged: Float32Array,
-  { a0, rowsA, b0, rowsB, rows, r }: Readonly<Record<"a0" | "rowsA" | "b0" | "rowsB" | "rows" | "r", number>>,
-  out: Float32Array,
-  at: number,
-  stride: number,
-  first: boolean,
-): void {
-  // Past the last r the last one stands in, times 0.
-  const last = rows - 1;
-  const r1 = Math.min(r + 1, last);
-  const r2 = Math.min(r + 2, last);
-  const r3 = Math.min(r + 3, last);
-  const y0 = b0 + r * rowsB;
-  const y1 = b0 + r1 * rowsB;
-  const y2 = b0 + r2 * rowsB;
-  const y3 = b0 + r3 * rowsB;
-  for (let a = 0; a < rowsA; a += 2) {
-    // An odd row at the end is its own neighbour, and is written once.
-    const next = a + 1 < rowsA ? 1 : 0;
-    const x = a0 + a;
-    const x0 = staged[x + r * rowsA]!;
-    const x1 = r + 1 < rows ? staged[x + r1 * rowsA]! : 0;
-    const x2 = r + 2 < rows ? staged[x + r2 * rowsA]! : 0;
-    const x3 = r + 3 < rows ? staged[x + r3 * rowsA]! : 0;
-    const z0 = staged[x + r * rowsA + next]!;
-    const z1 = r + 1 < rows ? staged[x + r1 * rowsA + next]! : 0;
-    const z2 = r + 2 < rows ? staged[x + r2 * rowsA + next]! : 0;
-    const z3 = r + 3 < rows ? staged[x + r3 * rowsA + next]! : 0;
-    const o = at + a * stride;
-    const p = o + next * stride;
-    for (let b = 0; b < rowsB; b++) {
-      const s0 = staged[y0 + b]!;
-      const s1 = staged[y1 + b]!;
-      const s2 = staged[y2 + b]!;
-      const s3 = staged[y3 + b]!;
-      // The neighbour first: where it is the row itself, both are the same.
-      const second = (first ? 0 : out[p + b]!) + (z0 * s0 + z1 * s1 + z2 * s2 + z3 * s3);
-      out[o + b] = (first ? 0 : out[o + b]!) + (x0 * s0 + x1 * s1 + x2 * s2 + x3 * s3);
-      out[p + b] = second;
-    }
-  }
 }

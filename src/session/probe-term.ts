@@ -2,7 +2,7 @@
 import type { CoreBlock, TaskInput } from "../onnx/adapted.ts";
 import { transpose } from "../tensor/transpose.ts";
 import type { AdaptedLayer } from "./prepare.ts";
-import type { InputValue } from "./values.ts";
+import type { InputValue, WriteCore } from "./values.ts";
 
 /** An output of the model. */
 export interface ProbeValue {
@@ -40,8 +40,17 @@ export function termOf(
 }
 
 /** A core of a task that there is not. */
-export function madeUpCore({ KA, KB }: CoreBlock, size = 0.1): Float32Array {
+function madeUpCore({ KA, KB }: CoreBlock, size = 0.1): Float32Array {
   return waves(KA * KB, size);
+}
+
+/** The same where it goes. */
+export function writeMadeUp(block: CoreBlock, size?: number): WriteCore {
+  const { KA, KB } = block;
+  const core = madeUpCore(block, size);
+  return (out, at, stride) => {
+    for (let a = 0; a < KA; a++) out.set(core.subarray(a * KB, (a + 1) * KB), at + a * stride);
+  };
 }
 
 export function waves(length: number, size = 0.1): Float32Array {

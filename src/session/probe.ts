@@ -8,7 +8,7 @@ import type { ProbeOutputs, TaskInput } from "../onnx/adapted.ts";
 import type { Feed } from "../onnx/feeds.ts";
 import { type CarrierParts, type ProbeReport, toFeeds } from "./carrier.ts";
 import { dataOf, type Engine, type LoadedModel, type Tensors } from "./engine.ts";
-import { type Inputs, madeUpCore, type ProbeValue, termOf, waves } from "./probe-term.ts";
+import { type Inputs, type ProbeValue, termOf, waves, writeMadeUp } from "./probe-term.ts";
 import { coreOf, type InputValue } from "./values.ts";
 
 /** Runs the model on one task, or on one per row, and on more feeds; gives the values of `fetches`, f32. */
@@ -143,7 +143,11 @@ function madeUp(
   const values = new Map(base);
   for (const input of inputs) {
     const { name, of, kind } = input;
-    if (kind === "core") values.set(name, coreOf(input, madeUpCore));
+    if (kind === "core")
+      values.set(
+        name,
+        coreOf(input, (block) => writeMadeUp(block)),
+      );
     const isAsked = kind === "bias" && also.some(({ module }) => module === of);
     if (!isAsked && kind !== "A" && kind !== "B") continue;
     const { dims, data } = base.get(name)!;

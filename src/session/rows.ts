@@ -10,7 +10,7 @@ import { f16ToF32 } from "../tensor/dtypes.ts";
 import { toFeeds } from "./carrier.ts";
 import { dataOf, type Engine, type EngineTensor, type LoadedModel, type Tensors } from "./engine.ts";
 import { toTensors } from "./probe.ts";
-import { madeUpCore } from "./probe-term.ts";
+import { writeMadeUp } from "./probe-term.ts";
 import { coreOf, type InputValue } from "./values.ts";
 
 type Inputs = ReadonlyMap<string, InputValue>;
@@ -181,7 +181,7 @@ function changed(base: Inputs, inputs: readonly TaskInput[], size: number): Inpu
     if (kind === "core")
       values.set(
         name,
-        coreOf(input, (block) => madeUpCore(block, size)),
+        coreOf(input, (block) => writeMadeUp(block, size)),
       );
     if (kind === "core" || kind === "rows" || !(data instanceof Float32Array)) continue;
     values.set(name, { dims, data: data.map((value, i) => value + size * Math.sin(1 + 1.7 * i)) });

@@ -8,11 +8,12 @@ import type { TaskBlob, TaskParameter } from "../format/format.ts";
 import { misfitLabels } from "../format/heads.ts";
 import { readTensor } from "../format/tensors.ts";
 import type { CoreBlock, TaskInput } from "../onnx/adapted.ts";
+import { hasCore, reuse, writeCore } from "../runtime/core.ts";
 import { type Merged, mergeAll } from "../runtime/merge.ts";
 import { pacer } from "../runtime/pace.ts";
 import { loadParts, type Selection, type SwitchOptions } from "../runtime/selection.ts";
 import { type ActiveTask, type ModulePlan, stage } from "../runtime/stage.ts";
-import { hasCore, type PristineWeight, reuse, unfold, writeCore } from "../runtime/unfold.ts";
+import type { PristineWeight } from "../runtime/unfold.ts";
 import type { Workbench } from "../runtime/workbench.ts";
 import type { Term } from "../tensor/term.ts";
 import { transpose } from "../tensor/transpose.ts";
@@ -34,7 +35,7 @@ export interface TaskValues {
 /** What a selection is made of, while its inputs are computed. */
 interface Evaluation {
   readonly tasks: readonly ActiveTask[];
-  /** By module name: what is nothing but a core is written where it goes, everything else is a term. */
+  /** By module name: cores are written where they go, and terms are what there is beside them. */
   readonly cores: ReadonlyMap<string, WriteCore>;
   readonly terms: ReadonlyMap<string, Term>;
   /** Saved modules and biases as the tasks have them, by name. */
@@ -44,7 +45,7 @@ interface Evaluation {
 }
 
 /** Writes a core [K_A, K_B] among others: its first number to `at`, its rows `stride` apart. */
-type WriteCore = (out: Float32Array, at: number, stride: number) => void;
+export type WriteCore = (out: Float32Array, at: number, stride: number) => void;
 
 /** Stands where a task's head has fewer columns than its neighbours': no maximum, and nothing after a softmax. */
 const NO_LABEL = -3.4028234663852886e38;
@@ -156,9 +157,9 @@ export class TaskEvaluator {
     if (mode === "folded" || !bench) return { cores, terms };
     const others: ModulePlan[] = [];
     for (const plan of stage(tasks, pack.modules, bench.staging)) {
-      const alone = hasCore(plan, mode) && plan.A.private.length === 0 && plan.magnitude === undefined;
-      if (!alone) others.push(plan);
-      else cores.set(pack.modules[plan.module]!.name, (...to) => writeCore(plan, bench.staging.values, ...to));
+      const core = hasCore(plan, mode);
+      if (core) cores.set(pack.modules[plan.module]!.name, (...to) => writeCore(plan, bench.staging.values, ...to));
+      if (!core || plan.A.private.length > 0 || plan.magnitude !== undefined) others.push(plan);
     }
     const weightOf = (index: number): PristineWeight => {
       const { name, in: inputs, out } = pack.modules[index]!;
@@ -167,6 +168,7 @@ export class TaskEvaluator {
       return { dtype: "f32", shape: [out, inputs], data, byteOffset: 0 };
     };
     if (others.length > 0) {
+      const { unfold } = await import("../runtime/unfold.ts");
       for (const [index, term] of await unfold(others, bench, mode, weightOf, { signal }))
         terms.set(pack.modules[index]!.name, term);
     }
@@ -182,7 +184,7 @@ export class TaskEvaluator {
     const zeros = (): InputValue => ({ dims: fixed, data: new Float32Array(height * width) });
     switch (kind) {
       case "core":
-        return coreOf(input, ({ module }) => cores.get(module) ?? terms.get(module)?.core, old?.inputs.get(input.name));
+        return coreOf(input, ({ module }) => cores.get(module), old?.inputs.get(input.name));
       case "A":
         return term ? { dims: [height, term.rank], data: transpose(term.A, term.rank, height) } : zeros();
       case "B":
@@ -228,43 +230,30 @@ export class TaskEvaluator {
 
 /**
  * The value of an input for cores.
- * @param of gives the core of a module, f32 [K_A, K_B], or writes it; undefined where the task has none
+ * @param of gives what writes the core of a module; undefined where the task has none
  * @param old a value of the same input that may be written over: what lies beside its cores is 0
  */
 export function coreOf(
   { dims, cores = [] }: TaskInput,
-  of: (block: CoreBlock) => Float32Array | WriteCore | undefined,
+  of: (block: CoreBlock) => WriteCore | undefined,
   old?: InputValue,
 ): InputValue {
   const [, height, width] = dims as [string, number, number];
-  const [only, second] = cores;
-  const whole = only && !second && !only.scalesA && !only.scalesB ? of(only) : undefined;
-  if (whole instanceof Float32Array) return { dims: [height, width], data: whole };
   const data = reuse(old?.data as Float32Array | undefined, height * width);
   let at = 0;
   for (const block of cores) {
-    writeBlock(block, of(block), data, at, width);
-    at += block.KA * width + block.KB;
+    const { KA, KB, scalesA, scalesB } = block;
+    const write = of(block);
+    write?.(data, at, width);
+    for (let a = 0; (scalesA || scalesB || !write) && a < KA; a++) {
+      for (let b = 0; b < KB; b++) {
+        const place = at + a * width + b;
+        data[place] = write ? (scalesA?.[a] ?? 1) * (scalesB?.[b] ?? 1) * data[place]! : 0;
+      }
+    }
+    at += KA * width + KB;
   }
   return { dims: [height, width], data };
-}
-
-function writeBlock(
-  { KA, KB, scalesA, scalesB }: CoreBlock,
-  core: Float32Array | WriteCore | undefined,
-  data: Float32Array,
-  at: number,
-  stride: number,
-): void {
-  if (typeof core === "function") core(data, at, stride);
-  if (typeof core === "function" && !scalesA && !scalesB) return;
-  for (let a = 0; a < KA; a++) {
-    for (let b = 0; b < KB; b++) {
-      const place = at + a * stride + b;
-      const value = typeof core === "function" ? data[place]! : (core?.[a * KB + b] ?? 0);
-      data[place] = (scalesA?.[a] ?? 1) * (scalesB?.[b] ?? 1) * value;
-    }
-  }
 }
 
 /** Rows of an embedding that a task brings. */
