@@ -6,13 +6,17 @@
 import { readdirSync } from "node:fs";
 import t from "tap";
 import { bytesOfAdapter, SUITES } from "../benchmarks/lib/adapters.js";
-import { drawFigures } from "../benchmarks/research/size/figures.js";
-import { measure, type Row } from "../benchmarks/research/size/measure.js";
+import { Rows } from "../benchmarks/lib/rows.js";
+import { CURVES, type Curve, measureSizes, pairsOf } from "../benchmarks/research/size/curve.js";
+import { curveTables, published } from "../benchmarks/research/size/curve-tables.js";
+import { drawCurves, drawFigures } from "../benchmarks/research/size/figures.js";
+import { keyOf, measure, type Row } from "../benchmarks/research/size/measure.js";
 import { Peers } from "../benchmarks/research/size/peers.js";
 import { Suite } from "../benchmarks/research/size/suite.js";
 import { Reader, tables } from "../benchmarks/research/size/tables.js";
 import {
   byThemselves,
+  codedSeries,
   found,
   frontier,
   grid,
@@ -59,6 +63,14 @@ t.test("every way has a name of its own, and no more components than there are",
     }
   }
   t.equal(nameOf(small(20)[2]!), "balanced column K 48, rank 4, int3, heads int4");
+  for (const { suite, series } of CURVES) {
+    const ways = series.flat();
+    t.equal(new Set(ways.map(nameOf)).size, ways.length, `${suite}: ${ways.length} coded packs`);
+  }
+  t.same(
+    codedSeries(0.08, 2, [{ k: 0 }, { k: 8, rank: 3, privateTerms: 2 }]).map(([, way]) => nameOf(way!)),
+    ["SVD-cut, coded, step 0.0566", "coded K 8, rank 3, private 2, step 0.0566"],
+  );
   t.end();
 });
 
@@ -116,6 +128,95 @@ t.test("ways by themselves: fewer adapters give what they give alone", async (t)
   t.equal(whole.error, 0);
   const cut = (rank: number) => points.find(({ way }) => way === `cut to rank ${rank}, f32`)!.error!;
   t.ok(cut(1) > cut(2) && cut(2) > cut(4) && cut(4) > 0);
+});
+
+t.test("coded and shared by nobody: what each adapter is by itself", async (t) => {
+  const [[way]] = codedSeries(0.02, 2, [{ k: 0, privateTerms: 16 }]) as [[Way]];
+  const { error } = await measure(suite, 5, way, false, none);
+  const alone = [];
+  for (const adapter of suite.take(5)) {
+    const single = new Suite("own-seed", [adapter]);
+    alone.push((await measure(single, 1, way, false, none)).error!);
+  }
+  const mean = alone.reduce((a, b) => a + b, 0) / 5;
+  t.ok(error! > 0.2 && Math.abs(error! - mean) < 1e-4, `${error} and ${mean}`);
+});
+
+t.test("a curve: choices by ΔW error and text within equal bytes; bytes alone are measured again", async (t) => {
+  const curve: Curve = {
+    ...{ suite: "own-seed", n: 5, most: 30_000, judges: true, answers: true },
+    series: [
+      ...codedSeries(0.04, 2, [{ k: 0, privateTerms: 16 }]),
+      ...codedSeries(
+        0.04,
+        2,
+        [4, 8].map((k) => ({ k, rank: 2 })),
+      ),
+    ],
+  };
+  const rows = await new Rows<Row>(new URL(`file://${t.testdir()}/rows.jsonl`), keyOf).load();
+  const measuring = { suite, rows, due: () => false, peers: none, again: false, keep: (row: Row) => rows.add(row) };
+  await measureSizes(curve, measuring);
+  const first = rows.all();
+  t.ok(first.length > 6 && first[0]!.way === "LoRA, f32", `${first.length} rows`);
+  const pairs = pairsOf(curve, first);
+  t.ok(pairs.length > 1 && pairs.some(({ ours }) => ours));
+  const shared = first.filter(({ way }) => way.startsWith("coded "));
+  for (const { theirs, ours, judged } of pairs) {
+    const fitting = shared.filter(({ bytes }) => bytes <= theirs.bytes).map(({ error }) => error!);
+    t.equal(ours?.error, fitting.length > 0 ? Math.min(...fitting) : undefined, `${theirs.bytes} B`);
+    t.equal(judged, undefined, "nothing was judged");
+  }
+  const { theirs, ours } = pairs.at(-1)!;
+  await rows.add({ ...ours!, bytes: ours!.bytes - 1, accuracy: [0.5, 0.5], divergence: 0.25 });
+  await rows.add({ ...theirs, error: 0.5, accuracy: [0.5, 0.5] });
+  t.equal(pairsOf(curve, rows.all()).at(-1)!.judged?.way, ours!.way);
+  await measureSizes(curve, { ...measuring, again: true });
+  t.match(
+    rows.get(ours!),
+    { bytes: ours!.bytes, accuracy: [0.5, 0.5], divergence: 0.25 },
+    "the same numbers in other bytes",
+  );
+  t.equal(rows.get(theirs)!.accuracy, undefined, "other numbers are to be asked again");
+  await rows.save();
+  t.same((await new Rows<Row>(rows.file, keyOf).load()).all(), rows.all());
+});
+
+t.test("tables and figures of curves", (t) => {
+  const [curve] = CURVES as [Curve];
+  const [svd, , shared] = curve.series as [Way[], Way[], Way[]];
+  const row = (way: Way, bytes: number, error: number, accuracy?: number, divergence?: number): Row => ({
+    ...{ suite: "own-seed", n: 20, way: nameOf(way), bytes, error, seconds: 1 },
+    ...(accuracy ? { accuracy: Array.from({ length: 20 }, (_, i) => accuracy + (i % 2) / 100) } : {}),
+    ...(divergence ? { divergence } : {}),
+  });
+  const rows = [
+    row(byThemselves()[0]!, 6_000_000, 0, 0.8),
+    row(svd[2]!, 100_000, 0.5, 0.7, 0.2),
+    row(svd[3]!, 200_000, 0.3, 0.78),
+    row(shared[1]!, 90_000, 0.6, 0.74, 0.1),
+    row(shared[2]!, 95_000, 0.7, 0.75, 0.05),
+    row(shared[3]!, 190_000, 0.4, 0.76),
+  ];
+  const [part, ...rest] = curveTables(rows);
+  t.same(rest, []);
+  const near = (found: unknown, expected: number) => t.ok(Math.abs(Number(found) - expected) < 1e-9, `${found}`);
+  t.match(part!.rows[0], { name: "100 kB", "× fewer": 60, "shared: error": 0.6 });
+  near(part!.rows[0]!["difference"], 4);
+  near(part!.rows[0]!["±"], 0);
+  near(part!.rows[0]!["by text: %"], 75.5);
+  near(part!.rows[1]!["difference"], -2);
+  t.match(part!.notes!.at(-1), /ahead in accuracy at 100 kB, and behind elsewhere/);
+  t.ok(
+    published().rows.every(({ source }) => source),
+    "each with its source",
+  );
+  const distilled = { suite: "own-seed", way: "distilled", bytes: 98_000, accuracy: [0.77] };
+  const figures = drawCurves(rows, [distilled]);
+  t.same([...figures.keys()], ["own-seed-curve"]);
+  for (const name of [/>cut by SVD</, />shared, by text</, />shared, distilled</])
+    t.match(figures.get("own-seed-curve"), name);
+  t.end();
 });
 
 t.test("tables and figures of what there is", (t) => {

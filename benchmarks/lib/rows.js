@@ -38,6 +38,16 @@ export class Rows {
     await appendFile(this.file, `${JSON.stringify(row)}\n`);
   }
 
+  /** Writes each row once. */
+  async save() {
+    await writeFile(
+      this.file,
+      this.all()
+        .map((row) => `${JSON.stringify(row)}\n`)
+        .join(""),
+    );
+  }
+
   /** @param {Cell} cell */
   get(cell) {
     return this.#rows.get(this.keyOf(cell));

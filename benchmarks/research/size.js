@@ -7,18 +7,22 @@
  * What distilling wins back is read from results/distill.jsonl, where `bench distill --into` has put it.
  */
 import { mkdir, readFile, writeFile } from "node:fs/promises";
-import { resolve } from "node:path";
+import { join, resolve } from "node:path";
 import { pathToFileURL } from "node:url";
-import { mean } from "simple-statistics";
+import { mean, sum } from "simple-statistics";
 import { SUITES } from "../lib/adapters.js";
 import { choice, flag, number, readArguments, text } from "../lib/arguments.js";
 import { print, progress } from "../lib/report.js";
 import { Rows } from "../lib/rows.js";
 import { SETTINGS } from "../lib/settings.js";
 import { shapesPart } from "../lib/shapes.js";
-import { drawFigures } from "./size/figures.js";
+import { smollm2 } from "../lib/skills.js";
+import { askCurve, CURVES, judgeCurve, measureSizes } from "./size/curve.js";
+import { curveTables, published } from "./size/curve-tables.js";
+import { drawCurves, drawFigures } from "./size/figures.js";
 import { keyOf, measure } from "./size/measure.js";
 import { Peers } from "./size/peers.js";
+import { Skills } from "./size/skills.js";
 import { Suite } from "./size/suite.js";
 import { Reader, tables } from "./size/tables.js";
 import { byThemselves, found, frontier, grid, nameOf, small, within } from "./size/ways.js";
@@ -26,7 +30,12 @@ import { byThemselves, found, frontier, grid, nameOf, small, within } from "./si
 /** @typedef {import("./size/measure.js").Row} Row */
 
 const given = readArguments("The fewest bytes for the same behaviour", {
-  suite: choice(SUITES, "this one alone"),
+  suite: choice([...SUITES, "smollm2", "sd15"], "this one alone"),
+  part: choice(["ways", "curve"], "this part alone"),
+  adapters: text("FOLDER", "those of the suite smollm2"),
+  recode: flag(
+    "measure coded packs' bytes again, since their format has changed; what the same numbers answer is kept",
+  ),
   minutes: number("measure for so long", Infinity),
   shapes: flag("also pack the paper's two settings by shape"),
   rows: text("FILE", "where rows are kept. Default: benchmarks/research/results/size.jsonl"),
@@ -41,39 +50,61 @@ const names = SUITES.filter((name) => given.suite === undefined || name === give
 const suites = await Promise.all(names.map((name) => Suite.open(name)));
 const peers = await Peers.start();
 
-// What says most comes first, so that a run of a few minutes says something.
-for (const suite of suites)
-  await run(suite, suite.adapters.length, [...small(suite.adapters.length), ...byThemselves()], true);
-for (const suite of suites) for (const n of suite.sizes) await run(suite, n, grid(n), false);
-for (const suite of suites) for (const n of suite.sizes) await run(suite, n, small(n), true);
-for (const suite of suites) await run(suite, suite.adapters.length, frontier(suite.adapters.length), true);
-for (const n of [...new Set(suites.flatMap(({ sizes }) => sizes))].sort((a, b) => a - b))
-  for (const suite of suites) if (suite.sizes.includes(n)) await run(suite, n, within(), false);
-for (const suite of suites) for (const n of suite.sizes) await run(suite, n, found(n), n === suite.adapters.length);
-for (const suite of suites)
-  await run(
-    suite,
-    suite.adapters.length,
-    found(suite.adapters.length)
-      .slice(1)
-      .map((way) => ({ ...way, judged: true })),
-    true,
-  );
+if (given.part !== "curve") await measureWays();
+if (given.part !== "ways") for (const curve of CURVES) await measureCurve(curve);
+if (given.recode) await rows.save();
 peers.stop();
 
-const reader = new Reader(rows.all(), suites, await readDistilled());
+const distilled = await readDistilled();
+const reader = new Reader(rows.all(), suites, distilled);
 const folder = given.figures
   ? pathToFileURL(`${resolve(given.figures)}/`)
   : new URL("../../docs/size/", import.meta.url);
 await mkdir(folder, { recursive: true });
-for (const [name, svg] of drawFigures(reader)) await writeFile(new URL(`${name}.svg`, folder), svg);
+for (const [name, svg] of [...drawFigures(reader), ...drawCurves(rows.all(), distilled)])
+  await writeFile(new URL(`${name}.svg`, folder), svg);
 const settings = /** @type {import("../lib/settings.js").SettingName[]} */ (given.shapes ? Object.keys(SETTINGS) : []);
 const others = /** @type {const} */ (["lorashare", "vlora"]).map((name) => ({
   name,
   ...(peers.reason ? { reason: peers.reason } : { version: peers.versions[name] }),
 }));
-print(given.json, [...tables(reader), ...settings.map((name) => shapesPart(name))], others);
+const parts = [...tables(reader), ...curveTables(rows.all()), published()];
+print(given.json, [...parts, ...settings.map((name) => shapesPart(name))], others);
 for (const suite of suites) await suite.close();
+
+/** Every way, of suites that are bundled. What says most comes first, so that a run of a few minutes says something. */
+async function measureWays() {
+  for (const suite of suites)
+    await run(suite, suite.adapters.length, [...small(suite.adapters.length), ...byThemselves()], true);
+  for (const suite of suites) for (const n of suite.sizes) await run(suite, n, grid(n), false);
+  for (const suite of suites) for (const n of suite.sizes) await run(suite, n, small(n), true);
+  for (const suite of suites) await run(suite, suite.adapters.length, frontier(suite.adapters.length), true);
+  for (const n of [...new Set(suites.flatMap(({ sizes }) => sizes))].sort((a, b) => a - b))
+    for (const suite of suites) if (suite.sizes.includes(n)) await run(suite, n, within(), false);
+  for (const suite of suites) for (const n of suite.sizes) await run(suite, n, found(n), n === suite.adapters.length);
+  for (const suite of suites)
+    await run(
+      suite,
+      suite.adapters.length,
+      found(suite.adapters.length)
+        .slice(1)
+        .map((way) => ({ ...way, judged: true })),
+      true,
+    );
+}
+
+/** @param {import("./size/curve.js").Curve} curve */
+async function measureCurve(curve) {
+  const suite = suites.find(({ name }) => name === curve.suite) ?? (await openOther(curve.suite));
+  if (!suite) return;
+  const measuring = { suite, rows, keep, due: () => performance.now() >= until, peers, again: given.recode };
+  await measureSizes(curve, measuring);
+  if (curve.answers) await askCurve(curve, measuring);
+  if (curve.judges) await judgeCurve(curve, measuring);
+  // Judging may have chosen others.
+  if (curve.answers) await askCurve(curve, measuring);
+  if (!suites.includes(suite)) await suite.close();
+}
 
 /** @param {Suite} suite @param {number} n @param {readonly import("./size/ways.js").Way[]} ways @param {boolean} asks */
 async function run(suite, n, ways, asks) {
@@ -89,6 +120,14 @@ async function run(suite, n, ways, asks) {
     if (Number.isNaN(most)) continue;
     await keep(await measure(suite, n, way, asks, peers, most));
   }
+}
+
+/** A suite that is not bundled, where there is one. @param {string} name */
+async function openOther(name) {
+  if (given.suite !== undefined && given.suite !== name) return undefined;
+  const wild = process.env["EIGENLORA_WILD"];
+  if (name === "smollm2" && given.adapters && smollm2) return Skills.open(name, given.adapters);
+  return name === "sd15" && wild ? Suite.open(name, join(wild, name)) : undefined;
 }
 
 /** @param {Row} row */
@@ -107,16 +146,25 @@ async function readDistilled() {
     .map((line) => JSON.parse(line))
     .filter(({ bytes }) => bytes);
   return [...new Set(lines.map(({ settings }) => settings))].map((settings) => {
-    const { SUITE: suite, RATIO, K, RANK, TYPES, GAUGE } = JSON.parse(settings);
+    const { SUITE: suite, RATIO, K, RANK, TYPES, GAUGE, STEP, HEAD_STEP } = JSON.parse(settings);
     const own = lines.filter((line) => line.settings === settings);
     const size = RATIO === undefined ? `K ${K}` : `${RATIO} times fewer bytes`;
+    const types = Object.entries(TYPES ?? { basis: "f16" }).map((part) => part.join(" "));
     const way = [
       `${GAUGE} column`,
       ...(RANK ? [`rank ${RANK}`] : []),
-      ...Object.entries(TYPES ?? { basis: "f16" }).map((part) => part.join(" ")),
+      ...(STEP ? [`step ${STEP}`, `heads ${HEAD_STEP}`] : types),
       size,
       "distilled",
     ].join(", ");
-    return { suite, way, bytes: own[0].bytes, accuracy: own.map(({ row }) => row["distilled, %"] / 100) };
+    // Entropy-coded blobs grow or shrink.
+    const grown = (/** @type {{ row: Record<string, number> }} */ { row }) =>
+      (row["blob after, bytes"] ?? 0) - (row["blob before, bytes"] ?? 0);
+    return {
+      suite,
+      way,
+      bytes: own[0].bytes + sum(own.map(grown)),
+      accuracy: own.map(({ row }) => row["distilled, %"] / 100),
+    };
   });
 }

@@ -1,5 +1,7 @@
 /** Figures of what was measured. */
+import { mean } from "simple-statistics";
 import { drawLines, sideBySide } from "../../lib/charts.js";
+import { CURVES, pairsOf } from "./curve.js";
 import { LORA } from "./tables.js";
 
 /**
@@ -23,6 +25,73 @@ export function drawFigures(reader) {
     }
   }
   return figures;
+}
+
+/**
+ * Of each suite: what is coded and shared beside what is coded alone, with little else, as far as the curve goes.
+ * @param {readonly import("./measure.js").Row[]} rows
+ * @param {readonly import("./tables.js").Distilled[]} distilled
+ * @returns {Map<string, string>} SVG by name
+ */
+export function drawCurves(rows, distilled) {
+  /** @type {Map<string, string>} */
+  const figures = new Map();
+  for (const curve of CURVES) {
+    const own = rows.filter(({ suite, n }) => suite === curve.suite && n === curve.n);
+    const lora = own.find(({ way }) => way === LORA)?.accuracy;
+    const pairs = pairsOf(curve, own);
+    const trained = distilled.filter(({ suite, bytes }) => suite === curve.suite && bytes <= curve.most);
+    const chosen = [
+      { name: "cut by SVD", rows: pairs.map(({ theirs }) => theirs) },
+      { name: "shared, by ΔW error", rows: pairs.map(({ ours }) => ours) },
+      { name: "shared, by text", rows: curve.judges ? pairs.map(({ judged }) => judged) : [] },
+    ];
+    const panels = [
+      panel(
+        curve,
+        "mean accuracy, %",
+        [...chosen, { name: "shared, distilled", rows: trained }],
+        ({ accuracy }) => accuracy && mean(accuracy),
+        lora,
+      ),
+      panel(curve, "mean ΔW error, %", chosen.slice(0, 2), ({ error }) => error),
+    ].filter((svg) => svg !== undefined);
+    if (panels.length > 0) figures.set(`${curve.suite}-curve`, sideBySide(panels));
+  }
+  return figures;
+}
+
+/**
+ * @typedef {{ bytes: number, accuracy?: number[], error?: number }} Measured
+ * @param {import("./curve.js").Curve} curve
+ * @param {string} y
+ * @param {readonly { name: string, rows: readonly (Measured | undefined)[] }[]} chosen
+ * @param {(row: Measured) => number | undefined} of
+ * @param {number[]} [lora]
+ */
+function panel({ suite, n }, y, chosen, of, lora) {
+  const series = chosen
+    .map(({ name, rows }) => ({
+      name,
+      points: [...new Set(rows)].flatMap((row) => pointsOf(row, of)).sort(([a], [b]) => a - b),
+    }))
+    .filter(({ points }) => points.length > 0);
+  if (series.length === 0) return undefined;
+  const lines = lora && y.includes("accuracy") ? [{ name: "LoRA", y: 100 * mean(lora) }] : [];
+  return drawLines({
+    title: `${suite}, ${n} adapters, entropy-coded`,
+    x: "kB, whole files",
+    y,
+    linear: true,
+    lines,
+    series,
+  });
+}
+
+/** @param {Measured | undefined} row @param {(row: Measured) => number | undefined} of */
+function pointsOf(row, of) {
+  const value = row && of(row);
+  return row && value !== undefined ? [[row.bytes / 1000, 100 * value]] : [];
 }
 
 const PAPER = /^column, .*f32$|^column K \d+, f32$/;
@@ -67,6 +136,8 @@ function drawErrors(reader, suite, n) {
     flat: "flat",
     auto: "auto",
     "each cut by SVD": "each cut by SVD",
+    "SVD-cut, coded": "cut by SVD, coded",
+    coded: "packs, coded",
     lorashare: "lorashare",
     vlora: "vlora-dev",
   };

@@ -29,6 +29,7 @@ import { nameOf } from "./ways.js";
  * @property {number[]} [sizes] bytes of each task, of ways by themselves
  * @property {number[]} [accuracy] of each task
  * @property {number[]} [same] share of a task's rows with the label that PEFT predicts
+ * @property {number} [divergence] mean KL(adapter ‖ pack) on training texts, in nats
  * @property {string} [found] which way a search has found
  * @property {string} [peer] version
  * @property {number} seconds
@@ -66,9 +67,7 @@ export async function measure(suite, n, way, asks, peers, most) {
       for (const { id } of adapters) answers.push(await suite.ask(session, id, { [id]: strength }));
     });
   }
-  const rows = asks
-    ? await Promise.all(adapters.map(async ({ id }) => (await suite.questions()).get(id)?.labels.length ?? NaN))
-    : [];
+  const rows = asks ? await Promise.all(adapters.map(({ id }) => suite.rowsOf(id))) : [];
   const share = (/** @type {"right" | "same"} */ what) => answers.map((one, i) => rounded(one[what] / rows[i]));
   return {
     suite: suite.name,

@@ -42,16 +42,21 @@ export class Suite {
   /** @type {Awaited<ReturnType<typeof createEncoder<ort.Tensor>>> | undefined} */
   #encode;
 
-  /** @param {SuiteName} name */
-  static async open(name) {
+  /** @param {string} name @param {string} [folder] of adapters. Default: of the bundled suite of this name */
+  static async open(name, folder = folderOf(/** @type {SuiteName} */ (name))) {
     ort.env.logLevel = "error";
-    return new Suite(name, await readAdapters([folderOf(name)]));
+    return new this(name, await readAdapters([folder]));
   }
 
-  /** @param {SuiteName} name @param {Adapter[]} adapters by id */
+  /** @param {string} name @param {Adapter[]} adapters by id */
   constructor(name, adapters) {
     this.name = name;
     this.adapters = adapters;
+  }
+
+  /** File of the model that answers. */
+  get model() {
+    return model;
   }
 
   /** Numbers of adapters to look at: 5, 10, 20 and all. */
@@ -78,7 +83,7 @@ export class Suite {
   /** @returns {Promise<Map<string, Questions>>} by task */
   async questions() {
     if (this.#questions) return this.#questions;
-    const reference = await readReference(this.name);
+    const reference = await readReference(/** @type {SuiteName} */ (this.name));
     const encode = await this.encode();
     this.#questions = new Map();
     for (const { id } of this.adapters) {
@@ -92,6 +97,16 @@ export class Suite {
       this.#questions.set(id, { batches: toBatches(encode, texts), labels: rows.map(([, label]) => label), peft });
     }
     return this.#questions;
+  }
+
+  /** How many test rows a task is asked. @param {string} id */
+  async rowsOf(id) {
+    return (await this.questions()).get(id)?.labels.length ?? NaN;
+  }
+
+  /** Shares of test rows that the adapters themselves answer right, where that is known. @returns {Promise<number[] | undefined>} */
+  async reference() {
+    return undefined;
   }
 
   /** A judge of packs by plain text (`eigenlora/train`), some texts of each task. @param {readonly Adapter[]} adapters */
@@ -114,7 +129,7 @@ export class Suite {
    */
   async withSession(chunks, work) {
     const pack = await openPack(new Blob(/** @type {BlobPart[]} */ (chunks)));
-    const session = await createEigenSession(ort, model, pack, { session: SESSION });
+    const session = await createEigenSession(ort, this.model, pack, { session: SESSION });
     try {
       return await work(session);
     } finally {

@@ -90,7 +90,9 @@ function pointOf({ way, bytes, error, accuracy, same }) {
 function familyOf(way) {
   if (way.endsWith("distilled")) return "pack, distilled";
   if (/^cut/.test(way)) return "each cut by SVD";
-  return /^(?:balanced )?(LoRA|heads|lorashare|vlora|column|flat|joint|auto)/.exec(way)?.[1] ?? way;
+  return (
+    /^(?:balanced )?(LoRA|heads|lorashare|vlora|column|flat|joint|auto|coded|SVD-cut, coded)/.exec(way)?.[1] ?? way
+  );
 }
 
 /** @param {Reader} reader @returns {Part[]} */

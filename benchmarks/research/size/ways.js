@@ -4,7 +4,8 @@
  * @typedef {import("eigenlora").Dtype} Dtype
  * @typedef {import("eigenlora/build").BuildOptions} BuildOptions
  * @typedef {{ kind: "pack", options: BuildOptions, ratio?: number, calibrated?: boolean }} Packed a pack of
- *   all adapters; with a ratio, as many components as fit into so many times fewer bytes than the f32 adapters'
+ *   all adapters; with a ratio, as many components as fit into so many times fewer bytes than the f32 adapters'. Entropy-coded with
+ *   a step; then, of no components, it is the same as every adapter by itself, cut by its own SVD
  * @typedef {{ kind: "auto", ratio: number, judged?: boolean }} Auto the best pack of so many times fewer bytes than the f32 adapters, by answers to plain text or by ΔW error
  * @typedef {{ kind: "auto", within: Each | Peer }} Within the best pack that is no larger than what another way stores, by ΔW error
  * @typedef {{ kind: "each", rank?: number, type: Dtype, head: Dtype }} Each every adapter by itself, cut to a rank by its own SVD
@@ -30,6 +31,9 @@ function pack({ mode = "column", gauge = "as-trained", k, ratio, type = "f16", h
   return { kind: "pack", options, ...(ratio ? { ratio } : {}), ...(calibrated ? { calibrated } : {}) };
 }
 
+/** Options that have a shorter name in tables. */
+const SHORT = new Map([["privateTerms", "private"]]);
+
 /** @param {Way} way @returns {string} what it is called, and its key */
 export function nameOf(way) {
   if (way.kind === "heads") return `heads alone, ${way.type}`;
@@ -40,9 +44,10 @@ export function nameOf(way) {
   if (way.kind === "auto" && "within" in way) return `auto, within the bytes of ${nameOf(way.within)}`;
   if (way.kind === "auto") return `auto, ${way.ratio} times fewer bytes, by ${way.judged ? "answers" : "ΔW error"}`;
   if (way.kind !== "pack") return `${way.kind} K ${way.k}${way.packed ? ", NF4" : ""}`;
+  if (way.options.step !== undefined) return nameOfCoded(way.options);
   const { mode, gauge, select, dtype, ...more } = way.options;
   const rest = Object.entries(more).map(
-    ([name, value]) => `${name} ${typeof value === "object" ? JSON.stringify(value) : value}`,
+    ([name, value]) => `${SHORT.get(name) ?? name} ${typeof value === "object" ? JSON.stringify(value) : value}`,
   );
   return [
     [
@@ -57,6 +62,18 @@ export function nameOf(way) {
   ].join(", ");
 }
 
+/** @param {BuildOptions} options */
+function nameOfCoded({ select, rank, privateTerms, step }) {
+  const k = select?.kind === "k" ? select.k : NaN;
+  const parts = [
+    k === 0 ? SVD_CODED : `${CODED} K ${k}`,
+    ...(rank ? [`rank ${rank}`] : []),
+    ...(k > 0 && privateTerms ? [`private ${privateTerms}`] : []),
+    `step ${step}`,
+  ];
+  return parts.join(", ");
+}
+
 /** @param {BuildOptions["dtype"]} types */
 function typesOf(types) {
   const { basis, coefficients, head } = /** @type {import("eigenlora/build").Dtypes} */ (types);
@@ -65,6 +82,32 @@ function typesOf(types) {
     ...(coefficients === basis ? [] : [`coefficients ${coefficients}`]),
     ...(head === basis ? [] : [`heads ${head}`]),
   ].join(", ");
+}
+
+/** How the names of coded packs begin: those that share components, and those that share nothing. */
+export const CODED = "coded";
+export const SVD_CODED = "SVD-cut, coded";
+
+/** Of all coded packs: about three bits a number of a head. Heads are the same bytes in both, so they do not decide. */
+const HEAD_STEP = 0.5;
+/** The finest of all steps are reached before: where a series has the bytes that it may have. */
+const MOST_STEPS = 40;
+
+/**
+ * Series of coded packs, their steps from coarse to fine.
+ * @param {number} coarsest step
+ * @param {number} octave so many steps halve it
+ * @param {readonly { k: number, rank?: number, privateTerms?: number }[]} shapes
+ * @returns {Packed[][]}
+ */
+export function codedSeries(coarsest, octave, shapes) {
+  const steps = Array.from({ length: MOST_STEPS }, (_, i) => Number((coarsest * 2 ** (-i / octave)).toPrecision(3)));
+  return shapes.map(({ k, ...shape }) =>
+    steps.map((step) => ({
+      kind: "pack",
+      options: { gauge: "balanced", select: { kind: "k", k }, ...shape, step, headStep: HEAD_STEP },
+    })),
+  );
 }
 
 /** Ways whose accuracy is asked of all adapters: each mode, and other packages. @param {number} n adapters @returns {Way[]} */

@@ -1,0 +1,141 @@
+/** Tables of the curves: what sharing gains beside the same coder, and what others have published. */
+import { mean, sampleStandardDeviation } from "simple-statistics";
+import { CURVES, pairsOf } from "./curve.js";
+import { LORA } from "./tables.js";
+
+/**
+ * @typedef {import("./measure.js").Row} Row
+ * @typedef {import("./curve.js").Curve} Curve
+ * @typedef {import("../../lib/report.js").Part} Part
+ */
+
+/** @param {readonly Row[]} rows @returns {Part[]} */
+export function curveTables(rows) {
+  return CURVES.map((curve) => curveTable(curve, rows)).filter((part) => part.rows.length > 0);
+}
+
+/** @param {Curve} curve @param {readonly Row[]} rows @returns {Part} */
+function curveTable(curve, rows) {
+  const lora = rows.find(({ suite, n, way }) => suite === curve.suite && n === curve.n && way === LORA);
+  const pairs = pairsOf(curve, rows);
+  return {
+    question: `${curve.suite}, ${curve.n} adapters, entropy-coded: what does sharing gain within the bytes of each cut by SVD?`,
+    rows: pairs.map(({ theirs, ours, judged }) => ({
+      name: `${(theirs.bytes / 1000).toFixed(0)} kB`,
+      "× fewer": lora ? lora.bytes / theirs.bytes : null,
+      "SVD: error": theirs.error ?? null,
+      ...(curve.judges ? { "KL, milli": milli(theirs) } : {}),
+      ...(curve.answers ? { "SVD: %": percent(theirs) } : {}),
+      "shared: way": ours ? shapeOf(ours) : null,
+      "shared: error": ours?.error ?? null,
+      ...(curve.answers ? { "shared: %": percent(ours), ...differenceOf(ours, theirs) } : {}),
+      ...(curve.judges
+        ? {
+            "by text: way": judged ? shapeOf(judged) : null,
+            "by text: KL, milli": milli(judged),
+            "by text: %": percent(judged),
+          }
+        : {}),
+    })),
+    notes: [
+      ...(curve.answers && lora
+        ? [`LoRA: ${percent(lora)?.toFixed(1)} %. ±: standard error of the mean difference over tasks.`]
+        : []),
+      "Whole files, coded with one step, heads alike. SVD: private terms alone, which is each adapter cut by its own SVD. shared: the pack",
+      "with components and the least ΔW error within those bytes; by text: among some of them, the least KL on training texts.",
+      ...(curve.answers ? [crossing(pairs)] : []),
+    ],
+  };
+}
+
+/** @param {Row | undefined} row */
+const percent = (row) => (row?.accuracy ? 100 * mean(row.accuracy) : null);
+
+/** @param {Row | undefined} row */
+const milli = (row) => (row?.divergence === undefined ? null : 1000 * row.divergence);
+
+/** Without what all have in common. @param {Row} row */
+const shapeOf = ({ way }) => way.replace(/^coded /, "");
+
+/** In points, over the same rows. @param {Row | undefined} ours @param {Row} theirs @returns {Record<string, number | null>} */
+function differenceOf(ours, theirs) {
+  const other = theirs.accuracy;
+  if (!ours?.accuracy || !other) return { difference: null, "±": null };
+  const each = ours.accuracy.map((share, i) => 100 * (share - other[i]));
+  return { difference: mean(each), "±": sampleStandardDeviation(each) / Math.sqrt(each.length) };
+}
+
+/** Where sharing stops to be ahead. @param {readonly import("./curve.js").Pair[]} pairs fewest bytes first */
+function crossing(pairs) {
+  const asked = pairs.filter(({ theirs, ours }) => theirs.accuracy && ours?.accuracy);
+  const ahead = asked.map(({ theirs, ours }) => mean(ours?.accuracy ?? []) > mean(theirs.accuracy ?? []));
+  const [first, last] = [ahead.indexOf(false), ahead.lastIndexOf(true)];
+  const kB = (/** @type {number} */ i) => `${(asked[i].theirs.bytes / 1000).toFixed(0)} kB`;
+  if (asked.length === 0) return "Nobody was asked.";
+  if (first < 0) return "Sharing, chosen by ΔW error, is ahead in accuracy everywhere.";
+  if (last < 0) return "Sharing, chosen by ΔW error, is ahead in accuracy nowhere.";
+  return `Sharing, chosen by ΔW error, is ahead in accuracy at ${asked.flatMap((_, i) => (ahead[i] ? [kB(i)] : [])).join(", ")}, and behind elsewhere.`;
+}
+
+/**
+ * What others have published about small LoRAs near equal quality, in their words about their models: nothing of it was measured here.
+ * @returns {Part}
+ */
+export function published() {
+  const rows = [
+    {
+      name: "EigenLoRA (this package's paper)",
+      "kept of": "20 SDXL adapters, rank 32",
+      "fewer bytes": "18 × fewer numbers in memory",
+      quality: "pictures side by side",
+      source: "ICLR 2025 submission, 4.3",
+    },
+    {
+      name: "Universal Weight Subspace",
+      "kept of": "500 adapters of Mistral-7B",
+      "fewer bytes": "19 ×",
+      quality: "near the adapters'",
+      source: "arXiv 2512.05117",
+    },
+    {
+      name: "Compress then Serve (JD)",
+      "kept of": "1000 adapters of Mistral-7B, rank 16",
+      "fewer bytes": "no figure in the abstract",
+      quality: "preserved",
+      source: "ICML 2025, arXiv 2407.00066",
+    },
+    {
+      name: "LoRAQuant",
+      "kept of": "one adapter: LLaMA 2-7B, 13B, Mistral 7B",
+      "fewer bytes": "below 2 bits a number: > 8 × to f16",
+      quality: "comparable to f16",
+      source: "arXiv 2510.26690",
+    },
+    {
+      name: "LoRDBA",
+      "kept of": "one adapter, rank 16, trained on",
+      "fewer bytes": "> 10 × to f16",
+      quality: "f16's in some settings",
+      source: "arXiv 2605.24058",
+    },
+    {
+      name: "LoRA-Squeeze",
+      "kept of": "one adapter of Gemma 3, cut by SVD",
+      "fewer bytes": "source rank ÷ target rank",
+      quality: "often above training at that rank",
+      source: "arXiv 2602.10993",
+    },
+    {
+      name: "VB-LoRA",
+      "kept of": "none: trained in this form, Llama 2-13B",
+      "fewer bytes": "250 × fewer stored numbers (0.4 %)",
+      quality: "comparable or better",
+      source: "arXiv 2405.15179",
+    },
+  ];
+  return {
+    question: "What have others published?",
+    rows,
+    notes: ["Their models, tasks and ways of counting, from their abstracts: nothing of it was measured here."],
+  };
+}
