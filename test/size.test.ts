@@ -3,12 +3,12 @@
  * what was measured. No model runs.
  */
 
-import { readdirSync } from "node:fs";
+import { readdirSync, readFileSync } from "node:fs";
 import t from "tap";
 import { bytesOfAdapter, SUITES } from "../benchmarks/lib/adapters.js";
 import { Rows } from "../benchmarks/lib/rows.js";
 import { CURVES, type Curve, measureSizes, pairsOf } from "../benchmarks/research/size/curve.js";
-import { curveTables, published } from "../benchmarks/research/size/curve-tables.js";
+import { curvePage, curveTables, published } from "../benchmarks/research/size/curve-tables.js";
 import { drawCurves, drawFigures } from "../benchmarks/research/size/figures.js";
 import { keyOf, measure, type Row } from "../benchmarks/research/size/measure.js";
 import { Peers } from "../benchmarks/research/size/peers.js";
@@ -217,6 +217,15 @@ t.test("tables and figures of curves", (t) => {
   for (const name of [/>cut by SVD</, />shared, by text</, />shared, distilled</])
     t.match(figures.get("own-seed-curve"), name);
   t.end();
+});
+
+t.test("docs/size/curves.md is what was measured", async (t) => {
+  const kept = new URL("../benchmarks/research/results/size.jsonl", import.meta.url);
+  const page = readFileSync(new URL("../docs/size/curves.md", import.meta.url), "utf8");
+  const { length } = readFileSync(kept);
+  const rows = await new Rows<Row>(kept, keyOf).load();
+  t.equal(readFileSync(kept).length, length, "no half a line");
+  t.equal(page, curvePage(rows.all()), "run npm run bench size -- --minutes 0");
 });
 
 t.test("tables and figures of what there is", (t) => {

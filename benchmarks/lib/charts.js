@@ -3,7 +3,7 @@ import * as Plot from "@observablehq/plot";
 import { parseHTML } from "linkedom";
 
 /** Colours that differ in lightness as well as in hue. */
-const COLOURS = ["#d55e00", "#e69f00", "#0072b2", "#009e73", "#7f7f7f", "#cc79a7", "#56b4e9"];
+const COLOURS = ["#d55e00", "#e69f00", "#0072b2", "#009e73", "#7f7f7f", "#cc79a7", "#56b4e9", "#332288", "#882255"];
 
 const [width, height] = [720, 420];
 const margins = { marginLeft: 64, marginRight: 190, marginTop: 48, marginBottom: 48 };

@@ -3,7 +3,11 @@
  * number format, beside each adapter by itself and beside PyPI's lorashare and vlora-dev (PYTHON). Bytes against ΔW error for all,
  * against accuracy on real test rows, through a live session of onnxruntime-node, for those that could be chosen. Docs: docs/size.md.
  *
+ * Then entropy-coded packs by bytes, with and without shared components (size/curve.js): what sharing gains beside the same coder. For
+ * SmolLM2's adapters (EIGENLORA_SMOLLM2, --adapters) and published ones of Stable Diffusion (EIGENLORA_WILD) too.
+ *
  * What is measured is kept in results/size.jsonl and not measured again; `--minutes 0` makes tables and figures of what there is.
+ * After a change of the format, `--recode --part sizes` takes the bytes of coded packs again and keeps what their tasks answered.
  * What distilling wins back is read from results/distill.jsonl, where `bench distill --into` has put it.
  */
 import { mkdir, readFile, writeFile } from "node:fs/promises";
@@ -17,8 +21,8 @@ import { Rows } from "../lib/rows.js";
 import { SETTINGS } from "../lib/settings.js";
 import { shapesPart } from "../lib/shapes.js";
 import { smollm2 } from "../lib/skills.js";
-import { askCurve, CURVES, judgeCurve, measureSizes } from "./size/curve.js";
-import { curveTables, published } from "./size/curve-tables.js";
+import { askCurve, CURVES, measureSizes } from "./size/curve.js";
+import { curvePage, curveTables, published } from "./size/curve-tables.js";
 import { drawCurves, drawFigures } from "./size/figures.js";
 import { keyOf, measure } from "./size/measure.js";
 import { Peers } from "./size/peers.js";
@@ -31,7 +35,7 @@ import { byThemselves, found, frontier, grid, nameOf, small, within } from "./si
 
 const given = readArguments("The fewest bytes for the same behaviour", {
   suite: choice([...SUITES, "smollm2", "sd15"], "this one alone"),
-  part: choice(["ways", "curve"], "this part alone"),
+  part: choice(["ways", "sizes", "answers"], "this part alone; the last two are of coded packs"),
   adapters: text("FOLDER", "those of the suite smollm2"),
   recode: flag(
     "measure coded packs' bytes again, since their format has changed; what the same numbers answer is kept",
@@ -50,7 +54,7 @@ const names = SUITES.filter((name) => given.suite === undefined || name === give
 const suites = await Promise.all(names.map((name) => Suite.open(name)));
 const peers = await Peers.start();
 
-if (given.part !== "curve") await measureWays();
+if (given.part === undefined || given.part === "ways") await measureWays();
 if (given.part !== "ways") for (const curve of CURVES) await measureCurve(curve);
 if (given.recode) await rows.save();
 peers.stop();
@@ -63,6 +67,8 @@ const folder = given.figures
 await mkdir(folder, { recursive: true });
 for (const [name, svg] of [...drawFigures(reader), ...drawCurves(rows.all(), distilled)])
   await writeFile(new URL(`${name}.svg`, folder), svg);
+const page = curvePage(rows.all());
+if (page) await writeFile(new URL("curves.md", folder), page);
 const settings = /** @type {import("../lib/settings.js").SettingName[]} */ (given.shapes ? Object.keys(SETTINGS) : []);
 const others = /** @type {const} */ (["lorashare", "vlora"]).map((name) => ({
   name,
@@ -98,11 +104,8 @@ async function measureCurve(curve) {
   const suite = suites.find(({ name }) => name === curve.suite) ?? (await openOther(curve.suite));
   if (!suite) return;
   const measuring = { suite, rows, keep, due: () => performance.now() >= until, peers, again: given.recode };
-  await measureSizes(curve, measuring);
-  if (curve.answers) await askCurve(curve, measuring);
-  if (curve.judges) await judgeCurve(curve, measuring);
-  // Judging may have chosen others.
-  if (curve.answers) await askCurve(curve, measuring);
+  if (given.part !== "answers") await measureSizes(curve, measuring);
+  if (given.part !== "sizes") await askCurve(curve, measuring);
   if (!suites.includes(suite)) await suite.close();
 }
 

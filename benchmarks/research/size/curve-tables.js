@@ -6,8 +6,41 @@ import { LORA } from "./tables.js";
 /**
  * @typedef {import("./measure.js").Row} Row
  * @typedef {import("./curve.js").Curve} Curve
+ * @typedef {import("./curve.js").Pair} Pair
  * @typedef {import("../../lib/report.js").Part} Part
  */
+
+/**
+ * docs/size/curves.md.
+ * @param {readonly Row[]} rows
+ * @returns {string} empty where no curve was measured
+ */
+export function curvePage(rows) {
+  const parts = curveTables(rows);
+  if (parts.length === 0) return "";
+  const begin =
+    "# Entropy-coded packs by bytes\n\nWritten by `npm run bench size`; what it says is in [size.md](../size.md).\n";
+  return [begin, ...[...parts, published()].map(sectionOf)].join("\n");
+}
+
+/** @param {Part} part */
+function sectionOf({ question, rows, notes = [] }) {
+  const names = [...new Set(rows.flatMap((row) => Object.keys(row)))];
+  const lines = [
+    names.map((name) => (name === "name" ? "" : name)),
+    ...rows.map((row) => names.map((name) => cellOf(row[name]))),
+  ];
+  const widths = names.map((_, i) => Math.max(3, ...lines.map((line) => line[i].length)));
+  const drawn = lines.map((line) => `| ${line.map((cell, i) => cell.padEnd(widths[i])).join(" | ")} |`);
+  const rule = `| ${widths.map((width) => "-".repeat(width)).join(" | ")} |`;
+  return [`## ${question}`, "", drawn[0], rule, ...drawn.slice(1), "", ...notes, ""].join("\n");
+}
+
+/** @param {string | number | null} value */
+function cellOf(value) {
+  if (typeof value !== "number" || Number.isInteger(value)) return String(value ?? "");
+  return Math.abs(value) >= 100 ? value.toFixed(0) : value.toPrecision(3);
+}
 
 /** @param {readonly Row[]} rows @returns {Part[]} */
 export function curveTables(rows) {
@@ -18,33 +51,40 @@ export function curveTables(rows) {
 function curveTable(curve, rows) {
   const lora = rows.find(({ suite, n, way }) => suite === curve.suite && n === curve.n && way === LORA);
   const pairs = pairsOf(curve, rows);
+  const [asked, judged] = [pairs.some(({ theirs }) => theirs.accuracy), pairs.some((pair) => pair.judged)];
+  const notes = [
+    "Whole files, coded with one step, heads alike. SVD: private terms alone, which is each adapter cut by its own SVD. shared: the pack",
+    "with components and the least ΔW error within those bytes.",
+    ...(judged
+      ? [
+          "by text: of each number of components the pack that loses least, and of those the least KL on training texts.",
+        ]
+      : []),
+    ...(asked && lora
+      ? [`LoRA: ${percent(lora)?.toFixed(1)} %. ±: standard error of the mean difference over tasks.`]
+      : []),
+    ...(asked ? [crossing(pairs)] : []),
+  ];
   return {
     question: `${curve.suite}, ${curve.n} adapters, entropy-coded: what does sharing gain within the bytes of each cut by SVD?`,
-    rows: pairs.map(({ theirs, ours, judged }) => ({
-      name: `${(theirs.bytes / 1000).toFixed(0)} kB`,
-      "× fewer": lora ? lora.bytes / theirs.bytes : null,
-      "SVD: error": theirs.error ?? null,
-      ...(curve.judges ? { "KL, milli": milli(theirs) } : {}),
-      ...(curve.answers ? { "SVD: %": percent(theirs) } : {}),
-      "shared: way": ours ? shapeOf(ours) : null,
-      "shared: error": ours?.error ?? null,
-      ...(curve.answers ? { "shared: %": percent(ours), ...differenceOf(ours, theirs) } : {}),
-      ...(curve.judges
-        ? {
-            "by text: way": judged ? shapeOf(judged) : null,
-            "by text: KL, milli": milli(judged),
-            "by text: %": percent(judged),
-          }
-        : {}),
-    })),
-    notes: [
-      ...(curve.answers && lora
-        ? [`LoRA: ${percent(lora)?.toFixed(1)} %. ±: standard error of the mean difference over tasks.`]
-        : []),
-      "Whole files, coded with one step, heads alike. SVD: private terms alone, which is each adapter cut by its own SVD. shared: the pack",
-      "with components and the least ΔW error within those bytes; by text: among some of them, the least KL on training texts.",
-      ...(curve.answers ? [crossing(pairs)] : []),
-    ],
+    rows: pairs.map((pair) => lineOf(pair, lora, asked, judged)),
+    notes,
+  };
+}
+
+/** @param {Pair} pair @param {Row | undefined} lora @param {boolean} asks @param {boolean} judges @returns {import("../../lib/report.js").Row} */
+function lineOf({ theirs, ours, judged }, lora, asks, judges) {
+  return {
+    name: `${(theirs.bytes / 1000).toFixed(0)} kB`,
+    "× fewer": lora ? lora.bytes / theirs.bytes : null,
+    "SVD: error": theirs.error ?? null,
+    ...(judges ? { "SVD: KL, milli": milli(theirs) } : {}),
+    ...(asks ? { "SVD: %": percent(theirs) } : {}),
+    "shared: way": shapeOf(ours),
+    "shared: error": ours?.error ?? null,
+    ...(asks ? { "shared: %": percent(ours), ...differenceOf(ours, theirs) } : {}),
+    ...(judges ? { "by text: way": shapeOf(judged), "by text: KL, milli": milli(judged) } : {}),
+    ...(judges && asks ? { "by text: %": percent(judged) } : {}),
   };
 }
 
@@ -54,8 +94,8 @@ const percent = (row) => (row?.accuracy ? 100 * mean(row.accuracy) : null);
 /** @param {Row | undefined} row */
 const milli = (row) => (row?.divergence === undefined ? null : 1000 * row.divergence);
 
-/** Without what all have in common. @param {Row} row */
-const shapeOf = ({ way }) => way.replace(/^coded /, "");
+/** Without what all have in common. @param {Row | undefined} row */
+const shapeOf = (row) => row?.way.replace(/^coded /, "") ?? null;
 
 /** In points, over the same rows. @param {Row | undefined} ours @param {Row} theirs @returns {Record<string, number | null>} */
 function differenceOf(ours, theirs) {
@@ -65,15 +105,16 @@ function differenceOf(ours, theirs) {
   return { difference: mean(each), "±": sampleStandardDeviation(each) / Math.sqrt(each.length) };
 }
 
-/** Where sharing stops to be ahead. @param {readonly import("./curve.js").Pair[]} pairs fewest bytes first */
+/** Where sharing stops to be ahead. @param {readonly Pair[]} pairs fewest bytes first */
 function crossing(pairs) {
   const asked = pairs.filter(({ theirs, ours }) => theirs.accuracy && ours?.accuracy);
   const ahead = asked.map(({ theirs, ours }) => mean(ours?.accuracy ?? []) > mean(theirs.accuracy ?? []));
   const [first, last] = [ahead.indexOf(false), ahead.lastIndexOf(true)];
   const kB = (/** @type {number} */ i) => `${(asked[i].theirs.bytes / 1000).toFixed(0)} kB`;
   if (asked.length === 0) return "Nobody was asked.";
-  if (first < 0) return "Sharing, chosen by ΔW error, is ahead in accuracy everywhere.";
-  if (last < 0) return "Sharing, chosen by ΔW error, is ahead in accuracy nowhere.";
+  const among = `of the ${asked.length} sizes that were asked`;
+  if (first < 0) return `Sharing, chosen by ΔW error, is ahead in accuracy at all ${among}.`;
+  if (last < 0) return `Sharing, chosen by ΔW error, is ahead in accuracy at none ${among}.`;
   return `Sharing, chosen by ΔW error, is ahead in accuracy at ${asked.flatMap((_, i) => (ahead[i] ? [kB(i)] : [])).join(", ")}, and behind elsewhere.`;
 }
 
@@ -94,7 +135,7 @@ export function published() {
       name: "Universal Weight Subspace",
       "kept of": "500 adapters of Mistral-7B",
       "fewer bytes": "19 ×",
-      quality: "near the adapters'",
+      quality: "near equal",
       source: "arXiv 2512.05117",
     },
     {
@@ -113,7 +154,7 @@ export function published() {
     },
     {
       name: "LoRDBA",
-      "kept of": "one adapter, rank 16, trained on",
+      "kept of": "one adapter, rank 16",
       "fewer bytes": "> 10 × to f16",
       quality: "f16's in some settings",
       source: "arXiv 2605.24058",

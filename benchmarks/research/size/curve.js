@@ -40,6 +40,8 @@ const MINILM = {
   series: [
     ...codedSeries(0.08, 2, [SVD]),
     ...codedSeries(0.0668, 3, [...shapes([16, 32, 48], [2, 4]), { k: 24, rank: 3, privateTerms: 2 }]),
+    // Between those steps, and coarser, of what mostly is the best.
+    ...codedSeries(0.0945, 3, shapes([8, 16, 32, 48], [2])),
   ],
 };
 
@@ -50,14 +52,18 @@ export const CURVES = [
   { suite: "shared-seed", n: 20, ...MINILM },
   {
     ...{ suite: "smollm2", n: 20, most: 1_600_000, judges: false, answers: true },
-    series: [...codedSeries(0.08, 2, [SVD]), ...codedSeries(0.0668, 3, shapes([16, 48], [3]))],
+    series: [
+      ...codedSeries(0.08, 2, [SVD]),
+      ...[0.0668, 0.0945].flatMap((step) => codedSeries(step, 3, shapes([16, 48], [3]))),
+    ],
     asked: [0.0566, 0.0283, 0.0141],
   },
   {
     ...{ suite: "sd15", n: 7, most: 3_000_000, judges: false, answers: false },
     series: [
       ...codedSeries(0.08, 2, [SVD]),
-      ...codedSeries(0.0668, 3, [...shapes([4, 8, 16, 24], [4]), { k: 8, rank: 4, privateTerms: 2 }]),
+      ...codedSeries(0.0668, 3, shapes([4, 8, 16, 24], [4])),
+      ...codedSeries(0.0945, 3, shapes([16, 24], [4])),
     ],
   },
 ];
@@ -105,12 +111,48 @@ function renewed(fresh, known) {
   return known && known.error === fresh.error ? { ...known, bytes: fresh.bytes } : fresh;
 }
 
+/** @param {Curve} curve @param {readonly Row[]} rows @returns {Set<Row>} */
+function worthJudging(curve, rows) {
+  const { svd, shared } = ownRows(curve, rows);
+  const found = svd.flatMap((theirs) => {
+    const fitting = shared.filter(({ row }) => row.bytes <= theirs.row.bytes);
+    const kinds = new Set(fitting.map(({ kind }) => kind));
+    const best = [...kinds].map((kind) => leastError(fitting.filter((one) => one.kind === kind).map(({ row }) => row)));
+    return best.length > 0 ? [theirs.row, ...best] : [];
+  });
+  return new Set(found.filter((row) => row !== undefined));
+}
+
+/**
+ * What tasks answer in the packs that were chosen, by ΔW error and then by training texts.
+ * @param {Curve} curve
+ * @param {Measuring} measuring
+ */
+export async function askCurve(curve, measuring) {
+  if (curve.answers) await askChosen(curve, measuring);
+  if (!curve.judges || measuring.due()) return;
+  await judgeCurve(curve, measuring);
+  await askChosen(curve, measuring);
+}
+
+/** @param {Curve} curve @param {Measuring} measuring */
+async function askChosen(curve, { suite, rows, keep, due, peers }) {
+  for (const pair of pairsOf(curve, rows.all())) {
+    for (const row of new Set([pair.theirs, pair.ours, pair.judged])) {
+      if (row === undefined || rows.get(row)?.accuracy) continue;
+      if (due()) return;
+      const way = /** @type {Packed} */ (waysOf(curve).get(row.way));
+      await keep({ ...row, ...(await measure(suite, curve.n, way, true, peers)) });
+    }
+  }
+}
+
 /**
  * Divergences on training texts of the packs that may be worth asking: of each number of components what loses least of ΔW.
  * @param {Curve} curve
  * @param {Measuring} measuring
  */
-export async function judgeCurve(curve, { suite, rows, keep, due }) {
+async function judgeCurve(curve, { suite, rows, keep, due }) {
   const adapters = suite.take(curve.n);
   const judge = await suite.judge(adapters);
   for (const row of worthJudging(curve, rows.all())) {
@@ -126,34 +168,6 @@ export async function judgeCurve(curve, { suite, rows, keep, due }) {
     const found = await judge.judge(pack);
     await pack.close();
     return Number(found.toPrecision(4));
-  }
-}
-
-/** @param {Curve} curve @param {readonly Row[]} rows @returns {Set<Row>} */
-function worthJudging(curve, rows) {
-  const { svd, shared } = ownRows(curve, rows);
-  const found = svd.flatMap((theirs) => {
-    const fitting = shared.filter(({ row }) => row.bytes <= theirs.row.bytes);
-    const kinds = new Set(fitting.map(({ kind }) => kind));
-    const best = [...kinds].map((kind) => leastError(fitting.filter((one) => one.kind === kind).map(({ row }) => row)));
-    return best.length > 0 ? [theirs.row, ...best] : [];
-  });
-  return new Set(found.filter((row) => row !== undefined));
-}
-
-/**
- * What tasks answer in the packs that were chosen.
- * @param {Curve} curve
- * @param {Measuring} measuring
- */
-export async function askCurve(curve, { suite, rows, keep, due, peers }) {
-  for (const pair of pairsOf(curve, rows.all())) {
-    for (const row of new Set([pair.theirs, pair.ours, pair.judged])) {
-      if (row === undefined || rows.get(row)?.accuracy) continue;
-      if (due()) return;
-      const way = /** @type {Packed} */ (waysOf(curve).get(row.way));
-      await keep({ ...row, ...(await measure(suite, curve.n, way, true, peers)) });
-    }
   }
 }
 

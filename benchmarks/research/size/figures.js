@@ -100,7 +100,7 @@ const PAPER = /^column, .*f32$|^column K \d+, f32$/;
 function drawAccuracy(reader, suite, n) {
   const points = reader.points(suite, n).filter(({ accuracy, tasks }) => accuracy !== undefined && tasks === n);
   const [lora, heads] = [LORA, "heads alone, f16"].map((name) => points.find(({ way }) => way === name)?.accuracy);
-  const ours = points.filter(({ family }) => ["column", "flat", "joint", "auto"].includes(family));
+  const ours = points.filter(({ family }) => ["column", "flat", "joint", "auto", "coded"].includes(family));
   const of = (/** @type {string} */ family) => points.filter((one) => one.family === family);
   const series = [
     { name: "each cut by SVD", points: rising(of("each cut by SVD")) },
@@ -109,6 +109,7 @@ function drawAccuracy(reader, suite, n) {
     { name: "packs, distilled", points: rising(of("pack, distilled")) },
     { name: "lorashare", points: rising(of("lorashare")) },
     { name: "vlora-dev", points: rising(of("vlora")) },
+    { name: "cut by SVD, coded", points: rising(of("SVD-cut, coded")) },
   ].filter(({ points }) => points.length > 0);
   if (series.length === 0) return undefined;
   const lines = [
@@ -136,10 +137,10 @@ function drawErrors(reader, suite, n) {
     flat: "flat",
     auto: "auto",
     "each cut by SVD": "each cut by SVD",
-    "SVD-cut, coded": "cut by SVD, coded",
-    coded: "packs, coded",
     lorashare: "lorashare",
     vlora: "vlora-dev",
+    "SVD-cut, coded": "cut by SVD, coded",
+    coded: "packs, coded",
   };
   const series = Object.entries(names).map(([family, name]) => ({
     name,
