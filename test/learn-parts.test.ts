@@ -5,8 +5,10 @@
 import t from "tap";
 import { readAdapters } from "../dist/src/adapters/folder.js";
 import { openHost } from "../dist/src/base/open.js";
+import { readModel } from "../dist/src/onnx/read.js";
 import { buildPack } from "../dist/src/pack/build.js";
 import { openPack, type Pack } from "../dist/src/pack/pack.js";
+import { surveyModel } from "../dist/src/session/survey.js";
 import { type BatchFeeds, createTrainer } from "../dist/src/train/index.js";
 import { noise } from "./learning.ts";
 import { concat, data, LOSSLESS } from "./packs.ts";
@@ -38,6 +40,10 @@ t.test("one of several files is refused, with what to do", async (t) => {
   t.match((await refused("onnx/encoder_model.onnx")).message, /is the encoder of .*: tasks adapt "decoder\./);
   const merged = await refused("onnx/decoder_model_merged.onnx", of("decoder"));
   t.match(merged, { tag: "base", message: /it has a branch for each use of its cache, which gradients do not pass/ });
+  const { learning } = await surveyModel(() => readModel(data("seq2seq/onnx/decoder_model_merged.onnx")), pack, {
+    modules: of("decoder"),
+  });
+  t.match(learning, { works: false, why: /it has a branch for each use of its cache/ }, "and told beforehand");
   await pack.close();
 });
 

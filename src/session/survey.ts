@@ -113,8 +113,10 @@ export async function surveyModel(
     const mode = (one: Mode) => surveyMode(open, pack, bases, { ...options, mode: one }, task?.id ?? null);
     const modes = { core: await mode("core"), factors: await mode("factors"), folded: await mode("folded") };
     const both = [...(plan?.base.heads ?? [])].find(([, { adapted }]) => adapted)?.[0];
+    const parts = await attempt(async () => (await import("./training.ts")).refuseParts(file, pack, modules));
     const form = plan?.graft.modules.find((module) => module.form);
     const why =
+      parts.why ??
       (both === undefined ? modes.factors.why : `tasks bring "${both}" whole and others adapt it`) ??
       (form ? `"${form.name}" is no linear layer (${form.form!.kind})` : null);
     return {
