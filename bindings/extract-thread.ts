@@ -4,11 +4,13 @@
  */
 import { parentPort } from "node:worker_threads";
 import { bytesOf, createAnswerer } from "../src/extract/extractor.ts";
-import { letGo } from "../src/extract/garbage.ts";
+import { freeWith, letGo } from "../src/extract/garbage.ts";
+import { collectGarbage } from "./node.ts";
 
 /** How often the numbers of a question are written to arrays that are left of it. */
 const COPIES = 4;
 
+freeWith(collectGarbage);
 const answer = await createAnswerer();
 parentPort!.on("message", async (question) => {
   const bytes = bytesOf(question);

@@ -115,7 +115,7 @@ export const openThread: (() => Promise<Thread>) | undefined = async () => {
 let collector: ((options?: { type: "minor" }) => void) | null | undefined;
 
 /** Frees arrays that nobody uses any more, all of them or those made a moment ago. Does nothing where the engine has no way to. */
-export const collectGarbage: ((which: "young" | "all") => void) | undefined = (which) => {
+export function collectGarbage(which: "young" | "all"): void {
   if (collector === undefined) {
     collector = null;
     try {
@@ -129,7 +129,7 @@ export const collectGarbage: ((which: "young" | "all") => void) | undefined = (w
   }
   if (which === "young") collector?.({ type: "minor" });
   else collector?.();
-};
+}
 
 /** Dawn's entry point. One for the life of the process: when it is collected, drivers may crash (dawn-gpu/node-webgpu#18). */
 let dawn: object | undefined;

@@ -12,9 +12,6 @@ export const openPath: ((path: string) => Promise<ByteSource>) | undefined = und
 /** Threads are not started here: extraction is done where it is asked for. */
 export const openThread: (() => Promise<Thread>) | undefined = undefined;
 
-/** Engines of browsers keep their own time. */
-export const collectGarbage: ((which: "young" | "all") => void) | undefined = undefined;
-
 /** The browser's WebGPU. @throws Error where it has none */
 export const openGpu: () => Promise<object> = async () => {
   const own = (globalThis.navigator as Navigator | undefined)?.gpu;

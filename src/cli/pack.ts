@@ -3,9 +3,11 @@
  * between the answers of adapters and pack.
  */
 import { availableParallelism } from "node:os";
+import { collectGarbage } from "../../bindings/node.ts";
 import { createEngine } from "../../bindings/ort-engine.ts";
 import type { Adapter } from "../adapters/adapter.ts";
 import { partByGain, readScores } from "../adapters/scores.ts";
+import { freeWith } from "../extract/garbage.ts";
 import type { BasisMode } from "../extract/options.ts";
 import { DEFAULT_ERROR } from "../pack/allocate.ts";
 import { buildStreamed, type Packed } from "../pack/build.ts";
@@ -254,6 +256,7 @@ async function build(
   const asked = options.model === undefined ? undefined : await askedOf(options, adapters);
   const moments = asked && options.calibrate ? await inputMoments(asked.engine, asked.model, asked.moments) : undefined;
   const adapterBytes = sum(adapters.map(({ byteLength }) => byteLength));
+  freeWith(collectGarbage);
   const { workers = workersFor(adapterBytes) } = options;
   const common = { dtype, normalize, moments, anyBase, ...(await run.base(options.base, options.names)) };
   const most = ratio === undefined ? bytes : Math.floor(adapterBytes / ratio);

@@ -46,8 +46,8 @@ export interface Extractor {
   readonly size: number;
   /** @throws whatever the work throws */
   ask<K extends Kind>(kind: K, stack: ModuleStack, options: Parameters<Jobs[K]>[1]): Promise<ReturnType<Jobs[K]>>;
-  /** Gives back memory that large work has left, where threads hold it. Only while nothing is asked. */
-  renew(): Promise<void>;
+  /** Gives back the memory that threads hold, until something is asked again. Only while nothing is asked. */
+  rest(): Promise<void>;
   close(): Promise<void>;
 }
 
@@ -87,20 +87,29 @@ function here(products: Products): Extractor {
   return {
     size: 1,
     ask: async (kind, stack, options) => (JOBS[kind] as (...args: unknown[]) => never)(stack, options, products),
-    renew: async () => {},
+    rest: async () => {},
     close: async () => {},
   };
 }
 
 async function inThreads(count: number, open: () => Promise<Thread>): Promise<Extractor> {
-  const start = (): Promise<Thread[]> => Promise.all(Array.from({ length: count }, open));
-  let threads = await start();
-  let idle = [...threads];
+  let threads: Thread[] = [];
+  let idle: Thread[] = [];
+  let started: Promise<void> | undefined;
+  const start = async (): Promise<void> => {
+    threads = await Promise.all(Array.from({ length: count }, open));
+    idle = [...threads];
+  };
   const waiting: ((thread: Thread) => void)[] = [];
-  const close = async (): Promise<void> => void (await Promise.all(threads.map((thread) => thread.close())));
+  const close = async (): Promise<void> => {
+    started = undefined;
+    await Promise.all(threads.splice(0).map((thread) => thread.close()));
+  };
+  await (started = start());
   return {
     size: count,
     async ask(kind, stack, options) {
+      await (started ??= start());
       const thread = idle.pop() ?? (await new Promise<Thread>((resolve) => waiting.push(resolve)));
       try {
         const question: Question = { kind, stack: owned(stack), options };
@@ -114,11 +123,7 @@ async function inThreads(count: number, open: () => Promise<Thread>): Promise<Ex
         else idle.push(thread);
       }
     },
-    async renew() {
-      await close();
-      threads = await start();
-      idle = [...threads];
-    },
+    rest: close,
     close,
   };
 }

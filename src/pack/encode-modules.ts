@@ -13,7 +13,6 @@ import type { SideBasis } from "../extract/side.ts";
 import type { ModuleInput, SideInput, TermInput } from "../format/encode.ts";
 import type { Dtypes } from "../tensor/dtypes.ts";
 import { UnstorableError } from "../tensor/encode.ts";
-import type { BuildOptions } from "./build.ts";
 import type { ModuleError } from "./report.ts";
 import { piecesOf, readStack } from "./stack.ts";
 import { stepsOf } from "./steps.ts";
@@ -33,6 +32,15 @@ interface Extracted {
   readonly magnitudes: readonly (Float32Array | undefined)[];
 }
 
+/** As of `BuildOptions`. */
+interface EncodeOptions {
+  readonly moments?: ReadonlyMap<string, Float64Array> | undefined;
+  readonly privateTerms?: number | Allocation | undefined;
+  readonly step?: number | undefined;
+  readonly onProgress?: ((done: number, of: number) => void) | undefined;
+  readonly signal?: AbortSignal | undefined;
+}
+
 type Choices = readonly (PrivateChoice | undefined)[];
 
 /** What modules came to with private terms that an allocation chose for their owners. */
@@ -47,7 +55,7 @@ export async function encodeModules(
   shared: readonly SharedModule<Adapter>[],
   extraction: ExtractOptions,
   dtype: Dtypes,
-  { moments: all, privateTerms, step, onProgress, signal }: BuildOptions,
+  { moments: all, privateTerms, step, onProgress, signal }: EncodeOptions,
   known: Known = new Map(),
 ): Promise<Encoded> {
   const modules: ModuleInput[] = [];

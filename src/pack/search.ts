@@ -207,7 +207,7 @@ async function allocatedWays(search: Search, decisions: string[]): Promise<Way[]
     goal.kind === "error" ? allocateError(spectra, () => goal.max, only) : allocateBytes(spectra, goal.max, only);
   const shared = adapters.length > 1 ? await sharingThatPays(search.extractor, adapters, found, plan) : undefined;
   // What follows takes less at a time, and the pack grows beside it.
-  await search.extractor.renew();
+  await search.extractor.rest();
   const head = dtype.head ?? (goal.kind === "error" ? headWithin(goal.max) : headFor(adapters, goal.max));
   if (shared)
     decisions.push(`${shared.k} components in ${shared.dtype} are shared: of a few modules, that saves bytes`);
@@ -248,6 +248,8 @@ async function allocated(
   const extract = (privateTerms: Allocation): Promise<readonly TaskLoss[]> => draft.extract(extractor, privateTerms);
   if (goal.kind === "error") {
     await withinError(found, goal.max, extract, (losses) => losses);
+    // What is left to do needs memory.
+    await extractor.rest();
     return draft.finish(held || judge !== undefined);
   }
   const whole = async (privateTerms: Allocation): Promise<Built> => {
