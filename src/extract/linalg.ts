@@ -4,8 +4,6 @@
  * vector of the space we work in, so products are taken between rows, which lie contiguous in memory.
  */
 
-import type { FindScale } from "../tensor/encode.ts";
-
 /** Spacing of doubles at 1. */
 export const EPSILON: number = Number.EPSILON;
 
@@ -21,8 +19,8 @@ export interface Products {
   hold?(operand: Float64Array): () => void;
   /** As `tridiagonalize` of `eigen.ts`, which stands in where this is absent. */
   tridiagonalize?(a: Float64Array, n: number): Tridiagonal;
-  /** As of `encodeTensor`, which has a plain loop where this is absent. */
-  findScale?: FindScale;
+  /** Which of these scales loses least of a row of values, rounded to integers up to `largest`. Default: the plain loop of `encodeTensor`. */
+  findScale?(values: Float64Array, scales: Float64Array, largest: number): number;
 }
 
 export const multiply: Products["multiply"] = (x, y, m, n, width) =>
