@@ -1,6 +1,8 @@
 """A real Ray cluster on this machine packs adapters with examples/hub/pack.py, and loses a worker in the middle.
 
-    hub.py ADAPTERS OUT WORK EIGENLORA...   Writes WORK/report.json: what assemble printed, and how the kill went.
+    hub.py ADAPTERS OUT WORK MODEL TEXT EIGENLORA...   Writes WORK/report.json: what assemble printed, and how the kill went.
+
+Two of the adapters are distilled by MODEL and TEXT afterwards, into OUT.distilled.
 
 A head without CPUs and two workers of one CPU each. The first command that makes shard 3 waits for the end of its worker, which
 gets SIGKILL meanwhile; the other worker does the rest.
@@ -29,7 +31,7 @@ import ray
 from ray.cluster_utils import Cluster
 from pack import adapters_of, pack
 
-adapters, out, work, *eigenlora = sys.argv[1:]
+adapters, out, work, model, text, *eigenlora = sys.argv[1:]
 marker = pathlib.Path(work) / "killed"
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
 workers = [cluster.add_node(num_cpus=1) for _ in range(2)]
@@ -62,6 +64,8 @@ until = time.monotonic() + 60
 while dead() == 0 and time.monotonic() < until:
     time.sleep(0.1)
 report["dead"] = dead()
+short = ["--steps", "2", "--batch", "4", "--tokens", "32"]
+report["distilled"] = pack(adapters_of(adapters)[:2], f"{out}.distilled", f"{work}/distilled", eigenlora, shards=2, k=2, model=model, text=text, distill=short)
 # Not printed: Ray itself writes to the same output, from other threads.
 (pathlib.Path(work) / "report.json").write_text(json.dumps(report))
 ray.shutdown()

@@ -4,13 +4,14 @@
  */
 
 import { execFile, spawnSync } from "node:child_process";
-import { mkdtemp, readFile, rm } from "node:fs/promises";
+import { mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
 import t from "tap";
 import { openPack } from "../dist/src/pack/pack.js";
+import { readTask } from "../examples/minilm.js";
 import { data, packDifference, packOf } from "./packs.ts";
 import { required } from "./required.ts";
 
@@ -27,13 +28,24 @@ t.test("53 adapters, 7 shards, two workers, one killed: the pack of one machine"
   );
   const out = join(folder, "tasks.eigen");
   const work = join(folder, "work");
-  await promisify(execFile)(python, [script!, data("adapters/hub"), out, work, process.execPath, main!], {
+  const text = join(folder, "lines.txt");
+  const { train } = await readTask("debtags-role");
+  await writeFile(
+    text,
+    train
+      .slice(0, 16)
+      .map(([line]) => line)
+      .join("\n"),
+  );
+  const asked = [data("minilm/model_fp16.onnx"), text];
+  await promisify(execFile)(python, [script!, data("adapters/hub"), out, work, ...asked, process.execPath, main!], {
     env: { ...process.env, RAY_USAGE_STATS_ENABLED: "0" },
     timeout: 280_000,
   });
   const report = JSON.parse(await readFile(join(work, "report.json"), "utf8"));
   t.match(report, { workers: 2, signal: 9, dead: 1, pack: { tasks: 53, modules: 12 } });
   t.ok(report.parts < 7, `killed when ${report.parts} of 7 shards were done`);
+  t.match(report.distilled, { tasks: 2, modules: 12 }, "and two tasks distilled by one worker after the other");
   const { bytes } = await packOf(["adapters/hub"], {
     select: { kind: "k", k: 32 },
     dtype: { basis: "f32", coefficients: "f32", head: "f32" },

@@ -1,17 +1,17 @@
 /**
  * The command line on synthetic adapters that are made before a command reads them and deleted behind it, so that thousands need the
- * disk of one share: `node hub-command.js LOG LAYERS COMMAND…`. An adapter is named synthetic-NUMBER, and is the same whenever it is
- * made. What the command reports of itself becomes a line of LOG.
+ * disk of one share: `node hub-command.js LAYERS COMMAND…`. An adapter is named synthetic-NUMBER, and is the same whenever it is made.
+ * What the command reports of itself becomes a line of log.jsonl beside its output.
  */
 import { spawnSync } from "node:child_process";
 import { appendFileSync, mkdirSync, rmSync, writeFileSync } from "node:fs";
-import { join } from "node:path";
+import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { f32Entry, safetensorsOf, smallNumbers } from "./adapters.js";
 import { BLOCKS, RANK, SMOLLM2 } from "./hub-whole.js";
 
 const main = fileURLToPath(new URL("../../dist/src/cli/main.js", import.meta.url));
-const [log = "", layers = "", ...args] = process.argv.slice(2);
+const [layers = "", ...args] = process.argv.slice(2);
 
 /** Adapters are cut from these: to draw each anew would take longer than to pack it. */
 const pool = smallNumbers(1 << 20, 1);
@@ -52,7 +52,7 @@ for (const folder of adapters) rmSync(folder, { recursive: true });
 if (status === 0) {
   const { seconds, coreSeconds, peakMemoryBytes, bytes } = JSON.parse(stdout);
   const line = { command: args[0], adapters: adapters.length, seconds, coreSeconds, peakMemoryBytes, bytes };
-  appendFileSync(log, `${JSON.stringify(line)}\n`);
+  appendFileSync(join(dirname(args[args.indexOf("-o") + 1] ?? ""), "log.jsonl"), `${JSON.stringify(line)}\n`);
 }
 process.stdout.write(stdout);
 process.stderr.write(stderr);

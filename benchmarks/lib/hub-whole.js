@@ -5,7 +5,6 @@ import { fileURLToPath } from "node:url";
 import { sum } from "simple-statistics";
 import { python } from "./peers.js";
 import { inScratch } from "./process.js";
-import { progress } from "./report.js";
 
 /** Linear layers of SmolLM2-135M: [out, in, the part of a block that they are in]. @type {Record<string, [number, number, string]>} */
 export const SMOLLM2 = {
@@ -24,50 +23,66 @@ const COMMANDS = ["shard", "merge", "project", "assemble"];
 const command = fileURLToPath(new URL("hub-command.js", import.meta.url));
 
 /**
- * What the commands took, by name: seconds of a core, and most memory.
- * @param {number} count of adapters
- * @param {{ layers: string, shards: number, cpus: number }} how
- * @returns {Promise<{ reason: string } | { row: import("./report.js").Row, seconds: Map<string, number>, ray: string }>}
+ * @typedef {{ layers: string, shards: number, cpus: number }} How
+ * @typedef {{ count: number, row: import("./report.js").Row, seconds: ReadonlyMap<string, number> }} Hub seconds: of a core, by command
  */
-function wholeHub(count, { layers, shards, cpus }) {
+
+/**
+ * Packs hubs of so many adapters, one after the other on one cluster.
+ * @param {readonly number[]} counts
+ * @param {How} how
+ * @returns {Promise<{ reason: string } | { ray: string, hubs: Hub[] }>}
+ */
+function packHubs(counts, { layers, shards, cpus }) {
   return inScratch(async (scratch) => {
-    const log = join(scratch, "log.jsonl");
-    const settings = [scratch, count, shards, K, cpus].map(String);
-    const ran = python("hub_ray.py", [...settings, process.execPath, command, log, layers]);
+    const settings = [scratch, counts.join(), shards, K, cpus].map(String);
+    const ran = python("hub_ray.py", [...settings, process.execPath, command, layers]);
     if ("reason" in ran) return ran;
-    const lines = (await readFile(log, "utf8")).trim().split("\n");
-    const runs = lines.map((line) => JSON.parse(line));
-    /** @param {string} name */
-    const secondsOf = (name) => sum(runs.filter((run) => run.command === name).map((run) => run.coreSeconds));
-    const seconds = new Map(COMMANDS.map((name) => [name, secondsOf(name)]));
-    const row = {
-      name: `${count} adapters`,
-      ...Object.fromEntries([...seconds].map(([name, value]) => [`${name}, s`, value])),
-      "all, s of a core": sum([...seconds.values()]),
-      "wall, s": ran.figures.seconds,
-      "largest part, MB": Math.max(...runs.filter((run) => run.command !== "assemble").map((run) => run.bytes)) / 1e6,
-      "peak MB": Math.max(...runs.map((run) => run.peakMemoryBytes)) / 1e6,
-      "pack, MB": ran.figures.assemble.bytes / 1e6,
-    };
-    return { row, seconds, ray: /** @type {string} */ (ran.figures.ray) };
+    const hubs = counts.map(async (count, i) => {
+      const lines = (await readFile(join(scratch, String(count), "log.jsonl"), "utf8")).trim().split("\n");
+      return hubOf(
+        count,
+        lines.map((line) => JSON.parse(line)),
+        ran.figures.hubs[i],
+      );
+    });
+    return { ray: ran.figures.ray, hubs: await Promise.all(hubs) };
   });
+}
+
+/**
+ * @param {number} count
+ * @param {readonly any[]} runs what every command said of itself
+ * @param {{ seconds: number, bytes: number }} whole
+ * @returns {Hub}
+ */
+function hubOf(count, runs, whole) {
+  /** @param {string} name */
+  const secondsOf = (name) => sum(runs.filter((run) => run.command === name).map((run) => run.coreSeconds));
+  const seconds = new Map(COMMANDS.map((name) => [name, secondsOf(name)]));
+  const row = {
+    name: `${count} adapters`,
+    ...Object.fromEntries([...seconds].map(([name, value]) => [`${name}, s`, value])),
+    "all, s of a core": sum([...seconds.values()]),
+    "wall, s": whole.seconds,
+    "largest part, MB": Math.max(...runs.filter((run) => run.command !== "assemble").map((run) => run.bytes)) / 1e6,
+    "peak MB": Math.max(...runs.map((run) => run.peakMemoryBytes)) / 1e6,
+    "pack, MB": whole.bytes / 1e6,
+  };
+  return { count, row, seconds };
 }
 
 /**
  * Whole hubs of several sizes, what one more adapter costs by them, and what very many do.
  * @param {readonly number[]} counts of adapters
- * @param {{ layers: string, shards: number, cpus: number }} how
+ * @param {How} how
  * @param {{ adapters: number, blocks: number, shapes: Record<string, number[]> }} large the hub that is wanted, of Llama 2 7B
  * @returns {Promise<{ parts: import("./report.js").Part[], peers: import("./report.js").Peer[] }>}
  */
 export async function wholeHubs(counts, how, large) {
-  const hubs = [];
-  for (const count of counts) {
-    const made = await wholeHub(count, how);
-    if ("reason" in made) return { parts: [], peers: [{ name: "Ray", reason: made.reason }] };
-    hubs.push({ count, ...made });
-    progress(JSON.stringify(made.row));
-  }
+  const made = await packHubs(counts, how);
+  if ("reason" in made) return { parts: [], peers: [{ name: "Ray", reason: made.reason }] };
+  const { hubs } = made;
   const names = how.layers.split(",");
   /** Summaries grow with Σ w², projecting and bytes with Σ w. @param {(name: string) => readonly number[]} of out and in of a layer */
   const units = (of) => {
@@ -101,7 +116,7 @@ export async function wholeHubs(counts, how, large) {
         notes: ["By least squares. Making the synthetic adapters is not counted."],
       },
     ],
-    peers: [{ name: "Ray", version: hubs[0]?.ray ?? "" }],
+    peers: [{ name: "Ray", version: made.ray }],
   };
 }
 
@@ -113,7 +128,7 @@ function sidesOf(name) {
 
 /**
  * Seconds of a core that each command takes for one more adapter, and at none, by least squares.
- * @param {readonly { count: number, seconds: ReadonlyMap<string, number> }[]} hubs two at least
+ * @param {readonly Hub[]} hubs two at least
  */
 function slopes(hubs) {
   const middle = sum(hubs.map(({ count }) => count)) / hubs.length;
