@@ -44,11 +44,13 @@ async function onModel(
     const made = typeof parts.probe === "object" ? () => undefined : feedsOfRows;
     const forms = new Map(parts.prepared.modules.flatMap(({ name, form }) => (form ? [[name, form] as const] : [])));
     let rowsAreApart: ReturnType<typeof rowCheck> | undefined;
-    /** Values of a selection that was: the next one's are written there. What a switch allocates, a collection has to find later. */
-    let spare: TaskValues | undefined;
+    // Cores of a selection that was: the next one's are written there. What a switch allocates, a collection has to find later.
+    const cores = inputs.filter(({ kind }) => kind === "core");
+    const room = cores.reduce((sum, { name }) => sum + none.inputs.get(name)!.data.byteLength, 0);
+    let spare: TaskValues["inputs"] | undefined;
     const active = (task: Selection, values: TaskValues): Active => {
       const retire = (): void => {
-        spare = values;
+        spare = new Map(cores.map(({ name }) => [name, values.inputs.get(name)!]));
       };
       return { model, task, ...toFeeds(engine, inputs, [values]), retire };
     };
@@ -74,8 +76,7 @@ async function onModel(
       },
       memory() {
         const held = Object.values(backend.memory()).reduce((a, b) => a + b, 0);
-        const unused = [...(spare?.inputs.values() ?? [])].reduce((sum, { data }) => sum + data.byteLength, 0);
-        return { scratch: held + staging.values.byteLength + unused, pristine: 0, active: 0 };
+        return { scratch: held + staging.values.byteLength + room, pristine: 0, active: 0 };
       },
       close: async () => backend.close(),
     };

@@ -41,7 +41,7 @@ interface Evaluation {
   /** Saved modules and biases as the tasks have them, by name. */
   readonly merged: ReadonlyMap<string, Merged>;
   /** What may be written over. */
-  readonly old: TaskValues | undefined;
+  readonly old: TaskValues["inputs"] | undefined;
 }
 
 /** Writes a core [K_A, K_B] among others: its first number to `at`, its rows `stride` apart. */
@@ -101,7 +101,7 @@ export class TaskEvaluator {
    * @param tasks as `load` gives them
    * @throws TaskError for heads that cannot be blended; the reason of `signal`, once it is aborted
    */
-  evaluate(tasks: readonly ActiveTask[], signal?: AbortSignal, old?: TaskValues): Promise<TaskValues> {
+  evaluate(tasks: readonly ActiveTask[], signal?: AbortSignal, old?: TaskValues["inputs"]): Promise<TaskValues> {
     const values = this.#queue.then(() => this.#evaluate(tasks, signal, old));
     this.#queue = values.catch(() => undefined);
     return values;
@@ -110,7 +110,7 @@ export class TaskEvaluator {
   async #evaluate(
     tasks: readonly ActiveTask[],
     signal: AbortSignal | undefined,
-    old: TaskValues | undefined,
+    old: TaskValues["inputs"] | undefined,
   ): Promise<TaskValues> {
     const { view: pack, inputs, base } = this.#model;
     const merged = mergeAll(tasks, pack, (name) => {
@@ -184,7 +184,7 @@ export class TaskEvaluator {
     const zeros = (): InputValue => ({ dims: fixed, data: new Float32Array(height * width) });
     switch (kind) {
       case "core":
-        return coreOf(input, ({ module }) => cores.get(module), old?.inputs.get(input.name));
+        return coreOf(input, ({ module }) => cores.get(module), old?.get(input.name));
       case "A":
         return term ? { dims: [height, term.rank], data: transpose(term.A, term.rank, height) } : zeros();
       case "B":
