@@ -20,7 +20,7 @@ import { print, progress } from "../lib/report.js";
 import { Rows } from "../lib/rows.js";
 import { SETTINGS } from "../lib/settings.js";
 import { shapesPart } from "../lib/shapes.js";
-import { smollm2 } from "../lib/skills.js";
+import { NO_SMOLLM2, smollm2 } from "../lib/skills.js";
 import { askCurve, CURVES, measureSizes } from "./size/curve.js";
 import { curvePage, curveTables, published } from "./size/curve-tables.js";
 import { drawCurves, drawFigures } from "./size/figures.js";
@@ -53,6 +53,8 @@ await rows.load();
 const names = SUITES.filter((name) => given.suite === undefined || name === given.suite);
 const suites = await Promise.all(names.map((name) => Suite.open(name)));
 const peers = await Peers.start();
+/** Suites that are not here. @type {{ name: string, reason: string }[]} */
+const absent = [];
 
 if (given.part === undefined || given.part === "ways") await measureWays();
 if (given.part !== "ways") for (const curve of CURVES) await measureCurve(curve);
@@ -75,7 +77,7 @@ const others = /** @type {const} */ (["lorashare", "vlora"]).map((name) => ({
   ...(peers.reason ? { reason: peers.reason } : { version: peers.versions[name] }),
 }));
 const parts = [...tables(reader), ...curveTables(rows.all()), published()];
-print(given.json, [...parts, ...settings.map((name) => shapesPart(name))], others);
+print(given.json, [...parts, ...settings.map((name) => shapesPart(name))], [...others, ...absent]);
 for (const suite of suites) await suite.close();
 
 /** Every way, of suites that are bundled. What says most comes first, so that a run of a few minutes says something. */
@@ -125,12 +127,15 @@ async function run(suite, n, ways, asks) {
   }
 }
 
-/** A suite that is not bundled, where there is one. @param {string} name */
+/** A suite that is not bundled, where there is one; why not is said. @param {string} name */
 async function openOther(name) {
   if (given.suite !== undefined && given.suite !== name) return undefined;
   const wild = process.env["EIGENLORA_WILD"];
   if (name === "smollm2" && given.adapters && smollm2) return Skills.open(name, given.adapters);
-  return name === "sd15" && wild ? Suite.open(name, join(wild, name)) : undefined;
+  if (name === "sd15" && wild) return Suite.open(name, join(wild, name));
+  if (name === "smollm2") absent.push({ name, reason: smollm2 ? "--adapters names no folder" : NO_SMOLLM2 });
+  if (name === "sd15") absent.push({ name, reason: `EIGENLORA_WILD names no folder with ${name}` });
+  return undefined;
 }
 
 /** @param {Row} row */
@@ -163,11 +168,13 @@ async function readDistilled() {
     // Entropy-coded blobs grow or shrink.
     const grown = (/** @type {{ row: Record<string, number> }} */ { row }) =>
       (row["blob after, bytes"] ?? 0) - (row["blob before, bytes"] ?? 0);
+    const share = (/** @type {string} */ what) => own.map(({ row }) => row[what] / 100);
     return {
       suite,
       way,
       bytes: own[0].bytes + sum(own.map(grown)),
-      accuracy: own.map(({ row }) => row["distilled, %"] / 100),
+      accuracy: share("distilled, %"),
+      ...(STEP ? { before: { bytes: own[0].bytes, accuracy: share("projected, %") } } : {}),
     };
   });
 }

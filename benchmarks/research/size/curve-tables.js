@@ -105,21 +105,20 @@ function differenceOf(ours, theirs) {
   return { difference: mean(each), "±": sampleStandardDeviation(each) / Math.sqrt(each.length) };
 }
 
-/** Where sharing stops to be ahead. @param {readonly Pair[]} pairs fewest bytes first */
+/** Where sharing is ahead, and where not. @param {readonly Pair[]} pairs fewest bytes first */
 function crossing(pairs) {
   const asked = pairs.filter(({ theirs, ours }) => theirs.accuracy && ours?.accuracy);
-  const ahead = asked.map(({ theirs, ours }) => mean(ours?.accuracy ?? []) > mean(theirs.accuracy ?? []));
-  const [first, last] = [ahead.indexOf(false), ahead.lastIndexOf(true)];
-  const kB = (/** @type {number} */ i) => `${(asked[i].theirs.bytes / 1000).toFixed(0)} kB`;
-  if (asked.length === 0) return "Nobody was asked.";
-  const among = `of the ${asked.length} sizes that were asked`;
-  if (first < 0) return `Sharing, chosen by ΔW error, is ahead in accuracy at all ${among}.`;
-  if (last < 0) return `Sharing, chosen by ΔW error, is ahead in accuracy at none ${among}.`;
-  return `Sharing, chosen by ΔW error, is ahead in accuracy at ${asked.flatMap((_, i) => (ahead[i] ? [kB(i)] : [])).join(", ")}, and behind elsewhere.`;
+  if (asked.length === 0) return "At no size both were asked yet.";
+  const sizes = (/** @type {(difference: number) => boolean} */ is) =>
+    asked
+      .filter(({ theirs, ours }) => is(Number(differenceOf(ours, theirs)["difference"])))
+      .map(({ theirs }) => `${(theirs.bytes / 1000).toFixed(0)} kB`)
+      .join(", ") || "nowhere";
+  return `Sharing, chosen by ΔW error, is ahead in accuracy at: ${sizes((one) => one > 0)}; not at: ${sizes((one) => one <= 0)}.`;
 }
 
 /**
- * What others have published about small LoRAs near equal quality, in their words about their models: nothing of it was measured here.
+ * What others have published about small LoRAs near equal quality, on their models: nothing of it was measured here.
  * @returns {Part}
  */
 export function published() {
@@ -136,47 +135,47 @@ export function published() {
       "kept of": "500 adapters of Mistral-7B",
       "fewer bytes": "19 ×",
       quality: "near equal",
-      source: "arXiv 2512.05117",
+      source: "https://arxiv.org/abs/2512.05117",
     },
     {
       name: "Compress then Serve (JD)",
       "kept of": "1000 adapters of Mistral-7B, rank 16",
       "fewer bytes": "no figure in the abstract",
       quality: "preserved",
-      source: "ICML 2025, arXiv 2407.00066",
+      source: "https://arxiv.org/abs/2407.00066",
     },
     {
       name: "LoRAQuant",
       "kept of": "one adapter: LLaMA 2-7B, 13B, Mistral 7B",
       "fewer bytes": "below 2 bits a number: > 8 × to f16",
-      quality: "comparable to f16",
-      source: "arXiv 2510.26690",
+      quality: "as other quantisers, or better",
+      source: "https://arxiv.org/abs/2510.26690",
     },
     {
       name: "LoRDBA",
       "kept of": "one adapter, rank 16",
       "fewer bytes": "> 10 × to f16",
       quality: "f16's in some settings",
-      source: "arXiv 2605.24058",
+      source: "https://arxiv.org/abs/2605.24058",
     },
     {
       name: "LoRA-Squeeze",
       "kept of": "one adapter of Gemma 3, cut by SVD",
       "fewer bytes": "source rank ÷ target rank",
       quality: "often above training at that rank",
-      source: "arXiv 2602.10993",
+      source: "https://arxiv.org/abs/2602.10993",
     },
     {
       name: "VB-LoRA",
       "kept of": "none: trained in this form, Llama 2-13B",
       "fewer bytes": "250 × fewer stored numbers (0.4 %)",
       quality: "comparable or better",
-      source: "arXiv 2405.15179",
+      source: "https://arxiv.org/abs/2405.15179",
     },
   ];
   return {
     question: "What have others published?",
     rows,
-    notes: ["Their models, tasks and ways of counting, from their abstracts: nothing of it was measured here."],
+    notes: ["Their models, tasks and ways of counting, as the papers say: nothing of it was measured here."],
   };
 }

@@ -40,7 +40,7 @@ export function drawCurves(rows, distilled) {
     const own = rows.filter(({ suite, n }) => suite === curve.suite && n === curve.n);
     const lora = own.find(({ way }) => way === LORA)?.accuracy;
     const pairs = pairsOf(curve, own);
-    const trained = distilled.filter(({ suite, bytes }) => suite === curve.suite && bytes <= curve.most);
+    const trained = distilled.filter((one) => one.suite === curve.suite && one.before && one.bytes <= curve.most);
     const chosen = [
       { name: "cut by SVD", rows: pairs.map(({ theirs }) => theirs) },
       { name: "shared, by ΔW error", rows: pairs.map(({ ours }) => ours) },
@@ -50,7 +50,11 @@ export function drawCurves(rows, distilled) {
       panel(
         curve,
         "mean accuracy, %",
-        [...chosen, { name: "shared, distilled", rows: trained }],
+        [
+          ...chosen,
+          { name: "shared, distilled", rows: trained },
+          { name: "before distilling", rows: trained.map(({ before }) => before) },
+        ],
         ({ accuracy }) => accuracy && mean(accuracy),
         lora,
       ),

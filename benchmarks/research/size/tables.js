@@ -16,7 +16,8 @@ import { headerBytes } from "./suite.js";
  * @property {number | undefined} same
  * @property {number} tasks that were asked
  *
- * @typedef {Pick<Row, "suite" | "way" | "bytes"> & { accuracy: number[] }} Distilled
+ * @typedef {Pick<Row, "suite" | "way" | "bytes"> & { accuracy: number[], before?: { bytes: number, accuracy: number[] } }} Distilled
+ *   before: of entropy-coded packs, what they were before they were distilled
  */
 
 export const LORA = "LoRA, f32";
