@@ -1,6 +1,6 @@
 /**
  * What does entropy coding save, and what does decoding cost? Packs of real adapters with a step, each section as it is stored: beside the
- * same bytes without coding, and beside Brotli and Deflate of those, decoded by Node's zlib in the same run. Times are CPU times of one
+ * same bytes without coding, decoded in JavaScript and by WebAssembly, and beside Brotli and Deflate of those, decoded by Node's zlib in the same run. Times are CPU times of one
  * thread, of 10 kB as stored: of the first section that a process decodes, and of the fastest of all rounds.
  */
 import { brotliCompressSync, brotliDecompressSync, deflateRawSync, inflateRawSync } from "node:zlib";
@@ -8,6 +8,7 @@ import { openPack } from "eigenlora";
 import { buildPack } from "eigenlora/build";
 import { min, sum } from "simple-statistics";
 import { decodeSection } from "../dist/src/format/coded.js";
+/** @import { decodeByWasm } from "../dist/src/format/coded-wasm.js" */
 import { folderOf, SUITES, withAdapters } from "./lib/adapters.js";
 import { choice, number, readArguments } from "./lib/arguments.js";
 import { print } from "./lib/report.js";
@@ -44,9 +45,17 @@ const clock = (decode, all) => {
   return { "first, ms": first, "ms for 10 kB": min(Array.from({ length: rounds }, once)) };
 };
 
-/** @param {Uint8Array} bytes */
-const decode = (bytes) => decodeSection(bytes, "pack", "section", pack.directory.basisBytes);
-const ours = clock(decode, stored);
+/** @param {typeof decodeByWasm} [fast] @returns {(bytes: Uint8Array) => Uint8Array} */
+const decoder = (fast) => (bytes) =>
+  decodeSection(bytes, "pack", "section", pack.directory.basisBytes, undefined, fast);
+const decode = decoder();
+const [wasm, js] = [
+  clock(decode, stored),
+  clock(
+    decoder(() => undefined),
+    stored,
+  ),
+];
 const plain = stored.map(decode);
 const total = sum(plain.map(({ length }) => length));
 /** @param {readonly Uint8Array[]} all */
@@ -61,7 +70,8 @@ print(json, [
     question: `${QUESTION} ${suite}, K ${k}, rank ${rank}, step ${step}.`,
     rows: [
       { name: "plain", ...sizes(plain) },
-      { name: "coded", ...sizes(stored), ...ours },
+      { name: "coded, WebAssembly", ...sizes(stored), ...wasm },
+      { name: "coded, JavaScript", ...sizes(stored), ...js },
       { name: "Brotli 11", ...sizes(brotli), ...clock(brotliDecompressSync, brotli) },
       { name: "Deflate 9", ...sizes(deflate), ...clock(inflateRawSync, deflate) },
     ],

@@ -1,6 +1,6 @@
 /**
- * In the place of `wasm.ts` and `webgpu.ts` of `src/backends/` in bundles for React Native, whose engine has neither: Metro puts all that
- * can be imported into one file. The field "react-native" of package.json makes the exchange.
+ * In the place of `wasm.ts` and `webgpu.ts` of `src/backends/` and of `src/format/coded-wasm.ts` in bundles for React Native, whose engine has neither
+ * WebAssembly nor WebGPU: Metro puts all that can be imported into one file. The field "react-native" of package.json makes the exchange.
  */
 import type { Backend } from "../src/backends/backend.ts";
 import { BackendError } from "../src/errors.ts";
@@ -13,3 +13,5 @@ const none = (backend: string) => async (): Promise<Backend> => {
 export const createWasmBackend: () => Promise<Backend> = none("wasm");
 /** @throws BackendError always */
 export const createWebgpuBackend: () => Promise<Backend> = none("webgpu");
+/** Nothing: sections are decoded in JavaScript. */
+export const decodeByWasm = (): undefined => undefined;

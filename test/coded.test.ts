@@ -8,8 +8,10 @@ import { createRuntime, openPack, type Pack } from "eigenlora";
 import { buildPack, freshPack, planAppend, projectAdapters, searchPack } from "eigenlora/build";
 import { readAdapters } from "eigenlora/node";
 import t from "tap";
-import { decodeSection, isCoded } from "../dist/src/format/coded.js";
-import { encodeSection } from "../dist/src/format/encode-coded.js";
+import { type Coder, code, decodeSection, isCoded } from "../dist/src/format/coded.js";
+import { MORE, SHAPE } from "../dist/src/format/coded-tables.js";
+import { decodeByWasm } from "../dist/src/format/coded-wasm.js";
+import { Encoder, encodeSection } from "../dist/src/format/encode-coded.js";
 import type { TensorRef } from "../dist/src/format/format.js";
 import { decodeTensor } from "../dist/src/tensor/dtypes.js";
 import { encodeTensor } from "../dist/src/tensor/encode.js";
@@ -17,6 +19,26 @@ import { normal, uniform } from "../dist/src/tensor/random.js";
 import { readCoded } from "./read-coded.ts";
 
 const OWN_SEED = fileURLToPath(new URL("data/adapters/own-seed", import.meta.url));
+
+/**
+ * What both decoders say of a section.
+ * @throws FormatError when both refuse it, a plain Error when they differ
+ */
+function decode(bytes: Uint8Array, part = "part", before?: Uint8Array, expected?: number): Uint8Array {
+  let fast: Uint8Array | undefined;
+  const both: typeof decodeByWasm = (...all) => {
+    fast = decodeByWasm(...all);
+    return undefined;
+  };
+  let plain: Uint8Array | undefined;
+  try {
+    plain = decodeSection(bytes, "file", part, before, expected, both);
+    return plain;
+  } finally {
+    // biome-ignore lint/correctness/noUnsafeFinally: it tells more than a refusal.
+    if (plain ? !fast || !Buffer.from(fast).equals(plain) : fast) throw new Error("the decoders differ");
+  }
+}
 
 /** A section of random tensors and bytes between them. */
 function randomSection(seed: number): { section: Uint8Array; tensors: TensorRef[]; step: 4 | 16 } {
@@ -55,7 +77,7 @@ t.test("any section comes back, and another reader reads the same", async (t) =>
     const bytes = encodeSection(section, tensors, step, before);
     if (!bytes) continue;
     coded++;
-    if (!Buffer.from(decodeSection(bytes, "file", "part", before)).equals(section)) t.fail(`seed ${seed}`);
+    if (!Buffer.from(decode(bytes, "part", before)).equals(section)) t.fail(`seed ${seed}`);
     if (seed % 3 === 0 && !Buffer.from(readCoded(bytes, before)).equals(section))
       t.fail(`seed ${seed}, the other reader`);
   }
@@ -89,7 +111,7 @@ t.test("damage is found, and nothing grows beyond bounds", async (t) => {
     for (let n = 0; n < 1 + random() * 3; n++)
       damaged[Math.floor(random() * damaged.length)]! ^= 1 << Math.floor(random() * 8);
     try {
-      decodeSection(damaged, "file", "part");
+      decode(damaged);
       other++;
     } catch (error) {
       if ((error as { tag?: string }).tag !== "format") t.fail(String((error as Error).stack));
@@ -98,11 +120,62 @@ t.test("damage is found, and nothing grows beyond bounds", async (t) => {
   }
   t.ok(refused > 2700, `${refused} refused, ${other} read as something else, which the checksum of a section finds`);
   for (let length = 0; length < bytes.length; length += 7)
-    t.throws(() => decodeSection(bytes.subarray(0, length), "file", "part"), /file, part: as it is coded, /);
+    t.throws(() => decode(bytes.subarray(0, length)), /file, part: as it is coded, /);
   const bomb = bytes.slice();
   new DataView(bomb.buffer).setUint32(4, 0xffffffff, true);
-  t.throws(() => decodeSection(bomb, "file", "bases"), /becomes 4294967295 bytes, of \d+ that are stored/);
-  t.throws(() => decodeSection(bytes, "file", "bases", undefined, section.length + 1), /its tensors need \d+/);
+  t.throws(() => decode(bomb, "bases"), /becomes 4294967295 bytes, of \d+ that are stored/);
+  t.throws(() => decode(bytes, "bases", undefined, section.length + 1), /its tensors need \d+/);
+});
+
+t.test("streams that no encoder writes: both decoders say the same", async (t) => {
+  const random = uniform(11);
+  let [read, refused] = [0, 0];
+  for (let seed = 0; seed < 3000; seed++) {
+    const encoder = new Encoder();
+    const skew = 1 + random() * 4;
+    // Fills a section with what chance decides, and codes those decisions.
+    const chance: Coder = {
+      symbol: (table) => {
+        const any = Math.floor(8 * random() ** skew);
+        const shape = table === SHAPE && random() < 0.95;
+        return encoder.symbol(table, shape ? 1 + (any >> 2) : table === MORE && random() < 0.2 ? 7 : any);
+      },
+      bits: (count) => encoder.bits(count, Math.floor(random() * 2 ** count)),
+    };
+    const section = new Uint8Array(Math.floor(random() ** 3 * 3000));
+    const before = randomSection(seed % 8).section.subarray(0, seed % 100);
+    const sound = (condition: boolean, what: string): void => {
+      if (!condition) throw new Error(what);
+    };
+    let whole = true;
+    try {
+      code(chance, section, sound, before);
+    } catch {
+      whole = false;
+    }
+    const bytes = encoder.finish(section.length);
+    try {
+      const found = decode(bytes, "part", before);
+      if (!whole || !Buffer.from(found).equals(section)) t.fail(`seed ${seed}`);
+      read++;
+    } catch (error) {
+      if ((error as { tag?: string }).tag !== "format" || (whole && section.length <= 64 * bytes.length))
+        t.fail(`seed ${seed}: ${(error as Error).stack}`);
+      refused++;
+    }
+  }
+  t.ok(read > 500 && refused > 500, `${read} read, ${refused} refused`);
+});
+
+t.test("a section larger than the memory that is kept", async (t) => {
+  const section = new Uint8Array(1 << 20);
+  const random = uniform(8);
+  for (let i = 0; i < section.length; i += 1 + Math.floor(random() * 60)) section[i] = 1 + Math.floor(random() * 255);
+  const tensors = [{ dtype: "int8", rows: 1, width: section.length - 4, byteOffset: 0, byteLength: section.length }];
+  for (const some of [[], tensors as TensorRef[]]) {
+    const bytes = encodeSection(section, some, 4)!;
+    for (let round = 0; round < 2; round++) t.ok(Buffer.from(decode(bytes)).equals(section));
+  }
 });
 
 t.test("packs made with a step", async (t) => {

@@ -33,6 +33,7 @@ import {
   Tables,
   WORD_BITS,
 } from "./coded-tables.ts";
+import { decodeByWasm } from "./coded-wasm.ts";
 import { align64, Fields } from "./fields.ts";
 import {
   CODED_MAGIC,
@@ -130,6 +131,7 @@ export function plainDirectory({ bytes, file, part }: Fields, superblock: Superb
  * A coded section or directory as it was.
  * @param before what copies may be of beside the section itself: of bases and task blobs the basis description. Default: nothing
  * @param expected bytes that it must become. Default: what it says
+ * @param fast what decodes where it can, and says undefined where it cannot or the section is damaged
  * @throws FormatError when it is no such section, or damaged
  */
 export function decodeSection(
@@ -138,6 +140,7 @@ export function decodeSection(
   part: string,
   before: Uint8Array = new Uint8Array(),
   expected?: number,
+  fast: typeof decodeByWasm = decodeByWasm,
 ): Uint8Array<ArrayBuffer> {
   const sound = (condition: boolean, what: string): void =>
     check(condition, file, part, () => `as it is coded, ${what}`);
@@ -147,6 +150,8 @@ export function decodeSection(
   const size = view.getUint32(4, true);
   sound(size <= mostDecoded(bytes.length), `it says that it becomes ${size} bytes, of ${bytes.length} that are stored`);
   sound(expected === undefined || size === expected, `it becomes ${size} bytes, its tensors need ${expected}`);
+  const decoded = fast(bytes, before, size);
+  if (decoded) return decoded;
   const section = new Uint8Array(size);
   const decoder = new Decoder(view, sound);
   code(decoder, section, sound, before);
@@ -300,6 +305,8 @@ function codeInteger(coder: Coder, mean: number, value: number, largest: number)
   const magnitude = Math.abs(value);
   let found = coder.symbol(shift * TABLES_OF_A_SHIFT + LEVEL_OF[mean >> shift]!, Math.min(magnitude >> shift, ESCAPE));
   if (found === ESCAPE) found += codeNumber(coder, MORE, (magnitude >> shift) - ESCAPE);
+  // Before a shift takes the highest bits away.
+  if (found > largest) found = largest + 1;
   if (shift > 0) found = (found << shift) | coder.bits(shift, magnitude & ((1 << shift) - 1));
   if (found > largest) found = largest + 1;
   return found && coder.bits(1, Number(value < 0)) ? -found : found;

@@ -87,7 +87,7 @@ function copies(before: Uint8Array, section: Uint8Array): Plan["copyAt"] {
 }
 
 /** Notes what is coded; rANS codes it from the last to the first, so that a decoder reads it from the first on. */
-class Encoder implements Coder {
+export class Encoder implements Coder {
   readonly #tables = new Tables();
   /** Start and frequency of each symbol; of bits their value, and how many they are as a negative number. */
   #starts = new Uint16Array(1 << 16);
