@@ -9,7 +9,7 @@ import { buildPack, freshPack, planAppend, projectAdapters, searchPack } from "e
 import { readAdapters } from "eigenlora/node";
 import t from "tap";
 import { type Coder, code, decodeSection, isCoded } from "../dist/src/format/coded.js";
-import { MORE, SHAPE } from "../dist/src/format/coded-tables.js";
+import { DISTANCE, LENGTH, LITERALS, MORE, SHAPE } from "../dist/src/format/coded-tables.js";
 import { decodeByWasm } from "../dist/src/format/coded-wasm.js";
 import { Encoder, encodeSection } from "../dist/src/format/encode-coded.js";
 import type { TensorRef } from "../dist/src/format/format.js";
@@ -129,21 +129,23 @@ t.test("damage is found, and nothing grows beyond bounds", async (t) => {
 
 t.test("streams that no encoder writes: both decoders say the same", async (t) => {
   const random = uniform(11);
+  const known = randomSection(2).section;
   let [read, refused] = [0, 0];
-  for (let seed = 0; seed < 3000; seed++) {
+  for (let seed = 0; seed < 8000; seed++) {
     const encoder = new Encoder();
     const skew = 1 + random() * 4;
     // Fills a section with what chance decides, and codes those decisions.
     const chance: Coder = {
       symbol: (table) => {
-        const any = Math.floor(8 * random() ** skew);
-        const shape = table === SHAPE && random() < 0.95;
-        return encoder.symbol(table, shape ? 1 + (any >> 2) : table === MORE && random() < 0.2 ? 7 : any);
+        // Shapes and lengths that fit are small.
+        const most = random() < 0.1 || ![SHAPE, LITERALS, LENGTH, DISTANCE].includes(table) ? 8 : 2;
+        const value = Number(table === SHAPE) + Math.floor(most * random() ** skew);
+        return encoder.symbol(table, table === MORE && random() < 0.2 ? 7 : Math.min(7, value));
       },
-      bits: (count) => encoder.bits(count, Math.floor(random() * 2 ** count)),
+      bits: (count) => encoder.bits(count, Math.floor(random() * (count === 2 ? 3.1 : 2 ** count))),
     };
     const section = new Uint8Array(Math.floor(random() ** 3 * 3000));
-    const before = randomSection(seed % 8).section.subarray(0, seed % 100);
+    const before = known.subarray(0, seed % 100);
     const sound = (condition: boolean, what: string): void => {
       if (!condition) throw new Error(what);
     };
@@ -164,7 +166,7 @@ t.test("streams that no encoder writes: both decoders say the same", async (t) =
       refused++;
     }
   }
-  t.ok(read > 500 && refused > 500, `${read} read, ${refused} refused`);
+  t.ok(read > 400 && refused > 400, `${read} read, ${refused} refused`);
 });
 
 t.test("a section larger than the memory that is kept", async (t) => {
