@@ -7,7 +7,6 @@
  *     p ← p · (1 − r · weightDecay)
  *     m ← β₁·m + (1 − β₁)·g      v ← β₂·v + (1 − β₂)·g²
  *     p ← p − r · (m / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) + ε)
- *     p ← p nearer to 0 by r · shrink, or 0 (Tibshirani's lasso as a proximal step, decoupled as the decay is)
  *
  * The schedule rises from 1/warmup to 1 over `warmup` steps, then falls to 0 at `steps`.
  */
@@ -22,8 +21,6 @@ export interface ParameterGroup {
   readonly rate: number;
   /** Default: 0. */
   readonly weightDecay?: number | undefined;
-  /** Default: 0. */
-  readonly shrink?: number | undefined;
 }
 
 export interface AdamWOptions {
@@ -75,16 +72,9 @@ export class AdamW {
     checkNumbers("AdamW", this.#options, limits);
     if (decay !== "none" && !(Number.isInteger(steps) && steps > warmup))
       throw new RangeError(`AdamW: steps: expected a whole number above \`warmup\`, got ${steps}`);
-    this.#groups = groups.map(({ values, rate, weightDecay = 0, shrink = 0 }) => {
-      checkNumbers("AdamW", { rate, weightDecay, shrink }, { rate: "rate", weightDecay: "rate", shrink: "rate" });
-      return {
-        values,
-        rate,
-        weightDecay,
-        shrink,
-        m: new Float32Array(values.length),
-        v: new Float32Array(values.length),
-      };
+    this.#groups = groups.map(({ values, rate, weightDecay = 0 }) => {
+      checkNumbers("AdamW", { rate, weightDecay }, { rate: "rate", weightDecay: "rate" });
+      return { values, rate, weightDecay, m: new Float32Array(values.length), v: new Float32Array(values.length) };
     });
   }
 
@@ -112,18 +102,17 @@ export class AdamW {
     const { beta1, beta2, epsilon, clip } = this.#options;
     const scale = norm > clip ? clip / norm : 1;
     const [unbias1, unbias2] = [1 - beta1 ** this.#count, 1 - beta2 ** this.#count];
-    for (const [i, { values, rate, weightDecay, shrink, m, v }] of this.#groups.entries()) {
+    for (const [i, { values, rate, weightDecay, m, v }] of this.#groups.entries()) {
       const gradient = gradients[i]!;
       const now = rate * schedule;
-      const [kept, by, less] = [1 - now * weightDecay, now / unbias1, now * shrink];
+      const [kept, by] = [1 - now * weightDecay, now / unbias1];
       for (let at = 0; at < values.length; at++) {
         const g = gradient[at]! * scale;
         const mean = beta1 * m[at]! + (1 - beta1) * g;
         const square = beta2 * v[at]! + (1 - beta2) * g * g;
         m[at] = mean;
         v[at] = square;
-        const value = values[at]! * kept - (by * mean) / (Math.sqrt(square / unbias2) + epsilon);
-        values[at] = less === 0 ? value : Math.sign(value) * Math.max(0, Math.abs(value) - less);
+        values[at] = values[at]! * kept - (by * mean) / (Math.sqrt(square / unbias2) + epsilon);
       }
     }
     return { norm, schedule, applied: true };

@@ -84,8 +84,6 @@ export interface Distilled {
 }
 
 const LEAST_TEXTS = 8;
-/** How far numbers of steps are drawn to 0: those that gain little take few bits then. */
-const SHRINK = 0.1;
 /** Whose gradients were held against the loss: all tasks of a session are trained by one graph. */
 const tested: WeakSet<Session> = new WeakSet();
 /**
@@ -141,7 +139,6 @@ export async function distill(session: Session, options: DistillOptions): Promis
     learningRates: { terms: rate, head: rate, ...options.learningRates },
     dtype: isQuantized(coefficients) ? dtype : undefined,
     stored: stepped,
-    shrink: stepped && SHRINK,
     tested: tested.has(session),
   };
   const lessonRows = lessons.tokens

@@ -3,7 +3,6 @@
  */
 import { AdamW } from "./adamw.ts";
 import { type HeadLayer, layersOf } from "./head.ts";
-import type { Stepped } from "./steps.ts";
 
 /**
  * All numbers that are trained, and its parts: parameters of terms, weights [out, in] and biases [out] of the head's layers, one
@@ -57,9 +56,8 @@ export function optimizerOf(
   ofTasks: number,
   layers: readonly HeadLayer[],
   steps: number,
-  given: OptimizerOptions & Stepped,
+  { learningRates = {}, weightDecay = 0, clip = 1, warmup = Math.floor(steps / 10), decay }: OptimizerOptions,
 ): { step(gradients: State): { readonly norm: number; readonly applied: boolean } } {
-  const { learningRates = {}, weightDecay = 0, clip = 1, warmup = Math.floor(steps / 10), decay, shrink } = given;
   const { terms = 0.02, head = 0.02, inner, components = 0.001 } = learningRates;
   // Adam moves each number by the rate, and what enters an inner layer moves with all of them: so the rate of a wide matrix goes with
   // 1 / inputs (Yang et al., "Tensor Programs V", 2022). With MiniLM's pooler (384) that beat the last layer alone on three tasks of
@@ -67,12 +65,12 @@ export function optimizerOf(
   const ofHead = layers.flatMap(({ last, in: inputs }, i) => {
     const rate = last ? head : (inner ?? head / inputs);
     return [
-      { of: (state: State) => layersOf(layers, state)[i]!.weight, rate, weightDecay, shrink },
+      { of: (state: State) => layersOf(layers, state)[i]!.weight, rate, weightDecay },
       { of: (state: State) => layersOf(layers, state)[i]!.bias, rate },
     ];
   });
   const groups = [
-    { of: ({ parameters }: State) => parameters.subarray(0, ofTasks), rate: terms, weightDecay, shrink },
+    { of: ({ parameters }: State) => parameters.subarray(0, ofTasks), rate: terms, weightDecay },
     { of: ({ parameters }: State) => parameters.subarray(ofTasks), rate: components },
     ...ofHead,
     // What is not trained has no say in the clipping.

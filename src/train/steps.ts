@@ -31,8 +31,6 @@ export interface LayerSteps {
 export interface Stepped {
   /** Of these steps. Default: number formats say how numbers are stored. */
   readonly stored?: TaskSteps | undefined;
-  /** How far numbers are drawn to 0, where they cost least, as a share of their rate. Default: 0. */
-  readonly shrink?: number | undefined;
 }
 
 /** Steps of a stored task; undefined in packs without a step. */
