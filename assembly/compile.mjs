@@ -18,17 +18,28 @@ export const FEATURES = {
  * Memory is imported, so that the caller decides when it grows; there is no garbage collector and no static data.
  * @param {string} entry name of the file without ".ts"
  * @param {keyof typeof FEATURES} variant
+ * @param {boolean} [small] fewer bytes before a few per cent of speed. Default: false
  * @returns {Promise<Uint8Array<ArrayBuffer>>} the module's bytes
  * @throws {Error} with the compiler's own output
  */
-export async function compile(entry, variant) {
+export async function compile(entry, variant, small = false) {
   /** @type {Uint8Array | undefined} */
   let wasm;
   const { error, stderr } = await asc.main(
     [
       `${entry}.ts`,
       ...["--baseDir", fileURLToPath(new URL(".", import.meta.url)), "--outFile", "out.wasm"],
-      ...["-O3", "--converge", "--noAssert", "--runtime", "stub", "--importMemory", "--noExportMemory"],
+      ...[
+        "-O3",
+        "--shrinkLevel",
+        small ? "1" : "0",
+        "--converge",
+        "--noAssert",
+        "--runtime",
+        "stub",
+        "--importMemory",
+        "--noExportMemory",
+      ],
       ...FEATURES[variant],
     ],
     {

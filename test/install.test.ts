@@ -155,7 +155,9 @@ globalThis.answer = Promise.all([smoke("small.eigen", { backend: "auto" }), main
     await writeFile(join(site, "model.onnx"), modelBytes("torchscript"));
     await writeFile(join(site, "tasks.eigen"), await packBytes(["adapters"], "base"));
     const adapters = ["adapters/own-seed/debtags-game", "adapters/own-seed/debtags-role"];
-    const small = await packOf(adapters, { select: { kind: "k", k: 8 } }, (module) => module.includes("layer.0."));
+    const small = await packOf(adapters, { select: { kind: "k", k: 8 }, step: 0.05 }, (module) =>
+      module.includes("layer.0."),
+    );
     await writeFile(join(site, "small.eigen"), small.bytes);
 
     const browser = await launch(t);
