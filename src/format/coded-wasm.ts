@@ -1,5 +1,6 @@
 /**
- * Coded sections decoded by WebAssembly (`assembly/coded.ts`), where there is some: three to five times as fast as `coded.ts`, fifteen times with the first section.
+ * Coded sections decoded by WebAssembly (`assembly/coded.ts`), where there is some: three to five times as fast as `coded.ts`, fifteen
+ * times with the first section.
  *
  * A module of its own instead of a part of the backend's kernels: whoever decodes has no backend, those kernels are loaded without it
  * in the core of every app, and 2 kB may be compiled at once, without a promise. Where an engine has no WebAssembly, no SIMD, or a
