@@ -225,6 +225,21 @@ t.test("tasks of a pack with a step keep their steps, whatever the head is store
   }
 });
 
+t.test("private terms of an entropy-coded pack are distilled, as many as each module has", async (t) => {
+  const alone = { select: { kind: "k", k: 0 }, privateTerms: 255, gauge: "balanced", step: 0.14 } as const;
+  const session = await tiny(NODE, alone);
+  t.teardown(() => session.close());
+  const adapter = await adapterOf(t, "sessions/adapters/five");
+  const ranksOf = async (id: string): Promise<number[]> =>
+    (await session.pack.load(id)).terms.map(({ privateRank }) => privateRank);
+  t.ok(new Set(await ranksOf("five")).size > 1, `ranks ${await ranksOf("five")}`);
+  const made = await distill(session, { adapter, feeds: inputs(NODE, session, 64), steps: 40, batch: 16 });
+  t.equal(made.kept, "distilled");
+  t.ok(made.divergenceAfter < 0.85 * made.divergenceBefore, `${made.divergenceBefore} → ${made.divergenceAfter}`);
+  await session.addTask("distilled", made.file);
+  t.same(await ranksOf("distilled"), await ranksOf("five"));
+});
+
 t.test("what cannot be distilled is refused by name", async (t) => {
   const session = await tiny(NODE, SMALL, ["adapters/three", "adapters-more/dora", "adapters-more/bias-lora"]);
   t.teardown(() => session.close());
@@ -248,6 +263,12 @@ t.test("what cannot be distilled is refused by name", async (t) => {
     { adapter: bias! },
     { tag: "task", message: /"bias-lora" cannot be distilled: it brings "bert.*" \(bias\)/ },
   );
+  const alone = await tiny(NODE, { select: { kind: "k", k: 0 }, privateTerms: 2, gauge: "balanced" });
+  t.teardown(() => alone.close());
+  await t.rejects(distill(alone, { adapter: three!, feeds: all }), {
+    tag: "task",
+    message: /"three" cannot be distilled: it has private terms, .* pack with --step/,
+  });
   await refused({ feeds: all.slice(0, 7) }, { name: "RangeError", message: /7 texts; 8 at least/ });
   await refused({ texts: ["a"] }, { name: "TypeError", message: /texts, feeds or examples, one of them/ });
   await refused({ feeds: undefined, texts: ["a"] }, { name: "TypeError", message: /need `encode`/ });

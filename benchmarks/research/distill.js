@@ -40,7 +40,7 @@ const MOST_ROWS = 240;
 
 const given = readArguments("What does distilling win back?", {
   suite: choice(SUITES, "which adapters", "own-seed"),
-  k: number("components of the pack", 8, 1),
+  k: number("components of the pack; 0: private terms alone, with --step", 8, 0),
   ratio: number("so many times fewer bytes than the adapters in f32, instead of --k"),
   rank: number("strongest directions of each module that are kept. Default: all"),
   step: number("entropy-coded integers of this step, instead of --dtype"),
@@ -86,7 +86,7 @@ await withAdapters([folderOf(suite)], async (adapters) => {
   const how = step === undefined ? { gauge, rank, dtype } : { gauge, rank, step, headStep };
   const { chunks, report } =
     ratio === undefined
-      ? await buildPack(adapters, { ...how, select: { kind: "k", k } })
+      ? await buildPack(adapters, { ...how, select: { kind: "k", k }, ...(k === 0 ? { privateTerms: 255 } : {}) })
       : await searchPack(adapters, { goal: { kind: "bytes", max: adapterBytes / ratio }, ways: [how] });
   const pack = await openPack(new Blob(/** @type {BlobPart[]} */ (chunks)));
   const session = await createEigenSession(ort, model, pack, {

@@ -154,6 +154,11 @@ function weightOf({ initializers, producers }: Graph, value: string): Probed | u
   return { type: type === FLOAT ? "float32" : type === FLOAT16 ? "float16" : "other", dims, data: undefined };
 }
 
+/** The layer that an input of a term or a head is for; undefined of the model's own. */
+function layerOf(input: string): string | undefined {
+  return input.startsWith(`${PREFIX}.`) ? input.slice(0, input.lastIndexOf(".")) : undefined;
+}
+
 /** What is known of the probed values. */
 export class Shapes {
   readonly #found: Map<string, readonly Probed[]>;
@@ -166,15 +171,20 @@ export class Shapes {
     this.#found = found;
     this.#graph = graph;
     const [first, second] = feeds as [ReadonlyMap<string, Feed>, ReadonlyMap<string, Feed>];
-    /** One place for each size, since inputs share dimensions. */
+    const alike = new Set<string>();
+    /** One place for each size, since inputs of the model share dimensions. */
     const free = new Map<string, { sizes: readonly [number, number]; factor: { input: string; axis: number } }>();
     for (const [input, { dims }] of first) {
       for (const [axis, size] of dims.entries()) {
         const sizes = [size, second.get(input)!.dims[axis]!] as const;
-        if (sizes[0] !== sizes[1] && !free.has(sizes.join()))
-          free.set(sizes.join(), { sizes, factor: { input, axis } });
+        const key = sizes.join();
+        const known = free.get(key);
+        if (sizes[0] !== sizes[1] && !known) free.set(key, { sizes, factor: { input, axis } });
+        // Ranks of two modules are the same by chance: in a task each has its own.
+        if (known && layerOf(known.factor.input) !== layerOf(input)) alike.add(key);
       }
     }
+    for (const key of alike) free.delete(key);
     const add = (sizes: readonly number[], product: Exclude<Dimension, number>): void => {
       const key = sizes.join();
       this.#products.set(key, [...(this.#products.get(key) ?? []), product]);

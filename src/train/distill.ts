@@ -12,6 +12,7 @@ import { encodeTaskFile } from "../format/encode.ts";
 import type { TaskBlob } from "../format/format.ts";
 import { parseTaskFile } from "../format/task-file.ts";
 import type { Pack } from "../pack/pack.ts";
+import { stepOf } from "../pack/steps.ts";
 import type { Session } from "../session/session.ts";
 import { isQuantized } from "../tensor/dtypes.ts";
 import { shuffle, uniform } from "../tensor/random.ts";
@@ -92,6 +93,8 @@ const tested: WeakSet<Session> = new WeakSet();
  */
 const WAY = { labels: 7, tokens: 0.3 };
 const MOST_RATE = 0.02;
+/** A private term has a number for each input and output, where coefficients have one for each component. */
+const PRIVATE = 0.3;
 
 /**
  * Distils one task of a session's pack. The session's task and its pack stay as they are. The head is trained too: what a few
@@ -120,12 +123,12 @@ export async function distill(session: Session, options: DistillOptions): Promis
   const held = Math.min(Math.max(2, Math.round(holdout * taught.length)), taught.length - 2);
   const [judges, train] = [taught.slice(0, held), taught.slice(held)];
 
-  const modules = blob.terms.filter(({ A }) => A).map(({ module }) => pack.modules[module]!.name);
+  const modules = blob.terms.map(({ module }) => pack.modules[module]!.name);
   const how: CreateTrainerOptions = { labels, init: { task: id }, modules, seed, head };
   const trainer = await makeTrainer(session, how, lessons);
   await trainer.begin(id);
   const divergenceBefore = await trainer.divergence(judges);
-  const coefficients = blob.terms.find(({ A }) => A)!.A!.tensor.dtype;
+  const coefficients = (blob.terms[0]!.A?.tensor ?? blob.terms[0]!.privateA!).dtype;
   const stored = blob.parameters.find(({ shape }) => shape.length > 1)?.tensor.dtype;
   const dtype = { coefficients, head: stored ?? coefficients };
   const {
@@ -136,7 +139,7 @@ export async function distill(session: Session, options: DistillOptions): Promis
   const stepped = trainer.stepsOf(blob);
   const fit: FitOptions & Stepped & Tested = {
     ...{ steps, batch, temperature, weightDecay, clip, warmup, decay, signal },
-    learningRates: { terms: rate, head: rate, ...options.learningRates },
+    learningRates: { terms: rate, privateTerms: rate * PRIVATE, head: rate, ...options.learningRates },
     dtype: isQuantized(coefficients) ? dtype : undefined,
     stored: stepped,
     tested: tested.has(session),
@@ -202,11 +205,13 @@ function checkedQuestions(options: DistillOptions): readonly Example<BatchFeeds>
  */
 function trainableHead(pack: Pack, id: string, { terms, parameters }: TaskBlob): string[] {
   const refuse = (why: string): TaskError => new TaskError(`task "${id}" cannot be distilled: ${why}`, { task: id });
-  if (!terms.some(({ A }) => A)) throw refuse("it has no coefficients");
-  for (const { module, A, B, magnitude, privateRank } of terms) {
+  if (terms.length === 0) throw refuse("it has no terms");
+  if (terms.some(({ privateRank }) => privateRank > 0) && stepOf(pack) === undefined)
+    throw refuse("it has private terms, which keep their bytes in packs with a step alone: pack with --step");
+  for (const { module, A, B, magnitude } of terms) {
     const { name, A: basisA, B: basisB } = pack.modules[module]!;
     if (magnitude) throw refuse(`it brings a DoRA magnitude of "${name}"`);
-    if (privateRank > 0) throw refuse(`it has private terms on "${name}"`);
+    if (basisA && !A) throw refuse(`it has private terms alone on "${name}", which has components`);
     if (!A || !B) continue;
     if (A.mean !== basisA?.mean || B.mean !== basisB?.mean) throw refuse(`it leaves out the mean of "${name}"`);
     if (basisA.kind !== "column" || basisB.kind !== "column") throw refuse(`"${name}" has no column basis`);

@@ -29,7 +29,10 @@ export interface CreateTrainerOptions extends TrainerOptions, SequenceOptions {
   readonly train?: "coefficients" | "components" | "lora" | undefined;
   /** Rows of coefficients of each side, or rank of the factors. Default: that of the task to start from, or most of the pack's first tasks. */
   readonly rank?: number | undefined;
-  /** Rank-1 terms of each module beside the coefficients, for what the components lack. Default: 0. */
+  /**
+   * Rank-1 terms of each module beside the coefficients, for what the components lack. Default: as many as the task to start from has
+   * there, or none.
+   */
   readonly privateTerms?: number | undefined;
   /** Names of the modules that are trained. Default: all of the pack. */
   readonly modules?: readonly string[] | undefined;
@@ -102,7 +105,7 @@ export async function makeTrainer(
 /** What is trained of each module, over the pack's components. */
 async function trainedModules(
   pack: Pack,
-  { modules, init, privateTerms = 0, ...options }: CreateTrainerOptions,
+  { modules, init, privateTerms, ...options }: CreateTrainerOptions,
   components: boolean,
 ): Promise<TrainedModule[]> {
   const { rank = await usualRank(pack) } = options;
@@ -118,9 +121,12 @@ async function trainedModules(
     return pack.modules.flatMap((module, index): TrainedModule[] => {
       const { name, in: inputs, out } = module;
       if (modules?.includes(name) === false) return [];
-      const own = first?.terms.find((term) => term.module === index && term.A);
-      const shared = sharedRows(module, bases.bytes, own?.rank ?? rank, components);
-      return [{ name, in: inputs, out, shared, privateRank: shared ? privateTerms : Math.max(privateTerms, rank) }];
+      const own = first?.terms.find((term) => term.module === index);
+      const shared = sharedRows(module, bases.bytes, own?.A ? own.rank : rank, components);
+      const privateRank = privateTerms ?? own?.privateRank ?? 0;
+      return [
+        { name, in: inputs, out, shared, privateRank: shared ? privateRank : Math.max(privateRank, own ? 0 : rank) },
+      ];
     });
   } finally {
     bases.close();

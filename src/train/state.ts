@@ -3,6 +3,7 @@
  */
 import { AdamW } from "./adamw.ts";
 import { type HeadLayer, layersOf } from "./head.ts";
+import type { Terms } from "./terms.ts";
 
 /**
  * All numbers that are trained, and its parts: parameters of terms, weights [out, in] and biases [out] of the head's layers, one
@@ -31,11 +32,18 @@ export function copyOf(state: State): State {
 /** How AdamW moves what is trained (Loshchilov and Hutter, 2019). */
 export interface OptimizerOptions {
   /**
-   * Of terms and of the head's layer with the labels. Default: 0.02 each; of components: 0.001; of a head's layers in front of that with
-   * the labels (`inner`): `head` divided by how many numbers enter the layer. What has a rate of 0 stays as it is.
+   * Of terms and of the head's layer with the labels. Default: 0.02 each; of private terms: `terms`; of components: 0.001; of a head's
+   * layers in front of that with the labels (`inner`): `head` divided by how many numbers enter the layer. What has a rate of 0 stays as
+   * it is.
    */
   readonly learningRates?:
-    | { readonly terms?: number; readonly head?: number; readonly inner?: number; readonly components?: number }
+    | {
+        readonly terms?: number;
+        readonly privateTerms?: number;
+        readonly head?: number;
+        readonly inner?: number;
+        readonly components?: number;
+      }
     | undefined;
   /** Weight decay of terms and of the head's weight. Default: 0. */
   readonly weightDecay?: number | undefined;
@@ -48,17 +56,17 @@ export interface OptimizerOptions {
 }
 
 /**
- * @param ofTasks how many of the parameters, the first ones, are no components
+ * @param trained what the parameters are
  * @param layers of the head that the state has
  */
 export function optimizerOf(
   state: State,
-  ofTasks: number,
+  trained: Terms,
   layers: readonly HeadLayer[],
   steps: number,
   { learningRates = {}, weightDecay = 0, clip = 1, warmup = Math.floor(steps / 10), decay }: OptimizerOptions,
 ): { step(gradients: State): { readonly norm: number; readonly applied: boolean } } {
-  const { terms = 0.02, head = 0.02, inner, components = 0.001 } = learningRates;
+  const { terms = 0.02, privateTerms = terms, head = 0.02, inner, components = 0.001 } = learningRates;
   // Adam moves each number by the rate, and what enters an inner layer moves with all of them: so the rate of a wide matrix goes with
   // 1 / inputs (Yang et al., "Tensor Programs V", 2022). With MiniLM's pooler (384) that beat the last layer alone on three tasks of
   // three; a tenth of the head's rate was best on one and overfitted on two.
@@ -69,9 +77,16 @@ export function optimizerOf(
       { of: (state: State) => layersOf(layers, state)[i]!.bias, rate },
     ];
   });
+  const ofTerms = trained.parameters
+    .filter(({ offset }) => offset < trained.ofTasks)
+    .map(({ kind, offset, dims: [rows, columns] }) => ({
+      of: ({ parameters }: State) => parameters.subarray(offset, offset + rows * columns),
+      rate: kind.startsWith("private") ? privateTerms : terms,
+      weightDecay,
+    }));
   const groups = [
-    { of: ({ parameters }: State) => parameters.subarray(0, ofTasks), rate: terms, weightDecay },
-    { of: ({ parameters }: State) => parameters.subarray(ofTasks), rate: components },
+    ...ofTerms,
+    { of: ({ parameters }: State) => parameters.subarray(trained.ofTasks), rate: components },
     ...ofHead,
     // What is not trained has no say in the clipping.
   ].filter(({ rate }) => rate !== 0);

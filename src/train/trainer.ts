@@ -165,7 +165,7 @@ export class Trainer<Feeds = unknown> {
     if (!this.#tested && !options.tested)
       await checkGradients(state, (at) => evaluate(this.#subject, train.slice(0, batch), at, exact));
     this.#tested = true;
-    const optimizer = optimizerOf(state, terms.ofTasks, machine.head, steps, options);
+    const optimizer = optimizerOf(state, terms, machine.head, steps, options);
     let step = 0;
     let first: number | undefined;
     let best: { loss: number; state: State } | undefined;
@@ -214,7 +214,7 @@ export class Trainer<Feeds = unknown> {
       const state = await from(start);
       const trial = copyOf(state);
       const how = { ...options, warmup: 0, decay: "none" } as const;
-      const optimizer = optimizerOf(trial, terms.ofTasks, machine.head, TRIAL_STEPS, how);
+      const optimizer = optimizerOf(trial, terms, machine.head, TRIAL_STEPS, how);
       let loss = Infinity;
       for (let i = 0; i < TRIAL_STEPS; i++) {
         signal?.throwIfAborted();
