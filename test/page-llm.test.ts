@@ -271,6 +271,7 @@ t.test("kept for offline use: parts of the model once, and first", { skip }, asy
   const context = await browser.newContext();
   t.teardown(() => context.close());
   const page = await context.newPage();
+  page.setDefaultTimeout(100_000);
   const offline = page.locator("#offline", { hasText: "works offline" });
   await page.goto(own.url);
   await offline.waitFor();
@@ -321,6 +322,7 @@ t.test("another build takes over the parts that it shares", { skip }, async (t) 
     await rm(other, { recursive: true });
   });
   const page = await context.newPage();
+  page.setDefaultTimeout(100_000);
   const offline = page.locator("#offline", { hasText: "works offline" });
   await page.goto(own.url);
   await offline.waitFor();

@@ -70,10 +70,11 @@ t.test("the page runs its own scripts only, and talks to its own server only", {
 
 t.test(
   "kept for offline use: this build's files, each once, and nothing else",
-  { skip: noChromium, timeout: 180_000 },
+  { skip: noChromium, timeout: 360_000 },
   async (t) => {
     const context = await browser.newContext();
     const page = await context.newPage();
+    page.setDefaultTimeout(90_000);
     const note = (text: string): Promise<void> => page.locator("#offline", { hasText: text }).waitFor();
     const get = (path: string, headers: Record<string, string> = {}) =>
       page.evaluate(

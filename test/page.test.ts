@@ -78,6 +78,7 @@ async function visit(
   url = server.url,
 ): Promise<{ page: Page; complaints: string[] }> {
   const page = await browser.newPage({ serviceWorkers: "block", ...options });
+  page.setDefaultTimeout(90_000);
   const complaints: string[] = [];
   page.on("console", (message) => {
     const ours = message.text() === "Service Worker registration blocked by Playwright";
