@@ -3,11 +3,9 @@
  * new task trains all layers, with as many labels as it has, and leaves as an adapter that answers alike in PyTorch. Their gradients are
  * held against PyTorch's with the others, in learn-graph.test.ts.
  */
-import { spawnSync } from "node:child_process";
 import { mkdtemp, readFile, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { fileURLToPath } from "node:url";
 import t, { type Test } from "tap";
 import { peftFiles } from "../dist/src/adapters/export.js";
 import { readAdapters } from "../dist/src/adapters/folder.js";
@@ -15,7 +13,6 @@ import { type BuildOptions, buildPack } from "../dist/src/pack/build.js";
 import { taskAdapter } from "../dist/src/pack/expand.js";
 import { openPack, type Pack } from "../dist/src/pack/pack.js";
 import { uniform } from "../dist/src/tensor/random.js";
-import { writeSafetensors } from "../dist/src/tensor/safetensors-writer.js";
 
 import {
   type BatchFeeds,
@@ -29,7 +26,7 @@ import { headInputs } from "../dist/src/train/machine.js";
 import { json, workIn } from "./command-line.ts";
 import { F32 } from "./learning.ts";
 import { concat, data, LOSSLESS } from "./packs.ts";
-import { required } from "./required.ts";
+import { peftAgrees } from "./peft-agrees.ts";
 import { difference, MODES, NODE, ORTS, type Ort, open, outputOf, type Session } from "./sessions.ts";
 
 type Feeds = Parameters<Session["run"]>[0];
@@ -168,34 +165,17 @@ for (const name of NAMES) {
     t.equal((await both.score(rows)).loss, (await alone.score(rows)).loss, "the layer in front begins as the base's");
 
     const ours = await outputOf(session, feedsOf(NODE, (await goldens(name)).feeds));
-    await peftAgrees(t, name, session.pack, "mine", ours);
+    await agrees(t, name, session.pack, "mine", ours);
   });
 }
 
 /** PEFT loads the task as an adapter and answers the same. */
-async function peftAgrees(t: Test, name: Name, pack: Pack, task: string, ours: Float32Array): Promise<void> {
-  const adapter = await taskAdapter(pack, task);
-  const { config, tensors } = await peftFiles(adapter);
+async function agrees(t: Test, name: Name, pack: Pack, task: string, ours: Float32Array): Promise<void> {
+  const files = await peftFiles(await taskAdapter(pack, task));
   const modules = name === "roberta" ? ["classifier"] : ["classifier", "pre_classifier"];
-  t.same((config as { modules_to_save: string[] }).modules_to_save, modules);
+  t.same((files.config as { modules_to_save: string[] }).modules_to_save, modules);
   const { feeds } = await goldens(name);
-  const folder = t.testdir({ adapter: {}, "feeds.json": JSON.stringify(feeds) });
-  const chunks: Uint8Array[] = [];
-  for await (const chunk of writeSafetensors(tensors)) chunks.push(chunk);
-  await writeFile(`${folder}/adapter/adapter_model.safetensors`, Buffer.concat(chunks));
-  await writeFile(`${folder}/adapter/adapter_config.json`, JSON.stringify(config));
-  const script = fileURLToPath(new URL("trained-oracle.py", import.meta.url));
-  const given = [script, data(`heads/${name}/base.safetensors`), `${folder}/adapter`, `${folder}/feeds.json`];
-  const { status, stdout, stderr, error } = spawnSync(process.env["PYTHON"] ?? "python3", given, { encoding: "utf8" });
-  if (error || status === 3) {
-    const reason = `PEFT is not here: ${error?.message ?? stderr.trim()}`;
-    if (required.has("peft")) t.fail(reason);
-    else t.pass(reason, { skip: reason });
-    return;
-  }
-  t.equal(status, 0, stderr);
-  const theirs = (JSON.parse(stdout) as number[][]).flat();
-  t.ok(difference(ours, theirs) <= 1e-4, `${ours} instead of ${theirs}`);
+  await peftAgrees(t, files, { base: data(`heads/${name}/base.safetensors`), feeds, ours });
 }
 
 t.test("few bits: every step sees both layers as they will be stored", async (t) => {

@@ -14,7 +14,7 @@ import type { TermInput } from "../format/encode.ts";
 import type { Dtype, Dtypes } from "../tensor/dtypes.ts";
 import { type Encoded, encodeModules, type Known } from "./encode-modules.ts";
 import { readFingerprints } from "./fingerprints.ts";
-import { newPack } from "./fresh.ts";
+import { allOf, newPack } from "./fresh.ts";
 import {
   type BuildReport,
   baseNotes,
@@ -128,10 +128,7 @@ export interface Packed<Report = BuildReport> {
 
 /** All of it. */
 export async function gathered<Report>({ chunks, report }: Packed<Report>): Promise<Built<Report>> {
-  if (Array.isArray(chunks)) return { chunks, report };
-  const all: Uint8Array[] = [];
-  for await (const chunk of chunks) all.push(chunk);
-  return { chunks: all, report };
+  return { chunks: Array.isArray(chunks) ? chunks : await allOf(chunks), report };
 }
 
 /**

@@ -44,21 +44,27 @@ export async function newPack(
   const header = coding && tasks.length > 1 ? headerOf(await tasks[0]!()) : undefined;
   const { description, bases } = encodeBasis({ producer: `eigenlora ${VERSION}`, ...basis, header });
   const basisId = toHex(await sha256(description, bases));
-  const { modules } = parseBasis(description, { coded: false, length: bases.length }, "the new pack").basis;
-  const coded = coding ? codedBases(bases, { modules, description }) : undefined;
+  const parsed = coding && parseBasis(description, { coded: false, length: bases.length }, "the new pack").basis;
+  const coder = parsed && { modules: parsed.modules, description };
+  const coded = coder ? codedBases(bases, coder) : undefined;
   const places: TaskPlace[] = [];
   for (const make of tasks) {
     const task = await make();
-    const place = await placeOf(coding ? codedTask(task, { modules, description }) : task);
+    const place = await placeOf(coder ? codedTask(task, coder) : task);
     // What was coded is small, and coding it again would take as long.
     places.push(held || coding ? place : { ...place, read: async () => (await make()).blob });
   }
   const { bytes, chunks } = await streamFresh({ description, bases, coded, basisId }, places);
   const blobs = places.map(({ length }) => length);
   if (!held) return { bytes, chunks, blobs };
+  return { bytes, chunks: await allOf(chunks), blobs };
+}
+
+/** All chunks, in memory. */
+export async function allOf(chunks: AsyncIterable<Uint8Array>): Promise<Uint8Array[]> {
   const all: Uint8Array[] = [];
   for await (const chunk of chunks) all.push(chunk);
-  return { bytes, chunks: all, blobs };
+  return all;
 }
 
 /**
