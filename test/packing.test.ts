@@ -99,7 +99,7 @@ t.test("what is extracted again with other private terms is what would have been
     const options: BuildOptions = { gauge: "balanced", select: { kind: "k", k } };
     const read = new Map<string, number>();
     const watched = adapters.map((adapter) => counting(adapter, read));
-    const draft = await startBuild(watched, options, true);
+    const draft = await startBuild(watched, options, { again: true });
     await draft.extract(extractor, first);
     read.clear();
     const losses = await draft.extract(extractor, second);

@@ -124,7 +124,8 @@ class Plan {
   }
 }
 
-function byTask(spectra: readonly Spectrum[]): Map<string, { own: Spectrum[]; square: number }> {
+/** Spectra of each task, and its ‖ΔW‖². */
+export function byTask(spectra: readonly Spectrum[]): Map<string, { own: Spectrum[]; square: number }> {
   const tasks = new Map<string, { own: Spectrum[]; square: number }>();
   for (const spectrum of spectra) {
     const task = tasks.get(spectrum.task) ?? { own: [], square: 0 };

@@ -4,8 +4,8 @@
  * others, and the shared components are found again for what is left. No components at all and only private terms is each adapter
  * cut by its own SVD: the other end of the scale.
  */
-import { type Dtype, isQuantized } from "../tensor/dtypes.ts";
-import { storing } from "../tensor/encode.ts";
+import { type Dtype, isQuantized, type QuantizedDtype } from "../tensor/dtypes.ts";
+import { narrowed, storing } from "../tensor/encode.ts";
 import type { PrivateChoice } from "./allocation.ts";
 import { deltaError, pairNorm, relative } from "./error.ts";
 import { extractModule, type ModuleExtraction, type ModuleStack } from "./extract.ts";
@@ -22,7 +22,7 @@ import {
   projectModule,
   storedPair,
 } from "./project.ts";
-import { rowSteps } from "./steps.ts";
+import { isWorth, rowSteps } from "./steps.ts";
 import { rounded } from "./subspace.ts";
 
 /** How often components are found again. The first time gains most, the third next to nothing. */
@@ -37,6 +37,18 @@ export interface PrivateTerms {
   readonly dtype: Dtype;
   readonly A: Uint8Array;
   readonly Bt: Uint8Array;
+}
+
+/** The same integers in the smallest type that they fit. @param widths of the module */
+export function narrowPrivate(
+  { rank: rows, dtype, A, Bt }: PrivateTerms,
+  widths: { readonly in: number; readonly out: number },
+): PrivateTerms {
+  const side = (encoded: Uint8Array, width: number): Parameters<typeof narrowed>[0][number] => {
+    return { dtype: dtype as QuantizedDtype, encoded, rows, width };
+  };
+  const { dtype: least, encoded } = narrowed([side(A, widths.in), side(Bt, widths.out)]);
+  return { rank: rows, dtype: least, A: encoded[0]!, Bt: encoded[1]! };
 }
 
 export interface PrivateOptions extends ExtractOptions {
@@ -243,7 +255,8 @@ function withPrivate(
     const { difference, norm, bound } = deltaError(given, stored.rank > 0 ? stored : nothing, products);
     const found = relative(difference, norm);
     if (error !== undefined && found > error && q < most) continue;
-    const terms = q > 0 ? { rank: q, dtype, A: A.encoded, Bt: Bt.encoded } : undefined;
+    const whole = q > 0 ? { rank: q, dtype, A: A.encoded, Bt: Bt.encoded } : undefined;
+    const terms = whole && steps ? narrowPrivate(whole, { in: width, out: height }) : whole;
     return {
       task: { ...task, error: found, norm, bound: relative(bound, norm), privateTerms: terms },
       terms: rows,
@@ -263,18 +276,11 @@ function leastRank(rest: Pair, error: number, norm: number): number {
   return 0;
 }
 
-/**
- * A rank-1 term is worth its bits when its numbers have at least this root mean square in steps: below, a finer step for all others
- * gains more with as many bits.
- */
-const WORTH = 0.7;
-
 /** How many rank-1 terms are worth their bits. */
 function worthRank(rest: Pair, most: number, step: number): number {
   const width = (rest.A.length + rest.Bt.length) / (2 * rest.rank);
   let q = most;
-  // Row i of A is √s long, and its step is that of ΔW over √s.
-  while (q > 0 && Math.sqrt(squareOf(rest, q - 1) / width) < WORTH * step) q--;
+  while (q > 0 && !isWorth(Math.sqrt(squareOf(rest, q - 1)), width, step)) q--;
   return q;
 }
 

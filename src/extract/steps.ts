@@ -4,6 +4,7 @@
  * bits lose the least: reverse water-filling (T. Cover, J. Thomas, "Elements of Information Theory", 10.3.3), which entropy coding
  * does by itself, since what is below the step becomes zeros.
  */
+import type { Spectrum } from "./allocation.ts";
 import { centred } from "./components.ts";
 import type { Pair } from "./gauge.ts";
 import { PLAIN, type Products, rowSquares } from "./linalg.ts";
@@ -48,4 +49,40 @@ export function componentSteps(
     weights[count]! += own[i]! ** -2;
   }
   return weights.map((weight) => (weight > 0 ? 1 / (spread * Math.sqrt(weight)) : 0));
+}
+
+/**
+ * What rounding to a step is expected to leave of ‖ΔW − ΔW'‖²: of each rank-1 term that is worth its bits, or all of a term that is not.
+ * Values of a row are taken for normally distributed.
+ */
+export function roundingLoss(spectra: readonly Spectrum[], step: number): number {
+  let lost = 0;
+  for (const { singular, in: inputs, out } of spectra) {
+    for (const value of singular) {
+      if (!isWorth(value, (inputs + out) / 2, step)) lost += value ** 2;
+      else
+        lost +=
+          step ** 2 *
+          (inputs * roundedSquare(value / step / Math.sqrt(inputs)) +
+            out * roundedSquare(value / step / Math.sqrt(out)));
+    }
+  }
+  return lost;
+}
+
+/** Mean squared error of values of this root mean square that are rounded to integers: all of tiny ones, an eleventh of a step² of large ones. */
+function roundedSquare(size: number): number {
+  return size ** 2 / (1 + 11 * size ** 2);
+}
+
+/**
+ * A rank-1 term is worth its bits when its numbers have at least this root mean square in steps: below, a finer step for all others
+ * gains more with as many bits.
+ */
+const WORTH = 0.7;
+
+/** Whether a rank-1 term of a singular value is worth its bits. @param width the mean of both sides' */
+export function isWorth(singular: number, width: number, step: number): boolean {
+  // Row i of A is √s long, and its step is that of ΔW over √s.
+  return singular / Math.sqrt(width) >= WORTH * step;
 }

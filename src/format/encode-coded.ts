@@ -27,8 +27,8 @@ export function encodeSection(
   before: Uint8Array = new Uint8Array(),
 ): Uint8Array<ArrayBuffer> | undefined {
   const encoder = new Encoder();
-  // What is coded is read from the section and written to it again.
-  code(encoder, section.slice(), () => {}, before, { runs: runsOf(tensors, step), copyAt: copies(before, section) });
+  // What is coded is read from the section, and written to it again as it is.
+  code(encoder, section, () => {}, before, { runs: runsOf(tensors, step), copyAt: copies(before, section) });
   const bytes = encoder.finish(section.length);
   return bytes.length < section.length && section.length <= mostDecoded(bytes.length) ? bytes : undefined;
 }
@@ -86,12 +86,14 @@ function copies(before: Uint8Array, section: Uint8Array): Plan["copyAt"] {
   };
 }
 
+/** Notes of a block. */
+const BLOCK = 1 << 14;
+
 /** Notes what is coded; rANS codes it from the last to the first, so that a decoder reads it from the first on. */
 export class Encoder implements Coder {
   readonly #tables = new Tables();
-  /** Start and frequency of each symbol; of bits their value, and how many they are as a negative number. */
-  #starts = new Uint16Array(1 << 16);
-  #widths = new Int16Array(1 << 16);
+  /** In blocks, the start and above it the frequency of each symbol; of bits their value, and how many they are as a negative number. */
+  readonly #notes: Int32Array[] = [];
   #count = 0;
 
   symbol(table: number, symbol: number): number {
@@ -109,41 +111,45 @@ export class Encoder implements Coder {
   }
 
   #note(start: number, width: number): void {
-    if (this.#count === this.#starts.length) {
-      const [starts, widths] = [new Uint16Array(2 * this.#count), new Int16Array(2 * this.#count)];
-      starts.set(this.#starts);
-      widths.set(this.#widths);
-      [this.#starts, this.#widths] = [starts, widths];
-    }
-    this.#starts[this.#count] = start;
-    this.#widths[this.#count++] = width;
+    const at = this.#count++ % BLOCK;
+    if (at === 0) this.#notes.push(new Int32Array(BLOCK));
+    this.#notes[this.#notes.length - 1]![at] = (width << WORD_BITS) | start;
   }
 
   /** @param size of the section */
   finish(size: number): Uint8Array<ArrayBuffer> {
-    const words: number[] = [];
+    let words = new Uint16Array(1 << 12);
+    let count = 0;
+    // An unsigned number of 32 bits.
     let state = 2 ** WORD_BITS;
-    const room = (most: number): void => {
-      if (state < most) return;
-      words.push(state & 0xffff);
-      state = Math.floor(state / 2 ** WORD_BITS);
+    const word = (): void => {
+      if (count === words.length) {
+        const longer = new Uint16Array(2 * count);
+        longer.set(words);
+        words = longer;
+      }
+      words[count++] = state;
+      state >>>= WORD_BITS;
     };
     for (let i = this.#count - 1; i >= 0; i--) {
-      const [start, width] = [this.#starts[i]!, this.#widths[i]!];
+      const note = this.#notes[Math.floor(i / BLOCK)]![i % BLOCK]!;
+      const [start, width] = [note & 0xffff, note >> WORD_BITS];
       if (width <= 0) {
-        room(2 ** (32 + width));
-        state = state * 2 ** -width + start;
+        if (width < 0 && state >>> (32 + width) > 0) word();
+        state = ((state << -width) | start) >>> 0;
       } else {
-        room(width * 2 ** (2 * WORD_BITS - FREQUENCY_BITS));
-        state = Math.floor(state / width) * 2 ** FREQUENCY_BITS + (state % width) + start;
+        if (state >>> (2 * WORD_BITS - FREQUENCY_BITS) >= width) word();
+        const whole = (state / width) >>> 0;
+        state = ((whole << FREQUENCY_BITS) >>> 0) + (state - whole * width) + start;
       }
     }
-    words.push(state % 2 ** WORD_BITS, Math.floor(state / 2 ** WORD_BITS));
-    const bytes = new Uint8Array(CODED_HEAD_BYTES + 2 * words.length);
+    word();
+    word();
+    const bytes = new Uint8Array(CODED_HEAD_BYTES + 2 * count);
     const view = new DataView(bytes.buffer);
     view.setUint32(0, CODED_MAGIC, true);
     view.setUint32(4, size, true);
-    for (const [i, word] of words.reverse().entries()) view.setUint16(CODED_HEAD_BYTES + 2 * i, word, true);
+    for (let i = 0; i < count; i++) view.setUint16(CODED_HEAD_BYTES + 2 * i, words[count - 1 - i]!, true);
     return bytes;
   }
 }

@@ -69,6 +69,7 @@ export interface BasisInput {
   readonly centering: string;
   readonly rank?: number | undefined;
   readonly step?: number | undefined;
+  readonly error?: number | undefined;
   readonly baseModel?: string | undefined;
   readonly modules: readonly ModuleInput[];
   /** Of a typical task blob, as MessagePack has it: coded ones copy from it. */
@@ -153,8 +154,12 @@ export function encodeBasis(basis: BasisInput): { description: Bytes; bases: Byt
       ...(m.fingerprint ? { fingerprint: true } : {}),
     };
   });
-  const { producer, mode, gauge, centering, rank, step, header } = basis;
-  const kept = { ...(rank === undefined ? {} : { rank }), ...(step === undefined ? {} : { step }) };
+  const { producer, mode, gauge, centering, rank, step, error, header } = basis;
+  const kept = {
+    ...(rank === undefined ? {} : { rank }),
+    ...(step === undefined ? {} : { step }),
+    ...(error === undefined ? {} : { error }),
+  };
   const last = header === undefined ? {} : { header };
   const said = pack({
     producer,

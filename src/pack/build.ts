@@ -4,13 +4,20 @@
  */
 
 import type { Adapter } from "../adapters/adapter.ts";
-import { baseModels, checkAdapters, refuseBases, refuseBoth, sharedModules } from "../adapters/modules.ts";
+import {
+  baseModels,
+  checkAdapters,
+  refuseBases,
+  refuseBoth,
+  type SharedModule,
+  sharedModules,
+} from "../adapters/modules.ts";
 import { checkOptions } from "../arguments.ts";
 import type { WeightHost } from "../base/host.ts";
 import type { Allocation } from "../extract/allocation.ts";
 import { createExtractor, type Extractor } from "../extract/extractor.ts";
 import type { BasisMode, Centering, ComponentSelection, ExtractOptions, Gauge } from "../extract/options.ts";
-import type { TermInput } from "../format/encode.ts";
+import type { ModuleInput, TermInput } from "../format/encode.ts";
 import type { Dtype, Dtypes } from "../tensor/dtypes.ts";
 import { type Encoded, encodeModules, type Known } from "./encode-modules.ts";
 import { readFingerprints } from "./fingerprints.ts";
@@ -193,39 +200,67 @@ export async function buildStreamed(adapters: readonly Adapter[], options: Build
   return buildWith((work) => withExtractor("buildPack", options.workers, work), adapters, options, false);
 }
 
-/** A pack in the making, of private terms that may change. */
+/** What a pack is made with. */
+interface Prepared {
+  readonly extraction: ExtractOptions;
+  readonly dtype: Dtypes;
+  readonly shared: readonly SharedModule<Adapter>[];
+  /** Of the base, by module. */
+  readonly fingerprints: ReadonlyMap<string, Float32Array> | undefined;
+}
+
+/** @throws as `buildPack` */
+export async function prepare(adapters: readonly Adapter[], options: BuildOptions): Promise<Prepared> {
+  checkBuild(adapters, options);
+  const shared = [...sharedModules(adapters).values()];
+  const { base } = options;
+  const shapes = shared.map(({ shape }) => shape);
+  return {
+    extraction: extractionOf(options, adapters.length),
+    dtype: dtypesOf(options),
+    shared,
+    fingerprints: base && (await readFingerprints(base, shapes)),
+  };
+}
+
+/** A pack in the making, of private terms and steps that may change. */
 export interface Draft {
-  /** Extracts all modules, or what has changed since. @returns what each task loses */
-  extract(extractor: Extractor, privateTerms: BuildOptions["privateTerms"]): Promise<readonly TaskLoss[]>;
+  /**
+   * Extracts all modules, or what has changed since.
+   * @param steps of ΔW, by adapter. Default: as the option says
+   * @returns what each task loses
+   */
+  extract(
+    extractor: Extractor,
+    privateTerms: BuildOptions["privateTerms"],
+    steps?: ReadonlyMap<Adapter, number>,
+  ): Promise<readonly TaskLoss[]>;
   /** Once after each extraction. @param held as of `buildWith` */
   finish(held: boolean): Promise<Packed>;
 }
 
-/** @param again whether it will be extracted more than once, which what was extracted is kept for */
+/**
+ * @param again whether it will be extracted more than once, which what was extracted is kept for
+ * @param error that steps keep to, which the pack then says
+ */
 export async function startBuild(
   adapters: readonly Adapter[],
   options: BuildOptions,
-  again: boolean = false,
+  { again = false, error }: { readonly again?: boolean; readonly error?: number | undefined } = {},
 ): Promise<Draft> {
-  checkBuild(adapters, options);
-  const extraction = extractionOf(options, adapters.length);
-  const dtype = dtypesOf(options);
-  const shared = [...sharedModules(adapters).values()];
-  const { base } = options;
-  const shapes = shared.map(({ shape }) => shape);
-  const fingerprints = base && (await readFingerprints(base, shapes));
+  const { extraction, dtype, shared, fingerprints } = await prepare(adapters, options);
   const known: Known | undefined = again ? new Map() : undefined;
   let encoded: Encoded | undefined;
   return {
-    async extract(extractor, privateTerms) {
+    async extract(extractor, privateTerms, steps) {
       // What was made before is let go of first.
       encoded = undefined;
-      encoded = await encodeModules(extractor, shared, extraction, dtype, { ...options, privateTerms }, known);
+      encoded = await encodeModules(extractor, shared, extraction, dtype, { ...options, privateTerms, steps }, known);
       return lossesOf(encoded.errors, [...new Set(encoded.errors.map(({ task }) => task))]);
     },
     finish(held) {
       const modules = encoded!.modules.map((module) => ({ ...module, fingerprint: fingerprints?.get(module.name) }));
-      return finishBuild(adapters, options, extraction, { ...encoded!, modules }, held);
+      return finishBuild(adapters, { ...options, error }, extraction, { ...encoded!, modules }, held);
     },
   };
 }
@@ -233,18 +268,73 @@ export async function startBuild(
 /** The pack of what was extracted. */
 async function finishBuild(
   adapters: readonly Adapter[],
-  options: BuildOptions,
-  { mode = "column", gauge, centering, rank }: ExtractOptions,
+  options: BuildOptions & { readonly error: number | undefined },
+  extraction: ExtractOptions,
   { modules, terms, errors }: Encoded,
   held: boolean,
 ): Promise<Packed> {
-  const { step } = options;
   const names = modules.map(({ name }) => name);
   const components = componentsOf(modules);
-  const losses = lossesOf(errors, [...new Set(errors.map(({ task }) => task))]);
-  const beside = {
+  const beside = describe(adapters, options, extraction, { names, components, terms, errors });
+  const [widths, head] = [modules.slice(), headOf(options)];
+  const tasks = adapters.map((adapter) => async () => {
+    const own = terms.get(adapter) ?? [];
+    return encodeAdapter(adapter, options.step ? narrowTerms(own, widths) : own, names, head);
+  });
+  // Handed over: the encoded components are in the chunks afterwards, and need not be held twice.
+  const basis = basisOf(adapters, options, extraction, modules.splice(0));
+  const { bytes, chunks, blobs } = await newPack(basis, tasks, held);
+  return { chunks, report: { ...sizesOf(bytes, blobs, adapters), ...beside } };
+}
+
+/** How the basis of a pack says that it was made. */
+export function basisOf(
+  adapters: readonly Adapter[],
+  { step, error }: Pick<BuildOptions, "step"> & { readonly error: number | undefined },
+  { mode = "column", gauge, centering, rank }: ExtractOptions,
+  modules: readonly ModuleInput[],
+): Parameters<typeof newPack>[0] {
+  return { mode, gauge, centering, rank, step, error, baseModel: baseModels(adapters)[0], modules };
+}
+
+export function sizesOf(
+  bytes: number,
+  blobs: readonly number[],
+  adapters: readonly Adapter[],
+): ReturnType<typeof sizes> {
+  return sizes(
+    bytes,
+    blobs.map((blob, i) => ({ blob, adapter: adapters[i]!.byteLength })),
+  );
+}
+
+/** What was made of adapters. */
+interface Made extends Pick<Encoded, "errors"> {
+  readonly names: readonly string[];
+  readonly components: BuildReport["components"];
+  readonly terms: ReadonlyMap<Adapter, readonly MadeTerm[]>;
+}
+
+/** What of a term is said in a report. */
+export type MadeTerm = Pick<TermInput, "magnitude"> & {
+  readonly privateTerms?: Pick<NonNullable<TermInput["privateTerms"]>, "rank" | "dtype"> | undefined;
+};
+
+/** What a report says of it, but for sizes. */
+export function describe(
+  adapters: readonly Adapter[],
+  options: BuildOptions,
+  { mode = "column", gauge, centering }: ExtractOptions,
+  { names, components, terms, errors }: Made,
+): Omit<BuildReport, keyof ReturnType<typeof sizes>> {
+  const adapted = new Set(errors.map(({ task }) => task));
+  const losses = lossesOf(
+    errors,
+    adapters.flatMap(({ id }) => (adapted.has(id) ? id : [])),
+  );
+  return {
     modules: names.length,
-    ...{ mode, gauge, centering, dtype: dtypesOf(options), step, components },
+    ...{ mode, gauge, centering, dtype: dtypesOf(options), step: options.step, components },
     privateTerms: countsOf([...terms.values()].flat()),
     error: summaryOf(errors),
     errors: losses,
@@ -257,20 +347,9 @@ async function finishBuild(
     ],
     notes: baseNotes(options.base),
   };
-  const [widths, head] = [modules.slice(), headOf(options)];
-  const tasks = adapters.map((adapter) => async () => {
-    const own = terms.get(adapter) ?? [];
-    return encodeAdapter(adapter, step ? narrowTerms(own, widths) : own, names, head);
-  });
-  const baseModel = baseModels(adapters)[0];
-  // Handed over: the encoded components are in the chunks afterwards, and need not be held twice.
-  const basis = { mode, gauge, centering, rank, step, baseModel, modules: modules.splice(0) };
-  const { bytes, chunks, blobs } = await newPack(basis, tasks, held);
-  const sized = blobs.map((blob, i) => ({ blob, adapter: adapters[i]!.byteLength }));
-  return { chunks, report: { ...sizes(bytes, sized), ...beside } };
 }
 
-function countsOf(terms: readonly TermInput[]): BuildReport["privateTerms"] {
+function countsOf(terms: readonly MadeTerm[]): BuildReport["privateTerms"] {
   const counts: Partial<Record<Dtype, number>> = {};
   for (const { privateTerms: own } of terms) if (own) counts[own.dtype] = (counts[own.dtype] ?? 0) + own.rank;
   return counts;
@@ -305,7 +384,7 @@ function dtypesOf({ dtype, step }: BuildOptions): Dtypes {
 }
 
 /** How heads are stored. */
-function headOf(options: BuildOptions): HeadFormat {
+export function headOf(options: BuildOptions): HeadFormat {
   const { step, headStep = step === undefined || options.dtype?.head ? undefined : HEAD_STEP } = options;
   return { type: dtypesOf(options).head, step: headStep };
 }

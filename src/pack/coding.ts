@@ -1,6 +1,7 @@
 /**
  * Entropy coding of what a pack stores (SPEC.md, section 5.1): bases and task blobs, where it takes fewer bytes.
  */
+import { letGo } from "../extract/garbage.ts";
 import { isCoded } from "../format/coded.ts";
 import { encodeSection } from "../format/encode-coded.ts";
 import type { PackModule, TensorRef } from "../format/format.ts";
@@ -11,6 +12,9 @@ import type { Pack } from "./pack.ts";
 
 /** A longer header, as one with numbers of rows, is a task's own. In bytes. */
 const MOST_HEADER = 16_384;
+
+/** How often the bytes of a blob are written to arrays that are of no use once it is coded. */
+const PASSING = 6;
 
 /** The basis that sections are coded for. */
 interface Basis {
@@ -28,7 +32,9 @@ export function codedBases(bases: Uint8Array, { modules, description }: Basis): 
 export function codedTask({ entry, blob }: TaskToWrite, { modules, description }: Basis): TaskToWrite {
   const { terms, parameters } = parseTask(blob, modules, entry.id, entry);
   const tensors = refsOf(taskTensors(terms, parameters, modules));
-  return { entry, blob: encodeSection(blob, tensors, 4, description) ?? blob };
+  const coded = encodeSection(blob, tensors, 4, description);
+  letGo(PASSING * blob.length);
+  return { entry, blob: coded ?? blob };
 }
 
 /** The header of a task's blob, for the others to copy from the basis description; undefined where it is too long for that. */

@@ -37,14 +37,19 @@ interface EncodeOptions {
   readonly moments?: ReadonlyMap<string, Float64Array> | undefined;
   readonly privateTerms?: number | Allocation | undefined;
   readonly step?: number | undefined;
+  /** Of ΔW, by adapter. Default: as `step` says. */
+  readonly steps?: ReadonlyMap<Adapter, number> | undefined;
   readonly onProgress?: ((done: number, of: number) => void) | undefined;
   readonly signal?: AbortSignal | undefined;
 }
 
 type Choices = readonly (PrivateChoice | undefined)[];
 
-/** What modules came to with private terms that an allocation chose for their owners. */
-export type Known = Map<string, Extracted & { readonly choices: Choices }>;
+/** What modules came to with these private terms and steps of their owners. */
+export type Known = Map<
+  string,
+  Extracted & { readonly choices: Choices; readonly steps: readonly number[] | undefined }
+>;
 
 /**
  * Extracts and encodes all modules.
@@ -55,14 +60,14 @@ export async function encodeModules(
   shared: readonly SharedModule<Adapter>[],
   extraction: ExtractOptions,
   dtype: Dtypes,
-  { moments: all, privateTerms, step, onProgress, signal }: EncodeOptions,
-  known: Known = new Map(),
+  { moments: all, privateTerms = 0, step, onProgress, signal, ...options }: EncodeOptions,
+  known?: Known,
 ): Promise<Encoded> {
   const modules: ModuleInput[] = [];
   const terms = new Map<Adapter, TermInput[]>();
   const errors: ModuleError[] = [];
   const owners = shared.flatMap(({ owners }) => owners);
-  const steps = step === undefined ? undefined : await stepsOf(owners, step);
+  const steps = options.steps ?? (step === undefined ? undefined : await stepsOf(owners, step));
   const extract = async (module: SharedModule<Adapter>): Promise<Extracted> => {
     signal?.throwIfAborted();
     const { name } = module.shape;
@@ -73,9 +78,10 @@ export async function encodeModules(
       );
     const own = steps && module.owners.map((owner) => steps.get(owner)!);
     const options = { ...extraction, moments, steps: own };
-    return typeof privateTerms === "object"
-      ? extractAgain(extractor, module, options, privateTerms, known)
-      : extractFrom(extractor, module, options, privateTerms ?? 0);
+    const choices = typeof privateTerms === "object" ? choicesOf(module, privateTerms) : privateTerms;
+    return known && choices !== 0
+      ? extractAgain(extractor, module, options, choices, known)
+      : extractFrom(extractor, module, options, choices);
   };
   let index = 0;
   // One more than are worked on: it is read meanwhile.
@@ -99,29 +105,35 @@ export async function encodeModules(
   return { modules, terms, errors };
 }
 
+function choicesOf({ shape, owners }: SharedModule<Adapter>, allocation: Allocation): Choices {
+  return owners.map(({ id }) => allocation.get(id)?.get(shape.name));
+}
+
 /** What is known of a module, or that with other private terms: where nothing is shared, only tasks whose own have changed are asked for. */
 async function extractAgain(
   extractor: Extractor,
   module: SharedModule<Adapter>,
   options: ExtractOptions,
-  privateTerms: Allocation,
+  privateTerms: number | Choices,
   known: Known,
 ): Promise<Extracted> {
   const { shape, owners } = module;
+  const { steps, coefficientDtype: dtype } = options;
   const before = known.get(shape.name);
-  const choices = owners.map(({ id }) => privateTerms.get(id)?.get(shape.name));
   const all = [...owners.keys()];
-  const changed = before ? all.filter((i) => !alike(choices[i], before.choices[i])) : all;
+  const choices = typeof privateTerms === "number" ? owners.map(() => ({ rank: privateTerms, dtype })) : privateTerms;
+  const isChanged = (i: number): boolean => !alike(choices[i], before!.choices[i]) || steps?.[i] !== before!.steps?.[i];
+  const changed = before ? all.filter(isChanged) : all;
   if (before && changed.length === 0) return before;
   const asked = sharesNothing(options) ? changed : all;
   const made = await extractFrom(
     extractor,
     { shape, owners: asked.map((i) => owners[i]!) },
-    { ...options, steps: options.steps && asked.map((i) => options.steps![i]!) },
+    { ...options, steps: steps && asked.map((i) => steps[i]!) },
     asked.map((i) => choices[i]),
   );
   const found = before && asked.length < all.length ? replaced(before, made, asked) : made;
-  known.set(shape.name, { ...found, choices });
+  known.set(shape.name, { ...found, choices, steps });
   return found;
 }
 

@@ -20,7 +20,7 @@ import { VERSION } from "../version.ts";
 import { codedBases, codedTask, headerOf, storedTask } from "./coding.ts";
 import type { Pack } from "./pack.ts";
 
-/** What a pack is made of: a task each. */
+/** What a pack is made of: a task each. Where a pack has a step, it is asked for once. */
 type Make = () => Promise<TaskToWrite>;
 
 /** A pack as consecutive chunks, its bytes and those of its blobs. Its sections are coded where it has a step. */
@@ -41,7 +41,8 @@ export async function newPack(
   held: boolean = true,
 ): Promise<{ bytes: number; chunks: Uint8Array[] | AsyncIterable<Uint8Array>; blobs: number[] }> {
   const coding = basis.step !== undefined;
-  const header = coding && tasks.length > 1 ? headerOf(await tasks[0]!()) : undefined;
+  let first = coding && tasks.length > 1 ? await tasks[0]!() : undefined;
+  const header = first && headerOf(first);
   const { description, bases } = encodeBasis({ producer: `eigenlora ${VERSION}`, ...basis, header });
   const basisId = toHex(await sha256(description, bases));
   const parsed = coding && parseBasis(description, { coded: false, length: bases.length }, "the new pack").basis;
@@ -49,7 +50,8 @@ export async function newPack(
   const coded = coder ? codedBases(bases, coder) : undefined;
   const places: TaskPlace[] = [];
   for (const make of tasks) {
-    const task = await make();
+    const task = first ?? (await make());
+    first = undefined;
     const place = await placeOf(coder ? codedTask(task, coder) : task);
     // What was coded is small, and coding it again would take as long.
     places.push(held || coding ? place : { ...place, read: async () => (await make()).blob });

@@ -17,10 +17,12 @@ import type { PackModule } from "../format/format.ts";
 import type { TaskToWrite } from "../format/layout.ts";
 import { encodedTensor } from "../format/tensors.ts";
 import type { Dtype, Dtypes } from "../tensor/dtypes.ts";
-import { DEFAULT_ERROR, withinError } from "./allocate.ts";
+import { DEFAULT_ERROR, type Survey, withinError } from "./allocate.ts";
+import { Unreachable } from "./bisect.ts";
 import type { Pack } from "./pack.ts";
+import { type Steps, startSteps, stepsWithin } from "./refine.ts";
 import { idleWarnings, lossesOf, type ModuleError, type TaskLoss } from "./report.ts";
-import { narrowTerms, stepOf, stepsOf } from "./steps.ts";
+import { errorOf, narrowTerms, stepOf, stepsOf } from "./steps.ts";
 import { encodeAdapter, encodeTerm, storable } from "./tasks.ts";
 
 /** A task made for an existing basis, and what it lost. */
@@ -32,8 +34,8 @@ export interface ProjectedAdapter extends TaskToWrite {
 
 /**
  * Brings adapters into a pack that exists, in its gauge and to its rank: coefficients on its components; and where its tasks have
- * private terms, as many of those as keep the error of each adapter within `DEFAULT_ERROR`. Module by module, so that each basis is
- * opened once.
+ * private terms, as many of those, or with such steps, as keep the error of each adapter within that which the pack was made for, or
+ * within `DEFAULT_ERROR`. A pack whose step was made for no error has its step. Module by module, so that each basis is opened once.
  * @param onProgress called after each module
  * @throws AdapterError when one adapts a module that the pack does not have, or of another shape
  */
@@ -48,14 +50,15 @@ export async function projectAdapters(
   for (const adapter of adapters) checkModules(pack, adapter);
   const bases = await pack.bases();
   const step = stepOf(pack);
-  const steps = step === undefined ? undefined : await stepsOf(adapters, step);
-  const dtype: Dtypes = steps ? { ...formats, coefficients: "int8" } : formats;
-  const each = (work: Work): Promise<void> =>
-    eachModule(pack, bases.bytes, adapters, { dtype: dtype.coefficients, steps }, work, onProgress);
-  const project = async (own?: Allocation): Promise<ProjectedAdapter[]> => {
+  const usual = step === undefined ? undefined : await stepsOf(adapters, step);
+  const dtypesOf = (steps: RowSteps): Dtypes => (steps ? { ...formats, coefficients: "int8" } : formats);
+  const each = (work: Work, steps: RowSteps): Promise<void> =>
+    eachModule(pack, bases.bytes, adapters, { dtype: dtypesOf(steps).coefficients, steps }, work, onProgress);
+  const project = async (own: Allocation | undefined, steps: RowSteps): Promise<ProjectedAdapter[]> => {
     const errors: ModuleError[] = [];
     const terms = adapters.map((): TermInput[] => []);
-    await each(({ index, stored, i, adapter, magnitude }, begun, space) => {
+    const dtype = dtypesOf(steps);
+    const work: Work = ({ index, stored, i, adapter, magnitude }, begun, space) => {
       const { name } = stored;
       const most = steps ? Infinity : 0;
       const choice = own?.get(adapter.id)?.get(name) ?? { rank: most, dtype: dtype.coefficients };
@@ -63,37 +66,88 @@ export async function projectAdapters(
       errors.push({ task: adapter.id, module: name, error: task.error, norm: task.norm });
       const term = encodeTerm({ index, name }, task, space ?? NO_BASES, magnitude, adapter, dtype);
       if (term.A || term.privateTerms || term.magnitude) terms[i]!.push(term);
-    });
-    const names = pack.modules.map(({ name }) => name);
-    const ids = adapters.map(({ id }) => id);
-    const residuals = lossesOf(errors, ids);
-    const idle = idleWarnings(adapters, errors, (_, i) => terms[i]!);
-    return Promise.all(
-      adapters.map(async (adapter, i): Promise<ProjectedAdapter> => {
-        return {
-          ...(await encodeAdapter(adapter, steps ? narrowTerms(terms[i]!, pack.modules) : terms[i]!, names, {
-            type: dtype.head,
-          })),
-          residual: residuals[i]!,
-          warnings: idle.has(adapter.id) ? [idle.get(adapter.id)!] : [],
-        };
-      }),
-    );
+    };
+    await each(work, steps);
+    const stored = steps ? terms.map((own) => narrowTerms(own, pack.modules)) : terms;
+    return projectedOf(pack, adapters, { terms: stored, errors, head: dtype.head });
   };
-  try {
-    if (!hasPrivateTerms(pack)) return await project();
-    // The step says which are worth it.
-    if (steps) return await project(new Map());
+  const surveyed = async (): Promise<Spectrum[]> => {
     const spectra: Spectrum[] = [];
-    await each(({ stored, adapter }, begun) => {
+    const work: Work = ({ stored, adapter }, begun) => {
       const { name, out, in: inputs } = stored;
       const square = singularValues(begun.given, out, inputs).reduce((sum, value) => sum + value ** 2, 0);
       const singular = remainderOf(begun, out, inputs);
       spectra.push({ task: adapter.id, module: name, out, in: inputs, singular, square });
-    });
-    return await withinError({ spectra }, DEFAULT_ERROR, project, (made) => made.map(({ residual }) => residual));
+    };
+    await each(work, usual);
+    return spectra;
+  };
+  try {
+    if (!hasPrivateTerms(pack)) return await project(undefined, usual);
+    const error = errorOf(pack);
+    // The step says which are worth it.
+    if (usual && error === undefined) return await project(new Map(), usual);
+    const own = { adapters, spectra: await surveyed(), error: error ?? DEFAULT_ERROR };
+    return await (usual ? refined(own, project) : allocated(own, project));
   } finally {
     bases.close();
+  }
+}
+
+/** What was made of adapters, of each its terms. */
+interface Found {
+  readonly terms: readonly TermInput[][];
+  readonly errors: readonly ModuleError[];
+  /** Number format of heads. */
+  readonly head: Dtype;
+}
+
+function projectedOf(
+  pack: Pack,
+  adapters: readonly Adapter[],
+  { terms, errors, head }: Found,
+): Promise<ProjectedAdapter[]> {
+  const names = pack.modules.map(({ name }) => name);
+  const residuals = lossesOf(
+    errors,
+    adapters.map(({ id }) => id),
+  );
+  const idle = idleWarnings(adapters, errors, (_, i) => terms[i]!);
+  return Promise.all(
+    adapters.map(async (adapter, i) => ({
+      ...(await encodeAdapter(adapter, terms[i]!, names, { type: head })),
+      residual: residuals[i]!,
+      warnings: idle.has(adapter.id) ? [idle.get(adapter.id)!] : [],
+    })),
+  );
+}
+
+/** Of ΔW, by adapter; undefined where number formats say how numbers are stored. */
+type RowSteps = ReadonlyMap<Adapter, number> | undefined;
+type Project = (own: Allocation, steps: RowSteps) => Promise<ProjectedAdapter[]>;
+
+/** Adapters that are to have private terms within an error. */
+interface Own extends Survey {
+  readonly adapters: readonly Adapter[];
+  readonly error: number;
+}
+
+function allocated({ spectra, error }: Own, project: Project): Promise<ProjectedAdapter[]> {
+  const residuals = (made: ProjectedAdapter[]): TaskLoss[] => made.map(({ residual }) => residual);
+  return withinError({ spectra }, error, (own) => project(own, undefined), residuals);
+}
+
+/** In integers of the steps that it takes; in the number formats that it takes where integers are too few. */
+async function refined(own: Own, project: Project): Promise<ProjectedAdapter[]> {
+  const { adapters, spectra, error } = own;
+  const make = (steps: Steps): Promise<ProjectedAdapter[]> =>
+    project(new Map(), new Map(adapters.map((adapter) => [adapter, steps.get(adapter.id) ?? 1])));
+  const residuals = (made: ProjectedAdapter[]): TaskLoss[] => made.map(({ residual }) => residual);
+  try {
+    return await stepsWithin(startSteps(spectra, error), error, make, residuals);
+  } catch (cause) {
+    if (!(cause instanceof Unreachable)) throw cause;
+    return allocated(own, project);
   }
 }
 
@@ -103,8 +157,7 @@ type Work = (at: Place, begun: Begun, space: ModuleSpace | undefined) => void;
 /** How coefficients are stored. */
 interface Coefficients {
   readonly dtype: Dtype;
-  /** Of the integers of an adapter, where the pack has some. */
-  readonly steps: ReadonlyMap<Adapter, number> | undefined;
+  readonly steps: RowSteps;
 }
 
 /** Goes through the modules of a pack, and in each through the adapters that have it. */

@@ -3,21 +3,12 @@
  * It knows no model and no data.
  */
 import type { Adapter } from "../adapters/adapter.ts";
-import { type Allocation, allocateBytes, allocateError } from "../extract/allocation.ts";
+import { allocateBytes, allocateError } from "../extract/allocation.ts";
 import type { Extractor } from "../extract/extractor.ts";
 import type { ComponentSelection } from "../extract/options.ts";
-import {
-  DEFAULT_ERROR,
-  type Shared,
-  type Survey,
-  sharingThatPays,
-  survey,
-  surveyBeside,
-  withinBytes,
-  withinError,
-} from "./allocate.ts";
+import { DEFAULT_ERROR, type Shared, type Survey, sharingThatPays, survey, surveyBeside } from "./allocate.ts";
 import { grow, lowestPassing, partition, refine, Unreachable } from "./bisect.ts";
-import { type Built, buildWith, gathered, type Packed, startBuild, withExtractor } from "./build.ts";
+import { type Built, buildWith, gathered, type Packed, withExtractor } from "./build.ts";
 import {
   better,
   figuresOf,
@@ -29,7 +20,8 @@ import {
   type Tried,
 } from "./goal.ts";
 import { openPack } from "./pack.ts";
-import type { BuildReport, TaskLoss } from "./report.ts";
+import { allocatedPack, codedPack } from "./private-packs.ts";
+import type { BuildReport } from "./report.ts";
 import { checkSearch, type SearchOptions } from "./search-options.ts";
 import {
   allOf,
@@ -172,6 +164,7 @@ async function searchWith(
     let before: Candidate | undefined;
     for (const [i, way] of group.entries()) {
       done++;
+      if (way.fallback && best) continue;
       const made = await attempt(search, way, best?.tried.bytes);
       if (!made) continue;
       if (!best || better(made.tried, best.tried, goal)) best = made;
@@ -214,17 +207,24 @@ async function allocatedWays(search: Search, decisions: string[]): Promise<Way[]
   else if (adapters.length > 1)
     decisions.push("nothing is shared: adapters have too little in common for components to pay");
   const matrices = adapters.some(({ saved }) => saved.some(({ shape }) => shape.length > 1));
-  const coded = goal.kind === "bytes" && !only ? [[codedWay(dtype.head)]] : [];
-  if (matrices)
-    decisions.push(`heads are stored in ${head}${coded.length > 0 && !dtype.head ? ", where they are not coded" : ""}`);
-  return [[allocatedWay(head)], ...(shared ? [[allocatedWay(head, shared)]] : []), ...coded];
+  const [alone, beside] = [allocatedWay(head), shared ? [[allocatedWay(head, shared)]] : []];
+  if (only) {
+    if (matrices) decisions.push(`heads are stored in ${head}`);
+    return [[alone], ...beside];
+  }
+  const exact = goal.kind === "error";
+  if (matrices) decisions.push(`heads are stored in ${head}${exact || dtype.head ? "" : ", where they are not coded"}`);
+  const coded = [0, ...(shared ? [shared.k] : [])].map((k) => [codedWay(exact ? head : dtype.head, k)]);
+  // Within an error integers with a step take fewer bytes wherever they reach it.
+  return exact ? [...coded, [{ ...alone, fallback: true }], ...beside] : [[alone], ...beside, ...coded];
 }
 
 /** Of one way: with so many components, of so fine a step, or private terms for an error. @throws Unreachable */
 async function build(search: Search, way: Way, select: ComponentSelection): Promise<Packed> {
-  const { name: _, allocateBeside: k, refineBeside: shared, ...options } = way;
+  const { name: _, fallback: __, allocateBeside: k, refineBeside: shared, ...options } = way;
   const { extractor, adapters, dtype, centering, normalize, base, anyBase, signal } = search;
-  if (k !== undefined) return allocated(search, way, select);
+  if (k !== undefined) return allocatedPack(search, way, select);
+  if (shared !== undefined && select.kind === "error") return codedPack(search, way, select.max);
   const all = { dtype, centering, normalize, base, anyBase, signal, ...options };
   const one = shared !== undefined && select.kind === "k" ? refined(all, shared, select.k) : { ...all, select };
   try {
@@ -232,31 +232,6 @@ async function build(search: Search, way: Way, select: ComponentSelection): Prom
   } catch (cause) {
     throw cause instanceof RangeError ? new Unreachable(cause.message, { cause }) : cause;
   }
-}
-
-/** Of a way with private terms for a goal. @throws Unreachable */
-async function allocated(
-  { extractor, adapters, dtype, base, anyBase, signal, survey, held, judge }: Search,
-  { name: _, allocateBeside: k = 0, ...options }: Way,
-  goal: ComponentSelection | Goal,
-): Promise<Packed> {
-  const common = { dtype, base, anyBase, signal };
-  const found = await survey(k > 0 ? { k, dtype: options.dtype?.basis ?? "f16" } : undefined);
-  if (goal.kind !== "error" && goal.kind !== "bytes")
-    throw new Unreachable(`private terms are allocated for an error or a size, not for ${goal.kind}`);
-  const draft = await startBuild(adapters, { ...common, ...options, select: { kind: "k", k } }, true);
-  const extract = (privateTerms: Allocation): Promise<readonly TaskLoss[]> => draft.extract(extractor, privateTerms);
-  if (goal.kind === "error") {
-    await withinError(found, goal.max, extract, (losses) => losses);
-    // What is left to do needs memory.
-    await extractor.rest();
-    return draft.finish(held || judge !== undefined);
-  }
-  const whole = async (privateTerms: Allocation): Promise<Built> => {
-    await extract(privateTerms);
-    return gathered(await draft.finish(true));
-  };
-  return withinBytes(found, goal.max, whole);
 }
 
 /** Asks the judge, if there is one. */
@@ -319,7 +294,7 @@ async function attempt(search: Search, way: Way, smallest: number = Infinity): P
 /** The largest pack of one way that is no larger than `max` bytes: of as many components on every side as there is room for. */
 async function within(search: Search, way: Way, max: number): Promise<Packed> {
   const sizeOf = ({ report: { bytes } }: Packed): number => bytes;
-  if (way.allocateBeside !== undefined) return allocated(search, way, { kind: "bytes", max });
+  if (way.allocateBeside !== undefined) return allocatedPack(search, way, { kind: "bytes", max });
   const made = (k: number): Promise<Packed> => build(search, way, { kind: "k", k });
   const most = limitOf(search.adapters, way);
   if (way.refineBeside === undefined) return grow(made, sizeOf, max, most);

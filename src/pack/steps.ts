@@ -4,8 +4,10 @@
 import type { Adapter } from "../adapters/adapter.ts";
 import { pairNorm } from "../extract/error.ts";
 import { pairOf } from "../extract/gauge.ts";
+import { narrowPrivate } from "../extract/private.ts";
 import type { TermInput } from "../format/encode.ts";
 import { decode, type Value } from "../format/messagepack.ts";
+import type { Dtype, QuantizedDtype } from "../tensor/dtypes.ts";
 import { narrowed } from "../tensor/encode.ts";
 import type { Pack } from "./pack.ts";
 
@@ -41,6 +43,12 @@ export function stepOf({ name, directory }: Pick<Pack, "name" | "directory">): n
   });
 }
 
+/** The error that each task of a pack with a step was made to keep to; undefined where it does not say. @throws FormatError as `stepOf` */
+export function errorOf({ name, directory }: Pick<Pack, "name" | "directory">): number | undefined {
+  const root: Value = decode(directory.basisBytes, name, "basis description", "basis");
+  return root.get("error").maybe((error: Value) => error.number(0, Infinity));
+}
+
 /** @throws RangeError for a step that is no share */
 export function checkStep(name: string, step: number | undefined): void {
   if (step === undefined || (step > 0 && step <= MOST_STEP)) return;
@@ -55,37 +63,33 @@ interface Widths {
   readonly B?: { readonly K: number } | undefined;
 }
 
-/** Terms of one task, whose integers are int8, in the smallest types that they fit: of coefficients, and of private terms. */
+/** Terms of one task in the smallest integers that they fit: all coefficients, and the private terms of each module. */
 export function narrowTerms(terms: readonly TermInput[], modules: readonly Widths[]): TermInput[] {
   const shared = narrowed(
-    terms.flatMap(({ module, rank, A, B }) => {
+    terms.flatMap(({ module, rank: rows, A, B }) => {
       const { A: a, B: b } = modules[module]!;
-      return A && B
-        ? [
-            { ...A, rows: rank, width: a!.K },
-            { ...B, rows: rank, width: b!.K },
-          ]
-        : [];
+      return A && B ? [integersOf(A, rows, a!.K), integersOf(B, rows, b!.K)] : [];
     }),
   );
-  const own = narrowed(
-    terms.flatMap(({ module, privateTerms }) => {
-      if (!privateTerms) return [];
-      const { rank: rows, A, Bt } = privateTerms;
-      return [
-        { rows, width: modules[module]!.in, encoded: A },
-        { rows, width: modules[module]!.out, encoded: Bt },
-      ];
-    }),
-  );
-  const [nextShared, nextOwn] = [shared.encoded.values(), own.encoded.values()];
-  const next = (from: IterableIterator<Uint8Array>): Uint8Array => from.next().value!;
+  const next = shared.encoded.values();
+  const coefficients = <T extends Encoded>(side: T): T => ({
+    ...side,
+    dtype: shared.dtype,
+    encoded: next.next().value!,
+  });
   return terms.map(({ A, B, privateTerms, ...term }) => ({
     ...term,
-    ...(A && { A: { ...A, dtype: shared.dtype, encoded: next(nextShared) } }),
-    ...(B && { B: { ...B, dtype: shared.dtype, encoded: next(nextShared) } }),
-    ...(privateTerms && {
-      privateTerms: { ...privateTerms, dtype: own.dtype, A: next(nextOwn), Bt: next(nextOwn) },
-    }),
+    ...(A && B && { A: coefficients(A), B: coefficients(B) }),
+    ...(privateTerms && { privateTerms: narrowPrivate(privateTerms, modules[term.module]!) }),
   }));
+}
+
+/** Integers as they are stored. */
+interface Encoded {
+  readonly dtype: Dtype;
+  readonly encoded: Uint8Array;
+}
+
+function integersOf({ dtype, encoded }: Encoded, rows: number, width: number): Parameters<typeof narrowed>[0][number] {
+  return { dtype: dtype as QuantizedDtype, encoded, rows, width };
 }

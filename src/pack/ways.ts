@@ -21,6 +21,8 @@ export interface Way extends Omit<BuildOptions, "select" | "base" | "anyBase" | 
    * Gauge "balanced". Default: components grow.
    */
   readonly refineBeside?: number;
+  /** It is tried only if none before it reached the goal. Default: false. */
+  readonly fallback?: boolean;
 }
 
 /** What a way is called in reports. */
@@ -41,9 +43,18 @@ const STEPS = 384;
 const MOST_PRIVATE = 255;
 
 /** A pack with private terms beside so many components, of the n-th step. */
-export function refined(options: BuildOptions, shared: number, n: number): BuildOptions {
-  const terms = { privateTerms: MOST_PRIVATE, select: { kind: "k", k: shared } } as const;
-  return { ...options, normalize: undefined, step: 2 ** (-n / 32), ...terms };
+export function refined(options: BuildOptions, shared: number, n: number): BuildOptions & CodedTerms {
+  return codedOptions(options, shared, 2 ** (-n / 32));
+}
+
+/** Of a step. */
+export function codedOptions(options: BuildOptions, shared: number, step: number): BuildOptions & CodedTerms {
+  return { ...options, normalize: undefined, step, privateTerms: MOST_PRIVATE, select: { kind: "k", k: shared } };
+}
+
+interface CodedTerms {
+  readonly step: number;
+  readonly privateTerms: number;
 }
 
 /** Components, or steps, that there can be at most. */
@@ -78,9 +89,9 @@ export function allocatedWay(head: Dtype, shared?: Shared): Way {
   return { gauge: "balanced", allocateBeside: k, dtype: { basis: dtype, coefficients: dtype, head } };
 }
 
-/** Private terms alone, entropy-coded. @param head its number format. Default: coded as well */
-export function codedWay(head?: Dtype): Way {
-  return { gauge: "balanced", refineBeside: 0, ...(head ? { dtype: { head } } : {}) };
+/** Private terms beside so many components, entropy-coded. @param head its number format. Default: coded as well */
+export function codedWay(head?: Dtype, shared: number = 0): Way {
+  return { gauge: "balanced", refineBeside: shared, ...(head ? { dtype: { head } } : {}) };
 }
 
 /** Number format of heads that loses far less than `error` of them. */

@@ -235,15 +235,21 @@ function clippedTensor(
   return encodeTensor(dtype, clipped, rows, width, steps);
 }
 
-/** The same integers in the smallest type that all of these int8 tensors fit. */
-export function narrowed<T extends { readonly rows: number; readonly width: number; readonly encoded: Uint8Array }>(
-  tensors: readonly T[],
-): { dtype: QuantizedDtype; encoded: Uint8Array[] } {
-  const integers = tensors.map(({ encoded, rows, width }) => decodeIntegers("int8", encoded, rows, width));
+/** Integers [rows, width] as they are stored. */
+interface Integers {
+  readonly rows: number;
+  readonly width: number;
+  readonly dtype: QuantizedDtype;
+  readonly encoded: Uint8Array;
+}
+
+/** The same integers in the smallest type that all of these tensors fit. */
+export function narrowed(tensors: readonly Integers[]): { dtype: QuantizedDtype; encoded: Uint8Array[] } {
+  const integers = tensors.map(({ dtype, encoded, rows, width }) => decodeIntegers(dtype, encoded, rows, width));
   const peak = integers.reduce((most, all) => all.reduce((a, b) => Math.max(a, Math.abs(b)), most), 0);
   const dtype = (["int3", "int4", "int8"] as const).find((type) => peak <= LARGEST[type])!;
-  if (dtype === "int8") return { dtype, encoded: tensors.map(({ encoded }) => encoded) };
-  const encoded = tensors.map(({ rows, width, encoded: from }, i) => {
+  const encoded = tensors.map(({ rows, width, dtype: given, encoded: from }, i) => {
+    if (given === dtype) return from;
     const bytes = new Uint8Array(tensorBytes(dtype, rows, width));
     bytes.set(from.subarray(0, 2 * rows));
     const start = scaleBytes(dtype, rows);

@@ -1,0 +1,118 @@
+/**
+ * Steps of integers for an error: what rounding loses is estimated from singular values, and tasks are made again until what was
+ * measured keeps to it too.
+ */
+import { byTask, type Spectrum } from "../extract/allocation.ts";
+import { roundingLoss } from "../extract/steps.ts";
+import { Unreachable } from "./bisect.ts";
+import type { TaskLoss } from "./report.ts";
+
+/** Steps of ΔW by task id. */
+export type Steps = ReadonlyMap<string, number>;
+
+const ROUNDS = 10;
+/** So close below the error asked for is close enough; and what is aimed at. */
+const CLOSE = 0.985;
+const AIM = 0.994;
+/** From round to round a task is held further below. */
+const CAREFUL = 0.004;
+/** After so many rounds anything below is. */
+const LATE = 4;
+/** Errors grow nearly as steps do. */
+const SLOPE = 0.85;
+/** Where steps of this share make errors no smaller than that share of what they were, so often, integers are at their end. */
+const FINER = 0.9;
+const STUCK = 0.97;
+const MOST_STUCK = 2;
+/** Steps as near as this to each other should lose the same. */
+const NEAR = 0.99;
+
+/** Steps with which each task is expected to lose nearly `max` of its ΔW. */
+export function startSteps(spectra: readonly Spectrum[], max: number): Steps {
+  return new Map([...byTask(spectra)].map(([task, { own, square }]) => [task, estimate(own, square, max)]));
+}
+
+/**
+ * The coarsest steps with which no task loses more than `max` of its ΔW, about.
+ * @param make makes tasks with these steps
+ * @param lossesOf what they lose
+ * @throws Unreachable
+ */
+export async function stepsWithin<T>(
+  start: Steps,
+  max: number,
+  make: (steps: Steps) => Promise<T>,
+  lossesOf: (made: T) => readonly TaskLoss[],
+): Promise<T> {
+  const found = new Map([...start].map(([task, step]) => [task, new Seeker(step, max)]));
+  for (let round = 0; round < ROUNDS; round++) {
+    const made = await make(new Map([...found].map(([task, { step }]) => [task, step])));
+    let done = true;
+    for (const { id, total } of lossesOf(made)) {
+      const seeker = found.get(id)!;
+      if (!seeker.isDone(total, round)) done = false;
+      if (seeker.isStuck) throw tooFine(id, max);
+    }
+    if (done) return made;
+  }
+  throw tooFine([...found].find(([, { passes }]) => !passes)![0], max);
+}
+
+function tooFine(task: string, max: number): Unreachable {
+  return new Unreachable(`task "${task}" loses more than ${max} of its ΔW in integers: allow more`);
+}
+
+/** The step with which a task is expected to lose so much. */
+function estimate(spectra: readonly Spectrum[], square: number, max: number): number {
+  if (square === 0) return 1;
+  // Beyond the largest step everything is lost; halved in octaves, far finer than it needs to be.
+  let [low, high] = [Math.sqrt(square) * 1e-9, Math.sqrt(square)];
+  while (high > 1.001 * low) {
+    const middle = Math.sqrt(low * high);
+    if (roundingLoss(spectra, middle) > (AIM * max) ** 2 * square) high = middle;
+    else low = middle;
+  }
+  return low;
+}
+
+/** Looks for the step of one task. */
+class Seeker {
+  step: number;
+  passes = false;
+  #stuck = 0;
+  readonly #max: number;
+  /** The coarsest step that passed, the finest that did not. */
+  #good = 0;
+  #bad = Infinity;
+  /** What was lost with that. */
+  #least = Infinity;
+
+  constructor(step: number, max: number) {
+    this.step = step;
+    this.#max = max;
+  }
+
+  get isStuck(): boolean {
+    return this.#stuck > MOST_STUCK;
+  }
+
+  /** @param total what the task lost with its step, which changes where that is not good enough */
+  isDone(total: number, round: number): boolean {
+    const max = this.#max;
+    this.passes = total <= max;
+    if (total === 0 || (this.passes && (total >= CLOSE * max || round >= LATE))) return true;
+    if (this.passes) this.#good = Math.max(this.#good, this.step);
+    else {
+      if (this.step < FINER * this.#bad && total > STUCK * this.#least) this.#stuck++;
+      // What passed before does so no more where others' steps have changed what is shared.
+      if (this.#good > NEAR * this.step) this.#good = 0;
+      [this.#bad, this.#least] = [Math.min(this.#bad, this.step), Math.min(this.#least, total)];
+    }
+    const aim = (AIM - CAREFUL * round) * max;
+    const next = this.step * (aim / total) ** (1 / SLOPE);
+    const between = this.#good > 0 && this.#bad < Infinity;
+    const outside = !(next > this.#good && next < this.#bad);
+    this.step = between && outside ? Math.sqrt(this.#good * this.#bad) : next;
+    return false;
+  }
+}

@@ -1,0 +1,139 @@
+/** Packs whose tasks are entropy-coded as coarsely as an error allows. */
+import t from "tap";
+import type { Adapter } from "../dist/src/adapters/adapter.js";
+import { readAdapters } from "../dist/src/adapters/folder.js";
+import { createExtractor } from "../dist/src/extract/extractor.js";
+import { buildApart, type Seek } from "../dist/src/pack/apart.js";
+import { isCodedPack } from "../dist/src/pack/coding.js";
+import { taskAdapter } from "../dist/src/pack/expand.js";
+import { planAppend } from "../dist/src/pack/fresh.js";
+import { openPack, type Pack } from "../dist/src/pack/pack.js";
+import { projectAdapters } from "../dist/src/pack/project.js";
+import { type Steps, stepsWithin } from "../dist/src/pack/refine.js";
+import { completeDtypes } from "../dist/src/pack/report.js";
+import { searchPack } from "../dist/src/pack/search.js";
+import { errorOf, stepOf } from "../dist/src/pack/steps.js";
+import { codedOptions } from "../dist/src/pack/ways.js";
+import { concat, data } from "./packs.ts";
+
+const names = ["debtags-role", "debtags-use", "sections-0", "sections-1", "debtags-interface"];
+const whole = await readAdapters(names.map((name) => data(`adapters/own-seed/${name}`)));
+t.teardown(() => Promise.all(whole.map((adapter) => adapter.close())));
+/** Four modules of twelve. */
+const adapters = whole.map((adapter) => ({ ...adapter, modules: new Map([...adapter.modules].slice(0, 4)) }));
+
+const product = (Bt: Float32Array, A: Float32Array, rank: number): Float64Array => {
+  const [out, width] = [Bt.length / rank, A.length / rank];
+  const all = new Float64Array(out * width);
+  for (let k = 0; k < rank; k++)
+    for (let o = 0; o < out; o++)
+      for (let i = 0; i < width; i++) all[o * width + i]! += Bt[k * out + o]! * A[k * width + i]!;
+  return all;
+};
+
+/** ‖ΔW − ΔW'‖ / ‖ΔW‖ from the matrices themselves. */
+async function lossOf(pack: Pack, { id, modules }: Adapter): Promise<number> {
+  const task = await taskAdapter(pack, id);
+  let [lost, all] = [0, 0];
+  for (const [name, module] of modules) {
+    const given = await module.read();
+    const exact = product(given.Bt, given.A, given.rank);
+    const stored = await task.modules.get(name)?.read();
+    const found = stored && product(stored.Bt, stored.A, stored.rank);
+    for (const [i, value] of exact.entries()) {
+      lost += (value - (found?.[i] ?? 0)) ** 2;
+      all += value ** 2;
+    }
+  }
+  return Math.sqrt(lost / all);
+}
+
+t.test("no task loses more than was asked, nor much less, in fewer bytes than with few bits for all", async (t) => {
+  for (const max of [0.3, 0.15, 0.05]) {
+    const goal = { kind: "error", max } as const;
+    const { chunks, report } = await searchPack(adapters, { goal });
+    const pack = await openPack(concat(chunks).buffer);
+    t.ok(isCodedPack(pack) && errorOf(pack) === max && stepOf(pack)! > 0);
+    for (const adapter of adapters) {
+      const loss = await lossOf(pack, adapter);
+      t.ok(loss <= max && loss > 0.95 * max, `${adapter.id}: ${loss}`);
+      t.ok(Math.abs(loss - report.errors.find(({ id }) => id === adapter.id)!.total) < 1e-6, "the report says so");
+    }
+    const bits = await searchPack(adapters, { goal, ways: [{ gauge: "balanced", allocateBeside: 0 }] });
+    t.ok(report.bytes < 0.9 * bits.report.bytes, `${report.bytes} of ${bits.report.bytes}`);
+    t.equal(report.tried.length, 1, "one way is enough");
+    await pack.close();
+  }
+});
+
+t.test("an error that integers do not reach is kept to by other numbers", async (t) => {
+  const { chunks, report } = await searchPack(adapters.slice(0, 2), { goal: { kind: "error", max: 0.001 } });
+  const pack = await openPack(concat(chunks).buffer);
+  for (const adapter of adapters.slice(0, 2)) t.ok((await lossOf(pack, adapter)) <= 0.001);
+  t.match(report.tried[0]!.reason, /loses more than 0.001 of its ΔW in integers/);
+  t.equal(report.name, "private terms alone");
+  t.notOk(isCodedPack(pack));
+});
+
+t.test("adapters that are alike share components, which are coded as well", async (t) => {
+  const alike = ["a", "b", "c", "d"].map((id) => ({ ...adapters[0]!, id }));
+  const { chunks, report } = await searchPack(alike, { goal: { kind: "error", max: 0.15 } });
+  const [alone] = report.tried;
+  t.ok(report.components.max > 0 && report.bytes < 0.7 * alone!.bytes!, `${report.bytes} of ${alone!.bytes}`);
+  const pack = await openPack(concat(chunks).buffer);
+  for (const adapter of alike) t.ok((await lossOf(pack, adapter)) <= 0.15);
+});
+
+t.test("an adapter that comes later keeps to the pack's error", async (t) => {
+  for (const max of [0.3, 0.05]) {
+    const { chunks } = await searchPack(adapters.slice(0, 3), { goal: { kind: "error", max } });
+    const pack = await openPack(concat(chunks).buffer);
+    const later = await projectAdapters(pack, adapters.slice(3), completeDtypes({ head: "int8" }));
+    for (const { residual } of later) t.ok(residual.total <= max && residual.total > 0.95 * max, `${residual.total}`);
+    const append = await planAppend(pack, later);
+    const grown = concat([...chunks, ...append.body]);
+    grown.set(append.superblock, append.superblockOffset);
+    const again = await openPack(grown.buffer);
+    for (const adapter of adapters) t.ok((await lossOf(again, adapter)) <= max, adapter.id);
+  }
+});
+
+t.test("tasks that are made some at a time are the same", async (t) => {
+  const extractor = await createExtractor();
+  const others = [{ ...adapters[4]!, modules: new Map([...adapters[4]!.modules].slice(2)) }, ...adapters.slice(0, 4)];
+  const seek: Seek = async (some, make) => {
+    await make(new Map(some.map((adapter) => [adapter, 0.02])));
+    await make(new Map(some.map((adapter) => [adapter, 0.01])));
+  };
+  const options = codedOptions({ gauge: "balanced" }, 0, 0.05);
+  const [together, ...apart] = await Promise.all(
+    [undefined, 1, 150_000].map((most) => buildApart(extractor, others, options, 0.15, seek, most)),
+  );
+  for (const { chunks, report } of apart) {
+    t.strictSame(concat(chunks as Uint8Array[]), concat(together!.chunks as Uint8Array[]));
+    t.strictSame(report, together!.report);
+  }
+});
+
+t.test("steps are sought for each task, and not for ever", async (t) => {
+  const asked: number[] = [];
+  const make = async (steps: Steps): Promise<{ id: string; total: number; mean: number; max: number }[]> => {
+    asked.push(steps.get("a")!);
+    // One that loses as much as its step, and one that nothing helps below 0.1.
+    return [...steps].map(([id, step]) => {
+      const total = id === "a" ? step : Math.max(step, 0.1);
+      return { id, total, mean: total, max: total };
+    });
+  };
+  const start = new Map([
+    ["a", 1],
+    ["b", 1],
+  ]);
+  const found = await stepsWithin(start, 0.2, make, (made) => made);
+  for (const { total } of found) t.ok(total <= 0.2 && total > 0.19);
+  await t.rejects(
+    stepsWithin(start, 0.05, make, (made) => made),
+    /task "b" loses more than 0.05 of its ΔW/,
+  );
+  t.ok(asked.length < 20);
+});
