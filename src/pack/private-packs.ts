@@ -13,6 +13,7 @@ import type { Goal, Judge } from "./goal.ts";
 import { type Steps, startSteps, stepsWithin } from "./refine.ts";
 import type { TaskLoss } from "./report.ts";
 import type { SearchOptions } from "./search-options.ts";
+import { MOST_STEP } from "./steps.ts";
 import { codedOptions, type Way } from "./ways.ts";
 
 /** What it takes of a search. */
@@ -77,5 +78,5 @@ function typicalStep(spectra: readonly Spectrum[], steps: Steps): number {
   const logs = [...byTask(spectra)].flatMap(([task, { own, square }]) =>
     square > 0 ? Math.log(steps.get(task)! / Math.sqrt(square / own.length)) : [],
   );
-  return Math.exp(logs.reduce((a, b) => a + b, 0) / (logs.length || 1));
+  return Math.min(MOST_STEP, Math.exp(logs.reduce((a, b) => a + b, 0) / (logs.length || 1)));
 }

@@ -103,13 +103,14 @@ class Seeker {
     if (total === 0 || (this.passes && (total >= CLOSE * max || round >= LATE))) return true;
     if (this.passes) this.#good = Math.max(this.#good, this.step);
     else {
-      if (this.step < FINER * this.#bad && total > STUCK * this.#least) this.#stuck++;
+      if (total < 1 && this.step < FINER * this.#bad && total > STUCK * this.#least) this.#stuck++;
       // What passed before does so no more where others' steps have changed what is shared.
       if (this.#good > NEAR * this.step) this.#good = 0;
       [this.#bad, this.#least] = [Math.min(this.#bad, this.step), Math.min(this.#least, total)];
     }
     const aim = (AIM - CAREFUL * round) * max;
-    const next = this.step * (aim / total) ** (1 / SLOPE);
+    // Where nothing is left of a task, its loss says nothing about the step.
+    const next = total < 1 ? this.step * (aim / total) ** (1 / SLOPE) : this.step / 2;
     const between = this.#good > 0 && this.#bad < Infinity;
     const outside = !(next > this.#good && next < this.#bad);
     this.step = between && outside ? Math.sqrt(this.#good * this.#bad) : next;

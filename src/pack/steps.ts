@@ -11,7 +11,8 @@ import type { Dtype, QuantizedDtype } from "../tensor/dtypes.ts";
 import { narrowed } from "../tensor/encode.ts";
 import type { Pack } from "./pack.ts";
 
-const MOST_STEP = 16;
+/** The largest that a pack may say. */
+export const MOST_STEP = 16;
 
 /** A search makes many packs of the same adapters, and each norm takes reading all of one. */
 const norms = new WeakMap<Adapter, Promise<number>>();
