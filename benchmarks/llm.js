@@ -12,6 +12,7 @@ import { data } from "../examples/minilm.js";
 import { packOf, withAdapters } from "./lib/adapters.js";
 import { choice, flag, number, readArguments, text } from "./lib/arguments.js";
 import { judgeCaches, timeCaches } from "./lib/llm-caches.js";
+import { llamaSteps } from "./lib/llm-llama.js";
 import { memoryRows } from "./lib/llm-memory-rows.js";
 import { stepsPart } from "./lib/llm-steps.js";
 import { trainingPart } from "./lib/llm-training.js";
@@ -44,7 +45,11 @@ const peers = [];
 
 await inScratch(async (scratch) => {
   const pack = given.pack ?? (await made(scratch));
-  if (wants("steps")) parts.push(stepsPart(pack, rounds, quick));
+  if (wants("steps")) {
+    const llama = await llamaSteps(pack, given.gguf, rounds);
+    parts.push(stepsPart(pack, rounds, quick), ...llama.parts);
+    peers.push(...llama.peers);
+  }
   if (wants("caches")) {
     progress("caches");
     const lengths = quick ? [32] : [32, 256];
