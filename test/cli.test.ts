@@ -54,6 +54,8 @@ t.test("pack to a size, to an error, with less rank and private terms; auto says
   t.match(text, /ΔW error of a task, mean \/ largest +0 +1[45]\.\d % \/ 1[45]\.\d %/);
   t.match(text, /private terms +\d+ in as many bits as they are worth/);
   t.match(text, /nothing is shared/);
+  t.match((await run("inspect", "safe.eigen")).stdout, /entropy-coded, every task made within 15.0 % of its ΔW/);
+  t.equal((await json(0, "inspect", "safe.eigen"))["error"], 0.15);
 
   const refused = async (...args: string[]): Promise<string> =>
     (await json(2, "pack", ...some, "-o", "x.eigen", ...args))["error"].message;

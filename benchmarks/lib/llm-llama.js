@@ -83,8 +83,11 @@ export async function measureLlama(modelPath, folder, rounds) {
     const without = await inARow(false);
     const after = early ?? (await inARow(true));
     const { cpu } = await clocked(switched);
-    if (round > 0)
-      for (const [name, value] of Object.entries({ plain, without, after, switch: cpu })) times[name].push(value);
+    if (round === 0) continue;
+    times.plain.push(plain);
+    times.without.push(without);
+    times.after.push(after);
+    times.switch.push(cpu);
   }
   const ratios = times.after.map((after, i) => after / times.without[i]);
   return [

@@ -5,6 +5,7 @@ import { SECTION_FREE, WINDOW_BYTES } from "../format/format.ts";
 import { keyName } from "../pack/keys.ts";
 import type { Pack } from "../pack/pack.ts";
 import { breakEven } from "../pack/report.ts";
+import { errorOf, stepOf } from "../pack/steps.ts";
 import { DTYPES } from "../tensor/dtypes.ts";
 import { type Attach, command } from "./command.ts";
 import { bytes, count, percent, range, sharing, table } from "./output.ts";
@@ -42,15 +43,19 @@ export const inspect: Attach = command({
     const dtypes = pack.modules.flatMap(({ A, B }) => [A?.tensor.dtype, B?.tensor.dtype]);
     const dtype = [...new Set(dtypes)].filter(Boolean).join(",");
     const shares = modules.some(({ componentsA, componentsB }) => componentsA > 0 || componentsB > 0);
-    const how = shares ? `${mode}, ${gauge}, centring ${centering}, ${dtype}` : `${gauge}, no shared components`;
+    const [step = null, error = null] = [stepOf(pack), errorOf(pack)];
+    const coding = step === null ? "" : ", entropy-coded";
+    const limit = error === null ? "" : `, every task made within ${percent(error)} of its ΔW`;
+    const kind = shares ? `${mode}, ${gauge}, centring ${centering}, ${dtype}` : `${gauge}, no shared components`;
     const privateTerms = await privateTermsOf(pack);
     const { signature } = pack.window.superblock;
     const trust = { integrity: await pack.integrity(), signedBy: signature ? keyName(signature.key) : null };
-    const about = { version, bytes: committed, mode, gauge, centering, dtype, producer, baseModel, basisId, ...trust };
+    const made = { mode, gauge, centering, dtype, step, error, producer, baseModel };
+    const about = { version, bytes: committed, ...made, basisId, ...trust };
     return {
       json: { ...about, basisBytes: basesLength, tasks, modules, sections, privateTerms, breakEvenTasks },
       text: [
-        `${pack.name}: version ${version}, ${bytes(committed)}, ${how}`,
+        `${pack.name}: version ${version}, ${bytes(committed)}, ${kind}${coding}${limit}`,
         `root ${trust.integrity}, ${trust.signedBy ? `signed by ${trust.signedBy} (verify checks it)` : "not signed"}`,
         ...table([["section", "offset", "bytes"], ...sections.map(({ name, offset, bytes }) => [name, offset, bytes])]),
         "",
