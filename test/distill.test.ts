@@ -15,7 +15,7 @@ import type { TensorRef } from "../dist/src/format/format.js";
 import { parseTaskFile } from "../dist/src/format/task-file.js";
 import { openPack } from "../dist/src/pack/pack.js";
 import { decodeScales } from "../dist/src/tensor/dtypes.js";
-import { uniform } from "../dist/src/tensor/random.js";
+import { shuffle, uniform } from "../dist/src/tensor/random.js";
 import { type BatchFeeds, type DistillOptions, distill } from "../dist/src/train/index.js";
 import { MeanDivergence } from "../dist/src/train/probabilities.js";
 import { readTask } from "../examples/minilm.js";
@@ -238,6 +238,31 @@ t.test("private terms of an entropy-coded pack are distilled, as many as each mo
   t.ok(made.divergenceAfter < 0.85 * made.divergenceBefore, `${made.divergenceBefore} → ${made.divergenceAfter}`);
   await session.addTask("distilled", made.file);
   t.same(await ranksOf("distilled"), await ranksOf("five"));
+});
+
+t.test("modules that a coarse step leaves no components on one side are distilled with the others", async (t) => {
+  const options = { ...SMALL, gauge: "balanced", step: 0.45 } as const;
+  const [session, exact] = [await tiny(NODE, options, ["adapters/five", "adapters/two"]), await tiny(NODE, LOSSLESS)];
+  t.teardown(async () => (await session.close(), exact.close()));
+  const components = session.pack.modules.map(({ A, B }) => `${A!.K} and ${B!.K}`);
+  t.same(components, ["1 and 3", "1 and 2", "0 and 2", "0 and 1"]);
+  const adapter = await adapterOf(t, "sessions/adapters/two");
+  const all = inputs(NODE, session, 128);
+  const made = await distill(session, { adapter, feeds: all, steps: 60, batch: 16, holdout: 0.25 });
+  t.equal(made.kept, "distilled");
+  await session.addTask("distilled", made.file);
+  const shapesOf = async (id: string): Promise<unknown> =>
+    (await session.pack.load(id)).terms.map(({ rank, A, B }) => [rank, A!.tensor.width, A!.mean, B!.tensor.width]);
+  t.same(await shapesOf("distilled"), await shapesOf("two"));
+  // What training sees is what sessions make of it: the mean acts where there is nothing else.
+  const held = shuffle([...all], uniform(0)).slice(0, Math.round(0.25 * all.length));
+  for (const [id, seen] of [
+    ["two", made.divergenceBefore],
+    ["distilled", made.divergenceAfter],
+  ] as const) {
+    const found = await divergence([session, id], [exact, "two"], held);
+    t.ok(Math.abs(found / seen - 1) < 1e-3, `${id}: ${found}, ${seen}`);
+  }
 });
 
 t.test("what cannot be distilled is refused by name", async (t) => {

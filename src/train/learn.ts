@@ -122,7 +122,8 @@ async function trainedModules(
       const { name, in: inputs, out } = module;
       if (modules?.includes(name) === false) return [];
       const own = first?.terms.find((term) => term.module === index);
-      const shared = sharedRows(module, bases.bytes, own?.A ? own.rank : rank, components);
+      const made = own?.A !== undefined;
+      const shared = sharedRows(module, bases.bytes, made ? own.rank : rank, components, made);
       const privateRank = privateTerms ?? own?.privateRank ?? 0;
       return [
         { name, in: inputs, out, shared, privateRank: shared ? privateRank : Math.max(privateRank, own ? 0 : rank) },

@@ -44,8 +44,8 @@ export function taskFile(
   for (const [module, { name, A, B }] of pack.modules.entries()) {
     const of = (kind: TrainedParameter["kind"]): (TensorInput & { rows: number }) | undefined => {
       const [rows, width] = trained.parameter(name, kind)?.dims ?? [];
-      if (!rows || !width) return undefined;
-      const steps = stored && rowsOf(trained.part(stored.parameters, name, kind)!, width);
+      if (!rows || width === undefined) return undefined;
+      const steps = stored && rowsOf(trained.part(stored.parameters, name, kind)!, rows);
       const values = trained.part(parameters, name, kind)!;
       return { rows, ...tensor(`${kind} of "${name}"`, coefficients, values, rows, width, steps) };
     };
@@ -80,7 +80,7 @@ function savedLayer(
   const { module, in: inputs, out } = layer;
   const name = (part: string): string => `${module}.${part}`;
   const given = stored ? toSteps(weight, stored.weight, stored.largest) : weight;
-  const steps = stored && rowsOf(stored.weight, inputs);
+  const steps = stored && rowsOf(stored.weight, out);
   const made = tensor(`"${name("weight")}"`, dtype, given, out, inputs, steps);
   const saved: ParameterInput = { name: name("weight"), role: "saved", shape: [out, inputs], ...made };
   if (!layer.bias) return [saved];

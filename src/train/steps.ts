@@ -70,7 +70,8 @@ export function toSteps(values: Float32Array, steps: Float32Array, largest: numb
   });
 }
 
-/** Steps of the rows of some of them. @param steps [rows, width] */
-export function rowsOf(steps: Float32Array, width: number): Float32Array {
-  return Float32Array.from({ length: steps.length / width }, (_, row) => steps[row * width]!);
+/** Steps of so many rows. @param steps [rows, width]; of rows without numbers 0 */
+export function rowsOf(steps: Float32Array, rows: number): Float32Array {
+  const width = steps.length / rows;
+  return Float32Array.from({ length: rows }, (_, row) => steps[row * width] ?? 0);
 }

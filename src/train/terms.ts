@@ -141,9 +141,9 @@ export class Terms {
   #expand(values: Values, module: TrainedModule, side: SideName, rows: Float32Array): void {
     const shared = this.#shared(values, module, side);
     if (shared) {
-      const { K, mean, width, E, alpha } = shared;
+      const { K, mean, width, E, alpha, count } = shared;
       const sums = new Float64Array(width);
-      for (let row = 0; row < alpha.length / K; row++) {
+      for (let row = 0; row < count; row++) {
         if (mean) sums.set(E.subarray(K * width, (K + 1) * width));
         else sums.fill(0);
         accumulate(sums, alpha.subarray(row * K, (row + 1) * K), E);
@@ -161,6 +161,8 @@ export class Terms {
         ...shared[side],
         E: this.part(values, name, `components${side}`) ?? shared[side].values,
         alpha: this.part(values, name, `alpha${side}`)!,
+        /** Rows of alpha. Without components there are rows all the same, of the mean alone. */
+        count: this.parameter(name, `alpha${side}`)!.dims[0],
       }
     );
   }
@@ -182,10 +184,10 @@ export class Terms {
     own?.set(rows.subarray(rows.length - own.length));
     const shared = this.#shared(values, module, side);
     if (!shared) return;
-    const { K, mean, width, E, alpha } = shared;
+    const { K, mean, width, E, alpha, count } = shared;
     const ofAlpha = this.part(gradients, module.name, `alpha${side}`)!;
     const ofE = this.part(gradients, module.name, `components${side}`);
-    for (let row = 0; row < alpha.length / K; row++) {
+    for (let row = 0; row < count; row++) {
       const g = rows.subarray(row * width, (row + 1) * width);
       products(ofAlpha.subarray(row * K, (row + 1) * K), g, E);
       for (let k = 0; k < (ofE ? K : 0); k++) {
@@ -242,14 +244,16 @@ function products(out: Float32Array, g: Float32Array, E: Float32Array): void {
  * The components of a module; undefined where it has none on a side, for there is nothing to take coefficients of.
  * @param bases of the pack, as `pack.bases()` gives them
  * @param rank of the rows; flat components are of a rank of their own
+ * @param made whether a task that is trained on has rows of the module: they may be of the mean alone
  */
 export function sharedRows(
   { A, B }: PackModule,
   bases: Uint8Array,
   rank: number,
   trained: boolean,
+  made: boolean = false,
 ): SharedRows | undefined {
-  if (!A || !B || A.K === 0 || B.K === 0) return undefined;
+  if (!A || !B || (!made && (A.K === 0 || B.K === 0))) return undefined;
   const read = ({ kind, K, mean, tensor }: Side): Basis => {
     return { kind, K, mean, width: tensor.width, values: readTensor(bases, tensor) };
   };
