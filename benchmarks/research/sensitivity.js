@@ -47,11 +47,15 @@ const given = readArguments("Does it pay to store the modules that answers depen
   suite: choice(SUITES, "which adapters", "own-seed"),
   k: number("components. Default: as in docs/size.md", undefined, 1),
   rank: number("strongest directions of each module that are kept. Default: as in docs/size.md", undefined, 1),
+  step: number("one step for all modules, whose bytes the others keep to. Default: as in docs/size.md"),
   texts: number("that sensitivities are found by, and as many others that judge", 48, 8),
   tasks: number("distil so many tasks, spread over the suite", 7),
   steps: number("of distilling", 240, 1),
 });
-const { k, rank, step, headStep } = { ...PACKS[given.suite], ...defined({ k: given.k, rank: given.rank }) };
+const { k, rank, step, headStep } = {
+  ...PACKS[given.suite],
+  ...defined({ k: given.k, rank: given.rank, step: given.step }),
+};
 ort.env.logLevel = "error";
 const engine = createEngine(ort, SESSION);
 const encode = /** @type {any} */ (await createEncoder(ort));
