@@ -145,7 +145,8 @@ function onWebgpu(options: KnownOptions | undefined): boolean {
 export function optionsFor(given: KnownOptions, { purpose, exactNodes = [] }: LoadOptions): object {
   if (purpose === "inspect") {
     const { executionProviders, preferredOutputLocation, ...rest } = given as Record<string, unknown>;
-    return unpacked({ ...rest, graphOptimizationLevel: "disabled" });
+    // An arena grows by doubling, and gives nothing back while anything of it is there.
+    return unpacked({ ...rest, graphOptimizationLevel: "disabled", enableCpuMemArena: false });
   }
   // Patterns of memory are worth little to lengths that change, and each is memory of its own beside what was there.
   const options =

@@ -527,6 +527,7 @@ t.test("nodes that WebGPU is not exact enough for run on the CPU", (t) => {
   // Weights are not packed a second time.
   const extra = { session: { disable_prepacking: "1" } };
   t.same(optionsFor(options, { purpose: "train" }), { enableMemPattern: false, ...options, extra });
-  t.same(optionsFor(options, { purpose: "inspect" }), { graphOptimizationLevel: "disabled", extra });
+  const inspecting = { graphOptimizationLevel: "disabled", enableCpuMemArena: false, extra };
+  t.same(optionsFor(options, { purpose: "inspect" }), inspecting);
   t.end();
 });

@@ -215,16 +215,20 @@ export class Emitter {
   }
 
   /**
-   * An int64 vector of one zero, which a runtime knows only once `value` is there.
-   * @param axis of a dimension that the run alone tells; undefined where all are fixed
+   * An int64 vector of these numbers, of which a runtime knows neither numbers nor length before `value` is there.
+   *
+   * What is made in a shape of unknown length is of unknown rank: onnxruntime then does not look for memory to use again while it loads
+   * the graph, where it holds every value of known rank against all that were needed before.
+   * @param axis of a dimension of `value` that the run alone tells; undefined where all are fixed
    */
-  late(value: string, axis: number | undefined): string {
+  late(numbers: readonly number[], value: string, axis: number | undefined): string {
     // Sizes cost nothing. Where they are known before, one of the elements: runtimes work out what they can when they load.
     const of =
       axis === undefined
         ? this.op("Cast", [this.slice(this.op("Reshape", [value, this.ints([-1])]), 0, 0, 1)], { to: INT64 })
-        : this.slice(this.op("Shape", [value]), 0, axis, axis + 1);
-    return this.mul(of, this.ints([0]));
+        : this.unsqueeze(this.op("Gather", [this.op("Shape", [value]), this.int(axis)], { axis: 0 }), [0]);
+    const zero = this.mul(of, this.ints([0]));
+    return this.op("Slice", [this.ints(numbers), zero, this.ints([numbers.length]), this.ints([0])]);
   }
 
   /** value[from:to] along one axis. */

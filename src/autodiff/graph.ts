@@ -21,6 +21,7 @@ import { Problems } from "./problems.ts";
 import { recompute } from "./recompute.ts";
 import { differentiate } from "./reverse.ts";
 import { checkFeeds, type ShapeProbe, type Shapes } from "./shapes.ts";
+import { takeUntransposed } from "./transposed.ts";
 
 export interface TrainingGraphOptions {
   /** The output that holds the logits, [… , classes]. Default: "logits", or the only output. */
@@ -81,20 +82,20 @@ const LOSS = `${PREFIX}.loss`;
 const CLASSES = `${PREFIX}.classes`;
 const BOOL = 9;
 
-/** Sizes of free dimensions in the two feeds: all differ. */
+/** Sizes of free dimensions in the two feeds: all differ. Most models have two. */
 const SIZES = [
-  [2, 5, 11, 17, 23, 31],
-  [3, 7, 13, 19, 29, 37],
+  [2, 5, 31, 41, 47, 59],
+  [3, 7, 37, 43, 53, 61],
 ] as const;
 
-/** The same for task inputs: labels, the rank of factors, rows of tables. */
+/** The same for task inputs: labels, the rank of factors, rows of tables. Factors of many layers are most of what is fed. */
 const TASK_SIZES = [
-  { labels: 41, q: 47, rows: 59 },
-  { labels: 43, q: 53, rows: 61 },
+  { labels: 23, q: 11, rows: 67 },
+  { labels: 29, q: 13, rows: 71 },
 ] as const;
 
-/** How many positions are looked at in the two feeds: no other size. */
-const POSITION_COUNTS = [67, 71] as const;
+/** How many positions are looked at in the two feeds, each with a whole vocabulary: no other size. */
+const POSITION_COUNTS = [17, 19] as const;
 
 /** Task inputs that are trained. The others are constant while a task is learned. */
 const TRAINED: ReadonlySet<TaskInput["kind"]> = new Set(["A", "B", "headWeight", "headBias"]);
@@ -165,6 +166,7 @@ export async function buildTrainingGraph(
   picked?.choose();
   main.node.push(learning);
   main.output.push(...results.map(({ as }) => makeValue(as, FLOAT)));
+  takeUntransposed(indexGraph(main, model.name), model.opset);
   const logitsDims = namedDims(path.shapes, logits, ofTasks);
   const tokens = picked && { positions: POSITIONS, classes: CLASSES };
   const names = { learnInput: LEARN, targetsInput: TARGETS, lossOutput: LOSS, logitsOutput: logits };

@@ -62,12 +62,16 @@ export function valuesToKeep(forward: Forward, needed: ReadonlySet<string>): Kep
 function isDear({ opType, input }: NodeProto, { producers }: Graph): boolean {
   if (!PRODUCT.test(opType)) return false;
   return input.slice(0, 2).some((value) => {
-    const maker = producers.get(value);
-    return (
-      !maker ||
-      (/^(Transpose|Cast|Squeeze|Reshape|Constant|Identity)$/.test(maker.opType) &&
-        !producers.has(maker.input[0] ?? ""))
-    );
+    let name: string | undefined = value;
+    // An embedding in f16 that is the last layer too goes through two of them. Damaged files may go in circles.
+    for (let depth = 0; depth < 4 && name !== undefined; depth++) {
+      const maker = producers.get(name);
+      if (!maker) return true;
+      name = /^(Transpose|Cast|Squeeze|Reshape|Constant|Identity)$/.test(maker.opType)
+        ? (maker.input[0] ?? "")
+        : undefined;
+    }
+    return false;
   });
 }
 

@@ -96,10 +96,10 @@ export class NodeGradient {
     return this.#walk.shapes.type(value);
   }
 
-  /** An int64 vector of one zero, which is there only when this node's gradient is. */
-  late(): string {
+  /** An int64 vector of these numbers, which is there only when this node's gradient is. */
+  late(numbers: readonly number[]): string {
     const { value, axis } = this.moment();
-    return this.emit.late(value, axis);
+    return this.emit.late(numbers, value, axis);
   }
 
   /** When this node's gradient is there. */

@@ -139,7 +139,7 @@ class Again {
     const rank = this.#path.shapes.dims(value).length;
     if (rank === 0) return value;
     const emit = this.#emit;
-    const zeros = emit.op("Expand", [emit.late(moment.value, moment.axis), emit.ints([rank])]);
+    const zeros = emit.late(Array<number>(rank).fill(0), moment.value, moment.axis);
     const late = emit.op("Reshape", [value, zeros]);
     for (; this.#taken < emit.nodes.length; this.#taken++) this.#nodes.push(emit.nodes[this.#taken]!);
     return late;

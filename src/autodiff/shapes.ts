@@ -3,7 +3,6 @@
  * same for two feeds whose free dimensions all differ is fixed, and what differs is free.
  */
 import { type Feed, presentNames } from "../onnx/feeds.ts";
-import { FLOAT, FLOAT16 } from "../onnx/linear.ts";
 import { attribute, type Graph } from "../onnx/model.ts";
 import { type Added, makeNode, PREFIX } from "../onnx/nodes.ts";
 import type { ValueInfoProto } from "../onnx/onnx_pb.ts";
@@ -39,8 +38,8 @@ export function fromFront(axis: number, rank: number): number {
   return axis < 0 ? axis + rank : axis;
 }
 
-/** Constants of more elements are not compared. */
-const LARGEST_CONSTANT = 64;
+/** Constants of more elements are not compared, so that their data need not be given. */
+export const LARGEST_CONSTANT = 64;
 
 /** Of more free dimensions than these no products are known. */
 const MOST_FREE = 64;
@@ -112,6 +111,8 @@ export async function probeShapes(
   for (const value of asked) {
     const weight = weightOf(graph, value);
     if (weight) found.set(value, [weight, weight]);
+    const inputs = feeds.map((feed) => feed.get(value));
+    if (inputs.every((input) => input !== undefined)) found.set(value, inputs.map(probedFeed));
   }
   const fetches = asked.filter((value) => !found.has(value)).map((value, i) => ({ value, as: `${PREFIX}/probe/${i}` }));
   const [outputs, nodes] = [proto.output, proto.node.length];
@@ -141,17 +142,45 @@ export async function probeShapes(
   return new Shapes(found, graph, feeds);
 }
 
+function probedFeed({ dataType, dims }: Feed): Probed {
+  return { type: nameOf(dataType), dims, data: undefined };
+}
+
+/** Runtimes' names of `TensorProto.DataType`. */
+const TYPES: ReadonlyMap<number, string> = new Map([
+  [1, "float32"],
+  [2, "uint8"],
+  [3, "int8"],
+  [6, "int32"],
+  [7, "int64"],
+  [9, "bool"],
+  [10, "float16"],
+]);
+
+function nameOf(dataType: number): string {
+  return TYPES.get(dataType) ?? "other";
+}
+
 /** A weight, also behind a Cast or turned: nothing is learned by having all of them given out. */
 function weightOf({ initializers, producers }: Graph, value: string): Probed | undefined {
-  const node = producers.get(value);
-  const cast = node?.opType === "Cast" ? node : undefined;
-  const turned = node?.opType === "Transpose" ? attribute(node, "perm")?.ints.map(Number) : undefined;
-  const tensor = initializers.get((cast || turned ? node!.input[0] : undefined) ?? value);
+  const permutations: number[][] = [];
+  let cast: number | undefined;
+  let name = value;
+  // A few of them: damaged files may go in circles.
+  for (let depth = 0; depth < 4; depth++) {
+    const node = producers.get(name);
+    if (node?.opType !== "Transpose" && node?.opType !== "Cast") break;
+    const perm = node.opType === "Transpose" ? attribute(node, "perm")?.ints.map(Number) : [];
+    if (!perm) break;
+    if (perm.length > 0) permutations.push(perm);
+    else cast ??= Number(attribute(node, "to")?.i ?? 0n);
+    name = node.input[0]!;
+  }
+  const tensor = initializers.get(name);
   const own = tensor?.dims.map(Number);
-  const dims = own && turned ? turned.map((axis) => own[axis]!) : own;
-  if (!tensor || !dims || dims.reduce((a, b) => a * b, 1) <= LARGEST_CONSTANT) return undefined;
-  const type = cast ? Number(attribute(cast, "to")?.i ?? 0n) : tensor.dataType;
-  return { type: type === FLOAT ? "float32" : type === FLOAT16 ? "float16" : "other", dims, data: undefined };
+  if (!tensor || !own || own.reduce((a, b) => a * b, 1) <= LARGEST_CONSTANT) return undefined;
+  const dims = permutations.reduceRight((before, perm) => perm.map((axis) => before[axis]!), own);
+  return { type: nameOf(cast ?? tensor.dataType), dims, data: undefined };
 }
 
 /** The layer that an input of a term or a head is for; undefined of the model's own. */

@@ -4,7 +4,7 @@
  */
 import { buildTrainingGraph, logitsOf, type TrainingGraph } from "../autodiff/graph.ts";
 import { fixInnerHeads } from "../autodiff/inner-heads.ts";
-import type { ShapeProbe } from "../autodiff/shapes.ts";
+import { LARGEST_CONSTANT, type ShapeProbe } from "../autodiff/shapes.ts";
 import { BaseMismatchError } from "../errors.ts";
 import type { TaskInput } from "../onnx/adapted.ts";
 import type { Feed } from "../onnx/feeds.ts";
@@ -124,7 +124,10 @@ function probeOf(engine: Engine): ShapeProbe {
       for (const feed of feeds) {
         const found = await engine.run(model, toTensors(engine, feed), model.outputNames);
         const entries = Object.entries(found).map(async ([name, tensor]) => {
-          return [name, { type: tensor.type, dims: tensor.dims, data: await dataOf(tensor) }] as const;
+          const { type, dims } = tensor;
+          // The values of a whole run, twice, would be the most that this process ever holds.
+          const small = dims.reduce((a, b) => a * b, 1) <= LARGEST_CONSTANT;
+          return [name, { type, dims, data: small ? await dataOf(tensor) : undefined }] as const;
         });
         results.push(Object.fromEntries(await Promise.all(entries)));
       }

@@ -62,18 +62,19 @@ function byShifts(node: NodeGradient, g: string, blocks: Blocks): string {
   const bytes = (block * bits) / 8;
   // Q · scale; what is taken off for the zero is the same in all of a block.
   const zeros = zerosOf(node, blocks);
-  const by = emit.op("Gemm", [g, emit.neg(emit.mul(zeros, blocks.scales))]);
+  const by = emit.op("MatMul", [g, emit.neg(emit.mul(zeros, blocks.scales))]);
   // [halves, rows, count · bytes], the lower half of the bytes first.
   const products = inParts(blocks, (from, to, before) => {
     // Known in the run alone, and behind the part before: runtimes would unpack constant weights when they load them.
-    const late = before === undefined ? node.late() : emit.late(before, 1);
-    const all = emit.op("Reshape", [node.x(1), emit.add(emit.ints([N, count, bytes]), late)]);
+    const shape = [N, count, bytes];
+    const late = before === undefined ? node.late(shape) : emit.late(shape, before, 1);
+    const all = emit.op("Reshape", [node.x(1), late]);
     const part = to - from < N ? emit.slice(all, 0, from, to) : all;
     const scale = emit.unsqueeze(to - from < N ? emit.slice(blocks.scales, 0, from, to) : blocks.scales, [2]);
     const gradient = columns(emit, g, blocks, from, to);
     const halves = (bits === 8 ? [part] : nibbles(emit, part)).map((half) => {
       const rows = emit.op("Flatten", [emit.mul(emit.toFloat(half), scale)], { axis: 1 });
-      return emit.unsqueeze(emit.op("Gemm", [gradient, rows]), [0]);
+      return emit.unsqueeze(emit.op("MatMul", [gradient, rows]), [0]);
     });
     const product = emit.concat(halves, 0);
     return before === undefined ? product : emit.add(before, product);
@@ -115,7 +116,7 @@ function byGather(node: NodeGradient, g: string, blocks: Blocks): string {
   const attributes = { bits, block_size: block, gather_axis: 0, quantize_axis: 1 };
   const sum = inParts(blocks, (from, to, before) => {
     const places = emit.op("Range", [emit.int(from), emit.int(to), emit.int(1)]);
-    const late = emit.add(places, before === undefined ? node.late() : emit.late(before, 0));
+    const late = emit.add(places, before === undefined ? node.late([0]) : emit.late([0], before, 0));
     const rows = emit.op("GatherBlockQuantized", [packed, late, blocks.scales, ...zeros], attributes, CONTRIBUTED);
     return emit.op("Gemm", [columns(emit, g, blocks, from, to), rows, ...(before === undefined ? [] : [before])]);
   });
