@@ -1,13 +1,14 @@
 /**
- * What a switch allocates, in mode "core": nothing for cores once two selections have been there. Arrays are told apart by what an
+ * What a switch allocates: nothing for cores and factors once two selections have been there. Arrays are told apart by what an
  * engine gets, and a run that is under way keeps the numbers that it began with.
  */
-import t from "tap";
+import t, { type Test } from "tap";
 import type { EngineTensor } from "../dist/src/session/engine.js";
 import { PlainEngine, PlainTensor } from "./plain-engine.ts";
 import { difference, feeds, golden, model, type Ort, open, outputOf, packFor } from "./sessions.ts";
 
-t.test("cores are written over those of a selection that is gone", async (t) => {
+/** Switches on a session of one mode: what is given to the engine, and whether answers are right. */
+async function watched(t: Test, mode: "core" | "factors", isTerm: (dims: readonly number[]) => boolean): Promise<void> {
   const made: { data: unknown; dims: readonly number[] }[] = [];
   class Watched extends PlainEngine {
     override tensor(...[data, dims, type]: Parameters<PlainEngine["tensor"]>): EngineTensor {
@@ -16,19 +17,21 @@ t.test("cores are written over those of a selection that is gone", async (t) => 
     }
   }
   const ort = { Tensor: PlainTensor as unknown as Ort["Tensor"], engine: new Watched() };
-  const session = await open(ort, model("torchscript"), await packFor("base"), { mode: "core" });
+  const session = await open(ort, model("torchscript"), await packFor("base"), { mode });
   const run = feeds(ort, session);
   const given: unknown[][] = [];
   let worst = 0;
-  for (const task of ["two", "three", null, "five", "two", null, "three", "two"] as const) {
+  // Factors of other ranks lie in other arrays: those of these two are of rank 4.
+  const some = ["two", "three", "two", "three", "two"] as const;
+  const tasks = mode === "core" ? ([...some, null, "five", "two", null, "three", "two"] as const) : some;
+  for (const task of tasks) {
     made.length = 0;
     await session.switchTask(task);
-    // [1, K_A, K_B], K is 22 here.
-    given.push(made.filter(({ dims }) => dims[1] === 22).map(({ data }) => data));
+    given.push(made.filter(({ dims }) => isTerm(dims)).map(({ data }) => data));
     worst = Math.max(worst, difference(await outputOf(session, run), golden("base", task)));
   }
   const [first = []] = given;
-  t.ok(first.length > 0, `${first.length} inputs hold cores`);
+  t.ok(first.length > 0, `${first.length} inputs hold terms`);
   for (const i of first.keys())
     t.equal(new Set(given.map((cores) => cores[i])).size, 2, "two arrays serve all switches");
   t.ok(worst < 1e-4, `largest difference from PEFT's logits ${worst}`);
@@ -39,4 +42,14 @@ t.test("cores are written over those of a selection that is gone", async (t) => 
   await Promise.all([session.switchTask("three"), session.switchTask("five")]);
   t.ok(difference(await early, golden("base", "two")) < 1e-4, "a run under way has what it began with");
   await session.close();
-});
+}
+
+t.test("cores are written over those of a selection that is gone", (t) =>
+  // [1, K_A, K_B], K is 22 here.
+  watched(t, "core", ([, height]) => height === 22),
+);
+
+t.test("and so are factors", (t) =>
+  // [1, in, rank] and [1, rank, out].
+  watched(t, "factors", ([, height, width]) => height === 4 || width === 4),
+);

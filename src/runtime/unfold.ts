@@ -26,7 +26,9 @@ interface Device {
 
 interface UnfoldOptions {
   /** Terms that nobody reads any more, whose arrays are used again where they fit. */
-  readonly old?: ReadonlyMap<number, Term> | undefined;
+  readonly old?: ReadonlyMap<number, Pick<Term, "A" | "Bt" | "core">> | undefined;
+  /** Whether A is wanted as [in, rank], as models take it. Default: false. */
+  readonly turned?: boolean | undefined;
   readonly signal?: AbortSignal | undefined;
   /** `unfold-device.ts`, where the backend computes on one. */
   readonly device?: Device | undefined;
@@ -43,7 +45,7 @@ export async function unfold(
   bench: Workbench,
   mode: "core" | "factors",
   weightOf: (module: number) => PristineWeight,
-  { old, signal, device }: UnfoldOptions = {},
+  { old, turned = false, signal, device }: UnfoldOptions = {},
 ): Promise<Map<number, Term>> {
   bench.prepare(plans);
   const fetched = await device?.fetchFactors(bench, mode);
@@ -56,7 +58,7 @@ export async function unfold(
       const { in: inputs, out } = bench.modules[plan.module]!;
       return { A: bench.floats(A, plan.rank * inputs), Bt: bench.floats(Bt, plan.rank * out) };
     };
-    terms.set(plan.module, assemble(plan, bench, mode, old?.get(plan.module), expanded));
+    terms.set(plan.module, assemble(plan, bench, mode, { old: old?.get(plan.module), turned }, expanded));
     const turn = pause();
     if (turn) await turn;
   }
@@ -89,7 +91,7 @@ function assemble(
   plan: ModulePlan,
   bench: Workbench,
   mode: "core" | "factors",
-  old: Term | undefined,
+  { old, turned }: { readonly old: Pick<Term, "A" | "Bt" | "core"> | undefined; readonly turned: boolean },
   expanded: () => Factors,
 ): Term {
   const { in: inputs, out } = bench.modules[plan.module]!;
@@ -98,7 +100,7 @@ function assemble(
   const [A, Bt] = [reuse(old?.A, rank * inputs), reuse(old?.Bt, rank * out)];
   if (!inCore && plan.rank > 0) {
     const factors = expanded();
-    A.set(factors.A);
+    put(factors.A, A, 0, rank, inputs, turned);
     Bt.set(factors.Bt);
     return { rank, A, Bt };
   }
@@ -113,9 +115,16 @@ function assemble(
   let row = 0;
   for (const [i, { at, rank: rows }] of plan.A.private.entries()) {
     const atB = plan.Bt.private[i]!.at;
-    A.set(staged.subarray(at, at + rows * inputs), row * inputs);
+    put(staged.subarray(at, at + rows * inputs), A, row, rank, inputs, turned);
     Bt.set(staged.subarray(atB, atB + rows * out), row * out);
     row += rows;
   }
   return { rank, A, Bt, core };
+}
+
+/** Writes rows [rows, width] to others [rank, width], from one of these on; or, turned, to [width, rank]. */
+function put(values: Float32Array, out: Float32Array, row: number, rank: number, width: number, turned: boolean): void {
+  if (!turned) return out.set(values, row * width);
+  for (let at = 0, to = row; at < values.length; at += width, to++)
+    for (let i = 0; i < width; i++) out[i * rank + to] = values[at + i]!;
 }

@@ -44,13 +44,15 @@ async function onModel(
     const made = typeof parts.probe === "object" ? () => undefined : feedsOfRows;
     const forms = new Map(parts.prepared.modules.flatMap(({ name, form }) => (form ? [[name, form] as const] : [])));
     let rowsAreApart: ReturnType<typeof rowCheck> | undefined;
-    // Cores of a selection that was: the next one's are written there. What a switch allocates, a collection has to find later.
-    const cores = inputs.filter(({ kind }) => kind === "core");
-    const room = cores.reduce((sum, { name }) => sum + none.inputs.get(name)!.data.byteLength, 0);
+    // Cores and factors of a selection that was: the next one's are written there. What a switch allocates, a collection has to find later.
+    const terms = inputs.filter(({ kind }) => kind === "core" || kind === "A" || kind === "B").map(({ name }) => name);
+    /** The most that this has been: tasks differ in rank. */
+    let room = bytesOf(none.inputs, terms);
     let spare: TaskValues["inputs"] | undefined;
     const active = (task: Selection, values: TaskValues): Active => {
       const retire = (): void => {
-        spare = new Map(cores.map(({ name }) => [name, values.inputs.get(name)!]));
+        spare = new Map(terms.map((name) => [name, values.inputs.get(name)!]));
+        room = Math.max(room, bytesOf(spare, terms));
       };
       return { model, task, ...toFeeds(engine, inputs, [values]), retire };
     };
@@ -84,4 +86,8 @@ async function onModel(
     await engine.release(model);
     throw error;
   }
+}
+
+function bytesOf(values: TaskValues["inputs"], names: readonly string[]): number {
+  return names.reduce((sum, name) => sum + values.get(name)!.data.byteLength, 0);
 }

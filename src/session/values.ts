@@ -35,7 +35,7 @@ export interface TaskValues {
 /** What a selection is made of, while its inputs are computed. */
 interface Evaluation {
   readonly tasks: readonly ActiveTask[];
-  /** By module name: cores are written where they go, and terms are what there is beside them. */
+  /** By module name: cores are written where they go, and terms are what there is beside them, A as [in, rank]. */
   readonly cores: ReadonlyMap<string, WriteCore>;
   readonly terms: ReadonlyMap<string, Term>;
   /** Saved modules and biases as the tasks have them, by name. */
@@ -97,7 +97,7 @@ export class TaskEvaluator {
 
   /**
    * In memory of its own each time, since values of earlier switches may still be on their way into a run; but where there are `old`
-   * values that nothing reads any more, cores are written over those.
+   * values that nothing reads any more, cores and factors are written over those.
    * @param tasks as `load` gives them
    * @throws TaskError for heads that cannot be blended; the reason of `signal`, once it is aborted
    */
@@ -118,7 +118,7 @@ export class TaskEvaluator {
         base.biases.get(name) ?? (name.endsWith(".bias") ? base.heads.get(moduleOf(name))?.bias : undefined);
       return values && { shape: [values.length], values };
     });
-    const evaluation = { tasks, merged, old, ...(await this.#terms(tasks, signal)) };
+    const evaluation = { tasks, merged, old, ...(await this.#terms(tasks, signal, old)) };
     const values = new Map<string, InputValue>();
     const pause = pacer(signal);
     for (const input of inputs) {
@@ -150,6 +150,7 @@ export class TaskEvaluator {
   async #terms(
     tasks: readonly ActiveTask[],
     signal: AbortSignal | undefined,
+    old: TaskValues["inputs"] | undefined,
   ): Promise<Pick<Evaluation, "cores" | "terms">> {
     const { view: pack, mode, base } = this.#model;
     const [cores, terms] = [new Map<string, WriteCore>(), new Map<string, Term>()];
@@ -169,10 +170,27 @@ export class TaskEvaluator {
     };
     if (others.length > 0) {
       const { unfold } = await import("../runtime/unfold.ts");
-      for (const [index, term] of await unfold(others, bench, mode, weightOf, { signal }))
+      const options = { old: old && this.#oldFactors(old), turned: true, signal };
+      for (const [index, term] of await unfold(others, bench, mode, weightOf, options))
         terms.set(pack.modules[index]!.name, term);
     }
     return { cores, terms };
+  }
+
+  /** By module, the arrays of factors that inputs had. */
+  #oldFactors(old: TaskValues["inputs"]): Map<number, Pick<Term, "A" | "Bt">> {
+    const { view: pack, inputs } = this.#model;
+    const places = new Map(pack.modules.map(({ name }, index) => [name, index]));
+    const found = new Map<number, { A: Float32Array<ArrayBuffer>; Bt: Float32Array<ArrayBuffer> }>();
+    const none = new Float32Array(0);
+    for (const { name, of, kind } of inputs) {
+      if (kind !== "A" && kind !== "B") continue;
+      const index = places.get(of)!;
+      const factors = found.get(index) ?? { A: none, Bt: none };
+      factors[kind === "A" ? "A" : "Bt"] = (old.get(name)?.data ?? none) as Float32Array<ArrayBuffer>;
+      found.set(index, factors);
+    }
+    return found;
   }
 
   #value(input: TaskInput, { tasks, cores, terms, merged, old }: Evaluation): InputValue {
@@ -186,7 +204,7 @@ export class TaskEvaluator {
       case "core":
         return coreOf(input, ({ module }) => cores.get(module), old?.get(input.name));
       case "A":
-        return term ? { dims: [height, term.rank], data: transpose(term.A, term.rank, height) } : zeros();
+        return term ? { dims: [height, term.rank], data: term.A } : zeros();
       case "B":
         return term ? { dims: [term.rank, width], data: term.Bt } : zeros();
       case "scale":
