@@ -113,7 +113,7 @@ export async function wholeHubs(counts, how, large) {
       {
         question: "What does one more adapter cost, and what do very many?",
         rows,
-        notes: ["By least squares. Making the synthetic adapters is not counted."],
+        notes: ["By least squares; merging is the mean. Making the synthetic adapters is not counted."],
       },
     ],
     peers: [{ name: "Ray", version: made.ray }],
@@ -127,7 +127,8 @@ function sidesOf(name) {
 }
 
 /**
- * Seconds of a core that each command takes for one more adapter, and at none, by least squares.
+ * Seconds of a core that each command takes for one more adapter, and at none, by least squares; merging depends on the number of parts
+ * alone.
  * @param {readonly Hub[]} hubs two at least
  */
 function slopes(hubs) {
@@ -136,7 +137,8 @@ function slopes(hubs) {
   return COMMANDS.map((name) => {
     const values = hubs.map(({ seconds }) => seconds.get(name) ?? 0);
     const mean = sum(values) / hubs.length;
-    const each = sum(hubs.map(({ count }, i) => (count - middle) * ((values[i] ?? 0) - mean))) / spread;
+    const rise = sum(hubs.map(({ count }, i) => (count - middle) * ((values[i] ?? 0) - mean))) / spread;
+    const each = name === "merge" ? 0 : rise;
     return { name, each, fixed: mean - each * middle };
   });
 }
