@@ -51,14 +51,15 @@ function runsOf(tensors: readonly TensorRef[], step: TensorRun["step"]): TensorR
 
 /** Finds the longest copies at the last places that begin with the same bytes. Asked of ascending places. */
 function copies(before: Uint8Array, section: Uint8Array): Plan["copyAt"] {
-  const bytes = new Uint8Array(before.length + section.length);
-  bytes.set(before);
-  bytes.set(section, before.length);
-  const view = new DataView(bytes.buffer);
-  const hash = (at: number): number => Math.imul(view.getUint32(at, true), 0x9e3779b1) >>> (32 - HASH_BITS);
+  // Places count from the beginning of what is before.
+  const byteAt = (at: number): number => (at < before.length ? before[at]! : section[at - before.length]!);
+  const hash = (at: number): number => {
+    const four = byteAt(at) | (byteAt(at + 1) << 8) | (byteAt(at + 2) << 16) | (byteAt(at + 3) << 24);
+    return Math.imul(four, 0x9e3779b1) >>> (32 - HASH_BITS);
+  };
   const lengthOf = (distance: number, at: number, end: number): number => {
     let length = 0;
-    while (at + length < end && bytes[at + length - distance] === bytes[at + length]) length++;
+    while (at + length < end && byteAt(at + length - distance) === byteAt(at + length)) length++;
     return length < LEAST_COPY ? 0 : length;
   };
   /** The last place with a hash, and the one before each. */

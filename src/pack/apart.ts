@@ -5,6 +5,7 @@
 import type { Adapter } from "../adapters/adapter.ts";
 import type { SharedModule } from "../adapters/modules.ts";
 import type { Extractor } from "../extract/extractor.ts";
+import { letGo } from "../extract/garbage.ts";
 import type { TermInput } from "../format/encode.ts";
 import { type BuildOptions, basisOf, describe, headOf, type MadeTerm, type Packed, prepare, sizesOf } from "./build.ts";
 import { encodeModules, type Known } from "./encode-modules.ts";
@@ -58,7 +59,9 @@ export async function buildApart(
       const own = (await extracted).get(adapter) ?? [];
       (await extracted).delete(adapter);
       terms.set(adapter, own.map(said));
-      return encodeAdapter(adapter, own, names, head);
+      const task = await encodeAdapter(adapter, own, names, head);
+      letGo(PASSING * task.blob.length);
+      return task;
     });
   });
   const { bytes, chunks, blobs } = await newPack(basisOf(adapters, { ...options, error }, extraction, modules), tasks);
@@ -66,6 +69,9 @@ export async function buildApart(
   const report = describe(adapters, options, extraction, { names, components, terms, errors });
   return { chunks, report: { ...sizesOf(bytes, blobs, adapters), ...report } };
 }
+
+/** How often the bytes of a blob are in arrays that are of no use once it is made. */
+const PASSING = 2;
 
 /** An adapter of rank 32 for SDXL has two thirds of it. */
 const GROUP = 2 ** 26;
