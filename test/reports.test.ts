@@ -111,7 +111,10 @@ t.test("a report says what there is", async (t) => {
 
 t.test("inspect tells components where there are some, and private terms where there are some", async (t) => {
   const alone = await ran("inspect", at("alone.eigen"));
-  t.match(alone.out, /^.*: version 1\.0, [\d.]+ kB, balanced, no shared components, entropy-coded, every task made within 15\.0 % of its ΔW\n/);
+  t.match(
+    alone.out,
+    /^.*: version 1\.0, [\d.]+ kB, balanced, no shared components, entropy-coded, every task made within 15\.0 % of its ΔW\n/,
+  );
   t.notMatch(alone.out, /explained|Sharing pays|, \n/);
   t.match(alone.out, /\n1 task\.\nTasks have private terms: 1(?: to 2)? in a module, in int\d(?:, int\d)*\.\n$/);
   const shared = await ran("inspect", at("k.eigen"));
