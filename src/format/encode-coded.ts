@@ -26,7 +26,7 @@ export function encodeSection(
   step: TensorRun["step"],
   before: Uint8Array = new Uint8Array(),
 ): Uint8Array<ArrayBuffer> | undefined {
-  const encoder = new Encoder();
+  const encoder = new Encoder(section.length);
   // What is coded is read from the section, and written to it again as it is.
   code(encoder, section, () => {}, before, { runs: runsOf(tensors, step), copyAt: copies(before, section) });
   const bytes = encoder.finish(section.length);
@@ -87,15 +87,22 @@ function copies(before: Uint8Array, section: Uint8Array): Plan["copyAt"] {
   };
 }
 
-/** Notes of a block. */
-const BLOCK = 1 << 14;
+/** Notes of a block, in powers of 2: at most 32 MB, which allocators give back to the system as soon as they are free. */
+const LEAST_BLOCK = 10;
+const MOST_BLOCK = 23;
 
 /** Notes what is coded; rANS codes it from the last to the first, so that a decoder reads it from the first on. */
 export class Encoder implements Coder {
   readonly #tables = new Tables();
   /** In blocks, the start and above it the frequency of each symbol; of bits their value, and how many they are as a negative number. */
   readonly #notes: Int32Array[] = [];
+  readonly #block: number;
   #count = 0;
+
+  /** @param size of the section, about. Default: small */
+  constructor(size: number = 0) {
+    this.#block = 2 ** Math.min(MOST_BLOCK, Math.max(LEAST_BLOCK, Math.ceil(Math.log2(2 * size + 1))));
+  }
 
   symbol(table: number, symbol: number): number {
     const at = table * (SYMBOLS + 1) + symbol;
@@ -112,8 +119,8 @@ export class Encoder implements Coder {
   }
 
   #note(start: number, width: number): void {
-    const at = this.#count++ % BLOCK;
-    if (at === 0) this.#notes.push(new Int32Array(BLOCK));
+    const at = this.#count++ & (this.#block - 1);
+    if (at === 0) this.#notes.push(new Int32Array(this.#block));
     this.#notes[this.#notes.length - 1]![at] = (width << WORD_BITS) | start;
   }
 
@@ -133,7 +140,7 @@ export class Encoder implements Coder {
       state >>>= WORD_BITS;
     };
     for (let i = this.#count - 1; i >= 0; i--) {
-      const note = this.#notes[Math.floor(i / BLOCK)]![i % BLOCK]!;
+      const note = this.#notes[Math.floor(i / this.#block)]![i & (this.#block - 1)]!;
       const [start, width] = [note & 0xffff, note >> WORD_BITS];
       if (width <= 0) {
         if (width < 0 && state >>> (32 + width) > 0) word();
