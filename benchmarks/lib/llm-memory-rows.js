@@ -1,9 +1,9 @@
 /** Memory of N skills, ours and the peers': which processes are started, and their figures as rows. */
-import { existsSync } from "node:fs";
-import { readFile, stat, writeFile } from "node:fs/promises";
+import { stat, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { findAdapters } from "eigenlora/node";
-import { blendedPack, ggufAdapters } from "./llm-memory.js";
+import { findLlama, ggufAdapters } from "./llm-llama.js";
+import { blendedPack } from "./llm-memory.js";
 import { peerLine, python } from "./peers.js";
 import { inFreshProcess } from "./process.js";
 import { progress } from "./report.js";
@@ -40,9 +40,9 @@ function rowOf(name, { resident, peak }, base, more) {
   };
 }
 
-/** @param {string} name @param {readonly unknown[]} args @returns {Held} */
-const inProcess = (name, args) =>
-  inFreshProcess(new URL("llm-memory.js", import.meta.url), name, /** @type {string[]} */ (args));
+/** @param {string} name @param {readonly unknown[]} args @param {string} file whose function it is @returns {Held} */
+const inProcess = (name, args, file = "llm-memory.js") =>
+  inFreshProcess(new URL(file, import.meta.url), name, /** @type {string[]} */ (args));
 
 /** @param {What} what @param {readonly number[]} counts */
 async function ofPacks({ pack, scratch }, counts) {
@@ -92,20 +92,17 @@ async function ofPeft({ adapters }, counts) {
 
 /** @param {What} what @param {readonly number[]} counts @returns {Promise<{ rows: Row[], peer: Peer }>} */
 async function ofLlama({ pack, gguf, scratch }, counts) {
-  const name = "llama.cpp (node-llama-cpp)";
-  const library = join(process.env.EIGENLORA_RUNTIMES ?? "", "llama/node_modules/node-llama-cpp");
-  const reason = gguf
-    ? "EIGENLORA_RUNTIMES has no llama/node_modules/node-llama-cpp"
-    : "--gguf names no file of the base";
-  if (!gguf || !existsSync(library)) return { rows: [], peer: { name, reason } };
+  const peer = await findLlama(gguf);
+  if (!gguf || "reason" in peer) return { rows: [], peer };
   progress("memory: llama.cpp");
-  const base = inProcess("holdLlama", [library, gguf, ""]);
+  const base = inProcess("holdLlama", [gguf, ""], "llm-llama.js");
   const rows = [];
   for (const count of counts) {
     const folder = join(scratch, `gguf-${count}`);
     await ggufAdapters(pack, count, folder);
-    rows.push(rowOf(`llama.cpp (Q4_1), ${count} adapters`, inProcess("holdLlama", [library, gguf, folder]), base));
+    rows.push(
+      rowOf(`llama.cpp (Q4_1), ${count} adapters`, inProcess("holdLlama", [gguf, folder], "llm-llama.js"), base),
+    );
   }
-  const { version } = JSON.parse(await readFile(join(library, "package.json"), "utf8"));
-  return { rows, peer: { name, version } };
+  return { rows, peer };
 }

@@ -1,12 +1,9 @@
 /**
- * What a process with a language model and N skills holds: a pack beside the model, and llama.cpp's adapters. Each way in a process of
+ * What a process with a language model and N skills holds: a pack beside the model. Each way in a process of
  * its own. Beyond the real skills, others are blends of these.
  */
-import { mkdir, readdir, symlink, writeFile } from "node:fs/promises";
-import { join } from "node:path";
-import { pathToFileURL } from "node:url";
 import { openPack } from "eigenlora";
-import { freshPack, ggufFile, placeOf, taskAdapter } from "eigenlora/build";
+import { freshPack, placeOf } from "eigenlora/build";
 import { createEigenSession } from "eigenlora/onnxruntime";
 import * as ort from "onnxruntime-node";
 import { decodeTensor } from "../../dist/src/tensor/dtypes.js";
@@ -92,43 +89,4 @@ export async function holdPack(model, path, sessions) {
   }
   const { rss } = await settledMemory();
   return { resident: held.length > 0 ? rss : 0, peak: await peakMemory() };
-}
-
-/**
- * Adapters as llama.cpp reads them.
- * @param {string} path of a pack
- * @param {number} count
- * @param {string} folder to write them in
- */
-export async function ggufAdapters(path, count, folder) {
-  const pack = await openPack(path);
-  await mkdir(folder);
-  const ids = [...pack.tasks.keys()].slice(0, count);
-  for (const [i, id] of ids.entries()) {
-    const base = { architecture: "llama", heads: 9, kvHeads: 3 };
-    const chunks = [];
-    for await (const chunk of await ggufFile(await taskAdapter(pack, id), base)) chunks.push(chunk);
-    await writeFile(join(folder, `${i}.gguf`), Buffer.concat(chunks));
-  }
-  for (let i = ids.length; i < count; i++) await symlink(`${i % ids.length}.gguf`, join(folder, `${i}.gguf`));
-  await pack.close();
-}
-
-/**
- * All adapters of a folder on llama.cpp's model, of which one is in use.
- * @param {string} library folder of node-llama-cpp
- * @param {string} modelPath GGUF
- * @param {string} folder
- */
-export async function holdLlama(library, modelPath, folder) {
-  const { getLlama, LlamaLogLevel } = await import(pathToFileURL(join(library, "dist/index.js")).href);
-  const llama = await getLlama({ gpu: false, build: "never", skipDownload: true, logLevel: LlamaLogLevel.error });
-  const model = await llama.loadModel({ modelPath });
-  const files = folder === "" ? [] : await readdir(folder);
-  const adapters = files.map((file, i) => ({ filePath: join(folder, file), scale: i === 0 ? 1 : 0 }));
-  const lora = adapters.length > 0 ? { lora: { adapters } } : {};
-  const context = await model.createContext({ contextSize: 64, threads: 1, flashAttention: false, ...lora });
-  await context.getSequence().controlledEvaluate([500, [600, { generateNext: { probabilities: true } }]]);
-  const { rss } = await settledMemory();
-  return { resident: rss, peak: await peakMemory() };
 }

@@ -24,7 +24,7 @@ const WARM_UP = 50;
  * First tokens in a row, with a switch before each and without. What a run leaves behind is collected at some later allocation: of single
  * runs in turns, it would be the switch's whose it happens to meet.
  */
-const IN_A_ROW = 3;
+export const IN_A_ROW = 3;
 
 export const ONE_THREAD = { intraOpNumThreads: 1, interOpNumThreads: 1, executionProviders: ["cpu"] };
 

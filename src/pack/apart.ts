@@ -42,7 +42,7 @@ export async function buildApart(
     let found: Awaited<ReturnType<typeof encodeModules>> | undefined;
     await seek(some, async (steps) => {
       found = await encodeModules(extractor, own, extraction, dtype, { ...options, steps }, known);
-      return lossesOf(found.errors, [...new Set(found.errors.map(({ task }) => task))]);
+      return lossesOf(found.errors);
     });
     // To be coded they need the memory.
     if (some.length < adapters.length) await extractor.rest();

@@ -256,7 +256,7 @@ export async function startBuild(
       // What was made before is let go of first.
       encoded = undefined;
       encoded = await encodeModules(extractor, shared, extraction, dtype, { ...options, privateTerms, steps }, known);
-      return lossesOf(encoded.errors, [...new Set(encoded.errors.map(({ task }) => task))]);
+      return lossesOf(encoded.errors);
     },
     finish(held) {
       const modules = encoded!.modules.map((module) => ({ ...module, fingerprint: fingerprints?.get(module.name) }));

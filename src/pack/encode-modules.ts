@@ -60,14 +60,14 @@ export async function encodeModules(
   shared: readonly SharedModule<Adapter>[],
   extraction: ExtractOptions,
   dtype: Dtypes,
-  { moments: all, privateTerms = 0, step, onProgress, signal, ...options }: EncodeOptions,
+  { moments: all, privateTerms = 0, step, steps: given, onProgress, signal }: EncodeOptions,
   known?: Known,
 ): Promise<Encoded> {
   const modules: ModuleInput[] = [];
   const terms = new Map<Adapter, TermInput[]>();
   const errors: ModuleError[] = [];
   const owners = shared.flatMap(({ owners }) => owners);
-  const steps = options.steps ?? (step === undefined ? undefined : await stepsOf(owners, step));
+  const steps = given ?? (step === undefined ? undefined : await stepsOf(owners, step));
   const extract = async (module: SharedModule<Adapter>): Promise<Extracted> => {
     signal?.throwIfAborted();
     const { name } = module.shape;

@@ -66,8 +66,9 @@ export async function codedPack(
       make(new Map(some.map((adapter) => [adapter, steps.get(adapter.id)!])));
     await stepsWithin(own, error, extract, (losses) => losses);
   };
-  if (k === 0) return buildApart(extractor, adapters, all, error, seek);
-  const draft = await startBuild(adapters, all, { again: true, error });
+  const said = Math.min(1, error);
+  if (k === 0) return buildApart(extractor, adapters, all, said, seek);
+  const draft = await startBuild(adapters, all, { again: true, error: said });
   await seek(adapters, (steps) => draft.extract(extractor, all.privateTerms, steps));
   await extractor.rest();
   return draft.finish(held || judge !== undefined);

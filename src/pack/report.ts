@@ -235,8 +235,11 @@ export function summaryOf(errors: readonly ModuleError[]): BuildReport["error"] 
   return { ...figures(errors), worstTask: worst.task, worstModule: worst.module };
 }
 
-/** The errors of each of these tasks. */
-export function lossesOf(errors: readonly ModuleError[], ids: readonly string[]): TaskLoss[] {
+/** The errors of each task. @param ids Default: of all that have some */
+export function lossesOf(
+  errors: readonly ModuleError[],
+  ids: readonly string[] = [...new Set(errors.map(({ task }) => task))],
+): TaskLoss[] {
   const own = new Map<string, ModuleError[]>(ids.map((id) => [id, []]));
   for (const error of errors) own.get(error.task)?.push(error);
   return ids.map((id) => ({ id, total: totalOf(own.get(id)!), ...figures(own.get(id)!) }));

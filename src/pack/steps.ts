@@ -35,19 +35,24 @@ export async function stepsOf(adapters: readonly Adapter[], step: number): Promi
 }
 
 /** The step that a pack was made with; undefined where it does not say. @throws FormatError when it is no number above 0 */
-export function stepOf({ name, directory }: Pick<Pack, "name" | "directory">): number | undefined {
-  const root: Value = decode(directory.basisBytes, name, "basis description", "basis");
-  return root.get("step").maybe((step: Value) => {
-    const found = step.number(0, MOST_STEP);
-    step.check(found > 0, () => `step is ${found}`);
-    return found;
-  });
+export function stepOf(pack: Made): number | undefined {
+  return saidOf(pack, "step", MOST_STEP);
 }
 
 /** The error that each task of a pack with a step was made to keep to; undefined where it does not say. @throws FormatError as `stepOf` */
-export function errorOf({ name, directory }: Pick<Pack, "name" | "directory">): number | undefined {
+export function errorOf(pack: Made): number | undefined {
+  return saidOf(pack, "error", 1);
+}
+
+type Made = Pick<Pack, "name" | "directory">;
+
+function saidOf({ name, directory }: Made, key: "step" | "error", most: number): number | undefined {
   const root: Value = decode(directory.basisBytes, name, "basis description", "basis");
-  return root.get("error").maybe((error: Value) => error.number(0, Infinity));
+  return root.get(key).maybe((value: Value) => {
+    const found = value.number(0, most);
+    value.check(found > 0, () => `${key} is ${found}`);
+    return found;
+  });
 }
 
 /** @throws RangeError for a step that is no share */
