@@ -16,7 +16,7 @@ import type { TensorRef } from "../dist/src/format/format.js";
 import { decodeTensor } from "../dist/src/tensor/dtypes.js";
 import { encodeTensor } from "../dist/src/tensor/encode.js";
 import { normal, uniform } from "../dist/src/tensor/random.js";
-import { readCoded } from "./read-coded.ts";
+import { readCoded } from "./mutants/read-coded.js";
 
 const OWN_SEED = fileURLToPath(new URL("data/adapters/own-seed", import.meta.url));
 

@@ -4,6 +4,10 @@
  * nothing: it is asked only about files that the package took.
  */
 import { halfValue, TYPES } from "../vectors/format.js";
+import { readCoded } from "./read-coded.js";
+
+/** "CODE", in front of what is coded. */
+const CODE = 0x45444f43;
 
 const BITS = { f32: 32, f16: 16, bf16: 16, int8: 8, int4: 4, int3: 3 };
 const up = (n, step) => Math.ceil(n / step) * step;
@@ -75,33 +79,51 @@ function tensor(bytes, at, type, rows, width) {
 
 /**
  * The tasks of a pack by id: terms by module with ΔW and its bound, magnitudes, and parameters.
- * @returns `{ modules, tasks: Map<id, { terms: Map<name, { out, in, delta, bound, magnitude }>, parameters }> }`
+ * @returns `{ modules, description, tasks: Map<id, { terms: Map<name, { out, in, delta, bound, magnitude }>, parameters }> }`
  */
 export function judge(bytes) {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.length);
   const u64 = (at) => Number(view.getBigUint64(at, true));
   const superblock = [512, 1024].filter((at) => wholeAt(bytes, view, at)).sort((a, b) => u64(b) - u64(a))[0];
-  const directory = u64(superblock + 16);
-  const [n, d, t] = [0, 4, 8].map((at) => view.getUint32(directory + at, true));
-  const sections = Array.from({ length: n }, (_, i) => {
-    const at = directory + 16 + 32 * i;
-    return { kind: view.getUint32(at, true), offset: u64(at + 8), length: u64(at + 16) };
-  });
-  const cut = ({ offset, length }) => bytes.subarray(offset, offset + length);
-  const start = directory + 16 + 32 * n;
-  const bases = cut(sections.find(({ kind }) => kind === 1));
-  const modules = readBases(messagepack(bytes.subarray(start, start + d)), bases);
-  const list = messagepack(bytes.subarray(start + d, start + d + t));
-  const blobs = sections.filter(({ kind }) => kind === 2);
-  const tasks = new Map(list.map((entry, i) => [entry.get("id"), readTask(cut(blobs[i]), modules)]));
-  return { modules, tasks };
+  const [from, length] = [u64(superblock + 16), u64(superblock + 24)];
+  const { sections, description, list } = readDirectory(bytes.subarray(from, from + length), from);
+  const content = ({ kind, offset, length }) => {
+    const stored = bytes.subarray(offset, offset + length);
+    return kind === 4 || kind === 5 ? readCoded(stored, description) : stored;
+  };
+  const bases = content(sections.find(({ kind }) => kind === 1 || kind === 4));
+  const modules = readBases(messagepack(description), bases);
+  const blobs = sections.filter(({ kind }) => kind === 2 || kind === 5);
+  const entries = messagepack(list);
+  const tasks = new Map(entries.map((entry, i) => [entry.get("id"), readTask(content(blobs[i]), modules)]));
+  return { modules, description, tasks };
 }
 
-/** The task of a task file. @param modules those of its pack, as `judge` gives them */
-export function judgeTaskFile(bytes, modules) {
+/** Sections, basis description and task list. Where it is coded, sections lie one behind the other around itself, at multiples of 64. */
+function readDirectory(stored, from) {
+  const isCoded = new DataView(stored.buffer, stored.byteOffset).getUint32(0, true) === CODE;
+  const bytes = isCoded ? readCoded(stored) : stored;
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.length);
+  const u64 = (at) => Number(view.getBigUint64(at, true));
+  const [n, d, t] = [0, 4, 8].map((at) => view.getUint32(at, true));
+  let end = 1536;
+  const place = () => (up(end, 64) === from ? up(from + stored.length, 64) : up(end, 64));
+  const sections = Array.from({ length: n }, (_, i) => {
+    const at = 16 + 32 * i;
+    const [offset, length] = [isCoded ? place() : u64(at + 8), u64(at + 16)];
+    end = offset + length;
+    return { kind: view.getUint32(at, true), offset, length };
+  });
+  const start = 16 + 32 * n;
+  return { sections, description: bytes.slice(start, start + d), list: bytes.subarray(start + d, start + d + t) };
+}
+
+/** The task of a task file. @param pack that it belongs to, as `judge` gives it */
+export function judgeTaskFile(bytes, { modules, description }) {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.length);
   const start = up(64 + view.getUint32(12, true), 64);
-  return readTask(bytes.subarray(start, start + view.getUint32(48, true)), modules);
+  const blob = bytes.subarray(start, start + view.getUint32(48, true));
+  return readTask(view.getUint32(start, true) === CODE ? readCoded(blob, description) : blob, modules);
 }
 
 /** SPEC.md, section 2: which superblocks count. */

@@ -3,8 +3,23 @@
  * Mutants of packs and task files, from a number: structures with something changed in them and put together again with right
  * checksums and hashes, and bytes that were changed afterwards.
  */
-import { blobOf, Float, packFile, Raw, repair, repairTaskFile, TYPES, taskFile } from "../vectors/format.js";
+import { coded } from "../vectors/coded.js";
+import {
+  blobOf,
+  codedBlob,
+  crc32c,
+  Float,
+  msgpack,
+  packFile,
+  Raw,
+  repair,
+  repairTaskFile,
+  sha256,
+  TYPES,
+  taskFile,
+} from "../vectors/format.js";
 import { bringsOf, createModel } from "../vectors/model.js";
+import { readCoded } from "./read-coded.js";
 
 /** Numbers from 0 to n − 1. */
 function dice(seed) {
@@ -171,23 +186,57 @@ function alterBytes(bytes, roll) {
   }
 }
 
+/** Streams with something changed, which a pack vouches for all the same: its basis id is that of what they become. */
+function codedPack(pack, roll) {
+  let bases;
+  const changed = (content) => {
+    const bytes = content.slice();
+    if (roll(3) === 0)
+      for (let i = 0; i <= roll(3); i++) bytes[roll(roll(2) ? bytes.length : 24) % bytes.length] = roll(256);
+    return bytes;
+  };
+  const code = (content, name) => {
+    const bytes = changed(content);
+    if (name === "bases") bases = bytes;
+    return bytes;
+  };
+  const bytes = packFile({
+    ...pack,
+    code,
+    minor: 1,
+    ...(roll(2) && { codeDirectory: (plain) => changed(coded(plain, [], 4)) }),
+  });
+  const description = msgpack(pack.basis);
+  try {
+    bytes.set(sha256(description, readCoded(bases, description)), 16);
+    new DataView(bytes.buffer).setUint32(48, crc32c(bytes.subarray(0, 48)), true);
+  } catch {
+    // Then they become nothing.
+  }
+  return bytes;
+}
+
 /** The mutant of a number: `{ kind: "pack" | "task file", bytes, pack }`; a task file comes with the pack that it belongs to. */
 export function mutant(seed) {
   const roll = dice(seed);
   const pack = sample(seed, roll);
-  const kind = roll(8);
+  const kind = roll(9);
   if (kind === 0 && pack.tasks.length > 0) {
     const whole = packFile(pack);
     const task = pack.tasks[0];
     if (Array.isArray(task.entry.brings) === false) delete task.entry.brings;
     const parts = { entry: task.entry, basisId: whole.slice(16, 48), blob: undefined };
     if (roll(2)) alter(roll(2) ? task.header : task.entry, roll);
-    const bytes = taskFile({ ...parts, blob: blobOf(task) });
+    const bytes = taskFile({ ...parts, blob: roll(4) ? blobOf(task) : codedBlob(task, pack.basis) });
     if (roll(3) === 0) {
       alterBytes(bytes, roll);
       if (roll(2)) repairTaskFile(bytes);
     }
     return { kind: "task file", bytes, pack: whole };
+  }
+  if (kind === 8) {
+    if (roll(3) === 0) alterPack(pack, roll);
+    return { kind: "pack", bytes: codedPack(pack, roll) };
   }
   if (kind < 6) alterPack(pack, roll);
   const bytes = packFile(pack);

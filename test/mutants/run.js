@@ -83,7 +83,7 @@ export async function check(bytes, known, wasm, count, told = bytes) {
   (await pack.bases()).close();
   for (const id of pack.tasks.keys()) await pack.load(id);
   const truth = judge(known ?? told);
-  if (known) truth.tasks.set("mutant", judgeTaskFile(told, truth.modules));
+  if (known) truth.tasks.set("mutant", judgeTaskFile(told, truth));
   count.taken++;
   const size = truth.modules.reduce((sum, m) => sum + m.out * m.in, 0);
   if (size > 1e6) return undefined;

@@ -72,17 +72,19 @@ function wordsOf(steps) {
  */
 export function coded(section, tensors, step, before = new Uint8Array()) {
   const to = recorder();
+  const all = Uint8Array.of(...before, ...section);
+  const copyTo = (at, end) => longestCopy(all, before.length + at, before.length + end);
   let at = 0;
   const plain = (end) => {
     to.number("length", end - at);
     let distance = 0;
     while (at < end) {
       let next = at;
-      while (next < end && copyAt(section, before, next, end).length < 4) next++;
+      while (next < end && copyTo(next, end).length < 4) next++;
       to.number("literals", next - at);
       for (; at < next; at++) byte(to, section[at - 1] ?? 0, section[at]);
       if (at === end) break;
-      const copy = copyAt(section, before, at, end);
+      const copy = copyTo(at, end);
       to.number("length", copy.length - 4);
       to.number("distance", copy.distance === distance ? 0 : copy.distance);
       distance = copy.distance;
@@ -115,14 +117,12 @@ function byte(to, last, value) {
   to.symbol(`low ${8 * high + middle}`, 7, value & 3);
 }
 
-/** The longest copy for a place, looked for everywhere. */
-function copyAt(section, before, at, end) {
-  const all = Uint8Array.of(...before, ...section.subarray(0, end));
-  const place = before.length + at;
+/** The longest copy for a place before `end`, looked for everywhere in front of it. */
+function longestCopy(all, place, end) {
   let best = { length: 0, distance: 0 };
   for (let from = place - 1; from >= 0; from--) {
     let length = 0;
-    while (place + length < all.length && all[from + length] === all[place + length]) length++;
+    while (place + length < end && all[from + length] === all[place + length]) length++;
     if (length > best.length) best = { length, distance: place - from };
   }
   return best;

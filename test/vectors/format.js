@@ -158,13 +158,13 @@ export function tensor(type, rows, width, values) {
   return { bytes: Object.assign(Uint8Array.from(out), { of: { type, rows, width } }), values: found };
 }
 
-/** Where tensors lie that are joined, for who codes them. */
+/** Where tensors lie that are joined, for who codes them; without parts that are none. */
 function placesOf(parts, step, start = 0) {
   let end = start;
-  return parts.map((part) => {
+  return parts.flatMap((part) => {
     const at = align(end, step);
     end = at + part.length;
-    return { at, ...part.of };
+    return part.of ? { at, ...part.of } : [];
   });
 }
 

@@ -1,8 +1,9 @@
+// @ts-nocheck: it reads what no type describes
 /**
  * A second reader of coded sections, written from SPEC.md, section 5.1, as it stands there: slow, with bigints, and without a line of
  * the product's.
  */
-const LEVELS: readonly (readonly [number, readonly number[]])[] = [
+const LEVELS = [
   [0, [31897, 32672, 32688, 32704, 32720, 32736, 32752]],
   [4, [29879, 32672, 32688, 32704, 32720, 32736, 32752]],
   [8, [27029, 32672, 32688, 32704, 32720, 32736, 32752]],
@@ -16,48 +17,43 @@ const LEVELS: readonly (readonly [number, readonly number[]])[] = [
   [248, [2247, 6674, 10909, 14843, 18390, 21496, 24136]],
 ];
 
-interface Table {
-  readonly sums: number[];
-  /** Of bytes: it moves faster. */
-  readonly quick: boolean;
-  uses: number;
-}
-
-export function readCoded(bytes: Uint8Array, before: Uint8Array = new Uint8Array()): Uint8Array {
+/** Of tables `{ sums, quick, uses }`: those of bytes are quick, they move faster. */
+/** @param {Uint8Array} bytes @param {Uint8Array} [before] as `decodeSection` takes it @returns {Uint8Array} */
+export function readCoded(bytes, before = new Uint8Array()) {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
   if (view.getUint32(0, true) !== 0x45444f43) throw new Error("no CODE");
   const out = new Uint8Array(view.getUint32(4, true));
   let at = 8;
-  const word = (): bigint => {
+  const word = () => {
     at += 2;
     return BigInt(view.getUint16(at - 2, true));
   };
   let x = (word() << 16n) | word();
-  const renew = (): void => {
+  const renew = () => {
     if (x < 65536n) x = (x << 16n) | word();
   };
-  const bits = (count: number): number => {
+  const bits = (count) => {
     const value = Number(x % (1n << BigInt(count)));
     x >>= BigInt(count);
     renew();
     return value;
   };
-  const begin = (level: number, quick = false): Table => ({ sums: [0, ...LEVELS[level]![1], 32768], quick, uses: 0 });
-  const symbol = (table: Table): number => {
+  const begin = (level, quick = false) => ({ sums: [0, ...LEVELS[level][1], 32768], quick, uses: 0 });
+  const symbol = (table) => {
     const s = Number(x % 32768n);
     let v = 0;
-    while (table.sums[v + 1]! <= s) v++;
-    x = BigInt(table.sums[v + 1]! - table.sums[v]!) * (x / 32768n) + BigInt(s - table.sums[v]!);
+    while (table.sums[v + 1] <= s) v++;
+    x = BigInt(table.sums[v + 1] - table.sums[v]) * (x / 32768n) + BigInt(s - table.sums[v]);
     renew();
     const q = (table.uses < 4 ? 4 : table.uses < 12 ? 5 : table.uses < 40 ? 6 : 7) - (table.quick ? 2 : 0);
     for (let i = 1; i <= 7; i++) {
       const aim = i <= v ? 16 * i : 32768 - 16 * (8 - i);
-      table.sums[i]! += Math.floor((aim - table.sums[i]!) / 2 ** q);
+      table.sums[i] += Math.floor((aim - table.sums[i]) / 2 ** q);
     }
     table.uses++;
     return v;
   };
-  const number = (table: Table): number => {
+  const number = (table) => {
     let c = symbol(table);
     if (c === 7) c = Math.min(30, 7 + bits(5));
     const l = Math.min(c, 16);
@@ -66,16 +62,16 @@ export function readCoded(bytes: Uint8Array, before: Uint8Array = new Uint8Array
     return 2 ** c + h * 2 ** l + g - 1;
   };
   const integers = Array.from({ length: 66 }, (_, i) => begin(i % 11));
-  const [more, scale, fine, shape] = Array.from({ length: 4 }, () => begin(7)) as [Table, Table, Table, Table];
-  const tables = (count: number): Table[] => Array.from({ length: count }, () => begin(7, true));
-  const [literals, length, distance] = tables(3) as [Table, Table, Table];
+  const [more, scale, fine, shape] = Array.from({ length: 4 }, () => begin(7));
+  const tables = (count) => Array.from({ length: count }, () => begin(7, true));
+  const [literals, length, distance] = tables(3);
   const [highs, middles, lows] = [tables(8), tables(8), tables(64)];
 
-  const integer = (e: number): number => {
+  const integer = (e) => {
     let k = 0;
     while (Math.floor(e / 2 ** k) > 256) k++;
     const level = LEVELS.findLastIndex(([from]) => from <= Math.floor(e / 2 ** k));
-    let a = symbol(integers[11 * k + level]!);
+    let a = symbol(integers[11 * k + level]);
     if (a === 7) a = 7 + number(more);
     const magnitude = a * 2 ** k + bits(k);
     return magnitude > 0 && bits(1) === 1 ? -magnitude : magnitude;
@@ -87,23 +83,23 @@ export function readCoded(bytes: Uint8Array, before: Uint8Array = new Uint8Array
     let back = 0;
     while (end < stop) {
       for (let n = number(literals); n > 0; n--) {
-        const high = symbol(highs[end > 0 ? out[end - 1]! >> 5 : 0]!);
-        const middle = symbol(middles[high]!);
-        out[end++] = 32 * high + 4 * middle + (symbol(lows[8 * high + middle]!) % 4);
+        const high = symbol(highs[end > 0 ? out[end - 1] >> 5 : 0]);
+        const middle = symbol(middles[high]);
+        out[end++] = 32 * high + 4 * middle + (symbol(lows[8 * high + middle]) % 4);
       }
       if (end === stop) break;
       const count = 4 + number(length);
       back = number(distance) || back;
-      for (let n = 0; n < count; n++, end++) out[end] = back > end ? before.at(end - back)! : out[end - back]!;
+      for (let n = 0; n < count; n++, end++) out[end] = back > end ? before.at(end - back) : out[end - back];
     }
     if (end === out.length) break;
-    const size = [8, 4, 3][bits(2)]!;
+    const size = [8, 4, 3][bits(2)];
     const [rows, width, count] = [number(shape), number(shape), number(shape)];
     const step = bits(1) === 1 ? 16 : 4;
     const start = end;
-    const uppers = Array<number>(rows).fill(0);
-    const means = Array<number | undefined>(rows).fill(undefined);
-    const places = Array<number | undefined>(rows * width).fill(undefined);
+    const uppers = Array(rows).fill(0);
+    const means = Array(rows).fill(undefined);
+    const places = Array(rows * width).fill(undefined);
     const stride = Math.ceil((width * size) / 8);
     const bytesOf = 4 * Math.ceil((2 * rows) / 4) + 4 * Math.ceil((rows * stride) / 4);
     for (let n = 0; n < count; n++) {
@@ -121,7 +117,7 @@ export function readCoded(bytes: Uint8Array, before: Uint8Array = new Uint8Array
           const c = places[row * width + i];
           const value = integer(c === undefined || rows * width > 4096 ? r : Math.floor((r + c) / 2));
           const first = 8 * (tensor + 4 * Math.ceil((2 * rows) / 4) + row * stride) + i * size;
-          for (let b = 0; b < size; b++) if ((value >> b) & 1) out[(first + b) >> 3]! |= 1 << ((first + b) & 7);
+          for (let b = 0; b < size; b++) if ((value >> b) & 1) out[(first + b) >> 3] |= 1 << ((first + b) & 7);
           const seen = 64 * Math.abs(value);
           places[row * width + i] = c === undefined ? Math.floor((r + seen) / 2) : c + Math.floor((seen - c) / 8);
           r += Math.floor((seen - r) / 2 ** (i < 7 ? 3 : i < 15 ? 4 : 5));
