@@ -1,9 +1,11 @@
 /**
  * Extraction of many modules: one after another where this runs, or several at a time in threads of their own, which gives the same
- * bytes. A thread is sent one module's stack and answers with what is stored of it.
+ * bytes. A thread is sent one module's stack and answers with what is stored of it; or a section of a pack, which it codes.
  */
 import { openThread } from "#platform";
 import { BackendError } from "../errors.ts";
+import { encodeSection } from "../format/encode-coded.ts";
+import type { TensorRef } from "../format/format.ts";
 import { UnstorableError } from "../tensor/encode.ts";
 import { extractModule, type ModuleStack } from "./extract.ts";
 import { pairOf, singularValues } from "./gauge.ts";
@@ -35,17 +37,23 @@ const JOBS = {
     options: Without<ExtractOptions>,
     products: Products,
   ): ReturnType<typeof remainders> => remainders(stack, { ...options, products }),
+  /** The blob of a task, coded where that takes fewer bytes. Whoever asks gives it away. */
+  code: (
+    blob: Uint8Array,
+    { tensors, before }: { readonly tensors: readonly TensorRef[]; readonly before: Uint8Array },
+  ): Uint8Array => encodeSection(blob, tensors, 4, before) ?? blob,
 };
 
 type Jobs = typeof JOBS;
 type Kind = keyof Jobs;
+type Subject<K extends Kind = Kind> = Parameters<Jobs[K]>[0];
 
 /** Does what `JOBS` lists. */
 export interface Extractor {
   /** Modules that are worked on at a time. */
   readonly size: number;
   /** @throws whatever the work throws */
-  ask<K extends Kind>(kind: K, stack: ModuleStack, options: Parameters<Jobs[K]>[1]): Promise<ReturnType<Jobs[K]>>;
+  ask<K extends Kind>(kind: K, subject: Subject<K>, options: Parameters<Jobs[K]>[1]): Promise<ReturnType<Jobs[K]>>;
   /** Gives back the memory that threads hold, until something is asked again. Only while nothing is asked. */
   rest(): Promise<void>;
   close(): Promise<void>;
@@ -61,7 +69,7 @@ export interface Thread {
 /** What a thread is sent. */
 interface Question {
   readonly kind: Kind;
-  readonly stack: ModuleStack;
+  readonly subject: Subject;
   readonly options: unknown;
 }
 
@@ -86,7 +94,7 @@ export async function createExtractor(threads: number = 1): Promise<Extractor> {
 function here(products: Products): Extractor {
   return {
     size: 1,
-    ask: async (kind, stack, options) => (JOBS[kind] as (...args: unknown[]) => never)(stack, options, products),
+    ask: async (kind, subject, options) => (JOBS[kind] as (...args: unknown[]) => never)(subject, options, products),
     rest: async () => {},
     close: async () => {},
   };
@@ -108,12 +116,12 @@ async function inThreads(count: number, open: () => Promise<Thread>): Promise<Ex
   await (started = start());
   return {
     size: count,
-    async ask(kind, stack, options) {
+    async ask(kind, subject, options) {
       await (started ??= start());
       const thread = idle.pop() ?? (await new Promise<Thread>((resolve) => waiting.push(resolve)));
       try {
-        const question: Question = { kind, stack: owned(stack), options };
-        const buffers = question.stack.members.flatMap(({ A, Bt }) => [A.buffer, Bt.buffer] as ArrayBuffer[]);
+        const question: Question = { kind, subject: owned(subject), options };
+        const buffers = arraysOf(question.subject).map(({ buffer }) => buffer as ArrayBuffer);
         const answer = (await thread.ask(question, buffers)) as Answer;
         if ("failed" in answer) throw errorOf(answer.failed);
         return answer.result as never;
@@ -128,8 +136,10 @@ async function inThreads(count: number, open: () => Promise<Thread>): Promise<Ex
   };
 }
 
-/** A copy to be given away. What a reader gave may be a view of a whole file, and is the reader's. */
-function owned({ name, out, in: inputs, members }: ModuleStack): ModuleStack {
+/** What can be given away: a copy of factors, since what a reader gave may be a view of a whole file, and is the reader's. */
+function owned(subject: Subject): Subject {
+  if (subject instanceof Uint8Array) return subject;
+  const { name, out, in: inputs, members } = subject;
   const copies = members.map(({ id, rank, A, Bt }) => ({ id, rank, A: A.slice(), Bt: Bt.slice() }));
   return { name, out, in: inputs, members: copies };
 }
@@ -138,19 +148,22 @@ function owned({ name, out, in: inputs, members }: ModuleStack): ModuleStack {
 export async function createAnswerer(): Promise<(question: unknown) => Promise<Answer>> {
   const extractor = here(await fastProducts());
   return async (question) => {
-    const { kind, stack, options } = question as Question;
+    const { kind, subject, options } = question as Question;
     try {
-      return { result: await extractor.ask(kind, stack, options as never) };
+      return { result: await extractor.ask(kind, subject as never, options as never) };
     } catch (error) {
       return { failed: failureOf(error) };
     }
   };
 }
 
-/** Of the factors that a question holds. */
+/** Of the arrays that a question holds. */
 export function bytesOf(question: unknown): number {
-  const { members } = (question as Question).stack;
-  return members.reduce((sum, { A, Bt }) => sum + A.byteLength + Bt.byteLength, 0);
+  return arraysOf((question as Question).subject).reduce((sum, { byteLength }) => sum + byteLength, 0);
+}
+
+function arraysOf(subject: Subject): readonly (Uint8Array | Float32Array)[] {
+  return subject instanceof Uint8Array ? [subject] : subject.members.flatMap(({ A, Bt }) => [A, Bt]);
 }
 
 function failureOf(error: unknown): Failure {

@@ -44,8 +44,6 @@ export async function buildApart(
       found = await encodeModules(extractor, own, extraction, dtype, { ...options, steps }, known);
       return lossesOf(found.errors);
     });
-    // To be coded they need the memory.
-    if (some.length < adapters.length) await extractor.rest();
     for (const one of found!.errors) errors.push(one);
     const places = own.map(({ shape }) => names.indexOf(shape.name));
     for (const all of found!.terms.values())
@@ -64,7 +62,8 @@ export async function buildApart(
       return task;
     });
   });
-  const { bytes, chunks, blobs } = await newPack(basisOf(adapters, { ...options, error }, extraction, modules), tasks);
+  const basis = basisOf(adapters, { ...options, error }, extraction, modules);
+  const { bytes, chunks, blobs } = await newPack(basis, tasks, true, extractor);
   const components = { min: 0, mean: 0, max: 0 };
   const report = describe(adapters, options, extraction, { names, components, terms, errors });
   return { chunks, report: { ...sizesOf(bytes, blobs, adapters), ...report } };

@@ -1,6 +1,7 @@
 /**
  * Entropy coding of what a pack stores (SPEC.md, section 5.1): bases and task blobs, where it takes fewer bytes.
  */
+import type { Extractor } from "../extract/extractor.ts";
 import { letGo } from "../extract/garbage.ts";
 import { isCoded } from "../format/coded.ts";
 import { encodeSection } from "../format/encode-coded.ts";
@@ -29,12 +30,27 @@ export function codedBases(bases: Uint8Array, { modules, description }: Basis): 
 }
 
 /** A task whose blob is coded, where that takes fewer bytes. */
-export function codedTask({ entry, blob }: TaskToWrite, { modules, description }: Basis): TaskToWrite {
-  const { terms, parameters } = parseTask(blob, modules, entry.id, entry);
-  const tensors = refsOf(taskTensors(terms, parameters, modules));
-  const coded = encodeSection(blob, tensors, 4, description);
+export function codedTask(task: TaskToWrite, { modules, description }: Basis): TaskToWrite {
+  const { entry, blob } = task;
+  const coded = encodeSection(blob, tensorsOf(task, modules), 4, description);
   letGo(PASSING * blob.length);
   return { entry, blob: coded ?? blob };
+}
+
+/** The same by an extractor, which may have threads. @param task its blob is given away */
+export async function codedBy(
+  extractor: Extractor,
+  task: TaskToWrite,
+  { modules, description }: Basis,
+): Promise<TaskToWrite> {
+  const { entry, blob } = task;
+  return { entry, blob: await extractor.ask("code", blob, { tensors: tensorsOf(task, modules), before: description }) };
+}
+
+/** Tensors of a task's blob. */
+function tensorsOf({ entry, blob }: TaskToWrite, modules: readonly PackModule[]): TensorRef[] {
+  const { terms, parameters } = parseTask(blob, modules, entry.id, entry);
+  return refsOf(taskTensors(terms, parameters, modules));
 }
 
 /** The header of a task's blob, for the others to copy from the basis description; undefined where it is too long for that. */

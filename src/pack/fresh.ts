@@ -3,6 +3,7 @@
  */
 
 import { checkPack } from "../arguments.ts";
+import { type Extractor, inOrder } from "../extract/extractor.ts";
 import { parseBasis } from "../format/directory.ts";
 import { type BasisInput, encodeBasis } from "../format/encode.ts";
 import { sha256 } from "../format/hash.ts";
@@ -17,7 +18,7 @@ import {
 } from "../format/layout.ts";
 import { toHex } from "../tensor/hex.ts";
 import { VERSION } from "../version.ts";
-import { codedBases, codedTask, headerOf, storedTask } from "./coding.ts";
+import { codedBases, codedBy, codedTask, headerOf, storedTask } from "./coding.ts";
 import type { Pack } from "./pack.ts";
 
 /** What a pack is made of: a task each. Where a pack has a step, it is asked for once. */
@@ -28,17 +29,23 @@ export function newPack(
   basis: Omit<BasisInput, "producer" | "header">,
   tasks: readonly Make[],
   held?: true,
+  extractor?: Extractor,
 ): Promise<{ bytes: number; chunks: Uint8Array[]; blobs: number[] }>;
-/** @param held false: tasks are made a second time when they are to be written, so that one blob is in memory at a time */
+/**
+ * @param held false: tasks are made a second time when they are to be written, so that one blob is in memory at a time
+ * @param extractor codes tasks while the next ones are made. Default: they are coded here
+ */
 export function newPack(
   basis: Omit<BasisInput, "producer" | "header">,
   tasks: readonly Make[],
   held: boolean,
+  extractor?: Extractor,
 ): Promise<{ bytes: number; chunks: Uint8Array[] | AsyncIterable<Uint8Array>; blobs: number[] }>;
 export async function newPack(
   basis: Omit<BasisInput, "producer" | "header">,
   tasks: readonly Make[],
   held: boolean = true,
+  extractor?: Extractor,
 ): Promise<{ bytes: number; chunks: Uint8Array[] | AsyncIterable<Uint8Array>; blobs: number[] }> {
   const coding = basis.step !== undefined;
   let first = coding && tasks.length > 1 ? await tasks[0]!() : undefined;
@@ -48,11 +55,24 @@ export async function newPack(
   const parsed = coding && parseBasis(description, { coded: false, length: bases.length }, "the new pack").basis;
   const coder = parsed && { modules: parsed.modules, description };
   const coded = coder ? codedBases(bases, coder) : undefined;
-  const places: TaskPlace[] = [];
-  for (const make of tasks) {
-    const task = first ?? (await make());
+  let turn: Promise<unknown> = Promise.resolve();
+  const placed = async (make: Make): Promise<TaskPlace> => {
+    // One after the other, since each needs much memory.
+    const made = turn.then(make);
+    turn = made.catch(() => {});
+    const task = await made;
+    if (!coder) return placeOf(task);
+    return placeOf(extractor ? await codedBy(extractor, task, coder) : codedTask(task, coder));
+  };
+  const again = async (): Promise<TaskToWrite> => {
+    const task = first!;
     first = undefined;
-    const place = await placeOf(coder ? codedTask(task, coder) : task);
+    return task;
+  };
+  const makes = first ? [again, ...tasks.slice(1)] : tasks;
+  const places: TaskPlace[] = [];
+  for await (const place of inOrder(makes, Math.min(2, extractor?.size ?? 1), placed)) {
+    const make = tasks[places.length]!;
     // What was coded is small, and coding it again would take as long.
     places.push(held || coding ? place : { ...place, read: async () => (await make()).blob });
   }
