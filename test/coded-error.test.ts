@@ -108,7 +108,7 @@ t.test("tasks that are made some at a time are the same", async (t) => {
   };
   const options = codedOptions({ gauge: "balanced" }, 0, 0.05);
   const [together, ...apart] = await Promise.all(
-    [undefined, 1, 150_000].map((most) => buildApart(extractor, others, options, 0.15, seek, most)),
+    [undefined, 1, 150_000].map((most) => buildApart(extractor, others, options, 0.15, seek, { held: true, most })),
   );
   for (const { chunks, report } of apart) {
     t.strictSame(concat(chunks as Uint8Array[]), concat(together!.chunks as Uint8Array[]));

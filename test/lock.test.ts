@@ -2,11 +2,11 @@
 import { spawn, spawnSync } from "node:child_process";
 import { once } from "node:events";
 import { existsSync, readFileSync, readlinkSync, symlinkSync } from "node:fs";
-import { chmod, mkdtemp, readdir, readFile, rm, stat, symlink, writeFile } from "node:fs/promises";
+import { chmod, mkdir, mkdtemp, readdir, readFile, rm, stat, symlink, truncate, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import t from "tap";
-import { writeTogether, writeWhole } from "../dist/src/cli/files.js";
+import { openScratch, writeTogether, writeWhole } from "../dist/src/cli/files.js";
 import { takeLock } from "../dist/src/cli/lock.js";
 
 const folder = await mkdtemp(join(tmpdir(), "eigenlora-lock-"));
@@ -72,7 +72,7 @@ t.test("neither a process id that is used again nor another machine is mistaken"
     plant(path, { pid: process.ppid, began: "another boot 123" });
     (await takeLock(path, silent)).close();
     // Ended, but its parent has not asked how: still there under its id.
-    const parent = spawn("sh", ["-c", "sleep 0 & echo $!; exec sleep 60"]);
+    const parent = spawn("sh", ["-c", "sleep 0.5 & echo $!; exec sleep 60"]);
     const pid = Number(String((await once(parent.stdout, "data"))[0]));
     const fields = (): string[] => readFileSync(`/proc/${pid}/stat`, "utf8").split(") ")[1]!.split(" ");
     while (fields()[0] !== "Z") await new Promise((resolve) => setTimeout(resolve, 20));
@@ -194,4 +194,26 @@ t.test("files that belong together are all new or all old", async (t) => {
     (await readdir(folder)).filter((name) => name.endsWith(".tmp") && !name.startsWith("gone")),
     [],
   );
+});
+
+t.test("what is put aside lies in a file of nobody else's, and is gone afterwards", async (t) => {
+  const own = join(folder, "aside");
+  await mkdir(own);
+  const scratch = openScratch(join(own, "p.eigen"), 10);
+  const parts = [9, 4, 1, 70_000].map((length, i) => new Uint8Array(length).fill(i + 1));
+  const reads = [await scratch.put(parts[0]!)];
+  t.same(await readdir(own), [], "a little stays in memory");
+  for (const part of parts.slice(1)) reads.push(await scratch.put(part));
+  const [file, ...rest] = await readdir(own);
+  t.match(file, /^p\.eigen\.[0-9a-f]{8}\.tmp$/);
+  t.same(rest, []);
+  if (process.platform !== "win32") t.equal((await stat(join(own, file!))).mode & 0o777, 0o600);
+  for (const i of [3, 0, 2, 1]) t.strictSame(await reads[i]!(), parts[i]);
+  await truncate(join(own, file!), 5);
+  await t.rejects(reads[3]!(), { name: "SourceError", message: /p\.eigen.*cannot be read.*shorter/ });
+  scratch.close();
+  t.same(await readdir(own), []);
+  const nowhere = openScratch(join(folder, "nowhere", "p.eigen"), 0);
+  await t.rejects(nowhere.put(parts[0]!), { name: "SourceError", message: /cannot be written/ });
+  nowhere.close();
 });

@@ -4,7 +4,8 @@ import { openThread } from "../dist/bindings/node.js";
 import type { Adapter } from "../dist/src/adapters/adapter.js";
 import { readAdapters } from "../dist/src/adapters/folder.js";
 import { type BuildOptions, buildPack } from "../dist/src/pack/build.js";
-import { searchPack } from "../dist/src/pack/search.js";
+import { allOf } from "../dist/src/pack/fresh.js";
+import { searchPack, searchStreamed } from "../dist/src/pack/search.js";
 import type { SearchOptions } from "../dist/src/pack/search-options.js";
 import { concat, data } from "./packs.ts";
 
@@ -61,6 +62,24 @@ t.test("so is what a search finds", async (t) => {
     const [alone, beside] = found as [(typeof found)[0], (typeof found)[0]];
     t.ok(Buffer.from(concat(beside.chunks)).equals(concat(alone.chunks)), goal.kind);
     t.strictSame(beside.report, alone.report);
+  }
+  t.equal(running(), 0, "threads have ended");
+});
+
+t.test("and what is written piece by piece, with blobs elsewhere until then", async (t) => {
+  const goal = { kind: "error", max: 0.3 } as const;
+  const { chunks, report } = await searchPack(adapters, { goal });
+  for (const workers of [1, 2]) {
+    const aside: Uint8Array[] = [];
+    const put = async (blob: Uint8Array) => {
+      aside.push(blob);
+      return async () => aside[aside.indexOf(blob)]!;
+    };
+    const streamed = await searchStreamed(adapters, { goal, workers }, { put });
+    t.equal(aside.length, adapters.length, "blobs were put aside");
+    const whole = concat(await allOf(streamed.chunks as AsyncIterable<Uint8Array>));
+    t.ok(Buffer.from(whole).equals(concat(chunks)), `${workers} workers`);
+    t.strictSame(streamed.report, report);
   }
   t.equal(running(), 0, "threads have ended");
 });

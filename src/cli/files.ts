@@ -4,12 +4,23 @@
  * others may change at the same time is written under its lock (`Run.lock`).
  */
 import { randomUUID } from "node:crypto";
-import { closeSync, fchmodSync, fsyncSync, ftruncateSync, openSync, renameSync, rmSync, writeSync } from "node:fs";
+import {
+  closeSync,
+  fchmodSync,
+  fsyncSync,
+  ftruncateSync,
+  openSync,
+  readSync,
+  renameSync,
+  rmSync,
+  writeSync,
+} from "node:fs";
 import { mkdir, readFile } from "node:fs/promises";
 import { dirname } from "node:path";
 import { reasonOf } from "../../bindings/node.ts";
 import { SourceError } from "../errors.ts";
 import type { Append } from "../format/layout.ts";
+import type { Scratch } from "../pack/fresh.ts";
 import { realTarget } from "./lock.ts";
 import { stat } from "./target.ts";
 import { undoOnExit } from "./undo.ts";
@@ -81,8 +92,7 @@ export async function writeTogether(
     for (const [path, chunks] of files) {
       at = path;
       const target = realTarget(path);
-      // Not by process id: machines that share a folder have the same ones, and so has a container that starts again.
-      const beside = `${target}.${randomUUID().slice(0, 8)}.tmp`;
+      const beside = besideOf(target);
       written.push({ path, target, beside });
       sizes.push(await writeNew(beside, chunks, stat(target)?.mode));
     }
@@ -99,6 +109,70 @@ export async function writeTogether(
     return failed(at, "written")(cause);
   } finally {
     forget();
+  }
+}
+
+/** So much of what is put aside stays in memory. */
+const HELD_BYTES = 2 ** 25;
+
+/**
+ * A file beside a target, for what will be part of it: made when there is much, and gone when it is closed.
+ * @param most bytes that stay in memory
+ */
+export function openScratch(path: string, most: number = HELD_BYTES): Scratch & { close(): void } {
+  const beside = besideOf(realTarget(path));
+  let file: number | undefined;
+  let [held, end] = [0, 0];
+  const undo = (): void => rmSync(beside, { force: true });
+  let forget = (): void => {};
+  return {
+    async put(bytes) {
+      if (held + bytes.length <= most) {
+        held += bytes.length;
+        return holding(bytes);
+      }
+      if (file === undefined) {
+        forget = undoOnExit(undo);
+        file = await attempt(path, "written", () => openSync(beside, "wx+", 0o600));
+      }
+      const at = end;
+      end += await attempt(path, "written", () => writeAt(file!, bytes, at));
+      return reading(path, file, at, bytes.length);
+    },
+    close() {
+      if (file !== undefined) closeSync(file);
+      file = undefined;
+      undo();
+      forget();
+    },
+  };
+}
+
+// Functions keep all that lies around them: here that is not the bytes that were written.
+const holding = (bytes: Uint8Array) => async (): Promise<Uint8Array> => bytes;
+const reading = (path: string, file: number, at: number, size: number) => (): Promise<Uint8Array> =>
+  attempt(path, "read", () => readAt(file, at, size));
+
+function readAt(file: number, at: number, size: number): Uint8Array {
+  const bytes = new Uint8Array(size);
+  for (let done = 0; done < size; ) {
+    const count = readSync(file, bytes, done, size - done, at + done);
+    if (count === 0) throw new Error("it has become shorter");
+    done += count;
+  }
+  return bytes;
+}
+
+/** A name of its own. Not by process id: machines that share a folder have the same ones, and so has a container that starts again. */
+function besideOf(target: string): string {
+  return `${target}.${randomUUID().slice(0, 8)}.tmp`;
+}
+
+async function attempt<T>(path: string, what: string, work: () => T): Promise<T> {
+  try {
+    return work();
+  } catch (cause) {
+    return failed(path, what)(cause);
   }
 }
 

@@ -22,7 +22,7 @@ import { inputMoments, type MomentsOptions } from "../train/moments.ts";
 import { type Attach, command } from "./command.ts";
 import { distilled } from "./distilled.ts";
 import { type Completion, readQuestions } from "./examples.ts";
-import { readJson } from "./files.ts";
+import { openScratch, readJson } from "./files.ts";
 import { inFlags, names, refuseUnknown } from "./matching.ts";
 import { openModel, tokenizer, tokens } from "./model.ts";
 import {
@@ -265,7 +265,7 @@ async function build(
     const kind = divergence !== undefined ? "divergence" : most !== undefined ? "bytes" : "error";
     const onTry = ({ name }: Tried, done: number, of: number): void => out.progress("way", done, of, name);
     const search: SearchOptions = { ...common, workers, goal: { kind, max }, onTry };
-    if (!asked || kind === "error") return searchStreamed(adapters, search);
+    if (!asked || kind === "error") return searchStreamed(adapters, search, run.closing(openScratch(options.output)));
     const { engine, model, judge: about } = asked;
     const judge = run.closing(createJudge(engine, model, about));
     const found = await searchPack(adapters, { ...search, judge: judge.judge });

@@ -79,6 +79,13 @@ export class Tables {
     }
   }
 
+  copy(): Tables {
+    const copy = new Tables();
+    copy.sums.set(this.sums);
+    copy.#used.set(this.#used);
+    return copy;
+  }
+
   /** Makes `symbol` likelier. */
   use(table: number, symbol: number): void {
     const { sums } = this;

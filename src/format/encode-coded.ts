@@ -87,41 +87,61 @@ function copies(before: Uint8Array, section: Uint8Array): Plan["copyAt"] {
   };
 }
 
-/** Notes of a block, in powers of 2: at most 32 MB, which allocators give back to the system as soon as they are free. */
+/** Notes of a block, in powers of 2. */
 const LEAST_BLOCK = 10;
-const MOST_BLOCK = 23;
+const MOST_BLOCK = 20;
+/** A note of bits: how many they are, above their value. The value of more than 11 is a note of its own behind one that says LONG. */
+const BITS = 0x8000;
+const VALUE_BITS = 11;
+const LONG = 15;
 
-/** Notes what is coded; rANS codes it from the last to the first, so that a decoder reads it from the first on. */
+/** Some notes, and the tables as the first of them found them. */
+interface Block {
+  /** Long enough for one more than it is filled with: both notes of long bits lie in one block. */
+  readonly notes: Uint16Array;
+  readonly tables: Tables;
+  count: number;
+}
+
+/**
+ * Notes what is coded; rANS codes it from the last to the first, so that a decoder reads it from the first on. A section has many times
+ * more notes than bytes, so each is a symbol in 16 bits; what frequency the symbol had is found by going through a block again.
+ */
 export class Encoder implements Coder {
   readonly #tables = new Tables();
-  /** In blocks, the start and above it the frequency of each symbol; of bits their value, and how many they are as a negative number. */
-  readonly #notes: Int32Array[] = [];
-  readonly #block: number;
-  #count = 0;
+  readonly #blocks: Block[] = [];
+  readonly #length: number;
 
   /** @param size of the section, about. Default: small */
   constructor(size: number = 0) {
-    this.#block = 2 ** Math.min(MOST_BLOCK, Math.max(LEAST_BLOCK, Math.ceil(Math.log2(2 * size + 1))));
+    this.#length = 2 ** Math.min(MOST_BLOCK, Math.max(LEAST_BLOCK, Math.ceil(Math.log2(2 * size + 1))));
+    this.#begin();
   }
 
   symbol(table: number, symbol: number): number {
-    const at = table * (SYMBOLS + 1) + symbol;
-    const { sums } = this.#tables;
-    this.#note(sums[at]!, sums[at + 1]! - sums[at]!);
+    this.#note(table * SYMBOLS + symbol);
     this.#tables.use(table, symbol);
     return symbol;
   }
 
   bits(count: number, value: number): number {
     const low = value & (2 ** count - 1);
-    this.#note(low, -count);
+    if (count <= VALUE_BITS) this.#note(BITS | (count << VALUE_BITS) | low);
+    else this.#note(BITS | (LONG << VALUE_BITS) | count, low);
     return low;
   }
 
-  #note(start: number, width: number): void {
-    const at = this.#count++ & (this.#block - 1);
-    if (at === 0) this.#notes.push(new Int32Array(this.#block));
-    this.#notes[this.#notes.length - 1]![at] = (width << WORD_BITS) | start;
+  #note(note: number, value?: number): void {
+    let block = this.#blocks[this.#blocks.length - 1]!;
+    if (block.count >= this.#length) block = this.#begin();
+    block.notes[block.count++] = note;
+    if (value !== undefined) block.notes[block.count++] = value;
+  }
+
+  #begin(): Block {
+    const block = { notes: new Uint16Array(this.#length + 1), tables: this.#tables.copy(), count: 0 };
+    this.#blocks.push(block);
+    return block;
   }
 
   /** @param size of the section */
@@ -139,16 +159,18 @@ export class Encoder implements Coder {
       words[count++] = state;
       state >>>= WORD_BITS;
     };
-    for (let i = this.#count - 1; i >= 0; i--) {
-      const note = this.#notes[Math.floor(i / this.#block)]![i & (this.#block - 1)]!;
-      const [start, width] = [note & 0xffff, note >> WORD_BITS];
-      if (width <= 0) {
-        if (width < 0 && state >>> (32 + width) > 0) word();
-        state = ((state << -width) | start) >>> 0;
-      } else {
-        if (state >>> (2 * WORD_BITS - FREQUENCY_BITS) >= width) word();
-        const whole = (state / width) >>> 0;
-        state = ((whole << FREQUENCY_BITS) >>> 0) + (state - whole * width) + start;
+    const steps = new Int32Array(this.#length + 1);
+    for (const block of this.#blocks.toReversed()) {
+      for (let i = stepsOf(block, steps) - 1; i >= 0; i--) {
+        const [start, width] = [steps[i]! & 0xffff, steps[i]! >> WORD_BITS];
+        if (width <= 0) {
+          if (width < 0 && state >>> (32 + width) > 0) word();
+          state = ((state << -width) | start) >>> 0;
+        } else {
+          if (state >>> (2 * WORD_BITS - FREQUENCY_BITS) >= width) word();
+          const whole = (state / width) >>> 0;
+          state = ((whole << FREQUENCY_BITS) >>> 0) + (state - whole * width) + start;
+        }
       }
     }
     word();
@@ -160,4 +182,29 @@ export class Encoder implements Coder {
     for (let i = 0; i < count; i++) view.setUint16(CODED_HEAD_BYTES + 2 * i, words[count - 1 - i]!, true);
     return bytes;
   }
+}
+
+/**
+ * Steps of a block's notes: the start, and above it the frequency of each symbol; of bits their value, and how many they are as a
+ * negative number. The block's tables move with them.
+ * @param steps gets them
+ * @returns how many there are
+ */
+function stepsOf({ notes, tables, count }: Block, steps: Int32Array): number {
+  const { sums } = tables;
+  let end = 0;
+  for (let i = 0; i < count; i++) {
+    const note = notes[i]!;
+    if (note < BITS) {
+      const [table, symbol] = [Math.floor(note / SYMBOLS), note % SYMBOLS];
+      const at = table * (SYMBOLS + 1) + symbol;
+      steps[end++] = ((sums[at + 1]! - sums[at]!) << WORD_BITS) | sums[at]!;
+      tables.use(table, symbol);
+      continue;
+    }
+    const value = note & (2 ** VALUE_BITS - 1);
+    const bits = (note >> VALUE_BITS) & LONG;
+    steps[end++] = bits === LONG ? (-value << WORD_BITS) | notes[++i]! : (-bits << WORD_BITS) | value;
+  }
+  return end;
 }

@@ -9,7 +9,7 @@ import { letGo } from "../extract/garbage.ts";
 import type { TermInput } from "../format/encode.ts";
 import { type BuildOptions, basisOf, describe, headOf, type MadeTerm, type Packed, prepare, sizesOf } from "./build.ts";
 import { encodeModules, type Known } from "./encode-modules.ts";
-import { newPack } from "./fresh.ts";
+import { newPack, type Scratch } from "./fresh.ts";
 import { lossesOf, type ModuleError, type TaskLoss } from "./report.ts";
 import { encodeAdapter } from "./tasks.ts";
 
@@ -19,10 +19,18 @@ export type Seek = (
   make: (steps: ReadonlyMap<Adapter, number>) => Promise<readonly TaskLoss[]>,
 ) => Promise<void>;
 
+interface Apart {
+  /** As of `buildWith`. */
+  readonly held: boolean;
+  /** For what is made, where it is not held. Default: memory. */
+  readonly scratch?: Scratch | undefined;
+  /** Numbers of the adapters that are worked on at a time. Default: 2²⁶. */
+  readonly most?: number;
+}
+
 /**
  * `buildWith` of no components and a step.
  * @param error that steps keep to, which the pack then says
- * @param most numbers of the adapters that are worked on at a time
  */
 export async function buildApart(
   extractor: Extractor,
@@ -30,7 +38,7 @@ export async function buildApart(
   options: BuildOptions,
   error: number,
   seek: Seek,
-  most: number = GROUP,
+  { held, scratch, most = GROUP }: Apart,
 ): Promise<Packed> {
   const { extraction, dtype, shared, fingerprints } = await prepare(adapters, options);
   const modules = shared.map(({ shape }) => ({ ...shape, fingerprint: fingerprints?.get(shape.name) }));
@@ -63,7 +71,7 @@ export async function buildApart(
     });
   });
   const basis = basisOf(adapters, { ...options, error }, extraction, modules);
-  const { bytes, chunks, blobs } = await newPack(basis, tasks, true, extractor);
+  const { bytes, chunks, blobs } = await newPack(basis, tasks, { held, scratch, extractor });
   const components = { min: 0, mean: 0, max: 0 };
   const report = describe(adapters, options, extraction, { names, components, terms, errors });
   return { chunks, report: { ...sizesOf(bytes, blobs, adapters), ...report } };

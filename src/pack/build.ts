@@ -283,7 +283,7 @@ async function finishBuild(
   });
   // Handed over: the encoded components are in the chunks afterwards, and need not be held twice.
   const basis = basisOf(adapters, options, extraction, modules.splice(0));
-  const { bytes, chunks, blobs } = await newPack(basis, tasks, held);
+  const { bytes, chunks, blobs } = await newPack(basis, tasks, { held });
   return { chunks, report: { ...sizesOf(bytes, blobs, adapters), ...beside } };
 }
 

@@ -24,28 +24,36 @@ import type { Pack } from "./pack.ts";
 /** What a pack is made of: a task each. Where a pack has a step, it is asked for once. */
 type Make = () => Promise<TaskToWrite>;
 
+/** Where blobs lie until their pack is written, for who has no memory for all of them. */
+export interface Scratch {
+  /** @returns what reads them again, once */
+  put(bytes: Uint8Array): Promise<() => Promise<Uint8Array>>;
+}
+
+/** How a pack is made. */
+interface Making {
+  /** Default: true. Otherwise tasks are made a second time when they are to be written, so that one blob is in memory at a time. */
+  readonly held?: boolean | undefined;
+  /** Codes tasks while the next ones are made. Default: they are coded here. */
+  readonly extractor?: Extractor | undefined;
+  /** For coded blobs. Default: they are in memory. */
+  readonly scratch?: Scratch | undefined;
+}
+
 /** A pack as consecutive chunks, its bytes and those of its blobs. Its sections are coded where it has a step. */
 export function newPack(
   basis: Omit<BasisInput, "producer" | "header">,
   tasks: readonly Make[],
-  held?: true,
-  extractor?: Extractor,
 ): Promise<{ bytes: number; chunks: Uint8Array[]; blobs: number[] }>;
-/**
- * @param held false: tasks are made a second time when they are to be written, so that one blob is in memory at a time
- * @param extractor codes tasks while the next ones are made. Default: they are coded here
- */
 export function newPack(
   basis: Omit<BasisInput, "producer" | "header">,
   tasks: readonly Make[],
-  held: boolean,
-  extractor?: Extractor,
+  how: Making,
 ): Promise<{ bytes: number; chunks: Uint8Array[] | AsyncIterable<Uint8Array>; blobs: number[] }>;
 export async function newPack(
   basis: Omit<BasisInput, "producer" | "header">,
   tasks: readonly Make[],
-  held: boolean = true,
-  extractor?: Extractor,
+  { held = true, extractor, scratch }: Making = {},
 ): Promise<{ bytes: number; chunks: Uint8Array[] | AsyncIterable<Uint8Array>; blobs: number[] }> {
   const coding = basis.step !== undefined;
   let first = coding && tasks.length > 1 ? await tasks[0]!() : undefined;
@@ -73,8 +81,9 @@ export async function newPack(
   const places: TaskPlace[] = [];
   for await (const place of inOrder(makes, Math.min(2, extractor?.size ?? 1), placed)) {
     const make = tasks[places.length]!;
-    // What was coded is small, and coding it again would take as long.
-    places.push(held || coding ? place : { ...place, read: async () => (await make()).blob });
+    // Coding again would take as long.
+    if (coding) places.push(held || !scratch ? place : { ...place, read: await scratch.put(await place.read()) });
+    else places.push(held ? place : { ...place, read: async () => (await make()).blob });
   }
   const { bytes, chunks } = await streamFresh({ description, bases, coded, basisId }, places);
   const blobs = places.map(({ length }) => length);

@@ -9,6 +9,7 @@ import { type Shared, type Survey, withinBytes, withinError } from "./allocate.t
 import { buildApart, type Seek } from "./apart.ts";
 import { Unreachable } from "./bisect.ts";
 import { type Built, gathered, type Packed, startBuild } from "./build.ts";
+import type { Scratch } from "./fresh.ts";
 import type { Goal, Judge } from "./goal.ts";
 import { type Steps, startSteps, stepsWithin } from "./refine.ts";
 import type { TaskLoss } from "./report.ts";
@@ -22,6 +23,7 @@ interface Making extends Pick<SearchOptions, "dtype" | "base" | "anyBase" | "sig
   readonly adapters: readonly Adapter[];
   /** As of `buildWith`. */
   readonly held: boolean;
+  readonly scratch?: Scratch | undefined;
   readonly judge?: Judge | undefined;
   survey(shared?: Shared): Promise<Survey>;
 }
@@ -53,7 +55,7 @@ export async function allocatedPack(
 
 /** Of `refineBeside`, with the coarsest steps that keep every task within an error. @throws Unreachable */
 export async function codedPack(
-  { extractor, adapters, dtype, base, anyBase, signal, survey, held, judge }: Making,
+  { extractor, adapters, dtype, base, anyBase, signal, survey, held, scratch, judge }: Making,
   { name: _, fallback: __, refineBeside: k = 0, ...options }: Way,
   error: number,
 ): Promise<Packed> {
@@ -67,11 +69,12 @@ export async function codedPack(
     await stepsWithin(own, error, extract, (losses) => losses);
   };
   const said = Math.min(1, error);
-  if (k === 0) return buildApart(extractor, adapters, all, said, seek);
+  const whole = held || judge !== undefined;
+  if (k === 0) return buildApart(extractor, adapters, all, said, seek, { held: whole, scratch });
   const draft = await startBuild(adapters, all, { again: true, error: said });
   await seek(adapters, (steps) => draft.extract(extractor, all.privateTerms, steps));
   await extractor.rest();
-  return draft.finish(held || judge !== undefined);
+  return draft.finish(whole);
 }
 
 /** What steps are, in geometric mean, of the norm that ΔW of an adapter's modules typically has. */

@@ -9,6 +9,7 @@ import type { ComponentSelection } from "../extract/options.ts";
 import { DEFAULT_ERROR, type Shared, type Survey, sharingThatPays, survey, surveyBeside } from "./allocate.ts";
 import { grow, lowestPassing, partition, refine, Unreachable } from "./bisect.ts";
 import { type Built, buildWith, gathered, type Packed, withExtractor } from "./build.ts";
+import type { Scratch } from "./fresh.ts";
 import {
   better,
   figuresOf,
@@ -55,10 +56,15 @@ interface Candidate {
   built(): Promise<Packed>;
 }
 
-/** What all steps of one search share. */
-interface Search extends SearchOptions {
+/** Where packs are until they are written. */
+interface Keeping {
   /** As of `buildWith`. */
   readonly held: boolean;
+  readonly scratch?: Scratch | undefined;
+}
+
+/** What all steps of one search share. */
+interface Search extends SearchOptions, Keeping {
   readonly extractor: Extractor;
   readonly goal: Goal;
   readonly adapters: readonly Adapter[];
@@ -103,32 +109,36 @@ export async function searchPack(
 ): Promise<Built<SearchReport>> {
   const { goal = { kind: "error", max: DEFAULT_ERROR } } = options;
   checkSearch(adapters, { ...options, goal });
-  return gathered(await searchFor(adapters, { ...options, goal }, true));
+  return gathered(await searchFor(adapters, { ...options, goal }, { held: true }));
 }
 
-/** `searchPack` for who writes the pack and is done with it: as `buildStreamed` where no judge and no size asks for whole packs. */
+/**
+ * `searchPack` for who writes the pack and is done with it: as `buildStreamed` where no judge and no size asks for whole packs.
+ * @param scratch for what is made before it can be written. Default: memory
+ */
 export async function searchStreamed(
   adapters: readonly Adapter[],
   options: SearchOptions,
+  scratch?: Scratch,
 ): Promise<Packed<SearchReport>> {
   const { goal = { kind: "error", max: DEFAULT_ERROR } } = options;
   checkSearch(adapters, { ...options, goal });
-  return searchFor(adapters, { ...options, goal }, false);
+  return searchFor(adapters, { ...options, goal }, { held: false, scratch });
 }
 
 function searchFor(
   adapters: readonly Adapter[],
   options: SearchOptions & { readonly goal: Goal },
-  held: boolean,
+  keeping: Keeping,
 ): Promise<Packed<SearchReport>> {
-  return withExtractor("searchPack", options.workers, (extractor) => searchWith(extractor, adapters, options, held));
+  return withExtractor("searchPack", options.workers, (extractor) => searchWith(extractor, adapters, options, keeping));
 }
 
 async function searchWith(
   extractor: Extractor,
   adapters: readonly Adapter[],
   { goal, ...options }: SearchOptions & { readonly goal: Goal },
-  held: boolean,
+  keeping: Keeping,
 ): Promise<Packed<SearchReport>> {
   const { judge, moments, dtype = {}, ways } = options;
   const tried: Tried[] = [];
@@ -141,7 +151,7 @@ async function searchWith(
   const surveys = new Map<string, Promise<Survey>>();
   const start: Search = {
     ...options,
-    held,
+    ...keeping,
     extractor,
     goal,
     adapters,
