@@ -113,7 +113,7 @@ export async function writeTogether(
 }
 
 /** So much of what is put aside stays in memory. */
-const HELD_BYTES = 2 ** 25;
+const HELD_BYTES = 2 ** 23;
 
 /**
  * A file beside a target, for what will be part of it: made when there is much, and gone when it is closed.

@@ -90,6 +90,8 @@ function copies(before: Uint8Array, section: Uint8Array): Plan["copyAt"] {
 /** Notes of a block, in powers of 2. */
 const LEAST_BLOCK = 10;
 const MOST_BLOCK = 20;
+/** Notes of large blocks lie together in 32 MB, which allocators give back to the system as soon as they are free. */
+const TOGETHER = 2 ** 24;
 /** A note of bits: how many they are, above their value. The value of more than 11 is a note of its own behind one that says LONG. */
 const BITS = 0x8000;
 const VALUE_BITS = 11;
@@ -111,6 +113,8 @@ export class Encoder implements Coder {
   readonly #tables = new Tables();
   readonly #blocks: Block[] = [];
   readonly #length: number;
+  /** For notes of the next blocks. */
+  #room = new Uint16Array(0);
 
   /** @param size of the section, about. Default: small */
   constructor(size: number = 0) {
@@ -139,7 +143,10 @@ export class Encoder implements Coder {
   }
 
   #begin(): Block {
-    const block = { notes: new Uint16Array(this.#length + 1), tables: this.#tables.copy(), count: 0 };
+    const length = this.#length + 1;
+    if (this.#room.length < length) this.#room = new Uint16Array(length < 2 ** MOST_BLOCK ? length : TOGETHER);
+    const block = { notes: this.#room.subarray(0, length), tables: this.#tables.copy(), count: 0 };
+    this.#room = this.#room.subarray(length);
     this.#blocks.push(block);
     return block;
   }
