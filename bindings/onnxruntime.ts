@@ -2,6 +2,7 @@
  * `eigenlora/onnxruntime`: a pack on a model that onnxruntime-web or onnxruntime-node runs.
  */
 import { checkOptions, checkPack } from "../src/arguments.ts";
+import type { ModelInput } from "../src/onnx/whole.ts";
 import type { Pack } from "../src/pack/pack.ts";
 import { createSessions, type GroupOptions, type SessionGroup } from "../src/session/group.ts";
 import { type SessionOptions as CommonOptions, SESSION_OPTIONS } from "../src/session/options.ts";
@@ -10,6 +11,7 @@ import type { SourceInput } from "../src/source.ts";
 import type { Ort, SessionOptions } from "./ort.ts";
 import { createEngine } from "./ort-engine.ts";
 
+export type { ModelInput, ModelParts } from "../src/onnx/whole.ts";
 export type { ModuleFilter } from "../src/pack/part.ts";
 export type { MemoryReport } from "../src/runtime/report.ts";
 export type { SwitchOptions } from "../src/runtime/selection.ts";
@@ -51,7 +53,8 @@ export interface EigenSessionOptions<O extends Ort = Ort> extends CommonOptions 
  * stays the caller's, since other sessions may use it.
  *
  * @param ort the module that is to run the model
- * @param model bytes, path, URL or Blob of the ONNX file; files beside it are found by path or URL, or given by `external`
+ * @param model bytes, path, URL or Blob of the ONNX file; files beside it are found by path or URL, or given by `external`. With
+ *   `trainable` also `{ encoder, decoder }`, two files that are joined in memory
  * @throws BaseMismatchError when modules are missing, ambiguous, of another shape or of another model; or when the mode
  *   asked for cannot do what the tasks bring: the message names one that can
  * @throws FormatError when the model is truncated, no ONNX model or of an opset before 11
@@ -66,7 +69,7 @@ export interface EigenSessionOptions<O extends Ort = Ort> extends CommonOptions 
  */
 export async function createEigenSession<O extends Ort>(
   ort: O,
-  model: SourceInput,
+  model: ModelInput,
   pack: Pack,
   given: EigenSessionOptions<O> = {},
 ): Promise<EigenSession<O>> {

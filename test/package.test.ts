@@ -25,7 +25,7 @@ const WEBGPU_BUDGET = 12_000;
 
 /** Loaded by a session only when it is used: WebGPU, mode "folded", terms beside cores, training, biases that the model lacks, layers that are not linear, `apply`, trust, URLs, files of another kind. */
 const SESSION_LAZY =
-  /^#wasm\/|\/(hash|trust|refusal|kind|url-source|task-file|coded|part|packed|built|aliases|skeleton|attention|pieces|blocks|forms|graft-forms|probe-forms|js|dequantize|dropped|likeness|rows|row-tasks|caches|webgpu|device|ort-device|device-host|fold|folded|unfold|training|apply|turn|failed)\.js$/;
+  /^#wasm\/|\/(hash|trust|refusal|kind|url-source|task-file|coded|part|packed|built|aliases|skeleton|attention|pieces|blocks|forms|graft-forms|probe-forms|js|dequantize|dropped|likeness|rows|row-tasks|caches|webgpu|device|ort-device|device-host|fold|folded|unfold|training|whole|apply|turn|failed)\.js$/;
 
 /** What an app that runs an ONNX model loads: the runtime, the protobuf, the graph surgery, the session. */
 const SESSION_BUDGET = 65_200;

@@ -35,6 +35,7 @@ interface PartOptions extends Values<typeof match> {
   readonly as: ReadonlyMap<string, string>;
   readonly base: string | undefined;
   readonly model: string;
+  readonly decoder: string | undefined;
   readonly tokens: number | undefined;
   readonly tokenizer: string | undefined;
   readonly anyBase: boolean;
@@ -46,9 +47,9 @@ export async function distilPart(
   run: Run,
   out: Output,
 ): Promise<Result> {
-  const { output: file, force, model, steps, batch, tokens = 128, tokenizer = tokenizerOf(model) } = options;
+  const { output: file, force, model, decoder, steps, batch, tokens = 128, tokenizer = tokenizerOf(model) } = options;
   const questions = await readQuestions(options.text);
-  checkTarget(file, { force: true, inputs: [basisPath, model, options.text, tokenizer] });
+  checkTarget(file, { force: true, inputs: [basisPath, model, decoder, options.text, tokenizer] });
   const adapters = byId(await run.adapters(paths, options.as, options.base));
   checkTarget(file, { force: true, inputs: adapters.flatMap(filesOf) });
   const basis = await run.pack(basisPath);
@@ -59,7 +60,8 @@ export async function distilPart(
   const matching = { names: [...options.names], ignore: options.ignore };
   // By content: other machines may have the files elsewhere.
   const asked = { model: await digestOf(model), tokenizer: await digestOf(tokenizer), steps, batch, tokens };
-  const settings = { ...asked, ...questions, ...matching };
+  const half = decoder && { decoder: await digestOf(decoder) };
+  const settings = { ...asked, ...half, ...questions, ...matching };
   const of = [basis.basisId, coefficients, head, await facts(options.base), await contents(adapters, out)];
   const made = digest("distill", ...of, settings);
   const finished = `${file}.partial`;

@@ -15,7 +15,7 @@ import { makeFolder, writeWhole } from "./files.ts";
 import { addProjected, type Done, distilEach, figuresOf, removeFinished, tableOf } from "./finished.ts";
 import { realTarget } from "./lock.ts";
 import { match } from "./matching.ts";
-import { openTrainable, tokenizer, tokens } from "./model.ts";
+import { decoder, openTrainable, tokenizer, tokens } from "./model.ts";
 import {
   as,
   byDefault,
@@ -61,6 +61,7 @@ export const distill: Attach = command({
     key,
     ...group("The model", {
       model: required(text("MODEL.onnx", "The model that tasks and adapters belong to. Needs onnxruntime-node.")),
+      decoder,
       tokens,
       tokenizer,
       ...match,
@@ -70,7 +71,7 @@ export const distill: Attach = command({
     }),
   },
   async run([packPath, ...paths]: [string, ...string[]], options, run, out) {
-    const { output: file, force, model, steps, batch, tokens = 128, tokenizer } = options;
+    const { output: file, force, model, decoder, steps, batch, tokens = 128, tokenizer } = options;
     const [foreign] = options.part ? given(options, "key") : given(options, "dtype");
     if (foreign !== undefined)
       throw new UsageError(
@@ -81,7 +82,7 @@ export const distill: Attach = command({
     if (options.part) return (await import("./distill-part.ts")).distilPart([packPath, ...paths], options, run, out);
     const sign = await signerOf(options.key);
     const questions = await readQuestions(options.text);
-    const target = await run.target(file, { force, inputs: [model, options.text, tokenizer] });
+    const target = await run.target(file, { force, inputs: [model, decoder, options.text, tokenizer] });
     const adapters = await run.adapters(paths, options.as, options.base);
     target.refuse(adapters.flatMap(filesOf));
     const pack = await run.pack(packPath);
@@ -98,8 +99,9 @@ export const distill: Attach = command({
       questions.examples !== undefined,
     );
     const modelBytes = (await stat(model)).size;
+    const half = decoder && { decoder: resolve(decoder), decoderBytes: (await stat(decoder)).size };
     const matching = { names: [...options.names], ignore: options.ignore };
-    const settings = { model: resolve(model), modelBytes, steps, batch, tokens, ...questions, ...matching };
+    const settings = { model: resolve(model), modelBytes, ...half, steps, batch, tokens, ...questions, ...matching };
     const finished = `${file}.partial`;
     // Two runs of one target would do the same work, and the first to end would remove what the second has finished.
     await run.lock(finished);

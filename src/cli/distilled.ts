@@ -3,6 +3,7 @@
  * taken where its answers are then closer to the adapters' than those of the pack that was chosen.
  */
 import { parseTaskFile } from "../format/task-file.ts";
+import type { ModelInput } from "../onnx/whole.ts";
 import type { Built } from "../pack/build.ts";
 import { freshPack, tasksOf } from "../pack/fresh.ts";
 import { openPack, type Pack } from "../pack/pack.ts";
@@ -18,8 +19,7 @@ import { type Output, sum } from "./output.ts";
 /** What answers are asked of, and how. */
 export interface Asked {
   readonly engine: Engine;
-  /** Path. */
-  readonly model: string;
+  readonly model: ModelInput;
   readonly options: JudgeOptions;
   readonly judge: PackJudge;
 }

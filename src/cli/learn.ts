@@ -13,7 +13,7 @@ import type { TrainingStep } from "../train/trainer.ts";
 import { type Attach, command } from "./command.ts";
 import { readCompletions, readExamples } from "./examples.ts";
 import { match } from "./matching.ts";
-import { openTrainable, tokenizer, tokens } from "./model.ts";
+import { decoder, openTrainable, tokenizer, tokens } from "./model.ts";
 import {
   byDefault,
   choice,
@@ -51,6 +51,7 @@ const OPTIONS = {
   labels,
   ...group("The model", {
     model: required(text("MODEL.onnx", "The model that the pack's tasks belong to. Needs onnxruntime-node.")),
+    decoder,
     tokens,
     tokenizer,
     ...match,
@@ -103,8 +104,8 @@ export const learn: Attach = command({
     const { output: file, model, id = basename(file, extname(file)) } = options;
     if (!isTaskId(id))
       throw new UsageError(`--id ${JSON.stringify(id)}: expected 1 to 255 bytes without control characters`);
-    const { force, tokenizer } = options;
-    const target = await run.target(file, { force, inputs: [packPath, examplesPath, model, tokenizer] });
+    const { force, decoder, tokenizer } = options;
+    const target = await run.target(file, { force, inputs: [packPath, examplesPath, model, decoder, tokenizer] });
     const { signal } = interrupts(run);
     const { examples, labels } = await readLessons(examplesPath, options.labels);
     const pack = await run.pack(packPath);

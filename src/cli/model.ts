@@ -7,6 +7,7 @@ import { dirname, join } from "node:path";
 import { createEigenSession, type EigenSession } from "../../bindings/onnxruntime.ts";
 import type { Ort } from "../../bindings/ort.ts";
 import { BackendError, BaseMismatchError, SourceError } from "../errors.ts";
+import type { ModelInput } from "../onnx/whole.ts";
 import type { Pack } from "../pack/pack.ts";
 import type { BatchFeeds } from "../train/batch.ts";
 import { followsFromTokens } from "../train/fill.ts";
@@ -28,6 +29,11 @@ export interface OpenedModel {
   readonly encode: Encode;
 }
 
+/** Of commands that train on a model, or distil with it. */
+export const decoder: OptionSpec<string | undefined> = text(
+  "DECODER.onnx",
+  "The model's decoder, where it lies in a file of its own, as decoder_model_merged.onnx; --model is the encoder then.",
+);
 export const tokens: OptionSpec<number | undefined> = number(
   "N",
   "Cut texts to N tokens; a prompt with its completion may not be longer. Default: 128; 512 for completions.",
@@ -116,19 +122,25 @@ export function tokenizerOf(model: string): string {
   return !existsSync(beside!) && existsSync(above!) ? above! : beside!;
 }
 
+/** A model to train on, of one file or two. */
+export function wholeOf(model: string, decoder: string | undefined): ModelInput {
+  return decoder === undefined ? model : { encoder: model, decoder };
+}
+
 /** The same with a session that can be trained, and the encoder of its model. */
 export async function openTrainable(
   command: string,
   model: string,
   pack: Pack,
-  options: ModelOptions & Values<typeof match>,
+  options: ModelOptions & Values<typeof match> & { readonly decoder: string | undefined },
   run: Run,
   whole = false,
 ): Promise<{ session: EigenSession; encode: Encode }> {
-  const { names, ignore, anyBase } = options;
+  const { decoder, names, ignore, anyBase } = options;
   const { ort, encode } = await openModel(command, model, options, whole);
   refuseUnknown(names, pack.modules, pack.name);
-  const session = await createEigenSession(ort, model, pack, { trainable: true, names, ignore, anyBase });
+  const matching = { names, ignore, anyBase };
+  const session = await createEigenSession(ort, wholeOf(model, decoder), pack, { trainable: true, ...matching });
   run.closing(session);
   return { session, encode };
 }

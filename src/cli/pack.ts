@@ -9,6 +9,7 @@ import type { Adapter } from "../adapters/adapter.ts";
 import { partByGain, readScores } from "../adapters/scores.ts";
 import { freeWith } from "../extract/garbage.ts";
 import type { BasisMode } from "../extract/options.ts";
+import type { ModelInput } from "../onnx/whole.ts";
 import { DEFAULT_ERROR } from "../pack/allocate.ts";
 import { buildStreamed, type Packed } from "../pack/build.ts";
 import type { Tried } from "../pack/goal.ts";
@@ -24,7 +25,7 @@ import { distilled } from "./distilled.ts";
 import { type Completion, readQuestions } from "./examples.ts";
 import { openScratch, readJson } from "./files.ts";
 import { inFlags, names, refuseUnknown } from "./matching.ts";
-import { openModel, tokenizer, tokens } from "./model.ts";
+import { decoder, openModel, tokenizer, tokens, wholeOf } from "./model.ts";
 import {
   amount,
   anyBase,
@@ -142,6 +143,7 @@ const OPTIONS = {
       "MODEL.onnx",
       "Judge packs by its answers to --text instead of by ΔW error (mode auto), or calibrate with it. Needs onnxruntime-node.",
     ),
+    decoder,
     text: text("LINES.txt", "Plain text like that of the tasks, one per line; never your test data."),
     distill: number(
       "STEPS",
@@ -179,8 +181,8 @@ export const pack: Attach = command({
   options: OPTIONS,
   async run(paths, options, run, out) {
     checkOptions(options);
-    const { output: file, force, scores, minGain, base, model, text, tokenizer } = options;
-    const target = await run.target(file, { force, inputs: [scores, base, model, text, tokenizer] });
+    const { output: file, force, scores, minGain, base, model, decoder, text, tokenizer } = options;
+    const target = await run.target(file, { force, inputs: [scores, base, model, decoder, text, tokenizer] });
     // Read before any adapter is.
     const known = scores === undefined ? undefined : readScores(await readJson(scores), scores);
     const adapters = await run.adapters(paths, options.as, base);
@@ -231,12 +233,13 @@ function checkOptions(options: PackOptions): void {
       throw new UsageError("answers are judged for a size or a divergence: add --ratio, --bytes or --divergence");
   } else {
     if (budget === "--divergence") throw new UsageError("--divergence is for --mode auto");
-    const [foreign] = given(options, "model", "text", "tokenizer", "tokens");
+    const [foreign] = given(options, "model", "decoder", "text", "tokenizer", "tokens");
     if (foreign !== undefined && !options.calibrate)
       throw new UsageError(`${foreign} is for --mode auto and --calibrate`);
   }
   const [needs] = given(options, "calibrate", "divergence", "distill");
   if (needs !== undefined && asked < 2) throw new UsageError(`${needs} needs --model and --text`);
+  if (options.decoder !== undefined && options.model === undefined) throw new UsageError("--decoder needs --model");
   if (options.minGain !== undefined && options.scores === undefined)
     throw new UsageError("--min-gain needs --scores SCORES.json");
   if (options.step !== undefined && (options.dtype?.basis ?? options.dtype?.coefficients) !== undefined)
@@ -289,14 +292,14 @@ function workersFor(adapterBytes: number): number {
 
 /** A runtime, the model, and what it is asked. */
 async function askedOf(
-  { model, text, tokenizer, tokens, names }: PackOptions,
+  { model, decoder, text, tokenizer, tokens, names }: PackOptions,
   adapters: readonly Adapter[],
-): Promise<{ engine: Engine; model: string; judge: JudgeOptions; moments: MomentsOptions }> {
+): Promise<{ engine: Engine; model: ModelInput; judge: JudgeOptions; moments: MomentsOptions }> {
   const { texts, examples } = await readQuestions(text!);
   const { ort, encode } = await openModel("pack", model!, { tokenizer, tokens }, examples !== undefined);
   const about = { adapters, encode, names };
   const moments = { ...about, texts: texts ?? examples!.map(textOf) };
-  return { engine: createEngine(ort), model: model!, judge: { ...about, texts, examples }, moments };
+  return { engine: createEngine(ort), model: wholeOf(model!, decoder), judge: { ...about, texts, examples }, moments };
 }
 
 /** All that a model reads of an example. */

@@ -324,21 +324,25 @@ function roleOf({ node, input }: Use, rank: number, transposed: boolean): Role |
   }
 }
 
+/** Where the dynamo exporter writes a node's place. */
+export const SCOPES = "pkg.torch.onnx.name_scopes";
+
+/** The module whose `forward` made a node, as its exporter wrote it: dynamo into the node's metadata, TorchScript into its name. */
+export function writtenPlace({ name, metadataProps }: NodeProto): string | undefined {
+  const scopes = metadataProps.find(({ key }) => key === SCOPES)?.value;
+  // A Python list of the modules from the outermost in, then the operator: ['', 'encoder', 'encoder.query', 'linear'].
+  if (scopes !== undefined) return [...scopes.matchAll(/'([^']*)'/g)].at(-2)?.[1];
+  return name.startsWith("/") ? name.slice(1, name.lastIndexOf("/")).replaceAll("/", ".") : undefined;
+}
+
 /**
- * The module whose `forward` made a node, dotted; "" for the model itself. The dynamo exporter writes it into the
- * node's metadata, the TorchScript exporter into its name. Where both are lost, a linear layer's bias often still has
- * its name; it is no proof where several layers use it, which may be one layer that runs twice or equal biases that were merged.
+ * The module whose `forward` made a node, dotted; "" for the model itself. Where no exporter wrote it, or that is lost, a linear
+ * layer's bias often still has its name; it is no proof where several layers use it, which may be one layer that runs twice or equal
+ * biases that were merged.
  */
 export function placeOf(graph: Graph, node: NodeProto): Place | undefined {
-  const scopes = node.metadataProps.find(({ key }) => key === "pkg.torch.onnx.name_scopes")?.value;
-  if (scopes !== undefined) {
-    // A Python list of the modules from the outermost in, then the operator: ['', 'encoder', 'encoder.query', 'linear'].
-    const path = [...scopes.matchAll(/'([^']*)'/g)].at(-2)?.[1];
-    return path === undefined ? undefined : { path, shared: 1 };
-  }
-  if (node.name.startsWith("/")) {
-    return { path: node.name.slice(1, node.name.lastIndexOf("/")).replaceAll("/", "."), shared: 1 };
-  }
+  const path = writtenPlace(node);
+  if (path !== undefined) return { path, shared: 1 };
   let result = /^(Fused)?MatMul(NBits|Integer)?$/.test(node.opType) ? node.output[0] : undefined;
   // A Cast and a Mul by the scales come first.
   for (let i = 0; i < 2 && node.opType === "MatMulInteger"; i++)

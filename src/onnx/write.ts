@@ -25,7 +25,7 @@ export interface DetachedModel {
 }
 
 /** Tensors from this size on leave the protobuf; smaller ones are shapes and axes, which runtimes look at while loading. */
-const LEAST_DETACHED = 4096;
+export const LEAST_DETACHED = 4096;
 const OWN_FILE = "eigenlora-model";
 const ADDED_FILE = "eigenlora-components";
 

@@ -5,6 +5,7 @@
 import { checkArgument, checkChoice, checkOptions, checkPack, described } from "../arguments.ts";
 import { BackendError, TaskError } from "../errors.ts";
 import { type ModelFile, readModel } from "../onnx/read.ts";
+import type { ModelInput } from "../onnx/whole.ts";
 import { detachWeights } from "../onnx/write.ts";
 import type { Pack, TaskInfo } from "../pack/pack.ts";
 import type { TaskTrust } from "../pack/trust.ts";
@@ -57,7 +58,8 @@ export interface SessionTypes {
 /**
  * Prepares a model for all tasks of a pack and loads it once.
  * @param engine runs the model
- * @param source bytes, path, URL or Blob of the ONNX file; files beside it are found by path or URL, or given by `external`
+ * @param source bytes, path, URL or Blob of the ONNX file; files beside it are found by path or URL, or given by `external`. To train,
+ *   two files too: `{ encoder, decoder }`
  * @throws BaseMismatchError when modules are missing, ambiguous, of another shape or of another model; or when the mode
  *   asked for cannot do what the tasks bring: the message names one that can
  * @throws FormatError when the model is truncated, no ONNX model or of an opset before 11
@@ -65,7 +67,7 @@ export interface SessionTypes {
  */
 export async function createSession<T extends SessionTypes>(
   engine: Engine,
-  source: SourceInput,
+  source: ModelInput,
   pack: Pack,
   options: SessionOptions = {},
 ): Promise<Session<T>> {
@@ -78,7 +80,9 @@ export async function createSession<T extends SessionTypes>(
   if (trainable && mode !== "auto" && mode !== "factors") {
     throw new RangeError(`mode: tasks are learned in mode "factors", got ${JSON.stringify(mode)}`);
   }
-  return sessionOn<T>(engine, await readModel(source, { ...options, weightsApart: engine.readsFiles }), pack, options);
+  const read = trainable ? (await import("../onnx/whole.ts")).readWhole : readModel;
+  const file = await read(source as SourceInput, { ...options, weightsApart: engine.readsFiles });
+  return sessionOn<T>(engine, file, pack, options);
 }
 
 /**
@@ -104,8 +108,7 @@ export async function sessionOn<T extends SessionTypes>(
     const learning = trainable ? await import("./training.ts") : undefined;
     learning?.refuseParts(file, pack, options.modules);
     const prepared = await prepareModel(file, pack, bases.bytes, how);
-    const logits = typeof trainable === "object" ? trainable.logits : undefined;
-    const training = await learning?.addTraining(engine, file, prepared, logits);
+    const training = await learning?.addTraining(engine, file, prepared, trainable);
     const { folded } = prepared;
     const supplied = folded && "places" in folded ? [folded.path] : [];
     const detached = await detachWeights(file, prepared.initializers, { ...options, supplied });

@@ -12,6 +12,7 @@ import type { ModelFile } from "../onnx/read.ts";
 import type { Pack } from "../pack/pack.ts";
 import type { ModuleFilter } from "../pack/part.ts";
 import { dataOf, type Engine, type LoadOptions, type Tensors } from "./engine.ts";
+import type { SessionOptions } from "./options.ts";
 import type { AdaptedLayer, PreparedModel } from "./prepare.ts";
 import { toTensors } from "./probe.ts";
 import type { InputValue } from "./values.ts";
@@ -31,8 +32,8 @@ export interface Trainable {
 }
 
 /**
- * A model whose encoder and decoder lie in files of their own learns as one file only: what the encoder's tasks have to learn would have
- * to come out of the decoder's file.
+ * One file of a model whose encoder and decoder lie in files of their own does not learn by itself: what the encoder's tasks have to
+ * learn would have to come out of the decoder's file.
  * @param pack what of it is to be trained here
  * @throws BaseMismatchError for one of such files, where the other is adapted too, or where it has a branch for each use of its cache
  */
@@ -54,16 +55,15 @@ export function refuseParts(
     elsewhere === undefined
       ? "it has a branch for each use of its cache, which gradients do not pass"
       : `tasks adapt "${elsewhere}" in the other, and gradients do not pass from file to file`;
-  const one =
-    "export both as one file (inputs input_ids, attention_mask and decoder_input_ids, output logits) and train on that";
+  const both = "pass both files as the model, { encoder, decoder }, which are joined in memory";
   const alone = elsewhere === undefined ? "" : "; or train this file's layers alone, with the option `modules`";
-  const message = `${model.name} is the ${reads ? "decoder" : "encoder"} of a model in several files, which cannot be trained: ${why}. To learn, ${one}${alone}; the task then serves the separate files too`;
+  const message = `${model.name} is the ${reads ? "decoder" : "encoder"} of a model in several files, which cannot be trained by itself: ${why}. To learn, ${both}${alone}; the task then serves the separate files`;
   throw new BaseMismatchError(message, { module: elsewhere ?? "" });
 }
 
 /**
  * Adds loss and gradients to a prepared model, in place.
- * @param logits the output that holds the logits. Default: "logits", or the only one
+ * @param trainable may name the output that holds the logits
  * @returns the graph, how to load the model, and what every run is fed with that does not learn
  * @throws FormatError naming every node that gradients do not pass
  * @throws BaseMismatchError where a layer that a task may bring whole is adapted too: a new task could do only one of them; and
@@ -73,7 +73,7 @@ export async function addTraining(
   engine: Engine,
   file: ModelFile,
   prepared: PreparedModel,
-  logits: string | undefined,
+  trainable: Exclude<SessionOptions["trainable"], undefined>,
 ): Promise<{ graph: TrainingGraph; load: LoadOptions; idle: Tensors }> {
   const both = [...prepared.base.heads].find(([, { adapted }]) => adapted)?.[0];
   if (both !== undefined) {
@@ -83,6 +83,7 @@ export async function addTraining(
   const form = prepared.modules.find((module) => module.form);
   if (form) throw new BaseMismatchError(cannotLearn(form), { module: form.name });
   fixInnerHeads(file.model.graph.proto, prepared.inputs, (module) => prepared.base.heads.get(module)?.labels);
+  const logits = typeof trainable === "object" ? trainable.logits : undefined;
   const name = logitsOf(file.model, prepared, logits);
   const output = file.model.graph.proto.output.find((one) => one.name === name)?.type?.value;
   const tokens = output?.case === "tensorType" && output.value.shape?.dim.length === 3;

@@ -5,11 +5,11 @@
 import type { Adapter } from "../adapters/adapter.ts";
 import { checkAdapters } from "../adapters/modules.ts";
 import { checkArgument, checkOptions } from "../arguments.ts";
+import type { ModelInput } from "../onnx/whole.ts";
 import { taskAdapter } from "../pack/expand.ts";
 import type { Pack } from "../pack/pack.ts";
 import type { Engine } from "../session/engine.ts";
 import { createSession, type Session } from "../session/session.ts";
-import type { SourceInput } from "../source.ts";
 import { shuffle, uniform } from "../tensor/random.ts";
 import { answersOf, askAdapter, type Questions, questionsOf } from "./answers.ts";
 import type { BatchFeeds } from "./batch.ts";
@@ -51,14 +51,14 @@ export interface PackJudge {
 /**
  * A judge of packs. One session runs adapters and tasks alike, so that nothing but the numbers differs.
  * @param engine runs the model: `createEngine` of a binding makes one
- * @param model path, URL, Blob or bytes of the ONNX model
+ * @param model path, URL, Blob or bytes of the ONNX model, or `{ encoder, decoder }`
  * @throws RangeError when there is no text
  * @example
  * const { judge, close } = createJudge(createEngine(ort), "model.onnx", { adapters, texts, encode });
  * const { chunks, report } = await searchPack(adapters, { goal: { kind: "bytes", max: 300_000 }, judge });
  * await close();
  */
-export function createJudge(engine: Engine, model: SourceInput, options: JudgeOptions): PackJudge {
+export function createJudge(engine: Engine, model: ModelInput, options: JudgeOptions): PackJudge {
   checkArgument("createJudge", engine, "an engine (createEngine(ort))", "load");
   checkOptions("createJudge", options, [
     ...(["adapters", "texts", "examples", "encode", "end", "decoderStart", "names", "most", "seed", "signal"] as const),

@@ -15,10 +15,9 @@ import { onnxHost } from "../onnx/host.ts";
 import { FLOAT, linearsOf, NotLinear } from "../onnx/linear.ts";
 import { findParameters } from "../onnx/modules.ts";
 import { makeValue } from "../onnx/nodes.ts";
-import { readModel } from "../onnx/read.ts";
+import { type ModelInput, readWhole } from "../onnx/whole.ts";
 import { detachWeights } from "../onnx/write.ts";
 import { dataOf, type Engine } from "../session/engine.ts";
-import type { SourceInput } from "../source.ts";
 import { shuffle, uniform } from "../tensor/random.ts";
 import { batchTensors } from "./batch.ts";
 import { completeInputs } from "./fill.ts";
@@ -43,13 +42,13 @@ export interface MomentsOptions {
 /**
  * Second moments E[x·xᵀ] [in, in], row-major, of what enters each module that the adapters change, on the model without adapters.
  * @param engine runs the model: `createEngine` of a binding makes one
- * @param model path, URL, Blob or bytes of the ONNX model
+ * @param model path, URL, Blob or bytes of the ONNX model, or `{ encoder, decoder }`
  * @throws BaseMismatchError when a module is not in the model, or no float linear layer of its main graph
  * @throws RangeError when there is no text
  */
 export async function inputMoments(
   engine: Engine,
-  model: SourceInput,
+  model: ModelInput,
   options: MomentsOptions,
 ): Promise<Map<string, Float64Array>> {
   checkArgument("inputMoments", engine, "an engine (createEngine(ort))", "load");
@@ -57,7 +56,7 @@ export async function inputMoments(
   const { adapters, texts, encode, names, mask = "attention_mask", most = 256, batch = 16 } = options;
   checkAdapters("inputMoments: adapters", adapters);
   if (texts.length === 0) throw new RangeError("inputMoments: no texts");
-  const file = await readModel(model);
+  const file = await readWhole(model);
   try {
     const main = file.model.graph.proto;
     const own = main.input.filter(({ name }) => !file.model.graph.initializers.has(name));

@@ -1,0 +1,97 @@
+/**
+ * Of a decoder that has a branch for each use of its cache, as Optimum merges it, the branch that reads none: what it computes of all
+ * tokens at once, as training asks.
+ */
+import { FormatError } from "../errors.ts";
+import { attribute, nestedGraphs } from "./model.ts";
+import { makeNode } from "./nodes.ts";
+import type { GraphProto, NodeProto } from "./onnx_pb.ts";
+import { renameNodes, renameValues } from "./rename.ts";
+
+/** The input that chooses the branch. */
+const CHOICE = "use_cache_branch";
+
+/** Operators behind which a condition is what it was. */
+const SAME = new Set(["Cast", "Identity", "Reshape", "Squeeze"]);
+
+/**
+ * Puts the nodes of that branch in the place of each `If`, in place.
+ * @param file for messages
+ * @throws FormatError when a branch does not give what its `If` does
+ */
+export function takeFirstRun(graph: GraphProto, file: string): void {
+  for (let at = graph.node.findIndex((node) => isChoice(graph, node)); at >= 0; ) {
+    const node = graph.node[at]!;
+    const branch = attribute(node, "else_branch")?.g;
+    if (!branch || branch.output.length !== node.output.length) {
+      const message = `expected a branch with ${node.output.length} outputs for use_cache_branch = false, found ${branch?.output.length ?? "none"}: damaged, export the model again`;
+      throw new FormatError(message, { file, part: `node ${node.name}` });
+    }
+    graph.node.splice(at, 1, ...unfolded(graph, node, branch));
+    graph.initializer.push(...branch.initializer);
+    graph.valueInfo.push(...branch.valueInfo);
+    at = graph.node.findIndex((one) => isChoice(graph, one));
+  }
+}
+
+function isChoice(graph: GraphProto, { opType, input }: NodeProto): boolean {
+  if (opType !== "If") return false;
+  let value = input[0];
+  for (let i = 0; value !== CHOICE && i < SAME.size; i++) {
+    const origin = graph.node.find(({ output }) => output.includes(value!));
+    if (!origin || !SAME.has(origin.opType)) return false;
+    value = origin.input[0];
+  }
+  return value === CHOICE;
+}
+
+/** The nodes of a branch under names that the graph around it does not have, and with the results of its `If`. */
+function unfolded(graph: GraphProto, node: NodeProto, branch: GraphProto): NodeProto[] {
+  const around = [...graph.initializer, ...graph.input].map(({ name }) => name);
+  const taken = new Set([...around, ...graph.node.flatMap(({ output }) => output)]);
+  const own = new Set([...branch.initializer.map(({ name }) => name), ...branch.node.flatMap(({ output }) => output)]);
+  const names = new Map<string, string>();
+  const handed: NodeProto[] = [];
+  for (const [i, result] of node.output.entries()) {
+    if (result === "") continue;
+    const { name } = branch.output[i]!;
+    if (own.has(name) && !names.has(name)) names.set(name, result);
+    else handed.push(makeNode("Identity", result, [name], result));
+  }
+  renameValues(branch, (value) => {
+    let name = names.get(value) ?? value;
+    if (names.has(value) || !own.has(value)) return name;
+    while (taken.has(name)) name = `first/${name}`;
+    taken.add(name);
+    names.set(value, name);
+    return name;
+  });
+  for (const one of handed) one.input = one.input.map((value) => names.get(value) ?? value);
+  renameNodes(branch.node, graph.node, "_first");
+  return [...branch.node, ...handed];
+}
+
+/** Drops outputs, and all that only they need, in place. */
+export function keepOutputs(graph: GraphProto, keep: (output: string) => boolean): void {
+  graph.output = graph.output.filter(({ name }) => keep(name));
+  const needed = new Set(graph.output.map(({ name }) => name));
+  const kept = new Set<NodeProto>();
+  for (const node of graph.node.toReversed()) {
+    if (!node.output.some((value) => needed.has(value))) continue;
+    kept.add(node);
+    for (const value of readBy(node)) needed.add(value);
+  }
+  const isNeeded = ({ name }: { name: string }): boolean => needed.has(name);
+  graph.node = graph.node.filter((node) => kept.has(node));
+  graph.initializer = graph.initializer.filter(isNeeded);
+  graph.input = graph.input.filter(isNeeded);
+}
+
+/** What a node and the graphs in it read. */
+function* readBy(node: NodeProto): Generator<string> {
+  yield* node.input;
+  for (const { node: nodes, output } of nestedGraphs(node)) {
+    for (const one of nodes) yield* readBy(one);
+    for (const { name } of output) yield name;
+  }
+}
