@@ -4,22 +4,17 @@
  */
 import { readFileSync } from "node:fs";
 import t from "tap";
-import { createEigenSession } from "../dist/bindings/onnxruntime.js";
 import { readAdapters } from "../dist/src/adapters/folder.js";
 import { DEFINITIONS, shadowOf } from "../dist/src/autodiff/definitions/index.js";
 import { parseModel } from "../dist/src/onnx/model.js";
 import { type Attributes, makeFloats, makeInts, makeNode, makeValue } from "../dist/src/onnx/nodes.js";
 import type { TensorProto } from "../dist/src/onnx/onnx_pb.js";
 import { create, GraphProtoSchema, ModelProtoSchema, toBinary } from "../dist/src/onnx/protobuf.js";
-import { openSource } from "../dist/src/open-source.js";
 import { buildPack } from "../dist/src/pack/build.js";
 import { openPack } from "../dist/src/pack/pack.js";
-import type { Trainable } from "../dist/src/session/training.js";
-import { openSafetensors } from "../dist/src/tensor/safetensors.js";
-import { transpose } from "../dist/src/tensor/transpose.js";
-import { noise, relative } from "./learning.ts";
+import { goldensIn, learnedOff, noise, relative } from "./learning.ts";
 import { concat, data, LOSSLESS } from "./packs.ts";
-import { NODE, ORTS, type Ort } from "./sessions.ts";
+import { type Feeds, NODE, ORTS, type Ort, open } from "./sessions.ts";
 
 const ROWS: readonly number[][] = JSON.parse(readFileSync(data("builder/goldens.json"), "utf8")).rows;
 
@@ -34,60 +29,23 @@ const FILES = [
   ["phi3", "phi3", 2],
 ] as const;
 
-async function goldens(): Promise<Map<string, Float32Array>> {
-  const file = await openSafetensors(await openSource(readFileSync(data("builder/gradients.safetensors"))));
-  const found = new Map<string, Float32Array>();
-  for (const name of file.tensors.keys()) found.set(name, await file.readF32(name));
-  return found;
-}
-
 /** The largest relative difference of a gradient from PEFT's, and that of the loss. */
 async function learned(ort: Ort, name: string, kind: string, heads: number): Promise<[string, number][]> {
   const [adapter, ...others] = await readAdapters([data(`builder/adapters/${kind}/all`)]);
   const { chunks } = await buildPack([adapter!, ...others], LOSSLESS);
   const pack = await openPack(concat(chunks));
-  const session = await createEigenSession(ort, data(`builder/${name}.onnx`), pack, { trainable: true });
-  // Internal, for trainers.
-  const { graph, inputs, run } = (session as unknown as { readonly trainable: Trainable }).trainable;
+  const session = await open(ort, data(`builder/${name}.onnx`), pack, { trainable: true });
   const [batch, length] = [ROWS.length, ROWS[0]!.length];
-  const tensor = (type: string, values: unknown, dims: readonly number[]): never =>
-    new ort.Tensor(type as "float32", values as Float32Array, [...dims]) as never;
-  const feeds: Record<string, never> = {
-    input_ids: tensor("int64", BigInt64Array.from(ROWS.flat(), BigInt), [batch, length]),
-    attention_mask: tensor("int64", new BigInt64Array(batch * length).fill(1n), [batch, length]),
-    [graph.learnInput]: tensor("bool", Uint8Array.of(1), []),
+  const feeds: Feeds = {
+    input_ids: new ort.Tensor("int64", BigInt64Array.from(ROWS.flat(), BigInt), [batch, length]),
+    attention_mask: new ort.Tensor("int64", new BigInt64Array(batch * length).fill(1n), [batch, length]),
   };
   for (const input of session.inputNames)
-    if (/past/.test(input)) feeds[input] = tensor("float32", new Float32Array(0), [batch, heads, 0, 16]);
+    if (/past/.test(input)) feeds[input] = new ort.Tensor("float32", new Float32Array(0), [batch, heads, 0, 16]);
   // Every position learns one token.
-  const places = [...Array(batch * length).keys()];
-  const wanted = BigInt64Array.from(places, (row) => BigInt((7 * row + 3) % 48));
-  feeds[graph.tokens!.positions] = tensor("int64", BigInt64Array.from(places, BigInt), [places.length]);
-  feeds[graph.tokens!.classes] = tensor("int64", wanted, [places.length, 1]);
-  feeds[graph.targetsInput] = tensor("float32", new Float32Array(places.length).fill(1), [places.length, 1]);
-  for (const { name, of, kind, dims } of inputs) {
-    const one = await adapter!.modules.get(of)?.read();
-    const rank = 4;
-    const sizes = dims.map((size) => (typeof size === "number" ? size : size === "q" ? rank : 1));
-    if (kind === "A") feeds[name] = tensor("float32", transpose(one!.A, rank, sizes[1]!), sizes);
-    else if (kind === "B") feeds[name] = tensor("float32", one!.Bt, sizes);
-    else feeds[name] = tensor("float32", new Float32Array(sizes.reduce((a, b) => a * b, 1)).fill(1), sizes);
-  }
-  const results = await run(feeds, [graph.lossOutput, ...graph.gradients.values()]);
-  const expected = await goldens();
-  const loss = expected.get(`${name}/loss`)![0]!;
-  const off: [string, number][] = [
-    ["loss", Math.abs((results[graph.lossOutput]!.data as Float32Array)[0]! / loss - 1)],
-  ];
-  for (const { name: input, of, kind, dims } of inputs) {
-    const output = graph.gradients.get(input);
-    if (output === undefined) continue;
-    const width = Math.max(...dims.filter((size) => typeof size === "number"));
-    const found = results[output]!.data as Float32Array;
-    // The graph's A is the transpose of lora_A, its B that of lora_B times the scale, 2.
-    const turned = kind === "A" ? transpose(found, width, 4) : transpose(found, 4, width).map((g) => 2 * g);
-    off.push([input, relative(turned, expected.get(`${name}/${of}.lora_${kind}`)!)]);
-  }
+  const classes = Array.from({ length: batch * length }, (_, row) => (7 * row + 3) % 48);
+  const expected = await goldensIn(data("builder/gradients.safetensors"), `${name}/`);
+  const { off } = await learnedOff(ort, session, adapter!, feeds, classes, expected);
   await session.close();
   await pack.close();
   return off;

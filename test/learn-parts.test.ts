@@ -1,6 +1,6 @@
 /**
- * Encoder and decoder in files of their own: refused by name before anything runs, with what to do. As one file they learn
- * (soak: gradients of T5).
+ * One of the files that an encoder and a decoder lie in: refused by name before anything runs, with what to do. Both together learn
+ * (learn-joined.test.ts).
  */
 import t from "tap";
 import { readAdapters } from "../dist/src/adapters/folder.js";
@@ -33,9 +33,9 @@ t.test("one of several files is refused, with what to do", async (t) => {
   t.match(decoder, {
     tag: "base",
     message:
-      /decoder\.onnx is the decoder of a model in several files, which cannot be trained: tasks adapt "encoder\./,
+      /decoder\.onnx is the decoder of a model in several files, which cannot be trained by itself: tasks adapt "encoder\./,
   });
-  t.match(decoder.message, /export both as one file \(inputs input_ids, attention_mask and decoder_input_ids/);
+  t.match(decoder.message, /pass both files as the model, \{ encoder, decoder \}, which are joined in memory/);
   t.match(decoder.message, /or train this file's layers alone, with the option `modules`/);
   t.match((await refused("onnx/encoder_model.onnx")).message, /is the encoder of .*: tasks adapt "decoder\./);
   const merged = await refused("onnx/decoder_model_merged.onnx", of("decoder"));

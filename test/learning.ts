@@ -2,6 +2,7 @@
 import { readdirSync, readFileSync } from "node:fs";
 import { isAbsolute } from "node:path";
 import type * as common from "onnxruntime-common";
+import type { Adapter } from "../dist/src/adapters/adapter.js";
 import { readAdapters } from "../dist/src/adapters/folder.js";
 import { buildTrainingGraph, type TrainingGraph, type TrainingGraphOptions } from "../dist/src/autodiff/graph.js";
 import { fixInnerHeads } from "../dist/src/autodiff/inner-heads.js";
@@ -19,6 +20,7 @@ import { type ModelFile, readModel } from "../dist/src/onnx/read.js";
 import { readLinearWeight } from "../dist/src/onnx/weights.js";
 import { detachWeights } from "../dist/src/onnx/write.js";
 import { openSource } from "../dist/src/open-source.js";
+import type { Trainable } from "../dist/src/session/training.js";
 import { uniform } from "../dist/src/tensor/random.js";
 import { openSafetensors } from "../dist/src/tensor/safetensors.js";
 import { transpose } from "../dist/src/tensor/transpose.js";
@@ -329,6 +331,66 @@ export function relative(found: ArrayLike<number>, expected: ArrayLike<number>):
   }
   const result = Math.sqrt(off / norm);
   return Number.isNaN(result) ? Infinity : result;
+}
+
+/**
+ * Relative differences of a session's loss and gradients from PEFT's: of the mean cross entropy at every position, with one class for
+ * each.
+ * @param own feeds of the model's own inputs
+ * @param expected `loss` and `MODULE.lora_A`, `MODULE.lora_B`
+ */
+export async function learnedOff(
+  ort: Ort,
+  session: Session,
+  adapter: Adapter,
+  own: Tensors,
+  classes: readonly number[],
+  expected: ReadonlyMap<string, Float32Array>,
+): Promise<{ off: [string, number][]; gradients: Map<string, Float32Array> }> {
+  // Internal, for trainers.
+  const { graph, inputs, run } = (session as unknown as { readonly trainable: Trainable }).trainable;
+  const int64 = (values: readonly number[], ...dims: number[]): Feed => {
+    return { dataType: 7, dims, data: BigInt64Array.from(values, BigInt) };
+  };
+  const made = new Map<string, Feed>([
+    [graph.learnInput, { dataType: 9, dims: [], data: Uint8Array.of(1) }],
+    [graph.tokens!.positions, int64([...classes.keys()], classes.length)],
+    [graph.tokens!.classes, int64(classes, classes.length, 1)],
+    [graph.targetsInput, floats(new Float32Array(classes.length).fill(1), classes.length, 1)],
+  ]);
+  let rank = 0;
+  for (const { name, of, kind, dims } of inputs) {
+    const one = adapter.modules.get(of);
+    rank = one?.rank ?? rank;
+    const sizes = dims.map((size) => (typeof size === "number" ? size : size === "q" ? rank : 1));
+    const { A, Bt } = (await one?.read()) ?? {};
+    if (kind === "A") made.set(name, floats(transpose(A!, rank, sizes[1]!), ...sizes));
+    else if (kind === "B") made.set(name, floats(Bt!, ...sizes));
+    else made.set(name, floats(new Float32Array(sizes.reduce((a, b) => a * b, 1)).fill(1), ...sizes));
+  }
+  const feeds = { ...own, ...Object.fromEntries([...made].map(([name, feed]) => [name, tensor(ort, feed)])) };
+  const results = await run(feeds as never, [graph.lossOutput, ...graph.gradients.values()]);
+  const values = (output: string): Float32Array => results[output]!.data as Float32Array;
+  const off: [string, number][] = [["loss", Math.abs(values(graph.lossOutput)[0]! / expected.get("loss")![0]! - 1)]];
+  const gradients = new Map<string, Float32Array>();
+  for (const { name, of, kind, dims } of inputs) {
+    const output = graph.gradients.get(name);
+    if (output === undefined) continue;
+    const width = Math.max(...dims.filter((size) => typeof size === "number"));
+    const found = values(output);
+    // The graph's A is the transpose of lora_A, its B that of lora_B times the scale, 2.
+    const turned = kind === "A" ? transpose(found, width, rank) : transpose(found, rank, width).map((g) => 2 * g);
+    gradients.set(`${of}.lora_${kind}`, turned);
+    off.push([name, relative(turned, expected.get(`${of}.lora_${kind}`)!)]);
+  }
+  return { off, gradients };
+}
+
+/** Tensors of a safetensors file, those alone that begin so, without that. */
+export async function goldensIn(path: string, front = ""): Promise<Map<string, Float32Array>> {
+  const all = await tensorsIn(path);
+  const own = [...all].filter(([name]) => name.startsWith(front));
+  return new Map(own.map(([name, { data }]) => [name.slice(front.length), data as Float32Array]));
 }
 
 /** Numbers of either sign, the same for the same seed. */

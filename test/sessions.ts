@@ -3,7 +3,12 @@ import { readdirSync, readFileSync } from "node:fs";
 import type * as common from "onnxruntime-common";
 import * as node from "onnxruntime-node";
 import * as web from "onnxruntime-web";
-import { createEigenSession, type EigenSession, type EigenSessionOptions } from "../dist/bindings/onnxruntime.js";
+import {
+  createEigenSession,
+  type EigenSession,
+  type EigenSessionOptions,
+  type ModelInput,
+} from "../dist/bindings/onnxruntime.js";
 import { readAdapters } from "../dist/src/adapters/folder.js";
 import { openHost } from "../dist/src/base/open.js";
 import { type BuildOptions, buildPack } from "../dist/src/pack/build.js";
@@ -128,7 +133,7 @@ export function feeds(
   return made;
 }
 
-export function open(ort: Runtime, input: string | Uint8Array, pack: Pack, options: Options = {}): Promise<Session> {
+export function open(ort: Runtime, input: ModelInput, pack: Pack, options: Options = {}): Promise<Session> {
   if (!("engine" in ort)) return createEigenSession(ort, input, pack, options);
   return createSession(ort.engine, input, pack, options as SessionOptions);
 }

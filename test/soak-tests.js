@@ -12,6 +12,7 @@ const TESTS = [
   "session-chromium",
   "learn-chromium",
   "learn-llm",
+  "learn-joined",
   "backends-chromium",
   "page",
   "weights",
