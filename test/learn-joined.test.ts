@@ -401,7 +401,7 @@ t.test("on the command line", async (t) => {
   const chosen = ["pack", adapter, "-o", at("r.eigen"), "--ratio", "2", "--distill", "0", ...base, ...lines];
   t.match(await json(0, ...chosen, ...model), { judgedBy: "divergence" });
   t.match(await json(1, ...learned, "--force", "--model", ENCODER), {
-    error: { tag: "base", message: /encoder_model\.onnx is the encoder of .*pass both files as the model/ },
+    error: { tag: "base", message: /encoder_model\.onnx is the encoder of .*both files as its model/ },
   });
   const alone = await run("pack", adapter, "-o", at("s.eigen"), "--decoder", MERGED);
   t.match(alone, { status: 2, stderr: /--decoder/ });

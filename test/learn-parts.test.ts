@@ -33,9 +33,12 @@ t.test("one of several files is refused, with what to do", async (t) => {
   t.match(decoder, {
     tag: "base",
     message:
-      /decoder\.onnx is the decoder of a model in several files, which cannot be trained by itself: tasks adapt "encoder\./,
+      /decoder\.onnx is the decoder of a model in two files, which cannot be trained by itself: tasks adapt "encoder\./,
   });
-  t.match(decoder.message, /pass both files as the model, \{ encoder, decoder \}, which are joined in memory/);
+  t.match(
+    decoder.message,
+    /make a session with both files as its model, \{ encoder, decoder \}, which joins them in memory/,
+  );
   t.match(decoder.message, /or train this file's layers alone, with the option `modules`/);
   t.match((await refused("onnx/encoder_model.onnx")).message, /is the encoder of .*: tasks adapt "decoder\./);
   const merged = await refused("onnx/decoder_model_merged.onnx", of("decoder"));

@@ -53,7 +53,10 @@ export async function createSessions<T extends SessionTypes, Name extends string
   const files = names.map((name): GroupFile<Name> => {
     const own: SessionOptions = { ...common, ...each[name] };
     checkOptions(`createSessions: each.${name}`, own, SESSION_OPTIONS);
-    if (own.trainable) throw new TypeError("createSessions: trainable: one file learns at a time; use createSession");
+    if (own.trainable) {
+      const advice = "use createSession, with { encoder, decoder } as its model where two files belong together";
+      throw new TypeError(`createSessions: trainable: one session learns at a time; ${advice}`);
+    }
     return { name, engine, model: models[name], options: own };
   });
   return groupOf<T, Name>(files, pack, "refuse");

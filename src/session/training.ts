@@ -55,9 +55,9 @@ export function refuseParts(
     elsewhere === undefined
       ? "it has a branch for each use of its cache, which gradients do not pass"
       : `tasks adapt "${elsewhere}" in the other, and gradients do not pass from file to file`;
-  const both = "pass both files as the model, { encoder, decoder }, which are joined in memory";
+  const both = "make a session with both files as its model, { encoder, decoder }, which joins them in memory";
   const alone = elsewhere === undefined ? "" : "; or train this file's layers alone, with the option `modules`";
-  const message = `${model.name} is the ${reads ? "decoder" : "encoder"} of a model in several files, which cannot be trained by itself: ${why}. To learn, ${both}${alone}; the task then serves the separate files`;
+  const message = `${model.name} is the ${reads ? "decoder" : "encoder"} of a model in two files, which cannot be trained by itself: ${why}. To learn, ${both}${alone}; the task then serves the separate files`;
   throw new BaseMismatchError(message, { module: elsewhere ?? "" });
 }
 
