@@ -11,7 +11,8 @@ import type { SourceInput } from "../src/source.ts";
 import type { Ort, SessionOptions } from "./ort.ts";
 import { createEngine } from "./ort-engine.ts";
 
-export type { ModelInput, ModelParts } from "../src/onnx/whole.ts";
+export type { ModelParts } from "../src/onnx/read.ts";
+export type { ModelInput } from "../src/onnx/whole.ts";
 export type { ModuleFilter } from "../src/pack/part.ts";
 export type { MemoryReport } from "../src/runtime/report.ts";
 export type { SwitchOptions } from "../src/runtime/selection.ts";

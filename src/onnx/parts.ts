@@ -10,10 +10,9 @@ import { keepOutputs, takeFirstRun } from "./branch.ts";
 import { isParameterName } from "./claims.ts";
 import { indexGraph, type OnnxModel } from "./model.ts";
 import type { GraphProto, ModelProto, ValueInfoProto } from "./onnx_pb.ts";
-import { type ModelFile, type ModelOptions, readModel } from "./read.ts";
+import { type ModelFile, type ModelParts, readModel } from "./read.ts";
 import { halvesOf, nameHalf, renameNodes } from "./rename.ts";
 import { EXTERNAL, type OpenExternal, readTensor, tensorType } from "./tensors.ts";
-import type { ModelParts } from "./whole.ts";
 import { LEAST_DETACHED, point } from "./write.ts";
 
 /** What goes from one half to the other. */
@@ -24,16 +23,19 @@ const MASK = "encoder_attention_mask";
 /** In front of the encoder's files, among those of the decoder; by itself the encoder's own. */
 const BESIDE = "eigenlora-encoder";
 
+/** `ModelProto.functions`. */
+const FUNCTIONS = 25;
+
+/** Names of `TensorProto.DataType`, of what encoders say and masks are. */
+const TYPES: Readonly<Record<number, string>> = { 1: "f32", 6: "int32", 7: "int64", 9: "bool", 10: "f16", 16: "bf16" };
+
 const PAIR = 'pass { encoder: "encoder_model.onnx", decoder: "decoder_model_merged.onnx" } of one model and one export';
 
 /**
  * @param options `external` is asked for what lies beside either file
  * @throws FormatError when a file is not the half that it is given as, or the two do not fit each other
  */
-export async function readParts(
-  parts: ModelParts,
-  options: ModelOptions & { readonly weightsApart?: boolean | undefined },
-): Promise<ModelFile> {
+export async function readParts(parts: ModelParts, options: Parameters<typeof readModel>[1]): Promise<ModelFile> {
   checkOptions("model", parts, ["encoder", "decoder"]);
   const encoder = await readModel(parts.encoder, options);
   let decoder: ModelFile | undefined;
@@ -50,7 +52,11 @@ export async function readParts(
   }
 }
 
-async function joined(encoder: ModelFile, decoder: ModelFile, options: ReadOptions): Promise<Omit<ModelFile, "close">> {
+async function joined(
+  encoder: ModelFile,
+  decoder: ModelFile,
+  options?: ReadOptions,
+): Promise<Omit<ModelFile, "close">> {
   const [first, second] = [encoder.model.graph.proto, decoder.model.graph.proto];
   const said = checkHalves(encoder.model, decoder.model);
   const proto = joinedHeader(encoder.model, decoder.model);
@@ -63,18 +69,13 @@ async function joined(encoder: ModelFile, decoder: ModelFile, options: ReadOptio
   const tables = await sharedTables(encoder, decoder, options);
   const inputs = decoderInputs(first.input, second.input);
   checkFits(encoder.model, decoder.model, said);
-  const keeps = [...first.input, ...tables].map((one) => (typeof one === "string" ? one : one.name));
+  const keeps = [...first.input.map((one) => one.name), ...tables];
   const taken = new Set([...keeps, SAID]);
   const halves = halvesOf(first, second);
   const same = new Map([...tables].map((name) => [name, name]));
   nameHalf(second, "decoder", halves, new Map([...same, ...inputs]), taken);
-  nameHalf(
-    first,
-    "encoder",
-    halves,
-    new Map([...keeps.map((name) => [name, name] as const), [said.name, SAID]]),
-    taken,
-  );
+  const stays = keeps.map((name) => [name, name] as const);
+  nameHalf(first, "encoder", halves, new Map([...stays, [said.name, SAID]]), taken);
   renameNodes(first.node, second.node, "_encoder");
   const apart = encoder.folder === undefined || encoder.folder !== decoder.folder;
   if (apart) pointBeside(encoder);
@@ -164,9 +165,6 @@ function joinedHeader(encoder: OnnxModel, decoder: OnnxModel): ModelProto {
   return proto;
 }
 
-/** `ModelProto.functions`. */
-const FUNCTIONS = 25;
-
 /** @throws FormatError when the decoder goes on from an earlier run */
 function checkCaches(decoder: OnnxModel): void {
   const { input, node } = decoder.graph.proto;
@@ -210,13 +208,9 @@ function checkFits(encoder: OnnxModel, decoder: OnnxModel, said: ValueInfoProto)
     [mask, input.find(({ name }) => name === MASK)],
   ]) {
     const [given, wanted] = [one, other].map((value) => value && tensorIn(value)?.elemType);
-    if (given !== undefined && wanted !== undefined && given !== wanted)
-      refuse(
-        decoder,
-        `input ${other!.name}`,
-        `type ${given} of ONNX's types, as ${encoder.name} gives`,
-        `type ${wanted}`,
-      );
+    if (given === undefined || wanted === undefined || given === wanted) continue;
+    const [found = `type ${wanted}`, expected = `type ${given}`] = [TYPES[wanted], TYPES[given]];
+    refuse(decoder, `input ${other!.name}`, `${expected}, as ${encoder.name} has`, found);
   }
   const [given, wanted] = [widthOf(said), widthOf(read) ?? widthRead(decoder.graph.proto)];
   if (given !== undefined && wanted !== undefined && given !== wanted)
@@ -259,7 +253,7 @@ function nameDimensions(first: readonly ValueInfoProto[], second: readonly Value
  * Tables that both files hold under one name: embeddings that encoder and decoder share. A task that changes one changes both.
  * @returns their names
  */
-async function sharedTables(encoder: ModelFile, decoder: ModelFile, options: ReadOptions): Promise<Set<string>> {
+async function sharedTables(encoder: ModelFile, decoder: ModelFile, options?: ReadOptions): Promise<Set<string>> {
   const others = new Map(decoder.model.graph.proto.initializer.map((tensor) => [tensor.name, tensor]));
   const shared = new Set<string>();
   for (const tensor of encoder.model.graph.proto.initializer) {

@@ -29,6 +29,13 @@ export interface ModelFile {
   close(): Promise<void>;
 }
 
+/** A model whose encoder and decoder lie in files of their own, as `encoder_model.onnx` and `decoder_model_merged.onnx`. */
+export interface ModelParts {
+  readonly encoder: SourceInput;
+  /** With a branch for each use of its cache, or without caches. */
+  readonly decoder: SourceInput;
+}
+
 /** Smaller files are read at once. */
 const LEAST_APART = 2 ** 23;
 

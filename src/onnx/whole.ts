@@ -1,32 +1,33 @@
 /**
  * A model to train on: one file, or an encoder and a decoder in files of their own, which are joined in memory.
  */
+import { isPlain } from "../arguments.ts";
 import type { SourceInput } from "../source.ts";
-import { type ModelFile, type ModelOptions, readModel } from "./read.ts";
-
-/** A model whose encoder and decoder lie in files of their own, as `encoder_model.onnx` and `decoder_model_merged.onnx`. */
-export interface ModelParts {
-  readonly encoder: SourceInput;
-  /** With a branch for each use of its cache or without caches. */
-  readonly decoder: SourceInput;
-}
+import { type ModelFile, type ModelOptions, type ModelParts, readModel } from "./read.ts";
 
 /** What a model to train on is given as: what names or holds one file, or two of them. */
 export type ModelInput = SourceInput | ModelParts;
 
+/** How a model is read; not `trainable`: where only one file will do. */
+export interface WholeOptions extends ModelOptions {
+  readonly weightsApart?: boolean | undefined;
+  readonly trainable?: boolean | object | undefined;
+}
+
 /**
  * @param options as `readModel` takes them; `external` is asked for what lies beside either file
- * @throws as `readModel`, and FormatError when two files do not fit each other
+ * @throws as `readModel`, FormatError when two files do not fit each other, TypeError for two where one will do
  */
-export async function readWhole(
-  input: ModelInput,
-  options: ModelOptions & { readonly weightsApart?: boolean | undefined } = {},
-): Promise<ModelFile> {
+export async function readWhole(input: ModelInput, options: WholeOptions = {}): Promise<ModelFile> {
   if (!isParts(input)) return readModel(input, options);
+  if (options.trainable === false) {
+    const message = "model: { encoder, decoder } are joined to be trained, with `trainable: true`";
+    throw new TypeError(`${message}; to answer, make a session on each, with createEigenSessions or createSessions`);
+  }
   return (await import("./parts.ts")).readParts(input, options);
 }
 
 /** Whether a model is given as two files. */
-export function isParts(input: ModelInput): input is ModelParts {
-  return typeof input === "object" && ("encoder" in input || "decoder" in input);
+function isParts(input: ModelInput): input is ModelParts {
+  return isPlain(input) && ("encoder" in input || "decoder" in input);
 }

@@ -2,7 +2,7 @@
  * A loaded model that switches tasks. It owns the order of runs and switches; how tasks reach the model is the carrier's, what
  * runs it is the engine's.
  */
-import { checkArgument, checkChoice, checkOptions, checkPack, described } from "../arguments.ts";
+import { checkArgument, checkChoice, checkOptions, checkPack, described, isPlain } from "../arguments.ts";
 import { BackendError, TaskError } from "../errors.ts";
 import { type ModelFile, readModel } from "../onnx/read.ts";
 import type { ModelInput } from "../onnx/whole.ts";
@@ -80,8 +80,8 @@ export async function createSession<T extends SessionTypes>(
   if (trainable && mode !== "auto" && mode !== "factors") {
     throw new RangeError(`mode: tasks are learned in mode "factors", got ${JSON.stringify(mode)}`);
   }
-  const read = trainable ? (await import("../onnx/whole.ts")).readWhole : readModel;
-  const file = await read(source as SourceInput, { ...options, weightsApart: engine.readsFiles });
+  const read = trainable || isPlain(source) ? (await import("../onnx/whole.ts")).readWhole : readModel;
+  const file = await read(source as SourceInput, { ...options, trainable, weightsApart: engine.readsFiles });
   return sessionOn<T>(engine, file, pack, options);
 }
 
