@@ -256,6 +256,14 @@ t.test("modules are found however the two files call them", async (t) => {
       encoder: ENCODER,
       decoder: changed(PLAIN, (graph) => moved(graph, (name) => name.replace(/^decoder/, "model.decoder"))),
     },
+    "inside another module by the names of its weights": {
+      encoder: ENCODER,
+      decoder: changed(PLAIN, ({ initializer, node }) => {
+        const names = new Map(initializer.map(({ name }) => [name, name.replace(/^decoder\./, "model.decoder.")]));
+        for (const tensor of initializer) tensor.name = names.get(tensor.name)!;
+        for (const one of node) one.input = one.input.map((value) => names.get(value) ?? value);
+      }),
+    },
     "one name for a table that is one": {
       encoder: changed(ENCODER, (graph) =>
         moved(graph, (name) => name.replace(/^embed_tokens\.weight/, "shared.weight")),
@@ -266,8 +274,11 @@ t.test("modules are found however the two files call them", async (t) => {
   for (const [how, parts] of Object.entries(pairs)) await plain(t, parts, how);
   const { model } = await readParts(pairs["one name for a table that is one"]!, {});
   t.equal(model.graph.proto.initializer.filter(({ name }) => /shared/.test(name)).length, 1);
-  const names = findParameters((await readParts(pairs["inside another module"]!, {})).model).map(({ name }) => name);
-  t.ok(names.includes("model.encoder.block.0.layer.0.SelfAttention.q.weight"), "as the decoder is");
+  for (const how of ["inside another module", "inside another module by the names of its weights"]) {
+    const names = findParameters((await readParts(pairs[how]!, {})).model).map(({ name }) => name);
+    for (const half of ["encoder", "decoder"])
+      t.ok(names.includes(`model.${half}.block.0.layer.0.SelfAttention.q.weight`), `${how}: ${half}`);
+  }
 });
 
 /** A file whose large weights lie beside it, in one called "weights". */

@@ -8,13 +8,16 @@
  * - zero-shot: random coefficients of the donors' spread; analytical: the skill's own adapter projected onto the components;
  *   distilled: the same, trained to answer as that adapter does, without looking at the completions
  * - base: the model without any
+ * - peft: LoRAs of rank 8 that PEFT trains in PyTorch (`PYTHON`), from the same rows in as many steps of the same schedule
  *
  * Rows are learned from the first of the training rows, and choices (K, rows, rates, steps) are judged on the last 160 of them
  * (`--judge train`); the test rows are for what was chosen. Every run is a line of `--into`; what is there is not run again.
  *
  * Needs SmolLM2 (EIGENLORA_SMOLLM2).
  */
-import { appendFile, readFile } from "node:fs/promises";
+import { appendFile, mkdtemp, readFile, rm } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { openPack } from "eigenlora";
 import { encodeTaskFile, projectAdapters } from "eigenlora/build";
@@ -24,8 +27,9 @@ import { createTrainer, distill, zeroShotTask } from "eigenlora/train";
 import * as ort from "onnxruntime-node";
 import { mean, sampleStandardDeviation } from "simple-statistics";
 import { data } from "../../examples/minilm.js";
-import { packOf } from "../lib/adapters.js";
+import { packOf, withAdapters } from "../lib/adapters.js";
 import { choice, number, readArguments, text } from "../lib/arguments.js";
+import { python } from "../lib/peers.js";
 import { print, progress } from "../lib/report.js";
 import {
   createEncode,
@@ -41,7 +45,7 @@ import {
 } from "../lib/skills.js";
 
 /**
- * @typedef {"coefficients" | "lora" | "lora-1" | "flat" | "zero-shot" | "analytical" | "distilled" | "base"} Way
+ * @typedef {"coefficients" | "lora" | "lora-1" | "flat" | "zero-shot" | "analytical" | "distilled" | "base" | "peft"} Way
  * @typedef {import("eigenlora/onnxruntime").EigenSession<typeof ort>} Session
  * @typedef {{ skill: string, way: Way, seed: number, judge: string, trained: number, nll: number, exact: number, seconds: number, settings: string }} Cell
  */
@@ -92,25 +96,26 @@ report();
 async function learnAll(left) {
   const missing = waysOf().flatMap((way) => seedsOf(way).map((seed) => ({ way, seed, settings: settingsOf(way) })));
   const open = missing.filter((one) => !cells.some((cell) => isRun(cell, left, one)));
+  for (const one of open.filter(({ way }) => way === "peft")) await keep(left, one, await learnApart(left, one));
   for (const mode of /** @type {const} */ (["column", "flat"])) {
-    const runs = open.filter(({ way }) => (way === "flat") === (mode === "flat"));
+    const runs = open.filter(({ way }) => way !== "peft" && (way === "flat") === (mode === "flat"));
     if (runs.length === 0) continue;
     const pack = await openPack(await donors(left, mode));
     const session = await createEigenSession(ort, smollm2File("onnx/model.onnx"), pack, {
       trainable: runs.some(({ way }) => !UNTRAINED.has(way)),
       session: { intraOpNumThreads: 1, interOpNumThreads: 1 },
     });
-    for (const one of runs) {
-      const cell = await learn(session, left, one);
-      cells.push(cell);
-      await appendFile(given.into, `${JSON.stringify(cell)}\n`);
-      progress(
-        `${left}, ${one.way}, seed ${one.seed}: ${(100 * cell.exact).toFixed(1)} %, ${cell.nll.toFixed(3)} nats`,
-      );
-    }
+    for (const one of runs) await keep(left, one, await learn(session, left, one));
     await session.close();
     await pack.close();
   }
+}
+
+/** @param {string} left @param {{ way: Way, seed: number }} run @param {Cell} cell */
+async function keep(left, { way, seed }, cell) {
+  cells.push(cell);
+  await appendFile(given.into, `${JSON.stringify(cell)}\n`);
+  progress(`${left}, ${way}, seed ${seed}: ${(100 * cell.exact).toFixed(1)} %, ${cell.nll.toFixed(3)} nats`);
 }
 
 /** @returns {Way[]} */
@@ -140,6 +145,7 @@ function settingsOf(way) {
     analytical: column,
     distilled: `${column}, ${common}`,
     base: "",
+    peft: `rank 8, alpha 16, ${common}, rate ${given["lora-rate"]}`,
   };
   if (!(way in settings)) throw new Error(`--ways: expected ${Object.keys(settings).join(", ")}, got ${way}`);
   return settings[way];
@@ -164,10 +170,7 @@ async function donors(left, mode) {
  * @returns {Promise<Cell>}
  */
 async function learn(session, left, { way, seed, settings }) {
-  const skill = skills.get(left);
-  if (!skill) throw new Error(`${left}: expected ${[...skills.keys()].join(", ")}`);
-  const train = given.judge === "train" ? skill.train.slice(0, -JUDGES) : skill.train;
-  const judges = given.judge === "train" ? skill.train.slice(-JUDGES) : skill.test;
+  const { skill, train, judges } = rowsOf(left);
   const started = performance.now();
   const name = `${left}, ${way}, seed ${seed}`;
   const found = MADE.has(way)
@@ -178,6 +181,47 @@ async function learn(session, left, { way, seed, settings }) {
   const { exact, nll } = scoreOf(await force(/** @type {any} */ (ort), session, questionsOf(skill, tokens, judges)));
   const { trained } = found;
   return { skill: left, way, seed, judge: given.judge, trained, nll, exact: exact / 100, seconds, settings };
+}
+
+/** What is learned from, and what judges. @param {string} left */
+function rowsOf(left) {
+  const skill = skills.get(left);
+  if (!skill) throw new Error(`${left}: expected ${[...skills.keys()].join(", ")}`);
+  const train = given.judge === "train" ? skill.train.slice(0, -JUDGES) : skill.train;
+  return { skill, train, judges: given.judge === "train" ? skill.train.slice(-JUDGES) : skill.test };
+}
+
+/**
+ * Learned by PEFT, and answered by our session.
+ * @param {string} left @param {{ way: Way, seed: number, settings: string }} run
+ * @returns {Promise<Cell>}
+ */
+async function learnApart(left, { way, seed, settings }) {
+  const { skill, train, judges } = rowsOf(left);
+  const folder = await mkdtemp(join(tmpdir(), "eigenlora-llm-learn-"));
+  try {
+    const started = performance.now();
+    const how = [seed, given.steps, given.batch, given["lora-rate"]].map(String);
+    const rows = JSON.stringify(questionsOf(skill, tokens, train));
+    const made = python("llm_learn.py", [smollm2File("."), join(folder, "learned"), ...how], rows);
+    if ("reason" in made) throw new Error(`peft: ${made.reason}`);
+    const seconds = (performance.now() - started) / 1000;
+    const bytes = await withAdapters([join(folder, "learned")], (own) =>
+      packOf(own, { select: { kind: "energy", share: 1 }, dtype: DTYPES }),
+    );
+    const pack = await openPack(bytes);
+    const session = await createEigenSession(ort, smollm2File("onnx/model.onnx"), pack, {
+      session: { intraOpNumThreads: 1, interOpNumThreads: 1 },
+    });
+    await session.switchTask("learned");
+    const { exact, nll } = scoreOf(await force(/** @type {any} */ (ort), session, questionsOf(skill, tokens, judges)));
+    await session.close();
+    await pack.close();
+    const { trained } = made.figures;
+    return { skill: left, way, seed, judge: given.judge, trained, nll, exact: exact / 100, seconds, settings };
+  } finally {
+    await rm(folder, { recursive: true });
+  }
 }
 
 /**

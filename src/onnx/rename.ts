@@ -84,17 +84,21 @@ export function nameHalf(
   fixed: ReadonlyMap<string, string>,
   taken: Set<string>,
 ): void {
-  const front = lead === "" ? half : `${lead}.${half}`;
-  const stays = (path: string): boolean => {
+  const before = lead === "" ? "" : `${lead}.`;
+  /** What is to stand in front of a path. */
+  const front = (path: string): string => {
     const segments = path.split(".");
-    return segments.includes(half) || (half === "decoder" && !common.has(segments[0]!));
+    // Nodes may lack what initializers have: an exporter sees the modules that ran.
+    if (segments[0] === half) return before;
+    const stays = segments.includes(half) || (half === "decoder" && !common.has(segments[0]!));
+    return stays ? "" : `${before}${half}${path === "" ? "" : "."}`;
   };
   const names = new Map(fixed);
   for (const value of fixed.values()) taken.add(value);
   renameValues(graph, (value) => {
     let name = names.get(value);
     if (name !== undefined) return name;
-    name = isParameterName(value) && !stays(value) ? `${front}.${value}` : value;
+    name = isParameterName(value) ? front(value) + value : value;
     while (taken.has(name)) name = `${half}/${name}`;
     taken.add(name);
     names.set(value, name);
@@ -102,9 +106,9 @@ export function nameHalf(
   });
   for (const node of nodesOf(graph)) {
     const module = writtenPlace(node);
-    if (module === undefined || stays(module)) continue;
+    if (module === undefined || front(module) === "") continue;
     const scopes = node.metadataProps.find(({ key }) => key === SCOPES);
-    if (scopes) scopes.value = `['${module === "" ? front : `${front}.${module}`}', '']`;
-    else node.name = `/${front.replaceAll(".", "/")}${node.name}`;
+    if (scopes) scopes.value = `['${front(module)}${module}', '']`;
+    else node.name = `/${front(module).replace(/\.$/, "").replaceAll(".", "/")}${node.name}`;
   }
 }
