@@ -184,12 +184,10 @@ function checkCaches(decoder: OnnxModel): void {
 /** What the inputs of a decoder are called in the joined model. */
 function decoderInputs(first: readonly ValueInfoProto[], second: readonly ValueInfoProto[]): Map<string, string> {
   const taken = new Set(first.map(({ name }) => name));
-  const known = new Map([
-    ["input_ids", "decoder_input_ids"],
-    ["attention_mask", "decoder_attention_mask"],
-    [MASK, "attention_mask"],
-    [READ, SAID],
-  ]);
+  // What is said of tokens is of the decoder's, whether the encoder takes such a thing or not.
+  const ofTokens = ["input_ids", "attention_mask", "position_ids", "token_type_ids"];
+  const known = new Map(ofTokens.map((name) => [name, `decoder_${name}`]));
+  known.set(MASK, "attention_mask").set(READ, SAID);
   return new Map(second.map(({ name }) => [name, known.get(name) ?? (taken.has(name) ? `decoder_${name}` : name)]));
 }
 
