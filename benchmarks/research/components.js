@@ -1,0 +1,303 @@
+/**
+ * Does it pay to train the components of a pack, or to round them better? All tasks of one entropy-coded pack, distilled together on
+ * train texts without labels, on components in five ways: as they are; trained with the tasks, unrounded, which no file could hold, and
+ * rounded in the loop; and rounded so that errors cancel where answers depend on them. The second start has coefficients that lose
+ * least of the answers instead of ΔW. Bytes are those of whole files, KL(adapter ‖ pack) is that of held-back texts; no text of any
+ * test split is used.
+ */
+import { buildPack } from "eigenlora/build";
+import { createEigenSession } from "eigenlora/onnxruntime";
+import * as ort from "onnxruntime-node";
+import { mean } from "simple-statistics";
+import { parseTaskFile } from "../../dist/src/format/task-file.js";
+import { encodedTensor, readTensor } from "../../dist/src/format/tensors.js";
+import { newPack } from "../../dist/src/pack/fresh.js";
+import { openPack } from "../../dist/src/pack/pack.js";
+import { BITS, decodeScales } from "../../dist/src/tensor/dtypes.js";
+import { encodeTensor, toInteger } from "../../dist/src/tensor/encode.js";
+import { shuffle, uniform } from "../../dist/src/tensor/random.js";
+import { taskFile } from "../../dist/src/train/result.js";
+import { copyOf } from "../../dist/src/train/state.js";
+import { createEncoder, model, readTask } from "../../examples/minilm.js";
+import { folderOf, plainTexts, SUITES, testTexts, withAdapters } from "../lib/adapters.js";
+import { choice, number, readArguments } from "../lib/arguments.js";
+import { print, progress } from "../lib/report.js";
+import { coefficientsOf, curvatures, rowsOf, withFeedback } from "./components/curvature.js";
+import { distilTogether, divergence, openStudent } from "./components/students.js";
+
+/**
+ * @typedef {import("eigenlora/build").Adapter} Adapter
+ * @typedef {import("../../dist/src/train/state.js").State} State
+ * @typedef {import("./components/students.js").Student} Student
+ * @typedef {Float32Array<ArrayBuffer>} Floats
+ * @typedef {{ values: Floats, steps: Floats, largest: Floats }} Components all of a pack, one behind the other
+ */
+
+const given = readArguments("Does it pay to train the components of a pack, or to round them better?", {
+  suite: choice(SUITES, "which adapters", "own-seed"),
+  part: choice(["fixed", "trained", "rounded"], "this part alone"),
+  k: number("components of the pack", 28, 1),
+  rank: number("strongest directions of each module that are kept", 5, 1),
+  step: number("of the pack", 0.033),
+  "feedback-step": number("of the pack whose rounding errors cancel, which takes more bytes", 0.0349),
+  "head-step": number("of heads", 0.5),
+  rounds: number("steps of each task", 60, 1),
+  batch: number("texts of a step", 8, 1),
+  rate: number("of components, in their steps", 0.06),
+  damping: number("of curvature", 0.1),
+});
+/** Texts of a task, as in `bench distill`. */
+const MOST_TEXTS = 512;
+/** Batches of a task that curvature is found by. */
+const BATCHES = 24;
+/** One thread: the same numbers on every machine. */
+const SESSION = { intraOpNumThreads: 1, interOpNumThreads: 1 };
+const { k, rank, rounds, batch, damping } = given;
+ort.env.logLevel = "error";
+
+await withAdapters([folderOf(given.suite)], async (adapters) => {
+  const tasks = await Promise.all(adapters.map(({ id }) => readTask(id)));
+  const [tests, pool] = [testTexts(tasks), plainTexts(tasks)];
+  const encode = await createEncoder(ort);
+  const texts = tasks.map(({ train }) => {
+    const own = [...new Set(train.map(([text]) => text))].filter((text) => !tests.has(text));
+    const some = shuffle(own, uniform(2)).slice(0, MOST_TEXTS);
+    return [...new Set([...some, ...pool])].slice(0, Math.max(some.length, MOST_TEXTS / 2));
+  });
+  const exact = await exactComponents(adapters);
+  const rows = [];
+  const asked = (/** @type {string} */ part) => given.part === undefined || given.part === part;
+  if (asked("fixed") || asked("trained")) {
+    const opened = await open(adapters, { step: given.step, texts, encode });
+    if (asked("fixed")) rows.push(...(await fixed(opened)));
+    if (asked("trained")) rows.push(...(await trained(opened)));
+    await opened.session.close();
+  }
+  if (asked("rounded")) {
+    const opened = await open(adapters, { step: given["feedback-step"], texts, encode });
+    rows.push(await rounded(opened, exact));
+    await opened.session.close();
+  }
+  print(given.json, [
+    {
+      question: `Does it pay to train components, or to round them better (MiniLM, ${given.suite}, ${adapters.length} adapters, K ${k}, rank ${rank})?`,
+      rows,
+      notes: [
+        `${rounds} steps of each task, of ${batch} texts without labels; an eighth is held back for KL(adapter ‖ pack), in nats.`,
+      ],
+    },
+  ]);
+});
+
+/** @param {readonly Adapter[]} adapters @param {{ step: number, texts: readonly string[][], encode: any }} how */
+async function open(adapters, { step, texts, encode }) {
+  const options = { gauge: "balanced", rank, step, headStep: given["head-step"], select: { kind: "k", k } };
+  const { chunks, report } = await buildPack(adapters, /** @type {any} */ (options));
+  const pack = await openPack(new Blob(/** @type {BlobPart[]} */ (chunks)));
+  const session = await createEigenSession(ort, model, /** @type {any} */ (pack), {
+    trainable: true,
+    session: SESSION,
+  });
+  const bases = (await pack.bases()).bytes;
+  /** @type {Student[]} */
+  const students = [];
+  for (const [i, adapter] of adapters.entries())
+    students.push(await openStudent(session, adapter, { texts: texts[i], encode, bases }));
+  progress(`${report.bytes} bytes, ${students.length} adapters asked`);
+  const components = componentsOf(pack, bases, students[0]);
+  const curvature = await curvatures(students, components.values, { batches: BATCHES, batch });
+  return { adapters, pack, session, students, components, curvature, step };
+}
+
+/** @typedef {Awaited<ReturnType<typeof open>>} Opened */
+
+/** Components of a pack as they are stored. @returns {Components} */
+function componentsOf(
+  /** @type {Opened["pack"]} */ pack,
+  /** @type {Uint8Array} */ bases,
+  /** @type {Student} */ { terms, start },
+) {
+  const values = start.parameters.slice(terms.ofTasks);
+  const [steps, largest] = [new Float32Array(values.length), new Float32Array(values.length)];
+  eachSide(pack, terms, ({ tensor }, at, width) => {
+    const scales = decodeScales(encodedTensor(bases, tensor), tensor.rows);
+    for (const [row, scale] of scales.entries()) steps.fill(scale, at + row * width, at + (row + 1) * width);
+    largest.fill(2 ** (BITS[/** @type {"int8"} */ (tensor.dtype)] - 1) - 1, at, at + tensor.rows * width);
+  });
+  return { values, steps, largest };
+}
+
+/**
+ * @param {Opened["pack"]} pack @param {Student["terms"]} terms
+ * @param {(side: NonNullable<Opened["pack"]["modules"][number]["A"]>, at: number, width: number, name: string, which: "A" | "B") => void} visit
+ */
+function eachSide(pack, terms, visit) {
+  for (const module of pack.modules)
+    for (const which of /** @type {const} */ (["A", "B"])) {
+      const parameter = terms.parameter(module.name, `components${which}`);
+      if (!parameter) continue;
+      const side = /** @type {any} */ (module[which]);
+      visit(side, parameter.offset - terms.ofTasks, parameter.dims[1], module.name, which);
+    }
+}
+
+/** Components (and the mean behind them) in f32, by "module side". @param {readonly Adapter[]} adapters */
+async function exactComponents(adapters) {
+  const options = { gauge: "balanced", rank, dtype: { basis: "f32" }, select: { kind: "k", k } };
+  const pack = await openPack(
+    new Blob(/** @type {any} */ ((await buildPack(adapters, /** @type {any} */ (options))).chunks)),
+  );
+  const bases = (await pack.bases()).bytes;
+  return new Map(
+    pack.modules.flatMap(({ name, A, B }) =>
+      /** @type {const} */ ([
+        ["A", A],
+        ["B", B],
+      ]).map(
+        ([which, side]) =>
+          /** @type {const} */ ([`${name} ${which}`, readTensor(bases, /** @type {any} */ (side).tensor)]),
+      ),
+    ),
+  );
+}
+
+/** @param {Opened} opened */
+async function fixed(opened) {
+  const values = () => opened.components.values;
+  const starts = opened.students.map(({ start }) => start);
+  const near = await nearest(opened, values());
+  return [
+    await row("as they are", opened, starts, { values }),
+    await row("as they are, coefficients by answers", opened, near, { values }),
+  ];
+}
+
+/** @param {Opened} opened */
+async function trained(opened) {
+  const { values, steps, largest } = opened.components;
+  const near = await nearest(opened, values);
+  const rows = [];
+  for (const whole of [false, true]) {
+    const latent = values.map((value, i) => (steps[i] > 0 ? value / steps[i] : 0));
+    const now = () => latent.map((value, i) => (whole ? toInteger(value, largest[i]) : value) * steps[i]);
+    const name = `trained, ${whole ? "rounded in the loop" : "unrounded"}, coefficients by answers`;
+    rows.push(await row(name, opened, near, { values: now, move: mover(latent, steps) }, whole));
+  }
+  return rows;
+}
+
+/** @param {Opened} opened @param {Map<string, Float32Array>} exact */
+async function rounded(opened, exact) {
+  const { pack, students, components, curvature } = opened;
+  const values = components.values.slice();
+  eachSide(pack, students[0].terms, ({ K, mean, tensor }, at, width, name, which) => {
+    const all = /** @type {Float32Array} */ (exact.get(`${name} ${which}`));
+    const own = new Float32Array(tensor.rows * width);
+    own.set(all.subarray(0, K * width));
+    if (mean) own.set(all.subarray(all.length - width), K * width);
+    const of = /** @type {Float64Array} */ (curvature.get(`${name} ${which}`));
+    const part = (/** @type {Floats} */ from) => from.subarray(at, at + own.length);
+    values.set(withFeedback(own, part(components.steps), components.largest[at], of, 3 * damping), at);
+  });
+  const near = await nearest(opened, values);
+  return row("rounded so that errors cancel, coefficients by answers", opened, near, { values: () => values });
+}
+
+/** States whose coefficients lose least of the answers. @param {Opened} opened @param {Floats} components */
+async function nearest({ adapters, pack, students, curvature }, components) {
+  const states = students.map(({ start }) => copyOf(start));
+  for (const { name } of pack.modules) {
+    const owners = adapters.filter(({ modules }) => modules.has(name));
+    const wanted = await rowsOf(owners, name, rank);
+    eachSide(pack, students[0].terms, ({ K }, at, width, module, which) => {
+      if (module !== name) return;
+      const own = components.subarray(at, at + (K + 1) * width);
+      for (const [i, student] of students.entries()) {
+        const place = owners.findIndex(({ id }) => id === student.id);
+        const alpha = student.terms.part(states[i].parameters, name, `alpha${which}`);
+        const of = /** @type {Float64Array} */ (curvature.get(`${name} ${which}`));
+        if (alpha && place >= 0)
+          alpha.set(coefficientsOf(wanted[place][which].subarray(0, (alpha.length / K) * width), own, K, of, damping));
+      }
+    });
+  }
+  return states;
+}
+
+/**
+ * Moves components where gradients of all tasks are large: divided by their root mean square, and for small ones by that of all.
+ * @param {Floats} latent in steps, changed @param {Floats} steps
+ */
+function mover(latent, steps) {
+  const [m, v] = [new Float32Array(latent.length), new Float32Array(latent.length)];
+  return (/** @type {Floats} */ gradient, /** @type {number} */ round) => {
+    const [unbias1, unbias2] = [1 - 0.9 ** round, 1 - 0.999 ** round];
+    let squares = 0;
+    for (let i = 0; i < m.length; i++) {
+      const g = gradient[i] * steps[i];
+      m[i] += 0.1 * (g - m[i]);
+      v[i] += 0.001 * (g * g - v[i]);
+      squares += v[i] / unbias2;
+    }
+    const typical = 3 * Math.sqrt(squares / m.length);
+    const warm = Math.floor(rounds / 10);
+    const schedule = round <= warm ? round / warm : 1 - (round - 1 - warm) / (rounds - warm);
+    for (let i = 0; i < m.length; i++)
+      latent[i] -= (given.rate * schedule * (m[i] / unbias1)) / (Math.sqrt(v[i] / unbias2) + typical + Number.EPSILON);
+  };
+}
+
+/**
+ * @param {string} name @param {Opened} opened @param {readonly State[]} starts
+ * @param {{ values: () => Floats, move?: (gradient: Floats, round: number) => void }} components
+ * @param {boolean} [storable]
+ */
+async function row(name, opened, starts, { values, move }, storable = true) {
+  const { students } = opened;
+  const states = starts.map(copyOf);
+  const ask = async () => {
+    const found = [];
+    for (const [i, student] of students.entries()) found.push(await divergence(student, states[i], values()));
+    return found;
+  };
+  const before = await ask();
+  const packed = storable ? await bytesOf(opened, states, values()) : null;
+  await distilTogether(students, states, { rounds, batch, before, components: values, move });
+  const after = mean(await ask());
+  const bytes = storable ? await bytesOf(opened, states, values()) : null;
+  const made = {
+    name,
+    "packed, bytes": packed,
+    "KL packed": mean(before),
+    "distilled, bytes": bytes,
+    "KL distilled": after,
+  };
+  progress(JSON.stringify(made));
+  return made;
+}
+
+/** Of the whole file. @param {Opened} opened @param {readonly State[]} states @param {Floats} values components */
+async function bytesOf({ pack, students, components, step }, states, values) {
+  const { terms } = students[0];
+  /** @type {Map<string, { dtype: string, encoded: Uint8Array }>} */
+  const encoded = new Map();
+  eachSide(pack, terms, ({ tensor: { dtype, rows } }, at, width, name, which) => {
+    const scales = Array.from({ length: rows }, (_, row) => components.steps[at + row * width]);
+    const own = values.subarray(at, at + rows * width);
+    encoded.set(`${name} ${which}`, { dtype, encoded: encodeTensor(dtype, own, rows, width, scales) });
+  });
+  const modules = pack.modules.map(({ A, B, fingerprint, ...module }) => ({
+    ...module,
+    A: /** @type {any} */ ({ ...A, ...encoded.get(`${module.name} A`) }),
+    B: /** @type {any} */ ({ ...B, ...encoded.get(`${module.name} B`) }),
+  }));
+  const tasks = students.map(({ id, terms, machine, stored, blob }, i) => async () => {
+    const weight = blob.parameters.find(({ shape }) => shape.length > 1);
+    const dtype = { coefficients: /** @type {const} */ ("int8"), head: weight?.tensor.dtype };
+    const file = taskFile(pack, terms, states[i], machine.head, /** @type {any} */ ({ id, dtype, stored }));
+    const { adapterBytes, metadata, brings } = /** @type {any} */ (pack.tasks.get(id));
+    return { entry: { id, adapterBytes, metadata, brings }, blob: parseTaskFile(file, id).blob };
+  });
+  const { basis } = pack.directory;
+  return (await newPack({ ...basis, step, modules }, tasks)).bytes;
+}

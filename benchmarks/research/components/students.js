@@ -1,0 +1,166 @@
+/** Tasks of one pack that are distilled together: each has its coefficients and head, the components are common to all. */
+
+import { shuffle, uniform } from "../../../dist/src/tensor/random.js";
+import { answersOf } from "../../../dist/src/train/answers.js";
+import { toBatches } from "../../../dist/src/train/examples.js";
+import { mapLayers } from "../../../dist/src/train/head.js";
+import { lessonsOf } from "../../../dist/src/train/learn.js";
+import { createMachine, headInputs } from "../../../dist/src/train/machine.js";
+import { answers } from "../../../dist/src/train/objective.js";
+import { MeanDivergence, sureTemperature, tempered } from "../../../dist/src/train/probabilities.js";
+import { readDonor, startState } from "../../../dist/src/train/start.js";
+import { optimizerOf, stateLike } from "../../../dist/src/train/state.js";
+import { stepsOf, toSteps } from "../../../dist/src/train/steps.js";
+import { sharedRows, Terms } from "../../../dist/src/train/terms.js";
+
+/**
+ * @typedef {import("eigenlora/build").Adapter} Adapter
+ * @typedef {import("../../../dist/src/train/head.js").LayerNumbers} LayerNumbers
+ * @typedef {import("../../../dist/src/train/state.js").State} State
+ * @typedef {Float32Array<ArrayBuffer>} Floats
+ * @typedef {Awaited<ReturnType<typeof openStudent>>} Student
+ * @typedef {import("../../../dist/src/train/examples.js").Row<any>} Row
+ */
+
+/** `distill`'s own rate: of its 240 steps, as far as all steps of one coefficient go for each root of a nat. */
+const [WAY, OF_STEPS, MOST_RATE] = [7, 240, 0.02];
+const HOLDOUT = 0.125;
+
+/**
+ * @param {any} session a trainable session of onnxruntime
+ * @param {Adapter} adapter whose answers count
+ * @param {{ texts: readonly string[], encode: any, bases: Uint8Array }} with
+ */
+export async function openStudent(session, adapter, { texts, encode, bases }) {
+  const pack = /** @type {import("../../../dist/src/pack/pack.js").Pack} */ (session.pack);
+  const { trainable } = session;
+  const { id } = adapter;
+  const blob = await pack.load(id);
+  const weights = blob.parameters.filter(({ role, shape }) => role === "saved" && shape.length === 2);
+  const head = weights.map(({ name }) => name.slice(0, -".weight".length));
+  const asking = lessonsOf(session, { encode });
+  const rows = await asking.ask(
+    shuffle(
+      texts.map((text) => ({ text })),
+      uniform(0),
+    ),
+    "components",
+  );
+  const found = await answersOf(session, adapter, head, rows, { where: "components", lessons: asking });
+  const of = (/** @type {Row} */ row) => /** @type {any} */ (found.get(row));
+  const labels = Array.from(of(rows[0])[0].probabilities, (_, i) => String(i));
+  const lessons = lessonsOf(session, { encode, labels });
+  const taught = rows.map((row) => lessons.answered(row, of(row)));
+  const held = Math.round(HOLDOUT * taught.length);
+  const terms = new Terms(
+    pack.modules.flatMap((module, index) => {
+      const term = blob.terms.find((one) => one.module === index);
+      if (!term) return [];
+      const shared = sharedRows(module, bases, term.rank, true, true);
+      return [{ name: module.name, in: module.in, out: module.out, shared, privateRank: 0 }];
+    }),
+  );
+  const machine = await createMachine(trainable, terms, headInputs(trainable, head), labels);
+  const subject = { pack, machine, lessons, terms, origin: terms, labels };
+  const start = await startState(subject, await readDonor(pack, id), uniform(0));
+  const temperature = sureTemperature(taught.map(({ target }) => Float32Array.from(/** @type {any} */ (target))));
+  const train = taught.slice(held);
+  const lessonRows = train.map((row) => ({ ...row, target: tempered(/** @type {any} */ (row.target), temperature) }));
+  const stored = /** @type {NonNullable<ReturnType<typeof stepsOf>>} */ (stepsOf(pack, terms, blob, machine.head));
+  const lengths = await lessons.lengths(lessonRows);
+  return {
+    ...{ id, blob, labels, lessons, terms, machine, subject, start, stored, temperature, lengths },
+    ...{ judges: taught.slice(0, held), train, lessonRows },
+  };
+}
+
+/**
+ * What the model is fed with: coefficients and head as they will be stored, and these components.
+ * @param {Student} student @param {State} state @param {Floats} components
+ */
+export function numbersOf({ machine, stored, terms }, state, components) {
+  const head = mapLayers(machine.head, state, (_, { weight }, i) => {
+    const steps = stored.head[i];
+    return steps ? { weight: toSteps(weight, steps.weight, steps.largest) } : {};
+  });
+  const parameters = toSteps(state.parameters, stored.parameters);
+  parameters.set(components, terms.ofTasks);
+  return { ...head, parameters };
+}
+
+/** @param {Student} student @param {LayerNumbers & { parameters: Floats }} numbers @param {number} [temperature] */
+export const pointOf = (student, numbers, temperature = 1) => ({
+  terms: student.terms.expand(numbers.parameters),
+  ...divided(student, numbers, temperature),
+});
+
+/** @param {Student} student @param {LayerNumbers} numbers @param {number} temperature */
+function divided({ machine }, numbers, temperature) {
+  const by = (/** @type {Floats} */ part) => part.map((value) => value / temperature);
+  return mapLayers(machine.head, numbers, ({ last }, { weight, bias }) =>
+    last ? { weight: by(weight), bias: by(bias) } : {},
+  );
+}
+
+/** Mean KL(adapter ‖ task) on the hold-out. @param {Student} student @param {State} state @param {Floats} components */
+export async function divergence(student, state, components) {
+  const found = new MeanDivergence();
+  const point = pointOf(student, numbersOf(student, state, components));
+  for await (const { row, logits } of answers(student.subject, student.judges, point))
+    found.add(student.lessons.wanted(row), logits);
+  return found.mean;
+}
+
+/**
+ * Gradients of a batch.
+ * @param {Student} student @param {readonly Row[]} rows @param {State} state @param {Floats} components
+ * @returns {Promise<State>}
+ */
+async function gradientsOf(student, rows, state, components) {
+  const { lessons, machine, terms, temperature } = student;
+  const numbers = numbersOf(student, state, components);
+  const point = pointOf(student, numbers, temperature);
+  const sum = stateLike(state);
+  const add = (/** @type {Floats} */ to, /** @type {Floats} */ from, /** @type {number} */ share) => {
+    for (let i = 0; i < to.length; i++) to[i] += share * from[i];
+  };
+  for (const { rows: some, targets, share } of lessons.parts(rows, 0)) {
+    const { gradients } = await machine.step(await lessons.batch(some), point, targets);
+    const head = divided(student, gradients, temperature);
+    add(sum.parameters, terms.pullBack(numbers.parameters, gradients.terms), share);
+    add(sum.weight, head.weight, share);
+    add(sum.bias, head.bias, share);
+  }
+  return sum;
+}
+
+/**
+ * Distils all tasks, a step of each in turn; the components move once when all tasks had theirs.
+ * @param {readonly Student[]} students
+ * @param {readonly State[]} states changed
+ * @param {{ rounds: number, batch: number, before: readonly number[], components: () => Floats, move?: (gradient: Floats, round: number) => void }} how
+ */
+export async function distilTogether(students, states, { rounds, batch, before, components, move }) {
+  const each = students.map((student, i) => {
+    const { terms, machine } = student;
+    const rate = Math.min(MOST_RATE, (WAY * Math.sqrt(before[i])) / OF_STEPS);
+    const learningRates = { terms: rate, head: rate, components: 0 };
+    const optimizer = optimizerOf(states[i], terms, machine.head, rounds, { learningRates });
+    return { student, state: states[i], optimizer, random: uniform(0), queue: /** @type {Row[][]} */ ([]) };
+  });
+  for (let round = 1; round <= rounds; round++) {
+    const sum = new Float32Array(components().length);
+    for (const one of each) {
+      const { student, state, optimizer, random } = one;
+      if (one.queue.length === 0) one.queue = toBatches(student.lessonRows, batch, student.lengths, random);
+      const rows = /** @type {Row[]} */ (one.queue.shift());
+      const gradients = await gradientsOf(student, rows, state, components());
+      const { ofTasks } = student.terms;
+      // Sharper answers have larger gradients.
+      for (let i = 0; i < sum.length; i++) sum[i] += student.temperature * gradients.parameters[ofTasks + i];
+      gradients.parameters.fill(0, ofTasks);
+      optimizer.step(gradients);
+    }
+    move?.(sum, round);
+  }
+}
