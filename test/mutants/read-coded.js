@@ -22,7 +22,14 @@ const LEVELS = [
 export function readCoded(bytes, before = new Uint8Array()) {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
   if (view.getUint32(0, true) !== 0x45444f43) throw new Error("no CODE");
-  const out = new Uint8Array(view.getUint32(4, true));
+  const becomes = view.getUint32(4, true);
+  if (becomes > 64 * bytes.length + 4096) throw new Error(`${becomes} bytes are too many for ${bytes.length}`);
+  const out = new Uint8Array(becomes);
+  /** Streams that were changed are read too. */
+  const fits = (end) => {
+    if (!(end <= out.length)) throw new Error(`${end} bytes do not fit into ${out.length}`);
+    return end;
+  };
   let at = 8;
   const word = () => {
     at += 2;
@@ -79,10 +86,11 @@ export function readCoded(bytes, before = new Uint8Array()) {
 
   let end = 0;
   while (end < out.length) {
-    const stop = end + number(length);
+    const stop = fits(end + number(length));
     let back = 0;
     while (end < stop) {
-      for (let n = number(literals); n > 0; n--) {
+      const literal = fits(end + number(literals));
+      while (end < literal) {
         const high = symbol(highs[end > 0 ? out[end - 1] >> 5 : 0]);
         const middle = symbol(middles[high]);
         out[end++] = 32 * high + 4 * middle + (symbol(lows[8 * high + middle]) % 4);
@@ -90,6 +98,7 @@ export function readCoded(bytes, before = new Uint8Array()) {
       if (end === stop) break;
       const count = 4 + number(length);
       back = number(distance) || back;
+      fits(end + count);
       for (let n = 0; n < count; n++, end++) out[end] = back > end ? before.at(end - back) : out[end - back];
     }
     if (end === out.length) break;
@@ -97,6 +106,8 @@ export function readCoded(bytes, before = new Uint8Array()) {
     const [rows, width, count] = [number(shape), number(shape), number(shape)];
     const step = bits(1) === 1 ? 16 : 4;
     const start = end;
+    fits(start + rows * width * (size / 8) + (count - 1) * step);
+    fits(start + 2 * rows * count);
     const uppers = Array(rows).fill(0);
     const means = Array(rows).fill(undefined);
     const places = Array(rows * width).fill(undefined);
