@@ -4,17 +4,14 @@
  */
 import { checkArgument, checkChoice, checkOptions, checkPack, described } from "../arguments.ts";
 import { BackendError, BaseMismatchError } from "../errors.ts";
-import { moduleOf } from "../format/brings.ts";
-import { type ModelFile, readModel } from "../onnx/read.ts";
+import { readModel } from "../onnx/read.ts";
 import type { Pack, TaskInfo } from "../pack/pack.ts";
-import { partOf } from "../pack/part.ts";
 import { type MemoryReport, memoryReport } from "../runtime/report.ts";
 import { copySelection, type Selection } from "../runtime/selection.ts";
 import type { SourceInput } from "../source.ts";
 import type { Engine } from "./engine.ts";
-import { ModelMatcher } from "./match.ts";
 import { SESSION_OPTIONS, type SessionOptions, type SessionSwitchOptions } from "./options.ts";
-import { broughtBy } from "./plan.ts";
+import { type Lacking, refuseHomeless, residentsOf } from "./residents.ts";
 import { type Session, type SessionSwitchReport, type SessionTypes, sessionOn } from "./session.ts";
 import { Turns } from "./turns.ts";
 
@@ -23,9 +20,6 @@ export interface GroupOptions extends Omit<SessionOptions, "trainable"> {
   /** Options of a file's own session, by its name here, in place of those of all. */
   readonly each?: Readonly<Record<string, Omit<SessionOptions, "trainable">>> | undefined;
 }
-
-/** What of a pack files lack, and why, by file; undefined once it lives in one. */
-type Lacking = Map<string, Map<string, string> | undefined>;
 
 /**
  * Prepares several files of one model for all tasks of a pack. Each module goes to the files that it lives in: those whose weight fits
@@ -106,70 +100,6 @@ export async function groupOf<T extends SessionTypes, Name extends string>(
   } catch (error) {
     for (const session of sessions.values()) await session.close();
     throw error;
-  }
-}
-
-/** The filter for what lives in a file, undefined where nothing does and that is no error. Notes what does not live there. */
-async function residentsOf(
-  file: ModelFile,
-  name: string,
-  pack: Pack,
-  options: SessionOptions,
-  lacking: Lacking,
-  empty: "refuse" | "skip",
-): Promise<((module: string) => boolean) | undefined> {
-  const { modules: wanted } = options;
-  const view = wanted ? partOf(pack, wanted) : pack;
-  const bases = await pack.bases(options);
-  try {
-    const matcher = new ModelMatcher(file, options);
-    const brought = (await broughtBy(view, options)).filter(({ role }) => role !== "magnitude" && role !== "private");
-    const parameters = new Set(brought.map((one) => one.name).filter((one) => !matcher.ignores(one)));
-    const residents = await matcher.residents(view.modules, parameters, bases.bytes);
-    const [here, elsewhere] = [new Set<string>(), new Set<string>()];
-    for (const [one, why] of residents) {
-      const module = parameters.has(one) ? moduleOf(one) : one;
-      (why === undefined ? here : elsewhere).add(module);
-      if (why === undefined) lacking.set(one, undefined);
-      else if (lacking.has(one)) lacking.get(one)?.set(name, why);
-      else lacking.set(one, new Map([[name, why]]));
-    }
-    if (view.modules.some((module) => here.has(module.name))) return filterOf(here, elsewhere, wanted);
-    // A file that has only a head is none to skip: the head would be lost.
-    if (here.size === 0 && empty === "skip") return undefined;
-    const [first] = view.modules;
-    const why = first && `; "${first.name}": ${residents.get(first.name)}`;
-    const only = here.size > 0 ? `, only "${[...here].join('", "')}", which the option \`ignore\` leaves out` : "";
-    const message = `${name}: no module of ${pack.name} lives in this file${only}${why}. Run it by itself, without the pack`;
-    throw new BaseMismatchError(message, { module: first?.name ?? "" });
-  } finally {
-    bases.close();
-  }
-}
-
-/**
- * The filter that a session keeps. Made here, since a closure of `residentsOf` would keep the model's bytes with it. What a task brings
- * that is added later is not known to live elsewhere: the session says that it is not prepared for it.
- */
-function filterOf(
-  here: ReadonlySet<string>,
-  elsewhere: ReadonlySet<string>,
-  wanted: SessionOptions["modules"],
-): (module: string) => boolean {
-  return (module) => here.has(module) || !(elsewhere.has(module) || wanted?.(module) === false);
-}
-
-/** @throws BaseMismatchError for what lives in none of the files whose options ask for it */
-function refuseHomeless(lacking: Lacking, empty: "refuse" | "skip"): void {
-  for (const [name, reasons] of lacking) {
-    if (!reasons) continue;
-    const whys = [...reasons].map(([file, why]) => `${file}: ${why}`).join("; ");
-    const [places, advice] =
-      empty === "skip"
-        ? ["sessions", "Use the model that the adapters are for"]
-        : ["files", "Give the file that has it"];
-    const message = `"${name}" lives in none of the ${places} (${whys}). ${advice}, or leave it out with the option \`modules\``;
-    throw new BaseMismatchError(message, { module: name });
   }
 }
 

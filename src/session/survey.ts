@@ -15,8 +15,9 @@ import { type PackView, partOf } from "../pack/part.ts";
 import { Workbench } from "../runtime/workbench.ts";
 import type { Mode } from "./base-values.ts";
 import { type MatchOptions, ModelMatcher } from "./match.ts";
-import { broughtBy, type Plan, type PlanOptions, planSession } from "./plan.ts";
+import { broughtBy, type Plan, planSession } from "./plan.ts";
 import { type PreparedModel, prepareModel } from "./prepare.ts";
+import { type Lacking, type ResidentOptions, refuseHomeless, residentsOf } from "./residents.ts";
 import { stackValues, TaskEvaluator } from "./values.ts";
 
 /** A module of the pack in the model. */
@@ -66,9 +67,6 @@ export interface SurveyedMode {
   readonly writtenBytes: number;
 }
 
-/** How a pack is held against a model. */
-export type SurveyOptions = MatchOptions & Pick<PlanOptions, "modules">;
-
 export interface Survey {
   /** What mode "auto" takes, and why; null where no mode works. */
   readonly mode: Mode | null;
@@ -77,6 +75,8 @@ export interface Survey {
   readonly nodes: number;
   /** The operator that holds several layers in one, where an optimiser has fused them. */
   readonly fused: string | null;
+  /** Which half of an encoder-decoder it may be. */
+  readonly half: "encoder" | "decoder" | null;
   readonly modules: readonly SurveyedModule[];
   readonly parameters: readonly SurveyedParameter[];
   readonly modes: Readonly<Record<Mode, SurveyedMode>>;
@@ -84,6 +84,14 @@ export interface Survey {
   readonly learning: { readonly works: boolean; readonly why: string | null };
   /** Bytes of the largest task's coefficients. */
   readonly largestTask: number;
+}
+
+/** Several files of one model. */
+export interface FilesSurvey {
+  /** What would become of each file and of what of the pack lives there, by name; a reason where that is nothing. */
+  readonly files: ReadonlyMap<string, Survey | string>;
+  /** What of the pack lives in none of them, and why. */
+  readonly homeless: string | null;
 }
 
 const NO_COST = { nodes: 0, inputs: 0, componentBytes: 0, pristineBytes: 0, fedBytes: 0, writtenBytes: 0 };
@@ -95,7 +103,7 @@ const NO_COST = { nodes: 0, inputs: 0, componentBytes: 0, pristineBytes: 0, fedB
 export async function surveyModel(
   open: () => Promise<ModelFile>,
   pack: Pack,
-  options: SurveyOptions = {},
+  options: ResidentOptions = {},
 ): Promise<Survey> {
   const bases = (await pack.bases()).bytes;
   const { modules } = options;
@@ -113,7 +121,8 @@ export async function surveyModel(
     const mode = (one: Mode) => surveyMode(open, pack, bases, { ...options, mode: one }, task?.id ?? null);
     const modes = { core: await mode("core"), factors: await mode("factors"), folded: await mode("folded") };
     const both = [...(plan?.base.heads ?? [])].find(([, { adapted }]) => adapted)?.[0];
-    const parts = await attempt(async () => (await import("./training.ts")).refuseParts(file, pack, modules));
+    const { halfOf, refuseParts } = await import("./training.ts");
+    const parts = await attempt(async () => refuseParts(file, pack, modules));
     const form = plan?.graft.modules.find((module) => module.form);
     const why =
       parts.why ??
@@ -125,6 +134,7 @@ export async function surveyModel(
       opset: model.opset,
       nodes: nodesOf(model.graph.proto),
       fused: fusedNode(model)?.opType ?? null,
+      half: halfOf(file) ?? null,
       modules: await surveyModules(file, view, bases, options),
       parameters: await surveyParameters(file, view, options, plan),
       modes,
@@ -134,6 +144,29 @@ export async function surveyModel(
   } finally {
     await file.close();
   }
+}
+
+/**
+ * The same of the files of one model, an encoder and a decoder, say.
+ * @param open reads each anew, as above, by names of your own
+ * @throws as `surveyModel`
+ */
+export async function surveyFiles(
+  open: ReadonlyMap<string, () => Promise<ModelFile>>,
+  pack: Pack,
+  options: ResidentOptions = {},
+): Promise<FilesSurvey> {
+  const lacking: Lacking = new Map();
+  const files = new Map<string, Survey | string>();
+  for (const [name, read] of open) {
+    const file = await read();
+    const { made: modules, why } = await attempt(() =>
+      residentsOf(file, name, pack, options, lacking, "refuse").finally(() => file.close()),
+    );
+    files.set(name, why ?? (await surveyModel(read, pack, { ...options, modules })));
+  }
+  const { why: homeless } = await attempt(async () => refuseHomeless(lacking, "refuse"));
+  return { files, homeless };
 }
 
 /** What something makes, or why it is refused. */
@@ -214,7 +247,7 @@ async function surveyMode(
   open: () => Promise<ModelFile>,
   pack: Pack,
   bases: Uint8Array,
-  options: SurveyOptions & { mode: Mode },
+  options: ResidentOptions & { mode: Mode },
   task: string | null,
 ): Promise<SurveyedMode> {
   const file = await open();

@@ -31,6 +31,15 @@ export interface Trainable {
   run(feeds: Tensors, fetches: readonly string[]): Promise<Tensors>;
 }
 
+/** Which half of an encoder-decoder a file may be, by its inputs and outputs; encoders that are whole models look like one, too. */
+export function halfOf({ model }: ModelFile): "encoder" | "decoder" | undefined {
+  const { input, output } = model.graph.proto;
+  const names = new Set(input.map(({ name }) => name));
+  if (names.has("encoder_hidden_states")) return "decoder";
+  const writes = !names.has("decoder_input_ids") && output.some(({ name }) => name === "last_hidden_state");
+  return writes ? "encoder" : undefined;
+}
+
 /**
  * One file of a model whose encoder and decoder lie in files of their own does not learn by itself: what the encoder's tasks have to
  * learn would have to come out of the decoder's file.
@@ -38,18 +47,16 @@ export interface Trainable {
  * @throws BaseMismatchError for one of such files, where the other is adapted too, or where it has a branch for each use of its cache
  */
 export function refuseParts(
-  { model }: ModelFile,
+  file: ModelFile,
   { modules }: Pick<Pack, "modules">,
   keep: ModuleFilter = () => true,
 ): void {
-  const { input, output, node } = model.graph.proto;
-  const names = new Set(input.map(({ name }) => name));
-  const reads = names.has("encoder_hidden_states");
-  const writes = !names.has("decoder_input_ids") && output.some(({ name }) => name === "last_hidden_state");
-  if (!reads && !writes) return;
-  const other = reads ? "encoder" : "decoder";
+  const { model } = file;
+  const half = halfOf(file);
+  if (half === undefined) return;
+  const other = half === "decoder" ? "encoder" : "decoder";
   const elsewhere = modules.find(({ name }) => keep(name) && name.split(".").includes(other))?.name;
-  const merged = reads && node.some(({ opType }) => opType === "If");
+  const merged = half === "decoder" && model.graph.proto.node.some(({ opType }) => opType === "If");
   if (elsewhere === undefined && !merged) return;
   const why =
     elsewhere === undefined
@@ -57,7 +64,7 @@ export function refuseParts(
       : `tasks adapt "${elsewhere}" in the other, and gradients do not pass from file to file`;
   const both = "make a session with both files as its model, { encoder, decoder }, which joins them in memory";
   const alone = elsewhere === undefined ? "" : "; or train this file's layers alone, with the option `modules`";
-  const message = `${model.name} is the ${reads ? "decoder" : "encoder"} of a model in two files, which cannot be trained by itself: ${why}. To learn, ${both}${alone}; the task then serves the separate files`;
+  const message = `${model.name} is the ${half} of a model in two files, which cannot be trained by itself: ${why}. To learn, ${both}${alone}; the task then serves the separate files`;
   throw new BaseMismatchError(message, { module: elsewhere ?? "" });
 }
 
