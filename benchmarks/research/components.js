@@ -2,8 +2,8 @@
  * Does it pay to train the components of a pack, or to round them better? All tasks of one entropy-coded pack, distilled together on
  * train texts without labels, on components in five ways: as they are; trained with the tasks, unrounded, which no file could hold, and
  * rounded in the loop; and rounded so that errors cancel where answers depend on them. The second start has coefficients that lose
- * least of the answers instead of ΔW. Bytes are those of whole files, KL(adapter ‖ pack) is that of held-back texts; no text of any
- * test split is used.
+ * least of the answers instead of ΔW. And with it, on components as they are, steps of integers that are learned too. Bytes are those of whole files, KL(adapter ‖ pack) is that of held-back texts; no text of any
+ * test split is used but to count right answers.
  */
 import { buildPack } from "eigenlora/build";
 import { createEigenSession } from "eigenlora/onnxruntime";
@@ -23,7 +23,8 @@ import { folderOf, plainTexts, SUITES, testTexts, withAdapters } from "../lib/ad
 import { choice, number, readArguments } from "../lib/arguments.js";
 import { print, progress } from "../lib/report.js";
 import { coefficientsOf, curvatures, rowsOf, withFeedback } from "./components/curvature.js";
-import { distilTogether, divergence, openStudent } from "./components/students.js";
+import { stepMover, withOwnSteps } from "./components/steps.js";
+import { accuracy, distilTogether, divergence, openStudent } from "./components/students.js";
 
 /**
  * @typedef {import("eigenlora/build").Adapter} Adapter
@@ -35,7 +36,7 @@ import { distilTogether, divergence, openStudent } from "./components/students.j
 
 const given = readArguments("Does it pay to train the components of a pack, or to round them better?", {
   suite: choice(SUITES, "which adapters", "own-seed"),
-  part: choice(["fixed", "trained", "rounded"], "this part alone"),
+  part: choice(["fixed", "trained", "rounded", "steps"], "this part alone"),
   k: number("components of the pack", 28, 1),
   rank: number("strongest directions of each module that are kept", 5, 1),
   step: number("of the pack", 0.033),
@@ -44,10 +45,13 @@ const given = readArguments("Does it pay to train the components of a pack, or t
   rounds: number("steps of each task", 60, 1),
   batch: number("texts of a step", 8, 1),
   rate: number("of components, in their steps", 0.06),
+  "step-rate": number("of the logarithms of steps that are learned", 0.01),
   damping: number("of curvature", 0.1),
 });
 /** Texts of a task, as in `bench distill`. */
 const MOST_TEXTS = 512;
+/** Test rows of a task. */
+const MOST_TESTS = 240;
 /** Batches of a task that curvature is found by. */
 const BATCHES = 24;
 /** One thread: the same numbers on every machine. */
@@ -64,17 +68,19 @@ await withAdapters([folderOf(given.suite)], async (adapters) => {
     const some = shuffle(own, uniform(2)).slice(0, MOST_TEXTS);
     return [...new Set([...some, ...pool])].slice(0, Math.max(some.length, MOST_TEXTS / 2));
   });
+  const rowsOfTasks = { texts, tests: tasks.map(({ test }) => test.slice(0, MOST_TESTS)), encode };
   const exact = await exactComponents(adapters);
   const rows = [];
   const asked = (/** @type {string} */ part) => given.part === undefined || given.part === part;
-  if (asked("fixed") || asked("trained")) {
-    const opened = await open(adapters, { step: given.step, texts, encode });
+  if (asked("fixed") || asked("trained") || asked("steps")) {
+    const opened = await open(adapters, { step: given.step, ...rowsOfTasks });
     if (asked("fixed")) rows.push(...(await fixed(opened)));
     if (asked("trained")) rows.push(...(await trained(opened)));
+    if (asked("steps")) rows.push(await stepped(opened));
     await opened.session.close();
   }
   if (asked("rounded")) {
-    const opened = await open(adapters, { step: given["feedback-step"], texts, encode });
+    const opened = await open(adapters, { step: given["feedback-step"], ...rowsOfTasks });
     rows.push(await rounded(opened, exact));
     await opened.session.close();
   }
@@ -89,8 +95,11 @@ await withAdapters([folderOf(given.suite)], async (adapters) => {
   ]);
 });
 
-/** @param {readonly Adapter[]} adapters @param {{ step: number, texts: readonly string[][], encode: any }} how */
-async function open(adapters, { step, texts, encode }) {
+/**
+ * @param {readonly Adapter[]} adapters
+ * @param {{ step: number, texts: readonly string[][], tests: readonly (readonly [string, number][])[], encode: any }} how
+ */
+async function open(adapters, { step, texts, tests, encode }) {
   const options = { gauge: "balanced", rank, step, headStep: given["head-step"], select: { kind: "k", k } };
   const { chunks, report } = await buildPack(adapters, /** @type {any} */ (options));
   const pack = await openPack(new Blob(/** @type {BlobPart[]} */ (chunks)));
@@ -102,7 +111,7 @@ async function open(adapters, { step, texts, encode }) {
   /** @type {Student[]} */
   const students = [];
   for (const [i, adapter] of adapters.entries())
-    students.push(await openStudent(session, adapter, { texts: texts[i], encode, bases }));
+    students.push(await openStudent(session, adapter, { texts: texts[i], test: tests[i], encode, bases }));
   progress(`${report.bytes} bytes, ${students.length} adapters asked`);
   const components = componentsOf(pack, bases, students[0]);
   const curvature = await curvatures(students, components.values, { batches: BATCHES, batch });
@@ -170,6 +179,17 @@ async function fixed(opened) {
     await row("as they are", opened, starts, { values }),
     await row("as they are, coefficients by answers", opened, near, { values }),
   ];
+}
+
+/** @param {Opened} opened */
+async function stepped(opened) {
+  const values = () => opened.components.values;
+  const own = { ...opened, students: opened.students.map(withOwnSteps) };
+  const stepping = own.students.map((student) => stepMover(student, { rounds, rate: given["step-rate"] }));
+  return row("as they are, steps learned, coefficients by answers", own, await nearest(own, values()), {
+    values,
+    stepping,
+  });
 }
 
 /** @param {Opened} opened */
@@ -249,21 +269,21 @@ function mover(latent, steps) {
 
 /**
  * @param {string} name @param {Opened} opened @param {readonly State[]} starts
- * @param {{ values: () => Floats, move?: (gradient: Floats, round: number) => void }} components
+ * @param {{ values: () => Floats, move?: (gradient: Floats, round: number) => void, stepping?: ReturnType<typeof stepMover>[] }} components
  * @param {boolean} [storable]
  */
-async function row(name, opened, starts, { values, move }, storable = true) {
+async function row(name, opened, starts, { values, move, stepping }, storable = true) {
   const { students } = opened;
   const states = starts.map(copyOf);
-  const ask = async () => {
+  const ask = async (/** @type {typeof divergence} */ what) => {
     const found = [];
-    for (const [i, student] of students.entries()) found.push(await divergence(student, states[i], values()));
+    for (const [i, student] of students.entries()) found.push(await what(student, states[i], values()));
     return found;
   };
-  const before = await ask();
+  const before = await ask(divergence);
   const packed = storable ? await bytesOf(opened, states, values()) : null;
-  await distilTogether(students, states, { rounds, batch, before, components: values, move });
-  const after = mean(await ask());
+  await distilTogether(students, states, { rounds, batch, before, components: values, move, stepping });
+  const after = mean(await ask(divergence));
   const bytes = storable ? await bytesOf(opened, states, values()) : null;
   const made = {
     name,
@@ -271,6 +291,7 @@ async function row(name, opened, starts, { values, move }, storable = true) {
     "KL packed": mean(before),
     "distilled, bytes": bytes,
     "KL distilled": after,
+    "right, %": 100 * mean(await ask(accuracy)),
   };
   progress(JSON.stringify(made));
   return made;

@@ -7,7 +7,7 @@ import { mapLayers } from "../../../dist/src/train/head.js";
 import { lessonsOf } from "../../../dist/src/train/learn.js";
 import { createMachine, headInputs } from "../../../dist/src/train/machine.js";
 import { answers } from "../../../dist/src/train/objective.js";
-import { MeanDivergence, sureTemperature, tempered } from "../../../dist/src/train/probabilities.js";
+import { largest, MeanDivergence, sureTemperature, tempered } from "../../../dist/src/train/probabilities.js";
 import { readDonor, startState } from "../../../dist/src/train/start.js";
 import { optimizerOf, stateLike } from "../../../dist/src/train/state.js";
 import { stepsOf, toSteps } from "../../../dist/src/train/steps.js";
@@ -29,9 +29,9 @@ const HOLDOUT = 0.125;
 /**
  * @param {any} session a trainable session of onnxruntime
  * @param {Adapter} adapter whose answers count
- * @param {{ texts: readonly string[], encode: any, bases: Uint8Array }} with
+ * @param {{ texts: readonly string[], test: readonly (readonly [text: string, label: number])[], encode: any, bases: Uint8Array }} with
  */
-export async function openStudent(session, adapter, { texts, encode, bases }) {
+export async function openStudent(session, adapter, { texts, test, encode, bases }) {
   const pack = /** @type {import("../../../dist/src/pack/pack.js").Pack} */ (session.pack);
   const { trainable } = session;
   const { id } = adapter;
@@ -47,6 +47,11 @@ export async function openStudent(session, adapter, { texts, encode, bases }) {
     "components",
   );
   const found = await answersOf(session, adapter, head, rows, { where: "components", lessons: asking });
+  const asked = await asking.ask(
+    test.map(([text]) => ({ text })),
+    "components",
+  );
+  const tests = new Map(asked.map((row, i) => [row, test[i][1]]));
   const of = (/** @type {Row} */ row) => /** @type {any} */ (found.get(row));
   const labels = Array.from(of(rows[0])[0].probabilities, (_, i) => String(i));
   const lessons = lessonsOf(session, { encode, labels });
@@ -70,7 +75,7 @@ export async function openStudent(session, adapter, { texts, encode, bases }) {
   const lengths = await lessons.lengths(lessonRows);
   return {
     ...{ id, blob, labels, lessons, terms, machine, subject, start, stored, temperature, lengths },
-    ...{ judges: taught.slice(0, held), train, lessonRows },
+    ...{ judges: taught.slice(0, held), train, lessonRows, tests },
   };
 }
 
@@ -111,6 +116,15 @@ export async function divergence(student, state, components) {
   return found.mean;
 }
 
+/** Share of the test rows that are answered right. @param {Student} student @param {State} state @param {Floats} components */
+export async function accuracy(student, state, components) {
+  const point = pointOf(student, numbersOf(student, state, components));
+  let right = 0;
+  for await (const { row, logits } of answers(student.subject, [...student.tests.keys()], point))
+    if (largest(logits[0]) === student.tests.get(row)) right++;
+  return right / student.tests.size;
+}
+
 /**
  * Gradients of a batch.
  * @param {Student} student @param {readonly Row[]} rows @param {State} state @param {Floats} components
@@ -135,12 +149,13 @@ async function gradientsOf(student, rows, state, components) {
 }
 
 /**
- * Distils all tasks, a step of each in turn; the components move once when all tasks had theirs.
+ * Distils all tasks, a step of each in turn; the components move once when all tasks had theirs, and the steps of integers with each.
  * @param {readonly Student[]} students
  * @param {readonly State[]} states changed
- * @param {{ rounds: number, batch: number, before: readonly number[], components: () => Floats, move?: (gradient: Floats, round: number) => void }} how
+ * @param {{ rounds: number, batch: number, before: readonly number[], components: () => Floats, move?: (gradient: Floats, round: number) => void,
+ *   stepping?: readonly ((gradients: State, state: State, round: number) => void)[] }} how stepping: of each student
  */
-export async function distilTogether(students, states, { rounds, batch, before, components, move }) {
+export async function distilTogether(students, states, { rounds, batch, before, components, move, stepping }) {
   const each = students.map((student, i) => {
     const { terms, machine } = student;
     const rate = Math.min(MOST_RATE, (WAY * Math.sqrt(before[i])) / OF_STEPS);
@@ -150,11 +165,12 @@ export async function distilTogether(students, states, { rounds, batch, before, 
   });
   for (let round = 1; round <= rounds; round++) {
     const sum = new Float32Array(components().length);
-    for (const one of each) {
+    for (const [i, one] of each.entries()) {
       const { student, state, optimizer, random } = one;
       if (one.queue.length === 0) one.queue = toBatches(student.lessonRows, batch, student.lengths, random);
       const rows = /** @type {Row[]} */ (one.queue.shift());
       const gradients = await gradientsOf(student, rows, state, components());
+      stepping?.[i](gradients, state, round);
       const { ofTasks } = student.terms;
       // Sharper answers have larger gradients.
       for (let i = 0; i < sum.length; i++) sum[i] += student.temperature * gradients.parameters[ofTasks + i];

@@ -1,0 +1,61 @@
+/** Steps of integers that are learned with the coefficients, a step for each row (Esser et al., "Learned Step Size Quantization", 2020). */
+
+/**
+ * @typedef {import("./students.js").Student} Student
+ * @typedef {import("../../../dist/src/train/state.js").State} State
+ */
+
+/** Digits of a step in f16, as files hold it. */
+const DIGITS = 2 ** 10;
+/** Of Adam's moments. */
+const [MEAN, SQUARE] = [0.9, 0.99];
+
+/** A student with steps of its own. @param {Student} student @returns {Student} */
+export function withOwnSteps(student) {
+  const { stored } = student;
+  return { ...student, stored: { ...stored, parameters: stored.parameters.slice() } };
+}
+
+/**
+ * Moves the steps of a student's rows where the loss falls. Finer steps always lessen it, for more bytes: what they move by has the part
+ * taken away that would change how many bits the integers take together, by log2(1 + |integer|).
+ * @param {Student} student whose steps are changed
+ * @param {{ rounds: number, rate: number }} how rate: of a step's logarithm
+ */
+export function stepMover({ terms, stored }, { rounds, rate }) {
+  const steps = stored.parameters;
+  const rows = terms.parameters
+    .filter(({ kind }) => !kind.startsWith("components"))
+    .flatMap(({ offset, dims: [count, width] }) => Array.from({ length: count }, (_, i) => offset + i * width))
+    .filter((at) => steps[at] > 0);
+  const widths = new Map(
+    terms.parameters.flatMap(({ offset, dims: [count, width] }) =>
+      Array.from({ length: count }, (_, i) => [offset + i * width, width]),
+    ),
+  );
+  const logs = rows.map((at) => Math.log2(steps[at]));
+  const [m, v] = [rows.map(() => 0), rows.map(() => 0)];
+  return (/** @type {State} */ gradients, /** @type {State} */ state, /** @type {number} */ round) => {
+    const bits = rows.map(() => 0);
+    const moves = rows.map((at, i) => {
+      let slope = 0;
+      for (let n = at; n < at + /** @type {number} */ (widths.get(at)); n++) {
+        const integer = state.parameters[n] / steps[at];
+        slope += gradients.parameters[n] * steps[at] * (Math.round(integer) - integer);
+        bits[i] += Math.abs(integer) / (1 + Math.abs(integer));
+      }
+      m[i] += (1 - MEAN) * (slope - m[i]);
+      v[i] += (1 - SQUARE) * (slope * slope - v[i]);
+      return m[i] / (1 - MEAN ** round) / (Math.sqrt(v[i] / (1 - SQUARE ** round)) + Number.EPSILON);
+    });
+    const dot = (/** @type {number[]} */ a) => a.reduce((sum, value, i) => sum + value * bits[i], 0);
+    const along = dot(moves) / dot(bits);
+    const now = rate * (1 - (round - 1) / rounds);
+    for (const [i, at] of rows.entries()) {
+      logs[i] -= now * (moves[i] - along * bits[i]);
+      const power = 2 ** Math.floor(logs[i]);
+      const step = (Math.round((2 ** logs[i] / power) * DIGITS) / DIGITS) * power;
+      steps.fill(step, at, at + /** @type {number} */ (widths.get(at)));
+    }
+  };
+}
