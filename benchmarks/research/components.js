@@ -18,7 +18,7 @@ import { encodeTensor, toInteger } from "../../dist/src/tensor/encode.js";
 import { shuffle, uniform } from "../../dist/src/tensor/random.js";
 import { taskFile } from "../../dist/src/train/result.js";
 import { copyOf } from "../../dist/src/train/state.js";
-import { createEncoder, model, readTask } from "../../examples/minilm.js";
+import { createEncoder, model, readReference, readTask } from "../../examples/minilm.js";
 import { folderOf, plainTexts, SUITES, testTexts, withAdapters } from "../lib/adapters.js";
 import { choice, number, readArguments } from "../lib/arguments.js";
 import { print, progress } from "../lib/report.js";
@@ -30,6 +30,7 @@ import { accuracy, distilTogether, divergence, openStudent } from "./components/
  * @typedef {import("eigenlora/build").Adapter} Adapter
  * @typedef {import("../../dist/src/train/state.js").State} State
  * @typedef {import("./components/students.js").Student} Student
+ * @typedef {import("./components/students.js").TestRow} TestRow
  * @typedef {Float32Array<ArrayBuffer>} Floats
  * @typedef {{ values: Floats, steps: Floats, largest: Floats }} Components all of a pack, one behind the other
  */
@@ -68,7 +69,12 @@ await withAdapters([folderOf(given.suite)], async (adapters) => {
     const some = shuffle(own, uniform(2)).slice(0, MOST_TEXTS);
     return [...new Set([...some, ...pool])].slice(0, Math.max(some.length, MOST_TEXTS / 2));
   });
-  const rowsOfTasks = { texts, tests: tasks.map(({ test }) => test.slice(0, MOST_TESTS)), encode };
+  const reference = await readReference(given.suite);
+  const testRows = tasks.map(({ test }, i) => {
+    const { predictions = [] } = reference.get(adapters[i].id) ?? {};
+    return test.slice(0, MOST_TESTS).map(([text, label], row) => ({ text, label, given: predictions[row] }));
+  });
+  const rowsOfTasks = { texts, tests: testRows, encode };
   const exact = await exactComponents(adapters);
   const rows = [];
   const asked = (/** @type {string} */ part) => given.part === undefined || given.part === part;
@@ -97,7 +103,7 @@ await withAdapters([folderOf(given.suite)], async (adapters) => {
 
 /**
  * @param {readonly Adapter[]} adapters
- * @param {{ step: number, texts: readonly string[][], tests: readonly (readonly [string, number][])[], encode: any }} how
+ * @param {{ step: number, texts: readonly string[][], tests: readonly TestRow[][], encode: any }} how
  */
 async function open(adapters, { step, texts, tests, encode }) {
   const options = { gauge: "balanced", rank, step, headStep: given["head-step"], select: { kind: "k", k } };
@@ -275,26 +281,38 @@ function mover(latent, steps) {
 async function row(name, opened, starts, { values, move, stepping }, storable = true) {
   const { students } = opened;
   const states = starts.map(copyOf);
-  const ask = async (/** @type {typeof divergence} */ what) => {
+  /** @template T @param {(student: Student, state: State, values: Floats) => Promise<T>} what */
+  const ask = async (what) => {
     const found = [];
     for (const [i, student] of students.entries()) found.push(await what(student, states[i], values()));
     return found;
   };
   const before = await ask(divergence);
+  const answeredBefore = await ask(accuracy);
   const packed = storable ? await bytesOf(opened, states, values()) : null;
   await distilTogether(students, states, { rounds, batch, before, components: values, move, stepping });
   const after = mean(await ask(divergence));
+  const answered = await ask(accuracy);
   const bytes = storable ? await bytesOf(opened, states, values()) : null;
   const made = {
     name,
     "packed, bytes": packed,
     "KL packed": mean(before),
+    ...sharesOf("packed", answeredBefore),
     "distilled, bytes": bytes,
     "KL distilled": after,
-    "right, %": 100 * mean(await ask(accuracy)),
+    ...sharesOf("distilled", answered),
   };
   progress(JSON.stringify(made));
   return made;
+}
+
+/** @param {string} when @param {readonly { right: number, same: number }[]} answered */
+function sharesOf(when, answered) {
+  return {
+    [`right ${when}, %`]: 100 * mean(answered.map(({ right }) => right)),
+    [`as the adapter ${when}, %`]: 100 * mean(answered.map(({ same }) => same)),
+  };
 }
 
 /** Of the whole file. @param {Opened} opened @param {readonly State[]} states @param {Floats} values components */

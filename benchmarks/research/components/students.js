@@ -20,6 +20,7 @@ import { sharedRows, Terms } from "../../../dist/src/train/terms.js";
  * @typedef {Float32Array<ArrayBuffer>} Floats
  * @typedef {Awaited<ReturnType<typeof openStudent>>} Student
  * @typedef {import("../../../dist/src/train/examples.js").Row<any>} Row
+ * @typedef {{ text: string, label: number, given: number | undefined }} TestRow given: the adapter's own answer
  */
 
 /** `distill`'s own rate: of its 240 steps, as far as all steps of one coefficient go for each root of a nat. */
@@ -29,7 +30,7 @@ const HOLDOUT = 0.125;
 /**
  * @param {any} session a trainable session of onnxruntime
  * @param {Adapter} adapter whose answers count
- * @param {{ texts: readonly string[], test: readonly (readonly [text: string, label: number])[], encode: any, bases: Uint8Array }} with
+ * @param {{ texts: readonly string[], test: readonly TestRow[], encode: any, bases: Uint8Array }} with
  */
 export async function openStudent(session, adapter, { texts, test, encode, bases }) {
   const pack = /** @type {import("../../../dist/src/pack/pack.js").Pack} */ (session.pack);
@@ -48,10 +49,10 @@ export async function openStudent(session, adapter, { texts, test, encode, bases
   );
   const found = await answersOf(session, adapter, head, rows, { where: "components", lessons: asking });
   const asked = await asking.ask(
-    test.map(([text]) => ({ text })),
+    test.map(({ text }) => ({ text })),
     "components",
   );
-  const tests = new Map(asked.map((row, i) => [row, test[i][1]]));
+  const tests = new Map(asked.map((row, i) => [row, test[i]]));
   const of = (/** @type {Row} */ row) => /** @type {any} */ (found.get(row));
   const labels = Array.from(of(rows[0])[0].probabilities, (_, i) => String(i));
   const lessons = lessonsOf(session, { encode, labels });
@@ -116,13 +117,20 @@ export async function divergence(student, state, components) {
   return found.mean;
 }
 
-/** Share of the test rows that are answered right. @param {Student} student @param {State} state @param {Floats} components */
+/**
+ * Shares of the test rows that are answered right, and as the adapter answers them.
+ * @param {Student} student @param {State} state @param {Floats} components
+ */
 export async function accuracy(student, state, components) {
   const point = pointOf(student, numbersOf(student, state, components));
-  let right = 0;
-  for await (const { row, logits } of answers(student.subject, [...student.tests.keys()], point))
-    if (largest(logits[0]) === student.tests.get(row)) right++;
-  return right / student.tests.size;
+  let [right, same] = [0, 0];
+  for await (const { row, logits } of answers(student.subject, [...student.tests.keys()], point)) {
+    const { label, given } = /** @type {TestRow} */ (student.tests.get(row));
+    const found = largest(logits[0]);
+    right += Number(found === label);
+    same += Number(found === given);
+  }
+  return { right: right / student.tests.size, same: same / student.tests.size };
 }
 
 /**
