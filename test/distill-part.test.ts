@@ -16,13 +16,13 @@ t.test("tasks distilled in parts make the pack of one part, byte for byte", asyn
   workIn(t, folder);
   const own = (id: string): string => data(`adapters/own-seed/${id}`);
   const { train } = await readTask("debtags-role");
-  const lines = train.slice(0, 40).map(([text]) => text);
+  const lines = train.slice(0, 120).map(([text]) => text);
   await writeFile(join(folder, "lines.txt"), lines.join("\n"));
   const [a, b, c] = ["debtags-role", "debtags-use", "debtags-game"].map(own) as [string, string, string];
   await json(0, "shard", a, b, c, "-o", "a.part");
   await json(0, "merge", "a.part", "--k", "6", "-o", "basis.eigen");
   const asked = ["--model", data("minilm/model_fp16.onnx"), "--text", "lines.txt", "--tokens", "32"];
-  const how = [...asked, "--steps", "4", "--batch", "4", "--dtype", "basis=f16,coefficients=int8,head=f16"];
+  const how = [...asked, "--steps", "8", "--batch", "4", "--dtype", "basis=f16,coefficients=int8,head=f16"];
   const distil = (status: number, ...args: string[]): Promise<Record<string, any>> =>
     json(status, "distill", "basis.eigen", ...args);
 

@@ -170,6 +170,25 @@ t.test("the hold-out is judged as the sessions judge it; the head is trained; th
   t.equal(alike.mean, 0, "never below 0, whose root would be no rate");
 });
 
+t.test("without a step coefficients are solved that lose less of the answers, in each number format", async (t) => {
+  const types = { basis: "f16", coefficients: "int8", head: "f16" } as const;
+  for (const options of [
+    SMALL,
+    { ...SMALL, dtype: types },
+    { ...SMALL, gauge: "balanced", step: 0.02, headStep: 0.02 } as const,
+  ]) {
+    const session = await tiny(NODE, options);
+    t.teardown(() => session.close());
+    const adapter = await adapterOf(t, "sessions/adapters/three");
+    const made = await distill(session, { adapter, feeds: inputs(NODE, session, 256), steps: 0 });
+    t.match(made, { kept: "distilled", steps: 0 });
+    t.ok(made.divergenceAfter < 0.9 * made.divergenceBefore, `${made.divergenceBefore} → ${made.divergenceAfter}`);
+    await session.addTask("solved", made.file);
+    const again = await distill(session, { adapter, task: "solved", feeds: inputs(NODE, session, 256), steps: 0 });
+    t.equal(again.divergenceBefore, made.divergenceAfter, "what the file holds");
+  }
+});
+
 t.test("feeds may be of several lengths", async (t) => {
   const session = await tiny(NODE);
   t.teardown(() => session.close());
@@ -298,7 +317,7 @@ t.test("what cannot be distilled is refused by name", async (t) => {
   await refused({ texts: ["a"] }, { name: "TypeError", message: /texts, feeds or examples, one of them/ });
   await refused({ feeds: undefined, texts: ["a"] }, { name: "TypeError", message: /need `encode`/ });
   await refused({ steps: 1.5 }, { name: "RangeError", message: /steps/ });
-  await refused({ steps: 0 }, { name: "RangeError", message: /steps/ });
+  await refused({ steps: -1 }, { name: "RangeError", message: /steps/ });
   await refused({ batch: 0 }, { name: "RangeError", message: /batch/ });
   await refused({ holdout: 1 }, { name: "RangeError", message: /holdout/ });
   const plain = await open(NODE, model("torchscript"), await openPack(await packBytes(["adapters"], "base")));
@@ -404,7 +423,7 @@ t.test("the command line, on the real model", async (t) => {
     "--tokenizer",
     "nowhere.json",
   );
-  await refuse(2, { tag: "usage", message: /--steps 0/ }, "--steps", "0");
+  await refuse(2, { tag: "usage", message: /--steps -1/ }, "--steps", "-1");
   await refuse(2, { tag: "usage", message: /stepps/ }, "--stepps", "3");
   t.match(await json(2, "distill", "p.eigen", own("debtags-role"), "-o", "x"), {
     error: { tag: "usage", message: /missing --text/ },

@@ -54,7 +54,7 @@ export const distill: Attach = command({
     text: required(
       text("LINES.txt", "Plain text like that of the tasks, one per line: a few hundred lines, never your test data."),
     ),
-    steps: byDefault(240, number("N", "Steps per task.", from(1))),
+    steps: byDefault(240, number("N", "Steps per task; 0 solves coefficients once, and trains nothing.", from(0))),
     batch: byDefault(8, number("N", "Texts per step.", from(1))),
     as,
     base: readFor,

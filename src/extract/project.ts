@@ -170,7 +170,7 @@ export function mirrors({ gauge, coefficientDtype }: ProjectOptions): boolean {
 }
 
 /** The pair in the gauge of a pack, along the stored mean where there is one. */
-function gauged(given: Pair, { A, B }: ModuleSpace, options: ProjectOptions): Pair {
+export function gauged(given: Pair, { A, B }: ModuleSpace, options: ProjectOptions): Pair {
   const { gauge, rank } = options;
   const pair = gauge === "balanced" ? balance(given, rowWidth(B), rowWidth(A), A.products) : given;
   const mean = gauge === "balanced" && A.mean && B.mean && { A: A.mean, Bt: B.mean };

@@ -14,6 +14,7 @@ import type { Lessons } from "./lessons.ts";
 import { createMachine, headInputs } from "./machine.ts";
 import { answers } from "./objective.ts";
 import type { Distribution } from "./probabilities.ts";
+import type { Machine, Point } from "./subject.ts";
 import { Terms, type TrainedModule } from "./terms.ts";
 
 /** What is asked: texts, or inputs, or examples as a trainer takes them, whose answers do not count. */
@@ -41,17 +42,15 @@ export interface AskOptions {
 }
 
 /**
- * Logits that the adapter itself gives, by row.
+ * The adapter itself as a model is fed with it, and the machine that is.
  * @param head the layers that it brings, empty where the model's own outputs are the logits
  * @throws TaskError when it adapts what the pack does not
  */
-export async function* askAdapter(
+export async function adapterPoint(
   session: Session,
   adapter: Adapter,
   head: readonly string[],
-  rows: readonly Row<BatchFeeds>[],
-  { where, lessons, signal }: AskOptions,
-): AsyncGenerator<{ readonly row: Row<BatchFeeds>; readonly logits: Float32Array[] }> {
+): Promise<{ readonly machine: Machine<BatchFeeds>; readonly point: Point }> {
   // Not as a parameter's pattern: what is internal must not show in declarations.
   const { trainable, pack } = session;
   const modules: TrainedModule[] = [];
@@ -80,7 +79,23 @@ export async function* askAdapter(
     weight.set((await saved(module, "weight")?.read()) ?? own?.weight ?? []);
     bias.set((await saved(module, "bias")?.read()) ?? own?.bias ?? []);
   }
-  for await (const one of answers({ machine, lessons }, rows, { terms, ...numbers }, signal)) {
+  return { machine, point: { terms, ...numbers } };
+}
+
+/**
+ * Logits that the adapter itself gives, by row.
+ * @param head as of `adapterPoint`
+ * @throws TaskError as `adapterPoint`
+ */
+export async function* askAdapter(
+  session: Session,
+  adapter: Adapter,
+  head: readonly string[],
+  rows: readonly Row<BatchFeeds>[],
+  { where, lessons, signal }: AskOptions,
+): AsyncGenerator<{ readonly row: Row<BatchFeeds>; readonly logits: Float32Array[] }> {
+  const { machine, point } = await adapterPoint(session, adapter, head);
+  for await (const one of answers({ machine, lessons }, rows, point, signal)) {
     const each = one.logits[0]!.length;
     if (!Number.isInteger(each) || each < 2)
       throw new TypeError(`${where}: the model gives ${each} logits for a text, expected [texts, labels]`);

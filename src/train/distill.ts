@@ -1,5 +1,5 @@
 /**
- * What projecting an adapter onto a pack's components lost, won back by training the task's coefficients
+ * What projecting an adapter onto a pack's components lost, won back by solving and training the task's coefficients
  * until the pack answers plain text as the adapter itself does. No labels are needed. The adapter runs in the same session, its
  * own factors in the place of those that coefficients make.
  */
@@ -15,10 +15,12 @@ import type { Pack } from "../pack/pack.ts";
 import { stepOf } from "../pack/steps.ts";
 import type { Session } from "../session/session.ts";
 import { isQuantized } from "../tensor/dtypes.ts";
+import { UnstorableError } from "../tensor/encode.ts";
 import { shuffle, uniform } from "../tensor/random.ts";
 import { answersOf, type Questions, questionsOf } from "./answers.ts";
 import type { BatchFeeds } from "./batch.ts";
-import type { Example, Row } from "./examples.ts";
+import { solvedCoefficients } from "./curvature.ts";
+import { type Example, type Row, toBatches } from "./examples.ts";
 import type { Encode } from "./inputs.ts";
 import { type CreateTrainerOptions, lessonsOf, makeTrainer } from "./learn.ts";
 import type { Lessons } from "./lessons.ts";
@@ -27,7 +29,7 @@ import { headInputs } from "./machine.ts";
 import { sureTemperature, tempered } from "./probabilities.ts";
 import type { SequenceOptions } from "./sequences.ts";
 import type { Stepped } from "./steps.ts";
-import type { FitOptions, Tested, TrainingStep } from "./trainer.ts";
+import type { FitOptions, Tested, Trainer, TrainingStep } from "./trainer.ts";
 
 const OPTIONS = [
   ...(["adapter", "task", "texts", "encode", "feeds", "examples", "end", "decoderStart"] as const),
@@ -41,11 +43,10 @@ export interface DistillOptions
     Questions,
     SequenceOptions {
   /**
-   * Of coefficients and head. Default: both are 7 √divergence / steps, 0.02 at most (of models that answer token by token: 0.3 √divergence
-   * / steps), of the divergence that there is to win back: its
-   * root is about how far the logits are off, and Adam's steps are as long as its rate, however short the way is. A head rate of 0
-   * keeps the adapter's own head. Of private terms: 0.3 of `terms`. Of a head's layers in front of that with the labels (`inner`): `head`
-   * divided by how many numbers enter the layer.
+   * Of coefficients and head. Default: both are 7 √divergence ÷ steps, counted as 240 at least, and 0.02 at most (of models that answer
+   * token by token: 0.3 √divergence ÷ steps), of the divergence that is left when the steps begin: its root is about how far the logits
+   * are off, and Adam's steps are as long as its rate, however short the way is. A head rate of 0 keeps the adapter's own head. Of private
+   * terms: 0.3 of `terms`. Of a head's layers in front of that with the labels (`inner`): `head` divided by how many numbers enter the layer.
    */
   readonly learningRates?:
     | { readonly terms?: number; readonly privateTerms?: number; readonly head?: number; readonly inner?: number }
@@ -58,7 +59,7 @@ export interface DistillOptions
   readonly encode?: Encode | undefined;
   /** Texts of a step. Default: 8. Many small steps gain more than few large ones. */
   readonly batch?: number | undefined;
-  /** Default: 240. */
+  /** Default: 240. 0: coefficients are solved once, and nothing is trained. */
   readonly steps?: number | undefined;
   /**
    * What the logits of both are divided by while training. Default: one, 1 at most, at which the adapter's largest probability is 0.9
@@ -82,7 +83,7 @@ export interface Distilled {
   readonly divergenceBefore: number;
   readonly divergenceAfter: number;
   readonly steps: number;
-  /** Which coefficients the file has: those that came, or those that were trained. */
+  /** Which coefficients the file has: those that came, or those that were solved and trained. */
   readonly kept: "projected" | "distilled";
 }
 
@@ -102,8 +103,14 @@ const MOST_RATE = 0.02;
  */
 const PRIVATE = 0.3;
 
+/** With fewer steps each is as long as with so many: longer ones leave more KL. */
+const FEW_STEPS = 240;
+/** Batches that show where answers depend on coefficients, before any step. */
+const BATCHES_TO_SOLVE = 24;
+
 /**
- * Distils one task of a session's pack. The session's task and its pack stay as they are. The head is trained too: what a few
+ * Distils one task of a session's pack. The session's task and its pack stay as they are. Before any step, coefficients on column
+ * components are solved to lose least of the answers instead of ΔW, and taken if they do on the texts held back. The head is trained too: what a few
  * components make of a text is not quite what the adapter's head was trained on, and another head costs no bytes.
  * @param session made with `trainable: true`
  * @throws TaskError when the task is not in the pack, brings what cannot be trained, or has other labels than the adapter
@@ -118,12 +125,13 @@ export async function distill(session: Session, options: DistillOptions): Promis
   checkAdapter("distill: adapter", options.adapter);
   const { adapter, task: id = adapter.id, steps = 240, batch = 8, holdout = 0.125, seed = 0, signal } = options;
   const all = checkedQuestions(options);
-  checkNumbers("distill", options, { steps: "whole", batch: "whole", holdout: "between" });
+  checkNumbers("distill", options, { steps: "count", batch: "whole", holdout: "between" });
   const { pack } = session;
   const blob = await pack.load(id, { signal });
   const head = trainableHead(pack, id, blob);
   // The adapter is not asked what no step would see.
-  const most = Math.max(LEAST_TEXTS, Math.ceil((steps * batch) / (1 - holdout)));
+  const seen = Math.max(steps, BATCHES_TO_SOLVE) * batch;
+  const most = Math.max(LEAST_TEXTS, Math.ceil(seen / (1 - holdout)));
   const some = shuffle([...all], uniform(seed)).slice(0, most);
   const { lessons, labels, taught } = await taughtBy(session, adapter, id, head, some, options);
   const held = Math.min(Math.max(2, Math.round(holdout * taught.length)), taught.length - 2);
@@ -137,12 +145,19 @@ export async function distill(session: Session, options: DistillOptions): Promis
   const coefficients = (blob.terms[0]!.A?.tensor ?? blob.terms[0]!.privateA!).dtype;
   const stored = blob.parameters.find(({ shape }) => shape.length > 1)?.tensor.dtype;
   const dtype = { coefficients, head: stored ?? coefficients };
+  const stepped = trainer.stepsOf(blob);
+  const asStored = () => trainer.storedTask({ id, dtype, stored: stepped });
+  const random = uniform(seed);
+  const batches = toBatches(train, batch, await lessons.lengths(train), random).slice(0, BATCHES_TO_SOLVE);
+  const ask = { where: "distill", lessons, signal, random };
+  const solved = await solvedCoefficients(session, adapter, { blob, head }, batches, ask);
+  const start = await betterStart(trainer, id, solved, { judges, before: divergenceBefore, asStored });
   const {
     temperature = head.length > 0 ? sureTemperature(taught.map(({ target }) => Float32Array.from(target!))) : 1,
   } = options;
-  const rate = Math.min(MOST_RATE, ((lessons.tokens ? WAY.tokens : WAY.labels) * Math.sqrt(divergenceBefore)) / steps);
+  const way = (lessons.tokens ? WAY.tokens : WAY.labels) * Math.sqrt(start);
+  const rate = Math.min(MOST_RATE, way / Math.max(steps, FEW_STEPS));
   const { weightDecay, clip, warmup, decay, learningRates: { terms = rate } = {} } = options;
-  const stepped = trainer.stepsOf(blob);
   const fit: FitOptions & Stepped & Tested = {
     ...{ steps, batch, temperature, weightDecay, clip, warmup, decay, signal },
     learningRates: { terms, privateTerms: PRIVATE * terms, head: rate, ...options.learningRates },
@@ -150,12 +165,11 @@ export async function distill(session: Session, options: DistillOptions): Promis
     stored: stepped,
     tested: tested.has(session),
   };
-  const lessonRows = lessons.tokens
-    ? train
-    : train.map((row) => ({ ...row, target: tempered(row.target!, temperature) }));
-  for await (const step of trainer.fitRows(lessonRows, fit)) options.onStep?.(step);
-  tested.add(session);
-  const trained = trainer.storedTask({ id, dtype, stored: stepped });
+  const softened = (row: Row<BatchFeeds>) => ({ ...row, target: tempered(row.target!, temperature) });
+  const lessonRows = lessons.tokens ? train : train.map(softened);
+  for await (const step of steps > 0 ? trainer.fitRows(lessonRows, fit) : []) options.onStep?.(step);
+  if (steps > 0) tested.add(session);
+  const trained = asStored();
   // As it is stored, since number formats of few bits may cost more than training gains.
   await trainer.begin(trained);
   const divergenceAfter = await trainer.divergence(judges);
@@ -163,6 +177,37 @@ export async function distill(session: Session, options: DistillOptions): Promis
   const kept = better ? parseTaskFile(trained, "the distilled task").blob : blob.bytes;
   const file = encodeTaskFile(pack.tasks.get(id)!, pack.basisId, kept);
   return { id, file, divergenceBefore, divergenceAfter, steps, kept: better ? "distilled" : "projected" };
+}
+
+/**
+ * Lets the trainer begin with solved coefficients where they lose less of the answers, as they will be stored.
+ * @param task that it has begun with, whose divergence is `before`
+ * @returns the divergence to begin with
+ */
+async function betterStart(
+  trainer: Trainer<BatchFeeds>,
+  task: string,
+  solved: Awaited<ReturnType<typeof solvedCoefficients>>,
+  {
+    judges,
+    before,
+    asStored,
+  }: { judges: readonly Row<BatchFeeds>[]; before: number; asStored: () => Uint8Array<ArrayBuffer> },
+): Promise<number> {
+  if (solved.size === 0) return before;
+  for (const [module, { alphaA, alphaB }] of solved) {
+    trainer.place(module, "alphaA", alphaA);
+    trainer.place(module, "alphaB", alphaB);
+  }
+  try {
+    await trainer.begin(asStored());
+    const after = await trainer.divergence(judges);
+    if (after < before) return after;
+  } catch (error) {
+    if (!(error instanceof UnstorableError)) throw error;
+  }
+  await trainer.begin(task);
+  return before;
 }
 
 /**

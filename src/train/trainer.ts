@@ -250,6 +250,11 @@ export class Trainer<Feeds = unknown> {
     return score(this.#subject, rows, this.#learned(), {});
   }
 
+  /** @internal Puts coefficients [rows, K] in the place of those that there are. */
+  place(module: string, kind: "alphaA" | "alphaB", values: ArrayLike<number>): void {
+    this.#subject.terms.part(this.#learned().parameters, module, kind)!.set(values);
+  }
+
   /** @internal Steps of the integers of a stored task, for `fitRows` and `task`. */
   stepsOf(blob: TaskBlob): TaskSteps | undefined {
     const { pack, terms, machine } = this.#subject;

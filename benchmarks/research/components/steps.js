@@ -5,8 +5,8 @@
  * @typedef {import("../../../dist/src/train/state.js").State} State
  */
 
-/** Digits of a step in f16, as files hold it. */
-const DIGITS = 2 ** 10;
+/** So many steps lie between one power of 2 and the next, as files hold them. */
+const STEPS_OF_POWER = 4;
 /** Of Adam's moments. */
 const [MEAN, SQUARE] = [0.9, 0.99];
 
@@ -54,7 +54,7 @@ export function stepMover({ terms, stored }, { rounds, rate }) {
     for (const [i, at] of rows.entries()) {
       logs[i] -= now * (moves[i] - along * bits[i]);
       const power = 2 ** Math.floor(logs[i]);
-      const step = (Math.round((2 ** logs[i] / power) * DIGITS) / DIGITS) * power;
+      const step = (Math.round((2 ** logs[i] / power) * STEPS_OF_POWER) / STEPS_OF_POWER) * power;
       steps.fill(step, at, at + /** @type {number} */ (widths.get(at)));
     }
   };

@@ -1,0 +1,154 @@
+/**
+ * Where distilling begins. Coefficients of a pack lose least of ΔW; these lose least of a task's answers, to second order: an error e of
+ * a row costs e·F·eᵀ, where F is the curvature of KL (Fisher's information). It is estimated by gradients at the adapter itself, for labels
+ * that are drawn from its own answers; one F for each side of a module, as in K-FAC (J. Martens, R. Grosse, 2015). So each row is a least
+ * squares problem: no steps, and nothing of the size of F is held.
+ */
+import type { Adapter } from "../adapters/adapter.ts";
+import { backwardSolve, cholesky, forwardSolve, gram, multiplyTransposed } from "../extract/linalg.ts";
+import { gauged, openModule, toPair } from "../extract/project.ts";
+import type { Subspace } from "../extract/subspace.ts";
+import type { TaskBlob } from "../format/format.ts";
+import { gaugeOf, storedModule } from "../pack/project.ts";
+import { stepOf } from "../pack/steps.ts";
+import type { Session } from "../session/session.ts";
+import { type AskOptions, adapterPoint } from "./answers.ts";
+import type { BatchFeeds } from "./batch.ts";
+import type { Row } from "./examples.ts";
+import type { Distribution } from "./probabilities.ts";
+
+/** Of the mean curvature of all directions, what each has at least: text is never all that a model will see. */
+const DAMPING = 0.1;
+
+/** Coefficients [rows, K] of both sides of a module. */
+interface Solved {
+  readonly alphaA: Float64Array;
+  readonly alphaB: Float64Array;
+}
+
+/** The least squares of one side in the making. */
+class Side {
+  readonly #space: Subspace;
+  /** What coefficients are to make, the mean taken away [count, width]. */
+  readonly #x: Float64Array;
+  readonly #count: number;
+  /** Σ (E·gᵀ)(E·gᵀ)ᵀ [K, K] and Σ (x·gᵀ)(E·gᵀ)ᵀ [count, K], and Σ |g|². */
+  readonly #gram: Float64Array;
+  readonly #right: Float64Array;
+  #trace = 0;
+
+  constructor(space: Subspace, rows: Float64Array, count: number) {
+    const { components: K, width, mean } = space;
+    this.#space = space;
+    this.#x = rows.slice(0, count * width).map((value, i) => value - (mean?.[i % width] ?? 0));
+    this.#count = count;
+    this.#gram = new Float64Array(K * K);
+    this.#right = new Float64Array(count * K);
+  }
+
+  /** @param gradient [_, width] of rows */
+  add(gradient: Float32Array): void {
+    const { components: K, width, vectors } = this.#space;
+    const g = Float64Array.from(gradient);
+    const rank = g.length / width;
+    const [ofE, ofX] = [
+      multiplyTransposed(vectors, g, K, rank, width),
+      multiplyTransposed(this.#x, g, this.#count, rank, width),
+    ];
+    const [squares, products] = [gram(ofE, K, rank), multiplyTransposed(ofX, ofE, this.#count, K, rank)];
+    for (let i = 0; i < squares.length; i++) this.#gram[i]! += squares[i]!;
+    for (let i = 0; i < products.length; i++) this.#right[i]! += products[i]!;
+    for (const value of g) this.#trace += value * value;
+  }
+
+  /** Coefficients [count, K]. */
+  solve(): Float64Array {
+    const { components: K, width, vectors } = this.#space;
+    // The mean curvature is 1.
+    const scale = this.#trace > 0 ? width / this.#trace : 0;
+    const [even, along] = [gram(vectors, K, width), multiplyTransposed(this.#x, vectors, this.#count, K, width)];
+    const factor = cholesky(
+      even.map((value, i) => DAMPING * value + scale * this.#gram[i]!),
+      K,
+    );
+    const alpha = along.map((value, i) => DAMPING * value + scale * this.#right[i]!);
+    forwardSolve(factor, K, alpha, this.#count);
+    backwardSolve(factor, K, K, alpha, this.#count);
+    return alpha;
+  }
+}
+
+/**
+ * Coefficients of a task that lose least of its adapter's answers, by module name. Private terms are not looked at: what has some is left
+ * out.
+ * @param blob of the task, whose ranks they have
+ * @param head the layers that the adapter brings
+ * @param batches what it is asked, with its answers
+ */
+export async function solvedCoefficients(
+  session: Session,
+  adapter: Adapter,
+  { blob, head }: { readonly blob: TaskBlob; readonly head: readonly string[] },
+  batches: readonly (readonly Row<BatchFeeds>[])[],
+  { lessons, signal, random }: AskOptions & { readonly random: () => number },
+): Promise<Map<string, Solved>> {
+  const sides = await sidesOf(session, adapter, blob);
+  if (sides.size === 0) return new Map();
+  const { machine, point } = await adapterPoint(session, adapter, head);
+  for (const rows of batches) {
+    signal?.throwIfAborted();
+    const drawn = rows.map((row) =>
+      lessons.answered(
+        row,
+        lessons.wanted(row).map((one) => drawnFrom(one, random)),
+      ),
+    );
+    for (const { rows: run, targets } of lessons.parts(drawn, 0)) {
+      const { gradients } = await machine.step(await lessons.batch(run), point, targets);
+      for (const [module, { A, B }] of sides) {
+        const { A: ofA, Bt } = gradients.terms.get(module)!;
+        A.add(ofA);
+        B.add(Bt);
+      }
+    }
+  }
+  const solved = [...sides].map(([module, { A, B }]) => [module, { alphaA: A.solve(), alphaB: B.solve() }] as const);
+  // An answer that is no number tells nothing.
+  return new Map(solved.filter(([, { alphaA, alphaB }]) => [...alphaA, ...alphaB].every(Number.isFinite)));
+}
+
+/** What is to be made of which components, by module. */
+async function sidesOf(
+  { pack }: Session,
+  adapter: Adapter,
+  blob: TaskBlob,
+): Promise<Map<string, { readonly A: Side; readonly B: Side }>> {
+  const bases = await pack.bases();
+  const sides = new Map<string, { readonly A: Side; readonly B: Side }>();
+  try {
+    for (const { module: index, rank, privateRank, A, B } of blob.terms) {
+      const stored = pack.modules[index]!;
+      const module = adapter.modules.get(stored.name);
+      if (!A || !B || privateRank > 0 || !module) continue;
+      const space = openModule(storedModule(stored, bases.bytes, adapter));
+      const { rank: most } = pack.directory.basis;
+      const how = { gauge: gaugeOf(pack), rank: most, coefficientDtype: A.tensor.dtype, step: stepOf(pack) };
+      const pair = gauged(toPair({ id: adapter.id, ...(await module.read()) }, stored.out, stored.in), space, how);
+      const count = Math.min(rank, pair.rank);
+      if (count < rank) continue;
+      sides.set(stored.name, { A: new Side(space.A, pair.A, count), B: new Side(space.B, pair.Bt, count) });
+    }
+  } finally {
+    bases.close();
+  }
+  return sides;
+}
+
+/** One class, drawn with its probability. */
+function drawnFrom({ probabilities, classes }: Distribution, random: () => number): Distribution {
+  const total = Array.from(probabilities).reduce((sum, p) => sum + p, 0);
+  let [left, at] = [random() * total, 0];
+  while (at < probabilities.length - 1 && (left -= probabilities[at]!) > 0) at++;
+  if (classes) return { probabilities: [1], classes: [classes[at]!] };
+  return { probabilities: Array.from(probabilities, (_, i) => Number(i === at)) };
+}
