@@ -187,6 +187,18 @@ t.test("without a step coefficients are solved that lose less of the answers, in
     const again = await distill(session, { adapter, task: "solved", feeds: inputs(NODE, session, 256), steps: 0 });
     t.equal(again.divergenceBefore, made.divergenceAfter, "what the file holds");
   }
+  const session = await tiny(NODE);
+  t.teardown(() => session.close());
+  const adapter = await adapterOf(t, "sessions/adapters/three");
+  const fixed = { adapter, feeds: inputs(NODE, session, 64), steps: 20, learningRates: { terms: 0 } };
+  await session.addTask("head", (await distill(session, fixed)).file);
+  const coefficients = async (id: string): Promise<string[]> => {
+    const { terms, bytes } = await session.pack.load(id);
+    const hex = ({ byteOffset, byteLength }: { byteOffset: number; byteLength: number }): string =>
+      Buffer.from(bytes.subarray(byteOffset, byteOffset + byteLength)).toString("hex");
+    return terms.flatMap(({ A, B }) => [hex(A!.tensor), hex(B!.tensor)]);
+  };
+  t.same(await coefficients("head"), await coefficients("three"), "at a rate of 0 they stay as they are");
 });
 
 t.test("feeds may be of several lengths", async (t) => {

@@ -110,8 +110,8 @@ const BATCHES_TO_SOLVE = 24;
 
 /**
  * Distils one task of a session's pack. The session's task and its pack stay as they are. Before any step, coefficients on column
- * components are solved to lose least of the answers instead of ΔW, and taken if they do on the texts held back. The head is trained too: what a few
- * components make of a text is not quite what the adapter's head was trained on, and another head costs no bytes.
+ * components are solved to lose least of the answers instead of ΔW, and taken where they do on the texts held back. The head is trained
+ * too: what a few components make of a text is not quite what the adapter's head was trained on, and another head costs no bytes.
  * @param session made with `trainable: true`
  * @throws TaskError when the task is not in the pack, brings what cannot be trained, or has other labels than the adapter
  * @throws RangeError, TypeError for too few texts, and as `createTrainer` and `Trainer.fit`
@@ -150,7 +150,8 @@ export async function distill(session: Session, options: DistillOptions): Promis
   const random = uniform(seed);
   const batches = toBatches(train, batch, await lessons.lengths(train), random).slice(0, BATCHES_TO_SOLVE);
   const ask = { where: "distill", lessons, signal, random };
-  const solved = await solvedCoefficients(session, adapter, { blob, head }, batches, ask);
+  const fixed = options.learningRates?.terms === 0;
+  const solved = fixed ? undefined : await solvedCoefficients(session, adapter, { blob, head }, batches, ask);
   const start = await betterStart(trainer, id, solved, { judges, before: divergenceBefore, asStored });
   const {
     temperature = head.length > 0 ? sureTemperature(taught.map(({ target }) => Float32Array.from(target!))) : 1,
@@ -187,14 +188,14 @@ export async function distill(session: Session, options: DistillOptions): Promis
 async function betterStart(
   trainer: Trainer<BatchFeeds>,
   task: string,
-  solved: Awaited<ReturnType<typeof solvedCoefficients>>,
+  solved: Awaited<ReturnType<typeof solvedCoefficients>> | undefined,
   {
     judges,
     before,
     asStored,
   }: { judges: readonly Row<BatchFeeds>[]; before: number; asStored: () => Uint8Array<ArrayBuffer> },
 ): Promise<number> {
-  if (solved.size === 0) return before;
+  if (!solved?.size) return before;
   for (const [module, { alphaA, alphaB }] of solved) {
     trainer.place(module, "alphaA", alphaA);
     trainer.place(module, "alphaB", alphaB);
