@@ -44,7 +44,7 @@ export interface DistillOptions
     SequenceOptions {
   /**
    * Of coefficients and head. Default: both are 7 √divergence ÷ steps, counted as 240 at least, and 0.02 at most (of models that answer
-   * token by token: 0.3 √divergence ÷ steps), of the divergence that is left when the steps begin: its root is about how far the logits
+   * token by token: 0.3 √divergence ÷ steps, as many as there are), of the divergence that is left when the steps begin: its root is about how far the logits
    * are off, and Adam's steps are as long as its rate, however short the way is. A head rate of 0 keeps the adapter's own head. Of private
    * terms: 0.3 of `terms`. Of a head's layers in front of that with the labels (`inner`): `head` divided by how many numbers enter the layer.
    */
@@ -103,7 +103,7 @@ const MOST_RATE = 0.02;
  */
 const PRIVATE = 0.3;
 
-/** With fewer steps each is as long as with so many: longer ones leave more KL. */
+/** Of labels: with fewer steps each is as long as with so many, longer ones leave more KL. Tokens have farther to go (supersense of SmolLM2). */
 const FEW_STEPS = 240;
 /** Batches that show where answers depend on coefficients, before any step. */
 const BATCHES_TO_SOLVE = 24;
@@ -157,7 +157,7 @@ export async function distill(session: Session, options: DistillOptions): Promis
     temperature = head.length > 0 ? sureTemperature(taught.map(({ target }) => Float32Array.from(target!))) : 1,
   } = options;
   const way = (lessons.tokens ? WAY.tokens : WAY.labels) * Math.sqrt(start);
-  const rate = Math.min(MOST_RATE, way / Math.max(steps, FEW_STEPS));
+  const rate = Math.min(MOST_RATE, way / (lessons.tokens ? Math.max(1, steps) : Math.max(steps, FEW_STEPS)));
   const { weightDecay, clip, warmup, decay, learningRates: { terms = rate } = {} } = options;
   const fit: FitOptions & Stepped & Tested = {
     ...{ steps, batch, temperature, weightDecay, clip, warmup, decay, signal },
