@@ -2,8 +2,9 @@
  * Does it pay to train the components of a pack, or to round them better? All tasks of one entropy-coded pack, distilled together on
  * train texts without labels, on components in five ways: as they are; trained with the tasks, unrounded, which no file could hold, and
  * rounded in the loop; and rounded so that errors cancel where answers depend on them. The second start has coefficients that lose
- * least of the answers instead of ΔW. And with it, on components as they are, steps of integers that are learned too. Bytes are those of whole files, KL(adapter ‖ pack) is that of held-back texts; no text of any
- * test split is used but to count right answers.
+ * least of the answers instead of ΔW, by one curvature of all tasks. And with it, on components as they are, steps of integers that are
+ * learned too. Bytes are those of whole files, KL(adapter ‖ pack) is that of held-back texts; no text of any test split is used but to
+ * count right answers.
  */
 import { buildPack } from "eigenlora/build";
 import { createEigenSession } from "eigenlora/onnxruntime";

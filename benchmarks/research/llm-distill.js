@@ -32,7 +32,7 @@ const given = readArguments(QUESTION, {
   pack: text("FILE", "the pack", data("smollm2/twenty.eigen")),
   adapters: text("FOLDER", "adapters to answer like", data("smollm2/adapters")),
   model: text("FILE", "ONNX file in the model's folder", "onnx/model.onnx"),
-  steps: number("steps of each skill", 60, 1),
+  steps: number("steps of each skill", 60),
   batch: number("rows of a step", 8, 1),
   rate: number("learning rate, if not the one by the rule of `distill`"),
   skills: text("NAMES", "these alone, between commas"),

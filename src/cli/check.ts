@@ -84,7 +84,10 @@ async function checkOne(model: string, pack: Pack, { filesOnly, packPath, ...opt
   };
 }
 
-/** Files by what they are called, without the ending; by their paths where two are called alike. @throws UsageError for one that is given twice */
+/**
+ * Files by what they are called, without the ending; by their paths where two are called alike.
+ * @throws UsageError for one that is given twice
+ */
 function namesOf(paths: readonly string[]): Map<string, string> {
   const twice = paths.find((path, i) => paths.indexOf(path) < i);
   if (twice !== undefined) throw new UsageError(`--beside ${twice}: this file is given twice`);
