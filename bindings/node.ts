@@ -41,6 +41,7 @@ export const openPath: ((path: string) => Promise<ByteSource>) | undefined = asy
       const bytes = new Uint8Array(length);
       // One read of Node is limited to 2 GiB.
       for (let done = 0; done < length; ) {
+        if (handle.fd < 0) throw new SourceError("cannot be read: it was closed; open it again", { file: path });
         const { bytesRead } = await handle.read(bytes, done, Math.min(length - done, 2 ** 30), offset + done);
         if (bytesRead === 0) {
           throw new SourceError(

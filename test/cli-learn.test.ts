@@ -6,7 +6,7 @@ import { mkdtemp, readdir, readFile, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import t from "tap";
-import { readExamples } from "../dist/src/cli/examples.js";
+import { readExamples, readQuestions } from "../dist/src/cli/examples.js";
 import { parseTaskFile } from "../dist/src/format/task-file.js";
 import { openPack } from "../dist/src/pack/pack.js";
 import { createEncoder, readTask } from "../examples/minilm.js";
@@ -129,7 +129,7 @@ t.test("the same seed gives the same file; tables as JSON lines; a LoRA of anoth
 });
 
 t.test("Ctrl-C keeps what was learned, or says that nothing was", async (t) => {
-  // A process of its own, which signals itself at a known moment: behind step 3, or before anything is loaded.
+  // A process of its own, which signals itself at a known moment: behind a step, or before anything is loaded.
   const modules = new URL("../dist/src/cli/", import.meta.url);
   const program = `
     import { Command } from ${JSON.stringify(new URL("commander.js", modules).href)};
@@ -144,7 +144,7 @@ t.test("Ctrl-C keeps what was learned, or says that nothing was", async (t) => {
     await work.catch(({ tag, message }) => console.log(JSON.stringify({ tag, message })));
   `;
   const stopAt = (step: number): Record<string, any> => {
-    const words = [...learn, "-o", "stopped.eigentask"];
+    const words = [...learn, "-o", "stopped.eigentask", "--force"];
     const { stdout, stderr, signal } = spawnSync(
       process.execPath,
       ["--input-type=module", "-e", program, String(step), ...words],
@@ -155,15 +155,22 @@ t.test("Ctrl-C keeps what was learned, or says that nothing was", async (t) => {
   };
   t.match(stopAt(0), { tag: "task", message: "stopped before the first step: nothing was learned, nothing written" });
   t.notOk((await readdir(folder)).includes("stopped.eigentask"));
-  const { json: made, exitCode, text } = stopAt(3);
+  const { json: made, exitCode, text } = stopAt(1);
   t.equal(exitCode, 1);
   t.match(made, { interrupted: true, file: "stopped.eigentask", holdout: null });
   // A signal arrives a moment after it was sent.
-  t.ok(made.steps >= 3 && made.steps < 16, `${made.steps} steps`);
+  t.ok(made.steps >= 1 && made.steps < 4, `${made.steps} steps`);
   t.match(text.join("\n"), /stopped at step \d+ of 16/);
   t.match(text.join("\n"), /^ +\d +[\d.]+ .*kept\n/m, "what was kept is marked");
   t.match(text.join("\n"), /\ntrained 1536 coefficients and 1155 head weights; /);
   t.equal(parseTaskFile(new Uint8Array(await readFile(join(folder, "stopped.eigentask"))), "stopped").id, "stopped");
+
+  // Behind the second epoch of four steps there are judged ones: the best of them is kept, however far the steps went.
+  const later = stopAt(9).json;
+  const judged = later.epochs.flatMap((epoch: any) => epoch.holdout ?? []);
+  t.ok(later.interrupted && judged.length >= 2, JSON.stringify(later.epochs));
+  t.equal(later.holdout.loss, Math.min(...judged.map(({ loss }: any) => loss)));
+  t.same(later.epochs[later.kept - 1].holdout, later.holdout);
 });
 
 t.test("files of examples: what is read, and which line is refused", async (t) => {
@@ -220,6 +227,24 @@ t.test("files of examples: what is read, and which line is refused", async (t) =
     ["x.tsv", "\n \n", /has no examples/],
   ] as const) {
     await t.rejects(readExamples(await write(name, text), known), { tag: "source", message });
+  }
+
+  const asked = async (name: string, text: string) => readQuestions(await write(name, text));
+  t.same(await asked("q.txt", "one\n\n two \none"), { texts: ["one", "two"] });
+  t.same(await asked("q.txt", "{not json}\n[1]"), { texts: ["{not json}", "[1]"] }, "plain text may begin in any way");
+  t.same(await asked("q.jsonl", '{"id":1,"text":"one"}\n{"text":" two"}'), { texts: ["one", "two"] });
+  const pair = { prompt: "a", completion: "b" };
+  t.same(await asked("q.jsonl", `{"id":0,${JSON.stringify(pair).slice(1)}`), { examples: [pair] }, "keys in any order");
+  for (const [text, message] of [
+    ['{"promt":"a"}', /line 1: expected "text", or "prompt" and "completion", or "messages"; got "promt"/],
+    ['{"promt":"a","completion":"b"}', /line 1: expected "prompt" with a string, got "promt", "completion"/],
+    ['{"text":"a"}\nb', /line 2: is not valid JSON/],
+    ['{"prompt":"a","completion":"b"', /line 1: is not valid JSON/],
+    ['[{"text":"a"}]', /q\.jsonl: is a list; expected JSON lines/],
+    ['{"messages":[{"role":"user","content":"a"}]}', /line 1: expected the assistant's message at the end, got "user"/],
+    ['{"messages":[]}', /line 1: expected the assistant's message at the end, got none/],
+  ] as const) {
+    await t.rejects(asked("q.jsonl", text), { tag: "source", message }, text);
   }
 
   const refuse = async (status: number, error: object, ...changed: string[]): Promise<void> => {
@@ -314,7 +339,13 @@ t.test("a language model learns completions, and chats by its template", async (
     /the model answers token by token: expected .*"prompt".* on each line of rows\.jsonl/,
   );
   await write("half.jsonl", [answers[0]!, { prompt: "1 + 1 = " }]);
-  t.match(await refused("half.jsonl"), /half\.jsonl: line 2: expected "completion" with a string, got none/);
+  t.match(await refused("half.jsonl"), /half\.jsonl: line 2: expected "completion" with a string, got "prompt"/);
+  t.match(await refused("half.txt", "--model", "none.onnx"), /half\.txt: cannot be read/);
+  t.match(await refused("sums.jsonl", "--model", "none.onnx"), /none\.onnx: cannot be read: there is no such file/);
+  t.match(
+    await refused("sums.jsonl", "--tokenizer", "tokenizer_config.json"),
+    /tokenizer_config\.json: holds no tokenizer: /,
+  );
   t.match(await refused("sums.jsonl", "--labels", "a,b"), /--labels: sums\.jsonl has completions, which have none/);
   t.match(await refused("sums.jsonl", "--tokens", "4"), /tokens, more than --tokens 4/);
   const plain = ["learn", "p.eigen", "sums.jsonl", "--model", MODEL, "-o", "x.eigentask"];

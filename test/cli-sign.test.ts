@@ -53,6 +53,9 @@ t.test("verify: whose, which, and that every section has its hash", async (t) =>
     checks.find(({ name }: any) => name === "signature"),
     { ok: true, detail: /^ed25519:/ },
   );
+  const { signedBy } = await json("inspect", at("p.eigen"));
+  t.match(await json("verify", at("p.eigen"), "--key", signedBy), { ok: true }, "the line that keygen prints");
+  t.match((await run("verify", at("p.eigen"), "--key", "ed25519:AAAA")).err, /--key ed25519:AAAA: expected an Ed25519/);
   await json("keygen", "-o", at("stranger"));
   const strange = await run("verify", at("p.eigen"), "--key", at("stranger.pub.pem"));
   t.equal(strange.code, 1);
@@ -98,6 +101,8 @@ t.test("a key that is none is refused by name", async (t) => {
   await writeFile(at("no.pem"), "-----BEGIN RSA PRIVATE KEY-----\nAAAA\n-----END RSA PRIVATE KEY-----\n");
   const { code, err } = await run("sign", at("p.eigen"), "--key", at("no.pem"));
   t.equal(code, 1);
-  t.match(err, /expected PEM, -----BEGIN PRIVATE KEY-----/);
+  t.match(err, /no\.pem: .*expected PEM, -----BEGIN PRIVATE KEY-----/);
+  const open = await run("sign", at("p.eigen"), "--key", at("me.pub.pem"));
+  t.match(open.err, /me\.pub\.pem: this is a public key; signing takes the private one/);
   t.match((await run("sign", at("p.eigen"), "--key", at("absent.pem"))).err, /absent\.pem: cannot be read/);
 });

@@ -325,7 +325,7 @@ t.test("what cannot be distilled is refused by name", async (t) => {
     tag: "task",
     message: /"three" cannot be distilled: it has private terms, .* pack with --step/,
   });
-  await refused({ feeds: all.slice(0, 7) }, { name: "RangeError", message: /7 texts; 8 at least/ });
+  await refused({ feeds: all.slice(0, 7) }, { name: "RangeError", message: /expected 8 texts at least, .* got 7/ });
   await refused({ texts: ["a"] }, { name: "TypeError", message: /texts, feeds or examples, one of them/ });
   await refused({ feeds: undefined, texts: ["a"] }, { name: "TypeError", message: /need `encode`/ });
   await refused({ steps: 1.5 }, { name: "RangeError", message: /steps/ });
@@ -427,7 +427,7 @@ t.test("the command line, on the real model", async (t) => {
     t.match(await json(status, ...command, "--force", ...changed), { error: expected }, changed.join(" "));
   };
   await refuse(1, { tag: "source", message: /empty.txt: has no text/ }, "--text", "empty.txt");
-  await refuse(1, { message: /2 texts; 8 at least/ }, "--text", "short.txt");
+  await refuse(1, { message: /expected 8 texts at least, .* got 2/ }, "--text", "short.txt");
   await refuse(1, { tag: "source", message: /missing.txt/ }, "--text", "missing.txt");
   await refuse(
     1,

@@ -144,6 +144,38 @@ t.test("the same seed gives the same bits, another one others", async (t) => {
   t.notOk(files[0]!.equals(files[2]!));
 });
 
+t.test("whoever leaves early keeps the best epoch too", async (t) => {
+  const session = await tiny(NODE);
+  t.teardown(() => session.close());
+  const known = examples(NODE, session, 32, 2);
+  const trainer = await createTrainer(session, { labels: LABELS, seed: 5 });
+  const losses: number[] = [];
+  let last = Infinity;
+  // Rates as these lead away from what the first epochs have found.
+  const how = {
+    epochs: 12,
+    batch: 4,
+    holdout: 0.25,
+    warmup: 0,
+    decay: "none",
+    learningRates: { terms: 0.3, head: 0.3 },
+  } as const;
+  for await (const { holdout } of trainer.fit(known, how)) {
+    if (!holdout) continue;
+    last = holdout.loss;
+    losses.push(last);
+    if (losses.length > 3 && last > Math.min(...losses)) break;
+  }
+  t.ok(last > Math.min(...losses), `${losses}`);
+  const kept = await trainer.task();
+  const short = await createTrainer(session, { labels: LABELS, seed: 5 });
+  let epochs = 0;
+  for await (const { holdout } of short.fit(known, how))
+    if (holdout && epochs++ === losses.indexOf(Math.min(...losses))) break;
+  t.ok(Buffer.from(kept).equals(Buffer.from(await short.task())), "as one that ends there");
+  await t.rejects(trainer.fit([]).next(), { name: "RangeError", message: "fit: there are no examples" });
+});
+
 t.test("a batch that runs in parts gives the step of the whole", async (t) => {
   const session = await tiny(NODE);
   t.teardown(() => session.close());
@@ -202,7 +234,7 @@ t.test("examples that cannot be learned from are refused before anything runs", 
     name: "RangeError",
     message: /8 examples have one label only, "even"/,
   });
-  await t.rejects(fit([]), { name: "RangeError", message: /0 examples have no label/ });
+  await t.rejects(fit([]), { name: "RangeError", message: "fit: there are no examples" });
   await t.rejects(fit([...known, { ...known[0]!, label: "evn" }]), {
     name: "RangeError",
     message: /example 8: the label "evn" is none of the trainer's; did you mean even\?/,

@@ -52,7 +52,10 @@ export const distill: Attach = command({
     part: toggle("Write a part with tasks on a basis instead of a pack, for assemble."),
     dtype: { ...dtype, help: `With --part. ${dtype.help}` },
     text: required(
-      text("LINES.txt", "Plain text like that of the tasks, one per line: a few hundred lines, never your test data."),
+      text(
+        "LINES.txt",
+        "Text like that of the tasks, one on each line, or JSON lines as learn takes them: a few hundred, never your test data.",
+      ),
     ),
     steps: byDefault(240, number("N", "Steps per task; 0 solves coefficients once, and trains nothing.", from(0))),
     batch: byDefault(8, number("N", "Texts per step.", from(1))),
@@ -81,8 +84,8 @@ export const distill: Attach = command({
       );
     if (options.part) return (await import("./distill-part.ts")).distilPart([packPath, ...paths], options, run, out);
     const sign = await signerOf(options.key);
-    const questions = await readQuestions(options.text);
     const target = await run.target(file, { force, inputs: [model, decoder, options.text, tokenizer] });
+    const questions = await readQuestions(options.text);
     const adapters = await run.adapters(paths, options.as, options.base);
     target.refuse(adapters.flatMap(filesOf));
     const pack = await run.pack(packPath);

@@ -7,12 +7,52 @@ import { SourceError } from "../errors.ts";
 import type { Message } from "../train/examples.ts";
 import { readText } from "./files.ts";
 
-/** Texts, one on each line, without what is there twice. @throws SourceError when there is none */
+/** Texts, one on each line or in `{"text": "…"}`, without what is there twice. @throws SourceError */
 async function readLines(path: string): Promise<string[]> {
-  const lines = (await readText(path)).split(/\r?\n/).map((line) => line.trim());
-  const texts = [...new Set(lines)].filter((line) => line !== "");
-  if (texts.length === 0) throw new SourceError("has no text; expected one on each line", { file: path });
-  return texts;
+  const at = refuser(path);
+  const lines = linesOf(await readContent(path));
+  const json = firstObject(lines) !== undefined;
+  const texts = lines.map(({ line, text }) => {
+    if (!json) return text.trim();
+    const object = parsed(text, '{"text": "…"}', (message) => at(line, message));
+    if (typeof object["text"] === "string") return object["text"].trim();
+    throw at(line, `expected "text", or "prompt" and "completion", or "messages"; got ${keysOf(object)}`);
+  });
+  const different = [...new Set(texts)].filter((text) => text !== "");
+  if (different.length === 0) throw new SourceError("has no text; expected one on each line", { file: path });
+  return different;
+}
+
+/** A file's text. @throws SourceError where it cannot be read, or is one list of JSON */
+async function readContent(path: string): Promise<string> {
+  const content = (await readText(path)).replace(/^\uFEFF/, "");
+  if (!/\.jsonl?$/.test(path) || !content.trimStart().startsWith("[")) return content;
+  throw new SourceError("is a list; expected JSON lines, an object on each", { file: path });
+}
+
+/** Lines that are not empty, with their numbers. */
+function linesOf(content: string): { line: number; text: string }[] {
+  const lines = content.split(/\r?\n/);
+  return lines.map((text, i) => ({ line: i + 1, text })).filter(({ text }) => text.trim() !== "");
+}
+
+/** The object on the first line; undefined where that is plain text. */
+function firstObject(lines: readonly { readonly text: string }[]): Record<string, unknown> | undefined {
+  let value: unknown;
+  try {
+    value = JSON.parse(lines[0]?.text ?? "");
+  } catch {
+    return undefined;
+  }
+  return typeof value === "object" && value !== null && !Array.isArray(value)
+    ? (value as Record<string, unknown>)
+    : undefined;
+}
+
+/** What an object has, for a message. */
+function keysOf(object: Readonly<Record<string, unknown>>): string {
+  const keys = Object.keys(object).map((key) => JSON.stringify(key));
+  return keys.length > 0 ? keys.join(", ") : "{}";
 }
 
 /** What a model is asked: texts, or examples with completions, whose tokens are asked for. */
@@ -20,7 +60,7 @@ export type Asked =
   | { readonly texts: readonly string[]; readonly examples?: undefined }
   | { readonly examples: readonly Completion[]; readonly texts?: undefined };
 
-/** Lines of text; or JSON lines with completions. @throws SourceError */
+/** Lines of text; or JSON lines, with texts or completions. @throws SourceError */
 export async function readQuestions(path: string): Promise<Asked> {
   const examples = await readCompletions(path);
   return examples ? { examples } : { texts: await readLines(path) };
@@ -31,29 +71,39 @@ export type Completion = { readonly prompt: string; readonly completion: string 
 
 /**
  * Reads `{"prompt": "…", "completion": "…"}` or `{"messages": [{"role": "…", "content": "…"}, …]}` on each line.
- * @returns undefined where the first line is neither
+ * @returns undefined where the first line has none of these keys
  * @throws SourceError naming the line, what was expected and what was found
  */
 export async function readCompletions(path: string): Promise<Completion[] | undefined> {
-  const at = refuser(path);
-  const lines = (await readText(path)).replace(/^\uFEFF/, "").split(/\r?\n/);
-  const [first] = lines.filter((line) => line.trim() !== "");
-  if (!/^\s*\{\s*"(prompt|completion|messages)"/.test(first ?? "")) return undefined;
+  const lines = linesOf(await readContent(path));
+  const keys = Object.keys(firstObject(lines) ?? {});
+  const cut = /^\s*\{\s*"(prompt|completion|messages)"/.test(lines[0]?.text ?? "");
+  if (!cut && !keys.some((key) => COMPLETION.includes(key))) return undefined;
   const expected = '{"prompt": "…", "completion": "…"} or {"messages": […]}';
-  return lines.flatMap((line, i): Completion[] => {
-    if (line.trim() === "") return [];
-    const { prompt, completion, messages } = parsed(line, expected, (message) => at(i + 1, message));
-    if (Array.isArray(messages)) {
-      const wrong = messages.find((one) => typeof one?.role !== "string" || typeof one?.content !== "string");
-      if (wrong !== undefined) throw at(i + 1, `expected messages with "role" and "content", got ${found(wrong)}`);
-      return [{ messages }];
-    }
-    if (typeof prompt !== "string") throw at(i + 1, `expected "prompt" with a string, got ${found(prompt)}`);
-    if (typeof completion !== "string")
-      throw at(i + 1, `expected "completion" with a string, got ${found(completion)}`);
-    if (completion.trim() === "") throw at(i + 1, "its completion is empty");
-    return [{ prompt, completion }];
+  return lines.map(({ line, text }) => {
+    const refuse = (message: string): SourceError => refuser(path)(line, message);
+    return completionOf(parsed(text, expected, refuse), refuse);
   });
+}
+
+const COMPLETION = ["prompt", "completion", "messages"];
+
+function completionOf(object: Readonly<Record<string, unknown>>, refuse: (message: string) => SourceError): Completion {
+  const { prompt, completion, messages } = object;
+  if (Array.isArray(messages)) {
+    const wrong = messages.find((one) => typeof one?.role !== "string" || typeof one?.content !== "string");
+    if (wrong !== undefined) throw refuse(`expected messages with "role" and "content", got ${found(wrong)}`);
+    if (messages.at(-1)?.role !== "assistant")
+      throw refuse(`expected the assistant's message at the end, got ${found(messages.at(-1)?.role)}`);
+    return { messages };
+  }
+  for (const key of ["prompt", "completion"]) {
+    const value = object[key];
+    if (typeof value === "string") continue;
+    throw refuse(`expected "${key}" with a string, got ${value === undefined ? keysOf(object) : found(value)}`);
+  }
+  if ((completion as string).trim() === "") throw refuse("its completion is empty");
+  return { prompt, completion } as Completion;
 }
 
 function refuser(path: string): Refuse {
@@ -83,7 +133,7 @@ export async function readExamples(
   known: readonly string[] | undefined,
 ): Promise<{ examples: LabelledText[]; labels: readonly string[] }> {
   const at = refuser(path);
-  const whole = (await readText(path)).replace(/^\uFEFF/, "");
+  const whole = await readContent(path);
   const rows = whole.trimStart().startsWith("{")
     ? jsonRows(whole, at)
     : tableRows(whole, path.endsWith(".csv") ? "," : "\t", at);
@@ -123,7 +173,13 @@ function found(value: unknown): string {
 function jsonRows(content: string, at: Refuse): Row[] {
   return content.split(/\r?\n/).flatMap((text, i): Row[] => {
     if (text.trim() === "") return [];
-    const { text: words, label } = parsed(text, '{"text": "…", "label": "…"}', (message) => at(i + 1, message));
+    const object = parsed(text, '{"text": "…", "label": "…"}', (message) => at(i + 1, message));
+    const { text: words, label } = object;
+    if (words === undefined)
+      throw at(
+        i + 1,
+        `expected "text" and "label", or "prompt" and "completion", or "messages"; got ${keysOf(object)}`,
+      );
     return [{ line: i + 1, text: words, label }];
   });
 }

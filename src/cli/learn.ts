@@ -44,7 +44,7 @@ const labels: OptionSpec<readonly string[] | undefined> = {
 const OPTIONS = {
   output: output(
     "TASK.eigentask",
-    "The task file to write. Ctrl-C ends the training and writes what was learned so far.",
+    "The task file to write. Ctrl-C ends the training and writes the best epoch so far; before the first has ended, the last step.",
   ),
   force,
   id: text("ID", "Name of the task. Default: that of the file."),
@@ -86,7 +86,11 @@ const OPTIONS = {
         holds: (n) => n >= 0 && n < 1,
       }),
     ),
-    rate: byDefault(0.02, number("X", "Learning rate.", POSITIVE)),
+    rate: number(
+      "X",
+      "Learning rate of terms and head. Default: 0.02; of private terms, and of the factors that --train lora trains, 0.002.",
+      POSITIVE,
+    ),
     seed: byDefault(0, number("N", "The same seed gives the same task.", from(0))),
   }),
 };
@@ -97,8 +101,8 @@ export const learn: Attach = command({
   does: "Train a new task on labelled texts, or on prompts with completions, and write it as a task file.",
   details:
     'EXAMPLES is a file of JSON lines, tab-separated or comma-separated values: {"text": "…", "label": "…"}, or for language models ' +
-    '{"prompt": "…", "completion": "…"}. Coefficients over the pack\'s components and a head are trained, ' +
-    "nothing else. eigenlora add PACK TASK.eigentask then adds the task to the pack.",
+    '{"prompt": "…", "completion": "…"} or {"messages": […]}. Coefficients over the pack\'s components and a head are trained; without ' +
+    "components, or with --train lora, whole factors. eigenlora add PACK TASK.eigentask then adds the task to the pack.",
   options: OPTIONS,
   async run([packPath, examplesPath]: [string, string], options, run, out) {
     const { output: file, model, id = basename(file, extname(file)) } = options;
@@ -123,7 +127,7 @@ export const learn: Attach = command({
     const steps: TrainingStep[] = [];
     try {
       const { epochs, batch, holdout } = options;
-      const learningRates = { terms: rate, head: rate };
+      const learningRates = rate === undefined ? undefined : { terms: rate, head: rate };
       for await (const step of trainer.fit(examples, { epochs, batch, holdout, learningRates, signal })) {
         steps.push(step);
         out.progress("step", step.step, step.steps, `epoch ${step.epoch}, loss ${step.loss.toFixed(3)}`);
@@ -137,11 +141,13 @@ export const learn: Attach = command({
     const { seconds } = resources();
     const interrupted = signal.aborted;
     const epochs = epochsOf(steps);
-    // The state of this epoch was kept; after Ctrl-C that of the last step.
-    const judged = interrupted ? [] : epochs.flatMap((epoch) => epoch.holdout ?? []);
+    // The state of this epoch was kept; where none was judged, that of the last step.
+    const judged = epochs.flatMap((epoch) => epoch.holdout ?? []);
     const best = judged.reduce((a, b) => (b.loss < a.loss ? b : a), judged[0]!) ?? null;
     const own = train === "lora" || lone ? "factor weight" : privateTerms > 0 ? "term weight" : "coefficient";
     const kept = best ? epochs.findIndex(({ holdout }) => holdout === best) + 1 : epochs.length;
+    if (best?.accuracy === 0)
+      out.warn("no example that was held back is answered right: train for more --epochs, or with another --rate");
     const kind = labels ? { labels } : {};
     const learned = { file, id, bytes: size, ...kind, examples: examples.length, trained: { terms, head } };
     const stopped = interrupted ? `, stopped at step ${steps.length} of ${steps[0]!.steps}` : "";

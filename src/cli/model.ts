@@ -61,7 +61,8 @@ export async function openModel(
   // It warns of initializers that nothing uses.
   (ort.env as { logLevel?: string }).logLevel = "error";
   const load = () => import("@huggingface/tokenizers");
-  const { Tokenizer } = await peer<Tokenizers>(command, "@huggingface/tokenizers", load);
+  const tokenizers = await peer<Tokenizers>(command, "@huggingface/tokenizers", load);
+  if (!existsSync(model)) throw new SourceError("cannot be read: there is no such file (ENOENT)", { file: model });
   const tokenizer = named ?? tokenizerOf(model);
   if (!existsSync(tokenizer)) {
     const where = named === undefined ? ", nor one folder above" : "";
@@ -70,7 +71,7 @@ export async function openModel(
   }
   const beside = join(dirname(tokenizer), "tokenizer_config.json");
   const config = (existsSync(beside) ? await readJson(beside) : {}) as Record<string, unknown>;
-  const made = new Tokenizer(await readJson(tokenizer), config);
+  const made = openTokenizer(tokenizers, await readJson(tokenizer), config, tokenizer);
   const encode: Encode = (texts, { add_special_tokens }, inputs) => {
     const rows = texts.map((one) => {
       const { ids } = made.encode(one, { add_special_tokens });
@@ -89,6 +90,16 @@ export async function openModel(
   };
   const template = config["chat_template"] ?? (await templateBeside(tokenizer));
   return { ort, encode: Object.assign(encode, tellsMore(command, config, template)) };
+}
+
+/** @throws SourceError naming the file that holds no tokenizer */
+function openTokenizer({ Tokenizer }: Tokenizers, rules: unknown, config: unknown, file: string) {
+  try {
+    return new Tokenizer(rules, config);
+  } catch (cause) {
+    const message = `holds no tokenizer: ${(cause as Error).message}; expected the tokenizer.json of the model`;
+    throw new SourceError(message, { file, cause });
+  }
 }
 
 /** What a tokenizer of transformers.js tells beside ids: what ends a text, and how a chat is written. */

@@ -156,8 +156,9 @@ export function lossTable(rows: readonly { id: string; total: number; max: numbe
 
 /** @param breakEven from how many tasks on a pack is smaller than its adapters; null: never */
 export function sharing(breakEven: number | null): string {
-  if (breakEven === null) return "Sharing does not pay, however many tasks there are.";
-  return breakEven > 1 ? `Sharing pays from ${breakEven} tasks on.` : "Sharing pays from the first task on.";
+  if (breakEven === null) return "A pack like this is never smaller than its adapters, however many tasks there are.";
+  const from = breakEven > 1 ? `${breakEven} tasks` : "the first task";
+  return `A pack like this is smaller than its adapters from ${from} on.`;
 }
 
 /** "1 task", "2 tasks". @param more the plural, where it is not the word with an s */

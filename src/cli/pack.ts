@@ -144,7 +144,10 @@ const OPTIONS = {
       "Judge packs by its answers to --text instead of by ΔW error (mode auto), or calibrate with it. Needs onnxruntime-node.",
     ),
     decoder,
-    text: text("LINES.txt", "Plain text like that of the tasks, one per line; never your test data."),
+    text: text(
+      "LINES.txt",
+      "Text like that of the tasks, one on each line, or JSON lines as learn takes them; never your test data.",
+    ),
     distill: number(
       "STEPS",
       "With --mode auto, --model and --text: distillation steps per task at the end; 0 for none. Default: 240.",

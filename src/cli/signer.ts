@@ -7,7 +7,13 @@ import type { Output } from "./output.ts";
 
 /** @param path of a key in PEM; undefined for none */
 export async function signerOf(path: string | undefined): Promise<Sign | undefined> {
-  return path === undefined ? undefined : createSigner(await readText(path));
+  if (path === undefined) return undefined;
+  const pem = await readText(path);
+  if (pem.includes("PUBLIC KEY"))
+    throw new TypeError(`${path}: this is a public key; signing takes the private one, which keygen wrote beside it`);
+  return createSigner(pem).catch((cause: Error) => {
+    throw cause instanceof TypeError ? new TypeError(`${path}: ${cause.message}`, { cause }) : cause;
+  });
 }
 
 /** Says that a pack which was signed no longer is. */

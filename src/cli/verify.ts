@@ -43,7 +43,10 @@ export const verify: Attach = command({
     against: list("ADAPTER_OR_FOLDER", "Adapters that the tasks were made of. May be given again."),
     as,
     base: readFor,
-    key: list("PUBLIC.pem", "Fail unless one of these public keys has signed the file. May be given again."),
+    key: list(
+      "PUBLIC.pem",
+      "Fail unless one of these public keys has signed the file: a file, or ed25519:… as keygen prints it. May be given again.",
+    ),
     integrity: text("sha256-…", "Fail unless this is the root of the pack, or the hash of the task file."),
   },
   async run([path]: [string], { against, as, base, key, integrity }, run, out) {
@@ -89,11 +92,11 @@ export const verify: Attach = command({
   },
 });
 
-/** @throws TypeError naming the file when it holds no public key */
-async function publicKey(path: string): Promise<string> {
-  const pem = await readText(path);
-  await publicKeyBytes(pem, `--key ${path}`);
-  return pem;
+/** A file, or the line that keygen prints. @throws TypeError naming what holds no public key */
+async function publicKey(given: string): Promise<string> {
+  const key = given.startsWith("ed25519:") ? given : await readText(given);
+  await publicKeyBytes(key, `--key ${given}`);
+  return key;
 }
 
 function checksTable(checks: readonly Check[]): string[] {

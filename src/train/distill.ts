@@ -249,7 +249,9 @@ function checkedQuestions(options: DistillOptions): readonly Example<BatchFeeds>
   const all = questionsOf("distill", options);
   if (!options.feeds && !options.encode) throw new TypeError("distill: texts need `encode`, a tokenizer");
   if (all.length < LEAST_TEXTS)
-    throw new RangeError(`distill: ${all.length} texts; ${LEAST_TEXTS} at least are needed, some hundreds to gain by`);
+    throw new RangeError(
+      `distill: expected ${LEAST_TEXTS} texts at least, and some hundreds to gain by; got ${all.length}`,
+    );
   const empty = all.findIndex(({ text }) => text?.trim() === "");
   if (empty >= 0) throw new RangeError(`distill: text ${empty} is empty`);
   return all;

@@ -32,9 +32,9 @@ export function copyOf(state: State): State {
 /** How AdamW moves what is trained (Loshchilov and Hutter, 2019). */
 export interface OptimizerOptions {
   /**
-   * Of terms and of the head's layer with the labels. Default: 0.02 each; of private terms: `terms`; of components: 0.001; of a head's
-   * layers in front of that with the labels (`inner`): `head` divided by how many numbers enter the layer. What has a rate of 0 stays as
-   * it is.
+   * Of terms and of the head's layer with the labels. Default: 0.02 each; of private terms, which a LoRA is made of: `terms`, or 0.002
+   * where that is not given; of components: 0.001; of a head's layers in front of that with the labels (`inner`): `head` divided by how
+   * many numbers enter the layer. What has a rate of 0 stays as it is.
    */
   readonly learningRates?:
     | {
@@ -66,7 +66,13 @@ export function optimizerOf(
   steps: number,
   { learningRates = {}, weightDecay = 0, clip = 1, warmup = Math.floor(steps / 10), decay }: OptimizerOptions,
 ): { step(gradients: State): { readonly norm: number; readonly applied: boolean } } {
-  const { terms = 0.02, privateTerms = terms, head = 0.02, inner, components = 0.001 } = learningRates;
+  const {
+    terms = 0.02,
+    privateTerms = learningRates.terms ?? 0.002,
+    head = 0.02,
+    inner,
+    components = 0.001,
+  } = learningRates;
   // Adam moves each number by the rate, and what enters an inner layer moves with all of them: so the rate of a wide matrix goes with
   // 1 / inputs (Yang et al., "Tensor Programs V", 2022). With MiniLM's pooler (384) that beat the last layer alone on three tasks of
   // three; a tenth of the head's rate was best on one and overfitted on two.

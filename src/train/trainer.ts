@@ -45,7 +45,7 @@ export interface FitOptions extends ObjectiveOptions, OptimizerOptions {
   readonly batch?: number | undefined;
   /** Share of each label's examples that each epoch is judged by; then the best epoch is kept. Default: 0. */
   readonly holdout?: number | undefined;
-  /** Stops between two steps; what was learned so far stays. */
+  /** Stops between two steps; what was learned so far stays, as at the end. */
   readonly signal?: AbortSignal | undefined;
 }
 
@@ -115,8 +115,8 @@ export class Trainer<Feeds = unknown> {
   }
 
   /**
-   * Trains, one step for each value. A later call goes on from where the one before ended. Leaving the loop, or aborting, keeps
-   * what was learned so far.
+   * Trains, one step for each value. A later call goes on from where the one before ended. Leaving the loop, or aborting, keeps what was
+   * learned so far: the best epoch, where one was judged by a hold-out.
    * @throws RangeError, TypeError when an example cannot be learned from, before anything runs
    * @throws BackendError when gradients are wrong, or the loss is no number any more: the last good state is kept
    * @example
@@ -129,10 +129,11 @@ export class Trainer<Feeds = unknown> {
       ...({ epochs: "whole", steps: "whole", batch: "whole", holdout: "share", smoothing: "share" } as const),
       ...({ temperature: "positive", weightDecay: "rate", clip: "unlimited", warmup: "count" } as const),
     });
-    const rates = { terms: "rate", head: "rate", inner: "rate", components: "rate" } as const;
+    const rates = { terms: "rate", privateTerms: "rate", head: "rate", inner: "rate", components: "rate" } as const;
     checkNumbers("fit: learningRates", options.learningRates ?? {}, rates);
     if ((options.temperature ?? 1) !== 1 && !machine.head.some(({ last }) => last))
       throw new RangeError("fit: a temperature needs a trainer with a head that makes the logits");
+    if (examples?.length === 0) throw new RangeError("fit: there are no examples");
     yield* this.fitRows(await lessons.check(examples), options);
   }
 
@@ -171,31 +172,35 @@ export class Trainer<Feeds = unknown> {
     let best: { loss: number; state: State } | undefined;
     /** The last state whose loss was one. */
     let good = copyOf(state);
-    for (let epoch = 1; step < steps; epoch++) {
-      const batches = toBatches(train, batch, lengths, this.#random).slice(0, steps - step);
-      for (const [at, some] of batches.entries()) {
-        signal?.throwIfAborted();
-        const { loss, gradients } = await evaluate(this.#subject, some, state, options);
-        first ??= loss;
-        const sane = loss <= EXPLODED * (1 + first);
-        if (sane) good = copyOf(state);
-        const { norm, applied } = sane ? optimizer.step(gradients) : { norm: NaN, applied: false };
-        if (!applied || !state.all.every(Number.isFinite)) {
-          state.all.set((best?.state ?? good).all);
-          throw stopped(
-            `step ${step + 1}: the loss is ${loss}, it was ${first} at first: training has gone astray. Take smaller learning rates`,
-          );
+    try {
+      for (let epoch = 1; step < steps; epoch++) {
+        const batches = toBatches(train, batch, lengths, this.#random).slice(0, steps - step);
+        for (const [at, some] of batches.entries()) {
+          signal?.throwIfAborted();
+          const { loss, gradients } = await evaluate(this.#subject, some, state, options);
+          first ??= loss;
+          const sane = loss <= EXPLODED * (1 + first);
+          if (sane) good = copyOf(state);
+          const { norm, applied } = sane ? optimizer.step(gradients) : { norm: NaN, applied: false };
+          if (!applied || !state.all.every(Number.isFinite)) {
+            state.all.set(good.all);
+            throw stopped(
+              `step ${step + 1}: the loss is ${loss}, it was ${first} at first: training has gone astray. Take smaller learning rates`,
+            );
+          }
+          step++;
+          const judged =
+            holdout.length > 0 && at === batches.length - 1
+              ? await score(this.#subject, holdout, state, options)
+              : undefined;
+          if (judged && judged.loss < (best?.loss ?? Infinity)) best = { loss: judged.loss, state: copyOf(state) };
+          yield { step, steps, epoch, loss, norm, ...(judged && { holdout: judged }) };
         }
-        step++;
-        const judged =
-          holdout.length > 0 && at === batches.length - 1
-            ? await score(this.#subject, holdout, state, options)
-            : undefined;
-        if (judged && judged.loss < (best?.loss ?? Infinity)) best = { loss: judged.loss, state: copyOf(state) };
-        yield { step, steps, epoch, loss, norm, ...(judged && { holdout: judged }) };
       }
+    } finally {
+      // However it ends: the caller may leave, or abort.
+      if (best) state.all.set(best.state.all);
     }
-    if (best) state.all.set(best.state.all);
   }
 
   /** A state to begin from; "auto" takes a few steps from each start and keeps the one whose loss is smaller. */
