@@ -6,7 +6,7 @@
  * - lora, lora-1: LoRAs of rank 8 and 1, trained by the same trainer from the same rows
  * - flat: coefficients of flat components, one number for a whole factor (the paper's own form)
  * - zero-shot: random coefficients of the donors' spread; analytical: the skill's own adapter projected onto the components;
- *   distilled: the same, trained to answer as that adapter does, without looking at the completions
+ *   distilled: the same, trained to answer as that adapter does at the positions of the completions
  * - base: the model without any
  * - peft: LoRAs of rank 8 that PEFT trains in PyTorch (`PYTHON`), from the same rows in as many steps of the same schedule
  *
