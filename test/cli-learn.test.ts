@@ -138,7 +138,7 @@ t.test("Ctrl-C keeps what was learned, or says that nothing was", async (t) => {
     const interrupt = () => process.kill(process.pid, "SIGINT");
     const progress = (what, done) => done === Number(at) && interrupt();
     const program = new Command();
-    learn(program, { progress, warn() {} }, (result) => console.log(JSON.stringify(result)));
+    learn(program, { progress, phase() {}, warn() {} }, (result) => console.log(JSON.stringify(result)));
     const work = program.parseAsync(words, { from: "user" });
     if (at === "0") interrupt();
     await work.catch(({ tag, message }) => console.log(JSON.stringify({ tag, message })));

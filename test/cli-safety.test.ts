@@ -289,6 +289,8 @@ t.test(
     await mkdir(at("hub", "onnx"), { recursive: true });
     const model = at("hub", "onnx", "model.onnx");
     const of = { tokens: undefined, tokenizer: undefined };
+    await t.rejects(openModel("learn", model, of), { message: /model\.onnx: cannot be read: there is no such file/ });
+    await writeFile(model, "");
     await t.rejects(openModel("learn", model, of), {
       message: /onnx\/tokenizer\.json: there is no tokenizer, nor one folder above; .*--tokenizer$/,
     });
@@ -333,9 +335,14 @@ t.test("long work speaks on a pipe too, every few seconds; never beside --json",
     ["epoch 1, step 7 of 100, 16 s so far\n"],
     "nor silent while a step takes long",
   );
+  after(1, () => out.phase("loading the model"));
+  t.same(
+    after(8, () => out.beat()),
+    ["loading the model, 25 s so far\n"],
+  );
   const json = make(true);
   t.same(
-    after(60, () => (json.progress("step", 1, 2), json.beat(), json.warn("x"))),
+    after(60, () => (json.progress("step", 1, 2), json.phase("y"), json.beat(), json.warn("x"))),
     [],
   );
   t.end();

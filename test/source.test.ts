@@ -102,6 +102,17 @@ t.test("no server, no file, no bytes", async (t) => {
   await t.rejects(openPack("http://127.0.0.1:1/x", options), { tag: "source", message: /no network/ });
 });
 
+t.test("a closed pack says so, and its resident tasks stay", async (t) => {
+  const pack = await openPack(path);
+  await pack.load("mixed");
+  await pack.close();
+  t.ok((await pack.load("mixed")).bytes.length > 0);
+  await t.rejects(pack.load("all"), {
+    tag: "source",
+    message: /every-kind\.eigen: cannot be read: it was closed; open it again/,
+  });
+});
+
 t.test("a file that shrinks under us is an error, not a hang", async (t) => {
   const folder = await mkdtemp(join(tmpdir(), "eigenlora-"));
   t.teardown(() => rm(folder, { recursive: true }));

@@ -92,6 +92,7 @@ export const distill: Attach = command({
     const before = new Set(pack.tasks.keys());
     refuseOtherBase(pack, adapters, options.anyBase);
     const missing = adapters.filter(({ id }) => !pack.tasks.has(id));
+    out.phase("loading the model");
     await addProjected(pack, missing, await storedDtypes(pack));
     const { session, encode } = await openTrainable(
       "distill",

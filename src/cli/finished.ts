@@ -59,9 +59,11 @@ export async function distilEach(
     const path = join(finished, await keyOf(pack, adapter, settings));
     const earlier = await readFinished(path);
     if (earlier) resumed++;
+    const which = `task ${i + 1} of ${adapters.length}, ${adapter.id}`;
+    out.phase(`${which}: asking the adapter, solving coefficients`);
     const onStep = ({ step }: { step: number }): void => {
       const [gone, of] = [(i - resumed) * steps + step, (adapters.length - resumed) * steps];
-      out.progress("step", gone, of, `task ${i + 1} of ${adapters.length}, ${adapter.id}`);
+      out.progress("step", gone, of, which);
     };
     const made = earlier ?? (await distill(session, { adapter, ...questions, encode, steps, batch, onStep }));
     if (!earlier) await writeWhole(path, jsonFile({ ...made, file: Buffer.from(made.file).toString("base64") }));

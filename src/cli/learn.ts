@@ -119,11 +119,13 @@ export const learn: Attach = command({
         "the pack has no shared components, so the task becomes a LoRA of its own: pack with --k N for smaller ones",
       );
     const init = startOf(options.init, pack);
+    out.phase("loading the model");
     const { session, encode } = await openTrainable("learn", model, pack, options, run, labels === undefined);
     refuseOtherKind(session, labels === undefined, examplesPath);
     refuseInterrupted(signal, id);
     const { seed, train, rank, privateTerms, rate } = options;
     const trainer = await createTrainer(session, { seed, train, rank, privateTerms, labels, init, encode });
+    out.phase("checking gradients, and where to begin");
     const steps: TrainingStep[] = [];
     try {
       const { epochs, batch, holdout } = options;

@@ -11,6 +11,8 @@ export interface Output {
    * @param detail what there is to say besides, which may change from call to call
    */
   progress(what: string, done: number, of: number, ...detail: string[]): void;
+  /** Says what is being done, where nothing can be counted. */
+  phase(what: string): void;
   /** To be called now and then: says that the work goes on, where `progress` has been silent and nobody watches. */
   beat(): void;
   warn(message: string): void;
@@ -48,6 +50,10 @@ export function createOutput(json: boolean, stderr: Stream = process.stderr, now
       tell(line);
       if (json || !stderr.isTTY || (now() - started < 500 && done < of)) return;
       stderr.write(`\r\u001b[K${done < of ? line : ""}`);
+    },
+    phase(what) {
+      last = printable(what);
+      if (!json && stderr.isTTY) stderr.write(`\r\u001b[K${last}`);
     },
     beat() {
       tell(`${last}, ${Math.round((now() - started) / 1000)} s so far`);
