@@ -209,6 +209,19 @@ t.test("a distilled task answers more like its adapter; the judge sees it", asyn
   await again.close();
 });
 
+t.test("private terms of an entropy-coded pack are distilled at a rate that moves stored integers", async (t) => {
+  const session = await decoder(NODE, { select: { kind: "k", k: 0 }, privateTerms: 255, gauge: "balanced", step: 0.1 });
+  const adapters = await readAdapters(TASKS.map(data));
+  t.teardown(async () => {
+    await session.close();
+    for (const adapter of adapters) await adapter.close();
+  });
+  const examples = Array.from({ length: 48 }, (_, i) => ({ prompt: `Text ${i * 7919}`, completion: ` is for ${i}` }));
+  const made = await distill(session, { adapter: adapters[0]!, examples, encode, steps: 60, batch: 4 });
+  t.equal(made.kept, "distilled");
+  t.ok(made.divergenceAfter < 0.9 * made.divergenceBefore, `${made.divergenceBefore} → ${made.divergenceAfter}`);
+});
+
 async function refuses(
   t: Test,
   action: () => Promise<unknown>,
@@ -315,7 +328,8 @@ t.test("labels of words", async (t) => {
     { words: ["rome", "or", "bob"], labels: ["place", null, "name"] },
   ];
   const losses: number[] = [];
-  for await (const { loss } of trainer.fit(examples, { steps: 60, batch: 2 })) losses.push(loss);
+  const how = { steps: 60, batch: 2, learningRates: { terms: 0.02 } };
+  for await (const { loss } of trainer.fit(examples, how)) losses.push(loss);
   t.ok(losses.at(-1)! < 0.5 * losses[0]!, `${losses[0]} → ${losses.at(-1)}`);
   t.match(await trainer.score(examples), { loss: Number, accuracy: Number });
   const fit = (one: object) => async (): Promise<void> => {
