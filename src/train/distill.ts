@@ -110,7 +110,7 @@ const PRIVATE = { labels: 0.3, tokens: 2 };
  * Of labels: with fewer steps each is as long as with so many, since longer ones leave more KL. Tokens have farther to go: 80 shorter steps
  * cost a skill of SmolLM2 6 points.
  */
-const FEW_STEPS = 240;
+const FEW_STEPS = { labels: 240, tokens: 1 };
 /** Batches that show where answers depend on coefficients, before any step. */
 const BATCHES_TO_SOLVE = 24;
 
@@ -162,13 +162,10 @@ export async function distill(session: Session, options: DistillOptions): Promis
   const {
     temperature = head.length > 0 ? sureTemperature(taught.map(({ target }) => Float32Array.from(target!))) : 1,
   } = options;
-  const kind = lessons.tokens ? "tokens" : "labels";
-  const way = WAY[kind] * Math.sqrt(start);
-  const rate = Math.min(MOST_RATE, way / (lessons.tokens ? Math.max(1, steps) : Math.max(steps, FEW_STEPS)));
-  const { weightDecay, clip, warmup, decay, learningRates: { terms = rate } = {} } = options;
+  const { weightDecay, clip, warmup, decay } = options;
   const fit: FitOptions & Stepped & Tested = {
     ...{ steps, batch, temperature, weightDecay, clip, warmup, decay, signal },
-    learningRates: { terms, privateTerms: PRIVATE[kind] * terms, head: rate, ...options.learningRates },
+    learningRates: ratesOf(lessons.tokens, start, steps, options.learningRates),
     dtype: isQuantized(coefficients) ? dtype : undefined,
     stored: stepped,
     tested: tested.has(session),
@@ -185,6 +182,19 @@ export async function distill(session: Session, options: DistillOptions): Promis
   const kept = better ? parseTaskFile(trained, "the distilled task").blob : blob.bytes;
   const file = encodeTaskFile(pack.tasks.get(id)!, pack.basisId, kept);
   return { id, file, divergenceBefore, divergenceAfter, steps, kept: better ? "distilled" : "projected" };
+}
+
+/** Learning rates. @param divergence when the steps begin */
+function ratesOf(
+  tokens: boolean,
+  divergence: number,
+  steps: number,
+  given: DistillOptions["learningRates"] = {},
+): FitOptions["learningRates"] {
+  const kind = tokens ? "tokens" : "labels";
+  const rate = Math.min(MOST_RATE, (WAY[kind] * Math.sqrt(divergence)) / Math.max(steps, FEW_STEPS[kind]));
+  const { terms = rate } = given;
+  return { terms, privateTerms: PRIVATE[kind] * terms, head: rate, ...given };
 }
 
 /**
