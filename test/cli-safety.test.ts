@@ -340,6 +340,13 @@ t.test("long work speaks on a pipe too, every few seconds; never beside --json",
     after(8, () => out.beat()),
     ["loading the model, 25 s so far\n"],
   );
+  const terminal = createOutput(false, { isTTY: true, write: (text: string) => said.push(text) }, () => now);
+  const line = "\r\u001b[K";
+  t.same(
+    after(1, () => (terminal.phase("loading"), terminal.progress("step", 1, 2), terminal.warn("x"), terminal.clear())),
+    [`${line}loading`, `${line}step 1 of 2`, line, "warning: x\n"],
+    "a terminal has one line, which goes before anything else is said",
+  );
   const json = make(true);
   t.same(
     after(60, () => (json.progress("step", 1, 2), json.phase("y"), json.beat(), json.warn("x"))),

@@ -60,7 +60,7 @@ export async function distilEach(
     const earlier = await readFinished(path);
     if (earlier) resumed++;
     const which = `task ${i + 1} of ${adapters.length}, ${adapter.id}`;
-    out.phase(`${which}: asking the adapter, solving coefficients`);
+    if (!earlier) out.phase(`${which}: asking the adapter, solving coefficients`);
     const onStep = ({ step }: { step: number }): void => {
       const [gone, of] = [(i - resumed) * steps + step, (adapters.length - resumed) * steps];
       out.progress("step", gone, of, which);
@@ -68,6 +68,7 @@ export async function distilEach(
     const made = earlier ?? (await distill(session, { adapter, ...questions, encode, steps, batch, onStep }));
     if (!earlier) await writeWhole(path, jsonFile({ ...made, file: Buffer.from(made.file).toString("base64") }));
     done.push({ ...made, resumed: earlier !== undefined });
+    if (steps === 0) out.progress("task", i + 1, adapters.length, adapter.id);
   }
   if (done.every(({ kept }) => kept === "projected"))
     out.warn(`no task got better than it was, so all stay as projected: try more than --steps ${steps}, or more text`);

@@ -16,6 +16,8 @@ export interface Output {
   /** To be called now and then: says that the work goes on, where `progress` has been silent and nobody watches. */
   beat(): void;
   warn(message: string): void;
+  /** Takes away the line that changes, before anything else is printed. */
+  clear(): void;
 }
 
 /** Where text goes. */
@@ -42,23 +44,32 @@ export function createOutput(json: boolean, stderr: Stream = process.stderr, now
     told = now();
     stderr.write(`${line}\n`);
   };
+  let shown = "";
+  const show = (line: string): void => {
+    if (json || !stderr.isTTY || line === shown) return;
+    shown = line;
+    stderr.write(`\r\u001b[K${line}`);
+  };
+  const clear = (): void => show("");
   return {
+    clear,
     progress(what, done, of, ...detail) {
       const left = estimate(what, done, of);
       last = printable([...detail, `${what} ${done} of ${of}`].join(", "));
       const line = [last, ...left].join(", ");
       tell(line);
-      if (json || !stderr.isTTY || (now() - started < 500 && done < of)) return;
-      stderr.write(`\r\u001b[K${done < of ? line : ""}`);
+      if (done >= of) clear();
+      else if (now() - started >= 500) show(line);
     },
     phase(what) {
       last = printable(what);
-      if (!json && stderr.isTTY) stderr.write(`\r\u001b[K${last}`);
+      show(last);
     },
     beat() {
       tell(`${last}, ${Math.round((now() - started) / 1000)} s so far`);
     },
     warn(message) {
+      clear();
       if (!json) stderr.write(`${paragraph(`warning: ${message}`)}\n`);
     },
   };

@@ -69,16 +69,17 @@ export async function runProgram(argv: readonly string[], stdout: Stream, stderr
   const program = createProgram((text) => {
     printed += text;
   });
+  const out = createOutput(json, stderr);
   const print = (object: object, lines: readonly string[]): unknown =>
     stdout.write(`${(json ? [JSON.stringify(object)] : lines).map(printable).join("\n")}\n`);
   const done = (result: Result | number): void => {
+    out.clear();
     if (typeof result === "number") code = result;
     else {
       code = result.exitCode ?? 0;
       print(result.json, result.text);
     }
   };
-  const out = createOutput(json, stderr);
   for (const attach of COMMANDS) attach(program, out, done);
   const beat = setInterval(out.beat, 1000);
   try {
@@ -90,6 +91,7 @@ export async function runProgram(argv: readonly string[], stdout: Stream, stderr
       const named = argv.find((word) => !word.startsWith("-") && word !== "help");
       const command = program.commands.find((one) => one.name() === named);
       const { object, text, exitCode } = failure(error, command);
+      out.clear();
       if (json) print({ error: object }, []);
       else stderr.write(text);
       return exitCode;
