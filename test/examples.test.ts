@@ -109,7 +109,7 @@ t.test("examples compile", async (t) => {
   const texts = new Map(modules.map(({ file, text }) => [file, text]));
   texts.set(
     ambient,
-    'declare module "@huggingface/transformers" { export const env: any, pipeline: any, TextStreamer: any; }' +
+    'declare module "@huggingface/transformers" { export const env: any, pipeline: any, TextStreamer: any, Tensor: any; }' +
       'declare module "@tensorflow/tfjs"; declare module "@jax-js/jax";' +
       'declare module "@dr.pogodin/react-native-fs"; declare module "onnxruntime-react-native"; declare module "*.wasm";',
   );
