@@ -16,7 +16,7 @@ async function readLines(path: string): Promise<string[]> {
     if (!json) return text.trim();
     const object = parsed(text, '{"text": "…"}', (message) => at(line, message));
     if (typeof object["text"] === "string") return object["text"].trim();
-    throw at(line, `expected "text", or "prompt" and "completion", or "messages"; got ${keysOf(object)}`);
+    throw at(line, `expected "text", ${OTHERS}; got ${keysOf(object)}`);
   });
   const different = [...new Set(texts)].filter((text) => text !== "");
   if (different.length === 0) throw new SourceError("has no text; expected one on each line", { file: path });
@@ -38,12 +38,16 @@ function linesOf(content: string): { line: number; text: string }[] {
 
 /** The object on the first line; undefined where that is plain text. */
 function firstObject(lines: readonly { readonly text: string }[]): Record<string, unknown> | undefined {
-  let value: unknown;
   try {
-    value = JSON.parse(lines[0]?.text ?? "");
+    return objectIn(lines[0]?.text ?? "");
   } catch {
     return undefined;
   }
+}
+
+/** The object that JSON holds; undefined for anything else. @throws SyntaxError */
+function objectIn(text: string): Record<string, unknown> | undefined {
+  const value: unknown = JSON.parse(text);
   return typeof value === "object" && value !== null && !Array.isArray(value)
     ? (value as Record<string, unknown>)
     : undefined;
@@ -87,6 +91,8 @@ export async function readCompletions(path: string): Promise<Completion[] | unde
 }
 
 const COMPLETION = ["prompt", "completion", "messages"];
+/** What a line may have instead of a text. */
+const OTHERS = 'or "prompt" and "completion", or "messages"';
 
 function completionOf(object: Readonly<Record<string, unknown>>, refuse: (message: string) => SourceError): Completion {
   const { prompt, completion, messages } = object;
@@ -171,28 +177,23 @@ function found(value: unknown): string {
 }
 
 function jsonRows(content: string, at: Refuse): Row[] {
-  return content.split(/\r?\n/).flatMap((text, i): Row[] => {
-    if (text.trim() === "") return [];
-    const object = parsed(text, '{"text": "…", "label": "…"}', (message) => at(i + 1, message));
+  return linesOf(content).map(({ line, text }) => {
+    const object = parsed(text, '{"text": "…", "label": "…"}', (message) => at(line, message));
     const { text: words, label } = object;
-    if (words === undefined)
-      throw at(
-        i + 1,
-        `expected "text" and "label", or "prompt" and "completion", or "messages"; got ${keysOf(object)}`,
-      );
-    return [{ line: i + 1, text: words, label }];
+    if (words === undefined) throw at(line, `expected "text" and "label", ${OTHERS}; got ${keysOf(object)}`);
+    return { line, text: words, label };
   });
 }
 
 /** The object that a line holds. */
 function parsed(line: string, expected: string, refuse: (message: string) => SourceError): Record<string, unknown> {
-  let value: unknown;
+  let object: Record<string, unknown> | undefined;
   try {
-    value = JSON.parse(line);
+    object = objectIn(line);
   } catch (cause) {
     throw refuse(`is not valid JSON: ${(cause as Error).message}; expected ${expected}`);
   }
-  if (typeof value === "object" && value !== null && !Array.isArray(value)) return value as Record<string, unknown>;
+  if (object) return object;
   throw refuse(`expected ${expected}, got ${line.slice(0, 40)}`);
 }
 
