@@ -7,8 +7,8 @@ import { mkdirSync, writeFileSync } from "node:fs";
 import { gzipSync } from "node:zlib";
 import { compile } from "./compile.mjs";
 
-/** Budget of the four run-time binaries together, gzipped: three of the kernels, and the decoder of coded sections (1.1 kB). Those of extraction are never in a run-time bundle. */
-const MAX_BYTES = 10_600;
+/** Budget of the four run-time binaries together, gzipped: three of the kernels, and the decoder of coded sections (1.7 kB, since it works in pieces and says what is wrong). Those of extraction are never in a run-time bundle. */
+const MAX_BYTES = 11_100;
 
 const out = new URL("../dist/wasm/", import.meta.url);
 mkdirSync(out, { recursive: true });

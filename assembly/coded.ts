@@ -1,7 +1,7 @@
 /**
- * The decoder of coded sections (SPEC.md, section 5.1): the twin of `src/format/coded.ts`, which says what is coded in which order. A
- * module of its own, for `src/format/coded-wasm.ts`, and for SIMD alone: a table is one vector. Whatever is not as it must be is a trap, and the JavaScript
- * decoder then says what it is.
+ * The decoder of coded sections (SPEC.md, appendix A): the twin of `src/format/coded.ts`, which says what is coded in which order. A
+ * module of its own, for `src/format/coded-wasm.ts`, and for SIMD alone: a table is one vector. It works in pieces, so that the caller
+ * can let others have a turn. A section that breaks a rule ends in a trap, with `fault` and `place` set to what is wrong and where.
  *
  * Memory: what the caller writes once, FIRST and LEVELS; TABLES and COLUMNS; from STORED on the stored bytes, the bytes that copies may be
  * of, the section, and a word for each row of a run.
@@ -48,19 +48,78 @@
 // @ts-ignore: decorator
 @inline const COUNT: usize = 153;
 
+/** Why a section is wrong, by the order of `FAULTS` in `coded.ts`; 0 while it is not. */
+export let fault: u32 = 0;
+/** Which byte of the section that concerns. */
+export let place: u32 = 0;
+
 let state: u32 = 0;
 /** The next word, and where there are no more. */
 let words: usize = 0;
 let stop: usize = 0;
 
+/** Where the section begins and ends, and the next byte of it. */
+let section: usize = 0;
+let end: usize = 0;
+let at: usize = 0;
+
+/** What comes next. */
+let phase: u32 = 0;
+// @ts-ignore: decorator
+@inline const BYTES: u32 = 0;
+// @ts-ignore: decorator
+@inline const LITERAL_HEAD: u32 = 1;
+// @ts-ignore: decorator
+@inline const LITERAL: u32 = 2;
+// @ts-ignore: decorator
+@inline const COPY: u32 = 3;
+// @ts-ignore: decorator
+@inline const ROW: u32 = 4;
+// @ts-ignore: decorator
+@inline const INTEGER: u32 = 5;
+// @ts-ignore: decorator
+@inline const RUN: u32 = 6;
+// @ts-ignore: decorator
+@inline const END: u32 = 7;
+
+/** Bytes: where they end, how many more are literal or copied, and from how far back the last copy came. */
+let until: usize = 0;
+let left: usize = 0;
+let distance: usize = 0;
+
+/** A run: its shape, bytes from one tensor to the next, tensors that follow this one, and whether each number is remembered. */
+let kind: u32 = 0;
+let rows: u32 = 0;
+let width: u32 = 0;
+let stride: usize = 0;
+let more: u32 = 0;
+let remember: bool = false;
+/** The words of its rows: the mean (i16) and the upper byte of the scale. */
+let known: usize = 0;
+
+/** A tensor: where it begins, its row, where the integers of that row begin, and the next of them. */
+let start: usize = 0;
+let row: u32 = 0;
+let values: usize = 0;
+let next: u32 = 0;
+/** Mean magnitude of the row, in 1/64; upper byte of the scale before. */
+let mean: i32 = 0;
+let likely: u32 = 0;
+
+function refuse(why: u32, byte: usize): void {
+  fault = why;
+  place = <u32>(byte - section);
+  unreachable();
+}
+
 // @ts-ignore: decorator
 @inline
-function sound(condition: bool): void {
-  if (!condition) unreachable();
+function sound(condition: bool, why: u32, byte: usize): void {
+  if (!condition) refuse(why, byte);
 }
 
 function word(): u32 {
-  sound(words < stop);
+  sound(words < stop, 1, section);
   const found = <u32>load<u16>(words);
   words += 2;
   return found;
@@ -85,9 +144,9 @@ function symbol(table: usize): u32 {
   const slot = state & 0x7fff;
   const above = i16x8.gt_s(sums, i16x8.splat(<i16>slot));
   const value = <u32>(7 - popcnt(i16x8.bitmask(above)));
-  const at = address + (value << 1);
-  const start = <u32>load<u16>(at, 14);
-  take((<u32>load<u16>(at, 16) - start) * (state >>> 15) + slot - start);
+  const sum = address + (value << 1);
+  const first = <u32>load<u16>(sum, 14);
+  take((<u32>load<u16>(sum, 16) - first) * (state >>> 15) + slot - first);
   const used = <i32>load<u8>(address);
   const slow = 4 + i32(used > 3) + i32(used > 11) + i32(used > 39) - (table < LITERALS ? 0 : 2);
   store<u8>(address, used + i32(used < 40));
@@ -105,126 +164,272 @@ function number(table: usize): u32 {
   return ((1 << count) | (high << low) | bits(low)) - 1;
 }
 
-/** Bytes as they are, and copies of earlier ones. Returns where they end. `first`: where copies may begin. */
-function bytes(first: usize, section: usize, start: usize, size: usize): usize {
-  const end = start + number(LENGTH);
-  sound(end <= size);
-  let at = start;
-  let distance: u32 = 0;
-  while (at < end) {
-    const next = at + number(LITERALS);
-    sound(next <= end);
-    for (; at < next; at++) {
-      const last = at > section ? <usize>load<u8>(at - 1) : 0;
-      const high = symbol(HIGH + (last >> 5));
-      const middle = symbol(MIDDLE + high);
-      store<u8>(at, (high << 5) | (middle << 2) | (symbol(LOW + 8 * high + middle) & 3));
-    }
-    if (at == end) break;
-    const length = number(LENGTH) + 4;
-    const far = number(DISTANCE);
-    if (far) distance = far;
-    sound(distance > 0 && distance <= <u32>(at - first) && length <= <u32>(end - at));
-    for (const until = at + length; at < until; at++) store<u8>(at, load<u8>(at - distance));
-  }
-  return end;
+/** How many bytes come that belong to no tensor. */
+function beginBytes(): void {
+  const count = number(LENGTH);
+  sound(count <= <u32>(end - at), 3, at);
+  until = at + count;
+  distance = 0;
+  phase = count ? LITERAL_HEAD : RUN;
 }
 
-/** An integer's magnitude; one above the largest for all that are too large. `mean`: what is expected of it, in 1/64. */
+function beginLiterals(): void {
+  left = number(LITERALS);
+  sound(left <= until - at, 4, at);
+  phase = LITERAL;
+}
+
+/** `most` of the bytes that stand as they are. */
+function literals(most: usize): void {
+  const to = at + min(left, most);
+  left -= to - at;
+  for (; at < to; at++) {
+    const last = at > section ? <usize>load<u8>(at - 1) : 0;
+    const high = symbol(HIGH + (last >> 5));
+    const middle = symbol(MIDDLE + high);
+    store<u8>(at, (high << 5) | (middle << 2) | (symbol(LOW + 8 * high + middle) & 3));
+  }
+  if (left) return;
+  if (at == until) {
+    phase = RUN;
+    return;
+  }
+  left = number(LENGTH) + 4;
+  const far = number(DISTANCE);
+  if (far) distance = far;
+  sound(distance > 0 && distance <= at - stop && left <= until - at, 5, at);
+  phase = COPY;
+}
+
+/** `most` bytes of a copy. */
+function copy(most: usize): void {
+  const to = at + min(left, most);
+  left -= to - at;
+  for (; at < to; at++) store<u8>(at, load<u8>(at - distance));
+  if (!left) phase = at < until ? LITERAL_HEAD : RUN;
+}
+
+/** The shape of tensors that follow. */
+function beginRun(): void {
+  const type = bits(2);
+  sound(type < 3, 6, at);
+  kind = type == 0 ? 8 : type == 1 ? 4 : 3;
+  rows = number(SHAPE);
+  width = number(SHAPE);
+  const count = number(SHAPE);
+  const step: u64 = bits(1) ? 16 : 4;
+  // The product of numbers below 2^31 fits 64 bits.
+  const packed = (<u64>rows * ((<u64>width * kind + 7) >> 3) + 3) & ~3;
+  const needed = ((<u64>rows * 2 + 3) & ~3) + packed;
+  const room = <u64>(end - at);
+  sound(count > 0 && rows > 0 && needed <= room, 7, at);
+  const between = (needed + step - 1) & (0 - step);
+  const whole = (<u64>count - 1) * between + needed;
+  sound(whole <= room, 7, at);
+  known = (end + 3) & ~3;
+  const pages = <i32>((known + (<usize>rows << 2) + 0xffff) >> 16) - memory.size();
+  if (pages > 0 && memory.grow(pages) < 0) unreachable();
+  for (let i: u32 = 0; i < rows; i++) store<u32>(known + (<usize>i << 2), 0xffff);
+  remember = <u64>rows * width <= MOST_COLUMNS;
+  memory.fill(COLUMNS, 0xff, MOST_COLUMNS * 2);
+  stride = <usize>between;
+  more = count - 1;
+  start = at;
+  at += <usize>whole;
+  beginTensor();
+}
+
+function beginTensor(): void {
+  row = 0;
+  values = start + ((<usize>rows * 2 + 3) & ~3);
+  mean = 64;
+  likely = 0x3c;
+  phase = ROW;
+}
+
+/** A row's scale. */
+function beginRow(): void {
+  const memory = known + (<usize>row << 2);
+  const scale = start + (<usize>row << 1);
+  const known8 = <u32>load<u8>(memory, 2);
+  if (known8) likely = known8;
+  const folded = number(SCALE);
+  likely = (likely + (folded & 1 ? 0 - ((folded + 1) >> 1) : folded >> 1)) & 255;
+  store<u8>(scale, likely, 1);
+  store<u8>(memory, likely, 2);
+  if (symbol(FINE)) store<u8>(scale, bits(8));
+  // What the row before has come to, where this one is not known yet.
+  const before = <i32>load<i16>(memory);
+  if (before >= 0) mean = before;
+  next = 0;
+  phase = INTEGER;
+}
+
+/** An integer's magnitude. `expected`: what is expected of it, in 1/64; `byte`: where it goes. */
 // @ts-ignore: decorator
 @inline
-function magnitude(mean: u32, most: u32): u32 {
+function magnitude(expected: u32, most: u32, byte: usize): u32 {
   let shift: u32 = 0;
-  while (mean >> shift > 256) shift++;
-  let found = symbol(shift * 11 + load<u8>(LEVELS + (mean >> shift)));
-  if (found == 7) found = min<u32>(most, number(MORE) + 7);
-  return min<u32>(most, shift ? (found << shift) | bits(shift) : found);
-}
-
-/** A tensor. `kind`: bits of an integer. `known`: a word for each row, its mean (i16) and the upper byte of its scale. */
-function tensor(start: usize, kind: u32, rows: u32, width: u32, known: usize, remember: bool): void {
-  const most: u32 = 1 << (kind - 1);
-  let to = start + ((rows * 2 + 3) & ~3);
-  let before: i32 = 64;
-  let likely: u32 = 0x3c;
-  let column = COLUMNS;
-  for (let row: u32 = 0; row < rows; row++, known += 4, start += 2) {
-    const known8 = <u32>load<u8>(known, 2);
-    if (known8) likely = known8;
-    const folded = number(SCALE);
-    likely = (likely + (folded & 1 ? 0 - ((folded + 1) >> 1) : folded >> 1)) & 255;
-    store<u8>(start, likely, 1);
-    store<u8>(known, likely, 2);
-    if (symbol(FINE)) store<u8>(start, bits(8));
-    let mean = <i32>load<i16>(known);
-    if (mean < 0) mean = before;
-    let packed: u32 = 0;
-    let filled: u32 = 0;
-    for (let i: u32 = 0; i < width; i++) {
-      const seen = remember ? <i32>load<i16>(column) : -1;
-      const found = magnitude(seen < 0 ? mean : (mean + seen) >> 1, most);
-      const value = found && bits(1) ? 0 - found : found;
-      packed |= (value & (2 * most - 1)) << filled;
-      for (filled += kind; filled >= 8; filled -= 8, packed >>= 8) store<u8>(to++, packed);
-      const now = <i32>(found << 6);
-      if (remember) {
-        store<i16>(column, seen < 0 ? (mean + now) >> 1 : seen + ((now - seen) >> 3));
-        column += 2;
-      }
-      mean += (now - mean) >> (i < 7 ? 3 : i < 15 ? 4 : 5);
-    }
-    if (filled) store<u8>(to++, packed);
-    store<i16>(known, mean);
-    before = mean;
+  while (expected >> shift > 256) shift++;
+  let found = symbol(shift * 11 + load<u8>(LEVELS + (expected >> shift)));
+  if (found == 7) found += number(MORE);
+  // Before a shift takes the highest bits away.
+  sound(found <= most, 8, byte);
+  if (shift) {
+    found = (found << shift) | bits(shift);
+    sound(found <= most, 8, byte);
   }
+  return found;
 }
 
-/** Tensors of one shape and type. Returns where they end. */
-function run(at: usize, end: usize): usize {
-  const type = bits(2);
-  sound(type < 3);
-  const kind: u32 = type == 0 ? 8 : type == 1 ? 4 : 3;
-  const rows = number(SHAPE), width = number(SHAPE), count = number(SHAPE);
-  const step: u64 = bits(1) ? 16 : 4;
-  // Of numbers below 2^31 no product leaves 64 bits.
-  const values = (<u64>rows * ((<u64>width * kind + 7) >> 3) + 3) & ~3;
-  const needed = ((<u64>rows * 2 + 3) & ~3) + values;
-  const left = <u64>(end - at);
-  sound(count > 0 && rows > 0 && needed <= left);
-  const stride = (needed + step - 1) & (0 - step);
-  const whole = (<u64>count - 1) * stride + needed;
-  sound(whole <= left);
-  const known = (end + 3) & ~3;
-  const pages = <i32>((known + (<usize>rows << 2) + 0xffff) >> 16) - memory.size();
-  if (pages > 0) sound(memory.grow(pages) >= 0);
-  for (let i: u32 = 0; i < rows; i++) store<u32>(known + (<usize>i << 2), 0xffff);
-  const remember = <u64>rows * width <= MOST_COLUMNS;
-  memory.fill(COLUMNS, 0xff, MOST_COLUMNS * 2);
-  for (let i: u32 = 0; i < count; i++) tensor(at + <usize>i * <usize>stride, kind, rows, width, known, remember);
-  return at + <usize>whole;
+// @ts-ignore: decorator
+@inline
+function slowness(i: u32): i32 {
+  return i < 7 ? 3 : i < 15 ? 4 : 5;
+}
+
+/** `most` integers of a row. */
+function integers(most: u32): void {
+  const largest: u32 = (1 << (kind - 1)) - 1;
+  const mask: u32 = 2 * largest + 1;
+  const last = width - next > most ? next + most : width;
+  let column = COLUMNS + ((<usize>row * width + next) << 1);
+  let byte = values + ((<usize>next * kind) >> 3);
+  let filled = (next * kind) & 7;
+  let packed = filled ? <u32>load<u8>(byte) : 0;
+  for (let i = next; i < last; ) {
+    const seen = remember ? <i32>load<i16>(column) : -1;
+    const found = magnitude(seen < 0 ? mean : (mean + seen) >> 1, largest, byte);
+    const value = found && bits(1) ? 0 - found : found;
+    packed |= (value & mask) << filled;
+    for (filled += kind; filled >= 8; filled -= 8, packed >>= 8) store<u8>(byte++, packed);
+    const now = <i32>(found << 6);
+    if (remember) {
+      store<i16>(column, seen < 0 ? (mean + now) >> 1 : seen + ((now - seen) >> 3));
+      column += 2;
+    }
+    mean += (now - mean) >> slowness(i);
+    i++;
+    if (found || mean > 3) continue;
+    const zeros = skipZeros(i, last, column);
+    if (!zeros) continue;
+    // The section was filled with zeros.
+    if (filled) store<u8>(byte, packed);
+    i += zeros;
+    column += <usize>zeros << 1;
+    byte = values + ((<usize>i * kind) >> 3);
+    filled = (i * kind) & 7;
+    packed = filled ? <u32>load<u8>(byte) : 0;
+  }
+  if (filled) store<u8>(byte, packed);
+  next = last;
+  if (next < width) return;
+  store<i16>(known + (<usize>row << 2), mean);
+  values += (<usize>width * kind + 7) >> 3;
+  if (++row < rows) phase = ROW;
+  else if (more) {
+    more--;
+    start += stride;
+    beginTensor();
+  } else phase = at < end ? BYTES : END;
 }
 
 /**
- * Decodes what lies at STORED: `stored` bytes, whose head was checked, and `before` bytes that copies may be of. The section has `size` bytes, behind those, in
- * memory that is there; all three together are below 2^30.
+ * How many zeros come where nothing else is expected, from integer `i` of a row on. Does what `symbol` of the first table does, with the table in
+ * a register: what takes next to no bits takes next to no time either.
  */
-export function decode(stored: usize, before: usize, size: usize): void {
+function skipZeros(i: u32, last: u32, column: usize): u32 {
+  if (load<u8>(TABLES) < 40) return 0;
+  const aims = i16x8(32656, 32672, 32688, 32704, 32720, 32736, 32752, -32768);
+  let sums = v128.load(TABLES, 16);
+  let x = state;
+  let r = mean;
+  const first = i;
+  while (i < last) {
+    const zero = <u32>i16x8.extract_lane_u(sums, 0);
+    const slot = x & 0x7fff;
+    if (slot >= zero) break;
+    if (remember) {
+      const seen = <i32>load<i16>(column);
+      if ((r + max(seen, 0)) >> 1 > 3) break;
+      store<i16>(column, seen < 0 ? r >> 1 : seen + ((0 - seen) >> 3));
+      column += 2;
+    }
+    x = zero * (x >>> 15) + slot;
+    if (x < 0x10000) x = (x << 16) | word();
+    sums = i16x8.add(sums, i16x8.shr_s(i16x8.sub(aims, sums), 7));
+    if (r) r += (0 - r) >> slowness(i);
+    i++;
+    if (r || remember) continue;
+    // The usual case, in as few steps as there can be.
+    for (; i < last; i++) {
+      const zero = <u32>i16x8.extract_lane_u(sums, 0);
+      const slot = x & 0x7fff;
+      if (slot >= zero) break;
+      x = zero * (x >>> 15) + slot;
+      if (x < 0x10000) x = (x << 16) | word();
+      sums = i16x8.add(sums, i16x8.shr_s(i16x8.sub(aims, sums), 7));
+    }
+    break;
+  }
+  v128.store(TABLES, sums, 16);
+  state = x;
+  mean = r;
+  return i - first;
+}
+
+/**
+ * Begins to decode what lies at STORED: `stored` bytes, whose head was checked, and `before` bytes that copies may be of. The section has
+ * `size` bytes, behind those, in memory that is there; all three together are below 2^30.
+ */
+export function begin(stored: usize, before: usize, size: usize): void {
   for (let table: usize = 0; table < COUNT; table++) {
     const address = TABLES + (table << 5);
     store<u8>(address, 0);
     for (let i: usize = 0; i < 9; i++) store<u16>(address + 2 * i, load<u16>(FIRST + 36 * table + 4 * i), 14);
   }
+  fault = 0;
   stop = STORED + stored;
   words = STORED + 8;
+  section = stop + before;
+  end = section + size;
+  at = section;
+  phase = size ? BYTES : END;
   state = word() << 16;
   state |= word();
-  sound(state >= 0x10000);
-  const section = stop + before;
-  const end = section + size;
+  sound(state >= 0x10000, 2, section);
   memory.fill(section, 0, size);
-  for (let at = section; at < end; ) {
-    at = bytes(stop, section, at, end);
-    if (at < end) at = run(at, end);
+}
+
+/** Decodes about `most` symbols more. Returns whether that was all. */
+export function decode(most: u32): bool {
+  for (let budget = <i32>most; budget > 0; ) {
+    if (phase == INTEGER) {
+      const from = next;
+      integers(budget);
+      budget -= <i32>(phase == INTEGER ? next - from : width - from) + 1;
+    } else if (phase == ROW) {
+      beginRow();
+      budget -= 4;
+    } else if (phase == LITERAL) {
+      const from = at;
+      literals(budget);
+      budget -= 4 * <i32>(at - from) + 8;
+    } else if (phase == COPY) {
+      const from = at;
+      copy(<usize>budget << 3);
+      budget -= <i32>((at - from) >> 3) + 1;
+    } else if (phase == LITERAL_HEAD) {
+      beginLiterals();
+      budget -= 4;
+    } else if (phase == BYTES) {
+      beginBytes();
+      budget -= 4;
+    } else if (phase == END) {
+      sound(words == stop && state == 0x10000, 9, section);
+      return true;
+    } else if (at < end) beginRun();
+    else phase = END;
   }
-  sound(words == stop && state == 0x10000);
+  return false;
 }

@@ -1,14 +1,19 @@
 /**
- * How soon is a small pack refused that names the largest ranks and shapes? Five packs of about 2 kB with right checksums; the peer in the
- * same run is an honest pack of the same kind, opened and switched to. SPEC.md, section 11, has the rules.
+ * How soon is a bad file refused? Five packs of about 2 kB with right checksums that name the largest ranks and shapes, beside an honest pack of
+ * the same kind, opened and switched to (SPEC.md, section 10, has the rules). And coded sections that become about as much as they may and are
+ * wrong in their last word, beside the same sections without the error: CPU time, and how long others wait for a turn at most.
  */
 import { createRuntime, openPack } from "eigenlora";
+import { code, decodeSection, mostDecoded } from "../dist/src/format/coded.js";
+import { Encoder } from "../dist/src/format/encode-coded.js";
+import { encodeTensor } from "../dist/src/tensor/encode.js";
+import { uniform } from "../dist/src/tensor/random.js";
 import { packFile } from "../test/vectors/format.js";
 import { createModel } from "../test/vectors/model.js";
 import { number, readArguments } from "./lib/arguments.js";
 import { print } from "./lib/report.js";
 
-const QUESTION = "How soon is a small pack refused that names the largest ranks and shapes?";
+const QUESTION = "How soon is a bad file refused?";
 
 const { json, runs } = readArguments(QUESTION, { runs: number("runs of each pack", 20, 1) });
 
@@ -73,4 +78,85 @@ for (const [name, change] of Object.entries(ATTACKS)) {
     says,
   });
 }
-print(json, [{ question: QUESTION, rows }]);
+/** What a section of `size` bytes is made of, and its tensor. @type {Record<string, (size: number) => { section: Uint8Array, tensor?: any }>} */
+const CODED = {
+  "int8, most of them 0": (size) => integers("int8", size, 0.09),
+  "int3, most of them 0": (size) => integers("int3", size, 0.025),
+  "int8, all of them as likely": (size) => integers("int8", size, 1),
+  "single bytes that repeat": (size) => {
+    const random = uniform(1);
+    return { section: Uint8Array.from({ length: size }, () => (random() < 0.05 ? 256 * random() : 65)) };
+  },
+};
+
+/** @param {"int8" | "int3"} dtype @param {number} size @param {number} share of integers that are not 0 */
+function integers(dtype, size, share) {
+  const random = uniform(1);
+  const rows = 8;
+  const width = Math.floor((size / rows) * (dtype === "int8" ? 1 : 8 / 3));
+  const most = share < 1 ? 1 : 127;
+  const values = Float32Array.from({ length: rows * width }, () =>
+    random() < share ? Math.round(most * (share < 1 ? 1 : 2 * random() - 1)) : 0,
+  );
+  const section = encodeTensor(dtype, values, rows, width, new Float32Array(rows).fill(1));
+  return { section, tensor: { dtype, rows, width, count: 1, step: 4, byteOffset: 0 } };
+}
+
+/** Coded without looking for copies. @param {{ section: Uint8Array, tensor?: any }} what */
+function coded({ section, tensor }) {
+  const encoder = new Encoder(section.length);
+  const refuse = () => {
+    throw new RangeError();
+  };
+  const plan = { runs: tensor ? [tensor] : [], copyAt: () => undefined };
+  const pieces = code(encoder, section, refuse, new Uint8Array(), plan);
+  while (!pieces.next().done);
+  return encoder.finish(section.length);
+}
+
+/** @param {Uint8Array} bytes @returns {Promise<{ cpu: number, wait: number }>} */
+async function cost(bytes) {
+  let [last, wait, going] = [performance.now(), 0, true];
+  const turn = () => {
+    wait = Math.max(wait, performance.now() - last);
+    last = performance.now();
+    if (going) setImmediate(turn);
+  };
+  turn();
+  const before = process.cpuUsage();
+  await decodeSection(bytes, { file: "file", part: "part" }).catch(() => undefined);
+  const { user, system } = process.cpuUsage(before);
+  going = false;
+  return { cpu: (user + system) / 1000, wait: Math.max(wait, performance.now() - last) };
+}
+
+const sections = [];
+for (const stored of [74_000, 290_000]) {
+  for (const [name, make] of Object.entries(CODED)) {
+    // What is made of a small one tells how large it may be.
+    const [try0, most] = [make(100_000), mostDecoded(stored)];
+    const ratio = Math.min(100_000 / coded(try0).length, 15.5);
+    const right = coded(make(Math.floor(Math.min(most, ratio * stored))));
+    const wrong = right.slice();
+    wrong[wrong.length - 1] = (wrong.at(-1) ?? 0) ^ 1;
+    /** @type {{ cpu: number, wait: number }[][]} */
+    const costs = [];
+    for (let i = 0; i < runs; i++) costs.push([await cost(right), await cost(wrong)]);
+    const least = (/** @type {number} */ which, /** @type {"cpu" | "wait"} */ what) =>
+      Number(Math.min(...costs.map((pair) => /** @type {any} */ (pair[which])[what])).toFixed(1));
+    const becomes = new DataView(right.buffer).getUint32(4, true);
+    sections.push({
+      section: name,
+      bytes: right.length,
+      becomes,
+      "right: CPU ms": least(0, "cpu"),
+      "wrong: CPU ms": least(1, "cpu"),
+      "longest wait, ms": least(1, "wait"),
+    });
+  }
+}
+
+print(json, [
+  { question: `${QUESTION} Small packs:`, rows },
+  { question: "Coded sections that are wrong in their last word:", rows: sections },
+]);

@@ -10,14 +10,13 @@ import { buildPack } from "eigenlora/build";
 import { createEigenSession } from "eigenlora/onnxruntime";
 import * as ort from "onnxruntime-node";
 import { mean } from "simple-statistics";
-import { parseTaskFile } from "../../dist/src/format/task-file.js";
 import { encodedTensor, readTensor } from "../../dist/src/format/tensors.js";
 import { newPack } from "../../dist/src/pack/fresh.js";
 import { openPack } from "../../dist/src/pack/pack.js";
 import { BITS, decodeScales } from "../../dist/src/tensor/dtypes.js";
 import { encodeTensor, toInteger } from "../../dist/src/tensor/encode.js";
 import { shuffle, uniform } from "../../dist/src/tensor/random.js";
-import { taskFile } from "../../dist/src/train/result.js";
+import { learnedTask } from "../../dist/src/train/result.js";
 import { copyOf } from "../../dist/src/train/state.js";
 import { createEncoder, model, readReference, readTask } from "../../examples/minilm.js";
 import { folderOf, plainTexts, SUITES, testTexts, withAdapters } from "../lib/adapters.js";
@@ -334,9 +333,12 @@ async function bytesOf({ pack, students, components, step }, states, values) {
   const tasks = students.map(({ id, terms, machine, stored, blob }, i) => async () => {
     const weight = blob.parameters.find(({ shape }) => shape.length > 1);
     const dtype = { coefficients: /** @type {const} */ ("int8"), head: weight?.tensor.dtype };
-    const file = taskFile(pack, terms, states[i], machine.head, /** @type {any} */ ({ id, dtype, stored }));
+    const how = /** @type {any} */ ({ id, dtype, stored });
     const { adapterBytes, metadata, brings } = /** @type {any} */ (pack.tasks.get(id));
-    return { entry: { id, adapterBytes, metadata, brings }, blob: parseTaskFile(file, id).blob };
+    return {
+      entry: { id, adapterBytes, metadata, brings },
+      blob: learnedTask(pack, terms, states[i], machine.head, how).blob,
+    };
   });
   const { basis } = pack.directory;
   return (await newPack({ ...basis, step, modules }, tasks)).bytes;

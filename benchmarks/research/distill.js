@@ -14,7 +14,6 @@ import { distill } from "eigenlora/train";
 import * as ort from "onnxruntime-node";
 import { mean, sum } from "simple-statistics";
 import { parseTaskFile } from "../../dist/src/format/task-file.js";
-import { storedTask } from "../../dist/src/pack/coding.js";
 import { shuffle, uniform } from "../../dist/src/tensor/random.js";
 import {
   agreement,
@@ -176,8 +175,7 @@ async function measure(session, adapter, task, { tests, pool }) {
   const { ms, cpu, result: made } = await clocked(() => distill(session, options));
   await session.addTask("distilled", made.file);
   const { pack } = session;
-  const { blob, ...entry } = parseTaskFile(made.file, id);
-  const stored = storedTask(pack, { entry, blob }).blob;
+  const stored = parseTaskFile(made.file, id).blob;
   const [projected, distilled] = [await accuracy(id), await accuracy("distilled")];
   await session.switchTask(id);
   await session.removeTask("distilled");

@@ -59,7 +59,7 @@ export const add: Attach = command({
     const projected = await projectAdapters(pack, adapters, await storedDtypes(pack), counting(out, "module"));
     const learned: TaskToWrite[] = [];
     for (const { path, id } of files) await pack.addTask(id, path);
-    for (const { id } of files) learned.push({ entry: pack.tasks.get(id)!, blob: (await pack.load(id)).bytes });
+    for (const { id } of files) learned.push({ entry: pack.tasks.get(id)!, blob: await pack.stored(id) });
     const residual = projected.map((task) => task.residual);
     if (maxLoss !== undefined) refuseLoss(residual, maxLoss, file);
     await run.lock(file);

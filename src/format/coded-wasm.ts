@@ -2,16 +2,31 @@
  * Coded sections decoded by WebAssembly (`assembly/coded.ts`), where there is some: three to five times as fast as `coded.ts`, fifteen
  * times with the first section.
  *
- * A module of its own instead of a part of the backend's kernels: whoever decodes has no backend, those kernels are loaded without it
- * in the core of every app, and 2 kB may be compiled at once, without a promise. Where an engine has no WebAssembly, no SIMD, or a
- * policy against it, and for whatever is refused, `coded.ts` decodes.
+ * A module of its own instead of a part of the backend's kernels: sections are decoded where there is no backend, those kernels are loaded
+ * without it in the core of every app, and 3 kB may be compiled at once, without a promise. Where an engine has no WebAssembly, no SIMD, or a
+ * policy against it, `coded.ts` decodes.
  */
 import binary from "#wasm/coded";
 import { LEVEL_OF, Tables } from "./coded-tables.ts";
 
+/** A decoder at work on one section. */
+export interface Work {
+  /**
+   * Does one piece of the work.
+   * @returns whether it was the last
+   * @throws FormatError when the section breaks a rule
+   */
+  next(): boolean;
+  /** The section, once all is done. */
+  section(): Uint8Array<ArrayBuffer>;
+}
+
 interface Decoder {
   readonly memory: WebAssembly.Memory;
-  readonly decode: (stored: number, before: number, size: number) => void;
+  readonly begin: (stored: number, before: number, size: number) => void;
+  readonly decode: (symbols: number) => number;
+  readonly fault: WebAssembly.Global<"i32">;
+  readonly place: WebAssembly.Global<"i32">;
 }
 
 /** Addresses, as `assembly/coded.ts` has them. */
@@ -24,38 +39,60 @@ const PAGE = 65_536;
 const MOST_KEPT = 16 * PAGE;
 /** All bytes of a section, coded and not, and what it copies from. More than this is for an engine without such limits. */
 const MOST = 1 << 28;
+/** Symbols of a piece: one or two milliseconds. */
+const PIECE = 1 << 16;
 
 let module: WebAssembly.Module | undefined;
 let kept: Decoder | undefined;
 let refused = typeof WebAssembly === "undefined";
 
 /**
- * A section as it was, or undefined where WebAssembly cannot say.
+ * A decoder by WebAssembly; undefined where there is none, or too little memory.
  * @param stored with a head that was checked
  * @param size bytes that it becomes
+ * @param refuse throws for a fault, a place in `FAULTS` of `coded.ts`, at a byte of the section
  */
-export function decodeByWasm(
+export function wasmWork(
   stored: Uint8Array,
   before: Uint8Array,
   size: number,
-): Uint8Array<ArrayBuffer> | undefined {
+  refuse: (fault: number, at: number) => never,
+): Work | undefined {
   const start = STORED + stored.length + before.length;
   if (start + size > MOST || !compiled()) return undefined;
+  // Two sections may be decoded in turns.
+  let decoder: Decoder | undefined = kept;
+  kept = undefined;
   try {
-    const { memory, decode } = (kept ??= instance());
-    const pages = Math.ceil((start + size - memory.buffer.byteLength) / PAGE);
-    if (pages > 0) memory.grow(pages);
-    const bytes = new Uint8Array(memory.buffer);
-    bytes.set(stored, STORED);
-    bytes.set(before, start - before.length);
-    decode(stored.length, before.length, size);
-    // Decoding may have moved the memory.
-    return new Uint8Array(memory.buffer).slice(start, start + size);
+    decoder ??= instance();
+    const pages = Math.ceil((start + size - decoder.memory.buffer.byteLength) / PAGE);
+    if (pages > 0) decoder.memory.grow(pages);
   } catch {
     return undefined;
-  } finally {
-    if (kept && kept.memory.buffer.byteLength > MOST_KEPT) kept = undefined;
   }
+  const { memory, begin, decode, fault, place } = decoder;
+  const bytes = new Uint8Array(memory.buffer);
+  bytes.set(stored, STORED);
+  bytes.set(before, start - before.length);
+  let begun = false;
+  return {
+    next() {
+      try {
+        if (!begun) begin(stored.length, before.length, size);
+        begun = true;
+        return decode(PIECE) !== 0;
+      } catch (error) {
+        if (fault.value > 0) return refuse(fault.value, place.value);
+        throw new RangeError(`no memory is left to decode ${size} bytes`, { cause: error });
+      }
+    },
+    section() {
+      // Decoding may have moved the memory.
+      const section = new Uint8Array(memory.buffer).slice(start, start + size);
+      if (memory.buffer.byteLength <= MOST_KEPT) kept = decoder;
+      return section;
+    },
+  };
 }
 
 function compiled(): boolean {
@@ -73,5 +110,5 @@ function instance(): Decoder {
   const { exports } = new WebAssembly.Instance(module!, { env: { memory } });
   new Int32Array(memory.buffer, FIRST).set(new Tables().sums);
   new Uint8Array(memory.buffer, LEVELS).set(LEVEL_OF);
-  return { memory, decode: exports["decode"] as Decoder["decode"] };
+  return { memory, ...exports } as unknown as Decoder;
 }

@@ -1,8 +1,9 @@
 /**
- * Entropy-coded sections (SPEC.md, section 5.1): integers of tensors in as many bits as they are worth. Coding loses nothing: a
+ * Entropy-coded sections (SPEC.md, appendix A): integers of tensors in as many bits as they are worth. Coding loses nothing: a
  * section is what it was, byte for byte, once decoded. The coder is rANS (J. Duda, "Asymmetric numeral systems", 2013) over
  * frequencies that adapt. `code` tells what is coded in which order, for both directions; the other half is `encode-coded.ts`.
  */
+import { pacer } from "../pace.ts";
 import {
   BITS,
   type QuantizedDtype,
@@ -33,7 +34,7 @@ import {
   Tables,
   WORD_BITS,
 } from "./coded-tables.ts";
-import { decodeByWasm } from "./coded-wasm.ts";
+import { type Work, wasmWork } from "./coded-wasm.ts";
 import { align64, Fields } from "./fields.ts";
 import {
   CODED_MAGIC,
@@ -50,8 +51,33 @@ import { check } from "./messagepack.ts";
 export const CODED_HEAD_BYTES = 8;
 /** What a section has at most once decoded. @param stored its bytes, coded */
 export function mostDecoded(stored: number): number {
-  return 64 * stored + 4096;
+  return 16 * stored + 4096;
 }
+
+/** Milliseconds of decoding after which the others have a turn: half of what a page may take for a frame. */
+const TURN = 8;
+/** Symbols, or bytes of copies, between two looks at the clock where there is no WebAssembly. */
+const PIECE = 1 << 12;
+/** Rows, which may be short, between two such looks. */
+const ROWS = 1 << 8;
+
+/** What is wrong with a section, numbered as `assembly/coded.ts` does; those that have one name a place. */
+const FAULTS = [
+  "",
+  "its words end too early",
+  "it begins with a wrong state",
+  "more bytes are announced than are left at",
+  "more single bytes are announced than are left at",
+  "a copy does not fit at",
+  "a tensor of unknown type is announced at",
+  "tensors do not fit at",
+  "an integer is larger than its type allows at",
+  "it does not end where its words do",
+] as const;
+const [EARLY, STATE, BYTES, LITERAL, COPY, TYPE, TENSORS, MAGNITUDE, LATE] = [1, 2, 3, 4, 5, 6, 7, 8, 9];
+
+/** Throws for a fault at a byte of the section. */
+type Refuse = (fault: number, at: number) => never;
 
 /** Types of integers, by their code here. */
 const TYPES: readonly QuantizedDtype[] = ["int8", "int4", "int3"];
@@ -93,13 +119,26 @@ export function isCoded(blob: Uint8Array): boolean {
   return blob.length >= 4 && new DataView(blob.buffer, blob.byteOffset).getUint32(0, true) === CODED_MAGIC;
 }
 
+/** Where a section lies, for messages, and how it is decoded. */
+export interface Decoding {
+  readonly file: string;
+  readonly part: string;
+  /** What copies may be of beside the section itself: of bases and task blobs the basis description. Default: nothing. */
+  readonly before?: Uint8Array;
+  /** Bytes that it must become. Default: what it says. */
+  readonly expected?: number | undefined;
+  readonly signal?: AbortSignal | undefined;
+  /** Default: WebAssembly where there is some. */
+  readonly by?: typeof wasmWork;
+}
+
 /**
  * A task blob, decoded where it is coded.
- * @param description of its basis
+ * @param how with the description of its basis
  * @throws FormatError as `decodeSection`
  */
-export function plainTask(blob: Uint8Array, file: string, part: string, description: Uint8Array): Uint8Array {
-  return isCoded(blob) ? decodeSection(blob, file, part, description) : blob;
+export async function plainTask(blob: Uint8Array, how: Decoding): Promise<Uint8Array> {
+  return isCoded(blob) ? decodeSection(blob, how) : blob;
 }
 
 /**
@@ -107,8 +146,12 @@ export function plainTask(blob: Uint8Array, file: string, part: string, descript
  * @param stored bytes of the right length and checksum
  * @throws FormatError when it is damaged, or says places
  */
-export function plainDirectory({ bytes, file, part }: Fields, superblock: Superblock): Fields {
-  const f: Fields = new Fields(decodeSection(bytes, file, part), file, part);
+export async function plainDirectory(
+  { bytes, file, part }: Fields,
+  superblock: Superblock,
+  signal?: AbortSignal,
+): Promise<Fields> {
+  const f: Fields = new Fields(await decodeSection(bytes, { file, part, signal }), file, part);
   const view = new DataView(f.bytes.buffer);
   const { directoryOffset, directoryLength, basesOffset } = superblock;
   let end = WINDOW_BYTES;
@@ -128,20 +171,13 @@ export function plainDirectory({ bytes, file, part }: Fields, superblock: Superb
 }
 
 /**
- * A coded section or directory as it was.
- * @param before what copies may be of beside the section itself: of bases and task blobs the basis description. Default: nothing
- * @param expected bytes that it must become. Default: what it says
- * @param fast what decodes where it can, and says undefined where it cannot or the section is damaged
- * @throws FormatError when it is no such section, or damaged
+ * A coded section or directory as it was, in one pass. Long work lets others have a turn.
+ * @throws FormatError when it is no such section, or damaged, saying where; the reason of `signal`, once it is aborted
  */
-export function decodeSection(
+export async function decodeSection(
   bytes: Uint8Array,
-  file: string,
-  part: string,
-  before: Uint8Array = new Uint8Array(),
-  expected?: number,
-  fast: typeof decodeByWasm = decodeByWasm,
-): Uint8Array<ArrayBuffer> {
+  { file, part, before = new Uint8Array(), expected, signal, by = wasmWork }: Decoding,
+): Promise<Uint8Array<ArrayBuffer>> {
   const sound = (condition: boolean, what: string): void =>
     check(condition, file, part, () => `as it is coded, ${what}`);
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
@@ -150,45 +186,66 @@ export function decodeSection(
   const size = view.getUint32(4, true);
   sound(size <= mostDecoded(bytes.length), `it says that it becomes ${size} bytes, of ${bytes.length} that are stored`);
   sound(expected === undefined || size === expected, `it becomes ${size} bytes, its tensors need ${expected}`);
-  const decoded = fast(bytes, before, size);
-  if (decoded) return decoded;
+  const refuse: Refuse = (fault, at) => {
+    const where = FAULTS[fault]!.endsWith(" at") ? ` byte ${at} of the ${size} that it becomes` : "";
+    sound(false, `${FAULTS[fault]}${where}: the file is damaged, fetch it again`);
+    throw new RangeError();
+  };
+  const work = by(bytes, before, size, refuse) ?? scriptWork(bytes, before, size, refuse);
+  const pause = pacer(signal, TURN);
+  while (!work.next()) {
+    const turn = pause();
+    if (turn) await turn;
+  }
+  return work.section();
+}
+
+/** The same as `wasmWork`, for engines without WebAssembly. */
+function scriptWork(bytes: Uint8Array, before: Uint8Array, size: number, refuse: Refuse): Work {
   const section = new Uint8Array(size);
-  const decoder = new Decoder(view, sound);
-  code(decoder, section, sound, before);
-  decoder.end();
-  return section;
+  let decoder: Decoder | undefined;
+  let pieces: Generator<void> | undefined;
+  return {
+    next() {
+      decoder ??= new Decoder(bytes, refuse);
+      pieces ??= code(decoder, section, refuse, before);
+      const { done = false } = pieces.next();
+      if (done) decoder.end();
+      return done;
+    },
+    section: () => section,
+  };
 }
 
 /**
- * Codes a section, or fills one with what is decoded. Bytes that belong to no run are copies of earlier ones, or stand as they are.
- * @param sound throws unless a condition holds, saying what is wrong
- * @param before see `decodeSection`
+ * Codes a section, or fills one with what is decoded, in pieces. Bytes that belong to no run are copies of earlier ones, or stand as they are.
+ * @param before see `Decoding`
  * @param plan of an encoder
  */
-export function code(
+export function* code(
   coder: Coder,
   section: Uint8Array,
-  sound: (condition: boolean, what: string) => void,
+  refuse: Refuse,
   before: Uint8Array,
   plan?: Plan,
-): void {
+): Generator<void> {
   let at = 0;
   for (let i = 0; at < section.length; i++) {
     const run = plan?.runs[i];
-    at = codeBytes(coder, section, at, run ? run.byteOffset : section.length, sound, before, plan);
+    at = yield* codeBytes(coder, section, at, run ? run.byteOffset : section.length, refuse, before, plan);
     if (at === section.length) break;
     const type = coder.bits(2, run ? TYPES.indexOf(run.dtype) : 0);
-    sound(type < TYPES.length, `it has a tensor of type ${type}`);
-    const dtype = TYPES[type]!;
+    const dtype = TYPES[type] ?? refuse(TYPE, at);
     const rows = codeNumber(coder, SHAPE, run?.rows ?? 0);
     const width = codeNumber(coder, SHAPE, run?.width ?? 0);
     const count = codeNumber(coder, SHAPE, run?.count ?? 0);
     const step = coder.bits(1, Number(run?.step === 16)) ? 16 : 4;
     const bytes = Math.ceil(tensorBytes(dtype, rows, width) / step) * step;
     const end = at + (count - 1) * bytes + tensorBytes(dtype, rows, width);
-    sound(count > 0 && rows > 0 && end <= section.length, `${count} tensors [${rows}, ${width}] do not fit into it`);
+    if (!(count > 0 && rows > 0 && end <= section.length)) refuse(TENSORS, at);
     const memory = new Memory(rows, width);
-    for (let k = 0; k < count; k++) codeTensor(coder, section, at + k * bytes, dtype, rows, width, memory);
+    for (let k = 0; k < count; k++)
+      yield* codeTensor(coder, section, at + k * bytes, { dtype, rows, width }, memory, refuse);
     at = end;
   }
 }
@@ -204,17 +261,17 @@ function codeNumber(coder: Coder, table: number, value: number): number {
 }
 
 /** Bytes as they are, and copies of earlier ones, in turns. */
-function codeBytes(
+function* codeBytes(
   coder: Coder,
   section: Uint8Array,
   start: number,
   stop: number,
-  sound: (condition: boolean, what: string) => void,
+  refuse: Refuse,
   before: Uint8Array,
   plan: Plan | undefined,
-): number {
+): Generator<void, number> {
   const end = start + codeNumber(coder, LENGTH, stop - start);
-  sound(end <= section.length, `${end - start} bytes at ${start} do not fit into it`);
+  if (end > section.length) refuse(BYTES, start);
   let at = start;
   let distance = 0;
   while (at < end) {
@@ -222,17 +279,18 @@ function codeBytes(
     let copy: ReturnType<Plan["copyAt"]>;
     if (plan) while (next < end && !(copy = plan.copyAt(next, end))) next++;
     next = at + codeNumber(coder, LITERALS, next - at);
-    sound(next <= end, `${next - at} bytes at ${at} are too many`);
-    for (; at < next; at++) section[at] = codeByte(coder, section[at - 1] ?? 0, section[at]!);
+    if (next > end) refuse(LITERAL, at);
+    for (; at < next; at++) {
+      section[at] = codeByte(coder, section[at - 1] ?? 0, section[at]!);
+      if (at % PIECE === 0) yield;
+    }
     if (at === end) break;
     const length = LEAST_COPY + codeNumber(coder, LENGTH, (copy?.length ?? LEAST_COPY) - LEAST_COPY);
     distance = codeNumber(coder, DISTANCE, copy && copy.distance !== distance ? copy.distance : 0) || distance;
-    sound(
-      distance > 0 && distance <= at + before.length && at + length <= end,
-      `a copy of ${length} bytes does not fit into it`,
-    );
+    if (!(distance > 0 && distance <= at + before.length && at + length <= end)) refuse(COPY, at);
     for (const until = at + length; at < until; at++) {
       section[at] = (distance > at ? before[before.length + at - distance] : section[at - distance])!;
+      if (at % PIECE === 0) yield;
     }
   }
   return end;
@@ -258,19 +316,19 @@ class Memory {
   }
 }
 
-function codeTensor(
+function* codeTensor(
   coder: Coder,
   section: Uint8Array,
   start: number,
-  dtype: QuantizedDtype,
-  rows: number,
-  width: number,
+  { dtype, rows, width }: Pick<TensorRun, "dtype" | "rows" | "width">,
   memory: Memory,
-): void {
+  refuse: Refuse,
+): Generator<void> {
   const [values, stride, bits] = [start + scaleBytes(dtype, rows), rowBytes(dtype, width), BITS[dtype]];
   const largest = 2 ** (bits - 1) - 1;
   let [before, likely] = [MEAN_UNIT, 0x3c];
   for (let row = 0; row < rows; row++) {
+    if (row % ROWS === 0) yield;
     const [lower, upper] = [start + 2 * row, start + 2 * row + 1];
     likely = section[upper] = codeUpper(coder, section[upper]!, memory.scales[row]! || likely);
     memory.scales[row] = likely;
@@ -279,9 +337,11 @@ function codeTensor(
     const from = values + row * stride;
     for (let i = 0; i < width; i++) {
       const at = row * width + i;
+      if (i % PIECE === PIECE - 1) yield;
       const column = memory.columns?.[at] ?? -1;
       const given = quantizedAt(section, dtype, from, i);
       const value = codeInteger(coder, column < 0 ? mean : (mean + column) >> 1, given, largest);
+      if (value > largest) refuse(MAGNITUDE, from + ((i * bits) >> 3));
       if (value !== given) setInteger(section, bits, from, i, value);
       const seen = Math.abs(value) * MEAN_UNIT;
       if (memory.columns) memory.columns[at] = column < 0 ? (mean + seen) >> 1 : column + ((seen - column) >> 3);
@@ -298,7 +358,7 @@ function codeUpper(coder: Coder, byte: number, likely: number): number {
   return (likely + (folded & 1 ? -(folded + 1) / 2 : folded / 2)) & 255;
 }
 
-/** @param mean expected of its magnitude, in 1/64 */
+/** @param mean expected of its magnitude, in 1/64 @returns one above `largest` for all whose magnitude is larger */
 function codeInteger(coder: Coder, mean: number, value: number, largest: number): number {
   let shift = 0;
   while (mean >> shift > MOST_MEAN) shift++;
@@ -306,25 +366,25 @@ function codeInteger(coder: Coder, mean: number, value: number, largest: number)
   let found = coder.symbol(shift * TABLES_OF_A_SHIFT + LEVEL_OF[mean >> shift]!, Math.min(magnitude >> shift, ESCAPE));
   if (found === ESCAPE) found += codeNumber(coder, MORE, (magnitude >> shift) - ESCAPE);
   // Before a shift takes the highest bits away.
-  if (found > largest) found = largest + 1;
+  if (found > largest) return largest + 1;
   if (shift > 0) found = (found << shift) | coder.bits(shift, magnitude & ((1 << shift) - 1));
-  if (found > largest) found = largest + 1;
+  if (found > largest) return largest + 1;
   return found && coder.bits(1, Number(value < 0)) ? -found : found;
 }
 
 class Decoder implements Coder {
   readonly #view: DataView;
-  readonly #sound: (condition: boolean, what: string) => void;
+  readonly #refuse: Refuse;
   readonly #tables = new Tables();
   /** An array, since engines keep numbers above 2^30 apart from objects. */
   readonly #state = new Int32Array(1);
   #at = CODED_HEAD_BYTES;
 
-  constructor(view: DataView, sound: (condition: boolean, what: string) => void) {
-    this.#view = view;
-    this.#sound = sound;
+  constructor(bytes: Uint8Array, refuse: Refuse) {
+    this.#view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+    this.#refuse = refuse;
     this.#state[0] = (this.#word() << WORD_BITS) | this.#word();
-    sound(this.#state[0] >>> WORD_BITS > 0, "it begins with a wrong state: the file is damaged");
+    if (this.#state[0] >>> WORD_BITS === 0) refuse(STATE, 0);
   }
 
   symbol(table: number): number {
@@ -348,10 +408,7 @@ class Decoder implements Coder {
 
   /** All words were read, and the encoder's first state is left. */
   end(): void {
-    this.#sound(
-      this.#at === this.#view.byteLength && this.#state[0] === 1 << WORD_BITS,
-      "it does not end where its bytes do: the file is damaged",
-    );
+    if (this.#at !== this.#view.byteLength || this.#state[0] !== 1 << WORD_BITS) this.#refuse(LATE, 0);
   }
 
   #take(state: number): void {
@@ -359,7 +416,7 @@ class Decoder implements Coder {
   }
 
   #word(): number {
-    if (this.#at >= this.#view.byteLength) this.#sound(false, "its bytes end too early: the file is damaged");
+    if (this.#at >= this.#view.byteLength) this.#refuse(EARLY, 0);
     const word = this.#view.getUint16(this.#at, true);
     this.#at += 2;
     return word;

@@ -35,7 +35,12 @@ import { placing } from "./places.ts";
  * Checks the directory against its superblock: the sections tile the file, every tensor of the bases has its place.
  * @throws FormatError saying which rule of SPEC.md, section 4, does not hold
  */
-export async function parseDirectory(stored: Uint8Array, superblock: Superblock, file: string): Promise<Directory> {
+export async function parseDirectory(
+  stored: Uint8Array,
+  superblock: Superblock,
+  file: string,
+  signal?: AbortSignal,
+): Promise<Directory> {
   let f: Fields = new Fields(stored, file, "directory");
   f.check(
     stored.length === superblock.directoryLength,
@@ -43,7 +48,7 @@ export async function parseDirectory(stored: Uint8Array, superblock: Superblock,
   );
   f.crc(superblock.directoryCrc);
   const coded = stored.length > 4 && f.u32(0) === CODED_MAGIC;
-  if (coded) f = (await import("./coded.ts")).plainDirectory(f, superblock);
+  if (coded) f = await (await import("./coded.ts")).plainDirectory(f, superblock, signal);
   const { bytes } = f;
   f.check(bytes.length >= DIRECTORY_HEAD_BYTES, () => `${bytes.length} bytes are too few`);
   const [count, basisLength, tasksLength] = [f.u32(0), f.u32(4), f.u32(8)];

@@ -17,7 +17,7 @@ const AGAIN = 2;
  * A section, coded.
  * @param tensors of it, in order
  * @param step each tensor begins at a multiple of it
- * @param before as `decodeSection` takes it
+ * @param before see `Decoding`
  * @returns undefined where that takes no fewer bytes
  */
 export function encodeSection(
@@ -27,8 +27,15 @@ export function encodeSection(
   before: Uint8Array = new Uint8Array(),
 ): Uint8Array<ArrayBuffer> | undefined {
   const encoder = new Encoder(section.length);
+  const refuse = (fault: number, at: number): never => {
+    throw new RangeError(`a section that cannot be coded: ${fault} at byte ${at}`);
+  };
   // What is coded is read from the section, and written to it again as it is.
-  code(encoder, section, () => {}, before, { runs: runsOf(tensors, step), copyAt: copies(before, section) });
+  const pieces = code(encoder, section, refuse, before, {
+    runs: runsOf(tensors, step),
+    copyAt: copies(before, section),
+  });
+  while (!pieces.next().done);
   const bytes = encoder.finish(section.length);
   return bytes.length < section.length && section.length <= mostDecoded(bytes.length) ? bytes : undefined;
 }

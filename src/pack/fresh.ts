@@ -18,7 +18,7 @@ import {
 } from "../format/layout.ts";
 import { toHex } from "../tensor/hex.ts";
 import { VERSION } from "../version.ts";
-import { codedBases, codedBy, codedTask, headerOf, storedTask } from "./coding.ts";
+import { codedBases, codedBy, codedTask, headerOf } from "./coding.ts";
 import type { Pack } from "./pack.ts";
 
 /** What a pack is made of: a task each. Where a pack has a step, it is asked for once. */
@@ -99,19 +99,17 @@ export async function allOf(chunks: AsyncIterable<Uint8Array>): Promise<Uint8Arr
 }
 
 /**
- * The tasks of an open pack, those added and without those removed, as they are to be written elsewhere.
+ * The tasks of an open pack, those added and without those removed, as they are to be written elsewhere: byte for byte, so that each keeps
+ * its hash (SPEC.md, section 8).
  * @param replaced other blobs, by id
  */
 export async function tasksOf(pack: Pack, replaced: ReadonlyMap<string, Uint8Array> = new Map()): Promise<TaskPlace[]> {
   checkPack("tasksOf", pack);
   const places: TaskPlace[] = [];
   for (const { id, adapterBytes, metadata, brings } of pack.tasks.values()) {
+    const read = async (): Promise<Uint8Array> => replaced.get(id) ?? pack.stored(id);
     const entry = { id, adapterBytes, metadata, brings };
-    const task = async (): Promise<TaskToWrite> =>
-      storedTask(pack, { entry, blob: replaced.get(id) ?? (await pack.load(id)).bytes });
-    const place = await placeOf(await task());
-    // What was coded is small, and coding it again would take as long.
-    places.push(place.coded ? place : { ...place, read: async () => (await task()).blob });
+    places.push({ ...(await placeOf({ entry, blob: await read() })), read });
   }
   return places;
 }
@@ -144,14 +142,11 @@ export async function freshPack(
 }
 
 /**
- * What to write to a pack's file so that it has these tasks too (SPEC.md, section 9). Their ids must be new and unique.
+ * What to write to a pack's file so that it has these tasks too (SPEC.md, section 9). Their ids must be new and unique; their blobs are written
+ * as they are.
  * @param sign made by `createSigner`. Default: not signed
  */
 export async function planAppend(pack: Pack, tasks: readonly TaskToWrite[], sign?: Sign): Promise<Append> {
   checkPack("planAppend", pack);
-  return layoutAppend(
-    pack,
-    tasks.map((task) => storedTask(pack, task)),
-    sign,
-  );
+  return layoutAppend(pack, tasks, sign);
 }

@@ -5,7 +5,7 @@
 /// <reference lib="esnext.disposable" preserve="true" />
 import { checkChoice, checkOptions, described, nearest } from "../arguments.ts";
 import { type EigenLoraError, TaskError } from "../errors.ts";
-import { parseDirectory } from "../format/directory.ts";
+import { isTaskId, parseDirectory } from "../format/directory.ts";
 import { align64, Fields } from "../format/fields.ts";
 import {
   type Directory,
@@ -25,8 +25,8 @@ import {
   type FetchOptions,
   type ReadOptions,
   type Reads,
+  SharedWork,
   type SourceInput,
-  unlessAborted,
 } from "../source.ts";
 import type { TaskTrust, Trust, TrustOptions } from "./trust.ts";
 
@@ -55,7 +55,10 @@ export interface TaskInfo {
    * Undefined in packs that do not say.
    */
   readonly brings: readonly string[] | undefined;
-  /** SHA-256 of its blob, "sha256-…". Undefined in packs without hashes, and for tasks added at run time. */
+  /**
+   * The hash of the task, "sha256-…": what `revoked` takes. The same in a pack and in a task file. Undefined in packs without hashes, and for
+   * tasks that were added where the platform has no SHA-256.
+   */
   readonly integrity: string | undefined;
   /** Whether a switch to it needs no request, at the time of asking. */
   readonly resident: boolean;
@@ -69,8 +72,11 @@ interface TaskSlot {
   brings?: readonly string[] | undefined;
   /** Undefined for tasks added at run time, which are always resident. */
   section?: Section;
+  /** Of tasks added at run time: the blob as its file has it. */
+  stored?: Uint8Array;
+  integrity: string | undefined;
   blob?: TaskBlob | undefined;
-  loading?: Promise<TaskBlob> | undefined;
+  loading?: SharedWork<TaskBlob> | undefined;
 }
 
 /** The bases section of a pack, for as long as it is needed. */
@@ -85,7 +91,7 @@ export interface Bases {
 interface SharedBases {
   users: number;
   bytes?: Uint8Array;
-  checked?: Promise<Uint8Array>;
+  checked?: SharedWork<Uint8Array>;
 }
 
 /**
@@ -129,8 +135,9 @@ export async function openPack(input: SourceInput, options: OpenOptions = {}): P
     new Fields(bytes, name, "padding").zero(directoryLength, basesAt);
     // A copy: as a view the directory would keep the bases in memory.
     directoryBytes = bytes.slice(0, directoryLength);
-    await trust?.checkDirectory(window, directoryBytes);
-    const directory = await parseDirectory(directoryBytes, window.superblock, name);
+    await trust?.checkRoot(window, directoryBytes);
+    const directory = await parseDirectory(directoryBytes, window.superblock, name, signal);
+    trust?.checkHashes(directory);
     const bases = together ? bytes.subarray(basesAt) : undefined;
     const { reads = counted, byteLength } = inner;
     const source = { name, byteLength, read, clear: async () => inner.clear?.(), close: async () => inner.close?.() };
@@ -196,6 +203,8 @@ export class Pack {
   readonly #source: ByteSource;
   readonly #trust: Trust | undefined;
   readonly #slots = new Map<string, TaskSlot>();
+  /** Ids of tasks whose files are being read. */
+  readonly #adding = new Set<string>();
   readonly #maxResidentBytes: number;
   /** Resident blobs that could be read again, least recently used first. */
   readonly #recent = new Set<TaskSlot>();
@@ -220,7 +229,8 @@ export class Pack {
     this.modules = directory.basis.modules;
     if (bases) this.#bases = { users: 0, bytes: bases };
     for (const task of directory.tasks) {
-      this.#slots.set(task.id, { ...task, bytes: task.section.length });
+      const { length: bytes, integrity } = task.section;
+      this.#slots.set(task.id, { ...task, bytes, integrity });
     }
   }
 
@@ -258,17 +268,21 @@ export class Pack {
       if (this.#recent.delete(slot)) this.#recent.add(slot);
       return slot.blob;
     }
-    // Callers share one request. A caller's signal ends its own wait only, since the others still want the bytes.
-    slot.loading ??= this.#fetch(slot).finally(() => (slot.loading = undefined));
-    return unlessAborted(slot.loading, options.signal);
+    // Callers share one request. A caller's signal ends its own wait only, while others still want the bytes.
+    if (!slot.loading || slot.loading.stopped) slot.loading = new SharedWork((signal) => this.#fetch(slot, signal));
+    return slot.loading.wait(options.signal);
   }
 
-  async #fetch(slot: TaskSlot): Promise<TaskBlob> {
-    const section = slot.section!;
-    const blob = await this.#checked(section, `task "${slot.id}"`, undefined, (bytes) =>
-      parseTask(bytes, this.modules, this.name, slot),
-    );
+  async #fetch(slot: TaskSlot, signal: AbortSignal | undefined): Promise<TaskBlob> {
+    const part = `task "${slot.id}"`;
+    const blob = await this.#checked(slot.section!, part, signal, undefined, async (bytes, coded) => {
+      if (coded) await this.#trust?.checkDecoded(bytes, part);
+      return parseTask(bytes, this.modules, this.name, slot);
+    });
+    // It may have been removed in the meantime, or read by a later request.
+    if (this.#slots.get(slot.id) !== slot || slot.blob) return slot.blob ?? blob;
     slot.blob = blob;
+    slot.loading = undefined;
     this.#recent.add(slot);
     this.#held += blob.bytes.length;
     for (const other of this.#recent) {
@@ -276,6 +290,21 @@ export class Pack {
       this.#forget(other);
     }
     return blob;
+  }
+
+  /**
+   * The blob of a task as its file has it, coded or not: what a copy of the task is made of, so that it keeps its hash.
+   * @throws TaskError, SourceError, FormatError, TrustError as `load`
+   */
+  async stored(id: string, options: ReadOptions = {}): Promise<Uint8Array> {
+    const slot = this.#slots.get(id);
+    // All that `load` checks is checked of a copy, too.
+    await this.load(id, options);
+    const { stored, section } = slot!;
+    if (stored) return stored;
+    const bytes = await this.#source.read(section!.offset, section!.length, options);
+    await checkSection(bytes, section!, `task "${id}"`, this.name, this.#trust);
+    return bytes;
   }
 
   #forget(slot: TaskSlot): void {
@@ -298,16 +327,17 @@ export class Pack {
       open = false;
     };
     try {
-      shared.checked ??= this.#checkedBases(shared);
-      return { bytes: await unlessAborted(shared.checked, options.signal), close, [Symbol.dispose]: close };
+      if (!shared.checked || shared.checked.stopped)
+        shared.checked = new SharedWork((signal) => this.#checkedBases(shared, signal));
+      return { bytes: await shared.checked.wait(options.signal), close, [Symbol.dispose]: close };
     } catch (error) {
       close();
       throw error;
     }
   }
 
-  async #checkedBases(shared: SharedBases): Promise<Uint8Array> {
-    return this.#checked(this.directory.bases, "bases", shared.bytes, (bytes) => {
+  async #checkedBases(shared: SharedBases, signal: AbortSignal | undefined): Promise<Uint8Array> {
+    return this.#checked(this.directory.bases, "bases", signal, shared.bytes, async (bytes) => {
       checkTensors(bytes, 0, basesTensors(this.modules), this.name, "bases");
       return (shared.bytes = bytes);
     });
@@ -320,15 +350,17 @@ export class Pack {
   async #checked<T>(
     section: Section,
     part: string,
+    signal: AbortSignal | undefined,
     bytes: Uint8Array | undefined,
-    parse: (bytes: Uint8Array) => T,
+    parse: (bytes: Uint8Array, coded: boolean) => Promise<T>,
   ): Promise<T> {
     try {
-      const read = bytes ?? (await this.#source.read(section.offset, section.length));
+      const read = bytes ?? (await this.#source.read(section.offset, section.length, { signal }));
       if (!bytes) await checkSection(read, section, part, this.name, this.#trust);
-      if (!section.coded) return parse(read);
+      if (!section.coded) return await parse(read, false);
       const { decodeSection } = await import("../format/coded.ts");
-      return parse(decodeSection(read, this.name, part, this.directory.basisBytes, section.size));
+      const how = { file: this.name, part, before: this.directory.basisBytes, expected: section.size, signal };
+      return await parse(await decodeSection(read, how), true);
     } catch (error) {
       throw await explain(error, this.#source, this.directory.bytes);
     }
@@ -346,14 +378,24 @@ export class Pack {
 
   /**
    * Adds a task that came as a file of its own (SPEC.md, section 7), for this open pack only; nothing is written.
-   * @throws FormatError when the file is damaged, TaskError when it belongs to another basis or the id is taken, TrustError when it
-   *   is another than `integrity` says, or not signed where the pack was opened with `keys`
+   * @throws FormatError when the file is damaged, TaskError when it belongs to another basis, or the id is taken or being added, TrustError
+   *   when it is another than `integrity` says, or revoked, or not signed where the pack was opened with `keys`
    */
   async addTask(id: string, file: SourceInput, options: TaskTrust = {}): Promise<void> {
-    const { readTaskFile } = await import("./task-file.ts");
-    const task = await readTaskFile(file, id, this, this.#slots, this.#trust, options);
-    this.#tasks = undefined;
-    this.#slots.set(id, { ...task, id, bytes: task.blob.bytes.length });
+    if (typeof id !== "string" || !isTaskId(id)) {
+      throw new TaskError(`${described(id)} cannot name a task`, { task: id });
+    }
+    if (this.#slots.has(id) || this.#adding.has(id))
+      throw new TaskError(`a task "${id}" already exists; choose another id`, { task: id });
+    this.#adding.add(id);
+    try {
+      const { readTaskFile } = await import("./task-file.ts");
+      const task = await readTaskFile(file, id, this, this.#trust, options);
+      this.#tasks = undefined;
+      this.#slots.set(id, { ...task, id, bytes: task.stored.length });
+    } finally {
+      this.#adding.delete(id);
+    }
   }
 
   /**
@@ -387,11 +429,9 @@ export class Pack {
 }
 
 function infoOf(slot: TaskSlot): TaskInfo {
-  const { blob: _, loading: __, section, ...info } = slot;
+  const { id, bytes, adapterBytes, metadata, brings, integrity } = slot;
   return {
-    brings: undefined,
-    ...info,
-    integrity: section?.integrity,
+    ...{ id, bytes, adapterBytes, metadata, brings, integrity },
     get resident() {
       return slot.blob !== undefined;
     },

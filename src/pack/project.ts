@@ -19,6 +19,7 @@ import { encodedTensor } from "../format/tensors.ts";
 import type { Dtype, Dtypes } from "../tensor/dtypes.ts";
 import { DEFAULT_ERROR, type Survey, withinError } from "./allocate.ts";
 import { Unreachable } from "./bisect.ts";
+import { storedTask } from "./coding.ts";
 import type { Pack } from "./pack.ts";
 import { type Steps, startSteps, stepsWithin } from "./refine.ts";
 import { idleWarnings, lossesOf, type ModuleError, type TaskLoss } from "./report.ts";
@@ -82,13 +83,16 @@ export async function projectAdapters(
     await each(work, usual);
     return spectra;
   };
-  try {
-    if (!hasPrivateTerms(pack)) return await project(undefined, usual);
+  const made = async (): Promise<ProjectedAdapter[]> => {
+    if (!hasPrivateTerms(pack)) return project(undefined, usual);
     const error = errorOf(pack);
     // The step says which are worth it.
-    if (usual && error === undefined) return await project(new Map(), usual);
+    if (usual && error === undefined) return project(new Map(), usual);
     const own = { adapters, spectra: await surveyed(), error: error ?? DEFAULT_ERROR };
-    return await (usual ? refined(own, project) : allocated(own, project));
+    return usual ? refined(own, project) : allocated(own, project);
+  };
+  try {
+    return (await made()).map((task) => ({ ...task, ...storedTask(pack, task) }));
   } finally {
     bases.close();
   }

@@ -1,11 +1,11 @@
 /**
  * A task that comes as a file of its own, for an open pack. Loaded when one is added.
  */
-import { checkOptions, described } from "../arguments.ts";
+import { checkOptions } from "../arguments.ts";
 import { TaskError } from "../errors.ts";
 import { plainTask } from "../format/coded.ts";
-import { isTaskId } from "../format/directory.ts";
 import type { Directory, PackModule, TaskBlob, TaskEntry, TaskFile } from "../format/format.ts";
+import { integrityOf } from "../format/hash.ts";
 import { wrongKind } from "../format/kind.ts";
 import { parseTask } from "../format/task.ts";
 import { parseTaskFile } from "../format/task-file.ts";
@@ -18,6 +18,15 @@ interface Target {
   readonly basisId: string;
   readonly modules: readonly PackModule[];
   readonly directory: Pick<Directory, "basisBytes">;
+}
+
+/** A task that is added to an open pack. */
+export interface AddedTask extends TaskEntry {
+  readonly blob: TaskBlob;
+  /** The blob as the file has it. */
+  readonly stored: Uint8Array;
+  /** SHA-256 of that, where the platform can tell. */
+  readonly integrity: string | undefined;
 }
 
 /**
@@ -34,20 +43,17 @@ export async function readTask(source: ByteSource): Promise<TaskFile> {
 
 /**
  * @param id the task's in the pack
- * @param tasks of the pack, by id; not its snapshot of them, which is made again after every change
  * @param trust of the pack, where it has some
  * @param options of `Pack.addTask`
- * @throws FormatError when the file is damaged, TaskError when it belongs to another basis or the id is taken, TrustError when it is
- *   not what is trusted
+ * @throws FormatError when the file is damaged, TaskError when it belongs to another basis, TrustError when it is not what is trusted
  */
 export async function readTaskFile(
   file: SourceInput,
   id: string,
   { basisId, modules, directory }: Target,
-  tasks: ReadonlyMap<string, unknown>,
   trust: Trust | undefined,
   options: TaskTrust,
-): Promise<TaskEntry & { readonly blob: TaskBlob }> {
+): Promise<AddedTask> {
   checkOptions("addTask", options, ["integrity"]);
   const { integrity } = options;
   const source = await openSource(file, {}, "addTask");
@@ -63,12 +69,12 @@ export async function readTaskFile(
         task: id,
       });
     }
-    if (typeof id !== "string" || !isTaskId(id)) {
-      throw new TaskError(`${described(id)} cannot name a task`, { task: id });
-    }
-    if (tasks.has(id)) throw new TaskError(`a task "${id}" already exists; choose another id`, { task: id });
-    const plain = plainTask(blob, name, `task "${id}"`, directory.basisBytes);
-    return { ...entry, blob: parseTask(plain, modules, name, { ...entry, id }) };
+    const part = `task "${id}"`;
+    const plain = await plainTask(blob, { file: name, part, before: directory.basisBytes });
+    if (plain !== blob) await checks?.checkDecoded(plain, part, name);
+    // Where there is no SHA-256, as on a page without https, nobody can have asked for a hash.
+    const hash = globalThis.crypto?.subtle && (await integrityOf(blob));
+    return { ...entry, stored: blob, integrity: hash, blob: parseTask(plain, modules, name, { ...entry, id }) };
   } finally {
     await source.close?.();
   }

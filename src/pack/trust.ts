@@ -4,7 +4,7 @@
  */
 import { described } from "../arguments.ts";
 import { TrustError } from "../errors.ts";
-import type { Section, TaskFile, Window } from "../format/format.ts";
+import type { Directory, Section, TaskFile, Window } from "../format/format.ts";
 import { integrityOf, sha256 } from "../format/hash.ts";
 import { fromIntegrity, toIntegrity } from "../format/integrity.ts";
 import { isSigned, keyName, type PublicKey, publicKeyBytes } from "./keys.ts";
@@ -18,7 +18,7 @@ export interface TrustOptions {
   readonly integrity?: string;
   /** The pack, and every task file that is added to it, must be signed by one of these keys. Default: no check. */
   readonly keys?: readonly PublicKey[];
-  /** Hashes of tasks ("sha256-…", as `TaskInfo.integrity`) that must not be loaded. Default: none. */
+  /** Hashes of tasks ("sha256-…", as `TaskInfo.integrity`) that must not be loaded or added. Default: none. */
   readonly revoked?: readonly string[];
 }
 
@@ -58,26 +58,37 @@ export class Trust {
   }
 
   /**
-   * Before the directory is read.
+   * Before the directory is decoded.
    * @throws TrustError for another root, a pack that is not signed, or not by one of the keys
    */
-  async checkDirectory({ head, superblock }: Window, directory: Uint8Array): Promise<void> {
+  async checkRoot({ head, superblock }: Window, directory: Uint8Array): Promise<void> {
     if (!this.#whole) return;
     const root = await sha256(head, directory);
     if (this.#integrity !== undefined && toIntegrity(root) !== this.#integrity) {
       this.#refuse(`its root is ${toIntegrity(root)}, expected ${this.#integrity}: it is another pack or version`);
     }
     await this.#checkSignature("pack", root, superblock.signature, this.#file);
-    if (new DataView(directory.buffer, directory.byteOffset).getUint32(12, true) === 0) {
+  }
+
+  /** @throws TrustError for a pack without hashes, where all that is read is to be held against them */
+  checkHashes({ bases }: Pick<Directory, "bases">): void {
+    if (this.#whole && bases.integrity === undefined)
       this.#refuse("it has no hashes, so it cannot be checked; write it anew with `eigenlora compact`");
-    }
   }
 
   /** @throws TrustError when the bytes are not those of the section, or of a task that is revoked */
   async checkSection({ integrity }: Pick<Section, "integrity">, bytes: Uint8Array, part: string): Promise<void> {
     const found = await integrityOf(bytes);
     if (this.#whole && found !== integrity) this.#refuse(`${part} has the hash ${found}, expected ${integrity}`);
-    if (this.#revoked.has(found)) this.#refuse(`${part} is revoked (${found})`);
+    this.#refuseRevoked(found, part);
+  }
+
+  /**
+   * What a coded task becomes: packs of before version 1.2 have tasks that were coded anew, whose file has the hash of these bytes.
+   * @throws TrustError when it is revoked
+   */
+  async checkDecoded(bytes: Uint8Array, part: string, file?: string): Promise<void> {
+    if (this.#revoked.size > 0) this.#refuseRevoked(await integrityOf(bytes), part, file);
   }
 
   /**
@@ -90,8 +101,11 @@ export class Trust {
       this.#refuse(`its hash is ${toIntegrity(hash)}, expected ${integrity}`, file);
     }
     await this.#checkSignature("task", hash, signature, file);
-    const found = await integrityOf(blob);
-    if (this.#revoked.has(found)) this.#refuse(`its task is revoked (${found})`, file);
+    this.#refuseRevoked(await integrityOf(blob), "its task", file);
+  }
+
+  #refuseRevoked(hash: string, part: string, file?: string): void {
+    if (this.#revoked.has(hash)) this.#refuse(`${part} is revoked (${hash})`, file);
   }
 
   async #checkSignature(

@@ -6,7 +6,7 @@
 import { at, type Slice } from "../backends/backend.ts";
 import type { CpuView, Transaction, View, WeightHost } from "../base/host.ts";
 import { BackendError } from "../errors.ts";
-import { pacer } from "./pace.ts";
+import { pacer } from "../pace.ts";
 import { readWeight, type Slot } from "./slots.ts";
 import type { ModulePlan } from "./stage.ts";
 import type { Workbench } from "./workbench.ts";

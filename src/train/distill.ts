@@ -152,7 +152,7 @@ export async function distill(session: Session, options: DistillOptions): Promis
   const stored = blob.parameters.find(({ shape }) => shape.length > 1)?.tensor.dtype;
   const dtype = { coefficients, head: stored ?? coefficients };
   const stepped = trainer.stepsOf(blob);
-  const asStored = () => trainer.storedTask({ id, dtype, stored: stepped });
+  const asStored = () => trainer.taskFile({ id, dtype, stored: stepped });
   const random = uniform(seed);
   const batches = toBatches(train, batch, await lessons.lengths(train), random).slice(0, BATCHES_TO_SOLVE);
   const ask = { where: "distill", lessons, signal, random };
@@ -179,7 +179,7 @@ export async function distill(session: Session, options: DistillOptions): Promis
   await trainer.begin(trained);
   const divergenceAfter = await trainer.divergence(judges);
   const better = divergenceAfter < divergenceBefore;
-  const kept = better ? parseTaskFile(trained, "the distilled task").blob : blob.bytes;
+  const kept = better ? parseTaskFile(trained, "the distilled task").blob : await pack.stored(id);
   const file = encodeTaskFile(pack.tasks.get(id)!, pack.basisId, kept);
   return { id, file, divergenceBefore, divergenceAfter, steps, kept: better ? "distilled" : "projected" };
 }

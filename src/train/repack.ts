@@ -5,14 +5,7 @@
 import { type ModuleSpace, openModule, projectModule } from "../extract/project.ts";
 import type { Subspace } from "../extract/subspace.ts";
 import { encodeBasis, encodeTask, type SideInput, type TensorInput, type TermInput } from "../format/encode.ts";
-import {
-  FINGERPRINT_SIZE,
-  type PackModule,
-  type TaskBlob,
-  type TaskFile,
-  type TaskTerm,
-  type TensorRef,
-} from "../format/format.ts";
+import { FINGERPRINT_SIZE, type PackModule, type TaskBlob, type TaskTerm, type TensorRef } from "../format/format.ts";
 import { sha256 } from "../format/hash.ts";
 import { layoutFresh, type TaskToWrite } from "../format/layout.ts";
 import { encodedTensor } from "../format/tensors.ts";
@@ -43,7 +36,7 @@ export async function repack(
   pack: Pack,
   terms: Terms,
   parameters: Float32Array<ArrayBuffer>,
-  learned: TaskFile,
+  learned: TaskToWrite,
 ): Promise<Uint8Array<ArrayBuffer>> {
   const shared = await pack.bases();
   const bases = shared.bytes;
@@ -55,7 +48,7 @@ export async function repack(
     const saved = blob.parameters.map((one) => ({ ...one, ...stored(blob.bytes, one.tensor) }));
     tasks.push({ entry, blob: encodeTask(solved, saved) });
   }
-  tasks.push({ entry: learned, blob: learned.blob });
+  tasks.push(learned);
   const modules = places.map(({ module, A, B, captured }) => {
     const at = module.fingerprint;
     return {

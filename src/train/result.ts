@@ -1,11 +1,13 @@
 /**
- * What was learned, as a task file (SPEC.md, section 7): coefficients over the pack's components, private terms, the head.
+ * What was learned, as a task of the pack: coefficients over its components, private terms, the head.
  */
 import { bringsOf } from "../format/brings.ts";
 import { encodeTask, encodeTaskFile, type ParameterInput, type TensorInput, type TermInput } from "../format/encode.ts";
 import type { TaskMetadata } from "../format/format.ts";
 import { misfitLabels } from "../format/heads.ts";
+import type { TaskToWrite } from "../format/layout.ts";
 import { parseTask } from "../format/task.ts";
+import { storedTask } from "../pack/coding.ts";
 import type { Pack } from "../pack/pack.ts";
 import { narrowTerms } from "../pack/steps.ts";
 import { type Dtype, isQuantized, type TaskDtypes } from "../tensor/dtypes.ts";
@@ -25,18 +27,25 @@ export interface TaskFileOptions {
   readonly metadata?: TaskMetadata | undefined;
 }
 
+/** A task as a file of its own (SPEC.md, section 7), coded where the pack's tasks are: whoever adds it keeps its bytes. */
+export function taskFile(pack: Pack, task: TaskToWrite): Uint8Array<ArrayBuffer> {
+  const { entry, blob } = storedTask(pack, task);
+  return encodeTaskFile(entry, pack.basisId, blob);
+}
+
 /**
+ * The task, without entropy coding.
  * @param head the layers that `weight` and `bias` are of
  * @throws RangeError when a value does not fit its number format, or the labels are not as many as the head has rows
  * @throws FormatError for metadata that the format does not hold
  */
-export function taskFile(
+export function learnedTask(
   pack: Pack,
   trained: Terms,
   { parameters, ...numbers }: Omit<State, "all">,
   head: readonly HeadLayer[],
   { id = "task", dtype = {}, metadata = {}, stored }: TaskFileOptions & Stepped,
-): Uint8Array<ArrayBuffer> {
+): TaskToWrite {
   const { coefficients = "f16", head: headDtype = "f16" } = stored
     ? { ...dtype, coefficients: "int8" as const }
     : dtype;
@@ -68,7 +77,7 @@ export function taskFile(
   const blob = encodeTask(stored ? narrowTerms(terms, pack.modules) : terms, saved);
   // A writer ends by reading what it wrote.
   const brings = bringsOf(parseTask(blob, pack.modules, "the trained task", { id }), pack.modules);
-  return encodeTaskFile({ id, adapterBytes: 0, metadata, brings }, pack.basisId, blob);
+  return { entry: { id, adapterBytes: 0, metadata, brings }, blob };
 }
 
 /** The parameters of a layer of the head. */

@@ -46,9 +46,10 @@ export async function readDonor(pack: Pack, task: string | Uint8Array<ArrayBuffe
   }
   const file = "the task to begin with";
   const { id, basisId, blob } = parseTaskFile(task, file);
-  if (basisId === pack.basisId)
-    return { id, blob: parseTask(plainTask(blob, file, file, pack.directory.basisBytes), pack.modules, file, { id }) };
-  throw new TaskError(`task "${id}" belongs to the basis ${basisId}, this pack has ${pack.basisId}`, { task: id });
+  if (basisId !== pack.basisId)
+    throw new TaskError(`task "${id}" belongs to the basis ${basisId}, this pack has ${pack.basisId}`, { task: id });
+  const plain = await plainTask(blob, { file, part: file, before: pack.directory.basisBytes });
+  return { id, blob: parseTask(plain, pack.modules, file, { id }) };
 }
 
 /** @throws TaskError when the task to start from is of another rank */

@@ -5,14 +5,14 @@
 import { checkList, checkOptions } from "../arguments.ts";
 import { TaskError } from "../errors.ts";
 import type { TaskBlob } from "../format/format.ts";
-import { parseTaskFile } from "../format/task-file.ts";
+import type { TaskToWrite } from "../format/layout.ts";
 import { uniform } from "../tensor/random.ts";
 import { type Example, type Row, toBatches, type Unlabelled } from "./examples.ts";
 import type { Score } from "./lessons.ts";
 import { checkNumbers } from "./limits.ts";
 import { answers, evaluate, type ObjectiveOptions, pointOf, score } from "./objective.ts";
 import { MeanDivergence, softmax } from "./probabilities.ts";
-import { type TaskFileOptions, taskFile } from "./result.ts";
+import { learnedTask, type TaskFileOptions, taskFile } from "./result.ts";
 import { checkGradients, stopped } from "./self-test.ts";
 import { readDonor, type Start, startState } from "./start.ts";
 import { copyOf, type OptimizerOptions, optimizerOf, type State } from "./state.ts";
@@ -304,12 +304,12 @@ export class Trainer<Feeds = unknown> {
         "task: components were trained too, so that the task is of no use beside the pack's; take trainer.pack()",
       );
     }
-    return this.#file(options);
+    return this.taskFile(options);
   }
 
-  /** @internal The task with integers of given steps. */
-  storedTask(options: TaskFileOptions & Stepped): Uint8Array<ArrayBuffer> {
-    return this.#file(options);
+  /** @internal The task as a file, with integers of given steps. */
+  taskFile(options: TaskFileOptions & Stepped): Uint8Array<ArrayBuffer> {
+    return taskFile(this.#subject.pack, this.#task(options));
   }
 
   /**
@@ -323,15 +323,14 @@ export class Trainer<Feeds = unknown> {
     const { id = "task" } = options;
     if (pack.tasks.has(id))
       throw new TaskError(`a task "${id}" already exists: give the new one another \`id\``, { task: id });
-    const learned = parseTaskFile(this.#file(options), "the trained task");
     const { repack } = await import("./repack.ts");
-    return repack(pack, terms, this.#learned().parameters, learned);
+    return repack(pack, terms, this.#learned().parameters, this.#task(options));
   }
 
-  #file({ metadata, ...options }: TaskFileOptions & Stepped): Uint8Array<ArrayBuffer> {
+  #task({ metadata, ...options }: TaskFileOptions & Stepped): TaskToWrite {
     const { pack, terms, machine, labels } = this.#subject;
     const named = { ...options, metadata: { ...(labels.length > 0 && { labels: [...labels] }), ...metadata } };
-    return taskFile(pack, terms, this.#learned(), machine.head, named);
+    return learnedTask(pack, terms, this.#learned(), machine.head, named);
   }
 
   #learned(): State {

@@ -9,7 +9,7 @@ import { TaskError } from "../errors.ts";
 import type { Pack } from "../pack/pack.ts";
 import { uniform } from "../tensor/random.ts";
 import { checkNumbers } from "./limits.ts";
-import { type TaskFileOptions, taskFile } from "./result.ts";
+import { learnedTask, type TaskFileOptions, taskFile } from "./result.ts";
 import { fillStart, usualRank } from "./start.ts";
 import { sharedRows, Terms, type TrainedModule } from "./terms.ts";
 
@@ -55,5 +55,5 @@ export async function zeroShotTask(pack: Pack, options: ZeroShotOptions = {}): P
   const parameters = new Float32Array(terms.size);
   await fillStart(pack, terms, init, parameters, uniform(seed));
   const none = new Float32Array(0);
-  return taskFile(pack, terms, { parameters, weight: none, bias: none }, [], { ...options, id });
+  return taskFile(pack, learnedTask(pack, terms, { parameters, weight: none, bias: none }, [], { ...options, id }));
 }

@@ -4,7 +4,7 @@
  */
 
 import { labelledLessons } from "../../../dist/src/train/labelled.js";
-import { taskFile } from "../../../dist/src/train/result.js";
+import { learnedTask, taskFile } from "../../../dist/src/train/result.js";
 import { Terms } from "../../../dist/src/train/terms.js";
 import { Trainer } from "../../../dist/src/train/trainer.js";
 import { runBatches, toBatches } from "../../../examples/minilm.js";
@@ -27,17 +27,15 @@ export async function readFeatures(session, encode, texts, blend, width) {
   const weight = new Float32Array(width * width);
   for (let i = 0; i < width; i++) weight[i * width + i] = 1;
   const head = { weight, bias: new Float32Array(width) };
+  const pack = /** @type {any} */ (session.pack);
   await session.addTask(
     "features",
     taskFile(
-      /** @type {any} */ (session.pack),
-      new Terms([]),
-      { ...head, parameters: new Float32Array(0) },
-      headOf(width, width),
-      {
+      pack,
+      learnedTask(pack, new Terms([]), { ...head, parameters: new Float32Array(0) }, headOf(width, width), {
         id: "features",
         dtype: { head: "f32" },
-      },
+      }),
     ),
   );
   await session.switchTask({ ...blend, features: 1 }, { head: "features" });
