@@ -14,4 +14,4 @@ export const createWasmBackend: () => Promise<Backend> = none("wasm");
 /** @throws BackendError always */
 export const createWebgpuBackend: () => Promise<Backend> = none("webgpu");
 /** Nothing: sections are decoded in JavaScript. */
-export const decodeByWasm = (): undefined => undefined;
+export const wasmWork = (): undefined => undefined;

@@ -116,33 +116,29 @@ export function unlessAborted<T>(promise: Promise<T>, signal: AbortSignal | unde
 
 /** Work that several wait for, each as long as its own signal allows. It is stopped once nobody is left. */
 export class SharedWork<T> {
-  readonly #controller = typeof AbortController === "undefined" ? undefined : new AbortController();
+  /** Whether it failed, or was left by all: the next one begins anew. */
+  stopped = false;
+  // Bare shells have none.
+  readonly #controller = globalThis.AbortController && new AbortController();
   readonly #result: Promise<T>;
   #waiting = 0;
   #done = false;
-  #stopped = false;
 
   constructor(work: (signal: AbortSignal | undefined) => Promise<T>) {
     this.#result = work(this.#controller?.signal);
-    const stop = (): void => void (this.#stopped = true);
-    this.#result.then(() => (this.#done = true), stop);
-  }
-
-  /** Whether it failed, or was left by all: the next one begins anew. */
-  get stopped(): boolean {
-    return this.#stopped;
+    this.#result.then(
+      () => (this.#done = true),
+      () => (this.stopped = true),
+    );
   }
 
   /** What it gives, or the reason of the signal as soon as that is aborted. */
-  async wait(signal: AbortSignal | undefined): Promise<T> {
+  wait(signal: AbortSignal | undefined): Promise<T> {
     this.#waiting++;
-    try {
-      return await unlessAborted(this.#result, signal);
-    } finally {
-      if (--this.#waiting === 0 && !this.#done) {
-        this.#stopped = true;
-        this.#controller?.abort();
-      }
-    }
+    return unlessAborted(this.#result, signal).finally(() => {
+      if (--this.#waiting > 0 || this.#done) return;
+      this.stopped = true;
+      this.#controller?.abort();
+    });
   }
 }

@@ -1,14 +1,14 @@
 /** The command inspect: what is in a pack, as its directory says. */
 import { FormatError } from "../errors.ts";
-import { parseBrought } from "../format/brings.ts";
-import { SECTION_FREE, WINDOW_BYTES } from "../format/format.ts";
+import { needsFactors, parseBrought } from "../format/brings.ts";
+import { SECTION_FREE, type Side, WINDOW_BYTES } from "../format/format.ts";
 import { keyName } from "../pack/keys.ts";
 import type { Pack } from "../pack/pack.ts";
 import { breakEven } from "../pack/report.ts";
 import { errorOf, stepOf } from "../pack/steps.ts";
 import { DTYPES } from "../tensor/dtypes.ts";
 import { type Attach, command } from "./command.ts";
-import { bytes, count, percent, range, sharing, table } from "./output.ts";
+import { bytes, count, percent, range, sharing, sum, table } from "./output.ts";
 
 export const inspect: Attach = command({
   usage: "inspect <PACK>",
@@ -23,10 +23,10 @@ export const inspect: Attach = command({
       name,
       out,
       in: inputs,
-      componentsA: A?.K ?? 0,
-      componentsB: B?.K ?? 0,
-      explainedA: A?.explained ?? 0,
-      explainedB: B?.explained ?? 0,
+      componentsA: sum(A.map(({ K }) => K)),
+      componentsB: sum(B.map(({ K }) => K)),
+      explainedA: meanExplained(A),
+      explainedB: meanExplained(B),
     }));
     const tasks = directory.tasks.map(({ id, section: { length, integrity = null }, metadata }) => ({
       id,
@@ -40,8 +40,8 @@ export const inspect: Attach = command({
       directory.tasks.map((task) => task.adapterBytes),
     );
     const { mode, gauge, centering, producer, baseModel = null } = directory.basis;
-    const dtypes = pack.modules.flatMap(({ A, B }) => [A?.tensor.dtype, B?.tensor.dtype]);
-    const dtype = [...new Set(dtypes)].filter(Boolean).join(",");
+    const dtypes = pack.modules.flatMap(({ A, B }) => [...A, ...B].map(({ tensor }) => tensor.dtype));
+    const dtype = [...new Set(dtypes)].join(",");
     const shares = modules.some(({ componentsA, componentsB }) => componentsA > 0 || componentsB > 0);
     const [step = null, error = null] = [stepOf(pack), errorOf(pack)];
     const coding = step === null ? "" : ", entropy-coded";
@@ -102,20 +102,26 @@ interface PrivateTerms {
   readonly unread: number;
 }
 
-/** The one figure that the directory lacks: read from the blobs of tasks that have private terms. Null where none has. */
+/** How much of the energy the components of a side keep, over its bases; 0 where it has none. */
+function meanExplained(bases: readonly Side[]): number {
+  return sum(bases.map(({ explained }) => explained)) / Math.max(bases.length, 1);
+}
+
+/** The one figure that the directory lacks: read from the blobs of tasks that have rows of their own. Null where none has. */
 async function privateTermsOf(pack: Pack): Promise<PrivateTerms | null> {
   const owners = [...pack.tasks.values()].filter(
-    ({ brings }) => brings?.some((entry) => parseBrought(entry).role === "private") ?? true,
+    ({ brings }) => brings?.some((entry) => needsFactors(parseBrought(entry).role)) ?? true,
   );
   const ranks: number[] = [];
   const dtypes = new Set<string>();
   let unread = 0;
   for (const { id } of owners) {
     try {
-      for (const { privateRank, privateA } of (await pack.load(id)).terms) {
-        if (privateRank === 0) continue;
-        ranks.push(privateRank);
-        dtypes.add(privateA!.dtype);
+      for (const { rank, ownA, ownBt, privateRank, privateA } of (await pack.load(id)).terms) {
+        const own = [ownA, ownBt, privateA].flatMap((tensor) => tensor ?? []);
+        if (own.length === 0) continue;
+        ranks.push(privateRank + (ownA || ownBt ? rank : 0));
+        for (const { dtype } of own) dtypes.add(dtype);
       }
     } catch (error) {
       if (!(error instanceof FormatError)) throw error;

@@ -2,10 +2,12 @@
  * The command learn: a new task from labelled texts, or prompts with completions, trained on a pack's components, as a task
  * file. `eigenlora add` brings it into the pack.
  */
+
 import { basename, extname } from "node:path";
 import type { EigenSession } from "../../bindings/onnxruntime.ts";
 import { BaseMismatchError, TaskError } from "../errors.ts";
 import { isTaskId } from "../format/directory.ts";
+import { sharedBases } from "../format/format.ts";
 import type { Pack } from "../pack/pack.ts";
 import { createTrainer } from "../train/learn.ts";
 import type { Start } from "../train/start.ts";
@@ -113,7 +115,7 @@ export const learn: Attach = command({
     const { signal } = interrupts(run);
     const { examples, labels } = await readLessons(examplesPath, options.labels);
     const pack = await run.pack(packPath);
-    const lone = pack.modules.every(({ A, B }) => !A && !B);
+    const lone = !pack.modules.some(sharedBases);
     if (options.train === "coefficients" && lone)
       out.warn(
         "the pack has no shared components, so the task becomes a LoRA of its own: pack with --k N for smaller ones",

@@ -3,7 +3,7 @@ import type { Adapter } from "../adapters/adapter.ts";
 import { AdapterError, FormatError, TaskError, TrustError } from "../errors.ts";
 import { deltaError, relative } from "../extract/error.ts";
 import { type ModuleLoss, measureModule, openModule } from "../extract/project.ts";
-import { type TaskBlob, WINDOW_BYTES } from "../format/format.ts";
+import { sharedBases, type TaskBlob, WINDOW_BYTES } from "../format/format.ts";
 import { sha256 } from "../format/hash.ts";
 import { toIntegrity } from "../format/integrity.ts";
 import { encodedTensor } from "../format/tensors.ts";
@@ -229,7 +229,7 @@ async function compare(pack: Pack, bases: Uint8Array, blob: TaskBlob, adapter: A
       continue;
     }
     const module = pack.modules[term.module]!;
-    if (term.A && term.B && term.privateRank === 0) {
+    if (term.A && term.B && sharedBases(module) && !term.ownA && !term.ownBt && term.privateRank === 0) {
       const gauge = pack.directory.basis.gauge === "balanced" ? "balanced" : "as-trained";
       const alphaA = encodedTensor(blob.bytes, term.A.tensor);
       const alphaB = encodedTensor(blob.bytes, term.B.tensor);

@@ -3,6 +3,7 @@
  */
 import { DTYPES, type Dtype } from "../tensor/dtypes.ts";
 import { toUtf8 } from "../text.ts";
+import { BROUGHT } from "./brings.ts";
 import { align64, Fields } from "./fields.ts";
 import {
   type BasisDescription,
@@ -120,8 +121,9 @@ function parseSection(f: Fields, index: number, hashes: number): Section {
     flags <= 1 && (section.required || !needed),
     () => `section ${index} has flags ${flags}, expected ${needed ? "1" : "0 or 1"}`,
   );
-  f.check(section.length > 0 || section.kind === SECTION_BASES, () => `section ${index} is empty`);
   const free = section.kind === SECTION_FREE;
+  f.check(!free || flags === 0, () => `section ${index} is free and required`);
+  f.check(section.length > 0 || section.kind === SECTION_BASES, () => `section ${index} is empty`);
   f.zero(at + (free ? 24 : 28), at + 32);
   if (free && hashes > 0) f.zero(hash, hash + HASH_BYTES);
   return section;
@@ -164,14 +166,13 @@ export function parseBasis(
       names.add(name);
       const out = m.get("out").integer(1, 2 ** 31 - 1);
       const inputs = m.get("in").integer(1, 2 ** 31 - 1);
-      const A = parseSide(m.get("A"), inputs, tensor);
-      const B = parseSide(m.get("B"), out, tensor);
-      m.check((A === undefined) === (B === undefined), () => `module "${name}" has a basis on one side only`);
+      const A = parseSides(m.get("A"), inputs, tensor);
+      const B = parseSides(m.get("B"), out, tensor);
       const layout = LAYOUTS[m.get("layout").integer(0, LAYOUTS.length - 1)]!;
       const kernel = m.get("kernel").maybe((kernel) => kernel.array(8).map((k) => k.integer(1, 65_535)));
       const size = kernel?.reduce((a, b) => a * b, 1);
       m.check(
-        layout === "conv" ? size !== undefined && inputs % size === 0 : !kernel,
+        layout === "conv" ? size !== undefined && kernel!.length > 0 && inputs % size === 0 : !kernel,
         () => `"${name}" has layout ${layout}, in ${inputs} and kernel ${kernel ? `[${kernel}]` : "none"}`,
       );
       return {
@@ -192,18 +193,33 @@ export function parseBasis(
     gauge: root.get("gauge").string(64),
     centering: root.get("centering").string(64),
     rank: root.get("rank").maybe((rank) => rank.integer(1, 65_535)),
+    step: root.get("step").maybe((step: Value) => share(step, 16)),
+    error: root.get("error").maybe((error: Value) => share(error, 1)),
     baseModel: root.get("baseModel").maybe((name) => name.string(4096)),
     modules,
   };
   return { basis, size: end() };
 }
 
-function parseSide(
-  value: Value,
-  dimension: number,
-  tensor: (type: Dtype, rows: number, width: number) => TensorRef,
-): Side | undefined {
-  if (value.absent) return undefined;
+/** A number above 0. */
+function share(value: Value, most: number): number {
+  const found = value.number(0, most);
+  value.check(found > 0, () => "it is 0");
+  return found;
+}
+
+/** The place of the next tensor. */
+type PlaceTensor = (type: Dtype, rows: number, width: number) => TensorRef;
+
+function parseSides(value: Value, dimension: number, tensor: PlaceTensor): Side[] {
+  if (value.absent) return [];
+  if (!Array.isArray(value.value)) return [parseSide(value, dimension, tensor)];
+  const sides = value.array(65_536).map((side: Value) => parseSide(side, dimension, tensor));
+  value.check(sides.length > 0, () => "no basis is in it");
+  return sides;
+}
+
+function parseSide(value: Value, dimension: number, tensor: PlaceTensor): Side {
   const kind = value.get("kind").integer(1, 2) === 1 ? "column" : "flat";
   const K = value.get("K").integer(0, 65_535);
   const mean = value.get("mean").boolean();
@@ -230,8 +246,12 @@ export function parseEntry(value: Value, earlier: readonly TaskEntry[]): TaskEnt
 function parseBrings(value: Value, earlier: readonly TaskEntry[]): readonly string[] | undefined {
   if (value.absent) return undefined;
   if (typeof value.value === "number") return earlier[value.integer(0, earlier.length - 1)]!.brings;
-  // "bias-delta", a space, a name.
-  return value.array(65_536).map((name) => name.string(1035));
+  // "bias-delta", a space, a name of 1 024 bytes.
+  return value.array(65_536).map((name: Value) => {
+    const text = name.string(1035);
+    name.check(BROUGHT.test(text), () => `no role and name, but ${JSON.stringify(text.slice(0, 80))}`);
+    return text;
+  });
 }
 
 /** Whether a string may name a task: 1 to 255 bytes of UTF-8, no control characters. */

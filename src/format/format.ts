@@ -128,8 +128,9 @@ export interface PackModule {
   readonly in: number;
   readonly layout: Layout;
   readonly kernel: readonly number[] | undefined;
-  readonly A: Side | undefined;
-  readonly B: Side | undefined;
+  /** The bases of each side; several where tasks fall into groups, none where each has rows of its own. */
+  readonly A: readonly Side[];
+  readonly B: readonly Side[];
   /** Byte offset of 64 f32 in the bases, when stored. */
   readonly fingerprint: number | undefined;
 }
@@ -142,6 +143,10 @@ export interface BasisDescription {
   readonly centering: string;
   /** The most rank that was kept of each module, where that was limited. */
   readonly rank: number | undefined;
+  /** Of the integers that coefficients were rounded to, as a share of what an adapter typically does to a module. */
+  readonly step: number | undefined;
+  /** The share of its ΔW that no task was to lose. */
+  readonly error: number | undefined;
   readonly baseModel: string | undefined;
   readonly modules: readonly PackModule[];
 }
@@ -170,6 +175,8 @@ export interface Directory {
 
 /** One side's coefficients in a task blob. */
 export interface Coefficients {
+  /** Which of the side's bases they are over. */
+  readonly basis: number;
   readonly mean: boolean;
   readonly tensor: TensorRef;
 }
@@ -180,6 +187,9 @@ export interface TaskTerm {
   readonly rank: number;
   readonly A: Coefficients | undefined;
   readonly B: Coefficients | undefined;
+  /** Rows [rank, in] and [rank, out] of the task's own: added to what coefficients make, or in their place. */
+  readonly ownA: TensorRef | undefined;
+  readonly ownBt: TensorRef | undefined;
   /** Rank of the private factors, 0 for none. */
   readonly privateRank: number;
   readonly privateA: TensorRef | undefined;
@@ -211,4 +221,12 @@ export interface TaskFile extends TaskEntry {
   readonly content: Uint8Array;
   /** Undefined where the file is not signed. */
   readonly signature: Signature | undefined;
+}
+
+/** A basis of each side of a module. */
+export type Bases = Readonly<Record<"A" | "B", Side>>;
+
+/** The bases of a module that all its tasks share on both sides; undefined where they share one side alone, or fall into groups. */
+export function sharedBases({ A: [A, ...moreA], B: [B, ...moreB] }: Pick<PackModule, "A" | "B">): Bases | undefined {
+  return A && B && moreA.length + moreB.length === 0 ? { A, B } : undefined;
 }

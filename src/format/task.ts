@@ -82,8 +82,9 @@ export function* taskTensors(
   parameters: readonly TaskParameter[],
   modules: readonly PackModule[],
 ): Generator<Checked> {
-  for (const { module, A, B, privateA, privateBt, magnitude } of terms) {
-    const tensors = { A: A?.tensor, B: B?.tensor, "private A": privateA, "private B": privateBt, magnitude };
+  for (const { module, A, B, ownA, ownBt, privateA, privateBt, magnitude } of terms) {
+    const own = { "own A": ownA, "own B": ownBt, "private A": privateA, "private B": privateBt };
+    const tensors = { A: A?.tensor, B: B?.tensor, ...own, magnitude };
     for (const [what, tensor] of Object.entries(tensors)) yield [`${what} of "${modules[module]!.name}"`, tensor, true];
   }
   for (const { name, tensor } of parameters) yield [`"${name}"`, tensor];
@@ -92,43 +93,59 @@ export function* taskTensors(
 /** Where the next tensor is. @param code of its type */
 type Place = (code: Value, rows: number, width: number) => TensorRef;
 
+/** A factor as a term gives it: the code of its coefficients, which basis they are over, and the type of rows of its own. */
+type Given = readonly [coefficients: Value, basis: Value, own: Value];
+
+/** Undefined where there is none. A code alone is of coefficients over the first basis. */
+function givenOf(item: Value): Given | undefined {
+  if (item.absent) return undefined;
+  return Array.isArray(item.value) ? (item.items(3) as [Value, Value, Value]) : [item, item.of(0), item.of(null)];
+}
+
 function parseTerm(term: Value, modules: readonly PackModule[], tensor: Place): TaskTerm {
   const [moduleItem, rankItem, itemA, itemB, privateRankItem, privateTypeItem, magnitudeItem] = term.items(7);
   const index = moduleItem!.integer(0, modules.length - 1);
   const module = modules[index]!;
   const rank = rankItem!.integer(0, 65_535);
-  const side = (value: Value, basis: Side | undefined): Coefficients | undefined => {
-    if (value.absent) return undefined;
-    const code = value.integer(0, 8 * DTYPES.length - 1);
+  const [sideA, sideB] = [givenOf(itemA!), givenOf(itemB!)];
+  const { name } = module;
+  term.check(!sideA === !sideB, () => `"${name}" has a factor on one side only`);
+  term.check(!sideA === (rank === 0), () => `"${name}" has rank ${rank} and ${sideA ? "two factors" : "no factor"}`);
+  const coefficients = (side: Given | undefined, bases: readonly Side[]): Coefficients | undefined => {
+    if (!side) return undefined;
+    const item: Value = side[0];
+    const [, which, own] = side;
+    const index = which.integer(0, item.absent ? 0 : 65_535);
+    item.check(!item.absent || !own.absent, () => "it has neither coefficients nor rows of its own");
+    if (item.absent) return undefined;
+    const code = item.integer(0, 8 * DTYPES.length - 1);
     const kind = code & 3;
-    value.check(
+    const basis = bases[index];
+    item.check(
       basis !== undefined && kind === (basis.kind === "column" ? 1 : 2),
       () => `coefficients of kind ${kind} for a basis of kind ${basis?.kind ?? "none"}`,
     );
     const mean = (code & 4) !== 0;
-    value.check(!mean || basis.mean, () => "a mean is asked for, but the basis has none");
-    value.check(
-      basis.rank === undefined ? rank > 0 : rank === basis.rank,
-      () => `rank ${rank}, but the basis is ${basis.kind}${basis.rank === undefined ? "" : ` of rank ${basis.rank}`}`,
+    item.check(!mean || basis.mean, () => "a mean is asked for, but the basis has none");
+    item.check(
+      basis.rank === undefined || rank === basis.rank,
+      () => `rank ${rank}, but the basis is ${basis.kind} of rank ${basis.rank}`,
     );
     const rows = basis.kind === "column" ? rank : 1;
-    return { mean, tensor: tensor(value.of(code >> 3), rows, basis.K) };
+    return { basis: index, mean, tensor: tensor(item.of(code >> 3), rows, basis.K) };
   };
-  const A = side(itemA!, module.A);
-  const B = side(itemB!, module.B);
-  term.check((A === undefined) === (B === undefined), () => `"${module.name}" has coefficients on one side only`);
-  term.check(A !== undefined || rank === 0, () => `"${module.name}" has rank ${rank} but no coefficients`);
+  const [A, B] = [coefficients(sideA, module.A), coefficients(sideB, module.B)];
+  const own = (side: Given | undefined, width: number): TensorRef | undefined =>
+    side?.[2].maybe((type) => tensor(type, rank, width));
+  const [ownA, ownBt] = [own(sideA, module.in), own(sideB, module.out)];
   const q = privateRankItem!.integer(0, 65_535);
   // Factors take at most four times the weight's memory, however few bytes the coefficients have.
   const most = Math.max(256, 2 * Math.min(module.in, module.out));
-  term.check(rank + q <= most, () => `"${module.name}" has rank ${rank + q}, at most ${most} is allowed`);
+  term.check(rank + q <= most, () => `"${name}" has rank ${rank + q}, at most ${most} is allowed`);
   privateTypeItem!.integer(0, q > 0 ? DTYPES.length - 1 : 0);
-  term.check(A !== undefined || q > 0 || !magnitudeItem!.absent, () => `nothing is done to "${module.name}"`);
+  term.check(rank + q > 0 || !magnitudeItem!.absent, () => `nothing is done to "${name}"`);
   return {
-    module: index,
-    rank,
-    A,
-    B,
+    ...{ module: index, rank, A, B, ownA, ownBt },
     privateRank: q,
     privateA: q > 0 ? tensor(privateTypeItem!, q, module.in) : undefined,
     privateBt: q > 0 ? tensor(privateTypeItem!, q, module.out) : undefined,
@@ -175,8 +192,8 @@ type Checked = readonly [name: string, tensor: TensorRef | undefined, multiplied
 /** The tensors of the bases section in its order, with what they are called in errors. */
 export function* basesTensors(modules: readonly PackModule[]): Generator<Checked> {
   for (const { name, A, B, fingerprint } of modules) {
-    yield [`basis A of "${name}"`, A?.tensor, true];
-    yield [`basis B of "${name}"`, B?.tensor, true];
+    for (const [side, bases] of Object.entries({ A, B }))
+      for (const [i, { tensor }] of bases.entries()) yield [`basis ${side}${i || ""} of "${name}"`, tensor, true];
     if (fingerprint === undefined) continue;
     const size = { rows: 1, width: FINGERPRINT_SIZE, byteLength: 4 * FINGERPRINT_SIZE };
     yield [`the fingerprint of "${name}"`, { dtype: "f32", byteOffset: fingerprint, ...size }];

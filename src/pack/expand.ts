@@ -15,19 +15,22 @@ export function expandTerm(blob: TaskBlob, term: TaskTerm, module: PackModule, b
   const rank = term.rank + term.privateRank;
   const side = (
     coefficients: Coefficients | undefined,
-    basis: Side | undefined,
+    sides: readonly Side[],
+    own: TensorRef | undefined,
     privateRows: TensorRef | undefined,
     width: number,
   ) => {
     const out = new Float32Array(rank * width);
-    if (coefficients && basis) out.set(expandSide(blob, coefficients, basis, bases));
+    const added = own && readTensor(blob.bytes, own);
+    if (coefficients) out.set(expandSide(blob, coefficients, sides[coefficients.basis]!, bases, added));
+    else if (added) out.set(added);
     if (privateRows) out.set(readTensor(blob.bytes, privateRows), term.rank * width);
     return out;
   };
   return {
     rank,
-    A: side(term.A, module.A, term.privateA, module.in),
-    Bt: side(term.B, module.B, term.privateBt, module.out),
+    A: side(term.A, module.A, term.ownA, term.privateA, module.in),
+    Bt: side(term.B, module.B, term.ownBt, term.privateBt, module.out),
     magnitude: term.magnitude && readTensor(blob.bytes, term.magnitude),
   };
 }
@@ -37,6 +40,7 @@ function expandSide(
   { mean, tensor }: Coefficients,
   { K, tensor: basis }: Side,
   bases: Uint8Array,
+  own: Float32Array | undefined,
 ): Float32Array {
   const components = readTensor(bases, basis);
   const alpha = readTensor(blob.bytes, tensor);
@@ -48,6 +52,7 @@ function expandSide(
       const a = alpha[row * K + k]!;
       for (let i = 0; i < basis.width; i++) sums[i]! += a * components[k * basis.width + i]!;
     }
+    if (own) for (let i = 0; i < basis.width; i++) sums[i]! += own[row * basis.width + i]!;
     out.set(sums, row * basis.width);
   }
   return out;

@@ -5,7 +5,7 @@
 /// <reference lib="esnext.disposable" preserve="true" />
 import { checkChoice, checkOptions, described, nearest } from "../arguments.ts";
 import { type EigenLoraError, TaskError } from "../errors.ts";
-import { isTaskId, parseDirectory } from "../format/directory.ts";
+import { parseDirectory } from "../format/directory.ts";
 import { align64, Fields } from "../format/fields.ts";
 import {
   type Directory,
@@ -203,8 +203,6 @@ export class Pack {
   readonly #source: ByteSource;
   readonly #trust: Trust | undefined;
   readonly #slots = new Map<string, TaskSlot>();
-  /** Ids of tasks whose files are being read. */
-  readonly #adding = new Set<string>();
   readonly #maxResidentBytes: number;
   /** Resident blobs that could be read again, least recently used first. */
   readonly #recent = new Set<TaskSlot>();
@@ -300,11 +298,7 @@ export class Pack {
     const slot = this.#slots.get(id);
     // All that `load` checks is checked of a copy, too.
     await this.load(id, options);
-    const { stored, section } = slot!;
-    if (stored) return stored;
-    const bytes = await this.#source.read(section!.offset, section!.length, options);
-    await checkSection(bytes, section!, `task "${id}"`, this.name, this.#trust);
-    return bytes;
+    return slot!.stored ?? this.#read(slot!.section!, `task "${id}"`, options);
   }
 
   #forget(slot: TaskSlot): void {
@@ -343,6 +337,13 @@ export class Pack {
     });
   }
 
+  /** A section as the file has it, checked. */
+  async #read(section: Section, part: string, options: ReadOptions): Promise<Uint8Array> {
+    const bytes = await this.#source.read(section.offset, section.length, options);
+    await checkSection(bytes, section, part, this.name, this.#trust);
+    return bytes;
+  }
+
   /**
    * What a section means.
    * @param bytes of a section that was checked already. Default: it is read
@@ -355,8 +356,7 @@ export class Pack {
     parse: (bytes: Uint8Array, coded: boolean) => Promise<T>,
   ): Promise<T> {
     try {
-      const read = bytes ?? (await this.#source.read(section.offset, section.length, { signal }));
-      if (!bytes) await checkSection(read, section, part, this.name, this.#trust);
+      const read = bytes ?? (await this.#read(section, part, { signal }));
       if (!section.coded) return await parse(read, false);
       const { decodeSection } = await import("../format/coded.ts");
       const how = { file: this.name, part, before: this.directory.basisBytes, expected: section.size, signal };
@@ -382,20 +382,11 @@ export class Pack {
    *   when it is another than `integrity` says, or revoked, or not signed where the pack was opened with `keys`
    */
   async addTask(id: string, file: SourceInput, options: TaskTrust = {}): Promise<void> {
-    if (typeof id !== "string" || !isTaskId(id)) {
-      throw new TaskError(`${described(id)} cannot name a task`, { task: id });
-    }
-    if (this.#slots.has(id) || this.#adding.has(id))
-      throw new TaskError(`a task "${id}" already exists; choose another id`, { task: id });
-    this.#adding.add(id);
-    try {
-      const { readTaskFile } = await import("./task-file.ts");
-      const task = await readTaskFile(file, id, this, this.#trust, options);
+    const { addTaskFile } = await import("./task-file.ts");
+    await addTaskFile(file, id, this, this.#slots, this.#trust, options, (task) => {
       this.#tasks = undefined;
-      this.#slots.set(id, { ...task, id, bytes: task.stored.length });
-    } finally {
-      this.#adding.delete(id);
-    }
+      this.#slots.set(id, { ...task, bytes: task.stored.length });
+    });
   }
 
   /**

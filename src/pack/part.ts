@@ -2,7 +2,7 @@
  * A pack as one file of a model sees it: only the modules that live there, and of each task only what concerns them.
  */
 import { described } from "../arguments.ts";
-import { moduleOf, parseBrought } from "../format/brings.ts";
+import { isOfModule, moduleOf, parseBrought } from "../format/brings.ts";
 import type { PackModule, TaskBlob } from "../format/format.ts";
 import type { ReadOptions } from "../source.ts";
 import type { Pack, TaskInfo } from "./pack.ts";
@@ -50,7 +50,7 @@ class PackPart implements PackView {
   #info(info: TaskInfo): TaskInfo {
     const brings = info.brings?.filter((entry) => {
       const { role, name } = parseBrought(entry);
-      return this.#keep(role === "magnitude" || role === "private" ? name : moduleOf(name));
+      return this.#keep(isOfModule(role) ? name : moduleOf(name));
     });
     return {
       ...info,

@@ -13,7 +13,7 @@ import { type ModuleSpace, openModule } from "../extract/project.ts";
 import { fastProducts } from "../extract/wasm-products.ts";
 import { parseBrought } from "../format/brings.ts";
 import type { TermInput } from "../format/encode.ts";
-import type { PackModule } from "../format/format.ts";
+import { type PackModule, sharedBases } from "../format/format.ts";
 import type { TaskToWrite } from "../format/layout.ts";
 import { encodedTensor } from "../format/tensors.ts";
 import type { Dtype, Dtypes } from "../tensor/dtypes.ts";
@@ -23,7 +23,7 @@ import { storedTask } from "./coding.ts";
 import type { Pack } from "./pack.ts";
 import { type Steps, startSteps, stepsWithin } from "./refine.ts";
 import { idleWarnings, lossesOf, type ModuleError, type TaskLoss } from "./report.ts";
-import { errorOf, narrowTerms, stepOf, stepsOf } from "./steps.ts";
+import { errorOf, narrowTerms, stepOf, stepsOf, widthsOf } from "./steps.ts";
 import { encodeAdapter, encodeTerm, storable } from "./tasks.ts";
 
 /** A task made for an existing basis, and what it lost. */
@@ -69,7 +69,7 @@ export async function projectAdapters(
       if (term.A || term.privateTerms || term.magnitude) terms[i]!.push(term);
     };
     await each(work, steps);
-    const stored = steps ? terms.map((own) => narrowTerms(own, pack.modules)) : terms;
+    const stored = steps ? terms.map((own) => narrowTerms(own, pack.modules.map(widthsOf))) : terms;
     return projectedOf(pack, adapters, { terms: stored, errors, head: dtype.head });
   };
   const surveyed = async (): Promise<Spectrum[]> => {
@@ -180,7 +180,7 @@ async function eachModule(
     for (const [i, adapter] of adapters.entries()) {
       const module = adapter.modules.get(stored.name);
       if (!module) continue;
-      if (stored.A && stored.B) space ??= openModule(storedModule(stored, bases, adapter), products);
+      if (sharedBases(stored)) space ??= openModule(storedModule(stored, bases, adapter), products);
       const { magnitude, ...term } = await module.read();
       const begun = storable(adapter, stored, () =>
         beginMixed(space, { id: adapter.id, ...term }, { ...options, step: steps?.get(adapter) }),
@@ -205,7 +205,7 @@ const NO_BASES = { A: { mean: undefined }, B: { mean: undefined } };
 
 /** Whether a pack's tasks keep to themselves what they do not share, or share nothing. */
 function hasPrivateTerms({ tasks, modules }: Pack): boolean {
-  if (modules.some(({ A, B }) => !A || !B)) return true;
+  if (!modules.every(sharedBases)) return true;
   const own = [...tasks.values()].map(({ brings }) => brings?.some((entry) => parseBrought(entry).role === "private"));
   return own.length > 0 && own.every(Boolean);
 }
@@ -255,7 +255,7 @@ export function storedModule(
   adapter: Adapter,
 ): Parameters<typeof openModule>[0] {
   const side = (which: "A" | "B"): Parameters<typeof openModule>[0]["A"] => {
-    const basis = module[which];
+    const basis = sharedBases(module)?.[which];
     if (!basis) {
       throw new AdapterError(`"${module.name}" has no basis in the pack: pack all adapters again`, {
         file: adapter.file,

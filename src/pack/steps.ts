@@ -6,7 +6,7 @@ import { pairNorm } from "../extract/error.ts";
 import { pairOf } from "../extract/gauge.ts";
 import { narrowPrivate } from "../extract/private.ts";
 import type { TermInput } from "../format/encode.ts";
-import { decode, type Value } from "../format/messagepack.ts";
+import { type PackModule, sharedBases } from "../format/format.ts";
 import type { Dtype, QuantizedDtype } from "../tensor/dtypes.ts";
 import { narrowed } from "../tensor/encode.ts";
 import type { Pack } from "./pack.ts";
@@ -34,25 +34,21 @@ export async function stepsOf(adapters: readonly Adapter[], step: number): Promi
   return steps;
 }
 
-/** The step that a pack was made with; undefined where it does not say. @throws FormatError when it is no number above 0 */
-export function stepOf(pack: Made): number | undefined {
-  return saidOf(pack, "step", MOST_STEP);
+/** The step that a pack was made with; undefined where it does not say. */
+export function stepOf({ directory }: Made): number | undefined {
+  return directory.basis.step;
 }
 
-/** The error that each task of a pack with a step was made to keep to; undefined where it does not say. @throws FormatError as `stepOf` */
-export function errorOf(pack: Made): number | undefined {
-  return saidOf(pack, "error", 1);
+/** The error that each task of a pack with a step was made to keep to; undefined where it does not say. */
+export function errorOf({ directory }: Made): number | undefined {
+  return directory.basis.error;
 }
 
-type Made = Pick<Pack, "name" | "directory">;
+type Made = Pick<Pack, "directory">;
 
-function saidOf({ name, directory }: Made, key: "step" | "error", most: number): number | undefined {
-  const root: Value = decode(directory.basisBytes, name, "basis description", "basis");
-  return root.get(key).maybe((value: Value) => {
-    const found = value.number(0, most);
-    value.check(found > 0, () => `${key} is ${found}`);
-    return found;
-  });
+/** A module of a pack as `narrowTerms` takes it. */
+export function widthsOf(module: PackModule): Widths {
+  return { in: module.in, out: module.out, ...sharedBases(module) };
 }
 
 /** @throws RangeError for a step that is no share */

@@ -1,9 +1,10 @@
 /**
  * A task that comes as a file of its own, for an open pack. Loaded when one is added.
  */
-import { checkOptions } from "../arguments.ts";
+import { checkOptions, described } from "../arguments.ts";
 import { TaskError } from "../errors.ts";
 import { plainTask } from "../format/coded.ts";
+import { isTaskId } from "../format/directory.ts";
 import type { Directory, PackModule, TaskBlob, TaskEntry, TaskFile } from "../format/format.ts";
 import { integrityOf } from "../format/hash.ts";
 import { wrongKind } from "../format/kind.ts";
@@ -19,6 +20,9 @@ interface Target {
   readonly modules: readonly PackModule[];
   readonly directory: Pick<Directory, "basisBytes">;
 }
+
+/** Ids of the tasks whose files are being read, by the tasks of their pack. */
+const coming = new WeakMap<ReadonlyMap<string, unknown>, Set<string>>();
 
 /** A task that is added to an open pack. */
 export interface AddedTask extends TaskEntry {
@@ -42,22 +46,37 @@ export async function readTask(source: ByteSource): Promise<TaskFile> {
 }
 
 /**
+ * Reads a task file for a pack. Its id is taken as soon as this begins.
  * @param id the task's in the pack
+ * @param tasks of the pack, by id; not its snapshot of them, which is made again after every change
  * @param trust of the pack, where it has some
  * @param options of `Pack.addTask`
- * @throws FormatError when the file is damaged, TaskError when it belongs to another basis, TrustError when it is not what is trusted
+ * @param put gives the task its place
+ * @throws FormatError when the file is damaged, TaskError when it belongs to another basis or the id is taken, TrustError when it is
+ *   not what is trusted
  */
-export async function readTaskFile(
+export async function addTaskFile(
   file: SourceInput,
   id: string,
   { basisId, modules, directory }: Target,
+  tasks: ReadonlyMap<string, unknown>,
   trust: Trust | undefined,
   options: TaskTrust,
-): Promise<AddedTask> {
+  put: (task: AddedTask) => void,
+): Promise<void> {
   checkOptions("addTask", options, ["integrity"]);
+  if (typeof id !== "string" || !isTaskId(id)) {
+    throw new TaskError(`${described(id)} cannot name a task`, { task: id });
+  }
+  const ids = coming.get(tasks) ?? new Set();
+  if (tasks.has(id) || ids.has(id))
+    throw new TaskError(`a task "${id}" already exists; choose another id`, { task: id });
+  // From here on it is taken, though the file has yet to be read.
+  coming.set(tasks, ids.add(id));
   const { integrity } = options;
-  const source = await openSource(file, {}, "addTask");
+  let source: ByteSource | undefined;
   try {
+    source = await openSource(file, {}, "addTask");
     const { name } = source;
     const parsed = await readTask(source);
     const checks =
@@ -74,8 +93,9 @@ export async function readTaskFile(
     if (plain !== blob) await checks?.checkDecoded(plain, part, name);
     // Where there is no SHA-256, as on a page without https, nobody can have asked for a hash.
     const hash = globalThis.crypto?.subtle && (await integrityOf(blob));
-    return { ...entry, stored: blob, integrity: hash, blob: parseTask(plain, modules, name, { ...entry, id }) };
+    put({ ...entry, id, stored: blob, integrity: hash, blob: parseTask(plain, modules, name, { ...entry, id }) });
   } finally {
-    await source.close?.();
+    ids.delete(id);
+    await source?.close?.();
   }
 }

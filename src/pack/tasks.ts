@@ -52,11 +52,10 @@ export async function encodeAdapter(
 ): Promise<TaskToWrite> {
   const { id, byteLength, metadata, saved } = adapter;
   const named = (which: readonly TermInput[]): string[] => which.map(({ module }) => names[module]!);
-  const brings = encodeBrings(
-    saved,
-    named(terms.filter(({ magnitude }) => magnitude)),
-    named(terms.filter(({ privateTerms }) => privateTerms)),
-  );
+  const brings = encodeBrings(saved, {
+    magnitude: named(terms.filter(({ magnitude }) => magnitude)),
+    private: named(terms.filter(({ privateTerms }) => privateTerms)),
+  });
   const entry = { id, adapterBytes: byteLength, metadata, brings: brings.sort() };
   storable(adapter, { name: "metadata" }, () => checkEntry(entry, id));
   const misfit = misfitLabels(metadata.labels, saved);

@@ -6,7 +6,7 @@
 import { checkArgument } from "../arguments.ts";
 import { after, at, type ExpandJob, type Slice } from "../backends/backend.ts";
 import { onDevice, type View } from "../base/host.ts";
-import type { PackModule } from "../format/format.ts";
+import { type PackModule, sharedBases } from "../format/format.ts";
 import type { PackView } from "../pack/part.ts";
 import { loadParts, refuseMagnitudes, type Selection } from "./selection.ts";
 import { type ActiveTask, type Expansion, type ModulePlan, Staging, stage } from "./stage.ts";
@@ -161,19 +161,19 @@ type Factor = Pick<ExpandJob, "basis" | "dtype" | "rows" | "width">;
 /** Terms between components: y += ((x·E_Aᵀ)·α_Aᵀ·α_B)·E_B, the products with components once for all tasks. */
 function applyColumns(
   bench: Workbench,
-  { A, B }: PackModule,
+  module: PackModule,
   runs: readonly Run[],
   x: Slice,
   y: Slice,
   count: number,
 ): void {
-  const pieces = runs.map(({ plan }) => {
-    const all = (plan?.A.shared ?? []).map((a, i): [Expansion, Expansion] => [a, plan!.Bt.shared[i]!]);
-    return all.filter(([a]) => a.basis.kind === "column");
-  });
+  const pieces = runs.map(({ plan }) =>
+    (plan?.core ? plan.A.shared : []).map((a, i): [Expansion, Expansion] => [a, plan!.Bt.shared[i]!]),
+  );
   const most = Math.max(...pieces.map(({ length }) => length));
-  if (most === 0 || !A || !B) return;
+  if (most === 0) return;
   const { backend } = bench;
+  const { A, B } = sharedBases(module)!;
   const [KA, KB] = [A.tensor.rows, B.tensor.rows];
   const ranks = Math.max(...pieces.flat().map(([{ rows }]) => rows));
   const onA = bench.reserve("onA", 4 * count * KA);
@@ -202,7 +202,7 @@ function applyColumns(
   backend.expand({ out: y, coefficients: onB, ...bench.components(B), rank: count, add: true });
 }
 
-/** Terms of factors, the task's own and flat ones: y += (x·Aᵀ)·Bt. */
+/** Terms of factors: private ones, and where no core lies between components all rows, expanded: y += (x·Aᵀ)·Bt. */
 function applyFactors(bench: Workbench, { in: inputs, out }: PackModule, run: Run, x: Slice, y: Slice): void {
   const { backend } = bench;
   const { block } = bench.reserved("applied");
@@ -214,16 +214,14 @@ function applyFactors(bench: Workbench, { in: inputs, out }: PackModule, run: Ru
     backend.project({ out: between, x: rowsOfX, basis: A, ...of, count: run.count, width: inputs });
     backend.expand({ out: rowsOfY, coefficients: between, basis: Bt, ...of, rank: run.count, width: out, add: true });
   };
-  const { A, Bt } = run.plan!;
-  for (const [i, { at: a, rank }] of A.private.entries()) add(staged(a), staged(Bt.private[i]!.at), rank);
-  for (const [i, a] of A.shared.entries()) {
-    if (a.basis.kind === "column") continue;
-    const b = Bt.shared[i]!;
-    const rank = a.basis.rank!;
-    const factors = bench.reserve("factors", 4 * rank * (inputs + out));
-    const second = after(factors, 4 * rank * inputs);
-    backend.expand({ out: factors, coefficients: staged(a.at), ...bench.components(a.basis), rank: 1 });
-    backend.expand({ out: second, coefficients: staged(b.at), ...bench.components(b.basis), rank: 1 });
-    add(factors, second, rank);
+  const { A, Bt, core, rank } = run.plan!;
+  if (core) {
+    for (const [i, { at: a, rank }] of A.private.entries()) add(staged(a), staged(Bt.private[i]!.at), rank);
+    return;
   }
+  const factors = bench.reserve("factors", 4 * rank * (inputs + out));
+  const second = after(factors, 4 * rank * inputs);
+  bench.fill(A, staged(0), factors, inputs);
+  bench.fill(Bt, staged(0), second, out);
+  add(factors, second, rank);
 }

@@ -5,8 +5,8 @@
 import type { ModulePlan } from "./stage.ts";
 
 /** Whether a module's term is handed out as a core. */
-export function hasCore({ A, Bt }: ModulePlan, mode: "core" | "factors"): boolean {
-  return mode === "core" && A.shared.length > 0 && [...A.shared, ...Bt.shared].every((p) => p.basis.kind === "column");
+export function hasCore({ A, core }: ModulePlan, mode: "core" | "factors"): boolean {
+  return mode === "core" && core && A.shared.length > 0;
 }
 
 /** `old` when it has the right length, else a new array: a warm switch allocates nothing. */

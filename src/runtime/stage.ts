@@ -4,7 +4,14 @@
  * a switch uploads.
  */
 
-import type { Coefficients, PackModule, Side, TaskBlob, TensorRef } from "../format/format.ts";
+import {
+  type Coefficients,
+  type PackModule,
+  type Side,
+  sharedBases,
+  type TaskBlob,
+  type TensorRef,
+} from "../format/format.ts";
 import { readTensor } from "../format/tensors.ts";
 
 /** A task of a switch and its strength. */
@@ -23,6 +30,8 @@ export interface Expansion {
   readonly basis: Side;
   /** First row of the factor that is made. */
   readonly row: number;
+  /** Whether it is added to rows of the task's own. */
+  readonly add: boolean;
 }
 
 /** Rows of a factor that the task brings itself. */
@@ -33,9 +42,10 @@ export interface Private {
   readonly rank: number;
 }
 
-/** The pieces of a factor. */
+/** The pieces of a factor. Those of `private` go by pairs, the others make rows that both sides have, each in its way. */
 export interface Pieces {
   readonly shared: readonly Expansion[];
+  readonly own: readonly Private[];
   readonly private: readonly Private[];
 }
 
@@ -45,6 +55,8 @@ export interface ModulePlan {
   readonly rank: number;
   readonly A: Pieces;
   readonly Bt: Pieces;
+  /** Whether all that is not private lies between column bases that the module's tasks share. */
+  readonly core: boolean;
   /** First f32 of DoRA's magnitudes [out] in the staged array. */
   readonly magnitude: number | undefined;
 }
@@ -70,7 +82,8 @@ export class Staging {
 /** A plan that more tasks may add to. */
 interface Draft extends ModulePlan {
   rank: number;
-  readonly A: { readonly shared: Expansion[]; readonly private: Private[] };
+  core: boolean;
+  readonly A: { readonly shared: Expansion[]; readonly own: Private[]; readonly private: Private[] };
   readonly Bt: Draft["A"];
   magnitude: number | undefined;
 }
@@ -84,13 +97,21 @@ export function stage(parts: readonly ActiveTask[], modules: readonly PackModule
       const module = modules[term.module]!;
       let plan = plans.get(term.module);
       if (!plan) {
-        plan = { module: term.module, rank: 0, A: none(), Bt: none(), magnitude: undefined };
+        plan = { module: term.module, rank: 0, A: none(), Bt: none(), core: true, magnitude: undefined };
         plans.set(term.module, plan);
       }
-      if (term.A && term.B) {
-        plan.A.shared.push(expansion(blob, term.A, module.A!, 1, plan.rank, staging));
-        plan.Bt.shared.push(expansion(blob, term.B, module.B!, strength, plan.rank, staging));
-        plan.rank += term.rank;
+      if (term.rank > 0) {
+        const { rank, A, B, ownA, ownBt } = term;
+        const own = (rows: TensorRef, strength: number): Private => {
+          return { at: values(blob, rows, strength, staging), row: plan.rank, rank };
+        };
+        if (A) plan.A.shared.push(expansion(blob, A, module.A[A.basis]!, 1, plan.rank, !!ownA, staging));
+        if (B) plan.Bt.shared.push(expansion(blob, B, module.B[B.basis]!, strength, plan.rank, !!ownBt, staging));
+        if (ownA) plan.A.own.push(own(ownA, 1));
+        if (ownBt) plan.Bt.own.push(own(ownBt, strength));
+        const bases = sharedBases(module);
+        plan.core &&= !ownA && !ownBt && bases?.A.kind === "column" && bases.B.kind === "column";
+        plan.rank += rank;
       }
       if (term.privateA && term.privateBt) {
         const [row, rank] = [plan.rank, term.privateRank];
@@ -105,7 +126,7 @@ export function stage(parts: readonly ActiveTask[], modules: readonly PackModule
 }
 
 function none(): Draft["A"] {
-  return { shared: [], private: [] };
+  return { shared: [], own: [], private: [] };
 }
 
 function expansion(
@@ -114,10 +135,11 @@ function expansion(
   basis: Side,
   strength: number,
   row: number,
+  add: boolean,
   staging: Staging,
 ): Expansion {
   const { rows, width: K } = coefficients.tensor;
-  if (!basis.mean) return { at: values(blob, coefficients.tensor, strength, staging), rows, basis, row };
+  if (!basis.mean) return { at: values(blob, coefficients.tensor, strength, staging), rows, basis, row, add };
   // The mean is the basis' last row: one more coefficient per row, 1 (times the strength) where the task uses it.
   const at = staging.reserve(rows * (K + 1));
   const out = staging.values;
@@ -126,7 +148,7 @@ function expansion(
     for (let k = K - 1; k >= 0; k--) out[at + i * (K + 1) + k] = out[at + i * K + k]! * strength;
     out[at + i * (K + 1) + K] = coefficients.mean ? strength : 0;
   }
-  return { at, rows, basis, row };
+  return { at, rows, basis, row, add };
 }
 
 function values(blob: TaskBlob, tensor: TensorRef, strength: number, staging: Staging): number {

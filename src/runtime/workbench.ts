@@ -6,6 +6,7 @@
  * factors stay in a cache; a device expands as many as fit at once.
  */
 import {
+  after,
   at,
   type Backend,
   type Block,
@@ -20,6 +21,9 @@ import { type ModulePlan, type Pieces, Staging } from "./stage.ts";
 
 /** Bytes of the factors of a round on a device. */
 const ROUND_BYTES = 32 * 2 ** 20;
+
+/** Expansions last: they may be added to the task's own rows, and a device then has all of them in a row. */
+const ORDER = ["private", "own", "shared"] as const;
 
 /** Scratch memory, by what it is for. The second line is `apply.ts`'s: each step's own, so that a device can do its parts at once. */
 type Scratch = ("coefficients" | "factors" | "scale" | "weight") | ("applied" | "x" | "y" | "onA" | "inner" | "onB");
@@ -126,26 +130,31 @@ export class Workbench {
     const { block } = this.reserved("factors");
     if (this.#expanded !== round) {
       this.#expanded = round;
-      // Copies first: a device then has all expansions in a row.
-      for (const kind of ["private", "shared"] as const) {
+      const staged = this.reserved("coefficients");
+      for (const kind of ORDER) {
         for (const each of this.rounds[round]!) {
           const module = this.modules[each.module]!;
           const place = this.#places.get(each)!;
-          this.#fill(each.A[kind], at(block, place.A), module.in);
-          this.#fill(each.Bt[kind], at(block, place.Bt), module.out);
+          this.#fill(each.A[kind], staged, at(block, place.A), module.in);
+          this.#fill(each.Bt[kind], staged, at(block, place.Bt), module.out);
         }
       }
     }
     return { A: at(block, A), Bt: at(block, Bt) };
   }
 
-  #fill(pieces: Pieces["private" | "shared"], { block, byteOffset }: Slice, width: number): void {
-    const staged = this.reserved("coefficients").block;
+  /** Makes one factor [rank, width] of its pieces. @param staged where what they count from is */
+  fill(pieces: Pieces, staged: Slice, out: Slice, width: number): void {
+    for (const kind of ORDER) this.#fill(pieces[kind], staged, out, width);
+  }
+
+  #fill(pieces: Pieces[keyof Pieces], staged: Slice, place: Slice, width: number): void {
     for (const piece of pieces) {
-      const coefficients = at(staged, 4 * piece.at);
-      const out = at(block, byteOffset + 4 * piece.row * width);
+      const coefficients = after(staged, 4 * piece.at);
+      const out = after(place, 4 * piece.row * width);
       if ("basis" in piece) {
-        this.backend.expand({ out, coefficients, ...this.components(piece.basis), rank: piece.rows });
+        const { basis, rows: rank, add } = piece;
+        this.backend.expand({ out, coefficients, ...this.components(basis), rank, add });
         this.dispatches++;
       } else this.copy(coefficients, out, 4 * piece.rank * width);
     }

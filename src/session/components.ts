@@ -1,5 +1,5 @@
 /** A pack's components of a module as a graph takes them. */
-import type { PackModule, TensorRef } from "../format/format.ts";
+import { type PackModule, sharedBases, type TensorRef } from "../format/format.ts";
 import { encodedTensor, readTensor } from "../format/tensors.ts";
 import type { ComponentRows, Components } from "../onnx/components.ts";
 import { BITS, decodeIntegers, decodeScales, isQuantized } from "../tensor/dtypes.ts";
@@ -8,7 +8,8 @@ import { BITS, decodeIntegers, decodeScales, isQuantized } from "../tensor/dtype
  * @param bases of the pack, which are read when the graph is made
  * @returns undefined for a module that no core can lie between
  */
-export function componentsOf({ A, B }: PackModule, bases: Uint8Array): Components | undefined {
+export function componentsOf(module: PackModule, bases: Uint8Array): Components | undefined {
+  const { A, B } = sharedBases(module) ?? {};
   if (A?.kind !== "column" || B?.kind !== "column") return undefined;
   if (A.tensor.rows === 0 || B.tensor.rows === 0) return undefined;
   return { A: rowsOf(A.tensor, bases), B: rowsOf(B.tensor, bases) };

@@ -3,8 +3,8 @@
  * it can be done without touching the weights. Checks that the model is the right one. Changes nothing.
  */
 import { BaseMismatchError } from "../errors.ts";
-import { type Brought, bringsOf, moduleOf, parseBrought } from "../format/brings.ts";
-import type { PackModule } from "../format/format.ts";
+import { type Brought, bringsOf, isOfModule, moduleOf, needsFactors, parseBrought } from "../format/brings.ts";
+import { type PackModule, sharedBases } from "../format/format.ts";
 import type { Graft, GraftBias, GraftHead, GraftModule, GraftRows } from "../onnx/adapted.ts";
 import type { GraftVector } from "../onnx/forms.ts";
 import { checkGraftable } from "../onnx/graftable.ts";
@@ -127,10 +127,10 @@ class Planner {
     const { modules } = this.#pack;
     const weights = await this.#matcher.weights(modules);
     const brought = await this.#brought();
-    const ofModules = (role: Brought["role"]): ReadonlySet<string> =>
-      new Set(brought.filter((one) => one.role === role).map(({ name }) => name));
-    const [scaled, withPrivate] = [ofModules("magnitude"), ofModules("private")];
-    const parameters = brought.filter(({ role }) => role !== "magnitude" && role !== "private");
+    const namesOf = (some: readonly Brought[]): ReadonlySet<string> => new Set(some.map(({ name }) => name));
+    const scaled = namesOf(brought.filter(({ role }) => role === "magnitude"));
+    const withFactors = namesOf(brought.filter(({ role }) => needsFactors(role)));
+    const parameters = brought.filter(({ role }) => !isOfModule(role));
     const ignored = new Set(parameters.map(({ name }) => name).filter((name) => this.#matcher.ignores(name)));
     const wanted = parameters.filter(({ name }) => !ignored.has(name));
     for (const { name } of wanted) {
@@ -172,7 +172,7 @@ class Planner {
     const filled = grafts.map((module) => {
       const own = modules.find(({ name }) => name === module.name)!;
       const components = mode === "core" ? componentsOf(own, bases) : undefined;
-      const factors = !components || this.#options.reserve?.privateTerms === true || withPrivate.has(module.name);
+      const factors = !components || this.#options.reserve?.privateTerms === true || withFactors.has(module.name);
       return { ...module, components, factors };
     });
     const all = { ...graft, modules: filled, biases: added, rows, vectors: changed };
@@ -331,9 +331,10 @@ class Planner {
     if (mode !== "auto" && mode !== "folded" && notUnfolded) {
       throw refuse(this.#notUnfolded, `mode "${mode}"`, '; use mode "folded"');
     }
-    const K = this.#pack.modules.flatMap(({ A, B }) =>
-      A?.kind === "column" && B?.kind === "column" ? [A.tensor.rows, B.tensor.rows] : [],
-    );
+    const K = this.#pack.modules.flatMap((module) => {
+      const { A, B } = sharedBases(module) ?? {};
+      return A?.kind === "column" && B?.kind === "column" ? [A.tensor.rows, B.tensor.rows] : [];
+    });
     const none = "the pack has no components in column mode, which a core needs";
     if (mode === "core" && K.length === 0) {
       throw refuse([{ module: "", why: none }], 'mode "core"', '; use mode "factors"');

@@ -1,6 +1,6 @@
 /** Which of several files of one model each module of a pack lives in. */
 import { BaseMismatchError } from "../errors.ts";
-import { moduleOf } from "../format/brings.ts";
+import { isOfModule, moduleOf } from "../format/brings.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import type { Pack } from "../pack/pack.ts";
 import { partOf } from "../pack/part.ts";
@@ -27,7 +27,7 @@ export async function residentsOf(
   const bases = await pack.bases(options);
   try {
     const matcher = new ModelMatcher(file, options);
-    const brought = (await broughtBy(view, options)).filter(({ role }) => role !== "magnitude" && role !== "private");
+    const brought = (await broughtBy(view, options)).filter(({ role }) => !isOfModule(role));
     const parameters = new Set(brought.map((one) => one.name).filter((one) => !matcher.ignores(one)));
     const residents = await matcher.residents(view.modules, parameters, bases.bytes);
     const [here, elsewhere] = [new Set<string>(), new Set<string>()];

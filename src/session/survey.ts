@@ -3,8 +3,10 @@
  * Made by the same planning and surgery as a session, so that the two cannot disagree. Where a session stops at the first thing
  * that is wrong, this goes on and tells all.
  */
+
 import { createBackend } from "../backends/select.ts";
 import { BaseMismatchError, type EigenLoraError, FormatError } from "../errors.ts";
+import { isOfModule } from "../format/brings.ts";
 import { fusedNode } from "../onnx/linear.ts";
 import { nestedGraphs } from "../onnx/model.ts";
 import type { OnnxParameter } from "../onnx/modules.ts";
@@ -226,7 +228,7 @@ async function surveyParameters(
   ]);
   const found: SurveyedParameter[] = [];
   for (const { role, name } of await broughtBy(pack, options)) {
-    if (role === "magnitude" || role === "private") continue;
+    if (isOfModule(role)) continue;
     const ignored = matcher.ignores(name);
     const looked = ignored
       ? undefined

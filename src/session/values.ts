@@ -3,7 +3,7 @@
  * batch. No engine here.
  */
 import { BaseMismatchError, TaskError } from "../errors.ts";
-import { bringsOf, moduleOf, parseBrought } from "../format/brings.ts";
+import { bringsOf, isOfModule, moduleOf, needsFactors, parseBrought } from "../format/brings.ts";
 import type { TaskBlob, TaskParameter } from "../format/format.ts";
 import { misfitLabels } from "../format/heads.ts";
 import { readTensor } from "../format/tensors.ts";
@@ -50,6 +50,9 @@ export type WriteCore = (out: Float32Array, at: number, stride: number) => void;
 /** Stands where a task's head has fewer columns than its neighbours': no maximum, and nothing after a softmax. */
 const NO_LABEL = -3.4028234663852886e38;
 
+/** What an input of a kind is told by, before the name of its module. */
+const READY: Readonly<Record<string, string>> = { scale: "magnitude ", A: "private " };
+
 /** Makes the values of a prepared model's inputs. */
 export class TaskEvaluator {
   readonly #model: Pick<PreparedModel, "view" | "mode" | "base" | "inputs">;
@@ -64,9 +67,8 @@ export class TaskEvaluator {
     // Not all of the prepared model: its modules know the graph, and so the model's whole file.
     this.#model = { view, mode, base, inputs };
     this.#bench = bench;
-    const prefix: Record<string, string> = { scale: "magnitude ", A: "private " };
     const telling = inputs.filter(({ kind }) => kind !== "core" && kind !== "B");
-    this.#ready = new Set(telling.map(({ of, kind }) => (prefix[kind] ?? "") + of));
+    this.#ready = new Set(telling.map(({ of, kind }) => (READY[kind] ?? "") + of));
   }
 
   /**
@@ -137,10 +139,10 @@ export class TaskEvaluator {
       for (const brought of bringsOf(blob, pack.modules)) {
         const { role, name } = parseBrought(brought);
         const head = base.heads.get(moduleOf(name));
-        if (this.#ready.has(brought) || this.#ready.has(name)) continue;
-        const folds = mode === "folded" && (role === "magnitude" || role === "private" || base.wanted.has(name));
+        if (this.#ready.has(needsFactors(role) ? READY["A"] + name : brought) || this.#ready.has(name)) continue;
+        const folds = mode === "folded" && (isOfModule(role) || base.wanted.has(name));
         if (head ? head.bias || !name.endsWith(".bias") : folds) continue;
-        const hint = role === "private" ? " with reserve: { privateTerms: true }" : "";
+        const hint = needsFactors(role) ? " with reserve: { privateTerms: true }" : "";
         const message = `task "${id}" brings "${name}" (${role}), which no task did when this session was made; make a new one${hint}`;
         throw new BaseMismatchError(message, { module: name });
       }

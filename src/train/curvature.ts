@@ -126,10 +126,10 @@ async function sidesOf(
   const bases = await pack.bases();
   const sides = new Map<string, { readonly A: Side; readonly B: Side }>();
   try {
-    for (const { module: index, rank, privateRank, A, B } of blob.terms) {
+    for (const { module: index, rank, privateRank, A, B, ownA, ownBt } of blob.terms) {
       const stored = pack.modules[index]!;
       const module = adapter.modules.get(stored.name);
-      if (!A || !B || privateRank > 0 || !module) continue;
+      if (!A || !B || ownA || ownBt || privateRank > 0 || !module) continue;
       const space = openModule(storedModule(stored, bases.bytes, adapter));
       const { rank: most } = pack.directory.basis;
       const how = { gauge: gaugeOf(pack), rank: most, coefficientDtype: A.tensor.dtype, step: stepOf(pack) };

@@ -9,7 +9,7 @@ import { checkAdapter } from "../adapters/modules.ts";
 import { checkOptions } from "../arguments.ts";
 import { TaskError } from "../errors.ts";
 import { encodeTaskFile } from "../format/encode.ts";
-import type { TaskBlob } from "../format/format.ts";
+import { sharedBases, type TaskBlob } from "../format/format.ts";
 import { parseTaskFile } from "../format/task-file.ts";
 import type { Pack } from "../pack/pack.ts";
 import { stepOf } from "../pack/steps.ts";
@@ -279,13 +279,15 @@ function trainableHead(pack: Pack, id: string, { terms, parameters }: TaskBlob):
   if (terms.length === 0) throw refuse("it has no terms");
   if (terms.some(({ privateRank }) => privateRank > 0) && stepOf(pack) === undefined)
     throw refuse("it has private terms, which keep their bytes in packs with a step alone: pack with --step");
-  for (const { module, A, B, magnitude } of terms) {
-    const { name, A: basisA, B: basisB } = pack.modules[module]!;
+  for (const { module, A, B, ownA, ownBt, magnitude } of terms) {
+    const { name } = pack.modules[module]!;
+    const { A: basisA, B: basisB } = sharedBases(pack.modules[module]!) ?? {};
     if (magnitude) throw refuse(`it brings a DoRA magnitude of "${name}"`);
+    if (ownA || ownBt) throw refuse(`it has rows of its own beside components of "${name}"`);
     if (basisA && !A) throw refuse(`it has private terms alone on "${name}", which has components`);
     if (!A || !B) continue;
     if (A.mean !== basisA?.mean || B.mean !== basisB?.mean) throw refuse(`it leaves out the mean of "${name}"`);
-    if (basisA.kind !== "column" || basisB.kind !== "column") throw refuse(`"${name}" has no column basis`);
+    if (basisA?.kind !== "column" || basisB?.kind !== "column") throw refuse(`"${name}" has no column basis`);
   }
   const saved = parameters.filter(({ role }) => role === "saved");
   const weights = saved.filter(({ name, shape }) => shape.length === 2 && name.endsWith(".weight"));

@@ -4,6 +4,7 @@
  */
 
 import { checkChoice, checkList, checkOptions } from "../arguments.ts";
+import { type PackModule, type Side, sharedBases } from "../format/format.ts";
 import type { Pack } from "../pack/pack.ts";
 import type { Session } from "../session/session.ts";
 import type { BatchFeeds } from "./batch.ts";
@@ -111,25 +112,29 @@ async function trainedModules(
   const { rank = await usualRank(pack) } = options;
   const unknown = modules?.find((name) => !pack.modules.some((module) => module.name === name));
   if (unknown !== undefined) throw new RangeError(`modules: the pack has no "${unknown}"`);
-  const flat = pack.modules.find(({ A, B }) => A?.kind === "flat" || B?.kind === "flat");
+  const bases = ({ A, B }: PackModule): Side[] => [...A, ...B];
+  const flat = pack.modules.find((module) => bases(module).some(({ kind }) => kind === "flat"));
+  const apart = pack.modules.find((module) => bases(module).length > 0 && !sharedBases(module));
+  if (components && apart)
+    throw new RangeError(`train: the tasks do not share all components of "${apart.name}", so they cannot be trained`);
   if (components && flat)
     throw new RangeError(`train: the components of "${flat.name}" are flat, only those of column mode are trained`);
   const follows = typeof init === "object" && options.rank === undefined && pack.tasks.has(init.task);
   const first = follows ? await pack.load(init.task) : undefined;
-  const bases = await pack.bases();
+  const section = await pack.bases();
   try {
     return pack.modules.flatMap((module, index): TrainedModule[] => {
       const { name, in: inputs, out } = module;
       if (modules?.includes(name) === false) return [];
       const own = first?.terms.find((term) => term.module === index);
       const made = own?.A !== undefined;
-      const shared = sharedRows(module, bases.bytes, made ? own.rank : rank, components, made);
+      const shared = sharedRows(module, section.bytes, made ? own.rank : rank, components, made);
       const privateRank = privateTerms ?? own?.privateRank ?? 0;
       return [
         { name, in: inputs, out, shared, privateRank: shared ? privateRank : Math.max(privateRank, own ? 0 : rank) },
       ];
     });
   } finally {
-    bases.close();
+    section.close();
   }
 }

@@ -5,7 +5,14 @@
 import { type ModuleSpace, openModule, projectModule } from "../extract/project.ts";
 import type { Subspace } from "../extract/subspace.ts";
 import { encodeBasis, encodeTask, type SideInput, type TensorInput, type TermInput } from "../format/encode.ts";
-import { FINGERPRINT_SIZE, type PackModule, type TaskBlob, type TaskTerm, type TensorRef } from "../format/format.ts";
+import {
+  FINGERPRINT_SIZE,
+  type PackModule,
+  sharedBases,
+  type TaskBlob,
+  type TaskTerm,
+  type TensorRef,
+} from "../format/format.ts";
 import { sha256 } from "../format/hash.ts";
 import { layoutFresh, type TaskToWrite } from "../format/layout.ts";
 import { encodedTensor } from "../format/tensors.ts";
@@ -70,8 +77,9 @@ function placeOf(module: PackModule, bases: Uint8Array, terms: Terms, parameters
     terms.part(parameters, module.name, `components${side}`);
   /** Components as they are to be stored: those that were trained, or the pack's own bytes. */
   const sideOf = (which: "A" | "B"): SideInput | undefined => {
-    if (!module[which]) return undefined;
-    const { rank, tensor, ...side } = module[which];
+    const basis = sharedBases(module)?.[which];
+    if (!basis) return undefined;
+    const { rank, tensor, ...side } = basis;
     const { dtype, rows, width } = tensor;
     const values = trained(which);
     return {
@@ -104,10 +112,11 @@ function solve(blob: TaskBlob, term: TaskTerm, { module, space, captured }: Plac
       }),
     ...(magnitude && { magnitude: stored(blob.bytes, magnitude) }),
   };
-  if (!A || !B) return beside;
+  const shared = sharedBases(module);
+  if (!A || !B || !shared) return beside;
   const side = (which: "A" | "B", mean: boolean, tensor: TensorInput): NonNullable<TermInput["A"]> => ({
     ...tensor,
-    kind: module[which]!.kind,
+    kind: shared[which].kind,
     mean,
   });
   if (!space) {
@@ -122,8 +131,8 @@ function solve(blob: TaskBlob, term: TaskTerm, { module, space, captured }: Plac
   captured.B.add(space.B, old.Bt, decodeTensor(dtype, alphaB, rank, B.tensor.width));
   return {
     ...beside,
-    A: side("A", module.A!.mean, { dtype, encoded: alphaA }),
-    B: side("B", module.B!.mean, { dtype, encoded: alphaB }),
+    A: side("A", shared.A.mean, { dtype, encoded: alphaA }),
+    B: side("B", shared.B.mean, { dtype, encoded: alphaB }),
   };
 }
 

@@ -3,13 +3,13 @@
  */
 import { bringsOf } from "../format/brings.ts";
 import { encodeTask, encodeTaskFile, type ParameterInput, type TensorInput, type TermInput } from "../format/encode.ts";
-import type { TaskMetadata } from "../format/format.ts";
+import { sharedBases, type TaskMetadata } from "../format/format.ts";
 import { misfitLabels } from "../format/heads.ts";
 import type { TaskToWrite } from "../format/layout.ts";
 import { parseTask } from "../format/task.ts";
 import { storedTask } from "../pack/coding.ts";
 import type { Pack } from "../pack/pack.ts";
-import { narrowTerms } from "../pack/steps.ts";
+import { narrowTerms, widthsOf } from "../pack/steps.ts";
 import { type Dtype, isQuantized, type TaskDtypes } from "../tensor/dtypes.ts";
 import { encodeTensor, storing } from "../tensor/encode.ts";
 import { type HeadLayer, layersOf } from "./head.ts";
@@ -50,7 +50,9 @@ export function learnedTask(
     ? { ...dtype, coefficients: "int8" as const }
     : dtype;
   const terms: TermInput[] = [];
-  for (const [module, { name, A, B }] of pack.modules.entries()) {
+  for (const [module, own] of pack.modules.entries()) {
+    const { name } = own;
+    const { A, B } = sharedBases(own) ?? {};
     const of = (kind: TrainedParameter["kind"]): (TensorInput & { rows: number }) | undefined => {
       const [rows, width] = trained.parameter(name, kind)?.dims ?? [];
       if (!rows || width === undefined) return undefined;
@@ -74,7 +76,7 @@ export function learnedTask(
   const saved = layersOf(head, numbers).flatMap((layer, i) => savedLayer(layer, headDtype, stored?.head[i]));
   const misfit = misfitLabels(metadata.labels, saved);
   if (misfit !== undefined) throw new RangeError(`metadata.labels: ${misfit}`);
-  const blob = encodeTask(stored ? narrowTerms(terms, pack.modules) : terms, saved);
+  const blob = encodeTask(stored ? narrowTerms(terms, pack.modules.map(widthsOf)) : terms, saved);
   // A writer ends by reading what it wrote.
   const brings = bringsOf(parseTask(blob, pack.modules, "the trained task", { id }), pack.modules);
   return { entry: { id, adapterBytes: 0, metadata, brings }, blob };

@@ -40,8 +40,14 @@ export interface Donor {
  * @throws FormatError when the file is damaged
  */
 export async function readDonor(pack: Pack, task: string | Uint8Array<ArrayBuffer>): Promise<Donor> {
+  const trainable = (id: string, blob: TaskBlob): Donor => {
+    const { module } = blob.terms.find(({ ownA, ownBt }) => ownA || ownBt) ?? {};
+    if (module === undefined) return { id, blob };
+    const message = `task "${id}" has rows of its own beside components of "${pack.modules[module]!.name}": begin with another`;
+    throw new TaskError(message, { task: id });
+  };
   if (typeof task === "string") {
-    if (pack.tasks.has(task)) return { id: task, blob: await pack.load(task) };
+    if (pack.tasks.has(task)) return trainable(task, await pack.load(task));
     throw new TaskError(`there is no task "${task}" to start from`, { task });
   }
   const file = "the task to begin with";
@@ -49,7 +55,7 @@ export async function readDonor(pack: Pack, task: string | Uint8Array<ArrayBuffe
   if (basisId !== pack.basisId)
     throw new TaskError(`task "${id}" belongs to the basis ${basisId}, this pack has ${pack.basisId}`, { task: id });
   const plain = await plainTask(blob, { file, part: file, before: pack.directory.basisBytes });
-  return { id, blob: parseTask(plain, pack.modules, file, { id }) };
+  return trainable(id, parseTask(plain, pack.modules, file, { id }));
 }
 
 /** @throws TaskError when the task to start from is of another rank */

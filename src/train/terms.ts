@@ -9,7 +9,7 @@
  *
  * Arithmetic only, in f32 with sums in f64: no graph, no runtime, no file.
  */
-import type { PackModule, Side } from "../format/format.ts";
+import { type PackModule, type Side, sharedBases } from "../format/format.ts";
 import { readTensor } from "../format/tensors.ts";
 import { type Dtype, decodeTensor } from "../tensor/dtypes.ts";
 import { encodeTensor, storing } from "../tensor/encode.ts";
@@ -241,18 +241,19 @@ function products(out: Float32Array, g: Float32Array, E: Float32Array): void {
 }
 
 /**
- * The components of a module; undefined where it has none on a side, for there is nothing to take coefficients of.
+ * The components that tasks share on both sides of a module; undefined where they do not, for there is nothing to take coefficients of.
  * @param bases of the pack, as `pack.bases()` gives them
  * @param rank of the rows; flat components are of a rank of their own
  * @param made whether a task that is trained on has rows of the module: they may be of the mean alone
  */
 export function sharedRows(
-  { A, B }: PackModule,
+  module: PackModule,
   bases: Uint8Array,
   rank: number,
   trained: boolean,
   made: boolean = false,
 ): SharedRows | undefined {
+  const { A, B } = sharedBases(module) ?? {};
   if (!A || !B || (!made && (A.K === 0 || B.K === 0))) return undefined;
   const read = ({ kind, K, mean, tensor }: Side): Basis => {
     return { kind, K, mean, width: tensor.width, values: readTensor(bases, tensor) };
