@@ -1,5 +1,5 @@
 /**
- * Entropy-coded sections: what is coded comes back byte for byte, an independent reader written from SPEC.md, section 5.1, says the
+ * Entropy-coded sections: what is coded comes back byte for byte, an independent reader written from SPEC.md, appendix A, says the
  * same, damage is found, and packs made with a step are what their options say.
  */
 

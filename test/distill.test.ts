@@ -275,7 +275,7 @@ t.test("modules that a coarse step leaves no components on one side are distille
   const options = { ...SMALL, gauge: "balanced", step: 0.45 } as const;
   const [session, exact] = [await tiny(NODE, options, ["adapters/five", "adapters/two"]), await tiny(NODE, LOSSLESS)];
   t.teardown(async () => (await session.close(), exact.close()));
-  const components = session.pack.modules.map(({ A, B }) => `${A!.K} and ${B!.K}`);
+  const components = session.pack.modules.map(({ A: [A], B: [B] }) => `${A!.K} and ${B!.K}`);
   t.same(components, ["1 and 3", "1 and 2", "0 and 2", "0 and 1"]);
   const adapter = await adapterOf(t, "sessions/adapters/two");
   const all = inputs(NODE, session, 128);

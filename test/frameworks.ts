@@ -188,7 +188,10 @@ export async function trafficOf(
   };
   const { task } = await work();
   for (const { module, A, B } of typeof task === "string" ? (await pack.load(task)).terms : []) {
-    const { A: basisA, B: basisB } = pack.modules[module]!;
+    const {
+      A: [basisA],
+      B: [basisB],
+    } = pack.modules[module]!;
     traffic.coefficients += 4 * A!.tensor.rows * basisA!.tensor.rows + 4 * B!.tensor.rows * basisB!.tensor.rows;
   }
   queue.writeBuffer = writeBuffer;

@@ -264,7 +264,10 @@ t.test("coefficients first, components last: a pack of its own, the old tasks in
       `${id}: what it brings beside`,
     );
   }
-  for (const { A, B } of pack.modules)
+  for (const {
+    A: [A],
+    B: [B],
+  } of pack.modules)
     t.ok(
       [A!, B!].every(({ explained }) => explained > 0.5 && explained <= 1),
       `explained ${A!.explained}, ${B!.explained}`,

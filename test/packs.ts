@@ -66,7 +66,10 @@ export async function packDifference(found: Pack, expected: Pack): Promise<{ bas
   const [bases, expectedBases] = [(await found.bases()).bytes, (await expected.bases()).bytes];
   for (const [i, module] of expected.modules.entries()) {
     for (const side of ["A", "B"] as const) {
-      const [a, b] = [values(bases, found.modules[i]![side]!.tensor), values(expectedBases, module[side]!.tensor)];
+      const [a, b] = [
+        values(bases, found.modules[i]![side][0]!.tensor),
+        values(expectedBases, module[side][0]!.tensor),
+      ];
       const same = a.length === b.length && found.modules[i]!.name === module.name;
       off.bases = Math.max(
         off.bases,

@@ -150,11 +150,11 @@ async function termDelta(
   if (!term.core) return out;
   const bases = (await pack.bases()).bytes;
   const rows = (side: "A" | "B"): Float32Array => {
-    const { dtype, rows: n, width, byteOffset, byteLength } = module[side]!.tensor;
+    const { dtype, rows: n, width, byteOffset, byteLength } = module[side][0]!.tensor;
     return decodeTensor(dtype, bases.subarray(byteOffset, byteOffset + byteLength), n, width);
   };
   const [EA, EB, core] = [rows("A"), rows("B"), term.core];
-  const [ka, kb] = [module.A!.tensor.rows, module.B!.tensor.rows];
+  const [ka, kb] = [module.A[0]!.tensor.rows, module.B[0]!.tensor.rows];
   for (let a = 0; a < ka; a++) {
     for (let b = 0; b < kb; b++) {
       const s = core[a * kb + b]!;

@@ -91,7 +91,7 @@ t.test(
         ways: [{}],
         judge: async (pack, asked) => {
           t.same(asked, ids);
-          return all[ladder.findIndex(({ k }) => k >= Math.max(...pack.modules.map(({ A }) => A!.K)))]!;
+          return all[ladder.findIndex(({ k }) => k >= Math.max(...pack.modules.map(({ A: [A] }) => A!.K)))]!;
         },
         onTry: ({ select }) => seen.push((select as { k: number }).k),
       };
@@ -118,14 +118,14 @@ t.test("a lucky score alone decides nothing", async (t) => {
     goal: { kind: "score", tolerance: 0.1, reference: evenly(1) },
     ladder: [1, 2, 4, 6, 8, 16, 32].map((k) => ({ kind: "k", k })),
     ways: [{}],
-    judge: async (pack) => evenly(pack.modules[0]!.A!.K === lucky || pack.modules[0]!.A!.K >= 16 ? 0.95 : 0.5),
+    judge: async (pack) => evenly(pack.modules[0]!.A[0]!.K === lucky || pack.modules[0]!.A[0]!.K >= 16 ? 0.95 : 0.5),
   });
   t.same(report.select, { kind: "k", k: 16 });
 });
 
 t.test("of several ways the smallest pack; of one that cannot win the largest alone is asked", async (t) => {
   const types = (type: "f16" | "int4") => ({ basis: type, coefficients: type, head: "int4" as const });
-  const judge: Judge = async (pack) => evenly(pack.modules[0]!.A!.K >= 8 ? 1 : 0);
+  const judge: Judge = async (pack) => evenly(pack.modules[0]!.A[0]!.K >= 8 ? 1 : 0);
   const ways = [{ dtype: types("int4") }, { dtype: types("f16") }];
   const goal = { kind: "score", tolerance: 0 } as const;
   const { way, tried, reference, judgedBy } = (await searchPack(adapters, { goal, judge, ways })).report;
@@ -147,7 +147,8 @@ t.test("of several ways the smallest pack; of one that cannot win the largest al
   const mean = await searchPack(adapters, {
     goal: { ...goal, tolerance: 0.26, keep: "mean" },
     ways: [{}],
-    judge: async (pack) => Object.fromEntries(ids.map((id, i) => [id, i === 0 && pack.modules[0]!.A!.K < 32 ? 0 : 1])),
+    judge: async (pack) =>
+      Object.fromEntries(ids.map((id, i) => [id, i === 0 && pack.modules[0]!.A[0]!.K < 32 ? 0 : 1])),
   });
   t.same(mean.report.select, { kind: "k", k: 1 }, "one task of four may lose all where the mean is kept");
   const alone = await searchPack(adapters, {
@@ -208,8 +209,8 @@ t.test("what it refuses", async (t) => {
 t.test("a judge may say how much each task diverges, or the mean", async (t) => {
   const goal = { kind: "divergence", max: 0.3 } as const;
   const [byTask, mean] = [
-    await searchPack(adapters, { goal, judge: (pack) => evenly(1 / pack.modules[0]!.A!.K), ways: [{}] }),
-    await searchPack(adapters, { goal, judge: (pack) => 1 / pack.modules[0]!.A!.K, ways: [{}] }),
+    await searchPack(adapters, { goal, judge: (pack) => evenly(1 / pack.modules[0]!.A[0]!.K), ways: [{}] }),
+    await searchPack(adapters, { goal, judge: (pack) => 1 / pack.modules[0]!.A[0]!.K, ways: [{}] }),
   ];
   t.same(concat(byTask.chunks), concat(mean.chunks));
   t.equal(byTask.report.components.max, 4);

@@ -248,7 +248,7 @@ t.test(
     /** f32 coefficients of a task: rank × (components and mean of both sides), for every module. */
     const coefficientBytes = (task: string | null): number => {
       const adapter = adapters.find(({ id }) => id === task);
-      const rows = ({ name, A, B }: (typeof pack.modules)[0]): number =>
+      const rows = ({ name, A: [A], B: [B] }: (typeof pack.modules)[0]): number =>
         (adapter?.modules.get(name)?.rank ?? 0) * (A!.tensor.rows + B!.tensor.rows);
       return pack.modules.reduce((bytes, module) => bytes + 4 * rows(module), 0);
     };

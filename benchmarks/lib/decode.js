@@ -58,7 +58,10 @@ export async function measureSteps(name, model, packs, { rounds, past }) {
     const session = await createEigenSession(ort, model, pack, { mode, session: ONE_THREAD });
     await session.switchTask([...pack.tasks.keys()][0]);
     const core = mode === "core";
-    const numbers = pack.modules.reduce((sum, { in: x, out, A, B }) => sum + (A?.K ?? 0) * x + (B?.K ?? 0) * out, 0);
+    const numbers = pack.modules.reduce(
+      (sum, { in: x, out, A: [A], B: [B] }) => sum + (A?.K ?? 0) * x + (B?.K ?? 0) * out,
+      0,
+    );
     const way = core ? `core, components in ${format}` : "factors";
     const bytes = core ? session.memory().basis : 0;
     sessions.push({ way, run: () => session.run(feeds), bytes, numbers: core ? numbers : 0, ratio: [] });

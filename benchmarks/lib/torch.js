@@ -43,7 +43,7 @@ export async function taskEntries(pack) {
   for (const term of blob.terms) {
     const module = pack.modules[term.module];
     for (const side of /** @type {const} */ (["A", "B"])) {
-      const basis = /** @type {NonNullable<typeof module.A>} */ (module[side]);
+      const basis = /** @type {typeof module.A[number]} */ (module[side][0]);
       const { tensor } = /** @type {NonNullable<typeof term.A>} */ (term[side]);
       const { width } = basis.tensor;
       const rows = decode(bases.bytes, basis.tensor);

@@ -144,14 +144,14 @@ function componentsOf(
 
 /**
  * @param {Opened["pack"]} pack @param {Student["terms"]} terms
- * @param {(side: NonNullable<Opened["pack"]["modules"][number]["A"]>, at: number, width: number, name: string, which: "A" | "B") => void} visit
+ * @param {(side: Opened["pack"]["modules"][number]["A"][number], at: number, width: number, name: string, which: "A" | "B") => void} visit
  */
 function eachSide(pack, terms, visit) {
   for (const module of pack.modules)
     for (const which of /** @type {const} */ (["A", "B"])) {
       const parameter = terms.parameter(module.name, `components${which}`);
       if (!parameter) continue;
-      const side = /** @type {any} */ (module[which]);
+      const side = /** @type {any} */ (module[which][0]);
       visit(side, parameter.offset - terms.ofTasks, parameter.dims[1], module.name, which);
     }
 }
@@ -166,8 +166,8 @@ async function exactComponents(adapters) {
   return new Map(
     pack.modules.flatMap(({ name, A, B }) =>
       /** @type {const} */ ([
-        ["A", A],
-        ["B", B],
+        ["A", A[0]],
+        ["B", B[0]],
       ]).map(
         ([which, side]) =>
           /** @type {const} */ ([`${name} ${which}`, readTensor(bases, /** @type {any} */ (side).tensor)]),
@@ -325,7 +325,7 @@ async function bytesOf({ pack, students, components, step }, states, values) {
     const own = values.subarray(at, at + rows * width);
     encoded.set(`${name} ${which}`, { dtype, encoded: encodeTensor(dtype, own, rows, width, scales) });
   });
-  const modules = pack.modules.map(({ A, B, fingerprint, ...module }) => ({
+  const modules = pack.modules.map(({ A: [A], B: [B], fingerprint, ...module }) => ({
     ...module,
     A: /** @type {any} */ ({ ...A, ...encoded.get(`${module.name} A`) }),
     B: /** @type {any} */ ({ ...B, ...encoded.get(`${module.name} B`) }),

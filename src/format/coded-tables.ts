@@ -1,5 +1,5 @@
 /**
- * The tables of coded sections (SPEC.md, section 5.1): frequencies that move towards what they are used for.
+ * The tables of coded sections (SPEC.md, appendix A): frequencies that move towards what they are used for.
  */
 
 /** Bits of a frequency, and of a word. */

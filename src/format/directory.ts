@@ -227,7 +227,7 @@ function parseSide(value: Value, dimension: number, tensor: PlaceTensor): Side {
   const rank = value.get("rank").maybe((rank) => rank.integer(1, 65_535));
   value.check((kind === "flat") === (rank !== undefined), () => `a rank belongs to kind 2, this is ${kind}`);
   const type = DTYPES[value.get("type").integer(0, DTYPES.length - 1)]!;
-  const explained = value.get("explained").number(0, 1);
+  const explained = value.get("explained").maybe((share: Value) => share.number(0, 1)) ?? 0;
   return { kind, K, rank, mean, explained, tensor: tensor(type, K + (mean ? 1 : 0), dimension * (rank ?? 1)) };
 }
 

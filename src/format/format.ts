@@ -117,6 +117,7 @@ export interface Side {
   /** Flat: the rank of every task. Column: undefined. */
   readonly rank: number | undefined;
   readonly mean: boolean;
+  /** The share of the squared singular values that the components keep; 0 where it is not said. */
   readonly explained: number;
   readonly tensor: TensorRef;
 }

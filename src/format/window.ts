@@ -30,14 +30,16 @@ export function parseWindow(bytes: Uint8Array, file: string, size?: number): Win
   f.check(f.u32(12) === WINDOW_BYTES, () => `window of ${f.u32(12)} bytes, expected ${WINDOW_BYTES}`);
   f.crc(f.u32(HEAD_BYTES), HEAD_BYTES);
   f.zero(HEAD_BYTES + 4, 512);
-  let best: Superblock | undefined;
-  for (const index of [0, 1]) {
-    const at = BLOCK_BYTES * (index + 1);
-    const block = parseSuperblock(bytes.subarray(at, at + BLOCK_BYTES), file);
-    if (block && block.generation % 2 === index && block.generation > (best?.generation ?? 0)) best = block;
-  }
-  f.check(best !== undefined, () => "neither superblock is whole: the file is damaged, fetch it again");
-  const { committed, directoryOffset, directoryLength, basesOffset, basesLength } = best;
+  const whole = [0, 1]
+    .map(
+      (index) => new Fields(bytes.subarray(BLOCK_BYTES * (index + 1), BLOCK_BYTES * (index + 2)), file, "superblock"),
+    )
+    .filter(isWhole)
+    .sort((a, b) => generationOf(b) - generationOf(a));
+  f.check(whole[0] !== undefined, () => "neither superblock is whole: the file is damaged, fetch it again");
+  // All other rules are of the one that counts.
+  const superblock = parseSuperblock(whole[0]);
+  const { committed, directoryOffset, directoryLength, basesOffset, basesLength } = superblock;
   f.check(size === undefined || size >= committed, () => `truncated: ${size} bytes of ${committed}; fetch it again`);
   const inside = (offset: number, length: number): boolean =>
     offset >= WINDOW_BYTES && offset % 64 === 0 && offset + length <= committed;
@@ -47,20 +49,23 @@ export function parseWindow(bytes: Uint8Array, file: string, size?: number): Win
   );
   // A copy: as a view it would keep what else was read with it.
   const head = bytes.slice(0, HEAD_BYTES);
-  return { version, basisId: toHex(head.subarray(16)), superblock: best, head };
+  return { version, basisId: toHex(head.subarray(16)), superblock, head };
 }
 
-/** Undefined where the block is not whole: never written, or torn. */
-function parseSuperblock(bytes: Uint8Array, file: string): Superblock | undefined {
-  const f: Fields = new Fields(bytes, file, "superblock");
-  if (f.u32(60) !== crc32c(bytes.subarray(0, 60))) return undefined;
-  const signatureEnd = SIGNATURE_OFFSET + SIGNATURE_BYTES;
-  const flags = f.u32(52);
-  const behind = bytes.subarray(SIGNATURE_OFFSET, signatureEnd);
+const generationOf = (f: Fields): number => f.u32(4) * 2 ** 32 + f.u32(0);
+
+/** Whether a superblock was written, and not torn. */
+function isWhole(f: Fields, index: number): boolean {
+  if (generationOf(f) === 0 || f.u32(0) % 2 !== index || f.u32(60) !== crc32c(f.bytes.subarray(0, 60))) return false;
+  const end = SIGNATURE_OFFSET + SIGNATURE_BYTES;
   // Both are written at once: where the signature is torn, so is the whole.
-  const sound =
-    flags > 0 ? f.u32(signatureEnd - 4) === crc32c(bytes.subarray(0, signatureEnd - 4)) : !behind.some(Boolean);
-  if (!sound) return undefined;
+  if (f.u32(52) > 0) return f.u32(end - 4) === crc32c(f.bytes.subarray(0, end - 4));
+  return !f.bytes.subarray(SIGNATURE_OFFSET, end).some(Boolean);
+}
+
+function parseSuperblock(f: Fields): Superblock {
+  const flags = f.u32(52);
+  const signatureEnd = SIGNATURE_OFFSET + SIGNATURE_BYTES;
   f.check(flags <= 1, () => `flags ${flags}, expected 0 or 1`);
   f.zero(56, 60);
   f.zero(signatureEnd, BLOCK_BYTES);
@@ -72,7 +77,7 @@ function parseSuperblock(bytes: Uint8Array, file: string): Superblock | undefine
     basesOffset: f.u64(32),
     basesLength: f.u64(40),
     directoryCrc: f.u32(48),
-    signature: flags ? signatureOf(behind) : undefined,
+    signature: flags ? signatureOf(f.bytes.subarray(SIGNATURE_OFFSET, signatureEnd)) : undefined,
   };
 }
 

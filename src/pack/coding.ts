@@ -1,5 +1,5 @@
 /**
- * Entropy coding of what a pack stores (SPEC.md, section 5.1): bases and task blobs, where it takes fewer bytes.
+ * Entropy coding of what a pack stores (SPEC.md, appendix A): bases and task blobs, where it takes fewer bytes.
  */
 import type { Extractor } from "../extract/extractor.ts";
 import { letGo } from "../extract/garbage.ts";

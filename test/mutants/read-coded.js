@@ -1,6 +1,6 @@
 // @ts-nocheck: it reads what no type describes
 /**
- * A second reader of coded sections, written from SPEC.md, section 5.1, as it stands there: slow, with bigints, and without a line of
+ * A second reader of coded sections, written from SPEC.md, appendix A, as it stands there: slow, with bigints, and without a line of
  * the product's.
  */
 const LEVELS = [

@@ -1,5 +1,5 @@
 // @ts-nocheck: it writes what no type allows
-/** A writer of coded sections for the vectors, made from SPEC.md, section 5.1, alone. Slow: it looks nothing up. */
+/** A writer of coded sections for the vectors, made from SPEC.md, appendix A, alone. Slow: it looks nothing up. */
 
 const BITS = { int8: 8, int4: 4, int3: 3 };
 const KINDS = ["int8", "int4", "int3"];
@@ -47,11 +47,19 @@ function recorder() {
   return { steps, symbol, bits, number };
 }
 
-/** Words of steps: the state goes through them from the last to the first. */
-function wordsOf(steps) {
-  let x = 65536n;
+/**
+ * Words of steps: the state goes through them from the last to the first.
+ * @param last the state behind the last, 2^16 in a valid section
+ * @param low whether the first state is one below 2^16, from which a reader that takes it reads the same
+ */
+function wordsOf(steps, last = 65536n, low = false) {
+  let x = last;
   const words = [];
-  for (const { start, width, of } of steps.toReversed()) {
+  for (const [i, { start, width, of }] of steps.toReversed().entries()) {
+    if (low && i === steps.length - 1) {
+      words.push(Number(x & 0xffffn));
+      x >>= 16n;
+    }
     const total = 1n << BigInt(of);
     const f = BigInt(width);
     while (x >= (f << 32n) / total) {
@@ -100,11 +108,22 @@ export function coded(section, tensors, step, before = new Uint8Array()) {
     at = integers(to, section, start, BITS[type], rows, width);
   }
   if (at < section.length) plain(section.length);
-  const words = wordsOf(to.steps);
+  return sectionOf(section.length, to.steps);
+}
+
+/** What `tell` tells a recorder, as a coded section that says it becomes `size` bytes; for what no writer writes. */
+export function told(size, tell, last, low) {
+  const to = recorder();
+  tell(to);
+  return sectionOf(size, to.steps, last, low);
+}
+
+function sectionOf(size, steps, last, low) {
+  const words = wordsOf(steps, last, low);
   const bytes = new Uint8Array(8 + 2 * words.length);
   const view = new DataView(bytes.buffer);
   view.setUint32(0, 0x45444f43, true);
-  view.setUint32(4, section.length, true);
+  view.setUint32(4, size, true);
   words.forEach((word, i) => view.setUint16(8 + 2 * i, word, true));
   return bytes;
 }
@@ -128,6 +147,20 @@ function longestCopy(all, place, end) {
   return best;
 }
 
+/** The i-th integer of a row, where nothing is known of its place. @returns the mean behind it */
+export function integer(to, mean, i, value) {
+  const magnitude = Math.abs(value);
+  let k = 0;
+  while (Math.floor(mean / 2 ** k) > 256) k++;
+  const level = LEVELS.findLastIndex(([from]) => from <= Math.floor(mean / 2 ** k));
+  const a = Math.floor(magnitude / 2 ** k);
+  to.symbol(`integers ${11 * k + level}`, level, Math.min(a, 7));
+  if (a >= 7) to.number("more", a - 7);
+  to.bits(k, magnitude % 2 ** k);
+  if (magnitude > 0) to.bits(1, value < 0 ? 1 : 0);
+  return mean + Math.floor((64 * magnitude - mean) / 2 ** (i < 7 ? 3 : i < 15 ? 4 : 5));
+}
+
 /** The rows of one tensor, each a scale and integers. Returns where it ends. */
 function integers(to, section, start, size, rows, width) {
   const values = start + 4 * Math.ceil((2 * rows) / 4);
@@ -146,17 +179,7 @@ function integers(to, section, start, size, rows, width) {
         const bit = 8 * (values + row * stride) + i * size + b;
         field |= ((section[bit >> 3] >> (bit & 7)) & 1) << b;
       }
-      const value = field >= 2 ** (size - 1) ? field - 2 ** size : field;
-      const magnitude = Math.abs(value);
-      let k = 0;
-      while (Math.floor(mean / 2 ** k) > 256) k++;
-      const level = LEVELS.findLastIndex(([from]) => from <= Math.floor(mean / 2 ** k));
-      const a = Math.floor(magnitude / 2 ** k);
-      to.symbol(`integers ${11 * k + level}`, level, Math.min(a, 7));
-      if (a >= 7) to.number("more", a - 7);
-      to.bits(k, magnitude % 2 ** k);
-      if (magnitude > 0) to.bits(1, value < 0 ? 1 : 0);
-      mean += Math.floor((64 * magnitude - mean) / 2 ** (i < 7 ? 3 : i < 15 ? 4 : 5));
+      mean = integer(to, mean, i, field >= 2 ** (size - 1) ? field - 2 ** size : field);
     }
   }
   return values + 4 * Math.ceil((rows * stride) / 4);

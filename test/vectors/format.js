@@ -259,7 +259,8 @@ function superblockOf(generation, committed, directory, bases, directoryBytes, s
  * A pack file.
  * @param pack `{ basis, tensors, tasks, appended, hashed, signer, minor, extra }`: basis description, bases' tensors as stored, tasks as
  *   `{ entry, header, tensors }`, tasks of a second generation, whether there are hashes, who signs, sections of other kinds, and
- *   what is made of coded sections, and how the directory is coded
+ *   what is made of coded sections (undefined: they are not coded), how the directory is coded, or else what is made of it, and a hole
+ *   before each blob
  */
 export function packFile({
   basis,
@@ -272,6 +273,8 @@ export function packFile({
   extra = [],
   code,
   codeDirectory,
+  editDirectory = (directory) => directory,
+  gap = 0,
 }) {
   const description = msgpack(basis);
   const basesBytes = joined(tensors, 16);
@@ -284,15 +287,13 @@ export function packFile({
   head.set(sha256(description, basesBytes), 16);
 
   const list = msgpack(tasks.map(({ entry }) => entry));
+  const codedBases = code?.(coded(basesBytes, placesOf(tensors, 16), 16, description), "bases");
   const contents = [
-    code
-      ? { kind: 4, content: code(coded(basesBytes, placesOf(tensors, 16), 16, description), "bases") }
-      : { kind: 1, content: basesBytes },
-    ...tasks.map((task) =>
-      code
-        ? { kind: 5, content: code(codedBlob(task, basis), task.entry.id) }
-        : { kind: 2, content: task.blob ?? blobOf(task) },
-    ),
+    codedBases ? { kind: 4, content: codedBases } : { kind: 1, content: basesBytes },
+    ...tasks.map((task) => {
+      const content = code?.(codedBlob(task, basis), task.entry.id);
+      return content ? { kind: 5, content } : { kind: 2, content: task.blob ?? blobOf(task) };
+    }),
     ...extra,
   ];
   const stored = (sections, list) =>
@@ -305,17 +306,17 @@ export function packFile({
             hashed,
           ),
         )
-      : directoryOf(sections, description, list, hashed);
+      : editDirectory(directoryOf(sections, description, list, hashed));
   const nowhere = contents.map((section) => ({ ...section, offset: 0, length: section.content.length }));
   let end = 1536 + stored(nowhere, list).length;
   const place = (section) => {
-    const offset = align(end, 64);
+    const offset = align(end, 64) + (section.kind === 1 ? 0 : gap);
     end = offset + section.content.length;
     return { ...section, offset, length: section.content.length };
   };
   const first = contents.map(place);
   const directory = stored(first, list);
-  const parts = [directory, ...first.map(({ content }) => content)];
+  const parts = [directory, ...first.flatMap(({ content, kind }) => [new Uint8Array(kind === 1 ? 0 : gap), content])];
   const window = new Uint8Array(1536);
   window.set(head);
   new DataView(window.buffer).setUint32(48, crc32c(head), true);

@@ -1,8 +1,21 @@
 // @ts-nocheck: it writes what no type allows
 /** The invalid vectors: for each the section of SPEC.md that it breaks, and why. Checksums and hashes are right where nothing else is said. */
-import { coded } from "./coded.js";
-import { align, blobOf, crc32c, Float, msgpack, packFile, Raw, repair, repairTaskFile, sha256 } from "./format.js";
-import { everyKind, SIGNER, STRANGER, taskFileOf, VALID } from "./valid.js";
+import { coded, integer, told } from "./coded.js";
+import {
+  align,
+  blobOf,
+  codedBlob,
+  crc32c,
+  Float,
+  msgpack,
+  packFile,
+  Raw,
+  repair,
+  repairTaskFile,
+  sha256,
+} from "./format.js";
+import { createModel } from "./model.js";
+import { everyKind, SIGNER, STRANGER, sides, taskFileOf, VALID } from "./valid.js";
 
 /** `everyKind` with something else in it. */
 const edited = (edit) => () => {
@@ -27,6 +40,19 @@ const parameter = (index, change) =>
     change(tasks[1].header[1][index], tasks[1]);
   });
 const entry = (index, change) => edited(({ tasks }) => void change(tasks[index].entry));
+/** A term of the first task of `sides`. */
+const sidedEntry = (change) => () => {
+  const { pack } = sides();
+  change(pack.tasks[0].entry, pack);
+  return packFile(pack);
+};
+const sided = (index, change) => sidedEntry((_, pack) => change(pack.tasks[0].header[0][index]));
+function ownNan() {
+  const { pack } = sides();
+  const tensor = pack.tasks[0].tensors.find(({ of }) => of.type === "f16" && of.rows === 2);
+  new DataView(tensor.buffer).setUint16(2, 0x7e00, true);
+  return packFile(pack);
+}
 /** A byte of a tensor of the bases (`task` undefined) or of a task. */
 const stored = (task, index, change) =>
   edited((pack) => {
@@ -50,7 +76,9 @@ const root = (bytes) => {
   const view = new DataView(bytes.buffer);
   return sha256(bytes.subarray(0, 48), bytes.subarray(1536, 1536 + get(view, 1024 + 24)));
 };
-export const integrity = (bytes) => `sha256-${Buffer.from(root(bytes)).toString("base64")}`;
+const text = (hash) => `sha256-${Buffer.from(hash).toString("base64")}`;
+const hashText = (bytes) => text(sha256(bytes));
+export const integrity = (bytes) => text(root(bytes));
 export const KEYS = [`ed25519:${Buffer.from(SIGNER.publicKey).toString("base64")}`];
 const EVERY = "every-kind.eigen";
 
@@ -58,43 +86,209 @@ const EVERY = "every-kind.eigen";
 function recoded(which, change) {
   return () => {
     const { pack } = everyKind();
-    const code = (bytes, name) => (name === which ? (change(bytes) ?? bytes) : bytes);
+    const task = pack.tasks.find(({ entry }) => entry.id === which);
+    const code = (bytes, name) => (name === which ? (change(bytes, task) ?? bytes) : bytes);
     return packFile({ ...pack, code });
   };
+}
+
+/** The task "head" with its blob coded as `tell` tells it, which gets the blob's bytes. */
+function headAs(tell, { last, low } = {}) {
+  return recoded("head", (_, task) => {
+    const plain = blobOf(task);
+    return told(plain.length, (to) => tell(to, plain), last, low);
+  });
+}
+
+/** A blob that ends with the int4 row (3, 0, …, 0), by a scale of 0.5, coded as `tell` tells it. @param more bytes that it says it becomes beside its own */
+function oneInteger(tell, more = 0) {
+  return () => {
+    const model = createModel(5);
+    model.module({ name: "layer", out: 8, in: 8 });
+    const { tensors } = model.task("task", [{ module: 0, q: 1, privateType: "int4" }]);
+    for (const tensor of tensors) tensor.set([0, 0x38, 0, 0, 3, 0, 0, 0]);
+    const code = (bytes, name) => {
+      if (name !== "task") return undefined;
+      const plain = blobOf(model.pack.tasks[0]);
+      return told(plain.length + more, (to) => tell(to, plain));
+    };
+    return packFile({ ...model.pack, code });
+  };
+}
+
+/** The run of that row, with another first integer. */
+function integerRun(to, first) {
+  to.bits(2, 1);
+  for (const n of [1, 8, 1]) to.number("shape", n);
+  to.bits(1, 0);
+  to.number("scale", 7);
+  to.symbol("fine", 7, 0);
+  let mean = 64;
+  for (let i = 0; i < 8; i++) mean = integer(to, mean, i, i === 0 ? first : 0);
+}
+
+/** A head of zeros, its blob coded as `tell` tells it. */
+function zeros(tell) {
+  return edited(({ tasks }) => {
+    for (const tensor of tasks[2].tensors) tensor.fill(0);
+    const code = (bytes, name) => {
+      const plain = blobOf(tasks[2]);
+      return name === "head" ? told(plain.length, (to) => tell(to, plain)) : undefined;
+    };
+    return { code };
+  });
+}
+
+/** Bytes without a copy. @param length that they say they have */
+function bytesAsTheyAre(to, bytes, { length = bytes.length } = {}) {
+  to.number("length", length);
+  to.number("literals", bytes.length);
+  bytes.forEach((b, i) => {
+    const [last, high, middle] = [bytes[i - 1] ?? 0, b >> 5, (b >> 2) & 7];
+    to.symbol(`high ${last >> 5}`, 7, high);
+    to.symbol(`middle ${high}`, 7, middle);
+    to.symbol(`low ${8 * high + middle}`, 7, b & 3);
+  });
 }
 
 function codedDirectory(codeDirectory) {
   return () => packFile({ ...everyKind().pack, code: (bytes) => bytes, codeDirectory });
 }
 
-/** A magnitude of 8 in four bits: what a coder can write, and no tensor may hold. */
-function codedLeast() {
-  const { pack } = everyKind();
-  const tensor = pack.tensors.find(({ of }) => of.type === "int4");
-  const first = 4 * Math.ceil((2 * tensor.of.rows) / 4);
-  tensor[first] = (tensor[first] & 0xf0) | 8;
-  return packFile({ ...pack, code: (bytes) => bytes });
-}
+/** A magnitude of 8 in four bits behind so many of 7: what a coder can write, and no tensor may hold. */
+const codedLeast = (sevens) => () => {
+  const model = createModel(5);
+  model.module({ name: "layer", out: 20, in: 20 });
+  const { tensors } = model.task("task", [{ module: 0, q: 1, privateType: "int4" }]);
+  for (let i = 0; i <= sevens; i++) {
+    const [byte, low] = [4 + (i >> 1), i % 2 === 0];
+    const value = i < sevens ? 7 : 8;
+    tensors[0][byte] = low ? (tensors[0][byte] & 0xf0) | value : (tensors[0][byte] & 15) | (value << 4);
+  }
+  return packFile({ ...model.pack, code: (bytes) => bytes });
+};
+
+/** The blob of the task "head", coded as `tell` tells it. @param size that it says it has */
+const tells = (tell, { size = 40, last } = {}) => recoded("head", () => told(size, tell, last));
+/** A run, from its type to its step. */
+const run = (to, type, rows, width, count) => {
+  to.number("length", 0);
+  to.bits(2, type);
+  for (const n of [rows, width, count]) to.number("shape", n);
+  to.bits(1, 0);
+};
 
 /** Name → [section, why, make, given]. `given` is what the reader was told to trust. */
 export const PACKS = {
-  // 5.1 Coded sections
-  "coded-magic": ["5.1", "another magic in front of coded bases", recoded("bases", (b) => void (b[0] ^= 1))],
-  "coded-short": ["5.1", "a word of coded bases is missing", recoded("bases", (b) => b.slice(0, -2))],
-  "coded-long": ["5.1", "a word behind the last of a coded blob", recoded("terms", (b) => Uint8Array.of(...b, 0, 0))],
-  "coded-odd": ["5.1", "half a word at the end of a coded blob", recoded("terms", (b) => Uint8Array.of(...b, 0))],
-  "coded-end": ["5.1", "another state at the end of a coded blob", recoded("head", (b) => void (b[10] ^= 1))],
+  // Appendix A. Coded sections
+  "coded-magic": ["A", "another magic in front of coded bases", recoded("bases", (b) => void (b[0] ^= 1))],
+  "coded-short": ["A", "a word of coded bases is missing", recoded("bases", (b) => b.slice(0, -2))],
+  "coded-long": ["A", "a word behind the last of a coded blob", recoded("terms", (b) => Uint8Array.of(...b, 0, 0))],
+  "coded-odd": ["A", "half a word at the end of a coded blob", recoded("terms", (b) => Uint8Array.of(...b, 0))],
+  "coded-end": [
+    "A",
+    "another state at the end of a coded blob",
+    headAs((to, b) => bytesAsTheyAre(to, b), { last: 65537n }),
+  ],
+  "coded-state": ["A", "a first state below 2^16", headAs((to, b) => bytesAsTheyAre(to, b), { low: true })],
+  "coded-words": ["A", "a single word", recoded("head", (b) => b.slice(0, 10))],
+  "coded-type": ["A", "a run of tensor type 3", tells((to) => run(to, 3, 1, 1, 1))],
+  "coded-rows-0": [
+    "A",
+    "a run of tensors without rows",
+    headAs((to, b) => {
+      run(to, 0, 0, 4, 1);
+      bytesAsTheyAre(to, b);
+    }),
+  ],
+  "coded-count-0": ["A", "a run without tensors", tells((to) => run(to, 0, 1, 4, 0))],
+  "coded-run-long": [
+    "A",
+    "a run that ends behind the section",
+    oneInteger((to, b) => {
+      bytesAsTheyAre(to, b.subarray(0, -8));
+      integerRun(to, 3);
+    }, -4),
+  ],
+  "coded-run-huge": ["A", "a run of 2^90 integers", tells((to) => run(to, 0, 2 ** 30, 2 ** 30, 2 ** 30))],
+  "coded-bytes-long": ["A", "more bytes than the section has", tells((to) => to.number("length", 41))],
+  "coded-single-long": [
+    "A",
+    "more single bytes than there are to come",
+    headAs((to, b) => bytesAsTheyAre(to, b, { length: b.length - 1 })),
+  ],
+  "coded-copy-long": [
+    "A",
+    "a copy that reaches behind the bytes it is among",
+    zeros((to, b) => {
+      bytesAsTheyAre(to, b.subarray(0, -8), { length: b.length - 1 });
+      to.number("length", 4);
+      to.number("distance", 4);
+    }),
+  ],
+  "coded-copy-0": [
+    "A",
+    "a first copy from as far back as the copy before it",
+    zeros((to, b) => {
+      bytesAsTheyAre(to, b.subarray(0, -4), { length: b.length });
+      to.number("length", 0);
+      to.number("distance", 0);
+    }),
+  ],
+  "coded-copy-again": [
+    "A",
+    "a copy from as far back as one among other bytes",
+    tells((to) => {
+      to.number("length", 4);
+      to.number("literals", 0);
+      to.number("length", 0);
+      to.number("distance", 4);
+      to.bits(2, 0);
+      for (const n of [1, 0, 1]) to.number("shape", n);
+      to.bits(1, 0);
+      to.number("scale", 0);
+      to.symbol("fine", 7, 0);
+      to.number("length", 4);
+      to.number("literals", 0);
+      to.number("length", 0);
+      to.number("distance", 0);
+    }),
+  ],
+  "coded-copy-far": [
+    "A",
+    "a copy from before the basis description",
+    tells((to) => {
+      to.number("length", 8);
+      to.number("literals", 0);
+      to.number("length", 0);
+      to.number("distance", msgpack(everyKind().pack.basis).length + 1);
+    }),
+  ],
+  "coded-bases-growth": [
+    "A",
+    "coded bases that say they become more than 16 times their bytes and 4 096",
+    recoded("bases", (b) => void new DataView(b.buffer).setUint32(4, 16 * b.length + 4097, true)),
+  ],
+  "coded-directory-growth": [
+    "A",
+    "a coded directory that says it becomes 2^31 bytes",
+    codedDirectory((d) => {
+      const b = coded(d, [], 4);
+      new DataView(b.buffer).setUint32(4, 2 ** 31, true);
+      return b;
+    }),
+  ],
   "coded-size": [
-    "5.1",
+    "A",
     "coded bases that become fewer bytes than their tensors take",
     recoded("bases", (b) => void (b[4] -= 16)),
   ],
   "coded-growth": [
-    "5.1",
+    "A",
     "a coded blob that would become 2^31 bytes",
     recoded("terms", (b) => void new DataView(b.buffer).setUint32(4, 2 ** 31, true)),
   ],
-  "coded-copy": ["5.1", "a copy from before a coded directory", codedDirectory((d) => coded(d, [], 4, d.slice(0, 64)))],
+  "coded-copy": ["A", "a copy from before a coded directory", codedDirectory((d) => coded(d, [], 4, d.slice(0, 64)))],
   "coded-place": [
     "4",
     "a coded directory says where a section is",
@@ -104,11 +298,29 @@ export const PACKS = {
     }),
   ],
   "coded-directory": [
-    "5.1",
+    "A",
     "a word of a coded directory is missing",
     codedDirectory((d) => coded(d, [], 4).slice(0, -2)),
   ],
-  "coded-value": ["5", "the integer -8 in a coded int4 tensor", codedLeast],
+  "coded-value": ["A", "the integer −8 in a coded int4 tensor", codedLeast(0)],
+  "coded-value-shifted": ["A", "the same behind large integers, whose lowest bit stands by itself", codedLeast(12)],
+  "coded-value-large": [
+    "A",
+    "the integer 19 in a coded int4 tensor, whose lowest bits are those of 3",
+    oneInteger((to, b) => {
+      bytesAsTheyAre(to, b.subarray(0, -8));
+      integerRun(to, 19);
+    }),
+  ],
+  "coded-growth-real": [
+    "A",
+    "a coded blob that becomes more than 16 times its bytes and 4 096",
+    edited(({ tasks, basis }) => {
+      const task = { header: [[], [["classifier.weight", 0, 0, [2, 5000]]]], tensors: [new Uint8Array(40_000)] };
+      Object.assign(tasks[2], task);
+      return { code: (bytes, name) => (name === "head" ? codedBlob(tasks[2], basis) : undefined) };
+    }),
+  ],
   // 2. Window
   magic: ["2", "another magic", changed(EVERY, (b) => void (b[1] = 0x65))],
   "short-window": ["2", "1 535 bytes", changed(EVERY, (b) => b.slice(0, 1535), { raw: true })],
@@ -137,7 +349,12 @@ export const PACKS = {
     "the CRC of the signature",
     changed("signed.eigen", (b) => void (b[1024 + 160] ^= 1), { raw: true }),
   ],
-  truncated: ["2", "shorter than the committed length", changed(EVERY, (b) => b.slice(0, -1), { raw: true })],
+  truncated: [
+    "2",
+    "shorter than the committed length, by a byte that no reader needs",
+    changed("later.eigen", (b) => b.slice(0, -1), { raw: true }),
+  ],
+  "generation-u64": ["1", "generation 2^53 + 1", changed(EVERY, (_, v) => v.setBigUint64(1024, 2n ** 53n + 1n, true))],
   "committed-u64": [
     "1",
     "a committed length above 2^53",
@@ -148,7 +365,7 @@ export const PACKS = {
     "the directory lies outside the file",
     changed(EVERY, (_, v) => u64(v, 1024 + 24, 2 ** 32)),
   ],
-  "directory-in-window": ["4.1", "the directory lies in the window", changed(EVERY, (_, v) => u64(v, 1024 + 16, 64))],
+  "directory-in-window": ["2", "the directory lies in the window", changed(EVERY, (_, v) => u64(v, 1024 + 16, 64))],
   // 4. Directory
   "directory-crc": [
     "2",
@@ -159,14 +376,34 @@ export const PACKS = {
   ],
   "directory-length": [
     "4",
-    "its parts add up to less than the directory",
-    changed(EVERY, (_, v) => v.setUint32(1536 + 8, v.getUint32(1536 + 8, true) - 1, true)),
+    "a byte more than its parts add up to",
+    edited(() => ({ hashed: false, editDirectory: (d) => longer(d, 1, 0) })),
+  ],
+  "directory-tiny": [
+    "4",
+    "a directory of 12 bytes",
+    changed(
+      EVERY,
+      (b, v) => {
+        u64(v, 1024 + 24, 12);
+        v.setUint32(1024 + 48, crc32c(b.subarray(1536, 1548)), true);
+        v.setUint32(1024 + 60, crc32c(b.subarray(1024, 1084)), true);
+      },
+      { raw: true },
+    ),
   ],
   "too-many-sections": ["4", "2^31 sections", changed(EVERY, (_, v) => v.setUint32(1536, 2 ** 31, true))],
   "hashes-length": [
     "4",
-    "32 bytes of hashes for more sections",
-    changed(EVERY, (_, v) => v.setUint32(1536 + 12, 32, true)),
+    "32 bytes more of hashes than there are sections",
+    edited(() => ({
+      editDirectory: (d) => {
+        const h = new DataView(d.buffer).getUint32(12, true);
+        const more = longer(d, 32, h + 32);
+        more.copyWithin(d.length + 32 - h, d.length - h, d.length);
+        return more;
+      },
+    })),
   ],
   "padding-of-bases": [
     "1",
@@ -179,6 +416,11 @@ export const PACKS = {
     "a task blob that is not required",
     changed(EVERY, (_, v) => v.setUint32(section(1) + 4, 0, true)),
   ],
+  "free-required": [
+    "4.1",
+    "a free section that is required",
+    changed("grown.eigen", (b, v) => v.setUint32(get(v, 512 + 16) + 16 + 4, 1, true)),
+  ],
   "section-reserved": ["4.1", "byte 28 of a section is not zero", changed(EVERY, (b) => void (b[section(1) + 28] = 1))],
   "section-empty": [
     "4.1",
@@ -190,11 +432,7 @@ export const PACKS = {
     "a required section of unknown kind",
     edited(() => ({ extra: [{ kind: 99, required: 1, content: Uint8Array.of(1) }] })),
   ],
-  "section-hole": [
-    "4.1",
-    "a hole between two sections",
-    changed(EVERY, (_, v) => u64(v, section(1) + 8, get(v, section(1) + 8) + 64)),
-  ],
+  "section-hole": ["4.1", "a hole between sections", edited(() => ({ gap: 64 }))],
   "section-overlap": [
     "4.1",
     "a section that overlaps the one before",
@@ -261,7 +499,11 @@ export const PACKS = {
   ],
   binary: ["1", "a value of type binary", edited(({ basis }) => void (basis["x-more"] = new Raw(0xc4, 1, 0)))],
   extension: ["1", "a value of an extension type", edited(({ basis }) => void (basis["x-more"] = new Raw(0xd4, 1, 0)))],
-  "utf-8": ["1", "a name that is not UTF-8", module(0, (m) => void (m.name = new Raw(0xa2, 0xc3, 0x28)))],
+  "utf-8": [
+    "1",
+    "a string that is not UTF-8",
+    edited(({ basis }) => void (basis["x-more"] = new Raw(0xa2, 0xc3, 0x28))),
+  ],
   nesting: ["1", "a value inside 17 arrays and maps", edited(({ basis }) => void (basis["x-more"] = nested(16)))],
   collections: [
     "1",
@@ -275,7 +517,14 @@ export const PACKS = {
   ],
   // 4.2 Basis description
   "no-producer": ["4.2", "no producer", edited(({ basis }) => void delete basis.producer)],
-  "no-explained": ["4.2", "a side without `explained`", module(0, (m) => void delete m.A.explained)],
+  "explained-text": ["4.2", "`explained` is a string", module(0, (m) => void (m.A.explained = "0.5"))],
+  "step-text": ["4.2", "`step` is a string", edited(({ basis }) => void (basis.step = "0.5"))],
+  "step-0": ["4.2", "`step` is 0", edited(({ basis }) => void (basis.step = 0))],
+  "step-nan": ["4.2", "`step` is NaN", edited(({ basis }) => void (basis.step = new Float(Number.NaN)))],
+  "step-large": ["4.2", "`step` is 2^63", edited(({ basis }) => void (basis.step = new Float(2 ** 63)))],
+  "error-text": ["4.2", "`error` is a string", edited(({ basis }) => void (basis.error = "0.5"))],
+  "error-nan": ["4.2", "`error` is NaN", edited(({ basis }) => void (basis.error = new Float(Number.NaN)))],
+  "error-2": ["4.2", "`error` is 2", edited(({ basis }) => void (basis.error = 2))],
   "explained-2": ["4.2", "`explained` is 2", module(0, (m) => void (m.A.explained = 2))],
   "mode-long": ["4.2", "`mode` of 65 bytes", edited(({ basis }) => void (basis.mode = long(65)))],
   "base-model-long": ["4.2", "`baseModel` of 4 097 bytes", edited(({ basis }) => void (basis.baseModel = long(4097)))],
@@ -288,6 +537,8 @@ export const PACKS = {
   "in-fraction": ["4.2", "`in` 3.5", module(15, (m) => void (m.in = new Float(3.5)))],
   "layout-4": ["4.2", "layout 4", module(0, (m) => void (m.layout = 4))],
   "kernel-missing": ["4.2", "a convolution without a kernel", module(10, (m) => void delete m.kernel)],
+  "kernel-empty": ["4.2", "a kernel without a number", module(10, (m) => void (m.kernel = []))],
+  "kernel-0": ["4.2", "a kernel [0]", module(10, (m) => void (m.kernel = [0]))],
   "kernel-divides": ["4.2", "a kernel [3, 2] for `in` 8", module(10, (m) => void (m.kernel = [3, 2]))],
   "kernel-linear": ["4.2", "a kernel of a linear layer", module(0, (m) => void (m.kernel = [1]))],
   "kernel-long": [
@@ -295,18 +546,16 @@ export const PACKS = {
     "a kernel of nine dimensions",
     module(10, (m) => void (m.kernel = [2, 2, 1, 1, 1, 1, 1, 1, 1])),
   ],
-  "one-side": [
-    "4.2",
-    "a basis on one side only",
-    edited(({ basis, tensors }) => ((basis.modules[12].B = null), void tensors.splice(26, 1))),
-  ],
+  "sides-empty": ["4.2", "an array of no bases", module(15, (m) => void (m.A = []))],
+  "sides-number": ["4.2", "an array of bases with a number in it", module(15, (m) => void (m.A = [1]))],
   "kind-3": ["4.2", "a side of kind 3", module(14, (m) => void (m.A.kind = 3))],
   "column-rank": ["4.2", "a rank on a column side", module(14, (m) => void (m.A.rank = 1))],
   "flat-no-rank": ["4.2", "a flat side without a rank", module(6, (m) => void delete m.A.rank)],
+  "flat-rank-0": ["4.2", "a flat side of rank 0", module(14, (m) => void Object.assign(m.A, { kind: 2, rank: 0 }))],
   "side-empty": [
     "4.2",
     "a side with neither components nor a mean",
-    edited(({ basis, tensors }) => ((basis.modules[14].B.K = 0), void tensors.pop())),
+    edited(({ basis, tensors }) => ((basis.modules[14].B.K = 0), void tensors.splice(-1, 1, new Uint8Array(0)))),
   ],
   "type-6": ["5", "tensor type 6", module(0, (m) => void (m.A.type = 6))],
   "bases-long": [
@@ -318,9 +567,17 @@ export const PACKS = {
   "mean-1": ["4.2", "`mean` is 1", module(14, (m) => void (m.A.mean = 1))],
   "fingerprint-1": ["4.2", "`fingerprint` is 1", module(0, (m) => void (m.fingerprint = 1))],
   "k-large": ["4.2", "K 65 536", module(14, (m) => void (m.A.K = 65_536))],
-  "k-negative": ["4.2", "K −1", module(14, (m) => void (m.A.K = -1))],
-  "side-array": ["4.2", "a side that is an array", module(15, (m) => void ((m.A = []), (m.B = [])))],
+  "k-negative": [
+    "4.2",
+    "K −1, with a mean",
+    edited(({ basis, tensors }) => {
+      Object.assign(basis.modules[14].A, { K: -1, mean: true });
+      tensors.splice(-2, 1);
+    }),
+  ],
+  "side-text": ["4.2", "a side that is a string", module(15, (m) => void (m.A = "none"))],
   "module-array": ["4.2", "a module that is an array", edited(({ basis }) => void (basis.modules[15] = []))],
+  "no-modules": ["4.2", "no `modules`", edited(({ basis }) => void delete basis.modules)],
   "modules-map": ["4.2", "`modules` is a map", edited(({ basis }) => void (basis.modules = {}))],
   "basis-array": ["4.2", "a basis description that is an array", edited(() => ({ basis: [] }))],
   huge: [
@@ -329,6 +586,8 @@ export const PACKS = {
     module(14, (m) => void ((m.in = 2 ** 31 - 1), (m.out = 2 ** 31 - 1))),
   ],
   // 4.3 Task list
+  "entry-array": ["4.3", "a task that is an array", edited(({ tasks }) => void (tasks[0].entry = []))],
+  "brings-map": ["4.3", "`brings` is a map", entry(0, (e) => void (e.brings = {}))],
   "id-empty": ["4.3", "an empty id", entry(0, (e) => void (e.id = ""))],
   "id-long": ["4.3", "an id of 256 bytes", entry(0, (e) => void (e.id = long(256)))],
   "id-control": ["4.3", "an id with a control character", entry(0, (e) => void (e.id = "a\u009bb"))],
@@ -349,6 +608,13 @@ export const PACKS = {
   ],
   "brings-twice": ["4.3", "`brings` has an item twice", entry(2, (e) => void e.brings.push(e.brings[0]))],
   "brings-role": ["4.3", "an unknown role in `brings`", entry(0, (e) => void (e.brings = ["other head.weight"]))],
+  "brings-no-name": ["4.3", "a role without a name in `brings`", entry(0, (e) => void (e.brings = ["saved "]))],
+  "brings-no-space": ["4.3", "a role without a space in `brings`", entry(0, (e) => void (e.brings = ["saved"]))],
+  "brings-role-unread": [
+    "4.3",
+    "an unknown role in `brings`, of a task that is like another",
+    entry(4, (e) => void (e.brings = ["saved classifier.weight", "other x"])),
+  ],
   "brings-number": ["4.3", "`brings` has an item that is a number", entry(0, (e) => void (e.brings = ["saved x", 5]))],
   "brings-less": ["4.3", "`brings` leaves out a parameter", entry(1, (e) => void e.brings.pop())],
   "brings-more": [
@@ -363,8 +629,8 @@ export const PACKS = {
   "large-bf16": ["5", "a component of 2^100 in bf16", stored(undefined, 5, (_, v) => v.setUint16(2, 0x7180, true))],
   "large-scale": [
     "5",
-    "a scale that makes values of 2^16 and more",
-    stored(undefined, 7, (_, v) => v.setUint16(0, 0x7bff, true)),
+    "a scale that makes 2^16 and more of the largest integer, which no integer of the row is",
+    stored(undefined, 7, (b, v) => (v.setUint16(0, 0x60b0, true), void b.fill(0, 8, 14))),
   ],
   "large-coefficient": ["5", "a coefficient of 10^30", stored(0, 0, (_, v) => v.setFloat32(0, 1e30, true))],
   "scale-nan": ["5", "a scale that is NaN", stored(undefined, 7, (_, v) => v.setUint16(0, 0x7e00, true))],
@@ -401,6 +667,7 @@ export const PACKS = {
     edited(({ tasks }) => void tasks[0].header[0].push([15, 0, null, null, 0, 0, null])),
   ],
   "term-q-negative": ["6.1", "q −1", term(0, (x) => void (x[4] = -1))],
+  "term-q-text": ["6.1", "q is a string", term(0, (x) => void (x[4] = "1"))],
   "term-magnitude-type": ["6.1", "magnitudes of type 6", term(0, (x) => void (x[6] = 6), 1)],
   "parameter-type": ["6.2", "a parameter of type 6", parameter(0, (x) => void (x[2] = 6))],
   "rows-large": ["6.2", "row number 2^31", parameter(4, (x) => void (x[4][1] = 2 ** 31))],
@@ -413,6 +680,24 @@ export const PACKS = {
   "term-rank-alone": ["6.1", "a rank without coefficients", term(1, (x) => void (x[1] = 1), 1)],
   "term-flat-rank": ["6.1", "another rank than the flat basis'", term(6, (x) => void (x[1] = 1))],
   "term-one-side": ["6.1", "coefficients on one side", term(12, (x) => void (x[3] = null))],
+  "term-factor-items": ["6.1", "a factor of four items", sided(0, (x) => void x[3].push(null))],
+  "term-factor-nothing": [
+    "6.1",
+    "a factor of nothing",
+    sidedEntry((entry, { tasks: [task] }) => {
+      delete entry.brings;
+      task.header[0][0][3] = [null, 0, null];
+      task.tensors.splice(1, 1);
+    }),
+  ],
+  "term-factor-basis": ["6.1", "a basis of rows that have no coefficients", sided(0, (x) => void (x[3][1] = 1))],
+  "term-factor-missing": ["6.1", "coefficients over a basis that is not there", sided(2, (x) => void (x[2][1] = 3))],
+  "term-factor-type": ["6.1", "rows of its own of type 6", sided(0, (x) => void (x[3][2] = 6))],
+  "term-factor-text": ["6.1", "a factor that is a string", sided(0, (x) => void (x[3] = "own"))],
+  "term-own-alone": ["6.1", "rows of its own on one side, nothing on the other", sided(0, (x) => void (x[2] = null))],
+  "term-own-rank-0": ["6.1", "rows of its own of rank 0", sided(3, (x) => void (x[1] = 0))],
+  "own-nan": ["5", "a NaN in rows of its own", ownNan],
+  "brings-own": ["4.3", "`brings` leaves out rows of its own", sidedEntry((e) => void e.brings.pop())],
   "term-kind": ["6.1", "flat coefficients of a column basis", term(0, (x) => void (x[2] += 1))],
   "term-no-mean": ["6.1", "a mean that the basis does not have", term(7, (x) => void (x[2] += 4))],
   "term-no-basis": [
@@ -424,6 +709,7 @@ export const PACKS = {
   "term-private-type": ["6.1", "a private type without private terms", term(0, (x) => void (x[5] = 1))],
   "term-type": ["6.1", "coefficients of type 6", term(0, (x) => void (x[2] = 1 + 4 + 48))],
   "parameter-items": ["6.2", "a saved parameter with numbers of rows", parameter(0, (x) => void x.push([0, 1]))],
+  "parameter-text": ["6.2", "a parameter that is a string", edited(({ tasks }) => void (tasks[2].header[1][0] = "x"))],
   "parameter-short": ["6.2", "a parameter of three items", parameter(0, (x) => void x.pop())],
   "parameter-role": ["6.2", "role 4", parameter(0, (x) => void (x[1] = 4))],
   "parameter-twice": ["6.2", "a parameter that is there twice", parameter(1, (x) => void (x[0] = "classifier.weight"))],
@@ -458,12 +744,55 @@ export const PACKS = {
     "padding behind the header",
     edited(({ tasks }) => ((tasks[2].blob = blobOf(tasks[2])), void padded(tasks[2].blob))),
   ],
+  // What only a program that verifies files needs to find
+  "basis-id": [
+    "2",
+    "another basis id",
+    changed(EVERY, (b, v) => ((b[16] ^= 1), v.setUint32(48, crc32c(b.subarray(0, 48)), true)), { raw: true }),
+    { by: "verify" },
+  ],
+  "unknown-crc": [
+    "4.1",
+    "the CRC of a section of unknown kind",
+    unknown((b, v, at) => void (b[at + 24] ^= 1)),
+    { by: "verify" },
+  ],
+  "unknown-hash": [
+    "8",
+    "the hash of a section of unknown kind",
+    unknown((b, v) => void (b[1536 + get(v, 1024 + 24) - 1] ^= 1)),
+    { by: "verify" },
+  ],
+  "padding-of-sections": [
+    "1",
+    "padding between two blobs",
+    changed(EVERY, (b, v) => void (b[get(v, section(2) + 8) - 1] = 1), { raw: true }),
+    { by: "verify" },
+  ],
+  "signature-alone": [
+    "8",
+    "a signature that is not of the key beside it, without keys to hold it against",
+    changed(EVERY, (b) => void signed(STRANGER.sign("pack", root(b)), SIGNER.publicKey)(b)),
+    { by: "verify" },
+  ],
   // 8. Hashes and signatures
+  "revoked-coded": [
+    "8",
+    "a coded task that is revoked by the hash of its stored bytes",
+    () => packFile({ ...everyKind().pack, code: (bytes) => bytes }),
+    { revoked: [hashText(codedBlob(everyKind().pack.tasks[0], everyKind().pack.basis))] },
+  ],
+  "revoked-plain": [
+    "8",
+    "a coded task that is revoked by the hash of what it becomes",
+    () => packFile({ ...everyKind().pack, code: (bytes) => bytes }),
+    { revoked: [hashText(blobOf(everyKind().pack.tasks[0]))] },
+  ],
   revoked: [
     "8",
     "a task that is revoked",
     changed(EVERY, (b) => b),
-    { revoked: [`sha256-${Buffer.from(sha256(blobOf(everyKind().pack.tasks[2]))).toString("base64")}`] },
+    { revoked: [hashText(blobOf(everyKind().pack.tasks[2]))] },
   ],
   "other-root": [
     "8",
@@ -508,6 +837,26 @@ export const PACKS = {
     { keys: KEYS },
   ],
 };
+
+/** A directory with more bytes behind it. @param hashes how many of hashes it says it has */
+function longer(directory, more, hashes) {
+  const bytes = new Uint8Array(directory.length + more);
+  bytes.set(directory);
+  new DataView(bytes.buffer).setUint32(12, hashes, true);
+  return bytes;
+}
+
+/** A section of unknown kind, with its entry of the table changed and the sums behind it made right. */
+function unknown(change) {
+  return () => {
+    const bytes = VALID["later.eigen"].bytes.slice();
+    const view = new DataView(bytes.buffer);
+    change(bytes, view, section(view.getUint32(1536, true) - 1));
+    view.setUint32(1024 + 48, crc32c(bytes.subarray(1536, 1536 + get(view, 1024 + 24))), true);
+    view.setUint32(1024 + 60, crc32c(bytes.subarray(1024, 1084)), true);
+    return bytes;
+  };
+}
 
 /** A byte of padding between the header and the first tensor. */
 function padded(blob) {
@@ -598,6 +947,29 @@ export const TASK_FILES = {
     "4.3",
     "`brings` leaves out what the blob brings",
     file(({ entry }) => ({ entry: { ...entry, brings: [] } })),
+  ],
+  "task-role": [
+    "4.3",
+    "an unknown role in `brings`",
+    file(({ entry }) => ({ entry: { ...entry, brings: ["other x"] } })),
+  ],
+  "task-revoked": [
+    "8",
+    "a task that is revoked",
+    fileBytes(WHOLE, (b) => b),
+    { revoked: [hashText(blobOf(everyKind().pack.tasks[1]))] },
+  ],
+  "task-revoked-plain": [
+    "8",
+    "a coded task that is revoked by the hash of what it becomes",
+    fileBytes("coded.eigentask", (b) => b),
+    { revoked: [hashText(blobOf(everyKind().pack.tasks[1]))] },
+  ],
+  "task-signature-alone": [
+    "8",
+    "a signature that is not of the key beside it, without keys to hold it against",
+    () => taskFileOf({ ...SIGNER, sign: (kind, hash) => STRANGER.sign(kind, hash) }).bytes,
+    { by: "verify" },
   ],
   "task-blob": ["6", "an empty blob", file(() => ({ blob: new Uint8Array(0) }))],
   "task-signature-crc": [

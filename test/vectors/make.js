@@ -13,7 +13,7 @@ export function vectors() {
     const values = `valid/${name.replace(/\.eigen(task)?$/, (end) => (end === ".eigen" ? "" : ".task"))}.safetensors`;
     files.set(`valid/${name}`, bytes).set(values, safetensors(expected));
     const pack = name.endsWith(".eigen");
-    const root = pack && name !== "no-hashes.eigen" && !name.includes("grown") && name !== "torn.eigen";
+    const root = pack && !/^(no-hashes|torn|other-places)\.|grown/.test(name);
     index.push({
       ...{ file: `valid/${name}`, valid: true, why, values },
       ...(pack ? {} : { pack: signed ? "valid/signed.eigen" : "valid/every-kind.eigen" }),
@@ -26,7 +26,7 @@ export function vectors() {
       const file = `invalid/${name}.${ending}`;
       const bytes = make();
       files.set(file, bytes);
-      const trust = given.integrity === "own" ? { integrity: integrity(bytes) } : given;
+      const trust = given.integrity === "own" ? { ...given, integrity: integrity(bytes) } : given;
       index.push({ file, valid: false, section, why, ...pack, ...trust });
     }
   };

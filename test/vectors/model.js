@@ -27,8 +27,7 @@ export function createModel(seed = 7) {
   };
   const expected = new Map();
 
-  const side = (dimension, spec) => {
-    if (!spec) return {};
+  const basis = (dimension, spec) => {
     const { kind = 1, K, rank, mean = true, type = "f32" } = spec;
     const width = dimension * (rank ?? 1);
     const rows = K + (mean ? 1 : 0);
@@ -38,16 +37,23 @@ export function createModel(seed = 7) {
     return { map, kind, K, rank, mean, width, dimension, values: stored.values };
   };
 
-  /** A module; without `A` and `B` it has no basis. */
+  /** The bases of a side, and how they are written: none, one, or a list. */
+  const side = (dimension, spec) => {
+    const bases = [spec ?? []].flat().map((one) => basis(dimension, one));
+    const maps = bases.map(({ map }) => map);
+    return { bases, map: Array.isArray(spec) ? maps : (maps[0] ?? null) };
+  };
+
+  /** A module; without `A` and `B` it has no basis, with a list of them several. */
   function module({ name, out, in: inputs, layout = 0, kernel, A, B = A, fingerprint }) {
-    const made = { name, out, in: inputs, A: side(inputs, A), B: side(out, B) };
+    const [ofA, ofB] = [side(inputs, A), side(out, B)];
     if (fingerprint) pack.tensors.push(tensor("f32", 1, 64, numbers(64)).bytes);
     pack.basis.modules.push({
       ...{ name, out, in: inputs, layout, kernel },
-      ...{ A: made.A.map ?? null, B: made.B.map ?? null },
+      ...{ A: ofA.map, B: ofB.map },
       ...(fingerprint ? { fingerprint: true } : {}),
     });
-    modules.push(made);
+    modules.push({ name, out, in: inputs, A: ofA.bases, B: ofB.bases });
   }
 
   /** A factor [rank, dimension] and the same of magnitudes. */
@@ -72,7 +78,8 @@ export function createModel(seed = 7) {
   }
 
   /**
-   * A task. Terms: `{ module, rank, type, meanA, meanB, q, privateType, magnitudeType }`; parameters: `{ name, role, type, shape, indices }`.
+   * A task. Terms: `{ module, rank, type, meanA, meanB, A, B, q, privateType, magnitudeType }`; parameters: `{ name, role, type, shape,
+   * indices }`. `A` and `B` say `{ basis, own }`: which basis coefficients are over (null: none), and the type of rows of its own.
    * Expected are `ID/MODULE/delta`, `…/bound` (by how much each element may be off) and `…/magnitude`, and `ID/PARAMETER`.
    */
   function task(id, terms, parameters = [], entry = {}) {
@@ -90,11 +97,17 @@ export function createModel(seed = 7) {
           type = "f32",
           meanA = true,
           meanB = true,
+          A: howA = {},
+          B: howB = {},
           q = 0,
           privateType = "f32",
           magnitudeType,
         }) => {
-          const { name, out, in: inputs, A, B } = modules[index];
+          const { name, out, in: inputs, A: basesA, B: basesB } = modules[index];
+          const { basis: whichA = 0, own: ownA } = howA;
+          const { basis: whichB = 0, own: ownB } = howB;
+          const A = rank > 0 && whichA !== null ? basesA[whichA] : undefined;
+          const B = rank > 0 && whichB !== null ? basesB[whichB] : undefined;
           const delta = new Float64Array(out * inputs);
           const bound = new Float64Array(out * inputs);
           const add = (a, b, count) => {
@@ -109,21 +122,33 @@ export function createModel(seed = 7) {
           };
           const code = (of, mean) => of.kind + (mean && of.mean ? 4 : 0) + 8 * TYPES.indexOf(type);
           if (rank > 0) {
-            const alphaA = store(type, A.kind === 2 ? 1 : rank, A.K);
-            const alphaB = store(type, B.kind === 2 ? 1 : rank, B.K);
-            add(factor(A, rank, alphaA, meanA), factor(B, rank, alphaB, meanB), rank);
+            const coefficients = (of) => of && store(type, of.kind === 2 ? 1 : rank, of.K);
+            const [alphaA, alphaB] = [coefficients(A), coefficients(B)];
+            const rows = (of, width) => of && store(of, rank, width);
+            const [rowsA, rowsB] = [rows(ownA, inputs), rows(ownB, out)];
+            const whole = (of, alpha, mean, own, width) => {
+              const zeros = { exact: new Float64Array(rank * width), size: new Float64Array(rank * width) };
+              const { exact, size } = of ? factor(of, rank, alpha, mean) : zeros;
+              own?.forEach((value, i) => ((exact[i] += value), (size[i] += Math.abs(value))));
+              return { exact, size };
+            };
+            add(whole(A, alphaA, meanA, rowsA, inputs), whole(B, alphaB, meanB, rowsB, out), rank);
           }
           if (q > 0) {
             const [own, ownB] = [store(privateType, q, inputs), store(privateType, q, out)];
             const sized = (exact) => ({ exact, size: exact.map(Math.abs) });
             add(sized(own), sized(ownB), q);
           }
-          const share = 2 ** -24 * ((A.K ?? 0) + (B.K ?? 0) + rank + q + 16);
+          const share = 2 ** -24 * ((A?.K ?? 0) + (B?.K ?? 0) + rank + q + 16);
           expected.set(`${id}/${name}/delta`, { shape: [out, inputs], values: delta });
           expected.set(`${id}/${name}/bound`, { shape: [out, inputs], values: bound.map((size) => size * share) });
           if (magnitudeType)
             expected.set(`${id}/${name}/magnitude`, { shape: [out], values: store(magnitudeType, 1, out) });
-          const shared = rank > 0 ? [code(A, meanA), code(B, meanB)] : [null, null];
+          const written = (of, which, mean, own) => {
+            const coded = of ? code(of, mean) : null;
+            return own || which ? [coded, which ?? 0, own ? TYPES.indexOf(own) : null] : coded;
+          };
+          const shared = rank > 0 ? [written(A, whichA, meanA, ownA), written(B, whichB, meanB, ownB)] : [null, null];
           const magnitude = magnitudeType ? TYPES.indexOf(magnitudeType) : null;
           return [index, rank, ...shared, q, q > 0 ? TYPES.indexOf(privateType) : 0, magnitude];
         },
@@ -151,6 +176,8 @@ export function bringsOf({ header: [terms, parameters] }, { basis }) {
     ...parameters.map(([parameter, role]) => `${roles[role]} ${parameter}`),
     ...terms.filter((term) => term[6] !== null).map((term) => `magnitude ${name(term)}`),
     ...terms.filter((term) => term[4] > 0).map((term) => `private ${name(term)}`),
+    ...terms.filter((term) => Array.isArray(term[2]) && term[2][2] !== null).map((term) => `own-A ${name(term)}`),
+    ...terms.filter((term) => Array.isArray(term[3]) && term[3][2] !== null).map((term) => `own-B ${name(term)}`),
   ];
 }
 

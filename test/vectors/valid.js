@@ -1,7 +1,7 @@
 // @ts-nocheck: it writes what no type allows
 /** The valid vectors: files, and the values in them. */
 import { coded as codedSection } from "./coded.js";
-import { blobOf, codedBlob, Float, keyOf, packFile, Raw, TYPES, taskFile } from "./format.js";
+import { blobOf, codedBlob, crc32c, Float, keyOf, packFile, Raw, repair, TYPES, taskFile } from "./format.js";
 import { bringsOf, createModel } from "./model.js";
 
 export const SIGNER = keyOf(1);
@@ -183,6 +183,70 @@ function codedTask() {
   return { bytes: taskFile({ entry: task.entry, basisId, blob: codedBlob(task, pack.basis) }), expected };
 }
 
+/** Components on one side, several bases on a side, rows of a task's own in the place of coefficients and beside them. */
+export function sides() {
+  const model = createModel(31);
+  const own = (type) => ({ basis: null, own: type });
+  model.module({ name: "A.alone", out: 4, in: 6, A: { K: 3 }, B: null });
+  model.module({ name: "B.alone", out: 5, in: 4, A: null, B: { K: 2, type: "int8", mean: false } });
+  model.module({
+    ...{ name: "groups", out: 4, in: 5 },
+    A: [{ K: 2 }, { K: 3, type: "f16", mean: false }, { K: 1, type: "int3" }],
+    B: [
+      { K: 2, type: "bf16" },
+      { kind: 2, K: 1, rank: 2 },
+    ],
+  });
+  model.module({ name: "no.basis", out: 3, in: 4 });
+  model.module({ name: "flat", out: 3, in: 4, A: { kind: 2, K: 2, rank: 2 }, B: [{ K: 1 }] });
+  const first = model.task("first", [
+    { module: 0, rank: 2, B: own("f16") },
+    { module: 1, rank: 3, type: "int8", A: own("int4") },
+    { module: 2, rank: 2, A: { basis: 1, own: "int3" }, meanB: false },
+    { module: 3, rank: 1, A: own("f32"), B: own("bf16"), q: 1, privateType: "int8", magnitudeType: "f16" },
+    { module: 4, rank: 2, B: own("int8") },
+  ]);
+  const second = model.task("second", [
+    { module: 0, rank: 3, A: { own: "int8" }, B: own("int4") },
+    { module: 2, rank: 2, A: { basis: 2 }, B: { basis: 1, own: "f16" } },
+    { module: 3, q: 2 },
+    { module: 4, rank: 2, type: "int4", A: { own: "f16" }, B: { own: "int3" }, q: 1, privateType: "f16" },
+  ]);
+  for (const task of [first, second]) task.entry.brings = bringsOf(task, model.pack);
+  return model;
+}
+
+/** A superblock that does not count, with a right sum whatever is in it. */
+function beside({ bytes, expected }, index, change) {
+  const at = 512 * (index + 1);
+  const view = new DataView(bytes.buffer);
+  change(bytes.subarray(at, at + 512), (place, value) => view.setBigUint64(at + place, BigInt(value), true));
+  view.setUint32(at + 60, crc32c(bytes.subarray(at, at + 60)), true);
+  return { bytes, expected };
+}
+
+/** Bases without a byte, in front of a directory that begins at the same place. */
+function emptyFirst() {
+  const { bytes, expected } = file(bare);
+  const view = new DataView(bytes.buffer);
+  view.setBigUint64(1024 + 32, 1536n, true);
+  view.setBigUint64(1536 + 16 + 8, 1536n, true);
+  return { bytes: repair(bytes), expected };
+}
+
+/** Tasks coded and not, as when a task file comes to a pack that is coded. */
+function mixed() {
+  const { pack, expected } = everyKind();
+  const code = (bytes, name) => (name === "whole" || name === "bases" ? undefined : bytes);
+  return { bytes: packFile({ ...pack, code }), expected };
+}
+
+function unexplained() {
+  const model = minimal();
+  for (const side of ["A", "B"]) delete model.pack.basis.modules[0][side].explained;
+  return model;
+}
+
 const coded = (directory) => codedSection(directory, [], 4);
 
 /** By name: `{ bytes, expected, why, keys }`. Task files belong to every-kind. */
@@ -219,6 +283,30 @@ export const VALID = {
   "coded-large.eigen": {
     ...file(large, { code: (bytes) => bytes }),
     why: "coded sections with large integers and wide rows",
+  },
+  "sides.eigen": { ...file(sides), why: "components on one side, several bases of a side, rows of a task's own" },
+  "coded-sides.eigen": {
+    ...file(sides, { code: (bytes) => bytes, codeDirectory: coded }),
+    why: "the same, coded",
+  },
+  "mixed.eigen": { ...mixed(), why: "bases and a task that are not coded, beside tasks that are" },
+  "no-explained.eigen": { ...file(unexplained), why: "a side without `explained`" },
+  "empty-first.eigen": { ...emptyFirst(), why: "empty bases where the directory begins" },
+  "other-places.eigen": {
+    ...beside(file(grown), 1, (_, put) => [16, 24, 32, 40].forEach((at) => put(at, 2 ** 50))),
+    why: "the superblock that does not count names places outside the file",
+  },
+  "other-parity.eigen": {
+    ...beside(file(everyKind), 0, (block, put) => (put(0, 7), (block[60 - 4] = 1))),
+    why: "superblock 0 has an odd generation, and reserved bytes that are not zero",
+  },
+  "other-huge.eigen": {
+    ...beside(file(everyKind), 0, (block) => block.fill(255, 0, 8)),
+    why: "superblock 0 has an odd generation of 2^64 − 1",
+  },
+  "other-generation-0.eigen": {
+    ...beside(file(everyKind), 0, (block) => (block[57] = 1)),
+    why: "superblock 0 has generation 0, and reserved bytes that are not zero",
   },
   "coded.eigentask": { ...codedTask(), why: "a task file whose blob is coded" },
   "whole.eigentask": { ...taskFileOf(undefined), why: "a task file" },

@@ -201,7 +201,10 @@ export class Bench {
       }
       await session.switchTask(task);
       const logits = await runBatches(session, toBatches(this.encode, texts));
-      const coefficients = pack.modules.reduce((sum, { A, B }) => sum + RANK * ((A?.K ?? 0) + (B?.K ?? 0)), 0);
+      const coefficients = pack.modules.reduce(
+        (sum, { A: [A], B: [B] }) => sum + RANK * ((A?.K ?? 0) + (B?.K ?? 0)),
+        0,
+      );
       return { trained: cell.method === "distilled" ? coefficients : 0, head: 0, loss: [], logits };
     };
     return this.#withSession(cell, (session) => withAdapters([given], ([adapter]) => work(session, adapter)));

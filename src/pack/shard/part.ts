@@ -1,5 +1,5 @@
 /**
- * A part: what one machine did of a pack too large for it, as a file (SPEC.md, section 10). A safetensors file with a
+ * A part: what one machine did of a pack too large for it, as a file (docs/parts.md). A safetensors file with a
  * description and a checksum of its header and of every tensor, so that any safetensors reader can look into it. Not a cache:
  * a part says what it was made of, and whoever runs the commands decides what to make again.
  */
