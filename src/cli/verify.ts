@@ -3,8 +3,17 @@ import type { Adapter } from "../adapters/adapter.ts";
 import { AdapterError, FormatError, TaskError, TrustError } from "../errors.ts";
 import { deltaError, relative } from "../extract/error.ts";
 import { type ModuleLoss, measureModule, openModule } from "../extract/project.ts";
-import { sharedBases, type TaskBlob, WINDOW_BYTES } from "../format/format.ts";
-import { sha256 } from "../format/hash.ts";
+import { Fields } from "../format/fields.ts";
+import {
+  SECTION_BASES,
+  SECTION_FREE,
+  SECTION_TASK,
+  type Section,
+  sharedBases,
+  type TaskBlob,
+  WINDOW_BYTES,
+} from "../format/format.ts";
+import { integrityOf, sha256 } from "../format/hash.ts";
 import { toIntegrity } from "../format/integrity.ts";
 import { encodedTensor } from "../format/tensors.ts";
 import { openSource } from "../open-source.ts";
@@ -182,6 +191,10 @@ async function checkSections(path: string, pack: Pack, run: Run, out: Output) {
     note("basis id", found === pack.basisId, found.slice(0, 16));
   }
   const source = run.closing(await openSource(path));
+  for (const [i, section] of pack.directory.sections.entries()) {
+    const known = [SECTION_BASES, SECTION_TASK, SECTION_FREE].includes(section.kind);
+    if (!known) await checked(`section ${i}, of kind ${section.kind}`, () => checkUnknown(source, section, i));
+  }
   const gap = await unpadded(source, pack);
   note("padding", gap === undefined, gap ?? "zero");
   const behind = (source.byteLength ?? 0) - pack.window.superblock.committed;
@@ -189,12 +202,25 @@ async function checkSections(path: string, pack: Pack, run: Run, out: Output) {
   return { checks, bases, blobs };
 }
 
+/** A section that nothing reads. @throws FormatError when its checksum or hash is of other bytes */
+async function checkUnknown(source: ByteSource, section: Section, index: number): Promise<void> {
+  const bytes = await source.read(section.offset, section.length);
+  const f: Fields = new Fields(bytes, source.name, `section ${index}`);
+  f.crc(section.crc);
+  const found = await integrityOf(bytes);
+  f.check(
+    section.integrity === undefined || section.integrity === found,
+    () => `has the hash ${found}, expected ${section.integrity}`,
+  );
+}
+
 /** Where bytes between sections are not zero, against SPEC.md, section 1. */
 async function unpadded(source: ByteSource, { window, directory }: Pack): Promise<string | undefined> {
   const { directoryOffset, directoryLength } = window.superblock;
   const parts = [{ offset: directoryOffset, length: directoryLength }, ...directory.sections];
   let end = WINDOW_BYTES;
-  for (const { offset, length } of parts.sort((a, b) => a.offset - b.offset)) {
+  // Empty bases may begin where another section, or the directory, does.
+  for (const { offset, length } of parts.sort((a, b) => a.offset - b.offset || a.length - b.length)) {
     const gap = await source.read(end, offset - end);
     if (gap.some((byte) => byte !== 0)) return `not zero between ${end} and ${offset}`;
     end = offset + length;
