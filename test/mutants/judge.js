@@ -147,7 +147,6 @@ function crc(bytes) {
 function readBases(basis, bytes) {
   let end = 0;
   const side = (map, dimension) => {
-    if (!map) return undefined;
     const [kind, K, mean] = [map.get("kind"), map.get("K"), map.get("mean") === true];
     const width = dimension * (kind === 2 ? map.get("rank") : 1);
     const found = tensor(bytes, up(end, 16), TYPES[map.get("type")], K + (mean ? 1 : 0), width);
@@ -162,8 +161,9 @@ function readBases(basis, bytes) {
       layout: m.get("layout"),
       kernel: m.get("kernel"),
     };
-    made.A = side(m.get("A"), made.in);
-    made.B = side(m.get("B"), made.out);
+    const sides = (given, dimension) => [given ?? []].flat().map((one) => side(one, dimension));
+    made.A = sides(m.get("A"), made.in);
+    made.B = sides(m.get("B"), made.out);
     if (m.get("fingerprint") === true) end = up(end, 16) + 256;
     return made;
   });
@@ -179,15 +179,29 @@ function readTask(bytes, modules) {
     return found.values;
   };
   const task = { terms: new Map(), parameters: [] };
-  for (const [index, rank, codeA, codeB, q, privateType, magnitudeType] of terms) {
+  for (const [index, rank, givenA, givenB, q, privateType, magnitudeType] of terms) {
     const module = modules[index];
-    const factors = [
-      ["A", codeA],
-      ["B", codeB],
-    ].map(([which, code]) => {
-      const side = module[which];
-      if (code === null) return undefined;
-      return expand(side, rank, next(code >> 3, side.kind === 2 ? 1 : rank, side.K), (code & 4) !== 0);
+    // A code alone is of coefficients over the first basis.
+    const sides = [
+      [module.A, givenA, module.in],
+      [module.B, givenB, module.out],
+    ].map(([bases, given, width]) => {
+      const [code, which, own] = Array.isArray(given) ? given : [given, 0, null];
+      return { code, basis: code === null ? undefined : bases[which], own, width };
+    });
+    for (const side of sides) {
+      const { code, basis } = side;
+      if (basis) side.coefficients = next(code >> 3, basis.kind === 2 ? 1 : rank, basis.K);
+    }
+    for (const side of sides) if (side.own !== null) side.rows = next(side.own, rank, side.width);
+    const factors = sides.map(({ basis, code, coefficients, rows, width }) => {
+      const zeros = { exact: new Float64Array(rank * width), size: new Float64Array(rank * width) };
+      const made = basis ? expand(basis, rank, coefficients, (code & 4) !== 0) : zeros;
+      rows?.forEach((value, i) => {
+        made.exact[i] += value;
+        made.size[i] += Math.abs(value);
+      });
+      return made;
     });
     const term = {
       out: module.out,
@@ -195,12 +209,12 @@ function readTask(bytes, modules) {
       delta: new Float64Array(module.out * module.in),
       bound: new Float64Array(module.out * module.in),
     };
-    if (factors[0]) addProduct(term, factors[0], factors[1], rank);
+    addProduct(term, factors[0], factors[1], rank);
     if (q > 0) {
       const [a, b] = [next(privateType, q, module.in), next(privateType, q, module.out)];
       addProduct(term, { exact: a, size: a.map(Math.abs) }, { exact: b, size: b.map(Math.abs) }, q);
     }
-    const share = 2 ** -24 * ((module.A?.K ?? 0) + (module.B?.K ?? 0) + rank + q + 16);
+    const share = 2 ** -24 * (sides.reduce((sum, { basis }) => sum + (basis?.K ?? 0), 0) + rank + q + 16);
     term.bound = term.bound.map((size) => size * share);
     if (magnitudeType !== null) term.magnitude = next(magnitudeType, 1, module.out);
     task.terms.set(module.name, term);

@@ -42,7 +42,8 @@ function sample(seed, roll) {
     const rank = 1 + roll(3);
     const kind = roll(3) === 0 ? 2 : 1;
     const made = { name: `m${i}`, out: 1 + roll(7), in: layout === 2 ? 4 * (1 + roll(2)) : 1 + roll(7), layout };
-    const side = () => ({ kind, K: 1 + roll(4), ...(kind === 2 ? { rank } : {}), mean: roll(2) === 0, type: type() });
+    const basis = () => ({ kind, K: 1 + roll(4), ...(kind === 2 ? { rank } : {}), mean: roll(2) === 0, type: type() });
+    const side = () => (roll(5) === 0 ? Array.from({ length: 1 + roll(3) }, basis) : roll(8) === 0 ? null : basis());
     if (roll(6) > 0) Object.assign(made, { A: side(), B: side() });
     if (layout === 2) made.kernel = [2, 2];
     if (roll(3) === 0) made.fingerprint = true;
@@ -51,11 +52,18 @@ function sample(seed, roll) {
   }
   for (let i = 0; i <= roll(3); i++) {
     const terms = [];
-    modules.forEach(({ A, kind, rank }, module) => {
+    modules.forEach(({ A, B, kind, rank }, module) => {
       if (roll(4) === 0) return;
       const term = { module, type: type(), meanA: roll(2) === 0, meanB: roll(2) === 0 };
-      if (A) term.rank = kind === 2 ? rank : 1 + roll(4);
-      if (!A || roll(4) === 0) Object.assign(term, { q: 1 + roll(2), privateType: type() });
+      if (A || B || roll(4) === 0) {
+        term.rank = kind === 2 ? rank : 1 + roll(4);
+        const factor = (bases) => {
+          const over = bases && roll(6) > 0 ? roll([bases].flat().length) : null;
+          return { basis: over, ...(over === null || roll(4) === 0 ? { own: type() } : {}) };
+        };
+        Object.assign(term, { A: factor(A), B: factor(B) });
+      }
+      if (!term.rank || roll(4) === 0) Object.assign(term, { q: 1 + roll(2), privateType: type() });
       if (roll(5) === 0) term.magnitudeType = TYPES[roll(3)];
       terms.push(term);
     });

@@ -23,7 +23,7 @@ export function readCoded(bytes, before = new Uint8Array()) {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
   if (view.getUint32(0, true) !== 0x45444f43) throw new Error("no CODE");
   const becomes = view.getUint32(4, true);
-  if (becomes > 64 * bytes.length + 4096) throw new Error(`${becomes} bytes are too many for ${bytes.length}`);
+  if (becomes > 16 * bytes.length + 4096) throw new Error(`${becomes} bytes are too many for ${bytes.length}`);
   const out = new Uint8Array(becomes);
   /** Streams that were changed are read too. */
   const fits = (end) => {
