@@ -6,7 +6,8 @@ halves for f16. Read by test/soak-builder.js.
 
 usage: python builder-matrix.py FOLDER [--only TEXT]    (onnxruntime-genai, onnx-ir, torch, transformers, peft, onnx)
 """
-import argparse, copy, importlib.util, json, pathlib, runpy, shutil, sys, tempfile, traceback, types, warnings
+import argparse, copy, importlib.util, json, os, pathlib, runpy, shutil, sys, tempfile, traceback, types, warnings
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime is imported
 import numpy as np, onnx, torch
 from onnx import numpy_helper
 from peft import LoraConfig, get_peft_model

@@ -7,6 +7,7 @@ largest difference from the golden merge over the largest |W| of its tensor, or 
 import json, os, pathlib, sys, warnings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime is imported
 warnings.filterwarnings("ignore")
 try:
     import gguf

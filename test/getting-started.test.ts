@@ -7,6 +7,7 @@ import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import t from "tap";
 import { readTask } from "../examples/minilm.js";
+import { emptyHome } from "./empty-home.ts";
 import { data } from "./packs.ts";
 
 const root = fileURLToPath(new URL("..", import.meta.url));
@@ -45,14 +46,16 @@ t.test("commands and app of the page", async (t) => {
     .filter((line) => !/^(pip|optimum-cli|npm) /.test(line));
   t.ok(commands.length >= 6, "there is something to run");
   const said = new Map<string, string>();
+  const { env, written } = await emptyHome(t);
   for (const line of commands) {
     const words = line.replace(/^npx eigenlora/, `node ${join(root, "dist/src/cli/main.js")}`).split(" ");
     t.equal(words.shift(), "node", line);
-    const { status, stdout, stderr } = spawnSync(process.execPath, words, { cwd: place, encoding: "utf8" });
+    const { status, stdout, stderr } = spawnSync(process.execPath, words, { cwd: place, encoding: "utf8", env });
     t.equal(status, 0, line, { stdout, stderr });
     said.set(line.split(" ").slice(0, 3).join(" "), stdout);
   }
   t.match(said.get("npx eigenlora check"), /^It works, in mode /m);
   for (const id of TASKS) t.match(said.get("node main.js"), new RegExp(`^${id} [a-z]`, "m"), "an answer by its name");
   t.match(said.get("npx eigenlora add"), /1 tasks? added/);
+  t.same(await written(), [], "nothing in the home");
 });

@@ -5,6 +5,7 @@
  *
  * usage: node test/soak-builder.js [TEXT]     files whose names have TEXT
  */
+import "../dist/src/cli/telemetry.js";
 import { spawnSync } from "node:child_process";
 import { mkdtempSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";

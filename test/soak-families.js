@@ -10,6 +10,7 @@
  * Needs PYTHON with torch, transformers, PEFT, diffusers, onnx and onnxscript; skips itself without, unless EIGENLORA_REQUIRE lists
  * families.
  */
+import "../dist/src/cli/telemetry.js";
 import { spawnSync } from "node:child_process";
 import { existsSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { createRequire } from "node:module";

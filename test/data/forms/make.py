@@ -5,7 +5,8 @@ is quantised they are ONNX Runtime's, of a copy of it into which PEFT's delta wa
 
 usage: python make.py    (torch 2.13, peft 0.21, onnx 1.23, onnxruntime 1.32)
 """
-import json, logging, pathlib, re, shutil, tempfile, warnings
+import json, logging, os, pathlib, re, shutil, tempfile, warnings
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime is imported
 import numpy as np, onnx, onnxruntime, torch
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static

@@ -5,7 +5,8 @@ and the embeddings into one. goldens.json is computed by PEFT in f64, without th
 
 usage: python make.py    (torch 2.13, transformers 5, peft 0.21, onnxruntime, onnx)
 """
-import copy, json, pathlib, tempfile, warnings
+import copy, json, os, pathlib, tempfile, warnings
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime is imported
 import numpy as np, torch
 from onnxruntime.transformers import optimizer
 from onnxruntime.transformers.fusion_options import FusionOptions

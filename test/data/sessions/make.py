@@ -8,7 +8,8 @@ there the answers are ONNX Runtime's, of a copy of the model into which PEFT's f
 usage: python make.py    (torch 2.13, transformers 5.24, peft 0.21, onnx 1.23, onnxscript 0.7, onnxruntime 1.32,
                           onnxconverter-common 1.16)
 """
-import json, logging, math, pathlib, re, shutil, tempfile, warnings
+import json, logging, math, os, pathlib, re, shutil, tempfile, warnings
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime is imported
 import numpy as np, onnx, onnxruntime, torch
 from onnx import TensorProto, helper, numpy_helper
 from onnxconverter_common.float16 import convert_float_to_float16

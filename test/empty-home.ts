@@ -1,0 +1,20 @@
+/**
+ * A home with nothing in it, for processes of somebody who has set nothing: whatever a library keeps of its own accord lies there
+ * afterwards. onnxruntime writes nothing where CI is set, so nothing of this process's environment is passed on but PATH.
+ */
+import { mkdtemp, readdir, rm } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import type { Test } from "tap";
+
+export interface EmptyHome {
+  readonly env: { readonly HOME: string; readonly PATH: string | undefined };
+  /** Files and folders that were written, by path. */
+  readonly written: () => Promise<string[]>;
+}
+
+export async function emptyHome(t: Test): Promise<EmptyHome> {
+  const home = await mkdtemp(join(tmpdir(), "eigenlora-home-"));
+  t.teardown(() => rm(home, { recursive: true, maxRetries: 5, retryDelay: 200 }));
+  return { env: { HOME: home, PATH: process.env["PATH"] }, written: () => readdir(home, { recursive: true }) };
+}
