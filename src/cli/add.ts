@@ -12,7 +12,7 @@ import { projectAdapters } from "../pack/project.ts";
 import { MUCH, type TaskLoss } from "../pack/report.ts";
 import { type Attach, command } from "./command.ts";
 import { append } from "./files.ts";
-import { anyBase, as, key, number, readFor, SHARE } from "./options.ts";
+import { anyBase, as, key, number, readFor, revoked, SHARE } from "./options.ts";
 import { bytes, count, counting, lossTable, percent, sum, warnOf } from "./output.ts";
 import type { Run } from "./run.ts";
 import { signerOf, warnUnsigned } from "./signer.ts";
@@ -40,6 +40,7 @@ export const add: Attach = command({
     ),
     base: readFor,
     key,
+    revoked,
   },
   async run([file, ...paths]: [string, ...string[]], { as, anyBase, maxLoss, base, key }, run, out) {
     const sign = await signerOf(key);

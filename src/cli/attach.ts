@@ -19,7 +19,7 @@ import { type Attach, command } from "./command.ts";
 import { copyAll, placesOf } from "./external.ts";
 import { makeFolder, writeTogether } from "./files.ts";
 import { match, refuseSwapped, refuseUnknown } from "./matching.ts";
-import { byDefault, choice, force, list, output, UsageError } from "./options.ts";
+import { byDefault, choice, force, list, output, revoked, UsageError } from "./options.ts";
 import { bytes, count, type Output } from "./output.ts";
 import { checkTarget } from "./target.ts";
 
@@ -50,6 +50,7 @@ export const attach: Attach = command({
       },
     }),
     task: list("ID", "Write the inputs of this task only. May be given again."),
+    revoked,
     ...match,
   },
   async run([modelPath, packPath]: [string, string], { output: target, force, mode, task, ...options }, run, out) {

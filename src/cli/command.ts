@@ -41,7 +41,7 @@ export function command<A extends readonly string[], O extends Options>(declared
     const made = program.command(usage).summary(does).description(`${does} ${details}`);
     for (const [name, spec] of Object.entries(options)) made.addOption(toOption(flagOf(name), spec));
     made.option("--json", "Print one JSON object.").action(async () => {
-      const run = new Run(out);
+      const run = new Run(out, made.opts()["revoked"]);
       let result: Result;
       try {
         // The parser has seen to it that there are as many arguments as `usage` says.

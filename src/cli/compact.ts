@@ -2,7 +2,7 @@
 import { freshPack } from "../pack/fresh.ts";
 import { type Attach, command } from "./command.ts";
 import { writeWhole } from "./files.ts";
-import { key } from "./options.ts";
+import { key, revoked } from "./options.ts";
 import { bytes } from "./output.ts";
 import { signerOf, warnUnsigned } from "./signer.ts";
 
@@ -10,7 +10,7 @@ export const compact: Attach = command({
   usage: "compact <PACK>",
   does: "Rewrite a pack in place, without the gaps that changes have left.",
   details: "Tasks and components are not changed. A pack from before version 1.0 gets its hashes.",
-  options: { key },
+  options: { key, revoked },
   async run([file]: [string], { key }, run, out) {
     const sign = await signerOf(key);
     await run.lock(file);

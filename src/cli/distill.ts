@@ -29,6 +29,7 @@ import {
   output,
   readFor,
   required,
+  revoked,
   text,
   toggle,
   UsageError,
@@ -62,6 +63,7 @@ export const distill: Attach = command({
     as,
     base: readFor,
     key,
+    revoked,
     ...group("The model", {
       model: required(text("MODEL.onnx", "The model that tasks and adapters belong to. Needs onnxruntime-node.")),
       decoder,

@@ -1,7 +1,9 @@
 /**
  * Options of commands: their help and their values, checked before any file is touched; and those that several commands have.
  */
+
 import type { ComponentSelection, Gauge } from "../extract/options.ts";
+import { fromIntegrity } from "../format/integrity.ts";
 import type { Dtypes } from "../tensor/dtypes.ts";
 import { DTYPES } from "../tensor/dtypes.ts";
 
@@ -79,6 +81,19 @@ export const force: OptionSpec<boolean> = toggle("Replace existing files.");
 export function list(value: string, help: string): OptionSpec<readonly string[]> {
   return { value, help, otherwise: [], parse: (given, _, before = []) => [...before, given] };
 }
+
+/** Of commands that give tasks on. `Run` sees to it. */
+export const revoked: OptionSpec<readonly string[]> = {
+  ...list("sha256-…", "Refuse a task with this hash, as inspect --json and verify print it. May be given again."),
+  parse(given, flag, before = []) {
+    try {
+      fromIntegrity(given);
+    } catch (error) {
+      throw new UsageError(`${flag}: ${(error as Error).message}`);
+    }
+    return [...before, given];
+  },
+};
 
 /** A number's range, and how a message calls it. */
 export interface Range {

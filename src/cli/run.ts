@@ -32,10 +32,13 @@ export interface Target {
 }
 
 export class Run {
+  /** Hashes of tasks that no pack may give. */
+  readonly revoked: readonly string[];
   readonly #opened: Closable[] = [];
   readonly #out: Output;
 
-  constructor(out: Output) {
+  constructor(out: Output, revoked: readonly string[] = []) {
+    this.revoked = revoked;
     this.#out = out;
   }
 
@@ -80,8 +83,9 @@ export class Run {
     return readTask(this.closing(await openSource(path)));
   }
 
-  async pack(path: string, options?: OpenOptions): Promise<Pack> {
-    return this.closing(await openPack(path, options));
+  async pack(path: string, options: OpenOptions = {}): Promise<Pack> {
+    const { revoked } = this;
+    return this.closing(await openPack(path, revoked.length > 0 ? { ...options, revoked } : options));
   }
 
   /**

@@ -29,7 +29,7 @@ import { isTaskFile } from "./add.ts";
 import { type Attach, command, type Result } from "./command.ts";
 import { readText } from "./files.ts";
 
-import { as, list, readFor, text, UsageError } from "./options.ts";
+import { as, list, readFor, revoked, text, UsageError } from "./options.ts";
 
 import { type Output, percent, sum, table } from "./output.ts";
 import type { Run } from "./run.ts";
@@ -57,6 +57,7 @@ export const verify: Attach = command({
       "Fail unless one of these public keys has signed the file: a file, or ed25519:… as keygen prints it. May be given again.",
     ),
     integrity: text("sha256-…", "Fail unless this is the root of the pack, or the hash of the task file."),
+    revoked,
   },
   async run([path]: [string], { against, as, base, key, integrity }, run, out) {
     const keys = await Promise.all(key.map(publicKey));
@@ -117,19 +118,21 @@ function checksTable(checks: readonly Check[]): string[] {
 async function verifyTaskFile(path: string, keys: string[], integrity: string | undefined, run: Run): Promise<Result> {
   // Parsing checks the sums of head, entry and blob: a file that fails them is an error.
   const file = await run.taskFile(path);
-  const trust = await Trust.create(path, keys.length > 0 ? { keys } : {});
+  const trust = await Trust.create(path, { revoked: run.revoked, ...(keys.length > 0 ? { keys } : {}) });
   await trust.checkTaskFile(file, path, integrity);
-  const { id, basisId, content, signature } = file;
+  const { id, basisId, blob, content, signature } = file;
   const hash = await sha256(content);
   const checks: Check[] = [];
   const note = noting(checks);
   note("checksums", true, `task ${id}`);
   note("hash", true, toIntegrity(hash));
+  const task = await integrityOf(blob);
+  note("hash of the task", null, `${task}, which --revoked and \`revoked\` take`);
   if (!signature) note("signature", null, "not signed");
   else note("signature", await isSigned("task", hash, signature, path), keyName(signature.key));
   note("basis", null, `${basisId.slice(0, 16)}; its pack checks the terms when the task is added`);
   const ok = checks.every((check) => check.ok);
-  return { json: { ok, checks, id, basisId }, text: checksTable(checks), exitCode: ok ? 0 : 1 };
+  return { json: { ok, checks, id, basisId, task }, text: checksTable(checks), exitCode: ok ? 0 : 1 };
 }
 
 /** The pack, whose sections are all held against their hashes, where it has some. */

@@ -1,0 +1,160 @@
+/**
+ * A task that was withdrawn stays out: by one hash, whether a pack has shown it or its task file has it, in whatever way the task comes
+ * and whatever is to be done with it (SPEC.md, section 8).
+ */
+import { mkdtemp, readFile, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import t from "tap";
+import { readAdapters } from "../dist/src/adapters/folder.js";
+import { isCoded } from "../dist/src/format/coded.js";
+import { encodeTaskFile } from "../dist/src/format/encode.js";
+import { integrityOf } from "../dist/src/format/hash.js";
+import { parseTaskFile } from "../dist/src/format/task-file.js";
+import { codedTask } from "../dist/src/pack/coding.js";
+import { planAppend } from "../dist/src/pack/fresh.js";
+import { openPack, type Pack } from "../dist/src/pack/pack.js";
+import { projectAdapters } from "../dist/src/pack/project.js";
+import { distill } from "../dist/src/train/index.js";
+import { createTrainer } from "../dist/src/train/learn.js";
+import { json, run, workIn } from "./command-line.ts";
+import { examples, LABELS } from "./learning.ts";
+import { concat, data } from "./packs.ts";
+import { model, NODE, open, packBytes } from "./sessions.ts";
+
+workIn(t, await mkdtemp(join(tmpdir(), "eigenlora-revoked-")));
+
+/** A coded pack of two tasks, and a third as an adapter. */
+const STEPPED = { select: { kind: "k", k: 3 }, gauge: "balanced", step: 0.02 } as const;
+const bytes = await packBytes(["adapters/two", "adapters/three"], "base", STEPPED);
+await writeFile("pack.eigen", bytes);
+const pack = await openPack(bytes);
+const [adapter] = await readAdapters([data("sessions/adapters/five")]);
+t.teardown(() => adapter!.close());
+const [made] = await projectAdapters(pack, [adapter!], { basis: "f32", coefficients: "f32", head: "f32" });
+const id = adapter!.id;
+
+/** Files of a task, by what their blob is. */
+const FILES = {
+  "a coded task": encodeTaskFile(made!.entry, pack.basisId, made!.blob),
+  "a task that is not coded": encodeTaskFile(made!.entry, pack.basisId, await plainBlob()),
+};
+
+async function plainBlob(): Promise<Uint8Array> {
+  const other = await openPack(bytes);
+  await other.addTask(id, encodeTaskFile(made!.entry, pack.basisId, made!.blob));
+  return (await other.load(id)).bytes;
+}
+
+/** Every way in which a task is used, refused or not. */
+function ways(hash: string, file: Uint8Array, grown: string): Record<string, () => Promise<unknown>> {
+  const withdrawn = async (path: string): Promise<Pack> => openPack(path, { revoked: [hash] });
+  const command = async (...args: string[]): Promise<void> => {
+    const { status, stdout, stderr } = await run(...args, "--revoked", hash, "--json");
+    if (status !== 0) throw new Error(stdout + stderr);
+  };
+  return {
+    load: async () => (await withdrawn(grown)).load(id),
+    addTask: async () => (await withdrawn("pack.eigen")).addTask(id, file),
+    add: () => command("add", "pack.eigen", "task.eigentask"),
+    attach: () => command("attach", model("torchscript"), grown, "-o", "attached.onnx", "--force"),
+    export: () => command("export", grown, "--task", id, "-o", "exported", "--force"),
+    distill: async () => {
+      const session = await open(NODE, model("torchscript"), await withdrawn(grown), { trainable: true });
+      try {
+        return await distill(session, {
+          adapter: adapter!,
+          feeds: examples(NODE, session, 8, 1).map(({ feeds }) => feeds!),
+          steps: 0,
+        });
+      } finally {
+        await session.close();
+      }
+    },
+    compact: () => command("compact", grown),
+    verify: () => command("verify", grown),
+    switchTask: async () => {
+      const session = await open(NODE, model("torchscript"), await withdrawn(grown));
+      return session.switchTask(id).finally(() => session.close());
+    },
+  };
+}
+
+for (const [what, file] of Object.entries(FILES)) {
+  t.test(`${what}: one hash wherever it lies, and it is refused`, async (t) => {
+    await writeFile("task.eigentask", file);
+    await writeFile("grown.eigen", bytes);
+    await json(0, "add", "grown.eigen", "task.eigentask");
+    const { blob } = parseTaskFile(file, "task");
+    t.equal(isCoded(blob), what === "a coded task");
+    const hash = await integrityOf(blob);
+    const grown = await openPack("grown.eigen");
+    t.equal(grown.tasks.get(id)!.integrity, hash, "the pack shows the hash of the file's blob");
+    const added = await openPack(bytes);
+    await added.addTask(id, file);
+    t.equal(added.tasks.get(id)!.integrity, hash, "so does one that the task was added to at run time");
+    t.same((await json(0, "verify", "task.eigentask")).task, hash, "verify prints it");
+    await json(0, "compact", "grown.eigen");
+    await json(0, "remove", "grown.eigen", [...pack.tasks.keys()][0]!);
+    t.equal((await openPack("grown.eigen")).tasks.get(id)!.integrity, hash, "behind compact and remove");
+    const before = await readFile("grown.eigen");
+    for (const [way, use] of Object.entries(ways(hash, file, "grown.eigen")))
+      await t.rejects(use(), /is revoked \(sha256-/, way);
+    t.ok(before.equals(await readFile("grown.eigen")), "nothing was changed");
+    t.equal((await openPack("pack.eigen")).tasks.size, 2);
+    const other = `sha256-${"A".repeat(43)}=`;
+    for (const [way, use] of Object.entries(ways(other, file, "grown.eigen"))) {
+      if (["distill", "add"].includes(way)) continue;
+      await t.resolves(use(), `${way}, with another hash`);
+    }
+  });
+}
+
+t.test("a pack of before, whose task was coded anew: the hash that it shows, and that of the file", async (t) => {
+  const blob = await plainBlob();
+  const recoded = codedTask(
+    { entry: made!.entry, blob },
+    { modules: pack.modules, description: pack.directory.basisBytes },
+  );
+  const append = await planAppend(pack, [recoded]);
+  const grown = concat([bytes.subarray(0, append.offset), ...append.body]);
+  grown.set(append.superblock, append.superblockOffset);
+  await writeFile("older.eigen", grown);
+  const file = FILES["a task that is not coded"];
+  await writeFile("task.eigentask", file);
+  const [shown, ofFile] = [(await openPack(grown)).tasks.get(id)!.integrity!, await integrityOf(blob)];
+  t.not(shown, ofFile, "they are two");
+  for (const hash of [shown, ofFile])
+    for (const [way, use] of Object.entries(ways(hash, file, "older.eigen"))) {
+      // The file never had the hash that it got in the pack.
+      if (hash === shown && ["addTask", "add"].includes(way)) continue;
+      await t.rejects(use(), /is revoked \(sha256-/, way);
+    }
+});
+
+t.test("hashes are written in one way", async (t) => {
+  const hash = pack.tasks.get("two")!.integrity!;
+  // The last letter before the padding has two bits to spare.
+  const letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+  const other = `${hash.slice(0, -2)}${letters[letters.indexOf(hash.at(-2)!) + 1]}=`;
+  t.same(Buffer.from(other.slice(7), "base64"), Buffer.from(hash.slice(7), "base64"), "the same bytes");
+  for (const revoked of [other, hash.slice(0, -1), hash.replace("sha256-", "SHA256-"), ` ${hash}`]) {
+    await t.rejects(openPack(bytes, { revoked: [revoked] }), TypeError, revoked);
+    await t.rejects(openPack(bytes, { integrity: revoked }), TypeError, revoked);
+  }
+  t.match(await run("verify", "pack.eigen", "--revoked", other), { status: 2, stderr: /expected "sha256-"/ });
+});
+
+t.test("a task that was learned is coded where its pack is, and keeps its hash", async (t) => {
+  const session = await open(NODE, model("torchscript"), await openPack(bytes), { trainable: true });
+  const trainer = await createTrainer(session, { labels: LABELS, seed: 3 });
+  for await (const _ of trainer.fit(examples(NODE, session, 32, 1), { epochs: 1 }));
+  const file = await trainer.task({ id: "mine" });
+  const { blob } = parseTaskFile(file, "mine");
+  t.ok(isCoded(blob));
+  await writeFile("learned.eigen", bytes);
+  await writeFile("mine.eigentask", file);
+  await json(0, "add", "learned.eigen", "mine.eigentask");
+  t.equal((await openPack("learned.eigen")).tasks.get("mine")!.integrity, await integrityOf(blob));
+  await session.close();
+});
