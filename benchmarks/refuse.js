@@ -4,7 +4,8 @@
  * wrong in their last word, beside the same sections without the error: CPU time, and how long others wait for a turn at most.
  */
 import { createRuntime, openPack } from "eigenlora";
-import { code, decodeSection, mostDecoded } from "../dist/src/format/coded.js";
+import { code, mostDecoded } from "../dist/src/format/coded.js";
+import { decodeSection } from "../dist/src/format/decode-coded.js";
 import { Encoder } from "../dist/src/format/encode-coded.js";
 import { encodeTensor } from "../dist/src/tensor/encode.js";
 import { uniform } from "../dist/src/tensor/random.js";

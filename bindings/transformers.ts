@@ -4,7 +4,8 @@
  * transformers.js or onnxruntime is imported here: both are reached through the pipeline.
  */
 import { checkChoice, checkOptions, checkPack } from "../src/arguments.ts";
-import type { Pack, TaskInfo } from "../src/pack/pack.ts";
+import type { Pack } from "../src/pack/pack.ts";
+import type { TaskInfo } from "../src/pack/task-info.ts";
 import { copySelection, type Selection } from "../src/runtime/selection.ts";
 import { labelsOf } from "../src/session/labels.ts";
 import { SESSION_OPTIONS } from "../src/session/options.ts";

@@ -42,8 +42,9 @@ export type {
   Window,
 } from "./format/format.ts";
 export type { PublicKey } from "./pack/keys.ts";
-export { type Bases, type OpenOptions, openPack, Pack, type TaskInfo } from "./pack/pack.ts";
+export { type Bases, type OpenOptions, openPack, Pack } from "./pack/pack.ts";
 export type { ModuleFilter } from "./pack/part.ts";
+export type { TaskInfo } from "./pack/task-info.ts";
 export type { TaskTrust, TrustOptions } from "./pack/trust.ts";
 export { createRuntime, type RuntimeOptions } from "./runtime/create.ts";
 export type { MemoryReport, RuntimeSwitchReport, SwitchReport } from "./runtime/report.ts";

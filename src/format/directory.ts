@@ -49,7 +49,7 @@ export async function parseDirectory(
   );
   f.crc(superblock.directoryCrc);
   const coded = stored.length > 4 && f.u32(0) === CODED_MAGIC;
-  if (coded) f = await (await import("./coded.ts")).plainDirectory(f, superblock, signal);
+  if (coded) f = await (await import("./decode-coded.ts")).plainDirectory(f, superblock, signal);
   const { bytes } = f;
   f.check(bytes.length >= DIRECTORY_HEAD_BYTES, () => `${bytes.length} bytes are too few`);
   const [count, basisLength, tasksLength] = [f.u32(0), f.u32(4), f.u32(8)];
@@ -69,13 +69,7 @@ export async function parseDirectory(
       () => `it needs a section of kind ${kind}, unknown here; update eigenlora`,
     );
   }
-  const all = sections.filter((s) => s.kind === SECTION_BASES);
-  const bases = all[0];
-  f.check(bases !== undefined && all.length === 1, () => `${all.length} bases sections, expected 1`);
-  f.check(
-    bases.offset === superblock.basesOffset && bases.length === superblock.basesLength,
-    () => "section table and superblock disagree about the bases",
-  );
+  const bases = basesOf(f, sections, superblock);
   const start = DIRECTORY_HEAD_BYTES + count * SECTION_ENTRY_BYTES;
   const described = bytes.subarray(start, start + basisLength);
   // What was decoded is not kept beside what is stored.
@@ -98,6 +92,17 @@ export async function parseDirectory(
     tasks.push({ ...entry, section: blobs[i]! });
   }
   return { sections, bytes: stored, basis, basisBytes, bases: { ...bases, size }, tasks };
+}
+
+function basesOf(f: Fields, sections: readonly Section[], { basesOffset, basesLength }: Superblock): Section {
+  const all = sections.filter((s) => s.kind === SECTION_BASES);
+  const bases = all[0];
+  f.check(bases !== undefined && all.length === 1, () => `${all.length} bases sections, expected 1`);
+  f.check(
+    bases.offset === basesOffset && bases.length === basesLength,
+    () => "section table and superblock disagree about the bases",
+  );
+  return bases;
 }
 
 /** @param hashes where the hashes begin, 0 where there are none */
@@ -123,7 +128,7 @@ function parseSection(f: Fields, index: number, hashes: number): Section {
   );
   const free = section.kind === SECTION_FREE;
   f.check(!free || flags === 0, () => `section ${index} is free and required`);
-  f.check(section.length > 0 || section.kind === SECTION_BASES, () => `section ${index} is empty`);
+  f.check(section.length > 0 || kind === SECTION_BASES, () => `section ${index} is empty`);
   f.zero(at + (free ? 24 : 28), at + 32);
   if (free && hashes > 0) f.zero(hash, hash + HASH_BYTES);
   return section;

@@ -14,12 +14,13 @@ export function check(condition: boolean, file: string, part: string, message: (
 /**
  * Decodes one value that fills `bytes` exactly; maps become `Map`s.
  * @param path what the value is called in errors
+ * @param depth of maps and arrays that it may have
  * @throws FormatError when it is malformed or not plain
  */
-export function decode(bytes: Uint8Array, file: string, part: string, path: string): Value {
+export function decode(bytes: Uint8Array, file: string, part: string, path: string, depth = 16): Value {
   const reader = new Reader(bytes);
   try {
-    const value = reader.value(16);
+    const value = reader.value(depth);
     if (reader.at !== bytes.length) throw new RangeError(`${bytes.length - reader.at} bytes are left over`);
     return new Value(value, file, part, path);
   } catch (cause) {

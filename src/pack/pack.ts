@@ -12,7 +12,6 @@ import {
   type PackModule,
   type Section,
   type TaskBlob,
-  type TaskMetadata,
   WINDOW_BYTES,
   type Window,
 } from "../format/format.ts";
@@ -28,6 +27,7 @@ import {
   SharedWork,
   type SourceInput,
 } from "../source.ts";
+import { infoOf, type TaskInfo, type TaskSlot } from "./task-info.ts";
 import type { TaskTrust, Trust, TrustOptions } from "./trust.ts";
 
 /** Options of `openPack`. */
@@ -40,43 +40,6 @@ export interface OpenOptions extends FetchOptions, TrustOptions {
   readonly bases?: "now" | "later";
   /** Most bytes of task blobs to keep; those used least recently go first. Default: no limit. */
   readonly maxResidentBytes?: number;
-}
-
-/** A task of the pack. */
-export interface TaskInfo {
-  readonly id: string;
-  /** Size of its blob in the file. */
-  readonly bytes: number;
-  /** Size of the adapter it was made of, 0 when unknown. */
-  readonly adapterBytes: number;
-  readonly metadata: TaskMetadata;
-  /**
-   * What the task changes beside its terms, as "role name" (SPEC.md, section 4.3), for instance "saved classifier.weight".
-   * Undefined in packs that do not say.
-   */
-  readonly brings: readonly string[] | undefined;
-  /**
-   * The hash of the task, "sha256-…": what `revoked` takes. The same in a pack and in a task file. Undefined in packs without hashes, and for
-   * tasks that were added where the platform has no SHA-256.
-   */
-  readonly integrity: string | undefined;
-  /** Whether a switch to it needs no request, at the time of asking. */
-  readonly resident: boolean;
-}
-
-interface TaskSlot {
-  id: string;
-  bytes: number;
-  adapterBytes: number;
-  metadata: TaskMetadata;
-  brings?: readonly string[] | undefined;
-  /** Undefined for tasks added at run time, which are always resident. */
-  section?: Section;
-  /** Of tasks added at run time: the blob as its file has it. */
-  stored?: Uint8Array;
-  integrity: string | undefined;
-  blob?: TaskBlob | undefined;
-  loading?: SharedWork<TaskBlob> | undefined;
 }
 
 /** The bases section of a pack, for as long as it is needed. */
@@ -358,7 +321,7 @@ export class Pack {
     try {
       const read = bytes ?? (await this.#read(section, part, { signal }));
       if (!section.coded) return await parse(read, false);
-      const { decodeSection } = await import("../format/coded.ts");
+      const { decodeSection } = await import("../format/decode-coded.ts");
       const how = { file: this.name, part, before: this.directory.basisBytes, expected: section.size, signal };
       return await parse(await decodeSection(read, how), true);
     } catch (error) {
@@ -417,14 +380,4 @@ export class Pack {
   [Symbol.asyncDispose](): Promise<void> {
     return this.close();
   }
-}
-
-function infoOf(slot: TaskSlot): TaskInfo {
-  const { id, bytes, adapterBytes, metadata, brings, integrity } = slot;
-  return {
-    ...{ id, bytes, adapterBytes, metadata, brings, integrity },
-    get resident() {
-      return slot.blob !== undefined;
-    },
-  };
 }

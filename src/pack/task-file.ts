@@ -3,7 +3,7 @@
  */
 import { checkOptions, described } from "../arguments.ts";
 import { TaskError } from "../errors.ts";
-import { plainTask } from "../format/coded.ts";
+import { plainTask } from "../format/decode-coded.ts";
 import { isTaskId } from "../format/directory.ts";
 import type { Directory, PackModule, TaskBlob, TaskEntry, TaskFile } from "../format/format.ts";
 import { integrityOf } from "../format/hash.ts";

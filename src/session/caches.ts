@@ -6,7 +6,8 @@
  * since they go from run to run together: a step of a model with thirty layers would take noticeably longer if all were noted.
  */
 import { TaskError } from "../errors.ts";
-import type { Pack, TaskInfo } from "../pack/pack.ts";
+import type { Pack } from "../pack/pack.ts";
+import type { TaskInfo } from "../pack/task-info.ts";
 import type { Selection } from "../runtime/selection.ts";
 import type { EngineTensor, Tensors } from "./engine.ts";
 import type { SessionSwitchOptions } from "./options.ts";

@@ -5,7 +5,8 @@
 import { checkArgument, checkChoice, checkOptions, checkPack, described } from "../arguments.ts";
 import { BackendError, BaseMismatchError } from "../errors.ts";
 import { readModel } from "../onnx/read.ts";
-import type { Pack, TaskInfo } from "../pack/pack.ts";
+import type { Pack } from "../pack/pack.ts";
+import type { TaskInfo } from "../pack/task-info.ts";
 import { type MemoryReport, memoryReport } from "../runtime/report.ts";
 import { copySelection, type Selection } from "../runtime/selection.ts";
 import type { SourceInput } from "../source.ts";

@@ -4,7 +4,7 @@
  * zero-shot). Rows must differ at the start: identical rows get identical gradients, for ever.
  */
 import { TaskError } from "../errors.ts";
-import { plainTask } from "../format/coded.ts";
+import { plainTask } from "../format/decode-coded.ts";
 import type { TaskBlob, TensorRef } from "../format/format.ts";
 import { parseTask } from "../format/task.ts";
 import { parseTaskFile } from "../format/task-file.ts";

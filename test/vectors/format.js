@@ -169,7 +169,7 @@ function placesOf(parts, step, start = 0) {
 }
 
 /** Parts one behind the other, each at the next multiple of `step` from the start. */
-function joined(parts, step, start = 0) {
+export function joined(parts, step, start = 0) {
   let end = start;
   const places = parts.map((part) => {
     const at = align(end, step);

@@ -7,6 +7,7 @@ import {
   codedBlob,
   crc32c,
   Float,
+  joined,
   msgpack,
   packFile,
   Raw,
@@ -107,7 +108,7 @@ function oneInteger(tell, more = 0) {
     model.module({ name: "layer", out: 8, in: 8 });
     const { tensors } = model.task("task", [{ module: 0, q: 1, privateType: "int4" }]);
     for (const tensor of tensors) tensor.set([0, 0x38, 0, 0, 3, 0, 0, 0]);
-    const code = (bytes, name) => {
+    const code = (_bytes, name) => {
       if (name !== "task") return undefined;
       const plain = blobOf(model.pack.tasks[0]);
       return told(plain.length + more, (to) => tell(to, plain));
@@ -131,7 +132,7 @@ function integerRun(to, first) {
 function zeros(tell) {
   return edited(({ tasks }) => {
     for (const tensor of tasks[2].tensors) tensor.fill(0);
-    const code = (bytes, name) => {
+    const code = (_bytes, name) => {
       const plain = blobOf(tasks[2]);
       return name === "head" ? told(plain.length, (to) => tell(to, plain)) : undefined;
     };
@@ -211,7 +212,15 @@ export const PACKS = {
     }, -4),
   ],
   "coded-run-huge": ["A", "a run of 2^90 integers", tells((to) => run(to, 0, 2 ** 30, 2 ** 30, 2 ** 30))],
-  "coded-bytes-long": ["A", "more bytes than the section has", tells((to) => to.number("length", 41))],
+  "coded-bytes-long": [
+    "A",
+    "more bytes than the section has",
+    headAs((to, b) => {
+      bytesAsTheyAre(to, b, { length: b.length + 4 });
+      to.number("length", 0);
+      to.number("distance", 4);
+    }),
+  ],
   "coded-single-long": [
     "A",
     "more single bytes than there are to come",
@@ -278,11 +287,23 @@ export const PACKS = {
       return b;
     }),
   ],
-  "coded-size": [
-    "A",
+  "coded-bases-short": [
+    "4.4",
     "coded bases that become fewer bytes than their tensors take",
-    recoded("bases", (b) => void (b[4] -= 16)),
+    recoded("bases", () => {
+      const plain = joined(everyKind().pack.tensors, 16).slice(0, -4);
+      return told(plain.length, (to) => bytesAsTheyAre(to, plain));
+    }),
   ],
+  "coded-bases-long": [
+    "4.4",
+    "coded bases that become more bytes than their tensors take",
+    recoded("bases", () => {
+      const plain = joined([...everyKind().pack.tensors, new Uint8Array(16)], 16);
+      return told(plain.length, (to) => bytesAsTheyAre(to, plain));
+    }),
+  ],
+  "coded-empty": ["4.1", "coded bases of no bytes", changed("bare.eigen", (_, v) => v.setUint32(section(0), 4, true))],
   "coded-growth": [
     "A",
     "a coded blob that would become 2^31 bytes",
@@ -318,7 +339,7 @@ export const PACKS = {
     edited(({ tasks, basis }) => {
       const task = { header: [[], [["classifier.weight", 0, 0, [2, 5000]]]], tensors: [new Uint8Array(40_000)] };
       Object.assign(tasks[2], task);
-      return { code: (bytes, name) => (name === "head" ? codedBlob(tasks[2], basis) : undefined) };
+      return { code: (_bytes, name) => (name === "head" ? codedBlob(tasks[2], basis) : undefined) };
     }),
   ],
   // 2. Window
@@ -331,6 +352,36 @@ export const PACKS = {
   "reserved-superblock": ["2", "byte 57 of the superblock is not zero", changed(EVERY, (b) => void (b[1024 + 57] = 1))],
   "reserved-block": ["2", "byte 400 of the superblock is not zero", changed(EVERY, (b) => void (b[1024 + 400] = 1))],
   "superblock-flags": ["2", "flags 2 in the superblock, with the CRC of what follows", changed(EVERY, flagged)],
+  "newest-reserved": [
+    "2",
+    "byte 57 of the newest superblock is not zero, and the other is sound",
+    newest((block) => (block[57] = 1)),
+  ],
+  "newest-block": [
+    "2",
+    "byte 400 of the newest superblock is not zero, and the other is sound",
+    newest((block) => (block[400] = 1)),
+  ],
+  "newest-flags": [
+    "2",
+    "flags 2 in the newest superblock, and the other is sound",
+    newest((_, v) => (v.setUint32(52, 2, true), true)),
+  ],
+  "newest-truncated": [
+    "2",
+    "the newest superblock names more bytes than there are, and the other is sound",
+    newest((_, v) => u64(v, 8, get(v, 8) + 64)),
+  ],
+  "newest-directory": [
+    "2",
+    "the CRC of the newest directory, and the other is sound",
+    newest((block) => (block[48] ^= 1)),
+  ],
+  "newest-place": [
+    "2",
+    "the newest directory lies outside the file, and the other is sound",
+    newest((_, v) => u64(v, 16, 2 ** 40)),
+  ],
   "no-superblock": ["2", "both superblocks are zero", changed(EVERY, (b) => void b.fill(0, 1024, 1536))],
   "superblock-crc": [
     "2",
@@ -407,8 +458,9 @@ export const PACKS = {
   ],
   "padding-of-bases": [
     "1",
-    "padding between directory and bases is not zero",
+    "padding between directory and bases is not zero: for those who read both in one range, and verifiers",
     changed(EVERY, (b, v) => void (b[get(v, section(0) + 8) - 1] = 1)),
+    { by: "verify" },
   ],
   "section-flags": ["4.1", "flag bit 1 of a section", changed(EVERY, (_, v) => v.setUint32(section(1) + 4, 3, true))],
   "section-optional": [
@@ -419,13 +471,18 @@ export const PACKS = {
   "free-required": [
     "4.1",
     "a free section that is required",
-    changed("grown.eigen", (b, v) => v.setUint32(get(v, 512 + 16) + 16 + 4, 1, true)),
+    changed("grown.eigen", (_b, v) => v.setUint32(get(v, 512 + 16) + 16 + 4, 1, true)),
   ],
   "section-reserved": ["4.1", "byte 28 of a section is not zero", changed(EVERY, (b) => void (b[section(1) + 28] = 1))],
   "section-empty": [
     "4.1",
     "an empty section of unknown kind",
     edited(() => ({ extra: [{ kind: 99, required: 0, content: new Uint8Array(0) }] })),
+  ],
+  "section-u64": [
+    "1",
+    "an offset whose end wraps around 2^64",
+    changed(EVERY, (_, v) => v.setBigUint64(section(1) + 8, 2n ** 64n - 64n, true)),
   ],
   "section-required": [
     "4.1",
@@ -548,6 +605,9 @@ export const PACKS = {
   ],
   "sides-empty": ["4.2", "an array of no bases", module(15, (m) => void (m.A = []))],
   "sides-number": ["4.2", "an array of bases with a number in it", module(15, (m) => void (m.A = [1]))],
+  "side-no-kind": ["4.2", "a basis without a kind", module(14, (m) => void delete m.A.kind)],
+  "side-no-k": ["4.2", "a basis without K", module(14, (m) => void delete m.A.K)],
+  "side-no-type": ["5", "a basis without a type", module(14, (m) => void delete m.A.type)],
   "kind-3": ["4.2", "a side of kind 3", module(14, (m) => void (m.A.kind = 3))],
   "column-rank": ["4.2", "a rank on a column side", module(14, (m) => void (m.A.rank = 1))],
   "flat-no-rank": ["4.2", "a flat side without a rank", module(6, (m) => void delete m.A.rank)],
@@ -586,6 +646,15 @@ export const PACKS = {
     module(14, (m) => void ((m.in = 2 ** 31 - 1), (m.out = 2 ** 31 - 1))),
   ],
   // 4.3 Task list
+  "tasks-map": [
+    "4.3",
+    "a task list that is a map",
+    changed("basis.eigen", (b, v) => {
+      const at = 1536 + 16 + 32 * v.getUint32(1536, true) + v.getUint32(1540, true);
+      if (b[at] !== 0x90) throw new Error("this is no empty list");
+      b[at] = 0x80;
+    }),
+  ],
   "entry-array": ["4.3", "a task that is an array", edited(({ tasks }) => void (tasks[0].entry = []))],
   "brings-map": ["4.3", "`brings` is a map", entry(0, (e) => void (e.brings = {}))],
   "id-empty": ["4.3", "an empty id", entry(0, (e) => void (e.id = ""))],
@@ -639,6 +708,8 @@ export const PACKS = {
   "least-int3": ["5", "the integer −4 in int3", stored(undefined, 11, (b) => void (b[8] = (b[8] & 0xf8) | 4))],
   "row-bits": ["5", "bits behind the last integer of a row", stored(undefined, 11, (b) => void (b[10] |= 0x80))],
   "scale-padding": ["5", "padding behind the scales", stored(0, 14, (b) => void (b[2] = 1))],
+  "half-padding": ["5", "padding behind five halves", stored(1, 4, (b) => void (b[b.length - 1] = 1))],
+  "fingerprint-padding": ["4.4", "padding in front of a fingerprint", fingerprintPadding],
   "tensor-padding": ["5", "padding behind the values", stored(1, 2, (b) => void (b[b.length - 1] |= 0x80))],
   "fingerprint-nan": [
     "4.4",
@@ -698,6 +769,8 @@ export const PACKS = {
   "term-own-rank-0": ["6.1", "rows of its own of rank 0", sided(3, (x) => void (x[1] = 0))],
   "own-nan": ["5", "a NaN in rows of its own", ownNan],
   "brings-own": ["4.3", "`brings` leaves out rows of its own", sidedEntry((e) => void e.brings.pop())],
+  "term-code-0": ["6.1", "a code of kind 0", term(0, (x) => void (x[2] = 0))],
+  "term-code-3": ["6.1", "a code of kind 3", term(0, (x) => void (x[2] = 3))],
   "term-kind": ["6.1", "flat coefficients of a column basis", term(0, (x) => void (x[2] += 1))],
   "term-no-mean": ["6.1", "a mean that the basis does not have", term(7, (x) => void (x[2] += 4))],
   "term-no-basis": [
@@ -754,7 +827,7 @@ export const PACKS = {
   "unknown-crc": [
     "4.1",
     "the CRC of a section of unknown kind",
-    unknown((b, v, at) => void (b[at + 24] ^= 1)),
+    unknown((b, _v, at) => void (b[at + 24] ^= 1)),
     { by: "verify" },
   ],
   "unknown-hash": [
@@ -813,6 +886,7 @@ export const PACKS = {
     { integrity: "own" },
   ],
   unhashed: ["8", "no hashes, though a root was asked for", changed("no-hashes.eigen", (b) => b), { integrity: "own" }],
+  "keys-none": ["8", "an empty list of keys, which trusts nobody", changed("signed.eigen", (b) => b), { keys: [] }],
   unsigned: ["8", "not signed, though keys were given", changed(EVERY, (b) => b), { keys: KEYS }],
   stranger: ["8", "signed by another key", () => packFile({ ...everyKind().pack, signer: STRANGER }), { keys: KEYS }],
   "signature-of-other": [
@@ -886,6 +960,28 @@ function described(change) {
   return edited(({ basis }) => ({ basis: new Raw(...change([...msgpack(basis)])) }));
 }
 
+/** The newest of two superblocks with something else in it, its sums right again. */
+function newest(change) {
+  return () => {
+    const bytes = VALID["grown.eigen"].bytes.slice();
+    const block = bytes.subarray(512, 1024);
+    const view = new DataView(bytes.buffer, 512, 512);
+    const signed = change(block, view) === true;
+    view.setUint32(60, crc32c(block.subarray(0, 60)), true);
+    if (signed) view.setUint32(160, crc32c(block.subarray(0, 160)), true);
+    return bytes;
+  };
+}
+
+function fingerprintPadding() {
+  const model = createModel(3);
+  model.module({ name: "layer", out: 3, in: 1, A: { K: 1, mean: false }, fingerprint: true });
+  const bytes = packFile(model.pack);
+  const view = new DataView(bytes.buffer);
+  bytes[get(view, section(0) + 8) + 28] = 1;
+  return repair(bytes);
+}
+
 function flagged(bytes, view) {
   view.setUint32(1024 + 52, 2, true);
   view.setUint32(1024 + 60, crc32c(bytes.subarray(1024, 1024 + 60)), true);
@@ -942,6 +1038,11 @@ export const TASK_FILES = {
   ],
   "task-other-basis": ["7", "another basis id", fileBytes(WHOLE, (b) => void (b[16] ^= 1))],
   "task-index": ["7", "`brings` gives an index", file(({ entry }) => ({ entry: { ...entry, brings: 0 } }))],
+  "task-nesting": [
+    "1",
+    "metadata that would be too deep in a task list",
+    file(({ entry }) => ({ entry: { ...entry, metadata: { x: nested(14) } } })),
+  ],
   "task-id": ["4.3", "an id with a line feed", file(({ entry }) => ({ entry: { ...entry, id: "a\nb" } }))],
   "task-brings": [
     "4.3",

@@ -13,7 +13,8 @@ export function vectors() {
     const values = `valid/${name.replace(/\.eigen(task)?$/, (end) => (end === ".eigen" ? "" : ".task"))}.safetensors`;
     files.set(`valid/${name}`, bytes).set(values, safetensors(expected));
     const pack = name.endsWith(".eigen");
-    const root = pack && !/^(no-hashes|torn|other-places)\.|grown/.test(name);
+    const root =
+      pack && !/^(no-hashes|torn|torn-signature|unflagged-signature|far-apart|other-places)\.|grown/.test(name);
     index.push({
       ...{ file: `valid/${name}`, valid: true, why, values },
       ...(pack ? {} : { pack: signed ? "valid/signed.eigen" : "valid/every-kind.eigen" }),

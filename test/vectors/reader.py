@@ -122,9 +122,9 @@ class MessagePack:
         self.raw, self.at, self.collections = raw, 0, 0
 
     @classmethod
-    def decode(cls, raw):
+    def decode(cls, raw, depth=0):
         self = cls(raw)
-        value = self.value(0)
+        value = self.value(depth)
         need(self.at == len(raw), "1", "bytes behind a MessagePack value")
         return value
 
@@ -296,7 +296,7 @@ def read_table(raw, n, hashed, superblock, coded_directory):
         need(flag or kind not in (BASES, BLOB), "4.1", "a task blob or the bases are not required")
         need(not flag or kind != FREE, "4.1", "a free section that is required")
         need(not flag or kind in (BASES, BLOB, FREE), "4.1", "a required section of unknown kind")
-        need(length or kind == BASES, "4.1", "an empty section")
+        need(length or (kind == BASES and not coded), "4.1", "an empty section")
         need(u32(row, 28) == 0, "4.1", "a reserved byte of a section is not zero")
         need(kind != FREE or u32(row, 24) == 0, "4.1", "a free section with a CRC")
         need(kind != FREE or not any(sha or b""), "4", "a free section with a hash")
@@ -449,7 +449,7 @@ def read_bases(raw, modules):
             what.E, what.M = tensor[: what.K], tensor[what.K] if what.mean else None
 
 
-def open_pack(data, integrity=None, keys=(), revoked=()):
+def open_pack(data, integrity=None, keys=None, revoked=()):
     """Window, directory and bases. With a root or keys nothing is decoded before they are satisfied."""
     basis_id, superblock = read_window(data)
     offset, length = superblock.directory
@@ -468,10 +468,11 @@ def open_pack(data, integrity=None, keys=(), revoked=()):
     need(n <= 1_048_576 and d <= 67_108_864 and t <= 268_435_456, "4", "a part of the directory is too large")
     need(h in (0, 32 * n), "4", "another number of hashes than of sections")
     need(len(raw) == 16 + 32 * n + d + t + h, "4", "the parts do not add up to the directory")
-    need(h or not (integrity or keys), "8", "no hashes, though a root or keys were given")
+    need(h or (integrity is None and keys is None), "8", "no hashes, though a root or keys were given")
     sections = read_table(raw, n, h > 0, superblock, coded_directory)
     bases = next(s for s in sections if s.kind == BASES)
     if bases.offset == up(offset + length, 64):  # one range covers both
+        # Implied for who verifies all padding.
         need(not any(data[offset + length : bases.offset]), "1", "padding before the bases is not zero")
     description = raw[16 + 32 * n :][:d]
     modules = read_description(description)
@@ -860,7 +861,7 @@ def bound(term):
 # ---- 7. Task file -----------------------------------------------------------------------------------------------------
 
 
-def load_task_file(pack, data, keys=(), verifies=False):
+def load_task_file(pack, data, keys=None, verifies=False):
     need(data[:8] == TASK_MAGIC, "7", "another magic")
     need(u16(data, 8) == 1, "7", "another major version")
     need(crc32c(data[:60]) == u32(data, 60), "7", "the CRC of the head")
@@ -883,7 +884,7 @@ def load_task_file(pack, data, keys=(), verifies=False):
     check_signature(signature, keys, message)
     if verifies and signature:
         need(ed25519_verify(*signature, message), "8", "a wrong signature")
-    entry = read_entry(MessagePack.decode(data[64:entry_end]), None)
+    entry = read_entry(MessagePack.decode(data[64:entry_end], 1), None)
     return make_task(pack, entry, data[start:end])
 
 
@@ -907,7 +908,7 @@ def key_of(text):
 
 
 def check_signature(signature, keys, message):
-    if not keys:
+    if keys is None:
         return
     need(signature is not None, "8", "not signed, though keys were given")
     need(signature[0] in map(key_of, keys), "8", "signed by another key")
@@ -975,7 +976,7 @@ def read_safetensors(raw):
 def read_all(folder, entry, trusted):
     """Everything that an entry's file holds: the tasks. What only verifiers need to find is looked for where the entry says so."""
     data = (folder / entry["file"]).read_bytes()
-    keys = entry.get("keys", ()) if trusted else ()
+    keys = entry.get("keys") if trusted else None
     verifies = entry["valid"] or entry.get("by") == "verify"
     if "pack" in entry:
         pack = open_pack((folder / entry["pack"]).read_bytes(), None, keys, entry.get("revoked", ()) if trusted else ())

@@ -1,7 +1,19 @@
 // @ts-nocheck: it writes what no type allows
 /** The valid vectors: files, and the values in them. */
 import { coded as codedSection } from "./coded.js";
-import { blobOf, codedBlob, crc32c, Float, keyOf, packFile, Raw, repair, TYPES, taskFile } from "./format.js";
+import {
+  blobOf,
+  codedBlob,
+  crc32c,
+  Float,
+  halfValue,
+  keyOf,
+  packFile,
+  Raw,
+  repair,
+  TYPES,
+  taskFile,
+} from "./format.js";
 import { bringsOf, createModel } from "./model.js";
 
 export const SIGNER = keyOf(1);
@@ -175,12 +187,12 @@ function large() {
 }
 
 /** The same task as that of whole.eigentask. */
-function codedTask() {
+function codedTask(signer) {
   const { expected } = taskFileOf(undefined);
   const { pack } = everyKind();
   const task = pack.tasks[1];
   const basisId = packFile(pack).subarray(16, 48);
-  return { bytes: taskFile({ entry: task.entry, basisId, blob: codedBlob(task, pack.basis) }), expected };
+  return { bytes: taskFile({ entry: task.entry, basisId, blob: codedBlob(task, pack.basis), signer }), expected };
 }
 
 /** Components on one side, several bases on a side, rows of a task's own in the place of coefficients and beside them. */
@@ -247,6 +259,43 @@ function unexplained() {
   return model;
 }
 
+/** Generations that are far apart. */
+function farApart() {
+  const { bytes, expected } = file(grown);
+  return beside({ bytes, expected }, 0, (_, put) => put(0, 8));
+}
+
+/** The second generation with a signature that is torn, or that no flag announces: what counts is the generation before. */
+function unsound(change) {
+  const { bytes } = file(grown, { signer: SIGNER });
+  change(bytes.subarray(512, 1024), new DataView(bytes.buffer, 512, 512));
+  return { bytes, expected: torn().expected };
+}
+
+/** Numbers and tensors that are easily read wrong: no coefficients, magnitudes alone, scales of every kind. */
+function odd() {
+  const model = createModel(17);
+  model.module({ name: "mean", out: 3, in: 3, A: { K: 0 } });
+  model.module({ name: "scaled", out: 3, in: 5 });
+  const task = model.task(
+    "odd",
+    [
+      { module: 0, rank: 2, type: "int8", meanB: false },
+      { module: 1, magnitudeType: "f16" },
+    ],
+    [{ name: "scales", role: 0, type: "int8", shape: [5, 3] }],
+  );
+  const tensor = task.tensors.at(-1);
+  const scales = [0, 0x8000, 0xb800, 0x0001, 0x3800];
+  scales.forEach((scale, row) => new DataView(tensor.buffer).setUint16(2 * row, scale, true));
+  const { values } = model.expected.get("odd/scales");
+  for (let i = 0; i < 15; i++) values[i] = ((tensor[12 + i] << 24) >> 24) * halfValue(scales[Math.floor(i / 3)]);
+  task.entry.brings = bringsOf(task, model.pack);
+  model.task("not said", [], [{ name: "scales", role: 0, type: "f16", shape: [3] }]);
+  model.task("nor here", [], [{ name: "scales", role: 0, type: "f16", shape: [3] }]).entry.brings = 1;
+  return model;
+}
+
 const coded = (directory) => codedSection(directory, [], 4);
 
 /** By name: `{ bytes, expected, why, keys }`. Task files belong to every-kind. */
@@ -292,6 +341,22 @@ export const VALID = {
   "mixed.eigen": { ...mixed(), why: "bases and a task that are not coded, beside tasks that are" },
   "no-explained.eigen": { ...file(unexplained), why: "a side without `explained`" },
   "empty-first.eigen": { ...emptyFirst(), why: "empty bases where the directory begins" },
+  "far-apart.eigen": { ...farApart(), why: "generations 1 and 8" },
+  "torn-signature.eigen": {
+    ...unsound((block) => (block[159] ^= 1)),
+    why: "an append that was cut off in the signature: the first generation counts",
+  },
+  "unflagged-signature.eigen": {
+    ...unsound((block, view) => {
+      view.setUint32(52, 0, true);
+      view.setUint32(60, crc32c(block.subarray(0, 60)), true);
+    }),
+    why: "a signature that no flag announces: the first generation counts",
+  },
+  "odd.eigen": {
+    ...file(odd),
+    why: "no coefficients, magnitudes alone, scales that are 0, negative, −0 and subnormal",
+  },
   "other-places.eigen": {
     ...beside(file(grown), 1, (_, put) => [16, 24, 32, 40].forEach((at) => put(at, 2 ** 50))),
     why: "the superblock that does not count names places outside the file",
@@ -309,6 +374,7 @@ export const VALID = {
     why: "superblock 0 has generation 0, and reserved bytes that are not zero",
   },
   "coded.eigentask": { ...codedTask(), why: "a task file whose blob is coded" },
+  "coded-signed.eigentask": { ...codedTask(SIGNER), why: "a task file that is coded and signed", signed: true },
   "whole.eigentask": { ...taskFileOf(undefined), why: "a task file" },
   "signed.eigentask": { ...taskFileOf(SIGNER), why: "a signed task file", signed: true },
 };

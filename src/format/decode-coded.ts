@@ -1,0 +1,185 @@
+/**
+ * The reading half of coded sections (`coded.ts`): in one pass, in pieces, by WebAssembly where there is some. Either decoder says the same
+ * of a section that breaks a rule.
+ */
+import { pacer } from "../pace.ts";
+import { CODED_HEAD_BYTES, type Coder, code, FAULT, isCoded, mostDecoded, type Refuse } from "./coded.ts";
+import { FREQUENCY_BITS, SYMBOLS, Tables, WORD_BITS } from "./coded-tables.ts";
+import { type Work, wasmWork } from "./coded-wasm.ts";
+import { align64, Fields } from "./fields.ts";
+import {
+  CODED_MAGIC,
+  DIRECTORY_HEAD_BYTES,
+  SECTION_BASES,
+  SECTION_CODED,
+  SECTION_ENTRY_BYTES,
+  type Superblock,
+  WINDOW_BYTES,
+} from "./format.ts";
+import { check } from "./messagepack.ts";
+
+/** Milliseconds of decoding after which the others have a turn: half of what a page may take for a frame. */
+const TURN = 8;
+
+/** The same in words, by number; those that have a place end before it. */
+const FAULTS = [
+  "",
+  "its words end too early",
+  "it begins with a wrong state",
+  "more bytes are announced than are left at",
+  "more single bytes are announced than are left at",
+  "a copy does not fit at",
+  "a tensor of unknown type is announced at",
+  "tensors do not fit at",
+  "an integer is larger than its type allows at",
+  "it does not end where its words do",
+] as const;
+
+/** Where a section lies, for messages, and how it is decoded. */
+export interface Decoding {
+  readonly file: string;
+  readonly part: string;
+  /** What copies may be of beside the section itself: of bases and task blobs the basis description. Default: nothing. */
+  readonly before?: Uint8Array;
+  /** Bytes that it must become. Default: what it says. */
+  readonly expected?: number | undefined;
+  readonly signal?: AbortSignal | undefined;
+  /** Default: WebAssembly where there is some. */
+  readonly by?: typeof wasmWork;
+}
+
+/**
+ * A task blob, decoded where it is coded.
+ * @param how with the description of its basis
+ * @throws FormatError as `decodeSection`
+ */
+export async function plainTask(blob: Uint8Array, how: Decoding): Promise<Uint8Array> {
+  return isCoded(blob) ? decodeSection(blob, how) : blob;
+}
+
+/**
+ * The directory as it was, with the places of sections in it, which it does not say while it is coded.
+ * @param stored bytes of the right length and checksum
+ * @throws FormatError when it is damaged, or says places
+ */
+export async function plainDirectory(
+  { bytes, file, part }: Fields,
+  superblock: Superblock,
+  signal?: AbortSignal,
+): Promise<Fields> {
+  const f: Fields = new Fields(await decodeSection(bytes, { file, part, signal }), file, part);
+  const view = new DataView(f.bytes.buffer);
+  const { directoryOffset, directoryLength, basesOffset } = superblock;
+  let end = WINDOW_BYTES;
+  const count = f.bytes.length < DIRECTORY_HEAD_BYTES ? 0 : f.u32(0);
+  for (let i = 0; i < count; i++) {
+    const at = DIRECTORY_HEAD_BYTES + i * SECTION_ENTRY_BYTES;
+    f.check(at + SECTION_ENTRY_BYTES <= f.bytes.length, () => `${f.bytes.length} bytes for ${count} sections`);
+    f.check(f.u64(at + 8) === 0, () => `it is coded, and section ${i} says that it starts at ${f.u64(at + 8)}`);
+    if (align64(end) === directoryOffset) end = directoryOffset + directoryLength;
+    const bases = [SECTION_BASES, SECTION_BASES + SECTION_CODED].includes(f.u32(at));
+    const offset = bases ? basesOffset : align64(end);
+    view.setUint32(at + 8, offset >>> 0, true);
+    view.setUint32(at + 12, offset / 2 ** 32, true);
+    end = offset + f.u64(at + 16);
+  }
+  return f;
+}
+
+/**
+ * A coded section or directory as it was, in one pass. Long work lets others have a turn.
+ * @throws FormatError when it is no such section, or damaged, saying where; the reason of `signal`, once it is aborted
+ */
+export async function decodeSection(
+  bytes: Uint8Array,
+  { file, part, before = new Uint8Array(), expected, signal, by = wasmWork }: Decoding,
+): Promise<Uint8Array<ArrayBuffer>> {
+  const sound = (condition: boolean, what: string): void =>
+    check(condition, file, part, () => `as it is coded, ${what}`);
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  const whole = bytes.length >= CODED_HEAD_BYTES + 4 && bytes.length % 2 === 0;
+  sound(whole && view.getUint32(0, true) === CODED_MAGIC, "it has no head: the file is damaged");
+  const size = view.getUint32(4, true);
+  sound(size <= mostDecoded(bytes.length), `it says that it becomes ${size} bytes, of ${bytes.length} that are stored`);
+  sound(expected === undefined || size === expected, `it becomes ${size} bytes, its tensors need ${expected}`);
+  const refuse: Refuse = (fault, at) => {
+    const where = FAULTS[fault]!.endsWith(" at") ? ` byte ${at} of the ${size} that it becomes` : "";
+    sound(false, `${FAULTS[fault]}${where}: the file is damaged, fetch it again`);
+    throw new RangeError();
+  };
+  const work = by(bytes, before, size, refuse) ?? scriptWork(bytes, before, size, refuse);
+  const pause = pacer(signal, TURN);
+  while (!work.next()) {
+    const turn = pause();
+    if (turn) await turn;
+  }
+  return work.section();
+}
+
+/** The same as `wasmWork`, for engines without WebAssembly. */
+function scriptWork(bytes: Uint8Array, before: Uint8Array, size: number, refuse: Refuse): Work {
+  const section = new Uint8Array(size);
+  let decoder: Decoder | undefined;
+  let pieces: Generator<void> | undefined;
+  return {
+    next() {
+      decoder ??= new Decoder(bytes, refuse);
+      pieces ??= code(decoder, section, refuse, before);
+      const { done = false } = pieces.next();
+      if (done) decoder.end();
+      return done;
+    },
+    section: () => section,
+  };
+}
+
+class Decoder implements Coder {
+  readonly #view: DataView;
+  readonly #refuse: Refuse;
+  readonly #tables = new Tables();
+  /** An array, since engines keep numbers above 2^30 apart from objects. */
+  readonly #state = new Int32Array(1);
+  #at = CODED_HEAD_BYTES;
+
+  constructor(bytes: Uint8Array, refuse: Refuse) {
+    this.#view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+    this.#refuse = refuse;
+    this.#state[0] = (this.#word() << WORD_BITS) | this.#word();
+    if (this.#state[0] >>> WORD_BITS === 0) refuse(FAULT.state, 0);
+  }
+
+  symbol(table: number): number {
+    const { sums } = this.#tables;
+    const at = table * (SYMBOLS + 1);
+    const state = this.#state[0]!;
+    const slot = state & ((1 << FREQUENCY_BITS) - 1);
+    let symbol = 0;
+    while (sums[at + symbol + 1]! <= slot) symbol++;
+    const start = sums[at + symbol]!;
+    this.#take((Math.imul(sums[at + symbol + 1]! - start, state >>> FREQUENCY_BITS) + slot - start) | 0);
+    this.#tables.use(table, symbol);
+    return symbol;
+  }
+
+  bits(count: number): number {
+    const state = this.#state[0]!;
+    this.#take((state >>> count) | 0);
+    return state & ((1 << count) - 1);
+  }
+
+  /** All words were read, and the encoder's first state is left. */
+  end(): void {
+    if (this.#at !== this.#view.byteLength || this.#state[0] !== 1 << WORD_BITS) this.#refuse(FAULT.late, 0);
+  }
+
+  #take(state: number): void {
+    this.#state[0] = state >>> WORD_BITS === 0 ? (state << WORD_BITS) | this.#word() : state;
+  }
+
+  #word(): number {
+    if (this.#at >= this.#view.byteLength) this.#refuse(FAULT.early, 0);
+    const word = this.#view.getUint16(this.#at, true);
+    this.#at += 2;
+    return word;
+  }
+}
