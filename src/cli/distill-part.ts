@@ -21,7 +21,7 @@ import type { Values } from "./options.ts";
 import { type Output, warnOf } from "./output.ts";
 import { contents, digest, facts, makePart } from "./parts.ts";
 import type { Run } from "./run.ts";
-import { checkTarget, filesOf } from "./target.ts";
+import { checkTarget, filesOf, stat } from "./target.ts";
 import { refuseOtherBase } from "./tasks.ts";
 
 /** Those of the command that a part depends on. */
@@ -98,6 +98,7 @@ function refuseTaken({ tasks, name }: Pack, adapters: readonly Adapter[]): void 
 
 /** What a file holds; null where there is none: whoever needs it says so. */
 async function digestOf(path: string): Promise<string | null> {
+  if (!stat(path)?.isFile()) return null;
   const hash = createHash("sha256");
   try {
     for await (const chunk of createReadStream(path)) hash.update(chunk as Uint8Array);

@@ -19,6 +19,7 @@ import { mkdir, readFile } from "node:fs/promises";
 import { dirname } from "node:path";
 import { reasonOf } from "../../bindings/node.ts";
 import { SourceError } from "../errors.ts";
+import { refuseOtherKinds } from "../file-kind.ts";
 import type { Append } from "../format/layout.ts";
 import type { Scratch } from "../pack/fresh.ts";
 import { realTarget } from "./lock.ts";
@@ -34,8 +35,9 @@ function failed(path: string, what: string, how = ""): (cause: unknown) => never
   };
 }
 
-/** @throws SourceError when it cannot be read */
-export function readText(path: string): Promise<string> {
+/** @throws SourceError when it is no file, or cannot be read */
+export async function readText(path: string): Promise<string> {
+  await refuseOtherKinds(path, "a file");
   return readFile(path, "utf8").catch(failed(path, "read"));
 }
 
