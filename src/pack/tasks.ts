@@ -62,7 +62,23 @@ export async function encodeAdapter(
   const misfit = misfitLabels(metadata.labels, saved);
   if (misfit !== undefined) throw new AdapterError(misfit, { file: adapter.file, field: "labels" });
   const parameters = await encodeParameters(adapter, head);
-  return { entry, blob: storable(adapter, { name: "a task" }, () => encodeTask(terms, parameters, names)) };
+  return { entry, blob: blobOf(adapter, terms, parameters, names) };
+}
+
+/** @throws AdapterError naming the module with a value that no pack can hold */
+function blobOf(
+  adapter: Adapter,
+  terms: readonly TermInput[],
+  parameters: readonly ParameterInput[],
+  names: readonly string[],
+): Uint8Array {
+  try {
+    return storable(adapter, { name: "a task" }, () => encodeTask(terms, parameters, names));
+  } catch (cause) {
+    // One that is too large is too large by itself.
+    for (const term of terms) storable(adapter, { name: names[term.module]! }, () => encodeTask([term], [], names));
+    throw cause;
+  }
 }
 
 /** How saved matrices are stored. */

@@ -38,14 +38,16 @@ export class UnstorableError extends RangeError {
 
 /**
  * Says in the errors of `encode` what was to be stored.
+ * @param owner of which adapter's it is, or what finds that out
  * @throws UnstorableError
  */
-export function storing<T>(what: string, owner: string | undefined, encode: () => T): T {
+export function storing<T>(what: string, owner: string | undefined | (() => string), encode: () => T): T {
   try {
     return encode();
   } catch (cause) {
     if (!(cause instanceof UnstorableError)) throw cause;
-    throw new UnstorableError(`${what} cannot be stored: ${cause.message}`, cause, owner);
+    const whose = typeof owner === "function" ? owner() : owner;
+    throw new UnstorableError(`${what} cannot be stored: ${cause.message}`, cause, whose);
   }
 }
 
