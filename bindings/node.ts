@@ -11,6 +11,7 @@ import { setFlagsFromString } from "node:v8";
 import { runInNewContext } from "node:vm";
 import { SourceError } from "../src/errors.ts";
 import type { Thread } from "../src/extract/extractor.ts";
+import { refuseOtherKinds } from "../src/file-kind.ts";
 import type { ByteSource } from "../src/source.ts";
 
 /**
@@ -19,15 +20,11 @@ import type { ByteSource } from "../src/source.ts";
  */
 export const openPath: ((path: string) => Promise<ByteSource>) | undefined = async (pathOrUrl) => {
   const path = /^file:/i.test(pathOrUrl) ? fileURLToPath(pathOrUrl) : pathOrUrl;
+  await refuseOtherKinds(path, "a file");
   const handle = await open(path, "r").catch((cause: unknown) => {
     throw new SourceError(`cannot be opened: ${reasonOf(cause)}`, { file: path, cause });
   });
-  const stat = await handle.stat();
-  if (!stat.isFile()) {
-    await handle.close();
-    throw new SourceError(stat.isDirectory() ? "is a folder, expected a file" : "is not a file", { file: path });
-  }
-  let size = stat.size;
+  let { size } = await handle.stat();
   return {
     name: path,
     folder: await folderOf(path),

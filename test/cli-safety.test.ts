@@ -1,10 +1,14 @@
 /** The command line never loses work: what is there already, what was trained, what is of another model; and what its refusals say. */
 import { execFileSync } from "node:child_process";
+import { once } from "node:events";
 import { cp, mkdir, mkdtemp, readdir, readFile, rm, stat, symlink, writeFile } from "node:fs/promises";
+import { createServer } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import t from "tap";
+import { readAdapters } from "../dist/src/adapters/folder.js";
 import { writeTogether } from "../dist/src/cli/files.js";
+import { takeLock } from "../dist/src/cli/lock.js";
 import { openModel } from "../dist/src/cli/model.js";
 import { createOutput } from "../dist/src/cli/output.js";
 import { runProgram } from "../dist/src/cli/program.js";
@@ -127,6 +131,61 @@ t.test("folders, devices, pipes, links and what the command reads", async (t) =>
     t.match(await refusal(...command, "--force"), /would overwrite what it is made of/, command[0]!);
 });
 
+t.test("pipes, devices and sockets are refused before they are opened", async (t) => {
+  const [pipe, socket] = [at("pipe.in"), at("socket.in")];
+  execFileSync("mkfifo", [pipe]);
+  const server = createServer().listen(socket);
+  await once(server, "listening");
+  t.teardown(() => server.close());
+  await symlink("pipe.in", at("leads.in"));
+  await cp(role, at("half"), { recursive: true });
+  await rm(at("half", "adapter_model.safetensors"));
+  execFileSync("mkfifo", [at("half", "adapter_model.safetensors")]);
+  const [model, pack] = [data("sessions/torchscript.onnx"), at("p.eigen")];
+  const refused = async (path: string, what: string, ...command: string[]): Promise<void> => {
+    const { status, stdout } = await run(...command, "--json");
+    const { tag, message } = JSON.parse(stdout).error;
+    t.same([status, tag], [1, "source"], command.join(" "));
+    t.match(message, `${path}: is ${what}, expected a file`, command.join(" "));
+  };
+  for (const [path, what] of [
+    [pipe, "a pipe"],
+    [at("leads.in"), "a pipe"],
+    [socket, "a socket"],
+    ["/dev/zero", "a device"],
+  ] as const) {
+    for (const command of [
+      ["inspect", path],
+      ["verify", path],
+      ["verify", pack, "--key", path],
+      ["pack", path, "-o", at("never")],
+      ["pack", role, "--base", path, "-o", at("never")],
+      ["pack", role, "--scores", path, "-o", at("never")],
+      ["add", pack, path],
+      ["add", pack, role, "--key", path],
+      ["export", path, "--task", "x", "-o", at("never")],
+      ["fold", pack, "--task", "sections-0", "--base", path, "-o", at("never")],
+      ["attach", path, pack, "-o", at("never")],
+      ["attach", model, path, "-o", at("never")],
+      ["check", path, pack],
+      ["learn", pack, path, "--model", model, "-o", at("never")],
+      ["distill", pack, role, "--text", path, "--model", model, "-o", at("never")],
+    ])
+      await refused(path, what, ...command);
+    await t.rejects(openSource(path), { tag: "source", file: path, message: `${path}: is ${what}, expected a file` });
+    await t.rejects(readAdapters([path]), { tag: "source", file: path, message: "expected a file or a folder" });
+  }
+  await refused(pipe, "a pipe", "remove", pipe, "x");
+  await refused(at("half", "adapter_model.safetensors"), "a pipe", "pack", at("half"), "-o", at("never"));
+  execFileSync("mkfifo", [at("held.lock")]);
+  await t.rejects(
+    takeLock(at("held"), () => {}, 0),
+    { message: /has a lock that names no process/ },
+  );
+  await symlink("p.eigen", at("regular"));
+  await succeed("inspect", at("regular"));
+});
+
 t.test("what comes to lie there during the work stays, and so does the result", async (t) => {
   const run = new Run(createOutput(true));
   const target = await run.target(at("late"), { force: false });
@@ -242,7 +301,7 @@ t.test("a refusal says what to do", async (t) => {
   t.match(await refusal("inspect", at("nowhere")), /cannot be opened: there is no such file or folder \(ENOENT\)/);
   t.match(
     await refusal("learn", at("p.eigen"), folder, "--model", "m", "-o", at("y2")),
-    /cannot be read: it is a folder \(EISDIR\)/,
+    /is a folder, expected a file/,
   );
   const settled = await refusal(...pack, "--ratio", "600", "--mode", "column", "--force");
   t.match(settled, /Ways out: --dtype int4; --gauge balanced --rank N.*; --mode auto.*; --ratio [\d.]+ or less$/);

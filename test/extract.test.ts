@@ -898,11 +898,13 @@ t.test("wrong input is refused", async () => {
   };
   const half = { ...F32, basisDtype: "f16", coefficientDtype: "f16" } as const;
   t.throws(() => extractModule(large, { ...half, centering: "keep" }), {
-    message: new RegExp(`^basis A of "${stack.name}" cannot be stored: value .* is .*, too large for f16; use f32$`),
+    message: new RegExp(
+      `^basis A of "${stack.name}" cannot be stored: value .* is .*, too large for f16; scale the adapter down$`,
+    ),
   });
   t.throws(() => extractModule(large, { ...half, centering: "none" }), {
     message: new RegExp(
-      `^coefficients of "${stack.name}" cannot be stored: value .* is .*, too large for f16; use f32$`,
+      `^coefficients of "${stack.name}" cannot be stored: value .* is .*, too large for f16; scale the adapter down$`,
     ),
   });
   for (const select of [

@@ -1,13 +1,20 @@
 /** Values that a number format cannot hold: the error says of which adapter and which tensor they are, and what to do. */
+import { cp, mkdtemp, readFile, rm, writeFile } from "node:fs/promises";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import t from "tap";
-import type { Adapter } from "../dist/src/adapters/adapter.js";
+import type { Adapter, SavedTensor } from "../dist/src/adapters/adapter.js";
 import { readAdapters } from "../dist/src/adapters/folder.js";
+import { openSafetensors } from "../dist/src/adapters/safetensors.js";
 import { type BuildOptions, buildPack } from "../dist/src/pack/build.js";
 import { openPack } from "../dist/src/pack/pack.js";
 import { projectAdapters } from "../dist/src/pack/project.js";
 import { completeDtypes } from "../dist/src/pack/report.js";
+import { searchPack } from "../dist/src/pack/search.js";
+import type { SearchOptions } from "../dist/src/pack/search-options.js";
 import { buildBasis } from "../dist/src/pack/shard/basis.js";
 import { adapterStatistics } from "../dist/src/pack/shard/statistics.js";
+import { json } from "./command-line.ts";
 import { concat, data } from "./packs.ts";
 
 const names = ["debtags-role", "debtags-use"];
@@ -35,22 +42,39 @@ t.test("of a basis, of coefficients, of private terms, on the way in and later",
         name: "AdapterError",
         file: of,
         field: module,
-        message: new RegExp(`^${of}: ${what} "${module}" cannot be stored: .* too large for f16; use f32`),
+        message: new RegExp(
+          `^${of}: ${what} "${module}" cannot be stored: .* too large for f16; scale the adapter down`,
+        ),
       },
       what,
     );
   const large = scaled(use, "A", 1e9);
-  // Components have length 1, so what is large is the mean, which is of all.
-  await refuse([role, large], "basis A of", role.file);
+  // Components have length 1, so what is large is the mean, which is of all: because of the largest.
+  await refuse([role, large], "basis A of", file);
+  await refuse([scaled(large, "Bt", 1e9), role], "basis A of", file, { gauge: "balanced" });
+  await refuse([role, large], "basis A of", file, { workers: 2 });
+  await refuse([role, large], "coefficients of", file, { centering: "none", select: { kind: "error", max: 0.5 } });
   await refuse([role, large], "coefficients of", file, { centering: "none" });
   await refuse([role, large], "coefficients of", file, { centering: "none", dtype: { coefficients: "int8" } });
   const own = { gauge: "balanced", privateTerms: 2, select: { kind: "k", k: 0 } } as const;
   await refuse([role, scaled(large, "Bt", 1e9)], "a private term of", file, own);
   // What is multiplied by others has a limit of its own, so that no ΔW leaves binary32.
   const f32 = { select: { kind: "k", k: 4 }, dtype: { basis: "f32", coefficients: "f32" } } as const;
-  await t.rejects(buildPack([role, large], f32), { message: /has a value of 65536 or more, which no pack can hold/ });
+  for (const [gauge, all] of [
+    ["as-trained", [role, large]],
+    ["balanced", [role, scaled(large, "Bt", 1e9)]],
+  ] as const) {
+    const message = new RegExp(`^${file}: basis A of "${module}" has a value of 65536 or more, which no pack can hold`);
+    await t.rejects(buildPack(all, { ...f32, gauge }), {
+      name: "AdapterError",
+      file,
+      field: module,
+      message,
+    });
+  }
   await t.rejects(buildPack([role, large], { ...f32, centering: "none" }), {
-    ...{ name: "AdapterError", file, message: new RegExp(`coefficients of "${module}" has a value of 65536 or more`) },
+    ...{ name: "AdapterError", file, field: module },
+    message: new RegExp(`coefficients of "${module}" has a value of 65536 or more`),
   });
 
   const { chunks } = await buildPack([role], { select: { kind: "k", k: 4 }, centering: "none" });
@@ -58,11 +82,109 @@ t.test("of a basis, of coefficients, of private terms, on the way in and later",
   await t.rejects(projectAdapters(pack, [large], completeDtypes()), {
     name: "AdapterError",
     file,
-    message: new RegExp(`^${file}: ${module} cannot be stored: .* too large for f16; use f32`),
+    message: new RegExp(`^${file}: ${module} cannot be stored: .* too large for f16; scale the adapter down`),
   });
   const statistics = await adapterStatistics([role, large], { gauge: "as-trained" });
-  await t.rejects(buildBasis(statistics, { select: { kind: "k", k: 4 } }), {
-    name: "RangeError",
-    message: new RegExp(`^basis A of "${module}" cannot be stored: .*use f32`),
+  for (const [dtype, what] of [
+    ["f16", "cannot be stored: .*scale the adapter down"],
+    ["f32", "has a value of 65536 or more, which no pack can hold: scale the adapter down"],
+  ] as const)
+    await t.rejects(buildBasis(statistics, { select: { kind: "k", k: 4 }, dtype }), {
+      ...{ name: "AdapterError", file: statistics.file, field: module },
+      message: new RegExp(`: basis A of "${module}" ${what}; the largest rows are those of "${use.id}"$`),
+    });
+});
+
+t.test("of heads, of vectors, and what is no number", async (t) => {
+  const { file } = use;
+  const [head, bias] = ["classifier.weight", "classifier.bias"].map(
+    (name) => use.saved.find((one) => one.name === name)!,
+  );
+  const with_ = (saved: SavedTensor, read: (value: number) => number): Adapter => ({
+    ...use,
+    saved: use.saved.map((one) => (one === saved ? { ...one, read: async () => (await one.read()).map(read) } : one)),
   });
+  const refuse = (adapter: Adapter, name: string, message: string): Promise<unknown> =>
+    t.rejects(buildPack([adapter], { select: { kind: "k", k: 4 } }), {
+      ...{ name: "AdapterError", file, field: name },
+      message: new RegExp(`cannot be stored: value .*, ${message}$`),
+    });
+  await refuse(
+    with_(head!, (value) => 1e9 * value),
+    head!.name,
+    "too large for f16; use f32",
+  );
+  await refuse(
+    with_(bias!, (value) => 1e9 * value),
+    bias!.name,
+    "too large for f16; use f32",
+  );
+  await refuse(
+    with_(head!, () => NaN),
+    head!.name,
+    "not a finite number",
+  );
+});
+
+t.test("in a search, which leaves ways that cannot store an adapter for others", async (t) => {
+  const { file } = use;
+  const only = (one: Adapter): Adapter => ({ ...one, modules: new Map([[module, one.modules.get(module)!]]) });
+  const [first, second] = [only(role), only(use)];
+  // Whether sharing pays is asked first, which these values leave no way to.
+  for (const by of [1e12, 1e35])
+    for (const options of [{}, { workers: 2 }, { goal: { kind: "bytes", max: 20_000 } }] as const)
+      await t.rejects(searchPack([first, scaled(second, "A", by)], options), {
+        ...{ name: "AdapterError", tag: "adapter", file, field: module },
+        message: new RegExp(`a private term of "${module}" .*scale the adapter down$`),
+      });
+  // Balanced, both factors are of the same size.
+  const large = scaled(second, "A", 4e5);
+  const ways = [{ dtype: { coefficients: "f16" } }, { gauge: "balanced" }] as const;
+  const search = (some: SearchOptions["ways"]): ReturnType<typeof searchPack> =>
+    searchPack([first, large], { goal: { kind: "error", max: 0.5 }, centering: "none", ways: some });
+  await t.rejects(search(ways.slice(0, 1)), { tag: "adapter", file, message: /cannot be stored/ });
+  const { report } = await search(ways);
+  t.match(report.tried, [{ reason: /cannot be stored: .*too large for f16/ }, { way: ways[1], bytes: Number }]);
+});
+
+t.test("the command line says whose values they are", async (t) => {
+  const folder = await mkdtemp(join(tmpdir(), "eigenlora-large-"));
+  t.teardown(() => rm(folder, { recursive: true }));
+  const path = join(folder, "large");
+  await cp(use.file, path, { recursive: true });
+  const weights = join(path, "adapter_model.safetensors");
+  const bytes = await readFile(weights);
+  const opened = await openSafetensors(bytes);
+  const tensor = opened.tensors.get([...opened.tensors.keys()].find((name) => name.includes(`${module}.lora_A`))!)!;
+  t.equal(tensor.dtype, "F32");
+  for (let at = tensor.byteOffset; at < tensor.byteOffset + tensor.byteLength; at += 4)
+    bytes.writeFloatLE(1e20 * bytes.readFloatLE(at), at);
+  await writeFile(weights, bytes);
+  await json(0, "pack", role.file, "-o", join(folder, "p.eigen"));
+  await json(0, "pack", role.file, "-o", join(folder, "k.eigen"), "--k", "2");
+  await json(0, "shard", role.file, path, "-o", join(folder, "s.part"));
+  await json(0, "shard", role.file, "-o", join(folder, "t.part"));
+  await json(0, "merge", join(folder, "t.part"), "--k", "2", "-o", join(folder, "b.eigen"));
+  const pack = ["pack", role.file, path, "-o", join(folder, "q.eigen")];
+  const commands: string[][] = [
+    pack,
+    ...[
+      ["--error", "0.01"],
+      ["--bytes", "80kB"],
+      ["--k", "2"],
+      ["--mode", "flat"],
+      ["--energy", "1"],
+    ].map((more) => [...pack, ...more]),
+    [...pack, "--energy", "1", "--dtype", "f32"],
+    [...pack, "--workers", "2"],
+    ["add", join(folder, "p.eigen"), path],
+    ["add", join(folder, "k.eigen"), path],
+    ["project", join(folder, "b.eigen"), path, "-o", join(folder, "t.tasks")],
+    ["merge", join(folder, "s.part"), "--k", "2", "-o", join(folder, "c.eigen")],
+  ];
+  for (const command of commands) {
+    const { error } = await json(1, ...command);
+    const at = { tag: "adapter", field: module, file: command[0] === "merge" ? join(folder, "s.part") : path };
+    t.match(error, { ...at, message: /scale the adapter down/ }, command.join(" "));
+  }
 });

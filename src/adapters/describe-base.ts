@@ -5,6 +5,7 @@
 import { readdir } from "node:fs/promises";
 import { basename, dirname, extname, join } from "node:path";
 import { AdapterError } from "../errors.ts";
+import { refuseOtherKinds } from "../file-kind.ts";
 import { openSource } from "../open-source.ts";
 import { openGguf } from "../tensor/gguf.ts";
 import { type BaseFacts, factsOfConfig, isCount } from "./base-facts.ts";
@@ -22,6 +23,7 @@ const CONFIG = "config.json";
  */
 export async function describeBase(path: string): Promise<BaseFacts> {
   const found = await kind(path);
+  if (found === undefined) await refuseOtherKinds(path, "a file or a folder");
   if (found === undefined) throw new AdapterError("does not exist or cannot be read; check the path", { file: path });
   if (found === "folder") return describeFolder(path);
   if (extname(path) === ".gguf") return describeGguf(path);

@@ -6,6 +6,7 @@ import { readdir, stat } from "node:fs/promises";
 import { basename, dirname, extname, join, resolve } from "node:path";
 import { checkList } from "../arguments.ts";
 import { AdapterError } from "../errors.ts";
+import { refuseOtherKinds } from "../file-kind.ts";
 import { openSource } from "../open-source.ts";
 import { openGguf } from "../tensor/gguf.ts";
 import { holdsLora, MODELS } from "./diffusers-keys.ts";
@@ -51,6 +52,7 @@ export interface AdapterLocation {
  * is an adapter by itself. In a folder of adapters, a sub-folder that is none may hold some, such as adapters of other names than
  * `default`, which PEFT saves one folder deeper; checkpoints inside an adapter's own folder are left alone.
  * @throws AdapterError when a path is missing or holds no adapter, or an adapter's files are incomplete or a pickle
+ * @throws SourceError when one is a pipe or a device
  * @throws FormatError when a safetensors file in a folder of adapters is damaged
  */
 export async function findAdapters(paths: readonly string[]): Promise<AdapterLocation[]> {
@@ -69,6 +71,7 @@ export async function kind(path: string): Promise<"file" | "folder" | undefined>
 
 async function adaptersAt(path: string): Promise<AdapterLocation[]> {
   const found = await kind(path);
+  if (found === undefined) await refuseOtherKinds(path, "a file or a folder");
   if (found === undefined) throw new AdapterError("does not exist or cannot be read; check the path", { file: path });
   if (found === "file") return [await adapterFile(path)];
   const own = await adapterFolder(path);
@@ -168,6 +171,7 @@ async function peftFolder(folder: string): Promise<AdapterLocation> {
     if ((await kind(join(folder, name))) === "file") continue;
     if (name === PEFT && (await kind(join(folder, PEFT_PICKLE))) === "file")
       throw pickleError(join(folder, PEFT_PICKLE));
+    await refuseOtherKinds(join(folder, name), "a file");
     throw new AdapterError(`has no ${name} beside ${other}; copy it from where the adapter was saved`, {
       file: folder,
     });

@@ -17,10 +17,11 @@ import { stackValues, TaskEvaluator } from "../session/values.ts";
 import { type SafetensorsEntry, writeSafetensors } from "../tensor/safetensors-writer.ts";
 import { type Attach, command } from "./command.ts";
 import { copyAll, placesOf } from "./external.ts";
-import { makeFolder, writeTogether } from "./files.ts";
+import { writeTogether } from "./files.ts";
 import { match, refuseSwapped, refuseUnknown } from "./matching.ts";
 import { byDefault, choice, force, list, output, revoked, UsageError } from "./options.ts";
 import { bytes, count, type Output } from "./output.ts";
+import type { Run } from "./run.ts";
 import { checkTarget } from "./target.ts";
 
 /** The most that protobuf allows, and so the most that runtimes load. */
@@ -75,11 +76,11 @@ export const attach: Attach = command({
     ]);
     const model = serialise(file, prepared, marks, target);
     await run.lock(target);
-    const external = await copyAll(file, places);
+    const external = await copyAll(file, places, run);
     const backend = run.closing((await createBackend({ webgpu: false })).backend);
     const evaluator = new TaskEvaluator(prepared, new Workbench(backend, pack.modules, bases));
     const attached = { pack, inputs, evaluator, marks };
-    const { base, tasks, folder, size } = await writeAll(attached, ids, { target, force, model }, out);
+    const { base, tasks, folder, size } = await writeAll(attached, ids, { target, force, model }, run, out);
     const largest = tasks.reduce((most, one) => Math.max(most, one.bytes), 0);
     return {
       json: {
@@ -161,9 +162,15 @@ interface Model {
 }
 
 /** The inputs of the base and of each task, one file each, beside the model: what belongs together is there together. */
-async function writeAll(attached: Attached, ids: readonly string[], { target, force, model }: Model, out: Output) {
+async function writeAll(
+  attached: Attached,
+  ids: readonly string[],
+  { target, force, model }: Model,
+  run: Run,
+  out: Output,
+) {
   const folder = tasksFolder(target);
-  await makeFolder(folder);
+  run.folder(folder);
   const base = baseFile(target);
   const files = ids.map((id, i) => {
     const done = (): void => out.progress("task", i + 1, ids.length);

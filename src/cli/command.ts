@@ -47,6 +47,7 @@ export function command<A extends readonly string[], O extends Options>(declared
         // The parser has seen to it that there are as many arguments as `usage` says.
         result = await declared.run(made.args as string[] & A, valuesOf(options, made.opts()), run, out);
       } catch (error) {
+        run.fail();
         // The library speaks of its own options.
         if (error instanceof Error) error.message = inFlags(error.message, options);
         throw error;

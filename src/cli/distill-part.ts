@@ -4,7 +4,6 @@
  */
 import { createHash } from "node:crypto";
 import { createReadStream } from "node:fs";
-import { rmdir } from "node:fs/promises";
 import type { Adapter } from "../adapters/adapter.ts";
 import { TaskError } from "../errors.ts";
 import type { Pack } from "../pack/pack.ts";
@@ -13,7 +12,6 @@ import { byId, openTasks, writeTasks } from "../pack/shard/tasks.ts";
 import type { Dtypes } from "../tensor/dtypes.ts";
 import type { Result } from "./command.ts";
 import { readQuestions } from "./examples.ts";
-import { makeFolder } from "./files.ts";
 import { addProjected, type Done, distilEach, figuresOf, removeFinished, tableOf } from "./finished.ts";
 import type { match } from "./matching.ts";
 import { openTrainable, tokenizerOf } from "./model.ts";
@@ -21,7 +19,7 @@ import type { Values } from "./options.ts";
 import { type Output, warnOf } from "./output.ts";
 import { contents, digest, facts, makePart } from "./parts.ts";
 import type { Run } from "./run.ts";
-import { checkTarget, filesOf } from "./target.ts";
+import { checkTarget, filesOf, stat } from "./target.ts";
 import { refuseOtherBase } from "./tasks.ts";
 
 /** Those of the command that a part depends on. */
@@ -71,8 +69,7 @@ export async function distilPart(
     const losses = (await addProjected(basis, adapters, types)).map(({ residual }) => residual);
     const whole = questions.examples !== undefined;
     const { session, encode } = await openTrainable("distill", model, basis, options, run, whole);
-    await makeFolder(finished);
-    run.closing({ close: () => rmdir(finished).catch(() => undefined) });
+    run.folder(finished);
     done = await distilEach(basis, adapters, { session, encode, questions, steps, batch, settings, finished }, out);
     return writeTasks(
       basis,
@@ -98,6 +95,7 @@ function refuseTaken({ tasks, name }: Pack, adapters: readonly Adapter[]): void 
 
 /** What a file holds; null where there is none: whoever needs it says so. */
 async function digestOf(path: string): Promise<string | null> {
+  if (!stat(path)?.isFile()) return null;
   const hash = createHash("sha256");
   try {
     for await (const chunk of createReadStream(path)) hash.update(chunk as Uint8Array);

@@ -2,7 +2,7 @@
  * The command distill: a pack whose tasks answer plain text more like the adapters they were made of (src/train/distill.ts).
  * Finished tasks are kept beside the target until all are done, so that a run which was cut off goes on.
  */
-import { rmdir, stat } from "node:fs/promises";
+import { stat } from "node:fs/promises";
 import { resolve } from "node:path";
 import { SourceError, TaskError } from "../errors.ts";
 import type { Sign } from "../format/layout.ts";
@@ -11,7 +11,7 @@ import { freshPack, tasksOf } from "../pack/fresh.ts";
 import type { Pack } from "../pack/pack.ts";
 import { type Attach, command, type Result } from "./command.ts";
 import { readQuestions } from "./examples.ts";
-import { makeFolder, writeWhole } from "./files.ts";
+import { writeWhole } from "./files.ts";
 import { addProjected, type Done, distilEach, figuresOf, removeFinished, tableOf } from "./finished.ts";
 import { realTarget } from "./lock.ts";
 import { match } from "./matching.ts";
@@ -111,8 +111,7 @@ export const distill: Attach = command({
     const finished = `${file}.partial`;
     // Two runs of one target would do the same work, and the first to end would remove what the second has finished.
     await run.lock(finished);
-    await makeFolder(finished);
-    run.closing({ close: () => rmdir(finished).catch(() => undefined) });
+    run.folder(finished);
     const how = { session, encode, questions, steps, batch, settings, finished };
     const done = await distilEach(pack, adapters, how, out);
     await run.lock(file);

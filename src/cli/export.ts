@@ -10,7 +10,7 @@ import type { Exportable } from "../adapters/factors.ts";
 import { taskAdapter } from "../pack/expand.ts";
 import { writeSafetensors } from "../tensor/safetensors-writer.ts";
 import { type Attach, command, type Result } from "./command.ts";
-import { jsonFile, makeFolder, writeTogether, writeWhole } from "./files.ts";
+import { jsonFile, writeTogether, writeWhole } from "./files.ts";
 import { byDefault, choice, output, revoked, task, text, toggle } from "./options.ts";
 import { bytes, count } from "./output.ts";
 import type { Run } from "./run.ts";
@@ -76,7 +76,7 @@ async function writeFolder(adapter: Exportable, { path, force, run }: ExportTarg
   const weights = join(path, "adapter_model.safetensors");
   const about = join(path, "task.json");
   const hasAbout = Object.keys(adapter.metadata).length > 0;
-  await makeFolder(path);
+  run.folder(path);
   await run.lock(weights);
   await checkExport(path, force);
   const [size] = await writeTogether(

@@ -2,7 +2,7 @@
  * The files that hold weights of an ONNX model, on their way to where a new one looks for them. The model's author has named them:
  * nothing is read or written outside the folders that the user has named, links included.
  */
-import { existsSync } from "node:fs";
+import { existsSync, rmSync } from "node:fs";
 import { realpath } from "node:fs/promises";
 import { dirname, isAbsolute, join, relative, resolve, sep } from "node:path";
 import { SourceError } from "../errors.ts";
@@ -12,8 +12,9 @@ import type { ModelFile } from "../onnx/read.ts";
 import { EXTERNAL } from "../onnx/tensors.ts";
 import { openSource } from "../open-source.ts";
 import type { ByteSource } from "../source.ts";
-import { makeFolder, writeWhole } from "./files.ts";
+import { writeWhole } from "./files.ts";
 import { UsageError } from "./options.ts";
+import type { Run } from "./run.ts";
 import { checkTarget } from "./target.ts";
 
 /** Weights beside a model may be larger than memory: so much of them is copied at a time. */
@@ -62,15 +63,15 @@ export async function placesOf(
 }
 
 /**
- * Copies what does not lie there already.
+ * Copies what does not lie there already; a copy goes again when the command fails.
  * @returns the paths
  * @throws SourceError when another file lies there
  */
-export async function copyAll(file: ModelFile, places: readonly Placed[]): Promise<string[]> {
+export async function copyAll(file: ModelFile, places: readonly Placed[], run: Run): Promise<string[]> {
   for (const { location, path } of places) {
     // The model was given as a path or URL, so there is telling where these files lie.
     const source = await file.external!(location);
-    if (resolve(source.name) !== resolve(path)) await copyTo(path, source);
+    if (resolve(source.name) !== resolve(path)) await copyTo(path, source, run);
   }
   return places.map(({ path }) => path);
 }
@@ -118,7 +119,7 @@ function isInside(folder: string, path: string): boolean {
   return way !== ".." && !way.startsWith(`..${sep}`) && !isAbsolute(way);
 }
 
-async function copyTo(path: string, source: ByteSource): Promise<void> {
+async function copyTo(path: string, source: ByteSource, run: Run): Promise<void> {
   // A URL's size is known after the first read.
   if (source.byteLength === undefined) await source.read(0, 1);
   if (existsSync(path)) {
@@ -126,8 +127,9 @@ async function copyTo(path: string, source: ByteSource): Promise<void> {
     const message = `already exists and differs from the model's ${source.name}; choose another folder`;
     throw new SourceError(message, { file: path });
   }
-  await makeFolder(dirname(path));
-  await writeWhole(path, chunksOf(source));
+  run.folder(dirname(path));
+  await writeWhole(path, chunksOf(source), false);
+  run.undoing(() => rmSync(path, { force: true }));
 }
 
 async function* chunksOf(source: ByteSource): AsyncGenerator<Uint8Array, void> {

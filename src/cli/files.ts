@@ -6,19 +6,23 @@
 import { randomUUID } from "node:crypto";
 import {
   closeSync,
+  existsSync,
   fchmodSync,
   fsyncSync,
   ftruncateSync,
+  mkdirSync,
   openSync,
   readSync,
   renameSync,
+  rmdirSync,
   rmSync,
   writeSync,
 } from "node:fs";
-import { mkdir, readFile } from "node:fs/promises";
-import { dirname } from "node:path";
+import { readFile } from "node:fs/promises";
+import { dirname, resolve } from "node:path";
 import { reasonOf } from "../../bindings/node.ts";
 import { SourceError } from "../errors.ts";
+import { refuseOtherKinds } from "../file-kind.ts";
 import type { Append } from "../format/layout.ts";
 import type { Scratch } from "../pack/fresh.ts";
 import { realTarget } from "./lock.ts";
@@ -34,8 +38,9 @@ function failed(path: string, what: string, how = ""): (cause: unknown) => never
   };
 }
 
-/** @throws SourceError when it cannot be read */
-export function readText(path: string): Promise<string> {
+/** @throws SourceError when it is no file, or cannot be read */
+export async function readText(path: string): Promise<string> {
+  await refuseOtherKinds(path, "a file");
   return readFile(path, "utf8").catch(failed(path, "read"));
 }
 
@@ -49,9 +54,30 @@ export async function readJson(path: string): Promise<unknown> {
   }
 }
 
-/** @throws SourceError when there cannot be one */
-export async function makeFolder(path: string): Promise<void> {
-  await mkdir(path, { recursive: true }).catch(failed(path, "made a folder"));
+/**
+ * Makes a folder, and those that it lies in, as far as they are not there.
+ * @returns removes those that it made again, unless something is in them by then
+ * @throws SourceError when there cannot be one; none is then made
+ */
+export function makeFolder(path: string): () => void {
+  const missing: string[] = [];
+  for (let at = resolve(path); !existsSync(at); at = dirname(at)) missing.push(at);
+  const made: string[] = [];
+  const undo = (): void => {
+    for (const folder of made.splice(0).reverse()) quietly(() => rmdirSync(folder));
+  };
+  try {
+    for (const folder of missing.reverse()) {
+      mkdirSync(folder);
+      made.push(folder);
+    }
+    // Says what is there instead.
+    mkdirSync(path, { recursive: true });
+    return undo;
+  } catch (cause) {
+    undo();
+    return failed(path, "made a folder")(cause);
+  }
 }
 
 /** An object as a JSON file for people. */
@@ -82,8 +108,9 @@ export async function writeTogether(
   replace = true,
 ): Promise<number[]> {
   const written: Written[] = [];
+  const placed: string[] = [];
   const undo = (): void => {
-    for (const { beside } of written) rmSync(beside, { force: true });
+    for (const path of [...written.map(({ beside }) => beside), ...placed]) rmSync(path, { force: true });
   };
   const forget = undoOnExit(undo);
   const sizes: number[] = [];
@@ -99,7 +126,9 @@ export async function writeTogether(
     refuseTaken(written, replace);
     for (const { path, target, beside } of written) {
       at = path;
+      const isNew = stat(target) === undefined;
       renameSync(beside, target);
+      if (isNew) placed.push(target);
     }
     for (const folder of new Set(written.map(({ target }) => dirname(target)))) syncFolder(folder);
     return sizes;

@@ -4,7 +4,7 @@
  */
 import { createHash } from "node:crypto";
 import { existsSync } from "node:fs";
-import { readdir, rm } from "node:fs/promises";
+import { readdir, rm, rmdir } from "node:fs/promises";
 import { join, resolve } from "node:path";
 import type { EigenSession } from "../../bindings/onnxruntime.ts";
 import type { Adapter } from "../adapters/adapter.ts";
@@ -103,10 +103,11 @@ async function readFinished(path: string): Promise<Distilled | undefined> {
   }
 }
 
-/** Removes finished tasks: those of earlier settings too, and nothing that is not ours. */
+/** Removes finished tasks, those of earlier settings too, and their folder, unless something that is not ours is in it. */
 export async function removeFinished(folder: string): Promise<void> {
   for (const name of await readdir(folder).catch(() => []))
     if (/^[0-9a-f]{64}(\.[0-9a-f]{8}\.tmp)?$/.test(name)) await rm(join(folder, name));
+  await rmdir(folder).catch(() => undefined);
 }
 
 /** Figures of each task, for `--json`. @param before ids of the tasks that there were */

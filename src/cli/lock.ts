@@ -5,6 +5,7 @@
 import { createHash, randomBytes } from "node:crypto";
 import {
   closeSync,
+  lstatSync,
   openSync,
   readdirSync,
   readFileSync,
@@ -193,7 +194,8 @@ function holderOf(file: string): Holder | undefined {
     if (isCode(error, "ENOENT")) return undefined;
   }
   try {
-    return parse(readFileSync(file, "utf8"));
+    // A pipe would be waited for.
+    return lstatSync(file).isFile() ? parse(readFileSync(file, "utf8")) : NAMELESS;
   } catch (error) {
     return isCode(error, "ENOENT") ? undefined : NAMELESS;
   }

@@ -14,10 +14,11 @@ import { openSource } from "../open-source.ts";
 import type { BuildOptions } from "../pack/build.ts";
 import { type OpenOptions, openPack, type Pack } from "../pack/pack.ts";
 import { readTask } from "../pack/task-file.ts";
-import { writeWhole } from "./files.ts";
+import { makeFolder, writeWhole } from "./files.ts";
 import { takeLock } from "./lock.ts";
 import type { Output } from "./output.ts";
 import { checkTarget, type TargetOptions } from "./target.ts";
+import { undoOnExit } from "./undo.ts";
 
 interface Closable {
   close?(): unknown;
@@ -35,6 +36,7 @@ export class Run {
   /** Hashes of tasks that no pack may give. */
   readonly revoked: readonly string[];
   readonly #opened: Closable[] = [];
+  #failed = false;
   readonly #out: Output;
 
   constructor(out: Output, revoked: readonly string[] = []) {
@@ -46,6 +48,28 @@ export class Run {
   closing<T extends Closable>(thing: T): T {
     this.#opened.unshift(thing);
     return thing;
+  }
+
+  /**
+   * Calls `step` when the command fails or is stopped, once all that it began since is undone.
+   * @param step synchronous
+   */
+  undoing(step: () => void): void {
+    const forget = undoOnExit(step);
+    this.closing({
+      close: () => {
+        if (this.#failed) step();
+        forget();
+      },
+    });
+  }
+
+  /**
+   * Makes a folder, and those that it lies in. Those that it made go again when the command fails, unless something is in them by then.
+   * @throws SourceError when there cannot be one
+   */
+  folder(path: string): void {
+    this.undoing(makeFolder(path));
   }
 
   /**
@@ -114,6 +138,11 @@ export class Run {
     }
     const host = this.closing(await openHost(path));
     return { base: names.size > 0 ? renamedHost(host, names) : host };
+  }
+
+  /** Says that the command has failed, before `close`. */
+  fail(): void {
+    this.#failed = true;
   }
 
   async close(): Promise<void> {

@@ -9,6 +9,7 @@ import { dirname, extname, join } from "node:path";
 
 import type { Adapter } from "../adapters/adapter.ts";
 import { MODELS } from "../adapters/diffusers-keys.ts";
+import { kindInWords } from "../file-kind.ts";
 import { openSource } from "../open-source.ts";
 import { openGguf } from "../tensor/gguf.ts";
 import { openSafetensors } from "../tensor/safetensors.ts";
@@ -38,7 +39,7 @@ export function checkTarget(path: string, { force, inputs = [], output = path }:
   checkParent(output);
   const there = stat(path);
   if (there?.isDirectory()) refuse("is a folder; name a file in it");
-  if (there && !there.isFile()) refuse(`is ${kindOf(there)}; name a file`);
+  if (there && !there.isFile()) refuse(`is ${kindInWords(there)}; name a file`);
   if (!there && isLink(path)) refuse("is a link to a file that is not there; remove it, or name that file");
   if (inputs.some((input) => input !== undefined && realTarget(input) === realTarget(path)))
     refuse("would overwrite what it is made of; choose another name");
@@ -144,8 +145,4 @@ function isLink(path: string): boolean {
   } catch {
     return false;
   }
-}
-
-function kindOf(there: Stats): string {
-  return there.isFIFO() ? "a pipe" : there.isSocket() ? "a socket" : "a device";
 }

@@ -4,11 +4,11 @@
  *
  *     ΔW − ΔW' = D_B·A + B'·D_A,
  *
- * whose squared norm is a sum of products of r×r Gram matrices of the same size as the result. The textbook form
- * ‖ΔW‖² + ‖ΔW'‖² − 2⟨ΔW, ΔW'⟩ would cancel instead.
+ * whose squared norm is a sum of products of r×r Gram matrices. In one gauge they are of the same size as the result, where the
+ * textbook form ‖ΔW‖² + ‖ΔW'‖² − 2⟨ΔW, ΔW'⟩ would cancel.
  */
 import type { Pair } from "./gauge.ts";
-import { gram, lengthened, PLAIN, type Products } from "./linalg.ts";
+import { gram, lengthened, lq, multiply, norm, PLAIN, type Products, transpose } from "./linalg.ts";
 
 /** What one side of an approximation contributes: r×r matrices of its rows and of D = rows − approximation. */
 export interface SideError {
@@ -98,12 +98,20 @@ export function relative(value: number, norm: number): number {
   return norm > 0 ? value / norm : 0;
 }
 
+/** Below this share of its bound a difference has too few digits, since squares of the bound have cancelled in its square. */
+const CANCELLED = 1e-6;
+
 /**
- * ‖ΔW − ΔW'‖ and ‖ΔW‖ of two pairs of factors for the same module; ranks may differ. For pairs in the same gauge the
- * result is exact to a few 1e-15·bound, for pairs in different gauges to about 1e-8·bound.
+ * ‖ΔW − ΔW'‖ and ‖ΔW‖ of two pairs of factors for the same module; ranks and gauges may differ. Exact to a few 1e-15·bound.
+ * @param differenceOf ‖ΔW − ΔW'‖ without squares that could cancel. Default: from the factors, for several times the work
  * @throws RangeError when the pairs are of different shapes
  */
-export function deltaError(exact: Pair, approximation: Pair, products?: Products): PairError {
+export function deltaError(
+  exact: Pair,
+  approximation: Pair,
+  products?: Products,
+  differenceOf: () => number = () => thinNorm(stackedPairs(exact, approximation, -1)),
+): PairError {
   const rank = Math.max(exact.rank, approximation.rank);
   const side = (rows: Float64Array, other: Float64Array): SideError => {
     const width = rows.length / exact.rank;
@@ -112,5 +120,26 @@ export function deltaError(exact: Pair, approximation: Pair, products?: Products
     }
     return sideError(lengthened(rows, rank * width), lengthened(other, rank * width), rank, width, products);
   };
-  return pairError(side(exact.A, approximation.A), side(exact.Bt, approximation.Bt));
+  const found = pairError(side(exact.A, approximation.A), side(exact.Bt, approximation.Bt));
+  return found.difference < CANCELLED * found.bound ? { ...found, difference: differenceOf() } : found;
+}
+
+/** ‖ΔW‖ without squares that could cancel. */
+function thinNorm({ rank, A, Bt }: Pair): number {
+  const { L: a, size: m } = lq(A.slice(), rank, A.length / rank, false);
+  const { L: b, size: n } = lq(Bt.slice(), rank, Bt.length / rank, false);
+  return norm(multiply(transpose(b, rank, n), a, n, m, rank));
+}
+
+/** ΔW of one plus `sign` times ΔW of the other. May be one of them: not to be written to. */
+export function stackedPairs(one: Pair, other: Pair, sign: 1 | -1): Pair {
+  if (other.rank === 0) return one;
+  if (one.rank === 0 && sign === 1) return other;
+  const join = (a: Float64Array, b: Float64Array, factor: number): Float64Array => {
+    const all = new Float64Array(a.length + b.length);
+    all.set(a);
+    for (let i = 0; i < b.length; i++) all[a.length + i] = factor * b[i]!;
+    return all;
+  };
+  return { rank: one.rank + other.rank, A: join(one.A, other.A, 1), Bt: join(one.Bt, other.Bt, sign) };
 }

@@ -3,7 +3,7 @@
  * DESIGN.md section 2). In column mode every row of a factor is a vector with coefficients of its own, in flat mode the
  * whole factor is one. Works on one module at a time, on arrays only: no files, no pack.
  */
-import { storing } from "../tensor/encode.ts";
+import { storing, UnstorableError } from "../tensor/encode.ts";
 import { alignSigns, balance, leadingRows, type Pair } from "./gauge.ts";
 import { jointComponents } from "./joint.ts";
 import { cholesky, multiply, norm } from "./linalg.ts";
@@ -19,7 +19,7 @@ import {
   projectTargets,
   toPairs,
 } from "./project.ts";
-import { pairsWithin } from "./search.ts";
+import { pairsWithin, type SearchSide } from "./search.ts";
 import { decompose, encodeSide, reciprocal, type Side, type SideBasis } from "./side.ts";
 import { componentSteps, type RowSteps, rowSteps } from "./steps.ts";
 import { targetsOf } from "./subspace.ts";
@@ -113,8 +113,10 @@ function storeWithin(found: Found, max: number): ModuleExtraction {
   const { stack, options, ranks, A, B } = found;
   const all = encodeModule(found, A.components.count, B.components.count, false);
   const space = openModule(all, options.products, A.metric);
-  const sideA = { space: space.A, targets: targetsOf(space.A, A.rows, ranks, options.rank) };
-  const sideB = { space: space.B, targets: targetsOf(space.B, B.rows, ranks, options.rank) };
+  const named: SearchSide["named"] = (task, encode) =>
+    storing(`coefficients of "${stack.name}"`, stack.members[task]!.id, encode);
+  const sideA = { space: space.A, targets: targetsOf(space.A, A.rows, ranks, options.rank), named };
+  const sideB = { space: space.B, targets: targetsOf(space.B, B.rows, ranks, options.rank), named };
   try {
     for (const [kA, kB] of pairsWithin(max, sideA, sideB, options)) {
       const result = store(found, kA, kB);
@@ -122,6 +124,7 @@ function storeWithin(found: Found, max: number): ModuleExtraction {
       if (result.tasks.every((task) => task.error <= max)) return result;
     }
   } catch (cause) {
+    if (cause instanceof UnstorableError) throw cause;
     throw cause instanceof RangeError ? new RangeError(`${stack.name}: ${cause.message}`, { cause }) : cause;
   }
   throw new RangeError(`${stack.name}: an error of ${max} is just out of reach of the stored types; allow more`);
@@ -175,11 +178,23 @@ function encodeModule(found: Found, kA: number, kB: number, mixed?: boolean): { 
   const { basisDtype: type, products } = options;
   const encoded = (which: "A" | "B", side: Side, k: number): SideBasis => {
     const steps = stepsOf(found, which === "A" ? "A" : "Bt", side, k);
-    return storing(`basis ${which} of "${stack.name}"`, undefined, () =>
-      encodeSide(side, k, { type, mixed, steps }, products),
+    return storing(
+      `basis ${which} of "${stack.name}"`,
+      () => largestOf(found, side),
+      () => encodeSide(side, k, { type, mixed, steps }, products),
     );
   };
   return { A: encoded("A", A, kA), B: encoded("B", B, kB) };
+}
+
+/** Whose rows are the largest. */
+function largestOf({ stack, ranks }: Found, { rows, width }: Side): string {
+  let at = 0;
+  const peaks = ranks.map((rank) => {
+    const own = rows.subarray(at * width, (at += rank) * width);
+    return own.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
+  });
+  return stack.members[peaks.indexOf(Math.max(...peaks))]!.id;
 }
 
 /** Steps of the first `k` components of one side, and of its mean. */

@@ -7,7 +7,7 @@
 import { type Dtype, isQuantized, type QuantizedDtype } from "../tensor/dtypes.ts";
 import { narrowed, storing } from "../tensor/encode.ts";
 import type { PrivateChoice } from "./allocation.ts";
-import { deltaError, pairNorm, relative } from "./error.ts";
+import { deltaError, pairNorm, relative, stackedPairs } from "./error.ts";
 import { extractModule, type ModuleExtraction, type ModuleStack } from "./extract.ts";
 import { letGo } from "./garbage.ts";
 import { balance, leadingRows, type Pair, pairOf, singularValues } from "./gauge.ts";
@@ -252,7 +252,10 @@ function withPrivate(
     const rows = { rank: q, A: A.values, Bt: Bt.values };
     const stored = stackedPairs(shared, rows, 1);
     const nothing = { rank: 1, A: new Float64Array(width), Bt: new Float64Array(height) };
-    const { difference, norm, bound } = deltaError(given, stored.rank > 0 ? stored : nothing, products);
+    const approximation = stored.rank > 0 ? stored : nothing;
+    // Where nothing is shared, what is stored is in the gauge of what is left.
+    const differenceOf = shared.rank > 0 ? undefined : () => deltaError(rest, approximation, products).difference;
+    const { difference, norm, bound } = deltaError(given, approximation, products, differenceOf);
     const found = relative(difference, norm);
     if (error !== undefined && found > error && q < most) continue;
     const whole = q > 0 ? { rank: q, dtype, A: A.encoded, Bt: Bt.encoded } : undefined;
@@ -288,19 +291,6 @@ function worthRank(rest: Pair, most: number, step: number): number {
 function squareOf({ rank, A }: Pair, row: number): number {
   const width = A.length / rank;
   return A.subarray(row * width, (row + 1) * width).reduce((sum, value) => sum + value ** 2, 0) ** 2;
-}
-
-/** ΔW of one plus `sign` times ΔW of the other. May be one of them: not to be written to. */
-function stackedPairs(one: Pair, other: Pair, sign: 1 | -1): Pair {
-  if (other.rank === 0) return one;
-  if (one.rank === 0 && sign === 1) return other;
-  const join = (a: Float64Array, b: Float64Array, factor: number): Float64Array => {
-    const all = new Float64Array(a.length + b.length);
-    all.set(a);
-    for (let i = 0; i < b.length; i++) all[a.length + i] = factor * b[i]!;
-    return all;
-  };
-  return { rank: one.rank + other.rank, A: join(one.A, other.A, 1), Bt: join(one.Bt, other.Bt, sign) };
 }
 
 /** The member without a part of it. */

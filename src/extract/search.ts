@@ -13,6 +13,8 @@ export interface SearchSide {
   space: Subspace;
   /** One per task. */
   targets: readonly Target[];
+  /** Says in errors whose coefficients they are that cannot be stored. @param task its number */
+  named<T>(task: number, encode: () => T): T;
 }
 
 /** The types whose bytes are counted and whose rounding is allowed for. */
@@ -145,7 +147,7 @@ interface Walk {
   remove(): void;
 }
 
-function walk({ space, targets }: SearchSide): Walk {
+function walk({ space, targets }: Omit<SearchSide, "named">): Walk {
   const { components, meanAt } = space;
   if (space.rank !== undefined) return expandingWalk({ space, targets });
   const errors = targets.map(({ rank, kept, rows, squares, alongMean }): SideError => {
@@ -185,7 +187,7 @@ function walk({ space, targets }: SearchSide): Walk {
 }
 
 /** The same in flat mode, where no error follows from the one before. */
-function expandingWalk({ space, targets }: SearchSide): Walk {
+function expandingWalk({ space, targets }: Omit<SearchSide, "named">): Walk {
   return {
     count: 0,
     error(task) {
@@ -202,7 +204,7 @@ function expandingWalk({ space, targets }: SearchSide): Walk {
 
 /** The errors of one side with the first k components and rounded coefficients. Each is computed once. */
 function roundedErrors(
-  { space, targets }: SearchSide,
+  { space, targets, named }: SearchSide,
   { basisDtype, coefficientDtype }: StoredDtypes,
 ): (task: number, k: number) => SideError {
   // Components of few bits are stored mixed, and coefficients are rounded as they are of those.
@@ -217,7 +219,8 @@ function roundedErrors(
     const target = targets[task]!;
     let error = known[task]!.get(k);
     if (!error) {
-      error = lossOf(space, target, asStored(solve(space, target, k), target.kept, k), k);
+      const stored = named(task, () => asStored(solve(space, target, k), target.kept, k));
+      error = lossOf(space, target, stored, k);
       known[task]!.set(k, error);
     }
     return error;

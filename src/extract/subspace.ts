@@ -69,6 +69,10 @@ export interface Target {
   alongMean: Float64Array;
   /** x in the orthonormal coordinates [rank, components]. */
   at: Float64Array;
+  /** x⊥·x⊥ᵀ, where x⊥ is the part of x outside the span of all components, which no coefficients reach. */
+  outside: Float64Array;
+  /** rows·x⊥ᵀ. */
+  rowsOutside: Float64Array;
 }
 
 /**
@@ -119,12 +123,56 @@ export function targetsOf(
       at: at.subarray(from * components, to * components),
     };
     from = to;
-    return target;
+    return { ...target, ...outsideOf(space, target) };
   });
 }
 
+/** A difference of squares below this share of them has too few digits. */
+const CANCELLED = 1e-11;
+
+/**
+ * What is outside the span is a difference of squares: where it is below the rounding of an f32 (`ROUNDING`) it cannot be told from
+ * zero and counts as zero. Where the mean is much larger than a row, as in a small task beside large ones, that may be much of the row:
+ * there it is computed from what all components make of the rows.
+ */
+function outsideOf(
+  space: Subspace,
+  target: Omit<Target, "outside" | "rowsOutside">,
+): Pick<Target, "outside" | "rowsOutside"> {
+  const { components, meanAt, width, products } = space;
+  const { rank, kept, values, rows, squares, alongMean, at } = target;
+  const left = new Float64Array(rank);
+  let isLost = false;
+  for (let i = 0; i < rank; i++) {
+    const square = squares[i * rank + i]!;
+    left[i] = square - dot(at, i * components, at, i * components, components);
+    if (i < kept && left[i]! <= CANCELLED * square && square > 4 * rows[i * rank + i]!) isLost = true;
+    if (left[i]! <= ROUNDING ** 2 * square) left[i] = 0;
+  }
+  if (space.rank === undefined && isLost) {
+    const all = expand(space, solve(space, { at, kept: rank }, components), rank);
+    const { lost, cross } = sideError(values, all, rank, width, products);
+    return { outside: lost, rowsOutside: cross };
+  }
+  const outside = new Float64Array(rank * rank);
+  for (let i = 0; i < rank; i++) {
+    outside[i * rank + i] = left[i]!;
+    for (let j = 0; left[i] && j < i; j++) {
+      if (!left[j]) continue;
+      const both = squares[i * rank + j]! - dot(at, i * components, at, j * components, components);
+      outside[i * rank + j] = outside[j * rank + i] = both;
+    }
+  }
+  const rowsOutside = outside.slice();
+  for (let j = 0; j < rank; j++) {
+    const mean = alongMean[j]! - dot(meanAt, 0, at, j * components, components);
+    for (let ij = j; ij < rank * rank; ij += rank) rowsOutside[ij]! += mean;
+  }
+  return { outside, rowsOutside };
+}
+
 /** Least squares coefficients [kept, k] of a target on the first k components as stored, about the mean as stored. */
-export function solve(space: Subspace, { at, kept }: Target, k: number): Float64Array {
+export function solve(space: Subspace, { at, kept }: Pick<Target, "at" | "kept">, k: number): Float64Array {
   const { components } = space;
   const out = new Float64Array(kept * k);
   for (let i = 0; i < kept; i++) out.set(at.subarray(i * components, i * components + k), i * k);
@@ -146,10 +194,8 @@ export function largestSine(space: Subspace, target: Target): number {
 }
 
 /**
- * What coefficients α [kept, k] make of a target: the part outside the span, which no coefficients reach, and what
- * α·L misses inside it. The part outside is a difference of squares: where it is below the rounding of an f32
- * (`ROUNDING`) it cannot be told from zero and counts as zero. In flat mode the rows of a factor share coefficients, and
- * what they lose is seen on the expanded factor only.
+ * What coefficients α [kept, k] make of a target: the part outside the span, and what α·L misses inside it. In flat mode the rows of
+ * a factor share coefficients, and what they lose is seen on the expanded factor only.
  */
 export function lossOf(space: Subspace, target: Target, coefficients: Float64Array, k: number): SideError {
   const { components, factor, meanAt } = space;
@@ -158,26 +204,23 @@ export function lossOf(space: Subspace, target: Target, coefficients: Float64Arr
     all.set(coefficients);
     return sideError(target.values, expand(space, all, 1), space.rank, space.width / space.rank);
   }
-  const { rank, kept, rows, squares, alongMean, at } = target;
-  const stored = new Float64Array(kept * k);
-  const missed = new Float64Array(kept * k);
-  const left = Float64Array.from({ length: rank }, (_, i) => squares[i * rank + i]!);
-  for (let i = 0; i < kept; i++) {
-    for (let n = 0; n < k; n++) addScaled(coefficients[i * k + n]!, factor, n * components, stored, i * k, n + 1);
-    for (let n = 0; n < k; n++) missed[i * k + n] = at[i * components + n]! - stored[i * k + n]!;
-    const square = squares[i * rank + i]!;
-    left[i] = square - dot(at, i * components, at, i * components, k);
-    if (left[i]! <= ROUNDING ** 2 * square) left[i] = 0;
-  }
+  const { rank, kept, rows, at, outside, rowsOutside } = target;
+  // Of components without a coefficient all is missed.
+  const missed = at.slice(0, kept * components);
+  for (let i = 0; i < kept; i++)
+    for (let n = 0; n < k; n++)
+      addScaled(-coefficients[i * k + n]!, factor, n * components, missed, i * components, n + 1);
   const lost = new Float64Array(rank * rank);
   const cross = new Float64Array(rank * rank);
   for (let j = 0; j < kept; j++) {
-    const mean = alongMean[j]! - dot(meanAt, 0, stored, j * k, k);
+    const mean = dot(meanAt, 0, missed, j * components, components);
     for (let i = 0; i < rank; i++) {
       const ij = i * rank + j;
-      const outside = left[i] && left[j] ? squares[ij]! - dot(at, i * components, at, j * components, k) : 0;
-      if (i < kept) lost[ij] = outside + dot(missed, i * k, missed, j * k, k);
-      cross[ij] = outside + dot(at, i * components, missed, j * k, k) + mean;
+      if (i <= j) {
+        const both = outside[ij]! + dot(missed, i * components, missed, j * components, components);
+        lost[ij] = lost[j * rank + i] = both;
+      }
+      cross[ij] = rowsOutside[ij]! + dot(at, i * components, missed, j * components, components) + mean;
     }
   }
   leaveOut({ rank, rows, lost, cross }, kept);

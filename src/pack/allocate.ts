@@ -16,10 +16,12 @@ import type { ModuleStack } from "../extract/extract.ts";
 import { type Extractor, inOrder } from "../extract/extractor.ts";
 import type { ExtractOptions } from "../extract/options.ts";
 import type { Dtype } from "../tensor/dtypes.ts";
+import { UnstorableError } from "../tensor/encode.ts";
 import { Unreachable } from "./bisect.ts";
 import type { Built } from "./build.ts";
 import type { TaskLoss } from "./report.ts";
 import { piecesOf, readStack } from "./stack.ts";
+import { naming } from "./unstorable.ts";
 
 /** Components that all tasks share beside their private terms, on each side of every module. */
 export interface Shared {
@@ -69,9 +71,9 @@ export async function surveyBeside(
   shared: Shared,
   signal: AbortSignal | undefined,
 ): Promise<Survey> {
-  const rests = await eachMember(extractor, [...sharedModules(adapters).values()], signal, async (stack) => {
-    return (await extractor.ask("remainders", stack, sharedOptions(shared))).singular;
-  });
+  const rests = await eachMember(extractor, [...sharedModules(adapters).values()], signal, (stack, module) =>
+    naming(module, async () => (await extractor.ask("remainders", stack, sharedOptions(shared))).singular),
+  );
   return { spectra: spectra.map((spectrum, i) => ({ ...spectrum, singular: rests[i]! })), only };
 }
 
@@ -80,12 +82,12 @@ async function eachMember<T>(
   extractor: Extractor,
   modules: readonly SharedModule<Adapter>[],
   signal: AbortSignal | undefined,
-  work: (stack: ModuleStack) => Promise<T[]>,
+  work: (stack: ModuleStack, module: SharedModule<Adapter>) => Promise<T[]>,
 ): Promise<T[]> {
   const found: T[] = [];
   const read = async (module: SharedModule<Adapter>): Promise<T[]> => {
     signal?.throwIfAborted();
-    return work((await readStack(module)).stack);
+    return work((await readStack(module)).stack, module);
   };
   for await (const members of inOrder(modules, extractor.size + 1, read)) {
     signal?.throwIfAborted();
@@ -215,9 +217,8 @@ export async function sharingThatPays(
   );
   const cost = async (shared?: Shared): Promise<number> => {
     let total = 0;
-    const rests =
-      shared &&
-      (await Promise.all(sample.map(({ stack }) => extractor.ask("remainders", stack, sharedOptions(shared)))));
+    const rests = shared && (await remaindersOf(extractor, sample, shared));
+    if (rests?.includes(undefined)) return Infinity;
     for (const [at, { own }] of sample.entries()) {
       const rest = rests?.[at];
       total += rest?.bytes ?? 0;
@@ -246,6 +247,15 @@ export async function sharingThatPays(
     }
   }
   return best;
+}
+
+/** What shared components leave of some modules; undefined where these cannot be stored. */
+function remaindersOf(extractor: Extractor, sample: readonly { readonly stack: ModuleStack }[], shared: Shared) {
+  const asked = sample.map(({ stack }) => extractor.ask("remainders", stack, sharedOptions(shared)));
+  const unlessUnstorable = (error: unknown): undefined => {
+    if (!(error instanceof UnstorableError)) throw error;
+  };
+  return Promise.all(asked.map((one) => one.catch(unlessUnstorable)));
 }
 
 /** Rows of all members. */

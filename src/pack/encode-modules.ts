@@ -4,7 +4,6 @@
  */
 import type { Adapter } from "../adapters/adapter.ts";
 import type { SharedModule } from "../adapters/modules.ts";
-import { AdapterError } from "../errors.ts";
 import type { Allocation, PrivateChoice } from "../extract/allocation.ts";
 import { type Extractor, inOrder } from "../extract/extractor.ts";
 import type { ExtractOptions } from "../extract/options.ts";
@@ -12,11 +11,11 @@ import type { MixedExtraction } from "../extract/private.ts";
 import type { SideBasis } from "../extract/side.ts";
 import type { ModuleInput, SideInput, TermInput } from "../format/encode.ts";
 import type { Dtypes } from "../tensor/dtypes.ts";
-import { UnstorableError } from "../tensor/encode.ts";
 import type { ModuleError } from "./report.ts";
 import { piecesOf, readStack } from "./stack.ts";
 import { stepsOf } from "./steps.ts";
 import { encodeTerm } from "./tasks.ts";
+import { checkBasis, naming } from "./unstorable.ts";
 
 /** All modules, and what each adapter has of them. */
 export interface Encoded {
@@ -97,8 +96,7 @@ export async function encodeModules(
       if (!terms.has(owner)) terms.set(owner, []);
       terms.get(owner)!.push(term);
     }
-    const bases = module.tasks.some(({ rank }) => rank > 0) ? { A: sideInput(module.A), B: sideInput(module.B) } : {};
-    modules.push({ ...shape, ...bases });
+    modules.push({ ...shape, ...basesOf(module) });
     index++;
     onProgress?.(index, shared.length);
   }
@@ -181,17 +179,18 @@ async function extractPiece(
   options: ExtractOptions,
   privateTerms: number | Choices,
 ): Promise<Extracted> {
-  const { name } = module.shape;
   const { stack, terms } = await readStack(module);
   const magnitudes = terms.map(({ magnitude }) => magnitude);
-  try {
-    return { module: await extractor.ask("extract", stack, { ...options, privateTerms }), magnitudes };
-  } catch (cause) {
-    if (!(cause instanceof UnstorableError)) throw cause;
-    // A basis is of all adapters together; then the first one stands for them.
-    const { file } = module.owners.find(({ id }) => id === cause.owner) ?? module.owners[0]!;
-    throw new AdapterError(cause.message, { file, field: name, cause });
-  }
+  return naming(module, async () => {
+    const made = await extractor.ask("extract", stack, { ...options, privateTerms });
+    checkBasis({ ...module.shape, ...basesOf(made) }, stack, options.gauge);
+    return { module: made, magnitudes };
+  });
+}
+
+/** Both sides as they are written; none where no task has coefficients. */
+function basesOf({ tasks, A, B }: MixedExtraction): Pick<ModuleInput, "A" | "B"> {
+  return tasks.some(({ rank }) => rank > 0) ? { A: sideInput(A), B: sideInput(B) } : {};
 }
 
 /** One side as it is written. */

@@ -8,7 +8,7 @@ import { AdapterError } from "../errors.ts";
 import type { Allocation, Spectrum } from "../extract/allocation.ts";
 import { singularValues } from "../extract/gauge.ts";
 import type { Gauge } from "../extract/options.ts";
-import { type Begun, beginMixed, finishMixed, remainderOf } from "../extract/private.ts";
+import { type Begun, beginMixed, finishMixed, type MixedTask, remainderOf } from "../extract/private.ts";
 import { type ModuleSpace, openModule } from "../extract/project.ts";
 import { fastProducts } from "../extract/wasm-products.ts";
 import { parseBrought } from "../format/brings.ts";
@@ -17,6 +17,7 @@ import { type PackModule, sharedBases } from "../format/format.ts";
 import type { TaskToWrite } from "../format/layout.ts";
 import { encodedTensor } from "../format/tensors.ts";
 import type { Dtype, Dtypes } from "../tensor/dtypes.ts";
+import { SCALE_DOWN } from "../tensor/encode.ts";
 import { DEFAULT_ERROR, type Survey, withinError } from "./allocate.ts";
 import { Unreachable } from "./bisect.ts";
 import { storedTask } from "./coding.ts";
@@ -63,7 +64,8 @@ export async function projectAdapters(
       const { name } = stored;
       const most = steps ? Infinity : 0;
       const choice = own?.get(adapter.id)?.get(name) ?? { rank: most, dtype: dtype.coefficients };
-      const task = own ? storable(adapter, stored, () => finishMixed(begun, choice, steps?.get(adapter))) : begun.task;
+      const finish = (): MixedTask => finishMixed(begun, choice, steps?.get(adapter));
+      const task = own ? storable(adapter, stored, finish, SCALE_DOWN) : begun.task;
       errors.push({ task: adapter.id, module: name, error: task.error, norm: task.norm });
       const term = encodeTerm({ index, name }, task, space ?? NO_BASES, magnitude, adapter, dtype);
       if (term.A || term.privateTerms || term.magnitude) terms[i]!.push(term);
@@ -182,9 +184,9 @@ async function eachModule(
       if (!module) continue;
       if (sharedBases(stored)) space ??= openModule(storedModule(stored, bases, adapter), products);
       const { magnitude, ...term } = await module.read();
-      const begun = storable(adapter, stored, () =>
-        beginMixed(space, { id: adapter.id, ...term }, { ...options, step: steps?.get(adapter) }),
-      );
+      const begin = (): Begun =>
+        beginMixed(space, { id: adapter.id, ...term }, { ...options, step: steps?.get(adapter) });
+      const begun = storable(adapter, stored, begin, SCALE_DOWN);
       work({ index, stored, i, adapter, magnitude }, begun, space);
     }
     onProgress?.(index + 1, pack.modules.length);

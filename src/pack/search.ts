@@ -3,6 +3,7 @@
  * It knows no model and no data.
  */
 import type { Adapter } from "../adapters/adapter.ts";
+import type { AdapterError } from "../errors.ts";
 import { allocateBytes, allocateError } from "../extract/allocation.ts";
 import type { Extractor } from "../extract/extractor.ts";
 import type { ComponentSelection } from "../extract/options.ts";
@@ -24,6 +25,7 @@ import { openPack } from "./pack.ts";
 import { allocatedPack, codedPack } from "./private-packs.ts";
 import type { BuildReport } from "./report.ts";
 import { checkSearch, type SearchOptions } from "./search-options.ts";
+import { isUnstorable } from "./unstorable.ts";
 import {
   allOf,
   allocatedWay,
@@ -72,6 +74,8 @@ interface Search extends SearchOptions, Keeping {
   /** Scores to compare with. */
   readonly reference?: ReadonlyMap<string, number>;
   note(tried: Tried): void;
+  /** What ways were left for. */
+  readonly unstorable: AdapterError[];
   /** What private terms are to hold, beside shared components or alone. Made once each. */
   survey(shared?: Shared): Promise<Survey>;
 }
@@ -157,6 +161,7 @@ async function searchWith(
     adapters,
     ids: adapters.map(({ id }) => id),
     note,
+    unstorable: [],
     survey(shared) {
       const key = JSON.stringify(shared ?? null);
       if (!surveys.has(key)) surveys.set(key, surveyOf(start, shared));
@@ -186,7 +191,7 @@ async function searchWith(
       before = made;
     }
   }
-  if (!best) throw outOfReach(goal, tried);
+  if (!best) throw search.unstorable[0] ?? outOfReach(goal, tried);
   const { chunks, report } = await best.built();
   const { bytes: _, error: __, ...chosen } = best.tried;
   const judgedBy = goal.kind === "score" ? "score" : judge ? "divergence" : "error";
@@ -279,7 +284,7 @@ async function referenceOf(search: Search, { reference }: ScoreGoal): Promise<Re
   return figuresOf(await ask(search, search.judge!, lossless), search.ids, "judge");
 }
 
-/** One way at its best; undefined where it does not reach the goal, which is noted. */
+/** One way at its best; undefined where it does not reach the goal, or cannot store an adapter, which is noted. */
 async function attempt(search: Search, way: Way, smallest: number = Infinity): Promise<Candidate | undefined> {
   const { goal, note } = search;
   try {
@@ -295,8 +300,10 @@ async function attempt(search: Search, way: Way, smallest: number = Infinity): P
     note(made.tried);
     return made;
   } catch (error) {
-    if (!(error instanceof Unreachable)) throw error;
-    note({ name: nameOf(way), way, reason: error.message, least: error.least });
+    if (isUnstorable(error)) search.unstorable.push(error);
+    else if (!(error instanceof Unreachable)) throw error;
+    const least = error instanceof Unreachable ? error.least : undefined;
+    note({ name: nameOf(way), way, reason: error.message, least });
     return undefined;
   }
 }

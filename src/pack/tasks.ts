@@ -11,7 +11,7 @@ import { misfitLabels } from "../format/heads.ts";
 import type { TaskToWrite } from "../format/layout.ts";
 import type { Dtypes } from "../tensor/dtypes.ts";
 import { type Dtype, isQuantized } from "../tensor/dtypes.ts";
-import { encodeSteps, encodeTensor } from "../tensor/encode.ts";
+import { advised, encodeSteps, encodeTensor, SCALE_DOWN } from "../tensor/encode.ts";
 
 /** What of a module's bases is said in each of its terms. */
 type Bases = Record<"A" | "B", { rank?: number | undefined; mean: unknown }>;
@@ -33,7 +33,8 @@ export function encodeTerm(
     A: rank > 0 ? side(A, alphaA) : undefined,
     B: rank > 0 ? side(B, alphaB) : undefined,
     privateTerms,
-    magnitude: magnitude && vector(magnitude, dtype.coefficients, adapter, `the DoRA magnitude of "${name}"`),
+    magnitude:
+      magnitude && vector(magnitude, dtype.coefficients, adapter, `the DoRA magnitude of "${name}"`, SCALE_DOWN),
   };
 }
 
@@ -61,7 +62,23 @@ export async function encodeAdapter(
   const misfit = misfitLabels(metadata.labels, saved);
   if (misfit !== undefined) throw new AdapterError(misfit, { file: adapter.file, field: "labels" });
   const parameters = await encodeParameters(adapter, head);
-  return { entry, blob: storable(adapter, { name: "a task" }, () => encodeTask(terms, parameters, names)) };
+  return { entry, blob: blobOf(adapter, terms, parameters, names) };
+}
+
+/** @throws AdapterError naming the module with a value that no pack can hold */
+function blobOf(
+  adapter: Adapter,
+  terms: readonly TermInput[],
+  parameters: readonly ParameterInput[],
+  names: readonly string[],
+): Uint8Array {
+  try {
+    return storable(adapter, { name: "a task" }, () => encodeTask(terms, parameters, names));
+  } catch (cause) {
+    // One that is too large is too large by itself.
+    for (const term of terms) storable(adapter, { name: names[term.module]! }, () => encodeTask([term], [], names));
+    throw cause;
+  }
 }
 
 /** How saved matrices are stored. */
@@ -77,7 +94,7 @@ async function encodeParameters(adapter: Adapter, { type, step }: HeadFormat): P
     const { name, role, shape, indices } = saved;
     const values = await saved.read();
     if (shape.length === 1) {
-      parameters.push({ name, role, shape, ...vector(values, type, adapter, `"${name}"`) });
+      parameters.push({ name, role, shape, ...vector(values, type, adapter, name) });
       continue;
     }
     const rows = shape[0]!;
@@ -102,17 +119,26 @@ function vector(
   type: Dtype,
   adapter: Adapter,
   name: string,
+  advice?: string,
 ): Pick<ParameterInput, "dtype" | "encoded"> {
   const own = isQuantized(type) ? "f16" : type;
-  return { dtype: own, encoded: storable(adapter, { name }, () => encodeTensor(own, values, 1, values.length)) };
+  return {
+    dtype: own,
+    encoded: storable(adapter, { name }, () => encodeTensor(own, values, 1, values.length), advice),
+  };
 }
 
 /** @throws AdapterError where `encode` does for a value that cannot be stored */
-export function storable<T>(adapter: Adapter, { name }: Pick<SavedTensor, "name">, encode: () => T): T {
+export function storable<T>(
+  adapter: Adapter,
+  { name }: Pick<SavedTensor, "name">,
+  encode: () => T,
+  advice: string = "use f32",
+): T {
   try {
     return encode();
   } catch (cause) {
-    throw new AdapterError(`${name} cannot be stored: ${(cause as Error).message}`, {
+    throw new AdapterError(`${name} cannot be stored: ${advised(cause, advice)}`, {
       file: adapter.file,
       field: name,
       cause,

@@ -192,7 +192,7 @@ export function encodeFloats(
     const value = values[i]!;
     // The least magnitudes that round to infinity.
     if (!(Math.abs(value) < (type === "f16" ? 65520 : type === "bf16" ? 3.396e38 : 3.4028235e38))) {
-      const why = Number.isFinite(value) ? `too large for ${type}; use f32` : "not a finite number";
+      const why = Number.isFinite(value) ? `too large for ${type}` : "not a finite number";
       throw new RangeError(`value ${i} is ${value}, ${why}`);
     }
     if (type !== "f32") view.setUint16(2 * i, type === "f16" ? f32ToF16(value) : f32ToBf16(value), true);

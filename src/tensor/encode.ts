@@ -29,23 +29,42 @@ export type FindScale = (values: Float64Array, scales: Float64Array, largest: nu
 export class UnstorableError extends RangeError {
   /** Of which adapter's it is; undefined when of all together. */
   readonly owner: string | undefined;
+  /** Whether a smaller value could be stored, and the message does not say what to do. */
+  readonly tooLarge: boolean;
 
-  constructor(message: string, cause: unknown, owner?: string) {
+  constructor(message: string, cause: unknown, owner?: string, tooLarge: boolean = false) {
     super(message, { cause });
     this.owner = owner;
+    this.tooLarge = tooLarge;
   }
 }
 
+/** What an error says, and what to do where a value is too large. */
+export function advised(error: unknown, advice: string): string {
+  const { message } = error as Error;
+  return error instanceof UnstorableError && error.tooLarge ? `${message}; ${advice}` : message;
+}
+
+/** What helps where values have a limit in any number format (SPEC.md, section 5). */
+export const SCALE_DOWN = "scale the adapter down";
+
 /**
  * Says in the errors of `encode` what was to be stored.
+ * @param owner of which adapter's it is, or what finds that out
  * @throws UnstorableError
  */
-export function storing<T>(what: string, owner: string | undefined, encode: () => T): T {
+export function storing<T>(
+  what: string,
+  owner: string | undefined | (() => string),
+  encode: () => T,
+  advice: string = SCALE_DOWN,
+): T {
   try {
     return encode();
   } catch (cause) {
     if (!(cause instanceof UnstorableError)) throw cause;
-    throw new UnstorableError(`${what} cannot be stored: ${cause.message}`, cause, owner);
+    const whose = typeof owner === "function" ? owner() : owner;
+    throw new UnstorableError(`${what} cannot be stored: ${advised(cause, advice)}`, cause, whose);
   }
 }
 
@@ -74,7 +93,8 @@ export function encodeTensor(
       ? encodeIntegers(type, values, rows, width, bytes, steps ?? find)
       : encodeFloats(type, values, bytes);
   } catch (cause) {
-    throw new UnstorableError((cause as Error).message, cause);
+    const tooLarge = Array.prototype.every.call(values, Number.isFinite);
+    throw new UnstorableError((cause as Error).message, cause, undefined, tooLarge);
   }
 }
 
@@ -187,7 +207,7 @@ function stepToF16(step: number, least: number): number {
 }
 
 function scaleToF16(scale: number): number {
-  if (scale >= 65504) throw new RangeError(`a row needs the scale ${scale}, too large for f16; use f32`);
+  if (scale >= 65504) throw new RangeError(`a row needs the scale ${scale}, too large for f16`);
   const half = f32ToF16(scale);
   return f16ToF32(half) < scale ? half + 1 : half;
 }

@@ -2,7 +2,6 @@
  * What training makes smaller: the loss of a batch at a state, and its gradient.
  */
 import type { TaskDtypes } from "../tensor/dtypes.ts";
-import { storing } from "../tensor/encode.ts";
 import type { Row } from "./examples.ts";
 import { type HeadLayer, type LayerNumbers, mapLayers } from "./head.ts";
 import { type Lessons, logitsOf, type Score } from "./lessons.ts";
@@ -10,7 +9,7 @@ import { crossEntropy, largest, likeliest } from "./probabilities.ts";
 import { type State, stateLike } from "./state.ts";
 import { type Stepped, type TaskSteps, toSteps } from "./steps.ts";
 import type { Point, Subject } from "./subject.ts";
-import { asStored } from "./terms.ts";
+import { asStored, storingTrained } from "./terms.ts";
 
 /** What training brings the loss of down: targets, and the numbers that logits come from. */
 export interface ObjectiveOptions {
@@ -121,7 +120,7 @@ function rounded<Feeds>(
   const numbers = mapLayers(machine.head, state, ({ in: inputs, out }, { weight }, i) => {
     const steps = stored?.head[i];
     if (steps) return { weight: toSteps(weight, steps.weight, steps.largest) };
-    return head ? { weight: storing("the head", undefined, () => asStored(weight, head, out, inputs)) } : {};
+    return head ? { weight: storingTrained("the head", () => asStored(weight, head, out, inputs)) } : {};
   });
   if (stored) return { ...numbers, parameters: toSteps(parameters, stored.parameters) };
   return { ...numbers, parameters: coefficients ? terms.rounded(parameters, coefficients) : parameters };

@@ -19,10 +19,10 @@ import { encodedTensor } from "../format/tensors.ts";
 import { expandTerm } from "../pack/expand.ts";
 import type { Pack } from "../pack/pack.ts";
 import { decodeTensor } from "../tensor/dtypes.ts";
-import { encodeTensor, storing } from "../tensor/encode.ts";
+import { encodeTensor } from "../tensor/encode.ts";
 import { toHex } from "../tensor/hex.ts";
 import { VERSION } from "../version.ts";
-import type { Terms } from "./terms.ts";
+import { storingTrained, type Terms } from "./terms.ts";
 
 /** A module of the new pack. */
 interface Place {
@@ -87,7 +87,7 @@ function placeOf(module: PackModule, bases: Uint8Array, terms: Terms, parameters
       ...(rank === undefined ? {} : { rank }),
       dtype,
       encoded: values
-        ? storing(`basis ${which} of "${module.name}"`, undefined, () => encodeTensor(dtype, values, rows, width))
+        ? storingTrained(`basis ${which} of "${module.name}"`, () => encodeTensor(dtype, values, rows, width))
         : encodedTensor(bases, tensor),
     };
   };

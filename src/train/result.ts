@@ -11,11 +11,11 @@ import { storedTask } from "../pack/coding.ts";
 import type { Pack } from "../pack/pack.ts";
 import { narrowTerms, widthsOf } from "../pack/steps.ts";
 import { type Dtype, isQuantized, type TaskDtypes } from "../tensor/dtypes.ts";
-import { encodeTensor, storing } from "../tensor/encode.ts";
+import { encodeTensor } from "../tensor/encode.ts";
 import { type HeadLayer, layersOf } from "./head.ts";
 import type { State } from "./state.ts";
 import { type LayerSteps, rowsOf, type Stepped, toSteps } from "./steps.ts";
-import type { Terms, TrainedParameter } from "./terms.ts";
+import { storingTrained, type Terms, type TrainedParameter } from "./terms.ts";
 
 /** How a task is stored. */
 export interface TaskFileOptions {
@@ -108,5 +108,5 @@ function tensor(
   width: number,
   steps?: Float32Array,
 ): TensorInput {
-  return { dtype, encoded: storing(what, undefined, () => encodeTensor(dtype, values, rows, width, steps)) };
+  return { dtype, encoded: storingTrained(what, () => encodeTensor(dtype, values, rows, width, steps)) };
 }

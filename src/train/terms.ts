@@ -118,7 +118,7 @@ export class Terms {
     for (const { module, kind, dims } of this.parameters) {
       if (kind === "componentsA" || kind === "componentsB") continue;
       const part = this.part(stored, module, kind)!;
-      part.set(storing(`${kind} of "${module}"`, undefined, () => asStored(part, dtype, ...dims)));
+      part.set(storingTrained(`${kind} of "${module}"`, () => asStored(part, dtype, ...dims)));
     }
     return stored;
   }
@@ -202,6 +202,11 @@ export class Terms {
 /** Values [rows, width] as they would be read from a file. */
 export function asStored(values: Float32Array, dtype: Dtype, rows: number, width: number): Float32Array {
   return decodeTensor(dtype, encodeTensor(dtype, values, rows, width), rows, width);
+}
+
+/** Says in the errors of `encode` what was to be stored. @throws UnstorableError */
+export function storingTrained<T>(what: string, encode: () => T): T {
+  return storing(what, undefined, encode, "take a smaller learning rate");
 }
 
 /** sums [width] += a [K] · E [K, width], four rows at a time: a step of training waits for this. */

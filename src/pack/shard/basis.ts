@@ -3,20 +3,23 @@
  * needs all adapters at once is refused by name.
  */
 
+import type { ModuleShape } from "../../adapters/adapter.ts";
 import { baseModels } from "../../adapters/modules.ts";
 import { checkOptions } from "../../arguments.ts";
+import { AdapterError } from "../../errors.ts";
 import { checkSelection, type ExtractOptions, wanted } from "../../extract/options.ts";
 import { decompose, encodeSide, type SideBasis } from "../../extract/side.ts";
 import { gramComponents, type Summary } from "../../extract/summary.ts";
 import { fastProducts } from "../../extract/wasm-products.ts";
-import type { ModuleInput } from "../../format/encode.ts";
+import type { ModuleInput, SideInput } from "../../format/encode.ts";
 import type { Dtype } from "../../tensor/dtypes.ts";
-import { storing } from "../../tensor/encode.ts";
+import { storing, UnstorableError } from "../../tensor/encode.ts";
 import type { BuildOptions, Built } from "../build.ts";
 import { sideInput } from "../encode-modules.ts";
 import { readFingerprints } from "../fingerprints.ts";
 import { newPack } from "../fresh.ts";
 import { baseNotes, baseWarnings, componentsOf, fewerWarnings, type PackReport } from "../report.ts";
+import { peakOf, refuseLarge } from "../unstorable.ts";
 import { checkStatistics, factorsOf, type Statistics } from "./statistics.ts";
 
 /** How a basis is made. The selection is by `k` or `energy`. */
@@ -36,6 +39,7 @@ export interface BasisReport extends PackReport {
  * The basis of all adapters that were counted: what `buildPack` finds in column mode with the same settings, to the bit where
  * a side's rows were kept, and else up to rounding.
  * @throws RangeError for a selection by error, and for the balanced gauge with the mean kept: both need all adapters at once
+ * @throws AdapterError for components that cannot be stored
  * @throws BaseMismatchError when the base given does not have the modules
  * @returns a pack without tasks, and what was found
  */
@@ -66,7 +70,15 @@ export async function buildBasis(statistics: Statistics, options: BasisOptions =
     for (const [i, rank] of ranks.entries()) if (rank > 0) adapted[i]!.add(name);
     const side = async (which: "A" | "B") => {
       const summary = await statistics.side(name, which);
-      return storing(`basis ${which} of "${name}"`, undefined, () => sideInput(sideBasis(summary, ranks, extraction)));
+      try {
+        return storedSide({ shape, which, summary, ranks }, extraction);
+      } catch (cause) {
+        if (!(cause instanceof UnstorableError)) throw cause;
+        const largest = largestRows(summary, ranks);
+        const whose =
+          largest === undefined ? "" : `; the largest rows are those of "${statistics.adapters[largest]!.id}"`;
+        throw new AdapterError(`${cause.message}${whose}`, { file: statistics.file, field: name, cause });
+      }
     };
     modules.push({ ...shape, A: await side("A"), B: await side("B"), fingerprint: fingerprints?.get(name) });
     options.onProgress?.(modules.length, statistics.modules.size);
@@ -90,6 +102,30 @@ export async function buildBasis(statistics: Statistics, options: BasisOptions =
     notes: baseNotes(base),
   };
   return { chunks, report };
+}
+
+/** One side of a module, counted. */
+interface Counted {
+  readonly shape: ModuleShape;
+  readonly which: "A" | "B";
+  readonly summary: Summary;
+  /** Of each adapter. */
+  readonly ranks: Uint32Array;
+}
+
+/** @throws UnstorableError */
+function storedSide({ shape, which, summary, ranks }: Counted, extraction: ExtractOptions): SideInput {
+  const encode = (): SideInput => sideInput(sideBasis(summary, ranks, extraction));
+  const side = storing(`basis ${which} of "${shape.name}"`, undefined, encode);
+  refuseLarge({ ...shape, [which]: side });
+  return side;
+}
+
+/** Which adapter's they are; undefined where rows were not kept. */
+function largestRows(summary: Summary, ranks: Uint32Array): number | undefined {
+  if (summary.kind === "gram") return undefined;
+  const peaks = factorsOf(summary.values, ranks, summary.width).map(({ factor }) => peakOf(factor));
+  return peaks.indexOf(Math.max(...peaks));
 }
 
 function sideBasis(summary: Summary, ranks: Uint32Array, options: ExtractOptions): SideBasis {
