@@ -100,8 +100,8 @@ async function factorsOf(pack: Pack, id: string): Promise<Map<string, Factors>> 
         if (own) rows.set(readTensor(blob.bytes, own), term.rank * width);
         return rows;
       };
-      const A = side(term.A, module.A, term.privateA, module.in);
-      return [module.name, { rank, A, Bt: side(term.B, module.B, term.privateBt, module.out) }];
+      const A = side(term.A, module.A[0], term.privateA, module.in);
+      return [module.name, { rank, A, Bt: side(term.B, module.B[0], term.privateBt, module.out) }];
     }),
   );
 }
