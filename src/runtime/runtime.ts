@@ -136,7 +136,8 @@ export class Runtime {
    */
   async switchTask(selection: Selection, options: SwitchOptions = {}): Promise<RuntimeSwitchReport> {
     checkOptions("switchTask", options, ["signal", "head"]);
-    return this.#enqueue(() => this.#switch(selection, options));
+    const asked = copySelection(selection);
+    return this.#enqueue(() => this.#switch(asked, options));
   }
 
   #enqueue<T>(work: () => Promise<T>): Promise<T> {

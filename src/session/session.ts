@@ -11,7 +11,7 @@ import { now } from "../pace.ts";
 import type { Pack, TaskInfo } from "../pack/pack.ts";
 import type { TaskTrust } from "../pack/trust.ts";
 import { type MemoryReport, memoryReport, type SwitchReport } from "../runtime/report.ts";
-import type { Selection } from "../runtime/selection.ts";
+import { copySelection, type Selection } from "../runtime/selection.ts";
 import type { SourceInput } from "../source.ts";
 import type { Mode } from "./base-values.ts";
 import type { CacheWatch } from "./caches.ts";
@@ -245,6 +245,7 @@ export class Session<T extends SessionTypes = SessionTypes> {
   async switchTask(selection: Selection, options: SessionSwitchOptions = {}): Promise<SessionSwitchReport> {
     checkOptions("switchTask", options, ["signal", "head", "keepCache"]);
     const { keepCache: _, ...how } = options;
+    const asked = copySelection(selection);
     this.#live();
     const started = now();
     const before = { ...this.pack.reads };
@@ -252,10 +253,10 @@ export class Session<T extends SessionTypes = SessionTypes> {
     const change = this.#timeline.change(
       async () => {
         options.signal?.throwIfAborted();
-        const state = this.#caches?.stateOf(selection, options);
-        const tasks = await this.#carrier.evaluator.load(selection, how);
+        const state = this.#caches?.stateOf(asked, options);
+        const tasks = await this.#carrier.evaluator.load(asked, how);
         read = now();
-        const made = { ...(await this.#carrier.make(selection, tasks, how)), state };
+        const made = { ...(await this.#carrier.make(asked, tasks, how)), state };
         this.#active = made;
         return made;
       },
