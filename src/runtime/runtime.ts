@@ -158,11 +158,15 @@ export class Runtime {
 
     this.#bench.allocated = 0;
     this.#bench.dispatches = 0;
-    if (this.#parts.terms) await this.#parts.terms.make(change.plans, change.weights, this.#bench, signal);
-    else await this.#fold(change, signal);
+    const { terms } = this.#parts;
+    const activate = await (terms
+      ? terms.make(change.plans, change.weights, this.#bench, signal)
+      : this.#fold(change, signal));
     const allocated = this.#bench.allocated + (this.#parameters?.allocated ?? 0);
+    // All in one go: whoever looks in between would see one task's weights and another one's head.
+    activate();
     this.#parameters?.activate(resolved);
-    this.#task = copySelection(selection);
+    this.#task = selection;
     this.#head = head;
     const done = now();
     return {
@@ -209,10 +213,10 @@ export class Runtime {
     return this.#parameters?.active ?? NOTHING.parameters;
   }
 
-  async #fold(change: Change, signal: AbortSignal | undefined): Promise<void> {
+  async #fold(change: Change, signal: AbortSignal | undefined): Promise<() => void> {
     const pristine = (name: string): CpuView | undefined => this.#parameters?.pristine(name);
     const former = async (): Promise<Change> => (await this.#load(this.#task, { head: this.#head })).change;
-    await this.#weights.write(change, { bench: this.#bench, host: this.#host!, pristine }, former, signal);
+    return this.#weights.write(change, { bench: this.#bench, host: this.#host!, pristine }, former, signal);
   }
 
   /**
