@@ -256,13 +256,16 @@ export class Runtime {
   }
 
   /**
-   * As `weight`, in the CPU's memory: what lies on a device is copied from there.
+   * As `weight`, in the CPU's memory: what lies on a device is copied from there. Waits for the switches asked for before, and those asked
+   * for after wait for it.
    * @throws RangeError, TypeError as `weight`; BackendError when the device fails
    */
-  async readWeight(name: string): Promise<CpuView> {
-    const view = this.weight(name);
-    if (!onDevice(view.data)) return view as CpuView;
-    return (await import("./device-host.ts")).fetchView(this.#bench.backend, view);
+  readWeight(name: string): Promise<CpuView> {
+    return this.#enqueue(async () => {
+      const view = this.weight(name);
+      if (!onDevice(view.data)) return view as CpuView;
+      return (await import("./device-host.ts")).fetchView(this.#bench.backend, view);
+    });
   }
 
   /**
