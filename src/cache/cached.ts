@@ -105,6 +105,9 @@ class Cached implements CachedSource {
   /** For sources that do not count themselves. */
   readonly #counted = { requests: 0, bytes: 0, whole: false };
   #inner: ByteSource | undefined;
+  /** One for all: each would ask for the version, and count, by itself. */
+  #opening: Promise<ByteSource> | undefined;
+  #closed = false;
   #place: Promise<Place | undefined> | undefined;
 
   constructor(input: URL | ByteSource, name: string, store: RangeStore, options: CacheOptions) {
@@ -132,6 +135,7 @@ class Cached implements CachedSource {
 
   async read(offset: number, length: number, { signal }: ReadOptions = {}): Promise<Uint8Array> {
     signal?.throwIfAborted();
+    this.#live();
     if (length === 0) return new Uint8Array(0);
     const place = await unlessAborted(this.#open(), signal);
     if (length <= PIECE_BYTES) return this.#piece(place, offset, length, signal);
@@ -155,13 +159,23 @@ class Cached implements CachedSource {
   }
 
   async close(): Promise<void> {
+    this.#closed = true;
     const place = await this.#place?.catch(() => undefined);
     await place?.shelf.close();
-    await this.#inner?.close?.();
+    await (await this.#opening?.catch(() => undefined))?.close?.();
+  }
+
+  #live(): void {
+    if (this.#closed) throw new SourceError("cannot be read: it was closed; open it again", { file: this.name });
   }
 
   async #source(): Promise<ByteSource> {
-    return (this.#inner ??= await openSource(this.#input, fetchOptionsOf(this.#options)));
+    this.#live();
+    this.#opening ??= openSource(this.#input, fetchOptionsOf(this.#options)).catch((error: unknown) => {
+      this.#opening = undefined;
+      throw error;
+    });
+    return (this.#inner = await this.#opening);
   }
 
   /** Undefined where the store does not work. */

@@ -70,7 +70,7 @@ export class Shelf {
       const entry = await this.#store.get(kept.key);
       // Deleted by somebody else.
       if (!entry) {
-        this.#kept.delete(kept.key);
+        if (this.#kept.get(kept.key) === kept) this.#kept.delete(kept.key);
         return undefined;
       }
       const bytes = entry.subarray(0, Math.max(0, entry.length - CHECKSUM_BYTES));
@@ -79,7 +79,7 @@ export class Shelf {
         await this.#delete(kept.key);
         return "damaged";
       }
-      this.#use(kept);
+      if (this.#kept.get(kept.key) === kept) this.#use(kept);
       return bytes.subarray(from, from + length);
     }
     return undefined;
@@ -92,15 +92,12 @@ export class Shelf {
     const entry = new Uint8Array(sizeOf(kept));
     entry.set(bytes);
     entry.set(await sha256(bytes), bytes.length);
+    // Room first: the store may have a limit of its own.
+    await this.#evict(entry.length);
+    await this.#store.put(kept.key, entry);
+    // Not before it is there: who looked for it meanwhile would take it for lost, and nobody would delete it any more.
     this.#use(kept);
-    try {
-      // Room first: the store may have a limit of its own.
-      await this.#evict();
-      await this.#store.put(kept.key, entry);
-    } catch (error) {
-      this.#kept.delete(kept.key);
-      throw error;
-    }
+    await this.#evict();
   }
 
   /** Forgets the ranges of a file, except those of one version. */
@@ -135,8 +132,9 @@ export class Shelf {
     this.#writing = undefined;
   }
 
-  async #evict(): Promise<void> {
-    let total = 0;
+  /** @param coming bytes that there is to be room for beside those that are kept */
+  async #evict(coming = 0): Promise<void> {
+    let total = coming;
     for (const kept of this.#kept.values()) total += sizeOf(kept);
     for (const kept of [...this.#kept.values()]) {
       if (total <= this.#maxBytes) break;

@@ -64,6 +64,8 @@ function expandSide(
  */
 export async function taskAdapter(pack: Pack, id: string): Promise<Adapter> {
   checkPack("taskAdapter", pack);
+  // Before anything is awaited: the task may be removed or replaced meanwhile.
+  const info = pack.tasks.get(id);
   const blob = await pack.load(id);
   const bases = await pack.bases();
   const modules = new Map<string, AdapterModule>();
@@ -89,7 +91,6 @@ export async function taskAdapter(pack: Pack, id: string): Promise<Adapter> {
       read: async () => readTensor(blob.bytes, tensor),
     }),
   );
-  const info = pack.tasks.get(id);
   return {
     id,
     file: pack.name,

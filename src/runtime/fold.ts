@@ -109,6 +109,7 @@ export class FoldedWeights {
   /**
    * Makes a change. Where it fails, or is aborted in a pause of long work, the weights from before are put back.
    * @param former the change that they are of
+   * @returns what makes them the new task's, together with what else it has
    * @throws BackendError when they cannot be put back: they are no task's then, until a change is made
    */
   async write(
@@ -116,11 +117,11 @@ export class FoldedWeights {
     place: Place,
     former: () => Promise<Change>,
     signal: AbortSignal | undefined,
-  ): Promise<void> {
+  ): Promise<() => void> {
     const [before, sound] = [this.#touched, !this.#torn];
     const begun = this.#begin(change, place);
     try {
-      await this.#put(change, place, begun, signal);
+      return await this.#put(change, place, begun, signal);
     } catch (error) {
       // A rollback that failed is told already; and weights that were no task's before have nothing to go back to.
       if (error === this.#torn || !sound) throw error;
@@ -144,7 +145,7 @@ export class FoldedWeights {
     { bench, host, pristine }: Place,
     { fold, names, transaction }: Begun,
     signal?: AbortSignal,
-  ): Promise<void> {
+  ): Promise<() => void> {
     this.#touched = { modules: new Set(weights.keys()), names };
     this.#torn ??= between(bench.backend.name);
     const pause = pacer(signal);
@@ -175,15 +176,17 @@ export class FoldedWeights {
       }
       throw error;
     }
-    this.#touched = { modules, names: new Set(parameters.keys()) };
-    this.#torn = undefined;
+    return () => {
+      this.#touched = { modules, names: new Set(parameters.keys()) };
+      this.#torn = undefined;
+    };
   }
 
   /** Writes the weights from before again. @throws BackendError when that fails too */
   async #putBack(error: unknown, place: Place, former: () => Promise<Change>): Promise<void> {
     try {
       const change = await former();
-      await this.#put(change, place, this.#begin(change, place));
+      (await this.#put(change, place, this.#begin(change, place)))();
     } catch (second) {
       throw await this.#doubt(error, second, place.bench);
     }

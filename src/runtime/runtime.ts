@@ -136,7 +136,8 @@ export class Runtime {
    */
   async switchTask(selection: Selection, options: SwitchOptions = {}): Promise<RuntimeSwitchReport> {
     checkOptions("switchTask", options, ["signal", "head"]);
-    return this.#enqueue(() => this.#switch(selection, options));
+    const asked = copySelection(selection);
+    return this.#enqueue(() => this.#switch(asked, options));
   }
 
   #enqueue<T>(work: () => Promise<T>): Promise<T> {
@@ -157,11 +158,15 @@ export class Runtime {
 
     this.#bench.allocated = 0;
     this.#bench.dispatches = 0;
-    if (this.#parts.terms) await this.#parts.terms.make(change.plans, change.weights, this.#bench, signal);
-    else await this.#fold(change, signal);
+    const { terms } = this.#parts;
+    const activate = await (terms
+      ? terms.make(change.plans, change.weights, this.#bench, signal)
+      : this.#fold(change, signal));
     const allocated = this.#bench.allocated + (this.#parameters?.allocated ?? 0);
+    // All in one go: whoever looks in between would see one task's weights and another one's head.
+    activate();
     this.#parameters?.activate(resolved);
-    this.#task = copySelection(selection);
+    this.#task = selection;
     this.#head = head;
     const done = now();
     return {
@@ -208,10 +213,10 @@ export class Runtime {
     return this.#parameters?.active ?? NOTHING.parameters;
   }
 
-  async #fold(change: Change, signal: AbortSignal | undefined): Promise<void> {
+  async #fold(change: Change, signal: AbortSignal | undefined): Promise<() => void> {
     const pristine = (name: string): CpuView | undefined => this.#parameters?.pristine(name);
     const former = async (): Promise<Change> => (await this.#load(this.#task, { head: this.#head })).change;
-    await this.#weights.write(change, { bench: this.#bench, host: this.#host!, pristine }, former, signal);
+    return this.#weights.write(change, { bench: this.#bench, host: this.#host!, pristine }, former, signal);
   }
 
   /**
@@ -251,13 +256,16 @@ export class Runtime {
   }
 
   /**
-   * As `weight`, in the CPU's memory: what lies on a device is copied from there.
+   * As `weight`, in the CPU's memory: what lies on a device is copied from there. Waits for the switches asked for before, and those asked
+   * for after wait for it.
    * @throws RangeError, TypeError as `weight`; BackendError when the device fails
    */
-  async readWeight(name: string): Promise<CpuView> {
-    const view = this.weight(name);
-    if (!onDevice(view.data)) return view as CpuView;
-    return (await import("./device-host.ts")).fetchView(this.#bench.backend, view);
+  readWeight(name: string): Promise<CpuView> {
+    return this.#enqueue(async () => {
+      const view = this.weight(name);
+      if (!onDevice(view.data)) return view as CpuView;
+      return (await import("./device-host.ts")).fetchView(this.#bench.backend, view);
+    });
   }
 
   /**

@@ -21,7 +21,7 @@ export interface SwitchOptions {
 
 /** A selection that the caller's later changes do not reach. */
 export function copySelection(selection: Selection): Selection {
-  return typeof selection === "object" && selection !== null ? { ...selection } : selection;
+  return isPlain(selection) ? { ...selection } : selection;
 }
 
 /**

@@ -46,21 +46,23 @@ export class Terms {
     return weights;
   }
 
-  /** Makes the terms of the plans. Nobody sees them before all are there. */
+  /** Makes the terms of the plans. @returns what makes them the active ones, together with what else the task has */
   async make(
     plans: readonly ModulePlan[],
     weights: ReadonlyMap<number, Uint8Array | undefined>,
     bench: Workbench,
     signal: AbortSignal | undefined,
-  ): Promise<void> {
+  ): Promise<() => void> {
     const device = bench.backend.view ? undefined : await import("./unfold-device.ts");
     const weightOf = (module: number): PristineWeight => {
       return { ...this.#slots[module]!.weight, data: weights.get(module)!, byteOffset: 0 };
     };
     const made = await unfold(plans, bench, this.#mode, weightOf, { old: this.#spare, signal, device });
     await bench.backend.finish();
-    this.#spare = this.#active;
-    this.#active = made;
+    return () => {
+      this.#spare = this.#active;
+      this.#active = made;
+    };
   }
 
   /** @throws RangeError for a module the pack does not have */

@@ -9,7 +9,7 @@ import { onnxHost } from "../onnx/host.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { createRuntime } from "../runtime/create.ts";
 import type { Runtime } from "../runtime/runtime.ts";
-import { copySelection, type Selection, type SwitchOptions } from "../runtime/selection.ts";
+import type { Selection, SwitchOptions } from "../runtime/selection.ts";
 import { type Active, type Carrier, type CarrierParts, type ProbeReport, toFeeds } from "./carrier.ts";
 import type { EngineGpu, LoadedModel, Tensors } from "./engine.ts";
 import type { FoldedInput } from "./fold.ts";
@@ -65,7 +65,7 @@ export async function deviceCarrier(
         const values = await evaluator.evaluate(tasks, options.signal);
         // Runs that were asked for before are through by then, and none begins meanwhile.
         await gpu.exclusive(() => foldInPlace(runtime, selection, options, fed, tensors, own));
-        return active(copySelection(selection), values);
+        return active(selection, values);
       },
       // It hands out no weight of a mixture.
       check: () => void (fed[0] && runtime.weight(fed[0].name)),

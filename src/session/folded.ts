@@ -5,7 +5,6 @@ import type { View } from "../base/host.ts";
 import { onnxHost } from "../onnx/host.ts";
 import type { ModelFile } from "../onnx/read.ts";
 import { createRuntime } from "../runtime/create.ts";
-import { copySelection } from "../runtime/selection.ts";
 import { type Carrier, type CarrierParts, toFeeds } from "./carrier.ts";
 import { type FoldedLayout, fillFolded } from "./fold.ts";
 import type { PreparedModel } from "./prepare.ts";
@@ -35,7 +34,7 @@ export async function foldedCarrier(
     const changed = runtime.changes();
     const folded = await fillFolded(layout, (name): View | Promise<View> => changed.get(name) ?? host.read(name));
     const model = await engine.load({ ...detached, files: [...detached.files, folded] }, load);
-    return { model, task: copySelection(selection), ...toFeeds(engine, inputs, [values]) };
+    return { model, task: selection, ...toFeeds(engine, inputs, [values]) };
   };
   const close = async (): Promise<void> => {
     await runtime.close();

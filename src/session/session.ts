@@ -12,7 +12,7 @@ import type { Pack } from "../pack/pack.ts";
 import type { TaskInfo } from "../pack/task-info.ts";
 import type { TaskTrust } from "../pack/trust.ts";
 import { type MemoryReport, memoryReport, type SwitchReport } from "../runtime/report.ts";
-import type { Selection } from "../runtime/selection.ts";
+import { copySelection, type Selection } from "../runtime/selection.ts";
 import type { SourceInput } from "../source.ts";
 import type { Mode } from "./base-values.ts";
 import type { CacheWatch } from "./caches.ts";
@@ -177,6 +177,8 @@ export class Session<T extends SessionTypes = SessionTypes> {
   /** Once there was a run with one task per row. */
   #rows: RowTasks | undefined;
   #active: Active;
+  /** What is being switched to. */
+  #coming: Selection = null;
   #closed: Promise<void> | undefined;
 
   /** @internal Use `createSession`, or the function of a binding. */
@@ -246,6 +248,7 @@ export class Session<T extends SessionTypes = SessionTypes> {
   async switchTask(selection: Selection, options: SessionSwitchOptions = {}): Promise<SessionSwitchReport> {
     checkOptions("switchTask", options, ["signal", "head", "keepCache"]);
     const { keepCache: _, ...how } = options;
+    const asked = copySelection(selection);
     this.#live();
     const started = now();
     const before = { ...this.pack.reads };
@@ -253,12 +256,15 @@ export class Session<T extends SessionTypes = SessionTypes> {
     const change = this.#timeline.change(
       async () => {
         options.signal?.throwIfAborted();
-        const state = this.#caches?.stateOf(selection, options);
-        const tasks = await this.#carrier.evaluator.load(selection, how);
-        read = now();
-        const made = { ...(await this.#carrier.make(selection, tasks, how)), state };
-        this.#active = made;
-        return made;
+        this.#coming = asked;
+        try {
+          const state = this.#caches?.stateOf(asked, options);
+          const tasks = await this.#carrier.evaluator.load(asked, how);
+          read = now();
+          return (this.#active = { ...(await this.#carrier.make(asked, tasks, how)), state });
+        } finally {
+          this.#coming = null;
+        }
       },
       async (old) => {
         if (old.model !== this.#active.model) await this.#engine.release(old.model);
@@ -329,11 +335,12 @@ export class Session<T extends SessionTypes = SessionTypes> {
     await this.pack.addTask(id, file, options);
   }
 
-  /** @throws TaskError when there is no such task or it is active */
+  /** @throws TaskError when there is no such task, or it is active or being switched to */
   removeTask(id: string): void {
-    const { task } = this.#active;
-    const active = typeof task === "string" ? task === id : task !== null && Object.keys(task).includes(id);
-    if (active) throw new TaskError(`task "${id}" is active; switch to another first`, { task: id });
+    this.#live();
+    for (const task of [this.#active.task, this.#coming])
+      if (task === id || (typeof task === "object" && Object.keys(task ?? {}).includes(id)))
+        throw new TaskError(`task "${id}" is active, or about to be; switch to another first`, { task: id });
     this.pack.removeTask(id);
   }
 

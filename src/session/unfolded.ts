@@ -2,7 +2,7 @@
  * Modes "core" and "factors": one loaded model, whose extra inputs carry the active task.
  */
 import { createBackend } from "../backends/select.ts";
-import { copySelection, type Selection } from "../runtime/selection.ts";
+import type { Selection } from "../runtime/selection.ts";
 import { Workbench } from "../runtime/workbench.ts";
 import { type Active, type Carrier, type CarrierParts, toFeeds } from "./carrier.ts";
 import { probeParity } from "./probe.ts";
@@ -64,7 +64,7 @@ async function onModel(
       async make(selection, tasks, { signal }) {
         const old = spare;
         spare = undefined;
-        return active(copySelection(selection), await evaluator.evaluate(tasks, signal, old));
+        return active(selection, await evaluator.evaluate(tasks, signal, old));
       },
       async checkRows(own, rows) {
         // Apps that run one task at a time do without.
