@@ -3,7 +3,6 @@ import t from "tap";
 import type { Adapter } from "../dist/src/adapters/adapter.js";
 import { readAdapters } from "../dist/src/adapters/folder.js";
 import { createExtractor } from "../dist/src/extract/extractor.js";
-import { encodeBasis } from "../dist/src/format/encode.js";
 import { buildApart, type Seek } from "../dist/src/pack/apart.js";
 import { isCodedPack } from "../dist/src/pack/coding.js";
 import { taskAdapter } from "../dist/src/pack/expand.js";
@@ -137,14 +136,4 @@ t.test("steps are sought for each task, and not for ever", async (t) => {
     /task "b" loses more than 0.05 of its ΔW/,
   );
   t.ok(asked.length < 20);
-});
-
-t.test("an error that is none is refused", async (t) => {
-  const made = { producer: "test", mode: "column", gauge: "balanced", centering: "keep", modules: [] };
-  const said = (error: number) => ({
-    name: "x.eigen",
-    directory: { basisBytes: encodeBasis({ ...made, error }).description },
-  });
-  t.equal(errorOf(said(0.2) as unknown as Pack), 0.2);
-  for (const error of [0, -1, 1.5, NaN]) t.throws(() => errorOf(said(error) as unknown as Pack), /x\.eigen.*error/);
 });

@@ -25,11 +25,18 @@ const SHELLS: readonly [Program, args: string[], wasm: boolean][] = [
   ["jsc", [], true],
   ["gjs", [], false],
 ];
+/** gjs has timers, which take a main loop to run, as every app has. */
+const IN_A_LOOP = (options: readonly object[]): string => `
+const loop = new imports.gi.GLib.MainLoop(null, false);
+${caseCode(options, "(text) => (globalThis.print(text), loop.quit())")}
+loop.run();
+`;
 for (const [program, args, wasm] of SHELLS) {
   t.test(program, { skip: without(program) }, async (t) => {
     const file = join(project, `${program}.js`);
     const options = [{ backend: "js" }, { backend: "auto" }, ...(wasm ? WASM : [])];
-    await writeFile(file, await scriptOf(project, caseCode(options, "globalThis.print")));
+    const code = program === "gjs" ? IN_A_LOOP(options) : caseCode(options, "globalThis.print");
+    await writeFile(file, await scriptOf(project, code));
     check(t, outcomesOf(await outputOf(program, ...args, file)), [
       ...(wasm ? ["js", "wasm (relaxed-simd)", "wasm (scalar)", "wasm (simd)", "wasm (relaxed-simd)"] : ["js", "js"]),
     ]);

@@ -243,7 +243,7 @@ t.test("other ranks: padded, or refused by name", async (t) => {
   const adapters = [adapterOf("a", 3, 1), adapterOf("b", 2, 2), adapterOf("c", 3, 3)];
   const { chunks } = await buildPack(adapters, { mode: "flat", ...LOSSLESS });
   const pack = await openPack(concat(chunks));
-  t.match(pack.modules[0]!.A, { kind: "flat", rank: 3, K: 2 });
+  t.match(pack.modules[0]!.A[0], { kind: "flat", rank: 3, K: 2 });
   const types = { basis: "f32", coefficients: "f32", head: "f32" } as const;
   const [projected] = await projectAdapters(pack, [{ ...adapters[1]!, id: "again" }], types);
   t.ok(projected!.residual.max <= 1e-6, "rank 2 on a basis of rank 3");
