@@ -118,13 +118,14 @@ export function unlessAborted<T>(promise: Promise<T>, signal: AbortSignal | unde
 export class SharedWork<T> {
   /** Whether it failed, or was left by all: the next one begins anew. */
   stopped = false;
-  // Bare shells have none.
-  readonly #controller = globalThis.AbortController && new AbortController();
+  readonly #controller: AbortController | undefined;
   readonly #result: Promise<T>;
   #waiting = 0;
   #done = false;
 
-  constructor(work: (signal: AbortSignal | undefined) => Promise<T>) {
+  /** @param first signal of the first who waits: without one he never leaves, and the work is never stopped */
+  constructor(work: (signal: AbortSignal | undefined) => Promise<T>, first: AbortSignal | undefined) {
+    this.#controller = first && new AbortController();
     this.#result = work(this.#controller?.signal);
     this.#result.then(
       () => (this.#done = true),

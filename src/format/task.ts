@@ -83,9 +83,14 @@ export function* taskTensors(
   modules: readonly PackModule[],
 ): Generator<Checked> {
   for (const { module, A, B, ownA, ownBt, privateA, privateBt, magnitude } of terms) {
-    const own = { "own A": ownA, "own B": ownBt, "private A": privateA, "private B": privateBt };
-    const tensors = { A: A?.tensor, B: B?.tensor, ...own, magnitude };
-    for (const [what, tensor] of Object.entries(tensors)) yield [`${what} of "${modules[module]!.name}"`, tensor, true];
+    const { name } = modules[module]!;
+    if (A) yield [`A of "${name}"`, A.tensor, true];
+    if (B) yield [`B of "${name}"`, B.tensor, true];
+    if (ownA) yield [`own A of "${name}"`, ownA, true];
+    if (ownBt) yield [`own B of "${name}"`, ownBt, true];
+    if (privateA) yield [`private A of "${name}"`, privateA, true];
+    if (privateBt) yield [`private B of "${name}"`, privateBt, true];
+    if (magnitude) yield [`magnitude of "${name}"`, magnitude, true];
   }
   for (const { name, tensor } of parameters) yield [`"${name}"`, tensor];
 }

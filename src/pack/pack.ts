@@ -230,7 +230,8 @@ export class Pack {
       return slot.blob;
     }
     // Callers share one request. A caller's signal ends its own wait only, while others still want the bytes.
-    if (!slot.loading || slot.loading.stopped) slot.loading = new SharedWork((signal) => this.#fetch(slot, signal));
+    if (!slot.loading || slot.loading.stopped)
+      slot.loading = new SharedWork((signal) => this.#fetch(slot, signal), options.signal);
     return slot.loading.wait(options.signal);
   }
 
@@ -285,7 +286,7 @@ export class Pack {
     };
     try {
       if (!shared.checked || shared.checked.stopped)
-        shared.checked = new SharedWork((signal) => this.#checkedBases(shared, signal));
+        shared.checked = new SharedWork((signal) => this.#checkedBases(shared, signal), options.signal);
       return { bytes: await shared.checked.wait(options.signal), close, [Symbol.dispose]: close };
     } catch (error) {
       close();
