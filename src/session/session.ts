@@ -163,6 +163,8 @@ export class Session<T extends SessionTypes = SessionTypes> {
   readonly leftOut: readonly string[];
   /** @internal For `createTrainer`; undefined unless the session was made `trainable`. */
   readonly trainable: Trainable | undefined;
+  /** @internal Where it is one of several: they may have to go back to the task that they had. */
+  group?: { readonly task: Selection };
 
   readonly #engine: Engine;
   readonly #base: PreparedModel["base"];
@@ -337,9 +339,9 @@ export class Session<T extends SessionTypes = SessionTypes> {
   /** @throws TaskError when there is no such task, or it is active or being switched to */
   removeTask(id: string): void {
     this.#live();
-    for (const task of [this.#active.task, this.#coming])
+    for (const task of [this.#active.task, this.#coming, this.group?.task])
       if (task === id || (typeof task === "object" && Object.keys(task ?? {}).includes(id)))
-        throw new TaskError(`task "${id}" is active, or about to be; switch to another first`, { task: id });
+        throw new TaskError(`task "${id}" is in use; switch to another first`, { task: id });
     this.pack.removeTask(id);
   }
 
