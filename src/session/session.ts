@@ -310,9 +310,11 @@ export class Session<T extends SessionTypes = SessionTypes> {
     }
     return this.#timeline.run(async (active) => {
       this.#carrier.check?.();
-      const rows = tasks && (await (await this.#rowTasks()).feeds(tasks, own));
-      const { feeds } = rows ?? active;
+      const rowTasks = tasks && (await this.#rowTasks());
+      // In one go with reading the tasks: another one may come under an id.
       const made = this.#caches?.check(own, active.state, tasks, keepCache);
+      const rows = await rowTasks?.feeds(tasks!, own);
+      const { feeds } = rows ?? active;
       const result = await this.#engine.run(active.model, { ...this.#idle, ...own, ...feeds }, fetches, options);
       made?.(result, fetches);
       return rows ? Object.defineProperty(result, "validColumns", { value: rows.valid, enumerable: false }) : result;
