@@ -142,8 +142,7 @@ export class Trainer<Feeds = unknown> {
     rows: readonly Row<Feeds>[],
     options: FitOptions & Stepped & Tested,
   ): AsyncGenerator<TrainingStep, void, void> {
-    this.#refuseBusy("fit");
-    this.#busy = true;
+    this.#occupy("fit");
     try {
       yield* this.#fit(rows, options);
     } finally {
@@ -239,10 +238,15 @@ export class Trainer<Feeds = unknown> {
    * @param task of the pack, or a task file made for it
    * @throws TaskError when there is no such task, or it is of another rank or basis
    * @throws FormatError when the file is damaged
+   * @throws TypeError while `fit` or another `begin` is at work
    */
   async begin(task: string | Uint8Array<ArrayBuffer>): Promise<void> {
-    this.#refuseBusy("begin");
-    this.#state = await startState(this.#subject, await readDonor(this.#subject.pack, task), this.#random);
+    this.#occupy("begin");
+    try {
+      this.#state = await startState(this.#subject, await readDonor(this.#subject.pack, task), this.#random);
+    } finally {
+      this.#busy = false;
+    }
   }
 
   /**
@@ -338,7 +342,9 @@ export class Trainer<Feeds = unknown> {
     throw new TypeError("this trainer has learned nothing yet: call fit first");
   }
 
-  #refuseBusy(name: string): void {
+  /** Whoever calls it sets it free. @throws TypeError while another call changes what is learned */
+  #occupy(name: string): void {
     if (this.#busy) throw new TypeError(`${name}: this trainer is at work; wait for its end`);
+    this.#busy = true;
   }
 }
