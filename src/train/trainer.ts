@@ -325,10 +325,11 @@ export class Trainer<Feeds = unknown> {
     checkOptions("pack", options, TASK_OPTIONS);
     const { pack, terms } = this.#subject;
     const { id = "task" } = options;
+    const { repack } = await import("./repack.ts");
+    // From here on as all is now: steps may be taken, and tasks added, while the pack is read.
     if (pack.tasks.has(id))
       throw new TaskError(`a task "${id}" already exists: give the new one another \`id\``, { task: id });
-    const { repack } = await import("./repack.ts");
-    return repack(pack, terms, this.#learned().parameters, this.#task(options));
+    return repack(pack, terms, this.#learned().parameters.slice(), this.#task(options));
   }
 
   #task({ metadata, ...options }: TaskFileOptions & Stepped): TaskToWrite {
